@@ -1,0 +1,169 @@
+"""LLaVA's JSON is read as people write it, and every mistake is named with its place."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from vlbench.data.llava import LlavaJson
+from vlbench.data.preflight import preflight
+from vlbench.data.sample import PLACEHOLDER, Sample, Turn
+from vlbench.mistakes import BadSample, Mistake
+
+ASK = {"from": "human", "value": "<image>\nWhat?"}
+ANSWER = {"from": "gpt", "value": "A circle."}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    return tmp_path
+
+
+def source(folder: Path, *records: Any) -> LlavaJson:
+    (folder / "data.json").write_text(json.dumps(records), encoding="utf-8")
+    return LlavaJson(folder / "data.json")
+
+
+def record(*turns: Any, **keys: Any) -> dict[str, Any]:
+    return {"id": "r1", "image": "a.png", "conversations": list(turns or (ASK, ANSWER)), **keys}
+
+
+def test_both_spellings_of_roles_and_tags(folder):
+    second = [
+        {"from": "user", "value": "<image_placeholder>这是什么？"},
+        {"from": "assistant", "value": "<image> is a tag of HTML."},
+    ]
+    data = source(folder, record(), record(*second, id=7))
+    one, two = data[0], data[1]
+    assert len(data) == 2 and data.name == str(folder / "data.json")
+    assert one.id == "r1" and one.pictures[0].name == str(folder / "a.png")
+    assert one.turns == (Turn("human", f"{PLACEHOLDER}\nWhat?"), Turn("assistant", "A circle."))
+    assert two.turns[0].text == f"{PLACEHOLDER}这是什么？" and two.id == "7"
+    assert two.turns[1].text == "<image> is a tag of HTML."  # an answer shows no image
+    assert (one.language, two.language) == ("en", "zh")
+
+
+def test_none_one_and_several_images(folder):
+    plain = {"from": "human", "value": "Hello"}
+    many = {"from": "human", "value": "<image><image> Same?"}
+    data = source(
+        folder,
+        {"conversations": [plain, ANSWER]},
+        record(plain, ANSWER, image=None),
+        record(plain, ANSWER),
+        record(many, ANSWER, image=["a.png", "b.png"]),
+        record({"from": "system", "value": "Be brief."}, plain, ANSWER),
+    )
+    assert data[0].id == "record 1" and not data[0].pictures and not data[1].pictures
+    assert data[2].turns[0].text == f"{PLACEHOLDER}\nHello"  # one image, no tag: it comes first
+    assert [Path(picture.name).name for picture in data[3].pictures] == ["a.png", "b.png"]
+    assert data[4].turns[0].role == "system" and data[4].turns[1].text.startswith(PLACEHOLDER)
+    assert data.faults() == [] and preflight(data) == []
+
+
+def test_jsonl_and_an_image_folder(folder):
+    lines = [json.dumps(record(id=name), ensure_ascii=False) for name in ("一", "二")]
+    (folder / "json").mkdir()
+    file = folder / "json" / "data.jsonl"
+    file.write_text("\ufeff" + "\n\n".join(lines) + "\n", encoding="utf-8")
+    data = LlavaJson(file, folder)
+    assert [data[index].id for index in range(2)] == ["一", "二"] and data.faults() == []
+    assert pickle.loads(pickle.dumps(data))[1] == data[1]
+
+
+BAD_RECORDS = {
+    "not a mapping": ([1, 2], "record 1", "is a list .*expected a mapping"),
+    "no conversations": (
+        {"id": "x", "conversation": []},
+        "x",
+        "no 'conversations'; .*'conversation'",
+    ),
+    "conversations a text": ({"conversations": "hi"}, "record 1", "is a text .*list of turns"),
+    "empty conversation": (record() | {"conversations": []}, "r1", "conversation is empty"),
+    "turn is a text": (record("hello"), "r1", "turn 1: is a text"),
+    "no value": (record({"from": "human"}), "r1", "turn 1: has no 'value'"),
+    "value a number": (record({"from": "human", "value": 3}), "r1", "'value' is a number"),
+    "value null": (record(ASK, {"from": "gpt", "value": None}), "r1", "turn 2: 'value' is null"),
+    "empty text": (record(ASK, {"from": "gpt", "value": " "}), "r1", "turn 2: .*is empty"),
+    "unknown role": (record({"from": "humen", "value": "x"}), "r1", "'humen'; .*mean 'human'"),
+    "begins with answer": (record(ANSWER, ASK), "r1", "begins with 'assistant'"),
+    "two answers": (record(ASK, ANSWER, ANSWER), "r1", "turn 3 is 'assistant'"),
+    "no answer": (record(ASK), "r1", "no assistant turn"),
+    "more tags": (record(image=None), "r1", "1 image tag in the text but 0 images"),
+    "more images": (record(image=["a.png", "b.png"]), "r1", "1 image tag .* but 2 images"),
+    "image a number": (record(image=5), "r1", "'image' is a number"),
+    "image empty": (record(image=""), "r1", "'image' is a text"),
+    "missing image": (record(image="gone.png"), "r1", r"gone\.png: does not exist"),
+}
+
+
+@pytest.mark.parametrize(("bad", "name", "words"), BAD_RECORDS.values(), ids=BAD_RECORDS)
+def test_bad_records_are_found_and_named(folder, bad, name, words):
+    data = source(folder, bad, record(id="sound"))
+    (fault,) = data.faults()
+    (same,) = preflight(data)
+    with pytest.raises(BadSample, match=words) as caught:
+        raise fault
+    assert fault.sample_id == same.sample_id == name and fault.reason == same.reason
+    assert "\n" not in str(caught.value) and name in str(caught.value)
+    assert data[1].id == "sound"
+
+
+def test_preflight_opens_pictures_only_while_they_are_few(folder):
+    (folder / "b.png").write_bytes(b"")
+    data = source(folder, record(), record(image="b.png", id="r2"), record(image="b.png", id="r3"))
+    assert [fault.sample_id for fault in preflight(data)] == ["r2", "r3"]
+    assert "is empty (0 bytes)" in str(preflight(data)[0])
+    assert preflight(data, limit_open=1) == []
+
+
+def test_preflight_leaves_rendered_sources_alone():
+    class Rendered:
+        name = "rendered"
+
+        def __len__(self) -> int:
+            return 10**9
+
+        def __getitem__(self, index: int) -> Sample:
+            raise AssertionError
+
+    assert preflight(Rendered()) == []
+
+
+BAD_FILES = {
+    "empty.json": (b" \n", "the file is empty"),
+    "no records.json": (b"[]", "no records"),
+    "a mapping.json": (b'{"data": []}', "line 1 holds a mapping .*expected a list of records"),
+    "a comma.json": (b'[\n {"id": 1},\n]', "line [23], column 1"),
+    "cut off.json": (b'[{"id": "a', "line 1, column 9: unterminated string"),
+    "lines.json": (b'{"id": 1}\n{"id": 2}\n', r"line 2, column 1: .*name the file \.jsonl"),
+    "bad.jsonl": (b'{"id": 1}\n{"id" 2}\n', "line 2, column 7: expecting ':'"),
+    "latin.json": (b'[{"id":\n "caf\xe9"}]', "line 2, byte 6: not UTF-8"),
+    "deep.json": (b"[" * 200_000, "nested too deeply|line 1"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files_are_named_with_line_and_column(tmp_path, name):
+    content, words = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(Mistake, match=words) as caught:
+        LlavaJson(tmp_path / name)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_files_and_folders(folder):
+    source(folder, record())
+    with pytest.raises(Mistake, match=r"no such file.*Did you mean 'data\.json'"):
+        LlavaJson(folder / "dada.json")
+    with pytest.raises(Mistake, match="is a folder"):
+        LlavaJson(folder)
+    with pytest.raises(Mistake, match="no folder .*pictures"):
+        LlavaJson(folder / "data.json", folder / "pictures")

@@ -1,0 +1,53 @@
+"""Prompts are those of the reference, byte for byte."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from vlbench.data.sample import Turn
+from vlbench.data.template import TEMPLATES, YI_VL
+from vlbench.mistakes import Mistake
+
+CASES = json.loads(
+    (Path(__file__).parent / "goldens/yi_vl/tiny_a/cases.json").read_text(encoding="utf-8")
+)
+
+
+@pytest.mark.parametrize("case", CASES["cases"], ids=lambda case: case["name"])
+def test_prompt_equals_the_reference(case):
+    turns = [Turn(turn["role"], turn["content"]) for turn in case["conversation"]]
+    prompt = TEMPLATES["yi_vl"].prompt(turns)
+    assert prompt == case["prompt"]
+    assert hashlib.sha256(prompt.encode()).hexdigest() == case["prompt_sha256"]
+
+
+def test_pieces_are_cut_around_answers():
+    turns = [Turn("human", "a?"), Turn("assistant", " b. "), Turn("human", "c?")]
+    pieces = YI_VL.pieces([*turns, Turn("assistant", "d.")])
+    assert [text for text, learn in pieces if learn] == [" b.\n###", " d.\n###"]
+    assert [learn for _, learn in pieces] == [False, True, False, True]
+    whole = "".join(text for text, _ in pieces)
+    assert whole == YI_VL.prompt(turns) + " d.\n###"
+    assert whole.startswith(f"{YI_VL.system}\n\n### Human: a?\n### Assistant: b.\n### Human: c?")
+
+
+def test_a_conversation_may_bring_its_system_prompt():
+    prompt = YI_VL.prompt([Turn("system", "Be brief."), Turn("human", "Hello")])
+    assert prompt == "Be brief.\n\n### Human: Hello\n### Assistant:"
+
+
+@pytest.mark.parametrize(
+    ("roles", "words"),
+    [
+        ([], "missing"),
+        (["human", "assistant"], "'assistant'"),
+        (["human", "system", "human"], "inside"),
+    ],
+)
+def test_prompts_without_a_last_question_are_refused(roles, words):
+    with pytest.raises(Mistake, match=words):
+        YI_VL.prompt([Turn(role, "x") for role in roles])

@@ -1,0 +1,1 @@
+"""From files to batches: samples, templates, sources, order, packing."""

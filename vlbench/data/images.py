@@ -1,0 +1,215 @@
+"""From an image file to the pixels that the tower sees; torch is imported when they are made.
+
+One transform serves training, evaluation and chat: pad to a square in the mean colour, resize the
+shortest edge (bicubic), crop the centre, rescale, normalise. EXIF orientation is not applied and
+alpha is dropped, as in the Yi-VL reference. JPEGs are always decoded in full, never in draft mode.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from vlbench.data.sample import Picture
+from vlbench.mistakes import Mistake
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Formats that are decoded inside this process; others (EPS, PDF) would start programs.
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+MAX_PIXELS = 178_956_970  # larger pictures are refused (a small file can hold a huge picture)
+MAX_SIDE = 8000  # longest side of a square canvas (64 megapixels) and of what is fitted into it
+_RULES = "bicubic, pad at floor, centre crop, 1/255 in float64, normalise in float32, 8000"
+
+# PIL's own remarks about a file would appear between our lines; what matters becomes a Mistake.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+
+@dataclass(frozen=True)
+class File:
+    """A picture in a file."""
+
+    path: str | Path
+
+    @property
+    def name(self) -> str:
+        """Give the path."""
+        return str(self.path)
+
+    def open(self) -> Image.Image:
+        """Return the picture in RGB; see `open_image`."""
+        return open_image(self.path)
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Open a picture in RGB: of several frames the first, 16 bits scaled to 8, alpha dropped.
+
+    Raises a Mistake that names the file when it is missing, empty, broken, too large or no picture.
+    """
+    refusal = _refusal(Path(path))
+    if refusal:
+        raise Mistake(f"image {path}: {refusal}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with Image.open(path, formats=_formats()) as image:
+                _check_size(image)
+                return _rgb(image)
+        except Image.DecompressionBombError:
+            reason = _too_large("it")
+        except UnidentifiedImageError:
+            reason = f"not a picture; readable are {', '.join(_formats())}"
+        except Mistake as mistake:
+            reason = str(mistake)
+        except Exception as error:  # a decoder may raise anything on a broken file
+            reason = f"cannot be read, it is broken or cut off ({_first_line(error)})"
+    raise Mistake(f"image {path}: {reason}")
+
+
+def _refusal(path: Path) -> str:
+    """Say why a path cannot hold a picture, or return an empty text."""
+    try:
+        if path.is_dir():
+            return "is a folder, not a picture"
+        if path.stat().st_size == 0:
+            return "is empty (0 bytes)"
+        with path.open("rb"):
+            return ""
+    except FileNotFoundError:
+        return "does not exist"
+    except (OSError, ValueError) as error:
+        return f"cannot be opened ({getattr(error, 'strerror', None) or _first_line(error)})"
+
+
+@functools.cache
+def _formats() -> list[str]:
+    """Return those of FORMATS that the installed PIL can read."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _check_size(image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise Mistake(_too_large(f"{image.width} x {image.height}"))
+
+
+def _too_large(what: str) -> str:
+    return f"too large: {what} has more than {MAX_PIXELS // 10**6} million pixels"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Decode a picture as RGB. PIL alone would clip 16-bit gray instead of scaling it."""
+    if image.mode == "I" or image.mode.startswith("I;"):
+        levels = np.asarray(image).astype(np.int64)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise Mistake("gray levels outside 0 to 65535 have no agreed brightness")
+        image = Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
+    elif image.mode == "F":
+        raise Mistake("floating-point gray levels have no agreed brightness; save it with 8 bits")
+    return image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """From a picture to the tower's pixels, exactly as the Yi-VL reference does."""
+
+    size: int  # length of the shortest edge after the resize, pixels
+    crop: int  # side of the square that is cut from the centre, pixels
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    pad: bool = True  # first pad to a square in the mean colour
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop <= self.size:
+            raise Mistake(f"image transform: crop={self.crop} must be in 1..size={self.size}")
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        """Return float32 pixels `[3, crop, crop]`."""
+        import torch
+
+        levels = (np.arange(256) * (1 / 255)).astype(np.float32)  # rescaled in float64
+        values = levels[self.resized(picture)]
+        values = (values - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+        return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
+
+    def resized(self, picture: Image.Image) -> np.ndarray:
+        """Return the uint8 picture `[crop, crop, 3]` before it is normalised."""
+        picture = picture.convert("RGB")
+        if self.pad and picture.width != picture.height:
+            picture = _square(picture, mean_colour(self.mean))
+        elif not self.pad:
+            picture = _middle(picture, self.size)
+        width, height = picture.size
+        short, long = min(width, height), int(self.size * max(width, height) / min(width, height))
+        edges = (self.size, long) if width == short else (long, self.size)
+        picture = picture.resize(edges, Image.Resampling.BICUBIC)
+        left, top = ((edge - self.crop) // 2 for edge in edges)
+        return np.asarray(picture.crop((left, top, left + self.crop, top + self.crop)))
+
+    def hash(self) -> str:
+        """Return 16 characters that change whenever the transform's result may change."""
+        text = json.dumps({**asdict(self), "rules": _RULES}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def mean_colour(mean: tuple[float, float, float]) -> tuple[int, int, int]:
+    """Return the mean colour in 8 bits, truncated as in the reference."""
+    red, green, blue = (int(channel * 255) for channel in mean)
+    return red, green, blue
+
+
+def _square(picture: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """Put a picture in the middle of a square; an odd pixel goes to the bottom or right."""
+    longest = max(picture.size)
+    if longest > MAX_SIDE:  # a strip of 30000 x 2 would need a canvas of 2.7 GB
+        width, height = (max(1, round(edge * MAX_SIDE / longest)) for edge in picture.size)
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    side = max(picture.size)
+    canvas = Image.new("RGB", (side, side), colour)
+    canvas.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return canvas
+
+
+def _middle(picture: Image.Image, size: int) -> Image.Image:
+    """Cut the ends off a strip that would become longer than MAX_SIDE: the crop never sees them."""
+    short = min(picture.size)
+    longest = max(short, short * max(MAX_SIDE, 2 * size) // size)
+    width, height = (min(edge, longest) for edge in picture.size)
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))
+
+
+@dataclass(frozen=True)
+class Blank:
+    """A picture of the same size in one colour: what a blind model sees."""
+
+    picture: Picture
+    colour: tuple[int, int, int]
+
+    @property
+    def name(self) -> str:
+        """Give the name of the picture that is hidden."""
+        return f"{self.picture.name} (blank)"
+
+    def open(self) -> Image.Image:
+        """Return the plain picture in RGB."""
+        return Image.new("RGB", self.picture.open().size, self.colour)
+
+
+def blank(picture: Picture, mean: tuple[float, float, float]) -> Blank:
+    """Return a picture of the same size in the mean colour."""
+    return Blank(picture, mean_colour(mean))

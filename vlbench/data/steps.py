@@ -1,0 +1,181 @@
+"""Optimizer steps as a dataset: step n is a pure function of (seed, n, rank, world)."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from vlbench.data.batch import Batch, collate, pack
+from vlbench.data.images import ImageTransform
+from vlbench.data.order import Mixture
+from vlbench.data.sample import Encoded, Encoder, Form, NoImage, Picture, encode
+from vlbench.data.template import Template
+from vlbench.mistakes import BadSample, Mistake
+
+
+@dataclass
+class Step:
+    """What one rank does in one optimizer step."""
+
+    index: int
+    batches: list[Batch]  # micro-batches; empty when every sample was bad
+    bad: list[BadSample] = field(default_factory=list)  # left out, with the reason
+    skipped: int = 0  # samples without an image in a stage of captions
+    samples: int = 0  # samples in the batches
+    images: int = 0  # images in the batches
+    text_tokens: int = 0  # positions that are not places
+    tokens: int = 0  # supervised positions
+
+    def pin_memory(self) -> Step:
+        """Return the step with its batches in page-locked memory."""
+        return replace(self, batches=[batch.pin_memory() for batch in self.batches])
+
+
+@dataclass(kw_only=True, eq=False)
+class Steps(Dataset[Step]):
+    """The steps of a stage, `steps[n]`, as one rank sees them.
+
+    A step takes the stream's positions n * batch to (n + 1) * batch - 1, of which this rank takes
+    every `world`-th; it encodes them, packs them into rows of at most `row_tokens`, and every row
+    is a micro-batch. A bad sample is left out and reported in `Step.bad`.
+    """
+
+    mixture: Mixture
+    template: Template
+    tokenizer: Encoder
+    transform: ImageTransform
+    tokens_per_image: int
+    max_length: int
+    form: Form
+    batch: int  # samples per step over all ranks
+    row_tokens: int
+    total: int  # steps of the stage
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tokenizer, Memo):
+            self.tokenizer = Memo(self.tokenizer)
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __getitem__(self, index: int) -> Step:
+        """Make step `index`."""
+        if not 0 <= index < self.total:
+            raise IndexError(f"step {index} of {self.total}")
+        step = Step(index, [])
+        encoded = self._encoded(step)
+        pixels = _Pixels(self.transform, encoded)
+        sound = [sample for sample in encoded if self._opens(sample, pixels, step)]
+        for row in pack(sound, self.row_tokens):
+            batch = collate([[sound[place] for place in row]], pixels)
+            step.batches.append(batch)
+            places = sum(len(sound[i].sample.pictures) * self.tokens_per_image for i in row)
+            step.samples += len(row)
+            step.images += len(batch.pixels)
+            step.text_tokens += sum(batch.lengths[0]) - places
+            step.tokens += batch.tokens
+        return step
+
+    def _encoded(self, step: Step) -> list[Encoded]:
+        """Encode the samples of a step; refused ones are recorded in it."""
+        encoded = []
+        for place in range(self.rank, self.batch, self.world):
+            try:
+                sample = self.mixture[step.index * self.batch + place]
+                encoded.append(
+                    encode(
+                        sample,
+                        self.template,
+                        self.tokenizer,
+                        self.tokens_per_image,
+                        self.max_length,
+                        self.form,
+                    )
+                )
+            except NoImage:
+                step.skipped += 1
+            except BadSample as bad:
+                step.bad.append(bad)
+        return encoded
+
+    def _opens(self, encoded: Encoded, pixels: _Pixels, step: Step) -> bool:
+        """Make the pixels of a sample; tell whether all its pictures could be opened."""
+        try:
+            for picture in encoded.sample.pictures:
+                pixels.make(picture)
+        except Mistake as mistake:
+            step.bad.append(BadSample(encoded.sample.id, str(mistake)))
+            return False
+        return True
+
+
+class Memo:
+    """A tokenizer that remembers texts: the system prompt opens every conversation."""
+
+    def __init__(self, tokenizer: Encoder) -> None:
+        """Remember what `tokenizer` answers."""
+        self.tokenizer = tokenizer
+        self.bos = tokenizer.bos
+        self._encode = functools.lru_cache(maxsize=4096)(self._ids)
+
+    def encode(self, text: str) -> Sequence[int]:
+        """Return the ids of a text."""
+        return self._encode(text)
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # the memory itself cannot travel to a worker
+        return Memo, (self.tokenizer,)
+
+
+class _Pixels:
+    """The pixels of a step's pictures: each is opened once, and let go after its last use."""
+
+    def __init__(self, transform: ImageTransform, encoded: list[Encoded]) -> None:
+        self._transform = transform
+        self._uses = Counter(p for sample in encoded for p in sample.sample.pictures)
+        self._made: dict[Picture, Tensor | Mistake] = {}
+
+    def make(self, picture: Picture) -> None:
+        """Open a picture unless that was done; raise its Mistake each time."""
+        if picture not in self._made:
+            try:
+                self._made[picture] = self._transform(picture.open())
+            except Mistake as mistake:
+                self._made[picture] = mistake
+        made = self._made[picture]
+        if isinstance(made, Mistake):
+            raise made
+
+    def __call__(self, picture: Picture) -> Tensor:
+        """Return the pixels `[3, height, width]` of a picture."""
+        self._uses[picture] -= 1
+        made = self._made[picture] if self._uses[picture] else self._made.pop(picture)
+        assert not isinstance(made, Mistake)
+        return made
+
+
+class From(Sampler[int]):
+    """The steps that are left: start, start + 1, ..., total - 1.
+
+    Its length is `total`, so that progress counts the whole stage after a resume.
+    """
+
+    def __init__(self, start: int, total: int) -> None:
+        """Begin at step `start` of `total`."""
+        self.start, self.total = start, total
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.start, self.total))
+
+    def __len__(self) -> int:
+        return self.total

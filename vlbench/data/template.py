@@ -1,0 +1,83 @@
+"""Chat templates: how turns become the text that the language model reads. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vlbench.data.sample import Turn
+from vlbench.mistakes import Mistake
+
+
+@dataclass(frozen=True)
+class Template:
+    """The texts around the turns of a conversation.
+
+    A conversation is `system`, `after_system`, and for every exchange `before_human`, the
+    question, `before_answer`, `answer_start`, the answer (stripped) and `answer_end`. The model
+    learns `answer_start` + answer + `answer_end`.
+    """
+
+    name: str
+    system: str  # the system prompt; a conversation may bring its own as its first turn
+    after_system: str
+    before_human: str
+    before_answer: str
+    answer_start: str
+    answer_end: str
+    stop: str  # generation ends when this text appears
+
+    def pieces(self, turns: Sequence[Turn]) -> list[tuple[str, bool]]:
+        """Return (text, supervised) pieces; their texts concatenate to the whole conversation.
+
+        Answers are the supervised pieces; everything between two of them is one piece. After a
+        last human turn the text ends where the answer would begin.
+        """
+        pieces: list[tuple[str, bool]] = []
+        system, rest = self.system, list(turns)
+        if rest and rest[0].role == "system":
+            system, rest = rest[0].text, rest[1:]
+        between = system + self.after_system
+        for turn in rest:
+            if turn.role == "human":
+                between += self.before_human + turn.text + self.before_answer
+            elif turn.role == "assistant":
+                answer = self.answer_start + turn.text.strip() + self.answer_end
+                pieces += [(between, False), (answer, True)]
+                between = ""
+            else:
+                raise Mistake(
+                    f"a turn of {turn.role!r} inside a conversation; only the first turn may be "
+                    "'system', the others are 'human' or 'assistant'"
+                )
+        return [*pieces, (between, False)] if between else pieces
+
+    def prompt(self, turns: Sequence[Turn]) -> str:
+        """Return the text that ends where the model's answer begins.
+
+        Raises a Mistake unless the last turn is the human's.
+        """
+        if not turns or turns[-1].role != "human":
+            last = f"of {turns[-1].role!r}" if turns else "missing"
+            raise Mistake(f"a prompt ends with a turn of 'human', but the last turn is {last}")
+        return "".join(text for text, _ in self.pieces(turns))
+
+
+YI_VL = Template(
+    name="yi_vl",
+    system=(
+        "This is a chat between an inquisitive human and an AI assistant. Assume the role of the "
+        "AI assistant. Read all the images carefully, and respond to the human's questions with "
+        "informative, helpful, detailed and polite answers. "
+        "这是一个好奇的人类和一个人工智能助手之间的对话。假设你扮演这个AI助手的角色。"
+        "仔细阅读所有的图像，并对人类的问题做出信息丰富、有帮助、详细的和礼貌的回答。"
+    ),
+    after_system="\n\n###",
+    before_human=" Human: ",
+    before_answer="\n### Assistant:",
+    answer_start=" ",
+    answer_end="\n###",
+    stop="###",
+)
+
+TEMPLATES = {YI_VL.name: YI_VL}
