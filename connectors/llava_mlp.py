@@ -1,0 +1,40 @@
+"""LLaVA's MLP connector, with the LayerNorms of Yi-VL.
+
+Each patch feature is carried into the language model by the same small MLP: a picture takes as many
+tokens as it has patches. LLaVA-1.5 (Liu et al., 2023, arXiv:2310.03744) uses Linear, GELU, Linear;
+Yi-VL's projector, `mlp2x_gelu_Norm`, puts a LayerNorm after each Linear, also the last one.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from vlbench.connector import Connector, Shapes
+
+
+class LlavaMLP(Connector):
+    """`depth` Linear layers with GELU between them, and after each Linear a LayerNorm if `norm`."""
+
+    def __init__(self, shapes: Shapes, depth: int = 2, norm: bool = True) -> None:
+        """Build the MLP from `shapes.vision_width` to `shapes.lm_width`; `depth` is at least 1."""
+        super().__init__()
+        if depth < 1:
+            raise ValueError(f"connector llava_mlp: depth is {depth}; it must be at least 1")
+        self.tokens_per_image = shapes.patches
+        widths = [shapes.vision_width] + [shapes.lm_width] * depth
+        layers: list[nn.Module] = []
+        for index in range(depth):
+            layers += [nn.GELU()] if index else []
+            layers += [nn.Linear(widths[index], widths[index + 1])]
+            layers += [nn.LayerNorm(widths[index + 1])] if norm else []
+        # Yi-VL's own order is Linear, LayerNorm, GELU, Linear, LayerNorm (keys 0, 1, 3, 4; GELU exact).
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Carry `[images, patches, vision_width]` to `[images, patches, lm_width]`."""
+        return self.layers(features)
+
+    def load_reference(self, weights: Mapping[str, Tensor]) -> None:
+        """Load Yi-VL's or LLaVA's `mm_projector` weights, keys `0.weight`, `0.bias`, ..."""
+        prefix = "model.mm_projector."
+        self.layers.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items()})

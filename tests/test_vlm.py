@@ -1,0 +1,177 @@
+"""The model: samples do not touch each other, hooks change nothing until they are trained."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from small import batch_of, sample, small_vlm
+from torch import Tensor, nn
+
+from vlbench import plugins
+from vlbench.connector import Connector, Shapes
+from vlbench.model.messages import prompt_batch
+from vlbench.model.vlm import VLM
+
+LlavaMLP = plugins.connector("llava_mlp")
+
+
+class Gated(Connector):
+    """A minimal injecting connector: a gate per layer, closed at the start."""
+
+    fills_sequence = False
+
+    def __init__(self, shapes: Shapes, gate: float = 0.0) -> None:
+        super().__init__()
+        self.inject_at = (0, 2)
+        self.place = nn.Parameter(torch.randn(shapes.lm_width))
+        self.proj = nn.Linear(shapes.vision_width, shapes.lm_width)
+        self.gate = nn.Parameter(torch.full((3,), gate))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.proj(features)
+
+    def inject(self, layer: int, hidden: Tensor, visual: Tensor, sees: Tensor) -> Tensor:
+        seen = visual.mean(1)[sees.clamp(min=0)] * (sees >= 0).unsqueeze(-1)
+        return hidden + torch.tanh(self.gate[layer]) * seen
+
+
+def gradients(vlm: VLM, batches: list) -> tuple[float, dict[str, Tensor]]:
+    """Return the loss per token over all batches and the gradient of every parameter."""
+    vlm.zero_grad()
+    tokens = sum(batch.tokens for batch in batches)
+    loss = 0.0
+    for batch in batches:
+        out = vlm(batch)
+        (out.loss_sum / tokens).backward()
+        loss += out.loss_sum.item() / tokens
+    return loss, {n: p.grad.clone() for n, p in vlm.named_parameters() if p.grad is not None}
+
+
+def assert_same(ours: tuple, theirs: tuple, tolerance: float = 1e-5) -> None:
+    """Compare loss and gradients by max|a-b| / max|a| per tensor."""
+    assert abs(ours[0] - theirs[0]) <= tolerance * abs(ours[0])
+    assert ours[1].keys() == theirs[1].keys()
+    for name, grad in ours[1].items():
+        # the key third of a fused qkv bias has no gradient in truth: only rounding is left there
+        if name.endswith("in_proj_bias"):
+            width = len(grad) // 3
+            keep = torch.arange(len(grad)) // width != 1
+            grad, other = grad[keep], theirs[1][name][keep]
+        else:
+            other = theirs[1][name]
+        scale = grad.abs().max()
+        if scale > 1e-7:
+            assert (grad - other).abs().max() <= tolerance * scale, name
+
+
+@pytest.mark.parametrize(("connector", "options"), [(LlavaMLP, {}), (Gated, {"gate": 0.5})])
+def test_a_sample_does_not_notice_its_neighbours(connector: type, options: dict) -> None:
+    vlm = small_vlm(connector, options)
+    samples = [sample(1), sample(2, images=2, words=40), sample(3, images=0), sample(4, words=1)]
+    kind = torch.float32
+    if connector is Gated:  # the gradient of a gate is a long sum that cancels: compare in float64
+        vlm, kind = vlm.double(), torch.float64
+
+    def of(rows: list) -> tuple:
+        return gradients(vlm, [batch_of(vlm, part).to("cpu", kind) for part in rows])
+
+    alone = of([[[one]] for one in samples])
+    for other in ([[samples]], [[samples[::-1]]], [[[one] for one in samples]]):
+        assert_same(alone, of(other))
+
+
+def test_four_micro_batches_equal_one_batch() -> None:
+    vlm = small_vlm(LlavaMLP)
+    samples = [sample(n, images=n % 3, words=1 + 3 * (n % 13)) for n in range(32)]
+    whole = gradients(vlm, [batch_of(vlm, [samples])])
+    parts = gradients(vlm, [batch_of(vlm, [samples[i : i + 8]]) for i in range(0, 32, 8)])
+    assert_same(whole, parts)
+
+
+@pytest.mark.parametrize(("connector", "options"), [(LlavaMLP, {}), (Gated, {"gate": 0.5})])
+def test_text_alone_still_gives_every_parameter_a_gradient(
+    connector: type, options: dict
+) -> None:
+    vlm = small_vlm(connector, options)
+    _, grads = gradients(vlm, [batch_of(vlm, [[sample(1, images=0)]])])
+    missing = {n for n, _ in vlm.connector.named_parameters() if f"connector.{n}" not in grads}
+    assert not missing
+    used = {id(p) for p in vlm.vision.used()}
+    towers = {f"vision.{n}" for n, p in vlm.vision.named_parameters() if id(p) in used}
+    assert towers <= grads.keys()
+
+
+def test_closed_gates_equal_the_plain_language_model_bit_for_bit() -> None:
+    vlm = small_vlm(Gated)
+    batch = batch_of(vlm, [[sample(1), sample(2, images=2)]])
+    batch.labels = None
+    with torch.no_grad():
+        ours = vlm(batch).logits
+        embeds = vlm.fuse(batch, vlm.visual(batch))
+        plain = vlm.language.model(
+            inputs_embeds=embeds,
+            position_ids=batch.positions,
+            lengths=batch.lengths,
+            visual=vlm.visual(batch),
+            sees=batch.image_index,
+        ).last_hidden_state
+        for hook in vlm._hooks:
+            hook.remove()
+        bare = vlm.language.model(
+            inputs_embeds=embeds, position_ids=batch.positions, lengths=batch.lengths
+        ).last_hidden_state
+    assert torch.equal(plain, bare)
+    assert torch.equal(ours, vlm.language.lm_head(bare))
+    assert set(vlm.language.state_dict()) == set(small_vlm(LlavaMLP).language.state_dict())
+
+
+def test_visual_tokens_equal_the_same_embeddings_put_by_hand() -> None:
+    vlm = small_vlm(LlavaMLP)
+    batch = batch_of(vlm, [[sample(1)]])
+    batch.labels = None
+    with torch.no_grad():
+        embeds = vlm.language.get_input_embeddings()(batch.ids.clamp(min=0))
+        embeds[0, (batch.ids[0] < 0)] = vlm.visual(batch)[0]
+        vlm.language.set_attn_implementation("sdpa")
+        by_hand = vlm.language(inputs_embeds=embeds).logits
+        vlm.language.set_attn_implementation("vlbench_packed")
+        assert torch.allclose(vlm(batch).logits, by_hand, atol=1e-5)
+
+
+@pytest.mark.parametrize(("connector", "options"), [(LlavaMLP, {}), (Gated, {"gate": 0.5})])
+def test_cached_generation_equals_recomputation(connector: type, options: dict) -> None:
+    vlm = small_vlm(connector, options)
+    asked = [sample(1), sample(2, images=2, words=30), sample(3, images=0)]
+    asked = [replace(one, turns=one.turns[:1]) for one in asked]
+    together = vlm.generate(prompt_batch(vlm, asked), max_new_tokens=8)
+    for one, expected in zip(asked, together, strict=True):
+        batch = prompt_batch(vlm, [one])
+        assert vlm.generate(batch, max_new_tokens=8) == [expected]
+        for token in expected:  # no cache: the whole prompt again for every token
+            logits = vlm(batch).logits[0, -1, : vlm.tokenizer.size]
+            assert int(logits.argmax()) == token
+            batch = _grown(batch, token)
+
+
+def _grown(batch: object, token: int) -> object:
+    """Return a prompt batch of one row with one more token."""
+    more = {
+        "ids": torch.tensor([[token]]),
+        "positions": batch.positions[:, -1:] + 1,
+        "sample_index": batch.sample_index[:, -1:],
+        "image_index": batch.image_index[:, -1:],
+    }
+    grown = {k: torch.cat([getattr(batch, k), v], dim=1) for k, v in more.items()}
+    return replace(batch, **grown, lengths=[[sum(batch.lengths[0]) + 1]])
+
+
+def test_a_resized_tower_keeps_its_language_and_grows_its_places() -> None:
+    vlm = small_vlm(LlavaMLP)
+    before = vlm.connector.state_dict()
+    vlm.resize(56)
+    assert vlm.connector.tokens_per_image == 16 == vlm.shapes.patches
+    after = vlm.connector.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert vlm(batch_of(vlm, [[sample(1)]])).loss_sum.isfinite()

@@ -1,0 +1,102 @@
+"""The connector contract: what carries the features of a vision tower into a language model.
+
+A connector is one file with one subclass of `Connector`. Two families share the contract: those that
+return tokens of the sequence (LLaVA MLP, Q-Former, EVA), and those that feed decoder layers
+(Flamingo); a connector may also do both. The core reaches a connector only through this class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a connector has to fit, known before it is built."""
+
+    patches: int
+    """Features that the tower gives per image at the current resolution, class token not counted."""
+    grid: tuple[int, int]
+    """Rows and columns of patches; rows x columns = patches."""
+    vision_width: int
+    """Width of one feature of the tower."""
+    lm_width: int
+    """Width of the language model's embeddings and hidden states."""
+    lm_layers: int
+    """Number of decoder layers of the language model."""
+
+
+class Connector(nn.Module):
+    """Base class of every connector.
+
+    A subclass takes `Shapes` first and then flat, typed keyword options: its signature is the schema
+    of `connector:` in a recipe. The attributes below are set on the class or in `__init__`.
+    """
+
+    tokens_per_image: int = 1
+    """Places that one image takes in the text."""
+    fills_sequence: bool = True
+    """True: the result of `forward` replaces the places. False: the learned vector `place` does."""
+    inject_at: tuple[int, ...] = ()
+    """Decoder layers whose input passes through `inject` first, counted from 0."""
+    class_token: bool = False
+    """True: `features[:, 0]` is the tower's class token and the patches follow."""
+    place: nn.Parameter
+    """`[lm_width]`, what a place reads when `fills_sequence` is False; owned by the connector."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Turn features `[images, patches, vision_width]` into visual tokens.
+
+        The result is `[images, tokens_per_image, lm_width]` when it fills the sequence, otherwise
+        `[images, tokens, own width]`, to be used by `inject` alone.
+        """
+        raise NotImplementedError
+
+    def inject(self, layer: int, hidden: Tensor, visual: Tensor, sees: Tensor) -> Tensor:
+        """Return the new input of decoder layer `layer`.
+
+        `hidden` is `[rows, length, lm_width]`, `visual` what `forward` returned, and `sees`
+        `[rows, length]` int64 holds the index into `visual` of the nearest image before each position in the
+        same sample, -1 for none. It must be free of side effects: it may run more than once per step.
+        """
+        raise NotImplementedError
+
+    def losses(
+        self, features: Tensor, visual: Tensor, batch: Any
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return `{name: (sum, count)}`, losses to add to the language loss; none by default."""
+        return {}
+
+    def objectives(self) -> tuple[str, ...]:
+        """Name the stage objectives that this connector offers beside `language`."""
+        return ()
+
+    def objective(
+        self, name: str, features: Tensor, batch: Any
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return `{name: (sum, count)}` of the stage objective `name`, one of `objectives()`."""
+        raise NotImplementedError
+
+    def adapt(self, old_state: Mapping[str, Tensor], old_shapes: Shapes) -> Mapping[str, Tensor]:
+        """Return the state of the same connector at other shapes as a state for this one.
+
+        Called when a stage changes the image size; by default nothing depends on it.
+        """
+        return old_state
+
+    def load_reference(self, weights: Mapping[str, Tensor]) -> None:
+        """Load weights that use the reference implementation's own keys."""
+        raise NotImplementedError(f"{type(self).__name__} has no reference weights to load")
+
+
+def zero_like_loss(visual: Tensor) -> Tensor:
+    """Return a zero that depends on every entry of `visual`, so that gradients reach its parameters.
+
+    A batch without images adds it: every trained parameter then has a gradient, as DDP demands.
+    """
+    return torch.zeros((), dtype=visual.dtype, device=visual.device) * visual.float().sum()

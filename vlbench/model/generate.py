@@ -1,0 +1,113 @@
+"""Generation: prompts of any length in one batch, the image encoded once, the cache reused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from vlbench.data.batch import Batch
+from vlbench.model.attention import PACKED
+
+if TYPE_CHECKING:
+    from vlbench.model.vlm import VLM
+
+STOP = "###"
+
+
+def stop_now(tokenizer_decode: Callable[[list[int]], str], new: list[int], eos: int) -> bool:
+    """Tell whether a row has ended: at the end-of-text id, or when its new text contains `###`.
+
+    As in Yi-VL's reference, a `###` given as the very first token is not seen yet.
+    """
+    if new[-1] == eos:
+        return True
+    return len(new) > 1 and STOP in tokenizer_decode(new)
+
+
+def pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
+    """Choose the next ids `[rows]` from logits `[rows, vocabulary]`: greedy at temperature 0."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = (logits.float() / temperature).softmax(-1)
+    ordered, index = probs.sort(-1, descending=True)
+    ordered[ordered.cumsum(-1) - ordered >= top_p] = 0  # the token that crosses top_p stays
+    choice = torch.multinomial(ordered, 1, generator=generator)
+    return index.gather(-1, choice).squeeze(-1)
+
+
+@torch.inference_mode()
+def generate(
+    vlm: VLM,
+    batch: Batch,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    on_token: Callable[[list[list[int]]], None] | None = None,
+) -> list[list[int]]:
+    """Return the new ids of every row of `batch`, prompts padded on the left (`sample_index` -1).
+
+    `on_token` is called after each step with all new ids so far, for streaming. Ids beyond the
+    tokenizer are never chosen.
+    """
+    was_training = vlm.training
+    vlm.eval()
+    vlm.language.set_attn_implementation("sdpa")  # the packed kernel has no padding mask or cache
+    try:
+        return _generate(vlm, batch, max_new_tokens, temperature, top_p, seed, on_token)
+    finally:
+        vlm.language.set_attn_implementation(PACKED)
+        vlm.train(was_training)
+
+
+def _generate(
+    vlm: VLM,
+    batch: Batch,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    on_token: Callable[[list[list[int]]], None] | None,
+) -> list[list[int]]:
+    tokenizer, rows = vlm.tokenizer, len(batch.ids)
+    generator = torch.Generator(device=vlm.device).manual_seed(seed)
+    visual = vlm.visual(batch)
+    embeds, sees, positions = vlm.fuse(batch, visual), batch.image_index, batch.positions
+    mask = (batch.sample_index >= 0).long()
+    cache = DynamicCache(config=vlm.language.config)
+    new: list[list[int]] = [[] for _ in range(rows)]
+    ended = [False] * rows
+    for _ in range(max_new_tokens):
+        hidden = vlm.read(
+            embeds,
+            visual,
+            sees,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        logits = vlm.language.lm_head(hidden[:, -1])[:, : tokenizer.size]
+        ids = pick(logits, temperature, top_p, generator)
+        for row, token in enumerate(ids.tolist()):
+            if not ended[row]:
+                new[row].append(token)
+                ended[row] = stop_now(tokenizer.decode, new[row], tokenizer.eos)
+        if on_token:
+            on_token(new)
+        if all(ended):
+            break
+        embeds = vlm.language.get_input_embeddings()(ids[:, None])
+        sees, positions = sees[:, -1:], positions[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
+    return new
+
+
+def answer_text(vlm: VLM, new: list[int]) -> str:
+    """Return the text of an answer: decoded, stripped, and cut at a `###` that ends it."""
+    text = vlm.tokenizer.decode(new).strip()
+    return text.removesuffix(STOP).strip()

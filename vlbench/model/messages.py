@@ -1,0 +1,115 @@
+"""Conversations as people write them (the Hugging Face chat format) made into prompts for the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vlbench.data.batch import Batch
+from vlbench.data.images import File
+from vlbench.data.sample import IMAGE, PLACEHOLDER, Picture, Sample, Turn, place_tokens
+from vlbench.mistakes import Mistake
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from vlbench.model.vlm import VLM
+
+ROLES = {"system": "system", "user": "human", "assistant": "assistant"}
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A picture that is already in memory."""
+
+    image: Image
+    name: str = "image"
+
+    def open(self) -> Image:
+        """Return the picture in RGB."""
+        return self.image.convert("RGB")
+
+
+def sample_of(messages: list[dict[str, Any]]) -> Sample:
+    """Turn messages into a sample.
+
+    Each message has a `role` (system, user, assistant) and a `content`: a text, or a list of
+    `{"type": "text", "text": ...}` and `{"type": "image", "image": a PIL image or a path}`.
+    """
+    turns, pictures = [], []
+    for number, message in enumerate(messages):
+        if message.get("role") not in ROLES:
+            raise Mistake(
+                f"message {number}: role is {message.get('role')!r}; allowed are {', '.join(ROLES)}"
+            )
+        texts = []
+        content = message.get("content", "")
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            if part.get("type") == "image":
+                texts.append(PLACEHOLDER)
+                pictures.append(_picture(part["image"]))
+            elif part.get("type") == "text":
+                texts.append(part["text"])
+            else:
+                raise Mistake(
+                    f"message {number}: a part has type {part.get('type')!r}; "
+                    "allowed are text and image"
+                )
+        turns.append(Turn(ROLES[message["role"]], "\n".join(texts)))
+    return Sample("chat", tuple(turns), tuple(pictures))
+
+
+def _picture(image: Any) -> Picture:
+    return File(Path(image)) if isinstance(image, str | Path) else Opened(image)
+
+
+def prompt_ids(vlm: VLM, sample: Sample) -> list[int]:
+    """Return the ids of a sample's prompt, `tokens_per_image` places per image.
+
+    The text is cut at the placeholders and each piece tokenised on its own, as the reference does.
+    """
+    text = vlm.template.prompt(sample.turns)
+    if text.count(PLACEHOLDER) != len(sample.pictures):
+        raise Mistake(
+            f"{text.count(PLACEHOLDER)} image places for {len(sample.pictures)} images"
+        )
+    pieces = place_tokens([(text, False)], vlm.tokenizer, vlm.connector.tokens_per_image)
+    return [token for ids, _ in pieces for token in ids]
+
+
+def prompt_batch(vlm: VLM, samples: Sequence[Sample]) -> Batch:
+    """Return prompts as one batch, padded on the left, one sample per row."""
+    rows = [prompt_ids(vlm, sample) for sample in samples]
+    length = max(map(len, rows))
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    sample_index = torch.full_like(ids, -1)
+    image_index = torch.full_like(ids, -1)
+    first = 0
+    for row, tokens in enumerate(rows):
+        start = length - len(tokens)
+        ids[row, start:] = torch.tensor(tokens)
+        sample_index[row, start:] = row
+        places = (ids[row, start:] == IMAGE).long().cumsum(0)
+        per_image = vlm.connector.tokens_per_image
+        image = (places + per_image - 1).div(per_image, rounding_mode="floor") - 1
+        image_index[row, start:] = torch.where(image < 0, image, image + first)
+        first += len(samples[row].pictures)
+    positions = (sample_index >= 0).long().cumsum(1).sub(1).clamp(min=0)
+    pictures = [vlm.transform(p.open()) for sample in samples for p in sample.pictures]
+    side = vlm.vision.image_size
+    return Batch(
+        ids=ids,
+        labels=None,
+        positions=positions,
+        sample_index=sample_index,
+        image_index=image_index,
+        pixels=torch.stack(pictures) if pictures else torch.zeros(0, 3, side, side),
+        sample_id=[sample.id for sample in samples],
+        # padding counts as a sample of its own, so that no position of a prompt sees it
+        lengths=[[n for n in (length - len(row), len(row)) if n] for row in rows],
+        tokens=0,
+    ).to(vlm.device)

@@ -1,0 +1,168 @@
+"""The vision tower: any ViT of open_clip by name, giving the patch features that a recipe asks for."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import open_clip
+import torch
+from open_clip.model import resize_pos_embed
+from torch import Tensor, nn
+
+from vlbench.data.images import ImageTransform
+from vlbench.mistakes import Mistake, nearest
+
+TINY = Path(__file__).parent / "tiny" / "tower"
+
+
+class Tower(nn.Module):
+    """A vision tower cut after one of its blocks.
+
+    Blocks and norms behind the chosen one are kept for exports, but never computed and never
+    trained. `visual` is open_clip's own module, so its state-dict keys stay those of open_clip.
+    """
+
+    def __init__(self, visual: nn.Module, layer: int, norm: bool, preprocess: dict) -> None:
+        """Take features after block `layer` (-2: last but one), normed by the final norm if `norm`."""
+        super().__init__()
+        self.visual = visual
+        self.layer, self.norm, self.class_token = layer, norm, False
+        self.mean, self.std = tuple(preprocess["mean"]), tuple(preprocess["std"])
+        blocks = self.blocks()
+        if not -len(blocks) <= layer < len(blocks):
+            raise Mistake(
+                f"vision.layer is {layer}; this tower has {len(blocks)} blocks, "
+                f"so {-len(blocks)} to {len(blocks) - 1} are allowed"
+            )
+        self.index = layer % len(blocks)
+
+    def blocks(self) -> nn.ModuleList:
+        """Return the transformer blocks, first to last."""
+        if hasattr(self.visual, "trunk"):
+            return self.visual.trunk.blocks
+        return self.visual.transformer.resblocks
+
+    @property
+    def width(self) -> int:
+        """Width of one feature."""
+        if hasattr(self.visual, "trunk"):
+            return self.visual.trunk.embed_dim
+        return self.visual.positional_embedding.shape[-1]
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square input in pixels."""
+        return self.visual.image_size[0]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches at the current image size."""
+        if hasattr(self.visual, "trunk"):
+            return tuple(self.visual.trunk.patch_embed.grid_size)
+        return tuple(self.visual.grid_size)
+
+    @property
+    def transform(self) -> ImageTransform:
+        """The image transform that this tower needs at its current image size."""
+        size = self.image_size
+        return ImageTransform(size=size, crop=size, mean=self.mean, std=self.std)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Turn pixels `[images, 3, height, width]` into features `[images, patches, width]`.
+
+        With `class_token` the tower's class token comes first: `[images, 1 + patches, width]`.
+        """
+        out = self.visual.forward_intermediates(
+            pixels,
+            indices=[self.index],
+            stop_early=True,
+            normalize_intermediates=self.norm,
+            intermediates_only=True,
+            output_fmt="NLC",
+            output_extra_tokens=self.class_token,
+        )
+        features = out["image_intermediates"][0]
+        if self.class_token:
+            features = torch.cat([out["image_intermediates_prefix"][0][:, :1], features], dim=1)
+        return features
+
+    def resize(self, image_size: int) -> None:
+        """Change the input to `image_size` pixels: position embeddings are resized as open_clip does."""
+        patch = self.image_size // self.grid[0]
+        if image_size % patch:
+            raise Mistake(
+                f"image_size is {image_size}; this tower needs a multiple of {patch}, "
+                f"for example {max(1, round(image_size / patch)) * patch}"
+            )
+        if image_size == self.image_size:
+            return
+        visual = self.visual
+        if hasattr(visual, "trunk"):
+            visual.set_input_size(image_size)
+            return
+        visual.image_size = (image_size, image_size)
+        visual.grid_size = (image_size // patch, image_size // patch)
+        key = "visual.positional_embedding"
+        state = {key: visual.positional_embedding.data}
+        resize_pos_embed(state, SimpleNamespace(visual=visual))
+        visual.positional_embedding = nn.Parameter(state[key].contiguous())
+
+    def used(self) -> list[nn.Parameter]:
+        """Return the parameters that the features depend on: the others must not be trained."""
+        unused = set()
+        for block in self.blocks()[self.index + 1 :]:
+            unused |= {id(p) for p in block.parameters()}
+        unused |= {id(p) for name, p in self.visual.named_parameters() if self._behind(name)}
+        return [p for p in self.parameters() if id(p) not in unused]
+
+    def _behind(self, name: str) -> bool:
+        """Tell whether the parameter belongs to what follows the last block."""
+        parts = name.removeprefix("trunk.").split(".")
+        norms = {"ln_post", "norm", "fc_norm"}
+        heads = {"proj", "head", "attn_pool", "attn_pool_contrastive"}
+        return parts[0] in heads or (parts[0] in norms and not self.norm)
+
+
+def build_tower(name: str, weights: str, layer: int = -2, norm: bool = False) -> Tower:
+    """Build the tower `name` and load `weights`.
+
+    `name` is a model of open_clip, "tiny" or a folder with `open_clip_config.json`; `weights` is
+    "embedded", "random", a pretrained tag of open_clip or a file.
+    """
+    source = f"local-dir:{TINY}" if name == "tiny" else name
+    folder = Path(name)
+    if (folder / "open_clip_config.json").is_file():
+        source = f"local-dir:{folder}"
+    elif name != "tiny" and name not in open_clip.list_models():
+        raise Mistake(
+            f"vision.name is '{name}'; known are 'tiny', a folder with open_clip_config.json and "
+            f"the ViTs of open_clip.{nearest(name, open_clip.list_models())}"
+        )
+    local = source.startswith("local-dir:")
+    pretrained = None if local or weights == "random" else _known_weights(name, weights)
+    logging.getLogger().setLevel(logging.WARNING)  # open_clip reports every load at INFO
+    clip = open_clip.create_model(
+        source, pretrained=pretrained, load_weights=local and weights != "random"
+    )
+    visual = clip.visual
+    if not hasattr(visual, "transformer") and not hasattr(
+        getattr(visual, "trunk", None), "blocks"
+    ):
+        raise Mistake(
+            f"vision.name is '{name}', which is no ViT; towers that work are open_clip's ViT-* "
+            "and EVA* models, for example ViT-H-14, ViT-L-14-336 or EVA02-L-14-336"
+        )
+    return Tower(visual, layer, norm, open_clip.get_model_preprocess_cfg(clip))
+
+
+def _known_weights(name: str, weights: str) -> str:
+    """Return `weights` if it is a file or one of open_clip's tags for this model."""
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if weights in tags or Path(weights).is_file():
+        return weights
+    raise Mistake(
+        f"vision.weights is '{weights}'; for {name} allowed are 'random', a file, "
+        f"or one of {', '.join(tags) or '(no tags)'}.{nearest(weights, tags)}"
+    )

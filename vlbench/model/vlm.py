@@ -1,0 +1,210 @@
+"""Where the parts meet: the tower sees, the connector carries, the language model reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from vlbench.connector import Connector, Shapes, zero_like_loss
+from vlbench.data.batch import Batch
+from vlbench.data.images import ImageTransform
+from vlbench.data.sample import IGNORE, IMAGE
+from vlbench.data.template import Template
+from vlbench.data.tokenizer import Tokenizer
+from vlbench.model.generate import answer_text, generate
+from vlbench.model.messages import prompt_batch, sample_of
+from vlbench.model.vision import Tower
+
+PARTS = ("vision", "connector", "language")
+
+
+@dataclass
+class Output:
+    """What a forward pass gives: logits for a batch without labels, otherwise sums of losses."""
+
+    logits: Tensor | None = None
+    """`[rows, length, vocabulary]`, or None when the batch has labels."""
+    loss_sum: Tensor | None = None
+    """Sum of the cross entropy over supervised positions."""
+    tokens: int = 0
+    """Number of supervised positions."""
+    extra: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """The connector's own losses, `{name: (sum, count)}`."""
+
+
+class VLM(nn.Module):
+    """A vision-language model: `vision`, `connector` and `language`, with tokenizer and template."""
+
+    def __init__(
+        self,
+        vision: Tower,
+        connector: type[Connector],
+        options: dict[str, Any],
+        language: nn.Module,
+        tokenizer: Tokenizer,
+        template: Template,
+        max_length: int,
+    ) -> None:
+        """Build `connector` with `options` between `vision` and `language`."""
+        super().__init__()
+        self.vision, self.language = vision, language
+        self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
+        self._connector_class, self._options = connector, options
+        self.connector = self._connect()
+        layers = self.language.model.layers
+        self._hooks = [
+            layers[i].register_forward_pre_hook(self._inject(i), with_kwargs=True)
+            for i in self.connector.inject_at
+        ]
+
+    @property
+    def shapes(self) -> Shapes:
+        """What the connector has to fit, at the current image size."""
+        rows, columns = self.vision.grid
+        config = self.language.config
+        return Shapes(
+            patches=rows * columns,
+            grid=(rows, columns),
+            vision_width=self.vision.width,
+            lm_width=config.hidden_size,
+            lm_layers=config.num_hidden_layers,
+        )
+
+    @property
+    def transform(self) -> ImageTransform:
+        """The one image transform of training, evaluation and chat."""
+        return self.vision.transform
+
+    @property
+    def device(self) -> torch.device:
+        """Where the language model's embeddings are."""
+        return self.language.get_input_embeddings().weight.device
+
+    def _connect(self) -> Connector:
+        connector = self._connector_class(self.shapes, **self._options)
+        self.vision.class_token = connector.class_token
+        return connector
+
+    def resize(self, image_size: int) -> None:
+        """Change the image size: the tower is resized, the connector built anew and adapted."""
+        old_shapes, old_state = self.shapes, self.connector.state_dict()
+        self.vision.resize(image_size)
+        if self.shapes != old_shapes:
+            connector = self._connect()
+            connector.load_state_dict(dict(connector.adapt(old_state, old_shapes)), strict=True)
+            self.connector = connector.to(self.device)
+
+    def train(self, mode: bool = True) -> VLM:
+        """Set training mode, except for a frozen tower, which always runs in evaluation mode."""
+        super().train(mode)
+        if not self._vision_trains():
+            self.vision.eval()
+        return self
+
+    def _vision_trains(self) -> bool:
+        return any(p.requires_grad for p in self.vision.parameters())
+
+    def features(self, batch: Batch) -> Tensor:
+        """Return the tower's features `[images, patches, vision_width]`; nothing flows if frozen."""
+        pixels = batch.pixels
+        if not len(pixels):  # a batch of text alone still runs every part, so gradients exist
+            side = self.vision.image_size
+            pixels = pixels.new_zeros(1, 3, side, side)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._vision_trains()):
+            return self.vision(pixels)
+
+    def visual(self, batch: Batch) -> Tensor:
+        """Return the visual tokens `[images, tokens, width]`."""
+        return self.connector(self.features(batch))
+
+    def fuse(self, batch: Batch, visual: Tensor) -> Tensor:
+        """Return the embeddings `[rows, length, lm_width]` with the visual tokens at their places."""
+        embeds = self.language.get_input_embeddings()(batch.ids.clamp(min=0))
+        if not len(batch.pixels):
+            unused = [visual] if self.connector.fills_sequence else [visual, self.connector.place]
+            return embeds + sum(zero_like_loss(one).to(embeds.dtype) for one in unused)
+        where = (batch.ids == IMAGE).nonzero(as_tuple=True)
+        if self.connector.fills_sequence:
+            values = visual.flatten(0, 1)
+        else:
+            values = self.connector.place.expand(len(where[0]), -1)
+        if len(values) != len(where[0]):
+            raise AssertionError(f"{len(where[0])} places for {len(values)} visual tokens")
+        return embeds.index_put(where, values.to(embeds.dtype))
+
+    def _inject(self, layer: int) -> Any:
+        """Return the hook of decoder layer `layer`: visual tokens arrive as keyword arguments."""
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden = self.connector.inject(layer, hidden, kwargs["visual"], kwargs["sees"])
+            if args:
+                return (hidden, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": hidden}
+
+        return hook
+
+    def read(self, embeds: Tensor, visual: Tensor, sees: Tensor, **kwargs: Any) -> Any:
+        """Run the decoder layers over `embeds`; `kwargs` go to the language model's forward."""
+        if self.connector.inject_at:
+            kwargs |= {"visual": visual, "sees": sees}
+        return self.language.model(inputs_embeds=embeds, **kwargs)
+
+    def recompute(self) -> None:
+        """Save memory: compute activations again in the backward pass instead of keeping them."""
+        self.language.gradient_checkpointing_enable({"use_reentrant": False})
+        self.vision.visual.set_grad_checkpointing(True)
+
+    def forward(self, batch: Batch, objective: str = "language") -> Output:
+        """Give all logits for a batch without labels, otherwise the summed loss of its labels.
+
+        An `objective` other than "language" is one of the connector's own and leaves the language
+        model out. Training must go through here: DDP and FSDP hook `forward` alone.
+        """
+        features = self.features(batch)
+        if objective != "language":
+            return Output(extra=self.connector.objective(objective, features, batch))
+        visual = self.connector(features)
+        hidden = self.read(
+            self.fuse(batch, visual),
+            visual,
+            batch.image_index,
+            position_ids=batch.positions,
+            lengths=batch.lengths,
+            use_cache=False,
+        ).last_hidden_state
+        if batch.labels is None:
+            return Output(logits=self.language.lm_head(hidden))
+        supervised = batch.labels != IGNORE
+        logits = self.language.lm_head(hidden[supervised])
+        loss = cross_entropy(logits.float(), batch.labels[supervised], reduction="sum")
+        extra = self.connector.losses(features, visual, batch)
+        return Output(loss_sum=loss, tokens=batch.tokens, extra=extra)
+
+    def prompt(self, messages: list[dict]) -> str:
+        """Return the exact text that a conversation in the chat-message format becomes."""
+        return self.template.prompt(sample_of(messages).turns)
+
+    def prepare(self, messages: list[dict] | list[list[dict]]) -> Batch:
+        """Return the batch of one conversation, or of several, ready for `generate`."""
+        several = messages if messages and isinstance(messages[0], list) else [messages]
+        return prompt_batch(self, [sample_of(one) for one in several])
+
+    def generate(self, batch: Batch, **options: Any) -> list[list[int]]:
+        """Return the new ids of every row; options are those of `model.generate.generate`."""
+        return generate(self, batch, **options)
+
+    def chat(self, messages: list[dict], max_new_tokens: int = 512, **options: Any) -> str:
+        """Answer a conversation in the Hugging Face chat-message format."""
+        new = self.generate(self.prepare(messages), max_new_tokens=max_new_tokens, **options)
+        return answer_text(self, new[0])
+
+    def parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """Give the three parts by name."""
+        for name in PARTS:
+            yield name, getattr(self, name)
