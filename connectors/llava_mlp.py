@@ -27,7 +27,7 @@ class LlavaMLP(Connector):
             layers += [nn.GELU()] if index else []
             layers += [nn.Linear(widths[index], widths[index + 1])]
             layers += [nn.LayerNorm(widths[index + 1])] if norm else []
-        # Yi-VL's own order is Linear, LayerNorm, GELU, Linear, LayerNorm (keys 0, 1, 3, 4; GELU exact).
+        # Yi-VL's own order: Linear, LayerNorm, GELU (exact), Linear, LayerNorm (keys 0, 1, 3, 4).
         self.layers = nn.Sequential(*layers)
 
     def forward(self, features: Tensor) -> Tensor:

@@ -91,9 +91,7 @@ def test_four_micro_batches_equal_one_batch() -> None:
 
 
 @pytest.mark.parametrize(("connector", "options"), [(LlavaMLP, {}), (Gated, {"gate": 0.5})])
-def test_text_alone_still_gives_every_parameter_a_gradient(
-    connector: type, options: dict
-) -> None:
+def test_text_alone_still_gives_every_parameter_a_gradient(connector: type, options: dict) -> None:
     vlm = small_vlm(connector, options)
     _, grads = gradients(vlm, [batch_of(vlm, [[sample(1, images=0)]])])
     missing = {n for n, _ in vlm.connector.named_parameters() if f"connector.{n}" not in grads}

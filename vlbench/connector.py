@@ -1,7 +1,7 @@
 """The connector contract: what carries the features of a vision tower into a language model.
 
-A connector is one file with one subclass of `Connector`. Two families share the contract: those that
-return tokens of the sequence (LLaVA MLP, Q-Former, EVA), and those that feed decoder layers
+A connector is one file with one subclass of `Connector`. Two families share the contract: those
+that return tokens of the sequence (LLaVA MLP, Q-Former, EVA), and those that feed decoder layers
 (Flamingo); a connector may also do both. The core reaches a connector only through this class.
 """
 
@@ -20,7 +20,7 @@ class Shapes:
     """What a connector has to fit, known before it is built."""
 
     patches: int
-    """Features that the tower gives per image at the current resolution, class token not counted."""
+    """Features that the tower gives per image at this resolution, class token not counted."""
     grid: tuple[int, int]
     """Rows and columns of patches; rows x columns = patches."""
     vision_width: int
@@ -34,8 +34,8 @@ class Shapes:
 class Connector(nn.Module):
     """Base class of every connector.
 
-    A subclass takes `Shapes` first and then flat, typed keyword options: its signature is the schema
-    of `connector:` in a recipe. The attributes below are set on the class or in `__init__`.
+    A subclass takes `Shapes` first and then flat, typed keyword options: its signature is the
+    schema of `connector:` in a recipe. The attributes below are set on the class or in `__init__`.
     """
 
     tokens_per_image: int = 1
@@ -61,8 +61,9 @@ class Connector(nn.Module):
         """Return the new input of decoder layer `layer`.
 
         `hidden` is `[rows, length, lm_width]`, `visual` what `forward` returned, and `sees`
-        `[rows, length]` int64 holds the index into `visual` of the nearest image before each position in the
-        same sample, -1 for none. It must be free of side effects: it may run more than once per step.
+        `[rows, length]` int64 holds the index into `visual` of the nearest image before each
+        position in the same sample, -1 for none. It must be free of side effects: it may run more
+        than once per step.
         """
         raise NotImplementedError
 
@@ -95,7 +96,7 @@ class Connector(nn.Module):
 
 
 def zero_like_loss(visual: Tensor) -> Tensor:
-    """Return a zero that depends on every entry of `visual`, so that gradients reach its parameters.
+    """Return a zero that depends on every entry of `visual`: gradients reach its parameters.
 
     A batch without images adds it: every trained parameter then has a gradient, as DDP demands.
     """

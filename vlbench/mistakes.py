@@ -10,6 +10,10 @@ class Mistake(ValueError):
     """Something that the user can put right; one line of text per mistake, no stack trace."""
 
 
+class Trouble(RuntimeError):
+    """What went wrong on the machine and not in the command: one line, but exit code 1."""
+
+
 class BadSample(Mistake):
     """One sample that cannot be learned from; it is named, and left out or stops the run."""
 

@@ -29,9 +29,10 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attend causally inside each sample of each row.
 
-    `query` is `[rows, heads, length, head width]`; `key` and `value` may have fewer heads. `lengths`
-    gives the samples of each row in order, as Python numbers; what follows them is padding and gets
-    zeros. Without `lengths` every row is one sample. Returns `[rows, length, heads, head width]`.
+    `query` is `[rows, heads, length, head width]`; `key` and `value` may have fewer heads.
+    `lengths` gives the samples of each row in order, as Python numbers; what follows them is
+    padding and gets zeros. Without `lengths` every row is one sample. Returns
+    `[rows, length, heads, head width]`.
     """
     rows, _, length, _ = query.shape
     lengths = lengths or [[length]] * rows

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
 
 from vlbench.mistakes import Mistake, nearest
 from vlbench.model.attention import PACKED
@@ -55,14 +56,13 @@ def config_of(name: str) -> LlamaConfig:
     return LlamaConfig.from_pretrained(folder)
 
 
-def build_language(
-    name: str, weights: str, dtype: torch.dtype = torch.float32
-) -> LlamaForCausalLM:
+def build_language(name: str, weights: str, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     """Build the language model `name` and load `weights`.
 
     `weights` is "embedded", "random", or a folder or hub id in the Hugging Face layout. The model
     attends over packed rows (model/attention.py).
     """
+    logging.disable_progress_bar()  # of reading weights; it would stand above the training's own
     if weights == "random":
         model = AutoModelForCausalLM.from_config(
             config_of(name), dtype=dtype, attn_implementation=PACKED

@@ -1,4 +1,4 @@
-"""Conversations as people write them (the Hugging Face chat format) made into prompts for the model."""
+"""Conversations as people write them (the Hugging Face chat format) made into prompts."""
 
 from __future__ import annotations
 
@@ -74,9 +74,7 @@ def prompt_ids(vlm: VLM, sample: Sample) -> list[int]:
     """
     text = vlm.template.prompt(sample.turns)
     if text.count(PLACEHOLDER) != len(sample.pictures):
-        raise Mistake(
-            f"{text.count(PLACEHOLDER)} image places for {len(sample.pictures)} images"
-        )
+        raise Mistake(f"{text.count(PLACEHOLDER)} image places for {len(sample.pictures)} images")
     pieces = place_tokens([(text, False)], vlm.tokenizer, vlm.connector.tokens_per_image)
     return [token for ids, _ in pieces for token in ids]
 

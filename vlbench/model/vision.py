@@ -1,10 +1,11 @@
-"""The vision tower: any ViT of open_clip by name, giving the patch features that a recipe asks for."""
+"""The vision tower: any ViT of open_clip by name, giving the features that a recipe asks for."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import open_clip
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from vlbench.data.images import ImageTransform
 from vlbench.mistakes import Mistake, nearest
 
+Colour = tuple[float, float, float]
 TINY = Path(__file__).parent / "tiny" / "tower"
 
 
@@ -24,12 +26,15 @@ class Tower(nn.Module):
     trained. `visual` is open_clip's own module, so its state-dict keys stay those of open_clip.
     """
 
+    visual: Any
+
     def __init__(self, visual: nn.Module, layer: int, norm: bool, preprocess: dict) -> None:
-        """Take features after block `layer` (-2: last but one), normed by the final norm if `norm`."""
+        """Take features after block `layer` (-2: last but one), with the final norm if `norm`."""
         super().__init__()
         self.visual = visual
         self.layer, self.norm, self.class_token = layer, norm, False
-        self.mean, self.std = tuple(preprocess["mean"]), tuple(preprocess["std"])
+        self.mean: Colour = tuple(preprocess["mean"])
+        self.std: Colour = tuple(preprocess["std"])
         blocks = self.blocks()
         if not -len(blocks) <= layer < len(blocks):
             raise Mistake(
@@ -89,7 +94,7 @@ class Tower(nn.Module):
         return features
 
     def resize(self, image_size: int) -> None:
-        """Change the input to `image_size` pixels: position embeddings are resized as open_clip does."""
+        """Change the input to `image_size` pixels; position embeddings are resized by open_clip."""
         patch = self.image_size // self.grid[0]
         if image_size % patch:
             raise Mistake(
@@ -147,9 +152,7 @@ def build_tower(name: str, weights: str, layer: int = -2, norm: bool = False) ->
         source, pretrained=pretrained, load_weights=local and weights != "random"
     )
     visual = clip.visual
-    if not hasattr(visual, "transformer") and not hasattr(
-        getattr(visual, "trunk", None), "blocks"
-    ):
+    if not hasattr(visual, "transformer") and not hasattr(getattr(visual, "trunk", None), "blocks"):
         raise Mistake(
             f"vision.name is '{name}', which is no ViT; towers that work are open_clip's ViT-* "
             "and EVA* models, for example ViT-H-14, ViT-L-14-336 or EVA02-L-14-336"

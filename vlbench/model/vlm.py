@@ -38,7 +38,9 @@ class Output:
 
 
 class VLM(nn.Module):
-    """A vision-language model: `vision`, `connector` and `language`, with tokenizer and template."""
+    """A vision-language model: `vision`, `connector`, `language`, with tokenizer and template."""
+
+    language: Any  # a causal language model of transformers with Llama's layout
 
     def __init__(
         self,
@@ -110,7 +112,7 @@ class VLM(nn.Module):
         return any(p.requires_grad for p in self.vision.parameters())
 
     def features(self, batch: Batch) -> Tensor:
-        """Return the tower's features `[images, patches, vision_width]`; nothing flows if frozen."""
+        """Return the tower's features `[images, patches, vision_width]`; no gradient if frozen."""
         pixels = batch.pixels
         if not len(pixels):  # a batch of text alone still runs every part, so gradients exist
             side = self.vision.image_size
@@ -123,7 +125,7 @@ class VLM(nn.Module):
         return self.connector(self.features(batch))
 
     def fuse(self, batch: Batch, visual: Tensor) -> Tensor:
-        """Return the embeddings `[rows, length, lm_width]` with the visual tokens at their places."""
+        """Return embeddings `[rows, length, lm_width]` with the visual tokens at their places."""
         embeds = self.language.get_input_embeddings()(batch.ids.clamp(min=0))
         if not len(batch.pixels):
             unused = [visual] if self.connector.fills_sequence else [visual, self.connector.place]
@@ -157,7 +159,8 @@ class VLM(nn.Module):
 
     def recompute(self) -> None:
         """Save memory: compute activations again in the backward pass instead of keeping them."""
-        self.language.gradient_checkpointing_enable({"use_reentrant": False})
+        new = getattr(self.language, "activation_checkpointing_enable", None)  # its name in v6
+        (new or self.language.gradient_checkpointing_enable)({"use_reentrant": False})
         self.vision.visual.set_grad_checkpointing(True)
 
     def forward(self, batch: Batch, objective: str = "language") -> Output:
@@ -192,7 +195,7 @@ class VLM(nn.Module):
 
     def prepare(self, messages: list[dict] | list[list[dict]]) -> Batch:
         """Return the batch of one conversation, or of several, ready for `generate`."""
-        several = messages if messages and isinstance(messages[0], list) else [messages]
+        several: Any = messages if messages and isinstance(messages[0], list) else [messages]
         return prompt_batch(self, [sample_of(one) for one in several])
 
     def generate(self, batch: Batch, **options: Any) -> list[list[int]]:

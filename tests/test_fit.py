@@ -1,0 +1,190 @@
+"""The main job with few steps: it trains, survives every kind of end, and says what it did."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vlbench import recipe as recipes
+from vlbench.__main__ import main
+from vlbench.train import checkpoint
+
+STEPS = {"align_224": 3, "align_448": 2, "chat": 4}
+SHORT = [
+    "fit",
+    "recipe=yivl_llava",
+    *(f"stages.{name}.steps={steps}" for name, steps in STEPS.items()),
+    *(f"stages.{name}.batch=4" for name in STEPS),
+    "log.questions=8",
+    "log.evaluate_every=2",
+    "log.tensorboard=false",
+]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run."""
+    folder = tmp_path_factory.mktemp("fit") / "whole"
+    assert main([*SHORT, f"run={folder}"]) == 0
+    return folder
+
+
+def final_weights(run: Path) -> dict[str, torch.Tensor]:
+    last = checkpoint.positions(run / "checkpoints")[-1]
+    assert (last.name, last.step) == ("chat", STEPS["chat"])
+    return load_file(run / "checkpoints" / last.folder / "model.safetensors")
+
+
+def assert_same_weights(run: Path, other: Path) -> None:
+    ours, theirs = final_weights(run), final_weights(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def log_of(run: Path) -> list[list[str]]:
+    """Return stage, step and losses of every line of metrics.csv; times differ."""
+    lines = (run / "metrics.csv").read_text().splitlines()
+    return [line.split(",")[:6] for line in lines]
+
+
+def test_a_run_describes_itself(whole: Path) -> None:
+    results = json.loads((whole / "results.json").read_text())
+    wanted = (
+        "accuracy unseen_accuracy blank_accuracy shuffled_accuracy accuracy_by_type "
+        "accuracy_by_language questions seconds peak_memory_bytes tokens_per_second recipe size "
+        "connector seed commit"
+    )
+    assert set(wanted.split()) <= results.keys()
+    assert results["questions"] == 8 and results["connector"] == "llava_mlp"
+    assert (whole / "examples.png").stat().st_size > 10_000
+    assert "torch" in json.loads((whole / "versions.json").read_text())
+    assert recipes.load_file(whole / "recipe.yaml").stages["chat"].steps == 4
+
+
+def test_every_stage_changes_what_it_trains_and_nothing_else(whole: Path) -> None:
+    folder = whole / "checkpoints"
+    ends = {p.name: p for p in checkpoint.positions(folder) if p.step == STEPS[p.name]}
+    align = load_file(folder / ends["align_448"].folder / "model.safetensors")
+    chat = load_file(folder / ends["chat"].folder / "model.safetensors")
+    assert not any(key.startswith("language.") for key in align)
+    changed = {key.split(".")[0] for key in align if not torch.equal(align[key], chat[key])}
+    assert changed == {"vision", "connector"}
+    assert any(key.startswith("language.") for key in chat)
+
+
+def test_a_finished_run_shows_its_results_again(
+    whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (whole / "results.json").stat().st_mtime_ns
+    assert main([*SHORT, f"run={whole}"]) == 0
+    assert "exact match" in capsys.readouterr().out
+    assert (whole / "results.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("saves", [2, 4, 7])
+def test_a_kill_while_a_checkpoint_is_written_loses_nothing(
+    whole: Path, tmp_path: Path, saves: int
+) -> None:
+    """Die in the middle of save number `saves`: in a stage, between two stages, in the last one."""
+    dying = (
+        "import os, signal, sys, vlbench.train.checkpoint as c\n"
+        "whole, count = c.save_file, 0\n"
+        "def torn(state, path):\n"
+        "    global count\n"
+        "    count += 1\n"
+        "    whole(state, path)\n"
+        f"    if count == {saves}:\n"
+        "        os.truncate(path, 1000)\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "c.save_file = torn\n"
+        "from vlbench.__main__ import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    run = tmp_path / "killed"
+    words = [*SHORT, f"run={run}"]
+    killed = subprocess.run([sys.executable, "-c", dying, *words], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert list((run / "checkpoints").glob(".writing-*"))
+    assert main(words) == 0
+    assert_same_weights(whole, run)
+    assert log_of(whole) == log_of(run)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_says_how_to_go_on_and_exits_130(
+    whole: Path, tmp_path: Path, number: int
+) -> None:
+    run = tmp_path / "stopped"
+    words = [*SHORT, f"run={run}"]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "vlbench", *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    while child.poll() is None and not list(run.glob("checkpoints/0-*")):
+        time.sleep(0.01)
+    child.send_signal(number)
+    _, errors = child.communicate(timeout=120)
+    assert child.returncode == 130, errors
+    assert f"run={run}" in errors and "Traceback" not in errors
+    assert not (run / "results.json").exists()
+    assert main(words) == 0
+    assert_same_weights(whole, run)
+
+
+def test_a_run_of_another_recipe_is_refused_with_the_keys_that_differ(
+    whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SHORT, f"run={whole}", "seed=1", "stages.chat.clip=0.7"]) == 2
+    said = capsys.readouterr().err
+    assert "seed" in said and "stages.chat.clip" in said and len(said.splitlines()) == 1
+
+
+def test_a_loss_that_is_not_finite_is_skipped_named_and_ends_the_run_in_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vlbench.model.vlm import VLM
+
+    forward = VLM.forward
+
+    def broken(self: VLM, batch: object, objective: str = "language") -> object:
+        out = forward(self, batch, objective)
+        if out.loss_sum is not None and self.connector.training and out.loss_sum.requires_grad:
+            out.loss_sum = out.loss_sum * float("nan")
+        return out
+
+    monkeypatch.setattr(VLM, "forward", broken)
+    words = [*SHORT, f"run={tmp_path / 'nan'}", "trainer.stop_after_bad=2"]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "step 1: loss is not finite, step skipped; samples: " in said
+    assert "2 steps in a row" in said
+
+
+def test_a_dry_run_does_one_step_of_every_stage_and_keeps_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*SHORT, "dry_run=true"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"{name}: " in said for name in STEPS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_checkpointing_changes_nothing_but_memory(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "recomputed"
+    assert main([*SHORT, f"run={run}", "checkpointing=full"]) == 0
+    ours, theirs = final_weights(whole), final_weights(run)
+    for key, value in ours.items():
+        assert torch.allclose(value, theirs[key], atol=1e-4), key

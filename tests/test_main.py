@@ -1,0 +1,169 @@
+"""The verbs: help, listing, exit codes, and what is (not) imported for them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from vlbench import __version__, schema
+from vlbench.__main__ import VERBS, main
+from vlbench.mistakes import BadSample, Mistake, Trouble, nearest
+
+ROOT = Path(__file__).parents[1]
+QUICK = [
+    [],
+    ["--help"],
+    ["--version"],
+    ["fit", "--help"],
+    ["list"],
+    ["show", "recipe=yivl_llava"],
+    ["fit", "recipe=yivl_llav"],
+    ["fit", "recipe=yivl_llava", "connector.detph=1"],
+    ["fit", "recipe=yivl_llava", "size=34b"],
+    ["chatt"],
+]
+
+
+def python(program: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a Python program in `folder` with this checkout on its path."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("words", QUICK, ids=" ".join)
+def test_what_only_looks_imports_no_torch(words, tmp_path):
+    done = python(
+        f"import sys; from vlbench.__main__ import main; code = main({words})\n"
+        "assert not {'torch', 'transformers', 'lightning', 'open_clip'} & set(sys.modules)\n"
+        "print('code', code)",
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    mistaken = not words or words[0] == "chatt" or (words[0] == "fit" and words[1] != "--help")
+    assert done.stdout.splitlines()[-1] == f"code {2 if mistaken else 0}"
+
+
+def test_help_names_every_verb_and_every_key(capsys):
+    assert main(["--help"]) == 0
+    overview = capsys.readouterr().out
+    assert all(f"\n  {name}" in overview for name in VERBS)
+    assert main(["fit", "--help"]) == 0
+    table = capsys.readouterr().out
+    assert all(row.name in table and row.help in table for row in schema.rows())
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(verb, capsys):
+    assert main([verb, "--help"]) == 0
+    assert f"python -m vlbench {verb} " in capsys.readouterr().out
+
+
+def test_list_names_what_there_is(capsys):
+    assert main(["list"]) == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("yivl_llava", "tiny", "34b", "depth: int = 2", "EVA02-L"))
+    assert main(["list", "towers"]) == 0
+    assert "ViT-H-14" in capsys.readouterr().out.splitlines()
+    assert main(["list", "tower"]) == 2
+    assert "Did you mean 'towers'?" in capsys.readouterr().err
+
+
+def test_list_survives_a_broken_connector(tmp_path, monkeypatch, capsys):
+    (tmp_path / "connectors").mkdir()
+    (tmp_path / "connectors" / "broken.py").write_text("class A(:")
+    monkeypatch.chdir(tmp_path)
+    assert main(["list", "connectors"]) == 0
+    text = capsys.readouterr().out
+    assert "cannot be used" in text and "llava_mlp" in text
+
+
+def test_a_mistake_is_one_line_each_and_exit_code_2(capsys):
+    assert main(["show", "recipe=yivl_llava", "sede=1", "size=7b"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 2
+    assert all(line.startswith("vlbench: ") for line in err.splitlines())
+
+
+def test_an_unknown_verb_and_no_verb(capsys):
+    assert main(["fti"]) == 2
+    assert "Did you mean 'fit'?" in capsys.readouterr().err
+    assert main([]) == 2
+
+
+def test_interrupts_and_failures(monkeypatch, capsys):
+    def raising(error: BaseException) -> None:
+        def call(words: list[str]) -> int:
+            raise error
+
+        monkeypatch.setitem(VERBS, "fit", VERBS["fit"]._replace(call=call))
+
+    raising(KeyboardInterrupt())
+    assert main(["fit"]) == 130
+    raising(BadSample("a", "is broken"))
+    assert main(["fit"]) == 2
+    assert "vlbench: sample a: is broken" in capsys.readouterr().err
+    raising(Trouble("out of memory"))
+    assert main(["fit"]) == 1
+    assert capsys.readouterr().err == "vlbench: out of memory\n"
+    raising(RuntimeError("a bug"))
+    with pytest.raises(RuntimeError):
+        main(["fit"])
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path):
+    command = f"{sys.executable} -m vlbench fit --help | true"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == ""
+
+
+def test_nearest():
+    assert nearest("langauge", ["language", "vision"]) == " Did you mean 'language'?"
+    assert nearest("TINY", ["tiny"]) == " Did you mean 'tiny'?"
+    assert nearest("zzz", ["language"]) == ""
+    assert isinstance(BadSample("a", "b"), Mistake)
+
+
+def test_version_is_that_of_the_project(capsys):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["project"]["version"] == __version__
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"vlbench {__version__}\n"
+
+
+def test_every_package_and_data_file_is_declared():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    declared = set(settings["tool"]["setuptools"]["packages"])
+    there = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for path in ROOT.glob("vlbench/**/__init__.py")
+    }
+    assert declared == there | {"vlbench.connectors", "vlbench.recipes"}
+    for package, patterns in settings["tool"]["setuptools"]["package-data"].items():
+        folder = settings["tool"]["setuptools"]["package-dir"].get(package)
+        root = ROOT / (folder or package.replace(".", "/"))
+        data = {path for path in root.rglob("*") if path.suffix not in (".py", ".pyc", "")}
+        assert data == {path for pattern in patterns for path in root.glob(pattern)} & data, package
+
+
+def test_installed_versions_are_within_the_bounds():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for line in project["dependencies"]:
+        name, _, bound = line.partition(">=")
+        have = importlib.metadata.version(name).split("+")[0].split(".")
+        assert [int(part) for part in have[:2]] >= [int(part) for part in bound.split(".")[:2]], (
+            line
+        )

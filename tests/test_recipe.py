@@ -1,0 +1,340 @@
+"""Recipes: layers, strictness, values of the command line, resuming, and every shipped recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vlbench import recipe as recipes
+from vlbench.mistakes import Mistake
+from vlbench.recipe import differences, dump, load, load_file, save
+from vlbench.schema import Recipe, rows
+
+OWN = """# python -m vlbench fit recipe=own
+# A recipe of one's own.
+connector: {name: llava_mlp, depth: 3}
+stages:
+  only_one:
+    image_size: 56
+    form: chat
+    train: {connector: {lr: 1e-3}}
+    batch: 4
+    epochs: 1
+"""
+
+
+def llava(*words: str) -> Recipe:
+    """Load the main recipe with more words."""
+    return load(["recipe=yivl_llava", *words])
+
+
+def mistakes(*words: str) -> list[str]:
+    """Return the lines that loading the main recipe with more words raises."""
+    with pytest.raises(Mistake) as caught:
+        llava(*words)
+    return str(caught.value).splitlines()
+
+
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str = OWN) -> None:
+    """Work in a folder that has `recipes/own.yaml`."""
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "own.yaml").write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("size", recipes.sizes())
+@pytest.mark.parametrize("name", recipes.recipes())
+def test_every_recipe_loads_at_every_size_and_survives_its_copy(name, size, tmp_path):
+    recipe = load([f"recipe={name}", f"size={size}"])
+    save(recipe, tmp_path / "recipe.yaml")
+    assert load_file(tmp_path / "recipe.yaml") == recipe
+    assert recipe.size == size and recipe.stages
+
+
+def test_every_stage_of_a_size_belongs_to_some_recipe():
+    known = {stage for path in recipes.recipes().values() for stage in recipes.read(path)["stages"]}
+    for path in recipes.sizes().values():
+        assert set(recipes.read(path).get("stages", {})) <= known, path
+
+
+def test_first_line_of_every_recipe_is_its_command_and_the_next_says_what_it_is():
+    for name, path in recipes.recipes().items():
+        first = path.read_text(encoding="utf-8").splitlines()[0]
+        assert first == f"# python -m vlbench fit recipe={name}"
+        assert recipes.summary(path)
+
+
+def test_published_numbers_at_full_size():
+    for size, language in (("6b", "yi-6b"), ("34b", "yi-34b")):
+        recipe = llava(f"size={size}")
+        stages = recipe.stages
+        assert (recipe.vision.name, recipe.language.name) == ("ViT-H-14", language)
+        assert [s.image_size for s in stages.values()] == [224, 448, 448]
+        assert [s.batch for s in stages.values()] == [4096, 4096, 256]
+        assert [s.clip for s in stages.values()] == [0.5, 0.5, 1.0]
+        assert [s.epochs for s in stages.values()] == [1, 1, 2]
+        assert [list(s.train) for s in stages.values()] == [["vision", "connector"]] * 2 + [
+            ["vision", "connector", "language"]
+        ]
+        assert {how.lr for how in stages["chat"].train.values()} == {2e-5}
+        assert {how.lr for how in stages["align_448"].train.values()} == {1e-4}
+
+
+def test_command_line_wins_over_size_over_recipe():
+    assert llava().stages["chat"].image_size == 112
+    assert llava("size=6b").stages["chat"].image_size == 448
+    assert llava("stages.chat.image_size=84").stages["chat"].image_size == 84
+
+
+def test_epochs_on_the_command_line_replace_the_steps_of_the_size():
+    stage = llava("stages.chat.epochs=2").stages["chat"]
+    assert (stage.epochs, stage.steps) == (2.0, None)
+    assert llava("stages.chat.steps=0").stages["chat"].steps == 0
+
+
+def test_a_mixture_replaces_the_source_of_the_size():
+    data = llava("data.mix=[{train: a.json, weight: 2}, {train: b.json, images: dir}]").data
+    assert data.train is None and data.mix is not None
+    assert [(one.train, one.images, one.weight) for one in data.mix] == [
+        ("a.json", None, 2.0),
+        ("b.json", "dir", 1.0),
+    ]
+
+
+def test_data_of_one_stage_fills_up_from_the_others():
+    recipe = llava("stages.chat.data.train=a.json", "data.questions=7")
+    assert recipe.stages["chat"].data.train == "a.json"
+    assert recipe.stages["chat"].data.questions == 7
+    assert recipe.stages["align_224"].data is None and recipe.data.train == "scenes"
+
+
+def test_data_train_replaces_what_a_recipe_gives_its_stages(tmp_path, monkeypatch):
+    in_folder(tmp_path, monkeypatch, OWN + "    data: {train: of_the_recipe.json}\n")
+    assert load(["recipe=own", "size=6b"]).stages["only_one"].data.train == "of_the_recipe.json"
+    assert load(["recipe=own", "size=6b", "data.train=x.json"]).stages["only_one"].data is None
+
+
+def test_a_part_set_to_null_is_frozen():
+    assert list(llava("stages.chat.train.language=null").stages["chat"].train) == [
+        "vision",
+        "connector",
+    ]
+
+
+def test_all_mistakes_at_once_each_with_the_nearest_name():
+    lines = mistakes(
+        "langauge.name=tiny",
+        "stages.chatt.steps=3",
+        "stages.chat.stepss=3",
+        "stages.chat.train.visoin.lr=1",
+        "connector.detph=3",
+        "connector.norm=2",
+        "vision.name=ViT-H14",
+        "language.name=yi-6",
+        "size=tinny",
+        "steps=5",
+        "foo",
+        "only=chta",
+    )
+    wanted = {
+        "'langauge'": "'language'",
+        "'chatt'": "'chat'",
+        "'stages.chat.stepss'": "'steps'",
+        "'visoin'": "'vision'",
+        "'detph'": "'depth'",
+        "connector.norm": "true or false",
+        "'ViT-H14'": "'ViT-H-14'",
+        "language.name": "tiny, yi-6b, yi-34b",
+        "'tinny'": "'tiny'",
+        "'steps'": "'stages.NAME.steps'",
+        "'foo'": "KEY=VALUE",
+        "'chta'": "'chat'",
+    }
+    for given, answer in wanted.items():
+        assert any(given in line and answer in line for line in lines), (given, lines)
+    assert len(lines) == len(wanted)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["recipe=yivl_lava"], "Did you mean 'yivl_llava'?"),
+        (["size=6b"], "recipe=NAME is needed"),
+        (["recipe=missing.yaml"], "missing.yaml: No such file"),
+    ],
+)
+def test_recipes_that_are_not_there(words, expected):
+    with pytest.raises(Mistake, match=expected.replace("?", r"\?")):
+        load(words)
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("stages.chat.steps=2e3", "write 2000"),
+        ("stages.chat.steps=1.5", "whole number"),
+        ("stages.chat.steps=-1", "at least 0"),
+        ("stages.chat.steps=true", "whole number"),
+        ("stages.chat.clip=nan", "a number"),
+        ("stages.chat.clip=inf", "a number"),
+        ("stages.chat.train.vision.lr=-5", "above 0"),
+        ("stages.chat.train.vision.lr=1_0", "a number"),
+        ("stages.chat.train.vision=1e-4", "is a mapping"),
+        ("stages.chat.betas=0.9", "2 of float"),
+        ("stages.chat.betas=[0.9,1.5]", "at most"),
+        ("stages.chat.form=captions", "caption, chat"),
+        ("stages=chat", "is a mapping"),
+        ("stages.chat={a: 1", "cannot be read"),
+        ("connector=mine", "is a mapping"),
+        ("connector.name=mine", "no connector 'mine'"),
+        ("dry_run=yes", "true or false"),
+        ("precision=16", "32, bf16"),
+        ("seed=", "no value"),
+        ("run=a${b", "not interpolated"),
+        ("vision.name=ViT-B-32", "only vision.name=tiny has"),
+        ("only=[a,b", "cannot be read"),
+        ("data.mix=[]", "list of mappings"),
+        ("=3", "KEY=VALUE"),
+        ("seed.x=3", "whole number"),
+    ],
+)
+def test_one_wrong_value_is_one_line(word, expected):
+    lines = mistakes(word)
+    assert len(lines) == 1 and expected in lines[0], lines
+
+
+def test_a_key_is_given_once():
+    assert "seed is given twice" in mistakes("seed=1", "seed=2")[0]
+    assert "as a whole and in parts" in mistakes("connector={depth: 1}", "connector.depth=2")[0]
+    assert "not both" in mistakes("only=chat", "from=chat")[0]
+    assert "not both" in mistakes("stages.chat.steps=1", "stages.chat.epochs=1")[0]
+
+
+@pytest.mark.parametrize("text", ["0_07", "yes", "1e-4", "what # is", "Read: what?", "a=b", "007"])
+def test_text_stays_as_it_was_typed(text, tmp_path):
+    recipe = llava(f"run={text}")
+    assert recipe.run == text
+    save(recipe, tmp_path / "copy.yaml")
+    assert load_file(tmp_path / "copy.yaml").run == text
+
+
+def test_values_are_read_by_the_type_of_their_key():
+    recipe = llava(
+        "precision=32",
+        "dry_run=true",
+        "stages.chat.clip=null",
+        "stages.chat.train.vision.lr=1e-4",
+        "stages.chat.betas=0.9,0.98",
+        "connector={name:llava_mlp,depth: 3}",
+        "run=none",
+        "trainer.checkpoint_every=5",
+    )
+    chat = recipe.stages["chat"]
+    assert recipe.precision == "32" and recipe.dry_run is True and recipe.run is None
+    assert chat.clip is None and chat.train["vision"].lr == 1e-4 and chat.betas == (0.9, 0.98)
+    assert recipe.connector == {"name": "llava_mlp", "depth": 3, "norm": True}
+    assert recipe.trainer.checkpoint_every == 5.0
+
+
+@pytest.mark.parametrize("word", ["only=chat", "only=[chat]", "only=[chat,align_224]", "from=chat"])
+def test_stages_are_chosen(word):
+    recipe = llava(word)
+    if word.startswith("from"):
+        assert recipe.from_ == "chat"
+    else:
+        assert recipe.only == (("chat", "align_224") if "," in word else ("chat",))
+
+
+def test_recipes_of_the_working_folder(tmp_path, monkeypatch):
+    in_folder(tmp_path, monkeypatch)
+    recipe = load(["recipe=own"])
+    assert recipe.connector == {"name": "llava_mlp", "depth": 3, "norm": True}
+    assert list(recipe.stages) == ["only_one"] and recipe.language.name == "tiny"
+    assert load(["recipe=recipes/own.yaml"]).stages == recipe.stages
+    assert "yivl_llava" in recipes.recipes()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("1e-3", "'1e-3'", "lr must be a number, given '1e-3'"),
+        ("depth: 3", "depth: '3'", "connector.depth must be a whole number"),
+        ("batch: 4", "batch: 4.0", "batch must be a whole number, given 4.0; write 4"),
+        ("batch: 4", "batch: true", "batch must be a whole number"),
+        ("    batch: 4\n", "", "stages.only_one.batch is missing"),
+        ("    epochs: 1\n", "", "needs epochs or steps"),
+        ("form: chat", "form: ${x}", "not interpolated"),
+        ("form: chat", "form: [", "own.yaml:9"),
+        ("form: chat", "form: chat\n    form: chat", "own.yaml:8"),
+        ("form: chat", "form: chat\n    fromm: chat", "own.yaml: unknown key"),
+        ("connector: {name: llava_mlp, depth: 3}", "seed: 1", "connector.name is missing"),
+        ("connector:", "connectr:", "Did you mean 'connector'?"),
+        (OWN, "[1, 2]", "is not a mapping"),
+        (OWN, "seed: 1", "stages is missing"),
+    ],
+)
+def test_mistakes_in_a_file(old, new, expected, tmp_path, monkeypatch):
+    assert old in OWN
+    in_folder(tmp_path, monkeypatch, OWN.replace(old, new))
+    with pytest.raises(Mistake) as caught:
+        load(["recipe=own"])
+    assert expected in str(caught.value)
+
+
+def test_a_file_may_write_a_choice_without_quotes(tmp_path, monkeypatch):
+    in_folder(tmp_path, monkeypatch, OWN + "precision: 32\n")
+    assert load(["recipe=own"]).precision == "32"
+
+
+def test_another_connector_leaves_the_options_of_the_first(tmp_path, monkeypatch):
+    in_folder(tmp_path, monkeypatch)
+    (tmp_path / "connectors").mkdir()
+    (tmp_path / "connectors" / "mine.py").write_text(
+        "from vlbench.connector import Connector\n"
+        "class Mine(Connector):\n"
+        "    def __init__(self, shapes, *, width: int | None = None, kind='a'):\n"
+        "        super().__init__()\n"
+    )
+    recipe = load(["recipe=own", "connector.name=mine", "connector.width=8"])
+    assert recipe.connector == {"name": "mine", "width": 8, "kind": "a"}
+    assert load(["recipe=own", "connector.norm=false"]).connector["depth"] == 3
+
+
+def test_differences_name_what_a_resume_may_not_change():
+    before = llava()
+    free = ("trainer.keep_last=3", "data.workers=3", "log.every=1", "run=x", "dry_run=true")
+    assert differences(before, llava(*free, "profile=true")) == []
+    changed = differences(before, llava("seed=1", "stages.chat.steps=7", "connector.depth=1"))
+    steps = before.stages["chat"].steps
+    assert changed == [
+        "seed (0 before, 1 now)",
+        "connector.depth (2 before, 1 now)",
+        f"stages.chat.steps ({steps} before, 7 now)",
+    ]
+    frozen = differences(before, llava("stages.chat.train.language=null"))
+    assert frozen[0].startswith("stages.chat.train.language.lr")
+
+
+def test_a_run_can_be_named_without_its_recipe(tmp_path):
+    recipe = llava("seed=5", f"run={tmp_path}")
+    save(recipe, tmp_path / "recipe.yaml")
+    assert load([f"run={tmp_path}"]) == recipe
+    assert load([f"run={tmp_path}", "seed=6"]).seed == 6
+
+
+def test_full_sizes_ask_for_data():
+    with pytest.raises(Mistake, match="size=6b needs data.train=FILE"):
+        recipes.require_data(llava("size=6b"))
+    recipes.require_data(llava("size=6b", "data.train=a.json"))
+    recipes.require_data(llava("size=6b", "only=chat", "stages.chat.data.train=a.json"))
+
+
+def test_every_key_has_a_meaning_and_the_copy_has_every_key():
+    assert all(row.help for row in rows())
+    top = [line.split(":")[0] for line in dump(llava()).splitlines() if line[0] not in " -"]
+    wanted = (
+        "recipe size seed run init only from precision checkpointing dry_run profile "
+        "vision language connector data stages trainer log"
+    )
+    assert top == wanted.split()

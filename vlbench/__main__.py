@@ -1,0 +1,142 @@
+"""The verbs: `python -m vlbench VERB key=value ...`; each calls one function of one module."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+from vlbench.mistakes import Mistake, Trouble, nearest
+
+
+class Verb(NamedTuple):
+    """What a verb does, and what it is called with."""
+
+    usage: str
+    meaning: str
+    call: Callable[[list[str]], int]
+
+
+def fit(words: list[str]) -> int:
+    """Train a recipe."""
+    from vlbench import recipe as recipes
+
+    recipe = recipes.load(words)
+    recipes.require_data(recipe)
+    # Threads of torch that spin while they wait make a machine with other work 20 times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from vlbench.train import stages  # after the checks: it takes seconds
+
+    return stages.fit(recipe)
+
+
+def evaluate(words: list[str]) -> int:
+    """Evaluate a run."""
+    from vlbench.evaluate.run import main as evaluate_run
+
+    return evaluate_run(words)
+
+
+def chat(words: list[str]) -> int:
+    """Talk to a model."""
+    from vlbench.serve.chat import main as talk
+
+    return talk(words)
+
+
+def show(words: list[str]) -> int:
+    """Print a resolved recipe."""
+    from vlbench import recipe as recipes
+
+    print(recipes.dump(recipes.load(words)), end="")
+    return 0
+
+
+def list_(words: list[str]) -> int:
+    """Print what there is."""
+    from vlbench import listing
+
+    print("\n".join(listing.lines(words)))
+    return 0
+
+
+VERBS = {
+    "fit": Verb("recipe=NAME [size=SIZE] [KEY=VALUE ...]", "train a recipe and evaluate it", fit),
+    "eval": Verb(
+        "run=DIR [data=FILE images=FOLDER]", "evaluate a run or a released model", evaluate
+    ),
+    "chat": Verb("run=DIR question=TEXT [image=FILE]", "talk to a run or a released model", chat),
+    "show": Verb("recipe=NAME [size=SIZE] [KEY=VALUE ...]", "print a resolved recipe", show),
+    "list": Verb("[recipes|sizes|connectors|towers]", "print what there is", list_),
+}
+HELP = ("--help", "-h", "help")
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run the verb in `words` (default: the command line) and return the exit code."""
+    try:
+        code = run(sys.argv[1:] if words is None else words)
+        sys.stdout.flush()  # here, so that a reader who has left is noticed here
+        return code
+    except (Mistake, Trouble) as error:
+        for line in str(error).splitlines():
+            print(f"vlbench: {line}", file=sys.stderr)
+        return 2 if isinstance(error, Mistake) else 1
+    except KeyboardInterrupt:
+        print("vlbench: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing is left to be written at exit
+        return 1
+
+
+def run(words: list[str]) -> int:
+    """Call the verb that the first word names with the others."""
+    if not words or words[0] in HELP:
+        print(overview())
+        return 0 if words else 2
+    if words[0] == "--version":
+        from vlbench import __version__
+
+        print(f"vlbench {__version__}")
+        return 0
+    if words[0] not in VERBS:
+        verbs = ", ".join(VERBS)
+        raise Mistake(f"no verb '{words[0]}'; verbs: {verbs}.{nearest(words[0], VERBS)}")
+    if any(word in HELP[:2] for word in words[1:]):
+        print(usage(words[0]))
+        return 0
+    return VERBS[words[0]].call(words[1:])
+
+
+def overview() -> str:
+    """Return the help of the whole program."""
+    verbs = [f"  {name:6} {verb.meaning}" for name, verb in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: python -m vlbench VERB [KEY=VALUE ...]",
+            "",
+            "Train vision-language models with any connector, and compare connectors fairly.",
+            "",
+            *verbs,
+            "",
+            "Start with: python -m vlbench fit recipe=yivl_llava",
+            "`fit --help` has the table of all keys, `list` what they can name.",
+        ]
+    )
+
+
+def usage(name: str) -> str:
+    """Return the help of one verb; `fit` and `show` have the table of all keys."""
+    verb = VERBS[name]
+    lines = [f"usage: python -m vlbench {name} {verb.usage}", "", f"{verb.meaning}.".capitalize()]
+    if name in ("fit", "show"):
+        from vlbench import listing
+
+        lines += ["", *listing.keys()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""Yi's tokenizer: sentencepiece underneath, in the manner of the slow Llama tokenizer.
+
+The strings of the special tokens are cut out first and become their ids; every rest goes to
+sentencepiece as it is. This is what the reference does (`legacy=true`); the fast tokenizers of
+transformers 5 differ from it on texts with images, odd spaces and broken bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from sentencepiece import SentencePieceProcessor
+
+from vlbench.mistakes import Mistake
+
+SPECIAL = ("<|startoftext|>", "<|endoftext|>", "<unk>")  # bos, eos, unk of Yi
+_SPACE = "\u2581"  # how sentencepiece writes a space
+
+
+class Tokenizer:
+    """Turn text into ids and back.
+
+    `bos`, `eos` and `unk` are ids. `add_bos` puts `bos` before every encoded text, as the
+    `add_bos_token` of a checkpoint asks; Yi-VL does not. `extra` names tokens beyond the
+    sentencepiece model.
+    """
+
+    def __init__(
+        self,
+        model_file: str | Path,
+        special: Sequence[str] = SPECIAL,
+        add_bos: bool = False,
+        extra: Sequence[str] = (),
+    ) -> None:
+        self._folder = Path(model_file).parent
+        self._pieces = _open(Path(model_file))
+        pieces = self._pieces.get_piece_size()
+        self.size = pieces + len(extra)
+        self._special = {name: self._pieces.piece_to_id(name) for name in special}
+        self._special |= {name: pieces + index for index, name in enumerate(extra)}
+        self.bos, self.eos, self.unk = (self._special[name] for name in special[:3])
+        self.add_bos = add_bos
+        self._names = {index: name for name, index in self._special.items()}
+        longest_first = sorted(self._special, key=len, reverse=True)
+        self._cut = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Tokenizer:
+        """Read `tokenizer.model` and `tokenizer_config.json` of a checkpoint's folder."""
+        folder = Path(folder)
+        path = folder / "tokenizer_config.json"
+        config = _read(path) if path.is_file() else {}
+        roles = zip(("bos_token", "eos_token", "unk_token"), SPECIAL, strict=True)
+        special = [_content(config.get(role), default) for role, default in roles]
+        model_file = folder / "tokenizer.model"
+        extra = _added(config, _open(model_file).get_piece_size(), folder)
+        return cls(model_file, special, bool(config.get("add_bos_token", False)), extra)
+
+    def save(self, folder: Path) -> None:
+        """Copy the files that `load` reads into `folder`."""
+        for name in ("tokenizer.model", "tokenizer_config.json"):
+            if (self._folder / name).is_file():
+                (folder / name).write_bytes((self._folder / name).read_bytes())
+
+    def encode(self, text: str) -> list[int]:
+        """Give the ids of a text; strings of special tokens become their ids."""
+        ids = [self.bos] if self.add_bos else []
+        # Without "<" there is no special token: spare the cutting.
+        parts = self._cut.split(text) if "<" in text else [text]
+        for part in parts:
+            special = self._special.get(part)
+            if special is not None:
+                ids.append(special)
+            elif part:
+                ids.extend(self._pieces.encode(part))
+        return ids
+
+    def decode(self, ids: Iterable[int], keep_special: bool = False) -> str:
+        """Give the text of ids, without special tokens unless they are kept.
+
+        One leading space is dropped. Raises ValueError for an id that the tokenizer does not have,
+        such as an image's.
+        """
+        ids = list(ids)
+        for index in ids:
+            if not 0 <= index < self.size:
+                raise ValueError(f"no token has the id {index} (allowed: 0 to {self.size - 1})")
+        if not keep_special:
+            ids = [index for index in ids if index not in self._names]
+        pieces = [self._names.get(index) or self._pieces.id_to_piece(index) for index in ids]
+        if pieces:
+            pieces[0] = pieces[0].removeprefix(_SPACE)
+        text, run = "", list[str]()
+        for index, piece in zip(ids, pieces, strict=True):
+            if index not in self._names:
+                run.append(piece)
+                continue
+            # The reference writes a space before ordinary text that ends at a special token.
+            text += (" " + self._pieces.decode(run) if run else "") + piece
+            run = []
+        return text + (self._pieces.decode(run) if run else "")
+
+
+def _open(path: Path) -> SentencePieceProcessor:
+    if not path.is_file():
+        raise Mistake(f"there is no tokenizer file {path}")
+    try:
+        return SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise Mistake(f"{path} is not a sentencepiece model: {error}") from None
+
+
+def _read(path: Path) -> dict[str, object]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise Mistake(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise Mistake(f"{path} does not hold a JSON object")
+    return config
+
+
+def _content(token: object, default: str) -> str:
+    """Give the string of a token, which may be written as an object with `content`."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else default
+
+
+def _added(config: dict[str, object], pieces: int, folder: Path) -> list[str]:
+    """List the tokens that a checkpoint adds beyond its sentencepiece model, in order of id."""
+    added: dict[int, str] = {}
+    decoder = config.get("added_tokens_decoder")
+    if isinstance(decoder, dict):
+        added = {int(index): _content(token, "") for index, token in decoder.items()}
+    path = folder / "added_tokens.json"
+    if path.is_file():
+        added |= {int(str(index)): name for name, index in _read(path).items()}
+    beyond = sorted(index for index in added if index >= pieces)
+    if beyond != list(range(pieces, pieces + len(beyond))):
+        raise Mistake(f"the added tokens of {folder} do not follow its {pieces} pieces: {beyond}")
+    return [added[index] for index in beyond]

@@ -1,0 +1,1 @@
+"""Evaluation: questions, answers, and what they add up to."""

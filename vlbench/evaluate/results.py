@@ -1,0 +1,162 @@
+"""The end of a run: answers to held-out questions, two controls, results.json and examples.png."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlbench.data.order import Order
+from vlbench.data.sources import SCENES, held_out, sources
+from vlbench.evaluate.ask import accuracy, accuracy_by, ask
+from vlbench.evaluate.picture import Example, draw_examples
+from vlbench.evaluate.questions import (
+    Question,
+    blanked,
+    scene_questions,
+    shuffled,
+    source_questions,
+)
+from vlbench.model.vlm import VLM
+from vlbench.schema import Recipe
+from vlbench.train.run import Run, commit
+
+LIMIT = 1000  # questions asked of a user's own data
+
+
+def questions_of(recipe: Recipe) -> tuple[str, list[Question], list[Question]]:
+    """Return what is asked at the end: (of what, questions, questions about unseen pairs)."""
+    name, stage = list(recipe.stages.items())[-1]
+    data, limit = stage.data or recipe.data, recipe.log.questions
+    if data.train == SCENES and not data.mix and not data.val:
+        new, unseen = scene_questions("new"), scene_questions("unseen")
+        return "new pictures", spread(new, limit), spread(unseen, limit)
+    source = held_out(recipe.data, stage, recipe.seed)
+    if source is not None:
+        return f"held-out {source.name}", source_questions(source, limit or LIMIT), []
+    asked: list[Question] = []
+    for trained, _ in sources(recipe.data, stage, name, recipe.seed):
+        asked += source_questions(trained, (limit or LIMIT) - len(asked))
+    return "the training conversations, no data.val was given", asked, []
+
+
+def spread(questions: list[Question], count: int | None) -> list[Question]:
+    """Return `count` questions drawn from all over the list, always the same; all for None."""
+    if count is None or count >= len(questions):
+        return questions
+    draw = Order(len(questions), "spread")
+    return [questions[draw(n)] for n in range(count)]
+
+
+def write_results(
+    recipe: Recipe, run: Run, vlm: VLM, stop: Callable[[], bool], seconds: Callable[[], float]
+) -> bool:
+    """Ask, and write results.json, answers.jsonl and examples.png; False if `stop` cut it short.
+
+    `seconds` tells how long the run has taken.
+    """
+    asked_of, questions, unseen = questions_of(recipe)
+    sets = {
+        "accuracy": questions,
+        "unseen_accuracy": unseen,
+        "blank_accuracy": blanked(questions, vlm.transform.mean),
+        "shuffled_accuracy": shuffled(questions),
+    }
+    answers: dict[str, list[str]] = {}
+    for name, asked in sets.items():
+        answers[name] = ask(vlm, asked, name.removesuffix("_accuracy"), stop)
+        if stop():
+            return False
+    _write_answers(run.folder / "answers.jsonl", sets, answers)
+    right = answers["accuracy"]
+    draw_examples(
+        examples(questions, right, recipe.log.examples),
+        run.folder / "examples.png",
+        f"{recipe.recipe}, size {recipe.size}: answers about {asked_of}",
+    )
+    results: dict[str, Any] = {
+        name: accuracy(asked, answers[name]) if asked else None for name, asked in sets.items()
+    }
+    results |= {
+        "accuracy_by_type": accuracy_by(questions, right, lambda q: q.type),
+        "accuracy_by_language": accuracy_by(questions, right, lambda q: q.language),
+        "questions": len(questions),
+        "unseen_questions": len(unseen),
+        "asked_of": asked_of,
+        "seconds": round(seconds(), 1),
+        "peak_memory_bytes": peak_memory(),
+        "tokens_per_second": tokens_per_second(run.folder / "metrics.csv"),
+        "recipe": recipe.recipe,
+        "size": recipe.size,
+        "connector": recipe.connector["name"],
+        "seed": recipe.seed,
+        "commit": commit(),
+    }
+    write_whole(run.results_file, json.dumps(results, indent=1, ensure_ascii=False))
+    return True
+
+
+def examples(questions: list[Question], answers: list[str], count: int) -> list[Example]:
+    """Return `count` examples spread evenly over the questions."""
+    right = dict(zip(map(id, questions), answers, strict=True))
+    return [
+        Example(
+            tuple(p.open() for p in question.sample.pictures),
+            question.sample.turns[-1].text.split("\n")[-1],
+            right[id(question)],
+            question.answer,
+        )
+        for question in spread(questions, count)
+    ]
+
+
+def _write_answers(
+    path: Path, sets: dict[str, list[Question]], answers: dict[str, list[str]]
+) -> None:
+    lines = [
+        json.dumps(
+            {
+                "set": name.removesuffix("_accuracy"),
+                "id": question.sample.id,
+                "type": question.type,
+                "language": question.language,
+                "truth": question.answer,
+                "answer": answer,
+                "correct": answer == question.answer,
+            },
+            ensure_ascii=False,
+        )
+        for name, asked in sets.items()
+        for question, answer in zip(asked, answers[name], strict=True)
+    ]
+    write_whole(path, "\n".join(lines) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file under a temporary name and rename it, so that it is never seen half."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def peak_memory() -> int:
+    """Return the peak memory in bytes: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def tokens_per_second(metrics: Path) -> float | None:
+    """Return the mean rate of the last stage, from metrics.csv; None if nothing was trained."""
+    if not metrics.is_file():
+        return None
+    with metrics.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    rates = [float(row["tokens_per_second"]) for row in rows if row["stage"] == rows[-1]["stage"]]
+    return round(sum(rates) / len(rates), 1) if rates else None

@@ -1,0 +1,42 @@
+"""`python -m vlbench eval`: ask a run or a checkpoint questions with known answers."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from pathlib import Path
+
+from vlbench import recipe as recipes
+from vlbench.data.llava import LlavaJson
+from vlbench.evaluate.ask import accuracy, accuracy_by, ask
+from vlbench.evaluate.questions import Question, source_questions
+from vlbench.evaluate.results import questions_of
+from vlbench.mistakes import Mistake
+from vlbench.serve.load import load_run
+from vlbench.train import checkpoint
+from vlbench.words import given_keys
+
+
+def main(words: list[str]) -> int:
+    """Evaluate `run=DIR` (a run or a checkpoint); `data=FILE.json` asks that file's questions."""
+    given = given_keys("eval", words, ("run",), ("data", "images"))
+    folder = checkpoint.find(Path(given["run"]))
+    sets: dict[str, list[Question]] = {}
+    if "data" in given:
+        source = LlavaJson(given["data"], given.get("images"))
+        sets[source.name] = source_questions(source, len(source) * 100)
+    else:
+        asked_of, questions, unseen = questions_of(recipes.load_file(folder / "recipe.yaml"))
+        sets = {asked_of: questions, "unseen pairs": unseen}
+    vlm = load_run(given["run"])
+    for name, questions in sets.items():
+        if not questions and name != "unseen pairs":
+            raise Mistake(f"{name} holds no sample with an image that could be asked about")
+        if not questions:
+            continue
+        answers = ask(vlm, questions, name)
+        print(f"{name}: {accuracy(questions, answers):.3f} of {len(questions)} questions right")
+        for kind in ("type", "language"):
+            groups = accuracy_by(questions, answers, attrgetter(kind))
+            if groups:
+                print(f"  by {kind}: {', '.join(f'{n} {v:.3f}' for n, v in groups.items())}")
+    return 0

@@ -1,0 +1,159 @@
+"""From `recipe=... size=... key=value` to a resolved, checked `Recipe`, and to its YAML copy.
+
+Three layers, each walked strictly before they are merged: the recipe's file, the size's file, and
+the command line. A later layer wins. All mistakes are collected and raised together.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from vlbench import words as command_line
+from vlbench.layers import build, checked, differing, merge, plain
+from vlbench.mistakes import Mistake, nearest
+from vlbench.plugins import shipped
+from vlbench.schema import Recipe
+from vlbench.strict import Walk
+
+
+def load(words: list[str]) -> Recipe:
+    """Return the recipe that the words `recipe=... size=... key=value ...` describe.
+
+    Without `recipe=`, `run=DIR` takes the recipe of that run. Raises one Mistake with a line for
+    every thing that is wrong.
+    """
+    tree, mistakes = command_line.tree(words)
+    base, name, size = _base(tree, mistakes)
+    stages = base.get("stages")
+    known = list(stages) if isinstance(stages, dict) else None
+    layers = [(base, Walk(name)), (size, Walk(f"size {tree.get('size', 'tiny')}", known))]
+    return _resolve([*layers, (tree, Walk("", known))], mistakes)
+
+
+def load_file(path: str | Path) -> Recipe:
+    """Return the resolved recipe that `save` wrote."""
+    return _resolve([(read(Path(path)), Walk(str(path)))], [])
+
+
+def save(recipe: Recipe, path: str | Path) -> None:
+    """Write the resolved recipe as YAML."""
+    Path(path).write_text(dump(recipe), encoding="utf-8")
+
+
+def dump(recipe: Recipe) -> str:
+    """Return the resolved recipe as YAML; every key is there."""
+    return str(OmegaConf.to_yaml(OmegaConf.create(plain(recipe))))
+
+
+def differences(before: Recipe, now: Recipe) -> list[str]:
+    """Return keys that differ, as "seed (0 before, 1 now)"; not those a resume may change."""
+    return differing(plain(before), plain(now))
+
+
+def require_data(recipe: Recipe) -> None:
+    """Raise a Mistake when a stage that is to run has nothing to learn from."""
+    for name, stage in recipe.stages.items():
+        data = stage.data or recipe.data
+        runs = recipe.only is None or name in recipe.only
+        if runs and data.train is None and data.mix is None:
+            raise Mistake(
+                f"size={recipe.size} needs data.train=FILE.json (LLaVA's format) and "
+                f"data.images=FOLDER: stage {name} has nothing to learn from"
+            )
+
+
+def recipes() -> dict[str, Path]:
+    """Return the recipes by name: those of `./recipes`, then the shipped ones."""
+    return _named(".")
+
+
+def sizes() -> dict[str, Path]:
+    """Return the sizes by name: those of `./recipes/size`, then the shipped ones."""
+    return _named("size")
+
+
+def summary(path: Path) -> str:
+    """Return what the file says about itself: its first comment that is not a command."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        text = line.removeprefix("#").strip()
+        if line.startswith("#") and text and not text.startswith("python -m"):
+            return text
+    return ""
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file; a Mistake names the file and, where known, the line."""
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f":{mark.line + 1}" if mark else ""
+        raise Mistake(f"{path}{at}: {getattr(error, 'problem', error)}") from error
+    except OmegaConfBaseException as error:
+        raise Mistake(f"{path}: {str(error).splitlines()[0]}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "is not UTF-8 text"
+        raise Mistake(f"{path}: {reason}") from error
+    if not isinstance(tree, dict):
+        raise Mistake(f"{path}: is not a mapping of keys; a recipe is KEY: VALUE lines")
+    return {str(key): value for key, value in tree.items()}
+
+
+def _named(folder: str) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for root in (Path("recipes"), shipped("recipes")):
+        for path in sorted((root / folder).glob("*.yaml")):
+            found.setdefault(path.stem, path)
+    return found
+
+
+def _base(tree: dict[str, Any], mistakes: list[str]) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """Return the recipe's layer, its name in messages, and the size's, without foreign stages."""
+    copy = Path(str(tree.get("run")), "recipe.yaml")
+    if "recipe" not in tree and "size" not in tree and "run" in tree and copy.is_file():
+        return read(copy), str(copy), {}
+    base, name = _file(tree.get("recipe"), "recipe", recipes(), mistakes)
+    size, _ = _file(tree.get("size", base.get("size", "tiny")), "size", sizes(), mistakes)
+    stages = size.get("stages")
+    if isinstance(stages, dict):  # a size says how stages look, the recipe which there are
+        known = base.get("stages")
+        known = known if isinstance(known, dict) else {}
+        size["stages"] = {name: one for name, one in stages.items() if name in known}
+    return base, name, size
+
+
+def _file(
+    given: Any, key: str, known: dict[str, Path], mistakes: list[str]
+) -> tuple[dict[str, Any], str]:
+    """Read the file of `recipe=` (a name or a path) or `size=`; after a mistake it is empty."""
+    path = known.get(str(given)) or Path(str(given))
+    is_path = str(given) in known or (key == "recipe" and path.suffix in (".yaml", ".yml"))
+    if given is None:
+        mistakes.append(f"{key}=NAME is needed; {key}s: {', '.join(known)}")
+    elif not is_path:
+        names = ", ".join(known)
+        mistakes.append(f"no {key} '{given}'; known: {names}.{nearest(str(given), known)}")
+    else:
+        try:
+            return read(path), path.name
+        except Mistake as mistake:
+            mistakes.append(str(mistake))
+    return {}, str(given)
+
+
+def _resolve(layers: list[tuple[dict[str, Any], Walk]], mistakes: list[str]) -> Recipe:
+    merged: dict[str, Any] = {}
+    complete = not mistakes  # without its file a recipe lacks everything: no need to say what
+    for tree, walk in layers:
+        merged = merge(merged, walk.recipe(tree))
+        mistakes += walk.mistakes
+    mistakes += checked(merged, complete)
+    recipe: Recipe = build(Recipe, merged, mistakes if complete else [])
+    if mistakes:
+        raise Mistake("\n".join(dict.fromkeys(mistakes)))
+    return recipe

@@ -1,0 +1,193 @@
+"""Checkpoints: folders that stand alone, written whole or not at all.
+
+checkpoints/2-chat-000300/
+    model.safetensors     every part that was trained so far, keys `vision.`, `connector.`, ...
+    optimizer.pt          the optimizer of the open stage (tensors only)
+    position.json         stage, step, held-out loss, sum of the weights file
+    recipe.yaml preprocess.json tokenizer.model tokenizer_config.json
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vlbench.mistakes import Mistake
+from vlbench.model.vlm import VLM
+
+NAME = re.compile(r"(\d+)-([A-Za-z0-9_]+)-(\d{6,})")
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: `step` optimizer steps of stage number `stage` are done."""
+
+    stage: int
+    name: str
+    step: int
+    loss: float | None = None
+    """Held-out loss per supervised token, if it was measured at this step."""
+
+    @property
+    def folder(self) -> str:
+        """Name of the checkpoint's folder; names sort in the order of training."""
+        return f"{self.stage}-{self.name}-{self.step:06d}"
+
+
+def weights_of(vlm: VLM, parts: list[str]) -> dict[str, Tensor]:
+    """Return the state of `parts` on the CPU, keys prefixed with the part's name."""
+    return {
+        f"{part}.{key}": value.detach().cpu().contiguous()
+        for part in parts
+        for key, value in getattr(vlm, part).state_dict().items()
+    }
+
+
+def save(
+    folder: Path, position: Position, vlm: VLM, parts: list[str], optimizer: Any, recipe_file: Path
+) -> Path:
+    """Write a checkpoint into `folder` under a temporary name, then rename it; return its path."""
+    final = folder / position.folder
+    writing = folder / f".writing-{position.folder}"
+    shutil.rmtree(writing, ignore_errors=True)
+    try:
+        writing.mkdir(parents=True)
+        save_file(weights_of(vlm, parts), writing / "model.safetensors")
+        if optimizer is not None:
+            torch.save(optimizer, writing / "optimizer.pt")
+        (writing / "preprocess.json").write_text(preprocessing(vlm))
+        (writing / "recipe.yaml").write_bytes(recipe_file.read_bytes())
+        vlm.tokenizer.save(writing)
+        (writing / "position.json").write_text(json.dumps(asdict(position)))
+        for path in writing.iterdir():
+            _flush(path)
+        shutil.rmtree(final, ignore_errors=True)
+        writing.rename(final)
+        _flush(folder)
+    except OSError as error:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise out_of_space(error, folder) from error
+    except SafetensorError as error:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise Mistake(f"could not write a checkpoint in {folder}: {error}") from error
+    return final
+
+
+def out_of_space(error: OSError, folder: Path) -> Exception:
+    """Return a clear mistake for a full disk or an unwritable folder, else the error itself."""
+    if error.errno == errno.ENOSPC:
+        return Mistake(f"the disk is full: cannot write in {folder}; earlier checkpoints are whole")
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return Mistake(f"{folder} cannot be written ({error.strerror})")
+    return error
+
+
+def preprocessing(vlm: VLM) -> str:
+    """Return the JSON of everything between a conversation and the model's input."""
+    return json.dumps(
+        {
+            "transform": asdict(vlm.transform),
+            "transform_hash": vlm.transform.hash(),
+            "template": asdict(vlm.template),
+            "tokens_per_image": vlm.connector.tokens_per_image,
+        },
+        ensure_ascii=False,
+        indent=1,
+    )
+
+
+def _flush(path: Path) -> None:
+    """Make the operating system write `path` out, so that a power cut cannot tear it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def positions(folder: Path) -> list[Position]:
+    """Return the positions of all whole checkpoints in `folder`, oldest first."""
+    found = []
+    for path in folder.glob("*-*-*"):
+        if NAME.fullmatch(path.name) and (path / "position.json").is_file():
+            found.append(Position(**json.loads((path / "position.json").read_text())))
+    return sorted(found, key=lambda p: (p.stage, p.step))
+
+
+def load_weights(path: Path, vlm: VLM) -> None:
+    """Load the parts that a checkpoint holds into `vlm`, strictly; other parts stay as they are."""
+    file = path / "model.safetensors"
+    try:
+        state = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise Mistake(f"{file} cannot be read: {error}") from error
+    for part, module in vlm.parts():
+        own = {k.removeprefix(f"{part}."): v for k, v in state.items() if k.startswith(f"{part}.")}
+        if own:
+            load_part(module, own, f"{file}, part {part}")
+
+
+def load_part(module: torch.nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Load `state` into `module`; a tensor that is missing, surplus or mis-shaped is named."""
+    wanted = module.state_dict()
+    for key in [*wanted, *state]:
+        if key not in state or key not in wanted:
+            what = "is missing" if key not in state else "does not belong there"
+            raise Mistake(f"{where}: tensor {key} {what}")
+        if state[key].shape != wanted[key].shape:
+            raise Mistake(
+                f"{where}: tensor {key} has shape {tuple(state[key].shape)}, "
+                f"needed is {tuple(wanted[key].shape)}"
+            )
+    module.load_state_dict(state, strict=True)
+
+
+def find(path: Path) -> Path:
+    """Return the checkpoint that `path` means: itself, or the newest one of a run folder."""
+    if (path / "position.json").is_file():
+        return path
+    found = positions(path / "checkpoints")
+    if not found:
+        raise Mistake(f"{path} is neither a run folder with checkpoints nor a checkpoint")
+    return path / "checkpoints" / found[-1].folder
+
+
+def image_size(path: Path) -> int:
+    """Return the image size that a checkpoint was trained at, in pixels."""
+    return int(json.loads((path / "preprocess.json").read_text())["transform"]["size"])
+
+
+def load_optimizer(path: Path) -> Any:
+    """Return the optimizer state of a checkpoint."""
+    return torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu")
+
+
+def prune(folder: Path, keep_last: int) -> None:
+    """Remove checkpoints beyond the last `keep_last`, but keep the best of the newest stage.
+
+    The newest checkpoint of a stage that is over stays, without its optimizer.
+    """
+    found = positions(folder)
+    newest = {p.stage: p for p in found}
+    keep = {p.folder for p in found[-keep_last:]} | {p.folder for p in newest.values()}
+    judged = [p for p in found if p.loss is not None and p.stage == found[-1].stage]
+    if judged:
+        keep.add(min(judged, key=lambda p: p.loss or 0.0).folder)
+    for position in found:
+        path = folder / position.folder
+        if position.folder not in keep:
+            shutil.rmtree(path)
+        elif position.stage < found[-1].stage and (path / "optimizer.pt").exists():
+            (path / "optimizer.pt").unlink()

@@ -1,0 +1,223 @@
+"""The LightningModule: one Lightning batch is one optimizer step of several micro-batches."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from vlbench.data.steps import Step
+from vlbench.model.vlm import VLM
+from vlbench.schema import Stage
+
+
+@dataclass
+class StepReport:
+    """What one optimizer step did; numbers are of the global batch."""
+
+    position: int
+    """Steps of the stage that are done, this one included."""
+    loss: float = math.nan
+    """Loss per supervised token."""
+    grad_norm: float = math.nan
+    """Norm of all gradients before clipping."""
+    lr: float = 0.0
+    """Highest learning rate of the step."""
+    tokens: int = 0
+    """Positions read, image places included, padding not."""
+    images: int = 0
+    samples: int = 0
+    extra: dict[str, float] = field(default_factory=dict)
+    """The connector's own losses."""
+    skipped: bool = False
+    """True when the loss or a gradient was not finite and nothing was changed."""
+
+
+def learning_rate_factor(position: int, steps: int, warmup: float, schedule: str) -> float:
+    """Return the share of the peak learning rate at `position` (0 is the first step).
+
+    Linear warm-up over the share `warmup` of the steps, then a half cosine to 0, or constant.
+    """
+    rising = max(1, round(steps * warmup)) if warmup else 0
+    if position < rising:
+        return (position + 1) / rising
+    if schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (position - rising) / max(1, steps - rising)))
+
+
+def freeze(vlm: VLM, stage: Stage) -> None:
+    """Let exactly the parts that the stage names require gradients."""
+    for name, part in vlm.parts():
+        part.requires_grad_(False)
+        if name in stage.parts:
+            used = vlm.vision.used() if name == "vision" else list(part.parameters())
+            for parameter in used:
+                parameter.requires_grad_(True)
+    vlm.train()
+
+
+class Watcher:
+    """Something that looks on while a stage trains; every method may be left out."""
+
+    def begin(self, training: Training) -> None:
+        """Called before the first step."""
+
+    def after(self, training: Training, step: Step) -> None:
+        """Called after every optimizer step; `training.report` says how it went."""
+
+    def end(self, training: Training) -> None:
+        """Called after the last step, or when training is stopped."""
+
+
+class Training(pl.LightningModule):
+    """Train the parts of a `VLM` that a stage names.
+
+    Optimisation is manual: Lightning's accumulation divides by a fixed count, whereas here the loss
+    of a step is the sum over the supervised tokens divided by their number in the global batch.
+    """
+
+    def __init__(
+        self,
+        vlm: VLM,
+        stage: Stage,
+        steps: int,
+        position: int,
+        seed: int,
+        watchers: Sequence[Watcher] = (),
+        optimizer_state: dict[str, Any] | None = None,
+    ) -> None:
+        """Train `vlm` from `position` to `steps`; `seed` fixes what is random inside a step.
+
+        `optimizer_state` is what a checkpoint at `position` holds.
+        """
+        super().__init__()
+        self.watchers, self.optimizer_state = watchers, optimizer_state
+        self.automatic_optimization = False
+        self.vlm, self.stage = vlm, stage
+        self.steps, self.position, self.seed = steps, position, seed
+        self.report = StepReport(position)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return AdamW with one group per trained part."""
+        groups = [
+            {
+                "params": [p for p in getattr(self.vlm, name).parameters() if p.requires_grad],
+                "lr": part.lr,
+                "peak": part.lr,
+                "name": name,
+                "weight_decay": part.weight_decay
+                if part.weight_decay is not None
+                else self.stage.weight_decay,
+            }
+            for name, part in self.stage.parts.items()
+        ]
+        return torch.optim.AdamW(groups, betas=self.stage.betas, fused=True)
+
+    def on_fit_start(self) -> None:
+        """Give the optimizer its state back, through the strategy that knows its shards."""
+        if self.optimizer_state is not None:
+            state = {"optimizer_states": [self.optimizer_state]}
+            self.trainer.strategy.load_optimizer_state_dict(state)
+
+    def on_train_start(self) -> None:
+        """Let the watchers begin."""
+        for watcher in self.watchers:
+            watcher.begin(self)
+
+    def on_train_batch_end(self, outputs: Any, batch: Step, batch_idx: int) -> None:
+        """Let the watchers look at the step."""
+        for watcher in self.watchers:
+            watcher.after(self, batch)
+
+    def on_train_end(self) -> None:
+        """Let the watchers end."""
+        for watcher in self.watchers:
+            watcher.end(self)
+
+    def transfer_batch_to_device(self, batch: Step, device: torch.device, _: int) -> Step:
+        """Leave the step where it is: micro-batches travel one by one."""
+        return batch
+
+    def training_step(self, step: Step, _: int) -> None:
+        """Run the micro-batches of a step, then clip and update once."""
+        torch.manual_seed(hash((self.seed, step.index)) & 0x7FFFFFFF)
+        optimizer: Any = self.optimizers()
+        report = self._start_report(step, optimizer)
+        total = self._over_ranks(sum(batch.tokens for batch in step.batches))
+        if total:
+            self._accumulate(step, total, report)
+            self._update(optimizer, report)
+        else:
+            optimizer.step()  # no sample survived: counts the position, changes nothing
+        self.position += 1
+        report.position = self.position
+        self.report = report
+
+    def _start_report(self, step: Step, optimizer: Any) -> StepReport:
+        factor = learning_rate_factor(
+            self.position, self.steps, self.stage.warmup, self.stage.schedule
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        optimizer.zero_grad(set_to_none=True)
+        return StepReport(
+            self.position,
+            lr=max(group["lr"] for group in optimizer.param_groups),
+            tokens=self._over_ranks(sum(sum(map(sum, b.lengths)) for b in step.batches)),
+            images=self._over_ranks(sum(len(b.pixels) for b in step.batches)),
+            samples=self._over_ranks(sum(len(b.sample_id) for b in step.batches)),
+        )
+
+    def _accumulate(self, step: Step, total: int, report: StepReport) -> None:
+        """Add up gradients of the loss per supervised token of the global batch."""
+        world = self.trainer.world_size
+        loss_sum = torch.zeros((), device=self.device)
+        extra: dict[str, Tensor] = {}
+        for number, batch in enumerate(step.batches):
+            with self._synchronise(number == len(step.batches) - 1):
+                out = self.vlm(batch.to(self.device))
+                loss = out.loss_sum / total
+                for name, (value, count) in out.extra.items():
+                    share = value / max(1, self._over_ranks(int(count))) / len(step.batches)
+                    loss = loss + share
+                    extra[name] = extra.get(name, 0) + share.detach()
+                self.manual_backward(loss * world)  # DDP and FSDP average over ranks
+            loss_sum += out.loss_sum.detach()
+        report.loss = self._over_ranks(loss_sum.item()) / total
+        report.extra = {name: float(value) for name, value in extra.items()}
+
+    def _update(self, optimizer: Any, report: StepReport) -> None:
+        """Clip and step; a loss or gradient that is not finite changes nothing."""
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        clip = self.stage.clip or math.inf
+        report.grad_norm = float(nn.utils.clip_grad_norm_(trained, clip))
+        if not (math.isfinite(report.loss) and math.isfinite(report.grad_norm)):
+            report.skipped = True
+            optimizer.zero_grad(set_to_none=True)  # AdamW leaves parameters without gradient alone
+        optimizer.step()
+
+    def _over_ranks(self, value: Any) -> Any:
+        """Sum a Python number over all ranks."""
+        if self.trainer.world_size == 1:
+            return value
+        total = self.trainer.strategy.reduce(
+            torch.tensor(float(value), device=self.device), reduce_op="sum"
+        )
+        return type(value)(total.item())
+
+    @contextlib.contextmanager
+    def _synchronise(self, last: bool) -> Iterator[None]:
+        """Exchange gradients with other ranks in the last micro-batch of a step only."""
+        wrapped: Any = self.trainer.strategy.model
+        if last or not hasattr(wrapped, "no_sync"):
+            yield
+        else:
+            with wrapped.no_sync():
+                yield

@@ -1,0 +1,138 @@
+"""What is shown and written down while a stage trains: the progress bar, metrics.csv, loggers."""
+
+from __future__ import annotations
+
+import csv
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from vlbench.data.steps import Step
+from vlbench.train.module import StepReport, Training, Watcher
+from vlbench.train.watchers import HeldOut
+
+COLUMNS = (
+    "stage",
+    "step",
+    "loss",
+    "held_out_loss",
+    "lr",
+    "grad_norm",
+    "tokens_per_second",
+    "images_per_second",
+    "seconds",
+)
+
+
+def cut(path: Path, stages: list[str], stage: str, step: int) -> None:
+    """Drop the rows of `path` that lie beyond `step` of `stage`: a resumed run writes them anew.
+
+    `stages` gives the order of the stages.
+    """
+    if not path.is_file():
+        return
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    here = stages.index(stage)
+    kept = [
+        row
+        for row in rows
+        if row["stage"] in stages and (stages.index(row["stage"]), int(row["step"])) <= (here, step)
+    ]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(kept)
+
+
+class Progress(Watcher):
+    """Show loss, tokens/s, images/s and time left, and write metrics every `every` steps."""
+
+    def __init__(
+        self, stage: str, offset: int, every: int, metrics: Path | None, held_out: HeldOut
+    ) -> None:
+        """`offset` is the number of steps of earlier stages, for loggers that know one axis."""
+        self.stage, self.offset, self.every = stage, offset, every
+        self.metrics, self.held_out = metrics, held_out
+        self.tokens = self.images = 0
+        self.seconds = 0.0
+        self.all_tokens = 0  # of this stage since its start or resume, for results.json
+
+    def begin(self, training: Training) -> None:
+        """Open the bar."""
+        self.began = self.window = time.monotonic()
+        self.start = training.position
+        self.interactive = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=training.steps,
+            initial=training.position,
+            desc=self.stage,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not self.interactive,
+        )
+
+    def after(self, training: Training, step: Step) -> None:
+        """Count a step; every so often say and write how it goes."""
+        report = training.report
+        self.tokens += report.tokens
+        self.all_tokens += report.tokens
+        self.images += report.images
+        self.bar.update()
+        last = training.position == training.steps
+        if training.position % self.every == 0 or last or self.held_out.latest is not None:
+            self._tell(training, report)
+
+    def _tell(self, training: Training, report: StepReport) -> None:
+        now = time.monotonic()
+        passed = max(now - self.window, 1e-9)
+        row = {
+            "stage": self.stage,
+            "step": training.position,
+            "loss": report.loss,
+            "held_out_loss": "" if self.held_out.latest is None else self.held_out.latest,
+            "lr": report.lr,
+            "grad_norm": report.grad_norm,
+            "tokens_per_second": round(self.tokens / passed, 1),
+            "images_per_second": round(self.images / passed, 2),
+            "seconds": round(now - self.began, 2),
+        }
+        self._write(row)
+        numbers = {k: v for k, v in (row | report.extra).items() if isinstance(v, float)}
+        for logger in training.trainer.loggers:
+            logger.log_metrics(numbers, step=self.offset + training.position)
+        self._show(training, row)
+        self.tokens = self.images = 0
+        self.window = now
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self.metrics is None:
+            return
+        new = not self.metrics.exists()
+        with self.metrics.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+    def _show(self, training: Training, row: dict[str, Any]) -> None:
+        rates = f"{row['tokens_per_second']:.0f} tokens/s, {row['images_per_second']:.1f} images/s"
+        held = row["held_out_loss"]
+        losses = f"loss {row['loss']:.3f}" + (f" (held out {held:.3f})" if held != "" else "")
+        self.bar.set_postfix_str(f"{losses}, {rates}")
+        if not self.interactive:
+            done = training.position - self.start
+            left = (training.steps - training.position) * row["seconds"] / max(1, done)
+            print(
+                f"{self.stage} {training.position}/{training.steps}: {losses}, {rates}, "
+                f"{left:.0f} s left",
+                flush=True,
+            )
+
+    def end(self, training: Training) -> None:
+        """Close the bar."""
+        self.bar.close()
+        self.seconds = time.monotonic() - self.began

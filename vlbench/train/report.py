@@ -1,0 +1,107 @@
+"""What `fit` says to people: the contract of a run, its results, and what to do next."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+from vlbench.mistakes import Trouble
+from vlbench.model.vlm import VLM
+from vlbench.schema import Recipe, Stage
+from vlbench.train.run import Run
+
+
+def say(line: str) -> None:
+    """Print a line that is no result."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def show_start(recipe: Recipe, run: Run, legs: list[tuple[str, Stage, int]]) -> None:
+    """Say what will be run, at which size, and how to get the real one."""
+    print(f"recipe {recipe.recipe}, size {recipe.size}, seed {recipe.seed}, run {run.folder}")
+    if recipe.size == "tiny":
+        print(
+            "size tiny: embedded miniatures, no network, no GPU. The real ones: size=6b, size=34b"
+        )
+    print(
+        f"vision {recipe.vision.name} -> connector {recipe.connector['name']} -> "
+        f"language {recipe.language.name}"
+    )
+    for name, stage, steps in legs:
+        parts = ", ".join(f"{part} lr {how.lr:g}" for part, how in stage.parts.items())
+        print(
+            f"  {name}: {steps} steps of {stage.batch} samples at {stage.image_size} pixels "
+            f"({stage.form}); trains {parts}"
+        )
+
+
+def show_stage(name: str, stage: Stage, steps: int, done: int, vlm: VLM) -> None:
+    """Say for every part whether it is trained, its size and learning rate, and the disk needed."""
+    where = f", from step {done}" if done else ""
+    print(f"\nstage {name}: {steps} steps{where}")
+    for part, module in vlm.parts():
+        total = sum(p.numel() for p in module.parameters())
+        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        how = f"trained {trained:,}, lr {stage.parts[part].lr:g}" if trained else "frozen"
+        print(f"  {part:9s} {total:>14,} parameters, {how}")
+
+
+def show_disk(vlm: VLM, parts: list[str], kept: int, folder: Path) -> None:
+    """Say how much disk the checkpoints of a stage will take."""
+    modules = [getattr(vlm, part) for part in parts]
+    weights = sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
+    moments = sum(8 * p.numel() for m in modules for p in m.parameters() if p.requires_grad)
+    print(f"  checkpoints: {size_of(weights + moments)} each, up to {kept + 1} kept, in {folder}")
+
+
+def size_of(count: float) -> str:
+    """Return a number of bytes as people write it."""
+    power = min(3, int(math.log(max(count, 1), 1000)))
+    return f"{count / 1000**power:.1f} {('B', 'kB', 'MB', 'GB')[power]}"
+
+
+def show_interrupted(run: Run, why: str) -> int:
+    """Say that nothing is lost and how to go on; return the exit code."""
+    say(f"\nstopped by {why}, saved. To go on: repeat the command with run={run.folder}")
+    return 130
+
+
+def show_results(run: Run) -> int:
+    """Print the results of a finished run and what to try next; return the exit code."""
+    results = json.loads(run.results_file.read_text())
+    print(f"\nresults of {run.folder} ({results['questions']} questions, {results['asked_of']})")
+    rows = (
+        ("accuracy", "exact match"),
+        ("unseen_accuracy", "on attribute pairs never met in training"),
+        ("blank_accuracy", "with the picture's mean colour instead of the picture"),
+        ("shuffled_accuracy", "with the pictures exchanged"),
+    )
+    for key, meaning in rows:
+        if results.get(key) is not None:
+            print(f"  {key:18s} {results[key]:.3f}  {meaning}")
+    for key in ("accuracy_by_type", "accuracy_by_language"):
+        if results.get(key):
+            parts = ", ".join(f"{name} {value:.3f}" for name, value in results[key].items())
+            print(f"  {key}: {parts}")
+    print(f"  {results['seconds']:.0f} s, peak memory {size_of(results['peak_memory_bytes'])}")
+    if run.quarantine_file.is_file():
+        lines = [json.loads(line) for line in run.quarantine_file.read_text().splitlines()]
+        named = "; ".join(f"{line['id']}: {line['reason']}" for line in lines[:5])
+        print(f"  {len(lines)} bad samples left out ({named}), all in {run.quarantine_file}")
+    print("next:")
+    print(f"  open {run.folder / 'examples.png'}")
+    print(f"  python -m vlbench chat run={run.folder} image=PICTURE question='What is this?'")
+    print(f"  tensorboard --logdir {run.folder}")
+    print("  python -m vlbench show recipe=yivl_llava size=6b")
+    return 0
+
+
+def out_of_memory(name: str, stage: Stage) -> Trouble:
+    """Return what to say when memory ran out in a stage."""
+    return Trouble(
+        f"out of memory in stage {name}: lower stages.{name}.row_tokens (now {stage.row_tokens}), "
+        f"set checkpointing=full, or train fewer parts; stages.{name}.batch does not matter. Start "
+        "again with the change in a new run; init=RUN begins with what this one has learned"
+    )

@@ -1,0 +1,212 @@
+"""Fit a recipe: its stages one after the other, resumed where they stopped, then the results."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import PyTorchProfiler
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.utils.data import DataLoader
+
+from vlbench.data.sources import stage_data
+from vlbench.model.compose import compose
+from vlbench.model.vlm import VLM
+from vlbench.schema import Recipe
+from vlbench.train import checkpoint, report
+from vlbench.train.checkpoint import Position
+from vlbench.train.legs import Leg, check_data, held_out_batches, plan, steps_of
+from vlbench.train.loggers import loggers_of
+from vlbench.train.module import Training, Watcher, freeze
+from vlbench.train.progress import Progress, cut
+from vlbench.train.run import Run, open_run
+from vlbench.train.watchers import HeldOut, Interrupts, NotFinite, Quarantine, Saving
+
+PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed"}
+
+
+def fit(recipe: Recipe) -> int:
+    """Train the stages of `recipe`, evaluate, and say what to try next; return the exit code."""
+    legs = plan(recipe)
+    if recipe.dry_run:
+        from vlbench.train.dry import dry_run
+
+        return dry_run(recipe, legs)
+    run = open_run(recipe)
+    if run.finished:
+        print(f"{run.folder} is finished; these are its results.")
+        return report.show_results(run)
+    report.show_start(recipe, run, [(leg.name, leg.stage, leg.steps) for leg in legs])
+    with Interrupts() as interrupts:
+        return Job(recipe, run, legs, interrupts).go()
+
+
+@dataclass
+class Job:
+    """A recipe being fitted in its run folder."""
+
+    recipe: Recipe
+    run: Run
+    legs: list[Leg]
+    interrupts: Interrupts
+
+    def go(self) -> int:
+        """Train what is left, evaluate, report; return the exit code."""
+        began = time.monotonic()
+        check_data(self.recipe, self.legs)
+        vlm, start = prepare(self.recipe, self.legs, self.run)
+        for leg in self.legs[start.stage :]:
+            done = start.step if leg.number == start.stage else 0
+            vlm.resize(leg.stage.image_size)
+            if done < leg.steps:
+                self.train(vlm, leg, done)
+            if self.interrupts.wanted:
+                return report.show_interrupted(self.run, self.interrupts.wanted)
+        return self.finish(vlm, began)
+
+    def train(self, vlm: VLM, leg: Leg, done: int) -> None:
+        """Run one stage after its first `done` steps, to its end or until somebody stops it."""
+        freeze(vlm, leg.stage)
+        report.show_stage(leg.name, leg.stage, leg.steps, done, vlm)
+        offset = sum(other.steps for other in self.legs[: leg.number]) + done
+        state = None
+        if done:
+            position = Position(leg.number, leg.name, done)
+            state = checkpoint.load_optimizer(self.run.path(position))
+        training = Training(
+            vlm,
+            leg.stage,
+            leg.steps,
+            done,
+            self.recipe.seed,
+            self.watchers(vlm, leg, done),
+            state,
+        )
+        loader: DataLoader = DataLoader(
+            steps_of(vlm, leg),
+            sampler=range(done, leg.steps),
+            batch_size=None,
+            num_workers=stage_data(self.recipe.data, leg.stage).workers,
+        )
+        loggers = loggers_of(self.recipe, self.run, offset)
+        with explained(leg):
+            trainer_of(self.recipe, loggers, self.run.folder).fit(training, loader)
+
+    def watchers(self, vlm: VLM, leg: Leg, done: int) -> list[Watcher]:
+        """Return what looks on while a stage trains, in the order of looking."""
+        settings, log = self.recipe.trainer, self.recipe.log
+        parts = self.parts_until(leg)
+        saving = Saving(
+            self.run,
+            (leg.number, leg.name),
+            parts,
+            settings.checkpoint_every,
+            settings.keep_last,
+            self.interrupts,
+        )
+        report.show_disk(vlm, parts, settings.keep_last, self.run.checkpoints)
+        held_out = HeldOut(held_out_batches(self.recipe, vlm, leg), log.evaluate_every, saving)
+        metrics = self.run.folder / "metrics.csv"
+        cut(metrics, [other.name for other in self.legs], leg.name, done)
+        offset = sum(other.steps for other in self.legs[: leg.number])
+        on_bad = stage_data(self.recipe.data, leg.stage).on_bad
+        return [
+            held_out,
+            NotFinite(settings.stop_after_bad, report.say),
+            Quarantine(self.run, on_bad, len(leg.data)),
+            Progress(leg.name, offset, log.every, metrics, held_out),
+            saving,
+        ]
+
+    def parts_until(self, leg: Leg) -> list[str]:
+        """Return the parts that stages up to and with `leg` train: what a checkpoint must hold."""
+        trained = {part for other in self.legs[: leg.number + 1] for part in other.stage.parts}
+        if self.recipe.init:
+            trained |= {"vision", "connector", "language"}
+        return [part for part in ("vision", "connector", "language") if part in trained]
+
+    def finish(self, vlm: VLM, began: float) -> int:
+        """Evaluate the trained model, write results and examples, and print them."""
+        from vlbench.evaluate.results import write_results
+
+        if self.run.latest is None:  # nothing was trained; the model is kept all the same
+            last = self.legs[-1]
+            position = Position(last.number, last.name, 0)
+            parts = self.parts_until(last)
+            checkpoint.save(self.run.checkpoints, position, vlm, parts, None, self.run.recipe_file)
+        done = write_results(
+            self.recipe,
+            self.run,
+            vlm,
+            lambda: bool(self.interrupts.wanted),
+            lambda: time.monotonic() - began,
+        )
+        if not done:
+            return report.show_interrupted(self.run, self.interrupts.wanted)
+        return report.show_results(self.run)
+
+
+def prepare(recipe: Recipe, legs: list[Leg], run: Run | None) -> tuple[VLM, Position]:
+    """Build the model where training begins or goes on, with the newest weights of the run."""
+    latest = run.latest if run else None
+    start = latest or Position(0, legs[0].name, 0)
+    image_size = legs[start.stage].stage.image_size
+    if run and latest:
+        vlm = compose(recipe, image_size)
+        checkpoint.load_weights(run.path(latest), vlm)
+        print(f"resuming {run.folder} after step {latest.step} of {latest.name}")
+    elif recipe.init:
+        source = checkpoint.find(Path(recipe.init))
+        vlm = compose(recipe, checkpoint.image_size(source))
+        checkpoint.load_weights(source, vlm)
+    else:
+        vlm = compose(recipe, image_size)
+    if recipe.checkpointing == "full":
+        vlm.recompute()
+    return vlm, start
+
+
+@contextlib.contextmanager
+def explained(leg: Leg) -> Iterator[None]:
+    """Turn what may end a stage from outside into one line that says what to do."""
+    try:
+        yield
+    except SIGTERMException:
+        pass  # the checkpoint is written; Lightning leaves the loop this way
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise report.out_of_memory(leg.name, leg.stage) from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        raise report.out_of_memory(leg.name, leg.stage) from error
+
+
+def trainer_of(recipe: Recipe, loggers: list[Logger], folder: Path | None) -> pl.Trainer:
+    """Return the Lightning Trainer of one stage; it saves nothing by itself.
+
+    With `profile=true` a trace of some steps is written into `folder`.
+    """
+    warnings.filterwarnings("ignore", module="lightning.*")  # they address authors of loops
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    return pl.Trainer(
+        accelerator=recipe.trainer.accelerator,
+        devices=1,
+        precision=PRECISION[recipe.precision],
+        max_epochs=1,
+        logger=loggers,
+        profiler=PyTorchProfiler(folder, "profile") if recipe.profile and folder else None,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        use_distributed_sampler=False,
+    )

@@ -1,0 +1,186 @@
+"""What watches a stage while it trains: saving, interruptions, held-out loss, bad samples."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from vlbench.data.batch import Batch
+from vlbench.data.steps import Step
+from vlbench.mistakes import BadSample, Mistake
+from vlbench.model.vlm import VLM
+from vlbench.train import checkpoint
+from vlbench.train.checkpoint import Position
+from vlbench.train.module import Training, Watcher
+from vlbench.train.run import Run
+
+REPEATED = 0.05  # share of a stage's steps that may be repeated after a kill
+
+
+class Interrupts:
+    """Turn Ctrl-C and SIGTERM into a wish to stop after the running step; a second Ctrl-C kills."""
+
+    def __init__(self) -> None:
+        """Nothing is caught before `with`."""
+        self.wanted = ""
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: Any) -> None:
+        if self.wanted and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.wanted = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+
+
+class Saving(Watcher):
+    """Write checkpoints: every 60 s or 5 % of the steps, at the end, and when asked to stop."""
+
+    def __init__(
+        self,
+        run: Run,
+        stage: tuple[int, str],
+        parts: list[str],
+        seconds: float,
+        keep_last: int,
+        interrupts: Interrupts,
+    ) -> None:
+        """Save `parts` of the model of `stage` (number, name) into `run`."""
+        self.run, self.stage, self.parts = run, stage, parts
+        self.seconds, self.keep_last, self.interrupts = seconds, keep_last, interrupts
+        self.saved_at = time.monotonic()
+        self.held_out: dict[int, float] = {}  # held-out loss by step, filled by HeldOut
+
+    def after(self, training: Training, step: Step) -> None:
+        """Save if it is time, and stop if somebody wants it."""
+        done = training.position
+        every = max(1, int(training.steps * REPEATED))
+        late = time.monotonic() - self.saved_at > self.seconds
+        if done % every == 0 or late or done == training.steps or self.interrupts.wanted:
+            self.save(training)
+        if self.interrupts.wanted:
+            training.trainer.should_stop = True
+
+    def save(self, training: Training) -> None:
+        """Write a checkpoint of this very step and remove old ones."""
+        done = training.position
+        position = Position(*self.stage, done, self.held_out.get(done))
+        trainer = training.trainer
+        optimizer = trainer.strategy.optimizer_state(trainer.optimizers[0])
+        folder = self.run.checkpoints
+        checkpoint.save(folder, position, training.vlm, self.parts, optimizer, self.run.recipe_file)
+        checkpoint.prune(folder, self.keep_last)
+        self.saved_at = time.monotonic()
+
+
+class HeldOut(Watcher):
+    """Measure the loss on samples that training never meets, every `every` steps and at the end."""
+
+    def __init__(self, batches: list[Batch], every: int, saving: Saving) -> None:
+        """Use `batches`, already encoded; results go to `saving`, which judges checkpoints."""
+        self.batches, self.every, self.saving = batches, every, saving
+        self.latest: float | None = None
+
+    def after(self, training: Training, step: Step) -> None:
+        """Measure if it is time."""
+        due = training.position % self.every == 0 or training.position == training.steps
+        self.latest = held_out_loss(training.vlm, self.batches) if due and self.batches else None
+        if self.latest is not None:
+            self.saving.held_out[training.position] = self.latest
+
+
+@torch.no_grad()
+def held_out_loss(vlm: VLM, batches: list[Batch]) -> float:
+    """Return the loss per supervised token of `batches`."""
+    vlm.eval()
+    total, tokens = 0.0, 0
+    for batch in batches:
+        out = vlm(batch.to(vlm.device))
+        total, tokens = total + float(out.loss_sum), tokens + out.tokens
+    vlm.train()
+    return total / max(1, tokens)
+
+
+class Quarantine(Watcher):
+    """Count and name samples that cannot be used; stop when the data are simply wrong."""
+
+    def __init__(self, run: Run, on_bad: str, samples: int) -> None:
+        """`samples` is the size of the data; `on_bad` is auto, quarantine or stop."""
+        self.run, self.on_bad, self.samples = run, on_bad, samples
+        self.reasons = dict(_read(run))
+        self.skipped = 0
+
+    def after(self, training: Training, step: Step) -> None:
+        """Note the bad samples of this step."""
+        self.skipped += step.skipped
+        self.note(step.bad)
+        if not step.batches and not step.skipped:
+            first = step.bad[0]
+            raise Mistake(f"every sample of step {step.index} is bad, the first: {first}")
+
+    def note(self, bad: list[BadSample]) -> None:
+        """Write bad samples down, each once; raise when they are too many for `on_bad`."""
+        for sample in bad:
+            if sample.sample_id not in self.reasons:
+                self.reasons[sample.sample_id] = sample.reason
+                line = json.dumps({"id": sample.sample_id, "reason": sample.reason})
+                with self.run.quarantine_file.open("a") as file:
+                    file.write(line + "\n")
+        judge(bad, len(self.reasons), self.samples, self.on_bad)
+
+
+def judge(bad: list[BadSample], count: int, samples: int, on_bad: str) -> None:
+    """Raise a Mistake that names the first bad sample when there are too many.
+
+    `stop` allows none, `auto` 1 in 100, `quarantine` any number while some are good.
+    """
+    limit = {"stop": 0, "auto": samples // 100, "quarantine": samples - 1}[on_bad]
+    if bad and count > limit:
+        others = f" (and {count - 1} more of {samples} samples)" if count > 1 else ""
+        raise Mistake(
+            f"{bad[0]}{others}. Mend the data, or leave bad samples out with data.on_bad=quarantine"
+            if count < samples
+            else f"{bad[0]}{others}. No good sample is left"
+        )
+
+
+def _read(run: Run) -> list[tuple[str, str]]:
+    if not run.quarantine_file.is_file():
+        return []
+    lines = map(json.loads, run.quarantine_file.read_text().splitlines())
+    return [(line["id"], line["reason"]) for line in lines]
+
+
+class NotFinite(Watcher):
+    """Name the samples of steps whose loss was not finite; give up after several in a row."""
+
+    def __init__(self, limit: int, say: Callable[[str], None]) -> None:
+        """Stop after `limit` such steps in a row; `say` prints a line."""
+        self.limit, self.say, self.row = limit, say, 0
+
+    def after(self, training: Training, step: Step) -> None:
+        """Look at the step that has just been taken."""
+        self.row = self.row + 1 if training.report.skipped else 0
+        if training.report.skipped:
+            names = [name for part in step.batches for name in part.sample_id]
+            shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+            self.say(
+                f"step {training.position}: loss is not finite, step skipped; samples: {shown}"
+            )
+        if self.row >= self.limit:
+            raise Mistake(
+                f"the loss was not finite in {self.row} steps in a row: lower the learning rates, "
+                "or set precision=32"
+            )

@@ -1,0 +1,54 @@
+"""The words of the command line, `key=value`, as a tree; every value stays as it was typed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlbench.mistakes import Mistake, nearest
+from vlbench.values import Text
+
+
+def tree(words: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return `a.b=c` words as nested mappings with `Text` leaves, and the mistakes in them."""
+    result: dict[str, Any] = {}
+    mistakes: list[str] = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not all(key.split(".")):
+            mistakes.append(f"'{word}' is not KEY=VALUE, as in stages.chat.steps=10")
+        elif not value:
+            mistakes.append(f"{key} has no value; write {key}=VALUE, or {key}=null for none")
+        elif wrong := _put(result, key.split("."), Text(value)):
+            mistakes.append(f"{key} is given {wrong}")
+    return result, mistakes
+
+
+def _put(node: dict[str, Any], path: list[str], value: Text) -> str:
+    """Set a leaf of the tree; return in what way it was given before, "" if it was not."""
+    for name in path[:-1]:
+        node = node.setdefault(name, {})
+        if not isinstance(node, dict):
+            return "as a whole and in parts; give one of them"
+    if path[-1] in node:
+        again = not isinstance(node[path[-1]], dict)
+        return "twice" if again else "as a whole and in parts; give one of them"
+    node[path[-1]] = value
+    return ""
+
+
+def given_keys(
+    verb: str, words: list[str], needed: tuple[str, ...], optional: tuple[str, ...] = ()
+) -> dict[str, str]:
+    """Return the `key=value` words of a verb that has few keys; values stay as they were typed."""
+    known = (*needed, *optional)
+    given = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or key not in known:
+            takes = ", ".join(f"{name}=..." for name in known)
+            raise Mistake(f"{verb} takes {takes}; given was '{word}'.{nearest(key, known)}")
+        given[key] = value
+    missing = [f"{name}=..." for name in needed if not given.get(name)]
+    if missing:
+        raise Mistake(f"{verb} needs {' and '.join(missing)}")
+    return given
