@@ -46,10 +46,13 @@ def found() -> dict[str, list[Found]]:
     names: dict[str, list[Found]] = {}
     for folder in dict.fromkeys([Path("connectors").resolve(), shipped("connectors").resolve()]):
         for file in sorted(folder.glob("[!_.]*.py")):
-            _add(names, file.stem, Found(str(file), file, None))
+            # an installed package used inside a checkout meets its own files again
+            if not any(_same_text(one, file) for one in names.get(file.stem, [])):
+                names.setdefault(file.stem, []).append(Found(str(file), file, None))
     for entry in importlib.metadata.entry_points(group=GROUP):
         package = f" of {entry.dist.name}" if entry.dist else ""
-        _add(names, entry.name, Found(f"entry point {entry.value}{package}", None, entry))
+        found_entry = Found(f"entry point {entry.value}{package}", None, entry)
+        names.setdefault(entry.name, []).append(found_entry)
     return dict(sorted(names.items()))
 
 
@@ -125,8 +128,8 @@ def _unknown(name: str, key: str, known: dict[str, Option]) -> str:
     return f"connector '{name}' has no option '{key}'; it takes: {takes}.{nearest(key, known)}"
 
 
-def _add(names: dict[str, list[Found]], name: str, one: Found) -> None:
-    names.setdefault(name, []).append(one)
+def _same_text(one: Found, file: Path) -> bool:
+    return one.file is not None and one.file.read_bytes() == file.read_bytes()
 
 
 def _from_file(name: str, file: Path) -> type[Connector]:

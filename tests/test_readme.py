@@ -1,0 +1,41 @@
+"""The README's commands exist, and its connector trains."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from vlbench import recipe as recipes
+from vlbench.__main__ import VERBS, main
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^    (?:.*&& )?python -m vlbench (.*)$", README, re.MULTILINE)
+
+
+def test_the_readme_has_commands() -> None:
+    assert "fit recipe=yivl_llava" in COMMANDS and len(COMMANDS) >= 8
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_understood(command: str) -> None:
+    verb, *words = shlex.split(command)
+    assert verb in VERBS
+    if verb in ("fit", "show") and "connector.name=mine" not in words:
+        recipes.load(words)
+
+
+def test_the_connector_of_the_readme_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    block = re.search(r"\n\n((?:    .*\n|\n)*    class Mine(?:.*\n)*?)\n\w", README)
+    assert block
+    source = "\n".join(line[4:] for line in block.group(1).splitlines())
+    (tmp_path / "connectors").mkdir()
+    (tmp_path / "connectors" / "mine.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    words = ["connector.name=mine", "connector.bias=false", "dry_run=true"]
+    assert main(["fit", "recipe=yivl_llava", *words, "stages.chat.batch=2"]) == 0
+    assert "dry run done" in capsys.readouterr().out

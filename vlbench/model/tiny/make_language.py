@@ -1,0 +1,183 @@
+"""Train the miniature language model: Yi's architecture, on text of the rendered world alone."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from vlbench.data.sample import Turn
+from vlbench.data.scene_text import LANGUAGES, TYPES, Asked, draw, questions
+from vlbench.data.scene_world import scene
+from vlbench.data.template import YI_VL
+from vlbench.data.tokenizer import Tokenizer
+from vlbench.model.tiny.make_tokenizer import PIECES
+from vlbench.model.tiny.make_tower import cosine
+from vlbench.model.tiny.words import GRIDS, STREAM, Piece, describe, document
+
+STEPS, ROWS, RATE = 1600, 16, 2e-3
+SMALL = 0.6  # share of the steps whose rasters are 4 x 4
+SHORT = 0.75  # share of the steps that leave the system prompt out, to save time
+CONTEXT_WEIGHT = 0.02  # of tokens that are given, against those of answers
+HELD_OUT = 1_000_000  # the seed of held-out documents
+_POOL = 8  # batches whose documents are sorted by length together
+
+
+def configuration() -> LlamaConfig:
+    """Give Yi's architecture, narrow and shallow."""
+    return LlamaConfig(
+        vocab_size=PIECES,
+        hidden_size=128,
+        intermediate_size=344,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e6},
+        tie_word_embeddings=False,
+        initializer_range=0.04,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+
+
+def make(
+    folder: Path, tokenizer: Tokenizer, log: Callable[[str], None] = print
+) -> dict[str, object]:
+    """Train the language model, write it to `folder`, and give its quality."""
+    torch.manual_seed(12)
+    model = LlamaForCausalLM(configuration())
+    start = time.monotonic()
+    train(model, tokenizer, log)
+    seconds = time.monotonic() - start
+    model.half().save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()  # as written
+    answers = text_answers(model, tokenizer)
+    figures = {"perplexity": perplexity(model, tokenizer), **answers, "seconds": seconds}
+    log(f"language {figures}")
+    return figures
+
+
+def train(model: LlamaForCausalLM, tokenizer: Tokenizer, log: Callable[[str], None]) -> None:
+    """Minimise the weighted cross entropy of documents."""
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    other = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": other, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95))
+    start = time.monotonic()
+    waiting: list[list[list[Piece]]] = []
+    for step in range(STEPS):
+        if not waiting:
+            waiting = _pool(step, tokenizer)
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * cosine(step, STEPS)
+        ids, weights = encode(tokenizer, waiting.pop())
+        losses = _losses(model, ids)
+        loss = (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 100 == 0:
+            answers = losses[weights[:, 1:] == 1].mean().item()
+            log(
+                f"language step {step}/{STEPS} loss {loss.item():.3f} answers {answers:.3f} "
+                f"{time.monotonic() - start:.0f} s"
+            )
+
+
+def encode(tokenizer: Tokenizer, documents: Sequence[Sequence[Piece]]) -> tuple[Tensor, Tensor]:
+    """Write documents as rows of ids and weights, [documents, longest], padded with weight 0."""
+    rows = []
+    for pieces in documents:
+        ids, weights = list[int](), list[float]()
+        for text, learn in pieces:
+            part = tokenizer.encode(text)
+            ids += part
+            weights += [1.0 if learn else CONTEXT_WEIGHT] * len(part)
+        rows.append((ids, weights))
+    longest = max(len(ids) for ids, _ in rows)
+    ids_out = torch.zeros(len(rows), longest, dtype=torch.long)
+    weights_out = torch.zeros(len(rows), longest)
+    for row, (ids, weights) in enumerate(rows):
+        ids_out[row, : len(ids)] = torch.tensor(ids)
+        weights_out[row, : len(ids)] = torch.tensor(weights)
+    return ids_out, weights_out
+
+
+def _losses(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
+    """Give the cross entropy of every next token, [rows, length - 1]."""
+    logits = model(input_ids=ids[:, :-1]).logits
+    flat = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+    )
+    return flat.view(ids.shape[0], -1)
+
+
+def _pool(step: int, tokenizer: Tokenizer) -> list[list[list[Piece]]]:
+    """Make the documents of some steps as batches of equal length, in random order."""
+    grids = (4,) if step < SMALL * STEPS else GRIDS
+    documents = [document(0, step * ROWS + number, grids) for number in range(_POOL * ROWS)]
+    if step < SHORT * STEPS:
+        documents = [
+            [(text.replace(YI_VL.system, ""), learn) for text, learn in pieces]
+            for pieces in documents
+        ]
+    documents.sort(key=lambda pieces: sum(len(tokenizer.encode(text)) for text, _ in pieces))
+    batches = [documents[at : at + ROWS] for at in range(0, len(documents), ROWS)]
+    random.Random(step).shuffle(batches)
+    return batches
+
+
+@torch.no_grad()
+def perplexity(model: LlamaForCausalLM, tokenizer: Tokenizer, count: int = 128) -> float:
+    """Measure the perplexity of the answers and captions of held-out documents."""
+    total, tokens = 0.0, 0
+    for begin in range(0, count, 32):
+        some = [document(HELD_OUT, index) for index in range(begin, begin + 32)]
+        ids, weights = encode(tokenizer, some)
+        losses = _losses(model, ids)[weights[:, 1:] == 1]
+        total, tokens = total + losses.sum().item(), tokens + len(losses)
+    return math.exp(total / tokens)
+
+
+@torch.no_grad()
+def text_answers(
+    model: LlamaForCausalLM, tokenizer: Tokenizer, count: int = 100
+) -> dict[str, object]:
+    """Measure the exact match of answers about scenes told in words, and without any telling."""
+    figures: dict[str, dict[str, float]] = {"text_answers": {}, "blank_answers": {}}
+    for name, told in (("text_answers", True), ("blank_answers", False)):
+        for kind in TYPES:
+            documents = _single(kind, count, told)
+            ids, weights = encode(tokenizer, documents)
+            right = model(input_ids=ids[:, :-1]).logits.argmax(-1) == ids[:, 1:]
+            exact = (right | (weights[:, 1:] < 1)).all(1)
+            figures[name][kind] = exact.float().mean().item()
+    return dict(figures)
+
+
+def _single(kind: str, count: int, told: bool) -> list[list[Piece]]:
+    """Make chats of one question of a type about held-out scenes."""
+    documents: list[list[Piece]] = []
+    index = 0
+    while len(documents) < count:
+        index += 1
+        rng = random.Random(f"{kind}/{index}")
+        one = scene(STREAM, HELD_OUT, index)
+        asked: list[Asked] = [q for q in questions(one, rng.choice(LANGUAGES)) if q.type == kind]
+        if asked:
+            question = draw(rng, asked)
+            text = f"{describe(rng, one)}\n{question.text}" if told else question.text
+            turns = [Turn("human", text), Turn("assistant", question.answer)]
+            documents.append(YI_VL.pieces(turns))
+    return documents

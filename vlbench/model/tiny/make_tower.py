@@ -1,0 +1,274 @@
+"""Train the miniature tower: an open_clip CLIP, contrastively, on rendered scenes and captions."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+from open_clip.loss import ClipLoss
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vlbench.data.scene_text import LANGUAGES, caption
+from vlbench.data.scene_world import SEEN_PAIRS, Scene, make_ground, make_thing, scene
+from vlbench.data.tokenizer import Tokenizer
+from vlbench.model.tiny.make_tokenizer import PIECES
+
+NAME = "vlbench-tiny"
+STREAM = "tower"  # of scenes; other parts never meet them
+CONTEXT = 40  # tokens of a caption with its start and end
+ALONE, WHOLE, RATE = 400, 700, 1.2e-3  # steps with one object a picture, then with whole scenes
+STEPS = ALONE + WHOLE
+BASES, TWINS = 28, 3  # pictures of a later step, and near twins of each
+CONFIG = {
+    "embed_dim": 128,
+    "quick_gelu": False,
+    "vision_cfg": {
+        "image_size": 56,
+        "layers": 5,
+        "width": 128,
+        "head_width": 32,
+        "patch_size": 14,
+        "pool_type": "avg",
+    },
+    "text_cfg": {
+        "context_length": CONTEXT,
+        "vocab_size": PIECES,
+        "width": 128,
+        "heads": 4,
+        "layers": 2,
+        "pool_type": "eos",
+        "eos_id": 2,
+        "pad_id": 0,
+    },
+}
+_MEAN = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1)
+_STD = torch.tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1)
+
+
+def pixels(scenes: Sequence[Scene], side: int = 56) -> Tensor:
+    """Open and normalise scenes, [scenes, 3, side, side]."""
+    size = (side, side)
+    rows = [np.asarray(s.open().resize(size, Image.Resampling.BICUBIC)) for s in scenes]
+    images = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2) / 255
+    return (images - _MEAN) / _STD
+
+
+def text_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+    """Write captions as the text tower reads them, [texts, CONTEXT]: start, ids, end, padding."""
+    rows = torch.zeros(len(texts), CONTEXT, dtype=torch.long)
+    for row, text in zip(rows, texts, strict=True):
+        ids = [tokenizer.bos, *tokenizer.encode(text)[: CONTEXT - 2], tokenizer.eos]
+        row[: len(ids)] = torch.tensor(ids)
+    return rows
+
+
+def build(folder: Path | None = None) -> open_clip.CLIP:
+    """Build the tower, with random weights or those of `folder`."""
+    model = open_clip.CLIP(**CONFIG)  # type: ignore[arg-type]
+    if folder is not None:
+        from safetensors.torch import load_file
+
+        state = load_file(folder / "open_clip_model.safetensors")
+        model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    return model
+
+
+def make(
+    folder: Path, tokenizer: Tokenizer, log: Callable[[str], None] = print
+) -> dict[str, float]:
+    """Train the tower, write it to `folder`, and give its quality."""
+    torch.manual_seed(11)
+    model = build()
+    start = time.monotonic()
+    train(model, tokenizer, log)
+    seconds = time.monotonic() - start
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, folder / "open_clip_model.safetensors")
+    preprocess = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+    layout = {"model_cfg": CONFIG, "preprocess_cfg": preprocess}
+    text = json.dumps(layout, indent=2) + "\n"
+    (folder / "open_clip_config.json").write_text(text, encoding="utf-8")
+    model = build(folder).eval()  # as it was written
+    figures = {"retrieval_r1": retrieval(model, tokenizer), **probe(model), "seconds": seconds}
+    log(f"tower {figures}")
+    return figures
+
+
+def train(model: open_clip.CLIP, tokenizer: Tokenizer, log: Callable[[str], None]) -> None:
+    """Minimise open_clip's contrastive loss over batches of scenes and near twins of them."""
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    other = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": other, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.98))
+    loss_of = ClipLoss()
+    start = time.monotonic()
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * cosine(step, STEPS)
+        scenes, captions = batch(step)
+        image = _encode_image(model, scenes, alone=step < ALONE)
+        text = _encode_text(model, text_ids(tokenizer, captions))
+        loss = loss_of(image, text, model.logit_scale.exp())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(100))
+        if step % 100 == 0:
+            first = (image @ text.T).argmax(1) == torch.arange(len(scenes))
+            log(
+                f"tower step {step}/{STEPS} loss {loss.item():.3f} R@1 {first.float().mean():.2f} "
+                f"{time.monotonic() - start:.0f} s"
+            )
+
+
+def _encode_image(model: open_clip.CLIP, scenes: Sequence[Scene], alone: bool) -> Tensor:
+    """Do as `model.encode_image(..., normalize=True)`; `alone` drops the patches of empty quarters.
+
+    Dropping patches makes a step three times cheaper, and shapes need many steps.
+    """
+    if not alone:
+        return model.encode_image(pixels(scenes), normalize=True)
+    visual = model.visual
+    hidden = visual.conv1(pixels(scenes)).flatten(2).transpose(1, 2)
+    hidden = hidden + visual.positional_embedding[1:]
+    cells = torch.tensor([one.things[0].cell for one in scenes])
+    corner = cells // 2 * 8 + cells % 2 * 2  # the quarter's first patch of 4 x 4
+    kept = corner[:, None] + torch.tensor([0, 1, 4, 5])
+    hidden = hidden.gather(1, kept[..., None].expand(-1, -1, hidden.shape[2]))
+    start = visual.class_embedding + visual.positional_embedding[:1]
+    hidden = torch.cat([start.expand(len(hidden), 1, -1), hidden], 1)
+    hidden = visual.ln_post(visual.transformer(visual.ln_pre(hidden)))[:, 1:].mean(1)
+    return torch.nn.functional.normalize(hidden @ visual.proj, dim=-1)
+
+
+def _encode_text(model: open_clip.CLIP, ids: Tensor) -> Tensor:
+    """Do as `model.encode_text(ids, normalize=True)`, sparing the columns of mere padding."""
+    ids = ids[:, : int((ids != 0).sum(1).max())]
+    length = ids.shape[1]
+    hidden = model.token_embedding(ids) + model.positional_embedding[:length]
+    hidden = model.transformer(hidden, attn_mask=model.attn_mask[:length, :length])
+    ends = (ids == CONFIG["text_cfg"]["eos_id"]).int().argmax(1)  # type: ignore[index]
+    hidden = model.ln_final(hidden)[torch.arange(len(ids)), ends] @ model.text_projection
+    return torch.nn.functional.normalize(hidden, dim=-1)
+
+
+def cosine(step: int, steps: int, warmup: int = 60) -> float:
+    """Give the share of the learning rate at a step."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) + 0.005
+
+
+def batch(step: int) -> tuple[list[Scene], list[str]]:
+    """Make the scenes of a step, no two alike, and their captions in either language.
+
+    First every seen pair in every place, one object a picture; later whole scenes, each with twins
+    that differ from it in one attribute.
+    """
+    rng = random.Random(f"tower/{step}")
+    scenes: list[Scene] = []
+    if step < ALONE:
+        alone = [(cell, pair) for cell in range(4) for pair in SEEN_PAIRS]
+        scenes = [arrange(rng, {cell: pair}) for cell, pair in alone]
+    else:
+        for number in range(BASES):
+            base = scene(STREAM, 0, step * BASES + number)
+            scenes += [base, *(twin(rng, base) for _ in range(TWINS))]
+    different = {tuple((t.cell, t.pair) for t in one.things): one for one in scenes}
+    scenes = list(different.values())
+    return scenes, [caption(one, rng.choice(LANGUAGES)) for one in scenes]
+
+
+def arrange(rng: random.Random, placed: dict[int, tuple[str, str]]) -> Scene:
+    """Make a scene of the pairs at the given quarters, everything else at random."""
+    things = tuple(make_thing(rng, placed[cell], cell) for cell in sorted(placed))
+    return Scene(STREAM, things, make_ground(rng))
+
+
+def twin(rng: random.Random, base: Scene) -> Scene:
+    """Change one thing: a colour, a shape, or the places of two objects (or of one)."""
+    placed = {t.cell: t.pair for t in base.things}
+    cell = rng.choice(sorted(placed))
+    colour, shape = placed[cell]
+    kind = rng.choice(("colour", "shape", "place"))
+    if kind == "place":
+        other = rng.choice([c for c in range(4) if c != cell])
+        swapped = {cell: placed.get(other), other: placed[cell]}
+        placed = {c: p for c, p in (placed | swapped).items() if p is not None}
+    else:
+        same = [p for p in SEEN_PAIRS if (p[1] == shape if kind == "colour" else p[0] == colour)]
+        placed[cell] = rng.choice([p for p in same if p != (colour, shape)])
+    return arrange(rng, placed)
+
+
+def distinct(count: int = 96) -> list[Scene]:
+    """Give new scenes whose captions all differ."""
+    found: dict[str, Scene] = {}
+    index = 0
+    while len(found) < count:
+        one = scene("retrieval", 0, index)
+        found.setdefault(caption(one, "en"), one)
+        index += 1
+    return list(found.values())
+
+
+@torch.no_grad()
+def retrieval(model: open_clip.CLIP, tokenizer: Tokenizer) -> float:
+    """Measure R@1 among 96 distinct captions: the worst of both ways and both languages."""
+    scenes = distinct()
+    image = model.encode_image(pixels(scenes), normalize=True)
+    worst = 1.0
+    for language in LANGUAGES:
+        ids = text_ids(tokenizer, [caption(s, language) for s in scenes])
+        close = image @ model.encode_text(ids, normalize=True).T
+        for near in (close, close.T):
+            hits = near.argmax(1) == torch.arange(len(scenes))
+            worst = min(worst, hits.float().mean().item())
+    return worst
+
+
+@torch.no_grad()
+def patch_features(model: open_clip.CLIP, images: Tensor) -> Tensor:
+    """Give the patch features before the last block, [images, patches, width]."""
+    found = model.visual.forward_intermediates(
+        images, indices=[len(model.visual.transformer.resblocks) - 2], stop_early=True,
+        output_fmt="NLC", intermediates_only=True,
+    )  # fmt: skip
+    return found["image_intermediates"][0]
+
+
+def probe(model: open_clip.CLIP, scenes: int = 1500) -> dict[str, float]:
+    """Measure how well a linear map reads colour and shape of the object at each patch."""
+    inputs, colours, shapes = [], [], []
+    for begin in range(0, scenes, 100):
+        some = [scene("probe", 0, index) for index in range(begin, begin + 100)]
+        features = patch_features(model, pixels(some))
+        for one, patches in zip(some, features, strict=True):
+            for thing in one.things:
+                inputs.append(patches[int(thing.y // 28) * 4 + int(thing.x // 28)])
+                colours.append(sorted({c for c, _ in SEEN_PAIRS}).index(thing.colour))
+                shapes.append(sorted({s for _, s in SEEN_PAIRS}).index(thing.shape))
+    x = torch.nn.functional.layer_norm(torch.stack(inputs), (inputs[0].shape[-1],))
+    x = torch.cat([x, torch.ones(len(x), 1)], 1).double()
+    cut = len(x) * 2 // 3
+    figures = {}
+    for name, labels in (("probe_colour", colours), ("probe_shape", shapes)):
+        y = torch.tensor(labels)
+        target = torch.nn.functional.one_hot(y[:cut], 6).double()
+        ridge = 1e-2 * cut * torch.eye(x.shape[1], dtype=torch.float64)
+        weights = torch.linalg.solve(x[:cut].T @ x[:cut] + ridge, x[:cut].T @ target)
+        hits = (x[cut:] @ weights).argmax(1) == y[cut:]
+        figures[name] = hits.double().mean().item()
+    return figures
