@@ -86,8 +86,10 @@ def test_perplexity(tokenizer: Tokenizer, language: LlamaForCausalLM) -> None:
 def test_answers_about_scenes_told_in_words(
     tokenizer: Tokenizer, language: LlamaForCausalLM
 ) -> None:
-    figures = make_language.text_answers(language, tokenizer, count=40)
-    assert min(figures["text_answers"].values()) >= 0.8
+    figures = make_language.text_answers(language, tokenizer, count=100)
+    recorded = MANIFEST["quality"]["language"]["text_answers"]
+    for kind, share in figures["text_answers"].items():
+        assert share >= recorded[kind] - 0.02, kind
     assert max(figures["blank_answers"].values()) <= 0.5
 
 

@@ -107,6 +107,7 @@ TABLE: list[tuple[str, Callable[[Path], list[str]], str]] = [
     ("unknown tower", lambda f: [*FIT, "vision.name=ViT-H14"], "ViT-H14.*'ViT-H-14'"),
     ("a tower that is no ViT", lambda f: [*FIT, "vision.name=RN50"], "RN50"),
     ("layer out of range", lambda f: [*FIT, "vision.layer=-9"], "vision.layer.*-9"),
+    ("unknown objective", lambda f: [*FIT, "stages.chat.objective=blip"], "objective.*blip"),
     ("image size", lambda f: [*FIT, "stages.align_224.image_size=57"], "57.*multiple of 14.*56"),
     ("unknown stage", lambda f: [*FIT, "only=chatt"], "chatt.*'chat'"),
     ("no init", lambda f: [*FIT, f"init={f / 'nothing'}"], "nothing.*run folder"),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vlbench.data.steps import Step
+from vlbench.mistakes import Mistake, nearest
 from vlbench.model.vlm import VLM
 from vlbench.schema import Stage
 
@@ -50,6 +51,16 @@ def learning_rate_factor(position: int, steps: int, warmup: float, schedule: str
     if schedule == "constant":
         return 1.0
     return 0.5 * (1 + math.cos(math.pi * (position - rising) / max(1, steps - rising)))
+
+
+def check_objective(vlm: VLM, name: str, stage: Stage) -> None:
+    """Refuse an objective that the connector does not offer."""
+    offered = ("language", *vlm.connector.objectives())
+    if stage.objective not in offered:
+        raise Mistake(
+            f"stages.{name}.objective is '{stage.objective}'; this connector offers "
+            f"{', '.join(offered)}.{nearest(stage.objective, offered)}"
+        )
 
 
 def freeze(vlm: VLM, stage: Stage) -> None:
@@ -182,14 +193,15 @@ class Training(pl.LightningModule):
         extra: dict[str, Tensor] = {}
         for number, batch in enumerate(step.batches):
             with self._synchronise(number == len(step.batches) - 1):
-                out = self.vlm(batch.to(self.device))
-                loss = out.loss_sum / total
+                out = self.vlm(batch.to(self.device), self.stage.objective)
+                lm_loss = out.loss_sum if out.loss_sum is not None else torch.zeros(())
+                loss = lm_loss / total
                 for name, (value, count) in out.extra.items():
                     share = value / max(1, self._over_ranks(int(count))) / len(step.batches)
                     loss = loss + share
                     extra[name] = extra.get(name, 0) + share.detach()
                 self.manual_backward(loss * world)  # DDP and FSDP average over ranks
-            loss_sum += out.loss_sum.detach()
+            loss_sum += lm_loss.detach()
         report.loss = self._over_ranks(loss_sum.item()) / total
         report.extra = {name: float(value) for name, value in extra.items()}
 

@@ -26,7 +26,7 @@ from vlbench.train import checkpoint, report
 from vlbench.train.checkpoint import Position
 from vlbench.train.legs import Leg, check_data, held_out_batches, plan, steps_of
 from vlbench.train.loggers import loggers_of
-from vlbench.train.module import Training, Watcher, freeze
+from vlbench.train.module import Training, Watcher, check_objective, freeze
 from vlbench.train.progress import Progress, cut
 from vlbench.train.run import Run, open_run
 from vlbench.train.watchers import HeldOut, Interrupts, NotFinite, Quarantine, Saving
@@ -170,6 +170,8 @@ def prepare(recipe: Recipe, legs: list[Leg], run: Run | None) -> tuple[VLM, Posi
         checkpoint.load_weights(source, vlm)
     else:
         vlm = compose(recipe, image_size)
+    for leg in legs:
+        check_objective(vlm, leg.name, leg.stage)
     if recipe.checkpointing == "full":
         vlm.recompute()
     return vlm, start

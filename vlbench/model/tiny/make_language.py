@@ -19,11 +19,11 @@ from vlbench.data.template import YI_VL
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.model.tiny.make_tokenizer import PIECES
 from vlbench.model.tiny.make_tower import cosine
-from vlbench.model.tiny.words import GRIDS, STREAM, Piece, describe, document
+from vlbench.model.tiny.words import STREAM, Piece, describe, document, lookups
 
-STEPS, ROWS, RATE = 1600, 16, 2e-3
-SMALL = 0.6  # share of the steps whose rasters are 4 x 4
-SHORT = 0.75  # share of the steps that leave the system prompt out, to save time
+STEPS, ROWS, RATE = 2400, 24, 2e-3
+ALONE, BESIDE = 0.5, 0.3  # lookups: share of the steps that hold nothing else; then of documents
+SHORT = 0.8  # share of the steps that leave the system prompt out, to save time
 CONTEXT_WEIGHT = 0.02  # of tokens that are given, against those of answers
 HELD_OUT = 1_000_000  # the seed of held-out documents
 _POOL = 8  # batches whose documents are sorted by length together
@@ -125,8 +125,12 @@ def _losses(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
 
 def _pool(step: int, tokenizer: Tokenizer) -> list[list[list[Piece]]]:
     """Make the documents of some steps as batches of equal length, in random order."""
-    grids = (4,) if step < SMALL * STEPS else GRIDS
-    documents = [document(0, step * ROWS + number, grids) for number in range(_POOL * ROWS)]
+    share = 1.0 if step < ALONE * STEPS else BESIDE
+    kinds = random.Random(f"kinds/{step}")
+    documents = [
+        (lookups if kinds.random() < share else document)(0, step * ROWS + number)
+        for number in range(_POOL * ROWS)
+    ]
     if step < SHORT * STEPS:
         documents = [
             [(text.replace(YI_VL.system, ""), learn) for text, learn in pieces]

@@ -9,9 +9,10 @@ and says colour, shape and place at once. No unseen pair ever occurs.
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 from vlbench.data.sample import Turn
-from vlbench.data.scene_text import CELLS, LANGUAGES, NUMBERS, caption, noun, pick, questions
+from vlbench.data.scene_text import CELLS, LANGUAGES, NUMBERS, ZH, caption, noun, pick, questions
 from vlbench.data.scene_world import SEEN_PAIRS, SIDE, Scene, Thing, scene
 from vlbench.data.scenes import DESCRIBE
 from vlbench.data.template import YI_VL
@@ -29,6 +30,35 @@ def document(seed: int, index: int, grids: tuple[int, ...] = GRIDS) -> list[Piec
         return plain(rng, told, grids)
     language = rng.choice(LANGUAGES)
     return chat(rng, told, language, rng.randint(3, 6), rng.random() < 0.97, grids)
+
+
+def lookups(seed: int, index: int) -> list[Piece]:
+    """Make a scene in words and a dozen short lines that look something up in it.
+
+    A line ("star: red", "star? top left") is almost all answer, so that binding (this colour with
+    that shape) is learned before there are questions; without such lines the model only ever
+    learned which colours and shapes are there.
+    """
+    rng = random.Random(f"lookups/{seed}/{index}")
+    told = scene(STREAM, seed, index)
+    language = rng.choice(LANGUAGES)
+    pieces: list[Piece] = [(f"{describe(rng, told, (4,), phrases=0.7)}\n", False)]
+    shapes = Counter(thing.shape for thing in told.things)
+    colours = Counter(thing.colour for thing in told.things)
+    asked = [(t.shape, ":", t.colour) for t in told.things if shapes[t.shape] == 1]
+    asked += [(t.shape, "?", CELLS["en"][t.cell]) for t in told.things if shapes[t.shape] == 1]
+    asked += [(t.colour, ":", t.shape) for t in told.things if colours[t.colour] == 1]
+    for _ in range(14 if asked else 0):
+        key, sign, value = rng.choice(asked)
+        pieces += [(f"{_word(key, language)}{sign}", False), (_word(value, language), True)]
+        pieces += [("\n", False)]
+    return pieces
+
+
+def _word(name: str, language: str) -> str:
+    if language == "en":
+        return f" {name}"
+    return ZH[name] if name in ZH else CELLS["zh"][CELLS["en"].index(name)]
 
 
 def plain(rng: random.Random, told: Scene, grids: tuple[int, ...]) -> list[Piece]:
@@ -66,9 +96,16 @@ def mark(pair: tuple[str, str], cell: int) -> str:
     return f"{{{pair[0]} {pair[1]}, {CELLS['en'][cell]}}}"
 
 
-def describe(rng: random.Random, told: Scene, grids: tuple[int, ...] = GRIDS) -> str:
-    """Tell a scene in words: as a raster of marks mostly, else in sentences or a list."""
-    form = rng.choices(("raster", "caption", "sentences", "list"), (85, 5, 5, 5))[0]
+def describe(
+    rng: random.Random, told: Scene, grids: tuple[int, ...] = GRIDS, phrases: float = 0.2
+) -> str:
+    """Tell a scene in words: as a raster of marks, in sentences or a list, or in bare phrases.
+
+    `phrases` is the share of the last form.
+    """
+    forms, rest = ("raster", "caption", "sentences", "list", "phrases"), 1 - phrases
+    shares = (0.4 * rest, 0.2 * rest, 0.2 * rest, 0.2 * rest, phrases)
+    form = rng.choices(forms, shares)[0]
     language = rng.choice(LANGUAGES)
     if form == "raster":
         return raster(told, rng.choice(grids))
@@ -76,7 +113,16 @@ def describe(rng: random.Random, told: Scene, grids: tuple[int, ...] = GRIDS) ->
         return caption(told, language)
     things = list(told.things)
     rng.shuffle(things)
+    if form == "phrases":
+        return "".join(_phrase(rng, thing, language) for thing in things)
     return "".join(_told(thing, language, form) for thing in things).strip()
+
+
+def _phrase(rng: random.Random, thing: Thing, language: str) -> str:
+    """Say colour, shape and place of an object in any order."""
+    words = [_word(name, language) for name in (*thing.pair, CELLS["en"][thing.cell])]
+    rng.shuffle(words)
+    return "".join(words) + ("。" if language == "zh" else ".")
 
 
 def _told(thing: Thing, language: str, form: str) -> str:
@@ -89,7 +135,7 @@ def _told(thing: Thing, language: str, form: str) -> str:
 
 
 def raster(told: Scene, grid: int) -> str:
-    """Tell a scene as a picture in words: `grid` x `grid` cells row by row; ground is a full stop."""
+    """Tell a scene as a picture in words: `grid` x `grid` cells row by row, full stops between."""
     cells = [" ."] * grid**2
     for thing in told.things:
         for cell in _covered(thing, grid):
