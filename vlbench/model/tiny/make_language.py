@@ -21,8 +21,8 @@ from vlbench.model.tiny.make_tokenizer import PIECES
 from vlbench.model.tiny.make_tower import cosine
 from vlbench.model.tiny.words import STREAM, Piece, describe, document, lookups
 
-STEPS, ROWS, RATE = 2400, 24, 2e-3
-ALONE, BESIDE = 0.5, 0.3  # lookups: share of the steps that hold nothing else; then of documents
+STEPS, ROWS, RATE = 1300, 24, 2e-3
+ALONE, BESIDE = 0.55, 0.3  # lookups: share of the steps that hold nothing else; then of documents
 SHORT = 0.8  # share of the steps that leave the system prompt out, to save time
 CONTEXT_WEIGHT = 0.02  # of tokens that are given, against those of answers
 HELD_OUT = 1_000_000  # the seed of held-out documents

@@ -1,7 +1,7 @@
 """Text of the rendered world without pictures: what the miniature language model learns from.
 
 A scene is told in words, in many forms and in either language, standing where a picture would
-stand. Mostly it is a "picture in words": a raster with a piece per cell, as an image is a raster
+stand. One of them is a "picture in words": a raster with a piece per cell, as an image is a raster
 with a feature per patch. A cell of an object holds a `mark`, which is one piece of the tokenizer
 and says colour, shape and place at once. No unseen pair ever occurs.
 """
@@ -35,7 +35,7 @@ def document(seed: int, index: int, grids: tuple[int, ...] = GRIDS) -> list[Piec
 def lookups(seed: int, index: int) -> list[Piece]:
     """Make a scene in words and a dozen short lines that look something up in it.
 
-    A line ("star: red", "star? top left") is almost all answer, so that binding (this colour with
+    A line ("star: red", "star: top left") is almost all answer, so that binding (this colour with
     that shape) is learned before there are questions; without such lines the model only ever
     learned which colours and shapes are there.
     """
@@ -45,12 +45,16 @@ def lookups(seed: int, index: int) -> list[Piece]:
     pieces: list[Piece] = [(f"{describe(rng, told, (4,), phrases=0.7)}\n", False)]
     shapes = Counter(thing.shape for thing in told.things)
     colours = Counter(thing.colour for thing in told.things)
-    asked = [(t.shape, ":", t.colour) for t in told.things if shapes[t.shape] == 1]
-    asked += [(t.shape, "?", CELLS["en"][t.cell]) for t in told.things if shapes[t.shape] == 1]
-    asked += [(t.colour, ":", t.shape) for t in told.things if colours[t.colour] == 1]
+    asked = [
+        (t.shape, what)
+        for t in told.things
+        if shapes[t.shape] == 1
+        for what in (t.colour, CELLS["en"][t.cell])
+    ]
+    asked += [(t.colour, t.shape) for t in told.things if colours[t.colour] == 1]
     for _ in range(14 if asked else 0):
-        key, sign, value = rng.choice(asked)
-        pieces += [(f"{_word(key, language)}{sign}", False), (_word(value, language), True)]
+        key, value = rng.choice(asked)
+        pieces += [(f"{_word(key, language)}:", False), (_word(value, language), True)]
         pieces += [("\n", False)]
     return pieces
 
@@ -113,20 +117,13 @@ def describe(
         return caption(told, language)
     things = list(told.things)
     rng.shuffle(things)
-    if form == "phrases":
-        return "".join(_phrase(rng, thing, language) for thing in things)
     return "".join(_told(thing, language, form) for thing in things).strip()
-
-
-def _phrase(rng: random.Random, thing: Thing, language: str) -> str:
-    """Say colour, shape and place of an object in any order."""
-    words = [_word(name, language) for name in (*thing.pair, CELLS["en"][thing.cell])]
-    rng.shuffle(words)
-    return "".join(words) + ("。" if language == "zh" else ".")
 
 
 def _told(thing: Thing, language: str, form: str) -> str:
     where, what = CELLS[language][thing.cell], noun(thing, language)
+    if form == "phrases":  # what follows on what is always the same: copying finds the binding
+        return f"{what}{where}。" if language == "zh" else f" {what} {where}."
     if form == "list":
         return f"{where}：{what}\n" if language == "zh" else f"{where}: {what}\n"
     if language == "zh":
