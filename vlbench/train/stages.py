@@ -41,6 +41,8 @@ def fit(recipe: Recipe) -> int:
         from vlbench.train.dry import dry_run
 
         return dry_run(recipe, legs)
+    if not (recipe.run and Run(Path(recipe.run)).finished):
+        check_data(recipe, legs)  # before there is a folder
     run = open_run(recipe)
     if run.finished:
         print(f"{run.folder} is finished; these are its results.")
@@ -62,7 +64,6 @@ class Job:
     def go(self) -> int:
         """Train what is left, evaluate, report; return the exit code."""
         began = time.monotonic()
-        check_data(self.recipe, self.legs)
         vlm, start = prepare(self.recipe, self.legs, self.run)
         for leg in self.legs[start.stage :]:
             done = start.step if leg.number == start.stage else 0
