@@ -82,7 +82,7 @@ def collate(rows: Sequence[Sequence[Encoded]], pixels_of: Callable[[Picture], Te
             labels[at] = torch.tensor(sample.labels)
             positions[at] = torch.arange(len(sample.ids))
             sample_index[at] = len(sample_id)
-            image_index[at] = _images(ids[at], sample.tokens_per_image, len(pictures))
+            image_index[at] = image_of(ids[at], sample.tokens_per_image, len(pictures))
             sample_id.append(sample.sample.id)
             pictures += sample.sample.pictures
             start += len(sample.ids)
@@ -92,7 +92,7 @@ def collate(rows: Sequence[Sequence[Encoded]], pixels_of: Callable[[Picture], Te
         positions=positions,
         sample_index=sample_index,
         image_index=image_index,
-        pixels=_stack([pixels_of(picture) for picture in pictures]),
+        pixels=stack([pixels_of(picture) for picture in pictures]),
         sample_id=sample_id,
         lengths=[[len(sample.ids) for sample in row] for row in rows],
         tokens=int((labels != IGNORE).sum()),
@@ -112,14 +112,15 @@ def _validate(sample: Encoded) -> None:
         raise ValueError(f"{name}: the id of a place is a label")
 
 
-def _images(ids: Tensor, tokens_per_image: int, first: int) -> Tensor:
+def image_of(ids: Tensor, tokens_per_image: int, first: int) -> Tensor:
     """Return the image of each position `[length]`; the sample's images begin at `first`."""
     places = (ids == IMAGE).long().cumsum(0)  # places up to and with this position
     image = (places + tokens_per_image - 1) // tokens_per_image - 1
     return torch.where(image < 0, image, image + first)
 
 
-def _stack(pixels: list[Tensor]) -> Tensor:
+def stack(pixels: list[Tensor]) -> Tensor:
+    """Stack the pixels of pictures, `[images, 3, height, width]`; no picture gives no image."""
     return torch.stack(pixels) if pixels else torch.zeros(0, 3, 0, 0)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vlbench.data.images import blank
-from vlbench.data.sample import PLACEHOLDER, Picture, Sample, Source, Turn
+from vlbench.data.sample import PLACEHOLDER, Picture, Sample, Source
 from vlbench.data.scenes import held_out
 from vlbench.mistakes import BadSample
 
@@ -26,14 +26,13 @@ class Question:
 def scene_questions(which: str) -> list[Question]:
     """Return a held-out set of the rendered world: "new" pictures or "unseen" attribute pairs."""
     return [
-        Question(
-            Sample(q.id, (Turn("human", f"{PLACEHOLDER}\n{q.text}"),), (q.picture,), q.language),
-            q.answer,
-            q.type,
-            q.language,
-        )
-        for q in held_out(which)
+        Question(_unanswered(one.sample()), one.answer, one.type, one.language)
+        for one in held_out(which)
     ]
+
+
+def _unanswered(sample: Sample) -> Sample:
+    return replace(sample, turns=sample.turns[:1])
 
 
 def source_questions(source: Source, limit: int) -> list[Question]:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vlbench.data.batch import Batch
+from vlbench.data.batch import Batch, image_of, stack
 from vlbench.data.images import File
-from vlbench.data.sample import IMAGE, PLACEHOLDER, Picture, Sample, Turn, place_tokens
+from vlbench.data.sample import PLACEHOLDER, Picture, Sample, Turn, place_tokens
 from vlbench.mistakes import Mistake
 
 if TYPE_CHECKING:
@@ -91,21 +91,16 @@ def prompt_batch(vlm: VLM, samples: Sequence[Sample]) -> Batch:
         start = length - len(tokens)
         ids[row, start:] = torch.tensor(tokens)
         sample_index[row, start:] = row
-        places = (ids[row, start:] == IMAGE).long().cumsum(0)
-        per_image = vlm.connector.tokens_per_image
-        image = (places + per_image - 1).div(per_image, rounding_mode="floor") - 1
-        image_index[row, start:] = torch.where(image < 0, image, image + first)
+        image_index[row, start:] = image_of(ids[row, start:], vlm.connector.tokens_per_image, first)
         first += len(samples[row].pictures)
     positions = (sample_index >= 0).long().cumsum(1).sub(1).clamp(min=0)
-    pictures = [vlm.transform(p.open()) for sample in samples for p in sample.pictures]
-    side = vlm.vision.image_size
     return Batch(
         ids=ids,
         labels=None,
         positions=positions,
         sample_index=sample_index,
         image_index=image_index,
-        pixels=torch.stack(pictures) if pictures else torch.zeros(0, 3, side, side),
+        pixels=stack([vlm.transform(p.open()) for one in samples for p in one.pictures]),
         sample_id=[sample.id for sample in samples],
         # padding counts as a sample of its own, so that no position of a prompt sees it
         lengths=[[n for n in (length - len(row), len(row)) if n] for row in rows],

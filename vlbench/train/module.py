@@ -194,7 +194,7 @@ class Training(pl.LightningModule):
         for number, batch in enumerate(step.batches):
             with self._synchronise(number == len(step.batches) - 1):
                 out = self.vlm(batch.to(self.device), self.stage.objective)
-                lm_loss = out.loss_sum if out.loss_sum is not None else torch.zeros(())
+                lm_loss = out.loss_sum if out.loss_sum is not None else torch.zeros_like(loss_sum)
                 loss = lm_loss / total
                 for name, (value, count) in out.extra.items():
                     share = value / max(1, self._over_ranks(int(count))) / len(step.batches)

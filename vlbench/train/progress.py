@@ -58,8 +58,6 @@ class Progress(Watcher):
         self.stage, self.offset, self.every = stage, offset, every
         self.metrics, self.held_out = metrics, held_out
         self.tokens = self.images = 0
-        self.seconds = 0.0
-        self.all_tokens = 0  # of this stage since its start or resume, for results.json
 
     def begin(self, training: Training) -> None:
         """Open the bar."""
@@ -79,7 +77,6 @@ class Progress(Watcher):
         """Count a step; every so often say and write how it goes."""
         report = training.report
         self.tokens += report.tokens
-        self.all_tokens += report.tokens
         self.images += report.images
         self.bar.update()
         last = training.position == training.steps
@@ -135,4 +132,3 @@ class Progress(Watcher):
     def end(self, training: Training) -> None:
         """Close the bar."""
         self.bar.close()
-        self.seconds = time.monotonic() - self.began
