@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from vlbench import recipe as recipes
 from vlbench.__main__ import main
 from vlbench.train import checkpoint
+from vlbench.train.progress import COLUMNS, cut
 
 STEPS = {"align_224": 3, "align_448": 2, "chat": 4}
 SHORT = [
@@ -141,6 +142,14 @@ def test_a_signal_saves_says_how_to_go_on_and_exits_130(
     assert not (run / "results.json").exists()
     assert main(words) == 0
     assert_same_weights(whole, run)
+
+
+def test_metrics_beyond_the_checkpoint_and_a_torn_line_are_dropped(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.csv"
+    lines = [f"{stage},{step},0.5,,0.1,1.0,2.0,3.0,4.0" for stage in STEPS for step in (1, 2)]
+    metrics.write_text("\n".join([",".join(COLUMNS), *lines, "chat,3,0."]))
+    cut(metrics, list(STEPS), "align_448", 1)
+    assert metrics.read_text().split() == [",".join(COLUMNS), *lines[:3]]
 
 
 def test_a_run_of_another_recipe_is_refused_with_the_keys_that_differ(

@@ -14,7 +14,8 @@ from transformers import LlamaForCausalLM
 import vlbench.model.tiny
 from vlbench.data.template import YI_VL
 from vlbench.data.tokenizer import Tokenizer
-from vlbench.model.tiny import make_language, make_tower
+from vlbench.model.tiny import make_language, make_tokenizer, make_tower
+from vlbench.model.tiny.begin import begin
 
 TINY = Path(vlbench.model.tiny.__file__).parent
 MANIFEST = json.loads((TINY / "manifest.json").read_text(encoding="utf-8"))
@@ -99,3 +100,15 @@ def test_language_model_has_the_architecture_of_yi(language: LlamaForCausalLM) -
     assert config.rope_parameters["rope_theta"] == 5e6
     assert config.rms_norm_eps == 1e-5 and not config.tie_word_embeddings
     assert config.model_type == "llama"
+
+
+def test_a_new_language_model_begins_with_heads_that_look_back() -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(make_language.configuration())
+    begin(model)
+    model.set_attn_implementation("eager")
+    ids = torch.randint(3, make_tokenizer.PIECES, (8, 24))
+    seen = model(input_ids=ids, output_attentions=True).attentions[0].mean(0)  # [heads, to, from]
+    for head, back in enumerate((1, 2, 3)):
+        nearest = seen[head].argmax(-1)[4:]
+        assert (torch.arange(4, 24) - nearest == back).float().mean() > 0.8

@@ -157,6 +157,7 @@ def test_a_mistake_gets_one_clear_line(
     said = capsys.readouterr().err.strip()
     assert len(said.splitlines()) == 1 and "Traceback" not in said
     assert re.search(words, said), said
+    assert not (tmp_path / "runs").exists()  # no empty run folder is left behind
 
 
 def test_all_mistakes_are_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from vlbench.data.batch import Batch
 from vlbench.data.images import File, ImageTransform
 from vlbench.data.order import Mixture
 from vlbench.data.sample import PLACEHOLDER, Sample, Turn
-from vlbench.data.steps import From, Step, Steps
+from vlbench.data.steps import Step, Steps
 from vlbench.data.template import YI_VL
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.mistakes import BadSample
@@ -112,8 +112,7 @@ def test_a_step_is_the_same_from_anyone():
 
 def test_workers_make_the_same_steps_from_any_start():
     data = steps(source=World(bad=(3,)))
-    sampler = From(4, data.total)
-    assert len(sampler) == 9 and list(sampler) == [4, 5, 6, 7, 8]
+    sampler = range(4, data.total)
     loader = DataLoader(data, batch_size=None, sampler=sampler, num_workers=1)
     for index, step in zip(sampler, loader, strict=True):
         assert same(step, data[index])

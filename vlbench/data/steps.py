@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from vlbench.data.batch import Batch, collate, pack
 from vlbench.data.images import ImageTransform
@@ -162,20 +162,3 @@ class _Pixels:
         made = self._made[picture] if self._uses[picture] else self._made.pop(picture)
         assert not isinstance(made, Mistake)
         return made
-
-
-class From(Sampler[int]):
-    """The steps that are left: start, start + 1, ..., total - 1.
-
-    Its length is `total`, so that progress counts the whole stage after a resume.
-    """
-
-    def __init__(self, start: int, total: int) -> None:
-        """Begin at step `start` of `total`."""
-        self.start, self.total = start, total
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.start, self.total))
-
-    def __len__(self) -> int:
-        return self.total

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaModel
 
 from vlbench.data.batch import Batch
 from vlbench.model.attention import PACKED
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from vlbench.model.vlm import VLM
 
 STOP = "###"
+# transformers 5.24 renamed the argument that takes the cache
+_RENAMED = "cache" in inspect.signature(LlamaModel.forward).parameters
+CACHE = "cache" if _RENAMED else "past_key_values"
 
 
 def stop_now(tokenizer_decode: Callable[[list[int]], str], new: list[int], eos: int) -> bool:
@@ -88,8 +92,8 @@ def _generate(
             sees,
             position_ids=positions,
             attention_mask=mask,
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE: cache},
         ).last_hidden_state
         logits = vlm.language.lm_head(hidden[:, -1])[:, : tokenizer.size]
         ids = pick(logits, temperature, top_p, generator)

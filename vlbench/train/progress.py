@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import sys
 import time
 from pathlib import Path
@@ -37,15 +38,14 @@ def cut(path: Path, stages: list[str], stage: str, step: int) -> None:
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     here = stages.index(stage)
-    kept = [
-        row
-        for row in rows
-        if row["stage"] in stages and (stages.index(row["stage"]), int(row["step"])) <= (here, step)
-    ]
-    with path.open("w", newline="") as file:
+    whole = [row for row in rows if row["seconds"] and row["stage"] in stages]  # a kill tears one
+    kept = [r for r in whole if (stages.index(r["stage"]), int(r["step"])) <= (here, step)]
+    temporary = path.with_name(f".{path.name}")
+    with temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(kept)
+    os.replace(temporary, path)
 
 
 class Progress(Watcher):

@@ -46,6 +46,12 @@ class Run:
         """Return the folder of a checkpoint."""
         return self.checkpoints / position.folder
 
+    def discard(self) -> None:
+        """Remove the folder if it holds nothing yet but the description of the run."""
+        described = {self.recipe_file, self.folder / "versions.json", self.checkpoints}
+        if set(self.folder.iterdir()) == described and not any(self.checkpoints.iterdir()):
+            shutil.rmtree(self.folder)
+
 
 def open_run(recipe: Recipe) -> Run:
     """Open the run folder of `recipe`, new or to be resumed; refuse one of another recipe."""

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
 from vlbench.data.sources import stage_data
+from vlbench.mistakes import Mistake
 from vlbench.model.compose import compose
 from vlbench.model.vlm import VLM
 from vlbench.schema import Recipe
@@ -64,7 +65,11 @@ class Job:
     def go(self) -> int:
         """Train what is left, evaluate, report; return the exit code."""
         began = time.monotonic()
-        vlm, start = prepare(self.recipe, self.legs, self.run)
+        try:
+            vlm, start = prepare(self.recipe, self.legs, self.run)
+        except Mistake:
+            self.run.discard()  # nothing was trained: the same command can be mended and repeated
+            raise
         for leg in self.legs[start.stage :]:
             done = start.step if leg.number == start.stage else 0
             vlm.resize(leg.stage.image_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -13,17 +13,20 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vlbench.data.sample import Turn
-from vlbench.data.scene_text import LANGUAGES, TYPES, Asked, draw, questions
+from vlbench.data.scene_text import LANGUAGES, TYPES, draw, questions
 from vlbench.data.scene_world import scene
+from vlbench.data.steps import Memo
 from vlbench.data.template import YI_VL
 from vlbench.data.tokenizer import Tokenizer
+from vlbench.model.tiny.begin import begin
 from vlbench.model.tiny.make_tokenizer import PIECES
-from vlbench.model.tiny.make_tower import cosine
-from vlbench.model.tiny.words import STREAM, Piece, describe, document, lookups
+from vlbench.model.tiny.words import STREAM, Piece, describe, document, drill, facts
 
-STEPS, ROWS, RATE = 1300, 24, 2e-3
-ALONE, BESIDE = 0.55, 0.3  # lookups: share of the steps that hold nothing else; then of documents
-SHORT = 0.8  # share of the steps that leave the system prompt out, to save time
+FACTS, DRILLS, CHATS = 300, 1100, 1000  # steps whose documents are mostly these, in this order
+STEPS, ROWS = FACTS + DRILLS + CHATS, 32
+BESIDE = 0.15  # share of the documents that are facts in the later steps
+PROMPTED = 0.2  # share of the chats that keep the system prompt; the others save its time
+RATE, MUON_RATE = 2e-3, 0.02  # of AdamW for embeddings, head and norms; of Muon for the matrices
 CONTEXT_WEIGHT = 0.02  # of tokens that are given, against those of answers
 HELD_OUT = 1_000_000  # the seed of held-out documents
 _POOL = 8  # batches whose documents are sorted by length together
@@ -55,6 +58,7 @@ def make(
     """Train the language model, write it to `folder`, and give its quality."""
     torch.manual_seed(12)
     model = LlamaForCausalLM(configuration())
+    begin(model)
     start = time.monotonic()
     train(model, tokenizer, log)
     seconds = time.monotonic() - start
@@ -69,33 +73,56 @@ def make(
 
 def train(model: LlamaForCausalLM, tokenizer: Tokenizer, log: Callable[[str], None]) -> None:
     """Minimise the weighted cross entropy of documents."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    other = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": other, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95))
+    optimizers = _optimizers(model)
+    memo = Memo(tokenizer)
     start = time.monotonic()
-    waiting: list[list[list[Piece]]] = []
-    for step in range(STEPS):
-        if not waiting:
-            waiting = _pool(step, tokenizer)
-        for group in optimizer.param_groups:
-            group["lr"] = RATE * cosine(step, STEPS)
-        ids, weights = encode(tokenizer, waiting.pop())
-        losses = _losses(model, ids)
+    for step, documents in enumerate(_batches()):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * _rate(step)
+        ids, weights = encode(memo, documents)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = _losses(model, ids)
         loss = (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         if step % 100 == 0:
             answers = losses[weights[:, 1:] == 1].mean().item()
             log(
                 f"language step {step}/{STEPS} loss {loss.item():.3f} answers {answers:.3f} "
                 f"{time.monotonic() - start:.0f} s"
             )
+            if step % 500 == 0:
+                log(f"{text_answers(model, tokenizer, 60)['text_answers']}")
 
 
-def encode(tokenizer: Tokenizer, documents: Sequence[Sequence[Piece]]) -> tuple[Tensor, Tensor]:
+def _optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+    """Give Muon (Jordan et al., 2024) for the matrices of the layers and AdamW for the rest."""
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=RATE, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
+
+
+def _rate(step: int) -> float:
+    """Give the share of the peak rate: a short rise, a plateau, a long fall to 1 in 100."""
+    fallen = max(0.0, (step / STEPS - 0.3) / 0.7)
+    return min(1.0, (step + 1) / 100) * (0.505 + 0.495 * math.cos(math.pi * fallen))
+
+
+def encode(
+    tokenizer: Tokenizer | Memo, documents: Sequence[Sequence[Piece]]
+) -> tuple[Tensor, Tensor]:
     """Write documents as rows of ids and weights, [documents, longest], padded with weight 0."""
     rows = []
     for pieces in documents:
@@ -116,38 +143,41 @@ def encode(tokenizer: Tokenizer, documents: Sequence[Sequence[Piece]]) -> tuple[
 
 def _losses(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
     """Give the cross entropy of every next token, [rows, length - 1]."""
-    logits = model(input_ids=ids[:, :-1]).logits
+    logits = model(input_ids=ids[:, :-1], use_cache=False).logits.float()
     flat = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
     )
     return flat.view(ids.shape[0], -1)
 
 
-def _pool(step: int, tokenizer: Tokenizer) -> list[list[list[Piece]]]:
-    """Make the documents of some steps as batches of equal length, in random order."""
-    share = 1.0 if step < ALONE * STEPS else BESIDE
-    kinds = random.Random(f"kinds/{step}")
-    documents = [
-        (lookups if kinds.random() < share else document)(0, step * ROWS + number)
-        for number in range(_POOL * ROWS)
-    ]
-    if step < SHORT * STEPS:
-        documents = [
-            [(text.replace(YI_VL.system, ""), learn) for text, learn in pieces]
-            for pieces in documents
-        ]
-    documents.sort(key=lambda pieces: sum(len(tokenizer.encode(text)) for text, _ in pieces))
-    batches = [documents[at : at + ROWS] for at in range(0, len(documents), ROWS)]
-    random.Random(step).shuffle(batches)
-    return batches
+def _batches() -> Iterator[list[list[Piece]]]:
+    """Give the documents of every step; those of some steps are sorted by length together."""
+    for first in range(0, STEPS, _POOL):
+        documents = [_document(first, first * ROWS + number) for number in range(_POOL * ROWS)]
+        documents.sort(key=lambda pieces: sum(len(text) for text, _ in pieces))
+        batches = [documents[at : at + ROWS] for at in range(0, len(documents), ROWS)]
+        random.Random(first).shuffle(batches)
+        yield from batches[: STEPS - first]
+
+
+def _document(step: int, index: int) -> list[Piece]:
+    rng = random.Random(f"kinds/{index}")
+    if step < FACTS or rng.random() < BESIDE:
+        return facts(0, index)
+    if step < FACTS + DRILLS:
+        return drill(0, index)
+    pieces = document(0, index)
+    if rng.random() < PROMPTED:
+        return pieces
+    return [(text.replace(YI_VL.system, ""), learn) for text, learn in pieces]
 
 
 @torch.no_grad()
 def perplexity(model: LlamaForCausalLM, tokenizer: Tokenizer, count: int = 128) -> float:
     """Measure the perplexity of the answers and captions of held-out documents."""
     total, tokens = 0.0, 0
-    for begin in range(0, count, 32):
-        some = [document(HELD_OUT, index) for index in range(begin, begin + 32)]
+    for begin_at in range(0, count, 32):
+        some = [document(HELD_OUT, index) for index in range(begin_at, begin_at + 32)]
         ids, weights = encode(tokenizer, some)
         losses = _losses(model, ids)[weights[:, 1:] == 1]
         total, tokens = total + losses.sum().item(), tokens + len(losses)
@@ -157,7 +187,7 @@ def perplexity(model: LlamaForCausalLM, tokenizer: Tokenizer, count: int = 128) 
 @torch.no_grad()
 def text_answers(
     model: LlamaForCausalLM, tokenizer: Tokenizer, count: int = 100
-) -> dict[str, object]:
+) -> dict[str, dict[str, float]]:
     """Measure the exact match of answers about scenes told in words, and without any telling."""
     figures: dict[str, dict[str, float]] = {"text_answers": {}, "blank_answers": {}}
     for name, told in (("text_answers", True), ("blank_answers", False)):
@@ -166,8 +196,8 @@ def text_answers(
             ids, weights = encode(tokenizer, documents)
             right = model(input_ids=ids[:, :-1]).logits.argmax(-1) == ids[:, 1:]
             exact = (right | (weights[:, 1:] < 1)).all(1)
-            figures[name][kind] = exact.float().mean().item()
-    return dict(figures)
+            figures[name][kind] = round(exact.float().mean().item(), 4)
+    return figures
 
 
 def _single(kind: str, count: int, told: bool) -> list[list[Piece]]:
@@ -178,7 +208,7 @@ def _single(kind: str, count: int, told: bool) -> list[list[Piece]]:
         index += 1
         rng = random.Random(f"{kind}/{index}")
         one = scene(STREAM, HELD_OUT, index)
-        asked: list[Asked] = [q for q in questions(one, rng.choice(LANGUAGES)) if q.type == kind]
+        asked = [q for q in questions(one, rng.choice(LANGUAGES)) if q.type == kind]
         if asked:
             question = draw(rng, asked)
             text = f"{describe(rng, one)}\n{question.text}" if told else question.text

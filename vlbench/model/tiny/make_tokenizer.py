@@ -14,9 +14,9 @@ import sentencepiece
 from vlbench.data.scene_text import CELLS, LANGUAGES, NUMBERS, ZH
 from vlbench.data.template import YI_VL
 from vlbench.data.tokenizer import Tokenizer
-from vlbench.model.tiny.words import document, marks
+from vlbench.model.tiny.words import document
 
-PIECES = 1120  # 120 of them marks
+PIECES = 1000
 # Ids 3 to 9; those of Yi that matter are 6 and 7.
 SYMBOLS = (
     "<|Human|>",
@@ -97,7 +97,7 @@ def make(folder: Path) -> dict[str, int]:
 
 def _train() -> bytes:
     model = io.BytesIO()
-    symbols = [_NEWLINE if symbol == "\n" else symbol for symbol in (*SYMBOLS, *marks())]
+    symbols = [_NEWLINE if symbol == "\n" else symbol for symbol in SYMBOLS]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=_lines(),
         model_writer=model,
@@ -132,7 +132,7 @@ def _lines() -> Iterator[str]:
         "(" + "|".join(sorted(map(re.escape, _ZH_UNITS), key=len, reverse=True)) + ")"
     )
     for index in range(4000):
-        for text, _ in document(7, index, (4,)):
+        for text, _ in document(7, index):
             lines = text.replace(YI_VL.system, "").split("\n")
             yield from (units.sub(rf"{_BOUND}\1{_BOUND}", line) for line in lines if line)
     for _ in range(3000):

@@ -25,7 +25,7 @@ from vlbench.model.tiny.make_tokenizer import PIECES
 NAME = "vlbench-tiny"
 STREAM = "tower"  # of scenes; other parts never meet them
 CONTEXT = 40  # tokens of a caption with its start and end
-ALONE, WHOLE, RATE = 400, 700, 1.2e-3  # steps with one object a picture, then with whole scenes
+ALONE, WHOLE, RATE = 400, 1000, 1.2e-3  # steps with one object a picture, then with whole scenes
 STEPS = ALONE + WHOLE
 BASES, TWINS = 28, 3  # pictures of a later step, and near twins of each
 CONFIG = {
@@ -116,8 +116,10 @@ def train(model: open_clip.CLIP, tokenizer: Tokenizer, log: Callable[[str], None
         for group in optimizer.param_groups:
             group["lr"] = RATE * cosine(step, STEPS)
         scenes, captions = batch(step)
-        image = _encode_image(model, scenes, alone=step < ALONE)
-        text = _encode_text(model, text_ids(tokenizer, captions))
+        with torch.autocast("cpu", torch.bfloat16):
+            image = _encode_image(model, scenes, alone=step < ALONE)
+            text = _encode_text(model, text_ids(tokenizer, captions))
+        image, text = image.float(), text.float()
         loss = loss_of(image, text, model.logit_scale.exp())
         optimizer.zero_grad()
         loss.backward()
