@@ -11,10 +11,12 @@ from pathlib import Path
 
 import sentencepiece
 
-from vlbench.data.scene_text import CELLS, LANGUAGES, NUMBERS, ZH
+from vlbench.data.sample import Turn
+from vlbench.data.scene_text import CELLS, LANGUAGES, NUMBERS, ZH, caption, questions
+from vlbench.data.scene_world import scene
+from vlbench.data.scenes import DESCRIBE
 from vlbench.data.template import YI_VL
 from vlbench.data.tokenizer import Tokenizer
-from vlbench.model.tiny.words import document
 
 PIECES = 1000
 # Ids 3 to 9; those of Yi that matter are 6 and 7.
@@ -131,10 +133,8 @@ def _lines() -> Iterator[str]:
     units = re.compile(
         "(" + "|".join(sorted(map(re.escape, _ZH_UNITS), key=len, reverse=True)) + ")"
     )
-    for index in range(4000):
-        for text, _ in document(7, index):
-            lines = text.replace(YI_VL.system, "").split("\n")
-            yield from (units.sub(rf"{_BOUND}\1{_BOUND}", line) for line in lines if line)
+    for line in _world():
+        yield units.sub(rf"{_BOUND}\1{_BOUND}", line)
     for _ in range(3000):
         yield units.sub(rf"{_BOUND}\1{_BOUND}", YI_VL.system)
     for _ in range(40):
@@ -145,6 +145,18 @@ def _lines() -> Iterator[str]:
         )
     for language in LANGUAGES:
         yield from CELLS[language]
+
+
+def _world(scenes: int = 1500) -> Iterator[str]:
+    """Give captions and all questions with their answers, alone and as lines of conversations."""
+    for index in range(scenes):
+        told = scene("tokenizer", 0, index)
+        for language in LANGUAGES:
+            asked = [(one.text, one.answer) for one in questions(told, language)]
+            for question, answer in [(DESCRIBE[language], caption(told, language)), *asked]:
+                turns = Turn("human", question), Turn("assistant", answer)
+                yield from (question, answer)
+                yield from "".join(text for text, _ in YI_VL.pieces(turns)).split("\n")[2:]
 
 
 def _with_newline(model: bytes) -> bytes:

@@ -1,7 +1,10 @@
 """Text of the rendered world without pictures: what the miniature language model learns from.
 
 A scene is told in words, in either language, standing where a picture would stand; then come facts,
-a caption or a chat about it. No unseen pair ever occurs.
+a caption or a chat about it. Half of the scenes are told as a raster, cell by cell, with the words
+of a cell written over one another, so that all of them stand at one position. That a position can
+say several things is then learned from words, and `fit` has to teach only which features mean which
+words. No unseen pair ever occurs.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from vlbench.data.scene_text import (
     pick,
     questions,
 )
-from vlbench.data.scene_world import Scene, Thing, scene
+from vlbench.data.scene_world import SIDE, Scene, Thing, scene
 from vlbench.data.scenes import DESCRIBE
 from vlbench.data.template import YI_VL
 
@@ -30,7 +33,10 @@ STREAM = "words"  # of scenes; pictures of fit come from other streams
 Piece = tuple[str, bool]  # text, and whether the model must learn to write it
 _FACTS, _DRILLED, _QUESTIONS = 14, 10, 8  # in one document
 _ABROAD = 0.2  # share of phrases in the language that the rest is not told in
-_FORMS = ("phrases", "list", "sentences")
+FORMS = {"raster": 6, "phrases": 4, "list": 1, "sentences": 1}  # how often each
+CELL, OVER = "\t", "\b"  # a cell of a raster begins or ends; the next word is written over the last
+_GRIDS = (4, 4, 8)  # cells along a side: the patches at 56 pixels (more often) and at 112
+_NEAR = 0.7  # a cell shows an object that is at most so many radii away
 
 
 def document(seed: int, index: int) -> list[Piece]:
@@ -52,7 +58,7 @@ def facts(seed: int, index: int) -> list[Piece]:
     rng = random.Random(f"facts/{seed}/{index}")
     told = scene(STREAM, seed, index)
     known = _facts(told, rng.choice(LANGUAGES))
-    pieces: list[Piece] = [(f"{describe(rng, told, ('phrases',))}\n", False)]
+    pieces: list[Piece] = [(f"{describe(rng, told)}\n", False)]
     for about, what, end in rng.choices(known, k=_FACTS):
         pieces += [(about, False), (what, True), (end, False)]
     return pieces
@@ -120,14 +126,16 @@ def _exchange(question: str, answer: str) -> list[Turn]:
     return [Turn("human", question), Turn("assistant", answer)]
 
 
-def describe(rng: random.Random, told: Scene, forms: tuple[str, ...] = _FORMS) -> str:
-    """Tell a scene in one of the forms, its objects in random order.
+def describe(rng: random.Random, told: Scene) -> str:
+    """Tell a scene in one of the forms; all but a raster tell the objects in random order.
 
-    Objects may be told several times, and full stops may stand between them: so it is with the
-    patches of a picture, of which many show the same object, and many show none.
+    They may tell an object several times, with full stops in between: so it is with the patches of
+    a picture, of which many show the same object, and many show none.
     """
-    form = rng.choices(forms, (4, 1, 1)[: len(forms)])[0]
+    form = rng.choices(list(FORMS), list(FORMS.values()))[0]
     home = rng.choice(LANGUAGES)
+    if form == "raster":
+        return raster(told, home, rng.choice(_GRIDS))
     away = LANGUAGES[1 - LANGUAGES.index(home)]
     parts = [
         _told(thing, away if rng.random() < _ABROAD else home, form)
@@ -137,6 +145,35 @@ def describe(rng: random.Random, told: Scene, forms: tuple[str, ...] = _FORMS) -
     parts += [" ."] * rng.choice((0, 2, 4, 8))
     rng.shuffle(parts)
     return "".join(parts).strip()
+
+
+def raster(told: Scene, language: str, grid: int) -> str:
+    """Tell a scene as `grid` x `grid` cells row by row: words over one another, or a full stop."""
+    cells = [" ."] * grid**2
+    for thing in told.things:
+        where = CELLS[language][thing.cell]
+        words = [_word(thing.colour, language), _word(thing.shape, language), *where.split()]
+        text = OVER.join(words if language == "zh" else [f" {word}" for word in words])
+        for cell in _covered(thing, grid):
+            cells[cell] = text
+    return CELL + CELL.join(cells) + CELL
+
+
+def _covered(thing: Thing, grid: int) -> list[int]:
+    """List the cells that show an object: those of its quarter that it touches, at least one."""
+    pixels = SIDE / grid
+    far = []
+    for cell in range(grid**2):
+        row, column = divmod(cell, grid)
+        if 2 * row // grid * 2 + 2 * column // grid != thing.cell:
+            continue
+        across = max(abs((column + 0.5) * pixels - thing.x) - pixels / 2, 0)
+        down = max(abs((row + 0.5) * pixels - thing.y) - pixels / 2, 0)
+        far.append(((across**2 + down**2) ** 0.5, cell))
+    far.sort()
+    return [
+        cell for rank, (away, cell) in enumerate(far) if not rank or away < _NEAR * thing.radius
+    ]
 
 
 def _told(thing: Thing, language: str, form: str) -> str:
