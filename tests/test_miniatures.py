@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import random
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,13 @@ from safetensors import safe_open
 from transformers import LlamaForCausalLM
 
 import vlbench.model.tiny
+from vlbench.data.scene_text import ZH
+from vlbench.data.scene_world import COLOURS, UNSEEN
 from vlbench.data.template import YI_VL
 from vlbench.data.tokenizer import Tokenizer
-from vlbench.model.tiny import make_language, make_tokenizer, make_tower
+from vlbench.model.tiny import make_language, make_tokenizer, make_tower, pictures
 from vlbench.model.tiny.begin import begin
+from vlbench.model.tiny.words import CELL, OVER, document, drill, facts
 
 TINY = Path(vlbench.model.tiny.__file__).parent
 MANIFEST = json.loads((TINY / "manifest.json").read_text(encoding="utf-8"))
@@ -77,6 +82,49 @@ def test_patch_features_tell_colour_and_shape() -> None:
     recorded = MANIFEST["quality"]["tower"]
     assert figures["probe_colour"] >= recorded["probe_colour"] - 0.05
     assert figures["probe_shape"] >= recorded["probe_shape"] - 0.1
+    assert figures["probe_unseen_shape"] >= recorded["probe_unseen_shape"] - 0.1
+
+
+def test_nothing_that_miniatures_learn_from_holds_an_unseen_pair() -> None:
+    for step in (0, 1):
+        for scenes, captions in (pictures.single(step), pictures.whole(step)):
+            assert len(scenes) == len(captions)
+            assert all(UNSEEN.get(t.colour) != t.shape for one in scenes for t in one.things)
+    told = [
+        "".join(text for text, _ in make(seed, index)).replace(OVER, "")
+        for make in (document, drill, facts)
+        for seed in (0, 1)
+        for index in range(150)
+    ]
+    assert sum("red star" in text for text in told) > 5
+    for colour, shape in UNSEEN.items():
+        pairs = (f"{colour} {shape}", f"{ZH[colour]}的{ZH[shape]}", f"{ZH[colour]}{ZH[shape]}")
+        assert not any(pair in text for pair in pairs for text in told)
+
+
+def test_odd_colours_come_near_no_named_one_nor_that_of_an_unseen_pair() -> None:
+    rng = random.Random(0)
+    for colour, shape in UNSEEN.items():
+        for odd in [pictures.odd_colour(rng, shape) for _ in range(100)]:
+            assert math.dist(odd, COLOURS[colour]) >= 90
+            assert min(math.dist(odd, named) for named in COLOURS.values()) >= 40
+
+
+def test_words_over_one_another_stand_at_one_position(
+    tokenizer: Tokenizer, language: LlamaForCausalLM
+) -> None:
+    text = f"{CELL} red{OVER} star{OVER} top{OVER} left{CELL} .{CELL}\n the star is"
+    ids, weights = make_language.encode(tokenizer, [[(text, False), (" red", True)]])
+    plain = tokenizer.encode("\n the star is red")
+    assert ids.shape == (1, 2 + len(plain), 4)
+    assert ids[0, 0].tolist() == [tokenizer.encode(f" {w}")[0] for w in "red star top left".split()]
+    assert ids[0, 2:, 0].tolist() == list(plain) and (ids[0, 1:, 1:] == -1).all()
+    assert weights[0, 0] == 0 and weights[0, -1] == 1
+    with torch.no_grad():
+        shuffled = ids[:, :, [0, 2, 1, 3]]
+        assert torch.allclose(
+            make_language.read(language, ids), make_language.read(language, shuffled), atol=1e-5
+        )
 
 
 def test_perplexity(tokenizer: Tokenizer, language: LlamaForCausalLM) -> None:

@@ -58,7 +58,9 @@ class Asked:
 
 
 def noun(thing: Thing, language: str) -> str:
-    """Name an object by colour and shape: "red star", "红色的星形"."""
+    """Name an object: "red star", "红色的星形"; by shape alone if its colour has no name."""
+    if not thing.colour:
+        return ZH[thing.shape] if language == "zh" else thing.shape
     if language == "zh":
         return f"{ZH[thing.colour]}的{ZH[thing.shape]}"
     return f"{thing.colour} {thing.shape}"

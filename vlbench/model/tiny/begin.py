@@ -24,7 +24,8 @@ NEAR, SLOW = 4, 5  # rotary pairs that tell near places apart; pairs from here o
 @torch.no_grad()
 def begin(model: LlamaForCausalLM) -> None:
     """Set the embeddings and add to the attention of a new model; randomness is torch's own."""
-    width, head = model.config.hidden_size, model.config.head_dim
+    config: Any = model.config
+    width, head = config.hidden_size, config.head_dim
     shared = torch.nn.functional.normalize(torch.randn(width), dim=0)
     embeddings = model.model.embed_tokens.weight
     embeddings.normal_(std=SPREAD).add_(COMMON * width**0.5 * shared)
@@ -37,7 +38,7 @@ def begin(model: LlamaForCausalLM) -> None:
         output = attention.o_proj.weight.view(width, -1, head)  # [width, heads, head width]
         sharing = len(query) // len(key)
         if number == 0:
-            _look_back(query, key, shared, model.config.rope_parameters["rope_theta"])
+            _look_back(query, key, shared, config.rope_parameters["rope_theta"])
         for group in range(len(key)):
             heads = slice(group * sharing, (group + 1) * sharing)
             if number > 0:

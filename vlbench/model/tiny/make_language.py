@@ -6,6 +6,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,9 +23,10 @@ from vlbench.model.tiny.begin import begin
 from vlbench.model.tiny.make_tokenizer import PIECES
 from vlbench.model.tiny.words import CELL, OVER, STREAM, Piece, describe, document, drill, facts
 
+ROWS = 32  # documents of a step
 FACTS, DRILLS, CHATS = 300, 1000, 800  # steps whose documents are mostly these, in this order
-STEPS, ROWS = FACTS + DRILLS + CHATS, 32
-BESIDE = 0.15  # share of the documents that are facts in the later steps
+BESIDE = 0.15  # share of the documents that are facts in the later of these steps
+AGAIN, DRILLED = 1200, 0.6  # steps that repeat what is hard; share of their documents that drill
 PROMPTED = 0.2  # share of the chats that keep the system prompt; the others save its time
 RATE, MUON_RATE = 2e-3, 0.02  # of AdamW for embeddings, head and norms; of Muon for the matrices
 CONTEXT_WEIGHT = 0.02  # of tokens that are given, against those of answers
@@ -61,26 +63,79 @@ def make(
     model = LlamaForCausalLM(configuration())
     begin(model)
     start = time.monotonic()
-    train(model, tokenizer, log)
+    for lesson in (Lesson(FACTS + DRILLS + CHATS, 1.0, first), Lesson(AGAIN, 0.5, again)):
+        train(model, tokenizer, lesson, log)
+        model.half().float()  # as it is written
     seconds = time.monotonic() - start
     model.half().save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()  # as written
+    model.float().eval()
     answers = text_answers(model, tokenizer)
     figures = {"perplexity": perplexity(model, tokenizer), **answers, "seconds": seconds}
     log(f"language {figures}")
     return figures
 
 
-def train(model: LlamaForCausalLM, tokenizer: Tokenizer, log: Callable[[str], None]) -> None:
-    """Minimise the weighted cross entropy of documents."""
+@dataclass
+class Lesson:
+    """One leg of training: `document(step, index)` makes what is read."""
+
+    steps: int
+    peak: float  # of the learning rates, as a share
+    document: Callable[[int, int], list[Piece]]
+
+    def rate(self, step: int) -> float:
+        """Give the share of the peak rates: a short rise, a plateau, a long fall to 1 in 100."""
+        fallen = max(0.0, (step / self.steps - 0.3) / 0.7)
+        wave = 0.505 + 0.495 * math.cos(math.pi * fallen)
+        return self.peak * min(1.0, (step + 1) / 100) * wave
+
+    def batches(self) -> Iterator[list[list[Piece]]]:
+        """Give the documents of every step; those of some steps are sorted by length together."""
+        for first in range(0, self.steps, _POOL):
+            numbers = range(first * ROWS, (first + _POOL) * ROWS)
+            documents = [self.document(first, number) for number in numbers]
+            documents.sort(key=lambda pieces: sum(len(text) for text, _ in pieces))
+            batches = [documents[at : at + ROWS] for at in range(0, len(documents), ROWS)]
+            random.Random(first).shuffle(batches)
+            yield from batches[: self.steps - first]
+
+
+def first(step: int, index: int) -> list[Piece]:
+    """Make a document of the first lesson: facts, then drills, then conversations."""
+    rng = random.Random(f"kinds/{index}")
+    if step < FACTS or rng.random() < BESIDE:
+        return facts(0, index)
+    if step < FACTS + DRILLS:
+        return drill(0, index)
+    return _prompted(rng, document(0, index))
+
+
+def again(step: int, index: int) -> list[Piece]:
+    """Make a document of the second lesson: drills that count much, and conversations."""
+    rng = random.Random(f"again/{index}")
+    if rng.random() < DRILLED:
+        return drill(1, index, counts=2)
+    return _prompted(rng, document(1, index))
+
+
+def _prompted(rng: random.Random, pieces: list[Piece]) -> list[Piece]:
+    if rng.random() < PROMPTED:
+        return pieces
+    return [(text.replace(YI_VL.system, ""), learn) for text, learn in pieces]
+
+
+def train(
+    model: LlamaForCausalLM, tokenizer: Tokenizer, lesson: Lesson, log: Callable[[str], None]
+) -> None:
+    """Minimise the weighted cross entropy of a lesson's documents."""
     optimizers = _optimizers(model)
     memo = Memo(tokenizer)
     start = time.monotonic()
-    for step, documents in enumerate(_batches()):
+    for step, documents in enumerate(lesson.batches()):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * _rate(step)
+                group["lr"] = group["peak"] * lesson.rate(step)
         ids, weights = encode(memo, documents)
         with torch.autocast("cpu", torch.bfloat16):
             losses = _losses(model, ids)
@@ -93,7 +148,7 @@ def train(model: LlamaForCausalLM, tokenizer: Tokenizer, log: Callable[[str], No
         if step % 100 == 0:
             answers = losses[weights[:, 1:] == 1].mean().item()
             log(
-                f"language step {step}/{STEPS} loss {loss.item():.3f} answers {answers:.3f} "
+                f"language step {step}/{lesson.steps} loss {loss.item():.3f} answers {answers:.3f} "
                 f"{time.monotonic() - start:.0f} s"
             )
 
@@ -111,12 +166,6 @@ def _optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
     return optimizers
-
-
-def _rate(step: int) -> float:
-    """Give the share of the peak rate: a short rise, a plateau, a long fall to 1 in 100."""
-    fallen = max(0.0, (step / STEPS - 0.3) / 0.7)
-    return min(1.0, (step + 1) / 100) * (0.505 + 0.495 * math.cos(math.pi * fallen))
 
 
 def encode(
@@ -170,28 +219,6 @@ def _losses(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
         read(model, ids[:, :-1]).flatten(0, 1), truth.flatten(), reduction="none"
     )
     return flat.view(truth.shape)
-
-
-def _batches() -> Iterator[list[list[Piece]]]:
-    """Give the documents of every step; those of some steps are sorted by length together."""
-    for first in range(0, STEPS, _POOL):
-        documents = [_document(first, first * ROWS + number) for number in range(_POOL * ROWS)]
-        documents.sort(key=lambda pieces: sum(len(text) for text, _ in pieces))
-        batches = [documents[at : at + ROWS] for at in range(0, len(documents), ROWS)]
-        random.Random(first).shuffle(batches)
-        yield from batches[: STEPS - first]
-
-
-def _document(step: int, index: int) -> list[Piece]:
-    rng = random.Random(f"kinds/{index}")
-    if step < FACTS or rng.random() < BESIDE:
-        return facts(0, index)
-    if step < FACTS + DRILLS:
-        return drill(0, index)
-    pieces = document(0, index)
-    if rng.random() < PROMPTED:
-        return pieces
-    return [(text.replace(YI_VL.system, ""), learn) for text, learn in pieces]
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,16 +17,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlbench.data.scene_text import LANGUAGES, caption
-from vlbench.data.scene_world import SEEN_PAIRS, Scene, make_ground, make_thing, scene
+from vlbench.data.scene_world import SEEN_PAIRS, UNSEEN, Scene, scene
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.model.tiny.make_tokenizer import PIECES
+from vlbench.model.tiny.pictures import single, whole
 
 NAME = "vlbench-tiny"
-STREAM = "tower"  # of scenes; other parts never meet them
 CONTEXT = 40  # tokens of a caption with its start and end
 ALONE, WHOLE, RATE = 400, 1000, 1.2e-3  # steps with one object a picture, then with whole scenes
 STEPS = ALONE + WHOLE
-BASES, TWINS = 28, 3  # pictures of a later step, and near twins of each
 CONFIG = {
     "embed_dim": 128,
     "quick_gelu": False,
@@ -115,7 +113,7 @@ def train(model: open_clip.CLIP, tokenizer: Tokenizer, log: Callable[[str], None
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = RATE * cosine(step, STEPS)
-        scenes, captions = batch(step)
+        scenes, captions = single(step) if step < ALONE else whole(step)
         with torch.autocast("cpu", torch.bfloat16):
             image = _encode_image(model, scenes, alone=step < ALONE)
             text = _encode_text(model, text_ids(tokenizer, captions))
@@ -173,48 +171,6 @@ def cosine(step: int, steps: int, warmup: int = 60) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) + 0.005
 
 
-def batch(step: int) -> tuple[list[Scene], list[str]]:
-    """Make the scenes of a step, no two alike, and their captions in either language.
-
-    First every seen pair in every place, one object a picture; later whole scenes, each with twins
-    that differ from it in one attribute.
-    """
-    rng = random.Random(f"tower/{step}")
-    scenes: list[Scene] = []
-    if step < ALONE:
-        alone = [(cell, pair) for cell in range(4) for pair in SEEN_PAIRS]
-        scenes = [arrange(rng, {cell: pair}) for cell, pair in alone]
-    else:
-        for number in range(BASES):
-            base = scene(STREAM, 0, step * BASES + number)
-            scenes += [base, *(twin(rng, base) for _ in range(TWINS))]
-    different = {tuple((t.cell, t.pair) for t in one.things): one for one in scenes}
-    scenes = list(different.values())
-    return scenes, [caption(one, rng.choice(LANGUAGES)) for one in scenes]
-
-
-def arrange(rng: random.Random, placed: dict[int, tuple[str, str]]) -> Scene:
-    """Make a scene of the pairs at the given quarters, everything else at random."""
-    things = tuple(make_thing(rng, placed[cell], cell) for cell in sorted(placed))
-    return Scene(STREAM, things, make_ground(rng))
-
-
-def twin(rng: random.Random, base: Scene) -> Scene:
-    """Change one thing: a colour, a shape, or the places of two objects (or of one)."""
-    placed = {t.cell: t.pair for t in base.things}
-    cell = rng.choice(sorted(placed))
-    colour, shape = placed[cell]
-    kind = rng.choice(("colour", "shape", "place"))
-    if kind == "place":
-        other = rng.choice([c for c in range(4) if c != cell])
-        swapped = {cell: placed.get(other), other: placed[cell]}
-        placed = {c: p for c, p in (placed | swapped).items() if p is not None}
-    else:
-        same = [p for p in SEEN_PAIRS if (p[1] == shape if kind == "colour" else p[0] == colour)]
-        placed[cell] = rng.choice([p for p in same if p != (colour, shape)])
-    return arrange(rng, placed)
-
-
 def distinct(count: int = 96) -> list[Scene]:
     """Give new scenes whose captions all differ."""
     found: dict[str, Scene] = {}
@@ -252,25 +208,42 @@ def patch_features(model: open_clip.CLIP, images: Tensor) -> Tensor:
 
 
 def probe(model: open_clip.CLIP, scenes: int = 1500) -> dict[str, float]:
-    """Measure how well a linear map reads colour and shape of the object at each patch."""
-    inputs, colours, shapes = [], [], []
-    for begin in range(0, scenes, 100):
-        some = [scene("probe", 0, index) for index in range(begin, begin + 100)]
-        features = patch_features(model, pixels(some))
-        for one, patches in zip(some, features, strict=True):
-            for thing in one.things:
-                inputs.append(patches[int(thing.y // 28) * 4 + int(thing.x // 28)])
-                colours.append(sorted({c for c, _ in SEEN_PAIRS}).index(thing.colour))
-                shapes.append(sorted({s for _, s in SEEN_PAIRS}).index(thing.shape))
-    x = torch.nn.functional.layer_norm(torch.stack(inputs), (inputs[0].shape[-1],))
-    x = torch.cat([x, torch.ones(len(x), 1)], 1).double()
+    """Measure how well a linear map reads colour and shape of the object at each patch.
+
+    `probe_unseen_shape` asks the map, which never met one, for the shape in an unseen pair.
+    """
+    x, pairs = _objects(model, [scene("probe", 0, index) for index in range(scenes)])
+    unseen = [scene("probe", 0, index, unseen=True) for index in range(scenes // 3)]
+    x_unseen, pairs_unseen = _objects(model, unseen)
+    new = [at for at, (colour, shape) in enumerate(pairs_unseen) if UNSEEN[colour] == shape]
     cut = len(x) * 2 // 3
     figures = {}
-    for name, labels in (("probe_colour", colours), ("probe_shape", shapes)):
-        y = torch.tensor(labels)
-        target = torch.nn.functional.one_hot(y[:cut], 6).double()
+    for at, name in enumerate(("colour", "shape")):
+        values = sorted({pair[at] for pair in SEEN_PAIRS})
+        y = torch.tensor([values.index(pair[at]) for pair in pairs])
+        target = torch.nn.functional.one_hot(y[:cut], len(values)).double()
         ridge = 1e-2 * cut * torch.eye(x.shape[1], dtype=torch.float64)
         weights = torch.linalg.solve(x[:cut].T @ x[:cut] + ridge, x[:cut].T @ target)
-        hits = (x[cut:] @ weights).argmax(1) == y[cut:]
-        figures[name] = hits.double().mean().item()
+        figures[f"probe_{name}"] = _share((x[cut:] @ weights).argmax(1) == y[cut:])
+        y_new = torch.tensor([values.index(pairs_unseen[one][at]) for one in new])
+        figures[f"probe_unseen_{name}"] = _share((x_unseen[new] @ weights).argmax(1) == y_new)
     return figures
+
+
+def _objects(
+    model: open_clip.CLIP, scenes: Sequence[Scene]
+) -> tuple[Tensor, list[tuple[str, str]]]:
+    """Give the features at the objects' centres, [objects, width + 1], and their pairs."""
+    features, pairs = [], []
+    for begin in range(0, len(scenes), 100):
+        some = scenes[begin : begin + 100]
+        for one, patches in zip(some, patch_features(model, pixels(some)), strict=True):
+            for thing in one.things:
+                features.append(patches[int(thing.y // 28) * 4 + int(thing.x // 28)])
+                pairs.append(thing.pair)
+    x = torch.nn.functional.layer_norm(torch.stack(features), (features[0].shape[-1],))
+    return torch.cat([x, torch.ones(len(x), 1)], 1).double(), pairs
+
+
+def _share(hits: Tensor) -> float:
+    return round(hits.double().mean().item(), 4)

@@ -95,13 +95,16 @@ def _word(name: str, language: str) -> str:
     return ZH[name] if language == "zh" else name
 
 
-def drill(seed: int, index: int) -> list[Piece]:
-    """Make a scene in words and questions about it, each followed by its answer and no more."""
+def drill(seed: int, index: int, counts: int = 1) -> list[Piece]:
+    """Make a scene in words and questions about it, each followed by its answer and no more.
+
+    `counts` says how much more often counts are asked than anything else.
+    """
     rng = random.Random(f"drill/{seed}/{index}")
     told = scene(STREAM, seed, index)
     asked = questions(told, rng.choice(LANGUAGES))
     by_type = {kind: [one for one in asked if one.type == kind] for kind in TYPES}
-    kinds = [kind for kind in TYPES if by_type[kind]]
+    kinds = [kind for kind in TYPES if by_type[kind]] + ["count"] * (counts - 1)
     pieces: list[Piece] = [(f"{describe(rng, told)}\n", False)]
     for _ in range(_DRILLED):
         one = draw(rng, by_type[rng.choice(kinds)])

@@ -1,0 +1,101 @@
+"""What the miniature tower sees while it is pretrained: scenes, near twins of them, odd colours.
+
+Besides the world's own colours there are others that no caption names. Without them a small tower
+learns shapes colour by colour, and reads a green star, which it never met, as a green cross. No odd
+colour comes near the one that would make an unseen pair.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+from vlbench.data.scene_text import LANGUAGES, caption
+from vlbench.data.scene_world import (
+    COLOURS,
+    SEEN_PAIRS,
+    SHAPES,
+    UNSEEN,
+    Scene,
+    Thing,
+    make_ground,
+    make_thing,
+    scene,
+)
+
+STREAM = "tower"  # of scenes; other parts never meet them
+BASES, TWINS = 28, 3  # pictures of a later step, and near twins of each
+NAMELESS = ""  # the colour of an odd object
+ODD = 0.35  # share of the objects of a whole scene that are odd
+_APART, _FAR = (
+    40,
+    90,
+)  # RGB distance of an odd colour to every named one; to that of the unseen pair
+_FORBIDDEN = {shape: COLOURS[colour] for colour, shape in UNSEEN.items()}
+
+
+def single(step: int) -> tuple[list[Scene], list[str]]:
+    """Make one picture of every seen pair, and of every shape in an odd colour, in every place."""
+    rng = random.Random(f"tower/{step}")
+    pairs = [*SEEN_PAIRS, *((NAMELESS, shape) for shape in SHAPES)]
+    scenes = [arrange(rng, {cell: pair}) for cell in range(4) for pair in pairs]
+    return scenes, [caption(one, rng.choice(LANGUAGES)) for one in scenes]
+
+
+def whole(step: int) -> tuple[list[Scene], list[str]]:
+    """Make whole scenes, no two alike, each with twins that differ from it in one attribute."""
+    rng = random.Random(f"tower/{step}")
+    scenes: list[Scene] = []
+    for number in range(BASES):
+        base = scene(STREAM, 0, step * BASES + number)
+        placed = {
+            t.cell: (NAMELESS, t.shape) if rng.random() < ODD else t.pair for t in base.things
+        }
+        scenes += [arrange(rng, placed), *(arrange(rng, twin(rng, placed)) for _ in range(TWINS))]
+    different = {tuple((t.cell, t.pair) for t in one.things): one for one in scenes}
+    scenes = list(different.values())
+    return scenes, [caption(one, rng.choice(LANGUAGES)) for one in scenes]
+
+
+def arrange(rng: random.Random, placed: dict[int, tuple[str, str]]) -> Scene:
+    """Make a scene of the pairs at the given quarters, everything else at random."""
+    things = tuple(_thing(rng, placed[cell], cell) for cell in sorted(placed))
+    return Scene(STREAM, things, make_ground(rng))
+
+
+def _thing(rng: random.Random, pair: tuple[str, str], cell: int) -> Thing:
+    if pair[0] != NAMELESS:
+        return make_thing(rng, pair, cell)
+    like = next(seen for seen in SEEN_PAIRS if seen[1] == pair[1])
+    thing = make_thing(rng, like, cell)
+    return replace(thing, colour=NAMELESS, shade=odd_colour(rng, pair[1]))
+
+
+def odd_colour(rng: random.Random, shape: str) -> tuple[int, int, int]:
+    """Draw a colour without a name, darker than every ground, for an object of this shape."""
+    while True:
+        colour = rng.randrange(20, 236), rng.randrange(20, 236), rng.randrange(20, 236)
+        if sum(colour) > 480 or _distance(colour, _FORBIDDEN[shape]) < _FAR:
+            continue
+        if all(_distance(colour, named) >= _APART for named in COLOURS.values()):
+            return colour
+
+
+def _distance(one: tuple[int, int, int], other: tuple[int, int, int]) -> float:
+    return sum((a - b) ** 2 for a, b in zip(one, other, strict=True)) ** 0.5
+
+
+def twin(rng: random.Random, placed: dict[int, tuple[str, str]]) -> dict[int, tuple[str, str]]:
+    """Change one thing: a colour, a shape, or the places of two objects (or of one)."""
+    cell = rng.choice(sorted(placed))
+    colour, shape = placed[cell]
+    kind = rng.choice(("colour", "shape", "place"))
+    if kind == "place":
+        other = rng.choice([c for c in range(4) if c != cell])
+        swapped = {cell: placed.get(other), other: placed[cell]}
+        return {c: p for c, p in (placed | swapped).items() if p is not None}
+    if kind == "colour":
+        others = [c for c in (*COLOURS, NAMELESS) if c != colour and UNSEEN.get(c) != shape]
+        return placed | {cell: (rng.choice(others), shape)}
+    shapes = [s for s in SHAPES if s != shape and UNSEEN.get(colour) != s]
+    return placed | {cell: (colour, rng.choice(shapes))}
