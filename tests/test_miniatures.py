@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import hashlib
 import json
 import math
@@ -90,6 +91,10 @@ def test_nothing_that_miniatures_learn_from_holds_an_unseen_pair() -> None:
         for scenes, captions in (pictures.single(step), pictures.whole(step)):
             assert len(scenes) == len(captions)
             assert all(UNSEEN.get(t.colour) != t.shape for one in scenes for t in one.things)
+        near, captions = pictures.close(step, 36)
+        assert len({*captions}) == 36 and {one.open().size for one in near} == {(56, 56)}
+        things = [one.scene.things[0] for one in near]
+        assert all(UNSEEN.get(t.colour) != t.shape for t in things)
     told = [
         "".join(text for text, _ in make(seed, index)).replace(OVER, "")
         for make in (document, drill, facts)
@@ -102,12 +107,14 @@ def test_nothing_that_miniatures_learn_from_holds_an_unseen_pair() -> None:
         assert not any(pair in text for pair in pairs for text in told)
 
 
-def test_odd_colours_come_near_no_named_one_nor_that_of_an_unseen_pair() -> None:
+def test_no_odd_colour_could_pass_for_that_of_an_unseen_pair() -> None:
     rng = random.Random(0)
     for colour, shape in UNSEEN.items():
+        hue = colorsys.rgb_to_hsv(*COLOURS[colour])[0]
         for odd in [pictures.odd_colour(rng, shape) for _ in range(100)]:
-            assert math.dist(odd, COLOURS[colour]) >= 90
             assert min(math.dist(odd, named) for named in COLOURS.values()) >= 40
+            away = abs(colorsys.rgb_to_hsv(*odd)[0] - hue)
+            assert max(odd) >= 120 if colour == "black" else min(away, 1 - away) * 360 >= 75
 
 
 def test_words_over_one_another_stand_at_one_position(

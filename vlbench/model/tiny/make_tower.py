@@ -6,26 +6,32 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import open_clip
 import torch
 from open_clip.loss import ClipLoss
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
 from vlbench.data.scene_text import LANGUAGES, caption
 from vlbench.data.scene_world import SEEN_PAIRS, UNSEEN, Scene, scene
 from vlbench.data.tokenizer import Tokenizer
+from vlbench.model.tiny.encode import (
+    CONTEXT,
+    encode_alone,
+    encode_large,
+    encode_text,
+    pixels,
+    text_ids,
+)
 from vlbench.model.tiny.make_tokenizer import PIECES
-from vlbench.model.tiny.pictures import single, whole
+from vlbench.model.tiny.pictures import CloseUp, close, single, whole
 
 NAME = "vlbench-tiny"
-CONTEXT = 40  # tokens of a caption with its start and end
 ALONE, WHOLE, RATE = 400, 1000, 1.2e-3  # steps with one object a picture, then with whole scenes
-STEPS = ALONE + WHOLE
+BOTH, LATER = 500, 100_000  # steps with both image sizes; where their pictures begin
 CONFIG = {
     "embed_dim": 128,
     "quick_gelu": False,
@@ -48,25 +54,6 @@ CONFIG = {
         "pad_id": 0,
     },
 }
-_MEAN = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1)
-_STD = torch.tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1)
-
-
-def pixels(scenes: Sequence[Scene], side: int = 56) -> Tensor:
-    """Open and normalise scenes, [scenes, 3, side, side]."""
-    size = (side, side)
-    rows = [np.asarray(s.open().resize(size, Image.Resampling.BICUBIC)) for s in scenes]
-    images = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2) / 255
-    return (images - _MEAN) / _STD
-
-
-def text_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
-    """Write captions as the text tower reads them, [texts, CONTEXT]: start, ids, end, padding."""
-    rows = torch.zeros(len(texts), CONTEXT, dtype=torch.long)
-    for row, text in zip(rows, texts, strict=True):
-        ids = [tokenizer.bos, *tokenizer.encode(text)[: CONTEXT - 2], tokenizer.eos]
-        row[: len(ids)] = torch.tensor(ids)
-    return rows
 
 
 def build(folder: Path | None = None) -> open_clip.CLIP:
@@ -87,7 +74,10 @@ def make(
     torch.manual_seed(11)
     model = build()
     start = time.monotonic()
-    train(model, tokenizer, log)
+    lessons = Lessons(model, tokenizer)
+    for steps, peak, lesson in ((ALONE + WHOLE, RATE, lessons.first), (BOTH, 8e-4, lessons.second)):
+        train(model, steps, peak, lesson, log)
+        model.half().float()  # as it is written
     seconds = time.monotonic() - start
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
@@ -102,22 +92,25 @@ def make(
     return figures
 
 
-def train(model: open_clip.CLIP, tokenizer: Tokenizer, log: Callable[[str], None]) -> None:
-    """Minimise open_clip's contrastive loss over batches of scenes and near twins of them."""
+def train(
+    model: open_clip.CLIP,
+    steps: int,
+    peak: float,
+    features: Callable[[int], tuple[Tensor, Tensor]],
+    log: Callable[[str], None],
+) -> None:
+    """Minimise open_clip's contrastive loss of `features(step)`: images and their captions."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     other = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": other, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98))
     loss_of = ClipLoss()
     start = time.monotonic()
-    for step in range(STEPS):
+    for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = RATE * cosine(step, STEPS)
-        scenes, captions = single(step) if step < ALONE else whole(step)
+            group["lr"] = peak * cosine(step, steps)
         with torch.autocast("cpu", torch.bfloat16):
-            image = _encode_image(model, scenes, alone=step < ALONE)
-            text = _encode_text(model, text_ids(tokenizer, captions))
-        image, text = image.float(), text.float()
+            image, text = (encoded.float() for encoded in features(step))
         loss = loss_of(image, text, model.logit_scale.exp())
         optimizer.zero_grad()
         loss.backward()
@@ -126,42 +119,48 @@ def train(model: open_clip.CLIP, tokenizer: Tokenizer, log: Callable[[str], None
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
         if step % 100 == 0:
-            first = (image @ text.T).argmax(1) == torch.arange(len(scenes))
+            first = (image @ text.T).argmax(1) == torch.arange(len(image))
             log(
-                f"tower step {step}/{STEPS} loss {loss.item():.3f} R@1 {first.float().mean():.2f} "
+                f"tower step {step}/{steps} loss {loss.item():.3f} R@1 {first.float().mean():.2f} "
                 f"{time.monotonic() - start:.0f} s"
             )
 
 
-def _encode_image(model: open_clip.CLIP, scenes: Sequence[Scene], alone: bool) -> Tensor:
-    """Do as `model.encode_image(..., normalize=True)`; `alone` drops the patches of empty quarters.
+@dataclass
+class Lessons:
+    """What the tower is shown at a step of its first and of its second lesson."""
 
-    Dropping patches makes a step three times cheaper, and shapes need many steps.
-    """
-    if not alone:
-        return model.encode_image(pixels(scenes), normalize=True)
-    visual = model.visual
-    hidden = visual.conv1(pixels(scenes)).flatten(2).transpose(1, 2)
-    hidden = hidden + visual.positional_embedding[1:]
-    cells = torch.tensor([one.things[0].cell for one in scenes])
-    corner = cells // 2 * 8 + cells % 2 * 2  # the quarter's first patch of 4 x 4
-    kept = corner[:, None] + torch.tensor([0, 1, 4, 5])
-    hidden = hidden.gather(1, kept[..., None].expand(-1, -1, hidden.shape[2]))
-    start = visual.class_embedding + visual.positional_embedding[:1]
-    hidden = torch.cat([start.expand(len(hidden), 1, -1), hidden], 1)
-    hidden = visual.ln_post(visual.transformer(visual.ln_pre(hidden)))[:, 1:].mean(1)
-    return torch.nn.functional.normalize(hidden @ visual.proj, dim=-1)
+    model: open_clip.CLIP
+    tokenizer: Tokenizer
 
+    def first(self, step: int) -> tuple[Tensor, Tensor]:
+        """Show single objects, later whole scenes, at 56 pixels, and close-ups."""
+        if step >= ALONE:
+            return self._small(step)
+        scenes, captions = single(step)
+        near, near_captions = close(step, 36)
+        image = encode_alone(self.model, scenes), self._encode(near)
+        return torch.cat(image), self._text(captions + near_captions)
 
-def _encode_text(model: open_clip.CLIP, ids: Tensor) -> Tensor:
-    """Do as `model.encode_text(ids, normalize=True)`, sparing the columns of mere padding."""
-    ids = ids[:, : int((ids != 0).sum(1).max())]
-    length = ids.shape[1]
-    hidden = model.token_embedding(ids) + model.positional_embedding[:length]
-    hidden = model.transformer(hidden, attn_mask=model.attn_mask[:length, :length])
-    ends = (ids == CONFIG["text_cfg"]["eos_id"]).int().argmax(1)  # type: ignore[index]
-    hidden = model.ln_final(hidden)[torch.arange(len(ids)), ends] @ model.text_projection
-    return torch.nn.functional.normalize(hidden, dim=-1)
+    def second(self, step: int) -> tuple[Tensor, Tensor]:
+        """Show whole scenes at 56 and at 112 pixels by turns."""
+        if step % 2:
+            return self._small(LATER + step)
+        scenes, captions = whole(LATER + step, bases=16)
+        return encode_large(self.model, scenes), self._text(captions)
+
+    def _small(self, step: int) -> tuple[Tensor, Tensor]:
+        scenes, captions = whole(step)
+        near, near_captions = close(step, 18)
+        image = self._encode(scenes), self._encode(near)
+        return torch.cat(image), self._text(captions + near_captions)
+
+    def _encode(self, pictures: Sequence[Scene | CloseUp]) -> Tensor:
+        return self.model.encode_image(pixels(pictures), normalize=True)
+
+    def _text(self, captions: list[str]) -> Tensor:
+        ids = text_ids(self.tokenizer, captions)
+        return encode_text(self.model, ids, self.tokenizer.eos)
 
 
 def cosine(step: int, steps: int, warmup: int = 60) -> float:
