@@ -31,7 +31,8 @@ from vlbench.model.tiny.pictures import CloseUp, close, single, whole
 
 NAME = "vlbench-tiny"
 ALONE, WHOLE, RATE = 400, 1000, 1.2e-3  # steps with one object a picture, then with whole scenes
-BOTH, LATER = 500, 100_000  # steps with both image sizes; where their pictures begin
+BOTH, AGAIN, RATE_BOTH = 500, 1000, 8e-4  # steps with both image sizes, and once more
+LATER, LATEST = 100_000, 200_000  # where their pictures begin
 CONFIG = {
     "embed_dim": 128,
     "quick_gelu": False,
@@ -75,7 +76,11 @@ def make(
     model = build()
     start = time.monotonic()
     lessons = Lessons(model, tokenizer)
-    for steps, peak, lesson in ((ALONE + WHOLE, RATE, lessons.first), (BOTH, 8e-4, lessons.second)):
+    for steps, peak, lesson in (
+        (ALONE + WHOLE, RATE, lessons.first),
+        (BOTH, RATE_BOTH, lessons.second),
+        (AGAIN, RATE_BOTH, lessons.third),
+    ):
         train(model, steps, peak, lesson, log)
         model.half().float()  # as it is written
     seconds = time.monotonic() - start
@@ -144,9 +149,16 @@ class Lessons:
 
     def second(self, step: int) -> tuple[Tensor, Tensor]:
         """Show whole scenes at 56 and at 112 pixels by turns."""
+        return self._both(LATER, step)
+
+    def third(self, step: int) -> tuple[Tensor, Tensor]:
+        """Do the same with other scenes."""
+        return self._both(LATEST, step)
+
+    def _both(self, begin: int, step: int) -> tuple[Tensor, Tensor]:
         if step % 2:
-            return self._small(LATER + step)
-        scenes, captions = whole(LATER + step, bases=16)
+            return self._small(begin + step)
+        scenes, captions = whole(begin + step, bases=16)
         return encode_large(self.model, scenes), self._text(captions)
 
     def _small(self, step: int) -> tuple[Tensor, Tensor]:
