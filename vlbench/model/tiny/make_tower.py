@@ -31,8 +31,8 @@ from vlbench.model.tiny.pictures import CloseUp, close, single, whole
 
 NAME = "vlbench-tiny"
 ALONE, WHOLE, RATE = 400, 1000, 1.2e-3  # steps with one object a picture, then with whole scenes
-BOTH, AGAIN, RATE_BOTH = 500, 1000, 8e-4  # steps with both image sizes, and once more
-LATER, LATEST = 100_000, 200_000  # where their pictures begin
+BOTH, AGAIN, LARGE = 500, 1000, 900  # steps with both image sizes, again, then mostly the larger
+RATE_BOTH = 8e-4  # of these
 CONFIG = {
     "embed_dim": 128,
     "quick_gelu": False,
@@ -80,6 +80,7 @@ def make(
         (ALONE + WHOLE, RATE, lessons.first),
         (BOTH, RATE_BOTH, lessons.second),
         (AGAIN, RATE_BOTH, lessons.third),
+        (LARGE, RATE_BOTH, lessons.fourth),
     ):
         train(model, steps, peak, lesson, log)
         model.half().float()  # as it is written
@@ -149,16 +150,20 @@ class Lessons:
 
     def second(self, step: int) -> tuple[Tensor, Tensor]:
         """Show whole scenes at 56 and at 112 pixels by turns."""
-        return self._both(LATER, step)
+        return self._both(100_000 + step, step % 2 == 1)
 
     def third(self, step: int) -> tuple[Tensor, Tensor]:
         """Do the same with other scenes."""
-        return self._both(LATEST, step)
+        return self._both(200_000 + step, step % 2 == 1)
 
-    def _both(self, begin: int, step: int) -> tuple[Tensor, Tensor]:
-        if step % 2:
-            return self._small(begin + step)
-        scenes, captions = whole(begin + step, bases=16)
+    def fourth(self, step: int) -> tuple[Tensor, Tensor]:
+        """Show three times as many at 112 pixels as at 56."""
+        return self._both(300_000 + step, step % 4 == 3)
+
+    def _both(self, step: int, small: bool) -> tuple[Tensor, Tensor]:
+        if small:
+            return self._small(step)
+        scenes, captions = whole(step, bases=16)
         return encode_large(self.model, scenes), self._text(captions)
 
     def _small(self, step: int) -> tuple[Tensor, Tensor]:
