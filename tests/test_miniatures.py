@@ -122,10 +122,10 @@ def test_words_over_one_another_stand_at_one_position(
 ) -> None:
     text = f"{CELL} red{OVER} star{OVER} top{OVER} left{CELL} .{CELL}\n the star is"
     ids, weights = make_language.encode(tokenizer, [[(text, False), (" red", True)]])
-    plain = tokenizer.encode("\n the star is red")
-    assert ids.shape == (1, 2 + len(plain), 4)
+    plain = [*tokenizer.encode(" ."), *tokenizer.encode("\n the star is red")]
+    assert ids.shape == (1, 1 + len(plain), 4)
     assert ids[0, 0].tolist() == [tokenizer.encode(f" {w}")[0] for w in "red star top left".split()]
-    assert ids[0, 2:, 0].tolist() == list(plain) and (ids[0, 1:, 1:] == -1).all()
+    assert ids[0, 1:, 0].tolist() == plain and (ids[0, 1:, 1:] == -1).all()
     assert weights[0, 0] == 0 and weights[0, -1] == 1
     with torch.no_grad():
         shuffled = ids[:, :, [0, 2, 1, 3]]
