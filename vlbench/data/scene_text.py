@@ -93,18 +93,24 @@ def questions(scene: Scene, language: str) -> list[Asked]:
     ]
 
 
+def by_type(asked: Sequence[Asked]) -> dict[str, list[Asked]]:
+    """Sort questions by type, in the order of TYPES; a type that is not asked is absent."""
+    groups = {kind: [one for one in asked if one.type == kind] for kind in TYPES}
+    return {kind: some for kind, some in groups.items() if some}
+
+
 def pick(rng: random.Random, asked: Sequence[Asked], count: int) -> list[Asked]:
     """Draw `count` different questions of types as mixed as the scene allows, in random order."""
-    by_type = {kind: [q for q in asked if q.type == kind] for kind in TYPES}
+    left = by_type(asked)
     chosen: list[Asked] = []
     while len(chosen) < count:
-        kinds = [kind for kind in TYPES if by_type[kind]]
+        kinds = [kind for kind in left if left[kind]]
         if not kinds:
             break
         rng.shuffle(kinds)
         for kind in kinds[: count - len(chosen)]:
-            one = draw(rng, by_type[kind])
-            by_type[kind].remove(one)
+            one = draw(rng, left[kind])
+            left[kind].remove(one)
             chosen.append(one)
     return chosen
 

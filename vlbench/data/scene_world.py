@@ -40,7 +40,7 @@ _SCALE = 2  # painted twice as large, then halved: smooth edges
 class Thing:
     """One object; `cell` is its quarter: 0 top left, 1 top right, 2 and 3 below them."""
 
-    colour: str
+    colour: str  # one of COLOURS; empty where a colour has no name (pretraining alone)
     shape: str
     cell: int
     x: float  # centre, pixels

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +24,7 @@ from vlbench.evaluate.questions import (
 )
 from vlbench.model.vlm import VLM
 from vlbench.schema import Recipe
-from vlbench.train.run import Run, commit
+from vlbench.train.run import Run, commit, write_whole
 
 LIMIT = 1000  # questions asked of a user's own data
 
@@ -136,13 +135,6 @@ def _write_answers(
         for question, answer in zip(asked, answers[name], strict=True)
     ]
     write_whole(path, "\n".join(lines) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it, so that it is never seen half."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def peak_memory() -> int:

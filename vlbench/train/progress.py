@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import os
+import io
 import sys
 import time
 from pathlib import Path
@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from vlbench.data.steps import Step
 from vlbench.train.module import StepReport, Training, Watcher
+from vlbench.train.run import write_whole
 from vlbench.train.watchers import HeldOut
 
 COLUMNS = (
@@ -40,12 +41,11 @@ def cut(path: Path, stages: list[str], stage: str, step: int) -> None:
     here = stages.index(stage)
     whole = [row for row in rows if row["seconds"] and row["stage"] in stages]  # a kill tears one
     kept = [r for r in whole if (stages.index(r["stage"]), int(r["step"])) <= (here, step)]
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(kept)
-    os.replace(temporary, path)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    writer.writerows(kept)
+    write_whole(path, text.getvalue())
 
 
 class Progress(Watcher):

@@ -29,7 +29,6 @@ from vlbench.model.tiny.encode import (
 from vlbench.model.tiny.make_tokenizer import PIECES
 from vlbench.model.tiny.pictures import CloseUp, close, single, whole
 
-NAME = "vlbench-tiny"
 ALONE, WHOLE, RATE = 400, 1000, 1.2e-3  # steps with one object a picture, then with whole scenes
 BOTH, AGAIN, LARGE = 500, 1000, 900  # steps with both image sizes, again, then mostly the larger
 RATE_BOTH = 8e-4  # of these
@@ -78,9 +77,9 @@ def make(
     lessons = Lessons(model, tokenizer)
     for steps, peak, lesson in (
         (ALONE + WHOLE, RATE, lessons.first),
-        (BOTH, RATE_BOTH, lessons.second),
-        (AGAIN, RATE_BOTH, lessons.third),
-        (LARGE, RATE_BOTH, lessons.fourth),
+        (BOTH, RATE_BOTH, lessons.both(100_000, turns=2)),
+        (AGAIN, RATE_BOTH, lessons.both(200_000, turns=2)),
+        (LARGE, RATE_BOTH, lessons.both(300_000, turns=4)),
     ):
         train(model, steps, peak, lesson, log)
         model.half().float()  # as it is written
@@ -134,7 +133,7 @@ def train(
 
 @dataclass
 class Lessons:
-    """What the tower is shown at a step of its first and of its second lesson."""
+    """What the tower is shown at a step: `first`, then `both` image sizes."""
 
     model: open_clip.CLIP
     tokenizer: Tokenizer
@@ -148,23 +147,16 @@ class Lessons:
         image = encode_alone(self.model, scenes), self._encode(near)
         return torch.cat(image), self._text(captions + near_captions)
 
-    def second(self, step: int) -> tuple[Tensor, Tensor]:
-        """Show whole scenes at 56 and at 112 pixels by turns."""
-        return self._both(100_000 + step, step % 2 == 1)
+    def both(self, begin: int, turns: int) -> Callable[[int], tuple[Tensor, Tensor]]:
+        """Show whole scenes, from number `begin` on, at 112 pixels, the last of `turns` at 56."""
 
-    def third(self, step: int) -> tuple[Tensor, Tensor]:
-        """Do the same with other scenes."""
-        return self._both(200_000 + step, step % 2 == 1)
+        def show(step: int) -> tuple[Tensor, Tensor]:
+            if step % turns == turns - 1:
+                return self._small(begin + step)
+            scenes, captions = whole(begin + step, bases=16)
+            return encode_large(self.model, scenes), self._text(captions)
 
-    def fourth(self, step: int) -> tuple[Tensor, Tensor]:
-        """Show three times as many at 112 pixels as at 56."""
-        return self._both(300_000 + step, step % 4 == 3)
-
-    def _both(self, step: int, small: bool) -> tuple[Tensor, Tensor]:
-        if small:
-            return self._small(step)
-        scenes, captions = whole(step, bases=16)
-        return encode_large(self.model, scenes), self._text(captions)
+        return show
 
     def _small(self, step: int) -> tuple[Tensor, Tensor]:
         scenes, captions = whole(step)

@@ -9,6 +9,7 @@ scene, as large as it will be when `fit` doubles the image size.
 from __future__ import annotations
 
 import colorsys
+import math
 import random
 from dataclasses import dataclass, replace
 
@@ -32,6 +33,7 @@ STREAM = "tower"  # of scenes; other parts never meet them
 BASES, TWINS = 28, 3  # pictures of a later step, and near twins of each
 NAMELESS = ""  # the colour of an odd object
 ODD = 0.35  # share of the objects of a whole scene that are odd
+_PAIRS = (*SEEN_PAIRS, *((NAMELESS, shape) for shape in SHAPES))
 _APART = 40  # RGB distance of odd colours to named ones, at least
 _HUES_APART = 75  # degrees between an odd hue and that of the colour that makes an unseen pair
 _DARK = 120  # what has no brighter channel could pass for black
@@ -61,7 +63,7 @@ class CloseUp:
 def close(step: int, count: int) -> tuple[list[CloseUp], list[str]]:
     """Make close-ups of `count` different objects, odd colours among them."""
     rng = random.Random(f"tower/close/{step}")
-    pairs = rng.sample([*SEEN_PAIRS, *((NAMELESS, shape) for shape in SHAPES)], count)
+    pairs = rng.sample(_PAIRS, count)
     pictures = [CloseUp(arrange(rng, {rng.randrange(4): pair})) for pair in pairs]
     return pictures, [rng.choice(one.caption) for one in pictures]
 
@@ -69,8 +71,7 @@ def close(step: int, count: int) -> tuple[list[CloseUp], list[str]]:
 def single(step: int) -> tuple[list[Scene], list[str]]:
     """Make one picture of every seen pair, and of every shape in an odd colour, in every place."""
     rng = random.Random(f"tower/{step}")
-    pairs = [*SEEN_PAIRS, *((NAMELESS, shape) for shape in SHAPES)]
-    scenes = [arrange(rng, {cell: pair}) for cell in range(4) for pair in pairs]
+    scenes = [arrange(rng, {cell: pair}) for cell in range(4) for pair in _PAIRS]
     return scenes, [caption(one, rng.choice(LANGUAGES)) for one in scenes]
 
 
@@ -108,7 +109,7 @@ def odd_colour(rng: random.Random, shape: str) -> tuple[int, int, int]:
     forbidden = _FORBIDDEN[shape]
     while True:
         colour = rng.randrange(20, 236), rng.randrange(20, 236), rng.randrange(20, 236)
-        if sum(colour) > 480 or any(_distance(colour, c) < _APART for c in COLOURS.values()):
+        if sum(colour) > 480 or any(math.dist(colour, c) < _APART for c in COLOURS.values()):
             continue
         if max(forbidden) < _DARK:
             if max(colour) >= _DARK:
@@ -120,10 +121,6 @@ def odd_colour(rng: random.Random, shape: str) -> tuple[int, int, int]:
 def _hues_apart(one: tuple[int, int, int], other: tuple[int, int, int]) -> float:
     hues = [360 * colorsys.rgb_to_hsv(*(channel / 255 for channel in c))[0] for c in (one, other)]
     return min(abs(hues[0] - hues[1]), 360 - abs(hues[0] - hues[1]))
-
-
-def _distance(one: tuple[int, int, int], other: tuple[int, int, int]) -> float:
-    return sum((a - b) ** 2 for a, b in zip(one, other, strict=True)) ** 0.5
 
 
 def twin(rng: random.Random, placed: dict[int, tuple[str, str]]) -> dict[int, tuple[str, str]]:

@@ -17,8 +17,8 @@ from vlbench.data.scene_text import (
     CELLS,
     LANGUAGES,
     NUMBERS,
-    TYPES,
     ZH,
+    by_type,
     caption,
     draw,
     noun,
@@ -102,12 +102,11 @@ def drill(seed: int, index: int, counts: int = 1) -> list[Piece]:
     """
     rng = random.Random(f"drill/{seed}/{index}")
     told = scene(STREAM, seed, index)
-    asked = questions(told, rng.choice(LANGUAGES))
-    by_type = {kind: [one for one in asked if one.type == kind] for kind in TYPES}
-    kinds = [kind for kind in TYPES if by_type[kind]] + ["count"] * (counts - 1)
+    asked = by_type(questions(told, rng.choice(LANGUAGES)))
+    kinds = [*asked] + ["count"] * (counts - 1)
     pieces: list[Piece] = [(f"{describe(rng, told)}\n", False)]
     for _ in range(_DRILLED):
-        one = draw(rng, by_type[rng.choice(kinds)])
+        one = draw(rng, asked[rng.choice(kinds)])
         pieces += [(one.text, False), (f" {one.answer}", True), ("\n", False)]
     return pieces
 
