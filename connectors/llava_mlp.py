@@ -34,6 +34,10 @@ class LlavaMLP(Connector):
         """Carry `[images, patches, vision_width]` to `[images, patches, lm_width]`."""
         return self.layers(features)
 
+    def projector(self) -> nn.Sequential:
+        """Return the layers, numbered as in Yi-VL's and LLaVA's `mm_projector`."""
+        return self.layers
+
     def load_reference(self, weights: Mapping[str, Tensor]) -> None:
         """Load Yi-VL's or LLaVA's `mm_projector` weights, keys `0.weight`, `0.bias`, ..."""
         prefix = "model.mm_projector."

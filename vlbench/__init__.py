@@ -5,13 +5,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
     from vlbench.model.vlm import VLM
 
 __version__ = "0.1.0"
 
 
-def load(path: str) -> VLM:
-    """Load a run or a checkpoint, ready to answer: see `VLM.chat`."""
-    from vlbench.serve.load import load_run
+def load(
+    path: str | Path, dtype: torch.dtype | str | None = None, device: str | None = None
+) -> VLM:
+    """Load a run, a checkpoint or a released model (a folder or a hub id), ready to answer.
 
-    return load_run(path)
+    The model that is returned has `prompt(messages)`, `prepare(messages)`, `features(batch)`,
+    `visual(batch)`, `model(batch).logits`, `generate(batch)` and `chat(messages)`; messages are in
+    the Hugging Face chat format. `dtype` and `device`: see `vlbench.serve.load.load`.
+    """
+    from vlbench.serve.load import load as load_now  # here: it imports torch
+
+    return load_now(path, dtype, device)

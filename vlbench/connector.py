@@ -90,6 +90,15 @@ class Connector(nn.Module):
         """
         return old_state
 
+    def projector(self) -> nn.Sequential | None:
+        """Return the layers of a connector that is nothing but LLaVA's or Yi-VL's `mm_projector`.
+
+        That is Linear layers, each followed by LayerNorm or none is, and exact GELU between them.
+        Only such a connector fits into the released layouts; None, the default, says that this is
+        another one.
+        """
+        return None
+
     def load_reference(self, weights: Mapping[str, Tensor]) -> None:
         """Load weights that use the reference implementation's own keys."""
         raise NotImplementedError(f"{type(self).__name__} has no reference weights to load")

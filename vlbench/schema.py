@@ -48,7 +48,7 @@ class Language:
 
     name: Literal["tiny", "yi-6b", "yi-34b"] = key("architecture of the language model", "tiny")
     weights: str = key("embedded (tiny only), random, a folder or a hub id", "embedded")
-    template: Literal["yi_vl"] = key("how turns are written as text", "yi_vl")
+    template: Literal["yi_vl", "chatml", "llava_v1"] = key("how turns are written as text", "yi_vl")
     max_length: int = key("longest conversation in tokens, image places included", 4096, low=16)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from vlbench.mistakes import BadSample
+from vlbench.mistakes import BadSample, Mistake
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -71,6 +71,8 @@ class Encoder(Protocol):
 
     def encode(self, text: str) -> Sequence[int]: ...
 
+    def check(self, ids: Sequence[int]) -> None: ...
+
 
 class NoImage(BadSample):
     """A sample without an image in a stage of captions: skipped and counted, no error."""
@@ -118,6 +120,10 @@ def encode(
     for chunk, learn in place_tokens(pieces, tokenizer, tokens_per_image):
         ids += chunk
         supervised += [learn] * len(chunk)
+    try:
+        tokenizer.check(ids)
+    except Mistake as mistake:
+        raise BadSample(sample.id, str(mistake)) from mistake
     whole = len(ids)
     ids, supervised = ids[:max_length], supervised[:max_length]
     images = _images_left(sample, ids, tokens_per_image, max_length)

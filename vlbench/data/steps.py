@@ -130,6 +130,10 @@ class Memo:
         """Return the ids of a text."""
         return self._encode(text)
 
+    def check(self, ids: Sequence[int]) -> None:
+        """Raise a Mistake for an id that the model has no embedding for."""
+        self.tokenizer.check(ids)
+
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text))
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vlbench.data.sample import Turn
 from vlbench.mistakes import Mistake
+
+EOS = "{eos}"
 
 
 @dataclass(frozen=True)
 class Template:
     """The texts around the turns of a conversation.
 
-    A conversation is `system`, `after_system`, and for every exchange `before_human`, the
-    question, `before_answer`, `answer_start`, the answer (stripped) and `answer_end`. The model
-    learns `answer_start` + answer + `answer_end`.
+    A conversation is `before_system`, the system prompt, `after_system`, and for every exchange
+    `before_human`, the question, `before_answer`, `answer_start`, the answer (stripped) and
+    `answer_end`. The model learns `answer_start` + answer + `answer_end`; where the text goes on,
+    `after_answer` follows. `EOS` in a text stands for the tokenizer's end of text.
     """
 
     name: str
@@ -26,6 +29,17 @@ class Template:
     answer_start: str
     answer_end: str
     stop: str  # generation ends when this text appears
+    before_system: str = ""  # where there is one and no system prompt, the block is left out
+    after_answer: str = ""
+    stops_late: bool = False  # a stop text is not seen while it is the only token of an answer
+
+    def bound(self, eos: str) -> Template:
+        """Return the template for a tokenizer whose end of text is written `eos`."""
+        return replace(
+            self,
+            answer_end=self.answer_end.replace(EOS, eos),
+            stop=self.stop.replace(EOS, eos),
+        )
 
     def pieces(self, turns: Sequence[Turn]) -> list[tuple[str, bool]]:
         """Return (text, supervised) pieces; their texts concatenate to the whole conversation.
@@ -37,20 +51,23 @@ class Template:
         system, rest = self.system, list(turns)
         if rest and rest[0].role == "system":
             system, rest = rest[0].text, rest[1:]
-        between = system + self.after_system
+        between = self.before_system + system + self.after_system
+        if self.before_system and not system:
+            between = ""
         for turn in rest:
             if turn.role == "human":
                 between += self.before_human + turn.text + self.before_answer
             elif turn.role == "assistant":
                 answer = self.answer_start + turn.text.strip() + self.answer_end
                 pieces += [(between, False), (answer, True)]
-                between = ""
+                between = self.after_answer
             else:
                 raise Mistake(
                     f"a turn of {turn.role!r} inside a conversation; only the first turn may be "
                     "'system', the others are 'human' or 'assistant'"
                 )
-        return [*pieces, (between, False)] if between else pieces
+        ends = rest and rest[-1].role == "assistant"
+        return pieces if ends else [*pieces, (between, False)]
 
     def prompt(self, turns: Sequence[Turn]) -> str:
         """Return the text that ends where the model's answer begins.
@@ -78,6 +95,36 @@ YI_VL = Template(
     answer_start=" ",
     answer_end="\n###",
     stop="###",
+    stops_late=True,
 )
 
-TEMPLATES = {YI_VL.name: YI_VL}
+# The chat_template of Yi-6B-Chat and Yi-1.5-Chat: no system prompt unless a conversation has one.
+CHATML = Template(
+    name="chatml",
+    system="",
+    before_system="<|im_start|>system\n",
+    after_system="<|im_end|>\n",
+    before_human="<|im_start|>user\n",
+    before_answer="<|im_end|>\n<|im_start|>assistant\n",
+    answer_start="",
+    answer_end="<|im_end|>",
+    after_answer="\n",
+    stop="<|im_end|>",
+)
+
+# LLaVA's conversation "llava_v1", with which its scripts ask LLaVA-1.5 (arXiv:2310.03744).
+LLAVA_V1 = Template(
+    name="llava_v1",
+    system=(
+        "A chat between a curious human and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the human's questions."
+    ),
+    after_system=" ",
+    before_human="USER: ",
+    before_answer=" ASSISTANT:",
+    answer_start=" ",
+    answer_end=EOS,
+    stop=EOS,
+)
+
+TEMPLATES = {template.name: template for template in (YI_VL, CHATML, LLAVA_V1)}

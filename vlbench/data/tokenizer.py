@@ -43,14 +43,19 @@ class Tokenizer:
         self._special |= {name: pieces + index for index, name in enumerate(extra)}
         self.bos, self.eos, self.unk = (self._special[name] for name in special[:3])
         self.add_bos = add_bos
+        self.rows = self.size  # of the model's embedding; `limit` says so where it has fewer
         self._names = {index: name for name, index in self._special.items()}
         longest_first = sorted(self._special, key=len, reverse=True)
         self._cut = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
-        """Read `tokenizer.model` and `tokenizer_config.json` of a checkpoint's folder."""
+        """Read `tokenizer.model` and `tokenizer_config.json` of a folder, or `tokenizer.json`."""
         folder = Path(folder)
+        if not (folder / "tokenizer.model").is_file() and (folder / "tokenizer.json").is_file():
+            from vlbench.data.fast_tokenizer import FastTokenizer  # it needs transformers
+
+            return FastTokenizer(folder)
         path = folder / "tokenizer_config.json"
         config = _read(path) if path.is_file() else {}
         roles = zip(("bos_token", "eos_token", "unk_token"), SPECIAL, strict=True)
@@ -59,9 +64,27 @@ class Tokenizer:
         extra = _added(config, _open(model_file).get_piece_size(), folder)
         return cls(model_file, special, bool(config.get("add_bos_token", False)), extra)
 
+    def limit(self, rows: int) -> None:
+        """Say that the model has embeddings for the first `rows` ids alone."""
+        self.rows = min(self.size, rows)
+
+    def check(self, ids: Iterable[int]) -> None:
+        """Raise a Mistake for an id that the model has no embedding for."""
+        beyond = [index for index in ids if index >= self.rows]
+        if beyond:
+            raise Mistake(
+                f"the text holds '{self._names.get(beyond[0], beyond[0])}', which the tokenizer "
+                f"knows (id {beyond[0]}) but the model does not (it has {self.rows} embeddings)"
+            )
+
+    @property
+    def eos_text(self) -> str:
+        """The text of the token that ends a text."""
+        return self._names[self.eos]
+
     def save(self, folder: Path) -> None:
         """Copy the files that `load` reads into `folder`."""
-        for name in ("tokenizer.model", "tokenizer_config.json"):
+        for name in ("tokenizer.model", "tokenizer_config.json", "added_tokens.json"):
             if (self._folder / name).is_file():
                 (folder / name).write_bytes((self._folder / name).read_bytes())
 

@@ -11,23 +11,30 @@ from vlbench.evaluate.ask import accuracy, accuracy_by, ask
 from vlbench.evaluate.questions import Question, source_questions
 from vlbench.evaluate.results import questions_of
 from vlbench.mistakes import Mistake
-from vlbench.serve.load import load_run
+from vlbench.serve.load import load
 from vlbench.train import checkpoint
+from vlbench.train.restore import released
 from vlbench.words import given_keys
 
 
 def main(words: list[str]) -> int:
-    """Evaluate `run=DIR` (a run or a checkpoint); `data=FILE.json` asks that file's questions."""
+    """Evaluate `run=DIR` (a run, a checkpoint or a released model).
+
+    `data=FILE.json` asks that file's questions; a run has questions of its own as well.
+    """
     given = given_keys("eval", words, ("run",), ("data", "images"))
-    folder = checkpoint.find(Path(given["run"]))
     sets: dict[str, list[Question]] = {}
     if "data" in given:
         source = LlavaJson(given["data"], given.get("images"))
         sets[source.name] = source_questions(source, len(source) * 100)
+    elif not checkpoint.holds(Path(given["run"])):
+        released(given["run"], "run")
+        raise Mistake(f"{given['run']} is no run: eval needs data=FILE.json (and images=FOLDER)")
     else:
+        folder = checkpoint.find(Path(given["run"]))
         asked_of, questions, unseen = questions_of(recipes.load_file(folder / "recipe.yaml"))
         sets = {asked_of: questions, "unseen pairs": unseen}
-    vlm = load_run(given["run"])
+    vlm = load(given["run"])
     for name, questions in sets.items():
         if not questions and name != "unseen pairs":
             raise Mistake(f"{name} holds no sample with an image that could be asked about")

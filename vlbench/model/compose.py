@@ -2,35 +2,87 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from vlbench import plugins
 from vlbench.data.template import TEMPLATES
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.mistakes import Mistake
-from vlbench.model.language import build_language, weights_folder
-from vlbench.model.vision import build_tower
+from vlbench.model.language import (
+    build_language,
+    config_in,
+    empty_language,
+    end_ids,
+    language_folder,
+)
+from vlbench.model.vision import Tower, build_tower
 from vlbench.model.vlm import VLM
+from vlbench.model.weights.load import Choice
 from vlbench.schema import Recipe
+
+LANGUAGE = "language"  # folder in a checkpoint that describes its language model
 
 
 def compose(recipe: Recipe, image_size: int) -> VLM:
     """Build the model of `recipe` with its pretrained weights, at `image_size` pixels."""
-    import torch
-
     torch.manual_seed(recipe.seed)  # what has no pretrained weights starts from the seed
-    tower = build_tower(
-        recipe.vision.name, recipe.vision.weights, recipe.vision.layer, recipe.vision.norm
+    tower = _tower(recipe, recipe.vision.weights, image_size)
+    language = build_language(recipe.language.name, recipe.language.weights)
+    tokenizer = Tokenizer.load(language_folder(recipe.language.weights))
+    return _join(recipe, tower, language, tokenizer)
+
+
+def compose_empty(recipe: Recipe, image_size: int, folder: Path, held: Collection[str]) -> VLM:
+    """Build the model of a checkpoint in `folder`, of which it holds the weights of parts `held`.
+
+    Those are left to be loaded; what training never touched has the recipe's pretrained weights.
+    """
+    weights = "random" if "vision" in held else recipe.vision.weights
+    tower = _tower(recipe, weights, image_size)
+    if "language" in held:
+        config = config_in(folder / LANGUAGE)
+        language: Any = empty_language(config)
+        language.generation_config.eos_token_id = end_ids(folder / LANGUAGE, config)
+    else:
+        language = build_language(recipe.language.name, recipe.language.weights)
+    return _join(recipe, tower, language, Tokenizer.load(folder))
+
+
+def choice_of(recipe: Recipe) -> Choice:
+    """Return what `recipe` decides about a model that begins as a released one."""
+    return Choice(
+        connector=recipe.connector["name"],
+        options=options_of(recipe),
+        layer=recipe.vision.layer,
+        norm=recipe.vision.norm,
+        template=recipe.language.template,
+        max_length=recipe.language.max_length,
     )
+
+
+def options_of(recipe: Recipe) -> dict[str, Any]:
+    """Return the options of the recipe's connector."""
+    return {key: value for key, value in recipe.connector.items() if key != "name"}
+
+
+def _tower(recipe: Recipe, weights: str, image_size: int) -> Tower:
+    vision = recipe.vision
+    tower = build_tower(vision.name, weights, vision.layer, vision.norm)
     tower.resize(image_size)
-    language, tokenizer = _language(recipe)
-    options = {key: value for key, value in recipe.connector.items() if key != "name"}
+    return tower
+
+
+def _join(recipe: Recipe, tower: Tower, language: Any, tokenizer: Tokenizer) -> VLM:
     torch.manual_seed(recipe.seed)  # the connector's start does not depend on the other parts
     try:
         return VLM(
             tower,
             plugins.connector(recipe.connector["name"]),
-            options,
+            options_of(recipe),
             language,
             tokenizer,
             TEMPLATES[recipe.language.template],
@@ -38,28 +90,3 @@ def compose(recipe: Recipe, image_size: int) -> VLM:
         )
     except ValueError as error:
         raise Mistake(str(error)) from error
-
-
-def _language(recipe: Recipe) -> tuple:
-    """Build the language model and its tokenizer; weights that are not there are one clear line."""
-    name, weights = recipe.language.name, recipe.language.weights
-    folder = weights_folder(name, weights)
-    try:
-        language = build_language(name, weights)
-        tokenizer = Tokenizer.load(local_folder(folder))
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise Mistake(
-            f"language.weights is '{weights}', which cannot be read ({reason}); wanted is a folder "
-            "with config.json, *.safetensors and tokenizer.model, or a hub id with a network"
-        ) from error
-    return language, tokenizer
-
-
-def local_folder(source: str) -> Path:
-    """Return the folder of a hub id's small files, or the folder itself."""
-    if Path(source).is_dir():
-        return Path(source)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(source, allow_patterns=["tokenizer*", "*.json"]))

@@ -16,20 +16,27 @@ from vlbench.model.attention import PACKED
 if TYPE_CHECKING:
     from vlbench.model.vlm import VLM
 
-STOP = "###"
 # transformers 5.24 renamed the argument that takes the cache
 _RENAMED = "cache" in inspect.signature(LlamaModel.forward).parameters
 CACHE = "cache" if _RENAMED else "past_key_values"
 
 
-def stop_now(tokenizer_decode: Callable[[list[int]], str], new: list[int], eos: int) -> bool:
-    """Tell whether a row has ended: at the end-of-text id, or when its new text contains `###`.
+def stop_now(vlm: VLM, new: list[int]) -> bool:
+    """Tell whether a row has ended: at an end-of-text id, or when its new text has the stop text.
 
-    As in Yi-VL's reference, a `###` given as the very first token is not seen yet.
+    In Yi-VL's reference a `###` given as the very first token is not seen yet.
     """
-    if new[-1] == eos:
+    if new[-1] in ends(vlm):
         return True
-    return len(new) > 1 and STOP in tokenizer_decode(new)
+    if len(new) == 1 and vlm.template.stops_late:
+        return False
+    return vlm.template.stop in vlm.tokenizer.decode(new)
+
+
+def ends(vlm: VLM) -> set[int]:
+    """Return the ids that end an answer: the tokenizer's, and those of the language model."""
+    given = vlm.language.generation_config.eos_token_id
+    return {vlm.tokenizer.eos, *([given] if isinstance(given, int) else given or [])}
 
 
 def pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
@@ -95,12 +102,12 @@ def _generate(
             use_cache=True,
             **{CACHE: cache},
         ).last_hidden_state
-        logits = vlm.language.lm_head(hidden[:, -1])[:, : tokenizer.size]
+        logits = vlm.language.lm_head(hidden[:, -1])[:, : tokenizer.rows]
         ids = pick(logits, temperature, top_p, generator)
         for row, token in enumerate(ids.tolist()):
             if not ended[row]:
                 new[row].append(token)
-                ended[row] = stop_now(tokenizer.decode, new[row], tokenizer.eos)
+                ended[row] = stop_now(vlm, new[row])
         if on_token:
             on_token(new)
         if all(ended):
@@ -112,6 +119,37 @@ def _generate(
 
 
 def answer_text(vlm: VLM, new: list[int]) -> str:
-    """Return the text of an answer: decoded, stripped, and cut at a `###` that ends it."""
+    """Return the text of an answer: decoded, stripped, and cut at a stop text that ends it."""
     text = vlm.tokenizer.decode(new).strip()
-    return text.removesuffix(STOP).strip()
+    return text.removesuffix(vlm.template.stop).strip()
+
+
+class Stream:
+    """Hand out the text of an answer while it is written.
+
+    What may still change is held back: half a character, spaces, and the beginning of a stop text.
+    The pieces concatenate to `answer_text`.
+    """
+
+    def __init__(self, vlm: VLM, show: Callable[[str], None]) -> None:
+        """Call `show` with each new piece of text."""
+        self.vlm, self.show, self.shown = vlm, show, ""
+
+    def __call__(self, new: list[list[int]]) -> None:
+        """Show what is certain of the first row."""
+        text = self.vlm.tokenizer.decode(new[0]).strip().rstrip("\ufffd")
+        stop = self.vlm.template.stop
+        text = text.split(stop)[0] if text.find(stop) > 0 else text
+        longest = next((n for n in range(len(stop), 0, -1) if text.endswith(stop[:n])), 0)
+        self._show(text[: len(text) - longest].rstrip())
+
+    def end(self, new: list[int]) -> str:
+        """Show the rest and return the whole answer."""
+        text = answer_text(self.vlm, new)
+        self._show(text)
+        return text
+
+    def _show(self, text: str) -> None:
+        if len(text) > len(self.shown):
+            self.show(text[len(self.shown) :])
+            self.shown = text

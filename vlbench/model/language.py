@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from transformers.utils import logging
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from vlbench.mistakes import Mistake, nearest
 from vlbench.model.attention import PACKED
+from vlbench.model.weights.groups import BUFFERS, Group, load_groups
+from vlbench.model.weights.hub import fetch
+from vlbench.model.weights.shards import read_json
 
 TINY = Path(__file__).parent / "tiny" / "language"
 
@@ -43,43 +47,88 @@ SHARED: dict[str, Any] = {
 }
 
 
+def build_language(name: str, weights: str, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """Build a language model: `name` with "random" or "embedded" weights, else what `weights` is.
+
+    `weights` may be a folder or hub id of Llama's architecture in the Hugging Face layout.
+    """
+    if weights == "random":
+        return random_language(config_of(name)).to(dtype=dtype)
+    return load_language(language_folder(weights), dtype)
+
+
+def language_folder(weights: str) -> Path:
+    """Return the folder with the weights and the tokenizer; random weights have the miniature's."""
+    if weights in ("embedded", "random"):
+        return TINY
+    folder = fetch(weights, "language.weights", ("*.json", "*.safetensors", "*.bin", "*.model"))
+    if not (folder / "config.json").is_file():
+        raise Mistake(f"language.weights is '{weights}', a folder without config.json")
+    return folder
+
+
 def config_of(name: str) -> LlamaConfig:
-    """Return the architecture `name`: "tiny", "yi-6b", "yi-34b" or a folder with `config.json`."""
+    """Return the architecture `name`: "tiny", "yi-6b" or "yi-34b"."""
     if name in YI:
         return LlamaConfig(**YI[name], **SHARED)
-    folder = TINY if name == "tiny" else Path(name)
-    if not (folder / "config.json").is_file():
+    if name != "tiny":
+        known = ["tiny", *YI]
         raise Mistake(
-            f"language.name is '{name}'; allowed are tiny, {', '.join(YI)} or a folder with "
-            f"config.json.{nearest(name, ['tiny', *YI])}"
+            f"language.name is '{name}'; known are {', '.join(known)}.{nearest(name, known)}"
         )
-    return LlamaConfig.from_pretrained(folder)
+    return config_in(TINY)
 
 
-def build_language(name: str, weights: str, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    """Build the language model `name` and load `weights`.
+def config_in(folder: Path) -> LlamaConfig:
+    """Return the architecture that a folder's config.json describes, which must be Llama's."""
+    file = folder / "config.json"
+    kind = read_json(file).get("model_type")
+    if kind != "llama":
+        raise Mistake(
+            f"{file}: model_type is {kind!r}; language models that work here have Llama's "
+            "architecture (Yi, Yi-1.5, Yi-200K, Llama)"
+        )
+    try:
+        return LlamaConfig.from_pretrained(folder)
+    except Exception as error:  # the library's own checks, of types and of widths that divide
+        raise Mistake(f"{file}: {' '.join(str(error).split())[:300]}") from error
 
-    `weights` is "embedded", "random", or a folder or hub id in the Hugging Face layout. The model
-    attends over packed rows (model/attention.py).
+
+def empty_language(config: LlamaConfig) -> LlamaForCausalLM:
+    """Build the architecture without memory for its weights, which are to be loaded.
+
+    It attends over packed rows (model/attention.py).
     """
-    logging.disable_progress_bar()  # of reading weights; it would stand above the training's own
-    if weights == "random":
-        model = AutoModelForCausalLM.from_config(
-            config_of(name), dtype=dtype, attn_implementation=PACKED
-        )
-    else:
-        folder = weights_folder(name, weights)
-        model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=PACKED)
-    model.generation_config.eos_token_id = model.config.eos_token_id
+    config._attn_implementation = PACKED
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model.model.rotary_emb = LlamaRotaryEmbedding(config)  # follows from the configuration
     return model.train()  # there is no dropout; in eval mode checkpointing would silently be off
 
 
-def weights_folder(name: str, weights: str) -> str:
-    """Return where the weights and the tokenizer are read: a folder, or a hub id as it is."""
-    if weights == "embedded":
-        return str(TINY)
-    if weights == "random" and name == "tiny":
-        return str(TINY)
-    if Path(weights).exists() and not (Path(weights) / "config.json").is_file():
-        raise Mistake(f"language.weights is '{weights}', a folder without config.json")
-    return weights
+def random_language(config: LlamaConfig) -> Any:
+    """Build the architecture with fresh weights."""
+    config._attn_implementation = PACKED
+    return LlamaForCausalLM(config).train()
+
+
+def load_language(folder: Path, dtype: torch.dtype | None) -> LlamaForCausalLM:
+    """Load a folder in the Hugging Face layout, file by file; `dtype` None keeps each its own."""
+    model = empty_language(config_in(folder))
+    state = model.state_dict()
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    wanted = {name: ("language", name) for name in state if name not in tied}
+    group = Group(folder, wanted, "|".join([BUFFERS, *map(re.escape, tied)]))
+    loaded = load_groups([group], {"language": state}, dtype, "cpu")["language"]
+    model.load_state_dict(loaded, strict=not tied, assign=True)
+    model.tie_weights()
+    model.generation_config.eos_token_id = end_ids(folder, model.config)
+    return model
+
+
+def end_ids(folder: Path, config: LlamaConfig) -> list[int]:
+    """Return the ids that end an answer: of generation_config.json, else of the configuration."""
+    file = folder / "generation_config.json"
+    given = read_json(file).get("eos_token_id") if file.is_file() else None
+    ends = config.eos_token_id if given is None else given
+    return [ends] if isinstance(ends, int) else list(ends or [])

@@ -38,33 +38,40 @@ def sample_of(messages: list[dict[str, Any]]) -> Sample:
     """Turn messages into a sample.
 
     Each message has a `role` (system, user, assistant) and a `content`: a text, or a list of
-    `{"type": "text", "text": ...}` and `{"type": "image", "image": a PIL image or a path}`.
+    `{"type": "text", "text": ...}` and `{"type": "image", "image": a PIL image or a path}`. Between
+    an image and a text stands a newline, as the reference writes it, between two images nothing.
     """
-    turns, pictures = [], []
+    turns: list[Turn] = []
+    pictures: list[Picture] = []
     for number, message in enumerate(messages):
         if message.get("role") not in ROLES:
             raise Mistake(
                 f"message {number}: role is {message.get('role')!r}; allowed are {', '.join(ROLES)}"
             )
-        texts = []
+        texts: list[str] = []
         content = message.get("content", "")
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            if part.get("type") == "image":
-                texts.append(PLACEHOLDER)
-                pictures.append(_picture(part["image"]))
-            elif part.get("type") == "text":
-                texts.append(part["text"])
-            else:
-                raise Mistake(
-                    f"message {number}: a part has type {part.get('type')!r}; "
-                    "allowed are text and image"
-                )
-        turns.append(Turn(ROLES[message["role"]], "\n".join(texts)))
+            text, image = _part(part, number)
+            if texts and not (image and texts[-1].endswith(PLACEHOLDER)):
+                texts.append("\n")
+            texts.append(text)
+            pictures += [image] if image else []
+        turns.append(Turn(ROLES[message["role"]], "".join(texts)))
     return Sample("chat", tuple(turns), tuple(pictures))
 
 
-def _picture(image: Any) -> Picture:
-    return File(Path(image)) if isinstance(image, str | Path) else Opened(image)
+def _part(part: dict[str, Any], number: int) -> tuple[str, Picture | None]:
+    """Return the text that a part of message `number` becomes, and its picture."""
+    kind = part.get("type")
+    value = part.get(str(kind))
+    if kind == "text" and isinstance(value, str):
+        return value, None
+    if kind == "image" and value is not None:
+        return PLACEHOLDER, File(Path(value)) if isinstance(value, str | Path) else Opened(value)
+    raise Mistake(
+        f"message {number}: a part is {part!r}; allowed are {{'type': 'text', 'text': TEXT}} and "
+        "{'type': 'image', 'image': a PIL image or a path}"
+    )
 
 
 def prompt_ids(vlm: VLM, sample: Sample) -> list[int]:
@@ -76,7 +83,15 @@ def prompt_ids(vlm: VLM, sample: Sample) -> list[int]:
     if text.count(PLACEHOLDER) != len(sample.pictures):
         raise Mistake(f"{text.count(PLACEHOLDER)} image places for {len(sample.pictures)} images")
     pieces = place_tokens([(text, False)], vlm.tokenizer, vlm.connector.tokens_per_image)
-    return [token for ids, _ in pieces for token in ids]
+    ids = [token for chunk, _ in pieces for token in chunk]
+    most = vlm.language.config.max_position_embeddings
+    if len(ids) >= most:
+        raise Mistake(
+            f"the conversation has {len(ids)} tokens with its images; the language model reads "
+            f"fewer than {most}"
+        )
+    vlm.tokenizer.check(ids)
+    return ids
 
 
 def prompt_batch(vlm: VLM, samples: Sequence[Sample]) -> Batch:

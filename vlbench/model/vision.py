@@ -22,6 +22,8 @@ TINY = Path(__file__).parent / "tiny" / "tower"
 class Tower(nn.Module):
     """A vision tower cut after one of its blocks.
 
+    `preprocess` has mean and std, and may have resize and crop (pixels) and pad (to a square).
+
     Blocks and norms behind the chosen one are kept for exports, but never computed and never
     trained. `visual` is open_clip's own module, so its state-dict keys stay those of open_clip.
     """
@@ -35,6 +37,9 @@ class Tower(nn.Module):
         self.layer, self.norm, self.class_token = layer, norm, False
         self.mean: Colour = tuple(preprocess["mean"])
         self.std: Colour = tuple(preprocess["std"])
+        self.pad = bool(preprocess.get("pad", True))
+        # a release may resize to more than it crops; at other image sizes the share stays
+        self.margin = preprocess.get("resize", 1) / preprocess.get("crop", 1)
         blocks = self.blocks()
         if not -len(blocks) <= layer < len(blocks):
             raise Mistake(
@@ -71,8 +76,14 @@ class Tower(nn.Module):
     @property
     def transform(self) -> ImageTransform:
         """The image transform that this tower needs at its current image size."""
-        size = self.image_size
-        return ImageTransform(size=size, crop=size, mean=self.mean, std=self.std)
+        crop = self.image_size
+        size = round(crop * self.margin)
+        return ImageTransform(size=size, crop=crop, mean=self.mean, std=self.std, pad=self.pad)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights, and so of the pixels that are read."""
+        return next(self.parameters()).dtype
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Turn pixels `[images, 3, height, width]` into features `[images, patches, width]`.

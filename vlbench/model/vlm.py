@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ from vlbench.data.images import ImageTransform
 from vlbench.data.sample import IGNORE, IMAGE
 from vlbench.data.template import Template
 from vlbench.data.tokenizer import Tokenizer
-from vlbench.model.generate import answer_text, generate
+from vlbench.model.generate import Stream, generate
 from vlbench.model.messages import prompt_batch, sample_of
 from vlbench.model.vision import Tower
 
@@ -55,9 +56,12 @@ class VLM(nn.Module):
         """Build `connector` with `options` between `vision` and `language`."""
         super().__init__()
         self.vision, self.language = vision, language
-        self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.template = template.bound(tokenizer.eos_text)
+        tokenizer.limit(self.language.config.vocab_size)
         self._connector_class, self._options = connector, options
         self.connector = self._connect()
+        self.release: dict[str, bytes] = {}  # small files of the released model it began as
         layers = self.language.model.layers
         self._hooks = [
             layers[i].register_forward_pre_hook(self._inject(i), with_kwargs=True)
@@ -99,7 +103,7 @@ class VLM(nn.Module):
         if self.shapes != old_shapes:
             connector = self._connect()
             connector.load_state_dict(dict(connector.adapt(old_state, old_shapes)), strict=True)
-            self.connector = connector.to(self.device)
+            self.connector = connector.to(next(iter(old_state.values())).device)
 
     def train(self, mode: bool = True) -> VLM:
         """Set training mode, except for a frozen tower, which always runs in evaluation mode."""
@@ -118,7 +122,7 @@ class VLM(nn.Module):
             side = self.vision.image_size
             pixels = pixels.new_zeros(1, 3, side, side)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._vision_trains()):
-            return self.vision(pixels)
+            return self.vision(pixels.to(self.vision.dtype))
 
     def visual(self, batch: Batch) -> Tensor:
         """Return the visual tokens `[images, tokens, width]`."""
@@ -202,10 +206,32 @@ class VLM(nn.Module):
         """Return the new ids of every row; options are those of `model.generate.generate`."""
         return generate(self, batch, **options)
 
-    def chat(self, messages: list[dict], max_new_tokens: int = 512, **options: Any) -> str:
-        """Answer a conversation in the Hugging Face chat-message format."""
-        new = self.generate(self.prepare(messages), max_new_tokens=max_new_tokens, **options)
-        return answer_text(self, new[0])
+    def chat(
+        self,
+        messages: list[dict],
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stream: Callable[[str], None] | bool = False,
+        seed: int = 0,
+    ) -> str:
+        """Answer a conversation in the Hugging Face chat-message format.
+
+        At `temperature` 0 the likeliest token is taken, otherwise one is drawn, with `top_p` from
+        the likeliest that together have this probability. `stream` is called with each new piece
+        of the answer's text; True prints the pieces.
+        """
+        show = functools.partial(print, end="", flush=True) if stream is True else stream
+        writer = Stream(self, show or (lambda text: None))
+        new = self.generate(
+            self.prepare(messages),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            on_token=writer if show else None,
+        )
+        return writer.end(new[0])
 
     def parts(self) -> Iterator[tuple[str, nn.Module]]:
         """Give the three parts by name."""

@@ -5,6 +5,8 @@ checkpoints/2-chat-000300/
     optimizer.pt          the optimizer of the open stage (tensors only)
     position.json         stage, step, held-out loss, sum of the weights file
     recipe.yaml preprocess.json tokenizer.model tokenizer_config.json
+    language/             config of the language model, if its weights are in model.safetensors
+    release/              the small files of the released model that the run began with, if any
 """
 
 from __future__ import annotations
@@ -14,19 +16,21 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vlbench.mistakes import Mistake
+from vlbench.model.compose import LANGUAGE
 from vlbench.model.vlm import VLM
+from vlbench.model.weights.release import write_files
 
+RELEASE = "release"
 NAME = re.compile(r"(\d+)-([A-Za-z0-9_]+)-(\d{6,})")
 
 
@@ -70,8 +74,9 @@ def save(
         (writing / "preprocess.json").write_text(preprocessing(vlm))
         (writing / "recipe.yaml").write_bytes(recipe_file.read_bytes())
         vlm.tokenizer.save(writing)
+        describe(vlm, writing)
         (writing / "position.json").write_text(json.dumps(asdict(position)))
-        for path in writing.iterdir():
+        for path in writing.rglob("*"):
             _flush(path)
         shutil.rmtree(final, ignore_errors=True)
         writing.rename(final)
@@ -83,6 +88,16 @@ def save(
         shutil.rmtree(writing, ignore_errors=True)
         raise Mistake(f"could not write a checkpoint in {folder}: {error}") from error
     return final
+
+
+def describe(vlm: VLM, folder: Path) -> None:
+    """Write what a model is made of, beside its weights, so that a checkpoint stands alone."""
+    write_files(vlm.release, folder / RELEASE)
+    config = vlm.language.config.to_dict()
+    ends = {"eos_token_id": vlm.language.generation_config.eos_token_id}
+    (folder / LANGUAGE).mkdir()
+    (folder / LANGUAGE / "config.json").write_text(json.dumps(config, indent=1))
+    (folder / LANGUAGE / "generation_config.json").write_text(json.dumps(ends))
 
 
 def out_of_space(error: OSError, folder: Path) -> Exception:
@@ -126,32 +141,9 @@ def positions(folder: Path) -> list[Position]:
     return sorted(found, key=lambda p: (p.stage, p.step))
 
 
-def load_weights(path: Path, vlm: VLM) -> None:
-    """Load the parts that a checkpoint holds into `vlm`, strictly; other parts stay as they are."""
-    file = path / "model.safetensors"
-    try:
-        state = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise Mistake(f"{file} cannot be read: {error}") from error
-    for part, module in vlm.parts():
-        own = {k.removeprefix(f"{part}."): v for k, v in state.items() if k.startswith(f"{part}.")}
-        if own:
-            load_part(module, own, f"{file}, part {part}")
-
-
-def load_part(module: torch.nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Load `state` into `module`; a tensor that is missing, surplus or mis-shaped is named."""
-    wanted = module.state_dict()
-    for key in [*wanted, *state]:
-        if key not in state or key not in wanted:
-            what = "is missing" if key not in state else "does not belong there"
-            raise Mistake(f"{where}: tensor {key} {what}")
-        if state[key].shape != wanted[key].shape:
-            raise Mistake(
-                f"{where}: tensor {key} has shape {tuple(state[key].shape)}, "
-                f"needed is {tuple(wanted[key].shape)}"
-            )
-    module.load_state_dict(state, strict=True)
+def holds(path: Path) -> bool:
+    """Tell whether `path` is a checkpoint or a folder with checkpoints."""
+    return (path / "position.json").is_file() or (path / "checkpoints").is_dir()
 
 
 def find(path: Path) -> Path:
@@ -162,11 +154,6 @@ def find(path: Path) -> Path:
     if not found:
         raise Mistake(f"{path} is neither a run folder with checkpoints nor a checkpoint")
     return path / "checkpoints" / found[-1].folder
-
-
-def image_size(path: Path) -> int:
-    """Return the image size that a checkpoint was trained at, in pixels."""
-    return int(json.loads((path / "preprocess.json").read_text())["transform"]["size"])
 
 
 def load_optimizer(path: Path) -> Any:

@@ -25,10 +25,10 @@ def show_start(recipe: Recipe, run: Run, legs: list[tuple[str, Stage, int]]) -> 
         print(
             "size tiny: embedded miniatures, no network, no GPU. The real ones: size=6b, size=34b"
         )
-    print(
-        f"vision {recipe.vision.name} -> connector {recipe.connector['name']} -> "
-        f"language {recipe.language.name}"
-    )
+    vision, language = recipe.vision.name, recipe.language.name
+    if recipe.init:
+        vision = language = f"of {recipe.init}"
+    print(f"vision {vision} -> connector {recipe.connector['name']} -> language {language}")
     for name, stage, steps in legs:
         parts = ", ".join(f"{part} lr {how.lr:g}" for part, how in stage.parts.items())
         print(

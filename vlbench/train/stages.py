@@ -29,6 +29,7 @@ from vlbench.train.legs import Leg, check_data, held_out_batches, plan, steps_of
 from vlbench.train.loggers import loggers_of
 from vlbench.train.module import Training, Watcher, check_objective, freeze
 from vlbench.train.progress import Progress, cut
+from vlbench.train.restore import begin, restore
 from vlbench.train.run import Run, open_run
 from vlbench.train.watchers import HeldOut, Interrupts, NotFinite, Quarantine, Saving
 
@@ -167,13 +168,10 @@ def prepare(recipe: Recipe, legs: list[Leg], run: Run | None) -> tuple[VLM, Posi
     start = latest or Position(0, legs[0].name, 0)
     image_size = legs[start.stage].stage.image_size
     if run and latest:
-        vlm = compose(recipe, image_size)
-        checkpoint.load_weights(run.path(latest), vlm)
+        vlm = restore(run.path(latest), recipe)
         print(f"resuming {run.folder} after step {latest.step} of {latest.name}")
     elif recipe.init:
-        source = checkpoint.find(Path(recipe.init))
-        vlm = compose(recipe, checkpoint.image_size(source))
-        checkpoint.load_weights(source, vlm)
+        vlm = begin(recipe)
     else:
         vlm = compose(recipe, image_size)
     for leg in legs:

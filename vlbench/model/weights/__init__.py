@@ -1,0 +1,1 @@
+"""Weights on disk: files of tensors, and the layouts of others (Yi-VL's, Hugging Face's LLaVA)."""

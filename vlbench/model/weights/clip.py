@@ -1,0 +1,130 @@
+"""CLIP's vision tower under two names: Hugging Face's files, and open_clip's module.
+
+Nothing is lost on the way: open_clip keeps query, key and value in one matrix, Hugging Face in
+three, and every tensor goes there and back bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from open_clip.transformer import LayerNorm, QuickGELU, VisionTransformer
+from torch import Tensor, nn
+
+from vlbench.mistakes import Mistake
+
+ACTIVATIONS = {
+    "gelu": nn.GELU,
+    "quick_gelu": QuickGELU,
+    "gelu_pytorch_tanh": partial(nn.GELU, approximate="tanh"),
+}
+WHOLE = {
+    "class_embedding": "embeddings.class_embedding",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "conv1.weight": "embeddings.patch_embedding.weight",
+    "ln_pre.weight": "pre_layrnorm.weight",  # Hugging Face's spelling
+    "ln_pre.bias": "pre_layrnorm.bias",
+    "ln_post.weight": "post_layernorm.weight",
+    "ln_post.bias": "post_layernorm.bias",
+}
+BLOCK = {
+    "attn.out_proj": "self_attn.out_proj",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+
+
+def names(layers: int) -> dict[str, tuple[str, ...]]:
+    """Return Hugging Face's name of every open_clip tensor; three for query, key and value."""
+    table: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, theirs in WHOLE.items()}
+    for layer in range(layers):
+        ours, theirs = f"transformer.resblocks.{layer}", f"encoder.layers.{layer}"
+        for kind in ("weight", "bias"):
+            thirds = tuple(f"{theirs}.self_attn.{letter}_proj.{kind}" for letter in "qkv")
+            table[f"{ours}.attn.in_proj_{kind}"] = thirds
+            for one, other in BLOCK.items():
+                table[f"{ours}.{one}.{kind}"] = (f"{theirs}.{other}.{kind}",)
+    return table
+
+
+def to_hugging_face(visual: nn.Module) -> dict[str, Tensor]:
+    """Return the state of an open_clip ViT under Hugging Face's names, without `vision_model.`.
+
+    The projection of contrastive training is left out: a CLIPVisionModel has none.
+    """
+    state = visual.state_dict()
+    return {
+        name: part
+        for ours, theirs in names(_layers(visual)).items()
+        for name, part in zip(theirs, state[ours].chunk(len(theirs)), strict=True)
+    }
+
+
+def to_open_clip(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """Return Hugging Face's state under open_clip's names; `state` is emptied to spare memory."""
+    result = {}
+    for ours, theirs in names(layers).items():
+        parts = [state.pop(name) for name in theirs]
+        result[ours] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return result
+
+
+def build(config: Mapping[str, Any]) -> VisionTransformer:
+    """Build open_clip's module for a CLIPVisionConfig, given as a mapping, without projection."""
+    act = config.get("hidden_act", "quick_gelu")
+    if act not in ACTIVATIONS:
+        raise Mistake(f"the tower's hidden_act is '{act}'; known are {', '.join(ACTIVATIONS)}")
+    width = config["hidden_size"]
+    visual = VisionTransformer(
+        image_size=config["image_size"],
+        patch_size=config["patch_size"],
+        width=width,
+        layers=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        mlp_ratio=(config["intermediate_size"] + 0.5) / width,  # open_clip truncates the product
+        output_dim=1,
+        act_layer=ACTIVATIONS[act],
+        norm_layer=partial(LayerNorm, eps=config.get("layer_norm_eps", 1e-5)),
+    )
+    visual.proj = None
+    return visual
+
+
+def config_of(visual: Any) -> dict[str, Any]:
+    """Return the CLIPVisionConfig of an open_clip ViT; a Mistake when CLIP cannot express it."""
+    plain = type(visual) is VisionTransformer and not isinstance(visual.ln_pre, nn.Identity)
+    if not plain or set(visual.state_dict()) - {"proj"} != set(names(_layers(visual))):
+        raise Mistake(
+            "this format holds plain CLIP ViTs alone, and the tower is none; "
+            "format=vlbench keeps every tower"
+        )
+    block = visual.transformer.resblocks[0]
+    return {
+        "architectures": ["CLIPVisionModel"],
+        "attention_dropout": 0.0,
+        "hidden_act": _activation(block.mlp.gelu),
+        "hidden_size": visual.conv1.out_channels,
+        "image_size": visual.image_size[0],
+        "intermediate_size": block.mlp.c_fc.out_features,
+        "layer_norm_eps": block.ln_1.eps,
+        "model_type": "clip_vision_model",
+        "num_attention_heads": block.attn.num_heads,
+        "num_channels": 3,
+        "num_hidden_layers": _layers(visual),
+        "patch_size": visual.patch_size[0],
+    }
+
+
+def _layers(visual: Any) -> int:
+    return len(visual.transformer.resblocks)
+
+
+def _activation(module: nn.Module) -> str:
+    if isinstance(module, QuickGELU):
+        return "quick_gelu"
+    return "gelu_pytorch_tanh" if getattr(module, "approximate", "none") == "tanh" else "gelu"

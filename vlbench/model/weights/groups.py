@@ -1,0 +1,95 @@
+"""Groups of weight files: every tensor is wanted, may be ignored, or is a mistake that is named."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vlbench.mistakes import Mistake, nearest
+from vlbench.model.weights.shards import read, shapes, weight_files
+
+BUFFERS = r"(.*\.)?(rotary_emb\.inv_freq|position_ids)"
+"""Tensors that older libraries wrote and that follow from the configuration."""
+
+States = Mapping[str, Mapping[str, Tensor]]
+"""Part of a model -> key -> tensor; the shapes alone matter, so they may be on `meta`."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The files of weights in one folder, and what their tensors are for."""
+
+    folder: Path
+    wanted: dict[str, tuple[str, str]]
+    """Name of a tensor in the files -> (part of the model, key in that part)."""
+    ignored: str
+    """Regular expression of names that may be there and are not read."""
+
+
+def load_groups(
+    groups: Sequence[Group],
+    states: States,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of all groups by part and key, as `dtype` (None: as stored) on `device`.
+
+    All names and shapes are compared with `states` before the first tensor is read; a missing,
+    surplus or mis-shaped one is named in a Mistake. One file is open at a time.
+    """
+    plans = [(group, _checked(group, states)) for group in groups]
+    loaded: dict[str, dict[str, Tensor]] = {part: {} for part in states}
+    for group, files in plans:
+        for file, names in files.items():
+            for name, tensor in read(file, names):
+                part, key = group.wanted[name]
+                loaded[part][key] = tensor.to(device=device, dtype=dtype or tensor.dtype)
+    return loaded
+
+
+def place(module: nn.Module, dtype: torch.dtype | None, device: torch.device | str) -> None:
+    """Move `module` to `device` and its parameters to `dtype`; buffers keep their precision."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(device=device, dtype=dtype or parameter.dtype)
+    module.to(device)
+
+
+def surplus(group: Group) -> Iterator[tuple[str, Tensor]]:
+    """Give the tensors of a group that are there and not read."""
+    for file in weight_files(group.folder):
+        yield from read(file, [name for name in shapes(file) if name not in group.wanted])
+
+
+def _checked(group: Group, states: States) -> dict[Path, list[str]]:
+    """Return which tensors to read from which file."""
+    where: dict[str, Path] = {}
+    for file in weight_files(group.folder):
+        for name, shape in shapes(file).items():
+            if name in group.wanted:
+                _compare(name, shape, group, states, file)
+                if name in where:
+                    raise Mistake(f"{file}: tensor {name} is also in {where[name]}")
+                where[name] = file
+            elif not re.fullmatch(group.ignored, name):
+                close = nearest(name, group.wanted)
+                raise Mistake(f"{file}: tensor {name} belongs to nothing in this model.{close}")
+    missing = [name for name in group.wanted if name not in where]
+    if missing:
+        more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise Mistake(f"{group.folder}: tensor {missing[0]} is missing{more}")
+    plan: dict[Path, list[str]] = {}
+    for name, file in where.items():
+        plan.setdefault(file, []).append(name)
+    return plan
+
+
+def _compare(name: str, shape: tuple[int, ...], group: Group, states: States, file: Path) -> None:
+    part, key = group.wanted[name]
+    needed = tuple(states[part][key].shape)
+    if shape != needed:
+        raise Mistake(f"{file}: tensor {name} has shape {shape}, needed is {needed}")

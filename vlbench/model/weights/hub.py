@@ -1,0 +1,31 @@
+"""Where a released model lies: a folder, or a hub id that is fetched when there is a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vlbench.mistakes import Mistake
+
+WANTED = ("*.json", "*.safetensors", "*.bin", "tokenizer.model", "vit/**")
+
+
+def fetch(source: str, key: str, wanted: tuple[str, ...] = WANTED, kinds: str = "folder") -> Path:
+    """Return the local folder of `source`, a folder or a hub id.
+
+    In mistakes `key` names what was given, and `kinds` what it could have been.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    if Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise Mistake(f"{key} is '{source}', which is no {kinds} and no hub id (OWNER/NAME)")
+    from huggingface_hub import constants, snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(wanted)))
+    except Exception as error:  # the hub's client has a dozen, of network, disk and permission
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise Mistake(
+            f"{key} is '{source}': no such {kinds} here, and the hub cannot give it ({reason}). "
+            f"Wanted are {', '.join(wanted)}, looked for in {Path(source).absolute()} and in "
+            f"{constants.HF_HUB_CACHE}"
+        ) from error

@@ -1,0 +1,106 @@
+"""From the folder of a released model to a VLM: first its description, then its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from vlbench import plugins
+from vlbench.data.template import TEMPLATES
+from vlbench.data.tokenizer import Tokenizer
+from vlbench.mistakes import Mistake
+from vlbench.model.language import empty_language, end_ids
+from vlbench.model.vision import Tower
+from vlbench.model.vlm import VLM
+from vlbench.model.weights import clip, hf_llava, yi_vl
+from vlbench.model.weights.release import Blueprint, fill, kept_files
+from vlbench.model.weights.shards import read_json
+
+LAYOUTS = (yi_vl, hf_llava)
+PROJECTOR = "llava_mlp"
+"""The connector that released projectors are: Yi-VL's own, and LLaVA's."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a recipe chooses for itself when it begins with a released model; None: as released."""
+
+    connector: str | None = None
+    options: dict[str, Any] | None = None
+    layer: int | None = None
+    norm: bool = False
+    template: str | None = None
+    max_length: int | None = None
+
+
+def is_release(folder: Path) -> bool:
+    """Tell whether a folder holds a released model, or the small files of one."""
+    file = folder / "config.json"
+    return file.is_file() and any(layout.recognise(read_json(file)) for layout in LAYOUTS)
+
+
+def layout_of(folder: Path) -> ModuleType:
+    """Return the module that knows the layout of a released folder."""
+    config = read_json(folder / "config.json")
+    for layout in LAYOUTS:
+        if layout.recognise(config):
+            return layout
+    raise Mistake(
+        f"{folder / 'config.json'} describes neither a Yi-VL nor a LLaVA model (model_type is "
+        f"{config.get('model_type')!r})"
+    )
+
+
+def load_release(
+    folder: Path,
+    dtype: torch.dtype | None,
+    device: torch.device | str = "cpu",
+    choice: Choice = Choice(),
+) -> VLM:
+    """Return the model in a released folder; `dtype` None keeps every tensor as it is stored."""
+    vlm = assemble(folder, choice)
+    fill(vlm, layout_of(folder).groups(folder, vlm), dtype, device)
+    return vlm
+
+
+def assemble(folder: Path, choice: Choice = Choice()) -> VLM:
+    """Build the model that small files describe; tower and language model have no memory yet."""
+    plan: Blueprint = layout_of(folder).blueprint(folder)
+    with torch.device("meta"):
+        visual = clip.build(plan.vision)
+    layer = plan.layer if choice.layer is None else choice.layer
+    tower = Tower(visual, layer, choice.norm, plan.preprocess)
+    name, options = _connector(plan, choice, folder)
+    language = empty_language(plan.language)
+    language.generation_config.eos_token_id = end_ids(folder, plan.language)
+    tokenizer = Tokenizer.load(folder)
+    vlm = VLM(
+        tower,
+        plugins.connector(name),
+        options,
+        language,
+        tokenizer,
+        TEMPLATES[choice.template or plan.template],
+        choice.max_length or plan.language.max_position_embeddings,
+    )
+    vlm.release = kept_files(folder)
+    return vlm
+
+
+def _connector(plan: Blueprint, choice: Choice, folder: Path) -> tuple[str, dict[str, Any]]:
+    """Return name and options of the connector; another depth than the release's is refused."""
+    released = {"depth": plan.depth, "norm": plan.norm}
+    if choice.connector is None:
+        return PROJECTOR, released
+    options = dict(choice.options or {})
+    if choice.connector == PROJECTOR and options != released:
+        say = f"connector.depth={plan.depth} connector.norm={str(plan.norm).lower()}"
+        raise Mistake(
+            f"init={folder} has another projector: say {say}, or name another connector, which "
+            "then starts anew"
+        )
+    return choice.connector, options

@@ -1,0 +1,160 @@
+"""A released model: its small files, what they describe, and the weights that belong to that.
+
+The small files (configs, tokenizer, image preprocessing) travel with every checkpoint of what is
+trained from a release, so that a checkpoint stands alone and an export gives them back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig
+
+from vlbench.mistakes import Mistake
+from vlbench.model.vlm import VLM
+from vlbench.model.weights import clip
+from vlbench.model.weights.groups import Group, load_groups, place
+
+SMALL = 64_000_000  # bytes; a tokenizer.json has some megabytes, a file of weights has more
+KEPT = ("*.json", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
+LLAMA = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "vocab_size", "hidden_act", "rms_norm_eps"),
+    *("rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings"),
+    *("attention_bias", "mlp_bias", "tie_word_embeddings"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+)
+"""Keys of a configuration that say what a Llama is."""
+CLIP = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("image_size", "patch_size", "hidden_act", "layer_norm_eps"),
+)
+"""Keys of a configuration that say what a CLIP tower is."""
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What a released folder describes, before any weight is read."""
+
+    language: LlamaConfig
+    vision: dict[str, Any]
+    """The keys `CLIP` of Hugging Face's CLIPVisionConfig."""
+    layer: int
+    """Block of the tower whose output is used, as `vision.layer` of a recipe."""
+    preprocess: dict[str, Any]
+    """mean, std, resize (shortest edge, pixels), crop (side, pixels), pad (to a square)."""
+    depth: int
+    """Linear layers of the projector."""
+    norm: bool
+    """Whether a LayerNorm follows each of them."""
+    template: str
+    """Name of the chat template."""
+
+
+def kept_files(folder: Path) -> dict[str, bytes]:
+    """Return the small files of a release by their path inside `folder`."""
+    found: dict[str, bytes] = {}
+    for pattern in KEPT:
+        for path in sorted(folder.rglob(pattern)):
+            name = path.relative_to(folder).as_posix()
+            index = name.endswith(".index.json")  # it describes shards, which are written anew
+            if path.is_file() and not index and path.stat().st_size < SMALL:
+                found[name] = path.read_bytes()
+    return found
+
+
+def write_files(files: Mapping[str, bytes], folder: Path) -> None:
+    """Write the small files of a release into `folder`."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def require(config: Mapping[str, Any], names: Sequence[str], file: Path) -> None:
+    """Raise a Mistake that names the keys which `config`, read from `file`, does not have."""
+    missing = [name for name in names if config.get(name) is None]
+    if missing:
+        raise Mistake(f"{file} has no {', '.join(missing)}")
+
+
+def language_config(config: Mapping[str, Any], file: Path) -> LlamaConfig:
+    """Return the Llama that `config`, read from `file`, describes."""
+    require(config, ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"), file)
+    try:
+        return LlamaConfig(**{key: config[key] for key in LLAMA if config.get(key) is not None})
+    except Exception as error:  # the library's own checks, of types and of widths that divide
+        raise Mistake(f"{file}: {_line(error)}") from error
+
+
+def vision_config(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """Return the keys `CLIP` of a CLIPVisionConfig, or of the one inside a CLIPConfig."""
+    inner = config.get("vision_config") or config
+    try:
+        found = CLIPVisionConfig(**{key: inner[key] for key in CLIP if key in inner})
+    except Exception as error:
+        raise Mistake(f"{file}: {_line(error)}") from error
+    return {key: getattr(found, key) for key in CLIP}
+
+
+def preprocessing(config: Mapping[str, Any], file: Path, pad: bool) -> dict[str, Any]:
+    """Return what a CLIPImageProcessor's configuration does to a picture, new or old in style."""
+    require(config, ("size", "crop_size", "image_mean", "image_std"), file)
+    fixed: dict[str, float] = {
+        "do_resize": True,
+        "do_center_crop": True,
+        "do_normalize": True,
+        "do_rescale": True,
+    }
+    fixed |= {"resample": 3, "rescale_factor": 1 / 255}  # 3: bicubic
+    for key, value in fixed.items():
+        if abs(float(config.get(key, value)) - float(value)) > 1e-12:
+            raise Mistake(f"{file}: {key} is {config[key]}; only {value} can be done here")
+    return {
+        "mean": tuple(config["image_mean"]),
+        "std": tuple(config["image_std"]),
+        "resize": _side(config["size"], "size", file),
+        "crop": _side(config["crop_size"], "crop_size", file),
+        "pad": pad,
+    }
+
+
+def _side(value: Any, key: str, file: Path) -> int:
+    """Return a size that is written as 448, {shortest_edge: 448} or {height: 448, width: 448}."""
+    sides = set(value.values()) if isinstance(value, Mapping) else {value}
+    known = not isinstance(value, Mapping) or set(value) in ({"shortest_edge"}, {"height", "width"})
+    if not known or len(sides) != 1 or not isinstance(side := sides.pop(), int) or side < 1:
+        raise Mistake(f"{file}: {key} is {value}; wanted is one length, such as 448")
+    return side
+
+
+def fill(
+    vlm: VLM, groups: Sequence[Group], dtype: torch.dtype | None, device: torch.device | str
+) -> None:
+    """Read the weights of `groups` into `vlm`, tensor by tensor; `dtype` None keeps each its own.
+
+    A connector that is no projector is not in the files and only moves to `dtype` and `device`.
+    """
+    states = {
+        "vision": clip.to_hugging_face(vlm.vision.visual),
+        "language": vlm.language.state_dict(),
+    }
+    projector = vlm.connector.projector()
+    if projector is not None:
+        states["connector"] = projector.state_dict()
+    loaded = load_groups(groups, states, dtype, device)
+    tower = clip.to_open_clip(loaded["vision"], len(vlm.vision.blocks()))
+    vlm.vision.visual.load_state_dict(tower, assign=True)
+    vlm.language.load_state_dict(loaded["language"], assign=True)
+    vlm.language.model.rotary_emb.to(device)
+    if projector is not None:
+        projector.load_state_dict(loaded["connector"], assign=True)
+    else:
+        place(vlm.connector, dtype, device)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

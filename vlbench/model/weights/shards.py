@@ -1,0 +1,220 @@
+"""Files of tensors: read tensor by tensor into memory of their own, written in shards.
+
+Weights are data, never code: safetensors, or torch's own files with `weights_only=True`. While a
+file is read at most `CHUNK` bytes of it are mapped, so that the peak is what was loaded and little
+more, however large the shards are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vlbench.mistakes import Mistake
+
+CHUNK = 1 << 29  # bytes
+SHARD = 5_000_000_000  # bytes; the habit of transformers
+STEMS = ("model.safetensors", "pytorch_model.bin")
+"""Names of a model's weights in the order of preference; `.index.json` after one lists shards."""
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that hold the weights of a Hugging Face folder, one or several shards."""
+    for stem in STEMS:
+        index = folder / f"{stem}.index.json"
+        if (folder / stem).is_file():
+            return [folder / stem]
+        if index.is_file():
+            files = [folder / name for name in sorted(set(_weight_map(index).values()))]
+            missing = [file.name for file in files if not file.is_file()]
+            if missing:
+                raise Mistake(f"{index} names {', '.join(missing)}, which {folder} does not have")
+            return files
+    raise Mistake(f"{folder} has no weights; wanted is one of {', '.join(STEMS)}, or their shards")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise Mistake(f"{index} has no weight_map from tensors to files")
+    strange = [name for name in found.values() if Path(name).name != name]
+    if strange:
+        raise Mistake(f"{index} names a file outside of its folder: {strange[0]}")
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; a Mistake names the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or f"is not JSON ({error})"
+        raise Mistake(f"{path}: {reason}") from error
+    if not isinstance(value, dict):
+        raise Mistake(f"{path}: is not a JSON object")
+    return value
+
+
+def shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor in a file; no tensor is read."""
+    with _opened(file) as tensors:
+        return {name: tensors.shape(name) for name in tensors.names}
+
+
+def stored(folder: Path) -> tuple[torch.dtype, int]:
+    """Return the type of the largest tensor in a folder and how many numbers there are in all."""
+    largest, kind, total = -1, torch.float32, 0
+    for file in weight_files(folder):
+        with _opened(file) as tensors:
+            for name in tensors.names:
+                count = math.prod(tensors.shape(name))
+                total += count
+                if count > largest:
+                    largest, kind = count, tensors.kind(name)
+    return kind, total
+
+
+def read(file: Path, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Give the tensors of a file (those called `names`, or all), each in memory of its own."""
+    with _opened(file) as tensors:
+        wanted = list(tensors.names if names is None else names)
+        groups = _groups([(name, _bytes(tensors, name)) for name in wanted])
+    for group in groups:
+        with _opened(file) as tensors:
+            for name in group:
+                yield name, tensors.copy(name)
+
+
+def write(tensors: Iterable[tuple[str, Tensor]], folder: Path, limit: int = SHARD) -> None:
+    """Write tensors into `folder` as safetensors, in shards of at most `limit` bytes.
+
+    One shard is called model.safetensors; several get numbers and an index, as in transformers.
+    """
+    shards: list[list[str]] = []
+    pending: dict[str, Tensor] = {}
+    total = size = 0
+
+    def flush() -> None:
+        save_file(pending, folder / f"{len(shards) + 1}.part", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, tensor in tensors:
+        more = tensor.numel() * tensor.element_size()
+        if pending and size + more > limit:
+            flush()
+            size = 0
+        pending[name] = tensor.detach().contiguous()
+        size, total = size + more, total + more
+    flush()
+    if len(shards) == 1:
+        (folder / "1.part").rename(folder / STEMS[0])
+        return
+    places: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"{number}.part").rename(folder / file)
+        places |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    (folder / f"{STEMS[0]}.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _groups(sizes: list[tuple[str, int]]) -> list[list[str]]:
+    """Return the names in order, in groups of at most CHUNK bytes or of a single tensor."""
+    groups: list[list[str]] = []
+    room = 0
+    for name, size in sizes:
+        if not groups or size > room:
+            groups.append([])
+            room = CHUNK
+        groups[-1].append(name)
+        room -= size
+    return groups
+
+
+class _Safe:
+    """An open safetensors file."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+        self.names = list(handle.keys())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.handle.get_slice(name).get_shape())
+
+    def kind(self, name: str) -> torch.dtype:
+        return _KINDS.get(self.handle.get_slice(name).get_dtype(), torch.float64)
+
+    def copy(self, name: str) -> Tensor:
+        return self.handle.get_tensor(name).clone()
+
+
+class _Pickled:
+    """An open file of torch."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self.state = state
+        self.names = list(state)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.state[name].shape)
+
+    def kind(self, name: str) -> torch.dtype:
+        return self.state[name].dtype
+
+    def copy(self, name: str) -> Tensor:
+        return self.state[name].clone()
+
+
+_KINDS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+
+
+def _bytes(tensors: _Safe | _Pickled, name: str) -> int:
+    return math.prod(tensors.shape(name)) * tensors.kind(name).itemsize
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[_Safe | _Pickled]:
+    """Open a file of tensors; what is wrong with it becomes one line that names it."""
+    if not file.is_file():
+        raise Mistake(f"{file} does not exist")
+    if file.suffix != ".safetensors":
+        yield _Pickled(_unpickled(file))
+        return
+    try:
+        with safe_open(file, framework="pt") as handle:
+            yield _Safe(handle)
+    except SafetensorError as error:
+        raise Mistake(f"{file} is torn or no safetensors file: {_line(error)}") from error
+
+
+def _unpickled(file: Path) -> dict[str, Tensor]:
+    """Return the tensors in a file of torch, mapped where its format allows that."""
+    try:
+        mapped = zipfile.is_zipfile(file)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        raise Mistake(
+            f"{file} holds more than tensors, or is torn; code in a file of weights is never "
+            f"executed. If it is whole, ask its author for safetensors ({_line(error)})"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise Mistake(f"{file} is torn or no file of weights: {_line(error)}") from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise Mistake(f"{file} does not hold a mapping from names to tensors")
+    return state
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

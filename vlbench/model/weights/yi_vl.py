@@ -1,0 +1,142 @@
+"""Yi-VL's released layout.
+
+config.json                        Llama's keys and LLaVA's (mm_*)
+model-0000x-of-0000n.safetensors   language model and projector; copies of the tower are ignored,
+                                   as the reference ignores them (.bin shards work as well)
+tokenizer.model tokenizer_config.json ...
+vit/NAME/                          the tower, a CLIPVisionModel: config.json,
+                                   preprocessor_config.json, pytorch_model.bin or model.safetensors
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from vlbench.mistakes import Mistake
+from vlbench.model.vlm import VLM
+from vlbench.model.weights.clip import to_hugging_face
+from vlbench.model.weights.groups import BUFFERS, Group
+from vlbench.model.weights.release import (
+    Blueprint,
+    language_config,
+    preprocessing,
+    require,
+    vision_config,
+)
+from vlbench.model.weights.shards import read_json, shapes, weight_files
+
+PROJECTOR = "model.mm_projector."
+IGNORED = rf"model\.vision_tower\..*|{BUFFERS}"
+IGNORED_TOWER = rf"(visual_projection|text_projection|text_model)\..*|logit_scale|{BUFFERS}"
+"""The rest of a whole CLIP model, from which the reference takes the vision tower alone."""
+FIXED = {
+    "mm_vision_select_feature": "patch",
+    "mm_use_im_start_end": False,
+}
+"""What the reference could do otherwise, and Yi-VL does not."""
+
+
+def recognise(config: dict[str, Any]) -> bool:
+    """Tell whether a config.json is of this layout."""
+    return "mm_vision_tower" in config
+
+
+def blueprint(folder: Path) -> Blueprint:
+    """Read what the small files in `folder` describe."""
+    file = folder / "config.json"
+    config = read_json(file)
+    require(config, ("mm_vision_tower", "mm_projector_type", "mm_vision_select_layer"), file)
+    for key, value in FIXED.items():
+        if config.get(key, value) != value:
+            raise Mistake(f"{file}: {key} is {config[key]!r}; only {value!r} can be done here")
+    tower = tower_folder(folder, config)
+    depth, norm = projector_form(config["mm_projector_type"], file)
+    vision = vision_config(read_json(tower / "config.json"), tower / "config.json")
+    pad = config.get("image_aspect_ratio") == "pad"
+    processor = tower / "preprocessor_config.json"
+    preprocess = preprocessing(read_json(processor), processor, pad)
+    if preprocess["crop"] != vision["image_size"]:
+        raise Mistake(
+            f"{processor} crops to {preprocess['crop']} pixels, but the tower reads "
+            f"{vision['image_size']} (image_size of {tower / 'config.json'})"
+        )
+    if config.get("mm_hidden_size", vision["hidden_size"]) != vision["hidden_size"]:
+        raise Mistake(
+            f"{file}: mm_hidden_size is {config['mm_hidden_size']}, but the tower is "
+            f"{vision['hidden_size']} wide"
+        )
+    return Blueprint(
+        language=language_config(config, file),
+        vision=vision,
+        layer=_layer(config["mm_vision_select_layer"], vision["num_hidden_layers"], file),
+        preprocess=preprocess,
+        depth=depth,
+        norm=norm,
+        template="yi_vl",
+    )
+
+
+def _layer(number: Any, layers: int, file: Path) -> int:
+    """Return the block whose output is `hidden_states[number]`; 0 is what the first block reads."""
+    if not isinstance(number, int) or not (-layers <= number < 0 or 0 < number <= layers):
+        raise Mistake(
+            f"{file}: mm_vision_select_layer is {number!r}; the tower has {layers} blocks, "
+            f"so -{layers} to -1 and 1 to {layers} are allowed"
+        )
+    return number if number < 0 else number - 1
+
+
+def tower_folder(folder: Path, config: dict[str, Any]) -> Path:
+    """Return the folder of the tower: where config.json says, or the only one under `vit/`.
+
+    A config that the reference saved holds an absolute path of the machine that saved it.
+    """
+    named = str(config["mm_vision_tower"])
+    places = [folder / named.removeprefix("./"), folder / "vit" / Path(named).name]
+    places += [path.parent for path in sorted(folder.glob("vit/*/config.json"))][:1]
+    for place in places:
+        if (place / "config.json").is_file():
+            return place
+    raise Mistake(
+        f"{folder / 'config.json'}: mm_vision_tower is '{named}'; there is no {places[0]} with "
+        "config.json, preprocessor_config.json and pytorch_model.bin or model.safetensors"
+    )
+
+
+def projector_form(kind: Any, file: Path) -> tuple[int, bool]:
+    """Return depth and norm of an mm_projector_type: linear, mlp2x_gelu, mlp2x_gelu_Norm, ..."""
+    if kind == "linear":
+        return 1, False
+    match = re.fullmatch(r"mlp([1-9]\d?)x_gelu(_Norm)?", str(kind))
+    if not match:
+        raise Mistake(
+            f"{file}: mm_projector_type is {kind!r}; known are linear, mlpNx_gelu, mlpNx_gelu_Norm"
+        )
+    return int(match[1]), bool(match[2])
+
+
+def groups(folder: Path, vlm: VLM) -> list[Group]:
+    """Return the files of weights in `folder` and where in `vlm` their tensors belong.
+
+    A connector that is no projector starts anew: the projector in the files is ignored.
+    """
+    config = read_json(folder / "config.json")
+    main = {name: ("language", name) for name in vlm.language.state_dict()}
+    projector, ignored = vlm.connector.projector(), IGNORED
+    if projector is None:
+        ignored = rf"{IGNORED}|{re.escape(PROJECTOR)}.*"
+    else:
+        bare = config["mm_projector_type"] == "linear"  # then LLaVA numbers no layers
+        for key in projector.state_dict():
+            main[PROJECTOR + (key.removeprefix("0.") if bare else key)] = ("connector", key)
+    tower = tower_folder(folder, config)
+    return [Group(folder, main, ignored), Group(tower, _tower(tower, vlm), IGNORED_TOWER)]
+
+
+def _tower(folder: Path, vlm: VLM) -> dict[str, tuple[str, str]]:
+    """Return the tower's tensors; transformers 5 writes them without the prefix."""
+    found = {name for file in weight_files(folder) for name in shapes(file)}
+    prefix = "vision_model." if any(name.startswith("vision_model.") for name in found) else ""
+    return {prefix + key: ("vision", key) for key in to_hugging_face(vlm.vision.visual)}

@@ -1,0 +1,125 @@
+"""From a checkpoint, a run or a released model on disk to a model in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vlbench import recipe as recipes
+from vlbench.mistakes import Mistake
+from vlbench.model.compose import choice_of, compose_empty
+from vlbench.model.vlm import PARTS, VLM
+from vlbench.model.weights.groups import place
+from vlbench.model.weights.hub import fetch
+from vlbench.model.weights.load import assemble, is_release, load_release
+from vlbench.model.weights.shards import read, shapes, weight_files
+from vlbench.schema import Recipe
+from vlbench.train import checkpoint
+from vlbench.train.checkpoint import RELEASE
+
+FLOAT32 = torch.float32
+
+
+def restore(
+    folder: Path,
+    recipe: Recipe,
+    dtype: torch.dtype | None = FLOAT32,
+    device: torch.device | str = "cpu",
+    skip: tuple[str, ...] = (),
+) -> VLM:
+    """Return the model in a checkpoint, as `recipe` describes it.
+
+    `dtype` None keeps every tensor as it is stored. Parts in `skip` start anew.
+    """
+    held = {name.partition(".")[0] for file in weight_files(folder) for name in shapes(file)}
+    side = image_size(folder)
+    if (folder / RELEASE).is_dir():
+        vlm = assemble(folder / RELEASE, choice_of(recipe))
+        vlm.resize(side)
+    else:
+        vlm = compose_empty(recipe, side, folder, held)
+    load_weights(folder, vlm, dtype, device, skip)
+    return vlm
+
+
+def begin(recipe: Recipe) -> VLM:
+    """Return the model that `init` of a recipe means: of a run, a checkpoint or a release.
+
+    Tower, language model and tokenizer are those of `init`. The connector is as well, unless the
+    recipe names another one, which then starts anew.
+    """
+    source = str(recipe.init)
+    if checkpoint.holds(Path(source)):
+        folder = checkpoint.find(Path(source))
+        before = recipes.load_file(folder / "recipe.yaml").connector["name"]
+        other = before != recipe.connector["name"]
+        vlm = restore(folder, recipe, skip=("connector",) if other else ())
+    else:
+        folder = released(source, "init")
+        torch.manual_seed(recipe.seed)
+        vlm = load_release(folder, FLOAT32, choice=choice_of(recipe))
+        other = vlm.connector.projector() is None
+    config, blocks = vlm.language.config, len(vlm.vision.blocks())
+    print(
+        f"init {folder}: tower of {blocks} blocks, {vlm.vision.width} wide; language model of "
+        f"{config.num_hidden_layers} layers, {config.hidden_size} wide"
+        + (f"; connector {recipe.connector['name']} starts anew" if other else "")
+    )
+    return vlm
+
+
+def released(source: str, key: str) -> Path:
+    """Return the folder of a released model; `key` names `source` in a mistake."""
+    folder = fetch(source, key, kinds="run folder, checkpoint or released model")
+    if not is_release(folder):
+        raise Mistake(
+            f"{key} is '{source}', which is no run or checkpoint, and no released model: wanted is "
+            "config.json of Yi-VL's layout or of Hugging Face's LLaVA"
+        )
+    return folder
+
+
+def load_weights(
+    folder: Path,
+    vlm: VLM,
+    dtype: torch.dtype | None = FLOAT32,
+    device: torch.device | str = "cpu",
+    skip: tuple[str, ...] = (),
+) -> None:
+    """Load the parts that a checkpoint holds into `vlm`, strictly; others are only moved."""
+    states: dict[str, dict[str, Tensor]] = {}
+    for file in weight_files(folder):
+        for name, tensor in read(file):
+            part, _, key = name.partition(".")
+            if part not in PARTS:
+                raise Mistake(f"{file}: tensor {name} belongs to none of {', '.join(PARTS)}")
+            kind = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+            states.setdefault(part, {})[key] = tensor.to(device=device, dtype=kind)
+    for part, module in vlm.parts():
+        if part in states and part not in skip:
+            load_part(module, states[part], f"{folder}, part {part}")
+        place(module, dtype, device)
+
+
+def load_part(module: torch.nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Load `state` into `module`; a tensor that is missing, surplus or mis-shaped is named."""
+    wanted = module.state_dict()
+    for key in [*wanted, *state]:
+        if key not in state or key not in wanted:
+            what = "is missing" if key not in state else "does not belong there"
+            raise Mistake(f"{where}: tensor {key} {what}")
+        if state[key].shape != wanted[key].shape:
+            raise Mistake(
+                f"{where}: tensor {key} has shape {tuple(state[key].shape)}, "
+                f"needed is {tuple(wanted[key].shape)}"
+            )
+    module.load_state_dict(state, strict=True, assign=True)
+
+
+def image_size(folder: Path) -> int:
+    """Return the image size that a checkpoint was trained at, in pixels."""
+    return int(json.loads((folder / "preprocess.json").read_text())["transform"]["crop"])
