@@ -46,6 +46,13 @@ def chat(words: list[str]) -> int:
     return talk(words)
 
 
+def export(words: list[str]) -> int:
+    """Write a model in a layout that others load."""
+    from vlbench.serve.export import main as write
+
+    return write(words)
+
+
 def show(words: list[str]) -> int:
     """Print a resolved recipe."""
     from vlbench import recipe as recipes
@@ -67,7 +74,16 @@ VERBS = {
     "eval": Verb(
         "run=DIR [data=FILE images=FOLDER]", "evaluate a run or a released model", evaluate
     ),
-    "chat": Verb("run=DIR question=TEXT [image=FILE]", "talk to a run or a released model", chat),
+    "chat": Verb(
+        "model=PATH [image=FILE] [question=TEXT] [KEY=VALUE ...]",
+        "talk to a run, a checkpoint or a released model",
+        chat,
+    ),
+    "export": Verb(
+        "run=PATH to=DIR format=yi_vl|hf_llava|vlbench [dtype=bf16]",
+        "write a run, a checkpoint or a released model in a layout that others load",
+        export,
+    ),
     "show": Verb("recipe=NAME [size=SIZE] [KEY=VALUE ...]", "print a resolved recipe", show),
     "list": Verb("[recipes|sizes|connectors|towers]", "print what there is", list_),
 }

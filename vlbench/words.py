@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from vlbench.mistakes import Mistake, nearest
@@ -34,6 +35,18 @@ def _put(node: dict[str, Any], path: list[str], value: Text) -> str:
         return "twice" if again else "as a whole and in parts; give one of them"
     node[path[-1]] = value
     return ""
+
+
+def number(given: dict[str, str], key: str, default: float, low: float, high: float) -> float:
+    """Return the number that `given` has under `key`; a Mistake if it has another thing there."""
+    text = given.get(key)
+    try:
+        value = default if text is None else float(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high:
+        raise Mistake(f"{key} is '{text}'; allowed are numbers from {low:g} to {high:g}")
+    return value
 
 
 def given_keys(

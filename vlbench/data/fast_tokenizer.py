@@ -22,7 +22,7 @@ class FastTokenizer(Tokenizer):
             self._fast = AutoTokenizer.from_pretrained(folder)
         except Exception as error:  # of the library: whatever a broken file makes it raise
             raise Mistake(f"{folder} has no readable tokenizer.json: {error}") from error
-        self._folder = folder
+        self.folder = folder
         self.size = self.rows = len(self._fast)
         if self._fast.eos_token_id is None:
             raise Mistake(f"the tokenizer of {folder} has no token that ends a text (eos_token)")
@@ -35,8 +35,8 @@ class FastTokenizer(Tokenizer):
     def save(self, folder: Path) -> None:
         """Copy the files that `load` reads into `folder`."""
         for name in FILES:
-            if (self._folder / name).is_file():
-                (folder / name).write_bytes((self._folder / name).read_bytes())
+            if (self.folder / name).is_file():
+                (folder / name).write_bytes((self.folder / name).read_bytes())
 
     def encode(self, text: str) -> list[int]:
         """Give the ids of a text; what the tokenizer puts before every text is included."""

@@ -23,9 +23,9 @@ _SPACE = "\u2581"  # how sentencepiece writes a space
 class Tokenizer:
     """Turn text into ids and back.
 
-    `bos`, `eos` and `unk` are ids. `add_bos` puts `bos` before every encoded text, as the
-    `add_bos_token` of a checkpoint asks; Yi-VL does not. `extra` names tokens beyond the
-    sentencepiece model.
+    `bos`, `eos` and `unk` are ids; `folder` is where its files are. `add_bos` puts `bos` before
+    every encoded text, as the `add_bos_token` of a checkpoint asks; Yi-VL does not. `extra` names
+    tokens beyond the sentencepiece model.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Tokenizer:
         add_bos: bool = False,
         extra: Sequence[str] = (),
     ) -> None:
-        self._folder = Path(model_file).parent
+        self.folder = Path(model_file).parent
         self._pieces = _open(Path(model_file))
         pieces = self._pieces.get_piece_size()
         self.size = pieces + len(extra)
@@ -66,7 +66,7 @@ class Tokenizer:
 
     def limit(self, rows: int) -> None:
         """Say that the model has embeddings for the first `rows` ids alone."""
-        self.rows = min(self.size, rows)
+        self.rows = min(self.rows, rows)
 
     def check(self, ids: Iterable[int]) -> None:
         """Raise a Mistake for an id that the model has no embedding for."""
@@ -85,8 +85,8 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Copy the files that `load` reads into `folder`."""
         for name in ("tokenizer.model", "tokenizer_config.json", "added_tokens.json"):
-            if (self._folder / name).is_file():
-                (folder / name).write_bytes((self._folder / name).read_bytes())
+            if (self.folder / name).is_file():
+                (folder / name).write_bytes((self.folder / name).read_bytes())
 
     def encode(self, text: str) -> list[int]:
         """Give the ids of a text; strings of special tokens become their ids."""

@@ -12,9 +12,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from vlbench.mistakes import Mistake, nearest
 from vlbench.model.attention import PACKED
+from vlbench.model.weights import hub
 from vlbench.model.weights.groups import BUFFERS, Group, load_groups
 from vlbench.model.weights.hub import fetch
-from vlbench.model.weights.shards import read_json
+from vlbench.model.weights.shards import read_json, weight_files
 
 TINY = Path(__file__).parent / "tiny" / "language"
 
@@ -61,7 +62,7 @@ def language_folder(weights: str) -> Path:
     """Return the folder with the weights and the tokenizer; random weights have the miniature's."""
     if weights in ("embedded", "random"):
         return TINY
-    folder = fetch(weights, "language.weights", ("*.json", "*.safetensors", "*.bin", "*.model"))
+    folder = fetch(weights, "language.weights", hub.LANGUAGE)
     if not (folder / "config.json").is_file():
         raise Mistake(f"language.weights is '{weights}', a folder without config.json")
     return folder
@@ -118,7 +119,7 @@ def load_language(folder: Path, dtype: torch.dtype | None) -> LlamaForCausalLM:
     state = model.state_dict()
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     wanted = {name: ("language", name) for name in state if name not in tied}
-    group = Group(folder, wanted, "|".join([BUFFERS, *map(re.escape, tied)]))
+    group = Group(weight_files(folder), wanted, "|".join([BUFFERS, *map(re.escape, tied)]))
     loaded = load_groups([group], {"language": state}, dtype, "cpu")["language"]
     model.load_state_dict(loaded, strict=not tied, assign=True)
     model.tie_weights()

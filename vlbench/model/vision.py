@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from vlbench.data.images import ImageTransform
 from vlbench.mistakes import Mistake, nearest
+from vlbench.model.weights import clip, hub
+from vlbench.model.weights.hub import fetch
+from vlbench.model.weights.shards import read_json
 
 Colour = tuple[float, float, float]
 TINY = Path(__file__).parent / "tiny" / "tower"
@@ -145,38 +148,77 @@ def build_tower(name: str, weights: str, layer: int = -2, norm: bool = False) ->
     """Build the tower `name` and load `weights`.
 
     `name` is a model of open_clip, "tiny" or a folder with `open_clip_config.json`; `weights` is
-    "embedded", "random", a pretrained tag of open_clip or a file.
+    "embedded", "random", a pretrained tag of open_clip, one of its files, or a folder: of
+    open_clip, or a CLIP in Hugging Face's layout.
     """
-    source = f"local-dir:{TINY}" if name == "tiny" else name
-    folder = Path(name)
-    if (folder / "open_clip_config.json").is_file():
-        source = f"local-dir:{folder}"
-    elif name != "tiny" and name not in open_clip.list_models():
-        raise Mistake(
-            f"vision.name is '{name}'; known are 'tiny', a folder with open_clip_config.json and "
-            f"the ViTs of open_clip.{nearest(name, open_clip.list_models())}"
-        )
+    source = _source(name)
     local = source.startswith("local-dir:")
-    pretrained = None if local or weights == "random" else _known_weights(name, weights)
-    logging.getLogger().setLevel(logging.WARNING)  # open_clip reports every load at INFO
-    clip = open_clip.create_model(
-        source, pretrained=pretrained, load_weights=local and weights != "random"
-    )
-    visual = clip.visual
+    pretrained = None if local or weights == "random" else _pretrained(name, weights)
+    logging.getLogger().setLevel(logging.ERROR)  # open_clip reports every load, and random weights
+    try:
+        model = open_clip.create_model(
+            source, pretrained=pretrained, load_weights=local and weights != "random"
+        )
+    except RuntimeError as error:
+        raise Mistake(
+            f"vision.weights is '{weights}', which cannot be read or fetched "
+            f"({' '.join(str(error).split())[:300]}); wanted is {hub.TOWER}"
+        ) from error
+    visual = model.visual
     if not hasattr(visual, "transformer") and not hasattr(getattr(visual, "trunk", None), "blocks"):
         raise Mistake(
             f"vision.name is '{name}', which is no ViT; towers that work are open_clip's ViT-* "
             "and EVA* models, for example ViT-H-14, ViT-L-14-336 or EVA02-L-14-336"
         )
-    return Tower(visual, layer, norm, open_clip.get_model_preprocess_cfg(clip))
+    tower = Tower(visual, layer, norm, open_clip.get_model_preprocess_cfg(model))
+    if pretrained is None and Path(weights).is_dir():
+        load_clip_folder(tower, Path(weights))
+    return tower
 
 
-def _known_weights(name: str, weights: str) -> str:
-    """Return `weights` if it is a file or one of open_clip's tags for this model."""
+def load_clip_folder(tower: Tower, folder: Path) -> None:
+    """Load a CLIP in Hugging Face's layout into `tower`, at the image size of the folder."""
+    file = folder / "config.json"
+    config = clip.vision_config(read_json(file), file)
+    needed = clip.config_of(tower.visual)
+    for key in ("hidden_size", "num_hidden_layers", "patch_size", "intermediate_size"):
+        if config[key] != needed[key]:
+            raise Mistake(f"{file}: {key} is {config[key]}; the tower named has {needed[key]}")
+    tower.resize(config["image_size"])
+    clip.load(folder, tower.visual)
+
+
+def _source(name: str) -> str:
+    """Return what open_clip calls the tower `name`; a Mistake if it does not know it."""
+    if name == "tiny":
+        return f"local-dir:{TINY}"
+    if (Path(name) / "open_clip_config.json").is_file():
+        return f"local-dir:{name}"
+    if name not in open_clip.list_models():
+        raise Mistake(
+            f"vision.name is '{name}'; known are 'tiny', a folder with open_clip_config.json and "
+            f"the ViTs of open_clip.{nearest(name, open_clip.list_models())}"
+        )
+    return name
+
+
+def _pretrained(name: str, weights: str) -> str | None:
+    """Return the file or tag of open_clip that `weights` is; None for a folder of another kind."""
+    for file in ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"):
+        if (Path(weights) / file).is_file():
+            return str(Path(weights) / file)
+    if (Path(weights) / "config.json").is_file():
+        return None
     tags = open_clip.list_pretrained_tags_by_model(name)
+    if weights in tags:
+        source = open_clip.get_pretrained_cfg(name, weights).get("hf_hub")
+        if source:  # ask the hub first: open_clip tries for a minute and speaks in many lines
+            owner, repository = source.split("/")[:2]
+            fetch(f"{owner}/{repository}", "vision.weights", hub.TOWER, patterns=("*.json",))
     if weights in tags or Path(weights).is_file():
         return weights
     raise Mistake(
-        f"vision.weights is '{weights}'; for {name} allowed are 'random', a file, "
-        f"or one of {', '.join(tags) or '(no tags)'}.{nearest(weights, tags)}"
+        f"vision.weights is '{weights}'; for {name} allowed are 'random', a file, a folder with "
+        "open_clip_model.safetensors or with config.json of a CLIP, or one of "
+        f"{', '.join(tags) or '(no tags)'}.{nearest(weights, tags)}"
     )

@@ -59,7 +59,7 @@ class VLM(nn.Module):
         self.tokenizer, self.max_length = tokenizer, max_length
         self.template = template.bound(tokenizer.eos_text)
         tokenizer.limit(self.language.config.vocab_size)
-        self._connector_class, self._options = connector, options
+        self._connector_class, self.options = connector, options
         self.connector = self._connect()
         self.release: dict[str, bytes] = {}  # small files of the released model it began as
         layers = self.language.model.layers
@@ -92,7 +92,7 @@ class VLM(nn.Module):
         return self.language.get_input_embeddings().weight.device
 
     def _connect(self) -> Connector:
-        connector = self._connector_class(self.shapes, **self._options)
+        connector = self._connector_class(self.shapes, **self.options)
         self.vision.class_token = connector.class_token
         return connector
 

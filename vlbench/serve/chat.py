@@ -1,20 +1,123 @@
-"""`python -m vlbench chat`: ask a trained model one question about a picture."""
+"""`python -m vlbench chat`: ask a model one question, or talk to it."""
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from vlbench.words import given_keys
+from vlbench.data.images import open_image
+from vlbench.mistakes import Mistake, nearest
+from vlbench.words import given_keys, number
+
+if TYPE_CHECKING:
+    from vlbench.model.vlm import VLM
+
+KEYS = ("model", "run", "image", "question", "max_new_tokens", "temperature", "top_p", "seed")
+HELP = """\
+/image FILE   show a picture with the next question
+/reset        forget the conversation
+/history      print the conversation
+/quit         leave (so does Ctrl-D); Ctrl-C ends an answer"""
+COMMANDS = ("/image", "/reset", "/history", "/help", "/quit")
 
 
 def main(words: list[str]) -> int:
-    """Answer `run=DIR question=TEXT [image=FILE]` on standard output; return the exit code."""
-    given = given_keys("chat", words, ("run", "question"), ("image",))
-    from vlbench import load  # after the check: it takes seconds
-
-    vlm = load(given["run"])
-    content: list[dict[str, Any]] = [{"type": "text", "text": given["question"]}]
+    """Answer `question=TEXT` about `image=FILE`, or talk until the input ends; return the code."""
+    given = given_keys("chat", words, (), (*KEYS, "dtype", "device"))
+    path = given.get("model") or given.get("run")
+    if not path or ("model" in given and "run" in given):
+        raise Mistake("chat needs model=PATH: a run, a checkpoint or a released model")
+    options = {
+        "max_new_tokens": int(number(given, "max_new_tokens", 512, 1, 100_000)),
+        "temperature": number(given, "temperature", 0.0, 0.0, 10.0),
+        "top_p": number(given, "top_p", 1.0, 0.0, 1.0),
+        "seed": int(number(given, "seed", 0, 0, 2**32)),
+    }
     if "image" in given:
-        content.insert(0, {"type": "image", "image": given["image"]})
-    print(vlm.chat([{"role": "user", "content": content}], max_new_tokens=256))
-    return 0
+        open_image(given["image"])  # before the model, which takes seconds
+    from vlbench import load
+
+    vlm = load(path, given.get("dtype"), given.get("device"))
+    talk = Talk(vlm, options)
+    talk.image = given.get("image")
+    if "question" in given:
+        talk.ask(given["question"])
+        return 0
+    return talk.loop()
+
+
+class Talk:
+    """A conversation: its messages, and the picture that comes with the next question."""
+
+    def __init__(self, vlm: VLM, options: dict[str, Any]) -> None:
+        """Talk to `vlm`; `options` are those of `VLM.chat`."""
+        self.vlm, self.options = vlm, options
+        self.messages: list[dict[str, Any]] = []
+        self.image: str | None = None
+
+    def loop(self) -> int:
+        """Read questions and commands until the input ends; return the exit code."""
+        if sys.stdin.isatty():
+            import readline  # noqa: F401  # arrow keys, and what was typed before
+
+            print(HELP)
+        while True:
+            try:
+                line = input("you: " if sys.stdin.isatty() else "").strip()
+            except (EOFError, KeyboardInterrupt):
+                print()
+                return 0
+            if line in ("/quit", "/exit"):
+                return 0
+            try:
+                if line.startswith("/"):
+                    self.command(line)
+                elif line:
+                    self.ask(line)
+            except Mistake as mistake:
+                print(f"vlbench: {mistake}", file=sys.stderr)
+            except KeyboardInterrupt:
+                print(" (stopped)")
+
+    def command(self, line: str) -> None:
+        """Carry out a line that begins with a slash."""
+        name, _, rest = line.partition(" ")
+        if name == "/image":
+            file = str(Path(rest.strip().strip("'\"")).expanduser())
+            open_image(file)
+            self.image = file
+            print(f"{file} comes with the next question")
+        elif name == "/reset":
+            self.messages, self.image = [], None
+            print("the conversation is forgotten")
+        elif name == "/history":
+            print(self.vlm.prompt([*self.messages, {"role": "user", "content": "..."}]))
+        elif name == "/help":
+            print(HELP)
+        else:
+            known = ", ".join(COMMANDS)
+            raise Mistake(f"no command {name}; known are {known}.{nearest(name, COMMANDS)}")
+
+    def ask(self, question: str) -> None:
+        """Print the answer while it is written, and keep question and answer.
+
+        What is stopped with Ctrl-C is kept as far as it was written.
+        """
+        content: list[dict[str, Any]] = [{"type": "text", "text": question}]
+        if self.image:
+            content.insert(0, {"type": "image", "image": self.image})
+        asked = [*self.messages, {"role": "user", "content": content}]
+        written: list[str] = []
+
+        def show(text: str) -> None:
+            written.append(text)
+            print(text, end="", flush=True)
+
+        try:
+            self.vlm.chat(asked, stream=show, **self.options)
+        finally:
+            print(flush=True)
+            if written:
+                answer = {"role": "assistant", "content": "".join(written)}
+                self.messages, self.image = [*asked, answer], None

@@ -31,39 +31,56 @@ def load(
     """Return the model in a run, a checkpoint, or a released model (a folder or a hub id).
 
     `dtype` is a type of torch or one of the names in DTYPES. None: as the weights are stored, but
-    on a CPU float32 if that takes at most FLOAT32_UP_TO bytes, where it is as fast and exact.
+    on a CPU float32 if that takes at most FLOAT32_UP_TO bytes: exact, and no slower there.
     `device` None is the GPU if there is one.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_device(device)
+    folder = find(path, "model")
+    kind = type_named(dtype) or _default_type(folder, device)
+    return open_model(folder, kind, device).eval()
+
+
+def find(path: str | Path, key: str) -> Path:
+    """Return the folder of a checkpoint or released model; `key` names `path` in a mistake."""
     if checkpoint.holds(Path(path)):
-        folder = checkpoint.find(Path(path))
-        vlm = restore(
-            folder, recipes.load_file(folder / "recipe.yaml"), _kind(dtype, folder, device), device
+        return checkpoint.find(Path(path))
+    return released(str(path), key)
+
+
+def open_model(folder: Path, dtype: torch.dtype | None, device: str = "cpu") -> VLM:
+    """Return the model in a folder that `find` found; `dtype` None keeps tensors as stored."""
+    if not checkpoint.holds(folder):
+        return load_release(folder, dtype, device)
+    vlm = restore(folder, recipes.load_file(folder / "recipe.yaml"), dtype, device)
+    before = json.loads((folder / "preprocess.json").read_text())["transform_hash"]
+    if before != vlm.transform.hash():
+        raise Mistake(
+            f"{folder} was trained with other image preprocessing (hash {before}, "
+            f"this version has {vlm.transform.hash()}): its answers would not be its own"
         )
-        _check_preprocessing(folder, vlm)
-    else:
-        folder = released(str(path), "model")
-        vlm = load_release(folder, _kind(dtype, folder, device), device)
-    return vlm.eval()
+    return vlm
 
 
-def _kind(dtype: torch.dtype | str | None, folder: Path, device: str) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
+def type_named(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Return the type that a name of DTYPES means."""
+    if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
-    if dtype is not None:
-        if dtype not in DTYPES:
-            known = ", ".join(DTYPES)
-            raise Mistake(f"dtype is '{dtype}'; known are {known}.{nearest(dtype, DTYPES)}")
-        return DTYPES[dtype]
+    if dtype not in DTYPES:
+        known = ", ".join(DTYPES)
+        raise Mistake(f"dtype is '{dtype}'; known are {known}.{nearest(dtype, DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _default_type(folder: Path, device: str) -> torch.dtype:
     kind, numbers = stored(folder)
     exact = device.startswith("cpu") and numbers * 4 <= FLOAT32_UP_TO
     return torch.float32 if exact else kind
 
 
-def _check_preprocessing(folder: Path, vlm: VLM) -> None:
-    stored_hash = json.loads((folder / "preprocess.json").read_text())["transform_hash"]
-    if stored_hash != vlm.transform.hash():
-        raise Mistake(
-            f"{folder} was trained with other image preprocessing (hash {stored_hash}, "
-            f"this version has {vlm.transform.hash()}): its answers would not be its own"
-        )
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # of torch: no such device, or not built for it
+        reason = str(error).splitlines()[0]
+        raise Mistake(f"device is '{device}', which cannot be used here ({reason})") from error

@@ -71,11 +71,7 @@ def save(
         save_file(weights_of(vlm, parts), writing / "model.safetensors")
         if optimizer is not None:
             torch.save(optimizer, writing / "optimizer.pt")
-        (writing / "preprocess.json").write_text(preprocessing(vlm))
-        (writing / "recipe.yaml").write_bytes(recipe_file.read_bytes())
-        vlm.tokenizer.save(writing)
-        describe(vlm, writing)
-        (writing / "position.json").write_text(json.dumps(asdict(position)))
+        describe(vlm, writing, recipe_file.read_text(encoding="utf-8"), position)
         for path in writing.rglob("*"):
             _flush(path)
         shutil.rmtree(final, ignore_errors=True)
@@ -90,14 +86,18 @@ def save(
     return final
 
 
-def describe(vlm: VLM, folder: Path) -> None:
-    """Write what a model is made of, beside its weights, so that a checkpoint stands alone."""
+def describe(vlm: VLM, folder: Path, recipe: str, position: Position) -> None:
+    """Write everything about a model but its weights, so that a checkpoint stands alone."""
+    (folder / "preprocess.json").write_text(preprocessing(vlm), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    vlm.tokenizer.save(folder)
     write_files(vlm.release, folder / RELEASE)
     config = vlm.language.config.to_dict()
     ends = {"eos_token_id": vlm.language.generation_config.eos_token_id}
     (folder / LANGUAGE).mkdir()
     (folder / LANGUAGE / "config.json").write_text(json.dumps(config, indent=1))
     (folder / LANGUAGE / "generation_config.json").write_text(json.dumps(ends))
+    (folder / "position.json").write_text(json.dumps(asdict(position)))
 
 
 def out_of_space(error: OSError, folder: Path) -> Exception:

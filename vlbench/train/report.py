@@ -25,9 +25,8 @@ def show_start(recipe: Recipe, run: Run, legs: list[tuple[str, Stage, int]]) -> 
         print(
             "size tiny: embedded miniatures, no network, no GPU. The real ones: size=6b, size=34b"
         )
-    vision, language = recipe.vision.name, recipe.language.name
-    if recipe.init:
-        vision = language = f"of {recipe.init}"
+    vision: str = f"of {recipe.init}" if recipe.init else recipe.vision.name
+    language: str = f"of {recipe.init}" if recipe.init else recipe.language.name
     print(f"vision {vision} -> connector {recipe.connector['name']} -> language {language}")
     for name, stage, steps in legs:
         parts = ", ".join(f"{part} lr {how.lr:g}" for part, how in stage.parts.items())

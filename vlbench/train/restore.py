@@ -13,6 +13,7 @@ from vlbench import recipe as recipes
 from vlbench.mistakes import Mistake
 from vlbench.model.compose import choice_of, compose_empty
 from vlbench.model.vlm import PARTS, VLM
+from vlbench.model.weights import hub
 from vlbench.model.weights.groups import place
 from vlbench.model.weights.hub import fetch
 from vlbench.model.weights.load import assemble, is_release, load_release
@@ -74,7 +75,7 @@ def begin(recipe: Recipe) -> VLM:
 
 def released(source: str, key: str) -> Path:
     """Return the folder of a released model; `key` names `source` in a mistake."""
-    folder = fetch(source, key, kinds="run folder, checkpoint or released model")
+    folder = fetch(source, key, hub.RELEASE, "run folder, checkpoint or released model")
     if not is_release(folder):
         raise Mistake(
             f"{key} is '{source}', which is no run or checkpoint, and no released model: wanted is "

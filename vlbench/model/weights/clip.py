@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from open_clip.transformer import LayerNorm, QuickGELU, VisionTransformer
 from torch import Tensor, nn
+from transformers import CLIPVisionConfig
 
 from vlbench.mistakes import Mistake
+from vlbench.model.weights.groups import BUFFERS, Group, load_groups
+from vlbench.model.weights.shards import shapes, weight_files
 
 ACTIVATIONS = {
     "gelu": nn.GELU,
@@ -37,6 +41,14 @@ BLOCK = {
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }
+
+KEYS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("image_size", "patch_size", "hidden_act", "layer_norm_eps"),
+)
+"""Keys of a configuration that say what a CLIP tower is."""
+IGNORED = rf"(visual_projection|text_projection|text_model)\..*|logit_scale|{BUFFERS}"
+"""The rest of a whole CLIP model, of which the vision tower alone is taken."""
 
 
 def names(layers: int) -> dict[str, tuple[str, ...]]:
@@ -72,6 +84,32 @@ def to_open_clip(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
         parts = [state.pop(name) for name in theirs]
         result[ours] = parts[0] if len(parts) == 1 else torch.cat(parts)
     return result
+
+
+def group(folder: Path, visual: nn.Module) -> Group:
+    """Return the files of a CLIP in `folder`; transformers 5 writes its towers without a prefix."""
+    files = weight_files(folder)
+    found = (name.startswith("vision_model.") for file in files for name in shapes(file))
+    prefix = "vision_model." if any(found) else ""
+    wanted = {prefix + key: ("vision", key) for key in to_hugging_face(visual)}
+    return Group(files, wanted, IGNORED)
+
+
+def load(folder: Path, visual: Any) -> None:
+    """Load the weights of a CLIP in Hugging Face's layout into an open_clip ViT, in float32."""
+    states = {"vision": to_hugging_face(visual)}
+    loaded = load_groups([group(folder, visual)], states, torch.float32, "cpu")["vision"]
+    visual.load_state_dict(to_open_clip(loaded, _layers(visual)), strict=False)  # proj stays
+
+
+def vision_config(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """Return the keys `KEYS` of a CLIPVisionConfig, or of the one inside a CLIPConfig."""
+    inner = config.get("vision_config") or config
+    try:
+        found = CLIPVisionConfig(**{key: inner[key] for key in KEYS if key in inner})
+    except Exception as error:
+        raise Mistake(f"{file}: {' '.join(str(error).split())[:300]}") from error
+    return {key: getattr(found, key) for key in KEYS}
 
 
 def build(config: Mapping[str, Any]) -> VisionTransformer:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vlbench.mistakes import Mistake, nearest
-from vlbench.model.weights.shards import read, shapes, weight_files
+from vlbench.model.weights.shards import read, shapes
 
 BUFFERS = r"(.*\.)?(rotary_emb\.inv_freq|position_ids)"
 """Tensors that older libraries wrote and that follow from the configuration."""
@@ -22,9 +22,9 @@ States = Mapping[str, Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Group:
-    """The files of weights in one folder, and what their tensors are for."""
+    """Files of weights that belong together, and what their tensors are for."""
 
-    folder: Path
+    files: list[Path]
     wanted: dict[str, tuple[str, str]]
     """Name of a tensor in the files -> (part of the model, key in that part)."""
     ignored: str
@@ -61,14 +61,14 @@ def place(module: nn.Module, dtype: torch.dtype | None, device: torch.device | s
 
 def surplus(group: Group) -> Iterator[tuple[str, Tensor]]:
     """Give the tensors of a group that are there and not read."""
-    for file in weight_files(group.folder):
+    for file in group.files:
         yield from read(file, [name for name in shapes(file) if name not in group.wanted])
 
 
 def _checked(group: Group, states: States) -> dict[Path, list[str]]:
     """Return which tensors to read from which file."""
     where: dict[str, Path] = {}
-    for file in weight_files(group.folder):
+    for file in group.files:
         for name, shape in shapes(file).items():
             if name in group.wanted:
                 _compare(name, shape, group, states, file)
@@ -81,7 +81,7 @@ def _checked(group: Group, states: States) -> dict[Path, list[str]]:
     missing = [name for name in group.wanted if name not in where]
     if missing:
         more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise Mistake(f"{group.folder}: tensor {missing[0]} is missing{more}")
+        raise Mistake(f"{group.files[0].parent}: tensor {missing[0]} is missing{more}")
     plan: dict[Path, list[str]] = {}
     for name, file in where.items():
         plan.setdefault(file, []).append(name)

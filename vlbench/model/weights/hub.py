@@ -6,13 +6,24 @@ from pathlib import Path
 
 from vlbench.mistakes import Mistake
 
-WANTED = ("*.json", "*.safetensors", "*.bin", "tokenizer.model", "vit/**")
+WEIGHTS = "model*.safetensors or pytorch_model*.bin"
+RELEASE = f"config.json, {WEIGHTS}, tokenizer.model and, for Yi-VL, the tower's folder in vit/"
+LANGUAGE = f"config.json, {WEIGHTS}, and tokenizer.model or tokenizer.json"
+TOWER = "open_clip_model.safetensors or open_clip_pytorch_model.bin"
+PATTERNS = ("*.json", "*.jinja", "*.safetensors", "*.bin", "*.model", "vit/**")
 
 
-def fetch(source: str, key: str, wanted: tuple[str, ...] = WANTED, kinds: str = "folder") -> Path:
+def fetch(
+    source: str,
+    key: str,
+    files: str,
+    kinds: str = "folder",
+    patterns: tuple[str, ...] = PATTERNS,
+) -> Path:
     """Return the local folder of `source`, a folder or a hub id.
 
-    In mistakes `key` names what was given, and `kinds` what it could have been.
+    In mistakes `key` names what was given, `kinds` what it could have been, and `files` what such
+    a folder holds. `patterns` are the files that are fetched.
     """
     if Path(source).is_dir():
         return Path(source)
@@ -21,11 +32,11 @@ def fetch(source: str, key: str, wanted: tuple[str, ...] = WANTED, kinds: str = 
     from huggingface_hub import constants, snapshot_download
 
     try:
-        return Path(snapshot_download(source, allow_patterns=list(wanted)))
+        return Path(snapshot_download(source, allow_patterns=list(patterns)))
     except Exception as error:  # the hub's client has a dozen, of network, disk and permission
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise Mistake(
             f"{key} is '{source}': no such {kinds} here, and the hub cannot give it ({reason}). "
-            f"Wanted are {', '.join(wanted)}, looked for in {Path(source).absolute()} and in "
+            f"Wanted are {files}; looked for in {Path(source).absolute()} and in "
             f"{constants.HF_HUB_CACHE}"
         ) from error

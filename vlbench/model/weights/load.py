@@ -87,6 +87,7 @@ def assemble(folder: Path, choice: Choice = Choice()) -> VLM:
         TEMPLATES[choice.template or plan.template],
         choice.max_length or plan.language.max_position_embeddings,
     )
+    vlm.tokenizer.limit(plan.words or tokenizer.size)
     vlm.release = kept_files(folder)
     return vlm
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig
+from torch import Tensor
+from transformers import LlamaConfig
 
 from vlbench.mistakes import Mistake
 from vlbench.model.vlm import VLM
@@ -29,11 +30,12 @@ LLAMA = (
     *("bos_token_id", "eos_token_id", "pad_token_id"),
 )
 """Keys of a configuration that say what a Llama is."""
-CLIP = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("image_size", "patch_size", "hidden_act", "layer_norm_eps"),
-)
-"""Keys of a configuration that say what a CLIP tower is."""
+PROCESSOR: dict[str, float] = {
+    **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), True),
+    "resample": 3,  # bicubic
+    "rescale_factor": 1 / 255,
+}
+"""What a CLIPImageProcessor could do otherwise, and Yi-VL's does not."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Blueprint:
 
     language: LlamaConfig
     vision: dict[str, Any]
-    """The keys `CLIP` of Hugging Face's CLIPVisionConfig."""
+    """The keys `clip.KEYS` of Hugging Face's CLIPVisionConfig."""
     layer: int
     """Block of the tower whose output is used, as `vision.layer` of a recipe."""
     preprocess: dict[str, Any]
@@ -53,6 +55,8 @@ class Blueprint:
     """Whether a LayerNorm follows each of them."""
     template: str
     """Name of the chat template."""
+    words: int | None = None
+    """Ids from here on are never written; None: all of the tokenizer and the embedding are."""
 
 
 def kept_files(folder: Path) -> dict[str, bytes]:
@@ -83,34 +87,16 @@ def require(config: Mapping[str, Any], names: Sequence[str], file: Path) -> None
 
 def language_config(config: Mapping[str, Any], file: Path) -> LlamaConfig:
     """Return the Llama that `config`, read from `file`, describes."""
-    require(config, ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"), file)
     try:
         return LlamaConfig(**{key: config[key] for key in LLAMA if config.get(key) is not None})
     except Exception as error:  # the library's own checks, of types and of widths that divide
         raise Mistake(f"{file}: {_line(error)}") from error
 
 
-def vision_config(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """Return the keys `CLIP` of a CLIPVisionConfig, or of the one inside a CLIPConfig."""
-    inner = config.get("vision_config") or config
-    try:
-        found = CLIPVisionConfig(**{key: inner[key] for key in CLIP if key in inner})
-    except Exception as error:
-        raise Mistake(f"{file}: {_line(error)}") from error
-    return {key: getattr(found, key) for key in CLIP}
-
-
 def preprocessing(config: Mapping[str, Any], file: Path, pad: bool) -> dict[str, Any]:
     """Return what a CLIPImageProcessor's configuration does to a picture, new or old in style."""
     require(config, ("size", "crop_size", "image_mean", "image_std"), file)
-    fixed: dict[str, float] = {
-        "do_resize": True,
-        "do_center_crop": True,
-        "do_normalize": True,
-        "do_rescale": True,
-    }
-    fixed |= {"resample": 3, "rescale_factor": 1 / 255}  # 3: bicubic
-    for key, value in fixed.items():
+    for key, value in PROCESSOR.items():
         if abs(float(config.get(key, value)) - float(value)) > 1e-12:
             raise Mistake(f"{file}: {key} is {config[key]}; only {value} can be done here")
     return {
@@ -131,6 +117,16 @@ def _side(value: Any, key: str, file: Path) -> int:
     return side
 
 
+def states_of(vlm: VLM) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of a model by part, under the keys of Hugging Face and of a projector."""
+    states = {
+        "vision": clip.to_hugging_face(vlm.vision.visual),
+        "language": vlm.language.state_dict(),
+    }
+    projector = vlm.connector.projector()
+    return states | ({"connector": projector.state_dict()} if projector is not None else {})
+
+
 def fill(
     vlm: VLM, groups: Sequence[Group], dtype: torch.dtype | None, device: torch.device | str
 ) -> None:
@@ -138,14 +134,8 @@ def fill(
 
     A connector that is no projector is not in the files and only moves to `dtype` and `device`.
     """
-    states = {
-        "vision": clip.to_hugging_face(vlm.vision.visual),
-        "language": vlm.language.state_dict(),
-    }
     projector = vlm.connector.projector()
-    if projector is not None:
-        states["connector"] = projector.state_dict()
-    loaded = load_groups(groups, states, dtype, device)
+    loaded = load_groups(groups, states_of(vlm), dtype, device)
     tower = clip.to_open_clip(loaded["vision"], len(vlm.vision.blocks()))
     vlm.vision.visual.load_state_dict(tower, assign=True)
     vlm.language.load_state_dict(loaded["language"], assign=True)

@@ -16,21 +16,20 @@ from typing import Any
 
 from vlbench.mistakes import Mistake
 from vlbench.model.vlm import VLM
-from vlbench.model.weights.clip import to_hugging_face
+from vlbench.model.weights import clip
 from vlbench.model.weights.groups import BUFFERS, Group
 from vlbench.model.weights.release import (
+    LLAMA,
     Blueprint,
     language_config,
     preprocessing,
     require,
-    vision_config,
 )
-from vlbench.model.weights.shards import read_json, shapes, weight_files
+from vlbench.model.weights.shards import read_json, weight_files
 
 PROJECTOR = "model.mm_projector."
 IGNORED = rf"model\.vision_tower\..*|{BUFFERS}"
-IGNORED_TOWER = rf"(visual_projection|text_projection|text_model)\..*|logit_scale|{BUFFERS}"
-"""The rest of a whole CLIP model, from which the reference takes the vision tower alone."""
+NEEDED = ("mm_vision_tower", "mm_projector_type", "mm_vision_select_layer")
 FIXED = {
     "mm_vision_select_feature": "patch",
     "mm_use_im_start_end": False,
@@ -47,13 +46,13 @@ def blueprint(folder: Path) -> Blueprint:
     """Read what the small files in `folder` describe."""
     file = folder / "config.json"
     config = read_json(file)
-    require(config, ("mm_vision_tower", "mm_projector_type", "mm_vision_select_layer"), file)
+    require(config, (*NEEDED, *LLAMA[:4], "vocab_size"), file)
     for key, value in FIXED.items():
         if config.get(key, value) != value:
             raise Mistake(f"{file}: {key} is {config[key]!r}; only {value!r} can be done here")
     tower = tower_folder(folder, config)
     depth, norm = projector_form(config["mm_projector_type"], file)
-    vision = vision_config(read_json(tower / "config.json"), tower / "config.json")
+    vision = clip.vision_config(read_json(tower / "config.json"), tower / "config.json")
     pad = config.get("image_aspect_ratio") == "pad"
     processor = tower / "preprocessor_config.json"
     preprocess = preprocessing(read_json(processor), processor, pad)
@@ -123,20 +122,16 @@ def groups(folder: Path, vlm: VLM) -> list[Group]:
     A connector that is no projector starts anew: the projector in the files is ignored.
     """
     config = read_json(folder / "config.json")
-    main = {name: ("language", name) for name in vlm.language.state_dict()}
-    projector, ignored = vlm.connector.projector(), IGNORED
-    if projector is None:
-        ignored = rf"{IGNORED}|{re.escape(PROJECTOR)}.*"
-    else:
-        bare = config["mm_projector_type"] == "linear"  # then LLaVA numbers no layers
-        for key in projector.state_dict():
-            main[PROJECTOR + (key.removeprefix("0.") if bare else key)] = ("connector", key)
-    tower = tower_folder(folder, config)
-    return [Group(folder, main, ignored), Group(tower, _tower(tower, vlm), IGNORED_TOWER)]
+    other = rf"|{re.escape(PROJECTOR)}.*" if vlm.connector.projector() is None else ""
+    main = Group(weight_files(folder), main_names(config, vlm), IGNORED + other)
+    return [main, clip.group(tower_folder(folder, config), vlm.vision.visual)]
 
 
-def _tower(folder: Path, vlm: VLM) -> dict[str, tuple[str, str]]:
-    """Return the tower's tensors; transformers 5 writes them without the prefix."""
-    found = {name for file in weight_files(folder) for name in shapes(file)}
-    prefix = "vision_model." if any(name.startswith("vision_model.") for name in found) else ""
-    return {prefix + key: ("vision", key) for key in to_hugging_face(vlm.vision.visual)}
+def main_names(config: dict[str, Any], vlm: VLM) -> dict[str, tuple[str, str]]:
+    """Return the tensors of the main shards: name -> (part of the model, key in that part)."""
+    names = {name: ("language", name) for name in vlm.language.state_dict()}
+    projector = vlm.connector.projector()
+    bare = config["mm_projector_type"] == "linear"  # then LLaVA numbers no layers
+    for key in projector.state_dict() if projector is not None else ():
+        names[PROJECTOR + (key.removeprefix("0.") if bare else key)] = ("connector", key)
+    return names

@@ -1,0 +1,25 @@
+"""The projector of a connector, as the released layouts know it: Linear, LayerNorm, GELU."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from vlbench.mistakes import Mistake
+from vlbench.model.vlm import VLM
+
+
+def projector_of(vlm: VLM, layout: str) -> nn.Sequential:
+    """Return the layers of the connector; a Mistake when it is no projector."""
+    found = vlm.connector.projector()
+    if found is None:
+        raise Mistake(
+            f"connector {type(vlm.connector).__name__} does not fit into {layout}, which holds a "
+            "projector of Linear layers alone; format=vlbench keeps every connector"
+        )
+    return found
+
+
+def form_of(projector: nn.Sequential) -> tuple[int, bool]:
+    """Return the number of Linear layers, and whether a LayerNorm follows each of them."""
+    depth = sum(isinstance(layer, nn.Linear) for layer in projector)
+    return depth, any(isinstance(layer, nn.LayerNorm) for layer in projector)

@@ -1,0 +1,175 @@
+"""From a model to a folder that `LlavaForConditionalGeneration` and `AutoProcessor` load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.utils import logging
+
+from vlbench.data.sample import Turn
+from vlbench.data.template import Template
+from vlbench.mistakes import Mistake
+from vlbench.model.vlm import VLM
+from vlbench.model.weights import clip
+from vlbench.model.weights.hf_llava import LINEAR, TOWERS
+from vlbench.model.weights.projector import form_of, projector_of
+from vlbench.model.weights.release import states_of
+
+LAYOUT = "transformers' LLaVA"
+IMAGE = "<image>"
+Cast = Callable[[Tensor], Tensor]
+
+
+def write_hf_llava(vlm: VLM, folder: Path, cast: Cast | None) -> None:
+    """Write `vlm` into the empty `folder`; `cast` changes the type of every tensor."""
+    depth, norm = form_of(projector_of(vlm, LAYOUT))
+    if norm or depth > 2:
+        raise Mistake(
+            f"the connector is an MLP of depth {depth}{' with LayerNorms' if norm else ''}, and "
+            f"{LAYOUT} holds one or two Linear layers without; format=yi_vl holds this one, "
+            "format=vlbench every connector"
+        )
+    if vlm.vision.norm:
+        raise Mistake("vision.norm is true, which this layout cannot say; use format=vlbench")
+    logging.disable_progress_bar()
+    image_id = vlm.tokenizer.rows  # the first id that the model never writes
+    rows = max(image_id + 1, vlm.language.config.vocab_size)
+    processor(vlm, image_id).save_pretrained(folder)
+    pieces = vlm.tokenizer.folder / "tokenizer.model"
+    if pieces.is_file():  # so that the way back has the tokenizer itself
+        (folder / pieces.name).write_bytes(pieces.read_bytes())
+    state = _state(vlm, rows)
+    if cast:
+        state = {name: cast(tensor) for name, tensor in state.items()}
+    config = _config(vlm, image_id, rows)
+    config.dtype = state["lm_head.weight"].dtype
+    with torch.device("meta"):
+        model: Any = LlavaForConditionalGeneration(config)
+    model.load_state_dict(state, assign=True)
+    model.generation_config = GenerationConfig(
+        bos_token_id=vlm.tokenizer.bos,
+        eos_token_id=vlm.language.generation_config.eos_token_id,
+        pad_token_id=0,
+        suppress_tokens=list(range(image_id, rows)),
+    )
+    model.save_pretrained(folder)
+
+
+def _config(vlm: VLM, image_id: int, rows: int) -> LlavaConfig:
+    depth, _ = form_of(projector_of(vlm, LAYOUT))
+    language = {**vlm.language.config.to_dict(), "vocab_size": rows}
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(**clip.config_of(vlm.vision.visual)),
+        text_config=LlamaConfig(**language),
+        image_token_index=image_id,
+        image_seq_length=vlm.shapes.patches,
+        projector_hidden_act="gelu" if depth == 2 else LINEAR,
+        vision_feature_layer=vlm.vision.index - len(vlm.vision.blocks()),
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=vlm.language.config.tie_word_embeddings,
+    )
+
+
+def _state(vlm: VLM, rows: int) -> dict[str, Tensor]:
+    """Return the weights under the names of transformers' module, with `rows` embeddings."""
+    parts = states_of(vlm)
+    with torch.device("meta"):
+        theirs = LlavaForConditionalGeneration(_config(vlm, 0, rows)).state_dict()
+    tower = next(start for start in TOWERS if any(name.startswith(start) for name in theirs))
+    state = {tower + key: tensor for key, tensor in parts["vision"].items()}
+    for key, tensor in parts["language"].items():
+        state[key.replace("model.", "model.language_model.", 1)] = tensor
+    for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+        more = state[name].new_zeros(rows - len(state[name]), state[name].shape[1])
+        state[name] = torch.cat([state[name], more]) if len(more) else state[name]
+    connector, start = parts["connector"], "model.multi_modal_projector."
+    for kind in ("weight", "bias"):
+        state[f"{start}linear_1.{kind}"] = connector[f"0.{kind}"]
+    first = connector["0.weight"]
+    width = len(first)
+    identity = {"weight": torch.eye(width).to(first), "bias": torch.zeros(width).to(first)}
+    for kind in ("weight", "bias"):
+        state[f"{start}linear_2.{kind}"] = connector.get(f"2.{kind}", identity[kind])
+    return state
+
+
+def processor(vlm: VLM, image_id: int) -> LlavaProcessor:
+    """Return the processor that makes of messages and pictures what `VLM.prepare` makes of them."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(vlm.tokenizer.folder)
+    for text in (vlm.template.prompt([Turn("human", "What? 12.5 km\n\n  是什么？")]), " a", "\n"):
+        if tokenizer.encode(text) != vlm.tokenizer.encode(text):
+            raise Mistake(
+                f"transformers' tokenizer gives other ids than the model's for {text!r}, so the "
+                "export would answer otherwise; use format=vlbench"
+            )
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+    if tokenizer.convert_tokens_to_ids(IMAGE) != image_id:
+        raise Mistake(
+            f"{IMAGE} would get the id {tokenizer.convert_tokens_to_ids(IMAGE)} of transformers' "
+            f"tokenizer, but the model has its first free row at {image_id}; use format=vlbench"
+        )
+    transform = vlm.transform
+    images = LlavaImageProcessorPil(  # the one that resizes as the reference does, with PIL
+        do_pad=transform.pad,
+        do_convert_rgb=True,
+        size={"shortest_edge": transform.size},
+        crop_size={"height": transform.crop, "width": transform.crop},
+        image_mean=list(transform.mean),
+        image_std=list(transform.std),
+        resample=3,
+    )
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=transform.crop // vlm.vision.grid[0],
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,  # the class token, which is then left out
+        image_token=IMAGE,
+        chat_template=jinja(vlm.template),
+    )
+
+
+def jinja(template: Template) -> str:
+    """Return a chat template in transformers' language that writes what `Template` writes."""
+    text = (
+        "{%- macro text(content) -%}"
+        "{%- if content is string -%}{{ content }}{%- else -%}"
+        "{%- for part in content -%}"
+        "{%- if not loop.first and not (part['type'] == 'image' and "
+        "loop.previtem['type'] == 'image') -%}{{ '\\n' }}{%- endif -%}"
+        f"{{{{ {IMAGE!r} if part['type'] == 'image' else part['text'] }}}}"
+        "{%- endfor -%}{%- endif -%}"
+        "{%- endmacro -%}"
+        "{%- if messages[0]['role'] == 'system' -%}"
+        "{%- set system = text(messages[0]['content']) -%}{%- set turns = messages[1:] -%}"
+        "{%- else -%}"
+        f"{{%- set system = {template.system!r} -%}}{{%- set turns = messages -%}}"
+        "{%- endif -%}"
+    )
+    head = f"{{{{ {template.before_system!r} + system + {template.after_system!r} }}}}"
+    text += f"{{%- if system -%}}{head}{{%- endif -%}}" if template.before_system else head
+    return text + (
+        "{%- for turn in turns -%}"
+        "{%- if turn['role'] == 'user' -%}"
+        f"{{{{ {template.before_human!r} + text(turn['content']) + {template.before_answer!r} }}}}"
+        "{%- else -%}"
+        f"{{{{ {template.answer_start!r} + text(turn['content']) | trim + "
+        f"{template.answer_end!r} }}}}"
+        f"{{%- if not loop.last -%}}{{{{ {template.after_answer!r} }}}}{{%- endif -%}}"
+        "{%- endif -%}"
+        "{%- endfor -%}"
+    )

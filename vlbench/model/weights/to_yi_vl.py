@@ -1,0 +1,162 @@
+"""From a model to a folder in Yi-VL's released layout, which the authors' code loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vlbench.data.images import ImageTransform
+from vlbench.mistakes import Mistake
+from vlbench.model.vlm import VLM
+from vlbench.model.weights import clip, yi_vl
+from vlbench.model.weights.groups import Group, surplus
+from vlbench.model.weights.projector import form_of, projector_of
+from vlbench.model.weights.release import (
+    LLAMA,
+    PROCESSOR,
+    preprocessing,
+    states_of,
+    write_files,
+)
+from vlbench.model.weights.shards import read_json, write
+
+LAYOUT = "Yi-VL's layout"
+Cast = Callable[[Tensor], Tensor]
+
+
+def write_yi_vl(vlm: VLM, folder: Path, cast: Cast | None, source: Path | None = None) -> None:
+    """Write `vlm` into the empty `folder`; `cast` changes the type of every tensor.
+
+    `source` is the released folder that `vlm` was read from, if nothing was trained since: then
+    its small files, and the tensors in it that the reference ignores, are given back unchanged.
+    """
+    projector_of(vlm, LAYOUT)
+    _check(vlm)
+    if yi_vl.recognise(json.loads(vlm.release.get("config.json", b"{}"))):
+        write_files(vlm.release, folder)
+    else:
+        _describe(vlm, folder)
+    config = read_json(folder / "config.json")
+    tower = yi_vl.tower_folder(folder, config)
+    if source is None or cast:
+        _update(vlm, folder, tower, cast)
+    if source is not None:
+        groups = yi_vl.groups(source, vlm)
+    else:
+        keys = clip.to_hugging_face(vlm.vision.visual)
+        vision = {f"vision_model.{key}": ("vision", key) for key in keys}
+        groups = [Group([], yi_vl.main_names(config, vlm), ""), Group([], vision, "")]
+    states = states_of(vlm)
+    for group, target in zip(groups, (folder, tower), strict=True):
+        own = ((name, states[part][key]) for name, (part, key) in group.wanted.items())
+        tensors = chain(own, surplus(group))
+        write(((name, cast(t) if cast else t) for name, t in tensors), target)
+
+
+def _check(vlm: VLM) -> None:
+    """Refuse what the authors' code could not know: another template, tower or tokenizer."""
+    if vlm.template.name != "yi_vl":
+        raise Mistake(
+            f"language.template is {vlm.template.name}, and the authors' code knows yi_vl alone; "
+            "format=hf_llava carries the template, format=vlbench everything"
+        )
+    if vlm.vision.norm:
+        raise Mistake("vision.norm is true, which this layout cannot say; use format=vlbench")
+    clip.config_of(vlm.vision.visual)
+
+
+def _update(vlm: VLM, folder: Path, tower: Path, cast: Cast | None) -> None:
+    """Make the small files of a release say what the model has become."""
+    weight = vlm.language.get_input_embeddings().weight
+    kind = str((cast(weight[:1]) if cast else weight).dtype).removeprefix("torch.")
+    transform = vlm.transform
+    depth, norm = form_of(projector_of(vlm, LAYOUT))
+    projector = f"mlp{depth}x_gelu{'_Norm' if norm else ''}"
+    main: dict[str, Any] = {
+        "mm_vision_tower": f"./{tower.relative_to(folder).as_posix()}",
+        "mm_vision_select_layer": vlm.vision.index - len(vlm.vision.blocks()),
+        "torch_dtype": kind,
+    }
+    if read_json(folder / "config.json")["mm_projector_type"] != "linear" or depth > 1:
+        main["mm_projector_type"] = projector
+    _edit(folder / "config.json", main)
+    _edit(tower / "config.json", {"image_size": vlm.vision.image_size})
+    processor = tower / "preprocessor_config.json"
+    before = preprocessing(read_json(processor), processor, True)
+    if (before["resize"], before["crop"]) != (transform.size, transform.crop):
+        _edit(processor, sizes(transform))
+
+
+def _edit(file: Path, changes: Mapping[str, Any]) -> None:
+    """Set keys of a JSON file; where nothing differs the file stays byte for byte."""
+    config = read_json(file)
+    inner: dict[str, Any] = config.get("vision_config") or config
+    if any(inner.get(key) != value for key, value in changes.items()):
+        inner |= changes
+        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _describe(vlm: VLM, folder: Path) -> None:
+    """Write the small files of a model that did not begin as a released Yi-VL."""
+    if not (vlm.tokenizer.folder / "tokenizer.model").is_file():
+        raise Mistake(
+            "the tokenizer has no tokenizer.model, which the authors' code needs; use "
+            "format=hf_llava or format=vlbench"
+        )
+    vlm.tokenizer.save(folder)
+    language, tower = vlm.language.config, folder / "vit" / f"tower-{vlm.vision.image_size}"
+    tower.mkdir(parents=True)
+    depth, norm = form_of(projector_of(vlm, LAYOUT))
+    ends = {"bos_token_id": vlm.tokenizer.bos, "eos_token_id": vlm.tokenizer.eos, "pad_token_id": 0}
+    shape = {key: value for key, value in language.to_dict().items() if key in LLAMA}
+    rope = dict(shape.pop("rope_parameters"))
+    kind, theta = rope.pop("rope_type", "default"), rope.pop("rope_theta")
+    config = shape | ends
+    config |= {
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "image_aspect_ratio": "pad" if vlm.transform.pad else "square",
+        "mm_hidden_size": vlm.vision.width,
+        "mm_projector_type": f"mlp{depth}x_gelu{'_Norm' if norm else ''}",
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": vlm.vision.index - len(vlm.vision.blocks()),
+        "mm_vision_tower": f"./vit/{tower.name}",
+        "model_type": "llava",
+        "rope_scaling": None if kind == "default" else {"type": kind, **rope},
+        "rope_theta": theta,
+        "torch_dtype": "float32",
+        "use_cache": True,
+        "use_mm_proj": True,
+    }
+    transform = vlm.transform
+    processor = {
+        **{key: bool(value) for key, value in PROCESSOR.items() if key.startswith("do_")},
+        "do_convert_rgb": True,
+        "image_mean": list(transform.mean),
+        "image_processor_type": "CLIPImageProcessor",
+        "image_std": list(transform.std),
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        **sizes(transform),
+    }
+    for file, content in (
+        (folder / "config.json", config),
+        (folder / "generation_config.json", ends),
+        (tower / "config.json", clip.config_of(vlm.vision.visual)),
+        (tower / "preprocessor_config.json", processor),
+    ):
+        file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def sizes(transform: ImageTransform) -> dict[str, Any]:
+    """Return the sizes of a transform as a CLIPImageProcessor writes them."""
+    return {
+        "size": {"shortest_edge": transform.size},
+        "crop_size": {"height": transform.crop, "width": transform.crop},
+    }

@@ -1,0 +1,122 @@
+"""`python -m vlbench export`: write a model in a layout that others load, with a model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlbench import recipe as recipes
+from vlbench.mistakes import Mistake, nearest
+from vlbench.model.vlm import VLM
+from vlbench.model.weights import yi_vl
+from vlbench.model.weights.shards import read_json, write
+from vlbench.model.weights.to_hf_llava import write_hf_llava
+from vlbench.model.weights.to_yi_vl import write_yi_vl
+from vlbench.schema import Recipe
+from vlbench.serve.card import card
+from vlbench.serve.load import find, open_model, type_named
+from vlbench.train import checkpoint
+from vlbench.train.checkpoint import Position
+from vlbench.words import given_keys
+
+FORMATS = ("yi_vl", "hf_llava", "vlbench")
+
+
+def main(words: list[str]) -> int:
+    """Write `run=PATH` (run, checkpoint or released model) to the new folder `to=DIR`."""
+    given = given_keys("export", words, ("run", "to", "format"), ("dtype",))
+    layout, to = given["format"], Path(given["to"])
+    if layout not in FORMATS:
+        known = ", ".join(FORMATS)
+        raise Mistake(f"format is '{layout}'; known are {known}.{nearest(layout, FORMATS)}")
+    kind = type_named(given.get("dtype"))
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise Mistake(f"to={to} is there already; name a new folder")
+    source = find(given["run"], "run")
+    vlm = open_model(source, None)
+    recipe = _recipe(source, vlm)
+    writing = to.parent / f".writing-{to.name}"
+    shutil.rmtree(writing, ignore_errors=True)
+    try:
+        writing.mkdir(parents=True)
+        _write(layout, vlm, writing, kind, source, recipe)
+        trained = recipe if checkpoint.holds(source) else None
+        text = card(vlm, trained, layout, to, source, _results(source))
+        (writing / "README.md").write_text(text, encoding="utf-8")
+        if to.exists():
+            to.rmdir()
+        writing.rename(to)
+    except OSError as error:
+        raise checkpoint.out_of_space(error, to) from error
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
+    size = sum(path.stat().st_size for path in to.rglob("*") if path.is_file())
+    print(f"wrote {to} ({size / 1e6:,.1f} MB, format {layout}); README.md in it says how to use it")
+    return 0
+
+
+def _write(
+    layout: str,
+    vlm: VLM,
+    folder: Path,
+    kind: torch.dtype | None,
+    source: Path,
+    recipe: Recipe,
+) -> None:
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(kind) if tensor.is_floating_point() else tensor
+
+    change = cast if kind else None
+    if layout == "yi_vl":
+        write_yi_vl(vlm, folder, change, source if _is_yi_vl(source) else None)
+    elif layout == "hf_llava":
+        write_hf_llava(vlm, folder, change)
+    else:
+        tensors = (
+            (f"{part}.{key}", change(value) if change else value)
+            for part, module in vlm.parts()
+            for key, value in module.state_dict().items()
+        )
+        write(tensors, folder)
+        checkpoint.describe(vlm, folder, recipes.dump(recipe), _position(source, recipe))
+
+
+def _is_yi_vl(source: Path) -> bool:
+    return not checkpoint.holds(source) and yi_vl.recognise(read_json(source / "config.json"))
+
+
+def _position(source: Path, recipe: Recipe) -> Position:
+    """Return where a checkpoint stands; a released model stands before the last stage's end."""
+    if checkpoint.holds(source):
+        return Position(**json.loads((source / "position.json").read_text()))
+    names = list(recipe.stages)
+    return Position(len(names) - 1, names[-1], 0)
+
+
+def _recipe(source: Path, vlm: VLM) -> Recipe:
+    """Return the recipe of a checkpoint, or the one that a released model would have had."""
+    if checkpoint.holds(source):
+        return recipes.load_file(source / "recipe.yaml")
+    options = [f"connector.{key}={str(value).lower()}" for key, value in vlm.options.items()]
+    layers = vlm.language.config.num_hidden_layers
+    return recipes.load(
+        [
+            "recipe=yivl_llava",
+            f"size={'34b' if layers == 60 else '6b'}",
+            f"vision.layer={vlm.vision.layer}",
+            f"language.template={vlm.template.name}",
+            f"language.max_length={vlm.max_length}",
+            *options,
+        ]
+    )
+
+
+def _results(source: Path) -> dict[str, Any]:
+    """Return the results of the run that a checkpoint lies in, {} when there are none."""
+    file = source.parent.parent / "results.json"
+    return json.loads(file.read_text()) if checkpoint.holds(source) and file.is_file() else {}
