@@ -68,17 +68,21 @@ class Talk:
             except (EOFError, KeyboardInterrupt):
                 print()
                 return 0
-            if line in ("/quit", "/exit"):
+            if line == "/quit":
                 return 0
             try:
-                if line.startswith("/"):
-                    self.command(line)
-                elif line:
-                    self.ask(line)
+                self.take(line)
             except Mistake as mistake:
                 print(f"vlbench: {mistake}", file=sys.stderr)
             except KeyboardInterrupt:
-                print(" (stopped)")
+                print("(stopped)")
+
+    def take(self, line: str) -> None:
+        """Do what one line of the user asks for."""
+        if line.startswith("/"):
+            self.command(line)
+        elif line:
+            self.ask(line)
 
     def command(self, line: str) -> None:
         """Carry out a line that begins with a slash."""
