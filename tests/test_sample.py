@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from released import records
 
 from vlbench.data.images import File
 from vlbench.data.sample import (
@@ -25,7 +25,7 @@ from vlbench.mistakes import BadSample
 
 GOLDEN = Path(__file__).parent / "goldens/yi_vl/tiny_a"
 CASES = json.loads((GOLDEN / "cases.json").read_text(encoding="utf-8"))
-TENSORS = load_file(GOLDEN / "inputs.safetensors")
+TENSORS = records()
 TOKENIZER = Tokenizer.load(GOLDEN / "checkpoint")
 PLACES = 16
 

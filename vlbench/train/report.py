@@ -21,13 +21,16 @@ def say(line: str) -> None:
 def show_start(recipe: Recipe, run: Run, legs: list[tuple[str, Stage, int]]) -> None:
     """Say what will be run, at which size, and how to get the real one."""
     print(f"recipe {recipe.recipe}, size {recipe.size}, seed {recipe.seed}, run {run.folder}")
-    if recipe.size == "tiny":
-        print(
-            "size tiny: embedded miniatures, no network, no GPU. The real ones: size=6b, size=34b"
-        )
-    vision: str = f"of {recipe.init}" if recipe.init else recipe.vision.name
-    language: str = f"of {recipe.init}" if recipe.init else recipe.language.name
-    print(f"vision {vision} -> connector {recipe.connector['name']} -> language {language}")
+    connector = recipe.connector["name"]
+    if recipe.init:
+        print(f"tower and language model of {recipe.init} -> connector {connector}")
+    else:
+        if recipe.size == "tiny":
+            print(
+                "size tiny: embedded miniatures, no network, no GPU. Real ones: size=6b, size=34b"
+            )
+        language = recipe.language.name
+        print(f"vision {recipe.vision.name} -> connector {connector} -> language {language}")
     for name, stage, steps in legs:
         parts = ", ".join(f"{part} lr {how.lr:g}" for part, how in stage.parts.items())
         print(
