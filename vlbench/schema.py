@@ -37,7 +37,7 @@ class Vision:
     """The vision tower."""
 
     name: str = key("ViT or EVA of open_clip (see list), a folder, or tiny", "tiny")
-    weights: str = key("embedded (tiny only), random, a pretrained tag or a file", "embedded")
+    weights: str = key("embedded (tiny only), random, a tag, a file or a folder", "embedded")
     layer: int = key("block whose output is used; -1 is the last", -2, low=-100, high=99)
     norm: bool = key("apply the tower's final norm to the features", False)
 
@@ -46,8 +46,10 @@ class Vision:
 class Language:
     """The language model."""
 
-    name: Literal["tiny", "yi-6b", "yi-34b"] = key("architecture of the language model", "tiny")
-    weights: str = key("embedded (tiny only), random, a folder or a hub id", "embedded")
+    name: Literal["tiny", "yi-6b", "yi-34b"] = key(
+        "architecture; weights of a folder bring their own", "tiny"
+    )
+    weights: str = key("embedded (tiny only), random, a Llama folder or hub id", "embedded")
     template: Literal["yi_vl", "chatml", "llava_v1"] = key("how turns are written as text", "yi_vl")
     max_length: int = key("longest conversation in tokens, image places included", 4096, low=16)
 
@@ -144,7 +146,9 @@ class Recipe:
     size: str = key("which tower and language model: tiny, 6b, 34b", "tiny")
     seed: int = key("of everything random", 0, low=0, high=2**32 - 1)
     run: str | None = key("folder of the run; null: runs/RECIPE-SIZE-N", None)
-    init: str | None = key("run or checkpoint whose weights are the start", None)
+    init: str | None = key(
+        "run, checkpoint or released model (folder or hub id) to begin with", None
+    )
     only: tuple[str, ...] | None = key("stages to run, as chat or [align_224,chat]", None)
     from_: str | None = key("stage to start from", None)
     precision: Literal["32", "bf16"] = key("of the arithmetic", "32")

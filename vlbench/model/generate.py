@@ -45,7 +45,9 @@ def pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Gene
         return logits.argmax(-1)
     probs = (logits.float() / temperature).softmax(-1)
     ordered, index = probs.sort(-1, descending=True)
-    ordered[ordered.cumsum(-1) - ordered >= top_p] = 0  # the token that crosses top_p stays
+    beyond = ordered.cumsum(-1) - ordered >= top_p  # the token that crosses top_p stays
+    beyond[:, 0] = False
+    ordered[beyond] = 0
     choice = torch.multinomial(ordered, 1, generator=generator)
     return index.gather(-1, choice).squeeze(-1)
 

@@ -157,7 +157,10 @@ def build_tower(name: str, weights: str, layer: int = -2, norm: bool = False) ->
     logging.getLogger().setLevel(logging.ERROR)  # open_clip reports every load, and random weights
     try:
         model = open_clip.create_model(
-            source, pretrained=pretrained, load_weights=local and weights != "random"
+            source,
+            pretrained=pretrained,
+            load_weights=local and weights != "random",
+            device=torch.get_default_device(),  # `meta` where only shapes are wanted
         )
     except RuntimeError as error:
         raise Mistake(
@@ -181,9 +184,12 @@ def load_clip_folder(tower: Tower, folder: Path) -> None:
     file = folder / "config.json"
     config = clip.vision_config(read_json(file), file)
     needed = clip.config_of(tower.visual)
-    for key in ("hidden_size", "num_hidden_layers", "patch_size", "intermediate_size"):
-        if config[key] != needed[key]:
-            raise Mistake(f"{file}: {key} is {config[key]}; the tower named has {needed[key]}")
+    for key in clip.KEYS:
+        if config[key] != needed[key] and key != "image_size":
+            raise Mistake(
+                f"{file}: {key} is {config[key]}, and of the tower that vision.name names it is "
+                f"{needed[key]}"
+            )
     tower.resize(config["image_size"])
     clip.load(folder, tower.visual)
 

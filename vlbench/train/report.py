@@ -94,7 +94,7 @@ def show_results(run: Run) -> int:
         print(f"  {len(lines)} bad samples left out ({named}), all in {run.quarantine_file}")
     print("next:")
     print(f"  open {run.folder / 'examples.png'}")
-    print(f"  python -m vlbench chat run={run.folder} image=PICTURE question='What is this?'")
+    print(f"  python -m vlbench chat model={run.folder}  # /image FILE shows it a picture")
     print(f"  tensorboard --logdir {run.folder}")
     print("  python -m vlbench show recipe=yivl_llava size=6b")
     return 0

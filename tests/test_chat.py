@@ -1,0 +1,124 @@
+"""Talking to a model: one question, or a conversation with commands."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from PIL import Image
+from released import CASES, CHECKPOINT, GOLDEN
+
+import vlbench
+from vlbench.__main__ import main
+from vlbench.mistakes import Mistake
+from vlbench.serve.chat import Talk
+
+WIDE = GOLDEN / "images/wide_rgb.png"
+MULTI = next(case for case in CASES["cases"] if case["name"] == "multi_turn")
+
+
+def talk(lines: list[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    return main(["chat", f"model={CHECKPOINT}", "max_new_tokens=6", *words])
+
+
+def test_one_question_is_answered_as_the_reference_answers(capsys):
+    case = CASES["cases"][0]
+    question = case["conversation"][0]["content"].partition("\n")[2]
+    words = [f"image={WIDE}", f"question={question}", "max_new_tokens=64", "dtype=float32"]
+    assert main(["chat", f"model={CHECKPOINT}", *words]) == 0
+    assert capsys.readouterr().out == case["text"] + "\n"
+
+
+def test_a_conversation_has_history_pictures_and_an_end(monkeypatch, capsys):
+    lines = [f"/image {WIDE}", "What?", "Why?", "/history", "/reset", "/history", "/quit", "never"]
+    assert talk(lines, monkeypatch) == 0
+    said = capsys.readouterr().out
+    history, rest = said.split("the conversation is forgotten")
+    assert "### Human: <image_placeholder>\nWhat?\n### Assistant: " in history
+    assert "\n### Human: Why?\n### Assistant: " in history
+    assert "Why?" not in rest and "never" not in said
+
+
+def test_a_mistake_ends_no_conversation(monkeypatch, capsys):
+    lines = ["/imgae x", "/image nothing.png", f"/image {GOLDEN / 'cases.json'}", "Hello"]
+    assert talk(lines, monkeypatch) == 0
+    said = capsys.readouterr()
+    assert "Did you mean '/image'?" in said.err and "nothing.png: does not exist" in said.err
+    assert "not a picture" in said.err and said.out.strip()
+
+
+def test_multi_turn_reaches_the_model_as_in_the_reference():
+    vlm = vlbench.load(CHECKPOINT)
+    talking = Talk(vlm, {"max_new_tokens": 64})
+    turns = MULTI["conversation"]
+    talking.image = str(WIDE)
+    for question, answer in zip(turns[0:-1:2], turns[1::2], strict=True):
+        talking.ask(question["content"].removeprefix("<image_placeholder>\n"))
+        talking.messages[-1]["content"] = answer["content"]
+    asked = [*talking.messages, {"role": "user", "content": turns[-1]["content"]}]
+    assert vlm.prompt(asked) == MULTI["prompt"]
+
+
+def test_an_answer_that_is_stopped_keeps_what_was_written(monkeypatch, capsys):
+    vlm = vlbench.load(CHECKPOINT)
+    talking = Talk(vlm, {"max_new_tokens": 64})
+    original, steps = type(vlm.tokenizer).decode, []
+
+    def decode(self, ids, keep_special=False):
+        steps.append(1)
+        if len(steps) > 20:
+            raise KeyboardInterrupt
+        return original(self, ids, keep_special)
+
+    monkeypatch.setattr(type(vlm.tokenizer), "decode", decode)
+    with pytest.raises(KeyboardInterrupt):
+        talking.ask("Hello")
+    assert [turn["role"] for turn in talking.messages] == ["user", "assistant"]
+    assert talking.messages[1]["content"] == capsys.readouterr().out.strip("\n") != ""
+    assert vlm.language.config._attn_implementation == "vlbench_packed"
+
+
+MISTAKES = {
+    "nothing": ([], "needs model=PATH"),
+    "two": (["model=a", "run=b"], "needs model=PATH"),
+    "misspelt": (["modle=a"], "Did you mean 'model'"),
+    "no model": (["model=no-such-folder"], "no run folder, checkpoint or released model"),
+    "heat": ([f"model={CHECKPOINT}", "temperature=hot"], "temperature is 'hot'"),
+    "top_p": ([f"model={CHECKPOINT}", "top_p=2"], "numbers from 0 to 1"),
+    "type": ([f"model={CHECKPOINT}", "dtype=int4"], "known are float32"),
+    "device": ([f"model={CHECKPOINT}", "device=tpu"], "device is 'tpu'"),
+    "no image": ([f"model={CHECKPOINT}", "image=no.png"], "no.png: does not exist"),
+}
+
+
+@pytest.mark.parametrize(("words", "said"), MISTAKES.values(), ids=MISTAKES)
+def test_what_chat_cannot_do_is_one_line(words, said, capsys):
+    assert main(["chat", *words, "question=Hello"]) == 2
+    error = capsys.readouterr().err
+    assert said in error and len(error.splitlines()) == 1
+
+
+def test_sampling_is_drawn_from_its_seed():
+    vlm = vlbench.load(CHECKPOINT)
+    ask = [{"role": "user", "content": "Hello"}]
+    hot = {"max_new_tokens": 12, "temperature": 1.5, "top_p": 0.95}
+    answers = [vlm.chat(ask, seed=seed, **hot) for seed in (1, 1, 2)]
+    assert answers[0] == answers[1] != answers[2]
+    assert vlm.chat(ask, max_new_tokens=12, temperature=1.0, top_p=0.0) == vlm.chat(
+        ask, max_new_tokens=12
+    )
+
+
+def test_messages_of_another_shape_are_refused():
+    vlm = vlbench.load(CHECKPOINT)
+    image = Image.new("RGB", (8, 8))
+    for wrong in (
+        [{"role": "bot", "content": "x"}],
+        [{"role": "user", "content": [{"type": "video", "video": "x"}]}],
+        [{"role": "user", "content": [{"type": "text", "text": image}]}],
+        [{"role": "user", "content": [{"type": "image"}]}],
+        [{"role": "assistant", "content": "x"}],
+    ):
+        with pytest.raises(Mistake):
+            vlm.prepare(wrong)

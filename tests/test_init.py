@@ -1,0 +1,99 @@
+"""A run that begins with a released model, or with weights of its parts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from released import CHECKPOINT, copy, tensors_of
+
+import vlbench
+from vlbench.__main__ import main
+
+FIT = ["fit", "recipe=yivl_llava", "only=chat", "stages.chat.image_size=56", "stages.chat.batch=4"]
+FIT += ["log.questions=4", "log.tensorboard=false", "log.examples=0"]
+MINE = """
+from torch import nn
+from vlbench.connector import Connector
+
+class Mine(Connector):
+    def __init__(self, shapes):
+        super().__init__()
+        self.tokens_per_image = 1
+        self.proj = nn.Linear(shapes.vision_width, shapes.lm_width)
+
+    def forward(self, features):
+        return self.proj(features.mean(1, keepdim=True))
+"""
+
+
+def last(run: Path) -> Path:
+    return max((run / "checkpoints").iterdir())
+
+
+def test_what_was_released_is_where_training_begins(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*FIT, f"init={CHECKPOINT}", "run=run", "stages.chat.steps=0"]) == 0
+    assert "tower of 4 blocks, 80 wide; language model of 3 layers" in capsys.readouterr().out
+    ask = [{"role": "user", "content": "Hello"}]
+    ours, theirs = vlbench.load("run"), vlbench.load(CHECKPOINT)
+    assert torch.equal(ours(ours.prepare(ask)).logits, theirs(theirs.prepare(ask)).logits)
+    assert ours.transform == theirs.transform
+
+
+def test_resumed_without_the_release_it_ends_as_uninterrupted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = copy(tmp_path / "source")
+    words = [*FIT, f"init={source}", "trainer.keep_last=9", "stages.chat.steps=4"]
+    words += ["trainer.checkpoint_every=0.0001"]
+    assert main([*words, "run=run"]) == 0
+    whole = tensors_of(last(Path("run")))
+    shutil.rmtree(last(Path("run")))
+    shutil.rmtree(last(Path("run")))
+    Path("run/results.json").unlink()
+    shutil.rmtree(source)
+    assert main([*words, "run=run"]) == 0
+    again = tensors_of(last(Path("run")))
+    assert whole.keys() == again.keys() and all(torch.equal(whole[k], again[k]) for k in whole)
+
+
+@pytest.mark.parametrize("origin", ["release", "run"])
+def test_another_connector_starts_anew_on_the_trained_parts(origin, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    init = str(CHECKPOINT)
+    if origin == "run":
+        assert main([*FIT, f"init={CHECKPOINT}", "run=first", "stages.chat.steps=1"]) == 0
+        init = "first"
+    Path("connectors").mkdir()
+    Path("connectors/mine.py").write_text(MINE)
+    words = [f"init={init}", "connector.name=mine", "run=second", "stages.chat.steps=1"]
+    assert main([*FIT, *words]) == 0
+    assert "connector mine starts anew" in capsys.readouterr().out
+    assert vlbench.load("second").connector.proj.weight.shape == (64, 80)
+
+
+def test_a_projector_of_another_depth_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert (
+        main([*FIT, f"init={CHECKPOINT}", "connector.depth=3", "run=run", "stages.chat.steps=1"])
+        == 2
+    )
+    assert "say connector.depth=2 connector.norm=true" in capsys.readouterr().err
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("template", ["chatml", "llava_v1"])
+def test_another_template_trains_and_talks(template, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = [f"init={CHECKPOINT}", f"language.template={template}", "run=run"]
+    assert main([*FIT, *words, "stages.chat.steps=1"]) == 0
+    prompt = vlbench.load("run").prompt([{"role": "user", "content": "Hello"}])
+    assert prompt.endswith(
+        {"chatml": "<|im_start|>assistant\n", "llava_v1": "ASSISTANT:"}[template]
+    )
+    stored = json.loads((last(Path("run")) / "preprocess.json").read_text())["template"]
+    assert stored["stop"] == {"chatml": "<|im_end|>", "llava_v1": "<|endoftext|>"}[template]
+    assert main(["chat", "model=run", "question=Hello", "max_new_tokens=4"]) == 0

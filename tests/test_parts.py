@@ -1,0 +1,129 @@
+"""The parts by themselves: their real sizes, and weights in the layouts of others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from released import CHECKPOINT, edit
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from vlbench import recipe as recipes
+from vlbench.data.tokenizer import Tokenizer
+from vlbench.mistakes import Mistake
+from vlbench.model.attention import PACKED
+from vlbench.model.compose import compose
+from vlbench.model.language import build_language
+from vlbench.model.vision import build_tower
+from vlbench.model.weights import clip
+
+TEXTS = json.loads((CHECKPOINT.parents[1] / "tokenizer_cases.json").read_text(encoding="utf-8"))
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("size", "language", "projector"),
+    [("6b", 6_061_035_520, 22_044_672), ("34b", 34_388_917_248, 60_598_272)],
+)
+def test_real_sizes_have_the_published_numbers_of_parameters(size, language, projector):
+    words = ["recipe=yivl_llava", f"size={size}"]
+    recipe = recipes.load([*words, "vision.weights=random", "language.weights=random"])
+    with torch.device("meta"):  # no memory is taken
+        vlm = compose(recipe, 224)
+        tower = count(vlm.vision)
+        vlm.resize(448)
+    assert count(vlm.language) == language and count(vlm.connector) == projector
+    assert tower == 632_076_800  # open_clip's visual, with its projection
+    as_published = clip.to_hugging_face(vlm.vision.visual)
+    assert sum(tensor.numel() for tensor in as_published.values()) == 631_749_120
+    assert vlm.connector.tokens_per_image == 1024
+
+
+def llama(folder: Path, tied: bool = False, **options) -> LlamaForCausalLM:
+    """Save a small language model with Yi's tokenizer in the Hugging Face layout."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1600,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+        eos_token_id=[2, 7],
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder, **options)
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        (folder / name).write_bytes((CHECKPOINT / name).read_bytes())
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "20KB"}], ids=["whole", "shards"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@torch.no_grad()
+def test_any_llama_folder_is_a_language_model(tied, options, tmp_path):
+    theirs = llama(tmp_path, tied, **options)
+    ours = build_language("yi-6b", str(tmp_path)).eval()
+    assert ours.config._attn_implementation == PACKED
+    ids = torch.arange(20)[None]
+    assert torch.allclose(ours(ids).logits, theirs(ids).logits, atol=1e-5)
+    assert ours.generation_config.eos_token_id == [2, 7]
+    assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied
+
+
+def test_another_architecture_is_refused(tmp_path):
+    llama(tmp_path)
+    edit(tmp_path / "config.json", model_type="qwen2")
+    with pytest.raises(Mistake, match="model_type is 'qwen2'.*Yi-1.5"):
+        build_language("yi-6b", str(tmp_path))
+
+
+SMALLEST = {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 6}
+
+
+@torch.no_grad()
+def test_a_tower_takes_the_weights_of_a_clip_folder_at_its_image_size(tmp_path):
+    config = CLIPVisionConfig(
+        **SMALLEST, num_hidden_layers=12, patch_size=32, image_size=96, hidden_act="gelu"
+    )
+    torch.manual_seed(1)
+    theirs = CLIPVisionModel(config).eval()
+    theirs.save_pretrained(tmp_path)
+    tower = build_tower("ViT-S-32", str(tmp_path)).eval()
+    pixels = torch.randn(2, 3, 96, 96)
+    expected = theirs(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    assert tower.image_size == 96 and torch.allclose(tower(pixels), expected, atol=1e-4)
+    edit(tmp_path / "config.json", hidden_act="quick_gelu")
+    with pytest.raises(Mistake, match="hidden_act is quick_gelu.*gelu"):
+        build_tower("ViT-S-32", str(tmp_path))
+
+
+def test_a_tag_that_cannot_be_fetched_is_one_line(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(Mistake, match="vision.weights.*open_clip_model.safetensors.*looked for in"):
+        build_tower("ViT-B-32", "laion2b_s34b_b79k")
+
+
+def test_a_folder_with_tokenizer_json_alone_has_a_tokenizer(tmp_path):
+    PreTrainedTokenizerFast.from_pretrained(CHECKPOINT).save_pretrained(tmp_path)
+    slow, fast = Tokenizer.load(CHECKPOINT), Tokenizer.load(tmp_path)
+    assert type(fast) is not Tokenizer and not (tmp_path / "tokenizer.model").exists()
+    assert (fast.size, fast.eos, fast.eos_text) == (slow.size, slow.eos, slow.eos_text)
+    texts = [case["text"] for case in TEXTS["encode"] if case["text"] != "<0x0A>"]
+    assert [fast.encode(text) for text in texts] == [slow.encode(text) for text in texts]
+    assert fast.decode(fast.encode("Hello world.")) == "Hello world."
+    (tmp_path / "again").mkdir()
+    fast.save(tmp_path / "again")
+    assert Tokenizer.load(tmp_path / "again").encode("Hello") == fast.encode("Hello")
