@@ -12,6 +12,7 @@ from vlbench.data.tokenizer import Tokenizer
 from vlbench.mistakes import Mistake
 
 GOLDEN = Path(__file__).parent / "goldens" / "yi_vl"
+TOKENIZERS = Path(__file__).parent / "goldens" / "tokenizers"
 CASES = json.loads((GOLDEN / "tokenizer_cases.json").read_text(encoding="utf-8"))
 PLACEHOLDER = "<image_placeholder>"
 
@@ -60,7 +61,27 @@ def test_bos_and_added_tokens_of_a_checkpoint(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(tmp_path)
     assert tokenizer.size == 1601
     assert tokenizer.encode("a<new>") == [1, 1331, 1600]
-    assert tokenizer.decode([1600, 1331]) == "a"
+    assert tokenizer.decode([1600, 1331]) == "<new> a"  # added, but no special token
+
+
+VARIANTS = json.loads((TOKENIZERS / "cases.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_other_ways_to_say_which_tokens_are_special(name: str, tmp_path: Path) -> None:
+    """The records are those of LlamaTokenizer (slow, legacy) of transformers 4.36.2."""
+    variant = VARIANTS[name]
+    shutil.copy(TOKENIZERS / "tokenizer.model", tmp_path)
+    for file, content in variant["files"].items():
+        (tmp_path / file).write_text(json.dumps(content))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.size == variant["size"]
+    for case in variant["cases"]:
+        assert tokenizer.encode(case["text"]) == case["ids"], case["text"]
+        assert tokenizer.decode(case["ids"]) == case["decoded"], case["text"]
+    (tmp_path / "copy").mkdir()
+    tokenizer.save(tmp_path / "copy")
+    assert Tokenizer.load(tmp_path / "copy").encode("<extra_0>") == tokenizer.encode("<extra_0>")
 
 
 def test_a_folder_without_tokenizer_is_a_mistake(tmp_path: Path) -> None:

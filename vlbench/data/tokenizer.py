@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from sentencepiece import SentencePieceProcessor
 
 from vlbench.mistakes import Mistake
 
 SPECIAL = ("<|startoftext|>", "<|endoftext|>", "<unk>")  # bos, eos, unk of Yi
+FILES = (
+    *("tokenizer.model", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json"),
+)
 _SPACE = "\u2581"  # how sentencepiece writes a space
 
 
@@ -24,8 +29,9 @@ class Tokenizer:
     """Turn text into ids and back.
 
     `bos`, `eos` and `unk` are ids; `folder` is where its files are. `add_bos` puts `bos` before
-    every encoded text, as the `add_bos_token` of a checkpoint asks; Yi-VL does not. `extra` names
-    tokens beyond the sentencepiece model.
+    every encoded text, as the `add_bos_token` of a checkpoint asks; Yi-VL does not. `extra` are
+    further tokens that are cut out of a text, with their ids, among the pieces of the sentencepiece
+    model or beyond them; those in `kept` are no special tokens and stay in a decoded text.
     """
 
     def __init__(
@@ -33,20 +39,22 @@ class Tokenizer:
         model_file: str | Path,
         special: Sequence[str] = SPECIAL,
         add_bos: bool = False,
-        extra: Sequence[str] = (),
+        extra: Mapping[str, int] = MappingProxyType({}),
+        kept: Collection[str] = (),
     ) -> None:
         self.folder = Path(model_file).parent
         self._pieces = _open(Path(model_file))
-        pieces = self._pieces.get_piece_size()
-        self.size = pieces + len(extra)
-        self._special = {name: self._pieces.piece_to_id(name) for name in special}
-        self._special |= {name: pieces + index for index, name in enumerate(extra)}
-        self.bos, self.eos, self.unk = (self._special[name] for name in special[:3])
+        self._tokens = {name: self._pieces.piece_to_id(name) for name in special} | dict(extra)
+        self.size = max(self._pieces.get_piece_size(), 1 + max(self._tokens.values()))
+        self.bos, self.eos, self.unk = (self._tokens[name] for name in special[:3])
         self.add_bos = add_bos
         self.rows = self.size  # of the model's embedding; `limit` says so where it has fewer
-        self._names = {index: name for name, index in self._special.items()}
-        longest_first = sorted(self._special, key=len, reverse=True)
+        self._names = {index: name for name, index in self._tokens.items()}
+        self._kept = {self._tokens[name] for name in kept}
+        longest_first = sorted(self._tokens, key=len, reverse=True)
         self._cut = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        # Where all tokens begin with "<", a text without it needs no cutting.
+        self._mark = "<" if all(name.startswith("<") for name in self._tokens) else ""
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
@@ -56,13 +64,21 @@ class Tokenizer:
             from vlbench.data.fast_tokenizer import FastTokenizer  # it needs transformers
 
             return FastTokenizer(folder)
-        path = folder / "tokenizer_config.json"
-        config = _read(path) if path.is_file() else {}
+        config: dict[str, object] = {}
+        for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
+            config |= _read(path) if path.is_file() else {}
         roles = zip(("bos_token", "eos_token", "unk_token"), SPECIAL, strict=True)
         special = [_content(config.get(role), default) for role, default in roles]
         model_file = folder / "tokenizer.model"
-        extra = _added(config, _open(model_file).get_piece_size(), folder)
-        return cls(model_file, special, bool(config.get("add_bos_token", False)), extra)
+        added = _added(config, folder)
+        further = {name: index for name, index in added.items() if name not in special}
+        named, pieces = _additional(config), _open(model_file)
+        size = pieces.get_piece_size()
+        _check_beyond([index for index in further.values() if index >= size], size, folder)
+        for name in (name for name in named if name not in special and name not in further):
+            further[name] = _id_of(name, pieces, further)
+        kept = [name for name in further if name not in named]
+        return cls(model_file, special, bool(config.get("add_bos_token", False)), further, kept)
 
     def limit(self, rows: int) -> None:
         """Say that the model has embeddings for the first `rows` ids alone."""
@@ -84,17 +100,16 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         """Copy the files that `load` reads into `folder`."""
-        for name in ("tokenizer.model", "tokenizer_config.json", "added_tokens.json"):
+        for name in FILES:
             if (self.folder / name).is_file():
                 (folder / name).write_bytes((self.folder / name).read_bytes())
 
     def encode(self, text: str) -> list[int]:
         """Give the ids of a text; strings of special tokens become their ids."""
         ids = [self.bos] if self.add_bos else []
-        # Without "<" there is no special token: spare the cutting.
-        parts = self._cut.split(text) if "<" in text else [text]
+        parts = self._cut.split(text) if self._mark in text else [text]
         for part in parts:
-            special = self._special.get(part)
+            special = self._tokens.get(part)
             if special is not None:
                 ids.append(special)
             elif part:
@@ -112,7 +127,19 @@ class Tokenizer:
             if not 0 <= index < self.size:
                 raise ValueError(f"no token has the id {index} (allowed: 0 to {self.size - 1})")
         if not keep_special:
-            ids = [index for index in ids if index not in self._names]
+            ids = [index for index in ids if index in self._kept or index not in self._names]
+        texts, run = [], list[int]()
+        for index in ids:
+            if index in self._kept:
+                texts += [text for text in (self._text(run),) if run and text]
+                texts.append(self._names[index])
+                run = []
+            else:
+                run.append(index)
+        return " ".join([*texts, self._text(run)] if run else texts)
+
+    def _text(self, ids: list[int]) -> str:
+        """Give the text of ids among which every token with a name is special."""
         pieces = [self._names.get(index) or self._pieces.id_to_piece(index) for index in ids]
         if pieces:
             pieces[0] = pieces[0].removeprefix(_SPACE)
@@ -153,16 +180,33 @@ def _content(token: object, default: str) -> str:
     return token if isinstance(token, str) else default
 
 
-def _added(config: dict[str, object], pieces: int, folder: Path) -> list[str]:
-    """List the tokens that a checkpoint adds beyond its sentencepiece model, in order of id."""
-    added: dict[int, str] = {}
+def _additional(config: dict[str, object]) -> list[str]:
+    """Return the names of special tokens beside bos, eos and unk."""
+    listed = config.get("additional_special_tokens")
+    named = [config.get("pad_token"), *(listed if isinstance(listed, list) else [])]
+    return [name for name in (_content(token, "") for token in named) if name]
+
+
+def _added(config: dict[str, object], folder: Path) -> dict[str, int]:
+    """Return the tokens that a checkpoint adds to its sentencepiece model, with their ids."""
+    added: dict[str, int] = {}
     decoder = config.get("added_tokens_decoder")
     if isinstance(decoder, dict):
-        added = {int(index): _content(token, "") for index, token in decoder.items()}
+        added = {_content(token, ""): int(index) for index, token in decoder.items()}
     path = folder / "added_tokens.json"
     if path.is_file():
-        added |= {int(str(index)): name for name, index in _read(path).items()}
-    beyond = sorted(index for index in added if index >= pieces)
-    if beyond != list(range(pieces, pieces + len(beyond))):
-        raise Mistake(f"the added tokens of {folder} do not follow its {pieces} pieces: {beyond}")
-    return [added[index] for index in beyond]
+        added |= {name: int(str(index)) for name, index in _read(path).items()}
+    return added
+
+
+def _check_beyond(ids: list[int], pieces: int, folder: Path) -> None:
+    if sorted(ids) != list(range(pieces, pieces + len(ids))):
+        raise Mistake(f"the added tokens of {folder} do not follow its {pieces} pieces: {ids}")
+
+
+def _id_of(name: str, pieces: SentencePieceProcessor, further: Mapping[str, int]) -> int:
+    """Return the id of a special token that has none: its piece, or the first one beyond all."""
+    index = pieces.piece_to_id(name)
+    if pieces.id_to_piece(index) == name:
+        return int(index)
+    return max(pieces.get_piece_size(), 1 + max(further.values(), default=0))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import LlamaConfig
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from vlbench.mistakes import Mistake
 from vlbench.model.vlm import VLM
@@ -95,13 +96,13 @@ def language_config(config: Mapping[str, Any], file: Path) -> LlamaConfig:
 
 def preprocessing(config: Mapping[str, Any], file: Path, pad: bool) -> dict[str, Any]:
     """Return what a CLIPImageProcessor's configuration does to a picture, new or old in style."""
-    require(config, ("size", "crop_size", "image_mean", "image_std"), file)
+    require(config, ("size", "crop_size"), file)
     for key, value in PROCESSOR.items():
         if abs(float(config.get(key, value)) - float(value)) > 1e-12:
             raise Mistake(f"{file}: {key} is {config[key]}; only {value} can be done here")
     return {
-        "mean": tuple(config["image_mean"]),
-        "std": tuple(config["image_std"]),
+        "mean": tuple(config.get("image_mean") or OPENAI_CLIP_MEAN),
+        "std": tuple(config.get("image_std") or OPENAI_CLIP_STD),
         "resize": _side(config["size"], "size", file),
         "crop": _side(config["crop_size"], "crop_size", file),
         "pad": pad,
