@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 LIMIT = 2.5e9  # bytes beside the loaded weights
 PHOTO = Path(__file__).parents[1] / "tests/goldens/photos/cats.jpg"
@@ -32,6 +33,23 @@ TOWER = {
     "num_attention_heads": 16,
     "num_hidden_layers": 32,
     "patch_size": 14,
+}
+LLAVA = {
+    "image_aspect_ratio": "pad",
+    "mm_hidden_size": TOWER["hidden_size"],
+    "mm_projector_type": "mlp2x_gelu_Norm",
+    "mm_vision_select_feature": "patch",
+    "mm_vision_select_layer": -2,
+    "mm_vision_tower": f"./vit/{NAME}",
+    "model_type": "llava",
+    "torch_dtype": "bfloat16",
+}
+PROCESSOR = {
+    "crop_size": {"height": 448, "width": 448},
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "resample": 3,
+    "size": {"shortest_edge": 448},
 }
 
 
@@ -95,54 +113,39 @@ def write_model(folder: Path) -> None:
     from vlbench.model.weights import clip
     from vlbench.model.weights.shards import write
 
-    generator = torch.Generator().manual_seed(0)
-
-    def random(shapes: dict[str, torch.Size]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, shape in shapes.items():
-            tensor = torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-            yield name, tensor + 1 if "norm" in name and name.endswith("weight") else tensor
-
     language = empty_language(config_of("yi-6b"))
-    main = {name: tensor.shape for name, tensor in language.state_dict().items()}
+    main = {name: list(tensor.shape) for name, tensor in language.state_dict().items()}
     width = language.config.hidden_size
-    for name, inputs in (("0", TOWER["hidden_size"]), ("1", None), ("3", width), ("4", None)):
-        main[f"model.mm_projector.{name}.weight"] = torch.Size(
-            [width, inputs] if inputs else [width]
-        )
-        main[f"model.mm_projector.{name}.bias"] = torch.Size([width])
+    layers = {"0": [width, TOWER["hidden_size"]], "1": [width], "3": [width, width], "4": [width]}
+    for number, shape in layers.items():
+        main[f"model.mm_projector.{number}.weight"] = shape
+        main[f"model.mm_projector.{number}.bias"] = [width]
     with torch.device("meta"):
         visual = clip.to_hugging_face(clip.build(TOWER))
     tower = folder / "vit" / NAME
     tower.mkdir(parents=True)
-    write(random(main), folder)
-    write(random({f"vision_model.{name}": t.shape for name, t in visual.items()}), tower)
-    config = {k: v for k, v in language.config.to_dict().items() if k != "rope_parameters"}
-    config |= {
-        "image_aspect_ratio": "pad",
-        "mm_hidden_size": TOWER["hidden_size"],
-        "mm_projector_type": "mlp2x_gelu_Norm",
-        "mm_vision_select_feature": "patch",
-        "mm_vision_select_layer": -2,
-        "mm_vision_tower": f"./vit/{NAME}",
-        "model_type": "llava",
-        "rope_theta": 5000000.0,
-        "torch_dtype": "bfloat16",
-    }
-    processor = {
-        "crop_size": {"height": 448, "width": 448},
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-        "resample": 3,
-        "size": {"shortest_edge": 448},
-    }
+    write(random_tensors(main), folder)
+    shapes = {f"vision_model.{name}": list(tensor.shape) for name, tensor in visual.items()}
+    write(random_tensors(shapes), tower)
+    rope = {"rope_parameters": None, "rope_theta": 5000000.0}
     for file, value in (
-        (folder / "config.json", config),
+        (folder / "config.json", {**language.config.to_dict(), **rope, **LLAVA}),
         (tower / "config.json", TOWER),
-        (tower / "preprocessor_config.json", processor),
+        (tower / "preprocessor_config.json", PROCESSOR),
     ):
         file.write_text(json.dumps(value, indent=2))
     for name in ("tokenizer.model", "tokenizer_config.json"):
         (folder / name).write_bytes((TINY / name).read_bytes())
+
+
+def random_tensors(shapes: dict[str, list[int]]) -> Iterator[tuple[str, Any]]:
+    """Give a random bf16 tensor of each shape, one by one; norms are near one."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    for name, shape in shapes.items():
+        tensor = torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+        yield name, tensor + 1 if "norm" in name and name.endswith("weight") else tensor
 
 
 if __name__ == "__main__":

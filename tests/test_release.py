@@ -273,3 +273,11 @@ def test_a_tensor_that_was_read_does_not_hang_on_its_file(kind, tmp_path):
     ((_, tensor),) = shards.read(file)
     file.write_bytes(b"\0" * file.stat().st_size)  # a mapped tensor would change with its file
     assert torch.equal(tensor, first)
+
+
+def test_a_tower_outside_of_the_folder_is_found_and_moves_in(tmp_path):
+    folder = copy(tmp_path / "model")
+    (folder / TOWER).rename(tmp_path / "tower")
+    edit(folder / "config.json", mm_vision_tower=str(tmp_path / "tower"))
+    assert torch.equal(logits(folder), EXPECTED)
+    assert "vit/tower/preprocessor_config.json" in vlbench.load(folder).release

@@ -15,7 +15,9 @@ __version__ = "0.1.0"
 
 
 def load(
-    path: str | Path, dtype: torch.dtype | str | None = None, device: str | None = None
+    path: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
 ) -> VLM:
     """Load a run, a checkpoint or a released model (a folder or a hub id), ready to answer.
 

@@ -26,7 +26,9 @@ FLOAT32_UP_TO = 4_000_000_000  # bytes
 
 
 def load(
-    path: str | Path, dtype: torch.dtype | str | None = None, device: str | None = None
+    path: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
 ) -> VLM:
     """Return the model in a run, a checkpoint, or a released model (a folder or a hub id).
 
@@ -34,7 +36,7 @@ def load(
     on a CPU float32 if that takes at most FLOAT32_UP_TO bytes: exact, and no slower there.
     `device` None is the GPU if there is one.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     _check_device(device)
     folder = find(path, "model")
     kind = type_named(dtype) or _default_type(folder, device)

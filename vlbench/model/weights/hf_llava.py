@@ -16,7 +16,13 @@ from vlbench.mistakes import Mistake
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import clip
 from vlbench.model.weights.groups import BUFFERS, Group
-from vlbench.model.weights.release import Blueprint, language_config, preprocessing, require
+from vlbench.model.weights.release import (
+    Blueprint,
+    kept_files,
+    language_config,
+    preprocessing,
+    require,
+)
 from vlbench.model.weights.shards import read, read_json, shapes, weight_files
 
 LINEAR = "linear"  # transformers' name of the activation that is none
@@ -63,6 +69,11 @@ def blueprint(folder: Path) -> Blueprint:
         template=_template(folder),
         words=config["image_token_index"],
     )
+
+
+def small_files(folder: Path) -> dict[str, bytes]:
+    """Return the small files of a release."""
+    return kept_files(folder)
 
 
 def _preprocess(folder: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from vlbench.model.language import empty_language, end_ids
 from vlbench.model.vision import Tower
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import clip, hf_llava, yi_vl
-from vlbench.model.weights.release import Blueprint, fill, kept_files
+from vlbench.model.weights.release import Blueprint, fill
 from vlbench.model.weights.shards import read_json
 
 LAYOUTS = (yi_vl, hf_llava)
@@ -69,7 +69,8 @@ def load_release(
 
 def assemble(folder: Path, choice: Choice = Choice()) -> VLM:
     """Build the model that small files describe; tower and language model have no memory yet."""
-    plan: Blueprint = layout_of(folder).blueprint(folder)
+    layout = layout_of(folder)
+    plan: Blueprint = layout.blueprint(folder)
     with torch.device("meta"):
         visual = clip.build(plan.vision)
     layer = plan.layer if choice.layer is None else choice.layer
@@ -88,7 +89,7 @@ def assemble(folder: Path, choice: Choice = Choice()) -> VLM:
         choice.max_length or plan.language.max_position_embeddings,
     )
     vlm.tokenizer.limit(plan.words or tokenizer.size)
-    vlm.release = kept_files(folder)
+    vlm.release = layout.small_files(folder)
     return vlm
 
 

@@ -23,6 +23,7 @@ from vlbench.model.weights.groups import Group, load_groups, place
 
 SMALL = 64_000_000  # bytes; a tokenizer.json has some megabytes, a file of weights has more
 KEPT = ("*.json", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
+"""Files of a release that are kept: all but weights, pictures and the old model card."""
 LLAMA = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "vocab_size", "hidden_act", "rms_norm_eps"),
@@ -60,15 +61,13 @@ class Blueprint:
     """Ids from here on are never written; None: all of the tokenizer and the embedding are."""
 
 
-def kept_files(folder: Path) -> dict[str, bytes]:
-    """Return the small files of a release by their path inside `folder`."""
+def kept_files(folder: Path, prefix: str = "") -> dict[str, bytes]:
+    """Return the small files directly in `folder`, their names after `prefix`."""
     found: dict[str, bytes] = {}
-    for pattern in KEPT:
-        for path in sorted(folder.rglob(pattern)):
-            name = path.relative_to(folder).as_posix()
-            index = name.endswith(".index.json")  # it describes shards, which are written anew
-            if path.is_file() and not index and path.stat().st_size < SMALL:
-                found[name] = path.read_bytes()
+    for path in sorted(path for pattern in KEPT for path in folder.glob(pattern)):
+        index = path.name.endswith(".index.json")  # it describes shards, which are written anew
+        if path.is_file() and not index and path.stat().st_size < SMALL:
+            found[prefix + path.name] = path.read_bytes()
     return found
 
 

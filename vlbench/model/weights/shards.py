@@ -118,6 +118,8 @@ def write(tensors: Iterable[tuple[str, Tensor]], folder: Path, limit: int = SHAR
         pending[name] = tensor.detach().contiguous()
         size, total = size + more, total + more
     flush()
+    for part in folder.glob("*.part"):
+        part.chmod(0o644)  # safetensors writes files that nobody else may read
     if len(shards) == 1:
         (folder / "1.part").rename(folder / STEMS[0])
         return

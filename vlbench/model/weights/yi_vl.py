@@ -21,6 +21,7 @@ from vlbench.model.weights.groups import BUFFERS, Group
 from vlbench.model.weights.release import (
     LLAMA,
     Blueprint,
+    kept_files,
     language_config,
     preprocessing,
     require,
@@ -75,6 +76,14 @@ def blueprint(folder: Path) -> Blueprint:
         norm=norm,
         template="yi_vl",
     )
+
+
+def small_files(folder: Path) -> dict[str, bytes]:
+    """Return the small files of a release; a tower that lies elsewhere moves to `vit/`."""
+    tower = tower_folder(folder, read_json(folder / "config.json"))
+    inside = tower.is_relative_to(folder)
+    place = tower.relative_to(folder).as_posix() if inside else f"vit/{tower.name}"
+    return kept_files(folder) | kept_files(tower, f"{place}/")
 
 
 def _layer(number: Any, layers: int, file: Path) -> int:
