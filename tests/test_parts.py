@@ -16,7 +16,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import vlbench
 from vlbench import recipe as recipes
+from vlbench.__main__ import main
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.mistakes import Mistake
 from vlbench.model.attention import PACKED
@@ -81,6 +83,22 @@ def test_any_llama_folder_is_a_language_model(tied, options, tmp_path):
     assert torch.allclose(ours(ids).logits, theirs(ids).logits, atol=1e-5)
     assert ours.generation_config.eos_token_id == [2, 7]
     assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied
+
+
+def test_a_tied_language_model_trains_and_is_exported(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    llama(tmp_path / "llama", tied=True)
+    words = [f"language.weights={tmp_path / 'llama'}", "only=chat", "stages.chat.steps=2"]
+    words += ["stages.chat.batch=4", "log.questions=4", "log.tensorboard=false", "run=run"]
+    assert main(["fit", "recipe=yivl_llava", *words]) == 0
+    ask = [{"role": "user", "content": "Hello"}]
+    ours = vlbench.load("run")
+    assert ours.language.lm_head.weight is ours.language.model.embed_tokens.weight
+    for layout in ("yi_vl", "vlbench"):
+        assert main(["export", "run=run", f"to={layout}", f"format={layout}"]) == 0
+        back = vlbench.load(layout)
+        assert back.language.lm_head.weight is back.language.model.embed_tokens.weight
+        assert torch.equal(back(back.prepare(ask)).logits, ours(ours.prepare(ask)).logits)
 
 
 def test_another_architecture_is_refused(tmp_path):

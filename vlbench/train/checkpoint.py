@@ -29,6 +29,7 @@ from vlbench.mistakes import Mistake
 from vlbench.model.compose import LANGUAGE
 from vlbench.model.vlm import VLM
 from vlbench.model.weights.release import write_files
+from vlbench.model.weights.shards import unshared
 
 RELEASE = "release"
 NAME = re.compile(r"(\d+)-([A-Za-z0-9_]+)-(\d{6,})")
@@ -52,11 +53,12 @@ class Position:
 
 def weights_of(vlm: VLM, parts: list[str]) -> dict[str, Tensor]:
     """Return the state of `parts` on the CPU, keys prefixed with the part's name."""
-    return {
-        f"{part}.{key}": value.detach().cpu().contiguous()
+    states = (
+        (f"{part}.{key}", value.cpu())
         for part in parts
         for key, value in getattr(vlm, part).state_dict().items()
-    }
+    )
+    return dict(unshared(states))
 
 
 def save(

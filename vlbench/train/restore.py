@@ -104,6 +104,7 @@ def load_weights(
         if part in states and part not in skip:
             load_part(module, states[part], f"{folder}, part {part}")
         place(module, dtype, device)
+    vlm.language.tie_weights()  # where the configuration ties them
 
 
 def load_part(module: torch.nn.Module, state: Mapping[str, Tensor], where: str) -> None:

@@ -139,6 +139,7 @@ def fill(
     tower = clip.to_open_clip(loaded["vision"], len(vlm.vision.blocks()))
     vlm.vision.visual.load_state_dict(tower, assign=True)
     vlm.language.load_state_dict(loaded["language"], assign=True)
+    vlm.language.tie_weights()  # where the configuration ties them
     vlm.language.model.rotary_emb.to(device)
     if projector is not None:
         projector.load_state_dict(loaded["connector"], assign=True)

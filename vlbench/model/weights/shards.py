@@ -110,12 +110,12 @@ def write(tensors: Iterable[tuple[str, Tensor]], folder: Path, limit: int = SHAR
         shards.append(list(pending))
         pending.clear()
 
-    for name, tensor in tensors:
+    for name, tensor in unshared(tensors):
         more = tensor.numel() * tensor.element_size()
         if pending and size + more > limit:
             flush()
             size = 0
-        pending[name] = tensor.detach().contiguous()
+        pending[name] = tensor
         size, total = size + more, total + more
     flush()
     for part in folder.glob("*.part"):
@@ -130,6 +130,16 @@ def write(tensors: Iterable[tuple[str, Tensor]], folder: Path, limit: int = SHAR
         places |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
     (folder / f"{STEMS[0]}.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def unshared(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Give tensors as safetensors takes them: contiguous, and no two (tied weights) in one memory."""
+    seen = set()
+    for name, tensor in tensors:
+        tensor = tensor.detach().contiguous()
+        place = (tensor.data_ptr(), tensor.numel())
+        yield name, tensor.clone() if place in seen else tensor
+        seen.add(place)
 
 
 def _groups(sizes: list[tuple[str, int]]) -> list[list[str]]:
