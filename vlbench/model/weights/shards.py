@@ -133,7 +133,7 @@ def write(tensors: Iterable[tuple[str, Tensor]], folder: Path, limit: int = SHAR
 
 
 def unshared(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Give tensors as safetensors takes them: contiguous, and no two (tied weights) in one memory."""
+    """Give tensors as safetensors takes them: contiguous, no two (tied weights) in one place."""
     seen = set()
     for name, tensor in tensors:
         tensor = tensor.detach().contiguous()
