@@ -1,0 +1,180 @@
+"""Flamingo's way of seeing: a Perceiver resampler and gated cross-attention inside the LM.
+
+Alayrac et al. 2022 (arXiv:2204.14198), as OpenFlamingo does it (Awadalla et al. 2023,
+arXiv:2308.01390): a picture becomes a fixed number of latents; before every `every`-th decoder
+layer the text attends to the latents of the nearest picture before it. Both gates begin at zero, so
+that training begins with the plain language model. A picture takes one place in the text.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from vlbench.connector import Connector, Shapes
+
+
+def feed_forward(width: int, mult: int) -> nn.Sequential:
+    """Return LayerNorm, Linear, GELU, Linear, without biases in the Linear layers."""
+    inner = width * mult
+    return nn.Sequential(
+        nn.LayerNorm(width),
+        nn.Linear(width, inner, bias=False),
+        nn.GELU(),
+        nn.Linear(inner, width, bias=False),
+    )
+
+
+class PerceiverAttention(nn.Module):
+    """Latents attend to features and to themselves."""
+
+    def __init__(self, width: int, heads: int, head_width: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_media, self.norm_latents = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.to_q = nn.Linear(width, heads * head_width, bias=False)
+        self.to_kv = nn.Linear(width, 2 * heads * head_width, bias=False)
+        self.to_out = nn.Linear(heads * head_width, width, bias=False)
+
+    def forward(self, features: Tensor, latents: Tensor) -> Tensor:
+        """Read `[images, patches, width]` into `[images, latents, width]`, without the residual."""
+        latents = self.norm_latents(latents)
+        q = self.to_q(latents)
+        k, v = self.to_kv(torch.cat([self.norm_media(features), latents], dim=1)).chunk(2, dim=-1)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        return self.to_out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Perceiver(nn.Module):
+    """From any number of features to `latents` latents; all widths are the tower's."""
+
+    def __init__(
+        self, width: int, latents: int, depth: int, heads: int, head_width: int, mult: int
+    ) -> None:
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(latents, width))
+        self.layers = nn.ModuleList(
+            nn.ModuleList([PerceiverAttention(width, heads, head_width), feed_forward(width, mult)])
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Turn `[images, patches, width]` into `[images, latents, width]`."""
+        latents = self.latents.expand(len(features), -1, -1)
+        for attend, feed in self.layers:
+            latents = latents + attend(features, latents)
+            latents = latents + feed(latents)
+        return self.norm(latents)
+
+
+class MaskedCrossAttention(nn.Module):
+    """Every position attends to the latents of the one picture that it sees."""
+
+    def __init__(self, width: int, visual_width: int, heads: int, head_width: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.to_q = nn.Linear(width, heads * head_width, bias=False)
+        self.to_kv = nn.Linear(visual_width, 2 * heads * head_width, bias=False)
+        self.to_out = nn.Linear(heads * head_width, width, bias=False)
+
+    def forward(self, hidden: Tensor, visual: Tensor, sees: Tensor) -> Tensor:
+        """Return `[rows, length, width]`; exactly zero where `sees` is -1.
+
+        The work grows with the text, not with pictures x text: positions are brought in the order
+        of their pictures, and each picture's own positions attend to its latents alone.
+        """
+        flat = sees.flatten()
+        order = flat.argsort(stable=True)
+        counts = torch.bincount(flat + 1, minlength=len(visual) + 1).tolist()
+        q = self.to_q(self.norm(hidden)).flatten(0, 1)[order].unflatten(-1, (self.heads, -1))
+        kv = self.to_kv(visual).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        unseeing, *segments = q.split(counts)
+        outs = [torch.zeros_like(unseeing)]
+        for segment, k, v in zip(segments, *kv.unbind(0), strict=True):
+            out = scaled_dot_product_attention(segment.transpose(0, 1)[None], k[None], v[None])
+            outs.append(out[0].transpose(0, 1))
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order), device=order.device)
+        return self.to_out(torch.cat(outs).flatten(1)[back].view(*hidden.shape[:2], -1))
+
+
+class GatedBlock(nn.Module):
+    """Cross-attention and a feed-forward layer, each behind a tanh gate that begins at zero."""
+
+    def __init__(
+        self, width: int, visual_width: int, heads: int, head_width: int, mult: int
+    ) -> None:
+        super().__init__()
+        self.attn = MaskedCrossAttention(width, visual_width, heads, head_width)
+        self.attn_gate = nn.Parameter(torch.zeros(1))
+        self.ff = feed_forward(width, mult)
+        self.ff_gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, hidden: Tensor, visual: Tensor, sees: Tensor) -> Tensor:
+        """Return the new input `[rows, length, width]` of a decoder layer."""
+        hidden = hidden + self.attn_gate.tanh() * self.attn(hidden, visual, sees)
+        return hidden + self.ff_gate.tanh() * self.ff(hidden)
+
+
+class Flamingo(Connector):
+    """Perceiver resampler of `depth` layers, gated block before every `every`-th decoder layer."""
+
+    fills_sequence = False
+
+    def __init__(
+        self,
+        shapes: Shapes,
+        every: int = 4,
+        latents: int = 64,
+        depth: int = 6,
+        heads: int = 8,
+        head_width: int = 64,
+        ff_mult: int = 4,
+    ) -> None:
+        """Build the blocks; `heads` x `head_width` is their inner width, whatever the LM's is."""
+        super().__init__()
+        for name, value, most in (
+            ("every", every, shapes.lm_layers),
+            ("latents", latents, 4096),
+            ("depth", depth, 100),
+            ("heads", heads, 1024),
+            ("head_width", head_width, 1024),
+            ("ff_mult", ff_mult, 64),
+        ):
+            if not 1 <= value <= most:
+                raise ValueError(f"connector flamingo: {name} is {value}; allowed are 1 to {most}")
+        self.inject_at = tuple(i for i in range(shapes.lm_layers) if (i + 1) % every == 0)
+        width = shapes.vision_width
+        self.perceiver = Perceiver(width, latents, depth, heads, head_width, ff_mult)
+        self.blocks = nn.ModuleDict(
+            {
+                str(layer): GatedBlock(shapes.lm_width, width, heads, head_width, ff_mult)
+                for layer in self.inject_at
+            }
+        )
+        self.place = nn.Parameter(torch.randn(shapes.lm_width) * 0.02)  # as an embedding begins
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Turn features `[images, patches, width]` into `[images, latents, width]`."""
+        return self.perceiver(features)
+
+    def inject(self, layer: int, hidden: Tensor, visual: Tensor, sees: Tensor) -> Tensor:
+        """Let the text before decoder layer `layer` look at the pictures that it sees."""
+        return self.blocks[str(layer)](hidden, visual, sees)
+
+    def load_reference(self, weights: Mapping[str, Tensor]) -> None:
+        """Load OpenFlamingo's weights: `perceiver.*` and `lang_encoder...gated_cross_attn_layer.*`.
+
+        The embedding of its `<image>` token, if it is there, becomes the place's vector.
+        """
+        state = {k: v for k, v in weights.items() if k.startswith("perceiver.")}
+        for layer in self.inject_at:
+            start = f"lang_encoder.model.layers.{layer}.gated_cross_attn_layer."
+            for key, value in weights.items():
+                if key.startswith(start):
+                    state[f"blocks.{layer}.{key.removeprefix(start)}"] = value
+        state["place"] = weights.get("place", self.place.data)
+        self.load_state_dict(state)
