@@ -7,6 +7,7 @@ that training begins with the plain language model. A picture takes one place in
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,8 @@ class Perceiver(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Turn `[images, patches, width]` into `[images, latents, width]`."""
         latents = self.latents.expand(len(features), -1, -1)
-        for attend, feed in self.layers:
+        pairs: Any = self.layers
+        for attend, feed in pairs:
             latents = latents + attend(features, latents)
             latents = latents + feed(latents)
         return self.norm(latents)

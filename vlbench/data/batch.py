@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ class Batch:
     reading them never waits for a device."""
     tokens: int
     """Number of supervised positions."""
+    image_id: list[str] = field(default_factory=list)
+    """Identity of each image of `pixels`: its sample and its number there."""
 
     def to(
         self,
@@ -72,6 +74,7 @@ def collate(rows: Sequence[Sequence[Encoded]], pixels_of: Callable[[Picture], Te
     sample_index = torch.full_like(ids, -1)
     image_index = torch.full_like(ids, -1)
     pictures: list[Picture] = []
+    image_id: list[str] = []
     sample_id: list[str] = []
     for number, row in enumerate(rows):
         start = 0
@@ -84,7 +87,9 @@ def collate(rows: Sequence[Sequence[Encoded]], pixels_of: Callable[[Picture], Te
             sample_index[at] = len(sample_id)
             image_index[at] = image_of(ids[at], sample.tokens_per_image, len(pictures))
             sample_id.append(sample.sample.id)
-            pictures += sample.sample.pictures
+            shown = sample.sample.pictures
+            image_id += [f"{sample.sample.id} {number}" for number in range(len(shown))]
+            pictures += shown
             start += len(sample.ids)
     return Batch(
         ids=ids,
@@ -96,6 +101,7 @@ def collate(rows: Sequence[Sequence[Encoded]], pixels_of: Callable[[Picture], Te
         sample_id=sample_id,
         lengths=[[len(sample.ids) for sample in row] for row in rows],
         tokens=int((labels != IGNORE).sum()),
+        image_id=image_id,
     )
 
 
