@@ -65,7 +65,7 @@ class Eva(Connector):
         shapes: Shapes,
         layers: int = 2,
         head_width: int = 64,
-        mlp_ratio: float = 8 / 3,
+        mlp_ratio: float = 2.6667,
         mask_ratio: float = 0.41,
         mask_weight: float = 1.0,
     ) -> None:

@@ -2,4 +2,11 @@
 
 import os
 
+import pytest
+
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the contract suite run on one connector alone."""
+    parser.addoption("--connector", help="name of the connector that test_contract.py runs on")

@@ -150,10 +150,10 @@ def test_cached_generation_equals_recomputation(connector: type, options: dict) 
         for token in expected:  # no cache: the whole prompt again for every token
             logits = vlm(batch).logits[0, -1, : vlm.tokenizer.size]
             assert int(logits.argmax()) == token
-            batch = _grown(batch, token)
+            batch = grown(batch, token)
 
 
-def _grown(batch: object, token: int) -> object:
+def grown(batch: object, token: int) -> object:
     """Return a prompt batch of one row with one more token."""
     more = {
         "ids": torch.tensor([[token]]),

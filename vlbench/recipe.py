@@ -119,6 +119,12 @@ def _base(tree: dict[str, Any], mistakes: list[str]) -> tuple[dict[str, Any], st
         return read(copy), str(copy), {}
     base, name = _file(tree.get("recipe"), "recipe", recipes(), mistakes)
     size, _ = _file(tree.get("size", base.get("size", "tiny")), "size", sizes(), mistakes)
+    for_connectors = size.pop("connectors", None) or {}
+    given = [layer.get("connector") for layer in (tree, base)]
+    names = [one.get("name") for one in given if isinstance(one, dict)]
+    chosen = next((str(name) for name in names if name), None)
+    if chosen in for_connectors:  # options that a connector has at this scale
+        size["connector"] = {"name": chosen, **for_connectors[chosen]}
     stages = size.get("stages")
     if isinstance(stages, dict):  # a size says how stages look, the recipe which there are
         known = base.get("stages")

@@ -20,6 +20,7 @@ from vlbench.data.tokenizer import Tokenizer
 from vlbench.model.generate import Stream, generate
 from vlbench.model.messages import prompt_batch, sample_of
 from vlbench.model.vision import Tower
+from vlbench.model.weights.groups import place
 
 PARTS = ("vision", "connector", "language")
 
@@ -103,7 +104,9 @@ class VLM(nn.Module):
         if self.shapes != old_shapes:
             connector = self._connect()
             connector.load_state_dict(dict(connector.adapt(old_state, old_shapes)), strict=True)
-            self.connector = connector.to(next(iter(old_state.values())).device)
+            before = next(iter(old_state.values()))
+            place(connector, before.dtype, before.device)
+            self.connector = connector
 
     def train(self, mode: bool = True) -> VLM:
         """Set training mode, except for a frozen tower, which always runs in evaluation mode."""

@@ -1,0 +1,52 @@
+"""Honeybee's C-Abstractor (Cha et al. 2023, arXiv:2312.06742).
+
+ResNet blocks, adaptive average pooling to a grid of tokens, ResNet blocks, then an MLP: fewer
+tokens, but what is next to each other stays so. The blocks are timm's RegNet bottlenecks with
+squeeze-and-excitation, the paper's own.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from timm.layers import LayerNorm2d
+from timm.models.regnet import RegStage
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from vlbench.connector import Connector, Shapes
+
+
+class CAbstractor(Connector):
+    """`side` x `side` tokens per picture, from convolutions of `width` channels."""
+
+    def __init__(self, shapes: Shapes, side: int = 12, depth: int = 3, width: int = 1024) -> None:
+        """Build the blocks, `depth` before and `depth` after the pooling."""
+        super().__init__()
+        for name, value in (("side", side), ("depth", depth), ("width", width)):
+            if value < 1:
+                raise ValueError(f"connector c_abstractor: {name} is {value}; at least 1 is needed")
+        self.grid, self.tokens_per_image = shapes.grid, side**2
+        self.positions = nn.Parameter(torch.zeros(1, shapes.patches, shapes.vision_width))
+        # LayerNorm: with BatchNorm a picture would depend on the others of its batch
+        layers: dict[str, Any] = {"act_layer": nn.SiLU, "norm_layer": LayerNorm2d}
+        self.before = RegStage(depth, shapes.vision_width, width, stride=1, dilation=1, **layers)
+        self.pool = nn.AdaptiveAvgPool2d(side)
+        self.after = RegStage(depth, width, width, stride=1, dilation=1, **layers)
+        self.readout = nn.Sequential(
+            nn.Linear(width, shapes.lm_width),
+            nn.SiLU(),
+            nn.Linear(shapes.lm_width, shapes.lm_width),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Carry `[images, patches, vision_width]` to `[images, side^2, lm_width]`."""
+        grid = (features + self.positions).transpose(1, 2).unflatten(2, self.grid)
+        pooled = self.after(self.pool(self.before(grid.contiguous())))
+        return self.readout(pooled.flatten(2).transpose(1, 2))
+
+    def adapt(self, old_state: Mapping[str, Tensor], old_shapes: Shapes) -> Mapping[str, Tensor]:
+        """Stretch the positions to the new grid of patches."""
+        grid = old_state["positions"].transpose(1, 2).unflatten(2, old_shapes.grid)
+        new = interpolate(grid, self.grid, mode="bicubic", antialias=True)
+        return {**old_state, "positions": new.flatten(2).transpose(1, 2)}

@@ -1,0 +1,40 @@
+"""Space to depth, then an MLP: InternVL (Chen et al. 2024, arXiv:2404.16821), Idefics3.
+
+A square of neighbouring patches is written one behind the other into one wide vector: a picture
+takes fewer tokens and nothing of it is lost. LayerNorm, Linear, GELU, Linear carry it into the
+language model.
+"""
+
+from torch import Tensor, nn
+
+from vlbench.connector import Connector, Shapes
+
+
+class PixelShuffle(Connector):
+    """`shuffle` x `shuffle` patches become one token."""
+
+    def __init__(self, shapes: Shapes, shuffle: int = 2) -> None:
+        """Build the MLP; `shuffle` must divide rows and columns of the grid of patches."""
+        super().__init__()
+        rows, columns = self.grid = shapes.grid
+        if shuffle < 1 or rows % shuffle or columns % shuffle:
+            raise ValueError(
+                f"connector pixel_shuffle: shuffle is {shuffle}, which must divide the grid of "
+                f"patches, {rows} x {columns}"
+            )
+        self.shuffle = shuffle
+        self.tokens_per_image = shapes.patches // shuffle**2
+        width = shapes.vision_width * shuffle**2
+        self.layers = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, shapes.lm_width),
+            nn.GELU(),
+            nn.Linear(shapes.lm_width, shapes.lm_width),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Carry `[images, patches, vision_width]` to `[images, patches / shuffle^2, lm_width]`."""
+        rows, columns = self.grid
+        side = self.shuffle
+        squares = features.unflatten(1, (rows // side, side, columns // side, side))
+        return self.layers(squares.transpose(2, 3).flatten(3).flatten(1, 2))

@@ -1,0 +1,59 @@
+"""Qwen-VL's resampler (Bai et al. 2023, arXiv:2308.12966).
+
+A single layer of cross-attention: learned queries read the patches, whose keys carry 2-D sine
+positions, as do the queries; a picture becomes as many tokens as there are queries.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from vlbench.connector import Connector, Shapes
+
+
+def sine_positions(rows: int, columns: int, width: int) -> Tensor:
+    """Return `[rows x columns, width]`: half of the width says the row, half the column (MAE)."""
+    quarter = width // 4
+    rates = 10000.0 ** (-torch.arange(quarter) / quarter)
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    angles = [place.flatten()[:, None] * rates for place in (row, column)]
+    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
+
+
+class Resampler(Connector):
+    """`side` x `side` learned queries, one layer of cross-attention at the LM's width."""
+
+    def __init__(self, shapes: Shapes, side: int = 16, heads: int = 32) -> None:
+        """Build the layer; `heads` must divide the LM's width, and that must be divisible by 4."""
+        super().__init__()
+        width = shapes.lm_width
+        if side < 1:
+            raise ValueError(f"connector resampler: side is {side}; it must be at least 1")
+        if heads < 1 or width % heads or width % 4:
+            raise ValueError(
+                f"connector resampler: heads is {heads}, which must divide the language model's "
+                f"width {width}"
+            )
+        self.heads, self.tokens_per_image = heads, side**2
+        self.query = nn.Parameter(torch.randn(side**2, width) * 0.02)
+        self.kv_proj = nn.Linear(shapes.vision_width, width, bias=False)
+        self.ln_q, self.ln_kv = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(width, width) for _ in range(4))
+        self.ln_post = nn.LayerNorm(width, eps=1e-6)
+        self.proj = nn.Linear(width, width, bias=False)
+        rows, columns = shapes.grid
+        # the queries' grid is stretched over that of the patches
+        stretch = sine_positions(side, side, width)
+        self.register_buffer("query_positions", stretch, persistent=False)
+        self.register_buffer(
+            "key_positions", sine_positions(rows, columns, width), persistent=False
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Carry `[images, patches, vision_width]` to `[images, side^2, lm_width]`."""
+        values = self.ln_kv(self.kv_proj(features))
+        queries = (self.ln_q(self.query) + self.query_positions).expand(len(features), -1, -1)
+        q, k, v = self.to_q(queries), self.to_k(values + self.key_positions), self.to_v(values)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        out = scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.proj(self.ln_post(self.to_out(out)))

@@ -1,0 +1,119 @@
+"""The contract: what must hold for every connector that is found, the user's own included.
+
+    python -m pytest tests/test_contract.py                    # all that `list connectors` shows
+    python -m pytest tests/test_contract.py --connector mine   # one of them
+
+Those that need other options than their defaults on a picture of 2 x 2 patches are listed here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from small import batch_of, sample, small_vlm
+from test_vlm import assert_same, gradients, grown
+
+from vlbench import plugins
+from vlbench.model.messages import prompt_batch
+from vlbench.model.vlm import VLM
+
+SMALL = {
+    "qformer": {"queries": 3, "width": 16, "layers": 2, "heads": 2, "ffn_width": 24},
+    "flamingo": {"every": 1, "latents": 3, "depth": 1, "heads": 2, "head_width": 8},
+    "eva": {"layers": 1, "head_width": 8},
+    "resampler": {"side": 2, "heads": 2},
+    "c_abstractor": {"side": 1, "depth": 1, "width": 16},
+}
+LLAVA = plugins.connector("llava_mlp")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "vlm" in metafunc.fixturenames:
+        asked = metafunc.config.getoption("--connector")
+        metafunc.parametrize("vlm", [asked] if asked else list(plugins.sources()), indirect=True)
+
+
+@pytest.fixture
+def vlm(request: pytest.FixtureRequest) -> VLM:
+    """Return a small model with the connector, its gates open, in float64."""
+    model = small_vlm(plugins.connector(request.param), SMALL.get(request.param)).double()
+    for name, parameter in model.connector.named_parameters():
+        if name.endswith("gate"):
+            parameter.data.fill_(0.5)
+    return model
+
+
+def batch(vlm: VLM, rows: list) -> object:
+    return batch_of(vlm, rows).to("cpu", torch.float64)
+
+
+def test_shapes_are_as_declared(vlm):
+    visual = vlm.visual(batch(vlm, [[sample(1, images=2)]]))
+    assert len(visual) == 2 and visual.dim() == 3
+    if vlm.connector.fills_sequence:
+        assert visual.shape[1:] == (vlm.connector.tokens_per_image, vlm.shapes.lm_width)
+    else:
+        assert vlm.connector.place.shape == (vlm.shapes.lm_width,) and vlm.connector.inject_at
+
+
+def test_every_parameter_learns_something(vlm):
+    vlm.zero_grad()
+    out = vlm(batch(vlm, [[sample(1), sample(2, images=2)]]))
+    (out.loss_sum + sum(value for value, _ in out.extra.values())).backward()
+    still = [n for n, p in vlm.connector.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not still
+
+
+def test_a_sample_does_not_notice_its_neighbours(vlm):
+    samples = [sample(1), sample(2, images=2, words=40), sample(3, images=0), sample(4, words=1)]
+    alone = gradients(vlm, [batch(vlm, [[one]]) for one in samples])
+    for rows in ([samples], [samples[::-1]], [[one] for one in samples]):
+        assert_same(alone, gradients(vlm, [batch(vlm, rows)]))
+
+
+def test_text_alone_gives_every_parameter_a_gradient(vlm):
+    vlm.zero_grad()
+    out = vlm(batch(vlm, [[sample(1, images=0)]]))
+    (out.loss_sum + sum(value for value, _ in out.extra.values())).backward()
+    assert not [n for n, p in vlm.connector.named_parameters() if p.grad is None]
+
+
+def test_recomputing_activations_changes_nothing(vlm):
+    rows = [[sample(1), sample(2, images=2)]]
+    before = gradients(vlm, [batch(vlm, rows)])
+    vlm.recompute()
+    assert_same(before, gradients(vlm, [batch(vlm, rows)]), 1e-9)
+
+
+def test_cached_generation_equals_recomputation(vlm):
+    asked = [sample(1), sample(2, images=2, words=30), sample(3, images=0)]
+    asked = [replace(one, turns=one.turns[:1]) for one in asked]
+    together = vlm.generate(prompt_batch(vlm, asked), max_new_tokens=6)
+    for one, expected in zip(asked, together, strict=True):
+        prompt = prompt_batch(vlm, [one])
+        for token in expected:  # no cache: the whole prompt again for every token
+            assert int(vlm(prompt).logits[0, -1, : vlm.tokenizer.rows].argmax()) == token
+            prompt = grown(prompt, token)
+
+
+def test_a_saved_state_gives_the_same(vlm):
+    other = small_vlm(type(vlm.connector), vlm.options).double()
+    for parameter in other.connector.parameters():
+        parameter.data.normal_()
+    other.connector.load_state_dict(vlm.connector.state_dict())
+    rows = [[sample(1), sample(2, images=2)]]
+    with torch.no_grad():
+        assert vlm(batch(vlm, rows)).loss_sum.equal(other(batch(other, rows)).loss_sum)
+
+
+def test_the_language_models_names_are_untouched(vlm):
+    assert set(vlm.language.state_dict()) == set(small_vlm(LLAVA).language.state_dict())
+
+
+def test_another_image_size_is_taken(vlm):
+    vlm.resize(56)
+    assert vlm(batch(vlm, [[sample(1, images=2)]])).loss_sum.isfinite()
+    again = prompt_batch(vlm, [replace(sample(1), turns=sample(1).turns[:1])])
+    assert vlm.generate(again, max_new_tokens=2)
