@@ -118,7 +118,21 @@ def test_messages_of_another_shape_are_refused():
         [{"role": "user", "content": [{"type": "video", "video": "x"}]}],
         [{"role": "user", "content": [{"type": "text", "text": image}]}],
         [{"role": "user", "content": [{"type": "image"}]}],
+        [{"role": "user", "content": [{"type": "image", "image": b"x"}]}],
+        [{"role": "user", "content": ["x"]}],
+        [{"role": "user", "content": None}],
         [{"role": "assistant", "content": "x"}],
+        ["Hello"],
+        {"role": "user", "content": "x"},
     ):
         with pytest.raises(Mistake):
             vlm.prepare(wrong)
+
+
+@pytest.mark.parametrize("options", [{"temperature": -1.0}, {"temperature": float("nan")}])
+def test_impossible_sampling_is_refused(options):
+    vlm = vlbench.load(CHECKPOINT)
+    with pytest.raises(Mistake, match="temperature is"):
+        vlm.chat([{"role": "user", "content": "x"}], **options)
+    with pytest.raises(Mistake, match="top_p is 2"):
+        vlm.chat([{"role": "user", "content": "x"}], top_p=2)

@@ -153,12 +153,13 @@ def test_what_a_layout_cannot_hold_is_refused_with_an_alternative(runs, tmp_path
     to = tmp_path / "to"
     assert export(runs["yi_vl"], to, "hf_llava") == 2
     assert "LayerNorms" in (said := capsys.readouterr().err) and "format=yi_vl" in said
-    (tmp_path / "connectors").mkdir()
     assert export(CHECKPOINT, to, "gguf") == 2 and "known are yi_vl" in capsys.readouterr().err
     assert export(CHECKPOINT, CHECKPOINT, "yi_vl") == 2
     assert "is there already" in capsys.readouterr().err
     assert export(CHECKPOINT, to, "yi_vl", "dtype=int4") == 2
     assert "known are float32" in capsys.readouterr().err
+    assert export(CHECKPOINT, Path("/proc/nowhere"), "yi_vl") == 2
+    assert "to=/proc/nowhere cannot be written" in capsys.readouterr().err
     assert not to.exists() and not list(tmp_path.glob(".writing*"))
 
 

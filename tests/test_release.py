@@ -231,6 +231,10 @@ BROKEN = {
         "crops to 28 pixels, but the tower reads 56",
     ),
     "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "no tokenizer file"),
+    "no end of text": (
+        lambda f: edit(f / "tokenizer_config.json", eos_token="</s>"),
+        "role for the token '</s>', which it does not hold",
+    ),
     "path out": (
         lambda f: (f / "model.safetensors.index.json").write_text(
             '{"weight_map": {"x": "../../secret.bin"}}'

@@ -44,7 +44,7 @@ class Tokenizer:
     ) -> None:
         self.folder = Path(model_file).parent
         self._pieces = _open(Path(model_file))
-        self._tokens = {name: self._pieces.piece_to_id(name) for name in special} | dict(extra)
+        self._tokens = {name: _id_of(name, self._pieces, extra) for name in special} | dict(extra)
         self.size = max(self._pieces.get_piece_size(), 1 + max(self._tokens.values()))
         self.bos, self.eos, self.unk = (self._tokens[name] for name in special[:3])
         self.add_bos = add_bos
@@ -71,13 +71,15 @@ class Tokenizer:
         special = [_content(config.get(role), default) for role, default in roles]
         model_file = folder / "tokenizer.model"
         added = _added(config, folder)
-        further = {name: index for name, index in added.items() if name not in special}
         named, pieces = _additional(config), _open(model_file)
         size = pieces.get_piece_size()
-        _check_beyond([index for index in further.values() if index >= size], size, folder)
+        _check_beyond([index for index in added.values() if index >= size], size, folder)
+        further = dict(added)
         for name in (name for name in named if name not in special and name not in further):
-            further[name] = _id_of(name, pieces, further)
-        kept = [name for name in further if name not in named]
+            known = pieces.id_to_piece(pieces.piece_to_id(name)) == name
+            beyond = max(size, 1 + max(further.values(), default=0))
+            further[name] = pieces.piece_to_id(name) if known else beyond
+        kept = [name for name in further if name not in named and name not in special]
         return cls(model_file, special, bool(config.get("add_bos_token", False)), further, kept)
 
     def limit(self, rows: int) -> None:
@@ -204,9 +206,11 @@ def _check_beyond(ids: list[int], pieces: int, folder: Path) -> None:
         raise Mistake(f"the added tokens of {folder} do not follow its {pieces} pieces: {ids}")
 
 
-def _id_of(name: str, pieces: SentencePieceProcessor, further: Mapping[str, int]) -> int:
-    """Return the id of a special token that has none: its piece, or the first one beyond all."""
+def _id_of(name: str, pieces: SentencePieceProcessor, added: Mapping[str, int]) -> int:
+    """Return the id of a token that has a role: that of its piece, or of the token added for it."""
     index = pieces.piece_to_id(name)
     if pieces.id_to_piece(index) == name:
         return int(index)
-    return max(pieces.get_piece_size(), 1 + max(further.values(), default=0))
+    if name not in added:
+        raise Mistake(f"the tokenizer has a role for the token '{name}', which it does not hold")
+    return added[name]

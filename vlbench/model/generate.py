@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaModel
 
 from vlbench.data.batch import Batch
+from vlbench.mistakes import Mistake
 from vlbench.model.attention import PACKED
 
 if TYPE_CHECKING:
@@ -67,6 +69,10 @@ def generate(
     `on_token` is called after each step with all new ids so far, for streaming. Ids beyond the
     tokenizer are never chosen.
     """
+    if not (temperature >= 0 and math.isfinite(temperature)):
+        raise Mistake(f"temperature is {temperature}; allowed are 0 (greedy) and numbers above")
+    if not 0 <= top_p <= 1:
+        raise Mistake(f"top_p is {top_p}; allowed are numbers from 0 to 1")
     was_training = vlm.training
     vlm.eval()
     vlm.language.set_attn_implementation("sdpa")  # the packed kernel has no padding mask or cache

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 
 from vlbench.data.batch import Batch, image_of, stack
 from vlbench.data.images import File
@@ -15,10 +16,9 @@ from vlbench.data.sample import PLACEHOLDER, Picture, Sample, Turn, place_tokens
 from vlbench.mistakes import Mistake
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from vlbench.model.vlm import VLM
 
+SHAPE = "{'role': 'user', 'content': a text or a list of parts}"
 ROLES = {"system": "system", "user": "human", "assistant": "assistant"}
 
 
@@ -26,10 +26,10 @@ ROLES = {"system": "system", "user": "human", "assistant": "assistant"}
 class Opened:
     """A picture that is already in memory."""
 
-    image: Image
+    image: Image.Image
     name: str = "image"
 
-    def open(self) -> Image:
+    def open(self) -> Image.Image:
         """Return the picture in RGB."""
         return self.image.convert("RGB")
 
@@ -43,13 +43,17 @@ def sample_of(messages: list[dict[str, Any]]) -> Sample:
     """
     turns: list[Turn] = []
     pictures: list[Picture] = []
+    if not isinstance(messages, list | tuple):
+        raise Mistake(f"messages are a list of {SHAPE}, given {messages!r}")
     for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str | list):
+            raise Mistake(f"message {number} is {message!r}; wanted is {SHAPE}")
         if message.get("role") not in ROLES:
             raise Mistake(
                 f"message {number}: role is {message.get('role')!r}; allowed are {', '.join(ROLES)}"
             )
         texts: list[str] = []
-        content = message.get("content", "")
+        content = message["content"]
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             text, image = _part(part, number)
             if texts and not (image and texts[-1].endswith(PLACEHOLDER)):
@@ -60,14 +64,16 @@ def sample_of(messages: list[dict[str, Any]]) -> Sample:
     return Sample("chat", tuple(turns), tuple(pictures))
 
 
-def _part(part: dict[str, Any], number: int) -> tuple[str, Picture | None]:
+def _part(part: Any, number: int) -> tuple[str, Picture | None]:
     """Return the text that a part of message `number` becomes, and its picture."""
-    kind = part.get("type")
-    value = part.get(str(kind))
+    kind = part.get("type") if isinstance(part, dict) else None
+    value = part.get(kind) if kind else None
     if kind == "text" and isinstance(value, str):
         return value, None
-    if kind == "image" and value is not None:
-        return PLACEHOLDER, File(Path(value)) if isinstance(value, str | Path) else Opened(value)
+    if kind == "image" and isinstance(value, str | Path):
+        return PLACEHOLDER, File(Path(value))
+    if kind == "image" and isinstance(value, Image.Image):
+        return PLACEHOLDER, Opened(value)
     raise Mistake(
         f"message {number}: a part is {part!r}; allowed are {{'type': 'text', 'text': TEXT}} and "
         "{'type': 'image', 'image': a PIL image or a path}"

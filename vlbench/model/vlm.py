@@ -202,7 +202,8 @@ class VLM(nn.Module):
 
     def prepare(self, messages: list[dict] | list[list[dict]]) -> Batch:
         """Return the batch of one conversation, or of several, ready for `generate`."""
-        several: Any = messages if messages and isinstance(messages[0], list) else [messages]
+        lists = isinstance(messages, list) and messages and isinstance(messages[0], list)
+        several: Any = messages if lists else [messages]
         return prompt_batch(self, [sample_of(one) for one in several])
 
     def generate(self, batch: Batch, **options: Any) -> list[list[int]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from vlbench import recipe as recipes
@@ -51,8 +52,9 @@ def main(words: list[str]) -> int:
         if to.exists():
             to.rmdir()
         writing.rename(to)
-    except OSError as error:
-        raise checkpoint.out_of_space(error, to) from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise Mistake(f"to={to} cannot be written ({reason})") from error
     finally:
         shutil.rmtree(writing, ignore_errors=True)
     size = sum(path.stat().st_size for path in to.rglob("*") if path.is_file())
