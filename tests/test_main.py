@@ -167,3 +167,16 @@ def test_installed_versions_are_within_the_bounds():
         assert [int(part) for part in have[:2]] >= [int(part) for part in bound.split(".")[:2]], (
             line
         )
+
+
+def test_the_cost_of_connectors_is_counted_at_a_real_size(capsys):
+    assert main(["list", "connectors", "size=6b"]) == 0
+    table = {row.split()[0]: row.split()[1:] for row in capsys.readouterr().out.splitlines() if row}
+    assert table["llava_mlp"][:2] == ["22,044,672", "1024"]
+    assert table["flamingo"][1:3] == ["1", "64"] and table["qformer"][1] == "32"
+    flops = {name: float(table[name][3]) for name in ("llava_mlp", "qformer", "flamingo")}
+    assert flops["flamingo"] < flops["qformer"] < flops["llava_mlp"]
+    # two operations per weight and token, of 6.06 billion weights but the embedding's
+    assert flops["llava_mlp"] == pytest.approx(2 * 5.8e9 * (1024 + 64) / 1e12, rel=0.05)
+    assert main(["list", "connectors", "size=9b"]) == 2
+    assert "no size '9b'" in capsys.readouterr().err

@@ -85,7 +85,7 @@ VERBS = {
         export,
     ),
     "show": Verb("recipe=NAME [size=SIZE] [KEY=VALUE ...]", "print a resolved recipe", show),
-    "list": Verb("[recipes|sizes|connectors|towers]", "print what there is", list_),
+    "list": Verb("[recipes|sizes|connectors [size=SIZE]|towers]", "print what there is", list_),
 }
 HELP = ("--help", "-h", "help")
 

@@ -12,7 +12,12 @@ from vlbench.values import label
 
 
 def lines(words: list[str]) -> list[str]:
-    """Return everything, or only the kinds named in `words` (there towers are listed in full)."""
+    """Return everything, or only the kinds named in `words` (there towers are listed in full).
+
+    `connectors size=SIZE` gives what each connector costs at that size.
+    """
+    if words[:1] == ["connectors"] and len(words) == 2 and words[1].startswith("size="):
+        return costs(words[1].removeprefix("size="))
     for word in words:
         if word not in KINDS:
             kinds = ", ".join(KINDS)
@@ -34,6 +39,34 @@ def keys() -> list[str]:
             [*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row.help]
         )
         for row in table
+    ]
+
+
+def costs(size: str) -> list[str]:
+    """Return a table of what each connector costs at `size`, counted without taking memory."""
+    recipes = {name: [f"size={size}", f"connector.name={name}"] for name in plugins.sources()}
+    known = {
+        name: recipe.load(["recipe=yivl_llava", *words]) for name, words in recipes.items()
+    }  # first, as a mistake in the size needs no torch
+    from vlbench.model.cost import TEXT, cost
+
+    rows = [("connector", "parameters", "tokens", "latents", "prefill TFLOPs")]
+    for name, one in known.items():
+        count = cost(one)
+        flops = f"{count.flops / 1e12:.3g}"
+        numbers = (f"{count.parameters:,}", str(count.tokens), str(count.latents), flops)
+        rows.append((name, *numbers))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    table = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    ]
+    side = list(next(iter(known.values())).stages.values())[-1].image_size
+    return [
+        *table,
+        "",
+        f"A picture at {side} pixels takes so many tokens of the text; latents are attended to",
+        f"inside the language model. Prefill: connector and language model, a picture and {TEXT}",
+        "tokens of text.",
     ]
 
 
