@@ -9,6 +9,7 @@ the tower says there is to be found, by negative cosine.
 
 import math
 import random
+from typing import Any
 
 import torch
 from timm.layers import RotaryEmbeddingCat
@@ -124,17 +125,22 @@ class Eva(Connector):
         return self.norm(features)
 
     def losses(
-        self, features: Tensor, visual: Tensor, batch: object
+        self, features: Tensor, visual: Tensor, batch: Any
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the summed negative cosine of what is found at hidden patches, plus its count."""
         if not self.mask_weight:
             return {}
-        mask = self.masks(getattr(batch, "image_id", []), len(features)).to(features.device)
+        mask = self.masks(batch.image_id, len(features)).to(features.device)
         target = features.detach()
         inputs = torch.where(mask[..., None], self.mask_token.to(target.dtype), target)
         found = self.head(self.encode(inputs)[mask]).float()
         loss = -cosine_similarity(found, target[mask].float(), dim=-1).sum()
         return {"eva": (self.mask_weight * loss, mask.sum())}
+
+    def counts(self, batch: Any) -> dict[str, int]:
+        """Return how many patches of `batch` are hidden."""
+        hidden = self.masks(batch.image_id, len(batch.image_id)).sum()
+        return {"eva": int(hidden)} if self.mask_weight else {}
 
     def masks(self, image_id: list[str], images: int) -> Tensor:
         """Return the hidden patches `[images, patches]` of the pictures called `image_id`.

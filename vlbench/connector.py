@@ -73,6 +73,14 @@ class Connector(nn.Module):
         """Return `{name: (sum, count)}`, losses to add to the language loss; none by default."""
         return {}
 
+    def counts(self, batch: Any) -> dict[str, int]:
+        """Return the counts that `losses` will give for `batch`, where the batch alone tells them.
+
+        Such a loss is divided by the count of the global batch, like the language loss; another one
+        by that of its micro-batch.
+        """
+        return {}
+
     def objectives(self) -> tuple[str, ...]:
         """Name the stage objectives that this connector offers beside `language`."""
         return ()

@@ -191,19 +191,27 @@ class Training(pl.LightningModule):
         world = self.trainer.world_size
         loss_sum = torch.zeros((), device=self.device)
         extra: dict[str, Tensor] = {}
+        counts = self._counts(step)
         for number, batch in enumerate(step.batches):
             with self._synchronise(number == len(step.batches) - 1):
                 out = self.vlm(batch.to(self.device), self.stage.objective)
                 lm_loss = out.loss_sum if out.loss_sum is not None else torch.zeros_like(loss_sum)
                 loss = lm_loss / total
                 for name, (value, count) in out.extra.items():
-                    share = value / max(1, self._over_ranks(int(count))) / len(step.batches)
+                    of = counts.get(name) or self._over_ranks(int(count)) * len(step.batches)
+                    share = value / max(1, of)
                     loss = loss + share
                     extra[name] = extra.get(name, 0) + share.detach()
                 self.manual_backward(loss * world)  # DDP and FSDP average over ranks
             loss_sum += lm_loss.detach()
         report.loss = self._over_ranks(loss_sum.item()) / total
         report.extra = {name: float(value) for name, value in extra.items()}
+
+    def _counts(self, step: Step) -> dict[str, int]:
+        """Return what the connector's own losses are divided by, where the step alone tells it."""
+        each = [self.vlm.connector.counts(batch) for batch in step.batches]
+        names = {name for counts in each for name in counts}
+        return {n: self._over_ranks(sum(c.get(n, 0) for c in each)) for n in sorted(names)}
 
     def _update(self, optimizer: Any, report: StepReport) -> None:
         """Clip and step; a loss or gradient that is not finite changes nothing."""
