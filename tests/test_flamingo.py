@@ -8,6 +8,8 @@ import pytest
 import torch
 from recorded import GOLDENS, assert_gradient, assert_gradients, assert_outputs, load
 from released import CHECKPOINT
+from small import batch_of as small_batch
+from small import sample, small_vlm
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -172,3 +174,18 @@ def test_the_default_shapes_have_the_references_parameters():
     assert round(count / 1e6, 1) == 94.5
     block = sum(p.numel() for p in connector.blocks["3"].parameters())
     assert round(block / 1e6) == 140 and len(connector.blocks) == 8
+
+
+def test_closed_gates_equal_the_plain_language_model_bit_for_bit():
+    vlm = small_vlm(Flamingo, {"every": 1, "latents": 3, "depth": 1, "heads": 2, "head_width": 8})
+    batch = small_batch(vlm, [[sample(1), sample(2, images=2), sample(3, images=0)]])
+    batch.labels = None
+    with torch.no_grad():
+        ours = vlm(batch).logits
+        embeds = vlm.fuse(batch, vlm.visual(batch))
+        for hook in vlm._hooks:
+            hook.remove()
+        plain = vlm.language.model(
+            inputs_embeds=embeds, position_ids=batch.positions, lengths=batch.lengths
+        )
+        assert torch.equal(ours, vlm.language.lm_head(plain.last_hidden_state))
