@@ -97,3 +97,26 @@ def test_another_template_trains_and_talks(template, tmp_path, monkeypatch, caps
     stored = json.loads((last(Path("run")) / "preprocess.json").read_text())["template"]
     assert stored["stop"] == {"chatml": "<|im_end|>", "llava_v1": "<|endoftext|>"}[template]
     assert main(["chat", "model=run", "question=Hello", "max_new_tokens=4"]) == 0
+
+
+def test_a_connector_takes_its_references_weights_from_a_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = ["recipe=yivl_flamingo", "connector.every=2", "connector.depth=1"]
+    words = ["fit", *small, "only=chat", "stages.chat.batch=4", *FIT[5:]]
+    assert main([*words, "run=first", "stages.chat.steps=1"]) == 0
+    trained = vlbench.load("first").connector
+    reference = {f"perceiver.{k}": v for k, v in trained.perceiver.state_dict().items()}
+    for layer, block in trained.blocks.items():
+        start = f"lang_encoder.model.layers.{layer}.gated_cross_attn_layer."
+        reference |= {start + key: value for key, value in block.state_dict().items()}
+    torch.save({"model_state_dict": reference}, "openflamingo.pt")
+    words += ["init=openflamingo.pt", "stages.chat.steps=0"]
+    assert main([*words, "run=second"]) == 0
+    assert "weights of connector flamingo" in capsys.readouterr().out
+    ours = vlbench.load("second").connector.state_dict()
+    assert all(torch.equal(ours[k], v) for k, v in trained.state_dict().items() if k != "place")
+    assert main([*words, "run=third", "connector.latents=8"]) == 2
+    assert "init=openflamingo.pt does not fit" in capsys.readouterr().err
+    words = ["fit", "recipe=yivl_eva", "only=chat", "init=openflamingo.pt", "run=fourth"]
+    assert main(words) == 2
+    assert "takes no file of weights" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlbench import recipe as recipes
 from vlbench.mistakes import Mistake
-from vlbench.model.compose import choice_of, compose_empty
+from vlbench.model.compose import choice_of, compose, compose_empty
 from vlbench.model.vlm import PARTS, VLM
 from vlbench.model.weights import hub
 from vlbench.model.weights.groups import place
@@ -48,12 +48,16 @@ def restore(
 
 
 def begin(recipe: Recipe) -> VLM:
-    """Return the model that `init` of a recipe means: of a run, a checkpoint or a release.
+    """Return the model that `init` of a recipe means: of a run, a checkpoint, a release or a file.
+
+    A file holds the weights of a connector in the layout of its reference implementation.
 
     Tower, language model and tokenizer are those of `init`. The connector is as well, unless the
     recipe names another one, which then starts anew.
     """
     source = str(recipe.init)
+    if Path(source).is_file():
+        return _with_reference(recipe, Path(source))
     if checkpoint.holds(Path(source)):
         folder = checkpoint.find(Path(source))
         before = recipes.load_file(folder / "recipe.yaml").connector["name"]
@@ -70,6 +74,23 @@ def begin(recipe: Recipe) -> VLM:
         f"{config.num_hidden_layers} layers, {config.hidden_size} wide"
         + (f"; connector {recipe.connector['name']} starts anew" if other else "")
     )
+    return vlm
+
+
+def _with_reference(recipe: Recipe, file: Path) -> VLM:
+    """Return the recipe's model, its connector with the weights of a reference implementation."""
+    vlm = compose(recipe, list(recipe.stages.values())[0].image_size)
+    try:
+        vlm.connector.load_reference(dict(read(file)))
+    except NotImplementedError as error:
+        name = recipe.connector["name"]
+        raise Mistake(f"init={file}: connector {name} takes no file of weights") from error
+    except (ValueError, KeyError, RuntimeError) as error:
+        if isinstance(error, Mistake):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise Mistake(f"init={file} does not fit: {reason}") from error
+    print(f"init {file}: weights of connector {recipe.connector['name']}")
     return vlm
 
 

@@ -25,6 +25,7 @@ from vlbench.mistakes import Mistake
 
 CHUNK = 1 << 29  # bytes
 SHARD = 5_000_000_000  # bytes; the habit of transformers
+NESTED = ("model", "model_state_dict", "state_dict")
 STEMS = ("model.safetensors", "pytorch_model.bin")
 """Names of a model's weights in the order of preference; `.index.json` after one lists shards."""
 
@@ -223,6 +224,8 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise Mistake(f"{file} is torn or no file of weights: {_line(error)}") from error
+    for inner in NESTED:  # checkpoints of training code
+        state = state.get(inner, state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise Mistake(f"{file} does not hold a mapping from names to tensors")
     return state
