@@ -219,3 +219,29 @@ def test_replace_keeps_a_template_bound():
     bound = TEMPLATES["llava_v1"].bound("</s>")
     assert bound.stop == bound.answer_end == "</s>"
     assert replace(bound, name="x").stop == "</s>"
+
+
+def test_a_leading_bos_survives_transformers(tmp_path):
+    source = copy(tmp_path / "source")
+    edit(source / "tokenizer_config.json", add_bos_token=True)
+    edit(source / "config.json", mm_projector_type="mlp2x_gelu")
+
+    def bare(state: dict) -> None:
+        for name in [name for name in state if "mm_projector" in name]:
+            del state[name]
+        for number, width in (("0", 80), ("2", 64)):
+            state[f"model.mm_projector.{number}.weight"] = torch.randn(64, width)
+            state[f"model.mm_projector.{number}.bias"] = torch.randn(64)
+
+    rewrite(source, bare)
+    assert export(source, tmp_path / "to", "hf_llava") == 0
+    ask = [{"role": "user", "content": "Hello"}]
+    ours, back = (vlbench.load(path).prepare(ask).ids[0] for path in (source, tmp_path / "to"))
+    theirs = AutoProcessor.from_pretrained(tmp_path / "to").tokenizer
+    assert ours[0] == 1 and ours.equal(back)
+    prompt = vlbench.load(source).prompt(ask)
+    assert theirs(prompt)["input_ids"] == ours.tolist()
+    named = json.loads((tmp_path / "to/tokenizer_config.json").read_text())
+    named["added_tokens_decoder"] = {"6": {"content": "<|im_start|>"}}  # no sign of a template
+    (tmp_path / "to/tokenizer_config.json").write_text(json.dumps(named))
+    assert vlbench.load(tmp_path / "to").template.name == "yi_vl"

@@ -13,6 +13,7 @@ from released import CASES, CHECKPOINT, TOWER, copy, edit, messages, rewrite
 from torch import Tensor
 
 import vlbench
+from vlbench.__main__ import main
 from vlbench.mistakes import Mistake
 from vlbench.model.weights import shards
 
@@ -285,3 +286,21 @@ def test_a_tower_outside_of_the_folder_is_found_and_moves_in(tmp_path):
     edit(folder / "config.json", mm_vision_tower=str(tmp_path / "tower"))
     assert torch.equal(logits(folder), EXPECTED)
     assert "vit/tower/preprocessor_config.json" in vlbench.load(folder).release
+
+
+def test_an_export_never_writes_into_what_it_was_read_from(tmp_path, monkeypatch):
+    """A tower beside the folder (`../shared`) is copied into the export, and stays as it was."""
+    monkeypatch.chdir(tmp_path)
+    source = copy(tmp_path / "model")
+    (tmp_path / "shared").mkdir()
+    (source / TOWER).rename(tmp_path / "shared/tower")
+    edit(source / "config.json", mm_vision_tower="../shared/tower")
+    before = sorted((tmp_path / "shared").rglob("*"))
+    words = ["only=chat", "run=run", "stages.chat.image_size=56", "stages.chat.batch=4"]
+    words += ["stages.chat.steps=1", "log.questions=2", "log.tensorboard=false", "log.examples=0"]
+    assert main(["fit", "recipe=yivl_llava", "init=model", *words]) == 0
+    for origin, to in (("run", "trained"), ("model", "unchanged")):
+        assert main(["export", f"run={origin}", f"to={to}", "format=yi_vl"]) == 0
+        assert (tmp_path / to / "vit/tower/model.safetensors").is_file()
+        assert torch.equal(logits(tmp_path / to), logits(tmp_path / origin))
+    assert sorted((tmp_path / "shared").rglob("*")) == before

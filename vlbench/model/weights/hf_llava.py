@@ -88,9 +88,11 @@ def _preprocess(folder: Path) -> dict[str, Any]:
 
 def _template(folder: Path) -> str:
     """Tell the chat template by the text of the folder's own."""
-    places = [folder / "chat_template.jinja", folder / "chat_template.json"]
-    places += [folder / "processor_config.json", folder / "tokenizer_config.json"]
-    text = "".join(place.read_text(encoding="utf-8") for place in places if place.is_file())
+    jinja = folder / "chat_template.jinja"
+    text = jinja.read_text(encoding="utf-8") if jinja.is_file() else ""
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        if not text and (folder / name).is_file():
+            text = str(read_json(folder / name).get("chat_template") or "")
     for mark, name in TEMPLATES.items():
         if mark in text:
             return name

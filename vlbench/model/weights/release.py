@@ -74,6 +74,8 @@ def kept_files(folder: Path, prefix: str = "") -> dict[str, bytes]:
 def write_files(files: Mapping[str, bytes], folder: Path) -> None:
     """Write the small files of a release into `folder`."""
     for name, content in files.items():
+        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+            raise Mistake(f"a file of the release would be written outside of {folder}: {name}")
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from vlbench.model.weights import clip
 from vlbench.model.weights.hf_llava import LINEAR, TOWERS
 from vlbench.model.weights.projector import form_of, projector_of
 from vlbench.model.weights.release import states_of
+from vlbench.model.weights.shards import read_json
 
 LAYOUT = "transformers' LLaVA"
 IMAGE = "<image>"
@@ -52,6 +54,9 @@ def write_hf_llava(vlm: VLM, folder: Path, cast: Cast | None) -> None:
     pieces = vlm.tokenizer.folder / "tokenizer.model"
     if pieces.is_file():  # so that the way back has the tokenizer itself
         (folder / pieces.name).write_bytes(pieces.read_bytes())
+        file = folder / "tokenizer_config.json"  # transformers 5 does not say it
+        said = read_json(file) | {"add_bos_token": vlm.tokenizer.add_bos}
+        file.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     state = _state(vlm, rows)
     if cast:
         state = {name: cast(tensor) for name, tensor in state.items()}

@@ -10,6 +10,7 @@ vit/NAME/                          the tower, a CLIPVisionModel: config.json,
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -79,11 +80,21 @@ def blueprint(folder: Path) -> Blueprint:
 
 
 def small_files(folder: Path) -> dict[str, bytes]:
-    """Return the small files of a release; a tower that lies elsewhere moves to `vit/`."""
-    tower = tower_folder(folder, read_json(folder / "config.json"))
-    inside = tower.is_relative_to(folder)
-    place = tower.relative_to(folder).as_posix() if inside else f"vit/{tower.name}"
-    return kept_files(folder) | kept_files(tower, f"{place}/")
+    """Return the small files of a release; a tower that lies elsewhere moves to `vit/`.
+
+    The configuration then says so: what is written later must never reach out of its folder.
+    """
+    config = read_json(folder / "config.json")
+    tower, home = tower_folder(folder, config).resolve(), folder.resolve()
+    if tower.is_relative_to(home):
+        return kept_files(folder) | kept_files(tower, f"{tower.relative_to(home).as_posix()}/")
+    place = f"vit/{tower.name}"
+    moved = json.dumps({**config, "mm_vision_tower": f"./{place}"}, indent=2, ensure_ascii=False)
+    return {
+        **kept_files(folder),
+        **kept_files(tower, f"{place}/"),
+        "config.json": moved.encode(),
+    }
 
 
 def _layer(number: Any, layers: int, file: Path) -> int:
