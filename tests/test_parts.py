@@ -128,6 +128,11 @@ def test_a_tower_takes_the_weights_of_a_clip_folder_at_its_image_size(tmp_path):
         build_tower("ViT-S-32", str(tmp_path))
 
 
+def test_the_miniature_takes_no_other_weights():
+    with pytest.raises(Mistake, match="vision.weights is 'laion2b'; vision.name=tiny has its own"):
+        build_tower("tiny", "laion2b")
+
+
 def test_a_tag_that_cannot_be_fetched_is_one_line(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(Mistake, match="vision.weights.*open_clip_model.safetensors.*looked for in"):

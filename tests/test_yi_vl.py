@@ -148,6 +148,13 @@ def test_an_image_is_read_from_memory_as_from_its_file():
     assert VLM_.prompt([{"role": "user", "content": "What?"}]).count(PLACEHOLDER) == 0
 
 
+def test_sixteen_bits_are_scaled_in_memory_as_in_a_file():
+    path = GOLDEN / "images" / "gray16_wide.png"
+    ask = [{"role": "user", "content": [{"type": "image", "image": path}]}]
+    memory = [{"role": "user", "content": [{"type": "image", "image": Image.open(path)}]}]
+    assert VLM_.prepare(ask).pixels.equal(VLM_.prepare(memory).pixels)
+
+
 def test_a_conversation_that_is_too_long_is_refused():
     with pytest.raises(mistakes.Mistake, match="reads fewer than 4096"):
         VLM_.prepare([{"role": "user", "content": "word " * 5000}])

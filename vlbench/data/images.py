@@ -76,6 +76,15 @@ def open_image(path: str | Path) -> Image.Image:
     raise Mistake(f"image {path}: {reason}")
 
 
+def opened(image: Image.Image, name: str) -> Image.Image:
+    """Return a picture that is already in memory as `open_image` would return its file."""
+    try:
+        _check_size(image)
+        return _rgb(image)
+    except (Mistake, ValueError, OSError) as error:
+        raise Mistake(f"{name}: {_first_line(error)}") from error
+
+
 def _refusal(path: Path) -> str:
     """Say why a path cannot hold a picture, or return an empty text."""
     try:

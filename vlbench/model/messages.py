@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from vlbench.data.batch import Batch, image_of, stack
-from vlbench.data.images import File
+from vlbench.data.images import File, opened
 from vlbench.data.sample import PLACEHOLDER, Picture, Sample, Turn, place_tokens
 from vlbench.mistakes import Mistake
 
@@ -30,8 +30,8 @@ class Opened:
     name: str = "image"
 
     def open(self) -> Image.Image:
-        """Return the picture in RGB."""
-        return self.image.convert("RGB")
+        """Return the picture in RGB, as if it came from a file."""
+        return opened(self.image, self.name)
 
 
 def sample_of(messages: list[dict[str, Any]]) -> Sample:

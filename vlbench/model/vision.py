@@ -153,6 +153,11 @@ def build_tower(name: str, weights: str, layer: int = -2, norm: bool = False) ->
     """
     source = _source(name)
     local = source.startswith("local-dir:")
+    if local and weights not in ("embedded", "random"):
+        raise Mistake(
+            f"vision.weights is '{weights}'; vision.name={name} has its own weights, so only "
+            "'embedded' and 'random' are allowed"
+        )
     pretrained = None if local or weights == "random" else _pretrained(name, weights)
     logging.getLogger().setLevel(logging.ERROR)  # open_clip reports every load, and random weights
     try:
