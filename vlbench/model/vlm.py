@@ -61,6 +61,7 @@ class VLM(nn.Module):
         self.template = template.bound(tokenizer.eos_text)
         tokenizer.limit(self.language.config.vocab_size)
         self._connector_class, self.options = connector, options
+        self.objective = "language"
         self.connector = self._connect()
         self.release: dict[str, bytes] = {}  # small files of the released model it began as
         layers = self.language.model.layers
@@ -103,10 +104,18 @@ class VLM(nn.Module):
         self.vision.resize(image_size)
         if self.shapes != old_shapes:
             connector = self._connect()
+            connector.prepare(self.objective)
             connector.load_state_dict(dict(connector.adapt(old_state, old_shapes)), strict=True)
             before = next(iter(old_state.values()))
             place(connector, before.dtype, before.device)
             self.connector = connector
+
+    def pursue(self, objective: str, fresh: bool = False) -> None:
+        """Make the connector ready for a stage of `objective`; see `Connector.prepare`."""
+        self.objective = objective
+        self.connector.prepare(objective, fresh)
+        weight = self.language.get_input_embeddings().weight
+        place(self.connector, None, weight.device)
 
     def train(self, mode: bool = True) -> VLM:
         """Set training mode, except for a frozen tower, which always runs in evaluation mode."""
@@ -170,15 +179,16 @@ class VLM(nn.Module):
         (new or self.language.gradient_checkpointing_enable)({"use_reentrant": False})
         self.vision.visual.set_grad_checkpointing(True)
 
-    def forward(self, batch: Batch, objective: str = "language") -> Output:
+    def forward(self, batch: Batch) -> Output:
         """Give all logits for a batch without labels, otherwise the summed loss of its labels.
 
-        An `objective` other than "language" is one of the connector's own and leaves the language
-        model out. Training must go through here: DDP and FSDP hook `forward` alone.
+        After `pursue` with an objective of the connector's own, labels give the losses of that one
+        and the language model is left out. Training must go through here: DDP and FSDP hook
+        `forward` alone.
         """
         features = self.features(batch)
-        if objective != "language":
-            return Output(extra=self.connector.objective(objective, features, batch))
+        if self.objective != "language" and batch.labels is not None:
+            return Output(extra=self.connector.objective(self.objective, features, batch))
         visual = self.connector(features)
         hidden = self.read(
             self.fuse(batch, visual),

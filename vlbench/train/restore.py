@@ -17,12 +17,13 @@ from vlbench.model.weights import hub
 from vlbench.model.weights.groups import place
 from vlbench.model.weights.hub import fetch
 from vlbench.model.weights.load import assemble, is_release, load_release
-from vlbench.model.weights.shards import read, shapes, weight_files
-from vlbench.schema import Recipe
+from vlbench.model.weights.shards import Lazy, read, read_json, shapes, weight_files
+from vlbench.schema import Recipe, Stage
 from vlbench.train import checkpoint
 from vlbench.train.checkpoint import RELEASE
 
 FLOAT32 = torch.float32
+KINDS = "run folder, checkpoint or released model"
 
 
 def restore(
@@ -43,31 +44,39 @@ def restore(
         vlm.resize(side)
     else:
         vlm = compose_empty(recipe, side, folder, held)
+    if "connector" not in skip:
+        vlm.pursue(objective_of(folder))
     load_weights(folder, vlm, dtype, device, skip)
     return vlm
 
 
-def begin(recipe: Recipe) -> VLM:
-    """Return the model that `init` of a recipe means: of a run, a checkpoint, a release or a file.
+def begin(recipe: Recipe, stage: Stage) -> VLM:
+    """Return the model that `init` means for `stage`: of a run, a checkpoint, a release or a file.
 
-    A file holds the weights of a connector in the layout of its reference implementation.
+    A file, or a folder of BLIP-2's, holds the weights of a connector in the layout of its reference
+    implementation.
 
     Tower, language model and tokenizer are those of `init`. The connector is as well, unless the
     recipe names another one, which then starts anew.
     """
     source = str(recipe.init)
     if Path(source).is_file():
-        return _with_reference(recipe, Path(source))
+        return _with_reference(recipe, stage, [Path(source)])
     if checkpoint.holds(Path(source)):
         folder = checkpoint.find(Path(source))
         before = recipes.load_file(folder / "recipe.yaml").connector["name"]
         other = before != recipe.connector["name"]
         vlm = restore(folder, recipe, skip=("connector",) if other else ())
     else:
+        folder = fetch(source, "init", hub.RELEASE, KINDS)
+        if _is_blip(folder):
+            return _with_reference(recipe, stage, weight_files(folder))
         folder = released(source, "init")
         torch.manual_seed(recipe.seed)
         vlm = load_release(folder, FLOAT32, choice=choice_of(recipe))
         other = vlm.connector.projector() is None
+    if other:
+        vlm.pursue(stage.objective, fresh=True)
     config, blocks = vlm.language.config, len(vlm.vision.blocks())
     print(
         f"init {folder}: tower of {blocks} blocks, {vlm.vision.width} wide; language model of "
@@ -77,11 +86,12 @@ def begin(recipe: Recipe) -> VLM:
     return vlm
 
 
-def _with_reference(recipe: Recipe, file: Path) -> VLM:
+def _with_reference(recipe: Recipe, stage: Stage, files: list[Path]) -> VLM:
     """Return the recipe's model, its connector with the weights of a reference implementation."""
-    vlm = compose(recipe, list(recipe.stages.values())[0].image_size)
+    vlm = compose(recipe, stage.image_size, stage.objective)
+    file = files[0] if len(files) == 1 else files[0].parent
     try:
-        vlm.connector.load_reference(dict(read(file)))
+        vlm.connector.load_reference(Lazy(files))
     except NotImplementedError as error:
         name = recipe.connector["name"]
         raise Mistake(f"init={file}: connector {name} takes no file of weights") from error
@@ -94,9 +104,15 @@ def _with_reference(recipe: Recipe, file: Path) -> VLM:
     return vlm
 
 
+def _is_blip(folder: Path) -> bool:
+    """Tell whether a folder is a BLIP-2 in Hugging Face's layout, of which connectors are made."""
+    file = folder / "config.json"
+    return file.is_file() and str(read_json(file).get("model_type")).startswith("blip")
+
+
 def released(source: str, key: str) -> Path:
     """Return the folder of a released model; `key` names `source` in a mistake."""
-    folder = fetch(source, key, hub.RELEASE, "run folder, checkpoint or released model")
+    folder = fetch(source, key, hub.RELEASE, KINDS)
     if not is_release(folder):
         raise Mistake(
             f"{key} is '{source}', which is no run or checkpoint, and no released model: wanted is "
@@ -141,6 +157,13 @@ def load_part(module: torch.nn.Module, state: Mapping[str, Tensor], where: str) 
                 f"needed is {tuple(wanted[key].shape)}"
             )
     module.load_state_dict(state, strict=True, assign=True)
+
+
+def objective_of(folder: Path) -> str:
+    """Return the objective of the stage that a checkpoint belongs to."""
+    name = json.loads((folder / "position.json").read_text(encoding="utf-8"))["name"]
+    stages = recipes.load_file(folder / "recipe.yaml").stages
+    return stages[name].objective if name in stages else "language"
 
 
 def image_size(folder: Path) -> int:
