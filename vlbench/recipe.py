@@ -119,18 +119,31 @@ def _base(tree: dict[str, Any], mistakes: list[str]) -> tuple[dict[str, Any], st
         return read(copy), str(copy), {}
     base, name = _file(tree.get("recipe"), "recipe", recipes(), mistakes)
     size, _ = _file(tree.get("size", base.get("size", "tiny")), "size", sizes(), mistakes)
-    for_connectors = size.pop("connectors", None) or {}
-    given = [layer.get("connector") for layer in (tree, base)]
-    names = [one.get("name") for one in given if isinstance(one, dict)]
-    chosen = next((str(name) for name in names if name), None)
+    for_connectors, towers = (size.pop(kind, None) or {} for kind in ("connectors", "towers"))
+    chosen, layer = _chosen(tree, base, "connector")
     if chosen in for_connectors:  # options that a connector has at this scale
         size["connector"] = {"name": chosen, **for_connectors[chosen]}
+    chosen, layer = _chosen(tree, base, "vision")
+    if chosen in towers:  # a kind of tower: which one it is at this scale
+        layer["vision"] = {**layer["vision"], "name": towers[chosen]["name"]}
+        size["vision"] = towers[chosen]
     stages = size.get("stages")
     if isinstance(stages, dict):  # a size says how stages look, the recipe which there are
         known = base.get("stages")
         known = known if isinstance(known, dict) else {}
         size["stages"] = {name: one for name, one in stages.items() if name in known}
     return base, name, size
+
+
+def _chosen(
+    tree: dict[str, Any], base: dict[str, Any], part: str
+) -> tuple[str | None, dict[str, Any]]:
+    """Return the name that the command line, or else the recipe, gives a part, and who gives it."""
+    for layer in (tree, base):
+        one = layer.get(part)
+        if isinstance(one, dict) and one.get("name"):
+            return str(one["name"]), layer
+    return None, base
 
 
 def _file(

@@ -113,9 +113,10 @@ class VLM(nn.Module):
     def pursue(self, objective: str, fresh: bool = False) -> None:
         """Make the connector ready for a stage of `objective`; see `Connector.prepare`."""
         self.objective = objective
+        before = next(self.connector.parameters(), None)
         self.connector.prepare(objective, fresh)
-        weight = self.language.get_input_embeddings().weight
-        place(self.connector, None, weight.device)
+        if before is not None:
+            place(self.connector, before.dtype, before.device)
 
     def train(self, mode: bool = True) -> VLM:
         """Set training mode, except for a frozen tower, which always runs in evaluation mode."""
