@@ -24,6 +24,7 @@ SMALL = {
     "flamingo": {"every": 1, "latents": 3, "depth": 1, "heads": 2, "head_width": 8},
     "eva": {"layers": 1, "head_width": 8},
     "resampler": {"side": 2, "heads": 2},
+    "mixed": {"tokens": "avgpool", "every": 1, "heads": 2, "head_width": 8},
     "c_abstractor": {"side": 1, "depth": 1, "width": 16},
 }
 LLAVA = plugins.connector("llava_mlp")

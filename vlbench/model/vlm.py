@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 from vlbench.connector import Connector, Shapes, zero_like_loss
 from vlbench.data.batch import Batch
@@ -61,7 +62,7 @@ class VLM(nn.Module):
         self.template = template.bound(tokenizer.eos_text)
         tokenizer.limit(self.language.config.vocab_size)
         self._connector_class, self.options = connector, options
-        self.objective = "language"
+        self.objective, self._recomputes = "language", False
         self.connector = self._connect()
         self.release: dict[str, bytes] = {}  # small files of the released model it began as
         layers = self.language.model.layers
@@ -161,7 +162,8 @@ class VLM(nn.Module):
 
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
             hidden = args[0] if args else kwargs["hidden_states"]
-            hidden = self.connector.inject(layer, hidden, kwargs["visual"], kwargs["sees"])
+            inject = self._kept(self.connector.inject)
+            hidden = inject(layer, hidden, kwargs["visual"], kwargs["sees"])
             if args:
                 return (hidden, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": hidden}
@@ -179,6 +181,16 @@ class VLM(nn.Module):
         new = getattr(self.language, "activation_checkpointing_enable", None)  # its name in v6
         (new or self.language.gradient_checkpointing_enable)({"use_reentrant": False})
         self.vision.visual.set_grad_checkpointing(True)
+        self._recomputes = True
+
+    def _kept(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return `function`, after `recompute` one that keeps its inputs alone for the backward.
+
+        transformers runs hooks of a layer outside of what it recomputes, or inside, by version.
+        """
+        if not (self._recomputes and torch.is_grad_enabled()):
+            return function
+        return functools.partial(checkpoint, function, use_reentrant=False)
 
     def forward(self, batch: Batch) -> Output:
         """Give all logits for a batch without labels, otherwise the summed loss of its labels.
@@ -190,7 +202,7 @@ class VLM(nn.Module):
         features = self.features(batch)
         if self.objective != "language" and batch.labels is not None:
             return Output(extra=self.connector.objective(self.objective, features, batch))
-        visual = self.connector(features)
+        visual = self._kept(self.connector)(features)
         hidden = self.read(
             self.fuse(batch, visual),
             visual,
