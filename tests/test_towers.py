@@ -10,8 +10,7 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from recorded import GOLDENS, assert_gradient, assert_outputs, load
 from safetensors.torch import save_file
-from small import batch_of, sample, small_vlm
-from test_contract import SMALL
+from small import SMALL, batch_of, sample, small_vlm
 from timm.models import register_model
 from timm.models.eva import Eva, checkpoint_filter_fn
 
