@@ -1,0 +1,101 @@
+"""Statistics: intervals cover known differences as often as they say, in thousands of trials."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.special import expit
+
+from vlbench.compare.statistics import bootstrap, compare, holm, interval, mean_squares
+
+QUESTIONS = 400
+NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(41)
+
+
+def chance(level: np.ndarray | float, spread: float) -> np.ndarray:
+    """Return the mean of expit(level + spread x normal)."""
+    return (expit(np.asarray(level)[..., None] + spread * NODES) * WEIGHTS).sum(-1) / WEIGHTS.sum()
+
+
+def trial(rng: np.random.Generator, seeds: int, spread: float, effect: float, hard: float = 1.5):
+    """Return answers of two arms and the difference that is true over all seeds and questions."""
+    levels = rng.normal(0.5, hard, QUESTIONS)
+    arms = []
+    for shift in (0.0, effect):
+        of_seed = rng.normal(0, spread, (seeds, 1)) if spread else np.zeros((seeds, 1))
+        arms.append((rng.random((seeds, QUESTIONS)) < expit(levels + shift + of_seed)) * 1.0)
+    total = np.hypot(hard, spread)
+    return arms[1], arms[0], float(chance(0.5 + effect, total) - chance(0.5, total))
+
+
+@pytest.mark.parametrize("seeds", [3, 5, 10])
+@pytest.mark.parametrize("spread", [0.0, 0.1, 0.3, 0.6, 1.0])
+def test_intervals_cover_the_known_difference(seeds, spread):
+    rng = np.random.default_rng(int(100 * spread) + seeds)
+    for effect in (0.0, 0.4):
+        covered = 0
+        for _ in range(1000):
+            one, other, truth = trial(rng, seeds, spread, effect)
+            found = compare(one, other)
+            covered += found.low <= truth <= found.high
+        assert 920 <= covered <= 995, (effect, covered)
+
+
+@pytest.mark.parametrize(("seeds", "spread"), [(3, 0.0), (3, 0.3), (5, 0.6), (10, 0.1)])
+def test_families_without_a_difference_raise_few_false_alarms(seeds, spread):
+    rng = np.random.default_rng(seeds)
+    alarms, families = 0, 1000
+    for _ in range(families):
+        levels = rng.normal(0.5, 1.5, QUESTIONS)
+        arms = [
+            (rng.random((seeds, QUESTIONS)) < expit(levels + rng.normal(0, spread, (seeds, 1))))
+            * 1.0
+            for _ in range(4)
+        ]
+        pairs = [(i, j) for i in range(4) for j in range(i)]
+        alarms += min(holm([compare(arms[i], arms[j]).p for i, j in pairs])) < 0.05
+    assert alarms <= 0.06 * families, alarms
+
+
+def test_a_large_difference_is_found_and_said():
+    rng = np.random.default_rng(0)
+    one, other, truth = trial(rng, 5, 0.1, 1.0)
+    found = compare(one, other)
+    assert found.p < 0.001 and found.low < truth < found.high and found.detectable < truth
+    text = found.sentence("llava_mlp", "qformer")
+    assert text.startswith(
+        f"llava_mlp is {100 * found.mean:.1f} points above qformer (95 % interval"
+    )
+    back = compare(other, one)
+    assert (back.mean, back.low, back.high) == pytest.approx((-found.mean, -found.high, -found.low))
+    said = back.sentence("qformer", "llava_mlp")
+    assert f"below llava_mlp (95 % interval {100 * found.low:.1f} to {100 * found.high:.1f}" in said
+    low, high = bootstrap(one, other)
+    assert low < found.mean < high
+
+
+def test_no_difference_at_all_is_no_error():
+    same = np.ones((3, 10))
+    found = compare(same, same)
+    assert (found.mean, found.low, found.high, found.p) == (0, 0, 0, 1)
+    assert "this may be chance" in found.sentence("a", "b")
+
+
+def test_mean_squares_add_up():
+    cells = np.random.default_rng(1).normal(size=(4, 30))
+    parts = mean_squares(cells)
+    whole = 3 * parts.seeds + 29 * parts.questions + 87 * parts.rest
+    assert whole == pytest.approx(((cells - cells.mean()) ** 2).sum())
+
+
+def test_holm_is_the_known_example():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_a_single_seed_speaks_of_questions_alone():
+    rng = np.random.default_rng(2)
+    one, other, _ = trial(rng, 1, 0.0, 0.5)
+    found = compare(one, other)
+    assert found.freedom == QUESTIONS - 1 and "1 seed)" in found.sentence("a", "b") + "1 seed)"
+    mean, low, high = interval(one)
+    assert low < mean < high and mean == one.mean()

@@ -1,0 +1,1 @@
+"""Comparison: a grid of runs, what they cost, and what their differences mean."""

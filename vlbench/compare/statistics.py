@@ -1,0 +1,146 @@
+"""Is one connector better than another? Paired differences over seeds and questions.
+
+Every arm answers the same questions with several seeds. The difference of two arms, seed by seed
+and question by question, has three parts of variance: of seeds (another run gives another model),
+of questions (another set asks something else) and a rest. An interval that leaves one out is too
+narrow; one that draws seeds anew from three is wrong in an unknown direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+LEVEL = 0.95  # of intervals
+POWER = 0.8  # with which the smallest detectable difference would have been found
+
+Right = NDArray[np.float64]
+"""`[seeds, questions]`, 1 where the answer was right and 0 where it was wrong."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much better one arm is than another: shares of right answers, from -1 to 1."""
+
+    mean: float
+    low: float
+    """Lower end of the 95 % interval."""
+    high: float
+    p: float
+    """Of the hypothesis that there is no difference; two-sided."""
+    error: float
+    """Standard error of `mean`."""
+    freedom: float
+    """Degrees of freedom, by Satterthwaite."""
+    detectable: float
+    """Smallest difference that this design would find with probability POWER."""
+    seeds: int
+    questions: int
+
+    def sentence(self, one: str, other: str) -> str:
+        """Say it in plain words, in points (hundredths): `one` against `other`."""
+        size = f"{abs(100 * self.mean):.1f} points"
+        low, high = sorted((100 * self.low, 100 * self.high))
+        if self.mean < 0:
+            low, high = -high, -low
+        word = "below" if self.mean < 0 else "above"
+        found = f"95 % interval {low:.1f} to {high:.1f}"
+        seeds = f"{self.seeds} seed{'s' if self.seeds > 1 else ''}"
+        clear = "" if self.low > 0 or self.high < 0 else "; this may be chance"
+        return f"{one} is {size} {word} {other} ({found}; {seeds}{clear})"
+
+
+def compare(one: Right, other: Right) -> Difference:
+    """Return how much better `one` is than `other`; rows are the same seeds, columns questions.
+
+    The variance of the mean is that of seeds, questions and rest in a two-way layout with one
+    value per cell. With a single seed nothing is known about seeds: the interval is then about
+    questions alone.
+    """
+    cells = np.asarray(one, float) - np.asarray(other, float)
+    seeds, questions = cells.shape
+    mean = float(cells.mean())
+    parts = mean_squares(cells)
+    # E[between seeds] = rest + questions x seeds' variance, and so for questions: their sum less
+    # the rest is what the mean's variance is made of. A negative share of questions is noise.
+    terms = [(parts.seeds, seeds - 1)] if seeds > 1 else []
+    if parts.questions > parts.rest:
+        terms += [(parts.questions, questions - 1)]
+        terms += [(-parts.rest, (seeds - 1) * (questions - 1))] if seeds > 1 else []
+    elif seeds == 1:
+        terms += [(parts.questions, questions - 1)]
+    total = sum(value for value, _ in terms)
+    if total <= 0:
+        return Difference(mean, mean, mean, float(mean == 0), 0.0, 1.0, 0.0, seeds, questions)
+    error = float(np.sqrt(total / cells.size))
+    freedom = total**2 / sum(value**2 / count for value, count in terms if value)
+    reach = float(stats.t.ppf((1 + LEVEL) / 2, freedom))
+    return Difference(
+        mean=mean,
+        low=mean - reach * error,
+        high=mean + reach * error,
+        p=float(2 * stats.t.sf(abs(mean) / error, freedom)),
+        error=error,
+        freedom=float(freedom),
+        detectable=(reach + float(stats.t.ppf(POWER, freedom))) * error,
+        seeds=seeds,
+        questions=questions,
+    )
+
+
+@dataclass(frozen=True)
+class MeanSquares:
+    """Mean squares of a two-way layout with one value per cell."""
+
+    seeds: float
+    questions: float
+    rest: float
+
+
+def mean_squares(cells: Right) -> MeanSquares:
+    """Return the mean squares between seeds, between questions, and of the rest."""
+    seeds, questions = cells.shape
+    mean = cells.mean()
+    by_seed, by_question = cells.mean(axis=1), cells.mean(axis=0)
+    rest = cells - by_seed[:, None] - by_question[None, :] + mean
+    return MeanSquares(
+        seeds=float(questions * ((by_seed - mean) ** 2).sum() / max(1, seeds - 1)),
+        questions=float(seeds * ((by_question - mean) ** 2).sum() / max(1, questions - 1)),
+        rest=float((rest**2).sum() / max(1, (seeds - 1) * (questions - 1))),
+    )
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for their number (Holm 1979), in the order given."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    corrected, largest = [0.0] * len(values), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[index]))
+        corrected[index] = largest
+    return corrected
+
+
+def bootstrap(one: Right, other: Right, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """Return the interval of a bootstrap over seeds and questions: a cross-check, no more.
+
+    Over three seeds it covers the truth in 73 to 99 of 100 cases, depending on what seeds do.
+    """
+    cells = np.asarray(one, float) - np.asarray(other, float)
+    rng = np.random.default_rng(seed)
+    means = np.empty(draws)
+    for draw in range(draws):
+        rows = rng.integers(0, cells.shape[0], cells.shape[0])
+        columns = rng.integers(0, cells.shape[1], cells.shape[1])
+        means[draw] = cells[np.ix_(rows, columns)].mean()
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def interval(right: Right) -> tuple[float, float, float]:
+    """Return the accuracy of one arm and its 95 % interval, by the same parts of variance."""
+    found = compare(right, np.zeros_like(right))
+    return found.mean, max(0.0, found.low), min(1.0, found.high)
