@@ -11,6 +11,7 @@ import torch
 from released import CHECKPOINT, copy, tensors_of
 
 import vlbench
+from vlbench import recipe as recipes
 from vlbench.__main__ import main
 
 FIT = ["fit", "recipe=yivl_llava", "only=chat", "stages.chat.image_size=56", "stages.chat.batch=4"]
@@ -120,3 +121,44 @@ def test_a_connector_takes_its_references_weights_from_a_file(tmp_path, monkeypa
     words = ["fit", "recipe=yivl_eva", "only=chat", "init=openflamingo.pt", "run=fourth"]
     assert main(words) == 2
     assert "takes no file of weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("origin", ["release", "run"])
+def test_how_the_origin_was_trained_is_inherited_unless_something_else_is_said(
+    origin, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    words = ["connector.norm=false", "stages.chat.steps=0"]
+    said = ["language.template=llava_v1", "vision.layer=-3"]
+    assert main([*FIT, *words, *said, "run=first"]) == 0
+    init = "init=first"
+    if origin == "release":
+        assert main(["export", "run=first", "to=released", "format=hf_llava"]) == 0
+        init = "init=released"
+    assert main([*FIT, *words, init, "run=second"]) == 0
+    second = recipes.load_file("second/recipe.yaml")
+    assert (second.language.template, second.vision.layer) == ("llava_v1", -3)
+    vlm = vlbench.load("second")
+    assert (vlm.template.name, vlm.vision.layer) == ("llava_v1", -3)
+    capsys.readouterr()
+    assert main(["show", "recipe=yivl_llava", *words, init, "vision.layer=-1"]) == 0
+    shown = capsys.readouterr().out
+    assert "layer: -1" in shown and "template: llava_v1" in shown
+
+
+@pytest.mark.parametrize("word", ["vision.name=ViT-B-32", "language.weights=random"])
+def test_a_part_that_init_brings_cannot_be_chosen_as_well(word, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*FIT, f"init={CHECKPOINT}", word, "vision.weights=random", "run=run"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and f"leave {word.partition('=')[0]} out" in "".join(said)
+    assert not Path("run").exists()
+
+
+def test_a_part_that_the_origin_never_trained_is_the_origins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    frozen = ["vision.weights=random", "seed=3", "stages.chat.train.vision=null"]
+    assert main([*FIT, *frozen, "run=first", "stages.chat.steps=1"]) == 0
+    assert main([*FIT, "init=first", "run=second", "stages.chat.steps=0"]) == 0
+    ours, theirs = (vlbench.load(run).vision.state_dict() for run in ("second", "first"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)

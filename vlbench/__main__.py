@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vlbench.mistakes import Mistake, Trouble, nearest
+
+if TYPE_CHECKING:
+    from vlbench.schema import Recipe
 
 
 class Verb(NamedTuple):
@@ -22,14 +25,13 @@ def fit(words: list[str]) -> int:
     """Train a recipe."""
     from vlbench import recipe as recipes
 
-    recipe = recipes.load(words)
-    recipes.require_data(recipe)
+    recipes.require_data(recipes.load(words))
     # Threads of torch that spin for long make a machine with other work 20 times slower, and
     # threads that sleep at once cost a quarter of the speed on an idle one (measured, two cores).
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     from vlbench.train import stages  # after the checks: it takes seconds
 
-    return stages.fit(recipe)
+    return stages.fit(resolved(words))
 
 
 def evaluate(words: list[str]) -> int:
@@ -57,8 +59,20 @@ def show(words: list[str]) -> int:
     """Print a resolved recipe."""
     from vlbench import recipe as recipes
 
-    print(recipes.dump(recipes.load(words)), end="")
+    print(recipes.dump(resolved(words)), end="")
     return 0
+
+
+def resolved(words: list[str]) -> Recipe:
+    """Return the recipe that `words` describe; what it leaves open is as in its `init`."""
+    from vlbench import recipe as recipes
+
+    recipe = recipes.load(words)
+    if not recipe.init:
+        return recipe
+    from vlbench.train.restore import inherited  # it imports torch
+
+    return recipes.load(words, inherited(recipe))
 
 
 def list_(words: list[str]) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from vlbench.model.vlm import PARTS, VLM
 from vlbench.model.weights import hub
 from vlbench.model.weights.groups import place
 from vlbench.model.weights.hub import fetch
-from vlbench.model.weights.load import assemble, is_release, load_release
+from vlbench.model.weights.load import assemble, is_release, layout_of, load_release
 from vlbench.model.weights.shards import read, shapes, weight_files
 from vlbench.schema import Recipe
 from vlbench.train import checkpoint
@@ -47,6 +49,26 @@ def restore(
     return vlm
 
 
+def inherited(recipe: Recipe) -> dict[str, Any]:
+    """Return keys that a recipe has from its `init` unless it says them itself, as nested dicts.
+
+    They are what the weights were trained with. A run that goes on has them already: its `init`
+    may be gone.
+    """
+    source, own = Path(str(recipe.init)), Path(str(recipe.run), "recipe.yaml")
+    if source.is_file():
+        return {}
+    if own.is_file() or checkpoint.holds(source):
+        before = recipes.load_file(
+            own if own.is_file() else checkpoint.find(source) / "recipe.yaml"
+        )
+        vision = {"layer": before.vision.layer, "norm": before.vision.norm}
+        return {"vision": vision, "language": {"template": before.language.template}}
+    folder = released(str(source), "init", hub.SMALL)
+    plan = layout_of(folder).blueprint(folder)
+    return {"vision": {"layer": plan.layer}, "language": {"template": plan.template}}
+
+
 def begin(recipe: Recipe) -> VLM:
     """Return the model that `init` of a recipe means: of a run, a checkpoint, a release or a file.
 
@@ -60,8 +82,9 @@ def begin(recipe: Recipe) -> VLM:
         return _with_reference(recipe, Path(source))
     if checkpoint.holds(Path(source)):
         folder = checkpoint.find(Path(source))
-        before = recipes.load_file(folder / "recipe.yaml").connector["name"]
-        other = before != recipe.connector["name"]
+        before = recipes.load_file(folder / "recipe.yaml")
+        other = before.connector["name"] != recipe.connector["name"]
+        recipe = _with_parts_of(before, recipe)
         vlm = restore(folder, recipe, skip=("connector",) if other else ())
     else:
         folder = released(source, "init")
@@ -75,6 +98,15 @@ def begin(recipe: Recipe) -> VLM:
         + (f"; connector {recipe.connector['name']} starts anew" if other else "")
     )
     return vlm
+
+
+def _with_parts_of(before: Recipe, recipe: Recipe) -> Recipe:
+    """Return `recipe` with the parts of another: what that never trained no checkpoint holds."""
+    parts = {
+        part: replace(getattr(recipe, part), name=theirs.name, weights=theirs.weights)
+        for part, theirs in (("vision", before.vision), ("language", before.language))
+    }
+    return replace(recipe, **parts)
 
 
 def _with_reference(recipe: Recipe, file: Path) -> VLM:
@@ -94,9 +126,13 @@ def _with_reference(recipe: Recipe, file: Path) -> VLM:
     return vlm
 
 
-def released(source: str, key: str) -> Path:
-    """Return the folder of a released model; `key` names `source` in a mistake."""
-    folder = fetch(source, key, hub.RELEASE, "run folder, checkpoint or released model")
+def released(source: str, key: str, patterns: tuple[str, ...] = hub.PATTERNS) -> Path:
+    """Return the folder of a released model; `key` names `source` in a mistake.
+
+    From a hub the files of `patterns` are fetched.
+    """
+    kinds = "run folder, checkpoint or released model"
+    folder = fetch(source, key, hub.RELEASE, kinds, patterns)
     if not is_release(folder):
         raise Mistake(
             f"{key} is '{source}', which is no run or checkpoint, and no released model: wanted is "

@@ -135,10 +135,16 @@ class Job:
         ]
 
     def parts_until(self, leg: Leg) -> list[str]:
-        """Return the parts that stages up to and with `leg` train: what a checkpoint must hold."""
+        """Return what a checkpoint must hold: all that is trained up to and with `leg`, or random.
+
+        Of a model that began with `init` that is everything.
+        """
         trained = {part for other in self.legs[: leg.number + 1] for part in other.stage.parts}
         if self.recipe.init:
             trained |= {"vision", "connector", "language"}
+        for part in ("vision", "language"):
+            if getattr(self.recipe, part).weights == "random":  # no file has them
+                trained.add(part)
         return [part for part in ("vision", "connector", "language") if part in trained]
 
     def finish(self, vlm: VLM, began: float) -> int:
