@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from vlbench.__main__ import main
 
 FIT = ["fit", "recipe=yivl_llava", "only=chat", "stages.chat.image_size=56", "stages.chat.batch=4"]
 FIT += ["log.questions=4", "log.tensorboard=false", "log.examples=0"]
+RECORD = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}
 MINE = """
 from torch import nn
 from vlbench.connector import Connector
@@ -161,4 +163,36 @@ def test_a_part_that_the_origin_never_trained_is_the_origins(tmp_path, monkeypat
     assert main([*FIT, *frozen, "run=first", "stages.chat.steps=1"]) == 0
     assert main([*FIT, "init=first", "run=second", "stages.chat.steps=0"]) == 0
     ours, theirs = (vlbench.load(run).vision.state_dict() for run in ("second", "first"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_connector_with_other_options_is_told_those_of_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*FIT, "connector.depth=3", "run=first", "stages.chat.steps=0"]) == 0
+    assert main([*FIT, "init=first", "run=second", "stages.chat.steps=0"]) == 2
+    said = capsys.readouterr().err
+    assert "say connector.depth=3 (" in said and len(said.splitlines()) == 1
+    assert not Path("second").exists()
+
+
+@pytest.mark.parametrize("origin", ["release", "run"])
+def test_the_command_of_a_model_card_trains_on(origin, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["connector.depth=3", "connector.norm=false", "run=run", "stages.chat.steps=0"]
+    if origin == "run":
+        assert main([*FIT, *words]) == 0
+    run = CHECKPOINT if origin == "release" else "run"
+    assert main(["export", f"run={run}", "to=my model", "format=vlbench"]) == 0
+    card = Path("my model/README.md").read_text(encoding="utf-8")
+    (line,) = [line for line in card.splitlines() if "vlbench fit" in line]
+    given = shlex.split(line.partition("vlbench fit ")[2])
+    if origin == "release":
+        Path("pictures").mkdir()
+        Path("data.json").write_text(json.dumps([RECORD]))
+        given = [word.replace("FILE.json", "data.json") for word in given]
+        given = [word.replace("FOLDER", "pictures") for word in given]
+        given += ["precision=32", "checkpointing=none", "data.workers=0"]
+    given += ["run=again", "stages.chat.steps=0", "stages.chat.image_size=56", *FIT[4:]]
+    assert main(["fit", *given]) == 0
+    ours, theirs = (vlbench.load(path).connector.state_dict() for path in ("again", run))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)

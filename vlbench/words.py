@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from vlbench.mistakes import Mistake, nearest
-from vlbench.values import Text
+from vlbench.values import Text, show
 
 
 def tree(words: list[str]) -> tuple[dict[str, Any], list[str]]:
@@ -35,6 +35,14 @@ def _put(node: dict[str, Any], path: list[str], value: Text) -> str:
         return "twice" if again else "as a whole and in parts; give one of them"
     node[path[-1]] = value
     return ""
+
+
+def typed(key: str, value: object) -> str:
+    """Return `key=value` as it is typed on a command line."""
+    if isinstance(value, list | tuple):
+        value = f"[{','.join(map(str, value))}]"
+    plain = value is None or isinstance(value, bool)
+    return f"{key}={show(value) if plain else value}"
 
 
 def number(given: dict[str, str], key: str, default: float, low: float, high: float) -> float:

@@ -23,7 +23,7 @@ from vlbench.serve.card import card
 from vlbench.serve.load import find, open_model, type_named
 from vlbench.train import checkpoint
 from vlbench.train.checkpoint import Position
-from vlbench.words import given_keys
+from vlbench.words import given_keys, typed
 
 FORMATS = ("yi_vl", "hf_llava", "vlbench")
 
@@ -46,8 +46,8 @@ def main(words: list[str]) -> int:
     try:
         writing.mkdir(parents=True)
         _write(layout, vlm, writing, kind, source, recipe)
-        trained = recipe if checkpoint.holds(source) else None
-        text = card(vlm, trained, layout, to, source, _results(source))
+        trained = checkpoint.holds(source)
+        text = card(vlm, recipe, trained, layout, to, source, _results(source))
         (writing / "README.md").write_text(text, encoding="utf-8")
         if to.exists():
             to.rmdir()
@@ -104,7 +104,7 @@ def _recipe(source: Path, vlm: VLM) -> Recipe:
     """Return the recipe of a checkpoint, or the one that a released model would have had."""
     if checkpoint.holds(source):
         return recipes.load_file(source / "recipe.yaml")
-    options = [f"connector.{key}={str(value).lower()}" for key, value in vlm.options.items()]
+    options = [typed(f"connector.{key}", value) for key, value in vlm.options.items()]
     layers = vlm.language.config.num_hidden_layers
     return recipes.load(
         [

@@ -23,8 +23,13 @@ from vlbench.model.weights.shards import read, shapes, weight_files
 from vlbench.schema import Recipe
 from vlbench.train import checkpoint
 from vlbench.train.checkpoint import RELEASE
+from vlbench.words import typed
 
 FLOAT32 = torch.float32
+
+
+class Misfit(Mistake):
+    """Weights that do not fit into the part of a model that they were meant for."""
 
 
 def restore(
@@ -85,7 +90,10 @@ def begin(recipe: Recipe) -> VLM:
         before = recipes.load_file(folder / "recipe.yaml")
         other = before.connector["name"] != recipe.connector["name"]
         recipe = _with_parts_of(before, recipe)
-        vlm = restore(folder, recipe, skip=("connector",) if other else ())
+        try:
+            vlm = restore(folder, recipe, skip=("connector",) if other else ())
+        except Misfit as misfit:
+            raise _explained(misfit, before, recipe) from misfit
     else:
         folder = released(source, "init")
         torch.manual_seed(recipe.seed)
@@ -98,6 +106,15 @@ def begin(recipe: Recipe) -> VLM:
         + (f"; connector {recipe.connector['name']} starts anew" if other else "")
     )
     return vlm
+
+
+def _explained(misfit: Misfit, before: Recipe, recipe: Recipe) -> Mistake:
+    """Say which options of the connector `init` was trained with, where they are other ones."""
+    differ = {k: v for k, v in before.connector.items() if recipe.connector.get(k) != v}
+    if not differ or "name" in differ:
+        return misfit
+    say = " ".join(typed(f"connector.{key}", value) for key, value in differ.items())
+    return Mistake(f"init={recipe.init} has another connector: say {say} ({misfit})")
 
 
 def _with_parts_of(before: Recipe, recipe: Recipe) -> Recipe:
@@ -170,9 +187,9 @@ def load_part(module: torch.nn.Module, state: Mapping[str, Tensor], where: str) 
     for key in [*wanted, *state]:
         if key not in state or key not in wanted:
             what = "is missing" if key not in state else "does not belong there"
-            raise Mistake(f"{where}: tensor {key} {what}")
+            raise Misfit(f"{where}: tensor {key} {what}")
         if state[key].shape != wanted[key].shape:
-            raise Mistake(
+            raise Misfit(
                 f"{where}: tensor {key} has shape {tuple(state[key].shape)}, "
                 f"needed is {tuple(wanted[key].shape)}"
             )
