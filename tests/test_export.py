@@ -245,3 +245,29 @@ def test_a_leading_bos_survives_transformers(tmp_path):
     named["added_tokens_decoder"] = {"6": {"content": "<|im_start|>"}}  # no sign of a template
     (tmp_path / "to/tokenizer_config.json").write_text(json.dumps(named))
     assert vlbench.load(tmp_path / "to").template.name == "yi_vl"
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["head in the files", "no head"])
+@pytest.mark.parametrize("layout", ["yi_vl", "hf_llava", "vlbench"])
+def test_tied_embeddings_come_back(layout, kept, tmp_path):
+    source = copy(tmp_path / "source")
+    said = {"tie_word_embeddings": True, "mm_projector_type": "linear", "vocab_size": 1664}
+    edit(source / "config.json", **said)
+
+    def tie(state: dict) -> None:
+        for name in [name for name in state if "mm_projector" in name]:
+            del state[name]
+        state["model.mm_projector.weight"] = torch.randn(64, 80)
+        state["model.mm_projector.bias"] = torch.randn(64)
+        name = "model.embed_tokens.weight"
+        state[name] = torch.cat([state[name], state[name][:64]])  # no row is added for <image>
+        state["lm_head.weight"] = state[name].clone()
+        if not kept:
+            del state["lm_head.weight"]
+
+    rewrite(source, tie)
+    assert export(source, tmp_path / "to", layout) == 0
+    before, after = logits(source), logits(tmp_path / "to")
+    assert before.shape == (len(before), 1664) and torch.equal(before, after)
+    if layout == "yi_vl":
+        assert_same_tensors(source, tmp_path / "to")

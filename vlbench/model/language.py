@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from vlbench.mistakes import Mistake, nearest
 from vlbench.model.attention import PACKED
 from vlbench.model.weights import hub
-from vlbench.model.weights.groups import BUFFERS, Group, load_groups
+from vlbench.model.weights.groups import BUFFERS, Group, load_groups, tied
 from vlbench.model.weights.hub import fetch
 from vlbench.model.weights.shards import read_json, weight_files
 
@@ -117,11 +117,11 @@ def load_language(folder: Path, dtype: torch.dtype | None) -> LlamaForCausalLM:
     """Load a folder in the Hugging Face layout, file by file; `dtype` None keeps each its own."""
     model = empty_language(config_in(folder))
     state = model.state_dict()
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    wanted = {name: ("language", name) for name in state if name not in tied}
-    group = Group(weight_files(folder), wanted, "|".join([BUFFERS, *map(re.escape, tied)]))
+    again = tied(model)
+    wanted = {name: ("language", name) for name in state if name not in again}
+    group = Group(weight_files(folder), wanted, "|".join([BUFFERS, *map(re.escape, again)]))
     loaded = load_groups([group], {"language": state}, dtype, "cpu")["language"]
-    model.load_state_dict(loaded, strict=not tied, assign=True)
+    model.load_state_dict(loaded, strict=not again, assign=True)
     model.tie_weights()
     model.generation_config.eos_token_id = end_ids(folder, model.config)
     return model

@@ -19,7 +19,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from vlbench.mistakes import Mistake
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import clip
-from vlbench.model.weights.groups import Group, load_groups, place
+from vlbench.model.weights.groups import Group, load_groups, place, tied
 
 SMALL = 64_000_000  # bytes; a tokenizer.json has some megabytes, a file of weights has more
 KEPT = ("*.json", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
@@ -140,7 +140,8 @@ def fill(
     loaded = load_groups(groups, states_of(vlm), dtype, device)
     tower = clip.to_open_clip(loaded["vision"], len(vlm.vision.blocks()))
     vlm.vision.visual.load_state_dict(tower, assign=True)
-    vlm.language.load_state_dict(loaded["language"], assign=True)
+    whole = not tied(vlm.language)
+    vlm.language.load_state_dict(loaded["language"], strict=whole, assign=True)
     vlm.language.tie_weights()  # where the configuration ties them
     vlm.language.model.rotary_emb.to(device)
     if projector is not None:

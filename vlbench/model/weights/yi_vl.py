@@ -18,7 +18,7 @@ from typing import Any
 from vlbench.mistakes import Mistake
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import clip
-from vlbench.model.weights.groups import BUFFERS, Group
+from vlbench.model.weights.groups import BUFFERS, Group, tied
 from vlbench.model.weights.release import (
     LLAMA,
     Blueprint,
@@ -142,14 +142,17 @@ def groups(folder: Path, vlm: VLM) -> list[Group]:
     A connector that is no projector starts anew: the projector in the files is ignored.
     """
     config = read_json(folder / "config.json")
-    other = rf"|{re.escape(PROJECTOR)}.*" if vlm.connector.projector() is None else ""
-    main = Group(weight_files(folder), main_names(config, vlm), IGNORED + other)
+    other = [rf"{re.escape(PROJECTOR)}.*"] if vlm.connector.projector() is None else []
+    ignored = "|".join([IGNORED, *other, *map(re.escape, tied(vlm.language))])
+    main = Group(weight_files(folder), main_names(config, vlm), ignored)
     return [main, clip.group(tower_folder(folder, config), vlm.vision.visual)]
 
 
 def main_names(config: dict[str, Any], vlm: VLM) -> dict[str, tuple[str, str]]:
     """Return the tensors of the main shards: name -> (part of the model, key in that part)."""
-    names = {name: ("language", name) for name in vlm.language.state_dict()}
+    again = tied(vlm.language)
+    own = (name for name in vlm.language.state_dict() if name not in again)
+    names = {name: ("language", name) for name in own}
     projector = vlm.connector.projector()
     bare = config["mm_projector_type"] == "linear"  # then LLaVA numbers no layers
     for key in projector.state_dict() if projector is not None else ():
