@@ -72,15 +72,7 @@ class VLM(nn.Module):
     @property
     def shapes(self) -> Shapes:
         """What the connector has to fit, at the current image size."""
-        rows, columns = self.vision.grid
-        config = self.language.config
-        return Shapes(
-            patches=rows * columns,
-            grid=(rows, columns),
-            vision_width=self.vision.width,
-            lm_width=config.hidden_size,
-            lm_layers=config.num_hidden_layers,
-        )
+        return shapes_of(self.vision, self.language.config)
 
     @property
     def transform(self) -> ImageTransform:
@@ -241,3 +233,15 @@ class VLM(nn.Module):
         """Give the three parts by name."""
         for name in PARTS:
             yield name, getattr(self, name)
+
+
+def shapes_of(tower: Tower, config: Any) -> Shapes:
+    """Return what stands between a tower and a language model of the configuration `config`."""
+    rows, columns = tower.grid
+    return Shapes(
+        patches=rows * columns,
+        grid=(rows, columns),
+        vision_width=tower.width,
+        lm_width=config.hidden_size,
+        lm_layers=config.num_hidden_layers,
+    )

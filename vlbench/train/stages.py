@@ -31,6 +31,7 @@ from vlbench.train.module import Training, Watcher, check_objective, freeze
 from vlbench.train.progress import Progress, cut
 from vlbench.train.restore import begin, restore
 from vlbench.train.run import Run, open_run
+from vlbench.train.sizes import check_sizes
 from vlbench.train.watchers import HeldOut, Interrupts, NotFinite, Quarantine, Saving
 
 PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed"}
@@ -45,6 +46,8 @@ def fit(recipe: Recipe) -> int:
         return dry_run(recipe, legs)
     if not (recipe.run and Run(Path(recipe.run)).finished):
         check_data(recipe, legs)  # before there is a folder
+    if not (recipe.run and Run(Path(recipe.run)).latest):
+        check_sizes(recipe, legs)
     run = open_run(recipe)
     if run.finished:
         print(f"{run.folder} is finished; these are its results.")

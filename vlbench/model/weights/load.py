@@ -74,10 +74,7 @@ def assemble(folder: Path, choice: Choice = Choice()) -> VLM:
     """Build the model that small files describe; tower and language model have no memory yet."""
     layout = layout_of(folder)
     plan: Blueprint = layout.blueprint(folder)
-    with torch.device("meta"):
-        visual = clip.build(plan.vision)
-    layer = plan.layer if choice.layer is None else choice.layer
-    tower = Tower(visual, layer, choice.norm, plan.preprocess)
+    tower = bare_tower(plan, plan.layer if choice.layer is None else choice.layer, choice.norm)
     options = {"depth": plan.depth, "norm": plan.norm}
     if choice.connector is not None:
         options = dict(choice.options or {})
@@ -96,6 +93,13 @@ def assemble(folder: Path, choice: Choice = Choice()) -> VLM:
     vlm.tokenizer.limit(plan.words or tokenizer.size)
     vlm.release = layout.small_files(folder)
     return vlm
+
+
+def bare_tower(plan: Blueprint, layer: int, norm: bool) -> Tower:
+    """Build the tower that small files describe, without memory for its weights."""
+    with torch.device("meta"):
+        visual = clip.build(plan.vision)
+    return Tower(visual, layer, norm, plan.preprocess)
 
 
 def _check_projector(plan: Blueprint, choice: Choice, folder: Path) -> None:
