@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -136,3 +139,57 @@ def test_impossible_sampling_is_refused(options):
         vlm.chat([{"role": "user", "content": "x"}], **options)
     with pytest.raises(Mistake, match="top_p is 2"):
         vlm.chat([{"role": "user", "content": "x"}], top_p=2)
+
+
+WRONG_ORDERS = {
+    "two users": [("user", "a"), ("user", "b")],
+    "assistant first": [("assistant", "a"), ("user", "b")],
+    "system later": [("user", "a"), ("assistant", "b"), ("system", "c"), ("user", "d")],
+    "system alone": [("system", "a")],
+    "nothing": [],
+    "picture of the system": [("system", WIDE), ("user", "b")],
+    "picture of the assistant": [("user", "a"), ("assistant", WIDE), ("user", "b")],
+    "half a character": [("user", "a\ud800")],
+}
+
+
+@pytest.mark.parametrize("turns", WRONG_ORDERS.values(), ids=WRONG_ORDERS)
+def test_a_conversation_that_training_would_refuse_is_not_answered(turns):
+    vlm = vlbench.load(CHECKPOINT)
+    asked = [
+        {"role": role, "content": said if said != WIDE else [{"type": "image", "image": said}]}
+        for role, said in turns
+    ]
+    with pytest.raises(Mistake) as caught:
+        vlm.prepare(asked)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def chat(stdin: bytes | None, *words: str, **environment: str) -> subprocess.CompletedProcess:
+    """Talk to the golden model in a process of its own; None closes its standard input."""
+    command = [sys.executable, "-m", "vlbench", "chat", f"model={CHECKPOINT}", "max_new_tokens=4"]
+    if stdin is None:
+        command = ["sh", "-c", 'exec "$@" <&-', "sh", *command]
+    return subprocess.run(
+        [*command, *words], input=stdin, capture_output=True, env=os.environ | environment
+    )
+
+
+def test_bytes_that_are_no_text_are_refused_and_the_talk_goes_on():
+    done = chat(b"caf\xe9\nHello\n")
+    assert done.returncode == 0 and done.stdout.strip()
+    assert b"character 4 is half a character" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_without_standard_input_a_question_is_needed():
+    done = chat(None)
+    assert done.returncode == 2 and b"needs question=TEXT" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert chat(None, "question=Hello").returncode == 0
+
+
+def test_a_terminal_that_lacks_letters_shows_their_numbers():
+    latin = {"PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0", "LC_ALL": "C"}
+    done = chat(b"/history\n", **latin)
+    assert done.returncode == 0 and b"\\u8fd9\\u662f" in done.stdout

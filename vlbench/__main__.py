@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -106,10 +107,15 @@ HELP = ("--help", "-h", "help")
 
 def main(words: list[str] | None = None) -> int:
     """Run the verb in `words` (default: the command line) and return the exit code."""
+    show_all_letters()
     try:
         code = run(sys.argv[1:] if words is None else words)
-        sys.stdout.flush()  # here, so that a reader who has left is noticed here
+        if sys.stdout is not None:  # it may be closed
+            sys.stdout.flush()  # here, so that a reader who has left is noticed here
         return code
+    except PermissionError as error:
+        print(f"vlbench: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     except (Mistake, Trouble) as error:
         for line in str(error).splitlines():
             print(f"vlbench: {line}", file=sys.stderr)
@@ -120,6 +126,13 @@ def main(words: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing is left to be written at exit
         return 1
+
+
+def show_all_letters() -> None:
+    """Let a letter that the terminal does not know be shown as its number."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def run(words: list[str]) -> int:

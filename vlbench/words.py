@@ -15,7 +15,9 @@ def tree(words: list[str]) -> tuple[dict[str, Any], list[str]]:
     mistakes: list[str] = []
     for word in words:
         key, equals, value = word.partition("=")
-        if not equals or not all(key.split(".")):
+        if word.encode(errors="replace").decode() != word:
+            mistakes.append(f"{ascii(word)} is not UTF-8 text, and a recipe is written as that")
+        elif not equals or not all(key.split(".")):
             mistakes.append(f"'{word}' is not KEY=VALUE, as in stages.chat.steps=10")
         elif not value:
             mistakes.append(f"{key} has no value; write {key}=VALUE, or {key}=null for none")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,8 @@ def main(words: list[str]) -> int:
         "top_p": number(given, "top_p", 1.0, 0.0, 1.0),
         "seed": int(number(given, "seed", 0, 0, 2**32)),
     }
+    if "question" not in given and sys.stdin is None:
+        raise Mistake("chat needs question=TEXT where standard input is closed")
     if "image" in given:
         open_image(given["image"])  # before the model, which takes seconds
     from vlbench import load
@@ -58,6 +61,8 @@ class Talk:
 
     def loop(self) -> int:
         """Read questions and commands until the input ends; return the exit code."""
+        if isinstance(sys.stdin, io.TextIOWrapper):  # what is no text is refused where it is asked
+            sys.stdin.reconfigure(errors="surrogateescape")
         if sys.stdin.isatty():
             import readline  # noqa: F401  # arrow keys, and what was typed before
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from vlbench import recipe as recipes
+from vlbench.files import read_json
 from vlbench.mistakes import Mistake, nearest
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import yi_vl
-from vlbench.model.weights.shards import read_json, write
+from vlbench.model.weights.shards import write
 from vlbench.model.weights.to_hf_llava import write_hf_llava
 from vlbench.model.weights.to_yi_vl import write_yi_vl
 from vlbench.schema import Recipe
@@ -95,7 +95,7 @@ def _is_yi_vl(source: Path) -> bool:
 def _position(source: Path, recipe: Recipe) -> Position:
     """Return where a checkpoint stands; a released model stands before the last stage's end."""
     if checkpoint.holds(source):
-        return Position(**json.loads((source / "position.json").read_text()))
+        return checkpoint.position(source)
     names = list(recipe.stages)
     return Position(len(names) - 1, names[-1], 0)
 
@@ -121,4 +121,4 @@ def _recipe(source: Path, vlm: VLM) -> Recipe:
 def _results(source: Path) -> dict[str, Any]:
     """Return the results of the run that a checkpoint lies in, {} when there are none."""
     file = source.parent.parent / "results.json"
-    return json.loads(file.read_text()) if checkpoint.holds(source) and file.is_file() else {}
+    return read_json(file) if checkpoint.holds(source) and file.is_file() else {}

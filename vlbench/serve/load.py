@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -55,7 +54,7 @@ def open_model(folder: Path, dtype: torch.dtype | None, device: str = "cpu") -> 
     if not checkpoint.holds(folder):
         return load_release(folder, dtype, device)
     vlm = restore(folder, recipes.load_file(folder / "recipe.yaml"), dtype, device)
-    before = json.loads((folder / "preprocess.json").read_text())["transform_hash"]
+    _, before = checkpoint.preprocessed(folder)
     if before != vlm.transform.hash():
         raise Mistake(
             f"{folder} was trained with other image preprocessing (hash {before}, "

@@ -36,7 +36,7 @@ def cut(path: Path, stages: list[str], stage: str, step: int) -> None:
     """
     if not path.is_file():
         return
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     here = stages.index(stage)
     whole = [row for row in rows if row["seconds"] and row["stage"] in stages]  # a kill tears one
@@ -109,7 +109,7 @@ class Progress(Watcher):
         if self.metrics is None:
             return
         new = not self.metrics.exists()
-        with self.metrics.open("a", newline="") as file:
+        with self.metrics.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)
             if new:
                 writer.writeheader()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +43,7 @@ def restore(
     `dtype` None keeps every tensor as it is stored. Parts in `skip` start anew.
     """
     held = {name.partition(".")[0] for file in weight_files(folder) for name in shapes(file)}
-    side = image_size(folder)
+    side, _ = checkpoint.preprocessed(folder)
     if (folder / RELEASE).is_dir():
         vlm = assemble(folder / RELEASE, choice_of(recipe))
         vlm.resize(side)
@@ -194,8 +193,3 @@ def load_part(module: torch.nn.Module, state: Mapping[str, Tensor], where: str) 
                 f"needed is {tuple(wanted[key].shape)}"
             )
     module.load_state_dict(state, strict=True, assign=True)
-
-
-def image_size(folder: Path) -> int:
-    """Return the image size that a checkpoint was trained at, in pixels."""
-    return int(json.loads((folder / "preprocess.json").read_text())["transform"]["crop"])

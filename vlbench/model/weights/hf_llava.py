@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from vlbench.files import read_json
 from vlbench.mistakes import Mistake
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import clip
@@ -24,7 +25,7 @@ from vlbench.model.weights.release import (
     preprocessing,
     require,
 )
-from vlbench.model.weights.shards import read, read_json, shapes, weight_files
+from vlbench.model.weights.shards import read, shapes, weight_files
 
 LINEAR = "linear"  # transformers' name of the activation that is none
 TEMPLATES = {"### Assistant:": "yi_vl", "<|im_start|>": "chatml", "ASSISTANT:": "llava_v1"}

@@ -12,13 +12,13 @@ import torch
 from vlbench import plugins
 from vlbench.data.template import TEMPLATES
 from vlbench.data.tokenizer import Tokenizer
+from vlbench.files import read_json
 from vlbench.mistakes import Mistake
 from vlbench.model.language import empty_language, end_ids
 from vlbench.model.vision import Tower
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import clip, hf_llava, yi_vl
 from vlbench.model.weights.release import Blueprint, fill
-from vlbench.model.weights.shards import read_json
 from vlbench.words import typed
 
 LAYOUTS = (yi_vl, hf_llava)

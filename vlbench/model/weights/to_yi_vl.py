@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from vlbench.data.images import ImageTransform
+from vlbench.files import read_json
 from vlbench.mistakes import Mistake
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import clip, yi_vl
@@ -23,7 +24,7 @@ from vlbench.model.weights.release import (
     states_of,
     write_files,
 )
-from vlbench.model.weights.shards import read_json, write
+from vlbench.model.weights.shards import write
 
 LAYOUT = "Yi-VL's layout"
 Cast = Callable[[Tensor], Tensor]

@@ -15,6 +15,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from vlbench.files import read_json
 from vlbench.mistakes import Mistake
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import clip
@@ -27,7 +28,7 @@ from vlbench.model.weights.release import (
     preprocessing,
     require,
 )
-from vlbench.model.weights.shards import read_json, weight_files
+from vlbench.model.weights.shards import weight_files
 
 PROJECTOR = "model.mm_projector."
 IGNORED = rf"model\.vision_tower\..*|{BUFFERS}"
@@ -99,7 +100,7 @@ def small_files(folder: Path) -> dict[str, bytes]:
 
 def _layer(number: Any, layers: int, file: Path) -> int:
     """Return the block whose output is `hidden_states[number]`; 0 is what the first block reads."""
-    if not isinstance(number, int) or not (-layers <= number < 0 or 0 < number <= layers):
+    if type(number) is not int or not (-layers <= number < 0 or 0 < number <= layers):
         raise Mistake(
             f"{file}: mm_vision_select_layer is {number!r}; the tower has {layers} blocks, "
             f"so -{layers} to -1 and 1 to {layers} are allowed"
