@@ -12,6 +12,7 @@ from PIL import Image
 from released import CASES, CHECKPOINT, GOLDEN
 
 import vlbench
+from vlbench import recipe as recipes
 from vlbench.__main__ import main
 from vlbench.mistakes import Mistake
 from vlbench.serve.chat import Talk
@@ -193,3 +194,47 @@ def test_a_terminal_that_lacks_letters_shows_their_numbers():
     latin = {"PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0", "LC_ALL": "C"}
     done = chat(b"/history\n", **latin)
     assert done.returncode == 0 and b"\\u8fd9\\u662f" in done.stdout
+
+
+TWICE = {
+    "twice": (["max_new_tokens=3", "max_new_tokens=5"], "max_new_tokens is given twice, as '3'"),
+    "part of a token": (["max_new_tokens=2.7"], "max_new_tokens is '2.7'; allowed are whole"),
+    "part of a seed": (["seed=0.5"], "seed is '0.5'; allowed are whole"),
+    "no device": (["device=meta"], "device is 'meta'"),
+}
+
+
+@pytest.mark.parametrize(("words", "said"), TWICE.values(), ids=TWICE)
+def test_what_would_be_taken_otherwise_is_refused(words, said, capsys):
+    test_what_chat_cannot_do_is_one_line([f"model={CHECKPOINT}", *words], said, capsys)
+
+
+def test_ctrl_c_at_the_prompt_asks_first_and_keeps_the_conversation(monkeypatch, capsys):
+    vlm = vlbench.load(CHECKPOINT)
+    talking = Talk(vlm, {"max_new_tokens": 4})
+    typed = iter(["Hello", KeyboardInterrupt, "/history", KeyboardInterrupt, KeyboardInterrupt])
+
+    def ask(prompt: str) -> str:
+        line = next(typed)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    with pytest.raises(KeyboardInterrupt):
+        talking.loop()
+    said = capsys.readouterr().out
+    assert said.count("press Ctrl-C again, or /quit, to leave") == 2
+    assert "Human: Hello" in said
+
+
+def test_the_home_folder_has_a_short_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["export", f"run={CHECKPOINT}", "to=~/own", "format=vlbench"]) == 0
+    assert main(["chat", "model=~/own", "question=Hello", "max_new_tokens=1"]) == 0
+    words = ["recipe=yivl_llava", "init=~/own", "run=~/run", "data.train=~/a.json"]
+    recipe = recipes.load(words)
+    assert recipe.init == f"{tmp_path}/own" and recipe.run == f"{tmp_path}/run"
+    assert recipe.data.train == f"{tmp_path}/a.json"

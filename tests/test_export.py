@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -271,3 +273,21 @@ def test_tied_embeddings_come_back(layout, kept, tmp_path):
     assert before.shape == (len(before), 1664) and torch.equal(before, after)
     if layout == "yi_vl":
         assert_same_tensors(source, tmp_path / "to")
+
+
+def test_sigterm_leaves_nothing_half_written(tmp_path):
+    """The signal comes while the folder is being written, to a process of its own."""
+    halt = (
+        "import os, signal, sys\n"
+        "from vlbench.serve import export\n"
+        "export.write_yi_vl = lambda *a: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "sys.exit(export.main(sys.argv[1:]))\n"
+    )
+    words = [f"run={CHECKPOINT}", f"to={tmp_path / 'to'}", "format=yi_vl"]
+    done = subprocess.run([sys.executable, "-c", halt, *words], capture_output=True)
+    assert done.returncode == 143 and not done.stderr and not list(tmp_path.iterdir())
+    (tmp_path / ".writing-to").mkdir()  # of a process that was killed
+    (tmp_path / ".writing-to/rest").write_text("")
+    assert main(["export", *words]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["to"]
+    assert not (tmp_path / "to/rest").exists()

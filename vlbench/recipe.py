@@ -120,7 +120,7 @@ def _named(folder: str) -> dict[str, Path]:
 
 def _base(tree: dict[str, Any], mistakes: list[str]) -> tuple[dict[str, Any], str, dict[str, Any]]:
     """Return the recipe's layer, its name in messages, and the size's, without foreign stages."""
-    copy = Path(str(tree.get("run")), "recipe.yaml")
+    copy = Path(str(tree.get("run")), "recipe.yaml").expanduser()
     if "recipe" not in tree and "size" not in tree and "run" in tree and copy.is_file():
         return read(copy), str(copy), {}
     base, name = _file(tree.get("recipe"), "recipe", recipes(), mistakes)
@@ -142,7 +142,9 @@ def _base(tree: dict[str, Any], mistakes: list[str]) -> tuple[dict[str, Any], st
 def _idle(*layers: dict[str, Any]) -> list[str]:
     """Say which keys that somebody wrote choose a part that `init` brings along itself."""
     init = next((layer["init"] for layer in reversed(layers) if "init" in layer), None)
-    if init in (None, *NULL) or Path(str(init)).is_file():  # a file holds a connector alone
+    if (
+        init in (None, *NULL) or Path(str(init)).expanduser().is_file()
+    ):  # a file holds a connector alone
         return []
     mistakes = []
     for layer in layers:
@@ -163,7 +165,7 @@ def _file(
     given: Any, key: str, known: dict[str, Path], mistakes: list[str]
 ) -> tuple[dict[str, Any], str]:
     """Read the file of `recipe=` (a name or a path) or `size=`; after a mistake it is empty."""
-    path = known.get(str(given)) or Path(str(given))
+    path = known.get(str(given)) or Path(str(given)).expanduser()
     is_path = str(given) in known or (key == "recipe" and path.suffix in (".yaml", ".yml"))
     if given is None:
         mistakes.append(f"{key}=NAME is needed; {key}s: {', '.join(known)}")

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from vlbench.mistakes import Mistake, nearest
-from vlbench.values import Text, show
+from vlbench.values import WHOLE, Text, show
 
 
 def tree(words: list[str]) -> tuple[dict[str, Any], list[str]]:
@@ -59,6 +59,14 @@ def number(given: dict[str, str], key: str, default: float, low: float, high: fl
     return value
 
 
+def whole(given: dict[str, str], key: str, default: int, low: int, high: int) -> int:
+    """Return the whole number that `given` has under `key`; a Mistake for anything else."""
+    text = given.get(key, str(default))
+    if not WHOLE.fullmatch(text) or not low <= int(text) <= high:
+        raise Mistake(f"{key} is '{text}'; allowed are whole numbers from {low} to {high}")
+    return int(text)
+
+
 def given_keys(
     verb: str, words: list[str], needed: tuple[str, ...], optional: tuple[str, ...] = ()
 ) -> dict[str, str]:
@@ -70,6 +78,8 @@ def given_keys(
         if not equals or key not in known:
             takes = ", ".join(f"{name}=..." for name in known)
             raise Mistake(f"{verb} takes {takes}; given was '{word}'.{nearest(key, known)}")
+        if key in given:
+            raise Mistake(f"{key} is given twice, as '{given[key]}' and '{value}'")
         given[key] = value
     missing = [f"{name}=..." for name in needed if not given.get(name)]
     if missing:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ FORMATS = ("yi_vl", "hf_llava", "vlbench")
 def main(words: list[str]) -> int:
     """Write `run=PATH` (run, checkpoint or released model) to the new folder `to=DIR`."""
     given = given_keys("export", words, ("run", "to", "format"), ("dtype",))
-    layout, to = given["format"], Path(given["to"])
+    layout, to = given["format"], Path(given["to"]).expanduser()
     if layout not in FORMATS:
         known = ", ".join(FORMATS)
         raise Mistake(f"format is '{layout}'; known are {known}.{nearest(layout, FORMATS)}")
@@ -43,6 +45,7 @@ def main(words: list[str]) -> int:
     recipe = _recipe(source, vlm)
     writing = to.parent / f".writing-{to.name}"
     shutil.rmtree(writing, ignore_errors=True)
+    before = signal.signal(signal.SIGTERM, _leave)
     try:
         writing.mkdir(parents=True)
         _write(layout, vlm, writing, kind, source, recipe)
@@ -57,9 +60,15 @@ def main(words: list[str]) -> int:
         raise Mistake(f"to={to} cannot be written ({reason})") from error
     finally:
         shutil.rmtree(writing, ignore_errors=True)
+        signal.signal(signal.SIGTERM, before)
     size = sum(path.stat().st_size for path in to.rglob("*") if path.is_file())
     print(f"wrote {to} ({size / 1e6:,.1f} MB, format {layout}); README.md in it says how to use it")
     return 0
+
+
+def _leave(number: int, _: Any) -> None:
+    """End as a signal asks, but by an exception: what is half written is then removed."""
+    sys.exit(128 + number)
 
 
 def _write(

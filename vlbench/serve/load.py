@@ -44,8 +44,11 @@ def load(
 
 def find(path: str | Path, key: str) -> Path:
     """Return the folder of a checkpoint or released model; `key` names `path` in a mistake."""
-    if checkpoint.holds(Path(path)):
-        return checkpoint.find(Path(path))
+    if not isinstance(path, str | Path) or not str(path):
+        raise Mistake(f"{key} is {path!r}; wanted is the path of a run, checkpoint or release")
+    path = Path(path).expanduser()
+    if checkpoint.holds(path):
+        return checkpoint.find(path)
     return released(str(path), key)
 
 
@@ -65,11 +68,11 @@ def open_model(folder: Path, dtype: torch.dtype | None, device: str = "cpu") -> 
 
 def type_named(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """Return the type that a name of DTYPES means."""
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
+    if dtype is None or dtype in DTYPES.values():
+        return dtype  # type: ignore[return-value]
     if dtype not in DTYPES:
         known = ", ".join(DTYPES)
-        raise Mistake(f"dtype is '{dtype}'; known are {known}.{nearest(dtype, DTYPES)}")
+        raise Mistake(f"dtype is '{dtype}'; known are {known}.{nearest(str(dtype), DTYPES)}")
     return DTYPES[dtype]
 
 
@@ -80,6 +83,8 @@ def _default_type(folder: Path, device: str) -> torch.dtype:
 
 
 def _check_device(device: str) -> None:
+    if device.partition(":")[0] == "meta":
+        raise Mistake("device is 'meta', which holds no numbers; it cannot answer")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # of torch: no such device, or not built for it
