@@ -117,6 +117,11 @@ def test_a_type_can_be_chosen(runs, tmp_path):
     assert export(runs["yi_vl"], tmp_path / "to", "yi_vl", "dtype=bf16") == 0
     assert {t.dtype for t in tensors_of(tmp_path / "to").values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "to/config.json").read_text())["torch_dtype"] == "bfloat16"
+    for dtype in ("fp16", "float32"):
+        to = tmp_path / dtype
+        assert export(CHECKPOINT, to, "yi_vl", f"dtype={dtype}") == 0
+        said = json.loads((to / TOWER / "config.json").read_text())["torch_dtype"]
+        assert said == {"fp16": "float16"}.get(dtype, dtype)
 
 
 @pytest.mark.parametrize("name", ["mlp", "linear"])

@@ -34,3 +34,10 @@ def test_what_the_connector_refuses_is_known_as_early(tmp_path, monkeypatch, cap
     said = capsys.readouterr().err
     assert said.startswith("vlbench: stages.chat.image_size: ") and len(said.splitlines()) == 1
     assert not Path("run").exists()
+
+
+def test_texts_longer_than_the_language_model_reads_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*FIT, "language.max_length=5000"]) == 2
+    said = capsys.readouterr().err
+    assert "4096 positions: say language.max_length=4096" in said and not Path("run").exists()

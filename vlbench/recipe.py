@@ -142,10 +142,8 @@ def _base(tree: dict[str, Any], mistakes: list[str]) -> tuple[dict[str, Any], st
 def _idle(*layers: dict[str, Any]) -> list[str]:
     """Say which keys that somebody wrote choose a part that `init` brings along itself."""
     init = next((layer["init"] for layer in reversed(layers) if "init" in layer), None)
-    if (
-        init in (None, *NULL) or Path(str(init)).expanduser().is_file()
-    ):  # a file holds a connector alone
-        return []
+    if init in (None, *NULL) or Path(str(init)).expanduser().is_file():
+        return []  # a file holds a connector alone
     mistakes = []
     for layer in layers:
         if keys(Recipe).keys() <= layer.keys():

@@ -72,7 +72,7 @@ def given_keys(
 ) -> dict[str, str]:
     """Return the `key=value` words of a verb that has few keys; values stay as they were typed."""
     known = (*needed, *optional)
-    given = {}
+    given: dict[str, str] = {}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or key not in known:

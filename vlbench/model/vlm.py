@@ -17,6 +17,7 @@ from vlbench.data.images import ImageTransform
 from vlbench.data.sample import IGNORE, IMAGE
 from vlbench.data.template import Template
 from vlbench.data.tokenizer import Tokenizer
+from vlbench.mistakes import Mistake
 from vlbench.model.generate import Stream, generate
 from vlbench.model.messages import prompt_batch, sample_of
 from vlbench.model.vision import Tower
@@ -218,6 +219,11 @@ class VLM(nn.Module):
         of the answer's text; True prints the pieces.
         """
         show = functools.partial(print, end="", flush=True) if stream is True else stream
+        if isinstance(messages, list) and messages and isinstance(messages[0], list):
+            raise Mistake(
+                f"chat answers one conversation, given are {len(messages)}; "
+                "generate(prepare(...)) takes several"
+            )
         writer = Stream(self, show or (lambda text: None))
         new = self.generate(
             self.prepare(messages),

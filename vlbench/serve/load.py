@@ -21,6 +21,7 @@ DTYPES = {
     "fp16": torch.float16,
     "float16": torch.float16,
 }
+FLOAT64 = torch.float64  # for comparisons; no name, as nobody trains in it
 FLOAT32_UP_TO = 4_000_000_000  # bytes
 
 
@@ -68,9 +69,9 @@ def open_model(folder: Path, dtype: torch.dtype | None, device: str = "cpu") -> 
 
 def type_named(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """Return the type that a name of DTYPES means."""
-    if dtype is None or dtype in DTYPES.values():
-        return dtype  # type: ignore[return-value]
-    if dtype not in DTYPES:
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype in (*DTYPES.values(), FLOAT64)):
+        return dtype
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         known = ", ".join(DTYPES)
         raise Mistake(f"dtype is '{dtype}'; known are {known}.{nearest(str(dtype), DTYPES)}")
     return DTYPES[dtype]

@@ -1,4 +1,4 @@
-"""Whether the image size of every stage suits tower and connector, told before anything is made."""
+"""Whether image sizes and lengths suit the parts of a model, told before anything is made."""
 
 from __future__ import annotations
 
@@ -24,8 +24,17 @@ from vlbench.train.restore import released
 
 
 def check_sizes(recipe: Recipe, legs: list[Leg]) -> None:
-    """Resize an empty tower through all stages, and build the connector at each new size."""
+    """Refuse texts that are too long for the language model, and image sizes that do not suit.
+
+    An empty tower is resized through all stages, and the connector built at each new size.
+    """
     tower, language = _outline(recipe)
+    if recipe.language.max_length > language.max_position_embeddings:
+        raise Mistake(
+            f"language.max_length is {recipe.language.max_length}, but the language model has "
+            f"{language.max_position_embeddings} positions: say "
+            f"language.max_length={language.max_position_embeddings}"
+        )
     connector, built = plugins.connector(recipe.connector["name"]), set()
     for leg in legs:
         try:
