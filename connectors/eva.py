@@ -137,7 +137,7 @@ class Eva(Connector):
         loss = -cosine_similarity(found, target[mask].float(), dim=-1).sum()
         return {"eva": (self.mask_weight * loss, mask.sum())}
 
-    def counts(self, batch: Any) -> dict[str, int]:
+    def counts(self, batch: Any, objective: str = "language") -> dict[str, int]:
         """Return how many patches of `batch` are hidden."""
         hidden = self.masks(batch.image_id, len(batch.image_id)).sum()
         return {"eva": int(hidden)} if self.mask_weight else {}

@@ -172,11 +172,11 @@ class Flamingo(Connector):
 
         The embedding of its `<image>` token, if it is there, becomes the place's vector.
         """
-        state = {k: v for k, v in weights.items() if k.startswith("perceiver.")}
+        state = {name: weights[name] for name in weights if name.startswith("perceiver.")}
         for layer in self.inject_at:
             start = f"lang_encoder.model.layers.{layer}.gated_cross_attn_layer."
-            for key, value in weights.items():
-                if key.startswith(start):
-                    state[f"blocks.{layer}.{key.removeprefix(start)}"] = value
+            for name in weights:
+                if name.startswith(start):
+                    state[f"blocks.{layer}.{name.removeprefix(start)}"] = weights[name]
         state["place"] = weights.get("place", self.place.data)
         self.load_state_dict(state)

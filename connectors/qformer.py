@@ -5,30 +5,46 @@ token included), a BERT whose queries attend to each other and, in every `cross_
 the picture, and a Linear layer to the language model. The BERT is transformers' own, which
 reproduces LAVIS. It begins with random weights unless `init` gives it BLIP-2's. Dropout is 0 where
 LAVIS trains with 0.1, so that packing and accumulation do not change a step.
+
+A stage with `objective: blip2` is BLIP-2's first: the queries learn from captions alone, without
+the language model, to contrast (ITC), to match (ITM) and to tell (ITG). It adds BERT's text side.
 """
 
+import copy
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
+from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
 
-from vlbench.connector import Connector, Shapes
+from vlbench.connector import Connector, Shapes, zero_like_loss
+from vlbench.data.batch import Batch
+from vlbench.model.blip2 import FirstStage
+from vlbench.model.caption_tokens import EMBEDDED, bert_folder, caption_tokens
+from vlbench.model.weights.shards import Lazy, weight_files
 
 LAVIS = (
     (r"^Qformer\.bert\.embeddings\.LayerNorm\.", "qformer.layernorm."),
+    (r"^(Qformer\.bert\.)?embeddings\.(\w+_embeddings)\.", r"text.embeddings.\2."),
     (
         r"^Qformer\.bert\.encoder\.layer\.(\d+)\.(attention|crossattention)\.self\.",
         r"qformer.encoder.layer.\1.\2.attention.",
     ),
     (r"^Qformer\.bert\.encoder\.", "qformer.encoder."),
+    (r"^Qformer\.cls\.predictions\.transform\.dense\.", "text.dense."),
+    (r"^Qformer\.cls\.predictions\.transform\.LayerNorm\.", "text.norm."),
+    (r"^Qformer\.cls\.predictions\.bias$", "text.bias"),
     (r"^(opt_proj|llm_proj|t5_proj|language_projection)\.", "projection."),
     (r"^vision_model\.post_layernorm\.", "ln_vision."),
+    (r"^(vision|text)_proj(ection)?\.", r"text.\1_proj."),
+    (r"^(itm_head\.|temp$)", r"text.\1"),
 )
 """From names of LAVIS, and of transformers' Blip2, to names of this file."""
-OWN = re.compile(r"(query_tokens$|ln_vision\.|qformer\.|projection\.)")
-TEXT = re.compile(r"\.layer\.\d+\.(intermediate|output)\.")  # the FFN of the text, not of queries
+OWN = re.compile(r"(query_tokens$|ln_vision\.|qformer\.|projection\.|text\.)")
+TEXT = re.compile(r"text\.|.*\.layer\.\d+\.(intermediate|output)\.")  # of the text, not of queries
 
 
 class QFormer(Connector):
@@ -45,12 +61,22 @@ class QFormer(Connector):
         heads: int = 12,
         cross_every: int = 2,
         ffn_width: int = 3072,
+        text: str = "bert-base-uncased",
+        text_length: int = 32,
+        itc_width: int = 256,
     ) -> None:
-        """Build the BERT; `cross_every` counts from the first layer, which reads the picture."""
+        """Build the BERT; `cross_every` counts from the first layer, which reads the picture.
+
+        The last three are for stages with `objective: blip2`: `text` gives tokenizer and first
+        weights (a BERT folder or hub id; "embedded" is the miniatures' tokenizer and no weights),
+        captions are cut to `text_length` tokens and compared in `itc_width` numbers.
+        """
         super().__init__()
-        for name, value in (("queries", queries), ("layers", layers), ("ffn_width", ffn_width)):
-            if value < 1:
-                raise ValueError(f"connector qformer: {name} is {value}; it must be at least 1")
+        least = {"queries": 1, "layers": 1, "ffn_width": 1, "text_length": 3, "itc_width": 1}
+        for name, low in least.items():
+            value = locals()[name]
+            if value < low:
+                raise ValueError(f"connector qformer: {name} is {value}; it must be at least {low}")
         if heads < 1 or width < 1 or width % heads:
             raise ValueError(f"connector qformer: heads={heads} must divide width={width}")
         if not 1 <= cross_every <= layers:
@@ -58,6 +84,8 @@ class QFormer(Connector):
                 f"connector qformer: cross_every is {cross_every}; allowed are 1 to layers={layers}"
             )
         self.tokens_per_image = queries
+        self.text: FirstStage | None = None
+        self._text_source, self.text_length, self.itc_width = text, text_length, itc_width
         config = Blip2QFormerConfig(
             hidden_size=width,
             num_hidden_layers=layers,
@@ -65,6 +93,7 @@ class QFormer(Connector):
             intermediate_size=ffn_width,
             cross_attention_frequency=cross_every,
             encoder_hidden_size=shapes.vision_width,
+            max_position_embeddings=text_length,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
             layer_norm_eps=1e-12,
@@ -77,32 +106,124 @@ class QFormer(Connector):
 
     def forward(self, features: Tensor) -> Tensor:
         """Turn `[images, 1 + patches, vision_width]` into `[images, queries, lm_width]`."""
-        out = self.qformer(
-            query_embeds=self.query_tokens.expand(len(features), -1, -1),
-            encoder_hidden_states=self.ln_vision(features),
+        return self.projection(self.read(self.ln_vision(features)))
+
+    def read(self, seen: Tensor) -> Tensor:
+        """Let queries read `[images, 1 + patches, vision_width]`: `[images, queries, width]`."""
+        queries = self.query_tokens.expand(len(seen), -1, -1)
+        return self.qformer(query_embeds=queries, encoder_hidden_states=seen).last_hidden_state
+
+    def objectives(self) -> tuple[str, ...]:
+        """Offer BLIP-2's first stage."""
+        return ("blip2",)
+
+    def prepare(self, objective: str, fresh: bool = False) -> None:
+        """Add the text side for `blip2`, take it away otherwise; a fresh one begins as BERT."""
+        wanted = objective == "blip2"
+        if wanted == (self.text is not None):
+            return
+        layers: Any = self.qformer.encoder.layer
+        for layer in layers:  # queries and text have feed-forward layers of their own
+            if wanted:
+                layer.intermediate = copy.deepcopy(layer.intermediate_query)
+                layer.output = copy.deepcopy(layer.output_query)
+            else:
+                del layer.intermediate, layer.output
+        if not wanted:
+            self.text = None
+            return
+        tokens = caption_tokens(self._text_source, "connector.text")
+        config = copy.copy(self.qformer.config)
+        config.vocab_size, config.pad_token_id = tokens.vocabulary + 1, tokens.pad
+        self.text = FirstStage(Blip2TextEmbeddings(config), self.itc_width, tokens)
+        if fresh and self._text_source != EMBEDDED and not self.query_tokens.is_meta:
+            self._begin_as_bert()
+
+    def counts(self, batch: Batch, objective: str = "language") -> dict[str, int]:
+        """Return the pictures, triples and tokens that the parts of `blip2` are means over."""
+        if objective != "blip2" or self.text is None:
+            return {}
+        pairs = len(batch.pixels)
+        _, mask = self.text.tokens(batch.captions[:pairs], self.text_length)
+        return {"itc": pairs, "itm": 3 * pairs, "itg": int(mask[:, 1:].sum())}
+
+    def objective(
+        self, name: str, features: Tensor, batch: Batch
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return sums and counts of ITC, ITM and ITG over the pictures and captions of `batch`.
+
+        Negatives come from the micro-batch over all processes; those of other processes teach the
+        tower nothing.
+        """
+        assert self.text is not None
+        pairs = len(batch.pixels)
+        ids, mask = self.text.tokens(batch.captions[:pairs] or [""], self.text_length)
+        found = self.text(
+            self.qformer,
+            self.query_tokens,
+            self.ln_vision,
+            features,
+            (ids.to(features.device), mask.to(features.device)),
+            [f"{torch.initial_seed()} {name}" for name in batch.sample_id[:pairs]],
         )
-        return self.projection(out.last_hidden_state)
+        unused = zero_like_loss(self.projection(self.query_tokens))  # waits for the language model
+        real = float(pairs > 0)  # a micro-batch without a picture runs on a blank one, for nothing
+        sizes = self.counts(batch, "blip2")
+        return {
+            one: (found[one] * real + unused, torch.tensor(size)) for one, size in sizes.items()
+        }
 
     def load_reference(self, weights: Mapping[str, Tensor]) -> None:
         """Load BLIP-2's weights, in the layout of LAVIS or of transformers.
 
-        Tower, language model and the text side of the BERT are left out; so is a projection to a
-        language model of another width, which then stays as it is.
+        Tower and language model are left out, and the text side unless a stage is to use it; so is
+        a projection to a language model of another width, which then stays as it is. What the
+        weights lack of the text side (transformers' have no head for telling) stays as well.
         """
-        state = {}
-        for name, tensor in weights.items():
-            for pattern, replacement in LAVIS:
-                name = re.sub(pattern, replacement, name)
-            if OWN.match(name) and not TEXT.search(name):
-                state[name] = tensor
         own = self.state_dict()
-        ours = len(own["projection.bias"])
-        if len(state.get("projection.bias", ())) != ours:
+        state = {}
+        for given in weights:
+            name = renamed(given)
+            if OWN.match(name) and (self.text is not None or not TEXT.match(name)):
+                state[name] = self._fitting(name, weights[given], own)
+        if len(state.get("projection.bias", ())) != len(own["projection.bias"]):
             state |= {name: own[name] for name in ("projection.weight", "projection.bias")}
-        for name, tensor in own.items():
+        self._load({name: own[name] for name in own if TEXT.match(name)} | state)
+
+    def _fitting(self, name: str, tensor: Tensor, own: Mapping[str, Tensor]) -> Tensor:
+        """Cut positions beyond the longest caption; add the id that BERT itself lacks."""
+        if name == "text.embeddings.position_embeddings.weight":
+            return tensor[: self.text_length]
+        if name in ("text.embeddings.word_embeddings.weight", "text.bias"):
+            return torch.cat([tensor, own[name][len(tensor) :].to(tensor)])
+        return tensor
+
+    def _begin_as_bert(self) -> None:
+        """Load BERT's weights; queries begin with the feed-forward layers of the text."""
+        folder = bert_folder(self._text_source, "connector.text")
+        theirs = Lazy(weight_files(folder))
+        state = self.state_dict()
+        for given in theirs:
+            name = re.sub(r"^(bert\.|)(?=embeddings|encoder)", "bert.", given)
+            name = name.replace(".gamma", ".weight").replace(".beta", ".bias")
+            name = renamed(f"Qformer.{name}")
+            for one in {name, re.sub(r"(layer\.\d+\.(intermediate|output))\.", r"\1_query.", name)}:
+                if one in state:
+                    state[one] = self._fitting(one, theirs[given], state)
+        self._load(state)
+
+    def _load(self, state: dict[str, Tensor]) -> None:
+        for name, tensor in self.state_dict().items():
             if name in state and state[name].shape != tensor.shape:
                 raise ValueError(
                     f"connector qformer: {name} of the weights has shape "
                     f"{tuple(state[name].shape)}, needed is {tuple(tensor.shape)}"
                 )
         self.load_state_dict(state)
+
+
+def renamed(name: str) -> str:
+    """Return this file's name of a tensor of LAVIS or transformers."""
+    for pattern, replacement in LAVIS:
+        name = re.sub(pattern, replacement, name)
+    return name

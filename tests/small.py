@@ -22,6 +22,15 @@ from vlbench.model.vlm import VLM
 
 CHECKPOINT = Path(__file__).parent / "goldens" / "yi_vl" / "checkpoint"
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+SMALL = {
+    "qformer": {"queries": 3, "width": 16, "layers": 2, "heads": 2, "ffn_width": 24},
+    "flamingo": {"every": 1, "latents": 3, "depth": 1, "heads": 2, "head_width": 8},
+    "eva": {"layers": 1, "head_width": 8},
+    "resampler": {"side": 2, "heads": 2},
+    "mixed": {"tokens": "avgpool", "every": 1, "heads": 2, "head_width": 8},
+    "c_abstractor": {"side": 1, "depth": 1, "width": 16},
+}
+"""Options of connectors whose defaults are too large for a picture of 2 x 2 patches."""
 
 
 @dataclass(frozen=True)
@@ -85,3 +94,11 @@ def batch_of(vlm: VLM, rows: list[list[Sample]]) -> Batch:
         for row in rows
     ]
     return collate(encoded, lambda picture: vlm.transform(picture.open()))
+
+
+def opened(vlm: VLM) -> VLM:
+    """Open the gates of a connector that begins with closed ones."""
+    for name, parameter in vlm.connector.named_parameters():
+        if name.endswith("gate"):
+            parameter.data.fill_(0.5)
+    return vlm

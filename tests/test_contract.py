@@ -3,29 +3,28 @@
     python -m pytest tests/test_contract.py                    # all that `list connectors` shows
     python -m pytest tests/test_contract.py --connector mine   # one of them
 
-Those that need other options than their defaults on a picture of 2 x 2 patches are listed here.
+Those that need other options than their defaults on a picture of 2 x 2 patches: tests/small.py.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import socket
 from dataclasses import replace
 
+import peft
 import pytest
 import torch
-from small import batch_of, sample, small_vlm
+import two_processes
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from small import SMALL, batch_of, opened, sample, small_vlm
 from test_vlm import assert_same, gradients, grown
 
 from vlbench import plugins
 from vlbench.model.messages import prompt_batch
 from vlbench.model.vlm import VLM
 
-SMALL = {
-    "qformer": {"queries": 3, "width": 16, "layers": 2, "heads": 2, "ffn_width": 24},
-    "flamingo": {"every": 1, "latents": 3, "depth": 1, "heads": 2, "head_width": 8},
-    "eva": {"layers": 1, "head_width": 8},
-    "resampler": {"side": 2, "heads": 2},
-    "c_abstractor": {"side": 1, "depth": 1, "width": 16},
-}
 LLAVA = plugins.connector("llava_mlp")
 
 
@@ -38,11 +37,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def vlm(request: pytest.FixtureRequest) -> VLM:
     """Return a small model with the connector, its gates open, in float64."""
-    model = small_vlm(plugins.connector(request.param), SMALL.get(request.param)).double()
-    for name, parameter in model.connector.named_parameters():
-        if name.endswith("gate"):
-            parameter.data.fill_(0.5)
-    return model
+    return opened(small_vlm(plugins.connector(request.param), SMALL.get(request.param)).double())
 
 
 def batch(vlm: VLM, rows: list) -> object:
@@ -110,6 +105,48 @@ def test_a_saved_state_gives_the_same(vlm):
 
 def test_the_language_models_names_are_untouched(vlm):
     assert set(vlm.language.state_dict()) == set(small_vlm(LLAVA).language.state_dict())
+
+
+def test_it_works_with_lora_in_the_language_model(vlm):
+    prompt = prompt_batch(vlm, [replace(sample(2, images=2), turns=sample(2, images=2).turns[:1])])
+    rows = batch(vlm, [[sample(1), sample(2, images=2)], [sample(3, images=0)]])
+    vlm.language.requires_grad_(False)
+    torch.manual_seed(1)
+    peft.inject_adapter_in_model(LoraConfig(r=2, target_modules="all-linear"), vlm.language)
+    adapters = {n: p for n, p in vlm.language.named_parameters() if p.requires_grad}
+    for parameter in adapters.values():
+        parameter.data.normal_(std=0.1)
+    out = vlm(rows)
+    (out.loss_sum + sum(value for value, _ in out.extra.values())).backward()
+    assert adapters and all(p.grad.any() for p in adapters.values())
+    assert all(p.grad is not None for p in vlm.connector.parameters())
+    unmerged = vlm.generate(prompt, max_new_tokens=4), vlm(rows).loss_sum
+    for module in vlm.language.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+    assert vlm.generate(prompt, max_new_tokens=4) == unmerged[0]
+    torch.testing.assert_close(vlm(rows).loss_sum, unmerged[1])
+
+
+def test_two_processes_learn_what_one_does(request):
+    """Under DDP and FSDP2, on CPUs; all connectors share the two processes."""
+    asked = request.config.getoption("--connector")
+    names = [asked] if asked else list(plugins.sources())
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    workers = [
+        context.Process(target=two_processes.work, args=(rank, port, names, answers))
+        for rank in range(two_processes.WORLD)
+    ]
+    for worker in workers:
+        worker.start()
+    found = [answers.get(timeout=200) for _ in workers]
+    for worker in workers:
+        worker.join()
+    assert found == [[], []]
 
 
 def test_another_image_size_is_taken(vlm):

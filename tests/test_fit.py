@@ -167,8 +167,8 @@ def test_a_loss_that_is_not_finite_is_skipped_named_and_ends_the_run_in_the_end(
 
     forward = VLM.forward
 
-    def broken(self: VLM, batch: object, objective: str = "language") -> object:
-        out = forward(self, batch, objective)
+    def broken(self: VLM, batch: object) -> object:
+        out = forward(self, batch)
         if out.loss_sum is not None and self.connector.training and out.loss_sum.requires_grad:
             out.loss_sum = out.loss_sum * float("nan")
         return out

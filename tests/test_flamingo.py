@@ -189,3 +189,19 @@ def test_closed_gates_equal_the_plain_language_model_bit_for_bit():
             inputs_embeds=embeds, position_ids=batch.positions, lengths=batch.lengths
         )
         assert torch.equal(ours, vlm.language.lm_head(plain.last_hidden_state))
+
+
+def test_recomputing_keeps_nothing_of_the_gated_blocks():
+    """They run again in the backward pass, wherever transformers calls a layer's hooks."""
+    vlm = small_vlm(Flamingo, SMALL | {"every": 1})
+    for block in vlm.connector.blocks.values():
+        block.ff_gate.data.fill_(0.5)
+    calls = []
+    block = vlm.connector.blocks["1"]
+    block.register_forward_pre_hook(lambda *_: calls.append(1))
+    batch = small_batch(vlm, [[sample(1)]])
+    vlm(batch).loss_sum.backward()
+    assert len(calls) == 1
+    vlm.recompute()
+    vlm(batch).loss_sum.backward()
+    assert len(calls) >= 3

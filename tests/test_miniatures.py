@@ -20,6 +20,7 @@ from vlbench.data.scene_world import COLOURS, UNSEEN
 from vlbench.data.template import YI_VL
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.model.tiny import make_language, make_tokenizer, make_tower, pictures
+from vlbench.model.tiny.__main__ import FOLDERS
 from vlbench.model.tiny.begin import begin
 from vlbench.model.tiny.words import CELL, OVER, document, drill, facts
 
@@ -40,14 +41,14 @@ def language() -> LlamaForCausalLM:
 def test_files_are_those_recorded() -> None:
     found = {
         path.relative_to(TINY).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for folder in ("language", "tower")
+        for folder in FOLDERS
         for path in (TINY / folder).iterdir()
     }
     assert found == MANIFEST["files"]
 
 
 def test_files_are_small_and_are_data() -> None:
-    files = [path for folder in ("language", "tower") for path in (TINY / folder).iterdir()]
+    files = [path for folder in FOLDERS for path in (TINY / folder).iterdir()]
     assert sum(path.stat().st_size for path in files) <= 8e6
     assert {path.suffix for path in files} == {".safetensors", ".json", ".model"}
     for path in files:

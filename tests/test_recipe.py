@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from vlbench import recipe as recipes
+from vlbench.layers import plain
 from vlbench.mistakes import Mistake
 from vlbench.recipe import differences, dump, load, load_file, save
 from vlbench.schema import Recipe, rows
@@ -192,7 +193,7 @@ def test_recipes_that_are_not_there(words, expected):
         ("precision=16", "32, bf16"),
         ("seed=", "no value"),
         ("run=a${b", "not interpolated"),
-        ("vision.name=ViT-B-32", "only vision.name=tiny has"),
+        ("vision.name=ViT-B-32", "only vision.name=tiny and vision.name=tiny_eva can"),
         ("only=[a,b", "cannot be read"),
         ("data.mix=[]", "list of mappings"),
         ("=3", "KEY=VALUE"),
@@ -338,3 +339,32 @@ def test_every_key_has_a_meaning_and_the_copy_has_every_key():
         "vision language connector data stages trainer log"
     )
     assert top == wanted.split()
+
+
+def test_recipes_differ_in_what_their_papers_say_and_in_nothing_else():
+    """The connector alone; beside it the tower of EVA, and the first stage of BLIP-2."""
+    allowed = {
+        "yivl_qformer": set(),
+        "yivl_flamingo": set(),
+        "yivl_eva": set(),
+        "yivl_eva_tower": {"vision"},
+        "yivl_blip2": {"stages"},
+    }
+    for size in ("tiny", "6b", "34b"):
+        llava_ = plain(load(["recipe=yivl_llava", f"size={size}"]))
+        for name, also in allowed.items():
+            other = plain(load([f"recipe={name}", f"size={size}"]))
+            differing = {key for key in llava_ if llava_[key] != other[key]}
+            assert differing == {"recipe", "connector"} | also, (name, size)
+            stages = dict(other["stages"])
+            stages.pop("blip2", None)
+            assert stages == llava_["stages"], (name, size)
+
+
+def test_a_kind_of_tower_is_that_of_the_size():
+    names = {
+        size: load(["recipe=yivl_eva_tower", f"size={size}"]).vision.name for size in ("tiny", "6b")
+    }
+    assert names == {"tiny": "tiny_eva", "6b": "EVA02-L-14-336"}
+    given = load(["recipe=yivl_llava", "vision.name=eva", "vision.layer=-1"]).vision
+    assert (given.name, given.weights, given.layer) == ("tiny_eva", "embedded", -1)

@@ -73,8 +73,8 @@ class Connector(nn.Module):
         """Return `{name: (sum, count)}`, losses to add to the language loss; none by default."""
         return {}
 
-    def counts(self, batch: Any) -> dict[str, int]:
-        """Return the counts that `losses` will give for `batch`, where the batch alone tells them.
+    def counts(self, batch: Any, objective: str = "language") -> dict[str, int]:
+        """Return the counts that `losses` or `objective` gives for `batch`, where it alone tells.
 
         Such a loss is divided by the count of the global batch, like the language loss; another one
         by that of its micro-batch.
@@ -82,8 +82,18 @@ class Connector(nn.Module):
         return {}
 
     def objectives(self) -> tuple[str, ...]:
-        """Name the stage objectives that this connector offers beside `language`."""
+        """Name the stage objectives that this connector offers beside `language`.
+
+        They learn from captions: each sample of the batch is a picture and `batch.captions`.
+        """
         return ()
+
+    def prepare(self, objective: str, fresh: bool = False) -> None:
+        """Build what only a stage of `objective` needs and let go of what it does not.
+
+        Called before a stage begins and before the weights of a checkpoint of such a stage are
+        loaded. `fresh`: no weights were or will be loaded, so pretrained ones may be taken.
+        """
 
     def objective(
         self, name: str, features: Tensor, batch: Any

@@ -104,10 +104,12 @@ def _drop_stage_data(result: dict[str, Any], over: dict[str, Any]) -> None:
 
 def _weights(part: str, tree: dict[str, Any]) -> list[str]:
     name = tree.get("name", "tiny")
-    if tree.get("weights", "embedded") != "embedded" or name == "tiny":
+    with_own = list(towers.EMBEDDED) if part == "vision" else ["tiny"]
+    if tree.get("weights", "embedded") != "embedded" or name in with_own:
         return []
+    own = " and ".join(f"{part}.name={one}" for one in with_own)
     return [
-        f"{part}.weights is 'embedded', which only {part}.name=tiny has; "
+        f"{part}.weights is 'embedded', which only {own} can have; "
         f"say which weights {part}.name={name} takes, or {part}.weights=random"
     ]
 

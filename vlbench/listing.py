@@ -101,7 +101,8 @@ def _option(name: str, option: Option) -> str:
 
 
 def _towers() -> list[str]:
-    some = [f"{towers.TINY:14} the embedded miniature", *towers.CURATED]
+    some = [f"{name:14} {text}" for name, text in towers.EMBEDDED.items()]
+    some += towers.CURATED
     return [*some, f"... {len(towers.names())} in all: python -m vlbench list towers"]
 
 

@@ -88,6 +88,11 @@ def connector(name: str) -> type[Connector]:
     return cls  # type: ignore[no-any-return]
 
 
+def module(name: str) -> Any:
+    """Return the module of the connector called `name`: other connectors may build on its parts."""
+    return sys.modules[connector(name).__module__]
+
+
 def options(name: str | type) -> dict[str, Option]:
     """Return the options (kind, default) of a connector by its name or class.
 

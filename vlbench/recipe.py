@@ -21,19 +21,19 @@ from vlbench.mistakes import Mistake, nearest
 from vlbench.plugins import shipped
 from vlbench.schema import Recipe, keys
 from vlbench.strict import Walk
-from vlbench.values import NULL
 
 
 def load(words: list[str], inherited: Mapping[str, Any] = MappingProxyType({})) -> Recipe:
     """Return the recipe that the words `recipe=... size=... key=value ...` describe.
 
     Without `recipe=`, `run=DIR` takes the recipe of that run. What neither files nor words say is
-    taken from `inherited`, a mapping of keys. Raises one Mistake with a line for every thing that
-    is wrong.
+    taken from `inherited`, the keys that an `init` with parts of its own hands down. Raises one
+    Mistake with a line for every thing that is wrong.
     """
     tree, mistakes = command_line.tree(words)
     base, name, size = _base(tree, mistakes)
-    mistakes += _idle(base, tree)
+    if inherited and not _copy(tree).is_file():  # a run that goes on was looked at when it began
+        mistakes += _idle(base, tree)
     stages = base.get("stages")
     known = list(stages) if isinstance(stages, dict) else None
     layers = [(dict(inherited), Walk("init")), (base, Walk(name))]
@@ -120,17 +120,19 @@ def _named(folder: str) -> dict[str, Path]:
 
 def _base(tree: dict[str, Any], mistakes: list[str]) -> tuple[dict[str, Any], str, dict[str, Any]]:
     """Return the recipe's layer, its name in messages, and the size's, without foreign stages."""
-    copy = Path(str(tree.get("run")), "recipe.yaml").expanduser()
+    copy = _copy(tree)
     if "recipe" not in tree and "size" not in tree and "run" in tree and copy.is_file():
         return read(copy), str(copy), {}
     base, name = _file(tree.get("recipe"), "recipe", recipes(), mistakes)
     size, _ = _file(tree.get("size", base.get("size", "tiny")), "size", sizes(), mistakes)
-    for_connectors = size.pop("connectors", None) or {}
-    given = [layer.get("connector") for layer in (tree, base)]
-    names = [one.get("name") for one in given if isinstance(one, dict)]
-    chosen = next((str(name) for name in names if name), None)
+    for_connectors, towers = (size.pop(kind, None) or {} for kind in ("connectors", "towers"))
+    chosen, layer = _chosen(tree, base, "connector")
     if chosen in for_connectors:  # options that a connector has at this scale
         size["connector"] = {"name": chosen, **for_connectors[chosen]}
+    chosen, layer = _chosen(tree, base, "vision")
+    if chosen in towers:  # a kind of tower: which one it is at this scale
+        layer["vision"] = {**layer["vision"], "name": towers[chosen]["name"]}
+        size["vision"] = towers[chosen]
     stages = size.get("stages")
     if isinstance(stages, dict):  # a size says how stages look, the recipe which there are
         known = base.get("stages")
@@ -139,11 +141,14 @@ def _base(tree: dict[str, Any], mistakes: list[str]) -> tuple[dict[str, Any], st
     return base, name, size
 
 
+def _copy(tree: dict[str, Any]) -> Path:
+    """Return where the run that the command line names keeps its recipe."""
+    return Path(str(tree.get("run")), "recipe.yaml").expanduser()
+
+
 def _idle(*layers: dict[str, Any]) -> list[str]:
     """Say which keys that somebody wrote choose a part that `init` brings along itself."""
     init = next((layer["init"] for layer in reversed(layers) if "init" in layer), None)
-    if init in (None, *NULL) or Path(str(init)).expanduser().is_file():
-        return []  # a file holds a connector alone
     mistakes = []
     for layer in layers:
         if keys(Recipe).keys() <= layer.keys():
@@ -157,6 +162,17 @@ def _idle(*layers: dict[str, Any]) -> list[str]:
                 if key in written
             ]
     return mistakes
+
+
+def _chosen(
+    tree: dict[str, Any], base: dict[str, Any], part: str
+) -> tuple[str | None, dict[str, Any]]:
+    """Return the name that the command line, or else the recipe, gives a part, and who gives it."""
+    for layer in (tree, base):
+        one = layer.get(part)
+        if isinstance(one, dict) and one.get("name"):
+            return str(one["name"]), layer
+    return None, base
 
 
 def _file(

@@ -40,9 +40,11 @@ def key(
 class Vision:
     """The vision tower."""
 
-    name: str = key("ViT or EVA of open_clip (see list), a folder, or tiny", "tiny", path=True)
+    name: str = key(
+        "ViT or EVA of open_clip, tiny, tiny_eva (see list), or a folder", "tiny", path=True
+    )
     weights: str = key(
-        "embedded (tiny only), random, a tag, a file or a folder", "embedded", path=True
+        "embedded (tiny, tiny_eva), random, a tag, a file or a folder", "embedded", path=True
     )
     layer: int = key("block whose output is used; -1 is the last", -2, low=-100, high=99)
     norm: bool = key("apply the tower's final norm to the features", False)

@@ -10,7 +10,10 @@ from typing import Any
 
 from vlbench.mistakes import nearest
 
-TINY = "tiny"
+EMBEDDED = {
+    "tiny": "the embedded miniature of a CLIP tower",
+    "tiny_eva": "the embedded miniature of an EVA-02 tower",
+}
 CURATED = (
     "ViT-B-32",
     "ViT-B-16",
@@ -32,12 +35,12 @@ CURATED = (
 
 @cache
 def names() -> tuple[str, ...]:
-    """Return the embedded tower and every ViT or EVA of open_clip, by name."""
+    """Return the embedded towers and every ViT or EVA of open_clip, by name."""
     spec = importlib.util.find_spec("open_clip")
     folders = spec.submodule_search_locations if spec else None
     files = [f for folder in folders or [] for f in Path(folder, "model_configs").glob("*.json")]
     usable = [f.stem for f in files if _usable(json.loads(f.read_text(encoding="utf-8")))]
-    return (TINY, *sorted(usable))
+    return (*EMBEDDED, *sorted(usable))
 
 
 def _usable(config: dict[str, Any]) -> bool:
@@ -53,7 +56,7 @@ def check(name: str) -> list[str]:
     """Return what is wrong with `vision.name`, as at most one line."""
     if name in names() or Path(name, "open_clip_config.json").is_file():
         return []
-    some = ", ".join((TINY, *CURATED))
+    some = ", ".join((*EMBEDDED, *CURATED))
     more = "`python -m vlbench list towers` has all"
     return [
         f"vision.name: no ViT or EVA tower '{name}' in open_clip; "

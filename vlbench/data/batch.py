@@ -38,6 +38,8 @@ class Batch:
     """Number of supervised positions."""
     image_id: list[str] = field(default_factory=list)
     """Identity of each image of `pixels`: its sample and its number there."""
+    captions: list[str] = field(default_factory=list)
+    """The first answer of each sample, for objectives that read text in a way of their own."""
 
     def to(
         self,
@@ -76,6 +78,7 @@ def collate(rows: Sequence[Sequence[Encoded]], pixels_of: Callable[[Picture], Te
     pictures: list[Picture] = []
     image_id: list[str] = []
     sample_id: list[str] = []
+    captions: list[str] = []
     for number, row in enumerate(rows):
         start = 0
         for sample in row:
@@ -87,6 +90,7 @@ def collate(rows: Sequence[Sequence[Encoded]], pixels_of: Callable[[Picture], Te
             sample_index[at] = len(sample_id)
             image_index[at] = image_of(ids[at], sample.tokens_per_image, len(pictures))
             sample_id.append(sample.sample.id)
+            captions.append(sample.sample.caption)
             shown = sample.sample.pictures
             image_id += [f"{sample.sample.id} {number}" for number in range(len(shown))]
             pictures += shown
@@ -102,6 +106,7 @@ def collate(rows: Sequence[Sequence[Encoded]], pixels_of: Callable[[Picture], Te
         lengths=[[len(sample.ids) for sample in row] for row in rows],
         tokens=int((labels != IGNORE).sum()),
         image_id=image_id,
+        captions=captions,
     )
 
 

@@ -50,6 +50,11 @@ class Sample:
     pictures: tuple[Picture, ...] = ()
     language: str = ""  # "en", "zh", or empty for unknown
 
+    @property
+    def caption(self) -> str:
+        """The first answer, which a stage of captions learns; empty when there is none."""
+        return next((turn.text.strip() for turn in self.turns if turn.role == "assistant"), "")
+
 
 class Source(Protocol):
     """A set of samples that can be reached by number."""
@@ -210,9 +215,8 @@ def _caption(sample: Sample) -> tuple[Sample, list[tuple[str, bool]]]:
     """Reduce a sample to its first image and first answer: the sample, and its pieces."""
     if not sample.pictures:
         raise NoImage(sample.id, "has no image, and the stage learns captions")
-    caption = next(turn.text for turn in sample.turns if turn.role == "assistant").strip()
     one = replace(sample, pictures=sample.pictures[:1])
-    return one, [(PLACEHOLDER, False), (f"{caption}\n", True)]
+    return one, [(PLACEHOLDER, False), (f"{sample.caption}\n", True)]
 
 
 def _images_left(

@@ -27,13 +27,18 @@ from vlbench.schema import Recipe
 LANGUAGE = "language"  # folder in a checkpoint that describes its language model
 
 
-def compose(recipe: Recipe, image_size: int) -> VLM:
-    """Build the model of `recipe` with its pretrained weights, at `image_size` pixels."""
+def compose(recipe: Recipe, image_size: int, objective: str = "language") -> VLM:
+    """Build the model of `recipe` with its pretrained weights, at `image_size` pixels.
+
+    `objective` is that of the stage which begins.
+    """
     torch.manual_seed(recipe.seed)  # what has no pretrained weights starts from the seed
     tower = _tower(recipe, recipe.vision.weights, image_size)
     language = build_language(recipe.language.name, recipe.language.weights)
     tokenizer = Tokenizer.load(language_folder(recipe.language.weights))
-    return _join(recipe, tower, language, tokenizer)
+    vlm = _join(recipe, tower, language, tokenizer)
+    vlm.pursue(objective, fresh=True)
+    return vlm
 
 
 def compose_empty(recipe: Recipe, image_size: int, folder: Path, held: Collection[str]) -> VLM:

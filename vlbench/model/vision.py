@@ -19,7 +19,8 @@ from vlbench.model.weights import clip, hub
 from vlbench.model.weights.hub import fetch
 
 Colour = tuple[float, float, float]
-TINY = Path(__file__).parent / "tiny" / "tower"
+TINY = Path(__file__).parent / "tiny"
+EMBEDDED = {"tiny": TINY / "tower", "tiny_eva": TINY / "eva_tower"}
 
 
 class Tower(nn.Module):
@@ -147,9 +148,9 @@ class Tower(nn.Module):
 def build_tower(name: str, weights: str, layer: int = -2, norm: bool = False) -> Tower:
     """Build the tower `name` and load `weights`.
 
-    `name` is a model of open_clip, "tiny" or a folder with `open_clip_config.json`; `weights` is
-    "embedded", "random", a pretrained tag of open_clip, one of its files, or a folder: of
-    open_clip, or a CLIP in Hugging Face's layout.
+    `name` is a model of open_clip, one of EMBEDDED or a folder with `open_clip_config.json`;
+    `weights` is "embedded", "random", a pretrained tag of open_clip, one of its files, or a folder:
+    of open_clip, or a CLIP in Hugging Face's layout.
     """
     source = _source(name)
     local = source.startswith("local-dir:")
@@ -201,14 +202,17 @@ def load_clip_folder(tower: Tower, folder: Path) -> None:
 
 def _source(name: str) -> str:
     """Return what open_clip calls the tower `name`; a Mistake if it does not know it."""
-    if name == "tiny":
-        return f"local-dir:{TINY}"
+    if name in EMBEDDED:
+        import vlbench.model.tiny.eva  # noqa: F401  makes its architecture known to timm
+
+        return f"local-dir:{EMBEDDED[name]}"
     if (Path(name) / "open_clip_config.json").is_file():
         return f"local-dir:{name}"
     if name not in open_clip.list_models():
         raise Mistake(
-            f"vision.name is '{name}'; known are 'tiny', a folder with open_clip_config.json and "
-            f"the ViTs of open_clip.{nearest(name, open_clip.list_models())}"
+            f"vision.name is '{name}'; known are {', '.join(EMBEDDED)}, a folder with "
+            "open_clip_config.json and the ViTs of open_clip."
+            f"{nearest(name, [*EMBEDDED, *open_clip.list_models()])}"
         )
     return name
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 from vlbench.connector import Connector, Shapes, zero_like_loss
 from vlbench.data.batch import Batch
@@ -62,6 +63,7 @@ class VLM(nn.Module):
         self.template = template.bound(tokenizer.eos_text)
         tokenizer.limit(self.language.config.vocab_size)
         self._connector_class, self.options = connector, options
+        self.objective, self._recomputes = "language", False
         self.connector = self._connect()
         self.release: dict[str, bytes] = {}  # small files of the released model it began as
         layers = self.language.model.layers
@@ -96,10 +98,19 @@ class VLM(nn.Module):
         self.vision.resize(image_size)
         if self.shapes != old_shapes:
             connector = self._connect()
+            connector.prepare(self.objective)
             connector.load_state_dict(dict(connector.adapt(old_state, old_shapes)), strict=True)
             before = next(iter(old_state.values()))
             place(connector, before.dtype, before.device)
             self.connector = connector
+
+    def pursue(self, objective: str, fresh: bool = False) -> None:
+        """Make the connector ready for a stage of `objective`; see `Connector.prepare`."""
+        self.objective = objective
+        before = next(self.connector.parameters(), None)
+        self.connector.prepare(objective, fresh)
+        if before is not None:
+            place(self.connector, before.dtype, before.device)
 
     def train(self, mode: bool = True) -> VLM:
         """Set training mode, except for a frozen tower, which always runs in evaluation mode."""
@@ -144,7 +155,8 @@ class VLM(nn.Module):
 
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
             hidden = args[0] if args else kwargs["hidden_states"]
-            hidden = self.connector.inject(layer, hidden, kwargs["visual"], kwargs["sees"])
+            inject = self._kept(self.connector.inject)
+            hidden = inject(layer, hidden, kwargs["visual"], kwargs["sees"])
             if args:
                 return (hidden, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": hidden}
@@ -162,17 +174,28 @@ class VLM(nn.Module):
         new = getattr(self.language, "activation_checkpointing_enable", None)  # its name in v6
         (new or self.language.gradient_checkpointing_enable)({"use_reentrant": False})
         self.vision.visual.set_grad_checkpointing(True)
+        self._recomputes = True
 
-    def forward(self, batch: Batch, objective: str = "language") -> Output:
+    def _kept(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return `function`, after `recompute` one that keeps its inputs alone for the backward.
+
+        transformers runs hooks of a layer outside of what it recomputes, or inside, by version.
+        """
+        if not (self._recomputes and torch.is_grad_enabled()):
+            return function
+        return functools.partial(checkpoint, function, use_reentrant=False)
+
+    def forward(self, batch: Batch) -> Output:
         """Give all logits for a batch without labels, otherwise the summed loss of its labels.
 
-        An `objective` other than "language" is one of the connector's own and leaves the language
-        model out. Training must go through here: DDP and FSDP hook `forward` alone.
+        After `pursue` with an objective of the connector's own, labels give the losses of that one
+        and the language model is left out. Training must go through here: DDP and FSDP hook
+        `forward` alone.
         """
         features = self.features(batch)
-        if objective != "language":
-            return Output(extra=self.connector.objective(objective, features, batch))
-        visual = self.connector(features)
+        if self.objective != "language" and batch.labels is not None:
+            return Output(extra=self.connector.objective(self.objective, features, batch))
+        visual = self._kept(self.connector)(features)
         hidden = self.read(
             self.fuse(batch, visual),
             visual,

@@ -54,17 +54,30 @@ def learning_rate_factor(position: int, steps: int, warmup: float, schedule: str
 
 
 def check_objective(vlm: VLM, name: str, stage: Stage) -> None:
-    """Refuse an objective that the connector does not offer."""
+    """Refuse an objective that the connector does not offer, or that the stage does not fit."""
     offered = ("language", *vlm.connector.objectives())
     if stage.objective not in offered:
         raise Mistake(
             f"stages.{name}.objective is '{stage.objective}'; this connector offers "
             f"{', '.join(offered)}.{nearest(stage.objective, offered)}"
         )
+    if stage.objective == "language":
+        return
+    if stage.form != "caption":
+        raise Mistake(
+            f"stages.{name}.form is '{stage.form}'; objective {stage.objective} learns from "
+            "pictures and captions: form=caption"
+        )
+    if "language" in stage.parts:
+        raise Mistake(
+            f"stages.{name}.train.language: objective {stage.objective} leaves the language model "
+            f"out, so it cannot be trained: stages.{name}.train.language=null"
+        )
 
 
 def freeze(vlm: VLM, stage: Stage) -> None:
-    """Let exactly the parts that the stage names require gradients."""
+    """Make the model ready for a stage: exactly the parts that it names require gradients."""
+    vlm.pursue(stage.objective)
     for name, part in vlm.parts():
         part.requires_grad_(False)
         if name in stage.parts:
@@ -194,7 +207,7 @@ class Training(pl.LightningModule):
         counts = self._counts(step)
         for number, batch in enumerate(step.batches):
             with self._synchronise(number == len(step.batches) - 1):
-                out = self.vlm(batch.to(self.device), self.stage.objective)
+                out = self.vlm(batch.to(self.device))
                 lm_loss = out.loss_sum if out.loss_sum is not None else torch.zeros_like(loss_sum)
                 loss = lm_loss / total
                 for name, (value, count) in out.extra.items():
@@ -204,12 +217,16 @@ class Training(pl.LightningModule):
                     extra[name] = extra.get(name, 0) + share.detach()
                 self.manual_backward(loss * world)  # DDP and FSDP average over ranks
             loss_sum += lm_loss.detach()
-        report.loss = self._over_ranks(loss_sum.item()) / total
-        report.extra = {name: float(value) for name, value in extra.items()}
+        report.extra = {name: self._over_ranks(float(value)) for name, value in extra.items()}
+        own = self.stage.objective != "language"
+        report.loss = (
+            sum(report.extra.values()) if own else self._over_ranks(float(loss_sum)) / total
+        )
 
     def _counts(self, step: Step) -> dict[str, int]:
         """Return what the connector's own losses are divided by, where the step alone tells it."""
-        each = [self.vlm.connector.counts(batch) for batch in step.batches]
+        objective = self.stage.objective
+        each = [self.vlm.connector.counts(batch, objective) for batch in step.batches]
         names = {name for counts in each for name in counts}
         return {n: self._over_ranks(sum(c.get(n, 0) for c in each)) for n in sorted(names)}
 

@@ -6,6 +6,7 @@ import csv
 import io
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,25 @@ def cut(path: Path, stages: list[str], stage: str, step: int) -> None:
     """
     if not path.is_file():
         return
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    columns, rows = _rows(path)
     here = stages.index(stage)
     whole = [row for row in rows if row["seconds"] and row["stage"] in stages]  # a kill tears one
     kept = [r for r in whole if (stages.index(r["stage"]), int(r["step"])) <= (here, step)]
+    _write_rows(path, columns, kept)
+
+
+def _rows(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return the columns and rows of a table."""
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        return list(reader.fieldnames or COLUMNS), list(reader)
+
+
+def _write_rows(path: Path, columns: Sequence[str], rows: list[dict[str, Any]]) -> None:
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS)
+    writer = csv.DictWriter(text, columns)
     writer.writeheader()
-    writer.writerows(kept)
+    writer.writerows(rows)
     write_whole(path, text.getvalue())
 
 
@@ -80,25 +91,28 @@ class Progress(Watcher):
         self.images += report.images
         self.bar.update()
         last = training.position == training.steps
-        if training.position % self.every == 0 or last or self.held_out.latest is not None:
+        if training.position % self.every == 0 or last or self.held_out.latest:
             self._tell(training, report)
 
     def _tell(self, training: Training, report: StepReport) -> None:
         now = time.monotonic()
         passed = max(now - self.window, 1e-9)
-        row = {
+        held_out = self.held_out.latest
+        row: dict[str, Any] = {
             "stage": self.stage,
             "step": training.position,
             "loss": report.loss,
-            "held_out_loss": "" if self.held_out.latest is None else self.held_out.latest,
+            "held_out_loss": held_out.get("loss", ""),
             "lr": report.lr,
             "grad_norm": report.grad_norm,
             "tokens_per_second": round(self.tokens / passed, 1),
             "images_per_second": round(self.images / passed, 2),
             "seconds": round(now - self.began, 2),
         }
+        row |= report.extra  # the connector's own losses, a column each
+        row |= {f"held_out_{k}": held_out.get(k, "") for k in report.extra}
         self._write(row)
-        numbers = {k: v for k, v in (row | report.extra).items() if isinstance(v, float)}
+        numbers = {k: v for k, v in row.items() if isinstance(v, float)}
         for logger in training.trainer.loggers:
             logger.log_metrics(numbers, step=self.offset + training.position)
         self._show(training, row)
@@ -108,17 +122,20 @@ class Progress(Watcher):
     def _write(self, row: dict[str, Any]) -> None:
         if self.metrics is None:
             return
-        new = not self.metrics.exists()
+        columns, rows = _rows(self.metrics) if self.metrics.exists() else (list(COLUMNS), [])
+        more = [name for name in row if name not in columns]
+        if more or not rows:
+            _write_rows(self.metrics, [*columns, *more], [*rows, row])
+            return
         with self.metrics.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+            csv.DictWriter(file, columns).writerow(row)
 
     def _show(self, training: Training, row: dict[str, Any]) -> None:
         rates = f"{row['tokens_per_second']:.0f} tokens/s, {row['images_per_second']:.1f} images/s"
         held = row["held_out_loss"]
         losses = f"loss {row['loss']:.3f}" + (f" (held out {held:.3f})" if held != "" else "")
+        own = [name for name in training.report.extra if name in row]
+        losses += "".join(f", {name} {row[name]:.3f}" for name in own)
         self.bar.set_postfix_str(f"{losses}, {rates}")
         if not self.interactive:
             done = training.position - self.start

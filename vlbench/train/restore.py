@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vlbench import recipe as recipes
+from vlbench.files import read_json
 from vlbench.mistakes import Mistake
 from vlbench.model.compose import choice_of, compose, compose_empty
 from vlbench.model.vlm import PARTS, VLM
@@ -18,13 +19,14 @@ from vlbench.model.weights import hub
 from vlbench.model.weights.groups import place
 from vlbench.model.weights.hub import fetch
 from vlbench.model.weights.load import assemble, is_release, layout_of, load_release
-from vlbench.model.weights.shards import read, shapes, weight_files
-from vlbench.schema import Recipe
+from vlbench.model.weights.shards import Lazy, read, shapes, weight_files
+from vlbench.schema import Recipe, Stage
 from vlbench.train import checkpoint
 from vlbench.train.checkpoint import RELEASE
 from vlbench.words import typed
 
 FLOAT32 = torch.float32
+KINDS = "run folder, checkpoint or released model"
 
 
 class Misfit(Mistake):
@@ -49,6 +51,8 @@ def restore(
         vlm.resize(side)
     else:
         vlm = compose_empty(recipe, side, folder, held)
+    if "connector" not in skip:
+        vlm.pursue(objective_of(folder))
     load_weights(folder, vlm, dtype, device, skip)
     return vlm
 
@@ -68,22 +72,26 @@ def inherited(recipe: Recipe) -> dict[str, Any]:
         )
         vision = {"layer": before.vision.layer, "norm": before.vision.norm}
         return {"vision": vision, "language": {"template": before.language.template}}
+    folder = fetch(str(source), "init", hub.RELEASE, KINDS, hub.SMALL)
+    if of_connector(folder):
+        return {}
     folder = released(str(source), "init", hub.SMALL)
     plan = layout_of(folder).blueprint(folder)
     return {"vision": {"layer": plan.layer}, "language": {"template": plan.template}}
 
 
-def begin(recipe: Recipe) -> VLM:
-    """Return the model that `init` of a recipe means: of a run, a checkpoint, a release or a file.
+def begin(recipe: Recipe, stage: Stage) -> VLM:
+    """Return the model that `init` means for `stage`: of a run, a checkpoint, a release or a file.
 
-    A file holds the weights of a connector in the layout of its reference implementation.
+    A file, or a folder of BLIP-2's, holds the weights of a connector in the layout of its reference
+    implementation.
 
     Tower, language model and tokenizer are those of `init`. The connector is as well, unless the
     recipe names another one, which then starts anew.
     """
     source = str(recipe.init)
     if Path(source).is_file():
-        return _with_reference(recipe, Path(source))
+        return _with_reference(recipe, stage, [Path(source)])
     if checkpoint.holds(Path(source)):
         folder = checkpoint.find(Path(source))
         before = recipes.load_file(folder / "recipe.yaml")
@@ -94,10 +102,15 @@ def begin(recipe: Recipe) -> VLM:
         except Misfit as misfit:
             raise _explained(misfit, before, recipe) from misfit
     else:
+        folder = fetch(source, "init", hub.RELEASE, KINDS)
+        if of_connector(folder):
+            return _with_reference(recipe, stage, weight_files(folder))
         folder = released(source, "init")
         torch.manual_seed(recipe.seed)
         vlm = load_release(folder, FLOAT32, choice=choice_of(recipe))
         other = vlm.connector.projector() is None
+    if other:
+        vlm.pursue(stage.objective, fresh=True)
     config, blocks = vlm.language.config, len(vlm.vision.blocks())
     print(
         f"init {folder}: tower of {blocks} blocks, {vlm.vision.width} wide; language model of "
@@ -125,11 +138,12 @@ def _with_parts_of(before: Recipe, recipe: Recipe) -> Recipe:
     return replace(recipe, **parts)
 
 
-def _with_reference(recipe: Recipe, file: Path) -> VLM:
+def _with_reference(recipe: Recipe, stage: Stage, files: list[Path]) -> VLM:
     """Return the recipe's model, its connector with the weights of a reference implementation."""
-    vlm = compose(recipe, list(recipe.stages.values())[0].image_size)
+    vlm = compose(recipe, stage.image_size, stage.objective)
+    file = files[0] if len(files) == 1 else files[0].parent
     try:
-        vlm.connector.load_reference(dict(read(file)))
+        vlm.connector.load_reference(Lazy(files))
     except NotImplementedError as error:
         name = recipe.connector["name"]
         raise Mistake(f"init={file}: connector {name} takes no file of weights") from error
@@ -142,13 +156,18 @@ def _with_reference(recipe: Recipe, file: Path) -> VLM:
     return vlm
 
 
+def of_connector(folder: Path) -> bool:
+    """Tell whether a folder is a BLIP-2 in Hugging Face's layout, of which connectors are made."""
+    file = folder / "config.json"
+    return file.is_file() and str(read_json(file).get("model_type")).startswith("blip")
+
+
 def released(source: str, key: str, patterns: tuple[str, ...] = hub.PATTERNS) -> Path:
     """Return the folder of a released model; `key` names `source` in a mistake.
 
     From a hub the files of `patterns` are fetched.
     """
-    kinds = "run folder, checkpoint or released model"
-    folder = fetch(source, key, hub.RELEASE, kinds, patterns)
+    folder = fetch(source, key, hub.RELEASE, KINDS, patterns)
     if not is_release(folder):
         raise Mistake(
             f"{key} is '{source}', which is no run or checkpoint, and no released model: wanted is "
@@ -193,3 +212,10 @@ def load_part(module: torch.nn.Module, state: Mapping[str, Tensor], where: str) 
                 f"needed is {tuple(wanted[key].shape)}"
             )
     module.load_state_dict(state, strict=True, assign=True)
+
+
+def objective_of(folder: Path) -> str:
+    """Return the objective of the stage that a checkpoint belongs to."""
+    name = checkpoint.position(folder).name
+    stages = recipes.load_file(folder / "recipe.yaml").stages
+    return stages[name].objective if name in stages else "language"

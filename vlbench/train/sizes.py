@@ -20,7 +20,7 @@ from vlbench.schema import Recipe
 from vlbench.train import checkpoint
 from vlbench.train.checkpoint import RELEASE
 from vlbench.train.legs import Leg
-from vlbench.train.restore import released
+from vlbench.train.restore import KINDS, of_connector
 
 
 def check_sizes(recipe: Recipe, legs: list[Leg]) -> None:
@@ -57,8 +57,9 @@ def _outline(recipe: Recipe) -> tuple[Tower, LlamaConfig]:
             return _released_tower(folder / RELEASE), config
         return _tower(recipes.load_file(folder / "recipe.yaml")), config
     if recipe.init and not source.is_file():
-        folder = released(str(source), "init", hub.SMALL)
-        return _released_tower(folder), layout_of(folder).blueprint(folder).language
+        folder = hub.fetch(str(source), "init", hub.RELEASE, KINDS, hub.SMALL)
+        if not of_connector(folder):
+            return _released_tower(folder), layout_of(folder).blueprint(folder).language
     weights = recipe.language.weights
     if weights in ("embedded", "random"):
         return _tower(recipe), config_of(recipe.language.name)

@@ -85,6 +85,7 @@ class Job:
 
     def train(self, vlm: VLM, leg: Leg, done: int) -> None:
         """Run one stage after its first `done` steps, to its end or until somebody stops it."""
+        torch.manual_seed(self.recipe.seed)  # of what the connector builds for the stage alone
         freeze(vlm, leg.stage)
         report.show_stage(leg.name, leg.stage, leg.steps, done, vlm)
         offset = sum(other.steps for other in self.legs[: leg.number]) + done
@@ -175,14 +176,14 @@ def prepare(recipe: Recipe, legs: list[Leg], run: Run | None) -> tuple[VLM, Posi
     """Build the model where training begins or goes on, with the newest weights of the run."""
     latest = run.latest if run else None
     start = latest or Position(0, legs[0].name, 0)
-    image_size = legs[start.stage].stage.image_size
+    stage = legs[start.stage].stage
     if run and latest:
         vlm = restore(run.path(latest), recipe)
         print(f"resuming {run.folder} after step {latest.step} of {latest.name}")
     elif recipe.init:
-        vlm = begin(recipe)
+        vlm = begin(recipe, stage)
     else:
-        vlm = compose(recipe, image_size)
+        vlm = compose(recipe, stage.image_size, stage.objective)
     for leg in legs:
         check_objective(vlm, leg.name, leg.stage)
     if recipe.checkpointing == "full":

@@ -20,6 +20,7 @@ from vlbench.train.module import Training, Watcher
 from vlbench.train.run import Run
 
 REPEATED = 0.05  # share of a stage's steps that may be repeated after a kill
+HELD_OUT_SEED = 0  # of what is random in a connector's own loss: the same at every measurement
 
 
 class Interrupts:
@@ -91,26 +92,37 @@ class HeldOut(Watcher):
     def __init__(self, batches: list[Batch], every: int, saving: Saving) -> None:
         """Use `batches`, already encoded; results go to `saving`, which judges checkpoints."""
         self.batches, self.every, self.saving = batches, every, saving
-        self.latest: float | None = None
+        self.latest: dict[str, float] = {}
 
     def after(self, training: Training, step: Step) -> None:
         """Measure if it is time."""
         due = training.position % self.every == 0 or training.position == training.steps
-        self.latest = held_out_loss(training.vlm, self.batches) if due and self.batches else None
-        if self.latest is not None:
-            self.saving.held_out[training.position] = self.latest
+        self.latest = held_out_losses(training.vlm, self.batches) if due and self.batches else {}
+        if self.latest:
+            self.saving.held_out[training.position] = self.latest["loss"]
 
 
 @torch.no_grad()
-def held_out_loss(vlm: VLM, batches: list[Batch]) -> float:
-    """Return the loss per supervised token of `batches`."""
+def held_out_losses(vlm: VLM, batches: list[Batch]) -> dict[str, float]:
+    """Return `loss` of `batches`, per supervised token, and each of the connector's own losses.
+
+    In a stage with an objective of the connector's own, `loss` is the sum of those.
+    """
+    torch.manual_seed(HELD_OUT_SEED)
     vlm.eval()
-    total, tokens = 0.0, 0
+    sums: dict[str, float] = {}
+    counts: dict[str, int] = {}
     for batch in batches:
         out = vlm(batch.to(vlm.device))
-        total, tokens = total + float(out.loss_sum), tokens + out.tokens
+        found = dict(out.extra)
+        if out.loss_sum is not None:
+            found["loss"] = (out.loss_sum, torch.tensor(out.tokens))
+        for name, (value, count) in found.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+            counts[name] = counts.get(name, 0) + int(count)
     vlm.train()
-    return total / max(1, tokens)
+    means = {name: sums[name] / max(1, counts[name]) for name in sums}
+    return {"loss": sum(means.values())} | means
 
 
 class Quarantine(Watcher):

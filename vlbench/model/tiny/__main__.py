@@ -1,7 +1,7 @@
-"""Remake the embedded miniatures: `python -m vlbench.model.tiny [tokenizer] [tower] [language]`.
+"""Remake the embedded miniatures: `python -m vlbench.model.tiny [NAME ...]`.
 
-Without names it makes all three, in that order, and writes `manifest.json`: the hash of every file
-and the quality that was measured. Seeds are fixed.
+Names are tokenizer, tower, eva_tower and language; without one it makes all, in that order. It
+writes `manifest.json`: the hash of every file and the quality that was measured. Seeds are fixed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 from vlbench.data.scene_world import VERSION
 
 HERE = Path(__file__).parent
-PARTS = ("tokenizer", "tower", "language")
+PARTS = ("tokenizer", "tower", "eva_tower", "language")
+FOLDERS = ("language", "tower", "eva_tower")
 
 
 def main(names: list[str]) -> int:
@@ -32,7 +33,7 @@ def main(names: list[str]) -> int:
 
 def write_manifest(quality: dict[str, dict[str, object]]) -> None:
     """Record the files' hashes and the quality figures."""
-    files = sorted(p for folder in ("language", "tower") for p in (HERE / folder).iterdir())
+    files = sorted(p for folder in FOLDERS for p in (HERE / folder).iterdir())
     manifest = {
         "command": "python -m vlbench.model.tiny",
         "world": VERSION,
@@ -50,13 +51,15 @@ def write_manifest(quality: dict[str, dict[str, object]]) -> None:
 def _make(name: str) -> dict[str, object]:
     # Imported when needed: each part stands on libraries of its own.
     from vlbench.data.tokenizer import Tokenizer
-    from vlbench.model.tiny import make_language, make_tokenizer, make_tower
+    from vlbench.model.tiny import make_eva, make_language, make_tokenizer, make_tower
 
     if name == "tokenizer":
         return dict(make_tokenizer.make(HERE / "language"))
     tokenizer = Tokenizer.load(HERE / "language")
     if name == "tower":
         return dict(make_tower.make(HERE / "tower", tokenizer))
+    if name == "eva_tower":
+        return dict(make_eva.make(HERE / "eva_tower", HERE / "tower"))
     return dict(make_language.make(HERE / "language", tokenizer))
 
 

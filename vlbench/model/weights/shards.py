@@ -90,6 +90,23 @@ def read(file: Path, names: Iterable[str] | None = None) -> Iterator[tuple[str, 
                 yield name, tensors.copy(name)
 
 
+class Lazy(Mapping[str, Tensor]):
+    """The tensors of several files by name, each read when it is asked for."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        """Look at the names in `files`; the last file that has a name counts."""
+        self._where = {name: file for file in files for name in shapes(file)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return next(read(self._where[name], [name]))[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+
 def write(tensors: Iterable[tuple[str, Tensor]], folder: Path, limit: int = SHARD) -> None:
     """Write tensors into `folder` as safetensors, in shards of at most `limit` bytes.
 

@@ -1,0 +1,118 @@
+"""Both families at once: another connector's tokens stand in the text and are looked at again.
+
+`tokens` names a connector that fills the sequence; before every `every`-th decoder layer, gated
+blocks as Flamingo's (Alayrac et al. 2022, arXiv:2204.14198) let the text attend to these tokens.
+The gates begin at zero, so that training begins with the other connector alone. NVLM-H (Dai et al.
+2024, arXiv:2409.11402) is of this kind.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from vlbench import plugins
+from vlbench.connector import Connector, Shapes
+from vlbench.mistakes import nearest
+from vlbench.values import Text
+
+
+class Mixed(Connector):
+    """The connector `tokens`, and gated cross-attention to what it gives."""
+
+    def __init__(
+        self,
+        shapes: Shapes,
+        tokens: str = "llava_mlp",
+        options: tuple[str, ...] = (),
+        every: int = 4,
+        heads: int = 8,
+        head_width: int = 64,
+        ff_mult: int = 4,
+    ) -> None:
+        """Build both; `options` are those of `tokens`, as in options=[depth=2,norm=false]."""
+        super().__init__()
+        self.inner = _token_connector(tokens)(shapes, **_settled(tokens, options))
+        if self.inner.inject_at or not self.inner.fills_sequence:
+            raise ValueError(
+                f"connector mixed: tokens is '{tokens}', whose tokens do not stand in the text; "
+                "for example llava_mlp, qformer or avgpool"
+            )
+        for name, value, most in (
+            ("every", every, shapes.lm_layers),
+            ("heads", heads, 1024),
+            ("head_width", head_width, 1024),
+            ("ff_mult", ff_mult, 64),
+        ):
+            if not 1 <= value <= most:
+                raise ValueError(f"connector mixed: {name} is {value}; allowed are 1 to {most}")
+        self.tokens_per_image = self.inner.tokens_per_image
+        self.class_token = self.inner.class_token
+        self.inject_at = tuple(i for i in range(shapes.lm_layers) if (i + 1) % every == 0)
+        block = plugins.module("flamingo").GatedBlock
+        width = shapes.lm_width
+        self.blocks = nn.ModuleDict(
+            {str(i): block(width, width, heads, head_width, ff_mult) for i in self.inject_at}
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the tokens `[images, tokens, lm_width]` of the other connector."""
+        return self.inner(features)
+
+    def inject(self, layer: int, hidden: Tensor, visual: Tensor, sees: Tensor) -> Tensor:
+        """Let the text before decoder layer `layer` look at its picture's tokens again."""
+        return self.blocks[str(layer)](hidden, visual, sees)
+
+    def losses(
+        self, features: Tensor, visual: Tensor, batch: Any
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the other connector's own losses."""
+        return self.inner.losses(features, visual, batch)
+
+    def counts(self, batch: Any, objective: str = "language") -> dict[str, int]:
+        """Return what the other connector's losses are divided by."""
+        return self.inner.counts(batch, objective)
+
+    def objectives(self) -> tuple[str, ...]:
+        """Offer what the other connector offers."""
+        return self.inner.objectives()
+
+    def prepare(self, objective: str, fresh: bool = False) -> None:
+        """Prepare the other connector."""
+        self.inner.prepare(objective, fresh)
+
+    def objective(
+        self, name: str, features: Tensor, batch: Any
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the losses of the other connector's objective."""
+        return self.inner.objective(name, features, batch)
+
+    def adapt(self, old_state: Mapping[str, Tensor], old_shapes: Shapes) -> Mapping[str, Tensor]:
+        """Adapt the other connector's part of the state."""
+        start = "inner."
+        inner = {k.removeprefix(start): v for k, v in old_state.items() if k.startswith(start)}
+        rest = {k: v for k, v in old_state.items() if not k.startswith(start)}
+        return rest | {start + k: v for k, v in self.inner.adapt(inner, old_shapes).items()}
+
+
+def _token_connector(name: str) -> type[Connector]:
+    known = [one for one in plugins.sources() if one != "mixed"]
+    if name not in known:
+        raise ValueError(
+            f"connector mixed: tokens is '{name}'; known: {', '.join(known)}.{nearest(name, known)}"
+        )
+    return plugins.connector(name)
+
+
+def _settled(name: str, words: tuple[str, ...]) -> dict[str, Any]:
+    """Return the options of connector `name` that KEY=VALUE words give."""
+    given = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(f"connector mixed: options: '{word}' is not KEY=VALUE")
+        given[key] = Text(value)
+    values, mistakes = plugins.settle(name, given)
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
+    return values

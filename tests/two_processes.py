@@ -1,0 +1,147 @@
+"""Two processes that share every connector's model: gradients must be those of one process."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.queues import Queue
+
+import torch
+from small import SMALL, batch_of, opened, sample, small_vlm
+from torch import Tensor, distributed
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from vlbench import plugins
+from vlbench.data.batch import Batch
+from vlbench.model.shard import shard
+from vlbench.model.vlm import VLM
+
+WORLD = 2
+SHARES = [  # of the two processes in two micro-batches; text alone on one of them
+    [[sample(1), sample(2, images=2)], [sample(3, images=0)]],
+    [[sample(4)], [sample(5, images=0), sample(6, words=20)]],
+]
+
+
+def model(name: str) -> VLM:
+    """Return the small model of connector `name` with open gates, the same in every process."""
+    return opened(small_vlm(plugins.connector(name), SMALL.get(name)).double())
+
+
+def batches(vlm: VLM, rank: int) -> list[Batch]:
+    """Return the micro-batches of a process."""
+    return [batch_of(vlm, [row]).to("cpu", torch.float64) for row in SHARES[rank]]
+
+
+def learn(call: object, vlm: VLM, ranks: list[int]) -> dict[str, Tensor]:
+    """Return the gradients of the loss over the samples of `ranks`, as one process sees them."""
+    everyone = [batch for rank in range(WORLD) for batch in batches(vlm, rank)]
+    tokens = sum(batch.tokens for batch in everyone)
+    sizes: dict[str, int] = {}
+    for batch in everyone:
+        for name, count in vlm.connector.counts(batch).items():
+            sizes[name] = sizes.get(name, 0) + count
+    for rank in ranks:
+        for batch in batches(vlm, rank):
+            torch.manual_seed(5)  # of the step; what is random follows from it and the sample
+            out = call(batch)  # type: ignore[operator]
+            loss = out.loss_sum / tokens
+            for name, (value, _) in out.extra.items():
+                loss = loss + value / sizes[name]
+            (loss * WORLD / len(ranks)).backward()
+    return {
+        name: grad.full_tensor() if isinstance(grad, DTensor) else grad
+        for name, grad in ((name, parameter.grad) for name, parameter in vlm.named_parameters())
+        if grad is not None
+    }
+
+
+def differences(name: str, kind: str, rank: int) -> list[str]:
+    """Return what differs between one process and two, under DDP or FSDP2."""
+    torch.manual_seed(0)
+    alone = model(name)
+    _train_used(alone)
+    expected = learn(alone, alone, list(range(WORLD)))
+    together = model(name)
+    _train_used(together)
+    if kind == "ddp":
+        found = learn(DistributedDataParallel(together), together, [rank])
+    else:
+        mesh = distributed.device_mesh.init_device_mesh("cpu", (WORLD,))
+        found = learn(shard(together, mesh), together, [rank])
+    lines = [f"{kind} {name}: no gradient for {one}" for one in expected if one not in found]
+    for one, gradient in expected.items():
+        scale = max(float(gradient.abs().max()), 1e-9)
+        if one in found and float((found[one] - gradient).abs().max()) > 1e-8 * scale + 1e-12:
+            lines.append(f"{kind} {name}: another gradient for {one}")
+    return lines
+
+
+def first_stage(rank: int) -> list[str]:
+    """Return what differs when BLIP-2's pairs lie on one process or on two, unevenly."""
+    shares = [[sample(1), sample(2)], [sample(3), sample(4), sample(5)]]
+
+    def learned(ranks: list[int], parallel: bool) -> dict[str, Tensor]:
+        vlm = small_vlm(plugins.connector("qformer"), SMALL["qformer"] | {"text": "embedded"})
+        vlm.vision.requires_grad_(False)
+        vlm.language.requires_grad_(False)
+        torch.manual_seed(5)
+        vlm.double().pursue("blip2")
+        call = DistributedDataParallel(vlm) if parallel else vlm
+        samples = [one for number in ranks for one in shares[number]]
+        batch = batch_of(vlm, [samples]).to("cpu", torch.float64)
+        torch.manual_seed(5)  # pictures of noise have set another one
+        out = call(batch)
+        loss = sum(value for value, _ in out.extra.values())
+        (loss * (WORLD if parallel else 1)).backward()
+        return {name: p.grad for name, p in vlm.connector.named_parameters()}
+
+    together = learned([rank], True)
+    alone = distributed_alone(lambda: learned([0, 1], False))
+    lines = []
+    for name, gradient in alone.items():
+        scale = max(float(gradient.abs().max()), 1e-9)
+        if float((together[name] - gradient).abs().max()) > 1e-8 * scale + 1e-12:
+            lines.append(f"blip2: another gradient for {name}")
+    return lines
+
+
+def distributed_alone(call: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Call something that must believe that there is no other process."""
+    before = distributed.is_initialized
+    distributed.is_initialized = lambda: False
+    try:
+        return call()
+    finally:
+        distributed.is_initialized = before
+
+
+def _train_used(vlm: VLM) -> None:
+    vlm.vision.requires_grad_(False)
+    for parameter in vlm.vision.used():
+        parameter.requires_grad_(True)
+
+
+def work(rank: int, port: int, names: list[str], answers: Queue) -> None:
+    """Compare every connector as process `rank` of two; put the differences into `answers`."""
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    waits = timedelta(seconds=60)
+    distributed.init_process_group("gloo", rank=rank, world_size=WORLD, timeout=waits)
+    lines = []
+    for name in names:
+        for kind in ("ddp", "fsdp2"):
+            try:
+                lines += differences(name, kind, rank)
+            except Exception:
+                lines.append(f"{kind} {name}: {traceback.format_exc()}")
+                print(lines[-1], file=sys.stderr)
+                break
+    if "qformer" in names:
+        lines += first_stage(rank)
+    answers.put(lines)
+    distributed.destroy_process_group()
