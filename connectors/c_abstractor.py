@@ -26,6 +26,11 @@ class CAbstractor(Connector):
         for name, value in (("side", side), ("depth", depth), ("width", width)):
             if value < 1:
                 raise ValueError(f"connector c_abstractor: {name} is {value}; at least 1 is needed")
+        if side > min(shapes.grid):
+            raise ValueError(
+                f"connector c_abstractor: side is {side}; a picture has {shapes.grid[0]} x "
+                f"{shapes.grid[1]} patches, so at most {min(shapes.grid)} is allowed"
+            )
         self.grid, self.tokens_per_image = shapes.grid, side**2
         self.positions = nn.Parameter(torch.zeros(1, shapes.patches, shapes.vision_width))
         # LayerNorm: with BatchNorm a picture would depend on the others of its batch

@@ -179,4 +179,4 @@ class Flamingo(Connector):
                 if name.startswith(start):
                     state[f"blocks.{layer}.{name.removeprefix(start)}"] = weights[name]
         state["place"] = weights.get("place", self.place.data)
-        self.load_state_dict(state)
+        self.load_exactly(state)

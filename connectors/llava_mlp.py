@@ -41,4 +41,4 @@ class LlavaMLP(Connector):
     def load_reference(self, weights: Mapping[str, Tensor]) -> None:
         """Load Yi-VL's or LLaVA's `mm_projector` weights, keys `0.weight`, `0.bias`, ..."""
         prefix = "model.mm_projector."
-        self.layers.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items()})
+        self.load_exactly({f"layers.{k.removeprefix(prefix)}": weights[k] for k in weights})

@@ -188,7 +188,7 @@ class QFormer(Connector):
                 state[name] = self._fitting(name, weights[given], own)
         if len(state.get("projection.bias", ())) != len(own["projection.bias"]):
             state |= {name: own[name] for name in ("projection.weight", "projection.bias")}
-        self._load({name: own[name] for name in own if TEXT.match(name)} | state)
+        self.load_exactly({name: own[name] for name in own if TEXT.match(name)} | state)
 
     def _fitting(self, name: str, tensor: Tensor, own: Mapping[str, Tensor]) -> Tensor:
         """Cut positions beyond the longest caption; add the id that BERT itself lacks."""
@@ -210,16 +210,7 @@ class QFormer(Connector):
             for one in {name, re.sub(r"(layer\.\d+\.(intermediate|output))\.", r"\1_query.", name)}:
                 if one in state:
                     state[one] = self._fitting(one, theirs[given], state)
-        self._load(state)
-
-    def _load(self, state: dict[str, Tensor]) -> None:
-        for name, tensor in self.state_dict().items():
-            if name in state and state[name].shape != tensor.shape:
-                raise ValueError(
-                    f"connector qformer: {name} of the weights has shape "
-                    f"{tuple(state[name].shape)}, needed is {tuple(tensor.shape)}"
-                )
-        self.load_state_dict(state)
+        self.load_exactly(state)
 
 
 def renamed(name: str) -> str:

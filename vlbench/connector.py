@@ -121,6 +121,19 @@ class Connector(nn.Module):
         """Load weights that use the reference implementation's own keys."""
         raise NotImplementedError(f"{type(self).__name__} has no reference weights to load")
 
+    def load_exactly(self, state: Mapping[str, Tensor]) -> None:
+        """Load a whole state of this connector; a ValueError names the tensor that does not fit."""
+        own = self.state_dict()
+        for name in [*own, *state]:
+            if name not in state:
+                raise ValueError(f"{name} is missing in the weights")
+            if name not in own:
+                raise ValueError(f"{name} of the weights does not belong to this connector")
+            if state[name].shape != own[name].shape:
+                given, needed = tuple(state[name].shape), tuple(own[name].shape)
+                raise ValueError(f"{name} of the weights has shape {given}, needed is {needed}")
+        self.load_state_dict(dict(state))
+
 
 def zero_like_loss(visual: Tensor) -> Tensor:
     """Return a zero that depends on every entry of `visual`: gradients reach its parameters.
