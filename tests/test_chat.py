@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
 from released import CASES, CHECKPOINT, GOLDEN
 
 import vlbench
+from vlbench import recipe as recipes
 from vlbench.__main__ import main
 from vlbench.mistakes import Mistake
 from vlbench.serve.chat import Talk
@@ -136,3 +140,101 @@ def test_impossible_sampling_is_refused(options):
         vlm.chat([{"role": "user", "content": "x"}], **options)
     with pytest.raises(Mistake, match="top_p is 2"):
         vlm.chat([{"role": "user", "content": "x"}], top_p=2)
+
+
+WRONG_ORDERS = {
+    "two users": [("user", "a"), ("user", "b")],
+    "assistant first": [("assistant", "a"), ("user", "b")],
+    "system later": [("user", "a"), ("assistant", "b"), ("system", "c"), ("user", "d")],
+    "system alone": [("system", "a")],
+    "nothing": [],
+    "picture of the system": [("system", WIDE), ("user", "b")],
+    "picture of the assistant": [("user", "a"), ("assistant", WIDE), ("user", "b")],
+    "half a character": [("user", "a\ud800")],
+}
+
+
+@pytest.mark.parametrize("turns", WRONG_ORDERS.values(), ids=WRONG_ORDERS)
+def test_a_conversation_that_training_would_refuse_is_not_answered(turns):
+    vlm = vlbench.load(CHECKPOINT)
+    asked = [
+        {"role": role, "content": said if said != WIDE else [{"type": "image", "image": said}]}
+        for role, said in turns
+    ]
+    with pytest.raises(Mistake) as caught:
+        vlm.prepare(asked)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def chat(stdin: bytes | None, *words: str, **environment: str) -> subprocess.CompletedProcess:
+    """Talk to the golden model in a process of its own; None closes its standard input."""
+    command = [sys.executable, "-m", "vlbench", "chat", f"model={CHECKPOINT}", "max_new_tokens=4"]
+    if stdin is None:
+        command = ["sh", "-c", 'exec "$@" <&-', "sh", *command]
+    return subprocess.run(
+        [*command, *words], input=stdin, capture_output=True, env=os.environ | environment
+    )
+
+
+def test_bytes_that_are_no_text_are_refused_and_the_talk_goes_on():
+    done = chat(b"caf\xe9\nHello\n")
+    assert done.returncode == 0 and done.stdout.strip()
+    assert b"character 4 is half a character" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_without_standard_input_a_question_is_needed():
+    done = chat(None)
+    assert done.returncode == 2 and b"needs question=TEXT" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert chat(None, "question=Hello").returncode == 0
+
+
+def test_a_terminal_that_lacks_letters_shows_their_numbers():
+    latin = {"PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0", "LC_ALL": "C"}
+    done = chat(b"/history\n", **latin)
+    assert done.returncode == 0 and b"\\u8fd9\\u662f" in done.stdout
+
+
+TWICE = {
+    "twice": (["max_new_tokens=3", "max_new_tokens=5"], "max_new_tokens is given twice, as '3'"),
+    "part of a token": (["max_new_tokens=2.7"], "max_new_tokens is '2.7'; allowed are whole"),
+    "part of a seed": (["seed=0.5"], "seed is '0.5'; allowed are whole"),
+    "no device": (["device=meta"], "device is 'meta'"),
+}
+
+
+@pytest.mark.parametrize(("words", "said"), TWICE.values(), ids=TWICE)
+def test_what_would_be_taken_otherwise_is_refused(words, said, capsys):
+    test_what_chat_cannot_do_is_one_line([f"model={CHECKPOINT}", *words], said, capsys)
+
+
+def test_ctrl_c_at_the_prompt_asks_first_and_keeps_the_conversation(monkeypatch, capsys):
+    vlm = vlbench.load(CHECKPOINT)
+    talking = Talk(vlm, {"max_new_tokens": 4})
+    typed = iter(["Hello", KeyboardInterrupt, "/history", KeyboardInterrupt, KeyboardInterrupt])
+
+    def ask(prompt: str) -> str:
+        line = next(typed)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    with pytest.raises(KeyboardInterrupt):
+        talking.loop()
+    said = capsys.readouterr().out
+    assert said.count("press Ctrl-C again, or /quit, to leave") == 2
+    assert "Human: Hello" in said
+
+
+def test_the_home_folder_has_a_short_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["export", f"run={CHECKPOINT}", "to=~/own", "format=vlbench"]) == 0
+    assert main(["chat", "model=~/own", "question=Hello", "max_new_tokens=1"]) == 0
+    words = ["recipe=yivl_llava", "init=~/own", "run=~/run", "data.train=~/a.json"]
+    recipe = recipes.load(words)
+    assert recipe.init == f"{tmp_path}/own" and recipe.run == f"{tmp_path}/run"
+    assert recipe.data.train == f"{tmp_path}/a.json"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -115,6 +117,11 @@ def test_a_type_can_be_chosen(runs, tmp_path):
     assert export(runs["yi_vl"], tmp_path / "to", "yi_vl", "dtype=bf16") == 0
     assert {t.dtype for t in tensors_of(tmp_path / "to").values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "to/config.json").read_text())["torch_dtype"] == "bfloat16"
+    for dtype in ("fp16", "float32"):
+        to = tmp_path / dtype
+        assert export(CHECKPOINT, to, "yi_vl", f"dtype={dtype}") == 0
+        said = json.loads((to / TOWER / "config.json").read_text())["torch_dtype"]
+        assert said == {"fp16": "float16"}.get(dtype, dtype)
 
 
 @pytest.mark.parametrize("name", ["mlp", "linear"])
@@ -245,3 +252,47 @@ def test_a_leading_bos_survives_transformers(tmp_path):
     named["added_tokens_decoder"] = {"6": {"content": "<|im_start|>"}}  # no sign of a template
     (tmp_path / "to/tokenizer_config.json").write_text(json.dumps(named))
     assert vlbench.load(tmp_path / "to").template.name == "yi_vl"
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["head in the files", "no head"])
+@pytest.mark.parametrize("layout", ["yi_vl", "hf_llava", "vlbench"])
+def test_tied_embeddings_come_back(layout, kept, tmp_path):
+    source = copy(tmp_path / "source")
+    said = {"tie_word_embeddings": True, "mm_projector_type": "linear", "vocab_size": 1664}
+    edit(source / "config.json", **said)
+
+    def tie(state: dict) -> None:
+        for name in [name for name in state if "mm_projector" in name]:
+            del state[name]
+        state["model.mm_projector.weight"] = torch.randn(64, 80)
+        state["model.mm_projector.bias"] = torch.randn(64)
+        name = "model.embed_tokens.weight"
+        state[name] = torch.cat([state[name], state[name][:64]])  # no row is added for <image>
+        state["lm_head.weight"] = state[name].clone()
+        if not kept:
+            del state["lm_head.weight"]
+
+    rewrite(source, tie)
+    assert export(source, tmp_path / "to", layout) == 0
+    before, after = logits(source), logits(tmp_path / "to")
+    assert before.shape == (len(before), 1664) and torch.equal(before, after)
+    if layout == "yi_vl":
+        assert_same_tensors(source, tmp_path / "to")
+
+
+def test_sigterm_leaves_nothing_half_written(tmp_path):
+    """The signal comes while the folder is being written, to a process of its own."""
+    halt = (
+        "import os, signal, sys\n"
+        "from vlbench.serve import export\n"
+        "export.write_yi_vl = lambda *a: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "sys.exit(export.main(sys.argv[1:]))\n"
+    )
+    words = [f"run={CHECKPOINT}", f"to={tmp_path / 'to'}", "format=yi_vl"]
+    done = subprocess.run([sys.executable, "-c", halt, *words], capture_output=True)
+    assert done.returncode == 143 and not done.stderr and not list(tmp_path.iterdir())
+    (tmp_path / ".writing-to").mkdir()  # of a process that was killed
+    (tmp_path / ".writing-to/rest").write_text("")
+    assert main(["export", *words]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["to"]
+    assert not (tmp_path / "to/rest").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -11,10 +12,12 @@ import torch
 from released import CHECKPOINT, copy, tensors_of
 
 import vlbench
+from vlbench import recipe as recipes
 from vlbench.__main__ import main
 
 FIT = ["fit", "recipe=yivl_llava", "only=chat", "stages.chat.image_size=56", "stages.chat.batch=4"]
 FIT += ["log.questions=4", "log.tensorboard=false", "log.examples=0"]
+RECORD = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}
 MINE = """
 from torch import nn
 from vlbench.connector import Connector
@@ -120,3 +123,76 @@ def test_a_connector_takes_its_references_weights_from_a_file(tmp_path, monkeypa
     words = ["fit", "recipe=yivl_eva", "only=chat", "init=openflamingo.pt", "run=fourth"]
     assert main(words) == 2
     assert "takes no file of weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("origin", ["release", "run"])
+def test_how_the_origin_was_trained_is_inherited_unless_something_else_is_said(
+    origin, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    words = ["connector.norm=false", "stages.chat.steps=0"]
+    said = ["language.template=llava_v1", "vision.layer=-3"]
+    assert main([*FIT, *words, *said, "run=first"]) == 0
+    init = "init=first"
+    if origin == "release":
+        assert main(["export", "run=first", "to=released", "format=hf_llava"]) == 0
+        init = "init=released"
+    assert main([*FIT, *words, init, "run=second"]) == 0
+    second = recipes.load_file("second/recipe.yaml")
+    assert (second.language.template, second.vision.layer) == ("llava_v1", -3)
+    vlm = vlbench.load("second")
+    assert (vlm.template.name, vlm.vision.layer) == ("llava_v1", -3)
+    capsys.readouterr()
+    assert main(["show", "recipe=yivl_llava", *words, init, "vision.layer=-1"]) == 0
+    shown = capsys.readouterr().out
+    assert "layer: -1" in shown and "template: llava_v1" in shown
+
+
+@pytest.mark.parametrize("word", ["vision.name=ViT-B-32", "language.weights=random"])
+def test_a_part_that_init_brings_cannot_be_chosen_as_well(word, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*FIT, f"init={CHECKPOINT}", word, "vision.weights=random", "run=run"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and f"leave {word.partition('=')[0]} out" in "".join(said)
+    assert not Path("run").exists()
+
+
+def test_a_part_that_the_origin_never_trained_is_the_origins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    frozen = ["vision.weights=random", "seed=3", "stages.chat.train.vision=null"]
+    assert main([*FIT, *frozen, "run=first", "stages.chat.steps=1"]) == 0
+    assert main([*FIT, "init=first", "run=second", "stages.chat.steps=0"]) == 0
+    ours, theirs = (vlbench.load(run).vision.state_dict() for run in ("second", "first"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_connector_with_other_options_is_told_those_of_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*FIT, "connector.depth=3", "run=first", "stages.chat.steps=0"]) == 0
+    assert main([*FIT, "init=first", "run=second", "stages.chat.steps=0"]) == 2
+    said = capsys.readouterr().err
+    assert "say connector.depth=3 (" in said and len(said.splitlines()) == 1
+    assert not Path("second").exists()
+
+
+@pytest.mark.parametrize("origin", ["release", "run"])
+def test_the_command_of_a_model_card_trains_on(origin, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["connector.depth=3", "connector.norm=false", "run=run", "stages.chat.steps=0"]
+    if origin == "run":
+        assert main([*FIT, *words]) == 0
+    run = CHECKPOINT if origin == "release" else "run"
+    assert main(["export", f"run={run}", "to=my model", "format=vlbench"]) == 0
+    card = Path("my model/README.md").read_text(encoding="utf-8")
+    (line,) = [line for line in card.splitlines() if "vlbench fit" in line]
+    given = shlex.split(line.partition("vlbench fit ")[2])
+    if origin == "release":
+        Path("pictures").mkdir()
+        Path("data.json").write_text(json.dumps([RECORD]))
+        given = [word.replace("FILE.json", "data.json") for word in given]
+        given = [word.replace("FOLDER", "pictures") for word in given]
+        given += ["precision=32", "checkpointing=none", "data.workers=0"]
+    given += ["run=again", "stages.chat.steps=0", "stages.chat.image_size=56", *FIT[4:]]
+    assert main(["fit", *given]) == 0
+    ours, theirs = (vlbench.load(path).connector.state_dict() for path in ("again", run))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)

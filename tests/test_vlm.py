@@ -6,11 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
+from released import CHECKPOINT
 from small import batch_of, sample, small_vlm
 from torch import Tensor, nn
 
+import vlbench
 from vlbench import plugins
 from vlbench.connector import Connector, Shapes
+from vlbench.mistakes import Mistake
 from vlbench.model.messages import prompt_batch
 from vlbench.model.vlm import VLM
 
@@ -173,3 +177,59 @@ def test_a_resized_tower_keeps_its_language_and_grows_its_places() -> None:
     after = vlm.connector.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert vlm(batch_of(vlm, [[sample(1)]])).loss_sum.isfinite()
+
+
+IMPOSSIBLE = [
+    *({"max_new_tokens": value} for value in (1.5, None, 0, -1, True)),
+    *({"seed": value} for value in (-1, 2**70, 0.5, None)),
+    *({"temperature": value} for value in (1e-30, None, "hot", float("inf"))),
+    *({"top_p": value} for value in (None, "all", 1.1)),
+]
+
+
+@pytest.mark.parametrize("options", IMPOSSIBLE, ids=str)
+def test_what_cannot_be_generated_is_refused(options):
+    vlm = small_vlm(LlavaMLP)
+    with pytest.raises(Mistake, match=f"^{next(iter(options))} is .*; allowed are ") as caught:
+        vlm.chat([{"role": "user", "content": "x"}], **options)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_coldest_temperature_is_greedy():
+    vlm = small_vlm(LlavaMLP)
+    ask = [{"role": "user", "content": "x"}]
+    greedy = vlm.chat(ask, max_new_tokens=4)
+    assert vlm.chat(ask, max_new_tokens=4, temperature=1e-4) == greedy
+
+
+def test_a_row_ends_where_the_positions_of_the_language_model_do():
+    vlm = small_vlm(LlavaMLP)
+    asked = [[{"role": "user", "content": text}] for text in ("x", "x " * 20)]
+    batch = vlm.prepare(asked)
+    short, long = (batch.sample_index >= 0).sum(1).tolist()
+    vlm.language.config.max_position_embeddings = long + 3
+    vlm.template = replace(vlm.template, stop="never said")
+    new = vlm.generate(batch, max_new_tokens=10_000)
+    assert [len(row) for row in new] == [long + 3 - short, 3]
+
+
+def test_chat_answers_one_conversation():
+    vlm = small_vlm(LlavaMLP)
+    ask = [{"role": "user", "content": "x"}]
+    with pytest.raises(Mistake, match="one conversation, given are 2"):
+        vlm.chat([ask, ask])
+
+
+def test_a_closed_picture_is_named():
+    vlm = small_vlm(LlavaMLP)
+    image = Image.new("RGB", (8, 8))
+    image.close()
+    with pytest.raises(Mistake, match="^image: "):
+        vlm.prepare([{"role": "user", "content": [{"type": "image", "image": image}]}])
+
+
+@pytest.mark.parametrize("options", [{"path": None}, {"dtype": torch.int8}, {"dtype": 3}], ids=str)
+def test_what_cannot_be_loaded_is_one_line(options):
+    with pytest.raises(Mistake, match="(path|dtype|model) is ") as caught:
+        vlbench.load(**{"path": CHECKPOINT, **options})
+    assert len(str(caught.value).splitlines()) == 1

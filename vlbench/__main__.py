@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vlbench.mistakes import Mistake, Trouble, nearest
+
+if TYPE_CHECKING:
+    from vlbench.schema import Recipe
 
 
 class Verb(NamedTuple):
@@ -22,14 +26,13 @@ def fit(words: list[str]) -> int:
     """Train a recipe."""
     from vlbench import recipe as recipes
 
-    recipe = recipes.load(words)
-    recipes.require_data(recipe)
+    recipes.require_data(recipes.load(words))
     # Threads of torch that spin for long make a machine with other work 20 times slower, and
     # threads that sleep at once cost a quarter of the speed on an idle one (measured, two cores).
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     from vlbench.train import stages  # after the checks: it takes seconds
 
-    return stages.fit(recipe)
+    return stages.fit(resolved(words))
 
 
 def evaluate(words: list[str]) -> int:
@@ -57,8 +60,20 @@ def show(words: list[str]) -> int:
     """Print a resolved recipe."""
     from vlbench import recipe as recipes
 
-    print(recipes.dump(recipes.load(words)), end="")
+    print(recipes.dump(resolved(words)), end="")
     return 0
+
+
+def resolved(words: list[str]) -> Recipe:
+    """Return the recipe that `words` describe; what it leaves open is as in its `init`."""
+    from vlbench import recipe as recipes
+
+    recipe = recipes.load(words)
+    if not recipe.init:
+        return recipe
+    from vlbench.train.restore import inherited  # it imports torch
+
+    return recipes.load(words, inherited(recipe))
 
 
 def list_(words: list[str]) -> int:
@@ -92,10 +107,15 @@ HELP = ("--help", "-h", "help")
 
 def main(words: list[str] | None = None) -> int:
     """Run the verb in `words` (default: the command line) and return the exit code."""
+    show_all_letters()
     try:
         code = run(sys.argv[1:] if words is None else words)
-        sys.stdout.flush()  # here, so that a reader who has left is noticed here
+        if sys.stdout is not None:  # it may be closed
+            sys.stdout.flush()  # here, so that a reader who has left is noticed here
         return code
+    except PermissionError as error:
+        print(f"vlbench: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     except (Mistake, Trouble) as error:
         for line in str(error).splitlines():
             print(f"vlbench: {line}", file=sys.stderr)
@@ -106,6 +126,13 @@ def main(words: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing is left to be written at exit
         return 1
+
+
+def show_all_letters() -> None:
+    """Let a letter that the terminal does not know be shown as its number."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def run(words: list[str]) -> int:

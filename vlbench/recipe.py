@@ -1,12 +1,14 @@
 """From `recipe=... size=... key=value` to a resolved, checked `Recipe`, and to its YAML copy.
 
-Three layers, each walked strictly before they are merged: the recipe's file, the size's file, and
-the command line. A later layer wins. All mistakes are collected and raised together.
+Layers, each walked strictly before they are merged: what `init` hands down, the recipe's file, the
+size's file, and the command line. A later layer wins. All mistakes are raised together.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -17,22 +19,26 @@ from vlbench import words as command_line
 from vlbench.layers import build, checked, differing, merge, plain
 from vlbench.mistakes import Mistake, nearest
 from vlbench.plugins import shipped
-from vlbench.schema import Recipe
+from vlbench.schema import Recipe, keys
 from vlbench.strict import Walk
 
 
-def load(words: list[str]) -> Recipe:
+def load(words: list[str], inherited: Mapping[str, Any] = MappingProxyType({})) -> Recipe:
     """Return the recipe that the words `recipe=... size=... key=value ...` describe.
 
-    Without `recipe=`, `run=DIR` takes the recipe of that run. Raises one Mistake with a line for
-    every thing that is wrong.
+    Without `recipe=`, `run=DIR` takes the recipe of that run. What neither files nor words say is
+    taken from `inherited`, the keys that an `init` with parts of its own hands down. Raises one
+    Mistake with a line for every thing that is wrong.
     """
     tree, mistakes = command_line.tree(words)
     base, name, size = _base(tree, mistakes)
+    if inherited and not _copy(tree).is_file():  # a run that goes on was looked at when it began
+        mistakes += _idle(base, tree)
     stages = base.get("stages")
     known = list(stages) if isinstance(stages, dict) else None
-    layers = [(base, Walk(name)), (size, Walk(f"size {tree.get('size', 'tiny')}", known))]
-    return _resolve([*layers, (tree, Walk("", known))], mistakes)
+    layers = [(dict(inherited), Walk("init")), (base, Walk(name))]
+    layers += [(size, Walk(f"size {tree.get('size', 'tiny')}", known)), (tree, Walk("", known))]
+    return _resolve(layers, mistakes)
 
 
 def load_file(path: str | Path) -> Recipe:
@@ -114,7 +120,7 @@ def _named(folder: str) -> dict[str, Path]:
 
 def _base(tree: dict[str, Any], mistakes: list[str]) -> tuple[dict[str, Any], str, dict[str, Any]]:
     """Return the recipe's layer, its name in messages, and the size's, without foreign stages."""
-    copy = Path(str(tree.get("run")), "recipe.yaml")
+    copy = _copy(tree)
     if "recipe" not in tree and "size" not in tree and "run" in tree and copy.is_file():
         return read(copy), str(copy), {}
     base, name = _file(tree.get("recipe"), "recipe", recipes(), mistakes)
@@ -135,6 +141,29 @@ def _base(tree: dict[str, Any], mistakes: list[str]) -> tuple[dict[str, Any], st
     return base, name, size
 
 
+def _copy(tree: dict[str, Any]) -> Path:
+    """Return where the run that the command line names keeps its recipe."""
+    return Path(str(tree.get("run")), "recipe.yaml").expanduser()
+
+
+def _idle(*layers: dict[str, Any]) -> list[str]:
+    """Say which keys that somebody wrote choose a part that `init` brings along itself."""
+    init = next((layer["init"] for layer in reversed(layers) if "init" in layer), None)
+    mistakes = []
+    for layer in layers:
+        if keys(Recipe).keys() <= layer.keys():
+            continue  # the resolved copy of a run has every key, whoever wrote it
+        for part, what in (("vision", "tower"), ("language", "language model")):
+            written = Walk().recipe({part: layer[part]})[part] if part in layer else {}
+            mistakes += [
+                f"{part}.{key} is '{written[key]}', but init={init} brings its own {what}; "
+                f"leave {part}.{key} out"
+                for key in ("name", "weights")
+                if key in written
+            ]
+    return mistakes
+
+
 def _chosen(
     tree: dict[str, Any], base: dict[str, Any], part: str
 ) -> tuple[str | None, dict[str, Any]]:
@@ -150,7 +179,7 @@ def _file(
     given: Any, key: str, known: dict[str, Path], mistakes: list[str]
 ) -> tuple[dict[str, Any], str]:
     """Read the file of `recipe=` (a name or a path) or `size=`; after a mistake it is empty."""
-    path = known.get(str(given)) or Path(str(given))
+    path = known.get(str(given)) or Path(str(given)).expanduser()
     is_path = str(given) in known or (key == "recipe" and path.suffix in (".yaml", ".yml"))
     if given is None:
         mistakes.append(f"{key}=NAME is needed; {key}s: {', '.join(known)}")

@@ -24,9 +24,13 @@ def key(
     low: float | None = None,
     above: float | None = None,
     high: float | None = None,
+    path: bool = False,
 ) -> Any:
-    """Declare a key: its meaning, default, and range (`low` <= or `above` < value <= `high`)."""
-    limits = {"help": help, "low": low, "above": above, "high": high}
+    """Declare a key: its meaning, default, and range (`low` <= or `above` < value <= `high`).
+
+    In the value of a `path` a leading `~` is the home folder.
+    """
+    limits = {"help": help, "low": low, "above": above, "high": high, "path": path}
     if isinstance(default, type):
         return field(default_factory=default, metadata=limits)
     return field(default=default, metadata=limits)
@@ -36,8 +40,12 @@ def key(
 class Vision:
     """The vision tower."""
 
-    name: str = key("ViT or EVA of open_clip, tiny, tiny_eva (see list), or a folder", "tiny")
-    weights: str = key("embedded (tiny, tiny_eva), random, a tag, a file or a folder", "embedded")
+    name: str = key(
+        "ViT or EVA of open_clip, tiny, tiny_eva (see list), or a folder", "tiny", path=True
+    )
+    weights: str = key(
+        "embedded (tiny, tiny_eva), random, a tag, a file or a folder", "embedded", path=True
+    )
     layer: int = key("block whose output is used; -1 is the last", -2, low=-100, high=99)
     norm: bool = key("apply the tower's final norm to the features", False)
 
@@ -49,7 +57,9 @@ class Language:
     name: Literal["tiny", "yi-6b", "yi-34b"] = key(
         "architecture; weights of a folder bring their own", "tiny"
     )
-    weights: str = key("embedded (tiny only), random, a Llama folder or hub id", "embedded")
+    weights: str = key(
+        "embedded (tiny only), random, a Llama folder or hub id", "embedded", path=True
+    )
     template: Literal["yi_vl", "chatml", "llava_v1"] = key("how turns are written as text", "yi_vl")
     max_length: int = key("longest conversation in tokens, image places included", 4096, low=16)
 
@@ -66,8 +76,8 @@ class Train:
 class Mix:
     """One source of a mixture."""
 
-    train: str = key("scenes, or a file in LLaVA's format")
-    images: str | None = key("folder of its pictures; null: beside the file", None)
+    train: str = key("scenes, or a file in LLaVA's format", path=True)
+    images: str | None = key("folder of its pictures; null: beside the file", None, path=True)
     weight: float = key("how often each sample is met in an epoch", 1.0, above=0)
 
 
@@ -75,10 +85,10 @@ class Mix:
 class Data:
     """What is learned from."""
 
-    train: str | None = key("scenes, or a file in LLaVA's format", None)
-    images: str | None = key("folder of the pictures; null: beside the file", None)
+    train: str | None = key("scenes, or a file in LLaVA's format", None, path=True)
+    images: str | None = key("folder of the pictures; null: beside the file", None, path=True)
     mix: tuple[Mix, ...] | None = key("several weighted sources, instead of train", None)
-    val: str | None = key("held-out samples, a file in LLaVA's format", None)
+    val: str | None = key("held-out samples, a file in LLaVA's format", None, path=True)
     on_bad: Literal["auto", "quarantine", "stop"] = key(
         "bad samples: leave out and count, or stop; auto stops above 1 in 100", "auto"
     )
@@ -145,9 +155,9 @@ class Recipe:
     recipe: str = key("name of a recipe (see list), or a YAML file")
     size: str = key("which tower and language model: tiny, 6b, 34b", "tiny")
     seed: int = key("of everything random", 0, low=0, high=2**32 - 1)
-    run: str | None = key("folder of the run; null: runs/RECIPE-SIZE-N", None)
+    run: str | None = key("folder of the run; null: runs/RECIPE-SIZE-N", None, path=True)
     init: str | None = key(
-        "run, checkpoint or released model (folder or hub id) to begin with", None
+        "run, checkpoint or released model (folder or hub id) to begin with", None, path=True
     )
     only: tuple[str, ...] | None = key("stages to run, as chat or [align_224,chat]", None)
     from_: str | None = key("stage to start from", None)

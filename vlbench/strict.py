@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Collection, Mapping
 from typing import Any, get_args, get_origin
@@ -80,7 +81,7 @@ class Walk:
             self._say(f"{path} {error}")
             return None
         self._range(converted, path, limits)
-        return converted
+        return os.path.expanduser(converted) if limits.get("path") else converted
 
     def _named(self, value: object, key: Any, kind: Any, path: str) -> dict[str, Any]:
         """Walk a mapping with names of its own: stages, parts of a stage, a connector's options."""

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from vlbench.mistakes import Mistake, nearest
-from vlbench.values import Text
+from vlbench.values import WHOLE, Text, show
 
 
 def tree(words: list[str]) -> tuple[dict[str, Any], list[str]]:
@@ -15,7 +15,9 @@ def tree(words: list[str]) -> tuple[dict[str, Any], list[str]]:
     mistakes: list[str] = []
     for word in words:
         key, equals, value = word.partition("=")
-        if not equals or not all(key.split(".")):
+        if word.encode(errors="replace").decode() != word:
+            mistakes.append(f"{ascii(word)} is not UTF-8 text, and a recipe is written as that")
+        elif not equals or not all(key.split(".")):
             mistakes.append(f"'{word}' is not KEY=VALUE, as in stages.chat.steps=10")
         elif not value:
             mistakes.append(f"{key} has no value; write {key}=VALUE, or {key}=null for none")
@@ -37,6 +39,14 @@ def _put(node: dict[str, Any], path: list[str], value: Text) -> str:
     return ""
 
 
+def typed(key: str, value: object) -> str:
+    """Return `key=value` as it is typed on a command line."""
+    if isinstance(value, list | tuple):
+        value = f"[{','.join(map(str, value))}]"
+    plain = value is None or isinstance(value, bool)
+    return f"{key}={show(value) if plain else value}"
+
+
 def number(given: dict[str, str], key: str, default: float, low: float, high: float) -> float:
     """Return the number that `given` has under `key`; a Mistake if it has another thing there."""
     text = given.get(key)
@@ -49,17 +59,27 @@ def number(given: dict[str, str], key: str, default: float, low: float, high: fl
     return value
 
 
+def whole(given: dict[str, str], key: str, default: int, low: int, high: int) -> int:
+    """Return the whole number that `given` has under `key`; a Mistake for anything else."""
+    text = given.get(key, str(default))
+    if not WHOLE.fullmatch(text) or not low <= int(text) <= high:
+        raise Mistake(f"{key} is '{text}'; allowed are whole numbers from {low} to {high}")
+    return int(text)
+
+
 def given_keys(
     verb: str, words: list[str], needed: tuple[str, ...], optional: tuple[str, ...] = ()
 ) -> dict[str, str]:
     """Return the `key=value` words of a verb that has few keys; values stay as they were typed."""
     known = (*needed, *optional)
-    given = {}
+    given: dict[str, str] = {}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or key not in known:
             takes = ", ".join(f"{name}=..." for name in known)
             raise Mistake(f"{verb} takes {takes}; given was '{word}'.{nearest(key, known)}")
+        if key in given:
+            raise Mistake(f"{key} is given twice, as '{given[key]}' and '{value}'")
         given[key] = value
     missing = [f"{name}=..." for name in needed if not given.get(name)]
     if missing:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from vlbench.data.tokenizer import Tokenizer
+from vlbench.files import refuse_pointer
 from vlbench.mistakes import Mistake
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -18,6 +19,7 @@ class FastTokenizer(Tokenizer):
         """Read the tokenizer files of `folder`."""
         from transformers import AutoTokenizer
 
+        refuse_pointer(folder / "tokenizer.json")
         try:
             self._fast = AutoTokenizer.from_pretrained(folder)
         except Exception as error:  # of the library: whatever a broken file makes it raise

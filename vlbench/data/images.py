@@ -81,7 +81,7 @@ def opened(image: Image.Image, name: str) -> Image.Image:
     try:
         _check_size(image)
         return _rgb(image)
-    except (Mistake, ValueError, OSError) as error:
+    except (Mistake, ValueError, OSError, AttributeError) as error:  # the last of a closed file
         raise Mistake(f"{name}: {_first_line(error)}") from error
 
 

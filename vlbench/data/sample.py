@@ -161,8 +161,24 @@ def place_tokens(
 
 
 def check(sample: Sample) -> None:
-    """Raise BadSample when the structure of a sample is wrong; pictures are not opened."""
+    """Raise BadSample when a sample cannot be learned from; pictures are not opened."""
+    check_turns(sample)
+    if all(turn.role != "assistant" for turn in sample.turns):
+        raise BadSample(sample.id, "no assistant turn, so there is nothing to learn")
+
+
+def check_turns(sample: Sample) -> None:
+    """Raise BadSample when turns or image tags are not where they may be.
+
+    A system turn may come first; then human and assistant alternate, and humans alone show images.
+    """
     turns = sample.turns
+    for number, turn in enumerate(turns, start=1):
+        try:
+            turn.text.encode()
+        except UnicodeEncodeError as error:
+            where = f"turn {number}: character {error.start + 1}"
+            raise BadSample(sample.id, f"{where} is half a character, not UTF-8 text") from error
     if turns and turns[0].role == "system":
         turns = turns[1:]
     if not turns:
@@ -174,8 +190,6 @@ def check(sample: Sample) -> None:
             raise BadSample(
                 sample.id, f"{where} {turn.role!r} where {expected!r} is expected (turns alternate)"
             )
-    if all(turn.role != "assistant" for turn in turns):
-        raise BadSample(sample.id, "no assistant turn, so there is nothing to learn")
     _check_images(sample)
 
 

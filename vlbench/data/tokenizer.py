@@ -7,7 +7,6 @@ transformers 5 differ from it on texts with images, odd spaces and broken bytes.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from types import MappingProxyType
 
 from sentencepiece import SentencePieceProcessor
 
+from vlbench.files import read_json, refuse_pointer
 from vlbench.mistakes import Mistake
 
 SPECIAL = ("<|startoftext|>", "<|endoftext|>", "<unk>")  # bos, eos, unk of Yi
@@ -66,7 +66,7 @@ class Tokenizer:
             return FastTokenizer(folder)
         config: dict[str, object] = {}
         for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
-            config |= _read(path) if path.is_file() else {}
+            config |= read_json(path) if path.is_file() else {}
         roles = zip(("bos_token", "eos_token", "unk_token"), SPECIAL, strict=True)
         special = [_content(config.get(role), default) for role, default in roles]
         model_file = folder / "tokenizer.model"
@@ -159,20 +159,11 @@ class Tokenizer:
 def _open(path: Path) -> SentencePieceProcessor:
     if not path.is_file():
         raise Mistake(f"there is no tokenizer file {path}")
+    refuse_pointer(path)
     try:
         return SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
         raise Mistake(f"{path} is not a sentencepiece model: {error}") from None
-
-
-def _read(path: Path) -> dict[str, object]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise Mistake(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise Mistake(f"{path} does not hold a JSON object")
-    return config
 
 
 def _content(token: object, default: str) -> str:
@@ -194,11 +185,19 @@ def _added(config: dict[str, object], folder: Path) -> dict[str, int]:
     added: dict[str, int] = {}
     decoder = config.get("added_tokens_decoder")
     if isinstance(decoder, dict):
-        added = {_content(token, ""): int(index) for index, token in decoder.items()}
+        file = folder / "tokenizer_config.json"
+        added = {_content(token, ""): _number(index, file) for index, token in decoder.items()}
     path = folder / "added_tokens.json"
     if path.is_file():
-        added |= {name: int(str(index)) for name, index in _read(path).items()}
+        added |= {name: _number(index, path) for name, index in read_json(path).items()}
     return added
+
+
+def _number(index: object, path: Path) -> int:
+    """Return an id, which a key of JSON writes as a text."""
+    if not str(index).isascii() or not str(index).isdigit():
+        raise Mistake(f"{path}: the id of an added token is {index!r}; wanted is a whole number")
+    return int(str(index))
 
 
 def _check_beyond(ids: list[int], pieces: int, folder: Path) -> None:

@@ -148,7 +148,7 @@ def tokens_per_second(metrics: Path) -> float | None:
     """Return the mean rate of the last stage, from metrics.csv; None if nothing was trained."""
     if not metrics.is_file():
         return None
-    with metrics.open(newline="") as file:
+    with metrics.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     rates = [float(row["tokens_per_second"]) for row in rows if row["stage"] == rows[-1]["stage"]]
     return round(sum(rates) / len(rates), 1) if rates else None

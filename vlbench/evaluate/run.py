@@ -23,6 +23,7 @@ def main(words: list[str]) -> int:
     `data=FILE.json` asks that file's questions; a run has questions of its own as well.
     """
     given = given_keys("eval", words, ("run",), ("data", "images"))
+    given = {key: str(Path(value).expanduser()) for key, value in given.items()}
     sets: dict[str, list[Question]] = {}
     if "data" in given:
         source = LlavaJson(given["data"], given.get("images"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # transformers 5.24 renamed the argument that takes the cache
 _RENAMED = "cache" in inspect.signature(LlamaModel.forward).parameters
+COLDEST = 1e-4  # below, logits divided by the temperature are no longer finite
 CACHE = "cache" if _RENAMED else "past_key_values"
 
 
@@ -67,12 +68,9 @@ def generate(
     """Return the new ids of every row of `batch`, prompts padded on the left (`sample_index` -1).
 
     `on_token` is called after each step with all new ids so far, for streaming. Ids beyond the
-    tokenizer are never chosen.
+    tokenizer are never chosen. A row ends at the latest where the language model's positions do.
     """
-    if not (temperature >= 0 and math.isfinite(temperature)):
-        raise Mistake(f"temperature is {temperature}; allowed are 0 (greedy) and numbers above")
-    if not 0 <= top_p <= 1:
-        raise Mistake(f"top_p is {top_p}; allowed are numbers from 0 to 1")
+    _check_options(max_new_tokens, temperature, top_p, seed)
     was_training = vlm.training
     vlm.eval()
     vlm.language.set_attn_implementation("sdpa")  # the packed kernel has no padding mask or cache
@@ -81,6 +79,23 @@ def generate(
     finally:
         vlm.language.set_attn_implementation(PACKED)
         vlm.train(was_training)
+
+
+def _check_options(max_new_tokens: Any, temperature: Any, top_p: Any, seed: Any) -> None:
+    """Refuse what cannot be done, in one line."""
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise Mistake(f"max_new_tokens is {max_new_tokens!r}; allowed are whole numbers from 1")
+    if not _is_number(temperature) or not (temperature == 0 or COLDEST <= temperature < math.inf):
+        allowed = f"0 (greedy) and numbers from {COLDEST}"
+        raise Mistake(f"temperature is {temperature!r}; allowed are {allowed}")
+    if not _is_number(top_p) or not 0 <= top_p <= 1:
+        raise Mistake(f"top_p is {top_p!r}; allowed are numbers from 0 to 1")
+    if type(seed) is not int or not 0 <= seed < 2**64:
+        raise Mistake(f"seed is {seed!r}; allowed are whole numbers from 0 to {2**64 - 1}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _generate(
@@ -99,6 +114,8 @@ def _generate(
     mask = (batch.sample_index >= 0).long()
     cache = DynamicCache(config=vlm.language.config)
     new: list[list[int]] = [[] for _ in range(rows)]
+    most = vlm.language.config.max_position_embeddings
+    room = [most - length for length in mask.sum(1).tolist()]
     ended = [False] * rows
     for _ in range(max_new_tokens):
         hidden = vlm.read(
@@ -115,7 +132,7 @@ def _generate(
         for row, token in enumerate(ids.tolist()):
             if not ended[row]:
                 new[row].append(token)
-                ended[row] = stop_now(vlm, new[row])
+                ended[row] = stop_now(vlm, new[row]) or len(new[row]) >= room[row]
         if on_token:
             on_token(new)
         if all(ended):

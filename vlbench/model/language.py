@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from vlbench.files import read_json
 from vlbench.mistakes import Mistake, nearest
 from vlbench.model.attention import PACKED
 from vlbench.model.weights import hub
-from vlbench.model.weights.groups import BUFFERS, Group, load_groups
+from vlbench.model.weights.groups import BUFFERS, Group, load_groups, tied
 from vlbench.model.weights.hub import fetch
-from vlbench.model.weights.shards import read_json, weight_files
+from vlbench.model.weights.shards import weight_files
 
 TINY = Path(__file__).parent / "tiny" / "language"
 
@@ -46,6 +48,11 @@ SHARED: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+COUNTS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings"),
+)
+"""Keys of a configuration that count something, so that 0 is a mistake."""
 
 
 def build_language(name: str, weights: str, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
@@ -90,9 +97,28 @@ def config_in(folder: Path) -> LlamaConfig:
             "architecture (Yi, Yi-1.5, Yi-200K, Llama)"
         )
     try:
-        return LlamaConfig.from_pretrained(folder)
+        found = LlamaConfig(**{k: v for k, v in read_json(file).items() if k != "model_type"})
     except Exception as error:  # the library's own checks, of types and of widths that divide
         raise Mistake(f"{file}: {' '.join(str(error).split())[:300]}") from error
+    return checked(found, file)
+
+
+def checked(config: LlamaConfig, file: Path) -> LlamaConfig:
+    """Return a configuration, read from `file`, of which a model can be built."""
+    for key in COUNTS:
+        if getattr(config, key) < 1:
+            raise Mistake(f"{file}: {key} is {getattr(config, key)}; it must be at least 1")
+    if config.hidden_act not in ACT2FN:
+        close = nearest(config.hidden_act, ACT2FN)
+        raise Mistake(f"{file}: hidden_act is '{config.hidden_act}', an unknown activation.{close}")
+    try:
+        LlamaRotaryEmbedding(config)
+    except Exception as error:  # a type nobody knows, or numbers that are none
+        raise Mistake(
+            f"{file}: its rotary positions cannot be built from {config.rope_parameters} "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    return config
 
 
 def empty_language(config: LlamaConfig) -> LlamaForCausalLM:
@@ -117,11 +143,11 @@ def load_language(folder: Path, dtype: torch.dtype | None) -> LlamaForCausalLM:
     """Load a folder in the Hugging Face layout, file by file; `dtype` None keeps each its own."""
     model = empty_language(config_in(folder))
     state = model.state_dict()
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    wanted = {name: ("language", name) for name in state if name not in tied}
-    group = Group(weight_files(folder), wanted, "|".join([BUFFERS, *map(re.escape, tied)]))
+    again = tied(model)
+    wanted = {name: ("language", name) for name in state if name not in again}
+    group = Group(weight_files(folder), wanted, "|".join([BUFFERS, *map(re.escape, again)]))
     loaded = load_groups([group], {"language": state}, dtype, "cpu")["language"]
-    model.load_state_dict(loaded, strict=not tied, assign=True)
+    model.load_state_dict(loaded, strict=not again, assign=True)
     model.tie_weights()
     model.generation_config.eos_token_id = end_ids(folder, model.config)
     return model
@@ -132,4 +158,7 @@ def end_ids(folder: Path, config: LlamaConfig) -> list[int]:
     file = folder / "generation_config.json"
     given = read_json(file).get("eos_token_id") if file.is_file() else None
     ends = config.eos_token_id if given is None else given
-    return [ends] if isinstance(ends, int) else list(ends or [])
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(type(end) is int for end in ends):
+        raise Mistake(f"{file}: eos_token_id is {given!r}; wanted are one or several ids")
+    return ends

@@ -12,8 +12,8 @@ from PIL import Image
 
 from vlbench.data.batch import Batch, image_of, stack
 from vlbench.data.images import File, opened
-from vlbench.data.sample import PLACEHOLDER, Picture, Sample, Turn, place_tokens
-from vlbench.mistakes import Mistake
+from vlbench.data.sample import PLACEHOLDER, Picture, Sample, Turn, check_turns, place_tokens
+from vlbench.mistakes import BadSample, Mistake
 
 if TYPE_CHECKING:
     from vlbench.model.vlm import VLM
@@ -61,7 +61,12 @@ def sample_of(messages: list[dict[str, Any]]) -> Sample:
             texts.append(text)
             pictures += [image] if image else []
         turns.append(Turn(ROLES[message["role"]], "".join(texts)))
-    return Sample("chat", tuple(turns), tuple(pictures))
+    sample = Sample("chat", tuple(turns), tuple(pictures))
+    try:
+        check_turns(sample)
+    except BadSample as bad:
+        raise Mistake(f"messages: {bad.reason}") from bad
+    return sample
 
 
 def _part(part: Any, number: int) -> tuple[str, Picture | None]:

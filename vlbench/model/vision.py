@@ -13,10 +13,10 @@ from open_clip.model import resize_pos_embed
 from torch import Tensor, nn
 
 from vlbench.data.images import ImageTransform
+from vlbench.files import read_json
 from vlbench.mistakes import Mistake, nearest
 from vlbench.model.weights import clip, hub
 from vlbench.model.weights.hub import fetch
-from vlbench.model.weights.shards import read_json
 
 Colour = tuple[float, float, float]
 TINY = Path(__file__).parent / "tiny"

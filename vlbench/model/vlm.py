@@ -18,6 +18,7 @@ from vlbench.data.images import ImageTransform
 from vlbench.data.sample import IGNORE, IMAGE
 from vlbench.data.template import Template
 from vlbench.data.tokenizer import Tokenizer
+from vlbench.mistakes import Mistake
 from vlbench.model.generate import Stream, generate
 from vlbench.model.messages import prompt_batch, sample_of
 from vlbench.model.vision import Tower
@@ -74,15 +75,7 @@ class VLM(nn.Module):
     @property
     def shapes(self) -> Shapes:
         """What the connector has to fit, at the current image size."""
-        rows, columns = self.vision.grid
-        config = self.language.config
-        return Shapes(
-            patches=rows * columns,
-            grid=(rows, columns),
-            vision_width=self.vision.width,
-            lm_width=config.hidden_size,
-            lm_layers=config.num_hidden_layers,
-        )
+        return shapes_of(self.vision, self.language.config)
 
     @property
     def transform(self) -> ImageTransform:
@@ -249,6 +242,11 @@ class VLM(nn.Module):
         of the answer's text; True prints the pieces.
         """
         show = functools.partial(print, end="", flush=True) if stream is True else stream
+        if isinstance(messages, list) and messages and isinstance(messages[0], list):
+            raise Mistake(
+                f"chat answers one conversation, given are {len(messages)}; "
+                "generate(prepare(...)) takes several"
+            )
         writer = Stream(self, show or (lambda text: None))
         new = self.generate(
             self.prepare(messages),
@@ -264,3 +262,15 @@ class VLM(nn.Module):
         """Give the three parts by name."""
         for name in PARTS:
             yield name, getattr(self, name)
+
+
+def shapes_of(tower: Tower, config: Any) -> Shapes:
+    """Return what stands between a tower and a language model of the configuration `config`."""
+    rows, columns = tower.grid
+    return Shapes(
+        patches=rows * columns,
+        grid=(rows, columns),
+        vision_width=tower.width,
+        lm_width=config.hidden_size,
+        lm_layers=config.num_hidden_layers,
+    )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vlbench import __version__
+from vlbench.data.sources import SCENES
 from vlbench.model.vlm import VLM
 from vlbench.schema import Recipe
+from vlbench.words import typed
 
 USE = {
     "yi_vl": """\
@@ -41,24 +44,30 @@ which moves logits in the first decimal.
 This is a checkpoint of vlbench, with every weight, and stands alone:
 
     python -m vlbench chat model={to}
-    python -m vlbench fit recipe={recipe} init={to} only=chat
+    {again}
 """,
 }
 
 
 def card(
-    vlm: VLM, recipe: Recipe | None, layout: str, to: Path, source: Path, results: Mapping[str, Any]
+    vlm: VLM,
+    recipe: Recipe,
+    trained: bool,
+    layout: str,
+    to: Path,
+    source: Path,
+    results: Mapping[str, Any],
 ) -> str:
     """Return the text of README.md for an export of `vlm` from `source` to the folder `to`.
 
-    `recipe` is None for a released model that nothing was trained on since; `results` may be empty.
+    `trained` is False for a released model that nothing was trained on since: `recipe` is then what
+    goes on with it. `results` may be empty.
     """
     rows = [
         f"| {name} | {what} | {sum(p.numel() for p in module.parameters()):,} |"
         for (name, module), what in zip(vlm.parts(), _parts(vlm), strict=True)
     ]
     transform = vlm.transform
-    name = Path(recipe.recipe).stem if recipe else "yivl_llava"
     paragraphs = [
         "---\n"
         f"library_name: {'transformers' if layout == 'hf_llava' else 'vlbench'}\n"
@@ -72,15 +81,25 @@ def card(
         f"{transform.crop} x {transform.crop} pixels and takes {vlm.connector.tokens_per_image} "
         f"tokens. Conversations are written with the chat template {vlm.template.name}.",
         "## Training",
-        _training(recipe) if recipe else "Nothing was trained: these are the released weights.",
+        _training(recipe) if trained else "Nothing was trained: these are the released weights.",
         *_measured(results),
         "## Use",
-        USE[layout].format(to=to, stop=vlm.template.stop, recipe=name).strip(),
+        USE[layout].format(to=to, stop=vlm.template.stop, again=_again(recipe, to)).strip(),
         "## Licence and limits",
         "The weights keep the licences of what they began as (language model, vision tower) and "
         "of the data they\nlearned from. The model may describe what is not in a picture.",
     ]
     return "\n\n".join(paragraphs) + "\n"
+
+
+def _again(recipe: Recipe, to: Path) -> str:
+    """Return the command that trains on from `to`, with the options that its connector needs."""
+    words = [typed("recipe", recipe.recipe), typed("size", recipe.size), typed("init", to)]
+    words.append(typed("only", list(recipe.stages)[-1]))
+    words += [typed(f"connector.{key}", value) for key, value in recipe.connector.items()]
+    if recipe.data.train != SCENES:
+        words += ["data.train=FILE.json", "data.images=FOLDER"]
+    return shlex.join(["python", "-m", "vlbench", "fit", *words])
 
 
 def _parts(vlm: VLM) -> list[str]:

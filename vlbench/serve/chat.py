@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlbench.data.images import open_image
 from vlbench.mistakes import Mistake, nearest
-from vlbench.words import given_keys, number
+from vlbench.words import given_keys, number, whole
 
 if TYPE_CHECKING:
     from vlbench.model.vlm import VLM
@@ -18,7 +19,7 @@ HELP = """\
 /image FILE   show a picture with the next question
 /reset        forget the conversation
 /history      print the conversation
-/quit         leave (so does Ctrl-D); Ctrl-C ends an answer"""
+/quit         leave (so do Ctrl-D, and Ctrl-C twice); Ctrl-C ends an answer"""
 COMMANDS = ("/image", "/reset", "/history", "/help", "/quit")
 
 
@@ -29,12 +30,15 @@ def main(words: list[str]) -> int:
     if not path or ("model" in given and "run" in given):
         raise Mistake("chat needs model=PATH: a run, a checkpoint or a released model")
     options = {
-        "max_new_tokens": int(number(given, "max_new_tokens", 512, 1, 100_000)),
+        "max_new_tokens": whole(given, "max_new_tokens", 512, 1, 100_000),
         "temperature": number(given, "temperature", 0.0, 0.0, 10.0),
         "top_p": number(given, "top_p", 1.0, 0.0, 1.0),
-        "seed": int(number(given, "seed", 0, 0, 2**32)),
+        "seed": whole(given, "seed", 0, 0, 2**32 - 1),
     }
+    if "question" not in given and sys.stdin is None:
+        raise Mistake("chat needs question=TEXT where standard input is closed")
     if "image" in given:
+        given["image"] = str(Path(given["image"]).expanduser())
         open_image(given["image"])  # before the model, which takes seconds
     from vlbench import load
 
@@ -58,14 +62,16 @@ class Talk:
 
     def loop(self) -> int:
         """Read questions and commands until the input ends; return the exit code."""
+        if isinstance(sys.stdin, io.TextIOWrapper):  # what is no text is refused where it is asked
+            sys.stdin.reconfigure(errors="surrogateescape")
         if sys.stdin.isatty():
             import readline  # noqa: F401  # arrow keys, and what was typed before
 
             print(HELP)
         while True:
             try:
-                line = input("you: " if sys.stdin.isatty() else "").strip()
-            except (EOFError, KeyboardInterrupt):
+                line = self.read()
+            except EOFError:
                 print()
                 return 0
             if line == "/quit":
@@ -76,6 +82,17 @@ class Talk:
                 print(f"vlbench: {mistake}", file=sys.stderr)
             except KeyboardInterrupt:
                 print("(stopped)")
+
+    def read(self) -> str:
+        """Return what is typed; at a prompt only a second Ctrl-C leaves the conversation."""
+        asks = sys.stdin.isatty()
+        try:
+            return input("you: " if asks else "").strip()
+        except KeyboardInterrupt:
+            if not asks:
+                raise
+            print("\n(press Ctrl-C again, or /quit, to leave)")
+            return input("you: ").strip()
 
     def take(self, line: str) -> None:
         """Do what one line of the user asks for."""

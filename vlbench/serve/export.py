@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from vlbench import recipe as recipes
+from vlbench.files import read_json
 from vlbench.mistakes import Mistake, nearest
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import yi_vl
-from vlbench.model.weights.shards import read_json, write
+from vlbench.model.weights.shards import write
 from vlbench.model.weights.to_hf_llava import write_hf_llava
 from vlbench.model.weights.to_yi_vl import write_yi_vl
 from vlbench.schema import Recipe
@@ -23,7 +25,7 @@ from vlbench.serve.card import card
 from vlbench.serve.load import find, open_model, type_named
 from vlbench.train import checkpoint
 from vlbench.train.checkpoint import Position
-from vlbench.words import given_keys
+from vlbench.words import given_keys, typed
 
 FORMATS = ("yi_vl", "hf_llava", "vlbench")
 
@@ -31,7 +33,7 @@ FORMATS = ("yi_vl", "hf_llava", "vlbench")
 def main(words: list[str]) -> int:
     """Write `run=PATH` (run, checkpoint or released model) to the new folder `to=DIR`."""
     given = given_keys("export", words, ("run", "to", "format"), ("dtype",))
-    layout, to = given["format"], Path(given["to"])
+    layout, to = given["format"], Path(given["to"]).expanduser()
     if layout not in FORMATS:
         known = ", ".join(FORMATS)
         raise Mistake(f"format is '{layout}'; known are {known}.{nearest(layout, FORMATS)}")
@@ -43,11 +45,12 @@ def main(words: list[str]) -> int:
     recipe = _recipe(source, vlm)
     writing = to.parent / f".writing-{to.name}"
     shutil.rmtree(writing, ignore_errors=True)
+    before = signal.signal(signal.SIGTERM, _leave)
     try:
         writing.mkdir(parents=True)
         _write(layout, vlm, writing, kind, source, recipe)
-        trained = recipe if checkpoint.holds(source) else None
-        text = card(vlm, trained, layout, to, source, _results(source))
+        trained = checkpoint.holds(source)
+        text = card(vlm, recipe, trained, layout, to, source, _results(source))
         (writing / "README.md").write_text(text, encoding="utf-8")
         if to.exists():
             to.rmdir()
@@ -57,9 +60,15 @@ def main(words: list[str]) -> int:
         raise Mistake(f"to={to} cannot be written ({reason})") from error
     finally:
         shutil.rmtree(writing, ignore_errors=True)
+        signal.signal(signal.SIGTERM, before)
     size = sum(path.stat().st_size for path in to.rglob("*") if path.is_file())
     print(f"wrote {to} ({size / 1e6:,.1f} MB, format {layout}); README.md in it says how to use it")
     return 0
+
+
+def _leave(number: int, _: Any) -> None:
+    """End as a signal asks, but by an exception: what is half written is then removed."""
+    sys.exit(128 + number)
 
 
 def _write(
@@ -95,7 +104,7 @@ def _is_yi_vl(source: Path) -> bool:
 def _position(source: Path, recipe: Recipe) -> Position:
     """Return where a checkpoint stands; a released model stands before the last stage's end."""
     if checkpoint.holds(source):
-        return Position(**json.loads((source / "position.json").read_text()))
+        return checkpoint.position(source)
     names = list(recipe.stages)
     return Position(len(names) - 1, names[-1], 0)
 
@@ -104,7 +113,7 @@ def _recipe(source: Path, vlm: VLM) -> Recipe:
     """Return the recipe of a checkpoint, or the one that a released model would have had."""
     if checkpoint.holds(source):
         return recipes.load_file(source / "recipe.yaml")
-    options = [f"connector.{key}={str(value).lower()}" for key, value in vlm.options.items()]
+    options = [typed(f"connector.{key}", value) for key, value in vlm.options.items()]
     layers = vlm.language.config.num_hidden_layers
     return recipes.load(
         [
@@ -121,4 +130,4 @@ def _recipe(source: Path, vlm: VLM) -> Recipe:
 def _results(source: Path) -> dict[str, Any]:
     """Return the results of the run that a checkpoint lies in, {} when there are none."""
     file = source.parent.parent / "results.json"
-    return json.loads(file.read_text()) if checkpoint.holds(source) and file.is_file() else {}
+    return read_json(file) if checkpoint.holds(source) and file.is_file() else {}

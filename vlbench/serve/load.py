@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ DTYPES = {
     "fp16": torch.float16,
     "float16": torch.float16,
 }
+FLOAT64 = torch.float64  # for comparisons; no name, as nobody trains in it
 FLOAT32_UP_TO = 4_000_000_000  # bytes
 
 
@@ -45,8 +45,11 @@ def load(
 
 def find(path: str | Path, key: str) -> Path:
     """Return the folder of a checkpoint or released model; `key` names `path` in a mistake."""
-    if checkpoint.holds(Path(path)):
-        return checkpoint.find(Path(path))
+    if not isinstance(path, str | Path) or not str(path):
+        raise Mistake(f"{key} is {path!r}; wanted is the path of a run, checkpoint or release")
+    path = Path(path).expanduser()
+    if checkpoint.holds(path):
+        return checkpoint.find(path)
     return released(str(path), key)
 
 
@@ -55,7 +58,7 @@ def open_model(folder: Path, dtype: torch.dtype | None, device: str = "cpu") -> 
     if not checkpoint.holds(folder):
         return load_release(folder, dtype, device)
     vlm = restore(folder, recipes.load_file(folder / "recipe.yaml"), dtype, device)
-    before = json.loads((folder / "preprocess.json").read_text())["transform_hash"]
+    _, before = checkpoint.preprocessed(folder)
     if before != vlm.transform.hash():
         raise Mistake(
             f"{folder} was trained with other image preprocessing (hash {before}, "
@@ -66,11 +69,11 @@ def open_model(folder: Path, dtype: torch.dtype | None, device: str = "cpu") -> 
 
 def type_named(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """Return the type that a name of DTYPES means."""
-    if dtype is None or isinstance(dtype, torch.dtype):
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype in (*DTYPES.values(), FLOAT64)):
         return dtype
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         known = ", ".join(DTYPES)
-        raise Mistake(f"dtype is '{dtype}'; known are {known}.{nearest(dtype, DTYPES)}")
+        raise Mistake(f"dtype is '{dtype}'; known are {known}.{nearest(str(dtype), DTYPES)}")
     return DTYPES[dtype]
 
 
@@ -81,6 +84,8 @@ def _default_type(folder: Path, device: str) -> torch.dtype:
 
 
 def _check_device(device: str) -> None:
+    if device.partition(":")[0] == "meta":
+        raise Mistake("device is 'meta', which holds no numbers; it cannot answer")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # of torch: no such device, or not built for it

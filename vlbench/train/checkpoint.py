@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vlbench.files import read_json
 from vlbench.mistakes import Mistake
 from vlbench.model.compose import LANGUAGE
 from vlbench.model.vlm import VLM
@@ -33,6 +34,7 @@ from vlbench.model.weights.shards import unshared
 
 RELEASE = "release"
 NAME = re.compile(r"(\d+)-([A-Za-z0-9_]+)-(\d{6,})")
+_KINDS = {"stage": int, "name": str, "step": int}
 
 
 @dataclass(frozen=True)
@@ -97,9 +99,9 @@ def describe(vlm: VLM, folder: Path, recipe: str, position: Position) -> None:
     config = vlm.language.config.to_dict()
     ends = {"eos_token_id": vlm.language.generation_config.eos_token_id}
     (folder / LANGUAGE).mkdir()
-    (folder / LANGUAGE / "config.json").write_text(json.dumps(config, indent=1))
-    (folder / LANGUAGE / "generation_config.json").write_text(json.dumps(ends))
-    (folder / "position.json").write_text(json.dumps(asdict(position)))
+    (folder / LANGUAGE / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    (folder / LANGUAGE / "generation_config.json").write_text(json.dumps(ends), encoding="utf-8")
+    (folder / "position.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
 
 
 def out_of_space(error: OSError, folder: Path) -> Exception:
@@ -134,12 +136,32 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
+def position(folder: Path) -> Position:
+    """Return where the checkpoint in `folder` stands."""
+    file = folder / "position.json"
+    said = read_json(file)
+    whole = all(type(said.get(key)) is kind for key, kind in _KINDS.items())
+    if not whole or not said.keys() <= {*_KINDS, "loss"}:
+        raise Mistake(f"{file}: is not the position of a checkpoint ({', '.join(_KINDS)})")
+    return Position(**said)
+
+
+def preprocessed(folder: Path) -> tuple[int, str]:
+    """Return the image size of a checkpoint in pixels, and the hash of its image transform."""
+    file = folder / "preprocess.json"
+    said = read_json(file)
+    crop = transform.get("crop") if isinstance(transform := said.get("transform"), dict) else None
+    if not isinstance(crop, int) or not isinstance(said.get("transform_hash"), str):
+        raise Mistake(f"{file}: is not the preprocessing of a checkpoint")
+    return crop, said["transform_hash"]
+
+
 def positions(folder: Path) -> list[Position]:
     """Return the positions of all whole checkpoints in `folder`, oldest first."""
     found = []
     for path in folder.glob("*-*-*"):
         if NAME.fullmatch(path.name) and (path / "position.json").is_file():
-            found.append(Position(**json.loads((path / "position.json").read_text())))
+            found.append(position(path))
     return sorted(found, key=lambda p: (p.stage, p.step))
 
 

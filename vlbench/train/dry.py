@@ -13,6 +13,7 @@ from vlbench.schema import Recipe
 from vlbench.train import report
 from vlbench.train.legs import Leg, check_data, steps_of
 from vlbench.train.module import Training, freeze
+from vlbench.train.sizes import check_sizes
 from vlbench.train.stages import explained, prepare, trainer_of
 
 LOOKED_AT = 16  # steps of a stage among which the longest is taken
@@ -21,6 +22,7 @@ LOOKED_AT = 16  # steps of a stage among which the longest is taken
 def dry_run(recipe: Recipe, legs: list[Leg]) -> int:
     """Do one optimizer step per stage and keep nothing; return the exit code."""
     check_data(recipe, legs)
+    check_sizes(recipe, legs)
     vlm, _ = prepare(recipe, legs, None)
     for leg in legs:
         if not leg.steps:

@@ -72,7 +72,7 @@ def show_interrupted(run: Run, why: str) -> int:
 
 def show_results(run: Run) -> int:
     """Print the results of a finished run and what to try next; return the exit code."""
-    results = json.loads(run.results_file.read_text())
+    results = json.loads(run.results_file.read_text(encoding="utf-8"))
     print(f"\nresults of {run.folder} ({results['questions']} questions, {results['asked_of']})")
     rows = (
         ("accuracy", "exact match"),
@@ -89,7 +89,8 @@ def show_results(run: Run) -> int:
             print(f"  {key}: {parts}")
     print(f"  {results['seconds']:.0f} s, peak memory {size_of(results['peak_memory_bytes'])}")
     if run.quarantine_file.is_file():
-        lines = [json.loads(line) for line in run.quarantine_file.read_text().splitlines()]
+        text = run.quarantine_file.read_text(encoding="utf-8")
+        lines = [json.loads(line) for line in text.splitlines()]
         named = "; ".join(f"{line['id']}: {line['reason']}" for line in lines[:5])
         print(f"  {len(lines)} bad samples left out ({named}), all in {run.quarantine_file}")
     print("next:")

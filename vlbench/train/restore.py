@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlbench import recipe as recipes
+from vlbench.files import read_json
 from vlbench.mistakes import Mistake
 from vlbench.model.compose import choice_of, compose, compose_empty
 from vlbench.model.vlm import PARTS, VLM
 from vlbench.model.weights import hub
 from vlbench.model.weights.groups import place
 from vlbench.model.weights.hub import fetch
-from vlbench.model.weights.load import assemble, is_release, load_release
-from vlbench.model.weights.shards import Lazy, read, read_json, shapes, weight_files
+from vlbench.model.weights.load import assemble, is_release, layout_of, load_release
+from vlbench.model.weights.shards import Lazy, read, shapes, weight_files
 from vlbench.schema import Recipe, Stage
 from vlbench.train import checkpoint
 from vlbench.train.checkpoint import RELEASE
+from vlbench.words import typed
 
 FLOAT32 = torch.float32
 KINDS = "run folder, checkpoint or released model"
+
+
+class Misfit(Mistake):
+    """Weights that do not fit into the part of a model that they were meant for."""
 
 
 def restore(
@@ -38,7 +45,7 @@ def restore(
     `dtype` None keeps every tensor as it is stored. Parts in `skip` start anew.
     """
     held = {name.partition(".")[0] for file in weight_files(folder) for name in shapes(file)}
-    side = image_size(folder)
+    side, _ = checkpoint.preprocessed(folder)
     if (folder / RELEASE).is_dir():
         vlm = assemble(folder / RELEASE, choice_of(recipe))
         vlm.resize(side)
@@ -48,6 +55,29 @@ def restore(
         vlm.pursue(objective_of(folder))
     load_weights(folder, vlm, dtype, device, skip)
     return vlm
+
+
+def inherited(recipe: Recipe) -> dict[str, Any]:
+    """Return keys that a recipe has from its `init` unless it says them itself, as nested dicts.
+
+    They are what the weights were trained with. A run that goes on has them already: its `init`
+    may be gone.
+    """
+    source, own = Path(str(recipe.init)), Path(str(recipe.run), "recipe.yaml")
+    if source.is_file():
+        return {}
+    if own.is_file() or checkpoint.holds(source):
+        before = recipes.load_file(
+            own if own.is_file() else checkpoint.find(source) / "recipe.yaml"
+        )
+        vision = {"layer": before.vision.layer, "norm": before.vision.norm}
+        return {"vision": vision, "language": {"template": before.language.template}}
+    folder = fetch(str(source), "init", hub.RELEASE, KINDS, hub.SMALL)
+    if of_connector(folder):
+        return {}
+    folder = released(str(source), "init", hub.SMALL)
+    plan = layout_of(folder).blueprint(folder)
+    return {"vision": {"layer": plan.layer}, "language": {"template": plan.template}}
 
 
 def begin(recipe: Recipe, stage: Stage) -> VLM:
@@ -64,12 +94,16 @@ def begin(recipe: Recipe, stage: Stage) -> VLM:
         return _with_reference(recipe, stage, [Path(source)])
     if checkpoint.holds(Path(source)):
         folder = checkpoint.find(Path(source))
-        before = recipes.load_file(folder / "recipe.yaml").connector["name"]
-        other = before != recipe.connector["name"]
-        vlm = restore(folder, recipe, skip=("connector",) if other else ())
+        before = recipes.load_file(folder / "recipe.yaml")
+        other = before.connector["name"] != recipe.connector["name"]
+        recipe = _with_parts_of(before, recipe)
+        try:
+            vlm = restore(folder, recipe, skip=("connector",) if other else ())
+        except Misfit as misfit:
+            raise _explained(misfit, before, recipe) from misfit
     else:
         folder = fetch(source, "init", hub.RELEASE, KINDS)
-        if _is_blip(folder):
+        if of_connector(folder):
             return _with_reference(recipe, stage, weight_files(folder))
         folder = released(source, "init")
         torch.manual_seed(recipe.seed)
@@ -84,6 +118,24 @@ def begin(recipe: Recipe, stage: Stage) -> VLM:
         + (f"; connector {recipe.connector['name']} starts anew" if other else "")
     )
     return vlm
+
+
+def _explained(misfit: Misfit, before: Recipe, recipe: Recipe) -> Mistake:
+    """Say which options of the connector `init` was trained with, where they are other ones."""
+    differ = {k: v for k, v in before.connector.items() if recipe.connector.get(k) != v}
+    if not differ or "name" in differ:
+        return misfit
+    say = " ".join(typed(f"connector.{key}", value) for key, value in differ.items())
+    return Mistake(f"init={recipe.init} has another connector: say {say} ({misfit})")
+
+
+def _with_parts_of(before: Recipe, recipe: Recipe) -> Recipe:
+    """Return `recipe` with the parts of another: what that never trained no checkpoint holds."""
+    parts = {
+        part: replace(getattr(recipe, part), name=theirs.name, weights=theirs.weights)
+        for part, theirs in (("vision", before.vision), ("language", before.language))
+    }
+    return replace(recipe, **parts)
 
 
 def _with_reference(recipe: Recipe, stage: Stage, files: list[Path]) -> VLM:
@@ -104,15 +156,18 @@ def _with_reference(recipe: Recipe, stage: Stage, files: list[Path]) -> VLM:
     return vlm
 
 
-def _is_blip(folder: Path) -> bool:
+def of_connector(folder: Path) -> bool:
     """Tell whether a folder is a BLIP-2 in Hugging Face's layout, of which connectors are made."""
     file = folder / "config.json"
     return file.is_file() and str(read_json(file).get("model_type")).startswith("blip")
 
 
-def released(source: str, key: str) -> Path:
-    """Return the folder of a released model; `key` names `source` in a mistake."""
-    folder = fetch(source, key, hub.RELEASE, KINDS)
+def released(source: str, key: str, patterns: tuple[str, ...] = hub.PATTERNS) -> Path:
+    """Return the folder of a released model; `key` names `source` in a mistake.
+
+    From a hub the files of `patterns` are fetched.
+    """
+    folder = fetch(source, key, hub.RELEASE, KINDS, patterns)
     if not is_release(folder):
         raise Mistake(
             f"{key} is '{source}', which is no run or checkpoint, and no released model: wanted is "
@@ -150,9 +205,9 @@ def load_part(module: torch.nn.Module, state: Mapping[str, Tensor], where: str) 
     for key in [*wanted, *state]:
         if key not in state or key not in wanted:
             what = "is missing" if key not in state else "does not belong there"
-            raise Mistake(f"{where}: tensor {key} {what}")
+            raise Misfit(f"{where}: tensor {key} {what}")
         if state[key].shape != wanted[key].shape:
-            raise Mistake(
+            raise Misfit(
                 f"{where}: tensor {key} has shape {tuple(state[key].shape)}, "
                 f"needed is {tuple(wanted[key].shape)}"
             )
@@ -161,11 +216,6 @@ def load_part(module: torch.nn.Module, state: Mapping[str, Tensor], where: str) 
 
 def objective_of(folder: Path) -> str:
     """Return the objective of the stage that a checkpoint belongs to."""
-    name = json.loads((folder / "position.json").read_text(encoding="utf-8"))["name"]
+    name = checkpoint.position(folder).name
     stages = recipes.load_file(folder / "recipe.yaml").stages
     return stages[name].objective if name in stages else "language"
-
-
-def image_size(folder: Path) -> int:
-    """Return the image size that a checkpoint was trained at, in pixels."""
-    return int(json.loads((folder / "preprocess.json").read_text())["transform"]["crop"])

@@ -74,7 +74,8 @@ def open_run(recipe: Recipe) -> Run:
         for torn in run.checkpoints.glob(".writing-*"):
             shutil.rmtree(torn)
         if not run.recipe_file.is_file():
-            (folder / "versions.json").write_text(json.dumps(versions(), indent=1))
+            text = json.dumps(versions(), indent=1)
+            (folder / "versions.json").write_text(text, encoding="utf-8")
             recipes.save(recipe, run.recipe_file)
     except OSError as error:
         raise _unusable(error, folder) from error

@@ -31,6 +31,7 @@ from vlbench.train.module import Training, Watcher, check_objective, freeze
 from vlbench.train.progress import Progress, cut
 from vlbench.train.restore import begin, restore
 from vlbench.train.run import Run, open_run
+from vlbench.train.sizes import check_sizes
 from vlbench.train.watchers import HeldOut, Interrupts, NotFinite, Quarantine, Saving
 
 PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed"}
@@ -45,6 +46,8 @@ def fit(recipe: Recipe) -> int:
         return dry_run(recipe, legs)
     if not (recipe.run and Run(Path(recipe.run)).finished):
         check_data(recipe, legs)  # before there is a folder
+    if not (recipe.run and Run(Path(recipe.run)).latest):
+        check_sizes(recipe, legs)
     run = open_run(recipe)
     if run.finished:
         print(f"{run.folder} is finished; these are its results.")
@@ -136,10 +139,16 @@ class Job:
         ]
 
     def parts_until(self, leg: Leg) -> list[str]:
-        """Return the parts that stages up to and with `leg` train: what a checkpoint must hold."""
+        """Return what a checkpoint must hold: all that is trained up to and with `leg`, or random.
+
+        Of a model that began with `init` that is everything.
+        """
         trained = {part for other in self.legs[: leg.number + 1] for part in other.stage.parts}
         if self.recipe.init:
             trained |= {"vision", "connector", "language"}
+        for part in ("vision", "language"):
+            if getattr(self.recipe, part).weights == "random":  # no file has them
+                trained.add(part)
         return [part for part in ("vision", "connector", "language") if part in trained]
 
     def finish(self, vlm: VLM, began: float) -> int:

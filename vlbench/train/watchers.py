@@ -148,7 +148,7 @@ class Quarantine(Watcher):
             if sample.sample_id not in self.reasons:
                 self.reasons[sample.sample_id] = sample.reason
                 line = json.dumps({"id": sample.sample_id, "reason": sample.reason})
-                with self.run.quarantine_file.open("a") as file:
+                with self.run.quarantine_file.open("a", encoding="utf-8") as file:
                     file.write(line + "\n")
         judge(bad, len(self.reasons), self.samples, self.on_bad)
 
@@ -171,7 +171,7 @@ def judge(bad: list[BadSample], count: int, samples: int, on_bad: str) -> None:
 def _read(run: Run) -> list[tuple[str, str]]:
     if not run.quarantine_file.is_file():
         return []
-    lines = map(json.loads, run.quarantine_file.read_text().splitlines())
+    lines = map(json.loads, run.quarantine_file.read_text(encoding="utf-8").splitlines())
     return [(line["id"], line["reason"]) for line in lines]
 
 

@@ -107,6 +107,9 @@ def vision_config(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     inner = config.get("vision_config") or config
     try:
         found = CLIPVisionConfig(**{key: inner[key] for key in KEYS if key in inner})
+        for key in KEYS[:6]:
+            if type(getattr(found, key)) is not int or getattr(found, key) < 1:
+                raise ValueError(f"{key} is {getattr(found, key)}; it must be at least 1")
     except Exception as error:
         raise Mistake(f"{file}: {' '.join(str(error).split())[:300]}") from error
     return {key: getattr(found, key) for key in KEYS}

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,11 @@ def place(module: nn.Module, dtype: torch.dtype | None, device: torch.device | s
     for parameter in module.parameters():
         parameter.data = parameter.data.to(device=device, dtype=dtype or parameter.dtype)
     module.to(device)
+
+
+def tied(language: Any) -> set[str]:
+    """Return the keys of a language model that repeat others: files may have them or not."""
+    return {"lm_head.weight"} if language.config.tie_word_embeddings else set()
 
 
 def surplus(group: Group) -> Iterator[tuple[str, Tensor]]:

@@ -6,16 +6,18 @@ activation and the identity after it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vlbench.files import read_json
 from vlbench.mistakes import Mistake
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import clip
-from vlbench.model.weights.groups import BUFFERS, Group
+from vlbench.model.weights.groups import BUFFERS, Group, tied
 from vlbench.model.weights.release import (
     Blueprint,
     kept_files,
@@ -23,7 +25,7 @@ from vlbench.model.weights.release import (
     preprocessing,
     require,
 )
-from vlbench.model.weights.shards import read, read_json, shapes, weight_files
+from vlbench.model.weights.shards import read, shapes, weight_files
 
 LINEAR = "linear"  # transformers' name of the activation that is none
 TEMPLATES = {"### Assistant:": "yi_vl", "<|im_start|>": "chatml", "ASSISTANT:": "llava_v1"}
@@ -110,14 +112,15 @@ def groups(folder: Path, vlm: VLM) -> list[Group]:
         _start(TOWERS, found) + key: ("vision", key)
         for key in clip.to_hugging_face(vlm.vision.visual)
     }
-    for key in vlm.language.state_dict():
+    again = tied(vlm.language)
+    for key in (key for key in vlm.language.state_dict() if key not in again):
         starts = HEADS if key.startswith("lm_head.") else LANGUAGES
         bare = key.removeprefix("lm_head.").removeprefix("model.")
         wanted[_start(starts, found) + bare] = ("language", key)
-    ignored = BUFFERS
+    ignored = "|".join([BUFFERS, *(rf"(.*\.)?{re.escape(key)}" for key in again)])
     projector, start = vlm.connector.projector(), _start(PROJECTORS, found)
     if projector is None:
-        ignored = rf"{BUFFERS}|{start}.*"
+        ignored = rf"{ignored}|{start}.*"
     else:
         linear = {0: f"{start}linear_1.", 2: f"{start}linear_2."}
         for key in projector.state_dict():
@@ -125,7 +128,7 @@ def groups(folder: Path, vlm: VLM) -> list[Group]:
             wanted[linear[int(number)] + kind] = ("connector", key)
         if len(projector) == 1:
             _check_identity(files, linear[2])
-            ignored = rf"{BUFFERS}|{linear[2]}.*"
+            ignored = rf"{ignored}|{linear[2]}.*"
     return [Group(files, wanted, ignored)]
 
 

@@ -10,7 +10,9 @@ WEIGHTS = "model*.safetensors or pytorch_model*.bin"
 RELEASE = f"config.json, {WEIGHTS}, tokenizer.model and, for Yi-VL, the tower's folder in vit/"
 LANGUAGE = f"config.json, {WEIGHTS}, and tokenizer.model or tokenizer.json"
 TOWER = "open_clip_model.safetensors or open_clip_pytorch_model.bin"
-PATTERNS = ("*.json", "*.jinja", "*.safetensors", "*.bin", "*.model", "vit/**")
+SMALL = ("*.json", "*.jinja", "*.model", "vit/**.json")
+"""Files that describe a model; hub patterns let `*` match slashes as well."""
+PATTERNS = (*SMALL, "*.safetensors", "*.bin", "vit/**")
 
 
 def fetch(

@@ -12,13 +12,14 @@ import torch
 from vlbench import plugins
 from vlbench.data.template import TEMPLATES
 from vlbench.data.tokenizer import Tokenizer
+from vlbench.files import read_json
 from vlbench.mistakes import Mistake
 from vlbench.model.language import empty_language, end_ids
 from vlbench.model.vision import Tower
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import clip, hf_llava, yi_vl
 from vlbench.model.weights.release import Blueprint, fill
-from vlbench.model.weights.shards import read_json
+from vlbench.words import typed
 
 LAYOUTS = (yi_vl, hf_llava)
 PROJECTOR = "llava_mlp"
@@ -62,6 +63,8 @@ def load_release(
     choice: Choice = Choice(),
 ) -> VLM:
     """Return the model in a released folder; `dtype` None keeps every tensor as it is stored."""
+    if choice.connector == PROJECTOR:
+        _check_projector(layout_of(folder).blueprint(folder), choice, folder)
     vlm = assemble(folder, choice)
     fill(vlm, layout_of(folder).groups(folder, vlm), dtype, device)
     return vlm
@@ -71,17 +74,16 @@ def assemble(folder: Path, choice: Choice = Choice()) -> VLM:
     """Build the model that small files describe; tower and language model have no memory yet."""
     layout = layout_of(folder)
     plan: Blueprint = layout.blueprint(folder)
-    with torch.device("meta"):
-        visual = clip.build(plan.vision)
-    layer = plan.layer if choice.layer is None else choice.layer
-    tower = Tower(visual, layer, choice.norm, plan.preprocess)
-    name, options = _connector(plan, choice, folder)
+    tower = bare_tower(plan, plan.layer if choice.layer is None else choice.layer, choice.norm)
+    options = {"depth": plan.depth, "norm": plan.norm}
+    if choice.connector is not None:
+        options = dict(choice.options or {})
     language = empty_language(plan.language)
     language.generation_config.eos_token_id = end_ids(folder, plan.language)
     tokenizer = Tokenizer.load(folder)
     vlm = VLM(
         tower,
-        plugins.connector(name),
+        plugins.connector(choice.connector or PROJECTOR),
         options,
         language,
         tokenizer,
@@ -93,16 +95,19 @@ def assemble(folder: Path, choice: Choice = Choice()) -> VLM:
     return vlm
 
 
-def _connector(plan: Blueprint, choice: Choice, folder: Path) -> tuple[str, dict[str, Any]]:
-    """Return name and options of the connector; another depth than the release's is refused."""
+def bare_tower(plan: Blueprint, layer: int, norm: bool) -> Tower:
+    """Build the tower that small files describe, without memory for its weights."""
+    with torch.device("meta"):
+        visual = clip.build(plan.vision)
+    return Tower(visual, layer, norm, plan.preprocess)
+
+
+def _check_projector(plan: Blueprint, choice: Choice, folder: Path) -> None:
+    """Refuse a projector of another form than the release's, whose weights it is to have."""
     released = {"depth": plan.depth, "norm": plan.norm}
-    if choice.connector is None:
-        return PROJECTOR, released
-    options = dict(choice.options or {})
-    if choice.connector == PROJECTOR and options != released:
-        say = f"connector.depth={plan.depth} connector.norm={str(plan.norm).lower()}"
+    if choice.options != released:
+        say = " ".join(typed(f"connector.{key}", value) for key, value in released.items())
         raise Mistake(
             f"init={folder} has another projector: say {say}, or name another connector, which "
             "then starts anew"
         )
-    return choice.connector, options

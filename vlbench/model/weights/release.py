@@ -16,10 +16,12 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from vlbench.files import refuse_pointer
 from vlbench.mistakes import Mistake
+from vlbench.model.language import checked
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import clip
-from vlbench.model.weights.groups import Group, load_groups, place
+from vlbench.model.weights.groups import Group, load_groups, place, tied
 
 SMALL = 64_000_000  # bytes; a tokenizer.json has some megabytes, a file of weights has more
 KEPT = ("*.json", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
@@ -67,6 +69,7 @@ def kept_files(folder: Path, prefix: str = "") -> dict[str, bytes]:
     for path in sorted(path for pattern in KEPT for path in folder.glob(pattern)):
         index = path.name.endswith(".index.json")  # it describes shards, which are written anew
         if path.is_file() and not index and path.stat().st_size < SMALL:
+            refuse_pointer(path)
             found[prefix + path.name] = path.read_bytes()
     return found
 
@@ -90,20 +93,22 @@ def require(config: Mapping[str, Any], names: Sequence[str], file: Path) -> None
 def language_config(config: Mapping[str, Any], file: Path) -> LlamaConfig:
     """Return the Llama that `config`, read from `file`, describes."""
     try:
-        return LlamaConfig(**{key: config[key] for key in LLAMA if config.get(key) is not None})
+        found = LlamaConfig(**{key: config[key] for key in LLAMA if config.get(key) is not None})
     except Exception as error:  # the library's own checks, of types and of widths that divide
         raise Mistake(f"{file}: {_line(error)}") from error
+    return checked(found, file)
 
 
 def preprocessing(config: Mapping[str, Any], file: Path, pad: bool) -> dict[str, Any]:
     """Return what a CLIPImageProcessor's configuration does to a picture, new or old in style."""
     require(config, ("size", "crop_size"), file)
     for key, value in PROCESSOR.items():
-        if abs(float(config.get(key, value)) - float(value)) > 1e-12:
-            raise Mistake(f"{file}: {key} is {config[key]}; only {value} can be done here")
+        given = config.get(key, value)
+        if not isinstance(given, int | float) or abs(given - value) > 1e-12:
+            raise Mistake(f"{file}: {key} is {given!r}; only {value} can be done here")
     return {
-        "mean": tuple(config.get("image_mean") or OPENAI_CLIP_MEAN),
-        "std": tuple(config.get("image_std") or OPENAI_CLIP_STD),
+        "mean": _colour(config.get("image_mean") or OPENAI_CLIP_MEAN, "image_mean", file),
+        "std": _colour(config.get("image_std") or OPENAI_CLIP_STD, "image_std", file),
         "resize": _side(config["size"], "size", file),
         "crop": _side(config["crop_size"], "crop_size", file),
         "pad": pad,
@@ -112,11 +117,21 @@ def preprocessing(config: Mapping[str, Any], file: Path, pad: bool) -> dict[str,
 
 def _side(value: Any, key: str, file: Path) -> int:
     """Return a size that is written as 448, {shortest_edge: 448} or {height: 448, width: 448}."""
-    sides = set(value.values()) if isinstance(value, Mapping) else {value}
+    sides = list(value.values()) if isinstance(value, Mapping) else [value]
     known = not isinstance(value, Mapping) or set(value) in ({"shortest_edge"}, {"height", "width"})
-    if not known or len(sides) != 1 or not isinstance(side := sides.pop(), int) or side < 1:
+    if not known or any(type(side) is not int or side < 1 or side != sides[0] for side in sides):
         raise Mistake(f"{file}: {key} is {value}; wanted is one length, such as 448")
-    return side
+    return int(sides[0])
+
+
+def _colour(value: Any, key: str, file: Path) -> tuple[float, ...]:
+    """Return a mean or standard deviation of red, green and blue, with 1 as white."""
+    whole = isinstance(value, list | tuple) and len(value) == 3
+    if not whole or not all(isinstance(v, int | float) and 0 <= v <= 1 for v in value):
+        raise Mistake(f"{file}: {key} is {value!r}; wanted are three numbers from 0 to 1")
+    if key == "image_std" and 0 in value:
+        raise Mistake(f"{file}: {key} is {value!r}; pixels are divided by it, so 0 is none")
+    return tuple(value)
 
 
 def states_of(vlm: VLM) -> dict[str, dict[str, Tensor]]:
@@ -140,7 +155,8 @@ def fill(
     loaded = load_groups(groups, states_of(vlm), dtype, device)
     tower = clip.to_open_clip(loaded["vision"], len(vlm.vision.blocks()))
     vlm.vision.visual.load_state_dict(tower, assign=True)
-    vlm.language.load_state_dict(loaded["language"], assign=True)
+    whole = not tied(vlm.language)
+    vlm.language.load_state_dict(loaded["language"], strict=whole, assign=True)
     vlm.language.tie_weights()  # where the configuration ties them
     vlm.language.model.rotary_emb.to(device)
     if projector is not None:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vlbench.files import read_json, refuse_pointer
 from vlbench.mistakes import Mistake
 
 CHUNK = 1 << 29  # bytes
@@ -47,7 +48,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     found = read_json(index).get("weight_map")
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+    if not isinstance(found, dict) or not found or not _all_texts(found.values()):
         raise Mistake(f"{index} has no weight_map from tensors to files")
     strange = [name for name in found.values() if Path(name).name != name]
     if strange:
@@ -55,16 +56,8 @@ def _weight_map(index: Path) -> dict[str, str]:
     return found
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; a Mistake names the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or f"is not JSON ({error})"
-        raise Mistake(f"{path}: {reason}") from error
-    if not isinstance(value, dict):
-        raise Mistake(f"{path}: is not a JSON object")
-    return value
+def _all_texts(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, str) and value for value in values)
 
 
 def shapes(file: Path) -> dict[str, tuple[int, ...]]:
@@ -147,7 +140,9 @@ def write(tensors: Iterable[tuple[str, Tensor]], folder: Path, limit: int = SHAR
         (folder / f"{number}.part").rename(folder / file)
         places |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-    (folder / f"{STEMS[0]}.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / f"{STEMS[0]}.index.json").write_text(
+        json.dumps(index, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def unshared(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -217,8 +212,7 @@ def _bytes(tensors: _Safe | _Pickled, name: str) -> int:
 @contextmanager
 def _opened(file: Path) -> Iterator[_Safe | _Pickled]:
     """Open a file of tensors; what is wrong with it becomes one line that names it."""
-    if not file.is_file():
-        raise Mistake(f"{file} does not exist")
+    refuse_pointer(file)
     if file.suffix != ".safetensors":
         yield _Pickled(_unpickled(file))
         return
@@ -234,7 +228,7 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
     try:
         mapped = zipfile.is_zipfile(file)
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, KeyError, IndexError, AttributeError, TypeError) as error:
         raise Mistake(
             f"{file} holds more than tensors, or is torn; code in a file of weights is never "
             f"executed. If it is whole, ask its author for safetensors ({_line(error)})"

@@ -23,13 +23,13 @@ from transformers.utils import logging
 
 from vlbench.data.sample import Turn
 from vlbench.data.template import Template
+from vlbench.files import read_json
 from vlbench.mistakes import Mistake
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import clip
 from vlbench.model.weights.hf_llava import LINEAR, TOWERS
 from vlbench.model.weights.projector import form_of, projector_of
 from vlbench.model.weights.release import states_of
-from vlbench.model.weights.shards import read_json
 
 LAYOUT = "transformers' LLaVA"
 IMAGE = "<image>"

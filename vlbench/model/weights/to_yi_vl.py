@@ -8,9 +8,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlbench.data.images import ImageTransform
+from vlbench.files import read_json
 from vlbench.mistakes import Mistake
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import clip, yi_vl
@@ -23,7 +24,7 @@ from vlbench.model.weights.release import (
     states_of,
     write_files,
 )
-from vlbench.model.weights.shards import read_json, write
+from vlbench.model.weights.shards import write
 
 LAYOUT = "Yi-VL's layout"
 Cast = Callable[[Tensor], Tensor]
@@ -72,30 +73,37 @@ def _check(vlm: VLM) -> None:
 
 def _update(vlm: VLM, folder: Path, tower: Path, cast: Cast | None) -> None:
     """Make the small files of a release say what the model has become."""
-    weight = vlm.language.get_input_embeddings().weight
-    kind = str((cast(weight[:1]) if cast else weight).dtype).removeprefix("torch.")
     transform = vlm.transform
     depth, norm = form_of(projector_of(vlm, LAYOUT))
     projector = f"mlp{depth}x_gelu{'_Norm' if norm else ''}"
     main: dict[str, Any] = {
         "mm_vision_tower": f"./{tower.relative_to(folder).as_posix()}",
         "mm_vision_select_layer": vlm.vision.index - len(vlm.vision.blocks()),
-        "torch_dtype": kind,
+        "torch_dtype": _type_of(vlm.language, cast),
     }
     if read_json(folder / "config.json")["mm_projector_type"] != "linear" or depth > 1:
         main["mm_projector_type"] = projector
     _edit(folder / "config.json", main)
-    _edit(tower / "config.json", {"image_size": vlm.vision.image_size})
+    said = {"image_size": vlm.vision.image_size, "torch_dtype": _type_of(vlm.vision, cast)}
+    _edit(tower / "config.json", said)
     processor = tower / "preprocessor_config.json"
     before = preprocessing(read_json(processor), processor, True)
     if (before["resize"], before["crop"]) != (transform.size, transform.crop):
         _edit(processor, sizes(transform))
 
 
+def _type_of(part: nn.Module, cast: Cast | None) -> str:
+    """Return the name of the type in which the weights of a part are written."""
+    weight = next(part.parameters())
+    return str((cast(weight[:1]) if cast else weight).dtype).removeprefix("torch.")
+
+
 def _edit(file: Path, changes: Mapping[str, Any]) -> None:
     """Set keys of a JSON file; where nothing differs the file stays byte for byte."""
     config = read_json(file)
     inner: dict[str, Any] = config.get("vision_config") or config
+    if "dtype" in inner:  # as transformers 5 calls it
+        changes = {"dtype" if k == "torch_dtype" else k: v for k, v in changes.items()}
     if any(inner.get(key) != value for key, value in changes.items()):
         inner |= changes
         file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -15,10 +15,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from vlbench.files import read_json
 from vlbench.mistakes import Mistake
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import clip
-from vlbench.model.weights.groups import BUFFERS, Group
+from vlbench.model.weights.groups import BUFFERS, Group, tied
 from vlbench.model.weights.release import (
     LLAMA,
     Blueprint,
@@ -27,7 +28,7 @@ from vlbench.model.weights.release import (
     preprocessing,
     require,
 )
-from vlbench.model.weights.shards import read_json, weight_files
+from vlbench.model.weights.shards import weight_files
 
 PROJECTOR = "model.mm_projector."
 IGNORED = rf"model\.vision_tower\..*|{BUFFERS}"
@@ -99,7 +100,7 @@ def small_files(folder: Path) -> dict[str, bytes]:
 
 def _layer(number: Any, layers: int, file: Path) -> int:
     """Return the block whose output is `hidden_states[number]`; 0 is what the first block reads."""
-    if not isinstance(number, int) or not (-layers <= number < 0 or 0 < number <= layers):
+    if type(number) is not int or not (-layers <= number < 0 or 0 < number <= layers):
         raise Mistake(
             f"{file}: mm_vision_select_layer is {number!r}; the tower has {layers} blocks, "
             f"so -{layers} to -1 and 1 to {layers} are allowed"
@@ -142,14 +143,17 @@ def groups(folder: Path, vlm: VLM) -> list[Group]:
     A connector that is no projector starts anew: the projector in the files is ignored.
     """
     config = read_json(folder / "config.json")
-    other = rf"|{re.escape(PROJECTOR)}.*" if vlm.connector.projector() is None else ""
-    main = Group(weight_files(folder), main_names(config, vlm), IGNORED + other)
+    other = [rf"{re.escape(PROJECTOR)}.*"] if vlm.connector.projector() is None else []
+    ignored = "|".join([IGNORED, *other, *map(re.escape, tied(vlm.language))])
+    main = Group(weight_files(folder), main_names(config, vlm), ignored)
     return [main, clip.group(tower_folder(folder, config), vlm.vision.visual)]
 
 
 def main_names(config: dict[str, Any], vlm: VLM) -> dict[str, tuple[str, str]]:
     """Return the tensors of the main shards: name -> (part of the model, key in that part)."""
-    names = {name: ("language", name) for name in vlm.language.state_dict()}
+    again = tied(vlm.language)
+    own = (name for name in vlm.language.state_dict() if name not in again)
+    names = {name: ("language", name) for name in own}
     projector = vlm.connector.projector()
     bare = config["mm_projector_type"] == "linear"  # then LLaVA numbers no layers
     for key in projector.state_dict() if projector is not None else ():

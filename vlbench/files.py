@@ -1,0 +1,44 @@
+"""Small files of text, read as UTF-8; what is wrong with one becomes a line that names it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vlbench.mistakes import Mistake
+
+POINTER = b"version https://git-lfs"
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file; a mark of its byte order at the beginning is no part of it."""
+    refuse_pointer(path)
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Mistake(f"{path}: is not UTF-8 text (byte {error.start + 1})") from error
+    except OSError as error:
+        raise Mistake(f"{path}: {error.strerror}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file."""
+    try:
+        value = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise Mistake(f"{path}: is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise Mistake(f"{path}: is not a JSON object")
+    return value
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise a Mistake for a file that Git LFS has not fetched yet, or that cannot be opened."""
+    try:
+        with path.open("rb") as file:
+            begins = file.read(len(POINTER))
+    except OSError as error:
+        raise Mistake(f"{path}: {error.strerror}") from error
+    if begins == POINTER:
+        raise Mistake(f"{path}: is a Git-LFS pointer and not the file; run git lfs pull")

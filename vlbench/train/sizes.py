@@ -1,0 +1,78 @@
+"""Whether image sizes and lengths suit the parts of a model, told before anything is made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig
+
+from vlbench import plugins
+from vlbench import recipe as recipes
+from vlbench.mistakes import Mistake
+from vlbench.model.compose import LANGUAGE, options_of
+from vlbench.model.language import config_in, config_of
+from vlbench.model.vision import Tower, build_tower
+from vlbench.model.vlm import shapes_of
+from vlbench.model.weights import hub
+from vlbench.model.weights.load import bare_tower, layout_of
+from vlbench.schema import Recipe
+from vlbench.train import checkpoint
+from vlbench.train.checkpoint import RELEASE
+from vlbench.train.legs import Leg
+from vlbench.train.restore import KINDS, of_connector
+
+
+def check_sizes(recipe: Recipe, legs: list[Leg]) -> None:
+    """Refuse texts that are too long for the language model, and image sizes that do not suit.
+
+    An empty tower is resized through all stages, and the connector built at each new size.
+    """
+    tower, language = _outline(recipe)
+    if recipe.language.max_length > language.max_position_embeddings:
+        raise Mistake(
+            f"language.max_length is {recipe.language.max_length}, but the language model has "
+            f"{language.max_position_embeddings} positions: say "
+            f"language.max_length={language.max_position_embeddings}"
+        )
+    connector, built = plugins.connector(recipe.connector["name"]), set()
+    for leg in legs:
+        try:
+            tower.resize(leg.stage.image_size)
+            shapes = shapes_of(tower, language)
+            if shapes not in built:
+                connector(shapes, **options_of(recipe))
+        except ValueError as error:
+            raise Mistake(f"stages.{leg.name}.image_size: {error}") from error
+        built.add(shapes)
+
+
+def _outline(recipe: Recipe) -> tuple[Tower, LlamaConfig]:
+    """Return tower and configuration of the language model that training begins with."""
+    source = Path(str(recipe.init))
+    if recipe.init and checkpoint.holds(source):
+        folder = checkpoint.find(source)
+        config = config_in(folder / LANGUAGE)
+        if (folder / RELEASE).is_dir():
+            return _released_tower(folder / RELEASE), config
+        return _tower(recipes.load_file(folder / "recipe.yaml")), config
+    if recipe.init and not source.is_file():
+        folder = hub.fetch(str(source), "init", hub.RELEASE, KINDS, hub.SMALL)
+        if not of_connector(folder):
+            return _released_tower(folder), layout_of(folder).blueprint(folder).language
+    weights = recipe.language.weights
+    if weights in ("embedded", "random"):
+        return _tower(recipe), config_of(recipe.language.name)
+    folder = hub.fetch(weights, "language.weights", hub.LANGUAGE, patterns=hub.SMALL)
+    return _tower(recipe), config_in(folder)
+
+
+def _released_tower(folder: Path) -> Tower:
+    plan = layout_of(folder).blueprint(folder)
+    return bare_tower(plan, plan.layer, False)
+
+
+def _tower(recipe: Recipe) -> Tower:
+    """Return the tower of a recipe without memory for its weights."""
+    with torch.device("meta"):
+        return build_tower(recipe.vision.name, "random", recipe.vision.layer, recipe.vision.norm)
