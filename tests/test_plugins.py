@@ -106,7 +106,7 @@ def test_only_the_one_asked_for_is_loaded(drop):
 def test_names_are_exact(drop):
     drop(MINE, "mlp")
     message = refused("mpl")
-    assert re.search(r"no connector .mpl.; known: .*llava_mlp, mlp.*", message)
+    assert re.search(r"no connector .mpl.; known: .*llava_mlp, .*mlp.*", message)
     assert "Did you mean 'mlp'?" in message
 
 

@@ -41,7 +41,7 @@ def test_intervals_cover_the_known_difference(seeds, spread):
         assert 920 <= covered <= 995, (effect, covered)
 
 
-@pytest.mark.parametrize(("seeds", "spread"), [(3, 0.0), (3, 0.3), (5, 0.6), (10, 0.1)])
+@pytest.mark.parametrize(("seeds", "spread"), [(3, 0.0), (3, 0.3), (3, 1.0), (5, 0.6), (10, 0.1)])
 def test_families_without_a_difference_raise_few_false_alarms(seeds, spread):
     rng = np.random.default_rng(seeds)
     alarms, families = 0, 1000
@@ -61,7 +61,7 @@ def test_a_large_difference_is_found_and_said():
     rng = np.random.default_rng(0)
     one, other, truth = trial(rng, 5, 0.1, 1.0)
     found = compare(one, other)
-    assert found.p < 0.001 and found.low < truth < found.high and found.detectable < truth
+    assert found.p < 0.01 and found.low < truth < found.high and found.detectable < truth
     text = found.sentence("llava_mlp", "qformer")
     assert text.startswith(
         f"llava_mlp is {100 * found.mean:.1f} points above qformer (95 % interval"

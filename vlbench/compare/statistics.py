@@ -17,6 +17,7 @@ from scipy import stats
 
 LEVEL = 0.95  # of intervals
 POWER = 0.8  # with which the smallest detectable difference would have been found
+FLAT = 0.2  # added to the variance, over the degrees of freedom of seeds: see `compare`
 
 Right = NDArray[np.float64]
 """`[seeds, questions]`, 1 where the answer was right and 0 where it was wrong."""
@@ -35,7 +36,7 @@ class Difference:
     error: float
     """Standard error of `mean`."""
     freedom: float
-    """Degrees of freedom, by Satterthwaite."""
+    """Degrees of freedom: Satterthwaite's, but not more than those of the seeds."""
     detectable: float
     """Smallest difference that this design would find with probability POWER."""
     seeds: int
@@ -60,6 +61,12 @@ def compare(one: Right, other: Right) -> Difference:
     The variance of the mean is that of seeds, questions and rest in a two-way layout with one
     value per cell. With a single seed nothing is known about seeds: the interval is then about
     questions alone.
+
+    Satterthwaite's degrees of freedom are large just where the seeds came out alike by chance, so
+    they are bounded by those of the seeds; and what seeds do to an accuracy is flatter than normal
+    when it is much, so that the tails of t are a little short: FLAT makes up for it. Both were
+    found by simulation (tests/test_statistics.py), where without them 6 to 8 of 100 families of
+    equal arms raised an alarm at 3 seeds.
     """
     cells = np.asarray(one, float) - np.asarray(other, float)
     seeds, questions = cells.shape
@@ -76,8 +83,10 @@ def compare(one: Right, other: Right) -> Difference:
     total = sum(value for value, _ in terms)
     if total <= 0:
         return Difference(mean, mean, mean, float(mean == 0), 0.0, 1.0, 0.0, seeds, questions)
-    error = float(np.sqrt(total / cells.size))
     freedom = total**2 / sum(value**2 / count for value, count in terms if value)
+    if seeds > 1:
+        freedom, total = min(freedom, seeds - 1), total * (1 + FLAT / (seeds - 1))
+    error = float(np.sqrt(total / cells.size))
     reach = float(stats.t.ppf((1 + LEVEL) / 2, freedom))
     return Difference(
         mean=mean,
