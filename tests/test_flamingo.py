@@ -8,18 +8,20 @@ import pytest
 import torch
 from recorded import GOLDENS, assert_gradient, assert_gradients, assert_outputs, load
 from released import CHECKPOINT
+from small import Noise, sample, small_vlm
 from small import batch_of as small_batch
-from small import sample, small_vlm
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vlbench import plugins
 from vlbench.connector import Shapes
 from vlbench.data.batch import Batch
-from vlbench.data.sample import IGNORE, IMAGE
+from vlbench.data.sample import IGNORE, IMAGE, PLACEHOLDER, Sample, Turn
 from vlbench.data.template import TEMPLATES
 from vlbench.data.tokenizer import Tokenizer
+from vlbench.mistakes import Mistake
 from vlbench.model.attention import PACKED
+from vlbench.model.messages import prompt_batch
 from vlbench.model.vlm import VLM
 
 Flamingo = plugins.connector("flamingo")
@@ -205,3 +207,14 @@ def test_recomputing_keeps_nothing_of_the_gated_blocks():
     vlm.recompute()
     vlm(batch).loss_sum.backward()
     assert len(calls) >= 3
+
+
+def test_beams_are_refused_and_places_are_never_written():
+    """A generated place would be another picture's; the ids of places are below all others."""
+    vlm = small_vlm(Flamingo, SMALL | {"every": 1})
+    ask = Sample("s", (Turn("human", f"{PLACEHOLDER}\nwhat?"),), (Noise(1),))
+    batch = prompt_batch(vlm, [ask])
+    with pytest.raises(Mistake, match="no option 'num_beams'.*no search over beams"):
+        vlm.generate(batch, num_beams=3)
+    drawn = vlm.generate(batch, max_new_tokens=64, temperature=1000.0)
+    assert all(0 <= token < vlm.tokenizer.rows for token in drawn[0])

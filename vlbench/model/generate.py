@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaModel
 
 from vlbench.data.batch import Batch
-from vlbench.mistakes import Mistake
+from vlbench.mistakes import Mistake, nearest
 from vlbench.model.attention import PACKED
 
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 _RENAMED = "cache" in inspect.signature(LlamaModel.forward).parameters
 COLDEST = 1e-4  # below, logits divided by the temperature are no longer finite
 CACHE = "cache" if _RENAMED else "past_key_values"
+
+
+OPTIONS = ("max_new_tokens", "temperature", "top_p", "seed", "on_token")
 
 
 def stop_now(vlm: VLM, new: list[int]) -> bool:
@@ -64,12 +67,18 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     on_token: Callable[[list[list[int]]], None] | None = None,
+    **other: Any,
 ) -> list[list[int]]:
     """Return the new ids of every row of `batch`, prompts padded on the left (`sample_index` -1).
 
     `on_token` is called after each step with all new ids so far, for streaming. Ids beyond the
     tokenizer are never chosen. A row ends at the latest where the language model's positions do.
     """
+    for name in other:
+        raise Mistake(
+            f"generate has no option '{name}'; it takes {', '.join(OPTIONS)}. Answers are greedy "
+            f"or sampled: there is no search over beams.{nearest(name, OPTIONS)}"
+        )
     _check_options(max_new_tokens, temperature, top_p, seed)
     was_training = vlm.training
     vlm.eval()

@@ -41,7 +41,13 @@ def check_sizes(recipe: Recipe, legs: list[Leg]) -> None:
             tower.resize(leg.stage.image_size)
             shapes = shapes_of(tower, language)
             if shapes not in built:
-                connector(shapes, **options_of(recipe))
+                with torch.device("meta"):
+                    tokens = connector(shapes, **options_of(recipe)).tokens_per_image
+                if tokens >= recipe.language.max_length:
+                    raise ValueError(
+                        f"a picture takes {tokens} tokens of the text, and "
+                        f"language.max_length={recipe.language.max_length} leaves no room for them"
+                    )
         except ValueError as error:
             raise Mistake(f"stages.{leg.name}.image_size: {error}") from error
         built.add(shapes)
