@@ -1,0 +1,110 @@
+"""The page on connectors: its options, costs, commands, connectors and picture are true."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from small import batch_of, opened, sample, small_vlm
+
+from vlbench import plugins
+from vlbench import recipe as recipes
+from vlbench.__main__ import VERBS
+from vlbench.connector import Shapes
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE = (DOCS / "connectors.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^    python -m vlbench (.*)$", PAGE, re.MULTILINE)
+SHIPPED = sorted(file.stem for file in plugins.shipped("connectors").glob("[!_.]*.py"))
+SECTIONS = dict(re.findall(r"^### `(\w+)`\n(.*?)(?=^##)", PAGE, re.MULTILINE | re.DOTALL))
+BLOCKS = dict(re.findall(r"`connectors/(\w+)\.py`:\n\n```python\n(.*?)```", PAGE, re.DOTALL))
+
+
+def written(default: object) -> str:
+    """Return a default as a recipe writes it."""
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def cells(text: str) -> list[list[str]]:
+    """Return the rows of the tables in `text` that begin with a name in backticks."""
+    rows = re.findall(r"^\| (`\w+` \|.*) \|$", text, re.MULTILINE)
+    return [[cell.strip() for cell in row.split(" | ")] for row in rows]
+
+
+def test_every_connector_has_a_section() -> None:
+    assert sorted(SECTIONS) == SHIPPED
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_options_and_defaults_are_those_of_the_signature(name: str) -> None:
+    known = {key: written(option.default) for key, option in plugins.options(name).items()}
+    told = {row[0].strip("`"): row[1].strip("`") for row in cells(SECTIONS[name])}
+    assert told == known
+
+
+def test_the_costs_are_those_at_6b() -> None:
+    told = {row[0].strip("`"): row[1:4] for row in cells(PAGE.partition("## What they")[0])}
+    shapes = Shapes(1024, (32, 32), 1280, 4096, 32)
+    known = {}
+    for name in SHIPPED:
+        with torch.device("meta"):
+            one = plugins.connector(name)(shapes)
+            seen = one(torch.empty(1, 1024 + one.class_token, 1280))
+        latents = seen.shape[1] if one.inject_at else 0
+        count = sum(parameter.numel() for parameter in one.parameters())
+        known[name] = [f"{count:,}", str(one.tokens_per_image), str(latents)]
+    assert told == known
+
+
+def test_the_page_has_commands() -> None:
+    assert "fit recipe=yivl_blip2" in COMMANDS and len(COMMANDS) >= 12
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_understood(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place(tmp_path, monkeypatch)
+    verb, *words = shlex.split(command)
+    assert verb in VERBS
+    if verb in ("fit", "show"):
+        recipes.load(words)
+
+
+def place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write the page's own connectors where a user would."""
+    (folder / "connectors").mkdir()
+    for name, code in BLOCKS.items():
+        (folder / "connectors" / f"{name}.py").write_text(code, encoding="utf-8")
+    monkeypatch.chdir(folder)
+
+
+@pytest.mark.parametrize(("name", "places", "tokens"), [("mine", 2, 2), ("deep", 1, 1)])
+def test_the_connectors_of_the_page_see(
+    name: str, places: int, tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place(tmp_path, monkeypatch)
+    vlm = opened(small_vlm(plugins.connector(name)))
+    batch = batch_of(vlm, [[sample(1, images=2), sample(2)]])
+    assert vlm.connector.tokens_per_image == places
+    assert vlm.visual(batch).shape == (3, tokens, vlm.shapes.lm_width)
+    with torch.no_grad():
+        seen, counted = vlm(batch).loss_sum, vlm.fuse(batch, vlm.visual(batch)).shape
+        batch.pixels = batch.pixels.flip(0)
+        assert counted == (*batch.ids.shape, vlm.shapes.lm_width)
+        assert seen.isfinite() and not seen.equal(vlm(batch).loss_sum)
+
+
+def test_the_page_has_two_connectors() -> None:
+    assert sorted(BLOCKS) == ["deep", "mine"]
+    assert PAGE.count("```python") == 2
+
+
+def test_the_picture_is_what_its_script_draws() -> None:
+    drawn = runpy.run_path(str(DOCS / "draw_connectors.py"))["drawing"]()
+    assert (DOCS / "connectors.svg").read_text(encoding="utf-8") == drawn
+    assert "](connectors.svg)" in PAGE
