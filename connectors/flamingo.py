@@ -6,6 +6,7 @@ layer the text attends to the latents of the nearest picture before it. Both gat
 that training begins with the plain language model. A picture takes one place in the text.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from vlbench.connector import Connector, Shapes
+
+GATED = re.compile(r".*\.(\d+)\.gated_cross_attn_layer\.(.+)")
+"""A name of OpenFlamingo: the decoder layer, and the parameter of the block before it."""
 
 
 def feed_forward(width: int, mult: int) -> nn.Sequential:
@@ -168,15 +172,22 @@ class Flamingo(Connector):
         return self.blocks[str(layer)](hidden, visual, sees)
 
     def load_reference(self, weights: Mapping[str, Tensor]) -> None:
-        """Load OpenFlamingo's weights: `perceiver.*` and `lang_encoder...gated_cross_attn_layer.*`.
+        """Load OpenFlamingo's weights: `perceiver.*` and `...N.gated_cross_attn_layer.*`.
 
-        The embedding of its `<image>` token, if it is there, becomes the place's vector.
+        N is the decoder layer, whatever the language model calls its layers. What a place reads is
+        the embedding of OpenFlamingo's `<image>` token; where in its vocabulary that is, the
+        weights do not tell, so it stays as it is unless they have a `place`.
         """
         state = {name: weights[name] for name in weights if name.startswith("perceiver.")}
-        for layer in self.inject_at:
-            start = f"lang_encoder.model.layers.{layer}.gated_cross_attn_layer."
-            for name in weights:
-                if name.startswith(start):
-                    state[f"blocks.{layer}.{name.removeprefix(start)}"] = weights[name]
-        state["place"] = weights.get("place", self.place.data)
+        for name in weights:
+            found = GATED.fullmatch(name)
+            if found:
+                state[f"blocks.{found[1]}.{found[2]}"] = weights[name]
+        layers = sorted({int(name.split(".")[1]) for name in state if name.startswith("blocks.")})
+        if layers and tuple(layers) != self.inject_at:
+            raise ValueError(
+                f"the weights have gated blocks before layers {layers}, and "
+                f"connector.every asks for {list(self.inject_at)}: their every is {layers[0] + 1}"
+            )
+        state["place"] = weights["place"] if "place" in weights else self.place.data
         self.load_exactly(state)

@@ -1,12 +1,14 @@
 """Qwen-VL's resampler (Bai et al. 2023, arXiv:2308.12966).
 
-A single layer of cross-attention: learned queries read the patches, whose keys carry 2-D sine
-positions, as do the queries; a picture becomes as many tokens as there are queries.
+A single layer of cross-attention: learned queries read the patches. The queries stand on a grid of
+2-D sine positions, which is stretched over the grid of the patches, so that a query and the patches
+at its place in the picture have positions alike. A picture becomes as many tokens as there are
+queries.
 """
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import interpolate, scaled_dot_product_attention
 
 from vlbench.connector import Connector, Shapes
 
@@ -41,13 +43,11 @@ class Resampler(Connector):
         self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(width, width) for _ in range(4))
         self.ln_post = nn.LayerNorm(width, eps=1e-6)
         self.proj = nn.Linear(width, width, bias=False)
-        rows, columns = shapes.grid
-        # the queries' grid is stretched over that of the patches
-        stretch = sine_positions(side, side, width)
-        self.register_buffer("query_positions", stretch, persistent=False)
-        self.register_buffer(
-            "key_positions", sine_positions(rows, columns, width), persistent=False
-        )
+        positions = sine_positions(side, side, width)
+        grid = positions.T.reshape(1, width, side, side)
+        stretched = interpolate(grid, shapes.grid, mode="bicubic", align_corners=False)
+        self.register_buffer("query_positions", positions, persistent=False)
+        self.register_buffer("key_positions", stretched[0].flatten(1).T, persistent=False)
 
     def forward(self, features: Tensor) -> Tensor:
         """Carry `[images, patches, vision_width]` to `[images, side^2, lm_width]`."""

@@ -218,3 +218,17 @@ def test_beams_are_refused_and_places_are_never_written():
         vlm.generate(batch, num_beams=3)
     drawn = vlm.generate(batch, max_new_tokens=64, temperature=1000.0)
     assert all(0 <= token < vlm.tokenizer.rows for token in drawn[0])
+
+
+def test_gated_blocks_before_other_layers_are_refused():
+    own = small_vlm(Flamingo, SMALL | {"every": 1}).connector.state_dict()
+    theirs = {name: value for name, value in own.items() if name.startswith("perceiver.")}
+    for name, value in own.items():
+        if name.startswith("blocks."):
+            _, layer, rest = name.split(".", 2)
+            theirs[f"lang_encoder.transformer.blocks.{layer}.gated_cross_attn_layer.{rest}"] = value
+    connector = small_vlm(Flamingo, SMALL | {"every": 1}).connector
+    connector.load_reference(theirs)
+    assert connector.blocks["2"].ff[1].weight.equal(own["blocks.2.ff.1.weight"])
+    with pytest.raises(ValueError, match=r"before layers \[0, 1, 2\].*their every is 1"):
+        small_vlm(Flamingo, SMALL | {"every": 2}).connector.load_reference(theirs)

@@ -41,3 +41,24 @@ def test_texts_longer_than_the_language_model_reads_are_refused(tmp_path, monkey
     assert main([*FIT, "language.max_length=5000"]) == 2
     said = capsys.readouterr().err
     assert "4096 positions: say language.max_length=4096" in said and not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["connector.name=resampler", "connector.side=60"], "a picture takes 3600 tokens"),
+        (["connector.name=c_abstractor", "connector.side=5"], "at most 4 is allowed"),
+        (
+            ["connector.name=qformer", "vision.name=ViT-B-16-SigLIP", "vision.weights=random"]
+            + ["stages.align_224.image_size=32"],
+            "reads the tower's class token, and this tower has none",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_told_before_there_is_a_run(
+    words, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "recipe=yivl_llava", "run=run", *words]) == 2
+    said = capsys.readouterr().err
+    assert message in said and len(said.splitlines()) == 1 and not Path("run").exists()

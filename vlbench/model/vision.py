@@ -105,7 +105,13 @@ class Tower(nn.Module):
         )
         features = out["image_intermediates"][0]
         if self.class_token:
-            features = torch.cat([out["image_intermediates_prefix"][0][:, :1], features], dim=1)
+            first = out.get("image_intermediates_prefix")
+            if first is None or not first[0].shape[1]:
+                raise Mistake(
+                    "this connector reads the tower's class token, and this tower has none: name "
+                    "another tower or another connector"
+                )
+            features = torch.cat([first[0][:, :1], features], dim=1)
         return features
 
     def resize(self, image_size: int) -> None:

@@ -9,6 +9,7 @@ from transformers import LlamaConfig
 
 from vlbench import plugins
 from vlbench import recipe as recipes
+from vlbench.connector import Shapes
 from vlbench.mistakes import Mistake
 from vlbench.model.compose import LANGUAGE, options_of
 from vlbench.model.language import config_in, config_of
@@ -35,14 +36,18 @@ def check_sizes(recipe: Recipe, legs: list[Leg]) -> None:
             f"{language.max_position_embeddings} positions: say "
             f"language.max_length={language.max_position_embeddings}"
         )
-    connector, built = plugins.connector(recipe.connector["name"]), set()
+    connector = plugins.connector(recipe.connector["name"])
+    built: set[Shapes] = set()
     for leg in legs:
         try:
             tower.resize(leg.stage.image_size)
             shapes = shapes_of(tower, language)
             if shapes not in built:
                 with torch.device("meta"):
-                    tokens = connector(shapes, **options_of(recipe)).tokens_per_image
+                    made = connector(shapes, **options_of(recipe))
+                    tokens, tower.class_token = made.tokens_per_image, made.class_token
+                    if not built and tower.class_token:  # not every tower has one
+                        tower(torch.empty(1, 3, tower.image_size, tower.image_size))
                 if tokens >= recipe.language.max_length:
                     raise ValueError(
                         f"a picture takes {tokens} tokens of the text, and "
