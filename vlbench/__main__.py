@@ -95,7 +95,7 @@ VERBS = {
         chat,
     ),
     "export": Verb(
-        "run=PATH to=DIR format=yi_vl|hf_llava|vlbench [dtype=bf16]",
+        "run=PATH to=DIR format=yi_vl|hf_llava|vlbench [dtype=bf16] [merge_lora=true]",
         "write a run, a checkpoint or a released model in a layout that others load",
         export,
     ),

@@ -116,13 +116,27 @@ def _weights(part: str, tree: dict[str, Any]) -> list[str]:
 
 def _stage(path: str, stage: dict[str, Any], data: dict[str, Any], complete: bool) -> list[str]:
     stage["train"] = {p: how for p, how in (stage.get("train") or {}).items() if how is not None}
-    mistakes = _rivals(f"{path}.", stage)
+    mistakes = _rivals(f"{path}.", stage) + _adapters(path, stage["train"])
     if complete and stage.get("epochs") is None and stage.get("steps") is None:
         mistakes.append(f"{path} needs epochs or steps")
     if stage.get("data"):
         mistakes += _rivals(f"{path}.data.", stage["data"])
         stage["data"] = merge(data, stage["data"], f"{path}.data")
     return mistakes
+
+
+def _adapters(path: str, train: dict[str, Any]) -> list[str]:
+    lines = []
+    for part, how in train.items():
+        adapter = how.get("lora")
+        if adapter is not None and part == "connector":
+            lines.append(f"{path}.train.connector.lora: a connector is trained whole; leave it out")
+        bits = (adapter or {}).get("bits")
+        if bits not in (None, 4) or (bits == 4 and part != "language"):
+            lines.append(
+                f"{path}.train.{part}.lora.bits is {bits}; allowed is 4, for the language model"
+            )
+    return lines
 
 
 def _rivals(path: str, tree: dict[str, Any]) -> list[str]:

@@ -65,11 +65,25 @@ class Language:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lora:
+    """A low-rank adapter (Hu et al. 2021, arXiv:2106.09685), trained instead of the weights."""
+
+    rank: int = key("of the update of a weight", 64, low=1, high=65536)
+    alpha: float | None = key("the update counts alpha / rank; null: twice the rank", None, above=0)
+    dropout: float = key("of what goes into adapters; depends on packing", 0.0, low=0, high=0.99)
+    targets: str = key("all-linear, or names of Linear layers as q_proj,v_proj", "all-linear")
+    rslora: bool = key("scale by alpha / sqrt(rank) instead", False)
+    dora: bool = key("train the length of a weight's columns apart (DoRA)", False)
+    bits: int | None = key("4: keep the weights in 4 bits (QLoRA; GPU, language)", None)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Train:
     """How one part is trained in one stage; a part that is not named, or null, is frozen."""
 
     lr: float = key("peak learning rate", above=0, high=10)
     weight_decay: float | None = key("of this part; null: the stage's", None, low=0)
+    lora: Lora | None = key("train an adapter instead; null: the weights", None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from vlbench import recipe as recipes
 from vlbench.files import read_json
 from vlbench.mistakes import Mistake, nearest
+from vlbench.model import lora
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import yi_vl
 from vlbench.model.weights.shards import write
@@ -32,7 +33,7 @@ FORMATS = ("yi_vl", "hf_llava", "vlbench")
 
 def main(words: list[str]) -> int:
     """Write `run=PATH` (run, checkpoint or released model) to the new folder `to=DIR`."""
-    given = given_keys("export", words, ("run", "to", "format"), ("dtype",))
+    given = given_keys("export", words, ("run", "to", "format"), ("dtype", "merge_lora"))
     layout, to = given["format"], Path(given["to"]).expanduser()
     if layout not in FORMATS:
         known = ", ".join(FORMATS)
@@ -42,6 +43,7 @@ def main(words: list[str]) -> int:
         raise Mistake(f"to={to} is there already; name a new folder")
     source = find(given["run"], "run")
     vlm = open_model(source, None)
+    _settle_adapters(vlm, layout, given.get("merge_lora"), source)
     recipe = _recipe(source, vlm)
     writing = to.parent / f".writing-{to.name}"
     shutil.rmtree(writing, ignore_errors=True)
@@ -64,6 +66,21 @@ def main(words: list[str]) -> int:
     size = sum(path.stat().st_size for path in to.rglob("*") if path.is_file())
     print(f"wrote {to} ({size / 1e6:,.1f} MB, format {layout}); README.md in it says how to use it")
     return 0
+
+
+def _settle_adapters(vlm: VLM, layout: str, merge: str | None, source: Path) -> None:
+    """Merge LoRA adapters into the weights if that is wanted; released layouts have none."""
+    if merge not in (None, "true", "false"):
+        raise Mistake(f"merge_lora is '{merge}'; allowed are true and false")
+    adapted = [name for name, part in vlm.parts() if lora.adapters(part)]
+    if merge == "true":
+        for name in adapted:
+            lora.merge(getattr(vlm, name))
+    elif adapted and layout != "vlbench":
+        raise Mistake(
+            f"{source} has LoRA adapters ({', '.join(adapted)}), which format={layout} cannot "
+            "hold: say merge_lora=true, or format=vlbench"
+        )
 
 
 def _leave(number: int, _: Any) -> None:
@@ -91,7 +108,7 @@ def _write(
         tensors = (
             (f"{part}.{key}", change(value) if change else value)
             for part, module in vlm.parts()
-            for key, value in module.state_dict().items()
+            for key, value in lora.base_state(module).items()
         )
         write(tensors, folder)
         checkpoint.describe(vlm, folder, recipes.dump(recipe), _position(source, recipe))

@@ -6,6 +6,7 @@ checkpoints/2-chat-000300/
     position.json         stage, step, held-out loss, sum of the weights file
     recipe.yaml preprocess.json tokenizer.model tokenizer_config.json
     language/             config of the language model, if its weights are in model.safetensors
+    adapters/PART/        LoRA adapters in peft's layout, if a part has them
     release/              the small files of the released model that the run began with, if any
 """
 
@@ -27,12 +28,14 @@ from torch import Tensor
 
 from vlbench.files import read_json
 from vlbench.mistakes import Mistake
+from vlbench.model import lora
 from vlbench.model.compose import LANGUAGE
 from vlbench.model.vlm import VLM
 from vlbench.model.weights.release import write_files
 from vlbench.model.weights.shards import unshared
 
 RELEASE = "release"
+ADAPTERS = "adapters"
 NAME = re.compile(r"(\d+)-([A-Za-z0-9_]+)-(\d{6,})")
 _KINDS = {"stage": int, "name": str, "step": int}
 
@@ -58,7 +61,7 @@ def weights_of(vlm: VLM, parts: list[str]) -> dict[str, Tensor]:
     states = (
         (f"{part}.{key}", value.cpu())
         for part in parts
-        for key, value in getattr(vlm, part).state_dict().items()
+        for key, value in lora.base_state(getattr(vlm, part)).items()
     )
     return dict(unshared(states))
 
@@ -102,6 +105,8 @@ def describe(vlm: VLM, folder: Path, recipe: str, position: Position) -> None:
     (folder / LANGUAGE / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     (folder / LANGUAGE / "generation_config.json").write_text(json.dumps(ends), encoding="utf-8")
     (folder / "position.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
+    for part, module in vlm.parts():
+        lora.save(module, folder / ADAPTERS / part)
 
 
 def out_of_space(error: OSError, folder: Path) -> Exception:

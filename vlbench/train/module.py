@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from vlbench.data.steps import Step
 from vlbench.mistakes import Mistake, nearest
+from vlbench.model import lora
 from vlbench.model.vlm import VLM
-from vlbench.schema import Stage
+from vlbench.schema import Stage, Train
 
 
 @dataclass
@@ -79,12 +80,27 @@ def freeze(vlm: VLM, stage: Stage) -> None:
     """Make the model ready for a stage: exactly the parts that it names require gradients."""
     vlm.pursue(stage.objective)
     for name, part in vlm.parts():
+        how = stage.parts.get(name)
+        if how is not None and how.lora is not None:
+            lora.adapt(part, f"train.{name}", **asdict(how.lora))
+        elif how is not None:
+            lora.merge(part)
         part.requires_grad_(False)
-        if name in stage.parts:
-            used = vlm.vision.used() if name == "vision" else list(part.parameters())
-            for parameter in used:
-                parameter.requires_grad_(True)
+        for parameter in trained(vlm, name, how):
+            parameter.requires_grad_(True)
     vlm.train()
+
+
+def trained(vlm: VLM, name: str, how: Train | None) -> list[nn.Parameter]:
+    """Return the parameters of part `name` that are trained `how`; [] for a frozen part."""
+    if how is None:
+        return []
+    part = getattr(vlm, name)
+    used = vlm.vision.used() if name == "vision" else list(part.parameters())
+    if how.lora is None:
+        return used
+    adapters = {id(parameter) for parameter in lora.adapters(part).values()}
+    return [parameter for parameter in used if id(parameter) in adapters]
 
 
 class Watcher:

@@ -13,6 +13,7 @@ from torch import Tensor
 from vlbench import recipe as recipes
 from vlbench.files import read_json
 from vlbench.mistakes import Mistake
+from vlbench.model import lora
 from vlbench.model.compose import choice_of, compose, compose_empty
 from vlbench.model.vlm import PARTS, VLM
 from vlbench.model.weights import hub
@@ -22,7 +23,7 @@ from vlbench.model.weights.load import assemble, is_release, layout_of, load_rel
 from vlbench.model.weights.shards import Lazy, read, shapes, weight_files
 from vlbench.schema import Recipe, Stage
 from vlbench.train import checkpoint
-from vlbench.train.checkpoint import RELEASE
+from vlbench.train.checkpoint import ADAPTERS, RELEASE
 from vlbench.words import typed
 
 FLOAT32 = torch.float32
@@ -195,6 +196,8 @@ def load_weights(
     for part, module in vlm.parts():
         if part in states and part not in skip:
             load_part(module, states[part], f"{folder}, part {part}")
+        if part not in skip:
+            lora.load(module, folder / ADAPTERS / part)
         place(module, dtype, device)
     vlm.language.tie_weights()  # where the configuration ties them
 

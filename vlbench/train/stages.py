@@ -22,7 +22,7 @@ from vlbench.data.sources import stage_data
 from vlbench.mistakes import Mistake
 from vlbench.model.compose import compose
 from vlbench.model.vlm import VLM
-from vlbench.schema import Recipe
+from vlbench.schema import PARTS, Recipe, Stage
 from vlbench.train import checkpoint, report
 from vlbench.train.checkpoint import Position
 from vlbench.train.legs import Leg, check_data, held_out_batches, plan, steps_of
@@ -143,7 +143,8 @@ class Job:
 
         Of a model that began with `init` that is everything.
         """
-        trained = {part for other in self.legs[: leg.number + 1] for part in other.stage.parts}
+        legs = self.legs[: leg.number + 1]
+        trained = {part for part in PARTS if changes(part, [other.stage for other in legs])}
         if self.recipe.init:
             trained |= {"vision", "connector", "language"}
         for part in ("vision", "language"):
@@ -189,6 +190,12 @@ def prepare(recipe: Recipe, legs: list[Leg], run: Run | None) -> tuple[VLM, Posi
     if recipe.checkpointing == "full":
         vlm.recompute()
     return vlm, start
+
+
+def changes(part: str, stages: list[Stage]) -> bool:
+    """Tell whether stages change the weights of `part`: adapters do when others replace them."""
+    ways = [stage.parts[part].lora for stage in stages if part in stage.parts]
+    return any(way is None for way in ways) or any(way != ways[0] for way in ways)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,232 @@
+"""LoRA through peft: adapters put into a part in place, so that the part stays what it was.
+
+The decoder keeps its class and its paths, hooks and packing work as before, and the base weights
+are not touched until `merge`. On disk adapters have peft's own layout.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vlbench.mistakes import Mistake
+from vlbench.model.split_attention import SplitAttention, pack
+from vlbench.model.vision import Tower
+from vlbench.model.weights.shards import unshared
+
+ALL = "all-linear"
+NAME = "default"  # peft's name of an adapter when there is one
+PEFT = "base_model.model."  # how peft begins the name of an adapter's tensor
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def adapt(
+    part: nn.Module,
+    name: str,
+    *,
+    rank: int,
+    alpha: float | None,
+    dropout: float,
+    targets: str,
+    rslora: bool,
+    dora: bool,
+    bits: int | None,
+) -> None:
+    """Put new adapters into `part`, which mistakes call `name`, unless it has such already.
+
+    Others that are there are merged first. Keywords are those of `schema.Lora`.
+    """
+    from peft import LoraConfig
+
+    root = _root(part)
+    _split(root)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]  # any number
+        lora_dropout=dropout,
+        target_modules=_targets(part, targets, f"{name}.lora.targets"),
+        use_rslora=rslora,
+        use_dora=dora,
+    )
+    before = getattr(root, "peft_config", {}).get(NAME)
+    if before is not None and _plain(before) == _plain(config):
+        return
+    merge(part)
+    _split(root)
+    if bits == 4:
+        _quantize(root, name)
+    try:
+        _inject(root, config)
+    except ValueError as error:
+        raise Mistake(f"{name}.lora: {' '.join(str(error).split())[:300]}") from error
+
+
+def adapters(part: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of adapters by their name in `part`; {} when there are none."""
+    return {name: p for name, p in part.named_parameters() if ".lora_" in name}
+
+
+def merge(part: nn.Module) -> None:
+    """Add adapters to the weights that they adapt, and take them away."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    root = _root(part)
+    for name, layer in list(root.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
+            _replace(root, name, layer.get_base_layer())
+    for name, attention in list(root.named_modules()):
+        if isinstance(attention, SplitAttention):
+            _replace(root, name, attention.packed())
+    if hasattr(root, "peft_config"):
+        del root.peft_config
+
+
+def base_state(part: nn.Module) -> dict[str, Tensor]:
+    """Return the state of a part without its adapters, under the names that it has without them."""
+    state = {
+        name.replace(".base_layer.", "."): value
+        for name, value in part.state_dict().items()
+        if ".lora_" not in name
+    }
+    for path, module in part.named_modules():
+        if isinstance(module, SplitAttention):
+            own = [name for name in state if name.startswith(f"{path}.")]
+            apart = {name.removeprefix(f"{path}."): state.pop(name) for name in own}
+            state |= {f"{path}.{name}": value for name, value in pack(apart).items()}
+    return state
+
+
+def save(part: nn.Module, folder: Path) -> None:
+    """Write the adapters of `part` into `folder` as peft does; nothing where there are none."""
+    root = _root(part)
+    config = getattr(root, "peft_config", {}).get(NAME)
+    if config is None:
+        return
+    folder.mkdir(parents=True)
+    state = {PEFT + _shown(name): value.cpu() for name, value in adapters(root).items()}
+    save_file(dict(unshared(state.items())), folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(_plain(config), indent=1), encoding="utf-8")
+
+
+def load(part: nn.Module, folder: Path) -> None:
+    """Put the adapters in `folder` into `part`; a tensor that does not fit is named."""
+    from peft import LoraConfig
+
+    if not (folder / CONFIG).is_file():
+        return
+    root = _root(part)
+    _split(root)
+    config = LoraConfig(**json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    _inject(root, config)
+    own = {PEFT + _shown(name): parameter for name, parameter in adapters(root).items()}
+    theirs: Mapping[str, Tensor] = load_file(folder / WEIGHTS)
+    for name in [*own, *theirs]:
+        if name not in own or name not in theirs or own[name].shape != theirs[name].shape:
+            raise Mistake(f"{folder / WEIGHTS}: tensor {name} does not fit the model")
+        own[name].data.copy_(theirs[name])
+
+
+def _root(part: nn.Module) -> nn.Module:
+    """Return the module that is adapted: open_clip's own of a tower."""
+    return part.visual if isinstance(part, Tower) else part
+
+
+def _inject(root: nn.Module, config: Any) -> None:
+    """Let peft put adapters into `root`, at the place and of the kind of what they adapt."""
+    from peft import inject_adapter_in_model
+
+    wanted = config.target_modules
+    inject_adapter_in_model(config, root)
+    config.target_modules = wanted  # peft shortens the names, and then equal ones look different
+    root.peft_config = {NAME: config}  # type: ignore[assignment]
+    first = next(p for n, p in root.named_parameters() if ".lora_" not in n)
+    kind = first.dtype if first.dtype.is_floating_point else torch.float32
+    for parameter in adapters(root).values():
+        parameter.data = parameter.data.to(device=first.device, dtype=kind)
+
+
+def _shown(name: str) -> str:
+    """Return peft's name on disk of an adapter's parameter: without the adapter's own name."""
+    if name.endswith(f"lora_magnitude_vector.{NAME}.weight"):
+        name = name.removesuffix(".weight")
+    return name.replace(f".{NAME}", "")
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """Return a configuration of peft as JSON has it."""
+    values = config.to_dict()
+    return {k: sorted(v) if isinstance(v, set) else v for k, v in values.items()}
+
+
+def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(root.get_submodule(parent), own, module)
+
+
+def _split(root: nn.Module) -> None:
+    """Take packed attention apart, so that adapters find Linear layers."""
+    for name, module in list(root.named_modules()):
+        if isinstance(module, nn.MultiheadAttention):
+            _replace(root, name, SplitAttention(module))
+
+
+def _targets(part: nn.Module, given: str, key: str) -> list[str]:
+    """Return the names of the Linear layers to adapt: of blocks that are used, and named."""
+    inside = sorted(_linear_in_blocks(part))
+    if given == ALL:
+        return inside
+    names = [name.strip() for name in given.strip("[]").split(",")]
+    for name in names:
+        if not any(one.rpartition(".")[2] == name for one in inside):
+            known = ", ".join(sorted({one.rpartition(".")[2] for one in inside}))
+            raise Mistake(f"{key} is '{given}'; known are {ALL} and {known}")
+    return [name for name in inside if name.rpartition(".")[2] in names]
+
+
+def _linear_in_blocks(part: Any) -> Iterator[str]:
+    """Give the names of Linear layers, adapted or not, in the blocks that a part uses."""
+    tower = isinstance(part, Tower)
+    blocks = part.blocks()[: part.index + 1] if tower else part.model.layers
+    used = {id(block) for block in blocks}
+    root = _root(part)
+    for path, block in root.named_modules():
+        if id(block) in used:
+            for name, module in block.named_modules():
+                inner = ".lora_" in f".{name}" or name.endswith("base_layer")
+                if not inner and (isinstance(module, nn.Linear) or hasattr(module, "base_layer")):
+                    yield f"{path}.{name}"
+
+
+def _quantize(root: nn.Module, name: str) -> None:
+    """Keep the Linear layers of decoder layers in 4 bits (QLoRA), on a GPU."""
+    if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
+        raise Mistake(
+            f"{name}.lora.bits is 4, which needs a GPU and bitsandbytes (pip install "
+            "bitsandbytes); without them leave it out"
+        )
+    import bitsandbytes
+
+    decoder: Any = root.model
+    for layer in decoder.layers:
+        for path, module in list(layer.named_modules()):
+            if type(module) is nn.Linear:
+                small = bitsandbytes.nn.Linear4bit(
+                    module.in_features,
+                    module.out_features,
+                    bias=module.bias is not None,
+                    compute_dtype=torch.bfloat16,
+                    quant_type="nf4",
+                )
+                small.weight = bitsandbytes.nn.Params4bit(
+                    module.weight.data, requires_grad=False, quant_type="nf4"
+                )
+                parent, _, own = path.rpartition(".")
+                setattr(layer.get_submodule(parent), own, small)
