@@ -56,6 +56,13 @@ def export(words: list[str]) -> int:
     return write(words)
 
 
+def report(words: list[str]) -> int:
+    """Compare finished runs."""
+    from vlbench.compare.report import main as compare_runs
+
+    return compare_runs(words)
+
+
 def show(words: list[str]) -> int:
     """Print a resolved recipe."""
     from vlbench import recipe as recipes
@@ -98,6 +105,9 @@ VERBS = {
         "run=PATH to=DIR format=yi_vl|hf_llava|vlbench [dtype=bf16] [merge_lora=true]",
         "write a run, a checkpoint or a released model in a layout that others load",
         export,
+    ),
+    "report": Verb(
+        "DIR ... [to=FILE.md]", "compare finished runs: intervals, differences, costs", report
     ),
     "show": Verb("recipe=NAME [size=SIZE] [KEY=VALUE ...]", "print a resolved recipe", show),
     "list": Verb("[recipes|sizes|connectors [size=SIZE]|towers]", "print what there is", list_),

@@ -79,7 +79,7 @@ def plain(value: Any) -> Any:
 
 def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return what differs between two plain recipes, but not what a resumed run may change."""
-    one, other = _flat(before), _flat(now)
+    one, other = flat(before), flat(now)
     lines = []
     for key in dict.fromkeys([*one, *other]):
         free = key.split(".")[0] in FREE or key.endswith("data.workers")
@@ -168,11 +168,12 @@ def _built(value: Any, kind: Any, mistakes: list[str], path: str) -> Any:
     return value
 
 
-def _flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
+def flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Return a plain recipe with one key for every value: `stages.chat.steps` -> 450."""
     result: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            result |= _flat(value, f"{path}{key}.")
+            result |= flat(value, f"{path}{key}.")
         else:
             result[f"{path}{key}"] = value
     return result

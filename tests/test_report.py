@@ -1,0 +1,86 @@
+"""`report`: rows, intervals and sentences from run folders, whoever made them."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from vlbench import recipe as recipes
+from vlbench.__main__ import main
+
+
+def run(folder: Path, chance: float, seed: int, *words: str) -> Path:
+    """Make a finished run whose answers are right with `chance`."""
+    folder.mkdir(parents=True)
+    recipe = recipes.load(["recipe=yivl_llava", f"seed={seed}", f"run={folder}", *words])
+    recipes.save(recipe, folder / "recipe.yaml")
+    rng = random.Random(f"{seed} {words}")
+    lines = []
+    for number in range(300):
+        kind, language = ("shape", "colour")[number % 2], ("en", "zh")[number % 3 == 0]
+        one = {"set": "accuracy", "id": f"q{number}", "type": kind, "language": language}
+        lines.append(json.dumps({**one, "correct": rng.random() < chance}))
+    (folder / "answers.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "results.json").write_text(json.dumps({"seconds": 60.0, "blank_accuracy": 0.2}))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path) -> Path:
+    for seed in range(3):
+        run(tmp_path / f"llava/{seed}", 0.9, seed)
+        run(tmp_path / f"linear/{seed}", 0.6, seed, "connector.name=linear")
+    return tmp_path
+
+
+def test_rows_differences_and_sentences(runs, capsys):
+    assert main(["report", str(runs), f"to={runs / 'report.md'}"]) == 0
+    text = capsys.readouterr().out
+    assert (runs / "report.md").read_text() == text
+    assert "Rows: 2; seeds: 0, 1, 2" in text and "| `connector.name` | linear | llava_mlp |" in text
+    assert text.index("\n| llava_mlp | 0.") < text.index("\n| linear | 0.")
+    (sentence,) = [line for line in text.splitlines() if line.startswith("- llava_mlp is")]
+    assert "points above linear (95 % interval" in sentence and "3 seeds)" in sentence
+    assert "| shape (150) |" in text and "| zh (100) |" in text and "chance" not in sentence
+
+
+def test_learning_rates_come_first_among_what_differs(tmp_path, capsys):
+    run(tmp_path / "a", 0.8, 0)
+    run(tmp_path / "b", 0.8, 0, "connector.depth=1", "stages.chat.train.connector.lr=1e-3")
+    assert main(["report", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| `")]
+    assert lines[0].startswith("| `stages.chat.train.connector.lr` |") and len(lines) == 2
+
+
+def test_a_seed_that_is_missing_in_a_row_is_left_out_and_said(runs, capsys):
+    for file in (runs / "linear/2").iterdir():
+        file.unlink()
+    (runs / "linear/2").rmdir()
+    assert main(["report", str(runs)]) == 0
+    text = capsys.readouterr().out
+    assert "seeds: 0, 1;" in text and "not every row has the seed: 1 of llava_mlp" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "report takes run folders"),
+        (["nowhere"], "nowhere is no run folder"),
+        (["llava/0", "llava/0x"], "are the same recipe with the same seed 0"),
+        (["llava/0", "linear/1"], "no seed is common to all rows"),
+        (["half"], "half is not finished: it has no results.json"),
+        (["torn"], "line 2: is no answer"),
+    ],
+)
+def test_mistakes_are_one_line(words, message, runs, capsys, monkeypatch):
+    monkeypatch.chdir(runs)
+    run(runs / "llava/0x", 0.9, 0)
+    (run(runs / "half", 0.5, 0) / "results.json").unlink()
+    torn = run(runs / "torn", 0.5, 0) / "answers.jsonl"
+    torn.write_text(torn.read_text().splitlines()[0] + "\n{")
+    assert main(["report", *words]) == 2
+    said = capsys.readouterr().err
+    assert message in said and len(said.splitlines()) == 1

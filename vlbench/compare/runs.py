@@ -1,0 +1,146 @@
+"""Finished runs as rows of a comparison: what they differ in, and what they answered."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlbench import recipe as recipes
+from vlbench.compare.statistics import Right
+from vlbench.files import read_json, read_text
+from vlbench.layers import flat, plain
+from vlbench.mistakes import Mistake
+
+ASKED = "accuracy"  # the set of questions that arms are compared on
+UNIMPORTANT = ("seed", "run", "recipe", "only", "from", "dry_run", "profile", "trainer", "log")
+"""Keys at the top of a recipe that make no other arm."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that has its results."""
+
+    folder: Path
+    recipe: dict[str, Any]
+    """Every key of the resolved recipe, flat: `stages.chat.steps` -> 450."""
+    results: dict[str, Any]
+    right: dict[str, bool]
+    """Question -> whether its answer was right."""
+    kinds: dict[str, tuple[str, str]]
+    """Question -> its type and language."""
+
+    @property
+    def seed(self) -> int:
+        """The seed of the run."""
+        return int(self.recipe["seed"])
+
+
+def load(folder: Path) -> Finished:
+    """Return the run in `folder`; a Mistake when it is none or is not finished."""
+    for name in ("recipe.yaml", "results.json", "answers.jsonl"):
+        if not (folder / name).is_file():
+            what = "is not finished" if (folder / "recipe.yaml").is_file() else "is no run folder"
+            raise Mistake(f"{folder} {what}: it has no {name}")
+    right, kinds = {}, {}
+    for number, line in enumerate(read_text(folder / "answers.jsonl").splitlines(), 1):
+        try:
+            one = json.loads(line)
+            if one["set"] == ASKED:
+                right[one["id"]] = bool(one["correct"])
+                kinds[one["id"]] = (one["type"], one["language"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise Mistake(f"{folder / 'answers.jsonl'}, line {number}: is no answer") from error
+    recipe = flat(plain(recipes.load_file(folder / "recipe.yaml")))
+    return Finished(folder, recipe, read_json(folder / "results.json"), right, kinds)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Runs of the same recipe that differ in the seed alone."""
+
+    name: str
+    runs: tuple[Finished, ...]
+    """In the order of their seeds."""
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds of the runs."""
+        return tuple(run.seed for run in self.runs)
+
+
+def arms(runs: Sequence[Finished]) -> list[Arm]:
+    """Group runs into arms, named by what they differ in; a seed that is there twice is refused."""
+    grouped: dict[str, list[Finished]] = {}
+    for run in runs:
+        grouped.setdefault(json.dumps(_identity(run), sort_keys=True), []).append(run)
+    names = _names([group[0] for group in grouped.values()])
+    found = []
+    for name, group in zip(names, grouped.values(), strict=True):
+        group = sorted(group, key=lambda run: run.seed)
+        for one, other in zip(group, group[1:], strict=False):
+            if one.seed == other.seed:
+                raise Mistake(
+                    f"{one.folder} and {other.folder} are the same recipe with the same seed "
+                    f"{one.seed}: name one of them"
+                )
+        found.append(Arm(name, tuple(group)))
+    return found
+
+
+def differing(arms: Sequence[Arm]) -> list[str]:
+    """Return the keys in which arms differ, learning rates first."""
+    recipes_ = [_identity(arm.runs[0]) for arm in arms]
+    keys = dict.fromkeys(key for one in recipes_ for key in one)
+    differ = [key for key in keys if len({json.dumps(one.get(key)) for one in recipes_}) > 1]
+    return sorted(differ, key=lambda key: not key.endswith(".lr"))
+
+
+def matrix(arm: Arm, seeds: Sequence[int], questions: Sequence[str]) -> Right:
+    """Return which answers of an arm were right, `[seeds, questions]`."""
+    by_seed = {run.seed: run.right for run in arm.runs}
+    return np.array([[by_seed[seed][one] for one in questions] for seed in seeds], dtype=float)
+
+
+def shared(arms: Sequence[Arm]) -> tuple[list[int], list[str]]:
+    """Return the seeds and the questions that all arms have."""
+    seeds = set.intersection(*(set(arm.seeds) for arm in arms))
+    if not seeds:
+        each = "; ".join(f"{arm.name}: {', '.join(map(str, arm.seeds))}" for arm in arms)
+        raise Mistake(f"no seed is common to all rows, so nothing can be paired ({each})")
+    asked = [set(run.right) for arm in arms for run in arm.runs if run.seed in seeds]
+    questions = set.intersection(*asked)
+    if not questions:
+        raise Mistake("no question was asked of all rows, so nothing can be paired")
+    first = next(run for run in arms[0].runs if run.seed in seeds)
+    return sorted(seeds), [one for one in first.right if one in questions]
+
+
+def _identity(run: Finished) -> dict[str, Any]:
+    return {key: value for key, value in run.recipe.items() if key.split(".")[0] not in UNIMPORTANT}
+
+
+def _names(runs: Sequence[Finished]) -> list[str]:
+    """Return a short name of each recipe: its connector, and whatever else tells it apart."""
+    names = [str(run.recipe["connector.name"]) for run in runs]
+    if len(set(names)) == len(names):
+        return names
+    identities = [_identity(run) for run in runs]
+    keys = dict.fromkeys(key for one in identities for key in one)
+    differ = [
+        key
+        for key in keys
+        if key != "connector.name" and len({json.dumps(one.get(key)) for one in identities}) > 1
+    ]
+    return [
+        " ".join([name, *(f"{_short(key)}={one.get(key)}" for key in differ)])
+        for name, one in zip(names, identities, strict=True)
+    ]
+
+
+def _short(key: str) -> str:
+    return ".".join(part for part in key.split(".") if part not in ("stages", "train", "connector"))
