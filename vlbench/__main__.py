@@ -56,6 +56,16 @@ def export(words: list[str]) -> int:
     return write(words)
 
 
+def compare(words: list[str]) -> int:
+    """Train a grid of runs and report."""
+    from vlbench.compare import grid
+
+    planned = grid.parse(words)
+    from vlbench.compare.run import run_grid  # after the checks: it takes seconds
+
+    return run_grid(planned)
+
+
 def report(words: list[str]) -> int:
     """Compare finished runs."""
     from vlbench.compare.report import main as compare_runs
@@ -105,6 +115,11 @@ VERBS = {
         "run=PATH to=DIR format=yi_vl|hf_llava|vlbench [dtype=bf16] [merge_lora=true]",
         "write a run, a checkpoint or a released model in a layout that others load",
         export,
+    ),
+    "compare": Verb(
+        "recipe=A,B seeds=3 [grid='K=V + K=V | K=V'] [run=DIR] [KEY=VALUE ...]",
+        "train every recipe with every seed, and report the differences",
+        compare,
     ),
     "report": Verb(
         "DIR ... [to=FILE.md]", "compare finished runs: intervals, differences, costs", report
@@ -166,7 +181,7 @@ def run(words: list[str]) -> int:
 
 def overview() -> str:
     """Return the help of the whole program."""
-    verbs = [f"  {name:6} {verb.meaning}" for name, verb in VERBS.items()]
+    verbs = [f"  {name:7} {verb.meaning}" for name, verb in VERBS.items()]
     return "\n".join(
         [
             "usage: python -m vlbench VERB [KEY=VALUE ...]",

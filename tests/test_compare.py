@@ -1,0 +1,145 @@
+"""`compare`: the grid, what rows share, what a stopped comparison does, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vlbench import recipe as recipes
+from vlbench.__main__ import main
+from vlbench.compare.grid import parse
+from vlbench.compare.run import alike
+
+SHORT = [f"stages.{name}.batch=2" for name in ("align_224", "align_448", "chat")]
+SHORT += [f"stages.{name}.steps=2" for name in ("align_224", "align_448", "chat")]
+SHORT += ["log.questions=6", "log.examples=0", "log.tensorboard=false", "log.every=1"]
+GRID = (
+    "grid=stages.chat.train.language.lora.rank=4 | "
+    "stages.chat.train.language.lora.rank=64 + stages.chat.train.language.lr=2e-4 | "
+    "stages.chat.train.language.lora=null"
+)
+
+
+def test_recipes_times_alternatives_times_seeds():
+    grid = parse(["recipe=yivl_llava,yivl_qformer", "seeds=2", "log.every=5"])
+    assert [row.name for row in grid.rows] == ["yivl_llava", "yivl_qformer"]
+    assert grid.seeds == (0, 1) and grid.rows[1].of_seed(1)[-1] == "seed=1"
+    assert "log.every=5" in grid.rows[0].words
+    grid = parse(["recipe=yivl_llava", "seeds=[3,5]", GRID])
+    assert [row.name for row in grid.rows] == [
+        "lora.rank=4",
+        "lora.rank=64_language.lr=2e-4",
+        "language.lora=null",
+    ]
+    assert grid.seeds == (3, 5)
+
+
+def test_a_grid_may_be_a_file(tmp_path):
+    file = tmp_path / "grid.yaml"
+    file.write_text(
+        "rows:\n- {connector.depth: 1}\n- {connector.depth: 2, connector.norm: false}\n"
+    )
+    grid = parse(["recipe=yivl_llava", f"grid={file}"])
+    assert [row.name for row in grid.rows] == [
+        "connector.depth=1",
+        "connector.depth=2_connector.norm=false",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "compare needs recipe=NAME"),
+        (["recipe=yivl_lava"], "Did you mean 'yivl_llava'"),
+        (["recipe=yivl_llava", "seeds=0"], "seeds is 0; allowed are 1 to 1000"),
+        (["recipe=yivl_llava", "seeds=two"], "seeds is 'two'"),
+        (["recipe=yivl_llava", "seed=1"], "seed is not for compare"),
+        (["recipe=yivl_llava", "init=x"], "init is not for compare"),
+        (["recipe=yivl_llava", "grid=connector.dept=1 | connector.depth=2"], "'depth'"),
+        (["recipe=yivl_llava", "grid=connector.depth"], "which is not KEY=VALUE"),
+        (["recipe=yivl_llava", "grid=connector.depth=1 | | a=1"], "alternative 2 holds nothing"),
+        (["recipe=yivl_llava,yivl_llava"], "two rows are the same: yivl_llava"),
+        (["recipe=yivl_llava", "grid=nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", *words]) == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_stages_are_alike_until_something_differs():
+    def one(*words: str) -> recipes.Recipe:
+        return recipes.load(["recipe=yivl_llava", *words])
+
+    assert alike(one(), one("stages.chat.steps=3")) == ["align_224", "align_448"]
+    assert alike(one(), one("stages.align_448.steps=3")) == ["align_224"]
+    assert alike(one(), one("run=x", "log.every=3", "trainer.keep_last=9"))[-1] == "align_448"
+    for word in ("connector.depth=1", "seed=1", "precision=bf16", "vision.layer=-1"):
+        assert alike(one(), one(word)) == []
+
+
+def test_rows_share_stages_and_a_second_call_repeats_nothing(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    words = ["compare", "recipe=yivl_llava", "seeds=1", GRID, "run=c", *SHORT]
+    assert main(words) == 0
+    said = capfd.readouterr().out
+    assert "3 rows x 1 seeds = 3 runs, 0 of them finished" in said
+    assert said.count("align_224, align_448 as in lora.rank=4; trains") == 2
+    assert "| `stages.chat.train.language.lr` |" in said
+    report = (tmp_path / "c/report.md").read_text()
+    assert report.startswith("# Comparison") and "p " in report
+    header, *rows = (tmp_path / "c/language.lora=null/seed0/metrics.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows].count("align_224") == 2
+    assert main(words) == 0
+    said = capfd.readouterr().out
+    assert said.count("done before") == 3 and "trains" not in said
+
+    alone = ["fit", "recipe=yivl_llava", "stages.chat.train.language.lora=null", *SHORT]
+    assert main([*alone, "run=alone"]) == 0
+    one, other = (
+        next((tmp_path / folder / "checkpoints").glob("2-chat-000002")) / "model.safetensors"
+        for folder in ("alone", "c/language.lora=null/seed0")
+    )
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_failed_run_is_named_and_does_not_sink_the_rest(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c/linear/seed0").mkdir(parents=True)
+    (tmp_path / "c/linear/seed0/mine.txt").write_text("somebody's")
+    words = ["recipe=yivl_llava", "seeds=1", "run=c", *SHORT]
+    grid = "grid=connector.name=linear | connector.name=avgpool"
+    (tmp_path / "c/linear").rename(tmp_path / "c/connector.name=linear")
+    assert main(["compare", *words, grid]) == 1
+    captured = capfd.readouterr()
+    assert "failed: run=c/connector.name=linear/seed0 is a folder with other things" in captured.err
+    assert "## Failed" in (tmp_path / "c/report.md").read_text()
+    assert (tmp_path / "c/connector.name=avgpool/seed0/results.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_comparison_goes_on(kill, tmp_path):
+    words = [sys.executable, "-m", "vlbench", "compare", "recipe=yivl_llava,yivl_qformer"]
+    words += ["seeds=1", "run=c", *SHORT[:-5], "stages.chat.steps=30", *SHORT[-4:]]
+    process = subprocess.Popen(words, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    log = tmp_path / "c/yivl_llava/seed0.log"
+    while not (log.is_file() and "chat 3/" in log.read_text()):
+        time.sleep(0.2)
+    process.send_signal(kill)
+    assert process.wait(timeout=60) == (130 if kill != signal.SIGKILL else -signal.SIGKILL)
+    time.sleep(5)  # the run saves and ends, whatever became of the comparison
+    assert "stopped by" in log.read_text()
+    subprocess.run(words, cwd=tmp_path, check=True)
+    assert "resuming" in log.read_text()
+    for name in ("yivl_llava", "yivl_qformer"):
+        assert json.loads((tmp_path / f"c/{name}/seed0/results.json").read_text())
+    assert Path(tmp_path / "c/report.md").is_file()

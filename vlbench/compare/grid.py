@@ -1,0 +1,164 @@
+"""What a comparison is made of: recipes x alternatives x seeds, every combination a run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlbench import recipe as recipes
+from vlbench.mistakes import Mistake
+from vlbench.schema import Recipe
+from vlbench.values import WHOLE, flow
+from vlbench.words import typed
+
+OWN = ("recipe", "seeds", "grid", "run")
+"""Keys of `compare` itself; all others go to every run."""
+SET_BY_US = ("seed", "init", "dry_run", "profile")
+"""Keys of a recipe that a comparison sets, or that make no run to compare."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the comparison: a recipe and what it is changed in."""
+
+    name: str
+    """Short, and the name of its folder."""
+    words: tuple[str, ...]
+    """Of `fit`, but for seed and run."""
+
+    def of_seed(self, seed: int) -> list[str]:
+        """Return the words of `fit` with a seed."""
+        return [*self.words, f"seed={seed}"]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The runs of a comparison: every row with every seed."""
+
+    rows: tuple[Row, ...]
+    seeds: tuple[int, ...]
+    folder: Path
+
+    def run_folder(self, row: Row, seed: int) -> Path:
+        """Return the folder of a run."""
+        return self.folder / row.name / f"seed{seed}"
+
+
+def parse(words: list[str]) -> Grid:
+    """Return the grid that words describe; every run's recipe is checked, all mistakes at once."""
+    own, common = _divided(words)
+    names = [name.strip() for name in own.get("recipe", "").split(",") if name.strip()]
+    if not names:
+        raise Mistake("compare needs recipe=NAME[,NAME ...], as in recipe=yivl_llava,yivl_qformer")
+    alternatives = _alternatives(own.get("grid"))
+    rows = [
+        Row(_name(recipe, other, names, alternatives), (f"recipe={recipe}", *common, *other))
+        for recipe in names
+        for other in alternatives
+    ]
+    same = [row.name for row in rows if [one.name for one in rows].count(row.name) > 1]
+    if same:
+        raise Mistake(f"two rows are the same: {same[0]}")
+    seeds = _seeds(own.get("seeds", "3"))
+    _check(rows, seeds[0])
+    return Grid(tuple(rows), seeds, Path(own.get("run") or _next_folder()).expanduser())
+
+
+def _divided(words: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Return the words of `compare` itself, and those for every run."""
+    own: dict[str, str] = {}
+    common: list[str] = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if key in OWN and equals:
+            if key in own:
+                raise Mistake(f"{key} is given twice, as '{own[key]}' and '{value}'")
+            own[key] = value
+        elif key in SET_BY_US:
+            raise Mistake(f"{key} is not for compare: give seeds=NUMBER, and what differs in grid=")
+        else:
+            common.append(word)
+    return own, common
+
+
+def _alternatives(text: str | None) -> list[tuple[str, ...]]:
+    """Return the alternatives of `grid`: 'a=1 + b=2 | c=3', or a YAML file with a list of them."""
+    if text is None:
+        return [()]
+    if Path(text).suffix in (".yaml", ".yml"):
+        return _from_file(Path(text).expanduser())
+    found = []
+    for number, part in enumerate(text.split("|"), 1):
+        words = tuple(word.strip() for word in re.split(r"\s\+\s", part.strip()) if word.strip())
+        wrong = [word for word in words if "=" not in word]
+        if wrong or not words:
+            given = f"'{wrong[0]}'" if wrong else "nothing"
+            raise Mistake(f"grid: alternative {number} holds {given}, which is not KEY=VALUE")
+        found.append(words)
+    return found
+
+
+def _from_file(path: Path) -> list[tuple[str, ...]]:
+    """Read alternatives from YAML: `rows: [{KEY: VALUE, ...}, ...]`."""
+    rows = recipes.read(path).get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and row for row in rows):
+        raise Mistake(f"{path}: wanted is rows, a list of mappings from keys to values")
+    return [tuple(typed(str(key), value) for key, value in row.items()) for row in rows]
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    """Return the seeds of `seeds=3` (0, 1, 2) or `seeds=[0,5]`."""
+    if WHOLE.fullmatch(text):
+        if not 1 <= int(text) <= 1000:
+            raise Mistake(f"seeds is {text}; allowed are 1 to 1000, or a list as [0,1,5]")
+        return tuple(range(int(text)))
+    values = flow(text) if text.startswith("[") else None
+    whole = isinstance(values, list) and all(WHOLE.fullmatch(str(one)) for one in values)
+    if not values or not whole:
+        raise Mistake(f"seeds is '{text}'; allowed are 1 to 1000, or a list as [0,1,5]")
+    return tuple(dict.fromkeys(int(one) for one in values))
+
+
+def _check(rows: Sequence[Row], seed: int) -> None:
+    """Load every row's recipe; all mistakes are raised together, each with its row."""
+    lines: list[str] = []
+    for row in rows:
+        try:
+            recipes.require_data(load(row, seed))
+        except Mistake as mistake:
+            start = f"row {row.name}: " if len(rows) > 1 else ""
+            lines += [f"{start}{line}" for line in str(mistake).splitlines()]
+    if lines:
+        raise Mistake("\n".join(dict.fromkeys(lines)))
+
+
+def load(row: Row, seed: int) -> Recipe:
+    """Return the recipe of a run."""
+    return recipes.load(row.of_seed(seed))
+
+
+def _name(
+    recipe: str, other: tuple[str, ...], names: list[str], alternatives: list[tuple[str, ...]]
+) -> str:
+    """Return a short name of a row, fit for a folder."""
+    stem = Path(recipe).stem
+    if len(alternatives) == 1:
+        return stem
+    short = "_".join(_short(word) for word in other)
+    short = re.sub(r"[^A-Za-z0-9_.=-]+", "-", short)[:80]
+    return f"{stem}_{short}" if len(names) > 1 else short
+
+
+def _short(word: str) -> str:
+    """Return `lora.rank=4` for `stages.chat.train.language.lora.rank=4`."""
+    key, _, value = word.partition("=")
+    return f"{'.'.join(key.split('.')[-2:])}={value}"
+
+
+def _next_folder() -> str:
+    number = 1
+    while (folder := Path("runs") / f"compare-{number}").exists():
+        number += 1
+    return str(folder)
