@@ -14,6 +14,14 @@ from vlbench.compare.statistics import Difference, Right, bootstrap, compare, ho
 from vlbench.mistakes import Mistake
 from vlbench.train.run import write_whole
 
+MATCHED = 0.05  # budgets that differ by more are not the same
+BUDGET = {
+    "parameters": "connector's parameters",
+    "tokens": "tokens of a picture",
+    "latents": "latents",
+    "flops": "prefill FLOPs",
+    "cache": "cache bytes of a picture",
+}
 CLEAR = 0.05  # largest p, after Holm's correction, that is called a difference
 
 
@@ -65,7 +73,7 @@ def report(runs: Sequence) -> str:
     answers = {row.name: matrix(row, seeds, questions) for row in rows}
     best_first = sorted(rows, key=lambda row: -answers[row.name].mean())
     lines = ["# Comparison", "", *_heading(rows, seeds, questions), "", *_differences(rows), ""]
-    lines += [*_table(best_first, answers), ""]
+    lines += [*_table(best_first, answers), "", *_budgets(best_first), ""]
     if len(rows) > 1:
         lines += ["## Differences", "", *_sentences(pairs(best_first, answers)), ""]
     lines += ["## By kind of question", "", *_by_kind(best_first, answers, questions)]
@@ -127,6 +135,29 @@ def _table(rows: Sequence[Arm], answers: dict[str, Right]) -> list[str]:
             f"{' | '.join(others)} | {seconds:.0f} |"
         )
     return lines
+
+
+def _budgets(rows: Sequence[Arm]) -> list[str]:
+    """Say what each row costs, and in what rows do not cost the same."""
+    budgets = {row.name: row.runs[0].results.get("budget") or {} for row in rows}
+    shown = [
+        (key, label) for key, label in BUDGET.items() if any(key in b for b in budgets.values())
+    ]
+    if not shown:
+        return []
+    lines = [f"| row | {' | '.join(label for _, label in shown)} |", f"|---|{'---:|' * len(shown)}"]
+    for name, budget in budgets.items():
+        values = [f"{budget[key]:,}" if key in budget else "" for key, _ in shown]
+        lines.append(f"| {name} | {' | '.join(values)} |")
+    unmatched = [label for key, label in shown if _apart([b.get(key) for b in budgets.values()])]
+    if unmatched:
+        lines += ["", f"**Not matched within {MATCHED:.0%}: {', '.join(unmatched)}.**"]
+    return lines
+
+
+def _apart(values: Sequence[int | None]) -> bool:
+    known = [value for value in values if value is not None]
+    return len(known) < len(values) or max(known) > (1 + MATCHED) * min(known)
 
 
 def _mean(row: Arm, name: str) -> str:

@@ -22,6 +22,7 @@ from vlbench.evaluate.questions import (
     shuffled,
     source_questions,
 )
+from vlbench.model.cost import count
 from vlbench.model.vlm import VLM
 from vlbench.schema import Recipe
 from vlbench.train.run import Run, commit, write_whole
@@ -96,6 +97,7 @@ def write_results(
         "connector": recipe.connector["name"],
         "seed": recipe.seed,
         "commit": commit(),
+        "budget": count(vlm)._asdict(),
     }
     write_whole(run.results_file, json.dumps(results, indent=1, ensure_ascii=False))
     return True

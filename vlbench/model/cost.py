@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlbench.model.compose import compose
+from vlbench.model.vlm import VLM
 from vlbench.schema import Recipe
 
 TEXT = 64  # tokens of text beside the picture: a question
@@ -25,6 +26,8 @@ class Cost(NamedTuple):
     """Visual tokens that decoder layers attend to; 0 when the places hold all there is."""
     flops: int
     """Floating-point operations of connector and language model up to the first answer token."""
+    cache: int
+    """Bytes of the cache of keys and values that the picture takes in 16 bits, latents included."""
 
 
 def cost(recipe: Recipe) -> Cost:
@@ -36,21 +39,38 @@ def cost(recipe: Recipe) -> Cost:
         language=dataclasses.replace(recipe.language, weights="random"),
     )
     with torch.device("meta"):
-        vlm = compose(recipe, side).requires_grad_(False)
-        shapes, connector = vlm.shapes, vlm.connector
-        features = torch.empty(1, shapes.patches + connector.class_token, shapes.vision_width)
-        length = connector.tokens_per_image + TEXT
-        embeds = torch.empty(1, length, shapes.lm_width)
-        positions = torch.empty(1, length, dtype=torch.long)
-    sees = torch.zeros(1, length, dtype=torch.long)  # real: the text is sorted by what it sees
+        return count(compose(recipe, side).requires_grad_(False))
+
+
+def count(vlm: VLM) -> Cost:
+    """Count the cost of a model's connector at its image size; on `meta` nothing is computed."""
+    shapes, connector, config = vlm.shapes, vlm.connector, vlm.language.config
+    kind = vlm.language.get_input_embeddings().weight.dtype
+    length = connector.tokens_per_image + TEXT
+    with vlm.device:
+        features = torch.zeros(
+            1, shapes.patches + connector.class_token, shapes.vision_width, dtype=vlm.vision.dtype
+        )
+        embeds = torch.zeros(1, length, shapes.lm_width, dtype=kind)
+        positions = torch.arange(length)[None]
+    # real numbers: the text is sorted by what it sees
+    sees = torch.zeros(1, length, dtype=torch.long, device=_real(vlm.device))
     counter: Any = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         visual = connector(features)
         hidden = vlm.read(embeds, visual, sees, position_ids=positions, use_cache=False)
         vlm.language.lm_head(hidden.last_hidden_state[:, -1])
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_token = 2 * config.num_key_value_heads * head * config.num_hidden_layers
+    latents = visual.shape[1] if connector.inject_at else 0
     return Cost(
         parameters=sum(parameter.numel() for parameter in connector.parameters()),
         tokens=connector.tokens_per_image,
-        latents=visual.shape[1] if connector.inject_at else 0,
+        latents=latents,
         flops=counter.get_total_flops(),
+        cache=2 * (per_token * connector.tokens_per_image + latents * visual.shape[2]),
     )
+
+
+def _real(device: torch.device) -> torch.device:
+    return torch.device("cpu") if device.type == "meta" else device
