@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,6 +90,21 @@ def test_a_finished_run_shows_its_results_again(
     assert main([*SHORT, f"run={whole}"]) == 0
     assert "exact match" in capsys.readouterr().out
     assert (whole / "results.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("torn", [True, False])
+def test_a_checkpoint_without_its_optimizer_is_named(
+    whole: Path, tmp_path: Path, torn: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run/results.json").unlink()
+    folder = tmp_path / "run/checkpoints"
+    shutil.rmtree(folder / f"2-chat-{STEPS['chat']:06d}")
+    file = sorted(folder.iterdir())[-1] / "optimizer.pt"
+    file.write_bytes(b"torn") if torn else file.unlink()
+    assert main([*SHORT, f"run={tmp_path / 'run'}"]) == 2
+    said = capsys.readouterr().err
+    assert f"optimizer.pt is {'torn' if torn else 'missing'}" in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("saves", [2, 4, 7])

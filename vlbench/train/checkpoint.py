@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import re
 import shutil
 from dataclasses import asdict, dataclass
@@ -187,7 +188,15 @@ def find(path: Path) -> Path:
 
 def load_optimizer(path: Path) -> Any:
     """Return the optimizer state of a checkpoint."""
-    return torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu")
+    file = path / "optimizer.pt"
+    try:
+        return torch.load(file, weights_only=True, map_location="cpu")
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = "is missing" if not file.is_file() else "is torn"
+        raise Mistake(
+            f"{file} {reason}, so the run cannot go on as if it had not stopped; begin a new one "
+            f"with init={path}, or remove {path} to go on from the checkpoint before it"
+        ) from error
 
 
 def prune(folder: Path, keep_last: int) -> None:
