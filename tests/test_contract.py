@@ -22,6 +22,7 @@ from small import SMALL, batch_of, opened, sample, small_vlm
 from test_vlm import assert_same, gradients, grown
 
 from vlbench import plugins
+from vlbench.model.cost import count
 from vlbench.model.messages import prompt_batch
 from vlbench.model.vlm import VLM
 
@@ -91,6 +92,14 @@ def test_cached_generation_equals_recomputation(vlm):
         for token in expected:  # no cache: the whole prompt again for every token
             assert int(vlm(prompt).logits[0, -1, : vlm.tokenizer.rows].argmax()) == token
             prompt = grown(prompt, token)
+
+
+def test_its_cost_is_counted_while_it_is_trained(vlm):
+    trained = {name for name, p in vlm.named_parameters() if p.requires_grad}
+    found = count(vlm)
+    assert found.tokens == vlm.connector.tokens_per_image and found.flops > 0 < found.cache
+    assert found.parameters == sum(p.numel() for p in vlm.connector.parameters())
+    assert {name for name, p in vlm.named_parameters() if p.requires_grad} == trained
 
 
 def test_a_saved_state_gives_the_same(vlm):

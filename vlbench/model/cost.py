@@ -39,7 +39,7 @@ def cost(recipe: Recipe) -> Cost:
         language=dataclasses.replace(recipe.language, weights="random"),
     )
     with torch.device("meta"):
-        return count(compose(recipe, side).requires_grad_(False))
+        return count(compose(recipe, side))
 
 
 def count(vlm: VLM) -> Cost:
@@ -56,10 +56,14 @@ def count(vlm: VLM) -> Cost:
     # real numbers: the text is sorted by what it sees
     sees = torch.zeros(1, length, dtype=torch.long, device=_real(vlm.device))
     counter: Any = FlopCounterMode(display=False)
+    trained = [parameter for parameter in vlm.parameters() if parameter.requires_grad]
+    vlm.requires_grad_(False)  # torch's counter stumbles over views of what is trained
     with torch.no_grad(), counter:
         visual = connector(features)
         hidden = vlm.read(embeds, visual, sees, position_ids=positions, use_cache=False)
         vlm.language.lm_head(hidden.last_hidden_state[:, -1])
+    for parameter in trained:
+        parameter.requires_grad_(True)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * config.num_key_value_heads * head * config.num_hidden_layers
     latents = visual.shape[1] if connector.inject_at else 0
