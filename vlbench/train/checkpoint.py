@@ -191,7 +191,7 @@ def load_optimizer(path: Path) -> Any:
     file = path / "optimizer.pt"
     try:
         return torch.load(file, weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.PickleError) as error:
         reason = "is missing" if not file.is_file() else "is torn"
         raise Mistake(
             f"{file} {reason}, so the run cannot go on as if it had not stopped; begin a new one "
