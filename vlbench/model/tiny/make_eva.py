@@ -6,14 +6,13 @@ no patch is hidden, and both image sizes are shown, because there are minutes an
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import layer_norm, mse_loss
 
@@ -27,7 +26,7 @@ LESSONS = ((56, 500, 2e-3), (112, 1100, 1.5e-3), (56, 300, 5e-4))
 """Pixels, steps and peak rate. A size has position embeddings, and so an optimizer, of its own."""
 PICTURES = 48  # of a step
 LAYER = -2  # whose features recipes use
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "embed_dim": 128,
     "vision_cfg": {
         "image_size": 56,
@@ -53,13 +52,7 @@ def make(folder: Path, teacher: Path, log: Callable[[str], None] = print) -> dic
         student.resize(side)
         tower.resize(side)
         errors[f"feature_error_{side}"] = lesson(student, tower, number, steps, rate, log)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, folder / "open_clip_model.safetensors")
-    preprocess = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
-    layout = {"model_cfg": CONFIG, "preprocess_cfg": preprocess}
-    text = json.dumps(layout, indent=2) + "\n"
-    (folder / "open_clip_config.json").write_text(text, encoding="utf-8")
+    make_tower.write(model, CONFIG, folder)
     return {**errors, "seconds": time.monotonic() - start}
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -84,17 +85,22 @@ def make(
         train(model, steps, peak, lesson, log)
         model.half().float()  # as it is written
     seconds = time.monotonic() - start
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, folder / "open_clip_model.safetensors")
-    preprocess = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
-    layout = {"model_cfg": CONFIG, "preprocess_cfg": preprocess}
-    text = json.dumps(layout, indent=2) + "\n"
-    (folder / "open_clip_config.json").write_text(text, encoding="utf-8")
+    write(model, CONFIG, folder)
     model = build(folder).eval()  # as it was written
     figures = {"retrieval_r1": retrieval(model, tokenizer), **probe(model), "seconds": seconds}
     log(f"tower {figures}")
     return figures
+
+
+def write(model: open_clip.CLIP, config: dict[str, Any], folder: Path) -> None:
+    """Write a model of open_clip, whose configuration is `config`, into `folder` in 16 bits."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, folder / "open_clip_model.safetensors")
+    preprocess = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+    layout = {"model_cfg": config, "preprocess_cfg": preprocess}
+    text = json.dumps(layout, indent=2) + "\n"
+    (folder / "open_clip_config.json").write_text(text, encoding="utf-8")
 
 
 def train(
