@@ -103,6 +103,7 @@ class FirstStage(nn.Module):
         all_features, all_ids, all_mask = (gather(t[:own])[0] for t in (features, ids, mask))
 
         def both(features: Tensor, ids: Tensor, sees: Tensor) -> Tensor:
+            """Let queries and text read together, as `sees` allows: `[pairs, both, width]`."""
             told = self.embeddings(ids, query_embeds=queries.expand(len(ids), -1, -1))
             count = queries.shape[1]
             out = bert(

@@ -228,5 +228,4 @@ def _quantize(root: nn.Module, name: str) -> None:
                 small.weight = bitsandbytes.nn.Params4bit(
                     module.weight.data, requires_grad=False, quant_type="nf4"
                 )
-                parent, _, own = path.rpartition(".")
-                setattr(layer.get_submodule(parent), own, small)
+                _replace(layer, path, small)

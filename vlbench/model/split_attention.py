@@ -34,9 +34,7 @@ class SplitAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         """Attend, as open_clip's blocks call it."""
         q, k, v = (
-            self.get_submodule(f"{name}_proj")(x)
-            .unflatten(-1, (self.num_heads, -1))
-            .transpose(1, 2)
+            self._heads(self.get_submodule(f"{name}_proj")(x))
             for name, x in zip("qkv", (query, key, value), strict=True)
         )
         out = scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
