@@ -145,6 +145,9 @@ class Trainer:
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = key("kind of device", "auto")
     checkpoint_every: float = key("seconds between checkpoints", 60.0, above=0)
     keep_last: int = key("checkpoints that are kept, beside the best", 2, low=1)
+    feature_cache: str | None = key(
+        "folder that keeps the features of frozen towers; null: none", None, path=True
+    )
     stop_after_bad: int = key("stop after this many NaN or infinite losses in a row", 5, low=1)
 
 

@@ -38,6 +38,9 @@ class Batch:
     """Number of supervised positions."""
     image_id: list[str] = field(default_factory=list)
     """Identity of each image of `pixels`: its sample and its number there."""
+    features: Tensor | None = None
+    """`[images, patches, vision_width]`, what a frozen tower made of the pictures, when that is
+    known; `pixels` are then of size 0."""
     captions: list[str] = field(default_factory=list)
     """The first answer of each sample, for objectives that read text in a way of their own."""
 

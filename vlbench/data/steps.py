@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from vlbench.data.batch import Batch, collate, pack
+from vlbench.data.features import Features
 from vlbench.data.images import ImageTransform
 from vlbench.data.order import Mixture
 from vlbench.data.sample import Encoded, Encoder, Form, NoImage, Picture, encode
@@ -58,6 +60,7 @@ class Steps(Dataset[Step]):
     total: int  # steps of the stage
     rank: int = 0
     world: int = 1
+    features: Features | None = None  # of a frozen tower: pictures that it has are not opened
 
     def __post_init__(self) -> None:
         if not isinstance(self.tokenizer, Memo):
@@ -75,7 +78,7 @@ class Steps(Dataset[Step]):
         pixels = _Pixels(self.transform, encoded)
         sound = [sample for sample in encoded if self._opens(sample, pixels, step)]
         for row in pack(sound, self.row_tokens):
-            batch = collate([[sound[place] for place in row]], pixels)
+            batch = self._collated([sound[place] for place in row], pixels)
             step.batches.append(batch)
             places = sum(len(sound[i].sample.pictures) * self.tokens_per_image for i in row)
             step.samples += len(row)
@@ -110,11 +113,24 @@ class Steps(Dataset[Step]):
         """Make the pixels of a sample; tell whether all its pictures could be opened."""
         try:
             for picture in encoded.sample.pictures:
-                pixels.make(picture)
+                if self.features is None or picture not in self.features.places:
+                    pixels.make(picture)
         except Mistake as mistake:
             step.bad.append(BadSample(encoded.sample.id, str(mistake)))
             return False
         return True
+
+    def _collated(self, row: list[Encoded], pixels: _Pixels) -> Batch:
+        """Make a micro-batch of one row, with features where all of its pictures have them."""
+        pictures = [picture for sample in row for picture in sample.sample.pictures]
+        features = self.features.of(pictures) if self.features else None
+        if features is None:
+            return collate([row], pixels)
+        return replace(collate([row], _nothing), features=features)
+
+
+def _nothing(_: Picture) -> Tensor:
+    return torch.zeros(3, 0, 0)
 
 
 class Memo:
@@ -162,6 +178,7 @@ class _Pixels:
 
     def __call__(self, picture: Picture) -> Tensor:
         """Return the pixels `[3, height, width]` of a picture."""
+        self.make(picture)
         self._uses[picture] -= 1
         made = self._made[picture] if self._uses[picture] else self._made.pop(picture)
         assert not isinstance(made, Mistake)

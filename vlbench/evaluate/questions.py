@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from vlbench.data.images import blank
 from vlbench.data.sample import PLACEHOLDER, Picture, Sample, Source
 from vlbench.data.scenes import held_out
-from vlbench.mistakes import BadSample
+from vlbench.mistakes import Mistake
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,25 @@ def _unanswered(sample: Sample) -> Sample:
 def source_questions(source: Source, limit: int) -> list[Question]:
     """Return one question per assistant turn of the first samples with an image, at most `limit`.
 
-    What was said before stands in the conversation as it is in the data. Bad samples are left out.
+    What was said before stands in the conversation as it is in the data. Bad samples are left out,
+    and so are those with a picture that cannot be read; the first of these is named.
     """
     questions: list[Question] = []
+    bad: list[Mistake] = []
     for index in range(len(source)):
+        if len(questions) >= limit:
+            break
         try:
             sample = source[index]
-        except BadSample:
+            for picture in sample.pictures:
+                picture.open()
+        except Mistake as error:
+            bad.append(error)
             continue
         questions += _turn_by_turn(sample) if sample.pictures else []
-        if len(questions) >= limit:
-            return questions[:limit]
-    return questions
+    if bad:
+        print(f"{source.name}: nothing is asked about {len(bad)} bad samples, the first: {bad[0]}")
+    return questions[:limit]
 
 
 def _turn_by_turn(sample: Sample) -> list[Question]:

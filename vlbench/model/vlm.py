@@ -124,6 +124,8 @@ class VLM(nn.Module):
 
     def features(self, batch: Batch) -> Tensor:
         """Return the tower's features `[images, patches, vision_width]`; no gradient if frozen."""
+        if batch.features is not None:
+            return batch.features
         pixels = batch.pixels
         if not len(pixels):  # a batch of text alone still runs every part, so gradients exist
             side = self.vision.image_size

@@ -25,6 +25,7 @@ from vlbench.model.vlm import VLM
 from vlbench.schema import PARTS, Recipe, Stage
 from vlbench.train import checkpoint, report
 from vlbench.train.checkpoint import Position
+from vlbench.train.frozen import remember
 from vlbench.train.legs import Leg, check_data, held_out_batches, plan, steps_of
 from vlbench.train.loggers import loggers_of
 from vlbench.train.module import Training, Watcher, check_objective, freeze
@@ -102,15 +103,21 @@ class Job:
             self.watchers(vlm, leg, done),
             state,
         )
+        loggers = loggers_of(self.recipe, self.run, offset)
+        trainer = trainer_of(self.recipe, loggers, self.run.folder)
+        steps = steps_of(vlm, leg)
+        workers = stage_data(self.recipe.data, leg.stage).workers
+        cache = self.recipe.trainer.feature_cache
+        if cache and "vision" not in leg.stage.parts:
+            steps.features = remember(vlm, steps, Path(cache), trainer, workers)
         loader: DataLoader = DataLoader(
-            steps_of(vlm, leg),
+            steps,
             sampler=range(done, leg.steps),
             batch_size=None,
-            num_workers=stage_data(self.recipe.data, leg.stage).workers,
+            num_workers=workers,
         )
-        loggers = loggers_of(self.recipe, self.run, offset)
         with explained(leg):
-            trainer_of(self.recipe, loggers, self.run.folder).fit(training, loader)
+            trainer.fit(training, loader)
 
     def watchers(self, vlm: VLM, leg: Leg, done: int) -> list[Watcher]:
         """Return what looks on while a stage trains, in the order of looking."""

@@ -1,0 +1,144 @@
+"""Features of a frozen tower, kept on disk: computed once, shared by connectors and epochs.
+
+A folder holds shards, safetensors files with
+
+    features   [pictures, patches, width], in the tower's own type
+    keys       [pictures, 16] uint8, a hash of each picture's content
+    sums       [pictures] int64, a checksum of each picture's features
+
+A shard is written whole or not at all, so a run that is stopped loses the open one at most.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vlbench.data.images import File
+from vlbench.data.sample import Picture
+from vlbench.mistakes import Mistake
+
+Places = dict[bytes, tuple[str, int]]
+"""Shard and row of each picture, by its key."""
+KEY = 16  # bytes of a picture's hash: two of 10^9 pictures collide with probability 10^-21
+
+
+def content_key(picture: Picture) -> bytes:
+    """Return a hash of what a picture shows: of the bytes of a file, else of its pixels.
+
+    Raises a Mistake that names a picture that cannot be read.
+    """
+    if isinstance(picture, File):
+        try:
+            content = Path(picture.path).read_bytes()
+        except OSError as error:
+            raise Mistake(f"image {picture.name}: {error.strerror}") from error
+    else:
+        image = picture.open()
+        content = f"{image.size}".encode() + image.tobytes()
+    return hashlib.blake2b(content, digest_size=KEY).digest()
+
+
+@dataclass
+class Shards:
+    """The shards of a folder, read through memory maps; opened anew in every process."""
+
+    folder: Path
+    _open: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:  # memory maps cannot travel to a worker
+        return {"folder": self.folder, "_open": {}}
+
+    def places(self) -> Places:
+        """Return shard and row of every picture that is kept; a damaged shard is removed first."""
+        found = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            keys = self._sound(path)
+            if keys is None:
+                path.unlink()
+                continue
+            for row, key in enumerate(keys):
+                found[key.tobytes()] = (path.name, row)
+        return found
+
+    def _sound(self, path: Path) -> np.ndarray | None:
+        """Return the keys `[pictures, 16]` of a shard, None if anything in it is damaged."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                features, sums = file.get_tensor("features"), file.get_tensor("sums")
+                keys = file.get_tensor("keys").numpy()
+        except (SafetensorError, OSError):
+            return None
+        return keys if [checksum(one) for one in features] == sums.tolist() else None
+
+    def read(self, name: str, row: int) -> Tensor | None:
+        """Return the features `[patches, width]` of a picture, None when they are damaged."""
+        try:
+            file = self._file(name)
+            features = file.get_slice("features")[row]
+            kept = int(file.get_slice("sums")[row])
+        except (SafetensorError, OSError):
+            return None
+        return features if checksum(features) == kept else None
+
+    def write(self, keys: Sequence[bytes], features: Tensor) -> Places:
+        """Add a shard of the features `[pictures, patches, width]`, and return their places."""
+        features = features.contiguous()
+        tensors = {
+            "features": features,
+            "keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, KEY),
+            "sums": torch.tensor([checksum(one) for one in features]),
+        }
+        name = hashlib.blake2b(b"".join(keys), digest_size=KEY).hexdigest() + ".safetensors"
+        writing = self.folder / f".{name}-{os.getpid()}"
+        try:
+            save_file(tensors, writing)
+            writing.replace(self.folder / name)
+        finally:
+            writing.unlink(missing_ok=True)
+        self._open.pop(name, None)
+        return {key: (name, row) for row, key in enumerate(keys)}
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            self._open[name] = safe_open(self.folder / name, framework="pt")
+        return self._open[name]
+
+
+def checksum(features: Tensor) -> int:
+    """Return the checksum of a picture's features, of their bytes."""
+    return zlib.crc32(features.contiguous().view(torch.uint8).numpy().data)
+
+
+@dataclass
+class Features:
+    """The features of the pictures of a stage."""
+
+    shards: Shards
+    places: dict[Picture, tuple[str, int]]
+    """Shard and row of each picture."""
+
+    def of(self, pictures: Sequence[Picture]) -> Tensor | None:
+        """Return `[pictures, patches, width]`; None when any is missing or damaged."""
+        found = list(self._each(pictures))
+        return torch.stack(found) if found and len(found) == len(pictures) else None
+
+    def _each(self, pictures: Sequence[Picture]) -> Iterator[Tensor]:
+        for picture in pictures:
+            if picture not in self.places:
+                return
+            features = self.shards.read(*self.places[picture])
+            if features is None:
+                return
+            yield features
