@@ -20,6 +20,7 @@ from vlbench.data.sample import PLACEHOLDER, Sample, Turn
 from vlbench.evaluate.diagnostics import diagnose, look
 from vlbench.evaluate.questions import Question
 from vlbench.mistakes import Mistake
+from vlbench.model.lora import adapt, adapters
 from vlbench.model.vlm import VLM
 from vlbench.train.progress import COLUMNS, gauges_of
 
@@ -107,6 +108,24 @@ def test_an_earlier_answer_belongs_to_the_question(monkeypatch):
     diagnose(vlm, [(asked, "no 5")])
     labels = seen[0][seen[0] >= 0].tolist()
     assert vlm.tokenizer.decode(labels).strip() == "no 5\n###"
+
+
+@pytest.mark.parametrize("name", ["llava_mlp", "flamingo"])
+def test_adapters_and_recomputing_are_looked_through(name):
+    vlm = small(name)
+    before = diagnose(vlm, [(question(1), "one")])
+    vlm.language.requires_grad_(False)
+    options = {"alpha": None, "dropout": 0.5, "targets": "all-linear", "bits": None}
+    adapt(vlm.language, "language", rank=2, rslora=False, dora=False, **options)
+    assert diagnose(vlm, [(question(1), "one")]) == before  # they begin with nothing
+    torch.manual_seed(1)
+    for parameter in adapters(vlm.language).values():
+        parameter.data.normal_(std=0.1)
+    after = diagnose(vlm, [(question(1), "one")])
+    assert after != before
+    vlm.recompute()
+    assert diagnose(vlm, [(question(1), "one")]) == after
+    assert all(parameter.grad is None for parameter in vlm.parameters())
 
 
 @pytest.mark.parametrize("gate", [0.0, 0.5])

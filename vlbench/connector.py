@@ -193,7 +193,8 @@ def attention_shares(
 def _shares(queries: Tensor, keys: Tensor, heads: int) -> Tensor:
     """Return the mean over heads of scaled dot-product attention, `[images, queries, keys]`."""
     q, k = (
-        one.unflatten(-1, (heads, -1)).transpose(1, 2).float()
+        one.reshape(*one.shape[:2], heads, -1).transpose(1, 2).float()
         for one in (queries, keys[..., : queries.shape[-1]])
     )
-    return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1).mean(1)
+    shares: Tensor = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
+    return shares.mean(1)
