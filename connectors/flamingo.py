@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from vlbench.connector import Connector, Shapes
+from vlbench.connector import Connector, Shapes, attention_shares
 
 GATED = re.compile(r".*\.(\d+)\.gated_cross_attn_layer\.(.+)")
 """A name of OpenFlamingo: the decoder layer, and the parameter of the block before it."""
@@ -125,6 +125,18 @@ class GatedBlock(nn.Module):
         return hidden + self.ff_gate.tanh() * self.ff(hidden)
 
 
+def gates(blocks: nn.ModuleDict) -> dict[str, float]:
+    """Return how far the gates of the blocks are open: the tanh that their layers are taken by.
+
+    `blocks` are gated blocks by the number of the decoder layer that they stand before.
+    """
+    return {
+        f"gate_{kind}_{layer}": float(block.get_parameter(f"{kind}_gate").detach().tanh())
+        for layer, block in blocks.items()
+        for kind in ("attn", "ff")
+    }
+
+
 class Flamingo(Connector):
     """Perceiver resampler of `depth` layers, gated block before every `every`-th decoder layer."""
 
@@ -170,6 +182,23 @@ class Flamingo(Connector):
     def inject(self, layer: int, hidden: Tensor, visual: Tensor, sees: Tensor) -> Tensor:
         """Let the text before decoder layer `layer` look at the pictures that it sees."""
         return self.blocks[str(layer)](hidden, visual, sees)
+
+    def gauges(self) -> dict[str, float]:
+        """Return `gate_attn_L` and `gate_ff_L`: how far the gates before decoder layer L are open.
+
+        0 is closed, where training begins; 1 and -1 are open.
+        """
+        return gates(self.blocks)
+
+    def attention(self, features: Tensor) -> Tensor:
+        """Return what the latents read of the patches, `[images, latents, patches]`.
+
+        That they read themselves as well is left out.
+        """
+        pairs: Any = self.perceiver.layers
+        layers = [(attend.to_q, attend.to_kv) for attend, _ in pairs]
+        patches = slice(features.shape[1])
+        return attention_shares(layers, pairs[0][0].heads, lambda: self(features), patches)
 
     def load_reference(self, weights: Mapping[str, Tensor]) -> None:
         """Load OpenFlamingo's weights: `perceiver.*` and `...N.gated_cross_attn_layer.*`.

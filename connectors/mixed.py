@@ -63,6 +63,14 @@ class Mixed(Connector):
         """Let the text before decoder layer `layer` look at its picture's tokens again."""
         return self.blocks[str(layer)](hidden, visual, sees)
 
+    def gauges(self) -> dict[str, float]:
+        """Return the other connector's gauges, and how far the gates are open as Flamingo does."""
+        return self.inner.gauges() | plugins.module("flamingo").gates(self.blocks)
+
+    def attention(self, features: Tensor) -> Tensor | None:
+        """Return what the other connector's tokens read of the patches."""
+        return self.inner.attention(features)
+
     def losses(
         self, features: Tensor, visual: Tensor, batch: Any
     ) -> dict[str, tuple[Tensor, Tensor]]:

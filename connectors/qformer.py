@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
 
-from vlbench.connector import Connector, Shapes, zero_like_loss
+from vlbench.connector import Connector, Shapes, attention_shares, zero_like_loss
 from vlbench.data.batch import Batch
 from vlbench.model.blip2 import FirstStage
 from vlbench.model.caption_tokens import EMBEDDED, bert_folder, caption_tokens
@@ -112,6 +112,17 @@ class QFormer(Connector):
         """Let queries read `[images, 1 + patches, vision_width]`: `[images, queries, width]`."""
         queries = self.query_tokens.expand(len(seen), -1, -1)
         return self.qformer(query_embeds=queries, encoder_hidden_states=seen).last_hidden_state
+
+    def attention(self, features: Tensor) -> Tensor:
+        """Return what the queries read of the patches, `[images, queries, patches]`.
+
+        That they read the class token as well is left out.
+        """
+        blocks: Any = self.qformer.encoder.layer
+        reads = [one.crossattention.attention for one in blocks if one.has_cross_attention]
+        layers = [(one.query, one.key) for one in reads]
+        heads = self.qformer.config.num_attention_heads
+        return attention_shares(layers, heads, lambda: self(features), slice(1, None))
 
     def objectives(self) -> tuple[str, ...]:
         """Offer BLIP-2's first stage."""

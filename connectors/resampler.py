@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, scaled_dot_product_attention
 
-from vlbench.connector import Connector, Shapes
+from vlbench.connector import Connector, Shapes, attention_shares
 
 
 def sine_positions(rows: int, columns: int, width: int) -> Tensor:
@@ -57,3 +57,7 @@ class Resampler(Connector):
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
         out = scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return self.proj(self.ln_post(self.to_out(out)))
+
+    def attention(self, features: Tensor) -> Tensor:
+        """Return what the queries read of the patches, `[images, side^2, patches]`."""
+        return attention_shares([(self.to_q, self.to_k)], self.heads, lambda: self(features))

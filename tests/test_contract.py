@@ -22,6 +22,8 @@ from small import SMALL, batch_of, opened, sample, small_vlm
 from test_vlm import assert_same, gradients, grown
 
 from vlbench import plugins
+from vlbench.evaluate.diagnostics import diagnose
+from vlbench.evaluate.questions import Question
 from vlbench.model.cost import count
 from vlbench.model.messages import prompt_batch
 from vlbench.model.vlm import VLM
@@ -135,6 +137,40 @@ def test_it_works_with_lora_in_the_language_model(vlm):
             module.merge()
     assert vlm.generate(prompt, max_new_tokens=4) == unmerged[0]
     torch.testing.assert_close(vlm(rows).loss_sum, unmerged[1])
+
+
+def test_looking_at_what_it_uses_changes_nothing(vlm):
+    vlm.language.requires_grad_(False)
+    kept = replace(sample(2, images=2), turns=sample(2, images=2).turns[:1])
+    rows = batch(vlm, [[sample(1), sample(2, images=2)]])
+    before = vlm(rows).loss_sum
+    trained = {name for name, p in vlm.named_parameters() if p.requires_grad}
+    modes = [module.training for module in vlm.modules()]
+    random = torch.get_rng_state()
+    told = diagnose(vlm, [(Question(kept, "two", "", "en"), "three")])
+    assert torch.equal(torch.get_rng_state(), random)
+    assert {name for name, p in vlm.named_parameters() if p.requires_grad} == trained
+    assert [module.training for module in vlm.modules()] == modes
+    assert vlm(rows).loss_sum.equal(before) and all(p.grad is None for p in vlm.parameters())
+    relevance = torch.tensor(told["maps"][0]["relevance"])
+    assert list(relevance.shape) == told["maps"][0]["grid"] == list(vlm.shapes.grid)
+    assert relevance.min() >= 0 and relevance.sum().sub(1).abs() < 1e-4
+    assert len(told["tokens"]) == vlm.visual(rows).shape[1]
+    assert 1 <= told["effective"] <= len(told["tokens"]) + 1e-4
+
+
+def test_attention_if_any_has_a_share_for_each_patch(vlm):
+    features = vlm.features(batch(vlm, [[sample(2, images=2)]])).detach()
+    visual = vlm.connector(features)
+    shares = vlm.connector.attention(features)
+    if shares is not None:
+        assert shares.shape == (*visual.shape[:2], vlm.shapes.patches) and shares.min() >= 0
+        torch.testing.assert_close(shares.sum(-1), torch.ones_like(shares[..., 0]))
+    assert vlm.connector(features).equal(visual)
+
+
+def test_gauges_are_numbers(vlm):
+    assert all(isinstance(value, float) for value in vlm.connector.gauges().values())
 
 
 def test_two_processes_learn_what_one_does(request):

@@ -7,12 +7,13 @@ that return tokens of the sequence (LLaVA MLP, Q-Former, EVA), and those that fe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,22 @@ class Connector(nn.Module):
         """
         return None
 
+    def gauges(self) -> dict[str, float]:
+        """Return numbers of the parameters that are worth watching while they learn, by name.
+
+        They become columns of metrics.csv and values of the loggers; none by default.
+        """
+        return {}
+
+    def attention(self, features: Tensor) -> Tensor | None:
+        """Return the share of each patch in what each visual token reads, None if none attends.
+
+        `features` are those of `forward`, the result is `[images, visual tokens, patches]`, a mean
+        over heads and layers of cross-attention, and each row sums to 1. `attention_shares` makes
+        it of the layers that give queries and keys.
+        """
+        return None
+
     def load_reference(self, weights: Mapping[str, Tensor]) -> None:
         """Load weights that use the reference implementation's own keys."""
         raise NotImplementedError(f"{type(self).__name__} has no reference weights to load")
@@ -141,3 +158,43 @@ def zero_like_loss(visual: Tensor) -> Tensor:
     A batch without images adds it: every trained parameter then has a gradient, as DDP demands.
     """
     return torch.zeros((), dtype=visual.dtype, device=visual.device) * visual.float().sum()
+
+
+def attention_shares(
+    layers: Sequence[tuple[nn.Module, nn.Module]],
+    heads: int,
+    run: Callable[[], object],
+    patches: slice = slice(None),
+) -> Tensor:
+    """Call `run` and return `[images, queries, patches]`: the shares of keys in what queries read.
+
+    Each pair of `layers` gives an attention its queries and its keys, `[images, number, width]`; a
+    layer that gives keys and values gives the keys first. `patches` tells which of the keys are
+    patches. The shares are means over pairs and heads, and each row sums to 1.
+    """
+    given: dict[nn.Module, Tensor] = {}
+
+    def note(module: nn.Module, _: object, output: Tensor) -> None:
+        given[module] = output.detach()
+
+    hooks: list[RemovableHandle] = [
+        layer.register_forward_hook(note) for pair in layers for layer in pair
+    ]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    seen = torch.stack([_shares(given[one], given[other], heads) for one, other in layers])
+    seen = seen.mean(0)[..., patches]
+    return seen / seen.sum(-1, keepdim=True)
+
+
+def _shares(queries: Tensor, keys: Tensor, heads: int) -> Tensor:
+    """Return the mean over heads of scaled dot-product attention, `[images, queries, keys]`."""
+    q, k = (
+        one.reshape(*one.shape[:2], heads, -1).transpose(1, 2).float()
+        for one in (queries, keys[..., : queries.shape[-1]])
+    )
+    shares: Tensor = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
+    return shares.mean(1)

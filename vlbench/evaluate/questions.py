@@ -22,6 +22,11 @@ class Question:
     """Kind of question, for example colour; "" if unknown."""
     language: str
 
+    @property
+    def text(self) -> str:
+        """The last line of the question: without the places of its pictures."""
+        return self.sample.turns[-1].text.split("\n")[-1]
+
 
 def scene_questions(which: str) -> list[Question]:
     """Return a held-out set of the rendered world: "new" pictures or "unseen" attribute pairs."""

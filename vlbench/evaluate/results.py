@@ -1,4 +1,4 @@
-"""The end of a run: answers to held-out questions, two controls, results.json and examples.png."""
+"""The end of a run: answers to held-out questions, two controls, and files that tell of them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import json
 import resource
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from vlbench.data.order import Order
 from vlbench.data.sources import SCENES, held_out, sources
 from vlbench.evaluate.ask import accuracy, accuracy_by, ask
+from vlbench.evaluate.diagnostics import diagnose
 from vlbench.evaluate.picture import Example, draw_examples
 from vlbench.evaluate.questions import (
     Question,
@@ -28,6 +29,9 @@ from vlbench.schema import Recipe
 from vlbench.train.run import Run, commit, write_whole
 
 LIMIT = 1000  # questions asked of a user's own data
+PICTURES = 8  # questions whose pictures diagnostics.json tells about
+
+Item = TypeVar("Item")
 
 
 def questions_of(recipe: Recipe) -> tuple[str, list[Question], list[Question]]:
@@ -46,18 +50,18 @@ def questions_of(recipe: Recipe) -> tuple[str, list[Question], list[Question]]:
     return "the training conversations, no data.val was given", asked, []
 
 
-def spread(questions: list[Question], count: int | None) -> list[Question]:
-    """Return `count` questions drawn from all over the list, always the same; all for None."""
-    if count is None or count >= len(questions):
-        return questions
-    draw = Order(len(questions), "spread")
-    return [questions[draw(n)] for n in range(count)]
+def spread(items: list[Item], count: int | None) -> list[Item]:
+    """Return `count` items drawn from all over the list, always the same; all for None."""
+    if count is None or count >= len(items):
+        return items
+    draw = Order(len(items), "spread")
+    return [items[draw(n)] for n in range(count)]
 
 
 def write_results(
     recipe: Recipe, run: Run, vlm: VLM, stop: Callable[[], bool], seconds: Callable[[], float]
 ) -> bool:
-    """Ask, and write results.json, answers.jsonl and examples.png; False if `stop` cut it short.
+    """Ask, and write answers, examples, diagnostics and results; False if `stop` cut it short.
 
     `seconds` tells how long the run has taken.
     """
@@ -80,6 +84,10 @@ def write_results(
         run.folder / "examples.png",
         f"{recipe.recipe}, size {recipe.size}: answers about {asked_of}",
     )
+    diagnostics = diagnose(vlm, spread(list(zip(questions, right, strict=True)), PICTURES))
+    if diagnostics:
+        text = json.dumps(diagnostics, ensure_ascii=False)
+        write_whole(run.folder / "diagnostics.json", text)
     results: dict[str, Any] = {
         name: accuracy(asked, answers[name]) if asked else None for name, asked in sets.items()
     }
@@ -105,15 +113,14 @@ def write_results(
 
 def examples(questions: list[Question], answers: list[str], count: int) -> list[Example]:
     """Return `count` examples spread evenly over the questions."""
-    right = dict(zip(map(id, questions), answers, strict=True))
     return [
         Example(
             tuple(p.open() for p in question.sample.pictures),
-            question.sample.turns[-1].text.split("\n")[-1],
-            right[id(question)],
+            question.text,
+            answer,
             question.answer,
         )
-        for question in spread(questions, count)
+        for question, answer in spread(list(zip(questions, answers, strict=True)), count)
     ]
 
 

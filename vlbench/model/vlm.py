@@ -171,6 +171,23 @@ class VLM(nn.Module):
             kwargs |= {"visual": visual, "sees": sees}
         return self.language.model(inputs_embeds=embeds, **kwargs)
 
+    def hidden(self, batch: Batch, visual: Tensor) -> Tensor:
+        """Return the last hidden states `[rows, length, lm_width]` of a batch without a cache."""
+        return self.read(
+            self.fuse(batch, visual),
+            visual,
+            batch.image_index,
+            position_ids=batch.positions,
+            lengths=batch.lengths,
+            use_cache=False,
+        ).last_hidden_state
+
+    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Return the cross entropy of `labels`, summed over supervised positions."""
+        supervised = labels != IGNORE
+        logits = self.language.lm_head(hidden[supervised])
+        return cross_entropy(logits.float(), labels[supervised], reduction="sum")
+
     def recompute(self) -> None:
         """Save memory: compute activations again in the backward pass instead of keeping them."""
         new = getattr(self.language, "activation_checkpointing_enable", None)  # its name in v6
@@ -198,19 +215,10 @@ class VLM(nn.Module):
         if self.objective != "language" and batch.labels is not None:
             return Output(extra=self.connector.objective(self.objective, features, batch))
         visual = self._kept(self.connector)(features)
-        hidden = self.read(
-            self.fuse(batch, visual),
-            visual,
-            batch.image_index,
-            position_ids=batch.positions,
-            lengths=batch.lengths,
-            use_cache=False,
-        ).last_hidden_state
+        hidden = self.hidden(batch, visual)
         if batch.labels is None:
             return Output(logits=self.language.lm_head(hidden))
-        supervised = batch.labels != IGNORE
-        logits = self.language.lm_head(hidden[supervised])
-        loss = cross_entropy(logits.float(), batch.labels[supervised], reduction="sum")
+        loss = self.loss(hidden, batch.labels)
         extra = self.connector.losses(features, visual, batch)
         return Output(loss_sum=loss, tokens=batch.tokens, extra=extra)
 

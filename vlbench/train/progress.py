@@ -6,13 +6,15 @@ import csv
 import io
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from vlbench.connector import Connector
 from vlbench.data.steps import Step
+from vlbench.mistakes import Mistake
 from vlbench.train.module import StepReport, Training, Watcher
 from vlbench.train.run import write_whole
 from vlbench.train.watchers import HeldOut
@@ -57,6 +59,18 @@ def _write_rows(path: Path, columns: Sequence[str], rows: list[dict[str, Any]]) 
     writer.writeheader()
     writer.writerows(rows)
     write_whole(path, text.getvalue())
+
+
+def gauges_of(connector: Connector, taken: Container[str]) -> dict[str, float]:
+    """Return the connector's gauges; a Mistake for a name that another column has."""
+    gauges = {name: float(value) for name, value in connector.gauges().items()}
+    for name in gauges:
+        if name in taken:
+            raise Mistake(
+                f"connector {type(connector).__name__}: a gauge is called '{name}', and so is "
+                "another column of metrics.csv; give the gauge another name"
+            )
+    return gauges
 
 
 class Progress(Watcher):
@@ -111,6 +125,7 @@ class Progress(Watcher):
         }
         row |= report.extra  # the connector's own losses, a column each
         row |= {f"held_out_{k}": held_out.get(k, "") for k in report.extra}
+        row |= gauges_of(training.vlm.connector, row)
         self._write(row)
         numbers = {k: v for k, v in row.items() if isinstance(v, float)}
         for logger in training.trainer.loggers:
