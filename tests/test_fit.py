@@ -50,6 +50,9 @@ def assert_same_weights(run: Path, other: Path) -> None:
     ours, theirs = final_weights(run), final_weights(other)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert checkpoint.positions(run / "checkpoints")[-1] == (
+        checkpoint.positions(other / "checkpoints")[-1]
+    )
 
 
 def log_of(run: Path) -> list[list[str]]:
@@ -67,6 +70,12 @@ def test_a_run_describes_itself(whole: Path) -> None:
     )
     assert set(wanted.split()) <= results.keys()
     assert results["questions"] == 8 and results["connector"] == "llava_mlp"
+    budget = results["budget"]
+    assert budget["samples"] == budget["images"] == 4 * sum(STEPS.values())
+    assert budget["tokens_seen"] > 64 * budget["images"]
+    assert list(budget["step_seconds"]) == list(STEPS)
+    assert budget["parts"]["connector"] == {"total": 33536, "trained": 33536}
+    assert budget["parts"]["vision"]["trained"] < budget["parts"]["vision"]["total"]
     assert (whole / "examples.png").stat().st_size > 10_000
     assert "torch" in json.loads((whole / "versions.json").read_text())
     assert recipes.load_file(whole / "recipe.yaml").stages["chat"].steps == 4
@@ -162,7 +171,7 @@ def test_a_signal_saves_says_how_to_go_on_and_exits_130(
 
 def test_metrics_beyond_the_checkpoint_and_a_torn_line_are_dropped(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.csv"
-    lines = [f"{stage},{step},0.5,,0.1,1.0,2.0,3.0,4.0" for stage in STEPS for step in (1, 2)]
+    lines = [f"{stage},{step},0.5,,0.1,1.0,2.0,3.0,4.0,5.0" for stage in STEPS for step in (1, 2)]
     metrics.write_text("\n".join([",".join(COLUMNS), *lines, "chat,3,0."]))
     cut(metrics, list(STEPS), "align_448", 1)
     assert metrics.read_text().split() == [",".join(COLUMNS), *lines[:3]]

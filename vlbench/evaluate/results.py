@@ -14,6 +14,7 @@ import torch
 from vlbench.data.order import Order
 from vlbench.data.sources import SCENES, held_out, sources
 from vlbench.evaluate.ask import accuracy, accuracy_by, ask
+from vlbench.evaluate.budget import card
 from vlbench.evaluate.diagnostics import diagnose
 from vlbench.evaluate.picture import Example, draw_examples
 from vlbench.evaluate.questions import (
@@ -23,7 +24,6 @@ from vlbench.evaluate.questions import (
     shuffled,
     source_questions,
 )
-from vlbench.model.cost import count
 from vlbench.model.vlm import VLM
 from vlbench.schema import Recipe
 from vlbench.train.run import Run, commit, write_whole
@@ -84,10 +84,6 @@ def write_results(
         run.folder / "examples.png",
         f"{recipe.recipe}, size {recipe.size}: answers about {asked_of}",
     )
-    diagnostics = diagnose(vlm, spread(list(zip(questions, right, strict=True)), PICTURES))
-    if diagnostics:
-        text = json.dumps(diagnostics, ensure_ascii=False)
-        write_whole(run.folder / "diagnostics.json", text)
     results: dict[str, Any] = {
         name: accuracy(asked, answers[name]) if asked else None for name, asked in sets.items()
     }
@@ -105,9 +101,14 @@ def write_results(
         "connector": recipe.connector["name"],
         "seed": recipe.seed,
         "commit": commit(),
-        "budget": count(vlm)._asdict(),
+        "budget": card(recipe, run, vlm),
     }
     write_whole(run.results_file, json.dumps(results, indent=1, ensure_ascii=False))
+    # last, as it runs more of a user's own connector: the results are safe if that fails
+    diagnostics = diagnose(vlm, spread(list(zip(questions, right, strict=True)), PICTURES))
+    if diagnostics:
+        text = json.dumps(diagnostics, ensure_ascii=False)
+        write_whole(run.folder / "diagnostics.json", text)
     return True
 
 

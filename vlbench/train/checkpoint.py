@@ -50,6 +50,8 @@ class Position:
     step: int
     loss: float | None = None
     """Held-out loss per supervised token, if it was measured at this step."""
+    seen: dict[str, int] | None = None
+    """Samples, images and tokens (places included) that the run has learned from by then."""
 
     @property
     def folder(self) -> str:
@@ -147,7 +149,7 @@ def position(folder: Path) -> Position:
     file = folder / "position.json"
     said = read_json(file)
     whole = all(type(said.get(key)) is kind for key, kind in _KINDS.items())
-    if not whole or not said.keys() <= {*_KINDS, "loss"}:
+    if not whole or not said.keys() <= {*_KINDS, "loss", "seen"}:
         raise Mistake(f"{file}: is not the position of a checkpoint ({', '.join(_KINDS)})")
     return Position(**said)
 

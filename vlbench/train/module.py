@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,6 +17,9 @@ from vlbench.mistakes import Mistake, nearest
 from vlbench.model import lora
 from vlbench.model.vlm import VLM
 from vlbench.schema import Stage, Train
+
+SEEN = ("samples", "images", "tokens")
+"""What is counted over a whole run, of a `StepReport`."""
 
 
 @dataclass
@@ -132,12 +135,15 @@ class Training(pl.LightningModule):
         seed: int,
         watchers: Sequence[Watcher] = (),
         optimizer_state: dict[str, Any] | None = None,
+        seen: Mapping[str, int] | None = None,
     ) -> None:
         """Train `vlm` from `position` to `steps`; `seed` fixes what is random inside a step.
 
-        `optimizer_state` is what a checkpoint at `position` holds.
+        `optimizer_state` is what a checkpoint at `position` holds, `seen` what the run has learned
+        from by then.
         """
         super().__init__()
+        self.seen = {name: 0 for name in SEEN} | dict(seen or {})
         self.watchers, self.optimizer_state = watchers, optimizer_state
         self.automatic_optimization = False
         self.vlm, self.stage = vlm, stage
@@ -198,6 +204,7 @@ class Training(pl.LightningModule):
             optimizer.step()  # no sample survived: counts the position, changes nothing
         self.position += 1
         report.position = self.position
+        self.seen = {name: count + getattr(report, name) for name, count in self.seen.items()}
         self.report = report
 
     def _start_report(self, step: Step, optimizer: Any) -> StepReport:

@@ -28,6 +28,7 @@ COLUMNS = (
     "grad_norm",
     "tokens_per_second",
     "images_per_second",
+    "step_seconds",
     "seconds",
 )
 
@@ -82,7 +83,7 @@ class Progress(Watcher):
         """`offset` is the number of steps of earlier stages, for loggers that know one axis."""
         self.stage, self.offset, self.every = stage, offset, every
         self.metrics, self.held_out = metrics, held_out
-        self.tokens = self.images = 0
+        self.tokens = self.images = self.steps = 0
 
     def begin(self, training: Training) -> None:
         """Open the bar."""
@@ -103,6 +104,7 @@ class Progress(Watcher):
         report = training.report
         self.tokens += report.tokens
         self.images += report.images
+        self.steps += 1
         self.bar.update()
         last = training.position == training.steps
         if training.position % self.every == 0 or last or self.held_out.latest:
@@ -121,6 +123,7 @@ class Progress(Watcher):
             "grad_norm": report.grad_norm,
             "tokens_per_second": round(self.tokens / passed, 1),
             "images_per_second": round(self.images / passed, 2),
+            "step_seconds": round(passed / self.steps, 4),
             "seconds": round(now - self.began, 2),
         }
         row |= report.extra  # the connector's own losses, a column each
@@ -131,7 +134,7 @@ class Progress(Watcher):
         for logger in training.trainer.loggers:
             logger.log_metrics(numbers, step=self.offset + training.position)
         self._show(training, row)
-        self.tokens = self.images = 0
+        self.tokens = self.images = self.steps = 0
         self.window = now
 
     def _write(self, row: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import logging
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,8 @@ class Job:
     run: Run
     legs: list[Leg]
     interrupts: Interrupts
+    seen: dict[str, int] = field(default_factory=dict)
+    """Samples, images and tokens that were learned from by now."""
 
     def go(self) -> int:
         """Train what is left, evaluate, report; return the exit code."""
@@ -75,6 +77,7 @@ class Job:
         except Mistake:
             self.run.discard()  # nothing was trained: the same command can be mended and repeated
             raise
+        self.seen = start.seen or {}
         for leg in self.legs[start.stage :]:
             done = start.step if leg.number == start.stage else 0
             vlm.resize(leg.stage.image_size)
@@ -102,6 +105,7 @@ class Job:
             self.recipe.seed,
             self.watchers(vlm, leg, done),
             state,
+            self.seen,
         )
         loggers = loggers_of(self.recipe, self.run, offset)
         trainer = trainer_of(self.recipe, loggers, self.run.folder)
@@ -118,6 +122,7 @@ class Job:
         )
         with explained(leg):
             trainer.fit(training, loader)
+        self.seen = training.seen
 
     def watchers(self, vlm: VLM, leg: Leg, done: int) -> list[Watcher]:
         """Return what looks on while a stage trains, in the order of looking."""

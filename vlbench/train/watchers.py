@@ -77,7 +77,7 @@ class Saving(Watcher):
     def save(self, training: Training) -> None:
         """Write a checkpoint of this very step and remove old ones."""
         done = training.position
-        position = Position(*self.stage, done, self.held_out.get(done))
+        position = Position(*self.stage, done, self.held_out.get(done), training.seen)
         trainer = training.trainer
         optimizer = trainer.strategy.optimizer_state(trainer.optimizers[0])
         folder = self.run.checkpoints
