@@ -15,7 +15,7 @@ import pytest
 from vlbench import recipe as recipes
 from vlbench.__main__ import main
 from vlbench.compare.grid import parse
-from vlbench.compare.run import alike
+from vlbench.compare.sharing import alike
 
 SHORT = [f"stages.{name}.batch=2" for name in ("align_224", "align_448", "chat")]
 SHORT += [f"stages.{name}.steps=2" for name in ("align_224", "align_448", "chat")]

@@ -50,8 +50,9 @@ def assert_same_weights(run: Path, other: Path) -> None:
     ours, theirs = final_weights(run), final_weights(other)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert checkpoint.positions(run / "checkpoints")[-1] == (
-        checkpoint.positions(other / "checkpoints")[-1]
+    assert (
+        checkpoint.positions(run / "checkpoints")[-1]
+        == (checkpoint.positions(other / "checkpoints")[-1])
     )
 
 

@@ -13,9 +13,9 @@ from vlbench.schema import Recipe
 from vlbench.values import WHOLE, flow
 from vlbench.words import typed
 
-OWN = ("recipe", "seeds", "grid", "run")
+OWN = ("recipe", "seeds", "grid", "run", "sweep", "freeze", "jobs", "dry_run")
 """Keys of `compare` itself; all others go to every run."""
-SET_BY_US = ("seed", "init", "dry_run", "profile")
+SET_BY_US = ("seed", "init", "profile")
 """Keys of a recipe that a comparison sets, or that make no run to compare."""
 
 
@@ -40,6 +40,16 @@ class Grid:
     rows: tuple[Row, ...]
     seeds: tuple[int, ...]
     folder: Path
+    sweep: tuple[float, ...] = ()
+    """Factors of the connector's learning rate that every row tries first."""
+    jobs: str = "auto"
+    """How many runs are trained at once: a number, `auto` or `slurm`."""
+    dry_run: bool = False
+    """Show the plan alone."""
+
+    def run_folders(self) -> list[Path]:
+        """Return the folders of all runs."""
+        return [self.run_folder(row, seed) for seed in self.seeds for row in self.rows]
 
     def run_folder(self, row: Row, seed: int) -> Path:
         """Return the folder of a run."""
@@ -63,7 +73,18 @@ def parse(words: list[str]) -> Grid:
         raise Mistake(f"two rows are the same: {same[0]}")
     seeds = _seeds(own.get("seeds", "3"))
     _check(rows, seeds[0])
-    return Grid(tuple(rows), seeds, Path(own.get("run") or _next_folder()).expanduser())
+    folder = Path(own.get("run") or _next_folder()).expanduser()
+    if "freeze" in own:
+        rows = [_frozen(row, own["freeze"], folder) for row in rows]
+        _check(rows, seeds[0])
+    return Grid(
+        tuple(rows),
+        seeds,
+        folder,
+        _factors(own.get("sweep")),
+        _jobs(own.get("jobs", "auto")),
+        _truth(own.get("dry_run", "false")),
+    )
 
 
 def _divided(words: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -119,6 +140,45 @@ def _seeds(text: str) -> tuple[int, ...]:
     if not values or not whole:
         raise Mistake(f"seeds is '{text}'; allowed are 1 to 1000, or a list as [0,1,5]")
     return tuple(dict.fromkeys(int(one) for one in values))
+
+
+def _frozen(row: Row, part: str, folder: Path) -> Row:
+    """Return the row with a tower that is never trained, its features kept in the comparison."""
+    if part != "vision":
+        raise Mistake(f"freeze is '{part}'; the part whose features can be kept is vision")
+    stages = load(row, 0).stages
+    words = [
+        f"stages.{n}.train.vision=null" for n, stage in stages.items() if "vision" in stage.parts
+    ]
+    return Row(row.name, (*row.words, *words, f"trainer.feature_cache={folder / 'features'}"))
+
+
+def _factors(text: str | None) -> tuple[float, ...]:
+    """Return the factors of `sweep=0.3,1,3`."""
+    if text is None:
+        return ()
+    try:
+        found = tuple(dict.fromkeys(float(one) for one in text.strip("[]").split(",")))
+    except ValueError:
+        found = ()
+    if len(found) < 2 or not all(1e-4 <= one <= 1e4 for one in found):
+        raise Mistake(
+            f"sweep is '{text}'; wanted are factors of the learning rate between 0.0001 and 10000, "
+            "two or more, as in sweep=0.3,1,3"
+        )
+    return found
+
+
+def _jobs(text: str) -> str:
+    if text not in ("auto", "slurm") and not (WHOLE.fullmatch(text) and 1 <= int(text) <= 1000):
+        raise Mistake(f"jobs is '{text}'; allowed are 1 to 1000, auto (one per GPU) and slurm")
+    return text
+
+
+def _truth(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise Mistake(f"dry_run is '{text}'; allowed are true and false")
+    return text == "true"
 
 
 def _check(rows: Sequence[Row], seed: int) -> None:

@@ -1,9 +1,10 @@
-"""A dry run: one step per stage with its longest batch, so that what fails does so in a minute."""
+"""A dry run: a few steps per stage, the longest first, so that what fails does so in a minute."""
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from torch.utils.data import DataLoader
 
@@ -12,15 +13,48 @@ from vlbench.evaluate.results import peak_memory
 from vlbench.schema import Recipe
 from vlbench.train import report
 from vlbench.train.legs import Leg, check_data, steps_of
-from vlbench.train.module import Training, freeze
+from vlbench.train.module import Training, Watcher, freeze
 from vlbench.train.sizes import check_sizes
 from vlbench.train.stages import explained, prepare, trainer_of
 
 LOOKED_AT = 16  # steps of a stage among which the longest is taken
+TIMED = 2  # steps after the longest, which comes first and is slower than those to come
+
+
+class Measured(NamedTuple):
+    """What a stage takes; numbers are of this machine."""
+
+    stage: str
+    steps: int
+    """Optimizer steps of the stage."""
+    tokens: int
+    """Positions of its longest step."""
+    batches: int
+    """Micro-batches of that step."""
+    loss: float
+    """Loss of the last step that was tried."""
+    step_seconds: float
+    """Of a typical optimizer step."""
+    memory: int
+    """Peak in bytes, up to and with this stage."""
 
 
 def dry_run(recipe: Recipe, legs: list[Leg]) -> int:
-    """Do one optimizer step per stage and keep nothing; return the exit code."""
+    """Do a few optimizer steps per stage and keep nothing; return the exit code."""
+    seconds = 0.0
+    for one in measure(recipe, legs):
+        print(
+            f"{one.stage}: {one.tokens} tokens in {one.batches} micro-batches, "
+            f"loss {one.loss:.3f}, {one.step_seconds:.2g} s a step, "
+            f"peak memory {report.size_of(one.memory)}"
+        )
+        seconds += one.step_seconds * one.steps
+    print(f"dry run done, nothing was kept; training will take about {report.duration(seconds)}")
+    return 0
+
+
+def measure(recipe: Recipe, legs: list[Leg]) -> Iterator[Measured]:
+    """Try every stage: its longest step, then two as they come."""
     check_data(recipe, legs)
     check_sizes(recipe, legs)
     vlm, _ = prepare(recipe, legs, None)
@@ -32,18 +66,32 @@ def dry_run(recipe: Recipe, legs: list[Leg]) -> int:
         steps = steps_of(vlm, leg)
         candidates = [steps[n] for n in range(min(LOOKED_AT, leg.steps))]
         longest = max(candidates, key=_positions)
-        began = time.monotonic()
-        module = Training(vlm, leg.stage, 1, 0, recipe.seed)
-        one_step: Any = [longest]
+        tried = [longest, *candidates[:TIMED]]
+        clock = _Clock()
+        module = Training(vlm, leg.stage, len(tried), 0, recipe.seed, [clock])
         with explained(leg):
-            trainer_of(recipe, [], None).fit(module, DataLoader(one_step, batch_size=None))
-        print(
-            f"{leg.name}: {_positions(longest)} tokens in {len(longest.batches)} micro-batches, "
-            f"loss {module.report.loss:.3f}, {time.monotonic() - began:.1f} s, "
-            f"peak memory {report.size_of(peak_memory())}"
+            loader: DataLoader = DataLoader(tried, batch_size=None)  # type: ignore[arg-type]
+            trainer_of(recipe, [], None).fit(module, loader)
+        yield Measured(
+            leg.name,
+            leg.steps,
+            _positions(longest),
+            len(longest.batches),
+            module.report.loss,
+            (clock.times[-1] - clock.times[0]) / (len(tried) - 1),
+            peak_memory(),
         )
-    print("dry run done; nothing was kept")
-    return 0
+
+
+class _Clock(Watcher):
+    """Note when every step ends."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def after(self, training: Training, step: Step) -> None:
+        """Note the time."""
+        self.times.append(time.monotonic())
 
 
 def _positions(step: Step) -> int:

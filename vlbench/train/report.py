@@ -64,6 +64,15 @@ def size_of(count: float) -> str:
     return f"{count / 1000**power:.1f} {('B', 'kB', 'MB', 'GB')[power]}"
 
 
+def duration(seconds: float) -> str:
+    """Return a time as people say it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.1f} hours" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+
+
 def show_interrupted(run: Run, why: str) -> int:
     """Say that nothing is lost and how to go on; return the exit code."""
     say(f"\nstopped by {why}, saved. To go on: repeat the command with run={run.folder}")

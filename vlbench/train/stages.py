@@ -173,6 +173,7 @@ class Job:
             position = Position(last.number, last.name, 0)
             parts = self.parts_until(last)
             checkpoint.save(self.run.checkpoints, position, vlm, parts, None, self.run.recipe_file)
+        vlm.to(trainer_of(self.recipe, [], None).strategy.root_device)  # Lightning took it away
         done = write_results(
             self.recipe,
             self.run,

@@ -1,0 +1,165 @@
+"""The runs of a comparison as processes: one after the other, several at once, or for Slurm."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vlbench.train.run import write_whole
+
+PR_SET_PDEATHSIG = 1  # of Linux' prctl
+LOOK_EVERY = 0.2  # seconds between looks at the processes
+STOPPED = 130  # exit code of a run that was stopped and has saved
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run that is to be trained."""
+
+    title: str
+    words: tuple[str, ...]
+    """Of `fit`."""
+    folder: Path
+
+    @property
+    def log(self) -> Path:
+        """Where its output goes."""
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    @property
+    def last_line(self) -> str:
+        """The last thing that it said."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return lines[-1].removeprefix("vlbench: ") if lines else "no output"
+
+
+class Stopped(Exception):
+    """Somebody wants the comparison to stop; the runs have saved."""
+
+
+def slots(wanted: str) -> int:
+    """Return how many runs are trained at once: a number, or for `auto` one per GPU, at least 1."""
+    return max(1, torch.cuda.device_count()) if wanted == "auto" else int(wanted)
+
+
+def train(
+    jobs: Sequence[Job],
+    count: int,
+    ready: Callable[[Job], bool],
+    start: Callable[[Job], None],
+    end: Callable[[Job, int], None],
+) -> None:
+    """Train jobs, `count` at once, in their order as far as they are `ready`.
+
+    `start` is called before a job, `end` after it with its exit code. Raises Stopped when this
+    process is told to stop; every run has saved by then.
+    """
+    waiting, free = list(jobs), list(range(count))
+    running: dict[int, tuple[Job, subprocess.Popen]] = {}
+    with _stops() as stop:
+        while waiting or running:
+            for job in [one for one in waiting if ready(one)][: len(free)]:
+                waiting.remove(job)
+                start(job)
+                slot = free.pop(0)
+                running[slot] = job, _launch(job, slot, count)
+            time.sleep(LOOK_EVERY)
+            if stop:
+                _pass_on(stop, [process for _, process in running.values()])
+                raise Stopped
+            for slot, (job, process) in list(running.items()):
+                code = process.poll()
+                if code is not None:
+                    del running[slot]
+                    free.append(slot)
+                    end(job, code)
+
+
+def _pass_on(stop: list[int], processes: list[subprocess.Popen]) -> None:
+    """Give the signals to stop to all processes, also those still to come, until all have ended."""
+    passed = 0
+    while any(process.poll() is None for process in processes):
+        for number in stop[passed:]:
+            for process in processes:
+                process.send_signal(number)
+            passed += 1
+        time.sleep(LOOK_EVERY)
+
+
+def _launch(job: Job, slot: int, count: int) -> subprocess.Popen:
+    """Start a run in a process of its own, its output in its log."""
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    with job.log.open("a", encoding="utf-8") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "vlbench", "fit", *job.words],
+            stdout=file,
+            stderr=file,
+            env={**os.environ, **_share_of_machine(slot, count)},
+            start_new_session=True,  # Ctrl-C comes from here, once: a second one would kill it
+            preexec_fn=_end_with_parent,
+        )
+
+
+def _share_of_machine(slot: int, count: int) -> dict[str, str]:
+    """Return the variables that give a run its own GPU, or its part of the processors."""
+    gpus = torch.cuda.device_count()
+    if gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus))))
+        return {"CUDA_VISIBLE_DEVICES": visible.split(",")[slot % gpus]}
+    threads = max(1, (os.cpu_count() or 1) // count)
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+
+
+def _end_with_parent() -> None:
+    """Ask Linux to end this process, with time to save, when the one that started it is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+@contextmanager
+def _stops() -> Iterator[list[int]]:
+    """Collect the signals that ask to stop, instead of dying of them."""
+    wanted: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {n: signal.signal(n, lambda number, _: wanted.append(number)) for n in numbers}
+    try:
+        yield wanted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def slurm(jobs: Sequence[Job], folder: Path) -> Path:
+    """Write `commands.txt` and a script that runs its lines as a Slurm array; return the script."""
+    commands = folder / "commands.txt"
+    lines = [shlex.join([sys.executable, "-m", "vlbench", "fit", *job.words]) for job in jobs]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(commands, "\n".join(lines) + "\n")
+    script = folder / "array.sh"
+    write_whole(
+        script,
+        f"""#!/bin/bash
+#SBATCH --job-name=vlbench-{folder.name}
+#SBATCH --array=1-{len(jobs)}
+#SBATCH --gpus=1
+#SBATCH --output={folder}/slurm-%a.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:TERM@120
+# One run per line of commands.txt. Runs that are stopped have saved; a second sbatch goes on.
+cd {shlex.quote(str(Path.cwd()))} || exit 1
+eval "exec $(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {shlex.quote(str(commands))})"
+""",
+    )
+    return script

@@ -1,0 +1,104 @@
+"""`sweep=0.3,1,3`: every row tries its connector's learning rate times these factors first.
+
+One rate shared by all connectors decides between them before they have learned anything: a Q-Former
+needs another one than an MLP. So that nobody gets more tries than others, all rows try the same
+factors for the same number of steps, with a seed that the comparison does not use. The factor with
+the lowest held-out language loss is taken; the questions have no part in the choice.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+from vlbench.compare import grid as grids
+from vlbench.compare.grid import Grid, Row
+from vlbench.compare.jobs import Job
+from vlbench.train.run import Run, write_whole
+
+CHOICE = "sweep.json"
+
+
+def trials(grid: Grid) -> list[Job]:
+    """Return the runs that try learning rates, rows taking turns; [] without a sweep."""
+    return [
+        Job(
+            f"{row.name}, rate x {factor:g}",
+            (*words(grid, row, factor), f"seed={seed(grid)}", f"run={folder(grid, row, factor)}"),
+            folder(grid, row, factor),
+        )
+        for factor in grid.sweep
+        for row in grid.rows
+    ]
+
+
+def seed(grid: Grid) -> int:
+    """Return a seed that no run of the comparison has."""
+    return max(grid.seeds) + 1
+
+
+def folder(grid: Grid, row: Row, factor: float) -> Path:
+    """Return where a rate is tried."""
+    return grid.folder / "sweep" / row.name / f"x{factor:g}"
+
+
+def words(grid: Grid, row: Row, factor: float) -> tuple[str, ...]:
+    """Return the words of `fit` for a trial: few questions are asked, as none is looked at."""
+    return (*with_rate(grid, row, factor).words, "log.questions=1", "log.examples=0")
+
+
+def with_rate(grid: Grid, row: Row, factor: float) -> Row:
+    """Return the row with its connector's learning rate multiplied in every stage."""
+    rates = {
+        f"stages.{name}.train.connector.lr": stage.parts["connector"].lr * factor
+        for name, stage in grids.load(row, seed(grid)).stages.items()
+        if "connector" in stage.parts
+    }
+    others = [word for word in row.words if word.split("=")[0] not in rates]
+    return replace(row, words=(*others, *(f"{key}={rate:.6g}" for key, rate in rates.items())))
+
+
+def chosen(grid: Grid) -> Grid:
+    """Return the grid with the best rate in every row, and write down how it was found.
+
+    A row none of whose trials ended keeps the rates that it had.
+    """
+    found = {
+        row.name: {factor: held_out(folder(grid, row, factor)) for factor in grid.sweep}
+        for row in grid.rows
+    }
+    best = {name: min(losses, key=losses.__getitem__) for name, losses in found.items()}
+    rows = tuple(
+        with_rate(grid, row, best[row.name])
+        if math.isfinite(found[row.name][best[row.name]])
+        else row
+        for row in grid.rows
+    )
+    written = {
+        "seed": seed(grid),
+        "rows": {
+            name: {
+                "losses": {
+                    f"{factor:g}": loss if math.isfinite(loss) else None
+                    for factor, loss in losses.items()
+                },
+                "chosen": best[name],
+            }
+            for name, losses in found.items()
+        },
+    }
+    write_whole(grid.folder / CHOICE, json.dumps(written, indent=1))
+    return replace(grid, rows=rows, sweep=())
+
+
+def held_out(run: Path) -> float:
+    """Return the held-out loss at the end of a run; infinity for a run that did not get there."""
+    if not Run(run).finished:
+        return math.inf
+    with (run / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        last = list(csv.DictReader(file))[-1]
+    value = float(last["held_out_loss"] or "inf")
+    return value if math.isfinite(value) else math.inf
