@@ -85,7 +85,7 @@ def chosen(grid: Grid) -> Grid:
                     f"{factor:g}": loss if math.isfinite(loss) else None
                     for factor, loss in losses.items()
                 },
-                "chosen": best[name],
+                "chosen": best[name] if math.isfinite(losses[best[name]]) else None,
             }
             for name, losses in found.items()
         },

@@ -1,0 +1,185 @@
+"""Runs as processes: several at once, none before what it waits for, all told to stop; Slurm."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from vlbench.__main__ import main
+from vlbench.compare import grid as grids
+from vlbench.compare import jobs, sweep
+from vlbench.compare.jobs import Job, Stopped, train
+
+SLEEPS = "import time, sys; time.sleep(0.6); print('the end'); sys.exit(int(sys.argv[1]))"
+SAVES = """
+import signal, sys, time
+def save(number, _):
+    print('saved', flush=True)
+    sys.exit(130)
+signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGINT, save)
+print('ready', flush=True)
+time.sleep(60)
+"""
+SHORT = [f"stages.{name}.batch=2" for name in ("align_224", "align_448", "chat")]
+SHORT += [f"stages.{name}.steps=2" for name in ("align_224", "align_448", "chat")]
+SHORT += ["log.questions=6", "log.examples=0", "log.tensorboard=false", "log.every=1"]
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """Let a job run a program of its own instead of `fit`."""
+    launched = []
+    popen = subprocess.Popen
+
+    def launch(command, **options):
+        launched.append(options["env"])
+        return popen([sys.executable, "-c", *command[4:]], **options)
+
+    monkeypatch.setattr(jobs.subprocess, "Popen", launch)
+    return launched
+
+
+def job(folder: Path, name: str, *words: str) -> Job:
+    return Job(name, words, folder / name)
+
+
+def test_as_many_at_once_as_wanted_and_none_before_it_is_ready(programs, tmp_path):
+    todo = [job(tmp_path, name, SLEEPS, "0") for name in "abcd"]
+    running, most, order, ended = set(), [], [], []
+
+    def start(one):
+        running.add(one.title)
+        order.append(one.title)
+        most.append(len(running))
+
+    def end(one, code):
+        running.remove(one.title)
+        ended.append(one.title)
+        assert code == 0 and one.last_line == "the end"
+
+    train(todo, 2, lambda one: one.title != "b" or "a" in ended, start, end)
+    assert max(most) == 2 and sorted(order) == list("abcd")
+    assert order[:2] == ["a", "c"] and order.index("b") > 1
+
+
+def test_a_job_that_fails_does_not_end_the_others(programs, tmp_path):
+    todo = [job(tmp_path, "a", SLEEPS, "3"), job(tmp_path, "b", SLEEPS, "0")]
+    codes = {}
+    train(
+        todo, 1, lambda _: True, lambda _: None, lambda one, code: codes.update({one.title: code})
+    )
+    assert codes == {"a": 3, "b": 0}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_all_jobs_are_told_to_stop_and_waited_for(number, programs, tmp_path):
+    todo = [job(tmp_path, name, SAVES) for name in "abc"]
+
+    def stop():
+        while not all(one.log.is_file() and "ready" in one.log.read_text() for one in todo[:2]):
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    thread = threading.Thread(target=stop)
+    thread.start()
+    with pytest.raises(Stopped):
+        train(todo, 2, lambda _: True, lambda _: None, lambda *_: None)
+    thread.join()
+    assert [one.last_line for one in todo[:2]] == ["saved", "saved"] and not todo[2].log.exists()
+    assert signal.getsignal(number) is before
+
+
+def test_every_job_has_its_gpu_or_its_part_of_the_processors(programs, tmp_path, monkeypatch):
+    todo = [job(tmp_path, name, SLEEPS, "0") for name in "ab"]
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(jobs.os, "cpu_count", lambda: 6)
+    train(todo, 2, lambda _: True, lambda _: None, lambda *_: None)
+    assert [env["OMP_NUM_THREADS"] for env in programs] == ["3", "3"]
+    monkeypatch.setattr(jobs.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    train(todo, jobs.slots("auto"), lambda _: True, lambda _: None, lambda *_: None)
+    assert [env["CUDA_VISIBLE_DEVICES"] for env in programs[2:]] == ["5", "7"]
+
+
+def test_slurm_gets_a_command_per_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["compare", "recipe=yivl_llava,yivl_qformer", "seeds=2", "run=my grid", "jobs=slurm"]
+    assert main([*words, *SHORT]) == 0
+    assert "sbatch my grid/array.sh  # 4 runs" in capsys.readouterr().out
+    commands = (tmp_path / "my grid/commands.txt").read_text().splitlines()
+    assert len(commands) == 4
+    assert shlex.split(commands[3])[3:5] == ["fit", "recipe=yivl_qformer"]
+    assert shlex.split(commands[3])[-2:] == ["seed=1", "run=my grid/yivl_qformer/seed1"]
+    script = (tmp_path / "my grid/array.sh").read_text()
+    assert "#SBATCH --array=1-4" in script
+    # what a task of the array does, with a command of ours in the file
+    (tmp_path / "my grid/commands.txt").write_text("echo one\necho 'two words'\n")
+    env = {**os.environ, "SLURM_ARRAY_TASK_ID": "2"}
+    ran = subprocess.run(
+        ["bash", "my grid/array.sh"], env=env, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout == "two words\n"
+
+
+def test_a_sweep_multiplies_the_rate_of_every_stage(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    grid = grids.parse(
+        ["recipe=yivl_llava,yivl_qformer", "seeds=[4,2]", "sweep=0.5,2"]
+        + ["stages.chat.train.connector.lr=1e-3", "run=c"]
+    )
+    trials = sweep.trials(grid)
+    assert [one.title for one in trials] == [
+        f"{name}, rate x {factor}" for factor in ("0.5", "2") for name in grid_names(grid)
+    ]
+    assert "stages.chat.train.connector.lr=0.0005" in trials[0].words
+    assert "stages.align_224.train.connector.lr=0.004" in trials[2].words
+    assert "stages.chat.train.connector.lr=1e-3" not in trials[0].words
+    assert "seed=5" in trials[0].words  # no run of the comparison has it
+
+
+def grid_names(grid: grids.Grid) -> list[str]:
+    return [row.name for row in grid.rows]
+
+
+def finish(folder: Path, loss: str) -> None:
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text("{}")
+    (folder / "metrics.csv").write_text(f"stage,step,held_out_loss\nchat,1,0.9\nchat,2,{loss}\n")
+
+
+def test_the_lowest_held_out_loss_is_chosen_row_by_row(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["recipe=yivl_llava,yivl_qformer,yivl_eva", "seeds=1", "sweep=0.5,1,2", "run=c"]
+    grid = grids.parse(words)
+    llava, qformer, eva = grid.rows
+    for factor, losses in {0.5: ("0.3", "0.2"), 1: ("0.1", "nan"), 2: ("0.2", "0.1")}.items():
+        for row, loss in zip((llava, qformer), losses, strict=True):
+            finish(sweep.folder(grid, row, factor), loss)
+    after = sweep.chosen(grid)
+    rates = [grids.load(row, 0).stages["chat"].parts["connector"].lr for row in after.rows]
+    assert rates == [4e-4, 8e-4, 4e-4]  # nothing is known of the last row, so it stays
+    written = json.loads((tmp_path / "c/sweep.json").read_text())["rows"]
+    assert written["yivl_qformer"] == {"losses": {"0.5": 0.2, "1": None, "2": 0.1}, "chosen": 2.0}
+    assert written["yivl_eva"]["losses"] == {"0.5": None, "1": None, "2": None}
+    assert written["yivl_eva"]["chosen"] is None
+
+
+def test_freezing_the_tower_keeps_its_features_in_the_comparison(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    grid = grids.parse(["recipe=yivl_llava,yivl_eva", "freeze=vision", "run=c"])
+    for row in grid.rows:
+        recipe = grids.load(row, 0)
+        assert all("vision" not in stage.parts for stage in recipe.stages.values())
+        assert recipe.trainer.feature_cache == "c/features"
