@@ -117,7 +117,8 @@ VERBS = {
         export,
     ),
     "compare": Verb(
-        "recipe=A,B seeds=3 [grid='K=V + K=V | K=V'] [run=DIR] [KEY=VALUE ...]",
+        "recipe=A,B seeds=3 [grid='K=V + K=V | K=V'] [match=params|visual_tokens|flops] [run=DIR] "
+        "[KEY=VALUE ...]",
         "train every recipe with every seed, and report the differences",
         compare,
     ),

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ FREE = ("run", "trainer", "log", "only", "from", "dry_run", "profile", "recipe")
 
 def run_grid(grid: Grid) -> int:
     """Run every run of `grid` that is not finished, and report; return the exit code."""
+    grid = _matched(grid)
     _show_plan(grid)
     failed: dict[Path, str] = {}
     began, trained = time.monotonic(), 0
@@ -69,6 +71,18 @@ def _finish(grid: Grid, failed: dict[Path, str]) -> int:
         write_whole(grid.folder / REPORT, text + "\n")
         print(f"\n{text}\n\nwrote {grid.folder / REPORT}")
     return 1 if failed else 0
+
+
+def _matched(grid: Grid) -> Grid:
+    """Give the rows the same budget, if that is wanted, and say what was changed for it."""
+    if grid.match is None:
+        return grid
+    from vlbench.compare.match import solve, table  # it imports the models
+
+    print(f"match={grid.match}: trying sizes of {len(grid.rows)} connectors", flush=True)
+    found = solve(grid.rows, grid.match)
+    print("\n".join(f"  {line}" for line in table(found, grid.match)))
+    return replace(grid, rows=tuple(one.row for one in found))
 
 
 def _show_plan(grid: Grid) -> None:

@@ -1,4 +1,4 @@
-"""One figure of a connector's cost, counted without the rest of the model: hundreds can be tried."""
+"""One figure of a connector's cost, counted without the rest of the model: fit for hundreds."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlbench.connector import Connector
@@ -71,12 +72,14 @@ class Frame:
         and are looked at again, as in `mixed`, count twice.
         """
         places = connector.tokens_per_image if connector.fills_sequence else 0
-        return places + (self._run(connector)[0] if connector.inject_at else 0)
+        if not connector.inject_at:
+            return places
+        with torch.no_grad():
+            return places + connector(self._features(connector)).shape[1]
 
     def flops(self, connector: Connector) -> int:
         """Count the operations of connector and language model, as `cost` does."""
-        own = self._run(connector)[1]
-        one, two, three = self._language
+        own, (one, two, three) = self._own_flops(connector), self._language
         # a polynomial of degree 2 in the length, from its values at 1, 2 and 3: exact, in integers
         more, steps = connector.tokens_per_image + TEXT - 1, two - one
         return own + one + more * steps + more * (more - 1) // 2 * (three - two - steps)
@@ -99,22 +102,25 @@ class Frame:
                 counts.append(counter.get_total_flops())
         return counts
 
-    def _run(self, connector: Connector) -> tuple[int, int]:
-        """Return how many visual tokens `forward` gives, and the connector's own operations."""
-        shapes, length = self.shapes[-1], connector.tokens_per_image + TEXT
-        with torch.device("meta"):
-            features = torch.zeros(1, shapes.patches + connector.class_token, shapes.vision_width)
-            hidden = torch.zeros(1, length, shapes.lm_width)
+    def _own_flops(self, connector: Connector) -> int:
+        length = connector.tokens_per_image + TEXT
+        hidden = torch.zeros(1, length, self.config.hidden_size, device="meta")
         sees = torch.zeros(1, length, dtype=torch.long)  # real: the text is sorted by what it sees
         counter: Any = FlopCounterMode(display=False)
         with torch.no_grad(), counter:
-            visual = connector(features)
+            visual = connector(self._features(connector))
             for layer in connector.inject_at:
                 connector.inject(layer, hidden, visual, sees)
-        return visual.shape[1], counter.get_total_flops()
+        return int(counter.get_total_flops())
+
+    def _features(self, connector: Connector) -> Tensor:
+        """Return features of one picture `[1, patches, vision_width]`, on `meta`."""
+        shapes = self.shapes[-1]
+        patches = shapes.patches + connector.class_token
+        return torch.zeros(1, patches, shapes.vision_width, device="meta")
 
 
-BUDGETS: dict[str, Callable[[Frame, Connector], int]] = {
+COUNTS: dict[str, Callable[[Frame, Connector], int]] = {
     "params": Frame.params,
     "visual_tokens": Frame.visual_tokens,
     "flops": Frame.flops,
