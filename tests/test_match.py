@@ -9,6 +9,7 @@ import pytest
 from vlbench import plugins
 from vlbench import recipe as recipes
 from vlbench.__main__ import main
+from vlbench.compare import run
 from vlbench.compare.grid import BUDGETS, Row, parse
 from vlbench.compare.match import Match, solve, table
 from vlbench.mistakes import Mistake
@@ -19,6 +20,7 @@ DOCS = Path(__file__).parent.parent / "docs/connectors.md"
 FOUR = "recipe=yivl_llava,yivl_qformer,yivl_flamingo,yivl_eva"
 PLAIN = """
 from torch import nn
+from vlbench.connector import Connector
 
 class Mine(Connector):
     {sizes}
@@ -183,6 +185,27 @@ def test_another_budget_is_refused(tmp_path, monkeypatch, capsys):
         "Did you mean 'params'?\n"
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_every_run_gets_what_was_found_and_the_plan_says_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    ran: list[list[str]] = []
+
+    def fit(words: list[str], log: Path) -> int:
+        ran.append(words)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("vlbench: not today")
+        return 1
+
+    monkeypatch.setattr(run, "_fit", fit)
+    grid = "grid=connector.name=linear | connector.name=glu | connector.name=eva"
+    words = ["recipe=yivl_llava", "seeds=2", "match=params", grid]
+    assert main(["compare", *words]) == 1
+    assert len(ran) == 6 and not any("match" in word for words in ran for word in words)
+    (ratio,) = {word for words in ran for word in words if "mlp_ratio" in word}
+    said = capsys.readouterr().out
+    assert ratio.removeprefix("connector.") in said
+    assert "cannot: connector.name=linear is" in said and "own params" in said
 
 
 def test_options_that_do_not_fit_are_told_with_their_row():
