@@ -13,6 +13,8 @@ from vlbench.connector import Connector, Shapes
 class AvgPool(Connector):
     """The means of `pool` x `pool` patches, through Linear, GELU, Linear."""
 
+    sizes = {"pool": (1, 2, 4, 8)}
+
     def __init__(self, shapes: Shapes, pool: int = 2) -> None:
         """Build the MLP; `pool` must divide rows and columns of the grid of patches."""
         super().__init__()

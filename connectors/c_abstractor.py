@@ -20,6 +20,12 @@ from vlbench.connector import Connector, Shapes
 class CAbstractor(Connector):
     """`side` x `side` tokens per picture, from convolutions of `width` channels."""
 
+    sizes = {
+        "side": range(1, 33),
+        "depth": (1, 2, 3, 4, 6),
+        "width": (64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 2048),
+    }
+
     def __init__(self, shapes: Shapes, side: int = 12, depth: int = 3, width: int = 1024) -> None:
         """Build the blocks, `depth` before and `depth` after the pooling."""
         super().__init__()

@@ -61,6 +61,11 @@ def _place(rng: random.Random, mask: Tensor, budget: int, least: int) -> int:
 class Eva(Connector):
     """`layers` EVA-02 blocks of the tower's width, then LayerNorm and Linear."""
 
+    sizes = {
+        "layers": (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24),
+        "mlp_ratio": (0.6667, 1.0, 1.3333, 2.0, 2.6667, 4.0, 5.3333, 8.0),
+    }
+
     def __init__(
         self,
         shapes: Shapes,

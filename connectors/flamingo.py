@@ -141,6 +141,12 @@ class Flamingo(Connector):
     """Perceiver resampler of `depth` layers, gated block before every `every`-th decoder layer."""
 
     fills_sequence = False
+    sizes = {
+        "every": (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48),
+        "latents": [side**2 for side in range(2, 33)],
+        "depth": (1, 2, 3, 4, 6, 8, 12, 16, 24),
+        "ff_mult": range(1, 9),
+    }
 
     def __init__(
         self,

@@ -16,6 +16,8 @@ from vlbench.connector import Connector, Shapes
 class Glu(Connector):
     """One token per patch, and two that mark where the picture begins and ends."""
 
+    sizes = {"mlp_ratio": [n / 16 for n in range(1, 129)]}
+
     def __init__(self, shapes: Shapes, mlp_ratio: float = 2.6875) -> None:
         """Build the layer; `mlp_ratio` 2.6875 is 11008 / 4096, the MLP of Vicuna and Yi-6B."""
         super().__init__()

@@ -2,7 +2,8 @@
 
 Each patch feature is carried into the language model by the same small MLP: a picture takes as many
 tokens as it has patches. LLaVA-1.5 (Liu et al., 2023, arXiv:2310.03744) uses Linear, GELU, Linear;
-Yi-VL's projector, `mlp2x_gelu_Norm`, puts a LayerNorm after each Linear, also the last one.
+Yi-VL's projector, `mlp2x_gelu_Norm`, puts a LayerNorm after each Linear, also the last one. In both
+the hidden layers are as wide as the language model.
 """
 
 from collections.abc import Mapping
@@ -15,13 +16,30 @@ from vlbench.connector import Connector, Shapes
 class LlavaMLP(Connector):
     """`depth` Linear layers with GELU between them, and after each Linear a LayerNorm if `norm`."""
 
-    def __init__(self, shapes: Shapes, depth: int = 2, norm: bool = True) -> None:
-        """Build the MLP from `shapes.vision_width` to `shapes.lm_width`; `depth` is at least 1."""
+    # 32 values in every doubling: a single option must meet any budget within 5 %
+    sizes = {"mlp_ratio": [2.0**k * n / 32 for k in range(-5, 6) for n in range(32, 64)]}
+
+    def __init__(
+        self, shapes: Shapes, depth: int = 2, norm: bool = True, mlp_ratio: float = 1.0
+    ) -> None:
+        """Build the MLP from `shapes.vision_width` to `shapes.lm_width`; `depth` is at least 1.
+
+        `mlp_ratio` is the width of the hidden layers by the language model's.
+        """
         super().__init__()
         if depth < 1:
             raise ValueError(f"connector llava_mlp: depth is {depth}; it must be at least 1")
+        if mlp_ratio <= 0:
+            raise ValueError(f"connector llava_mlp: mlp_ratio is {mlp_ratio}; it must be above 0")
+        if depth == 1 and mlp_ratio != 1:
+            raise ValueError(
+                f"connector llava_mlp: mlp_ratio is {mlp_ratio}, and depth=1 has no hidden layer; "
+                "leave it out"
+            )
+        hidden = max(1, round(shapes.lm_width * mlp_ratio))
+        self._as_released = hidden == shapes.lm_width
         self.tokens_per_image = shapes.patches
-        widths = [shapes.vision_width] + [shapes.lm_width] * depth
+        widths = [shapes.vision_width] + [hidden] * (depth - 1) + [shapes.lm_width]
         layers: list[nn.Module] = []
         for index in range(depth):
             layers += [nn.GELU()] if index else []
@@ -34,9 +52,9 @@ class LlavaMLP(Connector):
         """Carry `[images, patches, vision_width]` to `[images, patches, lm_width]`."""
         return self.layers(features)
 
-    def projector(self) -> nn.Sequential:
-        """Return the layers, numbered as in Yi-VL's and LLaVA's `mm_projector`."""
-        return self.layers
+    def projector(self) -> nn.Sequential | None:
+        """Return the layers, numbered as in Yi-VL's and LLaVA's `mm_projector`, if as wide."""
+        return self.layers if self._as_released else None
 
     def load_reference(self, weights: Mapping[str, Tensor]) -> None:
         """Load Yi-VL's or LLaVA's `mm_projector` weights, keys `0.weight`, `0.bias`, ..."""

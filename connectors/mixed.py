@@ -20,6 +20,12 @@ from vlbench.values import Text
 class Mixed(Connector):
     """The connector `tokens`, and gated cross-attention to what it gives."""
 
+    sizes = {
+        "every": (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48),
+        "heads": (1, 2, 4, 8, 16, 32, 64),
+        "ff_mult": range(1, 9),
+    }
+
     def __init__(
         self,
         shapes: Shapes,

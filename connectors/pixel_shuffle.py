@@ -13,6 +13,8 @@ from vlbench.connector import Connector, Shapes
 class PixelShuffle(Connector):
     """`shuffle` x `shuffle` patches become one token."""
 
+    sizes = {"shuffle": (1, 2, 4, 8)}
+
     def __init__(self, shapes: Shapes, shuffle: int = 2) -> None:
         """Build the MLP; `shuffle` must divide rows and columns of the grid of patches."""
         super().__init__()

@@ -51,6 +51,12 @@ class QFormer(Connector):
     """`queries` tokens per picture, from a BERT of `layers` layers that is `width` wide."""
 
     class_token = True
+    sizes = {
+        "queries": [side**2 for side in range(2, 33)],
+        "width": range(96, 1633, 96),
+        "layers": (2, 3, 4, 6, 8, 10, 12, 16, 24),
+        "ffn_width": (256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144),
+    }
 
     def __init__(
         self,

@@ -25,6 +25,8 @@ def sine_positions(rows: int, columns: int, width: int) -> Tensor:
 class Resampler(Connector):
     """`side` x `side` learned queries, one layer of cross-attention at the LM's width."""
 
+    sizes = {"side": range(1, 33)}
+
     def __init__(self, shapes: Shapes, side: int = 16, heads: int = 32) -> None:
         """Build the layer; `heads` must divide the LM's width, and that must be divisible by 4."""
         super().__init__()

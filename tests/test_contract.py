@@ -27,6 +27,7 @@ from vlbench.evaluate.questions import Question
 from vlbench.model.cost import count
 from vlbench.model.messages import prompt_batch
 from vlbench.model.vlm import VLM
+from vlbench.values import convert
 
 LLAVA = plugins.connector("llava_mlp")
 
@@ -54,6 +55,13 @@ def test_shapes_are_as_declared(vlm):
         assert visual.shape[1:] == (vlm.connector.tokens_per_image, vlm.shapes.lm_width)
     else:
         assert vlm.connector.place.shape == (vlm.shapes.lm_width,) and vlm.connector.inject_at
+
+
+def test_its_sizes_are_options_with_values_that_they_may_have(vlm):
+    known, sizes = plugins.options(type(vlm.connector)), vlm.connector.sizes
+    for option, values in sizes.items():
+        assert all(convert(value, known[option].kind) == value for value in values)
+        assert len(set(values)) == len(values) > 1
 
 
 def test_every_parameter_learns_something(vlm):

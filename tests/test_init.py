@@ -84,7 +84,10 @@ def test_a_projector_of_another_depth_is_refused(tmp_path, monkeypatch, capsys):
         main([*FIT, f"init={CHECKPOINT}", "connector.depth=3", "run=run", "stages.chat.steps=1"])
         == 2
     )
-    assert "say connector.depth=2 connector.norm=true" in capsys.readouterr().err
+    assert (
+        "say connector.depth=2 connector.norm=true connector.mlp_ratio=1.0"
+        in capsys.readouterr().err
+    )
     assert not Path("run").exists()
 
 

@@ -121,7 +121,7 @@ def test_entry_points(drop, monkeypatch):
     llava = f"{plugins.connector('llava_mlp').__module__}:LlavaMLP"
     entry(monkeypatch, f"theirs = {llava}", "wrong = json:dumps", "gone = no_such_module:X")
     assert plugins.connector("theirs") is plugins.connector("llava_mlp")
-    assert list(plugins.options("theirs")) == ["depth", "norm"]
+    assert list(plugins.options("theirs")) == ["depth", "norm", "mlp_ratio"]
     assert "not a subclass of Connector" in refused("wrong")
     assert "ModuleNotFoundError" in refused("gone") and "no_such_module:X" in refused("gone")
 

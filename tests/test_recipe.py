@@ -12,6 +12,7 @@ from vlbench.mistakes import Mistake
 from vlbench.recipe import differences, dump, load, load_file, save
 from vlbench.schema import Recipe, rows
 
+LLAVA = {"name": "llava_mlp", "depth": 2, "norm": True, "mlp_ratio": 1.0}
 OWN = """# python -m vlbench fit recipe=own
 # A recipe of one's own.
 connector: {name: llava_mlp, depth: 3}
@@ -234,7 +235,7 @@ def test_values_are_read_by_the_type_of_their_key():
     chat = recipe.stages["chat"]
     assert recipe.precision == "32" and recipe.dry_run is True and recipe.run is None
     assert chat.clip is None and chat.train["vision"].lr == 1e-4 and chat.betas == (0.9, 0.98)
-    assert recipe.connector == {"name": "llava_mlp", "depth": 3, "norm": True}
+    assert recipe.connector == {**LLAVA, "depth": 3}
     assert recipe.trainer.checkpoint_every == 5.0
 
 
@@ -250,7 +251,7 @@ def test_stages_are_chosen(word):
 def test_recipes_of_the_working_folder(tmp_path, monkeypatch):
     in_folder(tmp_path, monkeypatch)
     recipe = load(["recipe=own"])
-    assert recipe.connector == {"name": "llava_mlp", "depth": 3, "norm": True}
+    assert recipe.connector == {**LLAVA, "depth": 3}
     assert list(recipe.stages) == ["only_one"] and recipe.language.name == "tiny"
     assert load(["recipe=recipes/own.yaml"]).stages == recipe.stages
     assert "yivl_llava" in recipes.recipes()

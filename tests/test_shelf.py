@@ -34,6 +34,18 @@ def test_yi_vls_projector_equals_the_reference(depth):
     assert_gradients(connector.layers, grads)
 
 
+def test_an_mlp_of_another_width_is_no_released_projector():
+    connector = plugins.connector("llava_mlp")(SHAPES, depth=3, mlp_ratio=2.0)
+    assert [one.weight.shape for one in connector.layers if isinstance(one, torch.nn.Linear)] == [
+        (24, 8),
+        (24, 24),
+        (12, 24),
+    ]
+    assert connector(torch.randn(2, 16, 8)).shape == (2, 16, 12)
+    assert connector.projector() is None
+    assert plugins.connector("llava_mlp")(SHAPES, mlp_ratio=1.0).projector() is not None
+
+
 def test_the_glu_equals_cogvlms():
     connector = plugins.connector("glu")(Shapes(16, (4, 4), 32, 40, 2), mlp_ratio=1.4)
     connector.load_reference(load("cogvlm_adapter", "state_dict"))
@@ -85,6 +97,8 @@ def test_a_picture_takes_as_many_tokens_as_is_said(name, options, tokens):
     [
         ("avgpool", {"pool": 3}, "pool is 3, which must divide the grid of patches, 4 x 4"),
         ("pixel_shuffle", {"shuffle": 0}, "shuffle is 0"),
+        ("llava_mlp", {"mlp_ratio": 0.0}, "mlp_ratio is 0.0; it must be above 0"),
+        ("llava_mlp", {"depth": 1, "mlp_ratio": 2.0}, "depth=1 has no hidden layer"),
         ("glu", {"mlp_ratio": 0.0}, "mlp_ratio is 0.0"),
         ("resampler", {"heads": 5}, "heads is 5, which must divide the language model's width 12"),
         ("resampler", {"side": 0}, "side is 0"),

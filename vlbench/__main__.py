@@ -117,7 +117,9 @@ VERBS = {
         export,
     ),
     "compare": Verb(
-        "recipe=A,B seeds=3 [grid='K=V + K=V | K=V'] [run=DIR] [KEY=VALUE ...]",
+        "recipe=A,B seeds=3 [grid='K=V + K=V | K=V'] [match=params|visual_tokens|flops]\n"
+        "       [sweep=0.3,1,3] [freeze=vision] [jobs=N|auto|slurm] [dry_run=true] [run=DIR] "
+        "[KEY=VALUE ...]",
         "train every recipe with every seed, and report the differences",
         compare,
     ),

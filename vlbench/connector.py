@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,12 @@ class Connector(nn.Module):
     schema of `connector:` in a recipe. The attributes below are set on the class or in `__init__`.
     """
 
+    sizes: ClassVar[Mapping[str, Sequence[Any]]] = {}
+    """Options that make the connector larger or smaller, each with the values worth trying.
+
+    `compare match=...` picks from them what gives rows the same budget. Values that do not go
+    together, or do not fit the shapes, are those for which `__init__` raises a ValueError.
+    """
     tokens_per_image: int = 1
     """Places that one image takes in the text."""
     fills_sequence: bool = True
@@ -112,7 +118,8 @@ class Connector(nn.Module):
     def projector(self) -> nn.Sequential | None:
         """Return the layers of a connector that is nothing but LLaVA's or Yi-VL's `mm_projector`.
 
-        That is Linear layers, each followed by LayerNorm or none is, and exact GELU between them.
+        That is Linear layers, all as wide as the language model, each followed by LayerNorm or none
+        is, and exact GELU between them.
         Only such a connector fits into the released layouts; None, the default, says that this is
         another one.
         """

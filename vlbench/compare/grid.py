@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlbench import recipe as recipes
-from vlbench.mistakes import Mistake
+from vlbench.mistakes import Mistake, nearest
 from vlbench.schema import Recipe
 from vlbench.values import WHOLE, flow
 from vlbench.words import typed
 
-OWN = ("recipe", "seeds", "grid", "run", "sweep", "freeze", "jobs", "dry_run")
+OWN = ("recipe", "seeds", "grid", "run", "match", "sweep", "freeze", "jobs", "dry_run")
 """Keys of `compare` itself; all others go to every run."""
+BUDGETS = ("params", "visual_tokens", "flops")
+"""What `match` can make the same in all rows; `model/frame.py` counts them."""
 SET_BY_US = ("seed", "init", "profile")
 """Keys of a recipe that a comparison sets, or that make no run to compare."""
 
@@ -40,6 +42,8 @@ class Grid:
     rows: tuple[Row, ...]
     seeds: tuple[int, ...]
     folder: Path
+    match: str | None = None
+    """The one of BUDGETS that the rows are to have in common."""
     sweep: tuple[float, ...] = ()
     """Factors of the connector's learning rate that every row tries first."""
     jobs: str = "auto"
@@ -72,6 +76,10 @@ def parse(words: list[str]) -> Grid:
     if same:
         raise Mistake(f"two rows are the same: {same[0]}")
     seeds = _seeds(own.get("seeds", "3"))
+    match = own.get("match")
+    if match is not None and match not in BUDGETS:
+        allowed = ", ".join(BUDGETS)
+        raise Mistake(f"match is '{match}'; allowed are {allowed}.{nearest(match, BUDGETS)}")
     _check(rows, seeds[0])
     folder = Path(own.get("run") or _next_folder()).expanduser()
     if "freeze" in own:
@@ -81,6 +89,7 @@ def parse(words: list[str]) -> Grid:
         tuple(rows),
         seeds,
         folder,
+        match,
         _factors(own.get("sweep")),
         _jobs(own.get("jobs", "auto")),
         _truth(own.get("dry_run", "false")),

@@ -13,6 +13,7 @@ from pathlib import Path
 from vlbench.compare import plan, sweep
 from vlbench.compare.grid import Grid
 from vlbench.compare.jobs import STOPPED, Job, Stopped, slots, slurm, train
+from vlbench.compare.match import matched
 from vlbench.compare.report import report
 from vlbench.compare.runs import load
 from vlbench.compare.sharing import partner, share
@@ -25,6 +26,7 @@ REPORT = "report.md"
 
 def run_grid(grid: Grid) -> int:
     """Run every run of `grid` that is not finished, and report; return the exit code."""
+    grid = matched(grid)
     plan.show(grid)
     if grid.dry_run:
         return 0

@@ -104,7 +104,7 @@ def bare_tower(plan: Blueprint, layer: int, norm: bool) -> Tower:
 
 def _check_projector(plan: Blueprint, choice: Choice, folder: Path) -> None:
     """Refuse a projector of another form than the release's, whose weights it is to have."""
-    released = {"depth": plan.depth, "norm": plan.norm}
+    released = {"depth": plan.depth, "norm": plan.norm, "mlp_ratio": 1.0}
     if choice.options != released:
         say = " ".join(typed(f"connector.{key}", value) for key, value in released.items())
         raise Mistake(

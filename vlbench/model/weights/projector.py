@@ -14,7 +14,8 @@ def projector_of(vlm: VLM, layout: str) -> nn.Sequential:
     if found is None:
         raise Mistake(
             f"connector {type(vlm.connector).__name__} does not fit into {layout}, which holds a "
-            "projector of Linear layers alone; format=vlbench keeps every connector"
+            "projector of Linear layers as wide as the language model; format=vlbench keeps every "
+            "connector"
         )
     return found
 

@@ -1,0 +1,217 @@
+"""`compare match=...`: rows get the same budget, little is changed, and what cannot is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vlbench import plugins
+from vlbench import recipe as recipes
+from vlbench.__main__ import main
+from vlbench.compare import run
+from vlbench.compare.grid import BUDGETS, Row, parse
+from vlbench.compare.match import Match, solve, table
+from vlbench.mistakes import Mistake
+from vlbench.model.cost import Cost, cost
+from vlbench.model.frame import COUNTS, Frame
+
+DOCS = Path(__file__).parent.parent / "docs/connectors.md"
+FOUR = "recipe=yivl_llava,yivl_qformer,yivl_flamingo,yivl_eva"
+PLAIN = """
+from torch import nn
+from vlbench.connector import Connector
+
+class Mine(Connector):
+    {sizes}
+    def __init__(self, shapes, hidden: int = 64):
+        super().__init__()
+        self.tokens_per_image = shapes.patches
+        self.layers = nn.Sequential(
+            nn.Linear(shapes.vision_width, hidden), nn.Linear(hidden, shapes.lm_width)
+        )
+
+    def forward(self, features):
+        return self.layers(features)
+"""
+
+
+def matched(words: list[str], by: str) -> list[Match]:
+    return solve(parse(words).rows, by)
+
+
+def costs(found: list[Match]) -> list[Cost]:
+    return [cost(recipes.load(list(one.row.words))) for one in found]
+
+
+def within(values: list[int]) -> bool:
+    return max(values) <= 1.05 * min(values)
+
+
+def tokens_of(one: Cost) -> int:
+    return one.latents or one.tokens
+
+
+@pytest.mark.parametrize("size", ["tiny", "6b"])
+def test_the_four_get_as_many_parameters(size):
+    found = matched([FOUR, f"size={size}", "data.train=scenes"], "params")
+    assert [one.row.name for one in found] == [
+        "yivl_llava",
+        "yivl_qformer",
+        "yivl_flamingo",
+        "yivl_eva",
+    ]
+    assert not any(one.why or one.off for one in found)
+    assert all(len(one.options) <= 2 for one in found)
+    promised = [one.after for one in found]
+    assert within(promised)
+    assert [one.parameters for one in costs(found)] == promised
+    smallest, largest = (pick(one.before for one in found) for pick in (min, max))
+    assert smallest < min(promised) and max(promised) < largest  # they meet in the middle
+    if size == "6b":
+        for one in found:
+            changed = " ".join(f"{key}={value}" for key, value in one.options.items())
+            told = f"| `{one.row.name}` | `{changed}` | {one.before:,} | {one.after:,} |"
+            assert told in DOCS.read_text(encoding="utf-8")
+
+
+def test_the_four_show_as_many_visual_tokens():
+    found = matched([FOUR], "visual_tokens")
+    assert [one.options for one in found] == [{}, {"queries": 64}, {"latents": 64}, {}]
+    assert [tokens_of(one) for one in costs(found)] == [one.after for one in found] == [64] * 4
+
+
+def test_two_do_as_many_operations():
+    grid = "grid=connector.name=eva | connector.name=glu"
+    found = matched(["recipe=yivl_llava", grid], "flops")
+    assert not found[0].why and not found[1].why
+    assert [one.flops for one in costs(found)] == [one.after for one in found]
+    assert within([one.after for one in found])
+
+
+@pytest.mark.parametrize("name", ["glu", "flamingo", "mixed", "c_abstractor"])
+def test_counts_are_those_of_the_whole_model(name):
+    recipe = recipes.load(["recipe=yivl_llava", f"connector.name={name}"])
+    frame, whole = Frame(recipe), cost(recipe)
+    options = {key: value for key, value in recipe.connector.items() if key != "name"}
+    built = frame.build(plugins.connector(name), options)
+    counted = {by: count(frame, built) for by, count in COUNTS.items()}
+    tokens = {"flamingo": whole.latents, "mixed": whole.tokens + whole.latents}
+    assert tuple(counted) == BUDGETS
+    assert counted == {
+        "params": whole.parameters,
+        "visual_tokens": tokens.get(name, whole.tokens),
+        "flops": whole.flops,
+    }
+
+
+def test_what_agrees_already_stays_as_it_is():
+    found = matched(
+        ["recipe=yivl_llava", "grid=connector.norm=true | connector.norm=false"], "params"
+    )
+    assert [one.options for one in found] == [{}, {}] and not any(one.why for one in found)
+    assert [one.row for one in found] == list(
+        parse(["recipe=yivl_llava", "grid=connector.norm=true | connector.norm=false"]).rows
+    )
+
+
+def test_the_same_question_has_the_same_answer():
+    words = ["recipe=yivl_llava,yivl_eva"]
+    assert matched(words, "params") == matched(words, "params")
+
+
+def test_options_that_somebody_gave_are_left_alone():
+    words = ["recipe=yivl_llava,yivl_qformer", "grid=connector.width=64 + connector.layers=2"]
+    with pytest.raises(Mistake, match="no option 'width'"):
+        parse(words)
+    grid = "connector.name=qformer + connector.width=192 | connector.name=llava_mlp"
+    qformer, llava = matched(["recipe=yivl_llava", f"grid={grid}"], "params")
+    assert "width" not in qformer.options and "connector.width=192" in qformer.row.words
+    assert within([qformer.after, llava.after]) and llava.options
+    whole = Row("whole", ("recipe=yivl_llava", "connector={name: llava_mlp, depth: 3}"))
+    other = Row("other", ("recipe=yivl_llava", "connector.mlp_ratio=2"))
+    for one in solve([whole, other], "params"):
+        assert one.options == {}
+
+
+def test_a_row_that_cannot_is_named_and_the_others_match():
+    grid = "grid=connector.name=linear | connector.name=eva | connector.name=qformer"
+    linear, eva, qformer = found = matched(["recipe=yivl_llava", grid], "params")
+    assert linear.options == {} and within([eva.after, qformer.after])
+    assert linear.off == pytest.approx(1 - linear.before / max(eva.after, qformer.after))
+    said = table(found, "params")[-1]
+    assert said == (
+        f"cannot: connector.name=linear is {100 * linear.off:.0f} % off: "
+        "connector linear names no sizes"
+    )
+
+
+def drop(folder: Path, monkeypatch: pytest.MonkeyPatch, sizes: str) -> None:
+    """Write a connector of somebody's own into the folder where the command is given."""
+    (folder / "connectors").mkdir()
+    (folder / "connectors/mine.py").write_text(PLAIN.format(sizes=sizes))
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(plugins, "__path__", [str(folder / "connectors"), *plugins.__path__[1:]])
+
+
+GRID_OF_MINE = "grid=connector.name=mine | connector.name=eva | connector.name=qformer"
+
+
+def test_somebodys_own_connector_without_sizes_is_left_alone_and_named(tmp_path, monkeypatch):
+    drop(tmp_path, monkeypatch, "")
+    mine, *others = found = matched(["recipe=yivl_llava", GRID_OF_MINE], "params")
+    assert mine.options == {} and within([one.after for one in others])
+    assert "% off: connector mine names no sizes" in table(found, "params")[-1]
+
+
+def test_somebodys_own_sizes_are_used(tmp_path, monkeypatch):
+    drop(tmp_path, monkeypatch, 'sizes = {"hidden": range(64, 8192, 64)}')
+    found = matched(["recipe=yivl_llava", GRID_OF_MINE], "params")
+    assert found[0].options["hidden"] > 64 and within([one.after for one in found])
+
+
+def test_sizes_must_be_options(tmp_path, monkeypatch):
+    drop(tmp_path, monkeypatch, 'sizes = {"hiden": (64, 128)}')
+    with pytest.raises(Mistake, match="sizes has 'hiden', .* Did you mean 'hidden'"):
+        matched(["recipe=yivl_llava", GRID_OF_MINE], "params")
+
+
+def test_another_budget_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", "recipe=yivl_llava", "match=parms"]) == 2
+    said = capsys.readouterr().err
+    assert said == (
+        "vlbench: match is 'parms'; allowed are params, visual_tokens, flops. "
+        "Did you mean 'params'?\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_run_gets_what_was_found_and_the_plan_says_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    ran: list[list[str]] = []
+
+    def fit(words: list[str], log: Path) -> int:
+        ran.append(words)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("vlbench: not today")
+        return 1
+
+    monkeypatch.setattr(run, "_fit", fit)
+    grid = "grid=connector.name=linear | connector.name=glu | connector.name=eva"
+    words = ["recipe=yivl_llava", "seeds=2", "match=params", grid]
+    assert main(["compare", *words]) == 1
+    assert len(ran) == 6 and not any("match" in word for words in ran for word in words)
+    (ratio,) = {word for words in ran for word in words if "mlp_ratio" in word}
+    said = capsys.readouterr().out
+    assert ratio.removeprefix("connector.") in said
+    assert "cannot: connector.name=linear is" in said and "own params" in said
+
+
+def test_options_that_do_not_fit_are_told_with_their_row():
+    words = [
+        "recipe=yivl_llava",
+        "grid=connector.name=eva + connector.head_width=6 | connector.depth=1",
+    ]
+    with pytest.raises(Mistake, match="row .*head_width=6: connector eva: head_width is 6"):
+        matched(words, "params")
