@@ -17,15 +17,17 @@ from typing import Any
 
 from vlbench import recipe as recipes
 from vlbench.compare import grid as grids
+from vlbench.compare.findings import find
 from vlbench.compare.grid import Grid, Row
-from vlbench.compare.report import report
+from vlbench.compare.markdown import markdown
+from vlbench.compare.report import write
 from vlbench.compare.runs import load
 from vlbench.files import read_json
 from vlbench.layers import flat, plain
 from vlbench.schema import Recipe
-from vlbench.train.run import Run, open_run, write_whole
+from vlbench.train.run import Run, open_run
 
-REPORT = "report.md"
+REPORTS = ("report.md", "report.html")
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 FREE = ("run", "trainer", "log", "only", "from", "dry_run", "profile", "recipe")
 """Keys that change nothing in what a stage learns."""
@@ -61,13 +63,12 @@ def run_grid(grid: Grid) -> int:
 def _finish(grid: Grid, failed: dict[Path, str]) -> int:
     """Write the report of what is finished, and name what failed; return the exit code."""
     done = [load(folder) for folder in _folders(grid) if Run(folder).finished]
-    lines = [f"- {folder}: {why}" for folder, why in failed.items()]
     if done:
-        text = report(done)
-        if lines:
-            text += "\n\n## Failed\n\n" + "\n".join(lines)
-        write_whole(grid.folder / REPORT, text + "\n")
-        print(f"\n{text}\n\nwrote {grid.folder / REPORT}")
+        findings = find(done, failed)
+        print(f"\n{markdown(findings)}\n")
+        for name in REPORTS:
+            write(findings, grid.folder / name)
+            print(f"wrote {grid.folder / name}")
     return 1 if failed else 0
 
 

@@ -33,6 +33,10 @@ class Finished:
     """Question -> whether its answer was right."""
     kinds: dict[str, tuple[str, str]]
     """Question -> its type and language."""
+    texts: dict[str, tuple[str, str]]
+    """Question -> the answer and the true one."""
+    versions: dict[str, str]
+    """Of what the run was made with, its commit among them."""
 
     @property
     def seed(self) -> int:
@@ -46,17 +50,27 @@ def load(folder: Path) -> Finished:
         if not (folder / name).is_file():
             what = "is not finished" if (folder / "recipe.yaml").is_file() else "is no run folder"
             raise Mistake(f"{folder} {what}: it has no {name}")
-    right, kinds = {}, {}
+    right, kinds, texts = {}, {}, {}
     for number, line in enumerate(read_text(folder / "answers.jsonl").splitlines(), 1):
         try:
             one = json.loads(line)
             if one["set"] == ASKED:
                 right[one["id"]] = bool(one["correct"])
                 kinds[one["id"]] = (one["type"], one["language"])
+                texts[one["id"]] = (one.get("answer", ""), one.get("truth", ""))
         except (ValueError, KeyError, TypeError) as error:
             raise Mistake(f"{folder / 'answers.jsonl'}, line {number}: is no answer") from error
     recipe = flat(plain(recipes.load_file(folder / "recipe.yaml")))
-    return Finished(folder, recipe, read_json(folder / "results.json"), right, kinds)
+    results = read_json(folder / "results.json")
+    return Finished(folder, recipe, results, right, kinds, texts, _versions(folder, results))
+
+
+def _versions(folder: Path, results: dict[str, Any]) -> dict[str, str]:
+    """Return what is known of versions; the commit is that of the end, where answers were made."""
+    file = folder / "versions.json"
+    found = read_json(file) if file.is_file() else {}
+    found |= {"commit": results["commit"]} if results.get("commit") else {}
+    return {name: str(value) for name, value in found.items()}
 
 
 @dataclass(frozen=True)
