@@ -1,4 +1,4 @@
-"""The pictures of a page: thumbnails of what was asked about, each once, and heat to lay on them."""
+"""The pictures of a page: thumbnails of what was asked about, each once, and heat for them."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,10 +14,11 @@ OTHERS = 3  # rows that the best one is set against
 
 @dataclass(frozen=True)
 class Answers:
-    """What a row answered to a question, seed by seed, and whether that was right."""
+    """What a row answered to a question, in the order of the seeds."""
 
     row: str
-    said: list[tuple[str, bool]]
+    said: list[tuple[str, list[bool]]]
+    """An answer and, for each of the seeds in a row that gave it, whether it was right."""
 
 
 @dataclass(frozen=True)
@@ -72,4 +74,6 @@ def _case(winner: Row, loser: Row, question: str) -> Case:
 
 
 def _answers(row: Row, question: str) -> Answers:
-    return Answers(row.name, [(run.texts[question][0], run.right[question]) for run in row.runs])
+    each = [(run.texts[question][0], run.right[question]) for run in row.runs]
+    alike = itertools.groupby(each, key=lambda one: one[0])
+    return Answers(row.name, [(text, [right for _, right in ones]) for text, ones in alike])

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from vlbench.compare.findings import Row
 from vlbench.compare.cautions import BUDGET
+from vlbench.compare.findings import Row
 
 MORE = {
     "samples": "samples seen in training",
@@ -25,7 +24,8 @@ def card(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
     """Return everything known of the rows' costs: a label and the value of each row, "" if none."""
     lines = [(label, _each(rows, _budget(key))) for key, label in {**BUDGET, **MORE}.items()]
     for part in _inside(rows, "parts"):
-        lines.append((f"parameters of {part}", _each(rows, _part(part))))
+        lines.append((f"parameters of {part}", _each(rows, _part(part, "total"))))
+        lines.append((f"of these trained, {part}", _each(rows, _part(part, "trained"))))
     for stage in _inside(rows, "step_seconds"):
         lines.append((f"seconds of a step, {stage}", _each(rows, _step(stage))))
     lines += [
@@ -62,12 +62,8 @@ def _budget(key: str) -> Callable[[Row], str]:
     return lambda row: _text(row.budget.get(key), 0)
 
 
-def _part(name: str) -> Callable[[Row], str]:
-    def text(row: Row) -> str:
-        part: dict[str, Any] = (row.budget.get("parts") or {}).get(name) or {}
-        return f"{part['total']:,} ({part['trained']:,} trained)" if part else ""
-
-    return text
+def _part(name: str, which: str) -> Callable[[Row], str]:
+    return lambda row: _text(((row.budget.get("parts") or {}).get(name) or {}).get(which), 0)
 
 
 def _step(stage: str) -> Callable[[Row], str]:

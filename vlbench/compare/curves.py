@@ -58,7 +58,9 @@ def columns(found: Sequence[Table], prefix: str) -> list[str]:
 
 def series(found: Sequence[Table], column: str) -> dict[str, Series]:
     """Return the values of a column over the seeds: stage -> series; stages without it are out."""
-    by_stage = {stage: _series([_points(one, stage, column) for one in found]) for stage in stages(found)}
+    by_stage = {
+        stage: _series([_points(one, stage, column) for one in found]) for stage in stages(found)
+    }
     return {stage: one for stage, one in by_stage.items() if one.steps}
 
 

@@ -22,7 +22,7 @@ INK, FAINT, EDGE = "#1c2028", "#68717e", "#d5dae2"
 WIDTH = 7.2  # inches of 72 units: what the page shows at its full width
 STYLE = {
     "font.family": ["DejaVu Sans", "sans-serif"],
-    "font.size": 9.5,
+    "font.size": 10,
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": FAINT,
@@ -36,7 +36,7 @@ STYLE = {
     "xtick.color": INK,
     "ytick.color": INK,
     "figure.constrained_layout.use": True,
-    "svg.fonttype": "none",  # text stays text: it can be searched, and the browser finds the letters
+    "svg.fonttype": "none",  # text stays text: the browser finds the letters
     "svg.hashsalt": "vlbench",
     "text.parse_math": False,  # a name may hold a dollar
 }
@@ -90,15 +90,15 @@ def swatch(index: int) -> Markup:
         return svg(figure, f"row-{index}", "")
 
 
-def wrapped(name: str, width: int = 26) -> str:
+def wrapped(name: str, width: int = 32) -> str:
     """Return a long name in at most three lines for an axis."""
     lines = textwrap.wrap(name, width, max_lines=3, placeholder=" \u2026")
     return "\n".join(lines) or name
 
 
 def named(axes: Axes, names: list[str]) -> None:
-    """Name the places 0, 1, ... of the y axis, the first one on top."""
-    axes.set_yticks(range(len(names)), [wrapped(name) for name in names])
+    """Name the places 0, 1, ... of the y axis, the first one on top; names may have lines."""
+    axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
@@ -106,4 +106,4 @@ def named(axes: Axes, names: list[str]) -> None:
 
 def height_of(names: list[str], line: float = 0.17, pad: float = 0.14) -> float:
     """Return the inches that named places need."""
-    return sum(pad + line * wrapped(name).count("\n") + line for name in names)
+    return sum(pad + line * (1 + name.count("\n")) for name in names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from vlbench.compare.cautions import cautions
 from vlbench.compare.runs import Arm, Finished, arms, differing, matrix, shared
 from vlbench.compare.statistics import Difference, Right, bootstrap, compare, holm, interval
 
+NAMED = 4  # rows that a sentence names, at most
 CLEAR = 0.05  # largest p, after Holm's correction, that is called a difference
 
 
@@ -71,15 +72,20 @@ class Pair:
         """Give p with its sign: "= 0.012" or "< 0.001"."""
         return f"= {self.p:.3f}" if self.p >= 0.001 else "< 0.001"
 
-    def sentence(self) -> str:
-        """Say it in plain words, with everything that limits it."""
+    def short(self) -> str:
+        """Say it in plain words."""
         chance = ", so this may be chance" if self.difference.low > 0 and self.p > CLEAR else ""
-        low, high = (100 * end for end in self.check)
         return (
             f"{self.difference.sentence(self.better, self.worse)}; p {self.p_text} after Holm's "
-            f"correction over {counted(self.pairs, 'pair')}{chance}. Smallest difference that this "
-            f"design would have found: {100 * self.difference.detectable:.1f} points. Bootstrap: "
-            f"{low:.1f} to {high:.1f}."
+            f"correction over {counted(self.pairs, 'pair')}{chance}."
+        )
+
+    def sentence(self) -> str:
+        """Say it in plain words, with what this design could have found."""
+        low, high = (100 * end for end in self.check)
+        return (
+            f"{self.short()} Smallest difference that this design would have found: "
+            f"{100 * self.difference.detectable:.1f} points. Bootstrap: {low:.1f} to {high:.1f}."
         )
 
 
@@ -128,6 +134,19 @@ class Findings:
         )
 
     @property
+    def question(self) -> str:
+        """Say in a sentence what is asked of whom."""
+        seeds = counted(len(self.seeds), "seed")
+        questions = f"{counted(len(self.questions), 'question')} about {self.asked_of}"
+        if len(self.rows) == 1:
+            return f"How well does {self.rows[0].name}, trained with {seeds}, answer {questions}?"
+        if len(self.rows) > NAMED:
+            rows = f"{len(self.rows)} rows, each trained with {seeds}"
+            return f"Which of {rows}, answers {questions} best?"
+        names = listed([row.name for row in self.rows], "or")
+        return f"Which answers {questions} best, each trained with {seeds}: {names}?"
+
+    @property
     def verdict(self) -> str:
         """Say in plain words which row is best, and of which others that is known."""
         best, *others = self.rows
@@ -140,9 +159,11 @@ class Findings:
         alone = best.accuracy > others[0].accuracy
         text += ", the most of all rows." if alone else f", as does {others[0].name}."
         if clear:
-            text += f" That it is better than {_listed(clear, 'and')} is more than chance."
+            text += f" That it is better than {listed(clear, 'and')} is more than chance."
         if open_:
-            text += f" Whether it is better than {_listed(open_, 'or')}, this comparison cannot tell."
+            text += (
+                f" Whether it is better than {listed(open_, 'or')}, this comparison cannot tell."
+            )
         return text
 
 
@@ -157,7 +178,7 @@ def find(runs: Sequence[Finished], failed: Mapping[Path, str] | None = None) -> 
         rows=tuple(rows),
         seeds=seeds,
         questions=questions,
-        asked_of=rows[0].runs[0].results.get("asked_of", "the same questions"),
+        asked_of=rows[0].runs[0].results.get("asked_of", "the data of the recipe"),
         pairs=pairs(rows),
         kinds=_kinds(rows, questions),
         warnings=cautions(given, seeds, questions, failed),
@@ -201,6 +222,8 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def _listed(names: Sequence[str], word: str) -> str:
-    """Return "a, b and c"."""
+def listed(names: Sequence[str], word: str) -> str:
+    """Return "a, b and c"; the number of them, if they are too many to be read."""
+    if len(names) > NAMED:
+        return f"{len(names)} others"
     return f" {word} ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

@@ -73,7 +73,9 @@ def _read(row: Row) -> Inside | None:
 
 def relevance(found: Sequence[Inside]) -> list[Looks]:
     """Return, question by question, where each row's answer came from."""
-    return _looks(found, {inside.row: [m.get("relevance") for m in inside.maps] for inside in found})
+    return _looks(
+        found, {inside.row: [m.get("relevance") for m in inside.maps] for inside in found}
+    )
 
 
 def attention(found: Sequence[Inside]) -> list[Looks]:

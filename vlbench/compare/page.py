@@ -15,7 +15,7 @@ from vlbench.compare import cases, costs, insides, plots, traces
 from vlbench.compare.album import Album, heat
 from vlbench.compare.curves import tables
 from vlbench.compare.figure import swatch
-from vlbench.compare.findings import Findings, Row, counted
+from vlbench.compare.findings import NAMED, Findings, Row, counted
 from vlbench.compare.insides import Inside
 from vlbench.compare.markdown import share, whole
 from vlbench.compare.statistics import POWER
@@ -33,7 +33,12 @@ def page(findings: Findings) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"share": share, "whole": whole, "heat": heat, "exp": math.exp}
-    environment.globals |= {"counted": counted, "version": __version__, "power": POWER}
+    environment.globals |= {
+        "counted": counted,
+        "version": __version__,
+        "power": POWER,
+        "named": NAMED,
+    }
     album = Album(findings.rows[0].runs[0])
     rows = findings.rows
     text = environment.get_template(TEMPLATE).render(
@@ -53,7 +58,7 @@ def page(findings: Findings) -> str:
 
 
 def _title(rows: Sequence[Row]) -> str:
-    if len(rows) > 4:
+    if len(rows) > NAMED:
         return f"{len(rows)} rows compared"
     return " / ".join(row.name for row in rows)
 

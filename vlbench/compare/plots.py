@@ -6,9 +6,21 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
 from vlbench.compare.costs import frontier
-from vlbench.compare.figure import EDGE, FAINT, INK, canvas, height_of, look, named, styled, svg
+from vlbench.compare.figure import (
+    EDGE,
+    FAINT,
+    INK,
+    canvas,
+    height_of,
+    look,
+    named,
+    styled,
+    svg,
+    wrapped,
+)
 from vlbench.compare.findings import Kind, Pair, Row
 
 ALL_PAIRS = 15  # more are not drawn: then the best row is drawn against each other one
@@ -17,7 +29,7 @@ ALL_PAIRS = 15  # more are not drawn: then the best row is drawn against each ot
 @styled()
 def accuracies(rows: Sequence[Row]) -> Markup:
     """Draw each row's accuracy with its interval, and a small point for every seed."""
-    names = [row.name for row in rows]
+    names = [wrapped(row.name) for row in rows]
     figure, ((axes,),) = canvas(0.75 + height_of(names))
     for place, row in enumerate(rows):
         style = {**look(place), "linestyle": "none"}
@@ -39,10 +51,12 @@ def drawn(pairs: Sequence[Pair]) -> list[Pair]:
 def differences(pairs: Sequence[Pair]) -> Markup:
     """Draw the difference of each pair with its interval, and what the design would have found."""
     shown = drawn(pairs)
-    names = [f"{pair.better} over {pair.worse}" for pair in shown]
+    names = [_both(pair) for pair in shown]
     figure, ((axes,),) = canvas(0.75 + height_of(names))
     for place, pair in enumerate(shown):
-        mean, low, high = (100 * x for x in (pair.difference.mean, pair.difference.low, pair.difference.high))
+        mean, low, high = (
+            100 * x for x in (pair.difference.mean, pair.difference.low, pair.difference.high)
+        )
         axes.errorbar(
             [mean],
             [place],
@@ -60,6 +74,12 @@ def differences(pairs: Sequence[Pair]) -> Markup:
     return svg(figure, "plot-differences", "Difference of each pair of rows with its 95 % interval")
 
 
+def _both(pair: Pair) -> str:
+    """Return the names of a pair, on one line if they fit."""
+    line = f"{pair.better} over {pair.worse}"
+    return line if len(line) <= 32 else f"{wrapped(pair.better)}\nover {wrapped(pair.worse)}"
+
+
 @styled()
 def kinds(found: Sequence[Kind], rows: Sequence[Row]) -> Markup:
     """Draw every row's accuracy for every kind of question, one band per kind."""
@@ -73,7 +93,7 @@ def kinds(found: Sequence[Kind], rows: Sequence[Row]) -> Markup:
             style = {**look(index), "linestyle": "none"}
             axes.plot([low, high], [y, y], color=style["color"], linewidth=0.9, alpha=0.6)
             axes.plot([accuracy], [y], markersize=4.5, **style)
-    named(axes, [f"{kind.name} ({kind.count:,})" for kind in found])
+    named(axes, [wrapped(f"{kind.name} ({kind.count:,})") for kind in found])
     axes.set_xlabel("share of questions answered right")
     return svg(figure, "plot-kinds", "Accuracy of each row by kind of question")
 
@@ -93,21 +113,28 @@ def costs(rows: Sequence[Row]) -> Markup:
 def _scatter(axes: Axes, rows: Sequence[Row], prices: Sequence[float | None]) -> None:
     points = [(price, row.accuracy) for price, row in zip(prices, rows, strict=True) if price]
     best = [points[index] for index in frontier(points)]
-    axes.step(*zip(*best, strict=True), where="post", color=FAINT, linewidth=1) if best else None
+    if best:
+        axes.step(*zip(*best, strict=True), where="post", color=FAINT, linewidth=1)
     for index, (price, row) in enumerate(zip(prices, rows, strict=True)):
         if price:
             style = {**look(index), "linestyle": "none"}
             reach = [[row.accuracy - row.low], [row.high - row.accuracy]]
-            axes.errorbar([price], [row.accuracy], yerr=reach, elinewidth=0.8, markersize=7, **style)
+            axes.errorbar(
+                [price], [row.accuracy], yerr=reach, elinewidth=0.8, markersize=7, **style
+            )
     if points and max(points)[0] > 10 * min(points)[0]:
         axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.margins(x=0.15)
 
 
 @styled()
 def drops(rows: Sequence[Row]) -> Markup:
     """Draw the accuracy with the picture, with another one and without any, a line per row."""
-    names = [row.name for row in rows]
+    names = [wrapped(row.name) for row in rows]
     figure, ((axes,),) = canvas(0.75 + height_of(names))
     for place, row in enumerate(rows):
         blank, exchanged = row.mean("blank_accuracy"), row.mean("shuffled_accuracy")

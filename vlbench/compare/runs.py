@@ -139,22 +139,36 @@ def _identity(run: Finished) -> dict[str, Any]:
 
 
 def _names(runs: Sequence[Finished]) -> list[str]:
-    """Return a short name of each recipe: its connector, and whatever else tells it apart."""
-    names = [str(run.recipe["connector.name"]) for run in runs]
-    if len(set(names)) == len(names):
-        return names
+    """Return a short name of each recipe: its connector, and as few other keys as tell it apart."""
     identities = [_identity(run) for run in runs]
+    if len(runs) == 1:
+        return [str(identities[0]["connector.name"])]
+
+    def different(keys: Sequence[str]) -> int:
+        return len({json.dumps([one.get(key) for key in keys]) for one in identities})
+
     keys = dict.fromkeys(key for one in identities for key in one)
-    differ = [
-        key
-        for key in keys
-        if key != "connector.name" and len({json.dumps(one.get(key)) for one in identities}) > 1
-    ]
-    return [
-        " ".join([name, *(f"{_short(key)}={one.get(key)}" for key in differ)])
-        for name, one in zip(names, identities, strict=True)
-    ]
+    # a connector says most, then what has most values; a rate names a row only where it must
+    order = sorted(
+        keys, key=lambda key: (key != "connector.name", -different([key]), key.endswith(".lr"))
+    )
+    telling: list[str] = []
+    for key in order:
+        if different([*telling, key]) > different(telling):
+            telling.append(key)
+    short = _short(telling)
+    return [" ".join(_named(short[key], one.get(key)) for key in telling) for one in identities]
 
 
-def _short(key: str) -> str:
-    return ".".join(part for part in key.split(".") if part not in ("stages", "train", "connector"))
+def _short(keys: Sequence[str]) -> dict[str, str]:
+    """Return the last two parts of each key; all of it, where these are those of another one."""
+    ends = {key: ".".join(key.split(".")[-2:]) for key in keys}
+    found = list(ends.values())
+    return {key: end if found.count(end) == 1 else key for key, end in ends.items()}
+
+
+def _named(key: str, value: Any) -> str:
+    """Return `qformer` for a connector's name, `lora.rank=4` for another key."""
+    if key == "connector.name":
+        return str(value)
+    return f"{key.removeprefix('connector.')}={'null' if value is None else value}"

@@ -10,6 +10,7 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from vlbench.compare.curves import Series, Table, columns, series, stages
 from vlbench.compare.figure import FAINT, WIDTH, canvas, look, styled, svg, wrapped
@@ -40,7 +41,9 @@ def losses(tables: Mapping[str, Sequence[Table]], order: Sequence[str]) -> Marku
         low, high = panel.dataLim.intervaly
         if 0 < low and high > STEEP * low and math.isfinite(high):
             panel.set_yscale("log")
-            panel.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:g}"))
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
+            panel.yaxis.set_minor_formatter(NullFormatter())
     _stages(panels, names, "loss")
     return svg(figure, "plot-losses", "Losses of each row against steps, stage by stage")
 
@@ -92,7 +95,9 @@ def tokens(found: Sequence[Inside], order: Sequence[str]) -> Markup:
     """Draw how much each visual token of each row matters, against an even share."""
     down = math.ceil(len(found) / ACROSS)
     across = min(ACROSS, len(found))
-    figure = Figure(figsize=(WIDTH * across / ACROSS if across > 1 else WIDTH / 2, 0.3 + 1.9 * down))
+    figure = Figure(
+        figsize=(WIDTH * across / ACROSS if across > 1 else WIDTH / 2, 0.3 + 1.9 * down)
+    )
     panels = figure.subplots(down, across, squeeze=False).flat
     for inside, panel in zip(found, panels, strict=False):
         count = len(inside.tokens)
