@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import re
 import textwrap
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import matplotlib
@@ -43,11 +44,15 @@ STYLE = {
 NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 
-def styled() -> AbstractContextManager[Any]:
-    """Return the style, whatever the user's matplotlibrc says; it works as a decorator."""
+@contextmanager
+def styled() -> Iterator[None]:
+    """Draw in our style, whatever the user's matplotlibrc says; it works as a decorator."""
     keep = ("backend", "interactive", "toolbar", "timezone")
-    plain = {k: v for k, v in matplotlib.rcParamsDefault.items() if not k.startswith(keep)}
-    return matplotlib.rc_context({**plain, **STYLE})
+    defaults = matplotlib.rcParamsDefault.items()
+    style: Any = {key: value for key, value in defaults if not key.startswith(keep)}
+    style |= STYLE
+    with matplotlib.rc_context(style):
+        yield
 
 
 def look(index: int) -> dict[str, Any]:
@@ -83,7 +88,8 @@ def svg(figure: Figure, key: str, alt: str) -> Markup:
 def swatch(index: int) -> Markup:
     """Return the marker of a row on a piece of its line, for legends."""
     with styled():
-        figure = Figure(figsize=(0.5, 0.2), layout="none")
+        figure = Figure(figsize=(0.5, 0.2))
+        figure.set_layout_engine("none")
         axes = figure.add_axes((0, 0, 1, 1))
         axes.add_line(Line2D([0.05, 0.5, 0.95], [0.5] * 3, markevery=[1], **look(index)))
         axes.set_axis_off()

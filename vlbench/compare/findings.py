@@ -95,7 +95,8 @@ class Kind(NamedTuple):
     name: str
     language: bool
     """True for a language, False for a type."""
-    count: int
+    number: int
+    """How many they are."""
     found: list[tuple[float, float, float]]
     """Accuracy of each row and the ends of its interval, in the order of the rows."""
 

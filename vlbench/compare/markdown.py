@@ -25,7 +25,7 @@ def markdown(findings: Findings) -> str:
 
 def _differences(findings: Findings) -> list[str]:
     if not findings.differing:
-        return ["The rows have the same recipe."]
+        return ["The rows have the same recipe." if findings.pairs else "There is one row only."]
     names = [arm.name for arm in findings.arms]
     lines = ["What differs:", "", f"| key | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
     return lines + [f"| `{key}` | {' | '.join(values)} |" for key, values in findings.differing]
@@ -70,5 +70,5 @@ def _by_kind(findings: Findings) -> list[str]:
     lines = [f"| questions | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
     for kind in findings.kinds:
         values = [f"{accuracy:.3f}" for accuracy, _, _ in kind.found]
-        lines.append(f"| {kind.name} ({kind.count}) | {' | '.join(values)} |")
+        lines.append(f"| {kind.name} ({kind.number}) | {' | '.join(values)} |")
     return lines

@@ -93,7 +93,7 @@ def kinds(found: Sequence[Kind], rows: Sequence[Row]) -> Markup:
             style = {**look(index), "linestyle": "none"}
             axes.plot([low, high], [y, y], color=style["color"], linewidth=0.9, alpha=0.6)
             axes.plot([accuracy], [y], markersize=4.5, **style)
-    named(axes, [wrapped(f"{kind.name} ({kind.count:,})") for kind in found])
+    named(axes, [wrapped(f"{kind.name} ({kind.number:,})") for kind in found])
     axes.set_xlabel("share of questions answered right")
     return svg(figure, "plot-kinds", "Accuracy of each row by kind of question")
 
