@@ -96,6 +96,7 @@ def test_rows_share_stages_and_a_second_call_repeats_nothing(tmp_path, monkeypat
     assert "| `stages.chat.train.language.lr` |" in said
     report = (tmp_path / "c/report.md").read_text()
     assert report.startswith("# Comparison") and "p " in report
+    assert "lora.rank=64" in (tmp_path / "c/report.html").read_text()
     header, *rows = (tmp_path / "c/language.lora=null/seed0/metrics.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows].count("align_224") == 2
     assert main(words) == 0

@@ -55,6 +55,18 @@ def test_learning_rates_come_first_among_what_differs(tmp_path, capsys):
     assert lines[0].startswith("| `stages.chat.train.connector.lr` |") and len(lines) == 2
 
 
+def test_names_of_rows_say_as_little_as_tells_them_apart(tmp_path, capsys):
+    lora, rate = "stages.chat.train.language.lora", "stages.chat.train.connector.lr"
+    run(tmp_path / "a", 0.8, 0, f"{lora}.rank=4")
+    run(tmp_path / "b", 0.8, 0, f"{lora}.rank=64", f"{rate}=1e-3")
+    run(tmp_path / "c", 0.8, 0)
+    assert main(["report", str(tmp_path)]) == 0
+    assert "| key | lora.rank=4 | lora.rank=64 | lora.rank=null |" in capsys.readouterr().out
+    run(tmp_path / "d", 0.8, 0, f"{lora}.rank=64", "connector.name=linear")
+    assert main(["report", str(tmp_path / "b"), str(tmp_path / "d")]) == 0
+    assert "| key | llava_mlp | linear |" in capsys.readouterr().out
+
+
 def test_a_seed_that_is_missing_in_a_row_is_left_out_and_said(runs, capsys):
     for file in (runs / "linear/2").iterdir():
         file.unlink()

@@ -124,7 +124,9 @@ VERBS = {
         compare,
     ),
     "report": Verb(
-        "DIR ... [to=FILE.md]", "compare finished runs: intervals, differences, costs", report
+        "DIR ... [to=FILE.md] [to=FILE.html]",
+        "compare finished runs: intervals, differences, costs",
+        report,
     ),
     "show": Verb("recipe=NAME [size=SIZE] [KEY=VALUE ...]", "print a resolved recipe", show),
     "list": Verb("[recipes|sizes|connectors [size=SIZE]|towers]", "print what there is", list_),

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlbench import plugins
+from vlbench.compare.cautions import MATCHED
 from vlbench.compare.grid import Row, load
-from vlbench.compare.report import MATCHED
 from vlbench.mistakes import Mistake, nearest
 from vlbench.model.compose import options_of
 from vlbench.model.frame import COUNTS, Frame

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlbench.compare.candidates import Candidate, Candidates
+from vlbench.compare.cautions import MATCHED
 from vlbench.compare.grid import Grid, Row, load
-from vlbench.compare.report import MATCHED
 from vlbench.model.frame import Frame
 from vlbench.words import typed
 

@@ -11,17 +11,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlbench.compare import plan, sweep
+from vlbench.compare.findings import find
 from vlbench.compare.grid import Grid
 from vlbench.compare.jobs import STOPPED, Job, Stopped, slots, slurm, train
+from vlbench.compare.markdown import markdown
 from vlbench.compare.match import matched
-from vlbench.compare.report import report
+from vlbench.compare.report import write
 from vlbench.compare.runs import load
 from vlbench.compare.sharing import partner, share
 from vlbench.files import read_json
 from vlbench.train.report import duration, say
-from vlbench.train.run import Run, write_whole
+from vlbench.train.run import Run
 
-REPORT = "report.md"
+REPORTS = ("report.md", "report.html")
 
 
 def run_grid(grid: Grid) -> int:
@@ -104,13 +106,12 @@ def _for_slurm(grid: Grid) -> int:
 def _finish(grid: Grid, failed: dict[Path, str]) -> int:
     """Write the report of what is finished, and name what failed; return the exit code."""
     done = [load(folder) for folder in grid.run_folders() if Run(folder).finished]
-    lines = [f"- {folder}: {why}" for folder, why in failed.items()]
     if done:
-        text = report(done)
-        if lines:
-            text += "\n\n## Failed\n\n" + "\n".join(lines)
-        write_whole(grid.folder / REPORT, text + "\n")
-        print(f"\n{text}\n\nwrote {grid.folder / REPORT}")
+        findings = find(done, failed)
+        print(f"\n{markdown(findings)}\n")
+        for name in REPORTS:
+            write(findings, grid.folder / name)
+            print(f"wrote {grid.folder / name}")
     return 1 if failed else 0
 
 

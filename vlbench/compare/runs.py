@@ -33,6 +33,10 @@ class Finished:
     """Question -> whether its answer was right."""
     kinds: dict[str, tuple[str, str]]
     """Question -> its type and language."""
+    texts: dict[str, tuple[str, str]]
+    """Question -> the answer and the true one."""
+    versions: dict[str, str]
+    """Of what the run was made with, its commit among them."""
 
     @property
     def seed(self) -> int:
@@ -46,17 +50,27 @@ def load(folder: Path) -> Finished:
         if not (folder / name).is_file():
             what = "is not finished" if (folder / "recipe.yaml").is_file() else "is no run folder"
             raise Mistake(f"{folder} {what}: it has no {name}")
-    right, kinds = {}, {}
+    right, kinds, texts = {}, {}, {}
     for number, line in enumerate(read_text(folder / "answers.jsonl").splitlines(), 1):
         try:
             one = json.loads(line)
             if one["set"] == ASKED:
                 right[one["id"]] = bool(one["correct"])
                 kinds[one["id"]] = (one["type"], one["language"])
+                texts[one["id"]] = (one.get("answer", ""), one.get("truth", ""))
         except (ValueError, KeyError, TypeError) as error:
             raise Mistake(f"{folder / 'answers.jsonl'}, line {number}: is no answer") from error
     recipe = flat(plain(recipes.load_file(folder / "recipe.yaml")))
-    return Finished(folder, recipe, read_json(folder / "results.json"), right, kinds)
+    results = read_json(folder / "results.json")
+    return Finished(folder, recipe, results, right, kinds, texts, _versions(folder, results))
+
+
+def _versions(folder: Path, results: dict[str, Any]) -> dict[str, str]:
+    """Return what is known of versions; the commit is that of the end, where answers were made."""
+    file = folder / "versions.json"
+    found = read_json(file) if file.is_file() else {}
+    found |= {"commit": results["commit"]} if results.get("commit") else {}
+    return {name: str(value) for name, value in found.items()}
 
 
 @dataclass(frozen=True)
@@ -125,22 +139,36 @@ def _identity(run: Finished) -> dict[str, Any]:
 
 
 def _names(runs: Sequence[Finished]) -> list[str]:
-    """Return a short name of each recipe: its connector, and whatever else tells it apart."""
-    names = [str(run.recipe["connector.name"]) for run in runs]
-    if len(set(names)) == len(names):
-        return names
+    """Return a short name of each recipe: its connector, and as few other keys as tell it apart."""
     identities = [_identity(run) for run in runs]
+    if len(runs) == 1:
+        return [str(identities[0]["connector.name"])]
+
+    def different(keys: Sequence[str]) -> int:
+        return len({json.dumps([one.get(key) for key in keys]) for one in identities})
+
     keys = dict.fromkeys(key for one in identities for key in one)
-    differ = [
-        key
-        for key in keys
-        if key != "connector.name" and len({json.dumps(one.get(key)) for one in identities}) > 1
-    ]
-    return [
-        " ".join([name, *(f"{_short(key)}={one.get(key)}" for key in differ)])
-        for name, one in zip(names, identities, strict=True)
-    ]
+    # a connector says most, then what has most values; a rate names a row only where it must
+    order = sorted(
+        keys, key=lambda key: (key != "connector.name", -different([key]), key.endswith(".lr"))
+    )
+    telling: list[str] = []
+    for key in order:
+        if different([*telling, key]) > different(telling):
+            telling.append(key)
+    short = _short(telling)
+    return [" ".join(_named(short[key], one.get(key)) for key in telling) for one in identities]
 
 
-def _short(key: str) -> str:
-    return ".".join(part for part in key.split(".") if part not in ("stages", "train", "connector"))
+def _short(keys: Sequence[str]) -> dict[str, str]:
+    """Return the last two parts of each key; all of it, where these are those of another one."""
+    ends = {key: ".".join(key.split(".")[-2:]) for key in keys}
+    found = list(ends.values())
+    return {key: end if found.count(end) == 1 else key for key, end in ends.items()}
+
+
+def _named(key: str, value: Any) -> str:
+    """Return `qformer` for a connector's name, `lora.rank=4` for another key."""
+    if key == "connector.name":
+        return str(value)
+    return f"{key.removeprefix('connector.')}={'null' if value is None else value}"

@@ -90,12 +90,12 @@ def compare(one: Right, other: Right) -> Difference:
     reach = float(stats.t.ppf((1 + LEVEL) / 2, freedom))
     return Difference(
         mean=mean,
-        low=mean - reach * error,
-        high=mean + reach * error,
+        low=max(-1.0, mean - reach * error),  # no difference of shares is larger than 1
+        high=min(1.0, mean + reach * error),
         p=float(2 * stats.t.sf(abs(mean) / error, freedom)),
         error=error,
         freedom=float(freedom),
-        detectable=(reach + float(stats.t.ppf(POWER, freedom))) * error,
+        detectable=min(1.0, (reach + float(stats.t.ppf(POWER, freedom))) * error),
         seeds=seeds,
         questions=questions,
     )

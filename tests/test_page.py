@@ -1,0 +1,259 @@
+"""The page of a comparison: what it holds, what it says is missing, that it is one file."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import random
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from vlbench import recipe as recipes
+from vlbench.__main__ import main
+from vlbench.compare.cases import cases
+from vlbench.compare.costs import frontier
+from vlbench.compare.curves import series, tables
+from vlbench.compare.findings import Findings, find
+from vlbench.compare.markdown import markdown
+from vlbench.compare.page import page
+from vlbench.compare.runs import load
+from vlbench.data.scenes import held_out
+
+QUESTIONS = held_out("new")[:60]
+EVIL = "<script>alert('x')</script> & \ud800"
+
+
+def run(folder: Path, chance: float, seed: int, *words: str) -> Path:
+    """Make a finished run about rendered scenes whose answers are right with `chance`."""
+    folder.mkdir(parents=True)
+    words = ("recipe=yivl_llava", f"seed={seed}", f"run={folder}", *words)
+    recipes.save(recipes.load(list(words)), folder / "recipe.yaml")
+    rng = random.Random(f"{seed} {words[3:]}")
+    lines = []
+    for one in QUESTIONS:
+        right = rng.random() < chance
+        lines.append(
+            {
+                "set": "accuracy",
+                "id": one.id,
+                "type": one.type,
+                "language": one.language,
+                "truth": one.answer,
+                "answer": one.answer if right else EVIL,
+                "correct": right,
+            }
+        )
+    (folder / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    results = {"asked_of": "new pictures", "seconds": 61.0 + seed, "blank_accuracy": 0.2}
+    budget = {"parameters": 1000, "tokens": 64, "latents": 0, "flops": 10**9, "cache": 65536}
+    (folder / "results.json").write_text(json.dumps({**results, "budget": budget}))
+    return folder
+
+
+def train(folder: Path, loss: float, *gates: str) -> None:
+    """Give a run metrics of two stages."""
+    header = ["stage", "step", "loss", "held_out_loss", "seconds", *gates]
+    lines = [
+        [stage, step, loss / step, loss if step % 20 == 0 else "", 1.5, *(0.1 for _ in gates)]
+        for stage in ("align", "chat")
+        for step in (10, 20, 30, 40)
+    ]
+    rows = [",".join(map(str, line)) for line in [header, *lines, ["chat", 50, "", "", ""]]]
+    (folder / "metrics.csv").write_text("\n".join(rows) + "\n")
+
+
+def diagnose(folder: Path, **changes: object) -> None:
+    """Give a run diagnostics of two questions."""
+    flat = [[1 / 64] * 8] * 8
+    maps = [
+        {
+            "id": one.id,
+            "question": one.text,
+            "answer": EVIL,
+            "truth": one.answer,
+            "grid": [8, 8],
+            "relevance": relevance,
+        }
+        for one, relevance in zip(QUESTIONS, (flat, None), strict=False)
+    ]
+    attention = {"entropy": math.log(32), "uniform": math.log(64), "maps": [flat, flat]}
+    found = {"maps": maps, "tokens": [0.25] * 4, "effective": 4.0, "attention": attention}
+    (folder / "diagnostics.json").write_text(json.dumps({**found, **changes}))
+
+
+@pytest.fixture(scope="module")
+def findings(tmp_path_factory) -> Findings:
+    home, folders = tmp_path_factory.mktemp("runs"), []
+    for seed in range(3):
+        folders.append(run(home / f"llava/{seed}", 0.85, seed))
+        folders.append(run(home / f"linear/{seed}", 0.5, seed, "connector.name=linear"))
+        train(folders[-2], 1.0 + seed, "gate_attn_0", "gate_ff_0")
+    diagnose(folders[0])
+    return find([load(folder) for folder in folders])
+
+
+@pytest.fixture(scope="module")
+def written(findings) -> str:
+    return page(findings)
+
+
+def text_of(written: str) -> str:
+    """Return what a reader sees of a page, on one line."""
+    without = re.sub(r"<(style|svg)\b.*?</\1>", " ", written, flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", without)).split())
+
+
+def test_the_page_holds_what_the_markdown_holds(findings, written):
+    seen = text_of(written)
+    for cell in re.findall(r"[^|\n]+", markdown(findings).replace("`", "")):
+        cell = cell.strip().removeprefix("- ")
+        if cell and not re.fullmatch(r"[-:]+|s|shuffled|#.*|What differs:", cell):
+            assert cell in seen, cell
+    for row in findings.rows:
+        assert f"{row.name} {row.accuracy:.3f} {row.low:.3f} to {row.high:.3f}" in seen
+    assert findings.verdict in seen and "llava_mlp answers 8" in seen
+
+
+def test_it_is_one_file_and_the_same_every_time(findings, written):
+    assert written == page(findings)
+    targets = re.findall(r"""(?:src|href|action|data)\s*=\s*["']([^"']*)""", written)
+    targets += re.findall(r"url\(([^)]*)\)", written) + re.findall(r"@import.*", written)
+    assert targets and all(one.startswith(("#", "data:image/png;base64,")) for one in targets)
+    ids = re.findall(r'\bid="([^"]+)"', written)
+    assert len(ids) == len(set(ids))
+    assert {one[1:] for one in targets if one.startswith("#")} <= set(ids)
+    assert "NaN" not in written and " nan" not in text_of(written)
+    assert 20_000 < len(written) < 5_000_000
+
+
+def test_what_was_answered_cannot_become_part_of_the_page(written):
+    assert "<script" not in written and "&lt;script&gt;alert(" in written
+
+
+def test_the_plots_are_xml(written):
+    drawn = re.findall(r"<svg id=.*?</svg>", written, re.DOTALL)
+    assert len(drawn) == 2 + 8  # swatches; plots, gates and tokens among them
+    for one in drawn:
+        assert ElementTree.fromstring(one).get("viewBox")
+
+
+def test_chinese_questions_and_their_pictures_are_there(written):
+    shown = [one for one in QUESTIONS if one.text in written and one.language == "zh"]
+    assert shown and "data:image/png;base64" in written
+
+
+def test_one_row_of_one_seed_without_anything_is_said(tmp_path):
+    folder = run(tmp_path / "a", 0.5, 0)
+    (folder / "results.json").write_text("{}")
+    lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    bare = [{**line, "type": "", "language": "", "truth": "?"} for line in lines]
+    (folder / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in bare))
+    seen = text_of(page(find([load(folder)])))
+    for sentence in (
+        "One seed: what another run would give is not known.",
+        "There is no other row to compare it with.",
+        "These runs have no metrics.csv.",
+        "The questions have neither types nor languages.",
+        "These runs do not say what they cost.",
+        "There is one row only",
+        "These runs have no diagnostics.json",
+    ):
+        assert sentence in seen
+
+
+def test_what_some_rows_lack_is_said(written):
+    seen = text_of(written)
+    assert "Without metrics.csv, and so not drawn: linear." in seen
+    assert "Without diagnostics.json: linear." in seen
+    assert "no map: the answer does not depend on the picture" in seen
+    assert "32.0 of 64" in seen
+
+
+def test_pictures_of_other_data_are_missing_and_that_is_said_once(tmp_path):
+    words = ("data.train=gone.json", "data.val=gone.json")
+    folders = [run(tmp_path / "a", 0.9, 0, *words)]
+    folders += [run(tmp_path / "b", 0.5, 0, "connector.name=linear", *words)]
+    written = page(find([load(folder) for folder in folders]))
+    assert text_of(written).count("gone.json: there is no such file") == 1
+    assert "data:image/png;base64" not in written and "new-" in text_of(written)
+
+
+def test_versions_questions_and_failures_are_warned_of(tmp_path):
+    folders = [run(tmp_path / "a", 0.9, 0), run(tmp_path / "b", 0.5, 0, "connector.name=linear")]
+    for number, folder in enumerate(folders):
+        (folder / "versions.json").write_text(json.dumps({"torch": f"2.{number}", "peft": "1"}))
+    answers = (folders[0] / "answers.jsonl").read_text().splitlines()[:-3]
+    (folders[0] / "answers.jsonl").write_text("\n".join(answers))
+    results = json.loads((folders[1] / "results.json").read_text())
+    results["budget"]["flops"] *= 2
+    (folders[1] / "results.json").write_text(json.dumps(results))
+    found = find([load(folder) for folder in folders], {tmp_path / "c": "out of memory"})
+    for text in (markdown(found), text_of(page(found))):
+        assert "made with different versions: torch (2.0, 2.1)." in text
+        assert "Only 57 of up to 60 questions were asked of every run." in text
+        assert "Not matched within 5%: prefill FLOPs." in text
+        assert f"{tmp_path / 'c'}: out of memory" in text and "1 run failed" in text
+
+
+def test_only_what_nothing_else_beats_is_on_the_frontier():
+    points = [(3.0, 0.9), (1.0, 0.5), (2.0, 0.4), (2.0, 0.7), (4.0, 0.9), (5.0, 0.95)]
+    assert frontier(points) == [1, 3, 0, 5]
+    assert frontier([(1.0, 0.5), (1.0, 0.5)]) == [0, 1] and frontier([]) == []
+
+
+def test_wins_are_the_questions_on_which_most_seeds_part(findings):
+    better, worse = findings.rows
+    for one, other in ((better, worse), (worse, better)):
+        found = cases(one, other, findings.questions)
+        won, lost = one.right.sum(axis=0), other.right.sum(axis=0)
+        assert found.count == np.sum((won >= 2) & (lost <= 1))
+        clearest = sorted(zip(lost - won, findings.questions, strict=True), key=lambda x: x[0])
+        assert [case.id for case in found.shown][:1] == [clearest[0][1]]
+        assert len(found.shown) == min(6, found.count)
+        for case in found.shown:
+            right = [[mark for _, marks in row.said for mark in marks] for row in case.answers]
+            assert sum(right[0]) >= 2 and sum(right[1]) <= 1 and len(right[0]) == 3
+
+
+def test_curves_are_means_over_seeds_stage_by_stage(findings):
+    found = tables(findings.rows[0])
+    held_out = series(found, "held_out_loss")
+    assert list(held_out) == ["align", "chat"] and held_out["chat"].steps == [20, 40]
+    assert held_out["chat"].mean == [2.0, 2.0]
+    assert held_out["chat"].low == [1.0, 1.0] and held_out["chat"].high == [3.0, 3.0]
+    assert series(found, "loss")["align"].steps == [10, 20, 30, 40]
+
+
+def test_the_verb_writes_both_forms(tmp_path, capsys):
+    run(tmp_path / "a", 0.9, 0)
+    words = ["report", str(tmp_path), f"to={tmp_path / 'r.md'}", f"to={tmp_path / 'r.html'}"]
+    assert main(words) == 0
+    assert (tmp_path / "r.md").read_text() == capsys.readouterr().out
+    assert (tmp_path / "r.html").read_text().startswith("<!DOCTYPE html>")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["to=r.pdf"], "to=r.pdf is no form of a report: to=FILE.md or to=FILE.html"),
+        (["to=r.md", "to=s.md"], "to=FILE.md and to=FILE.html once each"),
+        (["to=nowhere/r.html"], "to=nowhere/r.html cannot be written"),
+    ],
+)
+def test_mistakes_are_one_line(words, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(tmp_path / "a", 0.9, 0)
+    assert main(["report", "a", *words]) == 2
+    said = capsys.readouterr().err
+    assert message in said and len(said.splitlines()) == 1
+
+
+def test_diagnostics_that_are_none_are_a_mistake(tmp_path, capsys):
+    diagnose(run(tmp_path / "a", 0.9, 0), tokens="all")
+    assert main(["report", str(tmp_path), f"to={tmp_path / 'r.html'}"]) == 2
+    assert "diagnostics.json: holds no diagnostics" in capsys.readouterr().err
