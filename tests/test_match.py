@@ -9,7 +9,7 @@ import pytest
 from vlbench import plugins
 from vlbench import recipe as recipes
 from vlbench.__main__ import main
-from vlbench.compare import run
+from vlbench.compare import plan, run
 from vlbench.compare.grid import BUDGETS, Row, parse
 from vlbench.compare.match import Match, solve, table
 from vlbench.mistakes import Mistake
@@ -189,15 +189,17 @@ def test_another_budget_is_refused(tmp_path, monkeypatch, capsys):
 
 def test_every_run_gets_what_was_found_and_the_plan_says_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    ran: list[list[str]] = []
+    ran: list[tuple[str, ...]] = []
 
-    def fit(words: list[str], log: Path) -> int:
-        ran.append(words)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text("vlbench: not today")
-        return 1
+    def train(jobs, count, ready, start, end) -> None:
+        for job in jobs:
+            ran.append(job.words)
+            job.folder.parent.mkdir(parents=True, exist_ok=True)
+            job.log.write_text("vlbench: not today")
+            end(job, 1)
 
-    monkeypatch.setattr(run, "_fit", fit)
+    monkeypatch.setattr(run, "train", train)
+    monkeypatch.setattr(plan, "_probe", lambda *_: None)
     grid = "grid=connector.name=linear | connector.name=glu | connector.name=eva"
     words = ["recipe=yivl_llava", "seeds=2", "match=params", grid]
     assert main(["compare", *words]) == 1

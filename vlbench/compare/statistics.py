@@ -73,13 +73,14 @@ def compare(one: Right, other: Right) -> Difference:
     mean = float(cells.mean())
     parts = mean_squares(cells)
     # E[between seeds] = rest + questions x seeds' variance, and so for questions: their sum less
-    # the rest is what the mean's variance is made of. A negative share of questions is noise.
-    terms = [(parts.seeds, seeds - 1)] if seeds > 1 else []
-    if parts.questions > parts.rest:
-        terms += [(parts.questions, questions - 1)]
-        terms += [(-parts.rest, (seeds - 1) * (questions - 1))] if seeds > 1 else []
-    elif seeds == 1:
-        terms += [(parts.questions, questions - 1)]
+    # the rest is what the mean's variance is made of. A negative share of either is noise.
+    terms = [(parts.seeds, seeds - 1), (parts.questions, questions - 1)]
+    if seeds == 1 or parts.seeds <= parts.rest < parts.questions:
+        terms = terms[1:]
+    elif parts.questions <= parts.rest:
+        terms = terms[:1]
+    else:
+        terms += [(-parts.rest, (seeds - 1) * (questions - 1))]
     total = sum(value for value, _ in terms)
     if total <= 0:
         return Difference(mean, mean, mean, float(mean == 0), 0.0, 1.0, 0.0, seeds, questions)
