@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from vlbench import recipe as recipes
 from vlbench.__main__ import main
+from vlbench.compare import plan, run
 from vlbench.compare.grid import parse
 from vlbench.compare.sharing import alike
 
@@ -62,6 +64,11 @@ def test_a_grid_may_be_a_file(tmp_path):
         (["recipe=yivl_llava", "seeds=two"], "seeds is 'two'"),
         (["recipe=yivl_llava", "seed=1"], "seed is not for compare"),
         (["recipe=yivl_llava", "init=x"], "init is not for compare"),
+        (["recipe=yivl_llava", "jobs=0"], "jobs is '0'; allowed are 1 to 1000, auto"),
+        (["recipe=yivl_llava", "sweep=2"], "sweep is '2'; wanted are factors"),
+        (["recipe=yivl_llava", "sweep=1,x"], "sweep is '1,x'; wanted are factors"),
+        (["recipe=yivl_llava", "freeze=language"], "freeze is 'language'; the part whose"),
+        (["recipe=yivl_llava", "dry_run=yes"], "dry_run is 'yes'; allowed are true and false"),
         (["recipe=yivl_llava", "grid=connector.dept=1 | connector.depth=2"], "'depth'"),
         (["recipe=yivl_llava", "grid=connector.depth"], "which is not KEY=VALUE"),
         (["recipe=yivl_llava", "grid=connector.depth=1 | | a=1"], "alternative 2 holds nothing"),
@@ -86,7 +93,52 @@ def test_stages_are_alike_until_something_differs():
         assert alike(one(), one(word)) == []
 
 
-def test_rows_share_stages_and_a_second_call_repeats_nothing(tmp_path, monkeypatch, capfd):
+@pytest.fixture
+def no_probe(monkeypatch):
+    """Start at once: what a run takes is not tried."""
+    monkeypatch.setattr(plan, "_probe", lambda *_: None)
+
+
+def test_the_plan_says_what_the_runs_will_take_and_tries_that_once(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    words = ["compare", "recipe=yivl_llava", "seeds=2", "run=c", *SHORT]
+    words += ["grid=connector.depth=2 | trainer.accelerator=mps"]
+    monkeypatch.setattr(run, "_train", lambda *_: {})
+    assert main(words) == 0
+    said = capfd.readouterr()
+    cost = r"connector.depth=2: 2 runs to go, \d+ s and [\d.]+ GB each"
+    assert re.search(cost, said.out) and re.search(r"about \d+ s in all with jobs=1", said.out)
+    assert "trainer.accelerator=mps: cannot be run: " in said.err
+    assert {path.name for path in (tmp_path / "c").iterdir()} == {"plan.json", "command.txt"}
+    assert "'grid=connector.depth=2 |" in (tmp_path / "c/command.txt").read_text()
+    monkeypatch.setattr(plan, "_probe", lambda *_: pytest.fail("tried again"))
+    assert main([*words, "dry_run=true"]) == 0
+    monkeypatch.setattr(plan, "_probe", lambda *_: None)
+    words[3] = "run=other"
+    assert main([*words, "dry_run=true"]) == 0 and not (tmp_path / "other").exists()
+    (tmp_path / "other").write_text("a file")
+    assert main(words) == 2 and "run=other cannot be used" in capfd.readouterr().err
+
+
+def test_a_sweep_comes_first_and_is_reported(tmp_path, monkeypatch, capfd, no_probe):
+    monkeypatch.chdir(tmp_path)
+    words = ["compare", "recipe=yivl_llava", "seeds=1", "run=c", "sweep=1,0.5", "freeze=vision"]
+    assert main([*words, *SHORT, "jobs=2", "only=chat"]) == 0
+    said = capfd.readouterr().out
+    assert said.index("[2/2] yivl_llava, rate x 0.5: accuracy") < said.index("[1/1] yivl_llava")
+    report = (tmp_path / "c/report.md").read_text()
+    assert re.search(r"yivl_llava x 1 [\d.]+, x 0.5 [\d.]+: x (1|0.5) is taken", report)
+    assert "The vision tower is frozen in every stage of every row." in report
+    assert "is taken" in (tmp_path / "c/report.html").read_text()
+    assert len(list((tmp_path / "c/features").rglob("*.safetensors"))) >= 1
+    capfd.readouterr()
+    assert main(["report", "c"]) == 0  # the trials are no rows
+    assert "Rows: 1; seeds: 0" in capfd.readouterr().out
+
+
+def test_rows_share_stages_and_a_second_call_repeats_nothing(
+    tmp_path, monkeypatch, capfd, no_probe
+):
     monkeypatch.chdir(tmp_path)
     words = ["compare", "recipe=yivl_llava", "seeds=1", GRID, "run=c", *SHORT]
     assert main(words) == 0
@@ -112,7 +164,7 @@ def test_rows_share_stages_and_a_second_call_repeats_nothing(tmp_path, monkeypat
     assert one.read_bytes() == other.read_bytes()
 
 
-def test_a_failed_run_is_named_and_does_not_sink_the_rest(tmp_path, monkeypatch, capfd):
+def test_a_failed_run_is_named_and_does_not_sink_the_rest(tmp_path, monkeypatch, capfd, no_probe):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c/linear/seed0").mkdir(parents=True)
     (tmp_path / "c/linear/seed0/mine.txt").write_text("somebody's")

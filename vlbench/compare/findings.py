@@ -116,6 +116,8 @@ class Findings:
     pairs: list[Pair]
     kinds: list[Kind]
     warnings: list[str]
+    notes: list[str]
+    """Sentences about what all rows have in common, or how they came to be."""
     failed: Mapping[Path, str]
     """Folder of a run that failed -> why."""
 
@@ -168,8 +170,15 @@ class Findings:
         return text
 
 
-def find(runs: Sequence[Finished], failed: Mapping[Path, str] | None = None) -> Findings:
-    """Compare finished runs; `failed` are the folders of others, with the reason."""
+def find(
+    runs: Sequence[Finished],
+    failed: Mapping[Path, str] | None = None,
+    notes: Sequence[str] = (),
+) -> Findings:
+    """Compare finished runs; `failed` are the folders of others, with the reason.
+
+    `notes` are sentences about how the runs came to be.
+    """
     given = arms(runs)
     seeds, questions = shared(given)
     rows = sorted((_row(arm, seeds, questions) for arm in given), key=lambda row: -row.accuracy)
@@ -183,8 +192,16 @@ def find(runs: Sequence[Finished], failed: Mapping[Path, str] | None = None) -> 
         pairs=pairs(rows),
         kinds=_kinds(rows, questions),
         warnings=cautions(given, seeds, questions, failed),
+        notes=[*_frozen(given), *notes],
         failed=failed,
     )
+
+
+def _frozen(given: Sequence[Arm]) -> list[str]:
+    """Say that the tower learned nothing in any run, if that is so."""
+    keys = [key for arm in given for key, value in arm.runs[0].recipe.items() if value is not None]
+    trained = any(key.startswith("stages.") and ".train.vision" in key for key in keys)
+    return [] if trained else ["The vision tower is frozen in every stage of every row."]
 
 
 def _row(arm: Arm, seeds: Sequence[int], questions: Sequence[str]) -> Row:

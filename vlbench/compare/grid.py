@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,11 @@ class Row:
         """Return the words of `fit` with a seed."""
         return [*self.words, f"seed={seed}"]
 
+    def changed(self, values: Mapping[str, object]) -> Row:
+        """Return the row with other values of some keys."""
+        others = [word for word in self.words if word.split("=")[0] not in values]
+        return Row(self.name, (*others, *(f"{key}={value}" for key, value in values.items())))
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -50,6 +55,8 @@ class Grid:
     """How many runs are trained at once: a number, `auto` or `slurm`."""
     dry_run: bool = False
     """Show the plan alone."""
+    words: tuple[str, ...] = ()
+    """What was typed."""
 
     def run_folders(self) -> list[Path]:
         """Return the folders of all runs."""
@@ -93,6 +100,7 @@ def parse(words: list[str]) -> Grid:
         _factors(own.get("sweep")),
         _jobs(own.get("jobs", "auto")),
         _truth(own.get("dry_run", "false")),
+        tuple(words),
     )
 
 
@@ -156,10 +164,9 @@ def _frozen(row: Row, part: str, folder: Path) -> Row:
     if part != "vision":
         raise Mistake(f"freeze is '{part}'; the part whose features can be kept is vision")
     stages = load(row, 0).stages
-    words = [
-        f"stages.{n}.train.vision=null" for n, stage in stages.items() if "vision" in stage.parts
-    ]
-    return Row(row.name, (*row.words, *words, f"trainer.feature_cache={folder / 'features'}"))
+    trained = [name for name, stage in stages.items() if "vision" in stage.parts]
+    frozen = {f"stages.{name}.train.vision": "null" for name in trained}
+    return row.changed({**frozen, "trainer.feature_cache": folder / "features"})
 
 
 def _factors(text: str | None) -> tuple[float, ...]:

@@ -144,7 +144,6 @@ def slurm(jobs: Sequence[Job], folder: Path) -> Path:
     """Write `commands.txt` and a script that runs its lines as a Slurm array; return the script."""
     commands = folder / "commands.txt"
     lines = [shlex.join([sys.executable, "-m", "vlbench", "fit", *job.words]) for job in jobs]
-    folder.mkdir(parents=True, exist_ok=True)
     write_whole(commands, "\n".join(lines) + "\n")
     script = folder / "array.sh"
     write_whole(

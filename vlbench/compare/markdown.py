@@ -13,6 +13,8 @@ def markdown(findings: Findings) -> str:
     lines = ["# Comparison", "", findings.heading, ""]
     for warning in findings.warnings:
         lines += [f"**{warning}**", ""]
+    for note in findings.notes:
+        lines += [note, ""]
     lines += [*_differences(findings), "", *_table(findings.rows), "", *_budgets(findings.rows), ""]
     if findings.pairs:
         lines += ["## Differences", "", *(f"- {pair.sentence()}" for pair in findings.pairs), ""]

@@ -84,8 +84,8 @@ def _costs(grid: Grid) -> Sequence[dict[str, Any] | None]:
         words = row.of_seed(grid.seeds[0])
         if known.get(row.name, {}).get("words") != words:
             known[row.name] = {"words": words, **(_probe(row, words) or {})}
-    grid.folder.mkdir(parents=True, exist_ok=True)
-    write_whole(file, json.dumps(known, indent=1))
+    if not grid.dry_run:
+        write_whole(file, json.dumps(known, indent=1))
     found = []
     for row in grid.rows:
         finished = [run for seed in grid.seeds if (run := Run(grid.run_folder(row, seed))).finished]

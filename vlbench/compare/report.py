@@ -8,6 +8,7 @@ from pathlib import Path
 from vlbench.compare.findings import Findings, find
 from vlbench.compare.markdown import markdown
 from vlbench.compare.runs import load
+from vlbench.compare.sweep import FOLDER, told
 from vlbench.mistakes import Mistake
 from vlbench.train.run import write_whole
 
@@ -24,7 +25,8 @@ def main(words: list[str]) -> int:
     wrong = [path for path in to if path.suffix not in FORMS]
     if wrong:
         raise Mistake(f"to={wrong[0]} is no form of a report: to=FILE.md or to=FILE.html")
-    findings = find([load(folder) for folder in _runs_in(folders)])
+    notes = [note for folder in folders for note in told(folder)]
+    findings = find([load(folder) for folder in _runs_in(folders)], notes=notes)
     print(markdown(findings))
     for path in to:
         write(findings, path)
@@ -46,10 +48,17 @@ def write(findings: Findings, path: Path) -> None:
 
 
 def _runs_in(folders: Sequence[Path]) -> list[Path]:
-    """Return the run folders that are given, and the finished ones inside of other folders."""
+    """Return the run folders that are given, and the finished ones inside of other folders.
+
+    Runs that only tried learning rates are left out.
+    """
     found: list[Path] = []
     for folder in folders:
-        inside = sorted(file.parent for file in folder.rglob("results.json"))
+        inside = sorted(
+            file.parent
+            for file in folder.rglob("results.json")
+            if FOLDER not in file.relative_to(folder).parts
+        )
         own = (folder / "recipe.yaml").is_file()
         if not own and not inside:
             raise Mistake(f"{folder} is no run folder, and none lies in it that is finished")

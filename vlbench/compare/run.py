@@ -6,6 +6,7 @@ the rest. Stages that are alike in recipe, seed and what came before are trained
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +21,9 @@ from vlbench.compare.report import write
 from vlbench.compare.runs import load
 from vlbench.compare.sharing import partner, share
 from vlbench.files import read_json
+from vlbench.mistakes import Mistake
 from vlbench.train.report import duration, say
-from vlbench.train.run import Run
+from vlbench.train.run import Run, write_whole
 
 REPORTS = ("report.md", "report.html")
 
@@ -29,9 +31,11 @@ REPORTS = ("report.md", "report.html")
 def run_grid(grid: Grid) -> int:
     """Run every run of `grid` that is not finished, and report; return the exit code."""
     grid = matched(grid)
-    plan.show(grid)
     if grid.dry_run:
+        plan.show(grid)
         return 0
+    _record(grid)
+    plan.show(grid)
     if grid.jobs == "slurm":
         return _for_slurm(grid)
     try:
@@ -43,6 +47,16 @@ def run_grid(grid: Grid) -> int:
         say(f"stopped, saved. To go on: repeat the command with run={grid.folder}")
         return STOPPED
     return _finish(grid, failed)
+
+
+def _record(grid: Grid) -> None:
+    """Make the folder, and write down what was typed."""
+    command = shlex.join(["python", "-m", "vlbench", "compare", *grid.words])
+    try:
+        grid.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(grid.folder / "command.txt", f"{command}\n")
+    except OSError as error:
+        raise Mistake(f"run={grid.folder} cannot be used ({error.strerror})") from error
 
 
 def _jobs(grid: Grid) -> list[Job]:
@@ -107,7 +121,7 @@ def _finish(grid: Grid, failed: dict[Path, str]) -> int:
     """Write the report of what is finished, and name what failed; return the exit code."""
     done = [load(folder) for folder in grid.run_folders() if Run(folder).finished]
     if done:
-        findings = find(done, failed)
+        findings = find(done, failed, sweep.told(grid.folder))
         print(f"\n{markdown(findings)}\n")
         for name in REPORTS:
             write(findings, grid.folder / name)

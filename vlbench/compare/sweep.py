@@ -17,9 +17,11 @@ from pathlib import Path
 from vlbench.compare import grid as grids
 from vlbench.compare.grid import Grid, Row
 from vlbench.compare.jobs import Job
+from vlbench.files import read_json
 from vlbench.train.run import Run, write_whole
 
 CHOICE = "sweep.json"
+FOLDER = "sweep"
 
 
 def trials(grid: Grid) -> list[Job]:
@@ -42,12 +44,12 @@ def seed(grid: Grid) -> int:
 
 def folder(grid: Grid, row: Row, factor: float) -> Path:
     """Return where a rate is tried."""
-    return grid.folder / "sweep" / row.name / f"x{factor:g}"
+    return grid.folder / FOLDER / row.name / f"x{factor:g}"
 
 
 def words(grid: Grid, row: Row, factor: float) -> tuple[str, ...]:
     """Return the words of `fit` for a trial: few questions are asked, as none is looked at."""
-    return (*with_rate(grid, row, factor).words, "log.questions=1", "log.examples=0")
+    return with_rate(grid, row, factor).changed({"log.questions": 1, "log.examples": 0}).words
 
 
 def with_rate(grid: Grid, row: Row, factor: float) -> Row:
@@ -57,8 +59,7 @@ def with_rate(grid: Grid, row: Row, factor: float) -> Row:
         for name, stage in grids.load(row, seed(grid)).stages.items()
         if "connector" in stage.parts
     }
-    others = [word for word in row.words if word.split("=")[0] not in rates]
-    return replace(row, words=(*others, *(f"{key}={rate:.6g}" for key, rate in rates.items())))
+    return row.changed({key: f"{rate:.6g}" for key, rate in rates.items()})
 
 
 def chosen(grid: Grid) -> Grid:
@@ -92,6 +93,26 @@ def chosen(grid: Grid) -> Grid:
     }
     write_whole(grid.folder / CHOICE, json.dumps(written, indent=1))
     return replace(grid, rows=rows, sweep=())
+
+
+def told(folder: Path) -> list[str]:
+    """Say what was tried in a comparison, and what was taken; [] without a sweep."""
+    file = folder / CHOICE
+    if not file.is_file():
+        return []
+    said = read_json(file)
+    rows = []
+    for name, row in said["rows"].items():
+        tried = ", ".join(
+            f"x {factor} {'failed' if loss is None else f'{loss:.4f}'}"
+            for factor, loss in row["losses"].items()
+        )
+        taken = "none" if row["chosen"] is None else f"x {row['chosen']:g}"
+        rows.append(f"{name} {tried}: {taken} is taken")
+    return [
+        f"Every row tried its connector's learning rate times some factors, with seed "
+        f"{said['seed']}; the lowest held-out loss decides. {'; '.join(rows)}."
+    ]
 
 
 def held_out(run: Path) -> float:
