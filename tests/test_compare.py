@@ -107,7 +107,7 @@ def test_the_plan_says_what_the_runs_will_take_and_tries_that_once(tmp_path, mon
     assert main(words) == 0
     said = capfd.readouterr()
     cost = r"connector.depth=2: 2 runs to go, \d+ s and [\d.]+ GB each"
-    assert re.search(cost, said.out) and re.search(r"about \d+ s in all with jobs=1", said.out)
+    assert re.search(cost, said.out) and re.search(r"about \d+ s in all with jobs=\d", said.out)
     assert "trainer.accelerator=mps: cannot be run: " in said.err
     assert {path.name for path in (tmp_path / "c").iterdir()} == {"plan.json", "command.txt"}
     assert "'grid=connector.depth=2 |" in (tmp_path / "c/command.txt").read_text()

@@ -111,6 +111,8 @@ def test_every_job_has_its_gpu_or_its_part_of_the_processors(programs, tmp_path,
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     train(todo, jobs.slots("auto"), lambda _: True, lambda _: None, lambda *_: None)
     assert [env["CUDA_VISIBLE_DEVICES"] for env in programs[2:]] == ["5", "7"]
+    monkeypatch.setattr(jobs.torch.cuda, "device_count", lambda: 0)
+    assert jobs.slots("auto") == 4 and jobs.slots("6") == 6
 
 
 def test_slurm_gets_a_command_per_run(tmp_path, monkeypatch, capsys):

@@ -187,7 +187,7 @@ def _factors(text: str | None) -> tuple[float, ...]:
 
 def _jobs(text: str) -> str:
     if text not in ("auto", "slurm") and not (WHOLE.fullmatch(text) and 1 <= int(text) <= 1000):
-        raise Mistake(f"jobs is '{text}'; allowed are 1 to 1000, auto (one per GPU) and slurm")
+        raise Mistake(f"jobs is '{text}'; allowed are 1 to 1000, auto and slurm")
     return text
 
 

@@ -19,6 +19,7 @@ import torch
 from vlbench.train.run import write_whole
 
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
+MOST = 4  # runs at once that nobody asked for: memory for more may be missing
 LOOK_EVERY = 0.2  # seconds between looks at the processes
 STOPPED = 130  # exit code of a run that was stopped and has saved
 
@@ -49,8 +50,15 @@ class Stopped(Exception):
 
 
 def slots(wanted: str) -> int:
-    """Return how many runs are trained at once: a number, or for `auto` one per GPU, at least 1."""
-    return max(1, torch.cuda.device_count()) if wanted == "auto" else int(wanted)
+    """Return how many runs are trained at once: a number, or for `auto` one per GPU.
+
+    Without a GPU that is one per processor, MOST at most: a model that is trained there is so small
+    that two runs of one thread end sooner than two of two threads one after the other (by a fifth,
+    on two cores).
+    """
+    if wanted != "auto":
+        return int(wanted)
+    return torch.cuda.device_count() or min(MOST, os.cpu_count() or 1)
 
 
 def train(
@@ -105,20 +113,20 @@ def _launch(job: Job, slot: int, count: int) -> subprocess.Popen:
             [sys.executable, "-m", "vlbench", "fit", *job.words],
             stdout=file,
             stderr=file,
-            env={**os.environ, **_share_of_machine(slot, count)},
+            env=environment(slot, count),
             start_new_session=True,  # Ctrl-C comes from here, once: a second one would kill it
             preexec_fn=_end_with_parent,
         )
 
 
-def _share_of_machine(slot: int, count: int) -> dict[str, str]:
-    """Return the variables that give a run its own GPU, or its part of the processors."""
+def environment(slot: int, count: int) -> dict[str, str]:
+    """Return the variables that give one run of `count` its own GPU, or its processors."""
     gpus = torch.cuda.device_count()
     if gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus))))
-        return {"CUDA_VISIBLE_DEVICES": visible.split(",")[slot % gpus]}
+        return {**os.environ, "CUDA_VISIBLE_DEVICES": visible.split(",")[slot % gpus]}
     threads = max(1, (os.cpu_count() or 1) // count)
-    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+    return {"OMP_NUM_THREADS": str(threads), **os.environ}
 
 
 def _end_with_parent() -> None:

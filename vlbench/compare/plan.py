@@ -12,7 +12,7 @@ from typing import Any
 from vlbench.compare import grid as grids
 from vlbench.compare import sweep
 from vlbench.compare.grid import Grid, Row
-from vlbench.compare.jobs import slots
+from vlbench.compare.jobs import environment, slots
 from vlbench.compare.sharing import partner
 from vlbench.files import read_json
 from vlbench.train.report import duration, say, size_of
@@ -83,7 +83,7 @@ def _costs(grid: Grid) -> Sequence[dict[str, Any] | None]:
     for row in grid.rows:
         words = row.of_seed(grid.seeds[0])
         if known.get(row.name, {}).get("words") != words:
-            known[row.name] = {"words": words, **(_probe(row, words) or {})}
+            known[row.name] = {"words": words, **(_probe(row, words, slots(grid.jobs)) or {})}
     if not grid.dry_run:
         write_whole(file, json.dumps(known, indent=1))
     found = []
@@ -102,10 +102,13 @@ def _costs(grid: Grid) -> Sequence[dict[str, Any] | None]:
     return found
 
 
-def _probe(row: Row, words: Sequence[str]) -> dict[str, Any] | None:
+def _probe(row: Row, words: Sequence[str], at_once: int) -> dict[str, Any] | None:
     """Return what a run takes by a few of its steps; None, and the reason said, if they fail."""
     tried = subprocess.run(
-        [sys.executable, "-m", "vlbench.compare.probe", *words], capture_output=True, text=True
+        [sys.executable, "-m", "vlbench.compare.probe", *words],
+        env=environment(0, at_once),
+        capture_output=True,
+        text=True,
     )
     if tried.returncode:
         reason = (tried.stderr.strip().splitlines() or ["no output"])[-1]
