@@ -67,6 +67,19 @@ def test_names_of_rows_say_as_little_as_tells_them_apart(tmp_path, capsys):
     assert "| key | llava_mlp | linear |" in capsys.readouterr().out
 
 
+def test_a_run_of_another_version_is_named(tmp_path, capsys):
+    folder = run(tmp_path / "a", 0.8, 0)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("keep_last:", "keep_latest:"))
+    assert main(["report", str(folder)]) == 2
+    assert "was written by" not in capsys.readouterr().err
+    (folder / "versions.json").write_text('{"vlbench": "9.9"}')
+    assert main(["report", str(folder)]) == 2
+    said = capsys.readouterr().err
+    assert "unknown key 'trainer.keep_latest'" in said
+    assert f"{recipe}: was written by vlbench 9.9, and this is " in said
+
+
 def test_a_seed_that_is_missing_in_a_row_is_left_out_and_said(runs, capsys):
     for file in (runs / "linear/2").iterdir():
         file.unlink()

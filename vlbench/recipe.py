@@ -15,7 +15,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from vlbench import __version__
 from vlbench import words as command_line
+from vlbench.files import read_json
 from vlbench.layers import build, checked, differing, merge, plain
 from vlbench.mistakes import Mistake, nearest
 from vlbench.plugins import shipped
@@ -42,8 +44,25 @@ def load(words: list[str], inherited: Mapping[str, Any] = MappingProxyType({})) 
 
 
 def load_file(path: str | Path) -> Recipe:
-    """Return the resolved recipe that `save` wrote."""
-    return _resolve([(read(Path(path)), Walk(str(path)))], [])
+    """Return the resolved recipe that `save` wrote; a Mistake names another version's."""
+    path = Path(path)
+    try:
+        return _resolve([(read(path), Walk(str(path)))], [])
+    except Mistake as mistake:
+        made = _made_by(path.parent)
+        if made in ("", __version__):
+            raise
+        raise Mistake(
+            f"{mistake}\n{path}: was written by vlbench {made}, and this is {__version__}"
+        ) from mistake
+
+
+def _made_by(folder: Path) -> str:
+    """Return the version that made a run, given its folder or one of its checkpoints."""
+    for file in (folder / "versions.json", folder.parent.parent / "versions.json"):
+        if file.is_file():
+            return str(read_json(file).get("vlbench", ""))
+    return ""
 
 
 def save(recipe: Recipe, path: str | Path) -> None:
