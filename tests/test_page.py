@@ -253,6 +253,13 @@ def test_mistakes_are_one_line(words, message, tmp_path, capsys, monkeypatch):
     assert message in said and len(said.splitlines()) == 1
 
 
+def test_a_model_that_does_not_look_at_all_is_shown_without_its_tokens(tmp_path):
+    folder = run(tmp_path / "a", 0.9, 0)
+    diagnose(folder, tokens=None, effective=None, attention=None)
+    text = page(find([load(folder)]))
+    assert "Where the answer comes from" in text and "visual tokens are used" not in text
+
+
 def test_diagnostics_that_are_none_are_a_mistake(tmp_path, capsys):
     diagnose(run(tmp_path / "a", 0.9, 0), tokens="all")
     assert main(["report", str(tmp_path), f"to={tmp_path / 'r.html'}"]) == 2

@@ -42,7 +42,7 @@ class Inside:
     maps: list[dict[str, Any]]
     """Per question id, question, answer, truth, grid and relevance."""
     tokens: list[float]
-    """The share of each visual token in the answers; they sum to 1."""
+    """The share of each visual token in the answers; [] where none of them counts."""
     effective: float
     """How many visual tokens are used: exp of the entropy of the shares."""
     attention: dict[str, Any] | None
@@ -63,8 +63,8 @@ def _read(row: Row) -> Inside | None:
         return Inside(
             row.name,
             [dict(one) for one in found["maps"]],
-            [float(share) for share in found["tokens"]],
-            float(found["effective"]),
+            [float(share) for share in found["tokens"] or []],
+            float(found["effective"] or 0),
             found.get("attention"),
         )
     except (KeyError, TypeError, ValueError) as error:
