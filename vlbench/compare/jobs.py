@@ -77,7 +77,7 @@ def train(
     running: dict[int, tuple[Job, subprocess.Popen]] = {}
     with _stops() as stop:
         while waiting or running:
-            for job in [one for one in waiting if ready(one)][: len(free)]:
+            for job in [one for one in waiting if ready(one)][: len(free)] if free else []:
                 waiting.remove(job)
                 start(job)
                 slot = free.pop(0)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vlbench.compare import plan, sweep
 from vlbench.compare.findings import find
-from vlbench.compare.grid import Grid
+from vlbench.compare.grid import Grid, Row
 from vlbench.compare.jobs import STOPPED, Job, Stopped, slots, slurm, train
 from vlbench.compare.markdown import markdown
 from vlbench.compare.match import matched
@@ -80,10 +80,13 @@ def _train(grid: Grid, jobs: Sequence[Job]) -> dict[Path, str]:
             print(f"{titles[job]}: done before, {_accuracy(job.folder)}", flush=True)
     rows = {grid.run_folder(row, seed): (row, seed) for seed in grid.seeds for row in grid.rows}
 
+    before = {
+        job.folder: _shares_with(grid, *rows[job.folder]) for job in todo if job.folder in rows
+    }
+
     def ready(job: Job) -> bool:
         """Tell whether no run that is to share its stages is still to come."""
-        found = partner(grid, *rows[job.folder]) if job.folder in rows else None
-        other = found and grid.run_folder(found[0], rows[job.folder][1])
+        other = before.get(job.folder)
         return other is None or Run(other).finished or other in failed
 
     def start(job: Job) -> None:
@@ -102,6 +105,12 @@ def _train(grid: Grid, jobs: Sequence[Job]) -> dict[Path, str]:
 
     train(todo, slots(grid.jobs), ready, start, end)
     return failed
+
+
+def _shares_with(grid: Grid, row: Row, seed: int) -> Path | None:
+    """Return the folder of the run that trains stages which this one can take over."""
+    found = partner(grid, row, seed)
+    return grid.run_folder(found[0], seed) if found else None
 
 
 def _for_slurm(grid: Grid) -> int:
