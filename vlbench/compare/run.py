@@ -10,6 +10,7 @@ import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 
 from vlbench.compare import plan, sweep
 from vlbench.compare.findings import find
@@ -71,8 +72,9 @@ def _jobs(grid: Grid) -> list[Job]:
 def _train(grid: Grid, jobs: Sequence[Job]) -> dict[Path, str]:
     """Train jobs that are not finished; return why some failed, by their folders."""
     failed: dict[Path, str] = {}
-    ends: list[float] = []
-    began = time.monotonic()
+    began: dict[Job, float] = {}
+    took: list[float] = []
+    at_once = slots(grid.jobs)
     titles = {job: f"[{number}/{len(jobs)}] {job.title}" for number, job in enumerate(jobs, 1)}
     todo = [job for job in jobs if not Run(job.folder).finished]
     for job in jobs:
@@ -93,17 +95,18 @@ def _train(grid: Grid, jobs: Sequence[Job]) -> dict[Path, str]:
         shared = share(grid, *rows[job.folder]) if job.folder in rows else ""
         also = f"{shared}; " if shared else ""
         print(f"{titles[job]}: {also}trains, log in {job.log}", flush=True)
+        began[job] = time.monotonic()
 
     def end(job: Job, code: int) -> None:
-        ends.append(time.monotonic() - began)
+        took.append(time.monotonic() - began[job])
         if code:
             failed[job.folder] = job.last_line
             say(f"{titles[job]}: failed: {failed[job.folder]}")
             return
-        left = ends[-1] / len(ends) * (len(todo) - len(ends))
-        print(f"{titles[job]}: {_accuracy(job.folder)}; {duration(left)} left", flush=True)
+        left = mean(took) * (len(todo) - len(took)) / at_once
+        print(f"{titles[job]}: {_accuracy(job.folder)}; about {duration(left)} left", flush=True)
 
-    train(todo, slots(grid.jobs), ready, start, end)
+    train(todo, at_once, ready, start, end)
     return failed
 
 
