@@ -60,16 +60,15 @@ def _files(record: Record, kind: str) -> list[str]:
 
 
 def _yi_parts(record: Record) -> tuple[str, list[str]]:
-    """Take out the tags of the question's pictures, and from two on those of the options'.
+    """Take out the tags of the question's pictures and of the options'.
 
-    Options with the same text become one, by which the letters after it shift: the script keeps
-    them in a dictionary. What the right letters then mean it looks up, and breaks where they mean
-    nothing; it breaks on a withheld answer, too.
+    Where options have the same text, the letters after it shift. The script looks up what the
+    right letters then mean, and breaks where they mean nothing or the answer is withheld.
     """
     question = record.question
     for file in _files(record, "q_"):
         question = question.replace(_tag(file), "")
-    options = [text.replace(_tag(file), "") for text, file in _owners(record).items()]
+    options = _yi_options(record)
     if record.answer is None:
         raise Skipped("its answer is withheld: the reference reads it before it asks, and breaks")
     letters = record.answer if record.type == CHOICE else ()
@@ -79,10 +78,11 @@ def _yi_parts(record: Record) -> tuple[str, list[str]]:
     return question, options
 
 
-def _owners(record: Record) -> dict[str, str]:
-    """Return the picture of every option's text, "" for none; one picture alone belongs to none.
+def _yi_options(record: Record) -> list[str]:
+    """Return the options without their pictures' tags; those with the same text become one.
 
-    The last digit of a picture's name is the number of its option.
+    The last digit of a picture's name is the number of its option. One picture alone belongs to
+    none, and its tag stays.
     """
     owners = dict.fromkeys(record.options, "")
     files = _files(record, "a_") if record.type == CHOICE else []
@@ -91,7 +91,7 @@ def _owners(record: Record) -> dict[str, str]:
         if digit not in [str(number + 1) for number in range(len(record.options))]:
             raise Skipped(f"its picture {file} belongs to no option: the reference breaks")
         owners[record.options[int(digit) - 1]] = file
-    return owners
+    return [text.replace(_tag(file), "") if file else text for text, file in owners.items()]
 
 
 def _yi_pictures(record: Record, _: str) -> tuple[Picture, ...]:
@@ -101,8 +101,7 @@ def _yi_pictures(record: Record, _: str) -> tuple[Picture, ...]:
     """
     questions, options = _files(record, "q_"), _files(record, "a_")
     if not questions:
-        for text, file in _owners(record).items():
-            options += TAG.findall(text.replace(_tag(file), ""))
+        options += [file for option in _yi_options(record) for file in TAG.findall(option)]
     if len(options) <= 1 and not questions:
         raise Skipped("has no picture in its question: the reference leaves it out")
     if questions and record.type not in TEMPLATES:
