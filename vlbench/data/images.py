@@ -13,6 +13,7 @@ import json
 import logging
 import warnings
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 MAX_PIXELS = 178_956_970  # larger pictures are refused (a small file can hold a huge picture)
 MAX_SIDE = 8000  # longest side of a square canvas (64 megapixels) and of what is fitted into it
+_ZERO = "vlbench: zero"  # in the `info` of the picture of `Zero`
 _RULES = "bicubic, pad at floor, centre crop, 1/255 in float64, normalise in float32, 8000"
 
 # PIL's own remarks about a file would appear between our lines; what matters becomes a Mistake.
@@ -59,10 +61,22 @@ def open_image(path: str | Path) -> Image.Image:
     refusal = _refusal(Path(path))
     if refusal:
         raise Mistake(f"image {path}: {refusal}")
+    return _decoded(path, f"image {path}")
+
+
+def open_bytes(data: bytes, name: str) -> Image.Image:
+    """Open a picture from the bytes of a file, as `open_image` would; mistakes call it `name`."""
+    if not data:
+        raise Mistake(f"{name}: is empty (0 bytes)")
+    return _decoded(BytesIO(data), name)
+
+
+def _decoded(source: str | Path | BytesIO, name: str) -> Image.Image:
+    """Decode a picture in RGB, or raise a Mistake that calls it `name`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with Image.open(path, formats=_formats()) as image:
+            with Image.open(source, formats=_formats()) as image:
                 _check_size(image)
                 return _rgb(image)
         except Image.DecompressionBombError:
@@ -73,7 +87,7 @@ def open_image(path: str | Path) -> Image.Image:
             reason = str(mistake)
         except Exception as error:  # a decoder may raise anything on a broken file
             reason = f"cannot be read, it is broken or cut off ({_first_line(error)})"
-    raise Mistake(f"image {path}: {reason}")
+    raise Mistake(f"{name}: {reason}")
 
 
 def opened(image: Image.Image, name: str) -> Image.Image:
@@ -147,9 +161,11 @@ class ImageTransform:
             raise Mistake(f"image transform: crop={self.crop} must be in 1..size={self.size}")
 
     def __call__(self, picture: Image.Image) -> Tensor:
-        """Return float32 pixels `[3, crop, crop]`."""
+        """Return float32 pixels `[3, crop, crop]`; of `Zero` they are all 0."""
         import torch
 
+        if _ZERO in picture.info:
+            return torch.zeros(3, self.crop, self.crop)
         levels = (np.arange(256) * (1 / 255)).astype(np.float32)  # rescaled in float64
         values = levels[self.resized(picture)]
         values = (values - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
@@ -222,3 +238,20 @@ class Blank:
 def blank(picture: Picture, mean: tuple[float, float, float]) -> Blank:
     """Return a picture of the same size in the mean colour."""
     return Blank(picture, mean_colour(mean))
+
+
+@dataclass(frozen=True)
+class Zero:
+    """No picture, where a place for one stands in the text: its pixels are 0 after normalising.
+
+    No colour of 8 bits gives that, for the mean colour is no whole number; so the picture carries
+    a mark, by which `ImageTransform` knows it. People see it black.
+    """
+
+    name: str = "no picture (all pixels zero)"
+
+    def open(self) -> Image.Image:
+        """Return one black pixel with the mark."""
+        image = Image.new("RGB", (1, 1))
+        image.info[_ZERO] = True
+        return image

@@ -1,4 +1,4 @@
-"""Where a released model lies: a folder, or a hub id that is fetched when there is a network."""
+"""Where a release or a data set lies: a folder, or a hub id that is fetched from a network."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ def fetch(
     files: str,
     kinds: str = "folder",
     patterns: tuple[str, ...] = PATTERNS,
+    repo_type: str = "model",
 ) -> Path:
     """Return the local folder of `source`, a folder or a hub id.
 
     In mistakes `key` names what was given, `kinds` what it could have been, and `files` what such
-    a folder holds. `patterns` are the files that are fetched.
+    a folder holds. `patterns` are the files that are fetched; `repo_type` is model or dataset.
     """
     if Path(source).is_dir():
         return Path(source)
@@ -34,7 +35,7 @@ def fetch(
     from huggingface_hub import constants, snapshot_download
 
     try:
-        return Path(snapshot_download(source, allow_patterns=list(patterns)))
+        return Path(snapshot_download(source, repo_type=repo_type, allow_patterns=list(patterns)))
     except Exception as error:  # the hub's client has a dozen, of network, disk and permission
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise Mistake(

@@ -1,0 +1,1 @@
+"""Benchmarks with questions and scorers of their own: MMMU and CMMMU."""

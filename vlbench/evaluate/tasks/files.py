@@ -1,0 +1,179 @@
+"""The files of one split of a benchmark: found in a folder or on the hub, and read row by row."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlbench.evaluate.tasks.record import Record
+from vlbench.files import read_text, refuse_pointer
+from vlbench.mistakes import Mistake, nearest
+from vlbench.model.weights.hub import fetch
+
+SAME = {"val": "validation"}  # two words for one split
+DEPTHS = ("", "*/", "*/*/")  # of files below the folder
+ROWS = 64  # rows in memory at once, besides the records: pictures are large
+# hub: [subject or data/]validation-00000-of-00002.parquet
+_PARQUET = re.compile(r"([A-Za-z_]+)(?:-(\d+)-of-(\d+).*)?\.parquet")
+# CMMMU on GitHub: cmmmu-data-val/art_and_design/art_and_design.jsonl
+_GITHUB = re.compile(r"cmmmu-data-([A-Za-z]+)")
+
+
+@dataclass(frozen=True)
+class Split:
+    """The files of a split."""
+
+    source: str
+    """The folder or hub id that the user gave."""
+    name: str
+    """As the user gave it."""
+    files: tuple[Path, ...]
+
+    def revision(self) -> str:
+        """Return what identifies the data: the hub's commit, or a hash of the files' contents."""
+        for folder in self.files[0].parents:
+            if folder.parent.name == "snapshots":
+                return f"hub {folder.name}"
+        whole = hashlib.sha256()
+        for file in self.files:
+            with file.open("rb") as stream:
+                whole.update(hashlib.file_digest(stream, "sha256").digest())
+        return f"sha256 {whole.hexdigest()[:16]}"
+
+
+def find(source: str, split: str) -> Split:
+    """Return the files of a split of `source`: a folder, a file, or a hub id (OWNER/NAME).
+
+    Raises a Mistake when there is nothing, no such split (saying which there are), or when one of
+    its files is missing.
+    """
+    path = Path(source).expanduser()
+    names = {split, *(word for pair in SAME.items() if split in pair for word in pair)}
+    if not path.is_file():
+        patterns = tuple(f"*{name}-*.parquet" for name in sorted(names))
+        files = " or ".join(patterns)
+        path = fetch(str(path), "data", files, "folder or file", patterns, "dataset")
+    splits = _splits(path)
+    if not splits:
+        wanted = "SPLIT-*.parquet, SUBJECT/SPLIT-*.parquet or cmmmu-data-SPLIT/CATEGORY/*.jsonl"
+        raise Mistake(f"data is '{source}', where no split of a benchmark is; wanted is {wanted}")
+    found = [file for name in sorted(names) for file in splits.get(name, [])]
+    if not found:
+        there = ", ".join(sorted(splits))
+        raise Mistake(f"no split '{split}' in {source}; it has {there}.{nearest(split, splits)}")
+    _refuse_gaps(found)
+    return Split(source, split, tuple(found))
+
+
+def _splits(path: Path) -> dict[str, list[Path]]:
+    """Return the files of every split that lies at `path`, sorted."""
+    if path.is_file():
+        files = [path]
+    else:
+        patterns = [f"{depth}*.{kind}" for depth in DEPTHS for kind in ("parquet", "jsonl")]
+        files = [file for pattern in patterns for file in path.glob(pattern)]
+    splits: dict[str, list[Path]] = defaultdict(list)
+    for file in sorted(files):
+        folder = file.absolute().parent.parent.name
+        named = _PARQUET.fullmatch(file.name) or _GITHUB.fullmatch(folder)
+        if named:
+            splits[named[1]].append(file)
+    return dict(splits)
+
+
+def _refuse_gaps(files: list[Path]) -> None:
+    """Raise a Mistake when one of several files of a split is missing."""
+    have: dict[tuple[Path, int], set[int]] = defaultdict(set)
+    for file in files:
+        named = _PARQUET.fullmatch(file.name)
+        if named and named[3]:
+            have[file.parent, int(named[3])].add(int(named[2]))
+    for (folder, shards), numbers in have.items():
+        missing = sorted(set(range(shards)) - numbers)
+        if missing:
+            lacks = ", ".join(f"{number:05d}-of-{shards:05d}" for number in missing[:5])
+            raise Mistake(f"{folder}: of {shards} files {len(missing)} are missing: {lacks}")
+
+
+def chosen(subjects: Sequence[str] | None, known: Mapping[str, str], what: str) -> tuple[str, ...]:
+    """Return the names that `known` gives for `subjects`, in the order of `known`; None: all.
+
+    Raises a Mistake for a subject that is not known; `what` says what subjects are.
+    """
+    for word in subjects or ():
+        if word not in known:
+            allowed = ", ".join(known)
+            raise Mistake(f"no {what} '{word}'.{nearest(word, known)} There are {allowed}")
+    return tuple(dict.fromkeys(known[word] for word in known if not subjects or word in subjects))
+
+
+def arranged(
+    records: list[Record],
+    found: Split,
+    order: Sequence[str],
+    group: Callable[[Record], str],
+    asked: Sequence[str],
+) -> list[Record]:
+    """Return the records by their `group` in this `order`; within a group their order stays.
+
+    A group that is not in the order comes last. Raises a Mistake when there is no record at all or
+    of a group that was `asked` for, or when two records have one id.
+    """
+    where = f"{found.source}, split '{found.name}'"
+    missing = sorted(set(asked) - {group(record) for record in records})
+    if missing or not records:
+        of = f" of {', '.join(missing)}" if missing else ""
+        raise Mistake(f"{where}: has no records{of}")
+    for name, number in Counter(record.id for record in records).items():
+        if number > 1:
+            raise Mistake(f"{where}: record {name} is there {number} times")
+    rank = {name: number for number, name in enumerate(order)}
+    return sorted(records, key=lambda record: rank.get(group(record), len(rank)))
+
+
+def rows(file: Path, needed: tuple[str, ...], wanted: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a file, as mappings of those columns whose names match `wanted` (a regex).
+
+    Raises a Mistake when the file cannot be read, or lacks columns that are `needed`.
+    """
+    refuse_pointer(file)
+    read = _lines if file.suffix == ".jsonl" else _parquet
+    for row in read(file, re.compile(wanted)):
+        missing = [name for name in needed if name not in row]
+        if missing:
+            have = ", ".join(row) or "none that is known"
+            raise Mistake(f"{file}: lacks the columns {', '.join(missing)}; it has {have}")
+        yield row
+
+
+def _parquet(file: Path, wanted: re.Pattern[str]) -> Iterator[dict[str, Any]]:
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(file) as table:
+            columns = [name for name in table.schema_arrow.names if wanted.fullmatch(name)]
+            for batch in table.iter_batches(ROWS, columns=columns):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise Mistake(f"{file}: is torn, or no parquet file ({reason})") from error
+
+
+def _lines(file: Path, wanted: re.Pattern[str]) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(read_text(file).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise Mistake(f"{file}: line {number} is not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise Mistake(f"{file}: line {number} is no JSON object")
+        yield {name: value for name, value in row.items() if wanted.fullmatch(name)}
