@@ -1,0 +1,1 @@
+"""Benchmarks that others defined: their answers, scored as their own code scores them."""
