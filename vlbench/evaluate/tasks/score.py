@@ -26,7 +26,7 @@ PUBLISHED = Path(__file__).with_name("published.yaml")
 def main(words: list[str]) -> int:
     """Score `answers=FILE.jsonl`, print a table, and write scores.json and scored.jsonl.
 
-    They are written to `out=DIR`, by default FILE.jsonl.scores beside the file.
+    They go to the folder `out=DIR`, by default FILE.jsonl.scores beside the file.
     """
     given = given_keys("score", words, ("task", "answers", "protocol"), ("seed", "out"))
     task, protocol = given["task"], given["protocol"]
