@@ -94,10 +94,13 @@ def test_every_case_is_read_as_the_reference_read_it(kind, protocol, reference):
             assert told(golden, verdict(task, protocol, item(case))), case
 
 
-def test_raw_letters_are_compared_as_they_are():
+def test_yi_compares_the_response_with_the_letter_as_it_is():
     for case in CASES["choice"]:
         scored = one("mmmu", "yi", item(case))
-        assert scored and scored.correct is case["official"]["eval_only_raw_correct"], case
+        assert scored and not scored.fallback, case
+        assert scored.correct is case["official"]["eval_only_raw_correct"], case
+    scored = one("mmmu", "yi", Item(1, "multiple-choice", ["a", "b"], "A", None))
+    assert scored and (scored.prediction, scored.correct, scored.fallback) == (None, False, False)
 
 
 def test_yis_own_parser_reads_the_words_of_the_letter():

@@ -15,9 +15,8 @@ from vlbench.mistakes import Mistake
 class Item:
     """One answered question; `options` are in the order of their letters, `answer` is the truth.
 
-    `answer` may be a list where a benchmark accepts several. Of another benchmark's files comes
-    what is no text as well (`response`, an option that is null): how far that matters is for
-    those who read it to say, as the references stop at it in some places and not in others.
+    `answer` is a list where several are right. `response`, and an option, may be no text: some
+    readers need none, as in the benchmarks' own code, and the others say so in a Mistake.
     """
 
     id: str | int

@@ -72,7 +72,9 @@ PROTOCOLS: dict[str, dict[str, Protocol]] = {
             draws=False,
             shown=".3f",
         ),
-        "yi": replace(MMMU, rules=_mmmu(Rule(mmmu.whole_response, mmmu.is_letter), OPEN)),
+        "yi": Protocol(
+            _mmmu(Rule(mmmu.whole_response, mmmu.is_letter), OPEN), draws=False, shown=".3f"
+        ),
     },
     "cmmmu": {
         "official": CMMMU,
