@@ -26,6 +26,7 @@ QUICK = [
     ["fit", "recipe=yivl_llav"],
     ["fit", "recipe=yivl_llava", "connector.detph=1"],
     ["fit", "recipe=yivl_llava", "size=34b"],
+    ["score", "task=mmmu", "answers=none", "protocol=official"],
     ["chatt"],
 ]
 
@@ -46,7 +47,8 @@ def test_what_only_looks_imports_no_torch(words, tmp_path):
         tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    mistaken = not words or words[0] == "chatt" or (words[0] == "fit" and words[1] != "--help")
+    wrong = ("chatt", "score", "fit")
+    mistaken = not words or (words[0] in wrong and words[-1] != "--help")
     assert done.stdout.splitlines()[-1] == f"code {2 if mistaken else 0}"
 
 

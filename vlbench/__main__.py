@@ -42,6 +42,13 @@ def evaluate(words: list[str]) -> int:
     return evaluate_run(words)
 
 
+def score(words: list[str]) -> int:
+    """Score answers to a benchmark."""
+    from vlbench.evaluate.tasks.score import main as score_answers
+
+    return score_answers(words)
+
+
 def chat(words: list[str]) -> int:
     """Talk to a model."""
     from vlbench.serve.chat import main as talk
@@ -105,6 +112,12 @@ VERBS = {
     "fit": Verb("recipe=NAME [size=SIZE] [KEY=VALUE ...]", "train a recipe and evaluate it", fit),
     "eval": Verb(
         "run=DIR [data=FILE images=FOLDER]", "evaluate a run or a released model", evaluate
+    ),
+    "score": Verb(
+        "task=mmmu|cmmmu answers=FILE.jsonl protocol=official|lmms|strict|raw|yi\n"
+        "       [seed=42] [out=DIR]",
+        "score answers to MMMU or CMMMU as the benchmarks' own code does",
+        score,
     ),
     "chat": Verb(
         "model=PATH [image=FILE] [question=TEXT] [KEY=VALUE ...]",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,13 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Mistake(f"{path}: is not a JSON object")
     return value
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file under a temporary name and rename it, so that it is never seen half."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text, encoding="utf-8", newline="")
+    os.replace(temporary, path)
 
 
 def refuse_pointer(path: Path) -> None:

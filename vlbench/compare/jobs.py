@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from vlbench.train.run import write_whole
+from vlbench.files import write_whole
 
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 MOST = 4  # runs at once that nobody asked for: memory for more may be missing

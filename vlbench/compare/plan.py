@@ -14,9 +14,9 @@ from vlbench.compare import sweep
 from vlbench.compare.grid import Grid, Row
 from vlbench.compare.jobs import environment, slots
 from vlbench.compare.sharing import partner
-from vlbench.files import read_json
+from vlbench.files import read_json, write_whole
 from vlbench.train.report import duration, say, size_of
-from vlbench.train.run import Run, write_whole
+from vlbench.train.run import Run
 
 PROBED = "plan.json"
 

@@ -9,8 +9,8 @@ from vlbench.compare.findings import Findings, find
 from vlbench.compare.markdown import markdown
 from vlbench.compare.runs import load
 from vlbench.compare.sweep import FOLDER, told
+from vlbench.files import write_whole
 from vlbench.mistakes import Mistake
-from vlbench.train.run import write_whole
 
 FORMS = (".md", ".html")
 

@@ -21,10 +21,10 @@ from vlbench.compare.match import matched
 from vlbench.compare.report import write
 from vlbench.compare.runs import load
 from vlbench.compare.sharing import partner, share
-from vlbench.files import read_json
+from vlbench.files import read_json, write_whole
 from vlbench.mistakes import Mistake
 from vlbench.train.report import duration, say
-from vlbench.train.run import Run, write_whole
+from vlbench.train.run import Run
 
 REPORTS = ("report.md", "report.html")
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from vlbench.compare import grid as grids
 from vlbench.compare.grid import Grid, Row
 from vlbench.compare.jobs import Job
-from vlbench.files import read_json
-from vlbench.train.run import Run, write_whole
+from vlbench.files import read_json, write_whole
+from vlbench.train.run import Run
 
 CHOICE = "sweep.json"
 FOLDER = "sweep"

@@ -24,9 +24,10 @@ from vlbench.evaluate.questions import (
     shuffled,
     source_questions,
 )
+from vlbench.files import write_whole
 from vlbench.model.vlm import VLM
 from vlbench.schema import Recipe
-from vlbench.train.run import Run, commit, write_whole
+from vlbench.train.run import Run, commit
 
 LIMIT = 1000  # questions asked of a user's own data
 PICTURES = 8  # questions whose pictures diagnostics.json tells about

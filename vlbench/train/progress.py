@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from vlbench.connector import Connector
 from vlbench.data.steps import Step
+from vlbench.files import write_whole
 from vlbench.mistakes import Mistake
 from vlbench.train.module import StepReport, Training, Watcher
-from vlbench.train.run import write_whole
 from vlbench.train.watchers import HeldOut
 
 COLUMNS = (

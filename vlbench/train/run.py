@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -52,13 +51,6 @@ class Run:
         described = {self.recipe_file, self.folder / "versions.json", self.checkpoints}
         if set(self.folder.iterdir()) == described and not any(self.checkpoints.iterdir()):
             shutil.rmtree(self.folder)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it, so that it is never seen half."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8", newline="")
-    os.replace(temporary, path)
 
 
 def open_run(recipe: Recipe) -> Run:

@@ -1,1 +1,1 @@
-"""Benchmarks with questions and scorers of their own: MMMU and CMMMU."""
+"""Benchmarks: their data, what a model is asked, and the scores of what it answered."""

@@ -1,0 +1,112 @@
+"""`python -m vlbench score`: what a file of answers to MMMU or CMMMU is worth, by a protocol."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vlbench.evaluate.tasks.aggregate import summary
+from vlbench.evaluate.tasks.answers_file import Record, read_answers
+from vlbench.evaluate.tasks.items import Scored
+from vlbench.evaluate.tasks.protocols import protocol_of, score_all
+from vlbench.evaluate.tasks.subjects import SUBJECTS
+from vlbench.files import read_text, write_whole
+from vlbench.mistakes import Mistake
+from vlbench.words import given_keys, whole
+
+SEED = 42  # of the benchmarks' own code
+PUBLISHED = Path(__file__).with_name("published.yaml")
+
+
+def main(words: list[str]) -> int:
+    """Score `answers=FILE.jsonl`, print a table, and write scores.json and scored.jsonl.
+
+    They go to the folder `out=DIR`, by default FILE.jsonl.scores beside the file.
+    """
+    given = given_keys("score", words, ("task", "answers", "protocol"), ("seed", "out"))
+    task, protocol = given["task"], given["protocol"]
+    shown = protocol_of(task, protocol).shown
+    seed = whole(given, "seed", SEED, 0, 2**32 - 1)
+    answers = Path(given["answers"]).expanduser()
+    out = Path(given.get("out") or f"{answers}.scores").expanduser()
+    records, items = read_answers(task, answers)
+    scored = score_all(task, protocol, items, seed)
+    scores = {"task": task, "protocol": protocol, "seed": seed, **summary(task, scored)}
+    write(out, scores, records, scored)
+    print("\n".join([*table(scores, shown), "", *published(scores), "", f"wrote {out}"]))
+    return 0
+
+
+def write(
+    folder: Path, scores: dict[str, Any], records: list[Record], scored: list[Scored]
+) -> None:
+    """Write scores.json, and scored.jsonl: every line as it was, and what was made of it."""
+    lines = [
+        json.dumps(
+            {
+                **record,
+                "prediction": plain(one.prediction),
+                "correct": one.correct,
+                "fallback": one.fallback,
+            },
+            ensure_ascii=False,
+        )
+        for record, one in zip(records, scored, strict=True)
+    ]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "scored.jsonl", "\n".join(lines) + "\n")
+        write_whole(folder / "scores.json", json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise Mistake(f"out={folder} cannot be written ({error.strerror})") from error
+
+
+def plain(prediction: Any) -> Any:
+    """Return a prediction as JSON knows it: nan and inf, which it does not, as texts."""
+    if isinstance(prediction, list):
+        return [plain(value) for value in prediction]
+    finite = not isinstance(prediction, float) or math.isfinite(prediction)
+    return prediction if finite else str(prediction)
+
+
+def table(scores: dict[str, Any], shown: str) -> Iterator[str]:
+    """Return lines on all answers, types and domains, accuracies as the protocol prints them."""
+    yield (
+        f"{scores['task']}, protocol {scores['protocol']}, seed {scores['seed']}: "
+        f"{scores['fallback']} answers drawn at random, {scores['unread']} more unreadable"
+    )
+    yield "     n  correct  accuracy  95 % interval"
+    groups = [("all", scores), *scores["by_type"].items(), *scores["by_domain"].items()]
+    for name, group in groups:
+        if group["n"]:
+            low, high = group["interval"]
+            accuracy = format(group["accuracy"], shown)
+            yield (
+                f"{group['n']:6}  {group['correct']:7}  {accuracy:>8}  {low:.3f} to {high:.3f}  "
+                f"{name}"
+            )
+
+
+def published(scores: dict[str, Any]) -> Iterator[str]:
+    """Return lines of published accuracies in percent: all, and the domains; these answers first.
+
+    What is published was prompted in other ways and is of the whole set that its line names.
+    """
+    by_domain = [scores["by_domain"][domain] for domain in SUBJECTS[scores["task"]].domains]
+    ours = [100 * one["accuracy"] if one["n"] else None for one in (scores, *by_domain)]
+    yield f"percent: all, {', '.join(SUBJECTS[scores['task']].domains)}"
+    yield _row(ours, "these answers")
+    for name, known in yaml.safe_load(read_text(PUBLISHED))[scores["task"]].items():
+        yield f"published, {name} ({known['source']})"
+        for model, row in known["rows"].items():
+            yield _row(row, model)
+
+
+def _row(values: list[float | None], name: str) -> str:
+    cells = [*values, *[None] * (7 - len(values))]
+    return "".join("     -" if cell is None else f"{cell:6.1f}" for cell in cells) + f"  {name}"

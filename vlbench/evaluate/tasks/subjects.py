@@ -1,0 +1,79 @@
+"""The subjects of MMMU and CMMMU and the domains that they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """Which subjects a domain has, and how the benchmark's code adds them up.
+
+    `by_accuracy` says that it adds accuracies weighted by questions, and not right answers; that
+    can differ in the last digit of a float, and so in the last digit that is printed.
+    """
+
+    domains: Mapping[str, tuple[str, ...]]
+    by_accuracy: bool
+
+    def domain(self, subject: str) -> str:
+        """Return the domain of a subject; of a domain itself too, and "unknown" of others."""
+        for domain, subjects in self.domains.items():
+            if subject == domain or subject in subjects:
+                return domain
+        return UNKNOWN
+
+
+# MMMU's `data_utils.py`; Psychology is in the humanities (Yi's own copy has it in science).
+MMMU = Subjects(
+    {
+        "Art and Design": ("Art", "Art_Theory", "Design", "Music"),
+        "Business": ("Accounting", "Economics", "Finance", "Manage", "Marketing"),
+        "Science": ("Biology", "Chemistry", "Geography", "Math", "Physics"),
+        "Health and Medicine": (
+            "Basic_Medical_Science",
+            "Clinical_Medicine",
+            "Diagnostics_and_Laboratory_Medicine",
+            "Pharmacy",
+            "Public_Health",
+        ),
+        "Humanities and Social Science": ("History", "Literature", "Sociology", "Psychology"),
+        "Tech and Engineering": (
+            "Agriculture",
+            "Architecture_and_Engineering",
+            "Computer_Science",
+            "Electronics",
+            "Energy_and_Power",
+            "Materials",
+            "Mechanical_Engineering",
+        ),
+    },
+    by_accuracy=True,
+)
+
+# The categories of CMMMU's files, and lmms-eval's map of their subcategories.
+CMMMU = Subjects(
+    {
+        "艺术与设计": ("艺术", "艺术理论", "设计", "音乐"),
+        "商业": ("会计", "经济", "金融", "管理", "营销"),
+        "科学": ("生物", "化学", "地理", "数学", "物理"),
+        "健康与医学": ("基础医学", "临床医学", "诊断学与实验室医学", "制药", "公共卫生"),
+        "人文社会科学": ("历史", "文献学", "社会学", "心理学"),
+        "技术与工程": (
+            *("农业", "建筑学", "计算机科学", "电子学"),
+            *("能源和电力", "材料", "机械工程"),
+        ),
+    },
+    by_accuracy=False,
+)
+
+SUBJECTS = {"mmmu": MMMU, "cmmmu": CMMMU}
+
+
+def subject_in(task: str, identity: str) -> str:
+    """Return the subject that an id of the task tells: validation_Art_Theory_3 is of Art_Theory."""
+    told = "_".join(identity.split("_")[1:-1])
+    return told if SUBJECTS[task].domain(told) != UNKNOWN else UNKNOWN
