@@ -111,7 +111,13 @@ def list_(words: list[str]) -> int:
 VERBS = {
     "fit": Verb("recipe=NAME [size=SIZE] [KEY=VALUE ...]", "train a recipe and evaluate it", fit),
     "eval": Verb(
-        "run=DIR [data=FILE images=FOLDER]", "evaluate a run or a released model", evaluate
+        "run=PATH [data=FILE images=FOLDER]\n"
+        "       run=PATH task=mmmu,cmmmu [data=DIR] [split=val]\n"
+        "       [protocol=yi|official|lmms|strict|raw] "
+        "[subjects=A,B] [limit=N] [blank=true]\n"
+        "       [batch=16] [seed=42] [out=DIR]",
+        "evaluate a run or a released model, on its questions or on a benchmark",
+        evaluate,
     ),
     "score": Verb(
         "task=mmmu|cmmmu answers=FILE.jsonl protocol=official|lmms|strict|raw|yi\n"

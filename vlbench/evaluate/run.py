@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from operator import attrgetter
 from pathlib import Path
 
@@ -18,11 +19,22 @@ from vlbench.words import given_keys
 
 
 def main(words: list[str]) -> int:
-    """Evaluate `run=DIR` (a run, a checkpoint or a released model).
+    """Evaluate `run=PATH`, or `model=PATH` (a run, a checkpoint or a released model).
 
-    `data=FILE.json` asks that file's questions; a run has questions of its own as well.
+    `data=FILE.json` asks that file's questions; a run has questions of its own as well. `task=`
+    asks those of benchmarks: see `tasks.run`.
     """
-    given = given_keys("eval", words, ("run",), ("data", "images"))
+    words = [re.sub("^model=", "run=", word) for word in words]
+    if any(word.startswith("task=") for word in words):
+        from vlbench.evaluate.tasks.run import KEYS
+        from vlbench.evaluate.tasks.run import main as take_benchmarks
+
+        return take_benchmarks(given_keys("eval", words, ("run",), KEYS))
+    return own_questions(given_keys("eval", words, ("run",), ("data", "images")))
+
+
+def own_questions(given: dict[str, str]) -> int:
+    """Ask the questions of a run, or those of a file."""
     given = {key: str(Path(value).expanduser()) for key, value in given.items()}
     sets: dict[str, list[Question]] = {}
     if "data" in given:
