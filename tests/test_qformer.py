@@ -75,3 +75,12 @@ def test_the_default_shapes_have_the_references_parameters():
         connector = QFormer(Shapes(256, (16, 16), 1408, 4096, 32))
     count = sum(p.numel() for p in connector.qformer.parameters())
     assert round(count / 1e6, 1) == 105.1
+
+
+@pytest.mark.parametrize(("width", "spread"), [(768, 0.02), (192, 0.04)])
+def test_a_narrower_bert_begins_with_larger_weights(width, spread):
+    torch.manual_seed(0)
+    shapes = Shapes(patches=4, grid=(2, 2), vision_width=32, lm_width=16, lm_layers=2)
+    connector = QFormer(shapes, queries=4, width=width, layers=1, heads=4, cross_every=1)
+    weight = connector.qformer.encoder.layer[0].crossattention.attention.query.weight
+    assert float(weight.detach().std()) == pytest.approx(spread, rel=0.05)
