@@ -50,10 +50,8 @@ def assert_same_weights(run: Path, other: Path) -> None:
     ours, theirs = final_weights(run), final_weights(other)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert (
-        checkpoint.positions(run / "checkpoints")[-1]
-        == (checkpoint.positions(other / "checkpoints")[-1])
-    )
+    here, there = (checkpoint.positions(one / "checkpoints")[-1] for one in (run, other))
+    assert here == there
 
 
 def log_of(run: Path) -> list[list[str]]:
@@ -166,8 +164,10 @@ def test_a_signal_saves_says_how_to_go_on_and_exits_130(
     assert child.returncode == 130, errors
     assert f"run={run}" in errors and "Traceback" not in errors
     assert not (run / "results.json").exists()
+    before = checkpoint.positions(run / "checkpoints")[-1].seconds
     assert main(words) == 0
     assert_same_weights(whole, run)
+    assert before and json.loads((run / "results.json").read_text())["seconds"] > before
 
 
 def test_metrics_beyond_the_checkpoint_and_a_torn_line_are_dropped(tmp_path: Path) -> None:

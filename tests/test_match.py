@@ -196,6 +196,7 @@ def test_every_run_gets_what_was_found_and_the_plan_says_it(tmp_path, monkeypatc
             ran.append(job.words)
             job.folder.parent.mkdir(parents=True, exist_ok=True)
             job.log.write_text("vlbench: not today")
+            start(job)
             end(job, 1)
 
     monkeypatch.setattr(run, "train", train)

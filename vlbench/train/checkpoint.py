@@ -18,7 +18,7 @@ import os
 import pickle
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,8 @@ class Position:
     """Held-out loss per supervised token, if it was measured at this step."""
     seen: dict[str, int] | None = None
     """Samples, images and tokens (places included) that the run has learned from by then."""
+    seconds: float | None = field(default=None, compare=False)
+    """What the run has taken by then, the time in which it was stopped left out."""
 
     @property
     def folder(self) -> str:
@@ -149,7 +151,7 @@ def position(folder: Path) -> Position:
     file = folder / "position.json"
     said = read_json(file)
     whole = all(type(said.get(key)) is kind for key, kind in _KINDS.items())
-    if not whole or not said.keys() <= {*_KINDS, "loss", "seen"}:
+    if not whole or not said.keys() <= {*_KINDS, "loss", "seen", "seconds"}:
         raise Mistake(f"{file}: is not the position of a checkpoint ({', '.join(_KINDS)})")
     return Position(**said)
 

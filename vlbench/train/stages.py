@@ -68,16 +68,22 @@ class Job:
     interrupts: Interrupts
     seen: dict[str, int] = field(default_factory=dict)
     """Samples, images and tokens that were learned from by now."""
+    began: float = field(default_factory=time.monotonic)
+    spent: float = 0.0
+    """Seconds that the run had taken when it was stopped."""
+
+    def clock(self) -> float:
+        """Return how many seconds the run has taken."""
+        return self.spent + time.monotonic() - self.began
 
     def go(self) -> int:
         """Train what is left, evaluate, report; return the exit code."""
-        began = time.monotonic()
         try:
             vlm, start = prepare(self.recipe, self.legs, self.run)
         except Mistake:
             self.run.discard()  # nothing was trained: the same command can be mended and repeated
             raise
-        self.seen = start.seen or {}
+        self.seen, self.spent = start.seen or {}, start.seconds or 0.0
         for leg in self.legs[start.stage :]:
             done = start.step if leg.number == start.stage else 0
             vlm.resize(leg.stage.image_size)
@@ -85,7 +91,7 @@ class Job:
                 self.train(vlm, leg, done)
             if self.interrupts.wanted:
                 return report.show_interrupted(self.run, self.interrupts.wanted)
-        return self.finish(vlm, began)
+        return self.finish(vlm)
 
     def train(self, vlm: VLM, leg: Leg, done: int) -> None:
         """Run one stage after its first `done` steps, to its end or until somebody stops it."""
@@ -135,6 +141,7 @@ class Job:
             settings.checkpoint_every,
             settings.keep_last,
             self.interrupts,
+            self.clock,
         )
         report.show_disk(vlm, parts, settings.keep_last, self.run.checkpoints)
         held_out = HeldOut(held_out_batches(self.recipe, vlm, leg), log.evaluate_every, saving)
@@ -164,7 +171,7 @@ class Job:
                 trained.add(part)
         return [part for part in ("vision", "connector", "language") if part in trained]
 
-    def finish(self, vlm: VLM, began: float) -> int:
+    def finish(self, vlm: VLM) -> int:
         """Evaluate the trained model, write results and examples, and print them."""
         from vlbench.evaluate.results import write_results
 
@@ -179,7 +186,7 @@ class Job:
             self.run,
             vlm,
             lambda: bool(self.interrupts.wanted),
-            lambda: time.monotonic() - began,
+            self.clock,
         )
         if not done:
             return report.show_interrupted(self.run, self.interrupts.wanted)

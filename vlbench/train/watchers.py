@@ -57,9 +57,13 @@ class Saving(Watcher):
         seconds: float,
         keep_last: int,
         interrupts: Interrupts,
+        clock: Callable[[], float],
     ) -> None:
-        """Save `parts` of the model of `stage` (number, name) into `run`."""
-        self.run, self.stage, self.parts = run, stage, parts
+        """Save `parts` of the model of `stage` (number, name) into `run`.
+
+        `clock` tells how many seconds the run has taken.
+        """
+        self.run, self.stage, self.parts, self.clock = run, stage, parts, clock
         self.seconds, self.keep_last, self.interrupts = seconds, keep_last, interrupts
         self.saved_at = time.monotonic()
         self.held_out: dict[int, float] = {}  # held-out loss by step, filled by HeldOut
@@ -77,7 +81,8 @@ class Saving(Watcher):
     def save(self, training: Training) -> None:
         """Write a checkpoint of this very step and remove old ones."""
         done = training.position
-        position = Position(*self.stage, done, self.held_out.get(done), training.seen)
+        held_out = self.held_out.get(done)
+        position = Position(*self.stage, done, held_out, training.seen, round(self.clock(), 1))
         trainer = training.trainer
         optimizer = trainer.strategy.optimizer_state(trainer.optimizers[0])
         folder = self.run.checkpoints
