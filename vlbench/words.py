@@ -67,6 +67,14 @@ def whole(given: dict[str, str], key: str, default: int, low: int, high: int) ->
     return int(text)
 
 
+def truth(given: dict[str, str], key: str) -> bool:
+    """Return whether `given` has true under `key`; a Mistake for anything but true and false."""
+    text = given.get(key, "false")
+    if text not in ("true", "false"):
+        raise Mistake(f"{key} is '{text}'; allowed are true and false")
+    return text == "true"
+
+
 def given_keys(
     verb: str, words: list[str], needed: tuple[str, ...], optional: tuple[str, ...] = ()
 ) -> dict[str, str]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vlbench.compare.findings import Row
 from vlbench.compare.runs import Finished
-from vlbench.files import read_text
+from vlbench.files import read_table
 from vlbench.mistakes import Mistake
 
 Table = list[dict[str, str]]
@@ -37,9 +35,7 @@ def tables(row: Row) -> list[Table]:
 def table(run: Finished) -> Table:
     """Return the metrics of a run, [] if there are none; a line that a kill tore is left out."""
     file = run.folder / "metrics.csv"
-    if not file.is_file():
-        return []
-    lines = list(csv.DictReader(io.StringIO(read_text(file))))
+    lines = read_table(file)
     if lines and not {"stage", "step", "seconds"} <= set(lines[0]):
         raise Mistake(f"{file}: has no columns stage, step and seconds")
     return [line for line in lines if line["seconds"]]

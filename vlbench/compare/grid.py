@@ -11,7 +11,7 @@ from vlbench import recipe as recipes
 from vlbench.mistakes import Mistake, nearest
 from vlbench.schema import Recipe
 from vlbench.values import WHOLE, flow
-from vlbench.words import typed
+from vlbench.words import truth, typed
 
 OWN = ("recipe", "seeds", "grid", "run", "match", "sweep", "freeze", "jobs", "dry_run")
 """Keys of `compare` itself; all others go to every run."""
@@ -99,7 +99,7 @@ def parse(words: list[str]) -> Grid:
         match,
         _factors(own.get("sweep")),
         _jobs(own.get("jobs", "auto")),
-        _truth(own.get("dry_run", "false")),
+        truth(own, "dry_run"),
         tuple(words),
     )
 
@@ -189,12 +189,6 @@ def _jobs(text: str) -> str:
     if text not in ("auto", "slurm") and not (WHOLE.fullmatch(text) and 1 <= int(text) <= 1000):
         raise Mistake(f"jobs is '{text}'; allowed are 1 to 1000, auto and slurm")
     return text
-
-
-def _truth(text: str) -> bool:
-    if text not in ("true", "false"):
-        raise Mistake(f"dry_run is '{text}'; allowed are true and false")
-    return text == "true"
 
 
 def _check(rows: Sequence[Row], seed: int) -> None:

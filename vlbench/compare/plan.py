@@ -80,26 +80,29 @@ def _costs(grid: Grid) -> Sequence[dict[str, Any] | None]:
     """
     file = grid.folder / PROBED
     known = read_json(file) if file.is_file() else {}
-    for row in grid.rows:
-        words = row.of_seed(grid.seeds[0])
-        if known.get(row.name, {}).get("words") != words:
-            known[row.name] = {"words": words, **(_probe(row, words, slots(grid.jobs)) or {})}
-    if not grid.dry_run:
-        write_whole(file, json.dumps(known, indent=1))
     found = []
     for row in grid.rows:
-        finished = [run for seed in grid.seeds if (run := Run(grid.run_folder(row, seed))).finished]
-        results = [read_json(run.results_file) for run in finished]
-        probed = known[row.name] if "seconds" in known[row.name] else None
-        found.append(
-            {
-                "seconds": mean(one["seconds"] for one in results),
-                "memory": max(one["peak_memory_bytes"] for one in results),
-            }
-            if results
-            else probed
-        )
+        words = row.of_seed(grid.seeds[0])
+        cost = _finished(grid, row)
+        if cost is None and known.get(row.name, {}).get("words") != words:
+            known[row.name] = {"words": words, **(_probe(row, words, slots(grid.jobs)) or {})}
+        probed = known.get(row.name, {})
+        found.append(cost or (probed if "seconds" in probed else None))
+    if not grid.dry_run:
+        write_whole(file, json.dumps(known, indent=1))
     return found
+
+
+def _finished(grid: Grid, row: Row) -> dict[str, Any] | None:
+    """Return what the finished runs of a row took, None if there is none."""
+    runs = [Run(grid.run_folder(row, seed)) for seed in grid.seeds]
+    results = [read_json(run.results_file) for run in runs if run.finished]
+    if not results:
+        return None
+    return {
+        "seconds": mean(one["seconds"] for one in results),
+        "memory": max(one["peak_memory_bytes"] for one in results),
+    }
 
 
 def _probe(row: Row, words: Sequence[str], at_once: int) -> dict[str, Any] | None:

@@ -8,7 +8,6 @@ the lowest held-out language loss is taken; the questions have no part in the ch
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from dataclasses import replace
@@ -17,7 +16,7 @@ from pathlib import Path
 from vlbench.compare import grid as grids
 from vlbench.compare.grid import Grid, Row
 from vlbench.compare.jobs import Job
-from vlbench.files import read_json, write_whole
+from vlbench.files import read_json, read_table, write_whole
 from vlbench.train.run import Run
 
 CHOICE = "sweep.json"
@@ -71,11 +70,9 @@ def chosen(grid: Grid) -> Grid:
         row.name: {factor: held_out(folder(grid, row, factor)) for factor in grid.sweep}
         for row in grid.rows
     }
-    best = {name: min(losses, key=losses.__getitem__) for name, losses in found.items()}
+    best = {name: _lowest(losses) for name, losses in found.items()}
     rows = tuple(
-        with_rate(grid, row, best[row.name])
-        if math.isfinite(found[row.name][best[row.name]])
-        else row
+        row if (factor := best[row.name]) is None else with_rate(grid, row, factor)
         for row in grid.rows
     )
     written = {
@@ -86,13 +83,19 @@ def chosen(grid: Grid) -> Grid:
                     f"{factor:g}": loss if math.isfinite(loss) else None
                     for factor, loss in losses.items()
                 },
-                "chosen": best[name] if math.isfinite(losses[best[name]]) else None,
+                "chosen": best[name],
             }
             for name, losses in found.items()
         },
     }
     write_whole(grid.folder / CHOICE, json.dumps(written, indent=1))
     return replace(grid, rows=rows, sweep=())
+
+
+def _lowest(losses: dict[float, float]) -> float | None:
+    """Return the factor with the lowest loss, None if no trial ended."""
+    best = min(losses, key=losses.__getitem__)
+    return best if math.isfinite(losses[best]) else None
 
 
 def told(folder: Path) -> list[str]:
@@ -119,7 +122,6 @@ def held_out(run: Path) -> float:
     """Return the held-out loss at the end of a run; infinity for a run that did not get there."""
     if not Run(run).finished:
         return math.inf
-    with (run / "metrics.csv").open(newline="", encoding="utf-8") as file:
-        last = list(csv.DictReader(file))[-1]
+    last = read_table(run / "metrics.csv")[-1]
     value = float(last["held_out_loss"] or "inf")
     return value if math.isfinite(value) else math.inf

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,14 +131,7 @@ class Features:
 
     def of(self, pictures: Sequence[Picture]) -> Tensor | None:
         """Return `[pictures, patches, width]`; None when any is missing or damaged."""
-        found = list(self._each(pictures))
-        return torch.stack(found) if found and len(found) == len(pictures) else None
-
-    def _each(self, pictures: Sequence[Picture]) -> Iterator[Tensor]:
-        for picture in pictures:
-            if picture not in self.places:
-                return
-            features = self.shards.read(*self.places[picture])
-            if features is None:
-                return
-            yield features
+        places = [self.places.get(picture) for picture in pictures]
+        found = [self.shards.read(*place) for place in places if place]
+        whole = [features for features in found if features is not None]
+        return torch.stack(whole) if whole and len(whole) == len(pictures) else None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
 from pathlib import Path
 from typing import Any
 
+from vlbench.files import read_table
 from vlbench.model.cost import count
 from vlbench.model.vlm import VLM
 from vlbench.schema import Recipe
@@ -47,11 +47,8 @@ def _trained(recipe: Recipe, vlm: VLM, name: str) -> int:
 
 def step_seconds(metrics: Path) -> dict[str, float]:
     """Return the median time of an optimizer step of each stage, from metrics.csv."""
-    if not metrics.is_file():
-        return {}
     times: dict[str, list[float]] = {}
-    with metrics.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if row.get("step_seconds"):
-                times.setdefault(row["stage"], []).append(float(row["step_seconds"]))
+    for row in read_table(metrics):
+        if row.get("step_seconds"):
+            times.setdefault(row["stage"], []).append(float(row["step_seconds"]))
     return {stage: round(statistics.median(each), 4) for stage, each in times.items()}

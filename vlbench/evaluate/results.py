@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import resource
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from vlbench.evaluate.questions import (
     shuffled,
     source_questions,
 )
-from vlbench.files import write_whole
+from vlbench.files import read_table, write_whole
 from vlbench.model.vlm import VLM
 from vlbench.schema import Recipe
 from vlbench.train.run import Run, commit
@@ -157,9 +156,6 @@ def peak_memory() -> int:
 
 def tokens_per_second(metrics: Path) -> float | None:
     """Return the mean rate of the last stage, from metrics.csv; None if nothing was trained."""
-    if not metrics.is_file():
-        return None
-    with metrics.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_table(metrics)
     rates = [float(row["tokens_per_second"]) for row in rows if row["stage"] == rows[-1]["stage"]]
     return round(sum(rates) / len(rates), 1) if rates else None

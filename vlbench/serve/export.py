@@ -26,7 +26,7 @@ from vlbench.serve.card import card
 from vlbench.serve.load import find, open_model, type_named
 from vlbench.train import checkpoint
 from vlbench.train.checkpoint import Position
-from vlbench.words import given_keys, typed
+from vlbench.words import given_keys, truth, typed
 
 FORMATS = ("yi_vl", "hf_llava", "vlbench")
 
@@ -43,7 +43,7 @@ def main(words: list[str]) -> int:
         raise Mistake(f"to={to} is there already; name a new folder")
     source = find(given["run"], "run")
     vlm = open_model(source, None)
-    _settle_adapters(vlm, layout, given.get("merge_lora"), source)
+    _settle_adapters(vlm, layout, truth(given, "merge_lora"), source)
     recipe = _recipe(source, vlm)
     writing = to.parent / f".writing-{to.name}"
     shutil.rmtree(writing, ignore_errors=True)
@@ -68,12 +68,10 @@ def main(words: list[str]) -> int:
     return 0
 
 
-def _settle_adapters(vlm: VLM, layout: str, merge: str | None, source: Path) -> None:
+def _settle_adapters(vlm: VLM, layout: str, merge: bool, source: Path) -> None:
     """Merge LoRA adapters into the weights if that is wanted; released layouts have none."""
-    if merge not in (None, "true", "false"):
-        raise Mistake(f"merge_lora is '{merge}'; allowed are true and false")
     adapted = [name for name, part in vlm.parts() if lora.adapters(part)]
-    if merge == "true":
+    if merge:
         for name in adapted:
             lora.merge(getattr(vlm, name))
     elif adapted and layout != "vlbench":

@@ -28,7 +28,7 @@ from vlbench.evaluate.tasks.prompts import generation, prompt
 from vlbench.evaluate.tasks.protocols import score_all
 from vlbench.evaluate.tasks.record import Prompt, Record, Skipped
 from vlbench.evaluate.tasks.subjects import SUBJECTS, UNKNOWN
-from vlbench.files import read_text, write_whole
+from vlbench.files import json_lines, read_json, read_text, write_whole
 from vlbench.mistakes import Mistake
 from vlbench.model.generate import answer_text
 from vlbench.model.messages import prompt_batch, prompt_ids
@@ -138,7 +138,7 @@ def take(
             new = vlm.generate(prompt_batch(vlm, samples), max_new_tokens=limits.max_new_tokens)
             texts = [_cut(answer_text(vlm, ids), limits.stop) for ids in new]
             lines = [{**one.line, "response": text} for one, text in zip(some, texts, strict=True)]
-            kept.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            kept.write(json_lines(lines))
             kept.flush()
             bar.update(len(some))
             if known:
@@ -179,7 +179,7 @@ def open_folder(folder: Path, about: dict[str, Any]) -> None:
     """Make the folder of an exam, or go on with the same exam; a Mistake for another one."""
     file = folder / EXAM
     if file.is_file():
-        before = json.loads(read_text(file))
+        before = read_json(file)
         differ = [
             f"{key} ({before.get(key)} before, {value} now)"
             for key, value in about.items()

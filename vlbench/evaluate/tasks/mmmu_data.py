@@ -9,6 +9,7 @@ from typing import Any
 from vlbench.evaluate.tasks.cells import answer_of, options_of, picture_of
 from vlbench.evaluate.tasks.files import arranged, chosen, find, rows
 from vlbench.evaluate.tasks.record import Record
+from vlbench.evaluate.tasks.subjects import subject_of
 
 SUBJECTS = (
     "Accounting",
@@ -65,11 +66,6 @@ def read(path: str, split: str, subjects: Sequence[str] | None = None) -> list[R
                 records.append(_record(row))
     asked = wanted if subjects else ()
     return arranged(records, found, SUBJECTS, lambda record: record.subject, asked)
-
-
-def subject_of(record: str) -> str:
-    """Return the subject in an id: what stands between the first and the last underscore."""
-    return "_".join(record.split("_")[1:-1])
 
 
 def _record(row: dict[str, Any]) -> Record:

@@ -25,13 +25,13 @@ from vlbench.evaluate.tasks.prompts import generation
 from vlbench.evaluate.tasks.protocols import protocol_of, score_all
 from vlbench.evaluate.tasks.record import Record
 from vlbench.evaluate.tasks.score import SEED, published, table, write
-from vlbench.files import write_whole
+from vlbench.files import json_lines, write_whole
 from vlbench.mistakes import Mistake, nearest
 from vlbench.model.vlm import VLM
 from vlbench.serve.load import find as find_model
 from vlbench.serve.load import load
 from vlbench.train import checkpoint
-from vlbench.words import whole
+from vlbench.words import truth, whole
 
 READ = {"mmmu": mmmu_data.read, "cmmmu": cmmmu_data.read}
 KEYS = ("task", "data", "split", "protocol", "subjects", "limit", "out", "seed", "batch", "blank")
@@ -49,8 +49,7 @@ def main(given: dict[str, str]) -> int:
         raise Mistake(f"protocol is '{name}'; known are {known}.{nearest(name, PROTOCOLS)}")
     if len(tasks) > 1 and ("data" in given or "out" in given):
         raise Mistake("data= and out= belong to one task; give one task=, or leave them out")
-    if given.get("blank", "false") not in ("true", "false"):
-        raise Mistake(f"blank is '{given['blank']}'; allowed are true and false")
+    truth(given, "blank")
     numbers = [whole(given, *one) for one in (("batch", 16, 1, 4096), ("seed", SEED, 0, 2**32 - 1))]
     read = {task: _records(task, given) for task in tasks}
     vlm = load(given["run"])
@@ -98,8 +97,7 @@ def _take(
     asked, skipped = questions(vlm, records, protocol.prompts[task])
     if not asked:
         raise Mistake(f"{task}: no question can be asked; the first: {skipped[0]}")
-    named = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in skipped)
-    write_whole(folder / SKIPPED, named)
+    write_whole(folder / SKIPPED, json_lines(skipped))
     items = take(vlm, asked, task, protocol, batch, folder / ANSWERS)
     if any(item.answer is None for item in items):
         print("\n".join(_submit(folder, task, protocol, items)))
@@ -108,7 +106,7 @@ def _take(
     scores: dict[str, Any] = {"task": task, "protocol": name, "seed": seed}
     scores |= {**about, "skipped": len(skipped), **summary(task, scored)}
     report = [*_heading(task, protocol, scores), ""]
-    if given.get("blank") == "true":
+    if truth(given, "blank"):
         blind = take(vlm, asked, task, protocol, batch, folder / BLANK, blind=True)
         known = summary(task, score_all(task, protocol.scoring, blind, seed))
         scores["blank"] = known
@@ -163,8 +161,7 @@ def _submit(folder: Path, task: str, protocol: Protocol, items: list[Item]) -> l
         )
         file = folder / "submission.json"
     else:
-        lines = ({"id": i.id, "type": i.type, "response": i.response} for i in items)
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        text = json_lines({"id": i.id, "type": i.type, "response": i.response} for i in items)
         file = folder / "submission.jsonl"
     write_whole(file, text)
     return [f"{task}: the answers are withheld; {len(items)} responses to submit in {file}"]

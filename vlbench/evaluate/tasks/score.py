@@ -15,7 +15,7 @@ from vlbench.evaluate.tasks.answers_file import Record, read_answers
 from vlbench.evaluate.tasks.items import Scored
 from vlbench.evaluate.tasks.protocols import protocol_of, score_all
 from vlbench.evaluate.tasks.subjects import SUBJECTS
-from vlbench.files import read_text, write_whole
+from vlbench.files import json_lines, read_text, write_whole
 from vlbench.mistakes import Mistake
 from vlbench.words import given_keys, whole
 
@@ -46,21 +46,18 @@ def write(
     folder: Path, scores: dict[str, Any], records: list[Record], scored: list[Scored]
 ) -> None:
     """Write scores.json, and scored.jsonl: every line as it was, and what was made of it."""
-    lines = [
-        json.dumps(
-            {
-                **record,
-                "prediction": plain(one.prediction),
-                "correct": one.correct,
-                "fallback": one.fallback,
-            },
-            ensure_ascii=False,
-        )
+    lines = json_lines(
+        {
+            **record,
+            "prediction": plain(one.prediction),
+            "correct": one.correct,
+            "fallback": one.fallback,
+        }
         for record, one in zip(records, scored, strict=True)
-    ]
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "scored.jsonl", "\n".join(lines) + "\n")
+        write_whole(folder / "scored.jsonl", lines)
         write_whole(folder / "scores.json", json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
         raise Mistake(f"out={folder} cannot be written ({error.strerror})") from error

@@ -73,7 +73,12 @@ CMMMU = Subjects(
 SUBJECTS = {"mmmu": MMMU, "cmmmu": CMMMU}
 
 
+def subject_of(identity: str) -> str:
+    """Return the subject in an id: what stands between the first and the last underscore."""
+    return "_".join(identity.split("_")[1:-1])
+
+
 def subject_in(task: str, identity: str) -> str:
     """Return the subject that an id of the task tells: validation_Art_Theory_3 is of Art_Theory."""
-    told = "_".join(identity.split("_")[1:-1])
+    told = subject_of(identity)
     return told if SUBJECTS[task].domain(told) != UNKNOWN else UNKNOWN
