@@ -123,7 +123,7 @@ def test_adapters_and_recomputing_are_looked_through(name):
         parameter.data.normal_(std=0.1)
     after = diagnose(vlm, [(question(1), "one")])
     assert after != before
-    vlm.recompute()
+    vlm.recompute("full")
     assert diagnose(vlm, [(question(1), "one")]) == after
     assert all(parameter.grad is None for parameter in vlm.parameters())
 

@@ -127,7 +127,10 @@ def test_a_question_that_cannot_be_asked_is_named(model, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["task=mmu"], "task is 'mmu'; known are mmmu, cmmmu. Did you mean 'mmmu'?"),
+        (
+            ["task=mmu"],
+            "task is 'mmu'; known are mmmu, cmmmu, own, llava_json. Did you mean 'mmmu'?",
+        ),
         (["protocol=offical"], "Did you mean 'official'?"),
         (["batch=0"], "batch is '0'; allowed are whole numbers from 1"),
         (["blank=yes"], "blank is 'yes'; allowed are true and false"),

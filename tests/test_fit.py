@@ -172,7 +172,8 @@ def test_a_signal_saves_says_how_to_go_on_and_exits_130(
 
 def test_metrics_beyond_the_checkpoint_and_a_torn_line_are_dropped(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.csv"
-    lines = [f"{stage},{step},0.5,,0.1,1.0,2.0,3.0,4.0,5.0" for stage in STEPS for step in (1, 2)]
+    rest = "0.5,,0.1,1.0,2.0,3.0,4.0,0.1,,7,5.0"
+    lines = [f"{stage},{step},{rest}" for stage in STEPS for step in (1, 2)]
     metrics.write_text("\n".join([",".join(COLUMNS), *lines, "chat,3,0."]))
     cut(metrics, list(STEPS), "align_448", 1)
     assert metrics.read_text().split() == [",".join(COLUMNS), *lines[:3]]

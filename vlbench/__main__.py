@@ -63,6 +63,22 @@ def export(words: list[str]) -> int:
     return write(words)
 
 
+def check(words: list[str]) -> int:
+    """Look at the data of a recipe."""
+    from pathlib import Path
+
+    from vlbench import recipe as recipes
+
+    out = [word.removeprefix("out=") for word in words if word.startswith("out=")]
+    words = [word for word in words if not word.startswith("out=")]
+    recipes.require_data(recipes.load(words))
+    from vlbench.check.run import main as check_data  # after the checks: it takes seconds
+
+    recipe = resolved(words)
+    default = f"checks/{recipe.recipe}-{recipe.size}"
+    return check_data(recipe, Path(out[-1] if out else default).expanduser())
+
+
 def compare(words: list[str]) -> int:
     """Train a grid of runs and report."""
     from vlbench.compare import grid
@@ -112,10 +128,9 @@ VERBS = {
     "fit": Verb("recipe=NAME [size=SIZE] [KEY=VALUE ...]", "train a recipe and evaluate it", fit),
     "eval": Verb(
         "run=PATH [data=FILE images=FOLDER]\n"
-        "       run=PATH task=mmmu,cmmmu [data=DIR] [split=val]\n"
-        "       [protocol=yi|official|lmms|strict|raw] "
-        "[subjects=A,B] [limit=N] [blank=true]\n"
-        "       [batch=16] [seed=42] [out=DIR]",
+        "       run=PATH task=mmmu,cmmmu,own [data=DIR] [split=val] [subjects=A,B] [seed=42]\n"
+        "       [protocol=yi|official|lmms|strict|raw]\n"
+        "       with both: [limit=N] [blank=true] [batch=16] [out=DIR]",
         "evaluate a run or a released model, on its questions or on a benchmark",
         evaluate,
     ),
@@ -134,6 +149,11 @@ VERBS = {
         "run=PATH to=DIR format=yi_vl|hf_llava|vlbench [dtype=bf16] [merge_lora=true]",
         "write a run, a checkpoint or a released model in a layout that others load",
         export,
+    ),
+    "check": Verb(
+        "recipe=NAME [size=SIZE] data.train=FILE data.images=FOLDER [out=DIR] [KEY=VALUE ...]",
+        "look at all data before training: faults, lengths, what is learned of them",
+        check,
     ),
     "compare": Verb(
         "recipe=A,B seeds=3 [grid='K=V + K=V | K=V'] [match=params|visual_tokens|flops]\n"

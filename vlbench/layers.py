@@ -122,6 +122,12 @@ def _stage(path: str, stage: dict[str, Any], data: dict[str, Any], complete: boo
     if stage.get("data"):
         mistakes += _rivals(f"{path}.data.", stage["data"])
         stage["data"] = merge(data, stage["data"], f"{path}.data")
+        own, whole = (one.get("decode", "exact") for one in (stage["data"], data))
+        if own != whole:
+            mistakes.append(
+                f"{path}.data.decode is {own} and data.decode {whole}: a run has one way to decode "
+                "pictures, in training and after it; give data.decode"
+            )
     return mistakes
 
 

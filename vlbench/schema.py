@@ -107,6 +107,9 @@ class Data:
         "bad samples: leave out and count, or stop; auto stops above 1 in 100", "auto"
     )
     workers: int = key("processes that prepare the data; 0: none", 4, low=0, high=256)
+    decode: Literal["exact", "draft"] = key(
+        "large JPEGs: as the reference decodes them, or faster and a little otherwise", "exact"
+    )
     samples: int = key("scenes: pictures in an epoch", 10000, low=1)
     questions: int = key("scenes: questions about a picture, in one conversation", 3, low=1)
 
@@ -179,7 +182,9 @@ class Recipe:
     only: tuple[str, ...] | None = key("stages to run, as chat or [align_224,chat]", None)
     from_: str | None = key("stage to start from", None)
     precision: Literal["32", "bf16"] = key("of the arithmetic", "32")
-    checkpointing: Literal["none", "full"] = key("recompute activations to save memory", "none")
+    checkpointing: Literal["none", "selective", "full", "auto"] = key(
+        "what is recomputed to save memory: nothing, what is cheap, all; auto: what must be", "none"
+    )
     dry_run: bool = key("one step of every stage, longest batch first, then stop", False)
     profile: bool = key("write a trace of some steps into the run", False)
     vision: Vision = key("the vision tower", Vision)

@@ -11,12 +11,13 @@ import time
 
 from vlbench import recipe as recipes
 from vlbench.evaluate.ask import ROWS, ask
-from vlbench.evaluate.results import peak_memory, questions_of
+from vlbench.evaluate.results import questions_of
 from vlbench.mistakes import Mistake, Trouble
 from vlbench.model.compose import compose
 from vlbench.schema import Recipe
 from vlbench.train.dry import measure
 from vlbench.train.legs import plan
+from vlbench.train.speed import peak_memory
 from vlbench.train.stages import trainer_of
 
 

@@ -86,6 +86,9 @@ def _train(grid: Grid, jobs: Sequence[Job]) -> dict[Path, str]:
         job.folder: _shares_with(grid, *rows[job.folder]) for job in todo if job.folder in rows
     }
 
+    awaited = {folder for folder in before.values() if folder}
+    todo.sort(key=lambda job: job.folder not in awaited)  # or processors wait at the end
+
     def ready(job: Job) -> bool:
         """Tell whether no run that is to share its stages is still to come."""
         other = before.get(job.folder)

@@ -2,7 +2,8 @@
 
 One transform serves training, evaluation and chat: pad to a square in the mean colour, resize the
 shortest edge (bicubic), crop the centre, rescale, normalise. EXIF orientation is not applied and
-alpha is dropped, as in the Yi-VL reference. JPEGs are always decoded in full, never in draft mode.
+alpha is dropped, as in the Yi-VL reference. JPEGs are decoded in full, unless `draft` asks for the
+decoder's own reduction of large ones, which is faster and moves pixels a little.
 """
 
 from __future__ import annotations
@@ -52,32 +53,39 @@ class File:
         """Return the picture in RGB; see `open_image`."""
         return open_image(self.path)
 
+    def drafted(self, side: int) -> Image.Image:
+        """Return the picture in RGB; a JPEG may be decoded smaller, its longest edge >= `side`."""
+        return open_image(self.path, side)
 
-def open_image(path: str | Path) -> Image.Image:
+
+def open_image(path: str | Path, side: int = 0) -> Image.Image:
     """Open a picture in RGB: of several frames the first, 16 bits scaled to 8, alpha dropped.
 
-    Raises a Mistake that names the file when it is missing, empty, broken, too large or no picture.
+    With `side` a JPEG may come smaller, by the decoder's own reduction. Raises a Mistake that names
+    the file when it is missing, empty, broken, too large or no picture.
     """
     refusal = _refusal(Path(path))
     if refusal:
         raise Mistake(f"image {path}: {refusal}")
-    return _decoded(path, f"image {path}")
+    return _decoded(path, f"image {path}", side)
 
 
-def open_bytes(data: bytes, name: str) -> Image.Image:
+def open_bytes(data: bytes, name: str, side: int = 0) -> Image.Image:
     """Open a picture from the bytes of a file, as `open_image` would; mistakes call it `name`."""
     if not data:
         raise Mistake(f"{name}: is empty (0 bytes)")
-    return _decoded(BytesIO(data), name)
+    return _decoded(BytesIO(data), name, side)
 
 
-def _decoded(source: str | Path | BytesIO, name: str) -> Image.Image:
+def _decoded(source: str | Path | BytesIO, name: str, side: int = 0) -> Image.Image:
     """Decode a picture in RGB, or raise a Mistake that calls it `name`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             with Image.open(source, formats=_formats()) as image:
                 _check_size(image)
+                if side:
+                    image.draft(None, _reduced(image.size, side))
                 return _rgb(image)
         except Image.DecompressionBombError:
             reason = _too_large("it")
@@ -88,6 +96,11 @@ def _decoded(source: str | Path | BytesIO, name: str) -> Image.Image:
         except Exception as error:  # a decoder may raise anything on a broken file
             reason = f"cannot be read, it is broken or cut off ({_first_line(error)})"
     raise Mistake(f"{name}: {reason}")
+
+
+def _reduced(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """Return the size at which the longest edge is `side`: the decoder stays above it."""
+    return max(1, size[0] * side // max(size)), max(1, size[1] * side // max(size))
 
 
 def opened(image: Image.Image, name: str) -> Image.Image:
@@ -155,10 +168,16 @@ class ImageTransform:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     pad: bool = True  # first pad to a square in the mean colour
+    draft: bool = False  # large JPEGs are decoded smaller, which only `of` can do
 
     def __post_init__(self) -> None:
         if not 0 < self.crop <= self.size:
             raise Mistake(f"image transform: crop={self.crop} must be in 1..size={self.size}")
+
+    def of(self, picture: Picture) -> Tensor:
+        """Return the pixels of a picture that is not opened yet."""
+        drafted = getattr(picture, "drafted", None) if self.draft and self.pad else None
+        return self(drafted(self.size) if drafted else picture.open())
 
     def __call__(self, picture: Image.Image) -> Tensor:
         """Return float32 pixels `[3, crop, crop]`; of `Zero` they are all 0."""
@@ -166,10 +185,17 @@ class ImageTransform:
 
         if _ZERO in picture.info:
             return torch.zeros(3, self.crop, self.crop)
+        planes = self.resized(picture).transpose(2, 0, 1)
+        values = np.empty(planes.shape, np.float32)
+        for plane, levels, value in zip(planes, self._levels(), values, strict=True):
+            np.take(levels, plane, out=value, mode="clip")  # without a check of every pixel
+        return torch.from_numpy(values)
+
+    def _levels(self) -> np.ndarray:
+        """Return what each of the 256 levels of each channel becomes, float32 `[3, 256]`."""
         levels = (np.arange(256) * (1 / 255)).astype(np.float32)  # rescaled in float64
-        values = levels[self.resized(picture)]
-        values = (values - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
-        return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
+        mean, std = (np.asarray(one, np.float32)[:, None] for one in (self.mean, self.std))
+        return (levels - mean) / std
 
     def resized(self, picture: Image.Image) -> np.ndarray:
         """Return the uint8 picture `[crop, crop, 3]` before it is normalised."""
@@ -187,7 +213,10 @@ class ImageTransform:
 
     def hash(self) -> str:
         """Return 16 characters that change whenever the transform's result may change."""
-        text = json.dumps({**asdict(self), "rules": _RULES}, sort_keys=True)
+        said = {**asdict(self), "rules": _RULES}
+        if not self.draft:
+            del said["draft"]  # as before there was a choice
+        text = json.dumps(said, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -169,7 +169,7 @@ class _Pixels:
         """Open a picture unless that was done; raise its Mistake each time."""
         if picture not in self._made:
             try:
-                self._made[picture] = self._transform(picture.open())
+                self._made[picture] = self._transform.of(picture)
             except Mistake as mistake:
                 self._made[picture] = mistake
         made = self._made[picture]

@@ -126,7 +126,7 @@ def _told(vlm: VLM, question: Question, answer: str) -> Batch | None:
     except BadSample:  # a model may say what cannot be learned, such as the text of a place
         return None
     encoded = replace(encoded, labels=_last(encoded.labels))
-    return collate([[encoded]], lambda picture: vlm.transform(picture.open())).to(vlm.device)
+    return collate([[encoded]], vlm.transform.of).to(vlm.device)
 
 
 def _last(labels: list[int]) -> list[int]:

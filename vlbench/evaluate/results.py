@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
-
-import torch
 
 from vlbench.data.order import Order
 from vlbench.data.sources import SCENES, held_out, sources
@@ -27,6 +24,7 @@ from vlbench.files import read_table, write_whole
 from vlbench.model.vlm import VLM
 from vlbench.schema import Recipe
 from vlbench.train.run import Run, commit
+from vlbench.train.speed import peak_memory
 
 LIMIT = 1000  # questions asked of a user's own data
 PICTURES = 8  # questions whose pictures diagnostics.json tells about
@@ -145,13 +143,6 @@ def _write_answers(
         for question, answer in zip(asked, answers[name], strict=True)
     ]
     write_whole(path, "\n".join(lines) + "\n")
-
-
-def peak_memory() -> int:
-    """Return the peak memory in bytes: of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def tokens_per_second(metrics: Path) -> float | None:

@@ -1,12 +1,16 @@
 """Attention over packed rows: samples that share a row never see each other.
 
-Registered with transformers under the name `PACKED`. Sample lengths travel as a keyword argument of
-the language model's forward, so there is no global state and no dense mask over the pack.
+Registered with transformers under the name `PACKED`. Sample lengths travel as keyword arguments of
+the language model's forward, so there is no global state and no dense mask over the pack. On a GPU
+in 16 bits all samples are one call of a variable-length kernel, elsewhere each has its own call.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +18,63 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 PACKED = "vlbench_packed"
+Lengths = list[list[int]]
+
+
+class Bounds(NamedTuple):
+    """Where samples begin in the rows of a batch, laid end to end."""
+
+    begins: Tensor
+    """`[samples + 1]` int32 on the device of the batch, the end of the last sample included."""
+    longest: int
+    """Length of the longest sample."""
+
+
+def bounds(lengths: Lengths, length: int, device: torch.device) -> Bounds | None:
+    """Return the bounds of samples in rows of `length` positions, None where no kernel takes them.
+
+    What follows the samples of a row counts as a sample: nobody reads what it becomes. The bounds
+    are made once per forward pass, for all layers, and travel to the device without waiting.
+    """
+    if device.type != "cuda" or varlen() is None:
+        return None
+    sizes = [size for row in lengths for size in (*row, length - sum(row)) if size]
+    begins = torch.tensor([0, *sizes], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return Bounds(begins.pin_memory().to(device, non_blocking=True), max(sizes))
+
+
+@functools.cache
+def varlen() -> Callable[..., Tensor] | None:
+    """Return torch's variable-length attention, causal and with grouped heads, None without one.
+
+    The names of its options changed between versions of torch.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    options = inspect.signature(varlen_attn).parameters
+    if "window_size" in options:
+        causal: dict[str, Any] = {"window_size": (-1, 0)}
+    elif "is_causal" in options:
+        causal = {"is_causal": True}
+    else:
+        return None
+    return functools.partial(_grouped(varlen_attn, "enable_gqa" in options), **causal)
+
+
+def _grouped(attend: Callable[..., Any], knows_groups: bool) -> Callable[..., Tensor]:
+    """Return `attend` for keys with fewer heads than queries, repeated where it cannot do it."""
+
+    def run(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1 and knows_groups:
+            options["enable_gqa"] = True
+        elif groups > 1:
+            key, value = (one.repeat_interleave(groups, dim=1) for one in (key, value))
+        return attend(query, key, value, *args, **options)
+
+    return run
 
 
 def packed_attention(
@@ -24,16 +85,19 @@ def packed_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    lengths: list[list[int]] | None = None,
+    lengths: Lengths | None = None,
+    bounds: Bounds | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend causally inside each sample of each row.
 
     `query` is `[rows, heads, length, head width]`; `key` and `value` may have fewer heads.
     `lengths` gives the samples of each row in order, as Python numbers; what follows them is
-    padding and gets zeros. Without `lengths` every row is one sample. Returns
-    `[rows, length, heads, head width]`.
+    padding, whose values mean nothing. Without `lengths` every row is one sample. `bounds` says the
+    same to the kernel of a GPU. Returns `[rows, length, heads, head width]`.
     """
+    if bounds is not None and query.dtype in (torch.bfloat16, torch.float16):
+        return _in_one_call(query, key, value, bounds, scaling), None
     rows, _, length, _ = query.shape
     lengths = lengths or [[length]] * rows
     grouped = key.shape[1] != query.shape[1]
@@ -49,6 +113,20 @@ def packed_attention(
         ]
         outs.append(torch.cat([*done, torch.zeros_like(split[0][-1])], dim=2))
     return torch.cat(outs).transpose(1, 2), None
+
+
+def _in_one_call(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, scaling: float | None
+) -> Tensor:
+    """Attend over all rows laid end to end, as variable-length kernels read them."""
+    rows, _, length, _ = query.shape
+    attend = varlen()
+    assert attend is not None
+    q, k, v = (one.transpose(1, 2).flatten(0, 1) for one in (query, key, value))
+    begins, longest = bounds
+    options = {} if scaling is None else {"scale": scaling}
+    out = attend(q, k, v, begins, begins, longest, longest, **options)
+    return out.unflatten(0, (rows, length))
 
 
 AttentionInterface.register(PACKED, packed_attention)

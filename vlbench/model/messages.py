@@ -126,7 +126,7 @@ def prompt_batch(vlm: VLM, samples: Sequence[Sample]) -> Batch:
         positions=positions,
         sample_index=sample_index,
         image_index=image_index,
-        pixels=stack([vlm.transform(p.open()) for one in samples for p in one.pictures]),
+        pixels=stack([vlm.transform.of(p) for one in samples for p in one.pictures]),
         sample_id=[sample.id for sample in samples],
         # padding counts as a sample of its own, so that no position of a prompt sees it
         lengths=[[n for n in (length - len(row), len(row)) if n] for row in rows],

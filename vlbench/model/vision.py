@@ -42,6 +42,7 @@ class Tower(nn.Module):
         self.mean: Colour = tuple(preprocess["mean"])
         self.std: Colour = tuple(preprocess["std"])
         self.pad = bool(preprocess.get("pad", True))
+        self.draft = False  # `data.decode`: whether large JPEGs are decoded smaller
         # a release may resize to more than it crops; at other image sizes the share stays
         self.margin = preprocess.get("resize", 1) / preprocess.get("crop", 1)
         blocks = self.blocks()
@@ -82,7 +83,7 @@ class Tower(nn.Module):
         """The image transform that this tower needs at its current image size."""
         crop = self.image_size
         size = round(crop * self.margin)
-        return ImageTransform(size=size, crop=crop, mean=self.mean, std=self.std, pad=self.pad)
+        return ImageTransform(size, crop, self.mean, self.std, self.pad, self.draft)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -9,18 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from vlbench.connector import Connector, Shapes, zero_like_loss
 from vlbench.data.batch import Batch
 from vlbench.data.images import ImageTransform
-from vlbench.data.sample import IGNORE, IMAGE
+from vlbench.data.sample import IMAGE
 from vlbench.data.template import Template
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.mistakes import Mistake
+from vlbench.model.attention import bounds
 from vlbench.model.generate import Stream, generate
+from vlbench.model.loss import summed_loss
 from vlbench.model.messages import prompt_batch, sample_of
+from vlbench.model.recompute import recompute
 from vlbench.model.vision import Tower
 from vlbench.model.weights.groups import place
 
@@ -179,21 +181,20 @@ class VLM(nn.Module):
             batch.image_index,
             position_ids=batch.positions,
             lengths=batch.lengths,
+            bounds=bounds(batch.lengths, batch.ids.shape[1], visual.device),
             use_cache=False,
         ).last_hidden_state
 
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Return the cross entropy of `labels`, summed over supervised positions."""
-        supervised = labels != IGNORE
-        logits = self.language.lm_head(hidden[supervised])
-        return cross_entropy(logits.float(), labels[supervised], reduction="sum")
+        return summed_loss(self.language.lm_head, hidden, labels)
 
-    def recompute(self) -> None:
-        """Save memory: compute activations again in the backward pass instead of keeping them."""
-        new = getattr(self.language, "activation_checkpointing_enable", None)  # its name in v6
-        (new or self.language.gradient_checkpointing_enable)({"use_reentrant": False})
-        self.vision.visual.set_grad_checkpointing(True)
-        self._recomputes = True
+    def recompute(self, how: str) -> None:
+        """Save memory: compute activations again in the backward pass instead of keeping them.
+
+        `how` is one of `model.recompute.WAYS`.
+        """
+        self._recomputes = recompute(self.language, self.vision.visual, how)
 
     def _kept(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return `function`, after `recompute` one that keeps its inputs alone for the backward.

@@ -9,13 +9,14 @@ from typing import NamedTuple
 from torch.utils.data import DataLoader
 
 from vlbench.data.steps import Step
-from vlbench.evaluate.results import peak_memory
 from vlbench.schema import Recipe
 from vlbench.train import report
+from vlbench.train.checkpointing import settle
 from vlbench.train.legs import Leg, check_data, steps_of
 from vlbench.train.module import Training, Watcher, freeze
 from vlbench.train.sizes import check_sizes
-from vlbench.train.stages import explained, prepare, trainer_of
+from vlbench.train.speed import peak_memory
+from vlbench.train.stages import explained, prepare, root_device, trainer_of
 
 LOOKED_AT = 16  # steps of a stage among which the longest is taken
 TIMED = 2  # steps after the longest, which comes first and is slower than those to come
@@ -64,6 +65,7 @@ def measure(recipe: Recipe, legs: list[Leg]) -> Iterator[Measured]:
         vlm.resize(leg.stage.image_size)
         freeze(vlm, leg.stage)
         steps = steps_of(vlm, leg)
+        settle(recipe, vlm, steps, root_device(recipe))
         candidates = [steps[n] for n in range(min(LOOKED_AT, leg.steps))]
         longest = max(candidates, key=_positions)
         tried = [longest, *candidates[:TIMED]]

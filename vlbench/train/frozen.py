@@ -128,7 +128,7 @@ class _Pixels(Dataset[tuple[bytes, "Tensor | None"]]):
     def __getitem__(self, index: int) -> tuple[bytes, Tensor | None]:
         key, picture = self.pictures[index]
         try:
-            return key, self.transform(picture.open())
+            return key, self.transform.of(picture)
         except Mistake:
             return key, None
 

@@ -112,6 +112,9 @@ class Watcher:
     def begin(self, training: Training) -> None:
         """Called before the first step."""
 
+    def before(self, training: Training, step: Step) -> None:
+        """Called when the next step is there, before anything is computed."""
+
     def after(self, training: Training, step: Step) -> None:
         """Called after every optimizer step; `training.report` says how it went."""
 
@@ -176,6 +179,11 @@ class Training(pl.LightningModule):
         """Let the watchers begin."""
         for watcher in self.watchers:
             watcher.begin(self)
+
+    def on_train_batch_start(self, batch: Step, batch_idx: int) -> None:
+        """Tell the watchers that the step is there."""
+        for watcher in self.watchers:
+            watcher.before(self, batch)
 
     def on_train_batch_end(self, outputs: Any, batch: Step, batch_idx: int) -> None:
         """Let the watchers look at the step."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import sys
-import time
 from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from vlbench.data.steps import Step
 from vlbench.files import write_whole
 from vlbench.mistakes import Mistake
 from vlbench.train.module import StepReport, Training, Watcher
+from vlbench.train.speed import Speed, rates
 from vlbench.train.watchers import HeldOut
 
 COLUMNS = (
@@ -29,6 +29,9 @@ COLUMNS = (
     "tokens_per_second",
     "images_per_second",
     "step_seconds",
+    "data_wait",
+    "mfu",
+    "memory",
     "seconds",
 )
 
@@ -75,7 +78,7 @@ def gauges_of(connector: Connector, taken: Container[str]) -> dict[str, float]:
 
 
 class Progress(Watcher):
-    """Show loss, tokens/s, images/s and time left, and write metrics every `every` steps."""
+    """Show loss, speed and time left, and write metrics, every `every` steps."""
 
     def __init__(
         self, stage: str, offset: int, every: int, metrics: Path | None, held_out: HeldOut
@@ -83,11 +86,11 @@ class Progress(Watcher):
         """`offset` is the number of steps of earlier stages, for loggers that know one axis."""
         self.stage, self.offset, self.every = stage, offset, every
         self.metrics, self.held_out = metrics, held_out
-        self.tokens = self.images = self.steps = 0
+        self.speed = Speed()
 
     def begin(self, training: Training) -> None:
         """Open the bar."""
-        self.began = self.window = time.monotonic()
+        self.speed.begin(training)
         self.start = training.position
         self.interactive = sys.stderr.isatty()
         self.bar = tqdm(
@@ -99,20 +102,20 @@ class Progress(Watcher):
             disable=not self.interactive,
         )
 
+    def before(self, training: Training, step: Step) -> None:
+        """Note how long the step was waited for."""
+        self.speed.before()
+
     def after(self, training: Training, step: Step) -> None:
         """Count a step; every so often say and write how it goes."""
         report = training.report
-        self.tokens += report.tokens
-        self.images += report.images
-        self.steps += 1
+        self.speed.after(training, step)
         self.bar.update()
         last = training.position == training.steps
         if training.position % self.every == 0 or last or self.held_out.latest:
             self._tell(training, report)
 
     def _tell(self, training: Training, report: StepReport) -> None:
-        now = time.monotonic()
-        passed = max(now - self.window, 1e-9)
         held_out = self.held_out.latest
         row: dict[str, Any] = {
             "stage": self.stage,
@@ -121,10 +124,7 @@ class Progress(Watcher):
             "held_out_loss": held_out.get("loss", ""),
             "lr": report.lr,
             "grad_norm": report.grad_norm,
-            "tokens_per_second": round(self.tokens / passed, 1),
-            "images_per_second": round(self.images / passed, 2),
-            "step_seconds": round(passed / self.steps, 4),
-            "seconds": round(now - self.began, 2),
+            **self.speed.told(),
         }
         row |= report.extra  # the connector's own losses, a column each
         row |= {f"held_out_{k}": held_out.get(k, "") for k in report.extra}
@@ -134,8 +134,6 @@ class Progress(Watcher):
         for logger in training.trainer.loggers:
             logger.log_metrics(numbers, step=self.offset + training.position)
         self._show(training, row)
-        self.tokens = self.images = self.steps = 0
-        self.window = now
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.metrics is None:
@@ -149,17 +147,17 @@ class Progress(Watcher):
             csv.DictWriter(file, columns).writerow(row)
 
     def _show(self, training: Training, row: dict[str, Any]) -> None:
-        rates = f"{row['tokens_per_second']:.0f} tokens/s, {row['images_per_second']:.1f} images/s"
+        speed = rates(row)
         held = row["held_out_loss"]
         losses = f"loss {row['loss']:.3f}" + (f" (held out {held:.3f})" if held != "" else "")
         own = [name for name in training.report.extra if name in row]
         losses += "".join(f", {name} {row[name]:.3f}" for name in own)
-        self.bar.set_postfix_str(f"{losses}, {rates}")
+        self.bar.set_postfix_str(f"{losses}, {speed}")
         if not self.interactive:
             done = training.position - self.start
             left = (training.steps - training.position) * row["seconds"] / max(1, done)
             print(
-                f"{self.stage} {training.position}/{training.steps}: {losses}, {rates}, "
+                f"{self.stage} {training.position}/{training.steps}: {losses}, {speed}, "
                 f"{left:.0f} s left",
                 flush=True,
             )

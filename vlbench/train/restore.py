@@ -55,6 +55,7 @@ def restore(
     if "connector" not in skip:
         vlm.pursue(objective_of(folder))
     load_weights(folder, vlm, dtype, device, skip)
+    vlm.vision.draft = recipe.data.decode == "draft"
     return vlm
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -29,6 +30,17 @@ def check_sizes(recipe: Recipe, legs: list[Leg]) -> None:
 
     An empty tower is resized through all stages, and the connector built at each new size.
     """
+    for _ in _tokens(recipe, legs):
+        pass
+
+
+def tokens_of_stages(recipe: Recipe, legs: list[Leg]) -> list[int]:
+    """Return the places that a picture takes in the text, stage by stage."""
+    return list(_tokens(recipe, legs))
+
+
+def _tokens(recipe: Recipe, legs: list[Leg]) -> Iterator[int]:
+    """Give the places of a picture in each stage; refuse what does not suit."""
     tower, language = _outline(recipe)
     if recipe.language.max_length > language.max_position_embeddings:
         raise Mistake(
@@ -37,7 +49,7 @@ def check_sizes(recipe: Recipe, legs: list[Leg]) -> None:
             f"language.max_length={language.max_position_embeddings}"
         )
     connector = plugins.connector(recipe.connector["name"])
-    built: set[Shapes] = set()
+    built: dict[Shapes, int] = {}
     for leg in legs:
         try:
             tower.resize(leg.stage.image_size)
@@ -53,9 +65,10 @@ def check_sizes(recipe: Recipe, legs: list[Leg]) -> None:
                         f"a picture takes {tokens} tokens of the text, and "
                         f"language.max_length={recipe.language.max_length} leaves no room for them"
                     )
+                built[shapes] = tokens
         except ValueError as error:
             raise Mistake(f"stages.{leg.name}.image_size: {error}") from error
-        built.add(shapes)
+        yield built[shapes]
 
 
 def _outline(recipe: Recipe) -> tuple[Tower, LlamaConfig]:

@@ -25,6 +25,7 @@ from vlbench.model.vlm import VLM
 from vlbench.schema import PARTS, Recipe, Stage
 from vlbench.train import checkpoint, report
 from vlbench.train.checkpoint import Position
+from vlbench.train.checkpointing import settle
 from vlbench.train.frozen import remember
 from vlbench.train.legs import Leg, check_data, held_out_batches, plan, steps_of
 from vlbench.train.loggers import loggers_of
@@ -97,7 +98,11 @@ class Job:
         """Run one stage after its first `done` steps, to its end or until somebody stops it."""
         torch.manual_seed(self.recipe.seed)  # of what the connector builds for the stage alone
         freeze(vlm, leg.stage)
+        steps = steps_of(vlm, leg)
+        how = settle(self.recipe, vlm, steps, root_device(self.recipe))
         report.show_stage(leg.name, leg.stage, leg.steps, done, vlm)
+        if self.recipe.checkpointing == "auto":
+            print(f"  checkpointing=auto: {how}")
         offset = sum(other.steps for other in self.legs[: leg.number]) + done
         state = None
         if done:
@@ -115,7 +120,6 @@ class Job:
         )
         loggers = loggers_of(self.recipe, self.run, offset)
         trainer = trainer_of(self.recipe, loggers, self.run.folder)
-        steps = steps_of(vlm, leg)
         workers = stage_data(self.recipe.data, leg.stage).workers
         cache = self.recipe.trainer.feature_cache
         if cache and "vision" not in leg.stage.parts:
@@ -125,6 +129,7 @@ class Job:
             sampler=range(done, leg.steps),
             batch_size=None,
             num_workers=workers,
+            pin_memory=trainer.strategy.root_device.type == "cuda",
         )
         with explained(leg):
             trainer.fit(training, loader)
@@ -180,7 +185,7 @@ class Job:
             position = Position(last.number, last.name, 0)
             parts = self.parts_until(last)
             checkpoint.save(self.run.checkpoints, position, vlm, parts, None, self.run.recipe_file)
-        vlm.to(trainer_of(self.recipe, [], None).strategy.root_device)  # Lightning took it away
+        vlm.to(root_device(self.recipe))  # Lightning took it away
         done = write_results(
             self.recipe,
             self.run,
@@ -205,11 +210,15 @@ def prepare(recipe: Recipe, legs: list[Leg], run: Run | None) -> tuple[VLM, Posi
         vlm = begin(recipe, stage)
     else:
         vlm = compose(recipe, stage.image_size, stage.objective)
+    vlm.vision.draft = recipe.data.decode == "draft"
     for leg in legs:
         check_objective(vlm, leg.name, leg.stage)
-    if recipe.checkpointing == "full":
-        vlm.recompute()
     return vlm, start
+
+
+def root_device(recipe: Recipe) -> torch.device:
+    """Return the device that the recipe trains on."""
+    return trainer_of(recipe, [], None).strategy.root_device
 
 
 def changes(part: str, stages: list[Stage]) -> bool:

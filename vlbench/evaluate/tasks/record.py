@@ -31,6 +31,10 @@ class Packed:
         """Return it in RGB, or raise a Mistake that names record and file."""
         return open_bytes(self.data, self.name)
 
+    def drafted(self, side: int) -> Image.Image:
+        """Return it in RGB; a JPEG may be decoded smaller, its longest edge >= `side`."""
+        return open_bytes(self.data, self.name, side)
+
 
 @dataclass(frozen=True)
 class Record:

@@ -1,0 +1,65 @@
+"""Evaluation in batches against one question at a time, in one run; the answers must be the same.
+
+    python benchmarks/evaluate.py
+
+Asks the miniature the first held-out questions of the rendered world, greedy, in float32.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from table import keep
+
+from vlbench.__main__ import main as vlbench
+
+QUESTIONS, ROUNDS, BATCH = 128, 3, 64
+UNTRAINED = [f"stages.{name}.steps=0" for name in ("align_224", "align_448", "chat")]
+
+
+def seconds(run: Path, out: Path, batch: int) -> tuple[float, list[str]]:
+    """Evaluate, and return how long the questions took and the answers."""
+    began = time.perf_counter()
+    words = [f"run={run}", f"limit={QUESTIONS}", f"batch={batch}", f"out={out}"]
+    if vlbench(["eval", "task=own", *words]):
+        sys.exit("the evaluation failed")
+    taken = time.perf_counter() - began
+    lines = (out / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    return taken, [json.loads(line)["response"] for line in lines]
+
+
+def main() -> None:
+    """Print the table; loading the model is part of both times."""
+    times: dict[int, list[float]] = {BATCH: [], 1: []}
+    answers: dict[int, list[str]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        words = ["log.questions=1", "log.examples=0", "log.tensorboard=false", f"run={run}"]
+        if vlbench(["fit", "recipe=yivl_llava", *UNTRAINED, *words]):
+            sys.exit("the run failed")
+        for number in range(ROUNDS):
+            for batch in times:
+                taken, answers[batch] = seconds(run, Path(folder) / f"{batch}-{number}", batch)
+                times[batch].append(taken)
+    many, one = (statistics.median(times[batch]) for batch in (BATCH, 1))
+    same = sum(a == b for a, b in zip(answers[BATCH], answers[1], strict=True))
+    keep(
+        "Evaluation",
+        [
+            f"| {QUESTIONS} questions | seconds, median of {ROUNDS} |",
+            "|---|---:|",
+            f"| batches of {BATCH} | {many:.1f} |",
+            f"| one at a time | {one:.1f} |",
+            "",
+            f"{one / many:.1f} x as fast; {same} of {QUESTIONS} answers are the same.",
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()

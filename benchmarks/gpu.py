@@ -1,0 +1,186 @@
+"""What one GPU makes of the real sizes: step time, MFU, memory; random weights, real shapes.
+
+    python benchmarks/gpu.py part=ceiling|chat|align|peer|lora|connectors [size=6b] [steps=8]
+
+Every part ends within eight minutes and puts its rows into RESULTS.md. `chat` trains all of Yi-VL
+at 448 pixels, `align` tower and connector at 224, `peer` does `chat` with the Trainer and
+ever larger batches, `lora` trains adapters (size=34b), `connectors` tries each one. MFU counts
+what the stage needs (no recomputation, half of attention); the hardware's own utilisation stands
+beside it, and `ceiling` measures what matrix products reach.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import sys
+import time
+from typing import Any
+
+import small
+import torch
+from one import Stopwatch
+from small import PackedSteps
+from table import keep
+from torch.utils.data import DataLoader
+
+from vlbench import recipe as recipes
+from vlbench.model.compose import compose
+from vlbench.model.flops import step_flops
+from vlbench.model.vlm import VLM
+from vlbench.schema import Recipe
+from vlbench.train.checkpointing import settle
+from vlbench.train.legs import plan
+from vlbench.train.module import Training, freeze
+from vlbench.train.speed import peak_flops, peak_memory
+from vlbench.train.stages import root_device, trainer_of
+
+WARM = 2
+BATCH = 16
+CONNECTORS = ("yivl_llava", "yivl_qformer", "yivl_flamingo", "yivl_eva")
+HEAD = [
+    "| | seconds a step | tokens/s | MFU | of the hardware | peak memory | kept |",
+    "|---|---:|---:|---:|---:|---:|---|",
+]
+
+
+def ceiling(device: torch.device) -> float:
+    """Return the operations per second of a large matrix product in bf16, measured."""
+    side = 8192 if device.type == "cuda" else 512
+    a = torch.randn(side, side, device=device, dtype=torch.bfloat16)
+    for _ in range(3):
+        a @ a
+    _wait(device)
+    began, rounds = time.perf_counter(), 20
+    for _ in range(rounds):
+        a @ a
+    _wait(device)
+    return rounds * 2 * side**3 / (time.perf_counter() - began)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def built(recipe: Recipe, image_size: int, device: torch.device) -> VLM:
+    """Return the model of a recipe with random weights, made where it will be trained."""
+    recipe = dataclasses.replace(
+        recipe,
+        vision=dataclasses.replace(recipe.vision, weights="random"),
+        language=dataclasses.replace(recipe.language, weights="random"),
+    )
+    with device:
+        return compose(recipe, image_size)
+
+
+def measured(words: list[str], stage: str, steps: int) -> list[str]:
+    """Train some steps of a stage, and return the cells of its row."""
+    recipe = recipes.load([*words, "data.train=scenes"])
+    device = root_device(recipe)
+    leg = next(leg for leg in plan(recipe) if leg.name == stage)
+    chosen = dataclasses.replace(leg.stage, batch=BATCH, warmup=0.0, schedule="constant")
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    vlm = built(recipe, chosen.image_size, device)
+    freeze(vlm, chosen)
+    side = chosen.image_size
+    shown = torch.randn(small.PICTURES, 3, side, side)
+    images = (1, 1) if chosen.form == "caption" else small.IMAGES
+    per_image = vlm.connector.tokens_per_image
+    samples = small.conversations(BATCH * steps, images, 0, per_image, vlm.tokenizer.rows)
+    data: Any = PackedSteps(samples, BATCH, chosen.row_tokens, shown)
+    way = settle(recipe, vlm, data, device)
+    flops = step_flops(vlm)
+    watch = Stopwatch()
+    module = Training(vlm, chosen, steps, 0, 0, [watch])
+    loader: DataLoader = DataLoader(data, batch_size=None, pin_memory=device.type == "cuda")
+    try:
+        trainer_of(recipe, [], None).fit(module, loader)
+    except torch.OutOfMemoryError:
+        return ["out of memory", "", "", "", "", way]
+    seconds = watch.times[-1] - watch.times[WARM - 1]
+    needed = sum(flops.of(data[number].batches) for number in range(WARM, steps)) / seconds
+    repeated = {"none": 1.0, "selective": 1.0, "full": 4 / 3}[way]  # a forward pass more
+    peak = peak_flops(device)
+    shares = [f"{needed * more / peak:.1%}" if peak else "" for more in (1.0, repeated)]
+    return [
+        f"{seconds / (steps - WARM):.3f}",
+        f"{(watch.tokens[-1] - watch.tokens[WARM - 1]) / seconds:.0f}",
+        *shares,
+        f"{peak_memory() / 1e9:.1f} GB",
+        way,
+    ]
+
+
+def peer(words: list[str], steps: int) -> list[list[str]]:
+    """Train the chat stage with Hugging Face's Trainer, a batch size a row."""
+    import peer as trainer
+
+    recipe = recipes.load([*words, "connector.norm=false", "data.train=scenes"])
+    device = root_device(recipe)
+    stage = recipe.stages["chat"]
+    side = stage.image_size
+    shown = torch.randn(small.PICTURES, 3, side, side)
+    rows = []
+    for micro in (1, 2, 4, 8):
+        vlm = built(recipe, side, device).to(torch.float32)
+        per_image, count = vlm.connector.tokens_per_image, vlm.tokenizer.rows
+        samples = small.conversations(BATCH * steps, small.IMAGES, 0, per_image, count)
+        model = trainer.twin(vlm).to(device)
+        del vlm
+        gc.collect()
+        try:
+            watch = trainer.train(
+                model, samples, shown, BATCH, micro, 2e-5, False, True, device.type == "cuda"
+            )
+        except torch.OutOfMemoryError:
+            rows.append([f"Trainer, batches of {micro}", "out of memory", "", "", "", "", "full"])
+            break
+        seconds = watch.times[-1] - watch.times[WARM - 1]
+        rate = (watch.tokens[-1] - watch.tokens[WARM - 1]) / seconds
+        cells = [f"{seconds / (steps - WARM):.3f}", f"{rate:.0f}", "", ""]
+        rows.append(
+            [f"Trainer, batches of {micro}", *cells, f"{peak_memory() / 1e9:.1f} GB", "full"]
+        )
+    return rows
+
+
+def rows_of(part: str, size: str, steps: int) -> list[list[str]]:
+    """Return the rows of a part's table."""
+    words = [f"size={size}", "checkpointing=auto"]
+    llava = ["recipe=yivl_llava", *words]
+    lora = ["stages.chat.train.language.lora.rank=64", "stages.chat.train.vision=null"]
+    if part == "ceiling":
+        device = root_device(recipes.load(["recipe=yivl_llava"]))
+        return [["bf16 matrix product", f"{ceiling(device) / 1e12:.1f} TFLOP/s"]]
+    if part == "peer":
+        return peer(llava, steps)
+    known: dict[str, dict[str, tuple[list[str], str]]] = {
+        "chat": {f"chat, {size}, all parameters": (llava, "chat")},
+        "align": {f"align_224, {size}": (llava, "align_224")},
+        "lora": {f"chat, {size}, LoRA": ([*llava, *lora], "chat")},
+        "connectors": {
+            f"chat, {size}, {recipe}": ([f"recipe={recipe}", *words], "chat")
+            for recipe in CONNECTORS
+        },
+    }
+    if part not in known:
+        sys.exit(f"part is '{part}'; allowed are ceiling, peer, {', '.join(known)}")
+    return [[name, *measured(*what, steps)] for name, what in known[part].items()]
+
+
+def main() -> None:
+    """Run one part."""
+    given = dict(word.split("=") for word in sys.argv[1:])
+    part, size = given["part"], given.get("size", "6b")
+    rows = rows_of(part, size, int(given.get("steps", 8)))
+    head = ["| | measured |", "|---|---:|"] if part == "ceiling" else HEAD
+    where = "GPU" if torch.cuda.is_available() else "CPU"
+    keep(f"{where}: {part}, {size}", [*head, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""One measurement in a process of its own: a training, ours or the peer's, as a line of JSON.
+
+    python benchmarks/one.py ours part=chat micro=2048
+
+`step.py` and `memory.py` call it; alone it is good for profiling.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import resource
+import sys
+import time
+import warnings
+from typing import Any
+
+import small
+import torch
+from small import PackedSteps, conversations, pixels
+from torch.utils.data import DataLoader
+
+from vlbench import recipe as recipes
+from vlbench.data.sample import Encoded
+from vlbench.data.steps import Step
+from vlbench.model.vlm import VLM
+from vlbench.schema import Stage, Train
+from vlbench.train.module import Training, Watcher, freeze
+from vlbench.train.stages import trainer_of
+
+BATCH = 16  # conversations in an optimizer step
+STEPS = 10
+WARM = 2  # steps that are not counted
+LR = 1e-4
+TRAINED = {
+    "chat": ("vision", "connector", "language"),
+    "align": ("vision", "connector"),  # the language model is frozen
+    "projector": ("connector",),  # so is the tower
+}
+IMAGES = {"chat": small.IMAGES, "align": (1, 1), "projector": (1, 1)}
+
+
+class Stopwatch(Watcher):
+    """Note when every step ends, its loss and its positions."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.losses: list[float] = []
+        self.tokens: list[int] = []
+
+    def after(self, training: Training, step: Step) -> None:
+        """Note the step."""
+        self.times.append(time.perf_counter())
+        self.losses.append(training.report.loss)
+        self.tokens.append((self.tokens or [0])[-1] + training.report.tokens)
+
+
+def ours(
+    vlm: VLM, samples: list[Encoded], part: str, micro: int, bf16: bool, kept: bool
+) -> Stopwatch:
+    """Train with vlbench; rows have at most `micro` positions. `kept`: with known features."""
+    recipe = recipes.load(["recipe=yivl_llava"])
+    stage: Stage = dataclasses.replace(
+        recipe.stages["chat"],
+        train={name: Train(lr=LR) for name in TRAINED[part]},  # type: ignore[misc]
+        clip=1.0,
+        warmup=0.0,
+        schedule="constant",
+        batch=BATCH,
+    )
+    recipe = dataclasses.replace(recipe, precision="bf16" if bf16 else "32")
+    freeze(vlm, stage)
+    shown = pixels()
+    features = None
+    if kept:
+        with torch.no_grad():
+            features = vlm.vision(shown)
+    steps = PackedSteps(samples, BATCH, micro, shown, features)
+    watch = Stopwatch()
+    module = Training(vlm, stage, len(steps), 0, 0, [watch])
+    loader: DataLoader = DataLoader(steps, batch_size=None, shuffle=False)
+    trainer_of(recipe, [], None).fit(module, loader)
+    return watch
+
+
+def theirs(
+    vlm: VLM, samples: list[Encoded], part: str, micro: int, bf16: bool, grouped: bool
+) -> Any:
+    """Train with the Trainer, `micro` conversations at a time."""
+    import peer
+
+    twin = peer.twin(vlm)
+    parts = {"vision": "vision_tower", "connector": "projector", "language": "language_model"}
+    for name, parameter in twin.named_parameters():
+        head = "lm_head" in name
+        parameter.requires_grad_(
+            any(parts[one] in name or (one == "language" and head) for one in TRAINED[part])
+        )
+    return peer.train(twin, samples, pixels(), BATCH, micro, LR, grouped, bf16, False)
+
+
+def main() -> None:
+    """Measure what the command line says, and print it."""
+    side, *words = sys.argv[1:]
+    given = dict(word.split("=") for word in words)
+    part, micro = given.get("part", "chat"), int(given["micro"])
+    bf16 = given.get("bf16") == "true"
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    samples = conversations(BATCH * int(given.get("steps", STEPS)), IMAGES[part])
+    vlm = small.model()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if side == "ours":
+        watch = ours(vlm, samples, part, micro, bf16, given.get("kept") == "true")
+    else:
+        watch = theirs(vlm, samples, part, micro, bf16, given.get("grouped") == "true")
+    seconds = watch.times[-1] - watch.times[WARM - 1]
+    tokens = watch.tokens[-1] - watch.tokens[WARM - 1]
+    told = {
+        "tokens_per_second": tokens / seconds,
+        "seconds": seconds,
+        "tokens": tokens,
+        "losses": watch.losses,
+        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "before": before,
+    }
+    print(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Yi-VL-6B at a thousandth of its size, and conversations of the lengths that people train on.
+
+The language model keeps what decides ratios: the share of the vocabulary's projection in the
+parameters (4.5 % as in Yi-6B), grouped queries, the proportion of the MLP. The tower is a ninth of
+it, as ViT-H is of Yi-6B. Weights are random: nothing here learns anything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from vlbench import plugins
+from vlbench.data.batch import collate, pack
+from vlbench.data.sample import IGNORE, IMAGE, Encoded, Picture, Sample
+from vlbench.data.steps import Step
+from vlbench.data.template import TEMPLATES
+from vlbench.data.tokenizer import Tokenizer
+from vlbench.model.attention import PACKED
+from vlbench.model.language import SHARED, TINY
+from vlbench.model.vision import Tower
+from vlbench.model.vlm import VLM
+from vlbench.model.weights import clip
+
+WIDTH, LAYERS, VOCABULARY = 256, 8, 1000
+IMAGE_SIZE, PATCH = 112, 14
+LOG_MEAN, LOG_SIGMA, SHORTEST, LONGEST = 4.8, 0.8, 24, 1024  # tokens of text in a conversation
+SUPERVISED = (0.2, 0.8)  # share of the text that is answers
+IMAGES = (0, 3)  # of a conversation
+PICTURES = 64  # different ones
+
+
+def model(seed: int = 0) -> VLM:
+    """Return the small model with LLaVA's plain projector, which both sides have."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=1,
+        intermediate_size=WIDTH * 11008 // 4096,
+        **{**SHARED, "vocab_size": VOCABULARY},
+    )
+    language = LlamaForCausalLM(config)
+    language.set_attn_implementation(PACKED)
+    tower = {
+        "hidden_size": 96,
+        "intermediate_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 3,
+        "image_size": IMAGE_SIZE,
+        "patch_size": PATCH,
+        "hidden_act": "gelu",
+    }
+    visual = clip.build(tower)
+    for parameter in visual.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.02)
+    return VLM(
+        Tower(visual, -2, False, {"mean": (0.5,) * 3, "std": (0.25,) * 3}),
+        plugins.connector("llava_mlp"),
+        {"norm": False, "depth": 2},
+        language,
+        Tokenizer.load(TINY),
+        TEMPLATES["yi_vl"],
+        4096,
+    )
+
+
+@dataclass(frozen=True)
+class Number:
+    """A picture that is only a number; its pixels are in `pixels`."""
+
+    number: int
+
+    @property
+    def name(self) -> str:
+        """Name it."""
+        return f"picture {self.number}"
+
+    def open(self) -> None:
+        """Refuse: the pixels are made already."""
+        raise NotImplementedError
+
+
+def pixels(seed: int = 0) -> Tensor:
+    """Return the pixels of all pictures, `[PICTURES, 3, IMAGE_SIZE, IMAGE_SIZE]`."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(PICTURES, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+
+
+def conversations(
+    count: int,
+    images: tuple[int, int] = IMAGES,
+    seed: int = 0,
+    per_image: int = (IMAGE_SIZE // PATCH) ** 2,
+    vocabulary: int = VOCABULARY,
+) -> list[Encoded]:
+    """Return conversations as token ids: pictures first, then text, the answers at its end."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for number in range(count):
+        drawn = torch.randn(1, generator=generator).item()
+        length = round(min(max(math.exp(LOG_MEAN + LOG_SIGMA * drawn), SHORTEST), LONGEST))
+        low, high = SUPERVISED
+        share = low + (high - low) * torch.rand(1, generator=generator).item()
+        shown = int(torch.randint(images[0], images[1] + 1, (1,), generator=generator))
+        text = torch.randint(3, vocabulary, (length,), generator=generator).tolist()
+        ids = [IMAGE] * (per_image * shown) + text
+        answer = max(1, round(length * share))
+        labels = [IGNORE] * (len(ids) - answer - 1) + text[-answer:] + [IGNORE]
+        pictures: tuple[Picture, ...] = tuple(
+            Number((number * IMAGES[1] + place) % PICTURES)  # type: ignore[misc]
+            for place in range(shown)
+        )
+        found.append(Encoded(ids, labels, Sample(str(number), (), pictures), per_image))
+    return found
+
+
+class PackedSteps(Dataset[Step]):
+    """Steps of `batch` conversations each, packed into rows of at most `row_tokens`."""
+
+    def __init__(
+        self,
+        samples: list[Encoded],
+        batch: int,
+        row_tokens: int,
+        shown: Tensor,
+        features: Tensor | None = None,
+    ) -> None:
+        """Show `shown`, pixels by picture; or `features` of a frozen tower, where it has run."""
+        self.samples, self.batch, self.row_tokens = samples, batch, row_tokens
+        self.shown, self.features = shown, features
+
+    def __len__(self) -> int:
+        return len(self.samples) // self.batch
+
+    def __getitem__(self, index: int) -> Step:
+        """Make step `index`."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        some = self.samples[index * self.batch : (index + 1) * self.batch]
+        batches = []
+        for row in pack(some, self.row_tokens):
+            chosen = [some[place] for place in row]
+            batch = collate([chosen], lambda picture: self.shown[picture.number])  # type: ignore[attr-defined]
+            if self.features is not None:
+                numbers = [p.number for one in chosen for p in one.sample.pictures]  # type: ignore[attr-defined]
+                batch = dataclasses.replace(batch, features=self.features[numbers])
+            batches.append(batch)
+        return Step(index, batches, samples=len(some), tokens=sum(b.tokens for b in batches))

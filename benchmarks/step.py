@@ -1,0 +1,67 @@
+"""Training steps against Hugging Face's Trainer: tokens per second and peak memory, in one run.
+
+    python benchmarks/step.py [part=chat|align|projector] [rounds=3]
+
+Both train the model of `small.py` with the same weights on the same conversations, in float32: on
+processors without bf16 that is the peer at its best (`bf16=true` for the other). The Trainer takes
+the better of two batch sizes. Tokens are real ones: padding is not counted.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from table import in_turns, keep, measure, median, spread
+
+ROW = "2048"  # positions in one of our rows
+MICRO = ("8", "16")  # conversations in a batch of the Trainer, of 16 in a step
+
+
+def main() -> None:
+    """Measure in turns, and print a table."""
+    given = dict(word.split("=") for word in sys.argv[1:])
+    part, rounds = given.get("part", "chat"), int(given.get("rounds", 3))
+    bf16 = f"bf16={given.get('bf16', 'false')}"
+
+    def peer(micro: str, grouped: bool) -> tuple[str, ...]:
+        grouping = f"grouped={'true' if grouped else 'false'}"
+        return ("one.py", "theirs", f"part={part}", f"micro={micro}", bf16, grouping)
+
+    best = max(MICRO, key=lambda micro: measure(*peer(micro, False))["tokens_per_second"])
+    sides = {
+        "vlbench": ("one.py", "ours", f"part={part}", f"micro={ROW}", bf16),
+        f"Trainer, batches of {best}": peer(best, False),
+        f"Trainer, batches of {best}, grouped by length": peer(best, True),
+    }
+    if part == "projector":
+        kept = ("one.py", "ours", f"part={part}", f"micro={ROW}", bf16, "kept=true")
+        sides = {"vlbench, features are known": kept, **sides}
+    found = in_turns(rounds, sides)
+    ours = found["vlbench"]
+    lines = [
+        "| | tokens/s, median | spread | vlbench is faster by | peak memory | vlbench takes |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, measured in found.items():
+        ratio = median(ours, "tokens_per_second") / median(measured, "tokens_per_second")
+        memory = median(ours, "peak") / median(measured, "peak")
+        lines.append(
+            f"| {name} | {median(measured, 'tokens_per_second'):.0f} "
+            f"| {spread(measured, 'tokens_per_second')} | {ratio:.2f} x "
+            f"| {median(measured, 'peak') / 1e9:.2f} GB | {memory:.2f} x |"
+        )
+    first, second = list(found)[-3], list(found)[-2]
+    pairs = zip(found[first][0]["losses"], found[second][0]["losses"], strict=True)
+    apart = max(abs(a - b) for a, b in pairs)
+    lines += ["", f"Losses of the same steps are at most {apart:.1e} apart (the first two sides)."]
+    keep(f"Step: {TITLES[part]}", lines)
+
+
+TITLES = {
+    "chat": "every part is trained",
+    "align": "tower and connector are trained, the language model is frozen",
+    "projector": "the connector alone is trained",
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Packed attention: samples never see each other, one by one or in one call of a GPU's kernel."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from vlbench.model import attention
+from vlbench.model.attention import Bounds, bounds, packed_attention, varlen
+
+LENGTHS = [[5, 3], [4, 2]]  # of rows of 8 positions: the second has 2 of padding
+
+
+def heads(kind: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(0)
+    return tuple(torch.randn(2, n, 8, 16, dtype=kind) for n in (4, 2, 2))
+
+
+def kernel(query, key, value, begins, other, longest, also, window_size, scale=None):
+    """Attend as torch's variable-length kernel says it does, sample by sample."""
+    assert window_size == (-1, 0) and longest == also and torch.equal(begins, other)
+    outs = []
+    for first, last in zip(begins[:-1].tolist(), begins[1:].tolist(), strict=True):
+        assert last - first <= longest
+        q, k, v = (one[first:last].transpose(0, 1)[None] for one in (query, key, value))
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        outs.append(out[0].transpose(0, 1))
+    return torch.cat(outs)
+
+
+def test_one_call_over_all_samples_gives_what_a_call_for_each_gives(monkeypatch):
+    grouped = attention._grouped(kernel, knows_groups=False)
+    monkeypatch.setattr(
+        attention, "varlen", lambda: functools.partial(grouped, window_size=(-1, 0))
+    )
+    begins = torch.tensor([0, 5, 8, 12, 14, 16], dtype=torch.int32)
+    query, key, value = heads(torch.bfloat16)
+    one, _ = packed_attention(None, query, key, value, None, 0.25, bounds=Bounds(begins, 5))
+    each, _ = packed_attention(None, query, key, value, None, 0.25, lengths=LENGTHS)
+    torch.testing.assert_close(one[0], each[0])
+    torch.testing.assert_close(one[1, :6], each[1, :6])  # what follows is padding
+
+
+def test_without_a_gpu_there_are_no_bounds():
+    assert bounds(LENGTHS, 8, torch.device("cpu")) is None
+
+
+def test_this_torch_has_the_kernel_and_its_options_are_known():
+    assert varlen() is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_the_kernel_of_a_gpu_gives_what_calls_one_by_one_give(kind):
+    query, key, value = (one.to("cuda", kind).requires_grad_() for one in heads())
+    known = bounds(LENGTHS, 8, query.device)
+    assert known is not None
+    one, _ = packed_attention(None, query, key, value, None, 0.25, bounds=known)
+    each, _ = packed_attention(None, query, key, value, None, 0.25, lengths=LENGTHS)
+    for ours, other in ((one[0], each[0]), (one[1, :6], each[1, :6])):
+        torch.testing.assert_close(ours, other, rtol=2e-2, atol=2e-2)
+    (one[0].sum() + one[1, :6].sum()).backward()
+    assert query.grad is not None and query.grad.isfinite().all()

@@ -1,0 +1,89 @@
+"""What is kept for the backward pass never changes what is learned; `auto` takes what fits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vlbench import recipe as recipes
+from vlbench.data.steps import Steps
+from vlbench.model.compose import compose
+from vlbench.model.recompute import WAYS
+from vlbench.model.vlm import VLM
+from vlbench.train.checkpointing import choose, settle
+from vlbench.train.legs import plan, steps_of
+from vlbench.train.module import freeze
+
+CONNECTORS = ("yivl_llava", "yivl_qformer", "yivl_flamingo", "yivl_eva")
+
+
+def ready(recipe: str, *words: str) -> tuple[VLM, Steps]:
+    """Return the miniature before its last stage, and the steps of the stage."""
+    resolved = recipes.load([f"recipe={recipe}", "stages.chat.batch=3", *words])
+    leg = plan(resolved)[-1]
+    vlm = compose(resolved, leg.stage.image_size)
+    freeze(vlm, leg.stage)
+    return vlm, steps_of(vlm, leg)
+
+
+@pytest.mark.parametrize("recipe", CONNECTORS)
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_gradients_are_those_of_a_step_that_keeps_all(recipe, way):
+    found = {}
+    vlm, steps = ready(recipe)
+    batch = steps[0].batches[0]
+    for how in ("none", way):
+        vlm.recompute(how)
+        vlm.zero_grad(set_to_none=True)
+        vlm(batch).loss_sum.backward()
+        found[how] = {
+            name: p.grad.clone() for name, p in vlm.named_parameters() if p.grad is not None
+        }
+    assert found["none"].keys() == found[way].keys()
+    for name, gradient in found["none"].items():
+        torch.testing.assert_close(found[way][name], gradient, rtol=0, atol=0, msg=name)
+
+
+def kept_bytes(vlm: VLM, steps: Steps, way: str) -> int:
+    """Return the bytes of tensors that a forward pass keeps for the backward pass."""
+    vlm.recompute(way)
+    seen: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        vlm(steps[0].batches[0])
+    return sum(seen.values())
+
+
+def test_full_keeps_much_less_than_none():
+    vlm, steps = ready("yivl_llava")
+    assert kept_bytes(vlm, steps, "full") < 0.7 * kept_bytes(vlm, steps, "none")
+
+
+def test_the_first_way_that_fits_is_taken():
+    peaks = {"none": 90, "selective": 50}
+    assert choose(peaks.get, None) == "none"  # no limit is known
+    assert choose(peaks.get, 100) == "none"
+    assert choose(peaks.get, 60) == "selective"
+    assert choose(peaks.get, 40) == "full"
+    assert choose({"none": None, "selective": 50}.get, 60) == "selective"  # out of memory
+
+
+def test_auto_without_a_gpu_keeps_all():
+    resolved = recipes.load(["recipe=yivl_llava", "checkpointing=auto"])
+    vlm, steps = ready("yivl_llava", "checkpointing=auto")
+    assert settle(resolved, vlm, steps, torch.device("cpu")) == "none"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["32", "bf16"])
+def test_auto_on_a_gpu_takes_what_fits_and_changes_nothing(precision):
+    resolved = recipes.load(["recipe=yivl_llava", "checkpointing=auto", f"precision={precision}"])
+    vlm, steps = ready("yivl_llava")
+    before = {name: tensor.clone() for name, tensor in vlm.state_dict().items()}
+    assert settle(resolved, vlm, steps, torch.device("cuda", 0)) == "none"
+    assert all(torch.equal(before[name], t.cpu()) for name, t in vlm.state_dict().items())
+    assert all(parameter.grad is None for parameter in vlm.parameters())

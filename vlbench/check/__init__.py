@@ -1,0 +1,1 @@
+"""`python -m vlbench check`: the data of a recipe, looked at before a cluster is paid for."""

@@ -1,0 +1,57 @@
+"""What is kept for the backward pass: everything, the results of products, or inputs of layers."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+WAYS = ("none", "selective", "full")
+"""From most memory to least: keep all; keep what matrix products and attention give and compute
+norms, rotations and activations again; keep the inputs of layers alone."""
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+ATTENTION = (
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+)
+
+
+def recompute(language: Any, visual: Any, how: str) -> bool:
+    """Set what decoder layers and tower blocks keep; tell whether anything is computed again.
+
+    A tower knows all or nothing: it is recomputed in full unless `how` is "none".
+    """
+    again = how != "none"
+    visual.set_grad_checkpointing(again)
+    if not again:
+        off = getattr(language, "activation_checkpointing_disable", None)
+        (off or language.gradient_checkpointing_disable)()
+        return False
+    options: dict[str, Any] = {"use_reentrant": False}
+    if how == "selective":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, kept())
+    new = getattr(language, "activation_checkpointing_enable", None)  # its name in transformers 6
+    (new or language.gradient_checkpointing_enable)(options)
+    return True
+
+
+def kept() -> list[Any]:
+    """Return the operations whose results are kept: those that cost the most to repeat."""
+    found = [getattr(torch.ops.aten, name).default for name in PRODUCTS]
+    found += [
+        getattr(torch.ops.aten, name).default for name in ATTENTION if hasattr(torch.ops.aten, name)
+    ]
+    varlen = getattr(torch.ops, "torch_attn", None)
+    if varlen is not None and hasattr(varlen, "_varlen_attn"):
+        found.append(varlen._varlen_attn.default)
+    return found
+
+
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that a step changes."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]

@@ -1,0 +1,73 @@
+"""`checkpointing=auto`: the way that keeps most and still fits, found by trying a long step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from vlbench.data.batch import Batch
+from vlbench.data.steps import Steps
+from vlbench.model.recompute import WAYS, trained
+from vlbench.model.vlm import VLM
+from vlbench.schema import Recipe
+
+LOOKED_AT = 16  # steps among whose micro-batches the longest is tried
+SPARE = 0.05  # share of a GPU's memory that is left free: later steps may be a little longer
+STATES = 8  # bytes that AdamW keeps of a trained number, two moments in float32
+
+
+def settle(recipe: Recipe, vlm: VLM, steps: Steps, device: torch.device) -> str:
+    """Set what the stage keeps for its backward passes, and return the way."""
+    how: str = recipe.checkpointing
+    if how == "auto":
+        how = choose(lambda way: _peak(recipe, vlm, steps, device, way), _room(device))
+    vlm.recompute(how)
+    return how
+
+
+def choose(peak: Callable[[str], int | None], room: int | None) -> str:
+    """Return the first of WAYS whose peak in bytes is within `room`; the last if none is.
+
+    A peak of None ran out of memory; a room of None has no limit that could be known.
+    """
+    if room is None:
+        return WAYS[0]
+    for way in WAYS[:-1]:
+        needed = peak(way)
+        if needed is not None and needed <= room:
+            return way
+    return WAYS[-1]
+
+
+def _room(device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).total_memory * (1 - SPARE))
+
+
+def _peak(recipe: Recipe, vlm: VLM, steps: Steps, device: torch.device, way: str) -> int | None:
+    """Return the peak of the longest micro-batch in bytes, optimizer included; None if it failed.
+
+    Nothing is changed: gradients are thrown away.
+    """
+    vlm.to(device).recompute(way)
+    batch = _longest(steps)
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+            out = vlm(batch.to(device))
+        parts = [out.loss_sum, *(value for value, _ in out.extra.values())]
+        torch.stack([part.float() for part in parts if part is not None]).sum().backward()
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        vlm.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+    states = STATES * sum(parameter.numel() for parameter in trained(vlm))
+    return torch.cuda.max_memory_allocated(device) + states
+
+
+def _longest(steps: Steps) -> Batch:
+    some = [batch for n in range(min(LOOKED_AT, len(steps))) for batch in steps[n].batches]
+    return max(some, key=lambda batch: batch.ids.numel() + batch.pixels.numel())
