@@ -101,6 +101,11 @@ def packed_attention(
     rows, _, length, _ = query.shape
     lengths = lengths or [[length]] * rows
     grouped = key.shape[1] != query.shape[1]
+    if grouped and query.device.type == "cpu" and key.shape[1] < torch.get_num_threads():
+        # the kernel of a CPU gives a thread to each head of the keys, and others nothing to do
+        groups = query.shape[1] // key.shape[1]
+        key, value = (one.repeat_interleave(groups, dim=1) for one in (key, value))
+        grouped = False
     outs = []
     for row, parts in enumerate(lengths):
         sizes = [*parts, length - sum(parts)]
