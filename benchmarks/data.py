@@ -30,7 +30,7 @@ def make(folder: Path, size: tuple[int, int]) -> list[Path]:
     for number in range(16):
         noise = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
         path = folder / f"{size[0]}_{number}.jpg"
-        noise.filter(ImageFilter.GaussianBlur(3)).save(path, quality=90)
+        noise.filter(ImageFilter.GaussianBlur(1.5)).save(path, quality=90)
         paths.append(path)
     return paths
 

@@ -57,9 +57,12 @@ class Stopwatch(Watcher):
 
 
 def ours(
-    vlm: VLM, samples: list[Encoded], part: str, micro: int, bf16: bool, kept: bool
+    vlm: VLM, samples: list[Encoded], part: str, micro: int, bf16: bool, kept: bool, way: str
 ) -> Stopwatch:
-    """Train with vlbench; rows have at most `micro` positions. `kept`: with known features."""
+    """Train with vlbench; rows have at most `micro` positions. `kept`: with known features.
+
+    `way` is what is recomputed.
+    """
     recipe = recipes.load(["recipe=yivl_llava"])
     stage: Stage = dataclasses.replace(
         recipe.stages["chat"],
@@ -71,6 +74,7 @@ def ours(
     )
     recipe = dataclasses.replace(recipe, precision="bf16" if bf16 else "32")
     freeze(vlm, stage)
+    vlm.recompute(way)
     shown = pixels()
     features = None
     if kept:
@@ -85,7 +89,7 @@ def ours(
 
 
 def theirs(
-    vlm: VLM, samples: list[Encoded], part: str, micro: int, bf16: bool, grouped: bool
+    vlm: VLM, samples: list[Encoded], part: str, micro: int, bf16: bool, grouped: bool, way: str
 ) -> Any:
     """Train with the Trainer, `micro` conversations at a time."""
     import peer
@@ -97,7 +101,7 @@ def theirs(
         parameter.requires_grad_(
             any(parts[one] in name or (one == "language" and head) for one in TRAINED[part])
         )
-    return peer.train(twin, samples, pixels(), BATCH, micro, LR, grouped, bf16, False)
+    return peer.train(twin, samples, pixels(), BATCH, micro, LR, grouped, bf16, way == "full")
 
 
 def main() -> None:
@@ -105,16 +109,16 @@ def main() -> None:
     side, *words = sys.argv[1:]
     given = dict(word.split("=") for word in words)
     part, micro = given.get("part", "chat"), int(given["micro"])
-    bf16 = given.get("bf16") == "true"
+    bf16, way = given.get("bf16") == "true", given.get("checkpointing", "none")
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     samples = conversations(BATCH * int(given.get("steps", STEPS)), IMAGES[part])
     vlm = small.model()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if side == "ours":
-        watch = ours(vlm, samples, part, micro, bf16, given.get("kept") == "true")
+        watch = ours(vlm, samples, part, micro, bf16, given.get("kept") == "true", way)
     else:
-        watch = theirs(vlm, samples, part, micro, bf16, given.get("grouped") == "true")
+        watch = theirs(vlm, samples, part, micro, bf16, given.get("grouped") == "true", way)
     seconds = watch.times[-1] - watch.times[WARM - 1]
     tokens = watch.tokens[-1] - watch.tokens[WARM - 1]
     told = {

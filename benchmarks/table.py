@@ -15,6 +15,7 @@ import torch
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "RESULTS.md"
+"""Where sections are kept, unless the command line says `results=FILE`."""
 
 
 def measure(script: str, *words: str) -> dict[str, Any]:
@@ -75,8 +76,10 @@ def keep(title: str, lines: list[str]) -> None:
     """Print a section and put it into RESULTS.md, in the place of what was measured before."""
     text = "\n".join([f"## {title}", "", machine(), "", *lines, ""])
     print(text)
-    before = RESULTS.read_text(encoding="utf-8") if RESULTS.is_file() else "# Results\n"
+    given = [word.removeprefix("results=") for word in sys.argv if word.startswith("results=")]
+    file = Path(given[-1]) if given else RESULTS
+    before = file.read_text(encoding="utf-8") if file.is_file() else "# Results\n"
     head, *sections = before.split("\n## ")
     kept = [f"## {one.rstrip()}\n" for one in sections if one.split("\n")[0] != title]
     parts = [head.rstrip() + "\n", *kept, text]
-    RESULTS.write_text("\n".join(parts), encoding="utf-8")
+    file.write_text("\n".join(parts), encoding="utf-8")

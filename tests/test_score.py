@@ -182,7 +182,7 @@ LETTERS = {"id": 1, "type": "选择", "answer": "A", "response": "A", "options":
         ("mmmu", [], [], "holds no answers"),
         ("mmmu", ["{"], [], "line 1 is not JSON"),
         ("mmmu", ["[1]"], [], "line 1 is not a JSON object"),
-        ("mmmu", [CHOICE, '{"id": "\\ud800"}'], [], "line 2 has half of a surrogate pair"),
+        ("mmmu", ['{"id": "\\ud800"}'], [], "line 1 has half of a surrogate pair"),
         ("mmmu", [{"id": 1, "type": "open"}], [], "line 1 has no answer and no response"),
         ("mmmu", [{**OPEN, "id": None}], [], "id must be text or a whole number"),
         ("mmmu", [{**OPEN, "type": "opne"}], [], "Did you mean 'open'?"),
@@ -191,7 +191,6 @@ LETTERS = {"id": 1, "type": "选择", "answer": "A", "response": "A", "options":
         ("mmmu", [{**CHOICE, "options": "AB"}], [], "must be a list of at most 26 texts"),
         ("mmmu", [{**CHOICE, "answer": "C"}], [], "the answer is 'C', but the options are A to B"),
         ("mmmu", [{**CHOICE, "answer": "AB"}], [], "the answer is 'AB'"),
-        ("mmmu", [OPEN, {**OPEN, "type": "short-answer"}], [], "id o1 is given 2 times"),
         ("mmmu", [{**OPEN, "answer": 5}], [], "it must be text, or a list of texts"),
         ("mmmu", [{**OPEN, "answer": None}], [], "nothing to score against"),
         ("mmmu", [{**OPEN, "answer": ""}], [], "nothing to score against"),
@@ -215,6 +214,31 @@ def test_mistakes_are_one_clear_line(task, lines, words, expected, tmp_path, mon
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and said[0].startswith("vlbench: ") and expected in said[0], said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "expected"),
+    [
+        ("{", "line 2 is not JSON"),
+        ("[1]", "line 2 is not a JSON object"),
+        ({**CHOICE, "id": "x", "answer": "C"}, "line 2 (x): the answer is 'C'"),
+        ({**OPEN, "id": "x", "response": None}, "x: response is null; it must be text"),
+        (CHOICE, "line 2 (validation_Art_1): line 1 has this id as well"),
+    ],
+)
+def test_the_rest_of_a_file_is_scored_and_bad_lines_are_counted_and_named(
+    bad, expected, tmp_path, capsys
+):
+    assert run(tmp_path, CHOICE, bad, OPEN) == 0
+    told = capsys.readouterr()
+    errors = told.err.splitlines()
+    assert len(errors) == 1 and expected in errors[0] and "1 of 3 lines left out" in told.out
+    folder = tmp_path / "answers.jsonl.scores"
+    scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    assert (scores["n"], scores["bad"], scores["correct"]) == (2, 1, 1)
+    assert expected in (folder / "bad.txt").read_text(encoding="utf-8")
+    assert run(tmp_path, CHOICE, OPEN) == 0  # mended: nothing is left of what was wrong
+    assert (folder / "bad.txt").read_text() == ""
 
 
 def test_all_mistakes_of_a_file_are_said_but_not_a_thousand(tmp_path, capsys):

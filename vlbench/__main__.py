@@ -79,6 +79,13 @@ def check(words: list[str]) -> int:
     return check_data(recipe, Path(out[-1] if out else default).expanduser())
 
 
+def pack(words: list[str]) -> int:
+    """Pack a data set into shards."""
+    from vlbench.data.pack import main as pack_data
+
+    return pack_data(words)
+
+
 def compare(words: list[str]) -> int:
     """Train a grid of runs and report."""
     from vlbench.compare import grid
@@ -154,6 +161,11 @@ VERBS = {
         "recipe=NAME [size=SIZE] data.train=FILE data.images=FOLDER [out=DIR] [KEY=VALUE ...]",
         "look at all data before training: faults, lengths, what is learned of them",
         check,
+    ),
+    "pack": Verb(
+        "data=FILE.json images=FOLDER to=DIR [samples=10000]",
+        "pack a data set into shards (tar files) that stream from disk",
+        pack,
     ),
     "compare": Verb(
         "recipe=A,B seeds=3 [grid='K=V + K=V | K=V'] [match=params|visual_tokens|flops]\n"

@@ -99,7 +99,11 @@ class Mix:
 class Data:
     """What is learned from."""
 
-    train: str | None = key("scenes, or a file in LLaVA's format", None, path=True)
+    train: str | None = key(
+        "scenes, a file in LLaVA's format, a folder of shards or a pattern of tar files",
+        None,
+        path=True,
+    )
     images: str | None = key("folder of the pictures; null: beside the file", None, path=True)
     mix: tuple[Mix, ...] | None = key("several weighted sources, instead of train", None)
     val: str | None = key("held-out samples, a file in LLaVA's format", None, path=True)

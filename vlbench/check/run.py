@@ -24,6 +24,7 @@ from vlbench.check.findings import (
 )
 from vlbench.data.llava import LlavaJson
 from vlbench.data.sample import Sample, Source
+from vlbench.data.shards import Shards
 from vlbench.data.sources import stage_data
 from vlbench.data.steps import Memo
 from vlbench.data.template import TEMPLATES, Template
@@ -37,6 +38,7 @@ from vlbench.train.legs import Leg, plan
 from vlbench.train.sizes import check_sizes, tokens_of_stages
 from vlbench.train.watchers import judge
 
+FILES = (LlavaJson, Shards)  # sources whose samples somebody has written
 NAMED = 5  # findings of a kind that are printed; all are in findings.jsonl
 SHOWN = 6  # samples of a stage on the page of the audit, and the longest
 
@@ -95,15 +97,20 @@ def _different(legs: list[Leg]) -> Iterator[Source]:
     known = set()
     for leg in legs:
         for source in leg.data.sources:
-            identity = (source.name, str(getattr(source, "images", "")), len(source))
-            if identity not in known:
-                known.add(identity)
+            if _identity(source) not in known:
+                known.add(_identity(source))
                 yield source
+
+
+def _identity(source: Source) -> tuple[str, str, str, int]:
+    """Return what two stages have in common if they learn from the same source."""
+    images = str(getattr(source, "images", ""))
+    return type(source).__name__, source.name, images, len(source)
 
 
 def _looked_at(source: Source, recipe: Recipe, template: Template) -> Looked:
     """Look at records and pictures; rendered scenes have no files and are taken as they are."""
-    if not isinstance(source, LlavaJson):
+    if not isinstance(source, FILES):
         return Looked(source, {n: source[n] for n in range(min(len(source), 1000))}, [], 0)
     good, findings = samples_of(source)
     workers = recipe.data.workers or os.cpu_count() or 1
@@ -120,7 +127,7 @@ def _looked_at(source: Source, recipe: Recipe, template: Template) -> Looked:
 
 
 def _source_lines(one: Looked) -> Iterator[str]:
-    if isinstance(one.source, LlavaJson):
+    if isinstance(one.source, FILES):
         yield f"{one.source.name}: {len(one.source)} records, {one.pictures} pictures"
     else:
         yield f"{one.source.name}: rendered; {len(one.good)} of {len(one.source)} samples looked at"
@@ -134,9 +141,9 @@ def _stage(
     lines = [f"\nstage {leg.name}: {tokens} tokens per image, {leg.stage.form}"]
     findings: list[Finding] = []
     shown: list[Shown] = []
-    names = {(source.name, len(source)) for source in leg.data.sources}
+    own = {_identity(source) for source in leg.data.sources}
     for one in looked:
-        if (one.source.name, len(one.source)) not in names:
+        if _identity(one.source) not in own:
             continue
         samples = list(one.good.values())
         name = one.source.name

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlbench.data.images import File
-from vlbench.data.sample import PLACEHOLDER, Sample, Turn, check
+from vlbench.data.sample import PLACEHOLDER, Picture, Sample, Turn, check
 from vlbench.mistakes import BadSample, Mistake, nearest
 
 ROLES = {
@@ -46,19 +46,11 @@ class LlavaJson:
 
     def __getitem__(self, index: int) -> Sample:
         """Return the sample of record `index` (from 0), or raise BadSample."""
-        record = self.records[index]
-        name = f"record {index + 1}"
-        if not isinstance(record, dict):
-            raise BadSample(name, f"is {_kind(record)}; expected a mapping")
-        if isinstance(record.get("id"), str | int) and str(record["id"]):
-            name = str(record["id"])
-        pictures = tuple(File(str(self.images / image)) for image in _images(name, record))
-        turns = _turns(name, record)
-        if len(pictures) == 1 and not any(PLACEHOLDER in turn.text for turn in turns):
-            turns = _with_tag(turns)
-        sample = Sample(name, tuple(turns), pictures, _language(turns))
-        check(sample)
-        return sample
+        return sample_of_record(
+            self.records[index],
+            f"record {index + 1}",
+            lambda image: File(str(self.images / image)),
+        )
 
     def faults(self) -> list[BadSample]:
         """Return every record that is malformed or names an image file that does not exist.
@@ -80,6 +72,24 @@ class LlavaJson:
                     faults.append(BadSample(sample.id, f"image {picture.name}: does not exist"))
                     break
         return faults
+
+
+def sample_of_record(record: Any, name: str, picture_of: Callable[[str], Picture]) -> Sample:
+    """Return the sample of a record, or raise BadSample.
+
+    `name` is what it is called where it has no id, `picture_of` gives the picture of an image name.
+    """
+    if not isinstance(record, dict):
+        raise BadSample(name, f"is {_kind(record)}; expected a mapping")
+    if isinstance(record.get("id"), str | int) and str(record["id"]):
+        name = str(record["id"])
+    pictures = tuple(picture_of(image) for image in _images(name, record))
+    turns = _turns(name, record)
+    if len(pictures) == 1 and not any(PLACEHOLDER in turn.text for turn in turns):
+        turns = _with_tag(turns)
+    sample = Sample(name, tuple(turns), pictures, _language(turns))
+    check(sample)
+    return sample
 
 
 def read_records(file: Path) -> list[Any]:

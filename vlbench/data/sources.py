@@ -8,6 +8,7 @@ from vlbench.data.llava import LlavaJson
 from vlbench.data.order import Mixture
 from vlbench.data.sample import Source
 from vlbench.data.scenes import Captions, Conversations
+from vlbench.data.shards import Shards
 from vlbench.mistakes import Mistake
 from vlbench.schema import Data, Stage
 
@@ -38,6 +39,8 @@ def _open(train: str, images: str | None, data: Data, stage: Stage, seed: int) -
         if stage.form == "caption":
             return Captions(seed, data.samples)
         return Conversations(seed, data.samples, data.questions)
+    if train.endswith(".tar") or Path(train).is_dir():
+        return Shards(train)
     return LlavaJson(Path(train), images)
 
 

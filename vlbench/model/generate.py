@@ -14,6 +14,7 @@ from transformers import DynamicCache, LlamaModel
 from vlbench.data.batch import Batch
 from vlbench.mistakes import Mistake, nearest
 from vlbench.model.attention import PACKED
+from vlbench.model.past import Past
 
 if TYPE_CHECKING:
     from vlbench.model.vlm import VLM
@@ -24,7 +25,7 @@ COLDEST = 1e-4  # below, logits divided by the temperature are no longer finite
 CACHE = "cache" if _RENAMED else "past_key_values"
 
 
-OPTIONS = ("max_new_tokens", "temperature", "top_p", "seed", "on_token")
+OPTIONS = ("max_new_tokens", "temperature", "top_p", "seed", "on_token", "past")
 
 
 def stop_now(vlm: VLM, new: list[int]) -> bool:
@@ -67,12 +68,14 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     on_token: Callable[[list[list[int]]], None] | None = None,
+    past: Past | None = None,
     **other: Any,
 ) -> list[list[int]]:
     """Return the new ids of every row of `batch`, prompts padded on the left (`sample_index` -1).
 
     `on_token` is called after each step with all new ids so far, for streaming. Ids beyond the
     tokenizer are never chosen. A row ends at the latest where the language model's positions do.
+    With `past` the batch is one conversation, and what was read of it before is not read again.
     """
     for name in other:
         raise Mistake(
@@ -80,11 +83,17 @@ def generate(
             f"or sampled: there is no search over beams.{nearest(name, OPTIONS)}"
         )
     _check_options(max_new_tokens, temperature, top_p, seed)
+    if past is not None and len(batch.ids) != 1:
+        raise Mistake(f"past belongs to one conversation, and the batch has {len(batch.ids)}")
     was_training = vlm.training
     vlm.eval()
     vlm.language.set_attn_implementation("sdpa")  # the packed kernel has no padding mask or cache
     try:
-        return _generate(vlm, batch, max_new_tokens, temperature, top_p, seed, on_token)
+        return _generate(vlm, batch, max_new_tokens, temperature, top_p, seed, on_token, past)
+    except BaseException:
+        if past:
+            past.forget()  # it may have been stopped between two layers
+        raise
     finally:
         vlm.language.set_attn_implementation(PACKED)
         vlm.train(was_training)
@@ -115,13 +124,17 @@ def _generate(
     top_p: float,
     seed: int,
     on_token: Callable[[list[list[int]]], None] | None,
+    past: Past | None,
 ) -> list[list[int]]:
     tokenizer, rows = vlm.tokenizer, len(batch.ids)
     generator = torch.Generator(device=vlm.device).manual_seed(seed)
-    visual = vlm.visual(batch)
-    embeds, sees, positions = vlm.fuse(batch, visual), batch.image_index, batch.positions
+    visual = past.visual(vlm, batch) if past else vlm.visual(batch)
+    begin = past.begin(vlm, batch) if past else 0
+    embeds, sees, positions = (
+        one[:, begin:] for one in (vlm.fuse(batch, visual), batch.image_index, batch.positions)
+    )
     mask = (batch.sample_index >= 0).long()
-    cache = DynamicCache(config=vlm.language.config)
+    cache = past.cache if past else DynamicCache(config=vlm.language.config)
     new: list[list[int]] = [[] for _ in range(rows)]
     most = vlm.language.config.max_position_embeddings
     room = [most - length for length in mask.sum(1).tolist()]
@@ -149,6 +162,8 @@ def _generate(
         embeds = vlm.language.get_input_embeddings()(ids[:, None])
         sees, positions = sees[:, -1:], positions[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
+    if past:
+        past.wrote(new[0])
     return new
 
 

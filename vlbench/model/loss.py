@@ -6,46 +6,87 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn.functional import cross_entropy
 
 from vlbench.data.sample import IGNORE
 
 FUSED_FROM = 1 << 26
-"""Logits from which the fused loss is taken: 2 ** 26 are 256 MB in float32. For fewer the plain
-one is faster."""
+"""Logits from which they are made piece by piece: 2 ** 26 are 256 MB in float32. Fewer are faster
+made at once."""
+PIECE = 1024  # positions whose logits exist at the same time
 
 
 def summed_loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
     """Return the cross entropy of `labels` `[rows, length]`, summed over supervised positions.
 
     `hidden` is `[rows, length, lm_width]`. Logits are made at supervised positions alone, and never
-    all at once where they are many and this torch can do without.
+    all at once where they are many.
     """
     supervised = labels != IGNORE
     hidden, labels = hidden[supervised], labels[supervised]
-    if _fused(head, len(labels)):
-        loss: Any = functional.linear_cross_entropy
-        options = nn.LinearCrossEntropyOptions()
-        kind = _product_type(hidden)
-        weight = head.weight.to(kind)  # type: ignore[operator]
-        total = loss(hidden.to(kind), weight, labels, reduction="sum", options=options)
-        return total.float()
-    return functional.cross_entropy(head(hidden).float(), labels, reduction="sum")
+    if _many(head, len(labels)):
+        return _Fused.apply(hidden, head.weight, labels)  # type: ignore[no-any-return]
+    return cross_entropy(head(hidden).float(), labels, reduction="sum")
 
 
-def _fused(head: nn.Module, positions: int) -> bool:
-    """Tell whether the fused loss serves: a plain Linear without bias, and many logits."""
+def _many(head: nn.Module, positions: int) -> bool:
+    """Tell whether there are many logits; a head that is no plain Linear makes them itself.
+
+    An adapter is none, nor is a head whose weight is sharded.
+    """
     if type(head) is not nn.Linear or head.bias is not None:
         return False
-    return can_fuse() and positions * head.out_features >= FUSED_FROM
+    return positions * head.out_features >= FUSED_FROM
+
+
+class _Fused(torch.autograd.Function):
+    """Projection and cross entropy in pieces; the gradients are made on the way forward.
+
+    torch's own `linear_cross_entropy` does the same and gives the sum in the type of the products:
+    in bfloat16 it has three digits. Here the sum and the weight's gradient are float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        """Return the sum of the cross entropy of `labels` `[positions]`, float32."""
+        of_hidden, of_weight, _ = ctx.needs_input_grad
+        kind = _product_type(hidden)
+        products = weight.detach().to(kind)
+        grad_hidden = torch.empty_like(hidden) if of_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
+        total = hidden.new_zeros((), dtype=torch.float32)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for begin in range(0, len(labels), PIECE):
+                some = slice(begin, begin + PIECE)
+                states, targets = hidden[some].to(kind), labels[some, None]
+                logits = (states @ products.t()).float()
+                norm = logits.logsumexp(-1, keepdim=True)
+                total += (norm - logits.gather(-1, targets)).sum()
+                if not (of_hidden or of_weight):
+                    continue
+                errors = logits.sub_(norm).exp_()  # of the logits: softmax less one at the target
+                errors.scatter_add_(-1, targets, errors.new_full(targets.shape, -1.0))
+                errors = errors.to(kind)
+                if grad_hidden is not None:
+                    grad_hidden[some] = errors @ products
+                if grad_weight is not None:
+                    grad_weight += errors.t() @ states
+        ctx.gradients = grad_hidden, grad_weight, weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        """Return the gradients that were made, times that of the sum; they are given once."""
+        grad_hidden, grad_weight, kind = ctx.gradients
+        ctx.gradients = None
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden.mul_(grad)
+        if grad_weight is not None:
+            grad_weight = grad_weight.mul_(grad).to(kind)
+        return grad_hidden, grad_weight, None
 
 
 def _product_type(hidden: Tensor) -> torch.dtype:
-    """Return the type in which `head` would be multiplied: under autocast it is autocast's."""
+    """Return the type in which `head` would multiply: under autocast it is autocast's."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-
-
-def can_fuse() -> bool:
-    """Tell whether this torch has the fused loss (2.13 and later)."""
-    return hasattr(functional, "linear_cross_entropy") and hasattr(nn, "LinearCrossEntropyOptions")

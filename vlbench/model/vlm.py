@@ -22,6 +22,7 @@ from vlbench.model.attention import bounds
 from vlbench.model.generate import Stream, generate
 from vlbench.model.loss import summed_loss
 from vlbench.model.messages import prompt_batch, sample_of
+from vlbench.model.past import Past
 from vlbench.model.recompute import recompute
 from vlbench.model.vision import Tower
 from vlbench.model.weights.groups import place
@@ -245,12 +246,14 @@ class VLM(nn.Module):
         top_p: float = 1.0,
         stream: Callable[[str], None] | bool = False,
         seed: int = 0,
+        past: Past | None = None,
     ) -> str:
         """Answer a conversation in the Hugging Face chat-message format.
 
         At `temperature` 0 the likeliest token is taken, otherwise one is drawn, with `top_p` from
         the likeliest that together have this probability. `stream` is called with each new piece
-        of the answer's text; True prints the pieces.
+        of the answer's text; True prints the pieces. `past`, the same at every turn, spares reading
+        the conversation again.
         """
         show = functools.partial(print, end="", flush=True) if stream is True else stream
         if isinstance(messages, list) and messages and isinstance(messages[0], list):
@@ -266,6 +269,7 @@ class VLM(nn.Module):
             top_p=top_p,
             seed=seed,
             on_token=writer if show else None,
+            past=past,
         )
         return writer.end(new[0])
 

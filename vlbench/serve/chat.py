@@ -56,9 +56,12 @@ class Talk:
 
     def __init__(self, vlm: VLM, options: dict[str, Any]) -> None:
         """Talk to `vlm`; `options` are those of `VLM.chat`."""
+        from vlbench.model.past import Past
+
         self.vlm, self.options = vlm, options
         self.messages: list[dict[str, Any]] = []
         self.image: str | None = None
+        self.past = Past()
 
     def loop(self) -> int:
         """Read questions and commands until the input ends; return the exit code."""
@@ -136,7 +139,7 @@ class Talk:
             print(text, end="", flush=True)
 
         try:
-            self.vlm.chat(asked, stream=show, **self.options)
+            self.vlm.chat(asked, stream=show, past=self.past, **self.options)
         finally:
             print(flush=True)
             if written:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -112,9 +113,6 @@ class Watcher:
     def begin(self, training: Training) -> None:
         """Called before the first step."""
 
-    def before(self, training: Training, step: Step) -> None:
-        """Called when the next step is there, before anything is computed."""
-
     def after(self, training: Training, step: Step) -> None:
         """Called after every optimizer step; `training.report` says how it went."""
 
@@ -152,6 +150,7 @@ class Training(pl.LightningModule):
         self.vlm, self.stage = vlm, stage
         self.steps, self.position, self.seed = steps, position, seed
         self.report = StepReport(position)
+        self.waited = self._idle_since = 0.0  # seconds for the running step, and since when
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW with one group per trained part."""
@@ -179,16 +178,17 @@ class Training(pl.LightningModule):
         """Let the watchers begin."""
         for watcher in self.watchers:
             watcher.begin(self)
+        self._idle_since = time.monotonic()
 
     def on_train_batch_start(self, batch: Step, batch_idx: int) -> None:
-        """Tell the watchers that the step is there."""
-        for watcher in self.watchers:
-            watcher.before(self, batch)
+        """Note how long the step was waited for."""
+        self.waited = time.monotonic() - self._idle_since
 
     def on_train_batch_end(self, outputs: Any, batch: Step, batch_idx: int) -> None:
         """Let the watchers look at the step."""
         for watcher in self.watchers:
             watcher.after(self, batch)
+        self._idle_since = time.monotonic()
 
     def on_train_end(self) -> None:
         """Let the watchers end."""

@@ -102,10 +102,6 @@ class Progress(Watcher):
             disable=not self.interactive,
         )
 
-    def before(self, training: Training, step: Step) -> None:
-        """Note how long the step was waited for."""
-        self.speed.before()
-
     def after(self, training: Training, step: Step) -> None:
         """Count a step; every so often say and write how it goes."""
         report = training.report

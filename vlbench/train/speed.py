@@ -35,7 +35,7 @@ def peak_memory() -> int:
 
 
 class Speed:
-    """Measure between two lines of the log; `begin`, then `before` and `after` every step."""
+    """Measure between two lines of the log: `begin`, then `after` every step."""
 
     def __init__(self) -> None:
         """Nothing is counted before `begin`."""
@@ -51,13 +51,9 @@ class Speed:
         self._restart()
 
     def _restart(self) -> None:
-        self.window = self.idle_since = time.monotonic()
+        self.window = time.monotonic()
         self.tokens = self.images = self.steps = 0
         self.waited = self.done = 0.0
-
-    def before(self) -> None:
-        """Note that a step has come: what passed since the last one was spent waiting for it."""
-        self.waited += time.monotonic() - self.idle_since
 
     def after(self, training: Training, step: Step) -> None:
         """Count a step."""
@@ -65,9 +61,9 @@ class Speed:
         self.tokens += report.tokens
         self.images += report.images
         self.steps += 1
+        self.waited += training.waited
         if self.flops:
             self.done += self.flops.of(step.batches)
-        self.idle_since = time.monotonic()
 
     def told(self) -> dict[str, Any]:
         """Return the columns of metrics.csv, and begin to count anew.

@@ -1,9 +1,8 @@
-"""Files of answers, one JSON object a line; all that is wrong with one is said before any score."""
+"""Files of answers, one JSON object a line; what is wrong with a line is said of it."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +21,39 @@ WITHHELD: tuple[object, ...] = (None, "", "?", [])
 SHOWN = 20  # lines that are said of a file in which more is wrong
 
 
-def read_answers(task: str, path: Path) -> tuple[list[Record], list[Item]]:
-    """Return the lines of the file, and the items that are in them.
+def read_answers(task: str, path: Path) -> tuple[list[Record], list[Item], list[str]]:
+    """Return the lines of the file, the items that are in them, and what is wrong with others.
 
     A line has `id`, `type`, `answer`, `response`, where there are letters `options`, and may have
-    `subject`; other keys are kept. A Mistake names every line that is otherwise, and why.
+    `subject`; other keys are kept. Raises a Mistake for a file without any such line.
     """
     records: list[Record] = []
     wrong: list[str] = []
+    known: dict[str, int] = {}
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         record = _object(line)
         reason = record if isinstance(record, str) else _reason(task, record)
-        if reason:
-            wrong.append(f"{path}: line {number}{reason}")
-        elif isinstance(record, dict):
-            records.append(record)
-    counts = Counter(str(record["id"]) for record in records)
-    wrong += [f"{path}: id {one} is given {n} times" for one, n in counts.items() if n > 1]
-    if not wrong and not records:
-        raise Mistake(f"{path}: holds no answers; it must have one JSON object a line")
-    if wrong:
-        more = [f"{path}: {len(wrong) - SHOWN} more mistakes"] if len(wrong) > SHOWN else []
-        raise Mistake("\n".join(wrong[:SHOWN] + more))
-    return records, [_item(task, record) for record in records]
+        if not reason and isinstance(record, dict):
+            before = known.setdefault(str(record["id"]), number)
+            if before == number:
+                records.append(record)
+                continue
+            reason = f" ({record['id']}): line {before} has this id as well"
+        wrong.append(f"{path}: line {number}{reason}")
+    if not records:
+        raise Mistake(
+            "\n".join(shown(wrong))
+            or f"{path}: holds no answers; it must have one JSON object a line"
+        )
+    return records, [_item(task, record) for record in records], wrong
+
+
+def shown(wrong: list[str]) -> list[str]:
+    """Return the first SHOWN of the lines that say what is wrong, and how many more there are."""
+    more = [f"{len(wrong) - SHOWN} more mistakes"] if len(wrong) > SHOWN else []
+    return wrong[:SHOWN] + more
 
 
 def _object(line: str) -> Record | str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ import yaml
 
 from vlbench.evaluate.tasks.aggregate import summary
 from vlbench.evaluate.tasks.answers_file import Record, read_answers
-from vlbench.evaluate.tasks.items import Scored
+from vlbench.evaluate.tasks.answers_file import shown as first_of
+from vlbench.evaluate.tasks.items import Item, Scored
 from vlbench.evaluate.tasks.protocols import protocol_of, score_all
 from vlbench.evaluate.tasks.subjects import SUBJECTS
 from vlbench.files import json_lines, read_text, write_whole
@@ -26,7 +29,8 @@ PUBLISHED = Path(__file__).with_name("published.yaml")
 def main(words: list[str]) -> int:
     """Score `answers=FILE.jsonl`, print a table, and write scores.json and scored.jsonl.
 
-    They go to the folder `out=DIR`, by default FILE.jsonl.scores beside the file.
+    They go to the folder `out=DIR`, by default FILE.jsonl.scores beside the file. Lines that cannot
+    be scored are left out, named on standard error and in bad.txt, and counted.
     """
     given = given_keys("score", words, ("task", "answers", "protocol"), ("seed", "out"))
     task, protocol = given["task"], given["protocol"]
@@ -34,12 +38,37 @@ def main(words: list[str]) -> int:
     seed = whole(given, "seed", SEED, 0, 2**32 - 1)
     answers = Path(given["answers"]).expanduser()
     out = Path(given.get("out") or f"{answers}.scores").expanduser()
-    records, items = read_answers(task, answers)
+    records, items, bad = read_answers(task, answers)
+    records, items, more = _scorable(task, protocol, records, items)
+    bad += more
+    if not items:
+        raise Mistake("\n".join(first_of(bad)))
     scored = score_all(task, protocol, items, seed)
     scores = {"task": task, "protocol": protocol, "seed": seed, **summary(task, scored)}
+    scores["bad"] = len(bad)
     write(out, scores, records, scored)
-    print("\n".join([*table(scores, shown), "", *published(scores), "", f"wrote {out}"]))
+    write_whole(out / "bad.txt", "".join(f"{line}\n" for line in bad))
+    for line in first_of(bad):
+        print(f"vlbench: left out: {line}", file=sys.stderr)
+    told = [f"{len(bad)} of {len(bad) + len(items)} lines left out ({out / 'bad.txt'})"] * bool(bad)
+    lines = [*told, *table(scores, shown), "", *published(scores), "", f"wrote {out}"]
+    print("\n".join(lines))
     return 0
+
+
+def _scorable(
+    task: str, protocol: str, records: list[Record], items: list[Item]
+) -> tuple[list[Record], list[Item], list[str]]:
+    """Leave out the items at which the benchmarks' code stops, and say why."""
+    kept: list[tuple[Record, Item]] = []
+    bad = []
+    for record, item in zip(records, items, strict=True):
+        try:
+            score_all(task, protocol, [item])
+            kept.append((record, item))
+        except Mistake as mistake:
+            bad.append(str(mistake))
+    return [record for record, _ in kept], [item for _, item in kept], bad
 
 
 def write(
@@ -72,14 +101,16 @@ def plain(prediction: Any) -> Any:
 
 
 def table(scores: dict[str, Any], shown: str) -> Iterator[str]:
-    """Return lines on all answers, types and domains, accuracies as the protocol prints them."""
+    """Return lines on all answers, types, domains and subjects, as the protocol prints them."""
+    drawn, unread = scores["fallback"], scores["unread"]
     yield (
         f"{scores['task']}, protocol {scores['protocol']}, seed {scores['seed']}: "
-        f"{scores['fallback']} answers drawn at random, {scores['unread']} more unreadable"
+        f"{drawn} answers drawn at random, {unread} more unreadable; "
+        f"{(drawn + unread) / scores['n']:.1%} could not be read"
     )
     yield "     n  correct  accuracy  95 % interval"
-    groups = [("all", scores), *scores["by_type"].items(), *scores["by_domain"].items()]
-    for name, group in groups:
+    parts = [scores[f"by_{kind}"].items() for kind in ("type", "domain", "subject")]
+    for name, group in [("all", scores), *chain(*parts)]:
         if group["n"]:
             low, high = group["interval"]
             accuracy = format(group["accuracy"], shown)

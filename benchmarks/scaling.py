@@ -1,0 +1,107 @@
+"""Does the cost of a step grow as its operations do? Against images, length and batch.
+
+    python benchmarks/scaling.py
+
+Times forward and backward of the model of `small.py`, and divides by what `model/flops.py` counts.
+The plot is `scaling.png` in this folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import statistics
+import sys
+import time
+import warnings
+from typing import Any
+
+import small
+from matplotlib.figure import Figure
+from small import PackedSteps, pixels
+from table import HERE, keep
+
+from vlbench import recipe as recipes
+from vlbench.data.batch import Batch
+from vlbench.data.sample import IGNORE, IMAGE, Encoded, Sample
+from vlbench.model.flops import step_flops
+from vlbench.model.vlm import VLM
+from vlbench.train.module import freeze
+
+ROUNDS = 5
+ROW = 4096
+CASES: dict[str, list[tuple[int, int, int]]] = {  # (conversations, tokens of text, images)
+    "images": [(4, 128, images) for images in (0, 1, 2, 4, 8)],
+    "length": [(4, length, 1) for length in (64, 128, 256, 512, 1024)],
+    "batch": [(batch, 128, 1) for batch in (1, 2, 4, 8, 16)],
+}
+
+
+def conversation(number: int, length: int, images: int) -> Encoded:
+    """Return a conversation of which the second half is supervised."""
+    per_image = (small.IMAGE_SIZE // small.PATCH) ** 2
+    text = [3 + (7 * place + number) % (small.VOCABULARY - 3) for place in range(length)]
+    ids = [IMAGE] * (per_image * images) + text
+    answer = length // 2
+    labels = [IGNORE] * (len(ids) - answer - 1) + text[-answer:] + [IGNORE]
+    pictures: Any = tuple(small.Number((number + n) % small.PICTURES) for n in range(images))
+    return Encoded(ids, labels, Sample(str(number), (), pictures), per_image)
+
+
+def seconds(vlm: VLM, batches: list[Batch]) -> float:
+    """Return the median time of forward and backward over all micro-batches."""
+    times = []
+    for _ in range(ROUNDS + 1):
+        began = time.perf_counter()
+        for batch in batches:
+            vlm(batch).loss_sum.backward()
+        times.append(time.perf_counter() - began)
+        vlm.zero_grad(set_to_none=True)
+    return statistics.median(times[1:])
+
+
+def main() -> None:
+    """Print the table and draw the plot."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    vlm = small.model()
+    recipe = recipes.load(["recipe=yivl_llava"])
+    freeze(vlm, dataclasses.replace(recipe.stages["chat"]))
+    flops, shown = step_flops(vlm), pixels()
+    lines = [
+        "| grows | conversations | text | images | operations | seconds | per operation |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    for axes, (name, cases) in zip(figure.subplots(1, 3), CASES.items(), strict=True):
+        found = []
+        for count, length, images in cases:
+            samples = [conversation(number, length, images) for number in range(count)]
+            batches = PackedSteps(samples, count, ROW, shown)[0].batches
+            found.append((flops.of(batches), seconds(vlm, batches)))
+            print(".", end="", file=sys.stderr, flush=True)
+        middle = found[len(found) // 2][1] / found[len(found) // 2][0]
+        for (count, length, images), (needed, taken) in zip(cases, found, strict=True):
+            lines.append(
+                f"| {name} | {count} | {length} | {images} | {needed / 1e9:.2f} G "
+                f"| {taken:.3f} | {taken / needed / middle:.2f} |"
+            )
+        key = {"batch": 0, "length": 1, "images": 2}[name]
+        axes.plot([case[key] for case in cases], [taken for _, taken in found], "o-", label="time")
+        expected = [needed * middle for needed, _ in found]
+        axes.plot([case[key] for case in cases], expected, "--", label="operations")
+        axes.set(xlabel=name, ylabel="seconds a step", ylim=(0, None))
+        axes.legend(frameon=False)
+    figure.savefig(HERE / "scaling.png", dpi=120)
+    keep(
+        "Scaling",
+        [
+            "Time per operation, the middle row of each block being 1; plot in `scaling.png`.",
+            "",
+            *lines,
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()

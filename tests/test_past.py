@@ -1,0 +1,93 @@
+"""Turns of a conversation read on from what was read before, and answer the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from vlbench import recipe as recipes
+from vlbench.data.scene_world import scene
+from vlbench.mistakes import Mistake
+from vlbench.model.compose import compose
+from vlbench.model.past import Past
+from vlbench.model.vlm import VLM
+
+CONNECTORS = ("yivl_llava", "yivl_qformer", "yivl_flamingo", "yivl_eva")
+
+
+@pytest.fixture(scope="module", params=CONNECTORS)
+def vlm(request) -> VLM:
+    return compose(recipes.load([f"recipe={request.param}"]), 56).eval()
+
+
+def asks(text: str, image: Image.Image | None = None) -> dict[str, Any]:
+    parts: list[dict[str, Any]] = [{"type": "text", "text": text}]
+    return {"role": "user", "content": [{"type": "image", "image": image}] * bool(image) + parts}
+
+
+def talk(vlm: VLM, past: Past | None) -> list[str]:
+    """Hold a conversation of three turns, the last with a second picture."""
+    first, second = (scene("past", 0, number).open() for number in (0, 1))
+    messages: list[dict[str, Any]] = []
+    answers = []
+    turns = (("What is this?", first), ("How many objects are there?", None), ("And here?", second))
+    for text, image in turns:
+        messages.append(asks(text, image))
+        answers.append(vlm.chat(messages, max_new_tokens=12, past=past))
+        messages.append({"role": "assistant", "content": answers[-1] or "?"})
+    return answers
+
+
+def test_answers_are_the_same_and_only_what_is_new_is_read(vlm, monkeypatch):
+    read: list[int] = []
+    seen: list[int] = []
+    real, features = vlm.read, vlm.features
+
+    def watched(embeds, *given, **options):
+        read.append(embeds.shape[1])
+        return real(embeds, *given, **options)
+
+    def looked(batch):
+        seen.append(len(batch.pixels))
+        return features(batch)
+
+    monkeypatch.setattr(vlm, "read", watched)
+    monkeypatch.setattr(vlm, "features", looked)
+    anew = talk(vlm, None)
+    whole, pictures = sum(read), sum(seen)
+    read.clear()
+    seen.clear()
+    assert talk(vlm, Past()) == anew
+    assert sum(read) < 0.75 * whole
+    assert (sum(seen), pictures) == (2, 4)  # each picture once; without it 1 + 1 + 2
+
+
+def test_another_conversation_is_read_from_its_beginning(vlm):
+    past = Past()
+    vlm.chat([asks("What is this?", scene("past", 0, 0).open())], max_new_tokens=5, past=past)
+    other = [asks("What is this?", scene("past", 0, 2).open())]
+    alone = vlm.chat(other, max_new_tokens=12)
+    assert vlm.chat(other, max_new_tokens=12, past=past) == alone
+    text = [asks("How are you?")]
+    assert vlm.chat(text, max_new_tokens=8, past=past) == vlm.chat(text, max_new_tokens=8)
+
+
+def test_what_was_stopped_is_read_anew(vlm, monkeypatch):
+    past = Past()
+    messages = [asks("What is this?", scene("past", 0, 0).open())]
+
+    def stops(text):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        vlm.chat(messages, max_new_tokens=12, past=past, stream=stops)
+    assert past.cache is None
+    assert vlm.chat(messages, max_new_tokens=12, past=past) == vlm.chat(messages, max_new_tokens=12)
+
+
+def test_one_past_is_of_one_conversation(vlm):
+    batch = vlm.prepare([[asks("one")], [asks("two")]])
+    with pytest.raises(Mistake, match="past belongs to one conversation, and the batch has 2"):
+        vlm.generate(batch, past=Past())

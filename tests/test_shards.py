@@ -1,0 +1,241 @@
+"""Shards: packed and read back the same, every sample once per pass, trouble named and left out."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from vlbench.__main__ import main
+from vlbench.data import shards as shards_module
+from vlbench.data.images import ImageTransform
+from vlbench.data.lanes import LANES, Lanes
+from vlbench.data.llava import LlavaJson
+from vlbench.data.order import Mixture
+from vlbench.data.scene_world import scene
+from vlbench.data.shard_index import beside, index_of
+from vlbench.data.shards import Shards
+from vlbench.mistakes import BadSample, Mistake
+
+TRANSFORM = ImageTransform(56, 56, (0.5,) * 3, (0.25,) * 3)
+SAMPLES = 60
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch):
+    monkeypatch.setattr(shards_module, "PAUSE", 0.0)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A LLaVA file: pictures of several, none, and two that are bad."""
+    folder = tmp_path_factory.mktemp("data")
+    records: list[dict[str, Any]] = []
+    for number in range(SAMPLES):
+        count = number % 3
+        names = [f"{number}_{one}.png" for one in range(count)]
+        for one, name in enumerate(names):
+            scene("shards", one, number).open().save(folder / name)
+        tags = "".join("<image>\n" for _ in names)
+        turns = [
+            {"from": "human", "value": f"{tags}What is {number}? 是什么？"},
+            {"from": "gpt", "value": f"It is {number}."},
+        ]
+        records.append({"id": f"sample-{number}", "image": names, "conversations": turns})
+    records[10]["image"] = ["nowhere.png"]
+    (folder / "11_0.png").write_bytes(b"no picture")
+    (folder / "data.json").write_text(json.dumps(records))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(data, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("packed") / "shards"
+    words = [f"data={data / 'data.json'}", f"to={folder}", "samples=8"]
+    assert main(["pack", *words]) == 0
+    return folder
+
+
+def test_what_is_packed_is_read_back_the_same(data, packed):
+    source, shards = LlavaJson(data / "data.json"), Shards(packed)
+    assert len(shards) == SAMPLES - 2
+    good = [source[n] for n in range(SAMPLES) if n not in (10, 11)]
+    for number, expected in enumerate(good):
+        found = shards[number]
+        assert (found.id, found.turns, found.language) == (
+            expected.id,
+            expected.turns,
+            expected.language,
+        )
+        for ours, theirs in zip(found.pictures, expected.pictures, strict=True):
+            assert torch.equal(TRANSFORM.of(ours), TRANSFORM.of(theirs))
+
+
+def test_what_cannot_be_packed_is_counted_and_named(data, packed, tmp_path, capsys):
+    lines = (packed / "left_out.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["sample-10", "sample-11"]
+    assert main(["pack", f"data={data / 'data.json'}", f"to={tmp_path / 'new'}"]) == 0
+    said = capsys.readouterr().out
+    assert "58 samples in 1 shards" in said and "2 left out" in said and "nowhere.png" in said
+
+
+def test_packing_twice_gives_the_same_bytes(data, packed, tmp_path):
+    words = [f"data={data / 'data.json'}", f"to={tmp_path / 'again'}", "samples=8"]
+    assert main(["pack", *words]) == 0
+    for file in packed.iterdir():
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("counts", [[1], [3, 1], [5] * 7, [7, 1, 9, 4, 4, 4, 2, 8, 3], [2] * 300])
+@pytest.mark.parametrize("window", [1, 4])
+def test_an_order_of_shards_is_a_permutation(counts, window):
+    orders = [Lanes(counts, key, window) for key in ("a", "b")]
+    whole = [list(map(order, range(order.total))) for order in orders]
+    assert sorted(whole[0]) == sorted(whole[1]) == list(range(sum(counts)))
+    assert len(counts) < 4 or whole[0] != whole[1]
+    with pytest.raises(IndexError):
+        orders[0](sum(counts))
+
+
+def test_shards_are_divided_among_ranks_and_read_in_turn():
+    counts = [50] * 512
+    order = Lanes(counts, "x")
+    assert order.lanes == LANES
+    for world in (2, 8, 128):
+        of = [{order(p) // 50 for p in range(rank, order.total, world)} for rank in range(world)]
+        assert sum(map(len, of)) == len(counts)  # no shard belongs to two ranks
+    lane = [order(p) // 50 for p in range(0, order.total, LANES)]
+    assert len(set(lane[:200])) == 4 and len(set(lane)) == 4  # a window of four is read together
+
+
+class Stream(Dataset[str]):
+    """The ids at the positions of one rank."""
+
+    def __init__(self, shards: Shards, positions: range) -> None:
+        self.mixture, self.positions = Mixture([(shards, 1.0)], seed=3), positions
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: int) -> str:
+        return self.mixture[self.positions[index]].id
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_two_epochs_give_each_sample_twice_to_any_number_of_ranks(packed, workers):
+    shards = Shards(packed)
+    total = 2 * len(shards)
+    streams = {}
+    for world in (1, 2, 4):
+        met: Counter[str] = Counter()
+        for rank in range(world):
+            stream = Stream(shards, range(rank, total, world))
+            met.update(DataLoader(stream, batch_size=None, num_workers=workers))
+        streams[world] = met
+        assert set(met.values()) == {2} and len(met) == len(shards)
+        first = Counter(Stream(shards, range(len(shards)))[n] for n in range(len(shards)))
+        assert set(first.values()) == {1}
+
+
+def test_a_position_is_found_without_what_came_before(packed):
+    whole = [Mixture([(Shards(packed), 1.0)], 5)[n].id for n in range(80)]
+    assert Mixture([(Shards(packed), 1.0)], 5)[79].id == whole[79]
+    assert [Mixture([(Shards(packed), 1.0)], 6)[n].id for n in range(80)] != whole
+
+
+def broken(packed: Path, folder: Path) -> Path:
+    """Return a copy of the shards, to be broken."""
+    folder.mkdir()
+    for file in packed.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def bad(shards: Shards) -> list[BadSample]:
+    found = []
+    for number in range(len(shards)):
+        try:
+            for picture in shards[number].pictures:
+                picture.open()
+        except BadSample as fault:
+            found.append(fault)
+        except Mistake as mistake:
+            found.append(BadSample(str(number), str(mistake)))
+    return found
+
+
+def test_a_missing_shard_costs_its_samples_alone(packed, tmp_path):
+    folder = broken(packed, tmp_path / "one")
+    (folder / "000001.tar").unlink()
+    found = bad(Shards(folder))
+    assert len(found) == 8 and all("000001.tar: cannot be opened" in f.reason for f in found)
+
+
+def test_a_torn_shard_costs_what_is_behind_the_tear(packed, tmp_path):
+    folder = broken(packed, tmp_path / "torn")
+    tar = folder / "000002.tar"
+    tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])
+    found = bad(Shards(folder))
+    assert 1 <= len(found) <= 8 and all("000002.tar: is torn" in f.reason for f in found)
+    beside(str(tar)).unlink()  # without an index the tear is met while it is made
+    shards_module._entries.cache_clear()
+    assert all("000002.tar" in fault.reason for fault in bad(Shards(folder)))
+
+
+def test_a_shard_that_comes_late_is_read(packed, tmp_path, monkeypatch):
+    folder = broken(packed, tmp_path / "late")
+    hidden = (folder / "000000.tar").rename(folder / "hidden")
+    shards_module._trouble.cache_clear()
+    monkeypatch.setattr(
+        shards_module.time,
+        "sleep",
+        lambda _: hidden.is_file() and hidden.rename(folder / "000000.tar"),
+    )
+    assert not bad(Shards(folder))
+
+
+def test_tar_files_of_others_are_read_with_their_captions(tmp_path):
+    file = tmp_path / "laion.tar"
+    with tarfile.open(file, "w") as tar:
+        for number in range(3):
+            image = io.BytesIO()
+            scene("laion", 0, number).open().save(image, "PNG")
+            for kind, content in (("png", image.getvalue()), ("txt", f"thing {number}\n".encode())):
+                info = tarfile.TarInfo(f"part/{number:05d}.{kind}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    shards = Shards(file)
+    assert [shards[n].caption for n in range(3)] == ["thing 0", "thing 1", "thing 2"]
+    assert shards[1].pictures[0].open().size == scene("laion", 0, 1).open().size
+    assert beside(str(file)).is_file() and len(index_of(str(file))) == 3
+
+
+def test_shards_train(packed, tmp_path):
+    words = [f"stages.{name}.steps=1" for name in ("align_224", "align_448", "chat")]
+    words += [f"stages.{name}.batch=4" for name in ("align_224", "align_448", "chat")]
+    words += ["log.questions=2", "log.examples=0", "log.tensorboard=false", f"data.train={packed}"]
+    assert main(["fit", "recipe=yivl_llava", *words, f"run={tmp_path / 'run'}"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("empty", "holds no shards.json"), ("{0..3}.tar", "there is no")],
+)
+def test_mistakes_are_a_line(name, message, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    words = [f"data.train={tmp_path / name}", "only=chat", f"run={tmp_path / 'run'}"]
+    assert main(["fit", "recipe=yivl_llava", *words]) == 2
+    said = capsys.readouterr().err
+    assert message in said and len(said.splitlines()) == 1
+
+
+def test_a_folder_that_is_there_is_not_overwritten(packed, data, capsys):
+    assert main(["pack", f"data={data / 'data.json'}", f"to={packed}"]) == 2
+    assert "name a new folder" in capsys.readouterr().err
