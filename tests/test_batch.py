@@ -124,3 +124,15 @@ def test_packing_fills_rows_and_is_deterministic():
     assert [4] in rows and all(row == sorted(row) for row in rows) and rows == sorted(rows)
     assert pack(samples, 100) == rows and pack([], 100) == []
     assert pack(samples, 1) == [[n] for n in range(len(lengths))]
+
+
+def test_places_and_labels_are_located_before_a_batch_travels():
+    batch = collate([[FIRST, TEXT], [LAST]], pixels_of)
+    assert batch.supervised is None and batch.places is None
+    moved = batch.to("cpu")
+    assert moved.ids.flatten()[moved.places].eq(IMAGE).all()
+    assert len(moved.places) == int(batch.ids.eq(IMAGE).sum())
+    assert moved.labels.flatten()[moved.supervised].ne(IGNORE).all()
+    assert len(moved.supervised) == batch.tokens
+    unlabelled = replace(batch, labels=None).to("cpu")
+    assert unlabelled.supervised is None and torch.equal(unlabelled.places, moved.places)

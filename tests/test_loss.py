@@ -37,6 +37,14 @@ def test_it_is_the_sum_over_supervised_positions():
     torch.testing.assert_close(summed_loss(head, hidden, labels).double(), whole, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_known_positions_change_nothing(fused, monkeypatch):
+    monkeypatch.setattr(loss, "FUSED_FROM", 1 if fused else 1 << 60)
+    head, hidden, labels = case()
+    where = (labels.flatten() != IGNORE).nonzero()[:, 0]
+    assert summed_loss(head, hidden, labels) == summed_loss(head, hidden, labels, where)
+
+
 def test_in_pieces_it_has_the_same_value_and_gradients(monkeypatch):
     pieces, whole = learned(True, monkeypatch), learned(False, monkeypatch)
     for one, other in zip(pieces, whole, strict=True):

@@ -43,6 +43,11 @@ class Batch:
     known; `pixels` are then of size 0."""
     captions: list[str] = field(default_factory=list)
     """The first answer of each sample, for objectives that read text in a way of their own."""
+    supervised: Tensor | None = None
+    """`[tokens]` where in the flattened `ids` the labels are; found before the batch travels, for a
+    GPU that has to count would make everybody wait. None: not found yet."""
+    places: Tensor | None = None
+    """Where in the flattened `ids` the places are, likewise."""
 
     def to(
         self,
@@ -51,12 +56,24 @@ class Batch:
         non_blocking: bool = True,
     ) -> Batch:
         """Return the batch on `device`, its pixels as `dtype`."""
-        moved = self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        moved = self.located()._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
         return moved if dtype is None else replace(moved, pixels=moved.pixels.to(dtype))
+
+    def located(self) -> Batch:
+        """Return the batch with `supervised` and `places`; a batch on a GPU stays as it is."""
+        if self.ids.device.type != "cpu":
+            return self
+        supervised, labels = self.supervised, self.labels
+        if supervised is None and labels is not None:
+            supervised = (labels.flatten() != IGNORE).nonzero()[:, 0]
+        places = self.places
+        if places is None:
+            places = (self.ids.flatten() == IMAGE).nonzero()[:, 0]
+        return replace(self, supervised=supervised, places=places)
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory, from which copies to a GPU do not wait."""
-        return self._each(lambda tensor: tensor.pin_memory())
+        return self.located()._each(lambda tensor: tensor.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}

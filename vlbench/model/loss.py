@@ -16,13 +16,16 @@ made at once."""
 PIECE = 1024  # positions whose logits exist at the same time
 
 
-def summed_loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+def summed_loss(
+    head: nn.Module, hidden: Tensor, labels: Tensor, where: Tensor | None = None
+) -> Tensor:
     """Return the cross entropy of `labels` `[rows, length]`, summed over supervised positions.
 
-    `hidden` is `[rows, length, lm_width]`. Logits are made at supervised positions alone, and never
-    all at once where they are many.
+    `hidden` is `[rows, length, lm_width]`; `where` holds the supervised positions, rows laid end to
+    end, if they are known. Logits are made there alone, and never all at once where they are many.
     """
-    supervised = labels != IGNORE
+    hidden, labels = hidden.flatten(0, 1), labels.flatten()
+    supervised: Tensor = labels != IGNORE if where is None else where
     hidden, labels = hidden[supervised], labels[supervised]
     if _many(head, len(labels)):
         return _Fused.apply(hidden, head.weight, labels)  # type: ignore[no-any-return]

@@ -146,14 +146,17 @@ class VLM(nn.Module):
         if not len(batch.pixels):
             unused = [visual] if self.connector.fills_sequence else [visual, self.connector.place]
             return embeds + sum(zero_like_loss(one).to(embeds.dtype) for one in unused)
-        where = (batch.ids == IMAGE).nonzero(as_tuple=True)
+        places = batch.places
+        if places is None:
+            places = (batch.ids.flatten() == IMAGE).nonzero()[:, 0]
         if self.connector.fills_sequence:
             values = visual.flatten(0, 1)
         else:
-            values = self.connector.place.expand(len(where[0]), -1)
-        if len(values) != len(where[0]):
-            raise AssertionError(f"{len(where[0])} places for {len(values)} visual tokens")
-        return embeds.index_put(where, values.to(embeds.dtype))
+            values = self.connector.place.expand(len(places), -1)
+        if len(values) != len(places):
+            raise AssertionError(f"{len(places)} places for {len(values)} visual tokens")
+        filled = embeds.flatten(0, 1).index_put((places,), values.to(embeds.dtype))
+        return filled.view_as(embeds)
 
     def _inject(self, layer: int) -> Any:
         """Return the hook of decoder layer `layer`: visual tokens arrive as keyword arguments."""
@@ -186,9 +189,9 @@ class VLM(nn.Module):
             use_cache=False,
         ).last_hidden_state
 
-    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Return the cross entropy of `labels`, summed over supervised positions."""
-        return summed_loss(self.language.lm_head, hidden, labels)
+    def loss(self, hidden: Tensor, labels: Tensor, where: Tensor | None = None) -> Tensor:
+        """Return the cross entropy of `labels`, summed over supervised positions (at `where`)."""
+        return summed_loss(self.language.lm_head, hidden, labels, where)
 
     def recompute(self, how: str) -> None:
         """Save memory: compute activations again in the backward pass instead of keeping them.
@@ -220,7 +223,7 @@ class VLM(nn.Module):
         hidden = self.hidden(batch, visual)
         if batch.labels is None:
             return Output(logits=self.language.lm_head(hidden))
-        loss = self.loss(hidden, batch.labels)
+        loss = self.loss(hidden, batch.labels, batch.supervised)
         extra = self.connector.losses(features, visual, batch)
         return Output(loss_sum=loss, tokens=batch.tokens, extra=extra)
 
