@@ -18,7 +18,7 @@ from table import keep
 
 from vlbench.__main__ import main as vlbench
 
-QUESTIONS, ROUNDS, BATCH = 128, 3, 64
+QUESTIONS, ROUNDS, BATCH = 256, 3, 64
 UNTRAINED = [f"stages.{name}.steps=0" for name in ("align_224", "align_448", "chat")]
 
 
@@ -39,7 +39,8 @@ def main() -> None:
     answers: dict[int, list[str]] = {}
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        words = ["log.questions=1", "log.examples=0", "log.tensorboard=false", f"run={run}"]
+        words = [f"log.questions={QUESTIONS // 2}", "log.examples=0", "log.tensorboard=false"]
+        words.append(f"run={run}")  # new pictures and unseen pairs are QUESTIONS together
         if vlbench(["fit", "recipe=yivl_llava", *UNTRAINED, *words]):
             sys.exit("the run failed")
         for number in range(ROUNDS):
@@ -48,6 +49,7 @@ def main() -> None:
                 times[batch].append(taken)
     many, one = (statistics.median(times[batch]) for batch in (BATCH, 1))
     same = sum(a == b for a, b in zip(answers[BATCH], answers[1], strict=True))
+    assert len(answers[1]) == QUESTIONS
     keep(
         "Evaluation",
         [
