@@ -24,13 +24,17 @@ import torch
 from PIL import Image
 from table import keep
 
+from vlbench.model.vlm import VLM
 from vlbench.model.weights.to_hf_llava import write_hf_llava
+
+Messages = list[dict[str, Any]]
+Side = Callable[[], list[list[int]]]
 
 CONVERSATIONS, TOKENS, ROUNDS = 32, 64, 3
 WORDS = "how many red blue green round balls boxes are there left right of the big small".split()
 
 
-def conversations() -> list[list[dict[str, Any]]]:
+def conversations() -> list[Messages]:
     """Return questions of 5 to 60 words about pictures of noise."""
     rng = np.random.default_rng(0)
     found = []
@@ -43,61 +47,72 @@ def conversations() -> list[list[dict[str, Any]]]:
     return found
 
 
-def main() -> None:
-    """Print the table."""
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
+class Peer:
+    """The same model weight for weight, as transformers has it."""
 
-    vlm = small.model().eval()
-    with tempfile.TemporaryDirectory() as folder:
-        write_hf_llava(vlm, Path(folder), None)
-        peer = LlavaForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa")
-        processor = AutoProcessor.from_pretrained(folder)
-    asked = conversations()
+    def __init__(self, vlm: VLM) -> None:
+        """Export `vlm`, and load it as its users do."""
+        from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    def told(some: list[list[dict[str, Any]]]) -> Any:
-        processor.tokenizer.padding_side = "left"
-        return processor.apply_chat_template(
-            some,
+        with tempfile.TemporaryDirectory() as folder:
+            write_hf_llava(vlm, Path(folder), None)
+            self.model = LlavaForConditionalGeneration.from_pretrained(
+                folder, attn_implementation="sdpa"
+            )
+            self.processor = AutoProcessor.from_pretrained(folder)
+        self.processor.tokenizer.padding_side = "left"
+
+    def answers(self, asked: list[Messages]) -> list[list[int]]:
+        """Return the new ids of every conversation, answered at once."""
+        inputs = self.processor.apply_chat_template(
+            asked,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
             processor_kwargs={"padding": True},
         )
-
-    def answers(some: list[list[dict[str, Any]]]) -> list[list[int]]:
-        inputs = told(some)
         with torch.inference_mode():
-            ids = peer.generate(**inputs, do_sample=False, max_new_tokens=TOKENS)
+            ids = self.model.generate(**inputs, do_sample=False, max_new_tokens=TOKENS)
         return ids[:, inputs["input_ids"].shape[1] :].tolist()
 
-    sides: dict[str, Callable[[], list[list[int]]]] = {
+
+def timed(sides: dict[str, Side]) -> tuple[dict[str, float], dict[str, list[list[int]]]]:
+    """Run every side in turns; return the median seconds and the last answers of each."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    new: dict[str, list[list[int]]] = {name: work() for name, work in sides.items()}
+    for _ in range(ROUNDS):
+        for name, work in sides.items():
+            began = time.perf_counter()
+            new[name] = work()
+            times[name].append(time.perf_counter() - began)
+            print(".", end="", file=sys.stderr, flush=True)
+    return {name: statistics.median(taken) for name, taken in times.items()}, new
+
+
+def main() -> None:
+    """Print the table."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    vlm = small.model().eval()
+    peer, asked = Peer(vlm), conversations()
+    sides: dict[str, Side] = {
         f"vlbench, batches of {CONVERSATIONS}": lambda: vlm.generate(
             vlm.prepare(asked), max_new_tokens=TOKENS
         ),
         "vlbench, one at a time": lambda: [
             vlm.generate(vlm.prepare(one), max_new_tokens=TOKENS)[0] for one in asked
         ],
-        "Hugging Face, one at a time": lambda: [answers([one])[0] for one in asked],
-        f"Hugging Face, batches of {CONVERSATIONS}": lambda: answers(asked),
+        "Hugging Face, one at a time": lambda: [peer.answers([one])[0] for one in asked],
+        f"Hugging Face, batches of {CONVERSATIONS}": lambda: peer.answers(asked),
     }
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    texts: dict[str, list[str]] = {}
-    counts: dict[str, int] = {}
-    for work in sides.values():
-        work()  # once before it counts
-    for _ in range(ROUNDS):
-        for name, work in sides.items():
-            began = time.perf_counter()
-            new = work()
-            times[name].append(time.perf_counter() - began)
-            texts[name] = [vlm.tokenizer.decode([i for i in one if i]) for one in new]
-            counts[name] = sum(map(len, new))
-            print(".", end="", file=sys.stderr, flush=True)
+    seconds, new = timed(sides)
+    rates = {name: sum(map(len, new[name])) / seconds[name] for name in sides}
+    texts = {
+        name: [vlm.tokenizer.decode([token for token in one if token]) for one in new[name]]
+        for name in sides
+    }
     first = next(iter(sides))
-    rates = {name: counts[name] / statistics.median(times[name]) for name in sides}
     lines = ["| | tokens/s | vlbench is faster by | same text |", "|---|---:|---:|---:|"]
     for name in sides:
         same = sum(a == b for a, b in zip(texts[first], texts[name], strict=True))
