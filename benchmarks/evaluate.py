@@ -7,7 +7,6 @@ Asks the miniature the first held-out questions of the rendered world, greedy, i
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import tempfile
@@ -17,24 +16,26 @@ from pathlib import Path
 from table import keep
 
 from vlbench.__main__ import main as vlbench
+from vlbench.evaluate.tasks.conversations import Conversations
+from vlbench.evaluate.tasks.exam import take
+from vlbench.model.vlm import VLM
+from vlbench.serve.load import load
 
 QUESTIONS, ROUNDS, BATCH = 256, 3, 64
 UNTRAINED = [f"stages.{name}.steps=0" for name in ("align_224", "align_448", "chat")]
 
 
-def seconds(run: Path, out: Path, batch: int) -> tuple[float, list[str]]:
-    """Evaluate, and return how long the questions took and the answers."""
+def seconds(vlm: VLM, task: Conversations, out: Path, batch: int) -> tuple[float, list[str]]:
+    """Ask all questions, `batch` at once; return how long that took, and the answers."""
+    asked, _ = task.questions(vlm)
+    limits = task.limits(vlm, asked)
     began = time.perf_counter()
-    words = [f"run={run}", f"limit={QUESTIONS}", f"batch={batch}", f"out={out}"]
-    if vlbench(["eval", "task=own", *words]):
-        sys.exit("the evaluation failed")
-    taken = time.perf_counter() - began
-    lines = (out / "answers.jsonl").read_text(encoding="utf-8").splitlines()
-    return taken, [json.loads(line)["response"] for line in lines]
+    lines = take(vlm, asked, limits, task.right, batch, out)
+    return time.perf_counter() - began, [line["response"] for line in lines]
 
 
 def main() -> None:
-    """Print the table; loading the model is part of both times."""
+    """Print the table."""
     times: dict[int, list[float]] = {BATCH: [], 1: []}
     answers: dict[int, list[str]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -43,9 +44,12 @@ def main() -> None:
         words.append(f"run={run}")  # new pictures and unseen pairs are QUESTIONS together
         if vlbench(["fit", "recipe=yivl_llava", *UNTRAINED, *words]):
             sys.exit("the run failed")
+        vlm = load(run)
+        task = Conversations("own", {"run": str(run)})
         for number in range(ROUNDS):
             for batch in times:
-                taken, answers[batch] = seconds(run, Path(folder) / f"{batch}-{number}", batch)
+                out = Path(folder) / f"{batch}-{number}.jsonl"
+                taken, answers[batch] = seconds(vlm, task, out, batch)
                 times[batch].append(taken)
     many, one = (statistics.median(times[batch]) for batch in (BATCH, 1))
     same = sum(a == b for a, b in zip(answers[BATCH], answers[1], strict=True))
