@@ -21,7 +21,7 @@ from vlbench.evaluate.tasks.exam import take
 from vlbench.model.vlm import VLM
 from vlbench.serve.load import load
 
-QUESTIONS, ROUNDS, BATCH = 256, 3, 64
+QUESTIONS, ROUNDS, BATCH = 256, 3, 32
 UNTRAINED = [f"stages.{name}.steps=0" for name in ("align_224", "align_448", "chat")]
 
 
