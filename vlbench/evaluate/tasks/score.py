@@ -45,7 +45,8 @@ def main(words: list[str]) -> int:
         raise Mistake("\n".join(first_of(bad)))
     scored = score_all(task, protocol, items, seed)
     scores = {"task": task, "protocol": protocol, "seed": seed, **summary(task, scored)}
-    scores["bad"] = len(bad)
+    if bad:
+        scores["bad"] = len(bad)
     write(out, scores, records, scored)
     write_whole(out / "bad.txt", "".join(f"{line}\n" for line in bad))
     for line in first_of(bad):
