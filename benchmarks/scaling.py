@@ -8,13 +8,11 @@ The plot is `scaling.png` in this folder.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import statistics
 import sys
 import time
 import warnings
-from typing import Any
 
 import small
 from matplotlib.figure import Figure
@@ -23,7 +21,7 @@ from table import HERE, keep
 
 from vlbench import recipe as recipes
 from vlbench.data.batch import Batch
-from vlbench.data.sample import IGNORE, IMAGE, Encoded, Sample
+from vlbench.data.sample import Encoded
 from vlbench.model.flops import step_flops
 from vlbench.model.vlm import VLM
 from vlbench.train.module import freeze
@@ -41,11 +39,8 @@ def conversation(number: int, length: int, images: int) -> Encoded:
     """Return a conversation of which the second half is supervised."""
     per_image = (small.IMAGE_SIZE // small.PATCH) ** 2
     text = [3 + (7 * place + number) % (small.VOCABULARY - 3) for place in range(length)]
-    ids = [IMAGE] * (per_image * images) + text
-    answer = length // 2
-    labels = [IGNORE] * (len(ids) - answer - 1) + text[-answer:] + [IGNORE]
-    pictures: Any = tuple(small.Number((number + n) % small.PICTURES) for n in range(images))
-    return Encoded(ids, labels, Sample(str(number), (), pictures), per_image)
+    pictures = [(number + n) % small.PICTURES for n in range(images)]
+    return small.conversation(str(number), text, length // 2, pictures, per_image)
 
 
 def seconds(vlm: VLM, batches: list[Batch]) -> float:
@@ -66,7 +61,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     vlm = small.model()
     recipe = recipes.load(["recipe=yivl_llava"])
-    freeze(vlm, dataclasses.replace(recipe.stages["chat"]))
+    freeze(vlm, recipe.stages["chat"])
     flops, shown = step_flops(vlm), pixels()
     lines = [
         "| grows | conversations | text | images | operations | seconds | per operation |",

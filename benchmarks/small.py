@@ -112,15 +112,20 @@ def conversations(
         share = low + (high - low) * torch.rand(1, generator=generator).item()
         shown = int(torch.randint(images[0], images[1] + 1, (1,), generator=generator))
         text = torch.randint(3, vocabulary, (length,), generator=generator).tolist()
-        ids = [IMAGE] * (per_image * shown) + text
+        pictures = [(number * IMAGES[1] + place) % PICTURES for place in range(shown)]
         answer = max(1, round(length * share))
-        labels = [IGNORE] * (len(ids) - answer - 1) + text[-answer:] + [IGNORE]
-        pictures: tuple[Picture, ...] = tuple(
-            Number((number * IMAGES[1] + place) % PICTURES)  # type: ignore[misc]
-            for place in range(shown)
-        )
-        found.append(Encoded(ids, labels, Sample(str(number), (), pictures), per_image))
+        found.append(conversation(str(number), text, answer, pictures, per_image))
     return found
+
+
+def conversation(
+    name: str, text: list[int], answer: int, pictures: list[int], per_image: int
+) -> Encoded:
+    """Return pictures, by number, and then a text of which the last `answer` ids are learned."""
+    ids = [IMAGE] * (per_image * len(pictures)) + text
+    labels = [IGNORE] * (len(ids) - answer - 1) + text[-answer:] + [IGNORE]
+    shown: tuple[Picture, ...] = tuple(map(Number, pictures))  # type: ignore[arg-type]
+    return Encoded(ids, labels, Sample(name, (), shown), per_image)
 
 
 class PackedSteps(Dataset[Step]):

@@ -43,10 +43,10 @@ def median(measured: list[dict[str, Any]], key: str) -> float:
     return statistics.median(one[key] for one in measured)
 
 
-def spread(measured: list[dict[str, Any]], key: str, unit: float = 1, digits: int = 0) -> str:
+def spread(measured: list[dict[str, Any]], key: str) -> str:
     """Return the lowest and highest of a figure over the rounds, in words."""
-    values = [one[key] / unit for one in measured]
-    return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+    values = [one[key] for one in measured]
+    return f"{min(values):.0f} to {max(values):.0f}"
 
 
 def machine() -> str:

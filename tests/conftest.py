@@ -1,6 +1,7 @@
 """Tests run beside other work: threads that wait must not spin (see `vlbench.__main__.fit`)."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -12,3 +13,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each of several test p
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let the contract suite run on one connector alone."""
     parser.addoption("--connector", help="name of the connector that test_contract.py runs on")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a run that was not trained."""
+    from vlbench.__main__ import main
+    from vlbench.train import checkpoint
+
+    run = tmp_path_factory.mktemp("untrained") / "run"
+    words = [f"stages.{name}.steps=0" for name in ("align_224", "align_448", "chat")]
+    words += ["log.questions=1", "log.examples=0", "log.tensorboard=false", f"run={run}"]
+    assert main(["fit", "recipe=yivl_llava", *words]) == 0
+    return checkpoint.find(run)

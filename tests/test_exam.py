@@ -10,7 +10,6 @@ import pytest
 
 from vlbench.__main__ import main
 from vlbench.evaluate.tasks import exam
-from vlbench.train import checkpoint
 
 GOLDENS = Path(__file__).parent / "goldens" / "evaluation"
 LAYOUTS = [
@@ -20,16 +19,6 @@ LAYOUTS = [
     ("cmmmu", "cmmmu_tiny_lmms", "val"),
     ("cmmmu", "cmmmu_tiny_github", "val"),
 ]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    """A run that was not trained."""
-    run = tmp_path_factory.mktemp("exam") / "run"
-    words = [f"stages.{name}.steps=0" for name in ("align_224", "align_448", "chat")]
-    words += ["log.questions=1", "log.examples=0", "log.tensorboard=false", f"run={run}"]
-    assert main(["fit", "recipe=yivl_llava", *words]) == 0
-    return checkpoint.find(run)
 
 
 def take(model: Path, out: Path, task: str, data: str, *words: str) -> int:

@@ -9,21 +9,10 @@ from pathlib import Path
 import pytest
 
 from vlbench.__main__ import main
-from vlbench.train import checkpoint
 
 pytest.importorskip("lmms_eval", reason="an extra that is not installed: vlbench[lmms]")
 
 MMMU = Path(__file__).parent / "goldens" / "evaluation" / "mmmu_tiny_lmms"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    """A run that was hardly trained."""
-    run = tmp_path_factory.mktemp("lmms") / "run"
-    words = [f"stages.{name}.steps=0" for name in ("align_224", "align_448", "chat")]
-    words += ["log.questions=1", "log.examples=0", "log.tensorboard=false", f"run={run}"]
-    assert main(["fit", "recipe=yivl_llava", *words]) == 0
-    return checkpoint.find(run)
 
 
 @pytest.fixture(scope="module")

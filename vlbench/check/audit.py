@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from vlbench import __version__
 from vlbench.data.sample import IGNORE, IMAGE, Encoded, Form, Picture, Sample, encode
+from vlbench.html import templates, uri
 from vlbench.mistakes import BadSample
 from vlbench.schema import Recipe
 
@@ -46,18 +44,11 @@ class Piece:
 
 def audit(shown: list[Shown], recipe: Recipe) -> str:
     """Return the page, one HTML file that needs nothing else."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     stages = [
         (name, [_told(one) for one in some])
         for name, some in groupby(shown, key=lambda one: one.stage)
     ]
-    page = environment.get_template("audit.html.jinja")
+    page = templates(Path(__file__).parent).get_template("audit.html.jinja")
     return page.render(stages=stages, recipe=recipe, version=__version__)
 
 
@@ -111,6 +102,4 @@ def pieces(one: Encoded, decode: Callable[..., str]) -> Iterator[Piece]:
 def _uri(picture: Picture) -> str:
     small = picture.open()
     small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    small.save(file, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    return uri(small, "JPEG", quality=80)

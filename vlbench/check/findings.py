@@ -11,7 +11,17 @@ from typing import Any
 from tqdm import tqdm
 
 from vlbench.data.features import content_key
-from vlbench.data.sample import PLACEHOLDER, Encoder, Form, NoImage, Picture, Sample, Source, encode
+from vlbench.data.sample import (
+    IGNORE,
+    PLACEHOLDER,
+    Encoder,
+    Form,
+    NoImage,
+    Picture,
+    Sample,
+    Source,
+    encode,
+)
 from vlbench.data.template import Template
 from vlbench.mistakes import BadSample, Mistake
 
@@ -190,6 +200,6 @@ def encoded(
             findings.append(Finding(REFUSED, source, sample.id, bad.reason, stage))
             continue
         lengths.tokens.append(min(len(one.ids), limit))
-        lengths.supervised += sum(label >= 0 for label in one.labels[:limit])
+        lengths.supervised += sum(label != IGNORE for label in one.labels[:limit])
         lengths.images += len(one.sample.pictures)
     return lengths, findings

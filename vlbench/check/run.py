@@ -35,12 +35,12 @@ from vlbench.mistakes import BadSample, Mistake
 from vlbench.model.language import language_folder
 from vlbench.schema import Recipe
 from vlbench.train.legs import Leg, plan
-from vlbench.train.sizes import check_sizes, tokens_of_stages
+from vlbench.train.sizes import tokens_of_stages
 from vlbench.train.watchers import judge
 
 FILES = (LlavaJson, Shards)  # sources whose samples somebody has written
 NAMED = 5  # findings of a kind that are printed; all are in findings.jsonl
-SHOWN = 6  # samples of a stage on the page of the audit, and the longest
+SHOWN = 6  # samples of a source that the page shows of each stage
 
 
 def main(recipe: Recipe, folder: Path) -> int:
@@ -49,11 +49,11 @@ def main(recipe: Recipe, folder: Path) -> int:
     Returns 0, or 2 if training would not start with these data.
     """
     legs = plan(recipe)
-    check_sizes(recipe, legs)
+    places = tokens_of_stages(recipe, legs)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Mistake(f"check={folder} cannot be written ({error.strerror})") from error
+        raise Mistake(f"out={folder} cannot be written ({error.strerror})") from error
     tokenizer = Tokenizer.load(language_folder(recipe.language.weights))
     template = TEMPLATES[recipe.language.template].bound(tokenizer.eos_text)
     looked = [_looked_at(source, recipe, template) for source in _different(legs)]
@@ -66,7 +66,7 @@ def main(recipe: Recipe, folder: Path) -> int:
         "decode": tokenizer.decode,
         "max_length": recipe.language.max_length,
     }
-    for leg, tokens in zip(legs, tokens_of_stages(recipe, legs), strict=True):
+    for leg, tokens in zip(legs, places, strict=True):
         told, found, some = _stage(leg, {**reading, "tokens_per_image": tokens}, looked)
         lines += told
         findings += found

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +15,7 @@ from vlbench.data.images import ImageTransform
 from vlbench.data.sample import PLACEHOLDER, Picture
 from vlbench.evaluate.questions import Question
 from vlbench.evaluate.results import questions_of
+from vlbench.html import uri
 from vlbench.mistakes import Mistake
 
 SIDE = 160  # pixels, the longest side of a thumbnail
@@ -96,7 +95,7 @@ class Album:
                 self.problem = self.problem or str(error)
                 return None
             small = _square(image) if square else _small(image)
-            self._found[name] = Thumbnail(f"picture-{len(self._found)}", uri(small), *small.size)
+            self._found[name] = Thumbnail(f"picture-{len(self._found)}", png(small), *small.size)
         return self._found[name]
 
 
@@ -120,11 +119,9 @@ def heat(values: Sequence[Sequence[float]]) -> str:
     pixels = np.empty((*share.shape, 4), np.uint8)
     pixels[..., :3] = HOT
     pixels[..., 3] = np.round(255 * VEIL * share)
-    return uri(Image.fromarray(pixels))
+    return png(Image.fromarray(pixels))
 
 
-def uri(image: Image.Image) -> str:
+def png(image: Image.Image) -> str:
     """Return a picture as a data URI in PNG."""
-    file = io.BytesIO()
-    image.save(file, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return uri(image, "PNG", optimize=True)

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from vlbench import __version__
 from vlbench.compare import cases, costs, insides, plots, traces
 from vlbench.compare.album import Album, heat
@@ -19,19 +17,14 @@ from vlbench.compare.findings import NAMED, Findings, Row, counted
 from vlbench.compare.insides import Inside
 from vlbench.compare.markdown import share, whole
 from vlbench.compare.statistics import POWER
+from vlbench.html import templates
 
 TEMPLATE = "report.html.jinja"
 
 
 def page(findings: Findings) -> str:
     """Return the report of a comparison as HTML; what its runs do not hold is said in it."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates(Path(__file__).parent)
     environment.filters |= {"share": share, "whole": whole, "heat": heat, "exp": math.exp}
     environment.globals |= {
         "counted": counted,

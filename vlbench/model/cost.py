@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlbench.model.compose import compose
+from vlbench.model.flops import head_width
 from vlbench.model.vlm import VLM
 from vlbench.schema import Recipe
 
@@ -64,8 +65,7 @@ def count(vlm: VLM) -> Cost:
         vlm.language.lm_head(hidden.last_hidden_state[:, -1])
     for parameter in trained:
         parameter.requires_grad_(True)
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_key_value_heads * head * config.num_hidden_layers
+    per_token = 2 * config.num_key_value_heads * head_width(config) * config.num_hidden_layers
     latents = visual.shape[1] if connector.inject_at else 0
     return Cost(
         parameters=sum(parameter.numel() for parameter in connector.parameters()),

@@ -6,7 +6,6 @@ import functools
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 WAYS = ("none", "selective", "full")
@@ -50,8 +49,3 @@ def kept() -> list[Any]:
     if varlen is not None and hasattr(varlen, "_varlen_attn"):
         found.append(varlen._varlen_attn.default)
     return found
-
-
-def trained(module: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that a step changes."""
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]

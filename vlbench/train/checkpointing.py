@@ -8,7 +8,7 @@ import torch
 
 from vlbench.data.batch import Batch
 from vlbench.data.steps import Steps
-from vlbench.model.recompute import WAYS, trained
+from vlbench.model.recompute import WAYS
 from vlbench.model.vlm import VLM
 from vlbench.schema import Recipe
 
@@ -64,7 +64,7 @@ def _peak(recipe: Recipe, vlm: VLM, steps: Steps, device: torch.device, way: str
     finally:
         vlm.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
-    states = STATES * sum(parameter.numel() for parameter in trained(vlm))
+    states = STATES * sum(p.numel() for p in vlm.parameters() if p.requires_grad)
     return torch.cuda.max_memory_allocated(device) + states
 
 

@@ -125,7 +125,7 @@ class Benchmark:
     def right(self, lines: Sequence[dict[str, Any]]) -> int | None:
         """Count right answers; None where the true ones are withheld."""
         items = _items(lines)
-        if any(item.answer is None for item in items):
+        if _withheld(items):
             return None
         return sum(one.correct for one in score_all(self.task, self.way.scoring, items))
 
@@ -133,9 +133,10 @@ class Benchmark:
         self, folder: Path, lines: list[dict[str, Any]], blind: list[dict[str, Any]], skipped: int
     ) -> list[str]:
         """Write the scores, or the file to submit, and return the lines of the report."""
-        if self.right(lines) is None:
-            return self._submit(folder, _items(lines))
-        scored = score_all(self.task, self.way.scoring, _items(lines), self.seed)
+        items = _items(lines)
+        if _withheld(items):
+            return self._submit(folder, items)
+        scored = score_all(self.task, self.way.scoring, items, self.seed)
         scores: dict[str, Any] = {"task": self.task, "protocol": self.protocol, "seed": self.seed}
         scores |= {**self.about, "skipped": skipped, **summary(self.task, scored)}
         report = [*self._heading(scores), ""]
@@ -189,6 +190,10 @@ def _unfit(vlm: VLM, question: Question) -> str:
     except Mistake as mistake:
         return str(mistake)
     return ""
+
+
+def _withheld(items: Sequence[Item]) -> bool:
+    return any(item.answer is None for item in items)
 
 
 def _items(lines: Sequence[dict[str, Any]]) -> list[Item]:
