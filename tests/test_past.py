@@ -91,3 +91,33 @@ def test_one_past_is_of_one_conversation(vlm):
     batch = vlm.prepare([[asks("one")], [asks("two")]])
     with pytest.raises(Mistake, match="past belongs to one conversation, and the batch has 2"):
         vlm.generate(batch, past=Past())
+
+
+def test_what_prompts_begin_with_is_read_once_for_all(vlm, monkeypatch):
+    image = scene("past", 0, 0).open()
+    talks = [
+        [asks("What is this?", image)],
+        [asks("How are you?")],
+        [asks("Which of these two objects, if any, is red?" * 3, image)],
+    ]
+    alone = [vlm.generate(vlm.prepare(talk), max_new_tokens=8)[0] for talk in talks]
+    read: list[tuple[int, ...]] = []
+    real = vlm.read
+
+    def watched(embeds, *given, **options):
+        read.append(tuple(embeds.shape[:2]))
+        return real(embeds, *given, **options)
+
+    monkeypatch.setattr(vlm, "read", watched)
+    batch = vlm.prepare(talks)
+    assert vlm.generate(batch, max_new_tokens=8) == alone
+    beginning = len(vlm.tokenizer.encode(vlm.template.system))
+    (once, begin), (rows, rest) = read[:2]
+    assert (once, rows, begin + rest) == (1, 3, batch.ids.shape[1])
+    assert begin >= beginning > 0
+
+
+def test_a_prompt_has_its_last_token_read_even_where_all_are_the_same(vlm):
+    talk = [asks("How are you?")]
+    alone = vlm.generate(vlm.prepare(talk), max_new_tokens=8)[0]
+    assert vlm.generate(vlm.prepare([talk, talk]), max_new_tokens=8) == [alone, alone]

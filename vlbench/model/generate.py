@@ -14,7 +14,7 @@ from transformers import DynamicCache, LlamaModel
 from vlbench.data.batch import Batch
 from vlbench.mistakes import Mistake, nearest
 from vlbench.model.attention import PACKED
-from vlbench.model.past import Past
+from vlbench.model.past import Past, common
 
 if TYPE_CHECKING:
     from vlbench.model.vlm import VLM
@@ -129,15 +129,19 @@ def _generate(
     tokenizer, rows = vlm.tokenizer, len(batch.ids)
     generator = torch.Generator(device=vlm.device).manual_seed(seed)
     visual = past.visual(vlm, batch) if past else vlm.visual(batch)
-    begin = past.begin(vlm, batch) if past else 0
-    embeds, sees, positions = (
-        one[:, begin:] for one in (vlm.fuse(batch, visual), batch.image_index, batch.positions)
-    )
+    embeds, sees, positions = vlm.fuse(batch, visual), batch.image_index, batch.positions
     mask = (batch.sample_index >= 0).long()
-    cache = past.cache if past else DynamicCache(config=vlm.language.config)
+    room = [vlm.language.config.max_position_embeddings - n for n in mask.sum(1).tolist()]
+    if past:
+        begin = past.begin(vlm, batch)
+        cache = past.cache
+    else:
+        begin = common(batch)
+        cache = _read_once(vlm, batch, visual, embeds, begin)
+    embeds, sees, positions = (one[:, begin:] for one in (embeds, sees, positions))
+    padded = mask[:, : mask.shape[1] - begin]  # the padding now covers the end of what was read
+    mask = torch.cat([mask.new_ones(rows, begin), padded], dim=1)
     new: list[list[int]] = [[] for _ in range(rows)]
-    most = vlm.language.config.max_position_embeddings
-    room = [most - length for length in mask.sum(1).tolist()]
     ended = [False] * rows
     for _ in range(max_new_tokens):
         hidden = vlm.read(
@@ -165,6 +169,27 @@ def _generate(
     if past:
         past.wrote(new[0])
     return new
+
+
+def _read_once(vlm: VLM, batch: Batch, visual: Tensor, embeds: Tensor, begin: int) -> DynamicCache:
+    """Return the cache after the `begin` tokens that all prompts begin with, read in one row.
+
+    They stand at the left of every row, before its padding.
+    """
+    cache = DynamicCache(config=vlm.language.config)
+    if begin:
+        padding = embeds.shape[1] - batch.lengths[0][-1]
+        at = (slice(1), slice(padding, padding + begin))
+        vlm.read(
+            embeds[at],
+            visual,
+            batch.image_index[at],
+            position_ids=batch.positions[at],
+            use_cache=True,
+            **{CACHE: cache},
+        )
+        cache.batch_repeat_interleave(len(embeds))
+    return cache
 
 
 def answer_text(vlm: VLM, new: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""What has been read of a conversation: the next turn reads on from there."""
+"""What has been read of a prompt already, and is not read again."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from vlbench.data.batch import Batch
+from vlbench.data.sample import IMAGE
 
 if TYPE_CHECKING:
     from vlbench.model.vlm import VLM
@@ -77,3 +78,20 @@ class Past:
     def wrote(self, new: list[int]) -> None:
         """Note what was written: all of it but the last token has been read."""
         self._ids = [*self._ids, *new[:-1]]
+
+
+def common(batch: Batch) -> int:
+    """Return how many tokens all prompts of a batch begin with, before any place.
+
+    0 for a single prompt, which has nothing in common with others. The last position of a prompt is
+    never counted: its hidden state gives the first new token.
+    """
+    if len(batch.ids) == 1:
+        return 0
+    lengths = [row[-1] for row in batch.lengths]
+    most = min(lengths) - 1
+    prompts = torch.stack(
+        [ids[len(ids) - n :][:most] for ids, n in zip(batch.ids, lengths, strict=True)]
+    )
+    differs = (prompts != prompts[0]).any(0) | (prompts[0] == IMAGE)
+    return int(differs.long().cumsum(0).eq(0).sum())
