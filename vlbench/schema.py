@@ -150,6 +150,12 @@ class Trainer:
     """Where it runs and how it survives; changing these keeps a run resumable."""
 
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = key("kind of device", "auto")
+    strategy: Literal["auto", "ddp", "fsdp2"] = key(
+        "how processes share a model: ddp (each has all of it), fsdp2 (each has a shard); auto: ddp",
+        "auto",
+    )
+    devices: int = key("processes on each machine, a GPU each", 1, low=1)
+    num_nodes: int = key("machines", 1, low=1)
     checkpoint_every: float = key("seconds between checkpoints", 60.0, above=0)
     keep_last: int = key("checkpoints that are kept, beside the best", 2, low=1)
     feature_cache: str | None = key(
