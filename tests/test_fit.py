@@ -108,11 +108,11 @@ def test_a_checkpoint_without_its_optimizer_is_named(
     (tmp_path / "run/results.json").unlink()
     folder = tmp_path / "run/checkpoints"
     shutil.rmtree(folder / f"2-chat-{STEPS['chat']:06d}")
-    file = sorted(folder.iterdir())[-1] / "optimizer.pt"
+    file = sorted(folder.iterdir())[-1] / "optimizer/model.safetensors"
     file.write_bytes(b"torn") if torn else file.unlink()
     assert main([*SHORT, f"run={tmp_path / 'run'}"]) == 2
     said = capsys.readouterr().err
-    assert f"optimizer.pt is {'torn' if torn else 'missing'}" in said and said.count("\n") == 1
+    assert f"optimizer is {'torn' if torn else 'missing'}" in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("saves", [2, 4, 7])

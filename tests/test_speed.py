@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -43,12 +44,11 @@ def clock(monkeypatch):
     return now
 
 
-def training(waited: float = 0.0, objective: str = "language") -> SimpleNamespace:
+def training(waited: float = 0.0, flops: Any = None) -> SimpleNamespace:
     """What `Speed` sees of a training."""
     report = StepReport(1, tokens=500, images=4)
-    stage = SimpleNamespace(objective=objective)
     device = torch.device("cpu")
-    return SimpleNamespace(report=report, waited=waited, stage=stage, device=device, vlm=None)
+    return SimpleNamespace(report=report, waited=waited, device=device, flops=flops)
 
 
 def test_rates_and_waiting_are_of_the_time_since_the_last_line(clock):
@@ -69,19 +69,18 @@ def test_rates_and_waiting_are_of_the_time_since_the_last_line(clock):
 
 def test_mfu_is_what_was_needed_over_what_the_device_can_do(clock, monkeypatch):
     monkeypatch.setattr(speed, "peak_flops", lambda _: 1000.0)
-    monkeypatch.setattr(speed, "step_flops", lambda _: SimpleNamespace(of=lambda batches: 2500.0))
     measured = Speed()
-    measured.begin(training())
+    measured.begin(training(flops=SimpleNamespace(of=lambda batches: 2500.0)))
     clock.time += 5
     measured.after(training(), SimpleNamespace(batches=[]))
     row = measured.told()
     assert row["mfu"] == 0.5 and "MFU 50%" in rates(row)
 
 
-def test_a_stage_with_another_objective_has_no_mfu(clock, monkeypatch):
+def test_a_stage_whose_operations_are_not_known_has_no_mfu(clock, monkeypatch):
     monkeypatch.setattr(speed, "peak_flops", lambda _: 1000.0)
     measured = Speed()
-    measured.begin(training(objective="blip2"))
+    measured.begin(training())
     clock.time += 1
     measured.after(training(), SimpleNamespace(batches=[]))
     assert measured.told()["mfu"] == ""

@@ -25,8 +25,12 @@ class Verb(NamedTuple):
 def fit(words: list[str]) -> int:
     """Train a recipe."""
     from vlbench import recipe as recipes
+    from vlbench.train.launch import launch, launched
 
-    recipes.require_data(recipes.load(words))
+    recipe = recipes.load(words)
+    recipes.require_data(recipe)
+    if recipe.trainer.devices * recipe.trainer.num_nodes > 1 and not launched():
+        return launch(["fit", *words], recipe.trainer)
     # Threads of torch that spin for long make a machine with other work 20 times slower, and
     # threads that sleep at once cost a quarter of the speed on an idle one (measured, two cores).
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")

@@ -151,7 +151,7 @@ class Trainer:
 
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = key("kind of device", "auto")
     strategy: Literal["auto", "ddp", "fsdp2"] = key(
-        "how processes share a model: ddp (each has all of it), fsdp2 (each has a shard); auto: ddp",
+        "of several processes: ddp (each has the whole model), fsdp2 (each a shard); auto: ddp",
         "auto",
     )
     devices: int = key("processes on each machine, a GPU each", 1, low=1)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, gelu, linear, normalize
 
 from vlbench.model.caption_tokens import CaptionTokens
-from vlbench.model.ranks import gather
+from vlbench.ranks import gather
 
 SMOOTHING = 0.1  # of labels, in ITC and ITG
 TEMPERATURE = 0.07  # of ITC at the start; it is learned

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from vlbench import ranks
 from vlbench.mistakes import Mistake
 from vlbench.model.split_attention import SplitAttention, pack
 from vlbench.model.vision import Tower
@@ -110,8 +111,10 @@ def save(part: nn.Module, folder: Path) -> None:
     config = getattr(root, "peft_config", {}).get(NAME)
     if config is None:
         return
+    state = {PEFT + _shown(n): ranks.whole(value).cpu() for n, value in adapters(root).items()}
+    if not ranks.is_first():
+        return
     folder.mkdir(parents=True)
-    state = {PEFT + _shown(name): value.cpu() for name, value in adapters(root).items()}
     save_file(dict(unshared(state.items())), folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(_plain(config), indent=1), encoding="utf-8")
 

@@ -29,7 +29,9 @@ def summed_loss(
     hidden, labels = hidden[supervised], labels[supervised]
     if _many(head, len(labels)):
         return _Fused.apply(hidden, head.weight, labels)  # type: ignore[no-any-return]
-    return cross_entropy(head(hidden).float(), labels, reduction="sum")
+    logits = head(hidden)
+    precise = logits.float() if logits.dtype.itemsize < 4 else logits
+    return cross_entropy(precise, labels, reduction="sum")
 
 
 def _many(head: nn.Module, positions: int) -> bool:

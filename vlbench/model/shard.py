@@ -7,12 +7,13 @@ belongs to none (embeddings, head, the rest of a connector) is gathered once for
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from vlbench.model.vlm import VLM
 
@@ -23,6 +24,19 @@ def shard(vlm: VLM, mesh: DeviceMesh, **options: Any) -> VLM:
         fully_shard(unit, mesh=mesh, **options)
     fully_shard(vlm, mesh=mesh, **options)
     return vlm
+
+
+@contextlib.contextmanager
+def gathered(vlm: VLM) -> Iterator[None]:
+    """Have the connector's parameters whole for a moment; every process has to do it."""
+    sharded = [m for m in (vlm, *vlm.connector.modules()) if isinstance(m, FSDPModule)]
+    for module in sharded:
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.reshard()
 
 
 def units(vlm: VLM) -> Iterator[nn.Module]:

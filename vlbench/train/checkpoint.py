@@ -2,12 +2,15 @@
 
 checkpoints/2-chat-000300/
     model.safetensors     every part that was trained so far, keys `vision.`, `connector.`, ...
-    optimizer.pt          the optimizer of the open stage (tensors only)
+    optimizer/            the optimizer of the open stage, by the names of parameters
     position.json         stage, step, held-out loss, sum of the weights file
     recipe.yaml preprocess.json tokenizer.model tokenizer_config.json
     language/             config of the language model, if its weights are in model.safetensors
     adapters/PART/        LoRA adapters in peft's layout, if a part has them
     release/              the small files of the released model that the run began with, if any
+
+More than 5 GB of tensors are several files and an index, as in transformers; where several
+processes train, each writes some of them. A checkpoint does not tell how many there were.
 """
 
 from __future__ import annotations
@@ -15,28 +18,29 @@ from __future__ import annotations
 import errno
 import json
 import os
-import pickle
 import re
 import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
+from torch.optim import Optimizer
 
+from vlbench import ranks
 from vlbench.files import read_json
 from vlbench.mistakes import Mistake
 from vlbench.model import lora
 from vlbench.model.compose import LANGUAGE
 from vlbench.model.vlm import VLM
 from vlbench.model.weights.release import write_files
-from vlbench.model.weights.shards import unshared
+from vlbench.model.weights.shards import Lazy, weight_files, write
+from vlbench.train.moments import moments
 
 RELEASE = "release"
 ADAPTERS = "adapters"
+OPTIMIZER = "optimizer"
 NAME = re.compile(r"(\d+)-([A-Za-z0-9_]+)-(\d{6,})")
 _KINDS = {"stage": int, "name": str, "step": int}
 
@@ -61,34 +65,34 @@ class Position:
         return f"{self.stage}-{self.name}-{self.step:06d}"
 
 
-def weights_of(vlm: VLM, parts: list[str]) -> dict[str, Tensor]:
-    """Return the state of `parts` on the CPU, keys prefixed with the part's name."""
-    states = (
-        (f"{part}.{key}", value.cpu())
-        for part in parts
-        for key, value in lora.base_state(getattr(vlm, part)).items()
-    )
-    return dict(unshared(states))
+def weights_of(vlm: VLM, parts: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """Give the state of `parts`, keys prefixed with the part's name."""
+    for part in parts:
+        for key, value in lora.base_state(getattr(vlm, part)).items():
+            yield f"{part}.{key}", value
 
 
 def save(
-    folder: Path, position: Position, vlm: VLM, parts: list[str], optimizer: Any, recipe_file: Path
+    folder: Path,
+    position: Position,
+    vlm: VLM,
+    parts: list[str],
+    optimizer: Optimizer | None,
+    recipe_file: Path,
 ) -> Path:
-    """Write a checkpoint into `folder` under a temporary name, then rename it; return its path."""
+    """Write a checkpoint into `folder` under a temporary name, then rename it; return its path.
+
+    Where several processes train, all of them call this.
+    """
     final = folder / position.folder
     writing = folder / f".writing-{position.folder}"
-    shutil.rmtree(writing, ignore_errors=True)
     try:
-        writing.mkdir(parents=True)
-        save_file(weights_of(vlm, parts), writing / "model.safetensors")
+        ranks.first(lambda: _make(writing, optimizer is not None))
+        write(weights_of(vlm, parts), writing)
         if optimizer is not None:
-            torch.save(optimizer, writing / "optimizer.pt")
+            write(moments(vlm, optimizer), writing / OPTIMIZER)
         describe(vlm, writing, recipe_file.read_text(encoding="utf-8"), position)
-        for path in writing.rglob("*"):
-            _flush(path)
-        shutil.rmtree(final, ignore_errors=True)
-        writing.rename(final)
-        _flush(folder)
+        ranks.first(lambda: _rename(writing, final))
     except OSError as error:
         shutil.rmtree(writing, ignore_errors=True)
         raise out_of_space(error, folder) from error
@@ -98,8 +102,29 @@ def save(
     return final
 
 
+def _make(writing: Path, optimizer: bool) -> None:
+    """Make the folders of a checkpoint that begins."""
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir(parents=True)
+    if optimizer:
+        (writing / OPTIMIZER).mkdir()
+
+
+def _rename(writing: Path, final: Path) -> None:
+    """Give a checkpoint that is whole its name."""
+    for path in writing.rglob("*"):
+        _flush(path)
+    shutil.rmtree(final, ignore_errors=True)
+    writing.rename(final)
+    _flush(final.parent)
+
+
 def describe(vlm: VLM, folder: Path, recipe: str, position: Position) -> None:
     """Write everything about a model but its weights, so that a checkpoint stands alone."""
+    for part, module in vlm.parts():
+        lora.save(module, folder / ADAPTERS / part)
+    if not ranks.is_first():
+        return
     (folder / "preprocess.json").write_text(preprocessing(vlm), encoding="utf-8")
     (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
     vlm.tokenizer.save(folder)
@@ -110,8 +135,6 @@ def describe(vlm: VLM, folder: Path, recipe: str, position: Position) -> None:
     (folder / LANGUAGE / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     (folder / LANGUAGE / "generation_config.json").write_text(json.dumps(ends), encoding="utf-8")
     (folder / "position.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
-    for part, module in vlm.parts():
-        lora.save(module, folder / ADAPTERS / part)
 
 
 def out_of_space(error: OSError, folder: Path) -> Exception:
@@ -190,15 +213,15 @@ def find(path: Path) -> Path:
     return path / "checkpoints" / found[-1].folder
 
 
-def load_optimizer(path: Path) -> Any:
-    """Return the optimizer state of a checkpoint."""
-    file = path / "optimizer.pt"
+def load_optimizer(path: Path) -> Mapping[str, Tensor]:
+    """Return the optimizer state of a checkpoint, read when it is asked for."""
+    folder = path / OPTIMIZER
     try:
-        return torch.load(file, weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.PickleError) as error:
-        reason = "is missing" if not file.is_file() else "is torn"
+        return Lazy(weight_files(folder))
+    except Mistake as error:
+        reason = "is torn" if any(folder.glob("*.safetensors")) else "is missing"
         raise Mistake(
-            f"{file} {reason}, so the run cannot go on as if it had not stopped; begin a new one "
+            f"{folder} {reason}, so the run cannot go on as if it had not stopped; begin a new one "
             f"with init={path}, or remove {path} to go on from the checkpoint before it"
         ) from error
 
@@ -218,5 +241,5 @@ def prune(folder: Path, keep_last: int) -> None:
         path = folder / position.folder
         if position.folder not in keep:
             shutil.rmtree(path)
-        elif position.stage < found[-1].stage and (path / "optimizer.pt").exists():
-            (path / "optimizer.pt").unlink()
+        elif position.stage < found[-1].stage and (path / OPTIMIZER).exists():
+            shutil.rmtree(path / OPTIMIZER)

@@ -13,11 +13,16 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from vlbench import ranks
 from vlbench.data.steps import Step
 from vlbench.mistakes import Mistake, nearest
 from vlbench.model import lora
+from vlbench.model.flops import StepFlops, step_flops
+from vlbench.model.shard import shard
 from vlbench.model.vlm import VLM
 from vlbench.schema import Stage, Train
+from vlbench.train.agree import Plan, agree, total
+from vlbench.train.moments import put_back
 
 SEEN = ("samples", "images", "tokens")
 """What is counted over a whole run, of a `StepReport`."""
@@ -135,7 +140,7 @@ class Training(pl.LightningModule):
         position: int,
         seed: int,
         watchers: Sequence[Watcher] = (),
-        optimizer_state: dict[str, Any] | None = None,
+        optimizer_state: Mapping[str, Tensor] | None = None,
         seen: Mapping[str, int] | None = None,
     ) -> None:
         """Train `vlm` from `position` to `steps`; `seed` fixes what is random inside a step.
@@ -150,7 +155,16 @@ class Training(pl.LightningModule):
         self.vlm, self.stage = vlm, stage
         self.steps, self.position, self.seed = steps, position, seed
         self.report = StepReport(position)
+        self.flops: StepFlops | None = None
         self.waited = self._idle_since = 0.0  # seconds for the running step, and since when
+
+    def configure_model(self) -> None:
+        """Count what a step takes, and shard the model where the strategy has a mesh."""
+        on_gpu = self.trainer.strategy.root_device.type == "cuda"
+        if on_gpu and self.stage.objective == "language":  # nobody knows a processor's peak
+            self.flops = step_flops(self.vlm)
+        if self.device_mesh is not None:
+            shard(self.vlm, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW with one group per trained part."""
@@ -169,10 +183,10 @@ class Training(pl.LightningModule):
         return torch.optim.AdamW(groups, betas=self.stage.betas, fused=True)
 
     def on_fit_start(self) -> None:
-        """Give the optimizer its state back, through the strategy that knows its shards."""
+        """Give the optimizer its state back."""
         if self.optimizer_state is not None:
-            state = {"optimizer_states": [self.optimizer_state]}
-            self.trainer.strategy.load_optimizer_state_dict(state)
+            put_back(self.vlm, self.trainer.optimizers[0], self.optimizer_state)
+            self.optimizer_state = None
 
     def on_train_start(self) -> None:
         """Let the watchers begin."""
@@ -203,10 +217,10 @@ class Training(pl.LightningModule):
         """Run the micro-batches of a step, then clip and update once."""
         torch.manual_seed(hash((self.seed, step.index)) & 0x7FFFFFFF)
         optimizer: Any = self.optimizers()
-        report = self._start_report(step, optimizer)
-        total = self._over_ranks(sum(batch.tokens for batch in step.batches))
-        if total:
-            self._accumulate(step, total, report)
+        plan = agree(step)
+        report = self._start_report(plan, optimizer)
+        if plan.supervised:
+            self._accumulate(plan, report)
             self._update(optimizer, report)
         else:
             optimizer.step()  # no sample survived: counts the position, changes nothing
@@ -215,7 +229,7 @@ class Training(pl.LightningModule):
         self.seen = {name: count + getattr(report, name) for name, count in self.seen.items()}
         self.report = report
 
-    def _start_report(self, step: Step, optimizer: Any) -> StepReport:
+    def _start_report(self, plan: Plan, optimizer: Any) -> StepReport:
         factor = learning_rate_factor(
             self.position, self.steps, self.stage.warmup, self.stage.schedule
         )
@@ -225,60 +239,52 @@ class Training(pl.LightningModule):
         return StepReport(
             self.position,
             lr=max(group["lr"] for group in optimizer.param_groups),
-            tokens=self._over_ranks(sum(sum(map(sum, b.lengths)) for b in step.batches)),
-            images=self._over_ranks(sum(len(b.pixels) for b in step.batches)),
-            samples=self._over_ranks(sum(len(b.sample_id) for b in step.batches)),
+            tokens=plan.tokens,
+            images=plan.images,
+            samples=plan.samples,
         )
 
-    def _accumulate(self, step: Step, total: int, report: StepReport) -> None:
+    def _accumulate(self, plan: Plan, report: StepReport) -> None:
         """Add up gradients of the loss per supervised token of the global batch."""
-        world = self.trainer.world_size
-        loss_sum = torch.zeros((), device=self.device)
+        world = ranks.size()
+        nothing = torch.zeros((), device=self.device)
+        loss_sum = nothing
         extra: dict[str, Tensor] = {}
-        counts = self._counts(step)
-        for number, batch in enumerate(step.batches):
-            with self._synchronise(number == len(step.batches) - 1):
+        counts = self._counts(plan)
+        for number, batch in enumerate(plan.batches):
+            with self._synchronise(number == len(plan.batches) - 1):
                 out = self.vlm(batch.to(self.device))
-                lm_loss = out.loss_sum if out.loss_sum is not None else torch.zeros_like(loss_sum)
-                loss = lm_loss / total
+                lm_loss = nothing if out.loss_sum is None else out.loss_sum
+                loss = lm_loss / plan.supervised
                 for name, (value, count) in out.extra.items():
-                    of = counts.get(name) or self._over_ranks(int(count)) * len(step.batches)
+                    of = counts.get(name) or total(int(count)) * len(plan.batches)
                     share = value / max(1, of)
                     loss = loss + share
                     extra[name] = extra.get(name, 0) + share.detach()
                 self.manual_backward(loss * world)  # DDP and FSDP average over ranks
-            loss_sum += lm_loss.detach()
-        report.extra = {name: self._over_ranks(float(value)) for name, value in extra.items()}
+            loss_sum = loss_sum + lm_loss.detach()
+        report.extra = {name: total(float(value)) for name, value in extra.items()}
         own = self.stage.objective != "language"
         report.loss = (
-            sum(report.extra.values()) if own else self._over_ranks(float(loss_sum)) / total
+            sum(report.extra.values()) if own else total(float(loss_sum)) / plan.supervised
         )
 
-    def _counts(self, step: Step) -> dict[str, int]:
+    def _counts(self, plan: Plan) -> dict[str, int]:
         """Return what the connector's own losses are divided by, where the step alone tells it."""
         objective = self.stage.objective
-        each = [self.vlm.connector.counts(batch, objective) for batch in step.batches]
+        each = [self.vlm.connector.counts(batch, objective) for batch in plan.batches]
         names = {name for counts in each for name in counts}
-        return {n: self._over_ranks(sum(c.get(n, 0) for c in each)) for n in sorted(names)}
+        return {n: int(total(sum(c.get(n, 0) for c in each))) for n in sorted(names)}
 
     def _update(self, optimizer: Any, report: StepReport) -> None:
         """Clip and step; a loss or gradient that is not finite changes nothing."""
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         clip = self.stage.clip or math.inf
-        report.grad_norm = float(nn.utils.clip_grad_norm_(trained, clip))
+        report.grad_norm = float(ranks.whole(nn.utils.clip_grad_norm_(trained, clip)))
         if not (math.isfinite(report.loss) and math.isfinite(report.grad_norm)):
             report.skipped = True
             optimizer.zero_grad(set_to_none=True)  # AdamW leaves parameters without gradient alone
         optimizer.step()
-
-    def _over_ranks(self, value: Any) -> Any:
-        """Sum a Python number over all ranks."""
-        if self.trainer.world_size == 1:
-            return value
-        total = self.trainer.strategy.reduce(
-            torch.tensor(float(value), device=self.device), reduce_op="sum"
-        )
-        return type(value)(total.item())
 
     @contextlib.contextmanager
     def _synchronise(self, last: bool) -> Iterator[None]:

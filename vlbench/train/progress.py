@@ -15,6 +15,7 @@ from vlbench.connector import Connector
 from vlbench.data.steps import Step
 from vlbench.files import write_whole
 from vlbench.mistakes import Mistake
+from vlbench.model.shard import gathered
 from vlbench.train.module import StepReport, Training, Watcher
 from vlbench.train.speed import Speed, rates
 from vlbench.train.watchers import HeldOut
@@ -124,7 +125,8 @@ class Progress(Watcher):
         }
         row |= report.extra  # the connector's own losses, a column each
         row |= {f"held_out_{k}": held_out.get(k, "") for k in report.extra}
-        row |= gauges_of(training.vlm.connector, row)
+        with gathered(training.vlm):
+            row |= gauges_of(training.vlm.connector, row)
         self._write(row)
         numbers = {k: v for k, v in row.items() if isinstance(v, float)}
         for logger in training.trainer.loggers:

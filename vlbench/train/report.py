@@ -7,6 +7,7 @@ import math
 import sys
 from pathlib import Path
 
+from vlbench import ranks
 from vlbench.mistakes import Trouble
 from vlbench.model.vlm import VLM
 from vlbench.schema import Recipe, Stage
@@ -14,8 +15,9 @@ from vlbench.train.run import Run
 
 
 def say(line: str) -> None:
-    """Print a line that is no result."""
-    print(line, file=sys.stderr, flush=True)
+    """Print a line that is no result, once for all processes."""
+    if ranks.is_first():
+        print(line, file=sys.stderr, flush=True)
 
 
 def show_start(recipe: Recipe, run: Run, legs: list[tuple[str, Stage, int]]) -> None:

@@ -12,7 +12,7 @@ import yaml
 
 from vlbench.data.steps import Step
 from vlbench.files import read_text
-from vlbench.model.flops import StepFlops, step_flops
+from vlbench.model.flops import StepFlops
 from vlbench.train.module import Training
 
 GPUS = Path(__file__).with_name("gpus.yaml")
@@ -45,8 +45,7 @@ class Speed:
     def begin(self, training: Training) -> None:
         """Start the clock, and find out what a step should take on this device."""
         self.peak = peak_flops(training.device)
-        if self.peak and training.stage.objective == "language":
-            self.flops = step_flops(training.vlm)
+        self.flops = training.flops
         self.began = time.monotonic()
         self._restart()
 

@@ -7,7 +7,7 @@ import logging
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from lightning.pytorch.profilers import PyTorchProfiler
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
+from vlbench import ranks
 from vlbench.data.sources import stage_data
 from vlbench.mistakes import Mistake
 from vlbench.model.compose import compose
@@ -27,6 +28,7 @@ from vlbench.train import checkpoint, report
 from vlbench.train.checkpoint import Position
 from vlbench.train.checkpointing import settle
 from vlbench.train.frozen import remember
+from vlbench.train.join import joined, leave, spread
 from vlbench.train.legs import Leg, check_data, held_out_batches, plan, steps_of
 from vlbench.train.loggers import loggers_of
 from vlbench.train.module import Training, Watcher, check_objective, freeze
@@ -41,22 +43,32 @@ PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed"}
 
 def fit(recipe: Recipe) -> int:
     """Train the stages of `recipe`, evaluate, and say what to try next; return the exit code."""
-    legs = plan(recipe)
+    with joined(recipe):
+        return _fit(recipe)
+
+
+def _fit(recipe: Recipe) -> int:
+    legs = ranks.together(lambda: plan(recipe))
     if recipe.dry_run:
         from vlbench.train.dry import dry_run
 
         return dry_run(recipe, legs)
-    if not (recipe.run and Run(Path(recipe.run)).finished):
-        check_data(recipe, legs)  # before there is a folder
-    if not (recipe.run and Run(Path(recipe.run)).latest):
-        check_sizes(recipe, legs)
-    run = open_run(recipe)
+    run = ranks.first(lambda: opened(recipe, legs))
     if run.finished:
         print(f"{run.folder} is finished; these are its results.")
         return report.show_results(run)
     report.show_start(recipe, run, [(leg.name, leg.stage, leg.steps) for leg in legs])
     with Interrupts() as interrupts:
         return Job(recipe, run, legs, interrupts).go()
+
+
+def opened(recipe: Recipe, legs: list[Leg]) -> Run:
+    """Look at data and sizes unless that was done before, and return the open folder of the run."""
+    if not (recipe.run and Run(Path(recipe.run)).finished):
+        check_data(recipe, legs)  # before there is a folder
+    if not (recipe.run and Run(Path(recipe.run)).latest):
+        check_sizes(recipe, legs)
+    return open_run(recipe)
 
 
 @dataclass
@@ -80,7 +92,7 @@ class Job:
     def go(self) -> int:
         """Train what is left, evaluate, report; return the exit code."""
         try:
-            vlm, start = prepare(self.recipe, self.legs, self.run)
+            vlm, start = ranks.together(lambda: prepare(self.recipe, self.legs, self.run))
         except Mistake:
             self.run.discard()  # nothing was trained: the same command can be mended and repeated
             raise
@@ -90,15 +102,25 @@ class Job:
             vlm.resize(leg.stage.image_size)
             if done < leg.steps:
                 self.train(vlm, leg, done)
-            if self.interrupts.wanted:
+            if self.interrupts.agreed()[0]:
                 return report.show_interrupted(self.run, self.interrupts.wanted)
+            if done < leg.steps and self.recipe.trainer.strategy == "fsdp2" and ranks.several():
+                vlm = ranks.together(self.newest)  # whole again: the next stage changes it
+        if not ranks.is_first():
+            return 0
+        leave()
         return self.finish(vlm)
+
+    def newest(self) -> VLM:
+        """Return the model of the newest checkpoint."""
+        assert self.run.latest is not None
+        return restore(self.run.path(self.run.latest), self.recipe)
 
     def train(self, vlm: VLM, leg: Leg, done: int) -> None:
         """Run one stage after its first `done` steps, to its end or until somebody stops it."""
         torch.manual_seed(self.recipe.seed)  # of what the connector builds for the stage alone
         freeze(vlm, leg.stage)
-        steps = steps_of(vlm, leg)
+        steps = replace(steps_of(vlm, leg), rank=ranks.rank(), world=ranks.size())
         how = settle(self.recipe, vlm, steps, root_device(self.recipe))
         report.show_stage(leg.name, leg.stage, leg.steps, done, vlm)
         if self.recipe.checkpointing == "auto":
@@ -118,7 +140,7 @@ class Job:
             state,
             self.seen,
         )
-        loggers = loggers_of(self.recipe, self.run, offset)
+        loggers = loggers_of(self.recipe, self.run, offset) if ranks.is_first() else []
         trainer = trainer_of(self.recipe, loggers, self.run.folder)
         workers = stage_data(self.recipe.data, leg.stage).workers
         cache = self.recipe.trainer.feature_cache
@@ -150,8 +172,9 @@ class Job:
         )
         report.show_disk(vlm, parts, settings.keep_last, self.run.checkpoints)
         held_out = HeldOut(held_out_batches(self.recipe, vlm, leg), log.evaluate_every, saving)
-        metrics = self.run.folder / "metrics.csv"
-        cut(metrics, [other.name for other in self.legs], leg.name, done)
+        metrics = self.run.folder / "metrics.csv" if ranks.is_first() else None
+        if metrics:
+            cut(metrics, [other.name for other in self.legs], leg.name, done)
         offset = sum(other.steps for other in self.legs[: leg.number])
         on_bad = stage_data(self.recipe.data, leg.stage).on_bad
         return [
@@ -250,8 +273,7 @@ def trainer_of(recipe: Recipe, loggers: list[Logger], folder: Path | None) -> pl
     warnings.filterwarnings("ignore", module="lightning.*")  # they address authors of loops
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     return pl.Trainer(
-        accelerator=recipe.trainer.accelerator,
-        devices=1,
+        **spread(recipe.trainer),
         precision=PRECISION[recipe.precision],
         max_epochs=1,
         logger=loggers,

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
+from vlbench import ranks
 from vlbench.data.batch import Batch
 from vlbench.data.steps import Step
 from vlbench.mistakes import BadSample, Mistake
 from vlbench.model.vlm import VLM
 from vlbench.train import checkpoint
 from vlbench.train.checkpoint import Position
+from vlbench.train.launch import launcher_is_gone
 from vlbench.train.module import Training, Watcher
 from vlbench.train.run import Run
 
@@ -39,6 +41,19 @@ class Interrupts:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def agreed(self, late: bool = False) -> tuple[bool, bool]:
+        """Tell whether any process is to stop, and whether the first one finds that it is `late`.
+
+        Every process has to ask at the same time.
+        """
+        if launcher_is_gone():
+            self.wanted = self.wanted or "the end of its launcher"
+        table = ranks.table([bool(self.wanted), late])
+        stop = bool(table[:, 0].any())
+        if stop and ranks.several():
+            self.wanted = next(filter(None, ranks.everyone(self.wanted)))
+        return stop, bool(table[0, 1])
 
     def _note(self, number: int, _: Any) -> None:
         if self.wanted and number == signal.SIGINT:
@@ -69,13 +84,14 @@ class Saving(Watcher):
         self.held_out: dict[int, float] = {}  # held-out loss by step, filled by HeldOut
 
     def after(self, training: Training, step: Step) -> None:
-        """Save if it is time, and stop if somebody wants it."""
+        """Save if it is time, and stop if somebody wants it, in all processes at the same step."""
         done = training.position
         every = max(1, int(training.steps * REPEATED))
         late = time.monotonic() - self.saved_at > self.seconds
-        if done % every == 0 or late or done == training.steps or self.interrupts.wanted:
+        stop, late = self.interrupts.agreed(late)
+        if done % every == 0 or late or done == training.steps or stop:
             self.save(training)
-        if self.interrupts.wanted:
+        if stop:
             training.trainer.should_stop = True
 
     def save(self, training: Training) -> None:
@@ -83,11 +99,10 @@ class Saving(Watcher):
         done = training.position
         held_out = self.held_out.get(done)
         position = Position(*self.stage, done, held_out, training.seen, round(self.clock(), 1))
-        trainer = training.trainer
-        optimizer = trainer.strategy.optimizer_state(trainer.optimizers[0])
+        optimizer = training.trainer.optimizers[0]
         folder = self.run.checkpoints
         checkpoint.save(folder, position, training.vlm, self.parts, optimizer, self.run.recipe_file)
-        checkpoint.prune(folder, self.keep_last)
+        ranks.first(lambda: checkpoint.prune(folder, self.keep_last))
         self.saved_at = time.monotonic()
 
 
@@ -142,10 +157,13 @@ class Quarantine(Watcher):
     def after(self, training: Training, step: Step) -> None:
         """Note the bad samples of this step."""
         self.skipped += step.skipped
-        self.note(step.bad)
-        if not step.batches and not step.skipped:
-            first = step.bad[0]
-            raise Mistake(f"every sample of step {step.index} is bad, the first: {first}")
+        try:
+            self.note(step.bad)
+            if not training.report.samples and not step.skipped:
+                first = step.bad[0]
+                raise Mistake(f"every sample of step {step.index} is bad, the first: {first}")
+        except Mistake as mistake:
+            raise ranks.known(mistake) from mistake  # all processes have the same bad samples
 
     def note(self, bad: list[BadSample]) -> None:
         """Write bad samples down, each once; raise when they are too many for `on_bad`."""
@@ -153,8 +171,9 @@ class Quarantine(Watcher):
             if sample.sample_id not in self.reasons:
                 self.reasons[sample.sample_id] = sample.reason
                 line = json.dumps({"id": sample.sample_id, "reason": sample.reason})
-                with self.run.quarantine_file.open("a", encoding="utf-8") as file:
-                    file.write(line + "\n")
+                if ranks.is_first():
+                    with self.run.quarantine_file.open("a", encoding="utf-8") as file:
+                        file.write(line + "\n")
         judge(bad, len(self.reasons), self.samples, self.on_bad)
 
 
@@ -191,13 +210,16 @@ class NotFinite(Watcher):
         """Look at the step that has just been taken."""
         self.row = self.row + 1 if training.report.skipped else 0
         if training.report.skipped:
-            names = [name for part in step.batches for name in part.sample_id]
+            mine = [name for part in step.batches for name in part.sample_id]
+            names = [name for theirs in ranks.everyone(mine) for name in theirs]
             shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
             self.say(
                 f"step {training.position}: loss is not finite, step skipped; samples: {shown}"
             )
         if self.row >= self.limit:
-            raise Mistake(
-                f"the loss was not finite in {self.row} steps in a row: lower the learning rates, "
-                "or set precision=32"
+            raise ranks.known(
+                Mistake(
+                    f"the loss was not finite in {self.row} steps in a row: lower the learning "
+                    "rates, or set precision=32"
+                )
             )

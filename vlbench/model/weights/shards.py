@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vlbench import ranks
 from vlbench.files import read_json, refuse_pointer
 from vlbench.mistakes import Mistake
 
@@ -111,24 +112,44 @@ def write(tensors: Iterable[tuple[str, Tensor]], folder: Path, limit: int = SHAR
     """Write tensors into `folder` as safetensors, in shards of at most `limit` bytes.
 
     One shard is called model.safetensors; several get numbers and an index, as in transformers.
+    Where several processes train a model all of them call this; each writes its share of shards.
     """
     shards: list[list[str]] = []
     pending: dict[str, Tensor] = {}
     total = size = 0
+    failure: list[Exception] = []
+
+    def mine() -> bool:
+        return len(shards) % ranks.size() == ranks.rank()
 
     def flush() -> None:
-        save_file(pending, folder / f"{len(shards) + 1}.part", metadata={"format": "pt"})
+        if mine() and not failure:
+            try:
+                save_file(pending, folder / f"{len(shards) + 1}.part", metadata={"format": "pt"})
+            except (OSError, SafetensorError) as error:
+                failure.append(error)  # the other processes still wait for this one's tensors
         shards.append(list(pending))
         pending.clear()
 
-    for name, tensor in unshared(tensors):
+    for name, tensor in unshared((name, ranks.whole(tensor)) for name, tensor in tensors):
         more = tensor.numel() * tensor.element_size()
         if pending and size + more > limit:
             flush()
             size = 0
-        pending[name] = tensor
+        pending[name] = tensor.cpu() if mine() else tensor.new_empty(0)
         size, total = size + more, total + more
     flush()
+    ranks.together(lambda: _raise(failure))
+    ranks.first(lambda: _name(shards, total, folder))
+
+
+def _raise(failure: list[Exception]) -> None:
+    if failure:
+        raise failure[0]
+
+
+def _name(shards: list[list[str]], total: int, folder: Path) -> None:
+    """Give the shards in `folder` their names, and write the index of several."""
     for part in folder.glob("*.part"):
         part.chmod(0o644)  # safetensors writes files that nobody else may read
     if len(shards) == 1:

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Trains a recipe on one machine or many; words after the script's name are those of `fit`:
+#
+#     sbatch docs/slurm.sh recipe=yivl_llava size=6b run=runs/llava-6b
+#     sbatch --nodes=16 docs/slurm.sh recipe=yivl_llava size=34b trainer.strategy=fsdp2 run=runs/34b
+#
+# A job that is preempted, or near the end of its time, saves and is queued again by itself.
+#SBATCH --job-name=vlbench
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --signal=TERM@300
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+set -u
+
+tasks=$((SLURM_NTASKS / SLURM_NNODES))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
+
+# Without run=... among the words the job's number names the run: a job that is queued again keeps it.
+srun --kill-on-bad-exit=1 python -m vlbench fit "run=runs/${SLURM_JOB_NAME}-${SLURM_JOB_ID}" "$@" \
+    "trainer.devices=$tasks" "trainer.num_nodes=$SLURM_NNODES"
+code=$?
+
+if [ "$code" -eq 130 ]; then # stopped from outside, and saved
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

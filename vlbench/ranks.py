@@ -1,0 +1,113 @@
+"""The processes that train one model together: who this one is, and what all of them know.
+
+Without a process group there is one process, and everything here is trivial. What is exchanged are
+a few numbers between steps: they travel over the processors, not the GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed
+from torch.nn.functional import pad
+
+from vlbench.mistakes import Mistake
+
+T = TypeVar("T")
+
+
+def several() -> bool:
+    """Tell whether there are other processes."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def rank() -> int:
+    """Return the number of this process, from 0."""
+    return distributed.get_rank() if several() else 0
+
+
+def size() -> int:
+    """Return how many processes there are."""
+    return distributed.get_world_size() if several() else 1
+
+
+def is_first() -> bool:
+    """Tell whether this is the process that writes and speaks for all."""
+    return rank() == 0
+
+
+def table(values: Sequence[float]) -> Tensor:
+    """Return the numbers of every process, float64 `[processes, values]`."""
+    mine = torch.tensor(values, dtype=torch.float64)
+    if not several():
+        return mine[None]
+    rows = [torch.empty_like(mine) for _ in range(size())]
+    distributed.all_gather(rows, mine)
+    return torch.stack(rows)
+
+
+def everyone(value: T) -> list[T]:
+    """Return what every process has, in their order."""
+    if not several():
+        return [value]
+    values: list[Any] = [None] * size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def wait() -> None:
+    """Return when all processes have come here."""
+    everyone(None)
+
+
+def together(call: Callable[[], T]) -> T:
+    """Call something in every process; where it fails in any, all end and one says why."""
+    if not several():
+        return call()
+    result, failure = None, None
+    try:
+        result = call()
+    except Exception as error:
+        failure = error
+    failed = [number for number, bad in enumerate(everyone(failure is not None)) if bad]
+    if failed:
+        raise (failure if failure and rank() == failed[0] else SystemExit(1))
+    return result  # type: ignore[return-value]
+
+
+def first(call: Callable[[], T]) -> T:
+    """Let the first process call something, and return its result in all of them."""
+    value = together(lambda: call() if is_first() else None)
+    return everyone(value)[0]  # type: ignore[return-value]
+
+
+def known(mistake: Mistake) -> BaseException:
+    """Return what to raise for a mistake that all processes have found: one of them tells it."""
+    return mistake if is_first() else SystemExit(2)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor that is sharded over the processes; every process has to call it."""
+    full: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)  # of a DTensor
+    return full() if full else tensor
+
+
+def gather(rows: Tensor) -> tuple[Tensor, int]:
+    """Return the rows of all processes in their order, and where this one's begin.
+
+    Processes may have different numbers of rows. Those of others carry no gradient.
+    """
+    if not several():
+        return rows, 0
+    counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(size())]
+    distributed.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    sizes = [int(count) for count in counts]
+    room = [0, 0] * (rows.dim() - 1) + [0, max(sizes) - len(rows)]
+    padded = pad(rows.detach(), room).contiguous()
+    everyone = [torch.empty_like(padded) for _ in range(size())]
+    distributed.all_gather(everyone, padded)
+    kept = [part[:count] for part, count in zip(everyone, sizes, strict=True)]
+    kept[rank()] = rows
+    return torch.cat(kept), sum(sizes[: rank()])

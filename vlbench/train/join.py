@@ -1,0 +1,124 @@
+"""This process as one of several: it finds the others, trains with them, and leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.environments import ClusterEnvironment
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import distributed
+
+from vlbench import ranks
+from vlbench.mistakes import Mistake, Trouble
+from vlbench.schema import Recipe, Trainer
+from vlbench.train.launch import by_slurm, launched
+
+BROKEN = ("gloo", "connection closed by peer", "connection reset by peer", "broken pipe", "nccl")
+PATIENCE = timedelta(minutes=30)  # for another process; Lightning's default
+
+
+def processes(settings: Trainer) -> int:
+    """Return how many processes train one model."""
+    return settings.devices * settings.num_nodes
+
+
+@contextlib.contextmanager
+def joined(recipe: Recipe) -> Iterator[None]:
+    """Be one of the processes of `recipe`; all but the first are quiet.
+
+    Raises a Mistake when another number of processes was started than the recipe says.
+    """
+    settings = recipe.trainer
+    if not launched() or processes(settings) == _environment().world_size() == 1:
+        if processes(settings) > 1:
+            raise Mistake("several processes are started by the command line, torchrun or srun")
+        yield
+        return
+    environment = _environment()
+    if environment.world_size() != processes(settings):
+        raise Mistake(
+            f"trainer.devices={settings.devices} and trainer.num_nodes={settings.num_nodes} are "
+            f"{processes(settings)} processes, and {environment.world_size()} were started"
+        )
+    _meet(settings, environment)
+    with contextlib.ExitStack() as stack:
+        stack.callback(leave)
+        if not ranks.is_first():
+            quiet = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(quiet))
+        try:
+            yield
+        except RuntimeError as error:
+            if not _lost(error):
+                raise
+            if environment.local_rank():  # one line per machine is enough
+                raise SystemExit(1) from error
+            raise Trouble(
+                "lost contact with the other processes: one of them has ended. Checkpoints are "
+                "whole; to go on, repeat the command with the run= of this run"
+            ) from error
+
+
+def leave() -> None:
+    """Part from the other processes; what follows is done alone."""
+    if ranks.several():
+        distributed.destroy_process_group()
+
+
+def _lost(error: RuntimeError) -> bool:
+    """Tell whether an error comes from what connects the processes."""
+    if isinstance(error, distributed.DistError):
+        return True
+    return any(part in str(error).lower() for part in BROKEN)
+
+
+def _environment() -> ClusterEnvironment:
+    """Return what knows the numbers of this process."""
+    return SLURMEnvironment(auto_requeue=False) if by_slurm() else TorchElasticEnvironment()
+
+
+def _meet(settings: Trainer, environment: ClusterEnvironment) -> None:
+    """Connect with the other processes: over GPUs where there are some, and over processors."""
+    os.environ["MASTER_ADDR"] = environment.main_address
+    os.environ["MASTER_PORT"] = str(environment.main_port)
+    backend = "gloo"
+    if settings.accelerator in ("auto", "gpu") and torch.cuda.is_available():
+        if torch.cuda.device_count() < settings.devices:
+            raise Mistake(
+                f"trainer.devices is {settings.devices}, and this machine shows "
+                f"{torch.cuda.device_count()} GPUs"
+            )
+        torch.cuda.set_device(environment.local_rank())
+        backend = "cpu:gloo,cuda:nccl"
+    distributed.init_process_group(
+        backend,
+        rank=environment.global_rank(),
+        world_size=environment.world_size(),
+        timeout=PATIENCE,
+    )
+
+
+def spread(settings: Trainer) -> dict[str, Any]:
+    """Return the arguments of Lightning's Trainer that say where it runs, and with whom."""
+    here = {"accelerator": settings.accelerator, "devices": 1}
+    if not ranks.several():
+        return here
+    strategy: pl.strategies.Strategy
+    if settings.strategy == "fsdp2":
+        strategy = ModelParallelStrategy(ranks.size(), 1)
+    else:
+        # gradients and what is sent share memory; there are no buffers that change
+        strategy = DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
+    return here | {
+        "devices": settings.devices,
+        "num_nodes": settings.num_nodes,
+        "strategy": strategy,
+        "plugins": [_environment()],
+    }

@@ -1,0 +1,113 @@
+"""Several processes on this machine that train one model: started, watched, and ended together.
+
+torchrun and Slurm start them as well (docs/cluster.md). This is for one machine and no launcher; it
+imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vlbench.mistakes import Mistake
+from vlbench.schema import Trainer
+
+LAUNCHER = "VLBENCH_LAUNCHER"  # process id, told to the processes that it started
+GRACE = 20.0  # seconds for the others to end by themselves, once one has ended badly
+POLL = 0.1  # seconds
+
+
+def launched(environment: Mapping[str, str] = os.environ) -> bool:
+    """Tell whether this process is one of several that a launcher has started."""
+    return "LOCAL_RANK" in environment or by_slurm(environment)
+
+
+def by_slurm(environment: Mapping[str, str] = os.environ) -> bool:
+    """Tell whether srun has started this process, and others beside it."""
+    return int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def launcher_is_gone() -> bool:
+    """Tell whether the process that has started this one, and would end it, has died."""
+    return LAUNCHER in os.environ and os.getppid() != int(os.environ[LAUNCHER])
+
+
+def launch(words: Sequence[str], settings: Trainer) -> int:
+    """Run `python -m vlbench WORDS` in as many processes as `settings` says; return the exit code.
+
+    Ctrl-C and SIGTERM are handed on. When one process ends badly the others are given a little
+    time, and are then ended too.
+    """
+    if settings.num_nodes > 1:
+        raise Mistake(
+            f"trainer.num_nodes is {settings.num_nodes}: start the command on every machine with "
+            f"srun (a task per GPU) or torchrun --nproc-per-node={settings.devices}; "
+            "docs/cluster.md has both"
+        )
+    processes = _start(words, settings.devices)
+
+    def hand_on(number: int, _: Any) -> None:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    before = {n: signal.signal(n, hand_on) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        bad = _watch(processes)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    codes = [process.returncode for process in processes]
+    if bad is not None and codes[bad] < 0:
+        name = signal.Signals(-codes[bad]).name
+        print(
+            f"vlbench: process {bad} of {len(codes)} was ended by {name}, and so the others were "
+            "ended too; checkpoints are whole",
+            file=sys.stderr,
+        )
+        return 1
+    return codes[0] if codes[0] > 0 else max(codes)
+
+
+def _start(words: Sequence[str], devices: int) -> list[subprocess.Popen[bytes]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    threads = str(max(1, (os.cpu_count() or 1) // devices))
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(devices),
+        "LOCAL_WORLD_SIZE": str(devices),
+        "GROUP_RANK": "0",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
+        LAUNCHER: str(os.getpid()),
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "vlbench", *words],
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            start_new_session=True,  # so that Ctrl-C comes once, from here
+        )
+        for rank in range(devices)
+    ]
+
+
+def _watch(processes: list[subprocess.Popen[bytes]]) -> int | None:
+    """Return when all have ended, with the number of the one that ended badly before the others."""
+    bad, until = None, 0.0
+    while any(process.poll() is None for process in processes):
+        if bad is None:
+            bad = next((n for n, process in enumerate(processes) if process.returncode), None)
+            until = time.monotonic() + GRACE
+        elif time.monotonic() > until:
+            for process in processes:
+                process.kill()
+        time.sleep(POLL)
+    return bad
