@@ -40,6 +40,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def last_of(run: Path) -> Path:
+    return run / "checkpoints" / checkpoint.positions(run / "checkpoints")[-1].folder
+
+
 def final_weights(run: Path) -> dict[str, torch.Tensor]:
     last = checkpoint.positions(run / "checkpoints")[-1]
     assert (last.name, last.step) == ("chat", STEPS["chat"])
@@ -50,6 +54,8 @@ def assert_same_weights(run: Path, other: Path) -> None:
     ours, theirs = final_weights(run), final_weights(other)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    files = [{p.name for p in last_of(one).rglob("*")} for one in (run, other)]
+    assert files[0] == files[1] and "tokenizer.model" in files[0]
     here, there = (checkpoint.positions(one / "checkpoints")[-1] for one in (run, other))
     assert here == there
 
@@ -115,18 +121,18 @@ def test_a_checkpoint_without_its_optimizer_is_named(
     assert f"optimizer is {'torn' if torn else 'missing'}" in said and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("saves", [2, 4, 7])
+@pytest.mark.parametrize("saves", [3, 6, 14])
 def test_a_kill_while_a_checkpoint_is_written_loses_nothing(
     whole: Path, tmp_path: Path, saves: int
 ) -> None:
-    """Die in the middle of save number `saves`: in a stage, between two stages, in the last one."""
+    """Die while file `saves` is written: in a stage, between two stages, in the last one."""
     dying = (
-        "import os, signal, sys, vlbench.train.checkpoint as c\n"
+        "import os, signal, sys, vlbench.model.weights.shards as c\n"
         "whole, count = c.save_file, 0\n"
-        "def torn(state, path):\n"
+        "def torn(state, path, **options):\n"
         "    global count\n"
         "    count += 1\n"
-        "    whole(state, path)\n"
+        "    whole(state, path, **options)\n"
         f"    if count == {saves}:\n"
         "        os.truncate(path, 1000)\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -24,7 +24,7 @@ LORA = ("stages.chat.train.language.lora.rank=4", "stages.chat.train.language.lr
 WAYS = {
     **{name: (f"recipe={name}", "only=chat") for name in RECIPES},
     "lora": ("recipe=yivl_llava", "only=chat", *LORA),
-    "frozen": ("recipe=yivl_llava", "only=align_448"),
+    "frozen": ("recipe=yivl_llava", "only=align_448", "stages.align_448.form=chat"),
 }
 STEPS = 10
 

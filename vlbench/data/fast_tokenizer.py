@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from vlbench.data.tokenizer import Tokenizer
+from vlbench.data.tokenizer import Tokenizer, held
 from vlbench.files import refuse_pointer
 from vlbench.mistakes import Mistake
 
@@ -25,6 +25,7 @@ class FastTokenizer(Tokenizer):
         except Exception as error:  # of the library: whatever a broken file makes it raise
             raise Mistake(f"{folder} has no readable tokenizer.json: {error}") from error
         self.folder = folder
+        self.files = held(folder, FILES)
         self.size = self.rows = len(self._fast)
         if self._fast.eos_token_id is None:
             raise Mistake(f"the tokenizer of {folder} has no token that ends a text (eos_token)")
@@ -33,12 +34,6 @@ class FastTokenizer(Tokenizer):
         self.unk = -1 if self._fast.unk_token_id is None else self._fast.unk_token_id
         self._names = {index: name for name, index in self._fast.get_added_vocab().items()}
         self._names[self.eos] = self._fast.eos_token
-
-    def save(self, folder: Path) -> None:
-        """Copy the files that `load` reads into `folder`."""
-        for name in FILES:
-            if (self.folder / name).is_file():
-                (folder / name).write_bytes((self.folder / name).read_bytes())
 
     def encode(self, text: str) -> list[int]:
         """Give the ids of a text; what the tokenizer puts before every text is included."""

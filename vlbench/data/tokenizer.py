@@ -43,6 +43,7 @@ class Tokenizer:
         kept: Collection[str] = (),
     ) -> None:
         self.folder = Path(model_file).parent
+        self.files = held(self.folder, FILES)
         self._pieces = _open(Path(model_file))
         self._tokens = {name: _id_of(name, self._pieces, extra) for name in special} | dict(extra)
         self.size = max(self._pieces.get_piece_size(), 1 + max(self._tokens.values()))
@@ -101,10 +102,9 @@ class Tokenizer:
         return self._names[self.eos]
 
     def save(self, folder: Path) -> None:
-        """Copy the files that `load` reads into `folder`."""
-        for name in FILES:
-            if (self.folder / name).is_file():
-                (folder / name).write_bytes((self.folder / name).read_bytes())
+        """Write the files that `load` has read into `folder`."""
+        for name, content in self.files.items():
+            (folder / name).write_bytes(content)
 
     def encode(self, text: str) -> list[int]:
         """Give the ids of a text; strings of special tokens become their ids."""
@@ -154,6 +154,11 @@ class Tokenizer:
             text += (" " + self._pieces.decode(run) if run else "") + piece
             run = []
         return text + (self._pieces.decode(run) if run else "")
+
+
+def held(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
+    """Return the files of a folder that are there: it may be a checkpoint that is removed later."""
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
 
 
 def _open(path: Path) -> SentencePieceProcessor:

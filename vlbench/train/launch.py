@@ -102,12 +102,15 @@ def _start(words: Sequence[str], devices: int) -> list[subprocess.Popen[bytes]]:
 def _watch(processes: list[subprocess.Popen[bytes]]) -> int | None:
     """Return when all have ended, with the number of the one that ended badly before the others."""
     bad, until = None, 0.0
-    while any(process.poll() is None for process in processes):
-        if bad is None:
-            bad = next((n for n, process in enumerate(processes) if process.returncode), None)
+    while True:
+        codes = [process.poll() for process in processes]
+        failed = [number for number, code in enumerate(codes) if code]
+        if failed and bad is None:  # of two at once, the one that was killed is the reason
+            bad = min(failed, key=lambda number: codes[number] or 0)
             until = time.monotonic() + GRACE
-        elif time.monotonic() > until:
+        if None not in codes:
+            return bad
+        if bad is not None and time.monotonic() > until:
             for process in processes:
                 process.kill()
         time.sleep(POLL)
-    return bad
