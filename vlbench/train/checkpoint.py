@@ -31,6 +31,7 @@ from vlbench.files import read_json
 from vlbench.mistakes import Mistake
 from vlbench.model import lora
 from vlbench.model.compose import LANGUAGE
+from vlbench.model.held import HELD
 from vlbench.model.vlm import VLM
 from vlbench.model.weights.release import write_files
 from vlbench.model.weights.shards import unshared
@@ -62,9 +63,12 @@ class Position:
 
 
 def weights_of(vlm: VLM, parts: list[str]) -> dict[str, Tensor]:
-    """Return the state of `parts` on the CPU, keys prefixed with the part's name."""
+    """Return the state of `parts` on the CPU, keys prefixed with the part's name.
+
+    Weights that a stage holds in 16 bits are written as the float32 that they are between stages.
+    """
     states = (
-        (f"{part}.{key}", value.cpu())
+        (f"{part}.{key}", value.cpu().float() if value.dtype is HELD else value.cpu())
         for part in parts
         for key, value in lora.base_state(getattr(vlm, part)).items()
     )

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from vlbench.data.sources import stage_data
 from vlbench.mistakes import Mistake
 from vlbench.model.compose import compose
+from vlbench.model.held import Held
 from vlbench.model.vlm import VLM
 from vlbench.schema import PARTS, Recipe, Stage
 from vlbench.train import checkpoint, report
@@ -98,6 +99,7 @@ class Job:
         """Run one stage after its first `done` steps, to its end or until somebody stops it."""
         torch.manual_seed(self.recipe.seed)  # of what the connector builds for the stage alone
         freeze(vlm, leg.stage)
+        held = hold(self.recipe, vlm)
         steps = steps_of(vlm, leg)
         how = settle(self.recipe, vlm, steps, root_device(self.recipe))
         report.show_stage(leg.name, leg.stage, leg.steps, done, vlm)
@@ -133,6 +135,7 @@ class Job:
         )
         with explained(leg):
             trainer.fit(training, loader)
+        held.release()
         self.seen = training.seen
 
     def watchers(self, vlm: VLM, leg: Leg, done: int) -> list[Watcher]:
@@ -185,6 +188,8 @@ class Job:
             position = Position(last.number, last.name, 0)
             parts = self.parts_until(last)
             checkpoint.save(self.run.checkpoints, position, vlm, parts, None, self.run.recipe_file)
+        vlm.requires_grad_(False)
+        hold(self.recipe, vlm)  # what fitted into memory while it was trained shall still fit
         vlm.to(root_device(self.recipe))  # Lightning took it away
         done = write_results(
             self.recipe,
@@ -214,6 +219,11 @@ def prepare(recipe: Recipe, legs: list[Leg], run: Run | None) -> tuple[VLM, Posi
     for leg in legs:
         check_objective(vlm, leg.name, leg.stage)
     return vlm, start
+
+
+def hold(recipe: Recipe, vlm: VLM) -> Held:
+    """Hold frozen weights in 16 bits where training rounds them so; shards need a single type."""
+    return Held(vlm, recipe.precision == "bf16" and recipe.trainer.strategy != "fsdp2")
 
 
 def root_device(recipe: Recipe) -> torch.device:
