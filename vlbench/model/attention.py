@@ -44,8 +44,8 @@ def bounds(lengths: Lengths, length: int, device: torch.device) -> Bounds | None
 
 
 @functools.cache
-def varlen() -> Callable[..., Tensor] | None:
-    """Return torch's variable-length attention, causal and with grouped heads, None without one.
+def varlen(causal: bool = True) -> Callable[..., Tensor] | None:
+    """Return torch's variable-length attention, with grouped heads, None without one.
 
     The names of its options changed between versions of torch.
     """
@@ -55,12 +55,12 @@ def varlen() -> Callable[..., Tensor] | None:
         return None
     options = inspect.signature(varlen_attn).parameters
     if "window_size" in options:
-        causal: dict[str, Any] = {"window_size": (-1, 0)}
+        how: dict[str, Any] = {"window_size": (-1, 0 if causal else -1)}
     elif "is_causal" in options:
-        causal = {"is_causal": True}
+        how = {"is_causal": causal}
     else:
         return None
-    return functools.partial(_grouped(varlen_attn, "enable_gqa" in options), **causal)
+    return functools.partial(_grouped(varlen_attn, "enable_gqa" in options), **how)
 
 
 def _grouped(attend: Callable[..., Any], knows_groups: bool) -> Callable[..., Tensor]:
