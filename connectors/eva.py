@@ -135,12 +135,15 @@ class Eva(Connector):
         """Return the summed negative cosine of what is found at hidden patches, plus its count."""
         if not self.mask_weight:
             return {}
-        mask = self.masks(batch.image_id, len(features)).to(features.device)
+        mask = self.masks(batch.image_id, len(features))
+        where = mask.flatten().nonzero()[:, 0]  # before it travels: a GPU would be waited for
+        mask, hidden = (one.to(features.device, non_blocking=True) for one in (mask, where))
         target = features.detach()
         inputs = torch.where(mask[..., None], self.mask_token.to(target.dtype), target)
-        found = self.head(self.encode(inputs)[mask]).float()
-        loss = -cosine_similarity(found, target[mask].float(), dim=-1).sum()
-        return {"eva": (self.mask_weight * loss, mask.sum())}
+        found = self.head(self.encode(inputs).flatten(0, 1)[hidden]).float()
+        told = target.flatten(0, 1)[hidden].float()
+        loss = -cosine_similarity(found, told, dim=-1).sum()
+        return {"eva": (self.mask_weight * loss, torch.tensor(len(where)))}
 
     def counts(self, batch: Any, objective: str = "language") -> dict[str, int]:
         """Return how many patches of `batch` are hidden."""

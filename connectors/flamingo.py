@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from vlbench.connector import Connector, Shapes, attention_shares
+from vlbench.model.cross_attention import look
 
 GATED = re.compile(r".*\.(\d+)\.gated_cross_attn_layer\.(.+)")
 """A name of OpenFlamingo: the decoder layer, and the parameter of the block before it."""
@@ -87,24 +88,10 @@ class MaskedCrossAttention(nn.Module):
         self.to_out = nn.Linear(heads * head_width, width, bias=False)
 
     def forward(self, hidden: Tensor, visual: Tensor, sees: Tensor) -> Tensor:
-        """Return `[rows, length, width]`; exactly zero where `sees` is -1.
-
-        The work grows with the text, not with pictures x text: positions are brought in the order
-        of their pictures, and each picture's own positions attend to its latents alone.
-        """
-        flat = sees.flatten()
-        order = flat.argsort(stable=True)
-        counts = torch.bincount(flat + 1, minlength=len(visual) + 1).tolist()
-        q = self.to_q(self.norm(hidden)).flatten(0, 1)[order].unflatten(-1, (self.heads, -1))
-        kv = self.to_kv(visual).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        unseeing, *segments = q.split(counts)
-        outs = [torch.zeros_like(unseeing)]
-        for segment, k, v in zip(segments, *kv.unbind(0), strict=True):
-            out = scaled_dot_product_attention(segment.transpose(0, 1)[None], k[None], v[None])
-            outs.append(out[0].transpose(0, 1))
-        back = torch.empty_like(order)
-        back[order] = torch.arange(len(order), device=order.device)
-        return self.to_out(torch.cat(outs).flatten(1)[back].view(*hidden.shape[:2], -1))
+        """Return `[rows, length, width]`; exactly zero where `sees` is -1."""
+        q = self.to_q(self.norm(hidden)).unflatten(-1, (self.heads, -1))
+        k, v = self.to_kv(visual).unflatten(-1, (2, self.heads, -1)).unbind(2)
+        return self.to_out(look(q, k, v, sees).flatten(2))
 
 
 class GatedBlock(nn.Module):

@@ -185,7 +185,10 @@ class QFormer(Connector):
             self.query_tokens,
             self.ln_vision,
             features,
-            (ids.to(features.device), mask.to(features.device)),
+            (
+                ids.to(features.device, non_blocking=True),
+                mask.to(features.device, non_blocking=True),
+            ),
             [f"{torch.initial_seed()} {name}" for name in batch.sample_id[:pairs]],
         )
         unused = zero_like_loss(self.projection(self.query_tokens))  # waits for the language model

@@ -6,8 +6,10 @@ import functools
 
 import pytest
 import torch
+from small import batch_of, sample, small_vlm
 from torch.nn.functional import scaled_dot_product_attention
 
+from vlbench import plugins
 from vlbench.model import attention
 from vlbench.model.attention import Bounds, bounds, packed_attention, varlen
 
@@ -42,6 +44,26 @@ def test_one_call_over_all_samples_gives_what_a_call_for_each_gives(monkeypatch)
     each, _ = packed_attention(None, query, key, value, None, 0.25, lengths=LENGTHS)
     torch.testing.assert_close(one[0], each[0])
     torch.testing.assert_close(one[1, :6], each[1, :6])  # what follows is padding
+
+
+def test_under_autocast_the_model_attends_in_one_call(monkeypatch):
+    """Its queries and keys are float32 there, because rotations are; its values are not."""
+    begins = []
+
+    def noted(query, key, value, first, *_, **options):
+        begins.append(first)
+        return query
+
+    vlm = small_vlm(plugins.connector("llava_mlp"))
+    batch = batch_of(vlm, [[sample(1), sample(2)]])
+    known = Bounds(torch.tensor([0, *batch.lengths[0]], dtype=torch.int32).cumsum(0), 99)
+    monkeypatch.setattr("vlbench.model.vlm.bounds", lambda *_: known)
+    monkeypatch.setattr(attention, "varlen", lambda: noted)
+    vlm(batch)
+    assert not begins  # the kernel takes no float32
+    with torch.autocast("cpu", torch.bfloat16):
+        vlm(batch)
+    assert len(begins) == 3 and all(one is known.begins for one in begins)
 
 
 def test_without_a_gpu_there_are_no_bounds():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from vlbench.data.tokenizer import Tokenizer
 from vlbench.mistakes import Mistake
 from vlbench.model.attention import PACKED
 from vlbench.model.compose import compose
-from vlbench.model.language import build_language
+from vlbench.model.language import build_language, config_of, load_language, random_language
 from vlbench.model.vision import build_tower
 from vlbench.model.weights import clip
 
@@ -150,3 +151,24 @@ def test_a_folder_with_tokenizer_json_alone_has_a_tokenizer(tmp_path):
     (tmp_path / "again").mkdir()
     fast.save(tmp_path / "again")
     assert Tokenizer.load(tmp_path / "again").encode("Hello") == fast.encode("Hello")
+
+
+def private() -> int:
+    """Return the memory of this process that is in no file, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", status)[1])
+
+
+def test_weights_that_stay_in_their_file_take_no_memory(tmp_path):
+    config = config_of("tiny")
+    config.vocab_size, config.hidden_size = 200_000, 128
+    random_language(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    before = private()
+    mapped = load_language(tmp_path, torch.float32, mapped=True)
+    of_mapped, before = private() - before, private()
+    own = load_language(tmp_path, torch.float32)
+    weights = sum(parameter.nbytes for parameter in own.parameters())
+    assert of_mapped < 0.1 * weights < private() - before
+    assert mapped.dtype == torch.bfloat16
+    for one, other in zip(mapped.parameters(), own.parameters(), strict=True):
+        assert torch.equal(one.float(), other)

@@ -18,6 +18,7 @@ from vlbench.data.scene_world import scene
 
 RECIPES = ("yivl_llava", "yivl_qformer", "yivl_flamingo", "yivl_eva")
 STRATEGIES = ("ddp", "fsdp2")
+DOCS = Path(__file__).parents[1] / "docs"
 TWO = "trainer.devices=2"
 QUIET = ("log.every=1", "log.questions=2", "log.examples=0", "log.tensorboard=false")
 LORA = ("stages.chat.train.language.lora.rank=4", "stages.chat.train.language.lr=1e-3")
@@ -26,6 +27,9 @@ WAYS = {
     "lora": ("recipe=yivl_llava", "only=chat", *LORA),
     "frozen": ("recipe=yivl_llava", "only=align_448", "stages.align_448.form=chat"),
 }
+HALF = "bf16"
+WAYS[HALF] = ("recipe=yivl_llava", "only=chat", "precision=bf16")
+NEAR = {HALF: 0.1}  # rounding to 16 bits grows from step to step
 STEPS = 10
 
 
@@ -69,12 +73,16 @@ def losses(run: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def curves(data, tmp_path_factory) -> dict[tuple[str, str], list[float]]:
-    """Losses in float64 by way and strategy; "alone" is one process."""
+    """Losses by way and strategy, in float64 but for one; "alone" is one process."""
     folder = tmp_path_factory.mktemp("curves")
     for way in WAYS:
-        assert do(Job(words(way, folder / f"{way}-alone", data), STEPS, double=True)) == 130
+        assert do(Job(words(way, folder / f"{way}-alone", data), STEPS, way != HALF)) == 130
     jobs = [
-        Job(words(way, folder / f"{way}-{how}", data, TWO, f"trainer.strategy={how}"), STEPS, True)
+        Job(
+            words(way, folder / f"{way}-{how}", data, TWO, f"trainer.strategy={how}"),
+            STEPS,
+            double=way != HALF,
+        )
         for way in WAYS
         for how in STRATEGIES
     ]
@@ -92,7 +100,8 @@ def test_two_processes_have_the_losses_of_one(way, how, curves):
     alone, together = curves[way, "alone"], curves[way, how]
     assert len(alone) == len(together) == STEPS
     assert len(set(alone)) == STEPS  # something is learned
-    assert together == pytest.approx(alone, rel=1e-9, abs=1e-9)
+    assert together[0] == pytest.approx(alone[0], rel=2e-3 if way == HALF else 1e-9)
+    assert together == pytest.approx(alone, rel=NEAR.get(way, 1e-9))
 
 
 KINDS = {"one": (), **{how: (TWO, f"trainer.strategy={how}") for how in STRATEGIES}}
@@ -202,3 +211,70 @@ def test_what_was_started_must_be_what_the_recipe_says(tmp_path, monkeypatch, ca
     assert in_two([Job(words)]) == [(2, 2)]
     assert do(Job(("recipe=yivl_llava", "trainer.devices=2", "trainer.num_nodes=2"))) == 2
     assert "start the command on every machine with srun" in capsys.readouterr().err
+
+
+SRUN = """#!/usr/bin/env bash
+# Starts two tasks as srun would on one machine; its first option is --kill-on-bad-exit=1.
+shift
+export SLURM_STEP_NUM_TASKS=2
+for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NODEID=0 "$@" & done
+wait %1; first=$?
+wait %2 && exit $first
+"""
+
+
+def test_the_slurm_script_trains_and_queues_what_was_stopped(tmp_path):
+    (tmp_path / "bin").mkdir()
+    queued = tmp_path / "queued"
+    for name, text in (("srun", SRUN), ("scontrol", f'echo "$@" >> {queued}\n')):
+        file = tmp_path / "bin" / name
+        file.write_text(text if text.startswith("#!") else f"#!/usr/bin/env bash\n{text}")
+        file.chmod(0o755)
+    python = Path(sys.executable).parent
+    slurm = {"SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_JOB_NAME": "job", "SLURM_JOB_ID": "7"}
+    slurm |= {"SLURM_NODELIST": "127.0.0.1", "SLURM_NTASKS_PER_NODE": "2", "OMP_NUM_THREADS": "1"}
+    path = f"{tmp_path / 'bin'}:{python}:{os.environ['PATH']}"
+    words = ["recipe=yivl_llava", "only=chat", "stages.chat.batch=4", "stages.chat.image_size=56"]
+    process = subprocess.Popen(
+        ["bash", DOCS / "slurm.sh", *words, "stages.chat.steps=400", "data.workers=0", *QUIET],
+        cwd=tmp_path,
+        env=os.environ | slurm | {"PATH": path, "MASTER_ADDR": "127.0.0.1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    run = tmp_path / "runs/job-7"
+    wait_for(run, 3)
+    for number in tasks_of(run):  # as Slurm does before it takes the machine away
+        os.kill(number, signal.SIGTERM)
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, told
+    assert told.count("stopped by SIGTERM, saved") == 1 and "Traceback" not in told
+    assert queued.read_text() == "requeue 7\n"
+
+
+def tasks_of(run: Path) -> list[int]:
+    """Return the process ids of all that train `run`."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_text().split("\0")
+        except OSError:  # it has just ended
+            continue
+        if f"run=runs/{run.name}" in words and words[1:3] == ["-m", "vlbench"]:
+            found.append(int(folder.name))
+    return found
+
+
+def test_torchrun_starts_it_too(tmp_path):
+    run = tmp_path / "run"
+    words = ["recipe=yivl_llava", "only=chat", "stages.chat.batch=4", "stages.chat.image_size=56"]
+    words += ["stages.chat.steps=2", "data.workers=0", TWO, *QUIET, f"run={run}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "vlbench", "fit", *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("results of") == 1
+    assert (run / "results.json").is_file()

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from vlbench.model.loss import product_type
+
 PACKED = "vlbench_packed"
 Lengths = list[list[int]]
 
@@ -44,8 +46,8 @@ def bounds(lengths: Lengths, length: int, device: torch.device) -> Bounds | None
 
 
 @functools.cache
-def varlen() -> Callable[..., Tensor] | None:
-    """Return torch's variable-length attention, causal and with grouped heads, None without one.
+def varlen(causal: bool = True) -> Callable[..., Tensor] | None:
+    """Return torch's variable-length attention, with grouped heads, None without one.
 
     The names of its options changed between versions of torch.
     """
@@ -55,12 +57,12 @@ def varlen() -> Callable[..., Tensor] | None:
         return None
     options = inspect.signature(varlen_attn).parameters
     if "window_size" in options:
-        causal: dict[str, Any] = {"window_size": (-1, 0)}
+        how: dict[str, Any] = {"window_size": (-1, 0 if causal else -1)}
     elif "is_causal" in options:
-        causal = {"is_causal": True}
+        how = {"is_causal": causal}
     else:
         return None
-    return functools.partial(_grouped(varlen_attn, "enable_gqa" in options), **causal)
+    return functools.partial(_grouped(varlen_attn, "enable_gqa" in options), **how)
 
 
 def _grouped(attend: Callable[..., Any], knows_groups: bool) -> Callable[..., Tensor]:
@@ -96,8 +98,23 @@ def packed_attention(
     padding, whose values mean nothing. Without `lengths` every row is one sample. `bounds` says the
     same to the kernel of a GPU. Returns `[rows, length, heads, head width]`.
     """
-    if bounds is not None and query.dtype in (torch.bfloat16, torch.float16):
+    kind = product_type(query)  # rotation makes queries and keys float32, also under autocast
+    if bounds is not None and kind in (torch.bfloat16, torch.float16):
+        query, key, value = (one.to(kind) for one in (query, key, value))
         return _in_one_call(query, key, value, bounds, scaling), None
+    return _one_by_one(query, key, value, scaling, dropout, lengths), None
+
+
+@torch.compiler.disable  # lengths are others in every batch: a graph would be made for each
+def _one_by_one(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    dropout: float,
+    lengths: Lengths | None,
+) -> Tensor:
+    """Attend sample by sample."""
     rows, _, length, _ = query.shape
     lengths = lengths or [[length]] * rows
     grouped = key.shape[1] != query.shape[1]
@@ -117,7 +134,7 @@ def packed_attention(
             for q, k, v in zip(*(pieces[:-1] for pieces in split), strict=True)
         ]
         outs.append(torch.cat([*done, torch.zeros_like(split[0][-1])], dim=2))
-    return torch.cat(outs).transpose(1, 2), None
+    return torch.cat(outs).transpose(1, 2)
 
 
 def _in_one_call(

@@ -27,21 +27,26 @@ from vlbench.schema import Recipe
 LANGUAGE = "language"  # folder in a checkpoint that describes its language model
 
 
-def compose(recipe: Recipe, image_size: int, objective: str = "language") -> VLM:
+def compose(
+    recipe: Recipe, image_size: int, objective: str = "language", mapped: bool = False
+) -> VLM:
     """Build the model of `recipe` with its pretrained weights, at `image_size` pixels.
 
-    `objective` is that of the stage which begins.
+    `objective` is that of the stage which begins. With `mapped` the weights of the language model
+    stay in their files, for a model that is to be sharded.
     """
     torch.manual_seed(recipe.seed)  # what has no pretrained weights starts from the seed
     tower = _tower(recipe, recipe.vision.weights, image_size)
-    language = build_language(recipe.language.name, recipe.language.weights)
+    language = build_language(recipe.language.name, recipe.language.weights, mapped=mapped)
     tokenizer = Tokenizer.load(language_folder(recipe.language.weights))
     vlm = _join(recipe, tower, language, tokenizer)
     vlm.pursue(objective, fresh=True)
     return vlm
 
 
-def compose_empty(recipe: Recipe, image_size: int, folder: Path, held: Collection[str]) -> VLM:
+def compose_empty(
+    recipe: Recipe, image_size: int, folder: Path, held: Collection[str], mapped: bool = False
+) -> VLM:
     """Build the model of a checkpoint in `folder`, of which it holds the weights of parts `held`.
 
     Those are left to be loaded; what training never touched has the recipe's pretrained weights.
@@ -53,7 +58,7 @@ def compose_empty(recipe: Recipe, image_size: int, folder: Path, held: Collectio
         language: Any = empty_language(config)
         language.generation_config.eos_token_id = end_ids(folder / LANGUAGE, config)
     else:
-        language = build_language(recipe.language.name, recipe.language.weights)
+        language = build_language(recipe.language.name, recipe.language.weights, mapped=mapped)
     return _join(recipe, tower, language, Tokenizer.load(folder))
 
 

@@ -55,14 +55,17 @@ COUNTS = (
 """Keys of a configuration that count something, so that 0 is a mistake."""
 
 
-def build_language(name: str, weights: str, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def build_language(
+    name: str, weights: str, dtype: torch.dtype = torch.float32, mapped: bool = False
+) -> LlamaForCausalLM:
     """Build a language model: `name` with "random" or "embedded" weights, else what `weights` is.
 
-    `weights` may be a folder or hub id of Llama's architecture in the Hugging Face layout.
+    `weights` may be a folder or hub id of Llama's architecture in the Hugging Face layout. With
+    `mapped` its weights stay in its files, as they are stored.
     """
     if weights == "random":
         return random_language(config_of(name)).to(dtype=dtype)
-    return load_language(language_folder(weights), dtype)
+    return load_language(language_folder(weights), dtype, mapped)
 
 
 def language_folder(weights: str) -> Path:
@@ -139,14 +142,17 @@ def random_language(config: LlamaConfig) -> Any:
     return LlamaForCausalLM(config).train()
 
 
-def load_language(folder: Path, dtype: torch.dtype | None) -> LlamaForCausalLM:
+def load_language(
+    folder: Path, dtype: torch.dtype | None, mapped: bool = False
+) -> LlamaForCausalLM:
     """Load a folder in the Hugging Face layout, file by file; `dtype` None keeps each its own."""
     model = empty_language(config_in(folder))
     state = model.state_dict()
     again = tied(model)
     wanted = {name: ("language", name) for name in state if name not in again}
     group = Group(weight_files(folder), wanted, "|".join([BUFFERS, *map(re.escape, again)]))
-    loaded = load_groups([group], {"language": state}, dtype, "cpu")["language"]
+    stay = ("language",) if mapped else ()
+    loaded = load_groups([group], {"language": state}, dtype, "cpu", stay)["language"]
     model.load_state_dict(loaded, strict=not again, assign=True)
     model.tie_weights()
     model.generation_config.eos_token_id = end_ids(folder, model.config)

@@ -151,7 +151,7 @@ def _inject(root: nn.Module, config: Any) -> None:
     config.target_modules = wanted  # peft shortens the names, and then equal ones look different
     root.peft_config = {NAME: config}  # type: ignore[assignment]
     first = next(p for n, p in root.named_parameters() if ".lora_" not in n)
-    kind = first.dtype if first.dtype.is_floating_point else torch.float32
+    kind = first.dtype if first.dtype == torch.float64 else torch.float32  # they are trained
     for parameter in adapters(root).values():
         parameter.data = parameter.data.to(device=first.device, dtype=kind)
 

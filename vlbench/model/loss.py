@@ -55,7 +55,7 @@ class _Fused(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         """Return the sum of the cross entropy of `labels` `[positions]`, float32."""
         of_hidden, of_weight, _ = ctx.needs_input_grad
-        kind = _product_type(hidden)
+        kind = product_type(hidden)
         products = weight.detach().to(kind)
         grad_hidden = torch.empty_like(hidden) if of_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
@@ -91,7 +91,7 @@ class _Fused(torch.autograd.Function):
         return grad_hidden, grad_weight, None
 
 
-def _product_type(hidden: Tensor) -> torch.dtype:
-    """Return the type in which `head` would multiply: under autocast it is autocast's."""
+def product_type(hidden: Tensor) -> torch.dtype:
+    """Return the type in which `hidden` is multiplied: under autocast it is autocast's."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype

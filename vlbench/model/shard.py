@@ -9,20 +9,30 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from vlbench.model.vlm import VLM
 
 
-def shard(vlm: VLM, mesh: DeviceMesh, **options: Any) -> VLM:
-    """Shard a model over the processes of `mesh`; `options` are those of `fully_shard`."""
+def shard(vlm: VLM, mesh: DeviceMesh, half: bool = False) -> VLM:
+    """Shard a model over the processes of `mesh`.
+
+    With `half` the blocks of tower and language model travel in bfloat16, as which autocast would
+    multiply them; gradients are summed in float32, and the rest stays as it is.
+    """
+    kind = torch.bfloat16 if half else None
+    sent = MixedPrecisionPolicy(kind, kind and torch.float32, cast_forward_inputs=False)
+    whole = {id(module) for module in vlm.connector.modules()}
     for unit in units(vlm):
-        fully_shard(unit, mesh=mesh, **options)
-    fully_shard(vlm, mesh=mesh, **options)
+        policy = MixedPrecisionPolicy() if id(unit) in whole else sent
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    fully_shard(vlm, mesh=mesh)
+    if any(parameter.dtype.itemsize < 4 for parameter in vlm.parameters()):
+        vlm.to(torch.float32)  # what was left in a file came as it is stored there
     return vlm
 
 

@@ -33,6 +33,7 @@ from vlbench.files import read_json
 from vlbench.mistakes import Mistake
 from vlbench.model import lora
 from vlbench.model.compose import LANGUAGE
+from vlbench.model.held import HELD
 from vlbench.model.vlm import VLM
 from vlbench.model.weights.release import write_files
 from vlbench.model.weights.shards import Lazy, weight_files, write
@@ -66,10 +67,13 @@ class Position:
 
 
 def weights_of(vlm: VLM, parts: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """Give the state of `parts`, keys prefixed with the part's name."""
+    """Give the state of `parts`, keys prefixed with the part's name.
+
+    Weights that a stage holds in 16 bits are written as the float32 that they are between stages.
+    """
     for part in parts:
         for key, value in lora.base_state(getattr(vlm, part)).items():
-            yield f"{part}.{key}", value
+            yield f"{part}.{key}", value.float() if value.dtype is HELD else value
 
 
 def save(

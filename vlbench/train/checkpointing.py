@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 import torch
 
+from vlbench import ranks
 from vlbench.data.batch import Batch
 from vlbench.data.steps import Steps
 from vlbench.model.recompute import WAYS
 from vlbench.model.vlm import VLM
 from vlbench.schema import Recipe
+from vlbench.train.join import sharded
 
 LOOKED_AT = 16  # steps among whose micro-batches the longest is tried
 SPARE = 0.05  # share of a GPU's memory that is left free: later steps may be a little longer
@@ -18,10 +20,17 @@ STATES = 8  # bytes that AdamW keeps of a trained number, two moments in float32
 
 
 def settle(recipe: Recipe, vlm: VLM, steps: Steps, device: torch.device) -> str:
-    """Set what the stage keeps for its backward passes, and return the way."""
+    """Set what the stage keeps for its backward passes, and return the way.
+
+    Several processes go the same way, that of the one with the least room. A model that is to be
+    sharded cannot be tried whole, and keeps least.
+    """
     how: str = recipe.checkpointing
-    if how == "auto":
-        how = choose(lambda way: _peak(recipe, vlm, steps, device, way), _room(device))
+    if how == "auto" and sharded(recipe):
+        how = WAYS[-1]
+    elif how == "auto":
+        mine = choose(lambda way: _peak(recipe, vlm, steps, device, way), _room(device))
+        how = max(ranks.everyone(mine), key=WAYS.index)
     vlm.recompute(how)
     return how
 

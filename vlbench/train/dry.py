@@ -16,7 +16,7 @@ from vlbench.train.legs import Leg, check_data, steps_of
 from vlbench.train.module import Training, Watcher, freeze
 from vlbench.train.sizes import check_sizes
 from vlbench.train.speed import peak_memory
-from vlbench.train.stages import explained, prepare, root_device, trainer_of
+from vlbench.train.stages import explained, hold, prepare, root_device, trainer_of
 
 LOOKED_AT = 16  # steps of a stage among which the longest is taken
 TIMED = 2  # steps after the longest, which comes first and is slower than those to come
@@ -64,6 +64,7 @@ def measure(recipe: Recipe, legs: list[Leg]) -> Iterator[Measured]:
             continue
         vlm.resize(leg.stage.image_size)
         freeze(vlm, leg.stage)
+        held = hold(recipe, vlm)
         steps = steps_of(vlm, leg)
         settle(recipe, vlm, steps, root_device(recipe))
         candidates = [steps[n] for n in range(min(LOOKED_AT, leg.steps))]
@@ -74,6 +75,7 @@ def measure(recipe: Recipe, legs: list[Leg]) -> Iterator[Measured]:
         with explained(leg):
             loader: DataLoader = DataLoader(tried, batch_size=None)  # type: ignore[arg-type]
             trainer_of(recipe, [], None).fit(module, loader)
+        held.release()
         yield Measured(
             leg.name,
             leg.steps,

@@ -27,6 +27,7 @@ from vlbench.data.images import ImageTransform
 from vlbench.data.sample import Picture
 from vlbench.data.steps import Steps
 from vlbench.mistakes import BadSample, Mistake
+from vlbench.model.held import HELD
 from vlbench.model.vlm import VLM
 from vlbench.train import report
 
@@ -64,6 +65,7 @@ def identity(vlm: VLM, arithmetic: str) -> str:
     digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=8)
     for name, value in sorted(tower.state_dict().items()):
         digest.update(name.encode())
+        value = value.float() if value.dtype is HELD else value  # the same numbers
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 

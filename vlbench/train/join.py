@@ -105,6 +105,11 @@ def _meet(settings: Trainer, environment: ClusterEnvironment) -> None:
     )
 
 
+def sharded(recipe: Recipe) -> bool:
+    """Tell whether every process has a shard of the model instead of the whole."""
+    return ranks.several() and recipe.trainer.strategy == "fsdp2"
+
+
 def spread(settings: Trainer) -> dict[str, Any]:
     """Return the arguments of Lightning's Trainer that say where it runs, and with whom."""
     here = {"accelerator": settings.accelerator, "devices": 1}

@@ -164,7 +164,8 @@ class Training(pl.LightningModule):
         if on_gpu and self.stage.objective == "language":  # nobody knows a processor's peak
             self.flops = step_flops(self.vlm)
         if self.device_mesh is not None:
-            shard(self.vlm, self.device_mesh["data_parallel"])
+            half = self.trainer.precision == "bf16-mixed"
+            shard(self.vlm, self.device_mesh["data_parallel"], half)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW with one group per trained part."""

@@ -7,6 +7,8 @@ import math
 import sys
 from pathlib import Path
 
+from torch import Tensor
+
 from vlbench import ranks
 from vlbench.mistakes import Trouble
 from vlbench.model.vlm import VLM
@@ -55,9 +57,14 @@ def show_stage(name: str, stage: Stage, steps: int, done: int, vlm: VLM) -> None
 def show_disk(vlm: VLM, parts: list[str], kept: int, folder: Path) -> None:
     """Say how much disk the checkpoints of a stage will take."""
     modules = [getattr(vlm, part) for part in parts]
-    weights = sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
+    weights = sum(p.numel() * _written(p) for m in modules for p in m.parameters())
     moments = sum(8 * p.numel() for m in modules for p in m.parameters() if p.requires_grad)
     print(f"  checkpoints: {size_of(weights + moments)} each, up to {kept + 1} kept, in {folder}")
+
+
+def _written(weight: Tensor) -> int:
+    """Return the bytes of a number of `weight` in a checkpoint: float32, unless it has few bits."""
+    return 4 if weight.is_floating_point() else weight.element_size()
 
 
 def size_of(count: float) -> str:

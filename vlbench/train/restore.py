@@ -40,10 +40,12 @@ def restore(
     dtype: torch.dtype | None = FLOAT32,
     device: torch.device | str = "cpu",
     skip: tuple[str, ...] = (),
+    mapped: bool = False,
 ) -> VLM:
     """Return the model in a checkpoint, as `recipe` describes it.
 
-    `dtype` None keeps every tensor as it is stored. Parts in `skip` start anew.
+    `dtype` None keeps every tensor as it is stored. Parts in `skip` start anew. With `mapped` the
+    weights of the language model stay in their files.
     """
     held = {name.partition(".")[0] for file in weight_files(folder) for name in shapes(file)}
     side, _ = checkpoint.preprocessed(folder)
@@ -51,10 +53,10 @@ def restore(
         vlm = assemble(folder / RELEASE, choice_of(recipe))
         vlm.resize(side)
     else:
-        vlm = compose_empty(recipe, side, folder, held)
+        vlm = compose_empty(recipe, side, folder, held, mapped)
     if "connector" not in skip:
         vlm.pursue(objective_of(folder))
-    load_weights(folder, vlm, dtype, device, skip)
+    load_weights(folder, vlm, dtype, device, skip, mapped)
     vlm.vision.draft = recipe.data.decode == "draft"
     return vlm
 
@@ -82,7 +84,7 @@ def inherited(recipe: Recipe) -> dict[str, Any]:
     return {"vision": {"layer": plan.layer}, "language": {"template": plan.template}}
 
 
-def begin(recipe: Recipe, stage: Stage) -> VLM:
+def begin(recipe: Recipe, stage: Stage, mapped: bool = False) -> VLM:
     """Return the model that `init` means for `stage`: of a run, a checkpoint, a release or a file.
 
     A file, or a folder of BLIP-2's, holds the weights of a connector in the layout of its reference
@@ -100,7 +102,7 @@ def begin(recipe: Recipe, stage: Stage) -> VLM:
         other = before.connector["name"] != recipe.connector["name"]
         recipe = _with_parts_of(before, recipe)
         try:
-            vlm = restore(folder, recipe, skip=("connector",) if other else ())
+            vlm = restore(folder, recipe, skip=("connector",) if other else (), mapped=mapped)
         except Misfit as misfit:
             raise _explained(misfit, before, recipe) from misfit
     else:
@@ -109,7 +111,7 @@ def begin(recipe: Recipe, stage: Stage) -> VLM:
             return _with_reference(recipe, stage, weight_files(folder))
         folder = released(source, "init")
         torch.manual_seed(recipe.seed)
-        vlm = load_release(folder, FLOAT32, choice=choice_of(recipe))
+        vlm = load_release(folder, FLOAT32, choice=choice_of(recipe), mapped=mapped)
         other = vlm.connector.projector() is None
     if other:
         vlm.pursue(stage.objective, fresh=True)
@@ -184,22 +186,26 @@ def load_weights(
     dtype: torch.dtype | None = FLOAT32,
     device: torch.device | str = "cpu",
     skip: tuple[str, ...] = (),
+    mapped: bool = False,
 ) -> None:
     """Load the parts that a checkpoint holds into `vlm`, strictly; others are only moved."""
     states: dict[str, dict[str, Tensor]] = {}
     for file in weight_files(folder):
-        for name, tensor in read(file):
+        stay = {name for name in shapes(file) if mapped and name.startswith("language.")}
+        for name, tensor in read(file, mapped=stay):
             part, _, key = name.partition(".")
             if part not in PARTS:
                 raise Mistake(f"{file}: tensor {name} belongs to none of {', '.join(PARTS)}")
-            kind = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+            kind = tensor.dtype
+            if dtype and tensor.is_floating_point() and name not in stay:
+                kind = dtype
             states.setdefault(part, {})[key] = tensor.to(device=device, dtype=kind)
     for part, module in vlm.parts():
         if part in states and part not in skip:
             load_part(module, states[part], f"{folder}, part {part}")
         if part not in skip:
             lora.load(module, folder / ADAPTERS / part)
-        place(module, dtype, device)
+        place(module, None if mapped and part == "language" else dtype, device)
     vlm.language.tie_weights()  # where the configuration ties them
 
 

@@ -22,13 +22,15 @@ from vlbench import ranks
 from vlbench.data.sources import stage_data
 from vlbench.mistakes import Mistake
 from vlbench.model.compose import compose
+from vlbench.model.held import Held
 from vlbench.model.vlm import VLM
+from vlbench.model.weights.groups import place
 from vlbench.schema import PARTS, Recipe, Stage
 from vlbench.train import checkpoint, report
 from vlbench.train.checkpoint import Position
 from vlbench.train.checkpointing import settle
 from vlbench.train.frozen import remember
-from vlbench.train.join import joined, leave, spread
+from vlbench.train.join import joined, leave, sharded, spread
 from vlbench.train.legs import Leg, check_data, held_out_batches, plan, steps_of
 from vlbench.train.loggers import loggers_of
 from vlbench.train.module import Training, Watcher, check_objective, freeze
@@ -104,22 +106,25 @@ class Job:
                 self.train(vlm, leg, done)
             if self.interrupts.agreed()[0]:
                 return report.show_interrupted(self.run, self.interrupts.wanted)
-            if done < leg.steps and self.recipe.trainer.strategy == "fsdp2" and ranks.several():
+            if done < leg.steps and sharded(self.recipe):
                 vlm = ranks.together(self.newest)  # whole again: the next stage changes it
         if not ranks.is_first():
             return 0
+        if sharded(self.recipe):
+            place(vlm.language, torch.float32, "cpu")  # it is still in its file
         leave()
         return self.finish(vlm)
 
     def newest(self) -> VLM:
         """Return the model of the newest checkpoint."""
         assert self.run.latest is not None
-        return restore(self.run.path(self.run.latest), self.recipe)
+        return restore(self.run.path(self.run.latest), self.recipe, mapped=sharded(self.recipe))
 
     def train(self, vlm: VLM, leg: Leg, done: int) -> None:
         """Run one stage after its first `done` steps, to its end or until somebody stops it."""
         torch.manual_seed(self.recipe.seed)  # of what the connector builds for the stage alone
         freeze(vlm, leg.stage)
+        held = hold(self.recipe, vlm)
         steps = replace(steps_of(vlm, leg), rank=ranks.rank(), world=ranks.size())
         how = settle(self.recipe, vlm, steps, root_device(self.recipe))
         report.show_stage(leg.name, leg.stage, leg.steps, done, vlm)
@@ -155,6 +160,7 @@ class Job:
         )
         with explained(leg):
             trainer.fit(training, loader)
+        held.release()
         self.seen = training.seen
 
     def watchers(self, vlm: VLM, leg: Leg, done: int) -> list[Watcher]:
@@ -208,6 +214,8 @@ class Job:
             position = Position(last.number, last.name, 0)
             parts = self.parts_until(last)
             checkpoint.save(self.run.checkpoints, position, vlm, parts, None, self.run.recipe_file)
+        vlm.requires_grad_(False)
+        hold(self.recipe, vlm)  # what fitted into memory while it was trained shall still fit
         vlm.to(root_device(self.recipe))  # Lightning took it away
         done = write_results(
             self.recipe,
@@ -227,16 +235,21 @@ def prepare(recipe: Recipe, legs: list[Leg], run: Run | None) -> tuple[VLM, Posi
     start = latest or Position(0, legs[0].name, 0)
     stage = legs[start.stage].stage
     if run and latest:
-        vlm = restore(run.path(latest), recipe)
+        vlm = restore(run.path(latest), recipe, mapped=sharded(recipe))
         print(f"resuming {run.folder} after step {latest.step} of {latest.name}")
     elif recipe.init:
-        vlm = begin(recipe, stage)
+        vlm = begin(recipe, stage, sharded(recipe))
     else:
-        vlm = compose(recipe, stage.image_size, stage.objective)
+        vlm = compose(recipe, stage.image_size, stage.objective, sharded(recipe))
     vlm.vision.draft = recipe.data.decode == "draft"
     for leg in legs:
         check_objective(vlm, leg.name, leg.stage)
     return vlm, start
+
+
+def hold(recipe: Recipe, vlm: VLM) -> Held:
+    """Hold frozen weights in 16 bits where training rounds them so; shards need a single type."""
+    return Held(vlm, recipe.precision == "bf16" and not sharded(recipe))
 
 
 def root_device(recipe: Recipe) -> torch.device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,11 @@ def load_groups(
     states: States,
     dtype: torch.dtype | None,
     device: torch.device | str,
+    mapped: Collection[str] = (),
 ) -> dict[str, dict[str, Tensor]]:
     """Return the tensors of all groups by part and key, as `dtype` (None: as stored) on `device`.
+
+    Those of parts in `mapped` stay in their files, as they are stored.
 
     All names and shapes are compared with `states` before the first tensor is read; a missing,
     surplus or mis-shaped one is named in a Mistake. One file is open at a time.
@@ -47,9 +50,11 @@ def load_groups(
     loaded: dict[str, dict[str, Tensor]] = {part: {} for part in states}
     for group, files in plans:
         for file, names in files.items():
-            for name, tensor in read(file, names):
+            stay = {name for name in names if group.wanted[name][0] in mapped}
+            for name, tensor in read(file, names, stay):
                 part, key = group.wanted[name]
-                loaded[part][key] = tensor.to(device=device, dtype=dtype or tensor.dtype)
+                kind = dtype or tensor.dtype
+                loaded[part][key] = tensor if name in stay else tensor.to(device, kind)
     return loaded
 
 

@@ -61,12 +61,16 @@ def load_release(
     dtype: torch.dtype | None,
     device: torch.device | str = "cpu",
     choice: Choice = Choice(),
+    mapped: bool = False,
 ) -> VLM:
-    """Return the model in a released folder; `dtype` None keeps every tensor as it is stored."""
+    """Return the model in a released folder; `dtype` None keeps every tensor as it is stored.
+
+    With `mapped` the weights of the language model stay in its files, as they are stored.
+    """
     if choice.connector == PROJECTOR:
         _check_projector(layout_of(folder).blueprint(folder), choice, folder)
     vlm = assemble(folder, choice)
-    fill(vlm, layout_of(folder).groups(folder, vlm), dtype, device)
+    fill(vlm, layout_of(folder).groups(folder, vlm), dtype, device, mapped)
     return vlm
 
 

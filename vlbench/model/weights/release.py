@@ -145,14 +145,20 @@ def states_of(vlm: VLM) -> dict[str, dict[str, Tensor]]:
 
 
 def fill(
-    vlm: VLM, groups: Sequence[Group], dtype: torch.dtype | None, device: torch.device | str
+    vlm: VLM,
+    groups: Sequence[Group],
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    mapped: bool = False,
 ) -> None:
     """Read the weights of `groups` into `vlm`, tensor by tensor; `dtype` None keeps each its own.
 
     A connector that is no projector is not in the files and only moves to `dtype` and `device`.
+    With `mapped` the weights of the language model stay in the files, as they are stored.
     """
     projector = vlm.connector.projector()
-    loaded = load_groups(groups, states_of(vlm), dtype, device)
+    stay = ("language",) if mapped else ()
+    loaded = load_groups(groups, states_of(vlm), dtype, device, stay)
     tower = clip.to_open_clip(loaded["vision"], len(vlm.vision.blocks()))
     vlm.vision.visual.load_state_dict(tower, assign=True)
     whole = not tied(vlm.language)

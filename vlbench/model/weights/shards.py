@@ -11,7 +11,7 @@ import json
 import math
 import pickle
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,15 +80,20 @@ def stored(folder: Path) -> tuple[torch.dtype, int]:
     return kind, total
 
 
-def read(file: Path, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Give the tensors of a file (those called `names`, or all), each in memory of its own."""
+def read(
+    file: Path, names: Iterable[str] | None = None, mapped: Container[str] = ()
+) -> Iterator[tuple[str, Tensor]]:
+    """Give the tensors of a file (those called `names`, or all), each in memory of its own.
+
+    Those in `mapped` stay in the file, and take memory where they are used, while they are used.
+    """
     with _opened(file) as tensors:
         wanted = list(tensors.names if names is None else names)
         groups = _groups([(name, _bytes(tensors, name)) for name in wanted])
     for group in groups:
         with _opened(file) as tensors:
             for name in group:
-                yield name, tensors.copy(name)
+                yield name, tensors.view(name) if name in mapped else tensors.view(name).clone()
 
 
 class Lazy(Mapping[str, Tensor]):
@@ -202,8 +207,8 @@ class _Safe:
     def kind(self, name: str) -> torch.dtype:
         return _KINDS.get(self.handle.get_slice(name).get_dtype(), torch.float64)
 
-    def copy(self, name: str) -> Tensor:
-        return self.handle.get_tensor(name).clone()
+    def view(self, name: str) -> Tensor:
+        return self.handle.get_tensor(name)  # type: ignore[no-any-return]
 
 
 class _Pickled:
@@ -219,8 +224,8 @@ class _Pickled:
     def kind(self, name: str) -> torch.dtype:
         return self.state[name].dtype
 
-    def copy(self, name: str) -> Tensor:
-        return self.state[name].clone()
+    def view(self, name: str) -> Tensor:
+        return self.state[name]
 
 
 _KINDS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}

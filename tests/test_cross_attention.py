@@ -1,0 +1,107 @@
+"""Looking at one's own picture: by a kernel or one by one, and nothing is asked of the device."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from small import SMALL, batch_of, opened, sample, small_vlm
+from torch import Tensor
+
+from vlbench import plugins
+from vlbench.model import cross_attention
+from vlbench.model.cross_attention import Segments, look, segments
+
+NONE_BETWEEN = [[-1, 0, 0, 2, 2, 2], [-1, -1, 3, 3, 3, -1]]  # nobody sees picture 1
+
+
+def kernel(
+    query: Tensor, key: Tensor, value: Tensor, begins: Tensor, of_keys: Tensor, *_: int
+) -> Tensor:
+    """Do what torch's variable-length kernel promises, group by group."""
+    outs = []
+    for group in range(len(begins) - 1):
+        q = query[begins[group] : begins[group + 1]]
+        k, v = (one[of_keys[group] : of_keys[group + 1]] for one in (key, value))
+        scores = torch.einsum("qhw,khw->hqk", q, k) / q.shape[-1] ** 0.5
+        outs.append(torch.einsum("hqk,khw->qhw", scores.softmax(-1), v))
+    return torch.cat(outs)
+
+
+def gradients(sees: Tensor) -> list[Tensor]:
+    """Return what `look` gives, and the gradients of its query, key and value."""
+    drawn = torch.Generator().manual_seed(0)
+    query = torch.randn(*sees.shape, 2, 8, generator=drawn, requires_grad=True)
+    key, value = (torch.randn(4, 3, 2, 8, generator=drawn, requires_grad=True) for _ in "kv")
+    out = look(query, key, value, sees)
+    weights = torch.randn(out.shape, generator=drawn)
+    return [out, *torch.autograd.grad((out * weights).sum(), (query, key, value))]
+
+
+@pytest.mark.parametrize("sees", [NONE_BETWEEN, [[-1, -1]], [[0, 1, 2, 3]]])
+def test_the_kernel_gives_what_attention_picture_by_picture_gives(sees, monkeypatch):
+    sees = torch.tensor(sees)
+    expected = gradients(sees)
+    assert not expected[0][sees < 0].any()
+    monkeypatch.setattr(cross_attention, "_has_kernel", lambda query: True)
+    monkeypatch.setattr(cross_attention, "varlen", lambda causal: kernel)
+    found = gradients(sees)
+    assert not found[0][sees < 0].any()
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [8, 64, 128])
+def test_the_kernel_of_a_gpu_gives_what_attention_picture_by_picture_gives(width):
+    sees = torch.tensor(NONE_BETWEEN).repeat(1, 50).sort(dim=1)[0].cuda()  # rows of 300
+    query = torch.randn(*sees.shape, 4, width, device="cuda", requires_grad=True)
+    key, value = (torch.randn(4, 64, 4, width, device="cuda", requires_grad=True) for _ in "kv")
+    found = []
+    for kind in (torch.bfloat16, torch.float32):
+        out = look(*(one.to(kind) for one in (query, key, value)), sees).float()
+        found.append([out, *torch.autograd.grad(out.square().sum(), (query, key, value))])
+    assert not found[0][0][sees < 0].any()
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours - theirs).abs().max() <= 2e-2 * theirs.abs().max()
+
+
+def test_layers_of_a_micro_batch_sort_its_positions_once(monkeypatch):
+    sorts = []
+    begin = Segments.__init__
+    monkeypatch.setattr(Segments, "__init__", lambda *given: (sorts.append(1), begin(*given))[1])
+    vlm = opened(small_vlm(plugins.connector("flamingo"), SMALL["flamingo"]))
+    assert len(vlm.connector.inject_at) == 3
+    for number in (1, 2):
+        vlm(batch_of(vlm, [[sample(number, images=2)]])).loss_sum.backward()
+        assert len(sorts) == number
+
+
+def test_segments_go_with_their_tensor():
+    sees = torch.tensor(NONE_BETWEEN)
+    assert segments(sees, 4) is segments(sees, 4)
+    assert segments(sees, 5) is not segments(sees, 4)
+    assert segments(sees, 4).sizes == [4, 2, 0, 3, 3]
+    before = len(cross_attention._KNOWN)
+    del sees
+    gc.collect()
+    assert len(cross_attention._KNOWN) < before
+
+
+@pytest.mark.parametrize("name", sorted(plugins.sources()))
+@pytest.mark.parametrize("way", ["none", "full"])
+def test_a_step_asks_the_device_nothing(name, way, monkeypatch):
+    """On `meta` there is nothing to be read, so that whatever waits for a GPU fails."""
+    monkeypatch.setattr(cross_attention, "_has_kernel", lambda query: True)
+    monkeypatch.setattr(cross_attention, "varlen", lambda causal: lambda q, k, v, *_: q + 0 * v[:1])
+    vlm = small_vlm(plugins.connector(name), SMALL.get(name))
+    rows = [[sample(1), sample(2, images=2)], [sample(3, images=0)]]
+    batches = [batch_of(vlm, rows), batch_of(vlm, rows[1:])]
+    vlm.to("meta").recompute(way)
+    for batch in batches:
+        out = vlm(batch.to("meta"))
+        losses = [out.loss_sum, *(value for value, _ in out.extra.values())]
+        torch.stack(losses).sum().backward()
+        assert all(count.device.type == "cpu" for _, count in out.extra.values())
+    assert all(p.grad is not None for p in vlm.connector.parameters())
