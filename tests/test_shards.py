@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
+import threading
 from collections import Counter
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +188,7 @@ def test_a_torn_shard_costs_what_is_behind_the_tear(packed, tmp_path):
     tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])
     found = bad(Shards(folder))
     assert 1 <= len(found) <= 8 and all("000002.tar: is torn" in f.reason for f in found)
-    beside(str(tar)).unlink()  # without an index the tear is met while it is made
+    Path(beside(str(tar))).unlink()  # without an index the tear is met while it is made
     shards_module._entries.cache_clear()
     assert all("000002.tar" in fault.reason for fault in bad(Shards(folder)))
 
@@ -214,7 +218,7 @@ def test_tar_files_of_others_are_read_with_their_captions(tmp_path):
     shards = Shards(file)
     assert [shards[n].caption for n in range(3)] == ["thing 0", "thing 1", "thing 2"]
     assert shards[1].pictures[0].open().size == scene("laion", 0, 1).open().size
-    assert beside(str(file)).is_file() and len(index_of(str(file))) == 3
+    assert Path(beside(str(file))).is_file() and len(index_of(str(file))) == 3
 
 
 def test_shards_train(packed, tmp_path):
@@ -239,3 +243,79 @@ def test_mistakes_are_a_line(name, message, tmp_path, capsys):
 def test_a_folder_that_is_there_is_not_overwritten(packed, data, capsys):
     assert main(["pack", f"data={data / 'data.json'}", f"to={packed}"]) == 2
     assert "name a new folder" in capsys.readouterr().err
+
+
+class Pieces(SimpleHTTPRequestHandler):
+    """Serve the pieces of files that are asked for, as every large server does."""
+
+    def do_GET(self) -> None:
+        """Answer a request for bytes."""
+        file = Path(self.directory) / self.path.lstrip("/")
+        if not file.is_file():
+            return self.send_error(404)
+        content, asked = file.read_bytes(), self.headers.get("Range")
+        first, last = 0, len(content) - 1
+        if asked:
+            first, last = (int(n) for n in asked.removeprefix("bytes=").split("-"))
+        some = content[first : last + 1]
+        self.send_response(206 if asked else 200)
+        self.send_header("Content-Length", str(len(some)))
+        self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+        self.end_headers()
+        self.wfile.write(some)
+        return None
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def served(packed, tmp_path):
+    """The URL of a copy of the packed shards, and the copy."""
+    copy = tmp_path / "served"
+    shutil.copytree(packed, copy)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Pieces, directory=str(copy)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", copy
+    server.shutdown()
+
+
+class Pixels(Dataset):
+    """Number and pixels of the samples of shards."""
+
+    def __init__(self, where: str | Path) -> None:
+        self.shards = Shards(where)
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, index: int) -> tuple[str, list[torch.Tensor]]:
+        sample = self.shards[index]
+        return sample.id, [TRANSFORM.of(picture) for picture in sample.pictures]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_by_url_are_those_of_the_folder(served, packed, workers):
+    url, _ = served
+    first = Pixels(url)[0]  # before there are workers: what is connected does not survive a fork
+    remote = list(DataLoader(Pixels(url), batch_size=None, num_workers=workers))
+    local = list(Pixels(packed)[number] for number in range(len(Pixels(packed))))
+    assert [name for name, _ in remote] == [name for name, _ in local]
+    assert first[0] == local[0][0]
+    for (_, ours), (_, theirs) in zip(remote, local, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_trouble_of_shards_by_url_is_named(served):
+    url, copy = served
+    names = sorted(copy.glob("*.tar"))
+    names[0].unlink()
+    with pytest.raises(BadSample, match=f"{names[0].name}.*does not exist"):
+        Shards(url)[0]
+    Path(beside(str(names[1]))).unlink()
+    with pytest.raises(Mistake, match=f"{names[1].name}.index, which shards by URL need"):
+        Shards(f"{url}/{names[1].name}")
+    with pytest.raises(Mistake, match="holds no shards.json"):
+        Shards(f"{url}/nowhere")
+    with pytest.raises(Mistake, match="Protocol not known: nonsense"):
+        Shards("nonsense://somewhere")

@@ -60,7 +60,7 @@ def pack(
             break
         entries = list(scanned(str(tar)))  # as a reader finds them: what was written is whole
         assert len(entries) == count, f"{tar}: wrote {count} samples and finds {len(entries)}"
-        write_whole(beside(str(tar)), text(entries))
+        write_whole(Path(beside(str(tar))), text(entries))
         shards.append({"file": tar.name, "samples": count, "bytes": tar.stat().st_size})
     if not shards:
         shutil.rmtree(writing)

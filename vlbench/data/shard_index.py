@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlbench.data.remote import exists, is_url, piece
 from vlbench.files import read_text
 from vlbench.mistakes import Mistake
 
@@ -22,20 +23,24 @@ class Entry:
     """Offset and size in bytes by extension: json, 0.jpg, txt ..."""
 
 
-def beside(tar: str) -> Path:
+def beside(tar: str) -> str:
     """Return the file of a shard's index."""
-    return Path(f"{tar}.index")
+    return f"{tar}.index"
 
 
 def index_of(tar: str) -> list[Entry]:
     """Return the index of a shard; where there is none, the tar file is read to make it.
 
     It is written beside the shard if that can be written. Raises a Mistake for a shard that is
-    missing or torn.
+    missing or torn, and for a URL without an index, which would have to be read whole.
     """
-    file = beside(tar)
+    if is_url(tar):
+        if not exists(beside(tar)):
+            raise Mistake(f"{tar}: has no {beside(tar)}, which shards by URL need: pack writes it")
+        return list(_parsed(beside(tar), piece(beside(tar)).decode("utf-8", "replace")))
+    file = Path(beside(tar))
     if file.is_file():
-        return list(_parsed(file))
+        return list(_parsed(str(file), read_text(file)))
     entries = list(scanned(tar))
     own = file.with_name(f"{file.name}.{os.getpid()}")  # others may make it at the same time
     try:
@@ -53,8 +58,8 @@ def text(entries: list[Entry]) -> str:
     )
 
 
-def _parsed(file: Path) -> Iterator[Entry]:
-    for number, line in enumerate(read_text(file).splitlines(), 1):
+def _parsed(file: str, content: str) -> Iterator[Entry]:
+    for number, line in enumerate(content.splitlines(), 1):
         try:
             key, members = json.loads(line)
             yield Entry(key, {kind: (int(at), int(size)) for kind, (at, size) in members.items()})

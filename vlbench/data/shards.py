@@ -6,7 +6,8 @@
         000000.tar.index   what the tar file holds: a line of JSON per sample
 
 `pack` writes them. Other tar files of the WebDataset kind (KEY.jpg and KEY.txt or KEY.json) are
-read as well: an index is made of them once, which takes reading them.
+read as well: an index is made of them once, which takes reading them. The folder may be a URL: a
+sample is then read with a request for its bytes alone.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from PIL import Image
 from vlbench.data.images import open_bytes
 from vlbench.data.lanes import Lanes
 from vlbench.data.llava import sample_of_record
+from vlbench.data.remote import exists, is_url, json_of, piece
 from vlbench.data.sample import Sample
 from vlbench.data.shard_index import Entry, index_of
-from vlbench.files import read_json
 from vlbench.mistakes import BadSample, Mistake
 
 LIST = "shards.json"
@@ -65,7 +66,10 @@ class Shards:
     """The samples of shards as a source: a folder with shards.json, or a pattern of tar files."""
 
     def __init__(self, where: str | Path) -> None:
-        """Find the shards: `where` is a folder that `pack` wrote, or `dir/{000000..000123}.tar`."""
+        """Find the shards: `where` is a folder that `pack` wrote, or `dir/{000000..000123}.tar`.
+
+        Both may be URLs.
+        """
         self.name = str(where)
         self.tars, self.counts = _listed(self.name)
         self._ends = np.cumsum(self.counts)
@@ -109,19 +113,21 @@ def _entries(tar: str) -> list[Entry]:
 
 def _listed(where: str) -> tuple[list[str], list[int]]:
     """Return the tar files and their numbers of samples."""
-    folder = Path(where)
-    if (folder / LIST).is_file():
-        shards = read_json(folder / LIST).get("shards")
+    beside = f"{where.rstrip('/')}/{LIST}"
+    if not where.endswith(".tar") and exists(beside):
+        told = json_of(beside)
+        shards = told.get("shards") if isinstance(told, dict) else None
         if not isinstance(shards, list) or not all(_is_shard(one) for one in shards) or not shards:
-            raise Mistake(f"{folder / LIST}: is not a list of shards with file and samples")
-        return [str(folder / one["file"]) for one in shards], [one["samples"] for one in shards]
+            raise Mistake(f"{beside}: is not a list of shards with file and samples")
+        files = [beside.removesuffix(LIST) + one["file"] for one in shards]
+        return files, [one["samples"] for one in shards]
     if not where.endswith(".tar"):
         raise Mistake(
             f"data {where}: holds no {LIST}; give a folder that `pack` wrote, or tar files as "
             "dir/{000000..000123}.tar"
         )
-    tars = [str(Path(one)) for one in braceexpand(where)]
-    missing = [tar for tar in tars if not Path(tar).is_file()]
+    tars = list(braceexpand(where))
+    missing = [tar for tar in tars if not exists(tar)]
     if missing:
         raise Mistake(f"data {where}: there is no {missing[0]} ({len(missing)} are missing)")
     return tars, [len(index_of(tar)) for tar in tars]
@@ -176,10 +182,15 @@ def _trouble(tar: str) -> str:
     """Say why a shard cannot be opened, "" if it can; asked once, and then again a few times."""
     for number in range(TRIES):
         try:
+            if is_url(tar):
+                piece(tar, 0, 1)
+                return ""
             with open(tar, "rb"):
                 return ""
         except OSError as error:
             problem = f"cannot be opened in {TRIES} tries ({error.strerror})"
+        except Mistake as mistake:
+            problem = f"{str(mistake).removeprefix(f'{tar}: ')}, tried {TRIES} times"
         if number < TRIES - 1:
             time.sleep(PAUSE)
     return problem
@@ -191,9 +202,12 @@ def read_at(tar: str, offset: int, size: int) -> bytes:
     if problem:
         raise Mistake(f"{tar}: {problem}")
     try:
-        with open(tar, "rb") as file:
-            file.seek(offset)
-            data = file.read(size)
+        if is_url(tar):
+            data = piece(tar, offset, size)
+        else:
+            with open(tar, "rb") as file:
+                file.seek(offset)
+                data = file.read(size)
     except OSError as error:
         raise Mistake(f"{tar}: cannot be read ({error.strerror})") from error
     if len(data) < size:

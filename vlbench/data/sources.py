@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vlbench.data.llava import LlavaJson
 from vlbench.data.order import Mixture
+from vlbench.data.remote import is_url
 from vlbench.data.sample import Source
 from vlbench.data.scenes import Captions, Conversations
 from vlbench.data.shards import Shards
@@ -39,7 +40,7 @@ def _open(train: str, images: str | None, data: Data, stage: Stage, seed: int) -
         if stage.form == "caption":
             return Captions(seed, data.samples)
         return Conversations(seed, data.samples, data.questions)
-    if train.endswith(".tar") or Path(train).is_dir():
+    if is_url(train) or train.endswith(".tar") or Path(train).is_dir():
         return Shards(train)
     return LlavaJson(Path(train), images)
 
