@@ -156,7 +156,11 @@ class Trainer:
     )
     devices: int = key("processes on each machine, a GPU each", 1, low=1)
     num_nodes: int = key("machines", 1, low=1)
-    checkpoint_every: float = key("seconds between checkpoints", 60.0, above=0)
+    checkpoint_every: float = key(
+        "seconds between checkpoints; more where saving would take over 5 % of the time",
+        60.0,
+        above=0,
+    )
     keep_last: int = key("checkpoints that are kept, beside the best", 2, low=1)
     feature_cache: str | None = key(
         "folder that keeps the features of frozen towers; null: none", None, path=True

@@ -22,6 +22,7 @@ from vlbench.train.module import Training, Watcher
 from vlbench.train.run import Run
 
 REPEATED = 0.05  # share of a stage's steps that may be repeated after a kill
+SPENT = 0.05  # share of the time that saving every so many seconds may take
 HELD_OUT_SEED = 0  # of what is random in a connector's own loss: the same at every measurement
 
 
@@ -62,7 +63,10 @@ class Interrupts:
 
 
 class Saving(Watcher):
-    """Write checkpoints: every 60 s or 5 % of the steps, at the end, and when asked to stop."""
+    """Write checkpoints: every 60 s or 5 % of the steps, at the end, and when asked to stop.
+
+    Those of large models take long: then the seconds between them become more.
+    """
 
     def __init__(
         self,
@@ -80,14 +84,14 @@ class Saving(Watcher):
         """
         self.run, self.stage, self.parts, self.clock = run, stage, parts, clock
         self.seconds, self.keep_last, self.interrupts = seconds, keep_last, interrupts
-        self.saved_at = time.monotonic()
+        self.saved_at, self.took = time.monotonic(), 0.0
         self.held_out: dict[int, float] = {}  # held-out loss by step, filled by HeldOut
 
     def after(self, training: Training, step: Step) -> None:
         """Save if it is time, and stop if somebody wants it, in all processes at the same step."""
         done = training.position
         every = max(1, int(training.steps * REPEATED))
-        late = time.monotonic() - self.saved_at > self.seconds
+        late = time.monotonic() - self.saved_at > max(self.seconds, self.took / SPENT)
         stop, late = self.interrupts.agreed(late)
         if done % every == 0 or late or done == training.steps or stop:
             self.save(training)
@@ -96,6 +100,7 @@ class Saving(Watcher):
 
     def save(self, training: Training) -> None:
         """Write a checkpoint of this very step and remove old ones."""
+        began = time.monotonic()
         done = training.position
         held_out = self.held_out.get(done)
         position = Position(*self.stage, done, held_out, training.seen, round(self.clock(), 1))
@@ -104,6 +109,7 @@ class Saving(Watcher):
         checkpoint.save(folder, position, training.vlm, self.parts, optimizer, self.run.recipe_file)
         ranks.first(lambda: checkpoint.prune(folder, self.keep_last))
         self.saved_at = time.monotonic()
+        self.took = self.saved_at - began
 
 
 class HeldOut(Watcher):
