@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch.utils.data import DataLoader
 
+from vlbench import ranks
 from vlbench.data.steps import Step
 from vlbench.schema import Recipe
 from vlbench.train import report
 from vlbench.train.checkpointing import settle
+from vlbench.train.join import sharded
 from vlbench.train.legs import Leg, check_data, steps_of
 from vlbench.train.module import Training, Watcher, freeze
 from vlbench.train.sizes import check_sizes
@@ -65,7 +68,7 @@ def measure(recipe: Recipe, legs: list[Leg]) -> Iterator[Measured]:
         vlm.resize(leg.stage.image_size)
         freeze(vlm, leg.stage)
         held = hold(recipe, vlm)
-        steps = steps_of(vlm, leg)
+        steps = replace(steps_of(vlm, leg), rank=ranks.rank(), world=ranks.size())
         settle(recipe, vlm, steps, root_device(recipe))
         candidates = [steps[n] for n in range(min(LOOKED_AT, leg.steps))]
         longest = max(candidates, key=_positions)
@@ -76,6 +79,8 @@ def measure(recipe: Recipe, legs: list[Leg]) -> Iterator[Measured]:
             loader: DataLoader = DataLoader(tried, batch_size=None)  # type: ignore[arg-type]
             trainer_of(recipe, [], None).fit(module, loader)
         held.release()
+        if sharded(recipe):
+            vlm, _ = prepare(recipe, legs, None)  # whole again
         yield Measured(
             leg.name,
             leg.steps,
