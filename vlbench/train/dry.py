@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch.utils.data import DataLoader
 
 from vlbench.data.steps import Step
+from vlbench.model.compiled import Compiled
 from vlbench.schema import Recipe
 from vlbench.train import report
 from vlbench.train.checkpointing import settle
@@ -72,9 +73,11 @@ def measure(recipe: Recipe, legs: list[Leg]) -> Iterator[Measured]:
         tried = [longest, *candidates[:TIMED]]
         clock = _Clock()
         module = Training(vlm, leg.stage, len(tried), 0, recipe.seed, [clock])
+        compiled = Compiled(vlm, recipe.trainer.compile)
         with explained(leg):
             loader: DataLoader = DataLoader(tried, batch_size=None)  # type: ignore[arg-type]
             trainer_of(recipe, [], None).fit(module, loader)
+        compiled.release()
         held.release()
         yield Measured(
             leg.name,
