@@ -156,6 +156,7 @@ class Trainer:
     )
     devices: int = key("processes on each machine, a GPU each", 1, low=1)
     num_nodes: int = key("machines", 1, low=1)
+    compile: bool = key("compile decoder layers and tower blocks; pays on GPUs in long runs", False)
     checkpoint_every: float = key(
         "seconds between checkpoints; more where saving would take over 5 % of the time",
         60.0,

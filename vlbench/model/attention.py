@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,17 @@ from vlbench.model.loss import product_type
 
 PACKED = "vlbench_packed"
 Lengths = list[list[int]]
+
+
+class Opaque:
+    """Lengths for compiled layers: a graph is made for every size of a list that can be seen."""
+
+    def __init__(self, lengths: Lengths) -> None:
+        """Give `lengths`, row by row."""
+        self.lengths = lengths
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.lengths)
 
 
 class Bounds(NamedTuple):
@@ -87,7 +98,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    lengths: Lengths | None = None,
+    lengths: Iterable[list[int]] | None = None,
     bounds: Bounds | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -112,11 +123,11 @@ def _one_by_one(
     value: Tensor,
     scaling: float | None,
     dropout: float,
-    lengths: Lengths | None,
+    lengths: Iterable[list[int]] | None,
 ) -> Tensor:
     """Attend sample by sample."""
     rows, _, length, _ = query.shape
-    lengths = lengths or [[length]] * rows
+    lengths = [[length]] * rows if lengths is None else lengths
     grouped = key.shape[1] != query.shape[1]
     if grouped and query.device.type == "cpu" and key.shape[1] < torch.get_num_threads():
         # the kernel of a CPU gives a thread to each head of the keys, and others nothing to do

@@ -18,7 +18,7 @@ from vlbench.data.sample import IMAGE
 from vlbench.data.template import Template
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.mistakes import Mistake
-from vlbench.model.attention import bounds
+from vlbench.model.attention import Opaque, bounds
 from vlbench.model.generate import Stream, generate
 from vlbench.model.loss import summed_loss
 from vlbench.model.messages import prompt_batch, sample_of
@@ -184,7 +184,7 @@ class VLM(nn.Module):
             visual,
             batch.image_index,
             position_ids=batch.positions,
-            lengths=batch.lengths,
+            lengths=Opaque(batch.lengths),
             bounds=bounds(batch.lengths, batch.ids.shape[1], visual.device),
             use_cache=False,
         ).last_hidden_state

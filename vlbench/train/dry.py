@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from vlbench import ranks
 from vlbench.data.steps import Step
+from vlbench.model.compiled import Compiled
 from vlbench.schema import Recipe
 from vlbench.train import report
 from vlbench.train.checkpointing import settle
@@ -75,9 +76,11 @@ def measure(recipe: Recipe, legs: list[Leg]) -> Iterator[Measured]:
         tried = [longest, *candidates[:TIMED]]
         clock = _Clock()
         module = Training(vlm, leg.stage, len(tried), 0, recipe.seed, [clock])
+        compiled = Compiled(vlm, recipe.trainer.compile)
         with explained(leg):
             loader: DataLoader = DataLoader(tried, batch_size=None)  # type: ignore[arg-type]
             trainer_of(recipe, [], None).fit(module, loader)
+        compiled.release()
         held.release()
         if sharded(recipe):
             vlm, _ = prepare(recipe, legs, None)  # whole again

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from vlbench import ranks
-from vlbench.mistakes import Trouble
+from vlbench.mistakes import Mistake, Trouble
 from vlbench.model.vlm import VLM
 from vlbench.schema import Recipe, Stage
 from vlbench.train.run import Run
@@ -125,4 +125,14 @@ def out_of_memory(name: str, stage: Stage) -> Trouble:
         f"out of memory in stage {name}: lower stages.{name}.row_tokens (now {stage.row_tokens}), "
         f"set checkpointing=full, or train fewer parts; stages.{name}.batch does not matter. Start "
         "again with the change in a new run; init=RUN begins with what this one has learned"
+    )
+
+
+def not_compiled(name: str, error: Exception) -> Mistake:
+    """Return what to say when blocks could not be compiled in a stage."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = " ".join(lines[:2])[:300]
+    return Mistake(
+        f"trainer.compile: the blocks could not be compiled in stage {name} ({reason}). On a CPU a "
+        "C++ compiler is needed; trainer.compile=false does without"
     )

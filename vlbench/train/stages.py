@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from vlbench import ranks
 from vlbench.data.sources import stage_data
 from vlbench.mistakes import Mistake
+from vlbench.model.compiled import Compiled, of_compiler
 from vlbench.model.compose import compose
 from vlbench.model.held import Held
 from vlbench.model.vlm import VLM
@@ -158,8 +159,10 @@ class Job:
             num_workers=workers,
             pin_memory=trainer.strategy.root_device.type == "cuda",
         )
+        compiled = Compiled(vlm, self.recipe.trainer.compile)
         with explained(leg):
             trainer.fit(training, loader)
+        compiled.release()
         held.release()
         self.seen = training.seen
 
@@ -273,6 +276,8 @@ def explained(leg: Leg) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise report.out_of_memory(leg.name, leg.stage) from error
     except RuntimeError as error:
+        if of_compiler(error):
+            raise report.not_compiled(leg.name, error) from error
         if "can't allocate memory" not in str(error):
             raise
         raise report.out_of_memory(leg.name, leg.stage) from error

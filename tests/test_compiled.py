@@ -1,0 +1,131 @@
+"""Compiled blocks: the same losses, few graphs, and all else as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small import SMALL, batch_of, opened, sample, small_vlm
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from vlbench import plugins
+from vlbench.__main__ import main
+from vlbench.data.batch import Batch
+from vlbench.model import lora
+from vlbench.model.attention import Bounds
+from vlbench.model.compiled import Compiled
+from vlbench.model.vlm import VLM
+
+LORA = {"rank": 3, "alpha": 6.0, "dropout": 0.0, "targets": "all-linear"}
+LORA |= {"rslora": False, "dora": False, "bits": None}
+CASES = [  # connector, what is frozen, what is kept for the backward pass
+    ("llava_mlp", "", "none"),
+    ("llava_mlp", "vision", "full"),
+    ("llava_mlp", "lora", "full"),
+    ("flamingo", "language", "selective"),
+]
+
+
+def model(name: str, frozen: str) -> VLM:
+    vlm = opened(small_vlm(plugins.connector(name), SMALL.get(name)))
+    if frozen == "lora":
+        lora.adapt(vlm.language, "language", **LORA)
+        vlm.requires_grad_(False)
+        for adapter in lora.adapters(vlm.language).values():
+            adapter.requires_grad_(True)
+    elif frozen:
+        getattr(vlm, frozen).requires_grad_(False)
+    return vlm.train()
+
+
+def batches(vlm: VLM) -> list[Batch]:
+    """Return micro-batches, each with another length, and numbers of samples and pictures."""
+    rows = [[sample(1), sample(2, images=2)], [sample(3, words=9)], [sample(4, images=0)]]
+    return [batch_of(vlm, [row]) for row in rows]
+
+
+def learned(vlm: VLM) -> list[Tensor]:
+    """Return the losses of a few steps, each on all the batches but one."""
+    trained = [p for p in vlm.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1e-2)
+    losses = []
+    for step in range(3):
+        optimizer.zero_grad()
+        for batch in [one for number, one in enumerate(batches(vlm)) if number % 3 != step]:
+            loss = vlm(batch).loss_sum / batch.tokens
+            loss.backward()
+            losses.append(loss.detach())
+        optimizer.step()
+    return losses
+
+
+def kernel(query: Tensor, key: Tensor, value: Tensor, begins: Tensor, *_: object, **__: object):
+    """Attend over rows laid end to end, as a GPU's kernel does, in a way that can be compiled.
+
+    What comes in 16 bits goes in 32, so that the rest of a model need not be in 16.
+    """
+    places = torch.arange(len(query))
+    own = torch.searchsorted(begins, places, right=True, out_int32=True)
+    sees = (own[:, None] == own) & (places[:, None] >= places)
+    heads = (one.transpose(0, 1)[None] for one in (query, key, value))
+    out = scaled_dot_product_attention(*heads, attn_mask=sees, enable_gqa=True)
+    return out[0].transpose(0, 1).float()
+
+
+def bounds(lengths: list[list[int]], length: int, _: torch.device) -> Bounds:
+    return Bounds(torch.tensor([0, *lengths[0]], dtype=torch.int32).cumsum(0), max(lengths[0]))
+
+
+@pytest.fixture
+def graphs():
+    """Return a function that counts graphs; a limit of recompilations that is met is an error."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("one_call", [False, True])
+@pytest.mark.parametrize(("name", "frozen", "way"), CASES)
+def test_compiled_blocks_learn_the_same(name, frozen, way, one_call, graphs, monkeypatch):
+    """In one call packed attention is part of the graphs, otherwise it cuts them."""
+    monkeypatch.setattr("vlbench.model.attention.varlen", lambda: kernel)
+    monkeypatch.setattr("vlbench.model.attention.product_type", lambda _: torch.bfloat16)
+    if one_call:
+        monkeypatch.setattr("vlbench.model.vlm.bounds", bounds)
+    expected = learned(model(name, frozen))
+    vlm = model(name, frozen)
+    names = list(vlm.state_dict())
+    vlm.recompute(way)
+    compiled = Compiled(vlm, backend="aot_eager")
+    for ours, theirs in zip(learned(vlm), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+    made = graphs()
+    assert 0 < made <= (6 if one_call else 12)  # of tower blocks and decoder layers together
+    assert list(vlm.state_dict()) == names
+    ask = vlm.prepare([{"role": "user", "content": "How many?"}])
+    assert len(vlm.generate(ask, max_new_tokens=3)[0]) and graphs() == made
+    compiled.release()
+    assert all("forward" not in vars(module) for module in vlm.modules())
+
+
+@pytest.mark.slow
+def test_torchs_own_compiler_learns_it_too(graphs):
+    expected = learned(model("flamingo", ""))
+    vlm = model("flamingo", "")
+    Compiled(vlm)
+    for ours, theirs in zip(learned(vlm), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+
+
+def test_without_a_compiler_there_is_one_line(tmp_path, monkeypatch, capsys, graphs):
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
+    words = ["recipe=yivl_llava", "only=chat", "trainer.compile=true", f"run={tmp_path / 'run'}"]
+    words += ["stages.chat.steps=1", "stages.chat.batch=2", "log.tensorboard=false"]
+    assert main(["fit", *words]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert "trainer.compile: the blocks could not be compiled in stage chat" in said[-1]
+    assert len(said) == 1

@@ -1,0 +1,58 @@
+"""Decoder layers and tower blocks compiled, one by one and for rows of any length.
+
+What is compiled is `forward` alone: hooks of a block (those that inject, those of shards) stay
+outside, so that all blocks share a few graphs and the names of weights do not change.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import nn
+
+from vlbench.model.vlm import VLM
+
+
+class Compiled:
+    """The blocks of a model, compiled until `release`; while it does not train they are not."""
+
+    def __init__(self, vlm: VLM, wanted: bool = True, backend: str = "inductor") -> None:
+        """Compile with `backend` of torch, if `wanted`; it works at the first call of a block."""
+        self._blocks: list[nn.Module] = []
+        if wanted:
+            self._blocks = [*vlm.language.model.layers, *vlm.vision.blocks()]
+            # it would cut graphs to send gradients early, which blocks do anyway
+            torch._dynamo.config.optimize_ddp = False
+        for block in self._blocks:
+            compiled = torch.compile(block.forward, dynamic=True, backend=backend)
+            block.forward = _while_training(vlm, block.forward, compiled)
+
+    def release(self) -> None:
+        """Leave the blocks as they were."""
+        for block in self._blocks:
+            del block.forward  # the attribute of this one object: its class has the method
+        self._blocks = []
+
+
+def _while_training(
+    vlm: VLM, plain: Callable[..., Any], compiled: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Return `compiled` while `vlm` trains, `plain` at other times.
+
+    Held-out losses and answers have other types and lengths, so other graphs, and are few.
+    """
+
+    @functools.wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return (compiled if vlm.training else plain)(*args, **kwargs)
+
+    return forward
+
+
+def of_compiler(error: BaseException) -> bool:
+    """Tell whether `error` is the compiler's: it is missing, or stumbles over a block."""
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
