@@ -33,7 +33,7 @@ from vlbench.train.checkpointing import settle
 from vlbench.train.legs import plan
 from vlbench.train.module import Training, freeze
 from vlbench.train.speed import peak_flops, peak_memory
-from vlbench.train.stages import root_device, trainer_of
+from vlbench.train.trainer import root_device, trainer_of
 
 WARM = 2
 BATCH = 16

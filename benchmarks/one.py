@@ -27,7 +27,7 @@ from vlbench.data.steps import Step
 from vlbench.model.vlm import VLM
 from vlbench.schema import Stage, Train
 from vlbench.train.module import Training, Watcher, freeze
-from vlbench.train.stages import trainer_of
+from vlbench.train.trainer import trainer_of
 
 BATCH = 16  # conversations in an optimizer step
 STEPS = 10

@@ -18,7 +18,7 @@ from vlbench.schema import Recipe
 from vlbench.train.dry import measure
 from vlbench.train.legs import plan
 from vlbench.train.speed import peak_memory
-from vlbench.train.stages import trainer_of
+from vlbench.train.trainer import trainer_of
 
 
 def main(words: list[str]) -> int:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch._dynamo
 from torch import nn
 
 from vlbench.model.vlm import VLM
@@ -25,8 +24,10 @@ class Compiled:
         self._blocks: list[nn.Module] = []
         if wanted:
             self._blocks = [*vlm.language.model.layers, *vlm.vision.blocks()]
+            from torch import _dynamo  # it takes a second
+
             # it would cut graphs to send gradients early, which blocks do anyway
-            torch._dynamo.config.optimize_ddp = False
+            _dynamo.config.optimize_ddp = False
         for block in self._blocks:
             compiled = torch.compile(block.forward, dynamic=True, backend=backend)
             block.forward = _while_training(vlm, block.forward, compiled)

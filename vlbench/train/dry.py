@@ -20,7 +20,8 @@ from vlbench.train.legs import Leg, check_data, steps_of
 from vlbench.train.module import Training, Watcher, freeze
 from vlbench.train.sizes import check_sizes
 from vlbench.train.speed import peak_memory
-from vlbench.train.stages import explained, hold, prepare, root_device, trainer_of
+from vlbench.train.stages import hold, prepare
+from vlbench.train.trainer import explained, root_device, trainer_of
 
 LOOKED_AT = 16  # steps of a stage among which the longest is taken
 TIMED = 2  # steps after the longest, which comes first and is slower than those to come

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import time
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.profilers import PyTorchProfiler
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
 from vlbench import ranks
 from vlbench.data.sources import stage_data
 from vlbench.mistakes import Mistake
-from vlbench.model.compiled import Compiled, of_compiler
+from vlbench.model.compiled import Compiled
 from vlbench.model.compose import compose
 from vlbench.model.held import Held
 from vlbench.model.vlm import VLM
@@ -31,7 +22,7 @@ from vlbench.train import checkpoint, report
 from vlbench.train.checkpoint import Position
 from vlbench.train.checkpointing import settle
 from vlbench.train.frozen import remember
-from vlbench.train.join import joined, leave, sharded, spread
+from vlbench.train.join import joined, leave, sharded
 from vlbench.train.legs import Leg, check_data, held_out_batches, plan, steps_of
 from vlbench.train.loggers import loggers_of
 from vlbench.train.module import Training, Watcher, check_objective, freeze
@@ -39,9 +30,8 @@ from vlbench.train.progress import Progress, cut
 from vlbench.train.restore import begin, restore
 from vlbench.train.run import Run, open_run
 from vlbench.train.sizes import check_sizes
+from vlbench.train.trainer import explained, root_device, trainer_of
 from vlbench.train.watchers import HeldOut, Interrupts, NotFinite, Quarantine, Saving
-
-PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed"}
 
 
 def fit(recipe: Recipe) -> int:
@@ -255,50 +245,7 @@ def hold(recipe: Recipe, vlm: VLM) -> Held:
     return Held(vlm, recipe.precision == "bf16" and not sharded(recipe))
 
 
-def root_device(recipe: Recipe) -> torch.device:
-    """Return the device that the recipe trains on."""
-    return trainer_of(recipe, [], None).strategy.root_device
-
-
 def changes(part: str, stages: list[Stage]) -> bool:
     """Tell whether stages change the weights of `part`: adapters do when others replace them."""
     ways = [stage.parts[part].lora for stage in stages if part in stage.parts]
     return any(way is None for way in ways) or any(way != ways[0] for way in ways)
-
-
-@contextlib.contextmanager
-def explained(leg: Leg) -> Iterator[None]:
-    """Turn what may end a stage from outside into one line that says what to do."""
-    try:
-        yield
-    except SIGTERMException:
-        pass  # the checkpoint is written; Lightning leaves the loop this way
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise report.out_of_memory(leg.name, leg.stage) from error
-    except RuntimeError as error:
-        if of_compiler(error):
-            raise report.not_compiled(leg.name, error) from error
-        if "can't allocate memory" not in str(error):
-            raise
-        raise report.out_of_memory(leg.name, leg.stage) from error
-
-
-def trainer_of(recipe: Recipe, loggers: list[Logger], folder: Path | None) -> pl.Trainer:
-    """Return the Lightning Trainer of one stage; it saves nothing by itself.
-
-    With `profile=true` a trace of some steps is written into `folder`.
-    """
-    warnings.filterwarnings("ignore", module="lightning.*")  # they address authors of loops
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    return pl.Trainer(
-        **spread(recipe.trainer),
-        precision=PRECISION[recipe.precision],
-        max_epochs=1,
-        logger=loggers,
-        profiler=PyTorchProfiler(folder, "profile") if recipe.profile and folder else None,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-        use_distributed_sampler=False,
-    )

@@ -1,0 +1,67 @@
+"""Lightning's Trainer of one stage, where it runs, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import PyTorchProfiler
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from vlbench.model.compiled import of_compiler
+from vlbench.schema import Recipe
+from vlbench.train import report
+from vlbench.train.join import spread
+from vlbench.train.legs import Leg
+
+PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed"}
+
+
+def root_device(recipe: Recipe) -> torch.device:
+    """Return the device that the recipe trains on."""
+    return trainer_of(recipe, [], None).strategy.root_device
+
+
+def trainer_of(recipe: Recipe, loggers: list[Logger], folder: Path | None) -> pl.Trainer:
+    """Return the Lightning Trainer of one stage; it saves nothing by itself.
+
+    With `profile=true` a trace of some steps is written into `folder`.
+    """
+    warnings.filterwarnings("ignore", module="lightning.*")  # they address authors of loops
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    return pl.Trainer(
+        **spread(recipe.trainer),
+        precision=PRECISION[recipe.precision],
+        max_epochs=1,
+        logger=loggers,
+        profiler=PyTorchProfiler(folder, "profile") if recipe.profile and folder else None,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        use_distributed_sampler=False,
+    )
+
+
+@contextlib.contextmanager
+def explained(leg: Leg) -> Iterator[None]:
+    """Turn what may end a stage from outside into one line that says what to do."""
+    try:
+        yield
+    except SIGTERMException:
+        pass  # the checkpoint is written; Lightning leaves the loop this way
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise report.out_of_memory(leg.name, leg.stage) from error
+    except RuntimeError as error:
+        if of_compiler(error):
+            raise report.not_compiled(leg.name, error) from error
+        if "can't allocate memory" not in str(error):
+            raise
+        raise report.out_of_memory(leg.name, leg.stage) from error
