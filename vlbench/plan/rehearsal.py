@@ -1,0 +1,60 @@
+"""What a micro-batch takes beside weights, gradients and moments: the step itself, rehearsed."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from vlbench.model.vlm import VLM
+from vlbench.plan.ledger import Ledger
+from vlbench.plan.outline import Sample, batch_of
+
+BACKWARD = "backward"
+"""What exists only while gradients are computed."""
+
+
+class Rehearsal:
+    """A model whose forward and backward pass run on shapes alone."""
+
+    def __init__(self, vlm: VLM, precision: str) -> None:
+        """Take over a model on `meta`, made ready for its stage; `precision` is the recipe's."""
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._ledger = Ledger(vlm.language.config.vocab_size)
+        self._vlm, self._half = vlm, precision == "bf16"
+        with self._acting():
+            vlm.to_empty(device="cpu")  # the device whose code is always there; nothing is computed
+            vlm.language.tie_weights()
+            for parameter in vlm.parameters():
+                if parameter.requires_grad:
+                    parameter.grad = torch.empty_like(parameter)  # those of micro-batches before
+
+    def take(self, row: list[Sample], way: str) -> dict[str, int]:
+        """Return bytes by kind at the peak of a micro-batch of one row, recomputed by `way`."""
+        vlm = self._vlm
+        vlm.recompute(way)
+        with self._acting():
+            batch = batch_of(row, vlm.connector.tokens_per_image, vlm.vision.image_size)
+            self._ledger.begin(batch.pixels)
+            # one micro-batch after the other: autocast keeps its copies until the step is done
+            with torch.autocast("cpu", torch.bfloat16, enabled=self._half):
+                out = vlm(batch)
+                parts = [out.loss_sum, *(value for value, _ in out.extra.values())]
+                self._ledger.kind = BACKWARD
+                torch.stack([part.float() for part in parts if part is not None]).sum().backward()
+            self._ledger.kind = "activations"
+        return self._ledger.at_peak
+
+    @contextlib.contextmanager
+    def _acting(self) -> Iterator[None]:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # with more a CPU repeats keys for them, as no GPU does
+        try:
+            with warnings.catch_warnings(), self._fake, self._ledger:
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            torch.set_num_threads(threads)
