@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vlbench.model.vlm import VLM
@@ -26,8 +27,7 @@ class Rehearsal:
         self._ledger = Ledger(vlm.language.config.vocab_size)
         self._vlm, self._half = vlm, precision == "bf16"
         with self._acting():
-            vlm.to_empty(device="cpu")  # the device whose code is always there; nothing is computed
-            vlm.language.tie_weights()
+            _move(vlm)
             for parameter in vlm.parameters():
                 if parameter.requires_grad:
                     parameter.grad = torch.empty_like(parameter)  # those of micro-batches before
@@ -58,3 +58,24 @@ class Rehearsal:
                 yield
         finally:
             torch.set_num_threads(threads)
+
+
+def _move(model: nn.Module) -> None:
+    """Move a model from `meta` to a CPU without values; weights that are shared stay so.
+
+    On `meta` autocast does nothing and attention has other code. A CPU's is always there, and keeps
+    what a GPU's keeps.
+    """
+    moved: dict[int, Tensor] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, one in held.items():
+                if one is None:
+                    continue
+                if id(one) not in moved:
+                    made = torch.empty(one.shape, dtype=one.dtype)
+                    trained = one.requires_grad
+                    moved[id(one)] = (
+                        nn.Parameter(made, trained) if isinstance(one, nn.Parameter) else made
+                    )
+                held[name] = moved[id(one)]  # type: ignore[assignment]
