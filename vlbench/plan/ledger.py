@@ -29,6 +29,8 @@ class Ledger(TorchDispatchMode):
 
     kind = "activations"
     """What is made now counts as this, but for copies of weights, and logits."""
+    phase = ""
+    """Peaks are kept for each phase apart."""
 
     def __init__(self, vocabulary: int) -> None:
         """Begin with nothing; logits are known by their last side, `vocabulary`."""
@@ -40,13 +42,16 @@ class Ledger(TorchDispatchMode):
         """Count anew: of all that is there by now, `given` alone."""
         self._live: dict[str, int] = {}
         self._open: dict[int, int] = {}
-        self._total = self.peak = 0
-        self.at_peak: dict[str, int] = {}
+        self._total = 0
+        self.peaks: dict[str, dict[str, int]] = {}
+        self._most: dict[str, int] = {}
         for one in given:
             self._note(one, self.kind)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation on shapes, or on whole numbers for real, and note what it makes."""
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # asked for three times as often as anything is computed
         kwargs = kwargs or {}
         given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
         if _stays_real(func, given, kwargs):
@@ -74,8 +79,8 @@ class Ledger(TorchDispatchMode):
         self._open[storage._cdata] = size
         self._live[kind] = self._live.get(kind, 0) + size
         self._total += size
-        if self._total > self.peak:
-            self.peak, self.at_peak = self._total, dict(self._live)
+        if self._total > self._most.get(self.phase, 0):
+            self._most[self.phase], self.peaks[self.phase] = self._total, dict(self._live)
         weakref.finalize(storage, self._gone, self._open, storage._cdata, kind)
 
     def _gone(self, opened: dict[int, int], address: int, kind: str) -> None:

@@ -10,9 +10,10 @@ from torch import nn
 
 from vlbench.model.shard import units
 from vlbench.model.vlm import VLM
+from vlbench.plan.depth import Rehearsals
 from vlbench.plan.ledger import COPIES, LOGITS
 from vlbench.plan.outline import Sample, row_of
-from vlbench.plan.rehearsal import BACKWARD, Rehearsal
+from vlbench.plan.rehearsal import BACKWARD
 from vlbench.train.checkpointing import STATES
 
 Memory = dict[str, float]
@@ -27,33 +28,28 @@ MOST = 1 << 17  # row_tokens beyond which nobody asks
 
 @dataclass
 class Stage:
-    """A stage whose memory can be asked for; the model is on `meta`, made ready for it."""
+    """A stage whose memory can be asked for."""
 
     vlm: VLM
+    """On `meta`, made ready for the stage."""
+    rehearsals: Rehearsals
     sample: Sample
-    precision: str
+    width: int
+    """Bytes of a number in products."""
     world: int
     """Ranks that share the model."""
-    known: dict[tuple[int, str], dict[str, int]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Count what lasts, then hand the model over to be rehearsed."""
-        self.lasting = {
-            strategy: lasting(self.vlm, strategy, self.world, 2 if self.precision == "bf16" else 4)
-            for strategy in ("ddp", "fsdp2")
-        }
-        self.rehearsal = Rehearsal(self.vlm, self.precision)
+    known: dict[tuple[int, str], dict[str, float]] = field(default_factory=dict)
 
     def memory(self, strategy: str, way: str, row_tokens: int) -> Memory:
         """Return the bytes of a rank when its rows are full."""
         asked = (row_tokens, way)
         if asked not in self.known:
             places = self.vlm.connector.tokens_per_image
-            self.known[asked] = self.rehearsal.take(row_of(self.sample, *asked[:1], places), way)
+            self.known[asked] = self.rehearsals.take(row_of(self.sample, row_tokens, places), way)
         step = self.known[asked]
         if strategy == "fsdp2" and self.world > 1:  # weights are gathered in the type of products
             step = {kind: size for kind, size in step.items() if kind != COPIES}
-        found = self.lasting[strategy] | step
+        found = lasting(self.vlm, strategy, self.world, self.width) | step
         return {kind: found.get(kind, 0) for kind in COMPONENTS}
 
     def largest(self, strategy: str, way: str, near: int, room: float) -> int:

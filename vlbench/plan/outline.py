@@ -17,8 +17,9 @@ from vlbench.data.tokenizer import Tokenizer
 from vlbench.mistakes import Mistake
 from vlbench.model.compose import options_of
 from vlbench.model.language import TINY, random_language
+from vlbench.model.vision import Tower
 from vlbench.model.vlm import VLM
-from vlbench.schema import Recipe, Stage
+from vlbench.schema import Recipe
 from vlbench.train.module import check_objective, freeze
 from vlbench.train.sizes import outline
 
@@ -33,16 +34,29 @@ class Sample(NamedTuple):
     """Positions whose next token is learned."""
 
 
-def outlined(recipe: Recipe, name: str, stage: Stage) -> VLM:
+class Depth(NamedTuple):
+    """How deep a model is."""
+
+    decoder: int
+    """Layers of the language model."""
+    tower: int
+    """Blocks of the tower that are computed."""
+
+
+def outlined(recipe: Recipe, name: str, depth: Depth | None = None) -> VLM:
     """Return the model of a stage on `meta`, at its image size, with its parts frozen or not.
 
-    Nothing is fetched for weights that a hub id names: they have the architecture of
+    With `depth` it has as many layers instead of its own. Nothing is fetched for weights that a hub id names: they have the architecture of
     `language.name`.
     """
+    stage = recipe.stages[name]
     local = Path(recipe.language.weights).expanduser().is_dir()
     language = recipe.language if local else dataclasses.replace(recipe.language, weights="random")
     tower, config = outline(dataclasses.replace(recipe, language=language))
     tower.resize(stage.image_size)
+    if depth is not None:
+        config.num_hidden_layers = depth.decoder
+        _cut(tower, depth.tower)
     try:
         with torch.device("meta"):
             vlm = VLM(
@@ -59,6 +73,16 @@ def outlined(recipe: Recipe, name: str, stage: Stage) -> VLM:
     except ValueError as error:
         raise Mistake(str(error)) from error
     return vlm
+
+
+def _cut(tower: Tower, blocks: int) -> None:
+    """Leave a tower its first blocks; the features are those of the last."""
+    visual = tower.visual
+    if hasattr(visual, "trunk"):
+        visual.trunk.blocks = visual.trunk.blocks[:blocks]
+    else:
+        visual.transformer.resblocks = visual.transformer.resblocks[:blocks]
+    tower.index = blocks - 1
 
 
 def row_of(sample: Sample, row_tokens: int, places: int) -> list[Sample]:

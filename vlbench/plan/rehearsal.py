@@ -16,6 +16,10 @@ from vlbench.plan.outline import Sample, batch_of
 
 BACKWARD = "backward"
 """What exists only while gradients are computed."""
+TOWER = "tower"
+"""The phase in which the gradients of the tower are computed; the phase before has no name."""
+Peaks = dict[str, dict[str, int]]
+"""Bytes by kind, at the peak of each phase."""
 
 
 class Rehearsal:
@@ -31,22 +35,28 @@ class Rehearsal:
             for parameter in vlm.parameters():
                 if parameter.requires_grad:
                     parameter.grad = torch.empty_like(parameter)  # those of micro-batches before
+        vlm.vision.register_forward_hook(self._await_tower)
 
-    def take(self, row: list[Sample], way: str) -> dict[str, int]:
-        """Return bytes by kind at the peak of a micro-batch of one row, recomputed by `way`."""
-        vlm = self._vlm
+    def take(self, row: list[Sample], way: str) -> Peaks:
+        """Return what a micro-batch of one row takes at its peaks, recomputed by `way`."""
+        vlm, ledger = self._vlm, self._ledger
         vlm.recompute(way)
         with self._acting():
             batch = batch_of(row, vlm.connector.tokens_per_image, vlm.vision.image_size)
-            self._ledger.begin(batch.pixels)
+            ledger.kind, ledger.phase = "activations", ""
+            ledger.begin(batch.pixels)
             # one micro-batch after the other: autocast keeps its copies until the step is done
             with torch.autocast("cpu", torch.bfloat16, enabled=self._half):
                 out = vlm(batch)
                 parts = [out.loss_sum, *(value for value, _ in out.extra.values())]
-                self._ledger.kind = BACKWARD
+                ledger.kind = BACKWARD
                 torch.stack([part.float() for part in parts if part is not None]).sum().backward()
-            self._ledger.kind = "activations"
-        return self._ledger.at_peak
+        return ledger.peaks
+
+    def _await_tower(self, tower: nn.Module, given: object, features: Tensor) -> None:
+        """Begin the tower's phase when the gradient of its features is there."""
+        if features.requires_grad:
+            features.register_hook(lambda gradient: setattr(self._ledger, "phase", TOWER))
 
     @contextlib.contextmanager
     def _acting(self) -> Iterator[None]:

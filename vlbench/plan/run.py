@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 from vlbench import recipe as recipes
@@ -10,6 +11,7 @@ from vlbench.mistakes import Mistake
 from vlbench.plan import show
 from vlbench.plan.arrange import STRATEGIES, Arrangement, arrangements, cheapest
 from vlbench.plan.asked import Asked, chosen
+from vlbench.plan.depth import Rehearsals
 from vlbench.plan.gpus import Gpu
 from vlbench.plan.memory import Stage
 from vlbench.plan.outline import outlined
@@ -58,12 +60,15 @@ def plan(asked: Asked) -> Plan:
         if stage.objective != "language":
             left_out.append(name)
             continue
-        vlm = outlined(recipe, name, stage)
+        vlm = outlined(recipe, name)
         pairs = asked.samples[place] if asked.samples else None
         text = asked.text_tokens[place] if asked.text_tokens else None
         works[name], guessed = work_of(recipe, name, vlm, pairs, text)
         assumed |= guessed
-        stages[name] = Stage(vlm, works[name].sample, recipe.precision, asked.world)
+        make = functools.partial(outlined, recipe, name)
+        rehearsals = Rehearsals(vlm, make, recipe.precision)
+        width = 2 if recipe.precision == "bf16" else 4
+        stages[name] = Stage(vlm, rehearsals, works[name].sample, width, asked.world)
     if not stages:
         raise Mistake("there is no stage to plan: plan counts stages that learn language")
     rows = {name: recipe.stages[name].row_tokens for name in stages}
