@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vlbench.model.recompute import WAYS
-from vlbench.plan.memory import Memory, Stage, total
+from vlbench.plan.memory import Memory, StageMemory, total
 from vlbench.plan.work import Work
 
 STRATEGIES = ("ddp", "fsdp2")
@@ -28,7 +28,7 @@ class Arrangement:
 
 
 def arrangements(
-    stages: Mapping[str, Stage],
+    stages: Mapping[str, StageMemory],
     works: Mapping[str, Work],
     rows: Mapping[str, int],
     room: float,
@@ -47,7 +47,10 @@ def arrangements(
 
 
 def cheapest(
-    found: list[Arrangement], stages: Mapping[str, Stage], rows: Mapping[str, int], room: float
+    found: list[Arrangement],
+    stages: Mapping[str, StageMemory],
+    rows: Mapping[str, int],
+    room: float,
 ) -> tuple[Arrangement, dict[str, int]] | None:
     """Return what takes least and fits, with the row_tokens that have to change.
 

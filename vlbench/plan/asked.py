@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vlbench import recipe as recipes
-from vlbench.mistakes import Mistake
+from vlbench.mistakes import Mistake, nearest
 from vlbench.plan.gpus import Gpu, gpu_of
-from vlbench.schema import Recipe
+from vlbench.schema import Recipe, keys
 from vlbench.words import number, truth
 
 OWN = ("gpu", "gpus", "mfu", "price", "samples", "text_tokens", "probe")
@@ -50,6 +50,8 @@ def parse(words: list[str]) -> Asked:
     for word in words:
         key, equals, value = word.partition("=")
         if not (equals and key in OWN):
+            if key.partition(".")[0] not in keys(Recipe) and (close := nearest(key, OWN)):
+                raise Mistake(f"'{word}' is no key of plan or of a recipe.{close}")
             others.append(word)
         elif key in own:
             raise Mistake(f"{key} is given twice, as '{own[key]}' and '{value}'")

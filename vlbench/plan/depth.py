@@ -29,7 +29,7 @@ class Rehearsals:
             models = [make(None)]
         self._rehearsals = [Rehearsal(model, precision) for model in models]
 
-    def take(self, row: list[Sample], way: str) -> dict[str, float]:
+    def take(self, row: Sample, way: str) -> dict[str, float]:
         """Return bytes by kind at the peak of a micro-batch of one row, recomputed by `way`."""
         taken = [one.take(row, way) for one in self._rehearsals]
         phases = {phase: self._at_depth(taken, phase) for phase in taken[0]}

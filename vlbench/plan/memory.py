@@ -22,12 +22,13 @@ COMPONENTS = (
     *("weights", "gradients", "optimizer", "exchange"),
     *(COPIES, "activations", LOGITS, BACKWARD),
 )
+TRIES = 4  # until the largest row is known well enough
 STEP = 256  # row_tokens are proposed in multiples of it
 MOST = 1 << 17  # row_tokens beyond which nobody asks
 
 
 @dataclass
-class Stage:
+class StageMemory:
     """A stage whose memory can be asked for."""
 
     vlm: VLM
@@ -55,23 +56,26 @@ class Stage:
     def largest(self, strategy: str, way: str, near: int, room: float) -> int:
         """Return the most row_tokens with which a step needs at most `room` bytes; 0 if none.
 
-        Memory grows with the row almost as a line: it is tried where a line through two rows says.
+        Memory grows with the row almost as a line, so it is tried where a line through the last two
+        tries says, the first being no row at all and `near` tokens.
         """
+        steady = total(lasting(self.vlm, strategy, self.world, self.width))
         least = math.ceil(self.sample.length)
-        low, high = max(least, near), max(least, 2 * near)
-        sizes = [total(self.memory(strategy, way, n)) for n in (low, high)]
-        slope = max((sizes[1] - sizes[0]) / (high - low), 1e-9) if high > low else math.inf
-        guess = low + (room - sizes[0]) / slope
-        for _ in range(4):
-            row = min(MOST, int(guess // STEP) * STEP)
-            if row < least:
+        if steady > room:
+            return 0
+        before, row, best = (0, steady), max(least, near), 0
+        for _ in range(TRIES):
+            needed = total(self.memory(strategy, way, row))
+            if needed <= room:
+                best = max(best, row)
+            slope = max((needed - before[1]) / (row - before[0]), 1.0)
+            guess = row + (room - needed) / slope
+            before, row = (row, needed), min(MOST, int(guess // STEP) * STEP)
+            if row in (best, before[0]) or row < least:
                 break
-            over = total(self.memory(strategy, way, row)) - room
-            if over <= 0:
-                return row
-            guess = min(row - 1, row - over / slope)
-        fits = total(self.memory(strategy, way, least)) <= room
-        return least if fits else 0
+        if not best and total(self.memory(strategy, way, least)) <= room:
+            return least
+        return best
 
 
 def total(memory: Memory) -> float:

@@ -46,8 +46,8 @@ class Depth(NamedTuple):
 def outlined(recipe: Recipe, name: str, depth: Depth | None = None) -> VLM:
     """Return the model of a stage on `meta`, at its image size, with its parts frozen or not.
 
-    With `depth` it has as many layers instead of its own. Nothing is fetched for weights that a hub id names: they have the architecture of
-    `language.name`.
+    With `depth` it has as many layers instead of its own. Nothing is fetched for weights that a hub
+    id names: they have the architecture of `language.name`.
     """
     stage = recipe.stages[name]
     local = Path(recipe.language.weights).expanduser().is_dir()
@@ -85,56 +85,38 @@ def _cut(tower: Tower, blocks: int) -> None:
     tower.index = blocks - 1
 
 
-def row_of(sample: Sample, row_tokens: int, places: int) -> list[Sample]:
-    """Return the samples of a row that is full: as many as go in, the last with the rest of it.
+def row_of(sample: Sample, row_tokens: int, places: int) -> Sample:
+    """Return a full row as one long sample; what is longer than a row has one of its own.
 
-    What is longer than a row has one of its own. `places` are those of a picture.
+    Attention takes no more memory for a long sample than for several short ones. `places` are those
+    of a picture; where the last sample would be cut, the row ends in text.
     """
-    count = max(1, int(row_tokens // sample.length))
-    length = max(round(sample.length), 1)
-    images = _spread(sample.images, count, max(0, (length - 1) // places))
-    learned = _spread(sample.supervised, count, length)
-    row = [Sample(length, *each) for each in zip(images, learned, strict=True)]
-    rest = max(0, row_tokens - count * length)
-    share = sample.supervised / max(1.0, sample.length - sample.images * places)
-    row[-1] = Sample(length + rest, row[-1].images, row[-1].supervised + round(rest * share))
-    return row
+    length = max(row_tokens, math.ceil(sample.length))
+    count = max(1, int(length // sample.length))
+    images = min(round(count * sample.images), (length - 1) // places)
+    learned = sample.supervised / max(1.0, sample.length - sample.images * places)
+    return Sample(length, images, min(length, round(learned * (length - images * places))))
 
 
-def _spread(mean: float, count: int, most: int) -> list[int]:
-    """Return `count` whole numbers of at most `most` whose mean is about `mean`."""
-    ends = [math.floor(mean * number + 0.5) for number in range(count + 1)]
-    return [min(most, after - before) for before, after in zip(ends, ends[1:], strict=False)]
-
-
-def batch_of(row: list[Sample], places: int, side: int) -> Batch:
-    """Return a micro-batch of one row: every sample's pictures, then its text, learned at the end.
+def batch_of(row: Sample, places: int, side: int) -> Batch:
+    """Return a micro-batch of one row: the pictures, then the text, learned at the end.
 
     Whole numbers are real; make it where other tensors have no values.
     """
-    ids, labels, index, positions, image_index, first = [], [], [], [], [], 0
-    for number, (length, images, supervised) in enumerate(row):
-        length, images, supervised = int(length), int(images), int(supervised)
-        own = torch.zeros(length, dtype=torch.long)
-        own[: images * places] = IMAGE
-        learned = torch.full_like(own, IGNORE)
-        learned[length - min(supervised, length) :] = 0
-        ids.append(own)
-        labels.append(learned)
-        index.append(torch.full_like(own, number))
-        positions.append(torch.arange(length))
-        image_index.append(image_of(own, places, first))
-        first += images
-    label = torch.cat(labels)
+    length, images, supervised = (int(count) for count in row)
+    ids = torch.zeros(length, dtype=torch.long)
+    labels = torch.full_like(ids, IGNORE)
+    ids[: images * places] = IMAGE
+    labels[length - supervised :] = 0
     return Batch(
-        ids=torch.cat(ids)[None],
-        labels=label[None],
-        positions=torch.cat(positions)[None],
-        sample_index=torch.cat(index)[None],
-        image_index=torch.cat(image_index)[None],
-        pixels=torch.zeros(first, 3, side, side),
-        sample_id=[str(number) for number in range(len(row))],
-        lengths=[[int(length) for length, _, _ in row]],
-        tokens=int((label != IGNORE).sum()),
-        image_id=[str(number) for number in range(first)],
+        ids=ids[None],
+        labels=labels[None],
+        positions=torch.arange(length)[None],
+        sample_index=torch.zeros(1, length, dtype=torch.long),
+        image_index=image_of(ids, places, 0)[None],
+        pixels=torch.zeros(images, 3, side, side),
+        sample_id=["row"],
+        lengths=[[length]],
+        tokens=supervised,
+        image_id=[str(number) for number in range(images)],
     ).located()

@@ -37,7 +37,7 @@ class Rehearsal:
                     parameter.grad = torch.empty_like(parameter)  # those of micro-batches before
         vlm.vision.register_forward_hook(self._await_tower)
 
-    def take(self, row: list[Sample], way: str) -> Peaks:
+    def take(self, row: Sample, way: str) -> Peaks:
         """Return what a micro-batch of one row takes at its peaks, recomputed by `way`."""
         vlm, ledger = self._vlm, self._ledger
         vlm.recompute(way)

@@ -13,7 +13,7 @@ from vlbench.plan.arrange import STRATEGIES, Arrangement, arrangements, cheapest
 from vlbench.plan.asked import Asked, chosen
 from vlbench.plan.depth import Rehearsals
 from vlbench.plan.gpus import Gpu
-from vlbench.plan.memory import Stage
+from vlbench.plan.memory import StageMemory
 from vlbench.plan.outline import outlined
 from vlbench.plan.work import Work, work_of
 from vlbench.train.checkpointing import SPARE
@@ -24,7 +24,7 @@ class Plan:
     """What was found."""
 
     asked: Asked
-    stages: dict[str, Stage]
+    stages: dict[str, StageMemory]
     works: dict[str, Work]
     assumed: bool
     """Whether lengths are assumed."""
@@ -52,7 +52,7 @@ def room_of(gpu: Gpu) -> float:
 def plan(asked: Asked) -> Plan:
     """Count everything; nothing is trained, and no weight takes memory."""
     recipe = asked.recipe
-    stages: dict[str, Stage] = {}
+    stages: dict[str, StageMemory] = {}
     works: dict[str, Work] = {}
     left_out, assumed = [], False
     for name, place in chosen(recipe).items():
@@ -68,7 +68,7 @@ def plan(asked: Asked) -> Plan:
         make = functools.partial(outlined, recipe, name)
         rehearsals = Rehearsals(vlm, make, recipe.precision)
         width = 2 if recipe.precision == "bf16" else 4
-        stages[name] = Stage(vlm, rehearsals, works[name].sample, width, asked.world)
+        stages[name] = StageMemory(vlm, rehearsals, works[name].sample, width, asked.world)
     if not stages:
         raise Mistake("there is no stage to plan: plan counts stages that learn language")
     rows = {name: recipe.stages[name].row_tokens for name in stages}

@@ -92,7 +92,7 @@ def _work(plan: Plan) -> list[str]:
 def _memory(plan: Plan) -> list[str]:
     asked, way = plan.asked, _way(plan)
     head = f"memory of a GPU at the peak, in GB; {plan.room / 1e9:.1f} are there"
-    rows = [("stage", "row_tokens", *COMPONENTS, "sum", "", "fit")]
+    rows: list[tuple[str, ...]] = [("stage", "row_tokens", *COMPONENTS, "sum", "", "fit")]
     for name, stage in plan.stages.items():
         row = plan.rows[name]
         memory = stage.memory(asked.strategy, way, row)
@@ -103,7 +103,7 @@ def _memory(plan: Plan) -> list[str]:
 
 def _arrangements(plan: Plan) -> list[str]:
     least = min(one.operations for one in plan.arrangements)
-    rows = [("arrangement", "stage", *COMPONENTS, "sum", "", "time")]
+    rows: list[tuple[str, ...]] = [("arrangement", "stage", *COMPONENTS, "sum", "", "time")]
     for one in plan.arrangements:
         name = f"{one.strategy} {one.way}" if plan.asked.world > 1 else one.way
         time = f"x {one.operations / least:.2f}"

@@ -78,7 +78,7 @@ def work_of(
         sample=sample,
         samples=steps * stage.batch,
         steps=steps,
-        each=_of(flops, sample),
+        each=operations_of(flops, sample),
         again=_again(vlm, sample),
     )
     return work, data is None or text is not None
@@ -116,7 +116,7 @@ def _mean(samples: Iterator[Sample], name: str) -> Sample:
     return Sample(*(mean(column) for column in zip(*found, strict=True)))
 
 
-def _of(flops: StepFlops, sample: Sample) -> float:
+def operations_of(flops: StepFlops, sample: Sample) -> float:
     """Return the operations of a sample, forward and backward."""
     pairs = sample.length * (sample.length + 1) / 2
     return (
