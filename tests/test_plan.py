@@ -8,18 +8,26 @@ from typing import Any
 
 import pytest
 import torch
+from test_flops import counted
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vlbench import recipe as recipes
+from vlbench.__main__ import main
 from vlbench.data.batch import Batch
 from vlbench.model.compose import compose
+from vlbench.model.flops import step_flops
+from vlbench.model.recompute import WAYS
 from vlbench.model.vlm import VLM
+from vlbench.plan import show
+from vlbench.plan.asked import parse
 from vlbench.plan.depth import Rehearsals
-from vlbench.plan.memory import Memory, Stage, total
-from vlbench.plan.outline import outlined
-from vlbench.plan.work import Work, work_of
+from vlbench.plan.memory import StageMemory, total
+from vlbench.plan.outline import Sample, outlined
+from vlbench.plan.rehearsal import Rehearsal
+from vlbench.plan.run import plan
+from vlbench.plan.work import Work, operations_of, work_of
 from vlbench.train.legs import plan as legs_of
 from vlbench.train.legs import steps_of
 from vlbench.train.module import Training, freeze
@@ -38,13 +46,13 @@ def one_thread():
 
 
 @functools.cache
-def planned(recipe: str, stage: str) -> tuple[Stage, Work]:
+def planned(recipe: str, stage: str) -> tuple[StageMemory, Work]:
     """Return a stage of a recipe as `plan` sees it."""
     resolved = recipes.load([f"recipe={recipe}"])
     vlm = outlined(resolved, stage)
     work, _ = work_of(resolved, stage, vlm, None, None)
     rehearsals = Rehearsals(vlm, functools.partial(outlined, resolved, stage), "32")
-    return Stage(vlm, rehearsals, work.sample, 4, 1), work
+    return StageMemory(vlm, rehearsals, work.sample, 4, 1), work
 
 
 @functools.cache
@@ -103,19 +111,133 @@ def measured(recipe: str, stage: str, way: str) -> int:
     return living.peak
 
 
-@pytest.mark.parametrize("recipe", CONNECTORS)
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("way", ["none", "full"])
+MEASURED = [
+    *((recipe, stage, way) for recipe in CONNECTORS[::2] for stage in STAGES for way in WAYS[::2]),
+    ("yivl_qformer", "chat", "selective"),
+    ("yivl_eva", "align_448", "full"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "stage", "way"), MEASURED)
 def test_memory_is_what_a_step_takes(recipe, stage, way):
-    stage_, _ = planned(recipe, stage)
     row = ready(recipe, stage)[2][-1].ids.numel()
-    memory: Memory = stage_.memory("ddp", way, row)
-    real = measured(recipe, stage, way)
-    print(
-        recipe,
-        stage,
-        way,
-        f"{total(memory) / 1e6:.1f} planned {real / 1e6:.1f} measured",
-        f"{total(memory) / real - 1:+.1%}",
+    memory = planned(recipe, stage)[0].memory("ddp", way, row)
+    assert total(memory) == pytest.approx(measured(recipe, stage, way), rel=0.1)
+
+
+@pytest.mark.parametrize("recipe", CONNECTORS[::2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_operations_are_those_of_a_counted_step(recipe, stage):
+    vlm, _, batches = ready(recipe, stage)
+    vlm.recompute("none")
+    lengths = [n for batch in batches for row in batch.lengths for n in row]
+    pictures, learned = (sum(len(b.pixels) for b in batches), sum(b.tokens for b in batches))
+    sample = Sample(*(one / len(lengths) for one in (sum(lengths), pictures, learned)))
+    flops = step_flops(outlined(recipes.load([f"recipe={recipe}"]), stage))
+    spared = flops.pair * sum(n * (n - 1) / 2 for n in lengths)  # torch counts all pairs
+    ours = len(lengths) * operations_of(flops, sample) + spared
+    assert ours == pytest.approx(counted(vlm, batches), rel=0.03)
+
+
+def test_a_few_layers_tell_what_many_take():
+    resolved = recipes.load(["recipe=yivl_flamingo", "size=6b"])
+    vlm = outlined(resolved, "chat")
+    rehearsals = Rehearsals(vlm, functools.partial(outlined, resolved, "chat"), "bf16")
+    assert len(rehearsals.depths) == 3
+    row = Sample(300, 2, 100)
+    shallow = rehearsals.take(row, "full")
+    deep = max(Rehearsal(vlm, "bf16").take(row, "full").values(), key=lambda one: sum(one.values()))
+    assert shallow == pytest.approx(deep, rel=1e-6)
+
+
+def test_34b_is_trained_on_128_gpus_in_shards_alone():
+    words = ["recipe=yivl_llava", "size=34b", "only=chat", "checkpointing=auto"]
+    found = plan(parse([*words, "trainer.devices=8", "trainer.num_nodes=16"]))
+    by_name = {(one.strategy, one.way): one for one in found.arrangements}
+    assert not any(by_name["ddp", way].fits for way in WAYS)
+    assert by_name["fsdp2", "full"].fits
+    sizes = [total(by_name["fsdp2", way].memory) for way in WAYS]
+    assert sizes == sorted(sizes, reverse=True)
+    best = found.best
+    assert best is not None and best[0].strategy == "fsdp2" and best[0].fits
+    text = "\n".join(show.lines(found))
+    assert f"trainer.strategy=fsdp2 checkpointing={best[0].way}" in text
+    stage = found.stages["chat"]
+    most = stage.largest("fsdp2", "full", 4096, found.room)
+    assert most > 4096
+    for row, fits in ((most, True), (most + most // 8, False)):
+        assert (total(stage.memory("fsdp2", "full", row)) <= found.room) is fits
+
+
+@pytest.fixture
+def no_rehearsals(monkeypatch):
+    """Every micro-batch takes a megabyte for a token."""
+    monkeypatch.setattr(
+        Rehearsals, "take", lambda self, row, way: {"activations": 1e6 * row.length}
     )
-    assert total(memory) == pytest.approx(real, rel=0.1)
+
+
+@pytest.mark.parametrize(("size", "days"), [("6b", 3), ("34b", 10)])
+def test_days_stand_beside_those_that_were_reported(size, days, no_rehearsals, capsys):
+    words = ["recipe=yivl_llava", f"size={size}", "trainer.devices=8", "trainer.num_nodes=16"]
+    assert main(["plan", *words, "gpu=a800", "price=2"]) == 0
+    out = capsys.readouterr().out
+    last = out.splitlines()[-1]
+    assert f"reported about {days} days on 128 A800" in last
+    ours = float(last.split("this plan says ")[1].split(" days")[0])
+    assert days / 3 < ours < 1.5 * days
+    assert "US dollars at 2 for a GPU hour" in out and "assumed" in out
+
+
+def test_rows_become_shorter_where_nothing_fits_otherwise(no_rehearsals, tmp_path, capsys):
+    table = tmp_path / "gpus.yaml"
+    table.write_text("Small: {tflops: 100, memory: 1.5, price: 3}\n")
+    words = ["recipe=yivl_llava", "gpu=small", f"gpus={table}", "stages.chat.row_tokens=2048"]
+    assert main(["plan", *words, "only=chat"]) == 0
+    out = capsys.readouterr().out
+    assert "does not fit" in out and "at 3 for a GPU hour" in out
+    last = out.splitlines()[-1]
+    assert last.startswith("cheapest that fits") and "stages.chat.row_tokens=1280" in last
+    table.write_text("Small: {tflops: 100, memory: 0.05}\n")
+    assert main(["plan", *words, "only=chat"]) == 0
+    assert "nothing fits" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_lengths_and_numbers_can_be_given(no_rehearsals):
+    words = ["recipe=yivl_llava", "size=6b", "samples=1e6,2e6,3e6", "text_tokens=100"]
+    works = plan(parse(words)).works
+    assert [round(works[name].samples, -4) for name in works] == [1_000_000, 2_000_000, 6_000_000]
+    assert [works[name].sample.length for name in works] == [356, 1124, 1124]
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("gpu=a801", "Did you mean 'A800'?"),
+        ("gpuu=a800", "Did you mean 'gpu'?"),
+        ("mfu=40", "allowed are numbers from 0.001 to 1"),
+        ("samples=1,2", "one for each of align_224, align_448, chat"),
+        ("text_tokens=many", "text_tokens is 'many'"),
+        ("price=-1", "price is '-1'"),
+        ("stages.chatt.steps=1", "Did you mean 'chat'?"),
+        ("gpus=none.yaml", "none.yaml"),
+    ],
+)
+def test_a_mistake_is_one_line(word, said, capsys):
+    assert main(["plan", "recipe=yivl_llava", word]) == 2
+    out, err = capsys.readouterr()
+    assert said in err and len(err.splitlines()) == 1 and not out
+
+
+@pytest.mark.parametrize("row", ["{tflops: 1}", "{tflops: 0, memory: 1}", "{tflop: 1, memory: 1}"])
+def test_a_table_that_cannot_be_used_is_refused(row, tmp_path, capsys):
+    table = tmp_path / "gpus.yaml"
+    table.write_text(f"Mine: {row}\n")
+    assert main(["plan", "recipe=yivl_llava", "gpu=mine", f"gpus={table}"]) == 2
+    assert "Mine" in capsys.readouterr().err
+
+
+def test_a_probe_tries_a_step(no_rehearsals, capsys):
+    words = ["recipe=yivl_llava", "only=chat", "stages.chat.batch=1", "probe=true"]
+    assert main(["plan", *words]) == 0
+    assert "dry run done" in capsys.readouterr().out

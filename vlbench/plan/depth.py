@@ -22,10 +22,10 @@ class Rehearsals:
     def __init__(self, full: VLM, make: Callable[[Depth | None], VLM], precision: str) -> None:
         """Rehearse `full`; `make` builds the model anew, with another depth."""
         self._depth = depth_of(full)
-        self._depths = depths(full)
-        models = [make(depth) for depth in self._depths]
-        if not _regular(full, models, self._depths):
-            self._depths = [self._depth]
+        self.depths = depths(full)
+        models = [make(depth) for depth in self.depths]
+        if not _regular(full, models, self.depths):
+            self.depths = [self._depth]
             models = [make(None)]
         self._rehearsals = [Rehearsal(model, precision) for model in models]
 
@@ -39,10 +39,10 @@ class Rehearsals:
         """Return the peak of a phase at the depth of the model."""
         first, *others = (peaks.get(phase, {}) for peaks in taken)
         found = {kind: float(size) for kind, size in first.items()}
-        for depth, peak in zip(self._depths[1:], others, strict=True):
+        for depth, peak in zip(self.depths[1:], others, strict=True):
             times = max(
                 (full - base) / (more - base)
-                for full, base, more in zip(self._depth, self._depths[0], depth, strict=True)
+                for full, base, more in zip(self._depth, self.depths[0], depth, strict=True)
                 if more != base
             )
             for kind in found.keys() | peak.keys():
