@@ -56,26 +56,27 @@ class StageMemory:
     def largest(self, strategy: str, way: str, near: int, room: float) -> int:
         """Return the most row_tokens with which a step needs at most `room` bytes; 0 if none.
 
-        Memory grows with the row almost as a line, so it is tried where a line through the last two
-        tries says, the first being no row at all and `near` tokens.
+        Memory grows with the row almost as a line. Up to twice `near` what a line says is tried;
+        beyond, the line through `near` and twice `near` is believed.
         """
-        steady = total(lasting(self.vlm, strategy, self.world, self.width))
-        least = math.ceil(self.sample.length)
-        if steady > room:
+        if total(lasting(self.vlm, strategy, self.world, self.width)) > room:
             return 0
-        before, row, best = (0, steady), max(least, near), 0
+        least = math.ceil(self.sample.length)
+        low = max(least, near)
+        high = 2 * low
+        sizes = [total(self.memory(strategy, way, row)) for row in (low, high)]
+        slope = max((sizes[1] - sizes[0]) / (high - low), 1.0)
+        row, needed = (high, sizes[1]) if sizes[1] <= room else (low, sizes[0])
         for _ in range(TRIES):
+            row = min(MOST, int((row + (room - needed) / slope) // STEP) * STEP)
+            if row >= high:
+                return row
+            if row < least:
+                break
             needed = total(self.memory(strategy, way, row))
             if needed <= room:
-                best = max(best, row)
-            slope = max((needed - before[1]) / (row - before[0]), 1.0)
-            guess = row + (room - needed) / slope
-            before, row = (row, needed), min(MOST, int(guess // STEP) * STEP)
-            if row in (best, before[0]) or row < least:
-                break
-        if not best and total(self.memory(strategy, way, least)) <= room:
-            return least
-        return best
+                return row
+        return least if total(self.memory(strategy, way, least)) <= room else 0
 
 
 def total(memory: Memory) -> float:
