@@ -23,6 +23,8 @@ COMPONENTS = (
     *(COPIES, "activations", LOGITS, BACKWARD),
 )
 TRIES = 4  # until the largest row is known well enough
+PICTURES = 256  # in a row, beyond which it is not tried
+CARE = 0.1  # share by which a line through short rows may be wrong about long ones
 STEP = 256  # row_tokens are proposed in multiples of it
 MOST = 1 << 17  # row_tokens beyond which nobody asks
 
@@ -56,8 +58,8 @@ class StageMemory:
     def largest(self, strategy: str, way: str, near: int, room: float) -> int:
         """Return the most row_tokens with which a step needs at most `room` bytes; 0 if none.
 
-        Memory grows with the row almost as a line. Up to twice `near` what a line says is tried;
-        beyond, the line through `near` and twice `near` is believed.
+        Memory grows with the row almost as a line: what the line through `near` and twice `near`
+        says is tried. Rows of very many pictures take minutes, so there it is believed, less CARE.
         """
         if total(lasting(self.vlm, strategy, self.world, self.width)) > room:
             return 0
@@ -69,10 +71,10 @@ class StageMemory:
         row, needed = (high, sizes[1]) if sizes[1] <= room else (low, sizes[0])
         for _ in range(TRIES):
             row = min(MOST, int((row + (room - needed) / slope) // STEP) * STEP)
-            if row >= high:
-                return row
             if row < least:
                 break
+            if row > high and row * self.sample.images / self.sample.length > PICTURES:
+                return max(high, int(row * (1 - CARE)))
             needed = total(self.memory(strategy, way, row))
             if needed <= room:
                 return row
