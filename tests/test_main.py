@@ -27,6 +27,7 @@ QUICK = [
     ["fit", "recipe=yivl_llava", "connector.detph=1"],
     ["fit", "recipe=yivl_llava", "size=34b"],
     ["score", "task=mmmu", "answers=none", "protocol=official"],
+    ["plan", "recipe=yivl_llava", "gpu=a801"],
     ["chatt"],
 ]
 
@@ -47,7 +48,7 @@ def test_what_only_looks_imports_no_torch(words, tmp_path):
         tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    wrong = ("chatt", "score", "fit")
+    wrong = ("chatt", "score", "fit", "plan")
     mistaken = not words or (words[0] in wrong and words[-1] != "--help")
     assert done.stdout.splitlines()[-1] == f"code {2 if mistaken else 0}"
 

@@ -100,6 +100,16 @@ def compare(words: list[str]) -> int:
     return run_grid(planned)
 
 
+def plan(words: list[str]) -> int:
+    """Say what a training needs."""
+    from vlbench.plan.asked import parse
+
+    asked = parse(words)
+    from vlbench.plan.run import main as plan_training  # after the checks: it takes seconds
+
+    return plan_training(asked)
+
+
 def report(words: list[str]) -> int:
     """Compare finished runs."""
     from vlbench.compare.report import main as compare_runs
@@ -165,6 +175,13 @@ VERBS = {
         "recipe=NAME [size=SIZE] data.train=FILE data.images=FOLDER [out=DIR] [KEY=VALUE ...]",
         "look at all data before training: faults, lengths, what is learned of them",
         check,
+    ),
+    "plan": Verb(
+        "recipe=NAME [size=SIZE] [gpu=A800] [gpus=FILE.yaml] [price=DOLLARS] [mfu=0.4]\n"
+        "       [samples=N,...] [text_tokens=N,...] [trainer.devices=8 trainer.num_nodes=16]\n"
+        "       [probe=true] [KEY=VALUE ...]",
+        "say what a training needs before it is paid for: memory, time, what fits",
+        plan,
     ),
     "pack": Verb(
         "data=FILE.json images=FOLDER to=DIR [samples=10000]",

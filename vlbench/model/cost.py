@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlbench.model.compose import compose
-from vlbench.model.flops import head_width
+from vlbench.model.flops import head_width, real
 from vlbench.model.vlm import VLM
 from vlbench.schema import Recipe
 
@@ -55,7 +55,7 @@ def count(vlm: VLM) -> Cost:
         embeds = torch.zeros(1, length, shapes.lm_width, dtype=kind)
         positions = torch.arange(length)[None]
     # real numbers: the text is sorted by what it sees
-    sees = torch.zeros(1, length, dtype=torch.long, device=_real(vlm.device))
+    sees = torch.zeros(1, length, dtype=torch.long, device=real(vlm.device))
     counter: Any = FlopCounterMode(display=False)
     trained = [parameter for parameter in vlm.parameters() if parameter.requires_grad]
     vlm.requires_grad_(False)  # torch's counter stumbles over views of what is trained
@@ -74,7 +74,3 @@ def count(vlm: VLM) -> Cost:
         flops=counter.get_total_flops(),
         cache=2 * (per_token * connector.tokens_per_image + latents * visual.shape[2]),
     )
-
-
-def _real(device: torch.device) -> torch.device:
-    return torch.device("cpu") if device.type == "meta" else device

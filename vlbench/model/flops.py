@@ -120,11 +120,17 @@ def _injected(vlm: VLM, layer: int, flows: bool) -> float:
     length = shapes.patches + vlm.connector.class_token
     features = torch.zeros(1, length, shapes.vision_width, dtype=parameter.dtype, device=device)
     hidden = torch.zeros(1, PROBE, shapes.lm_width, dtype=parameter.dtype, device=device)
-    sees = torch.zeros(1, PROBE, dtype=torch.long, device=device)
+    # real numbers: the text is sorted by what it sees
+    sees = torch.zeros(1, PROBE, dtype=torch.long, device=real(device))
     with torch.no_grad():
         visual: Tensor = vlm.connector(features)
     inject = functools.partial(vlm.connector.inject, layer, hidden, visual, sees)
     return _counted(vlm.connector, inject) * _times(vlm, flows) / PROBE
+
+
+def real(device: torch.device) -> torch.device:
+    """Return the device for tensors whose values are needed where others have none."""
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _times(vlm: VLM, flows: bool) -> int:

@@ -41,7 +41,7 @@ def tokens_of_stages(recipe: Recipe, legs: list[Leg]) -> list[int]:
 
 def _tokens(recipe: Recipe, legs: list[Leg]) -> Iterator[int]:
     """Give the places of a picture in each stage; refuse what does not suit."""
-    tower, language = _outline(recipe)
+    tower, language = outline(recipe)
     if recipe.language.max_length > language.max_position_embeddings:
         raise Mistake(
             f"language.max_length is {recipe.language.max_length}, but the language model has "
@@ -71,8 +71,8 @@ def _tokens(recipe: Recipe, legs: list[Leg]) -> Iterator[int]:
         yield built[shapes]
 
 
-def _outline(recipe: Recipe) -> tuple[Tower, LlamaConfig]:
-    """Return tower and configuration of the language model that training begins with."""
+def outline(recipe: Recipe) -> tuple[Tower, LlamaConfig]:
+    """Return the empty tower and the language model's configuration that training begins with."""
     source = Path(str(recipe.init))
     if recipe.init and checkpoint.holds(source):
         folder = checkpoint.find(source)

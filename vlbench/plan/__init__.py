@@ -1,0 +1,1 @@
+"""What a training needs before a GPU is paid for: memory, operations, time, money."""
