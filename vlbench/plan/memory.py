@@ -89,9 +89,10 @@ def total(memory: Memory) -> float:
 def lasting(vlm: VLM, strategy: str, world: int, width: int) -> Memory:
     """Return what is there all the time: weights, gradients, moments, what is exchanged.
 
-    Under `ddp` buckets hold the gradients once more. Under `fsdp2` all but `exchange` is divided
-    among ranks; that is what is gathered: the weights of no unit and of two units, one of them on
-    its way, in `width` bytes, and their gradients, which are added up in float32.
+    Under `ddp` gradients lie in the buckets that are exchanged. Under `fsdp2` all but `exchange` is
+    divided among ranks; that is what is gathered (`model.shard`): the weights of no unit, in
+    float32, and of two units, one of them on its way, in `width` bytes if they are blocks of tower
+    and language model, and their gradients, which are added up in float32.
     """
     trained = [one for one in vlm.parameters() if one.requires_grad]
     weights = _bytes(vlm.parameters()) + _bytes(vlm.buffers())
@@ -99,7 +100,7 @@ def lasting(vlm: VLM, strategy: str, world: int, width: int) -> Memory:
     share = world if strategy == "fsdp2" else 1
     exchange = 0.0
     if world > 1:
-        exchange = gradients if strategy == "ddp" else _gathered(vlm, width)
+        exchange = _gathered(vlm, width) if strategy == "fsdp2" else 0.0
     return {
         "weights": weights / share,
         "gradients": gradients / share,
@@ -112,8 +113,9 @@ def _gathered(vlm: VLM, width: int) -> float:
     found = [list(unit.parameters()) for unit in units(vlm)]
     inside = {id(one) for unit in found for one in unit}
     root = [one for one in vlm.parameters() if id(one) not in inside]
-    largest = sorted((_needed(unit, width) for unit in found), reverse=True)[:2]
-    return _needed(root, width) + sum(largest)
+    own = {id(one) for one in vlm.connector.parameters()}
+    sizes = (_needed(unit, 4 if id(unit[0]) in own else width) for unit in found)
+    return _needed(root, 4) + sum(sorted(sizes, reverse=True)[:2])
 
 
 def _needed(parameters: list[nn.Parameter], width: int) -> float:
