@@ -163,7 +163,9 @@ def _sizes(memory: Memory) -> list[str]:
 def _size(count: float) -> str:
     """Return bytes in GB, with three digits where they are few."""
     gigabytes = count / 1e9
-    return f"{gigabytes:.1f}" if gigabytes >= 1 or not count else f"{gigabytes:.3f}"
+    if gigabytes < 0.0005:
+        return "0"
+    return f"{gigabytes:.1f}" if gigabytes >= 1 else f"{gigabytes:.3f}"
 
 
 def _fits(memory: Memory, room: float) -> str:
