@@ -94,4 +94,6 @@ class _Fused(torch.autograd.Function):
 def product_type(hidden: Tensor) -> torch.dtype:
     """Return the type in which `hidden` is multiplied: under autocast it is autocast's."""
     device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    if device == "meta" or not torch.is_autocast_enabled(device):  # of `meta` it knows nothing
+        return hidden.dtype
+    return torch.get_autocast_dtype(device)
