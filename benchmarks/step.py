@@ -54,6 +54,12 @@ def main() -> None:
     pairs = zip(found[first][0]["losses"], found[second][0]["losses"], strict=True)
     apart = max(abs(a - b) for a, b in pairs)
     lines += ["", f"Losses of the same steps are at most {apart:.1e} apart (the first two sides)."]
+    if part == "projector":
+        first, peer_name = list(found)[0], list(found)[2]
+        times = median(found[first], "tokens_per_second") / median(
+            found[peer_name], "tokens_per_second"
+        )
+        lines.append(f"With known features vlbench is {times:.2f} x as fast as the {peer_name}.")
     keep(f"Step: {TITLES[part]}", lines)
 
 

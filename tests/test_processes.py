@@ -209,6 +209,12 @@ def test_a_mistake_of_the_data_is_told_once(data, tmp_path):
 def test_what_was_started_must_be_what_the_recipe_says(tmp_path, monkeypatch, capsys):
     words = ("recipe=yivl_llava", "trainer.devices=3", f"run={tmp_path / 'run'}")
     assert in_two([Job(words)]) == [(2, 2)]
+    few = ("recipe=yivl_llava", TWO, "stages.chat.batch=1", f"run={tmp_path / 'run'}")
+    assert in_two([Job(few)]) == [(2, 1)]
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert do(Job(("recipe=yivl_llava", "trainer.accelerator=gpu"))) == 2
+    assert "torch finds no GPU" in capsys.readouterr().err
     assert do(Job(("recipe=yivl_llava", "trainer.devices=2", "trainer.num_nodes=2"))) == 2
     assert "start the command on every machine with srun" in capsys.readouterr().err
 

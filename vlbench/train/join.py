@@ -36,6 +36,7 @@ def joined(recipe: Recipe) -> Iterator[None]:
     Raises a Mistake when another number of processes was started than the recipe says.
     """
     settings = recipe.trainer
+    _check_gpus(settings)
     if not launched() or processes(settings) == _environment().world_size() == 1:
         if processes(settings) > 1:
             raise Mistake("several processes are started by the command line, torchrun or srun")
@@ -79,6 +80,15 @@ def _lost(error: RuntimeError) -> bool:
     return any(part in str(error).lower() for part in BROKEN)
 
 
+def _check_gpus(settings: Trainer) -> None:
+    """Refuse GPUs that are not there."""
+    there = torch.cuda.device_count()
+    if settings.accelerator == "gpu" and not (there or torch.backends.mps.is_available()):
+        raise Mistake("trainer.accelerator is gpu, and torch finds no GPU on this machine")
+    if settings.accelerator in ("auto", "gpu") and 0 < there < settings.devices:
+        raise Mistake(f"trainer.devices is {settings.devices}, and torch finds {there} GPUs here")
+
+
 def _environment() -> ClusterEnvironment:
     """Return what knows the numbers of this process."""
     return SLURMEnvironment(auto_requeue=False) if by_slurm() else TorchElasticEnvironment()
@@ -90,11 +100,6 @@ def _meet(settings: Trainer, environment: ClusterEnvironment) -> None:
     os.environ["MASTER_PORT"] = str(environment.main_port)
     backend = "gloo"
     if settings.accelerator in ("auto", "gpu") and torch.cuda.is_available():
-        if torch.cuda.device_count() < settings.devices:
-            raise Mistake(
-                f"trainer.devices is {settings.devices}, and this machine shows "
-                f"{torch.cuda.device_count()} GPUs"
-            )
         torch.cuda.set_device(environment.local_rank())
         backend = "cpu:gloo,cuda:nccl"
     distributed.init_process_group(

@@ -57,6 +57,12 @@ def _fit(recipe: Recipe) -> int:
 
 def opened(recipe: Recipe, legs: list[Leg]) -> Run:
     """Look at data and sizes unless that was done before, and return the open folder of the run."""
+    for leg in legs:
+        if leg.stage.batch < ranks.size():
+            raise Mistake(
+                f"stages.{leg.name}.batch is {leg.stage.batch}, fewer than the {ranks.size()} "
+                "processes: some would have nothing to do"
+            )
     if not (recipe.run and Run(Path(recipe.run)).finished):
         check_data(recipe, legs)  # before there is a folder
     if not (recipe.run and Run(Path(recipe.run)).latest):
