@@ -64,7 +64,7 @@ def test_the_blocks_take_half_the_memory_and_norms_and_embeddings_stay():
     kept = {name for name, p in vlm.named_parameters() if p.dtype == torch.float32}
     assert all(one in kept for one in before if "norm" in one or "ln_" in one or "embed" in one)
     assert all(name in kept for name in before if name.startswith("connector."))
-    written = weights_of(vlm, ["vision", "language"])
+    written = dict(weights_of(vlm, ["vision", "language"]))
     assert all(torch.equal(before[name], value) for name, value in written.items())
     held.release()
     for name, value in vlm.state_dict().items():
