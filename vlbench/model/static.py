@@ -3,8 +3,8 @@
 Prompts are read as always. What was read of them is then copied into keys and values of the full
 length, rounded up so that few shapes exist, and every step reads one token with the same graph.
 
-Query heads that share a key head are laid out as positions of one head, for nobody else's keys are
-in question: so keys are read once, where transformers repeats them for every query head.
+Query heads that share a key head attend as positions of one head would, since all of them see the
+same: so keys are read as they are, where transformers repeats them for every query head.
 """
 
 from __future__ import annotations
