@@ -1,18 +1,21 @@
 """What one GPU makes of the real sizes: step time, MFU, memory; random weights, real shapes.
 
-    python benchmarks/gpu.py part=ceiling|chat|align|peer|lora|connectors [size=6b] [steps=8]
+    python benchmarks/gpu.py part=ceiling|chat|align|peer|lora|connectors|answers
+        [size=6b] [steps=8]
 
 Every part ends within eight minutes and puts its rows into RESULTS.md. `chat` trains all of Yi-VL
 at 448 pixels, `align` tower and connector at 224, `peer` does `chat` with the Trainer and
 ever larger batches, `lora` trains adapters (size=34b), `connectors` tries each one. MFU counts
 what the stage needs (no recomputation, half of attention); the hardware's own utilisation stands
-beside it, and `ceiling` measures what matrix products reach.
+beside it, and `ceiling` measures what matrix products reach. `answers` writes answers with a cache
+that grows and with a compiled step, whose graph is made in the first call.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import gc
+import statistics
 import sys
 import time
 from typing import Any
@@ -20,6 +23,7 @@ from typing import Any
 import small
 import torch
 from one import Stopwatch
+from PIL import Image
 from small import PackedSteps
 from table import keep
 from torch.utils.data import DataLoader
@@ -42,6 +46,11 @@ HEAD = [
     "| | seconds a step | tokens/s | MFU | of the hardware | peak memory | kept |",
     "|---|---:|---:|---:|---:|---:|---|",
 ]
+HEADS = {
+    "ceiling": ["| | measured |", "|---|---:|"],
+    "answers": ["| | seconds of the first call | tokens/s after it |", "|---|---:|---:|"],
+}
+WRITTEN, ROUNDS = 128, 3
 
 
 def ceiling(device: torch.device) -> float:
@@ -148,6 +157,32 @@ def peer(words: list[str], steps: int) -> list[list[str]]:
     return rows
 
 
+def answers(words: list[str]) -> list[list[str]]:
+    """Answer questions about pictures in both ways, a number of conversations a row."""
+    recipe = recipes.load(words)
+    device = root_device(recipe)
+    vlm = built(recipe, recipe.stages["chat"].image_size, device).eval()
+    if device.type == "cuda":
+        vlm = vlm.to(torch.bfloat16)
+    image = Image.effect_noise((vlm.vision.image_size, vlm.vision.image_size), 64).convert("RGB")
+    shown = {"type": "image", "image": image}
+    rows = []
+    for count in (1, BATCH):
+        texts = [f"{'What is there? ' * (1 + n)}" for n in range(count)]
+        asked = [[{"role": "user", "content": [shown, {"type": "text", "text": t}]}] for t in texts]
+        batch = vlm.prepare(asked)
+        for name, compiled in (("growing cache", False), ("compiled step", True)):
+            took, written = [], 0
+            for _ in range(ROUNDS + 1):
+                began = time.perf_counter()
+                new = vlm.generate(batch, max_new_tokens=WRITTEN, compiled=compiled)
+                took.append(time.perf_counter() - began)
+                written = sum(map(len, new))
+            first, again = took[0], statistics.median(took[1:])
+            rows.append([f"{name}, {count} at once", f"{first:.1f}", f"{written / again:.0f}"])
+    return rows
+
+
 def rows_of(part: str, size: str, steps: int) -> list[list[str]]:
     """Return the rows of a part's table."""
     words = [f"size={size}", "checkpointing=auto"]
@@ -158,6 +193,8 @@ def rows_of(part: str, size: str, steps: int) -> list[list[str]]:
         return [["bf16 matrix product", f"{ceiling(device) / 1e12:.1f} TFLOP/s"]]
     if part == "peer":
         return peer(llava, steps)
+    if part == "answers":
+        return answers(llava)
     known: dict[str, dict[str, tuple[list[str], str]]] = {
         "chat": {f"chat, {size}, all parameters": (llava, "chat")},
         "align": {f"align_224, {size}": (llava, "align_224")},
@@ -168,7 +205,7 @@ def rows_of(part: str, size: str, steps: int) -> list[list[str]]:
         },
     }
     if part not in known:
-        sys.exit(f"part is '{part}'; allowed are ceiling, peer, {', '.join(known)}")
+        sys.exit(f"part is '{part}'; allowed are ceiling, peer, answers, {', '.join(known)}")
     return [[name, *measured(*what, steps)] for name, what in known[part].items()]
 
 
@@ -177,7 +214,7 @@ def main() -> None:
     given = dict(word.split("=") for word in sys.argv[1:])
     part, size = given["part"], given.get("size", "6b")
     rows = rows_of(part, size, int(given.get("steps", 8)))
-    head = ["| | measured |", "|---|---:|"] if part == "ceiling" else HEAD
+    head = HEADS.get(part, HEAD)
     where = "GPU" if torch.cuda.is_available() else "CPU"
     keep(f"{where}: {part}, {size}", [*head, *(f"| {' | '.join(row)} |" for row in rows)])
 

@@ -30,7 +30,9 @@ def test_both_sides_learn_the_same_from_the_same_tokens():
     assert ours["losses"] == pytest.approx(theirs["losses"], abs=2e-3)
 
 
-@pytest.mark.parametrize("part", ["ceiling", "chat"])
+@pytest.mark.parametrize(
+    "part", ["ceiling", "chat", pytest.param("answers", marks=pytest.mark.slow)]
+)
 def test_the_script_for_gpus_works_on_the_miniatures(part, tmp_path):
     file = tmp_path / "results.md"
     said = run("gpu.py", f"part={part}", "size=tiny", "steps=3", f"results={file}")

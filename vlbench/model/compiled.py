@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from vlbench.model.vlm import VLM
+if TYPE_CHECKING:
+    from vlbench.model.vlm import VLM
 
 
 class Compiled:
@@ -57,3 +58,9 @@ def _while_training(
 def of_compiler(error: BaseException) -> bool:
     """Tell whether `error` is the compiler's: it is missing, or stumbles over a block."""
     return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+
+
+def reason(error: BaseException) -> str:
+    """Return the first lines of what the compiler says, as one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300]

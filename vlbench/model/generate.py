@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
+import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaModel
+from transformers import DynamicCache
 
 from vlbench.data.batch import Batch
 from vlbench.mistakes import Mistake, nearest
 from vlbench.model.attention import PACKED
 from vlbench.model.past import Past, common
+from vlbench.model.rows import CACHE, Rows
+from vlbench.model.static import StaticRows
 
 if TYPE_CHECKING:
     from vlbench.model.vlm import VLM
 
-# transformers 5.24 renamed the argument that takes the cache
-_RENAMED = "cache" in inspect.signature(LlamaModel.forward).parameters
 COLDEST = 1e-4  # below, logits divided by the temperature are no longer finite
-CACHE = "cache" if _RENAMED else "past_key_values"
-
-
-OPTIONS = ("max_new_tokens", "temperature", "top_p", "seed", "on_token", "past")
+OPTIONS = ("max_new_tokens", "temperature", "top_p", "seed", "on_token", "past", "compiled")
 
 
 def stop_now(vlm: VLM, new: list[int]) -> bool:
@@ -69,6 +66,7 @@ def generate(
     seed: int = 0,
     on_token: Callable[[list[list[int]]], None] | None = None,
     past: Past | None = None,
+    compiled: bool = False,
     **other: Any,
 ) -> list[list[int]]:
     """Return the new ids of every row of `batch`, prompts padded on the left (`sample_index` -1).
@@ -76,6 +74,8 @@ def generate(
     `on_token` is called after each step with all new ids so far, for streaming. Ids beyond the
     tokenizer are never chosen. A row ends at the latest where the language model's positions do.
     With `past` the batch is one conversation, and what was read of it before is not read again.
+    `compiled` is for many or long answers on a GPU: after the prompts every step is a graph, made
+    once for a number of rows and a length rounded up, which takes tens of seconds.
     """
     for name in other:
         raise Mistake(
@@ -83,13 +83,14 @@ def generate(
             f"or sampled: there is no search over beams.{nearest(name, OPTIONS)}"
         )
     _check_options(max_new_tokens, temperature, top_p, seed)
-    if past is not None and len(batch.ids) != 1:
-        raise Mistake(f"past belongs to one conversation, and the batch has {len(batch.ids)}")
+    _check_way(batch, past, compiled)
     was_training = vlm.training
     vlm.eval()
     vlm.language.set_attn_implementation("sdpa")  # the packed kernel has no padding mask or cache
     try:
-        return _generate(vlm, batch, max_new_tokens, temperature, top_p, seed, on_token, past)
+        drawn = torch.Generator(device=vlm.device).manual_seed(seed)
+        choose = functools.partial(pick, temperature=temperature, top_p=top_p, generator=drawn)
+        return _generate(vlm, batch, max_new_tokens, choose, on_token, past, compiled)
     except BaseException:
         if past:
             past.forget()  # it may have been stopped between two layers
@@ -112,6 +113,16 @@ def _check_options(max_new_tokens: Any, temperature: Any, top_p: Any, seed: Any)
         raise Mistake(f"seed is {seed!r}; allowed are whole numbers from 0 to {2**64 - 1}")
 
 
+def _check_way(batch: Batch, past: Any, compiled: Any) -> None:
+    """Refuse a conversation's past where it cannot be read on from, in one line."""
+    if type(compiled) is not bool:
+        raise Mistake(f"compiled is {compiled!r}; allowed are True and False")
+    if past is not None and compiled:
+        raise Mistake("compiled and past exclude each other: a conversation grows, a graph cannot")
+    if past is not None and len(batch.ids) != 1:
+        raise Mistake(f"past belongs to one conversation, and the batch has {len(batch.ids)}")
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -120,18 +131,41 @@ def _generate(
     vlm: VLM,
     batch: Batch,
     max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
+    choose: Callable[[Tensor], Tensor],
     on_token: Callable[[list[list[int]]], None] | None,
     past: Past | None,
+    compiled: bool,
 ) -> list[list[int]]:
-    tokenizer, rows = vlm.tokenizer, len(batch.ids)
-    generator = torch.Generator(device=vlm.device).manual_seed(seed)
+    rows: Rows | StaticRows
+    rows, embeds = _begun(vlm, batch, past)
+    room = (vlm.language.config.max_position_embeddings - rows.mask.sum(1)).tolist()
+    limits = [min(max_new_tokens, left) for left in room]
+    logits = rows.read(embeds)
+    if compiled:
+        rows = StaticRows(rows, max(limits) - 1)  # the last token is not read
+    new: list[list[int]] = [[] for _ in limits]
+    ended = [False] * len(new)
+    while True:
+        ids = choose(logits[:, : vlm.tokenizer.rows])
+        for row, token in enumerate(ids.tolist()):
+            if not ended[row]:
+                new[row].append(token)
+                ended[row] = stop_now(vlm, new[row]) or len(new[row]) >= limits[row]
+        if on_token:
+            on_token(new)
+        if all(ended):
+            break
+        logits = rows.follow(ids)
+    if past:
+        past.wrote(new[0])
+    return new
+
+
+def _begun(vlm: VLM, batch: Batch, past: Past | None) -> tuple[Rows, Tensor]:
+    """Return rows that have read what is known or common, and embeddings of what they read next."""
     visual = past.visual(vlm, batch) if past else vlm.visual(batch)
     embeds, sees, positions = vlm.fuse(batch, visual), batch.image_index, batch.positions
     mask = (batch.sample_index >= 0).long()
-    room = [vlm.language.config.max_position_embeddings - n for n in mask.sum(1).tolist()]
     if past:
         begin = past.begin(vlm, batch)
         cache = past.cache
@@ -140,35 +174,8 @@ def _generate(
         cache = _read_once(vlm, batch, visual, embeds, begin)
     embeds, sees, positions = (one[:, begin:] for one in (embeds, sees, positions))
     padded = mask[:, : mask.shape[1] - begin]  # the padding now covers the end of what was read
-    mask = torch.cat([mask.new_ones(rows, begin), padded], dim=1)
-    new: list[list[int]] = [[] for _ in range(rows)]
-    ended = [False] * rows
-    for _ in range(max_new_tokens):
-        hidden = vlm.read(
-            embeds,
-            visual,
-            sees,
-            position_ids=positions,
-            attention_mask=mask,
-            use_cache=True,
-            **{CACHE: cache},
-        ).last_hidden_state
-        logits = vlm.language.lm_head(hidden[:, -1])[:, : tokenizer.rows]
-        ids = pick(logits, temperature, top_p, generator)
-        for row, token in enumerate(ids.tolist()):
-            if not ended[row]:
-                new[row].append(token)
-                ended[row] = stop_now(vlm, new[row]) or len(new[row]) >= room[row]
-        if on_token:
-            on_token(new)
-        if all(ended):
-            break
-        embeds = vlm.language.get_input_embeddings()(ids[:, None])
-        sees, positions = sees[:, -1:], positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
-    if past:
-        past.wrote(new[0])
-    return new
+    mask = torch.cat([mask.new_ones(len(mask), begin), padded], dim=1)
+    return Rows(vlm, visual, sees, positions, mask, cache), embeds
 
 
 def _read_once(vlm: VLM, batch: Batch, visual: Tensor, embeds: Tensor, begin: int) -> DynamicCache:

@@ -24,6 +24,7 @@ from vlbench.model.loss import summed_loss
 from vlbench.model.messages import prompt_batch, sample_of
 from vlbench.model.past import Past
 from vlbench.model.recompute import recompute
+from vlbench.model.static import Step
 from vlbench.model.vision import Tower
 from vlbench.model.weights.groups import place
 
@@ -69,6 +70,7 @@ class VLM(nn.Module):
         self.objective, self._recomputes = "language", False
         self.connector = self._connect()
         self.release: dict[str, bytes] = {}  # small files of the released model it began as
+        self.step = Step()  # of compiled answers
         layers = self.language.model.layers
         self._hooks = [
             layers[i].register_forward_pre_hook(self._inject(i), with_kwargs=True)

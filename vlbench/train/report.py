@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vlbench import ranks
 from vlbench.mistakes import Mistake, Trouble
+from vlbench.model.compiled import reason
 from vlbench.model.vlm import VLM
 from vlbench.schema import Recipe, Stage
 from vlbench.train.run import Run
@@ -130,9 +131,7 @@ def out_of_memory(name: str, stage: Stage) -> Trouble:
 
 def not_compiled(name: str, error: Exception) -> Mistake:
     """Return what to say when blocks could not be compiled in a stage."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = " ".join(lines[:2])[:300]
     return Mistake(
-        f"trainer.compile: the blocks could not be compiled in stage {name} ({reason}). On a CPU a "
-        "C++ compiler is needed; trainer.compile=false does without"
+        f"trainer.compile: the blocks could not be compiled in stage {name} ({reason(error)}). On "
+        "a CPU a C++ compiler is needed; trainer.compile=false does without"
     )
