@@ -163,7 +163,7 @@ def children(process: subprocess.Popen[str]) -> list[int]:
     return [int(number) for number in found]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_process_ends_the_run_with_one_line_and_it_goes_on(rank, tmp_path):
     run = tmp_path / "run"
     process = start("stages.chat.steps=40", f"run={run}")
@@ -273,6 +273,7 @@ def tasks_of(run: Path) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_torchrun_starts_it_too(tmp_path):
     run = tmp_path / "run"
     words = ["recipe=yivl_llava", "only=chat", "stages.chat.batch=4", "stages.chat.image_size=56"]
