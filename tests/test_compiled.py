@@ -119,13 +119,13 @@ def test_torchs_own_compiler_learns_it_too(graphs):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
 
 
-def test_without_a_compiler_there_is_one_line(tmp_path, monkeypatch, capsys, graphs):
+def test_without_a_compiler_there_is_one_line(tmp_path, capsys, graphs):
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
     words = ["recipe=yivl_llava", "only=chat", "trainer.compile=true", f"run={tmp_path / 'run'}"]
     words += ["stages.chat.steps=1", "stages.chat.batch=2", "log.tensorboard=false"]
-    assert main(["fit", *words]) == 2
+    with config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert main(["fit", *words]) == 2
     said = capsys.readouterr().err.splitlines()
     assert "trainer.compile: the blocks could not be compiled in stage chat" in said[-1]
     assert len(said) == 1

@@ -14,12 +14,13 @@ from vlbench.train.watchers import Interrupts, Saving
 def test_saving_takes_a_small_share_of_the_time(slow, share, monkeypatch):
     now, saved = SimpleNamespace(time=0.0), []
 
-    def save(folder, position, *_):
+    def write(folder, position, *_):
         saved.append(position.step)
         now.time += slow
+        return SimpleNamespace(done=True, end=lambda: None)
 
     monkeypatch.setattr(watchers.time, "monotonic", lambda: now.time)
-    monkeypatch.setattr(watchers.checkpoint, "save", save)
+    monkeypatch.setattr(watchers.checkpoint, "Writing", write)
     monkeypatch.setattr(watchers.checkpoint, "prune", lambda *_: None)
     run = SimpleNamespace(checkpoints=None, recipe_file=None)
     saving = Saving(run, (0, "chat"), [], 60.0, 2, Interrupts(), lambda: now.time)

@@ -200,12 +200,13 @@ def test_what_cannot_be_compiled_is_refused(options, said):
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_without_a_compiler_there_is_one_line(monkeypatch):
+def test_without_a_compiler_there_is_one_line():
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
     vlm = small()
     vlm.step = Step()
-    with pytest.raises(Mistake, match="^compiled: the step .* compiled=False does ") as caught:
+    line = "^compiled: the step .* compiled=False does "
+    without = config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with without, pytest.raises(Mistake, match=line) as caught:
         vlm.generate(vlm.prepare(asks("x")), max_new_tokens=3, compiled=True)
     assert len(str(caught.value).splitlines()) == 1

@@ -15,12 +15,14 @@ processes train, each writes some of them. A checkpoint does not tell how many t
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -36,7 +38,7 @@ from vlbench.model.compose import LANGUAGE
 from vlbench.model.held import HELD
 from vlbench.model.vlm import VLM
 from vlbench.model.weights.release import write_files
-from vlbench.model.weights.shards import Lazy, weight_files, write
+from vlbench.model.weights.shards import Lazy, begin, weight_files
 from vlbench.train.moments import moments
 
 RELEASE = "release"
@@ -88,22 +90,67 @@ def save(
 
     Where several processes train, all of them call this.
     """
-    final = folder / position.folder
-    writing = folder / f".writing-{position.folder}"
-    try:
-        ranks.first(lambda: _make(writing, optimizer is not None))
-        write(weights_of(vlm, parts), writing)
-        if optimizer is not None:
-            write(moments(vlm, optimizer), writing / OPTIMIZER)
-        describe(vlm, writing, recipe_file.read_text(encoding="utf-8"), position)
-        ranks.first(lambda: _rename(writing, final))
-    except OSError as error:
-        shutil.rmtree(writing, ignore_errors=True)
-        raise out_of_space(error, folder) from error
-    except SafetensorError as error:
-        shutil.rmtree(writing, ignore_errors=True)
-        raise Mistake(f"could not write a checkpoint in {folder}: {error}") from error
-    return final
+    return Writing(folder, position, vlm, parts, optimizer, recipe_file).end()
+
+
+class Writing:
+    """A checkpoint on its way to the disk: training goes on while files are written.
+
+    Where several processes train, all of them begin and end it together.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        position: Position,
+        vlm: VLM,
+        parts: list[str],
+        optimizer: Optimizer | None,
+        recipe_file: Path,
+    ) -> None:
+        """Copy what is to be written, and begin; nothing is kept of it before `end`."""
+        self.final = folder / position.folder
+        self.path = folder / f".writing-{position.folder}"
+        self._pool = ThreadPoolExecutor(1)
+        self._tasks: list[Future[None]] = []
+        with self._explained():
+            ranks.first(lambda: _make(self.path, optimizer is not None))
+            self._ends = [begin(weights_of(vlm, parts), self.path, self._submit, copy=True)]
+            if optimizer is not None:
+                kept = moments(vlm, optimizer)
+                self._ends.append(begin(kept, self.path / OPTIMIZER, self._submit, copy=True))
+            describe(vlm, self.path, recipe_file.read_text(encoding="utf-8"), position)
+
+    def _submit(self, call: Callable[[], None]) -> Future[None]:
+        self._tasks.append(self._pool.submit(call))
+        return self._tasks[-1]
+
+    @property
+    def done(self) -> bool:
+        """True when this process has written its share."""
+        return all(task.done() for task in self._tasks)
+
+    def end(self) -> Path:
+        """Wait for the files of all processes, name the checkpoint, and return its path."""
+        with self._explained():
+            for end in self._ends:
+                end()
+            ranks.first(lambda: _rename(self.path, self.final))
+        self._pool.shutdown()
+        return self.final
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Leave nothing behind of a checkpoint that cannot be written, and say why."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            self._pool.shutdown()
+            shutil.rmtree(self.path, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise out_of_space(error, self.path.parent) from error
+            text = f"could not write a checkpoint in {self.path.parent}: {error}"
+            raise Mistake(text) from error
 
 
 def _make(writing: Path, optimizer: bool) -> None:

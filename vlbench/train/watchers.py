@@ -85,6 +85,7 @@ class Saving(Watcher):
         self.run, self.stage, self.parts, self.clock = run, stage, parts, clock
         self.seconds, self.keep_last, self.interrupts = seconds, keep_last, interrupts
         self.saved_at, self.took = time.monotonic(), 0.0
+        self.writing: checkpoint.Writing | None = None
         self.held_out: dict[int, float] = {}  # held-out loss by step, filled by HeldOut
 
     def after(self, training: Training, step: Step) -> None:
@@ -93,23 +94,35 @@ class Saving(Watcher):
         every = max(1, int(training.steps * REPEATED))
         late = time.monotonic() - self.saved_at > max(self.seconds, self.took / SPENT)
         stop, late = self.interrupts.agreed(late)
-        if done % every == 0 or late or done == training.steps or stop:
+        last = done == training.steps or stop
+        if done % every == 0 or late or last:
             self.save(training)
+        if self.writing and (last or all(ranks.everyone(self.writing.done))):
+            self.finish()
         if stop:
             training.trainer.should_stop = True
 
     def save(self, training: Training) -> None:
-        """Write a checkpoint of this very step and remove old ones."""
+        """Begin to write a checkpoint of this very step, after the one before is written."""
         began = time.monotonic()
+        if self.writing:
+            self.finish()
         done = training.position
         held_out = self.held_out.get(done)
         position = Position(*self.stage, done, held_out, training.seen, round(self.clock(), 1))
         optimizer = training.trainer.optimizers[0]
-        folder = self.run.checkpoints
-        checkpoint.save(folder, position, training.vlm, self.parts, optimizer, self.run.recipe_file)
-        ranks.first(lambda: checkpoint.prune(folder, self.keep_last))
+        where, recipe = self.run.checkpoints, self.run.recipe_file
+        vlm, parts = training.vlm, self.parts
+        self.writing = checkpoint.Writing(where, position, vlm, parts, optimizer, recipe)
         self.saved_at = time.monotonic()
         self.took = self.saved_at - began
+
+    def finish(self) -> None:
+        """End the checkpoint that is being written, and remove old ones."""
+        assert self.writing is not None
+        self.writing.end()
+        self.writing = None
+        ranks.first(lambda: checkpoint.prune(self.run.checkpoints, self.keep_last))
 
 
 class HeldOut(Watcher):

@@ -11,7 +11,8 @@ import json
 import math
 import pickle
 import zipfile
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -119,20 +120,32 @@ def write(tensors: Iterable[tuple[str, Tensor]], folder: Path, limit: int = SHAR
     One shard is called model.safetensors; several get numbers and an index, as in transformers.
     Where several processes train a model all of them call this; each writes its share of shards.
     """
+    begin(tensors, folder, _at_once, limit=limit)()
+
+
+def begin(
+    tensors: Iterable[tuple[str, Tensor]],
+    folder: Path,
+    submit: Callable[[Callable[[], None]], Future[None]],
+    copy: bool = False,
+    limit: int = SHARD,
+) -> Callable[[], None]:
+    """Hand the writing of every shard to `submit`, and return what waits for it and ends it.
+
+    With `copy` the tensors may change as soon as this returns. Every process has to call both.
+    """
     shards: list[list[str]] = []
     pending: dict[str, Tensor] = {}
     total = size = 0
-    failure: list[Exception] = []
+    written: list[Future[None]] = []
 
     def mine() -> bool:
         return len(shards) % ranks.size() == ranks.rank()
 
     def flush() -> None:
-        if mine() and not failure:
-            try:
-                save_file(pending, folder / f"{len(shards) + 1}.part", metadata={"format": "pt"})
-            except (OSError, SafetensorError) as error:
-                failure.append(error)  # the other processes still wait for this one's tensors
+        if mine():
+            part, some = folder / f"{len(shards) + 1}.part", dict(pending)
+            written.append(submit(lambda: save_file(some, part, metadata={"format": "pt"})))
         shards.append(list(pending))
         pending.clear()
 
@@ -141,16 +154,26 @@ def write(tensors: Iterable[tuple[str, Tensor]], folder: Path, limit: int = SHAR
         if pending and size + more > limit:
             flush()
             size = 0
-        pending[name] = tensor.cpu() if mine() else tensor.new_empty(0)
+        pending[name] = tensor.to("cpu", copy=copy) if mine() else tensor.new_empty(0)
         size, total = size + more, total + more
     flush()
-    ranks.together(lambda: _raise(failure))
-    ranks.first(lambda: _name(shards, total, folder))
+
+    def end() -> None:
+        ranks.together(lambda: [one.result() for one in written])
+        ranks.first(lambda: _name(shards, total, folder))
+
+    return end
 
 
-def _raise(failure: list[Exception]) -> None:
-    if failure:
-        raise failure[0]
+def _at_once(call: Callable[[], None]) -> Future[None]:
+    """Call something now; what it raises is raised when its result is asked for."""
+    done: Future[None] = Future()
+    try:
+        call()
+        done.set_result(None)
+    except (OSError, SafetensorError) as error:
+        done.set_exception(error)  # other processes still wait for this one's tensors
+    return done
 
 
 def _name(shards: list[list[str]], total: int, folder: Path) -> None:
