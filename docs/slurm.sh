@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Trains a recipe on one machine or many; words after the script's name are those of `fit`:
 #
-#     sbatch docs/slurm.sh recipe=yivl_llava size=6b run=runs/llava-6b
-#     sbatch --nodes=16 docs/slurm.sh recipe=yivl_llava size=34b trainer.strategy=fsdp2 run=runs/34b
+#     sbatch docs/slurm.sh recipe=yivl_llava size=6b data.train=/data/shards run=runs/llava-6b
+#     sbatch --nodes=16 docs/slurm.sh recipe=yivl_llava size=34b trainer.strategy=fsdp2 data.train=/data/shards
 #
 # A job that is preempted, or near the end of its time, saves and is queued again by itself.
 #SBATCH --job-name=vlbench
@@ -21,8 +21,11 @@ set -u
 tasks=$((SLURM_NTASKS / SLURM_NNODES))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 
-# Without run=... among the words the job's number names the run: a job that is queued again keeps it.
-srun --kill-on-bad-exit=1 python -m vlbench fit "run=runs/${SLURM_JOB_NAME}-${SLURM_JOB_ID}" "$@" \
+case " $* " in
+    *" run="*) ;;
+    *) set -- "$@" "run=runs/${SLURM_JOB_NAME}-${SLURM_JOB_ID}" ;; # a job that is queued again keeps it
+esac
+srun --kill-on-bad-exit=1 python -m vlbench fit "$@" \
     "trainer.devices=$tasks" "trainer.num_nodes=$SLURM_NNODES"
 code=$?
 

@@ -260,6 +260,20 @@ def test_the_slurm_script_trains_and_queues_what_was_stopped(tmp_path):
     assert queued.read_text() == "requeue 7\n"
 
 
+@pytest.mark.parametrize("own", [[], ["run=runs/mine"]])
+def test_the_slurm_script_names_the_run_once(own, tmp_path):
+    told = tmp_path / "told"
+    (tmp_path / "srun").write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "$@" > {told}\n')
+    (tmp_path / "srun").chmod(0o755)
+    slurm = {"SLURM_NTASKS": "16", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "j", "SLURM_JOB_ID": "7"}
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    words = ["bash", str(DOCS / "slurm.sh"), "recipe=yivl_llava", *own]
+    subprocess.run(words, env=os.environ | slurm | path, check=True)
+    given = told.read_text().splitlines()
+    assert [word for word in given if word.startswith("run=")] == (own or ["run=runs/j-7"])
+    assert given[-2:] == ["trainer.devices=8", "trainer.num_nodes=2"]
+
+
 def tasks_of(run: Path) -> list[int]:
     """Return the process ids of all that train `run`."""
     found = []
