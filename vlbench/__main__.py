@@ -29,7 +29,7 @@ def fit(words: list[str]) -> int:
 
     recipe = recipes.load(words)
     recipes.require_data(recipe)
-    if recipe.trainer.devices * recipe.trainer.num_nodes > 1 and not launched():
+    if recipe.trainer.processes > 1 and not launched():
         return launch(["fit", *words], recipe.trainer)
     # Threads of torch that spin for long make a machine with other work 20 times slower, and
     # threads that sleep at once cost a quarter of the speed on an idle one (measured, two cores).

@@ -57,11 +57,6 @@ def everyone(value: T) -> list[T]:
     return values
 
 
-def wait() -> None:
-    """Return when all processes have come here."""
-    everyone(None)
-
-
 def together(call: Callable[[], T]) -> T:
     """Call something in every process; where it fails in any, all end and one says why."""
     if not several():

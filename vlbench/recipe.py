@@ -92,6 +92,14 @@ def require_data(recipe: Recipe) -> None:
             )
 
 
+def stages_to_run(recipe: Recipe) -> list[str]:
+    """Return the names of the stages that `from` and `only` leave, in order."""
+    names = list(recipe.stages)
+    if recipe.from_:
+        names = names[names.index(recipe.from_) :]
+    return [name for name in names if not recipe.only or name in recipe.only]
+
+
 def recipes() -> dict[str, Path]:
     """Return the recipes by name: those of `./recipes`, then the shipped ones."""
     return _named(".")

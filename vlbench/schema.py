@@ -168,6 +168,11 @@ class Trainer:
     )
     stop_after_bad: int = key("stop after this many NaN or infinite losses in a row", 5, low=1)
 
+    @property
+    def processes(self) -> int:
+        """How many processes train one model."""
+        return self.devices * self.num_nodes
+
 
 @dataclass(frozen=True, kw_only=True)
 class Log:

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlbench.model.compose import compose
-from vlbench.model.flops import head_width, real
+from vlbench.model.flops import head_width, real, untrained
 from vlbench.model.vlm import VLM
 from vlbench.schema import Recipe
 
@@ -57,14 +57,10 @@ def count(vlm: VLM) -> Cost:
     # real numbers: the text is sorted by what it sees
     sees = torch.zeros(1, length, dtype=torch.long, device=real(vlm.device))
     counter: Any = FlopCounterMode(display=False)
-    trained = [parameter for parameter in vlm.parameters() if parameter.requires_grad]
-    vlm.requires_grad_(False)  # torch's counter stumbles over views of what is trained
-    with torch.no_grad(), counter:
+    with untrained(vlm), torch.no_grad(), counter:
         visual = connector(features)
         hidden = vlm.read(embeds, visual, sees, position_ids=positions, use_cache=False)
         vlm.language.lm_head(hidden.last_hidden_state[:, -1])
-    for parameter in trained:
-        parameter.requires_grad_(True)
     per_token = 2 * config.num_key_value_heads * head_width(config) * config.num_hidden_layers
     latents = visual.shape[1] if connector.inject_at else 0
     return Cost(

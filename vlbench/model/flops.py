@@ -8,8 +8,9 @@ arXiv:2204.02311, appendix B), with the causal half of attention.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,14 +158,20 @@ def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *a: Any, **
 
 
 def _counted(connector: nn.Module, run: Any) -> float:
-    trained = [parameter for parameter in connector.parameters() if parameter.requires_grad]
-    connector.requires_grad_(False)  # torch's counter stumbles over views of what is trained
     counting = counter()
-    with torch.no_grad(), counting:
+    with untrained(connector), torch.no_grad(), counting:
         run()
+    return float(counting.get_total_flops())
+
+
+@contextlib.contextmanager
+def untrained(module: nn.Module) -> Iterator[None]:
+    """Let nothing be trained for a moment: torch's counter stumbles over views of what is."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    module.requires_grad_(False)
+    yield
     for parameter in trained:
         parameter.requires_grad_(True)
-    return float(counting.get_total_flops())
 
 
 def _any_trained(module: nn.Module) -> bool:

@@ -34,7 +34,7 @@ class Asked:
     @property
     def world(self) -> int:
         """GPUs in all."""
-        return self.recipe.trainer.devices * self.recipe.trainer.num_nodes
+        return self.recipe.trainer.processes
 
     @property
     def strategy(self) -> str:
@@ -87,8 +87,4 @@ def _numbers(own: dict[str, str], key: str, names: list[str], high: float) -> tu
 
 def chosen(recipe: Recipe) -> dict[str, int]:
     """Return the stages that run, with their numbers among these."""
-    names = list(recipe.stages)
-    if recipe.from_:
-        names = names[names.index(recipe.from_) :]
-    names = [name for name in names if recipe.only is None or name in recipe.only]
-    return {name: number for number, name in enumerate(names)}
+    return {name: number for number, name in enumerate(recipes.stages_to_run(recipe))}

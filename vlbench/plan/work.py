@@ -10,7 +10,7 @@ from vlbench.data.order import Mixture
 from vlbench.data.sample import IGNORE, encode
 from vlbench.data.sources import mixture, stage_data
 from vlbench.mistakes import BadSample, Mistake
-from vlbench.model.flops import StepFlops, step_flops
+from vlbench.model.flops import StepFlops, step_flops, untrained
 from vlbench.model.vlm import VLM
 from vlbench.plan.outline import Sample
 from vlbench.schema import Recipe, Stage
@@ -132,12 +132,9 @@ def _again(vlm: VLM, sample: Sample) -> dict[str, float]:
 
     `selective` keeps the products of decoder layers; a tower and a connector know all or nothing.
     """
-    trained = [one for one in vlm.parameters() if one.requires_grad]
     tower_trains = any(one.requires_grad for one in vlm.vision.parameters())
-    vlm.requires_grad_(False)
-    forward = step_flops(vlm)
-    for one in trained:
-        one.requires_grad_(True)
+    with untrained(vlm):
+        forward = step_flops(vlm)
     seen = (forward.image - (0 if tower_trains else forward.tower)) * sample.images
     layers = forward.position * sample.length + forward.pair * sample.length**2 / 2
     return {"none": 0.0, "selective": seen, "full": seen + layers}

@@ -78,21 +78,6 @@ def weights_of(vlm: VLM, parts: list[str]) -> Iterator[tuple[str, Tensor]]:
             yield f"{part}.{key}", value.float() if value.dtype is HELD else value
 
 
-def save(
-    folder: Path,
-    position: Position,
-    vlm: VLM,
-    parts: list[str],
-    optimizer: Optimizer | None,
-    recipe_file: Path,
-) -> Path:
-    """Write a checkpoint into `folder` under a temporary name, then rename it; return its path.
-
-    Where several processes train, all of them call this.
-    """
-    return Writing(folder, position, vlm, parts, optimizer, recipe_file).end()
-
-
 class Writing:
     """A checkpoint on its way to the disk: training goes on while files are written.
 

@@ -24,11 +24,6 @@ BROKEN = ("gloo", "connection closed by peer", "connection reset by peer", "brok
 PATIENCE = timedelta(minutes=30)  # for another process; Lightning's default
 
 
-def processes(settings: Trainer) -> int:
-    """Return how many processes train one model."""
-    return settings.devices * settings.num_nodes
-
-
 @contextlib.contextmanager
 def joined(recipe: Recipe) -> Iterator[None]:
     """Be one of the processes of `recipe`; all but the first are quiet.
@@ -37,16 +32,16 @@ def joined(recipe: Recipe) -> Iterator[None]:
     """
     settings = recipe.trainer
     _check_gpus(settings)
-    if not launched() or processes(settings) == _environment().world_size() == 1:
-        if processes(settings) > 1:
+    if not launched() or settings.processes == _environment().world_size() == 1:
+        if settings.processes > 1:
             raise Mistake("several processes are started by the command line, torchrun or srun")
         yield
         return
     environment = _environment()
-    if environment.world_size() != processes(settings):
+    if environment.world_size() != settings.processes:
         raise Mistake(
             f"trainer.devices={settings.devices} and trainer.num_nodes={settings.num_nodes} are "
-            f"{processes(settings)} processes, and {environment.world_size()} were started"
+            f"{settings.processes} processes, and {environment.world_size()} were started"
         )
     _meet(settings, environment)
     with contextlib.ExitStack() as stack:

@@ -10,6 +10,7 @@ from vlbench.data.preflight import preflight
 from vlbench.data.sources import held_out, mixture, stage_data
 from vlbench.data.steps import Steps
 from vlbench.model.vlm import VLM
+from vlbench.recipe import stages_to_run
 from vlbench.schema import Recipe, Stage
 from vlbench.train.watchers import judge
 
@@ -29,13 +30,8 @@ class Leg:
 
 def plan(recipe: Recipe) -> list[Leg]:
     """Return the stages to run, in order, with their data and number of steps."""
-    names = list(recipe.stages)
-    if recipe.from_:
-        names = names[names.index(recipe.from_) :]
-    if recipe.only:
-        names = [name for name in names if name in recipe.only]
     legs = []
-    for number, name in enumerate(names):
+    for number, name in enumerate(stages_to_run(recipe)):
         stage = recipe.stages[name]
         data = mixture(recipe.data, stage, name, recipe.seed)
         legs.append(Leg(number, name, stage, data, steps_in(stage, len(data))))

@@ -212,7 +212,8 @@ class Job:
             last = self.legs[-1]
             position = Position(last.number, last.name, 0)
             parts = self.parts_until(last)
-            checkpoint.save(self.run.checkpoints, position, vlm, parts, None, self.run.recipe_file)
+            where, recipe = self.run.checkpoints, self.run.recipe_file
+            checkpoint.Writing(where, position, vlm, parts, None, recipe).end()
         vlm.requires_grad_(False)
         hold(self.recipe, vlm)  # what fitted into memory while it was trained shall still fit
         vlm.to(root_device(self.recipe))  # Lightning took it away
