@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from vlbench.__main__ import main
 from vlbench.data import features
 from vlbench.train import checkpoint, frozen
+from vlbench.train.watchers import Interrupts
 
 FROZEN = [f"stages.{name}.train.vision=null" for name in ("align_224", "align_448", "chat")]
 SHORT = [
@@ -108,6 +109,18 @@ def test_a_damaged_shard_is_computed_again(plain, cached, tmp_path):
     assert [t["sums"].tolist() for t in whole] == [
         [features.checksum(one) for one in t["features"]] for t in whole
     ]
+
+
+def test_a_run_that_is_asked_to_stop_does_not_compute_the_rest(plain, tmp_path, monkeypatch):
+    real, cache = Interrupts.asked, tmp_path / "cache"
+    monkeypatch.setattr(frozen, "CHUNK", 4)
+    monkeypatch.setattr(Interrupts, "asked", lambda self: setattr(self, "wanted", "a test") or True)
+    words = [*SHORT, *FROZEN, f"run={tmp_path / 'run'}", f"trainer.feature_cache={cache}"]
+    assert main(words) == 130
+    assert load_file(shards(cache)[0])["features"].shape == (4, 64, 128)
+    monkeypatch.setattr(Interrupts, "asked", real)
+    assert main(words) == 0
+    assert_same(plain, tmp_path / "run")
 
 
 def test_features_that_are_damaged_while_training_are_not_used(plain, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -229,7 +230,8 @@ wait %2 && exit $first
 """
 
 
-def test_the_slurm_script_trains_and_queues_what_was_stopped(tmp_path):
+@pytest.mark.parametrize("told_first", [slice(None), slice(1, None)], ids=["all", "one alone"])
+def test_the_slurm_script_trains_and_queues_what_was_stopped(told_first, tmp_path):
     (tmp_path / "bin").mkdir()
     queued = tmp_path / "queued"
     for name, text in (("srun", SRUN), ("scontrol", f'echo "$@" >> {queued}\n')):
@@ -251,10 +253,16 @@ def test_the_slurm_script_trains_and_queues_what_was_stopped(tmp_path):
         start_new_session=True,
     )
     run = tmp_path / "runs/job-7"
-    wait_for(run, 3)
-    for number in tasks_of(run):  # as Slurm does before it takes the machine away
-        os.kill(number, signal.SIGTERM)
-    told = process.communicate(timeout=60)[1]
+    try:
+        wait_for(run, 3)
+        tasks = tasks_of(run)
+        assert len(tasks) == 2
+        for number in tasks[told_first]:  # as Slurm does before it takes the machine away
+            os.kill(number, signal.SIGTERM)
+        told = process.communicate(timeout=60)[1]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130, told
     assert told.count("stopped by SIGTERM, saved") == 1 and "Traceback" not in told
     assert queued.read_text() == "requeue 7\n"
@@ -284,7 +292,7 @@ def tasks_of(run: Path) -> list[int]:
             continue
         if f"run=runs/{run.name}" in words and words[1:3] == ["-m", "vlbench"]:
             found.append(int(folder.name))
-    return found
+    return sorted(found)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import errno
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,17 +30,26 @@ from vlbench.mistakes import BadSample, Mistake
 from vlbench.model.held import HELD
 from vlbench.model.vlm import VLM
 from vlbench.train import report
+from vlbench.train.launch import apart
 
 READERS = 16  # files that are read at once, to know what they hold
 CHUNK = 32  # pictures that the tower sees at once
 SHARD_BYTES = 2**28  # of features in a shard: what an interruption loses at most
 
 
-def remember(vlm: VLM, steps: Steps, folder: Path, trainer: pl.Trainer, workers: int) -> Features:
+def remember(
+    vlm: VLM,
+    steps: Steps,
+    folder: Path,
+    trainer: pl.Trainer,
+    workers: int,
+    stop: Callable[[], bool],
+) -> Features:
     """Return the features of all pictures of `steps`; what `folder` lacks is computed and kept.
 
     The tower runs where and in the precision in which `trainer` will train; `workers` processes
-    prepare pictures. Raises a Mistake when the disk has no room; what is kept by then stays.
+    prepare pictures. When `stop` says so, those that are known by then are returned.
+    Raises a Mistake when the disk has no room; what is kept by then stays.
     """
     device = trainer.strategy.root_device
     own = folder / identity(vlm, f"{device.type} {trainer.precision}")
@@ -48,7 +57,7 @@ def remember(vlm: VLM, steps: Steps, folder: Path, trainer: pl.Trainer, workers:
         own.mkdir(parents=True, exist_ok=True)
         vlm.vision.to(device)
         with FileLock(own / ".lock"):  # runs side by side would compute the same
-            return _filled(vlm, steps, Shards(own), trainer, workers)
+            return _filled(vlm, steps, Shards(own), trainer, workers, stop)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise Mistake(
@@ -70,7 +79,14 @@ def identity(vlm: VLM, arithmetic: str) -> str:
     return digest.hexdigest()
 
 
-def _filled(vlm: VLM, steps: Steps, shards: Shards, trainer: pl.Trainer, workers: int) -> Features:
+def _filled(
+    vlm: VLM,
+    steps: Steps,
+    shards: Shards,
+    trainer: pl.Trainer,
+    workers: int,
+    stop: Callable[[], bool],
+) -> Features:
     keys = dict(_keys(steps))
     kept = shards.places()
     missing = {key: picture for picture, key in keys.items() if key not in kept}
@@ -80,9 +96,10 @@ def _filled(vlm: VLM, steps: Steps, shards: Shards, trainer: pl.Trainer, workers
             batch_size=CHUNK,
             collate_fn=list,
             num_workers=workers,
+            worker_init_fn=apart,
         )
         with torch.no_grad(), trainer.precision_plugin.forward_context():
-            kept |= _compute(vlm, loader, len(missing), shards)
+            kept |= _compute(vlm, loader, len(missing), shards, stop)
     return Features(shards, {picture: kept[key] for picture, key in keys.items() if key in kept})
 
 
@@ -135,7 +152,9 @@ class _Pixels(Dataset[tuple[bytes, "Tensor | None"]]):
             return key, None
 
 
-def _compute(vlm: VLM, loader: DataLoader, pictures: int, shards: Shards) -> Places:
+def _compute(
+    vlm: VLM, loader: DataLoader, pictures: int, shards: Shards, stop: Callable[[], bool]
+) -> Places:
     """Compute the features of pictures and write them, shard by shard; return where they are."""
     side = vlm.vision.image_size
     each = _see(vlm, torch.zeros(1, 3, side, side)).nbytes
@@ -151,6 +170,8 @@ def _compute(vlm: VLM, loader: DataLoader, pictures: int, shards: Shards) -> Pla
         if len(keys) * each >= SHARD_BYTES:
             places |= shards.write(keys, torch.cat(features))
             keys, features = [], []
+        if stop():
+            break
     return places | (shards.write(keys, torch.cat(features)) if keys else {})
 
 

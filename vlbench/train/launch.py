@@ -38,6 +38,15 @@ def launcher_is_gone() -> bool:
     return LAUNCHER in os.environ and os.getppid() != int(os.environ[LAUNCHER])
 
 
+def apart(_: int) -> None:
+    """Take a data worker out of the process group of its run, as DataLoader's `worker_init_fn`.
+
+    What is sent to the group (Slurm before it preempts, Ctrl-C) is for the run, which stops after
+    its step; workers would die of it in the middle of one.
+    """
+    os.setpgrp()
+
+
 def launch(words: Sequence[str], settings: Trainer) -> int:
     """Run `python -m vlbench WORDS` in as many processes as `settings` says; return the exit code.
 

@@ -23,6 +23,7 @@ from vlbench.train.checkpoint import Position
 from vlbench.train.checkpointing import settle
 from vlbench.train.frozen import remember
 from vlbench.train.join import joined, leave, sharded
+from vlbench.train.launch import apart
 from vlbench.train.legs import Leg, check_data, held_out_batches, plan, steps_of
 from vlbench.train.loggers import loggers_of
 from vlbench.train.module import Training, Watcher, check_objective, freeze
@@ -143,16 +144,18 @@ class Job:
             self.seen,
         )
         loggers = loggers_of(self.recipe, self.run, offset) if ranks.is_first() else []
-        trainer = trainer_of(self.recipe, loggers, self.run.folder)
+        trainer = trainer_of(self.recipe, loggers, self.run.folder, [self.interrupts])
         workers = stage_data(self.recipe.data, leg.stage).workers
         cache = self.recipe.trainer.feature_cache
         if cache and "vision" not in leg.stage.parts:
-            steps.features = remember(vlm, steps, Path(cache), trainer, workers)
+            stop = self.interrupts.asked
+            steps.features = remember(vlm, steps, Path(cache), trainer, workers, stop)
         loader: DataLoader = DataLoader(
             steps,
             sampler=range(done, leg.steps),
             batch_size=None,
             num_workers=workers,
+            worker_init_fn=apart,
             pin_memory=trainer.strategy.root_device.type == "cuda",
         )
         compiled = Compiled(vlm, self.recipe.trainer.compile)
@@ -221,7 +224,7 @@ class Job:
             self.recipe,
             self.run,
             vlm,
-            lambda: bool(self.interrupts.wanted),
+            self.interrupts.asked,
             self.clock,
         )
         if not done:

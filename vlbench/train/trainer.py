@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import PyTorchProfiler
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from vlbench.model.compiled import of_compiler
 from vlbench.schema import Recipe
@@ -29,7 +28,12 @@ def root_device(recipe: Recipe) -> torch.device:
     return trainer_of(recipe, [], None).strategy.root_device
 
 
-def trainer_of(recipe: Recipe, loggers: list[Logger], folder: Path | None) -> pl.Trainer:
+def trainer_of(
+    recipe: Recipe,
+    loggers: list[Logger],
+    folder: Path | None,
+    callbacks: Sequence[pl.Callback] = (),
+) -> pl.Trainer:
     """Return the Lightning Trainer of one stage; it saves nothing by itself.
 
     With `profile=true` a trace of some steps is written into `folder`.
@@ -41,6 +45,7 @@ def trainer_of(recipe: Recipe, loggers: list[Logger], folder: Path | None) -> pl
         precision=PRECISION[recipe.precision],
         max_epochs=1,
         logger=loggers,
+        callbacks=list(callbacks),
         profiler=PyTorchProfiler(folder, "profile") if recipe.profile and folder else None,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -55,8 +60,6 @@ def explained(leg: Leg) -> Iterator[None]:
     """Turn what may end a stage from outside into one line that says what to do."""
     try:
         yield
-    except SIGTERMException:
-        pass  # the checkpoint is written; Lightning leaves the loop this way
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise report.out_of_memory(leg.name, leg.stage) from error
     except RuntimeError as error:

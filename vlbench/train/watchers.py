@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 
 from vlbench import ranks
@@ -26,7 +27,7 @@ SPENT = 0.05  # share of the time that saving every so many seconds may take
 HELD_OUT_SEED = 0  # of what is random in a connector's own loss: the same at every measurement
 
 
-class Interrupts:
+class Interrupts(pl.Callback):
     """Turn Ctrl-C and SIGTERM into a wish to stop after the running step; a second Ctrl-C kills."""
 
     def __init__(self) -> None:
@@ -39,9 +40,20 @@ class Interrupts:
             self._before[number] = signal.signal(number, self._note)
         return self
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take SIGTERM back from Lightning, whose handler sends something to the other processes.
+
+        They are in the middle of a step, where they expect something else: all would wait forever.
+        """
+        signal.signal(signal.SIGTERM, self._note)
+
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def asked(self) -> bool:
+        """Tell whether this process is to stop."""
+        return bool(self.wanted)
 
     def agreed(self, late: bool = False) -> tuple[bool, bool]:
         """Tell whether any process is to stop, and whether the first one finds that it is `late`.
