@@ -29,7 +29,7 @@ srun --kill-on-bad-exit=1 python -m vlbench fit "$@" \
     "trainer.devices=$tasks" "trainer.num_nodes=$SLURM_NNODES"
 code=$?
 
-if [ "$code" -eq 130 ]; then # stopped from outside, and saved
-    scontrol requeue "$SLURM_JOB_ID"
-fi
+case "$code" in
+    130 | 143) scontrol requeue "$SLURM_JOB_ID" ;; # stopped from outside: saved, or still at its beginning
+esac
 exit "$code"

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import csv
 import multiprocessing
 import os
 import socket
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 WORLD = 2
+TWO = f"trainer.devices={WORLD}"
+QUIET = ("log.every=1", "log.questions=2", "log.examples=0", "log.tensorboard=false")
+
+
+def losses(run: Path) -> list[float]:
+    """Return the loss of every step in the log of a run."""
+    with (run / "metrics.csv").open() as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
 
 
 @dataclass(frozen=True)

@@ -177,6 +177,28 @@ def test_a_signal_saves_says_how_to_go_on_and_exits_130(
     assert before and json.loads((run / "results.json").read_text())["seconds"] > before
 
 
+def test_a_killed_data_worker_is_one_line_and_the_run_goes_on(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "short of memory"
+    words = [*SHORT, f"run={run}", "data.workers=1"]
+    dying = (
+        "import os, signal, sys\n"
+        "from vlbench.data import steps\n"
+        "real = steps.Steps.__getitem__\n"
+        "def item(self, index):\n"
+        "    if index == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(self, index)\n"
+        "steps.Steps.__getitem__ = item\n"
+        "from vlbench.__main__ import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", dying, *words]
+    killed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert killed.returncode == 1 and len(killed.stderr.splitlines()) == 1
+    assert "killed by signal: Killed" in killed.stderr and "lower data.workers" in killed.stderr
+    assert main(words) == 0
+    assert_same_weights(whole, run)
+
+
 def test_metrics_beyond_the_checkpoint_and_a_torn_line_are_dropped(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.csv"
     rest = "0.5,,0.1,1.0,2.0,3.0,4.0,0.1,,7,5.0"

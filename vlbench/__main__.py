@@ -25,8 +25,9 @@ class Verb(NamedTuple):
 def fit(words: list[str]) -> int:
     """Train a recipe."""
     from vlbench import recipe as recipes
-    from vlbench.train.launch import launch, launched
+    from vlbench.train.launch import launch, launched, let_launcher_speak
 
+    let_launcher_speak()
     recipe = recipes.load(words)
     recipes.require_data(recipe)
     if recipe.trainer.processes > 1 and not launched():
@@ -222,7 +223,8 @@ def main(words: list[str] | None = None) -> int:
             print(f"vlbench: {line}", file=sys.stderr)
         return 2 if isinstance(error, Mistake) else 1
     except KeyboardInterrupt:
-        print("vlbench: interrupted", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one line for all processes of a machine
+            print("vlbench: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing is left to be written at exit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -21,6 +22,7 @@ from vlbench.schema import Recipe, Trainer
 from vlbench.train.launch import by_slurm, launched
 
 BROKEN = ("gloo", "connection closed by peer", "connection reset by peer", "broken pipe", "nccl")
+SETTLED = 0.05  # seconds; what they do takes microseconds
 PATIENCE = timedelta(minutes=30)  # for another process; Lightning's default
 
 
@@ -60,6 +62,19 @@ def joined(recipe: Recipe) -> Iterator[None]:
                 "lost contact with the other processes: one of them has ended. Checkpoints are "
                 "whole; to go on, repeat the command with the run= of this run"
             ) from error
+
+
+def _settle() -> None:
+    """Let gloo's threads end what they do after an exchange, before a data worker is forked.
+
+    One of them may hold a lock of the interpreter at that moment; before Python 3.11.10 the worker
+    then waits for it forever (python/cpython#112275; one start of a stage in 40, measured).
+    """
+    if ranks.several():
+        time.sleep(SETTLED)
+
+
+os.register_at_fork(before=_settle)
 
 
 def leave() -> None:

@@ -6,13 +6,15 @@ imports no torch.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vlbench.mistakes import Mistake
@@ -21,6 +23,8 @@ from vlbench.schema import Trainer
 LAUNCHER = "VLBENCH_LAUNCHER"  # process id, told to the processes that it started
 GRACE = 20.0  # seconds for the others to end by themselves, once one has ended badly
 POLL = 0.1  # seconds
+STARTING = 2.0  # seconds in which Python starts, and training cannot have begun
+INTERRUPTED = 128 + signal.SIGINT  # exit code of what was asked to stop
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> bool:
@@ -31,6 +35,15 @@ def launched(environment: Mapping[str, str] = os.environ) -> bool:
 def by_slurm(environment: Mapping[str, str] = os.environ) -> bool:
     """Tell whether srun has started this process, and others beside it."""
     return int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def let_launcher_speak() -> None:
+    """Let Ctrl-C end this process without a word while it has nothing to save.
+
+    The process that has started it hands Ctrl-C on, and tells of it once.
+    """
+    if LAUNCHER in os.environ:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def launcher_is_gone() -> bool:
@@ -50,8 +63,8 @@ def apart(_: int) -> None:
 def launch(words: Sequence[str], settings: Trainer) -> int:
     """Run `python -m vlbench WORDS` in as many processes as `settings` says; return the exit code.
 
-    Ctrl-C and SIGTERM are handed on. When one process ends badly the others are given a little
-    time, and are then ended too.
+    Ctrl-C and SIGTERM are handed on. When one process ends badly, or Ctrl-C comes twice, the others
+    are given a little time, and are then ended too.
     """
     if settings.num_nodes > 1:
         raise Mistake(
@@ -60,28 +73,31 @@ def launch(words: Sequence[str], settings: Trainer) -> int:
             "docs/cluster.md has both"
         )
     processes = _start(words, settings.devices)
+    with _handed_on(processes) as asked:
+        bad = _watch(processes, asked)
+    return _told([process.returncode for process in processes], bad, asked)
+
+
+@contextlib.contextmanager
+def _handed_on(processes: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """Hand Ctrl-C and SIGTERM on to processes; give the list of signals that came."""
+    asked: list[int] = []
+    began = time.monotonic()
 
     def hand_on(number: int, _: Any) -> None:
+        if time.monotonic() - began < STARTING:
+            number = signal.SIGTERM  # Ctrl-C would be told by Python, with a traceback
+        asked.append(number)
         for process in processes:
             if process.poll() is None:
                 process.send_signal(number)
 
     before = {n: signal.signal(n, hand_on) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        bad = _watch(processes)
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    codes = [process.returncode for process in processes]
-    if bad is not None and codes[bad] < 0:
-        name = signal.Signals(-codes[bad]).name
-        print(
-            f"vlbench: process {bad} of {len(codes)} was ended by {name}, and so the others were "
-            "ended too; checkpoints are whole",
-            file=sys.stderr,
-        )
-        return 1
-    return codes[0] if codes[0] > 0 else max(codes)
 
 
 def _start(words: Sequence[str], devices: int) -> list[subprocess.Popen[bytes]]:
@@ -108,18 +124,44 @@ def _start(words: Sequence[str], devices: int) -> list[subprocess.Popen[bytes]]:
     ]
 
 
-def _watch(processes: list[subprocess.Popen[bytes]]) -> int | None:
-    """Return when all have ended, with the number of the one that ended badly before the others."""
-    bad, until = None, 0.0
+def _watch(processes: list[subprocess.Popen[bytes]], asked: list[int]) -> int | None:
+    """Return when all have ended, with the number of the one that ended badly before the others.
+
+    When one has, or Ctrl-C came a second time, the rest is given a little time and then killed.
+    """
+    bad, until = None, math.inf
     while True:
         codes = [process.poll() for process in processes]
         failed = [number for number, code in enumerate(codes) if code]
         if failed and bad is None:  # of two at once, the one that was killed is the reason
             bad = min(failed, key=lambda number: codes[number] or 0)
+        if until == math.inf and (bad is not None or asked.count(signal.SIGINT) > 1):
             until = time.monotonic() + GRACE
         if None not in codes:
             return bad
-        if bad is not None and time.monotonic() > until:
+        if time.monotonic() > until:
             for process in processes:
                 process.kill()
         time.sleep(POLL)
+
+
+def _told(codes: list[int], bad: int | None, asked: list[int]) -> int:
+    """Say what ended processes that did not say it themselves; return the exit code of all.
+
+    `bad` is the process that ended badly before the others, `asked` what they were sent before.
+    """
+    if bad is None:
+        return 0
+    if -codes[bad] in asked or (codes[bad] < 0 and asked.count(signal.SIGINT) > 1):
+        if codes[0] < 0:  # it had nothing to save, or could not
+            print("vlbench: interrupted", file=sys.stderr)
+        return codes[0] if codes[0] >= 0 else INTERRUPTED
+    if codes[bad] < 0:
+        name = signal.Signals(-codes[bad]).name
+        print(
+            f"vlbench: process {bad} of {len(codes)} was ended by {name}, and so the others were "
+            "ended too; checkpoints are whole",
+            file=sys.stderr,
+        )
+        return 1
+    return codes[0] if codes[0] > 0 else max(codes)

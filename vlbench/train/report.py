@@ -129,6 +129,15 @@ def out_of_memory(name: str, stage: Stage) -> Trouble:
     )
 
 
+def worker_ended(name: str, error: Exception) -> Trouble:
+    """Return what to say when one of the processes that prepare data has ended in a stage."""
+    return Trouble(
+        f"stage {name}: {reason(error).rstrip('. ')}. Mostly memory, or shared memory (/dev/shm), "
+        f"has run out: lower data.workers. Checkpoints are whole; to go on, repeat "
+        "the command with the run= of this run"
+    )
+
+
 def not_compiled(name: str, error: Exception) -> Mistake:
     """Return what to say when blocks could not be compiled in a stage."""
     return Mistake(

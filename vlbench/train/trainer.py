@@ -63,6 +63,8 @@ def explained(leg: Leg) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise report.out_of_memory(leg.name, leg.stage) from error
     except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            raise report.worker_ended(leg.name, error) from error
         if of_compiler(error):
             raise report.not_compiled(leg.name, error) from error
         if "can't allocate memory" not in str(error):
