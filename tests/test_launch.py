@@ -134,12 +134,18 @@ def test_what_was_started_must_be_what_the_recipe_says(tmp_path, monkeypatch, ca
 
 
 SRUN = """#!/usr/bin/env bash
-# Starts two tasks as srun would on one machine; its first option is --kill-on-bad-exit=1.
+# Starts two tasks as srun would on one machine; its first option is --kill-on-bad-exit=1: when one
+# leaves with a code that is not 0 the other is killed, and the highest code is that of all.
 shift
 export SLURM_STEP_NUM_TASKS=2
 for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NODEID=0 "$@" & done
-wait %1; first=$?
-wait %2 && exit $first
+highest=0
+for task in 0 1; do
+    wait -n; code=$?
+    if [ $code -ne 0 ]; then kill -KILL $(jobs -p) 2> /dev/null; fi
+    if [ $code -gt $highest ]; then highest=$code; fi
+done
+exit $highest
 """
 
 
@@ -179,6 +185,27 @@ def test_the_slurm_script_trains_and_queues_what_was_stopped(told_first, tmp_pat
     assert process.returncode == 130, told
     assert told.count("stopped by SIGTERM, saved") == 1 and "Traceback" not in told
     assert queued.read_text() == "requeue 7\n"
+
+
+def test_tasks_of_slurm_tell_a_mistake_once(tmp_path):
+    (tmp_path / "srun").write_text(SRUN)
+    (tmp_path / "srun").chmod(0o755)
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    words = ["recipe=yivl_llava", "stages.chatt.steps=3"]
+    command = [
+        str(tmp_path / "srun"),
+        "--kill-on-bad-exit=1",
+        "python",
+        "-m",
+        "vlbench",
+        "fit",
+        *words,
+    ]
+    done = subprocess.run(
+        command, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False
+    )
+    assert done.stderr.count("stages has no 'chatt'") == done.stderr.count("vlbench:") == 1
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(("code", "again"), [(0, False), (1, False), (130, True), (143, True)])

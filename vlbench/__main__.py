@@ -25,11 +25,12 @@ class Verb(NamedTuple):
 def fit(words: list[str]) -> int:
     """Train a recipe."""
     from vlbench import recipe as recipes
-    from vlbench.train.launch import launch, launched, let_launcher_speak
+    from vlbench.train.launch import launch, launched, let_launcher_speak, told_once
 
     let_launcher_speak()
-    recipe = recipes.load(words)
-    recipes.require_data(recipe)
+    with told_once():
+        recipe = recipes.load(words)
+        recipes.require_data(recipe)
     if recipe.trainer.processes > 1 and not launched():
         return launch(["fit", *words], recipe.trainer)
     # Threads of torch that spin for long make a machine with other work 20 times slower, and

@@ -19,7 +19,7 @@ from torch import distributed
 from vlbench import ranks
 from vlbench.mistakes import Mistake, Trouble
 from vlbench.schema import Recipe, Trainer
-from vlbench.train.launch import by_slurm, launched
+from vlbench.train.launch import by_slurm, launched, silent
 
 BROKEN = ("gloo", "connection closed by peer", "connection reset by peer", "broken pipe", "nccl")
 SETTLED = 0.05  # seconds; what they do takes microseconds
@@ -51,17 +51,26 @@ def joined(recipe: Recipe) -> Iterator[None]:
         if not ranks.is_first():
             quiet = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(quiet))
-        try:
-            yield
-        except RuntimeError as error:
-            if not _lost(error):
-                raise
-            if environment.local_rank():  # one line per machine is enough
-                raise SystemExit(1) from error
-            raise Trouble(
-                "lost contact with the other processes: one of them has ended. Checkpoints are "
-                "whole; to go on, repeat the command with the run= of this run"
-            ) from error
+        stack.enter_context(_parting(environment.local_rank()))
+        yield
+
+
+@contextlib.contextmanager
+def _parting(local_rank: int) -> Iterator[None]:
+    """Let one process say why all end: the one that knows, or one of each machine."""
+    try:
+        yield
+    except SystemExit as end:
+        raise SystemExit(silent(int(end.code or 0))) from end
+    except RuntimeError as error:
+        if not _lost(error):
+            raise
+        if local_rank:
+            raise SystemExit(silent(1)) from error
+        raise Trouble(
+            "lost contact with the other processes: one of them has ended. Checkpoints are "
+            "whole; to go on, repeat the command with the run= of this run"
+        ) from error
 
 
 def _settle() -> None:

@@ -23,6 +23,7 @@ from vlbench.schema import Trainer
 LAUNCHER = "VLBENCH_LAUNCHER"  # process id, told to the processes that it started
 GRACE = 20.0  # seconds for the others to end by themselves, once one has ended badly
 POLL = 0.1  # seconds
+LEAVING = 10.0  # seconds in which other tasks of Slurm have ended
 STARTING = 2.0  # seconds in which Python starts, and training cannot have begun
 INTERRUPTED = 128 + signal.SIGINT  # exit code of what was asked to stop
 
@@ -44,6 +45,34 @@ def let_launcher_speak() -> None:
     """
     if LAUNCHER in os.environ:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def told_once() -> Iterator[None]:
+    """Let the first of several processes tell a mistake that all of them find."""
+    try:
+        yield
+    except Mistake:
+        number = os.environ.get("SLURM_PROCID" if by_slurm() else "RANK", "0")
+        if launched() and number != "0":
+            raise SystemExit(silent(2)) from None
+        raise
+
+
+def silent(code: int) -> int:
+    """Return the exit code of a process that leaves it to another one to say why all leave.
+
+    srun kills all others when a task leaves with a code that is not 0, also the one that still has
+    something to say, and then tells the code of a killed one.
+    """
+    return 0 if by_slurm() else code
+
+
+def last(code: int) -> int:
+    """Return the exit code of the process that speaks for all, when the others have left."""
+    if code and by_slurm():
+        time.sleep(LEAVING)
+    return code
 
 
 def launcher_is_gone() -> bool:

@@ -23,7 +23,7 @@ from vlbench.train.checkpoint import Position
 from vlbench.train.checkpointing import settle
 from vlbench.train.frozen import remember
 from vlbench.train.join import joined, leave, sharded
-from vlbench.train.launch import apart
+from vlbench.train.launch import apart, last, silent
 from vlbench.train.legs import Leg, check_data, held_out_batches, plan, steps_of
 from vlbench.train.loggers import loggers_of
 from vlbench.train.module import Training, Watcher, check_objective, freeze
@@ -38,7 +38,11 @@ from vlbench.train.watchers import HeldOut, Interrupts, NotFinite, Quarantine, S
 def fit(recipe: Recipe) -> int:
     """Train the stages of `recipe`, evaluate, and say what to try next; return the exit code."""
     with joined(recipe):
-        return _fit(recipe)
+        code = _fit(recipe)
+        if not ranks.is_first():
+            return silent(code)
+        others = ranks.several()
+    return last(code) if others else code
 
 
 def _fit(recipe: Recipe) -> int:
