@@ -192,6 +192,7 @@ def test_recipes_that_are_not_there(words, expected):
         ("connector.name=mine", "no connector 'mine'"),
         ("dry_run=yes", "true or false"),
         ("precision=16", "32, bf16"),
+        ("checkpointing=ful", "full, auto, given 'ful'. Did you mean 'full'?"),
         ("seed=", "no value"),
         ("run=a${b", "not interpolated"),
         ("vision.name=ViT-B-32", "only vision.name=tiny and vision.name=tiny_eva can"),

@@ -14,6 +14,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
+from vlbench.mistakes import nearest
+
 WHOLE = re.compile(r"[+-]?\d+")
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 NULL = ("null", "none")
@@ -184,6 +186,10 @@ def _label(kind: Any) -> str:
 
 def _hint(value: object, inner: list[Any]) -> str:
     """Return the nearest spelling that would have been right, if one is plain."""
+    choices = [str(one) for kind in inner if get_origin(kind) is Literal for one in get_args(kind)]
+    if choices and isinstance(value, str):
+        found = nearest(value, choices)
+        return f".{found}" if found else ""
     if not isinstance(value, str | float) or int not in inner:
         return ""
     number = _float(str(value)) if NUMBER.fullmatch(str(value)) else None
