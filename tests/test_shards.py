@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import shutil
@@ -241,8 +242,19 @@ def test_mistakes_are_a_line(name, message, tmp_path, capsys):
 
 
 def test_a_folder_that_is_there_is_not_overwritten(packed, data, capsys):
-    assert main(["pack", f"data={data / 'data.json'}", f"to={packed}"]) == 2
-    assert "name a new folder" in capsys.readouterr().err
+    for there in (packed, data / "data.json"):
+        assert main(["pack", f"data={data / 'data.json'}", f"to={there}"]) == 2
+        assert "name a new folder" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_is_one_line_and_nothing_is_left(data, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("vlbench.data.pack._write", full)
+    assert main(["pack", f"data={data / 'data.json'}", f"to={tmp_path / 'shards'}"]) == 2
+    assert "cannot be written (No space left on device)" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 class Pieces(SimpleHTTPRequestHandler):

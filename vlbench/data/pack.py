@@ -29,9 +29,12 @@ def main(words: list[str]) -> int:
     source = LlavaJson(Path(given["data"]).expanduser(), given.get("images"))
     samples = whole(given, "samples", SAMPLES, 1, 10**7)
     folder = Path(given["to"]).expanduser()
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise Mistake(f"to={folder} is there already and not empty; name a new folder")
-    shards, bad = pack(source, folder, samples)
+    try:
+        shards, bad = pack(source, folder, samples)
+    except OSError as error:
+        raise Mistake(f"to={folder} cannot be written ({error.strerror})") from error
     packed = sum(shard["samples"] for shard in shards)
     print(f"{packed} samples in {len(shards)} shards in {folder}, every picture opened once")
     if bad:
@@ -48,12 +51,26 @@ def pack(
     """
     writing = folder.with_name(f".writing-{folder.name}")
     shutil.rmtree(writing, ignore_errors=True)
-    writing.mkdir(parents=True)
+    try:
+        writing.mkdir(parents=True)
+        shards, bad = _fill(writing, source, samples)
+        if folder.exists():
+            folder.rmdir()
+        writing.rename(folder)
+    finally:  # nothing is left of what was interrupted, or found no room
+        shutil.rmtree(writing, ignore_errors=True)
+    return shards, bad
+
+
+def _fill(
+    folder: Path, source: LlavaJson, samples: int
+) -> tuple[list[dict[str, Any]], list[BadSample]]:
+    """Write all shards and what tells of them."""
     bad: list[BadSample] = []
     good = _members(source, bad)
     shards: list[dict[str, Any]] = []
     while True:
-        tar = writing / f"{len(shards):06d}.tar"
+        tar = folder / f"{len(shards):06d}.tar"
         count = _write(tar, good, samples)
         if not count:
             tar.unlink()
@@ -63,14 +80,10 @@ def pack(
         write_whole(Path(beside(str(tar))), text(entries))
         shards.append({"file": tar.name, "samples": count, "bytes": tar.stat().st_size})
     if not shards:
-        shutil.rmtree(writing)
         raise Mistake(f"{source.name}: holds no sample that can be packed; the first: {bad[0]}")
-    write_whole(writing / LIST, json.dumps({"version": 1, "shards": shards}, indent=1) + "\n")
+    write_whole(folder / LIST, json.dumps({"version": 1, "shards": shards}, indent=1) + "\n")
     lines = json_lines({"id": one.sample_id, "reason": one.reason} for one in bad)
-    write_whole(writing / LEFT_OUT, lines)
-    if folder.exists():
-        folder.rmdir()
-    writing.rename(folder)
+    write_whole(folder / LEFT_OUT, lines)
     return shards, bad
 
 
