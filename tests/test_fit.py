@@ -235,6 +235,10 @@ def test_a_loss_that_is_not_finite_is_skipped_named_and_ends_the_run_in_the_end(
     said = capsys.readouterr().err
     assert "step 1: loss is not finite, step skipped; samples: " in said
     assert "2 steps in a row" in said
+    short = ["stages.align_224.steps=1", f"run={tmp_path / 'short'}"]
+    words = [word for word in SHORT if not word.startswith("stages.align_224.steps")]
+    assert main([*words, *short]) == 2  # a stage of which nothing was learned is none
+    assert "1 steps in a row" in capsys.readouterr().err
 
 
 def test_a_dry_run_does_one_step_of_every_stage_and_keeps_nothing(

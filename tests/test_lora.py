@@ -158,6 +158,18 @@ def test_released_layouts_want_a_merge(run, tmp_path, capsys):
         assert_close(back(asked(back)).logits, ours(asked(ours)).logits)
 
 
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [("targets=foo", "targets is 'foo'; known are all-linear"), ("bits=4", "a GPU")],
+)
+def test_adapters_that_cannot_be_are_refused_before_the_first_stage(word, said, tmp_path, capsys):
+    words = [f"stages.chat.train.language.lora.{word}", f"run={tmp_path / 'run'}"]
+    assert main(["fit", "recipe=yivl_llava", *words]) == 2
+    told = capsys.readouterr()
+    assert said in told.err and "stages.chat.train.language.lora" in told.err
+    assert "stage align_224" not in told.out and not (tmp_path / "run").exists()
+
+
 def test_plain_peft_loads_the_adapter(run, tmp_path):
     from peft import PeftModel
 

@@ -85,6 +85,10 @@ def test_list_survives_a_broken_connector(tmp_path, monkeypatch, capsys):
     assert main(["list", "connectors"]) == 0
     text = capsys.readouterr().out
     assert "cannot be used" in text and "llava_mlp" in text
+    assert main(["list", "connectors", "size=tiny"]) == 0
+    told = capsys.readouterr()
+    assert "llava_mlp" in told.out and "broken cannot be used" in told.err
+    assert "broken.py, line 1" in told.err
 
 
 def test_a_mistake_is_one_line_each_and_exit_code_2(capsys):

@@ -241,6 +241,15 @@ def test_the_rest_of_a_file_is_scored_and_bad_lines_are_counted_and_named(
     assert (folder / "bad.txt").read_text() == ""
 
 
+def test_a_line_that_is_no_utf_8_costs_itself_alone(tmp_path, capsys):
+    file = tmp_path / "answers.jsonl"
+    lines = [json.dumps(CHOICE).encode(), b'{"id": "\xb8"}', json.dumps(OPEN).encode()]
+    file.write_bytes(b"\n".join(lines))
+    assert main(["score", "task=mmmu", f"answers={file}", "protocol=strict"]) == 0
+    told = capsys.readouterr()
+    assert "line 2 is not UTF-8 text" in told.err and "1 of 3 lines left out" in told.out
+
+
 def test_all_mistakes_of_a_file_are_said_but_not_a_thousand(tmp_path, capsys):
     assert run(tmp_path, *["{"] * 30) == 2
     said = capsys.readouterr().err.splitlines()

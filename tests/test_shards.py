@@ -292,6 +292,17 @@ def served(packed, tmp_path):
     server.shutdown()
 
 
+def test_a_server_that_knows_no_ranges_is_named(packed):
+    whole = partial(SimpleHTTPRequestHandler, directory=str(packed))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), whole)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(Mistake, match="the whole file where a part is asked for"):
+            _ = Shards(f"http://127.0.0.1:{server.server_port}")[0]
+    finally:
+        server.shutdown()
+
+
 class Pixels(Dataset):
     """Number and pixels of the samples of shards."""
 

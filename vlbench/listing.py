@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 
 from vlbench import plugins, recipe, schema, towers
 from vlbench.mistakes import Mistake, nearest
@@ -44,7 +45,7 @@ def keys() -> list[str]:
 
 def costs(size: str) -> list[str]:
     """Return a table of what each connector costs at `size`, counted without taking memory."""
-    recipes = {name: [f"size={size}", f"connector.name={name}"] for name in plugins.sources()}
+    recipes = {name: [f"size={size}", f"connector.name={name}"] for name in _usable()}
     known = {
         name: recipe.load(["recipe=yivl_llava", *words]) for name, words in recipes.items()
     }  # first, as a mistake in the size needs no torch
@@ -88,6 +89,17 @@ def _connectors() -> list[str]:
             text = f"cannot be used: {mistake}"
         result.append(f"{name:14} {text}")
     return result
+
+
+def _usable() -> Iterator[str]:
+    """Give the names of connectors; one broken file must not hide the others."""
+    for name in plugins.sources():
+        try:
+            plugins.options(name)
+        except Mistake as mistake:
+            print(f"{name} cannot be used: {mistake}", file=sys.stderr)
+        else:
+            yield name
 
 
 def _option(name: str, option: Option) -> str:

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vlbench.mistakes import Mistake, nearest
+from vlbench.mistakes import Mistake, Trouble, nearest
 from vlbench.signature import Option, signature_in, signature_of
 from vlbench.values import convert
 
@@ -126,6 +126,19 @@ def settle(name: str, given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]
 def check(name: str, given: dict[str, Any]) -> list[str]:
     """Return what is wrong with the options `given` to connector `name`, a line each."""
     return settle(name, given)[1]
+
+
+def blame(error: Exception) -> None:
+    """Raise a Mistake that names the place, if an error comes from inside of a connector's file."""
+    if isinstance(error, Mistake | Trouble):
+        return
+    trace, place = error.__traceback__, ""
+    while trace is not None:
+        if trace.tb_frame.f_globals.get("__name__", "").startswith(f"{__name__}."):
+            place = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    if place:
+        raise Mistake(f"{place}: {_line(error)}") from error
 
 
 def _unknown(name: str, key: str, known: dict[str, Option]) -> str:

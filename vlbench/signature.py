@@ -44,7 +44,7 @@ def signature_of(cls: type) -> dict[str, Option]:
 def signature_in(file: Path) -> dict[str, Option] | None:
     """Return the options of the class in a connector file, None if only running it can tell."""
     try:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
+        tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
     except (SyntaxError, ValueError, OSError) as error:
         raise Mistake(f"{file} cannot be read: {type(error).__name__}: {error}") from error
     cls = _only_class(tree)

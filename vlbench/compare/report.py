@@ -27,9 +27,9 @@ def main(words: list[str]) -> int:
         raise Mistake(f"to={wrong[0]} is no form of a report: to=FILE.md or to=FILE.html")
     notes = [note for folder in folders for note in told(folder)]
     findings = find([load(folder) for folder in _runs_in(folders)], notes=notes)
-    print(markdown(findings))
     for path in to:
         write(findings, path)
+    print(markdown(findings))
     return 0
 
 

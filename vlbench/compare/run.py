@@ -137,10 +137,12 @@ def _finish(grid: Grid, failed: dict[Path, str]) -> int:
     done = [load(folder) for folder in grid.run_folders() if Run(folder).finished]
     if done:
         findings = find(done, failed, sweep.told(grid.folder))
+        paths = [grid.folder / name for name in REPORTS]
+        for path in paths:
+            write(findings, path)  # before anything is printed: the reader may be `head`
         print(f"\n{markdown(findings)}\n")
-        for name in REPORTS:
-            write(findings, grid.folder / name)
-            print(f"wrote {grid.folder / name}")
+        for path in paths:
+            print(f"wrote {path}")
     return 1 if failed else 0
 
 

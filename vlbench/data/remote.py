@@ -25,7 +25,13 @@ def piece(url: str, offset: int = 0, size: int | None = None) -> bytes:
     if size == 0:
         return b""
     some = {} if size is None else {"start": offset, "end": offset + size}
-    return bytes(_ask("cat_file", url, **some))
+    data = bytes(_ask("cat_file", url, **some))
+    if size is not None and len(data) > size:
+        raise Mistake(
+            f"{url}: its server gives the whole file where a part is asked for (python -m "
+            "http.server does); serve shards with one that knows ranges of bytes"
+        )
+    return data
 
 
 def json_of(name: str) -> Any:

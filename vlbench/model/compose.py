@@ -100,3 +100,6 @@ def _join(recipe: Recipe, tower: Tower, language: Any, tokenizer: Tokenizer) -> 
         )
     except ValueError as error:
         raise Mistake(str(error)) from error
+    except Exception as error:
+        plugins.blame(error)
+        raise

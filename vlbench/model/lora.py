@@ -69,6 +69,13 @@ def adapt(
         raise Mistake(f"{name}.lora: {' '.join(str(error).split())[:300]}") from error
 
 
+def check(part: nn.Module, name: str, targets: str, bits: int | None) -> None:
+    """Refuse adapters that could not be put into `part`; nothing is changed."""
+    _targets(part, targets, f"{name}.lora.targets")
+    if bits == 4:
+        _check_bits(name)
+
+
 def adapters(part: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters of adapters by their name in `part`; {} when there are none."""
     return {name: p for name, p in part.named_parameters() if ".lora_" in name}
@@ -208,13 +215,17 @@ def _linear_in_blocks(part: Any) -> Iterator[str]:
                     yield f"{path}.{name}"
 
 
-def _quantize(root: nn.Module, name: str) -> None:
-    """Keep the Linear layers of decoder layers in 4 bits (QLoRA), on a GPU."""
+def _check_bits(name: str) -> None:
     if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
         raise Mistake(
             f"{name}.lora.bits is 4, which needs a GPU and bitsandbytes (pip install "
             "bitsandbytes); without them leave it out"
         )
+
+
+def _quantize(root: nn.Module, name: str) -> None:
+    """Keep the Linear layers of decoder layers in 4 bits (QLoRA), on a GPU."""
+    _check_bits(name)
     import bitsandbytes
 
     decoder: Any = root.model

@@ -63,7 +63,7 @@ def _parting(local_rank: int) -> Iterator[None]:
     except SystemExit as end:
         raise SystemExit(silent(int(end.code or 0))) from end
     except RuntimeError as error:
-        if not _lost(error):
+        if not lost(error):
             raise
         if local_rank:
             raise SystemExit(silent(1)) from error
@@ -92,7 +92,7 @@ def leave() -> None:
         distributed.destroy_process_group()
 
 
-def _lost(error: RuntimeError) -> bool:
+def lost(error: RuntimeError) -> bool:
     """Tell whether an error comes from what connects the processes."""
     if isinstance(error, distributed.DistError):
         return True
@@ -102,6 +102,8 @@ def _lost(error: RuntimeError) -> bool:
 def _check_gpus(settings: Trainer) -> None:
     """Refuse GPUs that are not there."""
     there = torch.cuda.device_count()
+    if settings.accelerator == "mps" and not torch.backends.mps.is_available():
+        raise Mistake("trainer.accelerator is mps, and torch finds none on this machine")
     if settings.accelerator == "gpu" and not (there or torch.backends.mps.is_available()):
         raise Mistake("trainer.accelerator is gpu, and torch finds no GPU on this machine")
     if settings.accelerator in ("auto", "gpu") and 0 < there < settings.devices:

@@ -9,6 +9,7 @@ from vlbench.data.order import Mixture
 from vlbench.data.preflight import preflight
 from vlbench.data.sources import held_out, mixture, stage_data
 from vlbench.data.steps import Steps
+from vlbench.mistakes import BadSample
 from vlbench.model.vlm import VLM
 from vlbench.recipe import stages_to_run
 from vlbench.schema import Recipe, Stage
@@ -45,9 +46,10 @@ def steps_in(stage: Stage, samples: int) -> int:
     return -(-round((stage.epochs or 1) * samples) // stage.batch)
 
 
-def check_data(recipe: Recipe, legs: list[Leg]) -> None:
-    """Look at all records before a model is built: bad ones are counted, or refused."""
+def check_data(recipe: Recipe, legs: list[Leg]) -> list[BadSample]:
+    """Look at all records before a model is built; return the bad ones, or refuse them."""
     checked: set[tuple[str, str]] = set()
+    found: list[BadSample] = []
     for leg in legs:
         for source in leg.data.sources if leg.steps else []:
             identity = (source.name, str(getattr(source, "images", "")))
@@ -58,6 +60,8 @@ def check_data(recipe: Recipe, legs: list[Leg]) -> None:
             judge(bad, len(bad), len(source), stage_data(recipe.data, leg.stage).on_bad)
             if bad:
                 print(f"{source.name}: {len(bad)} of {len(source)} samples are bad and left out")
+            found += bad
+    return found
 
 
 def steps_of(vlm: VLM, leg: Leg) -> Steps:

@@ -68,6 +68,9 @@ def _tokens(recipe: Recipe, legs: list[Leg]) -> Iterator[int]:
                 built[shapes] = tokens
         except ValueError as error:
             raise Mistake(f"stages.{leg.name}.image_size: {error}") from error
+        except Exception as error:
+            plugins.blame(error)
+            raise
         yield built[shapes]
 
 

@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 
 from vlbench import ranks
 from vlbench.data.sources import stage_data
-from vlbench.mistakes import Mistake
+from vlbench.mistakes import BadSample, Mistake
+from vlbench.model import lora
 from vlbench.model.compiled import Compiled
 from vlbench.model.compose import compose
 from vlbench.model.held import Held
@@ -32,7 +33,14 @@ from vlbench.train.restore import begin, restore
 from vlbench.train.run import Run, open_run
 from vlbench.train.sizes import check_sizes
 from vlbench.train.trainer import explained, root_device, trainer_of
-from vlbench.train.watchers import HeldOut, Interrupts, NotFinite, Quarantine, Saving
+from vlbench.train.watchers import (
+    HeldOut,
+    Interrupts,
+    NotFinite,
+    Quarantine,
+    Saving,
+    set_aside,
+)
 
 
 def fit(recipe: Recipe) -> int:
@@ -68,11 +76,14 @@ def opened(recipe: Recipe, legs: list[Leg]) -> Run:
                 f"stages.{leg.name}.batch is {leg.stage.batch}, fewer than the {ranks.size()} "
                 "processes: some would have nothing to do"
             )
+    bad: list[BadSample] = []
     if not (recipe.run and Run(Path(recipe.run)).finished):
-        check_data(recipe, legs)  # before there is a folder
+        bad = check_data(recipe, legs)  # before there is a folder
     if not (recipe.run and Run(Path(recipe.run)).latest):
         check_sizes(recipe, legs)
-    return open_run(recipe)
+    run = open_run(recipe)
+    set_aside(run, bad)
+    return run
 
 
 @dataclass
@@ -251,6 +262,10 @@ def prepare(recipe: Recipe, legs: list[Leg], run: Run | None) -> tuple[VLM, Posi
     vlm.vision.draft = recipe.data.decode == "draft"
     for leg in legs:
         check_objective(vlm, leg.name, leg.stage)
+        for part, how in leg.stage.parts.items():
+            if how.lora:
+                name = f"stages.{leg.name}.train.{part}"
+                lora.check(getattr(vlm, part), name, how.lora.targets, how.lora.bits)
     return vlm, start
 
 

@@ -14,10 +14,11 @@ import torch
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import PyTorchProfiler
 
+from vlbench import plugins
 from vlbench.model.compiled import of_compiler
 from vlbench.schema import Recipe
 from vlbench.train import report
-from vlbench.train.join import spread
+from vlbench.train.join import lost, spread
 from vlbench.train.legs import Leg
 
 PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed"}
@@ -67,6 +68,11 @@ def explained(leg: Leg) -> Iterator[None]:
             raise report.worker_ended(leg.name, error) from error
         if of_compiler(error):
             raise report.not_compiled(leg.name, error) from error
-        if "can't allocate memory" not in str(error):
-            raise
-        raise report.out_of_memory(leg.name, leg.stage) from error
+        if "can't allocate memory" in str(error):
+            raise report.out_of_memory(leg.name, leg.stage) from error
+        if not lost(error):
+            plugins.blame(error)
+        raise
+    except Exception as error:
+        plugins.blame(error)
+        raise

@@ -14,6 +14,7 @@ import torch
 from vlbench import ranks
 from vlbench.data.batch import Batch
 from vlbench.data.steps import Step
+from vlbench.files import json_lines
 from vlbench.mistakes import BadSample, Mistake
 from vlbench.model.vlm import VLM
 from vlbench.train import checkpoint
@@ -198,13 +199,10 @@ class Quarantine(Watcher):
 
     def note(self, bad: list[BadSample]) -> None:
         """Write bad samples down, each once; raise when they are too many for `on_bad`."""
-        for sample in bad:
-            if sample.sample_id not in self.reasons:
-                self.reasons[sample.sample_id] = sample.reason
-                line = json.dumps({"id": sample.sample_id, "reason": sample.reason})
-                if ranks.is_first():
-                    with self.run.quarantine_file.open("a", encoding="utf-8") as file:
-                        file.write(line + "\n")
+        new = {one.sample_id: one.reason for one in bad if one.sample_id not in self.reasons}
+        self.reasons |= new
+        if ranks.is_first():
+            _append(self.run, new)
         judge(bad, len(self.reasons), self.samples, self.on_bad)
 
 
@@ -221,6 +219,18 @@ def judge(bad: list[BadSample], count: int, samples: int, on_bad: str) -> None:
             if count < samples
             else f"{bad[0]}{others}. No good sample is left"
         )
+
+
+def set_aside(run: Run, bad: list[BadSample]) -> None:
+    """Note samples that were found bad before training began."""
+    known = dict(_read(run)) if bad else {}
+    _append(run, {one.sample_id: one.reason for one in bad if one.sample_id not in known})
+
+
+def _append(run: Run, reasons: dict[str, str]) -> None:
+    if reasons:
+        with run.quarantine_file.open("a", encoding="utf-8") as file:
+            file.write(json_lines({"id": name, "reason": why} for name, why in reasons.items()))
 
 
 def _read(run: Run) -> list[tuple[str, str]]:
@@ -247,7 +257,8 @@ class NotFinite(Watcher):
             self.say(
                 f"step {training.position}: loss is not finite, step skipped; samples: {shown}"
             )
-        if self.row >= self.limit:
+        last = training.position == training.steps
+        if self.row >= self.limit or (last and self.row >= training.steps > 0):
             raise ranks.known(
                 Mistake(
                     f"the loss was not finite in {self.row} steps in a row: lower the learning "

@@ -30,7 +30,7 @@ def read_answers(task: str, path: Path) -> tuple[list[Record], list[Item], list[
     records: list[Record] = []
     wrong: list[str] = []
     known: dict[str, int] = {}
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
         record = _object(line)
@@ -50,6 +50,16 @@ def read_answers(task: str, path: Path) -> tuple[list[Record], list[Item], list[
     return records, [_item(task, record) for record in records], wrong
 
 
+def _lines(path: Path) -> list[str]:
+    """Return the lines of a file; bytes that are no UTF-8 spoil their own line alone."""
+    try:
+        return read_text(path).split("\n")
+    except Mistake:
+        if not path.is_file():
+            raise
+        return path.read_bytes().decode("utf-8-sig", "surrogateescape").split("\n")
+
+
 def shown(wrong: list[str]) -> list[str]:
     """Return the first SHOWN of the lines that say what is wrong, and how many more there are."""
     more = [f"{len(wrong) - SHOWN} more mistakes"] if len(wrong) > SHOWN else []
@@ -58,6 +68,8 @@ def shown(wrong: list[str]) -> list[str]:
 
 def _object(line: str) -> Record | str:
     """Return the JSON object in a line, or what is wrong with the line."""
+    if any("\udc80" <= letter <= "\udcff" for letter in line):
+        return " is not UTF-8 text"
     try:
         record = json.loads(line)
         json.dumps(record, ensure_ascii=False).encode()

@@ -13,8 +13,10 @@ A batch is always the same questions, so an exam that was stopped ends as if it 
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -64,6 +66,7 @@ def take(
     done = _whole_batches(file, asked, batch)
     correct = 0
     with (
+        _kept(file, asked),
         tqdm(total=len(asked), initial=done, desc=file.stem, unit="question", disable=None) as bar,
         file.open("a", encoding="utf-8") as kept,
     ):
@@ -81,6 +84,20 @@ def take(
                 correct += counted
                 bar.set_postfix_str(f"{correct / (first + len(some) - done):.3f} right")
     return [json.loads(line) for line in read_text(file).splitlines()]
+
+
+@contextlib.contextmanager
+def _kept(file: Path, asked: Sequence[Asked]) -> Iterator[None]:
+    """Say where the answers are when somebody interrupts."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        count = len(read_text(file).splitlines())
+        print(
+            f"\n{count} of {len(asked)} answers are kept in {file}; the same command goes on",
+            file=sys.stderr,
+        )
+        raise
 
 
 def _whole_batches(file: Path, asked: Sequence[Asked], batch: int) -> int:
