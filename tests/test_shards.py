@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import shutil
+import socket
 import tarfile
 import threading
 from collections import Counter
@@ -301,6 +302,14 @@ def test_a_server_that_knows_no_ranges_is_named(packed):
             _ = Shards(f"http://127.0.0.1:{server.server_port}")[0]
     finally:
         server.shutdown()
+
+
+def test_a_server_that_cannot_be_reached_is_named():
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    with pytest.raises(Mistake, match="cannot be read"):
+        Shards(url)
 
 
 class Pixels(Dataset):

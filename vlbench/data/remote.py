@@ -17,7 +17,17 @@ def is_url(name: str) -> bool:
 
 def exists(name: str) -> bool:
     """Tell whether there is a file of that path or URL; a Mistake where nobody can be asked."""
-    return bool(_ask("exists", name)) if is_url(name) else Path(name).is_file()
+    if not is_url(name):
+        return Path(name).is_file()
+    if _ask("exists", name):
+        return True
+    try:
+        piece(name, 0, 1)  # a server that cannot be reached is "not there" for fsspec
+    except Mistake as mistake:
+        if isinstance(mistake.__cause__, FileNotFoundError):
+            return False
+        raise
+    return True
 
 
 def piece(url: str, offset: int = 0, size: int | None = None) -> bytes:

@@ -45,7 +45,7 @@ def questions_of(recipe: Recipe) -> tuple[str, list[Question], list[Question]]:
     asked: list[Question] = []
     for trained, _ in sources(recipe.data, stage, name, recipe.seed):
         asked += source_questions(trained, (limit or LIMIT) - len(asked))
-    return "the training conversations, no data.val was given", asked, []
+    return "the training conversations (no data.val was given)", asked, []
 
 
 def spread(items: list[Item], count: int | None) -> list[Item]:

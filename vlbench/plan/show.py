@@ -135,10 +135,11 @@ def _reported(plan: Plan) -> list[str]:
         return []
     work = sum(one.operations(_way(plan)) for one in plan.works.values())
     own = _seconds(plan, work) * plan.asked.world / REPORTED_ON / 86400
+    needed = plan.asked.mfu * own / days
+    fits = f": mfu={needed:.2f} would give theirs" if needed <= 1 else ""
     return [
         f"Yi-VL's authors reported about {days} days on {REPORTED_ON} A800; this plan says "
-        f"{own:.1f} days on {REPORTED_ON}, at mfu={plan.asked.mfu:g}: "
-        f"mfu={plan.asked.mfu * own / days:.2f} would give theirs"
+        f"{own:.1f} days on {REPORTED_ON}, at mfu={plan.asked.mfu:g}{fits}"
     ]
 
 

@@ -108,6 +108,8 @@ class Talk:
         """Carry out a line that begins with a slash."""
         name, _, rest = line.partition(" ")
         if name == "/image":
+            if not rest.strip():
+                raise Mistake("/image FILE shows the model a picture")
             file = str(Path(rest.strip().strip("'\"")).expanduser())
             open_image(file)
             self.image = file
