@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from vlbench.mistakes import Mistake
+
 
 @dataclass(frozen=True)
 class Shapes:
@@ -73,6 +75,15 @@ class Connector(nn.Module):
         than once per step.
         """
         raise NotImplementedError
+
+    def keeps(self, visual: Tensor, images: int, width: int) -> None:
+        """Raise a Mistake when `visual` is not `[images, tokens_per_image, width]`, as promised."""
+        promised = (images, self.tokens_per_image, width)
+        if visual.shape != promised:
+            raise Mistake(
+                f"connector {type(self).__name__}: forward gave {list(visual.shape)} for {images} "
+                f"pictures; promised is {list(promised)}: pictures, tokens_per_image, lm_width"
+            )
 
     def losses(
         self, features: Tensor, visual: Tensor, batch: Any

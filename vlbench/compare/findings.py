@@ -84,9 +84,7 @@ class Pair:
         """Say it in plain words, with what this design could have found."""
         low, high = (100 * end for end in self.check)
         if not self.difference.error:
-            return (
-                f"{self.short()} Nothing varies, so what else would have been found is not known."
-            )
+            return f"{self.short()} Nothing varies: what else would have been found is not known."
         return (
             f"{self.short()} Smallest difference that this design would have found: "
             f"{100 * self.difference.detectable:.1f} points. Bootstrap: {low:.1f} to {high:.1f}."

@@ -152,7 +152,7 @@ class VLM(nn.Module):
         if places is None:
             places = (batch.ids.flatten() == IMAGE).nonzero()[:, 0]
         if self.connector.fills_sequence:
-            self._check(visual, len(batch.pixels), embeds.shape[-1])
+            self.connector.keeps(visual, len(batch.pixels), embeds.shape[-1])
             values = visual.flatten(0, 1)
         else:
             values = self.connector.place.expand(len(places), -1)
@@ -160,16 +160,6 @@ class VLM(nn.Module):
             raise AssertionError(f"{len(places)} places for {len(values)} visual tokens")
         filled = embeds.flatten(0, 1).index_put((places,), values.to(embeds.dtype))
         return filled.view_as(embeds)
-
-    def _check(self, visual: Tensor, images: int, width: int) -> None:
-        """Refuse visual tokens that are not what the connector has promised."""
-        promised = (images, self.connector.tokens_per_image, width)
-        if visual.shape != promised:
-            raise Mistake(
-                f"connector {type(self.connector).__name__}: forward gave {list(visual.shape)} for "
-                f"{images} pictures; promised is {list(promised)}: pictures, tokens_per_image, "
-                "lm_width"
-            )
 
     def _inject(self, layer: int) -> Any:
         """Return the hook of decoder layer `layer`: visual tokens arrive as keyword arguments."""
