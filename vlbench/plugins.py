@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import sys
 from pathlib import Path
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vlbench.mistakes import Mistake, Trouble, nearest
@@ -132,13 +133,13 @@ def blame(error: Exception) -> None:
     """Raise a Mistake that names the place, if an error comes from inside of a connector's file."""
     if isinstance(error, Mistake | Trouble):
         return
-    trace, place = error.__traceback__, ""
-    while trace is not None:
-        if trace.tb_frame.f_globals.get("__name__", "").startswith(f"{__name__}."):
-            place = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
-        trace = trace.tb_next
-    if place:
-        raise Mistake(f"{place}: {_line(error)}") from error
+    places = [
+        f"{frame.f_code.co_filename}:{line}"
+        for frame, line in walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__", "").startswith(f"{__name__}.")
+    ]
+    if places:
+        raise Mistake(f"{places[-1]}: {_line(error)}") from error
 
 
 def _unknown(name: str, key: str, known: dict[str, Option]) -> str:
@@ -187,9 +188,6 @@ def _at(error: Exception, file: Path) -> str:
     """Return ":LINE", the last line of `file` that had a part in `error`, or ""."""
     if isinstance(error, SyntaxError):
         return ""  # its text names the line already
-    trace, line = error.__traceback__, 0
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == str(file):
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return f":{line}" if line else ""
+    frames = walk_tb(error.__traceback__)
+    lines = [line for frame, line in frames if frame.f_code.co_filename == str(file)]
+    return f":{lines[-1]}" if lines else ""

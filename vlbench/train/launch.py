@@ -182,9 +182,10 @@ def _told(codes: list[int], bad: int | None, asked: list[int]) -> int:
     if bad is None:
         return 0
     if -codes[bad] in asked or (codes[bad] < 0 and asked.count(signal.SIGINT) > 1):
-        if codes[0] < 0:  # it had nothing to save, or could not
-            print("vlbench: interrupted", file=sys.stderr)
-        return codes[0] if codes[0] >= 0 else INTERRUPTED
+        if codes[0] >= 0:
+            return codes[0]
+        print("vlbench: interrupted", file=sys.stderr)  # it had nothing to save, or could not
+        return INTERRUPTED
     if codes[bad] < 0:
         name = signal.Signals(-codes[bad]).name
         print(

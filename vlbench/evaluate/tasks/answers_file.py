@@ -68,7 +68,9 @@ def shown(wrong: list[str]) -> list[str]:
 
 def _object(line: str) -> Record | str:
     """Return the JSON object in a line, or what is wrong with the line."""
-    if any("\udc80" <= letter <= "\udcff" for letter in line):
+    try:
+        line.encode()
+    except UnicodeEncodeError:
         return " is not UTF-8 text"
     try:
         record = json.loads(line)
