@@ -27,6 +27,7 @@ from vlbench.model.recompute import recompute
 from vlbench.model.static import Step
 from vlbench.model.vision import Tower
 from vlbench.model.weights.groups import place
+from vlbench.model.weights.origin import WeightOrigin
 
 PARTS = ("vision", "connector", "language")
 
@@ -70,6 +71,7 @@ class VLM(nn.Module):
         self.objective, self._recomputes = "language", False
         self.connector = self._connect()
         self.release: dict[str, bytes] = {}  # small files of the released model it began as
+        self.origins: dict[str, WeightOrigin] = {}  # what its parts began as, by name of the part
         self.step = Step()  # of compiled answers
         layers = self.language.model.layers
         self._hooks = [

@@ -20,6 +20,7 @@ from vlbench.model.weights import hub
 from vlbench.model.weights.groups import place
 from vlbench.model.weights.hub import fetch
 from vlbench.model.weights.load import assemble, is_release, layout_of, load_release
+from vlbench.model.weights.origin import ORIGINS, origin_of, read_origins
 from vlbench.model.weights.shards import Lazy, read, shapes, weight_files
 from vlbench.schema import Recipe, Stage
 from vlbench.train import checkpoint
@@ -58,6 +59,7 @@ def restore(
         vlm.pursue(objective_of(folder))
     load_weights(folder, vlm, dtype, device, skip, mapped)
     vlm.vision.draft = recipe.data.decode == "draft"
+    vlm.origins = read_origins(folder / ORIGINS)
     return vlm
 
 
@@ -115,6 +117,11 @@ def begin(recipe: Recipe, stage: Stage, mapped: bool = False) -> VLM:
         other = vlm.connector.projector() is None
     if other:
         vlm.pursue(stage.objective, fresh=True)
+    vlm.origins = {
+        "vision": origin_of(source, vlm.vision.visual),
+        "connector": origin_of("random" if other else source, vlm.connector),
+        "language": origin_of(source, vlm.language),
+    }
     config, blocks = vlm.language.config, len(vlm.vision.blocks())
     print(
         f"init {folder}: tower of {blocks} blocks, {vlm.vision.width} wide; language model of "
@@ -156,6 +163,7 @@ def _with_reference(recipe: Recipe, stage: Stage, files: list[Path]) -> VLM:
             raise
         reason = " ".join(str(error).split())[:300]
         raise Mistake(f"init={file} does not fit: {reason}") from error
+    vlm.origins["connector"] = origin_of(str(recipe.init), vlm.connector)
     print(f"init {file}: weights of connector {recipe.connector['name']}")
     return vlm
 
