@@ -336,3 +336,14 @@ def test_a_trained_encoder_keeps_its_configuration(forms, tmp_path, monkeypatch)
     assert main([*others, *words]) == 0
     shutil.rmtree("own")
     assert vlbench.load("run").transform.mean == (0.3,) * 3
+
+
+def test_a_checkpoint_without_a_part_is_not_completed_by_chance(model, tmp_path):
+    """A connector that its file lacks would otherwise stay random, without a word."""
+    folder = Path(shutil.copytree(model, tmp_path / "torn"))
+    state = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in state.items() if not name.startswith("connector.")}
+    assert 0 < len(kept) < len(state)
+    save_file(kept, folder / "model.safetensors")
+    with pytest.raises(Mistake, match="no weights of part connector"):
+        vlbench.load(folder)

@@ -30,10 +30,8 @@ def show_start(recipe: Recipe, run: Run, legs: list[tuple[str, Stage, int]]) -> 
     """Say what will be run, at which size, and how to get the real one."""
     print(f"recipe {recipe.recipe}, size {recipe.size}, seed {recipe.seed}, run {run.folder}")
     connector = recipe.connector["name"]
-    if recipe.init and Path(recipe.init).is_file():
-        print(f"connector {connector} of {recipe.init}; tower and language model of the recipe")
-    elif recipe.init:
-        print(f"tower and language model of {recipe.init} -> connector {connector}")
+    if recipe.init:
+        print(f"begins with init={recipe.init}, connector {connector}")
     else:
         if recipe.size == "tiny":
             print(

@@ -197,6 +197,22 @@ def load_weights(
     mapped: bool = False,
 ) -> None:
     """Load the parts that a checkpoint holds into `vlm`, strictly; others are only moved."""
+    states = _read_parts(folder, dtype, device, mapped)
+    for part, module in vlm.parts():
+        if part not in states and part not in skip and _must_be_held(part, module):
+            raise Misfit(f"{folder} has no weights of part {part}: its file is not whole")
+        if part in states and part not in skip:
+            load_part(module, states[part], f"{folder}, part {part}")
+        if part not in skip:
+            lora.load(module, folder / ADAPTERS / part)
+        place(module, None if mapped and part == "language" else dtype, device)
+    vlm.language.tie_weights()  # where the configuration ties them
+
+
+def _read_parts(
+    folder: Path, dtype: torch.dtype | None, device: torch.device | str, mapped: bool
+) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of a checkpoint by part and key."""
     states: dict[str, dict[str, Tensor]] = {}
     for file in weight_files(folder):
         stay = {name for name in shapes(file) if mapped and name.startswith("language.")}
@@ -208,13 +224,15 @@ def load_weights(
             if dtype and tensor.is_floating_point() and name not in stay:
                 kind = dtype
             states.setdefault(part, {})[key] = tensor.to(device=device, dtype=kind)
-    for part, module in vlm.parts():
-        if part in states and part not in skip:
-            load_part(module, states[part], f"{folder}, part {part}")
-        if part not in skip:
-            lora.load(module, folder / ADAPTERS / part)
-        place(module, None if mapped and part == "language" else dtype, device)
-    vlm.language.tie_weights()  # where the configuration ties them
+    return states
+
+
+def _must_be_held(part: str, module: torch.nn.Module) -> bool:
+    """Tell whether only a checkpoint can have the weights of a part.
+
+    Vision encoder and language model may have been loaded from the files that the recipe names.
+    """
+    return part == "connector" or any(tensor.is_meta for tensor in module.parameters())
 
 
 def load_part(module: torch.nn.Module, state: Mapping[str, Tensor], where: str) -> None:
