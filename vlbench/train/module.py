@@ -18,6 +18,7 @@ from vlbench.data.steps import Step
 from vlbench.mistakes import Mistake, nearest
 from vlbench.model import lora
 from vlbench.model.flops import StepFlops, step_flops
+from vlbench.model.replicated import alike, clip_gradients
 from vlbench.model.shard import shard
 from vlbench.model.vlm import VLM
 from vlbench.schema import Stage, Train
@@ -168,10 +169,10 @@ class Training(pl.LightningModule):
             shard(self.vlm, self.device_mesh["data_parallel"], half)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return AdamW with one group per trained part."""
+        """Return AdamW with one group per trained part; what is not sharded is apart."""
         groups = [
             {
-                "params": [p for p in getattr(self.vlm, name).parameters() if p.requires_grad],
+                "params": some,
                 "lr": part.lr,
                 "peak": part.lr,
                 "name": name,
@@ -180,6 +181,7 @@ class Training(pl.LightningModule):
                 else self.stage.weight_decay,
             }
             for name, part in self.stage.parts.items()
+            for some in alike([p for p in getattr(self.vlm, name).parameters() if p.requires_grad])
         ]
         return torch.optim.AdamW(groups, betas=self.stage.betas, fused=True)
 
@@ -281,7 +283,7 @@ class Training(pl.LightningModule):
         """Clip and step; a loss or gradient that is not finite changes nothing."""
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         clip = self.stage.clip or math.inf
-        report.grad_norm = float(ranks.whole(nn.utils.clip_grad_norm_(trained, clip)))
+        report.grad_norm = clip_gradients(trained, clip)
         if not (math.isfinite(report.loss) and math.isfinite(report.grad_norm)):
             report.skipped = True
             optimizer.zero_grad(set_to_none=True)  # AdamW leaves parameters without gradient alone
