@@ -42,6 +42,15 @@ def read_table(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(read_text(path)))) if path.is_file() else []
 
 
+def lines_of(text: str) -> list[str]:
+    """Return the lines of a text that end with a line feed, without what ends them.
+
+    str.splitlines would also cut at U+2028, U+2029 and U+0085, which stand in JSON texts as they
+    are. Empty lines are left out.
+    """
+    return [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
+
+
 def json_lines(records: Iterable[object]) -> str:
     """Return records as JSON, one to a line."""
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
