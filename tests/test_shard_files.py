@@ -211,7 +211,7 @@ def test_a_record_that_names_no_picture_has_those_of_its_key(image, picture, tmp
 def test_a_picture_that_is_not_there_is_named_with_those_that_are(picture, tmp_path):
     members = [("0.png", picture), ("0.json", record(image="x/0.jpg"))]
     (found,) = captions(Shards(write(tmp_path / "x.tar", members)))
-    assert found == "its shard has no picture x/0.jpg (its pictures: png)"
+    assert found == "its shard has no picture x/0.jpg (its pictures: 0.png)"
 
 
 def test_large_letters_in_extensions_are_those_of_small_ones(picture, tmp_path):

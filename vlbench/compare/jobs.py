@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from vlbench.files import write_whole
+from vlbench.files import lines_of, write_whole
 
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 MOST = 4  # runs at once that nobody asked for: memory for more may be missing
@@ -41,7 +41,7 @@ class Job:
     @property
     def last_line(self) -> str:
         """The last thing that it said."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        lines = lines_of(self.log.read_text(encoding="utf-8", errors="replace").strip())
         return lines[-1].removeprefix("vlbench: ") if lines else "no output"
 
 

@@ -229,7 +229,7 @@ def _member(pictures: dict[str, Member], file: str, name: str) -> Member:
     for kind in (base, base.partition(".")[2], base.rpartition(".")[2]):
         if kind in pictures:
             return pictures[kind]
-    has = ", ".join(kind for kind in pictures if _is_picture(kind)) or "none"
+    has = ", ".join(one.file for kind, one in pictures.items() if _is_picture(kind)) or "none"
     raise BadSample(name, f"its shard has no picture {file} (its pictures: {has})")
 
 
