@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+from vlbench.files import lines_of
 from vlbench.mistakes import Mistake, Trouble, nearest
 
 if TYPE_CHECKING:
@@ -229,7 +230,7 @@ def main(words: list[str] | None = None) -> int:
         print(f"vlbench: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except (Mistake, Trouble) as error:
-        for line in str(error).splitlines():
+        for line in lines_of(str(error)):
             print(f"vlbench: {line}", file=sys.stderr)
         return 2 if isinstance(error, Mistake) else 1
     except KeyboardInterrupt:

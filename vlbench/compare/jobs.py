@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from vlbench.files import write_whole
+from vlbench.files import lines_of, write_whole
 from vlbench.train.machine import cores
 
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
@@ -42,7 +42,7 @@ class Job:
     @property
     def last_line(self) -> str:
         """The last thing that it said."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        lines = lines_of(self.log.read_text(encoding="utf-8", errors="replace").strip())
         return lines[-1].removeprefix("vlbench: ") if lines else "no output"
 
 

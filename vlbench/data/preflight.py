@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol, runtime_checkable
 
 from vlbench.data.sample import Picture, Sample, Source
+from vlbench.data.shards import Shards
 from vlbench.mistakes import BadSample, Mistake
 
 
@@ -23,6 +24,8 @@ def preflight(source: Source, limit_open: int = 500) -> list[BadSample]:
     Checks the structure of all records and that the image files exist; opens the pictures too when
     there are at most `limit_open` of them. A source without files (rendered) has no faults.
     """
+    if isinstance(source, Shards):  # too many to be read: what was found while they were opened
+        return source.torn()
     if not isinstance(source, Checkable):
         return []
     if _more_pictures(source, limit_open):

@@ -9,7 +9,7 @@ from vlbench.data.order import Mixture
 from vlbench.data.remote import is_url
 from vlbench.data.sample import Source
 from vlbench.data.scenes import Captions, Conversations
-from vlbench.data.shards import Shards
+from vlbench.data.shards import Shards, is_tar
 from vlbench.mistakes import Mistake
 from vlbench.schema import Data, Stage
 
@@ -40,7 +40,7 @@ def _open(train: str, images: str | None, data: Data, stage: Stage, seed: int) -
         if stage.form == "caption":
             return Captions(seed, data.samples)
         return Conversations(seed, data.samples, data.questions)
-    if is_url(train) or train.endswith(".tar") or Path(train).is_dir():
+    if is_url(train) or is_tar(train) or Path(train).is_dir():
         return Shards(train)
     return LlavaJson(Path(train), images)
 

@@ -56,6 +56,8 @@ def check_data(recipe: Recipe, legs: list[Leg]) -> list[BadSample]:
             if identity in checked:
                 continue
             checked.add(identity)
+            for note in getattr(source, "notes", ()):
+                print(f"{source.name}: {note}")
             bad = preflight(source)
             judge(bad, len(bad), len(source), stage_data(recipe.data, leg.stage).on_bad)
             if bad:

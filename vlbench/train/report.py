@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from vlbench import ranks
+from vlbench.files import read_json_lines
 from vlbench.mistakes import Mistake, Trouble
 from vlbench.model.compiled import reason
 from vlbench.model.vlm import VLM
@@ -118,8 +119,7 @@ def show_results(run: Run) -> int:
             print(f"  {key}: {parts}")
     print(f"  {results['seconds']:.0f} s, peak memory {size_of(results['peak_memory_bytes'])}")
     if run.quarantine_file.is_file():
-        text = run.quarantine_file.read_text(encoding="utf-8")
-        lines = [json.loads(line) for line in text.splitlines()]
+        lines = read_json_lines(run.quarantine_file)
         named = "; ".join(f"{line['id']}: {line['reason']}" for line in lines[:5])
         print(f"  {len(lines)} bad samples left out ({named}), all in {run.quarantine_file}")
     print("next:")

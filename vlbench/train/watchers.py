@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import torch
 from vlbench import ranks
 from vlbench.data.batch import Batch
 from vlbench.data.steps import Step
-from vlbench.files import json_lines
+from vlbench.files import append_json_lines, read_json_lines
 from vlbench.mistakes import BadSample, Mistake
 from vlbench.model.vlm import VLM
 from vlbench.train import checkpoint
@@ -229,14 +228,13 @@ def set_aside(run: Run, bad: list[BadSample]) -> None:
 
 def _append(run: Run, reasons: dict[str, str]) -> None:
     if reasons:
-        with run.quarantine_file.open("a", encoding="utf-8") as file:
-            file.write(json_lines({"id": name, "reason": why} for name, why in reasons.items()))
+        append_json_lines(
+            run.quarantine_file, ({"id": name, "reason": why} for name, why in reasons.items())
+        )
 
 
 def _read(run: Run) -> list[tuple[str, str]]:
-    if not run.quarantine_file.is_file():
-        return []
-    lines = map(json.loads, run.quarantine_file.read_text(encoding="utf-8").splitlines())
+    lines = read_json_lines(run.quarantine_file)
     return [(line["id"], line["reason"]) for line in lines]
 
 
