@@ -19,10 +19,10 @@ from vlbench.model.vlm import PARTS, VLM
 from vlbench.model.weights import hub
 from vlbench.model.weights.groups import place
 from vlbench.model.weights.hub import fetch
-from vlbench.model.weights.load import assemble, is_release, layout_of, load_release
+from vlbench.model.weights.load import assemble, is_release, layout_of, load_release, template_of
 from vlbench.model.weights.origin import ORIGINS, origin_of, read_origins
 from vlbench.model.weights.shards import Lazy, read, shapes, weight_files
-from vlbench.schema import Recipe, Stage
+from vlbench.schema import Language, Recipe, Stage
 from vlbench.train import checkpoint
 from vlbench.train.checkpoint import ADAPTERS, RELEASE
 from vlbench.words import typed
@@ -83,7 +83,10 @@ def inherited(recipe: Recipe) -> dict[str, Any]:
         return {}
     folder = released(str(source), "init", hub.SMALL)
     plan = layout_of(folder).blueprint(folder)
-    return {"vision": {"layer": plan.layer}, "language": {"template": plan.template}}
+    keys: dict[str, Any] = {"vision": {"layer": plan.layer}}
+    if recipe.language.template == Language.template:  # else the recipe chose another
+        keys["language"] = {"template": template_of(folder, plan, "language.template")}
+    return keys
 
 
 def begin(recipe: Recipe, stage: Stage, mapped: bool = False) -> VLM:
