@@ -21,6 +21,7 @@ from vlbench.model.weights.groups import place
 from vlbench.model.weights.hub import fetch
 from vlbench.model.weights.load import assemble, is_release, layout_of, load_release, template_of
 from vlbench.model.weights.origin import ORIGINS, origin_of, read_origins
+from vlbench.model.weights.quantized import refuse_quantized
 from vlbench.model.weights.shards import Lazy, read, shapes, weight_files
 from vlbench.schema import Language, Recipe, Stage
 from vlbench.train import checkpoint
@@ -183,6 +184,7 @@ def released(source: str, key: str, patterns: tuple[str, ...] = hub.PATTERNS) ->
     From a hub the files of `patterns` are fetched.
     """
     folder = fetch(source, key, hub.RELEASE, KINDS, patterns)
+    refuse_quantized(folder)
     if not is_release(folder):
         raise Mistake(
             f"{key} is '{source}', which is no run or checkpoint, and no released model: wanted is "
