@@ -180,6 +180,13 @@ def test_mistakes_are_one_line(text, words, message, tmp_path, capsys):
     assert len(said) == 1 and message in said[0], said
 
 
+def test_a_binary_file_is_one_line(capsys):
+    file = next((TINY / "Art").glob("*.parquet"))
+    assert main(["score", "task=mmmu", f"answers={file}", "protocol=raw"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "is no text of JSON, but a binary file" in said[0]
+
+
 def test_a_folder_without_answers_and_split_without_data_are_refused(tmp_path, capsys):
     given = ["task=mmmu", f"answers={tmp_path}", "protocol=official"]
     assert main(["score", *given]) == 2

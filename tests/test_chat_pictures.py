@@ -95,13 +95,30 @@ def test_image_may_be_given_several_times(monkeypatch):
     assert seen == [[2]]
 
 
-def test_a_name_with_spaces_is_one_file(tmp_path, monkeypatch):
+def test_several_names_may_be_divided_by_commas_or_spaces(monkeypatch):
+    seen = shown(monkeypatch)
+    for names in (f"{WIDE},{TALL}", f"{WIDE} {TALL}"):
+        words = [f"image={names}", "question=Both?", "max_new_tokens=2"]
+        assert main(["chat", f"model={CHECKPOINT}", *words]) == 0
+    assert seen == [[2], [2]]
+
+
+@pytest.mark.parametrize("word", ["question=", "template=", "dtype="])
+def test_a_key_without_a_value_is_refused(word, capsys):
+    assert main(["chat", f"model={CHECKPOINT}", word]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and f"{word[:-1]} has no value; write {word}VALUE" in said[0]
+
+
+def test_a_name_with_spaces_is_one_file(tmp_path, monkeypatch, capsys):
     seen = shown(monkeypatch)
     file = tmp_path / "my own picture.png"
     Image.open(WIDE).save(file)
-    lines = [f"/image {file}", f'/image "{file}"', f"/image {file.as_uri()}", "Hello"]
+    lines = [f"/image {file}", f'/image "{file}"', f"/image {file.as_uri()}"]
+    lines += [f"/image {tmp_path / 'not there.png'}", "Hello"]
     assert talk(lines, monkeypatch) == 0
     assert seen == [[3]]
+    assert f"image {tmp_path / 'not there.png'}: does not exist" in capsys.readouterr().err
 
 
 def test_a_picture_by_url_is_the_file_it_names(url, monkeypatch, capsys):

@@ -88,6 +88,8 @@ def given_keys(
             raise Mistake(f"{verb} takes {takes}; given was '{word}'.{nearest(key, known)}")
         if key in given:
             raise Mistake(f"{key} is given twice, as '{given[key]}' and '{value}'")
+        if not value and key in optional:
+            raise Mistake(f"{key} has no value; write {key}=VALUE, or leave it out")
         given[key] = value
     missing = [f"{name}=..." for name in needed if not given.get(name)]
     if missing:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import shlex
 import sys
@@ -50,7 +49,8 @@ def main(words: list[str]) -> int:
     template = template_named(given.get("template"))
     if "question" not in given and sys.stdin is None:
         raise Mistake("chat needs question=TEXT where standard input is closed")
-    images = [picture_of(name) for name in names]  # before the model, which takes seconds
+    # before the model, which takes seconds
+    images = [picture for name in names for _, picture in pictures_of(name)]
     from vlbench import load
 
     vlm = load(path, given.get("dtype"), given.get("device"), template)
@@ -84,16 +84,20 @@ def picture_of(name: str) -> Shown:
 
 
 def pictures_of(line: str) -> list[tuple[str, Shown]]:
-    """Return name and picture of every file that a line names; spaces may divide them.
+    """Return name and picture of every file that a line names, divided by spaces or commas.
 
-    A line that is the name of one file, which may have spaces in it, is that file.
+    That is so where all of them exist; otherwise the line is the name of one file.
     """
     line = line.strip()
-    names = [line.strip("'\"")]
-    if not Path(names[0]).expanduser().exists():
-        with contextlib.suppress(ValueError):  # a quote that is not closed: one name then
-            names = shlex.split(line) if len(shlex.split(line)) > 1 else names
-    return [(name, picture_of(name)) for name in names]
+    whole = line.strip("'\"")
+    try:
+        several = [shlex.split(line), whole.split(",")]
+    except ValueError:  # a quote that is not closed
+        several = []
+    for names in [[whole], *several]:
+        if names and all("://" in one or Path(one).expanduser().is_file() for one in names):
+            return [(name, picture_of(name)) for name in names]
+    return [(whole, picture_of(whole))]
 
 
 class Talk:

@@ -48,7 +48,10 @@ def _text(path: Path) -> str:
     except Mistake:
         if not path.is_file():
             raise
-        return path.read_bytes().decode("utf-8-sig", "surrogateescape")
+        data = path.read_bytes()
+        if b"\0" in data:
+            raise Mistake(f"{path}: is no text of JSON, but a binary file") from None
+        return data.decode("utf-8-sig", "surrogateescape")
 
 
 def _records(path: Path, text: str) -> list[tuple[str, Record | str]]:
