@@ -26,7 +26,7 @@ from PIL import Image
 
 from vlbench.data.images import open_bytes
 from vlbench.data.lanes import Lanes
-from vlbench.data.llava import sample_of_record
+from vlbench.data.record import TURNS, sample_of_record
 from vlbench.data.remote import exists, is_url, json_of, piece
 from vlbench.data.sample import Sample
 from vlbench.data.shard_index import Entry, index_of
@@ -151,7 +151,7 @@ def _sample(tar: str, entry: Entry) -> Sample:
     if not isinstance(record, dict):
         raise BadSample(name, "its json is no mapping")
     pictures = {kind: Member(tar, f"{entry.key}.{kind}", *at) for kind, at in members.items()}
-    if "conversations" not in record:
+    if not any(key in record for key in TURNS):
         record = {"id": entry.key, "conversations": list(_captioned(tar, entry, record))}
         record["image"] = [kind for kind in members if kind.split(".")[-1] in PICTURES][:1]
     return sample_of_record(record, name, lambda file: _member(pictures, file, name))

@@ -16,7 +16,7 @@ from vlbench.data.batch import Batch, collate, pack
 from vlbench.data.features import Features
 from vlbench.data.images import ImageTransform
 from vlbench.data.order import Mixture
-from vlbench.data.sample import Encoded, Encoder, Form, NoImage, Picture, encode
+from vlbench.data.sample import Encoded, Encoder, Form, NoImage, Picture, Sample, encode
 from vlbench.data.template import Template
 from vlbench.mistakes import BadSample, Mistake
 
@@ -92,22 +92,25 @@ class Steps(Dataset[Step]):
         encoded = []
         for place in range(self.rank, self.batch, self.world):
             try:
-                sample = self.mixture[step.index * self.batch + place]
-                encoded.append(
-                    encode(
-                        sample,
-                        self.template,
-                        self.tokenizer,
-                        self.tokens_per_image,
-                        self.max_length,
-                        self.form,
-                    )
-                )
+                encoded.append(self._encode(self.mixture[step.index * self.batch + place]))
             except NoImage:
                 step.skipped += 1
             except BadSample as bad:
                 step.bad.append(bad)
         return encoded
+
+    def _encode(self, sample: Sample) -> Encoded:
+        try:
+            return encode(
+                sample,
+                self.template,
+                self.tokenizer,
+                self.tokens_per_image,
+                self.max_length,
+                self.form,
+            )
+        except BadSample as bad:
+            raise bad.of(sample) from bad.__cause__
 
     def _opens(self, encoded: Encoded, pixels: _Pixels, step: Step) -> bool:
         """Make the pixels of a sample; tell whether all its pictures could be opened."""
@@ -116,7 +119,7 @@ class Steps(Dataset[Step]):
                 if self.features is None or picture not in self.features.places:
                     pixels.make(picture)
         except Mistake as mistake:
-            step.bad.append(BadSample(encoded.sample.id, str(mistake)))
+            step.bad.append(BadSample(encoded.sample.id, str(mistake)).of(encoded.sample))
             return False
         return True
 
