@@ -27,7 +27,7 @@ from vlbench.train.join import joined, leave, sharded
 from vlbench.train.launch import apart, last, silent
 from vlbench.train.legs import Leg, check_data, held_out_batches, plan, steps_of
 from vlbench.train.loggers import loggers_of
-from vlbench.train.module import Training, Watcher, check_objective, freeze
+from vlbench.train.module import Training, Watcher, check_objective, freeze, trained
 from vlbench.train.progress import Progress, cut
 from vlbench.train.restore import begin, restore
 from vlbench.train.run import Run, open_run
@@ -206,7 +206,7 @@ class Job:
         return [
             held_out,
             NotFinite(settings.stop_after_bad, report.say),
-            Quarantine(self.run, on_bad, len(leg.data)),
+            Quarantine(self.run, on_bad, leg.data),
             Progress(leg.name, offset, log.every, metrics, held_out),
             saving,
         ]
@@ -266,11 +266,23 @@ def prepare(recipe: Recipe, legs: list[Leg], run: Run | None) -> tuple[VLM, Posi
     vlm.vision.draft = recipe.data.decode == "draft"
     for leg in legs:
         check_objective(vlm, leg.name, leg.stage)
+        check_trained(vlm, leg)
         for part, how in leg.stage.parts.items():
             if how.lora:
                 name = f"stages.{leg.name}.train.{part}"
                 lora.check(getattr(vlm, part), name, how.lora.targets, how.lora.bits)
     return vlm, start
+
+
+def check_trained(vlm: VLM, leg: Leg) -> None:
+    """Refuse a stage that trains only parts without a parameter, as a connector of means alone."""
+    ways = leg.stage.parts.items()
+    if leg.steps and not any(how.lora or trained(vlm, name, how) for name, how in ways):
+        parts = ", ".join(leg.stage.parts)
+        raise Mistake(
+            f"stages.{leg.name}.train names {parts}, which has no parameters here: nothing would "
+            "be trained; train another part, or leave the stage out"
+        )
 
 
 def hold(recipe: Recipe, vlm: VLM) -> Held:
