@@ -11,8 +11,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import logging
-import warnings
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -33,9 +31,6 @@ MAX_PIXELS = 178_956_970  # larger pictures are refused (a small file can hold a
 MAX_SIDE = 8000  # longest side of a square canvas (64 megapixels) and of what is fitted into it
 _ZERO = "vlbench: zero"  # in the `info` of the picture of `Zero`
 _RULES = "bicubic, pad at floor, centre crop, 1/255 in float64, normalise in float32, 8000"
-
-# PIL's own remarks about a file would appear between our lines; what matters becomes a Mistake.
-logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True)
@@ -79,22 +74,20 @@ def open_bytes(data: bytes, name: str, side: int = 0) -> Image.Image:
 
 def _decoded(source: str | Path | BytesIO, name: str, side: int = 0) -> Image.Image:
     """Decode a picture in RGB, or raise a Mistake that calls it `name`."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            with Image.open(source, formats=_formats()) as image:
-                _check_size(image)
-                if side:
-                    image.draft(None, _reduced(image.size, side))
-                return _rgb(image)
-        except Image.DecompressionBombError:
-            reason = _too_large("it")
-        except UnidentifiedImageError:
-            reason = f"not a picture; readable are {', '.join(_formats())}"
-        except Mistake as mistake:
-            reason = str(mistake)
-        except Exception as error:  # a decoder may raise anything on a broken file
-            reason = f"cannot be read, it is broken or cut off ({_first_line(error)})"
+    try:
+        with Image.open(source, formats=_formats()) as image:
+            _check_size(image)
+            if side:
+                image.draft(None, _reduced(image.size, side))
+            return _rgb(image)
+    except Image.DecompressionBombError:
+        reason = _too_large("it")
+    except UnidentifiedImageError:
+        reason = f"not a picture; readable are {', '.join(_formats())}"
+    except Mistake as mistake:
+        reason = str(mistake)
+    except Exception as error:  # a decoder may raise anything on a broken file
+        reason = f"cannot be read, it is broken or cut off ({_first_line(error)})"
     raise Mistake(f"{name}: {reason}")
 
 
