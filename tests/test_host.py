@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -81,18 +82,28 @@ def change() -> None:
     signal.signal(signal.SIGTERM, lambda *_: None)
 
 
-def test_pictures_that_threads_open_leave_the_filters_of_warnings(tmp_path):
-    Image.new("P", (3, 3)).save(tmp_path / "a.png", transparency=bytes(3))
-    before = warnings.filters
-    threads = [
-        threading.Thread(target=lambda: [open_image(tmp_path / "a.png") for _ in range(200)])
-        for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert warnings.filters is before
+def test_pictures_that_threads_open_leave_warnings_as_they_are(tmp_path):
+    """PIL's own are silent even where a program makes errors of them; the program's are heard."""
+    palette = Image.new("P", (3, 3))
+    palette.save(tmp_path / "a.png", transparency=bytes(3))
+
+    def work() -> None:
+        for _ in range(100):
+            open_image(tmp_path / "a.png")
+            warnings.warn("of the program", UserWarning, stacklevel=1)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        filters, before = warnings.filters, list(warnings.filters)
+        with ThreadPoolExecutor(4) as pool:
+            done = [pool.submit(work) for _ in range(4)]
+        assert [one.result() for one in done] == [None] * 4
+        assert warnings.filters is filters and list(filters) == before
+        heard = [str(one.message) for one in caught]
+    assert heard == ["of the program"] * 400
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert open_image(tmp_path / "a.png").mode == "RGB"
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ import io
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -260,9 +259,7 @@ def all_letters_shown() -> Iterator[None]:
 
 @contextlib.contextmanager
 def pictures_read_quietly() -> Iterator[None]:
-    """Leave out PIL's remarks on a picture between our lines; what matters is a Mistake."""
-    for module in ("PIL", "vlbench.data.images"):
-        warnings.filterwarnings("ignore", module=module)  # `kept` puts the filters back
+    """Leave out what PIL logs of a picture between our lines; what matters is a Mistake."""
     nowhere = logging.NullHandler()
     logging.getLogger("PIL").addHandler(nowhere)
     try:

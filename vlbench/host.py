@@ -15,6 +15,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 PutBack = Callable[[], None]
 LOADING = "torch.utils.data._utils.signal_handling"
@@ -56,6 +57,33 @@ def kept() -> Iterator[None]:
         if threading.current_thread() is threading.main_thread():
             stack.callback(_note_signals())
         yield
+
+
+class _ThisThread:
+    """What a filter of warnings matches their text with: all that the thread warns of, no more."""
+
+    def __init__(self) -> None:
+        self._thread = threading.get_ident()
+
+    def match(self, _: str) -> bool:
+        """Tell whether the thread warns."""
+        return threading.get_ident() == self._thread
+
+
+@contextlib.contextmanager
+def warnings_ignored() -> Iterator[None]:
+    """Ignore warnings of this thread, whatever the program does with those of others.
+
+    `warnings.catch_warnings` exchanges the filters of all threads; of two that overlap, the second
+    puts back what the first has set.
+    """
+    filters: Any = warnings.filters
+    own = ("ignore", _ThisThread(), Warning, None, 0)
+    filters.insert(0, own)
+    try:
+        yield
+    finally:
+        filters.remove(own)
 
 
 def _note_interpreter() -> PutBack:

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from vlbench.data.sample import Picture
+from vlbench.host import warnings_ignored
 from vlbench.mistakes import Mistake
 
 if TYPE_CHECKING:
@@ -74,20 +75,21 @@ def open_bytes(data: bytes, name: str, side: int = 0) -> Image.Image:
 
 def _decoded(source: str | Path | BytesIO, name: str, side: int = 0) -> Image.Image:
     """Decode a picture in RGB, or raise a Mistake that calls it `name`."""
-    try:
-        with Image.open(source, formats=_formats()) as image:
-            _check_size(image)
-            if side:
-                image.draft(None, _reduced(image.size, side))
-            return _rgb(image)
-    except Image.DecompressionBombError:
-        reason = _too_large("it")
-    except UnidentifiedImageError:
-        reason = f"not a picture; readable are {', '.join(_formats())}"
-    except Mistake as mistake:
-        reason = str(mistake)
-    except Exception as error:  # a decoder may raise anything on a broken file
-        reason = f"cannot be read, it is broken or cut off ({_first_line(error)})"
+    with warnings_ignored():
+        try:
+            with Image.open(source, formats=_formats()) as image:
+                _check_size(image)
+                if side:
+                    image.draft(None, _reduced(image.size, side))
+                return _rgb(image)
+        except Image.DecompressionBombError:
+            reason = _too_large("it")
+        except UnidentifiedImageError:
+            reason = f"not a picture; readable are {', '.join(_formats())}"
+        except Mistake as mistake:
+            reason = str(mistake)
+        except Exception as error:  # a decoder may raise anything on a broken file
+            reason = f"cannot be read, it is broken or cut off ({_first_line(error)})"
     raise Mistake(f"{name}: {reason}")
 
 
