@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from vlbench import ranks
 from vlbench.data.sources import stage_data
+from vlbench.host import kept
 from vlbench.mistakes import BadSample, Mistake
 from vlbench.model import lora
 from vlbench.model.compiled import Compiled
@@ -32,7 +33,7 @@ from vlbench.train.progress import Progress, cut
 from vlbench.train.restore import begin, restore
 from vlbench.train.run import Run, open_run
 from vlbench.train.sizes import check_sizes, check_weights
-from vlbench.train.trainer import explained, root_device, trainer_of
+from vlbench.train.trainer import explained, quiet, root_device, trainer_of
 from vlbench.train.watchers import (
     HeldOut,
     Interrupts,
@@ -45,7 +46,7 @@ from vlbench.train.watchers import (
 
 def fit(recipe: Recipe) -> int:
     """Train the stages of `recipe`, evaluate, and say what to try next; return the exit code."""
-    with joined(recipe):
+    with kept(), quiet(), joined(recipe):
         code = _fit(recipe)
         if not ranks.is_first():
             return silent(code)
