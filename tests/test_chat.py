@@ -56,7 +56,7 @@ def test_multi_turn_reaches_the_model_as_in_the_reference():
     vlm = vlbench.load(CHECKPOINT)
     talking = Talk(vlm, {"max_new_tokens": 64})
     turns = MULTI["conversation"]
-    talking.image = str(WIDE)
+    talking.images = [str(WIDE)]
     for question, answer in zip(turns[0:-1:2], turns[1::2], strict=True):
         talking.ask(question["content"].removeprefix("<image_placeholder>\n"))
         talking.messages[-1]["content"] = answer["content"]

@@ -20,15 +20,16 @@ def load(
     path: str | Path,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    template: str | None = None,
 ) -> VLM:
     """Load a run, a checkpoint or a released model (a folder or a hub id), ready to answer.
 
     The model that is returned has `prompt(messages)`, `prepare(messages)`, `features(batch)`,
     `visual(batch)`, `model(batch).logits`, `generate(batch)` and `chat(messages)`; messages are in
-    the Hugging Face chat format. `dtype` and `device`: see `vlbench.serve.load.load`. Several
-    threads may use one model at once, and settings of the process stay as they are.
+    the Hugging Face chat format. `dtype`, `device` and `template`: see `vlbench.serve.load.load`.
+    Several threads may use one model at once, and settings of the process stay as they are.
     """
     with kept():
         from vlbench.serve.load import load as load_now  # here: it imports torch
 
-        return load_now(path, dtype, device)
+        return load_now(path, dtype, device, template)

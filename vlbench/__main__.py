@@ -171,8 +171,8 @@ VERBS = {
         evaluate,
     ),
     "score": Verb(
-        "task=mmmu|cmmmu answers=FILE.jsonl protocol=official|lmms|strict|raw|yi\n"
-        "       [seed=42] [out=DIR]",
+        "task=mmmu|cmmmu answers=FILE protocol=official|lmms|strict|raw|yi\n"
+        "       [data=DIR|FILE.json [split=val]] [seed=42] [out=DIR]",
         "score answers to MMMU or CMMMU as the benchmarks' own code does",
         score,
     ),

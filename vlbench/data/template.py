@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vlbench.data.sample import Turn
-from vlbench.mistakes import Mistake
+from vlbench.mistakes import Mistake, nearest
 
 EOS = "{eos}"
 
@@ -128,3 +128,11 @@ LLAVA_V1 = Template(
 )
 
 TEMPLATES = {template.name: template for template in (YI_VL, CHATML, LLAVA_V1)}
+
+
+def template_named(name: str | None, key: str = "template") -> str | None:
+    """Return a name of TEMPLATES, or None for None; `key` is what a Mistake calls it."""
+    if name is not None and name not in TEMPLATES:
+        known = ", ".join(TEMPLATES)
+        raise Mistake(f"{key} is '{name}'; known are {known}.{nearest(str(name), TEMPLATES)}")
+    return name

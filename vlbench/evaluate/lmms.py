@@ -6,6 +6,7 @@ pyproject.toml. A question is asked as in `protocol=lmms`: the pictures, then th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,13 +18,17 @@ from tqdm import tqdm
 
 from vlbench.data.sample import Sample
 from vlbench.evaluate.tasks.record import Prompt
-from vlbench.mistakes import Mistake
+from vlbench.mistakes import Mistake, nearest
 from vlbench.model.generate import answer_text
 from vlbench.model.messages import Opened, prompt_batch, prompt_ids
 from vlbench.serve.load import load
 
 MAX_NEW_TOKENS = 1024  # where a task names no number, as for lmms-eval's own models
+AUTO = 16  # questions at once for batch_size=auto, as for `eval`
 SKIPPED_SHOWN = 5
+ALIASES = ("model", "pretrained")
+TAKES = ("run", *ALIASES, "dtype", "template", "batch_size")
+USED = {"until", "max_new_tokens", "num_beams", "do_sample", "temperature", "top_p"}
 
 
 def manifest() -> Any:
@@ -39,22 +44,32 @@ class VlbenchModel(lmms):  # type: ignore[misc]
     is_simple = True
 
     def __init__(
-        self, run: str, dtype: str | None = None, batch_size: int | str = 1, **others: Any
+        self,
+        run: str | None = None,
+        dtype: str | None = None,
+        batch_size: int | str | None = 1,
+        template: str | None = None,
+        **others: Any,
     ) -> None:
         """Load `run`; `batch_size` questions are answered at once, on the GPU if there is one.
 
-        lmms-eval itself adds `device` and `max_batch_size`, which say nothing more here.
+        `run` is a run, a checkpoint or a released model, and may be called `model` or `pretrained`;
+        `batch_size` auto is AUTO. lmms-eval itself adds `device` and `max_batch_size`, which say
+        nothing more here.
         """
         super().__init__()
+        path = _path_in({"run": run, **{key: others.pop(key, None) for key in ALIASES}})
         unknown = sorted(set(others) - {"device", "max_batch_size"})
         if unknown:
-            raise Mistake(f"model_args has {', '.join(unknown)}; vlbench takes run and dtype")
+            near = nearest(unknown[0], TAKES)
+            takes = ", ".join(TAKES)
+            raise Mistake(f"model_args has {', '.join(unknown)}; vlbench takes {takes}.{near}")
+        self.batch = _batch(batch_size)
         self.accelerator = Accelerator()
         self._rank = self.accelerator.process_index
         self._world_size = self.accelerator.num_processes
         self.device = self.accelerator.device
-        self.batch = max(1, int(batch_size))
-        self.vlm = load(run, dtype, self.device)
+        self.vlm = load(path, dtype, self.device, template)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Return the answer to each request, in their order; longest prompts come first.
@@ -68,8 +83,11 @@ class VlbenchModel(lmms):  # type: ignore[misc]
         skipped = []
         for number, request in enumerate(requests):
             try:
-                samples[number] = self._sample(request)
-                lengths[number] = len(prompt_ids(self.vlm, samples[number]))
+                sample = self._sample(request)
+                for picture in sample.pictures:
+                    picture.open()
+                lengths[number] = len(prompt_ids(self.vlm, sample))
+                samples[number] = sample
             except Mistake as mistake:
                 skipped.append(f"{request.args[4]} {request.args[3]}: {mistake}")
         order = sorted(lengths, key=lambda number: (_limits(requests[number]), -lengths[number]))
@@ -83,6 +101,7 @@ class VlbenchModel(lmms):  # type: ignore[misc]
                 answers[number] = _cut(answer_text(self.vlm, ids), given.get("until"))
             bar.update(len(some))
         bar.close()
+        _tell_unused(requests)
         if skipped:
             shown = "\n".join(skipped[:SKIPPED_SHOWN])
             print(f"vlbench: {len(skipped)} of {len(requests)} questions not asked:\n{shown}")
@@ -91,10 +110,12 @@ class VlbenchModel(lmms):  # type: ignore[misc]
     def _sample(self, request: Instance) -> Sample:
         text, _, pictures_of, document, task, split = request.args
         try:
-            shown = pictures_of(self.task_dict[task][split][document]) or []
+            shown = pictures_of(self.task_dict[task][split][document])
         except Exception as error:  # of the task's own code, whatever it meets in its data
             name = type(error).__name__
             raise Mistake(f"its pictures cannot be had ({name}: {error})") from error
+        shown = [] if shown is None else shown
+        shown = list(shown) if isinstance(shown, list | tuple) else [shown]
         other = [one for one in shown if not isinstance(one, Image.Image)]
         if other:
             raise Mistake(f"has {type(other[0]).__name__} beside its text; vlbench reads pictures")
@@ -125,6 +146,30 @@ class VlbenchModel(lmms):  # type: ignore[misc]
         raise Mistake("vlbench takes no tasks of several rounds; those of one answer can be run")
 
 
+def _path_in(given: dict[str, Any]) -> str:
+    """Return the one path of a model among `given`; a Mistake unless there is exactly one."""
+    paths = {key: value for key, value in given.items() if value}
+    if len(paths) != 1:
+        said = f"; given are {' and '.join(paths)}" if paths else ""
+        raise Mistake(
+            "--model_args needs run=PATH (or model=, pretrained=): a run, a checkpoint or a "
+            f"released model{said}"
+        )
+    return str(*paths.values())
+
+
+def _batch(size: int | str | None) -> int:
+    """Return how many questions are answered at once; auto, with or without a number, is AUTO."""
+    text = str(1 if size is None else size)
+    if re.fullmatch(r"auto(:[\d.]+)?", text):
+        return AUTO
+    if not text.isdecimal() or int(text) < 1:
+        raise Mistake(
+            f"batch_size is '{text}'; allowed are whole numbers from 1, and auto ({AUTO})"
+        )
+    return int(text)
+
+
 def _options(given: dict[str, Any]) -> dict[str, Any]:
     """Return a task's generation options as `generate` takes them; a search over beams it refuses.
 
@@ -137,6 +182,13 @@ def _options(given: dict[str, Any]) -> dict[str, Any]:
     if given.get("do_sample", temperature > 0) and temperature > 0:
         options |= {"temperature": temperature, "top_p": float(given.get("top_p") or 1)}
     return options
+
+
+def _tell_unused(requests: Sequence[Instance]) -> None:
+    """Name the generation options of tasks that change nothing here."""
+    unused = sorted({key for one in requests for key in one.args[1]} - USED)
+    if unused:
+        print(f"vlbench: generation options that are not used: {', '.join(unused)}")
 
 
 def _limits(request: Instance) -> str:

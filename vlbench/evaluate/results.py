@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from vlbench.evaluate.questions import (
     scene_questions,
     shuffled,
     source_questions,
+    told_apart,
 )
 from vlbench.files import read_table, write_whole
 from vlbench.model.vlm import VLM
@@ -43,9 +45,12 @@ def questions_of(recipe: Recipe) -> tuple[str, list[Question], list[Question]]:
     if source is not None:
         return f"held-out {source.name}", source_questions(source, limit or LIMIT), []
     asked: list[Question] = []
-    for trained, _ in sources(recipe.data, stage, name, recipe.seed):
-        asked += source_questions(trained, (limit or LIMIT) - len(asked))
-    return "the training conversations (no data.val was given)", asked, []
+    several = sources(recipe.data, stage, name, recipe.seed)
+    for number, (trained, _) in enumerate(several, 1):
+        some = source_questions(trained, (limit or LIMIT) - len(asked))
+        start = f"{number}." if len(several) > 1 else ""
+        asked += [replace(one, record=f"{start}{one.record}") for one in some]
+    return "the training conversations (no data.val was given)", told_apart(asked), []
 
 
 def spread(items: list[Item], count: int | None) -> list[Item]:

@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from vlbench.data.batch import Batch
-from vlbench.mistakes import Mistake, nearest
+from vlbench.mistakes import Mistake
 from vlbench.model.eval_copy import in_eval_mode
 from vlbench.model.past import Past, common
 from vlbench.model.rows import CACHE, Rows
+from vlbench.model.sampling import OPTIONS, refuse_unknown
 from vlbench.model.static import StaticRows
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 COLDEST = 1e-4  # below, logits divided by the temperature are no longer finite
 NOT_FINITE = -1
 """What `pick` gives in the place of an id where nothing can be chosen."""
-OPTIONS = ("max_new_tokens", "temperature", "top_p", "seed", "on_token", "past", "compiled")
 
 
 def stop_now(vlm: VLM, new: list[int]) -> bool:
@@ -88,11 +88,7 @@ def generate(
     `compiled` is for many or long answers on a GPU: after the prompts every step is a graph, made
     once for a number of rows and a length rounded up, which takes tens of seconds.
     """
-    for name in other:
-        raise Mistake(
-            f"generate has no option '{name}'; it takes {', '.join(OPTIONS)}. Answers are greedy "
-            f"or sampled: there is no search over beams.{nearest(name, OPTIONS)}"
-        )
+    refuse_unknown("generate", other, OPTIONS)
     _check_options(max_new_tokens, temperature, top_p, seed)
     _check_way(batch, past, compiled)
     drawn = torch.Generator(device=vlm.device).manual_seed(seed)

@@ -18,6 +18,7 @@ from vlbench.model.weights import hub
 from vlbench.model.weights.groups import BUFFERS, Group, check_groups, load_groups, tied
 from vlbench.model.weights.hub import fetch
 from vlbench.model.weights.origin import expect_loaded
+from vlbench.model.weights.quantized import refuse_quantized
 from vlbench.model.weights.shards import weight_files
 
 TINY = Path(__file__).parent / "tiny" / "language"
@@ -93,6 +94,7 @@ def config_of(name: str) -> LlamaConfig:
 
 def config_in(folder: Path) -> LlamaConfig:
     """Return the architecture that a folder's config.json describes, which must be Llama's."""
+    refuse_quantized(folder)
     file = folder / "config.json"
     kind = read_json(file).get("model_type")
     if kind != "llama":

@@ -22,6 +22,10 @@ SHAPE = "{'role': 'user', 'content': a text or a list of parts}"
 ROLES = {"system": "system", "user": "human", "assistant": "assistant"}
 
 
+class TooLong(Mistake):
+    """A conversation that the language model has no room for."""
+
+
 @dataclass(frozen=True)
 class Opened:
     """A picture that is already in memory."""
@@ -44,10 +48,10 @@ def sample_of(messages: list[dict[str, Any]]) -> Sample:
     turns: list[Turn] = []
     pictures: list[Picture] = []
     if not isinstance(messages, list | tuple):
-        raise Mistake(f"messages are a list of {SHAPE}, given {messages!r}")
+        raise Mistake(f"messages are a list of {SHAPE}, given {messages!r:.200}")
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("content"), str | list):
-            raise Mistake(f"message {number} is {message!r}; wanted is {SHAPE}")
+            raise Mistake(f"message {number} is {message!r:.200}; wanted is {SHAPE}")
         if message.get("role") not in ROLES:
             raise Mistake(
                 f"message {number}: role is {message.get('role')!r}; allowed are {', '.join(ROLES)}"
@@ -75,14 +79,23 @@ def _part(part: Any, number: int) -> tuple[str, Picture | None]:
     value = part.get(kind) if kind else None
     if kind == "text" and isinstance(value, str):
         return value, None
+    if kind == "image" and isinstance(value, str) and _is_url(value):
+        raise Mistake(
+            f"message {number}: image {value:.100} is a URL, and pictures come from files: "
+            "download it, and give its path or a PIL image"
+        )
     if kind == "image" and isinstance(value, str | Path):
         return PLACEHOLDER, File(Path(value))
     if kind == "image" and isinstance(value, Image.Image):
         return PLACEHOLDER, Opened(value)
     raise Mistake(
-        f"message {number}: a part is {part!r}; allowed are {{'type': 'text', 'text': TEXT}} and "
-        "{'type': 'image', 'image': a PIL image or a path}"
+        f"message {number}: a part is {part!r:.200}; allowed are "
+        "{'type': 'text', 'text': TEXT} and {'type': 'image', 'image': a PIL image or a path}"
     )
+
+
+def _is_url(name: str) -> bool:
+    return "://" in name or name.startswith("data:")
 
 
 def prompt_ids(vlm: VLM, sample: Sample) -> list[int]:
@@ -97,7 +110,7 @@ def prompt_ids(vlm: VLM, sample: Sample) -> list[int]:
     ids = [token for chunk, _ in pieces for token in chunk]
     most = vlm.language.config.max_position_embeddings
     if len(ids) >= most:
-        raise Mistake(
+        raise TooLong(
             f"the conversation has {len(ids)} tokens with its images; the language model reads "
             f"fewer than {most}"
         )

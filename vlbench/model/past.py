@@ -34,6 +34,11 @@ class Past:
         self._pixels: Tensor | None = None
         self._visual: Tensor | None = None
 
+    @property
+    def length(self) -> int:
+        """How many positions the conversation takes, its last token included; 0 at the start."""
+        return len(self._ids) + 1 if self._ids else 0
+
     def visual(self, vlm: VLM, batch: Batch) -> Tensor:
         """Return the visual tokens of a batch of one conversation `[images, tokens, width]`."""
         known = self._known(batch)

@@ -25,6 +25,7 @@ from vlbench.model.loss import summed_loss
 from vlbench.model.messages import prompt_batch, sample_of
 from vlbench.model.past import Past
 from vlbench.model.recompute import recompute
+from vlbench.model.sampling import CHAT, refuse_unknown
 from vlbench.model.static import Step
 from vlbench.model.vision import Tower
 from vlbench.model.weights.groups import place
@@ -259,6 +260,7 @@ class VLM(nn.Module):
         stream: Callable[[str], None] | bool = False,
         seed: int = 0,
         past: Past | None = None,
+        **other: Any,
     ) -> str:
         """Answer a conversation in the Hugging Face chat-message format.
 
@@ -267,6 +269,7 @@ class VLM(nn.Module):
         of the answer's text; True prints the pieces. `past`, the same at every turn, spares reading
         the conversation again.
         """
+        refuse_unknown("chat", other, CHAT)
         show = partial(print, end="", flush=True) if stream is True else stream
         if isinstance(messages, list) and messages and isinstance(messages[0], list):
             raise Mistake(

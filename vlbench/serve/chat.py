@@ -2,57 +2,102 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.request import url2pathname
 
+from PIL import Image
+
+from vlbench.data.download import download_image
 from vlbench.data.images import open_image
+from vlbench.data.template import template_named
 from vlbench.mistakes import Mistake, nearest
+from vlbench.model.sampling import ELSEWHERE, refuse_unknown
 from vlbench.words import given_keys, number, whole
 
 if TYPE_CHECKING:
     from vlbench.model.vlm import VLM
 
-KEYS = ("model", "run", "image", "question", "max_new_tokens", "temperature", "top_p", "seed")
+SAMPLING = ("max_new_tokens", "temperature", "top_p", "seed")
+KEYS = ("model", "run", "image", "question", *SAMPLING, "template", "dtype", "device")
 HELP = """\
-/image FILE   show a picture with the next question
+/image FILE   show a picture with the next question; again: one more picture (a file or a URL)
+/drop         take back the pictures that wait for the next question
 /reset        forget the conversation
 /history      print the conversation
 /quit         leave (so do Ctrl-D, and Ctrl-C twice); Ctrl-C ends an answer"""
-COMMANDS = ("/image", "/reset", "/history", "/help", "/quit")
+COMMANDS = ("/image", "/drop", "/reset", "/history", "/help", "/quit")
+Shown = str | Image.Image
 
 
 def main(words: list[str]) -> int:
-    """Answer `question=TEXT` about `image=FILE`, or talk until the input ends; return the code."""
-    given = given_keys("chat", words, (), (*KEYS, "dtype", "device"))
+    """Answer `question=TEXT` about `image=FILE`, or talk until the input ends; return the code.
+
+    `image=` may be given several times, and be a URL.
+    """
+    keys = [word.partition("=")[0] for word in words]
+    refuse_unknown("chat", [key for key in keys if key in ELSEWHERE], KEYS)
+    names = [word.removeprefix("image=") for word in words if word.startswith("image=")]
+    given = given_keys("chat", [w for w in words if not w.startswith("image=")], (), KEYS)
     path = given.get("model") or given.get("run")
     if not path or ("model" in given and "run" in given):
         raise Mistake("chat needs model=PATH: a run, a checkpoint or a released model")
-    options = {
-        "max_new_tokens": whole(given, "max_new_tokens", 512, 1, 100_000),
-        "temperature": number(given, "temperature", 0.0, 0.0, 10.0),
-        "top_p": number(given, "top_p", 1.0, 0.0, 1.0),
-        "seed": whole(given, "seed", 0, 0, 2**32 - 1),
-    }
+    options = _sampling(given)
+    template = template_named(given.get("template"))
     if "question" not in given and sys.stdin is None:
         raise Mistake("chat needs question=TEXT where standard input is closed")
-    if "image" in given:
-        given["image"] = str(Path(given["image"]).expanduser())
-        open_image(given["image"])  # before the model, which takes seconds
+    images = [picture_of(name) for name in names]  # before the model, which takes seconds
     from vlbench import load
 
-    vlm = load(path, given.get("dtype"), given.get("device"))
+    vlm = load(path, given.get("dtype"), given.get("device"), template)
     talk = Talk(vlm, options)
-    talk.image = given.get("image")
+    talk.images = images
     if "question" in given:
         talk.ask(given["question"])
         return 0
     return talk.loop()
 
 
+def _sampling(given: dict[str, str]) -> dict[str, Any]:
+    return {
+        "max_new_tokens": whole(given, "max_new_tokens", 512, 1, 100_000),
+        "temperature": number(given, "temperature", 0.0, 0.0, 10.0),
+        "top_p": number(given, "top_p", 1.0, 0.0, 1.0),
+        "seed": whole(given, "seed", 0, 0, 2**32 - 1),
+    }
+
+
+def picture_of(name: str) -> Shown:
+    """Return the path of a picture, or the picture itself of a URL; a Mistake where it is none."""
+    if not name:
+        raise Mistake("image has no value; write image=FILE")
+    name = url2pathname(name[7:]) if name.startswith("file:///") else name
+    if "://" in name:
+        return download_image(name)
+    path = str(Path(name).expanduser())
+    open_image(path)
+    return path
+
+
+def pictures_of(line: str) -> list[tuple[str, Shown]]:
+    """Return name and picture of every file that a line names; spaces may divide them.
+
+    A line that is the name of one file, which may have spaces in it, is that file.
+    """
+    line = line.strip()
+    names = [line.strip("'\"")]
+    if not Path(names[0]).expanduser().exists():
+        with contextlib.suppress(ValueError):  # a quote that is not closed: one name then
+            names = shlex.split(line) if len(shlex.split(line)) > 1 else names
+    return [(name, picture_of(name)) for name in names]
+
+
 class Talk:
-    """A conversation: its messages, and the picture that comes with the next question."""
+    """A conversation: its messages, and the pictures that come with the next question."""
 
     def __init__(self, vlm: VLM, options: dict[str, Any]) -> None:
         """Talk to `vlm`; `options` are those of `VLM.chat`."""
@@ -60,11 +105,13 @@ class Talk:
 
         self.vlm, self.options = vlm, options
         self.messages: list[dict[str, Any]] = []
-        self.image: str | None = None
+        self.images: list[Shown] = []
+        self.talking = False  # more is asked than one question
         self.past = Past()
 
     def loop(self) -> int:
         """Read questions and commands until the input ends; return the exit code."""
+        self.talking = True
         if isinstance(sys.stdin, io.TextIOWrapper):  # what is no text is refused where it is asked
             sys.stdin.reconfigure(errors="surrogateescape")
         if sys.stdin.isatty():
@@ -110,12 +157,14 @@ class Talk:
         if name == "/image":
             if not rest.strip():
                 raise Mistake("/image FILE shows the model a picture")
-            file = str(Path(rest.strip().strip("'\"")).expanduser())
-            open_image(file)
-            self.image = file
-            print(f"{file} comes with the next question")
+            for file, picture in pictures_of(rest):
+                self.images.append(picture)
+                print(f"{file} comes with the next question ({self._attached()})")
+        elif name == "/drop":
+            print(f"taken back: {self._attached()}")
+            self.images = []
         elif name == "/reset":
-            self.messages, self.image = [], None
+            self.messages, self.images = [], []
             print("the conversation is forgotten")
         elif name == "/history":
             print(self.vlm.prompt([*self.messages, {"role": "user", "content": "..."}]))
@@ -125,14 +174,19 @@ class Talk:
             known = ", ".join(COMMANDS)
             raise Mistake(f"no command {name}; known are {known}.{nearest(name, COMMANDS)}")
 
+    def _attached(self) -> str:
+        count = len(self.images)
+        return f"{count} picture{'' if count == 1 else 's'}"
+
     def ask(self, question: str) -> None:
         """Print the answer while it is written, and keep question and answer.
 
         What is stopped with Ctrl-C is kept as far as it was written.
         """
-        content: list[dict[str, Any]] = [{"type": "text", "text": question}]
-        if self.image:
-            content.insert(0, {"type": "image", "image": self.image})
+        from vlbench.model.messages import TooLong  # it imports torch
+
+        content: list[dict[str, Any]] = [{"type": "image", "image": one} for one in self.images]
+        content.append({"type": "text", "text": question})
         asked = [*self.messages, {"role": "user", "content": content}]
         written: list[str] = []
 
@@ -142,8 +196,25 @@ class Talk:
 
         try:
             self.vlm.chat(asked, stream=show, past=self.past, **self.options)
+        except TooLong as mistake:
+            way = "/reset forgets the conversation, /drop the waiting pictures"
+            raise Mistake(f"{mistake}; {way}" if self.talking else str(mistake)) from mistake
         finally:
             print(flush=True)
             if written:
                 answer = {"role": "assistant", "content": "".join(written)}
-                self.messages, self.image = [*asked, answer], None
+                self.messages, self.images = [*asked, answer], []
+        self._remark(bool(written))
+
+    def _remark(self, answered: bool) -> None:
+        """Say of an answer what cannot be seen in it: that it is empty, or cut for want of room."""
+        most = self.vlm.language.config.max_position_embeddings
+        if not answered:
+            print("vlbench: the answer is empty; it is not kept", file=sys.stderr)
+        elif self.past.length >= most:
+            way = "; /reset forgets the conversation" if self.talking else ""
+            print(
+                f"vlbench: the answer ends here because all {most} tokens that the language model "
+                f"reads are used{way}",
+                file=sys.stderr,
+            )

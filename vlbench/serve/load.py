@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from vlbench import recipe as recipes
+from vlbench.data.template import template_named
 from vlbench.host import kept
 from vlbench.mistakes import Mistake, nearest
 from vlbench.model.vlm import VLM
-from vlbench.model.weights.load import load_release
+from vlbench.model.weights.load import Choice, load_release
 from vlbench.model.weights.shards import stored
 from vlbench.train import checkpoint
 from vlbench.train.restore import released, restore
@@ -31,18 +34,22 @@ def load(
     path: str | Path,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    template: str | None = None,
 ) -> VLM:
     """Return the model in a run, a checkpoint, or a released model (a folder or a hub id).
 
     `dtype` is a type of torch or one of the names in DTYPES. None: as the weights are stored, but
     on a CPU float32 if that takes at most FLOAT32_UP_TO bytes: exact, and no slower there.
-    `device` None is the GPU if there is one.
+    `device` None is the GPU if there is one. `template` is one of `data.template.TEMPLATES`; None:
+    that which the model was trained with, and for a release that of its folder, which is said in a
+    line on standard error where it is not Yi-VL's own.
     """
+    template_named(template)
     device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     _check_device(device)
     folder = find(path, "model")
     kind = type_named(dtype) or _default_type(folder, device)
-    return open_model(folder, kind, device).eval()
+    return open_model(folder, kind, device, template).eval()
 
 
 def find(path: str | Path, key: str) -> Path:
@@ -55,11 +62,20 @@ def find(path: str | Path, key: str) -> Path:
     return released(str(path), key)
 
 
-def open_model(folder: Path, dtype: torch.dtype | None, device: str = "cpu") -> VLM:
-    """Return the model in a folder that `find` found; `dtype` None keeps tensors as stored."""
+def open_model(
+    folder: Path, dtype: torch.dtype | None, device: str = "cpu", template: str | None = None
+) -> VLM:
+    """Return the model in a folder that `find` found; `dtype` None keeps tensors as stored.
+
+    `template` replaces that of the folder.
+    """
     if not checkpoint.holds(folder):
-        return load_release(folder, dtype, device)
-    vlm = restore(folder, recipes.load_file(folder / "recipe.yaml"), dtype, device)
+        return load_release(folder, dtype, device, Choice(template=template))
+    recipe = recipes.load_file(folder / "recipe.yaml")
+    if template:
+        known: Any = template  # a name of TEMPLATES
+        recipe = replace(recipe, language=replace(recipe.language, template=known))
+    vlm = restore(folder, recipe, dtype, device)
     _, before = checkpoint.preprocessed(folder)
     if before != vlm.transform.hash():
         raise Mistake(

@@ -19,10 +19,11 @@ from vlbench.model.vlm import PARTS, VLM
 from vlbench.model.weights import hub
 from vlbench.model.weights.groups import place
 from vlbench.model.weights.hub import fetch
-from vlbench.model.weights.load import assemble, is_release, layout_of, load_release
+from vlbench.model.weights.load import assemble, is_release, layout_of, load_release, template_of
 from vlbench.model.weights.origin import ORIGINS, origin_of, read_origins
+from vlbench.model.weights.quantized import refuse_quantized
 from vlbench.model.weights.shards import Lazy, read, shapes, weight_files
-from vlbench.schema import Recipe, Stage
+from vlbench.schema import Language, Recipe, Stage
 from vlbench.train import checkpoint
 from vlbench.train.checkpoint import ADAPTERS, RELEASE
 from vlbench.words import typed
@@ -83,7 +84,10 @@ def inherited(recipe: Recipe) -> dict[str, Any]:
         return {}
     folder = released(str(source), "init", hub.SMALL)
     plan = layout_of(folder).blueprint(folder)
-    return {"vision": {"layer": plan.layer}, "language": {"template": plan.template}}
+    keys: dict[str, Any] = {"vision": {"layer": plan.layer}}
+    if recipe.language.template == Language.template:  # else the recipe chose another
+        keys["language"] = {"template": template_of(folder, plan, "language.template")}
+    return keys
 
 
 def begin(recipe: Recipe, stage: Stage, mapped: bool = False) -> VLM:
@@ -180,6 +184,7 @@ def released(source: str, key: str, patterns: tuple[str, ...] = hub.PATTERNS) ->
     From a hub the files of `patterns` are fetched.
     """
     folder = fetch(source, key, hub.RELEASE, KINDS, patterns)
+    refuse_quantized(folder)
     if not is_release(folder):
         raise Mistake(
             f"{key} is '{source}', which is no run or checkpoint, and no released model: wanted is "

@@ -1,63 +1,83 @@
-"""Files of answers, one JSON object a line; what is wrong with a line is said of it."""
+"""Files of answers as items to be scored; what is wrong with a record is said of it."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from vlbench.evaluate.tasks.answer_shapes import Record, read_shapes
 from vlbench.evaluate.tasks.cmmmu_answers import LETTERS, RIGHT, WRONG
 from vlbench.evaluate.tasks.items import Item, letters
 from vlbench.evaluate.tasks.protocols import PROTOCOLS
 from vlbench.evaluate.tasks.subjects import subject_in
-from vlbench.files import read_text
 from vlbench.mistakes import Mistake, nearest
 
-Record = dict[str, Any]
+Truths = Mapping[str, Record]
 
 NEEDED = ("id", "type", "answer", "response")
 CHOICES = {"multiple-choice": 26, "选择": len(LETTERS)}  # types with options, and how many at most
 WITHHELD: tuple[object, ...] = (None, "", "?", [])
+DATA = (
+    "say data=FOLDER of the benchmark, or for protocol=yi data=answer_dict_val.json of MMMU's code"
+)
 SHOWN = 20  # lines that are said of a file in which more is wrong
 
 
-def read_answers(task: str, path: Path) -> tuple[list[Record], list[Item], list[str]]:
-    """Return the lines of the file, the items that are in them, and what is wrong with others.
+def read_answers(
+    task: str, path: Path, truths: Truths | None = None, options_needed: bool = True
+) -> tuple[list[Record], list[Item], list[str]]:
+    """Return the records of a file, the items that are in them, and what is wrong with others.
 
-    A line has `id`, `type`, `answer`, `response`, where there are letters `options`, and may have
-    `subject`; other keys are kept. Raises a Mistake for a file without any such line.
+    A record has `id`, `type`, `answer`, `response`, where there are letters `options` (unless they
+    are not needed), and may have `subject`; other keys are kept. What is missing is taken from
+    `truths`, by id. An id is a label that several may have, but a question with options that is
+    there twice, answer and all, counts once. Raises a Mistake for a file without any such record.
     """
     records: list[Record] = []
     wrong: list[str] = []
-    known: dict[str, int] = {}
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
-        record = _object(line)
-        reason = record if isinstance(record, str) else _reason(task, record)
+    known: dict[str, str] = {}
+    found = read_shapes(path)
+    if truths is None and found and all(_bare(one) for _, one in found):
+        raise Mistake(f"{path}: holds answers without their questions; {DATA}")
+    for where, record in found:
+        record = _completed(record, truths)
+        reason = record if isinstance(record, str) else _reason(task, record, options_needed)
         if not reason and isinstance(record, dict):
-            before = known.setdefault(str(record["id"]), number)
-            if before == number:
+            before = known.setdefault(json.dumps(record, sort_keys=True), where)
+            if before == where or not record.get("options"):  # many questions are answered "yes"
                 records.append(record)
                 continue
-            reason = f" ({record['id']}): line {before} has this id as well"
-        wrong.append(f"{path}: line {number}{reason}")
+            number = before.removeprefix(f"{path}: ")
+            reason = f" ({record['id']}): {number} has this id as well, and is the same in all"
+        wrong.append(f"{where}{reason}")
     if not records:
         raise Mistake(
             "\n".join(shown(wrong))
-            or f"{path}: holds no answers; it must have one JSON object a line"
+            or f"{path}: holds no answers; it must have one JSON object a line, or an array"
         )
     return records, [_item(task, record) for record in records], wrong
 
 
-def _lines(path: Path) -> list[str]:
-    """Return the lines of a file; bytes that are no UTF-8 spoil their own line alone."""
-    try:
-        return read_text(path).split("\n")
-    except Mistake:
-        if not path.is_file():
-            raise
-        return path.read_bytes().decode("utf-8-sig", "surrogateescape").split("\n")
+def _bare(record: Record | str) -> bool:
+    """Tell whether a record says neither what kind of question it answers nor what is right."""
+    return isinstance(record, dict) and not {"type", "answer"} & record.keys()
+
+
+def _completed(record: Record | str, truths: Truths | None) -> Record | str:
+    """Return a record with what it lacks of its question, as CMMMU's and MMMU's servers add it.
+
+    Without a `response` its `answer` is the one that is to be judged.
+    """
+    if isinstance(record, str) or truths is None:
+        return record
+    if "response" not in record and "answer" in record:
+        record = {**record, "response": record["answer"]}
+        del record["answer"]
+    truth = truths.get(str(record.get("id")))
+    if truth is None and not set(NEEDED) <= record.keys():
+        return f" ({record.get('id')}): data= has no question of this id"
+    return {**(truth or {}), **record}
 
 
 def shown(wrong: list[str]) -> list[str]:
@@ -66,23 +86,7 @@ def shown(wrong: list[str]) -> list[str]:
     return wrong[:SHOWN] + more
 
 
-def _object(line: str) -> Record | str:
-    """Return the JSON object in a line, or what is wrong with the line."""
-    try:
-        line.encode()
-    except UnicodeEncodeError:
-        return " is not UTF-8 text"
-    try:
-        record = json.loads(line)
-        json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return " has half of a surrogate pair in it, which is no text"
-    except (ValueError, RecursionError) as error:
-        return f" is not JSON ({error})"
-    return record if isinstance(record, dict) else " is not a JSON object"
-
-
-def _reason(task: str, record: Record) -> str:
+def _reason(task: str, record: Record, options_needed: bool) -> str:
     """Return what is wrong with a record, "" if nothing is."""
     missing = [key for key in NEEDED if key not in record]
     if missing:
@@ -99,7 +103,9 @@ def _reason(task: str, record: Record) -> str:
             f" ({identity}): the answer is withheld, so there is nothing to score against; "
             "use the submission file"
         )
-    reason = _wrong_answer(task, kind, answer) or _wrong_options(record)
+    reason = _wrong_answer(task, kind, answer)
+    if not reason and (options_needed or record.get("options")):
+        reason = _wrong_options(record)
     return f" ({identity}): {reason}" if reason else ""
 
 
@@ -135,11 +141,13 @@ def _wrong_options(record: Record) -> str:
 
 
 def _item(task: str, record: Record) -> Item:
+    """Return a record as an item; the values that MMMU's code has read already are a tuple."""
+    response = record["response"]
     return Item(
         record["id"],
         record["type"],
         record.get("options") or [],
         record["answer"],
-        record["response"],
+        tuple(response) if isinstance(response, list) and "parsed_pred" in record else response,
         record.get("subject") or subject_in(task, str(record["id"])),
     )

@@ -9,22 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from vlbench.data.sample import Sample
-from vlbench.evaluate.tasks import cmmmu_data, mmmu_data
 from vlbench.evaluate.tasks.aggregate import summary
+from vlbench.evaluate.tasks.benchmark_truths import READ
 from vlbench.evaluate.tasks.files import find
 from vlbench.evaluate.tasks.items import Item
 from vlbench.evaluate.tasks.prompts import generation, prompt
 from vlbench.evaluate.tasks.protocols import protocol_of, score_all
 from vlbench.evaluate.tasks.record import Generation, Prompt, Record, Skipped
-from vlbench.evaluate.tasks.score import SEED, published, table, write
-from vlbench.evaluate.tasks.subjects import SUBJECTS, UNKNOWN
+from vlbench.evaluate.tasks.score import SEED, alike, published, table, write
+from vlbench.evaluate.tasks.subjects import known_subject
 from vlbench.files import json_lines, write_whole
 from vlbench.mistakes import Mistake, nearest
 from vlbench.model.messages import prompt_ids
 from vlbench.model.vlm import VLM
 from vlbench.words import whole
 
-READ = {"mmmu": mmmu_data.read, "cmmmu": cmmmu_data.read}
 HUB = {"mmmu": "MMMU/MMMU", "cmmmu": "m-a-p/CMMMU"}
 
 
@@ -63,11 +62,10 @@ class Question:
     def line(self) -> dict[str, Any]:
         """What stands in answers.jsonl, but for the response."""
         record = self.record
-        known = SUBJECTS[record.task].domain(record.subject) != UNKNOWN
         return {
             "id": record.id,
             "type": record.type,
-            "subject": record.subject if known else record.category,
+            "subject": known_subject(record.task, record.subject, record.category),
             "options": list(record.options),
             "answer": list(record.answer) if isinstance(record.answer, tuple) else record.answer,
         }
@@ -157,7 +155,8 @@ class Benchmark:
             "(skipped.jsonl)"
         ]
         differs = generation(self.task, prompts).differs
-        return lines + ([f"not as the reference: {differs}"] if differs else [])
+        lines += [f"not as the reference: {differs}"] if differs else []
+        return lines + alike([record.id for record in self.records])
 
     def _submit(self, folder: Path, items: list[Item]) -> list[str]:
         """Write the file that the benchmark's server takes, as the answers are withheld here.
@@ -168,17 +167,23 @@ class Benchmark:
             # a letter does not need the truth to be read; an open answer is read by the server
             blank = [replace(item, answer="") for item in items]
             scored = score_all(self.task, self.way.scoring, blank)
-            found = {one.item.id: one.prediction for one in scored}
-            choice = {one.id: one.type == "multiple-choice" for one in items}
-            told = {i.id: (found[i.id] if choice[i.id] else None) or i.response for i in items}
+            told: dict[str | int, Any] = {}
+            for one in scored:  # of equal ids the first counts
+                letter = one.prediction if one.item.type == "multiple-choice" else None
+                told.setdefault(one.item.id, letter or one.item.response)
             text = json.dumps(told, ensure_ascii=False, indent=1)
             file = folder / "submission.json"
         else:
             text = json_lines({"id": i.id, "type": i.type, "response": i.response} for i in items)
             file = folder / "submission.jsonl"
         write_whole(file, text)
-        count = len(items)
-        return [f"{self.task}: the answers are withheld; {count} responses to submit in {file}"]
+        count = len({one.id for one in items}) if self.task == "mmmu" else len(items)
+        several = len(items) - count
+        lost = f" ({several} more have an id that another has, and are not in it)"
+        return [
+            f"{self.task}: the answers are withheld; {count} responses to submit in {file}"
+            + (lost if several else "")
+        ]
 
 
 def _unfit(vlm: VLM, question: Question) -> str:

@@ -16,7 +16,7 @@ from vlbench.data.record import ROLES
 from vlbench.data.sample import Sample
 from vlbench.evaluate.ask import SPARE
 from vlbench.evaluate.measures import exact, overlap, vqa_accuracy
-from vlbench.evaluate.questions import Question, source_questions
+from vlbench.evaluate.questions import LeftOut, Question, look_through, told, told_apart
 from vlbench.evaluate.results import questions_of, spread
 from vlbench.evaluate.tasks.aggregate import wilson
 from vlbench.evaluate.tasks.record import Generation
@@ -30,6 +30,7 @@ from vlbench.words import whole
 
 OWN, FILE = "own", "llava_json"
 Line = dict[str, Any]
+People = dict[tuple[str, int], tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Known:
         asked = self.question
         return {
             "id": asked.sample.id,
+            "record": asked.record,
             "set": self.set,
             "type": asked.type,
             "language": asked.language,
@@ -59,13 +61,15 @@ class Known:
         }
 
 
-def _sets(task: str, given: dict[str, str]) -> list[Known]:
-    """Return the questions of `own`, or of the file `data=`."""
-    people: dict[str, tuple[str, ...]] = {}
+def _sets(task: str, given: dict[str, str]) -> tuple[list[Known], list[LeftOut]]:
+    """Return the questions of `own`, or of the file `data=`, and what of that is left out."""
+    people: People = {}
+    left_out: list[LeftOut] = []
     if task == FILE:
         source = LlavaJson(given["data"], given.get("images"))
         people = _people(source)
-        sets = {source.name: source_questions(source, 100 * len(source))}
+        questions, left_out = look_through(source, 100 * len(source))
+        sets = {source.name: told_apart(questions)}
     else:
         if not checkpoint.holds(Path(given["run"])):
             released(given["run"], "run")
@@ -75,16 +79,18 @@ def _sets(task: str, given: dict[str, str]) -> list[Known]:
         sets = {name: questions, "unseen pairs": unseen}
     first = next(iter(sets))
     if not sets[first]:
-        raise Mistake(f"{first} holds no sample with an image that could be asked about")
-    return [
-        Known(one, name, people.get(one.sample.id, (one.answer,)))
+        why = f" ({told(left_out)})" if left_out else ""
+        raise Mistake(f"{first} holds no sample with an image that could be asked about{why}")
+    known = [
+        Known(one, name, people.get((one.record, len(one.sample.turns)), (one.answer,)))
         for name, asked in sets.items()
         for one in asked
     ]
+    return known, left_out
 
 
-def _people(source: LlavaJson) -> dict[str, tuple[str, ...]]:
-    """Return what several people answered, by question: the `answers` of records that have them.
+def _people(source: LlavaJson) -> People:
+    """Return what several people answered, by record and turn: the `answers` of those records.
 
     VQAv2 gives ten, as texts or as `{"answer": text}`. They belong to a record's last question;
     where no assistant turn answers it, the answer of most stands in.
@@ -107,8 +113,8 @@ def _people(source: LlavaJson) -> dict[str, tuple[str, ...]]:
         try:
             sample = source[index]
         except BadSample:
-            continue  # source_questions counts and names it
-        found[f"{sample.id}/{len(sample.turns) - 1}"] = tuple(texts)
+            continue  # look_through counts and names it
+        found[str(index + 1), len(sample.turns) - 1] = tuple(texts)
     return found
 
 
@@ -118,27 +124,30 @@ class Conversations:
     def __init__(self, task: str, given: dict[str, str]) -> None:
         """Read the questions that the keys of `eval` ask for."""
         given = {key: str(Path(value).expanduser()) for key, value in given.items()}
-        asked = _sets(task, given)
+        asked, self.left_out = _sets(task, given)
         limit = whole(given, "limit", len(asked), 1, 10**9)
         self.asked = spread(asked, limit)
         self.label = task if task == OWN else f"{task}-{Path(given['data']).stem}"
         sets = Counter(one.set for one in self.asked)
         texts = [(one.sample.id, one.question.text, one.answers) for one in self.asked]
-        told = json.dumps(texts, ensure_ascii=False).encode()
-        sha256 = hashlib.sha256(told).hexdigest()
+        whole_text = json.dumps(texts, ensure_ascii=False).encode()
+        sha256 = hashlib.sha256(whole_text).hexdigest()
         self.about = {"task": task, "questions": dict(sets), "revision": f"sha256 {sha256[:16]}"}
 
     def questions(self, vlm: VLM) -> tuple[list[Known], list[dict[str, str]]]:
-        """Return what is asked, by length, so that little of a batch is padding; and what cannot.
+        """Return what is asked, by length, so that little of a batch is padding; and what is not.
 
-        A text that is too long for the language model cannot.
+        That are records without a picture, bad ones, and texts that are too long for the language
+        model.
         """
-        lengths, skipped = {}, []
+        lengths: dict[int, int] = {}
+        skipped = [{**vars(one), "record": str(one.record)} for one in self.left_out]
         for number, one in enumerate(self.asked):
             try:
                 lengths[number] = len(prompt_ids(vlm, one.sample))
             except Mistake as mistake:
-                skipped.append({"id": one.sample.id, "reason": str(mistake)})
+                where = {"id": one.sample.id, "record": one.question.record}
+                skipped.append({**where, "reason": str(mistake)})
         return [self.asked[number] for number in sorted(lengths, key=lengths.__getitem__)], skipped
 
     def limits(self, vlm: VLM, asked: Sequence[Known]) -> Generation:
@@ -157,8 +166,7 @@ class Conversations:
         sets = _by_set(judged)
         scores = {**self.about, "skipped": skipped, "sets": sets}
         report = table(sets)
-        if skipped:
-            report.append(f"{skipped} questions could not be asked (skipped.jsonl)")
+        report += self._not_asked(skipped)
         if blind:
             unseen = scores["blank"] = _by_set([_judged(line) for line in blind])
             shares = (f"{name} {one['accuracy']:.3f}" for name, one in unseen.items())
@@ -167,6 +175,13 @@ class Conversations:
         text = json.dumps(scores, indent=1, ensure_ascii=False)
         write_whole(folder / "scores.json", f"{text}\n")
         return report
+
+    def _not_asked(self, skipped: int) -> list[str]:
+        """Say how many records and questions were left out, and the first of each kind."""
+        long = skipped - len(self.left_out)
+        several = [f"{long} questions that are too long"] if long else []
+        parts = ([told(self.left_out)] if self.left_out else []) + several
+        return [f"not asked: {'; '.join(parts)} (skipped.jsonl)"] if parts else []
 
 
 def _by_set(judged: Sequence[Line]) -> dict[str, Any]:

@@ -125,9 +125,9 @@ def open_folder(folder: Path, about: dict[str, Any]) -> None:
     if file.is_file():
         before = read_json(file)
         differ = [
-            f"{key} ({before.get(key)} before, {value} now)"
-            for key, value in about.items()
-            if before.get(key) != value
+            f"{key} ({before.get(key)} before, {about.get(key)} now)"
+            for key in {**before, **about}
+            if before.get(key) != about.get(key)
         ]
         if differ:
             raise Mistake(f"out={folder} is another exam; it differs in {', '.join(differ)}")

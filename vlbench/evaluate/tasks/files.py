@@ -123,18 +123,27 @@ def arranged(
     """Return the records by their `group` in this `order`; within a group their order stays.
 
     A group that is not in the order comes last. Raises a Mistake when there is no record at all or
-    of a group that was `asked` for, or when two records have one id.
+    of a group that was `asked` for, or when one record is there twice. Different records may have
+    the same id.
     """
     where = f"{found.source}, split '{found.name}'"
     missing = sorted(set(asked) - {group(record) for record in records})
     if missing or not records:
         of = f" of {', '.join(missing)}" if missing else ""
         raise Mistake(f"{where}: has no records{of}")
-    for name, number in Counter(record.id for record in records).items():
-        if number > 1:
-            raise Mistake(f"{where}: record {name} is there {number} times")
+    _refuse_repeats(records, where)
     rank = {name: number for number, name in enumerate(order)}
     return sorted(records, key=lambda record: rank.get(group(record), len(rank)))
+
+
+def _refuse_repeats(records: list[Record], where: str) -> None:
+    """Raise a Mistake for a record that is there several times, with all that it holds."""
+    ids = Counter(record.id for record in records)
+    for name in (name for name, count in ids.items() if count > 1):
+        alike = [record for record in records if record.id == name]
+        number = max(map(alike.count, alike))
+        if number > 1:
+            raise Mistake(f"{where}: record {name} is there {number} times")
 
 
 def rows(file: Path, needed: tuple[str, ...], wanted: str) -> Iterator[dict[str, Any]]:

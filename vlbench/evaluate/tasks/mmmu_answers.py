@@ -78,8 +78,11 @@ def is_letter(prediction: object, item: Item) -> bool:
 def open_values(item: Item) -> list[Value]:
     """Return what a response to an open question may mean: texts, and the numbers in them.
 
-    Capitals are gone before the text is divided at ". A", so only ends of lines divide it.
+    Capitals are gone before the text is divided at ". A", so only ends of lines divide it. A tuple
+    holds what MMMU's own code has read already.
     """
+    if isinstance(item.response, tuple):
+        return list(item.response)
     said = text(item, item.response, "response").strip().strip(".").lower()
     found = tails(said, said.split("\n"), CUES, last=("=",))
     written = [*found, *numbers(found, FORMS)]
@@ -96,7 +99,7 @@ def lmms_open(item: Item) -> str:
 
     Which comes first depends on hashes there; the verdict does not.
     """
-    return str(open_values(item)[0])
+    return str(next(iter(open_values(item)), ""))
 
 
 def lmms_is_open(prediction: str, item: Item) -> bool:
@@ -108,7 +111,9 @@ def lmms_is_open(prediction: str, item: Item) -> bool:
 
 
 def bare_value(item: Item) -> list[Value]:
-    """Return the response, normalised and as a whole."""
+    """Return the response, normalised and as a whole; what was read already as it is."""
+    if isinstance(item.response, tuple):
+        return list(item.response)
     return normal(text(item, item.response, "response"))
 
 

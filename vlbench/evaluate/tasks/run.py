@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
+from vlbench.data.template import template_named
 from vlbench.evaluate.tasks.benchmark import READ, Benchmark
 from vlbench.evaluate.tasks.conversations import FILE, OWN, Conversations
 from vlbench.evaluate.tasks.exam import ANSWERS, BLANK, SKIPPED, open_folder, take
@@ -18,7 +19,7 @@ from vlbench.train import checkpoint
 from vlbench.words import truth, whole
 
 BENCHMARKS = ("split", "protocol", "subjects", "seed")
-KEYS = ("task", "data", "images", "limit", "out", "batch", "blank", *BENCHMARKS)
+KEYS = ("task", "data", "images", "limit", "out", "batch", "blank", "template", *BENCHMARKS)
 TASKS = (*READ, OWN, FILE)
 Lines = list[dict[str, Any]]
 
@@ -56,13 +57,17 @@ def main(given: dict[str, str]) -> int:
     names = list(dict.fromkeys(one for one in given["task"].split(",") if one))
     _check(names, given)
     batch, blank = whole(given, "batch", 16, 1, 4096), truth(given, "blank")
+    template = template_named(given.get("template"))
     tasks: list[Task] = [
         Benchmark(name, given) if name in READ else Conversations(name, given) for name in names
     ]
     model = find_model(given["run"], "run")
-    vlm = load(given["run"])
+    vlm = load(given["run"], template=template)
     for task in tasks:
-        _take(vlm, task, _folder(task.label, model, given), str(model), batch, blank)
+        about = {**task.about, "model": str(model), "batch": batch}
+        if template:  # else it is the model's own
+            about["template"] = template
+        _take(vlm, task, _folder(task.label, model, given), about, batch, blank)
     return 0
 
 
@@ -88,12 +93,16 @@ def _folder(label: str, model: Path, given: dict[str, str]) -> Path:
         return Path(given["out"]).expanduser()
     run = Path(given["run"]).expanduser()
     own = checkpoint.holds(run) and (run / "recipe.yaml").is_file() and run != model
+    if "template" in given:
+        label = f"{label}-{given['template']}"
     return (run / "eval" if own else Path("evals")) / model.name / label
 
 
-def _take(vlm: VLM, task: Task, folder: Path, model: str, batch: int, blank: bool) -> None:
-    """Take one task, write its scores, and print them."""
-    open_folder(folder, {**task.about, "model": model, "batch": batch})
+def _take(
+    vlm: VLM, task: Task, folder: Path, about: dict[str, Any], batch: int, blank: bool
+) -> None:
+    """Take one task, write its scores, and print them; `about` says what the folder holds."""
+    open_folder(folder, about)
     asked, skipped = task.questions(vlm)
     if not asked:
         raise Mistake(f"{task.label}: no question can be asked; the first: {skipped[0]}")

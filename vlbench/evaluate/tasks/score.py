@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import yaml
 from vlbench.evaluate.tasks.aggregate import summary
 from vlbench.evaluate.tasks.answers_file import Record, read_answers
 from vlbench.evaluate.tasks.answers_file import shown as first_of
+from vlbench.evaluate.tasks.benchmark_truths import read_truths
 from vlbench.evaluate.tasks.items import Item, Scored
 from vlbench.evaluate.tasks.protocols import protocol_of, score_all
 from vlbench.evaluate.tasks.subjects import SUBJECTS
@@ -22,23 +24,31 @@ from vlbench.files import json_lines, read_text, write_whole
 from vlbench.mistakes import Mistake
 from vlbench.words import given_keys, whole
 
+KEYS = ("seed", "out", "data", "split")
 SEED = 42  # of the benchmarks' own code
 PUBLISHED = Path(__file__).with_name("published.yaml")
 
 
 def main(words: list[str]) -> int:
-    """Score `answers=FILE.jsonl`, print a table, and write scores.json and scored.jsonl.
+    """Score `answers=FILE`, print a table, and write scores.json and scored.jsonl.
 
-    They go to the folder `out=DIR`, by default FILE.jsonl.scores beside the file. Lines that cannot
-    be scored are left out, named on standard error and in bad.txt, and counted.
+    They go to the folder `out=DIR`, by default FILE.scores beside the file. Answers that cannot be
+    scored are left out, named on standard error and in bad.txt, and counted. `data=` has the
+    questions of a file that holds their ids alone.
     """
-    given = given_keys("score", words, ("task", "answers", "protocol"), ("seed", "out"))
+    given = given_keys("score", words, ("task", "answers", "protocol"), KEYS)
     task, protocol = given["task"], given["protocol"]
     shown = protocol_of(task, protocol).shown
     seed = whole(given, "seed", SEED, 0, 2**32 - 1)
+    if "split" in given and "data" not in given:
+        raise Mistake("split= is for data=, the questions of a file that holds ids alone")
     answers = Path(given["answers"]).expanduser()
     out = Path(given.get("out") or f"{answers}.scores").expanduser()
-    records, items, bad = read_answers(task, answers)
+    truths = (
+        read_truths(task, given["data"], given.get("split", "val")) if "data" in given else None
+    )
+    # what came with Yi-VL compares letters, and needs no options
+    records, items, bad = read_answers(task, answers, truths, protocol != "yi")
     records, items, more = _scorable(task, protocol, records, items)
     bad += more
     if not items:
@@ -52,9 +62,21 @@ def main(words: list[str]) -> int:
     for line in first_of(bad):
         print(f"vlbench: left out: {line}", file=sys.stderr)
     told = [f"{len(bad)} of {len(bad) + len(items)} lines left out ({out / 'bad.txt'})"] * bool(bad)
+    told += alike([record["id"] for record in records])
     lines = [*told, *table(scores, shown), "", *published(scores), "", f"wrote {out}"]
     print("\n".join(lines))
     return 0
+
+
+def alike(ids: Sequence[object]) -> list[str]:
+    """Return a line on ids that are there several times, [] if none is."""
+    counts = Counter(map(str, ids))
+    several = {name: number for name, number in counts.items() if number > 1}
+    if not several:
+        return []
+    name, number = next(iter(several.items()))
+    total = sum(several.values())
+    return [f"{total} questions share {len(several)} ids ({name}: {number}); each counts by itself"]
 
 
 def _scorable(

@@ -18,6 +18,7 @@ from transformers import CLIPVisionConfig
 
 from vlbench.mistakes import Mistake
 from vlbench.model.weights.groups import BUFFERS, Group, load_groups
+from vlbench.model.weights.quantized import refuse_config
 from vlbench.model.weights.shards import shapes, weight_files
 
 ACTIVATIONS = {
@@ -109,6 +110,7 @@ def load(folder: Path, visual: Any) -> set[str]:
 
 def vision_config(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     """Return the keys `KEYS` of a CLIPVisionConfig, or of the one inside a CLIPConfig."""
+    refuse_config(config, file)
     inner = config.get("vision_config") or config
     try:
         found = CLIPVisionConfig(**{key: inner[key] for key in KEYS if key in inner})

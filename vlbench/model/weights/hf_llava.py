@@ -16,7 +16,7 @@ import torch
 from vlbench.files import read_json
 from vlbench.mistakes import Mistake
 from vlbench.model.vlm import VLM
-from vlbench.model.weights import clip
+from vlbench.model.weights import chat_template, clip
 from vlbench.model.weights.groups import BUFFERS, Group, tied
 from vlbench.model.weights.release import (
     Blueprint,
@@ -28,8 +28,6 @@ from vlbench.model.weights.release import (
 from vlbench.model.weights.shards import read, shapes, weight_files
 
 LINEAR = "linear"  # transformers' name of the activation that is none
-TEMPLATES = {"### Assistant:": "yi_vl", "<|im_start|>": "chatml", "ASSISTANT:": "llava_v1"}
-"""What tells a template in the text of a chat template."""
 # Names of the parts in files, which transformers changed with versions 4.52 and 5.
 TOWERS = (
     *("vision_tower.vision_model.", "model.vision_tower.vision_model."),
@@ -61,6 +59,7 @@ def blueprint(folder: Path) -> Blueprint:
     act = config.get("projector_hidden_act", "gelu")
     if act not in ("gelu", LINEAR):
         raise Mistake(f"{file}: projector_hidden_act is {act!r}; known are gelu and {LINEAR}")
+    template, why = chat_template.of_hf_llava(folder)
     return Blueprint(
         language=language_config(config["text_config"], file),
         vision=vision,
@@ -68,7 +67,8 @@ def blueprint(folder: Path) -> Blueprint:
         preprocess=_preprocess(folder),
         depth=1 if act == LINEAR else 2,
         norm=False,
-        template=_template(folder),
+        template=template,
+        why=why,
         words=config["image_token_index"],
     )
 
@@ -86,19 +86,6 @@ def _preprocess(folder: Path) -> dict[str, Any]:
         file = folder / "preprocessor_config.json"
         inner = read_json(file)
     return preprocessing(inner, file, pad=bool(inner.get("do_pad", False)))
-
-
-def _template(folder: Path) -> str:
-    """Tell the chat template by the text of the folder's own."""
-    jinja = folder / "chat_template.jinja"
-    text = jinja.read_text(encoding="utf-8") if jinja.is_file() else ""
-    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        if not text and (folder / name).is_file():
-            text = str(read_json(folder / name).get("chat_template") or "")
-    for mark, name in TEMPLATES.items():
-        if mark in text:
-            return name
-    raise Mistake(f"{folder}: its chat template is none of {', '.join(TEMPLATES.values())}")
 
 
 def groups(folder: Path, vlm: VLM) -> list[Group]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -103,12 +105,27 @@ def assemble(folder: Path, choice: Choice = Choice()) -> VLM:
         options,
         language,
         tokenizer,
-        TEMPLATES[choice.template or plan.template],
+        TEMPLATES[choice.template or template_of(folder, plan)],
         choice.max_length or plan.language.max_position_embeddings,
     )
     vlm.tokenizer.limit(plan.words or tokenizer.size)
     vlm.release = layout.small_files(folder)
     return vlm
+
+
+def template_of(folder: Path, plan: Blueprint, key: str = "template") -> str:
+    """Return the chat template of a release, and say why it is that one unless Yi-VL itself asks.
+
+    `key` is what a user says to choose another. Raises a Mistake where none is known.
+    """
+    if not plan.template:
+        raise Mistake(f"{folder}: {plan.why}; say {key}=NAME, one of {', '.join(TEMPLATES)}")
+    if plan.why and os.environ.get("RANK", "0") == "0":
+        print(
+            f"vlbench: {folder}: template {plan.template}, as {plan.why}; {key}= chooses another",
+            file=sys.stderr,
+        )
+    return plan.template
 
 
 def bare_tower(plan: Blueprint, layer: int, norm: bool) -> Tower:

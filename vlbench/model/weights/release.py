@@ -58,7 +58,9 @@ class Blueprint:
     norm: bool
     """Whether a LayerNorm follows each of them."""
     template: str
-    """Name of the chat template."""
+    """Name of the chat template; "" where it cannot be known."""
+    why: str = ""
+    """Why this one; "" where there is nothing to say of it."""
     words: int | None = None
     """Ids from here on are never written; None: all of the tokenizer and the embedding are."""
 

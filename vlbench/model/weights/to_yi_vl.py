@@ -14,7 +14,7 @@ from vlbench.data.images import ImageTransform
 from vlbench.files import read_json
 from vlbench.mistakes import Mistake
 from vlbench.model.vlm import VLM
-from vlbench.model.weights import clip, yi_vl
+from vlbench.model.weights import chat_template, clip, yi_vl
 from vlbench.model.weights.groups import Group, surplus
 from vlbench.model.weights.projector import form_of, projector_of
 from vlbench.model.weights.release import (
@@ -46,6 +46,7 @@ def write_yi_vl(vlm: VLM, folder: Path, cast: Cast | None, source: Path | None =
     tower = yi_vl.tower_folder(folder, config)
     if source is None or cast:
         _update(vlm, folder, tower, cast)
+    _name_template(folder, source is not None)
     if source is not None:
         groups = yi_vl.groups(source, vlm)
     else:
@@ -69,6 +70,16 @@ def _check(vlm: VLM) -> None:
     if vlm.vision.norm:
         raise Mistake("vision.norm is true, which this layout cannot say; use format=vlbench")
     clip.config_of(vlm.vision.visual)
+
+
+def _name_template(folder: Path, unchanged: bool) -> None:
+    """Say in config.json that this is asked with Yi's template, where it would not be told.
+
+    A folder that is given back `unchanged` stays as it is if it was asked so before.
+    """
+    name, why = chat_template.of_yi_vl(folder, read_json(folder / "config.json"))
+    if name != "yi_vl" or (why and not unchanged):
+        _edit(folder / "config.json", {"conv_mode": chat_template.CONV_MODE})
 
 
 def _update(vlm: VLM, folder: Path, tower: Path, cast: Cast | None) -> None:

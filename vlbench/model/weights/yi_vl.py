@@ -18,7 +18,7 @@ from typing import Any
 from vlbench.files import read_json
 from vlbench.mistakes import Mistake
 from vlbench.model.vlm import VLM
-from vlbench.model.weights import clip
+from vlbench.model.weights import chat_template, clip
 from vlbench.model.weights.groups import BUFFERS, Group, tied
 from vlbench.model.weights.release import (
     LLAMA,
@@ -69,6 +69,7 @@ def blueprint(folder: Path) -> Blueprint:
             f"{file}: mm_hidden_size is {config['mm_hidden_size']}, but the tower is "
             f"{vision['hidden_size']} wide"
         )
+    template, why = chat_template.of_yi_vl(folder, config)
     return Blueprint(
         language=language_config(config, file),
         vision=vision,
@@ -76,7 +77,8 @@ def blueprint(folder: Path) -> Blueprint:
         preprocess=preprocess,
         depth=depth,
         norm=norm,
-        template="yi_vl",
+        template=template,
+        why=why,
     )
 
 

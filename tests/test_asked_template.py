@@ -1,0 +1,174 @@
+"""Which chat template a released model is asked with: told from its folder, said, or chosen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from released import CHECKPOINT, TOWER, copy, edit, rewrite
+
+import vlbench
+from vlbench import recipe as recipes
+from vlbench.__main__ import main
+from vlbench.mistakes import Mistake
+from vlbench.train.restore import inherited
+
+CLIP = "openai/clip-vit-large-patch14-336"
+VICUNA = "{% for m in messages %}USER: {{ m['content'] }} ASSISTANT:{% endfor %}"
+CHATML = "{% for m in messages %}<|im_start|>{{ m['role'] }}{% endfor %}"
+LLAMA2 = "{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
+
+
+def bare_projector(folder: Path) -> None:
+    """Give a copy of the golden the projector of LLaVA-1.5: two layers without LayerNorms."""
+
+    def bare(state: dict) -> None:
+        for name in [name for name in state if "mm_projector" in name]:
+            del state[name]
+        for number, width in (("0", 80), ("2", 64)):
+            state[f"model.mm_projector.{number}.weight"] = torch.randn(64, width) / 8
+            state[f"model.mm_projector.{number}.bias"] = torch.randn(64) / 8
+
+    edit(folder / "config.json", mm_projector_type="mlp2x_gelu")
+    rewrite(folder, bare)
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory) -> Path:
+    """A folder as LLaVA-1.5's own, with its tower beside it."""
+    folder = copy(tmp_path_factory.mktemp("llava") / "llava-v1.5")
+    bare_projector(folder)
+    (folder / TOWER).rename(folder / "vit" / Path(CLIP).name)
+    edit(folder / "config.json", mm_vision_tower=CLIP)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hugging_face(llava, tmp_path_factory) -> Path:
+    """The same in transformers' layout."""
+    to = tmp_path_factory.mktemp("hf") / "to"
+    assert main(["export", f"run={llava}", f"to={to}", "format=hf_llava"]) == 0
+    return to
+
+
+def said(capsys) -> list[str]:
+    return capsys.readouterr().err.splitlines()
+
+
+def test_llavas_own_folder_is_asked_as_llava_and_it_is_said_in_one_line(llava, capsys):
+    assert vlbench.load(llava).template.name == "llava_v1"
+    lines = said(capsys)
+    assert len(lines) == 1 and "template llava_v1, as it is LLaVA and not Yi-VL" in lines[0]
+    assert CLIP in lines[0] and "template= chooses another" in lines[0]
+
+
+def test_what_is_chosen_is_taken_without_a_word(llava, capsys):
+    assert vlbench.load(llava, template="yi_vl").template.name == "yi_vl"
+    assert vlbench.load(CHECKPOINT, template="chatml").template.name == "chatml"
+    assert said(capsys) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "template", "name", "lines"),
+    [
+        ({}, None, "yi_vl", 0),
+        ({}, CHATML, "yi_vl", 1),  # of Yi-Chat's tokenizer
+        ({"mm_projector_type": "mlp2x_gelu"}, VICUNA, "llava_v1", 1),
+        ({"mm_projector_type": "mlp2x_gelu"}, CHATML, "chatml", 1),
+        ({"mm_projector_type": "mlp2x_gelu"}, None, "yi_vl", 1),
+        ({"mm_projector_type": "mlp2x_gelu", "conv_mode": "mm_default"}, CHATML, "yi_vl", 0),
+        (
+            {"mm_projector_type": "mlp2x_gelu", "_name_or_path": "liuhaotian/llava-v1.5-7b"},
+            None,
+            "llava_v1",
+            1,
+        ),
+    ],
+)
+def test_a_folder_tells_its_template(changes, template, name, lines, tmp_path, capsys):
+    folder = copy(tmp_path / "model")
+    if changes:
+        bare_projector(folder)
+        edit(folder / "config.json", **changes)
+    edit(folder / "tokenizer_config.json", chat_template=template)
+    assert vlbench.load(folder).template.name == name
+    assert len(said(capsys)) == lines
+
+
+def test_an_export_without_layernorms_is_asked_with_yis_template(model, tmp_path, capsys):
+    words = [f"run={model}", "format=yi_vl"]
+    assert main(["export", *words, f"to={tmp_path / 'norm'}"]) == 0
+    assert "conv_mode" not in json.loads((tmp_path / "norm/config.json").read_text())
+    words = [f"stages.{name}.steps=0" for name in ("align_224", "align_448", "chat")]
+    words += ["connector.norm=false", "log.questions=1", "log.examples=0"]
+    words += ["log.tensorboard=false", f"run={tmp_path / 'run'}"]
+    assert main(["fit", "recipe=yivl_llava", *words]) == 0
+    to = tmp_path / "bare"
+    assert main(["export", f"run={tmp_path / 'run'}", f"to={to}", "format=yi_vl"]) == 0
+    capsys.readouterr()
+    assert vlbench.load(to).template.name == "yi_vl" and said(capsys) == []
+
+
+def test_transformers_folders_are_asked_with_what_their_own_template_is_like(
+    hugging_face, tmp_path, capsys
+):
+    assert vlbench.load(hugging_face).template.name == "llava_v1"
+    assert "as its own chat template is like it" in said(capsys)[0]
+    jinja = hugging_face / "chat_template.jinja"
+    before = jinja.read_text()
+    try:
+        jinja.write_text(LLAMA2)
+        with pytest.raises(Mistake, match=r"none of yi_vl, chatml, llava_v1; say template="):
+            vlbench.load(hugging_face)
+        assert vlbench.load(hugging_face, template="chatml").template.name == "chatml"
+        recipe = recipes.load(["recipe=yivl_llava", f"init={hugging_face}"])
+        with pytest.raises(Mistake, match=r"say language.template="):
+            inherited(recipe)
+        recipe = recipes.load(
+            ["recipe=yivl_llava", f"init={hugging_face}", "language.template=chatml"]
+        )
+        assert "language" not in inherited(recipe)
+        jinja.unlink()
+        assert vlbench.load(hugging_face).template.name == "llava_v1"
+        assert "brings no chat template" in said(capsys)[-1]
+    finally:
+        jinja.write_text(before)
+
+
+def test_a_run_begun_with_llava_has_its_template(llava, capsys):
+    recipe = recipes.load(["recipe=yivl_llava", f"init={llava}"])
+    assert inherited(recipe)["language"] == {"template": "llava_v1"}
+    assert "language.template= chooses another" in said(capsys)[0]
+
+
+def test_chat_takes_a_template(monkeypatch, capsys):
+    from test_chat import talk
+
+    assert talk(["/history"], monkeypatch, "template=llava_v1") == 0
+    assert "USER: ... ASSISTANT:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["chat", "eval"])
+def test_a_template_that_does_not_exist_is_refused_before_loading(verb, capsys):
+    assert main([verb, "run=nowhere", "template=chatlm"]) == 2
+    lines = said(capsys)
+    assert len(lines) == 1
+    assert "template is 'chatlm'; known are yi_vl, chatml, llava_v1" in lines[0]
+    assert "Did you mean 'chatml'?" in lines[0]
+    with pytest.raises(Mistake, match="Did you mean 'llava_v1'"):
+        vlbench.load(CHECKPOINT, template="llava")
+
+
+def test_eval_keeps_the_answers_of_templates_apart(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [f"run={model}", "task=own", "limit=2"]
+    assert main(["eval", *words]) == 0
+    assert main(["eval", *words, "template=llava_v1"]) == 0
+    own, other = sorted(Path("evals", model.name).iterdir())
+    assert (own.name, other.name) == ("own", "own-llava_v1")
+    assert "template" not in json.loads((own / "exam.json").read_text())
+    capsys.readouterr()
+    assert main(["eval", *words, f"out={other}"]) == 2
+    assert "differs in template (llava_v1 before, None now)" in said(capsys)[0]

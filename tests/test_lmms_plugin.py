@@ -1,0 +1,118 @@
+"""The plug-in for lmms-eval against stand-ins for the few things that it takes from the package."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from PIL import Image
+from released import CHECKPOINT
+
+from vlbench.mistakes import Mistake
+
+NAMES = ("lmms_eval", "lmms_eval.api", "lmms_eval.api.instance", "lmms_eval.api.model")
+PLUGIN = "vlbench.evaluate.lmms"
+
+
+class Base:
+    """The beginning of `lmms_eval.api.model.lmms`."""
+
+    def __init__(self) -> None:
+        self.task_dict: dict[str, Any] = {}
+
+
+@dataclass
+class Instance:
+    """A request: (text, generation options, pictures of a document, its number, task, split)."""
+
+    args: tuple
+
+
+@pytest.fixture
+def plugin(monkeypatch):
+    """The module, imported with the stand-ins."""
+    for name in NAMES:
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["lmms_eval.api.instance"].Instance = Instance
+    sys.modules["lmms_eval.api.model"].lmms = Base
+    state = SimpleNamespace(process_index=0, num_processes=1, device="cpu")
+    monkeypatch.delitem(sys.modules, PLUGIN, raising=False)
+    module = importlib.import_module(PLUGIN)
+    monkeypatch.setattr(module, "Accelerator", lambda: state)
+    yield module
+    sys.modules.pop(PLUGIN, None)
+
+
+def picture(colour: str) -> Image.Image:
+    return Image.new("RGB", (30, 20), colour)
+
+
+def answers(plugin, shown: list[Any], given: dict[str, Any], **args: Any) -> list[str]:
+    """Ask about every thing in `shown` as one task does, document by document."""
+    model = plugin.VlbenchModel(**{"run": str(CHECKPOINT), **args})
+    model.task_dict = {"task": {"val": shown}}
+    several = [
+        Instance(("What?", given, lambda document: document, n, "task", "val"))
+        for n in range(len(shown))
+    ]
+    return model.generate_until(several)
+
+
+def test_a_single_picture_is_a_list_of_one(plugin, capsys):
+    red, blue = picture("red"), picture("blue")
+    given = {"max_new_tokens": 6}
+    lists = answers(plugin, [[red], [blue], []], given)
+    assert answers(plugin, [red, (blue,), None], given) == lists
+    assert all(lists) and "not asked" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("size", "batch"), [("auto", 16), ("auto:4", 16), ("3", 3), (2, 2)])
+def test_batch_sizes_of_lmms_eval_are_understood(size, batch, plugin):
+    model = plugin.VlbenchModel(run=str(CHECKPOINT), batch_size=size, max_batch_size=None)
+    assert model.batch == batch
+    model.task_dict = {"task": {"val": [picture("red")] * 3}}
+    asked = [
+        Instance(("What?", {"max_new_tokens": 3}, lambda d: d, n, "task", "val")) for n in (0, 1)
+    ]
+    assert len(model.generate_until(asked)) == 2
+
+
+@pytest.mark.parametrize("name", ["run", "model", "pretrained"])
+def test_the_model_is_called_as_lmms_eval_calls_it(name, plugin):
+    model = plugin.VlbenchModel(**{name: str(CHECKPOINT)}, template="llava_v1")
+    assert model.vlm.template.name == "llava_v1"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({}, r"--model_args needs run=PATH \(or model=, pretrained=\)"),
+        ({"run": "a", "model": "b"}, "given are run and model"),
+        ({"run": "a", "batch_size": "many"}, "batch_size is 'many'; allowed are whole numbers"),
+        ({"run": "a", "batch_size": 0}, "batch_size is '0'"),
+        ({"run": "a", "dtpe": "bf16"}, "model_args has dtpe.*Did you mean 'dtype'"),
+        ({"run": "a", "template": "vicuna"}, "template is 'vicuna'; known are yi_vl"),
+    ],
+)
+def test_mistakes_are_one_line(args, message, plugin):
+    with pytest.raises(Mistake, match=message) as caught:
+        plugin.VlbenchModel(**args)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_what_cannot_be_asked_is_named_and_options_without_effect_too(plugin, capsys):
+    given = {"max_new_tokens": 3, "repetition_penalty": 1.2, "until": ["\n\n"], "do_sample": False}
+    found = answers(plugin, [picture("red"), ["video.mp4"]], given)
+    assert found[0] and not found[1]
+    said = capsys.readouterr().out
+    assert "1 of 2 questions not asked" in said and "has str beside its text" in said
+    assert "generation options that are not used: repetition_penalty" in said
+
+
+def test_a_search_over_beams_is_refused(plugin):
+    with pytest.raises(Mistake, match="no search over beams"):
+        answers(plugin, [picture("red")], {"num_beams": 3})
