@@ -17,7 +17,7 @@ from vlbench.model import lora
 from vlbench.model.compose import choice_of, compose, compose_empty
 from vlbench.model.vlm import PARTS, VLM
 from vlbench.model.weights import hub
-from vlbench.model.weights.groups import place
+from vlbench.model.weights.groups import place, tie
 from vlbench.model.weights.hub import fetch
 from vlbench.model.weights.load import assemble, is_release, layout_of, load_release
 from vlbench.model.weights.origin import ORIGINS, origin_of, read_origins
@@ -206,7 +206,7 @@ def load_weights(
         if part not in skip:
             lora.load(module, folder / ADAPTERS / part)
         place(module, None if mapped and part == "language" else dtype, device)
-    vlm.language.tie_weights()  # where the configuration ties them
+    tie(vlm.language)
 
 
 def _read_parts(

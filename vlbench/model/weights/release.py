@@ -21,7 +21,7 @@ from vlbench.mistakes import Mistake
 from vlbench.model.language import checked
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import clip
-from vlbench.model.weights.groups import Group, load_groups, place, tied
+from vlbench.model.weights.groups import Group, assign_language, load_groups, place
 
 SMALL = 64_000_000  # bytes; a tokenizer.json has some megabytes, a file of weights has more
 KEPT = ("*.json", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
@@ -161,9 +161,7 @@ def fill(
     loaded = load_groups(groups, states_of(vlm), dtype, device, stay)
     tower = clip.to_open_clip(loaded["vision"], len(vlm.vision.blocks()))
     vlm.vision.visual.load_state_dict(tower, assign=True)
-    whole = not tied(vlm.language)
-    vlm.language.load_state_dict(loaded["language"], strict=whole, assign=True)
-    vlm.language.tie_weights()  # where the configuration ties them
+    assign_language(vlm.language, loaded["language"])
     vlm.language.model.rotary_emb.to(device)
     if projector is not None:
         projector.load_state_dict(loaded["connector"], assign=True)
