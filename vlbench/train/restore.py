@@ -21,7 +21,8 @@ from vlbench.model.weights.groups import place, tie
 from vlbench.model.weights.hub import fetch
 from vlbench.model.weights.load import assemble, is_release, layout_of, load_release
 from vlbench.model.weights.origin import ORIGINS, origin_of, read_origins
-from vlbench.model.weights.shards import Lazy, read, shapes, weight_files
+from vlbench.model.weights.reference import References, load_reference
+from vlbench.model.weights.shards import read, shapes, weight_files
 from vlbench.schema import Recipe, Stage
 from vlbench.train import checkpoint
 from vlbench.train.checkpoint import ADAPTERS, RELEASE
@@ -153,18 +154,10 @@ def _with_reference(recipe: Recipe, stage: Stage, files: list[Path]) -> VLM:
     """Return the recipe's model, its connector with the weights of a reference implementation."""
     vlm = compose(recipe, stage.image_size, stage.objective)
     file = files[0] if len(files) == 1 else files[0].parent
-    try:
-        vlm.connector.load_reference(Lazy(files))
-    except NotImplementedError as error:
-        name = recipe.connector["name"]
-        raise Mistake(f"init={file}: connector {name} takes no file of weights") from error
-    except (ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, Mistake):
-            raise
-        reason = " ".join(str(error).split())[:300]
-        raise Mistake(f"init={file} does not fit: {reason}") from error
+    name = recipe.connector["name"]
+    said = load_reference(vlm.connector, References(files), name, f"init={file}")
     vlm.origins["connector"] = origin_of(str(recipe.init), vlm.connector)
-    print(f"init {file}: weights of connector {recipe.connector['name']}")
+    print(f"init {file}: weights of connector {name}: {said}")
     return vlm
 
 
@@ -180,7 +173,10 @@ def released(source: str, key: str, patterns: tuple[str, ...] = hub.PATTERNS) ->
     From a hub the files of `patterns` are fetched.
     """
     folder = fetch(source, key, hub.RELEASE, KINDS, patterns)
-    if not is_release(folder):
+    whole = is_release(folder)
+    if (folder / "adapter_config.json").is_file() and (Path(source).is_dir() or not whole):
+        weight_files(folder)  # which says what to give, unless the model is there as well
+    if not whole:
         raise Mistake(
             f"{key} is '{source}', which is no run or checkpoint, and no released model: wanted is "
             "config.json of Yi-VL's layout or of Hugging Face's LLaVA"

@@ -29,6 +29,7 @@ from vlbench.mistakes import Mistake
 CHUNK = 1 << 29  # bytes
 SHARD = 5_000_000_000  # bytes; the habit of transformers
 NESTED = ("model", "model_state_dict", "state_dict")
+LIKE_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
 STEMS = ("model.safetensors", "pytorch_model.bin")
 """Names of a model's weights in the order of preference; `.index.json` after one lists shards."""
 
@@ -45,7 +46,19 @@ def weight_files(folder: Path) -> list[Path]:
             if missing:
                 raise Mistake(f"{index} names {', '.join(missing)}, which {folder} does not have")
             return files
-    raise Mistake(f"{folder} has no weights; wanted is one of {', '.join(STEMS)}, or their shards")
+    wanted = f"{folder} has no weights; wanted is one of {', '.join(STEMS)}, or their shards"
+    raise Mistake(f"{wanted}{_instead(folder)}")
+
+
+def _instead(folder: Path) -> str:
+    """Return what else a folder without weights has that looks like some, to be put into a line."""
+    if (folder / "adapter_config.json").is_file():
+        return (
+            ". It holds LoRA adapters: merge them into the model that they were trained on, and "
+            "give the merged folder; the projector alone is in non_lora_trainables.bin"
+        )
+    names = [file.name for file in sorted(folder.glob("*")) if file.suffix in LIKE_WEIGHTS]
+    return f"; it has {', '.join(names[:3])}" if names else ""
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -290,7 +303,7 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
             f"{file} holds more than tensors, or is torn; code in a file of weights is never "
             f"executed. If it is whole, ask its author for safetensors ({_line(error)})"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
+    except Exception as error:  # of torch, zip and struct, by where the file is torn
         raise Mistake(f"{file} is torn or no file of weights: {_line(error)}") from error
     for inner in NESTED:  # checkpoints of training code
         state = state.get(inner, state) if isinstance(state, dict) else state
