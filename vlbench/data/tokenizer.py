@@ -173,7 +173,7 @@ def held(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
 
 def _open(path: Path) -> SentencePieceProcessor:
     if not path.is_file():
-        raise Mistake(f"there is no tokenizer file {path}")
+        raise Mistake(f"there is no tokenizer file {path}, and no tokenizer.json beside it")
     refuse_pointer(path)
     try:
         return SentencePieceProcessor(model_file=str(path))

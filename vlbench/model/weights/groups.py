@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vlbench.mistakes import Mistake, nearest
-from vlbench.model.weights.shards import read, shapes
+from vlbench.model.weights.shards import check_kind, headers, read, shapes
 
 BUFFERS = r"(.*\.)?(rotary_emb\.inv_freq|position_ids)"
 """Tensors that older libraries wrote and that follow from the configuration."""
@@ -115,9 +115,10 @@ def _checked(group: Group, states: States) -> dict[Path, list[str]]:
     """Return which tensors to read from which file."""
     where: dict[str, Path] = {}
     for file in group.files:
-        for name, shape in shapes(file).items():
+        for name, header in headers(file).items():
             if name in group.wanted:
-                _compare(name, shape, group, states, file)
+                _compare(name, header.shape, group, states, file)
+                check_kind(name, header, file)
                 if name in where:
                     raise Mistake(f"{file}: tensor {name} is also in {where[name]}")
                 where[name] = file

@@ -19,6 +19,7 @@ from vlbench.model.weights import clip
 from vlbench.model.weights.groups import BUFFERS, Group, tied
 from vlbench.model.weights.release import (
     Blueprint,
+    check_crop,
     kept_files,
     language_config,
     preprocessing,
@@ -62,11 +63,13 @@ def blueprint(folder: Path) -> Blueprint:
         raise Mistake(f"{file}: projector_hidden_act is {act!r}; known are gelu and {LINEAR}")
     text = config["text_config"]
     either = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+    preprocess = _preprocess(folder)
+    check_crop(preprocess, vision, folder)
     return Blueprint(
         language=language_config({**text, "tie_word_embeddings": either}, file),
         vision=vision,
         layer=layer,
-        preprocess=_preprocess(folder),
+        preprocess=preprocess,
         depth=1 if act == LINEAR else 2,
         norm=False,
         template=_template(folder),
@@ -79,10 +82,12 @@ def _check_parts(config: dict[str, Any], file: Path) -> None:
     for key in ("text_config", "vision_config"):
         if not isinstance(config[key], dict):
             raise Mistake(f"{file}: {key} is {config[key]!r}; wanted is a mapping")
-    if type(config["image_token_index"]) is not int:
+    if type(config["image_token_index"]) is not int or config["image_token_index"] < 1:
         raise Mistake(
             f"{file}: image_token_index is {config['image_token_index']!r}; wanted is an id"
         )
+    if config.get("multimodal_projector_bias") is False:
+        raise Mistake(f"{file}: multimodal_projector_bias is False; only True can be done here")
     kind = config["text_config"].get("model_type", "llama")  # transformers' default
     if kind != "llama":
         raise Mistake(
@@ -115,6 +120,8 @@ def _preprocess(folder: Path) -> dict[str, Any]:
     if inner is None:
         file = folder / "preprocessor_config.json"
         inner = read_json(file)
+    if not isinstance(inner, dict):
+        raise Mistake(f"{file}: image_processor is {inner!r}; wanted is a mapping")
     return preprocessing(inner, file, pad=bool(inner.get("do_pad", False)))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from vlbench import plugins
 from vlbench.connector import Connector
 from vlbench.mistakes import Mistake, Trouble, nearest
-from vlbench.model.weights.shards import Lazy, shapes
+from vlbench.model.weights.shards import Header, check_kind, headers, read
 
 WRAPPERS = ("module.", "_forward_module.", "_orig_mod.", "base_model.model.")
 """What DDP, DeepSpeed, Lightning, torch.compile and peft put before every name."""
@@ -33,19 +33,19 @@ class References(Mapping[str, Tensor]):
 
     def __init__(self, files: Sequence[Path], empty: bool = False) -> None:
         """Look at names and shapes in `files`; with `empty` tensors have no numbers (`meta`)."""
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._places: dict[str, tuple[Path, Header]] = {}
         for file in files:
-            for name, shape in shapes(file).items():
-                if name in self._shapes:
-                    raise Mistake(f"{file}: tensor {name} is also in another file")
-                self._shapes[name] = shape
+            for name, header in headers(file).items():
+                if name in self._places:
+                    raise Mistake(f"{file}: tensor {name} is also in {self._places[name][0]}")
+                self._places[name] = (file, header)
         self._refuse_adapters(files)
-        self._names = _unwrapped(self._shapes)
-        self._tensors = None if empty else Lazy(files)
+        self._names = _unwrapped(self._places)
+        self._empty = empty
         self.taken: set[str] = set()
 
     def _refuse_adapters(self, files: Sequence[Path]) -> None:
-        adapted = [name for name in self._shapes if ADAPTER.fullmatch(name)]
+        adapted = [name for name in self._places if ADAPTER.fullmatch(name)]
         if adapted:
             raise Mistake(
                 f"{files[0]} holds LoRA adapters ({adapted[0]}, ...), which change a language "
@@ -56,10 +56,12 @@ class References(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         given = self._names[name]
+        file, header = self._places[given]
+        check_kind(given, header, file)
         self.taken.add(name)
-        if self._tensors is None:
-            return torch.empty(self._shapes[given], device="meta")
-        return self._tensors[given]
+        if self._empty:
+            return torch.empty(header.shape, device="meta")
+        return next(read(file, [given]))[1]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

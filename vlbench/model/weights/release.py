@@ -115,6 +115,15 @@ def preprocessing(config: Mapping[str, Any], file: Path, pad: bool) -> dict[str,
     }
 
 
+def check_crop(preprocess: Mapping[str, Any], vision: Mapping[str, Any], folder: Path) -> None:
+    """Refuse pictures that are cropped to another size than the tower of `folder` reads."""
+    if preprocess["crop"] != vision["image_size"]:
+        raise Mistake(
+            f"{folder}: pictures are cropped to {preprocess['crop']} pixels (crop_size), but the "
+            f"tower reads {vision['image_size']} (image_size of config.json)"
+        )
+
+
 def _side(value: Any, key: str, file: Path) -> int:
     """Return a size that is written as 448, {shortest_edge: 448} or {height: 448, width: 448}."""
     sides = list(value.values()) if isinstance(value, Mapping) else [value]

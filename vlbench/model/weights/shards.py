@@ -15,7 +15,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -75,10 +75,33 @@ def _all_texts(values: Iterable[Any]) -> bool:
     return all(isinstance(value, str) and value for value in values)
 
 
+class Header(NamedTuple):
+    """What is known of a tensor before its numbers are read."""
+
+    shape: tuple[int, ...]
+    kind: torch.dtype | None
+    """None: a type that torch has no name for, or that is not read here."""
+
+
+def headers(file: Path) -> dict[str, Header]:
+    """Return shape and type of every tensor in a file; no tensor is read."""
+    with _opened(file) as tensors:
+        return {name: Header(tensors.shape(name), tensors.kind(name)) for name in tensors.names}
+
+
 def shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor in a file; no tensor is read."""
-    with _opened(file) as tensors:
-        return {name: tensors.shape(name) for name in tensors.names}
+    return {name: header.shape for name, header in headers(file).items()}
+
+
+def check_kind(name: str, header: Header, file: Path) -> None:
+    """Refuse a tensor of weights that is stored in 8 bits or less, whose scale lies elsewhere."""
+    if header.kind not in WEIGHTS:
+        kind = str(header.kind or "a type not known here").removeprefix("torch.")
+        raise Mistake(
+            f"{file}: tensor {name} is stored as {kind}; quantized weights are not read: wanted "
+            "are float32, bfloat16 or float16"
+        )
 
 
 def stored(folder: Path) -> tuple[torch.dtype, int]:
@@ -90,7 +113,7 @@ def stored(folder: Path) -> tuple[torch.dtype, int]:
                 count = math.prod(tensors.shape(name))
                 total += count
                 if count > largest:
-                    largest, kind = count, tensors.kind(name)
+                    largest, kind = count, tensors.kind(name) or torch.float32
     return kind, total
 
 
@@ -240,8 +263,8 @@ class _Safe:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.handle.get_slice(name).get_shape())
 
-    def kind(self, name: str) -> torch.dtype:
-        return _KINDS.get(self.handle.get_slice(name).get_dtype(), torch.float64)
+    def kind(self, name: str) -> torch.dtype | None:
+        return _KINDS.get(self.handle.get_slice(name).get_dtype())
 
     def view(self, name: str) -> Tensor:
         return self.handle.get_tensor(name)  # type: ignore[no-any-return]
@@ -257,18 +280,24 @@ class _Pickled:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.state[name].shape)
 
-    def kind(self, name: str) -> torch.dtype:
+    def kind(self, name: str) -> torch.dtype | None:
         return self.state[name].dtype
 
     def view(self, name: str) -> Tensor:
         return self.state[name]
 
 
-_KINDS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+_KINDS = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool},
+}
+WEIGHTS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Types in which weights are stored as they are."""
 
 
 def _bytes(tensors: _Safe | _Pickled, name: str) -> int:
-    return math.prod(tensors.shape(name)) * tensors.kind(name).itemsize
+    return math.prod(tensors.shape(name)) * (tensors.kind(name) or torch.float64).itemsize
 
 
 @contextmanager

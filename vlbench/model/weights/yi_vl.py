@@ -24,6 +24,7 @@ from vlbench.model.weights.groups import BUFFERS, Group, tied
 from vlbench.model.weights.release import (
     LLAMA,
     Blueprint,
+    check_crop,
     kept_files,
     language_config,
     preprocessing,
@@ -60,11 +61,7 @@ def blueprint(folder: Path) -> Blueprint:
     pad = config.get("image_aspect_ratio") == "pad"
     processor = tower / "preprocessor_config.json"
     preprocess = preprocessing(read_json(processor), processor, pad)
-    if preprocess["crop"] != vision["image_size"]:
-        raise Mistake(
-            f"{processor} crops to {preprocess['crop']} pixels, but the tower reads "
-            f"{vision['image_size']} (image_size of {tower / 'config.json'})"
-        )
+    check_crop(preprocess, vision, tower)
     if config.get("mm_hidden_size", vision["hidden_size"]) != vision["hidden_size"]:
         raise Mistake(
             f"{file}: mm_hidden_size is {config['mm_hidden_size']}, but the tower is "
