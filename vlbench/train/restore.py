@@ -17,7 +17,7 @@ from vlbench.model import lora
 from vlbench.model.compose import choice_of, compose, compose_empty
 from vlbench.model.vlm import PARTS, VLM
 from vlbench.model.weights import hub
-from vlbench.model.weights.groups import place, tie
+from vlbench.model.weights.groups import left_out, place, tie
 from vlbench.model.weights.hub import fetch
 from vlbench.model.weights.load import assemble, is_release, layout_of, load_release
 from vlbench.model.weights.origin import ORIGINS, origin_of, read_origins
@@ -96,7 +96,7 @@ def begin(recipe: Recipe, stage: Stage, mapped: bool = False) -> VLM:
     Tower, language model and tokenizer are those of `init`. The connector is as well, unless the
     recipe names another one, which then starts anew.
     """
-    source = str(recipe.init)
+    source, left = str(recipe.init), ""
     if Path(source).is_file():
         return _with_reference(recipe, stage, [Path(source)])
     if checkpoint.holds(Path(source)):
@@ -116,6 +116,7 @@ def begin(recipe: Recipe, stage: Stage, mapped: bool = False) -> VLM:
         torch.manual_seed(recipe.seed)
         vlm = load_release(folder, FLOAT32, choice=choice_of(recipe), mapped=mapped)
         other = vlm.connector.projector() is None
+        left = left_out(layout_of(folder).groups(folder, vlm))
     if other:
         vlm.pursue(stage.objective, fresh=True)
     vlm.origins = {
@@ -128,6 +129,7 @@ def begin(recipe: Recipe, stage: Stage, mapped: bool = False) -> VLM:
         f"init {folder}: tower of {blocks} blocks, {vlm.vision.width} wide; language model of "
         f"{config.num_hidden_layers} layers, {config.hidden_size} wide"
         + (f"; connector {recipe.connector['name']} starts anew" if other else "")
+        + (f"; left out of its files: {left}" if left else "")
     )
     return vlm
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,23 @@ def tie(language: Any) -> None:
         language.tie_weights()
     else:
         language.config.tie_word_embeddings = False
+
+
+def counted(names: Iterable[str]) -> str:
+    """Return how many tensors of which part `names` are, as "vision_tower (390), norm (1)"."""
+    parts = Counter(name.removeprefix("model.").partition(".")[0] for name in names)
+    return ", ".join(f"{part} ({number})" for part, number in parts.items())
+
+
+def left_out(groups: Sequence[Group]) -> str:
+    """Return what the files of `groups` hold and nobody reads, as `counted` says it."""
+    return counted(
+        name
+        for group in groups
+        for file in group.files
+        for name in shapes(file)
+        if name not in group.wanted
+    )
 
 
 def surplus(group: Group) -> Iterator[tuple[str, Tensor]]:

@@ -7,7 +7,6 @@ the reference and is counted, or is refused; what the files lack of the connecto
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from vlbench import plugins
 from vlbench.connector import Connector
 from vlbench.mistakes import Mistake, Trouble, nearest
+from vlbench.model.weights.groups import counted
 from vlbench.model.weights.shards import Header, check_kind, headers, read
 
 WRAPPERS = ("module.", "_forward_module.", "_orig_mod.", "base_model.model.")
@@ -71,8 +71,7 @@ class References(Mapping[str, Tensor]):
 
     def left(self) -> str:
         """Return which tensors were not taken, as "vision_model (402), language_model (290)"."""
-        count = Counter(name.partition(".")[0] for name in self if name not in self.taken)
-        return ", ".join(f"{part} ({number})" for part, number in count.items())
+        return counted(name for name in self if name not in self.taken)
 
 
 def load_reference(connector: Connector, weights: References, name: str, where: str) -> str:
