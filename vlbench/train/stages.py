@@ -82,7 +82,7 @@ def opened(recipe: Recipe, legs: list[Leg]) -> Run:
         bad = check_data(recipe, legs)  # before there is a folder
     if not (recipe.run and Run(Path(recipe.run)).latest):
         check_sizes(recipe, legs)
-        check_weights(recipe)
+        check_weights(recipe, legs[0].stage)
     run = open_run(recipe)
     set_aside(run, bad)
     return run
