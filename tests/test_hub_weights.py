@@ -1,6 +1,6 @@
 """What every loader loads is what the hub holds: towers by tag, language models, BERT, references.
 
-The towers are the real architectures, two blocks deep; the names of repositories and files are those
+The towers are the real architectures, two blocks deep; names of repositories and files are those
 that open_clip and transformers ask for.
 """
 

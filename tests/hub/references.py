@@ -130,6 +130,35 @@ def blip2(folder: Path) -> None:
     write_shards(drawn(shapes, 9), folder, 2)
 
 
+def lavis(file: Path) -> Path:
+    """Write BLIP-2 after its first stage as LAVIS does: one file, the weights under `model`.
+
+    Its names are those that the recorded reference has, for a connector of `size=tiny`.
+    """
+    from safetensors import safe_open
+
+    from vlbench.plugins import connector
+
+    rename = __import__(connector("qformer").__module__, fromlist=["renamed"]).renamed
+    golden = file_of_goldens("qformer_stage1/state_dict.safetensors")
+    with safe_open(golden, "pt") as recorded:
+        names = [name for name in recorded.keys() if "position_ids" not in name]  # noqa: SIM118
+    one = tiny_connector("qformer", text="embedded", itc_width=64)
+    with torch.device("meta"):
+        one.prepare("blip2")
+    own = shapes_of(one.state_dict())
+    own["text.embeddings.word_embeddings.weight"] = (1001, TINY_VISION)
+    own["text.bias"] = (1001,)
+    shapes = {name: own[rename(name)] for name in names if rename(name) in own}
+    write({"model": drawn(shapes, 11)}, file)
+    return file
+
+
+def file_of_goldens(name: str) -> Path:
+    """Return a recorded file of the connectors' references."""
+    return Path(__file__).parent.parent / "goldens/connectors" / name
+
+
 def llava_projector(folder: Path) -> None:
     """Write LLaVA-1.5's projector after its first stage, as its repositories hold it."""
     write_json({"model_type": "llava", "mm_projector_type": "mlp2x_gelu"}, folder / "config.json")

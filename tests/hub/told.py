@@ -12,7 +12,8 @@ INDENTED = re.compile(rf"^(?:#? {{2,5}}|# )(?:.*&& )?({STARTS} \S.*)$", re.MULTI
 QUOTED = re.compile(rf"`({STARTS} [^`]*?\S)`")
 CODE = re.compile(r"^ {4}.*(vlbench\.load\([^)]*\))", re.MULTILINE)
 REAL = re.compile(
-    r"size=(6b|34b)|01-ai/|Yi-VL|eval .*tasks?[= ]c?mmmu|vision\.weights=|connector\.text=|init=\S+\.(pth|pt|bin)"
+    r"size=(6b|34b)|01-ai/|Yi-VL|eval .*tasks?[= ]c?mmmu"
+    r"|vision\.weights=|connector\.text=|init=\S+\.(pth|pt|bin)"
 )
 """What names a real size, a hub id, a tag, or a file of released weights."""
 
