@@ -33,7 +33,7 @@ from vlbench.data.tokenizer import Tokenizer
 from vlbench.evaluate.results import spread
 from vlbench.files import json_lines, write_whole
 from vlbench.mistakes import BadSample, Mistake
-from vlbench.model.language import language_folder
+from vlbench.model.language import tokenizer_folder
 from vlbench.schema import Recipe
 from vlbench.train.legs import Leg, check_captions, judge_source, plan
 from vlbench.train.sizes import tokens_of_stages
@@ -54,7 +54,7 @@ def main(recipe: Recipe, folder: Path) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Mistake(f"out={folder} cannot be written ({error.strerror})") from error
-    tokenizer = Tokenizer.load(language_folder(recipe.language.weights))
+    tokenizer = Tokenizer.load(tokenizer_folder(recipe.language.weights))
     template = TEMPLATES[recipe.language.template].bound(tokenizer.eos_text)
     looked = [_looked_at(source, recipe, template) for source in _different(legs)]
     findings = [finding for one in looked for finding in one.findings]

@@ -80,7 +80,16 @@ def language_folder(weights: str) -> Path:
     """Return the folder with the weights and the tokenizer; random weights have the miniature's."""
     if weights in ("embedded", "random"):
         return TINY
-    folder = fetch(weights, "language.weights", hub.LANGUAGE)
+    return _folder(weights, hub.PATTERNS)
+
+
+def tokenizer_folder(weights: str) -> Path:
+    """Return the folder with the tokenizer alone, for which no weights are downloaded."""
+    return TINY if weights in ("embedded", "random") else _folder(weights, hub.SMALL)
+
+
+def _folder(weights: str, patterns: tuple[str, ...]) -> Path:
+    folder = fetch(weights, "language.weights", hub.LANGUAGE, patterns=patterns)
     if not (folder / "config.json").is_file():
         raise Mistake(f"language.weights is '{weights}', a folder without config.json")
     return folder
