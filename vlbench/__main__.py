@@ -26,12 +26,21 @@ class Verb(NamedTuple):
 def fit(words: list[str]) -> int:
     """Train a recipe."""
     from vlbench import recipe as recipes
-    from vlbench.train.launch import launch, launched, let_launcher_speak, told_once
+    from vlbench.train.launch import (
+        end_with_launcher,
+        launch,
+        launched,
+        let_launcher_speak,
+        told_once,
+    )
+    from vlbench.train.machine import check_machine
 
     let_launcher_speak()
+    end_with_launcher()
     with told_once():
         recipe = recipes.load(words)
         recipes.require_data(recipe)
+        check_machine(recipe, launched())
     if recipe.trainer.processes > 1 and not launched():
         return launch(["fit", *words], recipe.trainer)
     # Threads of torch that spin for long make a machine with other work 20 times slower, and

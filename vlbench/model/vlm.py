@@ -19,6 +19,7 @@ from vlbench.data.template import Template
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.mistakes import Mistake
 from vlbench.model.attention import Opaque, bounds
+from vlbench.model.contrast import alone, compares
 from vlbench.model.generate import Stream, generate
 from vlbench.model.loss import summed_loss
 from vlbench.model.messages import prompt_batch, sample_of
@@ -27,6 +28,7 @@ from vlbench.model.recompute import recompute
 from vlbench.model.static import Step
 from vlbench.model.vision import Tower
 from vlbench.model.weights.groups import place
+from vlbench.model.weights.origin import WeightOrigin
 
 PARTS = ("vision", "connector", "language")
 
@@ -43,6 +45,10 @@ class Output:
     """Number of supervised positions."""
     extra: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """The connector's own losses, `{name: (sum, count)}`."""
+    features: Tensor | None = None
+    """What the tower gave, when it was asked for what pairs are compared by."""
+    embedded: dict[str, Tensor] = field(default_factory=dict)
+    """What pairs are compared by, see `Connector.embed`."""
 
 
 class VLM(nn.Module):
@@ -70,6 +76,7 @@ class VLM(nn.Module):
         self.objective, self._recomputes = "language", False
         self.connector = self._connect()
         self.release: dict[str, bytes] = {}  # small files of the released model it began as
+        self.origins: dict[str, WeightOrigin] = {}  # what its parts began as, by name of the part
         self.step = Step()  # of compiled answers
         layers = self.language.model.layers
         self._hooks = [
@@ -120,11 +127,12 @@ class VLM(nn.Module):
     def train(self, mode: bool = True) -> VLM:
         """Set training mode, except for a frozen tower, which always runs in evaluation mode."""
         super().train(mode)
-        if not self._vision_trains():
+        if not self.vision_trains():
             self.vision.eval()
         return self
 
-    def _vision_trains(self) -> bool:
+    def vision_trains(self) -> bool:
+        """Tell whether any weight of the tower is trained."""
         return any(p.requires_grad for p in self.vision.parameters())
 
     def features(self, batch: Batch) -> Tensor:
@@ -135,7 +143,7 @@ class VLM(nn.Module):
         if not len(pixels):  # a batch of text alone still runs every part, so gradients exist
             side = self.vision.image_size
             pixels = pixels.new_zeros(1, 3, side, side)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._vision_trains()):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.vision_trains()):
             return self.vision(pixels.to(self.vision.dtype))
 
     def visual(self, batch: Batch) -> Tensor:
@@ -212,15 +220,21 @@ class VLM(nn.Module):
             return function
         return functools.partial(checkpoint, function, use_reentrant=False)
 
-    def forward(self, batch: Batch) -> Output:
+    def forward(self, batch: Batch, embed: bool = False) -> Output:
         """Give all logits for a batch without labels, otherwise the summed loss of its labels.
 
         After `pursue` with an objective of the connector's own, labels give the losses of that one
-        and the language model is left out. Training must go through here: DDP and FSDP hook
-        `forward` alone.
+        and the language model is left out; with `embed` they give what its pairs are compared by.
+        A batch without a pool (`model.contrast.pooled`) is compared as if it were a whole step.
+        Training must go through here: DDP and FSDP hook `forward` alone.
         """
         features = self.features(batch)
+        if embed:
+            rows = self.connector.embed(self.objective, features, batch)
+            return Output(features=features, embedded=rows)
         if self.objective != "language" and batch.labels is not None:
+            if batch.pool is None and compares(self):
+                batch = alone(self, batch, features)
             return Output(extra=self.connector.objective(self.objective, features, batch))
         visual = self._kept(self.connector)(features)
         hidden = self.hidden(batch, visual)

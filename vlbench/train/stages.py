@@ -31,7 +31,7 @@ from vlbench.train.module import Training, Watcher, check_objective, freeze
 from vlbench.train.progress import Progress, cut
 from vlbench.train.restore import begin, restore
 from vlbench.train.run import Run, open_run
-from vlbench.train.sizes import check_sizes
+from vlbench.train.sizes import check_sizes, check_weights
 from vlbench.train.trainer import explained, root_device, trainer_of
 from vlbench.train.watchers import (
     HeldOut,
@@ -81,6 +81,7 @@ def opened(recipe: Recipe, legs: list[Leg]) -> Run:
         bad = check_data(recipe, legs)  # before there is a folder
     if not (recipe.run and Run(Path(recipe.run)).latest):
         check_sizes(recipe, legs)
+        check_weights(recipe)
     run = open_run(recipe)
     set_aside(run, bad)
     return run
@@ -108,9 +109,11 @@ class Job:
         """Train what is left, evaluate, report; return the exit code."""
         try:
             vlm, start = ranks.together(lambda: prepare(self.recipe, self.legs, self.run))
+            ranks.first(lambda: self.run.record_weights(vlm.origins))
         except Mistake:
             self.run.discard()  # nothing was trained: the same command can be mended and repeated
             raise
+        report.show_weights(vlm.origins, self.recipe.seed)
         self.seen, self.spent = start.seen or {}, start.seconds or 0.0
         for leg in self.legs[start.stage :]:
             done = start.step if leg.number == start.stage else 0
@@ -215,6 +218,7 @@ class Job:
         """
         legs = self.legs[: leg.number + 1]
         trained = {part for part in PARTS if changes(part, [other.stage for other in legs])}
+        trained.add("connector")  # no file has what it begins with
         if self.recipe.init:
             trained |= {"vision", "connector", "language"}
         for part in ("vision", "language"):

@@ -15,6 +15,7 @@ from vlbench.data.batch import Batch
 from vlbench.data.steps import Step
 from vlbench.files import append_json_lines, read_json_lines
 from vlbench.mistakes import BadSample, Mistake
+from vlbench.model.contrast import pooled
 from vlbench.model.vlm import VLM
 from vlbench.train import checkpoint
 from vlbench.train.checkpoint import Position
@@ -157,13 +158,14 @@ class HeldOut(Watcher):
 def held_out_losses(vlm: VLM, batches: list[Batch]) -> dict[str, float]:
     """Return `loss` of `batches`, per supervised token, and each of the connector's own losses.
 
-    In a stage with an objective of the connector's own, `loss` is the sum of those.
+    In a stage with an objective of the connector's own, `loss` is the sum of those; pairs are
+    compared with those of all `batches`.
     """
     torch.manual_seed(HELD_OUT_SEED)
     vlm.eval()
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
-    for batch in batches:
+    for batch in pooled(vlm, batches, shared=False):
         out = vlm(batch.to(vlm.device))
         found = dict(out.extra)
         if out.loss_sum is not None:
