@@ -7,6 +7,7 @@ that return tokens of the sequence (LLaVA MLP, Q-Former, EVA), and those that fe
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -208,9 +209,11 @@ def attention_shares(
     patches. The shares are means over pairs and heads, and each row sums to 1.
     """
     given: dict[nn.Module, Tensor] = {}
+    here = threading.get_ident()
 
     def note(module: nn.Module, _: object, output: Tensor) -> None:
-        given[module] = output.detach()
+        if threading.get_ident() == here:  # other threads may use the same layers meanwhile
+            given[module] = output.detach()
 
     hooks: list[RemovableHandle] = [
         layer.register_forward_hook(note) for pair in layers for layer in pair

@@ -16,7 +16,9 @@ from vlbench.check.findings import (
     Finding,
     Lengths,
     encoded,
+    left_unread,
     look,
+    notes,
     odd_texts,
     of_pictures,
     repeated,
@@ -25,7 +27,6 @@ from vlbench.check.findings import (
 from vlbench.data.llava import LlavaJson
 from vlbench.data.sample import Sample, Source
 from vlbench.data.shards import Shards
-from vlbench.data.sources import stage_data
 from vlbench.data.steps import Memo
 from vlbench.data.template import TEMPLATES, Template
 from vlbench.data.tokenizer import Tokenizer
@@ -34,9 +35,8 @@ from vlbench.files import json_lines, write_whole
 from vlbench.mistakes import BadSample, Mistake
 from vlbench.model.language import language_folder
 from vlbench.schema import Recipe
-from vlbench.train.legs import Leg, plan
+from vlbench.train.legs import Leg, check_captions, judge_source, plan
 from vlbench.train.sizes import tokens_of_stages
-from vlbench.train.watchers import judge
 
 FILES = (LlavaJson, Shards)  # sources whose samples somebody has written
 NAMED = 5  # findings of a kind that are printed; all are in findings.jsonl
@@ -96,7 +96,7 @@ def _different(legs: list[Leg]) -> Iterator[Source]:
     """Give each source of the stages once."""
     known = set()
     for leg in legs:
-        for source in leg.data.sources:
+        for source in leg.sources:
             if _identity(source) not in known:
                 known.add(_identity(source))
                 yield source
@@ -118,6 +118,7 @@ def _looked_at(source: Source, recipe: Recipe, template: Template) -> Looked:
     findings += repeated(source.name, good)
     findings += of_pictures(source.name, good, seen)
     findings += odd_texts(source.name, good, template)
+    findings += left_unread(source.name, good)
     fine = {
         index: sample
         for index, sample in good.items()
@@ -130,6 +131,7 @@ def _source_lines(one: Looked) -> Iterator[str]:
     if isinstance(one.source, FILES):
         yield f"{one.source.name}: {len(one.source)} records, {one.pictures} pictures"
         yield from (f"  {note}" for note in getattr(one.source, "notes", ()))
+        yield from (f"  {note}" for note in notes(one.good))
     else:
         yield f"{one.source.name}: rendered; {len(one.good)} of {len(one.source)} samples looked at"
 
@@ -142,7 +144,7 @@ def _stage(
     lines = [f"\nstage {leg.name}: {tokens} tokens per image, {leg.stage.form}"]
     findings: list[Finding] = []
     shown: list[Shown] = []
-    own = {_identity(source) for source in leg.data.sources}
+    own = {_identity(source) for source in leg.sources}
     for one in looked:
         if _identity(one.source) not in own:
             continue
@@ -198,11 +200,16 @@ def _summary(findings: list[Finding]) -> Iterator[str]:
 def _verdict(recipe: Recipe, legs: list[Leg], findings: list[Finding]) -> int:
     """Return 2, and say why, if training would not start with these data; else 0."""
     for leg in legs:
-        for source in leg.data.sources:
+        of_leg: list[BadSample] = []
+        for source in leg.sources:
             refused = [
-                BadSample(one.sample, one.what)
+                BadSample(one.sample, one.what).at(one.source, one.record)
                 for one in findings
                 if one.kind == REFUSED and one.source == source.name and one.stage in ("", leg.name)
             ]
-            judge(refused, len(refused), len(source), stage_data(recipe.data, leg.stage).on_bad)
+            refused = list({one.identity: one for one in refused}.values())
+            judge_source(recipe, leg, source, refused)
+            of_leg += refused
+        if leg.steps:
+            check_captions(leg, of_leg)
     return 0

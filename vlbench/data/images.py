@@ -11,8 +11,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import logging
-import warnings
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -22,6 +20,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from vlbench.data.sample import Picture
+from vlbench.host import warnings_ignored
 from vlbench.mistakes import Mistake
 
 if TYPE_CHECKING:
@@ -33,9 +32,6 @@ MAX_PIXELS = 178_956_970  # larger pictures are refused (a small file can hold a
 MAX_SIDE = 8000  # longest side of a square canvas (64 megapixels) and of what is fitted into it
 _ZERO = "vlbench: zero"  # in the `info` of the picture of `Zero`
 _RULES = "bicubic, pad at floor, centre crop, 1/255 in float64, normalise in float32, 8000"
-
-# PIL's own remarks about a file would appear between our lines; what matters becomes a Mistake.
-logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True)
@@ -79,8 +75,7 @@ def open_bytes(data: bytes, name: str, side: int = 0) -> Image.Image:
 
 def _decoded(source: str | Path | BytesIO, name: str, side: int = 0) -> Image.Image:
     """Decode a picture in RGB, or raise a Mistake that calls it `name`."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings_ignored():
         try:
             with Image.open(source, formats=_formats()) as image:
                 _check_size(image)

@@ -13,6 +13,7 @@ import torch
 
 from vlbench import ranks
 from vlbench.data.batch import Batch
+from vlbench.data.order import Mixture
 from vlbench.data.steps import Step
 from vlbench.files import append_json_lines, read_json_lines
 from vlbench.mistakes import BadSample, Mistake
@@ -182,30 +183,42 @@ def held_out_losses(vlm: VLM, batches: list[Batch]) -> dict[str, float]:
 class Quarantine(Watcher):
     """Count and name samples that cannot be used; stop when the data are simply wrong."""
 
-    def __init__(self, run: Run, on_bad: str, samples: int) -> None:
-        """`samples` is the size of the data; `on_bad` is auto, quarantine or stop."""
-        self.run, self.on_bad, self.samples = run, on_bad, samples
-        self.reasons = dict(_read(run))
-        self.skipped = 0
+    def __init__(self, run: Run, on_bad: str, data: Mixture) -> None:
+        """`data` are those of the stage; `on_bad` is auto, quarantine or stop."""
+        self.run, self.on_bad, self.samples = run, on_bad, len(data)
+        self.names = {source.name for source in data.sources} | {""}
+        self.known = set(_read(run))
+        self.skipped = self.learned = self.begun = 0
+
+    def begin(self, training: Training) -> None:
+        """Note where the stage goes on."""
+        self.begun = training.position
 
     def after(self, training: Training, step: Step) -> None:
-        """Note the bad samples of this step."""
+        """Note the bad samples of this step; raise when nothing was learned in a whole stage."""
         self.skipped += step.skipped
+        self.learned += training.report.samples
         try:
             self.note(step.bad)
             if not training.report.samples and not step.skipped:
                 first = step.bad[0]
                 raise Mistake(f"every sample of step {step.index} is bad, the first: {first}")
+            if training.position == training.steps and not self.begun and not self.learned:
+                raise Mistake(
+                    f"nothing was learned in {training.steps} steps: {self.skipped} samples have "
+                    "no picture in a stage of captions, the others are bad"
+                )
         except Mistake as mistake:
             raise ranks.known(mistake) from mistake  # all processes have the same bad samples
 
     def note(self, bad: list[BadSample]) -> None:
         """Write bad samples down, each once; raise when they are too many for `on_bad`."""
-        new = {one.sample_id: one.reason for one in bad if one.sample_id not in self.reasons}
-        self.reasons |= new
+        new = {one.identity: one for one in bad if one.identity not in self.known}
+        self.known |= set(new)
         if ranks.is_first():
-            _append(self.run, new)
-        judge(bad, len(self.reasons), self.samples, self.on_bad)
+            _append(self.run, list(new.values()))
+        count = sum(source in self.names for source, _ in self.known)
+        judge(bad, count, self.samples, self.on_bad)
 
 
 def judge(bad: list[BadSample], count: int, samples: int, on_bad: str) -> None:
@@ -225,20 +238,26 @@ def judge(bad: list[BadSample], count: int, samples: int, on_bad: str) -> None:
 
 def set_aside(run: Run, bad: list[BadSample]) -> None:
     """Note samples that were found bad before training began."""
-    known = dict(_read(run)) if bad else {}
-    _append(run, {one.sample_id: one.reason for one in bad if one.sample_id not in known})
+    known = set(_read(run)) if bad else set()
+    _append(run, [one for one in bad if one.identity not in known])
 
 
-def _append(run: Run, reasons: dict[str, str]) -> None:
-    if reasons:
-        append_json_lines(
-            run.quarantine_file, ({"id": name, "reason": why} for name, why in reasons.items())
-        )
+def _append(run: Run, bad: list[BadSample]) -> None:
+    """Write bad samples down; `source` and `record` are their identity, `id` is a label."""
+    lines = [
+        {"id": one.sample_id, "reason": one.reason, "source": one.source, "record": one.record}
+        for one in bad
+    ]
+    if lines:
+        append_json_lines(run.quarantine_file, lines)
 
 
-def _read(run: Run) -> list[tuple[str, str]]:
-    lines = read_json_lines(run.quarantine_file)
-    return [(line["id"], line["reason"]) for line in lines]
+def _read(run: Run) -> list[tuple[str, int | str]]:
+    """Return the identities of the samples that are noted."""
+    return [
+        BadSample(one["id"], one["reason"]).at(one.get("source", ""), one.get("record")).identity
+        for one in read_json_lines(run.quarantine_file)
+    ]
 
 
 class NotFinite(Watcher):
