@@ -206,7 +206,7 @@ class Job:
         on_bad = stage_data(self.recipe.data, leg.stage).on_bad
         return [
             held_out,
-            NotFinite(settings.stop_after_bad, report.say),
+            NotFinite(leg.name, settings.stop_after_bad, report.say),
             Quarantine(self.run, on_bad, leg.data),
             Progress(leg.name, offset, log.every, metrics, held_out),
             saving,

@@ -263,26 +263,37 @@ def _read(run: Run) -> list[tuple[str, int | str]]:
 class NotFinite(Watcher):
     """Name the samples of steps whose loss or gradient was not finite; give up after several."""
 
-    def __init__(self, limit: int, say: Callable[[str], None]) -> None:
-        """Stop after `limit` such steps in a row; `say` prints a line."""
-        self.limit, self.say, self.row = limit, say, 0
+    def __init__(self, stage: str, limit: int, say: Callable[[str], None]) -> None:
+        """Stop `stage` after `limit` such steps in a row; `say` prints a line."""
+        self.stage, self.limit, self.say = stage, limit, say
+        self.row: list[str] = []
+        """What was not finite in the last steps, up to the newest."""
 
     def after(self, training: Training, step: Step) -> None:
         """Look at the step that has just been taken."""
-        self.row = self.row + 1 if training.report.skipped else 0
-        what = "gradient" if math.isfinite(training.report.loss) else "loss"
-        if training.report.skipped:
-            mine = [name for part in step.batches for name in part.sample_id]
-            names = [name for theirs in ranks.everyone(mine) for name in theirs]
-            shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-            self.say(
-                f"step {training.position}: {what} is not finite, step skipped; samples: {shown}"
-            )
+        report = training.report
+        if not report.skipped:
+            self.row = []
+            return
+        what = "gradient" if math.isfinite(report.loss) else "loss"  # which the gradient follows
+        self.row.append(what)
+        mine = [name for part in step.batches for name in part.sample_id]
+        names = [name for theirs in ranks.everyone(mine) for name in theirs]
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        self.say(
+            f"stage {self.stage}, step {training.position}: {what} is not finite, step skipped; "
+            f"samples: {shown}; loss {report.loss:.4g}, norm of the gradient {report.grad_norm:.4g}"
+        )
         last = training.position == training.steps
-        if self.row >= self.limit or (last and self.row >= training.steps > 0):
-            raise ranks.known(
-                Mistake(
-                    f"the {what} was not finite in {self.row} steps in a row: lower the learning "
-                    "rates, or set precision=32"
-                )
-            )
+        if len(self.row) >= self.limit or (last and len(self.row) >= training.steps):
+            raise ranks.known(Mistake(self._given_up(training)))
+
+    def _given_up(self, training: Training) -> str:
+        what = " or ".join(f"the {one}" for one in sorted(set(self.row), reverse=True))
+        rates = ", ".join(f"{part} {how.lr:g}" for part, how in training.stage.parts.items())
+        half = "" if str(training.trainer.precision).startswith("32") else ", or set precision=32"
+        return (
+            f"stage {self.stage}: {what} was not finite in {len(self.row)} steps in a row, up to "
+            f"step {training.position}: lower the learning rates (now {rates}: "
+            f"stages.{self.stage}.train.PART.lr){half}"
+        )
