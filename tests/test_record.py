@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ REFUSED: dict[str, tuple[Record, str]] = {
     **{
         f"picture in {key}": (
             {key: value, "conversations": PLAIN},
-            f"'{key}' is not read; .*rename it to 'image'",
+            f"'{key}' is not read; name the file in 'image'",
         )
         for key, value in (
             ("image_path", "a.jpg"),
@@ -327,6 +328,12 @@ def test_a_file_that_is_no_json_is_called_what_it_is(name, tmp_path):
     with pytest.raises(Mistake, match=words) as caught:
         LlavaJson(tmp_path / name)
     assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_bad_sample_keeps_its_identity_on_the_way_out_of_a_worker():
+    bad = pickle.loads(pickle.dumps(BadSample("same", "why").at("data.json", 7)))
+    assert bad.identity == ("data.json", 7) and str(bad) == "sample same (record 7): why"
+    assert BadSample("same", "why").identity == ("", "same")
 
 
 def test_a_long_word_in_any_message_is_shortened():

@@ -191,7 +191,8 @@ def _summary(findings: list[Finding]) -> Iterator[str]:
             yield f"{kind}: {len(some)} ({meaning})"
         for one in some[:NAMED]:
             stage = f" (stage {one.stage})" if one.stage else ""
-            yield f"  {one.sample}: {one.what}{stage}"
+            label = BadSample(one.sample, "").at(one.source, one.record).label
+            yield f"  {label}: {one.what}{stage}"
         if len(some) > NAMED:
             yield f"  and {len(some) - NAMED} more in findings.jsonl"
 

@@ -14,6 +14,7 @@ from vlbench.mistakes import BadSample, Mistake
 from vlbench.model.vlm import VLM
 from vlbench.recipe import stages_to_run
 from vlbench.schema import PARTS, Recipe, Stage
+from vlbench.train.report import say
 from vlbench.train.watchers import judge
 
 HELD_OUT_SAMPLES = 64  # read at every held-out evaluation: enough for a trend, cheap to repeat
@@ -184,4 +185,7 @@ def held_out_batches(recipe: Recipe, vlm: VLM, leg: Leg) -> list[Batch]:
     if source is None:
         return []
     data = Mixture([(source, 1.0)], recipe.seed)
-    return _steps(vlm, leg, data, min(HELD_OUT_SAMPLES, len(source)), 1)[0].batches
+    step = _steps(vlm, leg, data, min(HELD_OUT_SAMPLES, len(source)), 1)[0]
+    if step.bad:
+        say(f"held-out {source.name}: {len(step.bad)} bad samples left out, first {step.bad[0]}")
+    return step.batches
