@@ -98,6 +98,21 @@ def test_held_out_samples_may_be_shards(folder):
     assert leg.val is not None and len(leg.val) == 4 and leg.val[0].pictures
 
 
+def test_shards_that_are_not_there_are_told_before_the_first_step(folder, capsys):
+    assert main(["pack", "data=good.json", "to=shards", "samples=2"]) == 0
+    (folder / "shards/000001.tar").unlink()
+    data = ["data.train=good.json", "stages.chat.data.val=shards"]
+    assert "000001.tar: does not exist (and 1 more of 4" in refused(["fit", *data], capsys)
+    recipe = recipes.load(["recipe=yivl_llava", *ONLY, "data.train=shards"])
+    with pytest.raises(Mistake, match="and 1 more of 4 samples"):
+        legs.check_data(recipe, legs.plan(recipe))
+
+
+def test_a_picture_that_git_lfs_has_not_fetched_is_called_so(folder, capsys):
+    (folder / "a.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    assert "a.png: is a Git-LFS pointer" in refused(["fit", "data.train=good.json"], capsys)
+
+
 def test_stages_share_a_file_that_is_open(folder):
     planned = legs.plan(recipes.load(["recipe=yivl_llava", "data.train=good.json"]))
     assert len({id(source) for leg in planned for source in leg.sources}) == 1

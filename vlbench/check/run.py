@@ -208,7 +208,7 @@ def _verdict(recipe: Recipe, legs: list[Leg], findings: list[Finding]) -> int:
                 if one.kind == REFUSED and one.source == source.name and one.stage in ("", leg.name)
             ]
             refused = list({one.identity: one for one in refused}.values())
-            judge_source(recipe, leg, source, refused)
+            judge_source(recipe, leg, source, refused, len(refused))
             of_leg += refused
         if leg.steps:
             check_captions(leg, of_leg)

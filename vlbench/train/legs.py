@@ -103,7 +103,7 @@ def check_data(recipe: Recipe, legs: list[Leg]) -> list[BadSample]:
             identity = (source.name, str(getattr(source, "images", "")))
             new = identity not in looked
             found = looked.setdefault(identity, look_through(source) if new else Found([]))
-            judge_source(recipe, leg, source, found.bad)
+            judge_source(recipe, leg, source, found.bad, found.count)
             if new:
                 _tell(source, found)
         if leg.steps:
@@ -114,10 +114,15 @@ def check_data(recipe: Recipe, legs: list[Leg]) -> list[BadSample]:
     return bad
 
 
-def judge_source(recipe: Recipe, leg: Leg, source: Source, bad: list[BadSample]) -> None:
-    """Raise a Mistake when too many samples of a source of a stage are `bad`; see `judge`."""
+def judge_source(
+    recipe: Recipe, leg: Leg, source: Source, bad: list[BadSample], count: int
+) -> None:
+    """Raise a Mistake when `count` bad samples are too many for a source of a stage; see `judge`.
+
+    `bad` holds the first of them.
+    """
     try:
-        judge(bad, len(bad), len(source), stage_data(recipe.data, leg.stage).on_bad)
+        judge(bad, count, len(source), stage_data(recipe.data, leg.stage).on_bad)
     except Mistake as mistake:
         if source is not leg.val:
             raise
@@ -140,7 +145,7 @@ def of_source(source: Source, bad: list[BadSample]) -> list[BadSample]:
 def _tell(source: Source, found: Found) -> None:
     """Print what of a source is left out."""
     if found.bad:
-        print(f"{source.name}: {len(found.bad)} of {len(source)} samples are bad and left out")
+        print(f"{source.name}: {found.count} of {len(source)} samples are bad and left out")
     if found.told():
         print(f"{source.name}: keys that are not read: {found.told()}")
 
