@@ -85,7 +85,7 @@ import json, sys, time
 import vlbench
 
 def peak():
-    lines = open("/proc/self/status").read().splitlines()
+    lines = open("/proc/self/status").read().split("\n")
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 began = time.monotonic()

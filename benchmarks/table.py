@@ -24,7 +24,7 @@ def measure(script: str, *words: str) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
     if done.returncode:
         sys.exit(f"{' '.join([script, *words])} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.rstrip("\n").split("\n")[-1])
 
 
 def in_turns(rounds: int, sides: dict[str, tuple[str, ...]]) -> dict[str, list[dict[str, Any]]]:
@@ -67,7 +67,7 @@ def machine() -> str:
 
 def _processor() -> str:
     file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.is_file() else []
+    lines = file.read_text().split("\n") if file.is_file() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}"
 

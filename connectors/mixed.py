@@ -101,6 +101,10 @@ class Mixed(Connector):
         """Return the losses of the other connector's objective."""
         return self.inner.objective(name, features, batch)
 
+    def embed(self, name: str, features: Tensor, batch: Any) -> dict[str, Tensor]:
+        """Return what the other connector's objective compares pairs by."""
+        return self.inner.embed(name, features, batch)
+
     def adapt(self, old_state: Mapping[str, Tensor], old_shapes: Shapes) -> Mapping[str, Tensor]:
         """Adapt the other connector's part of the state."""
         start = "inner."

@@ -169,27 +169,32 @@ class QFormer(Connector):
         _, mask = self.text.tokens(batch.captions[:pairs], self.text_length)
         return {"itc": pairs, "itm": 3 * pairs, "itg": int(mask[:, 1:].sum())}
 
+    def embed(self, name: str, features: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Return what pictures and captions of `batch` are compared by in `blip2`."""
+        assert self.text is not None
+        captions, seen = self._captions(batch, features), self.ln_vision(features)
+        rows = self.text.embed(self.qformer, self.query_tokens, seen, captions)
+        return {key: row[: len(batch.pixels)] for key, row in rows.items()}
+
     def objective(
         self, name: str, features: Tensor, batch: Batch
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Return sums and counts of ITC, ITM and ITG over the pictures and captions of `batch`.
 
-        Negatives come from the micro-batch over all processes; those of other processes teach the
-        tower nothing.
+        Negatives come from the global batch. ITC's carry no gradient, as in the reference; ITM's
+        pictures do where the tower is trained.
         """
         assert self.text is not None
         pairs = len(batch.pixels)
-        ids, mask = self.text.tokens(batch.captions[:pairs] or [""], self.text_length)
+        keys = batch.pool.keys if batch.pool else batch.keys()[:pairs]
         found = self.text(
             self.qformer,
             self.query_tokens,
             self.ln_vision,
             features,
-            (
-                ids.to(features.device, non_blocking=True),
-                mask.to(features.device, non_blocking=True),
-            ),
-            [f"{torch.initial_seed()} {name}" for name in batch.sample_id[:pairs]],
+            self._captions(batch, features),
+            [f"{torch.initial_seed()} {key}" for key in keys],
+            batch.pool,
         )
         unused = zero_like_loss(self.projection(self.query_tokens))  # waits for the language model
         real = float(pairs > 0)  # a micro-batch without a picture runs on a blank one, for nothing
@@ -197,6 +202,14 @@ class QFormer(Connector):
         return {
             one: (found[one] * real + unused, torch.tensor(size)) for one, size in sizes.items()
         }
+
+    def _captions(self, batch: Batch, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ids and mask of the captions, at least one, beside `features`."""
+        assert self.text is not None
+        written = batch.captions[: len(batch.pixels)] or [""]
+        ids, mask = self.text.tokens(written, self.text_length)
+        to = features.device
+        return ids.to(to, non_blocking=True), mask.to(to, non_blocking=True)
 
     def load_reference(self, weights: Mapping[str, Tensor]) -> None:
         """Load BLIP-2's weights, in the layout of LAVIS or of transformers.

@@ -19,10 +19,11 @@ from vlbench.train import launch
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def start(*given: str) -> subprocess.Popen[str]:
+def start(*given: str, workers: int = 0) -> subprocess.Popen[str]:
     """Start the main command in two processes."""
     command = [sys.executable, "-m", "vlbench", "fit", "recipe=yivl_llava", "only=chat", TWO]
-    command += ["stages.chat.batch=4", "stages.chat.image_size=56", "data.workers=0", *QUIET]
+    command += ["stages.chat.batch=4", "stages.chat.image_size=56", *QUIET]
+    command += [f"data.workers={workers}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([*command, *given], text=True, **pipes)
 
@@ -61,6 +62,93 @@ def test_a_killed_process_ends_the_run_with_one_line_and_it_goes_on(rank, tmp_pa
     words += ["data.workers=0", *QUIET, "stages.chat.steps=40", f"run={run}"]
     assert do(Job(tuple(words), stop=12)) == 130
     assert len(losses(run)) == 12
+
+
+def group_of(processes: list[int]) -> list[int]:
+    """Return processes and all that descend from them."""
+    found = list(processes)
+    for number in found:
+        with contextlib.suppress(OSError):
+            inside = Path(f"/proc/{number}/task/{number}/children").read_text().split()
+            found += [int(one) for one in inside]
+    return found
+
+
+def alive(processes: list[int]) -> list[int]:
+    """Return those of the processes that run; a zombie does not."""
+    states = {}
+    for number in processes:
+        with contextlib.suppress(OSError):
+            states[number] = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
+    return [number for number, state in states.items() if state != "Z"]
+
+
+def wait_for_end(processes: list[int], seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while left := alive(processes):
+        assert time.monotonic() < until, left
+        time.sleep(0.2)
+
+
+def test_processes_and_their_workers_end_with_a_killed_launcher_and_save(tmp_path):
+    run = tmp_path / "run"
+    process = start("stages.chat.steps=4000", f"run={run}", workers=1)
+    wait_for(run, 3)
+    ours = group_of(children(process))
+    assert len(ours) == 4  # two processes, a worker each
+    process.kill()
+    process.communicate(timeout=60)  # their pipes are closed when the last has ended
+    wait_for_end(ours)
+    assert len(list((run / "checkpoints").glob("0-chat-*/position.json"))) == 1
+
+
+HANGS = """
+import os, subprocess, sys
+code = '''
+import signal, time
+from vlbench.train import launch
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+launch.ORPHANED, launch.LOOK = 0.1, 0.05
+launch.end_with_launcher()
+print("ready", flush=True)
+time.sleep(600)
+'''
+told = os.environ | {"VLBENCH_LAUNCHER": str(os.getpid())}
+subprocess.run([sys.executable, "-c", code], env=told, start_new_session=True)
+"""
+SLOW_SAMPLE = """
+import os, time
+from torch.utils.data import DataLoader
+from vlbench.train.launch import apart
+
+class Slow:
+    def __len__(self):
+        return 4
+    def __getitem__(self, index):
+        print(os.getpid(), flush=True)
+        time.sleep(600)
+
+next(iter(DataLoader(Slow(), num_workers=2, worker_init_fn=apart)))
+"""
+
+
+def test_a_process_that_hangs_ends_with_a_killed_launcher_too():
+    launcher = subprocess.Popen([sys.executable, "-c", HANGS], stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout and launcher.stdout.readline() == "ready\n"
+    ours = group_of(children(launcher))
+    launcher.kill()
+    launcher.communicate(timeout=30)
+    wait_for_end(ours, 30)
+
+
+def test_workers_end_with_their_process_in_the_middle_of_a_sample():
+    words = [sys.executable, "-c", SLOW_SAMPLE]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    workers = [int(process.stdout.readline()) for _ in range(2)]
+    process.kill()
+    process.communicate(timeout=30)
+    wait_for_end(workers, 30)
 
 
 def test_ctrl_c_saves_in_all_processes(tmp_path):

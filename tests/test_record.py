@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import pickle
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +300,24 @@ def test_a_record_with_images_is_packed_with_them(folder):
         ours, theirs = shards[number], source[number]
         assert (ours.id, ours.turns, ours.unread) == (theirs.id, theirs.turns, theirs.unread)
         assert len(ours.pictures) == len(theirs.pictures)
+
+
+def test_keys_beside_the_caption_of_a_shard_are_looked_at_too(folder):
+    about = {"caption": "red", "url": "https://x/y.jpg", "key": "0", "status": "success"}
+    with tarfile.open(folder / "x.tar", "w") as tar:
+        for number, more in enumerate(({}, {"note": "?"}, {"video": "a.mp4"})):
+            for ending, data in (
+                ("jpg", (folder / "a.jpg").read_bytes()),
+                ("json", json.dumps({**about, **more}).encode()),
+            ):
+                member = tarfile.TarInfo(f"{number}.{ending}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    shards = Shards(folder / "x.tar")
+    assert shards[0].caption == "red" and set(shards[0].unread) == {"url", "key", "status"}
+    assert shards[1].unread[-1] == "note"
+    with pytest.raises(BadSample, match="'video' is not read"):
+        shards[2]
 
 
 @pytest.mark.parametrize(

@@ -338,6 +338,40 @@ def test_shards_by_url_are_those_of_the_folder(served, packed, workers):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+def test_packed_shards_may_be_copied(packed, tmp_path, monkeypatch):
+    folder = broken(packed, tmp_path / "copy")  # with another time of modification
+    monkeypatch.setattr("vlbench.data.shard_index.scan", lambda _: pytest.fail("is read again"))
+    assert not bad(Shards(folder))
+
+
+def test_a_packed_shard_that_was_made_again_is_not_believed(packed, tmp_path):
+    folder = broken(packed, tmp_path / "again")
+    other = (folder / "000001.tar").read_bytes() + b"\0" * 10240
+    (folder / "000000.tar").write_bytes(other)  # its size is another one: indexed anew
+    assert Shards(folder)[0].id == Shards(packed)[8].id
+
+
+def test_shards_by_url_that_are_not_those_of_their_index_are_named(served):
+    url, copy = served
+    one, other = (copy / f"00000{number}.tar" for number in (0, 1))
+    content = one.read_bytes()
+    one.write_bytes(content + b"\0" * 10240)
+    with pytest.raises(BadSample, match="000000.tar: has .* bytes and its index is of one with"):
+        Shards(url)[0]
+    one.write_bytes(other.read_bytes()[: len(content)])
+    with pytest.raises(BadSample, match="000000.tar: is another file than"):
+        Shards(url)[0]
+
+
+def test_an_index_by_url_of_an_older_version_is_read(served):
+    url, copy = served
+    for index in copy.glob("*.index"):
+        lines = [json.loads(line) for line in index.read_text().split("\n")[1:-1]]
+        old = [[key, {kind: at[:2] for kind, at in members.items()}] for key, members in lines]
+        index.write_text("".join(json.dumps(one) + "\n" for one in old))
+    assert not bad(Shards(url))
+
+
 def test_trouble_of_shards_by_url_is_named(served):
     url, copy = served
     names = sorted(copy.glob("*.tar"))

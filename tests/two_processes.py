@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.queues import Queue
+from typing import Any
 
 import torch
 from small import SMALL, batch_of, opened, sample, small_vlm
@@ -68,11 +69,7 @@ def differences(name: str, kind: str, rank: int) -> list[str]:
     expected = learn(alone, alone, list(range(WORLD)))
     together = model(name)
     _train_used(together)
-    if kind == "ddp":
-        found = learn(DistributedDataParallel(together), together, [rank])
-    else:
-        mesh = distributed.device_mesh.init_device_mesh("cpu", (WORLD,))
-        found = learn(shard(together, mesh), together, [rank])
+    found = learn(wrapped(together, kind), together, [rank])
     lines = [f"{kind} {name}: no gradient for {one}" for one in expected if one not in found]
     for one, gradient in expected.items():
         scale = max(float(gradient.abs().max()), 1e-9)
@@ -81,7 +78,14 @@ def differences(name: str, kind: str, rank: int) -> list[str]:
     return lines
 
 
-def first_stage(rank: int) -> list[str]:
+def wrapped(vlm: VLM, kind: str) -> Callable[[Batch], Any]:
+    """Return what trains a model in two processes."""
+    if kind == "ddp":
+        return DistributedDataParallel(vlm)
+    return shard(vlm, distributed.device_mesh.init_device_mesh("cpu", (WORLD,)))
+
+
+def first_stage(rank: int, kind: str) -> list[str]:
     """Return what differs when BLIP-2's pairs lie on one process or on two, unevenly."""
     shares = [[sample(1), sample(2)], [sample(3), sample(4), sample(5)]]
 
@@ -91,14 +95,15 @@ def first_stage(rank: int) -> list[str]:
         vlm.language.requires_grad_(False)
         torch.manual_seed(5)
         vlm.double().pursue("blip2")
-        call = DistributedDataParallel(vlm) if parallel else vlm
+        call = wrapped(vlm, kind) if parallel else vlm
         samples = [one for number in ranks for one in shares[number]]
         batch = batch_of(vlm, [samples]).to("cpu", torch.float64)
         torch.manual_seed(5)  # pictures of noise have set another one
         out = call(batch)
         loss = sum(value for value, _ in out.extra.values())
         (loss * (WORLD if parallel else 1)).backward()
-        return {name: p.grad for name, p in vlm.connector.named_parameters()}
+        grads = {name: p.grad for name, p in vlm.connector.named_parameters()}
+        return {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in grads.items()}
 
     together = learned([rank], True)
     alone = distributed_alone(lambda: learned([0, 1], False))
@@ -106,7 +111,7 @@ def first_stage(rank: int) -> list[str]:
     for name, gradient in alone.items():
         scale = max(float(gradient.abs().max()), 1e-9)
         if float((together[name] - gradient).abs().max()) > 1e-8 * scale + 1e-12:
-            lines.append(f"blip2: another gradient for {name}")
+            lines.append(f"{kind} blip2: another gradient for {name}")
     return lines
 
 
@@ -142,6 +147,6 @@ def work(rank: int, port: int, names: list[str], answers: Queue) -> None:
                 print(lines[-1], file=sys.stderr)
                 break
     if "qformer" in names:
-        lines += first_stage(rank)
+        lines += first_stage(rank, "ddp") + first_stage(rank, "fsdp2")
     answers.put(lines)
     distributed.destroy_process_group()

@@ -7,6 +7,7 @@ that return tokens of the sequence (LLaVA MLP, Q-Former, EVA), and those that fe
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -94,8 +95,8 @@ class Connector(nn.Module):
     def counts(self, batch: Any, objective: str = "language") -> dict[str, int]:
         """Return the counts that `losses` or `objective` gives for `batch`, where it alone tells.
 
-        Such a loss is divided by the count of the global batch, like the language loss; another one
-        by that of its micro-batch.
+        A loss is divided by the count of the global batch, like the language loss. For one that is
+        not named here, every step first runs forward once more, to count.
         """
         return {}
 
@@ -116,8 +117,25 @@ class Connector(nn.Module):
     def objective(
         self, name: str, features: Tensor, batch: Any
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return `{name: (sum, count)}` of the stage objective `name`, one of `objectives()`."""
+        """Return `{name: (sum, count)}` of the stage objective `name`, one of `objectives()`.
+
+        It is called for one micro-batch after the other. How many samples there are in one depends
+        on `row_tokens` and the number of processes, so an objective that compares samples with each
+        other must not look for negatives in `features`: it takes them from `batch.pool`, and
+        defines `embed`.
+        """
         raise NotImplementedError
+
+    def embed(self, name: str, features: Tensor, batch: Any) -> dict[str, Tensor]:
+        """Return what the objective `name` compares pairs by, `{name: [pairs, ...]}`.
+
+        A pair is a picture of `batch` and its caption; pictures that stand for none, in a batch
+        without any, have no row. It is called without a graph for all micro-batches of a step,
+        before `objective` is; of the global batch the rows are then in `batch.pool.rows`, and
+        `batch.pool.own` tells which are those of the micro-batch (see `vlbench.data.batch.Pool`).
+        A connector that does not define it has no pool.
+        """
+        return {}
 
     def adapt(self, old_state: Mapping[str, Tensor], old_shapes: Shapes) -> Mapping[str, Tensor]:
         """Return the state of the same connector at other shapes as a state for this one.
@@ -191,9 +209,11 @@ def attention_shares(
     patches. The shares are means over pairs and heads, and each row sums to 1.
     """
     given: dict[nn.Module, Tensor] = {}
+    here = threading.get_ident()
 
     def note(module: nn.Module, _: object, output: Tensor) -> None:
-        given[module] = output.detach()
+        if threading.get_ident() == here:  # other threads may use the same layers meanwhile
+            given[module] = output.detach()
 
     hooks: list[RemovableHandle] = [
         layer.register_forward_hook(note) for pair in layers for layer in pair

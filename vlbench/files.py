@@ -42,9 +42,50 @@ def read_table(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(read_text(path)))) if path.is_file() else []
 
 
+def lines_of(text: str) -> list[str]:
+    """Return the lines of a text without the line feeds that end them.
+
+    str.splitlines would also cut at U+2028, U+2029 and U+0085, which JSON texts may hold as they
+    are, and at control characters.
+    """
+    lines = text.split("\n")
+    if not lines[-1]:
+        lines.pop()
+    return [line.removesuffix("\r") for line in lines]
+
+
 def json_lines(records: Iterable[object]) -> str:
-    """Return records as JSON, one to a line."""
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    """Return records as JSON, one to a line; half of a surrogate pair (no text) is escaped."""
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file written by `json_lines`, [] if there is no such file.
+
+    A last line that was cut short by a kill is left out. Raises a Mistake that names another line.
+    """
+    if not path.is_file():
+        return []
+    data = path.read_bytes()
+    found = []
+    for number, line in enumerate(data[: data.rfind(b"\n") + 1].split(b"\n")[:-1], 1):
+        try:
+            one = json.loads(line.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise Mistake(f"{path}: line {number} is not JSON ({error})") from error
+        if not isinstance(one, dict):
+            raise Mistake(f"{path}: line {number} is not a JSON object")
+        found.append(one)
+    return found
+
+
+def append_json_lines(path: Path, records: Iterable[object]) -> None:
+    """Add records to a file of `json_lines`; a last line that a kill cut short is removed."""
+    with path.open("ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(json_lines(records).encode("utf-8"))
 
 
 def write_whole(path: Path, text: str) -> None:

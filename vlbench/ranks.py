@@ -1,12 +1,15 @@
 """The processes that train one model together: who this one is, and what all of them know.
 
 Without a process group there is one process, and everything here is trivial. What is exchanged are
-a few numbers between steps: they travel over the processors, not the GPUs.
+a few numbers between steps, which travel over the processors, and rows of tensors (`gather`,
+`fetch`), which travel from where they are.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -106,3 +109,35 @@ def gather(rows: Tensor) -> tuple[Tensor, int]:
     kept = [part[:count] for part, count in zip(everyone, sizes, strict=True)]
     kept[rank()] = rows
     return torch.cat(kept), sum(sizes[: rank()])
+
+
+def fetch(rows: Sequence[Tensor], wanted: Sequence[int], none: Tensor) -> Tensor:
+    """Return `[wanted, ...]`, any rows of any processes, numbered process by process.
+
+    `rows` are those of this process, `none` an empty tensor with their shape and type on the device
+    of the result. Every process has to call it, also if it wants none. No row carries a gradient.
+    """
+    if not several():
+        return pick(rows, wanted, none)
+    ends = list(accumulate(int(count) for count in table([len(rows)])[:, 0]))
+    owners = [bisect_right(ends, number) for number in wanted]
+    asked: list[list[int]] = [[] for _ in ends]
+    for number, owner in zip(wanted, owners, strict=True):
+        asked[owner].append(number - (ends[owner - 1] if owner else 0))
+    asks = everyone(asked)  # by who wants it, then by who has it
+    mine = [number for theirs in asks for number in theirs[rank()]]
+    received = none.new_empty(len(wanted), *none.shape[1:])
+    distributed.all_to_all_single(
+        received,
+        pick(rows, mine, none).detach(),
+        [len(some) for some in asked],
+        [len(theirs[rank()]) for theirs in asks],
+    )
+    came = sorted(range(len(wanted)), key=owners.__getitem__)  # grouped by owner
+    place = torch.tensor(came, dtype=torch.long).argsort()
+    return received[place.to(received.device)]
+
+
+def pick(rows: Sequence[Tensor], wanted: Sequence[int], none: Tensor) -> Tensor:
+    """Return `[wanted, ...]` of a process' own rows, on the device of the empty tensor `none`."""
+    return torch.stack([rows[number] for number in wanted]).to(none.device) if wanted else none

@@ -17,7 +17,7 @@ from yaml import YAMLError
 
 from vlbench import __version__
 from vlbench import words as command_line
-from vlbench.files import read_json
+from vlbench.files import lines_of, read_json
 from vlbench.layers import build, checked, differing, merge, plain
 from vlbench.mistakes import Mistake, nearest
 from vlbench.plugins import shipped
@@ -112,7 +112,7 @@ def sizes() -> dict[str, Path]:
 
 def summary(path: Path) -> str:
     """Return what the file says about itself: its first comment that is not a command."""
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in lines_of(path.read_text(encoding="utf-8")):
         text = line.removeprefix("#").strip()
         if line.startswith("#") and text and not text.startswith("python -m"):
             return text

@@ -130,6 +130,7 @@ def _looked_at(source: Source, recipe: Recipe, template: Template) -> Looked:
 def _source_lines(one: Looked) -> Iterator[str]:
     if isinstance(one.source, FILES):
         yield f"{one.source.name}: {len(one.source)} records, {one.pictures} pictures"
+        yield from (f"  {note}" for note in getattr(one.source, "notes", ()))
         yield from (f"  {note}" for note in notes(one.good))
     else:
         yield f"{one.source.name}: rendered; {len(one.good)} of {len(one.source)} samples looked at"

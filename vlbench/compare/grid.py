@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlbench import recipe as recipes
+from vlbench.files import lines_of
 from vlbench.mistakes import Mistake, nearest
 from vlbench.schema import Recipe
 from vlbench.values import WHOLE, flow
@@ -199,7 +200,7 @@ def _check(rows: Sequence[Row], seed: int) -> None:
             recipes.require_data(load(row, seed))
         except Mistake as mistake:
             start = f"row {row.name}: " if len(rows) > 1 else ""
-            lines += [f"{start}{line}" for line in str(mistake).splitlines()]
+            lines += [f"{start}{line}" for line in lines_of(str(mistake))]
     if lines:
         raise Mistake("\n".join(dict.fromkeys(lines)))
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from vlbench.files import write_whole
+from vlbench.files import lines_of, write_whole
+from vlbench.train.machine import cores
 
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 MOST = 4  # runs at once that nobody asked for: memory for more may be missing
@@ -41,7 +42,7 @@ class Job:
     @property
     def last_line(self) -> str:
         """The last thing that it said."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        lines = lines_of(self.log.read_text(encoding="utf-8", errors="replace").strip())
         return lines[-1].removeprefix("vlbench: ") if lines else "no output"
 
 
@@ -58,7 +59,7 @@ def slots(wanted: str) -> int:
     """
     if wanted != "auto":
         return int(wanted)
-    return torch.cuda.device_count() or min(MOST, os.cpu_count() or 1)
+    return torch.cuda.device_count() or min(MOST, cores())
 
 
 def train(
@@ -125,7 +126,7 @@ def environment(slot: int, count: int) -> dict[str, str]:
     if gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus))))
         return {**os.environ, "CUDA_VISIBLE_DEVICES": visible.split(",")[slot % gpus]}
-    threads = max(1, (os.cpu_count() or 1) // count)
+    threads = max(1, cores() // count)
     return {"OMP_NUM_THREADS": str(threads), **os.environ}
 
 

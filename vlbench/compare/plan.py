@@ -14,7 +14,7 @@ from vlbench.compare import sweep
 from vlbench.compare.grid import Grid, Row
 from vlbench.compare.jobs import environment, slots
 from vlbench.compare.sharing import partner
-from vlbench.files import read_json, write_whole
+from vlbench.files import lines_of, read_json, write_whole
 from vlbench.train.report import duration, say, size_of
 from vlbench.train.run import Run
 
@@ -114,7 +114,7 @@ def _probe(row: Row, words: Sequence[str], at_once: int) -> dict[str, Any] | Non
         text=True,
     )
     if tried.returncode:
-        reason = (tried.stderr.strip().splitlines() or ["no output"])[-1]
+        reason = (lines_of(tried.stderr.strip()) or ["no output"])[-1]
         say(f"  {row.name}: cannot be run: {reason.removeprefix('vlbench: ')}")
         return None
-    return json.loads(tried.stdout.splitlines()[-1])
+    return json.loads(lines_of(tried.stdout)[-1])

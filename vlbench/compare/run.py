@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
+from vlbench.compare import grid as grids
 from vlbench.compare import plan, sweep
 from vlbench.compare.findings import find
 from vlbench.compare.grid import Grid, Row
@@ -23,6 +24,7 @@ from vlbench.compare.runs import load
 from vlbench.compare.sharing import partner, share
 from vlbench.files import read_json, write_whole
 from vlbench.mistakes import Mistake
+from vlbench.train.machine import check_runs
 from vlbench.train.report import duration, say
 from vlbench.train.run import Run
 
@@ -31,6 +33,7 @@ REPORTS = ("report.md", "report.html")
 
 def run_grid(grid: Grid) -> int:
     """Run every run of `grid` that is not finished, and report; return the exit code."""
+    _check_machine(grid)
     grid = matched(grid)
     if grid.dry_run:
         plan.show(grid)
@@ -48,6 +51,14 @@ def run_grid(grid: Grid) -> int:
         say(f"stopped, saved. To go on: repeat the command with run={grid.folder}")
         return STOPPED
     return _finish(grid, failed)
+
+
+def _check_machine(grid: Grid) -> None:
+    """Refuse runs that are too much for this machine, where there are some to be trained here."""
+    left = any(not Run(folder).finished for folder in grid.run_folders())
+    if left and not grid.dry_run and grid.jobs != "slurm":
+        at_once = int(grid.jobs) if grid.jobs.isdecimal() else 1
+        check_runs([grids.load(row, grid.seeds[0]) for row in grid.rows], at_once)
 
 
 def _record(grid: Grid) -> None:

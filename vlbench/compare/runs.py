@@ -12,7 +12,7 @@ import numpy as np
 
 from vlbench import recipe as recipes
 from vlbench.compare.statistics import Right
-from vlbench.files import read_json, read_text
+from vlbench.files import lines_of, read_json, read_text
 from vlbench.layers import flat, plain
 from vlbench.mistakes import Mistake
 
@@ -51,7 +51,7 @@ def load(folder: Path) -> Finished:
             what = "is not finished" if (folder / "recipe.yaml").is_file() else "is no run folder"
             raise Mistake(f"{folder} {what}: it has no {name}")
     right, kinds, texts = {}, {}, {}
-    for number, line in enumerate(read_text(folder / "answers.jsonl").splitlines(), 1):
+    for number, line in enumerate(lines_of(read_text(folder / "answers.jsonl")), 1):
         try:
             one = json.loads(line)
             if one["set"] == ASKED:

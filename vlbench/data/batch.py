@@ -12,6 +12,24 @@ from torch import Tensor
 from vlbench.data.sample import IGNORE, IMAGE, Encoded, Picture
 
 
+@dataclass(frozen=True)
+class Pool:
+    """All pairs of a picture and a caption of a global batch, for objectives that compare them.
+
+    Their order follows from their keys: it is the same for any packing and number of processes.
+    """
+
+    rows: dict[str, Tensor]
+    """What `Connector.embed` gave of every pair, `[all pairs, ...]`; it carries no gradient."""
+    own: Tensor
+    """`[pairs]` int64, which of all pairs are those of the micro-batch."""
+    keys: list[str]
+    """Of each pair of the micro-batch, what tells it from all others; seeds follow from it."""
+    features: Callable[[Tensor], Tensor]
+    """Called with numbers of pairs `[wanted]`, gives the features of their pictures `[wanted,
+    patches, vision_width]`. All processes have to call it equally often, if only for none."""
+
+
 @dataclass
 class Batch:
     """A micro-batch. Attention never crosses samples; padding is at the end of a row."""
@@ -48,6 +66,18 @@ class Batch:
     GPU that has to count would make everybody wait. None: not found yet."""
     places: Tensor | None = None
     """Where in the flattened `ids` the places are, likewise."""
+    stream_index: list[int] = field(default_factory=list)
+    """Where each sample stands in the stream of its stage: it tells apart what has the same id."""
+    pool: Pool | None = None
+    """The pairs of the global batch, in a step whose objective compares pairs."""
+
+    def keys(self) -> list[str]:
+        """Return what tells each sample from all others of the step, however it is packed."""
+        if not self.stream_index:
+            return self.sample_id
+        return [
+            f"{index} {name}" for index, name in zip(self.stream_index, self.sample_id, strict=True)
+        ]
 
     def to(
         self,

@@ -11,8 +11,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import logging
-import warnings
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -23,6 +21,7 @@ from PIL import Image, UnidentifiedImageError
 
 from vlbench.data.sample import Picture
 from vlbench.files import POINTER
+from vlbench.host import warnings_ignored
 from vlbench.mistakes import Mistake
 
 if TYPE_CHECKING:
@@ -35,9 +34,6 @@ MAX_SIDE = 8000  # longest side of a square canvas (64 megapixels) and of what i
 LFS = "is a Git-LFS pointer and not the picture; run git lfs pull"
 _ZERO = "vlbench: zero"  # in the `info` of the picture of `Zero`
 _RULES = "bicubic, pad at floor, centre crop, 1/255 in float64, normalise in float32, 8000"
-
-# PIL's own remarks about a file would appear between our lines; what matters becomes a Mistake.
-logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True)
@@ -83,8 +79,7 @@ def open_bytes(data: bytes, name: str, side: int = 0) -> Image.Image:
 
 def _decoded(source: str | Path | BytesIO, name: str, side: int = 0) -> Image.Image:
     """Decode a picture in RGB, or raise a Mistake that calls it `name`."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings_ignored():
         try:
             with Image.open(source, formats=_formats()) as image:
                 _check_size(image)

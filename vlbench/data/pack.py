@@ -14,8 +14,9 @@ from webdataset import TarWriter
 from vlbench.data.images import open_bytes
 from vlbench.data.llava import LlavaJson
 from vlbench.data.record import record_of_sample
-from vlbench.data.shard_index import beside, scanned, text
-from vlbench.data.shards import LIST, PICTURES
+from vlbench.data.shard_index import beside, text
+from vlbench.data.shard_scan import PICTURES, scan
+from vlbench.data.shards import LIST
 from vlbench.files import json_lines, write_whole
 from vlbench.mistakes import BadSample, Mistake
 from vlbench.words import given_keys, whole
@@ -76,10 +77,10 @@ def _fill(
         if not count:
             tar.unlink()
             break
-        entries = list(scanned(str(tar)))  # as a reader finds them: what was written is whole
-        assert len(entries) == count, f"{tar}: wrote {count} samples and finds {len(entries)}"
-        write_whole(Path(beside(str(tar))), text(entries))
-        shards.append({"file": tar.name, "samples": count, "bytes": tar.stat().st_size})
+        found, size = scan(str(tar)), tar.stat().st_size  # as a reader finds it: it is whole
+        assert len(found) == count and not found.fault, f"{tar}: wrote {count}, finds {found}"
+        write_whole(Path(beside(str(tar))), text(found, (size, None)))
+        shards.append({"file": tar.name, "samples": count, "bytes": size})
     if not shards:
         raise Mistake(f"{source.name}: holds no sample that can be packed; the first: {bad[0]}")
     write_whole(folder / LIST, json.dumps({"version": 1, "shards": shards}, indent=1) + "\n")

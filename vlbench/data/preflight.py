@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 from vlbench.data.record_keys import has_no_content
 from vlbench.data.remote import is_url
 from vlbench.data.sample import Picture, Sample, Source, sample_at
+from vlbench.data.shards import Shards
 from vlbench.mistakes import BadSample, Mistake
 
 OPENED = 500  # pictures of a source up to which all are opened
@@ -25,15 +26,6 @@ class Checkable(Protocol):
     def faults(self, see: Callable[[Sample], None] | None = None) -> list[BadSample]:
         """Return every sample that is known to be bad; call `see` with well-formed samples."""
         ...
-
-
-@runtime_checkable
-class Sharded(Protocol):
-    """A source of several files, each with a number of samples."""
-
-    name: str
-    tars: list[str]
-    counts: list[int]
 
 
 @dataclass
@@ -72,9 +64,9 @@ def look_through(source: Source, limit_open: int = OPENED) -> Found:
     """Look at all records of a source and whether its image files exist.
 
     Pictures are opened too when there are at most `limit_open` of them. Of shards it is only looked
-    whether the files are there; rendered scenes are as they are.
+    whether the files are there and whole; rendered scenes are as they are.
     """
-    if isinstance(source, Sharded):
+    if isinstance(source, Shards):  # too many to be read
         return _missing(source)
     if not isinstance(source, Checkable):
         return Found([])
@@ -113,9 +105,12 @@ def shows_pictures(source: Source, bad: list[BadSample]) -> bool:
     return False
 
 
-def _missing(source: Sharded) -> Found:
-    """Return the shards that are not there; those behind a URL are not asked for."""
-    found, first = Found([]), 1
+def _missing(source: Shards) -> Found:
+    """Return what was found torn while it was opened, and the shards that are not there.
+
+    Those behind a URL are not asked for.
+    """
+    found, first = Found([one.at(source.name, None) for one in source.torn()]), 1
     for tar, count in zip(source.tars, source.counts, strict=True):
         if not is_url(tar) and not os.path.exists(tar):
             bad = BadSample(f"{os.path.basename(tar)} 0", f"{tar}: does not exist")

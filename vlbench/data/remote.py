@@ -44,6 +44,15 @@ def piece(url: str, offset: int = 0, size: int | None = None) -> bytes:
     return data
 
 
+def length_of(url: str) -> int | None:
+    """Return the bytes of a file; None where its server does not tell, or cannot be asked."""
+    try:
+        found = _ask("info", url).get("size")
+    except Mistake:  # reading it will say what is wrong
+        return None
+    return found if isinstance(found, int) else None
+
+
 def json_of(name: str) -> Any:
     """Return what a file of JSON holds."""
     if not is_url(name):

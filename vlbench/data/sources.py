@@ -10,7 +10,7 @@ from vlbench.data.order import Mixture
 from vlbench.data.remote import is_url
 from vlbench.data.sample import Source
 from vlbench.data.scenes import Captions, Conversations
-from vlbench.data.shards import Shards
+from vlbench.data.shards import Shards, is_tar
 from vlbench.mistakes import Mistake
 from vlbench.schema import Data, Stage
 
@@ -53,7 +53,7 @@ def _open(
         return Conversations(seed, data.samples, data.questions)
     opened = {} if opened is None else opened
     if (train, images) not in opened:
-        shards = is_url(train) or train.endswith(".tar") or Path(train).is_dir()
+        shards = is_url(train) or is_tar(train) or Path(train).is_dir()
         opened[train, images] = Shards(train) if shards else LlavaJson(Path(train), images)
     return opened[train, images]
 

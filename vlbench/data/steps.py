@@ -75,24 +75,27 @@ class Steps(Dataset[Step]):
             raise IndexError(f"step {index} of {self.total}")
         step = Step(index, [])
         encoded = self._encoded(step)
-        pixels = _Pixels(self.transform, encoded)
-        sound = [sample for sample in encoded if self._opens(sample, pixels, step)]
-        for row in pack(sound, self.row_tokens):
-            batch = self._collated([sound[place] for place in row], pixels)
+        pixels = _Pixels(self.transform, list(encoded.values()))
+        sound = {n: one for n, one in encoded.items() if self._opens(one, pixels, step)}
+        positions, samples = list(sound), list(sound.values())
+        for row in pack(samples, self.row_tokens):
+            batch = self._collated([samples[i] for i in row], pixels)
+            batch = replace(batch, stream_index=[positions[i] for i in row])
             step.batches.append(batch)
-            places = sum(len(sound[i].sample.pictures) * self.tokens_per_image for i in row)
+            places = sum(len(samples[i].sample.pictures) * self.tokens_per_image for i in row)
             step.samples += len(row)
             step.images += len(batch.pixels)
             step.text_tokens += sum(batch.lengths[0]) - places
             step.tokens += batch.tokens
         return step
 
-    def _encoded(self, step: Step) -> list[Encoded]:
-        """Encode the samples of a step; refused ones are recorded in it."""
-        encoded = []
-        for place in range(self.rank, self.batch, self.world):
+    def _encoded(self, step: Step) -> dict[int, Encoded]:
+        """Encode the samples of a step, by their position in the stream; note refused ones."""
+        encoded = {}
+        first = step.index * self.batch
+        for position in range(first + self.rank, first + self.batch, self.world):
             try:
-                encoded.append(self._encode(self.mixture[step.index * self.batch + place]))
+                encoded[position] = self._encode(self.mixture[position])
             except NoImage:
                 step.skipped += 1
             except BadSample as bad:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, gelu, linear, normalize
 
+from vlbench.data.batch import Pool
 from vlbench.model.caption_tokens import CaptionTokens
-from vlbench.ranks import gather
 
 SMOOTHING = 0.1  # of labels, in ITC and ITG
 TEMPERATURE = 0.07  # of ITC at the start; it is learned
@@ -30,18 +30,20 @@ def likeness(images: Tensor, captions: Tensor) -> Tensor:
     return torch.einsum("iqw,cw->icq", images, captions).amax(dim=-1)
 
 
-def draw(likeness: Tensor, first: int, seeds: Sequence[str]) -> Tensor:
-    """Return for each of this process' pairs another one as its negative, the likelier the liker.
+def draw(likeness: Tensor, own: Tensor | int, seeds: Sequence[str]) -> Tensor:
+    """Return for each of some pairs another one as its negative, the likelier the liker.
 
-    `likeness` is `[pairs, all pairs]`, this process' pairs begin at `first` among all, and each has
-    a seed of its own. Nothing is drawn where there is no other pair.
+    `likeness` is `[pairs, all pairs]`, `own` says where among all these pairs are (a number: there
+    is the first, and the others follow), and each has a seed of its own. The draw follows from the
+    seed and the order of all pairs. Nothing is drawn where there is no other pair.
     """
     if likeness.shape[1] < 2:
         return torch.zeros(0, dtype=torch.long, device=likeness.device)
+    places = range(own, own + len(seeds)) if isinstance(own, int) else own.tolist()
     drawn = []
-    for row, seed in enumerate(seeds):
-        one = likeness[row].float().cpu().clone()
-        one[first + row] = NEVER
+    for row, place, seed in zip(_wide(likeness).cpu(), places, seeds, strict=True):
+        one = row.clone()
+        one[place] = NEVER
         generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
         drawn.append(int(torch.multinomial(one.softmax(-1), 1, generator=generator)))
     return torch.tensor(drawn, dtype=torch.long, device=likeness.device)
@@ -70,6 +72,26 @@ class FirstStage(nn.Module):
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)  # as BERT begins
 
+    def embed(
+        self,
+        bert: Callable[..., Any],
+        queries: Tensor,
+        seen: Tensor,
+        captions: tuple[Tensor, Tensor],
+    ) -> dict[str, Tensor]:
+        """Return what pairs are compared by, and their captions: `image`, `caption`, `ids`, `mask`.
+
+        `seen` is what the queries attend to. Of each pair `image` has a vector for every query,
+        `[pairs, queries, itc_width]`, `caption` one, `[pairs, itc_width]`, all of length 1.
+        """
+        ids, mask = captions
+        read = queries.expand(len(seen), -1, -1)
+        read = bert(read, encoder_hidden_states=seen).last_hidden_state
+        words = bert(self.embeddings(ids), query_length=0, attention_mask=mask).last_hidden_state
+        image = normalize(self.vision_proj(read), dim=-1)
+        caption = normalize(self.text_proj(words[:, 0]), dim=-1)
+        return {"image": image, "caption": caption, "ids": ids, "mask": mask}
+
     def forward(
         self,
         bert: Callable[..., Any],
@@ -78,68 +100,81 @@ class FirstStage(nn.Module):
         features: Tensor,
         captions: tuple[Tensor, Tensor],
         seeds: Sequence[str],
+        pool: Pool | None = None,
     ) -> dict[str, Tensor]:
         """Return the summed losses `itc`, `itm` and `itg` of pictures and their captions.
 
         `queries` is `[1, queries, width]`, `look` makes of `features` what they attend to,
         `captions` are ids and mask `[pairs, length]`. Without `seeds` no pair is real: it runs for
-        the sake of other processes, from which, too, negatives come.
+        the sake of other processes. `pool` holds what `embed` gave of all pairs of the global
+        batch, from which negatives come; without it, these pairs are all.
         """
-        own, (ids, mask) = len(seeds), captions
-        read = queries.expand(len(features), -1, -1)
-        seen = bert(read, encoder_hidden_states=look(features)).last_hidden_state
-        words = bert(self.embeddings(ids), query_length=0, attention_mask=mask).last_hidden_state
-        image = normalize(self.vision_proj(seen), dim=-1)
-        caption = normalize(self.text_proj(words[:, 0]), dim=-1)
+        ids, mask = captions
+        mine = self.embed(bert, queries, look(features), captions)
+        still = {name: rows.detach() for name, rows in mine.items()}
+        if pool is None:
+            own = torch.arange(len(features), device=features.device)
+            pool = Pool(still, own, list(seeds), lambda which: features[which])
+        all_pairs = pool.rows if len(pool.rows["image"]) else still
+        own = pool.own if seeds else ids.new_zeros(1)
         # as in the reference, a picture learns from captions that stand still, and they from it
-        all_captions, first = gather(caption[:own].detach())
-        all_images, _ = gather(image[:own].detach())
-        if not len(all_captions):
-            all_captions, all_images = caption, image
-        to_captions = likeness(image, all_captions) / self.temp
-        to_images = likeness(all_images, caption).T / self.temp
-        no_image = draw(to_images.detach(), first, [f"{seed} image" for seed in seeds])
-        no_caption = draw(to_captions.detach(), first, [f"{seed} caption" for seed in seeds])
-        all_features, all_ids, all_mask = (gather(t[:own])[0] for t in (features, ids, mask))
-
-        def both(features: Tensor, ids: Tensor, sees: Tensor) -> Tensor:
-            """Let queries and text read together, as `sees` allows: `[pairs, both, width]`."""
-            told = self.embeddings(ids, query_embeds=queries.expand(len(ids), -1, -1))
-            count = queries.shape[1]
-            out = bert(
-                told,
-                query_length=count,
-                attention_mask=sees,
-                encoder_hidden_states=look(features),
-            )
-            return out.last_hidden_state
-
-        matched = both(
-            torch.cat([features, all_features[no_image], features[: len(no_caption)]]),
-            torch.cat([ids, ids[: len(no_image)], all_ids[no_caption]]),
-            _after_queries(queries, torch.cat([mask, mask[: len(no_image)], all_mask[no_caption]])),
+        to_captions = likeness(mine["image"], all_pairs["caption"]) / self.temp
+        to_images = likeness(all_pairs["image"], mine["caption"]).T / self.temp
+        no_image, no_caption = self.negatives(all_pairs, own, seeds)
+        matched = self._both(
+            bert,
+            queries,
+            look(torch.cat([features, pool.features(no_image), features[: len(no_caption)]])),
+            torch.cat([ids, ids[: len(no_image)], all_pairs["ids"][no_caption]]),
+            _after_queries(
+                queries, torch.cat([mask, mask[: len(no_image)], all_pairs["mask"][no_caption]])
+            ),
         )
         told_ids = torch.cat([torch.full_like(ids[:, :1], self.tell_id), ids[:, 1:]], dim=1)
-        told = both(features, told_ids, telling_mask(queries.shape[1], mask))
+        sees = telling_mask(queries.shape[1], mask)
+        told = self._both(bert, queries, look(features), told_ids, sees)
         return {
-            "itc": self._contrast(to_captions, to_images, first),
+            "itc": self._contrast(to_captions, to_images, own),
             "itm": self._match(matched[:, : queries.shape[1]], len(ids)),
             "itg": self._tell(told[:, queries.shape[1] :], ids, mask),
         }
 
-    def _contrast(self, to_captions: Tensor, to_images: Tensor, first: int) -> Tensor:
+    def negatives(
+        self, pairs: dict[str, Tensor], own: Tensor, seeds: Sequence[str]
+    ) -> tuple[Tensor, Tensor]:
+        """Draw for captions another picture and for pictures another caption, of all `pairs`."""
+        own = own[: len(seeds)]
+        captions = likeness(pairs["image"][own], pairs["caption"]) / self.temp
+        images = likeness(pairs["image"], pairs["caption"][own]).T / self.temp
+        return (
+            draw(images.detach(), own, [f"{seed} image" for seed in seeds]),
+            draw(captions.detach(), own, [f"{seed} caption" for seed in seeds]),
+        )
+
+    def _both(
+        self, bert: Callable[..., Any], queries: Tensor, seen: Tensor, ids: Tensor, sees: Tensor
+    ) -> Tensor:
+        """Let queries and text read together, as `sees` allows: `[pairs, both, width]`."""
+        told = self.embeddings(ids, query_embeds=queries.expand(len(ids), -1, -1))
+        out = bert(
+            told,
+            query_length=queries.shape[1],
+            attention_mask=sees,
+            encoder_hidden_states=seen,
+        )
+        return out.last_hidden_state
+
+    def _contrast(self, to_captions: Tensor, to_images: Tensor, own: Tensor) -> Tensor:
         """Return the loss of finding its caption to a picture and its picture to a caption."""
-        right = torch.arange(len(to_captions), device=to_captions.device) + first
-        right = right.clamp(max=to_captions.shape[1] - 1)
         both = [
-            cross_entropy(one.float(), right, reduction="sum", label_smoothing=SMOOTHING)
+            cross_entropy(_wide(one), own, reduction="sum", label_smoothing=SMOOTHING)
             for one in (to_captions, to_images)
         ]
         return (both[0] + both[1]) / 2
 
     def _match(self, seen: Tensor, true: int) -> Tensor:
         """Return the loss of telling the first `true` pairs, which belong together, from others."""
-        logits = self.itm_head(seen).mean(dim=1).float()
+        logits = _wide(self.itm_head(seen).mean(dim=1))
         labels = (torch.arange(len(seen), device=seen.device) < true).long()
         return cross_entropy(logits, labels, reduction="sum")
 
@@ -149,11 +184,16 @@ class FirstStage(nn.Module):
         logits = linear(hidden, self.embeddings.word_embeddings.weight, self.bias)
         labels = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
         return cross_entropy(
-            logits.flatten(0, 1).float(),
+            _wide(logits.flatten(0, 1)),
             labels.flatten(),
             reduction="sum",
             label_smoothing=SMOOTHING,
         )
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """Return logits of 16 bits in 32, others as they are."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _after_queries(queries: Tensor, mask: Tensor) -> Tensor:

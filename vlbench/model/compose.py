@@ -19,12 +19,21 @@ from vlbench.model.language import (
     end_ids,
     language_folder,
 )
-from vlbench.model.vision import Tower, build_tower
+from vlbench.model.vision import Tower, build_tower, tower_of
+from vlbench.model.vision_config import CONFIG, read_vision_config
 from vlbench.model.vlm import VLM
 from vlbench.model.weights.load import Choice
+from vlbench.model.weights.origin import (
+    ORIGINS,
+    WeightOrigin,
+    check_origin,
+    origin_of,
+    read_origins,
+)
 from vlbench.schema import Recipe
 
 LANGUAGE = "language"  # folder in a checkpoint that describes its language model
+VISION = "vision"  # folder in a checkpoint that describes its vision encoder
 
 
 def compose(
@@ -36,11 +45,16 @@ def compose(
     stay in their files, for a model that is to be sharded.
     """
     torch.manual_seed(recipe.seed)  # what has no pretrained weights starts from the seed
-    tower = _tower(recipe, recipe.vision.weights, image_size)
+    tower, origin = _pretrained_tower(recipe, image_size)
     language = build_language(recipe.language.name, recipe.language.weights, mapped=mapped)
     tokenizer = Tokenizer.load(language_folder(recipe.language.weights))
     vlm = _join(recipe, tower, language, tokenizer)
     vlm.pursue(objective, fresh=True)
+    vlm.origins = {
+        "vision": origin,
+        "connector": origin_of("random", vlm.connector),
+        "language": origin_of(recipe.language.weights, language),
+    }
     return vlm
 
 
@@ -49,16 +63,24 @@ def compose_empty(
 ) -> VLM:
     """Build the model of a checkpoint in `folder`, of which it holds the weights of parts `held`.
 
-    Those are left to be loaded; what training never touched has the recipe's pretrained weights.
+    Those are left to be loaded; what training never touched has the recipe's pretrained weights,
+    which must be those that the run began with.
     """
-    weights = "random" if "vision" in held else recipe.vision.weights
-    tower = _tower(recipe, weights, image_size)
+    before = read_origins(folder / ORIGINS)
+    if "vision" in held:
+        tower = _described_tower(recipe, folder)
+        tower.resize(image_size)
+    else:
+        tower, origin = _pretrained_tower(recipe, image_size)
+        check_origin("vision", before.get("vision"), origin, str(folder))
     if "language" in held:
         config = config_in(folder / LANGUAGE)
         language: Any = empty_language(config)
         language.generation_config.eos_token_id = end_ids(folder / LANGUAGE, config)
     else:
         language = build_language(recipe.language.name, recipe.language.weights, mapped=mapped)
+        origin = origin_of(recipe.language.weights, language)
+        check_origin("language", before.get("language"), origin, str(folder))
     return _join(recipe, tower, language, Tokenizer.load(folder))
 
 
@@ -79,11 +101,22 @@ def options_of(recipe: Recipe) -> dict[str, Any]:
     return {key: value for key, value in recipe.connector.items() if key != "name"}
 
 
-def _tower(recipe: Recipe, weights: str, image_size: int) -> Tower:
+def _pretrained_tower(recipe: Recipe, image_size: int) -> tuple[Tower, WeightOrigin]:
+    """Return the recipe's tower at `image_size`, and its origin at the size of its weights."""
     vision = recipe.vision
-    tower = build_tower(vision.name, weights, vision.layer, vision.norm)
+    tower = build_tower(vision.name, vision.weights, vision.layer, vision.norm)
+    origin = origin_of(vision.weights, tower.visual)
     tower.resize(image_size)
-    return tower
+    return tower, origin
+
+
+def _described_tower(recipe: Recipe, folder: Path) -> Tower:
+    """Return the tower that the checkpoint in `folder` describes, its weights to be loaded."""
+    vision = recipe.vision
+    if (folder / VISION / CONFIG).is_file():
+        config = read_vision_config(folder / VISION)
+        return tower_of(config, vision.name, vision.layer, vision.norm)
+    return build_tower(vision.name, vision.weights, vision.layer, vision.norm, load=False)
 
 
 def _join(recipe: Recipe, tower: Tower, language: Any, tokenizer: Tokenizer) -> VLM:

@@ -15,8 +15,9 @@ from vlbench.files import read_json
 from vlbench.mistakes import Mistake, nearest
 from vlbench.model.attention import PACKED
 from vlbench.model.weights import hub
-from vlbench.model.weights.groups import BUFFERS, Group, load_groups, tied
+from vlbench.model.weights.groups import BUFFERS, Group, check_groups, load_groups, tied
 from vlbench.model.weights.hub import fetch
+from vlbench.model.weights.origin import expect_loaded
 from vlbench.model.weights.shards import weight_files
 
 TINY = Path(__file__).parent / "tiny" / "language"
@@ -147,16 +148,33 @@ def load_language(
 ) -> LlamaForCausalLM:
     """Load a folder in the Hugging Face layout, file by file; `dtype` None keeps each its own."""
     model = empty_language(config_in(folder))
-    state = model.state_dict()
-    again = tied(model)
-    wanted = {name: ("language", name) for name in state if name not in again}
-    group = Group(weight_files(folder), wanted, "|".join([BUFFERS, *map(re.escape, again)]))
+    state, again = model.state_dict(), tied(model)
     stay = ("language",) if mapped else ()
+    group = _group(folder, model)
     loaded = load_groups([group], {"language": state}, dtype, "cpu", stay)["language"]
+    expect_loaded(state.keys() - again, loaded, f"language.weights={folder}")
     model.load_state_dict(loaded, strict=not again, assign=True)
     model.tie_weights()
     model.generation_config.eos_token_id = end_ids(folder, model.config)
     return model
+
+
+def check_weights(weights: str) -> None:
+    """Compare names and shapes of the files that `language.weights` means with its architecture.
+
+    What lies on a hub is downloaded; no number is read.
+    """
+    if weights != "random":
+        folder = language_folder(weights)
+        model = empty_language(config_in(folder))
+        check_groups([_group(folder, model)], {"language": model.state_dict()})
+
+
+def _group(folder: Path, model: LlamaForCausalLM) -> Group:
+    """Return what to read from a folder for `model`: all, but what repeats other weights."""
+    again = tied(model)
+    wanted = {name: ("language", name) for name in model.state_dict() if name not in again}
+    return Group(weight_files(folder), wanted, "|".join([BUFFERS, *map(re.escape, again)]))
 
 
 def end_ids(folder: Path, config: LlamaConfig) -> list[int]:

@@ -2,10 +2,15 @@
 
 The decoder keeps its class and its paths, hooks and packing work as before, and the base weights
 are not touched until `merge`. On disk adapters have peft's own layout.
+
+A model that is to be sharded keeps its language model in its files, in 16 bits where they have 16.
+Adapters are made and merged in float32 all the same, one layer after the other, so that they start
+and end with the same numbers however many processes train.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 from collections.abc import Iterator, Mapping
@@ -82,19 +87,31 @@ def adapters(part: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def merge(part: nn.Module) -> None:
-    """Add adapters to the weights that they adapt, and take them away."""
+    """Add adapters to the weights that they adapt, and take them away.
+
+    The sum has the type of the adapters where that is wider than the weights': float32 while a
+    model is trained.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     root = _root(part)
     for name, layer in list(root.named_modules()):
         if isinstance(layer, BaseTunerLayer):
-            layer.merge()
-            _replace(root, name, layer.get_base_layer())
+            _replace(root, name, _merged(layer))
     for name, attention in list(root.named_modules()):
         if isinstance(attention, SplitAttention):
             _replace(root, name, attention.packed())
     if hasattr(root, "peft_config"):
         del root.peft_config
+
+
+def _merged(layer: Any) -> nn.Module:
+    """Return the Linear layer that computes what an adapted one does."""
+    base = layer.get_base_layer()
+    kind = torch.promote_types(base.weight.dtype, layer.lora_A[NAME].weight.dtype)
+    layer.to(torch.promote_types(kind, torch.float32))  # a sum in 16 bits would be rounded twice
+    layer.merge()
+    return base.to(kind)  # type: ignore[no-any-return]
 
 
 def base_state(part: nn.Module) -> dict[str, Tensor]:
@@ -151,16 +168,29 @@ def _root(part: nn.Module) -> nn.Module:
 
 def _inject(root: nn.Module, config: Any) -> None:
     """Let peft put adapters into `root`, at the place and of the kind of what they adapt."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    for name, layer in list(root.named_modules()):
+        if isinstance(layer, nn.Linear) and check_target_module_exists(config, name):
+            _replace(root, name, _adapted(layer, config))
+    root.peft_config = {NAME: config}  # type: ignore[assignment]
+
+
+def _adapted(layer: nn.Linear, config: Any) -> nn.Module:
+    """Return a Linear layer with new adapters, which are computed and kept in float32 or float64.
+
+    peft would round them to the type of the weights, and take DoRA's magnitudes in it.
+    """
     from peft import inject_adapter_in_model
 
-    wanted = config.target_modules
-    inject_adapter_in_model(config, root)
-    config.target_modules = wanted  # peft shortens the names, and then equal ones look different
-    root.peft_config = {NAME: config}  # type: ignore[assignment]
-    first = next(p for n, p in root.named_parameters() if ".lora_" not in n)
-    kind = first.dtype if first.dtype == torch.float64 else torch.float32  # they are trained
-    for parameter in adapters(root).values():
-        parameter.data = parameter.data.to(device=first.device, dtype=kind)
+    config = copy.copy(config)
+    config.target_modules = ["layer"]
+    stored = layer.weight.data
+    if stored.is_floating_point() and stored.dtype.itemsize < 4:
+        layer.weight.data = stored.float()
+    holder = inject_adapter_in_model(config, nn.ModuleDict({"layer": layer}))
+    layer.weight.data = stored
+    return holder.get_submodule("layer")
 
 
 def _shown(name: str) -> str:

@@ -3,18 +3,22 @@
 A unit gathers its parameters when its `forward` is called, on every process in the same order. What
 belongs to none (embeddings, head, the rest of a connector) is gathered once for the whole step, so
 `inject`, `losses` and `objective` may read it, and connectors need no care for sharding.
+
+Scalars, which FSDP2 refuses, stay whole in every process. So do the vectors of blocks that travel
+in bfloat16 (norms, biases, DoRA's magnitudes): autocast computes with them in float32.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from vlbench.model.replicated import Averaging
 from vlbench.model.vlm import VLM
 
 
@@ -26,14 +30,30 @@ def shard(vlm: VLM, mesh: DeviceMesh, half: bool = False) -> VLM:
     """
     kind = torch.bfloat16 if half else None
     sent = MixedPrecisionPolicy(kind, kind and torch.float32, cast_forward_inputs=False)
-    whole = {id(module) for module in vlm.connector.modules()}
-    for unit in units(vlm):
-        policy = MixedPrecisionPolicy() if id(unit) in whole else sent
-        fully_shard(unit, mesh=mesh, mp_policy=policy)
-    fully_shard(vlm, mesh=mesh)
+    connector = {id(module) for module in vlm.connector.modules()}
+    blocks = list(units(vlm))
+    kept = dict.fromkeys(parameter for parameter in vlm.parameters() if not _divisible(parameter))
+    if half:
+        kept |= dict.fromkeys(
+            parameter
+            for block in blocks
+            if id(block) not in connector
+            for parameter in block.parameters()
+            if parameter.dim() == 1
+        )
+    for block in blocks:
+        policy = MixedPrecisionPolicy() if id(block) in connector else sent
+        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=set(kept))
+    fully_shard(vlm, mesh=mesh, ignored_params=set(kept))
     if any(parameter.dtype.itemsize < 4 for parameter in vlm.parameters()):
         vlm.to(torch.float32)  # what was left in a file came as it is stored there
+    Averaging(kept, mesh.get_group())
     return vlm
+
+
+def _divisible(parameter: nn.Parameter) -> bool:
+    """Tell whether FSDP2 can shard a parameter."""
+    return parameter.dim() > 0 and parameter.is_floating_point()
 
 
 @contextlib.contextmanager
@@ -53,8 +73,13 @@ def units(vlm: VLM) -> Iterator[nn.Module]:
     """Give the blocks of all parts; those of a connector are what its lists of modules hold."""
     yield from vlm.language.model.layers
     yield from vlm.vision.blocks()
-    for module in vlm.connector.children():
-        if isinstance(module, nn.ModuleDict):
-            yield from module.values()
-        elif isinstance(module, nn.ModuleList):
-            yield from module
+    yield from dict.fromkeys(_listed(vlm.connector.children()))
+
+
+def _listed(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """Give what lists among `modules` hold, also lists in lists, and has a `forward`."""
+    for module in modules:
+        if isinstance(module, nn.ModuleDict | nn.ModuleList):
+            inside = list(module.children())
+            yield from (m for m in inside if type(m).forward is not nn.Module.forward)
+            yield from _listed(inside)

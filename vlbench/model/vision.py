@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import open_clip
 import torch
@@ -15,12 +14,15 @@ from torch import Tensor, nn
 from vlbench.data.images import ImageTransform
 from vlbench.files import read_json
 from vlbench.mistakes import Mistake, nearest
+from vlbench.model.vision_config import EMBEDDED, VisionConfig, own_folder, vision_config
 from vlbench.model.weights import clip, hub
-from vlbench.model.weights.hub import fetch
+from vlbench.model.weights import open_clip as open_clip_files
+from vlbench.model.weights.groups import check_groups
+from vlbench.model.weights.origin import expect_loaded
 
 Colour = tuple[float, float, float]
-TINY = Path(__file__).parent / "tiny"
-EMBEDDED = {"tiny": TINY / "tower", "tiny_eva": TINY / "eva_tower"}
+OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+"""Names of open_clip's weights in a folder and on a hub, in the order of preference."""
 
 
 class Tower(nn.Module):
@@ -34,10 +36,21 @@ class Tower(nn.Module):
 
     visual: Any
 
-    def __init__(self, visual: nn.Module, layer: int, norm: bool, preprocess: dict) -> None:
-        """Take features after block `layer` (-2: last but one), with the final norm if `norm`."""
+    def __init__(
+        self,
+        visual: nn.Module,
+        layer: int,
+        norm: bool,
+        preprocess: dict[str, Any],
+        config: VisionConfig | None = None,
+    ) -> None:
+        """Take features after block `layer` (-2: last but one), with the final norm if `norm`.
+
+        `config` is what `visual` was built from; None for a released model's, which keeps its own
+        small files.
+        """
         super().__init__()
-        self.visual = visual
+        self.visual, self.config = visual, config
         self.layer, self.norm, self.class_token = layer, norm, False
         self.mean: Colour = tuple(preprocess["mean"])
         self.std: Colour = tuple(preprocess["std"])
@@ -152,48 +165,64 @@ class Tower(nn.Module):
         return parts[0] in heads or (parts[0] in norms and not self.norm)
 
 
-def build_tower(name: str, weights: str, layer: int = -2, norm: bool = False) -> Tower:
+def build_tower(
+    name: str, weights: str, layer: int = -2, norm: bool = False, load: bool = True
+) -> Tower:
     """Build the tower `name` and load `weights`.
 
-    `name` is a model of open_clip, one of EMBEDDED or a folder with `open_clip_config.json`;
-    `weights` is "embedded", "random", a pretrained tag of open_clip, one of its files, or a folder:
-    of open_clip, or a CLIP in Hugging Face's layout.
+    Args:
+        name: A model of open_clip, one of EMBEDDED or a folder with open_clip_config.json.
+        weights: "embedded" (of EMBEDDED, or the folder's own), "random", a pretrained tag of
+            open_clip, a file of an open_clip model, or a folder: of open_clip, or a CLIP in
+            Hugging Face's layout.
+        layer: Block whose output is used, -2 for the last but one.
+        norm: Whether the final norm follows.
+        load: False where shapes are enough: nothing is downloaded, numbers stay random.
+
+    Raises:
+        Mistake: when a name is unknown, or a file is not wholly the tower's weights.
     """
-    source = _source(name)
-    local = source.startswith("local-dir:")
-    if local and weights not in ("embedded", "random"):
-        raise Mistake(
-            f"vision.weights is '{weights}'; vision.name={name} has its own weights, so only "
-            "'embedded' and 'random' are allowed"
-        )
-    pretrained = None if local or weights == "random" else _pretrained(name, weights)
-    logging.getLogger().setLevel(logging.ERROR)  # open_clip reports every load, and random weights
+    config = vision_config(name, weights)
+    _check_choice(name, weights)
+    tower = tower_of(config, name, layer, norm)
+    if load and weights != "random":
+        _load(tower, name, weights)
+    return tower
+
+
+def tower_of(config: VisionConfig, name: str, layer: int, norm: bool) -> Tower:
+    """Build the tower that `config` describes, with random weights; `name` is for mistakes."""
     try:
-        model = open_clip.create_model(
-            source,
-            pretrained=pretrained,
-            load_weights=local and weights != "random",
-            device=torch.get_default_device(),  # `meta` where only shapes are wanted
-        )
-    except RuntimeError as error:
-        raise Mistake(
-            f"vision.weights is '{weights}', which cannot be read or fetched "
-            f"({' '.join(str(error).split())[:300]}); wanted is {hub.TOWER}"
-        ) from error
-    visual = model.visual
+        visual = config.build()
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # open_clip's and timm's
+        reason = " ".join(str(error).split())[:200]
+        raise Mistake(f"vision.name is '{name}', which cannot be built ({reason})") from error
     if not hasattr(visual, "transformer") and not hasattr(getattr(visual, "trunk", None), "blocks"):
         raise Mistake(
             f"vision.name is '{name}', which is no ViT; towers that work are open_clip's ViT-* "
             "and EVA* models, for example ViT-H-14, ViT-L-14-336 or EVA02-L-14-336"
         )
-    tower = Tower(visual, layer, norm, open_clip.get_model_preprocess_cfg(model))
-    if pretrained is None and Path(weights).is_dir():
-        load_clip_folder(tower, Path(weights))
-    return tower
+    return Tower(visual, layer, norm, {"mean": config.mean, "std": config.std}, config)
 
 
-def load_clip_folder(tower: Tower, folder: Path) -> None:
-    """Load a CLIP in Hugging Face's layout into `tower`, at the image size of the folder."""
+def check_weights(name: str, weights: str) -> None:
+    """Compare names and shapes of the files that `weights` means with the tower `name`.
+
+    What lies on a hub is downloaded; no number is read.
+    """
+    with torch.device("meta"):
+        tower = build_tower(name, weights, load=False)
+        if weights != "random":
+            _load(tower, name, weights, numbers=False)
+
+
+def load_clip_folder(tower: Tower, folder: Path, numbers: bool = True) -> set[str]:
+    """Load a CLIP in Hugging Face's layout into `tower`, at the image size of the folder.
+
+    Returns:
+        The keys of `tower.visual` that were loaded. Without `numbers` names and shapes are
+        compared, and nothing is loaded.
+    """
     file = folder / "config.json"
     config = clip.vision_config(read_json(file), file)
     needed = clip.config_of(tower.visual)
@@ -204,43 +233,74 @@ def load_clip_folder(tower: Tower, folder: Path) -> None:
                 f"{needed[key]}"
             )
     tower.resize(config["image_size"])
-    clip.load(folder, tower.visual)
+    if numbers:
+        return clip.load(folder, tower.visual)
+    check_groups([clip.group(folder, tower.visual)], {"vision": clip.to_hugging_face(tower.visual)})
+    return set()
 
 
-def _source(name: str) -> str:
-    """Return what open_clip calls the tower `name`; a Mistake if it does not know it."""
-    if name in EMBEDDED:
-        import vlbench.model.tiny.eva  # noqa: F401  makes its architecture known to timm
+def _load(tower: Tower, name: str, weights: str, numbers: bool = True) -> None:
+    """Load what `weights` means into `tower`, every tensor of it; compare alone if not `numbers`"""
+    file = _weight_file(name, weights)
+    if file is None:
+        loaded = load_clip_folder(tower, Path(weights), numbers)
+    else:
+        side = open_clip_files.image_size(file, tower.visual)
+        if side is not None:
+            tower.resize(side)
+        if numbers:
+            loaded = open_clip_files.load(file, tower.visual)
+        else:
+            state = tower.visual.state_dict()
+            check_groups([open_clip_files.group(file, state)], {"vision": state})
+    if numbers:
+        expect_loaded(tower.visual.state_dict(), loaded, f"vision.weights={weights}")
 
-        return f"local-dir:{EMBEDDED[name]}"
-    if (Path(name) / "open_clip_config.json").is_file():
-        return f"local-dir:{name}"
-    if name not in open_clip.list_models():
+
+def _check_choice(name: str, weights: str) -> None:
+    """Refuse weights that `vision.name` cannot have."""
+    folder = own_folder(name)
+    own = ("embedded", "random", *([name] if name not in EMBEDDED else []))
+    if folder is not None and weights not in own:
         raise Mistake(
-            f"vision.name is '{name}'; known are {', '.join(EMBEDDED)}, a folder with "
-            "open_clip_config.json and the ViTs of open_clip."
-            f"{nearest(name, [*EMBEDDED, *open_clip.list_models()])}"
+            f"vision.weights is '{weights}'; vision.name={name} has its own weights, so only "
+            "'embedded' and 'random' are allowed"
         )
-    return name
 
 
-def _pretrained(name: str, weights: str) -> str | None:
-    """Return the file or tag of open_clip that `weights` is; None for a folder of another kind."""
-    for file in ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"):
-        if (Path(weights) / file).is_file():
-            return str(Path(weights) / file)
-    if (Path(weights) / "config.json").is_file():
-        return None
+def _weight_file(name: str, weights: str) -> Path | None:
+    """Return the file of open_clip that `weights` is; None for a CLIP in Hugging Face's layout."""
+    folder = own_folder(name)
+    if folder is not None:
+        return _file_in(folder) or _missing(folder)
+    given = Path(weights)
+    if given.is_dir():
+        found = _file_in(given)
+        if found is None and not (given / "config.json").is_file():
+            _missing(given)
+        return found
     tags = open_clip.list_pretrained_tags_by_model(name)
     if weights in tags:
-        source = open_clip.get_pretrained_cfg(name, weights).get("hf_hub")
-        if source:  # ask the hub first: open_clip tries for a minute and speaks in many lines
-            owner, repository = source.split("/")[:2]
-            fetch(f"{owner}/{repository}", "vision.weights", hub.TOWER, patterns=("*.json",))
-    if weights in tags or Path(weights).is_file():
-        return weights
+        source = open_clip.get_pretrained_cfg(name, weights)["hf_hub"]
+        owner, repository, file = [*source.split("/"), ""][:3]
+        names = (file,) if file else OPEN_CLIP_FILES
+        return hub.fetch_file(f"{owner}/{repository}", names, f"vision.weights={weights}")
+    if given.is_file():
+        return given
     raise Mistake(
         f"vision.weights is '{weights}'; for {name} allowed are 'random', a file, a folder with "
-        "open_clip_model.safetensors or with config.json of a CLIP, or one of "
+        f"{OPEN_CLIP_FILES[0]} or with config.json of a CLIP, or one of "
         f"{', '.join(tags) or '(no tags)'}.{nearest(weights, tags)}"
+    )
+
+
+def _file_in(folder: Path) -> Path | None:
+    """Return open_clip's file of weights in `folder`, None if there is none."""
+    return next((folder / name for name in OPEN_CLIP_FILES if (folder / name).is_file()), None)
+
+
+def _missing(folder: Path) -> NoReturn:
+    raise Mistake(
+        f"{folder} has no weights of a vision encoder; wanted is {' or '.join(OPEN_CLIP_FILES)}, "
+        "or config.json and weights of a CLIP in Hugging Face's layout"
     )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from vlbench.data.sample import IMAGE
 from vlbench.data.template import Template
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.mistakes import Mistake
-from vlbench.model.attention import Opaque, bounds
+from vlbench.model.attention import Opaque, bounds, no_mask
+from vlbench.model.contrast import alone, compares
 from vlbench.model.generate import Stream, generate
 from vlbench.model.loss import summed_loss
 from vlbench.model.messages import prompt_batch, sample_of
@@ -27,6 +28,7 @@ from vlbench.model.recompute import recompute
 from vlbench.model.static import Step
 from vlbench.model.vision import Tower
 from vlbench.model.weights.groups import place
+from vlbench.model.weights.origin import WeightOrigin
 
 PARTS = ("vision", "connector", "language")
 
@@ -43,10 +45,18 @@ class Output:
     """Number of supervised positions."""
     extra: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """The connector's own losses, `{name: (sum, count)}`."""
+    features: Tensor | None = None
+    """What the tower gave, when it was asked for what pairs are compared by."""
+    embedded: dict[str, Tensor] = field(default_factory=dict)
+    """What pairs are compared by, see `Connector.embed`."""
 
 
 class VLM(nn.Module):
-    """A vision-language model: `vision`, `connector`, `language`, with tokenizer and template."""
+    """A vision-language model: `vision`, `connector`, `language`, with tokenizer and template.
+
+    Several threads may call `forward`, `generate` and `chat` of one model at once: these change
+    nothing about it. What does (`train`, `resize`, `pursue`, `recompute`) is for one thread.
+    """
 
     language: Any  # a causal language model of transformers with Llama's layout
 
@@ -70,10 +80,11 @@ class VLM(nn.Module):
         self.objective, self._recomputes = "language", False
         self.connector = self._connect()
         self.release: dict[str, bytes] = {}  # small files of the released model it began as
+        self.origins: dict[str, WeightOrigin] = {}  # what its parts began as, by name of the part
         self.step = Step()  # of compiled answers
         layers = self.language.model.layers
         self._hooks = [
-            layers[i].register_forward_pre_hook(self._inject(i), with_kwargs=True)
+            layers[i].register_forward_pre_hook(partial(_inject, self, i), with_kwargs=True)
             for i in self.connector.inject_at
         ]
 
@@ -120,11 +131,12 @@ class VLM(nn.Module):
     def train(self, mode: bool = True) -> VLM:
         """Set training mode, except for a frozen tower, which always runs in evaluation mode."""
         super().train(mode)
-        if not self._vision_trains():
+        if not self.vision_trains():
             self.vision.eval()
         return self
 
-    def _vision_trains(self) -> bool:
+    def vision_trains(self) -> bool:
+        """Tell whether any weight of the tower is trained."""
         return any(p.requires_grad for p in self.vision.parameters())
 
     def features(self, batch: Batch) -> Tensor:
@@ -135,7 +147,7 @@ class VLM(nn.Module):
         if not len(pixels):  # a batch of text alone still runs every part, so gradients exist
             side = self.vision.image_size
             pixels = pixels.new_zeros(1, 3, side, side)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._vision_trains()):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.vision_trains()):
             return self.vision(pixels.to(self.vision.dtype))
 
     def visual(self, batch: Batch) -> Tensor:
@@ -161,19 +173,6 @@ class VLM(nn.Module):
         filled = embeds.flatten(0, 1).index_put((places,), values.to(embeds.dtype))
         return filled.view_as(embeds)
 
-    def _inject(self, layer: int) -> Any:
-        """Return the hook of decoder layer `layer`: visual tokens arrive as keyword arguments."""
-
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            inject = self._kept(self.connector.inject)
-            hidden = inject(layer, hidden, kwargs["visual"], kwargs["sees"])
-            if args:
-                return (hidden, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": hidden}
-
-        return hook
-
     def read(self, embeds: Tensor, visual: Tensor, sees: Tensor, **kwargs: Any) -> Any:
         """Run the decoder layers over `embeds`; `kwargs` go to the language model's forward."""
         if self.connector.inject_at:
@@ -187,6 +186,7 @@ class VLM(nn.Module):
             visual,
             batch.image_index,
             position_ids=batch.positions,
+            attention_mask=no_mask(visual.device),
             lengths=Opaque(batch.lengths),
             bounds=bounds(batch.lengths, batch.ids.shape[1], visual.device),
             use_cache=False,
@@ -210,17 +210,23 @@ class VLM(nn.Module):
         """
         if not (self._recomputes and torch.is_grad_enabled()):
             return function
-        return functools.partial(checkpoint, function, use_reentrant=False)
+        return partial(checkpoint, function, use_reentrant=False)
 
-    def forward(self, batch: Batch) -> Output:
+    def forward(self, batch: Batch, embed: bool = False) -> Output:
         """Give all logits for a batch without labels, otherwise the summed loss of its labels.
 
         After `pursue` with an objective of the connector's own, labels give the losses of that one
-        and the language model is left out. Training must go through here: DDP and FSDP hook
-        `forward` alone.
+        and the language model is left out; with `embed` they give what its pairs are compared by.
+        A batch without a pool (`model.contrast.pooled`) is compared as if it were a whole step.
+        Training must go through here: DDP and FSDP hook `forward` alone.
         """
         features = self.features(batch)
+        if embed:
+            rows = self.connector.embed(self.objective, features, batch)
+            return Output(features=features, embedded=rows)
         if self.objective != "language" and batch.labels is not None:
+            if batch.pool is None and compares(self):
+                batch = alone(self, batch, features)
             return Output(extra=self.connector.objective(self.objective, features, batch))
         visual = self._kept(self.connector)(features)
         hidden = self.hidden(batch, visual)
@@ -261,7 +267,7 @@ class VLM(nn.Module):
         of the answer's text; True prints the pieces. `past`, the same at every turn, spares reading
         the conversation again.
         """
-        show = functools.partial(print, end="", flush=True) if stream is True else stream
+        show = partial(print, end="", flush=True) if stream is True else stream
         if isinstance(messages, list) and messages and isinstance(messages[0], list):
             raise Mistake(
                 f"chat answers one conversation, given are {len(messages)}; "
@@ -283,6 +289,18 @@ class VLM(nn.Module):
         """Give the three parts by name."""
         for name in PARTS:
             yield name, getattr(self, name)
+
+
+def _inject(
+    vlm: VLM, layer: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict]:
+    """Be the hook before decoder layer `layer`: visual tokens arrive as keyword arguments."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    inject = vlm._kept(vlm.connector.inject)
+    hidden = inject(layer, hidden, kwargs["visual"], kwargs["sees"])
+    if args:
+        return (hidden, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": hidden}
 
 
 def shapes_of(tower: Tower, config: Any) -> Shapes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from vlbench import ranks
@@ -48,3 +50,14 @@ def agree(step: Step) -> Plan:
 def total(value: float) -> float:
     """Return the sum of a number over all processes."""
     return float(ranks.table([value]).sum())
+
+
+def totals(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Return the sums by name over `counts` and all processes; not all need to know a name."""
+    mine: Counter[str] = Counter()
+    for one in counts:
+        mine.update(one)
+    sums: Counter[str] = Counter()
+    for theirs in ranks.everyone(dict(mine)):
+        sums.update(theirs)
+    return dict(sorted(sums.items()))

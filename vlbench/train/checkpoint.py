@@ -3,9 +3,11 @@
 checkpoints/2-chat-000300/
     model.safetensors     every part that was trained so far, keys `vision.`, `connector.`, ...
     optimizer/            the optimizer of the open stage, by the names of parameters
-    position.json         stage, step, held-out loss, sum of the weights file
+    position.json         stage, step, held-out loss
     recipe.yaml preprocess.json tokenizer.model tokenizer_config.json
     language/             config of the language model, if its weights are in model.safetensors
+    vision/               config of the vision encoder, in open_clip's format
+    weights.json          what each part began as: its source, and a checksum of its weights
     adapters/PART/        LoRA adapters in peft's layout, if a part has them
     release/              the small files of the released model that the run began with, if any
 
@@ -34,9 +36,10 @@ from vlbench import ranks
 from vlbench.files import read_json
 from vlbench.mistakes import Mistake
 from vlbench.model import lora
-from vlbench.model.compose import LANGUAGE
+from vlbench.model.compose import LANGUAGE, VISION
 from vlbench.model.held import HELD
 from vlbench.model.vlm import VLM
+from vlbench.model.weights.origin import write_origins
 from vlbench.model.weights.release import write_files
 from vlbench.model.weights.shards import Lazy, begin, weight_files
 from vlbench.train.moments import moments
@@ -165,6 +168,10 @@ def describe(vlm: VLM, folder: Path, recipe: str, position: Position) -> None:
     (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
     vlm.tokenizer.save(folder)
     write_files(vlm.release, folder / RELEASE)
+    write_origins(vlm.origins, folder)
+    if vlm.vision.config is not None:
+        (folder / VISION).mkdir()
+        vlm.vision.config.save(folder / VISION)
     config = vlm.language.config.to_dict()
     ends = {"eos_token_id": vlm.language.generation_config.eos_token_id}
     (folder / LANGUAGE).mkdir()

@@ -9,6 +9,7 @@ import torch
 from vlbench import ranks
 from vlbench.data.batch import Batch
 from vlbench.data.steps import Steps
+from vlbench.model.contrast import pooled
 from vlbench.model.recompute import WAYS
 from vlbench.model.vlm import VLM
 from vlbench.schema import Recipe
@@ -65,7 +66,8 @@ def _peak(recipe: Recipe, vlm: VLM, steps: Steps, device: torch.device, way: str
     torch.cuda.reset_peak_memory_stats(device)
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-            out = vlm(batch.to(device))
+            batch = pooled(vlm, [batch.to(device)], shared=False)[0]
+            out = vlm(batch)
         parts = [out.loss_sum, *(value for value, _ in out.extra.values())]
         torch.stack([part.float() for part in parts if part is not None]).sum().backward()
     except torch.OutOfMemoryError:
@@ -74,7 +76,15 @@ def _peak(recipe: Recipe, vlm: VLM, steps: Steps, device: torch.device, way: str
         vlm.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
     states = STATES * sum(p.numel() for p in vlm.parameters() if p.requires_grad)
-    return torch.cuda.max_memory_allocated(device) + states
+    return torch.cuda.max_memory_allocated(device) + states + _kept(batch, steps)
+
+
+def _kept(batch: Batch, steps: Steps) -> int:
+    """Return the bytes of features that `model.contrast` keeps of the other pairs of a step."""
+    if batch.pool is None or batch.features is None:
+        return 0
+    pairs = -(-steps.batch // steps.world) - len(batch.features)
+    return max(0, pairs) * batch.features[0].nbytes
 
 
 def _longest(steps: Steps) -> Batch:

@@ -65,6 +65,7 @@ def measure(recipe: Recipe, legs: list[Leg]) -> Iterator[Measured]:
     check_data(recipe, legs)
     check_sizes(recipe, legs)
     vlm, _ = prepare(recipe, legs, None)
+    report.show_weights(vlm.origins, recipe.seed)
     for leg in legs:
         if not leg.steps:
             continue

@@ -8,21 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import math
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vlbench.mistakes import Mistake
 from vlbench.schema import Trainer
+from vlbench.train.machine import cores
 
 LAUNCHER = "VLBENCH_LAUNCHER"  # process id, told to the processes that it started
+ELASTIC = "TORCHELASTIC_RUN_ID"  # told by torchrun
 GRACE = 20.0  # seconds for the others to end by themselves, once one has ended badly
 POLL = 0.1  # seconds
+ORPHANED = 120.0  # seconds to end the step and save, when the launcher has died
+LOOK = 1.0  # seconds between looks at the launcher
 LEAVING = 10.0  # seconds in which other tasks of Slurm have ended
 STARTING = 2.0  # seconds in which Python starts, and training cannot have begun
 INTERRUPTED = 128 + signal.SIGINT  # exit code of what was asked to stop
@@ -80,13 +86,43 @@ def launcher_is_gone() -> bool:
     return LAUNCHER in os.environ and os.getppid() != int(os.environ[LAUNCHER])
 
 
+def end_with_launcher() -> None:
+    """Let this process stop and save when what started it has died, by kill -9 as well.
+
+    A dead launcher hands nothing on. A process that does not stop, as it waits for another one, is
+    killed after ORPHANED seconds.
+    """
+    if LAUNCHER in os.environ or ELASTIC in os.environ:
+        started_by = int(os.environ.get(LAUNCHER, os.getppid()))
+        threading.Thread(target=_outlive, args=(started_by,), daemon=True).start()
+
+
+def _outlive(launcher: int) -> None:
+    """Wait for the end of the launcher, then end this process."""
+    while os.getppid() == launcher:
+        time.sleep(LOOK)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(ORPHANED)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def apart(_: int) -> None:
     """Take a data worker out of the process group of its run, as DataLoader's `worker_init_fn`.
 
     What is sent to the group (Slurm before it preempts, Ctrl-C) is for the run, which stops after
-    its step; workers would die of it in the middle of one.
+    its step; workers would die of it in the middle of one. They end with their run, also when they
+    are in the middle of a sample.
     """
     os.setpgrp()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Wait for the end of the process that made this one, then end it too."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def launch(words: Sequence[str], settings: Trainer) -> int:
@@ -133,7 +169,7 @@ def _start(words: Sequence[str], devices: int) -> list[subprocess.Popen[bytes]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    threads = str(max(1, (os.cpu_count() or 1) // devices))
+    threads = str(max(1, cores() // devices))
     common = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),

@@ -144,6 +144,8 @@ def of_source(source: Source, bad: list[BadSample]) -> list[BadSample]:
 
 def _tell(source: Source, found: Found) -> None:
     """Print what of a source is left out."""
+    for note in getattr(source, "notes", ()):
+        print(f"{source.name}: {note}")
     if found.bad:
         print(f"{source.name}: {found.count} of {len(source)} samples are bad and left out")
     if found.told():

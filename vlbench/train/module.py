@@ -14,14 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from vlbench import ranks
+from vlbench.connector import Connector
+from vlbench.data.batch import Batch
 from vlbench.data.steps import Step
 from vlbench.mistakes import Mistake, nearest
 from vlbench.model import lora
+from vlbench.model.contrast import pooled
 from vlbench.model.flops import StepFlops, step_flops
+from vlbench.model.replicated import alike, clip_gradients
 from vlbench.model.shard import shard
 from vlbench.model.vlm import VLM
 from vlbench.schema import Stage, Train
-from vlbench.train.agree import Plan, agree, total
+from vlbench.train.agree import Plan, agree, total, totals
 from vlbench.train.moments import put_back
 
 SEEN = ("samples", "images", "tokens")
@@ -168,10 +172,10 @@ class Training(pl.LightningModule):
             shard(self.vlm, self.device_mesh["data_parallel"], half)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return AdamW with one group per trained part."""
+        """Return AdamW with one group per trained part; what is not sharded is apart."""
         groups = [
             {
-                "params": [p for p in getattr(self.vlm, name).parameters() if p.requires_grad],
+                "params": some,
                 "lr": part.lr,
                 "peak": part.lr,
                 "name": name,
@@ -180,6 +184,7 @@ class Training(pl.LightningModule):
                 else self.stage.weight_decay,
             }
             for name, part in self.stage.parts.items()
+            for some in alike([p for p in getattr(self.vlm, name).parameters() if p.requires_grad])
         ]
         return torch.optim.AdamW(groups, betas=self.stage.betas, fused=True)
 
@@ -248,18 +253,19 @@ class Training(pl.LightningModule):
     def _accumulate(self, plan: Plan, report: StepReport) -> None:
         """Add up gradients of the loss per supervised token of the global batch."""
         world = ranks.size()
-        nothing = torch.zeros((), device=self.device)
-        loss_sum = nothing
+        loss_sum = nothing = torch.zeros((), device=self.device)
         extra: dict[str, Tensor] = {}
-        counts = self._counts(plan)
-        for number, batch in enumerate(plan.batches):
-            with self._synchronise(number == len(plan.batches) - 1):
+        batches = pooled(self.vlm, plan.batches)
+        counts = self._counts(batches)
+        for number, batch in enumerate(batches):
+            with self._synchronise(number == len(batches) - 1):
                 out = self.vlm(batch.to(self.device))
+                if number == 0:
+                    counts |= self._counted(batches, set(out.extra) - set(counts))
                 lm_loss = nothing if out.loss_sum is None else out.loss_sum
                 loss = lm_loss / plan.supervised
-                for name, (value, count) in out.extra.items():
-                    of = counts.get(name) or total(int(count)) * len(plan.batches)
-                    share = value / max(1, of)
+                for name, (value, _) in out.extra.items():
+                    share = value / max(1, self._count(counts, name))
                     loss = loss + share
                     extra[name] = extra.get(name, 0) + share.detach()
                 self.manual_backward(loss * world)  # DDP and FSDP average over ranks
@@ -270,18 +276,42 @@ class Training(pl.LightningModule):
             sum(report.extra.values()) if own else total(float(loss_sum)) / plan.supervised
         )
 
-    def _counts(self, plan: Plan) -> dict[str, int]:
+    def _counts(self, batches: Sequence[Batch]) -> dict[str, int]:
         """Return what the connector's own losses are divided by, where the step alone tells it."""
-        objective = self.stage.objective
-        each = [self.vlm.connector.counts(batch, objective) for batch in plan.batches]
-        names = {name for counts in each for name in counts}
-        return {n: int(total(sum(c.get(n, 0) for c in each))) for n in sorted(names)}
+        connector, objective = self.vlm.connector, self.stage.objective
+        if type(connector).counts is Connector.counts:
+            return {}
+        return totals(connector.counts(batch, objective) for batch in batches)
+
+    def _counted(self, batches: Sequence[Batch], names: set[str]) -> dict[str, int]:
+        """Return what losses that `counts` does not name are divided by: all forward passes tell.
+
+        `names` are those of the first micro-batch of this process.
+        """
+        usual = type(self.vlm.connector).losses is Connector.losses
+        if (usual and self.stage.objective == "language") or not total(len(names)):
+            return {}
+        with torch.no_grad():
+            outs = [self.vlm(batch.to(self.device)).extra for batch in batches]
+        torch.clear_autocast_cache()  # its copies of weights were made without a graph
+        counts = totals({n: int(count) for n, (_, count) in out.items()} for out in outs)
+        known = self._counts(batches)
+        return {name: count for name, count in counts.items() if name not in known}
+
+    def _count(self, counts: Mapping[str, int], name: str) -> int:
+        if name not in counts:
+            raise Mistake(
+                f"connector {type(self.vlm.connector).__name__}: the loss '{name}' is missing in "
+                "the first micro-batch of a step: give a sum and a count of 0 there, or name it in "
+                "counts()"
+            )
+        return counts[name]
 
     def _update(self, optimizer: Any, report: StepReport) -> None:
         """Clip and step; a loss or gradient that is not finite changes nothing."""
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         clip = self.stage.clip or math.inf
-        report.grad_norm = float(ranks.whole(nn.utils.clip_grad_norm_(trained, clip)))
+        report.grad_norm = clip_gradients(trained, clip)
         if not (math.isfinite(report.loss) and math.isfinite(report.grad_norm)):
             report.skipped = True
             optimizer.zero_grad(set_to_none=True)  # AdamW leaves parameters without gradient alone

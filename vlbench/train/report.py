@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
 from vlbench import ranks
+from vlbench.files import read_json_lines
 from vlbench.mistakes import Mistake, Trouble
 from vlbench.model.compiled import reason
 from vlbench.model.vlm import VLM
+from vlbench.model.weights.origin import WeightOrigin
 from vlbench.schema import Recipe, Stage
 from vlbench.train.run import Run
 
@@ -28,7 +32,7 @@ def show_start(recipe: Recipe, run: Run, legs: list[tuple[str, Stage, int]]) -> 
     print(f"recipe {recipe.recipe}, size {recipe.size}, seed {recipe.seed}, run {run.folder}")
     connector = recipe.connector["name"]
     if recipe.init:
-        print(f"tower and language model of {recipe.init} -> connector {connector}")
+        print(f"begins with init={recipe.init}, connector {connector}")
     else:
         if recipe.size == "tiny":
             print(
@@ -42,6 +46,13 @@ def show_start(recipe: Recipe, run: Run, legs: list[tuple[str, Stage, int]]) -> 
             f"  {name}: {steps} steps of {stage.batch} samples at {stage.image_size} pixels "
             f"({stage.form}); trains {parts}"
         )
+
+
+def show_weights(origins: Mapping[str, WeightOrigin], seed: int) -> None:
+    """Say what every part of the model begins as, with a checksum of its weights."""
+    for part, origin in origins.items():
+        source = f"random (seed {seed})" if origin.source == "random" else origin.source
+        print(f"{part} {replace(origin, source=source)}")
 
 
 def show_stage(name: str, stage: Stage, steps: int, done: int, vlm: VLM) -> None:
@@ -108,8 +119,7 @@ def show_results(run: Run) -> int:
             print(f"  {key}: {parts}")
     print(f"  {results['seconds']:.0f} s, peak memory {size_of(results['peak_memory_bytes'])}")
     if run.quarantine_file.is_file():
-        text = run.quarantine_file.read_text(encoding="utf-8")
-        lines = [json.loads(line) for line in text.splitlines()]
+        lines = read_json_lines(run.quarantine_file)
         named = "; ".join(f"{line['id']}: {line['reason']}" for line in lines[:5])
         print(f"  {len(lines)} bad samples left out ({named}), all in {run.quarantine_file}")
     print("next:")

@@ -20,6 +20,7 @@ from vlbench.model.weights import hub
 from vlbench.model.weights.groups import place
 from vlbench.model.weights.hub import fetch
 from vlbench.model.weights.load import assemble, is_release, layout_of, load_release
+from vlbench.model.weights.origin import ORIGINS, origin_of, read_origins
 from vlbench.model.weights.shards import Lazy, read, shapes, weight_files
 from vlbench.schema import Recipe, Stage
 from vlbench.train import checkpoint
@@ -58,6 +59,7 @@ def restore(
         vlm.pursue(objective_of(folder))
     load_weights(folder, vlm, dtype, device, skip, mapped)
     vlm.vision.draft = recipe.data.decode == "draft"
+    vlm.origins = read_origins(folder / ORIGINS)
     return vlm
 
 
@@ -115,6 +117,11 @@ def begin(recipe: Recipe, stage: Stage, mapped: bool = False) -> VLM:
         other = vlm.connector.projector() is None
     if other:
         vlm.pursue(stage.objective, fresh=True)
+    vlm.origins = {
+        "vision": origin_of(source, vlm.vision.visual),
+        "connector": origin_of("random" if other else source, vlm.connector),
+        "language": origin_of(source, vlm.language),
+    }
     config, blocks = vlm.language.config, len(vlm.vision.blocks())
     print(
         f"init {folder}: tower of {blocks} blocks, {vlm.vision.width} wide; language model of "
@@ -156,6 +163,7 @@ def _with_reference(recipe: Recipe, stage: Stage, files: list[Path]) -> VLM:
             raise
         reason = " ".join(str(error).split())[:300]
         raise Mistake(f"init={file} does not fit: {reason}") from error
+    vlm.origins["connector"] = origin_of(str(recipe.init), vlm.connector)
     print(f"init {file}: weights of connector {recipe.connector['name']}")
     return vlm
 
@@ -189,6 +197,22 @@ def load_weights(
     mapped: bool = False,
 ) -> None:
     """Load the parts that a checkpoint holds into `vlm`, strictly; others are only moved."""
+    states = _read_parts(folder, dtype, device, mapped)
+    for part, module in vlm.parts():
+        if part not in states and part not in skip and _must_be_held(part, module):
+            raise Misfit(f"{folder} has no weights of part {part}: its file is not whole")
+        if part in states and part not in skip:
+            load_part(module, states[part], f"{folder}, part {part}")
+        if part not in skip:
+            lora.load(module, folder / ADAPTERS / part)
+        place(module, None if mapped and part == "language" else dtype, device)
+    vlm.language.tie_weights()  # where the configuration ties them
+
+
+def _read_parts(
+    folder: Path, dtype: torch.dtype | None, device: torch.device | str, mapped: bool
+) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of a checkpoint by part and key."""
     states: dict[str, dict[str, Tensor]] = {}
     for file in weight_files(folder):
         stay = {name for name in shapes(file) if mapped and name.startswith("language.")}
@@ -200,13 +224,15 @@ def load_weights(
             if dtype and tensor.is_floating_point() and name not in stay:
                 kind = dtype
             states.setdefault(part, {})[key] = tensor.to(device=device, dtype=kind)
-    for part, module in vlm.parts():
-        if part in states and part not in skip:
-            load_part(module, states[part], f"{folder}, part {part}")
-        if part not in skip:
-            lora.load(module, folder / ADAPTERS / part)
-        place(module, None if mapped and part == "language" else dtype, device)
-    vlm.language.tie_weights()  # where the configuration ties them
+    return states
+
+
+def _must_be_held(part: str, module: torch.nn.Module) -> bool:
+    """Tell whether only a checkpoint can have the weights of a part.
+
+    Vision encoder and language model may have been loaded from the files that the recipe names.
+    """
+    return part == "connector" or any(tensor.is_meta for tensor in module.parameters())
 
 
 def load_part(module: torch.nn.Module, state: Mapping[str, Tensor], where: str) -> None:

@@ -8,11 +8,14 @@ import json
 import platform
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 from vlbench import __version__
 from vlbench import recipe as recipes
+from vlbench.files import read_json, write_whole
 from vlbench.mistakes import Mistake
+from vlbench.model.weights.origin import WeightOrigin, check_origin, origins_json, read_origins
 from vlbench.schema import Recipe
 from vlbench.train import checkpoint
 from vlbench.train.checkpoint import Position
@@ -30,6 +33,7 @@ class Run:
         self.recipe_file = folder / "recipe.yaml"
         self.results_file = folder / "results.json"
         self.quarantine_file = folder / "quarantine.jsonl"
+        self.versions_file = folder / "versions.json"
 
     @property
     def finished(self) -> bool:
@@ -48,9 +52,19 @@ class Run:
 
     def discard(self) -> None:
         """Remove the folder if it holds nothing yet but the description of the run."""
-        described = {self.recipe_file, self.folder / "versions.json", self.checkpoints}
-        if set(self.folder.iterdir()) == described and not any(self.checkpoints.iterdir()):
+        described = {self.recipe_file, self.versions_file, self.checkpoints, self.quarantine_file}
+        if set(self.folder.iterdir()) <= described and not any(self.checkpoints.iterdir()):
             shutil.rmtree(self.folder)
+
+    def record_weights(self, origins: Mapping[str, WeightOrigin]) -> None:
+        """Note what the parts of the model began as; refuse other weights than at the beginning."""
+        before = read_origins(self.versions_file, "weights")
+        for part, origin in origins.items():
+            check_origin(part, before.get(part), origin, str(self.folder))
+        if not before:
+            said = read_json(self.versions_file) if self.versions_file.is_file() else {}
+            text = json.dumps({**said, "weights": origins_json(origins)}, indent=1)
+            write_whole(self.versions_file, text)
 
 
 def open_run(recipe: Recipe) -> Run:
@@ -67,7 +81,7 @@ def open_run(recipe: Recipe) -> Run:
             shutil.rmtree(torn)
         if not run.recipe_file.is_file():
             text = json.dumps(versions(), indent=1)
-            (folder / "versions.json").write_text(text, encoding="utf-8")
+            run.versions_file.write_text(text, encoding="utf-8")
             recipes.save(recipe, run.recipe_file)
     except OSError as error:
         raise _unusable(error, folder) from error

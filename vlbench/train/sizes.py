@@ -12,12 +12,14 @@ from vlbench import plugins
 from vlbench import recipe as recipes
 from vlbench.connector import Shapes
 from vlbench.mistakes import Mistake
-from vlbench.model.compose import LANGUAGE, options_of
+from vlbench.model import language, vision
+from vlbench.model.compose import LANGUAGE, VISION, choice_of, options_of
 from vlbench.model.language import config_in, config_of
-from vlbench.model.vision import Tower, build_tower
+from vlbench.model.vision import Tower, build_tower, tower_of
+from vlbench.model.vision_config import CONFIG, read_vision_config
 from vlbench.model.vlm import shapes_of
 from vlbench.model.weights import hub
-from vlbench.model.weights.load import bare_tower, layout_of
+from vlbench.model.weights.load import bare_tower, check_release, layout_of
 from vlbench.schema import Recipe
 from vlbench.train import checkpoint
 from vlbench.train.checkpoint import RELEASE
@@ -34,6 +36,24 @@ def check_sizes(recipe: Recipe, legs: list[Leg]) -> None:
         pass
 
 
+def check_weights(recipe: Recipe) -> None:
+    """Compare names and shapes of all files of weights that training begins with; read no number.
+
+    What lies on a hub is downloaded. A checkpoint in `init`, and a file of a connector, are
+    compared when they are loaded.
+    """
+    source = str(recipe.init)
+    if recipe.init and checkpoint.holds(Path(source)):
+        return
+    if recipe.init and not Path(source).is_file():
+        folder = hub.fetch(source, "init", hub.RELEASE, KINDS)
+        if not of_connector(folder):
+            check_release(folder, choice_of(recipe))
+            return
+    vision.check_weights(recipe.vision.name, recipe.vision.weights)
+    language.check_weights(recipe.language.weights)
+
+
 def tokens_of_stages(recipe: Recipe, legs: list[Leg]) -> list[int]:
     """Return the places that a picture takes in the text, stage by stage."""
     return list(_tokens(recipe, legs))
@@ -41,19 +61,19 @@ def tokens_of_stages(recipe: Recipe, legs: list[Leg]) -> list[int]:
 
 def _tokens(recipe: Recipe, legs: list[Leg]) -> Iterator[int]:
     """Give the places of a picture in each stage; refuse what does not suit."""
-    tower, language = outline(recipe)
-    if recipe.language.max_length > language.max_position_embeddings:
+    tower, config = outline(recipe)
+    if recipe.language.max_length > config.max_position_embeddings:
         raise Mistake(
             f"language.max_length is {recipe.language.max_length}, but the language model has "
-            f"{language.max_position_embeddings} positions: say "
-            f"language.max_length={language.max_position_embeddings}"
+            f"{config.max_position_embeddings} positions: say "
+            f"language.max_length={config.max_position_embeddings}"
         )
     connector = plugins.connector(recipe.connector["name"])
     built: dict[Shapes, int] = {}
     for leg in legs:
         try:
             tower.resize(leg.stage.image_size)
-            shapes = shapes_of(tower, language)
+            shapes = shapes_of(tower, config)
             if shapes not in built:
                 with torch.device("meta"):
                     made = connector(shapes, **options_of(recipe))
@@ -82,7 +102,7 @@ def outline(recipe: Recipe) -> tuple[Tower, LlamaConfig]:
         config = config_in(folder / LANGUAGE)
         if (folder / RELEASE).is_dir():
             return _released_tower(folder / RELEASE), config
-        return _tower(recipes.load_file(folder / "recipe.yaml")), config
+        return _checkpoint_tower(folder), config
     if recipe.init and not source.is_file():
         folder = hub.fetch(str(source), "init", hub.RELEASE, KINDS, hub.SMALL)
         if not of_connector(folder):
@@ -101,5 +121,16 @@ def _released_tower(folder: Path) -> Tower:
 
 def _tower(recipe: Recipe) -> Tower:
     """Return the tower of a recipe without memory for its weights."""
+    tower = recipe.vision
     with torch.device("meta"):
-        return build_tower(recipe.vision.name, "random", recipe.vision.layer, recipe.vision.norm)
+        return build_tower(tower.name, tower.weights, tower.layer, tower.norm, load=False)
+
+
+def _checkpoint_tower(folder: Path) -> Tower:
+    """Return the tower of a checkpoint without memory for its weights."""
+    recipe = recipes.load_file(folder / "recipe.yaml")
+    if not (folder / VISION / CONFIG).is_file():
+        return _tower(recipe)
+    tower, config = recipe.vision, read_vision_config(folder / VISION)
+    with torch.device("meta"):
+        return tower_of(config, tower.name, tower.layer, tower.norm)

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from vlbench import ranks
 from vlbench.data.sources import stage_data
+from vlbench.host import kept
 from vlbench.mistakes import BadSample, Mistake
 from vlbench.model import lora
 from vlbench.model.compiled import Compiled
@@ -31,8 +32,8 @@ from vlbench.train.module import Training, Watcher, check_objective, freeze, tra
 from vlbench.train.progress import Progress, cut
 from vlbench.train.restore import begin, restore
 from vlbench.train.run import Run, open_run
-from vlbench.train.sizes import check_sizes
-from vlbench.train.trainer import explained, root_device, trainer_of
+from vlbench.train.sizes import check_sizes, check_weights
+from vlbench.train.trainer import explained, quiet, root_device, trainer_of
 from vlbench.train.watchers import (
     HeldOut,
     Interrupts,
@@ -45,7 +46,7 @@ from vlbench.train.watchers import (
 
 def fit(recipe: Recipe) -> int:
     """Train the stages of `recipe`, evaluate, and say what to try next; return the exit code."""
-    with joined(recipe):
+    with kept(), quiet(), joined(recipe):
         code = _fit(recipe)
         if not ranks.is_first():
             return silent(code)
@@ -81,6 +82,7 @@ def opened(recipe: Recipe, legs: list[Leg]) -> Run:
         bad = check_data(recipe, legs)  # before there is a folder
     if not (recipe.run and Run(Path(recipe.run)).latest):
         check_sizes(recipe, legs)
+        check_weights(recipe)
     run = open_run(recipe)
     set_aside(run, bad)
     return run
@@ -108,9 +110,11 @@ class Job:
         """Train what is left, evaluate, report; return the exit code."""
         try:
             vlm, start = ranks.together(lambda: prepare(self.recipe, self.legs, self.run))
+            ranks.first(lambda: self.run.record_weights(vlm.origins))
         except Mistake:
             self.run.discard()  # nothing was trained: the same command can be mended and repeated
             raise
+        report.show_weights(vlm.origins, self.recipe.seed)
         self.seen, self.spent = start.seen or {}, start.seconds or 0.0
         for leg in self.legs[start.stage :]:
             done = start.step if leg.number == start.stage else 0
@@ -215,6 +219,7 @@ class Job:
         """
         legs = self.legs[: leg.number + 1]
         trained = {part for part in PARTS if changes(part, [other.stage for other in legs])}
+        trained.add("connector")  # no file has what it begins with
         if self.recipe.init:
             trained |= {"vision", "connector", "language"}
         for part in ("vision", "language"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import time
@@ -16,8 +15,9 @@ from vlbench import ranks
 from vlbench.data.batch import Batch
 from vlbench.data.order import Mixture
 from vlbench.data.steps import Step
-from vlbench.files import json_lines
+from vlbench.files import append_json_lines, read_json_lines
 from vlbench.mistakes import BadSample, Mistake
+from vlbench.model.contrast import pooled
 from vlbench.model.vlm import VLM
 from vlbench.train import checkpoint
 from vlbench.train.checkpoint import Position
@@ -160,13 +160,14 @@ class HeldOut(Watcher):
 def held_out_losses(vlm: VLM, batches: list[Batch]) -> dict[str, float]:
     """Return `loss` of `batches`, per supervised token, and each of the connector's own losses.
 
-    In a stage with an objective of the connector's own, `loss` is the sum of those.
+    In a stage with an objective of the connector's own, `loss` is the sum of those; pairs are
+    compared with those of all `batches`.
     """
     torch.manual_seed(HELD_OUT_SEED)
     vlm.eval()
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
-    for batch in batches:
+    for batch in pooled(vlm, batches, shared=False):
         out = vlm(batch.to(vlm.device))
         found = dict(out.extra)
         if out.loss_sum is not None:
@@ -243,24 +244,19 @@ def set_aside(run: Run, bad: list[BadSample]) -> None:
 
 def _append(run: Run, bad: list[BadSample]) -> None:
     """Write bad samples down; `source` and `record` are their identity, `id` is a label."""
-    if bad:
-        lines = [
-            {"id": one.sample_id, "reason": one.reason, "source": one.source, "record": one.record}
-            for one in bad
-        ]
-        with run.quarantine_file.open("a", encoding="utf-8") as file:
-            file.write(json_lines(lines))
+    lines = [
+        {"id": one.sample_id, "reason": one.reason, "source": one.source, "record": one.record}
+        for one in bad
+    ]
+    if lines:
+        append_json_lines(run.quarantine_file, lines)
 
 
 def _read(run: Run) -> list[tuple[str, int | str]]:
     """Return the identities of the samples that are noted."""
-    if not run.quarantine_file.is_file():
-        return []
-    lines = run.quarantine_file.read_text(encoding="utf-8").split("\n")
-    noted = [json.loads(line) for line in lines if line]
     return [
         BadSample(one["id"], one["reason"]).at(one.get("source", ""), one.get("record")).identity
-        for one in noted
+        for one in read_json_lines(run.quarantine_file)
     ]
 
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from vlbench.data.images import blank
 from vlbench.data.sample import Sample
 from vlbench.evaluate.tasks.record import Generation
-from vlbench.files import json_lines, read_json, read_text, write_whole
+from vlbench.files import json_lines, read_json, read_json_lines, write_whole
 from vlbench.mistakes import Mistake
 from vlbench.model.generate import answer_text
 from vlbench.model.messages import prompt_batch
@@ -83,7 +83,7 @@ def take(
             if counted is not None:
                 correct += counted
                 bar.set_postfix_str(f"{correct / (first + len(some) - done):.3f} right")
-    return [json.loads(line) for line in read_text(file).splitlines()]
+    return read_json_lines(file)
 
 
 @contextlib.contextmanager
@@ -92,7 +92,7 @@ def _kept(file: Path, asked: Sequence[Asked]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        count = len(read_text(file).splitlines())
+        count = len(read_json_lines(file))
         print(
             f"\n{count} of {len(asked)} answers are kept in {file}; the same command goes on",
             file=sys.stderr,
@@ -102,14 +102,11 @@ def _kept(file: Path, asked: Sequence[Asked]) -> Iterator[None]:
 
 def _whole_batches(file: Path, asked: Sequence[Asked], batch: int) -> int:
     """Return how many questions `file` answers in whole batches; a torn batch is cut off."""
-    kept = file.read_bytes().decode(errors="replace") if file.is_file() else ""
-    lines = kept.split("\n")
-    whole = [line for line in lines if line.endswith("}")]
+    whole = read_json_lines(file)
     done = len(whole) if len(whole) == len(asked) else len(whole) // batch * batch
-    ids = [json.loads(line)["id"] for line in whole[:done]]
-    if ids != [one.line["id"] for one in asked[:done]]:
+    if [line.get("id") for line in whole[:done]] != [one.line["id"] for one in asked[:done]]:
         raise Mistake(f"{file}: holds the answers to other questions; name another out=")
-    write_whole(file, "".join(f"{line}\n" for line in whole[:done]))
+    write_whole(file, json_lines(whole[:done]))
     return done
 
 

@@ -95,11 +95,16 @@ def group(folder: Path, visual: nn.Module) -> Group:
     return Group(files, wanted, IGNORED)
 
 
-def load(folder: Path, visual: Any) -> None:
-    """Load the weights of a CLIP in Hugging Face's layout into an open_clip ViT, in float32."""
+def load(folder: Path, visual: Any) -> set[str]:
+    """Load the weights of a CLIP in Hugging Face's layout into an open_clip ViT, in float32.
+
+    The ViT has no contrastive projection. Return its keys that were loaded.
+    """
     states = {"vision": to_hugging_face(visual)}
     loaded = load_groups([group(folder, visual)], states, torch.float32, "cpu")["vision"]
-    visual.load_state_dict(to_open_clip(loaded, _layers(visual)), strict=False)  # proj stays
+    state = to_open_clip(loaded, _layers(visual))
+    visual.load_state_dict(state, strict=True, assign=True)
+    return set(state)
 
 
 def vision_config(config: Mapping[str, Any], file: Path) -> dict[str, Any]:

@@ -58,6 +58,12 @@ def load_groups(
     return loaded
 
 
+def check_groups(groups: Sequence[Group], states: States) -> None:
+    """Compare all names and shapes with `states`, as `load_groups` does; no tensor is read."""
+    for group in groups:
+        _checked(group, states)
+
+
 def place(module: nn.Module, dtype: torch.dtype | None, device: torch.device | str) -> None:
     """Move `module` to `device` and its parameters to `dtype`; buffers keep their precision."""
     for parameter in module.parameters():

@@ -9,7 +9,6 @@ from vlbench.mistakes import Mistake
 WEIGHTS = "model*.safetensors or pytorch_model*.bin"
 RELEASE = f"config.json, {WEIGHTS}, tokenizer.model and, for Yi-VL, the tower's folder in vit/"
 LANGUAGE = f"config.json, {WEIGHTS}, and tokenizer.model or tokenizer.json"
-TOWER = "open_clip_model.safetensors or open_clip_pytorch_model.bin"
 SMALL = ("*.json", "*.jinja", "*.model", "vit/**.json")
 """Files that describe a model; hub patterns let `*` match slashes as well."""
 PATTERNS = (*SMALL, "*.safetensors", "*.bin", "vit/**")
@@ -37,9 +36,42 @@ def fetch(
     try:
         return Path(snapshot_download(source, repo_type=repo_type, allow_patterns=list(patterns)))
     except Exception as error:  # the hub's client has a dozen, of network, disk and permission
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise Mistake(
-            f"{key} is '{source}': no such {kinds} here, and the hub cannot give it ({reason}). "
+            f"{key} is '{source}': no such {kinds} here, and the hub cannot give it "
+            f"({_line(error)}). "
             f"Wanted are {files}; looked for in {Path(source).absolute()} and in "
             f"{constants.HF_HUB_CACHE}"
         ) from error
+
+
+def fetch_file(repository: str, names: tuple[str, ...], key: str) -> Path:
+    """Return the local copy of the first of `names` that a repository of the hub has.
+
+    Args:
+        repository: Its id, OWNER/NAME.
+        names: Files that would do, the preferred one first.
+        key: What was asked for, as mistakes name it.
+
+    Raises:
+        Mistake: when there is none of them, or it cannot be downloaded.
+    """
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    reason = ""
+    for name in names:
+        try:
+            return Path(hf_hub_download(repository, name))
+        except EntryNotFoundError as error:  # offline too, where it is not among what was kept
+            reason = reason or _line(error)
+        except Exception as error:  # of network, disk and permission
+            reason = _line(error)
+            break
+    raise Mistake(
+        f"{key}: the hub cannot give it ({reason}). Wanted is {' or '.join(names)} of "
+        f"{repository}; looked for in {constants.HF_HUB_CACHE}"
+    )
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

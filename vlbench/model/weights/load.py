@@ -18,7 +18,8 @@ from vlbench.model.language import empty_language, end_ids
 from vlbench.model.vision import Tower
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import clip, hf_llava, yi_vl
-from vlbench.model.weights.release import Blueprint, fill
+from vlbench.model.weights.groups import check_groups
+from vlbench.model.weights.release import Blueprint, fill, states_of
 from vlbench.words import typed
 
 LAYOUTS = (yi_vl, hf_llava)
@@ -72,6 +73,17 @@ def load_release(
     vlm = assemble(folder, choice)
     fill(vlm, layout_of(folder).groups(folder, vlm), dtype, device, mapped)
     return vlm
+
+
+def check_release(folder: Path, choice: Choice = Choice()) -> None:
+    """Compare names and shapes of a released folder's weights with what its small files describe.
+
+    No number is read.
+    """
+    if choice.connector == PROJECTOR:
+        _check_projector(layout_of(folder).blueprint(folder), choice, folder)
+    vlm = assemble(folder, choice)
+    check_groups(layout_of(folder).groups(folder, vlm), states_of(vlm))
 
 
 def assemble(folder: Path, choice: Choice = Choice()) -> VLM:

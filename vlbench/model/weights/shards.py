@@ -268,7 +268,7 @@ def _opened(file: Path) -> Iterator[_Safe | _Pickled]:
     try:
         with safe_open(file, framework="pt") as handle:
             yield _Safe(handle)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise Mistake(f"{file} is torn or no safetensors file: {_line(error)}") from error
 
 
@@ -276,19 +276,33 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
     """Return the tensors in a file of torch, mapped where its format allows that."""
     try:
         mapped = zipfile.is_zipfile(file)
+        if mapped and _is_program(file):
+            raise Mistake(
+                f"{file} is a TorchScript program, as OpenAI's own CLIP files are; code in a file "
+                "of weights is never executed. Give a file of tensors, or a tag of open_clip such "
+                "as vision.weights=openai"
+            )
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except Mistake:
+        raise
     except (pickle.UnpicklingError, KeyError, IndexError, AttributeError, TypeError) as error:
         raise Mistake(
             f"{file} holds more than tensors, or is torn; code in a file of weights is never "
             f"executed. If it is whole, ask its author for safetensors ({_line(error)})"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
         raise Mistake(f"{file} is torn or no file of weights: {_line(error)}") from error
     for inner in NESTED:  # checkpoints of training code
         state = state.get(inner, state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise Mistake(f"{file} does not hold a mapping from names to tensors")
     return state
+
+
+def _is_program(file: Path) -> bool:
+    """Tell whether a zip file of torch holds TorchScript: its constants lie beside its code."""
+    with zipfile.ZipFile(file) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def _line(error: Exception) -> str:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
@@ -47,7 +53,6 @@ def write_hf_llava(vlm: VLM, folder: Path, cast: Cast | None) -> None:
         )
     if vlm.vision.norm:
         raise Mistake("vision.norm is true, which this layout cannot say; use format=vlbench")
-    logging.disable_progress_bar()
     image_id = vlm.tokenizer.rows  # the first id that the model never writes
     rows = max(image_id + 1, vlm.language.config.vocab_size)
     processor(vlm, image_id).save_pretrained(folder)
@@ -71,7 +76,21 @@ def write_hf_llava(vlm: VLM, folder: Path, cast: Cast | None) -> None:
         pad_token_id=0,
         suppress_tokens=list(range(image_id, rows)),
     )
-    model.save_pretrained(folder)
+    with _no_bar():
+        model.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _no_bar() -> Iterator[None]:
+    """Have transformers show no progress bar, and leave its settings as they were."""
+    shown, hub_shown = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+        (enable_progress_bars if hub_shown else disable_progress_bars)()
 
 
 def _config(vlm: VLM, image_id: int, rows: int) -> LlavaConfig:

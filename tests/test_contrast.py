@@ -1,0 +1,226 @@
+"""Pairs are compared with those of the global batch, however it is packed and shared out."""
+
+from __future__ import annotations
+
+import csv
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from several import QUIET, TWO, Job, do, in_two
+from small import SMALL, batch_of, sample, small_vlm
+from test_vlm import assert_same
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from vlbench import plugins
+from vlbench import recipe as recipes
+from vlbench.data.steps import Step
+from vlbench.model import blip2
+from vlbench.model.vlm import VLM
+from vlbench.schema import Train
+from vlbench.train.module import StepReport, Training, freeze
+from vlbench.train.watchers import held_out_losses
+
+PAIRS = 32
+PACKINGS = {
+    "4 x 8": [list(range(first, first + 8)) for first in range(0, PAIRS, 8)],
+    "32 x 1": [[number] for number in range(PAIRS)],
+    "unlike, in another order": [
+        [31],
+        list(range(30, 14, -1)),
+        [0, 5, 3],
+        [1, 2, 4, *range(6, 15)],
+    ],
+}
+
+
+def prepared(vision: bool = False) -> VLM:
+    """Return the small model in BLIP-2's first stage, in float64; its tower learns if `vision`."""
+    qformer = plugins.connector("qformer")
+    vlm = small_vlm(qformer, {**SMALL["qformer"], "text": "embedded", "itc_width": 8})
+    torch.manual_seed(5)
+    freeze(vlm, stage_of(vision))
+    vlm.connector.text.temp.data.fill_(0.3)  # small random weights: draws differ all the same
+    return vlm.double()
+
+
+def stage_of(vision: bool):
+    """Return the stage, without clipping; rates that change nothing."""
+    stage = recipes.load(["recipe=yivl_blip2"]).stages["blip2"]
+    stage.train["connector"] = Train(lr=1e-9)
+    if vision:
+        stage.train["vision"] = Train(lr=1e-9)
+    return stage
+
+
+def step(vlm: VLM, packing: Sequence[Sequence[int]]) -> Step:
+    """Return one step over 32 pairs, in rows of the given numbers of samples."""
+    rows = [[sample(number, words=number % 7) for number in row] for row in packing]
+    return Step(0, [batch_of(vlm, [row]).to("cpu", torch.float64) for row in rows])
+
+
+def learned(packing: Sequence[Sequence[int]], vision: bool) -> tuple[StepReport, dict[str, Tensor]]:
+    """Return what a training step tells and its gradients."""
+    vlm = prepared(vision)
+    training = Training(vlm, stage_of(vision), 1, 0, seed=3)
+    trainer = pl.Trainer(accelerator="cpu", max_steps=1, barebones=True)
+    trainer.fit(training, DataLoader([step(vlm, packing)], batch_size=None))
+    grads = {name: p.grad for name, p in vlm.named_parameters() if p.grad is not None}
+    return training.report, grads
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["frozen tower", "trained tower"])
+def whole(request) -> tuple[bool, StepReport, dict[str, Tensor]]:
+    """The step of one micro-batch with all pairs, as the reference takes it."""
+    return request.param, *learned([list(range(PAIRS))], request.param)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_step_is_the_same_however_it_is_packed(packing, whole):
+    vision, report, grads = whole
+    found, other = learned(PACKINGS[packing], vision)
+    assert found.extra == pytest.approx(report.extra, rel=1e-9)
+    assert report.extra["itc"] > 3 and found.loss == pytest.approx(report.loss, rel=1e-9)
+    assert (
+        "connector.text.temp" in grads
+        and any(name.startswith("vision.") for name in grads) == vision
+    )
+    assert_same((report.loss, grads), (found.loss, other), 1e-9)
+
+
+class Live:
+    """Bytes of what is kept for backward passes, and their peak."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+
+    def keep(self, tensor: Tensor) -> Kept:
+        """Count a tensor until it is let go."""
+        kept, size = Kept(tensor), tensor.nbytes
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(kept, self.drop, size)
+        return kept
+
+    def drop(self, size: int) -> None:
+        self.now -= size
+
+
+@dataclass(eq=False)
+class Kept:
+    tensor: Tensor
+
+
+def test_a_step_keeps_the_graph_of_one_micro_batch():
+    peaks = []
+    for packing in ([list(range(PAIRS))], PACKINGS["4 x 8"], PACKINGS["32 x 1"]):
+        live = Live()
+        with torch.autograd.graph.saved_tensors_hooks(live.keep, lambda kept: kept.tensor):
+            learned(packing, True)
+        peaks.append(live.most)
+    assert peaks[1] < peaks[0] / 3 and peaks[2] < peaks[0] / 12
+
+
+def test_negatives_follow_from_the_sample_and_not_from_its_place(monkeypatch):
+    drawn: dict[str, tuple[str, str]] = {}
+    real = blip2.FirstStage.negatives
+
+    def noted(packing: Sequence[Sequence[int]]) -> dict[str, tuple[str, str]]:
+        drawn.clear()
+        learned(packing, False)
+        return dict(drawn)
+
+    def negatives(self, pairs, own, seeds):
+        chosen = real(self, pairs, own, seeds)
+        names = sorted(f"s{number}" for number in range(PAIRS))
+        for seed, image, caption in zip(seeds, *map(Tensor.tolist, chosen), strict=True):
+            drawn[seed] = (names[image], names[caption])
+        return chosen
+
+    monkeypatch.setattr(blip2.FirstStage, "negatives", negatives)
+    first = noted([list(range(PAIRS))])
+    assert len(first) == PAIRS and len({image for image, _ in first.values()}) > PAIRS / 4
+    assert all(seed.split()[-1] not in names for seed, names in first.items())
+    assert all(noted(packing) == first for packing in PACKINGS.values())
+
+
+def test_equal_ids_are_told_apart_by_where_they_stand_in_the_stream():
+    vlm = prepared()
+    batch = batch_of(vlm, [[replace(sample(number), id="same") for number in (1, 2)]])
+    keys = replace(batch, stream_index=[41, 40]).keys()
+    assert len(set(keys)) == 2 and keys[::-1] == replace(batch, stream_index=[40, 41]).keys()
+
+
+def test_the_held_out_loss_does_not_depend_on_the_packing():
+    vlm = prepared()
+    found = [
+        held_out_losses(vlm, step(vlm, packing).batches)
+        for packing in ([list(range(PAIRS))], *PACKINGS.values())
+    ]
+    assert found[0]["itc"] > 3
+    for one in found[1:]:
+        assert one == pytest.approx(found[0], rel=1e-9)
+
+
+def words(run: Path, *more: str) -> tuple[str, ...]:
+    """Return a command: BLIP-2's first stage alone, 7 pairs a step."""
+    stage = ("only=blip2", "stages.blip2.batch=7", "stages.blip2.steps=3", "data.workers=0")
+    return ("recipe=yivl_blip2", *stage, *QUIET, "data.samples=40", f"run={run}", *more)
+
+
+def told(run: Path) -> list[dict[str, float]]:
+    """Return what every step of a run said that must not depend on how it was computed."""
+    names = ("loss", "grad_norm", "itc", "itm", "itg", "held_out_itc", "held_out_itm")
+    with (run / "metrics.csv").open() as file:
+        return [{name: float(row[name] or 0) for name in names} for row in csv.DictReader(file)]
+
+
+WAYS = {
+    "rows of one pair": ("stages.blip2.row_tokens=16",),
+    "ddp": (TWO, "trainer.strategy=ddp", "stages.blip2.row_tokens=100"),
+    "ddp, rows of one pair": (TWO, "trainer.strategy=ddp", "stages.blip2.row_tokens=16"),
+    "ddp, trained tower": (TWO, "trainer.strategy=ddp", "stages.blip2.train.vision.lr=1e-4"),
+    "fsdp2": (TWO, "trainer.strategy=fsdp2", "stages.blip2.row_tokens=100"),
+    "trained tower": ("stages.blip2.train.vision.lr=1e-4", "stages.blip2.row_tokens=16"),
+    "alone": (),
+    "alone, trained tower": ("stages.blip2.train.vision.lr=1e-4",),
+}
+
+
+@pytest.fixture(scope="module")
+def curves(tmp_path_factory) -> dict[str, list[dict[str, float]]]:
+    """What runs in float64 told, by way."""
+    folder = tmp_path_factory.mktemp("contrast")
+    runs = {way: folder / str(number) for number, way in enumerate(WAYS)}
+    jobs = {way: Job(words(runs[way], *more), 3, double=True) for way, more in WAYS.items()}
+    two = [way for way, more in WAYS.items() if TWO in more]
+    assert [do(jobs[way]) for way in WAYS if way not in two] == [130] * (len(WAYS) - len(two))
+    assert in_two([jobs[way] for way in two]) == [(130, 130)] * len(two)
+    return {way: told(run) for way, run in runs.items()}
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if not way.startswith("alone")])
+def test_runs_tell_the_same_whatever_computes_them(way, curves):
+    expected = curves["alone, trained tower" if "trained tower" in way else "alone"]
+    assert len(curves[way]) == len(expected) == 3
+    assert expected[0]["itc"] > 1.5 and expected[-1]["held_out_itc"] > 2
+    for one, other in zip(curves[way], expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-8)
+
+
+def test_a_stopped_stage_goes_on_as_if_it_had_not_been(tmp_path):
+    rows = ("stages.blip2.row_tokens=100",)
+    assert do(Job(words(tmp_path / "whole", *rows))) == 0
+    assert do(Job(words(tmp_path / "parts", *rows), 2)) == 130
+    assert do(Job(words(tmp_path / "parts", *rows))) == 0
+    ends = [
+        next((tmp_path / name / "checkpoints").glob("0-blip2-000003"))
+        for name in ("whole", "parts")
+    ]
+    states = [(end / "model.safetensors").read_bytes() for end in ends]
+    assert states[0] == states[1] and told(tmp_path / "whole") == told(tmp_path / "parts")

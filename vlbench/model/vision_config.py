@@ -1,0 +1,199 @@
+"""What a vision encoder is, before any weight is read: its architecture and its pixel statistics.
+
+A checkpoint keeps this as `vision/open_clip_config.json`, so that a trained encoder can be built
+again where the tag, file or folder that it began from is gone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+from open_clip.model import CLIPVisionCfg, _build_vision_tower
+from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+from torch import nn
+
+from vlbench.files import read_json, write_whole
+from vlbench.mistakes import Mistake, nearest
+
+TINY = Path(__file__).parent / "tiny"
+EMBEDDED = {"tiny": TINY / "tower", "tiny_eva": TINY / "eva_tower"}
+CONFIG = "open_clip_config.json"
+"""open_clip's own name of a file that describes a model."""
+ARCHITECTURE = ("embed_dim", "quick_gelu", "vision_cfg")
+"""Keys of open_clip's `model_cfg` that say what its vision encoder is."""
+SIZE_ALONE = ("image_size", "patch_dropout")
+"""Keys of `vision_cfg` that say nothing about the weights' meaning."""
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """A vision encoder of open_clip without its weights."""
+
+    embed_dim: int
+    """Width of the contrastive space, of which an encoder may have a projection."""
+    vision_cfg: dict[str, Any]
+    """open_clip's `vision_cfg`: image and patch size (pixels), layers, width, or a timm model."""
+    quick_gelu: bool
+    """Whether the activation is OpenAI's x * sigmoid(1.702 x); timm models have their own."""
+    mean: tuple[float, ...]
+    """Of red, green and blue in the training pictures, 1 is white."""
+    std: tuple[float, ...]
+    projection: bool = True
+    """False: without the contrastive projection, which Hugging Face's vision models do not have."""
+
+    def build(self) -> nn.Module:
+        """Return open_clip's module with random weights, on torch's current default device."""
+        if "timm_model_name" in self.vision_cfg:
+            import vlbench.model.tiny.eva  # noqa: F401  makes its architecture known to timm
+        # a connector needs the features of all patches, in training too
+        keys = {**self.vision_cfg, "timm_model_pretrained": False, "patch_dropout": 0.0}
+        visual = _build_vision_tower(self.embed_dim, keys, self.quick_gelu)
+        if not self.projection:
+            visual.proj = None
+        return visual
+
+    def save(self, folder: Path) -> None:
+        """Write it into `folder`, in open_clip's format."""
+        known = asdict(self)
+        model = {key: known[key] for key in (*ARCHITECTURE, "projection")}
+        pixels = {"mean": list(self.mean), "std": list(self.std)}
+        text = json.dumps({"model_cfg": model, "preprocess_cfg": pixels}, indent=1)
+        write_whole(folder / CONFIG, text + "\n")
+
+
+def read_vision_config(folder: Path) -> VisionConfig:
+    """Return what open_clip_config.json in `folder` describes."""
+    file = folder / CONFIG
+    said = read_json(file)
+    model = said.get("model_cfg")
+    if not isinstance(model, dict) or not isinstance(model.get("vision_cfg"), dict):
+        raise Mistake(f"{file}: has no model_cfg with a vision_cfg, so it is not open_clip's")
+    pixels = said.get("preprocess_cfg") or {}
+    default = _usual_pixels("")
+    try:
+        CLIPVisionCfg(**model["vision_cfg"])
+        return VisionConfig(
+            int(model["embed_dim"]),
+            dict(model["vision_cfg"]),
+            bool(model.get("quick_gelu", False)),
+            colour(pixels.get("mean", default["mean"]), "mean", file),
+            colour(pixels.get("std", default["std"]), "std", file),
+            bool(model.get("projection", True)),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, Mistake):
+            raise
+        raise Mistake(f"{file}: model_cfg cannot be read ({type(error).__name__}: {error})") from (
+            error
+        )
+
+
+def vision_config(name: str, weights: str) -> VisionConfig:
+    """Return what `vision.name` is with `vision.weights`, of which small files alone are read.
+
+    `name` is a model of open_clip, one of EMBEDDED or a folder with open_clip_config.json.
+    Pixel statistics are those of the tag or folder in `weights`, else those that all tags of the
+    architecture share.
+
+    Raises:
+        Mistake: for an unknown name, and for weights that were trained as something else.
+    """
+    if (folder := own_folder(name)) is not None:
+        return read_vision_config(folder)
+    found = open_clip.get_model_config(name) if name in open_clip.list_models() else None
+    if found is None:
+        raise Mistake(
+            f"vision.name is '{name}'; known are {', '.join(EMBEDDED)}, a folder with "
+            f"{CONFIG} and the ViTs of open_clip."
+            f"{nearest(name, [*EMBEDDED, *open_clip.list_models()])}"
+        )
+    tag = get_pretrained_cfg(name, weights)
+    pixels = tag or _usual_pixels(name)
+    named = VisionConfig(
+        found["embed_dim"],
+        found["vision_cfg"],
+        bool(found.get("quick_gelu", False)),
+        tuple(pixels["mean"]),
+        tuple(pixels["std"]),
+    )
+    if tag.get("quick_gelu") and not named.quick_gelu:
+        raise Mistake(
+            f"vision.weights={weights} was trained with the activation QuickGELU, and vision.name="
+            f"{name} has GELU: say vision.name={name}-quickgelu"
+        )
+    return _with_folder(named, name, Path(weights))
+
+
+def own_folder(name: str) -> Path | None:
+    """Return the folder that describes `vision.name` itself; None for a name of open_clip."""
+    if name in EMBEDDED:
+        return EMBEDDED[name]
+    return Path(name) if (Path(name) / CONFIG).is_file() else None
+
+
+def _with_folder(named: VisionConfig, name: str, folder: Path) -> VisionConfig:
+    """Return `named` with what a folder of weights says of itself; refuse another architecture."""
+    if (folder / CONFIG).is_file():
+        theirs = read_vision_config(folder)
+        _compare(named, theirs, name, folder)
+        return VisionConfig(**{**asdict(named), "mean": theirs.mean, "std": theirs.std})
+    if not (folder / "config.json").is_file():
+        return named
+    file = folder / "preprocessor_config.json"
+    said = read_json(file) if file.is_file() else {}
+    mean, std = said.get("image_mean"), said.get("image_std")
+    return VisionConfig(
+        named.embed_dim,
+        named.vision_cfg,
+        named.quick_gelu,
+        colour(mean, "image_mean", file) if mean else named.mean,
+        colour(std, "image_std", file) if std else named.std,
+        projection=False,
+    )
+
+
+def _compare(named: VisionConfig, theirs: VisionConfig, name: str, folder: Path) -> None:
+    """Refuse a folder whose own description is another architecture than `vision.name`."""
+    ours, other = _described(named), _described(theirs)
+    differ = [key for key in ours | other if ours.get(key) != other.get(key)]
+    if differ:
+        what = ", ".join(f"{key} {other.get(key)!r} for {ours.get(key)!r}" for key in differ)
+        raise Mistake(
+            f"{folder / CONFIG} describes another encoder than vision.name={name} ({what}): "
+            f"say vision.name={folder} vision.weights=embedded"
+        )
+
+
+def _described(config: VisionConfig) -> dict[str, Any]:
+    """Return everything that decides what the same weights compute; defaults are filled in."""
+    keys = asdict(CLIPVisionCfg(**config.vision_cfg))
+    timm = bool(keys["timm_model_name"])
+    kept = {key: value for key, value in keys.items() if key not in SIZE_ALONE}
+    kept.pop("timm_model_pretrained")
+    return {**kept, "quick_gelu": config.quick_gelu and not timm, "embed_dim": config.embed_dim}
+
+
+def _usual_pixels(name: str) -> Mapping[str, Any]:
+    """Return mean and std that all tags of `name` share, else open_clip's default (CLIP's own)."""
+    tags = [get_pretrained_cfg(name, tag) for tag in list_pretrained_tags_by_model(name)]
+    usual = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+    found = {(tuple(tag["mean"]), tuple(tag["std"])) for tag in tags}
+    if len(found) != 1:
+        return usual
+    mean, std = found.pop()
+    return {"mean": mean, "std": std}
+
+
+def colour(value: Any, key: str, file: Path) -> tuple[float, ...]:
+    """Return a mean or standard deviation of red, green and blue, with 1 as white."""
+    whole = isinstance(value, list | tuple) and len(value) == 3
+    if not whole or not all(isinstance(v, int | float) and 0 <= v <= 1 for v in value):
+        raise Mistake(f"{file}: {key} is {value!r}; wanted are three numbers from 0 to 1")
+    if key.endswith("std") and 0 in value:
+        raise Mistake(f"{file}: {key} is {value!r}; pixels are divided by it, so 0 is none")
+    return tuple(value)
