@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
+import pickle
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +157,7 @@ REFUSED: dict[str, tuple[Record, str]] = {
     **{
         f"picture in {key}": (
             {key: value, "conversations": PLAIN},
-            f"'{key}' is not read; .*rename it to 'image'",
+            f"'{key}' is not read; name the file in 'image'",
         )
         for key, value in (
             ("image_path", "a.jpg"),
@@ -264,7 +267,9 @@ def test_a_key_that_may_hold_something_is_told_once_with_a_count(folder, capsys)
     words = [f"data.train={folder / 'data.json'}", f"out={folder / 'out'}", "only=chat"]
     assert main(["check", "recipe=yivl_llava", *words]) == 0
     told = capsys.readouterr().out
-    assert "key 'caption' is not read (3 records have it)" in told and "nothing is" not in told
+    assert (
+        "key 'caption' is not read (3 records have it)" in told and "nothing is wrong" not in told
+    )
     assert "keys from which nothing is learned, with their records: width (3)" in told
     lines = (folder / "out/findings.jsonl").read_text().splitlines()
     assert sum("is not read" in line for line in lines) == 3
@@ -297,6 +302,24 @@ def test_a_record_with_images_is_packed_with_them(folder):
         assert len(ours.pictures) == len(theirs.pictures)
 
 
+def test_keys_beside_the_caption_of_a_shard_are_looked_at_too(folder):
+    about = {"caption": "red", "url": "https://x/y.jpg", "key": "0", "status": "success"}
+    with tarfile.open(folder / "x.tar", "w") as tar:
+        for number, more in enumerate(({}, {"note": "?"}, {"video": "a.mp4"})):
+            for ending, data in (
+                ("jpg", (folder / "a.jpg").read_bytes()),
+                ("json", json.dumps({**about, **more}).encode()),
+            ):
+                member = tarfile.TarInfo(f"{number}.{ending}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    shards = Shards(folder / "x.tar")
+    assert shards[0].caption == "red" and set(shards[0].unread) == {"url", "key", "status"}
+    assert shards[1].unread[-1] == "note"
+    with pytest.raises(BadSample, match="'video' is not read"):
+        shards[2]
+
+
 @pytest.mark.parametrize(
     ("key", "expected"),
     [("width", True), ("question_id", True), ("turn id", True), ("imageId", True)]
@@ -325,6 +348,12 @@ def test_a_file_that_is_no_json_is_called_what_it_is(name, tmp_path):
     with pytest.raises(Mistake, match=words) as caught:
         LlavaJson(tmp_path / name)
     assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_bad_sample_keeps_its_identity_on_the_way_out_of_a_worker():
+    bad = pickle.loads(pickle.dumps(BadSample("same", "why").at("data.json", 7)))
+    assert bad.identity == ("data.json", 7) and str(bad) == "sample same (record 7): why"
+    assert BadSample("same", "why").identity == ("", "same")
 
 
 def test_a_long_word_in_any_message_is_shortened():

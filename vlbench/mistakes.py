@@ -74,11 +74,15 @@ class BadSample(Mistake):
         """
         return self.source, self.sample_id if self.record is None else self.record
 
+    @property
+    def label(self) -> str:
+        """The id, and the number of the record where it is known and not the id."""
+        known = self.record is None or self.sample_id == f"record {self.record}"
+        return self.sample_id if known else f"{self.sample_id} (record {self.record})"
+
     def __str__(self) -> str:
         """Return the line for the user."""
-        known = self.record is None or self.sample_id == f"record {self.record}"
-        number = "" if known else f" (record {self.record})"
-        return f"sample {self.sample_id}{number}: {self.reason}"
+        return f"sample {self.label}: {self.reason}"
 
 
 def shortened(text: str) -> str:

@@ -192,7 +192,8 @@ def _summary(findings: list[Finding]) -> Iterator[str]:
             yield f"{kind}: {len(some)} ({meaning})"
         for one in some[:NAMED]:
             stage = f" (stage {one.stage})" if one.stage else ""
-            yield f"  {one.sample}: {one.what}{stage}"
+            label = BadSample(one.sample, "").at(one.source, one.record).label
+            yield f"  {label}: {one.what}{stage}"
         if len(some) > NAMED:
             yield f"  and {len(some) - NAMED} more in findings.jsonl"
 
@@ -208,7 +209,7 @@ def _verdict(recipe: Recipe, legs: list[Leg], findings: list[Finding]) -> int:
                 if one.kind == REFUSED and one.source == source.name and one.stage in ("", leg.name)
             ]
             refused = list({one.identity: one for one in refused}.values())
-            judge_source(recipe, leg, source, refused)
+            judge_source(recipe, leg, source, refused, len(refused))
             of_leg += refused
         if leg.steps:
             check_captions(leg, of_leg)

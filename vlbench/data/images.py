@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from vlbench.data.sample import Picture
+from vlbench.files import POINTER
 from vlbench.host import warnings_ignored
 from vlbench.mistakes import Mistake
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 MAX_PIXELS = 178_956_970  # larger pictures are refused (a small file can hold a huge picture)
 MAX_SIDE = 8000  # longest side of a square canvas (64 megapixels) and of what is fitted into it
+LFS = "is a Git-LFS pointer and not the picture; run git lfs pull"
 _ZERO = "vlbench: zero"  # in the `info` of the picture of `Zero`
 _RULES = "bicubic, pad at floor, centre crop, 1/255 in float64, normalise in float32, 8000"
 
@@ -70,6 +72,8 @@ def open_bytes(data: bytes, name: str, side: int = 0) -> Image.Image:
     """Open a picture from the bytes of a file, as `open_image` would; mistakes call it `name`."""
     if not data:
         raise Mistake(f"{name}: is empty (0 bytes)")
+    if data.startswith(POINTER):
+        raise Mistake(f"{name}: {LFS}")
     return _decoded(BytesIO(data), name, side)
 
 
@@ -114,8 +118,8 @@ def _refusal(path: Path) -> str:
             return "is a folder, not a picture"
         if path.stat().st_size == 0:
             return "is empty (0 bytes)"
-        with path.open("rb"):
-            return ""
+        with path.open("rb") as file:
+            return LFS if file.read(len(POINTER)) == POINTER else ""
     except FileNotFoundError:
         return "does not exist"
     except (OSError, ValueError) as error:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from vlbench.data.record_keys import has_no_content
+from vlbench.data.remote import is_url
 from vlbench.data.sample import Picture, Sample, Source, sample_at
 from vlbench.data.shards import Shards
 from vlbench.mistakes import BadSample, Mistake
 
 OPENED = 500  # pictures of a source up to which all are opened
 
-UNREADABLE = 100  # samples that cannot be read until a search among them ends
+UNREADABLE = 5  # samples that cannot be read until a search among them ends
 
 
 @runtime_checkable
@@ -31,11 +33,18 @@ class Found:
     """What was found in a source."""
 
     bad: list[BadSample]
-    """Samples that cannot be used, each with its first fault."""
+    """Samples that cannot be used, each with its first fault; of a missing shard the first."""
+    more: int = 0
+    """The other samples of missing shards."""
     unread: Counter[str] = field(default_factory=Counter)
     """In how many well-formed samples a key is there and not read."""
     untagged: int = 0
     """Samples whose only picture has no tag."""
+
+    @property
+    def count(self) -> int:
+        """How many samples cannot be used."""
+        return len(self.bad) + self.more
 
     def told(self) -> str:
         """Return the keys that are not read and may hold something to learn; "" for none."""
@@ -54,11 +63,11 @@ def preflight(source: Source, limit_open: int = OPENED) -> list[BadSample]:
 def look_through(source: Source, limit_open: int = OPENED) -> Found:
     """Look at all records of a source and whether its image files exist.
 
-    Pictures are opened too when there are at most `limit_open` of them. A source that cannot check
-    itself (rendered scenes, shards) is not looked at.
+    Pictures are opened too when there are at most `limit_open` of them. Of shards it is only looked
+    whether the files are there and whole; rendered scenes are as they are.
     """
-    if isinstance(source, Shards):  # too many to be read: what was found while they were opened
-        return Found(source.torn())
+    if isinstance(source, Shards):  # too many to be read
+        return _missing(source)
     if not isinstance(source, Checkable):
         return Found([])
     found = Found([])
@@ -94,6 +103,21 @@ def shows_pictures(source: Source, bad: list[BadSample]) -> bool:
             if unreadable == UNREADABLE:
                 return True
     return False
+
+
+def _missing(source: Shards) -> Found:
+    """Return what was found torn while it was opened, and the shards that are not there.
+
+    Those behind a URL are not asked for.
+    """
+    found, first = Found([one.at(source.name, None) for one in source.torn()]), 1
+    for tar, count in zip(source.tars, source.counts, strict=True):
+        if not is_url(tar) and not os.path.exists(tar):
+            bad = BadSample(f"{os.path.basename(tar)} 0", f"{tar}: does not exist")
+            found.bad.append(bad.at(source.name, first))
+            found.more += count - 1
+        first += count
+    return found
 
 
 def _unopened(source: Source) -> list[BadSample]:

@@ -28,8 +28,8 @@ NO_CONTENT = frozenset(
 KINDS = {
     "picture": (
         "image img picture pic photo pixel screenshot thumbnail jpg jpeg png visual frame media",
-        "only 'image' and 'images' are read as pictures: rename it to 'image', a file name or a "
-        "list, with <image> in the text where each stands",
+        "name the file in 'image' of the record (one or a list), and write <image> in a human turn "
+        "where it stands",
     ),
     "video": (
         "video vid mp4 movie clip",

@@ -205,7 +205,9 @@ def _sample(tar: str, entry: Entry) -> Sample:
         raise BadSample(name, "its json is no mapping")
     kinds = sorted((kind for kind in members if _is_picture(kind)), key=_numbered)
     if not any(key in record for key in TURNS):
-        record = {"id": entry.key, "conversations": _captioned(name, tar, entry, record, kinds)}
+        others = {key: value for key, value in record.items() if key not in (*CAPTION, *IMAGES)}
+        turns = _captioned(name, tar, entry, record, kinds)
+        record = {**others, "id": entry.key, "conversations": turns}
     if not _names_pictures(record):  # pictures of a key are its own
         record = {key: value for key, value in record.items() if key not in IMAGES}
         record |= {"image": kinds} if kinds else {}

@@ -14,6 +14,7 @@ from vlbench.mistakes import BadSample, Mistake
 from vlbench.model.vlm import VLM
 from vlbench.recipe import stages_to_run
 from vlbench.schema import PARTS, Recipe, Stage
+from vlbench.train.report import say
 from vlbench.train.watchers import judge
 
 HELD_OUT_SAMPLES = 64  # read at every held-out evaluation: enough for a trend, cheap to repeat
@@ -102,7 +103,7 @@ def check_data(recipe: Recipe, legs: list[Leg]) -> list[BadSample]:
             identity = (source.name, str(getattr(source, "images", "")))
             new = identity not in looked
             found = looked.setdefault(identity, look_through(source) if new else Found([]))
-            judge_source(recipe, leg, source, found.bad)
+            judge_source(recipe, leg, source, found.bad, found.count)
             if new:
                 _tell(source, found)
         if leg.steps:
@@ -113,10 +114,15 @@ def check_data(recipe: Recipe, legs: list[Leg]) -> list[BadSample]:
     return bad
 
 
-def judge_source(recipe: Recipe, leg: Leg, source: Source, bad: list[BadSample]) -> None:
-    """Raise a Mistake when too many samples of a source of a stage are `bad`; see `judge`."""
+def judge_source(
+    recipe: Recipe, leg: Leg, source: Source, bad: list[BadSample], count: int
+) -> None:
+    """Raise a Mistake when `count` bad samples are too many for a source of a stage; see `judge`.
+
+    `bad` holds the first of them.
+    """
     try:
-        judge(bad, len(bad), len(source), stage_data(recipe.data, leg.stage).on_bad)
+        judge(bad, count, len(source), stage_data(recipe.data, leg.stage).on_bad)
     except Mistake as mistake:
         if source is not leg.val:
             raise
@@ -141,7 +147,7 @@ def _tell(source: Source, found: Found) -> None:
     for note in getattr(source, "notes", ()):
         print(f"{source.name}: {note}")
     if found.bad:
-        print(f"{source.name}: {len(found.bad)} of {len(source)} samples are bad and left out")
+        print(f"{source.name}: {found.count} of {len(source)} samples are bad and left out")
     if found.told():
         print(f"{source.name}: keys that are not read: {found.told()}")
 
@@ -186,4 +192,7 @@ def held_out_batches(recipe: Recipe, vlm: VLM, leg: Leg) -> list[Batch]:
     if source is None:
         return []
     data = Mixture([(source, 1.0)], recipe.seed)
-    return _steps(vlm, leg, data, min(HELD_OUT_SAMPLES, len(source)), 1)[0].batches
+    step = _steps(vlm, leg, data, min(HELD_OUT_SAMPLES, len(source)), 1)[0]
+    if step.bad:
+        say(f"held-out {source.name}: {len(step.bad)} bad samples left out, first {step.bad[0]}")
+    return step.batches
