@@ -172,3 +172,17 @@ def test_eval_keeps_the_answers_of_templates_apart(model, tmp_path, capsys, monk
     capsys.readouterr()
     assert main(["eval", *words, f"out={other}"]) == 2
     assert "differs in template (llava_v1 before, None now)" in said(capsys)[0]
+
+
+@pytest.mark.parametrize("layout", ["hf_llava", "vlbench"])
+def test_export_carries_the_template_that_is_chosen(layout, llava, tmp_path, capsys):
+    words = [f"run={llava}", f"to={tmp_path / 'to'}", f"format={layout}", "template=chatml"]
+    assert main(["export", *words]) == 0
+    assert said(capsys) == []
+    assert vlbench.load(tmp_path / "to").template.name == "chatml"
+
+
+def test_an_export_of_llava_with_yis_template_is_asked_with_it(llava, tmp_path, capsys):
+    words = [f"run={llava}", f"to={tmp_path / 'to'}", "format=yi_vl", "template=yi_vl"]
+    assert main(["export", *words]) == 0
+    assert vlbench.load(tmp_path / "to").template.name == "yi_vl" and said(capsys) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,9 +13,9 @@ from PIL import Image
 
 from vlbench import recipe as recipes
 from vlbench.__main__ import main
+from vlbench.compare.runs import ASKED, load
 from vlbench.evaluate.results import questions_of
 from vlbench.evaluate.tasks import mmmu_data
-from vlbench.mistakes import Mistake
 
 GOLDENS = Path(__file__).parent / "goldens" / "evaluation"
 COLOURS = ("red", "green", "blue")
@@ -89,11 +90,8 @@ def test_an_exam_from_before_records_were_numbered_goes_on(write, model, tmp_pat
 def test_a_run_asks_equal_ids_of_all_its_sources_apart(write):
     first, second = (write([record(n) for n in range(2)], name) for name in ("a.json", "b.json"))
     mix = f"data.mix=[{{train: {first}}}, {{train: {second}}}]"
-    try:
-        recipe = recipes.load(["recipe=yivl_llava", mix])
-    except Mistake:
-        pytest.skip("data.mix cannot be said on the command line")
-    ids = [one.sample.id for one in questions_of(recipe)[1]]
+    asked = questions_of(recipes.load(["recipe=yivl_llava", mix]))[1]
+    ids = [one.sample.id for one in asked]
     assert len(ids) == len(set(ids)) == 4
 
 
@@ -167,3 +165,13 @@ def test_sixty_answers_with_one_id_are_sixty(tmp_path, capsys):
     scores = json.loads((tmp_path / "answers.jsonl.scores/scores.json").read_text())
     assert (scores["n"], scores["correct"]) == (60, 15)
     assert "60 questions share 1 ids (same: 60)" in capsys.readouterr().out
+
+
+def test_a_comparison_counts_equal_ids_of_an_old_run_one_by_one(model, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(model.parent.parent, run)
+    first = next(one for one in lines(run / "answers.jsonl") if one["set"] == ASKED)
+    several = [first | {"correct": n % 2 == 0} for n in range(60)]
+    (run / "answers.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in several))
+    right = load(run).right
+    assert len(right) == 60 and sum(right.values()) == 30

@@ -166,7 +166,7 @@ VERBS = {
         "run=PATH [data=FILE images=FOLDER]\n"
         "       run=PATH task=mmmu,cmmmu,own [data=DIR] [split=val] [subjects=A,B] [seed=42]\n"
         "       [protocol=yi|official|lmms|strict|raw]\n"
-        "       with both: [limit=N] [blank=true] [batch=16] [out=DIR]",
+        "       with both: [limit=N] [blank=true] [batch=16] [template=NAME] [out=DIR]",
         "evaluate a run or a released model, on its questions or on a benchmark",
         evaluate,
     ),
@@ -177,12 +177,14 @@ VERBS = {
         score,
     ),
     "chat": Verb(
-        "model=PATH [image=FILE] [question=TEXT] [KEY=VALUE ...]",
+        "model=PATH [image=FILE|URL ...] [question=TEXT] [template=NAME] [dtype=bf16]\n"
+        "       [device=cuda] [max_new_tokens=512] [temperature=0] [top_p=1] [seed=0]",
         "talk to a run, a checkpoint or a released model",
         chat,
     ),
     "export": Verb(
-        "run=PATH to=DIR format=yi_vl|hf_llava|vlbench [dtype=bf16] [merge_lora=true]",
+        "run=PATH to=DIR format=yi_vl|hf_llava|vlbench [dtype=bf16] [merge_lora=true]\n"
+        "       [template=NAME]",
         "write a run, a checkpoint or a released model in a layout that others load",
         export,
     ),

@@ -55,9 +55,10 @@ def load(folder: Path) -> Finished:
         try:
             one = json.loads(line)
             if one["set"] == ASKED:
-                right[one["id"]] = bool(one["correct"])
-                kinds[one["id"]] = (one["type"], one["language"])
-                texts[one["id"]] = (one.get("answer", ""), one.get("truth", ""))
+                name = one["id"] if one["id"] not in right else f"{one['id']}#{number}"
+                right[name] = bool(one["correct"])  # several questions may have the same id
+                kinds[name] = (one["type"], one["language"])
+                texts[name] = (one.get("answer", ""), one.get("truth", ""))
         except (ValueError, KeyError, TypeError) as error:
             raise Mistake(f"{folder / 'answers.jsonl'}, line {number}: is no answer") from error
     recipe = flat(plain(recipes.load_file(folder / "recipe.yaml")))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from vlbench import recipe as recipes
+from vlbench.data.template import template_named
 from vlbench.files import read_json
 from vlbench.mistakes import Mistake, nearest
 from vlbench.model import lora
@@ -33,16 +35,18 @@ FORMATS = ("yi_vl", "hf_llava", "vlbench")
 
 def main(words: list[str]) -> int:
     """Write `run=PATH` (run, checkpoint or released model) to the new folder `to=DIR`."""
-    given = given_keys("export", words, ("run", "to", "format"), ("dtype", "merge_lora"))
+    given = given_keys(
+        "export", words, ("run", "to", "format"), ("dtype", "merge_lora", "template")
+    )
     layout, to = given["format"], Path(given["to"]).expanduser()
     if layout not in FORMATS:
         known = ", ".join(FORMATS)
         raise Mistake(f"format is '{layout}'; known are {known}.{nearest(layout, FORMATS)}")
-    kind = type_named(given.get("dtype"))
+    kind, template = type_named(given.get("dtype")), template_named(given.get("template"))
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise Mistake(f"to={to} is there already; name a new folder")
     source = find(given["run"], "run")
-    vlm = open_model(source, None)
+    vlm = open_model(source, None, template=template)
     _settle_adapters(vlm, layout, truth(given, "merge_lora"), source)
     recipe = _recipe(source, vlm)
     writing = to.parent / f".writing-{to.name}"
@@ -127,7 +131,9 @@ def _position(source: Path, recipe: Recipe) -> Position:
 def _recipe(source: Path, vlm: VLM) -> Recipe:
     """Return the recipe of a checkpoint, or the one that a released model would have had."""
     if checkpoint.holds(source):
-        return recipes.load_file(source / "recipe.yaml")
+        recipe = recipes.load_file(source / "recipe.yaml")
+        template: Any = vlm.template.name
+        return replace(recipe, language=replace(recipe.language, template=template))
     options = [typed(f"connector.{key}", value) for key, value in vlm.options.items()]
     layers = vlm.language.config.num_hidden_layers
     return recipes.load(
