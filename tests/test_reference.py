@@ -24,7 +24,7 @@ from vlbench.__main__ import main
 from vlbench.connector import Connector, Shapes
 from vlbench.mistakes import Mistake
 from vlbench.model.weights.reference import References, load_reference
-from vlbench.model.weights.shards import weight_files
+from vlbench.model.weights.shards import shapes, weight_files
 
 SHAPES = Shapes(patches=16, grid=(4, 4), vision_width=24, lm_width=32, lm_layers=4)
 QFORMER = {"queries": 6, "width": 32, "layers": 2, "heads": 4, "ffn_width": 48}
@@ -139,6 +139,7 @@ def test_every_tensor_is_the_files(name, options, named, write, tmp_path):
         assert torch.equal(tensor, before[key] if kept else expected[key]), key
     assert said.startswith(f"{len(own)} tensors") and "left out: " in said
     assert ("as it began: place" in said) == ("place" in before)
+    assert said.endswith("which are not in it") == ("base_model" in min(shapes(file)))
     empty = built(name, options).to("meta")
     assert load_reference(empty, References([file], empty=True), name, "init") == said
 

@@ -19,7 +19,8 @@ from vlbench.mistakes import Mistake, Trouble, nearest
 from vlbench.model.weights.groups import counted
 from vlbench.model.weights.shards import Header, check_kind, headers, read
 
-WRAPPERS = ("module.", "_forward_module.", "_orig_mod.", "base_model.model.")
+PEFT = "base_model.model."
+WRAPPERS = ("module.", "_forward_module.", "_orig_mod.", PEFT)
 """What DDP, DeepSpeed, Lightning, torch.compile and peft put before every name."""
 ADAPTER = re.compile(r".*\.(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|base_layer)(\..*)?")
 """Names of peft's LoRA."""
@@ -28,7 +29,8 @@ ADAPTER = re.compile(r".*\.(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|
 class References(Mapping[str, Tensor]):
     """The tensors of several files by name, each read when it is asked for.
 
-    A wrapper's beginning of all names is no part of them. `taken` are the names asked for.
+    A wrapper's beginning of all names is no part of them. `taken` are the names asked for;
+    `beside_adapters` says that peft wrote the names.
     """
 
     def __init__(self, files: Sequence[Path], empty: bool = False) -> None:
@@ -42,6 +44,7 @@ class References(Mapping[str, Tensor]):
         self._refuse_adapters(files)
         self._names = _unwrapped(self._places)
         self._empty = empty
+        self.beside_adapters = any(PEFT in name for name in self._places)
         self.taken: set[str] = set()
 
     def _refuse_adapters(self, files: Sequence[Path]) -> None:
@@ -104,7 +107,9 @@ def summary(loaded: Collection[str], own: Collection[str], weights: References) 
     if anew:
         more = f" and {len(anew) - 3} more" if len(anew) > 4 else ""
         text += f"; not in it, so as it began: {', '.join(anew[: 3 if more else 4])}{more}"
-    return text + (f"; left out: {weights.left()}" if weights.left() else "")
+    text += f"; left out: {weights.left()}" if weights.left() else ""
+    beside = weights.beside_adapters  # LLaVA's non_lora_trainables.bin
+    return text + ("; trained beside LoRA adapters, which are not in it" if beside else "")
 
 
 def _check(
