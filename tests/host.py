@@ -198,6 +198,13 @@ def trained(vlbench: Any, checkpoint: str, folder: str, looked: Callable[[str], 
     looked("export")
     assert stages.fit(recipes.load([*RECIPE, f"run={folder}/run"])) == 0
     looked("fit")
+    codes: list[int] = []
+    recipe = recipes.load([*RECIPE, "only=chat", f"run={folder}/thread"])
+    thread = threading.Thread(target=lambda: codes.append(stages.fit(recipe)))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+    looked("fit in a thread")
     assert main(["fit", *RECIPE, "data.workers=1", "precision=bf16", f"run={folder}/other"]) == 0
     looked("fit with workers")
 

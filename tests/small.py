@@ -51,7 +51,9 @@ class Noise:
         return f"noise {self.seed}"
 
     def open(self) -> Image.Image:
-        values = torch.randint(0, 255, (28, 28, 3), generator=torch.manual_seed(self.seed))
+        values = torch.randint(
+            0, 255, (28, 28, 3), generator=torch.Generator().manual_seed(self.seed)
+        )
         return Image.fromarray(values.byte().numpy())
 
 

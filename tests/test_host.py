@@ -23,7 +23,8 @@ from vlbench.data.images import open_image
 from vlbench.host import kept
 
 HOST = Path(__file__).parent / "host.py"
-STEPS = ("load", "chat", "generate", "main", "export", "fit", "fit with workers")
+STEPS = ("load", "chat", "generate", "main", "export", "fit")
+STEPS += ("fit in a thread", "fit with workers")
 
 
 def run(folder: Path, *words: str) -> dict[str, list[str]]:

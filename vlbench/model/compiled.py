@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Compiled:
-    """The blocks of a model, compiled until `release`; while it does not train they are not."""
+    """The blocks of a model, compiled until `release` or the end of `with`, while it trains."""
 
     def __init__(self, vlm: VLM, wanted: bool = True, backend: str = "inductor") -> None:
         """Compile with `backend` of torch, if `wanted`; it works at the first call of a block."""
@@ -34,6 +34,12 @@ class Compiled:
         for block in self._blocks:
             compiled = torch.compile(block.forward, dynamic=True, backend=backend)
             block.forward = functools.partial(_while_training, vlm, block.forward, compiled)
+
+    def __enter__(self) -> Compiled:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     def release(self) -> None:
         """Leave the blocks, and what torch does for all models of the process, as they were."""

@@ -85,11 +85,9 @@ def measure(recipe: Recipe, legs: list[Leg]) -> Iterator[Measured]:
         tried = [longest, *candidates[:TIMED]]
         clock = _Clock()
         module = Training(vlm, leg.stage, len(tried), 0, recipe.seed, [clock])
-        compiled = Compiled(vlm, recipe.trainer.compile)
-        with explained(leg):
+        with Compiled(vlm, recipe.trainer.compile), explained(leg):
             loader: DataLoader = DataLoader(tried, batch_size=None)  # type: ignore[arg-type]
             trainer_of(recipe, [], None).fit(module, loader)
-        compiled.release()
         held.release()
         if sharded(recipe):
             vlm, _ = prepare(recipe, legs, None)  # whole again

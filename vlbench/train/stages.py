@@ -177,10 +177,8 @@ class Job:
             worker_init_fn=apart,
             pin_memory=trainer.strategy.root_device.type == "cuda",
         )
-        compiled = Compiled(vlm, self.recipe.trainer.compile)
-        with explained(leg):
+        with Compiled(vlm, self.recipe.trainer.compile), explained(leg):
             trainer.fit(training, loader)
-        compiled.release()
         held.release()
         self.seen = training.seen
 

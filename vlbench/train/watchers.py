@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -39,8 +40,9 @@ class Interrupts(pl.Callback):
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
+        if threading.current_thread() is threading.main_thread():  # others cannot catch signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -48,11 +50,12 @@ class Interrupts(pl.Callback):
 
         They are in the middle of a step, where they expect something else: all would wait forever.
         """
-        signal.signal(signal.SIGTERM, self._note)
+        if self._before:
+            signal.signal(signal.SIGTERM, self._note)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def asked(self) -> bool:
         """Tell whether this process is to stop."""
