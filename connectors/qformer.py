@@ -278,6 +278,7 @@ class QFormer(Connector):
             self.load_exactly(state)
         except ValueError as error:
             raise Mistake(f"{where} does not fit: {error}") from error
+        self.weights_source = f"random, its BERT {self._text_source}"
         print(f"{where}: {summary(loaded, wanted | head, theirs)}")
 
 

@@ -59,6 +59,8 @@ class Connector(nn.Module):
     place: nn.Parameter
     """`[lm_width]`, what a place reads when `fills_sequence` is False; owned by the connector."""
 
+    weights_source: str = "random"
+    """What the weights of a new connector are, for people; `prepare` may load pretrained ones."""
     reference_others: str = r"(?!)"
     """Names that a reference's weights may have beside the connector's, as a regular expression:
     tower, language model. They are counted and left out; any other name is refused."""

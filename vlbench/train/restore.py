@@ -125,7 +125,7 @@ def begin(recipe: Recipe, stage: Stage, mapped: bool = False) -> VLM:
         vlm.pursue(stage.objective, fresh=True)
     vlm.origins = {
         "vision": origin_of(source, vlm.vision.visual),
-        "connector": origin_of("random" if other else source, vlm.connector),
+        "connector": origin_of(vlm.connector.weights_source if other else source, vlm.connector),
         "language": origin_of(source, vlm.language),
     }
     config, blocks = vlm.language.config, len(vlm.vision.blocks())
