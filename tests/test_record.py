@@ -231,7 +231,7 @@ REFUSED: dict[str, tuple[Record, str]] = {
         'no \'conversations\'; .*expected "conversations": .*"from": "human"',
     ),
     **{
-        f"tag {tag}": ({**more, "conversations": said(f"{tag} Colour?")}, "turn 1: .*" + words)
+        f"tag {tag[:40]}": ({**more, "conversations": said(f"{tag} Colour?")}, "turn 1: .*" + words)
         for tag, more, words in (
             ("<img>a.jpg</img>", {}, "name the file in 'image'"),
             ("<IMAGE>", {"image": "a.jpg"}, "write <image>"),
@@ -240,6 +240,8 @@ REFUSED: dict[str, tuple[Record, str]] = {
             ("<|image_1|>", {"image": "a.jpg"}, "write <image>"),
             ("<|vision_start|><|image_pad|><|vision_end|>", {"image": "a.jpg"}, "write <image>"),
             ("<ImageHere>", {"image": "a.jpg"}, "write <image>"),
+            (f"![it]({PICTURE})", {}, "name the file in 'image'"),
+            (f"<img>{PICTURE}</img>", {}, "name the file in 'image'"),
             ("<start_of_image>", {"image": "a.jpg"}, "write <image>"),
             ("<video>", {}, "videos and sound are not read"),
             ("<audio>", {}, "videos and sound are not read"),
@@ -280,6 +282,7 @@ def test_check_counts_pictures_without_a_tag_and_tags_that_are_text(folder, caps
         {"id": "a", "images": ["a.jpg"], "conversations": PLAIN},
         {"id": "b", "image": "b.png", "conversations": said("<im_start><image><im_end>")},
         {"id": "c", "conversations": [PLAIN[0], {**ANSWER, "value": "<image> is a tag"}]},
+        {"id": "d", "conversations": said("Look: ![it](a.jpg)")},
     ]
     (folder / "data.json").write_text(json.dumps(records))
     words = [f"data.train={folder / 'data.json'}", f"out={folder / 'out'}", "only=chat"]
@@ -288,6 +291,7 @@ def test_check_counts_pictures_without_a_tag_and_tags_that_are_text(folder, caps
     assert "1 records have a picture and no <image>" in told and "2 pictures" in told
     assert "'<im_start' in it, which is read as text" in told
     assert "'<image' in it, which is learned as text" in told
+    assert "'![it](' in it, which is read as text" in told
 
 
 def test_a_record_with_images_is_packed_with_them(folder):

@@ -37,8 +37,10 @@ MEANING = {
     ODD: "it can be learned, and is probably not meant so",
 }
 REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no text
-TAGS = re.compile(r"<\|?(image|im_(start|end|patch)|(img|video|audio)\|?>)", re.IGNORECASE)
-"""What begins a tag for a picture, in some program."""
+TAGS = re.compile(
+    r"<\|?(image|im_(start|end|patch)|(img|video|audio)\|?>)|!\[[^\]]{0,80}\]\(", re.IGNORECASE
+)
+"""What begins a tag for a picture, in some program or in Markdown."""
 THINNEST = 32  # longest edge over shortest, from which padding leaves a strip of a patch or less
 
 

@@ -38,7 +38,8 @@ UNLEARNED = ("loss", "loss_scale", "train", "trainable", "weight")
 
 PATH_TAG = re.compile(r"<img>.*?</img>", re.IGNORECASE | re.DOTALL)
 MEDIA_TAG = re.compile(
-    PATH_TAG.pattern + r"|<\|?((start|end)_of_)?(image|img|video|audio|vision(?=_))"
+    PATH_TAG.pattern
+    + r"|!\[[^\]]*\]\(data:[^)\s]*|<\|?((start|end)_of_)?(image|img|video|audio|vision(?=_))"
     r"([ _-]?(pad|start|end|here|context|placeholder|token|soft_token|bos|eos|\d+))*\|?>",
     re.IGNORECASE | re.DOTALL,
 )
