@@ -34,7 +34,8 @@ SMALL = (
 )
 STAGES = ("align_224", "align_448", "chat")
 QUIET = "data.workers=0 log.questions=1 log.examples=0 log.tensorboard=false"
-SHORT = " ".join([QUIET, *(f"stages.{name}.batch=1" for name in STAGES)])
+SHORT = " ".join([QUIET, *(f"stages.{name}.batch=2" for name in STAGES)])
+LOW = " ".join(f"stages.{name}.image_size=224" for name in STAGES)
 ONE_STEP = " ".join([SHORT, *(f"stages.{name}.steps=1" for name in STAGES)])
 UNTRAINED = " ".join([SHORT, *(f"stages.{name}.steps=0" for name in STAGES)])
 TINY = " ".join([QUIET, *(f"stages.{name}.steps=0" for name in STAGES)])
@@ -179,7 +180,7 @@ TORCHRUN = (
     "-m vlbench fit recipe=yivl_llava"
 )
 ROWS_6B = (
-    Row(f"{FIT} {DATA}", f"run=run {ONE_STEP}", TOWER | CHAT, trained),
+    Row(f"{FIT} {DATA}", f"run=run {ONE_STEP} {LOW}", TOWER | CHAT, trained),
     Row(
         f"{FIT} data.train=/data/shards run=runs/6b",
         UNTRAINED,
@@ -222,7 +223,7 @@ ROWS_6B = (
     Row(
         "python -m vlbench compare recipe=yivl_llava,yivl_qformer,yivl_flamingo,yivl_eva size=6b "
         "match=params data.train=FILE.json",
-        f"data.images=FOLDER jobs=1 dry_run=true {SHORT}",
+        f"data.images=FOLDER jobs=1 dry_run=true {SHORT} {LOW}",
         TOWER | CHAT,
         shown("yivl_llava", "yivl_qformer", "yivl_flamingo", "yivl_eva"),
         slow=True,
