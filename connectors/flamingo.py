@@ -128,6 +128,7 @@ class Flamingo(Connector):
     """Perceiver resampler of `depth` layers, gated block before every `every`-th decoder layer."""
 
     fills_sequence = False
+    reference_others = r"(lang_encoder|vision_encoder)\..*"
     sizes = {
         "every": (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48),
         "latents": [side**2 for side in range(2, 33)],
@@ -193,7 +194,7 @@ class Flamingo(Connector):
         patches = slice(features.shape[1])
         return attention_shares(layers, pairs[0][0].heads, lambda: self(features), patches)
 
-    def load_reference(self, weights: Mapping[str, Tensor]) -> None:
+    def load_reference(self, weights: Mapping[str, Tensor]) -> set[str]:
         """Load OpenFlamingo's weights: `perceiver.*` and `...N.gated_cross_attn_layer.*`.
 
         N is the decoder layer, whatever the language model calls its layers. What a place reads is
@@ -211,5 +212,6 @@ class Flamingo(Connector):
                 f"the weights have gated blocks before layers {layers}, and "
                 f"connector.every asks for {list(self.inject_at)}: their every is {layers[0] + 1}"
             )
-        state["place"] = weights["place"] if "place" in weights else self.place.data
-        self.load_exactly(state)
+        place = {"place": weights["place"] if "place" in weights else self.place.data}
+        self.load_exactly(state | place)
+        return set(state) | ({"place"} & set(weights))

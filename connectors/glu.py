@@ -16,6 +16,7 @@ from vlbench.connector import Connector, Shapes
 class Glu(Connector):
     """One token per patch, and two that mark where the picture begins and ends."""
 
+    reference_others = r".*"  # of CogVLM's one state for all parts
     sizes = {"mlp_ratio": [n / 16 for n in range(1, 129)]}
 
     def __init__(self, shapes: Shapes, mlp_ratio: float = 2.6875) -> None:
@@ -41,8 +42,9 @@ class Glu(Connector):
         begin, end = (mark.expand(len(tokens), -1, -1) for mark in (self.boi, self.eoi))
         return torch.cat([begin, tokens, end], dim=1)
 
-    def load_reference(self, weights: Mapping[str, Tensor]) -> None:
+    def load_reference(self, weights: Mapping[str, Tensor]) -> set[str]:
         """Load CogVLM's weights: `linear_proj.*`, `boi` and `eoi`, of a state with other things."""
         start = "linear_proj."
-        state = {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}
-        self.load_state_dict(state | {name: weights[name] for name in ("boi", "eoi")})
+        state = {k.removeprefix(start): weights[k] for k in weights if k.startswith(start)}
+        state |= {name: weights[name] for name in ("boi", "eoi") if name in weights}
+        return self.load_exactly(state)

@@ -3,13 +3,18 @@
 Each patch feature becomes one token of the language model, without any activation.
 """
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
 from vlbench.connector import Connector, Shapes
+from vlbench.model.weights.mm_projector import OTHERS, check_form, read_mm_projector
 
 
 class LinearConnector(Connector):
     """Carry every patch by the same Linear layer."""
+
+    reference_others = OTHERS
 
     def __init__(self, shapes: Shapes) -> None:
         """Build the layer from `shapes.vision_width` to `shapes.lm_width`."""
@@ -24,3 +29,9 @@ class LinearConnector(Connector):
     def projector(self) -> nn.Sequential:
         """Return the layer, numbered as in LLaVA's `mm_projector`."""
         return self.layers
+
+    def load_reference(self, weights: Mapping[str, Tensor]) -> set[str]:
+        """Load LLaVA's linear projector: `model.mm_projector.weight` and `.bias`."""
+        state = read_mm_projector(weights)
+        check_form(state, self.layers, "connector.name=llava_mlp ")
+        return self.load_exactly({f"layers.{key}": tensor for key, tensor in state.items()})

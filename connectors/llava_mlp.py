@@ -11,11 +11,13 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from vlbench.connector import Connector, Shapes
+from vlbench.model.weights.mm_projector import OTHERS, check_form, read_mm_projector
 
 
 class LlavaMLP(Connector):
     """`depth` Linear layers with GELU between them, and after each Linear a LayerNorm if `norm`."""
 
+    reference_others = OTHERS
     # 32 values in every doubling: a single option must meet any budget within 5 %
     sizes = {"mlp_ratio": [2.0**k * n / 32 for k in range(-5, 6) for n in range(32, 64)]}
 
@@ -56,7 +58,8 @@ class LlavaMLP(Connector):
         """Return the layers, numbered as in Yi-VL's and LLaVA's `mm_projector`, if as wide."""
         return self.layers if self._as_released else None
 
-    def load_reference(self, weights: Mapping[str, Tensor]) -> None:
+    def load_reference(self, weights: Mapping[str, Tensor]) -> set[str]:
         """Load Yi-VL's or LLaVA's `mm_projector` weights, keys `0.weight`, `0.bias`, ..."""
-        prefix = "model.mm_projector."
-        self.load_exactly({f"layers.{k.removeprefix(prefix)}": weights[k] for k in weights})
+        state = read_mm_projector(weights)
+        check_form(state, self.layers, "")
+        return self.load_exactly({f"layers.{key}": tensor for key, tensor in state.items()})

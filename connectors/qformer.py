@@ -22,9 +22,12 @@ from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
 
 from vlbench.connector import Connector, Shapes, attention_shares, zero_like_loss
 from vlbench.data.batch import Batch
+from vlbench.mistakes import Mistake
 from vlbench.model.blip2 import FirstStage
 from vlbench.model.caption_tokens import EMBEDDED, bert_folder, caption_tokens
-from vlbench.model.weights.shards import Lazy, weight_files
+from vlbench.model.weights.origin import expect_loaded
+from vlbench.model.weights.reference import References, summary
+from vlbench.model.weights.shards import weight_files
 
 LAVIS = (
     (r"^Qformer\.bert\.embeddings\.LayerNorm\.", "qformer.layernorm."),
@@ -48,6 +51,15 @@ BERT_STD, BERT_WIDTH = 0.02, 768
 narrower layer are kept as large: with 0.02 at 128, queries look everywhere alike for hundreds of
 steps, and one seed in three did not learn where to look."""
 OWN = re.compile(r"(query_tokens$|ln_vision\.|qformer\.|projection\.|text\.)")
+OTHERS = (
+    r"(visual_encoder|vision_model|(opt|t5|llm|language)_(model|proj|projection)|Qformer|embeddings"
+    r"|(vision|text)_proj(ection)?|itm_head)\..*|temp"
+)
+"""Names of BLIP-2's other parts, and of the text side, which a stage without it has no use for."""
+BERT = re.compile(r"text\.embeddings\.|qformer\.(layernorm\.|encoder\.layer\.\d+\.(?!cross))")
+HEAD = re.compile(r"text\.(dense|norm|bias)\b")
+BERT_OTHERS = r"cls\..*|(bert\.)?(pooler|embeddings|encoder)\..*"
+"""Names of this file that BERT's weights fill, the head that a bare BERT lacks, and BERT's rest."""
 TEXT = re.compile(r"text\.|.*\.layer\.\d+\.(intermediate|output)\.")  # of the text, not of queries
 
 
@@ -55,6 +67,7 @@ class QFormer(Connector):
     """`queries` tokens per picture, from a BERT of `layers` layers that is `width` wide."""
 
     class_token = True
+    reference_others = OTHERS
     sizes = {
         "queries": [side**2 for side in range(2, 33)],
         "width": range(96, 1633, 96),
@@ -211,7 +224,7 @@ class QFormer(Connector):
         to = features.device
         return ids.to(to, non_blocking=True), mask.to(to, non_blocking=True)
 
-    def load_reference(self, weights: Mapping[str, Tensor]) -> None:
+    def load_reference(self, weights: Mapping[str, Tensor]) -> set[str]:
         """Load BLIP-2's weights, in the layout of LAVIS or of transformers.
 
         Tower and language model are left out, and the text side unless a stage is to use it; so is
@@ -224,23 +237,30 @@ class QFormer(Connector):
             name = renamed(given)
             if OWN.match(name) and (self.text is not None or not TEXT.match(name)):
                 state[name] = self._fitting(name, weights[given], own)
-        if len(state.get("projection.bias", ())) != len(own["projection.bias"]):
-            state |= {name: own[name] for name in ("projection.weight", "projection.bias")}
-        self.load_exactly({name: own[name] for name in own if TEXT.match(name)} | state)
+        kept = {name: own[name] for name in own if TEXT.match(name) and name not in state}
+        ends = {name for name in own if name.startswith("projection.")}
+        if not ends & set(state) or (
+            ends <= set(state) and len(state["projection.bias"]) != len(own["projection.bias"])
+        ):
+            kept |= {name: own[name] for name in ends}
+            state = {name: tensor for name, tensor in state.items() if name not in ends}
+        self.load_exactly(kept | state)
+        return set(state)
 
     def _fitting(self, name: str, tensor: Tensor, own: Mapping[str, Tensor]) -> Tensor:
         """Cut positions beyond the longest caption; add the id that BERT itself lacks."""
         if name == "text.embeddings.position_embeddings.weight":
             return tensor[: self.text_length]
-        if name in ("text.embeddings.word_embeddings.weight", "text.bias"):
-            return torch.cat([tensor, own[name][len(tensor) :].to(tensor)])
+        words = name in ("text.embeddings.word_embeddings.weight", "text.bias")
+        if words and (len(tensor) + 1, *tensor.shape[1:]) == own[name].shape:
+            return torch.cat([tensor, own[name][-1:].to(tensor)])
         return tensor
 
     def _begin_as_bert(self) -> None:
         """Load BERT's weights; queries begin with the feed-forward layers of the text."""
-        folder = bert_folder(self._text_source, "connector.text")
-        theirs = Lazy(weight_files(folder))
-        state = self.state_dict()
+        where = f"connector.text={self._text_source}"
+        theirs = References(weight_files(bert_folder(self._text_source, "connector.text")))
+        state, loaded = self.state_dict(), set[str]()
         for given in theirs:
             name = re.sub(r"^(bert\.|)(?=embeddings|encoder)", "bert.", given)
             name = name.replace(".gamma", ".weight").replace(".beta", ".bias")
@@ -248,7 +268,18 @@ class QFormer(Connector):
             for one in {name, re.sub(r"(layer\.\d+\.(intermediate|output))\.", r"\1_query.", name)}:
                 if one in state:
                     state[one] = self._fitting(one, theirs[given], state)
-        self.load_exactly(state)
+                    loaded.add(one)
+            if given not in theirs.taken and not re.fullmatch(BERT_OTHERS, given):
+                raise Mistake(f"{where}: tensor {given} is none of BERT's")
+        wanted = {name for name in state if BERT.match(name)}
+        head = {name for name in state if HEAD.match(name)}
+        expect_loaded(wanted | (head if head & loaded else set()), loaded, where)
+        try:
+            self.load_exactly(state)
+        except ValueError as error:
+            raise Mistake(f"{where} does not fit: {error}") from error
+        self.weights_source = f"random, its BERT {self._text_source}"
+        print(f"{where}: {summary(loaded, wanted | head, theirs)}")
 
 
 def renamed(name: str) -> str:

@@ -81,3 +81,31 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], None], kind: str
         places |= dict.fromkeys(part, file)
     index = {"metadata": {}, "weight_map": places}
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+def plain_llava(folder: Path, kind: str = "bin", tokens: int = 0, **config: Any) -> Path:
+    """Copy the golden with LLaVA-1.5's projector, and `tokens` added tokens, `<extra_0>` onwards.
+
+    `config` are further changes of config.json.
+    """
+    copy(folder)
+    edit(folder / "config.json", mm_projector_type="mlp2x_gelu", vocab_size=1600 + tokens, **config)
+    if tokens:
+        added = {f"<extra_{number}>": 1600 + number for number in range(tokens)}
+        (folder / "added_tokens.json").write_text(json.dumps(added))
+    noise = torch.Generator().manual_seed(0)
+
+    def change(state: dict[str, Tensor]) -> None:
+        for name in [name for name in state if "mm_projector" in name]:
+            del state[name]
+        for number, width in (("0", 80), ("2", 64)):
+            start = f"model.mm_projector.{number}"
+            weight = torch.randn(64, width, generator=noise) / width**0.5
+            state[f"{start}.weight"] = weight.bfloat16()
+            state[f"{start}.bias"] = torch.randn(64, generator=noise).bfloat16() / 8
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            more = torch.randn(tokens, 64, generator=noise).bfloat16() / 8
+            state[name] = torch.cat([state[name], more])
+
+    rewrite(folder, change, kind)
+    return folder

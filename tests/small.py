@@ -23,7 +23,14 @@ from vlbench.model.vlm import VLM
 CHECKPOINT = Path(__file__).parent / "goldens" / "yi_vl" / "checkpoint"
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 SMALL = {
-    "qformer": {"queries": 3, "width": 16, "layers": 2, "heads": 2, "ffn_width": 24},
+    "qformer": {
+        "queries": 3,
+        "width": 16,
+        "layers": 2,
+        "heads": 2,
+        "ffn_width": 24,
+        "text": "embedded",
+    },
     "flamingo": {"every": 1, "latents": 3, "depth": 1, "heads": 2, "head_width": 8},
     "eva": {"layers": 1, "head_width": 8},
     "resampler": {"side": 2, "heads": 2},
@@ -44,7 +51,9 @@ class Noise:
         return f"noise {self.seed}"
 
     def open(self) -> Image.Image:
-        values = torch.randint(0, 255, (28, 28, 3), generator=torch.manual_seed(self.seed))
+        values = torch.randint(
+            0, 255, (28, 28, 3), generator=torch.Generator().manual_seed(self.seed)
+        )
         return Image.fromarray(values.byte().numpy())
 
 

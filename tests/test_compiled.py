@@ -98,6 +98,7 @@ def test_compiled_blocks_learn_the_same(name, frozen, way, one_call, graphs, mon
     vlm = model(name, frozen)
     names = list(vlm.state_dict())
     vlm.recompute(way)
+    settings = torch._dynamo.config.get_config_copy()
     compiled = Compiled(vlm, backend="aot_eager")
     for ours, theirs in zip(learned(vlm), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
@@ -107,6 +108,7 @@ def test_compiled_blocks_learn_the_same(name, frozen, way, one_call, graphs, mon
     ask = vlm.prepare([{"role": "user", "content": "How many?"}])
     assert len(vlm.generate(ask, max_new_tokens=3)[0]) and graphs() == made
     compiled.release()
+    assert torch._dynamo.config.get_config_copy() == settings
     assert all("forward" not in vars(module) for module in vlm.modules())
 
 

@@ -24,6 +24,7 @@ from test_vlm import assert_same, gradients, grown
 from vlbench import plugins
 from vlbench.evaluate.diagnostics import diagnose
 from vlbench.evaluate.questions import Question
+from vlbench.model.contrast import pooled
 from vlbench.model.cost import count
 from vlbench.model.messages import prompt_batch
 from vlbench.model.vlm import VLM
@@ -77,6 +78,29 @@ def test_a_sample_does_not_notice_its_neighbours(vlm):
     alone = gradients(vlm, [batch(vlm, [[one]]) for one in samples])
     for rows in ([samples], [samples[::-1]], [[one] for one in samples]):
         assert_same(alone, gradients(vlm, [batch(vlm, rows)]))
+
+
+def test_its_objectives_do_not_depend_on_the_packing(vlm):
+    """An objective that compares samples takes them from `batch.pool`, not from a micro-batch."""
+    samples = [sample(number, words=number) for number in range(1, 7)]
+    for name in vlm.connector.objectives():
+        vlm.pursue(name)
+        whole = pursued(vlm, [samples])
+        for rows in ([samples[:1], samples[:0:-1]], [[one] for one in samples]):
+            assert_same(whole, pursued(vlm, rows), 1e-8)
+
+
+def pursued(vlm: VLM, rows: list) -> tuple[float, dict[str, torch.Tensor]]:
+    """Return loss and gradients of a step of the connector's own objective, a row a time."""
+    batches = [batch(vlm, [row]) for row in rows]
+    torch.manual_seed(5)  # of the step
+    vlm.zero_grad()
+    total = 0.0
+    for one in pooled(vlm, batches):
+        loss = sum(value for value, _ in vlm(one).extra.values())
+        loss.backward()
+        total += float(loss)
+    return total, {n: p.grad.clone() for n, p in vlm.named_parameters() if p.grad is not None}
 
 
 def test_text_alone_gives_every_parameter_a_gradient(vlm):

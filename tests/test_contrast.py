@@ -17,10 +17,11 @@ from test_vlm import assert_same
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vlbench import plugins
+from vlbench import plugins, ranks
 from vlbench import recipe as recipes
 from vlbench.data.steps import Step
 from vlbench.model import blip2
+from vlbench.model.contrast import pooled
 from vlbench.model.vlm import VLM
 from vlbench.schema import Train
 from vlbench.train.module import StepReport, Training, freeze
@@ -42,7 +43,7 @@ PACKINGS = {
 def prepared(vision: bool = False) -> VLM:
     """Return the small model in BLIP-2's first stage, in float64; its tower learns if `vision`."""
     qformer = plugins.connector("qformer")
-    vlm = small_vlm(qformer, {**SMALL["qformer"], "text": "embedded", "itc_width": 8})
+    vlm = small_vlm(qformer, {**SMALL["qformer"], "itc_width": 8})
     torch.manual_seed(5)
     freeze(vlm, stage_of(vision))
     vlm.connector.text.temp.data.fill_(0.3)  # small random weights: draws differ all the same
@@ -167,9 +168,34 @@ def test_the_held_out_loss_does_not_depend_on_the_packing():
         assert one == pytest.approx(found[0], rel=1e-9)
 
 
+def test_a_trial_of_one_process_asks_no_other(monkeypatch):
+    vlm = prepared()
+    for name in ("everyone", "gather", "fetch"):
+        monkeypatch.setattr(ranks, name, lambda *_: pytest.fail("asked others"))
+    batch = pooled(vlm, step(vlm, [[1, 2, 3]]).batches, shared=False)[0]
+    losses = {name: value for name, (value, _) in vlm(batch).extra.items()}
+    assert len(batch.pool.own) == 3 and all(value.isfinite() for value in losses.values())
+
+
+def test_in_bfloat16_every_parameter_learns_from_every_micro_batch(whole):
+    """What autocast keeps of the pass without a graph must not stand in for weights."""
+    vision, _, exact = whole
+    for packing in PACKINGS.values():
+        vlm = prepared(vision).float()
+        training = Training(vlm, stage_of(vision), 1, 0, seed=3)
+        trainer = pl.Trainer(accelerator="cpu", precision="bf16-mixed", max_steps=1, barebones=True)
+        batches = [one.to("cpu", torch.float32) for one in step(vlm, packing).batches]
+        trainer.fit(training, DataLoader([Step(0, batches)], batch_size=None))
+        assert training.report.extra["itc"] == pytest.approx(3.465, abs=0.05)
+        itg = "connector.text.dense.weight"  # draws differ by rounding, so ITM's gradients do
+        found = dict(vlm.named_parameters())
+        assert (found[itg].grad - exact[itg]).abs().max() < 0.05 * exact[itg].abs().max()
+        assert all(found[name].grad is not None for name in exact)
+
+
 def words(run: Path, *more: str) -> tuple[str, ...]:
     """Return a command: BLIP-2's first stage alone, 7 pairs a step."""
-    stage = ("only=blip2", "stages.blip2.batch=7", "stages.blip2.steps=3", "data.workers=0")
+    stage = ("only=blip2", "stages.blip2.batch=7", "stages.blip2.steps=2", "data.workers=0")
     return ("recipe=yivl_blip2", *stage, *QUIET, "data.samples=40", f"run={run}", *more)
 
 
@@ -180,15 +206,13 @@ def told(run: Path) -> list[dict[str, float]]:
         return [{name: float(row[name] or 0) for name in names} for row in csv.DictReader(file)]
 
 
+TOWER = "stages.blip2.train.vision.lr=1e-4"
 WAYS = {
-    "rows of one pair": ("stages.blip2.row_tokens=16",),
-    "ddp": (TWO, "trainer.strategy=ddp", "stages.blip2.row_tokens=100"),
-    "ddp, rows of one pair": (TWO, "trainer.strategy=ddp", "stages.blip2.row_tokens=16"),
-    "ddp, trained tower": (TWO, "trainer.strategy=ddp", "stages.blip2.train.vision.lr=1e-4"),
-    "fsdp2": (TWO, "trainer.strategy=fsdp2", "stages.blip2.row_tokens=100"),
-    "trained tower": ("stages.blip2.train.vision.lr=1e-4", "stages.blip2.row_tokens=16"),
     "alone": (),
-    "alone, trained tower": ("stages.blip2.train.vision.lr=1e-4",),
+    "alone, trained tower": (TOWER,),
+    "ddp": (TWO, "trainer.strategy=ddp", "stages.blip2.row_tokens=60"),
+    "ddp, trained tower": (TWO, "trainer.strategy=ddp", TOWER),
+    "fsdp2": (TWO, "trainer.strategy=fsdp2", "stages.blip2.row_tokens=60"),
 }
 
 
@@ -197,7 +221,7 @@ def curves(tmp_path_factory) -> dict[str, list[dict[str, float]]]:
     """What runs in float64 told, by way."""
     folder = tmp_path_factory.mktemp("contrast")
     runs = {way: folder / str(number) for number, way in enumerate(WAYS)}
-    jobs = {way: Job(words(runs[way], *more), 3, double=True) for way, more in WAYS.items()}
+    jobs = {way: Job(words(runs[way], *more), 2, double=True) for way, more in WAYS.items()}
     two = [way for way, more in WAYS.items() if TWO in more]
     assert [do(jobs[way]) for way in WAYS if way not in two] == [130] * (len(WAYS) - len(two))
     assert in_two([jobs[way] for way in two]) == [(130, 130)] * len(two)
@@ -207,7 +231,7 @@ def curves(tmp_path_factory) -> dict[str, list[dict[str, float]]]:
 @pytest.mark.parametrize("way", [way for way in WAYS if not way.startswith("alone")])
 def test_runs_tell_the_same_whatever_computes_them(way, curves):
     expected = curves["alone, trained tower" if "trained tower" in way else "alone"]
-    assert len(curves[way]) == len(expected) == 3
+    assert len(curves[way]) == len(expected) == 2
     assert expected[0]["itc"] > 1.5 and expected[-1]["held_out_itc"] > 2
     for one, other in zip(curves[way], expected, strict=True):
         assert one == pytest.approx(other, rel=1e-8)
@@ -216,10 +240,10 @@ def test_runs_tell_the_same_whatever_computes_them(way, curves):
 def test_a_stopped_stage_goes_on_as_if_it_had_not_been(tmp_path):
     rows = ("stages.blip2.row_tokens=100",)
     assert do(Job(words(tmp_path / "whole", *rows))) == 0
-    assert do(Job(words(tmp_path / "parts", *rows), 2)) == 130
+    assert do(Job(words(tmp_path / "parts", *rows), 1)) == 130
     assert do(Job(words(tmp_path / "parts", *rows))) == 0
     ends = [
-        next((tmp_path / name / "checkpoints").glob("0-blip2-000003"))
+        next((tmp_path / name / "checkpoints").glob("0-blip2-000002"))
         for name in ("whole", "parts")
     ]
     states = [(end / "model.safetensors").read_bytes() for end in ends]

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from small import batch_of, opened, sample, small_vlm
+from test_contract import pursued
+from test_vlm import assert_same
 
 from vlbench import plugins
 from vlbench import recipe as recipes
@@ -21,7 +23,8 @@ PAGE = (DOCS / "connectors.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^    python -m vlbench (.*)$", PAGE, re.MULTILINE)
 SHIPPED = sorted(file.stem for file in plugins.shipped("connectors").glob("[!_.]*.py"))
 SECTIONS = dict(re.findall(r"^### `(\w+)`\n(.*?)(?=^##)", PAGE, re.MULTILINE | re.DOTALL))
-BLOCKS = dict(re.findall(r"`connectors/(\w+)\.py`:\n\n```python\n(.*?)```", PAGE, re.DOTALL))
+BLOCK = re.compile(r"`connectors/(\w+)\.py`:\n\n```python\n(.*?)```", re.DOTALL)
+BLOCKS = dict(BLOCK.findall(PAGE))
 
 
 def written(default: object) -> str:
@@ -75,10 +78,10 @@ def test_every_command_is_understood(
         recipes.load(words)
 
 
-def place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Write the page's own connectors where a user would."""
+def place(folder: Path, monkeypatch: pytest.MonkeyPatch, page: str = PAGE) -> None:
+    """Write a page's own connectors where a user would."""
     (folder / "connectors").mkdir()
-    for name, code in BLOCKS.items():
+    for name, code in BLOCK.findall(page):
         (folder / "connectors" / f"{name}.py").write_text(code, encoding="utf-8")
     monkeypatch.chdir(folder)
 
@@ -108,3 +111,16 @@ def test_the_picture_is_what_its_script_draws() -> None:
     drawn = runpy.run_path(str(DOCS / "draw_connectors.py"))["drawing"]()
     assert (DOCS / "connectors.svg").read_text(encoding="utf-8") == drawn
     assert "](connectors.svg)" in PAGE
+
+
+def test_the_objective_of_a_connector_of_ones_own_does_not_depend_on_the_packing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place(tmp_path, monkeypatch, (DOCS / "objectives.md").read_text(encoding="utf-8"))
+    vlm = small_vlm(plugins.connector("pairs")).double()
+    vlm.pursue("clip")
+    samples = [sample(number, words=number) for number in range(1, 7)]
+    whole = pursued(vlm, [samples])
+    assert whole[0] > 6
+    for rows in ([samples[:1], samples[:0:-1]], [*([one] for one in samples), [sample(9, 0)]]):
+        assert_same(whole, pursued(vlm, rows), 1e-9)

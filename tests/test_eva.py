@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
-from recorded import GOLDENS, assert_gradient, assert_outputs, load
+from recorded import assert_gradient, assert_outputs, load
 from small import batch_of, sample, small_vlm
 from timm.layers import RotaryEmbeddingCat
 
@@ -67,13 +67,34 @@ def test_masks_are_drawn_as_in_the_reference(name, side, count, least):
         assert torch.equal(mask, expected.bool())
 
 
-def test_the_loss_is_the_references():
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_the_loss_is_the_references(weight, monkeypatch):
+    """The record has the predictions at 11 hidden patches: what blocks and head would give."""
     record = load("eva_mim_loss", "inputs")
-    found = torch.nn.functional.cosine_similarity(record["outputs"], record["labels"], dim=-1)
-    assert_outputs(-found.mean(), load("eva_mim_loss", "outputs")["loss_mim"])
-    assert json.loads((GOLDENS / "eva_mim_loss/meta.json").read_text())["loss_value"] == (
-        pytest.approx(-found.mean().item(), abs=1e-6)
-    )
+    found, told = record["outputs"].requires_grad_(), record["labels"].requires_grad_()
+    connector = Eva(Shapes(16, (4, 4), 20, 40, 2), layers=1, head_width=4, mask_weight=weight)
+    mask = torch.zeros(2, 16, dtype=torch.bool)
+    mask.view(-1)[torch.randperm(32, generator=torch.Generator().manual_seed(0))[:11]] = True
+    predicted, features = torch.randn(2, 16, 20), torch.randn(2, 16, 20)  # elsewhere it is noise
+    predicted[mask], features[mask] = found, told
+    seen = []
+    monkeypatch.setattr(connector, "masks", lambda *_: mask)
+    monkeypatch.setattr(connector, "encode", lambda inputs: (seen.append(inputs), predicted)[1])
+    connector.head = torch.nn.Identity()
+    value, count = connector.losses(features, None, batch_of_names(["a", "b"]))["eva"]
+    assert int(count) == 11
+    assert_outputs(value / count, weight * load("eva_mim_loss", "outputs")["loss_mim"])
+    (value / count * record["ct.loss_mim"]).backward()
+    expected = weight * load("eva_mim_loss", "grads")["input.outputs"]
+    assert_gradient(found.grad, expected, "predictions")
+    assert told.grad is None  # the features that are told are no way to make it easy
+    (inputs,) = seen
+    assert torch.equal(inputs[mask], connector.mask_token.expand(11, 20))
+    assert torch.equal(inputs[~mask], features[~mask])
+
+
+def batch_of_names(names: list[str]) -> SimpleNamespace:
+    return SimpleNamespace(image_id=names)
 
 
 def test_what_is_hidden_follows_from_step_and_picture_alone():

@@ -12,8 +12,12 @@ import torch
 from released import CHECKPOINT, copy, tensors_of
 
 import vlbench
+from vlbench import plugins
 from vlbench import recipe as recipes
 from vlbench.__main__ import main
+from vlbench.model.compose import options_of
+from vlbench.model.vlm import shapes_of
+from vlbench.train.sizes import outline
 
 FIT = ["fit", "recipe=yivl_llava", "only=chat", "stages.chat.image_size=56", "stages.chat.batch=4"]
 FIT += ["log.questions=4", "log.tensorboard=false", "log.examples=0"]
@@ -40,7 +44,9 @@ def last(run: Path) -> Path:
 def test_what_was_released_is_where_training_begins(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main([*FIT, f"init={CHECKPOINT}", "run=run", "stages.chat.steps=0"]) == 0
-    assert "tower of 4 blocks, 80 wide; language model of 3 layers" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "tower of 4 blocks, 80 wide; language model of 3 layers" in said
+    assert "left out of its files: vision_tower (" in said  # copies, which the reference ignores
     ask = [{"role": "user", "content": "Hello"}]
     ours, theirs = vlbench.load("run"), vlbench.load(CHECKPOINT)
     assert torch.equal(ours(ours.prepare(ask)).logits, theirs(theirs.prepare(ask)).logits)
@@ -126,6 +132,35 @@ def test_a_connector_takes_its_references_weights_from_a_file(tmp_path, monkeypa
     words = ["fit", "recipe=yivl_eva", "only=chat", "init=openflamingo.pt", "run=fourth"]
     assert main(words) == 2
     assert "takes no file of weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["mm_projector.bin", "non_lora_trainables.bin"])
+@pytest.mark.parametrize(
+    "said", [["connector.norm=false"], ["connector.name=linear"]], ids=["LLaVA-1.5", "LLaVA v1"]
+)
+def test_llavas_projector_is_where_training_begins(said, name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["fit", "recipe=yivl_llava", "only=chat", "stages.chat.steps=0", *FIT[5:]]
+    recipe = recipes.load([*words[1:3], *said])
+    tower, config = outline(recipe)
+    tower.resize(recipe.stages["chat"].image_size)
+    made = plugins.connector(recipe.connector["name"])(
+        shapes_of(tower, config), **options_of(recipe)
+    )
+    single = "0." if "linear" in said[0] else ""
+    start = (
+        "model.mm_projector." if name.startswith("mm") else "base_model.model.model.mm_projector."
+    )
+    state = made.projector().state_dict()
+    torch.save({start + k.removeprefix(single): v.half() for k, v in state.items()}, name)
+    assert main([*words, *said, f"init={name}", "run=run"]) == 0
+    assert f"init {name}: weights of connector" in capsys.readouterr().out
+    found = vlbench.load("run").connector.projector().state_dict()
+    assert all(torch.equal(found[key], tensor.half().float()) for key, tensor in state.items())
+    assert main([*words, f"init={name}", "run=other"]) == 2
+    refused = capsys.readouterr().err
+    assert "connector.norm=false" in refused and len(refused.splitlines()) == 1
+    assert not Path("other").exists()
 
 
 @pytest.mark.parametrize("origin", ["release", "run"])

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
+import torch
+from small import batch_of, sample, small_vlm
+from test_vlm import assert_same
+from torch.utils.data import DataLoader
 
+from vlbench import plugins
+from vlbench import recipe as recipes
 from vlbench.__main__ import main
 from vlbench.data.scene_world import scene
-from vlbench.train.module import learning_rate_factor
+from vlbench.data.steps import Step
+from vlbench.schema import Train
+from vlbench.train.module import Training, freeze, learning_rate_factor
 
 
 def test_the_rate_rises_to_its_peak_then_falls_to_nothing() -> None:
@@ -29,6 +39,33 @@ def test_a_constant_schedule_stays_at_its_peak_after_the_warm_up() -> None:
 
 def test_no_warm_up_starts_at_the_peak() -> None:
     assert learning_rate_factor(0, 10, 0.0, "cosine") == 1.0
+
+
+class Uncounted(plugins.connector("linear")):
+    """A connector with a loss, a mean over pictures, that no `counts` tells of."""
+
+    def losses(self, features, visual, batch):
+        pictures = len(batch.pixels)
+        sums = (visual.flatten(1).square().mean(1)[:pictures]).sum()
+        return {"small": (sums, torch.tensor(pictures))}
+
+
+def test_a_loss_that_is_not_counted_ahead_does_not_depend_on_the_micro_batches() -> None:
+    samples = [sample(1, images=3), sample(2, images=0), sample(3), sample(4, words=9), sample(5)]
+    found = []
+    for rows in ([samples], [[one] for one in samples], [samples[:2], samples[2:]]):
+        vlm = small_vlm(Uncounted).double()
+        stage = recipes.load(["recipe=yivl_llava"]).stages["align_224"]
+        stage = replace(stage, train={"connector": Train(lr=1e-9)}, clip=None)
+        freeze(vlm, stage)
+        step = Step(0, [batch_of(vlm, [row]).to("cpu", torch.float64) for row in rows])
+        training = Training(vlm, stage, 1, 0, seed=3)
+        trainer = pl.Trainer(accelerator="cpu", max_steps=1, barebones=True)
+        trainer.fit(training, DataLoader([step], batch_size=None))
+        grads = {n: p.grad for n, p in vlm.connector.named_parameters()}
+        found.append((training.report.extra["small"], grads))
+    assert_same(found[0], found[1], 1e-9)
+    assert_same(found[0], found[2], 1e-9)
 
 
 def test_a_connectors_own_loss_does_not_depend_on_the_micro_batches(tmp_path, monkeypatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,24 @@ def test_a_folder_with_tokenizer_json_alone_has_a_tokenizer(tmp_path):
     (tmp_path / "again").mkdir()
     fast.save(tmp_path / "again")
     assert Tokenizer.load(tmp_path / "again").encode("Hello") == fast.encode("Hello")
+
+
+def test_a_tokenizer_json_that_pads_and_cuts_is_settled_before_threads_meet(tmp_path):
+    PreTrainedTokenizerFast.from_pretrained(CHECKPOINT).save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    plain = Tokenizer.load(tmp_path).encode("Hello world, and more.")
+    given = json.loads(file.read_text(encoding="utf-8"))
+    given["truncation"] = {"direction": "Right", "max_length": 2, "stride": 0}
+    given["truncation"]["strategy"] = "LongestFirst"
+    given["padding"] = {"strategy": {"Fixed": 40}, "direction": "Right", "pad_id": 0}
+    given["padding"] |= {"pad_to_multiple_of": None, "pad_type_id": 0, "pad_token": "<unk>"}
+    file.write_text(json.dumps(given), encoding="utf-8")
+    fast = Tokenizer.load(tmp_path)
+    backend = fast._fast.backend_tokenizer
+    assert backend.truncation is None and backend.padding is None
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: fast.encode("Hello world, and more."), range(64)))
+    assert found == [plain] * 64
 
 
 def files_of(tensors: Iterable[torch.Tensor]) -> list[str]:

@@ -57,6 +57,55 @@ def test_families_without_a_difference_raise_few_false_alarms(seeds, spread):
     assert alarms <= 0.06 * families, alarms
 
 
+@pytest.mark.parametrize("questions", [5, 20])
+@pytest.mark.parametrize("level", [0.5, 3.0])
+@pytest.mark.parametrize(("seeds", "spread"), [(2, 0.0), (2, 0.3), (3, 0.0), (3, 0.3)])
+def test_few_questions_raise_few_false_alarms(seeds, spread, level, questions):
+    rng = np.random.default_rng(questions + seeds)
+    alarms, families = 0, 300
+    for _ in range(families):
+        levels = rng.normal(level, 1.5, questions)
+        arms = [
+            (rng.random((seeds, questions)) < expit(levels + rng.normal(0, spread, (seeds, 1))))
+            * 1.0
+            for _ in range(4)
+        ]
+        pairs = [(i, j) for i in range(4) for j in range(i)]
+        alarms += min(holm([compare(arms[i], arms[j]).p for i, j in pairs])) < 0.05
+    assert alarms <= 0.05 * families, alarms
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+@pytest.mark.parametrize(("won", "lost"), [(1, 0), (2, 1), (3, 1)])
+def test_seeds_that_agree_by_accident_on_different_questions_are_no_proof(seeds, won, lost):
+    """The sums of the seeds are equal, and no question is won or lost twice."""
+    one, other = np.zeros((seeds, 20)), np.zeros((seeds, 20))
+    for seed in range(seeds):
+        first = seed * (won + lost)
+        one[seed, first : first + won] = 1
+        other[seed, first + won : first + won + lost] = 1
+    found = compare(one, other)
+    assert found.mean == pytest.approx((won - lost) / 20)
+    assert found.p > 0.05 and found.low < 0 < found.high
+    assert found.error >= 1 / 20 / np.sqrt(seeds)
+
+
+@pytest.mark.parametrize(("seeds", "questions"), [(1, 1), (1, 20), (2, 1), (3, 20), (3, 1)])
+def test_answers_that_are_all_alike_are_known_to_one_answer_at_best(seeds, questions):
+    right = np.ones((seeds, questions))
+    mean, low, high = interval(right)
+    assert mean == high == 1 and low <= 1 - 1 / right.size
+    mean, low, high = interval(0 * right)
+    assert mean == low == 0 and high >= 1 / right.size
+    found = compare(right, 0 * right)
+    assert 1 / right.size <= found.error <= 1.2 / questions and found.p > 0
+
+
+def test_many_questions_do_not_notice_the_bound():
+    one, other, _ = trial(np.random.default_rng(4), 3, 0.3, 0.4)
+    assert compare(one, other).error > 5 / QUESTIONS / np.sqrt(3)
+
+
 def test_a_large_difference_is_found_and_said():
     rng = np.random.default_rng(0)
     one, other, truth = trial(rng, 5, 0.1, 1.0)

@@ -90,7 +90,7 @@ def first_stage(rank: int, kind: str) -> list[str]:
     shares = [[sample(1), sample(2)], [sample(3), sample(4), sample(5)]]
 
     def learned(ranks: list[int], parallel: bool) -> dict[str, Tensor]:
-        vlm = small_vlm(plugins.connector("qformer"), SMALL["qformer"] | {"text": "embedded"})
+        vlm = small_vlm(plugins.connector("qformer"), SMALL["qformer"])
         vlm.vision.requires_grad_(False)
         vlm.language.requires_grad_(False)
         torch.manual_seed(5)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vlbench.host import kept
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -25,7 +27,9 @@ def load(
     The model that is returned has `prompt(messages)`, `prepare(messages)`, `features(batch)`,
     `visual(batch)`, `model(batch).logits`, `generate(batch)` and `chat(messages)`; messages are in
     the Hugging Face chat format. `dtype`, `device` and `template`: see `vlbench.serve.load.load`.
+    Several threads may use one model at once, and settings of the process stay as they are.
     """
-    from vlbench.serve.load import load as load_now  # here: it imports torch
+    with kept():
+        from vlbench.serve.load import load as load_now  # here: it imports torch
 
-    return load_now(path, dtype, device, template)
+        return load_now(path, dtype, device, template)

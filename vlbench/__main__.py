@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from vlbench.files import lines_of
+from vlbench.host import kept
 from vlbench.mistakes import Mistake, Trouble, nearest
 
 if TYPE_CHECKING:
@@ -221,8 +224,15 @@ HELP = ("--help", "-h", "help")
 
 
 def main(words: list[str] | None = None) -> int:
-    """Run the verb in `words` (default: the command line) and return the exit code."""
-    show_all_letters()
+    """Run the verb in `words` (default: the command line) and return the exit code.
+
+    A program that calls it finds the settings of its process as they were.
+    """
+    with kept(), all_letters_shown(), pictures_read_quietly():
+        return _main(words)
+
+
+def _main(words: list[str] | None) -> int:
     try:
         code = run(sys.argv[1:] if words is None else words)
         if sys.stdout is not None:  # it may be closed
@@ -244,11 +254,30 @@ def main(words: list[str] | None = None) -> int:
         return 1
 
 
-def show_all_letters() -> None:
+@contextlib.contextmanager
+def all_letters_shown() -> Iterator[None]:
     """Let a letter that the terminal does not know be shown as its number."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    streams = [s for s in (sys.stdout, sys.stderr) if isinstance(s, io.TextIOWrapper)]
+    before = [stream.errors for stream in streams]
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for stream, errors in zip(streams, before, strict=True):
+            if not stream.closed:
+                stream.reconfigure(errors=errors)
+
+
+@contextlib.contextmanager
+def pictures_read_quietly() -> Iterator[None]:
+    """Leave out what PIL logs of a picture between our lines; what matters is a Mistake."""
+    nowhere = logging.NullHandler()
+    logging.getLogger("PIL").addHandler(nowhere)
+    try:
+        yield
+    finally:
+        logging.getLogger("PIL").removeHandler(nowhere)
 
 
 def run(words: list[str]) -> int:

@@ -7,7 +7,8 @@ that return tokens of the sequence (LLaVA MLP, Q-Former, EVA), and those that fe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -57,6 +58,12 @@ class Connector(nn.Module):
     """True: `features[:, 0]` is the tower's class token and the patches follow."""
     place: nn.Parameter
     """`[lm_width]`, what a place reads when `fills_sequence` is False; owned by the connector."""
+
+    weights_source: str = "random"
+    """What the weights of a new connector are, for people; `prepare` may load pretrained ones."""
+    reference_others: str = r"(?!)"
+    """Names that a reference's weights may have beside the connector's, as a regular expression:
+    tower, language model. They are counted and left out; any other name is refused."""
 
     def forward(self, features: Tensor) -> Tensor:
         """Turn features `[images, patches, vision_width]` into visual tokens.
@@ -169,12 +176,23 @@ class Connector(nn.Module):
         """
         return None
 
-    def load_reference(self, weights: Mapping[str, Tensor]) -> None:
-        """Load weights that use the reference implementation's own keys."""
+    def load_reference(self, weights: Mapping[str, Tensor]) -> Collection[str]:
+        """Load weights that use the reference implementation's own keys.
+
+        Return the names of this connector's tensors that were loaded. What the caller finds neither
+        there nor in the weights that were asked for is named to the user; see `reference_others`.
+
+        Raises:
+            ValueError: when the weights do not fit, as `load_exactly` does.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no reference weights to load")
 
-    def load_exactly(self, state: Mapping[str, Tensor]) -> None:
-        """Load a whole state of this connector; a ValueError names the tensor that does not fit."""
+    def load_exactly(self, state: Mapping[str, Tensor]) -> set[str]:
+        """Load a whole state of this connector and return its names.
+
+        Raises:
+            ValueError: names the tensor that does not fit.
+        """
         own = self.state_dict()
         for name in [*own, *state]:
             if name not in state:
@@ -185,6 +203,7 @@ class Connector(nn.Module):
                 given, needed = tuple(state[name].shape), tuple(own[name].shape)
                 raise ValueError(f"{name} of the weights has shape {given}, needed is {needed}")
         self.load_state_dict(dict(state))
+        return set(state)
 
 
 def zero_like_loss(visual: Tensor) -> Tensor:
@@ -208,9 +227,11 @@ def attention_shares(
     patches. The shares are means over pairs and heads, and each row sums to 1.
     """
     given: dict[nn.Module, Tensor] = {}
+    here = threading.get_ident()
 
     def note(module: nn.Module, _: object, output: Tensor) -> None:
-        given[module] = output.detach()
+        if threading.get_ident() == here:  # other threads may use the same layers meanwhile
+            given[module] = output.detach()
 
     hooks: list[RemovableHandle] = [
         layer.register_forward_hook(note) for pair in layers for layer in pair

@@ -106,7 +106,7 @@ class Data:
     )
     images: str | None = key("folder of the pictures; null: beside the file", None, path=True)
     mix: tuple[Mix, ...] | None = key("several weighted sources, instead of train", None)
-    val: str | None = key("held-out samples, a file in LLaVA's format", None, path=True)
+    val: str | None = key("held-out samples: a file in LLaVA's format, or shards", None, path=True)
     on_bad: Literal["auto", "quarantine", "stop"] = key(
         "bad samples: leave out and count, or stop; auto stops above 1 in 100", "auto"
     )

@@ -65,10 +65,10 @@ def _told(shown: Shown) -> dict[str, Any]:
             shown.form,
         )
     except BadSample as bad:
-        return {"id": shown.sample.id, "problem": bad.reason, "pieces": [], "positions": 0}
+        return {"id": shown.sample.identity, "problem": bad.reason, "pieces": [], "positions": 0}
     learned = sum(label != IGNORE for label in one.labels)
     return {
-        "id": shown.sample.id,
+        "id": shown.sample.identity,
         "problem": "",
         "pieces": list(pieces(one, reading["decode"])),
         "positions": len(one.ids),

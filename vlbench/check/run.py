@@ -16,7 +16,9 @@ from vlbench.check.findings import (
     Finding,
     Lengths,
     encoded,
+    left_unread,
     look,
+    notes,
     odd_texts,
     of_pictures,
     repeated,
@@ -25,18 +27,16 @@ from vlbench.check.findings import (
 from vlbench.data.llava import LlavaJson
 from vlbench.data.sample import Sample, Source
 from vlbench.data.shards import Shards
-from vlbench.data.sources import stage_data
 from vlbench.data.steps import Memo
 from vlbench.data.template import TEMPLATES, Template
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.evaluate.results import spread
 from vlbench.files import json_lines, write_whole
 from vlbench.mistakes import BadSample, Mistake
-from vlbench.model.language import language_folder
+from vlbench.model.language import tokenizer_folder
 from vlbench.schema import Recipe
-from vlbench.train.legs import Leg, plan
+from vlbench.train.legs import Leg, check_captions, judge_source, plan
 from vlbench.train.sizes import tokens_of_stages
-from vlbench.train.watchers import judge
 
 FILES = (LlavaJson, Shards)  # sources whose samples somebody has written
 NAMED = 5  # findings of a kind that are printed; all are in findings.jsonl
@@ -54,7 +54,7 @@ def main(recipe: Recipe, folder: Path) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Mistake(f"out={folder} cannot be written ({error.strerror})") from error
-    tokenizer = Tokenizer.load(language_folder(recipe.language.weights))
+    tokenizer = Tokenizer.load(tokenizer_folder(recipe.language.weights))
     template = TEMPLATES[recipe.language.template].bound(tokenizer.eos_text)
     looked = [_looked_at(source, recipe, template) for source in _different(legs)]
     findings = [finding for one in looked for finding in one.findings]
@@ -96,7 +96,7 @@ def _different(legs: list[Leg]) -> Iterator[Source]:
     """Give each source of the stages once."""
     known = set()
     for leg in legs:
-        for source in leg.data.sources:
+        for source in leg.sources:
             if _identity(source) not in known:
                 known.add(_identity(source))
                 yield source
@@ -118,6 +118,7 @@ def _looked_at(source: Source, recipe: Recipe, template: Template) -> Looked:
     findings += repeated(source.name, good)
     findings += of_pictures(source.name, good, seen)
     findings += odd_texts(source.name, good, template)
+    findings += left_unread(source.name, good)
     fine = {
         index: sample
         for index, sample in good.items()
@@ -130,6 +131,7 @@ def _source_lines(one: Looked) -> Iterator[str]:
     if isinstance(one.source, FILES):
         yield f"{one.source.name}: {len(one.source)} records, {one.pictures} pictures"
         yield from (f"  {note}" for note in getattr(one.source, "notes", ()))
+        yield from (f"  {note}" for note in notes(one.good))
     else:
         yield f"{one.source.name}: rendered; {len(one.good)} of {len(one.source)} samples looked at"
 
@@ -142,7 +144,7 @@ def _stage(
     lines = [f"\nstage {leg.name}: {tokens} tokens per image, {leg.stage.form}"]
     findings: list[Finding] = []
     shown: list[Shown] = []
-    own = {_identity(source) for source in leg.data.sources}
+    own = {_identity(source) for source in leg.sources}
     for one in looked:
         if _identity(one.source) not in own:
             continue
@@ -190,7 +192,8 @@ def _summary(findings: list[Finding]) -> Iterator[str]:
             yield f"{kind}: {len(some)} ({meaning})"
         for one in some[:NAMED]:
             stage = f" (stage {one.stage})" if one.stage else ""
-            yield f"  {one.sample}: {one.what}{stage}"
+            label = BadSample(one.sample, "").at(one.source, one.record).label
+            yield f"  {label}: {one.what}{stage}"
         if len(some) > NAMED:
             yield f"  and {len(some) - NAMED} more in findings.jsonl"
 
@@ -198,11 +201,16 @@ def _summary(findings: list[Finding]) -> Iterator[str]:
 def _verdict(recipe: Recipe, legs: list[Leg], findings: list[Finding]) -> int:
     """Return 2, and say why, if training would not start with these data; else 0."""
     for leg in legs:
-        for source in leg.data.sources:
+        of_leg: list[BadSample] = []
+        for source in leg.sources:
             refused = [
-                BadSample(one.sample, one.what)
+                BadSample(one.sample, one.what).at(one.source, one.record)
                 for one in findings
                 if one.kind == REFUSED and one.source == source.name and one.stage in ("", leg.name)
             ]
-            judge(refused, len(refused), len(source), stage_data(recipe.data, leg.stage).on_bad)
+            refused = list({one.identity: one for one in refused}.values())
+            judge_source(recipe, leg, source, refused, len(refused))
+            of_leg += refused
+        if leg.steps:
+            check_captions(leg, of_leg)
     return 0

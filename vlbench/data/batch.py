@@ -48,7 +48,7 @@ class Batch:
     pixels: Tensor
     """`[images, 3, height, width]` in the order of the places."""
     sample_id: list[str]
-    """Identity of each sample, in the order of the rows."""
+    """Identity of each sample (`Sample.identity`, not its id), in the order of the rows."""
     lengths: list[list[int]]
     """The sample lengths of every row in order, padding not counted; Python numbers, so that
     reading them never waits for a device."""
@@ -139,10 +139,10 @@ def collate(rows: Sequence[Sequence[Encoded]], pixels_of: Callable[[Picture], Te
             positions[at] = torch.arange(len(sample.ids))
             sample_index[at] = len(sample_id)
             image_index[at] = image_of(ids[at], sample.tokens_per_image, len(pictures))
-            sample_id.append(sample.sample.id)
+            sample_id.append(sample.sample.identity)
             captions.append(sample.sample.caption)
             shown = sample.sample.pictures
-            image_id += [f"{sample.sample.id} {number}" for number in range(len(shown))]
+            image_id += [f"{sample.sample.identity} {number}" for number in range(len(shown))]
             pictures += shown
             start += len(sample.ids)
     return Batch(

@@ -22,9 +22,10 @@ class FastTokenizer(Tokenizer):
         refuse_pointer(folder / "tokenizer.json")
         try:
             self._fast = AutoTokenizer.from_pretrained(folder)
+            self._fast.encode("")  # turns off the file's padding and truncation, before threads do
         except Exception as error:  # of the library: whatever a broken file makes it raise
             raise Mistake(f"{folder} has no readable tokenizer.json: {error}") from error
-        self.folder = folder
+        self.folder, self.added = folder, {}
         self.files = held(folder, FILES)
         self.size = self.rows = len(self._fast)
         if self._fast.eos_token_id is None:

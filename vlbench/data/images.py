@@ -11,8 +11,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import logging
-import warnings
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -22,6 +20,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from vlbench.data.sample import Picture
+from vlbench.files import POINTER
+from vlbench.host import warnings_ignored
 from vlbench.mistakes import Mistake
 
 if TYPE_CHECKING:
@@ -31,11 +31,9 @@ if TYPE_CHECKING:
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 MAX_PIXELS = 178_956_970  # larger pictures are refused (a small file can hold a huge picture)
 MAX_SIDE = 8000  # longest side of a square canvas (64 megapixels) and of what is fitted into it
+LFS = "is a Git-LFS pointer and not the picture; run git lfs pull"
 _ZERO = "vlbench: zero"  # in the `info` of the picture of `Zero`
 _RULES = "bicubic, pad at floor, centre crop, 1/255 in float64, normalise in float32, 8000"
-
-# PIL's own remarks about a file would appear between our lines; what matters becomes a Mistake.
-logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True)
@@ -74,13 +72,14 @@ def open_bytes(data: bytes, name: str, side: int = 0) -> Image.Image:
     """Open a picture from the bytes of a file, as `open_image` would; mistakes call it `name`."""
     if not data:
         raise Mistake(f"{name}: is empty (0 bytes)")
+    if data.startswith(POINTER):
+        raise Mistake(f"{name}: {LFS}")
     return _decoded(BytesIO(data), name, side)
 
 
 def _decoded(source: str | Path | BytesIO, name: str, side: int = 0) -> Image.Image:
     """Decode a picture in RGB, or raise a Mistake that calls it `name`."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings_ignored():
         try:
             with Image.open(source, formats=_formats()) as image:
                 _check_size(image)
@@ -119,8 +118,8 @@ def _refusal(path: Path) -> str:
             return "is a folder, not a picture"
         if path.stat().st_size == 0:
             return "is empty (0 bytes)"
-        with path.open("rb"):
-            return ""
+        with path.open("rb") as file:
+            return LFS if file.read(len(POINTER)) == POINTER else ""
     except FileNotFoundError:
         return "does not exist"
     except (OSError, ValueError) as error:

@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
-from vlbench.data.sample import Sample, Source
+from vlbench.data.sample import Sample, Source, sample_at
 from vlbench.mistakes import Mistake
 
 _ROUNDS = 6
@@ -88,11 +88,11 @@ class Mixture:
 
     def __getitem__(self, position: int) -> Sample:
         """Return the sample at `position` of the stream, or raise BadSample."""
-        source, index = self.at(position)
-        return source[index]
+        number, index = self.at(position)
+        return sample_at(self.sources[number], index, number)
 
-    def at(self, position: int) -> tuple[Source, int]:
-        """Return the source and the index at `position`, counted from the start of the stage.
+    def at(self, position: int) -> tuple[int, int]:
+        """Return the number of a source and the index in it at `position` of the stream.
 
         Every epoch has another order; each sample of a source is met once before any is met again.
         """
@@ -102,7 +102,7 @@ class Mixture:
         share, source = self._shares[number], self.sources[number]
         met = epoch * share + slot - (self._ends[number] - share)  # of this source, so far
         turn, rest = divmod(met, len(source))
-        return source, self._pass(source, f"{self.seed}/source {number}/pass {turn}")(rest)
+        return number, self._pass(source, f"{self.seed}/source {number}/pass {turn}")(rest)
 
     @staticmethod
     def _pass(source: Source, key: str) -> Callable[[int], int]:

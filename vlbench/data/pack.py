@@ -13,6 +13,7 @@ from webdataset import TarWriter
 
 from vlbench.data.images import open_bytes
 from vlbench.data.llava import LlavaJson
+from vlbench.data.record import record_of_sample
 from vlbench.data.shard_index import beside, text
 from vlbench.data.shard_scan import PICTURES, scan
 from vlbench.data.shards import LIST
@@ -122,9 +123,8 @@ def _members(source: LlavaJson, bad: list[BadSample]) -> Iterator[dict[str, Any]
         except Mistake as mistake:
             bad.append(BadSample(sample.id, str(mistake)))
             continue
-        record = {**source.records[index], "id": sample.id}
-        if names:
-            record["image"] = names
+        kept = {key: source.records[index].get(key) for key in sample.unread}
+        record = {**kept, **record_of_sample(sample, names)}
         members["json"] = json.dumps(record, ensure_ascii=False).encode()
         yield members
 

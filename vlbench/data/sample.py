@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from vlbench.mistakes import BadSample, Mistake
+from vlbench.mistakes import BadSample, Mistake, Place
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -49,6 +49,20 @@ class Sample:
     turns: tuple[Turn, ...]
     pictures: tuple[Picture, ...] = ()
     language: str = ""  # "en", "zh", or empty for unknown
+    unread: tuple[str, ...] = field(default=(), compare=False)
+    """Keys of its record, and of the record's turns, that have a value and were not used."""
+    untagged: bool = field(default=False, compare=False)
+    """Whether its only picture has no tag in the record and was put first."""
+    place: Place | None = field(default=None, compare=False)
+    """Where it is from; None where nobody said so."""
+
+    @property
+    def identity(self) -> str:
+        """What no other sample of a stage is called: an id is a label, there may be equal ones."""
+        if self.place is None:
+            return self.id
+        of = f" of source {self.place.number + 1}" if self.place.number else ""
+        return f"{self.id} (record {self.place.record}{of})"
 
     @property
     def caption(self) -> str:
@@ -66,6 +80,18 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Sample:
         """Return sample `index`, or raise BadSample."""
         ...
+
+
+def sample_at(source: Source, index: int, number: int = 0) -> Sample:
+    """Return sample `index` (from 0) of a source with its place, or raise BadSample with its own.
+
+    `number` is that of the source among those that are mixed.
+    """
+    try:
+        sample = source[index]
+    except BadSample as bad:
+        raise bad.at(source.name, index + 1) from bad.__cause__
+    return replace(sample, place=Place(source.name, number, index + 1))
 
 
 class Encoder(Protocol):
@@ -201,10 +227,12 @@ def _check_images(sample: Sample) -> None:
             )
     tags = sum(turn.text.count(PLACEHOLDER) for turn in sample.turns)
     if tags != len(sample.pictures):
-        raise BadSample(
-            sample.id,
-            f"{_count(tags, 'image tag')} in the text but {_count(len(sample.pictures), 'image')}",
+        told = (
+            f"{_count(tags, 'image tag')} in the text but {_count(len(sample.pictures), 'image')}"
         )
+        few = "every <image> shows one of 'image'"
+        many = "write <image> in a human turn where each picture stands"
+        raise BadSample(sample.id, f"{told}; {few if tags > len(sample.pictures) else many}")
 
 
 def _count(number: int, thing: str) -> str:

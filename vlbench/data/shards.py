@@ -28,7 +28,7 @@ from PIL import Image
 
 from vlbench.data.images import open_bytes
 from vlbench.data.lanes import Lanes
-from vlbench.data.llava import sample_of_record
+from vlbench.data.record import IMAGES, TURNS, sample_of_record
 from vlbench.data.remote import exists, is_url, json_of, piece
 from vlbench.data.sample import Sample
 from vlbench.data.shard_index import Stamp, beside, index_of, stamp, summary_of
@@ -204,13 +204,24 @@ def _sample(tar: str, entry: Entry) -> Sample:
     if not isinstance(record, dict):
         raise BadSample(name, "its json is no mapping")
     kinds = sorted((kind for kind in members if _is_picture(kind)), key=_numbered)
-    if "conversations" not in record:
-        record = {"id": entry.key, "conversations": _captioned(name, tar, entry, record, kinds)}
-    if not any(record.get(key) for key in ("image", "images")):  # pictures of a key are its own
-        record = {key: value for key, value in record.items() if key not in ("image", "images")}
+    if not any(key in record for key in TURNS):
+        others = {key: value for key, value in record.items() if key not in (*CAPTION, *IMAGES)}
+        turns = _captioned(name, tar, entry, record, kinds)
+        record = {**others, "id": entry.key, "conversations": turns}
+    if not _names_pictures(record):  # pictures of a key are its own
+        record = {key: value for key, value in record.items() if key not in IMAGES}
         record |= {"image": kinds} if kinds else {}
     pictures = {kind: Member(tar, f"{entry.key}.{kind}", *at) for kind, at in members.items()}
     return sample_of_record(record, name, lambda file: _member(pictures, file, name))
+
+
+def _names_pictures(record: dict[str, Any]) -> bool:
+    """Tell whether a record says itself which pictures it has, in a key or in parts of a turn."""
+    turns = record.get("messages")
+    parts = turns if isinstance(turns, list) else []
+    return any(record.get(key) for key in IMAGES) or any(
+        isinstance(turn, dict) and isinstance(turn.get("content"), list) for turn in parts
+    )
 
 
 def _is_picture(kind: str) -> bool:

@@ -16,7 +16,7 @@ from vlbench.data.batch import Batch, collate, pack
 from vlbench.data.features import Features
 from vlbench.data.images import ImageTransform
 from vlbench.data.order import Mixture
-from vlbench.data.sample import Encoded, Encoder, Form, NoImage, Picture, encode
+from vlbench.data.sample import Encoded, Encoder, Form, NoImage, Picture, Sample, encode
 from vlbench.data.template import Template
 from vlbench.mistakes import BadSample, Mistake
 
@@ -95,19 +95,25 @@ class Steps(Dataset[Step]):
         first = step.index * self.batch
         for position in range(first + self.rank, first + self.batch, self.world):
             try:
-                encoded[position] = encode(
-                    self.mixture[position],
-                    self.template,
-                    self.tokenizer,
-                    self.tokens_per_image,
-                    self.max_length,
-                    self.form,
-                )
+                encoded[position] = self._encode(self.mixture[position])
             except NoImage:
                 step.skipped += 1
             except BadSample as bad:
                 step.bad.append(bad)
         return encoded
+
+    def _encode(self, sample: Sample) -> Encoded:
+        try:
+            return encode(
+                sample,
+                self.template,
+                self.tokenizer,
+                self.tokens_per_image,
+                self.max_length,
+                self.form,
+            )
+        except BadSample as bad:
+            raise bad.of(sample) from bad.__cause__
 
     def _opens(self, encoded: Encoded, pixels: _Pixels, step: Step) -> bool:
         """Make the pixels of a sample; tell whether all its pictures could be opened."""
@@ -116,7 +122,7 @@ class Steps(Dataset[Step]):
                 if self.features is None or picture not in self.features.places:
                     pixels.make(picture)
         except Mistake as mistake:
-            step.bad.append(BadSample(encoded.sample.id, str(mistake)))
+            step.bad.append(BadSample(encoded.sample.id, str(mistake)).of(encoded.sample))
             return False
         return True
 

@@ -29,9 +29,10 @@ class Tokenizer:
     """Turn text into ids and back.
 
     `bos`, `eos` and `unk` are ids; `folder` is where its files are. `add_bos` puts `bos` before
-    every encoded text, as the `add_bos_token` of a checkpoint asks; Yi-VL does not. `extra` are
-    further tokens that are cut out of a text, with their ids, among the pieces of the sentencepiece
-    model or beyond them; those in `kept` are no special tokens and stay in a decoded text.
+    every encoded text, as the `add_bos_token` of a checkpoint asks; Yi-VL does not. `added` (given
+    as `extra`) are further tokens that are cut out of a text, with their ids, among the pieces of
+    the sentencepiece model or beyond them; those in `kept` are no special tokens and stay in a
+    decoded text.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Tokenizer:
         self._tokens = {name: _id_of(name, self._pieces, extra) for name in special} | dict(extra)
         self.size = max(self._pieces.get_piece_size(), 1 + max(self._tokens.values()))
         self.bos, self.eos, self.unk = (self._tokens[name] for name in special[:3])
-        self.add_bos = add_bos
+        self.add_bos, self.added = add_bos, dict(extra)
         self.rows = self.size  # of the model's embedding; `limit` says so where it has fewer
         self._names = {index: name for name, index in self._tokens.items()}
         self._kept = {self._tokens[name] for name in kept}
@@ -58,8 +59,12 @@ class Tokenizer:
         self._mark = "<" if all(name.startswith("<") for name in self._tokens) else ""
 
     @classmethod
-    def load(cls, folder: str | Path) -> Tokenizer:
-        """Read `tokenizer.model` and `tokenizer_config.json` of a folder, or `tokenizer.json`."""
+    def load(cls, folder: str | Path, below: int | None = None) -> Tokenizer:
+        """Read `tokenizer.model` and `tokenizer_config.json` of a folder, or `tokenizer.json`.
+
+        Added tokens whose ids are not `below` a number stand for images or fill rows; their strings
+        are ordinary text.
+        """
         folder = Path(folder)
         if not (folder / "tokenizer.model").is_file() and (folder / "tokenizer.json").is_file():
             from vlbench.data.fast_tokenizer import FastTokenizer  # it needs transformers
@@ -71,8 +76,10 @@ class Tokenizer:
         roles = zip(("bos_token", "eos_token", "unk_token"), SPECIAL, strict=True)
         special = [_content(config.get(role), default) for role, default in roles]
         model_file = folder / "tokenizer.model"
-        added = _added(config, folder)
-        named, pieces = _additional(config), _open(model_file)
+        added, named, pieces = _added(config, folder), _additional(config), _open(model_file)
+        if below is not None:
+            named = [name for name in named if added.get(name, -1) < below]
+            added = {name: index for name, index in added.items() if index < below}
         size = pieces.get_piece_size()
         _check_beyond([index for index in added.values() if index >= size], size, folder)
         further = dict(added)
@@ -81,7 +88,10 @@ class Tokenizer:
             beyond = max(size, 1 + max(further.values(), default=0))
             further[name] = pieces.piece_to_id(name) if known else beyond
         kept = [name for name in further if name not in named and name not in special]
-        return cls(model_file, special, bool(config.get("add_bos_token", False)), further, kept)
+        made = cls(model_file, special, bool(config.get("add_bos_token", False)), further, kept)
+        if added and "added_tokens_decoder" not in config and "added_tokens.json" not in made.files:
+            made.files |= held(folder, ("tokenizer.json",))  # it alone names them
+        return made
 
     def limit(self, rows: int) -> None:
         """Say that the model has embeddings for the first `rows` ids alone."""
@@ -163,7 +173,7 @@ def held(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
 
 def _open(path: Path) -> SentencePieceProcessor:
     if not path.is_file():
-        raise Mistake(f"there is no tokenizer file {path}")
+        raise Mistake(f"there is no tokenizer file {path}, and no tokenizer.json beside it")
     refuse_pointer(path)
     try:
         return SentencePieceProcessor(model_file=str(path))
@@ -180,13 +190,18 @@ def _content(token: object, default: str) -> str:
 
 def _additional(config: dict[str, object]) -> list[str]:
     """Return the names of special tokens beside bos, eos and unk."""
-    listed = config.get("additional_special_tokens")
-    named = [config.get("pad_token"), *(listed if isinstance(listed, list) else [])]
+    named = [config.get("pad_token")]
+    for key in ("additional_special_tokens", "extra_special_tokens"):  # until transformers 5, since
+        listed = config.get(key)
+        named += listed if isinstance(listed, list) else []
     return [name for name in (_content(token, "") for token in named) if name]
 
 
 def _added(config: dict[str, object], folder: Path) -> dict[str, int]:
-    """Return the tokens that a checkpoint adds to its sentencepiece model, with their ids."""
+    """Return the tokens that a checkpoint adds to its sentencepiece model, with their ids.
+
+    Transformers 5 writes them into tokenizer.json alone.
+    """
     added: dict[str, int] = {}
     decoder = config.get("added_tokens_decoder")
     if isinstance(decoder, dict):
@@ -195,6 +210,10 @@ def _added(config: dict[str, object], folder: Path) -> dict[str, int]:
     path = folder / "added_tokens.json"
     if path.is_file():
         added |= {name: _number(index, path) for name, index in read_json(path).items()}
+    path = folder / "tokenizer.json"
+    if not added and path.is_file():
+        listed = read_json(path).get("added_tokens") or []
+        added = {_content(token, ""): _number(token.get("id"), path) for token in listed}
     return added
 
 

@@ -9,8 +9,7 @@ but that it learns by gradients, so that all connectors are measured alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +21,7 @@ from vlbench.data.batch import Batch, collate
 from vlbench.data.sample import IGNORE, Turn, encode
 from vlbench.evaluate.questions import Question
 from vlbench.mistakes import BadSample, Mistake
+from vlbench.model.eval_copy import in_eval_mode
 from vlbench.model.vlm import VLM
 
 DIGITS = 5  # of every number that is written
@@ -50,7 +50,8 @@ def diagnose(vlm: VLM, answered: Sequence[tuple[Question, str]]) -> dict[str, An
     picture the result is empty. The model stays as it was.
     """
     found: list[tuple[Question, str, Look]] = []
-    with _undisturbed(vlm):
+    vlm = in_eval_mode(vlm)
+    with torch.random.fork_rng([vlm.device] if vlm.device.type == "cuda" else []):
         for question, answer in answered:
             batch = _told(vlm, question, answer)
             if batch is not None:
@@ -134,18 +135,6 @@ def _last(labels: list[int]) -> list[int]:
     end = max(t for t, label in enumerate(labels) if label != IGNORE)
     start = max((t for t in range(end) if labels[t] == IGNORE), default=-1) + 1
     return [IGNORE] * start + labels[start:]
-
-
-@contextmanager
-def _undisturbed(vlm: VLM) -> Iterator[None]:
-    """Run the model as in evaluation; its mode and the random numbers are as before afterwards."""
-    was_training = vlm.training
-    vlm.eval()
-    try:
-        with torch.random.fork_rng([vlm.device] if vlm.device.type == "cuda" else []):
-            yield
-    finally:
-        vlm.train(was_training)
 
 
 def _shares(values: Tensor, slopes: Tensor) -> Tensor:

@@ -3,6 +3,10 @@
 Registered with transformers under the name `PACKED`. Sample lengths travel as keyword arguments of
 the language model's forward, so there is no global state and no dense mask over the pack. On a GPU
 in 16 bits all samples are one call of a variable-length kernel, elsewhere each has its own call.
+
+Without lengths it attends as transformers' `sdpa` does: to padding masks and key-value caches. So
+one model trains on packed rows, answers padded batches and reads with a cache, in several threads
+at once, and nothing about it is ever switched.
 """
 
 from __future__ import annotations
@@ -15,7 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from vlbench.model.loss import product_type
 
@@ -106,9 +112,14 @@ def packed_attention(
 
     `query` is `[rows, heads, length, head width]`; `key` and `value` may have fewer heads.
     `lengths` gives the samples of each row in order, as Python numbers; what follows them is
-    padding, whose values mean nothing. Without `lengths` every row is one sample. `bounds` says the
-    same to the kernel of a GPU. Returns `[rows, length, heads, head width]`.
+    padding, whose values mean nothing. `bounds` says the same to the kernel of a GPU. With neither,
+    every row is one sample, seen as `attention_mask` says; keys may begin earlier (a cache).
+    Returns `[rows, length, heads, head width]`.
     """
+    if lengths is None and bounds is None:
+        return _masked(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
     kind = product_type(query)  # rotation makes queries and keys float32, also under autocast
     if bounds is not None and kind in (torch.bfloat16, torch.float16):
         query, key, value = (one.to(kind) for one in (query, key, value))
@@ -162,4 +173,46 @@ def _in_one_call(
     return out.unflatten(0, (rows, length))
 
 
+def no_mask(device: torch.device) -> Tensor:
+    """Return an empty mask for packed rows, whose lengths say who sees whom.
+
+    transformers takes a mask of four dimensions as it is. Without one it would look for samples in
+    the positions, which makes the host wait for a GPU, and build a dense mask.
+    """
+    return torch.empty(0, 0, 0, 0, dtype=torch.bool, device=device)
+
+
+def _masked(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend as `mask` `[rows, 1, length, keys]` says; without one, causally."""
+    if mask is not None and query.shape[2] == mask.shape[1] == 1 and not dropout:
+        return _one_position(query, key, value, mask, scaling), None
+    out, _ = sdpa_attention_forward(
+        module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs
+    )
+    return out, None
+
+
+def _one_position(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None
+) -> Tensor:
+    """Attend from one position of each row, `query` `[rows, heads, 1, head width]`.
+
+    Query heads that share a key head attend as positions of one head would, since all of them see
+    the same: so keys are read as they are, where transformers may repeat them for every query head.
+    """
+    shared = query.squeeze(2).unflatten(1, (key.shape[1], -1))
+    out = scaled_dot_product_attention(shared, key, value, mask, scale=scaling)
+    return out.flatten(1, 2).unsqueeze(1)
+
+
 AttentionInterface.register(PACKED, packed_attention)
+AttentionMaskInterface.register(PACKED, sdpa_mask)

@@ -6,6 +6,7 @@ outside, so that all blocks share a few graphs and the names of weights do not c
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -18,41 +19,44 @@ if TYPE_CHECKING:
 
 
 class Compiled:
-    """The blocks of a model, compiled until `release`; while it does not train they are not."""
+    """The blocks of a model, compiled until `release` or the end of `with`, while it trains."""
 
     def __init__(self, vlm: VLM, wanted: bool = True, backend: str = "inductor") -> None:
         """Compile with `backend` of torch, if `wanted`; it works at the first call of a block."""
         self._blocks: list[nn.Module] = []
+        self._settings = contextlib.ExitStack()
         if wanted:
             self._blocks = [*vlm.language.model.layers, *vlm.vision.blocks()]
             from torch import _dynamo  # it takes a second
 
             # it would cut graphs to send gradients early, which blocks do anyway
-            _dynamo.config.optimize_ddp = False
+            self._settings.enter_context(_dynamo.config.patch(optimize_ddp=False))
         for block in self._blocks:
             compiled = torch.compile(block.forward, dynamic=True, backend=backend)
-            block.forward = _while_training(vlm, block.forward, compiled)
+            block.forward = functools.partial(_while_training, vlm, block.forward, compiled)
+
+    def __enter__(self) -> Compiled:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     def release(self) -> None:
-        """Leave the blocks as they were."""
+        """Leave the blocks, and what torch does for all models of the process, as they were."""
         for block in self._blocks:
             del block.forward  # the attribute of this one object: its class has the method
         self._blocks = []
+        self._settings.close()
 
 
 def _while_training(
-    vlm: VLM, plain: Callable[..., Any], compiled: Callable[..., Any]
-) -> Callable[..., Any]:
-    """Return `compiled` while `vlm` trains, `plain` at other times.
+    vlm: VLM, plain: Callable[..., Any], compiled: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Be the `forward` of a block: `compiled` while `vlm` trains, `plain` at other times.
 
     Held-out losses and answers have other types and lengths, so other graphs, and are few.
     """
-
-    @functools.wraps(plain)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return (compiled if vlm.training else plain)(*args, **kwargs)
-
-    return forward
+    return (compiled if vlm.training else plain)(*args, **kwargs)
 
 
 def of_compiler(error: BaseException) -> bool:

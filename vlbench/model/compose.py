@@ -52,7 +52,7 @@ def compose(
     vlm.pursue(objective, fresh=True)
     vlm.origins = {
         "vision": origin,
-        "connector": origin_of("random", vlm.connector),
+        "connector": origin_of(vlm.connector.weights_source, vlm.connector),
         "language": origin_of(recipe.language.weights, language),
     }
     return vlm

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from vlbench.model.attention import no_mask
 from vlbench.model.compose import compose
 from vlbench.model.flops import head_width, real, untrained
 from vlbench.model.vlm import VLM
@@ -59,7 +60,15 @@ def count(vlm: VLM) -> Cost:
     counter: Any = FlopCounterMode(display=False)
     with untrained(vlm), torch.no_grad(), counter:
         visual = connector(features)
-        hidden = vlm.read(embeds, visual, sees, position_ids=positions, use_cache=False)
+        hidden = vlm.read(
+            embeds,
+            visual,
+            sees,
+            position_ids=positions,
+            attention_mask=no_mask(vlm.device),
+            lengths=[[length]],
+            use_cache=False,
+        )
         vlm.language.lm_head(hidden.last_hidden_state[:, -1])
     per_token = 2 * config.num_key_value_heads * head_width(config) * config.num_hidden_layers
     latents = visual.shape[1] if connector.inject_at else 0

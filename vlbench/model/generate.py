@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from vlbench.data.batch import Batch
 from vlbench.mistakes import Mistake
-from vlbench.model.attention import PACKED
+from vlbench.model.eval_copy import in_eval_mode
 from vlbench.model.past import Past, common
 from vlbench.model.rows import CACHE, Rows
 from vlbench.model.sampling import OPTIONS, refuse_unknown
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from vlbench.model.vlm import VLM
 
 COLDEST = 1e-4  # below, logits divided by the temperature are no longer finite
+NOT_FINITE = -1
+"""What `pick` gives in the place of an id where nothing can be chosen."""
 
 
 def stop_now(vlm: VLM, new: list[int]) -> bool:
@@ -44,16 +46,23 @@ def ends(vlm: VLM) -> set[int]:
 
 
 def pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """Choose the next ids `[rows]` from logits `[rows, vocabulary]`: greedy at temperature 0."""
+    """Choose the next ids `[rows]` from logits `[rows, vocabulary]`: greedy at temperature 0.
+
+    A row whose greatest logit is infinite or no number gives NOT_FINITE: the ids travel to the host
+    anyway, so nobody has to wait for the device once more to know it.
+    """
     if temperature == 0:
-        return logits.argmax(-1)
+        ids = logits.argmax(-1)
+        return ids.where(logits.gather(-1, ids[:, None])[:, 0].isfinite(), NOT_FINITE)
     probs = (logits.float() / temperature).softmax(-1)
     ordered, index = probs.sort(-1, descending=True)
+    finite = ordered[:, :1].isfinite()
+    ordered = ordered.where(finite, 1.0)  # a GPU that draws from no numbers gives up for good
     beyond = ordered.cumsum(-1) - ordered >= top_p  # the token that crosses top_p stays
     beyond[:, 0] = False
     ordered[beyond] = 0
     choice = torch.multinomial(ordered, 1, generator=generator)
-    return index.gather(-1, choice).squeeze(-1)
+    return index.gather(-1, choice).where(finite, NOT_FINITE).squeeze(-1)
 
 
 @torch.inference_mode()
@@ -73,6 +82,8 @@ def generate(
 
     `on_token` is called after each step with all new ids so far, for streaming. Ids beyond the
     tokenizer are never chosen. A row ends at the latest where the language model's positions do.
+    Several threads may ask one model at once: nothing about it is changed, not even its mode, and
+    `seed` draws from a generator of this call. Logits that are not finite are a Mistake.
     With `past` the batch is one conversation, and what was read of it before is not read again.
     `compiled` is for many or long answers on a GPU: after the prompts every step is a graph, made
     once for a number of rows and a length rounded up, which takes tens of seconds.
@@ -80,20 +91,14 @@ def generate(
     refuse_unknown("generate", other, OPTIONS)
     _check_options(max_new_tokens, temperature, top_p, seed)
     _check_way(batch, past, compiled)
-    was_training = vlm.training
-    vlm.eval()
-    vlm.language.set_attn_implementation("sdpa")  # the packed kernel has no padding mask or cache
+    drawn = torch.Generator(device=vlm.device).manual_seed(seed)
+    choose = functools.partial(pick, temperature=temperature, top_p=top_p, generator=drawn)
     try:
-        drawn = torch.Generator(device=vlm.device).manual_seed(seed)
-        choose = functools.partial(pick, temperature=temperature, top_p=top_p, generator=drawn)
-        return _generate(vlm, batch, max_new_tokens, choose, on_token, past, compiled)
+        return _generate(in_eval_mode(vlm), batch, max_new_tokens, choose, on_token, past, compiled)
     except BaseException:
         if past:
             past.forget()  # it may have been stopped between two layers
         raise
-    finally:
-        vlm.language.set_attn_implementation(PACKED)
-        vlm.train(was_training)
 
 
 def _check_options(max_new_tokens: Any, temperature: Any, top_p: Any, seed: Any) -> None:
@@ -145,8 +150,7 @@ def _generate(
         ids = choose(logits[:, : vlm.tokenizer.rows])
         for row, token in enumerate(ids.tolist()):
             if not ended[row]:
-                new[row].append(token)
-                ended[row] = stop_now(vlm, new[row]) or len(new[row]) >= limits[row]
+                ended[row] = _take(vlm, token, new[row], limits[row])
         if on_token:
             on_token(new)
         if all(ended):
@@ -155,6 +159,26 @@ def _generate(
     if past:
         past.wrote(new[0])
     return new
+
+
+def _take(vlm: VLM, token: int, new: list[int], limit: int) -> bool:
+    """Add a token to the new ids of a row; tell whether the row has ended."""
+    if token == NOT_FINITE:
+        raise _not_finite(vlm)
+    new.append(token)
+    return stop_now(vlm, new) or len(new) >= limit
+
+
+def _not_finite(vlm: VLM) -> Mistake:
+    """Return the mistake of a model that gives no numbers; it names a weight that is none."""
+    reason = "all its weights are finite, so numbers became too large on the way"
+    if vlm.language.dtype == torch.float16:
+        reason += ", as in float16 beyond 65504: dtype=bf16 or dtype=float32 may do"
+    for name, weight in vlm.named_parameters():
+        if not weight.isfinite().all():
+            reason = f"its weight {name} holds nan or inf"
+            break
+    return Mistake(f"the model's logits are not finite: {reason}")
 
 
 def _begun(vlm: VLM, batch: Batch, past: Past | None) -> tuple[Rows, Tensor]:

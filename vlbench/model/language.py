@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,18 @@ from vlbench.files import read_json
 from vlbench.mistakes import Mistake, nearest
 from vlbench.model.attention import PACKED
 from vlbench.model.weights import hub
-from vlbench.model.weights.groups import BUFFERS, Group, check_groups, load_groups, tied
+from vlbench.model.weights.groups import (
+    BUFFERS,
+    Group,
+    assign_language,
+    check_groups,
+    load_groups,
+    tied,
+)
 from vlbench.model.weights.hub import fetch
 from vlbench.model.weights.origin import expect_loaded
 from vlbench.model.weights.quantized import refuse_quantized
-from vlbench.model.weights.shards import weight_files
+from vlbench.model.weights.shards import shapes, weight_files
 
 TINY = Path(__file__).parent / "tiny" / "language"
 
@@ -74,7 +80,16 @@ def language_folder(weights: str) -> Path:
     """Return the folder with the weights and the tokenizer; random weights have the miniature's."""
     if weights in ("embedded", "random"):
         return TINY
-    folder = fetch(weights, "language.weights", hub.LANGUAGE)
+    return _folder(weights, hub.PATTERNS)
+
+
+def tokenizer_folder(weights: str) -> Path:
+    """Return the folder with the tokenizer alone, for which no weights are downloaded."""
+    return TINY if weights in ("embedded", "random") else _folder(weights, hub.SMALL)
+
+
+def _folder(weights: str, patterns: tuple[str, ...]) -> Path:
+    folder = fetch(weights, "language.weights", hub.LANGUAGE, patterns=patterns)
     if not (folder / "config.json").is_file():
         raise Mistake(f"language.weights is '{weights}', a folder without config.json")
     return folder
@@ -150,13 +165,12 @@ def load_language(
 ) -> LlamaForCausalLM:
     """Load a folder in the Hugging Face layout, file by file; `dtype` None keeps each its own."""
     model = empty_language(config_in(folder))
-    state, again = model.state_dict(), tied(model)
+    state = model.state_dict()
     stay = ("language",) if mapped else ()
     group = _group(folder, model)
     loaded = load_groups([group], {"language": state}, dtype, "cpu", stay)["language"]
-    expect_loaded(state.keys() - again, loaded, f"language.weights={folder}")
-    model.load_state_dict(loaded, strict=not again, assign=True)
-    model.tie_weights()
+    expect_loaded(state.keys() - tied(model, loaded), loaded, f"language.weights={folder}")
+    assign_language(model, loaded)
     model.generation_config.eos_token_id = end_ids(folder, model.config)
     return model
 
@@ -173,10 +187,11 @@ def check_weights(weights: str) -> None:
 
 
 def _group(folder: Path, model: LlamaForCausalLM) -> Group:
-    """Return what to read from a folder for `model`: all, but what repeats other weights."""
-    again = tied(model)
-    wanted = {name: ("language", name) for name in model.state_dict() if name not in again}
-    return Group(weight_files(folder), wanted, "|".join([BUFFERS, *map(re.escape, again)]))
+    """Return what to read from a folder for `model`: all of it."""
+    files = weight_files(folder)
+    spared = tied(model, [name for file in files for name in shapes(file)])
+    wanted = {name: ("language", name) for name in model.state_dict() if name not in spared}
+    return Group(files, wanted, BUFFERS)
 
 
 def end_ids(folder: Path, config: LlamaConfig) -> list[int]:

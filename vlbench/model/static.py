@@ -2,9 +2,6 @@
 
 Prompts are read as always. What was read of them is then copied into keys and values of the full
 length, rounded up so that few shapes exist, and every step reads one token with the same graph.
-
-Query heads that share a key head attend as positions of one head would, since all of them see the
-same: so keys are read as they are, where transformers repeats them for every query head.
 """
 
 from __future__ import annotations
@@ -14,9 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from torch import Tensor
 
 from vlbench.mistakes import Mistake
 from vlbench.model.compiled import of_compiler, reason
@@ -27,8 +22,6 @@ if TYPE_CHECKING:
 
 MULTIPLE = 256
 """Lengths are multiples: of Yi-VL's 4096 positions 16 exist, and 255 at most are for nothing."""
-ONE = "vlbench_one_position"
-"""The name of the attention with transformers."""
 GRAPHS = 64
 """So many shapes are compiled at most, of all models of a process; torch allows 8 otherwise."""
 
@@ -79,10 +72,7 @@ class StaticRows:
     """Rows that were read with a growing cache, and go on in one of full length."""
 
     def __init__(self, rows: Rows, new: int) -> None:
-        """Go on where `rows` are, for `new` tokens more; the cache of `rows` is used up.
-
-        The language model attends with `ONE` from here on, and `generate` gives it back.
-        """
+        """Go on where `rows` are, for `new` tokens more; the cache of `rows` is used up."""
         count, read = rows.mask.shape
         length = -(-(read + new) // MULTIPLE) * MULTIPLE
         self.vlm, self.visual = rows.vlm, rows.visual
@@ -91,7 +81,6 @@ class StaticRows:
         """`[rows, 1, 1, length]`: what the next token sees; transformers takes it as it is."""
         self.mask[:, 0, 0, :read] = rows.mask.bool()
         self.cache = StaticCache(rows.cache.layers, length)
-        self.vlm.language.set_attn_implementation(ONE)
 
     def follow(self, ids: Tensor) -> Tensor:
         """Read one token more in every row, `ids` `[rows]`; return logits `[rows, vocabulary]`."""
@@ -166,26 +155,3 @@ def _step(
         **{CACHE: cache},
     ).last_hidden_state
     return vlm.language.lm_head(hidden[:, -1])
-
-
-def one_position(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor,
-    scaling: float | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attend from one position of each row.
-
-    `query` is `[rows, heads, 1, head width]`; `key` and `value` are `[rows, fewer heads, length,
-    head width]`; `attention_mask` `[rows, 1, 1, length]` is True at what is seen. Returns
-    `[rows, 1, heads, head width]`.
-    """
-    shared = query.squeeze(2).unflatten(1, (key.shape[1], -1))
-    out = scaled_dot_product_attention(shared, key, value, attention_mask, scale=scaling)
-    return out.flatten(1, 2).unsqueeze(1), None
-
-
-AttentionInterface.register(ONE, one_position)

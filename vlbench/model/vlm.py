@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from vlbench.data.sample import IMAGE
 from vlbench.data.template import Template
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.mistakes import Mistake
-from vlbench.model.attention import Opaque, bounds
+from vlbench.model.attention import Opaque, bounds, no_mask
 from vlbench.model.contrast import alone, compares
 from vlbench.model.generate import Stream, generate
 from vlbench.model.loss import summed_loss
@@ -53,7 +53,11 @@ class Output:
 
 
 class VLM(nn.Module):
-    """A vision-language model: `vision`, `connector`, `language`, with tokenizer and template."""
+    """A vision-language model: `vision`, `connector`, `language`, with tokenizer and template.
+
+    Several threads may call `forward`, `generate` and `chat` of one model at once: these change
+    nothing about it. What does (`train`, `resize`, `pursue`, `recompute`) is for one thread.
+    """
 
     language: Any  # a causal language model of transformers with Llama's layout
 
@@ -81,7 +85,7 @@ class VLM(nn.Module):
         self.step = Step()  # of compiled answers
         layers = self.language.model.layers
         self._hooks = [
-            layers[i].register_forward_pre_hook(self._inject(i), with_kwargs=True)
+            layers[i].register_forward_pre_hook(partial(_inject, self, i), with_kwargs=True)
             for i in self.connector.inject_at
         ]
 
@@ -170,19 +174,6 @@ class VLM(nn.Module):
         filled = embeds.flatten(0, 1).index_put((places,), values.to(embeds.dtype))
         return filled.view_as(embeds)
 
-    def _inject(self, layer: int) -> Any:
-        """Return the hook of decoder layer `layer`: visual tokens arrive as keyword arguments."""
-
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            inject = self._kept(self.connector.inject)
-            hidden = inject(layer, hidden, kwargs["visual"], kwargs["sees"])
-            if args:
-                return (hidden, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": hidden}
-
-        return hook
-
     def read(self, embeds: Tensor, visual: Tensor, sees: Tensor, **kwargs: Any) -> Any:
         """Run the decoder layers over `embeds`; `kwargs` go to the language model's forward."""
         if self.connector.inject_at:
@@ -196,6 +187,7 @@ class VLM(nn.Module):
             visual,
             batch.image_index,
             position_ids=batch.positions,
+            attention_mask=no_mask(visual.device),
             lengths=Opaque(batch.lengths),
             bounds=bounds(batch.lengths, batch.ids.shape[1], visual.device),
             use_cache=False,
@@ -219,7 +211,7 @@ class VLM(nn.Module):
         """
         if not (self._recomputes and torch.is_grad_enabled()):
             return function
-        return functools.partial(checkpoint, function, use_reentrant=False)
+        return partial(checkpoint, function, use_reentrant=False)
 
     def forward(self, batch: Batch, embed: bool = False) -> Output:
         """Give all logits for a batch without labels, otherwise the summed loss of its labels.
@@ -278,7 +270,7 @@ class VLM(nn.Module):
         the conversation again.
         """
         refuse_unknown("chat", other, CHAT)
-        show = functools.partial(print, end="", flush=True) if stream is True else stream
+        show = partial(print, end="", flush=True) if stream is True else stream
         if isinstance(messages, list) and messages and isinstance(messages[0], list):
             raise Mistake(
                 f"chat answers one conversation, given are {len(messages)}; "
@@ -300,6 +292,18 @@ class VLM(nn.Module):
         """Give the three parts by name."""
         for name in PARTS:
             yield name, getattr(self, name)
+
+
+def _inject(
+    vlm: VLM, layer: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict]:
+    """Be the hook before decoder layer `layer`: visual tokens arrive as keyword arguments."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    inject = vlm._kept(vlm.connector.inject)
+    hidden = inject(layer, hidden, kwargs["visual"], kwargs["sees"])
+    if args:
+        return (hidden, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": hidden}
 
 
 def shapes_of(tower: Tower, config: Any) -> Shapes:

@@ -16,6 +16,7 @@ from vlbench.plan.gpus import Gpu
 from vlbench.plan.memory import StageMemory
 from vlbench.plan.outline import outlined
 from vlbench.plan.work import Work, work_of
+from vlbench.train import legs
 from vlbench.train.checkpointing import SPARE
 
 
@@ -52,6 +53,7 @@ def room_of(gpu: Gpu) -> float:
 def plan(asked: Asked) -> Plan:
     """Count everything; nothing is trained, and no weight takes memory."""
     recipe = asked.recipe
+    legs.check_data(recipe, legs.plan(recipe, without_data=True))
     stages: dict[str, StageMemory] = {}
     works: dict[str, Work] = {}
     left_out, assumed = [], False

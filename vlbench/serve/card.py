@@ -38,7 +38,8 @@ This is transformers' LLaVA:
     print(processor.decode(new[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 
 `backend="pil"` resizes pictures as in training; the other backend is up to one grey level off,
-which moves logits in the first decimal.
+which moves logits in the first decimal. Several questions at once: give lists to `images` and
+`text`, and `padding=True`; prompts are filled on the left, where answers do not suffer.
 """,
     "vlbench": """\
 This is a checkpoint of vlbench, with every weight, and stands alone:

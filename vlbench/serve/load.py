@@ -10,6 +10,7 @@ import torch
 
 from vlbench import recipe as recipes
 from vlbench.data.template import template_named
+from vlbench.host import kept
 from vlbench.mistakes import Mistake, nearest
 from vlbench.model.vlm import VLM
 from vlbench.model.weights.load import Choice, load_release
@@ -28,6 +29,7 @@ FLOAT64 = torch.float64  # for comparisons; no name, as nobody trains in it
 FLOAT32_UP_TO = 4_000_000_000  # bytes
 
 
+@kept()
 def load(
     path: str | Path,
     dtype: torch.dtype | str | None = None,

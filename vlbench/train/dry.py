@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from vlbench import ranks
 from vlbench.data.steps import Step
+from vlbench.mistakes import Mistake
 from vlbench.model.compiled import Compiled
 from vlbench.schema import Recipe
 from vlbench.train import report
@@ -75,14 +76,18 @@ def measure(recipe: Recipe, legs: list[Leg]) -> Iterator[Measured]:
         settle(recipe, vlm, steps, root_device(recipe))
         candidates = [steps[n] for n in range(min(LOOKED_AT, leg.steps))]
         longest = max(candidates, key=_positions)
+        if not ranks.table([_positions(longest)]).sum():
+            bad = [str(one) for step in candidates for one in step.bad[:1]]
+            raise Mistake(
+                f"stage {leg.name}: its first {len(candidates)} steps have nothing to learn from: "
+                f"{bad[0] if bad else 'no sample has a picture, and the stage learns captions'}"
+            )
         tried = [longest, *candidates[:TIMED]]
         clock = _Clock()
         module = Training(vlm, leg.stage, len(tried), 0, recipe.seed, [clock])
-        compiled = Compiled(vlm, recipe.trainer.compile)
-        with explained(leg):
+        with Compiled(vlm, recipe.trainer.compile), explained(leg):
             loader: DataLoader = DataLoader(tried, batch_size=None)  # type: ignore[arg-type]
             trainer_of(recipe, [], None).fit(module, loader)
-        compiled.release()
         held.release()
         if sharded(recipe):
             vlm, _ = prepare(recipe, legs, None)  # whole again

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -51,7 +52,7 @@ def show_start(recipe: Recipe, run: Run, legs: list[tuple[str, Stage, int]]) -> 
 def show_weights(origins: Mapping[str, WeightOrigin], seed: int) -> None:
     """Say what every part of the model begins as, with a checksum of its weights."""
     for part, origin in origins.items():
-        source = f"random (seed {seed})" if origin.source == "random" else origin.source
+        source = re.sub(r"^random(?=,|$)", f"random (seed {seed})", origin.source)
         print(f"{part} {replace(origin, source=source)}")
 
 

@@ -17,12 +17,13 @@ from vlbench.model import lora
 from vlbench.model.compose import choice_of, compose, compose_empty
 from vlbench.model.vlm import PARTS, VLM
 from vlbench.model.weights import hub
-from vlbench.model.weights.groups import place
+from vlbench.model.weights.groups import left_out, place, tie
 from vlbench.model.weights.hub import fetch
 from vlbench.model.weights.load import assemble, is_release, layout_of, load_release, template_of
 from vlbench.model.weights.origin import ORIGINS, origin_of, read_origins
 from vlbench.model.weights.quantized import refuse_quantized
-from vlbench.model.weights.shards import Lazy, read, shapes, weight_files
+from vlbench.model.weights.reference import References, load_reference
+from vlbench.model.weights.shards import read, shapes, weight_files
 from vlbench.schema import Language, Recipe, Stage
 from vlbench.train import checkpoint
 from vlbench.train.checkpoint import ADAPTERS, RELEASE
@@ -99,7 +100,7 @@ def begin(recipe: Recipe, stage: Stage, mapped: bool = False) -> VLM:
     Tower, language model and tokenizer are those of `init`. The connector is as well, unless the
     recipe names another one, which then starts anew.
     """
-    source = str(recipe.init)
+    source, left = str(recipe.init), ""
     if Path(source).is_file():
         return _with_reference(recipe, stage, [Path(source)])
     if checkpoint.holds(Path(source)):
@@ -119,11 +120,12 @@ def begin(recipe: Recipe, stage: Stage, mapped: bool = False) -> VLM:
         torch.manual_seed(recipe.seed)
         vlm = load_release(folder, FLOAT32, choice=choice_of(recipe), mapped=mapped)
         other = vlm.connector.projector() is None
+        left = left_out(layout_of(folder).groups(folder, vlm))
     if other:
         vlm.pursue(stage.objective, fresh=True)
     vlm.origins = {
         "vision": origin_of(source, vlm.vision.visual),
-        "connector": origin_of("random" if other else source, vlm.connector),
+        "connector": origin_of(vlm.connector.weights_source if other else source, vlm.connector),
         "language": origin_of(source, vlm.language),
     }
     config, blocks = vlm.language.config, len(vlm.vision.blocks())
@@ -131,6 +133,7 @@ def begin(recipe: Recipe, stage: Stage, mapped: bool = False) -> VLM:
         f"init {folder}: tower of {blocks} blocks, {vlm.vision.width} wide; language model of "
         f"{config.num_hidden_layers} layers, {config.hidden_size} wide"
         + (f"; connector {recipe.connector['name']} starts anew" if other else "")
+        + (f"; left out of its files: {left}" if left else "")
     )
     return vlm
 
@@ -157,18 +160,10 @@ def _with_reference(recipe: Recipe, stage: Stage, files: list[Path]) -> VLM:
     """Return the recipe's model, its connector with the weights of a reference implementation."""
     vlm = compose(recipe, stage.image_size, stage.objective)
     file = files[0] if len(files) == 1 else files[0].parent
-    try:
-        vlm.connector.load_reference(Lazy(files))
-    except NotImplementedError as error:
-        name = recipe.connector["name"]
-        raise Mistake(f"init={file}: connector {name} takes no file of weights") from error
-    except (ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, Mistake):
-            raise
-        reason = " ".join(str(error).split())[:300]
-        raise Mistake(f"init={file} does not fit: {reason}") from error
+    name = recipe.connector["name"]
+    said = load_reference(vlm.connector, References(files), name, f"init={file}")
     vlm.origins["connector"] = origin_of(str(recipe.init), vlm.connector)
-    print(f"init {file}: weights of connector {recipe.connector['name']}")
+    print(f"init {file}: weights of connector {name}: {said}")
     return vlm
 
 
@@ -185,7 +180,10 @@ def released(source: str, key: str, patterns: tuple[str, ...] = hub.PATTERNS) ->
     """
     folder = fetch(source, key, hub.RELEASE, KINDS, patterns)
     refuse_quantized(folder)
-    if not is_release(folder):
+    whole = is_release(folder)
+    if (folder / "adapter_config.json").is_file() and (Path(source).is_dir() or not whole):
+        weight_files(folder)  # which says what to give, unless the model is there as well
+    if not whole:
         raise Mistake(
             f"{key} is '{source}', which is no run or checkpoint, and no released model: wanted is "
             "config.json of Yi-VL's layout or of Hugging Face's LLaVA"
@@ -211,7 +209,7 @@ def load_weights(
         if part not in skip:
             lora.load(module, folder / ADAPTERS / part)
         place(module, None if mapped and part == "language" else dtype, device)
-    vlm.language.tie_weights()  # where the configuration ties them
+    tie(vlm.language)
 
 
 def _read_parts(

@@ -20,7 +20,9 @@ from vlbench.model.vision_config import CONFIG, read_vision_config
 from vlbench.model.vlm import shapes_of
 from vlbench.model.weights import hub
 from vlbench.model.weights.load import bare_tower, check_release, layout_of
-from vlbench.schema import Recipe
+from vlbench.model.weights.reference import References, load_reference
+from vlbench.model.weights.shards import weight_files
+from vlbench.schema import Recipe, Stage
 from vlbench.train import checkpoint
 from vlbench.train.checkpoint import RELEASE
 from vlbench.train.legs import Leg
@@ -36,22 +38,37 @@ def check_sizes(recipe: Recipe, legs: list[Leg]) -> None:
         pass
 
 
-def check_weights(recipe: Recipe) -> None:
+def check_weights(recipe: Recipe, stage: Stage) -> None:
     """Compare names and shapes of all files of weights that training begins with; read no number.
 
-    What lies on a hub is downloaded. A checkpoint in `init`, and a file of a connector, are
-    compared when they are loaded.
+    `stage` is the one that begins. What lies on a hub is downloaded. A checkpoint in `init` is
+    compared when it is loaded.
     """
     source = str(recipe.init)
     if recipe.init and checkpoint.holds(Path(source)):
         return
-    if recipe.init and not Path(source).is_file():
+    if recipe.init and Path(source).is_file():
+        _check_reference(recipe, stage, [Path(source)])
+    elif recipe.init:
         folder = hub.fetch(source, "init", hub.RELEASE, KINDS)
         if not of_connector(folder):
             check_release(folder, choice_of(recipe))
             return
+        _check_reference(recipe, stage, weight_files(folder))
     vision.check_weights(recipe.vision.name, recipe.vision.weights)
     language.check_weights(recipe.language.weights)
+
+
+def _check_reference(recipe: Recipe, stage: Stage, files: list[Path]) -> None:
+    """Load the weights of a reference, without numbers, into a connector without memory."""
+    tower, config = outline(recipe)
+    tower.resize(stage.image_size)
+    name = recipe.connector["name"]
+    with torch.device("meta"):
+        made = plugins.connector(name)(shapes_of(tower, config), **options_of(recipe))
+        made.prepare(stage.objective)
+        file = files[0] if len(files) == 1 else files[0].parent
+        load_reference(made, References(files, empty=True), name, f"init={file}")
 
 
 def tokens_of_stages(recipe: Recipe, legs: list[Leg]) -> list[int]:

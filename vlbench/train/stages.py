@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from vlbench import ranks
 from vlbench.data.sources import stage_data
+from vlbench.host import kept
 from vlbench.mistakes import BadSample, Mistake
 from vlbench.model import lora
 from vlbench.model.compiled import Compiled
@@ -27,12 +28,12 @@ from vlbench.train.join import joined, leave, sharded
 from vlbench.train.launch import apart, last, silent
 from vlbench.train.legs import Leg, check_data, held_out_batches, plan, steps_of
 from vlbench.train.loggers import loggers_of
-from vlbench.train.module import Training, Watcher, check_objective, freeze
+from vlbench.train.module import Training, Watcher, check_objective, freeze, trained
 from vlbench.train.progress import Progress, cut
 from vlbench.train.restore import begin, restore
 from vlbench.train.run import Run, open_run
 from vlbench.train.sizes import check_sizes, check_weights
-from vlbench.train.trainer import explained, root_device, trainer_of
+from vlbench.train.trainer import explained, quiet, root_device, trainer_of
 from vlbench.train.watchers import (
     HeldOut,
     Interrupts,
@@ -45,7 +46,7 @@ from vlbench.train.watchers import (
 
 def fit(recipe: Recipe) -> int:
     """Train the stages of `recipe`, evaluate, and say what to try next; return the exit code."""
-    with joined(recipe):
+    with kept(), quiet(), joined(recipe):
         code = _fit(recipe)
         if not ranks.is_first():
             return silent(code)
@@ -81,7 +82,7 @@ def opened(recipe: Recipe, legs: list[Leg]) -> Run:
         bad = check_data(recipe, legs)  # before there is a folder
     if not (recipe.run and Run(Path(recipe.run)).latest):
         check_sizes(recipe, legs)
-        check_weights(recipe)
+        check_weights(recipe, legs[0].stage)
     run = open_run(recipe)
     set_aside(run, bad)
     return run
@@ -176,10 +177,8 @@ class Job:
             worker_init_fn=apart,
             pin_memory=trainer.strategy.root_device.type == "cuda",
         )
-        compiled = Compiled(vlm, self.recipe.trainer.compile)
-        with explained(leg):
+        with Compiled(vlm, self.recipe.trainer.compile), explained(leg):
             trainer.fit(training, loader)
-        compiled.release()
         held.release()
         self.seen = training.seen
 
@@ -205,8 +204,8 @@ class Job:
         on_bad = stage_data(self.recipe.data, leg.stage).on_bad
         return [
             held_out,
-            NotFinite(settings.stop_after_bad, report.say),
-            Quarantine(self.run, on_bad, len(leg.data)),
+            NotFinite(leg.name, settings.stop_after_bad, report.say),
+            Quarantine(self.run, on_bad, leg.data),
             Progress(leg.name, offset, log.every, metrics, held_out),
             saving,
         ]
@@ -266,11 +265,23 @@ def prepare(recipe: Recipe, legs: list[Leg], run: Run | None) -> tuple[VLM, Posi
     vlm.vision.draft = recipe.data.decode == "draft"
     for leg in legs:
         check_objective(vlm, leg.name, leg.stage)
+        check_trained(vlm, leg)
         for part, how in leg.stage.parts.items():
             if how.lora:
                 name = f"stages.{leg.name}.train.{part}"
                 lora.check(getattr(vlm, part), name, how.lora.targets, how.lora.bits)
     return vlm, start
+
+
+def check_trained(vlm: VLM, leg: Leg) -> None:
+    """Refuse a stage that trains only parts without a parameter, as a connector of means alone."""
+    ways = leg.stage.parts.items()
+    if leg.steps and not any(how.lora or trained(vlm, name, how) for name, how in ways):
+        parts = ", ".join(leg.stage.parts)
+        raise Mistake(
+            f"stages.{leg.name}.train names {parts}, which has no parameters here: nothing would "
+            "be trained; train another part, or leave the stage out"
+        )
 
 
 def hold(recipe: Recipe, vlm: VLM) -> Held:

@@ -39,21 +39,34 @@ def trainer_of(
 
     With `profile=true` a trace of some steps is written into `folder`.
     """
-    warnings.filterwarnings("ignore", module="lightning.*")  # they address authors of loops
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    return pl.Trainer(
-        **spread(recipe.trainer),
-        precision=PRECISION[recipe.precision],
-        max_epochs=1,
-        logger=loggers,
-        callbacks=list(callbacks),
-        profiler=PyTorchProfiler(folder, "profile") if recipe.profile and folder else None,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-        use_distributed_sampler=False,
-    )
+    with quiet():
+        return pl.Trainer(
+            **spread(recipe.trainer),
+            precision=PRECISION[recipe.precision],
+            max_epochs=1,
+            logger=loggers,
+            callbacks=list(callbacks),
+            profiler=PyTorchProfiler(folder, "profile") if recipe.profile and folder else None,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            log_every_n_steps=1,
+            use_distributed_sampler=False,
+        )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Leave out what Lightning says to authors of loops, until the end of `with`."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning.*")
+        logger.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import signal
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 
 from vlbench import ranks
 from vlbench.data.batch import Batch
+from vlbench.data.order import Mixture
 from vlbench.data.steps import Step
 from vlbench.files import append_json_lines, read_json_lines
 from vlbench.mistakes import BadSample, Mistake
@@ -37,8 +40,9 @@ class Interrupts(pl.Callback):
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
+        if threading.current_thread() is threading.main_thread():  # others cannot catch signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -46,11 +50,12 @@ class Interrupts(pl.Callback):
 
         They are in the middle of a step, where they expect something else: all would wait forever.
         """
-        signal.signal(signal.SIGTERM, self._note)
+        if self._before:
+            signal.signal(signal.SIGTERM, self._note)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def asked(self) -> bool:
         """Tell whether this process is to stop."""
@@ -181,30 +186,42 @@ def held_out_losses(vlm: VLM, batches: list[Batch]) -> dict[str, float]:
 class Quarantine(Watcher):
     """Count and name samples that cannot be used; stop when the data are simply wrong."""
 
-    def __init__(self, run: Run, on_bad: str, samples: int) -> None:
-        """`samples` is the size of the data; `on_bad` is auto, quarantine or stop."""
-        self.run, self.on_bad, self.samples = run, on_bad, samples
-        self.reasons = dict(_read(run))
-        self.skipped = 0
+    def __init__(self, run: Run, on_bad: str, data: Mixture) -> None:
+        """`data` are those of the stage; `on_bad` is auto, quarantine or stop."""
+        self.run, self.on_bad, self.samples = run, on_bad, len(data)
+        self.names = {source.name for source in data.sources} | {""}
+        self.known = set(_read(run))
+        self.skipped = self.learned = self.begun = 0
+
+    def begin(self, training: Training) -> None:
+        """Note where the stage goes on."""
+        self.begun = training.position
 
     def after(self, training: Training, step: Step) -> None:
-        """Note the bad samples of this step."""
+        """Note the bad samples of this step; raise when nothing was learned in a whole stage."""
         self.skipped += step.skipped
+        self.learned += training.report.samples
         try:
             self.note(step.bad)
             if not training.report.samples and not step.skipped:
                 first = step.bad[0]
                 raise Mistake(f"every sample of step {step.index} is bad, the first: {first}")
+            if training.position == training.steps and not self.begun and not self.learned:
+                raise Mistake(
+                    f"nothing was learned in {training.steps} steps: {self.skipped} samples have "
+                    "no picture in a stage of captions, the others are bad"
+                )
         except Mistake as mistake:
             raise ranks.known(mistake) from mistake  # all processes have the same bad samples
 
     def note(self, bad: list[BadSample]) -> None:
         """Write bad samples down, each once; raise when they are too many for `on_bad`."""
-        new = {one.sample_id: one.reason for one in bad if one.sample_id not in self.reasons}
-        self.reasons |= new
+        new = {one.identity: one for one in bad if one.identity not in self.known}
+        self.known |= set(new)
         if ranks.is_first():
-            _append(self.run, new)
-        judge(bad, len(self.reasons), self.samples, self.on_bad)
+            _append(self.run, list(new.values()))
+        count = sum(source in self.names for source, _ in self.known)
+        judge(bad, count, self.samples, self.on_bad)
 
 
 def judge(bad: list[BadSample], count: int, samples: int, on_bad: str) -> None:
@@ -224,44 +241,62 @@ def judge(bad: list[BadSample], count: int, samples: int, on_bad: str) -> None:
 
 def set_aside(run: Run, bad: list[BadSample]) -> None:
     """Note samples that were found bad before training began."""
-    known = dict(_read(run)) if bad else {}
-    _append(run, {one.sample_id: one.reason for one in bad if one.sample_id not in known})
+    known = set(_read(run)) if bad else set()
+    _append(run, [one for one in bad if one.identity not in known])
 
 
-def _append(run: Run, reasons: dict[str, str]) -> None:
-    if reasons:
-        append_json_lines(
-            run.quarantine_file, ({"id": name, "reason": why} for name, why in reasons.items())
-        )
+def _append(run: Run, bad: list[BadSample]) -> None:
+    """Write bad samples down; `source` and `record` are their identity, `id` is a label."""
+    lines = [
+        {"id": one.sample_id, "reason": one.reason, "source": one.source, "record": one.record}
+        for one in bad
+    ]
+    if lines:
+        append_json_lines(run.quarantine_file, lines)
 
 
-def _read(run: Run) -> list[tuple[str, str]]:
-    lines = read_json_lines(run.quarantine_file)
-    return [(line["id"], line["reason"]) for line in lines]
+def _read(run: Run) -> list[tuple[str, int | str]]:
+    """Return the identities of the samples that are noted."""
+    return [
+        BadSample(one["id"], one["reason"]).at(one.get("source", ""), one.get("record")).identity
+        for one in read_json_lines(run.quarantine_file)
+    ]
 
 
 class NotFinite(Watcher):
-    """Name the samples of steps whose loss was not finite; give up after several in a row."""
+    """Name the samples of steps whose loss or gradient was not finite; give up after several."""
 
-    def __init__(self, limit: int, say: Callable[[str], None]) -> None:
-        """Stop after `limit` such steps in a row; `say` prints a line."""
-        self.limit, self.say, self.row = limit, say, 0
+    def __init__(self, stage: str, limit: int, say: Callable[[str], None]) -> None:
+        """Stop `stage` after `limit` such steps in a row; `say` prints a line."""
+        self.stage, self.limit, self.say = stage, limit, say
+        self.row: list[str] = []
+        """What was not finite in the last steps, up to the newest."""
 
     def after(self, training: Training, step: Step) -> None:
         """Look at the step that has just been taken."""
-        self.row = self.row + 1 if training.report.skipped else 0
-        if training.report.skipped:
-            mine = [name for part in step.batches for name in part.sample_id]
-            names = [name for theirs in ranks.everyone(mine) for name in theirs]
-            shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-            self.say(
-                f"step {training.position}: loss is not finite, step skipped; samples: {shown}"
-            )
+        report = training.report
+        if not report.skipped:
+            self.row = []
+            return
+        what = "gradient" if math.isfinite(report.loss) else "loss"  # which the gradient follows
+        self.row.append(what)
+        mine = [name for part in step.batches for name in part.sample_id]
+        names = [name for theirs in ranks.everyone(mine) for name in theirs]
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        self.say(
+            f"stage {self.stage}, step {training.position}: {what} is not finite, step skipped; "
+            f"samples: {shown}; loss {report.loss:.4g}, norm of the gradient {report.grad_norm:.4g}"
+        )
         last = training.position == training.steps
-        if self.row >= self.limit or (last and self.row >= training.steps > 0):
-            raise ranks.known(
-                Mistake(
-                    f"the loss was not finite in {self.row} steps in a row: lower the learning "
-                    "rates, or set precision=32"
-                )
-            )
+        if len(self.row) >= self.limit or (last and len(self.row) >= training.steps):
+            raise ranks.known(Mistake(self._given_up(training)))
+
+    def _given_up(self, training: Training) -> str:
+        what = " or ".join(f"the {one}" for one in sorted(set(self.row), reverse=True))
+        rates = ", ".join(f"{part} {how.lr:g}" for part, how in training.stage.parts.items())
+        half = "" if str(training.trainer.precision).startswith("32") else ", or set precision=32"
+        return (
+            f"stage {self.stage}: {what} was not finite in {len(self.row)} steps in a row, up to "
+            f"step {training.position}: lower the learning rates (now {rates}: "
+            f"stages.{self.stage}.train.PART.lr){half}"
+        )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
-import warnings
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 from typing import Any
 
 from vlbench.evaluate.tasks.record import Packed
+from vlbench.host import warnings_ignored
 from vlbench.mistakes import Mistake
 
 WITHHELD = (None, "", "?")  # answers of test splits
@@ -16,8 +16,7 @@ WITHHELD = (None, "", "?")  # answers of test splits
 
 def literal(text: str) -> Any:
     """Return the value of a Python literal, None for a text that is none."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Python remarks on escapes like \f in "\frac"
+    with warnings_ignored():  # Python remarks on escapes like \f in "\frac"
         try:
             return ast.literal_eval(text.strip())
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):

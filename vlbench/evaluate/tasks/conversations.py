@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from vlbench import recipe as recipes
-from vlbench.data.llava import ROLES, LlavaJson
+from vlbench.data.llava import LlavaJson
+from vlbench.data.record import ROLES
 from vlbench.data.sample import Sample
 from vlbench.evaluate.ask import SPARE
 from vlbench.evaluate.measures import exact, overlap, vqa_accuracy

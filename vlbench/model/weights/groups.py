@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from vlbench.mistakes import Mistake, nearest
-from vlbench.model.weights.shards import read, shapes
+from vlbench.model.weights.shards import check_kind, headers, read, shapes
 
 BUFFERS = r"(.*\.)?(rotary_emb\.inv_freq|position_ids)"
 """Tensors that older libraries wrote and that follow from the configuration."""
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+"""Keys of a language model that may be tied."""
 
 States = Mapping[str, Mapping[str, Tensor]]
 """Part of a model -> key -> tensor; the shapes alone matter, so they may be on `meta`."""
@@ -71,9 +75,52 @@ def place(module: nn.Module, dtype: torch.dtype | None, device: torch.device | s
     module.to(device)
 
 
-def tied(language: Any) -> set[str]:
-    """Return the keys of a language model that repeat others: files may have them or not."""
-    return {"lm_head.weight"} if language.config.tie_word_embeddings else set()
+def tied(language: Any, names: Collection[str] = ()) -> set[str]:
+    """Return which key of a tied language model is not in files that have the keys `names`.
+
+    Either of head and embedding is enough, as for transformers; files may have both.
+    """
+    if not language.config.tie_word_embeddings:
+        return set()
+    return {HEAD} - set(names) or {EMBEDDING} - set(names)
+
+
+def assign_language(language: Any, state: Mapping[str, Tensor]) -> None:
+    """Put the tensors that files gave into a language model, strictly, and tie what is tied."""
+    one_for_two = {key: state[EMBEDDING if key == HEAD else HEAD] for key in tied(language, state)}
+    language.load_state_dict({**state, **one_for_two}, assign=True)
+    tie(language)
+
+
+def tie(language: Any) -> None:
+    """Tie head and embedding of a loaded language model, where its configuration ties them.
+
+    Where they differ the configuration is wrong and is set right, as transformers does: such files
+    hold a head of their own.
+    """
+    if not language.config.tie_word_embeddings:
+        return
+    if torch.equal(language.lm_head.weight, language.model.embed_tokens.weight):
+        language.tie_weights()
+    else:
+        language.config.tie_word_embeddings = False
+
+
+def counted(names: Iterable[str]) -> str:
+    """Return how many tensors of which part `names` are, as "vision_tower (390), norm (1)"."""
+    parts = Counter(name.removeprefix("model.").partition(".")[0] for name in names)
+    return ", ".join(f"{part} ({number})" for part, number in parts.items())
+
+
+def left_out(groups: Sequence[Group]) -> str:
+    """Return what the files of `groups` hold and nobody reads, as `counted` says it."""
+    return counted(
+        name
+        for group in groups
+        for file in group.files
+        for name in shapes(file)
+        if name not in group.wanted
+    )
 
 
 def surplus(group: Group) -> Iterator[tuple[str, Tensor]]:
@@ -86,9 +133,10 @@ def _checked(group: Group, states: States) -> dict[Path, list[str]]:
     """Return which tensors to read from which file."""
     where: dict[str, Path] = {}
     for file in group.files:
-        for name, shape in shapes(file).items():
+        for name, header in headers(file).items():
             if name in group.wanted:
-                _compare(name, shape, group, states, file)
+                _compare(name, header.shape, group, states, file)
+                check_kind(name, header, file)
                 if name in where:
                     raise Mistake(f"{file}: tensor {name} is also in {where[name]}")
                 where[name] = file

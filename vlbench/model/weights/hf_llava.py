@@ -6,7 +6,6 @@ activation and the identity after it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from vlbench.model.weights import chat_template, clip
 from vlbench.model.weights.groups import BUFFERS, Group, tied
 from vlbench.model.weights.release import (
     Blueprint,
+    check_crop,
     kept_files,
     language_config,
     preprocessing,
@@ -47,9 +47,9 @@ def blueprint(folder: Path) -> Blueprint:
     """Read what the small files in `folder` describe."""
     file = folder / "config.json"
     config = read_json(file)
+    config.setdefault("image_token_index", config.get("image_token_id"))  # its name elsewhere
     require(config, ("text_config", "vision_config", "image_token_index"), file)
-    if config["text_config"].get("model_type") != "llama":
-        raise Mistake(f"{file}: the language model is no Llama (model_type of text_config)")
+    _check_parts(config, file)
     vision = clip.vision_config(config["vision_config"], file)
     if config.get("vision_feature_select_strategy", "default") != "default":
         raise Mistake(f"{file}: vision_feature_select_strategy must be 'default' (patches alone)")
@@ -60,17 +60,52 @@ def blueprint(folder: Path) -> Blueprint:
     if act not in ("gelu", LINEAR):
         raise Mistake(f"{file}: projector_hidden_act is {act!r}; known are gelu and {LINEAR}")
     template, why = chat_template.of_hf_llava(folder)
+    text = config["text_config"]
+    either = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+    preprocess = _preprocess(folder)
+    check_crop(preprocess, vision, folder)
     return Blueprint(
-        language=language_config(config["text_config"], file),
+        language=language_config({**text, "tie_word_embeddings": either}, file),
         vision=vision,
         layer=layer,
-        preprocess=_preprocess(folder),
+        preprocess=preprocess,
         depth=1 if act == LINEAR else 2,
         norm=False,
         template=template,
         why=why,
-        words=config["image_token_index"],
+        words=_words(folder, config["image_token_index"]),
     )
+
+
+def _check_parts(config: dict[str, Any], file: Path) -> None:
+    """Refuse a configuration whose parts are no mappings, or another language model than Llama."""
+    for key in ("text_config", "vision_config"):
+        if not isinstance(config[key], dict):
+            raise Mistake(f"{file}: {key} is {config[key]!r}; wanted is a mapping")
+    if type(config["image_token_index"]) is not int or config["image_token_index"] < 1:
+        raise Mistake(
+            f"{file}: image_token_index is {config['image_token_index']!r}; wanted is an id"
+        )
+    if config.get("multimodal_projector_bias") is False:
+        raise Mistake(f"{file}: multimodal_projector_bias is False; only True can be done here")
+    kind = config["text_config"].get("model_type", "llama")  # transformers' default
+    if kind != "llama":
+        raise Mistake(
+            f"{file}: the language model is no Llama (model_type of text_config is {kind!r})"
+        )
+
+
+def _words(folder: Path, image: int) -> int:
+    """Return the first id that is no word of the model: an image's, or what generation suppresses.
+
+    A tokenizer may know tokens that the model never learned: an export suppresses their ids, which
+    come right before the image's.
+    """
+    file = folder / "generation_config.json"
+    never = read_json(file).get("suppress_tokens") if file.is_file() else None
+    while isinstance(never, list) and image - 1 in never:
+        image -= 1
+    return image
 
 
 def small_files(folder: Path) -> dict[str, bytes]:
@@ -85,6 +120,8 @@ def _preprocess(folder: Path) -> dict[str, Any]:
     if inner is None:
         file = folder / "preprocessor_config.json"
         inner = read_json(file)
+    if not isinstance(inner, dict):
+        raise Mistake(f"{file}: image_processor is {inner!r}; wanted is a mapping")
     return preprocessing(inner, file, pad=bool(inner.get("do_pad", False)))
 
 
@@ -99,12 +136,10 @@ def groups(folder: Path, vlm: VLM) -> list[Group]:
         _start(TOWERS, found) + key: ("vision", key)
         for key in clip.to_hugging_face(vlm.vision.visual)
     }
-    again = tied(vlm.language)
-    for key in (key for key in vlm.language.state_dict() if key not in again):
-        starts = HEADS if key.startswith("lm_head.") else LANGUAGES
-        bare = key.removeprefix("lm_head.").removeprefix("model.")
-        wanted[_start(starts, found) + bare] = ("language", key)
-    ignored = "|".join([BUFFERS, *(rf"(.*\.)?{re.escape(key)}" for key in again)])
+    language = {_language_name(key, found): key for key in vlm.language.state_dict()}
+    spared = tied(vlm.language, [key for name, key in language.items() if name in found])
+    wanted |= {name: ("language", key) for name, key in language.items() if key not in spared}
+    ignored = BUFFERS
     projector, start = vlm.connector.projector(), _start(PROJECTORS, found)
     if projector is None:
         ignored = rf"{ignored}|{start}.*"
@@ -117,6 +152,12 @@ def groups(folder: Path, vlm: VLM) -> list[Group]:
             _check_identity(files, linear[2])
             ignored = rf"{ignored}|{linear[2]}.*"
     return [Group(files, wanted, ignored)]
+
+
+def _language_name(key: str, found: Collection[str]) -> str:
+    """Return the name in the files of the language model's tensor `key`."""
+    starts = HEADS if key.startswith("lm_head.") else LANGUAGES
+    return _start(starts, found) + key.removeprefix("lm_head.").removeprefix("model.")
 
 
 def _start(starts: tuple[str, ...], found: Collection[str]) -> str:

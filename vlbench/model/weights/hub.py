@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from vlbench.mistakes import Mistake
+from vlbench.model.weights.hub_errors import reason
 
 WEIGHTS = "model*.safetensors or pytorch_model*.bin"
 RELEASE = f"config.json, {WEIGHTS}, tokenizer.model and, for Yi-VL, the tower's folder in vit/"
 LANGUAGE = f"config.json, {WEIGHTS}, and tokenizer.model or tokenizer.json"
 SMALL = ("*.json", "*.jinja", "*.model", "vit/**.json")
 """Files that describe a model; hub patterns let `*` match slashes as well."""
-PATTERNS = (*SMALL, "*.safetensors", "*.bin", "vit/**")
+PATTERNS = (*SMALL, "model*.safetensors", "*.bin", "vit/**")
 
 
 def fetch(
@@ -25,7 +27,8 @@ def fetch(
     """Return the local folder of `source`, a folder or a hub id.
 
     In mistakes `key` names what was given, `kinds` what it could have been, and `files` what such
-    a folder holds. `patterns` are the files that are fetched; `repo_type` is model or dataset.
+    a folder holds. `patterns` are the files that are fetched, those that end in .bin only where
+    there are no safetensors; `repo_type` is model or dataset.
     """
     if Path(source).is_dir():
         return Path(source)
@@ -33,12 +36,18 @@ def fetch(
         raise Mistake(f"{key} is '{source}', which is no {kinds} and no hub id (OWNER/NAME)")
     from huggingface_hub import constants, snapshot_download
 
-    try:
+    def snapshot(patterns: Iterable[str]) -> Path:
         return Path(snapshot_download(source, repo_type=repo_type, allow_patterns=list(patterns)))
+
+    try:
+        # many repositories hold the same weights twice, in safetensors and in torch's files
+        folder = snapshot(pattern for pattern in patterns if not pattern.endswith(".bin"))
+        twice = any(pattern.endswith(".bin") for pattern in patterns)
+        return snapshot(patterns) if twice and not any(folder.glob("*.safetensors")) else folder
     except Exception as error:  # the hub's client has a dozen, of network, disk and permission
         raise Mistake(
             f"{key} is '{source}': no such {kinds} here, and the hub cannot give it "
-            f"({_line(error)}). "
+            f"({reason(error, source)}). "
             f"Wanted are {files}; looked for in {Path(source).absolute()} and in "
             f"{constants.HF_HUB_CACHE}"
         ) from error
@@ -58,20 +67,16 @@ def fetch_file(repository: str, names: tuple[str, ...], key: str) -> Path:
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    reason = ""
+    said = ""
     for name in names:
         try:
             return Path(hf_hub_download(repository, name))
         except EntryNotFoundError as error:  # offline too, where it is not among what was kept
-            reason = reason or _line(error)
+            said = said or reason(error, repository)
         except Exception as error:  # of network, disk and permission
-            reason = _line(error)
+            said = reason(error, repository)
             break
     raise Mistake(
-        f"{key}: the hub cannot give it ({reason}). Wanted is {' or '.join(names)} of "
+        f"{key}: the hub cannot give it ({said}). Wanted is {' or '.join(names)} of "
         f"{repository}; looked for in {constants.HF_HUB_CACHE}"
     )
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

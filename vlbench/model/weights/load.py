@@ -98,7 +98,7 @@ def assemble(folder: Path, choice: Choice = Choice()) -> VLM:
         options = dict(choice.options or {})
     language = empty_language(plan.language)
     language.generation_config.eos_token_id = end_ids(folder, plan.language)
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(folder, plan.words)
     vlm = VLM(
         tower,
         plugins.connector(choice.connector or PROJECTOR),

@@ -21,7 +21,7 @@ from vlbench.mistakes import Mistake
 from vlbench.model.language import checked
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import clip
-from vlbench.model.weights.groups import Group, load_groups, place, tied
+from vlbench.model.weights.groups import Group, assign_language, load_groups, place
 
 SMALL = 64_000_000  # bytes; a tokenizer.json has some megabytes, a file of weights has more
 KEPT = ("*.json", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
@@ -117,6 +117,15 @@ def preprocessing(config: Mapping[str, Any], file: Path, pad: bool) -> dict[str,
     }
 
 
+def check_crop(preprocess: Mapping[str, Any], vision: Mapping[str, Any], folder: Path) -> None:
+    """Refuse pictures that are cropped to another size than the tower of `folder` reads."""
+    if preprocess["crop"] != vision["image_size"]:
+        raise Mistake(
+            f"{folder}: pictures are cropped to {preprocess['crop']} pixels (crop_size), but the "
+            f"tower reads {vision['image_size']} (image_size of config.json)"
+        )
+
+
 def _side(value: Any, key: str, file: Path) -> int:
     """Return a size that is written as 448, {shortest_edge: 448} or {height: 448, width: 448}."""
     sides = list(value.values()) if isinstance(value, Mapping) else [value]
@@ -163,9 +172,7 @@ def fill(
     loaded = load_groups(groups, states_of(vlm), dtype, device, stay)
     tower = clip.to_open_clip(loaded["vision"], len(vlm.vision.blocks()))
     vlm.vision.visual.load_state_dict(tower, assign=True)
-    whole = not tied(vlm.language)
-    vlm.language.load_state_dict(loaded["language"], strict=whole, assign=True)
-    vlm.language.tie_weights()  # where the configuration ties them
+    assign_language(vlm.language, loaded["language"])
     vlm.language.model.rotary_emb.to(device)
     if projector is not None:
         projector.load_state_dict(loaded["connector"], assign=True)

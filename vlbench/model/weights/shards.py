@@ -15,7 +15,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,6 +29,7 @@ from vlbench.mistakes import Mistake
 CHUNK = 1 << 29  # bytes
 SHARD = 5_000_000_000  # bytes; the habit of transformers
 NESTED = ("model", "model_state_dict", "state_dict")
+LIKE_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
 STEMS = ("model.safetensors", "pytorch_model.bin")
 """Names of a model's weights in the order of preference; `.index.json` after one lists shards."""
 
@@ -45,7 +46,19 @@ def weight_files(folder: Path) -> list[Path]:
             if missing:
                 raise Mistake(f"{index} names {', '.join(missing)}, which {folder} does not have")
             return files
-    raise Mistake(f"{folder} has no weights; wanted is one of {', '.join(STEMS)}, or their shards")
+    wanted = f"{folder} has no weights; wanted is one of {', '.join(STEMS)}, or their shards"
+    raise Mistake(f"{wanted}{_instead(folder)}")
+
+
+def _instead(folder: Path) -> str:
+    """Return what else a folder without weights has that looks like some, to be put into a line."""
+    if (folder / "adapter_config.json").is_file():
+        return (
+            ". It holds LoRA adapters: merge them into the model that they were trained on, and "
+            "give the merged folder; the projector alone is in non_lora_trainables.bin"
+        )
+    names = [file.name for file in sorted(folder.glob("*")) if file.suffix in LIKE_WEIGHTS]
+    return f"; it has {', '.join(names[:3])}" if names else ""
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -62,10 +75,33 @@ def _all_texts(values: Iterable[Any]) -> bool:
     return all(isinstance(value, str) and value for value in values)
 
 
+class Header(NamedTuple):
+    """What is known of a tensor before its numbers are read."""
+
+    shape: tuple[int, ...]
+    kind: torch.dtype | None
+    """None: a type that torch has no name for, or that is not read here."""
+
+
+def headers(file: Path) -> dict[str, Header]:
+    """Return shape and type of every tensor in a file; no tensor is read."""
+    with _opened(file) as tensors:
+        return {name: Header(tensors.shape(name), tensors.kind(name)) for name in tensors.names}
+
+
 def shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor in a file; no tensor is read."""
-    with _opened(file) as tensors:
-        return {name: tensors.shape(name) for name in tensors.names}
+    return {name: header.shape for name, header in headers(file).items()}
+
+
+def check_kind(name: str, header: Header, file: Path) -> None:
+    """Refuse a tensor of weights that is stored in 8 bits or less, whose scale lies elsewhere."""
+    if header.kind not in WEIGHTS:
+        kind = str(header.kind or "a type not known here").removeprefix("torch.")
+        raise Mistake(
+            f"{file}: tensor {name} is stored as {kind}; quantized weights are not read: wanted "
+            "are float32, bfloat16 or float16"
+        )
 
 
 def stored(folder: Path) -> tuple[torch.dtype, int]:
@@ -77,7 +113,7 @@ def stored(folder: Path) -> tuple[torch.dtype, int]:
                 count = math.prod(tensors.shape(name))
                 total += count
                 if count > largest:
-                    largest, kind = count, tensors.kind(name)
+                    largest, kind = count, tensors.kind(name) or torch.float32
     return kind, total
 
 
@@ -227,8 +263,8 @@ class _Safe:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.handle.get_slice(name).get_shape())
 
-    def kind(self, name: str) -> torch.dtype:
-        return _KINDS.get(self.handle.get_slice(name).get_dtype(), torch.float64)
+    def kind(self, name: str) -> torch.dtype | None:
+        return _KINDS.get(self.handle.get_slice(name).get_dtype())
 
     def view(self, name: str) -> Tensor:
         return self.handle.get_tensor(name)  # type: ignore[no-any-return]
@@ -244,18 +280,24 @@ class _Pickled:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.state[name].shape)
 
-    def kind(self, name: str) -> torch.dtype:
+    def kind(self, name: str) -> torch.dtype | None:
         return self.state[name].dtype
 
     def view(self, name: str) -> Tensor:
         return self.state[name]
 
 
-_KINDS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+_KINDS = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool},
+}
+WEIGHTS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Types in which weights are stored as they are."""
 
 
 def _bytes(tensors: _Safe | _Pickled, name: str) -> int:
-    return math.prod(tensors.shape(name)) * tensors.kind(name).itemsize
+    return math.prod(tensors.shape(name)) * (tensors.kind(name) or torch.float64).itemsize
 
 
 @contextmanager
@@ -290,7 +332,7 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
             f"{file} holds more than tensors, or is torn; code in a file of weights is never "
             f"executed. If it is whole, ask its author for safetensors ({_line(error)})"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
+    except Exception as error:  # of torch, zip and struct, by where the file is torn
         raise Mistake(f"{file} is torn or no file of weights: {_line(error)}") from error
     for inner in NESTED:  # checkpoints of training code
         state = state.get(inner, state) if isinstance(state, dict) else state

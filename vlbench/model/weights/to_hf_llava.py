@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
@@ -47,10 +53,10 @@ def write_hf_llava(vlm: VLM, folder: Path, cast: Cast | None) -> None:
         )
     if vlm.vision.norm:
         raise Mistake("vision.norm is true, which this layout cannot say; use format=vlbench")
-    logging.disable_progress_bar()
-    image_id = vlm.tokenizer.rows  # the first id that the model never writes
+    made = processor(vlm)
+    image_id = made.image_token_id
     rows = max(image_id + 1, vlm.language.config.vocab_size)
-    processor(vlm, image_id).save_pretrained(folder)
+    made.save_pretrained(folder)
     pieces = vlm.tokenizer.folder / "tokenizer.model"
     if pieces.is_file():  # so that the way back has the tokenizer itself
         (folder / pieces.name).write_bytes(pieces.read_bytes())
@@ -68,10 +74,24 @@ def write_hf_llava(vlm: VLM, folder: Path, cast: Cast | None) -> None:
     model.generation_config = GenerationConfig(
         bos_token_id=vlm.tokenizer.bos,
         eos_token_id=vlm.language.generation_config.eos_token_id,
-        pad_token_id=0,
-        suppress_tokens=list(range(image_id, rows)),
+        pad_token_id=made.tokenizer.pad_token_id,
+        suppress_tokens=list(range(vlm.tokenizer.rows, rows)),  # no words of the model
     )
-    model.save_pretrained(folder)
+    with _no_bar():
+        model.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _no_bar() -> Iterator[None]:
+    """Have transformers show no progress bar, and leave its settings as they were."""
+    shown, hub_shown = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+        (enable_progress_bars if hub_shown else disable_progress_bars)()
 
 
 def _config(vlm: VLM, image_id: int, rows: int) -> LlavaConfig:
@@ -112,20 +132,24 @@ def _state(vlm: VLM, rows: int) -> dict[str, Tensor]:
     return state
 
 
-def processor(vlm: VLM, image_id: int) -> LlavaProcessor:
+def processor(vlm: VLM) -> LlavaProcessor:
     """Return the processor that makes of messages and pictures what `VLM.prepare` makes of them."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(vlm.tokenizer.folder)
-    for text in (vlm.template.prompt([Turn("human", "What? 12.5 km\n\n  是什么？")]), " a", "\n"):
+    known = [name for name, index in vlm.tokenizer.added.items() if index < vlm.tokenizer.rows]
+    texts = [vlm.template.prompt([Turn("human", "What? 12.5 km\n\n  是什么？")]), " a", "\n"]
+    for text in (*texts, *(f"a{name} b" for name in known)):
         if tokenizer.encode(text) != vlm.tokenizer.encode(text):
             raise Mistake(
                 f"transformers' tokenizer gives other ids than the model's for {text!r}, so the "
                 "export would answer otherwise; use format=vlbench"
             )
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
-    if tokenizer.convert_tokens_to_ids(IMAGE) != image_id:
+    _pad(tokenizer, vlm.language.config.vocab_size)
+    extra = {"additional_special_tokens": [IMAGE]}
+    tokenizer.add_special_tokens(extra, replace_extra_special_tokens=False)
+    if tokenizer.convert_tokens_to_ids(IMAGE) < vlm.tokenizer.rows:
         raise Mistake(
-            f"{IMAGE} would get the id {tokenizer.convert_tokens_to_ids(IMAGE)} of transformers' "
-            f"tokenizer, but the model has its first free row at {image_id}; use format=vlbench"
+            f"{IMAGE} is a token of the model (id {tokenizer.convert_tokens_to_ids(IMAGE)}), and "
+            f"{LAYOUT} uses it for pictures; use format=vlbench"
         )
     transform = vlm.transform
     images = LlavaImageProcessorPil(  # the one that resizes as the reference does, with PIL
@@ -146,6 +170,17 @@ def processor(vlm: VLM, image_id: int) -> LlavaProcessor:
         image_token=IMAGE,
         chat_template=jinja(vlm.template),
     )
+
+
+def _pad(tokenizer: PreTrainedTokenizerFast, rows: int) -> None:
+    """Let prompts of a batch end together, since answers begin there, and fill them on the left.
+
+    The model reads the filling, hidden by the mask, so it needs one of its `rows` embeddings.
+    """
+    tokenizer.padding_side = "left"
+    pad = tokenizer.pad_token_id
+    if pad is None or pad >= rows:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
 
 
 def jinja(template: Template) -> str:

@@ -92,14 +92,18 @@ def _update(vlm: VLM, folder: Path, tower: Path, cast: Cast | None) -> None:
         "mm_vision_select_layer": vlm.vision.index - len(vlm.vision.blocks()),
         "torch_dtype": _type_of(vlm.language, cast),
     }
-    if read_json(folder / "config.json")["mm_projector_type"] != "linear" or depth > 1:
+    before = read_json(folder / "config.json")
+    if before["mm_projector_type"] != "linear" or depth > 1:
         main["mm_projector_type"] = projector
+    tied = vlm.language.config.tie_word_embeddings
+    if bool(before.get("tie_word_embeddings")) != tied:
+        main["tie_word_embeddings"] = tied
     _edit(folder / "config.json", main)
     said = {"image_size": vlm.vision.image_size, "torch_dtype": _type_of(vlm.vision, cast)}
     _edit(tower / "config.json", said)
     processor = tower / "preprocessor_config.json"
-    before = preprocessing(read_json(processor), processor, True)
-    if (before["resize"], before["crop"]) != (transform.size, transform.crop):
+    written = preprocessing(read_json(processor), processor, True)
+    if (written["resize"], written["crop"]) != (transform.size, transform.crop):
         _edit(processor, sizes(transform))
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ from vlbench.model.weights.groups import BUFFERS, Group, tied
 from vlbench.model.weights.release import (
     LLAMA,
     Blueprint,
+    check_crop,
     kept_files,
     language_config,
     preprocessing,
     require,
 )
-from vlbench.model.weights.shards import weight_files
+from vlbench.model.weights.shards import shapes, weight_files
 
 PROJECTOR = "model.mm_projector."
 IGNORED = rf"model\.vision_tower\..*|{BUFFERS}"
@@ -59,11 +61,7 @@ def blueprint(folder: Path) -> Blueprint:
     pad = config.get("image_aspect_ratio") == "pad"
     processor = tower / "preprocessor_config.json"
     preprocess = preprocessing(read_json(processor), processor, pad)
-    if preprocess["crop"] != vision["image_size"]:
-        raise Mistake(
-            f"{processor} crops to {preprocess['crop']} pixels, but the tower reads "
-            f"{vision['image_size']} (image_size of {tower / 'config.json'})"
-        )
+    check_crop(preprocess, vision, tower)
     if config.get("mm_hidden_size", vision["hidden_size"]) != vision["hidden_size"]:
         raise Mistake(
             f"{file}: mm_hidden_size is {config['mm_hidden_size']}, but the tower is "
@@ -145,16 +143,22 @@ def groups(folder: Path, vlm: VLM) -> list[Group]:
     A connector that is no projector starts anew: the projector in the files is ignored.
     """
     config = read_json(folder / "config.json")
+    files = weight_files(folder)
+    found = [name for file in files for name in shapes(file)]
     other = [rf"{re.escape(PROJECTOR)}.*"] if vlm.connector.projector() is None else []
-    ignored = "|".join([IGNORED, *other, *map(re.escape, tied(vlm.language))])
-    main = Group(weight_files(folder), main_names(config, vlm), ignored)
+    main = Group(files, main_names(config, vlm, found), "|".join([IGNORED, *other]))
     return [main, clip.group(tower_folder(folder, config), vlm.vision.visual)]
 
 
-def main_names(config: dict[str, Any], vlm: VLM) -> dict[str, tuple[str, str]]:
-    """Return the tensors of the main shards: name -> (part of the model, key in that part)."""
-    again = tied(vlm.language)
-    own = (name for name in vlm.language.state_dict() if name not in again)
+def main_names(
+    config: dict[str, Any], vlm: VLM, found: Collection[str] = ()
+) -> dict[str, tuple[str, str]]:
+    """Return the tensors of the main shards: name -> (part of the model, key in that part).
+
+    `found` are the names in files; shards that are to be written have none yet.
+    """
+    spared = tied(vlm.language, found)
+    own = (name for name in vlm.language.state_dict() if name not in spared)
     names = {name: ("language", name) for name in own}
     projector = vlm.connector.projector()
     bare = config["mm_projector_type"] == "linear"  # then LLaVA numbers no layers

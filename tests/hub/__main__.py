@@ -1,0 +1,35 @@
+"""`python -m tests.hub [real] [FOLDER]`: serve the repositories by hand until Ctrl-C.
+
+`real` gives Yi-6B-Chat its real widths. What is made stays in FOLDER, or goes with the server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+from .released import REAL, SMALL, repositories
+from .server import serving
+from .shallow import SITE
+
+
+def main(words: list[str]) -> None:
+    """Serve, and say how others find the server."""
+    widths = REAL if "real" in words else SMALL
+    folders = [word for word in words if word != "real"]
+    with contextlib.ExitStack() as stack:
+        made = folders[0] if folders else stack.enter_context(tempfile.TemporaryDirectory())
+        hub = stack.enter_context(serving(repositories(Path(made), widths)))
+        print(f"export HF_ENDPOINT={hub.endpoint} HF_HOME=$(mktemp -d)")
+        print(f"export PYTHONPATH={SITE}:$PWD  # towers of two blocks, as those here")
+        for kind, name in hub.repositories:
+            print(f"  {kind.removesuffix('s')} {name}")
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

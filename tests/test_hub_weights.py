@@ -1,0 +1,207 @@
+"""What every loader loads is what the hub holds: towers by tag, language models, BERT, references.
+
+The towers are the real architectures, two blocks deep; names of repositories and files are those
+that open_clip and transformers ask for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hub import references
+from hub.client import offline, point
+from hub.released import clip_of_open_clip, repositories
+from hub.same import assert_language, assert_same, assert_tower, files_of, tensors
+from hub.server import Hub, serving
+from hub.shallow import shallow
+from hub.weights import write
+
+import vlbench
+from vlbench.connector import Shapes
+from vlbench.data.tokenizer import Tokenizer
+from vlbench.mistakes import Mistake
+from vlbench.model.language import build_language, language_folder
+from vlbench.model.vision import build_tower
+from vlbench.model.weights.clip import to_hugging_face
+from vlbench.plugins import connector
+
+SAFE, BIN = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
+VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+TAGS = {
+    ("ViT-H-14", "laion2b_s32b_b79k"): VIT_H,
+    ("EVA02-L-14-336", "merged2b_s6b_b61k"): "timm/eva02_large_patch14_clip_336.merged2b_s6b_b61k",
+    ("ViT-B-32-SigLIP2-256", "webli"): "timm/ViT-B-32-SigLIP2-256",
+    ("ViT-B-32-quickgelu", "openai"): "timm/vit_base_patch32_clip_224.openai",
+}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """The hub, and towers two blocks deep."""
+    with shallow(), serving(repositories(tmp_path_factory.mktemp("hub"))) as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(served: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """The hub, from which nothing has been fetched yet."""
+    served.forget()
+    point(monkeypatch, served, tmp_path / "home")
+    return served
+
+
+@pytest.mark.parametrize(("name", "tag"), TAGS)
+def test_a_tag_is_the_file_on_the_hub(name, tag, hub, monkeypatch):
+    repository = TAGS[name, tag]
+    file = hub[repository].files[SAFE].path
+    tower = build_tower(name, tag)
+    assert_tower(tower.visual, file)
+    assert hub.fetched() == {repository: {SAFE}}  # of the same weights in several files, one
+    hub.forget()
+    offline(monkeypatch)
+    tower = build_tower(name, tag)
+    tower.resize(2 * tower.image_size)
+    assert_tower(tower.visual, file)
+    assert not hub.log
+
+
+def test_torchs_file_is_taken_where_there_is_no_other(hub):
+    files = hub[VIT_H].files
+    kept = files.pop(SAFE)
+    try:
+        assert_tower(build_tower("ViT-H-14", "laion2b_s32b_b79k").visual, files[BIN].path)
+        assert hub.fetched() == {VIT_H: {BIN}}
+    finally:
+        files[SAFE] = kept
+
+
+@pytest.mark.parametrize("form", [SAFE, BIN, "", "vision folder"])
+def test_a_file_or_folder_of_the_repository_is_the_same_tower(form, hub, tmp_path):
+    """Of LAION's repository: either file of open_clip, the folder, its Hugging Face half alone."""
+    folder = hub[VIT_H].folder
+    if form != "vision folder":
+        tower = build_tower("ViT-H-14", str(folder / form))
+        assert_tower(tower.visual, folder / SAFE)
+        return
+    for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
+        (tmp_path / name).symlink_to(folder / name)
+    tower = build_tower("ViT-H-14", str(tmp_path))
+    stored = tensors([folder / "model.safetensors"])
+    theirs = {k.removeprefix("vision_model."): v for k, v in stored.items() if "vision_model" in k}
+    assert_same(to_hugging_face(tower.visual), theirs)
+
+
+def test_a_tower_of_another_seed_would_be_noticed(hub, tmp_path):
+    _, other = clip_of_open_clip("ViT-B-32-quickgelu", 99)
+    write(other, tmp_path / "other.safetensors")
+    tower = build_tower("ViT-B-32-quickgelu", "openai")
+    with pytest.raises(AssertionError):
+        assert_tower(tower.visual, tmp_path / "other.safetensors")
+
+
+def test_a_tag_that_is_refused_is_one_line(hub):
+    hub.fail(VIT_H, 503, times=99)
+    with pytest.raises(Mistake, match="laion2b_s32b_b79k: .*status 503.*try again later") as found:
+        build_tower("ViT-H-14", "laion2b_s32b_b79k")
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("name", ["01-ai/Yi-6B-Chat", "01-ai/Yi-34B-Chat"])
+def test_a_language_model_is_its_shards(name, hub):
+    language = build_language("yi-6b", name)
+    assert_language(language, hub[name].folder)
+    assert language.generation_config.eos_token_id == [2, 7]
+    assert Tokenizer.load(language_folder(name)).encode("<|endoftext|>") == [2]
+    assert set(hub.fetched()) == {name}
+
+
+def test_yi_vl_is_its_shards_and_its_tower(hub):
+    vlm = vlbench.load("01-ai/Yi-VL-6B")
+    folder = hub["01-ai/Yi-VL-6B"].folder
+    assert_language(vlm.language, folder)
+    tower = tensors(files_of(folder, "vit/*/pytorch_model.bin"))
+    theirs = {k.removeprefix("vision_model."): v for k, v in tower.items()}
+    own = to_hugging_face(vlm.vision.visual)
+    assert_same(own, {name: tensor for name, tensor in theirs.items() if name in own})
+    stored = tensors(files_of(folder, "model*.safetensors"))
+    start = "model.mm_projector."
+    projector = {k.removeprefix(start): v for k, v in stored.items() if k.startswith(start)}
+    assert_same(vlm.connector.projector().state_dict(), projector)
+
+
+def test_the_first_stage_begins_as_bert(hub):
+    shapes = Shapes(16, (4, 4), 32, 64, 4)
+    one = connector("qformer")(shapes, queries=3, layers=2, text="bert-base-uncased", itc_width=8)
+    one.prepare("blip2", fresh=True)
+    assert hub.fetched() == {
+        "google-bert/bert-base-uncased": {
+            *("config.json", "model.safetensors", "tokenizer_config.json", "vocab.txt")
+        }
+    }
+    own = one.state_dict()
+    theirs = tensors([hub["google-bert/bert-base-uncased"].folder / "model.safetensors"])
+    for layer in range(references.BERT_LAYERS):
+        inside, there = f"qformer.encoder.layer.{layer}", f"bert.encoder.layer.{layer}"
+        pairs = {
+            "attention.attention.query.weight": "attention.self.query.weight",
+            "attention.output.LayerNorm.bias": "attention.output.LayerNorm.beta",
+            "output.dense.weight": "output.dense.weight",
+            "output_query.dense.weight": "output.dense.weight",
+            "output_query.LayerNorm.weight": "output.LayerNorm.gamma",
+            "intermediate_query.dense.bias": "intermediate.dense.bias",
+        }
+        for ours, its in pairs.items():
+            assert own[f"{inside}.{ours}"].equal(theirs[f"{there}.{its}"]), ours
+    words = theirs["bert.embeddings.word_embeddings.weight"]
+    assert own["text.embeddings.word_embeddings.weight"][: len(words)].equal(words)
+    assert own["qformer.layernorm.weight"].equal(theirs["bert.embeddings.LayerNorm.gamma"])
+    ids, _ = one.text.tokens(["a red star"], 8)
+    assert ids[0].tolist()[:5] == [2, 5, 8, 9, 3]
+
+
+def test_blip2_is_its_shards(hub):
+    repository = hub["Salesforce/blip2-opt-2.7b"]
+    one = references.tiny_connector("qformer").to_empty(device="cpu")
+    stored = tensors(files_of(repository.folder, "model*.safetensors"))
+    one.load_reference(stored)
+    names = {"language_projection": "projection", "vision_model.post_layernorm": "ln_vision"}
+    theirs = {}
+    for name, tensor in stored.items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        theirs[name] = tensor
+    own = one.state_dict()
+    assert_same(own, {name: theirs[name] for name in own})
+
+
+def test_open_flamingo_is_its_checkpoint(hub):
+    from huggingface_hub import hf_hub_download
+
+    file = Path(hf_hub_download("openflamingo/OpenFlamingo-3B-vitl-mpt1b", "checkpoint.pt"))
+    one = references.tiny_connector("flamingo").to_empty(device="cpu")
+    place = torch.randn(len(one.place))
+    one.place.data.copy_(place)
+    stored = tensors([file])
+    one.load_reference(stored)
+    theirs = {
+        name.replace("lang_encoder.transformer.", "").replace("gated_cross_attn_layer.", ""): tensor
+        for name, tensor in stored.items()
+        if "wte" not in name
+    }
+    assert_same(one.state_dict(), {**theirs, "place": place})
+
+
+def test_a_projector_of_llava_is_its_file(hub):
+    from huggingface_hub import hf_hub_download
+
+    name = "liuhaotian/llava-v1.5-mlp2x-336px-pretrain-vicuna-7b-v1.5"
+    stored = tensors([Path(hf_hub_download(name, "mm_projector.bin"))])
+    shapes = replace(Shapes(16, (4, 4), 32, 64, 4), vision_width=128, lm_width=128)
+    one = connector("llava_mlp")(shapes, norm=False)
+    one.load_reference(stored)
+    theirs = {k.removeprefix("model.mm_projector."): v for k, v in stored.items()}
+    assert_same(one.projector().state_dict(), theirs)

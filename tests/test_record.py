@@ -1,0 +1,366 @@
+"""Records as other programs write them: read with all pictures and texts, or refused by name."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import pickle
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from vlbench.__main__ import main
+from vlbench.data.llava import LlavaJson
+from vlbench.data.preflight import look_through
+from vlbench.data.record import record_of_sample, sample_of_record
+from vlbench.data.record_keys import has_no_content
+from vlbench.data.sample import PLACEHOLDER as P
+from vlbench.data.shards import Shards
+from vlbench.mistakes import BadSample, Mistake
+
+ANSWER = {"from": "gpt", "value": "red"}
+PLAIN = [{"from": "human", "value": "Colour?"}, ANSWER]
+TAGGED = [{"from": "human", "value": "<image>\nColour?"}, ANSWER]
+PICTURE = "data:image/jpeg;base64," + base64.b64encode(bytes(60_000)).decode()
+HF = [
+    {
+        "role": "user",
+        "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "Colour?"}],
+    },
+    {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
+]
+
+Record = dict[str, Any]
+
+
+def said(text: str) -> list[Record]:
+    return [{"from": "human", "value": text}, ANSWER]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("a.jpg", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    return tmp_path
+
+
+def read(record: Record) -> Any:
+    return sample_of_record(record, "record 1", lambda name: name)  # type: ignore[return-value]
+
+
+# name: (record, texts of the turns, pictures)
+READ: dict[str, tuple[Record, list[str], list[str]]] = {
+    "images without a tag": (
+        {"images": ["a.jpg"], "conversations": PLAIN},
+        [f"{P}\nColour?", "red"],
+        ["a.jpg"],
+    ),
+    "images a text": (
+        {"images": "a.jpg", "conversations": TAGGED},
+        [f"{P}\nColour?", "red"],
+        ["a.jpg"],
+    ),
+    "image null beside images": (
+        {"image": None, "images": ["a.jpg", "b.png"], "conversations": said("<image><image>")},
+        [f"{P}{P}", "red"],
+        ["a.jpg", "b.png"],
+    ),
+    "image and images alike": (
+        {"image": "a.jpg", "images": ["a.jpg"], "conversations": TAGGED},
+        [f"{P}\nColour?", "red"],
+        ["a.jpg"],
+    ),
+    "system as a key": (
+        {"system": "Be brief.", "image": "a.jpg", "conversations": PLAIN},
+        ["Be brief.", f"{P}\nColour?", "red"],
+        ["a.jpg"],
+    ),
+    "system as a key and a turn alike": (
+        {"system": "S", "conversations": [{"from": "system", "value": "S"}, *PLAIN]},
+        ["S", "Colour?", "red"],
+        [],
+    ),
+    "an empty system": ({"system": "", "conversations": PLAIN}, ["Colour?", "red"], []),
+    "roles in capitals": (
+        {
+            "image": "a.jpg",
+            "conversations": [
+                {"from": "Human", "value": "<image>\nColour?"},
+                {"from": "GPT", "value": "red"},
+            ],
+        },
+        [f"{P}\nColour?", "red"],
+        ["a.jpg"],
+    ),
+    "role and content": (
+        {
+            "image": "a.jpg",
+            "conversations": [
+                {"role": "user", "content": "<image>\nColour?"},
+                {"role": "assistant", "content": "red"},
+            ],
+        },
+        [f"{P}\nColour?", "red"],
+        ["a.jpg"],
+    ),
+    "messages with images": (
+        {"messages": [{"role": "user", "content": "<image>Hm"}, ANSWER], "images": ["a.jpg"]},
+        [f"{P}Hm", "red"],
+        ["a.jpg"],
+    ),
+    "messages with parts": ({"messages": HF}, [f"{P}\nColour?", "red"], ["a.jpg"]),
+    "null beside value": (
+        {"image": "a.jpg", "video": None, "conversations": [*TAGGED[:1], {**ANSWER, "tools": []}]},
+        [f"{P}\nColour?", "red"],
+        ["a.jpg"],
+    ),
+    "where the picture came from": (
+        {"image": "d/a.jpg", "image_url": "https://x/y.jpg", "path": "/c/a.jpg"}
+        | {"conversations": TAGGED},
+        [f"{P}\nColour?", "red"],
+        ["d/a.jpg"],
+    ),
+    "what is known about the picture": (
+        {"image": "a.jpg", "image_id": 7, "width": 4, "num_images": 1, "image_size": [4, 4]}
+        | {"conversations": TAGGED},
+        [f"{P}\nColour?", "red"],
+        ["a.jpg"],
+    ),
+    "HTML in texts": (
+        {
+            "conversations": [
+                *said('What is <img src="a.jpg"> ?')[:1],
+                {**ANSWER, "value": "<video>"},
+            ]
+        },
+        ['What is <img src="a.jpg"> ?', "<video>"],
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_record_is_read_with_all_pictures_and_texts(name):
+    record, texts, pictures = READ[name]
+    sample = read(record)
+    assert [turn.text for turn in sample.turns] == texts and list(sample.pictures) == pictures
+    again = read(record_of_sample(sample, pictures))
+    assert (again.turns, again.pictures) == (sample.turns, sample.pictures)
+
+
+# name: (record, part of what is said)
+REFUSED: dict[str, tuple[Record, str]] = {
+    **{
+        f"picture in {key}": (
+            {key: value, "conversations": PLAIN},
+            f"'{key}' is not read; name the file in 'image'",
+        )
+        for key, value in (
+            ("image_path", "a.jpg"),
+            ("img", "a.jpg"),
+            ("image_file", "a.jpg"),
+            ("imageFile", "a"),
+            ("Image", "a.jpg"),
+            ("image2", "a.jpg"),
+            ("file_name", "a.jpg"),
+            ("picture", {"bytes": "x"}),
+            ("source", "a.jpg"),
+            ("b64", PICTURE),
+        )
+    },
+    "a second picture": (
+        {"image": "a.jpg", "image_2": "b.jpg", "conversations": TAGGED},
+        "'image_2' is not read",
+    ),
+    "a second picture by address": (
+        {"image": "a.jpg", "image_2": "http://x/b.jpg", "conversations": TAGGED},
+        "'image_2' is not read",
+    ),
+    "picture in a turn": (
+        {"conversations": [{**PLAIN[0], "image": "a.jpg"}, ANSWER]},
+        "turn 1: 'image' is not read",
+    ),
+    "a video": ({"video": "0.mp4", "conversations": TAGGED}, "'video' is not read; videos"),
+    "a video by its value": ({"clip": ["0.MP4"], "conversations": PLAIN}, "videos are not read"),
+    "sound": ({"audio": "a", "conversations": PLAIN}, "'audio' is not read; sound"),
+    "tools": ({"tools": "[{}]", "conversations": PLAIN}, "'tools' is not read; tools are"),
+    "history": ({"history": [["a", "b"]], "conversations": PLAIN}, "earlier turns are not read"),
+    "another name of system": ({"system_prompt": "S", "conversations": PLAIN}, "as 'system'"),
+    "two systems": (
+        {"system": "A", "conversations": [{"from": "system", "value": "B"}, *PLAIN]},
+        "another system turn",
+    ),
+    "system a list": ({"system": ["A"], "conversations": PLAIN}, "'system' is a list"),
+    "two sets of pictures": (
+        {"image": "a.jpg", "images": ["b.png"], "conversations": TAGGED},
+        "other pictures in 'image' than in 'images'",
+    ),
+    "pictures in two ways": ({"image": "b.png", "messages": HF}, "expected one way"),
+    "two conversations": ({"messages": HF, "conversations": PLAIN}, "expected one of them"),
+    "a part that is none": (
+        {"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}, HF[1]]},
+        "turn 1: a part of 'content' is a mapping",
+    ),
+    "an answer that is not learned": (
+        {"conversations": [PLAIN[0], {**ANSWER, "weight": 0}]},
+        "turn 2: 'weight' is 0",
+    ),
+    "tag in the system turn": (
+        {"image": "a.jpg", "conversations": [{"from": "system", "value": "<image>"}, *PLAIN]},
+        "<image> in a turn of 'system'",
+    ),
+    "a picture as text": (
+        {"image": PICTURE, "conversations": TAGGED},
+        "a picture as text; write it to a file",
+    ),
+    "an address": (
+        {"image": "https://x/a.jpg", "conversations": TAGGED},
+        "a URL; download it",
+    ),
+    "pictures without tags": (
+        {"images": ["a.jpg", "b.png"], "conversations": PLAIN},
+        "0 image tags in the text but 2 images; write <image>",
+    ),
+    "another key of turns": ({"conversation": PLAIN}, "no 'conversations'.*mean 'conversations'"),
+    "question and answer": (
+        {"image": "a.jpg", "question": "Q", "answer": "A"},
+        'no \'conversations\'; .*expected "conversations": .*"from": "human"',
+    ),
+    **{
+        f"tag {tag[:40]}": ({**more, "conversations": said(f"{tag} Colour?")}, "turn 1: .*" + words)
+        for tag, more, words in (
+            ("<img>a.jpg</img>", {}, "name the file in 'image'"),
+            ("<IMAGE>", {"image": "a.jpg"}, "write <image>"),
+            ("<image1> <image2>", {"image": ["a.jpg", "b.png"]}, "write <image>"),
+            ("<image 1>", {"image": "a.jpg"}, "write <image>"),
+            ("<|image_1|>", {"image": "a.jpg"}, "write <image>"),
+            ("<|vision_start|><|image_pad|><|vision_end|>", {"image": "a.jpg"}, "write <image>"),
+            ("<ImageHere>", {"image": "a.jpg"}, "write <image>"),
+            (f"![it]({PICTURE})", {}, "name the file in 'image'"),
+            (f"<img>{PICTURE}</img>", {}, "name the file in 'image'"),
+            ("<start_of_image>", {"image": "a.jpg"}, "write <image>"),
+            ("<video>", {}, "videos and sound are not read"),
+            ("<audio>", {}, "videos and sound are not read"),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_record_that_would_lose_something_is_refused_in_a_line(name):
+    record, words = REFUSED[name]
+    with pytest.raises(BadSample, match=words) as caught:
+        read({"id": "r1", **record})
+    said = str(caught.value)
+    assert len(said) < 400 and "\n" not in said and said.startswith("sample r1: ")
+
+
+def test_a_key_that_may_hold_something_is_told_once_with_a_count(folder, capsys):
+    more = {"caption": "red", "width": 8, "conversations": [TAGGED[0], {**ANSWER, "why": "?"}]}
+    records = [{"id": n, "image": "a.jpg", **more, "texts": n} for n in range(3)]
+    (folder / "data.json").write_text(json.dumps(records))
+    found = look_through(LlavaJson(folder / "data.json"))
+    assert found.bad == [] and found.unread["width"] == 3
+    assert found.told() == "'caption' (3 records), 'texts' (3 records), 'turn why' (3 records)"
+    words = [f"data.train={folder / 'data.json'}", f"out={folder / 'out'}", "only=chat"]
+    assert main(["check", "recipe=yivl_llava", *words]) == 0
+    told = capsys.readouterr().out
+    assert (
+        "key 'caption' is not read (3 records have it)" in told and "nothing is wrong" not in told
+    )
+    assert "keys from which nothing is learned, with their records: width (3)" in told
+    lines = (folder / "out/findings.jsonl").read_text().splitlines()
+    assert sum("is not read" in line for line in lines) == 3
+
+
+def test_check_counts_pictures_without_a_tag_and_tags_that_are_text(folder, capsys):
+    records = [
+        {"id": "a", "images": ["a.jpg"], "conversations": PLAIN},
+        {"id": "b", "image": "b.png", "conversations": said("<im_start><image><im_end>")},
+        {"id": "c", "conversations": [PLAIN[0], {**ANSWER, "value": "<image> is a tag"}]},
+        {"id": "d", "conversations": said("Look: ![it](a.jpg)")},
+    ]
+    (folder / "data.json").write_text(json.dumps(records))
+    words = [f"data.train={folder / 'data.json'}", f"out={folder / 'out'}", "only=chat"]
+    assert main(["check", "recipe=yivl_llava", *words]) == 0
+    told = capsys.readouterr().out
+    assert "1 records have a picture and no <image>" in told and "2 pictures" in told
+    assert "'<im_start' in it, which is read as text" in told
+    assert "'<image' in it, which is learned as text" in told
+    assert "'![it](' in it, which is read as text" in told
+
+
+def test_a_record_with_images_is_packed_with_them(folder):
+    records = [{"id": 1, "images": ["a.jpg", "b.png"], "conversations": said("<image><image>")}]
+    records += [{"id": 2, "messages": HF, "topic": "colour"}]
+    (folder / "data.json").write_text(json.dumps(records))
+    assert main(["pack", f"data={folder / 'data.json'}", f"to={folder / 'shards'}"]) == 0
+    source, shards = LlavaJson(folder / "data.json"), Shards(folder / "shards")
+    for number in range(2):
+        ours, theirs = shards[number], source[number]
+        assert (ours.id, ours.turns, ours.unread) == (theirs.id, theirs.turns, theirs.unread)
+        assert len(ours.pictures) == len(theirs.pictures)
+
+
+def test_keys_beside_the_caption_of_a_shard_are_looked_at_too(folder):
+    about = {"caption": "red", "url": "https://x/y.jpg", "key": "0", "status": "success"}
+    with tarfile.open(folder / "x.tar", "w") as tar:
+        for number, more in enumerate(({}, {"note": "?"}, {"video": "a.mp4"})):
+            for ending, data in (
+                ("jpg", (folder / "a.jpg").read_bytes()),
+                ("json", json.dumps({**about, **more}).encode()),
+            ):
+                member = tarfile.TarInfo(f"{number}.{ending}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    shards = Shards(folder / "x.tar")
+    assert shards[0].caption == "red" and set(shards[0].unread) == {"url", "key", "status"}
+    assert shards[1].unread[-1] == "note"
+    with pytest.raises(BadSample, match="'video' is not read"):
+        shards[2]
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [("width", True), ("question_id", True), ("turn id", True), ("imageId", True)]
+    + [("caption", False), ("image_caption", False), ("rationale", False), ("turn note", False)],
+)
+def test_which_keys_have_nothing_to_learn(key, expected):
+    assert has_no_content(key) is expected
+
+
+OTHER_FILES = {
+    "rows.json": (b"PAR1\x15\x04", "is a Parquet file"),
+    "rows.parquet": (b"PAR1\x15\x04", "is a Parquet file"),
+    "small.json": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+    "table.csv": (b"image,question\na.jpg,What?\n", "a table"),
+    "named.json": (b"image,question\na.jpg,What?\n", "a table"),
+    "data.json.gz": (b"\x1f\x8b\x08\x00", "decompress it"),
+    "page.json": (b"<!DOCTYPE html><html>", "web page"),
+    "data.zip": (b"PK\x03\x04", "unpack it"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FILES)
+def test_a_file_that_is_no_json_is_called_what_it_is(name, tmp_path):
+    content, words = OTHER_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(Mistake, match=words) as caught:
+        LlavaJson(tmp_path / name)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_bad_sample_keeps_its_identity_on_the_way_out_of_a_worker():
+    bad = pickle.loads(pickle.dumps(BadSample("same", "why").at("data.json", 7)))
+    assert bad.identity == ("data.json", 7) and str(bad) == "sample same (record 7): why"
+    assert BadSample("same", "why").identity == ("", "same")
+
+
+def test_a_long_word_in_any_message_is_shortened():
+    assert len(str(Mistake(f"image {PICTURE}: does not exist"))) < 200
+    assert "80,023 characters" in str(BadSample(PICTURE, "x"))
+    assert str(Mistake("data " + "a/" * 100)) == "data " + "a/" * 100

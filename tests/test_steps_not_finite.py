@@ -1,0 +1,71 @@
+"""A step that is not finite is skipped; a line says what was not finite, and what helps."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vlbench.mistakes import Mistake
+from vlbench.train.module import StepReport
+from vlbench.train.watchers import NotFinite
+
+
+def step(*names: str) -> Any:
+    return SimpleNamespace(batches=[SimpleNamespace(sample_id=list(names))])
+
+
+def training(position: int, loss: float, norm: float, precision: str = "bf16-mixed") -> Any:
+    report = StepReport(position, loss=loss, grad_norm=norm)
+    report.skipped = not (math.isfinite(loss) and math.isfinite(norm))
+    parts = {"connector": SimpleNamespace(lr=10.0), "language": SimpleNamespace(lr=2e-5)}
+    stage = SimpleNamespace(parts=parts)
+    trainer = SimpleNamespace(precision=precision)
+    return SimpleNamespace(report=report, position=position, steps=9, stage=stage, trainer=trainer)
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "what"),
+    [
+        (math.nan, math.nan, "loss"),
+        (math.inf, math.nan, "loss"),
+        (2.5, math.inf, "gradient"),
+        (2.5, math.nan, "gradient"),
+    ],
+)
+def test_a_line_says_what_was_not_finite(loss, norm, what):
+    said: list[str] = []
+    NotFinite("chat", 5, said.append).after(training(3, loss, norm), step("a", "b"))
+    (line,) = said
+    assert line.startswith(f"stage chat, step 3: {what} is not finite, step skipped; samples: a, b")
+    assert line.endswith(f"; loss {loss:.4g}, norm of the gradient {norm:.4g}")
+
+
+def test_finite_steps_say_nothing_and_begin_anew():
+    said: list[str] = []
+    watcher = NotFinite("chat", 2, said.append)
+    for number, norm in enumerate([math.inf, 1.0, math.inf, 1.0], 1):
+        watcher.after(training(number, 2.5, norm), step("a"))
+    assert len(said) == 2
+
+
+@pytest.mark.parametrize(
+    ("losses", "what"),
+    [
+        ([2.5, 2.5], "the gradient was"),
+        ([math.nan, math.nan], "the loss was"),
+        ([2.5, math.nan], "the loss or the gradient was"),
+    ],
+)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_several_in_a_row_end_the_stage_with_what_helps(losses, what, precision):
+    watcher = NotFinite("chat", 2, lambda _: None)
+    watcher.after(training(4, losses[0], math.inf, precision), step("a"))
+    with pytest.raises(Mistake) as caught:
+        watcher.after(training(5, losses[1], math.inf, precision), step("a"))
+    said = str(caught.value)
+    assert f"stage chat: {what} not finite in 2 steps in a row, up to step 5" in said
+    assert "connector 10, language 2e-05: stages.chat.train.PART.lr" in said
+    assert ("precision=32" in said) == (precision != "32-true") and "\n" not in said
