@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from vlbench.data.batch import Batch
-from vlbench.mistakes import Mistake
+from vlbench.mistakes import Mistake, Trouble
 from vlbench.model.eval_copy import in_eval_mode
 from vlbench.model.past import Past, common
 from vlbench.model.rows import CACHE, Rows
@@ -83,7 +83,7 @@ def generate(
     `on_token` is called after each step with all new ids so far, for streaming. Ids beyond the
     tokenizer are never chosen. A row ends at the latest where the language model's positions do.
     Several threads may ask one model at once: nothing about it is changed, not even its mode, and
-    `seed` draws from a generator of this call. Logits that are not finite are a Mistake.
+    `seed` draws from a generator of this call. Logits that are not finite are a Trouble.
     With `past` the batch is one conversation, and what was read of it before is not read again.
     `compiled` is for many or long answers on a GPU: after the prompts every step is a graph, made
     once for a number of rows and a length rounded up, which takes tens of seconds.
@@ -169,8 +169,8 @@ def _take(vlm: VLM, token: int, new: list[int], limit: int) -> bool:
     return stop_now(vlm, new) or len(new) >= limit
 
 
-def _not_finite(vlm: VLM) -> Mistake:
-    """Return the mistake of a model that gives no numbers; it names a weight that is none."""
+def _not_finite(vlm: VLM) -> Trouble:
+    """Return the error for a model that gives no numbers; it names a weight that is none."""
     reason = "all its weights are finite, so numbers became too large on the way"
     if vlm.language.dtype == torch.float16:
         reason += ", as in float16 beyond 65504: dtype=bf16 or dtype=float32 may do"
@@ -178,7 +178,7 @@ def _not_finite(vlm: VLM) -> Mistake:
         if not weight.isfinite().all():
             reason = f"its weight {name} holds nan or inf"
             break
-    return Mistake(f"the model's logits are not finite: {reason}")
+    return Trouble(f"the model's logits are not finite: {reason}")
 
 
 def _begun(vlm: VLM, batch: Batch, past: Past | None) -> tuple[Rows, Tensor]:
