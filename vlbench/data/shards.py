@@ -132,7 +132,8 @@ class Shards:
             counts.append(count)
             left_out += some
             if fault:
-                self._torn.append(BadSample(f"{Path(tar).name} {count - 1}", f"{tar}: {fault}"))
+                bad = BadSample(f"{Path(tar).name} {count - 1}", f"{tar}: {fault}")
+                self._torn.append(bad.at(self.name, sum(counts)))  # its last sample
         if not sum(counts):
             other = f"; it holds {_counted(left_out)}" if left_out else ""
             raise Mistake(f"data {self.name}: holds no samples (KEY.jpg, KEY.txt, KEY.json){other}")

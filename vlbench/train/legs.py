@@ -147,7 +147,8 @@ def _tell(source: Source, found: Found) -> None:
     for note in getattr(source, "notes", ()):
         print(f"{source.name}: {note}")
     if found.bad:
-        print(f"{source.name}: {found.count} of {len(source)} samples are bad and left out")
+        count = f"{found.count} of {len(source)} samples are bad and left out"
+        print(f"{source.name}: {count}, the first: {found.bad[0]}")
     if found.told():
         print(f"{source.name}: keys that are not read: {found.told()}")
 
