@@ -8,6 +8,7 @@ import pickle
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -51,6 +52,14 @@ def refused(name: str) -> str:
     with pytest.raises(Mistake) as caught:
         plugins.connector(name)
     return str(caught.value)
+
+
+def test_threads_that_ask_at_once_wait_for_the_file_to_be_executed(drop):
+    """Its first line lets the others come while it is executed."""
+    drop("import time\ntime.sleep(0.3)\n" + MINE)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(plugins.connector, ["mine"] * 4))
+    assert len(set(found)) == 1 and found[0].__name__ == "Mine"
 
 
 def entry(monkeypatch: pytest.MonkeyPatch, *values: str) -> None:

@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import sys
+import threading
 from pathlib import Path
 from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from vlbench.connector import Connector
 
 GROUP = "vlbench.connectors"
+_LOADING = threading.RLock()  # another thread would see a module that is not executed to its end
 
 
 class Found(NamedTuple):
@@ -78,7 +80,8 @@ def connector(name: str) -> type[Connector]:
     """Load the connector called `name` and return its class; a Mistake when that fails."""
     one = find(name)
     if one.file is not None:
-        return _from_file(name, one.file)
+        with _LOADING:
+            return _from_file(name, one.file)
     assert one.entry is not None
     try:
         cls = one.entry.load()
