@@ -6,6 +6,7 @@ import csv
 import multiprocessing
 import os
 import socket
+import traceback
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -72,7 +73,11 @@ def _work(rank: int, ports: list[int], jobs: list[Job], answers: Queue) -> None:
             "WORLD_SIZE": str(WORLD),
             "GROUP_RANK": "0",
         }
-        codes.append(do(job))
+        try:
+            codes.append(do(job))
+        except Exception:
+            traceback.print_exc()
+            codes.append(1)  # the other process would wait for its answer
     answers.put((rank, codes))
 
 

@@ -85,7 +85,7 @@ def check(folder: Path, kind: str, chain: str, precision: str) -> None:
             assert other["grad_norm"] == norm, (way, step)
     newest = sorted((folder / "fsdp2/checkpoints").iterdir())[-1]
     assert json.loads((newest / "position.json").read_text())["step"] == 3
-    compare(newest, folder / "alone/checkpoints" / newest.name, 0.02 if precision == "32" else 0.1)
+    compare(newest, folder / "alone/checkpoints" / newest.name, 0.02 if precision == "32" else 0.5)
 
 
 def compare(folder: Path, other: Path, share: float) -> None:

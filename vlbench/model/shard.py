@@ -5,13 +5,14 @@ belongs to none (embeddings, head, the rest of a connector) is gathered once for
 `inject`, `losses` and `objective` may read it, and connectors need no care for sharding.
 
 Scalars, which FSDP2 refuses, stay whole in every process. So do the vectors of blocks that travel
-in bfloat16 (norms, biases, DoRA's magnitudes): autocast computes with them in float32.
+in bfloat16 (of norms, biases), with which autocast computes in float32.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,25 +31,51 @@ def shard(vlm: VLM, mesh: DeviceMesh, half: bool = False) -> VLM:
     """
     kind = torch.bfloat16 if half else None
     sent = MixedPrecisionPolicy(kind, kind and torch.float32, cast_forward_inputs=False)
-    connector = {id(module) for module in vlm.connector.modules()}
     blocks = list(units(vlm))
+    connector = set(vlm.connector.modules())
+    exact = {block for block in blocks if block in connector or _with_dora(block)}
     kept = dict.fromkeys(parameter for parameter in vlm.parameters() if not _divisible(parameter))
     if half:
         kept |= dict.fromkeys(
             parameter
             for block in blocks
-            if id(block) not in connector
+            if block not in exact
             for parameter in block.parameters()
             if parameter.dim() == 1
         )
     for block in blocks:
-        policy = MixedPrecisionPolicy() if id(block) in connector else sent
+        policy = MixedPrecisionPolicy() if block in exact else sent
         fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=set(kept))
     fully_shard(vlm, mesh=mesh, ignored_params=set(kept))
     if any(parameter.dtype.itemsize < 4 for parameter in vlm.parameters()):
         vlm.to(torch.float32)  # what was left in a file came as it is stored there
     Averaging(kept, mesh.get_group())
+    if half:
+        _always_autocast(vlm, mesh.device_type)
     return vlm
+
+
+def _with_dora(block: nn.Module) -> bool:
+    """Tell whether a block has DoRA's adapters, which measure its weights: not in 16 bits."""
+    return any("lora_magnitude" in name for name, _ in block.named_parameters())
+
+
+def _always_autocast(vlm: VLM, device: str) -> None:
+    """Call a model whose blocks travel in bfloat16 under autocast, as training does anyway.
+
+    Held-out losses are computed without, and would meet weights of another type than their inputs.
+    """
+    entered = contextlib.ExitStack()
+
+    def enter(*_: Any) -> None:
+        if not torch.is_autocast_enabled(device):
+            entered.enter_context(torch.autocast(device, torch.bfloat16))
+
+    def leave(*_: Any) -> None:
+        entered.close()
+
+    vlm.register_forward_pre_hook(enter)
+    vlm.register_forward_hook(leave, always_call=True)
 
 
 def _divisible(parameter: nn.Parameter) -> bool:
