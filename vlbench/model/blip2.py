@@ -139,6 +139,7 @@ class FirstStage(nn.Module):
             "itg": self._tell(told[:, queries.shape[1] :], ids, mask),
         }
 
+    @torch.no_grad()
     def negatives(
         self, pairs: dict[str, Tensor], own: Tensor, seeds: Sequence[str]
     ) -> tuple[Tensor, Tensor]:
@@ -147,8 +148,8 @@ class FirstStage(nn.Module):
         captions = likeness(pairs["image"][own], pairs["caption"]) / self.temp
         images = likeness(pairs["image"], pairs["caption"][own]).T / self.temp
         return (
-            draw(images.detach(), own, [f"{seed} image" for seed in seeds]),
-            draw(captions.detach(), own, [f"{seed} caption" for seed in seeds]),
+            draw(images, own, [f"{seed} image" for seed in seeds]),
+            draw(captions, own, [f"{seed} caption" for seed in seeds]),
         )
 
     def _both(
