@@ -32,7 +32,7 @@ LORA = "stages.chat.train.language.lora.rank=4 stages.chat.train.language.lr=1e-
 BUDGET = " ".join(f"stages.{name}.{key}" for name in STAGES for key in ("steps=3", "batch=1"))
 SIZES = "stages.align_224.image_size=112 stages.align_448.image_size=224 stages.chat.image_size=224"
 QUIET = "data.workers=0 log.every=1 log.questions=1 log.examples=0 log.tensorboard=false"
-WALK = f"{FIT} {DATA} {BUDGET} {LORA} {SIZES} {QUIET} trainer.checkpoint_every=0.0001"
+WALK = f"{FIT} {DATA} {BUDGET} {LORA} {SIZES} {QUIET}"
 YI, YI_VL = "01-ai/Yi-6B-Chat", "yi_vl"
 MEMORY = 14 * 2**20  # kilobytes that a process may take
 MISSING = {"vision_tower", "mm_projector"}
@@ -81,7 +81,7 @@ def killed_in(stage: str, command: str) -> None:
 
 @pytest.mark.slow
 def test_from_the_hub_to_a_release_of_ones_own(hub: Hub) -> None:
-    killed_in("align_448", f"{WALK} run=run")
+    killed_in("align_448", f"{WALK} run=run trainer.checkpoint_every=0.0001")
     origins = read_origins(Path("run/versions.json"), "weights")
     assert not Path("run/results.json").exists()
     hub.forget()

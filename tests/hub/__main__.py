@@ -27,6 +27,7 @@ def main(words: list[str]) -> None:
         print(f"export PYTHONPATH={SITE}:$PWD  # towers of two blocks, as those here")
         for kind, name in hub.repositories:
             print(f"  {kind.removesuffix('s')} {name}")
+        sys.stdout.flush()  # it may be a pipe
         with contextlib.suppress(KeyboardInterrupt):
             threading.Event().wait()
 
