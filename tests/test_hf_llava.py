@@ -98,8 +98,13 @@ TEXTS = ("a<extra_0> b<extra_1>c", "<image> a <pad>", "What? 12 km\n\n 是<|im_e
         (2, {}),
         (2, {"additional_special_tokens": ["<extra_0>"]}),
         (2, {"add_bos_token": True}),
+        (0, {"added_tokens_decoder": {"7": {"content": "<|im_end|>"}}}),
+        (0, {"additional_special_tokens": ["<|im_start|>"]}),
     ],
-    ids=["no added tokens", "two", "one of them special", "and a begin"],
+    ids=[
+        *("no added tokens", "two", "one of them special", "and a begin"),
+        *("an added piece", "a special piece"),
+    ],
 )
 def test_an_export_comes_back_and_goes_out_again_the_same(tokens, said, tmp_path):
     source = plain_llava(tmp_path / "source", tokens=tokens)

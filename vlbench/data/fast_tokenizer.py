@@ -35,6 +35,8 @@ class FastTokenizer(Tokenizer):
         self.unk = -1 if self._fast.unk_token_id is None else self._fast.unk_token_id
         self._names = {index: name for name, index in self._fast.get_added_vocab().items()}
         self._names[self.eos] = self._fast.eos_token
+        roles = [role for role in self._fast.special_tokens_map.values() if isinstance(role, str)]
+        self.special_added = [name for name in self._fast.all_special_tokens if name not in roles]
 
     def encode(self, text: str) -> list[int]:
         """Give the ids of a text; what the tokenizer puts before every text is included."""

@@ -32,7 +32,7 @@ class Tokenizer:
     every encoded text, as the `add_bos_token` of a checkpoint asks; Yi-VL does not. `added` (given
     as `extra`) are further tokens that are cut out of a text, with their ids, among the pieces of
     the sentencepiece model or beyond them; those in `kept` are no special tokens and stay in a
-    decoded text.
+    decoded text. `special_added` are the others that are not bos, eos or unk.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class Tokenizer:
         self.rows = self.size  # of the model's embedding; `limit` says so where it has fewer
         self._names = {index: name for name, index in self._tokens.items()}
         self._kept = {self._tokens[name] for name in kept}
+        self.special_added = [name for name in extra if name not in kept and name not in special]
         longest_first = sorted(self._tokens, key=len, reverse=True)
         self._cut = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
         # Where all tokens begin with "<", a text without it needs no cutting.
@@ -76,11 +77,12 @@ class Tokenizer:
         roles = zip(("bos_token", "eos_token", "unk_token"), SPECIAL, strict=True)
         special = [_content(config.get(role), default) for role, default in roles]
         model_file = folder / "tokenizer.model"
-        added, named, pieces = _added(config, folder), _additional(config), _open(model_file)
+        named, pieces = _additional(config), _open(model_file)
+        size = pieces.get_piece_size()
+        added = _added(config, folder, size)
         if below is not None:
             named = [name for name in named if added.get(name, -1) < below]
             added = {name: index for name, index in added.items() if index < below}
-        size = pieces.get_piece_size()
         _check_beyond([index for index in added.values() if index >= size], size, folder)
         further = dict(added)
         for name in (name for name in named if name not in special and name not in further):
@@ -197,10 +199,11 @@ def _additional(config: dict[str, object]) -> list[str]:
     return [name for name in (_content(token, "") for token in named) if name]
 
 
-def _added(config: dict[str, object], folder: Path) -> dict[str, int]:
+def _added(config: dict[str, object], folder: Path, pieces: int) -> dict[str, int]:
     """Return the tokens that a checkpoint adds to its sentencepiece model, with their ids.
 
-    Transformers 5 writes them into tokenizer.json alone.
+    Transformers 5 writes them into tokenizer.json alone, some versions with pieces of
+    the model: from there only ids beyond its `pieces` are taken.
     """
     added: dict[str, int] = {}
     decoder = config.get("added_tokens_decoder")
@@ -213,7 +216,8 @@ def _added(config: dict[str, object], folder: Path) -> dict[str, int]:
     path = folder / "tokenizer.json"
     if not added and path.is_file():
         listed = read_json(path).get("added_tokens") or []
-        added = {_content(token, ""): _number(token.get("id"), path) for token in listed}
+        found = {_content(token, ""): _number(token.get("id"), path) for token in listed}
+        added = {name: index for name, index in found.items() if index >= pieces}
     return added
 
 

@@ -29,6 +29,7 @@ from transformers.utils import logging
 
 from vlbench.data.sample import Turn
 from vlbench.data.template import Template
+from vlbench.data.tokenizer import Tokenizer
 from vlbench.files import read_json
 from vlbench.mistakes import Mistake
 from vlbench.model.vlm import VLM
@@ -63,6 +64,9 @@ def write_hf_llava(vlm: VLM, folder: Path, cast: Cast | None) -> None:
         file = folder / "tokenizer_config.json"  # transformers 5 does not say it
         said = read_json(file) | {"add_bos_token": vlm.tokenizer.add_bos}
         file.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        known = words_added(vlm.tokenizer) | {IMAGE: image_id}
+        names = json.dumps(known, indent=2, ensure_ascii=False)
+        (folder / "added_tokens.json").write_text(names + "\n", encoding="utf-8")
     state = _state(vlm, rows)
     if cast:
         state = {name: cast(tensor) for name, tensor in state.items()}
@@ -135,17 +139,16 @@ def _state(vlm: VLM, rows: int) -> dict[str, Tensor]:
 def processor(vlm: VLM) -> LlavaProcessor:
     """Return the processor that makes of messages and pictures what `VLM.prepare` makes of them."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(vlm.tokenizer.folder)
-    known = [name for name, index in vlm.tokenizer.added.items() if index < vlm.tokenizer.rows]
     texts = [vlm.template.prompt([Turn("human", "What? 12.5 km\n\n  是什么？")]), " a", "\n"]
-    for text in (*texts, *(f"a{name} b" for name in known)):
+    for text in (*texts, *(f"a{name} b" for name in words_added(vlm.tokenizer))):
         if tokenizer.encode(text) != vlm.tokenizer.encode(text):
             raise Mistake(
                 f"transformers' tokenizer gives other ids than the model's for {text!r}, so the "
                 "export would answer otherwise; use format=vlbench"
             )
     _pad(tokenizer, vlm.language.config.vocab_size)
-    extra = {"additional_special_tokens": [IMAGE]}
-    tokenizer.add_special_tokens(extra, replace_extra_special_tokens=False)
+    extra = [name for name in vlm.tokenizer.special_added if name != IMAGE]
+    tokenizer.add_special_tokens({"additional_special_tokens": [*extra, IMAGE]})
     if tokenizer.convert_tokens_to_ids(IMAGE) < vlm.tokenizer.rows:
         raise Mistake(
             f"{IMAGE} is a token of the model (id {tokenizer.convert_tokens_to_ids(IMAGE)}), and "
@@ -170,6 +173,11 @@ def processor(vlm: VLM) -> LlavaProcessor:
         image_token=IMAGE,
         chat_template=jinja(vlm.template),
     )
+
+
+def words_added(tokenizer: Tokenizer) -> dict[str, int]:
+    """Return the added tokens that the model has learned, with their ids."""
+    return {name: index for name, index in tokenizer.added.items() if index < tokenizer.rows}
 
 
 def _pad(tokenizer: PreTrainedTokenizerFast, rows: int) -> None:
