@@ -85,11 +85,16 @@ def check(folder: Path, kind: str, chain: str, precision: str) -> None:
             assert other["grad_norm"] == norm, (way, step)
     newest = sorted((folder / "fsdp2/checkpoints").iterdir())[-1]
     assert json.loads((newest / "position.json").read_text())["step"] == 3
-    compare(newest, folder / "alone/checkpoints" / newest.name, 0.02 if precision == "32" else 0.5)
+    compare(newest, folder / "alone/checkpoints" / newest.name, precision)
 
 
-def compare(folder: Path, other: Path, share: float) -> None:
-    """Compare two checkpoints: the same tensors, and all weights within a share of their norm."""
+def compare(folder: Path, other: Path, precision: str) -> None:
+    """Compare two checkpoints: the same tensors, and all weights within a share of their norm.
+
+    In bf16 biases are left out: they begin at 0, and AdamW's first steps are the signs of their
+    gradients, which rounding turns where these are small.
+    """
+    share, left_out = (0.02, "(none)") if precision == "32" else (0.1, ".bias")
     files = sorted(one.relative_to(folder) for one in folder.rglob("*.safetensors"))
     assert files == sorted(one.relative_to(other) for one in other.rglob("*.safetensors"))
     for file in files:
@@ -99,7 +104,7 @@ def compare(folder: Path, other: Path, share: float) -> None:
             n: (v.shape, v.dtype) for n, v in theirs.items()
         }
         for name, value in mine.items():
-            if file.parent.name != "optimizer":
+            if file.parent.name != "optimizer" and not name.endswith(left_out):
                 apart = float((value - theirs[name]).norm())
                 assert apart <= share * float(theirs[name].norm()), (file, name)
 
