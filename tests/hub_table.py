@@ -341,8 +341,8 @@ ROWS_REFERENCES = (
         "openflamingo.pt",
     ),
     Row(
-        "python -m vlbench fit recipe=yivl_llava init=mm_projector.bin",
-        f"connector.norm=false run=l {TINY}",
+        "python -m vlbench fit recipe=yivl_llava connector.norm=false init=mm_projector.bin",
+        f"run=l {TINY}",
         {},
         of_reference("l", "mm_projector.bin", "layers.2.weight", "model.mm_projector.2.weight"),
         "mm_projector.bin",
