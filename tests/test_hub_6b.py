@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,6 +53,7 @@ def hub(
     with serving(repositories(tmp_path / "made", widths)) as hub:
         point(monkeypatch, hub, tmp_path / "home")
         yield hub
+    shutil.rmtree(tmp_path, ignore_errors=True)  # ten gigabytes
 
 
 def start(command: str) -> subprocess.Popen[str]:

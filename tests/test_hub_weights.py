@@ -6,6 +6,7 @@ that open_clip and transformers ask for.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -42,8 +43,10 @@ TAGS = {
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     """The hub, and towers two blocks deep."""
-    with shallow(), serving(repositories(tmp_path_factory.mktemp("hub"))) as hub:
+    folder = tmp_path_factory.mktemp("hub")
+    with shallow(), serving(repositories(folder)) as hub:
         yield hub
+    shutil.rmtree(folder)  # a gigabyte
 
 
 @pytest.fixture

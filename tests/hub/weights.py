@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 STD = 0.02
+PERIOD = 1_000_003
 
 
 def drawn(
@@ -21,10 +23,19 @@ def drawn(
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, shape in shapes.items():
-        tensor = torch.empty(shape, dtype=dtype).normal_(std=STD, generator=generator)
+        tensor = _normal(math.prod(shape), generator).to(dtype).reshape(shape)
         norm = len(shape) == 1 and name.endswith(("weight", "gamma"))
         state[name] = tensor.add_(1) if norm else tensor
     return state
+
+
+def _normal(count: int, generator: torch.Generator) -> Tensor:
+    """Return so many random numbers; those of a large tensor repeat after a prime number of them.
+
+    Then no two rows of it are equal, and a billion numbers are made in seconds.
+    """
+    numbers = torch.empty(min(count, PERIOD)).normal_(std=STD, generator=generator)
+    return numbers if count <= PERIOD else numbers.repeat(-(-count // PERIOD))[:count]
 
 
 def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
