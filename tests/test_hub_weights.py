@@ -106,6 +106,14 @@ def test_a_tower_of_another_seed_would_be_noticed(hub, tmp_path):
         assert_tower(tower.visual, tmp_path / "other.safetensors")
 
 
+def test_a_hub_that_fails_is_not_asked_for_another_file(hub):
+    """The file that is preferred is there, and cannot be had now: no other one is taken for it."""
+    hub.fail(SAFE, 503, times=99)
+    with pytest.raises(Mistake, match="status 503"):
+        build_tower("ViT-H-14", "laion2b_s32b_b79k")
+    assert not hub.fetched()
+
+
 def test_a_tag_that_is_refused_is_one_line(hub):
     hub.fail(VIT_H, 503, times=99)
     with pytest.raises(Mistake, match="laion2b_s32b_b79k: .*status 503.*try again later") as found:

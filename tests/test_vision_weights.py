@@ -86,7 +86,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, folder: Path, asked: list[str], **tag
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError
 
-    def download(repository: str, name: str) -> str:
+    def download(repository: str, name: str, local_files_only: bool) -> str:
         asked.append(f"{repository}/{name}")
         if (folder / name).is_file():
             return str(folder / name)

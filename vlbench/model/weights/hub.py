@@ -65,14 +65,16 @@ def fetch_file(repository: str, names: tuple[str, ...], key: str) -> Path:
         Mistake: when there is none of them, or it cannot be downloaded.
     """
     from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    said = ""
+    said, kept_alone = "", False
     for name in names:
         try:
-            return Path(hf_hub_download(repository, name))
-        except EntryNotFoundError as error:  # offline too, where it is not among what was kept
+            return Path(hf_hub_download(repository, name, local_files_only=kept_alone))
+        except EntryNotFoundError as error:
             said = said or reason(error, repository)
+            # where the hub does not answer, the next name may be here, but is not asked for
+            kept_alone = kept_alone or isinstance(error, LocalEntryNotFoundError)
         except Exception as error:  # of network, disk and permission
             said = reason(error, repository)
             break
