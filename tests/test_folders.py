@@ -224,7 +224,6 @@ ODD: dict[str, tuple[Change, str]] = {
         "image_processor is",
     ),
     "LLaVA-NeXT": (config_change(model_type="llava_next"), "no released model"),
-    "no template": (lambda f: (f / "chat_template.jinja").unlink(), "chat template is none of"),
     "no tokenizer": (
         lambda f: ((f / "tokenizer.json").unlink(), (f / "tokenizer.model").unlink()),
         "no tokenizer file .*tokenizer.model, and no tokenizer.json",

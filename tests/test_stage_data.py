@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +24,7 @@ from vlbench.mistakes import BadSample, Mistake
 from vlbench.train import legs
 from vlbench.train.run import Run
 from vlbench.train.stages import check_trained
-from vlbench.train.watchers import NotFinite, Quarantine, set_aside
+from vlbench.train.watchers import Quarantine, set_aside
 
 TINY = Path(__file__).parent / "goldens/yi_vl/tiny_a/checkpoint"
 LOOKS = {
@@ -303,12 +302,3 @@ def test_a_stage_in_which_no_step_had_a_sample_is_a_mistake(folder):
     watcher = quarantine(folder, 200)
     watcher.begin(training(1, 2))  # before it was stopped it may have learned
     watcher.after(training(2, 2), step)
-
-
-@pytest.mark.parametrize(("loss", "what"), [(1.0, "gradient"), (math.inf, "loss")])
-def test_it_is_said_whether_loss_or_gradient_was_not_finite(loss, what):
-    said: list[str] = []
-    step: Any = SimpleNamespace(batches=[SimpleNamespace(sample_id=["s"])])
-    with pytest.raises(Mistake, match=f"the {what} was not finite in 1 steps"):
-        NotFinite(1, said.append).after(training(1, 9, loss=loss, skipped=True), step)
-    assert said == [f"step 1: {what} is not finite, step skipped; samples: s"]

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlbench.connector import Connector
+from vlbench.model.attention import no_mask
 from vlbench.model.cost import TEXT
 from vlbench.model.language import config_in, config_of, random_language
 from vlbench.model.vision import build_tower
@@ -96,7 +97,11 @@ class Frame:
                 counter: Any = FlopCounterMode(display=False)
                 with counter:
                     hidden = model.model(
-                        inputs_embeds=embeds, position_ids=positions, use_cache=False
+                        inputs_embeds=embeds,
+                        position_ids=positions,
+                        attention_mask=no_mask(embeds.device),
+                        lengths=[[length]],
+                        use_cache=False,
                     )
                     model.lm_head(hidden.last_hidden_state[:, -1])
                 counts.append(counter.get_total_flops())
