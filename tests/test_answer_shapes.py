@@ -82,7 +82,28 @@ def folders(path: Path, several: list[dict]) -> Path:
     return path
 
 
-WRITERS = {one.__name__: one for one in (lines, array, compact, mapping, folders)}
+def arrays(file: Path, several: list[dict]) -> Path:
+    """Write an array a line, as outputs of several subjects are put together."""
+    halves = several[:40], several[40:]
+    file.write_text("".join(json.dumps(half) + "\n" for half in halves))
+    return file
+
+
+def nested(file: Path, several: list[dict]) -> Path:
+    """Write arrays by subject, as one object."""
+    file.write_text(json.dumps({"Art": several[:40], "Math": several[40:]}))
+    return file
+
+
+def objects(file: Path, several: list[dict]) -> Path:
+    """Write one object by its id a line."""
+    file.write_text("".join(json.dumps({one["id"]: one}) + "\n" for one in several))
+    return file
+
+
+WRITERS = {
+    one.__name__: one for one in (lines, array, compact, mapping, folders, arrays, nested, objects)
+}
 
 
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
@@ -161,6 +182,10 @@ CHOICE = {
     ("text", "words", "message"),
     [
         (json.dumps({"a_Art_1": "B"}), [], "answers without their questions; say data="),
+        ("[]", [], "holds no answers"),
+        ("{}\n{}\n", [], "answers without their questions"),
+        ("[5]", [], "line 1 is not a JSON object"),
+        ("[[5]]\n", [], "line 1 is not a JSON object"),
         (json.dumps({"a_Art_1": "B"}), [f"data={TINY}"], "data= has no question of this id"),
         (json.dumps([CHOICE], indent=1)[:-5], [], "is not JSON"),
         (json.dumps([{**CHOICE, "index2ans": {"A": "x"}}]), [], "index2ans has no B"),

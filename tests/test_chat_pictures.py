@@ -103,6 +103,33 @@ def test_several_names_may_be_divided_by_commas_or_spaces(monkeypatch):
     assert seen == [[2], [2]]
 
 
+def test_files_and_urls_may_be_named_together(url, monkeypatch, capsys):
+    seen = shown(monkeypatch)
+    picture = f"{url}/picture.png"
+    lines = [
+        f"/image {WIDE} {picture}",
+        f"/image {picture} {picture}",
+        f"/image {picture},{picture}",
+    ]
+    assert talk([*lines, "All?"], monkeypatch) == 0
+    assert seen == [[6]] and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "data:image/png;base64," + "A" * 9000, "~nobody/a"])
+def test_a_name_that_no_file_can_have_is_one_line(name, monkeypatch, capsys):
+    assert main(["chat", f"model={CHECKPOINT}", f"image={name}", "question=What?"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    seen = shown(monkeypatch)
+    assert talk([f"/image {name}", "Still here?"], monkeypatch) == 0
+    assert seen == [[0]]
+
+
+def test_a_path_that_is_too_long_is_one_line(capsys):
+    assert main(["chat", f"model={'a' * 5000}", "question=What?"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "File name too long" in said[0]
+
+
 @pytest.mark.parametrize("word", ["question=", "template=", "dtype="])
 def test_a_key_without_a_value_is_refused(word, capsys):
     assert main(["chat", f"model={CHECKPOINT}", word]) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import logging
 import os
@@ -238,9 +239,6 @@ def _main(words: list[str] | None) -> int:
         if sys.stdout is not None:  # it may be closed
             sys.stdout.flush()  # here, so that a reader who has left is noticed here
         return code
-    except PermissionError as error:
-        print(f"vlbench: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
     except (Mistake, Trouble) as error:
         for line in lines_of(str(error)):
             print(f"vlbench: {line}", file=sys.stderr)
@@ -249,9 +247,20 @@ def _main(words: list[str] | None) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one line for all processes of a machine
             print("vlbench: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
+    except OSError as error:
+        return _code_of(error)
+
+
+def _code_of(error: OSError) -> int:
+    """Return the exit code for what the system refuses to a user; any other error goes on."""
+    if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing is left to be written at exit
         return 1
+    # a name that is too long: whatever looks for a file raises it, so it is refused in one place
+    if not isinstance(error, PermissionError) and error.errno != errno.ENAMETOOLONG:
+        raise error
+    print(f"vlbench: {str(error.filename):.300}: {error.strerror}", file=sys.stderr)
+    return 2
 
 
 @contextlib.contextmanager

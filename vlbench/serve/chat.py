@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
+import re
 import shlex
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.request import url2pathname
 
@@ -31,6 +32,7 @@ HELP = """\
 /quit         leave (so do Ctrl-D, and Ctrl-C twice); Ctrl-C ends an answer"""
 COMMANDS = ("/image", "/drop", "/reset", "/history", "/help", "/quit")
 Shown = str | Image.Image
+_URL = re.compile(r"[a-z][a-z\d+.-]*://((?!,[a-z]+://)\S)+", re.I)  # one, not several
 
 
 def main(words: list[str]) -> int:
@@ -76,9 +78,9 @@ def picture_of(name: str) -> Shown:
     if not name:
         raise Mistake("image has no value; write image=FILE")
     name = url2pathname(name[7:]) if name.startswith("file:///") else name
-    if "://" in name:
+    if _URL.match(name):
         return download_image(name)
-    path = str(Path(name).expanduser())
+    path = os.path.expanduser(name)
     open_image(path)
     return path
 
@@ -86,7 +88,7 @@ def picture_of(name: str) -> Shown:
 def pictures_of(line: str) -> list[tuple[str, Shown]]:
     """Return name and picture of every file that a line names, divided by spaces or commas.
 
-    That is so where all of them exist; otherwise the line is the name of one file.
+    That is so where all of them exist or are URLs; otherwise the line is the name of one file.
     """
     line = line.strip()
     whole = line.strip("'\"")
@@ -95,9 +97,14 @@ def pictures_of(line: str) -> list[tuple[str, Shown]]:
     except ValueError:  # a quote that is not closed
         several = []
     for names in [[whole], *several]:
-        if names and all("://" in one or Path(one).expanduser().is_file() for one in names):
+        if names and all(map(_can_be_opened, names)):
             return [(name, picture_of(name)) for name in names]
     return [(whole, picture_of(whole))]
+
+
+def _can_be_opened(name: str) -> bool:
+    """Tell whether a name is that of a file or one URL; unlike Path, os.path takes any text."""
+    return bool(_URL.fullmatch(name)) or os.path.isfile(os.path.expanduser(name))
 
 
 class Talk:

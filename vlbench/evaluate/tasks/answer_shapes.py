@@ -1,6 +1,7 @@
 """The files in which answers come: JSON lines, arrays, and what MMMU's own code reads and writes.
 
 [{"id", "question_type", "all_choices", "index2ans", "answer", "response" | "parsed_pred"}, ...]
+one array, or one such object by its id, a line
 {"validation_Art_1": "B", ...}              total_val_output.json, for main_eval_only.py
 {"validation_Art_1": {"question_type", "ground_truth"}, ...}      answer_dict_val.json
 SUBJECT/output.json                         a folder of arrays, for main_parse_and_eval.py
@@ -64,11 +65,43 @@ def _records(path: Path, text: str) -> list[tuple[str, Record | str]]:
             if _PRINTED.match(text.lstrip()):
                 raise Mistake(f"{path}: is not JSON ({error})") from error
     if isinstance(whole, dict) and not RECORD & whole.keys():
-        whole = [_of_id(identity, value) for identity, value in whole.items()]
-    if isinstance(whole, list) and any(isinstance(one, dict) for one in whole):
-        return [(f"record {n}", _object(json.dumps(one))) for n, one in enumerate(whole, 1)]
-    lines = enumerate(text.split("\n"), 1)
-    return [(f"line {number}", _object(line)) for number, line in lines if line.strip()]
+        whole = [one for identity, value in whole.items() for one in _under(identity, value)]
+    several = _flat(whole) if isinstance(whole, list) else []
+    if any(isinstance(one, dict) for one in several):
+        return [(f"record {n}", one) for n, one in enumerate(several, 1)]
+    return [
+        found
+        for number, line in enumerate(text.split("\n"), 1)
+        if line.strip()
+        for found in _of_line(f"line {number}", line)
+    ]
+
+
+def _of_line(where: str, line: str) -> list[tuple[str, Record | str]]:
+    """Return the records in one line: one, an array of them, or some by their ids."""
+    value = _parsed(line)
+    several = [value] if isinstance(value, str) else _flat(value[0])
+    if len(several) == 1:
+        return [(where, several[0])]
+    return [(f"{where}, record {n}", one) for n, one in enumerate(several, 1)]
+
+
+def _flat(value: Any) -> list[Record | str]:
+    """Return the records in a value: itself, those of an array, or those that stand under ids."""
+    if isinstance(value, list):
+        return [record for one in value for record in _flat(one)]
+    if not isinstance(value, dict):
+        return [" is not a JSON object"]
+    by_id = not RECORD & value.keys() and all(isinstance(v, dict) for v in value.values())
+    several = [_of_id(*item) for item in value.items()] if by_id and value else [value]
+    found = [_parsed(json.dumps(one)) for one in several]
+    return [one if isinstance(one, str) else one[0] for one in found]
+
+
+def _under(identity: str, value: Any) -> list[Any]:
+    """Return what stands under a key of a file: an array of records, or one with that id."""
+    array = isinstance(value, list) and any(isinstance(one, dict) for one in value)
+    return value if array else [_of_id(identity, value)]
 
 
 def _of_id(identity: str, value: Any) -> Record:
@@ -76,20 +109,20 @@ def _of_id(identity: str, value: Any) -> Record:
     return {"id": identity, **(value if isinstance(value, dict) else {"response": value})}
 
 
-def _object(line: str) -> Record | str:
-    """Return the JSON object in a line, or what is wrong with the line."""
+def _parsed(line: str) -> tuple[Any] | str:
+    """Return the value of JSON in a line, or what is wrong with the line."""
     try:
         line.encode()
     except UnicodeEncodeError:
         return " is not UTF-8 text"
     try:
-        record = json.loads(line)
-        json.dumps(record, ensure_ascii=False).encode()
+        value = json.loads(line)
+        json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         return " has half of a surrogate pair in it, which is no text"
     except (ValueError, RecursionError) as error:
         return f" is not JSON ({error})"
-    return record if isinstance(record, dict) else " is not a JSON object"
+    return (value,)
 
 
 def _ours(record: Record | str) -> Record | str:
