@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
-import math
+import tarfile
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ from vlbench.mistakes import BadSample, Mistake
 from vlbench.train import legs
 from vlbench.train.run import Run
 from vlbench.train.stages import check_trained
-from vlbench.train.watchers import NotFinite, Quarantine, set_aside
+from vlbench.train.watchers import Quarantine, set_aside
 
 TINY = Path(__file__).parent / "goldens/yi_vl/tiny_a/checkpoint"
 LOOKS = {
@@ -106,6 +107,21 @@ def test_shards_that_are_not_there_are_told_before_the_first_step(folder, capsys
     recipe = recipes.load(["recipe=yivl_llava", *ONLY, "data.train=shards"])
     with pytest.raises(Mistake, match="and 1 more of 4 samples"):
         legs.check_data(recipe, legs.plan(recipe))
+
+
+@pytest.mark.parametrize("members", [{"0.png": b"?"}, {"0.png": b"", "0.txt": b"red"}])
+def test_shards_without_a_usable_sample_are_refused_before_the_first_step(folder, capsys, members):
+    with tarfile.open("bad.tar", "w") as tar:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    first = ["data.train=good.json", "data.on_bad=quarantine"]
+    own = "stages.align_448.data.train=good.json"
+    for data in ([own, "stages.align_448.data.val=bad.tar"], ["stages.chat.data.train=bad.tar"]):
+        for verb in LOOKS.values():
+            said = refused([*verb, *first, *data], capsys)
+            assert "bad.tar" in said and ("has no text" in said or "is empty" in said)
 
 
 def test_a_picture_that_git_lfs_has_not_fetched_is_called_so(folder, capsys):
@@ -303,12 +319,3 @@ def test_a_stage_in_which_no_step_had_a_sample_is_a_mistake(folder):
     watcher = quarantine(folder, 200)
     watcher.begin(training(1, 2))  # before it was stopped it may have learned
     watcher.after(training(2, 2), step)
-
-
-@pytest.mark.parametrize(("loss", "what"), [(1.0, "gradient"), (math.inf, "loss")])
-def test_it_is_said_whether_loss_or_gradient_was_not_finite(loss, what):
-    said: list[str] = []
-    step: Any = SimpleNamespace(batches=[SimpleNamespace(sample_id=["s"])])
-    with pytest.raises(Mistake, match=f"the {what} was not finite in 1 steps"):
-        NotFinite(1, said.append).after(training(1, 9, loss=loss, skipped=True), step)
-    assert said == [f"step 1: {what} is not finite, step skipped; samples: s"]

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from vlbench.data.batch import Batch
 from vlbench.data.order import Mixture
-from vlbench.data.preflight import Found, look_through, shows_pictures
+from vlbench.data.preflight import Found, look_through, none_usable, shows_pictures
 from vlbench.data.sample import Source
+from vlbench.data.shards import Shards
 from vlbench.data.sources import Opened, held_out, mixture, sources, stage_data
 from vlbench.data.steps import Steps
 from vlbench.mistakes import BadSample, Mistake
@@ -105,6 +106,7 @@ def check_data(recipe: Recipe, legs: list[Leg]) -> list[BadSample]:
             found = looked.setdefault(identity, look_through(source) if new else Found([]))
             judge_source(recipe, leg, source, found.bad, found.count)
             if new:
+                check_usable(leg, source, found.bad)
                 _tell(source, found)
         if leg.steps:
             check_captions(leg, [bad for found in looked.values() for bad in found.bad])
@@ -127,6 +129,21 @@ def judge_source(
         if source is not leg.val:
             raise
         raise Mistake(f"data.val {source.name}: {mistake}") from mistake
+
+
+def check_usable(leg: Leg, source: Source, bad: list[BadSample]) -> None:
+    """Refuse shards of which no sample could be used, of those that were looked at.
+
+    All samples of shards are too many to be read before training.
+    """
+    none = none_usable(source, bad) if isinstance(source, Shards) else None
+    if none:
+        which = "data.val" if source is leg.val else "data"
+        others = f" (and {none[0] - 1} more)" if none[0] > 1 else ""
+        raise Mistake(
+            f"{which} {source.name}: {none[1]}{others}. None of {none[0]} samples that were looked "
+            f"at of {len(source)} can be used"
+        )
 
 
 def _tell_unasked(last: Leg, bad: list[BadSample]) -> None:
