@@ -408,7 +408,8 @@ def test_texts_and_pictures_of_a_shard_that_are_not_read_are_named(folder):
     + [(one, "record 1") for one in (None, "", " ", True, ["a"], {"a": 1})],
 )
 def test_an_id_is_a_label_that_can_be_printed(given, label):
-    assert read({"id": given, "conversations": PLAIN}).id == label
+    sample = read({"id": given, "conversations": PLAIN})
+    assert sample.id == label and len(sample.identity.splitlines()) == 1
     with pytest.raises(BadSample) as caught:
         read({"id": given, "conversations": []})
     said = str(caught.value)

@@ -23,7 +23,7 @@ from vlbench.data.steps import Steps
 from vlbench.data.template import YI_VL
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.mistakes import BadSample, Mistake
-from vlbench.train import legs
+from vlbench.train import legs, report
 from vlbench.train.run import Run
 from vlbench.train.stages import check_trained
 from vlbench.train.watchers import Quarantine, set_aside
@@ -139,6 +139,23 @@ def test_held_out_samples_without_a_picture_are_told(folder, capsys):
     recipe = recipes.load(words)
     assert legs.check_data(recipe, legs.plan(recipe)) == []
     assert "text.json: no sample has a picture, so no question" in capsys.readouterr().out
+
+
+def test_held_out_samples_of_a_stage_of_captions_without_a_picture_are_told(folder, capsys):
+    steps = ("stages.align_224.steps=1", "stages.align_224.batch=2")
+    words = ["recipe=yivl_llava", "only=align_224", *steps, "data.train=good.json"]
+    for val, told in (("text.json", True), ("good.json", False)):
+        recipe = recipes.load([*words, f"data.val={val}"])
+        legs.check_data(recipe, legs.plan(recipe))
+        line = "stage align_224: data.val text.json has no picture"
+        assert (line in capsys.readouterr().out) == told
+
+
+@pytest.mark.parametrize(("more", "told"), [([], True), (["trainer.devices=2"], False)])
+def test_a_strategy_of_several_processes_is_told_of_where_there_is_one(capsys, more, told):
+    recipe = recipes.load(["recipe=yivl_llava", "trainer.strategy=fsdp2", *more])
+    report.show_start(recipe, Run(Path("run")), [])
+    assert ("strategy=fsdp2 changes nothing in one process" in capsys.readouterr().out) == told
 
 
 def test_every_stage_judges_bad_samples_as_it_says(folder, capsys):

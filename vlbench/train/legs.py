@@ -108,6 +108,8 @@ def check_data(recipe: Recipe, legs: list[Leg]) -> list[BadSample]:
             if new:
                 check_usable(leg, source, found.bad)
                 _tell(source, found)
+            if source is leg.val and leg.stage.form == "caption":
+                _tell_no_captions(leg, leg.val, found.bad)
         if leg.steps:
             check_captions(leg, [bad for found in looked.values() for bad in found.bad])
     bad = [bad for found in looked.values() for bad in found.bad]
@@ -152,6 +154,15 @@ def _tell_unasked(last: Leg, bad: list[BadSample]) -> None:
     if not any(shows_pictures(source, of_source(source, bad)) for source in of):
         names = ", ".join(source.name for source in of)
         print(f"{names}: no sample has a picture, so no question will be asked at the end")
+
+
+def _tell_no_captions(leg: Leg, val: Source, bad: list[BadSample]) -> None:
+    """Say it if a stage of captions has no picture among its held-out samples."""
+    if not shows_pictures(val, bad):
+        print(
+            f"stage {leg.name}: data.val {val.name} has no picture, and the stage learns captions: "
+            "nothing is held out"
+        )
 
 
 def of_source(source: Source, bad: list[BadSample]) -> list[BadSample]:
