@@ -8,6 +8,7 @@ import math
 import random
 import re
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -183,10 +184,17 @@ def test_pictures_of_other_data_are_missing_and_that_is_said_once(tmp_path):
     assert "data:image/png;base64" not in written and "new-" in text_of(written)
 
 
+def versions(number: int) -> dict[str, Any]:
+    """Return those of a run; the weights of its connector are its own."""
+    shas = {"vision": "1" * 64, "connector": f"{number}" * 64, "language": f"{number}" * 64}
+    weights = {part: {"source": "a", "sha256": sha} for part, sha in shas.items()}
+    return {"torch": f"2.{number}", "peft": "1", "weights": weights}
+
+
 def test_versions_questions_and_failures_are_warned_of(tmp_path):
     folders = [run(tmp_path / "a", 0.9, 0), run(tmp_path / "b", 0.5, 0, "connector.name=linear")]
     for number, folder in enumerate(folders):
-        (folder / "versions.json").write_text(json.dumps({"torch": f"2.{number}", "peft": "1"}))
+        (folder / "versions.json").write_text(json.dumps(versions(number)))
     answers = (folders[0] / "answers.jsonl").read_text().splitlines()[:-3]
     (folders[0] / "answers.jsonl").write_text("\n".join(answers))
     results = json.loads((folders[1] / "results.json").read_text())
@@ -194,7 +202,10 @@ def test_versions_questions_and_failures_are_warned_of(tmp_path):
     (folders[1] / "results.json").write_text(json.dumps(results))
     found = find([load(folder) for folder in folders], {tmp_path / "c": "out of memory"})
     for text in (markdown(found), text_of(page(found))):
-        assert "made with different versions: torch (2.0, 2.1)." in text
+        assert (
+            "made with different versions: torch (2.0, 2.1); "
+            "weights of language (0000000000, 1111111111)." in text
+        )
         assert "Only 57 of up to 60 questions were asked of every run." in text
         assert "Not matched within 5%: prefill FLOPs." in text
         assert f"{tmp_path / 'c'}: out of memory" in text and "1 run failed" in text

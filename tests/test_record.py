@@ -20,7 +20,7 @@ from vlbench.data.record import record_of_sample, sample_of_record
 from vlbench.data.record_keys import has_no_content
 from vlbench.data.sample import PLACEHOLDER as P
 from vlbench.data.shards import Shards
-from vlbench.mistakes import BadSample, Mistake
+from vlbench.mistakes import BadSample, Mistake, one_line
 
 ANSWER = {"from": "gpt", "value": "red"}
 PLAIN = [{"from": "human", "value": "Colour?"}, ANSWER]
@@ -130,6 +130,16 @@ READ: dict[str, tuple[Record, list[str], list[str]]] = {
         [f"{P}\nColour?", "red"],
         ["a.jpg"],
     ),
+    "empty conversations beside messages": (
+        {"conversations": [], "messages": HF},
+        [f"{P}\nColour?", "red"],
+        ["a.jpg"],
+    ),
+    "null in keys of pictures": (
+        {"image_path": [None], "video": {"bytes": None, "path": None}, "conversations": PLAIN},
+        ["Colour?", "red"],
+        [],
+    ),
     "HTML in texts": (
         {
             "conversations": [
@@ -205,6 +215,38 @@ REFUSED: dict[str, tuple[Record, str]] = {
         {"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}, HF[1]]},
         "turn 1: a part of 'content' is a mapping",
     ),
+    "a picture in a part of text": (
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "text", "text": "Colour?", "image": "a.jpg"}],
+                },
+                HF[1],
+            ]
+        },
+        "turn 1: in a part of 'content' 'image' is not read",
+    ),
+    "a second picture in a part": (
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "image", "image": "a.jpg", "path": "b.png"}],
+                },
+                HF[1],
+            ]
+        },
+        "turn 1: in a part of 'content' 'path' is not read",
+    ),
+    "the bytes of a small picture": (
+        {"image": "/9j/4AAQ\n" * 30, "conversations": TAGGED},
+        "a picture as text; write it to a file",
+    ),
+    "the address of a picture with a query": (
+        {"path": "https://x/a.jpg?width=3", "conversations": PLAIN},
+        "'path' is not read",
+    ),
     "an answer that is not learned": (
         {"conversations": [PLAIN[0], {**ANSWER, "weight": 0}]},
         "turn 2: 'weight' is 0",
@@ -242,6 +284,9 @@ REFUSED: dict[str, tuple[Record, str]] = {
             ("<ImageHere>", {"image": "a.jpg"}, "write <image>"),
             (f"![it]({PICTURE})", {}, "name the file in 'image'"),
             (f"<img>{PICTURE}</img>", {}, "name the file in 'image'"),
+            ("<image/>", {"image": "a.jpg"}, "write <image>"),
+            ("< image >", {"image": "a.jpg"}, "write <image>"),
+            ("<image>a.jpg</image>", {"image": "a.jpg"}, "write <image>"),
             ("<start_of_image>", {"image": "a.jpg"}, "write <image>"),
             ("<video>", {}, "videos and sound are not read"),
             ("<audio>", {}, "videos and sound are not read"),
@@ -324,6 +369,54 @@ def test_keys_beside_the_caption_of_a_shard_are_looked_at_too(folder):
         shards[2]
 
 
+def test_texts_and_pictures_of_a_shard_that_are_not_read_are_named(folder):
+    picture = (folder / "a.jpg").read_bytes()
+    turns = [{"from": "human", "value": "<image>"}, ANSWER]
+    members = {
+        "0.jpg": picture,
+        "0.json": b'{"caption": "red"}',
+        "0.txt": b"blue",
+        "1.jpg": picture,
+        "1.json": b'{"caption": "red"}',
+        "1.txt": b"red\n",
+        "2.jpg": picture,
+        "2.png": (folder / "b.png").read_bytes(),
+        "2.json": json.dumps({"image": "2.jpg", "conversations": turns}).encode(),
+        "2.mp4": b"?",
+    }
+    with tarfile.open(folder / "x.tar", "w") as tar:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    shards = Shards(folder / "x.tar")
+    assert [one.caption for one in shards] == ["red"] * 3
+    assert [one.unread for one in shards] == [("txt",), (), ("png",)]
+    assert shards.notes == ["left out: 1 members that belong to no picture, text or json"]
+
+
+@pytest.mark.parametrize(
+    ("given", "label"),
+    [
+        (7, "7"),
+        (0, "0"),
+        (1.5, "1.5"),
+        ("a\nb", "a\nb"),
+        ("a\u2028b", "a\u2028b"),
+        ("a\ud800", "a\\ud800"),
+    ]
+    + [(one, "record 1") for one in (None, "", " ", True, ["a"], {"a": 1})],
+)
+def test_an_id_is_a_label_that_can_be_printed(given, label):
+    sample = read({"id": given, "conversations": PLAIN})
+    assert sample.id == label and len(sample.identity.splitlines()) == 1
+    with pytest.raises(BadSample) as caught:
+        read({"id": given, "conversations": []})
+    said = str(caught.value)
+    assert len(said.splitlines()) == 1 and said.encode().startswith(b"sample ")
+    assert said.startswith(f"sample {one_line(label)}: ")
+
+
 @pytest.mark.parametrize(
     ("key", "expected"),
     [("width", True), ("question_id", True), ("turn id", True), ("imageId", True)]
@@ -341,6 +434,13 @@ OTHER_FILES = {
     "named.json": (b"image,question\na.jpg,What?\n", "a table"),
     "data.json.gz": (b"\x1f\x8b\x08\x00", "decompress it"),
     "page.json": (b"<!DOCTYPE html><html>", "web page"),
+    "behind_blanks.json": (b"\xef\xbb\xbf\n\n<html>", "web page"),
+    "pointer.json": (b"\xef\xbb\xbfversion https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    "rows.arrow": (b"ARROW1\0\0", "an Arrow file"),
+    "data.json.zst": (b"\x28\xb5\x2f\xfd\0", "zstd.; decompress it"),
+    "coco.json": (b'{"info": {}, "annotations": [{"id": 1}]}', "'annotations' holds a list of 1"),
+    "one.json": (json.dumps({"conversations": PLAIN}).encode(), "is this one record"),
+    "long.json": (b'[{"id": ' + b"1" * 5000 + b"}]", "cannot be read as JSON"),
     "data.zip": (b"PK\x03\x04", "unpack it"),
 }
 

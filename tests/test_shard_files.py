@@ -296,6 +296,27 @@ def test_long_names_are_read(how, picture, tmp_path):
     assert captions(Shards(tmp_path / "x.tar")) == ["far"]
 
 
+def test_names_that_are_not_utf8_are_read_and_can_be_printed(picture, tmp_path):
+    how: Any = {"encoding": "latin-1", "format": tarfile.GNU_FORMAT}
+    with tarfile.open(tmp_path / "x.tar", "w", **how) as tar:
+        for name, data in (("caf\xe9.jpg", b""), ("caf\xe9.txt", b"red")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    for _ in range(2):  # the second reads the index
+        shards_module._entries.cache_clear()
+        (sample,) = Shards(tmp_path / "x.tar")
+        assert (sample.id, sample.caption) == ("caf\\udce9", "red")
+        with pytest.raises(Mistake, match="is empty") as caught:
+            sample.pictures[0].open()
+        assert str(caught.value).encode()
+
+
+def test_a_pattern_with_half_of_its_braces_is_named(tmp_path):
+    with pytest.raises(Mistake, match="a brace without its other one"):
+        Shards(tmp_path / "{0..3.tar")
+
+
 @pytest.mark.parametrize("name", ["x.tar", "x.tar.gz", "x.TGZ"])
 def test_a_compressed_tar_is_named(name, picture, tmp_path, capsys):
     tar = write(tmp_path / "plain.tar", captioned(picture, SIX[:1]))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +23,7 @@ from vlbench.data.steps import Steps
 from vlbench.data.template import YI_VL
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.mistakes import BadSample, Mistake
-from vlbench.train import legs
+from vlbench.train import legs, report
 from vlbench.train.run import Run
 from vlbench.train.stages import check_trained
 from vlbench.train.watchers import Quarantine, set_aside
@@ -107,6 +109,21 @@ def test_shards_that_are_not_there_are_told_before_the_first_step(folder, capsys
         legs.check_data(recipe, legs.plan(recipe))
 
 
+@pytest.mark.parametrize("members", [{"0.png": b"?"}, {"0.png": b"", "0.txt": b"red"}])
+def test_shards_without_a_usable_sample_are_refused_before_the_first_step(folder, capsys, members):
+    with tarfile.open("bad.tar", "w") as tar:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    first = ["data.train=good.json", "data.on_bad=quarantine"]
+    own = "stages.align_448.data.train=good.json"
+    for data in ([own, "stages.align_448.data.val=bad.tar"], ["stages.chat.data.train=bad.tar"]):
+        for verb in LOOKS.values():
+            said = refused([*verb, *first, *data], capsys)
+            assert "bad.tar" in said and ("has no text" in said or "is empty" in said)
+
+
 def test_a_picture_that_git_lfs_has_not_fetched_is_called_so(folder, capsys):
     (folder / "a.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     assert "a.png: is a Git-LFS pointer" in refused(["fit", "data.train=good.json"], capsys)
@@ -122,6 +139,23 @@ def test_held_out_samples_without_a_picture_are_told(folder, capsys):
     recipe = recipes.load(words)
     assert legs.check_data(recipe, legs.plan(recipe)) == []
     assert "text.json: no sample has a picture, so no question" in capsys.readouterr().out
+
+
+def test_held_out_samples_of_a_stage_of_captions_without_a_picture_are_told(folder, capsys):
+    steps = ("stages.align_224.steps=1", "stages.align_224.batch=2")
+    words = ["recipe=yivl_llava", "only=align_224", *steps, "data.train=good.json"]
+    for val, told in (("text.json", True), ("good.json", False)):
+        recipe = recipes.load([*words, f"data.val={val}"])
+        legs.check_data(recipe, legs.plan(recipe))
+        line = "stage align_224: data.val text.json has no picture"
+        assert (line in capsys.readouterr().out) == told
+
+
+@pytest.mark.parametrize(("more", "told"), [([], True), (["trainer.devices=2"], False)])
+def test_a_strategy_of_several_processes_is_told_of_where_there_is_one(capsys, more, told):
+    recipe = recipes.load(["recipe=yivl_llava", "trainer.strategy=fsdp2", *more])
+    report.show_start(recipe, Run(Path("run")), [])
+    assert ("strategy=fsdp2 changes nothing in one process" in capsys.readouterr().out) == told
 
 
 def test_every_stage_judges_bad_samples_as_it_says(folder, capsys):

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
 
 LONGEST_WORD = 300  # characters without a space in a message; paths are shorter
+CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029]")
 LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD + 1},}}")
 
 
@@ -52,7 +53,7 @@ class BadSample(Mistake):
         """Say in one line, `reason`, what is wrong with the sample `sample_id`."""
         super().__init__(sample_id, reason)  # both, so that it survives the way out of a worker
         self.sample_id = shortened(sample_id)
-        self.reason = shortened(reason)
+        self.reason = shortened(one_line(reason))
         self.source = ""
         self.record: int | None = None
 
@@ -78,7 +79,7 @@ class BadSample(Mistake):
     def label(self) -> str:
         """The id, and the number of the record where it is known and not the id."""
         known = self.record is None or self.sample_id == f"record {self.record}"
-        return self.sample_id if known else f"{self.sample_id} (record {self.record})"
+        return one_line(self.sample_id if known else f"{self.sample_id} (record {self.record})")
 
     def __str__(self) -> str:
         """Return the line for the user."""
@@ -86,8 +87,23 @@ class BadSample(Mistake):
 
 
 def shortened(text: str) -> str:
-    """Return a text whose longest words are cut in the middle, with their lengths."""
-    return LONG_WORD.sub(lambda word: f"{word[0][:80]}... ({len(word[0]):,} characters)", text)
+    """Return a text whose longest words are cut in the middle, with their lengths.
+
+    Half of a surrogate pair, which cannot be printed, is escaped.
+    """
+    return LONG_WORD.sub(
+        lambda word: f"{word[0][:80]}... ({len(word[0]):,} characters)", printable(text)
+    )
+
+
+def printable(text: str) -> str:
+    """Return a text with halves of surrogate pairs (file names that are not UTF-8) escaped."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def one_line(text: str) -> str:
+    """Return a text that can be printed, with its line ends and control characters escaped."""
+    return CONTROL.sub(lambda found: repr(found[0])[1:-1], printable(text))
 
 
 def kind_of(value: Any) -> str:

@@ -32,7 +32,7 @@ from vlbench.data.template import TEMPLATES, Template
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.evaluate.results import spread
 from vlbench.files import json_lines, write_whole
-from vlbench.mistakes import BadSample, Mistake
+from vlbench.mistakes import BadSample, Mistake, one_line
 from vlbench.model.language import tokenizer_folder
 from vlbench.schema import Recipe
 from vlbench.train.legs import Leg, check_captions, judge_source, plan
@@ -193,7 +193,7 @@ def _summary(findings: list[Finding]) -> Iterator[str]:
         for one in some[:NAMED]:
             stage = f" (stage {one.stage})" if one.stage else ""
             label = BadSample(one.sample, "").at(one.source, one.record).label
-            yield f"  {label}: {one.what}{stage}"
+            yield f"  {label}: {one_line(one.what)}{stage}"
         if len(some) > NAMED:
             yield f"  and {len(some) - NAMED} more in findings.jsonl"
 

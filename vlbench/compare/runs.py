@@ -67,9 +67,16 @@ def load(folder: Path) -> Finished:
 
 
 def _versions(folder: Path, results: dict[str, Any]) -> dict[str, str]:
-    """Return what is known of versions; the commit is that of the end, where answers were made."""
+    """Return what is known of versions; the commit is that of the end, where answers were made.
+
+    Of the weights that a run began with, tower and language model count: connectors are compared.
+    """
     file = folder / "versions.json"
     found = read_json(file) if file.is_file() else {}
+    weights = found.pop("weights", None)
+    for part in ("vision", "language"):
+        if isinstance(weights, dict) and isinstance(weights.get(part), dict):
+            found[f"weights of {part}"] = weights[part].get("sha256")
     found |= {"commit": results["commit"]} if results.get("commit") else {}
     return {name: str(value) for name, value in found.items()}
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from codecs import BOM_UTF8
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from vlbench.data.images import File
-from vlbench.data.record import sample_of_record
+from vlbench.data.record import TURNS, sample_of_record
 from vlbench.data.sample import Sample, sample_at
 from vlbench.files import POINTER
 from vlbench.mistakes import BadSample, Mistake, kind_of, nearest
@@ -20,6 +21,13 @@ OTHERS = {
     b"PAR1": "is a Parquet file; write its rows as JSON records first (pandas.read_parquet)",
     b"\x1f\x8b": "is compressed (gzip); decompress it first",
     b"PK\x03\x04": "is a zip file; unpack it first",
+    b"ARROW1": "is an Arrow file; write its rows as JSON records first (pandas.read_feather)",
+    b"BZh": "is compressed (bzip2); decompress it first",
+    b"\xfd7zXZ\x00": "is compressed (xz); decompress it first",
+    b"\x28\xb5\x2f\xfd": "is compressed (zstd); decompress it first",
+    b"\x80": "is a pickle or another binary file; write its records as JSON",
+    b"\x89PNG": "is a picture; expected records in JSON",
+    b"\xff\xd8\xff": "is a picture; expected records in JSON",
     b"<": "begins as a web page (HTML or XML), not as JSON; was it downloaded by its raw address?",
     POINTER: "is a Git-LFS pointer and not the file; run git lfs pull",
 }
@@ -94,17 +102,32 @@ def read_records(file: Path) -> list[Any]:
         return [_parse(line, file, number) for number, line in lines if line.strip()]
     records = _parse(text, file)
     if not isinstance(records, list):
-        raise Mistake(f"data {file}: line 1 holds {kind_of(records)}; expected a list of records")
+        what = f"line 1 holds {kind_of(records)}; expected a list of records{_list_in(records)}"
+        raise Mistake(f"data {file}: {what}")
     if not records:
         raise Mistake(f"data {file}: the list holds no records")
     return records
+
+
+def _list_in(value: Any) -> str:
+    """Say where the list of records may be in a mapping, or return an empty text."""
+    if not isinstance(value, dict):
+        return ""
+    if any(key in value for key in TURNS):
+        return "; is this one record? then write [ before it and ] behind it"
+    inner = [key for key, one in value.items() if isinstance(one, list) and one]
+    records = [key for key in inner if isinstance(value[key][0], dict)]
+    if not records:
+        return ""
+    longest = max(records, key=lambda key: len(value[key]))
+    return f"; {longest!r} holds a list of {len(value[longest])} mappings: save that list alone"
 
 
 def _text(file: Path) -> str:
     try:
         data = file.read_bytes()
         for begins, what in OTHERS.items():
-            if data.startswith(begins):
+            if data.removeprefix(BOM_UTF8).lstrip().startswith(begins):
                 raise Mistake(f"data {file}: {what}")
         return data.decode("utf-8-sig")
     except FileNotFoundError:
@@ -130,6 +153,8 @@ def _parse(text: str, file: Path, line: int | None = None) -> Any:
         hint = _hint(error, file)
         what = error.msg[:1].lower() + error.msg[1:]
         raise Mistake(f"data {file}: {where}: {what}{hint}") from None
+    except ValueError as error:  # a number of more digits than Python converts
+        raise Mistake(f"data {file}: cannot be read as JSON ({error})") from None
     except RecursionError:
         raise Mistake(f"data {file}: lists are nested too deeply; expected records") from None
 
@@ -140,6 +165,8 @@ def _hint(error: json.JSONDecodeError, file: Path) -> str:
     if error.msg == "Extra data" and first.startswith("{"):
         return "; one record per line? then name the file .jsonl"
     table = file.suffix.lower() in (".csv", ".tsv") or (
-        error.pos == 0 and first[:1].isalpha() and ("," in first or "\t" in first)
+        error.pos == error.doc.find(first)
+        and first[:1].isalpha()
+        and ("," in first or "\t" in first)
     )
     return "; a table (CSV)? write its rows as JSON records" if table else ""

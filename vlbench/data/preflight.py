@@ -16,6 +16,8 @@ from vlbench.mistakes import BadSample, Mistake
 
 OPENED = 500  # pictures of a source up to which all are opened
 
+LOOKED_AT = 16  # samples of shards, evenly spread, of which one must be usable
+
 UNREADABLE = 5  # samples that cannot be read until a search among them ends
 
 
@@ -105,12 +107,32 @@ def shows_pictures(source: Source, bad: list[BadSample]) -> bool:
     return False
 
 
+def none_usable(source: Shards, bad: list[BadSample]) -> tuple[int, BadSample] | None:
+    """Look for a usable sample in shards, in vain: how many were read, and what was wrong first.
+
+    None if one was found, which ends the search; at most LOOKED_AT are read, and none of `bad`.
+    """
+    left_out = {one.record for one in bad}
+    count = min(LOOKED_AT, len(source))
+    places = (number * len(source) // count for number in range(count))
+    faults: list[BadSample] = []
+    for index in places:
+        if index + 1 in left_out:
+            continue
+        try:
+            _open_all(sample_at(source, index), {})
+            return None
+        except BadSample as fault:
+            faults.append(fault)
+    return (len(faults), faults[0]) if faults else None
+
+
 def _missing(source: Shards) -> Found:
     """Return what was found torn while it was opened, and the shards that are not there.
 
     Those behind a URL are not asked for.
     """
-    found, first = Found([one.at(source.name, None) for one in source.torn()]), 1
+    found, first = Found(list(source.torn())), 1
     for tar, count in zip(source.tars, source.counts, strict=True):
         if not is_url(tar) and not os.path.exists(tar):
             bad = BadSample(f"{os.path.basename(tar)} 0", f"{tar}: does not exist")

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vlbench.data.record_keys import DATA_URI, URL, unread
+from vlbench.data.record_keys import DATA_URI, NOTHING, URL, unread
 from vlbench.data.sample import PLACEHOLDER, Picture, Sample, Turn, check
-from vlbench.mistakes import BadSample, kind_of, nearest
+from vlbench.mistakes import BadSample, kind_of, nearest, printable
 
 ROLES = {
     "human": "human",
@@ -33,17 +33,21 @@ SHAPE = (
     '{"from": "gpt", "value": "Answer"}]'
 )
 
-UNLEARNED = ("loss", "loss_scale", "train", "trainable", "weight")
+UNLEARNED = ("loss", "loss_mask", "loss_scale", "train", "trainable", "weight")
 """Keys of a turn by which other programs leave an answer out of the loss, when false or 0."""
 
 PATH_TAG = re.compile(r"<img>.*?</img>", re.IGNORECASE | re.DOTALL)
 MEDIA_TAG = re.compile(
-    PATH_TAG.pattern
-    + r"|!\[[^\]]*\]\(data:[^)\s]*|<\|?((start|end)_of_)?(image|img|video|audio|vision(?=_))"
-    r"([ _-]?(pad|start|end|here|context|placeholder|token|soft_token|bos|eos|\d+))*\|?>",
+    PATH_TAG.pattern + r"|</image>|!\[[^\]]*\]\(data:[^)\s]*"
+    r"|<\|?\s*((start|end)_of_)?(image|img|video|audio|vision(?=_))"
+    r"([ _-]?(pad|start|end|here|context|placeholder|token|soft_token|bos|eos|\d+))*\s*/?\|?>",
     re.IGNORECASE | re.DOTALL,
 )
 """Tags with which other programs show pictures, videos and sound; `<image>` is replaced before."""
+
+
+BASE64 = re.compile(r"[A-Za-z0-9+/=\s]{200,}")  # a path of that length has other characters
+"""The bytes of a picture as text; paths are at most 4096 characters long."""
 
 
 @dataclass
@@ -64,8 +68,9 @@ def sample_of_record(record: Any, name: str, picture_of: Callable[[str], Picture
     """
     if not isinstance(record, dict):
         raise BadSample(name, f"is {kind_of(record)}; expected a mapping")
-    if isinstance(record.get("id"), str | int) and str(record["id"]):
-        name = str(record["id"])
+    own = record.get("id")
+    if isinstance(own, str | int | float) and not isinstance(own, bool) and str(own).strip():
+        name = printable(str(own))
     key = _turns_key(name, record)
     read = _Read(name, [], _images(name, record), [])
     given = len(read.images)
@@ -101,6 +106,7 @@ def record_of_sample(sample: Sample, images: list[str]) -> dict[str, Any]:
 def _turns_key(name: str, record: dict[str, Any]) -> str:
     """Return the key under which the turns are."""
     given = [key for key in TURNS if record.get(key) is not None]
+    given = [key for key in given if record[key] not in NOTHING] or given[:1]
     if len(given) > 1:
         raise BadSample(name, "has 'conversations' and 'messages'; expected one of them")
     key = given[0] if given else TURNS[0]
@@ -133,7 +139,7 @@ def _check_name(name: str, image: Any, what: str) -> None:
     """Raise BadSample for what is no name of a file; `what` tells what was given."""
     if not isinstance(image, str) or not image.strip() or "\0" in image:
         raise BadSample(name, f"{what}; expected a file name or a list")
-    if DATA_URI.match(image[:20]) or len(image) > 4096:  # no path is longer than that
+    if DATA_URI.match(image[:20]) or BASE64.fullmatch(image) or len(image) > 4096:
         raise BadSample(name, f"{what}, a picture as text; write it to a file and give its name")
     if URL.match(image):
         raise BadSample(name, f"{what}, a URL; download it into data.images and give its name")
@@ -190,11 +196,12 @@ def _of_parts(read: _Read, parts: list[Any], refuse: Callable[[str], BadSample])
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
         value = part.get(kind, part.get("path")) if kind in ("text", "image") else None
-        if not isinstance(value, str):
+        if kind is None or not isinstance(value, str):
             raise refuse(
                 f"a part of 'content' is {kind_of(part)}; expected "
                 '{"type": "text", "text": TEXT} or {"type": "image", "image": FILE}'
             )
+        _note_keys(read, part, kind, value, refuse)
         if kind == "image":
             _check_name(read.name, value, f"a picture of 'content' is {kind_of(value)}")
             read.images.append(value)
@@ -202,6 +209,18 @@ def _of_parts(read: _Read, parts: list[Any], refuse: Callable[[str], BadSample])
             texts.append("\n")
         texts.append(PLACEHOLDER if kind == "image" else value)
     return "".join(texts)
+
+
+def _note_keys(
+    read: _Read, part: dict[str, Any], kind: str, value: str, refuse: Callable[[str], BadSample]
+) -> None:
+    """Note the keys of a part of a content that are not read; refuse those with content."""
+    used = ("type", kind if kind in part else "path")
+    try:
+        keys = unread(read.name, part, used, [value])
+    except BadSample as bad:
+        raise refuse(f"in a part of 'content' {bad.reason}") from bad
+    read.unread += [f"turn {key}" for key in keys]
 
 
 def _add_system(read: _Read, system: Any) -> None:

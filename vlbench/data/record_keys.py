@@ -89,13 +89,21 @@ def unread(
     """
     found = []
     for key, value in record.items():
-        if key in used or value in NOTHING:
+        if key in used or _nothing(value):
             continue
         kind = _content(str(key), value)
         if kind and not (kind == "picture" and _known(str(key), value, pictures)):
             raise BadSample(name, f"{where}{str(key)!r} is not read; {KINDS[kind][1]}")
         found.append(str(key))
     return tuple(found)
+
+
+def _nothing(value: Any) -> bool:
+    """Tell whether a value is empty, or a list or mapping of what is empty."""
+    if value in NOTHING:
+        return True
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return bool(inner) and all(map(_nothing, inner))
 
 
 def has_no_content(key: str) -> bool:
@@ -140,7 +148,7 @@ def _kind_of_file(text: str) -> str:
     found = DATA_URI.match(text[:20])
     if found:
         return {"image": "picture", "video": "video", "audio": "sound"}[found[1]]
-    named = FILE.fullmatch(text) if len(text) < 1000 else None
+    named = FILE.fullmatch(text.partition("?")[0]) if len(text) < 1000 else None
     if not named:
         return ""
     return "video" if named[2] else "sound" if named[3] else "picture"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from vlbench.mistakes import BadSample, Mistake, Place
+from vlbench.mistakes import BadSample, Mistake, Place, one_line
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -58,11 +58,14 @@ class Sample:
 
     @property
     def identity(self) -> str:
-        """What no other sample of a stage is called: an id is a label, there may be equal ones."""
+        """What no other sample of a stage is called: an id is a label, there may be equal ones.
+
+        It fits in a line.
+        """
         if self.place is None:
-            return self.id
+            return one_line(self.id)
         of = f" of source {self.place.number + 1}" if self.place.number else ""
-        return f"{self.id} (record {self.place.record}{of})"
+        return one_line(f"{self.id} (record {self.place.record}{of})")
 
     @property
     def caption(self) -> str:

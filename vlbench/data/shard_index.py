@@ -21,7 +21,7 @@ from typing import Any
 
 from vlbench.data.remote import exists, is_url, length_of, piece
 from vlbench.data.shard_scan import Entry, Scan, scan
-from vlbench.files import lines_of
+from vlbench.files import json_lines, lines_of
 from vlbench.mistakes import Mistake
 
 VERSION = 2
@@ -91,10 +91,7 @@ def text(found: Scan, of: Stamp) -> str:
         "fault": found.fault,
         "left_out": found.left_out,
     }
-    return "".join(
-        json.dumps(line, ensure_ascii=False) + "\n"
-        for line in (about, *([entry.key, entry.members] for entry in found.entries))
-    )
+    return json_lines((about, *([entry.key, entry.members] for entry in found.entries)))
 
 
 def _made(tar: str) -> Scan:

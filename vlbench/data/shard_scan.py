@@ -175,9 +175,7 @@ class _Samples:
         """Return what was found."""
         entries = list(self.entries.values())
         read = [entry for entry in entries if any(map(_is_read, entry.members))]
-        self.left_out[OTHER] += sum(len(e.members) for e in entries) - sum(
-            len(e.members) for e in read
-        )
+        self.left_out[OTHER] += sum(not _is_read(kind) for one in entries for kind in one.members)
         if fault and len(read) > 1 and set(read[-1].members) < set(read[-2].members):
             read.pop()  # the file ends in the middle of this sample
         if fault:

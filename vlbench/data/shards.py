@@ -18,7 +18,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,8 @@ class Shards:
             raise BadSample(name, str(mistake)) from mistake
         if place < len(found.entries):
             return _sample(tar, found.entries[place])
-        told = f"{tar} has {len(found.entries)} samples, and {LIST} says {self.counts[shard]}"
+        said = "it had when it was opened" if is_tar(self.name) else f"{LIST} says"
+        told = f"{tar} has {len(found.entries)} samples, and {said} {self.counts[shard]}"
         raise BadSample(name, f"{tar}: {found.fault}" if found.fault else told)
 
     def _matching(self) -> tuple[list[str], list[int]]:
@@ -181,7 +182,11 @@ def _listed(where: str) -> tuple[list[str], list[int]] | None:
 
 def _expanded(pattern: str) -> list[str]:
     """Return the tar files of a pattern, which are all there."""
-    tars = list(braceexpand(pattern))
+    try:
+        tars = list(braceexpand(pattern))
+    except ValueError:  # UnbalancedBracesError
+        what = "a brace without its other one; expected dir/{000000..000123}.tar"
+        raise Mistake(f"data {pattern}: {what}") from None
     missing = [tar for tar in tars if not exists(tar)]
     if missing:
         raise Mistake(f"data {pattern}: there is no {missing[0]} ({len(missing)} are missing)")
@@ -205,15 +210,19 @@ def _sample(tar: str, entry: Entry) -> Sample:
     if not isinstance(record, dict):
         raise BadSample(name, "its json is no mapping")
     kinds = sorted((kind for kind in members if _is_picture(kind)), key=_numbered)
+    texts = [kind for kind in CAPTION if kind in members]
     if not any(key in record for key in TURNS):
         others = {key: value for key, value in record.items() if key not in (*CAPTION, *IMAGES)}
-        turns = _captioned(name, tar, entry, record, kinds)
+        turns, texts = _captioned(name, tar, entry, record, kinds)
         record = {**others, "id": entry.key, "conversations": turns}
     if not _names_pictures(record):  # pictures of a key are its own
         record = {key: value for key, value in record.items() if key not in IMAGES}
         record |= {"image": kinds} if kinds else {}
     pictures = {kind: Member(tar, f"{entry.key}.{kind}", *at) for kind, at in members.items()}
-    return sample_of_record(record, name, lambda file: _member(pictures, file, name))
+    sample = sample_of_record(record, name, lambda file: _member(pictures, file, name))
+    shown = {picture.name for picture in sample.pictures}
+    unread = [kind for kind in kinds if pictures[kind].name not in shown] + texts
+    return replace(sample, unread=(*sample.unread, *unread))
 
 
 def _names_pictures(record: dict[str, Any]) -> bool:
@@ -247,25 +256,29 @@ def _member(pictures: dict[str, Member], file: str, name: str) -> Member:
 
 def _captioned(
     name: str, tar: str, entry: Entry, record: dict[str, Any], kinds: list[str]
-) -> list[dict[str, str]]:
-    """Return the turns of a picture with a caption: of a text member, or a key of its json."""
+) -> tuple[list[dict[str, str]], list[str]]:
+    """Return the turns of a picture with a caption: of a key of its json, or a text member.
+
+    The second is where other texts are that are not the caption.
+    """
     if len(kinds) != 1:
         what = f"has {len(kinds)} pictures ({', '.join(kinds)})" if kinds else "has no picture"
         raise BadSample(name, f"{what}; a caption belongs to one (members: {_few(entry.members)})")
-    texts = [record[kind] for kind in CAPTION if isinstance(record.get(kind), str)]
+    texts = [(kind, record[kind]) for kind in CAPTION if isinstance(record.get(kind), str)]
     try:
         for kind in CAPTION:
             if kind in entry.members:
-                texts.append(read_at(tar, *entry.members[kind]).decode("utf-8-sig"))
+                texts.append((kind, read_at(tar, *entry.members[kind]).decode("utf-8-sig")))
     except UnicodeDecodeError as error:
         what = f"its {kind} is not UTF-8 text (byte {error.start + 1})"
         raise BadSample(name, what) from error
     except Mistake as mistake:
         raise BadSample(name, str(mistake)) from mistake
-    caption = next((text.strip() for text in texts if text.strip()), "")
+    caption = next((text.strip() for _, text in texts if text.strip()), "")
     if not caption:
         raise BadSample(name, _no_text(entry, record, bool(texts)))
-    return [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": caption}]
+    other = [kind for kind, text in texts if text.strip() not in ("", caption)]
+    return [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": caption}], other
 
 
 def _no_text(entry: Entry, record: dict[str, Any], empty: bool) -> str:

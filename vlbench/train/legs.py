@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from vlbench.data.batch import Batch
 from vlbench.data.order import Mixture
-from vlbench.data.preflight import Found, look_through, shows_pictures
+from vlbench.data.preflight import Found, look_through, none_usable, shows_pictures
 from vlbench.data.sample import Source
+from vlbench.data.shards import Shards
 from vlbench.data.sources import Opened, held_out, mixture, sources, stage_data
 from vlbench.data.steps import Steps
 from vlbench.mistakes import BadSample, Mistake
@@ -105,7 +106,10 @@ def check_data(recipe: Recipe, legs: list[Leg]) -> list[BadSample]:
             found = looked.setdefault(identity, look_through(source) if new else Found([]))
             judge_source(recipe, leg, source, found.bad, found.count)
             if new:
+                check_usable(leg, source, found.bad)
                 _tell(source, found)
+            if source is leg.val and leg.stage.form == "caption":
+                _tell_no_captions(leg, leg.val, found.bad)
         if leg.steps:
             check_captions(leg, [bad for found in looked.values() for bad in found.bad])
     bad = [bad for found in looked.values() for bad in found.bad]
@@ -129,12 +133,36 @@ def judge_source(
         raise Mistake(f"data.val {source.name}: {mistake}") from mistake
 
 
+def check_usable(leg: Leg, source: Source, bad: list[BadSample]) -> None:
+    """Refuse shards of which no sample could be used, of those that were looked at.
+
+    All samples of shards are too many to be read before training.
+    """
+    none = none_usable(source, bad) if isinstance(source, Shards) else None
+    if none:
+        which = "data.val" if source is leg.val else "data"
+        others = f" (and {none[0] - 1} more)" if none[0] > 1 else ""
+        raise Mistake(
+            f"{which} {source.name}: {none[1]}{others}. None of {none[0]} samples that were looked "
+            f"at of {len(source)} can be used"
+        )
+
+
 def _tell_unasked(last: Leg, bad: list[BadSample]) -> None:
     """Say it if no question can be asked at the end, which takes a sample with a picture."""
     of = [last.val] if last.val else last.data.sources
     if not any(shows_pictures(source, of_source(source, bad)) for source in of):
         names = ", ".join(source.name for source in of)
         print(f"{names}: no sample has a picture, so no question will be asked at the end")
+
+
+def _tell_no_captions(leg: Leg, val: Source, bad: list[BadSample]) -> None:
+    """Say it if a stage of captions has no picture among its held-out samples."""
+    if not shows_pictures(val, bad):
+        print(
+            f"stage {leg.name}: data.val {val.name} has no picture, and the stage learns captions: "
+            "nothing is held out"
+        )
 
 
 def of_source(source: Source, bad: list[BadSample]) -> list[BadSample]:

@@ -31,6 +31,9 @@ def say(line: str) -> None:
 def show_start(recipe: Recipe, run: Run, legs: list[tuple[str, Stage, int]]) -> None:
     """Say what will be run, at which size, and how to get the real one."""
     print(f"recipe {recipe.recipe}, size {recipe.size}, seed {recipe.seed}, run {run.folder}")
+    strategy = recipe.trainer.strategy
+    if strategy != "auto" and recipe.trainer.processes == 1:
+        print(f"trainer.strategy={strategy} changes nothing in one process: trainer.devices is 1")
     connector = recipe.connector["name"]
     if recipe.init:
         print(f"begins with init={recipe.init}, connector {connector}")
