@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import logging
 import os
@@ -238,9 +239,6 @@ def _main(words: list[str] | None) -> int:
         if sys.stdout is not None:  # it may be closed
             sys.stdout.flush()  # here, so that a reader who has left is noticed here
         return code
-    except PermissionError as error:
-        print(f"vlbench: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
     except (Mistake, Trouble) as error:
         for line in lines_of(str(error)):
             print(f"vlbench: {line}", file=sys.stderr)
@@ -252,6 +250,16 @@ def _main(words: list[str] | None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing is left to be written at exit
         return 1
+    except OSError as error:
+        return _told(error)
+
+
+def _told(error: OSError) -> int:
+    """Tell of a file that was named and cannot be used; anything else is no user's mistake."""
+    if error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
+        raise error
+    print(f"vlbench: {error.filename}: {error.strerror}", file=sys.stderr)
+    return 2
 
 
 @contextlib.contextmanager
