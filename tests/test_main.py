@@ -187,3 +187,8 @@ def test_the_cost_of_connectors_is_counted_at_a_real_size(capsys):
     assert flops["llava_mlp"] == pytest.approx(2 * 5.8e9 * (1024 + 64) / 1e12, rel=0.05)
     assert main(["list", "connectors", "size=9b"]) == 2
     assert "no size '9b'" in capsys.readouterr().err
+
+
+def test_a_path_of_a_user_who_does_not_exist_is_one_line(capsys):
+    assert main(["score", "answers=~nosuchuser1/answers.jsonl", "task=mmmu", "protocol=yi"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -176,6 +176,42 @@ def test_a_file_of_another_image_size_is_resized_once_as_open_clip_does(clip_sta
     assert torch.equal(tower.visual.positional_embedding, theirs.visual.positional_embedding)
 
 
+def test_a_folder_of_both_layouts_is_read_by_the_weights_that_it_has(forms, clip_state, tmp_path):
+    config = CLIPVisionConfig(
+        hidden_size=384, intermediate_size=1536, num_attention_heads=6, patch_size=32,
+        num_hidden_layers=12, hidden_act="gelu",
+    )  # fmt: skip
+    CLIPVisionModel(config).save_pretrained(tmp_path / "theirs")
+    alone = build_tower(NAME, str(tmp_path / "theirs")).visual.state_dict()
+    own = Path(forms / "as_bin/open_clip_config.json")
+    shutil.copy(own, tmp_path / "theirs")
+    both = build_tower(NAME, str(tmp_path / "theirs")).visual.state_dict()
+    assert alone.keys() == both.keys() and all(torch.equal(alone[key], both[key]) for key in alone)
+    (tmp_path / "theirs/open_clip_config.json").unlink()
+    shutil.copy(forms / "clip.bin", tmp_path / "theirs" / BIN)
+    assert_same(build_tower(NAME, str(tmp_path / "theirs")), clip_state)
+
+
+def test_pixels_of_a_whole_processor_are_read(tmp_path):
+    """transformers 5 writes processor_config.json alone."""
+    (tmp_path / "config.json").write_text("{}")
+    file = tmp_path / "processor_config.json"
+    said: dict[str, object] = {"image_mean": [0.3] * 3, "image_std": [0.6] * 3}
+    file.write_text(json.dumps({"image_processor": said}))
+    found = vision_config(NAME, str(tmp_path))
+    assert (found.mean, found.std) == ((0.3,) * 3, (0.6,) * 3)
+    file.write_text(json.dumps({"image_processor": {**said, "do_normalize": False}}))
+    with pytest.raises(Mistake, match="processor_config.json: do_normalize is False"):
+        vision_config(NAME, str(tmp_path))
+
+
+def test_preprocess_cfg_that_is_no_mapping_is_named(forms, tmp_path):
+    folder = Path(shutil.copytree(forms / "as_bin", tmp_path / "own"))
+    edit(folder / "open_clip_config.json", preprocess_cfg="square")
+    with pytest.raises(Mistake, match="preprocess_cfg is 'square'"):
+        build_tower(NAME, str(folder))
+
+
 def without_a_block(state: dict[str, Tensor]) -> None:
     for name in [name for name in state if "resblocks.7." in name]:
         del state[name]
@@ -194,6 +230,18 @@ def with_more(state: dict[str, Tensor]) -> None:
     state["visual.transformer.resblocks.12.ln_1.weight"] = torch.ones(384)
 
 
+def twice(state: dict[str, Tensor]) -> None:
+    state |= {f"ema.{name}": tensor for name, tensor in visual(state).items()}
+
+
+def without_numbers(state: dict[str, Tensor]) -> None:
+    state["visual.conv1.weight"] = state["visual.conv1.weight"].to("meta")
+
+
+def with_a_number_for_a_name(state: dict) -> None:
+    state[1] = torch.ones(1)
+
+
 @pytest.mark.parametrize("check", [build_tower, check_weights], ids=["load", "check"])
 @pytest.mark.parametrize(
     ("change", "said"),
@@ -201,6 +249,9 @@ def with_more(state: dict[str, Tensor]) -> None:
         (without_a_block, "resblocks.7.* is missing, and 11 more"),
         (of_another_width, r"visual.conv1.weight has shape \(100, 3, 32, 32\), needed is"),
         (without_an_encoder, "holds no vision encoder of open_clip"),
+        (twice, r"several vision encoders \(ema.visual. and visual.\)"),
+        (without_numbers, "visual.conv1.weight is sparse or has no numbers"),
+        (with_a_number_for_a_name, "mapping from names to tensors"),
         (with_more, "resblocks.12.ln_1.weight belongs to nothing in this model"),
     ],
 )
@@ -212,6 +263,12 @@ def test_weights_that_are_not_wholly_the_encoders_are_refused(
     torch.save(state, tmp_path / "clip.pt")
     with pytest.raises(Mistake, match=said):
         check(NAME, str(tmp_path / "clip.pt"))
+
+
+def test_safetensors_are_known_under_any_name(forms, clip_state, tmp_path):
+    for name in ("clip.pt", "clip"):
+        shutil.copy(forms / "clip.safetensors", tmp_path / name)
+        assert_same(build_tower(NAME, str(tmp_path / name)), clip_state)
 
 
 @pytest.mark.parametrize("name", ["clip.safetensors", "clip.pt", "clip.bin"])
@@ -313,8 +370,33 @@ def test_a_frozen_encoder_is_the_files_before_and_after_everything(
     assert_same(vlbench.load("all").vision, state)
 
 
+def test_a_frozen_encoder_goes_through_the_sizes_of_its_run_again(forms, tmp_path, monkeypatch):
+    """Position embeddings that are resized twice are other ones than those resized at once."""
+    monkeypatch.chdir(tmp_path)
+    file = str(forms / "clip.safetensors")
+    assert main([*FIT, ENCODER, f"vision.weights={file}", "run=run"]) == 0
+    expected = build_tower(NAME, file)
+    at_once = build_tower(NAME, file)
+    at_once.resize(96)
+    for side in (64, 96):
+        expected.resize(side)
+    state = {f"visual.{k}": v for k, v in expected.visual.state_dict().items()}
+    assert not torch.equal(
+        at_once.visual.positional_embedding, expected.visual.positional_embedding
+    )
+    for folder in ("run", *Path("run/checkpoints").glob("[12]-*")):
+        assert_same(vlbench.load(folder).vision, state)
+
+
 def weights_in(run: str) -> Path:
     return next(Path(run, "checkpoints").glob("*/model.safetensors"))
+
+
+def test_a_name_too_long_for_a_file_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*FIT, ENCODER, f"vision.weights={'x' * 300}", "run=run"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and "too long" in lines[0] and not Path("run").exists()
 
 
 @pytest.mark.parametrize("text", ["17 bytes of text\n", ""])

@@ -249,6 +249,11 @@ def _main(words: list[str] | None) -> int:
         return 130
     except OSError as error:
         return _code_of(error)
+    except RuntimeError as error:
+        if "home directory" not in str(error):  # pathlib's, of a path that begins with ~NAME
+            raise
+        print("vlbench: a path begins with ~NAME, and there is no such user here", file=sys.stderr)
+        return 2
 
 
 def _code_of(error: OSError) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def compose(
     stay in their files, for a model that is to be sharded.
     """
     torch.manual_seed(recipe.seed)  # what has no pretrained weights starts from the seed
-    tower, origin = _pretrained_tower(recipe, image_size)
+    tower, origin = _pretrained_tower(recipe, [image_size])
     language = build_language(recipe.language.name, recipe.language.weights, mapped=mapped)
     tokenizer = Tokenizer.load(language_folder(recipe.language.weights))
     vlm = _join(recipe, tower, language, tokenizer)
@@ -59,19 +59,21 @@ def compose(
 
 
 def compose_empty(
-    recipe: Recipe, image_size: int, folder: Path, held: Collection[str], mapped: bool = False
+    recipe: Recipe, sides: Sequence[int], folder: Path, held: Collection[str], mapped: bool = False
 ) -> VLM:
     """Build the model of a checkpoint in `folder`, of which it holds the weights of parts `held`.
 
     Those are left to be loaded; what training never touched has the recipe's pretrained weights,
-    which must be those that the run began with.
+    which must be those that the run began with. `sides` are the image sizes in pixels that training
+    went through, the last one that of the checkpoint: position embeddings that are resized twice
+    are other ones than those that are resized at once.
     """
     before = read_origins(folder / ORIGINS)
     if "vision" in held:
         tower = _described_tower(recipe, folder)
-        tower.resize(image_size)
+        tower.resize(sides[-1])
     else:
-        tower, origin = _pretrained_tower(recipe, image_size)
+        tower, origin = _pretrained_tower(recipe, sides)
         check_origin("vision", before.get("vision"), origin, str(folder))
     if "language" in held:
         config = config_in(folder / LANGUAGE)
@@ -101,12 +103,13 @@ def options_of(recipe: Recipe) -> dict[str, Any]:
     return {key: value for key, value in recipe.connector.items() if key != "name"}
 
 
-def _pretrained_tower(recipe: Recipe, image_size: int) -> tuple[Tower, WeightOrigin]:
-    """Return the recipe's tower at `image_size`, and its origin at the size of its weights."""
+def _pretrained_tower(recipe: Recipe, sides: Sequence[int]) -> tuple[Tower, WeightOrigin]:
+    """Return the recipe's tower, resized to each of `sides`; and its origin as its weights are."""
     vision = recipe.vision
     tower = build_tower(vision.name, vision.weights, vision.layer, vision.norm)
     origin = origin_of(vision.weights, tower.visual)
-    tower.resize(image_size)
+    for side in sides:
+        tower.resize(side)
     return tower, origin
 
 

@@ -14,15 +14,20 @@ from torch import Tensor, nn
 from vlbench.data.images import ImageTransform
 from vlbench.files import read_json
 from vlbench.mistakes import Mistake, nearest
-from vlbench.model.vision_config import EMBEDDED, VisionConfig, own_folder, vision_config
+from vlbench.model.vision_config import (
+    EMBEDDED,
+    OPEN_CLIP_FILES,
+    VisionConfig,
+    open_clip_file,
+    own_folder,
+    vision_config,
+)
 from vlbench.model.weights import clip, hub
 from vlbench.model.weights import open_clip as open_clip_files
 from vlbench.model.weights.groups import check_groups
 from vlbench.model.weights.origin import expect_loaded
 
 Colour = tuple[float, float, float]
-OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-"""Names of open_clip's weights in a folder and on a hub, in the order of preference."""
 
 
 class Tower(nn.Module):
@@ -272,10 +277,10 @@ def _weight_file(name: str, weights: str) -> Path | None:
     """Return the file of open_clip that `weights` is; None for a CLIP in Hugging Face's layout."""
     folder = own_folder(name)
     if folder is not None:
-        return _file_in(folder) or _missing(folder)
+        return open_clip_file(folder) or _missing(folder)
     given = Path(weights)
     if given.is_dir():
-        found = _file_in(given)
+        found = open_clip_file(given)
         if found is None and not (given / "config.json").is_file():
             _missing(given)
         return found
@@ -292,11 +297,6 @@ def _weight_file(name: str, weights: str) -> Path | None:
         f"{OPEN_CLIP_FILES[0]} or with config.json of a CLIP, or one of "
         f"{', '.join(tags) or '(no tags)'}.{nearest(weights, tags)}"
     )
-
-
-def _file_in(folder: Path) -> Path | None:
-    """Return open_clip's file of weights in `folder`, None if there is none."""
-    return next((folder / name for name in OPEN_CLIP_FILES if (folder / name).is_file()), None)
 
 
 def _missing(folder: Path) -> NoReturn:

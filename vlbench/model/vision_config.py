@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ TINY = Path(__file__).parent / "tiny"
 EMBEDDED = {"tiny": TINY / "tower", "tiny_eva": TINY / "eva_tower"}
 CONFIG = "open_clip_config.json"
 """open_clip's own name of a file that describes a model."""
+OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+"""Names of open_clip's weights in a folder and on a hub, in the order of preference."""
 ARCHITECTURE = ("embed_dim", "quick_gelu", "vision_cfg")
 """Keys of open_clip's `model_cfg` that say what its vision encoder is."""
 SIZE_ALONE = ("image_size", "patch_dropout")
@@ -74,6 +76,8 @@ def read_vision_config(folder: Path) -> VisionConfig:
     if not isinstance(model, dict) or not isinstance(model.get("vision_cfg"), dict):
         raise Mistake(f"{file}: has no model_cfg with a vision_cfg, so it is not open_clip's")
     pixels = said.get("preprocess_cfg") or {}
+    if not isinstance(pixels, dict):
+        raise Mistake(f"{file}: preprocess_cfg is {pixels!r}; wanted is a mapping")
     default = _usual_pixels("")
     try:
         CLIPVisionCfg(**model["vision_cfg"])
@@ -141,20 +145,39 @@ def _with_folder(named: VisionConfig, name: str, folder: Path) -> VisionConfig:
     if (folder / CONFIG).is_file():
         theirs = read_vision_config(folder)
         _compare(named, theirs, name, folder)
-        return VisionConfig(**{**asdict(named), "mean": theirs.mean, "std": theirs.std})
-    if not (folder / "config.json").is_file():
+        named = replace(named, mean=theirs.mean, std=theirs.std)
+    if open_clip_file(folder) or not (folder / "config.json").is_file():
         return named
-    file = folder / "preprocessor_config.json"
-    said = read_json(file) if file.is_file() else {}
+    said, file = _processor(folder)
     mean, std = said.get("image_mean"), said.get("image_std")
-    return VisionConfig(
-        named.embed_dim,
-        named.vision_cfg,
-        named.quick_gelu,
-        colour(mean, "image_mean", file) if mean else named.mean,
-        colour(std, "image_std", file) if std else named.std,
+    return replace(
+        named,
+        mean=colour(mean, "image_mean", file) if mean else named.mean,
+        std=colour(std, "image_std", file) if std else named.std,
         projection=False,
     )
+
+
+def _processor(folder: Path) -> tuple[dict[str, Any], Path]:
+    """Return what a Hugging Face folder does to its pictures, and the file that says so.
+
+    transformers 5 writes it into processor_config.json, as a part of a whole model's processor.
+    """
+    own, whole = folder / "preprocessor_config.json", folder / "processor_config.json"
+    said = read_json(own) if own.is_file() else {}
+    if not own.is_file() and whole.is_file():
+        own, said = whole, read_json(whole).get("image_processor") or {}
+    if not isinstance(said, dict):
+        raise Mistake(f"{own}: image_processor is {said!r}; wanted is a mapping")
+    for key in ("do_rescale", "do_normalize"):
+        if said.get(key, True) is not True:
+            raise Mistake(f"{own}: {key} is {said[key]!r}; pixels are always scaled and normalised")
+    return said, own
+
+
+def open_clip_file(folder: Path) -> Path | None:
+    """Return open_clip's file of weights in `folder`, None if there is none."""
+    return next((folder / name for name in OPEN_CLIP_FILES if (folder / name).is_file()), None)
 
 
 def _compare(named: VisionConfig, theirs: VisionConfig, name: str, folder: Path) -> None:

@@ -56,7 +56,7 @@ def restore(
         vlm = assemble(folder / RELEASE, choice_of(recipe))
         vlm.resize(side)
     else:
-        vlm = compose_empty(recipe, side, folder, held, mapped)
+        vlm = compose_empty(recipe, [*_earlier_sides(folder), side], folder, held, mapped)
     if "connector" not in skip:
         vlm.pursue(objective_of(folder))
     load_weights(folder, vlm, dtype, device, skip, mapped)
@@ -251,6 +251,14 @@ def load_part(module: torch.nn.Module, state: Mapping[str, Tensor], where: str) 
                 f"needed is {tuple(wanted[key].shape)}"
             )
     module.load_state_dict(state, strict=True, assign=True)
+
+
+def _earlier_sides(folder: Path) -> list[int]:
+    """Return the image sizes of the stages that came before that of a checkpoint, in order."""
+    run, name = recipes.load_file(folder / "recipe.yaml"), checkpoint.position(folder).name
+    names = recipes.stages_to_run(run)
+    before = names[: names.index(name)] if name in names else []
+    return [run.stages[one].image_size for one in before]
 
 
 def objective_of(folder: Path) -> str:

@@ -146,7 +146,8 @@ def _checked(group: Group, states: States) -> dict[Path, list[str]]:
     missing = [name for name in group.wanted if name not in where]
     if missing:
         more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise Mistake(f"{group.files[0].parent}: tensor {missing[0]} is missing{more}")
+        where_not = group.files[0] if len(group.files) == 1 else group.files[0].parent
+        raise Mistake(f"{where_not}: tensor {missing[0]} is missing{more}")
     plan: dict[Path, list[str]] = {}
     for name, file in where.items():
         plan.setdefault(file, []).append(name)

@@ -78,6 +78,11 @@ def _prefix(file: Path, names: list[str]) -> str:
         found = [name for name in names if name == anchor or name.endswith(f".{anchor}")]
         if found:
             inside = [name for name in found if f"visual.{anchor}" in name]
+            if len(inside) > 1:
+                starts = " and ".join(name.removesuffix(anchor) for name in sorted(inside)[:3])
+                raise Mistake(
+                    f"{file} holds several vision encoders ({starts}): give a file of one"
+                )
             return min(inside or found, key=len).removesuffix(anchor)
     if any("embeddings.patch_embedding" in name for name in names):
         raise Mistake(

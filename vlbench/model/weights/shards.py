@@ -304,7 +304,7 @@ def _bytes(tensors: _Safe | _Pickled, name: str) -> int:
 def _opened(file: Path) -> Iterator[_Safe | _Pickled]:
     """Open a file of tensors; what is wrong with it becomes one line that names it."""
     refuse_pointer(file)
-    if file.suffix != ".safetensors":
+    if not _is_safe(file):
         yield _Pickled(_unpickled(file))
         return
     try:
@@ -336,9 +336,19 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
         raise Mistake(f"{file} is torn or no file of weights: {_line(error)}") from error
     for inner in NESTED:  # checkpoints of training code
         state = state.get(inner, state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    if not named or not all(isinstance(v, Tensor) for v in state.values()):
         raise Mistake(f"{file} does not hold a mapping from names to tensors")
+    empty = [name for name, v in state.items() if v.is_meta or v.layout is not torch.strided]
+    if empty:
+        raise Mistake(f"{file}: tensor {empty[0]} is sparse or has no numbers (meta)")
     return state
+
+
+def _is_safe(file: Path) -> bool:
+    """Tell whether a file is safetensors: by its name, or by what follows its header's length."""
+    with file.open("rb") as opened:
+        return file.suffix == ".safetensors" or opened.read(9)[8:] == b"{"
 
 
 def _is_program(file: Path) -> bool:
@@ -348,4 +358,5 @@ def _is_program(file: Path) -> bool:
 
 
 def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    said = str(error).rpartition("WeightsUnpickler error: ")[-1]  # advice to run code is before it
+    return (said.strip().splitlines() or [type(error).__name__])[0][:200]
