@@ -247,17 +247,17 @@ def _main(words: list[str] | None) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one line for all processes of a machine
             print("vlbench: interrupted", file=sys.stderr)
         return 130
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         return _code_of(error)
-    except RuntimeError as error:
+
+
+def _code_of(error: OSError | RuntimeError) -> int:
+    """Return the exit code for what the system refuses to a user; any other error goes on."""
+    if isinstance(error, RuntimeError):
         if "home directory" not in str(error):  # pathlib's, of a path that begins with ~NAME
-            raise
+            raise error
         print("vlbench: a path begins with ~NAME, and there is no such user here", file=sys.stderr)
         return 2
-
-
-def _code_of(error: OSError) -> int:
-    """Return the exit code for what the system refuses to a user; any other error goes on."""
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing is left to be written at exit
         return 1
