@@ -19,6 +19,7 @@ def run(script: str, *words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_both_sides_learn_the_same_from_the_same_tokens():
     words = ("part=chat", "steps=3")
     ours, theirs = (

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub.client import offline
 from released import CHECKPOINT, edit
 from transformers import (
     CLIPVisionConfig,
@@ -136,7 +137,7 @@ def test_the_miniature_takes_no_other_weights():
 
 
 def test_a_tag_that_cannot_be_fetched_is_one_line(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    offline(monkeypatch)
     with pytest.raises(Mistake, match="vision.weights.*open_clip_model.safetensors.*looked for in"):
         build_tower("ViT-B-32", "laion2b_s34b_b79k")
 

@@ -359,4 +359,4 @@ def _is_program(file: Path) -> bool:
 
 def _line(error: Exception) -> str:
     said = str(error).rpartition("WeightsUnpickler error: ")[-1]  # advice to run code is before it
-    return (said.strip().splitlines() or [type(error).__name__])[0][:200]
+    return said.strip().split("\n")[0][:200] or type(error).__name__
