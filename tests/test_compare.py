@@ -120,6 +120,7 @@ def test_the_plan_says_what_the_runs_will_take_and_tries_that_once(tmp_path, mon
     assert main(words) == 2 and "run=other cannot be used" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_sweep_comes_first_and_is_reported(tmp_path, monkeypatch, capfd, no_probe):
     monkeypatch.chdir(tmp_path)
     words = ["compare", "recipe=yivl_llava", "seeds=1", "run=c", "sweep=1,0.5", "freeze=vision"]

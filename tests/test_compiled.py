@@ -20,8 +20,8 @@ LORA = {"rank": 3, "alpha": 6.0, "dropout": 0.0, "targets": "all-linear"}
 LORA |= {"rslora": False, "dora": False, "bits": None}
 CASES = [  # connector, what is frozen, what is kept for the backward pass
     ("llava_mlp", "", "none"),
-    ("llava_mlp", "vision", "full"),
-    ("llava_mlp", "lora", "full"),
+    pytest.param("llava_mlp", "vision", "full", marks=pytest.mark.slow),
+    pytest.param("llava_mlp", "lora", "full", marks=pytest.mark.slow),
     ("flamingo", "language", "selective"),
 ]
 

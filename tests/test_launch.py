@@ -208,6 +208,7 @@ def test_a_mistake_of_the_data_is_told_once(tmp_path):
     assert told.count("broken.png") == 1 and len(told.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_what_was_started_must_be_what_the_recipe_says(tmp_path, monkeypatch, capsys):
     words = ("recipe=yivl_llava", "trainer.devices=3", f"run={tmp_path / 'run'}")
     assert in_two([Job(words)]) == [(2, 2)]
