@@ -6,14 +6,17 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from several import QUIET, TWO, Job, do, in_two, losses
 
+from vlbench.mistakes import Trouble
 from vlbench.train import launch
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -348,3 +351,16 @@ def test_torchrun_starts_it_too(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("results of") == 1
     assert (run / "results.json").is_file()
+
+
+def test_a_port_that_is_taken_is_one_line(monkeypatch):
+    from vlbench.train import join
+
+    for name in ("MASTER_ADDR", "MASTER_PORT"):  # set by what is tested
+        monkeypatch.setenv(name, "")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        first = SimpleNamespace(main_address="127.0.0.1", main_port=port, global_rank=lambda: 0)
+        first.world_size = lambda: 2
+        with pytest.raises(Trouble, match=f"cannot meet at 127.0.0.1:{port}.*MASTER_PORT"):
+            join._meet(SimpleNamespace(accelerator="cpu"), first)

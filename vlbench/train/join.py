@@ -123,12 +123,18 @@ def _meet(settings: Trainer, environment: ClusterEnvironment) -> None:
     if settings.accelerator in ("auto", "gpu") and torch.cuda.is_available():
         torch.cuda.set_device(environment.local_rank())
         backend = "cpu:gloo,cuda:nccl"
-    distributed.init_process_group(
-        backend,
-        rank=environment.global_rank(),
-        world_size=environment.world_size(),
-        timeout=PATIENCE,
-    )
+    try:
+        distributed.init_process_group(
+            backend,
+            rank=environment.global_rank(),
+            world_size=environment.world_size(),
+            timeout=PATIENCE,
+        )
+    except distributed.DistNetworkError as error:  # the port is taken, or nobody is there
+        raise Trouble(
+            f"the processes cannot meet at {environment.main_address}:{environment.main_port} "
+            f"({str(error)[:200]}): give another MASTER_PORT, or see whether all of them started"
+        ) from error
 
 
 def sharded(recipe: Recipe) -> bool:
