@@ -70,7 +70,7 @@ def compose_empty(
     """
     before = read_origins(folder / ORIGINS)
     if "vision" in held:
-        tower = _described_tower(recipe, folder)
+        tower = checkpoint_tower(recipe, folder)
         tower.resize(sides[-1])
     else:
         tower, origin = _pretrained_tower(recipe, sides)
@@ -113,8 +113,11 @@ def _pretrained_tower(recipe: Recipe, sides: Sequence[int]) -> tuple[Tower, Weig
     return tower, origin
 
 
-def _described_tower(recipe: Recipe, folder: Path) -> Tower:
-    """Return the tower that the checkpoint in `folder` describes, its weights to be loaded."""
+def checkpoint_tower(recipe: Recipe, folder: Path) -> Tower:
+    """Return the tower that the checkpoint in `folder` describes; its weights are not loaded.
+
+    `recipe` is that of the checkpoint.
+    """
     vision = recipe.vision
     if (folder / VISION / CONFIG).is_file():
         config = read_vision_config(folder / VISION)

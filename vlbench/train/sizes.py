@@ -13,10 +13,9 @@ from vlbench import recipe as recipes
 from vlbench.connector import Shapes
 from vlbench.mistakes import Mistake
 from vlbench.model import language, vision
-from vlbench.model.compose import LANGUAGE, VISION, choice_of, options_of
+from vlbench.model.compose import LANGUAGE, checkpoint_tower, choice_of, options_of
 from vlbench.model.language import config_in, config_of
-from vlbench.model.vision import Tower, build_tower, tower_of
-from vlbench.model.vision_config import CONFIG, read_vision_config
+from vlbench.model.vision import Tower, build_tower
 from vlbench.model.vlm import shapes_of
 from vlbench.model.weights import hub
 from vlbench.model.weights.load import bare_tower, check_release, layout_of
@@ -119,7 +118,8 @@ def outline(recipe: Recipe) -> tuple[Tower, LlamaConfig]:
         config = config_in(folder / LANGUAGE)
         if (folder / RELEASE).is_dir():
             return _released_tower(folder / RELEASE), config
-        return _checkpoint_tower(folder), config
+        with torch.device("meta"):
+            return checkpoint_tower(recipes.load_file(folder / "recipe.yaml"), folder), config
     if recipe.init and not source.is_file():
         folder = hub.fetch(str(source), "init", hub.RELEASE, KINDS, hub.SMALL)
         if not of_connector(folder):
@@ -141,13 +141,3 @@ def _tower(recipe: Recipe) -> Tower:
     tower = recipe.vision
     with torch.device("meta"):
         return build_tower(tower.name, tower.weights, tower.layer, tower.norm, load=False)
-
-
-def _checkpoint_tower(folder: Path) -> Tower:
-    """Return the tower of a checkpoint without memory for its weights."""
-    recipe = recipes.load_file(folder / "recipe.yaml")
-    if not (folder / VISION / CONFIG).is_file():
-        return _tower(recipe)
-    tower, config = recipe.vision, read_vision_config(folder / VISION)
-    with torch.device("meta"):
-        return tower_of(config, tower.name, tower.layer, tower.norm)
