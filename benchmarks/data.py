@@ -17,13 +17,13 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFilter
-from table import keep
+from table import write_section
 
 SIZES = {"448 x 448": (448, 448), "640 x 480": (640, 480), "1600 x 1200": (1600, 1200)}
 FILES, SIDE, WORKERS = 240, 448, 2
 
 
-def make(folder: Path, size: tuple[int, int]) -> list[Path]:
+def write_jpegs(folder: Path, size: tuple[int, int]) -> list[Path]:
     """Write JPEGs of a size: blurred noise, at quality 90, about the bytes of a photograph."""
     rng = np.random.default_rng(0)
     paths = []
@@ -35,50 +35,50 @@ def make(folder: Path, size: tuple[int, int]) -> list[Path]:
     return paths
 
 
-def decode(path: Path) -> int:
+def decode_image(path: Path) -> int:
     """Decode a picture and do nothing else."""
     with Image.open(path) as image:
         return len(np.asarray(image.convert("RGB")))
 
 
-def ours(path: Path, side: int) -> int:
+def vlbench_pixels(path: Path, side: int) -> int:
     """Make the pixels that training reads."""
-    from vlbench.data.images import File, ImageTransform
+    from vlbench.data.image_processing import ImageFile, ImageTransform
 
     transform = ImageTransform(side, side, (0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758))
-    return len(transform(File(path).open()))
+    return len(transform(ImageFile(path).open()))
 
 
-def theirs(path: Path, side: int) -> int:
+def transformers_pixels(path: Path, side: int) -> int:
     """Make the pixels of transformers' processor that resizes with PIL, as the reference does."""
-    image = _processor(side)(Image.open(path).convert("RGB"), return_tensors="np")
+    image = _llava_processor(side)(Image.open(path).convert("RGB"), return_tensors="np")
     return len(image["pixel_values"])
 
 
-def _processor(side: int):  # type: ignore[no-untyped-def]
+def _llava_processor(side: int):  # type: ignore[no-untyped-def]
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-    if side not in KNOWN:
-        KNOWN[side] = LlavaImageProcessorPil(
+    if side not in PROCESSOR_CACHE:
+        PROCESSOR_CACHE[side] = LlavaImageProcessorPil(
             do_pad=True, size={"shortest_edge": side}, crop_size={"height": side, "width": side}
         )
-    return KNOWN[side]
+    return PROCESSOR_CACHE[side]
 
 
-KNOWN: dict[int, object] = {}
+PROCESSOR_CACHE: dict[int, object] = {}
 
 
-def rate(work, paths: list[Path]) -> float:  # type: ignore[no-untyped-def]
+def measure_rate(image_task, paths: list[Path]) -> float:  # type: ignore[no-untyped-def]
     """Return pictures per second on WORKERS processes that are warm."""
     many = (paths * (FILES // len(paths) + 1))[:FILES]
-    with multiprocessing.get_context("spawn").Pool(WORKERS, initializer=_one_thread) as pool:
-        pool.map(work, paths * 2)
+    with multiprocessing.get_context("spawn").Pool(WORKERS, initializer=_use_one_thread) as pool:
+        pool.map(image_task, paths * 2)
         began = time.perf_counter()
-        pool.map(work, many, chunksize=8)
+        pool.map(image_task, many, chunksize=8)
         return FILES / (time.perf_counter() - began)
 
 
-def _one_thread() -> None:
+def _use_one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
@@ -94,14 +94,18 @@ def main() -> None:
     ]
     with tempfile.TemporaryDirectory() as folder:
         for name, size in SIZES.items():
-            paths = make(Path(folder), size)
+            paths = write_jpegs(Path(folder), size)
             kilobytes = sum(path.stat().st_size for path in paths) / len(paths) / 1000
-            works = (decode, partial(ours, side=SIDE), partial(theirs, side=SIDE))
-            rates = [rate(work, paths) for work in works]
+            works = (
+                decode_image,
+                partial(vlbench_pixels, side=SIDE),
+                partial(transformers_pixels, side=SIDE),
+            )
+            rates = [measure_rate(work, paths) for work in works]
             cells = " | ".join(f"{one:.0f}" for one in rates)
             lines.append(f"| {name} | {cells} | {kilobytes:.0f} |")
             print(".", end="", file=sys.stderr, flush=True)
-    keep("Pictures", lines)
+    write_section("Pictures", lines)
 
 
 if __name__ == "__main__":

@@ -13,24 +13,26 @@ import tempfile
 import time
 from pathlib import Path
 
-from table import keep
+from table import write_section
 
 from vlbench.__main__ import main as vlbench
-from vlbench.evaluate.tasks.conversations import Conversations
-from vlbench.evaluate.tasks.exam import take
+from vlbench.evaluate.tasks.conversation_tasks import ConversationTask
+from vlbench.evaluate.tasks.task_session import answer_remaining
+from vlbench.load_model import load_model
 from vlbench.model.vlm import VLM
-from vlbench.serve.load import load
 
 QUESTIONS, ROUNDS, BATCH = 256, 3, 32
 UNTRAINED = [f"stages.{name}.steps=0" for name in ("align_224", "align_448", "chat")]
 
 
-def seconds(vlm: VLM, task: Conversations, out: Path, batch: int) -> tuple[float, list[str]]:
+def time_answers(
+    vlm: VLM, task: ConversationTask, out: Path, batch: int
+) -> tuple[float, list[str]]:
     """Ask all questions, `batch` at once; return how long that took, and the answers."""
-    asked, _ = task.questions(vlm)
-    limits = task.limits(vlm, asked)
+    asked, _ = task.select_questions(vlm)
+    limits = task.generation_limits(vlm, asked)
     began = time.perf_counter()
-    lines = take(vlm, asked, limits, task.right, batch, out)
+    lines = answer_remaining(vlm, asked, limits, task.count_correct, batch, out)
     return time.perf_counter() - began, [line["response"] for line in lines]
 
 
@@ -44,17 +46,17 @@ def main() -> None:
         words.append(f"run={run}")  # new pictures and unseen pairs are QUESTIONS together
         if vlbench(["fit", "recipe=yivl_llava", *UNTRAINED, *words]):
             sys.exit("the run failed")
-        vlm = load(run)
-        task = Conversations("own", {"run": str(run)})
+        vlm = load_model(run)
+        task = ConversationTask("own", {"run": str(run)})
         for number in range(ROUNDS):
             for batch in times:
                 out = Path(folder) / f"{batch}-{number}.jsonl"
-                taken, answers[batch] = seconds(vlm, task, out, batch)
+                taken, answers[batch] = time_answers(vlm, task, out, batch)
                 times[batch].append(taken)
     many, one = (statistics.median(times[batch]) for batch in (BATCH, 1))
     same = sum(a == b for a, b in zip(answers[BATCH], answers[1], strict=True))
     assert len(answers[1]) == QUESTIONS
-    keep(
+    write_section(
         "Evaluation",
         [
             f"| {QUESTIONS} questions | seconds, median of {ROUNDS} |",

@@ -14,11 +14,11 @@ from collections.abc import Callable
 
 import torch
 
-from vlbench import recipe as recipes
-from vlbench.data.batch import Batch, collate
-from vlbench.data.sample import PLACEHOLDER, Sample, Turn, encode
-from vlbench.data.scene_world import scene
-from vlbench.model.compose import compose
+from vlbench.config import recipe as recipes
+from vlbench.data.packing import PackedBatch, collate
+from vlbench.data.sample_encoding import IMAGE_PLACEHOLDER, ChatTurn, Sample, encode_sample
+from vlbench.data.scene_world import make_scene
+from vlbench.model.build_vlm import build_vlm
 from vlbench.model.vlm import VLM
 
 TURNS = 8
@@ -26,36 +26,36 @@ WORDS = 200  # in an answer
 ROUNDS = 15
 
 
-def conversation(vlm: VLM, images: int) -> Batch:
+def make_conversation(vlm: VLM, images: int) -> PackedBatch:
     """Return a conversation of TURNS exchanges, of which `images` show a picture each."""
     turns = []
     for number in range(TURNS):
         shown = number % (TURNS // images) == 0
-        turns.append(Turn("human", f"{PLACEHOLDER}\nwhat?" if shown else "what?"))
-        turns.append(Turn("assistant", "one " * WORDS))
-    pictures = tuple(scene("bench", 0, number) for number in range(images))
+        turns.append(ChatTurn("human", f"{IMAGE_PLACEHOLDER}\nwhat?" if shown else "what?"))
+        turns.append(ChatTurn("assistant", "one " * WORDS))
+    pictures = tuple(make_scene("bench", 0, number) for number in range(images))
     per_image = vlm.connector.tokens_per_image
-    one = encode(
+    one = encode_sample(
         Sample("bench", tuple(turns), pictures), vlm.template, vlm.tokenizer, per_image, 1 << 20
     )
     return collate([[one]], lambda picture: vlm.transform(picture.open()))
 
 
-def injected(vlm: VLM, batch: Batch) -> Callable[[], torch.Tensor]:
+def injection_pass(vlm: VLM, batch: PackedBatch) -> Callable[[], torch.Tensor]:
     """Return the gated layers alone, over the same hidden states."""
     visual = vlm.visual(batch).detach()
-    hidden = torch.randn(*batch.ids.shape, vlm.shapes.lm_width, requires_grad=True)
+    hidden = torch.randn(*batch.input_ids.shape, vlm.shapes.lm_width, requires_grad=True)
 
-    def run() -> torch.Tensor:
+    def run_injection() -> torch.Tensor:
         out = hidden
-        for layer in vlm.connector.inject_at:
+        for layer in vlm.connector.inject_layers:
             out = vlm.connector.inject(layer, out, visual, batch.image_index)
         return out.sum()
 
-    return run
+    return run_injection
 
 
-def seconds(*works: Callable[[], torch.Tensor]) -> list[float]:
+def median_seconds(*works: Callable[[], torch.Tensor]) -> list[float]:
     """Return the median time of forward and backward of each, taken in turns."""
     times: list[list[float]] = [[] for _ in works]
     for _ in range(ROUNDS):
@@ -68,14 +68,14 @@ def seconds(*works: Callable[[], torch.Tensor]) -> list[float]:
 
 def main() -> None:
     """Print the two ratios."""
-    vlm = compose(recipes.load(["recipe=yivl_flamingo"]), 112)
-    few, many = conversation(vlm, 2), conversation(vlm, 8)
-    print(f"positions: {few.ids.shape[1]} with 2 pictures, {many.ids.shape[1]} with 8")
+    vlm = build_vlm(recipes.load_recipe(["recipe=yivl_flamingo"]), 112)
+    few, many = make_conversation(vlm, 2), make_conversation(vlm, 8)
+    print(f"positions: {few.input_ids.shape[1]} with 2 pictures, {many.input_ids.shape[1]} with 8")
     for name, works in (
         ("whole step", [lambda b=b: vlm(b).loss_sum for b in (few, many)]),
-        ("gated layers", [injected(vlm, b) for b in (few, many)]),
+        ("gated layers", [injection_pass(vlm, b) for b in (few, many)]),
     ):
-        two, eight = seconds(*works)
+        two, eight = median_seconds(*works)
         ratio = eight / two
         print(f"{name}: {1e3 * two:.1f} ms with 2, {1e3 * eight:.1f} ms with 8, ratio {ratio:.2f}")
 

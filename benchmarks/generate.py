@@ -22,19 +22,19 @@ import numpy as np
 import small
 import torch
 from PIL import Image
-from table import keep
+from table import write_section
 
 from vlbench.model.vlm import VLM
-from vlbench.model.weights.to_hf_llava import write_hf_llava
+from vlbench.model.weights.export_hf_llava import write_hf_llava
 
 Messages = list[dict[str, Any]]
-Side = Callable[[], list[list[int]]]
+AnswerCall = Callable[[], list[list[int]]]
 
 CONVERSATIONS, TOKENS, ROUNDS = 32, 64, 3
 WORDS = "how many red blue green round balls boxes are there left right of the big small".split()
 
 
-def conversations() -> list[Messages]:
+def make_conversations() -> list[Messages]:
     """Return questions of 5 to 60 words about pictures of noise."""
     rng = np.random.default_rng(0)
     found = []
@@ -47,7 +47,7 @@ def conversations() -> list[Messages]:
     return found
 
 
-class Peer:
+class TransformersPeer:
     """The same model weight for weight, as transformers has it."""
 
     def __init__(self, vlm: VLM) -> None:
@@ -62,10 +62,10 @@ class Peer:
             self.processor = AutoProcessor.from_pretrained(folder)
         self.processor.tokenizer.padding_side = "left"
 
-    def answers(self, asked: list[Messages]) -> list[list[int]]:
+    def generate_answers(self, messages: list[Messages]) -> list[list[int]]:
         """Return the new ids of every conversation, answered at once."""
         inputs = self.processor.apply_chat_template(
-            asked,
+            messages,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -77,7 +77,9 @@ class Peer:
         return ids[:, inputs["input_ids"].shape[1] :].tolist()
 
 
-def timed(sides: dict[str, Side]) -> tuple[dict[str, float], dict[str, list[list[int]]]]:
+def time_answer_calls(
+    sides: dict[str, AnswerCall],
+) -> tuple[dict[str, float], dict[str, list[list[int]]]]:
     """Run every side in turns; return the median seconds and the last answers of each."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     new: dict[str, list[list[int]]] = {name: work() for name, work in sides.items()}
@@ -95,18 +97,18 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     vlm = small.model().eval()
-    peer, asked = Peer(vlm), conversations()
-    sides: dict[str, Side] = {
+    peer, asked = TransformersPeer(vlm), make_conversations()
+    sides: dict[str, AnswerCall] = {
         f"vlbench, batches of {CONVERSATIONS}": lambda: vlm.generate(
             vlm.prepare(asked), max_new_tokens=TOKENS
         ),
         "vlbench, one at a time": lambda: [
             vlm.generate(vlm.prepare(one), max_new_tokens=TOKENS)[0] for one in asked
         ],
-        "Hugging Face, one at a time": lambda: [peer.answers([one])[0] for one in asked],
-        f"Hugging Face, batches of {CONVERSATIONS}": lambda: peer.answers(asked),
+        "Hugging Face, one at a time": lambda: [peer.generate_answers([one])[0] for one in asked],
+        f"Hugging Face, batches of {CONVERSATIONS}": lambda: peer.generate_answers(asked),
     }
-    seconds, new = timed(sides)
+    seconds, new = time_answer_calls(sides)
     rates = {name: sum(map(len, new[name])) / seconds[name] for name in sides}
     texts = {
         name: [vlm.tokenizer.decode([token for token in one if token]) for one in new[name]]
@@ -120,7 +122,7 @@ def main() -> None:
             f"| {name} | {rates[name]:.0f} | {rates[first] / rates[name]:.2f} x "
             f"| {same} of {CONVERSATIONS} |"
         )
-    keep("Answers", lines)
+    write_section("Answers", lines)
 
 
 if __name__ == "__main__":

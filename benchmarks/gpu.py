@@ -22,57 +22,57 @@ from typing import Any
 
 import small
 import torch
-from one import Stopwatch
+from one import StepTimer
 from PIL import Image
 from small import PackedSteps
-from table import keep
+from table import write_section
 from torch.utils.data import DataLoader
 
-from vlbench import recipe as recipes
-from vlbench.model.compose import compose
-from vlbench.model.flops import step_flops
+from vlbench.config import recipe as recipes
+from vlbench.config.schema import Recipe
+from vlbench.model.build_vlm import build_vlm
+from vlbench.model.train_flops import count_step_flops
 from vlbench.model.vlm import VLM
-from vlbench.schema import Recipe
-from vlbench.train.checkpointing import settle
-from vlbench.train.legs import plan
-from vlbench.train.module import Training, freeze
-from vlbench.train.speed import peak_flops, peak_memory
-from vlbench.train.trainer import root_device, trainer_of
+from vlbench.train.auto_checkpointing import set_activation_checkpointing
+from vlbench.train.lightning_trainer import build_trainer, root_device
+from vlbench.train.stage_plan import plan_stage_runs
+from vlbench.train.throughput import peak_flops, peak_memory
+from vlbench.train.training_module import VLMTrainingModule, freeze_untrained_parts
 
 WARM = 2
 BATCH = 16
 CONNECTORS = ("yivl_llava", "yivl_qformer", "yivl_flamingo", "yivl_eva")
-HEAD = [
+TABLE_HEAD = [
     "| | seconds a step | tokens/s | MFU | of the hardware | peak memory | kept |",
     "|---|---:|---:|---:|---:|---:|---|",
 ]
-HEADS = {
+PART_HEADS = {
     "ceiling": ["| | measured |", "|---|---:|"],
     "answers": ["| | seconds of the first call | tokens/s after it |", "|---|---:|---:|"],
 }
 WRITTEN, ROUNDS = 128, 3
 
 
-def ceiling(device: torch.device) -> float:
+def measure_matmul(device: torch.device) -> float:
     """Return the operations per second of a large matrix product in bf16, measured."""
     side = 8192 if device.type == "cuda" else 512
     a = torch.randn(side, side, device=device, dtype=torch.bfloat16)
     for _ in range(3):
         a @ a
-    _wait(device)
+    _synchronize_device(device)
     began, rounds = time.perf_counter(), 20
     for _ in range(rounds):
         a @ a
-    _wait(device)
+    _synchronize_device(device)
     return rounds * 2 * side**3 / (time.perf_counter() - began)
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize_device(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def built(recipe: Recipe, image_size: int, device: torch.device) -> VLM:
+def build_random_vlm(recipe: Recipe, image_size: int, device: torch.device) -> VLM:
     """Return the model of a recipe with random weights, made where it will be trained."""
     recipe = dataclasses.replace(
         recipe,
@@ -80,38 +80,38 @@ def built(recipe: Recipe, image_size: int, device: torch.device) -> VLM:
         language=dataclasses.replace(recipe.language, weights="random"),
     )
     with device:
-        return compose(recipe, image_size)
+        return build_vlm(recipe, image_size)
 
 
-def measured(words: list[str], stage: str, steps: int) -> list[str]:
+def measure_stage(overrides: list[str], stage: str, steps: int) -> list[str]:
     """Train some steps of a stage, and return the cells of its row."""
-    recipe = recipes.load([*words, "data.train=scenes"])
+    recipe = recipes.load_recipe([*overrides, "data.train=scenes"])
     device = root_device(recipe)
-    leg = next(leg for leg in plan(recipe) if leg.name == stage)
+    leg = next(leg for leg in plan_stage_runs(recipe) if leg.name == stage)
     chosen = dataclasses.replace(leg.stage, batch=BATCH, warmup=0.0, schedule="constant")
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    vlm = built(recipe, chosen.image_size, device)
-    freeze(vlm, chosen)
+    vlm = build_random_vlm(recipe, chosen.image_size, device)
+    freeze_untrained_parts(vlm, chosen)
     side = chosen.image_size
     shown = torch.randn(small.PICTURES, 3, side, side)
-    images = (1, 1) if chosen.form == "caption" else small.IMAGES
+    images = (1, 1) if chosen.sample_format == "caption" else small.IMAGES
     per_image = vlm.connector.tokens_per_image
-    samples = small.conversations(BATCH * steps, images, 0, per_image, vlm.tokenizer.rows)
-    data: Any = PackedSteps(samples, BATCH, chosen.row_tokens, shown)
-    way = settle(recipe, vlm, data, device)
-    flops = step_flops(vlm)
-    watch = Stopwatch()
-    module = Training(vlm, chosen, steps, 0, 0, [watch])
+    samples = small.conversations(BATCH * steps, images, 0, per_image, vlm.tokenizer.embedding_rows)
+    data: Any = PackedSteps(samples, BATCH, chosen.max_tokens_per_row, shown)
+    way = set_activation_checkpointing(recipe, vlm, data, device)
+    flops = count_step_flops(vlm)
+    watch = StepTimer()
+    module = VLMTrainingModule(vlm, chosen, steps, 0, 0, [watch])
     loader: DataLoader = DataLoader(data, batch_size=None, pin_memory=device.type == "cuda")
     try:
-        trainer_of(recipe, [], None).fit(module, loader)
+        build_trainer(recipe, [], None).fit(module, loader)
     except torch.OutOfMemoryError:
         return ["out of memory", "", "", "", "", way]
     seconds = watch.times[-1] - watch.times[WARM - 1]
-    needed = sum(flops.of(data[number].batches) for number in range(WARM, steps)) / seconds
+    needed = sum(flops.count_flops(data[number].batches) for number in range(WARM, steps)) / seconds
     repeated = {"none": 1.0, "selective": 1.0, "full": 4 / 3}[way]  # a forward pass more
     peak = peak_flops(device)
     shares = [f"{needed * more / peak:.1%}" if peak else "" for more in (1.0, repeated)]
@@ -124,21 +124,21 @@ def measured(words: list[str], stage: str, steps: int) -> list[str]:
     ]
 
 
-def peer(words: list[str], steps: int) -> list[list[str]]:
+def measure_trainer(overrides: list[str], steps: int) -> list[list[str]]:
     """Train the chat stage with Hugging Face's Trainer, a batch size a row."""
     import peer as trainer
 
-    recipe = recipes.load([*words, "connector.norm=false", "data.train=scenes"])
+    recipe = recipes.load_recipe([*overrides, "connector.norm=false", "data.train=scenes"])
     device = root_device(recipe)
     stage = recipe.stages["chat"]
     side = stage.image_size
     shown = torch.randn(small.PICTURES, 3, side, side)
     rows = []
     for micro in (1, 2, 4, 8):
-        vlm = built(recipe, side, device).to(torch.float32)
-        per_image, count = vlm.connector.tokens_per_image, vlm.tokenizer.rows
+        vlm = build_random_vlm(recipe, side, device).to(torch.float32)
+        per_image, count = vlm.connector.tokens_per_image, vlm.tokenizer.embedding_rows
         samples = small.conversations(BATCH * steps, small.IMAGES, 0, per_image, count)
-        model = trainer.twin(vlm).to(device)
+        model = trainer.export_to_transformers(vlm).to(device)
         del vlm
         gc.collect()
         try:
@@ -157,11 +157,11 @@ def peer(words: list[str], steps: int) -> list[list[str]]:
     return rows
 
 
-def answers(words: list[str]) -> list[list[str]]:
+def measure_answers(overrides: list[str]) -> list[list[str]]:
     """Answer questions about pictures in both ways, a number of conversations a row."""
-    recipe = recipes.load(words)
+    recipe = recipes.load_recipe(overrides)
     device = root_device(recipe)
-    vlm = built(recipe, recipe.stages["chat"].image_size, device).eval()
+    vlm = build_random_vlm(recipe, recipe.stages["chat"].image_size, device).eval()
     if device.type == "cuda":
         vlm = vlm.to(torch.bfloat16)
     image = Image.effect_noise((vlm.vision.image_size, vlm.vision.image_size), 64).convert("RGB")
@@ -183,18 +183,18 @@ def answers(words: list[str]) -> list[list[str]]:
     return rows
 
 
-def rows_of(part: str, size: str, steps: int) -> list[list[str]]:
+def measure_part(part: str, size: str, steps: int) -> list[list[str]]:
     """Return the rows of a part's table."""
-    words = [f"size={size}", "checkpointing=auto"]
+    words = [f"size={size}", "activation_checkpointing=auto"]
     llava = ["recipe=yivl_llava", *words]
     lora = ["stages.chat.train.language.lora.rank=64", "stages.chat.train.vision=null"]
     if part == "ceiling":
-        device = root_device(recipes.load(["recipe=yivl_llava"]))
-        return [["bf16 matrix product", f"{ceiling(device) / 1e12:.1f} TFLOP/s"]]
+        device = root_device(recipes.load_recipe(["recipe=yivl_llava"]))
+        return [["bf16 matrix product", f"{measure_matmul(device) / 1e12:.1f} TFLOP/s"]]
     if part == "peer":
-        return peer(llava, steps)
+        return measure_trainer(llava, steps)
     if part == "answers":
-        return answers(llava)
+        return measure_answers(llava)
     known: dict[str, dict[str, tuple[list[str], str]]] = {
         "chat": {f"chat, {size}, all parameters": (llava, "chat")},
         "align": {f"align_224, {size}": (llava, "align_224")},
@@ -206,17 +206,17 @@ def rows_of(part: str, size: str, steps: int) -> list[list[str]]:
     }
     if part not in known:
         sys.exit(f"part is '{part}'; allowed are ceiling, peer, answers, {', '.join(known)}")
-    return [[name, *measured(*what, steps)] for name, what in known[part].items()]
+    return [[name, *measure_stage(*what, steps)] for name, what in known[part].items()]
 
 
 def main() -> None:
     """Run one part."""
     given = dict(word.split("=") for word in sys.argv[1:])
     part, size = given["part"], given.get("size", "6b")
-    rows = rows_of(part, size, int(given.get("steps", 8)))
-    head = HEADS.get(part, HEAD)
+    rows = measure_part(part, size, int(given.get("steps", 8)))
+    head = PART_HEADS.get(part, TABLE_HEAD)
     where = "GPU" if torch.cuda.is_available() else "CPU"
-    keep(f"{where}: {part}, {size}", [*head, *(f"| {' | '.join(row)} |" for row in rows)])
+    write_section(f"{where}: {part}, {size}", [*head, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 if __name__ == "__main__":

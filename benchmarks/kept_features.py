@@ -27,9 +27,9 @@ WORDS = [
     "stages.align_448.train.vision=null",
     "stages.align_448.image_size=224",
     f"stages.align_448.steps={EPOCHS * PICTURES // BATCH}",
-    f"stages.align_448.batch={BATCH}",
+    f"stages.align_448.global_batch_size={BATCH}",
     f"data.samples={PICTURES}",
-    "log.every=1",
+    "log.every_n_steps=1",
     "log.evaluate_every=1000",
     "log.questions=1",
     "log.examples=0",
@@ -37,15 +37,15 @@ WORDS = [
 ]
 
 
-def rows(folder: Path, *words: str) -> list[dict[str, str]]:
+def fit_and_read_metrics(folder: Path, *overrides: str) -> list[dict[str, str]]:
     """Fit, and return what was logged of every step."""
-    if vlbench([*WORDS, f"run={folder}", *words]):
+    if vlbench([*WORDS, f"run={folder}", *overrides]):
         sys.exit("the run failed")
     with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def seconds(logged: list[dict[str, str]]) -> float:
+def median_step_seconds(logged: list[dict[str, str]]) -> float:
     """Return the median time of a step after the first epoch."""
     later = logged[PICTURES // BATCH :]
     return statistics.median(float(row["step_seconds"]) for row in later)
@@ -56,12 +56,12 @@ def main() -> None:
     plain, kept = [], []
     with tempfile.TemporaryDirectory() as folder:
         for number in range(ROUNDS):
-            without = rows(Path(folder) / f"plain{number}")
+            without = fit_and_read_metrics(Path(folder) / f"plain{number}")
             cache = f"trainer.feature_cache={folder}/cache{number}"
-            with_ = rows(Path(folder) / f"kept{number}", cache)
+            with_ = fit_and_read_metrics(Path(folder) / f"kept{number}", cache)
             assert [row["loss"] for row in without] == [row["loss"] for row in with_]
-            plain.append(seconds(without))
-            kept.append(seconds(with_))
+            plain.append(median_step_seconds(without))
+            kept.append(median_step_seconds(with_))
     before, after = statistics.median(plain), statistics.median(kept)
     print("\n| | seconds a step, median of rounds | spread |\n|---|---:|---:|")
     for name, found in (("tower runs", plain), ("features are kept", kept)):

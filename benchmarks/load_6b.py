@@ -56,12 +56,12 @@ PROCESSOR = {
 def main() -> int:
     """Write the model, measure in a process of its own, print the figures."""
     if len(sys.argv) > 1:
-        return measure(Path(sys.argv[1]))
+        return measure_loading(Path(sys.argv[1]))
     with tempfile.TemporaryDirectory() as folder:
-        return measure(Path(folder))
+        return measure_loading(Path(folder))
 
 
-def measure(folder: Path) -> int:
+def measure_loading(folder: Path) -> int:
     """Write the model into `folder` unless it is there; load and ask it; return the exit code."""
     if not (folder / "config.json").is_file():
         began = time.monotonic()
@@ -69,7 +69,7 @@ def measure(folder: Path) -> int:
         print(f"written in {time.monotonic() - began:.0f} s")
     files = [p for p in folder.rglob("*") if p.suffix == ".safetensors"]
     print(f"{len(files)} files of weights, {sum(p.stat().st_size for p in files) / 1e9:.2f} GB")
-    child = [sys.executable, "-c", ASK, str(folder), str(PHOTO)]
+    child = [sys.executable, "-c", ASK_SCRIPT, str(folder), str(PHOTO)]
     figures = json.loads(subprocess.run(child, check=True, stdout=subprocess.PIPE).stdout)
     for name, value in figures.items():
         print(f"{name}: {value / 1e9:.2f} GB" if "bytes" in name else f"{name}: {value}")
@@ -80,7 +80,7 @@ def measure(folder: Path) -> int:
     return 0 if over <= LIMIT else 1
 
 
-ASK = """
+ASK_SCRIPT = """
 import json, sys, time
 import vlbench
 
@@ -109,11 +109,15 @@ def write_model(folder: Path) -> None:
     """Write a Yi-VL-6B with random weights, in the released layout, into `folder`."""
     import torch
 
-    from vlbench.model.language import TINY, config_of, empty_language
-    from vlbench.model.weights import clip
-    from vlbench.model.weights.shards import write
+    from vlbench.model.language_model import (
+        TINY_LANGUAGE_FOLDER,
+        build_empty_language,
+        named_language_config,
+    )
+    from vlbench.model.weights import clip_layouts
+    from vlbench.model.weights.tensor_files import write_tensors
 
-    language = empty_language(config_of("yi-6b"))
+    language = build_empty_language(named_language_config("yi-6b"))
     main = {name: list(tensor.shape) for name, tensor in language.state_dict().items()}
     width = language.config.hidden_size
     layers = {"0": [width, TOWER["hidden_size"]], "1": [width], "3": [width, width], "4": [width]}
@@ -121,12 +125,12 @@ def write_model(folder: Path) -> None:
         main[f"model.mm_projector.{number}.weight"] = shape
         main[f"model.mm_projector.{number}.bias"] = [width]
     with torch.device("meta"):
-        visual = clip.to_hugging_face(clip.build(TOWER))
+        visual = clip_layouts.to_hf_state_dict(clip_layouts.build_clip_vit(TOWER))
     tower = folder / "vit" / NAME
     tower.mkdir(parents=True)
-    write(random_tensors(main), folder)
+    write_tensors(random_tensors(main), folder)
     shapes = {f"vision_model.{name}": list(tensor.shape) for name, tensor in visual.items()}
-    write(random_tensors(shapes), tower)
+    write_tensors(random_tensors(shapes), tower)
     rope = {"rope_parameters": None, "rope_theta": 5000000.0}
     for file, value in (
         (folder / "config.json", {**language.config.to_dict(), **rope, **LLAVA}),
@@ -135,7 +139,7 @@ def write_model(folder: Path) -> None:
     ):
         file.write_text(json.dumps(value, indent=2))
     for name in ("tokenizer.model", "tokenizer_config.json"):
-        (folder / name).write_bytes((TINY / name).read_bytes())
+        (folder / name).write_bytes((TINY_LANGUAGE_FOLDER / name).read_bytes())
 
 
 def random_tensors(shapes: dict[str, list[int]]) -> Iterator[tuple[str, Any]]:

@@ -9,21 +9,25 @@ shown apart: it is the same on both sides.
 
 from __future__ import annotations
 
-from table import keep, measure
+from table import run_script, write_section
 
 SIDES = {
     "vlbench, rows of 2048": ("ours", "micro=2048"),
-    "vlbench, rows of 2048, selective": ("ours", "micro=2048", "checkpointing=selective"),
-    "vlbench, rows of 2048, full": ("ours", "micro=2048", "checkpointing=full"),
+    "vlbench, rows of 2048, selective": (
+        "ours",
+        "micro=2048",
+        "activation_checkpointing=selective",
+    ),
+    "vlbench, rows of 2048, full": ("ours", "micro=2048", "activation_checkpointing=full"),
     "Trainer, batches of 8": ("theirs", "micro=8"),
     "Trainer, batches of 8, grouped by length": ("theirs", "micro=8", "grouped=true"),
-    "Trainer, batches of 8, recomputed": ("theirs", "micro=8", "checkpointing=full"),
+    "Trainer, batches of 8, recomputed": ("theirs", "micro=8", "activation_checkpointing=full"),
 }
 
 
 def main() -> None:
     """Print the table."""
-    found = {name: measure("one.py", *words) for name, words in SIDES.items()}
+    found = {name: run_script("one.py", *words) for name, words in SIDES.items()}
     ours = next(iter(found.values()))
     lines = [
         "| | peak | vlbench takes | above what was there before | vlbench takes | tokens/s |",
@@ -35,7 +39,7 @@ def main() -> None:
             f"| {name} | {one['peak'] / 1e9:.2f} GB | {ours['peak'] / one['peak']:.2f} x "
             f"| {more / 1e9:.2f} GB | {own / more:.2f} x | {one['tokens_per_second']:.0f} |"
         )
-    keep("Memory", lines)
+    write_section("Memory", lines)
 
 
 if __name__ == "__main__":

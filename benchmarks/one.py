@@ -21,13 +21,13 @@ import torch
 from small import PackedSteps, conversations, pixels
 from torch.utils.data import DataLoader
 
-from vlbench import recipe as recipes
-from vlbench.data.sample import Encoded
-from vlbench.data.steps import Step
+from vlbench.config import recipe as recipes
+from vlbench.config.schema import PartTrainConfig, StageConfig
+from vlbench.data.batch_sampler import OptimizerStep
+from vlbench.data.sample_encoding import EncodedSample
 from vlbench.model.vlm import VLM
-from vlbench.schema import Stage, Train
-from vlbench.train.module import Training, Watcher, freeze
-from vlbench.train.trainer import trainer_of
+from vlbench.train.lightning_trainer import build_trainer
+from vlbench.train.training_module import StageCallback, VLMTrainingModule, freeze_untrained_parts
 
 BATCH = 16  # conversations in an optimizer step
 STEPS = 10
@@ -41,7 +41,7 @@ TRAINED = {
 IMAGES = {"chat": small.IMAGES, "align": (1, 1), "projector": (1, 1)}
 
 
-class Stopwatch(Watcher):
+class StepTimer(StageCallback):
     """Note when every step ends, its loss and its positions."""
 
     def __init__(self) -> None:
@@ -49,59 +49,73 @@ class Stopwatch(Watcher):
         self.losses: list[float] = []
         self.tokens: list[int] = []
 
-    def after(self, training: Training, step: Step) -> None:
+    def after(self, training: VLMTrainingModule, step: OptimizerStep) -> None:
         """Note the step."""
         self.times.append(time.perf_counter())
         self.losses.append(training.report.loss)
         self.tokens.append((self.tokens or [0])[-1] + training.report.tokens)
 
 
-def ours(
-    vlm: VLM, samples: list[Encoded], part: str, micro: int, bf16: bool, kept: bool, way: str
-) -> Stopwatch:
+def train_with_vlbench(
+    vlm: VLM,
+    samples: list[EncodedSample],
+    part: str,
+    micro: int,
+    bf16: bool,
+    known_features: bool,
+    checkpointing_mode: str,
+) -> StepTimer:
     """Train with vlbench; rows have at most `micro` positions. `kept`: with known features.
 
     `way` is what is recomputed.
     """
-    recipe = recipes.load(["recipe=yivl_llava"])
-    stage: Stage = dataclasses.replace(
+    recipe = recipes.load_recipe(["recipe=yivl_llava"])
+    stage: StageConfig = dataclasses.replace(
         recipe.stages["chat"],
-        train={name: Train(lr=LR) for name in TRAINED[part]},  # type: ignore[misc]
+        train={name: PartTrainConfig(lr=LR) for name in TRAINED[part]},  # type: ignore[misc]
         clip=1.0,
         warmup=0.0,
         schedule="constant",
         batch=BATCH,
     )
     recipe = dataclasses.replace(recipe, precision="bf16" if bf16 else "32")
-    freeze(vlm, stage)
-    vlm.recompute(way)
+    freeze_untrained_parts(vlm, stage)
+    vlm.enable_activation_checkpointing(checkpointing_mode)
     shown = pixels()
     features = None
-    if kept:
+    if known_features:
         with torch.no_grad():
             features = vlm.vision(shown)
     steps = PackedSteps(samples, BATCH, micro, shown, features)
-    watch = Stopwatch()
-    module = Training(vlm, stage, len(steps), 0, 0, [watch])
+    watch = StepTimer()
+    module = VLMTrainingModule(vlm, stage, len(steps), 0, 0, [watch])
     loader: DataLoader = DataLoader(steps, batch_size=None, shuffle=False)
-    trainer_of(recipe, [], None).fit(module, loader)
+    build_trainer(recipe, [], None).fit(module, loader)
     return watch
 
 
-def theirs(
-    vlm: VLM, samples: list[Encoded], part: str, micro: int, bf16: bool, grouped: bool, way: str
+def train_with_trainer(
+    vlm: VLM,
+    samples: list[EncodedSample],
+    part: str,
+    micro: int,
+    bf16: bool,
+    grouped: bool,
+    checkpointing_mode: str,
 ) -> Any:
     """Train with the Trainer, `micro` conversations at a time."""
     import peer
 
-    twin = peer.twin(vlm)
+    twin = peer.export_to_transformers(vlm)
     parts = {"vision": "vision_tower", "connector": "projector", "language": "language_model"}
     for name, parameter in twin.named_parameters():
         head = "lm_head" in name
         parameter.requires_grad_(
             any(parts[one] in name or (one == "language" and head) for one in TRAINED[part])
         )
-    return peer.train(twin, samples, pixels(), BATCH, micro, LR, grouped, bf16, way == "full")
+    return peer.train(
+        twin, samples, pixels(), BATCH, micro, LR, grouped, bf16, checkpointing_mode == "full"
+    )
 
 
 def main() -> None:
@@ -116,9 +130,13 @@ def main() -> None:
     vlm = small.model()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if side == "ours":
-        watch = ours(vlm, samples, part, micro, bf16, given.get("kept") == "true", way)
+        watch = train_with_vlbench(
+            vlm, samples, part, micro, bf16, given.get("kept") == "true", way
+        )
     else:
-        watch = theirs(vlm, samples, part, micro, bf16, given.get("grouped") == "true", way)
+        watch = train_with_trainer(
+            vlm, samples, part, micro, bf16, given.get("grouped") == "true", way
+        )
     seconds = watch.times[-1] - watch.times[WARM - 1]
     tokens = watch.tokens[-1] - watch.tokens[WARM - 1]
     told = {

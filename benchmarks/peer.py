@@ -15,69 +15,69 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
 
-from vlbench.data.sample import IGNORE, IMAGE, Encoded
+from vlbench.data.sample_encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX, EncodedSample
 from vlbench.model.vlm import VLM
-from vlbench.model.weights.to_hf_llava import write_hf_llava
+from vlbench.model.weights.export_hf_llava import write_hf_llava
 
 
-def twin(vlm: VLM) -> Any:
+def export_to_transformers(vlm: VLM) -> Any:
     """Return the same model, weight for weight, as transformers has it."""
     with tempfile.TemporaryDirectory() as folder:
         write_hf_llava(vlm, Path(folder), None)
         return LlavaForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa")
 
 
-def examples(samples: list[Encoded], image_id: int) -> list[dict[str, Any]]:
+def trainer_examples(samples: list[EncodedSample], image_id: int) -> list[dict[str, Any]]:
     """Return conversations as the Trainer takes them; labels are shifted by the model itself."""
     found = []
     for one in samples:
-        ids = [image_id if token == IMAGE else token for token in one.ids]
-        labels = [IGNORE, *one.labels[:-1]]
-        numbers = [picture.number for picture in one.sample.pictures]  # type: ignore[attr-defined]
+        ids = [image_id if token == IMAGE_TOKEN_INDEX else token for token in one.input_ids]
+        labels = [IGNORE_INDEX, *one.labels[:-1]]
+        numbers = [picture.number for picture in one.sample.images]  # type: ignore[attr-defined]
         found.append({"input_ids": ids, "labels": labels, "pictures": numbers})
     return found
 
 
-class Collate:
+class PaddingCollator:
     """Pad a batch to its longest conversation."""
 
-    def __init__(self, shown: Tensor) -> None:
+    def __init__(self, image_pixels: Tensor) -> None:
         """Show `shown`, pixels by picture."""
-        self.shown = shown
+        self.image_pixels = image_pixels
 
     def __call__(self, batch: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Return what the model takes."""
         longest = max(len(one["input_ids"]) for one in batch)
 
-        def padded(key: str, value: int) -> Tensor:
+        def pad_column(key: str, value: int) -> Tensor:
             return torch.tensor([one[key] + [value] * (longest - len(one[key])) for one in batch])
 
         numbers = [number for one in batch for number in one["pictures"]]
-        ids = padded("input_ids", 0)
+        ids = pad_column("input_ids", 0)
         lengths = torch.tensor([len(one["input_ids"]) for one in batch])
         made = {
             "input_ids": ids,
-            "labels": padded("labels", IGNORE),
+            "labels": pad_column("labels", IGNORE_INDEX),
             "attention_mask": (torch.arange(longest)[None] < lengths[:, None]).long(),
         }
         if numbers:
-            made["pixel_values"] = self.shown[numbers]
+            made["pixel_values"] = self.image_pixels[numbers]
         return made
 
 
-class Watch(TrainerCallback):
+class TrainerStepTimer(TrainerCallback):
     """Note when every step ends, its loss, and the positions that were read before it ended."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
         self.losses: list[float] = []
         self.tokens: list[int] = []
-        self.read = 0
+        self.tokens_read = 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Note the time."""
         self.times.append(time.perf_counter())
-        self.tokens.append(self.read)
+        self.tokens.append(self.tokens_read)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Note the loss."""
@@ -85,30 +85,30 @@ class Watch(TrainerCallback):
             self.losses.append(logs["loss"])
 
 
-class Counting(Trainer):
+class TokenCountingTrainer(Trainer):
     """The Trainer, with a count of real positions: padding is none."""
 
-    watch: Watch
+    step_timer: TrainerStepTimer
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Count, and train as always."""
-        self.watch.read += int(inputs["attention_mask"].sum())
+        self.step_timer.tokens_read += int(inputs["attention_mask"].sum())
         return super().training_step(model, inputs, *args, **kwargs)
 
 
 def train(
     model: Any,
-    samples: list[Encoded],
-    shown: Tensor,
+    samples: list[EncodedSample],
+    image_pixels: Tensor,
     batch: int,
     micro: int,
     lr: float,
     grouped: bool,
     bf16: bool,
     checkpointing: bool,
-) -> Watch:
+) -> TrainerStepTimer:
     """Train on all samples in steps of `batch`, `micro` at a time; return what was noted."""
-    watch = Watch()
+    watch = TrainerStepTimer()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -132,11 +132,14 @@ def train(
             dataloader_num_workers=0,
             seed=0,
         )
-        rows = examples(samples, model.config.image_token_index)
-        trainer = Counting(
-            model=model, args=arguments, train_dataset=rows, data_collator=Collate(shown)
+        rows = trainer_examples(samples, model.config.image_token_index)
+        trainer = TokenCountingTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            data_collator=PaddingCollator(image_pixels),
         )
-        trainer.watch = watch
+        trainer.step_timer = watch
         trainer.add_callback(watch)
         trainer.train()
     return watch

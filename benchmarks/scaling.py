@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py
 
-Times forward and backward of the model of `small.py`, and divides by what `model/flops.py` counts.
+Times forward and backward of the model of `small.py`, and divides by what `model/train_flops.py` counts.
 The plot is `scaling.png` in this folder.
 """
 
@@ -17,14 +17,14 @@ import warnings
 import small
 from matplotlib.figure import Figure
 from small import PackedSteps, pixels
-from table import HERE, keep
+from table import HERE, write_section
 
-from vlbench import recipe as recipes
-from vlbench.data.batch import Batch
-from vlbench.data.sample import Encoded
-from vlbench.model.flops import step_flops
+from vlbench.config import recipe as recipes
+from vlbench.data.packing import PackedBatch
+from vlbench.data.sample_encoding import EncodedSample
+from vlbench.model.train_flops import count_step_flops
 from vlbench.model.vlm import VLM
-from vlbench.train.module import freeze
+from vlbench.train.training_module import freeze_untrained_parts
 
 ROUNDS = 5
 ROW = 4096
@@ -35,7 +35,7 @@ CASES: dict[str, list[tuple[int, int, int]]] = {  # (conversations, tokens of te
 }
 
 
-def conversation(number: int, length: int, images: int) -> Encoded:
+def make_conversation(number: int, length: int, images: int) -> EncodedSample:
     """Return a conversation of which the second half is supervised."""
     per_image = (small.IMAGE_SIZE // small.PATCH) ** 2
     text = [3 + (7 * place + number) % (small.VOCABULARY - 3) for place in range(length)]
@@ -43,7 +43,7 @@ def conversation(number: int, length: int, images: int) -> Encoded:
     return small.conversation(str(number), text, length // 2, pictures, per_image)
 
 
-def seconds(vlm: VLM, batches: list[Batch]) -> float:
+def median_seconds(vlm: VLM, batches: list[PackedBatch]) -> float:
     """Return the median time of forward and backward over all micro-batches."""
     times = []
     for _ in range(ROUNDS + 1):
@@ -60,9 +60,9 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     vlm = small.model()
-    recipe = recipes.load(["recipe=yivl_llava"])
-    freeze(vlm, recipe.stages["chat"])
-    flops, shown = step_flops(vlm), pixels()
+    recipe = recipes.load_recipe(["recipe=yivl_llava"])
+    freeze_untrained_parts(vlm, recipe.stages["chat"])
+    flops, shown = count_step_flops(vlm), pixels()
     lines = [
         "| grows | conversations | text | images | operations | seconds | per operation |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -71,9 +71,9 @@ def main() -> None:
     for axes, (name, cases) in zip(figure.subplots(1, 3), CASES.items(), strict=True):
         found = []
         for count, length, images in cases:
-            samples = [conversation(number, length, images) for number in range(count)]
+            samples = [make_conversation(number, length, images) for number in range(count)]
             batches = PackedSteps(samples, count, ROW, shown)[0].batches
-            found.append((flops.of(batches), seconds(vlm, batches)))
+            found.append((flops.count_flops(batches), median_seconds(vlm, batches)))
             print(".", end="", file=sys.stderr, flush=True)
         middle = found[len(found) // 2][1] / found[len(found) // 2][0]
         for (count, length, images), (needed, taken) in zip(cases, found, strict=True):
@@ -88,7 +88,7 @@ def main() -> None:
         axes.set(xlabel=name, ylabel="seconds a step", ylim=(0, None))
         axes.legend(frameon=False)
     figure.savefig(HERE / "scaling.png", dpi=120)
-    keep(
+    write_section(
         "Scaling",
         [
             "Time per operation, the middle row of each block being 1; plot in `scaling.png`.",

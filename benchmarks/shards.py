@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from table import keep
+from table import write_section
 
 SHARDS, SAMPLES = 10_000, 10_000
 SEEKS = 1000
@@ -21,25 +21,25 @@ SEEKS = 1000
 
 def main() -> None:
     """Print the table."""
-    from vlbench.data.order import Mixture
-    from vlbench.data.shards import Shards
+    from vlbench.data.shards import WebDatasetShards
+    from vlbench.data.shuffle import SourceMixture
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with tempfile.TemporaryDirectory() as folder:
         listed = [{"file": f"{n:06d}.tar", "samples": SAMPLES} for n in range(SHARDS)]
         (Path(folder) / "shards.json").write_text(json.dumps({"version": 1, "shards": listed}))
         began = time.perf_counter()
-        mixture = Mixture([(Shards(folder), 1.0)], seed=0)
+        mixture = SourceMixture([(WebDatasetShards(folder), 1.0)], seed=0)
         opened = time.perf_counter() - began
         began = time.perf_counter()
-        mixture.at(len(mixture) - 1)
+        mixture.locate_sample(len(mixture) - 1)
         first = time.perf_counter() - began
         began = time.perf_counter()
         for number in range(SEEKS):
-            mixture.at(number * len(mixture) // SEEKS)
+            mixture.locate_sample(number * len(mixture) // SEEKS)
         each = (time.perf_counter() - began) / SEEKS
     memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1000
-    keep(
+    write_section(
         "Shards",
         [
             f"| {SHARDS * SAMPLES:,} samples in {SHARDS:,} shards | |",

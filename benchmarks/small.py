@@ -16,17 +16,23 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from vlbench import plugins
-from vlbench.data.batch import collate, pack
-from vlbench.data.sample import IGNORE, IMAGE, Encoded, Picture, Sample
-from vlbench.data.steps import Step
-from vlbench.data.template import TEMPLATES
+from vlbench.connector import registry
+from vlbench.data.batch_sampler import OptimizerStep
+from vlbench.data.chat_template import CHAT_TEMPLATES
+from vlbench.data.packing import collate, pack_samples
+from vlbench.data.sample_encoding import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN_INDEX,
+    EncodedSample,
+    LazyImage,
+    Sample,
+)
 from vlbench.data.tokenizer import Tokenizer
-from vlbench.model.attention import PACKED
-from vlbench.model.language import SHARED, TINY
-from vlbench.model.vision import Tower
+from vlbench.model.language_model import SHARED_YI_CONFIG, TINY_LANGUAGE_FOLDER
+from vlbench.model.packed_attention import PACKED_ATTENTION
+from vlbench.model.vision_encoder import VisionEncoder
 from vlbench.model.vlm import VLM
-from vlbench.model.weights import clip
+from vlbench.model.weights import clip_layouts
 
 WIDTH, LAYERS, VOCABULARY = 256, 8, 1000
 IMAGE_SIZE, PATCH = 112, 14
@@ -36,7 +42,7 @@ IMAGES = (0, 3)  # of a conversation
 PICTURES = 64  # different ones
 
 
-def model(seed: int = 0) -> VLM:
+def build_small_vlm(seed: int = 0) -> VLM:
     """Return the small model with LLaVA's plain projector, which both sides have."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -45,10 +51,10 @@ def model(seed: int = 0) -> VLM:
         num_attention_heads=8,
         num_key_value_heads=1,
         intermediate_size=WIDTH * 11008 // 4096,
-        **{**SHARED, "vocab_size": VOCABULARY},
+        **{**SHARED_YI_CONFIG, "vocab_size": VOCABULARY},
     )
     language = LlamaForCausalLM(config)
-    language.set_attn_implementation(PACKED)
+    language.set_attn_implementation(PACKED_ATTENTION)
     tower = {
         "hidden_size": 96,
         "intermediate_size": 384,
@@ -58,23 +64,23 @@ def model(seed: int = 0) -> VLM:
         "patch_size": PATCH,
         "hidden_act": "gelu",
     }
-    visual = clip.build(tower)
+    visual = clip_layouts.build_clip_vit(tower)
     for parameter in visual.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.02)
     return VLM(
-        Tower(visual, -2, False, {"mean": (0.5,) * 3, "std": (0.25,) * 3}),
-        plugins.connector("llava_mlp"),
+        VisionEncoder(visual, -2, False, {"mean": (0.5,) * 3, "std": (0.25,) * 3}),
+        registry.load_connector("llava_mlp"),
         {"norm": False, "depth": 2},
         language,
-        Tokenizer.load(TINY),
-        TEMPLATES["yi_vl"],
+        Tokenizer.load(TINY_LANGUAGE_FOLDER),
+        CHAT_TEMPLATES["yi_vl"],
         4096,
     )
 
 
 @dataclass(frozen=True)
-class Number:
+class NumberedImage:
     """A picture that is only a number; its pixels are in `pixels`."""
 
     number: int
@@ -89,19 +95,19 @@ class Number:
         raise NotImplementedError
 
 
-def pixels(seed: int = 0) -> Tensor:
+def random_pixels(seed: int = 0) -> Tensor:
     """Return the pixels of all pictures, `[PICTURES, 3, IMAGE_SIZE, IMAGE_SIZE]`."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(PICTURES, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
 
 
-def conversations(
+def make_conversations(
     count: int,
     images: tuple[int, int] = IMAGES,
     seed: int = 0,
     per_image: int = (IMAGE_SIZE // PATCH) ** 2,
     vocabulary: int = VOCABULARY,
-) -> list[Encoded]:
+) -> list[EncodedSample]:
     """Return conversations as token ids: pictures first, then text, the answers at its end."""
     generator = torch.Generator().manual_seed(seed)
     found = []
@@ -114,49 +120,54 @@ def conversations(
         text = torch.randint(3, vocabulary, (length,), generator=generator).tolist()
         pictures = [(number * IMAGES[1] + place) % PICTURES for place in range(shown)]
         answer = max(1, round(length * share))
-        found.append(conversation(str(number), text, answer, pictures, per_image))
+        found.append(encode_conversation(str(number), text, answer, pictures, per_image))
     return found
 
 
-def conversation(
+def encode_conversation(
     name: str, text: list[int], answer: int, pictures: list[int], per_image: int
-) -> Encoded:
+) -> EncodedSample:
     """Return pictures, by number, and then a text of which the last `answer` ids are learned."""
-    ids = [IMAGE] * (per_image * len(pictures)) + text
-    labels = [IGNORE] * (len(ids) - answer - 1) + text[-answer:] + [IGNORE]
-    shown: tuple[Picture, ...] = tuple(map(Number, pictures))  # type: ignore[arg-type]
-    return Encoded(ids, labels, Sample(name, (), shown), per_image)
+    ids = [IMAGE_TOKEN_INDEX] * (per_image * len(pictures)) + text
+    labels = [IGNORE_INDEX] * (len(ids) - answer - 1) + text[-answer:] + [IGNORE_INDEX]
+    shown: tuple[LazyImage, ...] = tuple(map(NumberedImage, pictures))  # type: ignore[arg-type]
+    return EncodedSample(ids, labels, Sample(name, (), shown), per_image)
 
 
-class PackedSteps(Dataset[Step]):
-    """Steps of `batch` conversations each, packed into rows of at most `row_tokens`."""
+class PackedSteps(Dataset[OptimizerStep]):
+    """Steps of `batch` conversations each, packed into rows of at most `max_tokens_per_row`."""
 
     def __init__(
         self,
-        samples: list[Encoded],
+        samples: list[EncodedSample],
         batch: int,
-        row_tokens: int,
-        shown: Tensor,
+        max_tokens_per_row: int,
+        image_pixels: Tensor,
         features: Tensor | None = None,
     ) -> None:
         """Show `shown`, pixels by picture; or `features` of a frozen tower, where it has run."""
-        self.samples, self.batch, self.row_tokens = samples, batch, row_tokens
-        self.shown, self.features = shown, features
+        self.samples, self.batch, self.max_tokens_per_row = samples, batch, max_tokens_per_row
+        self.image_pixels, self.features = image_pixels, features
 
     def __len__(self) -> int:
         return len(self.samples) // self.batch
 
-    def __getitem__(self, index: int) -> Step:
+    def __getitem__(self, index: int) -> OptimizerStep:
         """Make step `index`."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         some = self.samples[index * self.batch : (index + 1) * self.batch]
         batches = []
-        for row in pack(some, self.row_tokens):
+        for row in pack_samples(some, self.max_tokens_per_row):
             chosen = [some[place] for place in row]
-            batch = collate([chosen], lambda picture: self.shown[picture.number])  # type: ignore[attr-defined]
+            batch = collate([chosen], lambda picture: self.image_pixels[picture.number])  # type: ignore[attr-defined]
             if self.features is not None:
-                numbers = [p.number for one in chosen for p in one.sample.pictures]  # type: ignore[attr-defined]
+                numbers = [p.number for one in chosen for p in one.sample.images]  # type: ignore[attr-defined]
                 batch = dataclasses.replace(batch, features=self.features[numbers])
             batches.append(batch)
-        return Step(index, batches, samples=len(some), tokens=sum(b.tokens for b in batches))
+        return OptimizerStep(
+            index,
+            batches,
+            sample_count=len(some),
+            supervised_token_count=sum(b.tokens for b in batches),
+        )

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from table import HERE, keep
+from table import HERE, write_section
 
 ROUNDS = 5
 MODULE = [sys.executable, "-m", "vlbench"]
@@ -33,9 +33,9 @@ def help_seconds() -> float:
 def first_step_seconds(cold: bool) -> float:
     """Return how long the main job takes until its first step is done and told."""
     with tempfile.TemporaryDirectory() as folder:
-        words = ["fit", "recipe=yivl_llava", f"run={folder}/run", "log.every=1"]
+        words = ["fit", "recipe=yivl_llava", f"run={folder}/run", "log.every_n_steps=1"]
         if cold:
-            forget()
+            drop_file_cache()
         began = time.perf_counter()
         with subprocess.Popen(
             [*MODULE, *words],
@@ -54,7 +54,7 @@ def first_step_seconds(cold: bool) -> float:
     return seconds
 
 
-def forget() -> None:
+def drop_file_cache() -> None:
     """Ask the system to drop every file of the environment and of vlbench from its memory."""
     for root in (Path(sysconfig.get_paths()["purelib"]), HERE.parent / "vlbench"):
         for path in root.rglob("*"):
@@ -69,7 +69,7 @@ def main() -> None:
     helps = [help_seconds() for _ in range(ROUNDS)]
     cold = first_step_seconds(cold=True)
     warm = [first_step_seconds(cold=False) for _ in range(3)]
-    keep(
+    write_section(
         "Start",
         [
             "| | seconds |",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 
-from table import in_turns, keep, measure, median, spread
+from table import format_spread, measure_in_turns, median_figure, run_script, write_section
 
 ROW = "2048"  # positions in one of our rows
 MICRO = ("8", "16")  # conversations in a batch of the Trainer, of 16 in a step
@@ -23,32 +23,36 @@ def main() -> None:
     part, rounds = given.get("part", "chat"), int(given.get("rounds", 3))
     bf16 = f"bf16={given.get('bf16', 'false')}"
 
-    def peer(micro: str, grouped: bool) -> tuple[str, ...]:
+    def trainer_command(micro: str, grouped: bool) -> tuple[str, ...]:
         grouping = f"grouped={'true' if grouped else 'false'}"
         return ("one.py", "theirs", f"part={part}", f"micro={micro}", bf16, grouping)
 
-    best = max(MICRO, key=lambda micro: measure(*peer(micro, False))["tokens_per_second"])
+    best = max(
+        MICRO, key=lambda micro: run_script(*trainer_command(micro, False))["tokens_per_second"]
+    )
     sides = {
         "vlbench": ("one.py", "ours", f"part={part}", f"micro={ROW}", bf16),
-        f"Trainer, batches of {best}": peer(best, False),
-        f"Trainer, batches of {best}, grouped by length": peer(best, True),
+        f"Trainer, batches of {best}": trainer_command(best, False),
+        f"Trainer, batches of {best}, grouped by length": trainer_command(best, True),
     }
     if part == "projector":
         kept = ("one.py", "ours", f"part={part}", f"micro={ROW}", bf16, "kept=true")
         sides = {"vlbench, features are known": kept, **sides}
-    found = in_turns(rounds, sides)
+    found = measure_in_turns(rounds, sides)
     ours = found["vlbench"]
     lines = [
         "| | tokens/s, median | spread | vlbench is faster by | peak memory | vlbench takes |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name, measured in found.items():
-        ratio = median(ours, "tokens_per_second") / median(measured, "tokens_per_second")
-        memory = median(ours, "peak") / median(measured, "peak")
+        ratio = median_figure(ours, "tokens_per_second") / median_figure(
+            measured, "tokens_per_second"
+        )
+        memory = median_figure(ours, "peak") / median_figure(measured, "peak")
         lines.append(
-            f"| {name} | {median(measured, 'tokens_per_second'):.0f} "
-            f"| {spread(measured, 'tokens_per_second')} | {ratio:.2f} x "
-            f"| {median(measured, 'peak') / 1e9:.2f} GB | {memory:.2f} x |"
+            f"| {name} | {median_figure(measured, 'tokens_per_second'):.0f} "
+            f"| {format_spread(measured, 'tokens_per_second')} | {ratio:.2f} x "
+            f"| {median_figure(measured, 'peak') / 1e9:.2f} GB | {memory:.2f} x |"
         )
     first, second = list(found)[-3], list(found)[-2]
     pairs = zip(found[first][0]["losses"], found[second][0]["losses"], strict=True)
@@ -56,11 +60,11 @@ def main() -> None:
     lines += ["", f"Losses of the same steps are at most {apart:.1e} apart (the first two sides)."]
     if part == "projector":
         first, peer_name = list(found)[0], list(found)[2]
-        times = median(found[first], "tokens_per_second") / median(
+        times = median_figure(found[first], "tokens_per_second") / median_figure(
             found[peer_name], "tokens_per_second"
         )
         lines.append(f"With known features vlbench is {times:.2f} x as fast as the {peer_name}.")
-    keep(f"Step: {TITLES[part]}", lines)
+    write_section(f"Step: {TITLES[part]}", lines)
 
 
 TITLES = {

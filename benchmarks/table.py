@@ -18,43 +18,45 @@ RESULTS = HERE / "RESULTS.md"
 """Where sections are kept, unless the command line says `results=FILE`."""
 
 
-def measure(script: str, *words: str) -> dict[str, Any]:
+def run_script(script: str, *arguments: str) -> dict[str, Any]:
     """Run a script of this folder, and return the JSON of its last line."""
-    command = [sys.executable, str(HERE / script), *words]
+    command = [sys.executable, str(HERE / script), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
     if done.returncode:
-        sys.exit(f"{' '.join([script, *words])} failed:\n{done.stderr[-2000:]}")
+        sys.exit(f"{' '.join([script, *arguments])} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.rstrip("\n").split("\n")[-1])
 
 
-def in_turns(rounds: int, sides: dict[str, tuple[str, ...]]) -> dict[str, list[dict[str, Any]]]:
+def measure_in_turns(
+    rounds: int, sides: dict[str, tuple[str, ...]]
+) -> dict[str, list[dict[str, Any]]]:
     """Measure every side once a round, so that all of them meet the same weather."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, words in sides.items():
-            found[name].append(measure(*words))
+            found[name].append(run_script(*words))
             print(".", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return found
 
 
-def median(measured: list[dict[str, Any]], key: str) -> float:
+def median_figure(measured: list[dict[str, Any]], key: str) -> float:
     """Return the median of a figure over the rounds."""
     return statistics.median(one[key] for one in measured)
 
 
-def spread(measured: list[dict[str, Any]], key: str) -> str:
+def format_spread(measured: list[dict[str, Any]], key: str) -> str:
     """Return the lowest and highest of a figure over the rounds, in words."""
     values = [one[key] for one in measured]
     return f"{min(values):.0f} to {max(values):.0f}"
 
 
-def machine() -> str:
+def describe_machine() -> str:
     """Say what it was measured on: processor or GPU, versions, commit."""
     import lightning
     import transformers
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor_name()
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE
     ).stdout.strip()
@@ -65,16 +67,16 @@ def machine() -> str:
     )
 
 
-def _processor() -> str:
+def _processor_name() -> str:
     file = Path("/proc/cpuinfo")
     lines = file.read_text().split("\n") if file.is_file() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}"
 
 
-def keep(title: str, lines: list[str]) -> None:
+def write_section(title: str, lines: list[str]) -> None:
     """Print a section and put it into RESULTS.md, in the place of what was measured before."""
-    text = "\n".join([f"## {title}", "", machine(), "", *lines, ""])
+    text = "\n".join([f"## {title}", "", describe_machine(), "", *lines, ""])
     print(text)
     given = [word.removeprefix("results=") for word in sys.argv if word.startswith("results=")]
     file = Path(given[-1]) if given else RESULTS

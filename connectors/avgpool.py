@@ -7,13 +7,13 @@ for that; an MLP as LLaVA-1.5's carries each mean into the language model.
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
-from vlbench.connector import Connector, Shapes
+from vlbench.connector.base import Connector, Shapes
 
 
-class AvgPool(Connector):
+class AvgPoolConnector(Connector):
     """The means of `pool` x `pool` patches, through Linear, GELU, Linear."""
 
-    sizes = {"pool": (1, 2, 4, 8)}
+    size_options = {"pool": (1, 2, 4, 8)}
 
     def __init__(self, shapes: Shapes, pool: int = 2) -> None:
         """Build the MLP; `pool` must divide rows and columns of the grid of patches."""

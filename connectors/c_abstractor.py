@@ -14,13 +14,13 @@ from timm.models.regnet import RegStage
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from vlbench.connector import Connector, Shapes
+from vlbench.connector.base import Connector, Shapes
 
 
 class CAbstractor(Connector):
     """`side` x `side` tokens per picture, from convolutions of `width` channels."""
 
-    sizes = {
+    size_options = {
         "side": range(1, 33),
         "depth": (1, 2, 3, 4, 6),
         "width": (64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 2048),

@@ -17,22 +17,24 @@ from timm.models.eva import EvaBlock
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from vlbench.connector import Connector, Shapes
+from vlbench.connector.base import Connector, Shapes
 
-ASPECT = 0.3  # of a hidden block: from this to its inverse, as BEiT's masks
-ATTEMPTS = 10  # to place a block before a mask is left as it is
+MIN_BLOCK_ASPECT = 0.3  # of a hidden block: from this to its inverse, as BEiT's masks
+MAX_BLOCK_ATTEMPTS = 10  # to place a block before a mask is left as it is
 
 
-def block_mask(rng: random.Random, rows: int, columns: int, count: int, least: int) -> Tensor:
+def block_mask(
+    rng: random.Random, rows: int, columns: int, max_hidden: int, min_block_size: int
+) -> Tensor:
     """Return a mask `[rows, columns]` that hides at most `count` patches, block by block.
 
     A block has at least `least` patches while so many are left. The draws are BEiT's, in its order.
     """
     mask = torch.zeros(rows, columns, dtype=torch.bool)
     hidden = 0
-    while hidden < count:
-        for _ in range(ATTEMPTS):
-            more = _place(rng, mask, count - hidden, least)
+    while hidden < max_hidden:
+        for _ in range(MAX_BLOCK_ATTEMPTS):
+            more = _hide_block(rng, mask, max_hidden - hidden, min_block_size)
             if more:
                 hidden += more
                 break
@@ -41,10 +43,10 @@ def block_mask(rng: random.Random, rows: int, columns: int, count: int, least: i
     return mask
 
 
-def _place(rng: random.Random, mask: Tensor, budget: int, least: int) -> int:
+def _hide_block(rng: random.Random, mask: Tensor, budget: int, min_block_size: int) -> int:
     """Try to hide one more block in `mask`; return how many patches it hides anew."""
-    area = rng.uniform(least, budget)
-    aspect = math.exp(rng.uniform(math.log(ASPECT), -math.log(ASPECT)))
+    area = rng.uniform(min_block_size, budget)
+    aspect = math.exp(rng.uniform(math.log(MIN_BLOCK_ASPECT), -math.log(MIN_BLOCK_ASPECT)))
     height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
     rows, columns = mask.shape
     if not (height < rows and width < columns):
@@ -58,10 +60,10 @@ def _place(rng: random.Random, mask: Tensor, budget: int, least: int) -> int:
     return more
 
 
-class Eva(Connector):
+class EvaConnector(Connector):
     """`layers` EVA-02 blocks of the tower's width, then LayerNorm and Linear."""
 
-    sizes = {
+    size_options = {
         "layers": (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24),
         "mlp_ratio": (0.6667, 1.0, 1.3333, 2.0, 2.6667, 4.0, 5.3333, 8.0),
     }
@@ -95,7 +97,7 @@ class Eva(Connector):
         if mask_weight < 0:
             raise ValueError(f"connector eva: mask_weight is {mask_weight}; it must not be below 0")
         self.tokens_per_image, self.grid = shapes.patches, shapes.grid
-        self.hidden = max(1, round(mask_ratio * shapes.patches))
+        self.hidden_count = max(1, round(mask_ratio * shapes.patches))
         self.mask_weight = mask_weight
         self.rope = RotaryEmbeddingCat(
             head_width, in_pixels=False, feat_shape=list(shapes.grid), ref_feat_shape=[16, 16]
@@ -120,9 +122,9 @@ class Eva(Connector):
 
     def forward(self, features: Tensor) -> Tensor:
         """Carry `[images, patches, vision_width]` to `[images, patches, lm_width]`."""
-        return self.projection(self.encode(features))
+        return self.projection(self.run_blocks(features))
 
-    def encode(self, features: Tensor) -> Tensor:
+    def run_blocks(self, features: Tensor) -> Tensor:
         """Run the blocks over `[images, patches, vision_width]`."""
         rope = self.rope.get_embed()
         for block in self.blocks:
@@ -135,32 +137,32 @@ class Eva(Connector):
         """Return the summed negative cosine of what is found at hidden patches, plus its count."""
         if not self.mask_weight:
             return {}
-        mask = self.masks(batch.image_id, len(features))
+        mask = self.patch_masks(batch.image_id, len(features))
         where = mask.flatten().nonzero()[:, 0]  # before it travels: a GPU would be waited for
         mask, hidden = (one.to(features.device, non_blocking=True) for one in (mask, where))
         target = features.detach()
         inputs = torch.where(mask[..., None], self.mask_token.to(target.dtype), target)
-        found = self.head(self.encode(inputs).flatten(0, 1)[hidden]).float()
+        found = self.head(self.run_blocks(inputs).flatten(0, 1)[hidden]).float()
         told = target.flatten(0, 1)[hidden].float()
         loss = -cosine_similarity(found, told, dim=-1).sum()
         return {"eva": (self.mask_weight * loss, torch.tensor(len(where)))}
 
-    def counts(self, batch: Any, objective: str = "language") -> dict[str, int]:
+    def loss_counts(self, batch: Any, objective: str = "language") -> dict[str, int]:
         """Return how many patches of `batch` are hidden."""
-        hidden = self.masks(batch.image_id, len(batch.image_id)).sum()
+        hidden = self.patch_masks(batch.image_id, len(batch.image_id)).sum()
         return {"eva": int(hidden)} if self.mask_weight else {}
 
-    def masks(self, image_id: list[str], images: int) -> Tensor:
+    def patch_masks(self, image_ids: list[str], image_count: int) -> Tensor:
         """Return the hidden patches `[images, patches]` of the pictures called `image_id`.
 
         They follow from the step's seed and the picture's identity alone, so that packing and
         accumulation do not change them. A batch of text hides nothing.
         """
         rows, columns = self.grid
-        masks = torch.zeros(images, rows * columns, dtype=torch.bool)
-        for index, name in enumerate(image_id):
+        masks = torch.zeros(image_count, rows * columns, dtype=torch.bool)
+        for index, name in enumerate(image_ids):
             rng = random.Random(f"{torch.initial_seed()} {name} eva")
             # 16 of 256 patches in the reference
             least = max(1, rows * columns // 16)
-            masks[index] = block_mask(rng, rows, columns, self.hidden, least).flatten()
+            masks[index] = block_mask(rng, rows, columns, self.hidden_count, least).flatten()
         return masks

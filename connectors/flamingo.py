@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from vlbench.connector import Connector, Shapes, attention_shares
-from vlbench.model.cross_attention import look
+from vlbench.connector.base import Connector, Shapes, attention_shares
+from vlbench.model.cross_attention import attend_to_images
 
-GATED = re.compile(r".*\.(\d+)\.gated_cross_attn_layer\.(.+)")
+GATED_BLOCK_KEY = re.compile(r".*\.(\d+)\.gated_cross_attn_layer\.(.+)")
 """A name of OpenFlamingo: the decoder layer, and the parameter of the block before it."""
 
 
@@ -52,7 +52,7 @@ class PerceiverAttention(nn.Module):
         return self.to_out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class Perceiver(nn.Module):
+class PerceiverResampler(nn.Module):
     """From any number of features to `latents` latents; all widths are the tower's."""
 
     def __init__(
@@ -87,11 +87,11 @@ class MaskedCrossAttention(nn.Module):
         self.to_kv = nn.Linear(visual_width, 2 * heads * head_width, bias=False)
         self.to_out = nn.Linear(heads * head_width, width, bias=False)
 
-    def forward(self, hidden: Tensor, visual: Tensor, sees: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, visual: Tensor, image_index: Tensor) -> Tensor:
         """Return `[rows, length, width]`; exactly zero where `sees` is -1."""
         q = self.to_q(self.norm(hidden)).unflatten(-1, (self.heads, -1))
         k, v = self.to_kv(visual).unflatten(-1, (2, self.heads, -1)).unbind(2)
-        return self.to_out(look(q, k, v, sees).flatten(2))
+        return self.to_out(attend_to_images(q, k, v, image_index).flatten(2))
 
 
 class GatedBlock(nn.Module):
@@ -106,13 +106,13 @@ class GatedBlock(nn.Module):
         self.ff = feed_forward(width, mult)
         self.ff_gate = nn.Parameter(torch.zeros(1))
 
-    def forward(self, hidden: Tensor, visual: Tensor, sees: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, visual: Tensor, image_index: Tensor) -> Tensor:
         """Return the new input `[rows, length, width]` of a decoder layer."""
-        hidden = hidden + self.attn_gate.tanh() * self.attn(hidden, visual, sees)
+        hidden = hidden + self.attn_gate.tanh() * self.attn(hidden, visual, image_index)
         return hidden + self.ff_gate.tanh() * self.ff(hidden)
 
 
-def gates(blocks: nn.ModuleDict) -> dict[str, float]:
+def gate_openings(blocks: nn.ModuleDict) -> dict[str, float]:
     """Return how far the gates of the blocks are open: the tanh that their layers are taken by.
 
     `blocks` are gated blocks by the number of the decoder layer that they stand before.
@@ -124,12 +124,12 @@ def gates(blocks: nn.ModuleDict) -> dict[str, float]:
     }
 
 
-class Flamingo(Connector):
+class FlamingoConnector(Connector):
     """Perceiver resampler of `depth` layers, gated block before every `every`-th decoder layer."""
 
-    fills_sequence = False
-    reference_others = r"(lang_encoder|vision_encoder)\..*"
-    sizes = {
+    replaces_image_tokens = False
+    ignored_reference_keys = r"(lang_encoder|vision_encoder)\..*"
+    size_options = {
         "every": (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48),
         "latents": [side**2 for side in range(2, 33)],
         "depth": (1, 2, 3, 4, 6, 8, 12, 16, 24),
@@ -158,33 +158,35 @@ class Flamingo(Connector):
         ):
             if not 1 <= value <= most:
                 raise ValueError(f"connector flamingo: {name} is {value}; allowed are 1 to {most}")
-        self.inject_at = tuple(i for i in range(shapes.lm_layers) if (i + 1) % every == 0)
+        self.inject_layers = tuple(i for i in range(shapes.lm_layers) if (i + 1) % every == 0)
         width = shapes.vision_width
-        self.perceiver = Perceiver(width, latents, depth, heads, head_width, ff_mult)
+        self.perceiver = PerceiverResampler(width, latents, depth, heads, head_width, ff_mult)
         self.blocks = nn.ModuleDict(
             {
                 str(layer): GatedBlock(shapes.lm_width, width, heads, head_width, ff_mult)
-                for layer in self.inject_at
+                for layer in self.inject_layers
             }
         )
-        self.place = nn.Parameter(torch.randn(shapes.lm_width) * 0.02)  # as an embedding begins
+        self.image_embedding = nn.Parameter(
+            torch.randn(shapes.lm_width) * 0.02
+        )  # as an embedding begins
 
     def forward(self, features: Tensor) -> Tensor:
         """Turn features `[images, patches, width]` into `[images, latents, width]`."""
         return self.perceiver(features)
 
-    def inject(self, layer: int, hidden: Tensor, visual: Tensor, sees: Tensor) -> Tensor:
+    def inject(self, layer: int, hidden: Tensor, visual: Tensor, image_index: Tensor) -> Tensor:
         """Let the text before decoder layer `layer` look at the pictures that it sees."""
-        return self.blocks[str(layer)](hidden, visual, sees)
+        return self.blocks[str(layer)](hidden, visual, image_index)
 
-    def gauges(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Return `gate_attn_L` and `gate_ff_L`: how far the gates before decoder layer L are open.
 
         0 is closed, where training begins; 1 and -1 are open.
         """
-        return gates(self.blocks)
+        return gate_openings(self.blocks)
 
-    def attention(self, features: Tensor) -> Tensor:
+    def patch_attention(self, features: Tensor) -> Tensor:
         """Return what the latents read of the patches, `[images, latents, patches]`.
 
         That they read themselves as well is left out.
@@ -203,15 +205,16 @@ class Flamingo(Connector):
         """
         state = {name: weights[name] for name in weights if name.startswith("perceiver.")}
         for name in weights:
-            found = GATED.fullmatch(name)
+            found = GATED_BLOCK_KEY.fullmatch(name)
             if found:
                 state[f"blocks.{found[1]}.{found[2]}"] = weights[name]
         layers = sorted({int(name.split(".")[1]) for name in state if name.startswith("blocks.")})
-        if layers and tuple(layers) != self.inject_at:
+        if layers and tuple(layers) != self.inject_layers:
             raise ValueError(
                 f"the weights have gated blocks before layers {layers}, and "
-                f"connector.every asks for {list(self.inject_at)}: their every is {layers[0] + 1}"
+                f"connector.every asks for {list(self.inject_layers)}: their every is {layers[0] + 1}"
             )
-        place = {"place": weights["place"] if "place" in weights else self.place.data}
-        self.load_exactly(state | place)
-        return set(state) | ({"place"} & set(weights))
+        name = "image_embedding"  # of this connector alone: OpenFlamingo has a token of its own
+        state[name] = weights.get(name, self.image_embedding.data)
+        self.load_strict(state)
+        return set(state) - ({name} - set(weights))

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
-from vlbench.connector import Connector, Shapes
+from vlbench.connector.base import Connector, Shapes
 
 
-class Glu(Connector):
+class GluConnector(Connector):
     """One token per patch, and two that mark where the picture begins and ends."""
 
-    reference_others = r".*"  # of CogVLM's one state for all parts
-    sizes = {"mlp_ratio": [n / 16 for n in range(1, 129)]}
+    ignored_reference_keys = r".*"  # of CogVLM's one state for all parts
+    size_options = {"mlp_ratio": [n / 16 for n in range(1, 129)]}
 
     def __init__(self, shapes: Shapes, mlp_ratio: float = 2.6875) -> None:
         """Build the layer; `mlp_ratio` 2.6875 is 11008 / 4096, the MLP of Vicuna and Yi-6B."""
@@ -47,4 +47,4 @@ class Glu(Connector):
         start = "linear_proj."
         state = {k.removeprefix(start): weights[k] for k in weights if k.startswith(start)}
         state |= {name: weights[name] for name in ("boi", "eoi") if name in weights}
-        return self.load_exactly(state)
+        return self.load_strict(state)

@@ -7,14 +7,18 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from vlbench.connector import Connector, Shapes
-from vlbench.model.weights.mm_projector import OTHERS, check_form, read_mm_projector
+from vlbench.connector.base import Connector, Shapes
+from vlbench.model.weights.llava_projector import (
+    OTHER_PARTS_PATTERN,
+    check_projector_options,
+    read_mm_projector,
+)
 
 
 class LinearConnector(Connector):
     """Carry every patch by the same Linear layer."""
 
-    reference_others = OTHERS
+    ignored_reference_keys = OTHER_PARTS_PATTERN
 
     def __init__(self, shapes: Shapes) -> None:
         """Build the layer from `shapes.vision_width` to `shapes.lm_width`."""
@@ -26,12 +30,12 @@ class LinearConnector(Connector):
         """Carry `[images, patches, vision_width]` to `[images, patches, lm_width]`."""
         return self.layers(features)
 
-    def projector(self) -> nn.Sequential:
+    def released_projector(self) -> nn.Sequential:
         """Return the layer, numbered as in LLaVA's `mm_projector`."""
         return self.layers
 
     def load_reference(self, weights: Mapping[str, Tensor]) -> set[str]:
         """Load LLaVA's linear projector: `model.mm_projector.weight` and `.bias`."""
         state = read_mm_projector(weights)
-        check_form(state, self.layers, "connector.name=llava_mlp ")
-        return self.load_exactly({f"layers.{key}": tensor for key, tensor in state.items()})
+        check_projector_options(state, self.layers, "connector.name=llava_mlp ")
+        return self.load_strict({f"layers.{key}": tensor for key, tensor in state.items()})

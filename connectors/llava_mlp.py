@@ -10,16 +10,20 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from vlbench.connector import Connector, Shapes
-from vlbench.model.weights.mm_projector import OTHERS, check_form, read_mm_projector
+from vlbench.connector.base import Connector, Shapes
+from vlbench.model.weights.llava_projector import (
+    OTHER_PARTS_PATTERN,
+    check_projector_options,
+    read_mm_projector,
+)
 
 
 class LlavaMLP(Connector):
     """`depth` Linear layers with GELU between them, and after each Linear a LayerNorm if `norm`."""
 
-    reference_others = OTHERS
+    ignored_reference_keys = OTHER_PARTS_PATTERN
     # 32 values in every doubling: a single option must meet any budget within 5 %
-    sizes = {"mlp_ratio": [2.0**k * n / 32 for k in range(-5, 6) for n in range(32, 64)]}
+    size_options = {"mlp_ratio": [2.0**k * n / 32 for k in range(-5, 6) for n in range(32, 64)]}
 
     def __init__(
         self, shapes: Shapes, depth: int = 2, norm: bool = True, mlp_ratio: float = 1.0
@@ -39,7 +43,7 @@ class LlavaMLP(Connector):
                 "leave it out"
             )
         hidden = max(1, round(shapes.lm_width * mlp_ratio))
-        self._as_released = hidden == shapes.lm_width
+        self._has_released_width = hidden == shapes.lm_width
         self.tokens_per_image = shapes.patches
         widths = [shapes.vision_width] + [hidden] * (depth - 1) + [shapes.lm_width]
         layers: list[nn.Module] = []
@@ -54,12 +58,12 @@ class LlavaMLP(Connector):
         """Carry `[images, patches, vision_width]` to `[images, patches, lm_width]`."""
         return self.layers(features)
 
-    def projector(self) -> nn.Sequential | None:
+    def released_projector(self) -> nn.Sequential | None:
         """Return the layers, numbered as in Yi-VL's and LLaVA's `mm_projector`, if as wide."""
-        return self.layers if self._as_released else None
+        return self.layers if self._has_released_width else None
 
     def load_reference(self, weights: Mapping[str, Tensor]) -> set[str]:
         """Load Yi-VL's or LLaVA's `mm_projector` weights, keys `0.weight`, `0.bias`, ..."""
         state = read_mm_projector(weights)
-        check_form(state, self.layers, "")
-        return self.load_exactly({f"layers.{key}": tensor for key, tensor in state.items()})
+        check_projector_options(state, self.layers, "")
+        return self.load_strict({f"layers.{key}": tensor for key, tensor in state.items()})

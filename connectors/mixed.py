@@ -11,16 +11,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vlbench import plugins
-from vlbench.connector import Connector, Shapes
-from vlbench.mistakes import nearest
-from vlbench.values import Text
+from vlbench.config.convert import RawText
+from vlbench.connector import registry
+from vlbench.connector.base import Connector, Shapes
+from vlbench.errors import suggest_name
 
 
-class Mixed(Connector):
+class MixedConnector(Connector):
     """The connector `tokens`, and gated cross-attention to what it gives."""
 
-    sizes = {
+    size_options = {
         "every": (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48),
         "heads": (1, 2, 4, 8, 16, 32, 64),
         "ff_mult": range(1, 9),
@@ -38,8 +38,8 @@ class Mixed(Connector):
     ) -> None:
         """Build both; `options` are those of `tokens`, as in options=[depth=2,norm=false]."""
         super().__init__()
-        self.inner = _token_connector(tokens)(shapes, **_settled(tokens, options))
-        if self.inner.inject_at or not self.inner.fills_sequence:
+        self.inner = _load_token_connector(tokens)(shapes, **_parse_options(tokens, options))
+        if self.inner.inject_layers or not self.inner.replaces_image_tokens:
             raise ValueError(
                 f"connector mixed: tokens is '{tokens}', whose tokens do not stand in the text; "
                 "for example llava_mlp, qformer or avgpool"
@@ -54,28 +54,30 @@ class Mixed(Connector):
                 raise ValueError(f"connector mixed: {name} is {value}; allowed are 1 to {most}")
         self.tokens_per_image = self.inner.tokens_per_image
         self.class_token = self.inner.class_token
-        self.inject_at = tuple(i for i in range(shapes.lm_layers) if (i + 1) % every == 0)
-        block = plugins.module("flamingo").GatedBlock
+        self.inject_layers = tuple(i for i in range(shapes.lm_layers) if (i + 1) % every == 0)
+        block = registry.connector_module("flamingo").GatedBlock
         width = shapes.lm_width
         self.blocks = nn.ModuleDict(
-            {str(i): block(width, width, heads, head_width, ff_mult) for i in self.inject_at}
+            {str(i): block(width, width, heads, head_width, ff_mult) for i in self.inject_layers}
         )
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the tokens `[images, tokens, lm_width]` of the other connector."""
         return self.inner(features)
 
-    def inject(self, layer: int, hidden: Tensor, visual: Tensor, sees: Tensor) -> Tensor:
+    def inject(self, layer: int, hidden: Tensor, visual: Tensor, image_index: Tensor) -> Tensor:
         """Let the text before decoder layer `layer` look at its picture's tokens again."""
-        return self.blocks[str(layer)](hidden, visual, sees)
+        return self.blocks[str(layer)](hidden, visual, image_index)
 
-    def gauges(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Return the other connector's gauges, and how far the gates are open as Flamingo does."""
-        return self.inner.gauges() | plugins.module("flamingo").gates(self.blocks)
+        return self.inner.metrics() | registry.connector_module("flamingo").gate_openings(
+            self.blocks
+        )
 
-    def attention(self, features: Tensor) -> Tensor | None:
+    def patch_attention(self, features: Tensor) -> Tensor | None:
         """Return what the other connector's tokens read of the patches."""
-        return self.inner.attention(features)
+        return self.inner.patch_attention(features)
 
     def losses(
         self, features: Tensor, visual: Tensor, batch: Any
@@ -83,17 +85,17 @@ class Mixed(Connector):
         """Return the other connector's own losses."""
         return self.inner.losses(features, visual, batch)
 
-    def counts(self, batch: Any, objective: str = "language") -> dict[str, int]:
+    def loss_counts(self, batch: Any, objective: str = "language") -> dict[str, int]:
         """Return what the other connector's losses are divided by."""
-        return self.inner.counts(batch, objective)
+        return self.inner.loss_counts(batch, objective)
 
     def objectives(self) -> tuple[str, ...]:
         """Offer what the other connector offers."""
         return self.inner.objectives()
 
-    def prepare(self, objective: str, fresh: bool = False) -> None:
+    def prepare_objective(self, objective: str, fresh: bool = False) -> None:
         """Prepare the other connector."""
-        self.inner.prepare(objective, fresh)
+        self.inner.prepare_objective(objective, fresh)
 
     def objective(
         self, name: str, features: Tensor, batch: Any
@@ -101,9 +103,9 @@ class Mixed(Connector):
         """Return the losses of the other connector's objective."""
         return self.inner.objective(name, features, batch)
 
-    def embed(self, name: str, features: Tensor, batch: Any) -> dict[str, Tensor]:
+    def contrast_embeddings(self, name: str, features: Tensor, batch: Any) -> dict[str, Tensor]:
         """Return what the other connector's objective compares pairs by."""
-        return self.inner.embed(name, features, batch)
+        return self.inner.contrast_embeddings(name, features, batch)
 
     def adapt(self, old_state: Mapping[str, Tensor], old_shapes: Shapes) -> Mapping[str, Tensor]:
         """Adapt the other connector's part of the state."""
@@ -113,24 +115,24 @@ class Mixed(Connector):
         return rest | {start + k: v for k, v in self.inner.adapt(inner, old_shapes).items()}
 
 
-def _token_connector(name: str) -> type[Connector]:
-    known = [one for one in plugins.sources() if one != "mixed"]
+def _load_token_connector(name: str) -> type[Connector]:
+    known = [one for one in registry.connector_locations() if one != "mixed"]
     if name not in known:
         raise ValueError(
-            f"connector mixed: tokens is '{name}'; known: {', '.join(known)}.{nearest(name, known)}"
+            f"connector mixed: tokens is '{name}'; known: {', '.join(known)}.{suggest_name(name, known)}"
         )
-    return plugins.connector(name)
+    return registry.load_connector(name)
 
 
-def _settled(name: str, words: tuple[str, ...]) -> dict[str, Any]:
+def _parse_options(name: str, overrides: tuple[str, ...]) -> dict[str, Any]:
     """Return the options of connector `name` that KEY=VALUE words give."""
     given = {}
-    for word in words:
+    for word in overrides:
         key, equals, value = word.partition("=")
         if not equals:
             raise ValueError(f"connector mixed: options: '{word}' is not KEY=VALUE")
-        given[key] = Text(value)
-    values, mistakes = plugins.settle(name, given)
+        given[key] = RawText(value)
+    values, mistakes = registry.resolve_options(name, given)
     if mistakes:
         raise ValueError("\n".join(mistakes))
     return values

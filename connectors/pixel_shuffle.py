@@ -7,13 +7,13 @@ language model.
 
 from torch import Tensor, nn
 
-from vlbench.connector import Connector, Shapes
+from vlbench.connector.base import Connector, Shapes
 
 
-class PixelShuffle(Connector):
+class PixelShuffleConnector(Connector):
     """`shuffle` x `shuffle` patches become one token."""
 
-    sizes = {"shuffle": (1, 2, 4, 8)}
+    size_options = {"shuffle": (1, 2, 4, 8)}
 
     def __init__(self, shapes: Shapes, shuffle: int = 2) -> None:
         """Build the MLP; `shuffle` must divide rows and columns of the grid of patches."""
@@ -24,7 +24,7 @@ class PixelShuffle(Connector):
                 f"connector pixel_shuffle: shuffle is {shuffle}, which must divide the grid of "
                 f"patches, {rows} x {columns}"
             )
-        self.shuffle = shuffle
+        self.shuffle_factor = shuffle
         self.tokens_per_image = shapes.patches // shuffle**2
         width = shapes.vision_width * shuffle**2
         self.layers = nn.Sequential(
@@ -37,6 +37,6 @@ class PixelShuffle(Connector):
     def forward(self, features: Tensor) -> Tensor:
         """Carry `[images, patches, vision_width]` to `[images, patches / shuffle^2, lm_width]`."""
         rows, columns = self.grid
-        side = self.shuffle
+        side = self.shuffle_factor
         squares = features.unflatten(1, (rows // side, side, columns // side, side))
         return self.layers(squares.transpose(2, 3).flatten(3).flatten(1, 2))

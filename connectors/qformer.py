@@ -20,16 +20,16 @@ from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
 
-from vlbench.connector import Connector, Shapes, attention_shares, zero_like_loss
-from vlbench.data.batch import Batch
-from vlbench.mistakes import Mistake
-from vlbench.model.blip2 import FirstStage
-from vlbench.model.caption_tokens import EMBEDDED, bert_folder, caption_tokens
-from vlbench.model.weights.origin import expect_loaded
-from vlbench.model.weights.reference import References, summary
-from vlbench.model.weights.shards import weight_files
+from vlbench.connector.base import Connector, Shapes, attention_shares, zero_like_loss
+from vlbench.data.packing import PackedBatch
+from vlbench.errors import UserError
+from vlbench.model.blip2_objective import Blip2Objective
+from vlbench.model.caption_tokens import EMBEDDED, find_bert_folder, load_caption_tokenizer
+from vlbench.model.weights.connector_reference import ReferenceWeights, summarize_loading
+from vlbench.model.weights.tensor_files import weight_files
+from vlbench.model.weights.weight_origin import check_loaded_keys
 
-LAVIS = (
+LAVIS_RENAMES = (
     (r"^Qformer\.bert\.embeddings\.LayerNorm\.", "qformer.layernorm."),
     (r"^(Qformer\.bert\.)?embeddings\.(\w+_embeddings)\.", r"text.embeddings.\2."),
     (
@@ -46,29 +46,31 @@ LAVIS = (
     (r"^(itm_head\.|temp$)", r"text.\1"),
 )
 """From names of LAVIS, and of transformers' Blip2, to names of this file."""
-BERT_STD, BERT_WIDTH = 0.02, 768
+BERT_INIT_STD, BERT_WIDTH = 0.02, 768
 """Spread of BERT's first weights, at its width (Devlin et al. 2019, arXiv:1810.04805). Sums over a
 narrower layer are kept as large: with 0.02 at 128, queries look everywhere alike for hundreds of
 steps, and one seed in three did not learn where to look."""
-OWN = re.compile(r"(query_tokens$|ln_vision\.|qformer\.|projection\.|text\.)")
-OTHERS = (
+OWN_KEYS = re.compile(r"(query_tokens$|ln_vision\.|qformer\.|projection\.|text\.)")
+IGNORED_KEYS = (
     r"(visual_encoder|vision_model|(opt|t5|llm|language)_(model|proj|projection)|Qformer|embeddings"
     r"|(vision|text)_proj(ection)?|itm_head)\..*|temp"
 )
 """Names of BLIP-2's other parts, and of the text side, which a stage without it has no use for."""
-BERT = re.compile(r"text\.embeddings\.|qformer\.(layernorm\.|encoder\.layer\.\d+\.(?!cross))")
-HEAD = re.compile(r"text\.(dense|norm|bias)\b")
-BERT_OTHERS = r"cls\..*|(bert\.)?(pooler|embeddings|encoder)\..*"
+BERT_KEYS = re.compile(r"text\.embeddings\.|qformer\.(layernorm\.|encoder\.layer\.\d+\.(?!cross))")
+TEXT_HEAD_KEYS = re.compile(r"text\.(dense|norm|bias)\b")
+IGNORED_BERT_KEYS = r"cls\..*|(bert\.)?(pooler|embeddings|encoder)\..*"
 """Names of this file that BERT's weights fill, the head that a bare BERT lacks, and BERT's rest."""
-TEXT = re.compile(r"text\.|.*\.layer\.\d+\.(intermediate|output)\.")  # of the text, not of queries
+TEXT_KEYS = re.compile(
+    r"text\.|.*\.layer\.\d+\.(intermediate|output)\."
+)  # of the text, not of queries
 
 
 class QFormer(Connector):
     """`queries` tokens per picture, from a BERT of `layers` layers that is `width` wide."""
 
     class_token = True
-    reference_others = OTHERS
-    sizes = {
+    ignored_reference_keys = IGNORED_KEYS
+    size_options = {
         "queries": [side**2 for side in range(2, 33)],
         "width": range(96, 1633, 96),
         "layers": (2, 3, 4, 6, 8, 10, 12, 16, 24),
@@ -107,7 +109,7 @@ class QFormer(Connector):
                 f"connector qformer: cross_every is {cross_every}; allowed are 1 to layers={layers}"
             )
         self.tokens_per_image = queries
-        self.text: FirstStage | None = None
+        self.text: Blip2Objective | None = None
         self._text_source, self.text_length, self.itc_width = text, text_length, itc_width
         config = Blip2QFormerConfig(
             hidden_size=width,
@@ -120,7 +122,7 @@ class QFormer(Connector):
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
             layer_norm_eps=1e-12,
-            initializer_range=BERT_STD * (BERT_WIDTH / width) ** 0.5,
+            initializer_range=BERT_INIT_STD * (BERT_WIDTH / width) ** 0.5,
         )
         config._attn_implementation = "sdpa"
         self.query_tokens = nn.Parameter(torch.randn(1, queries, width) * 0.02)
@@ -130,14 +132,14 @@ class QFormer(Connector):
 
     def forward(self, features: Tensor) -> Tensor:
         """Turn `[images, 1 + patches, vision_width]` into `[images, queries, lm_width]`."""
-        return self.projection(self.read(self.ln_vision(features)))
+        return self.projection(self.encode_queries(self.ln_vision(features)))
 
-    def read(self, seen: Tensor) -> Tensor:
+    def encode_queries(self, features: Tensor) -> Tensor:
         """Let queries read `[images, 1 + patches, vision_width]`: `[images, queries, width]`."""
-        queries = self.query_tokens.expand(len(seen), -1, -1)
-        return self.qformer(query_embeds=queries, encoder_hidden_states=seen).last_hidden_state
+        queries = self.query_tokens.expand(len(features), -1, -1)
+        return self.qformer(query_embeds=queries, encoder_hidden_states=features).last_hidden_state
 
-    def attention(self, features: Tensor) -> Tensor:
+    def patch_attention(self, features: Tensor) -> Tensor:
         """Return what the queries read of the patches, `[images, queries, patches]`.
 
         That they read the class token as well is left out.
@@ -152,7 +154,7 @@ class QFormer(Connector):
         """Offer BLIP-2's first stage."""
         return ("blip2",)
 
-    def prepare(self, objective: str, fresh: bool = False) -> None:
+    def prepare_objective(self, objective: str, fresh: bool = False) -> None:
         """Add the text side for `blip2`, take it away otherwise; a fresh one begins as BERT."""
         wanted = objective == "blip2"
         if wanted == (self.text is not None):
@@ -167,30 +169,32 @@ class QFormer(Connector):
         if not wanted:
             self.text = None
             return
-        tokens = caption_tokens(self._text_source, "connector.text")
+        tokens = load_caption_tokenizer(self._text_source, "connector.text")
         config = copy.copy(self.qformer.config)
-        config.vocab_size, config.pad_token_id = tokens.vocabulary + 1, tokens.pad
-        self.text = FirstStage(Blip2TextEmbeddings(config), self.itc_width, tokens)
+        config.vocab_size, config.pad_token_id = tokens.vocab_size + 1, tokens.pad_token_id
+        self.text = Blip2Objective(Blip2TextEmbeddings(config), self.itc_width, tokens)
         if fresh and self._text_source != EMBEDDED and not self.query_tokens.is_meta:
-            self._begin_as_bert()
+            self._init_from_bert()
 
-    def counts(self, batch: Batch, objective: str = "language") -> dict[str, int]:
+    def loss_counts(self, batch: PackedBatch, objective: str = "language") -> dict[str, int]:
         """Return the pictures, triples and tokens that the parts of `blip2` are means over."""
         if objective != "blip2" or self.text is None:
             return {}
         pairs = len(batch.pixels)
-        _, mask = self.text.tokens(batch.captions[:pairs], self.text_length)
+        _, mask = self.text.caption_tokenizer(batch.captions[:pairs], self.text_length)
         return {"itc": pairs, "itm": 3 * pairs, "itg": int(mask[:, 1:].sum())}
 
-    def embed(self, name: str, features: Tensor, batch: Batch) -> dict[str, Tensor]:
+    def contrast_embeddings(
+        self, name: str, features: Tensor, batch: PackedBatch
+    ) -> dict[str, Tensor]:
         """Return what pictures and captions of `batch` are compared by in `blip2`."""
         assert self.text is not None
-        captions, seen = self._captions(batch, features), self.ln_vision(features)
-        rows = self.text.embed(self.qformer, self.query_tokens, seen, captions)
+        captions, seen = self._tokenize_captions(batch, features), self.ln_vision(features)
+        rows = self.text.contrast_embeddings(self.qformer, self.query_tokens, seen, captions)
         return {key: row[: len(batch.pixels)] for key, row in rows.items()}
 
     def objective(
-        self, name: str, features: Tensor, batch: Batch
+        self, name: str, features: Tensor, batch: PackedBatch
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Return sums and counts of ITC, ITM and ITG over the pictures and captions of `batch`.
 
@@ -199,28 +203,28 @@ class QFormer(Connector):
         """
         assert self.text is not None
         pairs = len(batch.pixels)
-        keys = batch.pool.keys if batch.pool else batch.keys()[:pairs]
+        keys = batch.contrast_pool.pair_keys if batch.contrast_pool else batch.sample_keys()[:pairs]
         found = self.text(
             self.qformer,
             self.query_tokens,
             self.ln_vision,
             features,
-            self._captions(batch, features),
+            self._tokenize_captions(batch, features),
             [f"{torch.initial_seed()} {key}" for key in keys],
-            batch.pool,
+            batch.contrast_pool,
         )
         unused = zero_like_loss(self.projection(self.query_tokens))  # waits for the language model
         real = float(pairs > 0)  # a micro-batch without a picture runs on a blank one, for nothing
-        sizes = self.counts(batch, "blip2")
+        sizes = self.loss_counts(batch, "blip2")
         return {
             one: (found[one] * real + unused, torch.tensor(size)) for one, size in sizes.items()
         }
 
-    def _captions(self, batch: Batch, features: Tensor) -> tuple[Tensor, Tensor]:
+    def _tokenize_captions(self, batch: PackedBatch, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return ids and mask of the captions, at least one, beside `features`."""
         assert self.text is not None
         written = batch.captions[: len(batch.pixels)] or [""]
-        ids, mask = self.text.tokens(written, self.text_length)
+        ids, mask = self.text.caption_tokenizer(written, self.text_length)
         to = features.device
         return ids.to(to, non_blocking=True), mask.to(to, non_blocking=True)
 
@@ -234,56 +238,58 @@ class QFormer(Connector):
         own = self.state_dict()
         state = {}
         for given in weights:
-            name = renamed(given)
-            if OWN.match(name) and (self.text is not None or not TEXT.match(name)):
-                state[name] = self._fitting(name, weights[given], own)
-        kept = {name: own[name] for name in own if TEXT.match(name) and name not in state}
+            name = rename_reference_key(given)
+            if OWN_KEYS.match(name) and (self.text is not None or not TEXT_KEYS.match(name)):
+                state[name] = self._fit_tensor(name, weights[given], own)
+        kept = {name: own[name] for name in own if TEXT_KEYS.match(name) and name not in state}
         ends = {name for name in own if name.startswith("projection.")}
         if not ends & set(state) or (
             ends <= set(state) and len(state["projection.bias"]) != len(own["projection.bias"])
         ):
             kept |= {name: own[name] for name in ends}
             state = {name: tensor for name, tensor in state.items() if name not in ends}
-        self.load_exactly(kept | state)
+        self.load_strict(kept | state)
         return set(state)
 
-    def _fitting(self, name: str, tensor: Tensor, own: Mapping[str, Tensor]) -> Tensor:
+    def _fit_tensor(self, name: str, tensor: Tensor, own_state: Mapping[str, Tensor]) -> Tensor:
         """Cut positions beyond the longest caption; add the id that BERT itself lacks."""
         if name == "text.embeddings.position_embeddings.weight":
             return tensor[: self.text_length]
         words = name in ("text.embeddings.word_embeddings.weight", "text.bias")
-        if words and (len(tensor) + 1, *tensor.shape[1:]) == own[name].shape:
-            return torch.cat([tensor, own[name][-1:].to(tensor)])
+        if words and (len(tensor) + 1, *tensor.shape[1:]) == own_state[name].shape:
+            return torch.cat([tensor, own_state[name][-1:].to(tensor)])
         return tensor
 
-    def _begin_as_bert(self) -> None:
+    def _init_from_bert(self) -> None:
         """Load BERT's weights; queries begin with the feed-forward layers of the text."""
         where = f"connector.text={self._text_source}"
-        theirs = References(weight_files(bert_folder(self._text_source, "connector.text")))
+        theirs = ReferenceWeights(
+            weight_files(find_bert_folder(self._text_source, "connector.text"))
+        )
         state, loaded = self.state_dict(), set[str]()
         for given in theirs:
             name = re.sub(r"^(bert\.|)(?=embeddings|encoder)", "bert.", given)
             name = name.replace(".gamma", ".weight").replace(".beta", ".bias")
-            name = renamed(f"Qformer.{name}")
+            name = rename_reference_key(f"Qformer.{name}")
             for one in {name, re.sub(r"(layer\.\d+\.(intermediate|output))\.", r"\1_query.", name)}:
                 if one in state:
-                    state[one] = self._fitting(one, theirs[given], state)
+                    state[one] = self._fit_tensor(one, theirs[given], state)
                     loaded.add(one)
-            if given not in theirs.taken and not re.fullmatch(BERT_OTHERS, given):
-                raise Mistake(f"{where}: tensor {given} is none of BERT's")
-        wanted = {name for name in state if BERT.match(name)}
-        head = {name for name in state if HEAD.match(name)}
-        expect_loaded(wanted | (head if head & loaded else set()), loaded, where)
+            if given not in theirs.used_names and not re.fullmatch(IGNORED_BERT_KEYS, given):
+                raise UserError(f"{where}: tensor {given} is none of BERT's")
+        wanted = {name for name in state if BERT_KEYS.match(name)}
+        head = {name for name in state if TEXT_HEAD_KEYS.match(name)}
+        check_loaded_keys(wanted | (head if head & loaded else set()), loaded, where)
         try:
-            self.load_exactly(state)
+            self.load_strict(state)
         except ValueError as error:
-            raise Mistake(f"{where} does not fit: {error}") from error
+            raise UserError(f"{where} does not fit: {error}") from error
         self.weights_source = f"random, its BERT {self._text_source}"
-        print(f"{where}: {summary(loaded, wanted | head, theirs)}")
+        print(f"{where}: {summarize_loading(loaded, wanted | head, theirs)}")
 
 
-def renamed(name: str) -> str:
+def rename_reference_key(name: str) -> str:
     """Return this file's name of a tensor of LAVIS or transformers."""
-    for pattern, replacement in LAVIS:
+    for pattern, replacement in LAVIS_RENAMES:
         name = re.sub(pattern, replacement, name)
     return name

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, scaled_dot_product_attention
 
-from vlbench.connector import Connector, Shapes, attention_shares
+from vlbench.connector.base import Connector, Shapes, attention_shares
 
 
 def sine_positions(rows: int, columns: int, width: int) -> Tensor:
@@ -22,10 +22,10 @@ def sine_positions(rows: int, columns: int, width: int) -> Tensor:
     return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
 
 
-class Resampler(Connector):
+class ResamplerConnector(Connector):
     """`side` x `side` learned queries, one layer of cross-attention at the LM's width."""
 
-    sizes = {"side": range(1, 33)}
+    size_options = {"side": range(1, 33)}
 
     def __init__(self, shapes: Shapes, side: int = 16, heads: int = 32) -> None:
         """Build the layer; `heads` must divide the LM's width, and that must be divisible by 4."""
@@ -60,6 +60,6 @@ class Resampler(Connector):
         out = scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return self.proj(self.ln_post(self.to_out(out)))
 
-    def attention(self, features: Tensor) -> Tensor:
+    def patch_attention(self, features: Tensor) -> Tensor:
         """Return what the queries read of the patches, `[images, side^2, patches]`."""
         return attention_shares([(self.to_q, self.to_k)], self.heads, lambda: self(features))

@@ -1,4 +1,4 @@
-"""Tests run beside other work: threads that wait must not spin (see `vlbench.__main__.fit`)."""
+"""Tests run beside other work: threads that wait must not spin (see `vlbench.__main__.run_fit`)."""
 
 import os
 from pathlib import Path
@@ -19,10 +19,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of a run that was not trained."""
     from vlbench.__main__ import main
-    from vlbench.train import checkpoint
+    from vlbench.train import checkpoint_files
 
     run = tmp_path_factory.mktemp("untrained") / "run"
     words = [f"stages.{name}.steps=0" for name in ("align_224", "align_448", "chat")]
     words += ["log.questions=1", "log.examples=0", "log.tensorboard=false", f"run={run}"]
     assert main(["fit", "recipe=yivl_llava", *words]) == 0
-    return checkpoint.find(run)
+    return checkpoint_files.find_checkpoint(run)

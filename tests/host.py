@@ -24,7 +24,7 @@ from typing import Any
 NUMBERS = sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
 
 
-def settings() -> dict[str, Any]:
+def process_settings() -> dict[str, Any]:
     """Return the settings of the process by name: of Python, and of libraries that are there."""
     root = logging.getLogger()
     found: dict[str, Any] = {
@@ -58,7 +58,7 @@ def settings() -> dict[str, Any]:
     return found
 
 
-def of_torch(torch: Any) -> dict[str, Any]:
+def torch_settings(torch: Any) -> dict[str, Any]:
     backends = torch.backends
     found = {
         "torch random": torch.get_rng_state().tolist(),
@@ -99,7 +99,7 @@ def of_torch(torch: Any) -> dict[str, Any]:
     return found
 
 
-def of_transformers(transformers: Any) -> dict[str, Any]:
+def transformers_settings(transformers: Any) -> dict[str, Any]:
     from huggingface_hub.utils import are_progress_bars_disabled
 
     told = transformers.utils.logging
@@ -109,54 +109,54 @@ def of_transformers(transformers: Any) -> dict[str, Any]:
     }
 
 
-def of_numpy(numpy: Any) -> dict[str, Any]:
+def numpy_settings(numpy: Any) -> dict[str, Any]:
     kind, keys, *rest = numpy.random.get_state()
     return {"numpy": (kind, keys.tolist(), *rest, numpy.geterr(), numpy.get_printoptions())}
 
 
-def of_matplotlib(matplotlib: Any) -> dict[str, Any]:
+def matplotlib_settings(matplotlib: Any) -> dict[str, Any]:
     return {"matplotlib": {k: str(dict.__getitem__(matplotlib.rcParams, k)) for k in KEYS}}
 
 
-def of_pictures(image: Any) -> dict[str, Any]:
+def pillow_settings(image: Any) -> dict[str, Any]:
     return {"pictures": (image.MAX_IMAGE_PIXELS, image.core.get_alignment())}
 
 
 RECIPE = ["recipe=yivl_llava", "log.questions=2", "log.examples=0", "log.evaluate_every=1"]
 RECIPE += ["stages.align_224.steps=2", "stages.align_448.steps=0", "stages.chat.steps=1"]
-RECIPE += ["stages.align_224.batch=2", "stages.chat.batch=2"]
+RECIPE += ["stages.align_224.global_batch_size=2", "stages.chat.global_batch_size=2"]
 KEYS = ("backend", "interactive", "font.size", "axes.grid", "svg.hashsalt")
 LIBRARIES: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "torch": of_torch,
-    "numpy": of_numpy,
-    "transformers": of_transformers,
-    "matplotlib": of_matplotlib,
-    "PIL.Image": of_pictures,
+    "torch": torch_settings,
+    "numpy": numpy_settings,
+    "transformers": transformers_settings,
+    "matplotlib": matplotlib_settings,
+    "PIL.Image": pillow_settings,
 }
 
 
-def differing(before: dict[str, Any]) -> list[str]:
+def changed_settings(before: dict[str, Any]) -> list[str]:
     """Return the names of settings that were there before and are others now."""
-    now = settings()
+    now = process_settings()
     if "loggers" in before:  # those of libraries that were imported since are new, not changed
         now["loggers"] = {n: one for n, one in now["loggers"].items() if n in before["loggers"]}
     return [name for name in before if now.get(name) != before[name]]
 
 
-def program(checkpoint: str, folder: str, how: str) -> dict[str, list[str]]:
+def run_program(checkpoint: str, folder: str, import_mode: str) -> dict[str, list[str]]:
     """Use vlbench step by step; return what each step changed."""
     changed: dict[str, list[str]] = {}
-    before = settings()
+    before = process_settings()
 
-    def looked(step: str) -> None:
+    def record_changes(step: str) -> None:
         nonlocal before
-        changed[step] = differing(before)
-        before = settings()
+        changed[step] = changed_settings(before)
+        before = process_settings()
 
     import vlbench
 
-    looked("import")
-    if how == "heavy":
+    record_changes("import")
+    if import_mode == "heavy":
         import lightning.pytorch  # noqa: F401
         import matplotlib  # noqa: F401
         import open_clip  # noqa: F401
@@ -165,49 +165,51 @@ def program(checkpoint: str, folder: str, how: str) -> dict[str, list[str]]:
         from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
         import vlbench.__main__
-        import vlbench.train.stages
+        import vlbench.train.fit
 
-        before = settings()
-    if how == "cold":
+        before = process_settings()
+    if import_mode == "cold":
         from vlbench.__main__ import main
 
         assert main(["fit", *RECIPE, f"run={folder}/run"]) == 0
-        looked("fit")
+        record_changes("fit")
         return changed
     talk = [{"role": "user", "content": "What is this?"}]
     vlm = vlbench.load(checkpoint)
-    looked("load")
+    record_changes("load")
     vlm.chat(talk, max_new_tokens=3)
-    looked("chat")
+    record_changes("chat")
     vlm.generate(vlm.prepare([talk, talk]), max_new_tokens=3, temperature=1.0, seed=4)
-    looked("generate")
-    if how == "heavy":
-        trained(vlbench, checkpoint, folder, looked)
+    record_changes("generate")
+    if import_mode == "heavy":
+        run_commands(vlbench, checkpoint, folder, record_changes)
     return changed
 
 
-def trained(vlbench: Any, checkpoint: str, folder: str, looked: Callable[[str], None]) -> None:
+def run_commands(
+    vlbench: Any, checkpoint: str, folder: str, record_changes: Callable[[str], None]
+) -> None:
     """Call what the command line calls."""
-    from vlbench import recipe as recipes
-    from vlbench.train import stages
+    from vlbench.config import recipe as recipes
+    from vlbench.train import fit
 
     main = vlbench.__main__.main
     assert main(["chat", f"model={checkpoint}", "question=Hi", "max_new_tokens=3"]) == 0
-    looked("main")
+    record_changes("main")
     assert main(["export", f"run={checkpoint}", f"to={folder}/out", "format=vlbench"]) == 0
-    looked("export")
-    assert stages.fit(recipes.load([*RECIPE, f"run={folder}/run"])) == 0
-    looked("fit")
+    record_changes("export")
+    assert fit.fit(recipes.load_recipe([*RECIPE, f"run={folder}/run"])) == 0
+    record_changes("fit")
     codes: list[int] = []
-    recipe = recipes.load([*RECIPE, "only=chat", f"run={folder}/thread"])
-    thread = threading.Thread(target=lambda: codes.append(stages.fit(recipe)))
+    recipe = recipes.load_recipe([*RECIPE, "only=chat", f"run={folder}/thread"])
+    thread = threading.Thread(target=lambda: codes.append(fit.fit(recipe)))
     thread.start()
     thread.join()
     assert codes == [0]
-    looked("fit in a thread")
+    record_changes("fit in a thread")
     assert main(["fit", *RECIPE, "data.workers=1", "precision=bf16", f"run={folder}/other"]) == 0
-    looked("fit with workers")
+    record_changes("fit with workers")
 
 
 if __name__ == "__main__":
-    print(json.dumps(program(*sys.argv[1:])))
+    print(json.dumps(run_program(*sys.argv[1:])))

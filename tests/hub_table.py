@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from hub.same import assert_language, assert_same, assert_tower, tensors
-from hub.server import Hub
+from hub.same import assert_language_model, assert_same_state, assert_vision_encoder, load_tensors
+from hub.server import FakeHub
 
 import vlbench
 from vlbench.__main__ import main
-from vlbench.evaluate.tasks.mmmu_data import SUBJECTS
+from vlbench.evaluate.tasks.mmmu_data import MMMU_SUBJECTS
 from vlbench.model.vlm import VLM
-from vlbench.model.weights.origin import read_origins
+from vlbench.model.weights.weight_origin import read_origins
 
 YI, YI_34B, YI_VL = "01-ai/Yi-6B-Chat", "01-ai/Yi-34B-Chat", "01-ai/Yi-VL-6B"
 VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -34,7 +34,7 @@ SMALL = (
 )
 STAGES = ("align_224", "align_448", "chat")
 QUIET = "data.workers=0 log.questions=1 log.examples=0 log.tensorboard=false"
-SHORT = " ".join([QUIET, *(f"stages.{name}.batch=2" for name in STAGES)])
+SHORT = " ".join([QUIET, *(f"stages.{name}.global_batch_size=2" for name in STAGES)])
 LOW = " ".join(f"stages.{name}.image_size=224" for name in STAGES)
 ONE_STEP = " ".join([SHORT, *(f"stages.{name}.steps=1" for name in STAGES)])
 UNTRAINED = " ".join([SHORT, *(f"stages.{name}.steps=0" for name in STAGES)])
@@ -44,18 +44,18 @@ DATA = "data.train=FILE.json data.images=FOLDER"
 
 
 @dataclass
-class Desk:
+class CommandFolder:
     """Where a command is typed: a folder with the data of a user, and the hub."""
 
     folder: Path
-    hub: Hub
-    out: str = ""
+    hub: FakeHub
+    output: str = ""
     """What the command has printed."""
 
     def check_parts(self, vlm: VLM, name: str = YI) -> None:
         """Assert that tower and language model are those of the hub."""
-        assert_tower(vlm.vision.visual, self.hub[VIT_H].files[TOWER[VIT_H][0]].path)
-        assert_language(vlm.language, self.hub[name].folder)
+        assert_vision_encoder(vlm.vision.visual, self.hub[VIT_H].files[TOWER[VIT_H][0]].path)
+        assert_language_model(vlm.language, self.hub[name].folder)
 
     def check_run(self, run: str, name: str = YI) -> None:
         """Assert that an untrained run holds the tower and the language model of the hub."""
@@ -67,98 +67,100 @@ class Desk:
         told = [origins["vision"].source, origins["language"].source]
         assert told == ["laion2b_s32b_b79k", YI]
         for part in ("vision", "language"):
-            assert f"{part} {origins[part]}" in self.out
+            assert f"{part} {origins[part]}" in self.output
         assert main([*f"{FIT} {DATA} {UNTRAINED} run=untrained".split()[3:]]) == 0
         assert read_origins(Path("untrained/versions.json"), "weights") == origins
         self.check_run("untrained")
         assert (self.folder / run / "results.json").is_file()
 
 
-def nothing(desk: Desk) -> None:
+def compare_nothing(desk: CommandFolder) -> None:
     """Compare nothing: the command reads no weights."""
 
 
-def trained(desk: Desk) -> None:
+def check_trained(desk: CommandFolder) -> None:
     desk.check_origins("run")
     answered = vlbench.load("run").chat([{"role": "user", "content": "Hello"}], max_new_tokens=2)
     assert isinstance(answered, str)
 
 
-def untrained(run: str, name: str = YI) -> Callable[[Desk], None]:
+def check_untrained(run: str, name: str = YI) -> Callable[[CommandFolder], None]:
     return lambda desk: desk.check_run(run, name)
 
 
-def shown(*words: str) -> Callable[[Desk], None]:
+def check_output(*words: str) -> Callable[[CommandFolder], None]:
     """Return what finds words in the output."""
 
-    def check(desk: Desk) -> None:
+    def find_words(desk: CommandFolder) -> None:
         for word in words:
-            assert word in desk.out, desk.out[-2000:]
+            assert word in desk.output, desk.output[-2000:]
 
-    return check
+    return find_words
 
 
-def of_yi_vl(desk: Desk) -> None:
+def compare_with_yi_vl(desk: CommandFolder) -> None:
     """Compare a run that began as Yi-VL, and was not trained, with Yi-VL."""
     ours, theirs = vlbench.load("mine"), vlbench.load(desk.hub[YI_VL].folder)
-    ours.resize(theirs.vision.image_size)
+    ours.set_image_size(theirs.vision.image_size)
     for part in ("language", "connector"):
         same = dict(getattr(theirs, part).state_dict())
-        assert_same(getattr(ours, part).state_dict(), same)
+        assert_same_state(getattr(ours, part).state_dict(), same)
 
 
-def exported(desk: Desk) -> None:
+def compare_export(desk: CommandFolder) -> None:
     """Compare an export with the release that the run began with."""
-    stored = tensors(sorted(Path("Yi-VL-mine").glob("model*.safetensors")))
-    theirs = tensors(sorted(desk.hub[YI_VL].folder.glob("model*.safetensors")))
-    assert_same(stored, {name: theirs[name] for name in stored})
+    stored = load_tensors(sorted(Path("Yi-VL-mine").glob("model*.safetensors")))
+    theirs = load_tensors(sorted(desk.hub[YI_VL].folder.glob("model*.safetensors")))
+    assert_same_state(stored, {name: theirs[name] for name in stored})
     assert {"lm_head.weight", "model.mm_projector.4.bias"} <= stored.keys()
 
 
-def of_reference(run: str, file: str, ours: str, theirs: str) -> Callable[[Desk], None]:
+def compare_reference(
+    run: str, file: str, ours: str, theirs: str
+) -> Callable[[CommandFolder], None]:
     """Return what compares one tensor of a connector with that of a file."""
 
-    def check(desk: Desk) -> None:
+    def compare_tensor(desk: CommandFolder) -> None:
         stored = torch.load(file, weights_only=True)
         own = vlbench.load(run).connector.state_dict()
         assert torch.equal(own[ours], stored.get("model", stored)[theirs].float())
 
-    return check
+    return compare_tensor
 
 
-def asked(*tasks: str) -> Callable[[Desk], None]:
+def check_task_scores(*tasks: str) -> Callable[[CommandFolder], None]:
     """Return what looks for the scores of tasks, one question of each subject at least."""
 
-    def check(desk: Desk) -> None:
+    def find_scores(desk: CommandFolder) -> None:
         for task in tasks:
             (file,) = Path(desk.folder, "RUN").glob(f"eval/*/{task}-val-yi/scores.json")
             scores = json.loads(file.read_text())
             assert scores["n"] and scores["revision"].startswith(("hub ", "sha256 "))
             assert scores["n"] + scores["skipped"] == scores["questions"]
 
-    return check
+    return find_scores
 
 
 @dataclass(frozen=True)
-class Row:
+class HubCommand:
     """A command: as it is told, what is typed after it here, what is fetched and compared."""
 
-    told: str
-    more: str
-    fetched: dict[str, tuple[str, ...]]
-    compare: Callable[[Desk], None]
-    needs: str = ""
+    documented_command: str
+    extra_words: str
+    fetched_files: dict[str, tuple[str, ...]]
+    compare: Callable[[CommandFolder], None]
+    prerequisite: str = ""
     """What has to be made before."""
     slow: bool = False
 
     @property
-    def typed(self) -> str:
+    def typed_command(self) -> str:
         """The command as a test types it."""
-        typed = self.told
+        typed = self.documented_command
         if " plan " not in typed:
             for told, here in HERE.items():
                 typed = typed.replace(told, here)
-        return f"{typed} {self.more}".strip()
+        return f"{typed} {self.extra_words}".strip()
 
 
 HERE = {
@@ -180,31 +182,31 @@ TORCHRUN = (
     "-m vlbench fit recipe=yivl_llava"
 )
 ROWS_6B = (
-    Row(f"{FIT} {DATA}", f"run=run {ONE_STEP} {LOW}", TOWER | CHAT, trained),
-    Row(
+    HubCommand(f"{FIT} {DATA}", f"run=run {ONE_STEP} {LOW}", TOWER | CHAT, check_trained),
+    HubCommand(
         f"{FIT} data.train=/data/shards run=runs/6b",
         UNTRAINED,
         TOWER | CHAT,
-        untrained("runs/6b"),
+        check_untrained("runs/6b"),
         "SHARDS",
     ),
-    Row(
+    HubCommand(
         f"{FIT} data.train=SHARDS dry_run=true",
         SHORT,
         TOWER | CHAT,
-        shown("align_224", "align_448", "chat"),
+        check_output("align_224", "align_448", "chat"),
         "SHARDS",
         slow=True,
     ),
-    Row(
+    HubCommand(
         f"{FIT} data.train=SHARDS trainer.devices=8 {FSDP2}",
         f"run=two {UNTRAINED}",
         TOWER | CHAT,
-        untrained("two"),
+        check_untrained("two"),
         "SHARDS",
         slow=True,
     ),
-    Row(
+    HubCommand(
         f"{FIT} data.train=/data/shards trainer.devices=8 {FSDP2} run=runs/6b",
         ONE_STEP,
         TOWER | CHAT,
@@ -212,41 +214,58 @@ ROWS_6B = (
         "SHARDS",
         slow=True,
     ),
-    Row(
+    HubCommand(
         f"sbatch {SLURM} size=6b data.train=/data/shards run=runs/llava-6b",
         UNTRAINED,
         TOWER | CHAT,
-        untrained("runs/llava-6b"),
+        check_untrained("runs/llava-6b"),
         "SHARDS",
         slow=True,
     ),
-    Row(
+    HubCommand(
         "python -m vlbench compare recipe=yivl_llava,yivl_qformer,yivl_flamingo,yivl_eva size=6b "
         "match=params data.train=FILE.json",
         f"data.images=FOLDER jobs=1 dry_run=true {SHORT} {LOW}",
         TOWER | CHAT,
-        shown("yivl_llava", "yivl_qformer", "yivl_flamingo", "yivl_eva"),
+        check_output("yivl_llava", "yivl_qformer", "yivl_flamingo", "yivl_eva"),
         slow=True,
     ),
-    Row(
+    HubCommand(
         f"python -m vlbench check recipe=yivl_llava size=6b {DATA}",
         "",
         {YI: SMALL},
-        shown("FILE.json"),
+        check_output("FILE.json"),
     ),
-    Row("python -m vlbench show recipe=yivl_llava size=6b", "", {}, shown("laion2b_s32b_b79k", YI)),
-    Row(f"{VIT} vision.weights=merged2b_s6b_b61k", "", {}, shown("EVA02-L-14-336", "merged2b")),
-    Row(
+    HubCommand(
+        "python -m vlbench show recipe=yivl_llava size=6b",
+        "",
+        {},
+        check_output("laion2b_s32b_b79k", YI),
+    ),
+    HubCommand(
+        f"{VIT} vision.weights=merged2b_s6b_b61k",
+        "",
+        {},
+        check_output("EVA02-L-14-336", "merged2b"),
+    ),
+    HubCommand(
         "python -m vlbench show recipe=yivl_blip2 size=6b connector.text=bert-base-uncased",
         "",
         {},
-        shown("bert-base-uncased"),
+        check_output("bert-base-uncased"),
     ),
-    Row("python -m vlbench list connectors size=6b", "", {}, shown("22,044,672", "107,134,976")),
+    HubCommand(
+        "python -m vlbench list connectors size=6b",
+        "",
+        {},
+        check_output("22,044,672", "107,134,976"),
+    ),
 )
 ROWS_34B = (
     *(
-        Row(told, UNTRAINED, TOWER | CHAT_34B, untrained(run, YI_34B), "SHARDS", slow=True)
+        HubCommand(
+            told, UNTRAINED, TOWER | CHAT_34B, check_untrained(run, YI_34B), "SHARDS", slow=True
+        )
         for told, run in (
             (f"sbatch --nodes=16 {SLURM} size=34b {FSDP2} data.train=/data/shards", "runs/job-7"),
             (
@@ -264,37 +283,37 @@ ROWS_34B = (
             ),
         )
     ),
-    Row(
+    HubCommand(
         "python -m vlbench plan recipe=yivl_llava size=34b trainer.devices=8 "
         "trainer.num_nodes=16 gpu=a800",
         "",
         {},
-        shown("fsdp2"),
+        check_output("fsdp2"),
         slow=True,
     ),
 )
 ROWS_YI_VL = (
-    Row(
+    HubCommand(
         'vlbench.load("01-ai/Yi-VL-6B")',
         "",
         {YI_VL: ALL},
-        lambda desk: assert_language(vlbench.load(YI_VL).language, desk.hub[YI_VL].folder),
+        lambda desk: assert_language_model(vlbench.load(YI_VL).language, desk.hub[YI_VL].folder),
     ),
-    Row(
+    HubCommand(
         f"{FIT} init=01-ai/Yi-VL-6B only=chat {DATA} run=mine",
         UNTRAINED,
         {YI_VL: ALL},
-        of_yi_vl,
+        compare_with_yi_vl,
     ),
-    Row(
+    HubCommand(
         "python -m vlbench export run=mine to=Yi-VL-mine format=yi_vl",
         "",
         {},
-        exported,
+        compare_export,
         "mine",
     ),
 )
-VALIDATION = tuple(f"{name}/validation-00000-of-00001.parquet" for name in SUBJECTS)
+VALIDATION = tuple(f"{name}/validation-00000-of-00001.parquet" for name in MMMU_SUBJECTS)
 CATEGORIES = (
     *("art_and_design", "business", "health_and_medicine", "humanities_and_social_sciences"),
     *("science", "technology_and_engineering"),
@@ -304,47 +323,49 @@ EXAMS = {
     "m-a-p/CMMMU": tuple(f"{name}/val-00000-of-00001.parquet" for name in CATEGORIES),
 }
 ROWS_EXAMS = (
-    Row(
+    HubCommand(
         "python -m vlbench eval run=RUN task=mmmu data=DIR split=val protocol=yi",
         "limit=3",
         {},
-        asked("mmmu"),
+        check_task_scores("mmmu"),
         "RUN DIR",
     ),
-    Row(
+    HubCommand(
         "python -m vlbench eval run=RUN task=mmmu,cmmmu limit=100 blank=true",
         "",
         EXAMS,
-        asked("mmmu", "cmmmu"),
+        check_task_scores("mmmu", "cmmmu"),
         "RUN",
     ),
 )
 ROWS_REFERENCES = (
-    Row(
+    HubCommand(
         "python -m vlbench fit recipe=yivl_qformer init=blip2.pth",
         f"run=q {TINY}",
         {},
-        of_reference(
+        compare_reference(
             *("q", "blip2.pth", "qformer.encoder.layer.0.attention.attention.query.weight"),
             "Qformer.bert.encoder.layer.0.attention.self.query.weight",
         ),
         "blip2.pth",
     ),
-    Row(
+    HubCommand(
         "python -m vlbench fit recipe=yivl_flamingo init=openflamingo.pt vision.layer=-1",
         f"run=f {TINY}",
         {},
-        of_reference(
+        compare_reference(
             *("f", "openflamingo.pt", "blocks.3.attn.to_kv.weight"),
             "lang_encoder.transformer.blocks.3.gated_cross_attn_layer.attn.to_kv.weight",
         ),
         "openflamingo.pt",
     ),
-    Row(
+    HubCommand(
         "python -m vlbench fit recipe=yivl_llava connector.norm=false init=mm_projector.bin",
         f"run=l {TINY}",
         {},
-        of_reference("l", "mm_projector.bin", "layers.2.weight", "model.mm_projector.2.weight"),
+        compare_reference(
+            "l", "mm_projector.bin", "layers.2.weight", "model.mm_projector.2.weight"
+        ),
         "mm_projector.bin",
     ),
 )

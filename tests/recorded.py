@@ -11,7 +11,7 @@ from torch import Tensor, nn
 GOLDENS = Path(__file__).parent / "goldens/connectors"
 
 
-def load(case: str, name: str) -> dict[str, Tensor]:
+def load_record(case: str, name: str) -> dict[str, Tensor]:
     """Return the tensors of `case/name.safetensors`."""
     return load_file(GOLDENS / case / f"{name}.safetensors")
 

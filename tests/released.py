@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlbench.model.weights.shards import read, weight_files
+from vlbench.model.weights.tensor_files import read_tensors, weight_files
 
 GOLDEN = Path(__file__).parent / "goldens/yi_vl/tiny_a"
 CHECKPOINT = GOLDEN / "checkpoint"
@@ -22,7 +22,7 @@ TOLERANCE = CASES["tolerance"]
 ROLES = {"human": "user", "assistant": "assistant"}
 
 
-def records() -> dict[str, Tensor]:
+def load_records() -> dict[str, Tensor]:
     """Return the tensors of all cases as `case.name`."""
     return {
         f"{file.stem}.{name}": tensor
@@ -31,7 +31,7 @@ def records() -> dict[str, Tensor]:
     }
 
 
-def messages(record: dict[str, Any]) -> list[dict[str, Any]]:
+def case_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the conversation of a case in the Hugging Face chat format."""
     images = iter(record["images"])
     result = []
@@ -47,25 +47,27 @@ def messages(record: dict[str, Any]) -> list[dict[str, Any]]:
     return result
 
 
-def copy(folder: Path) -> Path:
+def copy_checkpoint(folder: Path) -> Path:
     """Copy the golden checkpoint to `folder`, to be changed there."""
     return Path(shutil.copytree(CHECKPOINT, folder))
 
 
-def edit(file: Path, **changes: Any) -> None:
+def edit_json(file: Path, **changes: Any) -> None:
     """Set keys of a JSON file; None removes one."""
     config = json.loads(file.read_text()) | changes
     file.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
 
-def tensors_of(folder: Path) -> dict[str, Tensor]:
+def load_tensors(folder: Path) -> dict[str, Tensor]:
     """Return all tensors in the weight files of a folder."""
-    return {name: tensor for file in weight_files(folder) for name, tensor in read(file)}
+    return {name: tensor for file in weight_files(folder) for name, tensor in read_tensors(file)}
 
 
-def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], None], kind: str = "bin") -> None:
+def rewrite_weights(
+    folder: Path, change: Callable[[dict[str, Tensor]], None], kind: str = "bin"
+) -> None:
     """Write the weights of a folder anew after `change`, in two .bin shards or one safetensors."""
-    state = tensors_of(folder)
+    state = load_tensors(folder)
     change(state)
     for file in weight_files(folder):
         file.unlink()
@@ -83,19 +85,21 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], None], kind: str
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
 
 
-def plain_llava(folder: Path, kind: str = "bin", tokens: int = 0, **config: Any) -> Path:
+def make_plain_llava(folder: Path, kind: str = "bin", tokens: int = 0, **config: Any) -> Path:
     """Copy the golden with LLaVA-1.5's projector, and `tokens` added tokens, `<extra_0>` onwards.
 
     `config` are further changes of config.json.
     """
-    copy(folder)
-    edit(folder / "config.json", mm_projector_type="mlp2x_gelu", vocab_size=1600 + tokens, **config)
+    copy_checkpoint(folder)
+    edit_json(
+        folder / "config.json", mm_projector_type="mlp2x_gelu", vocab_size=1600 + tokens, **config
+    )
     if tokens:
         added = {f"<extra_{number}>": 1600 + number for number in range(tokens)}
         (folder / "added_tokens.json").write_text(json.dumps(added))
     noise = torch.Generator().manual_seed(0)
 
-    def change(state: dict[str, Tensor]) -> None:
+    def replace_projector(state: dict[str, Tensor]) -> None:
         for name in [name for name in state if "mm_projector" in name]:
             del state[name]
         for number, width in (("0", 80), ("2", 64)):
@@ -107,5 +111,5 @@ def plain_llava(folder: Path, kind: str = "bin", tokens: int = 0, **config: Any)
             more = torch.randn(tokens, 64, generator=noise).bfloat16() / 8
             state[name] = torch.cat([state[name], more])
 
-    rewrite(folder, change, kind)
+    rewrite_weights(folder, replace_projector, kind)
     return folder

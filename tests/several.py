@@ -17,54 +17,54 @@ import torch
 
 WORLD = 2
 TWO = f"trainer.devices={WORLD}"
-QUIET = ("log.every=1", "log.questions=2", "log.examples=0", "log.tensorboard=false")
+QUIET = ("log.every_n_steps=1", "log.questions=2", "log.examples=0", "log.tensorboard=false")
 
 
-def losses(run: Path) -> list[float]:
+def read_losses(run: Path) -> list[float]:
     """Return the loss of every step in the log of a run."""
     with (run / "metrics.csv").open() as file:
         return [float(row["loss"]) for row in csv.DictReader(file)]
 
 
 @dataclass(frozen=True)
-class Job:
+class FitCommand:
     """A command `fit`, stopped after step `stop` (0: never), computed in float64 on request."""
 
-    words: tuple[str, ...]
-    stop: int = 0
-    double: bool = False
+    overrides: tuple[str, ...]
+    stop_step: int = 0
+    is_float64: bool = False
 
 
-def do(job: Job) -> int:
+def run_fit_command(fit_command: FitCommand) -> int:
     """Run a command in this process and return its exit code."""
     from vlbench.__main__ import main
-    from vlbench.train import stages
-    from vlbench.train.watchers import Saving
+    from vlbench.train import fit
+    from vlbench.train.callbacks import CheckpointCallback
 
-    real_after, real_prepare = Saving.after, stages.prepare
+    real_after, real_prepare = CheckpointCallback.on_step_end, fit.build_or_resume_model
 
-    def after(self: Saving, training: Any, step: Any) -> None:
-        if training.position == job.stop:
-            self.interrupts.wanted = "a test"
+    def stop_at_step(self: CheckpointCallback, training: Any, step: Any) -> None:
+        if training.position == fit_command.stop_step:
+            self.graceful_stop.stop_reason = "a test"
         real_after(self, training, step)
 
-    def prepare(*given: Any) -> Any:
+    def prepare_precision(*given: Any) -> Any:
         vlm, start = real_prepare(*given)
-        return (vlm.double() if job.double else vlm), start
+        return (vlm.double() if fit_command.is_float64 else vlm), start
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Saving, "after", after)
-        patch.setattr(stages, "prepare", prepare)
+        patch.setattr(CheckpointCallback, "after", stop_at_step)
+        patch.setattr(fit, "prepare", prepare_precision)
         try:
-            return main(["fit", *job.words])
+            return main(["fit", *fit_command.overrides])
         except SystemExit as end:
             return int(end.code or 0)
 
 
-def _work(rank: int, ports: list[int], jobs: list[Job], answers: Queue) -> None:
+def _run_rank(rank: int, ports: list[int], fit_commands: list[FitCommand], answers: Queue) -> None:
     torch.set_num_threads(1)
     codes = []
-    for port, job in zip(ports, jobs, strict=True):
+    for port, job in zip(ports, fit_commands, strict=True):
         os.environ |= {
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
@@ -74,20 +74,23 @@ def _work(rank: int, ports: list[int], jobs: list[Job], answers: Queue) -> None:
             "GROUP_RANK": "0",
         }
         try:
-            codes.append(do(job))
+            codes.append(run_fit_command(job))
         except Exception:
             traceback.print_exc()
             codes.append(1)  # the other process would wait for its answer
     answers.put((rank, codes))
 
 
-def in_two(jobs: list[Job], seconds: float = 300) -> list[tuple[int, int]]:
+def run_in_two_processes(
+    fit_commands: list[FitCommand], seconds: float = 300
+) -> list[tuple[int, int]]:
     """Run commands in two processes, one after the other; return both exit codes of each."""
     context = multiprocessing.get_context("spawn")
     answers: Queue = context.Queue()
-    ports = [_free_port() for _ in jobs]
+    ports = [_free_port() for _ in fit_commands]
     started = [
-        context.Process(target=_work, args=(rank, ports, jobs, answers)) for rank in range(WORLD)
+        context.Process(target=_run_rank, args=(rank, ports, fit_commands, answers))
+        for rank in range(WORLD)
     ]
     for process in started:
         process.start()

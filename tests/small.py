@@ -11,13 +11,13 @@ from open_clip.transformer import VisionTransformer
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from vlbench.connector import Connector
-from vlbench.data.batch import Batch, collate
-from vlbench.data.sample import PLACEHOLDER, Sample, Turn, encode
-from vlbench.data.template import TEMPLATES
+from vlbench.connector.base import Connector
+from vlbench.data.chat_template import CHAT_TEMPLATES
+from vlbench.data.packing import PackedBatch, collate
+from vlbench.data.sample_encoding import IMAGE_PLACEHOLDER, ChatTurn, Sample, encode_sample
 from vlbench.data.tokenizer import Tokenizer
-from vlbench.model.attention import PACKED
-from vlbench.model.vision import Tower
+from vlbench.model.packed_attention import PACKED_ATTENTION
+from vlbench.model.vision_encoder import VisionEncoder
 from vlbench.model.vlm import VLM
 
 CHECKPOINT = Path(__file__).parent / "goldens" / "yi_vl" / "checkpoint"
@@ -41,7 +41,7 @@ SMALL = {
 
 
 @dataclass(frozen=True)
-class Noise:
+class NoiseImage:
     """A picture of noise that only its seed decides."""
 
     seed: int
@@ -70,42 +70,42 @@ def small_vlm(connector: type[Connector], options: dict[str, Any] | None = None)
         num_key_value_heads=2,
         eos_token_id=2,
     )
-    language = LlamaForCausalLM._from_config(config, attn_implementation=PACKED)
+    language = LlamaForCausalLM._from_config(config, attn_implementation=PACKED_ATTENTION)
     vlm = VLM(
-        Tower(visual, -2, False, HALF),
+        VisionEncoder(visual, -2, False, HALF),
         connector,
         options or {},
         language,
         Tokenizer.load(CHECKPOINT),
-        TEMPLATES["yi_vl"],
+        CHAT_TEMPLATES["yi_vl"],
         512,
     )
     return vlm.train()
 
 
-def sample(number: int, images: int = 1, words: int = 5) -> Sample:
+def make_sample(number: int, images: int = 1, words: int = 5) -> Sample:
     """Make a conversation of two answers; its length grows with `words`."""
-    tags = f"{PLACEHOLDER}\n" * images
+    tags = f"{IMAGE_PLACEHOLDER}\n" * images
     turns = (
-        Turn("human", f"{tags}question {number} " + "word " * words),
-        Turn("assistant", f"answer {number} " + "and " * words),
-        Turn("human", "more?"),
-        Turn("assistant", f"no {number}"),
+        ChatTurn("human", f"{tags}question {number} " + "word " * words),
+        ChatTurn("assistant", f"answer {number} " + "and " * words),
+        ChatTurn("human", "more?"),
+        ChatTurn("assistant", f"no {number}"),
     )
-    return Sample(f"s{number}", turns, tuple(Noise(10 * number + k) for k in range(images)))
+    return Sample(f"s{number}", turns, tuple(NoiseImage(10 * number + k) for k in range(images)))
 
 
-def batch_of(vlm: VLM, rows: list[list[Sample]]) -> Batch:
+def make_batch(vlm: VLM, rows: list[list[Sample]]) -> PackedBatch:
     """Encode samples into the rows of one batch."""
     per_image = vlm.connector.tokens_per_image
     encoded = [
-        [encode(one, vlm.template, vlm.tokenizer, per_image, vlm.max_length) for one in row]
+        [encode_sample(one, vlm.template, vlm.tokenizer, per_image, vlm.max_length) for one in row]
         for row in rows
     ]
     return collate(encoded, lambda picture: vlm.transform(picture.open()))
 
 
-def opened(vlm: VLM) -> VLM:
+def open_gates(vlm: VLM) -> VLM:
     """Open the gates of a connector that begins with closed ones."""
     for name, parameter in vlm.connector.named_parameters():
         if name.endswith("gate"):

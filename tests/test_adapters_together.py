@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from several import QUIET, TWO, Job, do, in_two
+from several import QUIET, TWO, FitCommand, run_fit_command, run_in_two_processes
 
-from vlbench.model.language import TINY
-from vlbench.model.weights.shards import read, weight_files, write
+from vlbench.model.language_model import TINY_LANGUAGE_FOLDER
+from vlbench.model.weights.tensor_files import read_tensors, weight_files, write_tensors
 
 WAYS = {
     "alone": (),
@@ -48,11 +48,11 @@ def stored(folder: Path, kind: torch.dtype) -> Path:
     generator = torch.Generator().manual_seed(0)
     tensors = [
         (name, (value.float() * (1 + 0.1 * torch.rand(value.shape, generator=generator))).to(kind))
-        for file in weight_files(TINY)
-        for name, value in read(file)
+        for file in weight_files(TINY_LANGUAGE_FOLDER)
+        for name, value in read_tensors(file)
     ]
-    write(tensors, folder)
-    for file in TINY.iterdir():
+    write_tensors(tensors, folder)
+    for file in TINY_LANGUAGE_FOLDER.iterdir():
         if file.is_file() and "safetensors" not in file.name:
             shutil.copy(file, folder)
     return folder
@@ -68,9 +68,11 @@ def check(folder: Path, kind: str, chain: str, precision: str) -> None:
     """Train by every way, and compare."""
     weights = stored(folder / "weights", KINDS[kind])
     given = [*words(chain, precision), f"language.weights={weights}"]
-    jobs = {w: Job((*given, f"run={folder / w}", *how), stop=3) for w, how in WAYS.items()}
-    assert do(jobs["alone"]) == 130
-    assert in_two([jobs["ddp"], jobs["fsdp2"]]) == [(130, 130)] * 2
+    jobs = {
+        w: FitCommand((*given, f"run={folder / w}", *how), stop_step=3) for w, how in WAYS.items()
+    }
+    assert run_fit_command(jobs["alone"]) == 130
+    assert run_in_two_processes([jobs["ddp"], jobs["fsdp2"]]) == [(130, 130)] * 2
     alone = rows(folder / "alone")
     assert len(alone) == sum(STEPS.values())
     # AdamW turns rounding where gradients are nearly zero into steps, and these grow
@@ -99,8 +101,8 @@ def compare(folder: Path, other: Path, precision: str) -> None:
     files = sorted(one.relative_to(folder) for one in folder.rglob("*.safetensors"))
     assert files == sorted(one.relative_to(other) for one in other.rglob("*.safetensors"))
     for file in files:
-        theirs = dict(read(other / file))
-        mine = dict(read(folder / file))
+        theirs = dict(read_tensors(other / file))
+        mine = dict(read_tensors(folder / file))
         assert {n: (v.shape, v.dtype) for n, v in mine.items()} == {
             n: (v.shape, v.dtype) for n, v in theirs.items()
         }

@@ -126,7 +126,7 @@ def test_what_was_read_already_is_taken_as_it_is(tmp_path):
 
 
 def test_answers_by_id_are_scored_with_the_questions_of_the_benchmark(tmp_path):
-    records = mmmu_data.read(str(TINY), "validation")
+    records = mmmu_data.read_records(str(TINY), "validation")
     answers = {one.id: "B" if n % 2 else "the answer is 3.5" for n, one in enumerate(records)}
     file = tmp_path / "total_val_output.json"
     file.write_text(json.dumps(answers))

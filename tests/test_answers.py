@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from vlbench.evaluate.tasks.items import Item, Scored
-from vlbench.evaluate.tasks.protocols import PROTOCOLS, score_all
-from vlbench.mistakes import Mistake
+from vlbench.errors import UserError
+from vlbench.evaluate.tasks.scored_items import AnsweredItem, ScoredItem
+from vlbench.evaluate.tasks.scoring_protocols import SCORING_PROTOCOLS, score_items
 
 GOLDENS = Path(__file__).parent / "goldens/evaluation"
 MMMU = json.loads((GOLDENS / "mmmu_parse.json").read_text(encoding="utf-8"))
@@ -25,22 +25,22 @@ CASES = {
 }
 
 
-def item(case: dict[str, Any]) -> Item:
+def item(case: dict[str, Any]) -> AnsweredItem:
     """Return the item of a recorded case."""
     kind = case.get("type") or case.get("question_type") or "multiple-choice"
     options = case.get("options") or list(case.get("index2ans", {}).values())
-    return Item(case["case"], kind, options, case["answer"], case["response"])
+    return AnsweredItem(case["case"], kind, options, case["answer"], case["response"])
 
 
-def one(task: str, protocol: str, asked: Item) -> Scored | None:
+def one(task: str, protocol: str, asked: AnsweredItem) -> ScoredItem | None:
     """Score one item; None where the reference raises an error and we a Mistake."""
     try:
-        return score_all(task, protocol, [asked])[0]
-    except Mistake:
+        return score_items(task, protocol, [asked])[0]
+    except UserError:
         return None
 
 
-def verdict(task: str, protocol: str, asked: Item) -> tuple[object, object, bool]:
+def verdict(task: str, protocol: str, asked: AnsweredItem) -> tuple[object, object, bool]:
     """Return prediction, correctness and fallback, "random" for what is drawn."""
     scored = one(task, protocol, asked)
     assert scored is not None
@@ -99,7 +99,7 @@ def test_yi_compares_the_response_with_the_letter_as_it_is():
         scored = one("mmmu", "yi", item(case))
         assert scored and not scored.fallback, case
         assert scored.correct is case["official"]["eval_only_raw_correct"], case
-    scored = one("mmmu", "yi", Item(1, "multiple-choice", ["a", "b"], "A", None))
+    scored = one("mmmu", "yi", AnsweredItem(1, "multiple-choice", ["a", "b"], "A", None))
     assert scored and (scored.prediction, scored.correct, scored.fallback) == (None, False, False)
 
 
@@ -122,14 +122,14 @@ def test_strict_draws_nothing_and_reads_the_same():
 def test_the_stream_of_fallbacks_is_one_draw_after_the_other():
     known = [item(case) for case in CASES["choice"] if "raises" not in case["official"]]
     stream = random.Random(42)
-    scored = score_all("mmmu", "official", known)
+    scored = score_items("mmmu", "official", known)
     assert sum(one.fallback for one in scored) > 100
     for one_scored in scored:
         if one_scored.fallback:
             letters = [chr(65 + n) for n in range(len(one_scored.item.options))]
             assert one_scored.prediction == stream.choice(letters)
-    assert scored == score_all("mmmu", "official", known, seed=42)
-    assert scored != score_all("mmmu", "official", known, seed=43)
+    assert scored == score_items("mmmu", "official", known, seed=42)
+    assert scored != score_items("mmmu", "official", known, seed=43)
 
 
 def test_the_recorded_stream_of_fallbacks_can_be_followed():
@@ -159,28 +159,30 @@ def draw(place: tuple, size: int) -> tuple[tuple, str]:
 
 def test_order_does_not_matter_where_nothing_is_drawn():
     for task, kind in (("mmmu", "choice"), ("mmmu", "open"), ("cmmmu", "cmmmu")):
-        for protocol in PROTOCOLS[task]:
+        for protocol in SCORING_PROTOCOLS[task]:
             fine = [scored for case in CASES[kind] if (scored := one(task, protocol, item(case)))]
             items = [scored.item for scored in fine if not scored.fallback]
             mixed = random.Random(1).sample(items, len(items))
             assert by_id(task, protocol, mixed) == by_id(task, protocol, items)
 
 
-def by_id(task: str, protocol: str, items: list[Item]) -> dict[str | int, tuple[object, bool]]:
+def by_id(
+    task: str, protocol: str, items: list[AnsweredItem]
+) -> dict[str | int, tuple[object, bool]]:
     """Return prediction and verdict of every item."""
-    scored = score_all(task, protocol, items)
+    scored = score_items(task, protocol, items)
     return {one.item.id: (plain(one.prediction), one.correct) for one in scored}
 
 
 RELEASED = [
-    Item(one["id"], one["type"], ["甲", "乙", "丙", "丁"], one["gold"], one["pred"])
+    AnsweredItem(one["id"], one["type"], ["甲", "乙", "丙", "丁"], one["gold"], one["pred"])
     for one in AGGREGATION["cmmmu_yi_vl_34b_val"]["records"]
 ]
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS["cmmmu"])
+@pytest.mark.parametrize("protocol", SCORING_PROTOCOLS["cmmmu"])
 def test_the_released_answers_of_yi_vl_34b_have_their_published_score(protocol):
-    scored = score_all("cmmmu", protocol, RELEASED)
+    scored = score_items("cmmmu", protocol, RELEASED)
     records = AGGREGATION["cmmmu_yi_vl_34b_val"]["records"]
     assert [one.correct for one in scored] == [one["correct"] for one in records]
     assert Counter(one.item.type for one in scored if one.correct) == {
@@ -211,7 +213,7 @@ def test_the_released_answers_of_yi_vl_34b_have_their_published_score(protocol):
     ],
 )
 def test_what_is_denied_is_wrong_in_strict(response, official, strict):
-    asked = Item(1, "判断", [], "错", response)
+    asked = AnsweredItem(1, "判断", [], "错", response)
     assert verdict("cmmmu", "official", asked)[0] == official
     scored = one("cmmmu", "strict", asked)
     assert scored and not scored.fallback and scored.prediction == strict
@@ -236,5 +238,5 @@ def test_what_is_denied_is_wrong_in_strict(response, official, strict):
 )
 def test_raw_takes_the_answer_and_not_a_word_more(task, kind, answer, response, right):
     options = ["one", "two", "three", "four"]
-    scored = one(task, "raw", Item(1, kind, options, answer, response))
+    scored = one(task, "raw", AnsweredItem(1, kind, options, answer, response))
     assert scored and scored.correct is right and not scored.fallback

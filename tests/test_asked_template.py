@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from released import CHECKPOINT, TOWER, copy, edit, rewrite
+from released import CHECKPOINT, TOWER, copy_checkpoint, edit_json, rewrite_weights
 
 import vlbench
-from vlbench import recipe as recipes
 from vlbench.__main__ import main
-from vlbench.mistakes import Mistake
-from vlbench.train.restore import inherited
+from vlbench.config import recipe as recipes
+from vlbench.errors import UserError
+from vlbench.train.resume import inherited_keys
 
 CLIP = "openai/clip-vit-large-patch14-336"
 VICUNA = "{% for m in messages %}USER: {{ m['content'] }} ASSISTANT:{% endfor %}"
@@ -31,17 +31,17 @@ def bare_projector(folder: Path) -> None:
             state[f"model.mm_projector.{number}.weight"] = torch.randn(64, width) / 8
             state[f"model.mm_projector.{number}.bias"] = torch.randn(64) / 8
 
-    edit(folder / "config.json", mm_projector_type="mlp2x_gelu")
-    rewrite(folder, bare)
+    edit_json(folder / "config.json", mm_projector_type="mlp2x_gelu")
+    rewrite_weights(folder, bare)
 
 
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory) -> Path:
     """A folder as LLaVA-1.5's own, with its tower beside it."""
-    folder = copy(tmp_path_factory.mktemp("llava") / "llava-v1.5")
+    folder = copy_checkpoint(tmp_path_factory.mktemp("llava") / "llava-v1.5")
     bare_projector(folder)
     (folder / TOWER).rename(folder / "vit" / Path(CLIP).name)
-    edit(folder / "config.json", mm_vision_tower=CLIP)
+    edit_json(folder / "config.json", mm_vision_tower=CLIP)
     return folder
 
 
@@ -88,11 +88,11 @@ def test_what_is_chosen_is_taken_without_a_word(llava, capsys):
     ],
 )
 def test_a_folder_tells_its_template(changes, template, name, lines, tmp_path, capsys):
-    folder = copy(tmp_path / "model")
+    folder = copy_checkpoint(tmp_path / "model")
     if changes:
         bare_projector(folder)
-        edit(folder / "config.json", **changes)
-    edit(folder / "tokenizer_config.json", chat_template=template)
+        edit_json(folder / "config.json", **changes)
+    edit_json(folder / "tokenizer_config.json", chat_template=template)
     assert vlbench.load(folder).template.name == name
     assert len(said(capsys)) == lines
 
@@ -120,16 +120,16 @@ def test_transformers_folders_are_asked_with_what_their_own_template_is_like(
     before = jinja.read_text()
     try:
         jinja.write_text(LLAMA2)
-        with pytest.raises(Mistake, match=r"none of yi_vl, chatml, llava_v1; say template="):
+        with pytest.raises(UserError, match=r"none of yi_vl, chatml, llava_v1; say template="):
             vlbench.load(hugging_face)
         assert vlbench.load(hugging_face, template="chatml").template.name == "chatml"
-        recipe = recipes.load(["recipe=yivl_llava", f"init={hugging_face}"])
-        with pytest.raises(Mistake, match=r"say language.template="):
-            inherited(recipe)
-        recipe = recipes.load(
+        recipe = recipes.load_recipe(["recipe=yivl_llava", f"init={hugging_face}"])
+        with pytest.raises(UserError, match=r"say language.template="):
+            inherited_keys(recipe)
+        recipe = recipes.load_recipe(
             ["recipe=yivl_llava", f"init={hugging_face}", "language.template=chatml"]
         )
-        assert "language" not in inherited(recipe)
+        assert "language" not in inherited_keys(recipe)
         jinja.unlink()
         assert vlbench.load(hugging_face).template.name == "llava_v1"
         assert "brings no chat template" in said(capsys)[-1]
@@ -138,8 +138,8 @@ def test_transformers_folders_are_asked_with_what_their_own_template_is_like(
 
 
 def test_a_run_begun_with_llava_has_its_template(llava, capsys):
-    recipe = recipes.load(["recipe=yivl_llava", f"init={llava}"])
-    assert inherited(recipe)["language"] == {"template": "llava_v1"}
+    recipe = recipes.load_recipe(["recipe=yivl_llava", f"init={llava}"])
+    assert inherited_keys(recipe)["language"] == {"template": "llava_v1"}
     assert "language.template= chooses another" in said(capsys)[0]
 
 
@@ -157,7 +157,7 @@ def test_a_template_that_does_not_exist_is_refused_before_loading(verb, capsys):
     assert len(lines) == 1
     assert "template is 'chatlm'; known are yi_vl, chatml, llava_v1" in lines[0]
     assert "Did you mean 'chatml'?" in lines[0]
-    with pytest.raises(Mistake, match="Did you mean 'llava_v1'"):
+    with pytest.raises(UserError, match="Did you mean 'llava_v1'"):
         vlbench.load(CHECKPOINT, template="llava")
 
 

@@ -6,12 +6,17 @@ import functools
 
 import pytest
 import torch
-from small import batch_of, sample, small_vlm
+from small import make_batch, make_sample, small_vlm
 from torch.nn.functional import scaled_dot_product_attention
 
-from vlbench import plugins
-from vlbench.model import attention
-from vlbench.model.attention import Bounds, bounds, packed_attention, varlen
+from vlbench.connector import registry
+from vlbench.model import packed_attention
+from vlbench.model.packed_attention import (
+    SampleBounds,
+    find_varlen_attention,
+    packed_attention,
+    sample_bounds,
+)
 
 LENGTHS = [[5, 3], [4, 2]]  # of rows of 8 positions: the second has 2 of padding
 
@@ -34,13 +39,13 @@ def kernel(query, key, value, begins, other, longest, also, window_size, scale=N
 
 
 def test_one_call_over_all_samples_gives_what_a_call_for_each_gives(monkeypatch):
-    grouped = attention._grouped(kernel, knows_groups=False)
+    grouped = packed_attention._with_grouped_heads(kernel, supports_gqa=False)
     monkeypatch.setattr(
-        attention, "varlen", lambda: functools.partial(grouped, window_size=(-1, 0))
+        packed_attention, "varlen", lambda: functools.partial(grouped, window_size=(-1, 0))
     )
     begins = torch.tensor([0, 5, 8, 12, 14, 16], dtype=torch.int32)
     query, key, value = heads(torch.bfloat16)
-    one, _ = packed_attention(None, query, key, value, None, 0.25, bounds=Bounds(begins, 5))
+    one, _ = packed_attention(None, query, key, value, None, 0.25, bounds=SampleBounds(begins, 5))
     each, _ = packed_attention(None, query, key, value, None, 0.25, lengths=LENGTHS)
     torch.testing.assert_close(one[0], each[0])
     torch.testing.assert_close(one[1, :6], each[1, :6])  # what follows is padding
@@ -54,31 +59,33 @@ def test_under_autocast_the_model_attends_in_one_call(monkeypatch):
         begins.append(first)
         return query
 
-    vlm = small_vlm(plugins.connector("llava_mlp"))
-    batch = batch_of(vlm, [[sample(1), sample(2)]])
-    known = Bounds(torch.tensor([0, *batch.lengths[0]], dtype=torch.int32).cumsum(0), 99)
+    vlm = small_vlm(registry.load_connector("llava_mlp"))
+    batch = make_batch(vlm, [[make_sample(1), make_sample(2)]])
+    known = SampleBounds(
+        torch.tensor([0, *batch.sample_lengths[0]], dtype=torch.int32).cumsum(0), 99
+    )
     monkeypatch.setattr("vlbench.model.vlm.bounds", lambda *_: known)
-    monkeypatch.setattr(attention, "varlen", lambda: noted)
+    monkeypatch.setattr(packed_attention, "varlen", lambda: noted)
     vlm(batch)
     assert not begins  # the kernel takes no float32
     with torch.autocast("cpu", torch.bfloat16):
         vlm(batch)
-    assert len(begins) == 3 and all(one is known.begins for one in begins)
+    assert len(begins) == 3 and all(one is known.cu_seqlens for one in begins)
 
 
 def test_without_a_gpu_there_are_no_bounds():
-    assert bounds(LENGTHS, 8, torch.device("cpu")) is None
+    assert sample_bounds(LENGTHS, 8, torch.device("cpu")) is None
 
 
 def test_this_torch_has_the_kernel_and_its_options_are_known():
-    assert varlen() is not None
+    assert find_varlen_attention() is not None
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
 def test_the_kernel_of_a_gpu_gives_what_calls_one_by_one_give(kind):
     query, key, value = (one.to("cuda", kind).requires_grad_() for one in heads())
-    known = bounds(LENGTHS, 8, query.device)
+    known = sample_bounds(LENGTHS, 8, query.device)
     assert known is not None
     one, _ = packed_attention(None, query, key, value, None, 0.25, bounds=known)
     each, _ = packed_attention(None, query, key, value, None, 0.25, lengths=LENGTHS)

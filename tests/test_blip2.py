@@ -9,17 +9,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from recorded import assert_gradient, assert_outputs, load
-from small import batch_of, sample, small_vlm
+from recorded import assert_gradient, assert_outputs, load_record
+from small import make_batch, make_sample, small_vlm
 from torch import Tensor
 
-from vlbench import plugins
 from vlbench.__main__ import main
-from vlbench.connector import Shapes
-from vlbench.model import blip2
-from vlbench.model.caption_tokens import CaptionTokens, caption_tokens
+from vlbench.connector import registry
+from vlbench.connector.base import Shapes
+from vlbench.model import blip2_objective
+from vlbench.model.caption_tokens import CaptionTokenizer, load_caption_tokenizer
 
-QFormer = plugins.connector("qformer")
+QFormer = registry.load_connector("qformer")
 MODULE = sys.modules[QFormer.__module__]
 SHAPES = Shapes(patches=8, grid=(2, 4), vision_width=24, lm_width=48, lm_layers=2)
 SMALL = {"queries": 6, "width": 32, "layers": 4, "heads": 4, "ffn_width": 64}
@@ -29,11 +29,11 @@ CASE = "qformer_stage1"
 @pytest.fixture
 def recorded(monkeypatch):
     """Return the Q-Former with LAVIS' weights, ready for its first stage."""
-    tokens = CaptionTokens(lambda text: [], 39, 37, 38, 0)
+    tokens = CaptionTokenizer(lambda text: [], 39, 37, 38, 0)
     monkeypatch.setattr(MODULE, "caption_tokens", lambda source, key: tokens)
     connector = QFormer(SHAPES, **SMALL, text="embedded", text_length=7, itc_width=20)
-    connector.prepare("blip2")
-    connector.load_reference(load(CASE, "state_dict"))
+    connector.prepare_objective("blip2")
+    connector.load_reference(load_record(CASE, "state_dict"))
     return connector
 
 
@@ -51,23 +51,23 @@ def losses(connector, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_losses_and_gradients_equal_the_reference(recorded, monkeypatch):
-    inputs = load(CASE, "inputs")
+    inputs = load_record(CASE, "inputs")
     drawn = {"image": inputs["neg_image_for_text"], "caption": inputs["neg_text_for_image"]}
-    monkeypatch.setattr(blip2, "draw", lambda _, __, seeds: drawn[seeds[0].split()[-1]])
+    monkeypatch.setattr(blip2_objective, "draw", lambda _, __, seeds: drawn[seeds[0].split()[-1]])
     inputs["vision_features"].requires_grad_()
     found = losses(recorded, inputs)
     pairs, words = len(inputs["input_ids"]), inputs["attention_mask"][:, 1:].sum()
     means = {"itc": found["itc"] / pairs, "itm": found["itm"] / (3 * pairs)}
     means["lm"] = found["itg"] / words
-    expected = load(CASE, "outputs")
+    expected = load_record(CASE, "outputs")
     for name, value in means.items():
         assert_outputs(value, expected[f"loss_{name}"])
     sum(means.values()).backward()
-    grads = load(CASE, "grads")
+    grads = load_record(CASE, "grads")
     assert_gradient(inputs["vision_features"].grad, grads.pop("input.vision_features"), "features")
     parameters, compared = dict(recorded.named_parameters()), 0
     for name, grad in grads.items():
-        key = MODULE.renamed(name.removeprefix("param."))
+        key = MODULE.rename_reference_key(name.removeprefix("param."))
         tied = re.search(r"predictions\.decoder", key)
         # the bias of keys has no gradient in truth: softmax does not see it
         if not tied and not key.endswith("key.bias"):
@@ -79,22 +79,24 @@ def test_losses_and_gradients_equal_the_reference(recorded, monkeypatch):
 
 
 def test_negatives_are_drawn_as_likely_as_the_reference_says(recorded):
-    outputs = load(CASE, "outputs")
+    outputs = load_record(CASE, "outputs")
     likeness = outputs["sim_t2i"].clone()  # already divided by the temperature
     seeds = [str(number) for number in range(len(likeness))]
     counts = torch.zeros_like(likeness)
     for turn in range(400):
-        chosen = blip2.draw(likeness, 0, [f"{seed} {turn}" for seed in seeds])
+        chosen = blip2_objective.draw_negatives(likeness, 0, [f"{seed} {turn}" for seed in seeds])
         counts[torch.arange(len(chosen)), chosen] += 1
     assert likeness.equal(outputs["sim_t2i"]) and not counts.diagonal().any()
     torch.testing.assert_close(counts / 400, outputs["weights_t2i"], atol=0.08, rtol=0)
 
 
 def test_who_sees_whom_while_telling():
-    masks = load("qformer_text", "masks")
+    masks = load_record("qformer_text", "masks")
     theirs = masks["itg_unilm_full"]
     text = masks["itc_text"][:, 0, 0]
-    ours = blip2.telling_mask(theirs.shape[-1] - text.shape[-1], (text == 0).long())
+    ours = blip2_objective.multimodal_causal_mask(
+        theirs.shape[-1] - text.shape[-1], (text == 0).long()
+    )
     allowed = theirs > -1 if theirs.is_floating_point() else theirs.bool()
     real = torch.cat([torch.ones(len(text), 6, dtype=torch.bool), text == 0], dim=1)
     for pair in range(len(ours)):  # rows of padding are read by nobody
@@ -105,13 +107,13 @@ def first_stage_vlm(**options):
     """Return a small model in its first stage, its connector and tower trained."""
     small = {"queries": 3, "width": 16, "layers": 2, "heads": 2, "ffn_width": 24, "itc_width": 8}
     vlm = small_vlm(QFormer, {**small, "text": "embedded", **options})
-    vlm.pursue("blip2")
+    vlm.set_objective("blip2")
     return vlm
 
 
 def test_every_parameter_learns_and_the_projection_waits():
     vlm = first_stage_vlm()
-    out = vlm(batch_of(vlm, [[sample(1), sample(2)], [sample(3)]]))
+    out = vlm(make_batch(vlm, [[make_sample(1), make_sample(2)], [make_sample(3)]]))
     assert out.loss_sum is None and set(out.extra) == {"itc", "itm", "itg"}
     sum(value for value, _ in out.extra.values()).backward()
     for name, parameter in vlm.connector.named_parameters():
@@ -121,7 +123,7 @@ def test_every_parameter_learns_and_the_projection_waits():
 
 def test_a_batch_without_pictures_gives_zero_and_gradients():
     vlm = first_stage_vlm()
-    out = vlm(batch_of(vlm, [[sample(1, images=0)]]))
+    out = vlm(make_batch(vlm, [[make_sample(1, images=0)]]))
     loss = sum(value for value, _ in out.extra.values())
     loss.backward()
     assert loss.item() == 0 and [int(count) for _, count in out.extra.values()] == [0, 0, 0]
@@ -130,7 +132,7 @@ def test_a_batch_without_pictures_gives_zero_and_gradients():
 
 def test_a_single_pair_has_no_negatives_and_a_finite_loss():
     vlm = first_stage_vlm()
-    out = vlm(batch_of(vlm, [[sample(1)]]))
+    out = vlm(make_batch(vlm, [[make_sample(1)]]))
     assert all(value.isfinite() for value, _ in out.extra.values())
     assert float(out.extra["itc"][0].detach()) == pytest.approx(0, abs=1e-6)
 
@@ -138,11 +140,11 @@ def test_a_single_pair_has_no_negatives_and_a_finite_loss():
 def test_the_text_side_comes_and_goes_with_its_stage():
     vlm = first_stage_vlm()
     added = {name for name in vlm.connector.state_dict() if MODULE.TEXT.match(name)}
-    vlm.resize(56)  # the connector is built anew, still in its first stage
+    vlm.set_image_size(56)  # the connector is built anew, still in its first stage
     assert added and added <= set(vlm.connector.state_dict())
-    vlm.pursue("language")
+    vlm.set_objective("language")
     assert not added & set(vlm.connector.state_dict())
-    assert vlm(batch_of(vlm, [[sample(1)]])).loss_sum.isfinite()
+    assert vlm(make_batch(vlm, [[make_sample(1)]])).loss_sum.isfinite()
 
 
 @pytest.fixture(scope="module")
@@ -169,13 +171,13 @@ def bert(tmp_path_factory):
 def test_a_bert_gives_tokens_and_first_weights(bert):
     from transformers import BertForMaskedLM
 
-    tokens = caption_tokens(str(bert), "connector.text")
+    tokens = load_caption_tokenizer(str(bert), "connector.text")
     ids, mask = tokens(["a red star", "red stars red stars"], 5)
     assert ids.tolist() == [[2, 5, 6, 7, 3], [2, 6, 7, 8, 3]] and mask.all()
     shapes = replace(SHAPES, vision_width=32)
     small = {"queries": 3, "width": 16, "layers": 2, "heads": 2, "ffn_width": 24, "itc_width": 8}
     connector = QFormer(shapes, **small, text=str(bert), text_length=8)
-    connector.prepare("blip2", fresh=True)
+    connector.prepare_objective("blip2", fresh=True)
     ours, theirs = connector.state_dict(), BertForMaskedLM.from_pretrained(bert).state_dict()
     layer = "encoder.layer.1"
     for mine, its in (
@@ -197,7 +199,10 @@ def test_a_bert_gives_tokens_and_first_weights(bert):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["stages.blip2.form=chat"], "stages.blip2.form is 'chat'; objective blip2 learns from"),
+        (
+            ["stages.blip2.sample_format=chat"],
+            "stages.blip2.sample_format is 'chat'; objective blip2 learns from",
+        ),
         (["stages.blip2.train.language.lr=1e-4"], "leaves the language model out"),
         (["connector.name=llava_mlp"], "stages.blip2.objective is 'blip2'; this connector offers"),
         (["stages.blip2.objective=blip"], "Did you mean 'blip2'"),
@@ -215,9 +220,14 @@ def test_mistakes_are_one_line(words, message, tmp_path, monkeypatch, capsys):
 
 def test_the_first_stage_trains_stops_and_goes_on_as_if_it_had_not(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = ["recipe=yivl_blip2", "stages.blip2.batch=6", "stages.blip2.steps=4", "log.every=1"]
+    words = [
+        "recipe=yivl_blip2",
+        "stages.blip2.global_batch_size=6",
+        "stages.blip2.steps=4",
+        "log.every_n_steps=1",
+    ]
     words += [f"stages.{name}.steps=1" for name in ("align_224", "align_448", "chat")]
-    words += [f"stages.{name}.batch=2" for name in ("align_224", "align_448", "chat")]
+    words += [f"stages.{name}.global_batch_size=2" for name in ("align_224", "align_448", "chat")]
     words += ["log.questions=2", "log.examples=0", "log.tensorboard=false"]
     assert main(["fit", *words, "run=whole"]) == 0
     assert main(["fit", *words, "run=parts"]) == 0

@@ -12,10 +12,10 @@ from PIL import Image
 from released import CASES, CHECKPOINT, GOLDEN
 
 import vlbench
-from vlbench import recipe as recipes
 from vlbench.__main__ import main
-from vlbench.mistakes import Mistake
-from vlbench.serve.chat import Talk
+from vlbench.config import recipe as recipes
+from vlbench.errors import UserError
+from vlbench.serve.chat_command import ChatSession
 
 WIDE = GOLDEN / "images/wide_rgb.png"
 MULTI = next(case for case in CASES["cases"] if case["name"] == "multi_turn")
@@ -54,11 +54,11 @@ def test_a_mistake_ends_no_conversation(monkeypatch, capsys):
 
 def test_multi_turn_reaches_the_model_as_in_the_reference():
     vlm = vlbench.load(CHECKPOINT)
-    talking = Talk(vlm, {"max_new_tokens": 64})
+    talking = ChatSession(vlm, {"max_new_tokens": 64})
     turns = MULTI["conversation"]
-    talking.images = [str(WIDE)]
+    talking.pending_images = [str(WIDE)]
     for question, answer in zip(turns[0:-1:2], turns[1::2], strict=True):
-        talking.ask(question["content"].removeprefix("<image_placeholder>\n"))
+        talking.answer_question(question["content"].removeprefix("<image_placeholder>\n"))
         talking.messages[-1]["content"] = answer["content"]
     asked = [*talking.messages, {"role": "user", "content": turns[-1]["content"]}]
     assert vlm.prompt(asked) == MULTI["prompt"]
@@ -66,7 +66,7 @@ def test_multi_turn_reaches_the_model_as_in_the_reference():
 
 def test_an_answer_that_is_stopped_keeps_what_was_written(monkeypatch, capsys):
     vlm = vlbench.load(CHECKPOINT)
-    talking = Talk(vlm, {"max_new_tokens": 64})
+    talking = ChatSession(vlm, {"max_new_tokens": 64})
     original, steps = type(vlm.tokenizer).decode, []
 
     def decode(self, ids, keep_special=False):
@@ -77,7 +77,7 @@ def test_an_answer_that_is_stopped_keeps_what_was_written(monkeypatch, capsys):
 
     monkeypatch.setattr(type(vlm.tokenizer), "decode", decode)
     with pytest.raises(KeyboardInterrupt):
-        talking.ask("Hello")
+        talking.answer_question("Hello")
     assert [turn["role"] for turn in talking.messages] == ["user", "assistant"]
     assert talking.messages[1]["content"] == capsys.readouterr().out.strip("\n") != ""
     assert vlm.language.config._attn_implementation == "vlbench_packed"
@@ -129,16 +129,16 @@ def test_messages_of_another_shape_are_refused():
         ["Hello"],
         {"role": "user", "content": "x"},
     ):
-        with pytest.raises(Mistake):
+        with pytest.raises(UserError):
             vlm.prepare(wrong)
 
 
 @pytest.mark.parametrize("options", [{"temperature": -1.0}, {"temperature": float("nan")}])
 def test_impossible_sampling_is_refused(options):
     vlm = vlbench.load(CHECKPOINT)
-    with pytest.raises(Mistake, match="temperature is"):
+    with pytest.raises(UserError, match="temperature is"):
         vlm.chat([{"role": "user", "content": "x"}], **options)
-    with pytest.raises(Mistake, match="top_p is 2"):
+    with pytest.raises(UserError, match="top_p is 2"):
         vlm.chat([{"role": "user", "content": "x"}], top_p=2)
 
 
@@ -161,7 +161,7 @@ def test_a_conversation_that_training_would_refuse_is_not_answered(turns):
         {"role": role, "content": said if said != WIDE else [{"type": "image", "image": said}]}
         for role, said in turns
     ]
-    with pytest.raises(Mistake) as caught:
+    with pytest.raises(UserError) as caught:
         vlm.prepare(asked)
     assert len(str(caught.value).splitlines()) == 1
 
@@ -211,7 +211,7 @@ def test_what_would_be_taken_otherwise_is_refused(words, said, capsys):
 
 def test_ctrl_c_at_the_prompt_asks_first_and_keeps_the_conversation(monkeypatch, capsys):
     vlm = vlbench.load(CHECKPOINT)
-    talking = Talk(vlm, {"max_new_tokens": 4})
+    talking = ChatSession(vlm, {"max_new_tokens": 4})
     typed = iter(["Hello", KeyboardInterrupt, "/history", KeyboardInterrupt, KeyboardInterrupt])
 
     def ask(prompt: str) -> str:
@@ -224,7 +224,7 @@ def test_ctrl_c_at_the_prompt_asks_first_and_keeps_the_conversation(monkeypatch,
     monkeypatch.setattr("sys.stdin", io.StringIO())
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     with pytest.raises(KeyboardInterrupt):
-        talking.loop()
+        talking.run_interactive()
     said = capsys.readouterr().out
     assert said.count("press Ctrl-C again, or /quit, to leave") == 2
     assert "Human: Hello" in said
@@ -235,6 +235,6 @@ def test_the_home_folder_has_a_short_name(tmp_path, monkeypatch):
     assert main(["export", f"run={CHECKPOINT}", "to=~/own", "format=vlbench"]) == 0
     assert main(["chat", "model=~/own", "question=Hello", "max_new_tokens=1"]) == 0
     words = ["recipe=yivl_llava", "init=~/own", "run=~/run", "data.train=~/a.json"]
-    recipe = recipes.load(words)
+    recipe = recipes.load_recipe(words)
     assert recipe.init == f"{tmp_path}/own" and recipe.run == f"{tmp_path}/run"
     assert recipe.data.train == f"{tmp_path}/a.json"

@@ -12,8 +12,8 @@ from released import CHECKPOINT, GOLDEN
 
 import vlbench
 from vlbench.__main__ import main
-from vlbench.data import download
-from vlbench.mistakes import Mistake, Trouble
+from vlbench.data import image_download
+from vlbench.errors import EnvironmentFailure, UserError
 from vlbench.model.vlm import VLM
 
 WIDE, TALL = sorted((GOLDEN / "images").glob("*.png"))[:2]
@@ -169,7 +169,7 @@ def test_a_picture_by_url_is_the_file_it_names(url, monkeypatch, capsys):
     ],
 )
 def test_a_url_that_gives_no_picture_is_one_line(path, message, url, monkeypatch, capsys):
-    monkeypatch.setattr(download, "LARGEST", 1_000_000)
+    monkeypatch.setattr(image_download, "LARGEST", 1_000_000)
     assert main(["chat", f"model={CHECKPOINT}", f"image={url}{path}", "question=Hello"]) == 2
     said = capsys.readouterr().err
     assert f"image {url}{path}: " in said and message in said and len(said.splitlines()) == 1
@@ -193,7 +193,7 @@ def test_other_urls_are_refused_in_one_line(name, message, capsys):
 @pytest.mark.parametrize("image", ["https://x.org/a.png", "data:image/png;base64," + "A" * 80_000])
 def test_python_refuses_urls_in_messages_and_says_what_to_give(image):
     vlm = vlbench.load(CHECKPOINT)
-    with pytest.raises(Mistake, match="is a URL, and pictures come from files") as caught:
+    with pytest.raises(UserError, match="is a URL, and pictures come from files") as caught:
         vlm.prepare([{"role": "user", "content": [{"type": "image", "image": image}]}])
     assert len(str(caught.value)) < 400
 
@@ -215,9 +215,9 @@ def test_options_of_transformers_are_answered_with_what_stands_for_them(name, me
     assert len(said.splitlines()) == 1
     vlm = vlbench.load(CHECKPOINT)
     ask = [{"role": "user", "content": "Hello"}]
-    with pytest.raises(Mistake, match=f"chat has no option '{name}'.*{message}"):
+    with pytest.raises(UserError, match=f"chat has no option '{name}'.*{message}"):
         vlm.chat(ask, **{name: 2})
-    with pytest.raises(Mistake, match=f"generate has no option '{name}'.*{message}"):
+    with pytest.raises(UserError, match=f"generate has no option '{name}'.*{message}"):
         vlm.generate(vlm.prepare(ask), **{name: 2})
 
 
@@ -232,7 +232,7 @@ def test_an_empty_answer_is_said_and_not_kept(monkeypatch, capsys):
 @pytest.mark.parametrize("words", [["question=Hello"], []])
 def test_trouble_of_the_model_is_one_line_and_exit_1(words, monkeypatch, capsys):
     def chat(self, messages, **options):
-        raise Trouble("the logits are not finite")
+        raise EnvironmentFailure("the logits are not finite")
 
     monkeypatch.setattr(VLM, "chat", chat)
     assert talk(["Hello", "never"], monkeypatch, *words) == 1

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from vlbench.__main__ import main
-from vlbench.check.audit import pieces
-from vlbench.data.sample import IGNORE, IMAGE, Encoded, Sample
-from vlbench.data.scene_world import scene
+from vlbench.check.supervision_audit import split_into_spans
+from vlbench.data.sample_encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX, EncodedSample, Sample
+from vlbench.data.scene_world import make_scene
 
 SAMPLES, PICTURES = 2000, 200
 LONG = "round " * 3000  # more tokens than language.max_length
@@ -113,7 +113,7 @@ def pictures(tmp_path_factory) -> Path:
     """A folder of pictures, some of them bad."""
     folder = tmp_path_factory.mktemp("pictures")
     for number in range(PICTURES):
-        scene("check", 0, number).open().save(folder / f"{number}.png")
+        make_scene("check", 0, number).open().save(folder / f"{number}.png")
     shutil.copy(folder / "5.png", folder / "copy.png")
     (folder / "empty.png").write_bytes(b"")
     (folder / "text.png").write_text("no picture")
@@ -138,7 +138,7 @@ def planted(pictures, tmp_path_factory) -> tuple[Path, list[Record]]:
     file = folder / "data.json"
     file.write_text(json.dumps(records))
     words = [f"data.train={file}", f"data.images={pictures}", f"out={folder / 'out'}"]
-    words += ["only=chat", "data.on_bad=quarantine"]
+    words += ["only=chat", "data.on_bad_sample=quarantine"]
     assert main(["check", "recipe=yivl_llava", *words]) == 0
     lines = (folder / "out/findings.jsonl").read_text().splitlines()
     return folder, [json.loads(line) for line in lines]
@@ -187,17 +187,19 @@ def test_pieces_are_what_is_read_and_what_is_learned():
     def letters(ids: list[int], keep_special: bool) -> str:
         return "".join(map(chr, ids))
 
-    picture = scene("check", 0, 0)
-    ids = [65, IMAGE, IMAGE, 66, 67, 68]
-    labels = [IGNORE, IGNORE, IGNORE, 67, 68, IGNORE]
-    told = list(pieces(Encoded(ids, labels, Sample("x", (), (picture,)), 2), letters))
-    assert [(one.kind, one.positions) for one in told] == [
+    picture = make_scene("check", 0, 0)
+    ids = [65, IMAGE_TOKEN_INDEX, IMAGE_TOKEN_INDEX, 66, 67, 68]
+    labels = [IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX, 67, 68, IGNORE_INDEX]
+    told = list(
+        split_into_spans(EncodedSample(ids, labels, Sample("x", (), (picture,)), 2), letters)
+    )
+    assert [(one.kind, one.position_count) for one in told] == [
         ("read", 1),
         ("picture", 2),
         ("read", 1),
         ("learned", 2),
     ]
-    assert told[3].text == "CD" and told[1].picture.startswith("data:image/jpeg")
+    assert told[3].text == "CD" and told[1].image_uri.startswith("data:image/jpeg")
 
 
 @pytest.mark.parametrize(

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from vlbench import recipe as recipes
 from vlbench.__main__ import main
-from vlbench.compare import plan, run
-from vlbench.compare.grid import parse
-from vlbench.compare.sharing import alike
+from vlbench.compare.experiment import compare_command, cost_estimate
+from vlbench.compare.experiment.grid import parse_grid
+from vlbench.compare.experiment.shared_stages import common_stages
+from vlbench.config import recipe as recipes
 
-SHORT = [f"stages.{name}.batch=2" for name in ("align_224", "align_448", "chat")]
+SHORT = [f"stages.{name}.global_batch_size=2" for name in ("align_224", "align_448", "chat")]
 SHORT += [f"stages.{name}.steps=2" for name in ("align_224", "align_448", "chat")]
-SHORT += ["log.questions=6", "log.examples=0", "log.tensorboard=false", "log.every=1"]
+SHORT += ["log.questions=6", "log.examples=0", "log.tensorboard=false", "log.every_n_steps=1"]
 GRID = (
     "grid=stages.chat.train.language.lora.rank=4 | "
     "stages.chat.train.language.lora.rank=64 + stages.chat.train.language.lr=2e-4 | "
@@ -30,11 +30,11 @@ GRID = (
 
 
 def test_recipes_times_alternatives_times_seeds():
-    grid = parse(["recipe=yivl_llava,yivl_qformer", "seeds=2", "log.every=5"])
+    grid = parse_grid(["recipe=yivl_llava,yivl_qformer", "seeds=2", "log.every_n_steps=5"])
     assert [row.name for row in grid.rows] == ["yivl_llava", "yivl_qformer"]
-    assert grid.seeds == (0, 1) and grid.rows[1].of_seed(1)[-1] == "seed=1"
-    assert "log.every=5" in grid.rows[0].words
-    grid = parse(["recipe=yivl_llava", "seeds=[3,5]", GRID])
+    assert grid.seeds == (0, 1) and grid.rows[1].overrides_for_seed(1)[-1] == "seed=1"
+    assert "log.every_n_steps=5" in grid.rows[0].overrides
+    grid = parse_grid(["recipe=yivl_llava", "seeds=[3,5]", GRID])
     assert [row.name for row in grid.rows] == [
         "lora.rank=4",
         "lora.rank=64_language.lr=2e-4",
@@ -48,7 +48,7 @@ def test_a_grid_may_be_a_file(tmp_path):
     file.write_text(
         "rows:\n- {connector.depth: 1}\n- {connector.depth: 2, connector.norm: false}\n"
     )
-    grid = parse(["recipe=yivl_llava", f"grid={file}"])
+    grid = parse_grid(["recipe=yivl_llava", f"grid={file}"])
     assert [row.name for row in grid.rows] == [
         "connector.depth=1",
         "connector.depth=2_connector.norm=false",
@@ -84,26 +84,31 @@ def test_mistakes_are_told_before_anything_runs(words, message, tmp_path, monkey
 
 def test_stages_are_alike_until_something_differs():
     def one(*words: str) -> recipes.Recipe:
-        return recipes.load(["recipe=yivl_llava", *words])
+        return recipes.load_recipe(["recipe=yivl_llava", *words])
 
-    assert alike(one(), one("stages.chat.steps=3")) == ["align_224", "align_448"]
-    assert alike(one(), one("stages.align_448.steps=3")) == ["align_224"]
-    assert alike(one(), one("run=x", "log.every=3", "trainer.keep_last=9"))[-1] == "align_448"
+    assert common_stages(one(), one("stages.chat.steps=3")) == ["align_224", "align_448"]
+    assert common_stages(one(), one("stages.align_448.steps=3")) == ["align_224"]
+    assert (
+        common_stages(
+            one(), one("run=x", "log.every_n_steps=3", "trainer.keep_last_checkpoints=9")
+        )[-1]
+        == "align_448"
+    )
     for word in ("connector.depth=1", "seed=1", "precision=bf16", "vision.layer=-1"):
-        assert alike(one(), one(word)) == []
+        assert common_stages(one(), one(word)) == []
 
 
 @pytest.fixture
 def no_probe(monkeypatch):
     """Start at once: what a run takes is not tried."""
-    monkeypatch.setattr(plan, "_probe", lambda *_: None)
+    monkeypatch.setattr(cost_estimate, "_probe", lambda *_: None)
 
 
 def test_the_plan_says_what_the_runs_will_take_and_tries_that_once(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     words = ["compare", "recipe=yivl_llava", "seeds=2", "run=c", *SHORT]
     words += ["grid=connector.depth=2 | trainer.accelerator=mps"]
-    monkeypatch.setattr(run, "_train", lambda *_: {})
+    monkeypatch.setattr(compare_command, "_train", lambda *_: {})
     assert main(words) == 0
     said = capfd.readouterr()
     cost = r"connector.depth=2: 2 runs to go, \d+ s and [\d.]+ GB each"
@@ -111,9 +116,9 @@ def test_the_plan_says_what_the_runs_will_take_and_tries_that_once(tmp_path, mon
     assert "trainer.accelerator=mps: cannot be run: " in said.err
     assert {path.name for path in (tmp_path / "c").iterdir()} == {"plan.json", "command.txt"}
     assert "'grid=connector.depth=2 |" in (tmp_path / "c/command.txt").read_text()
-    monkeypatch.setattr(plan, "_probe", lambda *_: pytest.fail("tried again"))
+    monkeypatch.setattr(cost_estimate, "_probe", lambda *_: pytest.fail("tried again"))
     assert main([*words, "dry_run=true"]) == 0
-    monkeypatch.setattr(plan, "_probe", lambda *_: None)
+    monkeypatch.setattr(cost_estimate, "_probe", lambda *_: None)
     words[3] = "run=other"
     assert main([*words, "dry_run=true"]) == 0 and not (tmp_path / "other").exists()
     (tmp_path / "other").write_text("a file")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small import SMALL, batch_of, opened, sample, small_vlm
+from small import SMALL, make_batch, make_sample, open_gates, small_vlm
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from vlbench import plugins
 from vlbench.__main__ import main
-from vlbench.data.batch import Batch
-from vlbench.model import lora
-from vlbench.model.attention import Bounds
-from vlbench.model.compiled import Compiled
+from vlbench.connector import registry
+from vlbench.data.packing import PackedBatch
+from vlbench.model import lora_adapters
+from vlbench.model.compile_blocks import CompiledBlocks
+from vlbench.model.packed_attention import SampleBounds
 from vlbench.model.vlm import VLM
 
 LORA = {"rank": 3, "alpha": 6.0, "dropout": 0.0, "targets": "all-linear"}
@@ -27,21 +27,25 @@ CASES = [  # connector, what is frozen, what is kept for the backward pass
 
 
 def model(name: str, frozen: str) -> VLM:
-    vlm = opened(small_vlm(plugins.connector(name), SMALL.get(name)))
+    vlm = open_gates(small_vlm(registry.load_connector(name), SMALL.get(name)))
     if frozen == "lora":
-        lora.adapt(vlm.language, "language", **LORA)
+        lora_adapters.add_adapters(vlm.language, "language", **LORA)
         vlm.requires_grad_(False)
-        for adapter in lora.adapters(vlm.language).values():
+        for adapter in lora_adapters.adapter_parameters(vlm.language).values():
             adapter.requires_grad_(True)
     elif frozen:
         getattr(vlm, frozen).requires_grad_(False)
     return vlm.train()
 
 
-def batches(vlm: VLM) -> list[Batch]:
+def batches(vlm: VLM) -> list[PackedBatch]:
     """Return micro-batches, each with another length, and numbers of samples and pictures."""
-    rows = [[sample(1), sample(2, images=2)], [sample(3, words=9)], [sample(4, images=0)]]
-    return [batch_of(vlm, [row]) for row in rows]
+    rows = [
+        [make_sample(1), make_sample(2, images=2)],
+        [make_sample(3, words=9)],
+        [make_sample(4, images=0)],
+    ]
+    return [make_batch(vlm, [row]) for row in rows]
 
 
 def learned(vlm: VLM) -> list[Tensor]:
@@ -52,7 +56,7 @@ def learned(vlm: VLM) -> list[Tensor]:
     for step in range(3):
         optimizer.zero_grad()
         for batch in [one for number, one in enumerate(batches(vlm)) if number % 3 != step]:
-            loss = vlm(batch).loss_sum / batch.tokens
+            loss = vlm(batch).loss_sum / batch.supervised_token_count
             loss.backward()
             losses.append(loss.detach())
         optimizer.step()
@@ -72,8 +76,10 @@ def kernel(query: Tensor, key: Tensor, value: Tensor, begins: Tensor, *_: object
     return out[0].transpose(0, 1).float()
 
 
-def bounds(lengths: list[list[int]], length: int, _: torch.device) -> Bounds:
-    return Bounds(torch.tensor([0, *lengths[0]], dtype=torch.int32).cumsum(0), max(lengths[0]))
+def bounds(lengths: list[list[int]], length: int, _: torch.device) -> SampleBounds:
+    return SampleBounds(
+        torch.tensor([0, *lengths[0]], dtype=torch.int32).cumsum(0), max(lengths[0])
+    )
 
 
 @pytest.fixture
@@ -90,16 +96,16 @@ def graphs():
 @pytest.mark.parametrize(("name", "frozen", "way"), CASES)
 def test_compiled_blocks_learn_the_same(name, frozen, way, one_call, graphs, monkeypatch):
     """In one call packed attention is part of the graphs, otherwise it cuts them."""
-    monkeypatch.setattr("vlbench.model.attention.varlen", lambda: kernel)
-    monkeypatch.setattr("vlbench.model.attention.product_type", lambda _: torch.bfloat16)
+    monkeypatch.setattr("vlbench.model.packed_attention.find_varlen_attention", lambda: kernel)
+    monkeypatch.setattr("vlbench.model.packed_attention.product_type", lambda _: torch.bfloat16)
     if one_call:
         monkeypatch.setattr("vlbench.model.vlm.bounds", bounds)
     expected = learned(model(name, frozen))
     vlm = model(name, frozen)
     names = list(vlm.state_dict())
-    vlm.recompute(way)
+    vlm.enable_activation_checkpointing(way)
     settings = torch._dynamo.config.get_config_copy()
-    compiled = Compiled(vlm, backend="aot_eager")
+    compiled = CompiledBlocks(vlm, backend="aot_eager")
     for ours, theirs in zip(learned(vlm), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
     made = graphs()
@@ -107,7 +113,7 @@ def test_compiled_blocks_learn_the_same(name, frozen, way, one_call, graphs, mon
     assert list(vlm.state_dict()) == names
     ask = vlm.prepare([{"role": "user", "content": "How many?"}])
     assert len(vlm.generate(ask, max_new_tokens=3)[0]) and graphs() == made
-    compiled.release()
+    compiled.restore_forward()
     assert torch._dynamo.config.get_config_copy() == settings
     assert all("forward" not in vars(module) for module in vlm.modules())
 
@@ -116,7 +122,7 @@ def test_compiled_blocks_learn_the_same(name, frozen, way, one_call, graphs, mon
 def test_torchs_own_compiler_learns_it_too(graphs):
     expected = learned(model("flamingo", ""))
     vlm = model("flamingo", "")
-    Compiled(vlm)
+    CompiledBlocks(vlm)
     for ours, theirs in zip(learned(vlm), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
 
@@ -125,7 +131,7 @@ def test_without_a_compiler_there_is_one_line(tmp_path, capsys, graphs):
     from torch._inductor import config
 
     words = ["recipe=yivl_llava", "only=chat", "trainer.compile=true", f"run={tmp_path / 'run'}"]
-    words += ["stages.chat.steps=1", "stages.chat.batch=2", "log.tensorboard=false"]
+    words += ["stages.chat.steps=1", "stages.chat.global_batch_size=2", "log.tensorboard=false"]
     with config.patch({"cpp.cxx": ("no-such-compiler",)}):
         assert main(["fit", *words]) == 2
     said = capsys.readouterr().err.splitlines()

@@ -18,63 +18,72 @@ import torch
 import two_processes
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from small import SMALL, batch_of, opened, sample, small_vlm
+from small import SMALL, make_batch, make_sample, open_gates, small_vlm
 from test_vlm import assert_same, gradients, grown
 
-from vlbench import plugins
-from vlbench.evaluate.diagnostics import diagnose
-from vlbench.evaluate.questions import Question
-from vlbench.model.contrast import pooled
-from vlbench.model.cost import count
-from vlbench.model.messages import prompt_batch
+from vlbench.config.convert import convert_value
+from vlbench.connector import registry
+from vlbench.evaluate.attention_diagnostics import diagnose_answers
+from vlbench.evaluate.heldout_questions import EvalQuestion
+from vlbench.model.connector_cost import count_connector_cost
+from vlbench.model.contrastive_loss import add_contrast_pools
+from vlbench.model.generation.chat_messages import collate_prompts
 from vlbench.model.vlm import VLM
-from vlbench.values import convert
 
-LLAVA = plugins.connector("llava_mlp")
+LLAVA = registry.load_connector("llava_mlp")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "vlm" in metafunc.fixturenames:
         asked = metafunc.config.getoption("--connector")
-        metafunc.parametrize("vlm", [asked] if asked else list(plugins.sources()), indirect=True)
+        metafunc.parametrize(
+            "vlm", [asked] if asked else list(registry.connector_locations()), indirect=True
+        )
 
 
 @pytest.fixture
 def vlm(request: pytest.FixtureRequest) -> VLM:
     """Return a small model with the connector, its gates open, in float64."""
-    return opened(small_vlm(plugins.connector(request.param), SMALL.get(request.param)).double())
+    return open_gates(
+        small_vlm(registry.load_connector(request.param), SMALL.get(request.param)).double()
+    )
 
 
 def batch(vlm: VLM, rows: list) -> object:
-    return batch_of(vlm, rows).to("cpu", torch.float64)
+    return make_batch(vlm, rows).to("cpu", torch.float64)
 
 
 def test_shapes_are_as_declared(vlm):
-    visual = vlm.visual(batch(vlm, [[sample(1, images=2)]]))
+    visual = vlm.visual(batch(vlm, [[make_sample(1, images=2)]]))
     assert len(visual) == 2 and visual.dim() == 3
-    if vlm.connector.fills_sequence:
+    if vlm.connector.replaces_image_tokens:
         assert visual.shape[1:] == (vlm.connector.tokens_per_image, vlm.shapes.lm_width)
     else:
-        assert vlm.connector.place.shape == (vlm.shapes.lm_width,) and vlm.connector.inject_at
+        assert vlm.connector.place.shape == (vlm.shapes.lm_width,) and vlm.connector.inject_layers
 
 
 def test_its_sizes_are_options_with_values_that_they_may_have(vlm):
-    known, sizes = plugins.options(type(vlm.connector)), vlm.connector.sizes
+    known, sizes = registry.connector_options(type(vlm.connector)), vlm.connector.sizes
     for option, values in sizes.items():
-        assert all(convert(value, known[option].kind) == value for value in values)
+        assert all(convert_value(value, known[option].kind) == value for value in values)
         assert len(set(values)) == len(values) > 1
 
 
 def test_every_parameter_learns_something(vlm):
     vlm.zero_grad()
-    out = vlm(batch(vlm, [[sample(1), sample(2, images=2)]]))
+    out = vlm(batch(vlm, [[make_sample(1), make_sample(2, images=2)]]))
     (out.loss_sum + sum(value for value, _ in out.extra.values())).backward()
     still = [n for n, p in vlm.connector.named_parameters() if p.grad is None or not p.grad.any()]
     assert not still
 
 
 def test_a_sample_does_not_notice_its_neighbours(vlm):
-    samples = [sample(1), sample(2, images=2, words=40), sample(3, images=0), sample(4, words=1)]
+    samples = [
+        make_sample(1),
+        make_sample(2, images=2, words=40),
+        make_sample(3, images=0),
+        make_sample(4, words=1),
+    ]
     alone = gradients(vlm, [batch(vlm, [[one]]) for one in samples])
     for rows in ([samples], [samples[::-1]], [[one] for one in samples]):
         assert_same(alone, gradients(vlm, [batch(vlm, rows)]))
@@ -82,9 +91,9 @@ def test_a_sample_does_not_notice_its_neighbours(vlm):
 
 def test_its_objectives_do_not_depend_on_the_packing(vlm):
     """An objective that compares samples takes them from `batch.pool`, not from a micro-batch."""
-    samples = [sample(number, words=number) for number in range(1, 7)]
+    samples = [make_sample(number, words=number) for number in range(1, 7)]
     for name in vlm.connector.objectives():
-        vlm.pursue(name)
+        vlm.set_objective(name)
         whole = pursued(vlm, [samples])
         for rows in ([samples[:1], samples[:0:-1]], [[one] for one in samples]):
             assert_same(whole, pursued(vlm, rows), 1e-8)
@@ -96,7 +105,7 @@ def pursued(vlm: VLM, rows: list) -> tuple[float, dict[str, torch.Tensor]]:
     torch.manual_seed(5)  # of the step
     vlm.zero_grad()
     total = 0.0
-    for one in pooled(vlm, batches):
+    for one in add_contrast_pools(vlm, batches):
         loss = sum(value for value, _ in vlm(one).extra.values())
         loss.backward()
         total += float(loss)
@@ -105,24 +114,24 @@ def pursued(vlm: VLM, rows: list) -> tuple[float, dict[str, torch.Tensor]]:
 
 def test_text_alone_gives_every_parameter_a_gradient(vlm):
     vlm.zero_grad()
-    out = vlm(batch(vlm, [[sample(1, images=0)]]))
+    out = vlm(batch(vlm, [[make_sample(1, images=0)]]))
     (out.loss_sum + sum(value for value, _ in out.extra.values())).backward()
     assert not [n for n, p in vlm.connector.named_parameters() if p.grad is None]
 
 
 def test_recomputing_activations_changes_nothing(vlm):
-    rows = [[sample(1), sample(2, images=2)]]
+    rows = [[make_sample(1), make_sample(2, images=2)]]
     before = gradients(vlm, [batch(vlm, rows)])
-    vlm.recompute("full")
+    vlm.enable_activation_checkpointing("full")
     assert_same(before, gradients(vlm, [batch(vlm, rows)]), 1e-9)
 
 
 def test_cached_generation_equals_recomputation(vlm):
-    asked = [sample(1), sample(2, images=2, words=30), sample(3, images=0)]
+    asked = [make_sample(1), make_sample(2, images=2, words=30), make_sample(3, images=0)]
     asked = [replace(one, turns=one.turns[:1]) for one in asked]
-    together = vlm.generate(prompt_batch(vlm, asked), max_new_tokens=6)
+    together = vlm.generate(collate_prompts(vlm, asked), max_new_tokens=6)
     for one, expected in zip(asked, together, strict=True):
-        prompt = prompt_batch(vlm, [one])
+        prompt = collate_prompts(vlm, [one])
         for token in expected:  # no cache: the whole prompt again for every token
             assert int(vlm(prompt).logits[0, -1, : vlm.tokenizer.rows].argmax()) == token
             prompt = grown(prompt, token)
@@ -130,7 +139,7 @@ def test_cached_generation_equals_recomputation(vlm):
 
 def test_its_cost_is_counted_while_it_is_trained(vlm):
     trained = {name for name, p in vlm.named_parameters() if p.requires_grad}
-    found = count(vlm)
+    found = count_connector_cost(vlm)
     assert found.tokens == vlm.connector.tokens_per_image and found.flops > 0 < found.cache
     assert found.parameters == sum(p.numel() for p in vlm.connector.parameters())
     assert {name for name, p in vlm.named_parameters() if p.requires_grad} == trained
@@ -141,7 +150,7 @@ def test_a_saved_state_gives_the_same(vlm):
     for parameter in other.connector.parameters():
         parameter.data.normal_()
     other.connector.load_state_dict(vlm.connector.state_dict())
-    rows = [[sample(1), sample(2, images=2)]]
+    rows = [[make_sample(1), make_sample(2, images=2)]]
     with torch.no_grad():
         assert vlm(batch(vlm, rows)).loss_sum.equal(other(batch(other, rows)).loss_sum)
 
@@ -151,8 +160,10 @@ def test_the_language_models_names_are_untouched(vlm):
 
 
 def test_it_works_with_lora_in_the_language_model(vlm):
-    prompt = prompt_batch(vlm, [replace(sample(2, images=2), turns=sample(2, images=2).turns[:1])])
-    rows = batch(vlm, [[sample(1), sample(2, images=2)], [sample(3, images=0)]])
+    prompt = collate_prompts(
+        vlm, [replace(make_sample(2, images=2), turns=make_sample(2, images=2).turns[:1])]
+    )
+    rows = batch(vlm, [[make_sample(1), make_sample(2, images=2)], [make_sample(3, images=0)]])
     vlm.language.requires_grad_(False)
     torch.manual_seed(1)
     peft.inject_adapter_in_model(LoraConfig(r=2, target_modules="all-linear"), vlm.language)
@@ -173,13 +184,13 @@ def test_it_works_with_lora_in_the_language_model(vlm):
 
 def test_looking_at_what_it_uses_changes_nothing(vlm):
     vlm.language.requires_grad_(False)
-    kept = replace(sample(2, images=2), turns=sample(2, images=2).turns[:1])
-    rows = batch(vlm, [[sample(1), sample(2, images=2)]])
+    kept = replace(make_sample(2, images=2), turns=make_sample(2, images=2).turns[:1])
+    rows = batch(vlm, [[make_sample(1), make_sample(2, images=2)]])
     before = vlm(rows).loss_sum
     trained = {name for name, p in vlm.named_parameters() if p.requires_grad}
     modes = [module.training for module in vlm.modules()]
     random = torch.get_rng_state()
-    told = diagnose(vlm, [(Question(kept, "two", "", "en"), "three")])
+    told = diagnose_answers(vlm, [(EvalQuestion(kept, "two", "", "en"), "three")])
     assert torch.equal(torch.get_rng_state(), random)
     assert {name for name, p in vlm.named_parameters() if p.requires_grad} == trained
     assert [module.training for module in vlm.modules()] == modes
@@ -192,7 +203,7 @@ def test_looking_at_what_it_uses_changes_nothing(vlm):
 
 
 def test_attention_if_any_has_a_share_for_each_patch(vlm):
-    features = vlm.features(batch(vlm, [[sample(2, images=2)]])).detach()
+    features = vlm.features(batch(vlm, [[make_sample(2, images=2)]])).detach()
     visual = vlm.connector(features)
     shares = vlm.connector.attention(features)
     if shares is not None:
@@ -208,14 +219,14 @@ def test_gauges_are_numbers(vlm):
 def test_two_processes_learn_what_one_does(request):
     """Under DDP and FSDP2, on CPUs; all connectors share the two processes."""
     asked = request.config.getoption("--connector")
-    names = [asked] if asked else list(plugins.sources())
+    names = [asked] if asked else list(registry.connector_locations())
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     workers = [
-        context.Process(target=two_processes.work, args=(rank, port, names, answers))
+        context.Process(target=two_processes.compare_connectors, args=(rank, port, names, answers))
         for rank in range(two_processes.WORLD)
     ]
     for worker in workers:
@@ -228,6 +239,6 @@ def test_two_processes_learn_what_one_does(request):
 
 def test_another_image_size_is_taken(vlm):
     vlm.resize(56)
-    assert vlm(batch(vlm, [[sample(1, images=2)]])).loss_sum.isfinite()
-    again = prompt_batch(vlm, [replace(sample(1), turns=sample(1).turns[:1])])
+    assert vlm(batch(vlm, [[make_sample(1, images=2)]])).loss_sum.isfinite()
+    again = collate_prompts(vlm, [replace(make_sample(1), turns=make_sample(1).turns[:1])])
     assert vlm.generate(again, max_new_tokens=2)

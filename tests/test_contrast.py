@@ -11,21 +11,22 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from several import QUIET, TWO, Job, do, in_two
-from small import SMALL, batch_of, sample, small_vlm
+from several import QUIET, TWO, FitCommand, run_fit_command, run_in_two_processes
+from small import SMALL, make_batch, make_sample, small_vlm
 from test_vlm import assert_same
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vlbench import plugins, ranks
-from vlbench import recipe as recipes
-from vlbench.data.steps import Step
-from vlbench.model import blip2
-from vlbench.model.contrast import pooled
+from vlbench.config import recipe as recipes
+from vlbench.config.schema import PartTrainConfig
+from vlbench.connector import registry
+from vlbench.data.batch_sampler import OptimizerStep
+from vlbench.distributed import collectives
+from vlbench.model import blip2_objective
+from vlbench.model.contrastive_loss import add_contrast_pools
 from vlbench.model.vlm import VLM
-from vlbench.schema import Train
-from vlbench.train.module import StepReport, Training, freeze
-from vlbench.train.watchers import held_out_losses
+from vlbench.train.callbacks import held_out_losses
+from vlbench.train.training_module import StepReport, VLMTrainingModule, freeze_untrained_parts
 
 PAIRS = 32
 PACKINGS = {
@@ -42,33 +43,33 @@ PACKINGS = {
 
 def prepared(vision: bool = False) -> VLM:
     """Return the small model in BLIP-2's first stage, in float64; its tower learns if `vision`."""
-    qformer = plugins.connector("qformer")
+    qformer = registry.load_connector("qformer")
     vlm = small_vlm(qformer, {**SMALL["qformer"], "itc_width": 8})
     torch.manual_seed(5)
-    freeze(vlm, stage_of(vision))
+    freeze_untrained_parts(vlm, stage_of(vision))
     vlm.connector.text.temp.data.fill_(0.3)  # small random weights: draws differ all the same
     return vlm.double()
 
 
 def stage_of(vision: bool):
     """Return the stage, without clipping; rates that change nothing."""
-    stage = recipes.load(["recipe=yivl_blip2"]).stages["blip2"]
-    stage.train["connector"] = Train(lr=1e-9)
+    stage = recipes.load_recipe(["recipe=yivl_blip2"]).stages["blip2"]
+    stage.train["connector"] = PartTrainConfig(lr=1e-9)
     if vision:
-        stage.train["vision"] = Train(lr=1e-9)
+        stage.train["vision"] = PartTrainConfig(lr=1e-9)
     return stage
 
 
-def step(vlm: VLM, packing: Sequence[Sequence[int]]) -> Step:
+def step(vlm: VLM, packing: Sequence[Sequence[int]]) -> OptimizerStep:
     """Return one step over 32 pairs, in rows of the given numbers of samples."""
-    rows = [[sample(number, words=number % 7) for number in row] for row in packing]
-    return Step(0, [batch_of(vlm, [row]).to("cpu", torch.float64) for row in rows])
+    rows = [[make_sample(number, words=number % 7) for number in row] for row in packing]
+    return OptimizerStep(0, [make_batch(vlm, [row]).to("cpu", torch.float64) for row in rows])
 
 
 def learned(packing: Sequence[Sequence[int]], vision: bool) -> tuple[StepReport, dict[str, Tensor]]:
     """Return what a training step tells and its gradients."""
     vlm = prepared(vision)
-    training = Training(vlm, stage_of(vision), 1, 0, seed=3)
+    training = VLMTrainingModule(vlm, stage_of(vision), 1, 0, seed=3)
     trainer = pl.Trainer(accelerator="cpu", max_steps=1, barebones=True)
     trainer.fit(training, DataLoader([step(vlm, packing)], batch_size=None))
     grads = {name: p.grad for name, p in vlm.named_parameters() if p.grad is not None}
@@ -129,7 +130,7 @@ def test_a_step_keeps_the_graph_of_one_micro_batch():
 
 def test_negatives_follow_from_the_sample_and_not_from_its_place(monkeypatch):
     drawn: dict[str, tuple[str, str]] = {}
-    real = blip2.FirstStage.negatives
+    real = blip2_objective.Blip2Objective.select_negative_pairs
 
     def noted(packing: Sequence[Sequence[int]]) -> dict[str, tuple[str, str]]:
         drawn.clear()
@@ -143,7 +144,7 @@ def test_negatives_follow_from_the_sample_and_not_from_its_place(monkeypatch):
             drawn[seed] = (names[image], names[caption])
         return chosen
 
-    monkeypatch.setattr(blip2.FirstStage, "negatives", negatives)
+    monkeypatch.setattr(blip2_objective.Blip2Objective, "negatives", negatives)
     first = noted([list(range(PAIRS))])
     assert len(first) == PAIRS and len({image for image, _ in first.values()}) > PAIRS / 4
     assert all(seed.split()[-1] not in names for seed, names in first.items())
@@ -152,15 +153,15 @@ def test_negatives_follow_from_the_sample_and_not_from_its_place(monkeypatch):
 
 def test_equal_ids_are_told_apart_by_where_they_stand_in_the_stream():
     vlm = prepared()
-    batch = batch_of(vlm, [[replace(sample(number), id="same") for number in (1, 2)]])
-    keys = replace(batch, stream_index=[41, 40]).keys()
-    assert len(set(keys)) == 2 and keys[::-1] == replace(batch, stream_index=[40, 41]).keys()
+    batch = make_batch(vlm, [[replace(make_sample(number), id="same") for number in (1, 2)]])
+    keys = replace(batch, stream_index=[41, 40]).sample_keys()
+    assert len(set(keys)) == 2 and keys[::-1] == replace(batch, stream_index=[40, 41]).sample_keys()
 
 
 def test_the_held_out_loss_does_not_depend_on_the_packing():
     vlm = prepared()
     found = [
-        held_out_losses(vlm, step(vlm, packing).batches)
+        held_out_losses(vlm, step(vlm, packing).micro_batches)
         for packing in ([list(range(PAIRS))], *PACKINGS.values())
     ]
     assert found[0]["itc"] > 3
@@ -171,10 +172,12 @@ def test_the_held_out_loss_does_not_depend_on_the_packing():
 def test_a_trial_of_one_process_asks_no_other(monkeypatch):
     vlm = prepared()
     for name in ("everyone", "gather", "fetch"):
-        monkeypatch.setattr(ranks, name, lambda *_: pytest.fail("asked others"))
-    batch = pooled(vlm, step(vlm, [[1, 2, 3]]).batches, shared=False)[0]
+        monkeypatch.setattr(collectives, name, lambda *_: pytest.fail("asked others"))
+    batch = add_contrast_pools(vlm, step(vlm, [[1, 2, 3]]).micro_batches, all_processes=False)[0]
     losses = {name: value for name, (value, _) in vlm(batch).extra.items()}
-    assert len(batch.pool.own) == 3 and all(value.isfinite() for value in losses.values())
+    assert len(batch.contrast_pool.local_indices) == 3 and all(
+        value.isfinite() for value in losses.values()
+    )
 
 
 def test_in_bfloat16_every_parameter_learns_from_every_micro_batch(whole):
@@ -182,10 +185,10 @@ def test_in_bfloat16_every_parameter_learns_from_every_micro_batch(whole):
     vision, _, exact = whole
     for packing in PACKINGS.values():
         vlm = prepared(vision).float()
-        training = Training(vlm, stage_of(vision), 1, 0, seed=3)
+        training = VLMTrainingModule(vlm, stage_of(vision), 1, 0, seed=3)
         trainer = pl.Trainer(accelerator="cpu", precision="bf16-mixed", max_steps=1, barebones=True)
-        batches = [one.to("cpu", torch.float32) for one in step(vlm, packing).batches]
-        trainer.fit(training, DataLoader([Step(0, batches)], batch_size=None))
+        batches = [one.to("cpu", torch.float32) for one in step(vlm, packing).micro_batches]
+        trainer.fit(training, DataLoader([OptimizerStep(0, batches)], batch_size=None))
         assert training.report.extra["itc"] == pytest.approx(3.465, abs=0.05)
         itg = "connector.text.dense.weight"  # draws differ by rounding, so ITM's gradients do
         found = dict(vlm.named_parameters())
@@ -195,7 +198,12 @@ def test_in_bfloat16_every_parameter_learns_from_every_micro_batch(whole):
 
 def words(run: Path, *more: str) -> tuple[str, ...]:
     """Return a command: BLIP-2's first stage alone, 7 pairs a step."""
-    stage = ("only=blip2", "stages.blip2.batch=7", "stages.blip2.steps=2", "data.workers=0")
+    stage = (
+        "only=blip2",
+        "stages.blip2.global_batch_size=7",
+        "stages.blip2.steps=2",
+        "data.workers=0",
+    )
     return ("recipe=yivl_blip2", *stage, *QUIET, "data.samples=40", f"run={run}", *more)
 
 
@@ -210,9 +218,9 @@ TOWER = "stages.blip2.train.vision.lr=1e-4"
 WAYS = {
     "alone": (),
     "alone, trained tower": (TOWER,),
-    "ddp": (TWO, "trainer.strategy=ddp", "stages.blip2.row_tokens=60"),
+    "ddp": (TWO, "trainer.strategy=ddp", "stages.blip2.max_tokens_per_row=60"),
     "ddp, trained tower": (TWO, "trainer.strategy=ddp", TOWER),
-    "fsdp2": (TWO, "trainer.strategy=fsdp2", "stages.blip2.row_tokens=60"),
+    "fsdp2": (TWO, "trainer.strategy=fsdp2", "stages.blip2.max_tokens_per_row=60"),
 }
 
 
@@ -221,10 +229,14 @@ def curves(tmp_path_factory) -> dict[str, list[dict[str, float]]]:
     """What runs in float64 told, by way."""
     folder = tmp_path_factory.mktemp("contrast")
     runs = {way: folder / str(number) for number, way in enumerate(WAYS)}
-    jobs = {way: Job(words(runs[way], *more), 2, double=True) for way, more in WAYS.items()}
+    jobs = {
+        way: FitCommand(words(runs[way], *more), 2, is_float64=True) for way, more in WAYS.items()
+    }
     two = [way for way, more in WAYS.items() if TWO in more]
-    assert [do(jobs[way]) for way in WAYS if way not in two] == [130] * (len(WAYS) - len(two))
-    assert in_two([jobs[way] for way in two]) == [(130, 130)] * len(two)
+    assert [run_fit_command(jobs[way]) for way in WAYS if way not in two] == [130] * (
+        len(WAYS) - len(two)
+    )
+    assert run_in_two_processes([jobs[way] for way in two]) == [(130, 130)] * len(two)
     return {way: told(run) for way, run in runs.items()}
 
 
@@ -238,10 +250,10 @@ def test_runs_tell_the_same_whatever_computes_them(way, curves):
 
 
 def test_a_stopped_stage_goes_on_as_if_it_had_not_been(tmp_path):
-    rows = ("stages.blip2.row_tokens=100",)
-    assert do(Job(words(tmp_path / "whole", *rows))) == 0
-    assert do(Job(words(tmp_path / "parts", *rows), 1)) == 130
-    assert do(Job(words(tmp_path / "parts", *rows))) == 0
+    rows = ("stages.blip2.max_tokens_per_row=100",)
+    assert run_fit_command(FitCommand(words(tmp_path / "whole", *rows))) == 0
+    assert run_fit_command(FitCommand(words(tmp_path / "parts", *rows), 1)) == 130
+    assert run_fit_command(FitCommand(words(tmp_path / "parts", *rows))) == 0
     ends = [
         next((tmp_path / name / "checkpoints").glob("0-blip2-000002"))
         for name in ("whole", "parts")

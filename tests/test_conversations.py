@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vlbench.__main__ import main
-from vlbench.train import checkpoint
+from vlbench.train import checkpoint_files
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_a_run_is_asked_its_own_questions_and_the_answers_are_those_of_its_end(r
     results = json.loads((run / "results.json").read_text())
     assert f"new pictures: {results['accuracy']:.3f} of 12 questions right" in said
     assert "unseen pairs: " in said and "by type: " in said and "VQA accuracy" in said
-    folder = run / "eval" / checkpoint.find(run).name / "own"
+    folder = run / "eval" / checkpoint_files.find_checkpoint(run).name / "own"
     assert str(folder) in said
     before = {
         one["id"]: one["answer"]

@@ -6,12 +6,12 @@ import gc
 
 import pytest
 import torch
-from small import SMALL, batch_of, opened, sample, small_vlm
+from small import SMALL, make_batch, make_sample, open_gates, small_vlm
 from torch import Tensor
 
-from vlbench import plugins
+from vlbench.connector import registry
 from vlbench.model import cross_attention
-from vlbench.model.cross_attention import Segments, look, segments
+from vlbench.model.cross_attention import ImageSegments, attend_to_images, find_segments
 
 NONE_BETWEEN = [[-1, 0, 0, 2, 2, 2], [-1, -1, 3, 3, 3, -1]]  # nobody sees picture 1
 
@@ -34,7 +34,7 @@ def gradients(sees: Tensor) -> list[Tensor]:
     drawn = torch.Generator().manual_seed(0)
     query = torch.randn(*sees.shape, 2, 8, generator=drawn, requires_grad=True)
     key, value = (torch.randn(4, 3, 2, 8, generator=drawn, requires_grad=True) for _ in "kv")
-    out = look(query, key, value, sees)
+    out = attend_to_images(query, key, value, sees)
     weights = torch.randn(out.shape, generator=drawn)
     return [out, *torch.autograd.grad((out * weights).sum(), (query, key, value))]
 
@@ -60,7 +60,7 @@ def test_the_kernel_of_a_gpu_gives_what_attention_picture_by_picture_gives(width
     key, value = (torch.randn(4, 64, 4, width, device="cuda", requires_grad=True) for _ in "kv")
     found = []
     for kind in (torch.bfloat16, torch.float32):
-        out = look(*(one.to(kind) for one in (query, key, value)), sees).float()
+        out = attend_to_images(*(one.to(kind) for one in (query, key, value)), sees).float()
         found.append([out, *torch.autograd.grad(out.square().sum(), (query, key, value))])
     assert not found[0][0][sees < 0].any()
     for ours, theirs in zip(*found, strict=True):
@@ -69,36 +69,38 @@ def test_the_kernel_of_a_gpu_gives_what_attention_picture_by_picture_gives(width
 
 def test_layers_of_a_micro_batch_sort_its_positions_once(monkeypatch):
     sorts = []
-    begin = Segments.__init__
-    monkeypatch.setattr(Segments, "__init__", lambda *given: (sorts.append(1), begin(*given))[1])
-    vlm = opened(small_vlm(plugins.connector("flamingo"), SMALL["flamingo"]))
-    assert len(vlm.connector.inject_at) == 3
+    begin = ImageSegments.__init__
+    monkeypatch.setattr(
+        ImageSegments, "__init__", lambda *given: (sorts.append(1), begin(*given))[1]
+    )
+    vlm = open_gates(small_vlm(registry.load_connector("flamingo"), SMALL["flamingo"]))
+    assert len(vlm.connector.inject_layers) == 3
     for number in (1, 2):
-        vlm(batch_of(vlm, [[sample(number, images=2)]])).loss_sum.backward()
+        vlm(make_batch(vlm, [[make_sample(number, images=2)]])).loss_sum.backward()
         assert len(sorts) == number
 
 
 def test_segments_go_with_their_tensor():
     sees = torch.tensor(NONE_BETWEEN)
-    assert segments(sees, 4) is segments(sees, 4)
-    assert segments(sees, 5) is not segments(sees, 4)
-    assert segments(sees, 4).sizes == [4, 2, 0, 3, 3]
-    before = len(cross_attention._KNOWN)
+    assert find_segments(sees, 4) is find_segments(sees, 4)
+    assert find_segments(sees, 5) is not find_segments(sees, 4)
+    assert find_segments(sees, 4).segment_sizes == [4, 2, 0, 3, 3]
+    before = len(cross_attention._SEGMENTS_CACHE)
     del sees
     gc.collect()
-    assert len(cross_attention._KNOWN) < before
+    assert len(cross_attention._SEGMENTS_CACHE) < before
 
 
-@pytest.mark.parametrize("name", sorted(plugins.sources()))
+@pytest.mark.parametrize("name", sorted(registry.connector_locations()))
 @pytest.mark.parametrize("way", ["none", "full"])
 def test_a_step_asks_the_device_nothing(name, way, monkeypatch):
     """On `meta` there is nothing to be read, so that whatever waits for a GPU fails."""
     monkeypatch.setattr(cross_attention, "_has_kernel", lambda query: True)
     monkeypatch.setattr(cross_attention, "varlen", lambda causal: lambda q, k, v, *_: q + 0 * v[:1])
-    vlm = small_vlm(plugins.connector(name), SMALL.get(name))
-    rows = [[sample(1), sample(2, images=2)], [sample(3, images=0)]]
-    batches = [batch_of(vlm, rows), batch_of(vlm, rows[1:])]
-    vlm.to("meta").recompute(way)
+    vlm = small_vlm(registry.load_connector(name), SMALL.get(name))
+    rows = [[make_sample(1), make_sample(2, images=2)], [make_sample(3, images=0)]]
+    batches = [make_batch(vlm, rows), make_batch(vlm, rows[1:])]
+    vlm.to("meta").enable_activation_checkpointing(way)
     for batch in batches:
         out = vlm(batch.to("meta"))
         losses = [out.loss_sum, *(value for value, _ in out.extra.values())]

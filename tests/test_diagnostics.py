@@ -10,19 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import SMALL, batch_of, opened, sample, small_vlm
+from small import SMALL, make_batch, make_sample, open_gates, small_vlm
 from torch import Tensor, nn
 
-from vlbench import plugins
 from vlbench.__main__ import main
-from vlbench.connector import Connector, attention_shares
-from vlbench.data.sample import PLACEHOLDER, Sample, Turn
-from vlbench.evaluate.diagnostics import diagnose, look
-from vlbench.evaluate.questions import Question
-from vlbench.mistakes import Mistake
-from vlbench.model.lora import adapt, adapters
+from vlbench.connector import registry
+from vlbench.connector.base import Connector, attention_shares
+from vlbench.data.sample_encoding import IMAGE_PLACEHOLDER, ChatTurn, Sample
+from vlbench.errors import UserError
+from vlbench.evaluate.attention_diagnostics import diagnose_answers, measure_relevance
+from vlbench.evaluate.heldout_questions import EvalQuestion
+from vlbench.model.lora_adapters import adapter_parameters, add_adapters
 from vlbench.model.vlm import VLM
-from vlbench.train.progress import COLUMNS, gauges_of
+from vlbench.train.progress_logging import METRIC_COLUMNS, connector_metrics
 
 
 class Keyhole(Connector):
@@ -54,21 +54,23 @@ class Askew(Keyhole):
 
 
 def small(name: str) -> VLM:
-    return opened(small_vlm(plugins.connector(name), SMALL.get(name)))
+    return open_gates(small_vlm(registry.load_connector(name), SMALL.get(name)))
 
 
-def question(number: int, images: int = 1) -> Question:
-    one = sample(number, images)
-    return Question(replace(one, turns=one.turns[:1]), "two", "count", "en")
+def question(number: int, images: int = 1) -> EvalQuestion:
+    one = make_sample(number, images)
+    return EvalQuestion(replace(one, turns=one.turns[:1]), "two", "count", "en")
 
 
 def test_a_connector_that_sees_one_patch_has_all_relevance_there():
-    told = diagnose(small_vlm(Keyhole), [(question(1), "one"), (question(2, images=2), "two")])
+    told = diagnose_answers(
+        small_vlm(Keyhole), [(question(1), "one"), (question(2, images=2), "two")]
+    )
     assert [one["relevance"] for one in told["maps"]] == [[[0, 0], [0, 1]]] * 2
     assert [one["id"] for one in told["maps"]] == ["s1", "s2"]
     first = told["maps"][0]
     assert (first["answer"], first["truth"]) == ("one", "two")
-    assert PLACEHOLDER not in first["question"] and first["question"].startswith("question 1")
+    assert IMAGE_PLACEHOLDER not in first["question"] and first["question"].startswith("question 1")
     assert sum(told["tokens"]) == pytest.approx(1, abs=1e-4) and told["attention"] is None
     assert told["effective"] == pytest.approx(
         math.exp(-sum(share * math.log(share) for share in told["tokens"])), abs=1e-3
@@ -78,13 +80,13 @@ def test_a_connector_that_sees_one_patch_has_all_relevance_there():
 def test_relevance_is_gradient_times_feature_of_the_answer():
     """Against differences: features are nudged, the log-probability of answers is measured."""
     vlm = small("llava_mlp").double().eval()
-    told = [*question(1).sample.turns, Turn("assistant", "one"), *sample(1).turns[2:]]
-    batch = batch_of(vlm, [[Sample("s", tuple(told), sample(1).pictures)]])
+    told = [*question(1).sample.turns, ChatTurn("assistant", "one"), *make_sample(1).turns[2:]]
+    batch = make_batch(vlm, [[Sample("s", tuple(told), make_sample(1).images)]])
     batch = batch.to("cpu", torch.float64)
     features = vlm.features(batch).detach()
 
     def log_probability(values: Tensor) -> Tensor:
-        logits = vlm.language.lm_head(vlm.hidden(batch, vlm.connector(values)))[0]
+        logits = vlm.language.lm_head(vlm.hidden_states(batch, vlm.connector(values)))[0]
         told = batch.labels[0] >= 0
         return logits.log_softmax(-1)[told, batch.labels[0][told]].sum()
 
@@ -96,16 +98,18 @@ def test_relevance_is_gradient_times_feature_of_the_answer():
             up, down = (log_probability(features + sign * step) for sign in (1, -1))
             slopes.view(-1)[place] = up - down
     sizes = (slopes * features)[0].norm(dim=-1)
-    torch.testing.assert_close(look(vlm, batch).patches, sizes / sizes.sum(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        measure_relevance(vlm, batch).patch_relevance, sizes / sizes.sum(), atol=1e-3, rtol=0
+    )
 
 
 def test_an_earlier_answer_belongs_to_the_question(monkeypatch):
     vlm, seen = small("linear"), []
     loss = VLM.loss
     monkeypatch.setattr(VLM, "loss", lambda *given: seen.append(given[2]) or loss(*given))
-    one = sample(1)
-    asked = Question(replace(one, turns=one.turns[:3]), "no", "", "en")
-    diagnose(vlm, [(asked, "no 5")])
+    one = make_sample(1)
+    asked = EvalQuestion(replace(one, turns=one.turns[:3]), "no", "", "en")
+    diagnose_answers(vlm, [(asked, "no 5")])
     labels = seen[0][seen[0] >= 0].tolist()
     assert vlm.tokenizer.decode(labels).strip() == "no 5\n###"
 
@@ -113,18 +117,18 @@ def test_an_earlier_answer_belongs_to_the_question(monkeypatch):
 @pytest.mark.parametrize("name", ["llava_mlp", "flamingo"])
 def test_adapters_and_recomputing_are_looked_through(name):
     vlm = small(name)
-    before = diagnose(vlm, [(question(1), "one")])
+    before = diagnose_answers(vlm, [(question(1), "one")])
     vlm.language.requires_grad_(False)
     options = {"alpha": None, "dropout": 0.5, "targets": "all-linear", "bits": None}
-    adapt(vlm.language, "language", rank=2, rslora=False, dora=False, **options)
-    assert diagnose(vlm, [(question(1), "one")]) == before  # they begin with nothing
+    add_adapters(vlm.language, "language", rank=2, rslora=False, dora=False, **options)
+    assert diagnose_answers(vlm, [(question(1), "one")]) == before  # they begin with nothing
     torch.manual_seed(1)
-    for parameter in adapters(vlm.language).values():
+    for parameter in adapter_parameters(vlm.language).values():
         parameter.data.normal_(std=0.1)
-    after = diagnose(vlm, [(question(1), "one")])
+    after = diagnose_answers(vlm, [(question(1), "one")])
     assert after != before
-    vlm.recompute("full")
-    assert diagnose(vlm, [(question(1), "one")]) == after
+    vlm.enable_activation_checkpointing("full")
+    assert diagnose_answers(vlm, [(question(1), "one")]) == after
     assert all(parameter.grad is None for parameter in vlm.parameters())
 
 
@@ -133,34 +137,36 @@ def test_behind_closed_gates_nothing_is_relevant(gate):
     vlm = small("flamingo")
     for block in vlm.connector.blocks.values():
         block.attn_gate.data.fill_(gate)
-    told = diagnose(vlm, [(question(1), "one")])
+    told = diagnose_answers(vlm, [(question(1), "one")])
     found = (told["maps"][0]["relevance"], told["tokens"], told["effective"])
     assert all((one is None) == (gate == 0) for one in found)
     assert told["attention"]["maps"][0] is not None
 
 
 def test_a_blind_connector_has_tokens_but_no_patches():
-    told = diagnose(small_vlm(Blind), [(question(1), "one")])
+    told = diagnose_answers(small_vlm(Blind), [(question(1), "one")])
     assert told["maps"][0]["relevance"] is None and len(told["tokens"]) == 2
 
 
 def test_a_question_without_a_picture_is_left_out():
     vlm = small("linear")
-    assert diagnose(vlm, [(question(1, images=0), "one")]) == {}
-    told = diagnose(vlm, [(question(1, images=0), "one"), (question(2), "")])
+    assert diagnose_answers(vlm, [(question(1, images=0), "one")]) == {}
+    told = diagnose_answers(vlm, [(question(1, images=0), "one"), (question(2), "")])
     assert [one["id"] for one in told["maps"]] == ["s2"]
 
 
 def test_attention_of_the_wrong_shape_is_named():
-    with pytest.raises(Mistake, match=r"Askew: attention gives \[1, 2, 3\]; needed are \[1, 2, 4"):
-        diagnose(small_vlm(Askew), [(question(1), "one")])
+    with pytest.raises(
+        UserError, match=r"Askew: attention gives \[1, 2, 3\]; needed are \[1, 2, 4"
+    ):
+        diagnose_answers(small_vlm(Askew), [(question(1), "one")])
 
 
 def test_looking_evenly_has_the_entropy_of_all_patches():
     vlm = small("resampler")
     vlm.connector.to_q.weight.data.zero_()
     vlm.connector.to_q.bias.data.zero_()
-    attention = diagnose(vlm, [(question(1), "one")])["attention"]
+    attention = diagnose_answers(vlm, [(question(1), "one")])["attention"]
     assert attention["entropy"] == attention["uniform"] == pytest.approx(math.log(4), abs=1e-4)
     assert torch.tensor(attention["maps"]).allclose(torch.tensor(0.25))
 
@@ -171,12 +177,12 @@ def test_attention_of_the_qformer_is_what_transformers_tells(tokens):
     if tokens == "mixed":
         words = tuple(f"{key}={value}" for key, value in options.items())
         options = {**SMALL["mixed"], "tokens": "qformer", "options": words}
-    vlm = small_vlm(plugins.connector(tokens), options)
-    features = vlm.features(batch_of(vlm, [[sample(1, images=2)]])).detach()
+    vlm = small_vlm(registry.load_connector(tokens), options)
+    features = vlm.features(make_batch(vlm, [[make_sample(1, images=2)]])).detach()
     qformer = vlm.connector if tokens == "qformer" else vlm.connector.inner
     for parameter in qformer.parameters():
         parameter.data.normal_()  # attention that begins random is nearly even
-    shares = vlm.connector.attention(features)
+    shares = vlm.connector.patch_attention(features)
     qformer.qformer.set_attn_implementation("eager")
     told = qformer.qformer(
         query_embeds=qformer.query_tokens.expand(2, -1, -1),
@@ -191,9 +197,9 @@ def test_attention_of_the_qformer_is_what_transformers_tells(tokens):
 
 
 def test_attention_of_flamingo_is_that_of_its_layers():
-    vlm = small_vlm(plugins.connector("flamingo"), {**SMALL["flamingo"], "depth": 2})
+    vlm = small_vlm(registry.load_connector("flamingo"), {**SMALL["flamingo"], "depth": 2})
     perceiver = vlm.connector.perceiver
-    features = vlm.features(batch_of(vlm, [[sample(1, images=2)]])).detach()
+    features = vlm.features(make_batch(vlm, [[make_sample(1, images=2)]])).detach()
     latents, seen = perceiver.latents.expand(2, -1, -1), []
     for attend, feed in perceiver.layers:
         own = attend.norm_latents(latents)
@@ -204,7 +210,7 @@ def test_attention_of_flamingo_is_that_of_its_layers():
         latents = latents + feed(latents)
     expected = sum(seen)[..., :4]
     expected = expected / expected.sum(-1, keepdim=True)
-    torch.testing.assert_close(vlm.connector.attention(features), expected)
+    torch.testing.assert_close(vlm.connector.patch_attention(features), expected)
 
 
 def test_watching_attention_leaves_no_hook_behind():
@@ -215,13 +221,13 @@ def test_watching_attention_leaves_no_hook_behind():
 
 
 def test_gauges_begin_closed_and_tell_the_layer():
-    vlm = small_vlm(plugins.connector("flamingo"), SMALL["flamingo"])
+    vlm = small_vlm(registry.load_connector("flamingo"), SMALL["flamingo"])
     names = {f"gate_{kind}_{layer}" for kind in ("attn", "ff") for layer in range(3)}
-    assert vlm.connector.gauges() == dict.fromkeys(names, 0.0)
+    assert vlm.connector.metrics() == dict.fromkeys(names, 0.0)
     vlm.connector.blocks["1"].ff_gate.data.fill_(0.5)
-    assert vlm.connector.gauges()["gate_ff_1"] == pytest.approx(math.tanh(0.5))
+    assert vlm.connector.metrics()["gate_ff_1"] == pytest.approx(math.tanh(0.5))
     mixed = small("mixed").connector
-    assert mixed.gauges() == pytest.approx(dict.fromkeys(names, math.tanh(0.5)))
+    assert mixed.metrics() == pytest.approx(dict.fromkeys(names, math.tanh(0.5)))
 
 
 def test_a_gauge_with_the_name_of_a_column_is_refused():
@@ -229,13 +235,18 @@ def test_a_gauge_with_the_name_of_a_column_is_refused():
         def gauges(self) -> dict[str, float]:
             return {"loss": 1.0}
 
-    with pytest.raises(Mistake, match="Loud: a gauge is called 'loss'"):
-        gauges_of(small_vlm(Loud).connector, COLUMNS)
+    with pytest.raises(UserError, match="Loud: a gauge is called 'loss'"):
+        connector_metrics(small_vlm(Loud).connector, METRIC_COLUMNS)
 
 
 def test_a_run_holds_gauges_and_diagnostics(tmp_path: Path) -> None:
     words = ["fit", "recipe=yivl_flamingo", "only=chat", "stages.chat.steps=2"]
-    words += ["stages.chat.batch=4", "log.questions=10", "log.every=1", "log.tensorboard=false"]
+    words += [
+        "stages.chat.global_batch_size=4",
+        "log.questions=10",
+        "log.every_n_steps=1",
+        "log.tensorboard=false",
+    ]
     assert main([*words, f"run={tmp_path / 'run'}"]) == 0
     with (tmp_path / "run/metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

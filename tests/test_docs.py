@@ -9,19 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import batch_of, opened, sample, small_vlm
+from small import make_batch, make_sample, open_gates, small_vlm
 from test_contract import pursued
 from test_vlm import assert_same
 
-from vlbench import plugins
-from vlbench import recipe as recipes
 from vlbench.__main__ import VERBS
-from vlbench.connector import Shapes
+from vlbench.config import recipe as recipes
+from vlbench.connector import registry
+from vlbench.connector.base import Shapes
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = (DOCS / "connectors.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^    python -m vlbench (.*)$", PAGE, re.MULTILINE)
-SHIPPED = sorted(file.stem for file in plugins.shipped("connectors").glob("[!_.]*.py"))
+SHIPPED = sorted(file.stem for file in registry.shipped_folder("connectors").glob("[!_.]*.py"))
 SECTIONS = dict(re.findall(r"^### `(\w+)`\n(.*?)(?=^##)", PAGE, re.MULTILINE | re.DOTALL))
 BLOCK = re.compile(r"`connectors/(\w+)\.py`:\n\n```python\n(.*?)```", re.DOTALL)
 BLOCKS = dict(BLOCK.findall(PAGE))
@@ -44,7 +44,9 @@ def test_every_connector_has_a_section() -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_options_and_defaults_are_those_of_the_signature(name: str) -> None:
-    known = {key: written(option.default) for key, option in plugins.options(name).items()}
+    known = {
+        key: written(option.default) for key, option in registry.connector_options(name).items()
+    }
     told = {row[0].strip("`"): row[1].strip("`") for row in cells(SECTIONS[name])}
     assert told == known
 
@@ -55,9 +57,9 @@ def test_the_costs_are_those_at_6b() -> None:
     known = {}
     for name in SHIPPED:
         with torch.device("meta"):
-            one = plugins.connector(name)(shapes)
+            one = registry.load_connector(name)(shapes)
             seen = one(torch.empty(1, 1024 + one.class_token, 1280))
-        latents = seen.shape[1] if one.inject_at else 0
+        latents = seen.shape[1] if one.inject_layers else 0
         count = sum(parameter.numel() for parameter in one.parameters())
         known[name] = [f"{count:,}", str(one.tokens_per_image), str(latents)]
     assert told == known
@@ -75,7 +77,7 @@ def test_every_command_is_understood(
     verb, *words = shlex.split(command)
     assert verb in VERBS
     if verb in ("fit", "show"):
-        recipes.load(words)
+        recipes.load_recipe(words)
 
 
 def place(folder: Path, monkeypatch: pytest.MonkeyPatch, page: str = PAGE) -> None:
@@ -91,14 +93,14 @@ def test_the_connectors_of_the_page_see(
     name: str, places: int, tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place(tmp_path, monkeypatch)
-    vlm = opened(small_vlm(plugins.connector(name)))
-    batch = batch_of(vlm, [[sample(1, images=2), sample(2)]])
+    vlm = open_gates(small_vlm(registry.load_connector(name)))
+    batch = make_batch(vlm, [[make_sample(1, images=2), make_sample(2)]])
     assert vlm.connector.tokens_per_image == places
     assert vlm.visual(batch).shape == (3, tokens, vlm.shapes.lm_width)
     with torch.no_grad():
-        seen, counted = vlm(batch).loss_sum, vlm.fuse(batch, vlm.visual(batch)).shape
+        seen, counted = vlm(batch).loss_sum, vlm.merge_embeddings(batch, vlm.visual(batch)).shape
         batch.pixels = batch.pixels.flip(0)
-        assert counted == (*batch.ids.shape, vlm.shapes.lm_width)
+        assert counted == (*batch.input_ids.shape, vlm.shapes.lm_width)
         assert seen.isfinite() and not seen.equal(vlm(batch).loss_sum)
 
 
@@ -117,10 +119,10 @@ def test_the_objective_of_a_connector_of_ones_own_does_not_depend_on_the_packing
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place(tmp_path, monkeypatch, (DOCS / "objectives.md").read_text(encoding="utf-8"))
-    vlm = small_vlm(plugins.connector("pairs")).double()
-    vlm.pursue("clip")
-    samples = [sample(number, words=number) for number in range(1, 7)]
+    vlm = small_vlm(registry.load_connector("pairs")).double()
+    vlm.set_objective("clip")
+    samples = [make_sample(number, words=number) for number in range(1, 7)]
     whole = pursued(vlm, [samples])
     assert whole[0] > 6
-    for rows in ([samples[:1], samples[:0:-1]], [*([one] for one in samples), [sample(9, 0)]]):
+    for rows in ([samples[:1], samples[:0:-1]], [*([one] for one in samples), [make_sample(9, 0)]]):
         assert_same(whole, pursued(vlm, rows), 1e-9)

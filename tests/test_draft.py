@@ -12,8 +12,8 @@ from PIL import Image, ImageFilter
 
 from vlbench import load
 from vlbench.__main__ import main
-from vlbench.data.images import File, ImageTransform
-from vlbench.evaluate.tasks.record import Packed
+from vlbench.data.image_processing import ImageFile, ImageTransform
+from vlbench.evaluate.tasks.benchmark_types import RecordImage
 
 EXACT = ImageTransform(112, 112, (0.5, 0.4, 0.3), (0.25, 0.25, 0.25))
 DRAFT = dataclasses.replace(EXACT, draft=True)
@@ -29,25 +29,25 @@ def photo(tmp_path):
 
 
 def test_a_large_jpeg_is_decoded_smaller_but_never_below_what_is_needed(photo):
-    assert File(photo).open().size == (1600, 1200)
-    assert File(photo).drafted(112).size == (200, 150)
-    assert File(photo).drafted(900).size == (1600, 1200)
-    packed = Packed("one", "photo.jpg", photo.read_bytes())
-    assert packed.drafted(112).size == (200, 150)
+    assert ImageFile(photo).open().size == (1600, 1200)
+    assert ImageFile(photo).open_draft(112).size == (200, 150)
+    assert ImageFile(photo).open_draft(900).size == (1600, 1200)
+    packed = RecordImage("one", "photo.jpg", photo.read_bytes())
+    assert packed.open_draft(112).size == (200, 150)
 
 
 def test_pixels_are_nearly_the_same_and_those_of_other_files_exactly(photo, tmp_path):
-    exact, draft = EXACT.of(File(photo)), DRAFT.of(File(photo))
+    exact, draft = EXACT.load_pixels(ImageFile(photo)), DRAFT.load_pixels(ImageFile(photo))
     assert exact.shape == draft.shape and not torch.equal(exact, draft)
     assert (exact - draft).abs().max() * 0.25 * 255 <= 8  # levels of 256
     Image.open(photo).save(tmp_path / "photo.png")
-    png = File(tmp_path / "photo.png")
-    assert torch.equal(EXACT.of(png), DRAFT.of(png))
+    png = ImageFile(tmp_path / "photo.png")
+    assert torch.equal(EXACT.load_pixels(png), DRAFT.load_pixels(png))
 
 
 def test_it_belongs_to_the_hash_and_exact_keeps_the_hash_it_had():
-    assert EXACT.hash() != DRAFT.hash()
-    assert ImageTransform(56, 56, (0.5,) * 3, (0.5,) * 3).hash() == "7ee96838a1ed8915"
+    assert EXACT.transform_hash() != DRAFT.transform_hash()
+    assert ImageTransform(56, 56, (0.5,) * 3, (0.5,) * 3).transform_hash() == "7ee96838a1ed8915"
 
 
 def test_a_run_keeps_its_way_to_decode(tmp_path):
@@ -57,7 +57,7 @@ def test_a_run_keeps_its_way_to_decode(tmp_path):
     vlm = load(tmp_path / "run")
     assert vlm.transform.draft
     said = json.loads(next((tmp_path / "run/checkpoints").glob("*/preprocess.json")).read_text())
-    assert said["transform_hash"] == vlm.transform.hash()
+    assert said["transform_hash"] == vlm.transform.transform_hash()
 
 
 def test_one_stage_cannot_decode_otherwise(capsys):

@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from vlbench import recipe as recipes
 from vlbench.__main__ import main
-from vlbench.compare.runs import ASKED, load
-from vlbench.evaluate.results import questions_of
+from vlbench.compare.report.finished_runs import COMPARED_SET, load_finished_run
+from vlbench.config import recipe as recipes
+from vlbench.evaluate.run_results import final_questions
 from vlbench.evaluate.tasks import mmmu_data
 
 GOLDENS = Path(__file__).parent / "goldens" / "evaluation"
@@ -90,7 +90,7 @@ def test_an_exam_from_before_records_were_numbered_goes_on(write, model, tmp_pat
 def test_a_run_asks_equal_ids_of_all_its_sources_apart(write):
     first, second = (write([record(n) for n in range(2)], name) for name in ("a.json", "b.json"))
     mix = f"data.mix=[{{train: {first}}}, {{train: {second}}}]"
-    asked = questions_of(recipes.load(["recipe=yivl_llava", mix]))[1]
+    asked = final_questions(recipes.load_recipe(["recipe=yivl_llava", mix]))[1]
     ids = [one.sample.id for one in asked]
     assert len(ids) == len(set(ids)) == 4
 
@@ -141,7 +141,7 @@ def doubled(tmp_path) -> Path:
 
 
 def test_questions_of_mmmu_with_one_id_are_asked_and_scored_each(doubled, model, tmp_path, capsys):
-    records = mmmu_data.read(str(doubled), "validation")
+    records = mmmu_data.read_records(str(doubled), "validation")
     assert records[0].id == records[1].id and records[0].question != records[1].question
     out = tmp_path / "out"
     words = [f"run={model}", "task=mmmu", f"data={doubled}", "protocol=official", f"out={out}"]
@@ -170,8 +170,8 @@ def test_sixty_answers_with_one_id_are_sixty(tmp_path, capsys):
 def test_a_comparison_counts_equal_ids_of_an_old_run_one_by_one(model, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(model.parent.parent, run)
-    first = next(one for one in lines(run / "answers.jsonl") if one["set"] == ASKED)
+    first = next(one for one in lines(run / "answers.jsonl") if one["set"] == COMPARED_SET)
     several = [first | {"correct": n % 2 == 0} for n in range(60)]
     (run / "answers.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in several))
-    right = load(run).right
+    right = load_finished_run(run).correct
     assert len(right) == 60 and sum(right.values()) == 30

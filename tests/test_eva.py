@@ -7,14 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from recorded import assert_gradient, assert_outputs, load
-from small import batch_of, sample, small_vlm
+from recorded import assert_gradient, assert_outputs, load_record
+from small import make_batch, make_sample, small_vlm
 from timm.layers import RotaryEmbeddingCat
 
-from vlbench import plugins
-from vlbench.connector import Shapes
+from vlbench.connector import registry
+from vlbench.connector.base import Shapes
 
-Eva = plugins.connector("eva")
+Eva = registry.load_connector("eva")
 MODULE = __import__(Eva.__module__, fromlist=["block_mask"])
 SMALL = {"layers": 1, "head_width": 8}
 NAMES = {
@@ -37,15 +37,17 @@ def test_the_block_equals_the_reference():
     connector = Eva(Shapes(16, (4, 4), 48, 40, 2), layers=1, head_width=12)
     block = connector.blocks[0]
     block.attn.num_prefix_tokens = 1  # the record has a class token, the connector has none
-    state = {ours(k): v for k, v in load("eva_block", "state_dict").items() if "rope" not in k}
+    state = {
+        ours(k): v for k, v in load_record("eva_block", "state_dict").items() if "rope" not in k
+    }
     block.load_state_dict(state)
     rope = RotaryEmbeddingCat(12, in_pixels=False, feat_shape=[4, 4], ref_feat_shape=[6, 6])
-    inputs = load("eva_block", "inputs")
+    inputs = load_record("eva_block", "inputs")
     x = inputs["x"].requires_grad_()
     out = block(x, rope=rope.get_embed())
-    assert_outputs(out, load("eva_block", "outputs")["out"])
+    assert_outputs(out, load_record("eva_block", "outputs")["out"])
     (out * inputs["ct.out"]).sum().backward()
-    grads = load("eva_block", "grads")
+    grads = load_record("eva_block", "grads")
     assert_gradient(x.grad, grads["input.x"], "x")
     parameters = dict(block.named_parameters())
     for name, grad in grads.items():
@@ -62,7 +64,7 @@ def test_the_block_equals_the_reference():
     ],
 )
 def test_masks_are_drawn_as_in_the_reference(name, side, count, least):
-    for seed, expected in enumerate(load("eva_mim_masks", "masks")[name]):
+    for seed, expected in enumerate(load_record("eva_mim_masks", "masks")[name]):
         mask = MODULE.block_mask(random.Random(seed), side, side, count, least)
         assert torch.equal(mask, expected.bool())
 
@@ -70,7 +72,7 @@ def test_masks_are_drawn_as_in_the_reference(name, side, count, least):
 @pytest.mark.parametrize("weight", [1.0, 0.5])
 def test_the_loss_is_the_references(weight, monkeypatch):
     """The record has the predictions at 11 hidden patches: what blocks and head would give."""
-    record = load("eva_mim_loss", "inputs")
+    record = load_record("eva_mim_loss", "inputs")
     found, told = record["outputs"].requires_grad_(), record["labels"].requires_grad_()
     connector = Eva(Shapes(16, (4, 4), 20, 40, 2), layers=1, head_width=4, mask_weight=weight)
     mask = torch.zeros(2, 16, dtype=torch.bool)
@@ -83,9 +85,9 @@ def test_the_loss_is_the_references(weight, monkeypatch):
     connector.head = torch.nn.Identity()
     value, count = connector.losses(features, None, batch_of_names(["a", "b"]))["eva"]
     assert int(count) == 11
-    assert_outputs(value / count, weight * load("eva_mim_loss", "outputs")["loss_mim"])
+    assert_outputs(value / count, weight * load_record("eva_mim_loss", "outputs")["loss_mim"])
     (value / count * record["ct.loss_mim"]).backward()
-    expected = weight * load("eva_mim_loss", "grads")["input.outputs"]
+    expected = weight * load_record("eva_mim_loss", "grads")["input.outputs"]
     assert_gradient(found.grad, expected, "predictions")
     assert told.grad is None  # the features that are told are no way to make it easy
     (inputs,) = seen
@@ -99,9 +101,9 @@ def batch_of_names(names: list[str]) -> SimpleNamespace:
 
 def test_what_is_hidden_follows_from_step_and_picture_alone():
     vlm = small_vlm(Eva, SMALL)
-    samples = [sample(1), sample(2, images=2), sample(3, images=0)]
-    packed = batch_of(vlm, [samples])
-    alone = [batch_of(vlm, [[one]]) for one in samples[::-1]]
+    samples = [make_sample(1), make_sample(2, images=2), make_sample(3, images=0)]
+    packed = make_batch(vlm, [samples])
+    alone = [make_batch(vlm, [[one]]) for one in samples[::-1]]
     torch.manual_seed(7)
     together = vlm(packed).extra["eva"]
     apart = [vlm(batch).extra["eva"] for batch in alone]
@@ -116,7 +118,7 @@ def test_the_weight_of_the_objective_matters():
     shares = []
     for weight in (0.0, 0.5, 1.0):
         vlm = small_vlm(Eva, {**SMALL, "mask_weight": weight})
-        batch = batch_of(vlm, [[sample(1)]])
+        batch = make_batch(vlm, [[make_sample(1)]])
         torch.manual_seed(7)
         shares.append(vlm(batch).extra.get("eva"))
     assert shares[0] is None
@@ -125,7 +127,7 @@ def test_the_weight_of_the_objective_matters():
 
 def test_the_tower_is_not_taught_to_be_easy():
     vlm = small_vlm(Eva, SMALL)
-    vlm(batch_of(vlm, [[sample(1)]])).extra["eva"][0].backward()
+    vlm(make_batch(vlm, [[make_sample(1)]])).extra["eva"][0].backward()
     assert all(p.grad is None for p in vlm.vision.parameters())
     assert vlm.connector.mask_token.grad.abs().sum() > 0
 

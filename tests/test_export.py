@@ -12,27 +12,36 @@ import jinja2
 import pytest
 import torch
 from PIL import Image
-from released import CASES, CHECKPOINT, TOWER, copy, edit, messages, rewrite, tensors_of
+from released import (
+    CASES,
+    CHECKPOINT,
+    TOWER,
+    case_messages,
+    copy_checkpoint,
+    edit_json,
+    load_tensors,
+    rewrite_weights,
+)
 from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import vlbench
 from vlbench.__main__ import main
-from vlbench.data.sample import PLACEHOLDER
-from vlbench.data.template import TEMPLATES
-from vlbench.model.messages import sample_of
-from vlbench.model.weights.to_hf_llava import IMAGE, jinja
+from vlbench.data.chat_template import CHAT_TEMPLATES
+from vlbench.data.sample_encoding import IMAGE_PLACEHOLDER
+from vlbench.model.generation.chat_messages import sample_from_messages
+from vlbench.model.weights.export_hf_llava import IMAGE_TOKEN, to_jinja_template
 
 CASE = CASES["cases"][0]
 SHORT = ["stages.align_224.steps=2", "stages.align_448.steps=2", "stages.chat.steps=3"]
-SHORT += [f"stages.{name}.batch=4" for name in ("align_224", "align_448", "chat")]
+SHORT += [f"stages.{name}.global_batch_size=4" for name in ("align_224", "align_448", "chat")]
 SHORT += ["log.questions=4", "log.tensorboard=false", "log.examples=0"]
 
 
 @torch.no_grad()
 def logits(path: Path, asked: list | None = None, dtype: str | None = "float32") -> Tensor:
     vlm = vlbench.load(path, dtype=dtype, device="cpu")
-    return vlm(vlm.prepare(asked or messages(CASE))).logits[0]
+    return vlm(vlm.prepare(asked or case_messages(CASE))).logits[0]
 
 
 def export(run: Path, to: Path, layout: str, *more: str) -> int:
@@ -59,7 +68,7 @@ def picture() -> list[dict]:
 
 
 def assert_same_tensors(one: Path, other: Path) -> None:
-    ours, theirs = tensors_of(one), tensors_of(other)
+    ours, theirs = load_tensors(one), load_tensors(other)
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]), name
@@ -73,8 +82,8 @@ def stale(state: dict) -> None:
 
 VARIANTS = {
     "golden": lambda folder: None,
-    "bin shards, stale tower, buffers": lambda folder: rewrite(folder, stale),
-    "float32 tower": lambda folder: rewrite(
+    "bin shards, stale tower, buffers": lambda folder: rewrite_weights(folder, stale),
+    "float32 tower": lambda folder: rewrite_weights(
         folder / TOWER, lambda s: s.update({k: v.float() for k, v in s.items()}), "safetensors"
     ),
 }
@@ -82,7 +91,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("change", VARIANTS.values(), ids=VARIANTS)
 def test_importing_and_exporting_a_release_is_the_identity(change, tmp_path):
-    source, to = copy(tmp_path / "source"), tmp_path / "to"
+    source, to = copy_checkpoint(tmp_path / "source"), tmp_path / "to"
     change(source)
     assert export(source, to, "yi_vl") == 0
     assert_same_tensors(source, to)
@@ -100,7 +109,7 @@ def test_a_release_survives_vlbenchs_own_format(tmp_path):
     assert export(CHECKPOINT, tmp_path / "own", "vlbench") == 0
     assert torch.equal(logits(tmp_path / "own"), logits(CHECKPOINT))
     assert export(tmp_path / "own", tmp_path / "back", "yi_vl") == 0
-    ours, theirs = tensors_of(tmp_path / "back"), tensors_of(CHECKPOINT)
+    ours, theirs = load_tensors(tmp_path / "back"), load_tensors(CHECKPOINT)
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     assert (tmp_path / "back/config.json").read_bytes() == (CHECKPOINT / "config.json").read_bytes()
 
@@ -115,7 +124,7 @@ def test_a_run_comes_back_from_every_layout_that_holds_it(layout, runs, tmp_path
 
 def test_a_type_can_be_chosen(runs, tmp_path):
     assert export(runs["yi_vl"], tmp_path / "to", "yi_vl", "dtype=bf16") == 0
-    assert {t.dtype for t in tensors_of(tmp_path / "to").values()} == {torch.bfloat16}
+    assert {t.dtype for t in load_tensors(tmp_path / "to").values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "to/config.json").read_text())["torch_dtype"] == "bfloat16"
     for dtype in ("fp16", "float32"):
         to = tmp_path / dtype
@@ -139,7 +148,7 @@ def test_transformers_computes_the_same_logits(name, runs, tmp_path):
     batch = vlm.prepare(asked)
     assert inputs["pixel_values"].equal(batch.pixels)
     ids = inputs["input_ids"][0]
-    assert ids.where(ids != model.config.image_token_id, -200).equal(batch.ids[0])
+    assert ids.where(ids != model.config.image_token_id, -200).equal(batch.input_ids[0])
     ours = vlm(batch).logits[0]
     theirs = model(**inputs).logits[0, :, : ours.shape[-1]]
     assert (ours - theirs).abs().max() <= 1e-3
@@ -188,25 +197,27 @@ CONVERSATIONS = {
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS.values(), ids=CONVERSATIONS)
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
 def test_transformers_template_writes_what_ours_writes(name, conversation):
-    template = TEMPLATES[name].bound("<|endoftext|>")
+    template = CHAT_TEMPLATES[name].bind_eos("<|endoftext|>")
     asked = []
     for role, content in conversation:
         if not isinstance(content, str):
             blank = Image.new("RGB", (4, 4))
             content = [{"type": k, k: blank if k == "image" else v} for k, v in content]
         asked.append({"role": role, "content": content})
-    ours = template.prompt(sample_of(asked).turns).replace(PLACEHOLDER, IMAGE)
-    assert jinja2.Template(jinja(template)).render(messages=asked) == ours
+    ours = template.render_prompt(sample_from_messages(asked).turns).replace(
+        IMAGE_PLACEHOLDER, IMAGE_TOKEN
+    )
+    assert jinja2.Template(to_jinja_template(template)).render(messages=asked) == ours
 
 
 def test_a_trained_release_keeps_its_files_and_says_what_changed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    source = copy(tmp_path / "source")
-    edit(source / "config.json", mm_vision_tower=f"/elsewhere/{TOWER}")
+    source = copy_checkpoint(tmp_path / "source")
+    edit_json(source / "config.json", mm_vision_tower=f"/elsewhere/{TOWER}")
     words = ["recipe=yivl_llava", f"init={source}", "only=chat", "run=run", "stages.chat.steps=2"]
-    words += ["stages.chat.image_size=84", "stages.chat.batch=4", *SHORT[-3:]]
+    words += ["stages.chat.image_size=84", "stages.chat.global_batch_size=4", *SHORT[-3:]]
     assert main(["fit", *words]) == 0
     rename = tmp_path / "gone"
     source.rename(rename)  # a checkpoint stands alone
@@ -223,15 +234,15 @@ def test_a_trained_release_keeps_its_files_and_says_what_changed(tmp_path, monke
 
 
 def test_replace_keeps_a_template_bound():
-    bound = TEMPLATES["llava_v1"].bound("</s>")
+    bound = CHAT_TEMPLATES["llava_v1"].bind_eos("</s>")
     assert bound.stop == bound.answer_end == "</s>"
     assert replace(bound, name="x").stop == "</s>"
 
 
 def test_a_leading_bos_survives_transformers(tmp_path):
-    source = copy(tmp_path / "source")
-    edit(source / "tokenizer_config.json", add_bos_token=True)
-    edit(source / "config.json", mm_projector_type="mlp2x_gelu")
+    source = copy_checkpoint(tmp_path / "source")
+    edit_json(source / "tokenizer_config.json", add_bos_token=True)
+    edit_json(source / "config.json", mm_projector_type="mlp2x_gelu")
 
     def bare(state: dict) -> None:
         for name in [name for name in state if "mm_projector" in name]:
@@ -240,10 +251,12 @@ def test_a_leading_bos_survives_transformers(tmp_path):
             state[f"model.mm_projector.{number}.weight"] = torch.randn(64, width)
             state[f"model.mm_projector.{number}.bias"] = torch.randn(64)
 
-    rewrite(source, bare)
+    rewrite_weights(source, bare)
     assert export(source, tmp_path / "to", "hf_llava") == 0
     ask = [{"role": "user", "content": "Hello"}]
-    ours, back = (vlbench.load(path).prepare(ask).ids[0] for path in (source, tmp_path / "to"))
+    ours, back = (
+        vlbench.load(path).prepare(ask).input_ids[0] for path in (source, tmp_path / "to")
+    )
     theirs = AutoProcessor.from_pretrained(tmp_path / "to").tokenizer
     assert ours[0] == 1 and ours.equal(back)
     prompt = vlbench.load(source).prompt(ask)
@@ -257,9 +270,9 @@ def test_a_leading_bos_survives_transformers(tmp_path):
 @pytest.mark.parametrize("kept", [True, False], ids=["head in the files", "no head"])
 @pytest.mark.parametrize("layout", ["yi_vl", "hf_llava", "vlbench"])
 def test_tied_embeddings_come_back(layout, kept, tmp_path):
-    source = copy(tmp_path / "source")
+    source = copy_checkpoint(tmp_path / "source")
     said = {"tie_word_embeddings": True, "mm_projector_type": "linear", "vocab_size": 1664}
-    edit(source / "config.json", **said)
+    edit_json(source / "config.json", **said)
 
     def tie(state: dict) -> None:
         for name in [name for name in state if "mm_projector" in name]:
@@ -272,7 +285,7 @@ def test_tied_embeddings_come_back(layout, kept, tmp_path):
         if not kept:
             del state["lm_head.weight"]
 
-    rewrite(source, tie)
+    rewrite_weights(source, tie)
     assert export(source, tmp_path / "to", layout) == 0
     before, after = logits(source), logits(tmp_path / "to")
     assert before.shape == (len(before), 1664) and torch.equal(before, after)

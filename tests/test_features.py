@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vlbench.__main__ import main
-from vlbench.data import features
-from vlbench.train import checkpoint, frozen
-from vlbench.train.watchers import Interrupts
+from vlbench.data import feature_store
+from vlbench.train import checkpoint_files, feature_cache
+from vlbench.train.callbacks import GracefulStop
 
 FROZEN = [f"stages.{name}.train.vision=null" for name in ("align_224", "align_448", "chat")]
 SHORT = [
@@ -23,12 +23,12 @@ SHORT = [
     "stages.align_224.steps=0",
     "stages.align_448.steps=3",
     "stages.chat.steps=3",
-    "stages.align_448.batch=4",
-    "stages.chat.batch=4",
+    "stages.align_448.global_batch_size=4",
+    "stages.chat.global_batch_size=4",
     "data.samples=6",  # so that pictures are met again
     "log.questions=4",
     "log.examples=0",
-    "log.every=1",
+    "log.every_n_steps=1",
     "log.tensorboard=false",
 ]
 
@@ -36,7 +36,7 @@ SHORT = [
 def run(folder: Path, *words: str) -> dict[str, torch.Tensor]:
     """Fit, and return the weights at the end."""
     assert main([*SHORT, *FROZEN, f"run={folder}", *words]) == 0
-    last = checkpoint.find(folder)
+    last = checkpoint_files.find_checkpoint(folder)
     return load_file(last / "model.safetensors")
 
 
@@ -66,7 +66,10 @@ def cached(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def assert_same(one: Path, other: Path) -> None:
-    ours, theirs = (load_file(checkpoint.find(run) / "model.safetensors") for run in (one, other))
+    ours, theirs = (
+        load_file(checkpoint_files.find_checkpoint(run) / "model.safetensors")
+        for run in (one, other)
+    )
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert losses(one) == losses(other)
@@ -83,7 +86,7 @@ def test_the_tower_sees_every_picture_once_whatever_the_connector(cached, tmp_pa
     cache = tmp_path / "cache"
     shutil.copytree(cached[1], cache)
     computed = []
-    monkeypatch.setattr(frozen, "_compute", lambda *_: computed.append(1))
+    monkeypatch.setattr(feature_cache, "_compute", lambda *_: computed.append(1))
     run(tmp_path / "linear", "connector.name=linear", f"trainer.feature_cache={cache}")
     assert not computed and len(shards(cache)) == 2
 
@@ -107,24 +110,26 @@ def test_a_damaged_shard_is_computed_again(plain, cached, tmp_path):
     assert_same(plain, tmp_path / "run")
     whole = [load_file(path) for path in shards(cache)]
     assert [t["sums"].tolist() for t in whole] == [
-        [features.checksum(one) for one in t["features"]] for t in whole
+        [feature_store.feature_checksum(one) for one in t["features"]] for t in whole
     ]
 
 
 def test_a_run_that_is_asked_to_stop_does_not_compute_the_rest(plain, tmp_path, monkeypatch):
-    real, cache = Interrupts.asked, tmp_path / "cache"
-    monkeypatch.setattr(frozen, "CHUNK", 4)
-    monkeypatch.setattr(Interrupts, "asked", lambda self: setattr(self, "wanted", "a test") or True)
+    real, cache = GracefulStop.is_stop_requested, tmp_path / "cache"
+    monkeypatch.setattr(feature_cache, "CHUNK", 4)
+    monkeypatch.setattr(
+        GracefulStop, "asked", lambda self: setattr(self, "wanted", "a test") or True
+    )
     words = [*SHORT, *FROZEN, f"run={tmp_path / 'run'}", f"trainer.feature_cache={cache}"]
     assert main(words) == 130
     assert load_file(shards(cache)[0])["features"].shape == (4, 64, 128)
-    monkeypatch.setattr(Interrupts, "asked", real)
+    monkeypatch.setattr(GracefulStop, "asked", real)
     assert main(words) == 0
     assert_same(plain, tmp_path / "run")
 
 
 def test_features_that_are_damaged_while_training_are_not_used(plain, tmp_path, monkeypatch):
-    monkeypatch.setattr(features.Shards, "read", lambda *_: None)
+    monkeypatch.setattr(feature_store.FeatureShards, "read", lambda *_: None)
     run(tmp_path / "run", f"trainer.feature_cache={tmp_path / 'cache'}")
     assert_same(plain, tmp_path / "run")
 
@@ -136,27 +141,33 @@ def test_a_tower_that_is_trained_keeps_nothing(tmp_path):
 
 
 def test_another_tower_has_another_folder(cached):
-    from vlbench.model.vision import build_tower
+    from vlbench.model.vision_encoder import build_vision_encoder
 
     class Model:
-        vision = build_tower("tiny", "embedded")
+        vision = build_vision_encoder("tiny", "embedded")
 
         @property
         def transform(self):
             return self.vision.transform
 
     model = Model()
-    before = frozen.identity(model, "cpu 32")
-    assert frozen.identity(model, "cpu 32") == before != frozen.identity(model, "cpu bf16")
-    model.vision.resize(112)
-    larger = frozen.identity(model, "cpu 32")
+    before = feature_cache.encoder_fingerprint(model, "cpu 32")
+    assert (
+        feature_cache.encoder_fingerprint(model, "cpu 32")
+        == before
+        != feature_cache.encoder_fingerprint(model, "cpu bf16")
+    )
+    model.vision.set_image_size(112)
+    larger = feature_cache.encoder_fingerprint(model, "cpu 32")
     next(model.vision.parameters()).data.flatten()[0] += 1e-3
-    assert len({before, larger, frozen.identity(model, "cpu 32")}) == 3
+    assert len({before, larger, feature_cache.encoder_fingerprint(model, "cpu 32")}) == 3
 
 
 def test_no_room_is_told_before_anything_is_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        frozen.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
+        feature_cache.shutil,
+        "disk_usage",
+        lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000),
     )
     words = [*SHORT, *FROZEN, f"run={tmp_path / 'run'}"]
     assert main([*words, f"trainer.feature_cache={tmp_path / 'cache'}"]) == 2
@@ -167,8 +178,8 @@ def test_no_room_is_told_before_anything_is_written(tmp_path, monkeypatch, capsy
 
 def test_a_disk_that_fills_up_loses_nothing(plain, tmp_path, monkeypatch, capsys):
     words = [*SHORT, *FROZEN, f"run={tmp_path / 'run'}", f"trainer.feature_cache={tmp_path / 'c'}"]
-    monkeypatch.setattr(frozen, "SHARD_BYTES", 1)
-    monkeypatch.setattr(frozen, "CHUNK", 2)
+    monkeypatch.setattr(feature_cache, "SHARD_BYTES", 1)
+    monkeypatch.setattr(feature_cache, "CHUNK", 2)
     written = []
 
     def fills_up(tensors, path):
@@ -177,13 +188,13 @@ def test_a_disk_that_fills_up_loses_nothing(plain, tmp_path, monkeypatch, capsys
         written.append(path)
         save_file(tensors, path)
 
-    monkeypatch.setattr(features, "save_file", fills_up)
+    monkeypatch.setattr(feature_store, "save_file", fills_up)
     assert main(words) == 2
     said = capsys.readouterr().err
     assert said.splitlines()[-1].startswith("vlbench: the disk is full: features cannot be kept")
     assert [load_file(path)["keys"].shape[0] for path in shards(tmp_path / "c")] == [2, 2]
     assert not list((tmp_path / "c").rglob(".*.safetensors-*"))
-    monkeypatch.setattr(features, "save_file", save_file)
+    monkeypatch.setattr(feature_store, "save_file", save_file)
     assert main(words) == 0
     assert_same(plain, tmp_path / "run")
 
@@ -202,6 +213,6 @@ def test_a_broken_picture_is_named_as_without_features(tmp_path, capsys):
         records.append({"id": f"r{number}", "image": name, "conversations": turns})
     (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:60])
     (tmp_path / "data.json").write_text(json.dumps(records))
-    words = [f"data.train={tmp_path / 'data.json'}", "data.on_bad=quarantine", "only=chat"]
+    words = [f"data.train={tmp_path / 'data.json'}", "data.on_bad_sample=quarantine", "only=chat"]
     run(tmp_path / "run", *words, f"trainer.feature_cache={tmp_path / 'cache'}")
     assert "r2" in (tmp_path / "run" / "quarantine.jsonl").read_text()

@@ -15,17 +15,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vlbench import recipe as recipes
 from vlbench.__main__ import main
-from vlbench.train import checkpoint
-from vlbench.train.progress import COLUMNS, cut
+from vlbench.config import recipe as recipes
+from vlbench.train import checkpoint_files
+from vlbench.train.progress_logging import METRIC_COLUMNS, truncate_metrics
 
 STEPS = {"align_224": 3, "align_448": 2, "chat": 4}
 SHORT = [
     "fit",
     "recipe=yivl_llava",
     *(f"stages.{name}.steps={steps}" for name, steps in STEPS.items()),
-    *(f"stages.{name}.batch=4" for name in STEPS),
+    *(f"stages.{name}.global_batch_size=4" for name in STEPS),
     "log.questions=8",
     "log.evaluate_every=2",
     "log.tensorboard=false",
@@ -41,13 +41,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def last_of(run: Path) -> Path:
-    return run / "checkpoints" / checkpoint.positions(run / "checkpoints")[-1].folder
+    return (
+        run / "checkpoints" / checkpoint_files.list_positions(run / "checkpoints")[-1].folder_name
+    )
 
 
 def final_weights(run: Path) -> dict[str, torch.Tensor]:
-    last = checkpoint.positions(run / "checkpoints")[-1]
+    last = checkpoint_files.list_positions(run / "checkpoints")[-1]
     assert (last.name, last.step) == ("chat", STEPS["chat"])
-    return load_file(run / "checkpoints" / last.folder / "model.safetensors")
+    return load_file(run / "checkpoints" / last.folder_name / "model.safetensors")
 
 
 def assert_same_weights(run: Path, other: Path) -> None:
@@ -56,7 +58,7 @@ def assert_same_weights(run: Path, other: Path) -> None:
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     files = [{p.name for p in last_of(one).rglob("*")} for one in (run, other)]
     assert files[0] == files[1] and "tokenizer.model" in files[0]
-    here, there = (checkpoint.positions(one / "checkpoints")[-1] for one in (run, other))
+    here, there = (checkpoint_files.list_positions(one / "checkpoints")[-1] for one in (run, other))
     assert here == there
 
 
@@ -83,14 +85,14 @@ def test_a_run_describes_itself(whole: Path) -> None:
     assert budget["parts"]["vision"]["trained"] < budget["parts"]["vision"]["total"]
     assert (whole / "examples.png").stat().st_size > 10_000
     assert "torch" in json.loads((whole / "versions.json").read_text())
-    assert recipes.load_file(whole / "recipe.yaml").stages["chat"].steps == 4
+    assert recipes.load_recipe_file(whole / "recipe.yaml").stages["chat"].steps == 4
 
 
 def test_every_stage_changes_what_it_trains_and_nothing_else(whole: Path) -> None:
     folder = whole / "checkpoints"
-    ends = {p.name: p for p in checkpoint.positions(folder) if p.step == STEPS[p.name]}
-    align = load_file(folder / ends["align_448"].folder / "model.safetensors")
-    chat = load_file(folder / ends["chat"].folder / "model.safetensors")
+    ends = {p.name: p for p in checkpoint_files.list_positions(folder) if p.step == STEPS[p.name]}
+    align = load_file(folder / ends["align_448"].folder_name / "model.safetensors")
+    chat = load_file(folder / ends["chat"].folder_name / "model.safetensors")
     assert not any(key.startswith("language.") for key in align)
     changed = {key.split(".")[0] for key in align if not torch.equal(align[key], chat[key])}
     assert changed == {"vision", "connector"}
@@ -127,7 +129,7 @@ def test_a_kill_while_a_checkpoint_is_written_loses_nothing(
 ) -> None:
     """Die while file `saves` is written: in a stage, between two stages, in the last one."""
     dying = (
-        "import os, signal, sys, vlbench.model.weights.shards as c\n"
+        "import os, signal, sys, vlbench.model.weights.tensor_files as c\n"
         "whole, count = c.save_file, 0\n"
         "def torn(state, path, **options):\n"
         "    global count\n"
@@ -171,7 +173,7 @@ def test_a_signal_saves_says_how_to_go_on_and_exits_130(
     assert child.returncode == 130, errors
     assert f"run={run}" in errors and "Traceback" not in errors
     assert not (run / "results.json").exists()
-    before = checkpoint.positions(run / "checkpoints")[-1].seconds
+    before = checkpoint_files.list_positions(run / "checkpoints")[-1].seconds
     assert main(words) == 0
     assert_same_weights(whole, run)
     assert before and json.loads((run / "results.json").read_text())["seconds"] > before
@@ -203,17 +205,17 @@ def test_metrics_beyond_the_checkpoint_and_a_torn_line_are_dropped(tmp_path: Pat
     metrics = tmp_path / "metrics.csv"
     rest = "0.5,,0.1,1.0,2.0,3.0,4.0,0.1,,7,5.0"
     lines = [f"{stage},{step},{rest}" for stage in STEPS for step in (1, 2)]
-    metrics.write_text("\n".join([",".join(COLUMNS), *lines, "chat,3,0."]))
-    cut(metrics, list(STEPS), "align_448", 1)
-    assert metrics.read_text().split() == [",".join(COLUMNS), *lines[:3]]
+    metrics.write_text("\n".join([",".join(METRIC_COLUMNS), *lines, "chat,3,0."]))
+    truncate_metrics(metrics, list(STEPS), "align_448", 1)
+    assert metrics.read_text().split() == [",".join(METRIC_COLUMNS), *lines[:3]]
 
 
 def test_a_run_of_another_recipe_is_refused_with_the_keys_that_differ(
     whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*SHORT, f"run={whole}", "seed=1", "stages.chat.clip=0.7"]) == 2
+    assert main([*SHORT, f"run={whole}", "seed=1", "stages.chat.grad_clip=0.7"]) == 2
     said = capsys.readouterr().err
-    assert "seed" in said and "stages.chat.clip" in said and len(said.splitlines()) == 1
+    assert "seed" in said and "stages.chat.grad_clip" in said and len(said.splitlines()) == 1
 
 
 def test_a_loss_that_is_not_finite_is_skipped_named_and_ends_the_run_in_the_end(
@@ -230,7 +232,7 @@ def test_a_loss_that_is_not_finite_is_skipped_named_and_ends_the_run_in_the_end(
         return out
 
     monkeypatch.setattr(VLM, "forward", broken)
-    words = [*SHORT, f"run={tmp_path / 'nan'}", "trainer.stop_after_bad=2"]
+    words = [*SHORT, f"run={tmp_path / 'nan'}", "trainer.max_nonfinite_steps=2"]
     assert main(words) == 2
     said = capsys.readouterr().err
     assert "step 1: loss is not finite, step skipped; samples: " in said
@@ -253,7 +255,7 @@ def test_a_dry_run_does_one_step_of_every_stage_and_keeps_nothing(
 
 def test_checkpointing_changes_nothing_but_memory(whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "recomputed"
-    assert main([*SHORT, f"run={run}", "checkpointing=full"]) == 0
+    assert main([*SHORT, f"run={run}", "activation_checkpointing=full"]) == 0
     ours, theirs = final_weights(whole), final_weights(run)
     for key, value in ours.items():
         assert torch.allclose(value, theirs[key], atol=1e-4), key

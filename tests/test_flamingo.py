@@ -6,25 +6,31 @@ import json
 
 import pytest
 import torch
-from recorded import GOLDENS, assert_gradient, assert_gradients, assert_outputs, load
+from recorded import GOLDENS, assert_gradient, assert_gradients, assert_outputs, load_record
 from released import CHECKPOINT
-from small import Noise, sample, small_vlm
-from small import batch_of as small_batch
+from small import NoiseImage, make_sample, small_vlm
+from small import make_batch as small_batch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from vlbench import plugins
-from vlbench.connector import Shapes
-from vlbench.data.batch import Batch
-from vlbench.data.sample import IGNORE, IMAGE, PLACEHOLDER, Sample, Turn
-from vlbench.data.template import TEMPLATES
+from vlbench.connector import registry
+from vlbench.connector.base import Shapes
+from vlbench.data.chat_template import CHAT_TEMPLATES
+from vlbench.data.packing import PackedBatch
+from vlbench.data.sample_encoding import (
+    IGNORE_INDEX,
+    IMAGE_PLACEHOLDER,
+    IMAGE_TOKEN_INDEX,
+    ChatTurn,
+    Sample,
+)
 from vlbench.data.tokenizer import Tokenizer
-from vlbench.mistakes import Mistake
-from vlbench.model.attention import PACKED
-from vlbench.model.messages import prompt_batch
+from vlbench.errors import UserError
+from vlbench.model.generation.chat_messages import collate_prompts
+from vlbench.model.packed_attention import PACKED_ATTENTION
 from vlbench.model.vlm import VLM
 
-Flamingo = plugins.connector("flamingo")
+Flamingo = registry.load_connector("flamingo")
 SMALL = {"latents": 5, "depth": 2, "heads": 4, "head_width": 8}
 MODULE = __import__(Flamingo.__module__, fromlist=["Perceiver", "GatedBlock"])
 CASE = "flamingo_decoder_every1"
@@ -32,34 +38,36 @@ PICTURE, END = 69, 68
 
 
 def test_the_resampler_equals_the_reference():
-    perceiver = MODULE.Perceiver(32, latents=5, depth=2, heads=4, head_width=8, mult=4)
-    perceiver.load_state_dict(load("flamingo_perceiver", "plain_state_dict"))
-    inputs = load("flamingo_perceiver", "plain_inputs")
+    perceiver = MODULE.PerceiverResampler(32, latents=5, depth=2, heads=4, head_width=8, mult=4)
+    perceiver.load_state_dict(load_record("flamingo_perceiver", "plain_state_dict"))
+    inputs = load_record("flamingo_perceiver", "plain_inputs")
     features = inputs["x"].flatten(0, 2).requires_grad_()
     out = perceiver(features)
-    assert_outputs(out, load("flamingo_perceiver", "plain_outputs")["latents_out"].flatten(0, 1))
+    assert_outputs(
+        out, load_record("flamingo_perceiver", "plain_outputs")["latents_out"].flatten(0, 1)
+    )
     (out * inputs["ct.latents_out"].flatten(0, 1)).sum().backward()
-    grads = load("flamingo_perceiver", "plain_grads")
+    grads = load_record("flamingo_perceiver", "plain_grads")
     assert_gradients(perceiver, grads)
     assert_gradient(features.grad, grads["input.x"].flatten(0, 2), "x")
 
 
 def test_a_gated_block_equals_the_reference():
     block = MODULE.GatedBlock(32, 24, heads=4, head_width=8, mult=4)
-    block.load_state_dict(load("flamingo_gated_xattn", "immediate_state_dict"))
-    inputs = load("flamingo_gated_xattn", "immediate_inputs")
+    block.load_state_dict(load_record("flamingo_gated_xattn", "immediate_state_dict"))
+    inputs = load_record("flamingo_gated_xattn", "immediate_inputs")
     seen = inputs["media_locations"].long().cumsum(1)  # 0: none yet
     sees = torch.where(seen > 0, seen - 1 + 3 * torch.arange(3)[:, None], -1)
     hidden = inputs["x"].requires_grad_()
     media = inputs["media"].flatten(0, 1).requires_grad_()
     out = block(hidden, media, sees)
-    assert_outputs(out, load("flamingo_gated_xattn", "immediate_outputs")["out"])
+    assert_outputs(out, load_record("flamingo_gated_xattn", "immediate_outputs")["out"])
     attended = block.attn(hidden, media, sees)
     assert (attended[sees < 0] == 0).all() and (sees < 0).any()
-    expected = load("flamingo_gated_xattn", "immediate_attn_only")["attn_out_before_gate"]
+    expected = load_record("flamingo_gated_xattn", "immediate_attn_only")["attn_out_before_gate"]
     assert_outputs(attended, expected)
     (out * inputs["ct.out"]).sum().backward()
-    grads = load("flamingo_gated_xattn", "immediate_grads")
+    grads = load_record("flamingo_gated_xattn", "immediate_grads")
     assert_gradients(block, grads)
     assert_gradient(hidden.grad, grads["input.x"], "x")
     assert_gradient(media.grad, grads["input.media"].flatten(0, 1), "media")
@@ -76,7 +84,7 @@ class Recorded(nn.Module):
 
 def reference_vlm() -> VLM:
     config = LlamaConfig(**json.loads((GOLDENS / CASE / "meta.json").read_text())["lm_config"])
-    config._attn_implementation = PACKED
+    config._attn_implementation = PACKED_ATTENTION
     language = LlamaForCausalLM(config)
     vlm = VLM(
         Recorded(),
@@ -84,23 +92,23 @@ def reference_vlm() -> VLM:
         {"every": 1},
         language,
         Tokenizer.load(CHECKPOINT),
-        TEMPLATES["yi_vl"],
+        CHAT_TEMPLATES["yi_vl"],
         256,
     )
     start = "lang_encoder."
     state = {
         key.removeprefix(start).replace(".decoder_layer.", "."): value
-        for key, value in load(CASE, "state_dict_lm").items()
+        for key, value in load_record(CASE, "state_dict_lm").items()
     }
     language.load_state_dict(state)
-    weights = load(CASE, "state_dict_perceiver") | load(CASE, "state_dict_gated")
+    weights = load_record(CASE, "state_dict_perceiver") | load_record(CASE, "state_dict_gated")
     vlm.connector.load_reference(
         weights | {"place": language.get_input_embeddings().weight.data[PICTURE].clone()}
     )
     return vlm
 
 
-def batch_of(ids: Tensor, mask: Tensor, vision: Tensor) -> Batch:
+def batch_of(ids: Tensor, mask: Tensor, vision: Tensor) -> PackedBatch:
     """Return the reference's batch as ours: places for its image tokens, padding as it is."""
     real = mask.bool()
     images = ((ids == PICTURE) & real).long().cumsum(1)
@@ -109,35 +117,37 @@ def batch_of(ids: Tensor, mask: Tensor, vision: Tensor) -> Batch:
     lengths = [
         [n for n in (pad, int(row.sum())) if n] for pad, row in zip(before, real, strict=True)
     ]
-    return Batch(
-        ids=torch.where(ids == PICTURE, IMAGE, ids),
+    return PackedBatch(
+        input_ids=torch.where(ids == PICTURE, IMAGE_TOKEN_INDEX, ids),
         labels=None,
-        positions=real.long().cumsum(1).sub(1).clamp(min=0),
+        position_ids=real.long().cumsum(1).sub(1).clamp(min=0),
         sample_index=torch.where(real, torch.arange(len(ids))[:, None], -1),
         image_index=torch.where(images > 0, images - 1 + first, -1),
         pixels=vision.flatten(0, 2).flatten(2).transpose(1, 2).contiguous(),
-        sample_id=[str(row) for row in range(len(ids))],
-        lengths=lengths,
-        tokens=0,
+        sample_ids=[str(row) for row in range(len(ids))],
+        sample_lengths=lengths,
+        supervised_token_count=0,
     )
 
 
 def test_the_decoder_equals_the_reference_in_logits_loss_and_gradients():
-    vlm, inputs = reference_vlm(), load(CASE, "inputs")
+    vlm, inputs = reference_vlm(), load_record(CASE, "inputs")
     batch = batch_of(inputs["lang_x"], inputs["attention_mask"], inputs["vision_x"])
-    outputs = load(CASE, "outputs")
+    outputs = load_record(CASE, "outputs")
     assert_outputs(vlm.visual(batch), outputs["perceiver_out"].flatten(0, 1))
     logits = vlm(batch).logits
     real = inputs["attention_mask"].bool()
     assert_outputs(logits[real], outputs["logits"][real])
-    labels = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE)
-    batch.labels, batch.tokens = labels, int((labels != IGNORE).sum())
+    labels = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+    batch.labels, batch.supervised_token_count = labels, int((labels != IGNORE_INDEX).sum())
     out = vlm(batch)
     loss = out.loss_sum / out.tokens
     assert_outputs(loss, outputs["loss"])
     loss.backward()
     parameters = dict(vlm.connector.named_parameters())
-    for name, grad in (load(CASE, "grads_perceiver") | load(CASE, "grads_gated")).items():
+    for name, grad in (
+        load_record(CASE, "grads_perceiver") | load_record(CASE, "grads_gated")
+    ).items():
         key = name.removeprefix("param.")
         if key.startswith("lang_encoder"):
             layer, rest = key.split("layers.")[1].split(".gated_cross_attn_layer.")
@@ -146,7 +156,7 @@ def test_the_decoder_equals_the_reference_in_logits_loss_and_gradients():
 
 
 def test_greedy_generation_equals_the_reference():
-    vlm, record = reference_vlm(), load(CASE, "generation")
+    vlm, record = reference_vlm(), load_record(CASE, "generation")
     batch = batch_of(record["lang_x"], record["attention_mask"], record["vision_x"])
     # the reference never meets an end of text here; ours would stop, so compare up to there
     new = vlm.generate(batch, max_new_tokens=16)
@@ -180,15 +190,15 @@ def test_the_default_shapes_have_the_references_parameters():
 
 def test_closed_gates_equal_the_plain_language_model_bit_for_bit():
     vlm = small_vlm(Flamingo, {"every": 1, "latents": 3, "depth": 1, "heads": 2, "head_width": 8})
-    batch = small_batch(vlm, [[sample(1), sample(2, images=2), sample(3, images=0)]])
+    batch = small_batch(vlm, [[make_sample(1), make_sample(2, images=2), make_sample(3, images=0)]])
     batch.labels = None
     with torch.no_grad():
         ours = vlm(batch).logits
-        embeds = vlm.fuse(batch, vlm.visual(batch))
-        for hook in vlm._hooks:
+        embeds = vlm.merge_embeddings(batch, vlm.visual(batch))
+        for hook in vlm._inject_hooks:
             hook.remove()
         plain = vlm.language.model(
-            inputs_embeds=embeds, position_ids=batch.positions, lengths=batch.lengths
+            inputs_embeds=embeds, position_ids=batch.position_ids, lengths=batch.sample_lengths
         )
         assert torch.equal(ours, vlm.language.lm_head(plain.last_hidden_state))
 
@@ -201,10 +211,10 @@ def test_recomputing_keeps_nothing_of_the_gated_blocks():
     calls = []
     block = vlm.connector.blocks["1"]
     block.register_forward_pre_hook(lambda *_: calls.append(1))
-    batch = small_batch(vlm, [[sample(1)]])
+    batch = small_batch(vlm, [[make_sample(1)]])
     vlm(batch).loss_sum.backward()
     assert len(calls) == 1
-    vlm.recompute("full")
+    vlm.enable_activation_checkpointing("full")
     vlm(batch).loss_sum.backward()
     assert len(calls) >= 3
 
@@ -212,12 +222,12 @@ def test_recomputing_keeps_nothing_of_the_gated_blocks():
 def test_beams_are_refused_and_places_are_never_written():
     """A generated place would be another picture's; the ids of places are below all others."""
     vlm = small_vlm(Flamingo, SMALL | {"every": 1})
-    ask = Sample("s", (Turn("human", f"{PLACEHOLDER}\nwhat?"),), (Noise(1),))
-    batch = prompt_batch(vlm, [ask])
-    with pytest.raises(Mistake, match="no option 'num_beams'.*no search over beams"):
+    ask = Sample("s", (ChatTurn("human", f"{IMAGE_PLACEHOLDER}\nwhat?"),), (NoiseImage(1),))
+    batch = collate_prompts(vlm, [ask])
+    with pytest.raises(UserError, match="no option 'num_beams'.*no search over beams"):
         vlm.generate(batch, num_beams=3)
     drawn = vlm.generate(batch, max_new_tokens=64, temperature=1000.0)
-    assert all(0 <= token < vlm.tokenizer.rows for token in drawn[0])
+    assert all(0 <= token < vlm.tokenizer.embedding_rows for token in drawn[0])
 
 
 def test_gated_blocks_before_other_layers_are_refused():

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from released import TOWER, edit, plain_llava, rewrite, tensors_of
+from released import TOWER, edit_json, load_tensors, make_plain_llava, rewrite_weights
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 import vlbench
 from vlbench.__main__ import main
-from vlbench.mistakes import Mistake
+from vlbench.errors import UserError
 from vlbench.model.vlm import VLM
-from vlbench.model.weights.release import states_of
+from vlbench.model.weights.release_files import collect_part_states
 
 Change = Callable[[Path], object]
 ASK = [{"role": "user", "content": "Hello"}]
@@ -29,7 +29,7 @@ ASK = [{"role": "user", "content": "Hello"}]
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Return one model in both layouts."""
     folder = tmp_path_factory.mktemp("models")
-    source = plain_llava(folder / "yi_vl", tokens=2)
+    source = make_plain_llava(folder / "yi_vl", tokens=2)
     words = ["export", f"run={source}", f"to={folder / 'hf_llava'}", "format=hf_llava"]
     assert main(words) == 0
     return {"yi_vl": source, "hf_llava": folder / "hf_llava"}
@@ -53,19 +53,19 @@ def cast(kind: torch.dtype, part: str = "") -> Change:
         for name in [name for name in state if part in name]:
             state[name] = state[name].to(kind)
 
-    return lambda folder: rewrite(folder, change, "safetensors")
+    return lambda folder: rewrite_weights(folder, change, "safetensors")
 
 
 def cast_bin(kind: torch.dtype) -> Change:
     def change(state: dict[str, Tensor]) -> None:
         state |= {name: tensor.to(kind) for name, tensor in state.items() if "mlp" in name}
 
-    return lambda folder: rewrite(folder, change)
+    return lambda folder: rewrite_weights(folder, change)
 
 
 def clear(folder: Path) -> dict[str, Tensor]:
     """Take the weights of a folder away, and return them."""
-    state = tensors_of(folder)
+    state = load_tensors(folder)
     for file in [
         *folder.glob("*.safetensors"),
         *folder.glob("*.bin"),
@@ -108,7 +108,7 @@ def only_gguf(folder: Path) -> None:
 READ: dict[str, Change] = {
     "float32": cast(torch.float32),
     "float64": cast(torch.float64),
-    "bin shards": lambda folder: rewrite(folder, lambda state: None),
+    "bin shards": lambda folder: rewrite_weights(folder, lambda state: None),
     "safetensors shards": shard(),
     "both kinds of files": both,
     "no tokenizer_config.json": lambda folder: (folder / "tokenizer_config.json").unlink(),
@@ -117,9 +117,9 @@ READ: dict[str, Change] = {
 
 @pytest.mark.parametrize("change", READ.values(), ids=READ)
 def test_folders_that_say_the_same_hold_the_same(change, model):
-    before = states_of(loaded(model))
+    before = collect_part_states(loaded(model))
     change(model)
-    after = states_of(loaded(model))
+    after = collect_part_states(loaded(model))
     assert before.keys() == after.keys() == {"vision", "connector", "language"}
     for part, state in before.items():
         assert state.keys() == after[part].keys()
@@ -148,7 +148,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
 @pytest.mark.parametrize(("change", "words"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_read_is_one_line(change, words, model):
     change(model)
-    with pytest.raises(Mistake, match=words) as caught:
+    with pytest.raises(UserError, match=words) as caught:
         loaded(model)
     assert "\n" not in str(caught.value)
 
@@ -187,7 +187,7 @@ ACCEPTED: dict[str, Change] = {
     "size as a rectangle": processor(size={"height": 56, "width": 56}),
     "size as a number": processor(size=56, crop_size=56),
     "image_token_id": renamed,
-    "text_config without a type": lambda f: edit(
+    "text_config without a type": lambda f: edit_json(
         f / "config.json",
         text_config={
             key: value
@@ -204,7 +204,10 @@ def test_small_files_of_other_versions_say_the_same(change, models, tmp_path):
     before = loaded(folder)
     change(folder)
     after = loaded(folder)
-    assert after.transform == before.transform and after.tokenizer.rows == before.tokenizer.rows
+    assert (
+        after.transform == before.transform
+        and after.tokenizer.embedding_rows == before.tokenizer.embedding_rows
+    )
     assert torch.equal(before(before.prepare(ASK)).logits, after(after.prepare(ASK)).logits)
 
 
@@ -235,7 +238,7 @@ ODD: dict[str, tuple[Change, str]] = {
 def test_odd_small_files_are_one_line(change, words, models, tmp_path):
     folder = copied(models["hf_llava"], tmp_path)
     change(folder)
-    with pytest.raises(Mistake, match=words) as caught:
+    with pytest.raises(UserError, match=words) as caught:
         loaded(folder)
     assert "\n" not in str(caught.value)
 
@@ -247,12 +250,12 @@ def test_without_the_sentencepiece_model_the_fast_tokenizer_is_read(models, tmp_
     after = loaded(folder)
     text = "a<extra_0> b 12 km\n\n 是"
     assert after.tokenizer.encode(text) == before.tokenizer.encode(text)
-    assert after.tokenizer.rows == before.tokenizer.rows == 1602
+    assert after.tokenizer.embedding_rows == before.tokenizer.embedding_rows == 1602
 
 
 def test_every_tensor_of_yi_vls_layout_is_its_files(models):
-    files, tower = tensors_of(models["yi_vl"]), tensors_of(models["yi_vl"] / TOWER)
-    found = states_of(loaded(models["yi_vl"]))
+    files, tower = load_tensors(models["yi_vl"]), load_tensors(models["yi_vl"] / TOWER)
+    found = collect_part_states(loaded(models["yi_vl"]))
     expected = {
         "language": {
             k: v for k, v in files.items() if "mm_projector" not in k and "vision" not in k
@@ -268,7 +271,7 @@ def test_every_tensor_of_yi_vls_layout_is_its_files(models):
 
 def test_every_tensor_of_transformers_llava_is_its_files(models):
     theirs = LlavaForConditionalGeneration.from_pretrained(models["hf_llava"]).state_dict()
-    found = states_of(loaded(models["hf_llava"]))
+    found = collect_part_states(loaded(models["hf_llava"]))
     projector = {"0": "linear_1", "2": "linear_2"}
     names = {}
     for part, state in found.items():

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from released import edit, plain_llava, rewrite, tensors_of
+from released import edit_json, load_tensors, make_plain_llava, rewrite_weights
 from transformers import AutoModelForCausalLM, AutoProcessor, LlavaForConditionalGeneration
 
 import vlbench
 from vlbench.__main__ import main
-from vlbench.data.template import TEMPLATES
-from vlbench.model.language import TINY, load_language
+from vlbench.data.chat_template import CHAT_TEMPLATES
+from vlbench.model.language_model import TINY_LANGUAGE_FOLDER, load_language_model
 
 QUESTIONS = ("What?", "什么？", "How many circles are there, and of which colour is the largest?")
 QUESTIONS += ("Describe it. " * 12, "a")
@@ -56,7 +56,7 @@ def answers(folder: Path, conversations: list[list[dict[str, Any]]], stop: str) 
 
 
 def test_a_batch_is_answered_as_one_by_one(tmp_path):
-    source = plain_llava(tmp_path / "source")
+    source = make_plain_llava(tmp_path / "source")
     to = export(source, tmp_path / "to")
     conversations = [asked(number, text) for number, text in enumerate(QUESTIONS)]
     vlm = vlbench.load(source, dtype="float32", device="cpu")
@@ -68,8 +68,8 @@ def test_a_batch_is_answered_as_one_by_one(tmp_path):
 
 
 def test_a_model_without_a_token_for_filling_gets_one(tmp_path):
-    source = plain_llava(tmp_path / "source")
-    edit(source / "tokenizer_config.json", pad_token=None, padding_side="right")
+    source = make_plain_llava(tmp_path / "source")
+    edit_json(source / "tokenizer_config.json", pad_token=None, padding_side="right")
     to = export(source, tmp_path / "to")
     conversations = [asked(number, text) for number, text in enumerate(QUESTIONS[:2])]
     vlm = vlbench.load(to, dtype="float32", device="cpu")
@@ -82,7 +82,7 @@ def same_files(one: Path, other: Path) -> None:
     assert names == {file.name for file in other.iterdir()}
     apart = names - {"README.md", "model.safetensors"}
     assert filecmp.cmpfiles(one, other, apart, shallow=False)[1:] == ([], [])
-    ours, theirs = tensors_of(one), tensors_of(other)
+    ours, theirs = load_tensors(one), load_tensors(other)
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]), name
@@ -107,8 +107,8 @@ TEXTS = ("a<extra_0> b<extra_1>c", "<image> a <pad>", "What? 12 km\n\n 是<|im_e
     ],
 )
 def test_an_export_comes_back_and_goes_out_again_the_same(tokens, said, tmp_path):
-    source = plain_llava(tmp_path / "source", tokens=tokens)
-    edit(source / "tokenizer_config.json", **said)
+    source = make_plain_llava(tmp_path / "source", tokens=tokens)
+    edit_json(source / "tokenizer_config.json", **said)
     once = export(source, tmp_path / "once")
     twice = export(once, tmp_path / "twice")
     same_files(once, twice)
@@ -120,14 +120,15 @@ def test_an_export_comes_back_and_goes_out_again_the_same(tokens, said, tmp_path
         assert after.decode(ids) == before.decode(ids)
         plain = text.removesuffix("<|im_end|>")  # which transformers 5.17 does not always know
         assert text == TEXTS[1] or theirs(plain)["input_ids"] == before.encode(plain)
-    assert (before.size, before.rows) == (after.size, after.rows)
+    assert (before.vocab_size, before.embedding_rows) == (after.vocab_size, after.embedding_rows)
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", CHAT_TEMPLATES)
 def test_the_template_comes_back(template, tmp_path):
     own = tmp_path / "own"
     assert (
-        main(["export", f"run={plain_llava(tmp_path / 's')}", f"to={own}", "format=vlbench"]) == 0
+        main(["export", f"run={make_plain_llava(tmp_path / 's')}", f"to={own}", "format=vlbench"])
+        == 0
     )
     file = own / "recipe.yaml"
     file.write_text(file.read_text().replace("template: yi_vl", f"template: {template}"))
@@ -139,13 +140,13 @@ def test_the_template_comes_back(template, tmp_path):
 
 def test_tokens_that_the_model_never_learned_are_suppressed(tmp_path):
     """The tokenizer knows two tokens more than the model has embeddings, as Yi-6B-Chat's may."""
-    source = plain_llava(tmp_path / "source")
+    source = make_plain_llava(tmp_path / "source")
     (source / "added_tokens.json").write_text('{"<a>": 1600, "<b>": 1601}')
     once = export(source, tmp_path / "once")
     assert json.loads((once / "config.json").read_text())["image_token_index"] == 1602
     said = json.loads((once / "generation_config.json").read_text())
     assert said["suppress_tokens"] == [1600, 1601, 1602]
-    assert vlbench.load(once).tokenizer.rows == 1600
+    assert vlbench.load(once).tokenizer.embedding_rows == 1600
     same_files(once, export(once, tmp_path / "twice"))
 
 
@@ -171,7 +172,7 @@ TEXT = [{"role": "user", "content": "Hello"}]
 @pytest.mark.parametrize("where", ["config", "text_config"])
 @torch.no_grad()
 def test_tied_embeddings_are_read_and_written_as_transformers_does(change, where, tmp_path):
-    folder = export(plain_llava(tmp_path / "source"), tmp_path / "to")
+    folder = export(make_plain_llava(tmp_path / "source"), tmp_path / "to")
     config = json.loads((folder / "config.json").read_text())
     (config if where == "config" else config["text_config"])["tie_word_embeddings"] = True
     config["text_config"]["vocab_size"] = 1600
@@ -184,7 +185,7 @@ def test_tied_embeddings_are_read_and_written_as_transformers_does(change, where
         change(both)
         state |= {prefix + name: tensor for name, tensor in both.items()}
 
-    rewrite(folder, tie, "safetensors")
+    rewrite_weights(folder, tie, "safetensors")
     vlm = vlbench.load(folder, dtype="float32", device="cpu")
     ours = vlm(vlm.prepare(TEXT)).logits[0, :, :1600]
     theirs = their_logits(folder, vlm)
@@ -201,10 +202,10 @@ def test_tied_embeddings_are_read_and_written_as_transformers_does(change, where
 @pytest.mark.parametrize("change", TIED.values(), ids=TIED)
 @torch.no_grad()
 def test_a_plain_llama_is_tied_as_transformers_does(change, tmp_path):
-    folder = Path(shutil.copytree(TINY, tmp_path / "llama"))
-    edit(folder / "config.json", tie_word_embeddings=True)
-    rewrite(folder, lambda state: (change(state), None)[1], "safetensors")
-    ours = load_language(folder, torch.float32)
+    folder = Path(shutil.copytree(TINY_LANGUAGE_FOLDER, tmp_path / "llama"))
+    edit_json(folder / "config.json", tie_word_embeddings=True)
+    rewrite_weights(folder, lambda state: (change(state), None)[1], "safetensors")
+    ours = load_language_model(folder, torch.float32)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(tensor, ours.state_dict()[name]), name
@@ -212,12 +213,12 @@ def test_a_plain_llama_is_tied_as_transformers_does(change, tmp_path):
 
 def test_a_trained_head_of_its_own_survives_a_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    source = plain_llava(tmp_path / "source", tie_word_embeddings=True)
+    source = make_plain_llava(tmp_path / "source", tie_word_embeddings=True)
     words = ["recipe=yivl_llava", f"init={source}", "only=chat", "connector.norm=false", "run=run"]
-    words += ["stages.chat.steps=0", "stages.chat.image_size=56", "stages.chat.batch=4"]
+    words += ["stages.chat.steps=0", "stages.chat.image_size=56", "stages.chat.global_batch_size=4"]
     words += ["log.questions=2", "log.tensorboard=false", "log.examples=0"]
     assert main(["fit", *words]) == 0
-    head, embedding = (tensors_of(source)[name] for name in (HEAD, EMBEDDING))
+    head, embedding = (load_tensors(source)[name] for name in (HEAD, EMBEDDING))
     assert not torch.equal(head, embedding)
     run = vlbench.load("run").language
     assert torch.equal(run.lm_head.weight, head.float())

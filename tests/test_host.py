@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from host import differing, settings
+from host import changed_settings, process_settings
 from PIL import Image
 from released import CHECKPOINT
 
-from vlbench.data.images import open_image
-from vlbench.host import kept
+from vlbench.data.image_processing import open_image
+from vlbench.process_settings import preserve_process_settings
 
 HOST = Path(__file__).parent / "host.py"
 STEPS = ("load", "chat", "generate", "main", "export", "fit")
@@ -53,23 +53,25 @@ def test_training_from_a_program_that_has_imported_nothing_leaves_all_as_it_was(
 
 
 def test_what_is_changed_inside_is_put_back_when_the_last_thread_leaves():
-    before = settings()
+    before = process_settings()
     inside, leave = threading.Event(), threading.Event()
 
     def other() -> None:
-        with kept():
+        with preserve_process_settings():
             inside.set()
             leave.wait(60)
 
-    with kept():
+    with preserve_process_settings():
         change()
-        assert {"root level", "environment", "warnings", "torch random"} <= set(differing(before))
+        assert {"root level", "environment", "warnings", "torch random"} <= set(
+            changed_settings(before)
+        )
         thread = threading.Thread(target=other)
         thread.start()
         inside.wait(60)
     leave.set()
     thread.join()
-    assert not differing(before)
+    assert not changed_settings(before)
 
 
 def change() -> None:

@@ -14,21 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub.client import offline, point
-from hub.released import repositories
-from hub.server import Hub, serving
+from hub.client import go_offline, use_hub
+from hub.released import make_repositories
+from hub.server import FakeHub, serve_hub
 
-from vlbench.files import refuse_pointer
-from vlbench.mistakes import Mistake
-from vlbench.model.weights.hub import LANGUAGE, fetch
+from vlbench.errors import UserError
+from vlbench.model.weights.hub_download import LANGUAGE_CONTENTS, fetch_hub_folder
+from vlbench.text_files import refuse_lfs_pointer
 
 YI = "01-ai/Yi-6B-Chat"
 SHARD = "model-00002-of-00003.safetensors"
 ROOT = Path(__file__).parent.parent
 CODE = (
     "import sys\n"
-    "from vlbench.mistakes import Mistake\n"
-    "from vlbench.model.weights.hub import LANGUAGE, fetch\n"
+    "from vlbench.errors import Mistake\n"
+    "from vlbench.model.weights.hub_download import LANGUAGE, fetch\n"
     "try:\n"
     f"    print(fetch('{YI}', 'language.weights', LANGUAGE))\n"
     "except Mistake as mistake:\n"
@@ -38,17 +38,17 @@ CODE = (
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
     """The hub with all repositories, of which those are made that a test asks for."""
-    with serving(repositories(tmp_path_factory.mktemp("hub"))) as hub:
+    with serve_hub(make_repositories(tmp_path_factory.mktemp("hub"))) as hub:
         yield hub
 
 
 @pytest.fixture
-def hub(served: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+def hub(served: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """The hub with nothing wrong, and a client that has fetched nothing yet."""
     served.forget()
-    point(monkeypatch, served, tmp_path / "home")
+    use_hub(monkeypatch, served, tmp_path / "home")
     monkeypatch.chdir(tmp_path)
     yield served
     served[YI].gated, served.page = False, 1000
@@ -58,10 +58,10 @@ def hub(served: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 def language() -> Path:
     """Fetch a language model."""
-    return fetch(YI, "language.weights", LANGUAGE)
+    return fetch_hub_folder(YI, "language.weights", LANGUAGE_CONTENTS)
 
 
-def assert_whole(folder: Path, hub: Hub, name: str = YI) -> None:
+def assert_whole(folder: Path, hub: FakeHub, name: str = YI) -> None:
     """Assert that every file of a snapshot is the repository's."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert (folder / "config.json") in files
@@ -74,7 +74,7 @@ def torn(home: Path) -> list[Path]:
     return [path for path in home.rglob("*") if "incomplete" in path.name or not path.exists()]
 
 
-def process(hub: Hub, **more: Any) -> subprocess.Popen[str]:
+def process(hub: FakeHub, **more: Any) -> subprocess.Popen[str]:
     """Start a process that downloads."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-c", CODE]
@@ -95,7 +95,7 @@ def test_what_is_asked_for_is_fetched_and_nothing_else(hub):
 
 
 def test_weights_that_are_there_in_two_formats_are_fetched_once(hub):
-    folder = fetch("google-bert/bert-base-uncased", "connector.text", "a BERT")
+    folder = fetch_hub_folder("google-bert/bert-base-uncased", "connector.text", "a BERT")
     assert (folder / "model.safetensors").is_file()
     assert hub.fetched()["google-bert/bert-base-uncased"] == {
         *("config.json", "model.safetensors", "tokenizer_config.json")
@@ -104,7 +104,7 @@ def test_weights_that_are_there_in_two_formats_are_fetched_once(hub):
 
 def test_torchs_files_are_fetched_where_there_are_no_others(hub):
     name = "liuhaotian/llava-v1.5-mlp2x-336px-pretrain-vicuna-7b-v1.5"
-    assert (fetch(name, "init", "a release") / "mm_projector.bin").is_file()
+    assert (fetch_hub_folder(name, "init", "a release") / "mm_projector.bin").is_file()
 
 
 def test_the_pages_of_a_long_list_are_all_read(hub):
@@ -123,7 +123,7 @@ def test_a_cut_download_goes_on_where_it_was_cut(hub, monkeypatch):
 
 def test_a_connection_that_is_always_cut_is_one_line_and_the_next_time_goes_on(hub, tmp_path):
     hub.cut(f"GET .*{SHARD}", after=50_000, times=99)
-    with pytest.raises(Mistake, match=f"language.weights is '{YI}'.*connection broke.*try again"):
+    with pytest.raises(UserError, match=f"language.weights is '{YI}'.*connection broke.*try again"):
         language()
     assert not torn(tmp_path / "home")
     kept = hub.fetched()[YI] - {SHARD}
@@ -135,27 +135,27 @@ def test_a_connection_that_is_always_cut_is_one_line_and_the_next_time_goes_on(h
 def test_offline_afterwards(hub, tmp_path, monkeypatch):
     folder = language()
     hub.forget()
-    offline(monkeypatch)
+    go_offline(monkeypatch)
     assert language() == folder and not hub.log
-    with pytest.raises(Mistake, match="01-ai/Yi-34B-Chat'.*HF_HUB_OFFLINE=1 allows no downloads"):
-        fetch("01-ai/Yi-34B-Chat", "language.weights", LANGUAGE)
+    with pytest.raises(UserError, match="01-ai/Yi-34B-Chat'.*HF_HUB_OFFLINE=1 allows no downloads"):
+        fetch_hub_folder("01-ai/Yi-34B-Chat", "language.weights", LANGUAGE_CONTENTS)
 
 
 def test_a_hub_that_is_gone_gives_what_was_downloaded(tmp_path, monkeypatch):
-    with serving(repositories(tmp_path / "made")) as hub:
-        point(monkeypatch, hub, tmp_path / "home")
+    with serve_hub(make_repositories(tmp_path / "made")) as hub:
+        use_hub(monkeypatch, hub, tmp_path / "home")
         folder = language()
     assert language() == folder
-    with pytest.raises(Mistake, match="Yi-34B-Chat'.*connection broke or cannot be made"):
-        fetch("01-ai/Yi-34B-Chat", "language.weights", LANGUAGE)
+    with pytest.raises(UserError, match="Yi-34B-Chat'.*connection broke or cannot be made"):
+        fetch_hub_folder("01-ai/Yi-34B-Chat", "language.weights", LANGUAGE_CONTENTS)
 
 
 def test_half_a_download_is_not_taken_for_a_whole_one_offline(hub, monkeypatch):
     hub.fail(f"HEAD /{YI}/resolve/{hub[YI].commit}/{SHARD}", 403, times=99)
-    with pytest.raises(Mistake, match="status 403"):
+    with pytest.raises(UserError, match="status 403"):
         language()
-    offline(monkeypatch)
-    with pytest.raises(Mistake, match="not all of it was downloaded before"):
+    go_offline(monkeypatch)
+    with pytest.raises(UserError, match="not all of it was downloaded before"):
         language()
 
 
@@ -172,7 +172,7 @@ def test_half_a_download_is_not_taken_for_a_whole_one_offline(hub, monkeypatch):
 @pytest.mark.parametrize("part", ["GET /api/models/", SHARD])
 def test_a_refusal_is_one_line_that_says_what_to_do(status, said, part, hub, tmp_path):
     hub.fail(part, status, times=99, Retry_After="7")
-    with pytest.raises(Mistake, match=f"^language.weights is '{YI}': .*{said}") as found:
+    with pytest.raises(UserError, match=f"^language.weights is '{YI}': .*{said}") as found:
         language()
     assert "\n" not in str(found.value) and not torn(tmp_path / "home")
 
@@ -184,13 +184,13 @@ def test_a_hub_that_recovers_is_asked_again(status, hub):
 
 
 def test_a_name_that_does_not_exist(hub):
-    with pytest.raises(Mistake, match="01-ai/Yi-6B-Chatt'.*no such repository.*check its name"):
-        fetch("01-ai/Yi-6B-Chatt", "language.weights", LANGUAGE)
+    with pytest.raises(UserError, match="01-ai/Yi-6B-Chatt'.*no such repository.*check its name"):
+        fetch_hub_folder("01-ai/Yi-6B-Chatt", "language.weights", LANGUAGE_CONTENTS)
 
 
 def test_a_gated_repository_opens_for_a_token(hub, monkeypatch):
     hub[YI].gated = True
-    with pytest.raises(Mistake, match=f"accept its conditions at {hub.endpoint}/{YI}; then `hf"):
+    with pytest.raises(UserError, match=f"accept its conditions at {hub.endpoint}/{YI}; then `hf"):
         language()
     hub.tokens.add("hf_known")
     monkeypatch.setenv("HF_TOKEN", "hf_known")
@@ -223,7 +223,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_torn(hub, tmp_path, monkeypa
     with monkeypatch.context() as patch:
         full = lambda url, file, **more: real(url, Full(file, 100_000), **more)  # noqa: E731
         patch.setattr(client, "http_get", full)
-        with pytest.raises(Mistake, match=f"language.weights is '{YI}'.*the disk is full") as found:
+        with pytest.raises(
+            UserError, match=f"language.weights is '{YI}'.*the disk is full"
+        ) as found:
             language()
     assert "\n" not in str(found.value) and not torn(tmp_path / "home")
     assert_whole(language(), hub)
@@ -267,8 +269,8 @@ def test_a_killed_download_is_begun_again(hub, tmp_path):
 def test_a_clone_without_lfs_has_pointers_and_they_are_refused(hub, tmp_path):
     folder = hub[YI].clone(tmp_path / "clone")
     assert (folder / "config.json").read_bytes() == hub[YI].files["config.json"].path.read_bytes()
-    with pytest.raises(Mistake, match="git lfs"):
-        refuse_pointer(folder / SHARD)
+    with pytest.raises(UserError, match="git lfs"):
+        refuse_lfs_pointer(folder / SHARD)
 
 
 def test_the_server_speaks_as_the_hub_does(hub):

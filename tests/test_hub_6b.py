@@ -18,21 +18,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub.client import point
-from hub.released import REAL, SMALL, Widths, repositories
-from hub.same import assert_same, files_of, tensors
-from hub.server import Hub, serving
-from hub.shallow import environment
+from hub.client import use_hub
+from hub.released import REAL, SMALL, LanguageModelWidths, make_repositories
+from hub.same import assert_same_state, load_tensors, matching_files
+from hub.server import FakeHub, serve_hub
+from hub.shallow import shallow_environment
 from hub.told import ROOT
 from hub_table import DATA, FIT, STAGES
 from test_hub_commands import write_data
 
-from vlbench.model.weights.origin import read_origins
+from vlbench.model.weights.weight_origin import read_origins
 
 LORA = "stages.chat.train.language.lora.rank=4 stages.chat.train.language.lr=1e-3"
 BUDGET = " ".join(f"stages.{name}.{key}" for name in STAGES for key in ("steps=3", "batch=1"))
 SIZES = "stages.align_224.image_size=112 stages.align_448.image_size=224 stages.chat.image_size=224"
-QUIET = "data.workers=0 log.every=1 log.questions=1 log.examples=0 log.tensorboard=false"
+QUIET = "data.workers=0 log.every_n_steps=1 log.questions=1 log.examples=0 log.tensorboard=false"
 WALK = f"{FIT} {DATA} {BUDGET} {LORA} {SIZES} {QUIET}"
 YI, YI_VL = "01-ai/Yi-6B-Chat", "yi_vl"
 MEMORY = 14 * 2**20  # kilobytes that a process may take
@@ -42,16 +42,16 @@ MISSING = {"vision_tower", "mm_projector"}
 @pytest.fixture(params=[SMALL, REAL], ids=["small", "real"])
 def hub(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Hub]:
+) -> Iterator[FakeHub]:
     """The hub, with a language model of these widths; processes find it and shallow towers."""
-    widths: Widths = request.param
-    for name, value in environment().items():
+    widths: LanguageModelWidths = request.param
+    for name, value in shallow_environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ['PYTHONPATH']}")
     monkeypatch.chdir(tmp_path)
     write_data(tmp_path)
-    with serving(repositories(tmp_path / "made", widths)) as hub:
-        point(monkeypatch, hub, tmp_path / "home")
+    with serve_hub(make_repositories(tmp_path / "made", widths)) as hub:
+        use_hub(monkeypatch, hub, tmp_path / "home")
         yield hub
     shutil.rmtree(tmp_path, ignore_errors=True)  # ten gigabytes
 
@@ -82,7 +82,7 @@ def killed_in(stage: str, command: str) -> None:
 
 
 @pytest.mark.slow
-def test_from_the_hub_to_a_release_of_ones_own(hub: Hub) -> None:
+def test_from_the_hub_to_a_release_of_ones_own(hub: FakeHub) -> None:
     killed_in("align_448", f"{WALK} run=run trainer.checkpoint_every=0.0001")
     origins = read_origins(Path("run/versions.json"), "weights")
     assert not Path("run/results.json").exists()
@@ -96,17 +96,17 @@ def test_from_the_hub_to_a_release_of_ones_own(hub: Hub) -> None:
     (scores,) = Path("run/eval").glob("*/mmmu-val-yi/scores.json")
     assert json.loads(scores.read_text())["revision"] == f"hub {hub['MMMU/MMMU'].commit}"
     do("python -m vlbench export run=run to=mine format=yi_vl merge_lora=true")
-    stored = tensors(files_of(Path("mine"), "model*.safetensors"))
-    theirs = tensors(files_of(hub[YI].folder, "model*.safetensors"))
+    stored = load_tensors(matching_files(Path("mine"), "model*.safetensors"))
+    theirs = load_tensors(matching_files(hub[YI].folder, "model*.safetensors"))
     kept = ("embed_tokens", "norm", "lm_head")  # what the adapter has not changed
     names = [name for name in theirs if any(one in name for one in kept)]
     assert set(theirs) == {name for name in stored if not any(one in name for one in MISSING)}
-    assert_same({n: stored[n] for n in names}, {n: theirs[n] for n in names})
+    assert_same_state({n: stored[n] for n in names}, {n: theirs[n] for n in names})
     changed = "model.layers.0.self_attn.q_proj.weight"
     assert not stored[changed].float().equal(theirs[changed].float())
     told = do(
         f"{FIT} init=mine only=chat {DATA} {LORA} {SIZES} {QUIET} stages.chat.steps=1 "
-        "stages.chat.batch=1 run=on"
+        "stages.chat.global_batch_size=1 run=on"
     )
     assert "init mine" in told and Path("on/results.json").is_file()
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < MEMORY

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 from hub import references
-from hub.client import point
-from hub.released import repositories
-from hub.server import Hub, serving
-from hub.shallow import environment, shallow
-from hub.told import ROOT, commands
-from hub_table import DATA, ELSEWHERE, FIT, ROWS, TINY, UNTRAINED, YI_VL, Desk, Row
+from hub.client import use_hub
+from hub.released import make_repositories
+from hub.server import FakeHub, serve_hub
+from hub.shallow import shallow_encoders, shallow_environment
+from hub.told import ROOT, documented_commands
+from hub_table import DATA, ELSEWHERE, FIT, ROWS, TINY, UNTRAINED, YI_VL, CommandFolder, HubCommand
 from PIL import Image
 from test_launch import SRUN
 
@@ -31,25 +31,27 @@ OWN = ("README.md", "LICENSE", ".gitattributes")
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
     """The hub, and towers two blocks deep."""
     folder = tmp_path_factory.mktemp("hub")
-    with shallow(), serving(repositories(folder)) as hub:
+    with shallow_encoders(), serve_hub(make_repositories(folder)) as hub:
         yield hub
     shutil.rmtree(folder)  # a gigabyte
 
 
 @pytest.fixture
-def desk(served: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
+def desk(
+    served: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[CommandFolder]:
     """A folder with a user's data, from which nothing has been fetched yet."""
-    for name, value in environment().items():
+    for name, value in shallow_environment().items():
         monkeypatch.setenv(name, value)
     path = f"{ROOT}{os.pathsep}{os.environ['PYTHONPATH']}"
     monkeypatch.setenv("PYTHONPATH", path)
-    point(monkeypatch, served, tmp_path / "home")
+    use_hub(monkeypatch, served, tmp_path / "home")
     monkeypatch.chdir(tmp_path)
     write_data(tmp_path)
-    yield Desk(tmp_path, served)
+    yield CommandFolder(tmp_path, served)
     shutil.rmtree(tmp_path, ignore_errors=True)  # runs of the real widths are large
 
 
@@ -66,27 +68,27 @@ def write_data(folder: Path) -> None:
     (folder / "FILE.json").write_text(json.dumps(records))
 
 
-def make_shards(desk: Desk) -> None:
+def make_shards(desk: CommandFolder) -> None:
     assert main(["pack", "data=FILE.json", "images=FOLDER", "to=SHARDS"]) == 0
 
 
-def make_run(desk: Desk) -> None:
+def make_run(desk: CommandFolder) -> None:
     assert main(["fit", "recipe=yivl_llava", "run=RUN", *TINY.split()]) == 0
 
 
-def make_folder(desk: Desk) -> None:
+def make_folder(desk: CommandFolder) -> None:
     (desk.folder / "DIR").symlink_to(desk.hub["MMMU/MMMU"].folder)
 
 
-def make_mine(desk: Desk) -> None:
+def make_mine(desk: CommandFolder) -> None:
     words = f"{FIT} init={YI_VL} only=chat {DATA} run=mine {UNTRAINED}".split()
     assert main(words[3:]) == 0
 
 
-def take(name: str, file: str, target: str) -> Callable[[Desk], None]:
+def take(name: str, file: str, target: str) -> Callable[[CommandFolder], None]:
     """Return what downloads a file of a repository, as people do by hand."""
 
-    def make(desk: Desk) -> None:
+    def make(desk: CommandFolder) -> None:
         from huggingface_hub import hf_hub_download
 
         (desk.folder / target).symlink_to(hf_hub_download(name, file))
@@ -94,12 +96,12 @@ def take(name: str, file: str, target: str) -> Callable[[Desk], None]:
     return make
 
 
-MAKE: dict[str, Callable[[Desk], object]] = {
+MAKE: dict[str, Callable[[CommandFolder], object]] = {
     "SHARDS": make_shards,
     "RUN": make_run,
     "DIR": make_folder,
     "mine": make_mine,
-    "blip2.pth": lambda desk: references.lavis(desk.folder / "blip2.pth"),
+    "blip2.pth": lambda desk: references.write_lavis(desk.folder / "blip2.pth"),
     "openflamingo.pt": take(
         "openflamingo/OpenFlamingo-3B-vitl-mpt1b", "checkpoint.pt", "openflamingo.pt"
     ),
@@ -110,7 +112,7 @@ MAKE: dict[str, Callable[[Desk], object]] = {
 }
 
 
-def run(typed: str, desk: Desk, capfd: pytest.CaptureFixture[str]) -> None:
+def run(typed: str, desk: CommandFolder, capfd: pytest.CaptureFixture[str]) -> None:
     """Run a command as it is typed, in this process where it is one of vlbench's own."""
     first, *words = shlex.split(typed)
     if first.startswith("vlbench.load("):
@@ -123,7 +125,7 @@ def run(typed: str, desk: Desk, capfd: pytest.CaptureFixture[str]) -> None:
     else:
         code = slurm(words, desk.folder)
     told = capfd.readouterr()
-    desk.out = told.out
+    desk.output = told.out
     assert code == 0, told.err[-3000:]
     assert "Traceback" not in told.err
 
@@ -152,28 +154,31 @@ def slurm(words: list[str], folder: Path) -> int:
 def cases() -> list[object]:
     """Return the rows as parameters; slow ones are marked."""
     slow = (pytest.mark.slow,)
-    return [pytest.param(row, marks=slow if row.slow else (), id=row.told[-60:]) for row in ROWS]
+    return [
+        pytest.param(row, marks=slow if row.slow else (), id=row.documented_command[-60:])
+        for row in ROWS
+    ]
 
 
-def wanted(hub: Hub, name: str, patterns: tuple[str, ...]) -> set[str]:
+def wanted(hub: FakeHub, name: str, patterns: tuple[str, ...]) -> set[str]:
     """Return the files of a repository that a row means."""
     files = [file for file in hub[name].files if file not in OWN]
     return {file for file in files if any(fnmatch(file, pattern) for pattern in patterns)}
 
 
 @pytest.mark.parametrize("row", cases())
-def test_a_command_fetches_and_loads_what_it_names(row: Row, desk: Desk, capfd):
-    for need in row.needs.split():
+def test_a_command_fetches_and_loads_what_it_names(row: HubCommand, desk: CommandFolder, capfd):
+    for need in row.prerequisite.split():
         MAKE[need](desk)
     capfd.readouterr()
     desk.hub.forget()
-    run(row.typed, desk, capfd)
-    expected = {name: wanted(desk.hub, name, files) for name, files in row.fetched.items()}
+    run(row.typed_command, desk, capfd)
+    expected = {name: wanted(desk.hub, name, files) for name, files in row.fetched_files.items()}
     assert desk.hub.fetched() == expected
     row.compare(desk)
 
 
 def test_the_table_has_every_command_that_names_something_real():
-    rows = [row.told for row in ROWS]
-    assert sorted([*rows, *ELSEWHERE]) == sorted(commands())
+    rows = [row.documented_command for row in ROWS]
+    assert sorted([*rows, *ELSEWHERE]) == sorted(documented_commands())
     assert len(set(rows)) == len(rows)

@@ -14,21 +14,27 @@ from pathlib import Path
 import pytest
 import torch
 from hub import references
-from hub.client import offline, point
-from hub.released import clip_of_open_clip, repositories
-from hub.same import assert_language, assert_same, assert_tower, files_of, tensors
-from hub.server import Hub, serving
-from hub.shallow import shallow
-from hub.weights import write
+from hub.client import go_offline, use_hub
+from hub.released import build_open_clip, make_repositories
+from hub.same import (
+    assert_language_model,
+    assert_same_state,
+    assert_vision_encoder,
+    load_tensors,
+    matching_files,
+)
+from hub.server import FakeHub, serve_hub
+from hub.shallow import shallow_encoders
+from hub.weights import write_weights
 
 import vlbench
-from vlbench.connector import Shapes
+from vlbench.connector.base import Shapes
+from vlbench.connector.registry import load_connector
 from vlbench.data.tokenizer import Tokenizer
-from vlbench.mistakes import Mistake
-from vlbench.model.language import build_language, language_folder
-from vlbench.model.vision import build_tower
-from vlbench.model.weights.clip import to_hugging_face
-from vlbench.plugins import connector
+from vlbench.errors import UserError
+from vlbench.model.language_model import build_language_model, language_folder
+from vlbench.model.vision_encoder import build_vision_encoder
+from vlbench.model.weights.clip_layouts import to_hf_state_dict
 
 SAFE, BIN = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
 VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -41,19 +47,19 @@ TAGS = {
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
     """The hub, and towers two blocks deep."""
     folder = tmp_path_factory.mktemp("hub")
-    with shallow(), serving(repositories(folder)) as hub:
+    with shallow_encoders(), serve_hub(make_repositories(folder)) as hub:
         yield hub
     shutil.rmtree(folder)  # a gigabyte
 
 
 @pytest.fixture
-def hub(served: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+def hub(served: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     """The hub, from which nothing has been fetched yet."""
     served.forget()
-    point(monkeypatch, served, tmp_path / "home")
+    use_hub(monkeypatch, served, tmp_path / "home")
     return served
 
 
@@ -61,14 +67,14 @@ def hub(served: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
 def test_a_tag_is_the_file_on_the_hub(name, tag, hub, monkeypatch):
     repository = TAGS[name, tag]
     file = hub[repository].files[SAFE].path
-    tower = build_tower(name, tag)
-    assert_tower(tower.visual, file)
+    tower = build_vision_encoder(name, tag)
+    assert_vision_encoder(tower.visual, file)
     assert hub.fetched() == {repository: {SAFE}}  # of the same weights in several files, one
     hub.forget()
-    offline(monkeypatch)
-    tower = build_tower(name, tag)
-    tower.resize(2 * tower.image_size)
-    assert_tower(tower.visual, file)
+    go_offline(monkeypatch)
+    tower = build_vision_encoder(name, tag)
+    tower.set_image_size(2 * tower.image_size)
+    assert_vision_encoder(tower.visual, file)
     assert not hub.log
 
 
@@ -76,7 +82,9 @@ def test_torchs_file_is_taken_where_there_is_no_other(hub):
     files = hub[VIT_H].files
     kept = files.pop(SAFE)
     try:
-        assert_tower(build_tower("ViT-H-14", "laion2b_s32b_b79k").visual, files[BIN].path)
+        assert_vision_encoder(
+            build_vision_encoder("ViT-H-14", "laion2b_s32b_b79k").visual, files[BIN].path
+        )
         assert hub.fetched() == {VIT_H: {BIN}}
     finally:
         files[SAFE] = kept
@@ -87,44 +95,46 @@ def test_a_file_or_folder_of_the_repository_is_the_same_tower(form, hub, tmp_pat
     """Of LAION's repository: either file of open_clip, the folder, its Hugging Face half alone."""
     folder = hub[VIT_H].folder
     if form != "vision folder":
-        tower = build_tower("ViT-H-14", str(folder / form))
-        assert_tower(tower.visual, folder / SAFE)
+        tower = build_vision_encoder("ViT-H-14", str(folder / form))
+        assert_vision_encoder(tower.visual, folder / SAFE)
         return
     for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
         (tmp_path / name).symlink_to(folder / name)
-    tower = build_tower("ViT-H-14", str(tmp_path))
-    stored = tensors([folder / "model.safetensors"])
+    tower = build_vision_encoder("ViT-H-14", str(tmp_path))
+    stored = load_tensors([folder / "model.safetensors"])
     theirs = {k.removeprefix("vision_model."): v for k, v in stored.items() if "vision_model" in k}
-    assert_same(to_hugging_face(tower.visual), theirs)
+    assert_same_state(to_hf_state_dict(tower.visual), theirs)
 
 
 def test_a_tower_of_another_seed_would_be_noticed(hub, tmp_path):
-    _, other = clip_of_open_clip("ViT-B-32-quickgelu", 99)
-    write(other, tmp_path / "other.safetensors")
-    tower = build_tower("ViT-B-32-quickgelu", "openai")
+    _, other = build_open_clip("ViT-B-32-quickgelu", 99)
+    write_weights(other, tmp_path / "other.safetensors")
+    tower = build_vision_encoder("ViT-B-32-quickgelu", "openai")
     with pytest.raises(AssertionError):
-        assert_tower(tower.visual, tmp_path / "other.safetensors")
+        assert_vision_encoder(tower.visual, tmp_path / "other.safetensors")
 
 
 def test_a_hub_that_fails_is_not_asked_for_another_file(hub):
     """The file that is preferred is there, and cannot be had now: no other one is taken for it."""
     hub.fail(SAFE, 503, times=99)
-    with pytest.raises(Mistake, match="status 503"):
-        build_tower("ViT-H-14", "laion2b_s32b_b79k")
+    with pytest.raises(UserError, match="status 503"):
+        build_vision_encoder("ViT-H-14", "laion2b_s32b_b79k")
     assert not hub.fetched()
 
 
 def test_a_tag_that_is_refused_is_one_line(hub):
     hub.fail(VIT_H, 503, times=99)
-    with pytest.raises(Mistake, match="laion2b_s32b_b79k: .*status 503.*try again later") as found:
-        build_tower("ViT-H-14", "laion2b_s32b_b79k")
+    with pytest.raises(
+        UserError, match="laion2b_s32b_b79k: .*status 503.*try again later"
+    ) as found:
+        build_vision_encoder("ViT-H-14", "laion2b_s32b_b79k")
     assert "\n" not in str(found.value)
 
 
 @pytest.mark.parametrize("name", ["01-ai/Yi-6B-Chat", "01-ai/Yi-34B-Chat"])
 def test_a_language_model_is_its_shards(name, hub):
-    language = build_language("yi-6b", name)
-    assert_language(language, hub[name].folder)
+    language = build_language_model("yi-6b", name)
+    assert_language_model(language, hub[name].folder)
     assert language.generation_config.eos_token_id == [2, 7]
     assert Tokenizer.load(language_folder(name)).encode("<|endoftext|>") == [2]
     assert set(hub.fetched()) == {name}
@@ -133,28 +143,30 @@ def test_a_language_model_is_its_shards(name, hub):
 def test_yi_vl_is_its_shards_and_its_tower(hub):
     vlm = vlbench.load("01-ai/Yi-VL-6B")
     folder = hub["01-ai/Yi-VL-6B"].folder
-    assert_language(vlm.language, folder)
-    tower = tensors(files_of(folder, "vit/*/pytorch_model.bin"))
+    assert_language_model(vlm.language, folder)
+    tower = load_tensors(matching_files(folder, "vit/*/pytorch_model.bin"))
     theirs = {k.removeprefix("vision_model."): v for k, v in tower.items()}
-    own = to_hugging_face(vlm.vision.visual)
-    assert_same(own, {name: tensor for name, tensor in theirs.items() if name in own})
-    stored = tensors(files_of(folder, "model*.safetensors"))
+    own = to_hf_state_dict(vlm.vision.visual)
+    assert_same_state(own, {name: tensor for name, tensor in theirs.items() if name in own})
+    stored = load_tensors(matching_files(folder, "model*.safetensors"))
     start = "model.mm_projector."
     projector = {k.removeprefix(start): v for k, v in stored.items() if k.startswith(start)}
-    assert_same(vlm.connector.projector().state_dict(), projector)
+    assert_same_state(vlm.connector.released_projector().state_dict(), projector)
 
 
 def test_the_first_stage_begins_as_bert(hub):
     shapes = Shapes(16, (4, 4), 32, 64, 4)
-    one = connector("qformer")(shapes, queries=3, layers=2, text="bert-base-uncased", itc_width=8)
-    one.prepare("blip2", fresh=True)
+    one = load_connector("qformer")(
+        shapes, queries=3, layers=2, text="bert-base-uncased", itc_width=8
+    )
+    one.prepare_objective("blip2", fresh=True)
     assert hub.fetched() == {
         "google-bert/bert-base-uncased": {
             *("config.json", "model.safetensors", "tokenizer_config.json", "vocab.txt")
         }
     }
     own = one.state_dict()
-    theirs = tensors([hub["google-bert/bert-base-uncased"].folder / "model.safetensors"])
+    theirs = load_tensors([hub["google-bert/bert-base-uncased"].folder / "model.safetensors"])
     for layer in range(references.BERT_LAYERS):
         inside, there = f"qformer.encoder.layer.{layer}", f"bert.encoder.layer.{layer}"
         pairs = {
@@ -177,7 +189,7 @@ def test_the_first_stage_begins_as_bert(hub):
 def test_blip2_is_its_shards(hub):
     repository = hub["Salesforce/blip2-opt-2.7b"]
     one = references.tiny_connector("qformer").to_empty(device="cpu")
-    stored = tensors(files_of(repository.folder, "model*.safetensors"))
+    stored = load_tensors(matching_files(repository.folder, "model*.safetensors"))
     one.load_reference(stored)
     names = {"language_projection": "projection", "vision_model.post_layernorm": "ln_vision"}
     theirs = {}
@@ -186,7 +198,7 @@ def test_blip2_is_its_shards(hub):
             name = name.replace(old, new)
         theirs[name] = tensor
     own = one.state_dict()
-    assert_same(own, {name: theirs[name] for name in own})
+    assert_same_state(own, {name: theirs[name] for name in own})
 
 
 def test_open_flamingo_is_its_checkpoint(hub):
@@ -196,23 +208,23 @@ def test_open_flamingo_is_its_checkpoint(hub):
     one = references.tiny_connector("flamingo").to_empty(device="cpu")
     place = torch.randn(len(one.place))
     one.place.data.copy_(place)
-    stored = tensors([file])
+    stored = load_tensors([file])
     one.load_reference(stored)
     theirs = {
         name.replace("lang_encoder.transformer.", "").replace("gated_cross_attn_layer.", ""): tensor
         for name, tensor in stored.items()
         if "wte" not in name
     }
-    assert_same(one.state_dict(), {**theirs, "place": place})
+    assert_same_state(one.state_dict(), {**theirs, "place": place})
 
 
 def test_a_projector_of_llava_is_its_file(hub):
     from huggingface_hub import hf_hub_download
 
     name = "liuhaotian/llava-v1.5-mlp2x-336px-pretrain-vicuna-7b-v1.5"
-    stored = tensors([Path(hf_hub_download(name, "mm_projector.bin"))])
+    stored = load_tensors([Path(hf_hub_download(name, "mm_projector.bin"))])
     shapes = replace(Shapes(16, (4, 4), 32, 64, 4), vision_width=128, lm_width=128)
-    one = connector("llava_mlp")(shapes, norm=False)
+    one = load_connector("llava_mlp")(shapes, norm=False)
     one.load_reference(stored)
     theirs = {k.removeprefix("model.mm_projector."): v for k, v in stored.items()}
-    assert_same(one.projector().state_dict(), theirs)
+    assert_same_state(one.released_projector().state_dict(), theirs)

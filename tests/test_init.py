@@ -9,17 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from released import CHECKPOINT, copy, tensors_of
+from released import CHECKPOINT, copy_checkpoint, load_tensors
 
 import vlbench
-from vlbench import plugins
-from vlbench import recipe as recipes
 from vlbench.__main__ import main
-from vlbench.model.compose import options_of
-from vlbench.model.vlm import shapes_of
-from vlbench.train.sizes import outline
+from vlbench.config import recipe as recipes
+from vlbench.connector import registry
+from vlbench.model.build_vlm import recipe_connector_options
+from vlbench.model.vlm import connector_shapes
+from vlbench.train.shape_checks import meta_encoder_and_config
 
-FIT = ["fit", "recipe=yivl_llava", "only=chat", "stages.chat.image_size=56", "stages.chat.batch=4"]
+FIT = [
+    "fit",
+    "recipe=yivl_llava",
+    "only=chat",
+    "stages.chat.image_size=56",
+    "stages.chat.global_batch_size=4",
+]
 FIT += ["log.questions=4", "log.tensorboard=false", "log.examples=0"]
 RECORD = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}
 MINE = """
@@ -55,17 +61,17 @@ def test_what_was_released_is_where_training_begins(tmp_path, monkeypatch, capsy
 
 def test_resumed_without_the_release_it_ends_as_uninterrupted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    source = copy(tmp_path / "source")
-    words = [*FIT, f"init={source}", "trainer.keep_last=9", "stages.chat.steps=4"]
+    source = copy_checkpoint(tmp_path / "source")
+    words = [*FIT, f"init={source}", "trainer.keep_last_checkpoints=9", "stages.chat.steps=4"]
     words += ["trainer.checkpoint_every=0.0001"]
     assert main([*words, "run=run"]) == 0
-    whole = tensors_of(last(Path("run")))
+    whole = load_tensors(last(Path("run")))
     shutil.rmtree(last(Path("run")))
     shutil.rmtree(last(Path("run")))
     Path("run/results.json").unlink()
     shutil.rmtree(source)
     assert main([*words, "run=run"]) == 0
-    again = tensors_of(last(Path("run")))
+    again = load_tensors(last(Path("run")))
     assert whole.keys() == again.keys() and all(torch.equal(whole[k], again[k]) for k in whole)
 
 
@@ -114,7 +120,7 @@ def test_another_template_trains_and_talks(template, tmp_path, monkeypatch, caps
 def test_a_connector_takes_its_references_weights_from_a_file(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     small = ["recipe=yivl_flamingo", "connector.every=2", "connector.depth=1"]
-    words = ["fit", *small, "only=chat", "stages.chat.batch=4", *FIT[5:]]
+    words = ["fit", *small, "only=chat", "stages.chat.global_batch_size=4", *FIT[5:]]
     assert main([*words, "run=first", "stages.chat.steps=1"]) == 0
     trained = vlbench.load("first").connector
     reference = {f"perceiver.{k}": v for k, v in trained.perceiver.state_dict().items()}
@@ -141,21 +147,21 @@ def test_a_connector_takes_its_references_weights_from_a_file(tmp_path, monkeypa
 def test_llavas_projector_is_where_training_begins(said, name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["fit", "recipe=yivl_llava", "only=chat", "stages.chat.steps=0", *FIT[5:]]
-    recipe = recipes.load([*words[1:3], *said])
-    tower, config = outline(recipe)
-    tower.resize(recipe.stages["chat"].image_size)
-    made = plugins.connector(recipe.connector["name"])(
-        shapes_of(tower, config), **options_of(recipe)
+    recipe = recipes.load_recipe([*words[1:3], *said])
+    tower, config = meta_encoder_and_config(recipe)
+    tower.set_image_size(recipe.stages["chat"].image_size)
+    made = registry.load_connector(recipe.connector["name"])(
+        connector_shapes(tower, config), **recipe_connector_options(recipe)
     )
     single = "0." if "linear" in said[0] else ""
     start = (
         "model.mm_projector." if name.startswith("mm") else "base_model.model.model.mm_projector."
     )
-    state = made.projector().state_dict()
+    state = made.released_projector().state_dict()
     torch.save({start + k.removeprefix(single): v.half() for k, v in state.items()}, name)
     assert main([*words, *said, f"init={name}", "run=run"]) == 0
     assert f"init {name}: weights of connector" in capsys.readouterr().out
-    found = vlbench.load("run").connector.projector().state_dict()
+    found = vlbench.load("run").connector.released_projector().state_dict()
     assert all(torch.equal(found[key], tensor.half().float()) for key, tensor in state.items())
     assert main([*words, f"init={name}", "run=other"]) == 2
     refused = capsys.readouterr().err
@@ -176,7 +182,7 @@ def test_how_the_origin_was_trained_is_inherited_unless_something_else_is_said(
         assert main(["export", "run=first", "to=released", "format=hf_llava"]) == 0
         init = "init=released"
     assert main([*FIT, *words, init, "run=second"]) == 0
-    second = recipes.load_file("second/recipe.yaml")
+    second = recipes.load_recipe_file("second/recipe.yaml")
     assert (second.language.template, second.vision.layer) == ("llava_v1", -3)
     vlm = vlbench.load("second")
     assert (vlm.template.name, vlm.vision.layer) == ("llava_v1", -3)
@@ -229,7 +235,7 @@ def test_the_command_of_a_model_card_trains_on(origin, tmp_path, monkeypatch):
         Path("data.json").write_text(json.dumps([RECORD]))
         given = [word.replace("FILE.json", "data.json") for word in given]
         given = [word.replace("FOLDER", "pictures") for word in given]
-        given += ["precision=32", "checkpointing=none", "data.workers=0"]
+        given += ["precision=32", "activation_checkpointing=none", "data.workers=0"]
     given += ["run=again", "stages.chat.steps=0", "stages.chat.image_size=56", *FIT[4:]]
     assert main(["fit", *given]) == 0
     ours, theirs = (vlbench.load(path).connector.state_dict() for path in ("again", run))

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from vlbench.__main__ import main
-from vlbench.compare import grid as grids
-from vlbench.compare import jobs, sweep
-from vlbench.compare.jobs import Job, Stopped, train
+from vlbench.compare.experiment import grid as grids
+from vlbench.compare.experiment import lr_sweep, run_jobs
+from vlbench.compare.experiment.run_jobs import ComparisonStopped, TrainingJob, train_jobs
 
 SLEEPS = "import time, sys; time.sleep(0.6); print('the end'); sys.exit(int(sys.argv[1]))"
 SAVES = """
@@ -30,9 +30,9 @@ signal.signal(signal.SIGINT, save)
 print('ready', flush=True)
 time.sleep(60)
 """
-SHORT = [f"stages.{name}.batch=2" for name in ("align_224", "align_448", "chat")]
+SHORT = [f"stages.{name}.global_batch_size=2" for name in ("align_224", "align_448", "chat")]
 SHORT += [f"stages.{name}.steps=2" for name in ("align_224", "align_448", "chat")]
-SHORT += ["log.questions=6", "log.examples=0", "log.tensorboard=false", "log.every=1"]
+SHORT += ["log.questions=6", "log.examples=0", "log.tensorboard=false", "log.every_n_steps=1"]
 
 
 @pytest.fixture
@@ -45,12 +45,12 @@ def programs(monkeypatch):
         launched.append(options["env"])
         return popen([sys.executable, "-c", *command[4:]], **options)
 
-    monkeypatch.setattr(jobs.subprocess, "Popen", launch)
+    monkeypatch.setattr(run_jobs.subprocess, "Popen", launch)
     return launched
 
 
-def job(folder: Path, name: str, *words: str) -> Job:
-    return Job(name, words, folder / name)
+def job(folder: Path, name: str, *words: str) -> TrainingJob:
+    return TrainingJob(name, words, folder / name)
 
 
 def test_as_many_at_once_as_wanted_and_none_before_it_is_ready(programs, tmp_path):
@@ -65,9 +65,9 @@ def test_as_many_at_once_as_wanted_and_none_before_it_is_ready(programs, tmp_pat
     def end(one, code):
         running.remove(one.title)
         ended.append(one.title)
-        assert code == 0 and one.last_line == "the end"
+        assert code == 0 and one.last_log_line == "the end"
 
-    train(todo, 2, lambda one: one.title != "b" or "a" in ended, start, end)
+    train_jobs(todo, 2, lambda one: one.title != "b" or "a" in ended, start, end)
     assert max(most) == 2 and sorted(order) == list("abcd")
     assert order[:2] == ["a", "c"] and order.index("b") > 1
 
@@ -75,7 +75,7 @@ def test_as_many_at_once_as_wanted_and_none_before_it_is_ready(programs, tmp_pat
 def test_a_job_that_fails_does_not_end_the_others(programs, tmp_path):
     todo = [job(tmp_path, "a", SLEEPS, "3"), job(tmp_path, "b", SLEEPS, "0")]
     codes = {}
-    train(
+    train_jobs(
         todo, 1, lambda _: True, lambda _: None, lambda one, code: codes.update({one.title: code})
     )
     assert codes == {"a": 3, "b": 0}
@@ -86,17 +86,21 @@ def test_all_jobs_are_told_to_stop_and_waited_for(number, programs, tmp_path):
     todo = [job(tmp_path, name, SAVES) for name in "abc"]
 
     def stop():
-        while not all(one.log.is_file() and "ready" in one.log.read_text() for one in todo[:2]):
+        while not all(
+            one.log_file.is_file() and "ready" in one.log_file.read_text() for one in todo[:2]
+        ):
             time.sleep(0.05)
         os.kill(os.getpid(), number)
 
     before = signal.getsignal(number)
     thread = threading.Thread(target=stop)
     thread.start()
-    with pytest.raises(Stopped):
-        train(todo, 2, lambda _: True, lambda _: None, lambda *_: None)
+    with pytest.raises(ComparisonStopped):
+        train_jobs(todo, 2, lambda _: True, lambda _: None, lambda *_: None)
     thread.join()
-    assert [one.last_line for one in todo[:2]] == ["saved", "saved"] and not todo[2].log.exists()
+    assert [one.last_log_line for one in todo[:2]] == ["saved", "saved"] and not todo[
+        2
+    ].log_file.exists()
     assert signal.getsignal(number) is before
 
 
@@ -104,15 +108,15 @@ def test_every_job_has_its_gpu_or_its_part_of_the_processors(programs, tmp_path,
     todo = [job(tmp_path, name, SLEEPS, "0") for name in "ab"]
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(jobs, "cores", lambda: 6)
-    train(todo, 2, lambda _: True, lambda _: None, lambda *_: None)
+    monkeypatch.setattr(run_jobs, "cores", lambda: 6)
+    train_jobs(todo, 2, lambda _: True, lambda _: None, lambda *_: None)
     assert [env["OMP_NUM_THREADS"] for env in programs] == ["3", "3"]
-    monkeypatch.setattr(jobs.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(run_jobs.torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    train(todo, jobs.slots("auto"), lambda _: True, lambda _: None, lambda *_: None)
+    train_jobs(todo, run_jobs.count_slots("auto"), lambda _: True, lambda _: None, lambda *_: None)
     assert [env["CUDA_VISIBLE_DEVICES"] for env in programs[2:]] == ["5", "7"]
-    monkeypatch.setattr(jobs.torch.cuda, "device_count", lambda: 0)
-    assert jobs.slots("auto") == 4 and jobs.slots("6") == 6
+    monkeypatch.setattr(run_jobs.torch.cuda, "device_count", lambda: 0)
+    assert run_jobs.count_slots("auto") == 4 and run_jobs.count_slots("6") == 6
 
 
 def test_slurm_gets_a_command_per_run(tmp_path, monkeypatch, capsys):
@@ -137,21 +141,21 @@ def test_slurm_gets_a_command_per_run(tmp_path, monkeypatch, capsys):
 
 def test_a_sweep_multiplies_the_rate_of_every_stage(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    grid = grids.parse(
+    grid = grids.parse_grid(
         ["recipe=yivl_llava,yivl_qformer", "seeds=[4,2]", "sweep=0.5,2"]
         + ["stages.chat.train.connector.lr=1e-3", "run=c"]
     )
-    trials = sweep.trials(grid)
+    trials = lr_sweep.trial_jobs(grid)
     assert [one.title for one in trials] == [
         f"{name}, rate x {factor}" for factor in ("0.5", "2") for name in grid_names(grid)
     ]
-    assert "stages.chat.train.connector.lr=0.0005" in trials[0].words
-    assert "stages.align_224.train.connector.lr=0.004" in trials[2].words
-    assert "stages.chat.train.connector.lr=1e-3" not in trials[0].words
-    assert "seed=5" in trials[0].words  # no run of the comparison has it
+    assert "stages.chat.train.connector.lr=0.0005" in trials[0].overrides
+    assert "stages.align_224.train.connector.lr=0.004" in trials[2].overrides
+    assert "stages.chat.train.connector.lr=1e-3" not in trials[0].overrides
+    assert "seed=5" in trials[0].overrides  # no run of the comparison has it
 
 
-def grid_names(grid: grids.Grid) -> list[str]:
+def grid_names(grid: grids.ComparisonGrid) -> list[str]:
     return [row.name for row in grid.rows]
 
 
@@ -164,13 +168,15 @@ def finish(folder: Path, loss: str) -> None:
 def test_the_lowest_held_out_loss_is_chosen_row_by_row(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["recipe=yivl_llava,yivl_qformer,yivl_eva", "seeds=1", "sweep=0.5,1,2", "run=c"]
-    grid = grids.parse(words)
+    grid = grids.parse_grid(words)
     llava, qformer, eva = grid.rows
     for factor, losses in {0.5: ("0.3", "0.2"), 1: ("0.1", "nan"), 2: ("0.2", "0.1")}.items():
         for row, loss in zip((llava, qformer), losses, strict=True):
-            finish(sweep.folder(grid, row, factor), loss)
-    after = sweep.chosen(grid)
-    rates = [grids.load(row, 0).stages["chat"].parts["connector"].lr for row in after.rows]
+            finish(lr_sweep.trial_folder(grid, row, factor), loss)
+    after = lr_sweep.apply_best_lr(grid)
+    rates = [
+        grids.load_recipe(row, 0).stages["chat"].trained_parts["connector"].lr for row in after.rows
+    ]
     assert rates == [4e-4, 8e-4, 4e-4]  # nothing is known of the last row, so it stays
     written = json.loads((tmp_path / "c/sweep.json").read_text())["rows"]
     assert written["yivl_qformer"] == {"losses": {"0.5": 0.2, "1": None, "2": 0.1}, "chosen": 2.0}
@@ -180,8 +186,8 @@ def test_the_lowest_held_out_loss_is_chosen_row_by_row(tmp_path, monkeypatch):
 
 def test_freezing_the_tower_keeps_its_features_in_the_comparison(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    grid = grids.parse(["recipe=yivl_llava,yivl_eva", "freeze=vision", "run=c"])
+    grid = grids.parse_grid(["recipe=yivl_llava,yivl_eva", "freeze=vision", "run=c"])
     for row in grid.rows:
-        recipe = grids.load(row, 0)
-        assert all("vision" not in stage.parts for stage in recipe.stages.values())
+        recipe = grids.load_recipe(row, 0)
+        assert all("vision" not in stage.trained_parts for stage in recipe.stages.values())
         assert recipe.trainer.feature_cache == "c/features"

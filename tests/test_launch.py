@@ -14,10 +14,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from several import QUIET, TWO, Job, do, in_two, losses
+from several import QUIET, TWO, FitCommand, read_losses, run_fit_command, run_in_two_processes
 
-from vlbench.mistakes import Trouble
-from vlbench.train import launch
+from vlbench.distributed import launcher
+from vlbench.errors import EnvironmentFailure
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -25,7 +25,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 def start(*given: str, workers: int = 0) -> subprocess.Popen[str]:
     """Start the main command in two processes."""
     command = [sys.executable, "-m", "vlbench", "fit", "recipe=yivl_llava", "only=chat", TWO]
-    command += ["stages.chat.batch=4", "stages.chat.image_size=56", *QUIET]
+    command += ["stages.chat.global_batch_size=4", "stages.chat.image_size=56", *QUIET]
     command += [f"data.workers={workers}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([*command, *given], text=True, **pipes)
@@ -34,7 +34,7 @@ def start(*given: str, workers: int = 0) -> subprocess.Popen[str]:
 def wait_for(run: Path, steps: int) -> None:
     """Wait until a run has done some steps."""
     until = time.monotonic() + 120
-    while not (run / "metrics.csv").is_file() or len(losses(run)) < steps:
+    while not (run / "metrics.csv").is_file() or len(read_losses(run)) < steps:
         assert time.monotonic() < until
         time.sleep(0.1)
 
@@ -61,10 +61,15 @@ def test_a_killed_process_ends_the_run_with_one_line_and_it_goes_on(rank, tmp_pa
     assert f"process {rank} of 2 was ended by SIGKILL" in told
     assert "Traceback" not in told
     assert len(told.strip().splitlines()) <= 2
-    words = ["recipe=yivl_llava", "only=chat", "stages.chat.batch=4", "stages.chat.image_size=56"]
+    words = [
+        "recipe=yivl_llava",
+        "only=chat",
+        "stages.chat.global_batch_size=4",
+        "stages.chat.image_size=56",
+    ]
     words += ["data.workers=0", *QUIET, "stages.chat.steps=40", f"run={run}"]
-    assert do(Job(tuple(words), stop=12)) == 130
-    assert len(losses(run)) == 12
+    assert run_fit_command(FitCommand(tuple(words), stop_step=12)) == 130
+    assert len(read_losses(run)) == 12
 
 
 def group_of(processes: list[int]) -> list[int]:
@@ -122,7 +127,7 @@ subprocess.run([sys.executable, "-c", code], env=told, start_new_session=True)
 SLOW_SAMPLE = """
 import os, time
 from torch.utils.data import DataLoader
-from vlbench.train.launch import apart
+from vlbench.distributed.launcher import apart
 
 class Slow:
     def __len__(self):
@@ -180,8 +185,8 @@ def test_stopped_before_it_trains_is_one_line(number, tmp_path):
 
 
 def test_a_second_ctrl_c_ends_what_hangs(tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "GRACE", 0.5)
-    monkeypatch.setattr(launch, "STARTING", 0.0)
+    monkeypatch.setattr(launcher, "GRACE", 0.5)
+    monkeypatch.setattr(launcher, "STARTING", 0.0)
     deaf = (
         "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print(); time.sleep(60)"
     )
@@ -190,12 +195,12 @@ def test_a_second_ctrl_c_ends_what_hangs(tmp_path, monkeypatch):
     ]
     for process in processes:
         assert process.stdout and process.stdout.readline()  # it is deaf now
-    with launch._handed_on(processes) as asked:
+    with launcher._forward_signals(processes) as asked:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
-        bad = launch._watch(processes, asked)
+        bad = launcher._wait_for_processes(processes, asked)
     assert [process.returncode for process in processes] == [-signal.SIGKILL] * 2
-    assert launch._told([-signal.SIGKILL] * 2, bad, asked) == 130
+    assert launcher._report_exit([-signal.SIGKILL] * 2, bad, asked) == 130
 
 
 def test_a_mistake_of_the_data_is_told_once(tmp_path):
@@ -205,7 +210,9 @@ def test_a_mistake_of_the_data_is_told_once(tmp_path):
     records = [record | {"id": str(number)} for number in range(8)]
     (tmp_path / "data.json").write_text(json.dumps(records))
     where = (f"data.train={tmp_path / 'data.json'}", f"data.images={tmp_path}")
-    process = start(*where, "data.on_bad=stop", "stages.chat.steps=4", f"run={tmp_path / 'run'}")
+    process = start(
+        *where, "data.on_bad_sample=stop", "stages.chat.steps=4", f"run={tmp_path / 'run'}"
+    )
     told = process.communicate(timeout=120)[1]
     assert process.returncode == 2
     assert told.count("broken.png") == 1 and len(told.strip().splitlines()) == 1
@@ -214,14 +221,19 @@ def test_a_mistake_of_the_data_is_told_once(tmp_path):
 @pytest.mark.slow
 def test_what_was_started_must_be_what_the_recipe_says(tmp_path, monkeypatch, capsys):
     words = ("recipe=yivl_llava", "trainer.devices=3", f"run={tmp_path / 'run'}")
-    assert in_two([Job(words)]) == [(2, 2)]
-    few = ("recipe=yivl_llava", TWO, "stages.chat.batch=1", f"run={tmp_path / 'run'}")
-    assert in_two([Job(few)]) == [(2, 1)]
+    assert run_in_two_processes([FitCommand(words)]) == [(2, 2)]
+    few = ("recipe=yivl_llava", TWO, "stages.chat.global_batch_size=1", f"run={tmp_path / 'run'}")
+    assert run_in_two_processes([FitCommand(few)]) == [(2, 1)]
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    assert do(Job(("recipe=yivl_llava", "trainer.accelerator=gpu"))) == 2
+    assert run_fit_command(FitCommand(("recipe=yivl_llava", "trainer.accelerator=gpu"))) == 2
     assert "torch finds no GPU" in capsys.readouterr().err
-    assert do(Job(("recipe=yivl_llava", "trainer.devices=2", "trainer.num_nodes=2"))) == 2
+    assert (
+        run_fit_command(
+            FitCommand(("recipe=yivl_llava", "trainer.devices=2", "trainer.num_nodes=2"))
+        )
+        == 2
+    )
     assert "start the command on every machine with srun" in capsys.readouterr().err
 
 
@@ -253,7 +265,12 @@ def test_the_slurm_script_trains_and_queues_what_was_stopped(told_first, tmp_pat
     slurm = {"SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_JOB_NAME": "job", "SLURM_JOB_ID": "7"}
     slurm |= {"SLURM_NODELIST": "127.0.0.1", "SLURM_NTASKS_PER_NODE": "2", "OMP_NUM_THREADS": "1"}
     path = f"{tmp_path / 'bin'}:{python}:{os.environ['PATH']}"
-    words = ["recipe=yivl_llava", "only=chat", "stages.chat.batch=4", "stages.chat.image_size=56"]
+    words = [
+        "recipe=yivl_llava",
+        "only=chat",
+        "stages.chat.global_batch_size=4",
+        "stages.chat.image_size=56",
+    ]
     process = subprocess.Popen(
         ["bash", DOCS / "slurm.sh", *words, "stages.chat.steps=400", "data.workers=0", *QUIET],
         cwd=tmp_path,
@@ -342,7 +359,12 @@ def tasks_of(run: Path) -> list[int]:
 @pytest.mark.slow
 def test_torchrun_starts_it_too(tmp_path):
     run = tmp_path / "run"
-    words = ["recipe=yivl_llava", "only=chat", "stages.chat.batch=4", "stages.chat.image_size=56"]
+    words = [
+        "recipe=yivl_llava",
+        "only=chat",
+        "stages.chat.global_batch_size=4",
+        "stages.chat.image_size=56",
+    ]
     words += ["stages.chat.steps=2", "data.workers=0", TWO, *QUIET, f"run={run}"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
@@ -354,7 +376,7 @@ def test_torchrun_starts_it_too(tmp_path):
 
 
 def test_a_port_that_is_taken_is_one_line(monkeypatch):
-    from vlbench.train import join
+    from vlbench.distributed import process_group
 
     for name in ("MASTER_ADDR", "MASTER_PORT"):  # set by what is tested
         monkeypatch.setenv(name, "")
@@ -362,5 +384,7 @@ def test_a_port_that_is_taken_is_one_line(monkeypatch):
         port = taken.getsockname()[1]
         first = SimpleNamespace(main_address="127.0.0.1", main_port=port, global_rank=lambda: 0)
         first.world_size = lambda: 2
-        with pytest.raises(Trouble, match=f"cannot meet at 127.0.0.1:{port}.*MASTER_PORT"):
-            join._meet(SimpleNamespace(accelerator="cpu"), first)
+        with pytest.raises(
+            EnvironmentFailure, match=f"cannot meet at 127.0.0.1:{port}.*MASTER_PORT"
+        ):
+            process_group._init_process_group(SimpleNamespace(accelerator="cpu"), first)

@@ -11,13 +11,13 @@ from test_exam import take
 from test_report import run as finished_run
 
 from vlbench.__main__ import main
-from vlbench.compare import runs as compare_runs
-from vlbench.compare.jobs import Job
-from vlbench.evaluate.tasks import exam
-from vlbench.files import append_json_lines, json_lines, lines_of, read_json_lines
-from vlbench.mistakes import BadSample, Mistake
-from vlbench.train import report, watchers
-from vlbench.train.run import Run
+from vlbench.compare.experiment.run_jobs import TrainingJob
+from vlbench.compare.report import finished_runs as compare_runs
+from vlbench.errors import BadSample, UserError
+from vlbench.evaluate.tasks import task_session
+from vlbench.text_files import append_json_lines, format_json_lines, read_json_lines, split_lines
+from vlbench.train import callbacks, run_report
+from vlbench.train.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 ODD = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\r\nh\ud83d"
@@ -25,8 +25,10 @@ ODD = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\r\nh\ud83d"
 
 
 def test_lines_end_with_line_feeds_alone():
-    assert lines_of("") == [] and lines_of("\n") == [""] and lines_of("a\r\nb") == ["a", "b"]
-    assert lines_of("a\u2028b\x85\n\nc\n") == ["a\u2028b\x85", "", "c"]
+    assert (
+        split_lines("") == [] and split_lines("\n") == [""] and split_lines("a\r\nb") == ["a", "b"]
+    )
+    assert split_lines("a\u2028b\x85\n\nc\n") == ["a\u2028b\x85", "", "c"]
 
 
 @pytest.mark.parametrize("cut", [1, 5, 40])
@@ -34,7 +36,7 @@ def test_what_is_written_is_read_again_and_added_to(cut, tmp_path):
     file = tmp_path / "x.jsonl"
     assert read_json_lines(file) == []
     records = [{"id": ODD}, {"id": "\u732b", "text": ODD}]
-    file.write_text(json_lines(records), encoding="utf-8")
+    file.write_text(format_json_lines(records), encoding="utf-8")
     assert read_json_lines(file) == records
     file.write_bytes(file.read_bytes()[:-cut])  # also in the middle of a letter
     assert read_json_lines(file) == records[:1]
@@ -45,7 +47,7 @@ def test_what_is_written_is_read_again_and_added_to(cut, tmp_path):
 @pytest.mark.parametrize(("line", "words"), [("[1]", "not a JSON object"), ("{", "not JSON")])
 def test_a_line_that_is_no_object_is_named(line, words, tmp_path):
     (tmp_path / "x.jsonl").write_text(f'{{"a": 1}}\n{line}\n{{"a": 1}}\n')
-    with pytest.raises(Mistake, match=f"x.jsonl: line 2 is {words}"):
+    with pytest.raises(UserError, match=f"x.jsonl: line 2 is {words}"):
         read_json_lines(tmp_path / "x.jsonl")
 
 
@@ -63,27 +65,27 @@ def test_no_text_is_cut_by_splitlines():
 
 
 def test_bad_samples_with_odd_names_are_read_again(tmp_path, capsys):
-    run = Run(tmp_path)
+    run = RunFolder(tmp_path)
     odd = ODD[:-1]  # the report is printed: half of a pair is for streams that main() prepares
-    watchers.set_aside(run, [BadSample(odd, "torn"), BadSample("two", odd)])
-    watchers.set_aside(run, [BadSample(odd, "torn"), BadSample("three", "torn")])
+    callbacks.quarantine_samples(run, [BadSample(odd, "torn"), BadSample("two", odd)])
+    callbacks.quarantine_samples(run, [BadSample(odd, "torn"), BadSample("three", "torn")])
     assert len(read_json_lines(run.quarantine_file)) == 3
     results = {"questions": 1, "asked_of": "x", "seconds": 1, "peak_memory_bytes": 1}
     run.results_file.write_text(json.dumps(results))
-    assert report.show_results(run) == 0
+    assert run_report.show_results(run) == 0
     assert "3 bad samples left out" in capsys.readouterr().out
 
 
 def test_bad_samples_are_noted_again_after_a_kill_in_the_middle_of_a_line(tmp_path):
-    run = Run(tmp_path)
-    watchers.set_aside(run, [BadSample("one", "torn"), BadSample("two", "torn")])
+    run = RunFolder(tmp_path)
+    callbacks.quarantine_samples(run, [BadSample("one", "torn"), BadSample("two", "torn")])
     run.quarantine_file.write_bytes(run.quarantine_file.read_bytes()[:-9])
-    watchers.set_aside(run, [BadSample("one", "torn"), BadSample("two", "torn")])
+    callbacks.quarantine_samples(run, [BadSample("one", "torn"), BadSample("two", "torn")])
     assert [line["id"] for line in read_json_lines(run.quarantine_file)] == ["one", "two"]
 
 
 def test_an_exam_with_odd_answers_goes_on(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(exam, "answer_text", lambda *_: ODD)
+    monkeypatch.setattr(task_session, "answer_text", lambda *_: ODD)
     for name in ("whole", "out"):
         assert take(model, tmp_path / name, "mmmu", "mmmu_tiny", "limit=6") == 0
     file = tmp_path / "out/answers.jsonl"
@@ -97,13 +99,13 @@ def test_runs_with_odd_answers_are_compared(tmp_path):
     folder = finished_run(tmp_path / "a", 0.5, 0)
     lines = read_json_lines(folder / "answers.jsonl")
     odd = [{**line, "id": f"{line['id']}{ODD}", "answer": ODD, "truth": ODD} for line in lines]
-    (folder / "answers.jsonl").write_text(json_lines(odd), encoding="utf-8")
-    found = compare_runs.load(folder)
-    assert len(found.right) == 300 and set(found.texts.values()) == {(ODD, ODD)}
+    (folder / "answers.jsonl").write_text(format_json_lines(odd), encoding="utf-8")
+    found = compare_runs.load_finished_run(folder)
+    assert len(found.correct) == 300 and set(found.answers_and_truths.values()) == {(ODD, ODD)}
     assert main(["report", str(folder), f"to={tmp_path / 'report.md'}"]) == 0
 
 
 def test_the_last_line_of_a_log_is_whole(tmp_path):
-    job = Job("x", (), tmp_path / "seed0")
-    job.log.write_text("one\nvlbench: sample a\u2028b: is bad\n", encoding="utf-8")
-    assert job.last_line == "sample a\u2028b: is bad"
+    job = TrainingJob("x", (), tmp_path / "seed0")
+    job.log_file.write_text("one\nvlbench: sample a\u2028b: is bad\n", encoding="utf-8")
+    assert job.last_log_line == "sample a\u2028b: is bad"

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vlbench.data.llava import LlavaJson
-from vlbench.data.preflight import preflight
-from vlbench.data.sample import PLACEHOLDER, Sample, Turn
-from vlbench.mistakes import BadSample, Mistake
+from vlbench.data.conversation_files import LlavaJson
+from vlbench.data.preflight import preflight_bad_samples
+from vlbench.data.sample_encoding import IMAGE_PLACEHOLDER, ChatTurn, Sample
+from vlbench.errors import BadSample, UserError
 
 ASK = {"from": "human", "value": "<image>\nWhat?"}
 ANSWER = {"from": "gpt", "value": "A circle."}
@@ -43,9 +43,12 @@ def test_both_spellings_of_roles_and_tags(folder):
     data = source(folder, record(), record(*second, id=7))
     one, two = data[0], data[1]
     assert len(data) == 2 and data.name == str(folder / "data.json")
-    assert one.id == "r1" and one.pictures[0].name == str(folder / "a.png")
-    assert one.turns == (Turn("human", f"{PLACEHOLDER}\nWhat?"), Turn("assistant", "A circle."))
-    assert two.turns[0].text == f"{PLACEHOLDER}这是什么？" and two.id == "7"
+    assert one.id == "r1" and one.images[0].name == str(folder / "a.png")
+    assert one.turns == (
+        ChatTurn("human", f"{IMAGE_PLACEHOLDER}\nWhat?"),
+        ChatTurn("assistant", "A circle."),
+    )
+    assert two.turns[0].text == f"{IMAGE_PLACEHOLDER}这是什么？" and two.id == "7"
     assert two.turns[1].text == "<image> is a tag of HTML."  # an answer shows no image
     assert (one.language, two.language) == ("en", "zh")
 
@@ -61,11 +64,13 @@ def test_none_one_and_several_images(folder):
         record(many, ANSWER, image=["a.png", "b.png"]),
         record({"from": "system", "value": "Be brief."}, plain, ANSWER),
     )
-    assert data[0].id == "record 1" and not data[0].pictures and not data[1].pictures
-    assert data[2].turns[0].text == f"{PLACEHOLDER}\nHello"  # one image, no tag: it comes first
-    assert [Path(picture.name).name for picture in data[3].pictures] == ["a.png", "b.png"]
-    assert data[4].turns[0].role == "system" and data[4].turns[1].text.startswith(PLACEHOLDER)
-    assert data.faults() == [] and preflight(data) == []
+    assert data[0].id == "record 1" and not data[0].images and not data[1].images
+    assert (
+        data[2].turns[0].text == f"{IMAGE_PLACEHOLDER}\nHello"
+    )  # one image, no tag: it comes first
+    assert [Path(picture.name).name for picture in data[3].images] == ["a.png", "b.png"]
+    assert data[4].turns[0].role == "system" and data[4].turns[1].text.startswith(IMAGE_PLACEHOLDER)
+    assert data.find_bad_samples() == [] and preflight_bad_samples(data) == []
 
 
 def test_jsonl_and_an_image_folder(folder):
@@ -74,7 +79,7 @@ def test_jsonl_and_an_image_folder(folder):
     file = folder / "json" / "data.jsonl"
     file.write_text("\ufeff" + "\n\n".join(lines) + "\n", encoding="utf-8")
     data = LlavaJson(file, folder)
-    assert [data[index].id for index in range(2)] == ["一", "二"] and data.faults() == []
+    assert [data[index].id for index in range(2)] == ["一", "二"] and data.find_bad_samples() == []
     assert pickle.loads(pickle.dumps(data))[1] == data[1]
 
 
@@ -107,8 +112,8 @@ BAD_RECORDS = {
 @pytest.mark.parametrize(("bad", "name", "words"), BAD_RECORDS.values(), ids=BAD_RECORDS)
 def test_bad_records_are_found_and_named(folder, bad, name, words):
     data = source(folder, bad, record(id="sound"))
-    (fault,) = data.faults()
-    (same,) = preflight(data)
+    (fault,) = data.find_bad_samples()
+    (same,) = preflight_bad_samples(data)
     with pytest.raises(BadSample, match=words) as caught:
         raise fault
     assert fault.sample_id == same.sample_id == name and fault.reason == same.reason
@@ -119,9 +124,9 @@ def test_bad_records_are_found_and_named(folder, bad, name, words):
 def test_preflight_opens_pictures_only_while_they_are_few(folder):
     (folder / "b.png").write_bytes(b"")
     data = source(folder, record(), record(image="b.png", id="r2"), record(image="b.png", id="r3"))
-    assert [fault.sample_id for fault in preflight(data)] == ["r2", "r3"]
-    assert "is empty (0 bytes)" in str(preflight(data)[0])
-    assert preflight(data, limit_open=1) == []
+    assert [fault.sample_id for fault in preflight_bad_samples(data)] == ["r2", "r3"]
+    assert "is empty (0 bytes)" in str(preflight_bad_samples(data)[0])
+    assert preflight_bad_samples(data, max_opened_images=1) == []
 
 
 def test_preflight_leaves_rendered_sources_alone():
@@ -134,7 +139,7 @@ def test_preflight_leaves_rendered_sources_alone():
         def __getitem__(self, index: int) -> Sample:
             raise AssertionError
 
-    assert preflight(Rendered()) == []
+    assert preflight_bad_samples(Rendered()) == []
 
 
 BAD_FILES = {
@@ -154,16 +159,16 @@ BAD_FILES = {
 def test_bad_files_are_named_with_line_and_column(tmp_path, name):
     content, words = BAD_FILES[name]
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(Mistake, match=words) as caught:
+    with pytest.raises(UserError, match=words) as caught:
         LlavaJson(tmp_path / name)
     assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_missing_files_and_folders(folder):
     source(folder, record())
-    with pytest.raises(Mistake, match=r"no such file.*Did you mean 'data\.json'"):
+    with pytest.raises(UserError, match=r"no such file.*Did you mean 'data\.json'"):
         LlavaJson(folder / "dada.json")
-    with pytest.raises(Mistake, match="is a folder"):
+    with pytest.raises(UserError, match="is a folder"):
         LlavaJson(folder)
-    with pytest.raises(Mistake, match="no folder .*pictures"):
+    with pytest.raises(UserError, match="no folder .*pictures"):
         LlavaJson(folder / "data.json", folder / "pictures")

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 from released import CHECKPOINT
 
-from vlbench.mistakes import Mistake
+from vlbench.errors import UserError
 
 NAMES = ("lmms_eval", "lmms_eval.api", "lmms_eval.api.instance", "lmms_eval.api.model")
-PLUGIN = "vlbench.evaluate.lmms"
+PLUGIN = "vlbench.evaluate.lmms_plugin"
 
 
 class Base:
@@ -99,7 +99,7 @@ def test_the_model_is_called_as_lmms_eval_calls_it(name, plugin):
     ],
 )
 def test_mistakes_are_one_line(args, message, plugin):
-    with pytest.raises(Mistake, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         plugin.VlbenchModel(**args)
     assert len(str(caught.value).splitlines()) == 1
 
@@ -114,5 +114,5 @@ def test_what_cannot_be_asked_is_named_and_options_without_effect_too(plugin, ca
 
 
 def test_a_search_over_beams_is_refused(plugin):
-    with pytest.raises(Mistake, match="no search over beams"):
+    with pytest.raises(UserError, match="no search over beams"):
         answers(plugin, [picture("red")], {"num_beams": 3})

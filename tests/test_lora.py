@@ -6,19 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import batch_of, sample, small_vlm
+from small import make_batch, make_sample, small_vlm
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import vlbench
-from vlbench import plugins
 from vlbench.__main__ import main
-from vlbench.model import lora
-from vlbench.model.weights.shards import read
+from vlbench.connector import registry
+from vlbench.model import lora_adapters
+from vlbench.model.weights.tensor_files import read_tensors
 
 DEFAULTS = {"rank": 3, "alpha": 6.0, "dropout": 0.0, "targets": "all-linear"}
 DEFAULTS |= {"rslora": False, "dora": False, "bits": None}
-SHORT = [f"stages.{name}.batch=3" for name in ("align_224", "align_448", "chat")]
+SHORT = [f"stages.{name}.global_batch_size=3" for name in ("align_224", "align_448", "chat")]
 SHORT += ["stages.align_224.steps=1", "stages.align_448.steps=1", "stages.chat.steps=4"]
 SHORT += ["log.questions=2", "log.tensorboard=false", "log.examples=0"]
 LORA = ["stages.chat.train.language.lora.rank=4", "stages.chat.train.language.lr=2e-3"]
@@ -26,34 +26,34 @@ LORA = ["stages.chat.train.language.lora.rank=4", "stages.chat.train.language.lr
 
 def adapted(part: str, **options: object):
     """Return a small model whose part has adapters that are not zero."""
-    vlm = small_vlm(plugins.connector("llava_mlp")).double()
+    vlm = small_vlm(registry.load_connector("llava_mlp")).double()
     torch.manual_seed(0)
-    lora.adapt(getattr(vlm, part), part, **{**DEFAULTS, **options})
-    for name, parameter in lora.adapters(getattr(vlm, part)).items():
+    lora_adapters.add_adapters(getattr(vlm, part), part, **{**DEFAULTS, **options})
+    for name, parameter in lora_adapters.adapter_parameters(getattr(vlm, part)).items():
         if "magnitude" not in name:
             parameter.data.normal_(std=0.1)
     return vlm
 
 
 def loss(vlm) -> Tensor:
-    batch = batch_of(vlm, [[sample(1), sample(2, images=2)]])
+    batch = make_batch(vlm, [[make_sample(1), make_sample(2, images=2)]])
     return vlm(batch.to("cpu", torch.float64)).loss_sum
 
 
 @pytest.mark.parametrize("part", ["language", "vision"])
 @pytest.mark.parametrize("options", [{}, {"rslora": True}, {"dora": True}])
 def test_every_adapter_learns_and_the_weights_stay(part, options):
-    plain = small_vlm(plugins.connector("llava_mlp")).double()
+    plain = small_vlm(registry.load_connector("llava_mlp")).double()
     before = {name: value.clone() for name, value in getattr(plain, part).state_dict().items()}
     vlm = adapted(part, **options)
     vlm.requires_grad_(False)
-    used = {id(p) for p in vlm.vision.used()}
-    for parameter in lora.adapters(getattr(vlm, part)).values():
+    used = {id(p) for p in vlm.vision.used_parameters()}
+    for parameter in lora_adapters.adapter_parameters(getattr(vlm, part)).values():
         parameter.requires_grad_(part == "language" or id(parameter) in used)
     loss(vlm).backward()
     trained = [p for p in getattr(vlm, part).parameters() if p.requires_grad]
     assert trained and all(p.grad is not None and p.grad.any() for p in trained)
-    after = lora.base_state(getattr(vlm, part))
+    after = lora_adapters.base_state_dict(getattr(vlm, part))
     assert after.keys() == before.keys()
     assert all(after[name].equal(value) for name, value in before.items())
 
@@ -61,42 +61,46 @@ def test_every_adapter_learns_and_the_weights_stay(part, options):
 @pytest.mark.parametrize("part", ["language", "vision"])
 def test_merged_weights_give_the_same_without_adapters(part):
     vlm = adapted(part)
-    names = set(getattr(small_vlm(plugins.connector("llava_mlp")), part).state_dict())
+    names = set(getattr(small_vlm(registry.load_connector("llava_mlp")), part).state_dict())
     with torch.no_grad():
         before = loss(vlm)
-        lora.merge(getattr(vlm, part))
+        lora_adapters.merge_adapters(getattr(vlm, part))
         assert set(getattr(vlm, part).state_dict()) == names
         torch.testing.assert_close(loss(vlm), before)
-    assert not lora.adapters(getattr(vlm, part))
+    assert not lora_adapters.adapter_parameters(getattr(vlm, part))
 
 
 def test_the_same_adapters_stay_and_others_replace_them():
     vlm = adapted("language")
     with torch.no_grad():
         before = loss(vlm)
-        lora.adapt(vlm.language, "language", **DEFAULTS)
+        lora_adapters.add_adapters(vlm.language, "language", **DEFAULTS)
         assert loss(vlm).equal(before)
-        lora.adapt(vlm.language, "language", **DEFAULTS | {"rank": 5})
+        lora_adapters.add_adapters(vlm.language, "language", **DEFAULTS | {"rank": 5})
         torch.testing.assert_close(loss(vlm), before)  # merged; new ones begin at nothing
-    assert {p.shape[0] for n, p in lora.adapters(vlm.language).items() if "lora_A" in n} == {5}
+    assert {
+        p.shape[0]
+        for n, p in lora_adapters.adapter_parameters(vlm.language).items()
+        if "lora_A" in n
+    } == {5}
 
 
 @pytest.mark.parametrize("part", ["language", "vision"])
 def test_adapters_come_back_from_their_folder(part, tmp_path):
     vlm = adapted(part)
-    lora.save(getattr(vlm, part), tmp_path / "a")
-    other = small_vlm(plugins.connector("llava_mlp")).double()
-    lora.load(getattr(other, part), tmp_path / "a")
+    lora_adapters.save_adapters(getattr(vlm, part), tmp_path / "a")
+    other = small_vlm(registry.load_connector("llava_mlp")).double()
+    lora_adapters.load_adapters(getattr(other, part), tmp_path / "a")
     with torch.no_grad():
         torch.testing.assert_close(loss(other), loss(vlm), rtol=1e-6, atol=0)
 
 
 def test_a_wrong_target_is_named():
-    vlm = small_vlm(plugins.connector("llava_mlp"))
-    with pytest.raises(vlbench.mistakes.Mistake, match="targets is 'q_prj'; known are all-linear"):
-        lora.adapt(vlm.language, "language", **DEFAULTS | {"targets": "q_prj"})
-    with pytest.raises(vlbench.mistakes.Mistake, match="bits is 4, which needs a GPU"):
-        lora.adapt(vlm.language, "language", **DEFAULTS | {"bits": 4})
+    vlm = small_vlm(registry.load_connector("llava_mlp"))
+    with pytest.raises(vlbench.errors.UserError, match="targets is 'q_prj'; known are all-linear"):
+        lora_adapters.add_adapters(vlm.language, "language", **DEFAULTS | {"targets": "q_prj"})
+    with pytest.raises(vlbench.errors.UserError, match="bits is 4, which needs a GPU"):
+        lora_adapters.add_adapters(vlm.language, "language", **DEFAULTS | {"bits": 4})
 
 
 @pytest.fixture(scope="module")
@@ -123,11 +127,11 @@ def asked(vlm):
 
 
 def test_a_checkpoint_holds_the_adapter_and_not_the_language_model(run):
-    names = {name.partition(".")[0] for name, _ in read(newest(run) / "model.safetensors")}
+    names = {name.partition(".")[0] for name, _ in read_tensors(newest(run) / "model.safetensors")}
     assert names == {"vision", "connector"}
     assert (newest(run) / "adapters/language/adapter_config.json").is_file()
     vlm = vlbench.load(run)
-    adapters = lora.adapters(vlm.language)
+    adapters = lora_adapters.adapter_parameters(vlm.language)
     assert adapters and all(p.any() for p in adapters.values())
 
 
@@ -139,7 +143,7 @@ def test_merged_and_unmerged_exports_give_the_same(run, tmp_path):
             to = tmp_path / f"{layout}{len(more)}"
             assert main(["export", f"run={run}", f"to={to}", f"format={layout}", *more]) == 0
             back = vlbench.load(to)
-            assert bool(lora.adapters(back.language)) == (not more)
+            assert bool(lora_adapters.adapter_parameters(back.language)) == (not more)
             assert_close(back(asked(back)).logits, expected)
 
 
@@ -174,14 +178,16 @@ def test_plain_peft_loads_the_adapter(run, tmp_path):
     from peft import PeftModel
 
     ours = vlbench.load(run)
-    text = asked(ours).ids
+    text = asked(ours).input_ids
     with torch.no_grad():
         expected = ours(asked(ours)).logits
     base = vlbench.load(run)
-    lora.merge(base.language)  # takes the adapters away; the weights are read anew
+    lora_adapters.merge_adapters(
+        base.language
+    )  # takes the adapters away; the weights are read anew
     base.language.config._attn_implementation = "sdpa"
     plain = LlamaForCausalLM(base.language.config)
-    state = lora.base_state(ours.language)
+    state = lora_adapters.base_state_dict(ours.language)
     plain.load_state_dict(state)
     plain = PeftModel.from_pretrained(plain, newest(run) / "adapters/language").eval()
     with torch.no_grad():
@@ -191,7 +197,7 @@ def test_plain_peft_loads_the_adapter(run, tmp_path):
 def test_a_stopped_run_with_adapters_goes_on_as_if_it_had_not(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["fit", "recipe=yivl_llava", *SHORT, *LORA, "trainer.checkpoint_every=0.001"]
-    words += ["trainer.keep_last=9", "run=parts"]
+    words += ["trainer.keep_last_checkpoints=9", "run=parts"]
     assert main(words) == 0
     for one in (tmp_path / "parts/checkpoints").glob("2-chat-00000[34]"):
         for file in sorted(one.rglob("*"), reverse=True):
@@ -205,10 +211,16 @@ def test_a_stopped_run_with_adapters_goes_on_as_if_it_had_not(run, tmp_path, mon
 
 def test_the_next_stage_trains_on_merged_weights(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = [f"init={run}", "only=chat", "run=one", "stages.chat.batch=3", "stages.chat.steps=1"]
+    words = [
+        f"init={run}",
+        "only=chat",
+        "run=one",
+        "stages.chat.global_batch_size=3",
+        "stages.chat.steps=1",
+    ]
     assert main(["fit", "recipe=yivl_llava", *words, *SHORT[-3:]]) == 0
     vlm = vlbench.load("one")
-    assert not lora.adapters(vlm.language)
+    assert not lora_adapters.adapter_parameters(vlm.language)
 
 
 @pytest.mark.parametrize(

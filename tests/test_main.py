@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from vlbench import __version__, schema
+from vlbench import __version__
 from vlbench.__main__ import VERBS, main
-from vlbench.mistakes import BadSample, Mistake, Trouble, nearest
+from vlbench.config import schema
+from vlbench.errors import BadSample, EnvironmentFailure, UserError, suggest_name
 
 ROOT = Path(__file__).parents[1]
 QUICK = [
@@ -59,7 +60,7 @@ def test_help_names_every_verb_and_every_key(capsys):
     assert all(f"\n  {name}" in overview for name in VERBS)
     assert main(["fit", "--help"]) == 0
     table = capsys.readouterr().out
-    assert all(row.name in table and row.help in table for row in schema.rows())
+    assert all(row.name in table and row.help in table for row in schema.key_rows())
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -116,7 +117,7 @@ def test_interrupts_and_failures(monkeypatch, capsys):
     raising(BadSample("a", "is broken"))
     assert main(["fit"]) == 2
     assert "vlbench: sample a: is broken" in capsys.readouterr().err
-    raising(Trouble("out of memory"))
+    raising(EnvironmentFailure("out of memory"))
     assert main(["fit"]) == 1
     assert capsys.readouterr().err == "vlbench: out of memory\n"
     raising(RuntimeError("a bug"))
@@ -138,10 +139,10 @@ def test_a_reader_that_leaves_is_no_error(tmp_path):
 
 
 def test_nearest():
-    assert nearest("langauge", ["language", "vision"]) == " Did you mean 'language'?"
-    assert nearest("TINY", ["tiny"]) == " Did you mean 'tiny'?"
-    assert nearest("zzz", ["language"]) == ""
-    assert isinstance(BadSample("a", "b"), Mistake)
+    assert suggest_name("langauge", ["language", "vision"]) == " Did you mean 'language'?"
+    assert suggest_name("TINY", ["tiny"]) == " Did you mean 'tiny'?"
+    assert suggest_name("zzz", ["language"]) == ""
+    assert isinstance(BadSample("a", "b"), UserError)
 
 
 def test_version_is_that_of_the_project(capsys):

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from vlbench import plugins
-from vlbench import recipe as recipes
 from vlbench.__main__ import main
-from vlbench.compare import plan, run
-from vlbench.compare.grid import BUDGETS, Row, parse
-from vlbench.compare.match import Match, solve, table
-from vlbench.mistakes import Mistake
-from vlbench.model.cost import Cost, cost
-from vlbench.model.frame import COUNTS, Frame
+from vlbench.compare.experiment import compare_command, cost_estimate
+from vlbench.compare.experiment.grid import MATCHABLE_BUDGETS, GridRow, parse_grid
+from vlbench.compare.experiment.match_budget import BudgetMatch, format_match_table, match_rows
+from vlbench.config import recipe as recipes
+from vlbench.connector import registry
+from vlbench.errors import UserError
+from vlbench.model.connector_cost import ConnectorCost, count_recipe_cost
+from vlbench.model.connector_frame import BUDGET_COUNTS, ConnectorFrame
 
 DOCS = Path(__file__).parent.parent / "docs/connectors.md"
 FOUR = "recipe=yivl_llava,yivl_qformer,yivl_flamingo,yivl_eva"
@@ -36,19 +36,19 @@ class Mine(Connector):
 """
 
 
-def matched(words: list[str], by: str) -> list[Match]:
-    return solve(parse(words).rows, by)
+def matched(words: list[str], by: str) -> list[BudgetMatch]:
+    return match_rows(parse_grid(words).rows, by)
 
 
-def costs(found: list[Match]) -> list[Cost]:
-    return [cost(recipes.load(list(one.row.words))) for one in found]
+def costs(found: list[BudgetMatch]) -> list[ConnectorCost]:
+    return [count_recipe_cost(recipes.load_recipe(list(one.row.overrides))) for one in found]
 
 
 def within(values: list[int]) -> bool:
     return max(values) <= 1.05 * min(values)
 
 
-def tokens_of(one: Cost) -> int:
+def tokens_of(one: ConnectorCost) -> int:
     return one.latents or one.tokens
 
 
@@ -61,43 +61,49 @@ def test_the_four_get_as_many_parameters(size):
         "yivl_flamingo",
         "yivl_eva",
     ]
-    assert not any(one.why or one.off for one in found)
+    assert not any(one.mismatch_reason or one.relative_distance for one in found)
     assert all(len(one.options) <= 2 for one in found)
-    promised = [one.after for one in found]
+    promised = [one.matched_budget for one in found]
     assert within(promised)
     assert [one.parameters for one in costs(found)] == promised
-    smallest, largest = (pick(one.before for one in found) for pick in (min, max))
+    smallest, largest = (pick(one.own_budget for one in found) for pick in (min, max))
     assert smallest < min(promised) and max(promised) < largest  # they meet in the middle
     if size == "6b":
         for one in found:
             changed = " ".join(f"{key}={value}" for key, value in one.options.items())
-            told = f"| `{one.row.name}` | `{changed}` | {one.before:,} | {one.after:,} |"
+            told = (
+                f"| `{one.row.name}` | `{changed}` | {one.own_budget:,} | {one.matched_budget:,} |"
+            )
             assert told in DOCS.read_text(encoding="utf-8")
 
 
 def test_the_four_show_as_many_visual_tokens():
     found = matched([FOUR], "visual_tokens")
     assert [one.options for one in found] == [{}, {"queries": 64}, {"latents": 64}, {}]
-    assert [tokens_of(one) for one in costs(found)] == [one.after for one in found] == [64] * 4
+    assert (
+        [tokens_of(one) for one in costs(found)]
+        == [one.matched_budget for one in found]
+        == [64] * 4
+    )
 
 
 def test_two_do_as_many_operations():
     grid = "grid=connector.name=eva | connector.name=glu"
     found = matched(["recipe=yivl_llava", grid], "flops")
-    assert not found[0].why and not found[1].why
-    assert [one.flops for one in costs(found)] == [one.after for one in found]
-    assert within([one.after for one in found])
+    assert not found[0].mismatch_reason and not found[1].mismatch_reason
+    assert [one.flops for one in costs(found)] == [one.matched_budget for one in found]
+    assert within([one.matched_budget for one in found])
 
 
 @pytest.mark.parametrize("name", ["glu", "flamingo", "mixed", "c_abstractor"])
 def test_counts_are_those_of_the_whole_model(name):
-    recipe = recipes.load(["recipe=yivl_llava", f"connector.name={name}"])
-    frame, whole = Frame(recipe), cost(recipe)
+    recipe = recipes.load_recipe(["recipe=yivl_llava", f"connector.name={name}"])
+    frame, whole = ConnectorFrame(recipe), count_recipe_cost(recipe)
     options = {key: value for key, value in recipe.connector.items() if key != "name"}
-    built = frame.build(plugins.connector(name), options)
-    counted = {by: count(frame, built) for by, count in COUNTS.items()}
+    built = frame.build_connector(registry.load_connector(name), options)
+    counted = {by: count(frame, built) for by, count in BUDGET_COUNTS.items()}
     tokens = {"flamingo": whole.latents, "mixed": whole.tokens + whole.latents}
-    assert tuple(counted) == BUDGETS
+    assert tuple(counted) == MATCHABLE_BUDGETS
     assert counted == {
         "params": whole.parameters,
         "visual_tokens": tokens.get(name, whole.tokens),
@@ -109,9 +115,11 @@ def test_what_agrees_already_stays_as_it_is():
     found = matched(
         ["recipe=yivl_llava", "grid=connector.norm=true | connector.norm=false"], "params"
     )
-    assert [one.options for one in found] == [{}, {}] and not any(one.why for one in found)
+    assert [one.options for one in found] == [{}, {}] and not any(
+        one.mismatch_reason for one in found
+    )
     assert [one.row for one in found] == list(
-        parse(["recipe=yivl_llava", "grid=connector.norm=true | connector.norm=false"]).rows
+        parse_grid(["recipe=yivl_llava", "grid=connector.norm=true | connector.norm=false"]).rows
     )
 
 
@@ -122,26 +130,28 @@ def test_the_same_question_has_the_same_answer():
 
 def test_options_that_somebody_gave_are_left_alone():
     words = ["recipe=yivl_llava,yivl_qformer", "grid=connector.width=64 + connector.layers=2"]
-    with pytest.raises(Mistake, match="no option 'width'"):
-        parse(words)
+    with pytest.raises(UserError, match="no option 'width'"):
+        parse_grid(words)
     grid = "connector.name=qformer + connector.width=192 | connector.name=llava_mlp"
     qformer, llava = matched(["recipe=yivl_llava", f"grid={grid}"], "params")
-    assert "width" not in qformer.options and "connector.width=192" in qformer.row.words
-    assert within([qformer.after, llava.after]) and llava.options
-    whole = Row("whole", ("recipe=yivl_llava", "connector={name: llava_mlp, depth: 3}"))
-    other = Row("other", ("recipe=yivl_llava", "connector.mlp_ratio=2"))
-    for one in solve([whole, other], "params"):
+    assert "width" not in qformer.options and "connector.width=192" in qformer.row.overrides
+    assert within([qformer.matched_budget, llava.matched_budget]) and llava.options
+    whole = GridRow("whole", ("recipe=yivl_llava", "connector={name: llava_mlp, depth: 3}"))
+    other = GridRow("other", ("recipe=yivl_llava", "connector.mlp_ratio=2"))
+    for one in match_rows([whole, other], "params"):
         assert one.options == {}
 
 
 def test_a_row_that_cannot_is_named_and_the_others_match():
     grid = "grid=connector.name=linear | connector.name=eva | connector.name=qformer"
     linear, eva, qformer = found = matched(["recipe=yivl_llava", grid], "params")
-    assert linear.options == {} and within([eva.after, qformer.after])
-    assert linear.off == pytest.approx(1 - linear.before / max(eva.after, qformer.after))
-    said = table(found, "params")[-1]
+    assert linear.options == {} and within([eva.matched_budget, qformer.matched_budget])
+    assert linear.relative_distance == pytest.approx(
+        1 - linear.own_budget / max(eva.matched_budget, qformer.matched_budget)
+    )
+    said = format_match_table(found, "params")[-1]
     assert said == (
-        f"cannot: connector.name=linear is {100 * linear.off:.0f} % off: "
+        f"cannot: connector.name=linear is {100 * linear.relative_distance:.0f} % off: "
         "connector linear names no sizes"
     )
 
@@ -151,7 +161,7 @@ def drop(folder: Path, monkeypatch: pytest.MonkeyPatch, sizes: str) -> None:
     (folder / "connectors").mkdir()
     (folder / "connectors/mine.py").write_text(PLAIN.format(sizes=sizes))
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(plugins, "__path__", [str(folder / "connectors"), *plugins.__path__[1:]])
+    monkeypatch.setattr(registry, "__path__", [str(folder / "connectors"), *registry.__path__[1:]])
 
 
 GRID_OF_MINE = "grid=connector.name=mine | connector.name=eva | connector.name=qformer"
@@ -160,19 +170,19 @@ GRID_OF_MINE = "grid=connector.name=mine | connector.name=eva | connector.name=q
 def test_somebodys_own_connector_without_sizes_is_left_alone_and_named(tmp_path, monkeypatch):
     drop(tmp_path, monkeypatch, "")
     mine, *others = found = matched(["recipe=yivl_llava", GRID_OF_MINE], "params")
-    assert mine.options == {} and within([one.after for one in others])
-    assert "% off: connector mine names no sizes" in table(found, "params")[-1]
+    assert mine.options == {} and within([one.matched_budget for one in others])
+    assert "% off: connector mine names no sizes" in format_match_table(found, "params")[-1]
 
 
 def test_somebodys_own_sizes_are_used(tmp_path, monkeypatch):
     drop(tmp_path, monkeypatch, 'sizes = {"hidden": range(64, 8192, 64)}')
     found = matched(["recipe=yivl_llava", GRID_OF_MINE], "params")
-    assert found[0].options["hidden"] > 64 and within([one.after for one in found])
+    assert found[0].options["hidden"] > 64 and within([one.matched_budget for one in found])
 
 
 def test_sizes_must_be_options(tmp_path, monkeypatch):
     drop(tmp_path, monkeypatch, 'sizes = {"hiden": (64, 128)}')
-    with pytest.raises(Mistake, match="sizes has 'hiden', .* Did you mean 'hidden'"):
+    with pytest.raises(UserError, match="sizes has 'hiden', .* Did you mean 'hidden'"):
         matched(["recipe=yivl_llava", GRID_OF_MINE], "params")
 
 
@@ -199,8 +209,8 @@ def test_every_run_gets_what_was_found_and_the_plan_says_it(tmp_path, monkeypatc
             start(job)
             end(job, 1)
 
-    monkeypatch.setattr(run, "train", train)
-    monkeypatch.setattr(plan, "_probe", lambda *_: None)
+    monkeypatch.setattr(compare_command, "train", train)
+    monkeypatch.setattr(cost_estimate, "_probe", lambda *_: None)
     grid = "grid=connector.name=linear | connector.name=glu | connector.name=eva"
     words = ["recipe=yivl_llava", "seeds=2", "match=params", grid]
     assert main(["compare", *words]) == 1
@@ -216,5 +226,5 @@ def test_options_that_do_not_fit_are_told_with_their_row():
         "recipe=yivl_llava",
         "grid=connector.name=eva + connector.head_width=6 | connector.depth=1",
     ]
-    with pytest.raises(Mistake, match="row .*head_width=6: connector eva: head_width is 6"):
+    with pytest.raises(UserError, match="row .*head_width=6: connector eva: head_width is 6"):
         matched(words, "params")

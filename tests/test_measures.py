@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from vlbench.evaluate.measures import exact, normal, overlap, vqa_accuracy
+from vlbench.evaluate.answer_metrics import (
+    is_exact_match,
+    normalize_vqa_answer,
+    text_overlap,
+    vqa_accuracy,
+)
 
 GOLDEN = json.loads(
     (Path(__file__).parent / "goldens/evaluation/vqa.json").read_text(encoding="utf-8")
@@ -16,7 +21,7 @@ GOLDEN = json.loads(
 
 @pytest.mark.parametrize("case", GOLDEN["normal"], ids=lambda case: case["text"][:20] or "empty")
 def test_texts_are_normalised_as_the_reference_does(case):
-    assert normal(case["text"]) == case["normal"]
+    assert normalize_vqa_answer(case["text"]) == case["normal"]
 
 
 def test_vqa_accuracy_is_that_of_the_reference():
@@ -38,14 +43,14 @@ def test_a_single_answer_needs_one_that_agrees():
 
 
 def test_exact_is_word_for_word():
-    assert exact("red", ["blue", "red"])
-    assert not exact("Red", ["blue", "red"])
+    assert is_exact_match("red", ["blue", "red"])
+    assert not is_exact_match("Red", ["blue", "red"])
 
 
 def test_overlap_is_full_for_equal_texts_of_any_language_and_less_for_others():
-    equal = overlap(["a red ball", "红色的球"], [["a red ball"], ["红色的球"]])
+    equal = text_overlap(["a red ball", "红色的球"], [["a red ball"], ["红色的球"]])
     assert equal == {"f1": 100.0, "chrf": 100.0}
-    part = overlap(["a red ball", "红色的"], [["a blue ball"], ["红色的球"]])
+    part = text_overlap(["a red ball", "红色的"], [["a blue ball"], ["红色的球"]])
     assert 0 < part["f1"] < 100 and 0 < part["chrf"] < 100
-    several = overlap(["ball"], [["cube", "ball"]])
+    several = text_overlap(["ball"], [["cube", "ball"]])
     assert several["f1"] == 100.0

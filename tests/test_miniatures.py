@@ -14,17 +14,28 @@ import torch
 from safetensors import safe_open
 from transformers import LlamaForCausalLM
 
-import vlbench.model.tiny
-from vlbench.data.scene_text import ZH
-from vlbench.data.scene_world import COLOURS, UNSEEN
-from vlbench.data.template import YI_VL
+import vlbench.miniatures
+from vlbench.data.chat_template import YI_VL
+from vlbench.data.scene_text import CHINESE_WORDS
+from vlbench.data.scene_world import COLOURS, UNSEEN_PAIRS
 from vlbench.data.tokenizer import Tokenizer
-from vlbench.model.tiny import make_language, make_tokenizer, make_tower, pictures
-from vlbench.model.tiny.__main__ import FOLDERS
-from vlbench.model.tiny.begin import begin
-from vlbench.model.tiny.words import CELL, OVER, document, drill, facts
+from vlbench.miniatures import (
+    make_language_model,
+    make_tokenizer,
+    make_vision_encoder,
+    training_images,
+)
+from vlbench.miniatures.__main__ import PART_FOLDERS
+from vlbench.miniatures.attention_init import initialize_attention
+from vlbench.miniatures.training_text import (
+    CELL_SEPARATOR,
+    OVERLAY_SEPARATOR,
+    make_document,
+    make_drill,
+    make_facts,
+)
 
-TINY = Path(vlbench.model.tiny.__file__).parent
+TINY = Path(vlbench.miniatures.__file__).parent
 MANIFEST = json.loads((TINY / "manifest.json").read_text(encoding="utf-8"))
 
 
@@ -41,14 +52,14 @@ def language() -> LlamaForCausalLM:
 def test_files_are_those_recorded() -> None:
     found = {
         path.relative_to(TINY).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for folder in FOLDERS
+        for folder in PART_FOLDERS
         for path in (TINY / folder).iterdir()
     }
     assert found == MANIFEST["files"]
 
 
 def test_files_are_small_and_are_data() -> None:
-    files = [path for folder in FOLDERS for path in (TINY / folder).iterdir()]
+    files = [path for folder in PART_FOLDERS for path in (TINY / folder).iterdir()]
     assert sum(path.stat().st_size for path in files) <= 8e6
     assert {path.suffix for path in files} == {".safetensors", ".json", ".model"}
     for path in files:
@@ -74,13 +85,13 @@ def test_the_system_prompt_is_short_and_text_survives(tokenizer: Tokenizer) -> N
 
 
 def test_retrieval_among_96_captions(tokenizer: Tokenizer) -> None:
-    tower = make_tower.build(TINY / "tower").eval()
-    assert make_tower.retrieval(tower, tokenizer) >= 0.9
+    tower = make_vision_encoder.build_clip(TINY / "tower").eval()
+    assert make_vision_encoder.measure_retrieval(tower, tokenizer) >= 0.9
 
 
 def test_patch_features_tell_colour_and_shape() -> None:
-    tower = make_tower.build(TINY / "tower").eval()
-    figures = make_tower.probe(tower, scenes=600)
+    tower = make_vision_encoder.build_clip(TINY / "tower").eval()
+    figures = make_vision_encoder.linear_probe(tower, scene_count=600)
     recorded = MANIFEST["quality"]["tower"]
     assert figures["probe_colour"] >= recorded["probe_colour"] - 0.05
     assert figures["probe_shape"] >= recorded["probe_shape"] - 0.1
@@ -89,30 +100,37 @@ def test_patch_features_tell_colour_and_shape() -> None:
 
 def test_nothing_that_miniatures_learn_from_holds_an_unseen_pair() -> None:
     for step in (0, 1):
-        for scenes, captions in (pictures.single(step), pictures.whole(step)):
+        for scenes, captions in (
+            training_images.single_object_scenes(step),
+            training_images.whole_scenes(step),
+        ):
             assert len(scenes) == len(captions)
-            assert all(UNSEEN.get(t.colour) != t.shape for one in scenes for t in one.things)
-        near, captions = pictures.close(step, 36)
+            assert all(UNSEEN_PAIRS.get(t.colour) != t.shape for one in scenes for t in one.objects)
+        near, captions = training_images.make_close_ups(step, 36)
         assert len({*captions}) == 36 and {one.open().size for one in near} == {(56, 56)}
-        things = [one.scene.things[0] for one in near]
-        assert all(UNSEEN.get(t.colour) != t.shape for t in things)
+        things = [one.scene.objects[0] for one in near]
+        assert all(UNSEEN_PAIRS.get(t.colour) != t.shape for t in things)
     told = [
-        "".join(text for text, _ in make(seed, index)).replace(OVER, "")
-        for make in (document, drill, facts)
+        "".join(text for text, _ in make(seed, index)).replace(OVERLAY_SEPARATOR, "")
+        for make in (make_document, make_drill, make_facts)
         for seed in (0, 1)
         for index in range(150)
     ]
     assert sum("red star" in text for text in told) > 5
-    for colour, shape in UNSEEN.items():
-        pairs = (f"{colour} {shape}", f"{ZH[colour]}的{ZH[shape]}", f"{ZH[colour]}{ZH[shape]}")
+    for colour, shape in UNSEEN_PAIRS.items():
+        pairs = (
+            f"{colour} {shape}",
+            f"{CHINESE_WORDS[colour]}的{CHINESE_WORDS[shape]}",
+            f"{CHINESE_WORDS[colour]}{CHINESE_WORDS[shape]}",
+        )
         assert not any(pair in text for pair in pairs for text in told)
 
 
 def test_no_odd_colour_could_pass_for_that_of_an_unseen_pair() -> None:
     rng = random.Random(0)
-    for colour, shape in UNSEEN.items():
+    for colour, shape in UNSEEN_PAIRS.items():
         hue = colorsys.rgb_to_hsv(*COLOURS[colour])[0]
-        for odd in [pictures.odd_colour(rng, shape) for _ in range(100)]:
+        for odd in [training_images.draw_odd_colour(rng, shape) for _ in range(100)]:
             assert min(math.dist(odd, named) for named in COLOURS.values()) >= 40
             away = abs(colorsys.rgb_to_hsv(*odd)[0] - hue)
             assert max(odd) >= 120 if colour == "black" else min(away, 1 - away) * 360 >= 75
@@ -121,8 +139,10 @@ def test_no_odd_colour_could_pass_for_that_of_an_unseen_pair() -> None:
 def test_words_over_one_another_stand_at_one_position(
     tokenizer: Tokenizer, language: LlamaForCausalLM
 ) -> None:
-    text = f"{CELL} red{OVER} star{OVER} top{OVER} left{CELL} .{CELL}\n the star is"
-    ids, weights = make_language.encode(tokenizer, [[(text, False), (" red", True)]])
+    text = f"{CELL_SEPARATOR} red{OVERLAY_SEPARATOR} star{OVERLAY_SEPARATOR} top{OVERLAY_SEPARATOR} left{CELL_SEPARATOR} .{CELL_SEPARATOR}\n the star is"
+    ids, weights = make_language_model.encode_documents(
+        tokenizer, [[(text, False), (" red", True)]]
+    )
     plain = [*tokenizer.encode(" ."), *tokenizer.encode("\n the star is red")]
     assert ids.shape == (1, 1 + len(plain), 4)
     assert ids[0, 0].tolist() == [tokenizer.encode(f" {w}")[0] for w in "red star top left".split()]
@@ -131,19 +151,21 @@ def test_words_over_one_another_stand_at_one_position(
     with torch.no_grad():
         shuffled = ids[:, :, [0, 2, 1, 3]]
         assert torch.allclose(
-            make_language.read(language, ids), make_language.read(language, shuffled), atol=1e-5
+            make_language_model.compute_logits(language, ids),
+            make_language_model.compute_logits(language, shuffled),
+            atol=1e-5,
         )
 
 
 def test_perplexity(tokenizer: Tokenizer, language: LlamaForCausalLM) -> None:
-    measured = make_language.perplexity(language, tokenizer)
+    measured = make_language_model.measure_perplexity(language, tokenizer)
     assert measured <= 1.05 * MANIFEST["quality"]["language"]["perplexity"]
 
 
 def test_answers_about_scenes_told_in_words(
     tokenizer: Tokenizer, language: LlamaForCausalLM
 ) -> None:
-    figures = make_language.text_answers(language, tokenizer, count=100)
+    figures = make_language_model.measure_text_answers(language, tokenizer, chats_per_type=100)
     recorded = MANIFEST["quality"]["language"]["text_answers"]
     for kind, share in figures["text_answers"].items():
         assert share >= recorded[kind] - 0.02, kind
@@ -160,10 +182,10 @@ def test_language_model_has_the_architecture_of_yi(language: LlamaForCausalLM) -
 
 def test_a_new_language_model_begins_with_heads_that_look_back() -> None:
     torch.manual_seed(0)
-    model = LlamaForCausalLM(make_language.configuration())
-    begin(model)
+    model = LlamaForCausalLM(make_language_model.language_model_config())
+    initialize_attention(model)
     model.set_attn_implementation("eager")
-    ids = torch.randint(3, make_tokenizer.PIECES, (8, 24))
+    ids = torch.randint(3, make_tokenizer.VOCAB_SIZE, (8, 24))
     seen = model(input_ids=ids, output_attentions=True).attentions[0].mean(0)  # [heads, to, from]
     for head, back in enumerate((1, 2, 3)):
         nearest = seen[head].argmax(-1)[4:]

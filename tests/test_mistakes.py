@@ -64,11 +64,11 @@ def connector_file(folder: Path, source: str) -> list[str]:
 
 def other_run(folder: Path) -> list[str]:
     """Name a run folder that another recipe made."""
-    from vlbench import recipe as recipes
+    from vlbench.config import recipe as recipes
 
     (folder / "old").mkdir()
-    made = recipes.load(["recipe=yivl_llava", "seed=7"])
-    recipes.save(made, folder / "old" / "recipe.yaml")
+    made = recipes.load_recipe(["recipe=yivl_llava", "seed=7"])
+    recipes.save_recipe(made, folder / "old" / "recipe.yaml")
     return [*FIT, f"run={folder / 'old'}"]
 
 
@@ -95,7 +95,7 @@ TABLE: list[tuple[str, Callable[[Path], list[str]], str]] = [
     ("misspelt part", lambda f: [*FIT, "stages.chat.train.langauge.lr=1e-3"], "langauge.*language"),
     ("wrong type", lambda f: [*FIT, "stages.chat.steps=many"], "stages.chat.steps.*many"),
     ("half a step", lambda f: [*FIT, "stages.chat.steps=1.5"], "stages.chat.steps.*1.5"),
-    ("out of range", lambda f: [*FIT, "stages.chat.batch=-5"], "stages.chat.batch.*-5"),
+    ("out of range", lambda f: [*FIT, "stages.chat.global_batch_size=-5"], "stages.chat.batch.*-5"),
     ("not a number", lambda f: [*FIT, "stages.chat.train.connector.lr=nan"], "lr.*nan"),
     ("no equals sign", lambda f: [*FIT, "seed"], "seed"),
     ("unknown recipe", lambda f: ["fit", "recipe=yivl_lava"], "yivl_lava.*'yivl_llava'"),
@@ -164,7 +164,10 @@ def test_a_mistake_gets_one_clear_line(
 
 
 def test_all_mistakes_are_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*FIT, "sede=1", "stages.chat.batch=0", "connector.dept=2", "size=tiny"]) == 2
+    assert (
+        main([*FIT, "sede=1", "stages.chat.global_batch_size=0", "connector.dept=2", "size=tiny"])
+        == 2
+    )
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 3
     assert all(word in said for word in ("sede", "batch", "dept"))
@@ -175,10 +178,10 @@ def test_a_full_disk_is_one_line_and_earlier_checkpoints_stay(
 ) -> None:
     import errno
 
-    from vlbench.model.weights import shards
-    from vlbench.train import checkpoint
+    from vlbench.model.weights import tensor_files
+    from vlbench.train import checkpoint_files
 
-    whole, saves = shards.save_file, []
+    whole, saves = tensor_files.save_file, []
 
     def full(state: object, path: Path, **options: object) -> None:
         saves.append(path)
@@ -186,12 +189,12 @@ def test_a_full_disk_is_one_line_and_earlier_checkpoints_stay(
             raise OSError(errno.ENOSPC, "No space left on device")
         whole(state, path, **options)
 
-    monkeypatch.setattr(shards, "save_file", full)
+    monkeypatch.setattr(tensor_files, "save_file", full)
     steps = [f"stages.{n}.{k}" for n in ("align_224", "align_448", "chat") for k in ("batch=2",)]
     assert main([*FIT, *QUICK, *steps, f"run={tmp_path / 'run'}"]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "disk is full" in said
-    assert len(checkpoint.positions(tmp_path / "run" / "checkpoints")) == 1
+    assert len(checkpoint_files.list_positions(tmp_path / "run" / "checkpoints")) == 1
     assert not list((tmp_path / "run" / "checkpoints").glob(".writing*"))
 
 
@@ -204,8 +207,8 @@ def test_odd_pictures_are_handled_not_refused(tmp_path: Path) -> None:
     Image.new("RGB", (30000, 2), "blue").save(tmp_path / "strip.png")
     names = ("cmyk.jpg", "sixteen.png", "moving.gif", "dot.png", "strip.png")
     records = [record(name) | {"id": name} for name in names]
-    words = [*data(tmp_path, *records), "data.on_bad=stop", f"run={tmp_path / 'run'}"]
-    small = [f"stages.{name}.batch=5" for name in ("align_224", "align_448", "chat")]
+    words = [*data(tmp_path, *records), "data.on_bad_sample=stop", f"run={tmp_path / 'run'}"]
+    small = [f"stages.{name}.global_batch_size=5" for name in ("align_224", "align_448", "chat")]
     assert main([*words, *small]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["questions"] == len(names)
@@ -217,9 +220,9 @@ def test_bad_samples_of_a_large_set_are_left_out_counted_and_named(
     records = [record() | {"id": f"good{n}"} for n in range(12)] + [record("no.png")]
     records += [record("no.png") | {"id": "two"}]  # not met by so few steps
     words = [*data(tmp_path, *records), f"run={tmp_path / 'run'}", "log.questions=4"]
-    small = [f"stages.{name}.batch=4" for name in ("align_224", "align_448", "chat")]
+    small = [f"stages.{name}.global_batch_size=4" for name in ("align_224", "align_448", "chat")]
     for _ in range(2):  # the second time it is finished
-        assert main([*words, *small, "data.on_bad=quarantine"]) == 0
+        assert main([*words, *small, "data.on_bad_sample=quarantine"]) == 0
         assert "2 bad samples left out (one: " in capsys.readouterr().out
         lines = (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
         assert [json.loads(line)["id"] for line in lines] == ["one", "two"]

@@ -10,17 +10,21 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from small import batch_of, sample, small_vlm
+from small import make_batch, make_sample, small_vlm
 from test_vlm import assert_same
 from torch.utils.data import DataLoader
 
-from vlbench import plugins
-from vlbench import recipe as recipes
 from vlbench.__main__ import main
-from vlbench.data.scene_world import scene
-from vlbench.data.steps import Step
-from vlbench.schema import Train
-from vlbench.train.module import Training, freeze, learning_rate_factor
+from vlbench.config import recipe as recipes
+from vlbench.config.schema import PartTrainConfig
+from vlbench.connector import registry
+from vlbench.data.batch_sampler import OptimizerStep
+from vlbench.data.scene_world import make_scene
+from vlbench.train.training_module import (
+    VLMTrainingModule,
+    freeze_untrained_parts,
+    learning_rate_factor,
+)
 
 
 def test_the_rate_rises_to_its_peak_then_falls_to_nothing() -> None:
@@ -41,7 +45,7 @@ def test_no_warm_up_starts_at_the_peak() -> None:
     assert learning_rate_factor(0, 10, 0.0, "cosine") == 1.0
 
 
-class Uncounted(plugins.connector("linear")):
+class Uncounted(registry.load_connector("linear")):
     """A connector with a loss, a mean over pictures, that no `counts` tells of."""
 
     def losses(self, features, visual, batch):
@@ -51,15 +55,21 @@ class Uncounted(plugins.connector("linear")):
 
 
 def test_a_loss_that_is_not_counted_ahead_does_not_depend_on_the_micro_batches() -> None:
-    samples = [sample(1, images=3), sample(2, images=0), sample(3), sample(4, words=9), sample(5)]
+    samples = [
+        make_sample(1, images=3),
+        make_sample(2, images=0),
+        make_sample(3),
+        make_sample(4, words=9),
+        make_sample(5),
+    ]
     found = []
     for rows in ([samples], [[one] for one in samples], [samples[:2], samples[2:]]):
         vlm = small_vlm(Uncounted).double()
-        stage = recipes.load(["recipe=yivl_llava"]).stages["align_224"]
-        stage = replace(stage, train={"connector": Train(lr=1e-9)}, clip=None)
-        freeze(vlm, stage)
-        step = Step(0, [batch_of(vlm, [row]).to("cpu", torch.float64) for row in rows])
-        training = Training(vlm, stage, 1, 0, seed=3)
+        stage = recipes.load_recipe(["recipe=yivl_llava"]).stages["align_224"]
+        stage = replace(stage, train={"connector": PartTrainConfig(lr=1e-9)}, clip=None)
+        freeze_untrained_parts(vlm, stage)
+        step = OptimizerStep(0, [make_batch(vlm, [row]).to("cpu", torch.float64) for row in rows])
+        training = VLMTrainingModule(vlm, stage, 1, 0, seed=3)
         trainer = pl.Trainer(accelerator="cpu", max_steps=1, barebones=True)
         trainer.fit(training, DataLoader([step], batch_size=None))
         grads = {n: p.grad for n, p in vlm.connector.named_parameters()}
@@ -74,7 +84,7 @@ def test_a_connectors_own_loss_does_not_depend_on_the_micro_batches(tmp_path, mo
     records = []
     for number, pictures in enumerate(([1, 2, 3], [4], [], [5])):
         for one in pictures:
-            scene("module", 0, one).open().save(f"{one}.png")
+            make_scene("module", 0, one).open().save(f"{one}.png")
         tags = "<image>\n" * len(pictures)
         turns = [{"from": "human", "value": f"{tags}What?"}, {"from": "gpt", "value": "One."}]
         images = [f"{one}.png" for one in pictures]
@@ -83,9 +93,16 @@ def test_a_connectors_own_loss_does_not_depend_on_the_micro_batches(tmp_path, mo
     norms = []
     for rows in (16, 100_000):
         words = ["recipe=yivl_eva", "only=chat", "stages.chat.steps=1", f"run=rows{rows}"]
-        words += ["stages.chat.batch=4", f"stages.chat.row_tokens={rows}", "log.questions=2"]
+        words += [
+            "stages.chat.global_batch_size=4",
+            f"stages.chat.max_tokens_per_row={rows}",
+            "log.questions=2",
+        ]
         words += ["data.train=data.json", "data.images=."]
-        assert main(["fit", *words, "log.every=1", "log.examples=0", "log.tensorboard=false"]) == 0
+        assert (
+            main(["fit", *words, "log.every_n_steps=1", "log.examples=0", "log.tensorboard=false"])
+            == 0
+        )
         with (tmp_path / f"rows{rows}" / "metrics.csv").open() as file:
             norms.append([float(row["grad_norm"]) for row in csv.DictReader(file)])
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)

@@ -11,12 +11,12 @@ from released import CHECKPOINT
 from safetensors.torch import load_file, save_file
 from small import small_vlm
 
-from vlbench import plugins
 from vlbench.__main__ import main
-from vlbench.mistakes import Trouble
-from vlbench.model.generate import NOT_FINITE, pick
-from vlbench.model.past import Past
-from vlbench.model.static import Step
+from vlbench.connector import registry
+from vlbench.errors import EnvironmentFailure
+from vlbench.model.generation.generate import NONFINITE_ID, sample_next_ids
+from vlbench.model.generation.prefix_cache import PrefixCache
+from vlbench.model.generation.static_cache import CompiledDecodeStep
 from vlbench.model.vlm import VLM
 
 SAID = "^the model's logits are not finite: "
@@ -25,14 +25,14 @@ WAYS = {
     "greedy": {},
     "drawn": {"temperature": 1.0, "top_p": 0.9},
     "compiled": {"compiled": True},
-    "talk": {"past": Past()},
+    "talk": {"past": PrefixCache()},
 }
 
 
 def small(value: float, name: str = "model.layers.1.mlp.up_proj.weight") -> VLM:
-    vlm = small_vlm(plugins.connector("llava_mlp")).eval()
+    vlm = small_vlm(registry.load_connector("llava_mlp")).eval()
     vlm.language.get_parameter(name).data[3, 2] = value
-    vlm.step = Step("eager")
+    vlm.decode_step = CompiledDecodeStep("eager")
     return vlm
 
 
@@ -41,19 +41,23 @@ def small(value: float, name: str = "model.layers.1.mlp.up_proj.weight") -> VLM:
 def test_the_weight_that_holds_no_number_is_named(way, value):
     vlm = small(value)
     line = f"{SAID}its weight language.model.layers.1.mlp.up_proj.weight holds nan or inf$"
-    with pytest.raises(Trouble, match=line):
+    with pytest.raises(EnvironmentFailure, match=line):
         vlm.generate(vlm.prepare(ASKED), max_new_tokens=4, **way)
 
 
 def test_numbers_that_became_too_large_are_told_from_broken_weights():
     vlm = small(1.0)
     vlm.language.lm_head.weight.data[7] = 3e38
-    with pytest.raises(Trouble, match=f"{SAID}all its weights are finite, so numbers became"):
+    with pytest.raises(
+        EnvironmentFailure, match=f"{SAID}all its weights are finite, so numbers became"
+    ):
         vlm.chat(ASKED)
     vlm.language.lm_head.weight.data[7] = 6e4
     vlm.language.model.norm.weight.data.fill_(900.0)
     vlm.half()
-    with pytest.raises(Trouble, match=f"{SAID}all its weights are finite.* dtype=bf16 or dtype="):
+    with pytest.raises(
+        EnvironmentFailure, match=f"{SAID}all its weights are finite.* dtype=bf16 or dtype="
+    ):
         vlm.chat(ASKED)
 
 
@@ -62,9 +66,11 @@ def test_other_rows_and_impossible_tokens_are_chosen_from_as_ever(temperature):
     nothing, never = float("nan"), float("-inf")
     logits = torch.tensor([[0.0, never, 9e9], [nothing, 0.0, 1.0], [0.0, float("inf"), 1.0]])
     drawn = torch.Generator().manual_seed(0)
-    ids = pick(logits, temperature, 1.0, drawn)
-    assert ids.tolist() == [2, NOT_FINITE, NOT_FINITE]
-    assert pick(torch.full((1, 3), never), temperature, 1.0, drawn).tolist() == [NOT_FINITE]
+    ids = sample_next_ids(logits, temperature, 1.0, drawn)
+    assert ids.tolist() == [2, NONFINITE_ID, NONFINITE_ID]
+    assert sample_next_ids(torch.full((1, 3), never), temperature, 1.0, drawn).tolist() == [
+        NONFINITE_ID
+    ]
 
 
 @pytest.mark.parametrize("words", [[], ["temperature=1"]])

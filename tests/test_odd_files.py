@@ -6,17 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from released import CHECKPOINT, TOWER, copy, edit
+from released import CHECKPOINT, TOWER, copy_checkpoint, edit_json
 
 import vlbench
 from vlbench.__main__ import main
-from vlbench.mistakes import Mistake
+from vlbench.errors import UserError
 
 SHARD = "model-00003-of-00007.safetensors"
 
 
 def config_change(where: str = ".", **changes: object) -> Callable[[Path], None]:
-    return lambda folder: edit(folder / where / "config.json", **changes)
+    return lambda folder: edit_json(folder / where / "config.json", **changes)
 
 
 ODD = {
@@ -29,15 +29,15 @@ ODD = {
     "no heads": (config_change(num_key_value_heads=0), "config.json: num_key_value_heads is 0"),
     "no patch": (config_change(TOWER, patch_size=0), "config.json: patch_size is 0"),
     "named resample": (
-        lambda f: edit(f / TOWER / "preprocessor_config.json", resample="bicubic"),
+        lambda f: edit_json(f / TOWER / "preprocessor_config.json", resample="bicubic"),
         "resample is 'bicubic'; only 3",
     ),
     "mean": (
-        lambda f: edit(f / TOWER / "preprocessor_config.json", image_mean=0.5),
+        lambda f: edit_json(f / TOWER / "preprocessor_config.json", image_mean=0.5),
         "image_mean is 0.5; wanted are three",
     ),
     "deviation": (
-        lambda f: edit(f / TOWER / "preprocessor_config.json", image_std=[0.5, 0.5, 0]),
+        lambda f: edit_json(f / TOWER / "preprocessor_config.json", image_std=[0.5, 0.5, 0]),
         "image_std is .*0 is none",
     ),
     "empty index": (
@@ -70,15 +70,15 @@ ODD |= {
 
 @pytest.mark.parametrize(("change", "words"), ODD.values(), ids=ODD)
 def test_odd_values_and_files_are_named_too(change, words, tmp_path):
-    folder = copy(tmp_path / "model")
+    folder = copy_checkpoint(tmp_path / "model")
     change(folder)
-    with pytest.raises(Mistake, match=words) as caught:
+    with pytest.raises(UserError, match=words) as caught:
         vlbench.load(folder)
     assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_mark_of_byte_order_is_no_part_of_a_file(tmp_path):
-    folder = copy(tmp_path / "model")
+    folder = copy_checkpoint(tmp_path / "model")
     for name in ("config.json", "tokenizer_config.json", f"{TOWER}/preprocessor_config.json"):
         (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
     assert vlbench.load(folder).template.name == "yi_vl"

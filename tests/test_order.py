@@ -8,9 +8,9 @@ from collections import Counter
 
 import pytest
 
-from vlbench.data.order import Mixture, Order
-from vlbench.data.sample import Sample
-from vlbench.mistakes import Mistake
+from vlbench.data.sample_encoding import Sample
+from vlbench.data.shuffle import FeistelShuffle, SourceMixture
+from vlbench.errors import UserError
 
 
 class Numbers:
@@ -29,13 +29,13 @@ class Numbers:
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 16, 17, 100, 1000, 4097])
 def test_an_order_is_a_permutation(count):
     for seed in (0, 1, "text"):
-        order = Order(count, seed)
+        order = FeistelShuffle(count, seed)
         assert sorted(map(order, range(count))) == list(range(count))
 
 
 def test_orders_differ_by_seed_and_look_shuffled():
-    first, second = ([Order(10_000, seed)(n) for n in range(10_000)] for seed in (1, 2))
-    assert first == [Order(10_000, 1)(n) for n in range(10_000)]
+    first, second = ([FeistelShuffle(10_000, seed)(n) for n in range(10_000)] for seed in (1, 2))
+    assert first == [FeistelShuffle(10_000, 1)(n) for n in range(10_000)]
     assert sum(a == b for a, b in zip(first, second, strict=True)) < 20
     mean = sum((n - 4999.5) * (value - 4999.5) for n, value in enumerate(first)) / 10_000
     assert abs(mean) / (10_000**2 / 12) < 0.05  # no correlation with the position
@@ -44,7 +44,7 @@ def test_orders_differ_by_seed_and_look_shuffled():
 
 
 def test_a_huge_order_needs_no_list():
-    order = Order(10**9, 7)
+    order = FeistelShuffle(10**9, 7)
     seen = {order(position) for position in range(2000)}
     assert len(seen) == 2000 and all(0 <= index < 10**9 for index in seen)
     assert min(seen) < 10**7 and max(seen) > 10**9 - 10**7
@@ -53,12 +53,14 @@ def test_a_huge_order_needs_no_list():
 @pytest.mark.parametrize("position", [-1, 5])
 def test_positions_outside_are_refused(position):
     with pytest.raises(IndexError, match="of an order of 5"):
-        Order(5, 0)(position)
+        FeistelShuffle(5, 0)(position)
 
 
 def test_weights_say_how_often_a_sample_is_met():
-    mixture = Mixture([(Numbers("a", 10), 2), (Numbers("b", 20), 0.5), (Numbers("c", 7), 1)], 3)
-    assert mixture.epoch == len(mixture) == 20 + 10 + 7
+    mixture = SourceMixture(
+        [(Numbers("a", 10), 2), (Numbers("b", 20), 0.5), (Numbers("c", 7), 1)], 3
+    )
+    assert mixture.epoch_samples == len(mixture) == 20 + 10 + 7
     one, two = (Counter(mixture[epoch * 37 + n].id for n in range(37)) for epoch in range(2))
     assert {one[f"a{n}"] for n in range(10)} == {2} and {one[f"c{n}"] for n in range(7)} == {1}
     assert sum(one[f"b{n}"] for n in range(20)) == 10
@@ -67,7 +69,7 @@ def test_weights_say_how_often_a_sample_is_met():
 
 def test_epochs_and_seeds_have_their_own_orders():
     def stream(seed: int, positions: range) -> list[str]:
-        mixture = Mixture([(Numbers("a", 50), 1), (Numbers("b", 50), 1)], seed)
+        mixture = SourceMixture([(Numbers("a", 50), 1), (Numbers("b", 50), 1)], seed)
         return [mixture[position].id for position in positions]
 
     assert stream(1, range(100)) == stream(1, range(100))
@@ -78,7 +80,7 @@ def test_epochs_and_seeds_have_their_own_orders():
 
 
 def test_a_mixture_travels_to_a_worker():
-    mixture = Mixture([(Numbers("a", 5), 1.5)], 0)
+    mixture = SourceMixture([(Numbers("a", 5), 1.5)], 0)
     copy = pickle.loads(pickle.dumps(mixture))
     assert [copy[n].id for n in range(20)] == [mixture[n].id for n in range(20)]
 
@@ -94,5 +96,5 @@ def test_a_mixture_travels_to_a_worker():
     ],
 )
 def test_bad_mixtures_are_refused(sources, words):
-    with pytest.raises(Mistake, match=words):
-        Mixture(sources, 0)
+    with pytest.raises(UserError, match=words):
+        SourceMixture(sources, 0)

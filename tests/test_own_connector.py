@@ -38,8 +38,13 @@ def test_a_mistake_is_one_line(mistake, tmp_path, monkeypatch, capsys):
     (tmp_path / "connectors").mkdir()
     (tmp_path / "connectors/mine.py").write_text(FILE.replace(right, wrong))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("vlbench.plugins.__path__", [str(tmp_path / "connectors")])
-    words = ["connector.name=mine", "only=chat", "stages.chat.steps=1", "stages.chat.batch=4"]
+    monkeypatch.setattr("vlbench.connector.registry.__path__", [str(tmp_path / "connectors")])
+    words = [
+        "connector.name=mine",
+        "only=chat",
+        "stages.chat.steps=1",
+        "stages.chat.global_batch_size=4",
+    ]
     words += ["stages.chat.image_size=56", "data.workers=0", "log.tensorboard=false"]
     assert main(["fit", "recipe=yivl_llava", *words]) == 2
     told = capsys.readouterr().err

@@ -14,18 +14,18 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from vlbench import recipe as recipes
 from vlbench.__main__ import main
-from vlbench.compare.cases import cases
-from vlbench.compare.costs import frontier
-from vlbench.compare.curves import series, tables
-from vlbench.compare.findings import Findings, find
-from vlbench.compare.markdown import markdown
-from vlbench.compare.page import page
-from vlbench.compare.runs import load
-from vlbench.data.scenes import held_out
+from vlbench.compare.report.analysis import ComparisonResult, analyze_runs
+from vlbench.compare.report.disagreements import find_disagreements
+from vlbench.compare.report.finished_runs import load_finished_run
+from vlbench.compare.report.html_report import render_html
+from vlbench.compare.report.markdown_report import render_markdown
+from vlbench.compare.report.metric_curves import load_row_metrics, series_by_stage
+from vlbench.compare.report.row_costs import pareto_frontier
+from vlbench.config import recipe as recipes
+from vlbench.data.scene_dataset import held_out_questions
 
-QUESTIONS = held_out("new")[:60]
+QUESTIONS = held_out_questions("new")[:60]
 EVIL = "<script>alert('x')</script> & \ud800"
 
 
@@ -33,7 +33,7 @@ def run(folder: Path, chance: float, seed: int, *words: str) -> Path:
     """Make a finished run about rendered scenes whose answers are right with `chance`."""
     folder.mkdir(parents=True)
     words = ("recipe=yivl_llava", f"seed={seed}", f"run={folder}", *words)
-    recipes.save(recipes.load(list(words)), folder / "recipe.yaml")
+    recipes.save_recipe(recipes.load_recipe(list(words)), folder / "recipe.yaml")
     rng = random.Random(f"{seed} {words[3:]}")
     lines = []
     for one in QUESTIONS:
@@ -88,19 +88,19 @@ def diagnose(folder: Path, **changes: object) -> None:
 
 
 @pytest.fixture(scope="module")
-def findings(tmp_path_factory) -> Findings:
+def findings(tmp_path_factory) -> ComparisonResult:
     home, folders = tmp_path_factory.mktemp("runs"), []
     for seed in range(3):
         folders.append(run(home / f"llava/{seed}", 0.85, seed))
         folders.append(run(home / f"linear/{seed}", 0.5, seed, "connector.name=linear"))
         train(folders[-2], 1.0 + seed, "gate_attn_0", "gate_ff_0")
     diagnose(folders[0])
-    return find([load(folder) for folder in folders])
+    return analyze_runs([load_finished_run(folder) for folder in folders])
 
 
 @pytest.fixture(scope="module")
 def written(findings) -> str:
-    return page(findings)
+    return render_html(findings)
 
 
 def text_of(written: str) -> str:
@@ -111,17 +111,17 @@ def text_of(written: str) -> str:
 
 def test_the_page_holds_what_the_markdown_holds(findings, written):
     seen = text_of(written)
-    for cell in re.findall(r"[^|\n]+", markdown(findings).replace("`", "")):
+    for cell in re.findall(r"[^|\n]+", render_markdown(findings).replace("`", "")):
         cell = cell.strip().removeprefix("- ")
         if cell and not re.fullmatch(r"[-:]+|s|shuffled|#.*|What differs:", cell):
             assert cell in seen, cell
     for row in findings.rows:
         assert f"{row.name} {row.accuracy:.3f} {row.low:.3f} to {row.high:.3f}" in seen
-    assert findings.verdict in seen and "llava_mlp answers 8" in seen
+    assert findings.verdict_sentence in seen and "llava_mlp answers 8" in seen
 
 
 def test_it_is_one_file_and_the_same_every_time(findings, written):
-    assert written == page(findings)
+    assert written == render_html(findings)
     targets = re.findall(r"""(?:src|href|action|data)\s*=\s*["']([^"']*)""", written)
     targets += re.findall(r"url\(([^)]*)\)", written) + re.findall(r"@import.*", written)
     assert targets and all(one.startswith(("#", "data:image/png;base64,")) for one in targets)
@@ -154,7 +154,7 @@ def test_one_row_of_one_seed_without_anything_is_said(tmp_path):
     lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     bare = [{**line, "type": "", "language": "", "truth": "?"} for line in lines]
     (folder / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in bare))
-    seen = text_of(page(find([load(folder)])))
+    seen = text_of(render_html(analyze_runs([load_finished_run(folder)])))
     for sentence in (
         "One seed: what another run would give is not known.",
         "There is no other row to compare it with.",
@@ -179,7 +179,7 @@ def test_pictures_of_other_data_are_missing_and_that_is_said_once(tmp_path):
     words = ("data.train=gone.json", "data.val=gone.json")
     folders = [run(tmp_path / "a", 0.9, 0, *words)]
     folders += [run(tmp_path / "b", 0.5, 0, "connector.name=linear", *words)]
-    written = page(find([load(folder) for folder in folders]))
+    written = render_html(analyze_runs([load_finished_run(folder) for folder in folders]))
     assert text_of(written).count("gone.json: there is no such file") == 1
     assert "data:image/png;base64" not in written and "new-" in text_of(written)
 
@@ -200,8 +200,10 @@ def test_versions_questions_and_failures_are_warned_of(tmp_path):
     results = json.loads((folders[1] / "results.json").read_text())
     results["budget"]["flops"] *= 2
     (folders[1] / "results.json").write_text(json.dumps(results))
-    found = find([load(folder) for folder in folders], {tmp_path / "c": "out of memory"})
-    for text in (markdown(found), text_of(page(found))):
+    found = analyze_runs(
+        [load_finished_run(folder) for folder in folders], {tmp_path / "c": "out of memory"}
+    )
+    for text in (render_markdown(found), text_of(render_html(found))):
         assert (
             "made with different versions: torch (2.0, 2.1); "
             "weights of language (0000000000, 1111111111)." in text
@@ -213,31 +215,33 @@ def test_versions_questions_and_failures_are_warned_of(tmp_path):
 
 def test_only_what_nothing_else_beats_is_on_the_frontier():
     points = [(3.0, 0.9), (1.0, 0.5), (2.0, 0.4), (2.0, 0.7), (4.0, 0.9), (5.0, 0.95)]
-    assert frontier(points) == [1, 3, 0, 5]
-    assert frontier([(1.0, 0.5), (1.0, 0.5)]) == [0, 1] and frontier([]) == []
+    assert pareto_frontier(points) == [1, 3, 0, 5]
+    assert pareto_frontier([(1.0, 0.5), (1.0, 0.5)]) == [0, 1] and pareto_frontier([]) == []
 
 
 def test_wins_are_the_questions_on_which_most_seeds_part(findings):
     better, worse = findings.rows
     for one, other in ((better, worse), (worse, better)):
-        found = cases(one, other, findings.questions)
+        found = find_disagreements(one, other, findings.questions)
         won, lost = one.right.sum(axis=0), other.right.sum(axis=0)
         assert found.count == np.sum((won >= 2) & (lost <= 1))
         clearest = sorted(zip(lost - won, findings.questions, strict=True), key=lambda x: x[0])
-        assert [case.id for case in found.shown][:1] == [clearest[0][1]]
+        assert [case.question_id for case in found.shown][:1] == [clearest[0][1]]
         assert len(found.shown) == min(6, found.count)
         for case in found.shown:
-            right = [[mark for _, marks in row.said for mark in marks] for row in case.answers]
+            right = [
+                [mark for _, marks in row.grouped_answers for mark in marks] for row in case.answers
+            ]
             assert sum(right[0]) >= 2 and sum(right[1]) <= 1 and len(right[0]) == 3
 
 
 def test_curves_are_means_over_seeds_stage_by_stage(findings):
-    found = tables(findings.rows[0])
-    held_out = series(found, "held_out_loss")
+    found = load_row_metrics(findings.rows[0])
+    held_out = series_by_stage(found, "held_out_loss")
     assert list(held_out) == ["align", "chat"] and held_out["chat"].steps == [20, 40]
     assert held_out["chat"].mean == [2.0, 2.0]
     assert held_out["chat"].low == [1.0, 1.0] and held_out["chat"].high == [3.0, 3.0]
-    assert series(found, "loss")["align"].steps == [10, 20, 30, 40]
+    assert series_by_stage(found, "loss")["align"].steps == [10, 20, 30, 40]
 
 
 def test_the_verb_writes_both_forms(tmp_path, capsys):
@@ -267,7 +271,7 @@ def test_mistakes_are_one_line(words, message, tmp_path, capsys, monkeypatch):
 def test_a_model_that_does_not_look_at_all_is_shown_without_its_tokens(tmp_path):
     folder = run(tmp_path / "a", 0.9, 0)
     diagnose(folder, tokens=None, effective=None, attention=None)
-    text = page(find([load(folder)]))
+    text = render_html(analyze_runs([load_finished_run(folder)]))
     assert "Where the answer comes from" in text and "visual tokens are used" not in text
 
 

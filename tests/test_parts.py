@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub.client import offline
-from released import CHECKPOINT, edit
+from hub.client import go_offline
+from released import CHECKPOINT, edit_json
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -20,15 +20,20 @@ from transformers import (
 )
 
 import vlbench
-from vlbench import recipe as recipes
 from vlbench.__main__ import main
+from vlbench.config import recipe as recipes
 from vlbench.data.tokenizer import Tokenizer
-from vlbench.mistakes import Mistake
-from vlbench.model.attention import PACKED
-from vlbench.model.compose import compose
-from vlbench.model.language import build_language, config_of, load_language, random_language
-from vlbench.model.vision import build_tower
-from vlbench.model.weights import clip
+from vlbench.errors import UserError
+from vlbench.model.build_vlm import build_vlm
+from vlbench.model.language_model import (
+    build_language_model,
+    build_random_language,
+    load_language_model,
+    named_language_config,
+)
+from vlbench.model.packed_attention import PACKED_ATTENTION
+from vlbench.model.vision_encoder import build_vision_encoder
+from vlbench.model.weights import clip_layouts
 
 TEXTS = json.loads((CHECKPOINT.parents[1] / "tokenizer_cases.json").read_text(encoding="utf-8"))
 
@@ -43,14 +48,14 @@ def count(module: torch.nn.Module) -> int:
 )
 def test_real_sizes_have_the_published_numbers_of_parameters(size, language, projector):
     words = ["recipe=yivl_llava", f"size={size}"]
-    recipe = recipes.load([*words, "vision.weights=random", "language.weights=random"])
+    recipe = recipes.load_recipe([*words, "vision.weights=random", "language.weights=random"])
     with torch.device("meta"):  # no memory is taken
-        vlm = compose(recipe, 224)
+        vlm = build_vlm(recipe, 224)
         tower = count(vlm.vision)
-        vlm.resize(448)
+        vlm.set_image_size(448)
     assert count(vlm.language) == language and count(vlm.connector) == projector
     assert tower == 632_076_800  # open_clip's visual, with its projection
-    as_published = clip.to_hugging_face(vlm.vision.visual)
+    as_published = clip_layouts.to_hf_state_dict(vlm.vision.visual)
     assert sum(tensor.numel() for tensor in as_published.values()) == 631_749_120
     assert vlm.connector.tokens_per_image == 1024
 
@@ -80,8 +85,8 @@ def llama(folder: Path, tied: bool = False, **options) -> LlamaForCausalLM:
 @torch.no_grad()
 def test_any_llama_folder_is_a_language_model(tied, options, tmp_path):
     theirs = llama(tmp_path, tied, **options)
-    ours = build_language("yi-6b", str(tmp_path)).eval()
-    assert ours.config._attn_implementation == PACKED
+    ours = build_language_model("yi-6b", str(tmp_path)).eval()
+    assert ours.config._attn_implementation == PACKED_ATTENTION
     ids = torch.arange(20)[None]
     assert torch.allclose(ours(ids).logits, theirs(ids).logits, atol=1e-5)
     assert ours.generation_config.eos_token_id == [2, 7]
@@ -92,7 +97,12 @@ def test_a_tied_language_model_trains_and_is_exported(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     llama(tmp_path / "llama", tied=True)
     words = [f"language.weights={tmp_path / 'llama'}", "only=chat", "stages.chat.steps=2"]
-    words += ["stages.chat.batch=4", "log.questions=4", "log.tensorboard=false", "run=run"]
+    words += [
+        "stages.chat.global_batch_size=4",
+        "log.questions=4",
+        "log.tensorboard=false",
+        "run=run",
+    ]
     assert main(["fit", "recipe=yivl_llava", *words]) == 0
     ask = [{"role": "user", "content": "Hello"}]
     ours = vlbench.load("run")
@@ -106,9 +116,9 @@ def test_a_tied_language_model_trains_and_is_exported(tmp_path, monkeypatch):
 
 def test_another_architecture_is_refused(tmp_path):
     llama(tmp_path)
-    edit(tmp_path / "config.json", model_type="qwen2")
-    with pytest.raises(Mistake, match="model_type is 'qwen2'.*Yi-1.5"):
-        build_language("yi-6b", str(tmp_path))
+    edit_json(tmp_path / "config.json", model_type="qwen2")
+    with pytest.raises(UserError, match="model_type is 'qwen2'.*Yi-1.5"):
+        build_language_model("yi-6b", str(tmp_path))
 
 
 SMALLEST = {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 6}
@@ -122,31 +132,39 @@ def test_a_tower_takes_the_weights_of_a_clip_folder_at_its_image_size(tmp_path):
     torch.manual_seed(1)
     theirs = CLIPVisionModel(config).eval()
     theirs.save_pretrained(tmp_path)
-    tower = build_tower("ViT-S-32", str(tmp_path)).eval()
+    tower = build_vision_encoder("ViT-S-32", str(tmp_path)).eval()
     pixels = torch.randn(2, 3, 96, 96)
     expected = theirs(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
     assert tower.image_size == 96 and torch.allclose(tower(pixels), expected, atol=1e-4)
-    edit(tmp_path / "config.json", hidden_act="quick_gelu")
-    with pytest.raises(Mistake, match="hidden_act is quick_gelu.*gelu"):
-        build_tower("ViT-S-32", str(tmp_path))
+    edit_json(tmp_path / "config.json", hidden_act="quick_gelu")
+    with pytest.raises(UserError, match="hidden_act is quick_gelu.*gelu"):
+        build_vision_encoder("ViT-S-32", str(tmp_path))
 
 
 def test_the_miniature_takes_no_other_weights():
-    with pytest.raises(Mistake, match="vision.weights is 'laion2b'; vision.name=tiny has its own"):
-        build_tower("tiny", "laion2b")
+    with pytest.raises(
+        UserError, match="vision.weights is 'laion2b'; vision.name=tiny has its own"
+    ):
+        build_vision_encoder("tiny", "laion2b")
 
 
 def test_a_tag_that_cannot_be_fetched_is_one_line(monkeypatch):
-    offline(monkeypatch)
-    with pytest.raises(Mistake, match="vision.weights.*open_clip_model.safetensors.*looked for in"):
-        build_tower("ViT-B-32", "laion2b_s34b_b79k")
+    go_offline(monkeypatch)
+    with pytest.raises(
+        UserError, match="vision.weights.*open_clip_model.safetensors.*looked for in"
+    ):
+        build_vision_encoder("ViT-B-32", "laion2b_s34b_b79k")
 
 
 def test_a_folder_with_tokenizer_json_alone_has_a_tokenizer(tmp_path):
     PreTrainedTokenizerFast.from_pretrained(CHECKPOINT).save_pretrained(tmp_path)
     slow, fast = Tokenizer.load(CHECKPOINT), Tokenizer.load(tmp_path)
     assert type(fast) is not Tokenizer and not (tmp_path / "tokenizer.model").exists()
-    assert (fast.size, fast.eos, fast.eos_text) == (slow.size, slow.eos, slow.eos_text)
+    assert (fast.vocab_size, fast.eos_token_id, fast.eos_token) == (
+        slow.vocab_size,
+        slow.eos_token_id,
+        slow.eos_token,
+    )
     texts = [case["text"] for case in TEXTS["encode"] if case["text"] != "<0x0A>"]
     assert [fast.encode(text) for text in texts] == [slow.encode(text) for text in texts]
     assert fast.decode(fast.encode("Hello world.")) == "Hello world."
@@ -188,10 +206,10 @@ def files_of(tensors: Iterable[torch.Tensor]) -> list[str]:
 
 
 def test_weights_that_are_mapped_stay_in_their_file(tmp_path):
-    config = config_of("tiny")
-    random_language(config).to(torch.bfloat16).save_pretrained(tmp_path)
-    mapped = load_language(tmp_path, torch.float32, mapped=True)
-    own = load_language(tmp_path, torch.float32)
+    config = named_language_config("tiny")
+    build_random_language(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    mapped = load_language_model(tmp_path, torch.float32, mmap_weights=True)
+    own = load_language_model(tmp_path, torch.float32)
     assert set(files_of(mapped.parameters())) == {"model.safetensors"}
     assert "model.safetensors" not in files_of(own.parameters())
     assert mapped.dtype == torch.bfloat16

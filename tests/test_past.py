@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vlbench import recipe as recipes
-from vlbench.data.scene_world import scene
-from vlbench.mistakes import Mistake
-from vlbench.model.compose import compose
-from vlbench.model.past import Past
+from vlbench.config import recipe as recipes
+from vlbench.data.scene_world import make_scene
+from vlbench.errors import UserError
+from vlbench.model.build_vlm import build_vlm
+from vlbench.model.generation.prefix_cache import PrefixCache
 from vlbench.model.vlm import VLM
 
 CONNECTORS = ("yivl_llava", "yivl_qformer", "yivl_flamingo", "yivl_eva")
@@ -19,7 +19,7 @@ CONNECTORS = ("yivl_llava", "yivl_qformer", "yivl_flamingo", "yivl_eva")
 
 @pytest.fixture(scope="module", params=CONNECTORS)
 def vlm(request) -> VLM:
-    return compose(recipes.load([f"recipe={request.param}"]), 56).eval()
+    return build_vlm(recipes.load_recipe([f"recipe={request.param}"]), 56).eval()
 
 
 def asks(text: str, image: Image.Image | None = None) -> dict[str, Any]:
@@ -27,9 +27,9 @@ def asks(text: str, image: Image.Image | None = None) -> dict[str, Any]:
     return {"role": "user", "content": [{"type": "image", "image": image}] * bool(image) + parts}
 
 
-def talk(vlm: VLM, past: Past | None) -> list[str]:
+def talk(vlm: VLM, past: PrefixCache | None) -> list[str]:
     """Hold a conversation of three turns, the last with a second picture."""
-    first, second = (scene("past", 0, number).open() for number in (0, 1))
+    first, second = (make_scene("past", 0, number).open() for number in (0, 1))
     messages: list[dict[str, Any]] = []
     answers = []
     turns = (("What is this?", first), ("How many objects are there?", None), ("And here?", second))
@@ -59,15 +59,15 @@ def test_answers_are_the_same_and_only_what_is_new_is_read(vlm, monkeypatch):
     whole, pictures = sum(read), sum(seen)
     read.clear()
     seen.clear()
-    assert talk(vlm, Past()) == anew
+    assert talk(vlm, PrefixCache()) == anew
     assert sum(read) < 0.75 * whole
     assert (sum(seen), pictures) == (2, 4)  # each picture once; without it 1 + 1 + 2
 
 
 def test_another_conversation_is_read_from_its_beginning(vlm):
-    past = Past()
-    vlm.chat([asks("What is this?", scene("past", 0, 0).open())], max_new_tokens=5, past=past)
-    other = [asks("What is this?", scene("past", 0, 2).open())]
+    past = PrefixCache()
+    vlm.chat([asks("What is this?", make_scene("past", 0, 0).open())], max_new_tokens=5, past=past)
+    other = [asks("What is this?", make_scene("past", 0, 2).open())]
     alone = vlm.chat(other, max_new_tokens=12)
     assert vlm.chat(other, max_new_tokens=12, past=past) == alone
     text = [asks("How are you?")]
@@ -75,26 +75,26 @@ def test_another_conversation_is_read_from_its_beginning(vlm):
 
 
 def test_what_was_stopped_is_read_anew(vlm, monkeypatch):
-    past = Past()
-    messages = [asks("What is this?", scene("past", 0, 0).open())]
+    past = PrefixCache()
+    messages = [asks("What is this?", make_scene("past", 0, 0).open())]
 
     def stops(text):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         vlm.chat(messages, max_new_tokens=12, past=past, stream=stops)
-    assert past.cache is None
+    assert past.kv_cache is None
     assert vlm.chat(messages, max_new_tokens=12, past=past) == vlm.chat(messages, max_new_tokens=12)
 
 
 def test_one_past_is_of_one_conversation(vlm):
     batch = vlm.prepare([[asks("one")], [asks("two")]])
-    with pytest.raises(Mistake, match="past belongs to one conversation, and the batch has 2"):
-        vlm.generate(batch, past=Past())
+    with pytest.raises(UserError, match="past belongs to one conversation, and the batch has 2"):
+        vlm.generate(batch, past=PrefixCache())
 
 
 def test_what_prompts_begin_with_is_read_once_for_all(vlm, monkeypatch):
-    image = scene("past", 0, 0).open()
+    image = make_scene("past", 0, 0).open()
     talks = [
         [asks("What is this?", image)],
         [asks("How are you?")],

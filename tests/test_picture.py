@@ -10,8 +10,17 @@ import pytest
 from PIL import Image, ImageFont
 
 from vlbench.data import scene_text
-from vlbench.evaluate import picture
-from vlbench.evaluate.picture import CARD, FONT, GAP, MARGIN, PAD, STAGE, Example, draw_examples
+from vlbench.evaluate import example_grid
+from vlbench.evaluate.example_grid import (
+    CARD_GAP,
+    CARD_PADDING,
+    CARD_WIDTH,
+    FONT_FILE,
+    IMAGE_AREA_HEIGHT,
+    PAGE_MARGIN,
+    AnsweredExample,
+    draw_examples,
+)
 
 RED = Image.new("RGB", (112, 112), (200, 30, 40))
 LONG = {
@@ -23,7 +32,7 @@ LONG = {
 }
 
 
-def drawn(folder: Path, *examples: Example, title: str = "title") -> np.ndarray:
+def drawn(folder: Path, *examples: AnsweredExample, title: str = "title") -> np.ndarray:
     """Draw examples and read them back, [height, width, 3]."""
     draw_examples(list(examples), folder / "examples.png", title)
     with Image.open(folder / "examples.png") as image:
@@ -31,9 +40,9 @@ def drawn(folder: Path, *examples: Example, title: str = "title") -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def example(question: str = "q", answer: str = "a", truth: str = "a", image=RED) -> Example:
+def example(question: str = "q", answer: str = "a", truth: str = "a", image=RED) -> AnsweredExample:
     """Make an example about one picture."""
-    return Example((image,), question, answer, truth)
+    return AnsweredExample((image,), question, answer, truth)
 
 
 def colours(pixels: np.ndarray) -> set[tuple[int, ...]]:
@@ -50,7 +59,7 @@ def test_three_columns_are_1200_pixels_wide_and_no_temporary_file_stays(tmp_path
 
 
 def test_no_examples_give_the_title_alone(tmp_path):
-    assert drawn(tmp_path).shape[0] < STAGE
+    assert drawn(tmp_path).shape[0] < IMAGE_AREA_HEIGHT
 
 
 def test_every_chinese_character_looks_different(tmp_path):
@@ -69,7 +78,7 @@ def test_characters_without_a_glyph_are_the_same_box(tmp_path):
 
 
 def test_the_font_holds_all_words_of_the_rendered_world():
-    font = ImageFont.truetype(FONT, 17, layout_engine=ImageFont.Layout.BASIC)
+    font = ImageFont.truetype(FONT_FILE, 17, layout_engine=ImageFont.Layout.BASIC)
     source = Path(scene_text.__file__).read_text(encoding="utf-8")
     latin = "".join(map(chr, range(0x21, 0x7F))) + "\u2026\u201c\u201d\u2018\u2019\u00e9\u00fc"
     box = bytes(font.getmask("\U0001f43c"))
@@ -80,49 +89,53 @@ def test_the_font_holds_all_words_of_the_rendered_world():
 def test_long_texts_stay_in_their_card(kind, tmp_path):
     text = LONG[kind]
     pixels = drawn(tmp_path, example(text, text, text), title=text)
-    bottom = pixels.shape[0] - MARGIN
+    bottom = pixels.shape[0] - PAGE_MARGIN
     inside = pixels[bottom - 150 : bottom - 12]
-    right = MARGIN + CARD
-    assert colours(inside[:, right - PAD + 1 : right - 1]) == {picture.WHITE}
-    assert colours(inside[:, MARGIN + 1 : MARGIN + PAD - 1]) == {picture.WHITE}
-    assert colours(pixels[bottom - PAD + 2 : bottom - 1, MARGIN + 12 : right - 12]) == {
-        picture.WHITE
+    right = PAGE_MARGIN + CARD_WIDTH
+    assert colours(inside[:, right - CARD_PADDING + 1 : right - 1]) == {example_grid.WHITE}
+    assert colours(inside[:, PAGE_MARGIN + 1 : PAGE_MARGIN + CARD_PADDING - 1]) == {
+        example_grid.WHITE
     }
-    assert colours(pixels[:, right:]) == colours(pixels[bottom:]) == {picture.PAPER}
+    assert colours(
+        pixels[bottom - CARD_PADDING + 2 : bottom - 1, PAGE_MARGIN + 12 : right - 12]
+    ) == {example_grid.WHITE}
+    assert colours(pixels[:, right:]) == colours(pixels[bottom:]) == {example_grid.PAGE_COLOUR}
 
 
 def test_a_long_text_makes_its_card_higher_and_its_row_with_it(tmp_path):
     long, short = example(answer=LONG["chinese"]), example()
     both = drawn(tmp_path, long, short)
     assert len(both) == len(drawn(tmp_path, long)) > len(drawn(tmp_path, short))
-    second = both[-MARGIN - 12 - PAD, MARGIN + CARD + GAP + 1 : -MARGIN - 1]
-    assert colours(second) == {picture.WHITE}
+    second = both[
+        -PAGE_MARGIN - 12 - CARD_PADDING, PAGE_MARGIN + CARD_WIDTH + CARD_GAP + 1 : -PAGE_MARGIN - 1
+    ]
+    assert colours(second) == {example_grid.WHITE}
 
 
 def test_lines_break_at_spaces_and_between_chinese_characters_but_not_before_marks():
     words = "one two three " * 9
-    assert " ".join(picture._wrap(words, 17, 120, 99)) == words.strip()
+    assert " ".join(example_grid._wrap_text(words, 17, 120, 99)) == words.strip()
     chinese = LONG["chinese"][:100]
     for width in range(90, 130, 3):
-        lines = picture._wrap(chinese, 17, width, 99)
+        lines = example_grid._wrap_text(chinese, 17, width, 99)
         assert "".join(lines) == chinese
         assert all(line[0] not in "，。" for line in lines)
         assert all(len(a) > 3 for a, _ in pairwise(lines))
-    assert all(line[-1] != "（" for line in picture._wrap("左（右）" * 20, 17, 110, 99))
+    assert all(line[-1] != "（" for line in example_grid._wrap_text("左（右）" * 20, 17, 110, 99))
 
 
 def test_a_cut_text_ends_in_an_ellipsis_and_a_fitting_one_does_not():
-    assert picture._wrap("a b", 17, 100, 1) == ["a b"]
-    assert picture._wrap("", 17, 100, 1) == [""]
-    (line,) = picture._wrap("A long text, and longer still.", 17, 100, 1)
+    assert example_grid._wrap_text("a b", 17, 100, 1) == ["a b"]
+    assert example_grid._wrap_text("", 17, 100, 1) == [""]
+    (line,) = example_grid._wrap_text("A long text, and longer still.", 17, 100, 1)
     assert line.endswith("\u2026") and "A long text\u2026".startswith(line[:-1])
-    assert picture._wrap("a\n\n b\x00\u200b\tc", 17, 100, 1) == ["a b c"]
+    assert example_grid._wrap_text("a\n\n b\x00\u200b\tc", 17, 100, 1) == ["a b c"]
 
 
 def test_right_and_wrong_differ_in_colour(tmp_path):
     right, wrong = colours(drawn(tmp_path, example())), colours(drawn(tmp_path, example("q", "b")))
-    assert picture.RIGHT in right and picture.WRONG not in right
-    assert picture.WRONG in wrong and picture.RIGHT not in wrong
+    assert example_grid.CORRECT_COLOUR in right and example_grid.WRONG_COLOUR not in right
+    assert example_grid.WRONG_COLOUR in wrong and example_grid.CORRECT_COLOUR not in wrong
 
 
 ODD = {
@@ -157,10 +170,13 @@ def test_tiny_pictures_keep_sharp_pixels(tmp_path):
 
 @pytest.mark.parametrize("count", [0, 2, 3, 4, 9])
 def test_any_number_of_pictures_fits_the_card(count, tmp_path):
-    pixels = drawn(tmp_path, Example((RED,) * count, "q", "a", "a"))
+    pixels = drawn(tmp_path, AnsweredExample((RED,) * count, "q", "a", "a"))
     red = np.flatnonzero((pixels == (200, 30, 40)).all(-1).any(0))
     assert len(red) > 200 if count else len(red) == 0
-    assert not count or MARGIN + PAD <= red[0] <= red[-1] < MARGIN + CARD - PAD
+    assert (
+        not count
+        or PAGE_MARGIN + CARD_PADDING <= red[0] <= red[-1] < PAGE_MARGIN + CARD_WIDTH - CARD_PADDING
+    )
 
 
 def test_a_failure_leaves_the_old_picture_and_nothing_else(tmp_path, monkeypatch):

@@ -13,24 +13,24 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vlbench import recipe as recipes
 from vlbench.__main__ import main
-from vlbench.data.batch import Batch
-from vlbench.model.compose import compose
-from vlbench.model.flops import step_flops
-from vlbench.model.recompute import WAYS
+from vlbench.config import recipe as recipes
+from vlbench.data.packing import PackedBatch
+from vlbench.model.activation_checkpointing import CHECKPOINTING_MODES
+from vlbench.model.build_vlm import build_vlm
+from vlbench.model.train_flops import count_step_flops
 from vlbench.model.vlm import VLM
-from vlbench.plan import show
-from vlbench.plan.asked import parse
-from vlbench.plan.depth import Rehearsals
-from vlbench.plan.memory import STEP, StageMemory, total
-from vlbench.plan.outline import Depth, Sample, outlined
-from vlbench.plan.rehearsal import Rehearsal
-from vlbench.plan.run import plan
-from vlbench.plan.work import Work, operations_of, work_of
-from vlbench.train.legs import plan as legs_of
-from vlbench.train.legs import steps_of
-from vlbench.train.module import Training, freeze
+from vlbench.planner import plan_report
+from vlbench.planner.extrapolate import DepthExtrapolator
+from vlbench.planner.memory_estimate import ROW_TOKENS_STEP, StageMemory, total_bytes
+from vlbench.planner.meta_model import ModelDepth, SampleShape, build_meta_vlm
+from vlbench.planner.options import parse_plan_options
+from vlbench.planner.plan_command import make_plan
+from vlbench.planner.simulate_step import StepSimulator
+from vlbench.planner.stage_workload import StageWorkload, sample_flops, stage_workload
+from vlbench.train.stage_plan import build_stage_steps
+from vlbench.train.stage_plan import plan_stage_runs as legs_of
+from vlbench.train.training_module import VLMTrainingModule, freeze_untrained_parts
 
 CONNECTORS = ("yivl_llava", "yivl_qformer", "yivl_flamingo", "yivl_eva")
 STAGES = ("align_448", "chat")
@@ -46,25 +46,27 @@ def one_thread():
 
 
 @functools.cache
-def planned(recipe: str, stage: str) -> tuple[StageMemory, Work]:
+def planned(recipe: str, stage: str) -> tuple[StageMemory, StageWorkload]:
     """Return a stage of a recipe as `plan` sees it."""
-    resolved = recipes.load([f"recipe={recipe}"])
-    vlm = outlined(resolved, stage)
-    work, _ = work_of(resolved, stage, vlm, None, None)
-    rehearsals = Rehearsals(vlm, functools.partial(outlined, resolved, stage), "32")
-    return StageMemory(vlm, rehearsals, work.sample, 4, 1), work
+    resolved = recipes.load_recipe([f"recipe={recipe}"])
+    vlm = build_meta_vlm(resolved, stage)
+    work, _ = stage_workload(resolved, stage, vlm, None, None)
+    rehearsals = DepthExtrapolator(vlm, functools.partial(build_meta_vlm, resolved, stage), "32")
+    return StageMemory(vlm, rehearsals, work.mean_sample, 4, 1), work
 
 
 @functools.cache
-def ready(recipe: str, stage: str) -> tuple[VLM, Training, list[Batch]]:
+def ready(recipe: str, stage: str) -> tuple[VLM, VLMTrainingModule, list[PackedBatch]]:
     """Return the real model before a stage, and the fullest two micro-batches of its first step."""
-    small = [f"stages.{stage}.batch=40", f"stages.{stage}.row_tokens=1000"]
-    resolved = recipes.load([f"recipe={recipe}", *small])
+    small = [f"stages.{stage}.global_batch_size=40", f"stages.{stage}.max_tokens_per_row=1000"]
+    resolved = recipes.load_recipe([f"recipe={recipe}", *small])
     leg = next(leg for leg in legs_of(resolved) if leg.name == stage)
-    vlm = compose(resolved, leg.stage.image_size)
-    freeze(vlm, leg.stage)
-    batches = sorted(steps_of(vlm, leg)[0].batches, key=lambda batch: batch.ids.numel())
-    return vlm, Training(vlm, leg.stage, 1, 0, 0), batches[-2:]
+    vlm = build_vlm(resolved, leg.stage.image_size)
+    freeze_untrained_parts(vlm, leg.stage)
+    batches = sorted(
+        build_stage_steps(vlm, leg)[0].micro_batches, key=lambda batch: batch.input_ids.numel()
+    )
+    return vlm, VLMTrainingModule(vlm, leg.stage, 1, 0, 0), batches[-2:]
 
 
 class Living(TorchDispatchMode):
@@ -96,7 +98,7 @@ class Living(TorchDispatchMode):
 def measured(recipe: str, stage: str, way: str) -> int:
     """Return the most bytes of tensors that live at a time in a step that is not the first."""
     vlm, training, batches = ready(recipe, stage)
-    vlm.recompute(way)
+    vlm.enable_activation_checkpointing(way)
     optimizer = training.configure_optimizers()
     living = Living()
     with living:
@@ -113,7 +115,7 @@ def measured(recipe: str, stage: str, way: str) -> int:
 
 
 MEASURED = [
-    *(("yivl_llava", stage, way) for stage in STAGES for way in WAYS[::2]),
+    *(("yivl_llava", stage, way) for stage in STAGES for way in CHECKPOINTING_MODES[::2]),
     ("yivl_qformer", "chat", "selective"),
     ("yivl_flamingo", "align_448", "full"),
     ("yivl_flamingo", "chat", "none"),
@@ -123,57 +125,67 @@ MEASURED = [
 
 @pytest.mark.parametrize(("recipe", "stage", "way"), MEASURED)
 def test_memory_is_what_a_step_takes(recipe, stage, way):
-    row = ready(recipe, stage)[2][-1].ids.numel()
-    memory = planned(recipe, stage)[0].memory("ddp", way, row)
-    assert total(memory) == pytest.approx(measured(recipe, stage, way), rel=0.1)
+    row = ready(recipe, stage)[2][-1].input_ids.numel()
+    memory = planned(recipe, stage)[0].estimate_memory("ddp", way, row)
+    assert total_bytes(memory) == pytest.approx(measured(recipe, stage, way), rel=0.1)
 
 
 @pytest.mark.parametrize("recipe", CONNECTORS[::2])
 @pytest.mark.parametrize("stage", STAGES)
 def test_operations_are_those_of_a_counted_step(recipe, stage):
     vlm, _, batches = ready(recipe, stage)
-    vlm.recompute("none")
-    lengths = [n for batch in batches for row in batch.lengths for n in row]
-    pictures, learned = (sum(len(b.pixels) for b in batches), sum(b.tokens for b in batches))
-    sample = Sample(*(one / len(lengths) for one in (sum(lengths), pictures, learned)))
-    flops = step_flops(outlined(recipes.load([f"recipe={recipe}"]), stage))
-    spared = flops.pair * sum(n * (n - 1) / 2 for n in lengths)  # torch counts all pairs
-    ours = len(lengths) * operations_of(flops, sample) + spared
+    vlm.enable_activation_checkpointing("none")
+    lengths = [n for batch in batches for row in batch.sample_lengths for n in row]
+    pictures, learned = (
+        sum(len(b.pixels) for b in batches),
+        sum(b.supervised_token_count for b in batches),
+    )
+    sample = SampleShape(*(one / len(lengths) for one in (sum(lengths), pictures, learned)))
+    flops = count_step_flops(build_meta_vlm(recipes.load_recipe([f"recipe={recipe}"]), stage))
+    spared = flops.per_attended_pair * sum(
+        n * (n - 1) / 2 for n in lengths
+    )  # torch counts all pairs
+    ours = len(lengths) * sample_flops(flops, sample) + spared
     assert ours == pytest.approx(counted(vlm, batches), rel=0.03)
 
 
 def test_a_few_layers_tell_what_many_take():
     words = ["recipe=yivl_flamingo", "size=6b", "connector.every=1", "connector.depth=1"]
-    resolved = recipes.load(words)
-    many = Depth(8, 8)
-    vlm = outlined(resolved, "chat", many)
-    rehearsals = Rehearsals(vlm, lambda few: outlined(resolved, "chat", few or many), "bf16")
-    assert len(rehearsals.depths) == 3
-    row = Sample(300, 2, 100)
-    shallow = rehearsals.take(row, "full")
-    deep = max(Rehearsal(vlm, "bf16").take(row, "full").values(), key=lambda one: sum(one.values()))
+    resolved = recipes.load_recipe(words)
+    many = ModelDepth(8, 8)
+    vlm = build_meta_vlm(resolved, "chat", many)
+    rehearsals = DepthExtrapolator(
+        vlm, lambda few: build_meta_vlm(resolved, "chat", few or many), "bf16"
+    )
+    assert len(rehearsals.simulated_depths) == 3
+    row = SampleShape(300, 2, 100)
+    shallow = rehearsals.peak_memory(row, "full")
+    deep = max(
+        StepSimulator(vlm, "bf16").simulate_step(row, "full").values(),
+        key=lambda one: sum(one.values()),
+    )
     assert shallow == pytest.approx(deep, rel=1e-6)
 
 
 def test_34b_is_trained_on_128_gpus_in_shards_alone():
-    words = ["recipe=yivl_llava", "size=34b", "only=chat", "checkpointing=auto"]
-    found = plan(parse([*words, "trainer.devices=8", "trainer.num_nodes=16"]))
-    by_name = {(one.strategy, one.way): one for one in found.arrangements}
-    assert not any(by_name["ddp", way].fits for way in WAYS)
-    assert by_name["fsdp2", "full"].fits
-    sizes = [total(by_name["fsdp2", way].memory) for way in WAYS]
+    words = ["recipe=yivl_llava", "size=34b", "only=chat", "activation_checkpointing=auto"]
+    found = make_plan(parse_plan_options([*words, "trainer.devices=8", "trainer.num_nodes=16"]))
+    by_name = {(one.strategy, one.checkpointing_mode): one for one in found.strategy_estimates}
+    assert not any(by_name["ddp", way].fits_memory for way in CHECKPOINTING_MODES)
+    assert by_name["fsdp2", "full"].fits_memory
+    sizes = [total_bytes(by_name["fsdp2", way].peak_memory) for way in CHECKPOINTING_MODES]
     assert sizes == sorted(sizes, reverse=True)
-    best = found.best
-    assert best is not None and best[0].strategy == "fsdp2" and best[0].fits
-    text = "\n".join(show.lines(found))
-    assert f"trainer.strategy=fsdp2 checkpointing={best[0].way}" in text
+    best = found.cheapest_fit
+    assert best is not None and best[0].strategy == "fsdp2" and best[0].fits_memory
+    text = "\n".join(plan_report.format_plan(found))
+    assert f"trainer.strategy=fsdp2 activation_checkpointing={best[0].checkpointing_mode}" in text
 
 
 @pytest.fixture
 def no_rehearsals(monkeypatch):
     """Every micro-batch takes a megabyte for a token."""
     monkeypatch.setattr(
-        Rehearsals, "take", lambda self, row, way: {"activations": 1e6 * row.length}
+        DepthExtrapolator, "take", lambda self, row, way: {"activations": 1e6 * row.length}
     )
 
 
@@ -192,12 +204,17 @@ def test_days_stand_beside_those_that_were_reported(size, days, no_rehearsals, c
 def test_rows_become_shorter_where_nothing_fits_otherwise(no_rehearsals, tmp_path, capsys):
     table = tmp_path / "gpus.yaml"
     table.write_text("Small: {tflops: 100, memory: 1.5, price: 3}\n")
-    words = ["recipe=yivl_llava", "gpu=small", f"gpus={table}", "stages.chat.row_tokens=2048"]
+    words = [
+        "recipe=yivl_llava",
+        "gpu=small",
+        f"gpus={table}",
+        "stages.chat.max_tokens_per_row=2048",
+    ]
     assert main(["plan", *words, "only=chat"]) == 0
     out = capsys.readouterr().out
     assert "does not fit" in out and "at 3 for a GPU hour" in out
     last = out.splitlines()[-1]
-    assert last.startswith("cheapest that fits") and "stages.chat.row_tokens=1280" in last
+    assert last.startswith("cheapest that fits") and "stages.chat.max_tokens_per_row=1280" in last
     table.write_text("Small: {tflops: 100, memory: 0.05}\n")
     assert main(["plan", *words, "only=chat"]) == 0
     assert "nothing fits" in capsys.readouterr().out.splitlines()[-1]
@@ -205,17 +222,24 @@ def test_rows_become_shorter_where_nothing_fits_otherwise(no_rehearsals, tmp_pat
 
 def test_the_largest_row_just_fits():
     stage, _ = planned("yivl_llava", "chat")
-    room = total(stage.memory("ddp", "none", 3000))
-    most = stage.largest("ddp", "none", 1000, room)
-    assert 3000 - 2 * STEP <= most <= 3000 and total(stage.memory("ddp", "none", most)) <= room
-    assert stage.largest("ddp", "none", 1000, 1e6) == 0
+    room = total_bytes(stage.estimate_memory("ddp", "none", 3000))
+    most = stage.max_row_tokens("ddp", "none", 1000, room)
+    assert (
+        3000 - 2 * ROW_TOKENS_STEP <= most <= 3000
+        and total_bytes(stage.estimate_memory("ddp", "none", most)) <= room
+    )
+    assert stage.max_row_tokens("ddp", "none", 1000, 1e6) == 0
 
 
 def test_lengths_and_numbers_can_be_given(no_rehearsals):
     words = ["recipe=yivl_llava", "size=6b", "samples=1e6,2e6,3e6", "text_tokens=100"]
-    works = plan(parse(words)).works
-    assert [round(works[name].samples, -4) for name in works] == [1_000_000, 2_000_000, 6_000_000]
-    assert [works[name].sample.length for name in works] == [356, 1124, 1124]
+    works = make_plan(parse_plan_options(words)).workloads
+    assert [round(works[name].sample_count, -4) for name in works] == [
+        1_000_000,
+        2_000_000,
+        6_000_000,
+    ]
+    assert [works[name].mean_sample.token_count for name in works] == [356, 1124, 1124]
 
 
 @pytest.mark.parametrize(
@@ -246,6 +270,6 @@ def test_a_table_that_cannot_be_used_is_refused(row, tmp_path, capsys):
 
 
 def test_a_probe_tries_a_step(no_rehearsals, capsys):
-    words = ["recipe=yivl_llava", "only=chat", "stages.chat.batch=1", "probe=true"]
+    words = ["recipe=yivl_llava", "only=chat", "stages.chat.global_batch_size=1", "probe=true"]
     assert main(["plan", *words]) == 0
     assert "dry run done" in capsys.readouterr().out

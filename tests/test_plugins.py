@@ -14,9 +14,9 @@ from typing import Any, Literal, get_args
 
 import pytest
 
-from vlbench import plugins
-from vlbench.connector import Connector
-from vlbench.mistakes import Mistake
+from vlbench.connector import registry
+from vlbench.connector.base import Connector
+from vlbench.errors import UserError
 
 MINE = """
 from torch import nn
@@ -49,8 +49,8 @@ def drop(tmp_path, monkeypatch):
 
 def refused(name: str) -> str:
     """Return the words with which `name` is refused."""
-    with pytest.raises(Mistake) as caught:
-        plugins.connector(name)
+    with pytest.raises(UserError) as caught:
+        registry.load_connector(name)
     return str(caught.value)
 
 
@@ -58,58 +58,68 @@ def test_threads_that_ask_at_once_wait_for_the_file_to_be_executed(drop):
     """Its first line lets the others come while it is executed."""
     drop("import time\ntime.sleep(0.3)\n" + MINE)
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(plugins.connector, ["mine"] * 4))
+        found = list(pool.map(registry.load_connector, ["mine"] * 4))
     assert len(set(found)) == 1 and found[0].__name__ == "Mine"
 
 
 def entry(monkeypatch: pytest.MonkeyPatch, *values: str) -> None:
     """Pretend that packages declare these `name = value` entry points."""
     made = [
-        importlib.metadata.EntryPoint(*value.split(" = "), group=plugins.GROUP) for value in values
+        importlib.metadata.EntryPoint(*value.split(" = "), group=registry.ENTRY_POINT_GROUP)
+        for value in values
     ]
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: made)
 
 
 def test_shipped_connectors_are_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "llava_mlp" in plugins.sources()
-    assert issubclass(plugins.connector("llava_mlp"), Connector)
+    assert "llava_mlp" in registry.connector_locations()
+    assert issubclass(registry.load_connector("llava_mlp"), Connector)
 
 
 def test_the_checkout_itself_shadows_nothing(monkeypatch):
-    monkeypatch.chdir(plugins.shipped("connectors").parent)
-    assert len(plugins.found()["llava_mlp"]) == 1
+    monkeypatch.chdir(registry.shipped_folder("connectors").parent)
+    assert len(registry.find_connectors()["llava_mlp"]) == 1
 
 
 def test_a_dropped_file_is_a_connector(drop):
     drop(MINE)
-    cls = plugins.connector("mine")
-    assert cls is plugins.connector("mine") and cls.__name__ == "Mine"
-    assert plugins.options("mine") == plugins.options(cls) == {"bias": (bool, True)}
+    cls = registry.load_connector("mine")
+    assert cls is registry.load_connector("mine") and cls.__name__ == "Mine"
+    assert (
+        registry.connector_options("mine")
+        == registry.connector_options(cls)
+        == {"bias": (bool, True)}
+    )
     assert pickle.loads(pickle.dumps(cls)) is cls
 
 
 def test_another_process_unpickles_its_class(drop):
     drop(MINE)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(plugins.options, (plugins.connector("mine"),))["bias"].default is True
+        assert (
+            pool.apply(registry.connector_options, (registry.load_connector("mine"),))[
+                "bias"
+            ].default
+            is True
+        )
 
 
 def test_a_file_of_the_same_name_elsewhere_is_another_class(drop, tmp_path, monkeypatch):
     drop(MINE)
-    first = plugins.connector("mine")
+    first = registry.load_connector("mine")
     other = tmp_path / "other"
     (other / "connectors").mkdir(parents=True)
     (other / "connectors" / "mine.py").write_text(MINE.replace("Mine", "Other"))
     monkeypatch.chdir(other)
-    assert plugins.connector("mine").__name__ == "Other" != first.__name__
+    assert registry.load_connector("mine").__name__ == "Other" != first.__name__
 
 
 def test_only_the_one_asked_for_is_loaded(drop):
     drop("raise RuntimeError('must not run')", "broken")
     drop(MINE)
-    plugins.connector("mine")
-    assert {"broken", "mine", "llava_mlp"} <= set(plugins.sources())
+    registry.load_connector("mine")
+    assert {"broken", "mine", "llava_mlp"} <= set(registry.connector_locations())
 
 
 def test_names_are_exact(drop):
@@ -123,14 +133,14 @@ def test_a_shadow_of_a_shipped_connector_is_refused(drop):
     path = drop(MINE, "llava_mlp")
     message = refused("llava_mlp")
     assert "defined twice" in message and str(path) in message
-    assert str(plugins.shipped("connectors") / "llava_mlp.py") in message
+    assert str(registry.shipped_folder("connectors") / "llava_mlp.py") in message
 
 
 def test_entry_points(drop, monkeypatch):
-    llava = f"{plugins.connector('llava_mlp').__module__}:LlavaMLP"
+    llava = f"{registry.load_connector('llava_mlp').__module__}:LlavaMLP"
     entry(monkeypatch, f"theirs = {llava}", "wrong = json:dumps", "gone = no_such_module:X")
-    assert plugins.connector("theirs") is plugins.connector("llava_mlp")
-    assert list(plugins.options("theirs")) == ["depth", "norm", "mlp_ratio"]
+    assert registry.load_connector("theirs") is registry.load_connector("llava_mlp")
+    assert list(registry.connector_options("theirs")) == ["depth", "norm", "mlp_ratio"]
     assert "not a subclass of Connector" in refused("wrong")
     assert "ModuleNotFoundError" in refused("gone") and "no_such_module:X" in refused("gone")
 
@@ -159,7 +169,7 @@ def test_files_that_cannot_be_used_are_one_line(drop, text, expected):
 
 def test_private_classes_and_imported_connectors_do_not_count(drop):
     drop(MINE + "\nclass _Helper(Mine):\n    pass\n")
-    assert plugins.connector("mine").__name__ == "Mine"
+    assert registry.load_connector("mine").__name__ == "Mine"
     drop(
         "from vlbench import plugins\n"
         "Base = plugins.connector('llava_mlp')\n"
@@ -168,8 +178,8 @@ def test_private_classes_and_imported_connectors_do_not_count(drop):
         "        super().__init__(shapes, depth)\n",
         "deep",
     )
-    assert plugins.options("deep") == {"depth": (int, 4)}
-    assert plugins.check("deep", {"depth": 2}) == []
+    assert registry.connector_options("deep") == {"depth": (int, 4)}
+    assert registry.check_options("deep", {"depth": 2}) == []
 
 
 def test_a_dataclass_beside_the_connector(drop):
@@ -177,8 +187,8 @@ def test_a_dataclass_beside_the_connector(drop):
         "from __future__ import annotations\nfrom dataclasses import dataclass\n"
         "@dataclass\nclass Part:\n    width: int = 3\n" + MINE.replace("\nfrom", "\nfrom", 1)
     )
-    assert plugins.options("mine")["bias"].kind is bool
-    assert plugins.connector("mine").__name__ == "Mine"
+    assert registry.connector_options("mine")["bias"].kind is bool
+    assert registry.load_connector("mine").__name__ == "Mine"
 
 
 SIGNATURE = """
@@ -194,8 +204,8 @@ class Mine(Connector):
 
 def test_text_and_class_tell_the_same_signature(drop):
     drop(SIGNATURE)
-    from_text = plugins.options("mine")
-    from_class = plugins.options(plugins.connector("mine"))
+    from_text = registry.connector_options("mine")
+    from_class = registry.connector_options(registry.load_connector("mine"))
     assert list(from_text) == list("abcdef") and from_text == from_class
     assert from_text["e"].kind == Literal["x", "y"] and from_text["f"].kind is Any
     assert set(get_args(from_text["b"].kind)) == {float, type(None)}
@@ -203,15 +213,15 @@ def test_text_and_class_tell_the_same_signature(drop):
 
 def test_a_computed_default_is_asked_of_the_class(drop):
     drop("WIDTH = 4 * 8\n" + MINE.replace("bias=True", "width: int = WIDTH"))
-    assert plugins.options("mine") == {"width": (int, 32)}
+    assert registry.connector_options("mine") == {"width": (int, 32)}
 
 
 def test_options_are_checked(drop):
     drop(SIGNATURE)
-    assert plugins.check("mine", {"a": 1, "b": 2, "d": [4, 5], "e": "y", "f": 3}) == []
-    values, _ = plugins.settle("mine", {"a": 1, "b": 2, "d": [4]})
+    assert registry.check_options("mine", {"a": 1, "b": 2, "d": [4, 5], "e": "y", "f": 3}) == []
+    values, _ = registry.resolve_options("mine", {"a": 1, "b": 2, "d": [4]})
     assert values == {"a": 1, "b": 2.0, "c": None, "d": (4,), "e": "x", "f": None}
-    lines = plugins.check("mine", {"b": "2", "d": [True], "e": "z", "cc": 1})
+    lines = registry.check_options("mine", {"b": "2", "d": [True], "e": "z", "cc": 1})
     expected = ("has no option 'cc'", "connector.a is missing", "connector.b must be a number")
     for words in (*expected, "connector.d must be a list", "one of x, y"):
         assert any(words in line for line in lines), (words, lines)
@@ -225,5 +235,5 @@ def test_looking_does_not_import_torch(drop):
         "assert plugins.check('mine', {'bais': 1}); plugins.options('llava_mlp')\n"
         "assert 'torch' not in sys.modules"
     )
-    root = str(Path(plugins.__file__).parents[1])
+    root = str(Path(registry.__file__).parents[1])
     subprocess.run([sys.executable, "-c", program], check=True, env={"PYTHONPATH": root})

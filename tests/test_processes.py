@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from several import QUIET, TWO, Job, do, in_two, losses
+from several import QUIET, TWO, FitCommand, read_losses, run_fit_command, run_in_two_processes
 
-from vlbench.data.scene_world import scene
+from vlbench.data.scene_world import make_scene
 
 RECIPES = ("yivl_llava", "yivl_qformer", "yivl_flamingo", "yivl_eva")
 STRATEGIES = ("ddp", "fsdp2")
@@ -16,7 +16,7 @@ LORA = ("stages.chat.train.language.lora.rank=4", "stages.chat.train.language.lr
 WAYS = {
     **{name: (f"recipe={name}", "only=chat") for name in RECIPES},
     "lora": ("recipe=yivl_llava", "only=chat", *LORA),
-    "frozen": ("recipe=yivl_llava", "only=align_448", "stages.align_448.form=chat"),
+    "frozen": ("recipe=yivl_llava", "only=align_448", "stages.align_448.sample_format=chat"),
 }
 HALF = "bf16"
 WAYS[HALF] = ("recipe=yivl_llava", "only=chat", "precision=bf16")
@@ -33,7 +33,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
         picture = {} if number % 2 else {"image": f"{number}.png"}
         place = "" if number % 2 else "<image>\n"
         if picture:
-            scene("processes", 0, number).open().save(folder / f"{number}.png")
+            make_scene("processes", 0, number).open().save(folder / f"{number}.png")
         told = [f"{place}What is number {number}?", "It is red. " * (1 + number % 5)]
         turns = [{"from": who, "value": v} for who, v in zip(("human", "gpt"), told, strict=True)]
         records.append({"id": str(number), **picture, "conversations": turns})
@@ -44,7 +44,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 def words(way: str, run: Path, data: tuple[str, ...], *more: str) -> tuple[str, ...]:
     """Return a command: 2 samples a step, one with a picture and one without for two processes."""
     stage = "align_448" if way == "frozen" else "chat"
-    short = (f"stages.{stage}.batch=2", f"stages.{stage}.image_size=56", "data.workers=0")
+    short = (
+        f"stages.{stage}.global_batch_size=2",
+        f"stages.{stage}.image_size=56",
+        "data.workers=0",
+    )
     return (
         *WAYS[way],
         *short,
@@ -61,19 +65,24 @@ def curves(data, tmp_path_factory) -> dict[tuple[str, str], list[float]]:
     """Losses by way and strategy, in float64 but for one; "alone" is one process."""
     folder = tmp_path_factory.mktemp("curves")
     for way in WAYS:
-        assert do(Job(words(way, folder / f"{way}-alone", data), STEPS, way != HALF)) == 130
+        assert (
+            run_fit_command(
+                FitCommand(words(way, folder / f"{way}-alone", data), STEPS, way != HALF)
+            )
+            == 130
+        )
     jobs = [
-        Job(
+        FitCommand(
             words(way, folder / f"{way}-{how}", data, TWO, f"trainer.strategy={how}"),
             STEPS,
-            double=way != HALF,
+            is_float64=way != HALF,
         )
         for way in WAYS
         for how in STRATEGIES
     ]
-    assert in_two(jobs) == [(130, 130)] * len(jobs)
+    assert run_in_two_processes(jobs) == [(130, 130)] * len(jobs)
     return {
-        (way, how): losses(folder / f"{way}-{how}")
+        (way, how): read_losses(folder / f"{way}-{how}")
         for way in WAYS
         for how in ("alone", *STRATEGIES)
     }
@@ -99,24 +108,24 @@ def resumed(data, tmp_path_factory) -> dict[tuple[str, str], list[float]]:
     """Losses in float32 of two stages, stopped in the second by one kind, ended by another."""
     folder = tmp_path_factory.mktemp("resumed")
 
-    def job(begins: str, ends: str, now: str, stop: int) -> Job:
+    def job(begins: str, ends: str, now: str, stop: int) -> FitCommand:
         given = ["recipe=yivl_llava", "only=[align_448,chat]", *QUIET, *data, "data.workers=0"]
         for stage, steps in (("align_448", 2), ("chat", 6)):
             settings = (f"steps={steps}", "batch=4", "image_size=56")
             given += [f"stages.{stage}.{setting}" for setting in settings]
-        return Job((*given, f"run={folder / f'{begins}-{ends}'}", *KINDS[now]), stop)
+        return FitCommand((*given, f"run={folder / f'{begins}-{ends}'}", *KINDS[now]), stop)
 
-    assert do(job("one", "one", "one", 0)) == 0
+    assert run_fit_command(job("one", "one", "one", 0)) == 0
     todo = [(job(a, b, a, STOP), a, 130) for a, b in CHANGES]
     todo += [(job(a, b, b, 0), b, 0) for a, b in CHANGES]
     for step in (todo[: len(CHANGES)], todo[len(CHANGES) :]):
-        assert [do(one) for one, kind, _ in step if kind == "one"] == [
+        assert [run_fit_command(one) for one, kind, _ in step if kind == "one"] == [
             code for _, kind, code in step if kind == "one"
         ]
-        assert in_two([one for one, kind, _ in step if kind != "one"]) == [
+        assert run_in_two_processes([one for one, kind, _ in step if kind != "one"]) == [
             (code, code) for _, kind, code in step if kind != "one"
         ]
-    return {(a, b): losses(folder / f"{a}-{b}") for a, b in [("one", "one"), *CHANGES]}
+    return {(a, b): read_losses(folder / f"{a}-{b}") for a, b in [("one", "one"), *CHANGES]}
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=" to ".join)

@@ -6,12 +6,12 @@ import re
 
 import pytest
 import torch
-from recorded import assert_gradient, assert_outputs, load
+from recorded import assert_gradient, assert_outputs, load_record
 
-from vlbench import plugins
-from vlbench.connector import Shapes
+from vlbench.connector import registry
+from vlbench.connector.base import Shapes
 
-QFormer = plugins.connector("qformer")
+QFormer = registry.load_connector("qformer")
 SMALL = {"queries": 6, "width": 32, "layers": 4, "heads": 4, "ffn_width": 64}
 SHAPES = Shapes(patches=8, grid=(2, 4), vision_width=24, lm_width=48, lm_layers=2)
 CASE = "qformer_query_only"
@@ -19,20 +19,20 @@ CASE = "qformer_query_only"
 
 def test_outputs_and_gradients_equal_the_reference():
     connector = QFormer(SHAPES, **SMALL)
-    connector.load_reference(load(CASE, "llm_state_dict"))
-    inputs = load(CASE, "llm_inputs")
+    connector.load_reference(load_record(CASE, "llm_state_dict"))
+    inputs = load_record(CASE, "llm_inputs")
     features = inputs["vision_features"].requires_grad_()
     out = connector(features)
-    assert_outputs(out, load(CASE, "llm_outputs")["inputs_llm"])
+    assert_outputs(out, load_record(CASE, "llm_outputs")["inputs_llm"])
     (out * inputs["ct.inputs_llm"]).sum().backward()
-    grads = load(CASE, "llm_grads")
+    grads = load_record(CASE, "llm_grads")
     assert_gradient(features.grad, grads["input.vision_features"], "features")
     parameters = dict(connector.named_parameters())
     module = __import__(QFormer.__module__, fromlist=["LAVIS"])
     compared = 0
     for name, grad in grads.items():
         key = name.removeprefix("param.")
-        for pattern, replacement in module.LAVIS:
+        for pattern, replacement in module.LAVIS_RENAMES:
             key = re.sub(pattern, replacement, key)
         # the bias of keys has no gradient in truth: softmax does not see it
         if name.startswith("param.") and not key.endswith("key.bias"):
@@ -44,16 +44,16 @@ def test_outputs_and_gradients_equal_the_reference():
 def test_weights_of_another_width_are_named():
     connector = QFormer(SHAPES, **{**SMALL, "width": 64})
     with pytest.raises(ValueError, match="query_tokens of the weights has shape"):
-        connector.load_reference(load(CASE, "llm_state_dict"))
+        connector.load_reference(load_record(CASE, "llm_state_dict"))
 
 
 def test_a_projection_to_another_language_model_stays_as_it_is():
     shapes = Shapes(patches=8, grid=(2, 4), vision_width=24, lm_width=40, lm_layers=2)
     connector = QFormer(shapes, **SMALL)
     before = connector.projection.weight.clone()
-    connector.load_reference(load(CASE, "llm_state_dict"))
+    connector.load_reference(load_record(CASE, "llm_state_dict"))
     assert torch.equal(connector.projection.weight, before)
-    theirs = load(CASE, "llm_state_dict")["query_tokens"]
+    theirs = load_record(CASE, "llm_state_dict")["query_tokens"]
     assert torch.equal(connector.query_tokens, theirs)
 
 

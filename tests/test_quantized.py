@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from released import TOWER, copy, edit
+from released import TOWER, copy_checkpoint, edit_json
 
 import vlbench
 from vlbench.__main__ import main
-from vlbench.mistakes import Mistake
-from vlbench.model.language import TINY, config_in
+from vlbench.errors import UserError
+from vlbench.model.language_model import TINY_LANGUAGE_FOLDER, read_language_config
 
 MMMU = Path(__file__).parent / "goldens/evaluation/mmmu_tiny"
 KINDS = {
@@ -29,8 +29,8 @@ KINDS = {
 
 @pytest.mark.parametrize(("said", "message"), KINDS.values(), ids=KINDS)
 def test_a_release_is_refused_by_every_verb(said, message, tmp_path, capsys):
-    folder = copy(tmp_path / "model")
-    edit(folder / "config.json", quantization_config=said)
+    folder = copy_checkpoint(tmp_path / "model")
+    edit_json(folder / "config.json", quantization_config=said)
     for file in folder.glob("*.safetensors"):
         file.write_bytes(b"never read")
     for words in (
@@ -44,7 +44,7 @@ def test_a_release_is_refused_by_every_verb(said, message, tmp_path, capsys):
         assert len(error) == 1 and message in error[0]
         assert "config.json: the weights are quantized" in error[0]
     assert not (tmp_path / "run").exists()
-    with pytest.raises(Mistake, match="the weights are quantized"):
+    with pytest.raises(UserError, match="the weights are quantized"):
         vlbench.load(folder)
 
 
@@ -52,9 +52,9 @@ def test_a_release_is_refused_by_every_verb(said, message, tmp_path, capsys):
     ("name", "method"), [("quantize_config.json", "gptq"), ("quant_config.json", "awq")]
 )
 def test_files_beside_the_configuration_say_it_too(name, method, tmp_path):
-    folder = copy(tmp_path / "model")
+    folder = copy_checkpoint(tmp_path / "model")
     (folder / name).write_text(json.dumps({"bits": 4, "w_bit": 4}))
-    with pytest.raises(Mistake, match=rf"{name}: the weights are quantized \({method}, 4 bits\)"):
+    with pytest.raises(UserError, match=rf"{name}: the weights are quantized \({method}, 4 bits\)"):
         vlbench.load(folder)
 
 
@@ -63,27 +63,27 @@ def test_transformers_llava_says_it_outside_or_inside(part, tmp_path):
     said = {"quantization_config": {"quant_method": "awq", "bits": 4}}
     config = {"model_type": "llava", "text_config": {}} | ({part: said} if part else said)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(Mistake, match="awq, 4 bits"):
+    with pytest.raises(UserError, match="awq, 4 bits"):
         vlbench.load(tmp_path)
 
 
 def test_language_weights_and_towers_are_refused_too(tmp_path):
     said = {"quant_method": "gptq", "bits": 8}
     (tmp_path / "language").mkdir()
-    config = json.loads((TINY / "config.json").read_text())
+    config = json.loads((TINY_LANGUAGE_FOLDER / "config.json").read_text())
     (tmp_path / "language/config.json").write_text(
         json.dumps(config | {"quantization_config": said})
     )
-    with pytest.raises(Mistake, match="gptq, 8 bits"):
-        config_in(tmp_path / "language")
-    folder = copy(tmp_path / "model")
-    edit(folder / TOWER / "config.json", quantization_config=said)
-    with pytest.raises(Mistake, match="gptq, 8 bits"):
+    with pytest.raises(UserError, match="gptq, 8 bits"):
+        read_language_config(tmp_path / "language")
+    folder = copy_checkpoint(tmp_path / "model")
+    edit_json(folder / TOWER / "config.json", quantization_config=said)
+    with pytest.raises(UserError, match="gptq, 8 bits"):
         vlbench.load(folder)
 
 
 def test_null_says_nothing(tmp_path):
-    folder = copy(tmp_path / "model")
+    folder = copy_checkpoint(tmp_path / "model")
     text = json.loads((folder / "config.json").read_text()) | {"quantization_config": None}
     (folder / "config.json").write_text(json.dumps(text))
     assert vlbench.load(folder).template.name == "yi_vl"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from vlbench import recipe as recipes
 from vlbench.__main__ import VERBS, main
+from vlbench.config import recipe as recipes
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^    (?:.*&& )?python -m vlbench (.*)$", README, re.MULTILINE)
@@ -24,7 +24,7 @@ def test_every_command_is_understood(command: str) -> None:
     verb, *words = shlex.split(command)
     assert verb in VERBS
     if verb in ("fit", "show") and "connector.name=mine" not in words:
-        recipes.load(words)
+        recipes.load_recipe(words)
 
 
 def test_the_connector_of_the_readme_trains(
@@ -37,5 +37,5 @@ def test_the_connector_of_the_readme_trains(
     (tmp_path / "connectors" / "mine.py").write_text(source)
     monkeypatch.chdir(tmp_path)
     words = ["connector.name=mine", "connector.bias=false", "dry_run=true"]
-    assert main(["fit", "recipe=yivl_llava", *words, "stages.chat.batch=2"]) == 0
+    assert main(["fit", "recipe=yivl_llava", *words, "stages.chat.global_batch_size=2"]) == 0
     assert "dry run done" in capsys.readouterr().out

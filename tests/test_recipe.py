@@ -6,11 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from vlbench import recipe as recipes
-from vlbench.layers import plain
-from vlbench.mistakes import Mistake
-from vlbench.recipe import differences, dump, load, load_file, save
-from vlbench.schema import Recipe, rows
+from vlbench.config import recipe as recipes
+from vlbench.config.merge import to_plain
+from vlbench.config.recipe import (
+    load_recipe,
+    load_recipe_file,
+    recipe_differences,
+    recipe_to_yaml,
+    save_recipe,
+)
+from vlbench.config.schema import Recipe, key_rows
+from vlbench.errors import UserError
 
 LLAVA = {"name": "llava_mlp", "depth": 2, "norm": True, "mlp_ratio": 1.0}
 OWN = """# python -m vlbench fit recipe=own
@@ -28,12 +34,12 @@ stages:
 
 def llava(*words: str) -> Recipe:
     """Load the main recipe with more words."""
-    return load(["recipe=yivl_llava", *words])
+    return load_recipe(["recipe=yivl_llava", *words])
 
 
 def mistakes(*words: str) -> list[str]:
     """Return the lines that loading the main recipe with more words raises."""
-    with pytest.raises(Mistake) as caught:
+    with pytest.raises(UserError) as caught:
         llava(*words)
     return str(caught.value).splitlines()
 
@@ -45,26 +51,30 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str = OWN) 
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("size", recipes.sizes())
-@pytest.mark.parametrize("name", recipes.recipes())
+@pytest.mark.parametrize("size", recipes.size_files())
+@pytest.mark.parametrize("name", recipes.recipe_files())
 def test_every_recipe_loads_at_every_size_and_survives_its_copy(name, size, tmp_path):
-    recipe = load([f"recipe={name}", f"size={size}"])
-    save(recipe, tmp_path / "recipe.yaml")
-    assert load_file(tmp_path / "recipe.yaml") == recipe
+    recipe = load_recipe([f"recipe={name}", f"size={size}"])
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    assert load_recipe_file(tmp_path / "recipe.yaml") == recipe
     assert recipe.size == size and recipe.stages
 
 
 def test_every_stage_of_a_size_belongs_to_some_recipe():
-    known = {stage for path in recipes.recipes().values() for stage in recipes.read(path)["stages"]}
-    for path in recipes.sizes().values():
-        assert set(recipes.read(path).get("stages", {})) <= known, path
+    known = {
+        stage
+        for path in recipes.recipe_files().values()
+        for stage in recipes.read_yaml(path)["stages"]
+    }
+    for path in recipes.size_files().values():
+        assert set(recipes.read_yaml(path).get("stages", {})) <= known, path
 
 
 def test_first_line_of_every_recipe_is_its_command_and_the_next_says_what_it_is():
-    for name, path in recipes.recipes().items():
+    for name, path in recipes.recipe_files().items():
         first = path.read_text(encoding="utf-8").splitlines()[0]
         assert first == f"# python -m vlbench fit recipe={name}"
-        assert recipes.summary(path)
+        assert recipes.file_summary(path)
 
 
 def test_published_numbers_at_full_size():
@@ -73,8 +83,8 @@ def test_published_numbers_at_full_size():
         stages = recipe.stages
         assert (recipe.vision.name, recipe.language.name) == ("ViT-H-14", language)
         assert [s.image_size for s in stages.values()] == [224, 448, 448]
-        assert [s.batch for s in stages.values()] == [4096, 4096, 256]
-        assert [s.clip for s in stages.values()] == [0.5, 0.5, 1.0]
+        assert [s.global_batch_size for s in stages.values()] == [4096, 4096, 256]
+        assert [s.grad_clip for s in stages.values()] == [0.5, 0.5, 1.0]
         assert [s.epochs for s in stages.values()] == [1, 1, 2]
         assert [list(s.train) for s in stages.values()] == [["vision", "connector"]] * 2 + [
             ["vision", "connector", "language"]
@@ -113,8 +123,12 @@ def test_data_of_one_stage_fills_up_from_the_others():
 
 def test_data_train_replaces_what_a_recipe_gives_its_stages(tmp_path, monkeypatch):
     in_folder(tmp_path, monkeypatch, OWN + "    data: {train: of_the_recipe.json}\n")
-    assert load(["recipe=own", "size=6b"]).stages["only_one"].data.train == "of_the_recipe.json"
-    assert load(["recipe=own", "size=6b", "data.train=x.json"]).stages["only_one"].data is None
+    assert (
+        load_recipe(["recipe=own", "size=6b"]).stages["only_one"].data.train == "of_the_recipe.json"
+    )
+    assert (
+        load_recipe(["recipe=own", "size=6b", "data.train=x.json"]).stages["only_one"].data is None
+    )
 
 
 def test_a_part_set_to_null_is_frozen():
@@ -167,8 +181,8 @@ def test_all_mistakes_at_once_each_with_the_nearest_name():
     ],
 )
 def test_recipes_that_are_not_there(words, expected):
-    with pytest.raises(Mistake, match=expected.replace("?", r"\?")):
-        load(words)
+    with pytest.raises(UserError, match=expected.replace("?", r"\?")):
+        load_recipe(words)
 
 
 @pytest.mark.parametrize(
@@ -178,21 +192,21 @@ def test_recipes_that_are_not_there(words, expected):
         ("stages.chat.steps=1.5", "whole number"),
         ("stages.chat.steps=-1", "at least 0"),
         ("stages.chat.steps=true", "whole number"),
-        ("stages.chat.clip=nan", "a number"),
-        ("stages.chat.clip=inf", "a number"),
+        ("stages.chat.grad_clip=nan", "a number"),
+        ("stages.chat.grad_clip=inf", "a number"),
         ("stages.chat.train.vision.lr=-5", "above 0"),
         ("stages.chat.train.vision.lr=1_0", "a number"),
         ("stages.chat.train.vision=1e-4", "is a mapping"),
-        ("stages.chat.betas=0.9", "2 of float"),
-        ("stages.chat.betas=[0.9,1.5]", "at most"),
-        ("stages.chat.form=captions", "caption, chat"),
+        ("stages.chat.adam_betas=0.9", "2 of float"),
+        ("stages.chat.adam_betas=[0.9,1.5]", "at most"),
+        ("stages.chat.sample_format=captions", "caption, chat"),
         ("stages=chat", "is a mapping"),
         ("stages.chat={a: 1", "cannot be read"),
         ("connector=mine", "is a mapping"),
         ("connector.name=mine", "no connector 'mine'"),
         ("dry_run=yes", "true or false"),
         ("precision=16", "32, bf16"),
-        ("checkpointing=ful", "full, auto, given 'ful'. Did you mean 'full'?"),
+        ("activation_checkpointing=ful", "full, auto, given 'ful'. Did you mean 'full'?"),
         ("seed=", "no value"),
         ("run=a${b", "not interpolated"),
         ("vision.name=ViT-B-32", "only vision.name=tiny and vision.name=tiny_eva can"),
@@ -218,24 +232,28 @@ def test_a_key_is_given_once():
 def test_text_stays_as_it_was_typed(text, tmp_path):
     recipe = llava(f"run={text}")
     assert recipe.run == text
-    save(recipe, tmp_path / "copy.yaml")
-    assert load_file(tmp_path / "copy.yaml").run == text
+    save_recipe(recipe, tmp_path / "copy.yaml")
+    assert load_recipe_file(tmp_path / "copy.yaml").run == text
 
 
 def test_values_are_read_by_the_type_of_their_key():
     recipe = llava(
         "precision=32",
         "dry_run=true",
-        "stages.chat.clip=null",
+        "stages.chat.grad_clip=null",
         "stages.chat.train.vision.lr=1e-4",
-        "stages.chat.betas=0.9,0.98",
+        "stages.chat.adam_betas=0.9,0.98",
         "connector={name:llava_mlp,depth: 3}",
         "run=none",
         "trainer.checkpoint_every=5",
     )
     chat = recipe.stages["chat"]
     assert recipe.precision == "32" and recipe.dry_run is True and recipe.run is None
-    assert chat.clip is None and chat.train["vision"].lr == 1e-4 and chat.betas == (0.9, 0.98)
+    assert (
+        chat.grad_clip is None
+        and chat.train["vision"].lr == 1e-4
+        and chat.adam_betas == (0.9, 0.98)
+    )
     assert recipe.connector == {**LLAVA, "depth": 3}
     assert recipe.trainer.checkpoint_every == 5.0
 
@@ -251,11 +269,11 @@ def test_stages_are_chosen(word):
 
 def test_recipes_of_the_working_folder(tmp_path, monkeypatch):
     in_folder(tmp_path, monkeypatch)
-    recipe = load(["recipe=own"])
+    recipe = load_recipe(["recipe=own"])
     assert recipe.connector == {**LLAVA, "depth": 3}
     assert list(recipe.stages) == ["only_one"] and recipe.language.name == "tiny"
-    assert load(["recipe=recipes/own.yaml"]).stages == recipe.stages
-    assert "yivl_llava" in recipes.recipes()
+    assert load_recipe(["recipe=recipes/own.yaml"]).stages == recipe.stages
+    assert "yivl_llava" in recipes.recipe_files()
 
 
 @pytest.mark.parametrize(
@@ -265,7 +283,7 @@ def test_recipes_of_the_working_folder(tmp_path, monkeypatch):
         ("depth: 3", "depth: '3'", "connector.depth must be a whole number"),
         ("batch: 4", "batch: 4.0", "batch must be a whole number, given 4.0; write 4"),
         ("batch: 4", "batch: true", "batch must be a whole number"),
-        ("    batch: 4\n", "", "stages.only_one.batch is missing"),
+        ("    batch: 4\n", "", "stages.only_one.global_batch_size is missing"),
         ("    epochs: 1\n", "", "needs epochs or steps"),
         ("form: chat", "form: ${x}", "not interpolated"),
         ("form: chat", "form: [", "own.yaml:9"),
@@ -280,14 +298,14 @@ def test_recipes_of_the_working_folder(tmp_path, monkeypatch):
 def test_mistakes_in_a_file(old, new, expected, tmp_path, monkeypatch):
     assert old in OWN
     in_folder(tmp_path, monkeypatch, OWN.replace(old, new))
-    with pytest.raises(Mistake) as caught:
-        load(["recipe=own"])
+    with pytest.raises(UserError) as caught:
+        load_recipe(["recipe=own"])
     assert expected in str(caught.value)
 
 
 def test_a_file_may_write_a_choice_without_quotes(tmp_path, monkeypatch):
     in_folder(tmp_path, monkeypatch, OWN + "precision: 32\n")
-    assert load(["recipe=own"]).precision == "32"
+    assert load_recipe(["recipe=own"]).precision == "32"
 
 
 def test_another_connector_leaves_the_options_of_the_first(tmp_path, monkeypatch):
@@ -299,43 +317,53 @@ def test_another_connector_leaves_the_options_of_the_first(tmp_path, monkeypatch
         "    def __init__(self, shapes, *, width: int | None = None, kind='a'):\n"
         "        super().__init__()\n"
     )
-    recipe = load(["recipe=own", "connector.name=mine", "connector.width=8"])
+    recipe = load_recipe(["recipe=own", "connector.name=mine", "connector.width=8"])
     assert recipe.connector == {"name": "mine", "width": 8, "kind": "a"}
-    assert load(["recipe=own", "connector.norm=false"]).connector["depth"] == 3
+    assert load_recipe(["recipe=own", "connector.norm=false"]).connector["depth"] == 3
 
 
 def test_differences_name_what_a_resume_may_not_change():
     before = llava()
-    free = ("trainer.keep_last=3", "data.workers=3", "log.every=1", "run=x", "dry_run=true")
-    assert differences(before, llava(*free, "profile=true")) == []
-    changed = differences(before, llava("seed=1", "stages.chat.steps=7", "connector.depth=1"))
+    free = (
+        "trainer.keep_last_checkpoints=3",
+        "data.workers=3",
+        "log.every_n_steps=1",
+        "run=x",
+        "dry_run=true",
+    )
+    assert recipe_differences(before, llava(*free, "profile=true")) == []
+    changed = recipe_differences(
+        before, llava("seed=1", "stages.chat.steps=7", "connector.depth=1")
+    )
     steps = before.stages["chat"].steps
     assert changed == [
         "seed (0 before, 1 now)",
         "connector.depth (2 before, 1 now)",
         f"stages.chat.steps ({steps} before, 7 now)",
     ]
-    frozen = differences(before, llava("stages.chat.train.language=null"))
+    frozen = recipe_differences(before, llava("stages.chat.train.language=null"))
     assert frozen[0].startswith("stages.chat.train.language.lr")
 
 
 def test_a_run_can_be_named_without_its_recipe(tmp_path):
     recipe = llava("seed=5", f"run={tmp_path}")
-    save(recipe, tmp_path / "recipe.yaml")
-    assert load([f"run={tmp_path}"]) == recipe
-    assert load([f"run={tmp_path}", "seed=6"]).seed == 6
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    assert load_recipe([f"run={tmp_path}"]) == recipe
+    assert load_recipe([f"run={tmp_path}", "seed=6"]).seed == 6
 
 
 def test_full_sizes_ask_for_data():
-    with pytest.raises(Mistake, match="size=6b needs data.train=FILE"):
+    with pytest.raises(UserError, match="size=6b needs data.train=FILE"):
         recipes.require_data(llava("size=6b"))
     recipes.require_data(llava("size=6b", "data.train=a.json"))
     recipes.require_data(llava("size=6b", "only=chat", "stages.chat.data.train=a.json"))
 
 
 def test_every_key_has_a_meaning_and_the_copy_has_every_key():
-    assert all(row.help for row in rows())
-    top = [line.split(":")[0] for line in dump(llava()).splitlines() if line[0] not in " -"]
+    assert all(row.help for row in key_rows())
+    top = [
+        line.split(":")[0] for line in recipe_to_yaml(llava()).splitlines() if line[0] not in " -"
+    ]
     wanted = (
         "recipe size seed run init only from precision checkpointing dry_run profile "
         "vision language connector data stages trainer log"
@@ -353,9 +381,9 @@ def test_recipes_differ_in_what_their_papers_say_and_in_nothing_else():
         "yivl_blip2": {"stages"},
     }
     for size in ("tiny", "6b", "34b"):
-        llava_ = plain(load(["recipe=yivl_llava", f"size={size}"]))
+        llava_ = to_plain(load_recipe(["recipe=yivl_llava", f"size={size}"]))
         for name, also in allowed.items():
-            other = plain(load([f"recipe={name}", f"size={size}"]))
+            other = to_plain(load_recipe([f"recipe={name}", f"size={size}"]))
             differing = {key for key in llava_ if llava_[key] != other[key]}
             assert differing == {"recipe", "connector"} | also, (name, size)
             stages = dict(other["stages"])
@@ -365,8 +393,9 @@ def test_recipes_differ_in_what_their_papers_say_and_in_nothing_else():
 
 def test_a_kind_of_tower_is_that_of_the_size():
     names = {
-        size: load(["recipe=yivl_eva_tower", f"size={size}"]).vision.name for size in ("tiny", "6b")
+        size: load_recipe(["recipe=yivl_eva_tower", f"size={size}"]).vision.name
+        for size in ("tiny", "6b")
     }
     assert names == {"tiny": "tiny_eva", "6b": "EVA02-L-14-336"}
-    given = load(["recipe=yivl_llava", "vision.name=eva", "vision.layer=-1"]).vision
+    given = load_recipe(["recipe=yivl_llava", "vision.name=eva", "vision.layer=-1"]).vision
     assert (given.name, given.weights, given.layer) == ("tiny_eva", "embedded", -1)

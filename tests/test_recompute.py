@@ -5,35 +5,35 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vlbench import recipe as recipes
-from vlbench.data.steps import Steps
-from vlbench.model.compose import compose
-from vlbench.model.recompute import WAYS
+from vlbench.config import recipe as recipes
+from vlbench.data.batch_sampler import StepDataset
+from vlbench.model.activation_checkpointing import CHECKPOINTING_MODES
+from vlbench.model.build_vlm import build_vlm
 from vlbench.model.vlm import VLM
-from vlbench.train.checkpointing import choose, settle
-from vlbench.train.legs import plan, steps_of
-from vlbench.train.module import freeze
+from vlbench.train.auto_checkpointing import choose_checkpointing_mode, set_activation_checkpointing
+from vlbench.train.stage_plan import build_stage_steps, plan_stage_runs
+from vlbench.train.training_module import freeze_untrained_parts
 
 CONNECTORS = ("yivl_llava", "yivl_qformer", "yivl_flamingo", "yivl_eva")
 
 
-def ready(recipe: str, *words: str) -> tuple[VLM, Steps]:
+def ready(recipe: str, *words: str) -> tuple[VLM, StepDataset]:
     """Return the miniature before its last stage, and the steps of the stage."""
-    resolved = recipes.load([f"recipe={recipe}", "stages.chat.batch=3", *words])
-    leg = plan(resolved)[-1]
-    vlm = compose(resolved, leg.stage.image_size)
-    freeze(vlm, leg.stage)
-    return vlm, steps_of(vlm, leg)
+    resolved = recipes.load_recipe([f"recipe={recipe}", "stages.chat.global_batch_size=3", *words])
+    leg = plan_stage_runs(resolved)[-1]
+    vlm = build_vlm(resolved, leg.stage.image_size)
+    freeze_untrained_parts(vlm, leg.stage)
+    return vlm, build_stage_steps(vlm, leg)
 
 
 @pytest.mark.parametrize("recipe", CONNECTORS)
-@pytest.mark.parametrize("way", WAYS[1:])
+@pytest.mark.parametrize("way", CHECKPOINTING_MODES[1:])
 def test_gradients_are_those_of_a_step_that_keeps_all(recipe, way):
     found = {}
     vlm, steps = ready(recipe)
-    batch = steps[0].batches[0]
+    batch = steps[0].micro_batches[0]
     for how in ("none", way):
-        vlm.recompute(how)
+        vlm.enable_activation_checkpointing(how)
         vlm.zero_grad(set_to_none=True)
         vlm(batch).loss_sum.backward()
         found[how] = {
@@ -44,9 +44,9 @@ def test_gradients_are_those_of_a_step_that_keeps_all(recipe, way):
         torch.testing.assert_close(found[way][name], gradient, rtol=0, atol=0, msg=name)
 
 
-def kept_bytes(vlm: VLM, steps: Steps, way: str) -> int:
+def kept_bytes(vlm: VLM, steps: StepDataset, way: str) -> int:
     """Return the bytes of tensors that a forward pass keeps for the backward pass."""
-    vlm.recompute(way)
+    vlm.enable_activation_checkpointing(way)
     seen: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -54,7 +54,7 @@ def kept_bytes(vlm: VLM, steps: Steps, way: str) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        vlm(steps[0].batches[0])
+        vlm(steps[0].micro_batches[0])
     return sum(seen.values())
 
 
@@ -65,25 +65,29 @@ def test_full_keeps_much_less_than_none():
 
 def test_the_first_way_that_fits_is_taken():
     peaks = {"none": 90, "selective": 50}
-    assert choose(peaks.get, None) == "none"  # no limit is known
-    assert choose(peaks.get, 100) == "none"
-    assert choose(peaks.get, 60) == "selective"
-    assert choose(peaks.get, 40) == "full"
-    assert choose({"none": None, "selective": 50}.get, 60) == "selective"  # out of memory
+    assert choose_checkpointing_mode(peaks.get, None) == "none"  # no limit is known
+    assert choose_checkpointing_mode(peaks.get, 100) == "none"
+    assert choose_checkpointing_mode(peaks.get, 60) == "selective"
+    assert choose_checkpointing_mode(peaks.get, 40) == "full"
+    assert (
+        choose_checkpointing_mode({"none": None, "selective": 50}.get, 60) == "selective"
+    )  # out of memory
 
 
 def test_auto_without_a_gpu_keeps_all():
-    resolved = recipes.load(["recipe=yivl_llava", "checkpointing=auto"])
-    vlm, steps = ready("yivl_llava", "checkpointing=auto")
-    assert settle(resolved, vlm, steps, torch.device("cpu")) == "none"
+    resolved = recipes.load_recipe(["recipe=yivl_llava", "activation_checkpointing=auto"])
+    vlm, steps = ready("yivl_llava", "activation_checkpointing=auto")
+    assert set_activation_checkpointing(resolved, vlm, steps, torch.device("cpu")) == "none"
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["32", "bf16"])
 def test_auto_on_a_gpu_takes_what_fits_and_changes_nothing(precision):
-    resolved = recipes.load(["recipe=yivl_llava", "checkpointing=auto", f"precision={precision}"])
+    resolved = recipes.load_recipe(
+        ["recipe=yivl_llava", "activation_checkpointing=auto", f"precision={precision}"]
+    )
     vlm, steps = ready("yivl_llava")
     before = {name: tensor.clone() for name, tensor in vlm.state_dict().items()}
-    assert settle(resolved, vlm, steps, torch.device("cuda", 0)) == "none"
+    assert set_activation_checkpointing(resolved, vlm, steps, torch.device("cuda", 0)) == "none"
     assert all(torch.equal(before[name], t.cpu()) for name, t in vlm.state_dict().items())
     assert all(parameter.grad is None for parameter in vlm.parameters())

@@ -14,13 +14,13 @@ import pytest
 from PIL import Image
 
 from vlbench.__main__ import main
-from vlbench.data.llava import LlavaJson
-from vlbench.data.preflight import look_through
-from vlbench.data.record import record_of_sample, sample_of_record
-from vlbench.data.record_keys import has_no_content
-from vlbench.data.sample import PLACEHOLDER as P
-from vlbench.data.shards import Shards
-from vlbench.mistakes import BadSample, Mistake, one_line
+from vlbench.data.conversation_files import LlavaJson
+from vlbench.data.conversation_record import record_from_sample, sample_from_record
+from vlbench.data.preflight import inspect_source
+from vlbench.data.record_keys import is_metadata_key
+from vlbench.data.sample_encoding import IMAGE_PLACEHOLDER as P
+from vlbench.data.shards import WebDatasetShards
+from vlbench.errors import BadSample, UserError, escape_to_one_line
 
 ANSWER = {"from": "gpt", "value": "red"}
 PLAIN = [{"from": "human", "value": "Colour?"}, ANSWER]
@@ -49,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def read(record: Record) -> Any:
-    return sample_of_record(record, "record 1", lambda name: name)  # type: ignore[return-value]
+    return sample_from_record(record, "record 1", lambda name: name)  # type: ignore[return-value]
 
 
 # name: (record, texts of the turns, pictures)
@@ -158,7 +158,7 @@ def test_a_record_is_read_with_all_pictures_and_texts(name):
     record, texts, pictures = READ[name]
     sample = read(record)
     assert [turn.text for turn in sample.turns] == texts and list(sample.pictures) == pictures
-    again = read(record_of_sample(sample, pictures))
+    again = read(record_from_sample(sample, pictures))
     assert (again.turns, again.pictures) == (sample.turns, sample.pictures)
 
 
@@ -308,9 +308,12 @@ def test_a_key_that_may_hold_something_is_told_once_with_a_count(folder, capsys)
     more = {"caption": "red", "width": 8, "conversations": [TAGGED[0], {**ANSWER, "why": "?"}]}
     records = [{"id": n, "image": "a.jpg", **more, "texts": n} for n in range(3)]
     (folder / "data.json").write_text(json.dumps(records))
-    found = look_through(LlavaJson(folder / "data.json"))
-    assert found.bad == [] and found.unread["width"] == 3
-    assert found.told() == "'caption' (3 records), 'texts' (3 records), 'turn why' (3 records)"
+    found = inspect_source(LlavaJson(folder / "data.json"))
+    assert found.bad_samples == [] and found.unread_key_counts["width"] == 3
+    assert (
+        found.describe_unread_keys()
+        == "'caption' (3 records), 'texts' (3 records), 'turn why' (3 records)"
+    )
     words = [f"data.train={folder / 'data.json'}", f"out={folder / 'out'}", "only=chat"]
     assert main(["check", "recipe=yivl_llava", *words]) == 0
     told = capsys.readouterr().out
@@ -344,11 +347,15 @@ def test_a_record_with_images_is_packed_with_them(folder):
     records += [{"id": 2, "messages": HF, "topic": "colour"}]
     (folder / "data.json").write_text(json.dumps(records))
     assert main(["pack", f"data={folder / 'data.json'}", f"to={folder / 'shards'}"]) == 0
-    source, shards = LlavaJson(folder / "data.json"), Shards(folder / "shards")
+    source, shards = LlavaJson(folder / "data.json"), WebDatasetShards(folder / "shards")
     for number in range(2):
         ours, theirs = shards[number], source[number]
-        assert (ours.id, ours.turns, ours.unread) == (theirs.id, theirs.turns, theirs.unread)
-        assert len(ours.pictures) == len(theirs.pictures)
+        assert (ours.id, ours.turns, ours.unread_keys) == (
+            theirs.id,
+            theirs.turns,
+            theirs.unread_keys,
+        )
+        assert len(ours.images) == len(theirs.images)
 
 
 def test_keys_beside_the_caption_of_a_shard_are_looked_at_too(folder):
@@ -362,9 +369,13 @@ def test_keys_beside_the_caption_of_a_shard_are_looked_at_too(folder):
                 member = tarfile.TarInfo(f"{number}.{ending}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
-    shards = Shards(folder / "x.tar")
-    assert shards[0].caption == "red" and set(shards[0].unread) == {"url", "key", "status"}
-    assert shards[1].unread[-1] == "note"
+    shards = WebDatasetShards(folder / "x.tar")
+    assert shards[0].caption_text == "red" and set(shards[0].unread_keys) == {
+        "url",
+        "key",
+        "status",
+    }
+    assert shards[1].unread_keys[-1] == "note"
     with pytest.raises(BadSample, match="'video' is not read"):
         shards[2]
 
@@ -389,9 +400,9 @@ def test_texts_and_pictures_of_a_shard_that_are_not_read_are_named(folder):
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-    shards = Shards(folder / "x.tar")
-    assert [one.caption for one in shards] == ["red"] * 3
-    assert [one.unread for one in shards] == [("txt",), (), ("png",)]
+    shards = WebDatasetShards(folder / "x.tar")
+    assert [one.caption_text for one in shards] == ["red"] * 3
+    assert [one.unread_keys for one in shards] == [("txt",), (), ("png",)]
     assert shards.notes == ["left out: 1 members that belong to no picture, text or json"]
 
 
@@ -414,7 +425,7 @@ def test_an_id_is_a_label_that_can_be_printed(given, label):
         read({"id": given, "conversations": []})
     said = str(caught.value)
     assert len(said.splitlines()) == 1 and said.encode().startswith(b"sample ")
-    assert said.startswith(f"sample {one_line(label)}: ")
+    assert said.startswith(f"sample {escape_to_one_line(label)}: ")
 
 
 @pytest.mark.parametrize(
@@ -423,7 +434,7 @@ def test_an_id_is_a_label_that_can_be_printed(given, label):
     + [("caption", False), ("image_caption", False), ("rationale", False), ("turn note", False)],
 )
 def test_which_keys_have_nothing_to_learn(key, expected):
-    assert has_no_content(key) is expected
+    assert is_metadata_key(key) is expected
 
 
 OTHER_FILES = {
@@ -449,18 +460,18 @@ OTHER_FILES = {
 def test_a_file_that_is_no_json_is_called_what_it_is(name, tmp_path):
     content, words = OTHER_FILES[name]
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(Mistake, match=words) as caught:
+    with pytest.raises(UserError, match=words) as caught:
         LlavaJson(tmp_path / name)
     assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_bad_sample_keeps_its_identity_on_the_way_out_of_a_worker():
-    bad = pickle.loads(pickle.dumps(BadSample("same", "why").at("data.json", 7)))
+    bad = pickle.loads(pickle.dumps(BadSample("same", "why").with_origin("data.json", 7)))
     assert bad.identity == ("data.json", 7) and str(bad) == "sample same (record 7): why"
-    assert BadSample("same", "why").identity == ("", "same")
+    assert BadSample("same", "why").record_identity == ("", "same")
 
 
 def test_a_long_word_in_any_message_is_shortened():
-    assert len(str(Mistake(f"image {PICTURE}: does not exist"))) < 200
+    assert len(str(UserError(f"image {PICTURE}: does not exist"))) < 200
     assert "80,023 characters" in str(BadSample(PICTURE, "x"))
-    assert str(Mistake("data " + "a/" * 100)) == "data " + "a/" * 100
+    assert str(UserError("data " + "a/" * 100)) == "data " + "a/" * 100

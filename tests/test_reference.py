@@ -19,12 +19,12 @@ from transformers import (
     Blip2ForConditionalGeneration,
 )
 
-from vlbench import plugins
 from vlbench.__main__ import main
-from vlbench.connector import Connector, Shapes
-from vlbench.mistakes import Mistake
-from vlbench.model.weights.reference import References, load_reference
-from vlbench.model.weights.shards import shapes, weight_files
+from vlbench.connector import registry
+from vlbench.connector.base import Connector, Shapes
+from vlbench.errors import UserError
+from vlbench.model.weights.connector_reference import ReferenceWeights, load_reference_weights
+from vlbench.model.weights.tensor_files import read_tensor_shapes, weight_files
 
 SHAPES = Shapes(patches=16, grid=(4, 4), vision_width=24, lm_width=32, lm_layers=4)
 QFORMER = {"queries": 6, "width": 32, "layers": 2, "heads": 4, "ffn_width": 48}
@@ -35,7 +35,7 @@ State = dict[str, Tensor]
 
 def built(name: str, options: dict[str, Any], seed: int = 0) -> Connector:
     torch.manual_seed(seed)
-    return plugins.connector(name)(SHAPES, **options)
+    return registry.load_connector(name)(SHAPES, **options)
 
 
 def random(state: State) -> State:
@@ -133,15 +133,17 @@ def test_every_tensor_is_the_files(name, options, named, write, tmp_path):
     expected = random(before)
     own, rest = named(expected)
     file = write(own | rest, tmp_path)
-    said = load_reference(connector, References([file]), name, "init")
+    said = load_reference_weights(connector, ReferenceWeights([file]), name, "init")
     for key, tensor in connector.state_dict().items():
         kept = key == "place"  # where the embedding of <image> is, no file tells
         assert torch.equal(tensor, before[key] if kept else expected[key]), key
     assert said.startswith(f"{len(own)} tensors") and "left out: " in said
     assert ("as it began: place" in said) == ("place" in before)
-    assert said.endswith("which are not in it") == ("base_model" in min(shapes(file)))
+    assert said.endswith("which are not in it") == ("base_model" in min(read_tensor_shapes(file)))
     empty = built(name, options).to("meta")
-    assert load_reference(empty, References([file], empty=True), name, "init") == said
+    assert (
+        load_reference_weights(empty, ReferenceWeights([file], on_meta=True), name, "init") == said
+    )
 
 
 def half(state: State) -> None:
@@ -177,8 +179,8 @@ def test_what_does_not_fit_is_one_line(name, options, named, spoil, tmp_path):
         (built(name, options), False),
         (built(name, options).to("meta"), True),
     ):
-        with pytest.raises(Mistake) as caught:
-            load_reference(connector, References([file], empty), name, "init=x")
+        with pytest.raises(UserError) as caught:
+            load_reference_weights(connector, ReferenceWeights([file], empty), name, "init=x")
         assert str(caught.value).startswith("init=x") and "\n" not in str(caught.value)
 
 
@@ -220,8 +222,8 @@ def test_a_file_of_torch_may_be_cut_anywhere(zipped, tmp_path):
     whole = file.read_bytes()
     for length in range(0, len(whole) - 1, 7):
         file.write_bytes(whole[:length])
-        with pytest.raises(Mistake) as caught:
-            References([file])
+        with pytest.raises(UserError) as caught:
+            ReferenceWeights([file])
         assert "\n" not in str(caught.value) and "x.bin" in str(caught.value)
 
 
@@ -255,8 +257,8 @@ def test_a_projector_of_another_form_says_which_options_it_needs(
     name, options, theirs, words, tmp_path
 ):
     file = as_bin(projector(built("llava_mlp", theirs).state_dict())[0], tmp_path)
-    with pytest.raises(Mistake, match=words):
-        load_reference(built(name, options), References([file]), name, "init=x")
+    with pytest.raises(UserError, match=words):
+        load_reference_weights(built(name, options), ReferenceWeights([file]), name, "init=x")
 
 
 def test_names_of_projectors_that_people_have(tmp_path):
@@ -278,7 +280,7 @@ def test_names_of_projectors_that_people_have(tmp_path):
         (tmp_path / str(number)).mkdir()
         file = as_bin(state, tmp_path / str(number))
         connector = built("llava_mlp", LLAVA)
-        load_reference(connector, References([file]), "llava_mlp", "init")
+        load_reference_weights(connector, ReferenceWeights([file]), "llava_mlp", "init")
         assert all(torch.equal(t, expected[k]) for k, t in connector.state_dict().items()), number
 
 
@@ -286,8 +288,8 @@ def test_adapters_are_no_connector(tmp_path):
     start = "base_model.model.model.layers.0.self_attn.q_proj"
     state = {f"{start}.lora_{letter}.weight": torch.ones(2, 2) for letter in "AB"}
     for write in (as_bin, as_safetensors):
-        with pytest.raises(Mistake, match="holds LoRA adapters.*non_lora_trainables.bin"):
-            References([write(state, tmp_path)])
+        with pytest.raises(UserError, match="holds LoRA adapters.*non_lora_trainables.bin"):
+            ReferenceWeights([write(state, tmp_path)])
 
 
 def test_a_folder_of_adapters_says_what_to_give(tmp_path, capsys):
@@ -303,13 +305,13 @@ def test_a_folder_of_adapters_says_what_to_give(tmp_path, capsys):
 
 
 def test_a_connector_that_does_not_say_what_it_loaded_is_refused(tmp_path):
-    class Silent(plugins.connector("linear")):  # type: ignore[misc]
+    class Silent(registry.load_connector("linear")):  # type: ignore[misc]
         def load_reference(self, weights):
             super().load_reference(weights)
 
     file = as_bin(linear(random(built("linear", {}).state_dict()))[0], tmp_path)
-    with pytest.raises(Mistake, match="load_reference returned None"):
-        load_reference(Silent(SHAPES), References([file]), "silent", "init")
+    with pytest.raises(UserError, match="load_reference returned None"):
+        load_reference_weights(Silent(SHAPES), ReferenceWeights([file]), "silent", "init")
 
 
 @pytest.fixture(scope="module")
@@ -334,7 +336,7 @@ def test_every_tensor_of_a_blip2_of_transformers_is_its_files(blip2):
     files = weight_files(blip2)
     assert len(files) > 1
     connector = built("qformer", QFORMER)
-    said = load_reference(connector, References(files), "qformer", "init")
+    said = load_reference_weights(connector, ReferenceWeights(files), "qformer", "init")
     theirs = Blip2ForConditionalGeneration.from_pretrained(blip2).state_dict()
     own = connector.state_dict()
     pairs = {name: f"model.{name}" if f"model.{name}" in theirs else name for name in own}
@@ -367,7 +369,7 @@ def bert(folder: Path, kind: type = BertForPreTraining, **changes: int) -> Path:
 def test_every_tensor_of_a_bert_is_its_files(kind, tmp_path, capsys):
     folder = bert(tmp_path / "bert", kind)
     connector = built("qformer", {**QFORMER, "text": str(folder)})
-    connector.prepare("blip2", fresh=True)
+    connector.prepare_objective("blip2", fresh=True)
     said = capsys.readouterr().out
     theirs = {
         k.removeprefix("bert."): v for k, v in kind.from_pretrained(folder).state_dict().items()
@@ -402,14 +404,14 @@ def test_every_tensor_of_a_bert_is_its_files(kind, tmp_path, capsys):
 
 def forget(key: str) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
-        state = {k: v for f in weight_files(folder) for k, v in References([f]).items()}
+        state = {k: v for f in weight_files(folder) for k, v in ReferenceWeights([f]).items()}
         save_file({k: v for k, v in state.items() if key not in k}, folder / "model.safetensors")
 
     return change
 
 
 def add(folder: Path) -> None:
-    state = dict(References(weight_files(folder))) | {"extra": torch.ones(2)}
+    state = dict(ReferenceWeights(weight_files(folder))) | {"extra": torch.ones(2)}
     save_file(state, folder / "model.safetensors")
 
 
@@ -434,6 +436,6 @@ def test_a_bert_that_does_not_fit_is_one_line(config, change, words, tmp_path):
     folder = bert(tmp_path / "bert", **config)
     change(folder)
     connector = built("qformer", {**QFORMER, "text": str(folder)})
-    with pytest.raises(Mistake, match=words) as caught:
-        connector.prepare("blip2", fresh=True)
+    with pytest.raises(UserError, match=words) as caught:
+        connector.prepare_objective("blip2", fresh=True)
     assert "\n" not in str(caught.value)

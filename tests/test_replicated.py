@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from several import QUIET, TWO, Job, do, in_two
+from several import QUIET, TWO, FitCommand, run_fit_command, run_in_two_processes
 from torch import Tensor
 
-from vlbench.model.weights.shards import read
+from vlbench.model.weights.tensor_files import read_tensors
 
 CONNECTOR = """import torch
 from torch import nn
@@ -60,14 +60,14 @@ def folder(tmp_path_factory):
     (path / "connectors/gated.py").write_text(CONNECTOR)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
-        patch.setattr("vlbench.plugins.__path__", [str(path / "connectors")])
+        patch.setattr("vlbench.connector.registry.__path__", [str(path / "connectors")])
         yield path
 
 
-def job(run: str, way: str, stop: int, double: bool = False) -> Job:
+def job(run: str, way: str, stop: int, double: bool = False) -> FitCommand:
     """Return a run of which every step is clipped."""
     chat = ("steps=6", "batch=4", "image_size=56", "clip=0.05", "train.vision=null")
-    return Job(
+    return FitCommand(
         (
             "recipe=yivl_llava",
             "connector.name=gated",
@@ -89,7 +89,7 @@ def saved(run: Path) -> dict[str, Tensor]:
     return {
         name: value
         for file in (newest / "model.safetensors", newest / "optimizer/model.safetensors")
-        for name, value in read(file)
+        for name, value in read_tensors(file)
         if "connector." in name
     }
 
@@ -105,10 +105,10 @@ def trained(folder):
     begin = [(job("-".join(one), one[0], STOP), one[0]) for one in CHANGES]
     end = [(job("-".join(one), one[1], STEPS), one[1]) for one in CHANGES]
     whole = [(job(way, way, STEPS, double=True), way) for way in WAYS]
-    assert {do(one) for one, way in whole + begin if way == "alone"} == {130}
+    assert {run_fit_command(one) for one, way in whole + begin if way == "alone"} == {130}
     both = [one for one, way in whole + begin + end if way != "alone"]
-    assert in_two(both) == [(130, 130)] * len(both)
-    assert {do(one) for one, way in end if way == "alone"} == {130}
+    assert run_in_two_processes(both) == [(130, 130)] * len(both)
+    assert {run_fit_command(one) for one, way in end if way == "alone"} == {130}
     return folder
 
 

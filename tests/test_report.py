@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from vlbench import recipe as recipes
 from vlbench.__main__ import main
+from vlbench.config import recipe as recipes
 
 
 def run(folder: Path, chance: float, seed: int, *words: str) -> Path:
     """Make a finished run whose answers are right with `chance`."""
     folder.mkdir(parents=True)
-    recipe = recipes.load(["recipe=yivl_llava", f"seed={seed}", f"run={folder}", *words])
-    recipes.save(recipe, folder / "recipe.yaml")
+    recipe = recipes.load_recipe(["recipe=yivl_llava", f"seed={seed}", f"run={folder}", *words])
+    recipes.save_recipe(recipe, folder / "recipe.yaml")
     rng = random.Random(f"{seed} {words}")
     lines = []
     for number in range(300):
@@ -70,7 +70,7 @@ def test_names_of_rows_say_as_little_as_tells_them_apart(tmp_path, capsys):
 def test_a_run_of_another_version_is_named(tmp_path, capsys):
     folder = run(tmp_path / "a", 0.8, 0)
     recipe = folder / "recipe.yaml"
-    recipe.write_text(recipe.read_text().replace("keep_last:", "keep_latest:"))
+    recipe.write_text(recipe.read_text().replace("keep_last_checkpoints:", "keep_latest:"))
     assert main(["report", str(folder)]) == 2
     assert "was written by" not in capsys.readouterr().err
     (folder / "versions.json").write_text('{"vlbench": "9.9"}')

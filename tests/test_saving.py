@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from vlbench.train import watchers
-from vlbench.train.watchers import Interrupts, Saving
+from vlbench.train import callbacks
+from vlbench.train.callbacks import CheckpointCallback, GracefulStop
 
 
 @pytest.mark.parametrize(("slow", "share"), [(0.5, 0.01), (30.0, 0.05)])
@@ -19,16 +19,16 @@ def test_saving_takes_a_small_share_of_the_time(slow, share, monkeypatch):
         now.time += slow
         return SimpleNamespace(done=True, end=lambda: None)
 
-    monkeypatch.setattr(watchers.time, "monotonic", lambda: now.time)
-    monkeypatch.setattr(watchers.checkpoint, "Writing", write)
-    monkeypatch.setattr(watchers.checkpoint, "prune", lambda *_: None)
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: now.time)
+    monkeypatch.setattr(callbacks.checkpoint, "Writing", write)
+    monkeypatch.setattr(callbacks.checkpoint, "prune", lambda *_: None)
     run = SimpleNamespace(checkpoints=None, recipe_file=None)
-    saving = Saving(run, (0, "chat"), [], 60.0, 2, Interrupts(), lambda: now.time)
+    saving = CheckpointCallback(run, (0, "chat"), [], 60.0, 2, GracefulStop(), lambda: now.time)
     trainer = SimpleNamespace(optimizers=[None])
     training = SimpleNamespace(steps=10**6, position=0, trainer=trainer, seen={}, vlm=None)
     while training.position < 20_000:  # of a second each
         now.time += 1.0
         training.position += 1
-        saving.after(training, None)
+        saving.on_step_end(training, None)
     assert saved[0] <= 61 and len(saved) > 20
     assert slow * len(saved) / now.time <= share

@@ -10,11 +10,15 @@ import yaml
 from scipy.stats import binomtest
 
 from vlbench.__main__ import main
-from vlbench.evaluate.tasks.aggregate import share, summary, wilson
-from vlbench.evaluate.tasks.items import Item, Scored
-from vlbench.evaluate.tasks.protocols import PROTOCOLS
-from vlbench.evaluate.tasks.score import PUBLISHED
-from vlbench.evaluate.tasks.subjects import CMMMU, MMMU, subject_in
+from vlbench.evaluate.tasks.score_command import PUBLISHED_FILE
+from vlbench.evaluate.tasks.score_summary import (
+    accuracy_from_counts,
+    summarize_scores,
+    wilson_interval,
+)
+from vlbench.evaluate.tasks.scored_items import AnsweredItem, ScoredItem
+from vlbench.evaluate.tasks.scoring_protocols import SCORING_PROTOCOLS
+from vlbench.evaluate.tasks.subject_domains import CMMMU_DOMAINS, MMMU_DOMAINS, known_subject_of_id
 
 GOLDENS = Path(__file__).parent / "goldens/evaluation"
 AGGREGATION = json.loads((GOLDENS / "aggregation.json").read_text(encoding="utf-8"))
@@ -22,7 +26,7 @@ LEADERBOARDS = json.loads((GOLDENS / "published.json").read_text(encoding="utf-8
 CATEGORIES = dict(
     zip(
         [row["subject"] for row in AGGREGATION["cmmmu_yi_vl_34b_val"]["table"]],
-        [*CMMMU.domains, "all"],
+        [*CMMMU_DOMAINS.domains, "all"],
         strict=True,
     )
 )
@@ -31,11 +35,13 @@ CATEGORIES = dict(
 def summed(task: str, counts: dict[str, dict[str, int]]) -> dict:
     """Return the summary of as many right and wrong answers as `counts` says."""
     scored = [
-        Scored(Item(f"{subject}{n}", "open", [], "", "", subject), [], n < of["correct"], False)
+        ScoredItem(
+            AnsweredItem(f"{subject}{n}", "open", [], "", "", subject), [], n < of["correct"], False
+        )
         for subject, of in counts.items()
         for n in range(of["num"])
     ]
-    return summary(task, scored)
+    return summarize_scores(task, scored)
 
 
 def printed(scores: dict, shown: str) -> dict[str, dict]:
@@ -53,7 +59,7 @@ def printed(scores: dict, shown: str) -> dict[str, dict]:
 )
 @pytest.mark.parametrize("case", AGGREGATION["mmmu_synthetic"], ids=lambda case: case["scenario"])
 def test_mmmu_adds_up_to_the_last_printed_digit(case, protocol, reference):
-    shown = PROTOCOLS["mmmu"][protocol].shown
+    shown = SCORING_PROTOCOLS["mmmu"][protocol].accuracy_format
     assert printed(summed("mmmu", case["counts"]), shown) == case[reference]
 
 
@@ -74,7 +80,7 @@ def test_cmmmu_adds_up_to_the_last_printed_digit(case):
     scores = summed("cmmmu", {name: row for name, row in table.items() if name != "all"})
     for name, row in table.items():
         group = scores if name == "all" else scores["by_domain"][name]
-        told = format(group["accuracy"], PROTOCOLS["cmmmu"]["official"].shown)
+        told = format(group["accuracy"], SCORING_PROTOCOLS["cmmmu"]["official"].accuracy_format)
         assert (group["correct"], group["n"], told) == (
             row["correct"],
             row["num"],
@@ -85,27 +91,31 @@ def test_cmmmu_adds_up_to_the_last_printed_digit(case):
 def test_cmmmus_subcategories_add_up_as_in_lmms_eval():
     golden = AGGREGATION["cmmmu_lmms_synthetic"]
     scores = summed("cmmmu", golden["counts"])
-    assert printed(scores, PROTOCOLS["cmmmu"]["lmms"].shown) == golden["printed"]
+    assert printed(scores, SCORING_PROTOCOLS["cmmmu"]["lmms"].accuracy_format) == golden["printed"]
 
 
 def test_the_domains_are_the_official_ones():
     official = AGGREGATION["meta"]["domain_map"]
-    assert {name: list(subjects) for name, subjects in MMMU.domains.items()} == official
-    assert subject_in("mmmu", "validation_Diagnostics_and_Laboratory_Medicine_12") == (
+    assert {name: list(subjects) for name, subjects in MMMU_DOMAINS.domains.items()} == official
+    assert known_subject_of_id("mmmu", "validation_Diagnostics_and_Laboratory_Medicine_12") == (
         "Diagnostics_and_Laboratory_Medicine"
     )
-    assert subject_in("mmmu", "my_own_7") == subject_in("cmmmu", "1900") == "unknown"
+    assert (
+        known_subject_of_id("mmmu", "my_own_7") == known_subject_of_id("cmmmu", "1900") == "unknown"
+    )
 
 
 @pytest.mark.parametrize(("correct", "n"), [(0, 1), (0, 30), (7, 30), (326, 900), (900, 900)])
 def test_intervals_are_wilsons(correct, n):
     known = binomtest(correct, n).proportion_ci(method="wilson")
-    assert wilson(correct, n) == pytest.approx((known.low, known.high), abs=1e-12)
-    assert share(correct, n).told()["interval"] == pytest.approx((known.low, known.high), abs=1e-4)
+    assert wilson_interval(correct, n) == pytest.approx((known.low, known.high), abs=1e-12)
+    assert accuracy_from_counts(correct, n).to_dict()["interval"] == pytest.approx(
+        (known.low, known.high), abs=1e-4
+    )
 
 
 def test_published_rows_are_those_of_the_leaderboards():
-    rows = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))
+    rows = yaml.safe_load(PUBLISHED_FILE.read_text(encoding="utf-8"))
     for name in ("val", "test"):
         for model, row in rows["mmmu"][name]["rows"].items():
             assert row == list(LEADERBOARDS[f"mmmu_{name}_2024_02"]["rows"][model].values())[:7]

@@ -21,14 +21,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlbench.__main__ import main
 from vlbench.data import shards as shards_module
-from vlbench.data.images import ImageTransform
-from vlbench.data.lanes import LANES, Lanes
-from vlbench.data.llava import LlavaJson
-from vlbench.data.order import Mixture
-from vlbench.data.scene_world import scene
-from vlbench.data.shard_index import beside, index_of
-from vlbench.data.shards import Shards
-from vlbench.mistakes import BadSample, Mistake
+from vlbench.data.conversation_files import LlavaJson
+from vlbench.data.image_processing import ImageTransform
+from vlbench.data.scene_world import make_scene
+from vlbench.data.shard_index import index_path, load_shard_index
+from vlbench.data.shard_sampler import MAX_LANES, ShardShuffle
+from vlbench.data.shards import WebDatasetShards
+from vlbench.data.shuffle import SourceMixture
+from vlbench.errors import BadSample, UserError
 
 TRANSFORM = ImageTransform(56, 56, (0.5,) * 3, (0.25,) * 3)
 SAMPLES = 60
@@ -48,7 +48,7 @@ def data(tmp_path_factory) -> Path:
         count = number % 3
         names = [f"{number}_{one}.png" for one in range(count)]
         for one, name in enumerate(names):
-            scene("shards", one, number).open().save(folder / name)
+            make_scene("shards", one, number).open().save(folder / name)
         tags = "".join("<image>\n" for _ in names)
         turns = [
             {"from": "human", "value": f"{tags}What is {number}? 是什么？"},
@@ -70,7 +70,7 @@ def packed(data, tmp_path_factory) -> Path:
 
 
 def test_what_is_packed_is_read_back_the_same(data, packed):
-    source, shards = LlavaJson(data / "data.json"), Shards(packed)
+    source, shards = LlavaJson(data / "data.json"), WebDatasetShards(packed)
     assert len(shards) == SAMPLES - 2
     good = [source[n] for n in range(SAMPLES) if n not in (10, 11)]
     for number, expected in enumerate(good):
@@ -80,8 +80,8 @@ def test_what_is_packed_is_read_back_the_same(data, packed):
             expected.turns,
             expected.language,
         )
-        for ours, theirs in zip(found.pictures, expected.pictures, strict=True):
-            assert torch.equal(TRANSFORM.of(ours), TRANSFORM.of(theirs))
+        for ours, theirs in zip(found.images, expected.images, strict=True):
+            assert torch.equal(TRANSFORM.load_pixels(ours), TRANSFORM.load_pixels(theirs))
 
 
 def test_what_cannot_be_packed_is_counted_and_named(data, packed, tmp_path, capsys):
@@ -102,8 +102,8 @@ def test_packing_twice_gives_the_same_bytes(data, packed, tmp_path):
 @pytest.mark.parametrize("counts", [[1], [3, 1], [5] * 7, [7, 1, 9, 4, 4, 4, 2, 8, 3], [2] * 300])
 @pytest.mark.parametrize("window", [1, 4])
 def test_an_order_of_shards_is_a_permutation(counts, window):
-    orders = [Lanes(counts, key, window) for key in ("a", "b")]
-    whole = [list(map(order, range(order.total))) for order in orders]
+    orders = [ShardShuffle(counts, key, window) for key in ("a", "b")]
+    whole = [list(map(order, range(order.total_samples))) for order in orders]
     assert sorted(whole[0]) == sorted(whole[1]) == list(range(sum(counts)))
     assert len(counts) < 4 or whole[0] != whole[1]
     with pytest.raises(IndexError):
@@ -112,20 +112,23 @@ def test_an_order_of_shards_is_a_permutation(counts, window):
 
 def test_shards_are_divided_among_ranks_and_read_in_turn():
     counts = [50] * 512
-    order = Lanes(counts, "x")
-    assert order.lanes == LANES
+    order = ShardShuffle(counts, "x")
+    assert order.lane_count == MAX_LANES
     for world in (2, 8, 128):
-        of = [{order(p) // 50 for p in range(rank, order.total, world)} for rank in range(world)]
+        of = [
+            {order(p) // 50 for p in range(rank, order.total_samples, world)}
+            for rank in range(world)
+        ]
         assert sum(map(len, of)) == len(counts)  # no shard belongs to two ranks
-    lane = [order(p) // 50 for p in range(0, order.total, LANES)]
+    lane = [order(p) // 50 for p in range(0, order.total_samples, MAX_LANES)]
     assert len(set(lane[:200])) == 4 and len(set(lane)) == 4  # a window of four is read together
 
 
 class Stream(Dataset[str]):
     """The ids at the positions of one rank."""
 
-    def __init__(self, shards: Shards, positions: range) -> None:
-        self.mixture, self.positions = Mixture([(shards, 1.0)], seed=3), positions
+    def __init__(self, shards: WebDatasetShards, positions: range) -> None:
+        self.mixture, self.positions = SourceMixture([(shards, 1.0)], seed=3), positions
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -136,7 +139,7 @@ class Stream(Dataset[str]):
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_two_epochs_give_each_sample_twice_to_any_number_of_ranks(packed, workers):
-    shards = Shards(packed)
+    shards = WebDatasetShards(packed)
     total = 2 * len(shards)
     streams = {}
     for world in (1, 2, 4):
@@ -151,9 +154,9 @@ def test_two_epochs_give_each_sample_twice_to_any_number_of_ranks(packed, worker
 
 
 def test_a_position_is_found_without_what_came_before(packed):
-    whole = [Mixture([(Shards(packed), 1.0)], 5)[n].id for n in range(80)]
-    assert Mixture([(Shards(packed), 1.0)], 5)[79].id == whole[79]
-    assert [Mixture([(Shards(packed), 1.0)], 6)[n].id for n in range(80)] != whole
+    whole = [SourceMixture([(WebDatasetShards(packed), 1.0)], 5)[n].id for n in range(80)]
+    assert SourceMixture([(WebDatasetShards(packed), 1.0)], 5)[79].id == whole[79]
+    assert [SourceMixture([(WebDatasetShards(packed), 1.0)], 6)[n].id for n in range(80)] != whole
 
 
 def broken(packed: Path, folder: Path) -> Path:
@@ -164,15 +167,15 @@ def broken(packed: Path, folder: Path) -> Path:
     return folder
 
 
-def bad(shards: Shards) -> list[BadSample]:
+def bad(shards: WebDatasetShards) -> list[BadSample]:
     found = []
     for number in range(len(shards)):
         try:
-            for picture in shards[number].pictures:
+            for picture in shards[number].images:
                 picture.open()
         except BadSample as fault:
             found.append(fault)
-        except Mistake as mistake:
+        except UserError as mistake:
             found.append(BadSample(str(number), str(mistake)))
     return found
 
@@ -180,7 +183,7 @@ def bad(shards: Shards) -> list[BadSample]:
 def test_a_missing_shard_costs_its_samples_alone(packed, tmp_path):
     folder = broken(packed, tmp_path / "one")
     (folder / "000001.tar").unlink()
-    found = bad(Shards(folder))
+    found = bad(WebDatasetShards(folder))
     assert len(found) == 8 and all("000001.tar: cannot be opened" in f.reason for f in found)
 
 
@@ -188,23 +191,23 @@ def test_a_torn_shard_costs_what_is_behind_the_tear(packed, tmp_path):
     folder = broken(packed, tmp_path / "torn")
     tar = folder / "000002.tar"
     tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])
-    found = bad(Shards(folder))
+    found = bad(WebDatasetShards(folder))
     assert 1 <= len(found) <= 8 and all("000002.tar: is torn" in f.reason for f in found)
-    Path(beside(str(tar))).unlink()  # without an index the tear is met while it is made
-    shards_module._entries.cache_clear()
-    assert all("000002.tar" in fault.reason for fault in bad(Shards(folder)))
+    Path(index_path(str(tar))).unlink()  # without an index the tear is met while it is made
+    shards_module._cached_index.cache_clear()
+    assert all("000002.tar" in fault.reason for fault in bad(WebDatasetShards(folder)))
 
 
 def test_a_shard_that_comes_late_is_read(packed, tmp_path, monkeypatch):
     folder = broken(packed, tmp_path / "late")
     hidden = (folder / "000000.tar").rename(folder / "hidden")
-    shards_module._trouble.cache_clear()
+    shards_module._open_failure.cache_clear()
     monkeypatch.setattr(
         shards_module.time,
         "sleep",
         lambda _: hidden.is_file() and hidden.rename(folder / "000000.tar"),
     )
-    assert not bad(Shards(folder))
+    assert not bad(WebDatasetShards(folder))
 
 
 def test_tar_files_of_others_are_read_with_their_captions(tmp_path):
@@ -212,20 +215,20 @@ def test_tar_files_of_others_are_read_with_their_captions(tmp_path):
     with tarfile.open(file, "w") as tar:
         for number in range(3):
             image = io.BytesIO()
-            scene("laion", 0, number).open().save(image, "PNG")
+            make_scene("laion", 0, number).open().save(image, "PNG")
             for kind, content in (("png", image.getvalue()), ("txt", f"thing {number}\n".encode())):
                 info = tarfile.TarInfo(f"part/{number:05d}.{kind}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
-    shards = Shards(file)
-    assert [shards[n].caption for n in range(3)] == ["thing 0", "thing 1", "thing 2"]
-    assert shards[1].pictures[0].open().size == scene("laion", 0, 1).open().size
-    assert Path(beside(str(file))).is_file() and len(index_of(str(file))) == 3
+    shards = WebDatasetShards(file)
+    assert [shards[n].caption_text for n in range(3)] == ["thing 0", "thing 1", "thing 2"]
+    assert shards[1].images[0].open().size == make_scene("laion", 0, 1).open().size
+    assert Path(index_path(str(file))).is_file() and len(load_shard_index(str(file))) == 3
 
 
 def test_shards_train(packed, tmp_path):
     words = [f"stages.{name}.steps=1" for name in ("align_224", "align_448", "chat")]
-    words += [f"stages.{name}.batch=4" for name in ("align_224", "align_448", "chat")]
+    words += [f"stages.{name}.global_batch_size=4" for name in ("align_224", "align_448", "chat")]
     words += ["log.questions=2", "log.examples=0", "log.tensorboard=false", f"data.train={packed}"]
     assert main(["fit", "recipe=yivl_llava", *words, f"run={tmp_path / 'run'}"]) == 0
 
@@ -252,7 +255,7 @@ def test_a_disk_that_is_full_is_one_line_and_nothing_is_left(data, tmp_path, mon
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("vlbench.data.pack._write", full)
+    monkeypatch.setattr("vlbench.data.write_shards._write_tar", full)
     assert main(["pack", f"data={data / 'data.json'}", f"to={tmp_path / 'shards'}"]) == 2
     assert "cannot be written (No space left on device)" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -298,8 +301,8 @@ def test_a_server_that_knows_no_ranges_is_named(packed):
     server = ThreadingHTTPServer(("127.0.0.1", 0), whole)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        with pytest.raises(Mistake, match="the whole file where a part is asked for"):
-            _ = Shards(f"http://127.0.0.1:{server.server_port}")[0]
+        with pytest.raises(UserError, match="the whole file where a part is asked for"):
+            _ = WebDatasetShards(f"http://127.0.0.1:{server.server_port}")[0]
     finally:
         server.shutdown()
 
@@ -308,22 +311,22 @@ def test_a_server_that_cannot_be_reached_is_named():
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    with pytest.raises(Mistake, match="cannot be read"):
-        Shards(url)
+    with pytest.raises(UserError, match="cannot be read"):
+        WebDatasetShards(url)
 
 
 class Pixels(Dataset):
     """Number and pixels of the samples of shards."""
 
     def __init__(self, where: str | Path) -> None:
-        self.shards = Shards(where)
+        self.shards = WebDatasetShards(where)
 
     def __len__(self) -> int:
         return len(self.shards)
 
     def __getitem__(self, index: int) -> tuple[str, list[torch.Tensor]]:
         sample = self.shards[index]
-        return sample.id, [TRANSFORM.of(picture) for picture in sample.pictures]
+        return sample.id, [TRANSFORM.load_pixels(picture) for picture in sample.images]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -341,14 +344,14 @@ def test_shards_by_url_are_those_of_the_folder(served, packed, workers):
 def test_packed_shards_may_be_copied(packed, tmp_path, monkeypatch):
     folder = broken(packed, tmp_path / "copy")  # with another time of modification
     monkeypatch.setattr("vlbench.data.shard_index.scan", lambda _: pytest.fail("is read again"))
-    assert not bad(Shards(folder))
+    assert not bad(WebDatasetShards(folder))
 
 
 def test_a_packed_shard_that_was_made_again_is_not_believed(packed, tmp_path):
     folder = broken(packed, tmp_path / "again")
     other = (folder / "000001.tar").read_bytes() + b"\0" * 10240
     (folder / "000000.tar").write_bytes(other)  # its size is another one: indexed anew
-    assert Shards(folder)[0].id == Shards(packed)[8].id
+    assert WebDatasetShards(folder)[0].id == WebDatasetShards(packed)[8].id
 
 
 def test_shards_by_url_that_are_not_those_of_their_index_are_named(served):
@@ -357,10 +360,10 @@ def test_shards_by_url_that_are_not_those_of_their_index_are_named(served):
     content = one.read_bytes()
     one.write_bytes(content + b"\0" * 10240)
     with pytest.raises(BadSample, match="000000.tar: has .* bytes and its index is of one with"):
-        Shards(url)[0]
+        WebDatasetShards(url)[0]
     one.write_bytes(other.read_bytes()[: len(content)])
     with pytest.raises(BadSample, match="000000.tar: is another file than"):
-        Shards(url)[0]
+        WebDatasetShards(url)[0]
 
 
 def test_an_index_by_url_of_an_older_version_is_read(served):
@@ -369,7 +372,7 @@ def test_an_index_by_url_of_an_older_version_is_read(served):
         lines = [json.loads(line) for line in index.read_text().split("\n")[1:-1]]
         old = [[key, {kind: at[:2] for kind, at in members.items()}] for key, members in lines]
         index.write_text("".join(json.dumps(one) + "\n" for one in old))
-    assert not bad(Shards(url))
+    assert not bad(WebDatasetShards(url))
 
 
 def test_trouble_of_shards_by_url_is_named(served):
@@ -377,11 +380,11 @@ def test_trouble_of_shards_by_url_is_named(served):
     names = sorted(copy.glob("*.tar"))
     names[0].unlink()
     with pytest.raises(BadSample, match=f"{names[0].name}.*does not exist"):
-        Shards(url)[0]
-    Path(beside(str(names[1]))).unlink()
-    with pytest.raises(Mistake, match=f"{names[1].name}.index, which shards by URL need"):
-        Shards(f"{url}/{names[1].name}")
-    with pytest.raises(Mistake, match="holds no shards.json"):
-        Shards(f"{url}/nowhere")
-    with pytest.raises(Mistake, match="Protocol not known: nonsense"):
-        Shards("nonsense://somewhere")
+        WebDatasetShards(url)[0]
+    Path(index_path(str(names[1]))).unlink()
+    with pytest.raises(UserError, match=f"{names[1].name}.index, which shards by URL need"):
+        WebDatasetShards(f"{url}/{names[1].name}")
+    with pytest.raises(UserError, match="holds no shards.json"):
+        WebDatasetShards(f"{url}/nowhere")
+    with pytest.raises(UserError, match="Protocol not known: nonsense"):
+        WebDatasetShards("nonsense://somewhere")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from recorded import assert_gradient, assert_gradients, assert_outputs, load
+from recorded import assert_gradient, assert_gradients, assert_outputs, load_record
 
-from vlbench import plugins, recipe
-from vlbench.connector import Shapes
-from vlbench.layers import plain as plain_recipe
+from vlbench.config import recipe
+from vlbench.config.merge import to_plain as plain_recipe
+from vlbench.connector import registry
+from vlbench.connector.base import Shapes
 
 SHAPES = Shapes(patches=16, grid=(4, 4), vision_width=8, lm_width=12, lm_layers=2)
 FOUR = ("llava", "qformer", "flamingo", "eva")
@@ -17,9 +18,9 @@ FOUR = ("llava", "qformer", "flamingo", "eva")
 @pytest.mark.parametrize("depth", [2, 3])
 def test_yi_vls_projector_equals_the_reference(depth):
     case = f"projector_yi_vl_mlp{depth}x_gelu_Norm"
-    weights, inputs = load(case, "state_dict"), load(case, "inputs")
+    weights, inputs = load_record(case, "state_dict"), load_record(case, "inputs")
     lm_width, vision_width = weights["0.weight"].shape
-    connector = plugins.connector("llava_mlp")(
+    connector = registry.load_connector("llava_mlp")(
         Shapes(16, (4, 4), vision_width, lm_width, 2), depth=depth
     )
     connector.load_reference(weights)
@@ -27,32 +28,34 @@ def test_yi_vls_projector_equals_the_reference(depth):
     (cotangent,) = (key for key in inputs if key.startswith("ct."))
     features = inputs[name].requires_grad_()
     out = connector(features)
-    assert_outputs(out, load(case, "outputs")[cotangent.removeprefix("ct.")])
+    assert_outputs(out, load_record(case, "outputs")[cotangent.removeprefix("ct.")])
     (out * inputs[cotangent]).sum().backward()
-    grads = load(case, "grads")
+    grads = load_record(case, "grads")
     assert_gradient(features.grad, grads[f"input.{name}"], name)
     assert_gradients(connector.layers, grads)
 
 
 def test_an_mlp_of_another_width_is_no_released_projector():
-    connector = plugins.connector("llava_mlp")(SHAPES, depth=3, mlp_ratio=2.0)
+    connector = registry.load_connector("llava_mlp")(SHAPES, depth=3, mlp_ratio=2.0)
     assert [one.weight.shape for one in connector.layers if isinstance(one, torch.nn.Linear)] == [
         (24, 8),
         (24, 24),
         (12, 24),
     ]
     assert connector(torch.randn(2, 16, 8)).shape == (2, 16, 12)
-    assert connector.projector() is None
-    assert plugins.connector("llava_mlp")(SHAPES, mlp_ratio=1.0).projector() is not None
+    assert connector.released_projector() is None
+    assert (
+        registry.load_connector("llava_mlp")(SHAPES, mlp_ratio=1.0).released_projector() is not None
+    )
 
 
 def test_the_glu_equals_cogvlms():
-    connector = plugins.connector("glu")(Shapes(16, (4, 4), 32, 40, 2), mlp_ratio=1.4)
-    connector.load_reference(load("cogvlm_adapter", "state_dict"))
-    outputs = load("cogvlm_adapter", "outputs")
+    connector = registry.load_connector("glu")(Shapes(16, (4, 4), 32, 40, 2), mlp_ratio=1.4)
+    connector.load_reference(load_record("cogvlm_adapter", "state_dict"))
+    outputs = load_record("cogvlm_adapter", "outputs")
     tokens = connector(outputs["tower"])
     assert_outputs(tokens[:, 1:-1], outputs["glu"])
-    state = load("cogvlm_adapter", "state_dict")
+    state = load_record("cogvlm_adapter", "state_dict")
     assert torch.equal(tokens[:, 0], state["boi"][0].expand(2, -1))
     assert torch.equal(tokens[:, -1], state["eoi"][0].expand(2, -1))
 
@@ -63,14 +66,14 @@ def numbered() -> torch.Tensor:
 
 
 def test_pixel_shuffle_brings_neighbours_together():
-    connector = plugins.connector("pixel_shuffle")(SHAPES)
+    connector = registry.load_connector("pixel_shuffle")(SHAPES)
     connector.layers = torch.nn.Identity()
     squares = connector(numbered()).view(4, 4, 8)[..., 0]
     assert squares.tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
 
 
 def test_avgpool_takes_the_mean_of_neighbours():
-    connector = plugins.connector("avgpool")(SHAPES)
+    connector = registry.load_connector("avgpool")(SHAPES)
     connector.layers = torch.nn.Identity()
     assert connector(numbered())[0, :, 0].tolist() == [2.5, 4.5, 10.5, 12.5]
 
@@ -87,7 +90,7 @@ def test_avgpool_takes_the_mean_of_neighbours():
     ],
 )
 def test_a_picture_takes_as_many_tokens_as_is_said(name, options, tokens):
-    connector = plugins.connector(name)(SHAPES, **options)
+    connector = registry.load_connector(name)(SHAPES, **options)
     assert connector.tokens_per_image == tokens
     assert connector(torch.randn(2, 16, 8)).shape == (2, tokens, 12)
 
@@ -107,14 +110,14 @@ def test_a_picture_takes_as_many_tokens_as_is_said(name, options, tokens):
 )
 def test_impossible_options_are_named(name, options, words):
     with pytest.raises(ValueError, match=words):
-        plugins.connector(name)(SHAPES, **options)
+        registry.load_connector(name)(SHAPES, **options)
 
 
-@pytest.mark.parametrize("size", recipe.sizes())
+@pytest.mark.parametrize("size", recipe.size_files())
 def test_the_four_recipes_differ_in_their_connector_alone(size):
     plain = []
     for name in FOUR:
-        one = plain_recipe(recipe.load([f"recipe=yivl_{name}", f"size={size}"]))
+        one = plain_recipe(recipe.load_recipe([f"recipe=yivl_{name}", f"size={size}"]))
         assert one.pop("connector")["name"] in (name, "llava_mlp")
         one.pop("recipe")
         plain.append(one)

@@ -10,7 +10,12 @@ from released import CHECKPOINT
 from vlbench.__main__ import main
 
 FIT = ["fit", "recipe=yivl_llava", "run=run", "only=chat", "stages.chat.steps=0"]
-FIT += ["stages.chat.batch=4", "log.questions=2", "log.tensorboard=false", "log.examples=0"]
+FIT += [
+    "stages.chat.global_batch_size=4",
+    "log.questions=2",
+    "log.tensorboard=false",
+    "log.examples=0",
+]
 LATER = ["fit", "recipe=yivl_llava", "run=run", "from=align_448"]
 
 

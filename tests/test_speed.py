@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from vlbench.train import speed
-from vlbench.train.module import StepReport
-from vlbench.train.speed import Speed, peak_flops, rates
+from vlbench.train import throughput
+from vlbench.train.throughput import ThroughputMeter, format_throughput, peak_flops
+from vlbench.train.training_module import StepReport
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_nobody_knows_the_peak_of_a_processor():
 def clock(monkeypatch):
     """A clock that is set by hand."""
     now = SimpleNamespace(time=100.0)
-    monkeypatch.setattr(speed.time, "monotonic", lambda: now.time)
+    monkeypatch.setattr(throughput.time, "monotonic", lambda: now.time)
     return now
 
 
@@ -52,35 +52,39 @@ def training(waited: float = 0.0, flops: Any = None) -> SimpleNamespace:
 
 
 def test_rates_and_waiting_are_of_the_time_since_the_last_line(clock):
-    measured = Speed()
-    measured.begin(training())
+    measured = ThroughputMeter()
+    measured.start_measuring(training())
     for _ in range(2):
         clock.time += 5
-        measured.after(training(waited=1.0), SimpleNamespace(batches=[]))
-    row = measured.told()
+        measured.count_step(training(waited=1.0), SimpleNamespace(batches=[]))
+    row = measured.read_and_reset()
     assert (row["tokens_per_second"], row["images_per_second"]) == (100.0, 0.8)
     assert (row["step_seconds"], row["data_wait"], row["seconds"]) == (5.0, 0.2, 10.0)
-    assert row["mfu"] == "" and "data wait 20%" in rates(row) and "MFU" not in rates(row)
+    assert (
+        row["mfu"] == ""
+        and "data wait 20%" in format_throughput(row)
+        and "MFU" not in format_throughput(row)
+    )
     clock.time += 10
-    measured.after(training(), SimpleNamespace(batches=[]))
-    again = measured.told()
+    measured.count_step(training(), SimpleNamespace(batches=[]))
+    again = measured.read_and_reset()
     assert (again["tokens_per_second"], again["data_wait"], again["seconds"]) == (50.0, 0.0, 20.0)
 
 
 def test_mfu_is_what_was_needed_over_what_the_device_can_do(clock, monkeypatch):
-    monkeypatch.setattr(speed, "peak_flops", lambda _: 1000.0)
-    measured = Speed()
-    measured.begin(training(flops=SimpleNamespace(of=lambda batches: 2500.0)))
+    monkeypatch.setattr(throughput, "peak_flops", lambda _: 1000.0)
+    measured = ThroughputMeter()
+    measured.start_measuring(training(flops=SimpleNamespace(of=lambda batches: 2500.0)))
     clock.time += 5
-    measured.after(training(), SimpleNamespace(batches=[]))
-    row = measured.told()
-    assert row["mfu"] == 0.5 and "MFU 50%" in rates(row)
+    measured.count_step(training(), SimpleNamespace(batches=[]))
+    row = measured.read_and_reset()
+    assert row["mfu"] == 0.5 and "MFU 50%" in format_throughput(row)
 
 
 def test_a_stage_whose_operations_are_not_known_has_no_mfu(clock, monkeypatch):
-    monkeypatch.setattr(speed, "peak_flops", lambda _: 1000.0)
-    measured = Speed()
-    measured.begin(training())
+    monkeypatch.setattr(throughput, "peak_flops", lambda _: 1000.0)
+    measured = ThroughputMeter()
+    measured.start_measuring(training())
     clock.time += 1
-    measured.after(training(), SimpleNamespace(batches=[]))
-    assert measured.told()["mfu"] == ""
+    measured.count_step(training(), SimpleNamespace(batches=[]))
+    assert measured.read_and_reset()["mfu"] == ""

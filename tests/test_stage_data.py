@@ -14,19 +14,19 @@ import pytest
 import torch
 from PIL import Image
 
-from vlbench import recipe as recipes
 from vlbench.__main__ import main
-from vlbench.data.images import ImageTransform
-from vlbench.data.llava import LlavaJson
-from vlbench.data.order import Mixture
-from vlbench.data.steps import Steps
-from vlbench.data.template import YI_VL
+from vlbench.config import recipe as recipes
+from vlbench.data.batch_sampler import StepDataset
+from vlbench.data.chat_template import YI_VL
+from vlbench.data.conversation_files import LlavaJson
+from vlbench.data.image_processing import ImageTransform
+from vlbench.data.shuffle import SourceMixture
 from vlbench.data.tokenizer import Tokenizer
-from vlbench.mistakes import BadSample, Mistake
-from vlbench.train import legs, report
-from vlbench.train.run import Run
-from vlbench.train.stages import check_trained
-from vlbench.train.watchers import Quarantine, set_aside
+from vlbench.errors import BadSample, UserError
+from vlbench.train import run_report, stage_plan
+from vlbench.train.callbacks import QuarantineCallback, quarantine_samples
+from vlbench.train.fit import check_trainable_params
+from vlbench.train.run_folder import RunFolder
 
 TINY = Path(__file__).parent / "goldens/yi_vl/tiny_a/checkpoint"
 LOOKS = {
@@ -35,7 +35,7 @@ LOOKS = {
     "check": ["check"],
     "plan": ["plan"],
 }
-ONLY = ("only=chat", "stages.chat.steps=1", "stages.chat.batch=2")
+ONLY = ("only=chat", "stages.chat.steps=1", "stages.chat.global_batch_size=2")
 
 
 def record(image: str | None = "a.png", **keys: Any) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def test_held_out_samples_of_the_last_stage_are_looked_at_first(folder, capsys, verb, val, words):
     (folder / "folder").mkdir()
     (folder / "good.txt").write_text("good")
-    data = ["data.train=good.json", "data.on_bad=quarantine", f"stages.chat.data.val={val}"]
+    data = ["data.train=good.json", "data.on_bad_sample=quarantine", f"stages.chat.data.val={val}"]
     said = refused([*verb, *data], capsys)
     assert words in said and "data.val" in said
 
@@ -95,8 +95,8 @@ def test_what_is_asked_at_the_end_is_opened_though_its_stage_is_not_run(folder, 
 def test_held_out_samples_may_be_shards(folder):
     assert main(["pack", "data=good.json", "to=shards"]) == 0
     words = ["recipe=yivl_llava", *ONLY, "data.train=good.json", "data.val=shards"]
-    (leg,) = legs.plan(recipes.load(words))
-    assert leg.val is not None and len(leg.val) == 4 and leg.val[0].pictures
+    (leg,) = stage_plan.plan_stage_runs(recipes.load_recipe(words))
+    assert leg.val_source is not None and len(leg.val_source) == 4 and leg.val_source[0].images
 
 
 def test_shards_that_are_not_there_are_told_before_the_first_step(folder, capsys):
@@ -104,9 +104,9 @@ def test_shards_that_are_not_there_are_told_before_the_first_step(folder, capsys
     (folder / "shards/000001.tar").unlink()
     data = ["data.train=good.json", "stages.chat.data.val=shards"]
     assert "000001.tar: does not exist (and 1 more of 4" in refused(["fit", *data], capsys)
-    recipe = recipes.load(["recipe=yivl_llava", *ONLY, "data.train=shards"])
-    with pytest.raises(Mistake, match="and 1 more of 4 samples"):
-        legs.check_data(recipe, legs.plan(recipe))
+    recipe = recipes.load_recipe(["recipe=yivl_llava", *ONLY, "data.train=shards"])
+    with pytest.raises(UserError, match="and 1 more of 4 samples"):
+        stage_plan.check_data(recipe, stage_plan.plan_stage_runs(recipe))
 
 
 @pytest.mark.parametrize("members", [{"0.png": b"?"}, {"0.png": b"", "0.txt": b"red"}])
@@ -116,7 +116,7 @@ def test_shards_without_a_usable_sample_are_refused_before_the_first_step(folder
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-    first = ["data.train=good.json", "data.on_bad=quarantine"]
+    first = ["data.train=good.json", "data.on_bad_sample=quarantine"]
     own = "stages.align_448.data.train=good.json"
     for data in ([own, "stages.align_448.data.val=bad.tar"], ["stages.chat.data.train=bad.tar"]):
         for verb in LOOKS.values():
@@ -130,37 +130,43 @@ def test_a_picture_that_git_lfs_has_not_fetched_is_called_so(folder, capsys):
 
 
 def test_stages_share_a_file_that_is_open(folder):
-    planned = legs.plan(recipes.load(["recipe=yivl_llava", "data.train=good.json"]))
-    assert len({id(source) for leg in planned for source in leg.sources}) == 1
+    planned = stage_plan.plan_stage_runs(
+        recipes.load_recipe(["recipe=yivl_llava", "data.train=good.json"])
+    )
+    assert len({id(source) for leg in planned for source in leg.all_sources}) == 1
 
 
 def test_held_out_samples_without_a_picture_are_told(folder, capsys):
     words = ["recipe=yivl_llava", *ONLY, "data.train=good.json", "data.val=text.json"]
-    recipe = recipes.load(words)
-    assert legs.check_data(recipe, legs.plan(recipe)) == []
+    recipe = recipes.load_recipe(words)
+    assert stage_plan.check_data(recipe, stage_plan.plan_stage_runs(recipe)) == []
     assert "text.json: no sample has a picture, so no question" in capsys.readouterr().out
 
 
 def test_held_out_samples_of_a_stage_of_captions_without_a_picture_are_told(folder, capsys):
-    steps = ("stages.align_224.steps=1", "stages.align_224.batch=2")
+    steps = ("stages.align_224.steps=1", "stages.align_224.global_batch_size=2")
     words = ["recipe=yivl_llava", "only=align_224", *steps, "data.train=good.json"]
     for val, told in (("text.json", True), ("good.json", False)):
-        recipe = recipes.load([*words, f"data.val={val}"])
-        legs.check_data(recipe, legs.plan(recipe))
+        recipe = recipes.load_recipe([*words, f"data.val={val}"])
+        stage_plan.check_data(recipe, stage_plan.plan_stage_runs(recipe))
         line = "stage align_224: data.val text.json has no picture"
         assert (line in capsys.readouterr().out) == told
 
 
 @pytest.mark.parametrize(("more", "told"), [([], True), (["trainer.devices=2"], False)])
 def test_a_strategy_of_several_processes_is_told_of_where_there_is_one(capsys, more, told):
-    recipe = recipes.load(["recipe=yivl_llava", "trainer.strategy=fsdp2", *more])
-    report.show_start(recipe, Run(Path("run")), [])
+    recipe = recipes.load_recipe(["recipe=yivl_llava", "trainer.strategy=fsdp2", *more])
+    run_report.show_run_start(recipe, RunFolder(Path("run")), [])
     assert ("strategy=fsdp2 changes nothing in one process" in capsys.readouterr().out) == told
 
 
 def test_every_stage_judges_bad_samples_as_it_says(folder, capsys):
     write(folder, "half.json", record(id="x"), record("no.png", id="y"))
-    data = ["data.train=half.json", "data.on_bad=quarantine", "stages.chat.data.on_bad=stop"]
+    data = [
+        "data.train=half.json",
+        "data.on_bad_sample=quarantine",
+        "stages.chat.data.on_bad_sample=stop",
+    ]
     assert "no.png: does not exist" in refused(["fit", *data], capsys)
 
 
@@ -173,7 +179,7 @@ def test_captions_without_a_picture_are_refused(folder, capsys, verb):
 def test_captions_whose_pictures_are_all_bad_are_refused(folder, capsys):
     texts = [record(None, id="t"), record("no.png", id="p")]
     write(folder, "mixed.json", *texts)
-    said = refused(["fit", "data.train=mixed.json", "data.on_bad=quarantine"], capsys)
+    said = refused(["fit", "data.train=mixed.json", "data.on_bad_sample=quarantine"], capsys)
     assert "learns captions of pictures" in said
 
 
@@ -187,8 +193,8 @@ def test_an_objective_of_pictures_is_refused_without_them(folder, capsys):
 def test_a_stage_that_trains_nothing_is_refused(folder, capsys, verb):
     parts = [f"stages.chat.train.{part}=null" for part in ("vision", "connector", "language")]
     assert "stages.chat.train names no part" in refused([*verb, *ONLY, *parts], capsys)
-    none = recipes.load(["recipe=yivl_llava", "stages.chat.steps=0", "only=chat", *parts])
-    assert legs.plan(none)[0].steps == 0  # nothing is to be trained
+    none = recipes.load_recipe(["recipe=yivl_llava", "stages.chat.steps=0", "only=chat", *parts])
+    assert stage_plan.plan_stage_runs(none)[0].total_steps == 0  # nothing is to be trained
 
 
 def test_a_part_without_parameters_is_no_part_to_train():
@@ -196,10 +202,10 @@ def test_a_part_without_parameters_is_no_part_to_train():
     vlm: Any = SimpleNamespace(connector=part)
     stage = SimpleNamespace(parts={"connector": SimpleNamespace(lora=None)})
     leg: Any = SimpleNamespace(name="chat", stage=stage, steps=2)
-    with pytest.raises(Mistake, match="names connector, which has no parameters"):
-        check_trained(vlm, leg)
+    with pytest.raises(UserError, match="names connector, which has no parameters"):
+        check_trainable_params(vlm, leg)
     vlm.connector = torch.nn.Linear(1, 1)
-    check_trained(vlm, leg)
+    check_trainable_params(vlm, leg)
 
 
 # ---- identity
@@ -207,13 +213,13 @@ def test_a_part_without_parameters_is_no_part_to_train():
 
 def test_bad_records_with_equal_ids_are_counted_and_noted_one_by_one(folder):
     write(folder, "equal.json", *(record("no.png", id="000000") for _ in range(3)), record())
-    words = ["recipe=yivl_llava", *ONLY, "data.train=equal.json", "data.on_bad=quarantine"]
-    recipe = recipes.load(words)
-    bad = legs.check_data(recipe, legs.plan(recipe))
-    assert [one.identity for one in bad] == [("equal.json", n) for n in (1, 2, 3)]
-    run = Run(folder)
+    words = ["recipe=yivl_llava", *ONLY, "data.train=equal.json", "data.on_bad_sample=quarantine"]
+    recipe = recipes.load_recipe(words)
+    bad = stage_plan.check_data(recipe, stage_plan.plan_stage_runs(recipe))
+    assert [one.record_identity for one in bad] == [("equal.json", n) for n in (1, 2, 3)]
+    run = RunFolder(folder)
     for _ in range(2):  # as when it is resumed
-        set_aside(run, bad)
+        quarantine_samples(run, bad)
     lines = [json.loads(line) for line in run.quarantine_file.read_text().splitlines()]
     assert [(line["id"], line["source"], line["record"]) for line in lines] == [
         ("000000", "equal.json", n) for n in (1, 2, 3)
@@ -224,7 +230,7 @@ def test_check_counts_refused_records_with_equal_ids_and_tells_of_ids_once(folde
     bad = [record("no.png", id="same") | {"conversations": turns(n)} for n in (8, 9)]
     good = [record(id="same") | {"conversations": turns(n)} for n in range(4)]
     write(folder, "equal.json", *bad, *good)
-    words = ["data.train=equal.json", "data.on_bad=quarantine", "only=chat", "out=out"]
+    words = ["data.train=equal.json", "data.on_bad_sample=quarantine", "only=chat", "out=out"]
     assert main(["check", "recipe=yivl_llava", *words]) == 0
     lines = [json.loads(line) for line in (folder / "out/findings.jsonl").read_text().splitlines()]
     assert [line["record"] for line in lines if line["kind"] == "refused"] == [1, 2]
@@ -246,24 +252,24 @@ def test_samples_with_equal_ids_have_names_of_their_own_in_a_batch(folder):
     for name in ("one.json", "two.json"):
         write(folder, name, *(record(id="same") for _ in range(3)))
     sources = [(LlavaJson(folder / name, folder), 1.0) for name in ("one.json", "two.json")]
-    steps = Steps(
-        mixture=Mixture(sources, 0),
-        template=YI_VL,
+    steps = StepDataset(
+        mixture=SourceMixture(sources, 0),
+        chat_template=YI_VL,
         tokenizer=Tokenizer.load(TINY),
-        transform=ImageTransform(8, 8, (0.5,) * 3, (0.5,) * 3),
+        image_transform=ImageTransform(8, 8, (0.5,) * 3, (0.5,) * 3),
         tokens_per_image=4,
         max_length=512,
-        form="chat",
-        batch=6,
-        row_tokens=4096,
-        total=1,
+        sample_format="chat",
+        global_batch_size=6,
+        max_tokens_per_row=4096,
+        total_steps=1,
     )
-    (batch,) = steps[0].batches
-    assert set(batch.sample_id) == {
+    (batch,) = steps[0].micro_batches
+    assert set(batch.sample_ids) == {
         *(f"same (record {n})" for n in (1, 2, 3)),
         *(f"same (record {n} of source 2)" for n in (1, 2, 3)),
     }
-    assert len(set(batch.image_id)) == 6
+    assert len(set(batch.image_ids)) == 6
 
 
 def test_bad_samples_name_their_record_also_when_their_pictures_are_broken(folder):
@@ -275,19 +281,19 @@ def test_bad_samples_name_their_record_also_when_their_pictures_are_broken(folde
         record("b.png", id="same"),
         record(id="x") | {"image": ""},
     )
-    steps = Steps(
-        mixture=Mixture([(LlavaJson("equal.json"), 1.0)], 0),
-        template=YI_VL,
+    steps = StepDataset(
+        mixture=SourceMixture([(LlavaJson("equal.json"), 1.0)], 0),
+        chat_template=YI_VL,
         tokenizer=Tokenizer.load(TINY),
-        transform=ImageTransform(8, 8, (0.5,) * 3, (0.5,) * 3),
+        image_transform=ImageTransform(8, 8, (0.5,) * 3, (0.5,) * 3),
         tokens_per_image=4,
         max_length=512,
-        form="chat",
-        batch=3,
-        row_tokens=4096,
-        total=1,
+        sample_format="chat",
+        global_batch_size=3,
+        max_tokens_per_row=4096,
+        total_steps=1,
     )
-    bad = {one.identity: str(one) for one in steps[0].bad}
+    bad = {one.record_identity: str(one) for one in steps[0].bad_samples}
     assert set(bad) == {("equal.json", 2), ("equal.json", 3)}
     assert bad["equal.json", 2].startswith("sample same (record 2): ")
 
@@ -310,29 +316,38 @@ def training(position: int, steps: int, **report: Any) -> Any:
     return SimpleNamespace(position=position, steps=steps, report=SimpleNamespace(**told))
 
 
-def quarantine(folder: Path, count: int, on_bad: str = "auto") -> Quarantine:
+def quarantine(folder: Path, count: int, on_bad_sample: str = "auto") -> QuarantineCallback:
     source: Any = World("here", count)
-    return Quarantine(Run(folder), on_bad, Mixture([(source, 1.0)], 0))
+    return QuarantineCallback(RunFolder(folder), on_bad_sample, SourceMixture([(source, 1.0)], 0))
 
 
 def test_bad_samples_of_other_stages_do_not_count_here(folder):
-    set_aside(Run(folder), [BadSample("x", "y").at("elsewhere", n) for n in range(1, 6)])
+    quarantine_samples(
+        RunFolder(folder), [BadSample("x", "y").with_origin("elsewhere", n) for n in range(1, 6)]
+    )
     watcher = quarantine(folder, 200)
-    watcher.note([BadSample("same", "y").at("here", 1)])
-    watcher.note([BadSample("same", "y").at("here", 2), BadSample("same", "y").at("here", 1)])
-    lines = Run(folder).quarantine_file.read_text().splitlines()
+    watcher.record_bad_samples([BadSample("same", "y").with_origin("here", 1)])
+    watcher.record_bad_samples(
+        [
+            BadSample("same", "y").with_origin("here", 2),
+            BadSample("same", "y").with_origin("here", 1),
+        ]
+    )
+    lines = RunFolder(folder).quarantine_file.read_text().splitlines()
     assert Counter(json.loads(line)["source"] for line in lines) == {"elsewhere": 5, "here": 2}
-    with pytest.raises(Mistake, match="and 2 more of 200 samples"):
-        watcher.note([BadSample("same", "y").at("here", 3)])
+    with pytest.raises(UserError, match="and 2 more of 200 samples"):
+        watcher.record_bad_samples([BadSample("same", "y").with_origin("here", 3)])
 
 
 def test_a_stage_in_which_no_step_had_a_sample_is_a_mistake(folder):
     watcher = quarantine(folder, 200)
     step: Any = SimpleNamespace(index=0, bad=[], skipped=2)
-    watcher.begin(training(0, 2))
-    watcher.after(training(1, 2), step)
-    with pytest.raises(Mistake, match="nothing was learned in 2 steps: 4 samples have no picture"):
-        watcher.after(training(2, 2), step)
+    watcher.on_stage_start(training(0, 2))
+    watcher.on_step_end(training(1, 2), step)
+    with pytest.raises(
+        UserError, match="nothing was learned in 2 steps: 4 samples have no picture"
+    ):
+        watcher.on_step_end(training(2, 2), step)
     watcher = quarantine(folder, 200)
-    watcher.begin(training(1, 2))  # before it was stopped it may have learned
-    watcher.after(training(2, 2), step)
+    watcher.on_stage_start(training(1, 2))  # before it was stopped it may have learned
+    watcher.on_step_end(training(2, 2), step)

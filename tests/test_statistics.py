@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from vlbench.compare.statistics import bootstrap, compare, holm, interval, mean_squares
+from vlbench.compare.report.paired_statistics import (
+    accuracy_interval,
+    bootstrap_interval,
+    holm_correction,
+    mean_squares,
+    paired_difference,
+)
 
 QUESTIONS = 400
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(41)
@@ -36,8 +42,8 @@ def test_intervals_cover_the_known_difference(seeds, spread):
         covered = 0
         for _ in range(1000):
             one, other, truth = trial(rng, seeds, spread, effect)
-            found = compare(one, other)
-            covered += found.low <= truth <= found.high
+            found = paired_difference(one, other)
+            covered += found.interval_low <= truth <= found.interval_high
         assert 920 <= covered <= 995, (effect, covered)
 
 
@@ -53,7 +59,10 @@ def test_families_without_a_difference_raise_few_false_alarms(seeds, spread):
             for _ in range(4)
         ]
         pairs = [(i, j) for i in range(4) for j in range(i)]
-        alarms += min(holm([compare(arms[i], arms[j]).p for i, j in pairs])) < 0.05
+        alarms += (
+            min(holm_correction([paired_difference(arms[i], arms[j]).p_value for i, j in pairs]))
+            < 0.05
+        )
     assert alarms <= 0.06 * families, alarms
 
 
@@ -71,7 +80,10 @@ def test_few_questions_raise_few_false_alarms(seeds, spread, level, questions):
             for _ in range(4)
         ]
         pairs = [(i, j) for i in range(4) for j in range(i)]
-        alarms += min(holm([compare(arms[i], arms[j]).p for i, j in pairs])) < 0.05
+        alarms += (
+            min(holm_correction([paired_difference(arms[i], arms[j]).p_value for i, j in pairs]))
+            < 0.05
+        )
     assert alarms <= 0.05 * families, alarms
 
 
@@ -84,56 +96,65 @@ def test_seeds_that_agree_by_accident_on_different_questions_are_no_proof(seeds,
         first = seed * (won + lost)
         one[seed, first : first + won] = 1
         other[seed, first + won : first + won + lost] = 1
-    found = compare(one, other)
+    found = paired_difference(one, other)
     assert found.mean == pytest.approx((won - lost) / 20)
-    assert found.p > 0.05 and found.low < 0 < found.high
-    assert found.error >= 1 / 20 / np.sqrt(seeds)
+    assert found.p_value > 0.05 and found.interval_low < 0 < found.interval_high
+    assert found.standard_error >= 1 / 20 / np.sqrt(seeds)
 
 
 @pytest.mark.parametrize(("seeds", "questions"), [(1, 1), (1, 20), (2, 1), (3, 20), (3, 1)])
 def test_answers_that_are_all_alike_are_known_to_one_answer_at_best(seeds, questions):
     right = np.ones((seeds, questions))
-    mean, low, high = interval(right)
+    mean, low, high = accuracy_interval(right)
     assert mean == high == 1 and low <= 1 - 1 / right.size
-    mean, low, high = interval(0 * right)
+    mean, low, high = accuracy_interval(0 * right)
     assert mean == low == 0 and high >= 1 / right.size
-    found = compare(right, 0 * right)
-    assert 1 / right.size <= found.error <= 1.2 / questions and found.p > 0
+    found = paired_difference(right, 0 * right)
+    assert 1 / right.size <= found.standard_error <= 1.2 / questions and found.p_value > 0
 
 
 def test_many_questions_do_not_notice_the_bound():
     one, other, _ = trial(np.random.default_rng(4), 3, 0.3, 0.4)
-    assert compare(one, other).error > 5 / QUESTIONS / np.sqrt(3)
+    assert paired_difference(one, other).standard_error > 5 / QUESTIONS / np.sqrt(3)
 
 
 def test_a_large_difference_is_found_and_said():
     rng = np.random.default_rng(0)
     one, other, truth = trial(rng, 5, 0.1, 1.0)
-    found = compare(one, other)
-    assert found.p < 0.01 and found.low < truth < found.high and found.detectable < truth
-    text = found.sentence("llava_mlp", "qformer")
+    found = paired_difference(one, other)
+    assert (
+        found.p_value < 0.01
+        and found.interval_low < truth < found.interval_high
+        and found.smallest_detectable < truth
+    )
+    text = found.describe_difference("llava_mlp", "qformer")
     assert text.startswith(
         f"llava_mlp is {100 * found.mean:.1f} points above qformer (95 % interval"
     )
-    back = compare(other, one)
-    assert (back.mean, back.low, back.high) == pytest.approx((-found.mean, -found.high, -found.low))
-    said = back.sentence("qformer", "llava_mlp")
-    assert f"below llava_mlp (95 % interval {100 * found.low:.1f} to {100 * found.high:.1f}" in said
-    low, high = bootstrap(one, other)
+    back = paired_difference(other, one)
+    assert (back.mean, back.interval_low, back.interval_high) == pytest.approx(
+        (-found.mean, -found.interval_high, -found.interval_low)
+    )
+    said = back.describe_difference("qformer", "llava_mlp")
+    assert (
+        f"below llava_mlp (95 % interval {100 * found.interval_low:.1f} to {100 * found.interval_high:.1f}"
+        in said
+    )
+    low, high = bootstrap_interval(one, other)
     assert low < found.mean < high
 
 
 def test_no_difference_at_all_is_no_error():
     same = np.ones((3, 10))
-    found = compare(same, same)
-    assert (found.mean, found.low, found.high, found.p) == (0, 0, 0, 1)
-    assert "this may be chance" in found.sentence("a", "b")
+    found = paired_difference(same, same)
+    assert (found.mean, found.interval_low, found.interval_high, found.p_value) == (0, 0, 0, 1)
+    assert "this may be chance" in found.describe_difference("a", "b")
 
 
 def test_mean_squares_add_up():
     cells = np.random.default_rng(1).normal(size=(4, 30))
     parts = mean_squares(cells)
-    whole = 3 * parts.seeds + 29 * parts.questions + 87 * parts.rest
+    whole = 3 * parts.seeds + 29 * parts.questions + 87 * parts.residual
     assert whole == pytest.approx(((cells - cells.mean()) ** 2).sum())
 
 
@@ -142,18 +163,20 @@ def test_seeds_that_happen_to_agree_do_not_blow_an_interval_up():
     wrong, values = np.zeros((3, 20)), np.repeat([1.0, 0.0], 10)
     for _ in range(100):
         right = np.array([rng.permutation(values) for _ in range(3)])  # each seed has 10 right
-        found = compare(right, wrong)
-        assert found.freedom >= 1 and found.high - found.low < 1
+        found = paired_difference(right, wrong)
+        assert found.degrees_of_freedom >= 1 and found.interval_high - found.interval_low < 1
 
 
 def test_holm_is_the_known_example():
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm_correction([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
 
 def test_a_single_seed_speaks_of_questions_alone():
     rng = np.random.default_rng(2)
     one, other, _ = trial(rng, 1, 0.0, 0.5)
-    found = compare(one, other)
-    assert found.freedom == QUESTIONS - 1 and "; 1 seed" in found.sentence("a", "b")
-    mean, low, high = interval(one)
+    found = paired_difference(one, other)
+    assert found.degrees_of_freedom == QUESTIONS - 1 and "; 1 seed" in found.describe_difference(
+        "a", "b"
+    )
+    mean, low, high = accuracy_interval(one)
     assert low < mean < high and mean == one.mean()

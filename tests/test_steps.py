@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from vlbench.data.batch import Batch
-from vlbench.data.images import File, ImageTransform
-from vlbench.data.order import Mixture
-from vlbench.data.sample import PLACEHOLDER, Sample, Turn
-from vlbench.data.steps import Step, Steps
-from vlbench.data.template import YI_VL
+from vlbench.data.batch_sampler import OptimizerStep, StepDataset
+from vlbench.data.chat_template import YI_VL
+from vlbench.data.image_processing import ImageFile, ImageTransform
+from vlbench.data.packing import PackedBatch
+from vlbench.data.sample_encoding import IMAGE_PLACEHOLDER, ChatTurn, Sample
+from vlbench.data.shuffle import SourceMixture
 from vlbench.data.tokenizer import Tokenizer
-from vlbench.mistakes import BadSample
+from vlbench.errors import BadSample
 
 GOLDEN = Path(__file__).parent / "goldens/yi_vl/tiny_a"
 TRANSFORM = ImageTransform(16, 16, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
@@ -55,18 +55,18 @@ class World:
         if index in self.bad:
             raise BadSample(f"s{index}", "is broken")
         images = 0 if index % 5 == 0 else 1 + index % 2
-        question = PLACEHOLDER * images + "\nWhat is it? " * (1 + index % 4)
-        turns = (Turn("human", question), Turn("assistant", f"It is number {index}."))
-        gone = File("gone.png")
+        question = IMAGE_PLACEHOLDER * images + "\nWhat is it? " * (1 + index % 4)
+        turns = (ChatTurn("human", question), ChatTurn("assistant", f"It is number {index}."))
+        gone = ImageFile("gone.png")
         pictures = tuple(
             gone if index in self.missing else Plain(index // 2) for _ in range(images)
         )
         return Sample(f"s{index}", turns, pictures)
 
 
-def steps(seed: int = 0, source: World | None = None, **changes) -> Steps:
+def steps(seed: int = 0, source: World | None = None, **changes) -> StepDataset:
     settings = {
-        "mixture": Mixture([(source or World(), 1.0)], seed),
+        "mixture": SourceMixture([(source or World(), 1.0)], seed),
         "template": YI_VL,
         "tokenizer": Tokenizer.load(GOLDEN / "checkpoint"),
         "transform": TRANSFORM,
@@ -74,29 +74,29 @@ def steps(seed: int = 0, source: World | None = None, **changes) -> Steps:
         "max_length": 4096,
         "form": "chat",
         "batch": 12,
-        "row_tokens": 400,
+        "max_tokens_per_row": 400,
         "total": 9,
     }
-    return Steps(**{**settings, **changes})
+    return StepDataset(**{**settings, **changes})
 
 
-def same_batch(one: Batch, two: Batch) -> bool:
-    pairs = [(getattr(one, f.name), getattr(two, f.name)) for f in fields(Batch)]
+def same_batch(one: PackedBatch, two: PackedBatch) -> bool:
+    pairs = [(getattr(one, f.name), getattr(two, f.name)) for f in fields(PackedBatch)]
     return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
 
 
-def same(one: Step, two: Step) -> bool:
-    batches = zip(one.batches, two.batches, strict=True)
-    plain = [f.name for f in fields(Step) if f.name not in ("batches", "bad")]
+def same(one: OptimizerStep, two: OptimizerStep) -> bool:
+    batches = zip(one.micro_batches, two.micro_batches, strict=True)
+    plain = [f.name for f in fields(OptimizerStep) if f.name not in ("batches", "bad")]
     return (
         all(same_batch(a, b) for a, b in batches)
         and all(getattr(one, name) == getattr(two, name) for name in plain)
-        and [str(bad) for bad in one.bad] == [str(bad) for bad in two.bad]
+        and [str(bad) for bad in one.bad_samples] == [str(bad) for bad in two.bad_samples]
     )
 
 
-def names(step: Step) -> list[str]:
-    return sorted(name.split()[0] for batch in step.batches for name in batch.sample_id)
+def names(step: OptimizerStep) -> list[str]:
+    return sorted(name.split()[0] for batch in step.micro_batches for name in batch.sample_ids)
 
 
 def test_a_step_is_the_same_from_anyone():
@@ -106,13 +106,13 @@ def test_a_step_is_the_same_from_anyone():
     for index in reversed(range(9)):
         assert same(first[index], data[index])
         assert same(first[index], fresh[index]) and same(first[index], copy[index])
-    assert sum(len(step.bad) for step in first) >= 4
+    assert sum(len(step.bad_samples) for step in first) >= 4
     assert not same(first[0], first[1]) and not same(first[0], steps(seed=1)[0])
 
 
 def test_workers_make_the_same_steps_from_any_start():
     data = steps(source=World(bad=(3,)))
-    sampler = range(4, data.total)
+    sampler = range(4, data.total_steps)
     loader = DataLoader(data, batch_size=None, sampler=sampler, num_workers=1)
     for index, step in zip(sampler, loader, strict=True):
         assert same(step, data[index])
@@ -126,43 +126,53 @@ def test_ranks_share_a_step(world):
         assert sorted(n for step in made for n in names(step)) == names(whole[index])
         for name in ("samples", "images", "text_tokens", "tokens", "skipped"):
             assert sum(getattr(step, name) for step in made) == getattr(whole[index], name)
-        assert sum(len(step.bad) for step in made) == len(whole[index].bad)
+        assert sum(len(step.bad_samples) for step in made) == len(whole[index].bad_samples)
 
 
 def test_an_epoch_meets_every_sample_once_in_rows_that_fit():
-    data = steps(batch=10, total=4, row_tokens=250)
+    data = steps(batch=10, total=4, max_tokens_per_row=250)
     made = [data[index] for index in range(4)]
     assert sorted(n for step in made for n in names(step)) == sorted(f"s{n}" for n in range(40))
     for step in made:
-        assert all(len(batch.ids) == 1 for batch in step.batches)
-        assert all(sum(batch.lengths[0]) <= 250 for batch in step.batches)
-        assert step.samples == 10 and step.images == sum(len(b.pixels) for b in step.batches)
-        assert step.tokens == sum(batch.tokens for batch in step.batches) > 0
-        whole = sum(sum(batch.lengths[0]) for batch in step.batches)
-        assert step.text_tokens == whole - 4 * step.images
+        assert all(len(batch.input_ids) == 1 for batch in step.micro_batches)
+        assert all(sum(batch.sample_lengths[0]) <= 250 for batch in step.micro_batches)
+        assert step.sample_count == 10 and step.image_count == sum(
+            len(b.pixels) for b in step.micro_batches
+        )
+        assert (
+            step.supervised_token_count
+            == sum(batch.supervised_token_count for batch in step.micro_batches)
+            > 0
+        )
+        whole = sum(sum(batch.sample_lengths[0]) for batch in step.micro_batches)
+        assert step.text_token_count == whole - 4 * step.image_count
 
 
 def test_bad_samples_contribute_nothing_and_are_named():
     step = steps(source=World(12, bad=(3,), missing=(4,)))[0]
-    assert sorted(bad.sample_id for bad in step.bad) == ["s3", "s4"]
-    assert "gone.png: does not exist" in " ".join(map(str, step.bad))
+    assert sorted(bad.sample_id for bad in step.bad_samples) == ["s3", "s4"]
+    assert "gone.png: does not exist" in " ".join(map(str, step.bad_samples))
     assert names(step) == sorted(f"s{n}" for n in range(12) if n not in (3, 4))
-    assert step.samples == 10
+    assert step.sample_count == 10
     nothing = steps(source=World(12, bad=tuple(range(12))))[0]
-    assert nothing.batches == [] and len(nothing.bad) == 12 and nothing.tokens == 0
+    assert (
+        nothing.micro_batches == []
+        and len(nothing.bad_samples) == 12
+        and nothing.supervised_token_count == 0
+    )
 
 
 def test_captions_skip_samples_without_an_image():
     step = steps(source=World(12), form="caption")[0]
-    assert (step.skipped, step.samples, step.bad) == (3, 9, [])
-    assert step.images == 9 and step.batches[0].ids[0, 0] < 0
+    assert (step.skipped_samples, step.sample_count, step.bad_samples) == (3, 9, [])
+    assert step.image_count == 9 and step.micro_batches[0].input_ids[0, 0] < 0
 
 
 def test_a_picture_is_opened_once_per_step():
     OPENED.clear()
     step = steps(source=World(12))[0]
-    assert len(OPENED) == len(set(OPENED)) < step.images
-    with_images = [batch for batch in step.batches if len(batch.pixels)]
+    assert len(OPENED) == len(set(OPENED)) < step.image_count
+    with_images = [batch for batch in step.micro_batches if len(batch.pixels)]
     shown = {float(pixel) for batch in with_images for pixel in batch.pixels[:, 0, 8, 8]}
     assert len(shown) == len(OPENED)
 

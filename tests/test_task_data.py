@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from vlbench.errors import UserError
 from vlbench.evaluate.tasks import cmmmu_data, mmmu_data
-from vlbench.evaluate.tasks.cells import answer_of, options_of, picture_of
-from vlbench.evaluate.tasks.files import find
-from vlbench.evaluate.tasks.record import Packed, Record
-from vlbench.mistakes import Mistake
+from vlbench.evaluate.tasks.benchmark_files import find_split
+from vlbench.evaluate.tasks.benchmark_types import BenchmarkRecord, RecordImage
+from vlbench.evaluate.tasks.record_fields import parse_answer, parse_image, parse_options
 
 GOLDEN = Path(__file__).parent / "goldens/evaluation"
 VALIDATION = GOLDEN / "mmmu_tiny_lmms/data/validation-00000-of-00001.parquet"
@@ -26,11 +26,11 @@ GITHUB = "cmmmu-data-val/science"
 
 
 def mmmu(layout: str | Path = "mmmu_tiny", split: str = "validation", **more: object) -> list:
-    return mmmu_data.read(str(GOLDEN / layout), split, **more)
+    return mmmu_data.read_records(str(GOLDEN / layout), split, **more)
 
 
 def cmmmu(layout: str | Path = "cmmmu_tiny", split: str = "val", **more: object) -> list:
-    return cmmmu_data.read(str(GOLDEN / layout), split, **more)
+    return cmmmu_data.read_records(str(GOLDEN / layout), split, **more)
 
 
 def copied(name: str, folder: Path) -> Path:
@@ -48,7 +48,7 @@ def rewritten(folder: Path, *, file: str = VALIDATION.name, **changes: list) -> 
     return folder
 
 
-def ids(records: list[Record]) -> list[str]:
+def ids(records: list[BenchmarkRecord]) -> list[str]:
     return [record.id for record in records]
 
 
@@ -112,7 +112,7 @@ def test_several_files_are_one_split(tmp_path):
         pq.write_table(part, tmp_path / f"validation-{number:05d}-of-00003.parquet")
     assert mmmu(tmp_path) == mmmu()
     (tmp_path / "validation-00001-of-00003.parquet").unlink()
-    with pytest.raises(Mistake, match="of 3 files 1 are missing: 00001-of-00003"):
+    with pytest.raises(UserError, match="of 3 files 1 are missing: 00001-of-00003"):
         mmmu(tmp_path)
 
 
@@ -137,7 +137,7 @@ def test_files_of_other_subjects_are_not_read(tmp_path):
     data = copied("mmmu_tiny", tmp_path)
     (data / "Art" / VALIDATION.name).write_bytes(b"torn")
     assert {record.subject for record in mmmu(data, subjects=["Math"])} == {"Math"}
-    with pytest.raises(Mistake, match="Art/validation-00000-of-00001.parquet: is torn, or no"):
+    with pytest.raises(UserError, match="Art/validation-00000-of-00001.parquet: is torn, or no"):
         mmmu(data)
 
 
@@ -157,33 +157,37 @@ def test_files_of_other_subjects_are_not_read(tmp_path):
     ],
 )
 def test_answers(cell, answer):
-    assert answer_of(cell) == answer
+    assert parse_answer(cell) == answer
 
 
 def test_options_may_be_a_list_or_its_text():
-    assert options_of("[1, 'b', \"it's\"]", "x") == options_of([1, "b", "it's"], "x")
-    assert options_of("['\\frac{1}{2}']", "x") == ("\frac{1}{2}",)  # as Python reads the escape
+    assert parse_options("[1, 'b', \"it's\"]", "x") == parse_options([1, "b", "it's"], "x")
+    assert parse_options("['\\frac{1}{2}']", "x") == ("\frac{1}{2}",)  # as Python reads the escape
 
 
 def test_cells_of_pictures():
-    assert picture_of(None, "r", ()) is None
-    assert picture_of({"bytes": None, "path": None}, "r", (None,)) is None
-    assert picture_of(b"x", "r", ("a.png",)) == Packed("r", "a.png", b"x")
-    assert picture_of({"bytes": b"x", "path": "f/b.png"}, "r", ()) == Packed("r", "b.png", b"x")
-    assert picture_of({"bytes": b"x", "path": "b.png"}, "r", ("a.png",)).file == "a.png"
-    assert picture_of({"bytes": None, "path": "b.png"}, "r", ()) == Packed("r", "b.png", b"")
+    assert parse_image(None, "r", ()) is None
+    assert parse_image({"bytes": None, "path": None}, "r", (None,)) is None
+    assert parse_image(b"x", "r", ("a.png",)) == RecordImage("r", "a.png", b"x")
+    assert parse_image({"bytes": b"x", "path": "f/b.png"}, "r", ()) == RecordImage(
+        "r", "b.png", b"x"
+    )
+    assert parse_image({"bytes": b"x", "path": "b.png"}, "r", ("a.png",)).file_name == "a.png"
+    assert parse_image({"bytes": None, "path": "b.png"}, "r", ()) == RecordImage("r", "b.png", b"")
 
 
 def test_the_revision_is_that_of_the_hub_or_of_the_contents(tmp_path):
-    assert re.fullmatch("sha256 [0-9a-f]{16}", find(str(GOLDEN / "mmmu_tiny"), "val").revision())
+    assert re.fullmatch(
+        "sha256 [0-9a-f]{16}", find_split(str(GOLDEN / "mmmu_tiny"), "val").data_revision()
+    )
     data = copied("mmmu_tiny", tmp_path)
-    before = find(str(data), "val").revision()
-    assert before == find(str(GOLDEN / "mmmu_tiny"), "val").revision()
+    before = find_split(str(data), "val").data_revision()
+    assert before == find_split(str(GOLDEN / "mmmu_tiny"), "val").data_revision()
     rewritten(data / "Math", answer=["A"] * 37)
-    assert find(str(data), "val").revision() != before
+    assert find_split(str(data), "val").data_revision() != before
     snapshot = tmp_path / "hub/datasets--MMMU--MMMU/snapshots/a1b2c3"
     shutil.copytree(GOLDEN / "mmmu_tiny", snapshot)
-    assert find(str(snapshot), "dev").revision() == "hub a1b2c3"
+    assert find_split(str(snapshot), "dev").data_revision() == "hub a1b2c3"
 
 
 def test_a_hub_id_is_fetched_by_the_files_of_its_split(monkeypatch):
@@ -194,7 +198,7 @@ def test_a_hub_id_is_fetched_by_the_files_of_its_split(monkeypatch):
         return str(GOLDEN / "mmmu_tiny")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert mmmu_data.read("MMMU/MMMU", "val") == mmmu()
+    assert mmmu_data.read_records("MMMU/MMMU", "val") == mmmu()
     patterns = ["*val-*.parquet", "*validation-*.parquet"]
     assert asked == {"name": "MMMU/MMMU", "repo_type": "dataset", "allow_patterns": patterns}
 
@@ -251,21 +255,25 @@ MISTAKES: dict[str, tuple[Callable[[Path], Path | str], str]] = {
 
 @pytest.mark.parametrize(("make", "words"), MISTAKES.values(), ids=MISTAKES)
 def test_bad_data_are_named_in_one_line(make, words, tmp_path):
-    with pytest.raises(Mistake) as mistake:
-        mmmu_data.read(str(make(tmp_path)), "validation")
+    with pytest.raises(UserError) as mistake:
+        mmmu_data.read_records(str(make(tmp_path)), "validation")
     assert re.search(words, str(mistake.value)) and "\n" not in str(mistake.value)
 
 
 def test_what_is_not_there_is_named_beside_what_is():
     with pytest.raises(
-        Mistake, match="no split 'tst' in .*; it has dev, test, validation. Did .* 't"
+        UserError, match="no split 'tst' in .*; it has dev, test, validation. Did .* 't"
     ):
         mmmu(split="tst")
-    with pytest.raises(Mistake, match="no subject of MMMU 'Acounting'. Did you mean 'Accounting'?"):
+    with pytest.raises(
+        UserError, match="no subject of MMMU 'Acounting'. Did you mean 'Accounting'?"
+    ):
         mmmu(subjects=["Acounting"])
-    with pytest.raises(Mistake, match="no category of CMMMU 'buisness'. Did you mean 'business'?"):
+    with pytest.raises(
+        UserError, match="no category of CMMMU 'buisness'. Did you mean 'business'?"
+    ):
         cmmmu(subjects=["buisness"])
-    with pytest.raises(Mistake, match="split 'validation': has no records of Biology"):
+    with pytest.raises(UserError, match="split 'validation': has no records of Biology"):
         mmmu(subjects=["Math", "Biology"])
 
 
@@ -274,8 +282,8 @@ def test_without_a_network_a_hub_id_gives_one_line(monkeypatch):
         raise ConnectionError("no network\nand more")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    with pytest.raises(Mistake) as mistake:
-        mmmu_data.read("MMMU/MMMU", "dev")
+    with pytest.raises(UserError) as mistake:
+        mmmu_data.read_records("MMMU/MMMU", "dev")
     line = str(mistake.value)
     assert "the hub cannot give it (" in line and "no network" in line and "*dev-*.parquet" in line
     assert "\n" not in line
@@ -286,10 +294,10 @@ def test_lines_that_are_not_json(tmp_path):
     file = data / GITHUB / "science.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines()
     file.write_text("\n".join([lines[0], lines[1][:40]]), encoding="utf-8")
-    with pytest.raises(Mistake, match="science.jsonl: line 2 is not JSON"):
+    with pytest.raises(UserError, match="science.jsonl: line 2 is not JSON"):
         cmmmu(data)
     file.write_text(json.dumps({"id": 1, "type": "选择"}), encoding="utf-8")
-    with pytest.raises(Mistake, match="lacks the columns question, category, subcategory"):
+    with pytest.raises(UserError, match="lacks the columns question, category, subcategory"):
         cmmmu(data)
 
 
@@ -298,9 +306,9 @@ def test_a_broken_or_missing_picture_is_named_when_it_is_opened(tmp_path):
     (data / GITHUB / "q_07101_001.png").write_bytes(b"no picture")
     (data / GITHUB / "q_07110_001.png").unlink()
     records = {record.id: record for record in cmmmu(data)}
-    with pytest.raises(Mistake, match="^record 7101: picture q_07101_001.png: not a picture"):
+    with pytest.raises(UserError, match="^record 7101: picture q_07101_001.png: not a picture"):
         records["7101"].pictures["q_07101_001.png"].open()
-    with pytest.raises(Mistake, match="^record 7110: picture q_07110_001.png: is empty"):
+    with pytest.raises(UserError, match="^record 7110: picture q_07110_001.png: is empty"):
         records["7110"].pictures["q_07110_001.png"].open()
 
 
@@ -311,7 +319,7 @@ def test_a_torn_picture_in_a_parquet_file_is_named(tmp_path):
     data = rewritten(tmp_path, image_1=pa.array(cells, table["image_1"].type))
     picture = mmmu(data)[0].pictures["image_1"]
     words = "record validation_Accounting_1: picture validation_Accounting_1_1.png: cannot be read"
-    with pytest.raises(Mistake, match=words):
+    with pytest.raises(UserError, match=words):
         picture.open()
 
 

@@ -10,31 +10,36 @@ import pytest
 import torch
 from PIL import Image
 
-from vlbench.data.images import ImageTransform, Zero, mean_colour
-from vlbench.data.template import TEMPLATES
+from vlbench.data.chat_template import CHAT_TEMPLATES
+from vlbench.data.image_processing import ImageTransform, ZeroImage, mean_colour
+from vlbench.errors import UserError
 from vlbench.evaluate.tasks import cmmmu_data, mmmu_data
-from vlbench.evaluate.tasks.prompts import generation, prompt
-from vlbench.evaluate.tasks.record import Packed, Prompt, Record, Skipped
-from vlbench.mistakes import Mistake
+from vlbench.evaluate.tasks.benchmark_types import (
+    BenchmarkPrompt,
+    BenchmarkRecord,
+    RecordImage,
+    SkippedRecord,
+)
+from vlbench.evaluate.tasks.prompt_table import prompt_or_skip, protocol_limits
 
 GOLDEN = Path(__file__).parent / "goldens/evaluation"
 CASES = json.loads((GOLDEN / "prompts.json").read_text(encoding="utf-8"))
 SPLITS = ("dev", "val", "test")
-MMMU = {r.id: r for s in SPLITS for r in mmmu_data.read(str(GOLDEN / "mmmu_tiny"), s)}
-CMMMU = {r.id: r for s in SPLITS for r in cmmmu_data.read(str(GOLDEN / "cmmmu_tiny"), s)}
+MMMU = {r.id: r for s in SPLITS for r in mmmu_data.read_records(str(GOLDEN / "mmmu_tiny"), s)}
+CMMMU = {r.id: r for s in SPLITS for r in cmmmu_data.read_records(str(GOLDEN / "cmmmu_tiny"), s)}
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-def shown(asked: Prompt, record: Record) -> list[str | None]:
+def shown(asked: BenchmarkPrompt, record: BenchmarkRecord) -> list[str | None]:
     """Name the pictures as the goldens do: MMMU by column, CMMMU by file, None for zeros."""
-    names = {picture: name for name, picture in record.pictures.items()}
-    return [None if isinstance(one, Zero) else names[one] for one in asked.pictures]
+    names = {picture: name for name, picture in record.images.items()}
+    return [None if isinstance(one, ZeroImage) else names[one] for one in asked.images]
 
 
-def asked(record: Record, protocol: str) -> Prompt:
+def asked(record: BenchmarkRecord, protocol: str) -> BenchmarkPrompt:
     """Return the prompt of a record that must not be skipped."""
-    made = prompt(record, protocol)
-    assert isinstance(made, Prompt), made
+    made = prompt_or_skip(record, protocol)
+    assert isinstance(made, BenchmarkPrompt), made
     return made
 
 
@@ -44,10 +49,13 @@ def test_mmmu(case):
     yi, golden = asked(record, "yi"), case["yi"]
     assert yi.text == golden["final_input_prompt"]
     assert shown(yi, record) == [golden["image"]]
-    assert TEMPLATES["yi_vl"].prompt((yi.turn,)) == golden["model_input"]
+    assert CHAT_TEMPLATES["yi_vl"].render_prompt((yi.user_turn,)) == golden["model_input"]
     official, golden = asked(record, "official"), case["mmmu_official"]
     assert official.text == golden["final_input_prompt"]
-    assert official.turn.text.replace("<image_placeholder>", "<image>") == golden["llava_user_turn"]
+    assert (
+        official.user_turn.text.replace("<image_placeholder>", "<image>")
+        == golden["llava_user_turn"]
+    )
     assert shown(official, record) == [golden["image"]]
 
 
@@ -55,12 +63,12 @@ def test_mmmu(case):
 @pytest.mark.parametrize("case", CASES["mmmu"], ids=lambda case: case["id"])
 def test_mmmu_by_lmms_eval(case, protocol):
     record, golden = MMMU[case["id"]], case["lmms_eval_head"]
-    made = prompt(record, protocol)
+    made = prompt_or_skip(record, protocol)
     if isinstance(golden["doc_to_visual"], dict):  # the reference raises
-        assert isinstance(made, Skipped)
+        assert isinstance(made, SkippedRecord)
         assert made.reason == "cites image_10, which it does not have: the reference breaks"
         return
-    assert isinstance(made, Prompt)
+    assert isinstance(made, BenchmarkPrompt)
     key = {"lmms": "doc_to_text", "lmms_test": "doc_to_text_no_kwargs"}[protocol]
     assert made.text == golden[key]
     assert shown(made, record) == golden["doc_to_visual"]
@@ -69,34 +77,34 @@ def test_mmmu_by_lmms_eval(case, protocol):
 @pytest.mark.parametrize("case", CASES["cmmmu"], ids=lambda case: case["id"])
 def test_cmmmu(case):
     record, golden = CMMMU[case["id"]], case["yi"]
-    made = prompt(record, "yi")
+    made = prompt_or_skip(record, "yi")
     if golden.get("skipped"):
-        assert isinstance(made, Skipped) and "its answer is withheld" in made.reason
+        assert isinstance(made, SkippedRecord) and "its answer is withheld" in made.reason
     else:
-        assert isinstance(made, Prompt)
+        assert isinstance(made, BenchmarkPrompt)
         assert made.text == golden["final_input_prompt"]
         assert shown(made, record) == [golden["image"]]
-        assert TEMPLATES["yi_vl"].prompt((made.turn,)) == golden["model_input"]
+        assert CHAT_TEMPLATES["yi_vl"].render_prompt((made.user_turn,)) == golden["model_input"]
     lmms, golden = asked(record, "lmms"), case["lmms_eval_head"]
     assert lmms.text == golden["doc_to_text"]
     columns = dict(zip(case["images"].values(), case["images"], strict=True))
     assert [columns[file] for file in shown(lmms, record)] == golden["doc_to_visual"]
 
 
-def of_cmmmu(files: str = "q_1_001.png", **changes: object) -> Record:
+def of_cmmmu(files: str = "q_1_001.png", **changes: object) -> BenchmarkRecord:
     """Return a record of CMMMU with these pictures and changes."""
-    pictures = {file: Packed("1", file, b"") for file in files.split()}
+    pictures = {file: RecordImage("1", file, b"") for file in files.split()}
     start = replace(CMMMU["1101"], question="问", options=tuple("甲乙丙丁"), answer="A")
     return replace(start, pictures=pictures, **changes)
 
 
-def of_mmmu(columns: int = 1, **changes: object) -> Record:
+def of_mmmu(columns: int = 1, **changes: object) -> BenchmarkRecord:
     """Return a record of MMMU with so many pictures and these changes."""
-    pictures = {f"image_{n + 1}": Packed("1", f"{n + 1}.png", b"") for n in range(columns)}
+    pictures = {f"image_{n + 1}": RecordImage("1", f"{n + 1}.png", b"") for n in range(columns)}
     return replace(MMMU["validation_Math_11"], pictures=pictures, **changes)
 
 
-def lines(made: Prompt) -> list[str]:
+def lines(made: BenchmarkPrompt) -> list[str]:
     """Return the options as they stand in a prompt."""
     return [line for line in made.text.split("\n") if line.startswith("(")]
 
@@ -107,7 +115,7 @@ def test_equal_options_become_one_and_later_letters_shift():
     options = [f"({letter}) {record.options[at]}" for letter, at in (("A", 0), ("B", 1), ("C", 3))]
     assert lines(asked(record, "yi")) == options
     assert len(lines(asked(record, "lmms"))) == 4
-    reason = prompt(replace(record, answer="D"), "yi").reason
+    reason = prompt_or_skip(replace(record, answer="D"), "yi").reason
     assert reason == "its answer is D, and it has 3 different options: the reference breaks"
 
 
@@ -129,13 +137,13 @@ CHOICES = {
 
 @pytest.mark.parametrize(("record", "expected"), CHOICES.values(), ids=CHOICES)
 def test_what_yi_shows_of_cmmmu(record, expected):
-    made = prompt(record, "yi")
-    if isinstance(made, Skipped):
+    made = prompt_or_skip(record, "yi")
+    if isinstance(made, SkippedRecord):
         assert expected in made.reason
     elif expected == "zero":
-        assert made.pictures == (Zero(),)
+        assert made.images == (ZeroImage(),)
     else:
-        assert made.pictures == (list(record.pictures.values())[expected],)
+        assert made.images == (list(record.pictures.values())[expected],)
 
 
 def test_tags_of_options_go_by_the_numbers_of_their_pictures():
@@ -157,29 +165,29 @@ def test_tags_of_options_go_by_the_numbers_of_their_pictures():
 )
 def test_what_yi_shows_of_mmmu(question, options, zero):
     record = of_mmmu(3, question=question, options=options, answer="A")
-    assert asked(record, "yi").pictures == ((Zero() if zero else record.pictures["image_1"]),)
-    assert asked(record, "official").pictures == (record.pictures["image_1"],)
+    assert asked(record, "yi").images == ((ZeroImage() if zero else record.images["image_1"]),)
+    assert asked(record, "official").images == (record.images["image_1"],)
 
 
 def test_mmmu_without_its_first_picture():
     record = MMMU["validation_Math_10"]
-    assert asked(record, "yi").pictures == (Zero(),)
-    assert "the reference draws a letter" in prompt(record, "official").reason
+    assert asked(record, "yi").images == (ZeroImage(),)
+    assert "the reference draws a letter" in prompt_or_skip(record, "official").reason
     lmms = asked(record, "lmms")
-    assert lmms.pictures == () and lmms.turn.text == lmms.text
+    assert lmms.images == () and lmms.user_turn.text == lmms.text
 
 
 def test_a_picture_is_shown_once_or_as_often_as_it_is_cited():
     record = MMMU["validation_Accounting_8"]
     assert record.question.count("<image 1>") == 2
     made = asked(record, "lmms")
-    assert made.pictures == (record.pictures["image_1"],)
-    assert made.turn.text == f"<image_placeholder>\n{made.text}"
+    assert made.images == (record.images["image_1"],)
+    assert made.user_turn.text == f"<image_placeholder>\n{made.text}"
     record = of_cmmmu(question='<img="q_1_001.png"><img="q_1_001.png">')
     made = asked(record, "lmms")
-    assert made.pictures == (record.pictures["q_1_001.png"],) * 2
-    assert made.turn.text.startswith("<image_placeholder> <image_placeholder>\n请回答")
-    missing = prompt(of_cmmmu(question="<图片 2>"), "lmms")
+    assert made.images == (record.images["q_1_001.png"],) * 2
+    assert made.user_turn.text.startswith("<image_placeholder> <image_placeholder>\n请回答")
+    missing = prompt_or_skip(of_cmmmu(question="<图片 2>"), "lmms")
     assert missing.reason.startswith("cites picture 2, which it does not have")
 
 
@@ -187,17 +195,17 @@ def test_a_picture_is_shown_once_or_as_often_as_it_is_cited():
 def test_an_answer_without_an_option(answer):
     record = of_mmmu(answer=answer)
     for protocol in ("yi", "official"):
-        assert "none of its 4 options" in prompt(record, protocol).reason
-    assert isinstance(prompt(record, "lmms"), Prompt)
-    assert isinstance(prompt(replace(record, type="open"), "yi"), Prompt)
+        assert "none of its 4 options" in prompt_or_skip(record, protocol).reason
+    assert isinstance(prompt_or_skip(record, "lmms"), BenchmarkPrompt)
+    assert isinstance(prompt_or_skip(replace(record, type="open"), "yi"), BenchmarkPrompt)
 
 
 @pytest.mark.parametrize("pad", [True, False])
 def test_no_picture_is_exactly_zero(pad):
     transform = ImageTransform(56, 56, MEAN, STD, pad=pad)
-    pixels = transform(Zero().open())
+    pixels = transform(ZeroImage().open())
     assert pixels.dtype == torch.float32 and torch.equal(pixels, torch.zeros(3, 56, 56))
-    black = Zero().open()
+    black = ZeroImage().open()
     black.info.clear()
     assert transform(black).abs().min() > 1
     mean = transform(Image.new("RGB", (9, 9), mean_colour(MEAN)))
@@ -205,14 +213,14 @@ def test_no_picture_is_exactly_zero(pad):
 
 
 def test_how_answers_are_generated():
-    assert generation("mmmu", "yi") == generation("cmmmu", "yi")
-    yi = generation("mmmu", "yi")
-    assert (yi.max_new_tokens, yi.stop, yi.differs) == (64, "###", "")
-    tokens = {name: generation("mmmu", name).max_new_tokens for name in ("official", "lmms")}
+    assert protocol_limits("mmmu", "yi") == protocol_limits("cmmmu", "yi")
+    yi = protocol_limits("mmmu", "yi")
+    assert (yi.max_new_tokens, yi.stop, yi.reference_difference) == (64, "###", "")
+    tokens = {name: protocol_limits("mmmu", name).max_new_tokens for name in ("official", "lmms")}
     assert tokens == {"official": 128, "lmms": 128}
-    assert generation("mmmu", "lmms_test").max_new_tokens == 512
-    assert generation("cmmmu", "lmms").max_new_tokens == 16
-    assert "5 beams" in generation("mmmu", "official").differs
+    assert protocol_limits("mmmu", "lmms_test").max_new_tokens == 512
+    assert protocol_limits("cmmmu", "lmms").max_new_tokens == 16
+    assert "5 beams" in protocol_limits("mmmu", "official").reference_difference
 
 
 @pytest.mark.parametrize(
@@ -228,5 +236,5 @@ def test_how_answers_are_generated():
     ],
 )
 def test_names_that_do_not_exist(task, protocol, words):
-    with pytest.raises(Mistake, match=words):
-        generation(task, protocol)
+    with pytest.raises(UserError, match=words):
+        protocol_limits(task, protocol)

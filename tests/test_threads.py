@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from small import SMALL, batch_of, opened, sample, small_vlm
+from small import SMALL, make_batch, make_sample, open_gates, small_vlm
 from torch import nn
 
-from vlbench import plugins
-from vlbench.data.scene_world import scene
-from vlbench.evaluate.diagnostics import diagnose
-from vlbench.evaluate.questions import Question
-from vlbench.model.compiled import Compiled
+from vlbench.connector import registry
+from vlbench.data.scene_world import make_scene
+from vlbench.evaluate.attention_diagnostics import diagnose_answers
+from vlbench.evaluate.heldout_questions import EvalQuestion
+from vlbench.model.compile_blocks import CompiledBlocks
 from vlbench.model.eval_copy import in_eval_mode
-from vlbench.model.past import Past
-from vlbench.model.static import Step
+from vlbench.model.generation.prefix_cache import PrefixCache
+from vlbench.model.generation.static_cache import CompiledDecodeStep
 from vlbench.model.vlm import VLM
 
 THREADS, ANSWERS = 4, 200
@@ -32,7 +32,7 @@ Work = Callable[[VLM], Any]
 
 def model(name: str) -> VLM:
     """Return a small random model that never says the stop text."""
-    vlm = opened(small_vlm(plugins.connector(name), SMALL.get(name)))
+    vlm = open_gates(small_vlm(registry.load_connector(name), SMALL.get(name)))
     vlm.template = replace(vlm.template, stop="never said")
     return vlm
 
@@ -43,7 +43,7 @@ def asks(text: str, *images: Image.Image) -> list[dict[str, Any]]:
 
 
 def greedy(number: int) -> Work:
-    picture = scene("static", 0, number % 3).open()
+    picture = make_scene("static", 0, number % 3).open()
     return lambda vlm: vlm.chat(asks(f"{number}?", picture), max_new_tokens=6)
 
 
@@ -52,7 +52,7 @@ def drawn(number: int) -> Work:
 
 
 def batched(number: int) -> Work:
-    pictures = [scene("static", 0, n).open() for n in range(2)]
+    pictures = [make_scene("static", 0, n).open() for n in range(2)]
     several = [asks("What?", pictures[0]), asks(f"Why {number}? " * 4, *pictures), asks("a")]
 
     def work(vlm: VLM) -> Any:
@@ -65,7 +65,7 @@ def turns(number: int) -> Work:
     """Ask twice in one conversation, of which the beginning is read once."""
 
     def work(vlm: VLM) -> Any:
-        past, talk = Past(), asks(f"{number}?", scene("static", 0, 1).open())
+        past, talk = PrefixCache(), asks(f"{number}?", make_scene("static", 0, 1).open())
         first = vlm.chat(talk, 4, past=past)
         talk = [*talk, {"role": "assistant", "content": first}, *asks("more?")]
         return first, vlm.chat(talk, 4, past=past)
@@ -77,9 +77,9 @@ def forward(number: int) -> Work:
     """Read a packed row, as training does, and find what a connector attends to."""
 
     def work(vlm: VLM) -> Any:
-        batch = batch_of(vlm, [[sample(number), sample(number + 1, images=2)]])
+        batch = make_batch(vlm, [[make_sample(number), make_sample(number + 1, images=2)]])
         with torch.no_grad():
-            told = vlm.connector.attention(vlm.features(batch))
+            told = vlm.connector.patch_attention(vlm.features(batch))
             return float(vlm(batch).loss_sum), None if told is None else told.tolist()
 
     return work
@@ -115,8 +115,10 @@ def test_four_threads_get_the_answers_of_one(name, mode):
 
 def test_compiled_answers_of_four_threads_are_those_of_one():
     vlm = model("llava_mlp").eval()
-    batch = vlm.prepare([asks("What is this?"), asks("Why? " * 9, scene("static", 0, 1).open())])
-    vlm.step = Step("eager")
+    batch = vlm.prepare(
+        [asks("What is this?"), asks("Why? " * 9, make_scene("static", 0, 1).open())]
+    )
+    vlm.decode_step = CompiledDecodeStep("eager")
 
     def work(seed: int) -> Work:
         return lambda vlm: vlm.generate(batch, max_new_tokens=5, compiled=True, seed=seed, **DRAWN)
@@ -144,7 +146,7 @@ def test_nothing_is_switched_while_an_answer_is_written(compiled, training):
         now = vlm.language.config.to_dict(), vlm.language.config._attn_implementation
         assert now == config
 
-    batch = vlm.prepare([asks("What?"), asks("Why is that? ", scene("static", 0, 1).open())])
+    batch = vlm.prepare([asks("What?"), asks("Why is that? ", make_scene("static", 0, 1).open())])
     vlm.generate(batch, max_new_tokens=4, on_token=look, compiled=compiled)
     assert len(seen) == 4
 
@@ -162,16 +164,16 @@ def test_a_model_that_trains_answers_as_in_evaluation(name, recomputes):
     vlm = model(name)
     vlm.connector.add_module("noisy", Noisy())
     vlm.connector.register_forward_hook(lambda module, _, out: module.noisy(out))
-    asked = [asks("What?", scene("static", 0, 1).open()), asks("Why is it so? " * 3)]
+    asked = [asks("What?", make_scene("static", 0, 1).open()), asks("Why is it so? " * 3)]
     expected = vlm.eval().generate(vlm.prepare(asked), max_new_tokens=6)
-    vlm.train().recompute(recomputes)
+    vlm.train().enable_activation_checkpointing(recomputes)
     assert vlm.generate(vlm.prepare(asked), max_new_tokens=6) == expected
     assert all(module.training for module in vlm.modules())
 
 
 def test_a_copy_in_evaluation_shares_weights_and_nothing_else():
     vlm = model("flamingo").train()
-    blocks = Compiled(vlm, backend="eager")
+    blocks = CompiledBlocks(vlm, backend="eager")
     other = in_eval_mode(vlm)
     assert in_eval_mode(other) is other and type(other) is VLM
     mine, theirs = dict(vlm.named_modules()), dict(other.named_modules())
@@ -183,14 +185,14 @@ def test_a_copy_in_evaluation_shares_weights_and_nothing_else():
     (hook,) = layer._forward_pre_hooks.values()
     assert hook.args[0] is other
     assert layer.forward.args[0] is other and layer.forward.args[1].__self__ is layer
-    blocks.release()
+    blocks.restore_forward()
     assert all(module.training for module in mine.values())
     assert not any(module.training for module in theirs.values())
 
 
 def test_a_deep_copy_uses_its_own_connector():
     vlm = model("flamingo").eval()
-    batch = vlm.prepare(asks("What?", scene("static", 0, 1).open()))
+    batch = vlm.prepare(asks("What?", make_scene("static", 0, 1).open()))
     other = copy.deepcopy(vlm)
     before = vlm(batch).logits
     assert torch.equal(other(batch).logits, before)
@@ -202,9 +204,11 @@ def test_a_deep_copy_uses_its_own_connector():
 
 def test_what_an_answer_owes_is_found_in_four_threads():
     vlm = model("qformer").train()
-    kept = replace(sample(2, images=1), turns=sample(2, images=1).turns[:1])
+    kept = replace(make_sample(2, images=1), turns=make_sample(2, images=1).turns[:1])
     works: list[Work] = [
-        lambda vlm, n=n: diagnose(vlm, [(Question(kept, "two", "", "en"), f"three {n}")])
+        lambda vlm, n=n: diagnose_answers(
+            vlm, [(EvalQuestion(kept, "two", "", "en"), f"three {n}")]
+        )
         for n in range(12)
     ]
     alone = [work(vlm) for work in works]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vlbench.data.tokenizer import Tokenizer
-from vlbench.mistakes import Mistake
+from vlbench.errors import UserError
 
 GOLDEN = Path(__file__).parent / "goldens" / "yi_vl"
 TOKENIZERS = Path(__file__).parent / "goldens" / "tokenizers"
@@ -23,7 +23,7 @@ def tokenizer() -> Tokenizer:
 
 
 def test_ids_of_the_special_tokens(tokenizer: Tokenizer) -> None:
-    assert tokenizer.size == CASES["len_tokenizer"]
+    assert tokenizer.vocab_size == CASES["len_tokenizer"]
     for name in ("bos", "eos", "unk"):
         assert getattr(tokenizer, name) == CASES[name]
 
@@ -59,7 +59,7 @@ def test_bos_and_added_tokens_of_a_checkpoint(tmp_path: Path) -> None:
     config["added_tokens_decoder"] = {"1600": {"content": "<new>"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = Tokenizer.load(tmp_path)
-    assert tokenizer.size == 1601
+    assert tokenizer.vocab_size == 1601
     assert tokenizer.encode("a<new>") == [1, 1331, 1600]
     assert tokenizer.decode([1600, 1331]) == "<new> a"  # added, but no special token
 
@@ -75,7 +75,7 @@ def test_other_ways_to_say_which_tokens_are_special(name: str, tmp_path: Path) -
     for file, content in variant["files"].items():
         (tmp_path / file).write_text(json.dumps(content))
     tokenizer = Tokenizer.load(tmp_path)
-    assert tokenizer.size == variant["size"]
+    assert tokenizer.vocab_size == variant["size"]
     for case in variant["cases"]:
         assert tokenizer.encode(case["text"]) == case["ids"], case["text"]
         assert tokenizer.decode(case["ids"]) == case["decoded"], case["text"]
@@ -85,8 +85,8 @@ def test_other_ways_to_say_which_tokens_are_special(name: str, tmp_path: Path) -
 
 
 def test_a_folder_without_tokenizer_is_a_mistake(tmp_path: Path) -> None:
-    with pytest.raises(Mistake, match="tokenizer"):
+    with pytest.raises(UserError, match="tokenizer"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")
-    with pytest.raises(Mistake, match="sentencepiece"):
+    with pytest.raises(UserError, match="sentencepiece"):
         Tokenizer.load(tmp_path)

@@ -9,17 +9,17 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from released import edit
+from released import edit_json
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 import vlbench
 from vlbench.__main__ import main
-from vlbench.mistakes import Mistake
-from vlbench.model.vision import Tower, build_tower, check_weights
-from vlbench.model.vision_config import read_vision_config, vision_config
-from vlbench.model.weights.origin import checksum
+from vlbench.errors import UserError
+from vlbench.model.vision_config import read_vision_config, resolve_vision_config
+from vlbench.model.vision_encoder import VisionEncoder, build_vision_encoder, check_vision_weights
+from vlbench.model.weights.weight_origin import hash_named_tensors
 
 NAME = "ViT-S-32"
 TAG = {"hf_hub": "owner/some-clip/", "mean": (0.5,) * 3, "std": (0.25,) * 3, "url": ""}
@@ -62,7 +62,7 @@ def visual(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if name.startswith("visual.")}
 
 
-def assert_same(tower: Tower, state: dict[str, Tensor]) -> None:
+def assert_same(tower: VisionEncoder, state: dict[str, Tensor]) -> None:
     """Compare every tensor of an encoder with those of a CLIP."""
     found = {f"visual.{name}": tensor for name, tensor in tower.visual.state_dict().items()}
     expected = visual(state)
@@ -73,12 +73,12 @@ def assert_same(tower: Tower, state: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_the_same_weights_is_the_same_encoder(form, forms, clip_state):
-    assert_same(build_tower(NAME, str(forms / form)), clip_state)
+    assert_same(build_vision_encoder(NAME, str(forms / form)), clip_state)
 
 
 def test_a_folder_names_itself(forms, clip_state):
     for weights in ("embedded", str(forms / "as_bin")):
-        assert_same(build_tower(str(forms / "as_bin"), weights), clip_state)
+        assert_same(build_vision_encoder(str(forms / "as_bin"), weights), clip_state)
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, folder: Path, asked: list[str], **tag: object) -> None:
@@ -101,7 +101,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, folder: Path, asked: list[str], **tag
 def test_a_tag_is_what_its_repository_has(kind, forms, clip_state, monkeypatch):
     asked: list[str] = []
     serve(monkeypatch, forms / f"as_{kind}", asked)
-    tower = build_tower(NAME, "some_tag")
+    tower = build_vision_encoder(NAME, "some_tag")
     assert_same(tower, clip_state)
     assert asked[0] == "owner/some-clip/open_clip_model.safetensors"
     assert (tower.mean, tower.std) == ((0.5,) * 3, (0.25,) * 3)
@@ -109,8 +109,8 @@ def test_a_tag_is_what_its_repository_has(kind, forms, clip_state, monkeypatch):
 
 def test_a_tag_for_the_other_activation_is_refused(forms, monkeypatch):
     serve(monkeypatch, forms, [], quick_gelu=True)
-    with pytest.raises(Mistake, match=f"QuickGELU.*say vision.name={NAME}-quickgelu"):
-        build_tower(NAME, "some_tag")
+    with pytest.raises(UserError, match=f"QuickGELU.*say vision.name={NAME}-quickgelu"):
+        build_vision_encoder(NAME, "some_tag")
 
 
 @pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-H-14", "ViT-H-14-378"])
@@ -118,11 +118,11 @@ def test_every_tag_of_open_clip_meets_its_activation_or_is_refused(name):
     for tag in open_clip.list_pretrained_tags_by_model(name):
         wanted = bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"))
         if wanted:
-            with pytest.raises(Mistake, match="quickgelu"):
-                vision_config(name, tag)
-            assert vision_config(f"{name}-quickgelu", tag).quick_gelu
+            with pytest.raises(UserError, match="quickgelu"):
+                resolve_vision_config(name, tag)
+            assert resolve_vision_config(f"{name}-quickgelu", tag).quick_gelu
         else:
-            assert not vision_config(name, tag).quick_gelu
+            assert not resolve_vision_config(name, tag).quick_gelu
 
 
 def test_a_folder_says_its_own_activation_and_pixels(forms, tmp_path):
@@ -130,20 +130,20 @@ def test_a_folder_says_its_own_activation_and_pixels(forms, tmp_path):
     said = json.loads((folder / "open_clip_config.json").read_text())
     said["preprocess_cfg"] = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
     (folder / "open_clip_config.json").write_text(json.dumps(said))
-    tower = build_tower(NAME, str(folder))
+    tower = build_vision_encoder(NAME, str(folder))
     assert (tower.mean, tower.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     said["model_cfg"]["quick_gelu"] = True
     (folder / "open_clip_config.json").write_text(json.dumps(said))
-    with pytest.raises(Mistake, match="quick_gelu True for False.*say vision.name="):
-        build_tower(NAME, str(folder))
-    own = build_tower(str(folder), "embedded")
+    with pytest.raises(UserError, match="quick_gelu True for False.*say vision.name="):
+        build_vision_encoder(NAME, str(folder))
+    own = build_vision_encoder(str(folder), "embedded")
     pixels = torch.randn(1, 3, 224, 224)
     assert not torch.allclose(own(pixels), tower(pixels), atol=1e-3)  # another activation
 
 
 def test_pixels_of_a_file_are_those_of_all_tags_of_its_architecture():
-    assert vision_config(SIGLIP, "random").mean == (0.5, 0.5, 0.5)
-    assert vision_config("ViT-L-14", "random").mean == open_clip.OPENAI_DATASET_MEAN
+    assert resolve_vision_config(SIGLIP, "random").mean == (0.5, 0.5, 0.5)
+    assert resolve_vision_config("ViT-L-14", "random").mean == open_clip.OPENAI_DATASET_MEAN
 
 
 def test_a_siglip_is_loaded_at_the_size_of_its_file(tmp_path, monkeypatch):
@@ -154,11 +154,11 @@ def test_a_siglip_is_loaded_at_the_size_of_its_file(tmp_path, monkeypatch):
     small["embed_dim"] = 192
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-Ti-16", small)
     torch.manual_seed(1)
-    theirs = build_tower("ViT-Ti-16", "random")
-    theirs.resize(96)
+    theirs = build_vision_encoder("ViT-Ti-16", "random")
+    theirs.set_image_size(96)
     state = {f"visual.{key}": value for key, value in theirs.visual.state_dict().items()}
     save_file(state, tmp_path / "siglip.safetensors")
-    ours = build_tower("ViT-Ti-16", str(tmp_path / "siglip.safetensors"))
+    ours = build_vision_encoder("ViT-Ti-16", str(tmp_path / "siglip.safetensors"))
     assert ours.image_size == 96
     assert_same(ours, state)
 
@@ -168,9 +168,9 @@ def test_a_file_of_another_image_size_is_resized_once_as_open_clip_does(clip_sta
     key = "visual.positional_embedding"
     state[key] = torch.randn(1 + 12 * 12, 384)
     save_file(state, tmp_path / "at_384.safetensors")
-    tower = build_tower(NAME, str(tmp_path / "at_384.safetensors"))
+    tower = build_vision_encoder(NAME, str(tmp_path / "at_384.safetensors"))
     assert tower.image_size == 384 and torch.equal(tower.visual.positional_embedding, state[key])
-    tower.resize(224)
+    tower.set_image_size(224)
     theirs = open_clip.create_model(NAME)
     open_clip.load_checkpoint(theirs, str(tmp_path / "at_384.safetensors"))
     assert torch.equal(tower.visual.positional_embedding, theirs.visual.positional_embedding)
@@ -182,14 +182,14 @@ def test_a_folder_of_both_layouts_is_read_by_the_weights_that_it_has(forms, clip
         num_hidden_layers=12, hidden_act="gelu",
     )  # fmt: skip
     CLIPVisionModel(config).save_pretrained(tmp_path / "theirs")
-    alone = build_tower(NAME, str(tmp_path / "theirs")).visual.state_dict()
+    alone = build_vision_encoder(NAME, str(tmp_path / "theirs")).visual.state_dict()
     own = Path(forms / "as_bin/open_clip_config.json")
     shutil.copy(own, tmp_path / "theirs")
-    both = build_tower(NAME, str(tmp_path / "theirs")).visual.state_dict()
+    both = build_vision_encoder(NAME, str(tmp_path / "theirs")).visual.state_dict()
     assert alone.keys() == both.keys() and all(torch.equal(alone[key], both[key]) for key in alone)
     (tmp_path / "theirs/open_clip_config.json").unlink()
     shutil.copy(forms / "clip.bin", tmp_path / "theirs" / BIN)
-    assert_same(build_tower(NAME, str(tmp_path / "theirs")), clip_state)
+    assert_same(build_vision_encoder(NAME, str(tmp_path / "theirs")), clip_state)
 
 
 def test_pixels_of_a_whole_processor_are_read(tmp_path):
@@ -198,18 +198,18 @@ def test_pixels_of_a_whole_processor_are_read(tmp_path):
     file = tmp_path / "processor_config.json"
     said: dict[str, object] = {"image_mean": [0.3] * 3, "image_std": [0.6] * 3}
     file.write_text(json.dumps({"image_processor": said}))
-    found = vision_config(NAME, str(tmp_path))
+    found = resolve_vision_config(NAME, str(tmp_path))
     assert (found.mean, found.std) == ((0.3,) * 3, (0.6,) * 3)
     file.write_text(json.dumps({"image_processor": {**said, "do_normalize": False}}))
-    with pytest.raises(Mistake, match="processor_config.json: do_normalize is False"):
-        vision_config(NAME, str(tmp_path))
+    with pytest.raises(UserError, match="processor_config.json: do_normalize is False"):
+        resolve_vision_config(NAME, str(tmp_path))
 
 
 def test_preprocess_cfg_that_is_no_mapping_is_named(forms, tmp_path):
     folder = Path(shutil.copytree(forms / "as_bin", tmp_path / "own"))
-    edit(folder / "open_clip_config.json", preprocess_cfg="square")
-    with pytest.raises(Mistake, match="preprocess_cfg is 'square'"):
-        build_tower(NAME, str(folder))
+    edit_json(folder / "open_clip_config.json", preprocess_cfg="square")
+    with pytest.raises(UserError, match="preprocess_cfg is 'square'"):
+        build_vision_encoder(NAME, str(folder))
 
 
 def without_a_block(state: dict[str, Tensor]) -> None:
@@ -242,7 +242,9 @@ def with_a_number_for_a_name(state: dict) -> None:
     state[1] = torch.ones(1)
 
 
-@pytest.mark.parametrize("check", [build_tower, check_weights], ids=["load", "check"])
+@pytest.mark.parametrize(
+    "check", [build_vision_encoder, check_vision_weights], ids=["load", "check"]
+)
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -261,44 +263,44 @@ def test_weights_that_are_not_wholly_the_encoders_are_refused(
     state = dict(clip_state)
     change(state)
     torch.save(state, tmp_path / "clip.pt")
-    with pytest.raises(Mistake, match=said):
+    with pytest.raises(UserError, match=said):
         check(NAME, str(tmp_path / "clip.pt"))
 
 
 def test_safetensors_are_known_under_any_name(forms, clip_state, tmp_path):
     for name in ("clip.pt", "clip"):
         shutil.copy(forms / "clip.safetensors", tmp_path / name)
-        assert_same(build_tower(NAME, str(tmp_path / name)), clip_state)
+        assert_same(build_vision_encoder(NAME, str(tmp_path / name)), clip_state)
 
 
 @pytest.mark.parametrize("name", ["clip.safetensors", "clip.pt", "clip.bin"])
 def test_torn_files_and_garbage_are_one_line(name, forms, tmp_path):
     file = tmp_path / name
     file.write_text("not any weights\n\n")
-    with pytest.raises(Mistake, match=name):
-        build_tower(NAME, str(file))
+    with pytest.raises(UserError, match=name):
+        build_vision_encoder(NAME, str(file))
     file.write_bytes(b"")
-    with pytest.raises(Mistake, match=name):
-        build_tower(NAME, str(file))
+    with pytest.raises(UserError, match=name):
+        build_vision_encoder(NAME, str(file))
     whole = (forms / ("clip.safetensors" if name.endswith("safetensors") else "clip.bin")).open(
         "rb"
     )
     file.write_bytes(whole.read(40_000_000))
-    with pytest.raises(Mistake, match=name):
-        build_tower(NAME, str(file))
+    with pytest.raises(UserError, match=name):
+        build_vision_encoder(NAME, str(file))
 
 
 def test_a_torchscript_program_is_not_executed(tmp_path):
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "ViT-S-32.pt")
-    with pytest.raises(Mistake, match="TorchScript program.*vision.weights=openai"):
-        build_tower(NAME, str(tmp_path / "ViT-S-32.pt"))
+    with pytest.raises(UserError, match="TorchScript program.*vision.weights=openai"):
+        build_vision_encoder(NAME, str(tmp_path / "ViT-S-32.pt"))
 
 
 def test_a_file_in_hugging_faces_layout_asks_for_its_folder(tmp_path):
     config = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_attention_heads=2)
     CLIPVisionModel(config).save_pretrained(tmp_path)
-    with pytest.raises(Mistake, match="Hugging Face's layout: give its folder"):
-        build_tower(NAME, str(tmp_path / "model.safetensors"))
+    with pytest.raises(UserError, match="Hugging Face's layout: give its folder"):
+        build_vision_encoder(NAME, str(tmp_path / "model.safetensors"))
 
 
 def test_a_clip_folder_has_no_random_part(tmp_path):
@@ -307,16 +309,19 @@ def test_a_clip_folder_has_no_random_part(tmp_path):
         num_hidden_layers=12, hidden_act="gelu",
     )  # fmt: skip
     CLIPVisionModel(config).save_pretrained(tmp_path)
-    sums = {checksum(build_tower(NAME, str(tmp_path)).visual.state_dict().items()) for _ in "ab"}
+    sums = {
+        hash_named_tensors(build_vision_encoder(NAME, str(tmp_path)).visual.state_dict().items())
+        for _ in "ab"
+    }
     assert len(sums) == 1
     pixels = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.2, 0.2, 0.2]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(pixels))
-    assert build_tower(NAME, str(tmp_path)).std == (0.2, 0.2, 0.2)
+    assert build_vision_encoder(NAME, str(tmp_path)).std == (0.2, 0.2, 0.2)
 
 
 def test_a_config_is_written_as_open_clip_reads_it(tmp_path):
     for name in (NAME, "tiny_eva", SIGLIP):
-        config = vision_config(name, "random" if name != "tiny_eva" else "embedded")
+        config = resolve_vision_config(name, "random" if name != "tiny_eva" else "embedded")
         config.save(tmp_path)
         assert read_vision_config(tmp_path) == config
 
@@ -325,7 +330,7 @@ FIT = ["fit", "recipe=yivl_llava", "stages.align_224.image_size=64"]
 FIT += ["stages.align_448.image_size=96", "stages.chat.image_size=96", "log.questions=2"]
 FIT += [f"stages.{stage}.train.vision=null" for stage in ("align_224", "align_448", "chat")]
 FIT += [f"stages.{stage}.steps=1" for stage in ("align_224", "align_448", "chat")]
-FIT += [f"stages.{stage}.batch=2" for stage in ("align_224", "align_448", "chat")]
+FIT += [f"stages.{stage}.global_batch_size=2" for stage in ("align_224", "align_448", "chat")]
 FIT += ["log.tensorboard=false", "log.examples=0"]
 ENCODER = f"vision.name={NAME}"
 
@@ -337,20 +342,20 @@ def test_a_frozen_encoder_is_the_files_before_and_after_everything(
     file = Path(shutil.copy(forms / "clip.safetensors", tmp_path / "clip.safetensors"))
     assert main([*FIT, ENCODER, f"vision.weights={file}", "only=align_224", "run=first"]) == 0
     told = capsys.readouterr().out
-    expected = build_tower(NAME, str(file))
-    total = checksum(expected.visual.state_dict().items())
+    expected = build_vision_encoder(NAME, str(file))
+    total = hash_named_tensors(expected.visual.state_dict().items())
     assert f"vision {file} sha {total[:12]}" in told and "connector random (seed 0) sha " in told
     said = json.loads(Path("first/versions.json").read_text())["weights"]
     assert said["vision"] == {"source": str(file), "sha256": total}
     assert not any("vision." in name for name in load_file(weights_in("first")))
-    expected.resize(64)
+    expected.set_image_size(64)
     state = {f"visual.{k}": v for k, v in expected.visual.state_dict().items()}
     assert_same(vlbench.load("first").vision, state)
     # the next stages, from there
     assert main([*FIT, "from=align_448", "init=first", "run=all"]) == 0
-    expected = build_tower(NAME, str(file))
+    expected = build_vision_encoder(NAME, str(file))
     for side in (64, 96):
-        expected.resize(side)
+        expected.set_image_size(side)
     state = {f"visual.{k}": v for k, v in expected.visual.state_dict().items()}
     assert_same(vlbench.load("all").vision, state)
     assert main(["export", "run=all", "to=exported", "format=vlbench"]) == 0
@@ -359,7 +364,7 @@ def test_a_frozen_encoder_is_the_files_before_and_after_everything(
     torch.manual_seed(9)
     save_file(dict(open_clip.create_model(NAME).state_dict()), file)
     capsys.readouterr()
-    with pytest.raises(Mistake, match="not the weights that .* began with"):
+    with pytest.raises(UserError, match="not the weights that .* began with"):
         vlbench.load("first")
     Path("first/results.json").unlink()
     assert main([*FIT, ENCODER, f"vision.weights={file}", "only=align_224", "run=first"]) == 2
@@ -375,11 +380,11 @@ def test_a_frozen_encoder_goes_through_the_sizes_of_its_run_again(forms, tmp_pat
     monkeypatch.chdir(tmp_path)
     file = str(forms / "clip.safetensors")
     assert main([*FIT, ENCODER, f"vision.weights={file}", "run=run"]) == 0
-    expected = build_tower(NAME, file)
-    at_once = build_tower(NAME, file)
-    at_once.resize(96)
+    expected = build_vision_encoder(NAME, file)
+    at_once = build_vision_encoder(NAME, file)
+    at_once.set_image_size(96)
     for side in (64, 96):
-        expected.resize(side)
+        expected.set_image_size(side)
     state = {f"visual.{k}": v for k, v in expected.visual.state_dict().items()}
     assert not torch.equal(
         at_once.visual.positional_embedding, expected.visual.positional_embedding
@@ -412,7 +417,9 @@ def test_a_trained_encoder_keeps_its_configuration(forms, tmp_path, monkeypatch)
     """What the weights decided, here pixels, is known again where the weights are gone."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(forms / "as_safetensors", "own")
-    edit(Path("own/open_clip_config.json"), preprocess_cfg={"mean": [0.3] * 3, "std": [0.6] * 3})
+    edit_json(
+        Path("own/open_clip_config.json"), preprocess_cfg={"mean": [0.3] * 3, "std": [0.6] * 3}
+    )
     words = [ENCODER, "vision.weights=own", "only=align_224", "run=run"]
     others = [word for word in FIT if word != "stages.align_224.train.vision=null"]
     assert main([*others, *words]) == 0
@@ -427,5 +434,5 @@ def test_a_checkpoint_without_a_part_is_not_completed_by_chance(model, tmp_path)
     kept = {name: tensor for name, tensor in state.items() if not name.startswith("connector.")}
     assert 0 < len(kept) < len(state)
     save_file(kept, folder / "model.safetensors")
-    with pytest.raises(Mistake, match="no weights of part connector"):
+    with pytest.raises(UserError, match="no weights of part connector"):
         vlbench.load(folder)

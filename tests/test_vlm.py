@@ -8,17 +8,17 @@ import pytest
 import torch
 from PIL import Image
 from released import CHECKPOINT
-from small import batch_of, sample, small_vlm
+from small import make_batch, make_sample, small_vlm
 from torch import Tensor, nn
 
 import vlbench
-from vlbench import plugins
-from vlbench.connector import Connector, Shapes
-from vlbench.mistakes import Mistake
-from vlbench.model.messages import prompt_batch
+from vlbench.connector import registry
+from vlbench.connector.base import Connector, Shapes
+from vlbench.errors import UserError
+from vlbench.model.generation.chat_messages import collate_prompts
 from vlbench.model.vlm import VLM
 
-LlavaMLP = plugins.connector("llava_mlp")
+LlavaMLP = registry.load_connector("llava_mlp")
 
 
 class Gated(Connector):
@@ -28,8 +28,8 @@ class Gated(Connector):
 
     def __init__(self, shapes: Shapes, gate: float = 0.0) -> None:
         super().__init__()
-        self.inject_at = (0, 2)
-        self.place = nn.Parameter(torch.randn(shapes.lm_width))
+        self.inject_layers = (0, 2)
+        self.image_embedding = nn.Parameter(torch.randn(shapes.lm_width))
         self.proj = nn.Linear(shapes.vision_width, shapes.lm_width)
         self.gate = nn.Parameter(torch.full((3,), gate))
 
@@ -73,13 +73,18 @@ def assert_same(ours: tuple, theirs: tuple, tolerance: float = 1e-5) -> None:
 @pytest.mark.parametrize(("connector", "options"), [(LlavaMLP, {}), (Gated, {"gate": 0.5})])
 def test_a_sample_does_not_notice_its_neighbours(connector: type, options: dict) -> None:
     vlm = small_vlm(connector, options)
-    samples = [sample(1), sample(2, images=2, words=40), sample(3, images=0), sample(4, words=1)]
+    samples = [
+        make_sample(1),
+        make_sample(2, images=2, words=40),
+        make_sample(3, images=0),
+        make_sample(4, words=1),
+    ]
     kind = torch.float32
     if connector is Gated:  # the gradient of a gate is a long sum that cancels: compare in float64
         vlm, kind = vlm.double(), torch.float64
 
     def of(rows: list) -> tuple:
-        return gradients(vlm, [batch_of(vlm, part).to("cpu", kind) for part in rows])
+        return gradients(vlm, [make_batch(vlm, part).to("cpu", kind) for part in rows])
 
     alone = of([[[one]] for one in samples])
     for other in ([[samples]], [[samples[::-1]]], [[[one] for one in samples]]):
@@ -88,41 +93,41 @@ def test_a_sample_does_not_notice_its_neighbours(connector: type, options: dict)
 
 def test_four_micro_batches_equal_one_batch() -> None:
     vlm = small_vlm(LlavaMLP)
-    samples = [sample(n, images=n % 3, words=1 + 3 * (n % 13)) for n in range(32)]
-    whole = gradients(vlm, [batch_of(vlm, [samples])])
-    parts = gradients(vlm, [batch_of(vlm, [samples[i : i + 8]]) for i in range(0, 32, 8)])
+    samples = [make_sample(n, images=n % 3, words=1 + 3 * (n % 13)) for n in range(32)]
+    whole = gradients(vlm, [make_batch(vlm, [samples])])
+    parts = gradients(vlm, [make_batch(vlm, [samples[i : i + 8]]) for i in range(0, 32, 8)])
     assert_same(whole, parts)
 
 
 @pytest.mark.parametrize(("connector", "options"), [(LlavaMLP, {}), (Gated, {"gate": 0.5})])
 def test_text_alone_still_gives_every_parameter_a_gradient(connector: type, options: dict) -> None:
     vlm = small_vlm(connector, options)
-    _, grads = gradients(vlm, [batch_of(vlm, [[sample(1, images=0)]])])
+    _, grads = gradients(vlm, [make_batch(vlm, [[make_sample(1, images=0)]])])
     missing = {n for n, _ in vlm.connector.named_parameters() if f"connector.{n}" not in grads}
     assert not missing
-    used = {id(p) for p in vlm.vision.used()}
+    used = {id(p) for p in vlm.vision.used_parameters()}
     towers = {f"vision.{n}" for n, p in vlm.vision.named_parameters() if id(p) in used}
     assert towers <= grads.keys()
 
 
 def test_closed_gates_equal_the_plain_language_model_bit_for_bit() -> None:
     vlm = small_vlm(Gated)
-    batch = batch_of(vlm, [[sample(1), sample(2, images=2)]])
+    batch = make_batch(vlm, [[make_sample(1), make_sample(2, images=2)]])
     batch.labels = None
     with torch.no_grad():
         ours = vlm(batch).logits
-        embeds = vlm.fuse(batch, vlm.visual(batch))
+        embeds = vlm.merge_embeddings(batch, vlm.visual(batch))
         plain = vlm.language.model(
             inputs_embeds=embeds,
-            position_ids=batch.positions,
-            lengths=batch.lengths,
+            position_ids=batch.position_ids,
+            lengths=batch.sample_lengths,
             visual=vlm.visual(batch),
             sees=batch.image_index,
         ).last_hidden_state
-        for hook in vlm._hooks:
+        for hook in vlm._inject_hooks:
             hook.remove()
         bare = vlm.language.model(
-            inputs_embeds=embeds, position_ids=batch.positions, lengths=batch.lengths
+            inputs_embeds=embeds, position_ids=batch.position_ids, lengths=batch.sample_lengths
         ).last_hidden_state
     assert torch.equal(plain, bare)
     assert torch.equal(ours, vlm.language.lm_head(bare))
@@ -131,11 +136,11 @@ def test_closed_gates_equal_the_plain_language_model_bit_for_bit() -> None:
 
 def test_visual_tokens_equal_the_same_embeddings_put_by_hand() -> None:
     vlm = small_vlm(LlavaMLP)
-    batch = batch_of(vlm, [[sample(1)]])
+    batch = make_batch(vlm, [[make_sample(1)]])
     batch.labels = None
     with torch.no_grad():
-        embeds = vlm.language.get_input_embeddings()(batch.ids.clamp(min=0))
-        embeds[0, (batch.ids[0] < 0)] = vlm.visual(batch)[0]
+        embeds = vlm.language.get_input_embeddings()(batch.input_ids.clamp(min=0))
+        embeds[0, (batch.input_ids[0] < 0)] = vlm.visual(batch)[0]
         vlm.language.set_attn_implementation("sdpa")
         by_hand = vlm.language(inputs_embeds=embeds).logits
         vlm.language.set_attn_implementation("vlbench_packed")
@@ -145,14 +150,14 @@ def test_visual_tokens_equal_the_same_embeddings_put_by_hand() -> None:
 @pytest.mark.parametrize(("connector", "options"), [(LlavaMLP, {}), (Gated, {"gate": 0.5})])
 def test_cached_generation_equals_recomputation(connector: type, options: dict) -> None:
     vlm = small_vlm(connector, options)
-    asked = [sample(1), sample(2, images=2, words=30), sample(3, images=0)]
+    asked = [make_sample(1), make_sample(2, images=2, words=30), make_sample(3, images=0)]
     asked = [replace(one, turns=one.turns[:1]) for one in asked]
-    together = vlm.generate(prompt_batch(vlm, asked), max_new_tokens=8)
+    together = vlm.generate(collate_prompts(vlm, asked), max_new_tokens=8)
     for one, expected in zip(asked, together, strict=True):
-        batch = prompt_batch(vlm, [one])
+        batch = collate_prompts(vlm, [one])
         assert vlm.generate(batch, max_new_tokens=8) == [expected]
         for token in expected:  # no cache: the whole prompt again for every token
-            logits = vlm(batch).logits[0, -1, : vlm.tokenizer.size]
+            logits = vlm(batch).logits[0, -1, : vlm.tokenizer.vocab_size]
             assert int(logits.argmax()) == token
             batch = grown(batch, token)
 
@@ -172,11 +177,11 @@ def grown(batch: object, token: int) -> object:
 def test_a_resized_tower_keeps_its_language_and_grows_its_places() -> None:
     vlm = small_vlm(LlavaMLP)
     before = vlm.connector.state_dict()
-    vlm.resize(56)
+    vlm.set_image_size(56)
     assert vlm.connector.tokens_per_image == 16 == vlm.shapes.patches
     after = vlm.connector.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)
-    assert vlm(batch_of(vlm, [[sample(1)]])).loss_sum.isfinite()
+    assert vlm(make_batch(vlm, [[make_sample(1)]])).loss_sum.isfinite()
 
 
 IMPOSSIBLE = [
@@ -190,7 +195,7 @@ IMPOSSIBLE = [
 @pytest.mark.parametrize("options", IMPOSSIBLE, ids=str)
 def test_what_cannot_be_generated_is_refused(options):
     vlm = small_vlm(LlavaMLP)
-    with pytest.raises(Mistake, match=f"^{next(iter(options))} is .*; allowed are ") as caught:
+    with pytest.raises(UserError, match=f"^{next(iter(options))} is .*; allowed are ") as caught:
         vlm.chat([{"role": "user", "content": "x"}], **options)
     assert len(str(caught.value).splitlines()) == 1
 
@@ -216,7 +221,7 @@ def test_a_row_ends_where_the_positions_of_the_language_model_do():
 def test_chat_answers_one_conversation():
     vlm = small_vlm(LlavaMLP)
     ask = [{"role": "user", "content": "x"}]
-    with pytest.raises(Mistake, match="one conversation, given are 2"):
+    with pytest.raises(UserError, match="one conversation, given are 2"):
         vlm.chat([ask, ask])
 
 
@@ -224,12 +229,12 @@ def test_a_closed_picture_is_named():
     vlm = small_vlm(LlavaMLP)
     image = Image.new("RGB", (8, 8))
     image.close()
-    with pytest.raises(Mistake, match="^image: "):
+    with pytest.raises(UserError, match="^image: "):
         vlm.prepare([{"role": "user", "content": [{"type": "image", "image": image}]}])
 
 
 @pytest.mark.parametrize("options", [{"path": None}, {"dtype": torch.int8}, {"dtype": 3}], ids=str)
 def test_what_cannot_be_loaded_is_one_line(options):
-    with pytest.raises(Mistake, match="(path|dtype|model) is ") as caught:
+    with pytest.raises(UserError, match="(path|dtype|model) is ") as caught:
         vlbench.load(**{"path": CHECKPOINT, **options})
     assert len(str(caught.value).splitlines()) == 1

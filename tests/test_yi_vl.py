@@ -8,19 +8,19 @@ import json
 import pytest
 import torch
 from PIL import Image
-from released import CASES, CHECKPOINT, GOLDEN, TOLERANCE, messages, records
+from released import CASES, CHECKPOINT, GOLDEN, TOLERANCE, case_messages, load_records
 from torch import Tensor, nn
 
 import vlbench
-from vlbench import mistakes
-from vlbench.data.batch import collate
-from vlbench.data.images import File
-from vlbench.data.sample import PLACEHOLDER, Sample, Turn, encode
-from vlbench.model.generate import answer_text, stop_now
+from vlbench import errors
+from vlbench.data.image_processing import ImageFile
+from vlbench.data.packing import collate
+from vlbench.data.sample_encoding import IMAGE_PLACEHOLDER, ChatTurn, Sample, encode_sample
+from vlbench.model.generation.generate import decode_answer, has_ended
 from vlbench.model.vlm import VLM
-from vlbench.model.weights.clip import names
+from vlbench.model.weights.clip_layouts import hf_tensor_names
 
-RECORDS = records()
+RECORDS = load_records()
 VLM_ = vlbench.load(CHECKPOINT, dtype="float32", device="cpu")
 
 
@@ -36,17 +36,17 @@ def assert_near(ours: Tensor, theirs: Tensor, quantity: str) -> None:
 @pytest.mark.parametrize("case", CASES["cases"], ids=lambda case: case["name"])
 @torch.no_grad()
 def test_every_step_equals_the_reference(case):
-    asked = messages(case)
+    asked = case_messages(case)
     prompt = VLM_.prompt(asked)
     assert prompt == case["prompt"]
     assert hashlib.sha256(prompt.encode()).hexdigest() == case["prompt_sha256"]
     batch = VLM_.prepare(asked)
-    assert batch.positions[0].equal(record(case, "position_ids"))
+    assert batch.position_ids[0].equal(record(case, "position_ids"))
     if case["images"]:
         assert_near(batch.pixels, record(case, "pixel_values"), "pixel_values")
         assert_near(VLM_.features(batch), record(case, "vision_features"), "vision_features")
         assert_near(VLM_.visual(batch), record(case, "projector_out"), "projector_out")
-        fused = VLM_.fuse(batch, VLM_.visual(batch))[0]
+        fused = VLM_.merge_embeddings(batch, VLM_.visual(batch))[0]
         assert_near(fused, record(case, "inputs_embeds"), "inputs_embeds")
     logits = VLM_(batch).logits[0]
     if case["has_full_logits"]:
@@ -59,7 +59,7 @@ def test_every_step_equals_the_reference(case):
 
 @pytest.mark.parametrize("case", CASES["cases"], ids=lambda case: case["name"])
 def test_greedy_answers_equal_the_reference(case):
-    asked, pieces = messages(case), []
+    asked, pieces = case_messages(case), []
     new = VLM_.generate(VLM_.prepare(asked), max_new_tokens=64)
     assert new == [record(case, "generated_ids").tolist()]
     assert VLM_.chat(asked, max_new_tokens=64, stream=pieces.append) == case["text"]
@@ -73,17 +73,17 @@ STOPS = json.loads((GOLDEN / "stop_cases.json").read_text(encoding="utf-8"))
 def test_answers_stop_and_are_cut_as_in_the_reference(case):
     ids, reason = case["ids"], "end_of_list"
     for length in range(1, len(ids) + 1):
-        if stop_now(VLM_, ids[:length]):
-            reason = "eos" if ids[length - 1] == VLM_.tokenizer.eos else "keyword"
+        if has_ended(VLM_, ids[:length]):
+            reason = "eos" if ids[length - 1] == VLM_.tokenizer.eos_token_id else "keyword"
             break
     assert (length, reason) == (case["stops_after"], case["reason"])
-    assert answer_text(VLM_, ids[:length]) == case["text"]
+    assert decode_answer(VLM_, ids[:length]) == case["text"]
 
 
 def test_a_tanh_gelu_in_the_projector_would_be_caught():
     case = CASES["cases"][0]
     features = record(case, "vision_features")
-    projector = VLM_.connector.projector()
+    projector = VLM_.connector.released_projector()
     wrong = [nn.GELU("tanh") if isinstance(m, nn.GELU) else m for m in projector]
     with torch.no_grad():
         distance = nn.Sequential(*wrong)(features) - record(case, "projector_out")
@@ -93,11 +93,11 @@ def test_a_tanh_gelu_in_the_projector_would_be_caught():
 def gradients(vlm: VLM) -> dict[str, Tensor | None]:
     """Return all gradients under the reference's names."""
     result = {name: p.grad for name, p in vlm.language.named_parameters()}
-    for name, parameter in vlm.connector.projector().named_parameters():
+    for name, parameter in vlm.connector.released_projector().named_parameters():
         result[f"model.mm_projector.{name}"] = parameter.grad
     visual = vlm.vision.visual
     parameters = dict(visual.named_parameters())
-    for ours, theirs in names(len(visual.transformer.resblocks)).items():
+    for ours, theirs in hf_tensor_names(len(visual.transformer.resblocks)).items():
         grad = parameters[ours].grad
         parts = [None] * len(theirs) if grad is None else grad.chunk(len(theirs))
         for name, part in zip(theirs, parts, strict=True):
@@ -111,14 +111,14 @@ def test_loss_and_gradients_of_a_training_batch_equal_the_reference(name, packed
     expected = CASES["training"][name]
     samples = []
     for number, one in enumerate(expected["samples"]):
-        turns = [Turn(turn["role"], turn["content"]) for turn in one["conversation"]]
-        turns.append(Turn("assistant", one["target"].removesuffix("\n###")))
-        pictures = tuple(File(GOLDEN / "images" / image) for image in one["images"])
+        turns = [ChatTurn(turn["role"], turn["content"]) for turn in one["conversation"]]
+        turns.append(ChatTurn("assistant", one["target"].removesuffix("\n###")))
+        pictures = tuple(ImageFile(GOLDEN / "images" / image) for image in one["images"])
         samples.append(Sample(f"{number}", tuple(turns), pictures))
     vlm = vlbench.load(CHECKPOINT, dtype=torch.float32)
     encoded = []
     for sample in samples:
-        one = encode(sample, vlm.template, vlm.tokenizer, 16, 4096)
+        one = encode_sample(sample, vlm.template, vlm.tokenizer, 16, 4096)
         last = len(vlm.tokenizer.encode(f" {sample.turns[-1].text.strip()}\n###"))
         one.labels[: len(one.labels) - 1 - last] = [-100] * (len(one.labels) - 1 - last)
         encoded.append(one)
@@ -145,7 +145,7 @@ def test_an_image_is_read_from_memory_as_from_its_file():
         for image in (path, str(path), Image.open(path))
     ]
     assert all(batch.pixels.equal(batches[0].pixels) for batch in batches)
-    assert VLM_.prompt([{"role": "user", "content": "What?"}]).count(PLACEHOLDER) == 0
+    assert VLM_.prompt([{"role": "user", "content": "What?"}]).count(IMAGE_PLACEHOLDER) == 0
 
 
 def test_sixteen_bits_are_scaled_in_memory_as_in_a_file():
@@ -156,5 +156,5 @@ def test_sixteen_bits_are_scaled_in_memory_as_in_a_file():
 
 
 def test_a_conversation_that_is_too_long_is_refused():
-    with pytest.raises(mistakes.Mistake, match="reads fewer than 4096"):
+    with pytest.raises(errors.UserError, match="reads fewer than 4096"):
         VLM_.prepare([{"role": "user", "content": "word " * 5000}])

@@ -11,43 +11,43 @@ from multiprocessing.queues import Queue
 from typing import Any
 
 import torch
-from small import SMALL, batch_of, opened, sample, small_vlm
+from small import SMALL, make_batch, make_sample, open_gates, small_vlm
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from vlbench import plugins
-from vlbench.data.batch import Batch
-from vlbench.model.shard import shard
+from vlbench.connector import registry
+from vlbench.data.packing import PackedBatch
+from vlbench.model.fsdp_wrapping import apply_fsdp
 from vlbench.model.vlm import VLM
 
 WORLD = 2
 SHARES = [  # of the two processes in two micro-batches; text alone on one of them
-    [[sample(1), sample(2, images=2)], [sample(3, images=0)]],
-    [[sample(4)], [sample(5, images=0), sample(6, words=20)]],
+    [[make_sample(1), make_sample(2, images=2)], [make_sample(3, images=0)]],
+    [[make_sample(4)], [make_sample(5, images=0), make_sample(6, words=20)]],
 ]
 
 
-def model(name: str) -> VLM:
+def open_gated_vlm(name: str) -> VLM:
     """Return the small model of connector `name` with open gates, the same in every process."""
-    return opened(small_vlm(plugins.connector(name), SMALL.get(name)).double())
+    return open_gates(small_vlm(registry.load_connector(name), SMALL.get(name)).double())
 
 
-def batches(vlm: VLM, rank: int) -> list[Batch]:
+def process_batches(vlm: VLM, rank: int) -> list[PackedBatch]:
     """Return the micro-batches of a process."""
-    return [batch_of(vlm, [row]).to("cpu", torch.float64) for row in SHARES[rank]]
+    return [make_batch(vlm, [row]).to("cpu", torch.float64) for row in SHARES[rank]]
 
 
-def learn(call: object, vlm: VLM, ranks: list[int]) -> dict[str, Tensor]:
+def compute_gradients(call: object, vlm: VLM, ranks: list[int]) -> dict[str, Tensor]:
     """Return the gradients of the loss over the samples of `ranks`, as one process sees them."""
-    everyone = [batch for rank in range(WORLD) for batch in batches(vlm, rank)]
-    tokens = sum(batch.tokens for batch in everyone)
+    everyone = [batch for rank in range(WORLD) for batch in process_batches(vlm, rank)]
+    tokens = sum(batch.supervised_token_count for batch in everyone)
     sizes: dict[str, int] = {}
     for batch in everyone:
-        for name, count in vlm.connector.counts(batch).items():
+        for name, count in vlm.connector.loss_counts(batch).items():
             sizes[name] = sizes.get(name, 0) + count
     for rank in ranks:
-        for batch in batches(vlm, rank):
+        for batch in process_batches(vlm, rank):
             torch.manual_seed(5)  # of the step; what is random follows from it and the sample
             out = call(batch)  # type: ignore[operator]
             loss = out.loss_sum / tokens
@@ -61,15 +61,15 @@ def learn(call: object, vlm: VLM, ranks: list[int]) -> dict[str, Tensor]:
     }
 
 
-def differences(name: str, kind: str, rank: int) -> list[str]:
+def compare_gradients(name: str, kind: str, rank: int) -> list[str]:
     """Return what differs between one process and two, under DDP or FSDP2."""
     torch.manual_seed(0)
-    alone = model(name)
-    _train_used(alone)
-    expected = learn(alone, alone, list(range(WORLD)))
-    together = model(name)
-    _train_used(together)
-    found = learn(wrapped(together, kind), together, [rank])
+    alone = open_gated_vlm(name)
+    _train_used_blocks(alone)
+    expected = compute_gradients(alone, alone, list(range(WORLD)))
+    together = open_gated_vlm(name)
+    _train_used_blocks(together)
+    found = compute_gradients(wrap_distributed(together, kind), together, [rank])
     lines = [f"{kind} {name}: no gradient for {one}" for one in expected if one not in found]
     for one, gradient in expected.items():
         scale = max(float(gradient.abs().max()), 1e-9)
@@ -78,26 +78,26 @@ def differences(name: str, kind: str, rank: int) -> list[str]:
     return lines
 
 
-def wrapped(vlm: VLM, kind: str) -> Callable[[Batch], Any]:
+def wrap_distributed(vlm: VLM, kind: str) -> Callable[[PackedBatch], Any]:
     """Return what trains a model in two processes."""
     if kind == "ddp":
         return DistributedDataParallel(vlm)
-    return shard(vlm, distributed.device_mesh.init_device_mesh("cpu", (WORLD,)))
+    return apply_fsdp(vlm, distributed.device_mesh.init_device_mesh("cpu", (WORLD,)))
 
 
-def first_stage(rank: int, kind: str) -> list[str]:
+def compare_first_stage(rank: int, kind: str) -> list[str]:
     """Return what differs when BLIP-2's pairs lie on one process or on two, unevenly."""
-    shares = [[sample(1), sample(2)], [sample(3), sample(4), sample(5)]]
+    shares = [[make_sample(1), make_sample(2)], [make_sample(3), make_sample(4), make_sample(5)]]
 
-    def learned(ranks: list[int], parallel: bool) -> dict[str, Tensor]:
-        vlm = small_vlm(plugins.connector("qformer"), SMALL["qformer"])
+    def first_stage_gradients(ranks: list[int], parallel: bool) -> dict[str, Tensor]:
+        vlm = small_vlm(registry.load_connector("qformer"), SMALL["qformer"])
         vlm.vision.requires_grad_(False)
         vlm.language.requires_grad_(False)
         torch.manual_seed(5)
-        vlm.double().pursue("blip2")
-        call = wrapped(vlm, kind) if parallel else vlm
+        vlm.double().set_objective("blip2")
+        call = wrap_distributed(vlm, kind) if parallel else vlm
         samples = [one for number in ranks for one in shares[number]]
-        batch = batch_of(vlm, [samples]).to("cpu", torch.float64)
+        batch = make_batch(vlm, [samples]).to("cpu", torch.float64)
         torch.manual_seed(5)  # pictures of noise have set another one
         out = call(batch)
         loss = sum(value for value, _ in out.extra.values())
@@ -105,8 +105,8 @@ def first_stage(rank: int, kind: str) -> list[str]:
         grads = {name: p.grad for name, p in vlm.connector.named_parameters()}
         return {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in grads.items()}
 
-    together = learned([rank], True)
-    alone = distributed_alone(lambda: learned([0, 1], False))
+    together = first_stage_gradients([rank], True)
+    alone = call_undistributed(lambda: first_stage_gradients([0, 1], False))
     lines = []
     for name, gradient in alone.items():
         scale = max(float(gradient.abs().max()), 1e-9)
@@ -115,7 +115,7 @@ def first_stage(rank: int, kind: str) -> list[str]:
     return lines
 
 
-def distributed_alone(call: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+def call_undistributed(call: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """Call something that must believe that there is no other process."""
     before = distributed.is_initialized
     distributed.is_initialized = lambda: False
@@ -125,13 +125,13 @@ def distributed_alone(call: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor
         distributed.is_initialized = before
 
 
-def _train_used(vlm: VLM) -> None:
+def _train_used_blocks(vlm: VLM) -> None:
     vlm.vision.requires_grad_(False)
-    for parameter in vlm.vision.used():
+    for parameter in vlm.vision.used_parameters():
         parameter.requires_grad_(True)
 
 
-def work(rank: int, port: int, names: list[str], answers: Queue) -> None:
+def compare_connectors(rank: int, port: int, names: list[str], answers: Queue) -> None:
     """Compare every connector as process `rank` of two; put the differences into `answers`."""
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -141,12 +141,12 @@ def work(rank: int, port: int, names: list[str], answers: Queue) -> None:
     for name in names:
         for kind in ("ddp", "fsdp2"):
             try:
-                lines += differences(name, kind, rank)
+                lines += compare_gradients(name, kind, rank)
             except Exception:
                 lines.append(f"{kind} {name}: {traceback.format_exc()}")
                 print(lines[-1], file=sys.stderr)
                 break
     if "qformer" in names:
-        lines += first_stage(rank, "ddp") + first_stage(rank, "fsdp2")
+        lines += compare_first_stage(rank, "ddp") + compare_first_stage(rank, "fsdp2")
     answers.put(lines)
     distributed.destroy_process_group()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vlbench.host import kept
+from vlbench.process_settings import preserve_process_settings
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,10 +26,10 @@ def load(
 
     The model that is returned has `prompt(messages)`, `prepare(messages)`, `features(batch)`,
     `visual(batch)`, `model(batch).logits`, `generate(batch)` and `chat(messages)`; messages are in
-    the Hugging Face chat format. `dtype`, `device` and `template`: see `vlbench.serve.load.load`.
+    the Hugging Face chat format. `dtype`, `device` and `template`: see `vlbench.load_model.load_model`.
     Several threads may use one model at once, and settings of the process stay as they are.
     """
-    with kept():
-        from vlbench.serve.load import load as load_now  # here: it imports torch
+    with preserve_process_settings():
+        from vlbench.load_model import load_model as load_now  # here: it imports torch
 
         return load_now(path, dtype, device, template)

@@ -11,247 +11,259 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from vlbench.files import lines_of
-from vlbench.host import kept
-from vlbench.mistakes import Mistake, Trouble, nearest
+from vlbench.errors import EnvironmentFailure, UserError, suggest_name
+from vlbench.process_settings import preserve_process_settings
+from vlbench.text_files import split_lines
 
 if TYPE_CHECKING:
-    from vlbench.schema import Recipe
+    from vlbench.config.schema import Recipe
 
 
-class Verb(NamedTuple):
+class VerbEntry(NamedTuple):
     """What a verb does, and what it is called with."""
 
     usage: str
-    meaning: str
-    call: Callable[[list[str]], int]
+    summary: str
+    run_verb: Callable[[list[str]], int]
 
 
-def fit(words: list[str]) -> int:
+def run_fit(overrides: list[str]) -> int:
     """Train a recipe."""
-    from vlbench import recipe as recipes
-    from vlbench.train.launch import (
+    from vlbench.config import recipe as recipes
+    from vlbench.distributed.launcher import (
         end_with_launcher,
-        launch,
-        launched,
-        let_launcher_speak,
-        told_once,
+        exit_silently_on_ctrl_c,
+        is_launched,
+        launch_processes,
+        report_error_once,
     )
-    from vlbench.train.machine import check_machine
+    from vlbench.distributed.machine_limits import check_machine_limits
 
-    let_launcher_speak()
+    exit_silently_on_ctrl_c()
     end_with_launcher()
-    with told_once():
-        recipe = recipes.load(words)
+    with report_error_once():
+        recipe = recipes.load_recipe(overrides)
         recipes.require_data(recipe)
-        check_machine(recipe, launched())
-    if recipe.trainer.processes > 1 and not launched():
-        return launch(["fit", *words], recipe.trainer)
+        check_machine_limits(recipe, is_launched())
+    if recipe.trainer.world_size > 1 and not is_launched():
+        return launch_processes(["fit", *overrides], recipe.trainer)
     # Threads of torch that spin for long make a machine with other work 20 times slower, and
     # threads that sleep at once cost a quarter of the speed on an idle one (measured, two cores).
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    from vlbench.train import stages  # after the checks: it takes seconds
+    from vlbench.train import fit  # after the checks: it takes seconds
 
-    return stages.fit(resolved(words))
+    return fit.fit(resolve_recipe(overrides))
 
 
-def evaluate(words: list[str]) -> int:
+def run_eval(overrides: list[str]) -> int:
     """Evaluate a run."""
-    from vlbench.evaluate.run import main as evaluate_run
+    from vlbench.evaluate.eval_command import run_eval as evaluate_run
 
-    return evaluate_run(words)
+    return evaluate_run(overrides)
 
 
-def score(words: list[str]) -> int:
+def run_score(overrides: list[str]) -> int:
     """Score answers to a benchmark."""
-    from vlbench.evaluate.tasks.score import main as score_answers
+    from vlbench.evaluate.tasks.score_command import run_score as score_answers
 
-    return score_answers(words)
+    return score_answers(overrides)
 
 
-def chat(words: list[str]) -> int:
+def run_chat(overrides: list[str]) -> int:
     """Talk to a model."""
-    from vlbench.serve.chat import main as talk
+    from vlbench.serve.chat_command import run_chat as talk
 
-    return talk(words)
+    return talk(overrides)
 
 
-def export(words: list[str]) -> int:
+def run_export(overrides: list[str]) -> int:
     """Write a model in a layout that others load."""
-    from vlbench.serve.export import main as write
+    from vlbench.serve.export_command import run_export as write
 
-    return write(words)
+    return write(overrides)
 
 
-def check(words: list[str]) -> int:
+def run_check(overrides: list[str]) -> int:
     """Look at the data of a recipe."""
     from pathlib import Path
 
-    from vlbench import recipe as recipes
+    from vlbench.config import recipe as recipes
 
-    out = [word.removeprefix("out=") for word in words if word.startswith("out=")]
-    words = [word for word in words if not word.startswith("out=")]
-    recipes.require_data(recipes.load(words))
-    from vlbench.check.run import main as check_data  # after the checks: it takes seconds
+    out = [word.removeprefix("out=") for word in overrides if word.startswith("out=")]
+    overrides = [word for word in overrides if not word.startswith("out=")]
+    recipes.require_data(recipes.load_recipe(overrides))
+    from vlbench.check.check_command import (
+        run_check as check_data,  # after the checks: it takes seconds
+    )
 
-    recipe = resolved(words)
+    recipe = resolve_recipe(overrides)
     default = f"checks/{recipe.recipe}-{recipe.size}"
     return check_data(recipe, Path(out[-1] if out else default).expanduser())
 
 
-def pack(words: list[str]) -> int:
+def run_pack(overrides: list[str]) -> int:
     """Pack a data set into shards."""
-    from vlbench.data.pack import main as pack_data
+    from vlbench.data.write_shards import run_pack as pack_data
 
-    return pack_data(words)
+    return pack_data(overrides)
 
 
-def compare(words: list[str]) -> int:
+def run_compare(overrides: list[str]) -> int:
     """Train a grid of runs and report."""
-    from vlbench.compare import grid
+    from vlbench.compare.experiment import grid
 
-    planned = grid.parse(words)
-    from vlbench.compare.run import run_grid  # after the checks: it takes seconds
+    planned = grid.parse_grid(overrides)
+    from vlbench.compare.experiment.compare_command import (
+        run_compare,  # after the checks: it takes seconds
+    )
 
-    return run_grid(planned)
+    return run_compare(planned)
 
 
-def plan(words: list[str]) -> int:
+def run_plan(overrides: list[str]) -> int:
     """Say what a training needs."""
-    from vlbench.plan.asked import parse
+    from vlbench.planner.options import parse_plan_options
 
-    asked = parse(words)
-    from vlbench.plan.run import main as plan_training  # after the checks: it takes seconds
+    asked = parse_plan_options(overrides)
+    from vlbench.planner.plan_command import (
+        run_plan as plan_training,  # after the checks: it takes seconds
+    )
 
     return plan_training(asked)
 
 
-def report(words: list[str]) -> int:
+def run_report(arguments: list[str]) -> int:
     """Compare finished runs."""
-    from vlbench.compare.report import main as compare_runs
+    from vlbench.compare.report.report_command import run_report as compare_runs
 
-    return compare_runs(words)
+    return compare_runs(arguments)
 
 
-def show(words: list[str]) -> int:
+def run_show(overrides: list[str]) -> int:
     """Print a resolved recipe."""
-    from vlbench import recipe as recipes
+    from vlbench.config import recipe as recipes
 
-    print(recipes.dump(resolved(words)), end="")
+    print(recipes.recipe_to_yaml(resolve_recipe(overrides)), end="")
     return 0
 
 
-def resolved(words: list[str]) -> Recipe:
+def resolve_recipe(overrides: list[str]) -> Recipe:
     """Return the recipe that `words` describe; what it leaves open is as in its `init`."""
-    from vlbench import recipe as recipes
+    from vlbench.config import recipe as recipes
 
-    recipe = recipes.load(words)
+    recipe = recipes.load_recipe(overrides)
     if not recipe.init:
         return recipe
-    from vlbench.train.restore import inherited  # it imports torch
+    from vlbench.train.resume import inherited_keys  # it imports torch
 
-    return recipes.load(words, inherited(recipe))
+    return recipes.load_recipe(overrides, inherited_keys(recipe))
 
 
-def list_(words: list[str]) -> int:
+def run_list(arguments: list[str]) -> int:
     """Print what there is."""
     from vlbench import listing
 
-    print("\n".join(listing.lines(words)))
+    print("\n".join(listing.listing_lines(arguments)))
     return 0
 
 
 VERBS = {
-    "fit": Verb("recipe=NAME [size=SIZE] [KEY=VALUE ...]", "train a recipe and evaluate it", fit),
-    "eval": Verb(
+    "fit": VerbEntry(
+        "recipe=NAME [size=SIZE] [KEY=VALUE ...]", "train a recipe and evaluate it", run_fit
+    ),
+    "eval": VerbEntry(
         "run=PATH [data=FILE images=FOLDER]\n"
         "       run=PATH task=mmmu,cmmmu,own [data=DIR] [split=val] [subjects=A,B] [seed=42]\n"
         "       [protocol=yi|official|lmms|strict|raw]\n"
         "       with both: [limit=N] [blank=true] [batch=16] [template=NAME] [out=DIR]",
         "evaluate a run or a released model, on its questions or on a benchmark",
-        evaluate,
+        run_eval,
     ),
-    "score": Verb(
+    "score": VerbEntry(
         "task=mmmu|cmmmu answers=FILE protocol=official|lmms|strict|raw|yi\n"
         "       [data=DIR|FILE.json [split=val]] [seed=42] [out=DIR]",
         "score answers to MMMU or CMMMU as the benchmarks' own code does",
-        score,
+        run_score,
     ),
-    "chat": Verb(
+    "chat": VerbEntry(
         "model=PATH [image=FILE|URL ...] [question=TEXT] [template=NAME] [dtype=bf16]\n"
         "       [device=cuda] [max_new_tokens=512] [temperature=0] [top_p=1] [seed=0]",
         "talk to a run, a checkpoint or a released model",
-        chat,
+        run_chat,
     ),
-    "export": Verb(
+    "export": VerbEntry(
         "run=PATH to=DIR format=yi_vl|hf_llava|vlbench [dtype=bf16] [merge_lora=true]\n"
         "       [template=NAME]",
         "write a run, a checkpoint or a released model in a layout that others load",
-        export,
+        run_export,
     ),
-    "check": Verb(
+    "check": VerbEntry(
         "recipe=NAME [size=SIZE] data.train=FILE data.images=FOLDER [out=DIR] [KEY=VALUE ...]",
         "look at all data before training: faults, lengths, what is learned of them",
-        check,
+        run_check,
     ),
-    "plan": Verb(
+    "plan": VerbEntry(
         "recipe=NAME [size=SIZE] [gpu=A800] [gpus=FILE.yaml] [price=DOLLARS] [mfu=0.4]\n"
         "       [samples=N,...] [text_tokens=N,...] [trainer.devices=8 trainer.num_nodes=16]\n"
         "       [probe=true] [KEY=VALUE ...]",
         "say what a training needs before it is paid for: memory, time, what fits",
-        plan,
+        run_plan,
     ),
-    "pack": Verb(
+    "pack": VerbEntry(
         "data=FILE.json images=FOLDER to=DIR [samples=10000]",
         "pack a data set into shards (tar files) that stream from disk",
-        pack,
+        run_pack,
     ),
-    "compare": Verb(
+    "compare": VerbEntry(
         "recipe=A,B seeds=3 [grid='K=V + K=V | K=V'] [match=params|visual_tokens|flops]\n"
         "       [sweep=0.3,1,3] [freeze=vision] [jobs=N|auto|slurm] [dry_run=true] [run=DIR] "
         "[KEY=VALUE ...]",
         "train every recipe with every seed, and report the differences",
-        compare,
+        run_compare,
     ),
-    "report": Verb(
+    "report": VerbEntry(
         "DIR ... [to=FILE.md] [to=FILE.html]",
         "compare finished runs: intervals, differences, costs",
-        report,
+        run_report,
     ),
-    "show": Verb("recipe=NAME [size=SIZE] [KEY=VALUE ...]", "print a resolved recipe", show),
-    "list": Verb("[recipes|sizes|connectors [size=SIZE]|towers]", "print what there is", list_),
+    "show": VerbEntry(
+        "recipe=NAME [size=SIZE] [KEY=VALUE ...]", "print a resolved recipe", run_show
+    ),
+    "list": VerbEntry(
+        "[recipes|sizes|connectors [size=SIZE]|towers]", "print what there is", run_list
+    ),
 }
-HELP = ("--help", "-h", "help")
+HELP_FLAGS = ("--help", "-h", "help")
 
 
-def main(words: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run the verb in `words` (default: the command line) and return the exit code.
 
     A program that calls it finds the settings of its process as they were.
     """
-    with kept(), all_letters_shown(), pictures_read_quietly():
-        return _main(words)
+    with preserve_process_settings(), escape_unencodable_output(), silence_pil_logging():
+        return _run_reporting_errors(argv)
 
 
-def _main(words: list[str] | None) -> int:
+def _run_reporting_errors(argv: list[str] | None) -> int:
     try:
-        code = run(sys.argv[1:] if words is None else words)
+        code = dispatch_verb(sys.argv[1:] if argv is None else argv)
         if sys.stdout is not None:  # it may be closed
             sys.stdout.flush()  # here, so that a reader who has left is noticed here
         return code
-    except (Mistake, Trouble) as error:
-        for line in lines_of(str(error)):
+    except (UserError, EnvironmentFailure) as error:
+        for line in split_lines(str(error)):
             print(f"vlbench: {line}", file=sys.stderr)
-        return 2 if isinstance(error, Mistake) else 1
+        return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one line for all processes of a machine
             print("vlbench: interrupted", file=sys.stderr)
         return 130
     except (OSError, RuntimeError) as error:
-        return _code_of(error)
+        return _exit_code_of(error)
 
 
-def _code_of(error: OSError | RuntimeError) -> int:
+def _exit_code_of(error: OSError | RuntimeError) -> int:
     """Return the exit code for what the system refuses to a user; any other error goes on."""
     if isinstance(error, RuntimeError):
         if "home directory" not in str(error):  # pathlib's, of a path that begins with ~NAME
@@ -269,7 +281,7 @@ def _code_of(error: OSError | RuntimeError) -> int:
 
 
 @contextlib.contextmanager
-def all_letters_shown() -> Iterator[None]:
+def escape_unencodable_output() -> Iterator[None]:
     """Let a letter that the terminal does not know be shown as its number."""
     streams = [s for s in (sys.stdout, sys.stderr) if isinstance(s, io.TextIOWrapper)]
     before = [stream.errors for stream in streams]
@@ -284,7 +296,7 @@ def all_letters_shown() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def pictures_read_quietly() -> Iterator[None]:
+def silence_pil_logging() -> Iterator[None]:
     """Leave out what PIL logs of a picture between our lines; what matters is a Mistake."""
     nowhere = logging.NullHandler()
     logging.getLogger("PIL").addHandler(nowhere)
@@ -294,28 +306,28 @@ def pictures_read_quietly() -> Iterator[None]:
         logging.getLogger("PIL").removeHandler(nowhere)
 
 
-def run(words: list[str]) -> int:
+def dispatch_verb(argv: list[str]) -> int:
     """Call the verb that the first word names with the others."""
-    if not words or words[0] in HELP:
-        print(overview())
-        return 0 if words else 2
-    if words[0] == "--version":
+    if not argv or argv[0] in HELP_FLAGS:
+        print(program_help())
+        return 0 if argv else 2
+    if argv[0] == "--version":
         from vlbench import __version__
 
         print(f"vlbench {__version__}")
         return 0
-    if words[0] not in VERBS:
+    if argv[0] not in VERBS:
         verbs = ", ".join(VERBS)
-        raise Mistake(f"no verb '{words[0]}'; verbs: {verbs}.{nearest(words[0], VERBS)}")
-    if any(word in HELP[:2] for word in words[1:]):
-        print(usage(words[0]))
+        raise UserError(f"no verb '{argv[0]}'; verbs: {verbs}.{suggest_name(argv[0], VERBS)}")
+    if any(word in HELP_FLAGS[:2] for word in argv[1:]):
+        print(verb_help(argv[0]))
         return 0
-    return VERBS[words[0]].call(words[1:])
+    return VERBS[argv[0]].run_verb(argv[1:])
 
 
-def overview() -> str:
+def program_help() -> str:
     """Return the help of the whole program."""
-    verbs = [f"  {name:7} {verb.meaning}" for name, verb in VERBS.items()]
+    verbs = [f"  {name:7} {verb.summary}" for name, verb in VERBS.items()]
     return "\n".join(
         [
             "usage: python -m vlbench VERB [KEY=VALUE ...]",
@@ -330,14 +342,18 @@ def overview() -> str:
     )
 
 
-def usage(name: str) -> str:
+def verb_help(verb_name: str) -> str:
     """Return the help of one verb; `fit` and `show` have the table of all keys."""
-    verb = VERBS[name]
-    lines = [f"usage: python -m vlbench {name} {verb.usage}", "", f"{verb.meaning}.".capitalize()]
-    if name in ("fit", "show"):
+    verb = VERBS[verb_name]
+    lines = [
+        f"usage: python -m vlbench {verb_name} {verb.usage}",
+        "",
+        f"{verb.summary}.".capitalize(),
+    ]
+    if verb_name in ("fit", "show"):
         from vlbench import listing
 
-        lines += ["", *listing.keys()]
+        lines += ["", *listing.recipe_key_lines()]
     return "\n".join(lines)
 
 

@@ -6,34 +6,37 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 
-from vlbench import plugins, recipe, schema, towers
-from vlbench.mistakes import Mistake, nearest
-from vlbench.signature import Option
-from vlbench.values import label
+from vlbench.config import encoder_names, recipe, schema
+from vlbench.config.convert import kind_label
+from vlbench.connector import registry
+from vlbench.connector.option_schema import ConnectorOption
+from vlbench.errors import UserError, suggest_name
 
 
-def lines(words: list[str]) -> list[str]:
+def listing_lines(arguments: list[str]) -> list[str]:
     """Return everything, or only the kinds named in `words` (there towers are listed in full).
 
     `connectors size=SIZE` gives what each connector costs at that size.
     """
-    if words[:1] == ["connectors"] and len(words) == 2 and words[1].startswith("size="):
-        return costs(words[1].removeprefix("size="))
-    for word in words:
-        if word not in KINDS:
-            kinds = ", ".join(KINDS)
-            raise Mistake(f"nothing called '{word}' to list; kinds: {kinds}.{nearest(word, KINDS)}")
-    if "towers" in words and len(words) == 1:
-        return list(towers.names())
+    if arguments[:1] == ["connectors"] and len(arguments) == 2 and arguments[1].startswith("size="):
+        return connector_cost_lines(arguments[1].removeprefix("size="))
+    for word in arguments:
+        if word not in LISTED_KINDS:
+            kinds = ", ".join(LISTED_KINDS)
+            raise UserError(
+                f"nothing called '{word}' to list; kinds: {kinds}.{suggest_name(word, LISTED_KINDS)}"
+            )
+    if "towers" in arguments and len(arguments) == 1:
+        return list(encoder_names.vision_encoder_names())
     result: list[str] = []
-    for kind in words or KINDS:
-        result += [kind, *(f"  {line}" for line in KINDS[kind]()), ""]
+    for kind in arguments or LISTED_KINDS:
+        result += [kind, *(f"  {line}" for line in LISTED_KINDS[kind]()), ""]
     return result[:-1]
 
 
-def keys() -> list[str]:
+def recipe_key_lines() -> list[str]:
     """Return the table of all keys of a recipe: name, type, default, meaning."""
-    table = [schema.Row("key", "type", "default", "meaning"), *schema.rows()]
+    table = [schema.KeyRow("key", "type", "default", "meaning"), *schema.key_rows()]
     widths = [max(len(row[column]) for row in table) for column in range(3)]
     return [
         "  ".join(
@@ -43,17 +46,17 @@ def keys() -> list[str]:
     ]
 
 
-def costs(size: str) -> list[str]:
+def connector_cost_lines(size: str) -> list[str]:
     """Return a table of what each connector costs at `size`, counted without taking memory."""
-    recipes = {name: [f"size={size}", f"connector.name={name}"] for name in _usable()}
+    recipes = {name: [f"size={size}", f"connector.name={name}"] for name in _usable_connectors()}
     known = {
-        name: recipe.load(["recipe=yivl_llava", *words]) for name, words in recipes.items()
+        name: recipe.load_recipe(["recipe=yivl_llava", *words]) for name, words in recipes.items()
     }  # first, as a mistake in the size needs no torch
-    from vlbench.model.cost import TEXT, cost
+    from vlbench.model.connector_cost import QUESTION_TOKENS, count_recipe_cost
 
     rows = [("connector", "parameters", "tokens", "latents", "prefill TFLOPs")]
     for name, one in known.items():
-        count = cost(one)
+        count = count_recipe_cost(one)
         flops = f"{count.flops / 1e12:.3g}"
         numbers = (f"{count.parameters:,}", str(count.tokens), str(count.latents), flops)
         rows.append((name, *numbers))
@@ -66,44 +69,49 @@ def costs(size: str) -> list[str]:
         *table,
         "",
         f"A picture at {side} pixels takes so many tokens of the text; latents are attended to",
-        f"inside the language model. Prefill: connector and language model, a picture and {TEXT}",
+        f"inside the language model. Prefill: connector and language model, a picture and {QUESTION_TOKENS}",
         "tokens of text.",
     ]
 
 
-def _recipes() -> list[str]:
-    return [f"{name:14} {recipe.summary(path)}" for name, path in recipe.recipes().items()]
+def _recipe_lines() -> list[str]:
+    return [
+        f"{name:14} {recipe.file_summary(path)}" for name, path in recipe.recipe_files().items()
+    ]
 
 
-def _sizes() -> list[str]:
-    return [f"{name:14} {recipe.summary(path)}" for name, path in recipe.sizes().items()]
+def _size_lines() -> list[str]:
+    return [f"{name:14} {recipe.file_summary(path)}" for name, path in recipe.size_files().items()]
 
 
-def _connectors() -> list[str]:
+def _connector_lines() -> list[str]:
     result = []
-    for name in plugins.sources():
+    for name in registry.connector_locations():
         try:
-            known = plugins.options(name)
-            text = ", ".join(_option(key, option) for key, option in known.items()) or "no options"
-        except Mistake as mistake:  # one broken file must not hide the others
+            known = registry.connector_options(name)
+            text = (
+                ", ".join(_option_text(key, option) for key, option in known.items())
+                or "no options"
+            )
+        except UserError as mistake:  # one broken file must not hide the others
             text = f"cannot be used: {mistake}"
         result.append(f"{name:14} {text}")
     return result
 
 
-def _usable() -> Iterator[str]:
+def _usable_connectors() -> Iterator[str]:
     """Give the names of connectors; one broken file must not hide the others."""
-    for name in plugins.sources():
+    for name in registry.connector_locations():
         try:
-            plugins.options(name)
-        except Mistake as mistake:
+            registry.connector_options(name)
+        except UserError as mistake:
             print(f"{name} cannot be used: {mistake}", file=sys.stderr)
         else:
             yield name
 
 
-def _option(name: str, option: Option) -> str:
-    text = f"{name}: {label(option.kind)}"
+def _option_text(name: str, option: ConnectorOption) -> str:
+    text = f"{name}: {kind_label(option.kind)}"
     if option.default is inspect.Parameter.empty:
         return f"{text} (needed)"
     shown = option.default
@@ -112,15 +120,18 @@ def _option(name: str, option: Option) -> str:
     return f"{text} = {shown}"
 
 
-def _towers() -> list[str]:
-    some = [f"{name:14} {text}" for name, text in towers.EMBEDDED.items()]
-    some += towers.CURATED
-    return [*some, f"... {len(towers.names())} in all: python -m vlbench list towers"]
+def _encoder_lines() -> list[str]:
+    some = [f"{name:14} {text}" for name, text in encoder_names.EMBEDDED_ENCODERS.items()]
+    some += encoder_names.CURATED_ENCODERS
+    return [
+        *some,
+        f"... {len(encoder_names.vision_encoder_names())} in all: python -m vlbench list towers",
+    ]
 
 
-KINDS: dict[str, Callable[[], list[str]]] = {
-    "recipes": _recipes,
-    "sizes": _sizes,
-    "connectors": _connectors,
-    "towers": _towers,
+LISTED_KINDS: dict[str, Callable[[], list[str]]] = {
+    "recipes": _recipe_lines,
+    "sizes": _size_lines,
+    "connectors": _connector_lines,
+    "towers": _encoder_lines,
 }

@@ -11,8 +11,8 @@ import tempfile
 import threading
 from pathlib import Path
 
-from .released import REAL, SMALL, repositories
-from .server import serving
+from .released import REAL, SMALL, make_repositories
+from .server import serve_hub
 from .shallow import SITE
 
 
@@ -22,7 +22,7 @@ def main(words: list[str]) -> None:
     folders = [word for word in words if word != "real"]
     with contextlib.ExitStack() as stack:
         made = folders[0] if folders else stack.enter_context(tempfile.TemporaryDirectory())
-        hub = stack.enter_context(serving(repositories(Path(made), widths)))
+        hub = stack.enter_context(serve_hub(make_repositories(Path(made), widths)))
         print(f"export HF_ENDPOINT={hub.endpoint} HF_HOME=$(mktemp -d)")
         print(f"export PYTHONPATH={SITE}:$PWD  # towers of two blocks, as those here")
         for kind, name in hub.repositories:

@@ -12,40 +12,40 @@ from typing import Any
 GOLDENS = Path(__file__).parent.parent / "goldens/evaluation"
 
 
-def mmmu(folder: Path) -> None:
+def write_mmmu(folder: Path) -> None:
     """Write MMMU/MMMU: 30 subjects with the splits dev, validation and test."""
-    from vlbench.evaluate.tasks.mmmu_data import SUBJECTS
+    from vlbench.evaluate.tasks.mmmu_data import MMMU_SUBJECTS
 
     (folder / "README.md").write_text("# MMMU\n")
     shutil.copytree(GOLDENS / "mmmu_tiny", folder, dirs_exist_ok=True)
-    for subject in SUBJECTS:
+    for subject in MMMU_SUBJECTS:
         if not (folder / subject).is_dir():
             for split in ("dev", "validation", "test"):
                 told = {"id": f"{split}_{subject}_1"}
-                _one(folder / "Art", folder / subject, split, told)
+                _copy_question(folder / "Art", folder / subject, split, told)
 
 
-def cmmmu(folder: Path) -> None:
+def write_cmmmu(folder: Path) -> None:
     """Write m-a-p/CMMMU: six categories with the splits dev, val and test."""
-    from vlbench.evaluate.tasks.cmmmu_data import CATEGORIES
+    from vlbench.evaluate.tasks.cmmmu_data import CMMMU_CATEGORIES
 
     (folder / "README.md").write_text("# CMMMU\n")
     shutil.copytree(GOLDENS / "cmmmu_tiny", folder, dirs_exist_ok=True)
-    for number, (name, category) in enumerate(CATEGORIES.items()):
+    for number, (name, category) in enumerate(CMMMU_CATEGORIES.items()):
         if not (folder / name).is_dir():
             for place, split in enumerate(("dev", "val", "test")):
                 told = {"id": str(90000 + 10 * number + place), "category": category}
-                _one(folder / "science", folder / name, split, told)
+                _copy_question(folder / "science", folder / name, split, told)
 
 
-def _one(source: Path, target: Path, split: str, told: dict[str, Any]) -> None:
+def _copy_question(source: Path, target: Path, split: str, new_columns: dict[str, Any]) -> None:
     """Write the first question of a split in `source` into `target`, with other columns `told`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     name = f"{split}-00000-of-00001.parquet"
     table = pq.read_table(source / name).slice(0, 1)
-    for column, value in told.items():
+    for column, value in new_columns.items():
         place = table.column_names.index(column)
         kind = table.schema.field(column).type
         table = table.set_column(place, column, pa.array([value], kind))

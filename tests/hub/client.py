@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from .server import Hub
+from .server import FakeHub
 
 VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
-def point(monkeypatch: pytest.MonkeyPatch, hub: Hub, home: Path) -> Path:
+def use_hub(monkeypatch: pytest.MonkeyPatch, hub: FakeHub, home: Path) -> Path:
     """Let everything be fetched from `hub` into `home`, without waiting between tries.
 
     Return the folder of the cache. Processes that are started later do the same, but wait.
@@ -39,7 +39,7 @@ def point(monkeypatch: pytest.MonkeyPatch, hub: Hub, home: Path) -> Path:
     return cache
 
 
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+def go_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let nothing be fetched, as HF_HUB_OFFLINE=1 does."""
     from huggingface_hub import constants
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from . import benchmarks, references
-from .repository import Repository
-from .shallow import shallow
-from .weights import drawn, shapes_of, write, write_json, write_shards
+from .repository import HubRepository
+from .shallow import shallow_encoders
+from .weights import random_tensors, state_shapes, write_json, write_shards, write_weights
 
 TESTS = Path(__file__).parent.parent
 TINY = TESTS.parent / "vlbench/model/tiny/language"
@@ -30,7 +30,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
-class Widths:
+class LanguageModelWidths:
     """What a language model of Yi's architecture measures."""
 
     hidden_size: int
@@ -41,46 +41,49 @@ class Widths:
     num_hidden_layers: int = 2
 
 
-SMALL = Widths(64, 172, 4, 2, 1000)
-REAL = Widths(4096, 11008, 32, 4, 64000)
+SMALL = LanguageModelWidths(64, 172, 4, 2, 1000)
+REAL = LanguageModelWidths(4096, 11008, 32, 4, 64000)
 """Yi-6B's, in all but the layers."""
 
 
-def repositories(folder: Path, widths: Widths = SMALL) -> list[Repository]:
+def make_repositories(folder: Path, widths: LanguageModelWidths = SMALL) -> list[HubRepository]:
     """Return all repositories; what they hold is made in `folder` when it is asked for."""
     makers: dict[str, Callable[[Path], None]] = {
-        "01-ai/Yi-6B-Chat": partial(yi_chat, widths=widths, seed=1),
-        "01-ai/Yi-34B-Chat": partial(yi_chat, widths=SMALL, seed=2),
-        "01-ai/Yi-VL-6B": yi_vl,
-        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": clip_vit_h,
+        "01-ai/Yi-6B-Chat": partial(write_yi_chat, widths=widths, seed=1),
+        "01-ai/Yi-34B-Chat": partial(write_yi_chat, widths=SMALL, seed=2),
+        "01-ai/Yi-VL-6B": write_yi_vl,
+        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": write_clip_vit_h,
         "timm/eva02_large_patch14_clip_336.merged2b_s6b_b61k": partial(
-            open_clip_folder, name="EVA02-L-14-336", seed=4
+            write_open_clip, name="EVA02-L-14-336", seed=4
         ),
-        "timm/ViT-B-32-SigLIP2-256": partial(open_clip_folder, name="ViT-B-32-SigLIP2-256", seed=5),
+        "timm/ViT-B-32-SigLIP2-256": partial(write_open_clip, name="ViT-B-32-SigLIP2-256", seed=5),
         "timm/vit_base_patch32_clip_224.openai": partial(
-            open_clip_folder, name="ViT-B-32-quickgelu", seed=6
+            write_open_clip, name="ViT-B-32-quickgelu", seed=6
         ),
-        "google-bert/bert-base-uncased": references.bert,
-        "openflamingo/OpenFlamingo-3B-vitl-mpt1b": references.open_flamingo,
-        "Salesforce/blip2-opt-2.7b": references.blip2,
-        "liuhaotian/llava-v1.5-mlp2x-336px-pretrain-vicuna-7b-v1.5": references.llava_projector,
+        "google-bert/bert-base-uncased": references.write_bert,
+        "openflamingo/OpenFlamingo-3B-vitl-mpt1b": references.write_open_flamingo,
+        "Salesforce/blip2-opt-2.7b": references.write_blip2,
+        "liuhaotian/llava-v1.5-mlp2x-336px-pretrain-vicuna-7b-v1.5": references.write_llava_projector,
     }
-    data = {"MMMU/MMMU": benchmarks.mmmu, "m-a-p/CMMMU": benchmarks.cmmmu}
+    data = {"MMMU/MMMU": benchmarks.write_mmmu, "m-a-p/CMMMU": benchmarks.write_cmmmu}
     return [
-        *(Repository(name, folder / "models" / name, make) for name, make in makers.items()),
-        *(Repository(name, folder / "datasets" / name, m, "datasets") for name, m in data.items()),
+        *(HubRepository(name, folder / "models" / name, make) for name, make in makers.items()),
+        *(
+            HubRepository(name, folder / "datasets" / name, m, "datasets")
+            for name, m in data.items()
+        ),
     ]
 
 
-def about(folder: Path, name: str) -> None:
+def write_about_files(folder: Path, name: str) -> None:
     """Write the files that every repository has and that nothing reads."""
     (folder / "README.md").write_text(f"---\nlicense: apache-2.0\n---\n# {name}\n")
     (folder / ".gitattributes").write_text("*.safetensors filter=lfs diff=lfs merge=lfs -text\n")
 
 
-def yi_chat(folder: Path, widths: Widths, seed: int) -> None:
+def write_yi_chat(folder: Path, widths: LanguageModelWidths, seed: int) -> None:
     """Write Yi-6B-Chat or Yi-34B-Chat: three shards in bfloat16, their config and tokenizer."""
-    about(folder, "Yi Chat")
+    write_about_files(folder, "Yi Chat")
     (folder / "LICENSE").write_text("Apache License 2.0\n")
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -107,10 +110,10 @@ def yi_chat(folder: Path, widths: Widths, seed: int) -> None:
     write_json(ends, folder / "generation_config.json")
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copy(TINY / name, folder / name)
-    write_shards(drawn(llama_shapes(widths), seed, torch.bfloat16), folder, 3)
+    write_shards(random_tensors(llama_shapes(widths), seed, torch.bfloat16), folder, 3)
 
 
-def llama_shapes(widths: Widths) -> dict[str, tuple[int, ...]]:
+def llama_shapes(widths: LanguageModelWidths) -> dict[str, tuple[int, ...]]:
     """Return the tensors of a Llama under the names in its files."""
     width, inner = widths.hidden_size, widths.intermediate_size
     kept = width // widths.num_attention_heads * widths.num_key_value_heads
@@ -131,51 +134,51 @@ def llama_shapes(widths: Widths) -> dict[str, tuple[int, ...]]:
     return found | {"model.norm.weight": (width,), "lm_head.weight": (widths.vocab_size, width)}
 
 
-def yi_vl(folder: Path) -> None:
+def write_yi_vl(folder: Path) -> None:
     """Write Yi-VL-6B: the golden checkpoint, whose numbers the authors' code has computed."""
     shutil.copytree(YI_VL, folder, dirs_exist_ok=True)
-    about(folder, "Yi-VL-6B")
+    write_about_files(folder, "Yi-VL-6B")
     (folder / "LICENSE").write_text("Apache License 2.0\n")
 
 
-def clip_of_open_clip(name: str, seed: int) -> tuple[Any, dict[str, Tensor]]:
+def build_open_clip(name: str, seed: int) -> tuple[Any, dict[str, Tensor]]:
     """Return a CLIP of open_clip, two blocks deep, and random weights for it."""
     import open_clip
 
-    with shallow(), torch.random.fork_rng(devices=[]):
+    with shallow_encoders(), torch.random.fork_rng(devices=[]):
         model = open_clip.create_model(name)
-    return model, drawn(shapes_of(model.state_dict()), seed)
+    return model, random_tensors(state_shapes(model.state_dict()), seed)
 
 
-def open_clip_folder(folder: Path, name: str, seed: int) -> None:
+def write_open_clip(folder: Path, name: str, seed: int) -> None:
     """Write a repository of open_clip: its own two files, and one of timm's for another use."""
     import open_clip
 
-    model, state = clip_of_open_clip(name, seed)
+    model, state = build_open_clip(name, seed)
     model.load_state_dict(state)
-    about(folder, name)
-    with shallow():
+    write_about_files(folder, name)
+    with shallow_encoders():
         config = open_clip.get_model_config(name)
     preprocess = open_clip.get_model_preprocess_cfg(model)
     write_json(
         {"model_cfg": config, "preprocess_cfg": preprocess}, folder / "open_clip_config.json"
     )
-    write(state, folder / "open_clip_model.safetensors")
-    write(state, folder / "open_clip_pytorch_model.bin")
+    write_weights(state, folder / "open_clip_model.safetensors")
+    write_weights(state, folder / "open_clip_pytorch_model.bin")
     trunk = {k.removeprefix("visual.trunk."): v for k, v in state.items() if ".trunk." in k}
     if trunk:
-        write(trunk, folder / "model.safetensors")
+        write_weights(trunk, folder / "model.safetensors")
         write_json({"architecture": name, "num_classes": 0}, folder / "config.json")
 
 
-def clip_vit_h(folder: Path) -> None:
+def write_clip_vit_h(folder: Path) -> None:
     """Write ViT-H-14 as LAION did: open_clip's two files, and the same in Hugging Face's layout."""
-    from vlbench.model.weights import clip
+    from vlbench.model.weights import clip_layouts
 
-    model, state = clip_of_open_clip("ViT-H-14", 3)
-    open_clip_folder(folder, "ViT-H-14", 3)
+    model, state = build_open_clip("ViT-H-14", 3)
+    write_open_clip(folder, "ViT-H-14", 3)
     model.load_state_dict(state)
-    vision = clip.config_of(model.visual)
+    vision = clip_layouts.to_hf_vision_config(model.visual)
     config = {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
@@ -186,7 +189,7 @@ def clip_vit_h(folder: Path) -> None:
     write_json(config, folder / "config.json")
     tower = {
         f"vision_model.{key}": tensor.contiguous()
-        for key, tensor in clip.to_hugging_face(model.visual).items()
+        for key, tensor in clip_layouts.to_hf_state_dict(model.visual).items()
     }
     rest = {
         "logit_scale": state["logit_scale"],
@@ -195,8 +198,8 @@ def clip_vit_h(folder: Path) -> None:
         "text_model.embeddings.token_embedding.weight": state["token_embedding.weight"],
         "text_model.final_layer_norm.weight": state["ln_final.weight"],
     }
-    write(tower | rest, folder / "model.safetensors")
-    write(tower | rest, folder / "pytorch_model.bin")
+    write_weights(tower | rest, folder / "model.safetensors")
+    write_weights(tower | rest, folder / "pytorch_model.bin")
     processor = {
         "crop_size": 224,
         "do_center_crop": True,

@@ -13,7 +13,7 @@ from torch import Tensor
 POSITIONS = ("positional_embedding", "trunk.pos_embed")
 
 
-def tensors(files: Iterable[Path]) -> dict[str, Tensor]:
+def load_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
     """Return the tensors in files, read by the libraries themselves."""
     from safetensors.torch import load_file
 
@@ -25,34 +25,34 @@ def tensors(files: Iterable[Path]) -> dict[str, Tensor]:
     return found
 
 
-def files_of(folder: Path, pattern: str) -> list[Path]:
+def matching_files(folder: Path, pattern: str) -> list[Path]:
     """Return files in a folder, of which there must be some."""
     found = sorted(folder.glob(pattern))
     assert found, f"no {pattern} in {folder}"
     return found
 
 
-def assert_language(language: Any, folder: Path) -> None:
+def assert_language_model(language: Any, folder: Path) -> None:
     """Assert that a language model is the one in the safetensors of a folder."""
-    stored = tensors(files_of(folder, "model*.safetensors"))
+    stored = load_tensors(matching_files(folder, "model*.safetensors"))
     wanted = {name: stored[name] for name in stored if "mm_projector" not in name}
     wanted = {name: wanted[name] for name in wanted if "vision_tower" not in name}
-    assert_same(language.state_dict(), wanted)
+    assert_same_state(language.state_dict(), wanted)
 
 
-def assert_tower(visual: Any, file: Path) -> None:
+def assert_vision_encoder(visual: Any, file: Path) -> None:
     """Assert that a vision encoder is the one in a file of open_clip, at its own image size."""
-    stored = tensors([file])
+    stored = load_tensors([file])
     wanted = {
         name.removeprefix("visual."): stored[name] for name in stored if name.startswith("visual.")
     }
     own = visual.state_dict()
     for name in (name for name in POSITIONS if name in wanted):
-        wanted[name] = resized(wanted[name], own[name].shape[-2])
-    assert_same(own, wanted)
+        wanted[name] = resize_positions(wanted[name], own[name].shape[-2])
+    assert_same_state(own, wanted)
 
 
-def resized(positions: Tensor, count: int) -> Tensor:
+def resize_positions(positions: Tensor, count: int) -> Tensor:
     """Return position embeddings for `count` tokens: bicubic, the class token's stays.
 
     There is a class token where one less than all is a square.
@@ -69,7 +69,7 @@ def resized(positions: Tensor, count: int) -> Tensor:
     return found.reshape(*positions.shape[:-2], *found.shape)
 
 
-def assert_same(own: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+def assert_same_state(own: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     """Assert that two states have the same names and numbers; resized positions nearly."""
     assert own.keys() == wanted.keys(), own.keys() ^ wanted.keys()
     for name, tensor in wanted.items():

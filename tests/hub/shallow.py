@@ -23,7 +23,7 @@ FACTORY, ADAPTER = "open_clip.factory", "open_clip.timm_model"
 SITE = Path(__file__).parent / "site"
 
 
-def of_configs(configs: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def shallow_configs(configs: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return open_clip's table of architectures with few blocks, and a text side that is small."""
     found = deepcopy(dict(configs))
     for config in found.values():
@@ -34,7 +34,7 @@ def of_configs(configs: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any
     return found
 
 
-def of_timm(timm: Any) -> SimpleNamespace:
+def shallow_timm(timm: Any) -> SimpleNamespace:
     """Return timm as open_clip uses it, building its ViTs and EVAs with few blocks."""
 
     def create_model(name: str, **options: Any) -> Any:
@@ -45,42 +45,42 @@ def of_timm(timm: Any) -> SimpleNamespace:
 
 
 @contextmanager
-def shallow() -> Iterator[None]:
+def shallow_encoders() -> Iterator[None]:
     """Build every tower of open_clip two blocks deep while the context lasts."""
     import open_clip.factory as factory
     import open_clip.timm_model as adapter
 
     configs, timm = factory._MODEL_CONFIGS, adapter.timm
-    factory._MODEL_CONFIGS, adapter.timm = of_configs(configs), of_timm(timm)
+    factory._MODEL_CONFIGS, adapter.timm = shallow_configs(configs), shallow_timm(timm)
     try:
         yield
     finally:
         factory._MODEL_CONFIGS, adapter.timm = configs, timm
 
 
-def environment() -> dict[str, str]:
+def shallow_environment() -> dict[str, str]:
     """Return the environment of a process in which towers are shallow from its start."""
     paths = [str(SITE), *filter(None, [os.environ.get("PYTHONPATH", "")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def install() -> None:
+def install_finder() -> None:
     """Make the towers of this process shallow as soon as open_clip is imported."""
-    sys.meta_path.insert(0, _Finder())
+    sys.meta_path.insert(0, _ShallowFinder())
 
 
-class _Finder(importlib.abc.MetaPathFinder):
+class _ShallowFinder(importlib.abc.MetaPathFinder):
     """Finds the two modules of open_clip that know how deep towers are."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if name in (FACTORY, ADAPTER) and spec and spec.loader:
-            spec.loader = _Loader(spec.loader)
+            spec.loader = _ShallowLoader(spec.loader)
             return spec
         return None
 
 
-class _Loader(importlib.abc.Loader):
+class _ShallowLoader(importlib.abc.Loader):
     def __init__(self, loader: Any) -> None:
         self.loader = loader
 
@@ -91,9 +91,9 @@ class _Loader(importlib.abc.Loader):
         self.loader.exec_module(module)
         changed: Any = module
         if module.__name__ == FACTORY:
-            changed._MODEL_CONFIGS = of_configs(changed._MODEL_CONFIGS)
+            changed._MODEL_CONFIGS = shallow_configs(changed._MODEL_CONFIGS)
         else:
-            changed.timm = of_timm(changed.timm)
+            changed.timm = shallow_timm(changed.timm)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.loader, name)

@@ -18,7 +18,7 @@ REAL = re.compile(
 """What names a real size, a hub id, a tag, or a file of released weights."""
 
 
-def commands() -> dict[str, str]:
+def documented_commands() -> dict[str, str]:
     """Return every command that names something real, with the file that tells it."""
     found = {}
     for pattern in PLACES:
@@ -33,5 +33,5 @@ def commands() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    for command, file in commands().items():
+    for command, file in documented_commands().items():
         print(f"{file}: {command}")

@@ -16,20 +16,20 @@ STD = 0.02
 PERIOD = 1_000_003
 
 
-def drawn(
+def random_tensors(
     shapes: Mapping[str, tuple[int, ...]], seed: int, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
     """Return random tensors of these shapes; weights of norms are near 1, all else near 0."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, shape in shapes.items():
-        tensor = _normal(math.prod(shape), generator).to(dtype).reshape(shape)
+        tensor = _normal_numbers(math.prod(shape), generator).to(dtype).reshape(shape)
         norm = len(shape) == 1 and name.endswith(("weight", "gamma"))
         state[name] = tensor.add_(1) if norm else tensor
     return state
 
 
-def _normal(count: int, generator: torch.Generator) -> Tensor:
+def _normal_numbers(count: int, generator: torch.Generator) -> Tensor:
     """Return so many random numbers; those of a large tensor repeat after a prime number of them.
 
     Then no two rows of it are equal, and a billion numbers are made in seconds.
@@ -38,12 +38,12 @@ def _normal(count: int, generator: torch.Generator) -> Tensor:
     return numbers if count <= PERIOD else numbers.repeat(-(-count // PERIOD))[:count]
 
 
-def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+def state_shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a state."""
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def write(state: dict[str, Tensor], file: Path) -> None:
+def write_weights(state: dict[str, Tensor], file: Path) -> None:
     """Write one file, safetensors or torch's by its suffix."""
     if file.suffix == ".safetensors":
         save_file(state, file, metadata={"format": "pt"})
@@ -59,7 +59,7 @@ def write_shards(state: dict[str, Tensor], folder: Path, count: int) -> None:
     for number in range(count):
         part = names[number * size : (number + 1) * size]
         file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-        write({name: state[name] for name in part}, folder / file)
+        write_weights({name: state[name] for name in part}, folder / file)
         places |= dict.fromkeys(part, file)
     total = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     index = {"metadata": {"total_size": total}, "weight_map": places}

@@ -13,9 +13,9 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from vlbench.mistakes import BadSample
+from vlbench.errors import BadSample
 
-NO_CONTENT = frozenset(
+METADATA_KEYS = frozenset(
     "annotator aspect_ratio author category clip_score coco_url copyright created created_at "
     "data_source data_type dataset dataset_name date difficulty domain error_message exif "
     "file_size flickr_url hash height height_list id idx index key lang language license md5 meta "
@@ -25,7 +25,7 @@ NO_CONTENT = frozenset(
 )
 """Keys that public data sets carry and nothing is learned from."""
 
-KINDS = {
+CONTENT_KINDS = {
     "picture": (
         "image img picture pic photo pixel screenshot thumbnail jpg jpeg png visual frame media",
         "name the file in 'image' of the record (one or a list), and write <image> in a human turn "
@@ -48,38 +48,38 @@ KINDS = {
 }
 """By kind of content: the words that a key of it has, and what to do with the record."""
 
-ABOUT = frozenset(
+METADATA_WORDS = frozenset(
     "aspect category count dataset duration end format fps hash height id idx index length license "
     "md5 num number quality ratio res resolution score sha sha1 sha256 similarity size source "
     "split start tag type version width".split()
 )
 """With one of these words in it, a key tells about a picture (`image_id`, `num_images`)."""
 
-TEXT = frozenset(
+TEXT_WORDS = frozenset(
     "answer caption description input instruction label output prompt question response text "
     "title".split()
 )
 """With one of these words in it, a key holds text, also where a picture is named (`image_text`)."""
 
-ADDRESS = frozenset("href link source src uri url".split())
+ADDRESS_WORDS = frozenset("href link source src uri url".split())
 """Words of a key that says where a picture came from."""
 
-FILE = re.compile(
+MEDIA_FILE = re.compile(
     r"\S+\.(jpe?g|png|webp|gif|bmp|tiff?|ppm|jp2|avif|heic|"
     r"(mp4|avi|mov|mkv|webm|m4v)|(mp3|wav|flac|ogg|m4a))",
     re.IGNORECASE,
 )
 DATA_URI = re.compile(r"data:(image|video|audio)/")
-URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-NOTHING: tuple[Any, ...] = (None, "", [], {})
+URL_PREFIX = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+EMPTY_VALUES: tuple[Any, ...] = (None, "", [], {})
 
 
-def unread(
+def find_unread_keys(
     name: str,
     record: Mapping[str, Any],
-    used: Collection[str],
-    pictures: Collection[str] = (),
-    where: str = "",
+    used_keys: Collection[str],
+    image_names: Collection[str] = (),
+    message_prefix: str = "",
 ) -> tuple[str, ...]:
     """Return the keys of `record` that have a value and are not in `used`.
 
@@ -89,76 +89,80 @@ def unread(
     """
     found = []
     for key, value in record.items():
-        if key in used or _nothing(value):
+        if key in used_keys or _is_empty(value):
             continue
-        kind = _content(str(key), value)
-        if kind and not (kind == "picture" and _known(str(key), value, pictures)):
-            raise BadSample(name, f"{where}{str(key)!r} is not read; {KINDS[kind][1]}")
+        kind = _content_kind(str(key), value)
+        if kind and not (kind == "picture" and _is_known_image(str(key), value, image_names)):
+            raise BadSample(
+                name, f"{message_prefix}{str(key)!r} is not read; {CONTENT_KINDS[kind][1]}"
+            )
         found.append(str(key))
     return tuple(found)
 
 
-def _nothing(value: Any) -> bool:
+def _is_empty(value: Any) -> bool:
     """Tell whether a value is empty, or a list or mapping of what is empty."""
-    if value in NOTHING:
+    if value in EMPTY_VALUES:
         return True
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return bool(inner) and all(map(_nothing, inner))
+    return bool(inner) and all(map(_is_empty, inner))
 
 
-def has_no_content(key: str) -> bool:
+def is_metadata_key(key: str) -> bool:
     """Tell whether a key of `Sample.unread` is one of those from which nothing is learned."""
     key = key.removeprefix("turn ")
-    words = _words(key)
-    return key.lower() in NO_CONTENT or bool(ABOUT & words and not TEXT & words)
+    words = _key_words(key)
+    return key.lower() in METADATA_KEYS or bool(METADATA_WORDS & words and not TEXT_WORDS & words)
 
 
-def _content(key: str, value: Any) -> str:
+def _content_kind(key: str, value: Any) -> str:
     """Return the kind of content that a key holds, "" for none."""
-    by_value = next((kind for text in _texts(value) if (kind := _kind_of_file(text))), "")
-    words = _words(key)
-    if by_value or ABOUT & words or key.lower() in NO_CONTENT:
+    by_value = next((kind for text in _iterate_texts(value) if (kind := _media_kind(text))), "")
+    words = _key_words(key)
+    if by_value or METADATA_WORDS & words or key.lower() in METADATA_KEYS:
         return by_value
-    if TEXT & words:  # of `system_prompt`, not of `image_text`
+    if TEXT_WORDS & words:  # of `system_prompt`, not of `image_text`
         return "system" if "system" in words else ""
     if isinstance(value, bool | int | float):
         return ""
-    return next((kind for kind, (known, _) in KINDS.items() if words & set(known.split())), "")
+    return next(
+        (kind for kind, (known, _) in CONTENT_KINDS.items() if words & set(known.split())), ""
+    )
 
 
 @functools.cache
-def _words(key: str) -> frozenset[str]:
+def _key_words(key: str) -> frozenset[str]:
     """Return the words of a key in small letters, without the s of a plural and final digits."""
     words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+[0-9]*|[A-Z]+(?![a-z])[0-9]*", key)}
     bare = {word.rstrip("0123456789") for word in words}
     return frozenset(words | bare | {word.removesuffix("s") for word in bare})
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _iterate_texts(value: Any) -> Iterator[str]:
     """Give the texts in a value: itself, those of a list, those of mappings in it."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | dict):
         inner = value.values() if isinstance(value, dict) else value
         for one in inner:
-            yield from _texts(one)
+            yield from _iterate_texts(one)
 
 
-def _kind_of_file(text: str) -> str:
+def _media_kind(text: str) -> str:
     found = DATA_URI.match(text[:20])
     if found:
         return {"image": "picture", "video": "video", "audio": "sound"}[found[1]]
-    named = FILE.fullmatch(text.partition("?")[0]) if len(text) < 1000 else None
+    named = MEDIA_FILE.fullmatch(text.partition("?")[0]) if len(text) < 1000 else None
     if not named:
         return ""
     return "video" if named[2] else "sound" if named[3] else "picture"
 
 
-def _known(key: str, value: Any, pictures: Collection[str]) -> bool:
+def _is_known_image(key: str, value: Any, image_names: Collection[str]) -> bool:
     """Tell whether a value is where pictures that are read come from, or another path of them."""
-    names = {PurePosixPath(picture).name for picture in pictures}
-    told = bool(ADDRESS & _words(key) and names)
-    texts = list(_texts(value))
+    names = {PurePosixPath(picture).name for picture in image_names}
+    told = bool(ADDRESS_WORDS & _key_words(key) and names)
+    texts = list(_iterate_texts(value))
     return bool(texts) and all(
-        (told and URL.match(text)) or PurePosixPath(text).name in names for text in texts
+        (told and URL_PREFIX.match(text)) or PurePosixPath(text).name in names for text in texts
     )

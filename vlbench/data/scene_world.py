@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-VERSION = 1  # of the world: pictures and words; raise it when either changes
-SIDE = 112  # pixels, both ways
+SCENE_VERSION = 1  # of the world: pictures and words; raise it when either changes
+IMAGE_SIDE = 112  # pixels, both ways
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 38, 40),
     "yellow": (232, 184, 0),
@@ -24,7 +24,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 # Pairs that no training picture holds: every colour once, every shape once.
-UNSEEN = {
+UNSEEN_PAIRS = {
     "red": "heart",
     "yellow": "square",
     "green": "star",
@@ -32,12 +32,12 @@ UNSEEN = {
     "purple": "triangle",
     "black": "cross",
 }
-SEEN_PAIRS = tuple((c, s) for c in COLOURS for s in SHAPES if UNSEEN[c] != s)
-_SCALE = 2  # painted twice as large, then halved: smooth edges
+SEEN_PAIRS = tuple((c, s) for c in COLOURS for s in SHAPES if UNSEEN_PAIRS[c] != s)
+_PAINT_SCALE = 2  # painted twice as large, then halved: smooth edges
 
 
 @dataclass(frozen=True)
-class Thing:
+class SceneObject:
     """One object; `cell` is its quarter: 0 top left, 1 top right, 2 and 3 below them."""
 
     colour: str  # one of COLOURS; empty where a colour has no name (pretraining alone)
@@ -46,52 +46,52 @@ class Thing:
     x: float  # centre, pixels
     y: float
     radius: float  # pixels
-    turn: float  # radians
-    shade: tuple[int, int, int]  # the colour as painted
+    rotation: float  # radians
+    painted_colour: tuple[int, int, int]  # the colour as painted
 
     @property
-    def pair(self) -> tuple[str, str]:
+    def colour_shape(self) -> tuple[str, str]:
         """Give (colour, shape)."""
         return self.colour, self.shape
 
 
 @dataclass(frozen=True)
-class Scene:
+class RenderedScene:
     """A picture of the world; a `Picture`: it has a name and can be opened."""
 
     name: str
-    things: tuple[Thing, ...]  # in raster order
-    ground: tuple[tuple[int, int, int], ...]  # the four corners' colours
+    objects: tuple[SceneObject, ...]  # in raster order
+    corner_colours: tuple[tuple[int, int, int], ...]  # the four corners' colours
 
     def open(self) -> Image.Image:
         """Paint the scene, [112, 112] RGB."""
-        side = SIDE * _SCALE
+        side = IMAGE_SIDE * _PAINT_SCALE
         corners = Image.new("RGB", (2, 2))
-        corners.putdata(self.ground)
+        corners.putdata(self.corner_colours)
         canvas = corners.resize((side, side), Image.Resampling.BILINEAR)
         draw = ImageDraw.Draw(canvas)
-        for thing in self.things:
-            _paint(draw, thing)
-        return canvas.reduce(_SCALE)
+        for thing in self.objects:
+            _paint_object(draw, thing)
+        return canvas.reduce(_PAINT_SCALE)
 
 
-def scene(stream: str, seed: int, index: int, unseen: bool = False) -> Scene:
+def make_scene(stream: str, seed: int, index: int, has_unseen_pair: bool = False) -> RenderedScene:
     """Make scene `index` of a stream.
 
     `unseen` puts exactly one object of an unseen pair into it; without it there is none.
     """
-    rng = random.Random(f"{stream}/{seed}/{index}/{unseen}")
+    rng = random.Random(f"{stream}/{seed}/{index}/{has_unseen_pair}")
     count = rng.choices((1, 2, 3, 4), (20, 26, 26, 28))[0]
-    pairs = _pairs(rng, count, unseen)
+    pairs = _draw_pairs(rng, count, has_unseen_pair)
     cells = sorted(rng.sample(range(4), count))
-    things = tuple(make_thing(rng, pair, cell) for pair, cell in zip(pairs, cells, strict=True))
-    return Scene(f"scene-{stream}-{seed}-{index}", things, make_ground(rng))
+    things = tuple(make_object(rng, pair, cell) for pair, cell in zip(pairs, cells, strict=True))
+    return RenderedScene(f"scene-{stream}-{seed}-{index}", things, make_background(rng))
 
 
-def _pairs(rng: random.Random, count: int, unseen: bool) -> list[tuple[str, str]]:
+def _draw_pairs(rng: random.Random, count: int, has_unseen_pair: bool) -> list[tuple[str, str]]:
     """Draw the objects: all different, free, or several that share a shape or a colour."""
     plan = rng.choices(("different", "free", "shape", "colour"), (40, 20, 20, 20))[0]
-    first = rng.choice(tuple(UNSEEN.items())) if unseen else rng.choice(SEEN_PAIRS)
+    first = rng.choice(tuple(UNSEEN_PAIRS.items())) if has_unseen_pair else rng.choice(SEEN_PAIRS)
     alike = rng.choice((2, 3, 4))
     pairs = [first]
     while len(pairs) < count:
@@ -107,21 +107,22 @@ def _pairs(rng: random.Random, count: int, unseen: bool) -> list[tuple[str, str]
     return pairs
 
 
-def make_thing(rng: random.Random, pair: tuple[str, str], cell: int) -> Thing:
+def make_object(rng: random.Random, colour_shape: tuple[str, str], cell: int) -> SceneObject:
     """Place an object in its quarter: any size that is easy to see, any place where it fits."""
-    half = SIDE / 2
+    half = IMAGE_SIDE / 2
     radius = rng.uniform(16.0, 25.0)
     slack = half / 2 - radius - 0.5
     x = half / 2 + half * (cell % 2) + rng.uniform(-slack, slack)
     y = half / 2 + half * (cell // 2) + rng.uniform(-slack, slack)
     light = rng.uniform(0.86, 1.1)
     shade = tuple(
-        min(255, max(0, round(value * light + rng.uniform(-8, 8)))) for value in COLOURS[pair[0]]
+        min(255, max(0, round(value * light + rng.uniform(-8, 8))))
+        for value in COLOURS[colour_shape[0]]
     )
-    return Thing(*pair, cell, x, y, radius, rng.uniform(-0.2, 0.2), shade)  # type: ignore[arg-type]
+    return SceneObject(*colour_shape, cell, x, y, radius, rng.uniform(-0.2, 0.2), shade)  # type: ignore[arg-type]
 
 
-def make_ground(rng: random.Random) -> tuple[tuple[int, int, int], ...]:
+def make_background(rng: random.Random) -> tuple[tuple[int, int, int], ...]:
     """Draw a muted ground, a little lighter or darker from corner to corner.
 
     It is lighter than every object. Without that, what tells shapes apart would change its sign
@@ -137,18 +138,24 @@ def make_ground(rng: random.Random) -> tuple[tuple[int, int, int], ...]:
     return tuple(corners)
 
 
-def _paint(draw: ImageDraw.ImageDraw, thing: Thing) -> None:
-    x, y, radius = thing.x * _SCALE, thing.y * _SCALE, thing.radius * _SCALE
-    if thing.shape == "circle":
+def _paint_object(draw: ImageDraw.ImageDraw, scene_object: SceneObject) -> None:
+    x, y, radius = (
+        scene_object.x * _PAINT_SCALE,
+        scene_object.y * _PAINT_SCALE,
+        scene_object.radius * _PAINT_SCALE,
+    )
+    if scene_object.shape == "circle":
         size = radius * 0.9
-        draw.ellipse((x - size, y - size, x + size, y + size), fill=thing.shade)
+        draw.ellipse((x - size, y - size, x + size, y + size), fill=scene_object.painted_colour)
         return
-    cos, sin = math.cos(thing.turn) * radius, math.sin(thing.turn) * radius
-    outline = [(x + u * cos - v * sin, y + u * sin + v * cos) for u, v in _OUTLINES[thing.shape]]
-    draw.polygon(outline, fill=thing.shade)
+    cos, sin = math.cos(scene_object.rotation) * radius, math.sin(scene_object.rotation) * radius
+    outline = [
+        (x + u * cos - v * sin, y + u * sin + v * cos) for u, v in _OUTLINES[scene_object.shape]
+    ]
+    draw.polygon(outline, fill=scene_object.painted_colour)
 
 
-def _heart() -> list[tuple[float, float]]:
+def _heart_outline() -> list[tuple[float, float]]:
     points = []
     for step in range(36):
         t = step * math.pi / 18
@@ -157,7 +164,7 @@ def _heart() -> list[tuple[float, float]]:
     return points
 
 
-def _star() -> list[tuple[float, float]]:
+def _star_outline() -> list[tuple[float, float]]:
     points = []
     for step in range(10):
         radius = 1.0 if step % 2 == 0 else 0.42
@@ -166,7 +173,7 @@ def _star() -> list[tuple[float, float]]:
     return points
 
 
-def _cross(arm: float = 0.3) -> list[tuple[float, float]]:
+def _cross_outline(arm: float = 0.3) -> list[tuple[float, float]]:
     corner = [(-arm, -0.95), (arm, -0.95), (arm, -arm)]
     points = []
     for _ in range(4):
@@ -179,7 +186,7 @@ def _cross(arm: float = 0.3) -> list[tuple[float, float]]:
 _OUTLINES: dict[str, list[tuple[float, float]]] = {
     "square": [(-0.75, -0.75), (0.75, -0.75), (0.75, 0.75), (-0.75, 0.75)],
     "triangle": [(0.0, -0.95), (0.95, 0.75), (-0.95, 0.75)],
-    "star": _star(),
-    "cross": _cross(),
-    "heart": _heart(),
+    "star": _star_outline(),
+    "cross": _cross_outline(),
+    "heart": _heart_outline(),
 }

@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-Model = TypeVar("Model", bound=nn.Module)
-Copies = dict[int, nn.Module]
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+ModuleCopies = dict[int, nn.Module]
 """The copy of each module by the `id` of the original."""
 
 
-def in_eval_mode(model: Model) -> Model:
+def in_eval_mode(model: ModuleT) -> ModuleT:
     """Return `model` if all of it is in evaluation mode, else a copy that is, with its weights.
 
     The copy has modules of its own and shares parameters and buffers, so it costs no memory. What
@@ -23,20 +23,26 @@ def in_eval_mode(model: Model) -> Model:
     if not any(module.training for module in model.modules()):
         return model
     originals = list(model.modules())
-    copies: Copies = {id(module): object.__new__(type(module)) for module in originals}
+    copies: ModuleCopies = {id(module): object.__new__(type(module)) for module in originals}
     for module in originals:
         copied = vars(copies[id(module)])
-        copied.update({name: _bound(value, copies) for name, value in vars(module).items()})
-        copied["_modules"] = {name: _bound(one, copies) for name, one in module._modules.items()}
+        copied.update(
+            {name: _rebind_to_copies(value, copies) for name, value in vars(module).items()}
+        )
+        copied["_modules"] = {
+            name: _rebind_to_copies(one, copies) for name, one in module._modules.items()
+        }
         for name in copied:
             if "_hooks" in name and isinstance(copied[name], dict):
                 hooks = copied[name]
-                copied[name] = type(hooks)((key, _bound(one, copies)) for key, one in hooks.items())
+                copied[name] = type(hooks)(
+                    (key, _rebind_to_copies(one, copies)) for key, one in hooks.items()
+                )
         copied["training"] = False
     return copies[id(model)]  # type: ignore[return-value]
 
 
-def _bound(value: Any, copies: Copies) -> Any:
+def _rebind_to_copies(value: Any, copies: ModuleCopies) -> Any:
     """Return `value` with the copy of every module that it is, or is bound to."""
     if isinstance(value, nn.Module):
         return copies.get(id(value), value)
@@ -44,9 +50,9 @@ def _bound(value: Any, copies: Copies) -> Any:
         return MethodType(value.__func__, copies[id(value.__self__)])
     if isinstance(value, functools.partial):
         bound = functools.partial(
-            _bound(value.func, copies),
-            *(_bound(one, copies) for one in value.args),
-            **{name: _bound(one, copies) for name, one in value.keywords.items()},
+            _rebind_to_copies(value.func, copies),
+            *(_rebind_to_copies(one, copies) for one in value.args),
+            **{name: _rebind_to_copies(one, copies) for name, one in value.keywords.items()},
         )
         vars(bound).update(vars(value))
         return bound

@@ -17,18 +17,21 @@ from open_clip.model import CLIPVisionCfg, _build_vision_tower
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from torch import nn
 
-from vlbench.files import read_json, write_whole
-from vlbench.mistakes import Mistake, nearest
+from vlbench.errors import UserError, suggest_name
+from vlbench.text_files import read_json, write_atomically
 
-TINY = Path(__file__).parent / "tiny"
-EMBEDDED = {"tiny": TINY / "tower", "tiny_eva": TINY / "eva_tower"}
-CONFIG = "open_clip_config.json"
+MINIATURES_FOLDER = Path(__file__).parents[1] / "miniatures"
+EMBEDDED_ENCODERS = {
+    "tiny": MINIATURES_FOLDER / "tower",
+    "tiny_eva": MINIATURES_FOLDER / "eva_tower",
+}
+OPEN_CLIP_CONFIG = "open_clip_config.json"
 """open_clip's own name of a file that describes a model."""
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 """Names of open_clip's weights in a folder and on a hub, in the order of preference."""
-ARCHITECTURE = ("embed_dim", "quick_gelu", "vision_cfg")
+ARCHITECTURE_KEYS = ("embed_dim", "quick_gelu", "vision_cfg")
 """Keys of open_clip's `model_cfg` that say what its vision encoder is."""
-SIZE_ALONE = ("image_size", "patch_dropout")
+WEIGHT_NEUTRAL_KEYS = ("image_size", "patch_dropout")
 """Keys of `vision_cfg` that say nothing about the weights' meaning."""
 
 
@@ -48,10 +51,10 @@ class VisionConfig:
     projection: bool = True
     """False: without the contrastive projection, which Hugging Face's vision models do not have."""
 
-    def build(self) -> nn.Module:
+    def build_module(self) -> nn.Module:
         """Return open_clip's module with random weights, on torch's current default device."""
         if "timm_model_name" in self.vision_cfg:
-            import vlbench.model.tiny.eva  # noqa: F401  makes its architecture known to timm
+            import vlbench.miniatures.eva_architecture  # noqa: F401  makes its architecture known to timm
         # a connector needs the features of all patches, in training too
         keys = {**self.vision_cfg, "timm_model_pretrained": False, "patch_dropout": 0.0}
         visual = _build_vision_tower(self.embed_dim, keys, self.quick_gelu)
@@ -62,42 +65,42 @@ class VisionConfig:
     def save(self, folder: Path) -> None:
         """Write it into `folder`, in open_clip's format."""
         known = asdict(self)
-        model = {key: known[key] for key in (*ARCHITECTURE, "projection")}
+        model = {key: known[key] for key in (*ARCHITECTURE_KEYS, "projection")}
         pixels = {"mean": list(self.mean), "std": list(self.std)}
         text = json.dumps({"model_cfg": model, "preprocess_cfg": pixels}, indent=1)
-        write_whole(folder / CONFIG, text + "\n")
+        write_atomically(folder / OPEN_CLIP_CONFIG, text + "\n")
 
 
 def read_vision_config(folder: Path) -> VisionConfig:
     """Return what open_clip_config.json in `folder` describes."""
-    file = folder / CONFIG
+    file = folder / OPEN_CLIP_CONFIG
     said = read_json(file)
     model = said.get("model_cfg")
     if not isinstance(model, dict) or not isinstance(model.get("vision_cfg"), dict):
-        raise Mistake(f"{file}: has no model_cfg with a vision_cfg, so it is not open_clip's")
+        raise UserError(f"{file}: has no model_cfg with a vision_cfg, so it is not open_clip's")
     pixels = said.get("preprocess_cfg") or {}
     if not isinstance(pixels, dict):
-        raise Mistake(f"{file}: preprocess_cfg is {pixels!r}; wanted is a mapping")
-    default = _usual_pixels("")
+        raise UserError(f"{file}: preprocess_cfg is {pixels!r}; wanted is a mapping")
+    default = _default_pixel_stats("")
     try:
         CLIPVisionCfg(**model["vision_cfg"])
         return VisionConfig(
             int(model["embed_dim"]),
             dict(model["vision_cfg"]),
             bool(model.get("quick_gelu", False)),
-            colour(pixels.get("mean", default["mean"]), "mean", file),
-            colour(pixels.get("std", default["std"]), "std", file),
+            parse_rgb_stats(pixels.get("mean", default["mean"]), "mean", file),
+            parse_rgb_stats(pixels.get("std", default["std"]), "std", file),
             bool(model.get("projection", True)),
         )
     except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, Mistake):
+        if isinstance(error, UserError):
             raise
-        raise Mistake(f"{file}: model_cfg cannot be read ({type(error).__name__}: {error})") from (
-            error
-        )
+        raise UserError(
+            f"{file}: model_cfg cannot be read ({type(error).__name__}: {error})"
+        ) from (error)
 
 
-def vision_config(name: str, weights: str) -> VisionConfig:
+def resolve_vision_config(name: str, weights: str) -> VisionConfig:
     """Return what `vision.name` is with `vision.weights`, of which small files alone are read.
 
     `name` is a model of open_clip, one of EMBEDDED or a folder with open_clip_config.json.
@@ -107,17 +110,17 @@ def vision_config(name: str, weights: str) -> VisionConfig:
     Raises:
         Mistake: for an unknown name, and for weights that were trained as something else.
     """
-    if (folder := own_folder(name)) is not None:
+    if (folder := named_encoder_folder(name)) is not None:
         return read_vision_config(folder)
     found = open_clip.get_model_config(name) if name in open_clip.list_models() else None
     if found is None:
-        raise Mistake(
-            f"vision.name is '{name}'; known are {', '.join(EMBEDDED)}, a folder with "
-            f"{CONFIG} and the ViTs of open_clip."
-            f"{nearest(name, [*EMBEDDED, *open_clip.list_models()])}"
+        raise UserError(
+            f"vision.name is '{name}'; known are {', '.join(EMBEDDED_ENCODERS)}, a folder with "
+            f"{OPEN_CLIP_CONFIG} and the ViTs of open_clip."
+            f"{suggest_name(name, [*EMBEDDED_ENCODERS, *open_clip.list_models()])}"
         )
     tag = get_pretrained_cfg(name, weights)
-    pixels = tag or _usual_pixels(name)
+    pixels = tag or _default_pixel_stats(name)
     named = VisionConfig(
         found["embed_dim"],
         found["vision_cfg"],
@@ -126,39 +129,39 @@ def vision_config(name: str, weights: str) -> VisionConfig:
         tuple(pixels["std"]),
     )
     if tag.get("quick_gelu") and not named.quick_gelu:
-        raise Mistake(
+        raise UserError(
             f"vision.weights={weights} was trained with the activation QuickGELU, and vision.name="
             f"{name} has GELU: say vision.name={name}-quickgelu"
         )
-    return _with_folder(named, name, Path(weights))
+    return _merge_folder_config(named, name, Path(weights))
 
 
-def own_folder(name: str) -> Path | None:
+def named_encoder_folder(name: str) -> Path | None:
     """Return the folder that describes `vision.name` itself; None for a name of open_clip."""
-    if name in EMBEDDED:
-        return EMBEDDED[name]
-    return Path(name) if (Path(name) / CONFIG).is_file() else None
+    if name in EMBEDDED_ENCODERS:
+        return EMBEDDED_ENCODERS[name]
+    return Path(name) if (Path(name) / OPEN_CLIP_CONFIG).is_file() else None
 
 
-def _with_folder(named: VisionConfig, name: str, folder: Path) -> VisionConfig:
+def _merge_folder_config(named_config: VisionConfig, name: str, folder: Path) -> VisionConfig:
     """Return `named` with what a folder of weights says of itself; refuse another architecture."""
-    if (folder / CONFIG).is_file():
+    if (folder / OPEN_CLIP_CONFIG).is_file():
         theirs = read_vision_config(folder)
-        _compare(named, theirs, name, folder)
-        named = replace(named, mean=theirs.mean, std=theirs.std)
-    if open_clip_file(folder) or not (folder / "config.json").is_file():
-        return named
-    said, file = _processor(folder)
+        _check_same_architecture(named_config, theirs, name, folder)
+        named_config = replace(named_config, mean=theirs.mean, std=theirs.std)
+    if find_open_clip_file(folder) or not (folder / "config.json").is_file():
+        return named_config
+    said, file = _read_processor_config(folder)
     mean, std = said.get("image_mean"), said.get("image_std")
     return replace(
-        named,
-        mean=colour(mean, "image_mean", file) if mean else named.mean,
-        std=colour(std, "image_std", file) if std else named.std,
+        named_config,
+        mean=parse_rgb_stats(mean, "image_mean", file) if mean else named_config.mean,
+        std=parse_rgb_stats(std, "image_std", file) if std else named_config.std,
         projection=False,
     )
 
 
-def _processor(folder: Path) -> tuple[dict[str, Any], Path]:
+def _read_processor_config(folder: Path) -> tuple[dict[str, Any], Path]:
     """Return what a Hugging Face folder does to its pictures, and the file that says so.
 
     transformers 5 writes it into processor_config.json, as a part of a whole model's processor.
@@ -168,40 +171,44 @@ def _processor(folder: Path) -> tuple[dict[str, Any], Path]:
     if not own.is_file() and whole.is_file():
         own, said = whole, read_json(whole).get("image_processor") or {}
     if not isinstance(said, dict):
-        raise Mistake(f"{own}: image_processor is {said!r}; wanted is a mapping")
+        raise UserError(f"{own}: image_processor is {said!r}; wanted is a mapping")
     for key in ("do_rescale", "do_normalize"):
         if said.get(key, True) is not True:
-            raise Mistake(f"{own}: {key} is {said[key]!r}; pixels are always scaled and normalised")
+            raise UserError(
+                f"{own}: {key} is {said[key]!r}; pixels are always scaled and normalised"
+            )
     return said, own
 
 
-def open_clip_file(folder: Path) -> Path | None:
+def find_open_clip_file(folder: Path) -> Path | None:
     """Return open_clip's file of weights in `folder`, None if there is none."""
     return next((folder / name for name in OPEN_CLIP_FILES if (folder / name).is_file()), None)
 
 
-def _compare(named: VisionConfig, theirs: VisionConfig, name: str, folder: Path) -> None:
+def _check_same_architecture(
+    named_config: VisionConfig, folder_config: VisionConfig, name: str, folder: Path
+) -> None:
     """Refuse a folder whose own description is another architecture than `vision.name`."""
-    ours, other = _described(named), _described(theirs)
+    ours, other = _architecture_fields(named_config), _architecture_fields(folder_config)
     differ = [key for key in ours | other if ours.get(key) != other.get(key)]
     if differ:
         what = ", ".join(f"{key} {other.get(key)!r} for {ours.get(key)!r}" for key in differ)
-        raise Mistake(
-            f"{folder / CONFIG} describes another encoder than vision.name={name} ({what}): "
+        raise UserError(
+            f"{folder / OPEN_CLIP_CONFIG} describes another encoder than vision.name={name} ({what}): "
             f"say vision.name={folder} vision.weights=embedded"
         )
 
 
-def _described(config: VisionConfig) -> dict[str, Any]:
+def _architecture_fields(config: VisionConfig) -> dict[str, Any]:
     """Return everything that decides what the same weights compute; defaults are filled in."""
     keys = asdict(CLIPVisionCfg(**config.vision_cfg))
     timm = bool(keys["timm_model_name"])
-    kept = {key: value for key, value in keys.items() if key not in SIZE_ALONE}
+    kept = {key: value for key, value in keys.items() if key not in WEIGHT_NEUTRAL_KEYS}
     kept.pop("timm_model_pretrained")
     return {**kept, "quick_gelu": config.quick_gelu and not timm, "embed_dim": config.embed_dim}
 
 
-def _usual_pixels(name: str) -> Mapping[str, Any]:
+def _default_pixel_stats(name: str) -> Mapping[str, Any]:
     """Return mean and std that all tags of `name` share, else open_clip's default (CLIP's own)."""
     tags = [get_pretrained_cfg(name, tag) for tag in list_pretrained_tags_by_model(name)]
     usual = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
@@ -212,11 +219,11 @@ def _usual_pixels(name: str) -> Mapping[str, Any]:
     return {"mean": mean, "std": std}
 
 
-def colour(value: Any, key: str, file: Path) -> tuple[float, ...]:
+def parse_rgb_stats(value: Any, key: str, file: Path) -> tuple[float, ...]:
     """Return a mean or standard deviation of red, green and blue, with 1 as white."""
     whole = isinstance(value, list | tuple) and len(value) == 3
     if not whole or not all(isinstance(v, int | float) and 0 <= v <= 1 for v in value):
-        raise Mistake(f"{file}: {key} is {value!r}; wanted are three numbers from 0 to 1")
+        raise UserError(f"{file}: {key} is {value!r}; wanted are three numbers from 0 to 1")
     if key.endswith("std") and 0 in value:
-        raise Mistake(f"{file}: {key} is {value!r}; pixels are divided by it, so 0 is none")
+        raise UserError(f"{file}: {key} is {value!r}; pixels are divided by it, so 0 is none")
     return tuple(value)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
-from vlbench.mistakes import Mistake
-from vlbench.schema import Recipe
-from vlbench.train.run import Run
+from vlbench.config.schema import Recipe
+from vlbench.errors import UserError
+from vlbench.train.run_folder import RunFolder
 
 
-def loggers_of(recipe: Recipe, run: Run, step: int) -> list[Logger]:
+def build_loggers(recipe: Recipe, run: RunFolder, last_kept_step: int) -> list[Logger]:
     """Return the loggers that a recipe asks for; what they hold beyond `step` is discarded."""
     loggers: list[Logger] = []
     if recipe.log.tensorboard:
         loggers.append(
-            TensorBoardLogger(run.folder, name="", version="tensorboard", purge_step=step + 1)
+            TensorBoardLogger(
+                run.folder, name="", version="tensorboard", purge_step=last_kept_step + 1
+            )
         )
     if recipe.log.wandb:
         from lightning.pytorch.loggers import WandbLogger
@@ -24,5 +26,5 @@ def loggers_of(recipe: Recipe, run: Run, step: int) -> list[Logger]:
                 WandbLogger(project=recipe.log.wandb, save_dir=run.folder, id=run.folder.name)
             )
         except ModuleNotFoundError as error:
-            raise Mistake("log.wandb needs: pip install 'vlbench[wandb]'") from error
+            raise UserError("log.wandb needs: pip install 'vlbench[wandb]'") from error
     return loggers

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vlbench.errors import UserError
 from vlbench.evaluate.tasks import cmmmu_data, mmmu_data
-from vlbench.evaluate.tasks.answer_shapes import Record, read_shapes
-from vlbench.evaluate.tasks.subjects import known_subject
-from vlbench.mistakes import Mistake
+from vlbench.evaluate.tasks.answer_formats import AnswerRecord, read_answer_records
+from vlbench.evaluate.tasks.subject_domains import subject_or_category
 
-READ = {"mmmu": mmmu_data.read, "cmmmu": cmmmu_data.read}
-KEYS = ("type", "options", "answer", "subject")
+RECORD_READERS = {"mmmu": mmmu_data.read_records, "cmmmu": cmmmu_data.read_records}
+TRUTH_KEYS = ("type", "options", "answer", "subject")
 
 
-def read_truths(task: str, data: str, split: str) -> dict[str, Record]:
+def read_truths(task: str, data: str, split: str) -> dict[str, AnswerRecord]:
     """Return what is known of every question: of a file of JSON, or of a split of the benchmark.
 
     `data` is MMMU's answer_dict_val.json, any file of answers with the right ones beside, or a
@@ -21,7 +21,7 @@ def read_truths(task: str, data: str, split: str) -> dict[str, Record]:
     """
     file = Path(data).expanduser()
     if file.is_file() and file.suffix in (".json", ".jsonl"):
-        found = [one for _, one in read_shapes(file) if isinstance(one, dict)]
+        found = [one for _, one in read_answer_records(file) if isinstance(one, dict)]
     else:
         found = [
             {
@@ -31,18 +31,18 @@ def read_truths(task: str, data: str, split: str) -> dict[str, Record]:
                 "answer": list(record.answer)
                 if isinstance(record.answer, tuple)
                 else record.answer,
-                "subject": known_subject(task, record.subject, record.category),
+                "subject": subject_or_category(task, record.subject, record.category),
             }
-            for record in READ[task](data, split)
+            for record in RECORD_READERS[task](data, split)
         ]
-    truths: dict[str, Record] = {}
+    truths: dict[str, AnswerRecord] = {}
     for one in found:
         name = str(one.get("id"))
-        known = {key: one[key] for key in KEYS if key in one}
+        known = {key: one[key] for key in TRUTH_KEYS if key in one}
         if truths.setdefault(name, known) != known:
-            raise Mistake(
+            raise UserError(
                 f"data={data} has several questions of the id {name}: whose answer is it?"
             )
     if not any("answer" in known for known in truths.values()):
-        raise Mistake(f"data={data} has no questions with id, type and answer")
+        raise UserError(f"data={data} has no questions with id, type and answer")
     return truths

@@ -7,11 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlbench.evaluate.tasks.cells import answer_of, picture_of
-from vlbench.evaluate.tasks.files import arranged, chosen, find, rows
-from vlbench.evaluate.tasks.record import Packed, Record
+from vlbench.evaluate.tasks.benchmark_files import (
+    find_split,
+    order_records,
+    read_rows,
+    select_subjects,
+)
+from vlbench.evaluate.tasks.benchmark_types import BenchmarkRecord, RecordImage
+from vlbench.evaluate.tasks.record_fields import parse_answer, parse_image
 
-CATEGORIES = {
+CMMMU_CATEGORIES = {
     "art_and_design": "艺术与设计",
     "business": "商业",
     "science": "科学",
@@ -20,38 +25,47 @@ CATEGORIES = {
     "technology_and_engineering": "技术与工程",
 }
 """Names of folders and configurations, and as the records have them; in the benchmark's order."""
-CHOICE, JUDGE, FILL = "选择", "判断", "填空"
-NEEDED = ("id", "type", "question", "category", "subcategory")
-OPTIONS = ("option1", "option2", "option3", "option4")
-PICTURE = re.compile(r"image_\d+")
-WANTED = rf"{'|'.join(NEEDED)}|option\d|answer|img_list|{PICTURE.pattern}(_filename)?"
+CHOICE_TYPE, JUDGEMENT_TYPE, GAP_TYPE = "选择", "判断", "填空"
+REQUIRED_COLUMNS = ("id", "type", "question", "category", "subcategory")
+OPTION_COLUMNS = ("option1", "option2", "option3", "option4")
+IMAGE_COLUMN = re.compile(r"image_\d+")
+COLUMN_PATTERN = (
+    rf"{'|'.join(REQUIRED_COLUMNS)}|option\d|answer|img_list|{IMAGE_COLUMN.pattern}(_filename)?"
+)
 
 
-def read(path: str, split: str, subjects: Sequence[str] | None = None) -> list[Record]:
+def read_records(
+    path: str, split: str, subjects: Sequence[str] | None = None
+) -> list[BenchmarkRecord]:
     """Return the questions of a split, category by category, each in the order of the data.
 
     `path` is a folder, a file or a hub id; `subjects` (default: all) are categories, in either
     spelling of CATEGORIES. Raises a Mistake when they cannot be found or read.
     """
-    known = CATEGORIES | {name: name for name in CATEGORIES.values()}
-    wanted = chosen(subjects, known, "category of CMMMU")
-    found = find(path, split)
+    known = CMMMU_CATEGORIES | {name: name for name in CMMMU_CATEGORIES.values()}
+    wanted = select_subjects(subjects, known, "category of CMMMU")
+    found = find_split(path, split)
     records = []
     for file in found.files:
-        if file.parent.name in CATEGORIES and CATEGORIES[file.parent.name] not in wanted:
+        if (
+            file.parent.name in CMMMU_CATEGORIES
+            and CMMMU_CATEGORIES[file.parent.name] not in wanted
+        ):
             continue  # not read at all
-        for row in rows(file, NEEDED, WANTED):
+        for row in read_rows(file, REQUIRED_COLUMNS, COLUMN_PATTERN):
             if not subjects or row["category"] in wanted:
-                records.append(_record(row, file.parent))
-    order, asked = tuple(CATEGORIES.values()), wanted if subjects else ()
-    return arranged(records, found, order, lambda record: record.category, asked)
+                records.append(_record_from_row(row, file.parent))
+    order, asked = tuple(CMMMU_CATEGORIES.values()), wanted if subjects else ()
+    return order_records(records, found, order, lambda record: record.category, asked)
 
 
-def _record(row: dict[str, Any], folder: Path) -> Record:
+def _record_from_row(row: dict[str, Any], folder: Path) -> BenchmarkRecord:
     name = str(row["id"])
-    pictures = _listed(row, name, folder) if "img_list" in row else _packed(row, name)
-    options = [row.get(option) for option in OPTIONS] if row["type"] == CHOICE else []
-    return Record(
+    pictures = (
+        _listed_images(row, name, folder) if "img_list" in row else _images_in_columns(row, name)
+    )
+    options = [row.get(option) for option in OPTION_COLUMNS] if row["type"] == CHOICE_TYPE else []
+    return BenchmarkRecord(
         id=name,
         task="cmmmu",
         subject=str(row["subcategory"]),
@@ -59,20 +73,22 @@ def _record(row: dict[str, Any], folder: Path) -> Record:
         type=str(row["type"]),
         question=str(row["question"]),
         options=tuple(str(option) for option in options if option is not None),
-        answer=answer_of(row.get("answer")),
-        pictures={one.file: one for one in pictures},
+        answer=parse_answer(row.get("answer")),
+        images={one.file_name: one for one in pictures},
     )
 
 
-def _packed(row: dict[str, Any], name: str) -> list[Packed]:
+def _images_in_columns(row: dict[str, Any], record_id: str) -> list[RecordImage]:
     """Return the pictures in the columns of a record; their order differs from set to set."""
-    columns = sorted(filter(PICTURE.fullmatch, row), key=lambda column: int(column[6:]))
+    columns = sorted(filter(IMAGE_COLUMN.fullmatch, row), key=lambda column: int(column[6:]))
     cells = ((row[column], row.get(f"{column}_filename")) for column in columns)
-    found = (picture_of(cell, name, (file,)) for cell, file in cells)
+    found = (parse_image(cell, record_id, (file,)) for cell, file in cells)
     return [picture for picture in found if picture]
 
 
-def _listed(row: dict[str, Any], name: str, folder: Path) -> list[Packed]:
+def _listed_images(row: dict[str, Any], record_id: str, folder: Path) -> list[RecordImage]:
     """Return the pictures that a record lists, files beside it; a missing one has no bytes."""
     files = [(str(file), folder / str(file)) for file in row["img_list"] or ()]
-    return [Packed(name, file, at.read_bytes() if at.is_file() else b"") for file, at in files]
+    return [
+        RecordImage(record_id, file, at.read_bytes() if at.is_file() else b"") for file, at in files
+    ]

@@ -9,10 +9,16 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 
-LOGIN = "`hf auth login` or HF_TOKEN gives it a token"
-BROKEN = ("NetworkError", "TimeoutException", "RemoteProtocolError", "ConnectionError", "Timeout")
+LOGIN_HINT = "`hf auth login` or HF_TOKEN gives it a token"
+CONNECTION_ERRORS = (
+    "NetworkError",
+    "TimeoutException",
+    "RemoteProtocolError",
+    "ConnectionError",
+    "Timeout",
+)
 """Base classes of connections that broke or never began, in the client's HTTP libraries."""
-DISK = {
+DISK_ERRORS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "a file may not become so large here (ulimit -f, or the file system)",
@@ -22,41 +28,41 @@ DISK = {
 """Errors of the disk that a download ends with."""
 
 
-def reason(error: BaseException, repository: str) -> str:
+def explain_hub_error(error: BaseException, repo_id: str) -> str:
     """Return in one line why `repository` could not be fetched, and what helps."""
-    for one in _causes(error):
-        said = _of_hub(one, repository) or _of_machine(one)
+    for one in _exception_chain(error):
+        said = _explain_hub_response(one, repo_id) or _explain_local_error(one)
         if said:
             return said
-    return _line(error)
+    return _first_error_line(error)
 
 
-def _of_hub(error: BaseException, repository: str) -> str:
+def _explain_hub_response(error: BaseException, repo_id: str) -> str:
     """Say what the hub has answered, "" if the error is no answer of it."""
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.GatedRepoError):
-        page = f"{constants.ENDPOINT}/{repository}"
-        return f"access must be asked for: accept its conditions at {page}; then {LOGIN}"
+        page = f"{constants.ENDPOINT}/{repo_id}"
+        return f"access must be asked for: accept its conditions at {page}; then {LOGIN_HINT}"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"there is no such repository, or it is private: check its name; else {LOGIN}"
+        return f"there is no such repository, or it is private: check its name; else {LOGIN_HINT}"
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE=1 allows no downloads, and not all of it was downloaded before"
     if isinstance(error, errors.RemoteEntryNotFoundError):
         return "the repository has no such file"
-    return _status(error) if isinstance(error, errors.HfHubHTTPError) else ""
+    return _explain_http_status(error) if isinstance(error, errors.HfHubHTTPError) else ""
 
 
-def _of_machine(error: BaseException) -> str:
+def _explain_local_error(error: BaseException) -> str:
     """Say what is wrong with the disk or the network, "" if the error is of neither."""
-    if isinstance(error, OSError) and error.errno in DISK:
-        return f"{DISK[error.errno]}{f': {error.filename}' if error.filename else ''}"
-    if any(kind.__name__ in BROKEN for kind in type(error).__mro__):
-        return f"the connection broke or cannot be made ({_line(error)}); try again"
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return f"{DISK_ERRORS[error.errno]}{f': {error.filename}' if error.filename else ''}"
+    if any(kind.__name__ in CONNECTION_ERRORS for kind in type(error).__mro__):
+        return f"the connection broke or cannot be made ({_first_error_line(error)}); try again"
     return ""
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
+def _exception_chain(error: BaseException) -> Iterator[BaseException]:
     """Give the first cause, then what it led to, up to the error itself."""
     chain = [error]
     while (before := chain[-1].__cause__ or chain[-1].__context__) and before not in chain:
@@ -64,7 +70,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     yield from reversed(chain)
 
 
-def _status(error: BaseException) -> str:
+def _explain_http_status(error: BaseException) -> str:
     """Say what a status of HTTP means for who asked."""
     response = getattr(error, "response", None)
     code = getattr(response, "status_code", 0)
@@ -73,11 +79,11 @@ def _status(error: BaseException) -> str:
         when = f"in {wait} seconds" if wait else "later"
         return f"status 429, too many requests: try again {when}"
     if code in (401, 403):
-        return f"status {code}, the token is missing or may not read it: {LOGIN}"
+        return f"status {code}, the token is missing or may not read it: {LOGIN_HINT}"
     if code >= 500:
         return f"status {code}, the hub itself has a fault: try again later"
-    return f"status {code}" if code else _line(error)
+    return f"status {code}" if code else _first_error_line(error)
 
 
-def _line(error: BaseException) -> str:
+def _first_error_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,128 @@
+"""The plan of a comparison, before it starts: its runs, and the time and memory they will take."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from statistics import mean
+from typing import Any
+
+from vlbench.compare.experiment import grid as grids
+from vlbench.compare.experiment import lr_sweep
+from vlbench.compare.experiment.grid import ComparisonGrid, GridRow
+from vlbench.compare.experiment.run_jobs import count_slots, slot_environment
+from vlbench.compare.experiment.shared_stages import find_shared_stages
+from vlbench.text_files import read_json, split_lines, write_atomically
+from vlbench.train.run_folder import RunFolder
+from vlbench.train.run_report import format_bytes, format_duration, print_status
+
+PROBE_FILE = "plan.json"
+
+
+def print_plan(grid: ComparisonGrid) -> None:
+    """Print what will be run, what there is already, and what the rest will take."""
+    count = len(grid.rows) * len(grid.seeds)
+    done = sum(RunFolder(folder).is_finished for folder in grid.run_folders())
+    print(
+        f"comparison in {grid.folder}: {len(grid.rows)} rows x {len(grid.seeds)} seeds = {count} "
+        f"runs, {done} of them finished"
+    )
+    for row in grid.rows:
+        recipe = grids.load_recipe(row, grid.seeds[0])
+        steps = ", ".join(
+            f"{name} {stage.steps if stage.steps is not None else f'{stage.epochs} epochs'}"
+            for name, stage in recipe.stages.items()
+        )
+        print(f"  {row.name}: connector {recipe.connector['name']}; steps: {steps}")
+    if grid.lr_factors:
+        tried = ", ".join(f"{factor:g}" for factor in grid.lr_factors)
+        print(
+            f"  before them {len(grid.rows) * len(grid.lr_factors)} runs with seed {lr_sweep.trial_seed(grid)}: "
+            f"every row tries its connector's learning rate x {tried}"
+        )
+    shared = sum(
+        find_shared_stages(grid, row, seed) is not None for seed in grid.seeds for row in grid.rows
+    )
+    if shared and grid.jobs != "slurm":
+        print(f"  {shared} runs begin with stages that another one has trained alike")
+    if done < count and grid.jobs != "slurm":  # where Slurm is called, nothing is trained
+        _print_costs(grid)
+
+
+def _print_costs(grid: ComparisonGrid) -> None:
+    """Say how long the runs that are not finished will take, and how much memory."""
+    print("  trying some steps of every row ...", flush=True)
+    costs = _estimate_costs(grid)
+    seconds, memory = 0.0, 0
+    for row, cost in zip(grid.rows, costs, strict=True):
+        if cost is None:
+            continue
+        left = sum(not RunFolder(grid.run_folder(row, seed)).is_finished for seed in grid.seeds)
+        left += sum(
+            not RunFolder(lr_sweep.trial_folder(grid, row, factor)).is_finished
+            for factor in grid.lr_factors
+        )
+        seconds += left * cost["seconds"]
+        memory = max(memory, cost["memory"])
+        print(
+            f"  {row.name}: {left} runs to go, {format_duration(cost['seconds'])} and "
+            f"{format_bytes(cost['memory'])} each"
+        )
+    at_once = count_slots(grid.jobs)
+    print(
+        f"  about {format_duration(seconds / at_once)} in all with jobs={at_once}, at most "
+        f"{format_bytes(memory)} of memory for each of {at_once}",
+        flush=True,
+    )
+
+
+def _estimate_costs(grid: ComparisonGrid) -> Sequence[dict[str, Any] | None]:
+    """Return `seconds` and `memory` of a run of every row, None where it could not be found out.
+
+    A finished run tells it best; otherwise some steps are tried, once for a comparison.
+    """
+    file = grid.folder / PROBE_FILE
+    known = read_json(file) if file.is_file() else {}
+    found = []
+    for row in grid.rows:
+        words = row.overrides_for_seed(grid.seeds[0])
+        cost = _finished_run_cost(grid, row)
+        if cost is None and known.get(row.name, {}).get("words") != words:
+            known[row.name] = {
+                "words": words,
+                **(_probe_run(row, words, count_slots(grid.jobs)) or {}),
+            }
+        probed = known.get(row.name, {})
+        found.append(cost or (probed if "seconds" in probed else None))
+    if not grid.dry_run:
+        write_atomically(file, json.dumps(known, indent=1))
+    return found
+
+
+def _finished_run_cost(grid: ComparisonGrid, row: GridRow) -> dict[str, Any] | None:
+    """Return what the finished runs of a row took, None if there is none."""
+    runs = [RunFolder(grid.run_folder(row, seed)) for seed in grid.seeds]
+    results = [read_json(run.results_file) for run in runs if run.is_finished]
+    if not results:
+        return None
+    return {
+        "seconds": mean(one["seconds"] for one in results),
+        "memory": max(one["peak_memory_bytes"] for one in results),
+    }
+
+
+def _probe_run(row: GridRow, overrides: Sequence[str], slot_count: int) -> dict[str, Any] | None:
+    """Return what a run takes by a few of its steps; None, and the reason said, if they fail."""
+    tried = subprocess.run(
+        [sys.executable, "-m", "vlbench.compare.experiment.probe_run", *overrides],
+        env=slot_environment(0, slot_count),
+        capture_output=True,
+        text=True,
+    )
+    if tried.returncode:
+        reason = (split_lines(tried.stderr.strip()) or ["no output"])[-1]
+        print_status(f"  {row.name}: cannot be run: {reason.removeprefix('vlbench: ')}")
+        return None
+    return json.loads(split_lines(tried.stdout)[-1])

@@ -1,0 +1,249 @@
+"""What a comparison is made of: recipes x alternatives x seeds, every combination a run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlbench.config import recipe as recipes
+from vlbench.config.convert import INTEGER_PATTERN, parse_flow_yaml
+from vlbench.config.overrides import format_override, read_boolean
+from vlbench.config.schema import Recipe
+from vlbench.errors import UserError, suggest_name
+from vlbench.text_files import split_lines
+
+COMPARE_KEYS = ("recipe", "seeds", "grid", "run", "match", "sweep", "freeze", "jobs", "dry_run")
+"""Keys of `compare` itself; all others go to every run."""
+MATCHABLE_BUDGETS = ("params", "visual_tokens", "flops")
+"""What `match` can make the same in all rows; `model/connector_frame.py` counts them."""
+RESERVED_KEYS = ("seed", "init", "profile")
+"""Keys of a recipe that a comparison sets, or that make no run to compare."""
+
+
+@dataclass(frozen=True)
+class GridRow:
+    """One row of the comparison: a recipe and what it is changed in."""
+
+    name: str
+    """Short, and the name of its folder."""
+    overrides: tuple[str, ...]
+    """Of `fit`, but for seed and run."""
+
+    def overrides_for_seed(self, seed: int) -> list[str]:
+        """Return the words of `fit` with a seed."""
+        return [*self.overrides, f"seed={seed}"]
+
+    def with_overrides(self, values: Mapping[str, object]) -> GridRow:
+        """Return the row with other values of some keys."""
+        others = [word for word in self.overrides if word.split("=")[0] not in values]
+        return GridRow(self.name, (*others, *(f"{key}={value}" for key, value in values.items())))
+
+
+@dataclass(frozen=True)
+class ComparisonGrid:
+    """The runs of a comparison: every row with every seed."""
+
+    rows: tuple[GridRow, ...]
+    seeds: tuple[int, ...]
+    folder: Path
+    budget_to_match: str | None = None
+    """The one of BUDGETS that the rows are to have in common."""
+    lr_factors: tuple[float, ...] = ()
+    """Factors of the connector's learning rate that every row tries first."""
+    jobs: str = "auto"
+    """How many runs are trained at once: a number, `auto` or `slurm`."""
+    dry_run: bool = False
+    """Show the plan alone."""
+    arguments: tuple[str, ...] = ()
+    """What was typed."""
+
+    def run_folders(self) -> list[Path]:
+        """Return the folders of all runs."""
+        return [self.run_folder(row, seed) for seed in self.seeds for row in self.rows]
+
+    def run_folder(self, row: GridRow, seed: int) -> Path:
+        """Return the folder of a run."""
+        return self.folder / row.name / f"seed{seed}"
+
+
+def parse_grid(arguments: list[str]) -> ComparisonGrid:
+    """Return the grid that words describe; every run's recipe is checked, all mistakes at once."""
+    own, common = _split_arguments(arguments)
+    names = [name.strip() for name in own.get("recipe", "").split(",") if name.strip()]
+    if not names:
+        raise UserError(
+            "compare needs recipe=NAME[,NAME ...], as in recipe=yivl_llava,yivl_qformer"
+        )
+    alternatives = _parse_alternatives(own.get("grid"))
+    rows = [
+        GridRow(
+            _make_row_name(recipe, other, names, alternatives),
+            (f"recipe={recipe}", *common, *other),
+        )
+        for recipe in names
+        for other in alternatives
+    ]
+    same = [row.name for row in rows if [one.name for one in rows].count(row.name) > 1]
+    if same:
+        raise UserError(f"two rows are the same: {same[0]}")
+    seeds = _parse_seeds(own.get("seeds", "3"))
+    match = own.get("match")
+    if match is not None and match not in MATCHABLE_BUDGETS:
+        allowed = ", ".join(MATCHABLE_BUDGETS)
+        raise UserError(
+            f"match is '{match}'; allowed are {allowed}.{suggest_name(match, MATCHABLE_BUDGETS)}"
+        )
+    _check_recipes(rows, seeds[0])
+    folder = Path(own.get("run") or _next_folder()).expanduser()
+    if "freeze" in own:
+        rows = [_freeze_encoder(row, own["freeze"], folder) for row in rows]
+        _check_recipes(rows, seeds[0])
+    return ComparisonGrid(
+        tuple(rows),
+        seeds,
+        folder,
+        match,
+        _parse_lr_factors(own.get("sweep")),
+        _parse_jobs(own.get("jobs", "auto")),
+        read_boolean(own, "dry_run"),
+        tuple(arguments),
+    )
+
+
+def _split_arguments(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Return the words of `compare` itself, and those for every run."""
+    own: dict[str, str] = {}
+    common: list[str] = []
+    for word in arguments:
+        key, equals, value = word.partition("=")
+        if key in COMPARE_KEYS and equals:
+            if key in own:
+                raise UserError(f"{key} is given twice, as '{own[key]}' and '{value}'")
+            own[key] = value
+        elif key in RESERVED_KEYS:
+            raise UserError(
+                f"{key} is not for compare: give seeds=NUMBER, and what differs in grid="
+            )
+        else:
+            common.append(word)
+    return own, common
+
+
+def _parse_alternatives(text: str | None) -> list[tuple[str, ...]]:
+    """Return the alternatives of `grid`: 'a=1 + b=2 | c=3', or a YAML file with a list of them."""
+    if text is None:
+        return [()]
+    if Path(text).suffix in (".yaml", ".yml"):
+        return _read_alternatives(Path(text).expanduser())
+    found = []
+    for number, part in enumerate(text.split("|"), 1):
+        words = tuple(word.strip() for word in re.split(r"\s\+\s", part.strip()) if word.strip())
+        wrong = [word for word in words if "=" not in word]
+        if wrong or not words:
+            given = f"'{wrong[0]}'" if wrong else "nothing"
+            raise UserError(f"grid: alternative {number} holds {given}, which is not KEY=VALUE")
+        found.append(words)
+    return found
+
+
+def _read_alternatives(path: Path) -> list[tuple[str, ...]]:
+    """Read alternatives from YAML: `rows: [{KEY: VALUE, ...}, ...]`."""
+    rows = recipes.read_yaml(path).get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and row for row in rows):
+        raise UserError(f"{path}: wanted is rows, a list of mappings from keys to values")
+    return [tuple(format_override(str(key), value) for key, value in row.items()) for row in rows]
+
+
+def _parse_seeds(text: str) -> tuple[int, ...]:
+    """Return the seeds of `seeds=3` (0, 1, 2) or `seeds=[0,5]`."""
+    if INTEGER_PATTERN.fullmatch(text):
+        if not 1 <= int(text) <= 1000:
+            raise UserError(f"seeds is {text}; allowed are 1 to 1000, or a list as [0,1,5]")
+        return tuple(range(int(text)))
+    values = parse_flow_yaml(text) if text.startswith("[") else None
+    whole = isinstance(values, list) and all(INTEGER_PATTERN.fullmatch(str(one)) for one in values)
+    if not values or not whole:
+        raise UserError(f"seeds is '{text}'; allowed are 1 to 1000, or a list as [0,1,5]")
+    return tuple(dict.fromkeys(int(one) for one in values))
+
+
+def _freeze_encoder(row: GridRow, part: str, folder: Path) -> GridRow:
+    """Return the row with a tower that is never trained, its features kept in the comparison."""
+    if part != "vision":
+        raise UserError(f"freeze is '{part}'; the part whose features can be kept is vision")
+    stages = load_recipe(row, 0).stages
+    trained = [name for name, stage in stages.items() if "vision" in stage.trained_parts]
+    frozen = {f"stages.{name}.train.vision": "null" for name in trained}
+    return row.with_overrides({**frozen, "trainer.feature_cache": folder / "features"})
+
+
+def _parse_lr_factors(text: str | None) -> tuple[float, ...]:
+    """Return the factors of `sweep=0.3,1,3`."""
+    if text is None:
+        return ()
+    try:
+        found = tuple(dict.fromkeys(float(one) for one in text.strip("[]").split(",")))
+    except ValueError:
+        found = ()
+    if len(found) < 2 or not all(1e-4 <= one <= 1e4 for one in found):
+        raise UserError(
+            f"sweep is '{text}'; wanted are factors of the learning rate between 0.0001 and 10000, "
+            "two or more, as in sweep=0.3,1,3"
+        )
+    return found
+
+
+def _parse_jobs(text: str) -> str:
+    if text not in ("auto", "slurm") and not (
+        INTEGER_PATTERN.fullmatch(text) and 1 <= int(text) <= 1000
+    ):
+        raise UserError(f"jobs is '{text}'; allowed are 1 to 1000, auto and slurm")
+    return text
+
+
+def _check_recipes(rows: Sequence[GridRow], seed: int) -> None:
+    """Load every row's recipe; all mistakes are raised together, each with its row."""
+    lines: list[str] = []
+    for row in rows:
+        try:
+            recipes.require_data(load_recipe(row, seed))
+        except UserError as mistake:
+            start = f"row {row.name}: " if len(rows) > 1 else ""
+            lines += [f"{start}{line}" for line in split_lines(str(mistake))]
+    if lines:
+        raise UserError("\n".join(dict.fromkeys(lines)))
+
+
+def load_recipe(row: GridRow, seed: int) -> Recipe:
+    """Return the recipe of a run."""
+    return recipes.load_recipe(row.overrides_for_seed(seed))
+
+
+def _make_row_name(
+    recipe: str,
+    alternative: tuple[str, ...],
+    recipe_names: list[str],
+    alternatives: list[tuple[str, ...]],
+) -> str:
+    """Return a short name of a row, fit for a folder."""
+    stem = Path(recipe).stem
+    if len(alternatives) == 1:
+        return stem
+    short = "_".join(_short_override(word) for word in alternative)
+    short = re.sub(r"[^A-Za-z0-9_.=-]+", "-", short)[:80]
+    return f"{stem}_{short}" if len(recipe_names) > 1 else short
+
+
+def _short_override(override: str) -> str:
+    """Return `lora.rank=4` for `stages.chat.train.language.lora.rank=4`."""
+    key, _, value = override.partition("=")
+    return f"{'.'.join(key.split('.')[-2:])}={value}"
+
+
+def _next_folder() -> str:
+    number = 1
+    while (folder := Path("runs") / f"compare-{number}").exists():
+        number += 1
+    return str(folder)

@@ -1,0 +1,137 @@
+"""`sweep=0.3,1,3`: every row tries its connector's learning rate times these factors first.
+
+One rate shared by all connectors decides between them before they have learned anything: a Q-Former
+needs another one than an MLP. So that nobody gets more tries than others, all rows try the same
+factors for the same number of steps, with a seed that the comparison does not use. The factor with
+the lowest held-out language loss is taken; the questions have no part in the choice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+from vlbench.compare.experiment import grid as grids
+from vlbench.compare.experiment.grid import ComparisonGrid, GridRow
+from vlbench.compare.experiment.run_jobs import TrainingJob
+from vlbench.text_files import read_csv, read_json, write_atomically
+from vlbench.train.run_folder import RunFolder
+
+SWEEP_FILE = "sweep.json"
+SWEEP_FOLDER = "sweep"
+
+
+def trial_jobs(grid: ComparisonGrid) -> list[TrainingJob]:
+    """Return the runs that try learning rates, rows taking turns; [] without a sweep."""
+    return [
+        TrainingJob(
+            f"{row.name}, rate x {factor:g}",
+            (
+                *trial_overrides(grid, row, factor),
+                f"seed={trial_seed(grid)}",
+                f"run={trial_folder(grid, row, factor)}",
+            ),
+            trial_folder(grid, row, factor),
+        )
+        for factor in grid.lr_factors
+        for row in grid.rows
+    ]
+
+
+def trial_seed(grid: ComparisonGrid) -> int:
+    """Return a seed that no run of the comparison has."""
+    return max(grid.seeds) + 1
+
+
+def trial_folder(grid: ComparisonGrid, row: GridRow, factor: float) -> Path:
+    """Return where a rate is tried."""
+    return grid.folder / SWEEP_FOLDER / row.name / f"x{factor:g}"
+
+
+def trial_overrides(grid: ComparisonGrid, row: GridRow, factor: float) -> tuple[str, ...]:
+    """Return the words of `fit` for a trial: few questions are asked, as none is looked at."""
+    return (
+        with_lr_factor(grid, row, factor)
+        .with_overrides({"log.questions": 1, "log.examples": 0})
+        .overrides
+    )
+
+
+def with_lr_factor(grid: ComparisonGrid, row: GridRow, factor: float) -> GridRow:
+    """Return the row with its connector's learning rate multiplied in every stage."""
+    rates = {
+        f"stages.{name}.train.connector.lr": stage.trained_parts["connector"].lr * factor
+        for name, stage in grids.load_recipe(row, trial_seed(grid)).stages.items()
+        if "connector" in stage.trained_parts
+    }
+    return row.with_overrides({key: f"{rate:.6g}" for key, rate in rates.items()})
+
+
+def apply_best_lr(grid: ComparisonGrid) -> ComparisonGrid:
+    """Return the grid with the best rate in every row, and write down how it was found.
+
+    A row none of whose trials ended keeps the rates that it had.
+    """
+    found = {
+        row.name: {
+            factor: held_out_loss(trial_folder(grid, row, factor)) for factor in grid.lr_factors
+        }
+        for row in grid.rows
+    }
+    best = {name: _best_factor(losses) for name, losses in found.items()}
+    rows = tuple(
+        row if (factor := best[row.name]) is None else with_lr_factor(grid, row, factor)
+        for row in grid.rows
+    )
+    written = {
+        "seed": trial_seed(grid),
+        "rows": {
+            name: {
+                "losses": {
+                    f"{factor:g}": loss if math.isfinite(loss) else None
+                    for factor, loss in losses.items()
+                },
+                "chosen": best[name],
+            }
+            for name, losses in found.items()
+        },
+    }
+    write_atomically(grid.folder / SWEEP_FILE, json.dumps(written, indent=1))
+    return replace(grid, rows=rows, lr_factors=())
+
+
+def _best_factor(losses: dict[float, float]) -> float | None:
+    """Return the factor with the lowest loss, None if no trial ended."""
+    best = min(losses, key=losses.__getitem__)
+    return best if math.isfinite(losses[best]) else None
+
+
+def describe_sweep(folder: Path) -> list[str]:
+    """Say what was tried in a comparison, and what was taken; [] without a sweep."""
+    file = folder / SWEEP_FILE
+    if not file.is_file():
+        return []
+    said = read_json(file)
+    rows = []
+    for name, row in said["rows"].items():
+        tried = ", ".join(
+            f"x {factor} {'failed' if loss is None else f'{loss:.4f}'}"
+            for factor, loss in row["losses"].items()
+        )
+        taken = "none" if row["chosen"] is None else f"x {row['chosen']:g}"
+        rows.append(f"{name} {tried}: {taken} is taken")
+    return [
+        f"Every row tried its connector's learning rate times some factors, with seed "
+        f"{said['seed']}; the lowest held-out loss decides. {'; '.join(rows)}."
+    ]
+
+
+def held_out_loss(run_folder: Path) -> float:
+    """Return the held-out loss at the end of a run; infinity for a run that did not get there."""
+    if not RunFolder(run_folder).is_finished:
+        return math.inf
+    last = read_csv(run_folder / "metrics.csv")[-1]
+    value = float(last["held_out_loss"] or "inf")
+    return value if math.isfinite(value) else math.inf

@@ -1,0 +1,53 @@
+"""`python -m vlbench.compare.experiment.probe_run WORDS`: what a run of `fit WORDS` will take, as JSON.
+
+A process of its own, so that the memory of one run is not counted with another's.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+from vlbench.config import recipe as recipes
+from vlbench.config.schema import Recipe
+from vlbench.errors import EnvironmentFailure, UserError
+from vlbench.evaluate.batched_answers import QUESTIONS_PER_BATCH, answer_questions
+from vlbench.evaluate.run_results import final_questions
+from vlbench.model.build_vlm import build_vlm
+from vlbench.train.dry_run import measure_stages
+from vlbench.train.lightning_trainer import build_trainer
+from vlbench.train.stage_plan import plan_stage_runs
+from vlbench.train.throughput import peak_memory
+
+
+def run_probe(overrides: list[str]) -> int:
+    """Print `seconds` and `memory` (bytes) of a run; return the exit code of a mistake in it."""
+    try:
+        recipe = recipes.load_recipe(overrides)
+        stages = list(measure_stages(recipe, plan_stage_runs(recipe)))
+        seconds = sum(one.total_steps * one.step_seconds for one in stages) + evaluation_seconds(
+            recipe
+        )
+        print(json.dumps({"seconds": seconds, "memory": peak_memory()}))
+    except (UserError, EnvironmentFailure) as error:
+        print(f"vlbench: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    return 0
+
+
+def evaluation_seconds(recipe: Recipe) -> float:
+    """Return about how long the questions at the end take, by one batch of them."""
+    _, questions, unseen = final_questions(recipe)
+    if not questions:
+        return 0.0
+    vlm = build_vlm(recipe, list(recipe.stages.values())[-1].image_size)
+    vlm.to(build_trainer(recipe, [], None).strategy.root_device)
+    began = time.monotonic()
+    answer_questions(vlm, questions[:QUESTIONS_PER_BATCH], "")
+    each = (time.monotonic() - began) / len(questions[:QUESTIONS_PER_BATCH])
+    return each * (3 * len(questions) + len(unseen))  # asked as they are, blank, and exchanged
+
+
+if __name__ == "__main__":
+    sys.exit(run_probe(sys.argv[1:]))

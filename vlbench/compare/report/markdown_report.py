@@ -1,0 +1,93 @@
+"""A comparison as Markdown: tables and sentences that are read in a terminal or a chat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vlbench.compare.report.analysis import ComparisonResult, RowResult
+from vlbench.compare.report.row_costs import available_budgets
+
+
+def render_markdown(findings: ComparisonResult) -> str:
+    """Return the report: rows, what they differ in, pairs in plain words."""
+    lines = ["# Comparison", "", findings.scope_sentence, ""]
+    for warning in findings.warnings:
+        lines += [f"**{warning}**", ""]
+    for note in findings.notes:
+        lines += [note, ""]
+    lines += [
+        *_differences_table(findings),
+        "",
+        *_accuracy_table(findings.rows),
+        "",
+        *_budget_table(findings.rows),
+        "",
+    ]
+    if findings.pairs:
+        lines += [
+            "## Differences",
+            "",
+            *(f"- {pair.full_sentence()}" for pair in findings.pairs),
+            "",
+        ]
+    lines += ["## By kind of question", "", *_question_group_table(findings)]
+    if findings.failed:
+        failed = (f"- {folder}: {why}" for folder, why in findings.failed.items())
+        lines += ["", "## Failed", "", *failed]
+    return "\n".join(lines)
+
+
+def _differences_table(findings: ComparisonResult) -> list[str]:
+    if not findings.recipe_differences:
+        return ["The rows have the same recipe." if findings.pairs else "There is one row only."]
+    names = [arm.name for arm in findings.arms]
+    lines = ["What differs:", "", f"| key | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    return lines + [
+        f"| `{key}` | {' | '.join(values)} |" for key, values in findings.recipe_differences
+    ]
+
+
+def _accuracy_table(rows: Sequence[RowResult]) -> list[str]:
+    lines = ["| row | accuracy | 95 % interval | seeds' spread | unseen | blank | shuffled | s |"]
+    lines += ["|---|---:|---:|---:|---:|---:|---:|---:|"]
+    for row in rows:
+        others = [
+            format_share(row.mean_result(f"{name}_accuracy"))
+            for name in ("unseen", "blank", "shuffled")
+        ]
+        lines.append(
+            f"| {row.name} | {row.accuracy:.3f} | {row.interval_low:.3f} to {row.interval_high:.3f} | "
+            f"{format_share(row.accuracy_std)} | {' | '.join(others)} | {format_whole(row.mean_result('seconds'))} |"
+        )
+    return lines
+
+
+def _budget_table(rows: Sequence[RowResult]) -> list[str]:
+    """Say what each row costs."""
+    shown = available_budgets(rows)
+    if not shown:
+        return []
+    lines = [f"| row | {' | '.join(shown.values())} |", f"|---|{'---:|' * len(shown)}"]
+    for row in rows:
+        values = [f"{row.budget[key]:,}" if key in row.budget else "" for key in shown]
+        lines.append(f"| {row.name} | {' | '.join(values)} |")
+    return lines
+
+
+def format_share(value: float | None) -> str:
+    """Return a share of right answers, "" if it is not known."""
+    return "" if value is None else f"{value:.3f}"
+
+
+def format_whole(value: float | None) -> str:
+    """Return a number without decimals, "" if it is not known."""
+    return "" if value is None else f"{value:.0f}"
+
+
+def _question_group_table(findings: ComparisonResult) -> list[str]:
+    names = [row.name for row in findings.rows]
+    lines = [f"| questions | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
+    for kind in findings.question_groups:
+        values = [f"{accuracy:.3f}" for accuracy, _, _ in kind.row_accuracies]
+        lines.append(f"| {kind.name} ({kind.question_count}) | {' | '.join(values)} |")
+    return lines

@@ -1,0 +1,171 @@
+"""Plots of what rows answered and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
+
+from vlbench.compare.report.analysis import QuestionGroup, RowPair, RowResult
+from vlbench.compare.report.row_costs import pareto_frontier
+from vlbench.compare.report.svg_figure import (
+    GRID_COLOR,
+    MUTED_COLOR,
+    TEXT_COLOR,
+    figure_to_svg,
+    label_rows,
+    labels_height,
+    make_subplots,
+    plot_style,
+    row_style,
+    wrap_label,
+)
+
+MAX_PAIRS_DRAWN = 15  # more are not drawn: then the best row is drawn against each other one
+
+
+@plot_style()
+def plot_accuracies(rows: Sequence[RowResult]) -> Markup:
+    """Draw each row's accuracy with its interval, and a small point for every seed."""
+    names = [wrap_label(row.name) for row in rows]
+    figure, ((axes,),) = make_subplots(0.75 + labels_height(names))
+    for place, row in enumerate(rows):
+        style = {**row_style(place), "linestyle": "none"}
+        by_seed = row.correct.mean(axis=1)
+        axes.plot(by_seed, [place] * len(by_seed), "|", color=MUTED_COLOR, markersize=9)
+        reach = [[row.accuracy - row.interval_low], [row.interval_high - row.accuracy]]
+        axes.errorbar([row.accuracy], [place], xerr=reach, capsize=3, markersize=7, **style)
+    label_rows(axes, names)
+    axes.set_xlabel("share of questions answered right")
+    return figure_to_svg(figure, "plot-accuracies", "Accuracy of each row with its 95 % interval")
+
+
+def pairs_to_draw(pairs: Sequence[RowPair]) -> list[RowPair]:
+    """Return the pairs that are drawn: all, or those of the best row if they are too many."""
+    return [
+        pair for pair in pairs if len(pairs) <= MAX_PAIRS_DRAWN or pair.better == pairs[0].better
+    ]
+
+
+@plot_style()
+def plot_differences(pairs: Sequence[RowPair]) -> Markup:
+    """Draw the difference of each pair with its interval, and what the design would have found."""
+    shown = pairs_to_draw(pairs)
+    names = [_pair_label(pair) for pair in shown]
+    figure, ((axes,),) = make_subplots(0.75 + labels_height(names))
+    for place, pair in enumerate(shown):
+        mean, low, high = (
+            100 * x
+            for x in (
+                pair.difference.mean,
+                pair.difference.interval_low,
+                pair.difference.interval_high,
+            )
+        )
+        axes.errorbar(
+            [mean],
+            [place],
+            xerr=[[mean - low], [high - mean]],
+            fmt="o",
+            color=TEXT_COLOR,
+            markersize=7,
+            markerfacecolor=TEXT_COLOR if pair.is_significant else "white",
+            capsize=3,
+        )
+        axes.plot(
+            [100 * pair.difference.smallest_detectable],
+            [place],
+            "|",
+            color="#D55E00",
+            markersize=15,
+        )
+    axes.axvline(0, color=MUTED_COLOR, linewidth=1)
+    label_rows(axes, names)
+    axes.set_xlabel("points (hundredths of accuracy)")
+    return figure_to_svg(
+        figure, "plot-differences", "Difference of each pair of rows with its 95 % interval"
+    )
+
+
+def _pair_label(pair: RowPair) -> str:
+    """Return the names of a pair, on one line if they fit."""
+    line = f"{pair.better} over {pair.worse}"
+    return line if len(line) <= 32 else f"{wrap_label(pair.better)}\nover {wrap_label(pair.worse)}"
+
+
+@plot_style()
+def plot_question_groups(groups: Sequence[QuestionGroup], rows: Sequence[RowResult]) -> Markup:
+    """Draw every row's accuracy for every kind of question, one band per kind."""
+    step = 0.8 / max(1, len(rows))
+    figure, ((axes,),) = make_subplots(0.75 + len(groups) * max(0.34, 0.11 * len(rows) + 0.12))
+    for place, kind in enumerate(groups):
+        if place % 2:
+            axes.axhspan(place - 0.5, place + 0.5, color=GRID_COLOR, alpha=0.35, linewidth=0)
+        for index, (accuracy, low, high) in enumerate(kind.row_accuracies):
+            y = place + (index - (len(rows) - 1) / 2) * step
+            style = {**row_style(index), "linestyle": "none"}
+            axes.plot([low, high], [y, y], color=style["color"], linewidth=0.9, alpha=0.6)
+            axes.plot([accuracy], [y], markersize=4.5, **style)
+    label_rows(axes, [wrap_label(f"{kind.name} ({kind.question_count:,})") for kind in groups])
+    axes.set_xlabel("share of questions answered right")
+    return figure_to_svg(figure, "plot-kinds", "Accuracy of each row by kind of question")
+
+
+@plot_style()
+def plot_costs(rows: Sequence[RowResult]) -> Markup:
+    """Draw accuracy against what a row costs to answer and to train, with the frontier of each."""
+    figure, ((answering, training),) = make_subplots(3.3, columns=2, sharey=True)
+    _scatter_costs(answering, rows, [row.budget.get("flops") for row in rows])
+    answering.set_xlabel("FLOPs up to the first answer token")
+    answering.set_ylabel("share answered right")
+    _scatter_costs(training, rows, [row.mean_result("seconds") for row in rows])
+    training.set_xlabel("seconds of the whole run")
+    return figure_to_svg(figure, "plot-costs", "Accuracy of each row against FLOPs and seconds")
+
+
+def _scatter_costs(axes: Axes, rows: Sequence[RowResult], prices: Sequence[float | None]) -> None:
+    points = [(price, row.accuracy) for price, row in zip(prices, rows, strict=True) if price]
+    best = [points[index] for index in pareto_frontier(points)]
+    if best:
+        axes.step(*zip(*best, strict=True), where="post", color=MUTED_COLOR, linewidth=1)
+    for index, (price, row) in enumerate(zip(prices, rows, strict=True)):
+        if price:
+            style = {**row_style(index), "linestyle": "none"}
+            reach = [[row.accuracy - row.interval_low], [row.interval_high - row.accuracy]]
+            axes.errorbar(
+                [price], [row.accuracy], yerr=reach, elinewidth=0.8, markersize=7, **style
+            )
+    if points and max(points)[0] > 10 * min(points)[0]:
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.margins(x=0.15)
+
+
+@plot_style()
+def plot_accuracy_drops(rows: Sequence[RowResult]) -> Markup:
+    """Draw the accuracy with the picture, with another one and without any, a line per row."""
+    names = [wrap_label(row.name) for row in rows]
+    figure, ((axes,),) = make_subplots(0.75 + labels_height(names))
+    for place, row in enumerate(rows):
+        blank, exchanged = row.mean_result("blank_accuracy"), row.mean_result("shuffled_accuracy")
+        known = [value for value in (row.accuracy, blank, exchanged) if value is not None]
+        axes.plot([min(known), max(known)], [place, place], color=GRID_COLOR, linewidth=3, zorder=1)
+        style = {**row_style(place), "linestyle": "none"}
+        axes.plot([row.accuracy], [place], markersize=7, **style)
+        if blank is not None:
+            axes.plot(
+                [blank], [place], "o", color=TEXT_COLOR, markerfacecolor="white", markersize=7
+            )
+        if exchanged is not None:
+            axes.plot([exchanged], [place], "x", color=TEXT_COLOR, markersize=7)
+    label_rows(axes, names)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("share of questions answered right")
+    return figure_to_svg(
+        figure, "plot-drops", "Accuracy with the picture, without it, and with another one"
+    )

@@ -1,0 +1,117 @@
+"""The look of the page's plots, and a plot as SVG inside of HTML: same numbers, same bytes."""
+
+from __future__ import annotations
+
+import io
+import re
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+# Okabe and Ito (2008), told apart by every kind of colour vision; without yellow, faint on white
+ROW_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+ROW_MARKERS = "osD^vPX<"
+LINE_STYLES = ("-", "--", "-.", ":")
+TEXT_COLOR, MUTED_COLOR, GRID_COLOR = "#1c2028", "#68717e", "#d5dae2"
+FIGURE_WIDTH = 7.2  # inches of 72 units: what the page shows at its full width
+RC_PARAMS = {
+    "font.family": ["DejaVu Sans", "sans-serif"],
+    "font.size": 10,
+    "text.color": TEXT_COLOR,
+    "axes.labelcolor": TEXT_COLOR,
+    "axes.edgecolor": MUTED_COLOR,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID_COLOR,
+    "grid.linewidth": 0.7,
+    "xtick.color": TEXT_COLOR,
+    "ytick.color": TEXT_COLOR,
+    "figure.constrained_layout.use": True,
+    "svg.fonttype": "none",  # text stays text: the browser finds the letters
+    "svg.hashsalt": "vlbench",
+    "text.parse_math": False,  # a name may hold a dollar
+}
+SVG_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
+
+
+@contextmanager
+def plot_style() -> Iterator[None]:
+    """Draw in our style, whatever the user's matplotlibrc says; it works as a decorator."""
+    keep = ("backend", "interactive", "toolbar", "timezone")
+    defaults = matplotlib.rcParamsDefault.items()
+    style: Any = {key: value for key, value in defaults if not key.startswith(keep)}
+    style |= RC_PARAMS
+    with matplotlib.rc_context(style):
+        yield
+
+
+def row_style(row_index: int) -> dict[str, Any]:
+    """Return colour, marker and line of the row with this index: no two of 28 are alike."""
+    return {
+        "color": ROW_COLORS[row_index % len(ROW_COLORS)],
+        "marker": ROW_MARKERS[row_index % len(ROW_MARKERS)],
+        "linestyle": LINE_STYLES[row_index % len(LINE_STYLES)],
+    }
+
+
+def make_subplots(
+    height: float, columns: int = 1, rows: int = 1, **options: Any
+) -> tuple[Figure, Any]:
+    """Return a figure of WIDTH x `height` inches and its axes `[rows][columns]`."""
+    figure = Figure(figsize=(FIGURE_WIDTH, height))
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def figure_to_svg(figure: Figure, svg_id: str, alt_text: str) -> Markup:
+    """Return a figure as an <svg> that fills its box; ids begin with `key`, unique in the page."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", metadata=SVG_METADATA, transparent=True)
+    text = file.getvalue()
+    head, _, body = text[text.index("<svg") :].partition(">")
+    box = re.search(r'viewBox="[^"]*"', head)
+    assert box is not None  # matplotlib always writes one
+    body = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{svg_id}-", body).strip()
+    return Markup(
+        f'<svg id="{svg_id}" {box[0]} xmlns="http://www.w3.org/2000/svg" '
+        f'xmlns:xlink="http://www.w3.org/1999/xlink" role="img" aria-label="{escape(alt_text)}">{body}'
+    )
+
+
+def legend_marker(row_index: int) -> Markup:
+    """Return the marker of a row on a piece of its line, for legends."""
+    with plot_style():
+        figure = Figure(figsize=(0.5, 0.2))
+        figure.set_layout_engine("none")
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.add_line(Line2D([0.05, 0.5, 0.95], [0.5] * 3, markevery=[1], **row_style(row_index)))
+        axes.set_axis_off()
+        return figure_to_svg(figure, f"row-{row_index}", "")
+
+
+def wrap_label(name: str, width: int = 32) -> str:
+    """Return a long name in at most three lines for an axis."""
+    lines = textwrap.wrap(name, width, max_lines=3, placeholder=" \u2026")
+    return "\n".join(lines) or name
+
+
+def label_rows(axes: Axes, labels: list[str]) -> None:
+    """Name the places 0, 1, ... of the y axis, the first one on top; names may have lines."""
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
+
+
+def labels_height(labels: list[str], line_height: float = 0.17, padding: float = 0.14) -> float:
+    """Return the inches that named places need."""
+    return sum(padding + line_height * (1 + name.count("\n")) for name in labels)

@@ -1,0 +1,102 @@
+"""The words of the command line, `key=value`, as a tree; every value stays as it was typed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from vlbench.config.convert import INTEGER_PATTERN, RawText, format_value
+from vlbench.errors import UserError, suggest_name
+
+
+def parse_overrides(overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return `a.b=c` words as nested mappings with `Text` leaves, and the mistakes in them."""
+    result: dict[str, Any] = {}
+    mistakes: list[str] = []
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        if word.encode(errors="replace").decode() != word:
+            mistakes.append(f"{ascii(word)} is not UTF-8 text, and a recipe is written as that")
+        elif not equals or not all(key.split(".")):
+            mistakes.append(f"'{word}' is not KEY=VALUE, as in stages.chat.steps=10")
+        elif not value:
+            mistakes.append(f"{key} has no value; write {key}=VALUE, or {key}=null for none")
+        elif wrong := _set_leaf(result, key.split("."), RawText(value)):
+            mistakes.append(f"{key} is given {wrong}")
+    return result, mistakes
+
+
+def _set_leaf(node: dict[str, Any], path: list[str], value: RawText) -> str:
+    """Set a leaf of the tree; return in what way it was given before, "" if it was not."""
+    for name in path[:-1]:
+        node = node.setdefault(name, {})
+        if not isinstance(node, dict):
+            return "as a whole and in parts; give one of them"
+    if path[-1] in node:
+        again = not isinstance(node[path[-1]], dict)
+        return "twice" if again else "as a whole and in parts; give one of them"
+    node[path[-1]] = value
+    return ""
+
+
+def format_override(key: str, value: object) -> str:
+    """Return `key=value` as it is typed on a command line."""
+    if isinstance(value, list | tuple):
+        value = f"[{','.join(map(str, value))}]"
+    plain = value is None or isinstance(value, bool)
+    return f"{key}={format_value(value) if plain else value}"
+
+
+def read_number(
+    options: dict[str, str], key: str, default: float, low: float, high: float
+) -> float:
+    """Return the number that `given` has under `key`; a Mistake if it has another thing there."""
+    text = options.get(key)
+    try:
+        value = default if text is None else float(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high:
+        raise UserError(f"{key} is '{text}'; allowed are numbers from {low:g} to {high:g}")
+    return value
+
+
+def read_integer(options: dict[str, str], key: str, default: int, low: int, high: int) -> int:
+    """Return the whole number that `given` has under `key`; a Mistake for anything else."""
+    text = options.get(key, str(default))
+    if not INTEGER_PATTERN.fullmatch(text) or not low <= int(text) <= high:
+        raise UserError(f"{key} is '{text}'; allowed are whole numbers from {low} to {high}")
+    return int(text)
+
+
+def read_boolean(options: dict[str, str], key: str) -> bool:
+    """Return whether `given` has true under `key`; a Mistake for anything but true and false."""
+    text = options.get(key, "false")
+    if text not in ("true", "false"):
+        raise UserError(f"{key} is '{text}'; allowed are true and false")
+    return text == "true"
+
+
+def parse_key_values(
+    verb: str,
+    overrides: list[str],
+    required_keys: tuple[str, ...],
+    optional_keys: tuple[str, ...] = (),
+) -> dict[str, str]:
+    """Return the `key=value` words of a verb that has few keys; values stay as they were typed."""
+    known = (*required_keys, *optional_keys)
+    given: dict[str, str] = {}
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        if not equals or key not in known:
+            takes = ", ".join(f"{name}=..." for name in known)
+            raise UserError(f"{verb} takes {takes}; given was '{word}'.{suggest_name(key, known)}")
+        if key in given:
+            raise UserError(f"{key} is given twice, as '{given[key]}' and '{value}'")
+        if not value and key in optional_keys:
+            raise UserError(f"{key} has no value; write {key}=VALUE, or leave it out")
+        given[key] = value
+    missing = [f"{name}=..." for name in required_keys if not given.get(name)]
+    if missing:
+        raise UserError(f"{verb} needs {' and '.join(missing)}")
+    return given

@@ -1,0 +1,253 @@
+"""From `recipe=... size=... key=value` to a resolved, checked `Recipe`, and to its YAML copy.
+
+Layers, each walked strictly before they are merged: what `init` hands down, the recipe's file, the
+size's file, and the command line. A later layer wins. All mistakes are raised together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from vlbench import __version__
+from vlbench.config import overrides as command_line
+from vlbench.config.merge import (
+    build_dataclass,
+    complete_and_check,
+    differing_keys,
+    merge_layers,
+    to_plain,
+)
+from vlbench.config.schema import Recipe, declared_keys
+from vlbench.config.validate import LayerValidator
+from vlbench.connector.registry import shipped_folder
+from vlbench.errors import UserError, suggest_name
+from vlbench.text_files import read_json, split_lines
+
+
+def load_recipe(
+    overrides: list[str], inherited_keys: Mapping[str, Any] = MappingProxyType({})
+) -> Recipe:
+    """Return the recipe that the words `recipe=... size=... key=value ...` describe.
+
+    Without `recipe=`, `run=DIR` takes the recipe of that run. What neither files nor words say is
+    taken from `inherited`, the keys that an `init` with parts of its own hands down. Raises one
+    Mistake with a line for every thing that is wrong.
+    """
+    tree, mistakes = command_line.parse_overrides(overrides)
+    base, name, size = _base_layers(tree, mistakes)
+    if (
+        inherited_keys and not _saved_recipe_path(tree).is_file()
+    ):  # a run that goes on was looked at when it began
+        mistakes += _conflicts_with_init(base, tree)
+    stages = base.get("stages")
+    known = list(stages) if isinstance(stages, dict) else None
+    layers = [(dict(inherited_keys), LayerValidator("init")), (base, LayerValidator(name))]
+    layers += [
+        (size, LayerValidator(f"size {tree.get('size', 'tiny')}", known)),
+        (tree, LayerValidator("", known)),
+    ]
+    return _resolve_layers(layers, mistakes)
+
+
+def load_recipe_file(path: str | Path) -> Recipe:
+    """Return the resolved recipe that `save` wrote; a Mistake names another version's."""
+    path = Path(path)
+    try:
+        return _resolve_layers([(read_yaml(path), LayerValidator(str(path)))], [])
+    except UserError as mistake:
+        made = _version_of_run(path.parent)
+        if made in ("", __version__):
+            raise
+        raise UserError(
+            f"{mistake}\n{path}: was written by vlbench {made}, and this is {__version__}"
+        ) from mistake
+
+
+def _version_of_run(folder: Path) -> str:
+    """Return the version that made a run, given its folder or one of its checkpoints."""
+    for file in (folder / "versions.json", folder.parent.parent / "versions.json"):
+        if file.is_file():
+            return str(read_json(file).get("vlbench", ""))
+    return ""
+
+
+def save_recipe(recipe: Recipe, path: str | Path) -> None:
+    """Write the resolved recipe as YAML."""
+    Path(path).write_text(recipe_to_yaml(recipe), encoding="utf-8")
+
+
+def recipe_to_yaml(recipe: Recipe) -> str:
+    """Return the resolved recipe as YAML; every key is there."""
+    return str(OmegaConf.to_yaml(OmegaConf.create(to_plain(recipe))))
+
+
+def recipe_differences(before: Recipe, now: Recipe) -> list[str]:
+    """Return keys that differ, as "seed (0 before, 1 now)"; not those a resume may change."""
+    return differing_keys(to_plain(before), to_plain(now))
+
+
+def require_data(recipe: Recipe) -> None:
+    """Raise a Mistake when a stage that is to run has nothing to learn from."""
+    for name, stage in recipe.stages.items():
+        data = stage.data or recipe.data
+        runs = recipe.only is None or name in recipe.only
+        if runs and data.train is None and data.mix is None:
+            raise UserError(
+                f"size={recipe.size} needs data.train=FILE.json (LLaVA's format) and "
+                f"data.images=FOLDER: stage {name} has nothing to learn from"
+            )
+
+
+def stages_to_run(recipe: Recipe) -> list[str]:
+    """Return the names of the stages that `from` and `only` leave, in order."""
+    names = list(recipe.stages)
+    if recipe.from_:
+        names = names[names.index(recipe.from_) :]
+    return [name for name in names if not recipe.only or name in recipe.only]
+
+
+def recipe_files() -> dict[str, Path]:
+    """Return the recipes by name: those of `./recipes`, then the shipped ones."""
+    return _yaml_files(".")
+
+
+def size_files() -> dict[str, Path]:
+    """Return the sizes by name: those of `./recipes/size`, then the shipped ones."""
+    return _yaml_files("size")
+
+
+def file_summary(path: Path) -> str:
+    """Return what the file says about itself: its first comment that is not a command."""
+    for line in split_lines(path.read_text(encoding="utf-8")):
+        text = line.removeprefix("#").strip()
+        if line.startswith("#") and text and not text.startswith("python -m"):
+            return text
+    return ""
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file; a Mistake names the file and, where known, the line."""
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{at}: {getattr(error, 'problem', error)}") from error
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "is not UTF-8 text"
+        raise UserError(f"{path}: {reason}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: is not a mapping of keys; a recipe is KEY: VALUE lines")
+    return {str(key): value for key, value in tree.items()}
+
+
+def _yaml_files(folder: str) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for root in (Path("recipes"), shipped_folder("recipes")):
+        for path in sorted((root / folder).glob("*.yaml")):
+            found.setdefault(path.stem, path)
+    return found
+
+
+def _base_layers(
+    tree: dict[str, Any], errors: list[str]
+) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """Return the recipe's layer, its name in messages, and the size's, without foreign stages."""
+    copy = _saved_recipe_path(tree)
+    if "recipe" not in tree and "size" not in tree and "run" in tree and copy.is_file():
+        return read_yaml(copy), str(copy), {}
+    base, name = _read_layer(tree.get("recipe"), "recipe", recipe_files(), errors)
+    size, _ = _read_layer(tree.get("size", base.get("size", "tiny")), "size", size_files(), errors)
+    for_connectors, towers = (size.pop(kind, None) or {} for kind in ("connectors", "towers"))
+    chosen, layer = _chosen_part(tree, base, "connector")
+    if chosen in for_connectors:  # options that a connector has at this scale
+        size["connector"] = {"name": chosen, **for_connectors[chosen]}
+    chosen, layer = _chosen_part(tree, base, "vision")
+    if chosen in towers:  # a kind of tower: which one it is at this scale
+        layer["vision"] = {**layer["vision"], "name": towers[chosen]["name"]}
+        size["vision"] = towers[chosen]
+    stages = size.get("stages")
+    if isinstance(stages, dict):  # a size says how stages look, the recipe which there are
+        known = base.get("stages")
+        known = known if isinstance(known, dict) else {}
+        size["stages"] = {name: one for name, one in stages.items() if name in known}
+    return base, name, size
+
+
+def _saved_recipe_path(tree: dict[str, Any]) -> Path:
+    """Return where the run that the command line names keeps its recipe."""
+    return Path(str(tree.get("run")), "recipe.yaml").expanduser()
+
+
+def _conflicts_with_init(*layers: dict[str, Any]) -> list[str]:
+    """Say which keys that somebody wrote choose a part that `init` brings along itself."""
+    init = next((layer["init"] for layer in reversed(layers) if "init" in layer), None)
+    mistakes = []
+    for layer in layers:
+        if declared_keys(Recipe).keys() <= layer.keys():
+            continue  # the resolved copy of a run has every key, whoever wrote it
+        for part, what in (("vision", "tower"), ("language", "language model")):
+            written = (
+                LayerValidator().validate_recipe({part: layer[part]})[part] if part in layer else {}
+            )
+            mistakes += [
+                f"{part}.{key} is '{written[key]}', but init={init} brings its own {what}; "
+                f"leave {part}.{key} out"
+                for key in ("name", "weights")
+                if key in written
+            ]
+    return mistakes
+
+
+def _chosen_part(
+    tree: dict[str, Any], base: dict[str, Any], part: str
+) -> tuple[str | None, dict[str, Any]]:
+    """Return the name that the command line, or else the recipe, gives a part, and who gives it."""
+    for layer in (tree, base):
+        one = layer.get(part)
+        if isinstance(one, dict) and one.get("name"):
+            return str(one["name"]), layer
+    return None, base
+
+
+def _read_layer(
+    given: Any, key: str, known: dict[str, Path], errors: list[str]
+) -> tuple[dict[str, Any], str]:
+    """Read the file of `recipe=` (a name or a path) or `size=`; after a mistake it is empty."""
+    path = known.get(str(given)) or Path(str(given)).expanduser()
+    is_path = str(given) in known or (key == "recipe" and path.suffix in (".yaml", ".yml"))
+    if given is None:
+        errors.append(f"{key}=NAME is needed; {key}s: {', '.join(known)}")
+    elif not is_path:
+        names = ", ".join(known)
+        errors.append(f"no {key} '{given}'; known: {names}.{suggest_name(str(given), known)}")
+    else:
+        try:
+            return read_yaml(path), path.name
+        except UserError as mistake:
+            errors.append(str(mistake))
+    return {}, str(given)
+
+
+def _resolve_layers(
+    layers: list[tuple[dict[str, Any], LayerValidator]], errors: list[str]
+) -> Recipe:
+    merged: dict[str, Any] = {}
+    complete = not errors  # without its file a recipe lacks everything: no need to say what
+    for tree, walk in layers:
+        merged = merge_layers(merged, walk.validate_recipe(tree))
+        errors += walk.errors
+    errors += complete_and_check(merged, complete)
+    recipe: Recipe = build_dataclass(Recipe, merged, errors if complete else [])
+    if errors:
+        raise UserError("\n".join(dict.fromkeys(errors)))
+    return recipe

@@ -1,0 +1,23 @@
+"""Connectors: the contract, the registry of names, and the schema of a connector's options.
+
+`from vlbench.connector import Connector, Shapes` is what a connector's file needs. The names are
+looked up when they are asked for: `registry` and `option_schema` do without torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vlbench.connector.base import Connector, Shapes, zero_like_loss
+
+__all__ = ["Connector", "Shapes", "zero_like_loss"]
+
+
+def __getattr__(name: str) -> object:
+    """Return `name` of `vlbench.connector.base`."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from vlbench.connector import base
+
+    return getattr(base, name)

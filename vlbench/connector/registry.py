@@ -1,0 +1,204 @@
+"""Connectors by exact name: a drop-in file, a shipped file, or an entry point of another package.
+
+`./connectors/NAME.py` comes first, then the shipped connectors, then the entry points of the group
+`vlbench.connectors`. Only the one asked for is loaded, and two of the same name are refused.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import inspect
+import sys
+import threading
+from pathlib import Path
+from traceback import walk_tb
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vlbench.config.convert import convert_value
+from vlbench.connector.option_schema import ConnectorOption, options_in_file, options_of_class
+from vlbench.errors import EnvironmentFailure, UserError, suggest_name
+
+if TYPE_CHECKING:
+    from vlbench.connector.base import Connector
+
+ENTRY_POINT_GROUP = "vlbench.connectors"
+_LOADING_LOCK = (
+    threading.RLock()
+)  # another thread would see a module that is not executed to its end
+
+
+class ConnectorSource(NamedTuple):
+    """A connector that was found but not loaded: a file or an entry point."""
+
+    location: str
+    file: Path | None
+    entry_point: importlib.metadata.EntryPoint | None
+
+
+def shipped_folder(folder_name: str) -> Path:
+    """Return the shipped folder `connectors` or `recipes`, in an installed package or beside it."""
+    inside = Path(__file__).resolve().parents[1] / folder_name
+    return inside if inside.is_dir() else inside.parent.parent / folder_name
+
+
+# Drop-in files are submodules of this one, so that another process can unpickle their classes.
+__path__: list[str] = [str(Path("connectors").absolute()), str(shipped_folder("connectors"))]
+
+
+def find_connectors() -> dict[str, list[ConnectorSource]]:
+    """Return all that was found under each name, by name; nothing is imported."""
+    names: dict[str, list[ConnectorSource]] = {}
+    for folder in dict.fromkeys(
+        [Path("connectors").resolve(), shipped_folder("connectors").resolve()]
+    ):
+        for file in sorted(folder.glob("[!_.]*.py")):
+            # an installed package used inside a checkout meets its own files again
+            if not any(_has_same_text(one, file) for one in names.get(file.stem, [])):
+                names.setdefault(file.stem, []).append(ConnectorSource(str(file), file, None))
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        package = f" of {entry.dist.name}" if entry.dist else ""
+        found_entry = ConnectorSource(f"entry point {entry.value}{package}", None, entry)
+        names.setdefault(entry.name, []).append(found_entry)
+    return dict(sorted(names.items()))
+
+
+def connector_locations() -> dict[str, str]:
+    """Return where each connector comes from, by name; nothing is imported."""
+    return {
+        name: " and ".join(one.location for one in all_) for name, all_ in find_connectors().items()
+    }
+
+
+def find_connector(name: str) -> ConnectorSource:
+    """Return the one connector called `name`; a Mistake when there is none or more than one."""
+    known = find_connectors()
+    if name not in known:
+        names = ", ".join(known) or "none"
+        raise UserError(f"no connector '{name}'; known: {names}.{suggest_name(name, known)}")
+    if len(known[name]) > 1:
+        both = " and ".join(one.location for one in known[name])
+        raise UserError(f"connector '{name}' is defined twice: {both}; rename one of them")
+    return known[name][0]
+
+
+def load_connector(name: str) -> type[Connector]:
+    """Load the connector called `name` and return its class; a Mistake when that fails."""
+    one = find_connector(name)
+    if one.file is not None:
+        with _LOADING_LOCK:
+            return _load_from_file(name, one.file)
+    assert one.entry_point is not None
+    try:
+        cls = one.entry_point.load()
+    except Exception as error:
+        raise UserError(
+            f"connector '{name}' ({one.location}) fails to load: {_error_line(error)}"
+        ) from error
+    if not _is_connector(cls):
+        raise UserError(f"connector '{name}' ({one.location}) is not a subclass of Connector")
+    return cls  # type: ignore[no-any-return]
+
+
+def connector_module(name: str) -> Any:
+    """Return the module of the connector called `name`: other connectors may build on its parts."""
+    return sys.modules[load_connector(name).__module__]
+
+
+def connector_options(name_or_class: str | type) -> dict[str, ConnectorOption]:
+    """Return the options (kind, default) of a connector by its name or class.
+
+    The signature is read from the file's text where that tells all, so that torch is not imported.
+    """
+    if isinstance(name_or_class, type):
+        return options_of_class(name_or_class)
+    file = find_connector(name_or_class).file
+    known = options_in_file(file) if file is not None else None
+    return options_of_class(load_connector(name_or_class)) if known is None else known
+
+
+def resolve_options(name: str, given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return all options of connector `name`, those `given` converted, and the mistakes in them."""
+    try:
+        known = connector_options(name)
+    except UserError as mistake:
+        return given, [f"connector.name: {mistake}"]
+    mistakes = [_unknown_option(name, key, known) for key in given if key not in known]
+    values: dict[str, Any] = {}
+    for key, option in known.items():
+        try:
+            values[key] = convert_value(given[key], option.kind) if key in given else option.default
+        except ValueError as error:
+            mistakes.append(f"connector.{key} {error}")
+        if values.get(key) is inspect.Parameter.empty:
+            mistakes.append(f"connector.{key} is missing; connector '{name}' needs it")
+    return values, mistakes
+
+
+def check_options(name: str, given: dict[str, Any]) -> list[str]:
+    """Return what is wrong with the options `given` to connector `name`, a line each."""
+    return resolve_options(name, given)[1]
+
+
+def blame_connector_file(error: Exception) -> None:
+    """Raise a Mistake that names the place, if an error comes from inside of a connector's file."""
+    if isinstance(error, UserError | EnvironmentFailure):
+        return
+    places = [
+        f"{frame.f_code.co_filename}:{line}"
+        for frame, line in walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__", "").startswith(f"{__name__}.")
+    ]
+    if places:
+        raise UserError(f"{places[-1]}: {_error_line(error)}") from error
+
+
+def _unknown_option(name: str, option_name: str, known: dict[str, ConnectorOption]) -> str:
+    takes = ", ".join(known) or "none"
+    return f"connector '{name}' has no option '{option_name}'; it takes: {takes}.{suggest_name(option_name, known)}"
+
+
+def _has_same_text(source: ConnectorSource, file: Path) -> bool:
+    return source.file is not None and source.file.read_bytes() == file.read_bytes()
+
+
+def _load_from_file(name: str, file: Path) -> type[Connector]:
+    module_name = f"{__name__}.{name}"
+    module = sys.modules.get(module_name)
+    if module is None or module.__file__ != str(file):
+        spec = importlib.util.spec_from_file_location(module_name, file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module  # before it runs: dataclasses and pickle look it up there
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[module_name]
+            raise UserError(f"{file}{_line_suffix(error, file)}: {_error_line(error)}") from error
+    own = [value for value in vars(module).values() if _is_connector(value)]
+    own = [cls for cls in own if cls.__module__ == module_name and not cls.__name__.startswith("_")]
+    own = list(dict.fromkeys(own))
+    if len(own) != 1:
+        names = ", ".join(cls.__name__ for cls in own) or "none"
+        raise UserError(f"{file} must define exactly one subclass of Connector, found {names}")
+    return own[0]  # type: ignore[no-any-return]
+
+
+def _is_connector(value: object) -> bool:
+    from vlbench.connector.base import Connector
+
+    return isinstance(value, type) and issubclass(value, Connector) and value is not Connector
+
+
+def _error_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def _line_suffix(error: Exception, file: Path) -> str:
+    """Return ":LINE", the last line of `file` that had a part in `error`, or ""."""
+    if isinstance(error, SyntaxError):
+        return ""  # its text names the line already
+    frames = walk_tb(error.__traceback__)
+    lines = [line for frame, line in frames if frame.f_code.co_filename == str(file)]
+    return f":{lines[-1]}" if lines else ""

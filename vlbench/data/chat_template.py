@@ -1,0 +1,140 @@
+"""Chat templates: how turns become the text that the language model reads. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from vlbench.data.sample_encoding import ChatTurn
+from vlbench.errors import UserError, suggest_name
+
+EOS_MARK = "{eos}"
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The texts around the turns of a conversation.
+
+    A conversation is `before_system`, the system prompt, `after_system`, and for every exchange
+    `before_human`, the question, `before_answer`, `answer_start`, the answer (stripped) and
+    `answer_end`. The model learns `answer_start` + answer + `answer_end`; where the text goes on,
+    `after_answer` follows. `EOS` in a text stands for the tokenizer's end of text.
+    """
+
+    name: str
+    system: str  # the system prompt; a conversation may bring its own as its first turn
+    after_system: str
+    before_human: str
+    before_answer: str
+    answer_start: str
+    answer_end: str
+    stop: str  # generation ends when this text appears
+    before_system: str = ""  # where there is one and no system prompt, the block is left out
+    after_answer: str = ""
+    stops_late: bool = False  # a stop text is not seen while it is the only token of an answer
+
+    def bind_eos(self, eos_token: str) -> ChatTemplate:
+        """Return the template for a tokenizer whose end of text is written `eos`."""
+        return replace(
+            self,
+            answer_end=self.answer_end.replace(EOS_MARK, eos_token),
+            stop=self.stop.replace(EOS_MARK, eos_token),
+        )
+
+    def render_pieces(self, turns: Sequence[ChatTurn]) -> list[tuple[str, bool]]:
+        """Return (text, supervised) pieces; their texts concatenate to the whole conversation.
+
+        Answers are the supervised pieces; everything between two of them is one piece. After a
+        last human turn the text ends where the answer would begin.
+        """
+        pieces: list[tuple[str, bool]] = []
+        system, rest = self.system, list(turns)
+        if rest and rest[0].role == "system":
+            system, rest = rest[0].text, rest[1:]
+        between = self.before_system + system + self.after_system
+        if self.before_system and not system:
+            between = ""
+        for turn in rest:
+            if turn.role == "human":
+                between += self.before_human + turn.text + self.before_answer
+            elif turn.role == "assistant":
+                answer = self.answer_start + turn.text.strip() + self.answer_end
+                pieces += [(between, False), (answer, True)]
+                between = self.after_answer
+            else:
+                raise UserError(
+                    f"a turn of {turn.role!r} inside a conversation; only the first turn may be "
+                    "'system', the others are 'human' or 'assistant'"
+                )
+        ends = rest and rest[-1].role == "assistant"
+        return pieces if ends else [*pieces, (between, False)]
+
+    def render_prompt(self, turns: Sequence[ChatTurn]) -> str:
+        """Return the text that ends where the model's answer begins.
+
+        Raises a Mistake unless the last turn is the human's.
+        """
+        if not turns or turns[-1].role != "human":
+            last = f"of {turns[-1].role!r}" if turns else "missing"
+            raise UserError(f"a prompt ends with a turn of 'human', but the last turn is {last}")
+        return "".join(text for text, _ in self.render_pieces(turns))
+
+
+YI_VL = ChatTemplate(
+    name="yi_vl",
+    system=(
+        "This is a chat between an inquisitive human and an AI assistant. Assume the role of the "
+        "AI assistant. Read all the images carefully, and respond to the human's questions with "
+        "informative, helpful, detailed and polite answers. "
+        "这是一个好奇的人类和一个人工智能助手之间的对话。假设你扮演这个AI助手的角色。"
+        "仔细阅读所有的图像，并对人类的问题做出信息丰富、有帮助、详细的和礼貌的回答。"
+    ),
+    after_system="\n\n###",
+    before_human=" Human: ",
+    before_answer="\n### Assistant:",
+    answer_start=" ",
+    answer_end="\n###",
+    stop="###",
+    stops_late=True,
+)
+
+# The chat_template of Yi-6B-Chat and Yi-1.5-Chat: no system prompt unless a conversation has one.
+CHATML = ChatTemplate(
+    name="chatml",
+    system="",
+    before_system="<|im_start|>system\n",
+    after_system="<|im_end|>\n",
+    before_human="<|im_start|>user\n",
+    before_answer="<|im_end|>\n<|im_start|>assistant\n",
+    answer_start="",
+    answer_end="<|im_end|>",
+    after_answer="\n",
+    stop="<|im_end|>",
+)
+
+# LLaVA's conversation "llava_v1", with which its scripts ask LLaVA-1.5 (arXiv:2310.03744).
+LLAVA_V1 = ChatTemplate(
+    name="llava_v1",
+    system=(
+        "A chat between a curious human and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the human's questions."
+    ),
+    after_system=" ",
+    before_human="USER: ",
+    before_answer=" ASSISTANT:",
+    answer_start=" ",
+    answer_end=EOS_MARK,
+    stop=EOS_MARK,
+)
+
+CHAT_TEMPLATES = {template.name: template for template in (YI_VL, CHATML, LLAVA_V1)}
+
+
+def check_template_name(name: str | None, key: str = "template") -> str | None:
+    """Return a name of TEMPLATES, or None for None; `key` is what a Mistake calls it."""
+    if name is not None and name not in CHAT_TEMPLATES:
+        known = ", ".join(CHAT_TEMPLATES)
+        raise UserError(
+            f"{key} is '{name}'; known are {known}.{suggest_name(str(name), CHAT_TEMPLATES)}"
+        )
+    return name

@@ -1,0 +1,174 @@
+"""Files of conversations in JSON: a list of records, or a record per line. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from codecs import BOM_UTF8
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vlbench.data.conversation_record import TURN_KEYS, sample_from_record
+from vlbench.data.image_processing import ImageFile
+from vlbench.data.sample_encoding import Sample, sample_at
+from vlbench.errors import BadSample, UserError, describe_json_type, suggest_name
+from vlbench.text_files import LFS_POINTER
+
+MAX_FILE_CHECKS = 100_000
+JSONL_SUFFIXES = (".jsonl", ".ndjson")  # endings of files with one record per line
+FOREIGN_SIGNATURES = {
+    b"PAR1": "is a Parquet file; write its rows as JSON records first (pandas.read_parquet)",
+    b"\x1f\x8b": "is compressed (gzip); decompress it first",
+    b"PK\x03\x04": "is a zip file; unpack it first",
+    b"ARROW1": "is an Arrow file; write its rows as JSON records first (pandas.read_feather)",
+    b"BZh": "is compressed (bzip2); decompress it first",
+    b"\xfd7zXZ\x00": "is compressed (xz); decompress it first",
+    b"\x28\xb5\x2f\xfd": "is compressed (zstd); decompress it first",
+    b"\x80": "is a pickle or another binary file; write its records as JSON",
+    b"\x89PNG": "is a picture; expected records in JSON",
+    b"\xff\xd8\xff": "is a picture; expected records in JSON",
+    b"<": "begins as a web page (HTML or XML), not as JSON; was it downloaded by its raw address?",
+    LFS_POINTER: "is a Git-LFS pointer and not the file; run git lfs pull",
+}
+"""What files that are no JSON begin with."""
+
+
+class LlavaJson:
+    """The samples of a file of records (JSON, or JSONL with one record per line).
+
+    Records stay as they were parsed; a record is looked at when its sample is asked for. Records
+    are counted from 1 in reports. `<image>` in a human turn means PLACEHOLDER.
+    """
+
+    def __init__(self, file: str | Path, image_folder: str | Path | None = None) -> None:
+        """Read `file`; its image names are looked up in the folder `images` (default: its own).
+
+        Raises a Mistake when the file is missing, malformed or without records.
+        """
+        self.name = str(file)
+        self.image_folder = Path(image_folder) if image_folder is not None else Path(file).parent
+        if not self.image_folder.is_dir():
+            raise UserError(f"images: there is no folder {self.image_folder}")
+        self.records = read_records(Path(file))
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Return the sample of record `index` (from 0), or raise BadSample."""
+        return sample_from_record(
+            self.records[index],
+            f"record {index + 1}",
+            lambda image: ImageFile(str(self.image_folder / image)),
+        )
+
+    def find_bad_samples(
+        self, on_sample: Callable[[Sample], None] | None = None
+    ) -> list[BadSample]:
+        """Return every record that is malformed or names an image file that does not exist.
+
+        At most MAX_STATS different files are looked up. `see` is called with every sample that is
+        well formed.
+        """
+        faults: list[BadSample] = []
+        exists: dict[str, bool] = {}
+        for index in range(len(self)):
+            try:
+                sample = sample_at(self, index)
+            except BadSample as fault:
+                faults.append(fault)
+                continue
+            if on_sample:
+                on_sample(sample)
+            for picture in sample.images:
+                if picture.name not in exists and len(exists) < MAX_FILE_CHECKS:
+                    exists[picture.name] = os.path.exists(picture.name)  # never raises
+                if not exists.get(picture.name, True):
+                    missing = BadSample(sample.id, f"image {picture.name}: does not exist")
+                    faults.append(missing.with_origin_of(sample))
+                    break
+        return faults
+
+
+def read_records(file: Path) -> list[Any]:
+    """Parse a JSON list, or JSONL when the file's name ends in .jsonl.
+
+    Raises a Mistake with file, line and column.
+    """
+    text = _read_text(file)
+    if not text.strip():
+        raise UserError(f"data {file}: the file is empty; expected a JSON list of records")
+    if file.suffix.lower() in JSONL_SUFFIXES:
+        lines = enumerate(text.split("\n"), start=1)
+        return [_parse_json(line, file, number) for number, line in lines if line.strip()]
+    records = _parse_json(text, file)
+    if not isinstance(records, list):
+        what = f"line 1 holds {describe_json_type(records)}; expected a list of records{_suggest_record_list(records)}"
+        raise UserError(f"data {file}: {what}")
+    if not records:
+        raise UserError(f"data {file}: the list holds no records")
+    return records
+
+
+def _suggest_record_list(value: Any) -> str:
+    """Say where the list of records may be in a mapping, or return an empty text."""
+    if not isinstance(value, dict):
+        return ""
+    if any(key in value for key in TURN_KEYS):
+        return "; is this one record? then write [ before it and ] behind it"
+    inner = [key for key, one in value.items() if isinstance(one, list) and one]
+    records = [key for key in inner if isinstance(value[key][0], dict)]
+    if not records:
+        return ""
+    longest = max(records, key=lambda key: len(value[key]))
+    return f"; {longest!r} holds a list of {len(value[longest])} mappings: save that list alone"
+
+
+def _read_text(file: Path) -> str:
+    try:
+        data = file.read_bytes()
+        for begins, what in FOREIGN_SIGNATURES.items():
+            if data.removeprefix(BOM_UTF8).lstrip().startswith(begins):
+                raise UserError(f"data {file}: {what}")
+        return data.decode("utf-8-sig")
+    except FileNotFoundError:
+        near = suggest_name(file.name, [p.name for p in file.parent.glob("*.json*")])
+        raise UserError(f"data {file}: there is no such file.{near}") from None
+    except IsADirectoryError:
+        raise UserError(f"data {file}: is a folder; expected a JSON file") from None
+    except OSError as error:
+        raise UserError(f"data {file}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        start = error.object.rfind(b"\n", 0, error.start) + 1
+        line = error.object.count(b"\n", 0, error.start) + 1
+        where = f"line {line}, byte {error.start - start + 1}"
+        raise UserError(f"data {file}: {where}: not UTF-8; save the file as UTF-8") from None
+
+
+def _parse_json(text: str, file: Path, line_number: int | None = None) -> Any:
+    """Parse JSON text; `line` is the number of this line where every line is a text of its own."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"line {line_number or error.lineno}, column {error.colno}"
+        hint = _format_hint(error, file)
+        what = error.msg[:1].lower() + error.msg[1:]
+        raise UserError(f"data {file}: {where}: {what}{hint}") from None
+    except ValueError as error:  # a number of more digits than Python converts
+        raise UserError(f"data {file}: cannot be read as JSON ({error})") from None
+    except RecursionError:
+        raise UserError(f"data {file}: lists are nested too deeply; expected records") from None
+
+
+def _format_hint(error: json.JSONDecodeError, file: Path) -> str:
+    """Say what a text that is no JSON may be."""
+    first = error.doc.lstrip().partition("\n")[0]
+    if error.msg == "Extra data" and first.startswith("{"):
+        return "; one record per line? then name the file .jsonl"
+    table = file.suffix.lower() in (".csv", ".tsv") or (
+        error.pos == error.doc.find(first)
+        and first[:1].isalpha()
+        and ("," in first or "\t" in first)
+    )
+    return "; a table (CSV)? write its rows as JSON records" if table else ""

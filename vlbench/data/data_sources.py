@@ -1,0 +1,102 @@
+"""Which samples a stage learns from: the sources that a recipe names, mixed."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from pathlib import Path
+
+from vlbench.config.schema import DataConfig, StageConfig
+from vlbench.data.conversation_files import LlavaJson
+from vlbench.data.remote_shards import is_url
+from vlbench.data.sample_encoding import SampleSource
+from vlbench.data.scene_dataset import SceneCaptions, SceneConversations
+from vlbench.data.shards import WebDatasetShards, is_tar
+from vlbench.data.shuffle import SourceMixture
+from vlbench.errors import UserError
+
+SCENES_SOURCE = "scenes"
+HELD_OUT_SEED_OFFSET = (
+    1 << 20
+)  # added to the seed of rendered scenes: pictures that training never meets
+
+SourceCache = MutableMapping[tuple[str, str | None], SampleSource]
+"""Files that are open, by path and folder of pictures: stages share what they have in common."""
+
+
+def stage_data(data: DataConfig, stage: StageConfig) -> DataConfig:
+    """Return the data of a stage: its own, or those of the recipe."""
+    return stage.data or data
+
+
+def open_stage_sources(
+    data: DataConfig,
+    stage: StageConfig,
+    stage_name: str,
+    seed: int,
+    source_cache: SourceCache | None = None,
+) -> list[tuple[SampleSource, float]]:
+    """Return the (source, weight) pairs that stage `name` trains on."""
+    data = stage_data(data, stage)
+    if data.mix:
+        return [
+            (_open_source(one.train, one.images, data, stage, seed, source_cache), one.weight)
+            for one in data.mix
+        ]
+    if data.train is None:
+        raise UserError(
+            f"stage {stage_name} has no data: give data.train=FILE.json (LLaVA's format) and "
+            f"data.images=FOLDER, or data.train={SCENES_SOURCE}"
+        )
+    return [(_open_source(data.train, data.images, data, stage, seed, source_cache), 1.0)]
+
+
+def _open_source(
+    path: str,
+    image_folder: str | None,
+    data: DataConfig,
+    stage: StageConfig,
+    seed: int,
+    source_cache: SourceCache | None,
+) -> SampleSource:
+    if path == SCENES_SOURCE:
+        if stage.sample_format == "caption":
+            return SceneCaptions(seed, data.samples)
+        return SceneConversations(seed, data.samples, data.questions)
+    source_cache = {} if source_cache is None else source_cache
+    if (path, image_folder) not in source_cache:
+        shards = is_url(path) or is_tar(path) or Path(path).is_dir()
+        source_cache[path, image_folder] = (
+            WebDatasetShards(path) if shards else LlavaJson(Path(path), image_folder)
+        )
+    return source_cache[path, image_folder]
+
+
+def open_stage_mixture(
+    data: DataConfig,
+    stage: StageConfig,
+    stage_name: str,
+    seed: int,
+    source_cache: SourceCache | None = None,
+) -> SourceMixture:
+    """Return the shuffled stream of stage `name`."""
+    return SourceMixture(open_stage_sources(data, stage, stage_name, seed, source_cache), seed)
+
+
+def open_held_out(
+    data: DataConfig, stage: StageConfig, seed: int, source_cache: SourceCache | None = None
+) -> SampleSource | None:
+    """Return samples that training never meets, None when there are none."""
+    data = stage_data(data, stage)
+    if data.val:
+        try:
+            return _open_source(
+                data.val, data.images, data, stage, seed + HELD_OUT_SEED_OFFSET, source_cache
+            )
+        except UserError as mistake:
+            raise UserError(f"data.val: {str(mistake).removeprefix('data ')}") from mistake
+    trains_on_scenes = data.train == SCENES_SOURCE and not data.mix
+    return (
+        _open_source(SCENES_SOURCE, None, data, stage, seed + HELD_OUT_SEED_OFFSET, None)
+        if trains_on_scenes
+        else None
+    )

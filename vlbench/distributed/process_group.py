@@ -1,0 +1,167 @@
+"""This process as one of several: it finds the others, trains with them, and leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.environments import ClusterEnvironment
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import distributed
+
+from vlbench.config.schema import Recipe, TrainerConfig
+from vlbench.distributed import collectives
+from vlbench.distributed.launcher import is_launched, is_slurm_task, silent_exit_code
+from vlbench.errors import EnvironmentFailure, UserError
+
+LOST_PEER_MESSAGES = (
+    "gloo",
+    "connection closed by peer",
+    "connection reset by peer",
+    "broken pipe",
+    "nccl",
+)
+GLOO_SETTLE_SECONDS = 0.05  # seconds; what they do takes microseconds
+PROCESS_GROUP_TIMEOUT = timedelta(minutes=30)  # for another process; Lightning's default
+
+
+@contextlib.contextmanager
+def join_process_group(recipe: Recipe) -> Iterator[None]:
+    """Be one of the processes of `recipe`; all but the first are quiet.
+
+    Raises a Mistake when another number of processes was started than the recipe says.
+    """
+    settings = recipe.trainer
+    _check_gpus(settings)
+    if not is_launched() or settings.world_size == _cluster_environment().world_size() == 1:
+        if settings.world_size > 1:
+            raise UserError("several processes are started by the command line, torchrun or srun")
+        yield
+        return
+    environment = _cluster_environment()
+    if environment.world_size() != settings.world_size:
+        raise UserError(
+            f"trainer.devices={settings.devices} and trainer.num_nodes={settings.num_nodes} are "
+            f"{settings.world_size} processes, and {environment.world_size()} were started"
+        )
+    _init_process_group(settings, environment)
+    with contextlib.ExitStack() as stack:
+        stack.callback(leave_process_group)
+        if not collectives.is_rank_zero():
+            quiet = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(quiet))
+        stack.enter_context(_exit_together(environment.local_rank()))
+        yield
+
+
+@contextlib.contextmanager
+def _exit_together(local_rank: int) -> Iterator[None]:
+    """Let one process say why all end: the one that knows, or one of each machine."""
+    try:
+        yield
+    except SystemExit as end:
+        raise SystemExit(silent_exit_code(int(end.code or 0))) from end
+    except RuntimeError as error:
+        if not is_connection_error(error):
+            raise
+        if local_rank:
+            raise SystemExit(silent_exit_code(1)) from error
+        raise EnvironmentFailure(
+            "lost contact with the other processes: one of them has ended. Checkpoints are "
+            "whole; to go on, repeat the command with the run= of this run"
+        ) from error
+
+
+def _let_gloo_settle() -> None:
+    """Let gloo's threads end what they do after an exchange, before a data worker is forked.
+
+    One of them may hold a lock of the interpreter at that moment; before Python 3.11.10 the worker
+    then waits for it forever (python/cpython#112275; one start of a stage in 40, measured).
+    """
+    if collectives.is_distributed():
+        time.sleep(GLOO_SETTLE_SECONDS)
+
+
+os.register_at_fork(before=_let_gloo_settle)
+
+
+def leave_process_group() -> None:
+    """Part from the other processes; what follows is done alone."""
+    if collectives.is_distributed():
+        distributed.destroy_process_group()
+
+
+def is_connection_error(error: RuntimeError) -> bool:
+    """Tell whether an error comes from what connects the processes."""
+    if isinstance(error, distributed.DistError):
+        return True
+    return any(part in str(error).lower() for part in LOST_PEER_MESSAGES)
+
+
+def _check_gpus(settings: TrainerConfig) -> None:
+    """Refuse GPUs that are not there."""
+    there = torch.cuda.device_count()
+    if settings.accelerator == "mps" and not torch.backends.mps.is_available():
+        raise UserError("trainer.accelerator is mps, and torch finds none on this machine")
+    if settings.accelerator == "gpu" and not (there or torch.backends.mps.is_available()):
+        raise UserError("trainer.accelerator is gpu, and torch finds no GPU on this machine")
+    if settings.accelerator in ("auto", "gpu") and 0 < there < settings.devices:
+        raise UserError(f"trainer.devices is {settings.devices}, and torch finds {there} GPUs here")
+
+
+def _cluster_environment() -> ClusterEnvironment:
+    """Return what knows the numbers of this process."""
+    return SLURMEnvironment(auto_requeue=False) if is_slurm_task() else TorchElasticEnvironment()
+
+
+def _init_process_group(settings: TrainerConfig, environment: ClusterEnvironment) -> None:
+    """Connect with the other processes: over GPUs where there are some, and over processors."""
+    os.environ["MASTER_ADDR"] = environment.main_address
+    os.environ["MASTER_PORT"] = str(environment.main_port)
+    backend = "gloo"
+    if settings.accelerator in ("auto", "gpu") and torch.cuda.is_available():
+        torch.cuda.set_device(environment.local_rank())
+        backend = "cpu:gloo,cuda:nccl"
+    try:
+        distributed.init_process_group(
+            backend,
+            rank=environment.global_rank(),
+            world_size=environment.world_size(),
+            timeout=PROCESS_GROUP_TIMEOUT,
+        )
+    except distributed.DistNetworkError as error:  # the port is taken, or nobody is there
+        raise EnvironmentFailure(
+            f"the processes cannot meet at {environment.main_address}:{environment.main_port} "
+            f"({str(error)[:200]}): give another MASTER_PORT, or see whether all of them started"
+        ) from error
+
+
+def is_fsdp_sharded(recipe: Recipe) -> bool:
+    """Tell whether every process has a shard of the model instead of the whole."""
+    return collectives.is_distributed() and recipe.trainer.strategy == "fsdp2"
+
+
+def distributed_trainer_args(settings: TrainerConfig) -> dict[str, Any]:
+    """Return the arguments of Lightning's Trainer that say where it runs, and with whom."""
+    here = {"accelerator": settings.accelerator, "devices": 1}
+    if not collectives.is_distributed():
+        return here
+    strategy: pl.strategies.Strategy
+    if settings.strategy == "fsdp2":
+        strategy = ModelParallelStrategy(collectives.world_size(), 1)
+    else:
+        # gradients and what is sent share memory; there are no buffers that change
+        strategy = DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
+    return here | {
+        "devices": settings.devices,
+        "num_nodes": settings.num_nodes,
+        "strategy": strategy,
+        "plugins": [_cluster_environment()],
+    }

@@ -1,0 +1,127 @@
+"""Mistakes of the user: what is wrong, what was given, what is allowed, said in one line each."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol
+
+MAX_WORD_LENGTH = 300  # characters without a space in a message; paths are shorter
+CONTROL_CHARACTERS = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029]")
+LONG_WORD_PATTERN = re.compile(rf"\S{{{MAX_WORD_LENGTH + 1},}}")
+
+
+class UserError(ValueError):
+    """Something that the user can put right; one line of text per mistake, no stack trace.
+
+    Longer words than LONGEST_WORD are shortened: a picture as text would fill the screen.
+    """
+
+    def __init__(self, *messages: object) -> None:
+        """Take the text of the line."""
+        super().__init__(*(shorten_words(one) if isinstance(one, str) else one for one in messages))
+
+
+class EnvironmentFailure(RuntimeError):
+    """What went wrong on the machine and not in the command: one line, but exit code 1."""
+
+
+class SampleOrigin(NamedTuple):
+    """Where a sample is from: the identity of its record."""
+
+    source_name: str
+    """Name of the source."""
+    source_index: int
+    """Of the source among those that a stage mixes, from 0."""
+    record_number: int
+    """Of the record in the source, from 1."""
+
+
+class HasOrigin(Protocol):
+    """Something of which it may be known where it is from."""
+
+    @property
+    def origin(self) -> SampleOrigin | None: ...
+
+
+class BadSample(UserError):
+    """One sample that cannot be learned from; it is named, and left out or stops the run."""
+
+    def __init__(self, sample_id: str, reason: str) -> None:
+        """Say in one line, `reason`, what is wrong with the sample `sample_id`."""
+        super().__init__(sample_id, reason)  # both, so that it survives the way out of a worker
+        self.sample_id = shorten_words(sample_id)
+        self.reason = shorten_words(escape_to_one_line(reason))
+        self.source_name = ""
+        self.record_number: int | None = None
+
+    def with_origin(self, source_name: str, record_number: int | None) -> BadSample:
+        """Return it with its identity: the name of its source, and its record there (from 1)."""
+        self.source_name, self.record_number = source_name, record_number
+        return self
+
+    def with_origin_of(self, sample: HasOrigin) -> BadSample:
+        """Return it with the identity of `sample`, where that is known."""
+        place = sample.origin
+        return self if place is None else self.with_origin(place.source_name, place.record_number)
+
+    @property
+    def record_identity(self) -> tuple[str, int | str]:
+        """Source and number of the record; ids are labels, and several records may have the same.
+
+        Where no record is known, the id stands for it.
+        """
+        return (
+            self.source_name,
+            self.sample_id if self.record_number is None else self.record_number,
+        )
+
+    @property
+    def sample_label(self) -> str:
+        """The id, and the number of the record where it is known and not the id."""
+        known = self.record_number is None or self.sample_id == f"record {self.record_number}"
+        return escape_to_one_line(
+            self.sample_id if known else f"{self.sample_id} (record {self.record_number})"
+        )
+
+    def __str__(self) -> str:
+        """Return the line for the user."""
+        return f"sample {self.sample_label}: {self.reason}"
+
+
+def shorten_words(text: str) -> str:
+    """Return a text whose longest words are cut in the middle, with their lengths.
+
+    Half of a surrogate pair, which cannot be printed, is escaped.
+    """
+    return LONG_WORD_PATTERN.sub(
+        lambda word: f"{word[0][:80]}... ({len(word[0]):,} characters)", escape_surrogates(text)
+    )
+
+
+def escape_surrogates(text: str) -> str:
+    """Return a text with halves of surrogate pairs (file names that are not UTF-8) escaped."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def escape_to_one_line(text: str) -> str:
+    """Return a text that can be printed, with its line ends and control characters escaped."""
+    return CONTROL_CHARACTERS.sub(lambda found: repr(found[0])[1:-1], escape_surrogates(text))
+
+
+def describe_json_type(value: Any) -> str:
+    """Name the JSON type of a value, with its beginning."""
+    kinds = {dict: "a mapping", list: "a list", str: "a text", bool: "a truth value"}
+    if value is None:
+        return "null"
+    text = json.dumps(value, ensure_ascii=False)
+    return f"{kinds.get(type(value), 'a number')} ({text[:40]}{'...' if len(text) > 40 else ''})"
+
+
+def suggest_name(name: str, known_names: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the name in `known` that is most like `name`, else ""."""
+    by_lower = {one.lower(): one for one in known_names}
+    found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    return f" Did you mean '{by_lower[found[0]]}'?" if found else ""

@@ -1,0 +1,175 @@
+"""`python -m vlbench score`: what a file of answers to MMMU or CMMMU is worth, by a protocol."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vlbench.config.overrides import parse_key_values, read_integer
+from vlbench.errors import UserError
+from vlbench.evaluate.tasks.answer_files import AnswerRecord, read_answers
+from vlbench.evaluate.tasks.answer_files import first_errors
+from vlbench.evaluate.tasks.benchmark_truths import read_truths
+from vlbench.evaluate.tasks.score_summary import summarize_scores
+from vlbench.evaluate.tasks.scored_items import AnsweredItem, ScoredItem
+from vlbench.evaluate.tasks.scoring_protocols import score_items, scoring_protocol
+from vlbench.evaluate.tasks.subject_domains import SUBJECT_DOMAINS
+from vlbench.text_files import format_json_lines, read_text, write_atomically
+
+SCORE_OPTIONS = ("seed", "out", "data", "split")
+DEFAULT_SEED = 42  # of the benchmarks' own code
+PUBLISHED_FILE = Path(__file__).with_name("published.yaml")
+
+
+def run_score(overrides: list[str]) -> int:
+    """Score `answers=FILE`, print a table, and write scores.json and scored.jsonl.
+
+    They go to the folder `out=DIR`, by default FILE.scores beside the file. Answers that cannot be
+    scored are left out, named on standard error and in bad.txt, and counted. `data=` has the
+    questions of a file that holds their ids alone.
+    """
+    given = parse_key_values("score", overrides, ("task", "answers", "protocol"), SCORE_OPTIONS)
+    task, protocol = given["task"], given["protocol"]
+    shown = scoring_protocol(task, protocol).accuracy_format
+    seed = read_integer(given, "seed", DEFAULT_SEED, 0, 2**32 - 1)
+    if "split" in given and "data" not in given:
+        raise UserError("split= is for data=, the questions of a file that holds ids alone")
+    answers = Path(given["answers"]).expanduser()
+    out = Path(given.get("out") or f"{answers}.scores").expanduser()
+    truths = (
+        read_truths(task, given["data"], given.get("split", "val")) if "data" in given else None
+    )
+    # what came with Yi-VL compares letters, and needs no options
+    records, items, bad = read_answers(task, answers, truths, protocol != "yi")
+    records, items, more = _drop_unscorable(task, protocol, records, items)
+    bad += more
+    if not items:
+        raise UserError("\n".join(first_errors(bad)))
+    scored = score_items(task, protocol, items, seed)
+    scores = {"task": task, "protocol": protocol, "seed": seed, **summarize_scores(task, scored)}
+    if bad:
+        scores["bad"] = len(bad)
+    write_score_files(out, scores, records, scored)
+    write_atomically(out / "bad.txt", "".join(f"{line}\n" for line in bad))
+    for line in first_errors(bad):
+        print(f"vlbench: left out: {line}", file=sys.stderr)
+    told = [f"{len(bad)} of {len(bad) + len(items)} lines left out ({out / 'bad.txt'})"] * bool(bad)
+    told += report_equal_ids([record["id"] for record in records])
+    lines = [
+        *told,
+        *format_score_table(scores, shown),
+        "",
+        *format_published(scores),
+        "",
+        f"wrote {out}",
+    ]
+    print("\n".join(lines))
+    return 0
+
+
+def report_equal_ids(ids: Sequence[object]) -> list[str]:
+    """Return a line on ids that are there several times, [] if none is."""
+    counts = Counter(map(str, ids))
+    several = {name: number for name, number in counts.items() if number > 1}
+    if not several:
+        return []
+    name, number = next(iter(several.items()))
+    total = sum(several.values())
+    return [f"{total} questions share {len(several)} ids ({name}: {number}); each counts by itself"]
+
+
+def _drop_unscorable(
+    task: str, protocol: str, records: list[AnswerRecord], items: list[AnsweredItem]
+) -> tuple[list[AnswerRecord], list[AnsweredItem], list[str]]:
+    """Leave out the items at which the benchmarks' code stops, and say why."""
+    kept: list[tuple[AnswerRecord, AnsweredItem]] = []
+    bad = []
+    for record, item in zip(records, items, strict=True):
+        try:
+            score_items(task, protocol, [item])
+            kept.append((record, item))
+        except UserError as mistake:
+            bad.append(str(mistake))
+    return [record for record, _ in kept], [item for _, item in kept], bad
+
+
+def write_score_files(
+    folder: Path,
+    scores: dict[str, Any],
+    records: list[AnswerRecord],
+    scored_items: list[ScoredItem],
+) -> None:
+    """Write scores.json, and scored.jsonl: every line as it was, and what was made of it."""
+    lines = format_json_lines(
+        {
+            **record,
+            "prediction": to_json_value(one.prediction),
+            "correct": one.correct,
+            "fallback": one.fallback,
+        }
+        for record, one in zip(records, scored_items, strict=True)
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "scored.jsonl", lines)
+        write_atomically(
+            folder / "scores.json", json.dumps(scores, indent=1, ensure_ascii=False) + "\n"
+        )
+    except OSError as error:
+        raise UserError(f"out={folder} cannot be written ({error.strerror})") from error
+
+
+def to_json_value(prediction: Any) -> Any:
+    """Return a prediction as JSON knows it: nan and inf, which it does not, as texts."""
+    if isinstance(prediction, list):
+        return [to_json_value(value) for value in prediction]
+    finite = not isinstance(prediction, float) or math.isfinite(prediction)
+    return prediction if finite else str(prediction)
+
+
+def format_score_table(scores: dict[str, Any], accuracy_format: str) -> Iterator[str]:
+    """Return lines on all answers, types, domains and subjects, as the protocol prints them."""
+    drawn, unread = scores["fallback"], scores["unread"]
+    yield (
+        f"{scores['task']}, protocol {scores['protocol']}, seed {scores['seed']}: "
+        f"{drawn} answers drawn at random, {unread} more unreadable; "
+        f"{(drawn + unread) / scores['n']:.1%} could not be read"
+    )
+    yield "     n  correct  accuracy  95 % interval"
+    parts = [scores[f"by_{kind}"].items() for kind in ("type", "domain", "subject")]
+    for name, group in [("all", scores), *chain(*parts)]:
+        if group["n"]:
+            low, high = group["interval"]
+            accuracy = format(group["accuracy"], accuracy_format)
+            yield (
+                f"{group['n']:6}  {group['correct']:7}  {accuracy:>8}  {low:.3f} to {high:.3f}  "
+                f"{name}"
+            )
+
+
+def format_published(scores: dict[str, Any]) -> Iterator[str]:
+    """Return lines of published accuracies in percent: all, and the domains; these answers first.
+
+    What is published was prompted in other ways and is of the whole set that its line names.
+    """
+    by_domain = [scores["by_domain"][domain] for domain in SUBJECT_DOMAINS[scores["task"]].domains]
+    ours = [100 * one["accuracy"] if one["n"] else None for one in (scores, *by_domain)]
+    yield f"percent: all, {', '.join(SUBJECT_DOMAINS[scores['task']].domains)}"
+    yield _format_row(ours, "these answers")
+    for name, known in yaml.safe_load(read_text(PUBLISHED_FILE))[scores["task"]].items():
+        yield f"published, {name} ({known['source']})"
+        for model, row in known["rows"].items():
+            yield _format_row(row, model)
+
+
+def _format_row(percentages: list[float | None], row_name: str) -> str:
+    cells = [*percentages, *[None] * (7 - len(percentages))]
+    return "".join("     -" if cell is None else f"{cell:6.1f}" for cell in cells) + f"  {row_name}"

@@ -1,0 +1,115 @@
+"""`vlbench.load`: a run, a checkpoint or a released model, ready to answer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlbench.config import recipe as recipes
+from vlbench.data.chat_template import check_template_name
+from vlbench.errors import UserError, suggest_name
+from vlbench.model.vlm import VLM
+from vlbench.model.weights.load_release import ReleaseOverrides, load_release
+from vlbench.model.weights.tensor_files import stored_dtype_and_numel
+from vlbench.process_settings import preserve_process_settings
+from vlbench.train import checkpoint_files
+from vlbench.train.resume import find_released_model, load_checkpoint
+
+DTYPE_NAMES = {
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+}
+COMPARISON_DTYPE = torch.float64  # for comparisons; no name, as nobody trains in it
+MAX_FLOAT32_BYTES = 4_000_000_000  # bytes
+
+
+@preserve_process_settings()
+def load_model(
+    path: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    template: str | None = None,
+) -> VLM:
+    """Return the model in a run, a checkpoint, or a released model (a folder or a hub id).
+
+    `dtype` is a type of torch or one of the names in DTYPES. None: as the weights are stored, but
+    on a CPU float32 if that takes at most FLOAT32_UP_TO bytes: exact, and no slower there.
+    `device` None is the GPU if there is one. `template` is one of `data.chat_template.CHAT_TEMPLATES`; None:
+    that which the model was trained with, and for a release that of its folder, which is said in a
+    line on standard error where it is not Yi-VL's own.
+    """
+    check_template_name(template)
+    device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    _check_usable_device(device)
+    folder = find_model_folder(path, "model")
+    kind = parse_dtype(dtype) or _default_dtype(folder, device)
+    return load_model_folder(folder, kind, device, template).eval()
+
+
+def find_model_folder(path: str | Path, key: str) -> Path:
+    """Return the folder of a checkpoint or released model; `key` names `path` in a mistake."""
+    if not isinstance(path, str | Path) or not str(path):
+        raise UserError(f"{key} is {path!r}; wanted is the path of a run, checkpoint or release")
+    path = Path(path).expanduser()
+    if checkpoint_files.is_run_or_checkpoint(path):
+        return checkpoint_files.find_checkpoint(path)
+    return find_released_model(str(path), key)
+
+
+def load_model_folder(
+    folder: Path, dtype: torch.dtype | None, device: str = "cpu", template: str | None = None
+) -> VLM:
+    """Return the model in a folder that `find` found; `dtype` None keeps tensors as stored.
+
+    `template` replaces that of the folder.
+    """
+    if not checkpoint_files.is_run_or_checkpoint(folder):
+        return load_release(folder, dtype, device, ReleaseOverrides(template_name=template))
+    recipe = recipes.load_recipe_file(folder / "recipe.yaml")
+    if template:
+        known: Any = template  # a name of TEMPLATES
+        recipe = replace(recipe, language=replace(recipe.language, template=known))
+    vlm = load_checkpoint(folder, recipe, dtype, device)
+    _, before = checkpoint_files.read_preprocessing(folder)
+    if before != vlm.transform.transform_hash():
+        raise UserError(
+            f"{folder} was trained with other image preprocessing (hash {before}, "
+            f"this version has {vlm.transform.transform_hash()}): its answers would not be its own"
+        )
+    return vlm
+
+
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Return the type that a name of DTYPES means."""
+    if dtype is None or (
+        isinstance(dtype, torch.dtype) and dtype in (*DTYPE_NAMES.values(), COMPARISON_DTYPE)
+    ):
+        return dtype
+    if not isinstance(dtype, str) or dtype not in DTYPE_NAMES:
+        known = ", ".join(DTYPE_NAMES)
+        raise UserError(
+            f"dtype is '{dtype}'; known are {known}.{suggest_name(str(dtype), DTYPE_NAMES)}"
+        )
+    return DTYPE_NAMES[dtype]
+
+
+def _default_dtype(folder: Path, device: str) -> torch.dtype:
+    kind, numbers = stored_dtype_and_numel(folder)
+    exact = device.startswith("cpu") and numbers * 4 <= MAX_FLOAT32_BYTES
+    return torch.float32 if exact else kind
+
+
+def _check_usable_device(device: str) -> None:
+    if device.partition(":")[0] == "meta":
+        raise UserError("device is 'meta', which holds no numbers; it cannot answer")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # of torch: no such device, or not built for it
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device is '{device}', which cannot be used here ({reason})") from error

@@ -1,0 +1,88 @@
+"""How the miniature tower's pretraining encodes pictures and captions, with work spared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import open_clip
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate, normalize
+
+from vlbench.data.scene_world import RenderedScene
+from vlbench.data.tokenizer import Tokenizer
+from vlbench.miniatures.training_images import CloseUpImage
+
+CONTEXT_LENGTH = 40  # tokens of a caption with its start and end
+_PIXEL_MEAN = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1)
+_PIXEL_STD = torch.tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1)
+
+
+def load_pixels(scenes: Sequence[RenderedScene | CloseUpImage], image_size: int = 56) -> Tensor:
+    """Open and normalise scenes, [scenes, 3, side, side]."""
+    size = (image_size, image_size)
+    rows = [np.asarray(s.open().resize(size, Image.Resampling.BICUBIC)) for s in scenes]
+    images = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2) / 255
+    return (images - _PIXEL_MEAN) / _PIXEL_STD
+
+
+def tokenize_captions(tokenizer: Tokenizer, captions: Sequence[str]) -> Tensor:
+    """Write captions as the text tower reads them, [texts, CONTEXT]: start, ids, end, padding."""
+    rows = torch.zeros(len(captions), CONTEXT_LENGTH, dtype=torch.long)
+    for row, text in zip(rows, captions, strict=True):
+        ids = [
+            tokenizer.bos_token_id,
+            *tokenizer.encode(text)[: CONTEXT_LENGTH - 2],
+            tokenizer.eos_token_id,
+        ]
+        row[: len(ids)] = torch.tensor(ids)
+    return rows
+
+
+def encode_single_objects(model: open_clip.CLIP, scenes: Sequence[RenderedScene]) -> Tensor:
+    """Encode scenes of one object, [scenes, width], without the patches of the empty quarters.
+
+    That makes a step three times cheaper, and shapes need many steps.
+    """
+    visual = model.visual
+    hidden = visual.conv1(load_pixels(scenes)).flatten(2).transpose(1, 2)
+    hidden = hidden + visual.positional_embedding[1:]
+    cells = torch.tensor([one.objects[0].cell for one in scenes])
+    corner = cells // 2 * 8 + cells % 2 * 2  # the quarter's first patch of 4 x 4
+    kept = corner[:, None] + torch.tensor([0, 1, 4, 5])
+    return _encode_patches(
+        visual, hidden.gather(1, kept[..., None].expand(-1, -1, hidden.shape[2]))
+    )
+
+
+def encode_large_images(model: open_clip.CLIP, scenes: Sequence[RenderedScene]) -> Tensor:
+    """Encode scenes at 112 pixels, [scenes, width]; position embeddings are resized as `fit` does.
+
+    A large tower gets over a doubled resolution in millions of pictures; this one has minutes.
+    """
+    visual = model.visual
+    hidden = visual.conv1(load_pixels(scenes, 112)).flatten(2).transpose(1, 2)
+    grid = visual.positional_embedding[1:].float().T.reshape(1, -1, 4, 4)
+    grid = interpolate(grid, size=(8, 8), mode="bicubic", antialias=True, align_corners=False)
+    return _encode_patches(visual, hidden + grid.flatten(2).transpose(1, 2))
+
+
+def _encode_patches(visual: open_clip.transformer.VisionTransformer, patches: Tensor) -> Tensor:
+    """Do with patches `[images, patches, width]` what follows in open_clip."""
+    start = visual.class_embedding + visual.positional_embedding[:1]
+    hidden = torch.cat([start.expand(len(patches), 1, -1), patches], 1)
+    hidden = visual.ln_post(visual.transformer(visual.ln_pre(hidden)))[:, 1:].mean(1)
+    return normalize(hidden @ visual.proj, dim=-1)
+
+
+def encode_text(model: open_clip.CLIP, input_ids: Tensor, eos_id: int) -> Tensor:
+    """Do as `model.encode_text(ids, normalize=True)`, sparing the columns of mere padding."""
+    input_ids = input_ids[:, : int((input_ids != 0).sum(1).max())]
+    length = input_ids.shape[1]
+    hidden = model.token_embedding(input_ids) + model.positional_embedding[:length]
+    hidden = model.transformer(hidden, attn_mask=model.attn_mask[:length, :length])
+    ends = (input_ids == eos_id).int().argmax(1)
+    hidden = model.ln_final(hidden)[torch.arange(len(input_ids)), ends] @ model.text_projection
+    return normalize(hidden, dim=-1)

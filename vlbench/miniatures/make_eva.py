@@ -1,0 +1,108 @@
+"""Teach the EVA miniature: it learns to find what the miniature tower sees, patch by patch.
+
+That is how EVA-01 and EVA-02 come to be: a plain ViT regresses the features of a CLIP tower. Here
+no patch is hidden, and both image sizes are shown, because there are minutes and not weeks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm, mse_loss
+
+from vlbench.miniatures import make_vision_encoder
+from vlbench.miniatures.batch_encoding import load_pixels
+from vlbench.miniatures.eva_architecture import EVA_MODEL_NAME
+from vlbench.miniatures.training_images import single_object_scenes, whole_scenes
+from vlbench.model.vision_encoder import VisionEncoder
+
+DISTILLATION_STAGES = ((56, 500, 2e-3), (112, 1100, 1.5e-3), (56, 300, 5e-4))
+"""Pixels, steps and peak rate. A size has position embeddings, and so an optimizer, of its own."""
+IMAGES_PER_STEP = 48  # of a step
+FEATURE_LAYER = -2  # whose features recipes use
+EVA_CONFIG: dict[str, Any] = {
+    "embed_dim": 128,
+    "vision_cfg": {
+        "image_size": 56,
+        "timm_model_name": EVA_MODEL_NAME,
+        "timm_model_pretrained": False,
+        "timm_pool": "token",
+        "timm_proj": None,
+    },
+    # open_clip wants a text tower; this one is a stub, as no caption was read
+    "text_cfg": {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1},
+}
+
+
+def create_eva_encoder(
+    folder: Path, teacher_folder: Path, log: Callable[[str], None] = print
+) -> dict[str, float]:
+    """Teach the miniature by the tower in `teacher`, write it to `folder`, and give its quality."""
+    torch.manual_seed(12)
+    model = open_clip.CLIP(**EVA_CONFIG)  # type: ignore[arg-type]
+    student, tower = (
+        _wrap_encoder(model),
+        _wrap_encoder(make_vision_encoder.build_clip(teacher_folder)),
+    )
+    start = time.monotonic()
+    tower.requires_grad_(False)
+    errors = {}
+    for number, (side, steps, rate) in enumerate(DISTILLATION_STAGES):
+        student.set_image_size(side)
+        tower.set_image_size(side)
+        errors[f"feature_error_{side}"] = distill_features(student, tower, number, steps, rate, log)
+    make_vision_encoder.write_clip(model, EVA_CONFIG, folder)
+    return {**errors, "seconds": time.monotonic() - start}
+
+
+def distill_features(
+    student: VisionEncoder,
+    teacher: VisionEncoder,
+    stage_index: int,
+    steps: int,
+    peak_lr: float,
+    log: Callable[[str], None],
+) -> float:
+    """Let `student` regress the features of `tower`; return the last error per feature."""
+    optimizer = torch.optim.AdamW(
+        student.used_parameters(), lr=peak_lr, betas=(0.9, 0.98), weight_decay=0.05
+    )
+    start, average = time.monotonic(), 1.0
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = peak_lr * make_vision_encoder.cosine_lr_scale(step, steps)
+        place = 500_000 + 10_000 * stage_index + step
+        scenes, _ = (
+            single_object_scenes(place)
+            if step % 4 == 0
+            else whole_scenes(place, base_scenes=IMAGES_PER_STEP // 4)
+        )
+        images = load_pixels(scenes[:IMAGES_PER_STEP], student.image_size)
+        with torch.no_grad():
+            target = _normalize_features(teacher(images))
+        loss = mse_loss(_normalize_features(student(images)), target)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.used_parameters(), 1.0)
+        optimizer.step()
+        average += 0.02 * (loss.item() - average)
+        if step % 100 == 0:
+            log(
+                f"eva {stage_index} {step}/{steps} error {average:.3f} {time.monotonic() - start:.0f} s"
+            )
+    return round(average, 4)
+
+
+def _wrap_encoder(model: open_clip.CLIP) -> VisionEncoder:
+    mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+    return VisionEncoder(model.visual, FEATURE_LAYER, False, {"mean": mean, "std": std})
+
+
+def _normalize_features(features: Tensor) -> Tensor:
+    return layer_norm(features, features.shape[-1:])

@@ -1,0 +1,307 @@
+"""Train the miniature language model: Yi's architecture, on text of the rendered world alone."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from vlbench.data.batch_sampler import CachedTokenizer
+from vlbench.data.chat_template import YI_VL
+from vlbench.data.sample_encoding import ChatTurn
+from vlbench.data.scene_text import LANGUAGES, QUESTION_TYPES, draw_question, list_questions
+from vlbench.data.scene_world import make_scene
+from vlbench.data.tokenizer import Tokenizer
+from vlbench.miniatures.attention_init import initialize_attention
+from vlbench.miniatures.make_tokenizer import VOCAB_SIZE
+from vlbench.miniatures.training_text import (
+    CELL_SEPARATOR,
+    OVERLAY_SEPARATOR,
+    TEXT_SCENE_STREAM,
+    TextPiece,
+    describe_in_words,
+    make_document,
+    make_drill,
+    make_facts,
+)
+
+DOCUMENTS_PER_STEP = 32  # documents of a step
+FACT_STEPS, DRILL_STEPS, CHAT_STEPS = (
+    300,
+    1000,
+    800,
+)  # steps whose documents are mostly these, in this order
+LATER_FACT_SHARE = 0.15  # share of the documents that are facts in the later of these steps
+REVIEW_STEPS, REVIEW_DRILL_SHARE = (
+    1200,
+    0.6,
+)  # steps that repeat what is hard; share of their documents that drill
+SYSTEM_PROMPT_SHARE = (
+    0.2  # share of the chats that keep the system prompt; the others save its time
+)
+ADAMW_LR, MUON_LR = 2e-3, 0.02  # of AdamW for embeddings, head and norms; of Muon for the matrices
+CONTEXT_WEIGHT = 0.02  # of tokens that are given, against those of answers
+HELD_OUT_SEED = 1_000_000  # the seed of held-out documents
+MAX_OVERLAID_WORDS = 4  # words over one another at most
+_SORTED_BATCHES = 8  # batches whose documents are sorted by length together
+
+
+def language_model_config() -> LlamaConfig:
+    """Give Yi's architecture, narrow and shallow."""
+    return LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=344,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e6},
+        tie_word_embeddings=False,
+        initializer_range=0.04,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+
+
+def create_language_model(
+    folder: Path, tokenizer: Tokenizer, log: Callable[[str], None] = print
+) -> dict[str, object]:
+    """Train the language model, write it to `folder`, and give its quality."""
+    torch.manual_seed(12)
+    model = LlamaForCausalLM(language_model_config())
+    initialize_attention(model)
+    start = time.monotonic()
+    for lesson in (
+        CurriculumStage(FACT_STEPS + DRILL_STEPS + CHAT_STEPS, 1.0, first_stage_document),
+        CurriculumStage(REVIEW_STEPS, 0.5, review_document),
+    ):
+        train(model, tokenizer, lesson, log)
+        model.half().float()  # as it is written
+    seconds = time.monotonic() - start
+    model.half().save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
+    model.float().eval()
+    answers = measure_text_answers(model, tokenizer)
+    figures = {"perplexity": measure_perplexity(model, tokenizer), **answers, "seconds": seconds}
+    log(f"language {figures}")
+    return figures
+
+
+@dataclass
+class CurriculumStage:
+    """One leg of training: `document(step, index)` makes what is read."""
+
+    steps: int
+    peak_lr_scale: float  # of the learning rates, as a share
+    document_maker: Callable[[int, int], list[TextPiece]]
+
+    def lr_scale(self, step: int) -> float:
+        """Give the share of the peak rates: a short rise, a plateau, a long fall to 1 in 100."""
+        fallen = max(0.0, (step / self.steps - 0.3) / 0.7)
+        wave = 0.505 + 0.495 * math.cos(math.pi * fallen)
+        return self.peak_lr_scale * min(1.0, (step + 1) / 100) * wave
+
+    def document_batches(self) -> Iterator[list[list[TextPiece]]]:
+        """Give the documents of every step; those of some steps are sorted by length together."""
+        for first in range(0, self.steps, _SORTED_BATCHES):
+            numbers = range(
+                first * DOCUMENTS_PER_STEP, (first + _SORTED_BATCHES) * DOCUMENTS_PER_STEP
+            )
+            documents = [self.document_maker(first, number) for number in numbers]
+            documents.sort(key=lambda pieces: sum(len(text) for text, _ in pieces))
+            batches = [
+                documents[at : at + DOCUMENTS_PER_STEP]
+                for at in range(0, len(documents), DOCUMENTS_PER_STEP)
+            ]
+            random.Random(first).shuffle(batches)
+            yield from batches[: self.steps - first]
+
+
+def first_stage_document(step: int, index: int) -> list[TextPiece]:
+    """Make a document of the first lesson: facts, then drills, then conversations."""
+    rng = random.Random(f"kinds/{index}")
+    if step < FACT_STEPS or rng.random() < LATER_FACT_SHARE:
+        return make_facts(0, index)
+    if step < FACT_STEPS + DRILL_STEPS:
+        return make_drill(0, index)
+    return _drop_system_prompt(rng, make_document(0, index))
+
+
+def review_document(step: int, index: int) -> list[TextPiece]:
+    """Make a document of the second lesson: drills that count much, and conversations."""
+    rng = random.Random(f"again/{index}")
+    if rng.random() < REVIEW_DRILL_SHARE:
+        return make_drill(1, index, count_weight=2)
+    return _drop_system_prompt(rng, make_document(1, index))
+
+
+def _drop_system_prompt(rng: random.Random, pieces: list[TextPiece]) -> list[TextPiece]:
+    if rng.random() < SYSTEM_PROMPT_SHARE:
+        return pieces
+    return [(text.replace(YI_VL.system, ""), learn) for text, learn in pieces]
+
+
+def train(
+    model: LlamaForCausalLM,
+    tokenizer: Tokenizer,
+    stage: CurriculumStage,
+    log: Callable[[str], None],
+) -> None:
+    """Minimise the weighted cross entropy of a lesson's documents."""
+    optimizers = _build_optimizers(model)
+    memo = CachedTokenizer(tokenizer)
+    start = time.monotonic()
+    for step, documents in enumerate(stage.document_batches()):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * stage.lr_scale(step)
+        ids, weights = encode_documents(memo, documents)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = _next_token_losses(model, ids)
+        loss = (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        if step % 100 == 0:
+            answers = losses[weights[:, 1:] == 1].mean().item()
+            log(
+                f"language step {step}/{stage.steps} loss {loss.item():.3f} answers {answers:.3f} "
+                f"{time.monotonic() - start:.0f} s"
+            )
+
+
+def _build_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+    """Give Muon (Jordan et al., 2024) for the matrices of the layers and AdamW for the rest."""
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=MUON_LR, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=ADAMW_LR, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
+
+
+def encode_documents(
+    tokenizer: Tokenizer | CachedTokenizer, documents: Sequence[Sequence[TextPiece]]
+) -> tuple[Tensor, Tensor]:
+    """Write documents as ids and weights, padded with weight 0.
+
+    Ids are `[documents, longest, DEEP]`, -1 where fewer words stand at a position; weights are
+    `[documents, longest]`, 0 where several do.
+    """
+    rows = []
+    for pieces in documents:
+        ids, weights = list[list[int]](), list[float]()
+        for text, learn in pieces:
+            for part in text.split(CELL_SEPARATOR):
+                if OVERLAY_SEPARATOR in part:
+                    ids.append(
+                        [
+                            id_
+                            for word in part.split(OVERLAY_SEPARATOR)
+                            for id_ in tokenizer.encode(word)
+                        ]
+                    )
+                    weights.append(0.0)
+                else:
+                    ids += [[id_] for id_ in tokenizer.encode(part)]
+                    weights += [1.0 if learn else CONTEXT_WEIGHT] * (len(ids) - len(weights))
+        rows.append((ids, weights))
+    longest = max(len(ids) for ids, _ in rows)
+    ids_out = torch.full((len(rows), longest, MAX_OVERLAID_WORDS), -1)
+    weights_out = torch.zeros(len(rows), longest)
+    for row, (ids, weights) in enumerate(rows):
+        filled = [[*at, *[-1] * (MAX_OVERLAID_WORDS - len(at))] for at in ids]
+        ids_out[row, : len(ids)] = torch.tensor(filled)
+        weights_out[row, : len(ids)] = torch.tensor(weights)
+    return ids_out, weights_out
+
+
+def compute_logits(model: LlamaForCausalLM, input_ids: Tensor) -> Tensor:
+    """Give logits for ids `[rows, length, DEEP]`, [rows, length, vocabulary].
+
+    Words over one another are added, and brought to the deviation 1 that the LayerNorm at the end
+    of a connector gives to visual tokens.
+    """
+    there = (input_ids >= 0)[..., None]
+    words = model.model.embed_tokens(input_ids.clamp(min=0)) * there
+    added = words.sum(2)
+    several = there.sum(2) > 1
+    even = added * added.pow(2).mean(-1, keepdim=True).clamp(min=1e-6).rsqrt()
+    return model(inputs_embeds=torch.where(several, even, added), use_cache=False).logits.float()
+
+
+def _next_token_losses(model: LlamaForCausalLM, input_ids: Tensor) -> Tensor:
+    """Give the cross entropy of every next token, [rows, length - 1]."""
+    truth = input_ids[:, 1:, 0].clamp(min=0)
+    flat = torch.nn.functional.cross_entropy(
+        compute_logits(model, input_ids[:, :-1]).flatten(0, 1), truth.flatten(), reduction="none"
+    )
+    return flat.view(truth.shape)
+
+
+@torch.no_grad()
+def measure_perplexity(
+    model: LlamaForCausalLM, tokenizer: Tokenizer, document_count: int = 128
+) -> float:
+    """Measure the perplexity of the answers and captions of held-out documents."""
+    total, tokens = 0.0, 0
+    for begin_at in range(0, document_count, 32):
+        some = [make_document(HELD_OUT_SEED, index) for index in range(begin_at, begin_at + 32)]
+        ids, weights = encode_documents(tokenizer, some)
+        losses = _next_token_losses(model, ids)[weights[:, 1:] == 1]
+        total, tokens = total + losses.sum().item(), tokens + len(losses)
+    return math.exp(total / tokens)
+
+
+@torch.no_grad()
+def measure_text_answers(
+    model: LlamaForCausalLM, tokenizer: Tokenizer, chats_per_type: int = 100
+) -> dict[str, dict[str, float]]:
+    """Measure the exact match of answers about scenes told in words, and without any telling."""
+    figures: dict[str, dict[str, float]] = {"text_answers": {}, "blank_answers": {}}
+    for name, told in (("text_answers", True), ("blank_answers", False)):
+        for kind in QUESTION_TYPES:
+            documents = _single_question_chats(kind, chats_per_type, told)
+            ids, weights = encode_documents(tokenizer, documents)
+            right = compute_logits(model, ids[:, :-1]).argmax(-1) == ids[:, 1:, 0]
+            exact = (right | (weights[:, 1:] < 1)).all(1)
+            figures[name][kind] = round(exact.float().mean().item(), 4)
+    return figures
+
+
+def _single_question_chats(
+    question_type: str, count: int, is_described: bool
+) -> list[list[TextPiece]]:
+    """Make chats of one question of a type about held-out scenes."""
+    documents: list[list[TextPiece]] = []
+    index = 0
+    while len(documents) < count:
+        index += 1
+        rng = random.Random(f"{question_type}/{index}")
+        one = make_scene(TEXT_SCENE_STREAM, HELD_OUT_SEED, index)
+        asked = [q for q in list_questions(one, rng.choice(LANGUAGES)) if q.type == question_type]
+        if asked:
+            question = draw_question(rng, asked)
+            text = (
+                f"{describe_in_words(rng, one)}\n{question.text}" if is_described else question.text
+            )
+            turns = [ChatTurn("human", text), ChatTurn("assistant", question.answer)]
+            documents.append(YI_VL.render_pieces(turns))
+    return documents

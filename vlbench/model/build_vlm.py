@@ -1,0 +1,164 @@
+"""From a recipe to a model: the one place that knows both."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlbench.config.schema import Recipe
+from vlbench.connector import registry
+from vlbench.data.chat_template import CHAT_TEMPLATES
+from vlbench.data.tokenizer import Tokenizer
+from vlbench.errors import UserError
+from vlbench.model.language_model import (
+    build_empty_language,
+    build_language_model,
+    language_folder,
+    read_eos_token_ids,
+    read_language_config,
+)
+from vlbench.model.vision_config import OPEN_CLIP_CONFIG, read_vision_config
+from vlbench.model.vision_encoder import (
+    VisionEncoder,
+    build_encoder_from_config,
+    build_vision_encoder,
+)
+from vlbench.model.vlm import VLM
+from vlbench.model.weights.load_release import ReleaseOverrides
+from vlbench.model.weights.weight_origin import (
+    ORIGINS_FILE,
+    WeightOrigin,
+    check_same_origin,
+    make_weight_origin,
+    read_origins,
+)
+
+LANGUAGE_FOLDER = "language"  # folder in a checkpoint that describes its language model
+VISION_FOLDER = "vision"  # folder in a checkpoint that describes its vision encoder
+
+
+def build_vlm(
+    recipe: Recipe, image_size: int, objective: str = "language", mmap_language: bool = False
+) -> VLM:
+    """Build the model of `recipe` with its pretrained weights, at `image_size` pixels.
+
+    `objective` is that of the stage which begins. With `mapped` the weights of the language model
+    stay in their files, for a model that is to be sharded.
+    """
+    torch.manual_seed(recipe.seed)  # what has no pretrained weights starts from the seed
+    tower, origin = _build_pretrained_encoder(recipe, [image_size])
+    language = build_language_model(
+        recipe.language.name, recipe.language.weights, mmap_weights=mmap_language
+    )
+    tokenizer = Tokenizer.load(language_folder(recipe.language.weights))
+    vlm = _assemble_vlm(recipe, tower, language, tokenizer)
+    vlm.set_objective(objective, fresh=True)
+    vlm.weight_origins = {
+        "vision": origin,
+        "connector": make_weight_origin(vlm.connector.weights_source, vlm.connector),
+        "language": make_weight_origin(recipe.language.weights, language),
+    }
+    return vlm
+
+
+def build_checkpoint_vlm(
+    recipe: Recipe,
+    image_sizes: Sequence[int],
+    folder: Path,
+    checkpoint_parts: Collection[str],
+    mmap_language: bool = False,
+) -> VLM:
+    """Build the model of a checkpoint in `folder`, of which it holds the weights of parts `held`.
+
+    Those are left to be loaded; what training never touched has the recipe's pretrained weights,
+    which must be those that the run began with. `sides` are the image sizes in pixels that training
+    went through, the last one that of the checkpoint: position embeddings that are resized twice
+    are other ones than those that are resized at once.
+    """
+    before = read_origins(folder / ORIGINS_FILE)
+    if "vision" in checkpoint_parts:
+        tower = build_checkpoint_encoder(recipe, folder)
+        tower.set_image_size(image_sizes[-1])
+    else:
+        tower, origin = _build_pretrained_encoder(recipe, image_sizes)
+        check_same_origin("vision", before.get("vision"), origin, str(folder))
+    if "language" in checkpoint_parts:
+        config = read_language_config(folder / LANGUAGE_FOLDER)
+        language: Any = build_empty_language(config)
+        language.generation_config.eos_token_id = read_eos_token_ids(
+            folder / LANGUAGE_FOLDER, config
+        )
+    else:
+        language = build_language_model(
+            recipe.language.name, recipe.language.weights, mmap_weights=mmap_language
+        )
+        origin = make_weight_origin(recipe.language.weights, language)
+        check_same_origin("language", before.get("language"), origin, str(folder))
+    return _assemble_vlm(recipe, tower, language, Tokenizer.load(folder))
+
+
+def release_overrides(recipe: Recipe) -> ReleaseOverrides:
+    """Return what `recipe` decides about a model that begins as a released one."""
+    return ReleaseOverrides(
+        connector_name=recipe.connector["name"],
+        connector_options=recipe_connector_options(recipe),
+        vision_layer=recipe.vision.layer,
+        vision_norm=recipe.vision.norm,
+        template_name=recipe.language.template,
+        max_length=recipe.language.max_length,
+    )
+
+
+def recipe_connector_options(recipe: Recipe) -> dict[str, Any]:
+    """Return the options of the recipe's connector."""
+    return {key: value for key, value in recipe.connector.items() if key != "name"}
+
+
+def _build_pretrained_encoder(
+    recipe: Recipe, image_sizes: Sequence[int]
+) -> tuple[VisionEncoder, WeightOrigin]:
+    """Return the recipe's tower, resized to each of `sides`; and its origin as its weights are."""
+    vision = recipe.vision
+    tower = build_vision_encoder(vision.name, vision.weights, vision.layer, vision.norm)
+    origin = make_weight_origin(vision.weights, tower.visual)
+    for side in image_sizes:
+        tower.set_image_size(side)
+    return tower, origin
+
+
+def build_checkpoint_encoder(recipe: Recipe, folder: Path) -> VisionEncoder:
+    """Return the tower that the checkpoint in `folder` describes; its weights are not loaded.
+
+    `recipe` is that of the checkpoint.
+    """
+    vision = recipe.vision
+    if (folder / VISION_FOLDER / OPEN_CLIP_CONFIG).is_file():
+        config = read_vision_config(folder / VISION_FOLDER)
+        return build_encoder_from_config(config, vision.name, vision.layer, vision.norm)
+    return build_vision_encoder(
+        vision.name, vision.weights, vision.layer, vision.norm, load_weights=False
+    )
+
+
+def _assemble_vlm(
+    recipe: Recipe, vision_encoder: VisionEncoder, language: Any, tokenizer: Tokenizer
+) -> VLM:
+    torch.manual_seed(recipe.seed)  # the connector's start does not depend on the other parts
+    try:
+        return VLM(
+            vision_encoder,
+            registry.load_connector(recipe.connector["name"]),
+            recipe_connector_options(recipe),
+            language,
+            tokenizer,
+            CHAT_TEMPLATES[recipe.language.template],
+            recipe.language.max_length,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    except Exception as error:
+        registry.blame_connector_file(error)
+        raise

@@ -1,0 +1,215 @@
+"""The language model: Yi, or any folder of the same (Llama) architecture, through transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from vlbench.errors import UserError, suggest_name
+from vlbench.model.packed_attention import PACKED_ATTENTION
+from vlbench.model.weights import hub_download
+from vlbench.model.weights.hub_download import fetch_hub_folder
+from vlbench.model.weights.quantized_weights import refuse_quantized_folder
+from vlbench.model.weights.tensor_files import read_tensor_shapes, weight_files
+from vlbench.model.weights.tensor_groups import (
+    BUFFER_PATTERN,
+    TensorGroup,
+    check_tensor_groups,
+    load_language_state,
+    load_tensor_groups,
+    missing_tied_keys,
+)
+from vlbench.model.weights.weight_origin import check_loaded_keys
+from vlbench.text_files import read_json
+
+TINY_LANGUAGE_FOLDER = Path(__file__).parents[1] / "miniatures" / "language"
+
+# Yi-6B-Chat and Yi-34B-Chat, from their config.json (Yi report, arXiv:2403.04652, table 1).
+YI_CONFIGS: dict[str, dict[str, Any]] = {
+    "yi-6b": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "intermediate_size": 11008,
+    },
+    "yi-34b": {
+        "hidden_size": 7168,
+        "num_hidden_layers": 60,
+        "num_attention_heads": 56,
+        "num_key_value_heads": 8,
+        "intermediate_size": 20480,
+    },
+}
+SHARED_YI_CONFIG: dict[str, Any] = {
+    "vocab_size": 64000,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 4096,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5_000_000.0},
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+POSITIVE_KEYS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings"),
+)
+"""Keys of a configuration that count something, so that 0 is a mistake."""
+
+
+def build_language_model(
+    name: str, weights: str, dtype: torch.dtype = torch.float32, mmap_weights: bool = False
+) -> LlamaForCausalLM:
+    """Build a language model: `name` with "random" or "embedded" weights, else what `weights` is.
+
+    `weights` may be a folder or hub id of Llama's architecture in the Hugging Face layout. With
+    `mapped` its weights stay in its files, as they are stored.
+    """
+    if weights == "random":
+        return build_random_language(named_language_config(name)).to(dtype=dtype)
+    return load_language_model(language_folder(weights), dtype, mmap_weights)
+
+
+def language_folder(weights: str) -> Path:
+    """Return the folder with the weights and the tokenizer; random weights have the miniature's."""
+    if weights in ("embedded", "random"):
+        return TINY_LANGUAGE_FOLDER
+    return _find_language_folder(weights, hub_download.DOWNLOAD_PATTERNS)
+
+
+def tokenizer_folder(weights: str) -> Path:
+    """Return the folder with the tokenizer alone, for which no weights are downloaded."""
+    return (
+        TINY_LANGUAGE_FOLDER
+        if weights in ("embedded", "random")
+        else _find_language_folder(weights, hub_download.SMALL_FILE_PATTERNS)
+    )
+
+
+def _find_language_folder(weights: str, file_patterns: tuple[str, ...]) -> Path:
+    folder = fetch_hub_folder(
+        weights, "language.weights", hub_download.LANGUAGE_CONTENTS, patterns=file_patterns
+    )
+    if not (folder / "config.json").is_file():
+        raise UserError(f"language.weights is '{weights}', a folder without config.json")
+    return folder
+
+
+def named_language_config(name: str) -> LlamaConfig:
+    """Return the architecture `name`: "tiny", "yi-6b" or "yi-34b"."""
+    if name in YI_CONFIGS:
+        return LlamaConfig(**YI_CONFIGS[name], **SHARED_YI_CONFIG)
+    if name != "tiny":
+        known = ["tiny", *YI_CONFIGS]
+        raise UserError(
+            f"language.name is '{name}'; known are {', '.join(known)}.{suggest_name(name, known)}"
+        )
+    return read_language_config(TINY_LANGUAGE_FOLDER)
+
+
+def read_language_config(folder: Path) -> LlamaConfig:
+    """Return the architecture that a folder's config.json describes, which must be Llama's."""
+    refuse_quantized_folder(folder)
+    file = folder / "config.json"
+    kind = read_json(file).get("model_type")
+    if kind != "llama":
+        raise UserError(
+            f"{file}: model_type is {kind!r}; language models that work here have Llama's "
+            "architecture (Yi, Yi-1.5, Yi-200K, Llama)"
+        )
+    try:
+        found = LlamaConfig(**{k: v for k, v in read_json(file).items() if k != "model_type"})
+    except Exception as error:  # the library's own checks, of types and of widths that divide
+        raise UserError(f"{file}: {' '.join(str(error).split())[:300]}") from error
+    return check_language_config(found, file)
+
+
+def check_language_config(config: LlamaConfig, file: Path) -> LlamaConfig:
+    """Return a configuration, read from `file`, of which a model can be built."""
+    for key in POSITIVE_KEYS:
+        if getattr(config, key) < 1:
+            raise UserError(f"{file}: {key} is {getattr(config, key)}; it must be at least 1")
+    if config.hidden_act not in ACT2FN:
+        close = suggest_name(config.hidden_act, ACT2FN)
+        raise UserError(
+            f"{file}: hidden_act is '{config.hidden_act}', an unknown activation.{close}"
+        )
+    try:
+        LlamaRotaryEmbedding(config)
+    except Exception as error:  # a type nobody knows, or numbers that are none
+        raise UserError(
+            f"{file}: its rotary positions cannot be built from {config.rope_parameters} "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    return config
+
+
+def build_empty_language(config: LlamaConfig) -> LlamaForCausalLM:
+    """Build the architecture without memory for its weights, which are to be loaded.
+
+    It attends over packed rows (model/packed_attention.py).
+    """
+    config._attn_implementation = PACKED_ATTENTION
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model.model.rotary_emb = LlamaRotaryEmbedding(config)  # follows from the configuration
+    return model.train()  # there is no dropout; in eval mode checkpointing would silently be off
+
+
+def build_random_language(config: LlamaConfig) -> Any:
+    """Build the architecture with fresh weights."""
+    config._attn_implementation = PACKED_ATTENTION
+    return LlamaForCausalLM(config).train()
+
+
+def load_language_model(
+    folder: Path, dtype: torch.dtype | None, mmap_weights: bool = False
+) -> LlamaForCausalLM:
+    """Load a folder in the Hugging Face layout, file by file; `dtype` None keeps each its own."""
+    model = build_empty_language(read_language_config(folder))
+    state = model.state_dict()
+    stay = ("language",) if mmap_weights else ()
+    group = _tensor_group(folder, model)
+    loaded = load_tensor_groups([group], {"language": state}, dtype, "cpu", stay)["language"]
+    check_loaded_keys(
+        state.keys() - missing_tied_keys(model, loaded), loaded, f"language.weights={folder}"
+    )
+    load_language_state(model, loaded)
+    model.generation_config.eos_token_id = read_eos_token_ids(folder, model.config)
+    return model
+
+
+def check_language_weights(weights: str) -> None:
+    """Compare names and shapes of the files that `language.weights` means with its architecture.
+
+    What lies on a hub is downloaded; no number is read.
+    """
+    if weights != "random":
+        folder = language_folder(weights)
+        model = build_empty_language(read_language_config(folder))
+        check_tensor_groups([_tensor_group(folder, model)], {"language": model.state_dict()})
+
+
+def _tensor_group(folder: Path, model: LlamaForCausalLM) -> TensorGroup:
+    """Return what to read from a folder for `model`: all of it."""
+    files = weight_files(folder)
+    spared = missing_tied_keys(model, [name for file in files for name in read_tensor_shapes(file)])
+    wanted = {name: ("language", name) for name in model.state_dict() if name not in spared}
+    return TensorGroup(files, wanted, BUFFER_PATTERN)
+
+
+def read_eos_token_ids(folder: Path, config: LlamaConfig) -> list[int]:
+    """Return the ids that end an answer: of generation_config.json, else of the configuration."""
+    file = folder / "generation_config.json"
+    given = read_json(file).get("eos_token_id") if file.is_file() else None
+    ends = config.eos_token_id if given is None else given
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(type(end) is int for end in ends):
+        raise UserError(f"{file}: eos_token_id is {given!r}; wanted are one or several ids")
+    return ends

@@ -1,0 +1,291 @@
+"""LoRA through peft: adapters put into a part in place, so that the part stays what it was.
+
+The decoder keeps its class and its paths, hooks and packing work as before, and the base weights
+are not touched until `merge`. On disk adapters have peft's own layout.
+
+A model that is to be sharded keeps its language model in its files, in 16 bits where they have 16.
+Adapters are made and merged in float32 all the same, one layer after the other, so that they start
+and end with the same numbers however many processes train.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vlbench.distributed import collectives
+from vlbench.errors import UserError
+from vlbench.model.multihead_attention import SplitAttention, pack_attention_state
+from vlbench.model.vision_encoder import VisionEncoder
+from vlbench.model.weights.tensor_files import unshare_tensors
+
+ALL_LINEAR = "all-linear"
+ADAPTER_NAME = "default"  # peft's name of an adapter when there is one
+PEFT_PREFIX = "base_model.model."  # how peft begins the name of an adapter's tensor
+ADAPTER_WEIGHTS_FILE, ADAPTER_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+
+
+def add_adapters(
+    part: nn.Module,
+    name: str,
+    *,
+    rank: int,
+    alpha: float | None,
+    dropout: float,
+    targets: str,
+    rslora: bool,
+    dora: bool,
+    bits: int | None,
+) -> None:
+    """Put new adapters into `part`, which mistakes call `name`, unless it has such already.
+
+    Others that are there are merged first. Keywords are those of `schema.Lora`.
+    """
+    from peft import LoraConfig
+
+    root = _adapted_root(part)
+    _split_attention(root)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]  # any number
+        lora_dropout=dropout,
+        target_modules=_target_modules(part, targets, f"{name}.lora.targets"),
+        use_rslora=rslora,
+        use_dora=dora,
+    )
+    before = getattr(root, "peft_config", {}).get(ADAPTER_NAME)
+    if before is not None and _config_as_json(before) == _config_as_json(config):
+        return
+    merge_adapters(part)
+    _split_attention(root)
+    if bits == 4:
+        _quantize_layers(root, name)
+    try:
+        _inject_adapters(root, config)
+    except ValueError as error:
+        raise UserError(f"{name}.lora: {' '.join(str(error).split())[:300]}") from error
+
+
+def check_adapters(part: nn.Module, name: str, targets: str, bits: int | None) -> None:
+    """Refuse adapters that could not be put into `part`; nothing is changed."""
+    _target_modules(part, targets, f"{name}.lora.targets")
+    if bits == 4:
+        _check_quantization(name)
+
+
+def adapter_parameters(part: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of adapters by their name in `part`; {} when there are none."""
+    return {name: p for name, p in part.named_parameters() if ".lora_" in name}
+
+
+def merge_adapters(part: nn.Module) -> None:
+    """Add adapters to the weights that they adapt, and take them away.
+
+    The sum has the type of the adapters where that is wider than the weights': float32 while a
+    model is trained.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    root = _adapted_root(part)
+    for name, layer in list(root.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            _replace_module(root, name, _merge_layer(layer))
+    for name, attention in list(root.named_modules()):
+        if isinstance(attention, SplitAttention):
+            _replace_module(root, name, attention.to_multihead_attention())
+    if hasattr(root, "peft_config"):
+        del root.peft_config
+
+
+def _merge_layer(layer: Any) -> nn.Module:
+    """Return the Linear layer that computes what an adapted one does."""
+    base = layer.get_base_layer()
+    kind = torch.promote_types(base.weight.dtype, layer.lora_A[ADAPTER_NAME].weight.dtype)
+    layer.to(torch.promote_types(kind, torch.float32))  # a sum in 16 bits would be rounded twice
+    layer.merge()
+    return base.to(kind)  # type: ignore[no-any-return]
+
+
+def base_state_dict(part: nn.Module) -> dict[str, Tensor]:
+    """Return the state of a part without its adapters, under the names that it has without them."""
+    state = {
+        name.replace(".base_layer.", "."): value
+        for name, value in part.state_dict().items()
+        if ".lora_" not in name
+    }
+    for path, module in part.named_modules():
+        if isinstance(module, SplitAttention):
+            own = [name for name in state if name.startswith(f"{path}.")]
+            apart = {name.removeprefix(f"{path}."): state.pop(name) for name in own}
+            state |= {
+                f"{path}.{name}": value for name, value in pack_attention_state(apart).items()
+            }
+    return state
+
+
+def save_adapters(part: nn.Module, folder: Path) -> None:
+    """Write the adapters of `part` into `folder` as peft does; nothing where there are none."""
+    root = _adapted_root(part)
+    config = getattr(root, "peft_config", {}).get(ADAPTER_NAME)
+    if config is None:
+        return
+    state = {
+        PEFT_PREFIX + _peft_key(n): collectives.gather_full_tensor(value).cpu()
+        for n, value in adapter_parameters(root).items()
+    }
+    if not collectives.is_rank_zero():
+        return
+    folder.mkdir(parents=True)
+    save_file(
+        dict(unshare_tensors(state.items())),
+        folder / ADAPTER_WEIGHTS_FILE,
+        metadata={"format": "pt"},
+    )
+    (folder / ADAPTER_CONFIG_FILE).write_text(
+        json.dumps(_config_as_json(config), indent=1), encoding="utf-8"
+    )
+
+
+def load_adapters(part: nn.Module, folder: Path) -> None:
+    """Put the adapters in `folder` into `part`; a tensor that does not fit is named."""
+    from peft import LoraConfig
+
+    if not (folder / ADAPTER_CONFIG_FILE).is_file():
+        return
+    root = _adapted_root(part)
+    _split_attention(root)
+    config = LoraConfig(**json.loads((folder / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8")))
+    _inject_adapters(root, config)
+    own = {
+        PEFT_PREFIX + _peft_key(name): parameter
+        for name, parameter in adapter_parameters(root).items()
+    }
+    theirs: Mapping[str, Tensor] = load_file(folder / ADAPTER_WEIGHTS_FILE)
+    for name in [*own, *theirs]:
+        if name not in own or name not in theirs or own[name].shape != theirs[name].shape:
+            raise UserError(
+                f"{folder / ADAPTER_WEIGHTS_FILE}: tensor {name} does not fit the model"
+            )
+        own[name].data.copy_(theirs[name])
+
+
+def _adapted_root(part: nn.Module) -> nn.Module:
+    """Return the module that is adapted: open_clip's own of a tower."""
+    return part.visual if isinstance(part, VisionEncoder) else part
+
+
+def _inject_adapters(root: nn.Module, config: Any) -> None:
+    """Let peft put adapters into `root`, at the place and of the kind of what they adapt."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    for name, layer in list(root.named_modules()):
+        if isinstance(layer, nn.Linear) and check_target_module_exists(config, name):
+            _replace_module(root, name, _adapt_layer(layer, config))
+    root.peft_config = {ADAPTER_NAME: config}  # type: ignore[assignment]
+
+
+def _adapt_layer(layer: nn.Linear, config: Any) -> nn.Module:
+    """Return a Linear layer with new adapters, which are computed and kept in float32 or float64.
+
+    peft would round them to the type of the weights, and take DoRA's magnitudes in it.
+    """
+    from peft import inject_adapter_in_model
+
+    config = copy.copy(config)
+    config.target_modules = ["layer"]
+    stored = layer.weight.data
+    if stored.is_floating_point() and stored.dtype.itemsize < 4:
+        layer.weight.data = stored.float()
+    holder = inject_adapter_in_model(config, nn.ModuleDict({"layer": layer}))
+    layer.weight.data = stored
+    return holder.get_submodule("layer")
+
+
+def _peft_key(name: str) -> str:
+    """Return peft's name on disk of an adapter's parameter: without the adapter's own name."""
+    if name.endswith(f"lora_magnitude_vector.{ADAPTER_NAME}.weight"):
+        name = name.removesuffix(".weight")
+    return name.replace(f".{ADAPTER_NAME}", "")
+
+
+def _config_as_json(config: Any) -> dict[str, Any]:
+    """Return a configuration of peft as JSON has it."""
+    values = config.to_dict()
+    return {k: sorted(v) if isinstance(v, set) else v for k, v in values.items()}
+
+
+def _replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(root.get_submodule(parent), own, module)
+
+
+def _split_attention(root: nn.Module) -> None:
+    """Take packed attention apart, so that adapters find Linear layers."""
+    for name, module in list(root.named_modules()):
+        if isinstance(module, nn.MultiheadAttention):
+            _replace_module(root, name, SplitAttention(module))
+
+
+def _target_modules(part: nn.Module, requested: str, key: str) -> list[str]:
+    """Return the names of the Linear layers to adapt: of blocks that are used, and named."""
+    inside = sorted(_linear_layer_names(part))
+    if requested == ALL_LINEAR:
+        return inside
+    names = [name.strip() for name in requested.strip("[]").split(",")]
+    for name in names:
+        if not any(one.rpartition(".")[2] == name for one in inside):
+            known = ", ".join(sorted({one.rpartition(".")[2] for one in inside}))
+            raise UserError(f"{key} is '{requested}'; known are {ALL_LINEAR} and {known}")
+    return [name for name in inside if name.rpartition(".")[2] in names]
+
+
+def _linear_layer_names(part: Any) -> Iterator[str]:
+    """Give the names of Linear layers, adapted or not, in the blocks that a part uses."""
+    tower = isinstance(part, VisionEncoder)
+    blocks = part.blocks()[: part.block_index + 1] if tower else part.model.layers
+    used = {id(block) for block in blocks}
+    root = _adapted_root(part)
+    for path, block in root.named_modules():
+        if id(block) in used:
+            for name, module in block.named_modules():
+                inner = ".lora_" in f".{name}" or name.endswith("base_layer")
+                if not inner and (isinstance(module, nn.Linear) or hasattr(module, "base_layer")):
+                    yield f"{path}.{name}"
+
+
+def _check_quantization(name: str) -> None:
+    if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"{name}.lora.bits is 4, which needs a GPU and bitsandbytes (pip install "
+            "bitsandbytes); without them leave it out"
+        )
+
+
+def _quantize_layers(root: nn.Module, name: str) -> None:
+    """Keep the Linear layers of decoder layers in 4 bits (QLoRA), on a GPU."""
+    _check_quantization(name)
+    import bitsandbytes
+
+    decoder: Any = root.model
+    for layer in decoder.layers:
+        for path, module in list(layer.named_modules()):
+            if type(module) is nn.Linear:
+                small = bitsandbytes.nn.Linear4bit(
+                    module.in_features,
+                    module.out_features,
+                    bias=module.bias is not None,
+                    compute_dtype=torch.bfloat16,
+                    quant_type="nf4",
+                )
+                small.weight = bitsandbytes.nn.Params4bit(
+                    module.weight.data, requires_grad=False, quant_type="nf4"
+                )
+                _replace_module(layer, path, small)

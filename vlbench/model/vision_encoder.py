@@ -1,0 +1,319 @@
+"""The vision tower: any ViT of open_clip by name, giving the features that a recipe asks for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+import open_clip
+import torch
+from open_clip.model import resize_pos_embed
+from torch import Tensor, nn
+
+from vlbench.data.image_processing import ImageTransform
+from vlbench.errors import UserError, suggest_name
+from vlbench.model.vision_config import (
+    EMBEDDED_ENCODERS,
+    OPEN_CLIP_FILES,
+    VisionConfig,
+    find_open_clip_file,
+    named_encoder_folder,
+    resolve_vision_config,
+)
+from vlbench.model.weights import clip_layouts, hub_download
+from vlbench.model.weights import open_clip_files as open_clip_files
+from vlbench.model.weights.tensor_groups import check_tensor_groups
+from vlbench.model.weights.weight_origin import check_loaded_keys
+from vlbench.text_files import read_json
+
+RGBStats = tuple[float, float, float]
+
+
+class VisionEncoder(nn.Module):
+    """A vision tower cut after one of its blocks.
+
+    `preprocess` has mean and std, and may have resize and crop (pixels) and pad (to a square).
+
+    Blocks and norms behind the chosen one are kept for exports, but never computed and never
+    trained. `visual` is open_clip's own module, so its state-dict keys stay those of open_clip.
+    """
+
+    visual: Any
+
+    def __init__(
+        self,
+        visual: nn.Module,
+        layer: int,
+        norm: bool,
+        preprocess: dict[str, Any],
+        config: VisionConfig | None = None,
+    ) -> None:
+        """Take features after block `layer` (-2: last but one), with the final norm if `norm`.
+
+        `config` is what `visual` was built from; None for a released model's, which keeps its own
+        small files.
+        """
+        super().__init__()
+        self.visual, self.config = visual, config
+        self.layer, self.norm, self.class_token = layer, norm, False
+        self.mean: RGBStats = tuple(preprocess["mean"])
+        self.std: RGBStats = tuple(preprocess["std"])
+        self.pad = bool(preprocess.get("pad", True))
+        self.draft = False  # `data.decode`: whether large JPEGs are decoded smaller
+        # a release may resize to more than it crops; at other image sizes the share stays
+        self.resize_ratio = preprocess.get("resize", 1) / preprocess.get("crop", 1)
+        blocks = self.blocks()
+        if not -len(blocks) <= layer < len(blocks):
+            raise UserError(
+                f"vision.layer is {layer}; this tower has {len(blocks)} blocks, "
+                f"so {-len(blocks)} to {len(blocks) - 1} are allowed"
+            )
+        self.block_index = layer % len(blocks)
+
+    def blocks(self) -> nn.ModuleList:
+        """Return the transformer blocks, first to last."""
+        if hasattr(self.visual, "trunk"):
+            return self.visual.trunk.blocks
+        return self.visual.transformer.resblocks
+
+    @property
+    def feature_width(self) -> int:
+        """Width of one feature."""
+        if hasattr(self.visual, "trunk"):
+            return self.visual.trunk.embed_dim
+        return self.visual.positional_embedding.shape[-1]
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square input in pixels."""
+        return self.visual.image_size[0]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches at the current image size."""
+        if hasattr(self.visual, "trunk"):
+            return tuple(self.visual.trunk.patch_embed.grid_size)
+        return tuple(self.visual.grid_size)
+
+    @property
+    def transform(self) -> ImageTransform:
+        """The image transform that this tower needs at its current image size."""
+        crop = self.image_size
+        size = round(crop * self.resize_ratio)
+        return ImageTransform(size, crop, self.mean, self.std, self.pad, self.draft)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights, and so of the pixels that are read."""
+        return next(self.parameters()).dtype
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Turn pixels `[images, 3, height, width]` into features `[images, patches, width]`.
+
+        With `class_token` the tower's class token comes first: `[images, 1 + patches, width]`.
+        """
+        out = self.visual.forward_intermediates(
+            pixels,
+            indices=[self.block_index],
+            stop_early=True,
+            normalize_intermediates=self.norm,
+            intermediates_only=True,
+            output_fmt="NLC",
+            output_extra_tokens=self.class_token,
+        )
+        features = out["image_intermediates"][0]
+        if self.class_token:
+            first = out.get("image_intermediates_prefix")
+            if first is None or not first[0].shape[1]:
+                raise UserError(
+                    "this connector reads the tower's class token, and this tower has none: name "
+                    "another tower or another connector"
+                )
+            features = torch.cat([first[0][:, :1], features], dim=1)
+        return features
+
+    def set_image_size(self, image_size: int) -> None:
+        """Change the input to `image_size` pixels; position embeddings are resized by open_clip."""
+        patch = self.image_size // self.grid[0]
+        if image_size % patch:
+            raise UserError(
+                f"image_size is {image_size}; this tower needs a multiple of {patch}, "
+                f"for example {max(1, round(image_size / patch)) * patch}"
+            )
+        if image_size == self.image_size:
+            return
+        visual = self.visual
+        if hasattr(visual, "trunk"):
+            visual.set_input_size(image_size)
+            return
+        visual.image_size = (image_size, image_size)
+        visual.grid_size = (image_size // patch, image_size // patch)
+        key = "visual.positional_embedding"
+        state = {key: visual.positional_embedding.data}
+        resize_pos_embed(state, SimpleNamespace(visual=visual))
+        visual.positional_embedding = nn.Parameter(state[key].contiguous())
+
+    def used_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that the features depend on: the others must not be trained."""
+        unused = set()
+        for block in self.blocks()[self.block_index + 1 :]:
+            unused |= {id(p) for p in block.parameters()}
+        unused |= {
+            id(p) for name, p in self.visual.named_parameters() if self._is_after_blocks(name)
+        }
+        return [p for p in self.parameters() if id(p) not in unused]
+
+    def _is_after_blocks(self, name: str) -> bool:
+        """Tell whether the parameter belongs to what follows the last block."""
+        parts = name.removeprefix("trunk.").split(".")
+        norms = {"ln_post", "norm", "fc_norm"}
+        heads = {"proj", "head", "attn_pool", "attn_pool_contrastive"}
+        return parts[0] in heads or (parts[0] in norms and not self.norm)
+
+
+def build_vision_encoder(
+    name: str, weights: str, layer: int = -2, norm: bool = False, load_weights: bool = True
+) -> VisionEncoder:
+    """Build the tower `name` and load `weights`.
+
+    Args:
+        name: A model of open_clip, one of EMBEDDED or a folder with open_clip_config.json.
+        weights: "embedded" (of EMBEDDED, or the folder's own), "random", a pretrained tag of
+            open_clip, a file of an open_clip model, or a folder: of open_clip, or a CLIP in
+            Hugging Face's layout.
+        layer: Block whose output is used, -2 for the last but one.
+        norm: Whether the final norm follows.
+        load: False where shapes are enough: nothing is downloaded, numbers stay random.
+
+    Raises:
+        Mistake: when a name is unknown, or a file is not wholly the tower's weights.
+    """
+    config = resolve_vision_config(name, weights)
+    _check_weights_choice(name, weights)
+    tower = build_encoder_from_config(config, name, layer, norm)
+    if load_weights and weights != "random":
+        _load_weights(tower, name, weights)
+    return tower
+
+
+def build_encoder_from_config(
+    config: VisionConfig, name: str, layer: int, norm: bool
+) -> VisionEncoder:
+    """Build the tower that `config` describes, with random weights; `name` is for mistakes."""
+    try:
+        visual = config.build_module()
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # open_clip's and timm's
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"vision.name is '{name}', which cannot be built ({reason})") from error
+    if not hasattr(visual, "transformer") and not hasattr(getattr(visual, "trunk", None), "blocks"):
+        raise UserError(
+            f"vision.name is '{name}', which is no ViT; towers that work are open_clip's ViT-* "
+            "and EVA* models, for example ViT-H-14, ViT-L-14-336 or EVA02-L-14-336"
+        )
+    return VisionEncoder(visual, layer, norm, {"mean": config.mean, "std": config.std}, config)
+
+
+def check_vision_weights(name: str, weights: str) -> None:
+    """Compare names and shapes of the files that `weights` means with the tower `name`.
+
+    What lies on a hub is downloaded; no number is read.
+    """
+    with torch.device("meta"):
+        tower = build_vision_encoder(name, weights, load_weights=False)
+        if weights != "random":
+            _load_weights(tower, name, weights, load_values=False)
+
+
+def load_clip_folder(encoder: VisionEncoder, folder: Path, load_values: bool = True) -> set[str]:
+    """Load a CLIP in Hugging Face's layout into `tower`, at the image size of the folder.
+
+    Returns:
+        The keys of `tower.visual` that were loaded. Without `numbers` names and shapes are
+        compared, and nothing is loaded.
+    """
+    file = folder / "config.json"
+    config = clip_layouts.parse_vision_config(read_json(file), file)
+    needed = clip_layouts.to_hf_vision_config(encoder.visual)
+    for key in clip_layouts.CLIP_CONFIG_KEYS:
+        if config[key] != needed[key] and key != "image_size":
+            raise UserError(
+                f"{file}: {key} is {config[key]}, and of the tower that vision.name names it is "
+                f"{needed[key]}"
+            )
+    encoder.set_image_size(config["image_size"])
+    if load_values:
+        return clip_layouts.load_clip_weights(folder, encoder.visual)
+    check_tensor_groups(
+        [clip_layouts.build_clip_group(folder, encoder.visual)],
+        {"vision": clip_layouts.to_hf_state_dict(encoder.visual)},
+    )
+    return set()
+
+
+def _load_weights(
+    encoder: VisionEncoder, name: str, weights: str, load_values: bool = True
+) -> None:
+    """Load what `weights` means into `tower`, every tensor of it; compare alone if not `numbers`"""
+    file = _find_weight_file(name, weights)
+    if file is None:
+        loaded = load_clip_folder(encoder, Path(weights), load_values)
+    else:
+        side = open_clip_files.infer_image_size(file, encoder.visual)
+        if side is not None:
+            encoder.set_image_size(side)
+        if load_values:
+            loaded = open_clip_files.load_open_clip_weights(file, encoder.visual)
+        else:
+            state = encoder.visual.state_dict()
+            check_tensor_groups(
+                [open_clip_files.build_open_clip_group(file, state)], {"vision": state}
+            )
+    if load_values:
+        check_loaded_keys(encoder.visual.state_dict(), loaded, f"vision.weights={weights}")
+
+
+def _check_weights_choice(name: str, weights: str) -> None:
+    """Refuse weights that `vision.name` cannot have."""
+    folder = named_encoder_folder(name)
+    own = ("embedded", "random", *([name] if name not in EMBEDDED_ENCODERS else []))
+    if folder is not None and weights not in own:
+        raise UserError(
+            f"vision.weights is '{weights}'; vision.name={name} has its own weights, so only "
+            "'embedded' and 'random' are allowed"
+        )
+
+
+def _find_weight_file(name: str, weights: str) -> Path | None:
+    """Return the file of open_clip that `weights` is; None for a CLIP in Hugging Face's layout."""
+    folder = named_encoder_folder(name)
+    if folder is not None:
+        return find_open_clip_file(folder) or _raise_missing_weights(folder)
+    given = Path(weights)
+    if given.is_dir():
+        found = find_open_clip_file(given)
+        if found is None and not (given / "config.json").is_file():
+            _raise_missing_weights(given)
+        return found
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if weights in tags:
+        source = open_clip.get_pretrained_cfg(name, weights)["hf_hub"]
+        owner, repository, file = [*source.split("/"), ""][:3]
+        names = (file,) if file else OPEN_CLIP_FILES
+        return hub_download.fetch_hub_file(
+            f"{owner}/{repository}", names, f"vision.weights={weights}"
+        )
+    if given.is_file():
+        return given
+    raise UserError(
+        f"vision.weights is '{weights}'; for {name} allowed are 'random', a file, a folder with "
+        f"{OPEN_CLIP_FILES[0]} or with config.json of a CLIP, or one of "
+        f"{', '.join(tags) or '(no tags)'}.{suggest_name(weights, tags)}"
+    )
+
+
+def _raise_missing_weights(folder: Path) -> NoReturn:
+    raise UserError(
+        f"{folder} has no weights of a vision encoder; wanted is {' or '.join(OPEN_CLIP_FILES)}, "
+        "or config.json and weights of a CLIP in Hugging Face's layout"
+    )

@@ -1,0 +1,161 @@
+"""Weights of a connector from files in the layout of its reference implementation.
+
+Nothing is dropped in silence: every tensor of the files is loaded, or belongs to another part of
+the reference and is counted, or is refused; what the files lack of the connector is named.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vlbench.connector import registry
+from vlbench.connector.base import Connector
+from vlbench.errors import EnvironmentFailure, UserError, suggest_name
+from vlbench.model.weights.tensor_files import (
+    TensorHeader,
+    check_weight_dtype,
+    read_tensor_headers,
+    read_tensors,
+)
+from vlbench.model.weights.tensor_groups import summarize_tensor_names
+
+PEFT_PREFIX = "base_model.model."
+WRAPPER_PREFIXES = ("module.", "_forward_module.", "_orig_mod.", PEFT_PREFIX)
+"""What DDP, DeepSpeed, Lightning, torch.compile and peft put before every name."""
+LORA_NAME_PATTERN = re.compile(
+    r".*\.(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|base_layer)(\..*)?"
+)
+"""Names of peft's LoRA."""
+
+
+class ReferenceWeights(Mapping[str, Tensor]):
+    """The tensors of several files by name, each read when it is asked for.
+
+    A wrapper's beginning of all names is no part of them. `taken` are the names asked for;
+    `beside_adapters` says that peft wrote the names.
+    """
+
+    def __init__(self, files: Sequence[Path], on_meta: bool = False) -> None:
+        """Look at names and shapes in `files`; with `empty` tensors have no numbers (`meta`)."""
+        self._locations: dict[str, tuple[Path, TensorHeader]] = {}
+        for file in files:
+            for name, header in read_tensor_headers(file).items():
+                if name in self._locations:
+                    raise UserError(f"{file}: tensor {name} is also in {self._locations[name][0]}")
+                self._locations[name] = (file, header)
+        self._refuse_lora_adapters(files)
+        self._original_names = _strip_wrapper_prefixes(self._locations)
+        self._on_meta = on_meta
+        self.trained_with_lora = any(PEFT_PREFIX in name for name in self._locations)
+        self.used_names: set[str] = set()
+
+    def _refuse_lora_adapters(self, files: Sequence[Path]) -> None:
+        adapted = [name for name in self._locations if LORA_NAME_PATTERN.fullmatch(name)]
+        if adapted:
+            raise UserError(
+                f"{files[0]} holds LoRA adapters ({adapted[0]}, ...), which change a language "
+                "model and are no connector: merge them into the model that they were trained on, "
+                "and give the merged folder. What LLaVA trained beside them (the projector) is in "
+                "non_lora_trainables.bin"
+            )
+
+    def __getitem__(self, name: str) -> Tensor:
+        given = self._original_names[name]
+        file, header = self._locations[given]
+        check_weight_dtype(given, header, file)
+        self.used_names.add(name)
+        if self._on_meta:
+            return torch.empty(header.shape, device="meta")
+        return next(read_tensors(file, [given]))[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._original_names)
+
+    def __len__(self) -> int:
+        return len(self._original_names)
+
+    def summarize_unused(self) -> str:
+        """Return which tensors were not taken, as "vision_model (402), language_model (290)"."""
+        return summarize_tensor_names(name for name in self if name not in self.used_names)
+
+
+def load_reference_weights(
+    connector: Connector, weights: ReferenceWeights, connector_name: str, context: str
+) -> str:
+    """Load `weights` into a connector called `name`; return what was loaded and what was not.
+
+    Raises:
+        Mistake: begins with `where`; when the connector takes no weights, or they do not fit.
+    """
+    try:
+        loaded = connector.load_reference(weights)
+    except NotImplementedError as error:
+        raise UserError(
+            f"{context}: connector {connector_name} takes no file of weights"
+        ) from error
+    except (UserError, EnvironmentFailure):
+        raise
+    except (ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise UserError(f"{context} does not fit: {reason}") from error
+    except Exception as error:
+        registry.blame_connector_file(error)
+        raise
+    own = set(connector.state_dict())
+    _check_reference_loaded(
+        connector, weights, loaded, own, f"{context}: connector {connector_name}"
+    )
+    return summarize_loading(loaded, own, weights)
+
+
+def summarize_loading(
+    loaded_names: Collection[str], expected_names: Collection[str], weights: ReferenceWeights
+) -> str:
+    """Return how many of the tensors `own` were loaded, which were not, and what was left out."""
+    text = f"{len(loaded_names)} tensors"
+    anew = sorted(set(expected_names) - set(loaded_names))
+    if anew:
+        more = f" and {len(anew) - 3} more" if len(anew) > 4 else ""
+        text += f"; not in it, so as it began: {', '.join(anew[: 3 if more else 4])}{more}"
+    text += f"; left out: {weights.summarize_unused()}" if weights.summarize_unused() else ""
+    beside = weights.trained_with_lora  # LLaVA's non_lora_trainables.bin
+    return text + ("; trained beside LoRA adapters, which are not in it" if beside else "")
+
+
+def _check_reference_loaded(
+    connector: Connector,
+    weights: ReferenceWeights,
+    loaded_names: object,
+    expected_names: set[str],
+    context: str,
+) -> None:
+    """Compare what a connector says it loaded with what it has, and what it took of the files."""
+    if not isinstance(loaded_names, Collection) or not set(loaded_names) <= expected_names:
+        raise UserError(
+            f"{context}: load_reference returned {loaded_names!r:.80}; it returns the names of its tensors "
+            "that were loaded, as load_strict does"
+        )
+    for name in weights:
+        if name not in weights.used_names and not re.fullmatch(
+            connector.ignored_reference_keys, name
+        ):
+            close = suggest_name(name, weights.used_names)
+            raise UserError(f"{context} has no use for tensor {name} of the weights.{close}")
+
+
+def _strip_wrapper_prefixes(names: Iterable[str]) -> dict[str, str]:
+    """Return names without what wraps all of them -> names as they are."""
+    found = {name: name for name in names}
+    while found:
+        wrapper = next(
+            (w for w in WRAPPER_PREFIXES if all(name.startswith(w) for name in found)), None
+        )
+        if wrapper is None:
+            break
+        found = {name.removeprefix(wrapper): given for name, given in found.items()}
+    return found

@@ -1,0 +1,233 @@
+"""From a model to a folder that `LlavaForConditionalGeneration` and `AutoProcessor` load."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
+from torch import Tensor
+from transformers import (
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.utils import logging
+
+from vlbench.data.chat_template import ChatTemplate
+from vlbench.data.sample_encoding import ChatTurn
+from vlbench.data.tokenizer import Tokenizer
+from vlbench.errors import UserError
+from vlbench.model.vlm import VLM
+from vlbench.model.weights import clip_layouts
+from vlbench.model.weights.hf_llava import LINEAR_ACTIVATION, VISION_PREFIXES
+from vlbench.model.weights.projector_layout import projector_depth_and_norm, require_projector
+from vlbench.model.weights.release_files import collect_part_states
+from vlbench.text_files import read_json
+
+LAYOUT_NAME = "transformers' LLaVA"
+IMAGE_TOKEN = "<image>"
+TensorCast = Callable[[Tensor], Tensor]
+
+
+def write_hf_llava(vlm: VLM, folder: Path, cast: TensorCast | None) -> None:
+    """Write `vlm` into the empty `folder`; `cast` changes the type of every tensor."""
+    depth, norm = projector_depth_and_norm(require_projector(vlm, LAYOUT_NAME))
+    if norm or depth > 2:
+        raise UserError(
+            f"the connector is an MLP of depth {depth}{' with LayerNorms' if norm else ''}, and "
+            f"{LAYOUT_NAME} holds one or two Linear layers without; format=yi_vl holds this one, "
+            "format=vlbench every connector"
+        )
+    if vlm.vision.norm:
+        raise UserError("vision.norm is true, which this layout cannot say; use format=vlbench")
+    made = build_llava_processor(vlm)
+    image_id = made.image_token_id
+    rows = max(image_id + 1, vlm.language.config.vocab_size)
+    made.save_pretrained(folder)
+    pieces = vlm.tokenizer.folder / "tokenizer.model"
+    if pieces.is_file():  # so that the way back has the tokenizer itself
+        (folder / pieces.name).write_bytes(pieces.read_bytes())
+        file = folder / "tokenizer_config.json"  # transformers 5 does not say it
+        said = read_json(file) | {"add_bos_token": vlm.tokenizer.add_bos_token}
+        file.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        known = learned_added_tokens(vlm.tokenizer) | {IMAGE_TOKEN: image_id}
+        names = json.dumps(known, indent=2, ensure_ascii=False)
+        (folder / "added_tokens.json").write_text(names + "\n", encoding="utf-8")
+    state = _build_llava_state_dict(vlm, rows)
+    if cast:
+        state = {name: cast(tensor) for name, tensor in state.items()}
+    config = _build_llava_config(vlm, image_id, rows)
+    config.dtype = state["lm_head.weight"].dtype
+    with torch.device("meta"):
+        model: Any = LlavaForConditionalGeneration(config)
+    model.load_state_dict(state, assign=True)
+    model.generation_config = GenerationConfig(
+        bos_token_id=vlm.tokenizer.bos_token_id,
+        eos_token_id=vlm.language.generation_config.eos_token_id,
+        pad_token_id=made.tokenizer.pad_token_id,
+        suppress_tokens=list(range(vlm.tokenizer.embedding_rows, rows)),  # no words of the model
+    )
+    with _hide_progress_bars():
+        model.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _hide_progress_bars() -> Iterator[None]:
+    """Have transformers show no progress bar, and leave its settings as they were."""
+    shown, hub_shown = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+        (enable_progress_bars if hub_shown else disable_progress_bars)()
+
+
+def _build_llava_config(vlm: VLM, image_id: int, vocab_size: int) -> LlavaConfig:
+    depth, _ = projector_depth_and_norm(require_projector(vlm, LAYOUT_NAME))
+    language = {**vlm.language.config.to_dict(), "vocab_size": vocab_size}
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(**clip_layouts.to_hf_vision_config(vlm.vision.visual)),
+        text_config=LlamaConfig(**language),
+        image_token_index=image_id,
+        image_seq_length=vlm.shapes.patches,
+        projector_hidden_act="gelu" if depth == 2 else LINEAR_ACTIVATION,
+        vision_feature_layer=vlm.vision.block_index - len(vlm.vision.blocks()),
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=vlm.language.config.tie_word_embeddings,
+    )
+
+
+def _build_llava_state_dict(vlm: VLM, vocab_size: int) -> dict[str, Tensor]:
+    """Return the weights under the names of transformers' module, with `rows` embeddings."""
+    parts = collect_part_states(vlm)
+    with torch.device("meta"):
+        theirs = LlavaForConditionalGeneration(_build_llava_config(vlm, 0, vocab_size)).state_dict()
+    tower = next(
+        start for start in VISION_PREFIXES if any(name.startswith(start) for name in theirs)
+    )
+    state = {tower + key: tensor for key, tensor in parts["vision"].items()}
+    for key, tensor in parts["language"].items():
+        state[key.replace("model.", "model.language_model.", 1)] = tensor
+    for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+        more = state[name].new_zeros(vocab_size - len(state[name]), state[name].shape[1])
+        state[name] = torch.cat([state[name], more]) if len(more) else state[name]
+    connector, start = parts["connector"], "model.multi_modal_projector."
+    for kind in ("weight", "bias"):
+        state[f"{start}linear_1.{kind}"] = connector[f"0.{kind}"]
+    first = connector["0.weight"]
+    width = len(first)
+    identity = {"weight": torch.eye(width).to(first), "bias": torch.zeros(width).to(first)}
+    for kind in ("weight", "bias"):
+        state[f"{start}linear_2.{kind}"] = connector.get(f"2.{kind}", identity[kind])
+    return state
+
+
+def build_llava_processor(vlm: VLM) -> LlavaProcessor:
+    """Return the processor that makes of messages and pictures what `VLM.prepare` makes of them."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(vlm.tokenizer.folder)
+    texts = [
+        vlm.template.render_prompt([ChatTurn("human", "What? 12.5 km\n\n  是什么？")]),
+        " a",
+        "\n",
+    ]
+    for text in (*texts, *(f"a{name} b" for name in learned_added_tokens(vlm.tokenizer))):
+        if tokenizer.encode(text) != vlm.tokenizer.encode(text):
+            raise UserError(
+                f"transformers' tokenizer gives other ids than the model's for {text!r}, so the "
+                "export would answer otherwise; use format=vlbench"
+            )
+    _set_left_padding(tokenizer, vlm.language.config.vocab_size)
+    extra = [name for name in vlm.tokenizer.added_special_tokens if name != IMAGE_TOKEN]
+    tokenizer.add_special_tokens({"additional_special_tokens": [*extra, IMAGE_TOKEN]})
+    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) < vlm.tokenizer.embedding_rows:
+        raise UserError(
+            f"{IMAGE_TOKEN} is a token of the model (id {tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)}), and "
+            f"{LAYOUT_NAME} uses it for pictures; use format=vlbench"
+        )
+    transform = vlm.transform
+    images = LlavaImageProcessorPil(  # the one that resizes as the reference does, with PIL
+        do_pad=transform.pad,
+        do_convert_rgb=True,
+        size={"shortest_edge": transform.size},
+        crop_size={"height": transform.crop, "width": transform.crop},
+        image_mean=list(transform.mean),
+        image_std=list(transform.std),
+        resample=3,
+    )
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=transform.crop // vlm.vision.grid[0],
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,  # the class token, which is then left out
+        image_token=IMAGE_TOKEN,
+        chat_template=to_jinja_template(vlm.template),
+    )
+
+
+def learned_added_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """Return the added tokens that the model has learned, with their ids."""
+    return {
+        name: index
+        for name, index in tokenizer.added_tokens.items()
+        if index < tokenizer.embedding_rows
+    }
+
+
+def _set_left_padding(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:
+    """Let prompts of a batch end together, since answers begin there, and fill them on the left.
+
+    The model reads the filling, hidden by the mask, so it needs one of its `rows` embeddings.
+    """
+    tokenizer.padding_side = "left"
+    pad = tokenizer.pad_token_id
+    if pad is None or pad >= vocab_size:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+
+
+def to_jinja_template(template: ChatTemplate) -> str:
+    """Return a chat template in transformers' language that writes what `Template` writes."""
+    text = (
+        "{%- macro text(content) -%}"
+        "{%- if content is string -%}{{ content }}{%- else -%}"
+        "{%- for part in content -%}"
+        "{%- if not loop.first and not (part['type'] == 'image' and "
+        "loop.previtem['type'] == 'image') -%}{{ '\\n' }}{%- endif -%}"
+        f"{{{{ {IMAGE_TOKEN!r} if part['type'] == 'image' else part['text'] }}}}"
+        "{%- endfor -%}{%- endif -%}"
+        "{%- endmacro -%}"
+        "{%- if messages[0]['role'] == 'system' -%}"
+        "{%- set system = text(messages[0]['content']) -%}{%- set turns = messages[1:] -%}"
+        "{%- else -%}"
+        f"{{%- set system = {template.system!r} -%}}{{%- set turns = messages -%}}"
+        "{%- endif -%}"
+    )
+    head = f"{{{{ {template.before_system!r} + system + {template.after_system!r} }}}}"
+    text += f"{{%- if system -%}}{head}{{%- endif -%}}" if template.before_system else head
+    return text + (
+        "{%- for turn in turns -%}"
+        "{%- if turn['role'] == 'user' -%}"
+        f"{{{{ {template.before_human!r} + text(turn['content']) + {template.before_answer!r} }}}}"
+        "{%- else -%}"
+        f"{{{{ {template.answer_start!r} + text(turn['content']) | trim + "
+        f"{template.answer_end!r} }}}}"
+        f"{{%- if not loop.last -%}}{{{{ {template.after_answer!r} }}}}{{%- endif -%}}"
+        "{%- endif -%}"
+        "{%- endfor -%}"
+    )

@@ -1,0 +1,203 @@
+"""From a model to a folder in Yi-VL's released layout, which the authors' code loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from vlbench.data.image_processing import ImageTransform
+from vlbench.errors import UserError
+from vlbench.model.vlm import VLM
+from vlbench.model.weights import chat_template, clip_layouts, yi_vl_layout
+from vlbench.model.weights.projector_layout import projector_depth_and_norm, require_projector
+from vlbench.model.weights.release_files import (
+    FIXED_PROCESSOR_VALUES,
+    LLAMA_CONFIG_KEYS,
+    collect_part_states,
+    parse_preprocess_config,
+    write_release_files,
+)
+from vlbench.model.weights.tensor_files import write_tensors
+from vlbench.model.weights.tensor_groups import TensorGroup, read_unused_tensors
+from vlbench.text_files import read_json
+
+LAYOUT_NAME = "Yi-VL's layout"
+TensorCast = Callable[[Tensor], Tensor]
+
+
+def write_yi_vl(
+    vlm: VLM, folder: Path, cast: TensorCast | None, source: Path | None = None
+) -> None:
+    """Write `vlm` into the empty `folder`; `cast` changes the type of every tensor.
+
+    `source` is the released folder that `vlm` was read from, if nothing was trained since: then
+    its small files, and the tensors in it that the reference ignores, are given back unchanged.
+    """
+    require_projector(vlm, LAYOUT_NAME)
+    _check_exportable(vlm)
+    if yi_vl_layout.is_layout_config(json.loads(vlm.release_files.get("config.json", b"{}"))):
+        write_release_files(vlm.release_files, folder)
+    else:
+        _create_release_files(vlm, folder)
+    config = read_json(folder / "config.json")
+    tower = yi_vl_layout.find_encoder_folder(folder, config)
+    if source is None or cast:
+        _update_release_files(vlm, folder, tower, cast)
+    _write_conv_mode(folder, source is not None)
+    if source is not None:
+        groups = yi_vl_layout.build_tensor_groups(source, vlm)
+    else:
+        keys = clip_layouts.to_hf_state_dict(vlm.vision.visual)
+        vision = {f"vision_model.{key}": ("vision", key) for key in keys}
+        groups = [
+            TensorGroup([], yi_vl_layout.main_tensor_targets(config, vlm), ""),
+            TensorGroup([], vision, ""),
+        ]
+    states = collect_part_states(vlm)
+    for group, target in zip(groups, (folder, tower), strict=True):
+        own = ((name, states[part][key]) for name, (part, key) in group.tensor_targets.items())
+        tensors = chain(own, read_unused_tensors(group))
+        write_tensors(((name, cast(t) if cast else t) for name, t in tensors), target)
+
+
+def _check_exportable(vlm: VLM) -> None:
+    """Refuse what the authors' code could not know: another template, tower or tokenizer."""
+    if vlm.template.name != "yi_vl":
+        raise UserError(
+            f"language.template is {vlm.template.name}, and the authors' code knows yi_vl alone; "
+            "format=hf_llava carries the template, format=vlbench everything"
+        )
+    if vlm.vision.norm:
+        raise UserError("vision.norm is true, which this layout cannot say; use format=vlbench")
+    clip_layouts.to_hf_vision_config(vlm.vision.visual)
+
+
+def _write_conv_mode(folder: Path, unchanged: bool) -> None:
+    """Say in config.json that this is asked with Yi's template, where it would not be told.
+
+    A folder that is given back `unchanged` stays as it is if it was asked so before.
+    """
+    name, why = chat_template.detect_yi_vl_template(folder, read_json(folder / "config.json"))
+    if name != "yi_vl" or (why and not unchanged):
+        _update_json_file(folder / "config.json", {"conv_mode": chat_template.YI_VL_CONV_MODE})
+
+
+def _update_release_files(
+    vlm: VLM, folder: Path, encoder_folder: Path, cast: TensorCast | None
+) -> None:
+    """Make the small files of a release say what the model has become."""
+    transform = vlm.transform
+    depth, norm = projector_depth_and_norm(require_projector(vlm, LAYOUT_NAME))
+    projector = f"mlp{depth}x_gelu{'_Norm' if norm else ''}"
+    main: dict[str, Any] = {
+        "mm_vision_tower": f"./{encoder_folder.relative_to(folder).as_posix()}",
+        "mm_vision_select_layer": vlm.vision.block_index - len(vlm.vision.blocks()),
+        "torch_dtype": _written_dtype_name(vlm.language, cast),
+    }
+    before = read_json(folder / "config.json")
+    if before["mm_projector_type"] != "linear" or depth > 1:
+        main["mm_projector_type"] = projector
+    tied = vlm.language.config.tie_word_embeddings
+    if bool(before.get("tie_word_embeddings")) != tied:
+        main["tie_word_embeddings"] = tied
+    _update_json_file(folder / "config.json", main)
+    said = {
+        "image_size": vlm.vision.image_size,
+        "torch_dtype": _written_dtype_name(vlm.vision, cast),
+    }
+    _update_json_file(encoder_folder / "config.json", said)
+    processor = encoder_folder / "preprocessor_config.json"
+    written = parse_preprocess_config(read_json(processor), processor, True)
+    if (written["resize"], written["crop"]) != (transform.size, transform.crop):
+        _update_json_file(processor, processor_sizes(transform))
+
+
+def _written_dtype_name(module: nn.Module, cast: TensorCast | None) -> str:
+    """Return the name of the type in which the weights of a part are written."""
+    weight = next(module.parameters())
+    return str((cast(weight[:1]) if cast else weight).dtype).removeprefix("torch.")
+
+
+def _update_json_file(file: Path, changes: Mapping[str, Any]) -> None:
+    """Set keys of a JSON file; where nothing differs the file stays byte for byte."""
+    config = read_json(file)
+    inner: dict[str, Any] = config.get("vision_config") or config
+    if "dtype" in inner:  # as transformers 5 calls it
+        changes = {"dtype" if k == "torch_dtype" else k: v for k, v in changes.items()}
+    if any(inner.get(key) != value for key, value in changes.items()):
+        inner |= changes
+        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _create_release_files(vlm: VLM, folder: Path) -> None:
+    """Write the small files of a model that did not begin as a released Yi-VL."""
+    if not (vlm.tokenizer.folder / "tokenizer.model").is_file():
+        raise UserError(
+            "the tokenizer has no tokenizer.model, which the authors' code needs; use "
+            "format=hf_llava or format=vlbench"
+        )
+    vlm.tokenizer.save(folder)
+    language, tower = vlm.language.config, folder / "vit" / f"tower-{vlm.vision.image_size}"
+    tower.mkdir(parents=True)
+    depth, norm = projector_depth_and_norm(require_projector(vlm, LAYOUT_NAME))
+    ends = {
+        "bos_token_id": vlm.tokenizer.bos_token_id,
+        "eos_token_id": vlm.tokenizer.eos_token_id,
+        "pad_token_id": 0,
+    }
+    shape = {key: value for key, value in language.to_dict().items() if key in LLAMA_CONFIG_KEYS}
+    rope = dict(shape.pop("rope_parameters"))
+    kind, theta = rope.pop("rope_type", "default"), rope.pop("rope_theta")
+    config = shape | ends
+    config |= {
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "image_aspect_ratio": "pad" if vlm.transform.pad else "square",
+        "mm_hidden_size": vlm.vision.feature_width,
+        "mm_projector_type": f"mlp{depth}x_gelu{'_Norm' if norm else ''}",
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": vlm.vision.block_index - len(vlm.vision.blocks()),
+        "mm_vision_tower": f"./vit/{tower.name}",
+        "model_type": "llava",
+        "rope_scaling": None if kind == "default" else {"type": kind, **rope},
+        "rope_theta": theta,
+        "torch_dtype": "float32",
+        "use_cache": True,
+        "use_mm_proj": True,
+    }
+    transform = vlm.transform
+    processor = {
+        **{
+            key: bool(value)
+            for key, value in FIXED_PROCESSOR_VALUES.items()
+            if key.startswith("do_")
+        },
+        "do_convert_rgb": True,
+        "image_mean": list(transform.mean),
+        "image_processor_type": "CLIPImageProcessor",
+        "image_std": list(transform.std),
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        **processor_sizes(transform),
+    }
+    for file, content in (
+        (folder / "config.json", config),
+        (folder / "generation_config.json", ends),
+        (tower / "config.json", clip_layouts.to_hf_vision_config(vlm.vision.visual)),
+        (tower / "preprocessor_config.json", processor),
+    ):
+        file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def processor_sizes(transform: ImageTransform) -> dict[str, Any]:
+    """Return the sizes of a transform as a CLIPImageProcessor writes them."""
+    return {
+        "size": {"shortest_edge": transform.size},
+        "crop_size": {"height": transform.crop, "width": transform.crop},
+    }

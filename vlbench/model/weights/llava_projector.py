@@ -1,0 +1,85 @@
+"""LLaVA's projector in files: `mm_projector.bin`, `non_lora_trainables.bin`, or a whole model.
+
+LLaVA v1's single Linear layer is `model.mm_projector.weight` and `.bias`; later MLPs number their
+layers, `model.mm_projector.0.weight`; TinyLLaVA writes `_connector.`, and transformers
+`multi_modal_projector.linear_1.` and `linear_2.`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from vlbench.config.overrides import format_override
+
+PROJECTOR_NAME_PATTERN = re.compile(
+    r"(?:.*\.)?(?:mm_projector|multi_modal_projector|_connector)\.(?P<inside>.+)"
+    r"|(?P<bare>(?:\d+\.)?(?:weight|bias))"
+)
+HF_LAYER_NUMBERS = {"linear_1": "0", "linear_2": "2"}
+"""transformers' names of layers -> their places in LLaVA's `nn.Sequential`."""
+OTHER_PARTS_PATTERN = (
+    r"(model\.)*(embed_tokens|layers|norm|vision_tower|image_newline|language_model|vision_model)\b.*"
+    r"|lm_head\..*"
+)
+"""Names of the other parts of a LLaVA; of a projector's file `embed_tokens` alone."""
+
+
+def read_mm_projector(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the projector in `weights` under its keys in LLaVA's `nn.Sequential`.
+
+    Raises:
+        ValueError: when there is none, or a tensor is there twice.
+    """
+    state: dict[str, Tensor] = {}
+    for name in weights:
+        found = PROJECTOR_NAME_PATTERN.fullmatch(name)
+        if found is None:
+            continue
+        layer, _, kind = (found["inside"] or found["bare"]).rpartition(".")
+        key = f"{HF_LAYER_NUMBERS.get(layer, layer) or 0}.{kind}"
+        if key in state:
+            raise ValueError(f"{key} of the projector is there twice, the second time as {name}")
+        state[key] = weights[name]
+    if not state:
+        some = ", ".join(list(weights)[:3])
+        raise ValueError(f"no tensor is called mm_projector.0.weight or the like ({some}, ...)")
+    return state
+
+
+def check_projector_options(
+    state: Mapping[str, Tensor], projector: nn.Sequential, option_prefix: str
+) -> None:
+    """Raise a ValueError that says which options `layers` need to be the projector in `state`.
+
+    `start` is what those options begin with, "connector.name=llava_mlp " for another connector.
+    """
+    theirs, ours = (
+        _projector_depth_norm_ratio(state),
+        _projector_depth_norm_ratio(projector.state_dict()),
+    )
+    if theirs[0] and theirs != ours:
+        depth, norm, ratio = theirs
+        options: dict[str, bool | float] = {"depth": depth, "norm": norm}
+        options |= {"mlp_ratio": ratio} if ratio != 1 else {}
+        say = " ".join(format_override(f"connector.{key}", value) for key, value in options.items())
+        plural = "s" if depth > 1 else ""
+        raise ValueError(
+            f"the weights are {depth} Linear layer{plural} {'with' if norm else 'without'} "
+            f"LayerNorms: say {option_prefix}{say}"
+        )
+
+
+def _projector_depth_norm_ratio(state: Mapping[str, Tensor]) -> tuple[int, bool, float]:
+    """Return the number of Linear layers, whether LayerNorms follow, and the hidden width's ratio.
+
+    That is the width of the first Linear layer by that of the last.
+    """
+    weights = {key: tensor for key, tensor in state.items() if key.endswith(".weight")}
+    linear = [key for key, tensor in weights.items() if tensor.dim() == 2]
+    ordered = sorted(linear, key=lambda key: int(re.sub(r"\D", "", key) or 0))
+    widths = [len(weights[key]) for key in ordered]
+    ratio = widths[0] / widths[-1] if len(widths) > 1 else 1.0
+    return len(linear), len(weights) > len(linear), ratio

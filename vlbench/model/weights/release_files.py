@@ -1,0 +1,195 @@
+"""A released model: its small files, what they describe, and the weights that belong to that.
+
+The small files (configs, tokenizer, image preprocessing) travel with every checkpoint of what is
+trained from a release, so that a checkpoint stands alone and an export gives them back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from vlbench.errors import UserError
+from vlbench.model.language_model import check_language_config
+from vlbench.model.vlm import VLM
+from vlbench.model.weights import clip_layouts
+from vlbench.model.weights.tensor_groups import (
+    TensorGroup,
+    load_language_state,
+    load_tensor_groups,
+    move_and_cast,
+)
+from vlbench.text_files import refuse_lfs_pointer
+
+MAX_SMALL_FILE_BYTES = (
+    64_000_000  # bytes; a tokenizer.json has some megabytes, a file of weights has more
+)
+KEPT_FILE_PATTERNS = ("*.json", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
+"""Files of a release that are kept: all but weights, pictures and the old model card."""
+LLAMA_CONFIG_KEYS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "vocab_size", "hidden_act", "rms_norm_eps"),
+    *("rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings"),
+    *("attention_bias", "mlp_bias", "tie_word_embeddings"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+)
+"""Keys of a configuration that say what a Llama is."""
+FIXED_PROCESSOR_VALUES: dict[str, float] = {
+    **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), True),
+    "resample": 3,  # bicubic
+    "rescale_factor": 1 / 255,
+}
+"""What a CLIPImageProcessor could do otherwise, and Yi-VL's does not."""
+
+
+@dataclass(frozen=True)
+class ReleaseSpec:
+    """What a released folder describes, before any weight is read."""
+
+    language_config: LlamaConfig
+    vision_config: dict[str, Any]
+    """The keys `clip.KEYS` of Hugging Face's CLIPVisionConfig."""
+    vision_layer: int
+    """Block of the tower whose output is used, as `vision.layer` of a recipe."""
+    preprocess: dict[str, Any]
+    """mean, std, resize (shortest edge, pixels), crop (side, pixels), pad (to a square)."""
+    projector_depth: int
+    """Linear layers of the projector."""
+    projector_norm: bool
+    """Whether a LayerNorm follows each of them."""
+    template_name: str
+    """Name of the chat template; "" where it cannot be known."""
+    template_reason: str = ""
+    """Why this one; "" where there is nothing to say of it."""
+    id_limit: int | None = None
+    """Ids from here on are never written; None: all of the tokenizer and the embedding are."""
+
+
+def read_small_files(folder: Path, prefix: str = "") -> dict[str, bytes]:
+    """Return the small files directly in `folder`, their names after `prefix`."""
+    found: dict[str, bytes] = {}
+    for path in sorted(path for pattern in KEPT_FILE_PATTERNS for path in folder.glob(pattern)):
+        index = path.name.endswith(".index.json")  # it describes shards, which are written anew
+        if path.is_file() and not index and path.stat().st_size < MAX_SMALL_FILE_BYTES:
+            refuse_lfs_pointer(path)
+            found[prefix + path.name] = path.read_bytes()
+    return found
+
+
+def write_release_files(files: Mapping[str, bytes], folder: Path) -> None:
+    """Write the small files of a release into `folder`."""
+    for name, content in files.items():
+        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"a file of the release would be written outside of {folder}: {name}")
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def require_keys(config: Mapping[str, Any], keys: Sequence[str], file: Path) -> None:
+    """Raise a Mistake that names the keys which `config`, read from `file`, does not have."""
+    missing = [name for name in keys if config.get(name) is None]
+    if missing:
+        raise UserError(f"{file} has no {', '.join(missing)}")
+
+
+def parse_llama_config(config: Mapping[str, Any], file: Path) -> LlamaConfig:
+    """Return the Llama that `config`, read from `file`, describes."""
+    try:
+        found = LlamaConfig(
+            **{key: config[key] for key in LLAMA_CONFIG_KEYS if config.get(key) is not None}
+        )
+    except Exception as error:  # the library's own checks, of types and of widths that divide
+        raise UserError(f"{file}: {_one_line_message(error)}") from error
+    return check_language_config(found, file)
+
+
+def parse_preprocess_config(config: Mapping[str, Any], file: Path, pad: bool) -> dict[str, Any]:
+    """Return what a CLIPImageProcessor's configuration does to a picture, new or old in style."""
+    require_keys(config, ("size", "crop_size"), file)
+    for key, value in FIXED_PROCESSOR_VALUES.items():
+        given = config.get(key, value)
+        if not isinstance(given, int | float) or abs(given - value) > 1e-12:
+            raise UserError(f"{file}: {key} is {given!r}; only {value} can be done here")
+    return {
+        "mean": _parse_rgb_values(config.get("image_mean") or OPENAI_CLIP_MEAN, "image_mean", file),
+        "std": _parse_rgb_values(config.get("image_std") or OPENAI_CLIP_STD, "image_std", file),
+        "resize": _parse_side_length(config["size"], "size", file),
+        "crop": _parse_side_length(config["crop_size"], "crop_size", file),
+        "pad": pad,
+    }
+
+
+def check_crop_size(
+    preprocess: Mapping[str, Any], vision_config: Mapping[str, Any], folder: Path
+) -> None:
+    """Refuse pictures that are cropped to another size than the tower of `folder` reads."""
+    if preprocess["crop"] != vision_config["image_size"]:
+        raise UserError(
+            f"{folder}: pictures are cropped to {preprocess['crop']} pixels (crop_size), but the "
+            f"tower reads {vision_config['image_size']} (image_size of config.json)"
+        )
+
+
+def _parse_side_length(value: Any, key: str, file: Path) -> int:
+    """Return a size that is written as 448, {shortest_edge: 448} or {height: 448, width: 448}."""
+    sides = list(value.values()) if isinstance(value, Mapping) else [value]
+    known = not isinstance(value, Mapping) or set(value) in ({"shortest_edge"}, {"height", "width"})
+    if not known or any(type(side) is not int or side < 1 or side != sides[0] for side in sides):
+        raise UserError(f"{file}: {key} is {value}; wanted is one length, such as 448")
+    return int(sides[0])
+
+
+def _parse_rgb_values(value: Any, key: str, file: Path) -> tuple[float, ...]:
+    """Return a mean or standard deviation of red, green and blue, with 1 as white."""
+    whole = isinstance(value, list | tuple) and len(value) == 3
+    if not whole or not all(isinstance(v, int | float) and 0 <= v <= 1 for v in value):
+        raise UserError(f"{file}: {key} is {value!r}; wanted are three numbers from 0 to 1")
+    if key == "image_std" and 0 in value:
+        raise UserError(f"{file}: {key} is {value!r}; pixels are divided by it, so 0 is none")
+    return tuple(value)
+
+
+def collect_part_states(vlm: VLM) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of a model by part, under the keys of Hugging Face and of a projector."""
+    states = {
+        "vision": clip_layouts.to_hf_state_dict(vlm.vision.visual),
+        "language": vlm.language.state_dict(),
+    }
+    projector = vlm.connector.released_projector()
+    return states | ({"connector": projector.state_dict()} if projector is not None else {})
+
+
+def load_vlm_weights(
+    vlm: VLM,
+    groups: Sequence[TensorGroup],
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    mmap_language: bool = False,
+) -> None:
+    """Read the weights of `groups` into `vlm`, tensor by tensor; `dtype` None keeps each its own.
+
+    A connector that is no projector is not in the files and only moves to `dtype` and `device`.
+    With `mapped` the weights of the language model stay in the files, as they are stored.
+    """
+    projector = vlm.connector.released_projector()
+    stay = ("language",) if mmap_language else ()
+    loaded = load_tensor_groups(groups, collect_part_states(vlm), dtype, device, stay)
+    tower = clip_layouts.to_open_clip_state_dict(loaded["vision"], len(vlm.vision.blocks()))
+    vlm.vision.visual.load_state_dict(tower, assign=True)
+    load_language_state(vlm.language, loaded["language"])
+    vlm.language.model.rotary_emb.to(device)
+    if projector is not None:
+        projector.load_state_dict(loaded["connector"], assign=True)
+    else:
+        move_and_cast(vlm.connector, dtype, device)
+
+
+def _one_line_message(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

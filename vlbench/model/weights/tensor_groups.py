@@ -1,0 +1,173 @@
+"""Groups of weight files: every tensor is wanted, may be ignored, or is a mistake that is named."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlbench.errors import UserError, suggest_name
+from vlbench.model.weights.tensor_files import (
+    check_weight_dtype,
+    read_tensor_headers,
+    read_tensor_shapes,
+    read_tensors,
+)
+
+BUFFER_PATTERN = r"(.*\.)?(rotary_emb\.inv_freq|position_ids)"
+"""Tensors that older libraries wrote and that follow from the configuration."""
+
+HEAD_KEY, EMBEDDING_KEY = "lm_head.weight", "model.embed_tokens.weight"
+"""Keys of a language model that may be tied."""
+
+PartStates = Mapping[str, Mapping[str, Tensor]]
+"""Part of a model -> key -> tensor; the shapes alone matter, so they may be on `meta`."""
+
+
+@dataclass(frozen=True)
+class TensorGroup:
+    """Files of weights that belong together, and what their tensors are for."""
+
+    files: list[Path]
+    tensor_targets: dict[str, tuple[str, str]]
+    """Name of a tensor in the files -> (part of the model, key in that part)."""
+    ignored_pattern: str
+    """Regular expression of names that may be there and are not read."""
+
+
+def load_tensor_groups(
+    groups: Sequence[TensorGroup],
+    states: PartStates,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    mmap_parts: Collection[str] = (),
+) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of all groups by part and key, as `dtype` (None: as stored) on `device`.
+
+    Those of parts in `mapped` stay in their files, as they are stored.
+
+    All names and shapes are compared with `states` before the first tensor is read; a missing,
+    surplus or mis-shaped one is named in a Mistake. One file is open at a time.
+    """
+    plans = [(group, _plan_tensor_reads(group, states)) for group in groups]
+    loaded: dict[str, dict[str, Tensor]] = {part: {} for part in states}
+    for group, files in plans:
+        for file, names in files.items():
+            stay = {name for name in names if group.tensor_targets[name][0] in mmap_parts}
+            for name, tensor in read_tensors(file, names, stay):
+                part, key = group.tensor_targets[name]
+                kind = dtype or tensor.dtype
+                loaded[part][key] = tensor if name in stay else tensor.to(device, kind)
+    return loaded
+
+
+def check_tensor_groups(groups: Sequence[TensorGroup], states: PartStates) -> None:
+    """Compare all names and shapes with `states`, as `load_groups` does; no tensor is read."""
+    for group in groups:
+        _plan_tensor_reads(group, states)
+
+
+def move_and_cast(module: nn.Module, dtype: torch.dtype | None, device: torch.device | str) -> None:
+    """Move `module` to `device` and its parameters to `dtype`; buffers keep their precision."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(device=device, dtype=dtype or parameter.dtype)
+    module.to(device)
+
+
+def missing_tied_keys(language: Any, file_keys: Collection[str] = ()) -> set[str]:
+    """Return which key of a tied language model is not in files that have the keys `names`.
+
+    Either of head and embedding is enough, as for transformers; files may have both.
+    """
+    if not language.config.tie_word_embeddings:
+        return set()
+    return {HEAD_KEY} - set(file_keys) or {EMBEDDING_KEY} - set(file_keys)
+
+
+def load_language_state(language: Any, state: Mapping[str, Tensor]) -> None:
+    """Put the tensors that files gave into a language model, strictly, and tie what is tied."""
+    one_for_two = {
+        key: state[EMBEDDING_KEY if key == HEAD_KEY else HEAD_KEY]
+        for key in missing_tied_keys(language, state)
+    }
+    language.load_state_dict({**state, **one_for_two}, assign=True)
+    tie_word_embeddings(language)
+
+
+def tie_word_embeddings(language: Any) -> None:
+    """Tie head and embedding of a loaded language model, where its configuration ties them.
+
+    Where they differ the configuration is wrong and is set right, as transformers does: such files
+    hold a head of their own.
+    """
+    if not language.config.tie_word_embeddings:
+        return
+    if torch.equal(language.lm_head.weight, language.model.embed_tokens.weight):
+        language.tie_weights()
+    else:
+        language.config.tie_word_embeddings = False
+
+
+def summarize_tensor_names(tensor_names: Iterable[str]) -> str:
+    """Return how many tensors of which part `names` are, as "vision_tower (390), norm (1)"."""
+    parts = Counter(name.removeprefix("model.").partition(".")[0] for name in tensor_names)
+    return ", ".join(f"{part} ({number})" for part, number in parts.items())
+
+
+def summarize_unused_tensors(groups: Sequence[TensorGroup]) -> str:
+    """Return what the files of `groups` hold and nobody reads, as `counted` says it."""
+    return summarize_tensor_names(
+        name
+        for group in groups
+        for file in group.files
+        for name in read_tensor_shapes(file)
+        if name not in group.tensor_targets
+    )
+
+
+def read_unused_tensors(group: TensorGroup) -> Iterator[tuple[str, Tensor]]:
+    """Give the tensors of a group that are there and not read."""
+    for file in group.files:
+        yield from read_tensors(
+            file, [name for name in read_tensor_shapes(file) if name not in group.tensor_targets]
+        )
+
+
+def _plan_tensor_reads(group: TensorGroup, states: PartStates) -> dict[Path, list[str]]:
+    """Return which tensors to read from which file."""
+    where: dict[str, Path] = {}
+    for file in group.files:
+        for name, header in read_tensor_headers(file).items():
+            if name in group.tensor_targets:
+                _check_tensor_shape(name, header.shape, group, states, file)
+                check_weight_dtype(name, header, file)
+                if name in where:
+                    raise UserError(f"{file}: tensor {name} is also in {where[name]}")
+                where[name] = file
+            elif not re.fullmatch(group.ignored_pattern, name):
+                close = suggest_name(name, group.tensor_targets)
+                raise UserError(f"{file}: tensor {name} belongs to nothing in this model.{close}")
+    missing = [name for name in group.tensor_targets if name not in where]
+    if missing:
+        more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+        where_not = group.files[0] if len(group.files) == 1 else group.files[0].parent
+        raise UserError(f"{where_not}: tensor {missing[0]} is missing{more}")
+    plan: dict[Path, list[str]] = {}
+    for name, file in where.items():
+        plan.setdefault(file, []).append(name)
+    return plan
+
+
+def _check_tensor_shape(
+    name: str, shape: tuple[int, ...], group: TensorGroup, states: PartStates, file: Path
+) -> None:
+    part, key = group.tensor_targets[name]
+    needed = tuple(states[part][key].shape)
+    if shape != needed:
+        raise UserError(f"{file}: tensor {name} has shape {shape}, needed is {needed}")

@@ -1,0 +1,60 @@
+"""What GPUs can do and cost: the shipped table, and one of the user's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vlbench.config import recipe as recipes
+from vlbench.errors import UserError, suggest_name
+
+GPU_TABLE_FILE = Path(__file__).parents[1] / "train" / "gpus.yaml"
+GPU_KEYS = ("tflops", "memory", "price")
+
+
+class GpuSpec(NamedTuple):
+    """A kind of GPU."""
+
+    name: str
+    flops_per_second: float
+    """Operations per second in 16 bits."""
+    memory_bytes: float
+    """Bytes."""
+    price_per_hour: float | None
+    """Of an hour, in US dollars; None if nobody said it."""
+
+
+def find_gpu(name: str, table_file: str | None = None) -> GpuSpec:
+    """Return the GPU `name`, in any case, of `file` or of the shipped table.
+
+    A file is YAML, as `H100: {tflops: 989, memory: 79, price: 2.5}`: TFLOP/s of dense products in
+    16 bits, memory in GiB, and perhaps US dollars for an hour.
+    """
+    table = recipes.read_yaml(GPU_TABLE_FILE)
+    if table_file is not None:
+        path = Path(table_file).expanduser()
+        table |= {
+            key: _validate_gpu(path, key, row) for key, row in recipes.read_yaml(path).items()
+        }
+    by_lower = {key.lower(): key for key in table}
+    key = by_lower.get(name.lower())
+    if key is None:
+        known, close = ", ".join(table), suggest_name(name, table)
+        raise UserError(f"gpu is '{name}'; known are {known}, and those of gpus=FILE.yaml.{close}")
+    row = table[key]
+    return GpuSpec(key, 1e12 * row["tflops"], 2**30 * row["memory"], row.get("price"))
+
+
+def _validate_gpu(path: Path, name: str, row: Any) -> dict[str, float]:
+    """Return what a user's table says of a GPU, if it can be used."""
+    if not isinstance(row, dict) or not {"tflops", "memory"} <= row.keys():
+        raise UserError(f"{path}: {name} needs tflops and memory, as {{tflops: 312, memory: 79}}")
+    for key, value in row.items():
+        if key not in GPU_KEYS:
+            allowed = ", ".join(GPU_KEYS)
+            raise UserError(
+                f"{path}: {name}.{key}; allowed are {allowed}.{suggest_name(str(key), GPU_KEYS)}"
+            )
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise UserError(f"{path}: {name}.{key} is {value!r}; it must be a number above 0")
+    return {str(key): float(value) for key, value in row.items()}

@@ -1,0 +1,130 @@
+"""The model and the micro-batches of a stage as shapes: what a plan is counted on."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from vlbench.config.schema import Recipe
+from vlbench.connector import registry
+from vlbench.data.chat_template import CHAT_TEMPLATES
+from vlbench.data.packing import PackedBatch, assign_image_index
+from vlbench.data.sample_encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from vlbench.data.tokenizer import Tokenizer
+from vlbench.errors import UserError
+from vlbench.model.build_vlm import recipe_connector_options
+from vlbench.model.language_model import TINY_LANGUAGE_FOLDER, build_random_language
+from vlbench.model.vision_encoder import VisionEncoder
+from vlbench.model.vlm import VLM
+from vlbench.train.shape_checks import meta_encoder_and_config
+from vlbench.train.training_module import check_objective, freeze_untrained_parts
+
+
+class SampleShape(NamedTuple):
+    """A sample of a stage on average."""
+
+    token_count: float
+    """Positions, places included."""
+    image_count: float
+    supervised_tokens: float
+    """Positions whose next token is learned."""
+
+
+class ModelDepth(NamedTuple):
+    """How deep a model is."""
+
+    decoder_layers: int
+    """Layers of the language model."""
+    encoder_blocks: int
+    """Blocks of the tower that are computed."""
+
+
+def build_meta_vlm(recipe: Recipe, stage_name: str, depth: ModelDepth | None = None) -> VLM:
+    """Return the model of a stage on `meta`, at its image size, with its parts frozen or not.
+
+    With `depth` it has as many layers instead of its own. Nothing is fetched for weights that a hub
+    id names: they have the architecture of `language.name`.
+    """
+    stage = recipe.stages[stage_name]
+    local = Path(recipe.language.weights).expanduser().is_dir()
+    language = recipe.language if local else dataclasses.replace(recipe.language, weights="random")
+    tower, config = meta_encoder_and_config(dataclasses.replace(recipe, language=language))
+    tower.set_image_size(stage.image_size)
+    if depth is not None:
+        config.num_hidden_layers = depth.decoder_layers
+        _truncate_encoder(tower, depth.encoder_blocks)
+    try:
+        with torch.device("meta"):
+            vlm = VLM(
+                tower,
+                registry.load_connector(recipe.connector["name"]),
+                recipe_connector_options(recipe),
+                build_random_language(config),
+                Tokenizer.load(
+                    Path(recipe.language.weights).expanduser() if local else TINY_LANGUAGE_FOLDER
+                ),
+                CHAT_TEMPLATES[recipe.language.template],
+                recipe.language.max_length,
+            )
+            check_objective(vlm, stage_name, stage)
+            freeze_untrained_parts(vlm, stage)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return vlm
+
+
+def _truncate_encoder(vision_encoder: VisionEncoder, block_count: int) -> None:
+    """Leave a tower its first blocks; the features are those of the last."""
+    visual = vision_encoder.visual
+    if hasattr(visual, "trunk"):
+        visual.trunk.blocks = visual.trunk.blocks[:block_count]
+    else:
+        visual.transformer.resblocks = visual.transformer.resblocks[:block_count]
+    vision_encoder.block_index = block_count - 1
+
+
+def full_row_shape(
+    sample: SampleShape, max_tokens_per_row: int, tokens_per_image: int
+) -> SampleShape:
+    """Return a full row as one long sample; what is longer than a row has one of its own.
+
+    Attention takes no more memory for a long sample than for several short ones. `places` are those
+    of a picture; where the last sample would be cut, the row ends in text.
+    """
+    length = max(max_tokens_per_row, math.ceil(sample.token_count))
+    count = max(1, int(length // sample.token_count))
+    images = min(round(count * sample.image_count), (length - 1) // tokens_per_image)
+    learned = sample.supervised_tokens / max(
+        1.0, sample.token_count - sample.image_count * tokens_per_image
+    )
+    return SampleShape(
+        length, images, min(length, round(learned * (length - images * tokens_per_image)))
+    )
+
+
+def build_row_batch(row: SampleShape, tokens_per_image: int, image_size: int) -> PackedBatch:
+    """Return a micro-batch of one row: the pictures, then the text, learned at the end.
+
+    Whole numbers are real; make it where other tensors have no values.
+    """
+    length, images, supervised = (int(count) for count in row)
+    ids = torch.zeros(length, dtype=torch.long)
+    labels = torch.full_like(ids, IGNORE_INDEX)
+    ids[: images * tokens_per_image] = IMAGE_TOKEN_INDEX
+    labels[length - supervised :] = 0
+    return PackedBatch(
+        input_ids=ids[None],
+        labels=labels[None],
+        position_ids=torch.arange(length)[None],
+        sample_index=torch.zeros(1, length, dtype=torch.long),
+        image_index=assign_image_index(ids, tokens_per_image, 0)[None],
+        pixels=torch.zeros(images, 3, image_size, image_size),
+        sample_ids=["row"],
+        sample_lengths=[[length]],
+        supervised_token_count=supervised,
+        image_ids=[str(number) for number in range(images)],
+    ).locate_positions()

@@ -1,0 +1,239 @@
+"""`python -m vlbench chat`: ask a model one question, or talk to it."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shlex
+import sys
+from typing import TYPE_CHECKING, Any
+from urllib.request import url2pathname
+
+from PIL import Image
+
+from vlbench.config.overrides import parse_key_values, read_integer, read_number
+from vlbench.data.chat_template import check_template_name
+from vlbench.data.image_download import download_image
+from vlbench.data.image_processing import open_image
+from vlbench.errors import UserError, suggest_name
+from vlbench.model.generation.sampling_options import TRANSFORMERS_HINTS, refuse_unknown_options
+
+if TYPE_CHECKING:
+    from vlbench.model.vlm import VLM
+
+SAMPLING_KEYS = ("max_new_tokens", "temperature", "top_p", "seed")
+CHAT_KEYS = ("model", "run", "image", "question", *SAMPLING_KEYS, "template", "dtype", "device")
+COMMANDS_HELP = """\
+/image FILE   show a picture with the next question; again: one more picture (a file or a URL)
+/drop         take back the pictures that wait for the next question
+/reset        forget the conversation
+/history      print the conversation
+/quit         leave (so do Ctrl-D, and Ctrl-C twice); Ctrl-C ends an answer"""
+CHAT_COMMANDS = ("/image", "/drop", "/reset", "/history", "/help", "/quit")
+ImageInput = str | Image.Image
+_URL_PATTERN = re.compile(r"[a-z][a-z\d+.-]*://((?!,[a-z]+://)\S)+", re.I)  # one, not several
+
+
+def run_chat(overrides: list[str]) -> int:
+    """Answer `question=TEXT` about `image=FILE`, or talk until the input ends; return the code.
+
+    `image=` may be given several times, and be a URL.
+    """
+    keys = [word.partition("=")[0] for word in overrides]
+    refuse_unknown_options("chat", [key for key in keys if key in TRANSFORMERS_HINTS], CHAT_KEYS)
+    names = [word.removeprefix("image=") for word in overrides if word.startswith("image=")]
+    given = parse_key_values(
+        "chat", [w for w in overrides if not w.startswith("image=")], (), CHAT_KEYS
+    )
+    path = given.get("model") or given.get("run")
+    if not path or ("model" in given and "run" in given):
+        raise UserError("chat needs model=PATH: a run, a checkpoint or a released model")
+    options = _parse_sampling_options(given)
+    template = check_template_name(given.get("template"))
+    if "question" not in given and sys.stdin is None:
+        raise UserError("chat needs question=TEXT where standard input is closed")
+    # before the model, which takes seconds
+    images = [picture for name in names for _, picture in resolve_images(name)]
+    from vlbench import load
+
+    vlm = load(path, given.get("dtype"), given.get("device"), template)
+    talk = ChatSession(vlm, options)
+    talk.pending_images = images
+    if "question" in given:
+        talk.answer_question(given["question"])
+        return 0
+    return talk.run_interactive()
+
+
+def _parse_sampling_options(given: dict[str, str]) -> dict[str, Any]:
+    return {
+        "max_new_tokens": read_integer(given, "max_new_tokens", 512, 1, 100_000),
+        "temperature": read_number(given, "temperature", 0.0, 0.0, 10.0),
+        "top_p": read_number(given, "top_p", 1.0, 0.0, 1.0),
+        "seed": read_integer(given, "seed", 0, 0, 2**32 - 1),
+    }
+
+
+def resolve_image(name: str) -> ImageInput:
+    """Return the path of a picture, or the picture itself of a URL; a Mistake where it is none."""
+    if not name:
+        raise UserError("image has no value; write image=FILE")
+    name = url2pathname(name[7:]) if name.startswith("file:///") else name
+    if _URL_PATTERN.match(name):
+        return download_image(name)
+    path = os.path.expanduser(name)
+    open_image(path)
+    return path
+
+
+def resolve_images(line: str) -> list[tuple[str, ImageInput]]:
+    """Return name and picture of every file that a line names, divided by spaces or commas.
+
+    That is so where all of them exist or are URLs; otherwise the line is the name of one file.
+    """
+    line = line.strip()
+    whole = line.strip("'\"")
+    try:
+        several = [shlex.split(line), whole.split(",")]
+    except ValueError:  # a quote that is not closed
+        several = []
+    for names in [[whole], *several]:
+        if names and all(map(_is_file_or_url, names)):
+            return [(name, resolve_image(name)) for name in names]
+    return [(whole, resolve_image(whole))]
+
+
+def _is_file_or_url(name: str) -> bool:
+    """Tell whether a name is that of a file or one URL; unlike Path, os.path takes any text."""
+    return bool(_URL_PATTERN.fullmatch(name)) or os.path.isfile(os.path.expanduser(name))
+
+
+class ChatSession:
+    """A conversation: its messages, and the pictures that come with the next question."""
+
+    def __init__(self, vlm: VLM, chat_options: dict[str, Any]) -> None:
+        """Talk to `vlm`; `options` are those of `VLM.chat`."""
+        from vlbench.model.generation.prefix_cache import PrefixCache
+
+        self.vlm, self.chat_options = vlm, chat_options
+        self.messages: list[dict[str, Any]] = []
+        self.pending_images: list[ImageInput] = []
+        self.is_interactive = False  # more is asked than one question
+        self.prefix_cache = PrefixCache()
+
+    def run_interactive(self) -> int:
+        """Read questions and commands until the input ends; return the exit code."""
+        self.is_interactive = True
+        if isinstance(sys.stdin, io.TextIOWrapper):  # what is no text is refused where it is asked
+            sys.stdin.reconfigure(errors="surrogateescape")
+        if sys.stdin.isatty():
+            import readline  # noqa: F401  # arrow keys, and what was typed before
+
+            print(COMMANDS_HELP)
+        while True:
+            try:
+                line = self.read_line()
+            except EOFError:
+                print()
+                return 0
+            if line == "/quit":
+                return 0
+            try:
+                self.dispatch_line(line)
+            except UserError as mistake:
+                print(f"vlbench: {mistake}", file=sys.stderr)
+            except KeyboardInterrupt:
+                print("(stopped)")
+
+    def read_line(self) -> str:
+        """Return what is typed; at a prompt only a second Ctrl-C leaves the conversation."""
+        asks = sys.stdin.isatty()
+        try:
+            return input("you: " if asks else "").strip()
+        except KeyboardInterrupt:
+            if not asks:
+                raise
+            print("\n(press Ctrl-C again, or /quit, to leave)")
+            return input("you: ").strip()
+
+    def dispatch_line(self, line: str) -> None:
+        """Do what one line of the user asks for."""
+        if line.startswith("/"):
+            self.run_command(line)
+        elif line:
+            self.answer_question(line)
+
+    def run_command(self, line: str) -> None:
+        """Carry out a line that begins with a slash."""
+        name, _, rest = line.partition(" ")
+        if name == "/image":
+            if not rest.strip():
+                raise UserError("/image FILE shows the model a picture")
+            for file, picture in resolve_images(rest):
+                self.pending_images.append(picture)
+                print(f"{file} comes with the next question ({self._describe_pending_images()})")
+        elif name == "/drop":
+            print(f"taken back: {self._describe_pending_images()}")
+            self.pending_images = []
+        elif name == "/reset":
+            self.messages, self.pending_images = [], []
+            print("the conversation is forgotten")
+        elif name == "/history":
+            print(self.vlm.prompt([*self.messages, {"role": "user", "content": "..."}]))
+        elif name == "/help":
+            print(COMMANDS_HELP)
+        else:
+            known = ", ".join(CHAT_COMMANDS)
+            raise UserError(
+                f"no command {name}; known are {known}.{suggest_name(name, CHAT_COMMANDS)}"
+            )
+
+    def _describe_pending_images(self) -> str:
+        count = len(self.pending_images)
+        return f"{count} picture{'' if count == 1 else 's'}"
+
+    def answer_question(self, question: str) -> None:
+        """Print the answer while it is written, and keep question and answer.
+
+        What is stopped with Ctrl-C is kept as far as it was written.
+        """
+        from vlbench.model.generation.chat_messages import ConversationTooLong  # it imports torch
+
+        content: list[dict[str, Any]] = [
+            {"type": "image", "image": one} for one in self.pending_images
+        ]
+        content.append({"type": "text", "text": question})
+        asked = [*self.messages, {"role": "user", "content": content}]
+        written: list[str] = []
+
+        def print_chunk(text: str) -> None:
+            written.append(text)
+            print(text, end="", flush=True)
+
+        try:
+            self.vlm.chat(asked, stream=print_chunk, past=self.prefix_cache, **self.chat_options)
+        except ConversationTooLong as mistake:
+            way = "/reset forgets the conversation, /drop the waiting pictures"
+            raise UserError(
+                f"{mistake}; {way}" if self.is_interactive else str(mistake)
+            ) from mistake
+        finally:
+            print(flush=True)
+            if written:
+                answer = {"role": "assistant", "content": "".join(written)}
+                self.messages, self.pending_images = [*asked, answer], []
+        self._warn_about_answer(bool(written))
+
+    def _warn_about_answer(self, has_answer: bool) -> None:
+        """Say of an answer what cannot be seen in it: that it is empty, or cut for want of room."""
+        most = self.vlm.language.config.max_position_embeddings
+        if not has_answer:
+            print("vlbench: the answer is empty; it is not kept", file=sys.stderr)
+        elif self.prefix_cache.position_count >= most:
+            way = "; /reset forgets the conversation" if self.is_interactive else ""
+            print(
+                f"vlbench: the answer ends here because all {most} tokens that the language model "
+                f"reads are used{way}",
+                file=sys.stderr,
+            )

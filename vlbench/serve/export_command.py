@@ -1,0 +1,166 @@
+"""`python -m vlbench export`: write a model in a layout that others load, with a model card."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from vlbench.config import recipe as recipes
+from vlbench.config.overrides import format_override, parse_key_values, read_boolean
+from vlbench.config.schema import Recipe
+from vlbench.data.chat_template import check_template_name
+from vlbench.errors import UserError, suggest_name
+from vlbench.load_model import find_model_folder, load_model_folder, parse_dtype
+from vlbench.model import lora_adapters
+from vlbench.model.vlm import VLM
+from vlbench.model.weights import yi_vl_layout
+from vlbench.model.weights.export_hf_llava import write_hf_llava
+from vlbench.model.weights.export_yi_vl import write_yi_vl
+from vlbench.model.weights.tensor_files import write_tensors
+from vlbench.serve.model_card import render_model_card
+from vlbench.text_files import read_json
+from vlbench.train import checkpoint_files
+from vlbench.train.checkpoint_files import RunPosition
+
+EXPORT_FORMATS = ("yi_vl", "hf_llava", "vlbench")
+
+
+def run_export(overrides: list[str]) -> int:
+    """Write `run=PATH` (run, checkpoint or released model) to the new folder `to=DIR`."""
+    given = parse_key_values(
+        "export", overrides, ("run", "to", "format"), ("dtype", "merge_lora", "template")
+    )
+    layout, to = given["format"], Path(given["to"]).expanduser()
+    if layout not in EXPORT_FORMATS:
+        known = ", ".join(EXPORT_FORMATS)
+        raise UserError(
+            f"format is '{layout}'; known are {known}.{suggest_name(layout, EXPORT_FORMATS)}"
+        )
+    kind, template = parse_dtype(given.get("dtype")), check_template_name(given.get("template"))
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UserError(f"to={to} is there already; name a new folder")
+    source = find_model_folder(given["run"], "run")
+    vlm = load_model_folder(source, None, template=template)
+    _merge_or_refuse_lora(vlm, layout, read_boolean(given, "merge_lora"), source)
+    recipe = _load_source_recipe(source, vlm)
+    writing = to.parent / f".writing-{to.name}"
+    shutil.rmtree(writing, ignore_errors=True)
+    before = signal.signal(signal.SIGTERM, _exit_on_signal)
+    try:
+        writing.mkdir(parents=True)
+        _write_export(layout, vlm, writing, kind, source, recipe)
+        trained = checkpoint_files.is_run_or_checkpoint(source)
+        text = render_model_card(
+            vlm, recipe, trained, layout, to, source, _load_run_results(source)
+        )
+        (writing / "README.md").write_text(text, encoding="utf-8")
+        if to.exists():
+            to.rmdir()
+        writing.rename(to)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"to={to} cannot be written ({reason})") from error
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
+        signal.signal(signal.SIGTERM, before)
+    size = sum(path.stat().st_size for path in to.rglob("*") if path.is_file())
+    print(f"wrote {to} ({size / 1e6:,.1f} MB, format {layout}); README.md in it says how to use it")
+    return 0
+
+
+def _merge_or_refuse_lora(vlm: VLM, layout: str, merge_lora: bool, source: Path) -> None:
+    """Merge LoRA adapters into the weights if that is wanted; released layouts have none."""
+    adapted = [name for name, part in vlm.named_parts() if lora_adapters.adapter_parameters(part)]
+    if merge_lora:
+        for name in adapted:
+            lora_adapters.merge_adapters(getattr(vlm, name))
+    elif adapted and layout != "vlbench":
+        raise UserError(
+            f"{source} has LoRA adapters ({', '.join(adapted)}), which format={layout} cannot "
+            "hold: say merge_lora=true, or format=vlbench"
+        )
+
+
+def _exit_on_signal(signal_number: int, _: Any) -> None:
+    """End as a signal asks, but by an exception: what is half written is then removed."""
+    sys.exit(128 + signal_number)
+
+
+def _write_export(
+    layout: str,
+    vlm: VLM,
+    folder: Path,
+    dtype: torch.dtype | None,
+    source: Path,
+    recipe: Recipe,
+) -> None:
+    def cast_tensor(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    change = cast_tensor if dtype else None
+    if layout == "yi_vl":
+        write_yi_vl(vlm, folder, change, source if _is_yi_vl_release(source) else None)
+    elif layout == "hf_llava":
+        write_hf_llava(vlm, folder, change)
+    else:
+        tensors = (
+            (f"{part}.{key}", change(value) if change else value)
+            for part, module in vlm.named_parts()
+            for key, value in lora_adapters.base_state_dict(module).items()
+        )
+        write_tensors(tensors, folder)
+        checkpoint_files.write_metadata(
+            vlm, folder, recipes.recipe_to_yaml(recipe), _training_position(source, recipe)
+        )
+
+
+def _is_yi_vl_release(source: Path) -> bool:
+    return not checkpoint_files.is_run_or_checkpoint(source) and yi_vl_layout.is_layout_config(
+        read_json(source / "config.json")
+    )
+
+
+def _training_position(source: Path, recipe: Recipe) -> RunPosition:
+    """Return where a checkpoint stands; a released model stands before the last stage's end."""
+    if checkpoint_files.is_run_or_checkpoint(source):
+        return checkpoint_files.read_position(source)
+    names = list(recipe.stages)
+    return RunPosition(len(names) - 1, names[-1], 0)
+
+
+def _load_source_recipe(source: Path, vlm: VLM) -> Recipe:
+    """Return the recipe of a checkpoint, or the one that a released model would have had."""
+    if checkpoint_files.is_run_or_checkpoint(source):
+        recipe = recipes.load_recipe_file(source / "recipe.yaml")
+        template: Any = vlm.template.name
+        return replace(recipe, language=replace(recipe.language, template=template))
+    options = [
+        format_override(f"connector.{key}", value) for key, value in vlm.connector_options.items()
+    ]
+    layers = vlm.language.config.num_hidden_layers
+    return recipes.load_recipe(
+        [
+            "recipe=yivl_llava",
+            f"size={'34b' if layers == 60 else '6b'}",
+            f"vision.layer={vlm.vision.layer}",
+            f"language.template={vlm.template.name}",
+            f"language.max_length={vlm.max_length}",
+            *options,
+        ]
+    )
+
+
+def _load_run_results(source: Path) -> dict[str, Any]:
+    """Return the results of the run that a checkpoint lies in, {} when there are none."""
+    file = source.parent.parent / "results.json"
+    return (
+        read_json(file) if checkpoint_files.is_run_or_checkpoint(source) and file.is_file() else {}
+    )

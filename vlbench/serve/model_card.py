@@ -1,0 +1,147 @@
+"""The model card of an export: what it is made of, how it was trained, how good, how to use it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vlbench import __version__
+from vlbench.config.overrides import format_override
+from vlbench.config.schema import Recipe
+from vlbench.data.data_sources import SCENES_SOURCE
+from vlbench.model.vlm import VLM
+
+USAGE_TEXTS = {
+    "yi_vl": """\
+This is the layout of the released Yi-VL models: their authors' inference code loads it, and so does
+
+    import vlbench
+    vlm = vlbench.load("{to}")
+    picture = {{"type": "image", "image": "picture.png"}}
+    content = [picture, {{"type": "text", "text": "What is it?"}}]
+    print(vlm.chat([{{"role": "user", "content": content}}]))
+""",
+    "hf_llava": """\
+This is transformers' LLaVA:
+
+    from PIL import Image
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+    model = LlavaForConditionalGeneration.from_pretrained("{to}")
+    processor = AutoProcessor.from_pretrained("{to}", backend="pil")
+    content = [{{"type": "image"}}, {{"type": "text", "text": "What is it?"}}]
+    prompt = processor.apply_chat_template([{{"role": "user", "content": content}}])
+    inputs = processor(images=Image.open("picture.png"), text=prompt, return_tensors="pt")
+    new = model.generate(
+        **inputs, max_new_tokens=256, stop_strings=["{stop}"], tokenizer=processor.tokenizer)
+    print(processor.decode(new[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+
+`backend="pil"` resizes pictures as in training; the other backend is up to one grey level off,
+which moves logits in the first decimal. Several questions at once: give lists to `images` and
+`text`, and `padding=True`; prompts are filled on the left, where answers do not suffer.
+""",
+    "vlbench": """\
+This is a checkpoint of vlbench, with every weight, and stands alone:
+
+    python -m vlbench chat model={to}
+    {again}
+""",
+}
+
+
+def render_model_card(
+    vlm: VLM,
+    recipe: Recipe,
+    is_trained: bool,
+    layout: str,
+    export_folder: Path,
+    source: Path,
+    results: Mapping[str, Any],
+) -> str:
+    """Return the text of README.md for an export of `vlm` from `source` to the folder `to`.
+
+    `trained` is False for a released model that nothing was trained on since: `recipe` is then what
+    goes on with it. `results` may be empty.
+    """
+    rows = [
+        f"| {name} | {what} | {sum(p.numel() for p in module.parameters()):,} |"
+        for (name, module), what in zip(vlm.named_parts(), _describe_parts(vlm), strict=True)
+    ]
+    transform = vlm.transform
+    paragraphs = [
+        "---\n"
+        f"library_name: {'transformers' if layout == 'hf_llava' else 'vlbench'}\n"
+        "pipeline_tag: image-text-to-text\n"
+        f"tags: [vision-language, vlbench, {layout}]\n"
+        "---",
+        f"# {export_folder.name}",
+        f"A vision-language model, written by vlbench {__version__} from `{source.name}`.",
+        "\n".join(["| part | what | parameters |", "|---|---|---|", *rows]),
+        f"A picture is {'padded to a square and ' if transform.pad else ''}read at "
+        f"{transform.crop} x {transform.crop} pixels and takes {vlm.connector.tokens_per_image} "
+        f"tokens. Conversations are written with the chat template {vlm.template.name}.",
+        "## Training",
+        _describe_training(recipe)
+        if is_trained
+        else "Nothing was trained: these are the released weights.",
+        *_render_results_table(results),
+        "## Use",
+        USAGE_TEXTS[layout]
+        .format(
+            to=export_folder, stop=vlm.template.stop, again=_training_command(recipe, export_folder)
+        )
+        .strip(),
+        "## Licence and limits",
+        "The weights keep the licences of what they began as (language model, vision tower) and "
+        "of the data they\nlearned from. The model may describe what is not in a picture.",
+    ]
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def _training_command(recipe: Recipe, export_folder: Path) -> str:
+    """Return the command that trains on from `to`, with the options that its connector needs."""
+    words = [
+        format_override("recipe", recipe.recipe),
+        format_override("size", recipe.size),
+        format_override("init", export_folder),
+    ]
+    words.append(format_override("only", list(recipe.stages)[-1]))
+    words += [format_override(f"connector.{key}", value) for key, value in recipe.connector.items()]
+    if recipe.data.train != SCENES_SOURCE:
+        words += ["data.train=FILE.json", "data.images=FOLDER"]
+    return shlex.join(["python", "-m", "vlbench", "fit", *words])
+
+
+def _describe_parts(vlm: VLM) -> list[str]:
+    config = vlm.language.config
+    options = ", ".join(f"{key} {value}" for key, value in vlm.connector_options.items())
+    return [
+        f"ViT, {len(vlm.vision.blocks())} blocks, {vlm.vision.feature_width} wide; output of block "
+        f"{vlm.vision.layer}",
+        f"{type(vlm.connector).__name__}, {options}" if options else type(vlm.connector).__name__,
+        f"Llama, {config.num_hidden_layers} layers, {config.hidden_size} wide",
+    ]
+
+
+def _describe_training(recipe: Recipe) -> str:
+    began = recipe.init or f"{recipe.vision.weights} (tower), {recipe.language.weights} (language)"
+    lines = [f"Recipe `{Path(recipe.recipe).stem}`, seed {recipe.seed}; it began with {began}."]
+    for name, stage in recipe.stages.items():
+        if recipe.only is None or name in recipe.only:
+            budget = f"{stage.steps} steps" if stage.steps is not None else f"{stage.epochs} epochs"
+            lines.append(
+                f"- {name}: {budget} of batch {stage.global_batch_size} at {stage.image_size} pixels, trains "
+                f"{', '.join(stage.trained_parts)}"
+            )
+    return "\n".join(lines)
+
+
+def _render_results_table(results: Mapping[str, Any]) -> list[str]:
+    """Return the figures of a finished run as a table, [] when there are none."""
+    names = ("accuracy", "unseen_accuracy", "blank_accuracy", "shuffled_accuracy")
+    rows = [f"| {name} | {results[name]:.3f} |" for name in names if results.get(name) is not None]
+    if not rows:
+        return []
+    head = f"Exact match on {results['questions']} questions ({results['asked_of']}):"
+    return [head, "\n".join(["| figure | value |", "|---|---|", *rows])]

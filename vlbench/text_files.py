@@ -1,0 +1,106 @@
+"""Small files of text, read as UTF-8; what is wrong with one becomes a line that names it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from vlbench.errors import UserError
+
+LFS_POINTER = b"version https://git-lfs"
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file; a mark of its byte order at the beginning is no part of it."""
+    refuse_lfs_pointer(path)
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text (byte {error.start + 1})") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file."""
+    try:
+        value = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: is not a JSON object")
+    return value
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file with a header, [] if there is no such file."""
+    return list(csv.DictReader(io.StringIO(read_text(path)))) if path.is_file() else []
+
+
+def split_lines(text: str) -> list[str]:
+    """Return the lines of a text without the line feeds that end them.
+
+    str.splitlines would also cut at U+2028, U+2029 and U+0085, which JSON texts may hold as they
+    are, and at control characters.
+    """
+    lines = text.split("\n")
+    if not lines[-1]:
+        lines.pop()
+    return [line.removesuffix("\r") for line in lines]
+
+
+def format_json_lines(records: Iterable[object]) -> str:
+    """Return records as JSON, one to a line; half of a surrogate pair (no text) is escaped."""
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file written by `json_lines`, [] if there is no such file.
+
+    A last line that was cut short by a kill is left out. Raises a Mistake that names another line.
+    """
+    if not path.is_file():
+        return []
+    data = path.read_bytes()
+    found = []
+    for number, line in enumerate(data[: data.rfind(b"\n") + 1].split(b"\n")[:-1], 1):
+        try:
+            one = json.loads(line.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: line {number} is not JSON ({error})") from error
+        if not isinstance(one, dict):
+            raise UserError(f"{path}: line {number} is not a JSON object")
+        found.append(one)
+    return found
+
+
+def append_json_lines(path: Path, records: Iterable[object]) -> None:
+    """Add records to a file of `json_lines`; a last line that a kill cut short is removed."""
+    with path.open("ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(format_json_lines(records).encode("utf-8"))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file under a temporary name and rename it, so that it is never seen half."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text, encoding="utf-8", newline="")
+    os.replace(temporary, path)
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Raise a Mistake for a file that Git LFS has not fetched yet, or that cannot be opened."""
+    try:
+        with path.open("rb") as file:
+            begins = file.read(len(LFS_POINTER))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    if begins == LFS_POINTER:
+        raise UserError(f"{path}: is a Git-LFS pointer and not the file; run git lfs pull")

@@ -1,0 +1,310 @@
+"""Checkpoints: folders that stand alone, written whole or not at all.
+
+checkpoints/2-chat-000300/
+    model.safetensors     every part that was trained so far, keys `vision.`, `connector.`, ...
+    optimizer/            the optimizer of the open stage, by the names of parameters
+    position.json         stage, step, held-out loss
+    recipe.yaml preprocess.json tokenizer.model tokenizer_config.json
+    language/             config of the language model, if its weights are in model.safetensors
+    vision/               config of the vision encoder, in open_clip's format
+    weights.json          what each part began as: its source, and a checksum of its weights
+    adapters/PART/        LoRA adapters in peft's layout, if a part has them
+    release/              the small files of the released model that the run began with, if any
+
+More than 5 GB of tensors are several files and an index, as in transformers; where several
+processes train, each writes some of them. A checkpoint does not tell how many there were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.optim import Optimizer
+
+from vlbench.distributed import collectives
+from vlbench.errors import UserError
+from vlbench.model import lora_adapters
+from vlbench.model.build_vlm import LANGUAGE_FOLDER, VISION_FOLDER
+from vlbench.model.frozen_bf16 import FROZEN_DTYPE
+from vlbench.model.vlm import VLM
+from vlbench.model.weights.release_files import write_release_files
+from vlbench.model.weights.tensor_files import LazyTensors, begin_writing_tensors, weight_files
+from vlbench.model.weights.weight_origin import write_origins
+from vlbench.text_files import read_json
+from vlbench.train.optimizer_state import named_optimizer_state
+
+RELEASE_FOLDER = "release"
+ADAPTERS_FOLDER = "adapters"
+OPTIMIZER_FOLDER = "optimizer"
+CHECKPOINT_NAME = re.compile(r"(\d+)-([A-Za-z0-9_]+)-(\d{6,})")
+_POSITION_TYPES = {"stage": int, "name": str, "step": int}
+
+
+@dataclass(frozen=True)
+class RunPosition:
+    """Where a run stands: `step` optimizer steps of stage number `stage` are done."""
+
+    stage: int
+    name: str
+    step: int
+    loss: float | None = None
+    """Held-out loss per supervised token, if it was measured at this step."""
+    seen: dict[str, int] | None = None
+    """Samples, images and tokens (places included) that the run has learned from by then."""
+    seconds: float | None = field(default=None, compare=False)
+    """What the run has taken by then, the time in which it was stopped left out."""
+
+    @property
+    def folder_name(self) -> str:
+        """Name of the checkpoint's folder; names sort in the order of training."""
+        return f"{self.stage}-{self.name}-{self.step:06d}"
+
+
+def named_part_weights(vlm: VLM, parts: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """Give the state of `parts`, keys prefixed with the part's name.
+
+    Weights that a stage holds in 16 bits are written as the float32 that they are between stages.
+    """
+    for part in parts:
+        for key, value in lora_adapters.base_state_dict(getattr(vlm, part)).items():
+            yield f"{part}.{key}", value.float() if value.dtype is FROZEN_DTYPE else value
+
+
+class CheckpointWriter:
+    """A checkpoint on its way to the disk: training goes on while files are written.
+
+    Where several processes train, all of them begin and end it together.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        position: RunPosition,
+        vlm: VLM,
+        parts: list[str],
+        optimizer: Optimizer | None,
+        recipe_file: Path,
+    ) -> None:
+        """Copy what is to be written, and begin; nothing is kept of it before `end`."""
+        self.final_path = folder / position.folder_name
+        self.temp_path = folder / f".writing-{position.folder_name}"
+        self._executor = ThreadPoolExecutor(1)
+        self._write_tasks: list[Future[None]] = []
+        with self._explain_write_errors():
+            collectives.call_on_rank_zero(
+                lambda: _make_folders(self.temp_path, optimizer is not None)
+            )
+            self._finish_calls = [
+                begin_writing_tensors(
+                    named_part_weights(vlm, parts), self.temp_path, self._submit_write, copy=True
+                )
+            ]
+            if optimizer is not None:
+                kept = named_optimizer_state(vlm, optimizer)
+                self._finish_calls.append(
+                    begin_writing_tensors(
+                        kept, self.temp_path / OPTIMIZER_FOLDER, self._submit_write, copy=True
+                    )
+                )
+            write_metadata(vlm, self.temp_path, recipe_file.read_text(encoding="utf-8"), position)
+
+    def _submit_write(self, write_call: Callable[[], None]) -> Future[None]:
+        self._write_tasks.append(self._executor.submit(write_call))
+        return self._write_tasks[-1]
+
+    @property
+    def is_written(self) -> bool:
+        """True when this process has written its share."""
+        return all(task.done() for task in self._write_tasks)
+
+    def finish_writing(self) -> Path:
+        """Wait for the files of all processes, name the checkpoint, and return its path."""
+        with self._explain_write_errors():
+            for end in self._finish_calls:
+                end()
+            collectives.call_on_rank_zero(
+                lambda: _publish_checkpoint(self.temp_path, self.final_path)
+            )
+        self._executor.shutdown()
+        return self.final_path
+
+    @contextlib.contextmanager
+    def _explain_write_errors(self) -> Iterator[None]:
+        """Leave nothing behind of a checkpoint that cannot be written, and say why."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            self._executor.shutdown()
+            shutil.rmtree(self.temp_path, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise explain_write_error(error, self.temp_path.parent) from error
+            text = f"could not write a checkpoint in {self.temp_path.parent}: {error}"
+            raise UserError(text) from error
+
+
+def _make_folders(temp_path: Path, has_optimizer: bool) -> None:
+    """Make the folders of a checkpoint that begins."""
+    shutil.rmtree(temp_path, ignore_errors=True)
+    temp_path.mkdir(parents=True)
+    if has_optimizer:
+        (temp_path / OPTIMIZER_FOLDER).mkdir()
+
+
+def _publish_checkpoint(temp_path: Path, final_path: Path) -> None:
+    """Give a checkpoint that is whole its name."""
+    for path in temp_path.rglob("*"):
+        _fsync_path(path)
+    shutil.rmtree(final_path, ignore_errors=True)
+    temp_path.rename(final_path)
+    _fsync_path(final_path.parent)
+
+
+def write_metadata(vlm: VLM, folder: Path, recipe_text: str, position: RunPosition) -> None:
+    """Write everything about a model but its weights, so that a checkpoint stands alone."""
+    for part, module in vlm.named_parts():
+        lora_adapters.save_adapters(module, folder / ADAPTERS_FOLDER / part)
+    if not collectives.is_rank_zero():
+        return
+    (folder / "preprocess.json").write_text(preprocessing_json(vlm), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
+    vlm.tokenizer.save(folder)
+    write_release_files(vlm.release_files, folder / RELEASE_FOLDER)
+    write_origins(vlm.weight_origins, folder)
+    if vlm.vision.config is not None:
+        (folder / VISION_FOLDER).mkdir()
+        vlm.vision.config.save(folder / VISION_FOLDER)
+    config = vlm.language.config.to_dict()
+    ends = {"eos_token_id": vlm.language.generation_config.eos_token_id}
+    (folder / LANGUAGE_FOLDER).mkdir()
+    (folder / LANGUAGE_FOLDER / "config.json").write_text(
+        json.dumps(config, indent=1), encoding="utf-8"
+    )
+    (folder / LANGUAGE_FOLDER / "generation_config.json").write_text(
+        json.dumps(ends), encoding="utf-8"
+    )
+    (folder / "position.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
+
+
+def explain_write_error(error: OSError, folder: Path) -> Exception:
+    """Return a clear mistake for a full disk or an unwritable folder, else the error itself."""
+    if error.errno == errno.ENOSPC:
+        return UserError(
+            f"the disk is full: cannot write in {folder}; earlier checkpoints are whole"
+        )
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return UserError(f"{folder} cannot be written ({error.strerror})")
+    return error
+
+
+def preprocessing_json(vlm: VLM) -> str:
+    """Return the JSON of everything between a conversation and the model's input."""
+    return json.dumps(
+        {
+            "transform": asdict(vlm.transform),
+            "transform_hash": vlm.transform.transform_hash(),
+            "template": asdict(vlm.template),
+            "tokens_per_image": vlm.connector.tokens_per_image,
+        },
+        ensure_ascii=False,
+        indent=1,
+    )
+
+
+def _fsync_path(path: Path) -> None:
+    """Make the operating system write `path` out, so that a power cut cannot tear it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_position(folder: Path) -> RunPosition:
+    """Return where the checkpoint in `folder` stands."""
+    file = folder / "position.json"
+    said = read_json(file)
+    whole = all(type(said.get(key)) is kind for key, kind in _POSITION_TYPES.items())
+    if not whole or not said.keys() <= {*_POSITION_TYPES, "loss", "seen", "seconds"}:
+        raise UserError(
+            f"{file}: is not the position of a checkpoint ({', '.join(_POSITION_TYPES)})"
+        )
+    return RunPosition(**said)
+
+
+def read_preprocessing(folder: Path) -> tuple[int, str]:
+    """Return the image size of a checkpoint in pixels, and the hash of its image transform."""
+    file = folder / "preprocess.json"
+    said = read_json(file)
+    crop = transform.get("crop") if isinstance(transform := said.get("transform"), dict) else None
+    if not isinstance(crop, int) or not isinstance(said.get("transform_hash"), str):
+        raise UserError(f"{file}: is not the preprocessing of a checkpoint")
+    return crop, said["transform_hash"]
+
+
+def list_positions(folder: Path) -> list[RunPosition]:
+    """Return the positions of all whole checkpoints in `folder`, oldest first."""
+    found = []
+    for path in folder.glob("*-*-*"):
+        if CHECKPOINT_NAME.fullmatch(path.name) and (path / "position.json").is_file():
+            found.append(read_position(path))
+    return sorted(found, key=lambda p: (p.stage, p.step))
+
+
+def is_run_or_checkpoint(path: Path) -> bool:
+    """Tell whether `path` is a checkpoint or a folder with checkpoints."""
+    return (path / "position.json").is_file() or (path / "checkpoints").is_dir()
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return the checkpoint that `path` means: itself, or the newest one of a run folder."""
+    if (path / "position.json").is_file():
+        return path
+    found = list_positions(path / "checkpoints")
+    if not found:
+        raise UserError(f"{path} is neither a run folder with checkpoints nor a checkpoint")
+    return path / "checkpoints" / found[-1].folder_name
+
+
+def read_optimizer_state(path: Path) -> Mapping[str, Tensor]:
+    """Return the optimizer state of a checkpoint, read when it is asked for."""
+    folder = path / OPTIMIZER_FOLDER
+    try:
+        return LazyTensors(weight_files(folder))
+    except UserError as error:
+        reason = "is torn" if any(folder.glob("*.safetensors")) else "is missing"
+        raise UserError(
+            f"{folder} {reason}, so the run cannot go on as if it had not stopped; begin a new one "
+            f"with init={path}, or remove {path} to go on from the checkpoint before it"
+        ) from error
+
+
+def prune_checkpoints(folder: Path, keep_last_checkpoints: int) -> None:
+    """Remove checkpoints beyond the last `keep_last_checkpoints`, but keep the best of the newest stage.
+
+    The newest checkpoint of a stage that is over stays, without its optimizer.
+    """
+    found = list_positions(folder)
+    newest = {p.stage: p for p in found}
+    keep = {p.folder_name for p in found[-keep_last_checkpoints:]} | {
+        p.folder_name for p in newest.values()
+    }
+    judged = [p for p in found if p.loss is not None and p.stage == found[-1].stage]
+    if judged:
+        keep.add(min(judged, key=lambda p: p.loss or 0.0).folder_name)
+    for position in found:
+        path = folder / position.folder_name
+        if position.folder_name not in keep:
+            shutil.rmtree(path)
+        elif position.stage < found[-1].stage and (path / OPTIMIZER_FOLDER).exists():
+            shutil.rmtree(path / OPTIMIZER_FOLDER)

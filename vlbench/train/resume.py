@@ -1,0 +1,310 @@
+"""From a checkpoint, a run or a released model on disk to a model in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlbench.config import recipe as recipes
+from vlbench.config.overrides import format_override
+from vlbench.config.schema import LanguageModelConfig, Recipe, StageConfig
+from vlbench.errors import UserError
+from vlbench.model import lora_adapters
+from vlbench.model.build_vlm import build_checkpoint_vlm, build_vlm, release_overrides
+from vlbench.model.vlm import MODEL_PARTS, VLM
+from vlbench.model.weights import hub_download
+from vlbench.model.weights.connector_reference import ReferenceWeights, load_reference_weights
+from vlbench.model.weights.hub_download import fetch_hub_folder
+from vlbench.model.weights.load_release import (
+    build_released_vlm,
+    find_layout_module,
+    is_release,
+    load_release,
+    resolve_template_name,
+)
+from vlbench.model.weights.quantized_weights import refuse_quantized_folder
+from vlbench.model.weights.tensor_files import read_tensor_shapes, read_tensors, weight_files
+from vlbench.model.weights.tensor_groups import (
+    move_and_cast,
+    summarize_unused_tensors,
+    tie_word_embeddings,
+)
+from vlbench.model.weights.weight_origin import ORIGINS_FILE, make_weight_origin, read_origins
+from vlbench.text_files import read_json
+from vlbench.train import checkpoint_files
+from vlbench.train.checkpoint_files import ADAPTERS_FOLDER, RELEASE_FOLDER
+
+FLOAT32 = torch.float32
+ACCEPTED_SOURCES = "run folder, checkpoint or released model"
+
+
+class WeightMismatch(UserError):
+    """Weights that do not fit into the part of a model that they were meant for."""
+
+
+def load_checkpoint(
+    folder: Path,
+    recipe: Recipe,
+    dtype: torch.dtype | None = FLOAT32,
+    device: torch.device | str = "cpu",
+    skip_parts: tuple[str, ...] = (),
+    mmap_language: bool = False,
+) -> VLM:
+    """Return the model in a checkpoint, as `recipe` describes it.
+
+    `dtype` None keeps every tensor as it is stored. Parts in `skip` start anew. With `mapped` the
+    weights of the language model stay in their files.
+    """
+    held = {
+        name.partition(".")[0] for file in weight_files(folder) for name in read_tensor_shapes(file)
+    }
+    side, _ = checkpoint_files.read_preprocessing(folder)
+    if (folder / RELEASE_FOLDER).is_dir():
+        vlm = build_released_vlm(folder / RELEASE_FOLDER, release_overrides(recipe))
+        vlm.set_image_size(side)
+    else:
+        vlm = build_checkpoint_vlm(
+            recipe, [*_earlier_image_sizes(folder), side], folder, held, mmap_language
+        )
+    if "connector" not in skip_parts:
+        vlm.set_objective(read_objective(folder))
+    load_checkpoint_weights(folder, vlm, dtype, device, skip_parts, mmap_language)
+    vlm.vision.draft = recipe.data.decode == "draft"
+    vlm.weight_origins = read_origins(folder / ORIGINS_FILE)
+    return vlm
+
+
+def inherited_keys(recipe: Recipe) -> dict[str, Any]:
+    """Return keys that a recipe has from its `init` unless it says them itself, as nested dicts.
+
+    They are what the weights were trained with. A run that goes on has them already: its `init`
+    may be gone.
+    """
+    source, own = Path(str(recipe.init)), Path(str(recipe.run), "recipe.yaml")
+    if source.is_file():
+        return {}
+    if own.is_file() or checkpoint_files.is_run_or_checkpoint(source):
+        before = recipes.load_recipe_file(
+            own if own.is_file() else checkpoint_files.find_checkpoint(source) / "recipe.yaml"
+        )
+        vision = {"layer": before.vision.layer, "norm": before.vision.norm}
+        return {"vision": vision, "language": {"template": before.language.template}}
+    folder = fetch_hub_folder(
+        str(source),
+        "init",
+        hub_download.RELEASE_CONTENTS,
+        ACCEPTED_SOURCES,
+        hub_download.SMALL_FILE_PATTERNS,
+    )
+    if is_blip2_folder(folder):
+        return {}
+    folder = find_released_model(str(source), "init", hub_download.SMALL_FILE_PATTERNS)
+    plan = find_layout_module(folder).read_release_spec(folder)
+    keys: dict[str, Any] = {"vision": {"layer": plan.vision_layer}}
+    if recipe.language.template == LanguageModelConfig.template:  # else the recipe chose another
+        keys["language"] = {"template": resolve_template_name(folder, plan, "language.template")}
+    return keys
+
+
+def build_from_init(recipe: Recipe, stage: StageConfig, mmap_language: bool = False) -> VLM:
+    """Return the model that `init` means for `stage`: of a run, a checkpoint, a release or a file.
+
+    A file, or a folder of BLIP-2's, holds the weights of a connector in the layout of its reference
+    implementation.
+
+    Tower, language model and tokenizer are those of `init`. The connector is as well, unless the
+    recipe names another one, which then starts anew.
+    """
+    source, left = str(recipe.init), ""
+    if Path(source).is_file():
+        return _build_with_reference(recipe, stage, [Path(source)])
+    if checkpoint_files.is_run_or_checkpoint(Path(source)):
+        folder = checkpoint_files.find_checkpoint(Path(source))
+        before = recipes.load_recipe_file(folder / "recipe.yaml")
+        other = before.connector["name"] != recipe.connector["name"]
+        recipe = _inherit_parts(before, recipe)
+        try:
+            vlm = load_checkpoint(
+                folder,
+                recipe,
+                skip_parts=("connector",) if other else (),
+                mmap_language=mmap_language,
+            )
+        except WeightMismatch as misfit:
+            raise _explain_mismatch(misfit, before, recipe) from misfit
+    else:
+        folder = fetch_hub_folder(source, "init", hub_download.RELEASE_CONTENTS, ACCEPTED_SOURCES)
+        if is_blip2_folder(folder):
+            return _build_with_reference(recipe, stage, weight_files(folder))
+        folder = find_released_model(source, "init")
+        torch.manual_seed(recipe.seed)
+        vlm = load_release(
+            folder, FLOAT32, overrides=release_overrides(recipe), mmap_language=mmap_language
+        )
+        other = vlm.connector.released_projector() is None
+        left = summarize_unused_tensors(find_layout_module(folder).build_tensor_groups(folder, vlm))
+    if other:
+        vlm.set_objective(stage.objective, fresh=True)
+    vlm.weight_origins = {
+        "vision": make_weight_origin(source, vlm.vision.visual),
+        "connector": make_weight_origin(
+            vlm.connector.weights_source if other else source, vlm.connector
+        ),
+        "language": make_weight_origin(source, vlm.language),
+    }
+    config, blocks = vlm.language.config, len(vlm.vision.blocks())
+    print(
+        f"init {folder}: tower of {blocks} blocks, {vlm.vision.feature_width} wide; language model of "
+        f"{config.num_hidden_layers} layers, {config.hidden_size} wide"
+        + (f"; connector {recipe.connector['name']} starts anew" if other else "")
+        + (f"; left out of its files: {left}" if left else "")
+    )
+    return vlm
+
+
+def _explain_mismatch(mismatch: WeightMismatch, init_recipe: Recipe, recipe: Recipe) -> UserError:
+    """Say which options of the connector `init` was trained with, where they are other ones."""
+    differ = {k: v for k, v in init_recipe.connector.items() if recipe.connector.get(k) != v}
+    if not differ or "name" in differ:
+        return mismatch
+    say = " ".join(format_override(f"connector.{key}", value) for key, value in differ.items())
+    return UserError(f"init={recipe.init} has another connector: say {say} ({mismatch})")
+
+
+def _inherit_parts(init_recipe: Recipe, recipe: Recipe) -> Recipe:
+    """Return `recipe` with the parts of another: what that never trained no checkpoint holds."""
+    parts = {
+        part: replace(getattr(recipe, part), name=theirs.name, weights=theirs.weights)
+        for part, theirs in (("vision", init_recipe.vision), ("language", init_recipe.language))
+    }
+    return replace(recipe, **parts)
+
+
+def _build_with_reference(recipe: Recipe, stage: StageConfig, files: list[Path]) -> VLM:
+    """Return the recipe's model, its connector with the weights of a reference implementation."""
+    vlm = build_vlm(recipe, stage.image_size, stage.objective)
+    file = files[0] if len(files) == 1 else files[0].parent
+    name = recipe.connector["name"]
+    said = load_reference_weights(vlm.connector, ReferenceWeights(files), name, f"init={file}")
+    vlm.weight_origins["connector"] = make_weight_origin(str(recipe.init), vlm.connector)
+    print(f"init {file}: weights of connector {name}: {said}")
+    return vlm
+
+
+def is_blip2_folder(folder: Path) -> bool:
+    """Tell whether a folder is a BLIP-2 in Hugging Face's layout, of which connectors are made."""
+    file = folder / "config.json"
+    return file.is_file() and str(read_json(file).get("model_type")).startswith("blip")
+
+
+def find_released_model(
+    source: str, key: str, file_patterns: tuple[str, ...] = hub_download.DOWNLOAD_PATTERNS
+) -> Path:
+    """Return the folder of a released model; `key` names `source` in a mistake.
+
+    From a hub the files of `patterns` are fetched.
+    """
+    folder = fetch_hub_folder(
+        source, key, hub_download.RELEASE_CONTENTS, ACCEPTED_SOURCES, file_patterns
+    )
+    refuse_quantized_folder(folder)
+    whole = is_release(folder)
+    if (folder / "adapter_config.json").is_file() and (Path(source).is_dir() or not whole):
+        weight_files(folder)  # which says what to give, unless the model is there as well
+    if not whole:
+        raise UserError(
+            f"{key} is '{source}', which is no run or checkpoint, and no released model: wanted is "
+            "config.json of Yi-VL's layout or of Hugging Face's LLaVA"
+        )
+    return folder
+
+
+def load_checkpoint_weights(
+    folder: Path,
+    vlm: VLM,
+    dtype: torch.dtype | None = FLOAT32,
+    device: torch.device | str = "cpu",
+    skip_parts: tuple[str, ...] = (),
+    mmap_language: bool = False,
+) -> None:
+    """Load the parts that a checkpoint holds into `vlm`, strictly; others are only moved."""
+    states = _read_part_tensors(folder, dtype, device, mmap_language)
+    for part, module in vlm.named_parts():
+        if part not in states and part not in skip_parts and _needs_stored_weights(part, module):
+            raise WeightMismatch(f"{folder} has no weights of part {part}: its file is not whole")
+        if part in states and part not in skip_parts:
+            load_part_strict(module, states[part], f"{folder}, part {part}")
+        if part not in skip_parts:
+            lora_adapters.load_adapters(module, folder / ADAPTERS_FOLDER / part)
+        move_and_cast(module, None if mmap_language and part == "language" else dtype, device)
+    tie_word_embeddings(vlm.language)
+
+
+def _read_part_tensors(
+    folder: Path, dtype: torch.dtype | None, device: torch.device | str, mmap_language: bool
+) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of a checkpoint by part and key."""
+    states: dict[str, dict[str, Tensor]] = {}
+    for file in weight_files(folder):
+        stay = {
+            name
+            for name in read_tensor_shapes(file)
+            if mmap_language and name.startswith("language.")
+        }
+        for name, tensor in read_tensors(file, mmap_names=stay):
+            part, _, key = name.partition(".")
+            if part not in MODEL_PARTS:
+                raise UserError(
+                    f"{file}: tensor {name} belongs to none of {', '.join(MODEL_PARTS)}"
+                )
+            kind = tensor.dtype
+            if dtype and tensor.is_floating_point() and name not in stay:
+                kind = dtype
+            states.setdefault(part, {})[key] = tensor.to(device=device, dtype=kind)
+    return states
+
+
+def _needs_stored_weights(part: str, module: torch.nn.Module) -> bool:
+    """Tell whether only a checkpoint can have the weights of a part.
+
+    Vision encoder and language model may have been loaded from the files that the recipe names.
+    """
+    return part == "connector" or any(tensor.is_meta for tensor in module.parameters())
+
+
+def load_part_strict(module: torch.nn.Module, state: Mapping[str, Tensor], context: str) -> None:
+    """Load `state` into `module`; a tensor that is missing, surplus or mis-shaped is named."""
+    wanted = module.state_dict()
+    for key in [*wanted, *state]:
+        if key not in state or key not in wanted:
+            what = "is missing" if key not in state else "does not belong there"
+            raise WeightMismatch(f"{context}: tensor {key} {what}")
+        if state[key].shape != wanted[key].shape:
+            raise WeightMismatch(
+                f"{context}: tensor {key} has shape {tuple(state[key].shape)}, "
+                f"needed is {tuple(wanted[key].shape)}"
+            )
+    module.load_state_dict(state, strict=True, assign=True)
+
+
+def _earlier_image_sizes(folder: Path) -> list[int]:
+    """Return the image sizes of the stages that came before that of a checkpoint, in order."""
+    run, name = (
+        recipes.load_recipe_file(folder / "recipe.yaml"),
+        checkpoint_files.read_position(folder).name,
+    )
+    names = recipes.stages_to_run(run)
+    before = names[: names.index(name)] if name in names else []
+    return [run.stages[one].image_size for one in before]
+
+
+def read_objective(folder: Path) -> str:
+    """Return the objective of the stage that a checkpoint belongs to."""
+    name = checkpoint_files.read_position(folder).name
+    stages = recipes.load_recipe_file(folder / "recipe.yaml").stages
+    return stages[name].objective if name in stages else "language"

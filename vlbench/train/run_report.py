@@ -1,0 +1,168 @@
+"""What `fit` says to people: the contract of a run, its results, and what to do next."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from vlbench.config.schema import Recipe, StageConfig
+from vlbench.distributed import collectives
+from vlbench.errors import EnvironmentFailure, UserError
+from vlbench.model.compile_blocks import describe_compiler_error
+from vlbench.model.vlm import VLM
+from vlbench.model.weights.weight_origin import WeightOrigin
+from vlbench.text_files import read_json_lines
+from vlbench.train.run_folder import RunFolder
+
+
+def print_status(line: str) -> None:
+    """Print a line that is no result, once for all processes."""
+    if collectives.is_rank_zero():
+        print(line, file=sys.stderr, flush=True)
+
+
+def show_run_start(
+    recipe: Recipe, run: RunFolder, stage_runs: list[tuple[str, StageConfig, int]]
+) -> None:
+    """Say what will be run, at which size, and how to get the real one."""
+    print(f"recipe {recipe.recipe}, size {recipe.size}, seed {recipe.seed}, run {run.folder}")
+    strategy = recipe.trainer.strategy
+    if strategy != "auto" and recipe.trainer.world_size == 1:
+        print(f"trainer.strategy={strategy} changes nothing in one process: trainer.devices is 1")
+    connector = recipe.connector["name"]
+    if recipe.init:
+        print(f"begins with init={recipe.init}, connector {connector}")
+    else:
+        if recipe.size == "tiny":
+            print(
+                "size tiny: embedded miniatures, no network, no GPU. Real ones: size=6b, size=34b"
+            )
+        language = recipe.language.name
+        print(f"vision {recipe.vision.name} -> connector {connector} -> language {language}")
+    for name, stage, steps in stage_runs:
+        parts = ", ".join(f"{part} lr {how.lr:g}" for part, how in stage.trained_parts.items())
+        print(
+            f"  {name}: {steps} steps of {stage.global_batch_size} samples at {stage.image_size} pixels "
+            f"({stage.sample_format}); trains {parts}"
+        )
+
+
+def show_weight_origins(origins: Mapping[str, WeightOrigin], seed: int) -> None:
+    """Say what every part of the model begins as, with a checksum of its weights."""
+    for part, origin in origins.items():
+        source = re.sub(r"^random(?=,|$)", f"random (seed {seed})", origin.source)
+        print(f"{part} {replace(origin, source=source)}")
+
+
+def show_stage(
+    stage_name: str, stage: StageConfig, total_steps: int, steps_done: int, vlm: VLM
+) -> None:
+    """Say for every part whether it is trained, its size and learning rate, and the disk needed."""
+    where = f", from step {steps_done}" if steps_done else ""
+    print(f"\nstage {stage_name}: {total_steps} steps{where}")
+    for part, module in vlm.named_parts():
+        total = sum(p.numel() for p in module.parameters())
+        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        how = f"trained {trained:,}, lr {stage.trained_parts[part].lr:g}" if trained else "frozen"
+        print(f"  {part:9s} {total:>14,} parameters, {how}")
+
+
+def show_disk_usage(vlm: VLM, parts: list[str], kept_checkpoints: int, folder: Path) -> None:
+    """Say how much disk the checkpoints of a stage will take."""
+    modules = [getattr(vlm, part) for part in parts]
+    weights = sum(p.numel() * _stored_element_bytes(p) for m in modules for p in m.parameters())
+    moments = sum(8 * p.numel() for m in modules for p in m.parameters() if p.requires_grad)
+    print(
+        f"  checkpoints: {format_bytes(weights + moments)} each, up to {kept_checkpoints + 1} kept, in {folder}"
+    )
+
+
+def _stored_element_bytes(weight: Tensor) -> int:
+    """Return the bytes of a number of `weight` in a checkpoint: float32, unless it has few bits."""
+    return 4 if weight.is_floating_point() else weight.element_size()
+
+
+def format_bytes(byte_count: float) -> str:
+    """Return a number of bytes as people write it."""
+    power = min(3, int(math.log(max(byte_count, 1), 1000)))
+    return f"{byte_count / 1000**power:.1f} {('B', 'kB', 'MB', 'GB')[power]}"
+
+
+def format_duration(seconds: float) -> str:
+    """Return a time as people say it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.1f} hours" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+
+
+def show_interrupted(run: RunFolder, stop_reason: str) -> int:
+    """Say that nothing is lost and how to go on; return the exit code."""
+    print_status(
+        f"\nstopped by {stop_reason}, saved. To go on: repeat the command with run={run.folder}"
+    )
+    return 130
+
+
+def show_results(run: RunFolder) -> int:
+    """Print the results of a finished run and what to try next; return the exit code."""
+    results = json.loads(run.results_file.read_text(encoding="utf-8"))
+    print(f"\nresults of {run.folder} ({results['questions']} questions, {results['asked_of']})")
+    rows = (
+        ("accuracy", "exact match"),
+        ("unseen_accuracy", "on attribute pairs never met in training"),
+        ("blank_accuracy", "with the picture's mean colour instead of the picture"),
+        ("shuffled_accuracy", "with the pictures exchanged"),
+    )
+    for key, meaning in rows:
+        if results.get(key) is not None:
+            print(f"  {key:18s} {results[key]:.3f}  {meaning}")
+    for key in ("accuracy_by_type", "accuracy_by_language"):
+        if results.get(key):
+            parts = ", ".join(f"{name} {value:.3f}" for name, value in results[key].items())
+            print(f"  {key}: {parts}")
+    print(f"  {results['seconds']:.0f} s, peak memory {format_bytes(results['peak_memory_bytes'])}")
+    if run.quarantine_file.is_file():
+        lines = read_json_lines(run.quarantine_file)
+        named = "; ".join(f"{line['id']}: {line['reason']}" for line in lines[:5])
+        print(f"  {len(lines)} bad samples left out ({named}), all in {run.quarantine_file}")
+    print("next:")
+    print(f"  open {run.folder / 'examples.png'}")
+    print(f"  python -m vlbench chat model={run.folder}  # /image FILE shows it a picture")
+    print(f"  tensorboard --logdir {run.folder}")
+    print("  python -m vlbench show recipe=yivl_llava size=6b")
+    return 0
+
+
+def out_of_memory_error(stage_name: str, stage: StageConfig) -> EnvironmentFailure:
+    """Return what to say when memory ran out in a stage."""
+    return EnvironmentFailure(
+        f"out of memory in stage {stage_name}: lower stages.{stage_name}.max_tokens_per_row (now {stage.max_tokens_per_row}), "
+        f"set activation_checkpointing=full, or train fewer parts; stages.{stage_name}.global_batch_size does not matter. Start "
+        "again with the change in a new run; init=RUN begins with what this one has learned"
+    )
+
+
+def worker_died_error(stage_name: str, error: Exception) -> EnvironmentFailure:
+    """Return what to say when one of the processes that prepare data has ended in a stage."""
+    return EnvironmentFailure(
+        f"stage {stage_name}: {describe_compiler_error(error).rstrip('. ')}. Mostly memory, or shared memory (/dev/shm), "
+        f"has run out: lower data.workers. Checkpoints are whole; to go on, repeat "
+        "the command with the run= of this run"
+    )
+
+
+def compile_error(stage_name: str, error: Exception) -> UserError:
+    """Return what to say when blocks could not be compiled in a stage."""
+    return UserError(
+        f"trainer.compile: the blocks could not be compiled in stage {stage_name} ({describe_compiler_error(error)}). On "
+        "a CPU a C++ compiler is needed; trainer.compile=false does without"
+    )

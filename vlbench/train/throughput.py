@@ -1,0 +1,99 @@
+"""How fast a stage trains: tokens and images per second, MFU, waiting for data, memory."""
+
+from __future__ import annotations
+
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from vlbench.data.batch_sampler import OptimizerStep
+from vlbench.model.train_flops import StepFlops
+from vlbench.text_files import read_text
+from vlbench.train.training_module import VLMTrainingModule
+
+GPU_TABLE_FILE = Path(__file__).with_name("gpus.yaml")
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return the operations per second that a device can do in 16 bits; None if nobody knows."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    table = yaml.safe_load(read_text(GPU_TABLE_FILE))
+    return next((1e12 * gpu["tflops"] for part, gpu in table.items() if part in name), None)
+
+
+def peak_memory() -> int:
+    """Return the peak memory in bytes: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class ThroughputMeter:
+    """Measure between two lines of the log: `begin`, then `after` every step."""
+
+    def __init__(self) -> None:
+        """Nothing is counted before `begin`."""
+        self.step_flops: StepFlops | None = None
+        self.device_peak_flops: float | None = None
+
+    def start_measuring(self, training: VLMTrainingModule) -> None:
+        """Start the clock, and find out what a step should take on this device."""
+        self.device_peak_flops = peak_flops(training.device)
+        self.step_flops = training.flops
+        self.started_at = time.monotonic()
+        self._reset_window()
+
+    def _reset_window(self) -> None:
+        self.window_start = time.monotonic()
+        self.tokens = self.images = self.steps = 0
+        self.data_wait_seconds = self.flops_done = 0.0
+
+    def count_step(self, training: VLMTrainingModule, step: OptimizerStep) -> None:
+        """Count a step."""
+        report = training.report
+        self.tokens += report.tokens
+        self.images += report.images
+        self.steps += 1
+        self.data_wait_seconds += training.data_wait_seconds
+        if self.step_flops:
+            self.flops_done += self.step_flops.count_flops(step.micro_batches)
+
+    def read_and_reset(self) -> dict[str, Any]:
+        """Return the columns of metrics.csv, and begin to count anew.
+
+        `data_wait` is the share of the time in which nothing was trained because the next step was
+        not there; `memory` the peak in bytes by now; `mfu` empty where the device is not known.
+        """
+        now = time.monotonic()
+        passed = max(now - self.window_start, 1e-9)
+        known = self.step_flops is not None and self.device_peak_flops
+        row = {
+            "tokens_per_second": round(self.tokens / passed, 1),
+            "images_per_second": round(self.images / passed, 2),
+            "step_seconds": round(passed / self.steps, 4),
+            "data_wait": round(min(1.0, self.data_wait_seconds / passed), 4),
+            "mfu": round(self.flops_done / passed / self.device_peak_flops, 4)
+            if known and self.device_peak_flops
+            else "",
+            "memory": peak_memory(),
+            "seconds": round(now - self.started_at, 2),
+        }
+        self._reset_window()
+        return row
+
+
+def format_throughput(row: dict[str, Any]) -> str:
+    """Say how fast it goes, from the columns of a row."""
+    parts = [
+        f"{row['tokens_per_second']:.0f} tokens/s",
+        f"{row['images_per_second']:.1f} images/s",
+        f"data wait {row['data_wait']:.0%}",
+    ]
+    parts += [f"MFU {row['mfu']:.0%}"] if row["mfu"] != "" else []
+    return ", ".join([*parts, f"peak {row['memory'] / 1e9:.1f} GB"])
