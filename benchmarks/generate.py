@@ -96,7 +96,7 @@ def main() -> None:
     """Print the table."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    vlm = small.model().eval()
+    vlm = small.build_small_vlm().eval()
     peer, asked = TransformersPeer(vlm), make_conversations()
     sides: dict[str, AnswerCall] = {
         f"vlbench, batches of {CONVERSATIONS}": lambda: vlm.generate(

@@ -88,7 +88,9 @@ def measure_stage(overrides: list[str], stage: str, steps: int) -> list[str]:
     recipe = recipes.load_recipe([*overrides, "data.train=scenes"])
     device = root_device(recipe)
     leg = next(leg for leg in plan_stage_runs(recipe) if leg.name == stage)
-    chosen = dataclasses.replace(leg.stage, batch=BATCH, warmup=0.0, schedule="constant")
+    chosen = dataclasses.replace(
+        leg.stage, global_batch_size=BATCH, warmup_ratio=0.0, schedule="constant"
+    )
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -99,7 +101,9 @@ def measure_stage(overrides: list[str], stage: str, steps: int) -> list[str]:
     shown = torch.randn(small.PICTURES, 3, side, side)
     images = (1, 1) if chosen.sample_format == "caption" else small.IMAGES
     per_image = vlm.connector.tokens_per_image
-    samples = small.conversations(BATCH * steps, images, 0, per_image, vlm.tokenizer.embedding_rows)
+    samples = small.make_conversations(
+        BATCH * steps, images, 0, per_image, vlm.tokenizer.embedding_rows
+    )
     data: Any = PackedSteps(samples, BATCH, chosen.max_tokens_per_row, shown)
     way = set_activation_checkpointing(recipe, vlm, data, device)
     flops = count_step_flops(vlm)
@@ -111,7 +115,10 @@ def measure_stage(overrides: list[str], stage: str, steps: int) -> list[str]:
     except torch.OutOfMemoryError:
         return ["out of memory", "", "", "", "", way]
     seconds = watch.times[-1] - watch.times[WARM - 1]
-    needed = sum(flops.count_flops(data[number].batches) for number in range(WARM, steps)) / seconds
+    needed = (
+        sum(flops.count_flops(data[number].micro_batches) for number in range(WARM, steps))
+        / seconds
+    )
     repeated = {"none": 1.0, "selective": 1.0, "full": 4 / 3}[way]  # a forward pass more
     peak = peak_flops(device)
     shares = [f"{needed * more / peak:.1%}" if peak else "" for more in (1.0, repeated)]
@@ -137,7 +144,7 @@ def measure_trainer(overrides: list[str], steps: int) -> list[list[str]]:
     for micro in (1, 2, 4, 8):
         vlm = build_random_vlm(recipe, side, device).to(torch.float32)
         per_image, count = vlm.connector.tokens_per_image, vlm.tokenizer.embedding_rows
-        samples = small.conversations(BATCH * steps, small.IMAGES, 0, per_image, count)
+        samples = small.make_conversations(BATCH * steps, small.IMAGES, 0, per_image, count)
         model = trainer.export_to_transformers(vlm).to(device)
         del vlm
         gc.collect()

@@ -18,7 +18,7 @@ from typing import Any
 
 import small
 import torch
-from small import PackedSteps, conversations, pixels
+from small import PackedSteps, make_conversations, random_pixels
 from torch.utils.data import DataLoader
 
 from vlbench.config import recipe as recipes
@@ -49,7 +49,7 @@ class StepTimer(StageCallback):
         self.losses: list[float] = []
         self.tokens: list[int] = []
 
-    def after(self, training: VLMTrainingModule, step: OptimizerStep) -> None:
+    def on_step_end(self, training: VLMTrainingModule, step: OptimizerStep) -> None:
         """Note the step."""
         self.times.append(time.perf_counter())
         self.losses.append(training.report.loss)
@@ -65,23 +65,23 @@ def train_with_vlbench(
     known_features: bool,
     checkpointing_mode: str,
 ) -> StepTimer:
-    """Train with vlbench; rows have at most `micro` positions. `kept`: with known features.
+    """Train with vlbench; rows have at most `micro` positions. `known_features`: of the tower.
 
-    `way` is what is recomputed.
+    `checkpointing_mode` is what is recomputed.
     """
     recipe = recipes.load_recipe(["recipe=yivl_llava"])
     stage: StageConfig = dataclasses.replace(
         recipe.stages["chat"],
         train={name: PartTrainConfig(lr=LR) for name in TRAINED[part]},  # type: ignore[misc]
-        clip=1.0,
-        warmup=0.0,
+        grad_clip=1.0,
+        warmup_ratio=0.0,
         schedule="constant",
-        batch=BATCH,
+        global_batch_size=BATCH,
     )
     recipe = dataclasses.replace(recipe, precision="bf16" if bf16 else "32")
     freeze_untrained_parts(vlm, stage)
     vlm.enable_activation_checkpointing(checkpointing_mode)
-    shown = pixels()
+    shown = random_pixels()
     features = None
     if known_features:
         with torch.no_grad():
@@ -114,7 +114,15 @@ def train_with_trainer(
             any(parts[one] in name or (one == "language" and head) for one in TRAINED[part])
         )
     return peer.train(
-        twin, samples, pixels(), BATCH, micro, LR, grouped, bf16, checkpointing_mode == "full"
+        twin,
+        samples,
+        random_pixels(),
+        BATCH,
+        micro,
+        LR,
+        grouped,
+        bf16,
+        checkpointing_mode == "full",
     )
 
 
@@ -123,11 +131,11 @@ def main() -> None:
     side, *words = sys.argv[1:]
     given = dict(word.split("=") for word in words)
     part, micro = given.get("part", "chat"), int(given["micro"])
-    bf16, way = given.get("bf16") == "true", given.get("checkpointing", "none")
+    bf16, way = given.get("bf16") == "true", given.get("activation_checkpointing", "none")
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    samples = conversations(BATCH * int(given.get("steps", STEPS)), IMAGES[part])
-    vlm = small.model()
+    samples = make_conversations(BATCH * int(given.get("steps", STEPS)), IMAGES[part])
+    vlm = small.build_small_vlm()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if side == "ours":
         watch = train_with_vlbench(

@@ -42,7 +42,7 @@ class PaddingCollator:
     """Pad a batch to its longest conversation."""
 
     def __init__(self, image_pixels: Tensor) -> None:
-        """Show `shown`, pixels by picture."""
+        """Show `image_pixels`, by picture."""
         self.image_pixels = image_pixels
 
     def __call__(self, batch: list[dict[str, Any]]) -> dict[str, Tensor]:

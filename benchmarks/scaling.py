@@ -2,7 +2,8 @@
 
     python benchmarks/scaling.py
 
-Times forward and backward of the model of `small.py`, and divides by what `model/train_flops.py` counts.
+Times forward and backward of the model of `small.py`, and divides by what
+`model/train_flops.py` counts.
 The plot is `scaling.png` in this folder.
 """
 
@@ -16,7 +17,7 @@ import warnings
 
 import small
 from matplotlib.figure import Figure
-from small import PackedSteps, pixels
+from small import PackedSteps, random_pixels
 from table import HERE, write_section
 
 from vlbench.config import recipe as recipes
@@ -40,7 +41,7 @@ def make_conversation(number: int, length: int, images: int) -> EncodedSample:
     per_image = (small.IMAGE_SIZE // small.PATCH) ** 2
     text = [3 + (7 * place + number) % (small.VOCABULARY - 3) for place in range(length)]
     pictures = [(number + n) % small.PICTURES for n in range(images)]
-    return small.conversation(str(number), text, length // 2, pictures, per_image)
+    return small.encode_conversation(str(number), text, length // 2, pictures, per_image)
 
 
 def median_seconds(vlm: VLM, batches: list[PackedBatch]) -> float:
@@ -59,10 +60,10 @@ def main() -> None:
     """Print the table and draw the plot."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    vlm = small.model()
+    vlm = small.build_small_vlm()
     recipe = recipes.load_recipe(["recipe=yivl_llava"])
     freeze_untrained_parts(vlm, recipe.stages["chat"])
-    flops, shown = count_step_flops(vlm), pixels()
+    flops, shown = count_step_flops(vlm), random_pixels()
     lines = [
         "| grows | conversations | text | images | operations | seconds | per operation |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -72,7 +73,7 @@ def main() -> None:
         found = []
         for count, length, images in cases:
             samples = [make_conversation(number, length, images) for number in range(count)]
-            batches = PackedSteps(samples, count, ROW, shown)[0].batches
+            batches = PackedSteps(samples, count, ROW, shown)[0].micro_batches
             found.append((flops.count_flops(batches), median_seconds(vlm, batches)))
             print(".", end="", file=sys.stderr, flush=True)
         middle = found[len(found) // 2][1] / found[len(found) // 2][0]

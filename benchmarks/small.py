@@ -145,7 +145,7 @@ class PackedSteps(Dataset[OptimizerStep]):
         image_pixels: Tensor,
         features: Tensor | None = None,
     ) -> None:
-        """Show `shown`, pixels by picture; or `features` of a frozen tower, where it has run."""
+        """Show `image_pixels`, by picture; or `features` of a frozen tower, where it has run."""
         self.samples, self.batch, self.max_tokens_per_row = samples, batch, max_tokens_per_row
         self.image_pixels, self.features = image_pixels, features
 
@@ -169,5 +169,5 @@ class PackedSteps(Dataset[OptimizerStep]):
             index,
             batches,
             sample_count=len(some),
-            supervised_token_count=sum(b.tokens for b in batches),
+            supervised_token_count=sum(b.supervised_token_count for b in batches),
         )

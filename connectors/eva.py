@@ -137,7 +137,7 @@ class EvaConnector(Connector):
         """Return the summed negative cosine of what is found at hidden patches, plus its count."""
         if not self.mask_weight:
             return {}
-        mask = self.patch_masks(batch.image_id, len(features))
+        mask = self.patch_masks(batch.image_ids, len(features))
         where = mask.flatten().nonzero()[:, 0]  # before it travels: a GPU would be waited for
         mask, hidden = (one.to(features.device, non_blocking=True) for one in (mask, where))
         target = features.detach()
@@ -149,11 +149,11 @@ class EvaConnector(Connector):
 
     def loss_counts(self, batch: Any, objective: str = "language") -> dict[str, int]:
         """Return how many patches of `batch` are hidden."""
-        hidden = self.patch_masks(batch.image_id, len(batch.image_id)).sum()
+        hidden = self.patch_masks(batch.image_ids, len(batch.image_ids)).sum()
         return {"eva": int(hidden)} if self.mask_weight else {}
 
     def patch_masks(self, image_ids: list[str], image_count: int) -> Tensor:
-        """Return the hidden patches `[images, patches]` of the pictures called `image_id`.
+        """Return the hidden patches `[images, patches]` of the pictures called `image_ids`.
 
         They follow from the step's seed and the picture's identity alone, so that packing and
         accumulation do not change them. A batch of text hides nothing.

@@ -201,7 +201,7 @@ class FlamingoConnector(Connector):
 
         N is the decoder layer, whatever the language model calls its layers. What a place reads is
         the embedding of OpenFlamingo's `<image>` token; where in its vocabulary that is, the
-        weights do not tell, so it stays as it is unless they have a `place`.
+        weights do not tell, so it stays as it is unless they have an `image_embedding`.
         """
         state = {name: weights[name] for name in weights if name.startswith("perceiver.")}
         for name in weights:
@@ -212,7 +212,8 @@ class FlamingoConnector(Connector):
         if layers and tuple(layers) != self.inject_layers:
             raise ValueError(
                 f"the weights have gated blocks before layers {layers}, and "
-                f"connector.every asks for {list(self.inject_layers)}: their every is {layers[0] + 1}"
+                f"connector.every asks for {list(self.inject_layers)}: their every is "
+                f"{layers[0] + 1}"
             )
         name = "image_embedding"  # of this connector alone: OpenFlamingo has a token of its own
         state[name] = weights.get(name, self.image_embedding.data)

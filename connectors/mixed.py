@@ -119,7 +119,8 @@ def _load_token_connector(name: str) -> type[Connector]:
     known = [one for one in registry.connector_locations() if one != "mixed"]
     if name not in known:
         raise ValueError(
-            f"connector mixed: tokens is '{name}'; known: {', '.join(known)}.{suggest_name(name, known)}"
+            f"connector mixed: tokens is '{name}'; known: "
+            f"{', '.join(known)}.{suggest_name(name, known)}"
         )
     return registry.load_connector(name)
 

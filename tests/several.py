@@ -28,7 +28,7 @@ def read_losses(run: Path) -> list[float]:
 
 @dataclass(frozen=True)
 class FitCommand:
-    """A command `fit`, stopped after step `stop` (0: never), computed in float64 on request."""
+    """A command `fit`, stopped after step `stop_step` (0: never), in float64 on request."""
 
     overrides: tuple[str, ...]
     stop_step: int = 0
@@ -44,7 +44,7 @@ def run_fit_command(fit_command: FitCommand) -> int:
     real_after, real_prepare = CheckpointCallback.on_step_end, fit.build_or_resume_model
 
     def stop_at_step(self: CheckpointCallback, training: Any, step: Any) -> None:
-        if training.position == fit_command.stop_step:
+        if training.steps_done == fit_command.stop_step:
             self.graceful_stop.stop_reason = "a test"
         real_after(self, training, step)
 
@@ -53,8 +53,8 @@ def run_fit_command(fit_command: FitCommand) -> int:
         return (vlm.double() if fit_command.is_float64 else vlm), start
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CheckpointCallback, "after", stop_at_step)
-        patch.setattr(fit, "prepare", prepare_precision)
+        patch.setattr(CheckpointCallback, "on_step_end", stop_at_step)
+        patch.setattr(fit, "build_or_resume_model", prepare_precision)
         try:
             return main(["fit", *fit_command.overrides])
         except SystemExit as end:

@@ -35,7 +35,7 @@ def words(chain: str, precision: str) -> list[str]:
     """Return what trains the language model through three stages, as `chain` says."""
     given = ["recipe=yivl_llava", f"precision={precision}", "data.workers=0", *QUIET]
     for (stage, steps), kind in zip(STEPS.items(), chain.split("-"), strict=True):
-        settings = [f"steps={steps}", "batch=4", "image_size=56", "warmup=0"]
+        settings = [f"steps={steps}", "global_batch_size=4", "image_size=56", "warmup_ratio=0"]
         settings += ["train.vision=null", "train.language.lr=3e-4", "train.connector.lr=1e-4"]
         settings += [f"train.language.lora.{one}" for one in ADAPTERS[kind]]
         given += [f"stages.{stage}.{one}" for one in settings]

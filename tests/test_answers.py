@@ -33,7 +33,7 @@ def item(case: dict[str, Any]) -> AnsweredItem:
 
 
 def one(task: str, protocol: str, asked: AnsweredItem) -> ScoredItem | None:
-    """Score one item; None where the reference raises an error and we a Mistake."""
+    """Score one item; None where the reference raises an error and we a UserError."""
     try:
         return score_items(task, protocol, [asked])[0]
     except UserError:

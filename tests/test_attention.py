@@ -10,7 +10,7 @@ from small import make_batch, make_sample, small_vlm
 from torch.nn.functional import scaled_dot_product_attention
 
 from vlbench.connector import registry
-from vlbench.model import packed_attention
+from vlbench.model import packed_attention as packed_attention_module
 from vlbench.model.packed_attention import (
     SampleBounds,
     find_varlen_attention,
@@ -39,10 +39,9 @@ def kernel(query, key, value, begins, other, longest, also, window_size, scale=N
 
 
 def test_one_call_over_all_samples_gives_what_a_call_for_each_gives(monkeypatch):
-    grouped = packed_attention._with_grouped_heads(kernel, supports_gqa=False)
-    monkeypatch.setattr(
-        packed_attention, "varlen", lambda: functools.partial(grouped, window_size=(-1, 0))
-    )
+    grouped = packed_attention_module._with_grouped_heads(kernel, supports_gqa=False)
+    attend = functools.partial(grouped, window_size=(-1, 0))
+    monkeypatch.setattr(packed_attention_module, "find_varlen_attention", lambda: attend)
     begins = torch.tensor([0, 5, 8, 12, 14, 16], dtype=torch.int32)
     query, key, value = heads(torch.bfloat16)
     one, _ = packed_attention(None, query, key, value, None, 0.25, bounds=SampleBounds(begins, 5))
@@ -64,8 +63,8 @@ def test_under_autocast_the_model_attends_in_one_call(monkeypatch):
     known = SampleBounds(
         torch.tensor([0, *batch.sample_lengths[0]], dtype=torch.int32).cumsum(0), 99
     )
-    monkeypatch.setattr("vlbench.model.vlm.bounds", lambda *_: known)
-    monkeypatch.setattr(packed_attention, "varlen", lambda: noted)
+    monkeypatch.setattr("vlbench.model.vlm.sample_bounds", lambda *_: known)
+    monkeypatch.setattr(packed_attention_module, "find_varlen_attention", lambda: noted)
     vlm(batch)
     assert not begins  # the kernel takes no float32
     with torch.autocast("cpu", torch.bfloat16):

@@ -70,7 +70,7 @@ def test_a_sample_is_the_same_alone_and_packed():
     for number, sample in enumerate((TEXT, FIRST, LAST)):
         alone = collate([[sample]], pixels_of)
         where = packed.sample_index[0] == number
-        for name in ("ids", "labels", "positions"):
+        for name in ("input_ids", "labels", "position_ids"):
             assert torch.equal(getattr(packed, name)[0][where], getattr(alone, name)[0])
         seen, own = packed.image_index[0][where], alone.image_index[0]
         assert torch.equal(seen < 0, own < 0)
@@ -89,13 +89,13 @@ def test_a_batch_without_images():
     ("sample", "words"),
     [
         (
-            replace(FIRST, sample=replace(FIRST.sample, pictures=(Named(1),))),
+            replace(FIRST, sample=replace(FIRST.sample, images=(Named(1),))),
             "4 places for 1 images",
         ),
         (replace(FIRST, tokens_per_image=3), "4 places for 2 images x 3"),
         (replace(FIRST, labels=[IMAGE_TOKEN_INDEX] * 7), "place is a label"),
         (replace(FIRST, labels=[1]), "7 ids, 1 labels"),
-        (replace(TEXT, ids=[], labels=[]), "0 ids"),
+        (replace(TEXT, input_ids=[], labels=[]), "0 ids"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(sample, words):

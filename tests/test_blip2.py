@@ -30,7 +30,7 @@ CASE = "qformer_stage1"
 def recorded(monkeypatch):
     """Return the Q-Former with LAVIS' weights, ready for its first stage."""
     tokens = CaptionTokenizer(lambda text: [], 39, 37, 38, 0)
-    monkeypatch.setattr(MODULE, "caption_tokens", lambda source, key: tokens)
+    monkeypatch.setattr(MODULE, "load_caption_tokenizer", lambda source, key: tokens)
     connector = QFormer(SHAPES, **SMALL, text="embedded", text_length=7, itc_width=20)
     connector.prepare_objective("blip2")
     connector.load_reference(load_record(CASE, "state_dict"))
@@ -53,7 +53,9 @@ def losses(connector, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_losses_and_gradients_equal_the_reference(recorded, monkeypatch):
     inputs = load_record(CASE, "inputs")
     drawn = {"image": inputs["neg_image_for_text"], "caption": inputs["neg_text_for_image"]}
-    monkeypatch.setattr(blip2_objective, "draw", lambda _, __, seeds: drawn[seeds[0].split()[-1]])
+    monkeypatch.setattr(
+        blip2_objective, "draw_negatives", lambda _, __, seeds: drawn[seeds[0].split()[-1]]
+    )
     inputs["vision_features"].requires_grad_()
     found = losses(recorded, inputs)
     pairs, words = len(inputs["input_ids"]), inputs["attention_mask"][:, 1:].sum()
@@ -139,7 +141,7 @@ def test_a_single_pair_has_no_negatives_and_a_finite_loss():
 
 def test_the_text_side_comes_and_goes_with_its_stage():
     vlm = first_stage_vlm()
-    added = {name for name in vlm.connector.state_dict() if MODULE.TEXT.match(name)}
+    added = {name for name in vlm.connector.state_dict() if MODULE.TEXT_KEYS.match(name)}
     vlm.set_image_size(56)  # the connector is built anew, still in its first stage
     assert added and added <= set(vlm.connector.state_dict())
     vlm.set_objective("language")

@@ -169,7 +169,7 @@ def test_a_picture_by_url_is_the_file_it_names(url, monkeypatch, capsys):
     ],
 )
 def test_a_url_that_gives_no_picture_is_one_line(path, message, url, monkeypatch, capsys):
-    monkeypatch.setattr(image_download, "LARGEST", 1_000_000)
+    monkeypatch.setattr(image_download, "MAX_BYTES", 1_000_000)
     assert main(["chat", f"model={CHECKPOINT}", f"image={url}{path}", "question=Hello"]) == 2
     said = capsys.readouterr().err
     assert f"image {url}{path}: " in said and message in said and len(said.splitlines()) == 1

@@ -101,14 +101,14 @@ def test_stages_are_alike_until_something_differs():
 @pytest.fixture
 def no_probe(monkeypatch):
     """Start at once: what a run takes is not tried."""
-    monkeypatch.setattr(cost_estimate, "_probe", lambda *_: None)
+    monkeypatch.setattr(cost_estimate, "_probe_run", lambda *_: None)
 
 
 def test_the_plan_says_what_the_runs_will_take_and_tries_that_once(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     words = ["compare", "recipe=yivl_llava", "seeds=2", "run=c", *SHORT]
     words += ["grid=connector.depth=2 | trainer.accelerator=mps"]
-    monkeypatch.setattr(compare_command, "_train", lambda *_: {})
+    monkeypatch.setattr(compare_command, "_train_unfinished", lambda *_: {})
     assert main(words) == 0
     said = capfd.readouterr()
     cost = r"connector.depth=2: 2 runs to go, \d+ s and [\d.]+ GB each"
@@ -116,9 +116,9 @@ def test_the_plan_says_what_the_runs_will_take_and_tries_that_once(tmp_path, mon
     assert "trainer.accelerator=mps: cannot be run: " in said.err
     assert {path.name for path in (tmp_path / "c").iterdir()} == {"plan.json", "command.txt"}
     assert "'grid=connector.depth=2 |" in (tmp_path / "c/command.txt").read_text()
-    monkeypatch.setattr(cost_estimate, "_probe", lambda *_: pytest.fail("tried again"))
+    monkeypatch.setattr(cost_estimate, "_probe_run", lambda *_: pytest.fail("tried again"))
     assert main([*words, "dry_run=true"]) == 0
-    monkeypatch.setattr(cost_estimate, "_probe", lambda *_: None)
+    monkeypatch.setattr(cost_estimate, "_probe_run", lambda *_: None)
     words[3] = "run=other"
     assert main([*words, "dry_run=true"]) == 0 and not (tmp_path / "other").exists()
     (tmp_path / "other").write_text("a file")

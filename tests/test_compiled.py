@@ -97,9 +97,9 @@ def graphs():
 def test_compiled_blocks_learn_the_same(name, frozen, way, one_call, graphs, monkeypatch):
     """In one call packed attention is part of the graphs, otherwise it cuts them."""
     monkeypatch.setattr("vlbench.model.packed_attention.find_varlen_attention", lambda: kernel)
-    monkeypatch.setattr("vlbench.model.packed_attention.product_type", lambda _: torch.bfloat16)
+    monkeypatch.setattr("vlbench.model.packed_attention.matmul_dtype", lambda _: torch.bfloat16)
     if one_call:
-        monkeypatch.setattr("vlbench.model.vlm.bounds", bounds)
+        monkeypatch.setattr("vlbench.model.vlm.sample_bounds", bounds)
     expected = learned(model(name, frozen))
     vlm = model(name, frozen)
     names = list(vlm.state_dict())

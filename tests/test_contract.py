@@ -59,11 +59,14 @@ def test_shapes_are_as_declared(vlm):
     if vlm.connector.replaces_image_tokens:
         assert visual.shape[1:] == (vlm.connector.tokens_per_image, vlm.shapes.lm_width)
     else:
-        assert vlm.connector.place.shape == (vlm.shapes.lm_width,) and vlm.connector.inject_layers
+        assert (
+            vlm.connector.image_embedding.shape == (vlm.shapes.lm_width,)
+            and vlm.connector.inject_layers
+        )
 
 
 def test_its_sizes_are_options_with_values_that_they_may_have(vlm):
-    known, sizes = registry.connector_options(type(vlm.connector)), vlm.connector.sizes
+    known, sizes = registry.connector_options(type(vlm.connector)), vlm.connector.size_options
     for option, values in sizes.items():
         assert all(convert_value(value, known[option].kind) == value for value in values)
         assert len(set(values)) == len(values) > 1
@@ -90,7 +93,7 @@ def test_a_sample_does_not_notice_its_neighbours(vlm):
 
 
 def test_its_objectives_do_not_depend_on_the_packing(vlm):
-    """An objective that compares samples takes them from `batch.pool`, not from a micro-batch."""
+    """An objective that compares samples has them from `contrast_pool`, not a micro-batch."""
     samples = [make_sample(number, words=number) for number in range(1, 7)]
     for name in vlm.connector.objectives():
         vlm.set_objective(name)
@@ -133,7 +136,7 @@ def test_cached_generation_equals_recomputation(vlm):
     for one, expected in zip(asked, together, strict=True):
         prompt = collate_prompts(vlm, [one])
         for token in expected:  # no cache: the whole prompt again for every token
-            assert int(vlm(prompt).logits[0, -1, : vlm.tokenizer.rows].argmax()) == token
+            assert int(vlm(prompt).logits[0, -1, : vlm.tokenizer.embedding_rows].argmax()) == token
             prompt = grown(prompt, token)
 
 
@@ -146,7 +149,7 @@ def test_its_cost_is_counted_while_it_is_trained(vlm):
 
 
 def test_a_saved_state_gives_the_same(vlm):
-    other = small_vlm(type(vlm.connector), vlm.options).double()
+    other = small_vlm(type(vlm.connector), vlm.connector_options).double()
     for parameter in other.connector.parameters():
         parameter.data.normal_()
     other.connector.load_state_dict(vlm.connector.state_dict())
@@ -205,15 +208,15 @@ def test_looking_at_what_it_uses_changes_nothing(vlm):
 def test_attention_if_any_has_a_share_for_each_patch(vlm):
     features = vlm.features(batch(vlm, [[make_sample(2, images=2)]])).detach()
     visual = vlm.connector(features)
-    shares = vlm.connector.attention(features)
+    shares = vlm.connector.patch_attention(features)
     if shares is not None:
         assert shares.shape == (*visual.shape[:2], vlm.shapes.patches) and shares.min() >= 0
         torch.testing.assert_close(shares.sum(-1), torch.ones_like(shares[..., 0]))
     assert vlm.connector(features).equal(visual)
 
 
-def test_gauges_are_numbers(vlm):
-    assert all(isinstance(value, float) for value in vlm.connector.gauges().values())
+def test_metrics_are_numbers(vlm):
+    assert all(isinstance(value, float) for value in vlm.connector.metrics().values())
 
 
 def test_two_processes_learn_what_one_does(request):
@@ -238,7 +241,7 @@ def test_two_processes_learn_what_one_does(request):
 
 
 def test_another_image_size_is_taken(vlm):
-    vlm.resize(56)
+    vlm.set_image_size(56)
     assert vlm(batch(vlm, [[make_sample(1, images=2)]])).loss_sum.isfinite()
     again = collate_prompts(vlm, [replace(make_sample(1), turns=make_sample(1).turns[:1])])
     assert vlm.generate(again, max_new_tokens=2)

@@ -144,7 +144,7 @@ def test_negatives_follow_from_the_sample_and_not_from_its_place(monkeypatch):
             drawn[seed] = (names[image], names[caption])
         return chosen
 
-    monkeypatch.setattr(blip2_objective.Blip2Objective, "negatives", negatives)
+    monkeypatch.setattr(blip2_objective.Blip2Objective, "select_negative_pairs", negatives)
     first = noted([list(range(PAIRS))])
     assert len(first) == PAIRS and len({image for image, _ in first.values()}) > PAIRS / 4
     assert all(seed.split()[-1] not in names for seed, names in first.items())
@@ -171,7 +171,7 @@ def test_the_held_out_loss_does_not_depend_on_the_packing():
 
 def test_a_trial_of_one_process_asks_no_other(monkeypatch):
     vlm = prepared()
-    for name in ("everyone", "gather", "fetch"):
+    for name in ("all_gather_objects", "all_gather_rows", "fetch_rows"):
         monkeypatch.setattr(collectives, name, lambda *_: pytest.fail("asked others"))
     batch = add_contrast_pools(vlm, step(vlm, [[1, 2, 3]]).micro_batches, all_processes=False)[0]
     losses = {name: value for name, (value, _) in vlm(batch).extra.items()}

@@ -30,7 +30,7 @@ def kernel(
 
 
 def gradients(sees: Tensor) -> list[Tensor]:
-    """Return what `look` gives, and the gradients of its query, key and value."""
+    """Return what `attend_to_images` gives, and the gradients of its query, key and value."""
     drawn = torch.Generator().manual_seed(0)
     query = torch.randn(*sees.shape, 2, 8, generator=drawn, requires_grad=True)
     key, value = (torch.randn(4, 3, 2, 8, generator=drawn, requires_grad=True) for _ in "kv")
@@ -45,7 +45,7 @@ def test_the_kernel_gives_what_attention_picture_by_picture_gives(sees, monkeypa
     expected = gradients(sees)
     assert not expected[0][sees < 0].any()
     monkeypatch.setattr(cross_attention, "_has_kernel", lambda query: True)
-    monkeypatch.setattr(cross_attention, "varlen", lambda causal: kernel)
+    monkeypatch.setattr(cross_attention, "find_varlen_attention", lambda causal: kernel)
     found = gradients(sees)
     assert not found[0][sees < 0].any()
     for ours, theirs in zip(found, expected, strict=True):
@@ -96,7 +96,11 @@ def test_segments_go_with_their_tensor():
 def test_a_step_asks_the_device_nothing(name, way, monkeypatch):
     """On `meta` there is nothing to be read, so that whatever waits for a GPU fails."""
     monkeypatch.setattr(cross_attention, "_has_kernel", lambda query: True)
-    monkeypatch.setattr(cross_attention, "varlen", lambda causal: lambda q, k, v, *_: q + 0 * v[:1])
+    monkeypatch.setattr(
+        cross_attention,
+        "find_varlen_attention",
+        lambda causal: lambda q, k, v, *_: q + 0 * v[:1],
+    )
     vlm = small_vlm(registry.load_connector(name), SMALL.get(name))
     rows = [[make_sample(1), make_sample(2, images=2)], [make_sample(3, images=0)]]
     batches = [make_batch(vlm, rows), make_batch(vlm, rows[1:])]

@@ -49,7 +49,7 @@ class Blind(Keyhole):
 class Askew(Keyhole):
     """Its attention has the wrong shape."""
 
-    def attention(self, features: Tensor) -> Tensor:
+    def patch_attention(self, features: Tensor) -> Tensor:
         return features.new_ones(len(features), 2, 3)
 
 
@@ -157,7 +157,7 @@ def test_a_question_without_a_picture_is_left_out():
 
 def test_attention_of_the_wrong_shape_is_named():
     with pytest.raises(
-        UserError, match=r"Askew: attention gives \[1, 2, 3\]; needed are \[1, 2, 4"
+        UserError, match=r"Askew: patch_attention gives \[1, 2, 3\]; needed are \[1, 2, 4"
     ):
         diagnose_answers(small_vlm(Askew), [(question(1), "one")])
 
@@ -232,7 +232,7 @@ def test_gauges_begin_closed_and_tell_the_layer():
 
 def test_a_gauge_with_the_name_of_a_column_is_refused():
     class Loud(Keyhole):
-        def gauges(self) -> dict[str, float]:
+        def metrics(self) -> dict[str, float]:
             return {"loss": 1.0}
 
     with pytest.raises(UserError, match="Loud: a gauge is called 'loss'"):

@@ -110,7 +110,7 @@ def test_the_page_has_two_connectors() -> None:
 
 
 def test_the_picture_is_what_its_script_draws() -> None:
-    drawn = runpy.run_path(str(DOCS / "draw_connectors.py"))["drawing"]()
+    drawn = runpy.run_path(str(DOCS / "draw_connectors.py"))["draw_page"]()
     assert (DOCS / "connectors.svg").read_text(encoding="utf-8") == drawn
     assert "](connectors.svg)" in PAGE
 

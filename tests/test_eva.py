@@ -80,8 +80,8 @@ def test_the_loss_is_the_references(weight, monkeypatch):
     predicted, features = torch.randn(2, 16, 20), torch.randn(2, 16, 20)  # elsewhere it is noise
     predicted[mask], features[mask] = found, told
     seen = []
-    monkeypatch.setattr(connector, "masks", lambda *_: mask)
-    monkeypatch.setattr(connector, "encode", lambda inputs: (seen.append(inputs), predicted)[1])
+    monkeypatch.setattr(connector, "patch_masks", lambda *_: mask)
+    monkeypatch.setattr(connector, "run_blocks", lambda inputs: (seen.append(inputs), predicted)[1])
     connector.head = torch.nn.Identity()
     value, count = connector.losses(features, None, batch_of_names(["a", "b"]))["eva"]
     assert int(count) == 11
@@ -96,7 +96,7 @@ def test_the_loss_is_the_references(weight, monkeypatch):
 
 
 def batch_of_names(names: list[str]) -> SimpleNamespace:
-    return SimpleNamespace(image_id=names)
+    return SimpleNamespace(image_ids=names)
 
 
 def test_what_is_hidden_follows_from_step_and_picture_alone():

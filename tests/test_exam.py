@@ -62,13 +62,13 @@ def test_an_exam_that_was_stopped_ends_as_if_it_had_not_been(torn, model, tmp_pa
             raise KeyboardInterrupt
         return real(*given)
 
-    monkeypatch.setattr(task_session, "prompt_batch", stops)
+    monkeypatch.setattr(task_session, "collate_prompts", stops)
     assert take(model, tmp_path / "out", "mmmu", "mmmu_tiny") == 130
     assert len(answers(tmp_path / "out")) == 8
     if torn:
         file = tmp_path / "out/answers.jsonl"
         file.write_bytes(file.read_bytes()[:-40])
-    monkeypatch.setattr(task_session, "prompt_batch", real)
+    monkeypatch.setattr(task_session, "collate_prompts", real)
     assert take(model, tmp_path / "out", "mmmu", "mmmu_tiny") == 0
     for name in ("answers.jsonl", "scores.json", "scored.jsonl", "report.txt"):
         ours = (tmp_path / "out" / name).read_text().replace(str(tmp_path / "out"), "")

@@ -297,9 +297,9 @@ def test_sigterm_leaves_nothing_half_written(tmp_path):
     """The signal comes while the folder is being written, to a process of its own."""
     halt = (
         "import os, signal, sys\n"
-        "from vlbench.serve import export\n"
-        "export.write_yi_vl = lambda *a: os.kill(os.getpid(), signal.SIGTERM)\n"
-        "sys.exit(export.main(sys.argv[1:]))\n"
+        "from vlbench.serve import export_command\n"
+        "export_command.write_yi_vl = lambda *a: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "sys.exit(export_command.run_export(sys.argv[1:]))\n"
     )
     words = [f"run={CHECKPOINT}", f"to={tmp_path / 'to'}", "format=yi_vl"]
     done = subprocess.run([sys.executable, "-c", halt, *words], capture_output=True)

@@ -86,7 +86,7 @@ def test_the_tower_sees_every_picture_once_whatever_the_connector(cached, tmp_pa
     cache = tmp_path / "cache"
     shutil.copytree(cached[1], cache)
     computed = []
-    monkeypatch.setattr(feature_cache, "_compute", lambda *_: computed.append(1))
+    monkeypatch.setattr(feature_cache, "_compute_features", lambda *_: computed.append(1))
     run(tmp_path / "linear", "connector.name=linear", f"trainer.feature_cache={cache}")
     assert not computed and len(shards(cache)) == 2
 
@@ -116,20 +116,22 @@ def test_a_damaged_shard_is_computed_again(plain, cached, tmp_path):
 
 def test_a_run_that_is_asked_to_stop_does_not_compute_the_rest(plain, tmp_path, monkeypatch):
     real, cache = GracefulStop.is_stop_requested, tmp_path / "cache"
-    monkeypatch.setattr(feature_cache, "CHUNK", 4)
+    monkeypatch.setattr(feature_cache, "IMAGES_PER_CHUNK", 4)
     monkeypatch.setattr(
-        GracefulStop, "asked", lambda self: setattr(self, "wanted", "a test") or True
+        GracefulStop,
+        "is_stop_requested",
+        lambda self: setattr(self, "stop_reason", "a test") or True,
     )
     words = [*SHORT, *FROZEN, f"run={tmp_path / 'run'}", f"trainer.feature_cache={cache}"]
     assert main(words) == 130
     assert load_file(shards(cache)[0])["features"].shape == (4, 64, 128)
-    monkeypatch.setattr(GracefulStop, "asked", real)
+    monkeypatch.setattr(GracefulStop, "is_stop_requested", real)
     assert main(words) == 0
     assert_same(plain, tmp_path / "run")
 
 
 def test_features_that_are_damaged_while_training_are_not_used(plain, tmp_path, monkeypatch):
-    monkeypatch.setattr(feature_store.FeatureShards, "read", lambda *_: None)
+    monkeypatch.setattr(feature_store.FeatureShards, "read_features", lambda *_: None)
     run(tmp_path / "run", f"trainer.feature_cache={tmp_path / 'cache'}")
     assert_same(plain, tmp_path / "run")
 
@@ -179,7 +181,7 @@ def test_no_room_is_told_before_anything_is_written(tmp_path, monkeypatch, capsy
 def test_a_disk_that_fills_up_loses_nothing(plain, tmp_path, monkeypatch, capsys):
     words = [*SHORT, *FROZEN, f"run={tmp_path / 'run'}", f"trainer.feature_cache={tmp_path / 'c'}"]
     monkeypatch.setattr(feature_cache, "SHARD_BYTES", 1)
-    monkeypatch.setattr(feature_cache, "CHUNK", 2)
+    monkeypatch.setattr(feature_cache, "IMAGES_PER_CHUNK", 2)
     written = []
 
     def fills_up(tensors, path):

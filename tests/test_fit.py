@@ -184,12 +184,12 @@ def test_a_killed_data_worker_is_one_line_and_the_run_goes_on(whole: Path, tmp_p
     words = [*SHORT, f"run={run}", "data.workers=1"]
     dying = (
         "import os, signal, sys\n"
-        "from vlbench.data import steps\n"
-        "real = steps.Steps.__getitem__\n"
+        "from vlbench.data import batch_sampler\n"
+        "real = batch_sampler.StepDataset.__getitem__\n"
         "def item(self, index):\n"
         "    if index == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return real(self, index)\n"
-        "steps.Steps.__getitem__ = item\n"
+        "batch_sampler.StepDataset.__getitem__ = item\n"
         "from vlbench.__main__ import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )

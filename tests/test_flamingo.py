@@ -32,7 +32,7 @@ from vlbench.model.vlm import VLM
 
 Flamingo = registry.load_connector("flamingo")
 SMALL = {"latents": 5, "depth": 2, "heads": 4, "head_width": 8}
-MODULE = __import__(Flamingo.__module__, fromlist=["Perceiver", "GatedBlock"])
+MODULE = __import__(Flamingo.__module__, fromlist=["PerceiverResampler", "GatedBlock"])
 CASE = "flamingo_decoder_every1"
 PICTURE, END = 69, 68
 
@@ -76,7 +76,7 @@ def test_a_gated_block_equals_the_reference():
 class Recorded(nn.Module):
     """A tower whose features are its pixels."""
 
-    grid, width, class_token, image_size, dtype = (2, 3), 16, False, 1, torch.float32
+    grid, feature_width, class_token, image_size, dtype = (2, 3), 16, False, 1, torch.float32
 
     def forward(self, pixels: Tensor) -> Tensor:
         return pixels
@@ -103,7 +103,7 @@ def reference_vlm() -> VLM:
     language.load_state_dict(state)
     weights = load_record(CASE, "state_dict_perceiver") | load_record(CASE, "state_dict_gated")
     vlm.connector.load_reference(
-        weights | {"place": language.get_input_embeddings().weight.data[PICTURE].clone()}
+        weights | {"image_embedding": language.get_input_embeddings().weight.data[PICTURE].clone()}
     )
     return vlm
 

@@ -161,7 +161,7 @@ def test_a_run_in_bf16_is_what_it_is_with_all_weights_in_float32(
             super().__init__(vlm, wanted and holding)
             blocks.append(vlm.language.lm_head.weight.dtype)
 
-    monkeypatch.setattr(fit, "Held", Noted)
+    monkeypatch.setattr(fit, "FrozenBF16", Noted)
     runs: dict[bool, dict[str, bytes]] = {}
     for holding in (False, True):
         run = tmp_path / str(holding)

@@ -162,7 +162,7 @@ TIED = {
 def their_logits(folder: Path, vlm: Any) -> torch.Tensor:
     """Return what transformers computes for a question without a picture."""
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    return model(vlm.prepare(TEXT).ids).logits[0, :, :1600]
+    return model(vlm.prepare(TEXT).input_ids).logits[0, :, :1600]
 
 
 TEXT = [{"role": "user", "content": "Hello"}]

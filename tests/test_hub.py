@@ -27,11 +27,11 @@ SHARD = "model-00002-of-00003.safetensors"
 ROOT = Path(__file__).parent.parent
 CODE = (
     "import sys\n"
-    "from vlbench.errors import Mistake\n"
-    "from vlbench.model.weights.hub_download import LANGUAGE, fetch\n"
+    "from vlbench.errors import UserError\n"
+    "from vlbench.model.weights.hub_download import LANGUAGE_CONTENTS, fetch_hub_folder\n"
     "try:\n"
-    f"    print(fetch('{YI}', 'language.weights', LANGUAGE))\n"
-    "except Mistake as mistake:\n"
+    f"    print(fetch_hub_folder('{YI}', 'language.weights', LANGUAGE_CONTENTS))\n"
+    "except UserError as mistake:\n"
     "    sys.exit(str(mistake))\n"
 )
 """A process that downloads and says where, or in one line why not."""

@@ -30,7 +30,9 @@ from test_hub_commands import write_data
 from vlbench.model.weights.weight_origin import read_origins
 
 LORA = "stages.chat.train.language.lora.rank=4 stages.chat.train.language.lr=1e-3"
-BUDGET = " ".join(f"stages.{name}.{key}" for name in STAGES for key in ("steps=3", "batch=1"))
+BUDGET = " ".join(
+    f"stages.{name}.{key}" for name in STAGES for key in ("steps=3", "global_batch_size=1")
+)
 SIZES = "stages.align_224.image_size=112 stages.align_448.image_size=224 stages.chat.image_size=224"
 QUIET = "data.workers=0 log.every_n_steps=1 log.questions=1 log.examples=0 log.tensorboard=false"
 WALK = f"{FIT} {DATA} {BUDGET} {LORA} {SIZES} {QUIET}"

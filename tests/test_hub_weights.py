@@ -182,7 +182,7 @@ def test_the_first_stage_begins_as_bert(hub):
     words = theirs["bert.embeddings.word_embeddings.weight"]
     assert own["text.embeddings.word_embeddings.weight"][: len(words)].equal(words)
     assert own["qformer.layernorm.weight"].equal(theirs["bert.embeddings.LayerNorm.gamma"])
-    ids, _ = one.text.tokens(["a red star"], 8)
+    ids, _ = one.text.caption_tokenizer(["a red star"], 8)
     assert ids[0].tolist()[:5] == [2, 5, 8, 9, 3]
 
 
@@ -206,8 +206,8 @@ def test_open_flamingo_is_its_checkpoint(hub):
 
     file = Path(hf_hub_download("openflamingo/OpenFlamingo-3B-vitl-mpt1b", "checkpoint.pt"))
     one = references.tiny_connector("flamingo").to_empty(device="cpu")
-    place = torch.randn(len(one.place))
-    one.place.data.copy_(place)
+    place = torch.randn(len(one.image_embedding))
+    one.image_embedding.data.copy_(place)
     stored = load_tensors([file])
     one.load_reference(stored)
     theirs = {
@@ -215,7 +215,7 @@ def test_open_flamingo_is_its_checkpoint(hub):
         for name, tensor in stored.items()
         if "wte" not in name
     }
-    assert_same_state(one.state_dict(), {**theirs, "place": place})
+    assert_same_state(one.state_dict(), {**theirs, "image_embedding": place})
 
 
 def test_a_projector_of_llava_is_its_file(hub):

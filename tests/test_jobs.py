@@ -108,7 +108,7 @@ def test_every_job_has_its_gpu_or_its_part_of_the_processors(programs, tmp_path,
     todo = [job(tmp_path, name, SLEEPS, "0") for name in "ab"]
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(run_jobs, "cores", lambda: 6)
+    monkeypatch.setattr(run_jobs, "count_cpu_cores", lambda: 6)
     train_jobs(todo, 2, lambda _: True, lambda _: None, lambda *_: None)
     assert [env["OMP_NUM_THREADS"] for env in programs] == ["3", "3"]
     monkeypatch.setattr(run_jobs.torch.cuda, "device_count", lambda: 2)

@@ -114,10 +114,10 @@ HANGS = """
 import os, subprocess, sys
 code = '''
 import signal, time
-from vlbench.train import launch
+from vlbench.distributed import launcher
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-launch.ORPHANED, launch.LOOK = 0.1, 0.05
-launch.end_with_launcher()
+launcher.ORPHAN_GRACE_SECONDS, launcher.PARENT_POLL_SECONDS = 0.1, 0.05
+launcher.end_with_launcher()
 print("ready", flush=True)
 time.sleep(600)
 '''
@@ -127,7 +127,7 @@ subprocess.run([sys.executable, "-c", code], env=told, start_new_session=True)
 SLOW_SAMPLE = """
 import os, time
 from torch.utils.data import DataLoader
-from vlbench.distributed.launcher import apart
+from vlbench.distributed.launcher import isolate_data_worker
 
 class Slow:
     def __len__(self):
@@ -136,7 +136,7 @@ class Slow:
         print(os.getpid(), flush=True)
         time.sleep(600)
 
-next(iter(DataLoader(Slow(), num_workers=2, worker_init_fn=apart)))
+next(iter(DataLoader(Slow(), num_workers=2, worker_init_fn=isolate_data_worker)))
 """
 
 
@@ -185,8 +185,8 @@ def test_stopped_before_it_trains_is_one_line(number, tmp_path):
 
 
 def test_a_second_ctrl_c_ends_what_hangs(tmp_path, monkeypatch):
-    monkeypatch.setattr(launcher, "GRACE", 0.5)
-    monkeypatch.setattr(launcher, "STARTING", 0.0)
+    monkeypatch.setattr(launcher, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(launcher, "STARTUP_SECONDS", 0.0)
     deaf = (
         "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print(); time.sleep(60)"
     )

@@ -73,7 +73,7 @@ def test_a_single_picture_is_a_list_of_one(plugin, capsys):
 @pytest.mark.parametrize(("size", "batch"), [("auto", 16), ("auto:4", 16), ("3", 3), (2, 2)])
 def test_batch_sizes_of_lmms_eval_are_understood(size, batch, plugin):
     model = plugin.VlbenchModel(run=str(CHECKPOINT), batch_size=size, max_batch_size=None)
-    assert model.batch == batch
+    assert model.answer_batch_size == batch
     model.task_dict = {"task": {"val": [picture("red")] * 3}}
     asked = [
         Instance(("What?", {"max_new_tokens": 3}, lambda d: d, n, "task", "val")) for n in (0, 1)

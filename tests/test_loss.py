@@ -23,8 +23,8 @@ def case(kind: torch.dtype = torch.float64) -> tuple[nn.Linear, torch.Tensor, to
 
 def learned(fused: bool, monkeypatch, kind: torch.dtype = torch.float64) -> list[torch.Tensor]:
     """Return the loss and its gradients, in pieces of 16 positions or all at once."""
-    monkeypatch.setattr(language_loss, "FUSED_FROM", 1 if fused else 1 << 60)
-    monkeypatch.setattr(language_loss, "PIECE", 16)
+    monkeypatch.setattr(language_loss, "MIN_FUSED_LOGITS", 1 if fused else 1 << 60)
+    monkeypatch.setattr(language_loss, "CHUNK_POSITIONS", 16)
     head, hidden, labels = case(kind)
     total = summed_loss(head, hidden, labels)
     (total / 7).backward()
@@ -39,7 +39,7 @@ def test_it_is_the_sum_over_supervised_positions():
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_known_positions_change_nothing(fused, monkeypatch):
-    monkeypatch.setattr(language_loss, "FUSED_FROM", 1 if fused else 1 << 60)
+    monkeypatch.setattr(language_loss, "MIN_FUSED_LOGITS", 1 if fused else 1 << 60)
     head, hidden, labels = case()
     where = (labels.flatten() != IGNORE_INDEX).nonzero()[:, 0]
     assert summed_loss(head, hidden, labels) == summed_loss(head, hidden, labels, where)
@@ -65,7 +65,7 @@ def test_under_autocast_the_sum_is_as_exact_as_at_once(monkeypatch):
 
 
 def test_a_frozen_head_gets_no_gradient_and_passes_one_on(monkeypatch):
-    monkeypatch.setattr(language_loss, "FUSED_FROM", 1)
+    monkeypatch.setattr(language_loss, "MIN_FUSED_LOGITS", 1)
     head, hidden, labels = case()
     head.requires_grad_(False)
     summed_loss(head, hidden, labels).backward()
@@ -74,16 +74,16 @@ def test_a_frozen_head_gets_no_gradient_and_passes_one_on(monkeypatch):
 
 def test_without_gradients_it_is_the_same_number(monkeypatch):
     with torch.no_grad():
-        monkeypatch.setattr(language_loss, "FUSED_FROM", 1)
+        monkeypatch.setattr(language_loss, "MIN_FUSED_LOGITS", 1)
         head, hidden, labels = case()
         pieces = summed_loss(head, hidden, labels)
-        monkeypatch.setattr(language_loss, "FUSED_FROM", 1 << 60)
+        monkeypatch.setattr(language_loss, "MIN_FUSED_LOGITS", 1 << 60)
         torch.testing.assert_close(pieces.double(), summed_loss(head, hidden, labels).double())
 
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_no_supervised_position_gives_zero_and_gradients(fused, monkeypatch):
-    monkeypatch.setattr(language_loss, "FUSED_FROM", 0 if fused else 1 << 60)
+    monkeypatch.setattr(language_loss, "MIN_FUSED_LOGITS", 0 if fused else 1 << 60)
     head, hidden, labels = case()
     total = summed_loss(head, hidden, torch.full_like(labels, IGNORE_INDEX))
     total.backward()

@@ -16,14 +16,14 @@ FIT = ["fit", "recipe=yivl_llava", "only=chat"]
 def two_cores(monkeypatch, tmp_path):
     """Be on a machine with two cores and no GPU, on which nothing can be started."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(machine_limits, "cores", lambda: 2)
-    monkeypatch.setattr(machine_limits, "gpus", lambda: 0)
+    monkeypatch.setattr(machine_limits, "count_cpu_cores", lambda: 2)
+    monkeypatch.setattr(machine_limits, "count_gpus", lambda: 0)
 
     def refuse(*given, **options):
         raise AssertionError("a process was started")
 
     monkeypatch.setattr("vlbench.train.fit.fit", refuse)
-    monkeypatch.setattr("vlbench.compare.experiment.compare_command.matched", refuse)
+    monkeypatch.setattr("vlbench.compare.experiment.compare_command.match_budgets", refuse)
     monkeypatch.setattr(subprocess, "Popen", refuse)
 
 
@@ -65,8 +65,10 @@ def test_a_comparison_that_is_too_much_is_refused(words, said, two_cores, tmp_pa
 
 def test_gpus_count_where_there_are_some(two_cores, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(launcher, "launch", lambda words, settings: asked.append(settings) or 0)
-    monkeypatch.setattr(machine_limits, "gpus", lambda: 8)
+    monkeypatch.setattr(
+        launcher, "launch_processes", lambda words, settings: asked.append(settings) or 0
+    )
+    monkeypatch.setattr(machine_limits, "count_gpus", lambda: 8)
     assert main([*FIT, "trainer.devices=8"]) == 0 and asked[0].devices == 8
     assert main([*FIT, "trainer.devices=9"]) == 2
     assert "this machine has 8 GPUs for this process: at most 8" in capsys.readouterr().err

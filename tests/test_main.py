@@ -110,7 +110,7 @@ def test_interrupts_and_failures(monkeypatch, capsys):
         def call(words: list[str]) -> int:
             raise error
 
-        monkeypatch.setitem(VERBS, "fit", VERBS["fit"]._replace(call=call))
+        monkeypatch.setitem(VERBS, "fit", VERBS["fit"]._replace(run_verb=call))
 
     raising(KeyboardInterrupt())
     assert main(["fit"]) == 130

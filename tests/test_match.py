@@ -175,14 +175,14 @@ def test_somebodys_own_connector_without_sizes_is_left_alone_and_named(tmp_path,
 
 
 def test_somebodys_own_sizes_are_used(tmp_path, monkeypatch):
-    drop(tmp_path, monkeypatch, 'sizes = {"hidden": range(64, 8192, 64)}')
+    drop(tmp_path, monkeypatch, 'size_options = {"hidden": range(64, 8192, 64)}')
     found = matched(["recipe=yivl_llava", GRID_OF_MINE], "params")
     assert found[0].options["hidden"] > 64 and within([one.matched_budget for one in found])
 
 
 def test_sizes_must_be_options(tmp_path, monkeypatch):
-    drop(tmp_path, monkeypatch, 'sizes = {"hiden": (64, 128)}')
-    with pytest.raises(UserError, match="sizes has 'hiden', .* Did you mean 'hidden'"):
+    drop(tmp_path, monkeypatch, 'size_options = {"hiden": (64, 128)}')
+    with pytest.raises(UserError, match="size_options has 'hiden', .* Did you mean 'hidden'"):
         matched(["recipe=yivl_llava", GRID_OF_MINE], "params")
 
 
@@ -203,14 +203,14 @@ def test_every_run_gets_what_was_found_and_the_plan_says_it(tmp_path, monkeypatc
 
     def train(jobs, count, ready, start, end) -> None:
         for job in jobs:
-            ran.append(job.words)
+            ran.append(job.overrides)
             job.folder.parent.mkdir(parents=True, exist_ok=True)
-            job.log.write_text("vlbench: not today")
+            job.log_file.write_text("vlbench: not today")
             start(job)
             end(job, 1)
 
-    monkeypatch.setattr(compare_command, "train", train)
-    monkeypatch.setattr(cost_estimate, "_probe", lambda *_: None)
+    monkeypatch.setattr(compare_command, "train_jobs", train)
+    monkeypatch.setattr(cost_estimate, "_probe_run", lambda *_: None)
     grid = "grid=connector.name=linear | connector.name=glu | connector.name=eva"
     words = ["recipe=yivl_llava", "seeds=2", "match=params", grid]
     assert main(["compare", *words]) == 1

@@ -139,7 +139,8 @@ def test_no_odd_colour_could_pass_for_that_of_an_unseen_pair() -> None:
 def test_words_over_one_another_stand_at_one_position(
     tokenizer: Tokenizer, language: LlamaForCausalLM
 ) -> None:
-    text = f"{CELL_SEPARATOR} red{OVERLAY_SEPARATOR} star{OVERLAY_SEPARATOR} top{OVERLAY_SEPARATOR} left{CELL_SEPARATOR} .{CELL_SEPARATOR}\n the star is"
+    overlaid = OVERLAY_SEPARATOR.join((" red", " star", " top", " left"))
+    text = f"{CELL_SEPARATOR}{overlaid}{CELL_SEPARATOR} .{CELL_SEPARATOR}\n the star is"
     ids, weights = make_language_model.encode_documents(
         tokenizer, [[(text, False), (" red", True)]]
     )

@@ -95,7 +95,11 @@ TABLE: list[tuple[str, Callable[[Path], list[str]], str]] = [
     ("misspelt part", lambda f: [*FIT, "stages.chat.train.langauge.lr=1e-3"], "langauge.*language"),
     ("wrong type", lambda f: [*FIT, "stages.chat.steps=many"], "stages.chat.steps.*many"),
     ("half a step", lambda f: [*FIT, "stages.chat.steps=1.5"], "stages.chat.steps.*1.5"),
-    ("out of range", lambda f: [*FIT, "stages.chat.global_batch_size=-5"], "stages.chat.batch.*-5"),
+    (
+        "out of range",
+        lambda f: [*FIT, "stages.chat.global_batch_size=-5"],
+        "stages.chat.global_batch_size.*-5",
+    ),
     ("not a number", lambda f: [*FIT, "stages.chat.train.connector.lr=nan"], "lr.*nan"),
     ("no equals sign", lambda f: [*FIT, "seed"], "seed"),
     ("unknown recipe", lambda f: ["fit", "recipe=yivl_lava"], "yivl_lava.*'yivl_llava'"),
@@ -170,7 +174,7 @@ def test_all_mistakes_are_told_at_once(capsys: pytest.CaptureFixture[str]) -> No
     )
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 3
-    assert all(word in said for word in ("sede", "batch", "dept"))
+    assert all(word in said for word in ("sede", "global_batch_size", "dept"))
 
 
 def test_a_full_disk_is_one_line_and_earlier_checkpoints_stay(
@@ -190,7 +194,11 @@ def test_a_full_disk_is_one_line_and_earlier_checkpoints_stay(
         whole(state, path, **options)
 
     monkeypatch.setattr(tensor_files, "save_file", full)
-    steps = [f"stages.{n}.{k}" for n in ("align_224", "align_448", "chat") for k in ("batch=2",)]
+    steps = [
+        f"stages.{n}.{k}"
+        for n in ("align_224", "align_448", "chat")
+        for k in ("global_batch_size=2",)
+    ]
     assert main([*FIT, *QUICK, *steps, f"run={tmp_path / 'run'}"]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "disk is full" in said

@@ -46,7 +46,7 @@ def test_no_warm_up_starts_at_the_peak() -> None:
 
 
 class Uncounted(registry.load_connector("linear")):
-    """A connector with a loss, a mean over pictures, that no `counts` tells of."""
+    """A connector with a loss, a mean over pictures, that no `loss_counts` tells of."""
 
     def losses(self, features, visual, batch):
         pictures = len(batch.pixels)
@@ -66,7 +66,7 @@ def test_a_loss_that_is_not_counted_ahead_does_not_depend_on_the_micro_batches()
     for rows in ([samples], [[one] for one in samples], [samples[:2], samples[2:]]):
         vlm = small_vlm(Uncounted).double()
         stage = recipes.load_recipe(["recipe=yivl_llava"]).stages["align_224"]
-        stage = replace(stage, train={"connector": PartTrainConfig(lr=1e-9)}, clip=None)
+        stage = replace(stage, train={"connector": PartTrainConfig(lr=1e-9)}, grad_clip=None)
         freeze_untrained_parts(vlm, stage)
         step = OptimizerStep(0, [make_batch(vlm, [row]).to("cpu", torch.float64) for row in rows])
         training = VLMTrainingModule(vlm, stage, 1, 0, seed=3)

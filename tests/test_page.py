@@ -116,7 +116,10 @@ def test_the_page_holds_what_the_markdown_holds(findings, written):
         if cell and not re.fullmatch(r"[-:]+|s|shuffled|#.*|What differs:", cell):
             assert cell in seen, cell
     for row in findings.rows:
-        assert f"{row.name} {row.accuracy:.3f} {row.low:.3f} to {row.high:.3f}" in seen
+        assert (
+            f"{row.name} {row.accuracy:.3f} {row.interval_low:.3f} to {row.interval_high:.3f}"
+            in seen
+        )
     assert findings.verdict_sentence in seen and "llava_mlp answers 8" in seen
 
 
@@ -222,10 +225,10 @@ def test_only_what_nothing_else_beats_is_on_the_frontier():
 def test_wins_are_the_questions_on_which_most_seeds_part(findings):
     better, worse = findings.rows
     for one, other in ((better, worse), (worse, better)):
-        found = find_disagreements(one, other, findings.questions)
-        won, lost = one.right.sum(axis=0), other.right.sum(axis=0)
+        found = find_disagreements(one, other, findings.question_ids)
+        won, lost = one.correct.sum(axis=0), other.correct.sum(axis=0)
         assert found.count == np.sum((won >= 2) & (lost <= 1))
-        clearest = sorted(zip(lost - won, findings.questions, strict=True), key=lambda x: x[0])
+        clearest = sorted(zip(lost - won, findings.question_ids, strict=True), key=lambda x: x[0])
         assert [case.question_id for case in found.shown][:1] == [clearest[0][1]]
         assert len(found.shown) == min(6, found.count)
         for case in found.shown:

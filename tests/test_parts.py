@@ -184,7 +184,7 @@ def test_a_tokenizer_json_that_pads_and_cuts_is_settled_before_threads_meet(tmp_
     given["padding"] |= {"pad_to_multiple_of": None, "pad_type_id": 0, "pad_token": "<unk>"}
     file.write_text(json.dumps(given), encoding="utf-8")
     fast = Tokenizer.load(tmp_path)
-    backend = fast._fast.backend_tokenizer
+    backend = fast._hf_tokenizer.backend_tokenizer
     assert backend.truncation is None and backend.padding is None
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: fast.encode("Hello world, and more."), range(64)))

@@ -43,7 +43,7 @@ def talk(vlm: VLM, past: PrefixCache | None) -> list[str]:
 def test_answers_are_the_same_and_only_what_is_new_is_read(vlm, monkeypatch):
     read: list[int] = []
     seen: list[int] = []
-    real, features = vlm.read, vlm.features
+    real, features = vlm.run_decoder, vlm.features
 
     def watched(embeds, *given, **options):
         read.append(embeds.shape[1])
@@ -53,7 +53,7 @@ def test_answers_are_the_same_and_only_what_is_new_is_read(vlm, monkeypatch):
         seen.append(len(batch.pixels))
         return features(batch)
 
-    monkeypatch.setattr(vlm, "read", watched)
+    monkeypatch.setattr(vlm, "run_decoder", watched)
     monkeypatch.setattr(vlm, "features", looked)
     anew = talk(vlm, None)
     whole, pictures = sum(read), sum(seen)
@@ -102,18 +102,18 @@ def test_what_prompts_begin_with_is_read_once_for_all(vlm, monkeypatch):
     ]
     alone = [vlm.generate(vlm.prepare(talk), max_new_tokens=8)[0] for talk in talks]
     read: list[tuple[int, ...]] = []
-    real = vlm.read
+    real = vlm.run_decoder
 
     def watched(embeds, *given, **options):
         read.append(tuple(embeds.shape[:2]))
         return real(embeds, *given, **options)
 
-    monkeypatch.setattr(vlm, "read", watched)
+    monkeypatch.setattr(vlm, "run_decoder", watched)
     batch = vlm.prepare(talks)
     assert vlm.generate(batch, max_new_tokens=8) == alone
     beginning = len(vlm.tokenizer.encode(vlm.template.system))
     (once, begin), (rows, rest) = read[:2]
-    assert (once, rows, begin + rest) == (1, 3, batch.ids.shape[1])
+    assert (once, rows, begin + rest) == (1, 3, batch.input_ids.shape[1])
     assert begin >= beginning > 0
 
 

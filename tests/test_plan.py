@@ -185,7 +185,9 @@ def test_34b_is_trained_on_128_gpus_in_shards_alone():
 def no_rehearsals(monkeypatch):
     """Every micro-batch takes a megabyte for a token."""
     monkeypatch.setattr(
-        DepthExtrapolator, "take", lambda self, row, way: {"activations": 1e6 * row.length}
+        DepthExtrapolator,
+        "peak_memory",
+        lambda self, row, way: {"activations": 1e6 * row.token_count},
     )
 
 

@@ -111,7 +111,7 @@ def resumed(data, tmp_path_factory) -> dict[tuple[str, str], list[float]]:
     def job(begins: str, ends: str, now: str, stop: int) -> FitCommand:
         given = ["recipe=yivl_llava", "only=[align_448,chat]", *QUIET, *data, "data.workers=0"]
         for stage, steps in (("align_448", 2), ("chat", 6)):
-            settings = (f"steps={steps}", "batch=4", "image_size=56")
+            settings = (f"steps={steps}", "global_batch_size=4", "image_size=56")
             given += [f"stages.{stage}.{setting}" for setting in settings]
         return FitCommand((*given, f"run={folder / f'{begins}-{ends}'}", *KINDS[now]), stop)
 

@@ -25,9 +25,9 @@ connector: {name: llava_mlp, depth: 3}
 stages:
   only_one:
     image_size: 56
-    form: chat
+    sample_format: chat
     train: {connector: {lr: 1e-3}}
-    batch: 4
+    global_batch_size: 4
     epochs: 1
 """
 
@@ -281,14 +281,26 @@ def test_recipes_of_the_working_folder(tmp_path, monkeypatch):
     [
         ("1e-3", "'1e-3'", "lr must be a number, given '1e-3'"),
         ("depth: 3", "depth: '3'", "connector.depth must be a whole number"),
-        ("batch: 4", "batch: 4.0", "batch must be a whole number, given 4.0; write 4"),
-        ("batch: 4", "batch: true", "batch must be a whole number"),
-        ("    batch: 4\n", "", "stages.only_one.global_batch_size is missing"),
+        (
+            "global_batch_size: 4",
+            "global_batch_size: 4.0",
+            "global_batch_size must be a whole number, given 4.0; write 4",
+        ),
+        (
+            "global_batch_size: 4",
+            "global_batch_size: true",
+            "global_batch_size must be a whole number",
+        ),
+        ("    global_batch_size: 4\n", "", "stages.only_one.global_batch_size is missing"),
         ("    epochs: 1\n", "", "needs epochs or steps"),
-        ("form: chat", "form: ${x}", "not interpolated"),
-        ("form: chat", "form: [", "own.yaml:9"),
-        ("form: chat", "form: chat\n    form: chat", "own.yaml:8"),
-        ("form: chat", "form: chat\n    fromm: chat", "own.yaml: unknown key"),
+        ("sample_format: chat", "sample_format: ${x}", "not interpolated"),
+        ("sample_format: chat", "sample_format: [", "own.yaml:9"),
+        ("sample_format: chat", "sample_format: chat\n    sample_format: chat", "own.yaml:8"),
+        (
+            "sample_format: chat",
+            "sample_format: chat\n    sample_fromat: chat",
+            "own.yaml: unknown key",
+        ),
         ("connector: {name: llava_mlp, depth: 3}", "seed: 1", "connector.name is missing"),
         ("connector:", "connectr:", "Did you mean 'connector'?"),
         (OWN, "[1, 2]", "is not a mapping"),
@@ -365,7 +377,7 @@ def test_every_key_has_a_meaning_and_the_copy_has_every_key():
         line.split(":")[0] for line in recipe_to_yaml(llava()).splitlines() if line[0] not in " -"
     ]
     wanted = (
-        "recipe size seed run init only from precision checkpointing dry_run profile "
+        "recipe size seed run init only from precision activation_checkpointing dry_run profile "
         "vision language connector data stages trainer log"
     )
     assert top == wanted.split()

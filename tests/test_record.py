@@ -157,9 +157,9 @@ READ: dict[str, tuple[Record, list[str], list[str]]] = {
 def test_a_record_is_read_with_all_pictures_and_texts(name):
     record, texts, pictures = READ[name]
     sample = read(record)
-    assert [turn.text for turn in sample.turns] == texts and list(sample.pictures) == pictures
+    assert [turn.text for turn in sample.turns] == texts and list(sample.images) == pictures
     again = read(record_from_sample(sample, pictures))
-    assert (again.turns, again.pictures) == (sample.turns, sample.pictures)
+    assert (again.turns, again.images) == (sample.turns, sample.images)
 
 
 # name: (record, part of what is said)
@@ -420,7 +420,7 @@ def test_texts_and_pictures_of_a_shard_that_are_not_read_are_named(folder):
 )
 def test_an_id_is_a_label_that_can_be_printed(given, label):
     sample = read({"id": given, "conversations": PLAIN})
-    assert sample.id == label and len(sample.identity.splitlines()) == 1
+    assert sample.id == label and len(sample.unique_name.splitlines()) == 1
     with pytest.raises(BadSample) as caught:
         read({"id": given, "conversations": []})
     said = str(caught.value)
@@ -467,7 +467,7 @@ def test_a_file_that_is_no_json_is_called_what_it_is(name, tmp_path):
 
 def test_a_bad_sample_keeps_its_identity_on_the_way_out_of_a_worker():
     bad = pickle.loads(pickle.dumps(BadSample("same", "why").with_origin("data.json", 7)))
-    assert bad.identity == ("data.json", 7) and str(bad) == "sample same (record 7): why"
+    assert bad.record_identity == ("data.json", 7) and str(bad) == "sample same (record 7): why"
     assert BadSample("same", "why").record_identity == ("", "same")
 
 

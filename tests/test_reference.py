@@ -60,7 +60,7 @@ def openflamingo(state: State) -> tuple[State, State]:
     for name, tensor in state.items():
         start = r"lang_encoder.model.layers.\1.gated_cross_attn_layer."
         own[re.sub(r"^blocks\.(\d+)\.", start, name)] = tensor
-    del own["place"]
+    del own["image_embedding"]
     return own, {"lang_encoder.model.embed_tokens.weight": torch.ones(2, 3)}
 
 
@@ -135,10 +135,10 @@ def test_every_tensor_is_the_files(name, options, named, write, tmp_path):
     file = write(own | rest, tmp_path)
     said = load_reference_weights(connector, ReferenceWeights([file]), name, "init")
     for key, tensor in connector.state_dict().items():
-        kept = key == "place"  # where the embedding of <image> is, no file tells
+        kept = key == "image_embedding"  # where the embedding of <image> is, no file tells
         assert torch.equal(tensor, before[key] if kept else expected[key]), key
     assert said.startswith(f"{len(own)} tensors") and "left out: " in said
-    assert ("as it began: place" in said) == ("place" in before)
+    assert ("as it began: image_embedding" in said) == ("image_embedding" in before)
     assert said.endswith("which are not in it") == ("base_model" in min(read_tensor_shapes(file)))
     empty = built(name, options).to("meta")
     assert (

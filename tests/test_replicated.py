@@ -66,7 +66,13 @@ def folder(tmp_path_factory):
 
 def job(run: str, way: str, stop: int, double: bool = False) -> FitCommand:
     """Return a run of which every step is clipped."""
-    chat = ("steps=6", "batch=4", "image_size=56", "clip=0.05", "train.vision=null")
+    chat = (
+        "steps=6",
+        "global_batch_size=4",
+        "image_size=56",
+        "grad_clip=0.05",
+        "train.vision=null",
+    )
     return FitCommand(
         (
             "recipe=yivl_llava",

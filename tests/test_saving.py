@@ -17,18 +17,18 @@ def test_saving_takes_a_small_share_of_the_time(slow, share, monkeypatch):
     def write(folder, position, *_):
         saved.append(position.step)
         now.time += slow
-        return SimpleNamespace(done=True, end=lambda: None)
+        return SimpleNamespace(is_written=True, finish_writing=lambda: None)
 
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: now.time)
-    monkeypatch.setattr(callbacks.checkpoint, "Writing", write)
-    monkeypatch.setattr(callbacks.checkpoint, "prune", lambda *_: None)
-    run = SimpleNamespace(checkpoints=None, recipe_file=None)
+    monkeypatch.setattr(callbacks.checkpoint_files, "CheckpointWriter", write)
+    monkeypatch.setattr(callbacks.checkpoint_files, "prune_checkpoints", lambda *_: None)
+    run = SimpleNamespace(checkpoints_folder=None, recipe_file=None)
     saving = CheckpointCallback(run, (0, "chat"), [], 60.0, 2, GracefulStop(), lambda: now.time)
     trainer = SimpleNamespace(optimizers=[None])
-    training = SimpleNamespace(steps=10**6, position=0, trainer=trainer, seen={}, vlm=None)
-    while training.position < 20_000:  # of a second each
+    training = SimpleNamespace(total_steps=10**6, steps_done=0, trainer=trainer, seen={}, vlm=None)
+    while training.steps_done < 20_000:  # of a second each
         now.time += 1.0
-        training.position += 1
+        training.steps_done += 1
         saving.on_step_end(training, None)
     assert saved[0] <= 61 and len(saved) > 20
     assert slow * len(saved) / now.time <= share

@@ -66,7 +66,7 @@ def test_training_never_shows_or_names_an_unseen_pair() -> None:
     for source in (SceneCaptions(0, 400), SceneConversations(0, 400, 4)):
         for index in range(len(source)):
             for picture in source[index].images:
-                assert all(UNSEEN_PAIRS[t.colour] != t.shape for t in picture.things)
+                assert all(UNSEEN_PAIRS[t.colour] != t.shape for t in picture.objects)
             text = " ".join(turn.text for turn in source[index].turns)
             assert "green star" not in text and "绿色的星形" not in text
     for question in held_out_questions("new"):
@@ -101,7 +101,7 @@ def test_held_out_sets_are_large_and_even(kind: str, least: int, each: int) -> N
 
 
 def test_held_out_pictures_are_not_in_training() -> None:
-    known = {SceneConversations(0, 2000, 1)[i].images[0].things for i in range(2000)}
+    known = {SceneConversations(0, 2000, 1)[i].images[0].objects for i in range(2000)}
     assert not known & {q.image.objects for q in held_out_questions("new")}
 
 

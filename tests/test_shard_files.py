@@ -27,7 +27,7 @@ TURNS = [{"from": "human", "value": "<image>\nColour?"}, {"from": "gpt", "value"
 
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch):
-    monkeypatch.setattr(shards_module, "PAUSE", 0.0)
+    monkeypatch.setattr(shards_module, "RETRY_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")

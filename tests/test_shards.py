@@ -36,7 +36,7 @@ SAMPLES = 60
 
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch):
-    monkeypatch.setattr(shards_module, "PAUSE", 0.0)
+    monkeypatch.setattr(shards_module, "RETRY_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -343,7 +343,7 @@ def test_shards_by_url_are_those_of_the_folder(served, packed, workers):
 
 def test_packed_shards_may_be_copied(packed, tmp_path, monkeypatch):
     folder = broken(packed, tmp_path / "copy")  # with another time of modification
-    monkeypatch.setattr("vlbench.data.shard_index.scan", lambda _: pytest.fail("is read again"))
+    monkeypatch.setattr("vlbench.data.shard_index.scan_tar", lambda _: pytest.fail("is read again"))
     assert not bad(WebDatasetShards(folder))
 
 

@@ -45,10 +45,10 @@ def clock(monkeypatch):
 
 
 def training(waited: float = 0.0, flops: Any = None) -> SimpleNamespace:
-    """What `Speed` sees of a training."""
+    """What `ThroughputMeter` sees of a training."""
     report = StepReport(1, tokens=500, images=4)
     device = torch.device("cpu")
-    return SimpleNamespace(report=report, waited=waited, device=device, flops=flops)
+    return SimpleNamespace(report=report, data_wait_seconds=waited, device=device, flops=flops)
 
 
 def test_rates_and_waiting_are_of_the_time_since_the_last_line(clock):
@@ -56,7 +56,7 @@ def test_rates_and_waiting_are_of_the_time_since_the_last_line(clock):
     measured.start_measuring(training())
     for _ in range(2):
         clock.time += 5
-        measured.count_step(training(waited=1.0), SimpleNamespace(batches=[]))
+        measured.count_step(training(waited=1.0), SimpleNamespace(micro_batches=[]))
     row = measured.read_and_reset()
     assert (row["tokens_per_second"], row["images_per_second"]) == (100.0, 0.8)
     assert (row["step_seconds"], row["data_wait"], row["seconds"]) == (5.0, 0.2, 10.0)
@@ -66,7 +66,7 @@ def test_rates_and_waiting_are_of_the_time_since_the_last_line(clock):
         and "MFU" not in format_throughput(row)
     )
     clock.time += 10
-    measured.count_step(training(), SimpleNamespace(batches=[]))
+    measured.count_step(training(), SimpleNamespace(micro_batches=[]))
     again = measured.read_and_reset()
     assert (again["tokens_per_second"], again["data_wait"], again["seconds"]) == (50.0, 0.0, 20.0)
 
@@ -74,9 +74,9 @@ def test_rates_and_waiting_are_of_the_time_since_the_last_line(clock):
 def test_mfu_is_what_was_needed_over_what_the_device_can_do(clock, monkeypatch):
     monkeypatch.setattr(throughput, "peak_flops", lambda _: 1000.0)
     measured = ThroughputMeter()
-    measured.start_measuring(training(flops=SimpleNamespace(of=lambda batches: 2500.0)))
+    measured.start_measuring(training(flops=SimpleNamespace(count_flops=lambda batches: 2500.0)))
     clock.time += 5
-    measured.count_step(training(), SimpleNamespace(batches=[]))
+    measured.count_step(training(), SimpleNamespace(micro_batches=[]))
     row = measured.read_and_reset()
     assert row["mfu"] == 0.5 and "MFU 50%" in format_throughput(row)
 
@@ -86,5 +86,5 @@ def test_a_stage_whose_operations_are_not_known_has_no_mfu(clock, monkeypatch):
     measured = ThroughputMeter()
     measured.start_measuring(training())
     clock.time += 1
-    measured.count_step(training(), SimpleNamespace(batches=[]))
+    measured.count_step(training(), SimpleNamespace(micro_batches=[]))
     assert measured.read_and_reset()["mfu"] == ""

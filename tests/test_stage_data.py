@@ -173,7 +173,7 @@ def test_every_stage_judges_bad_samples_as_it_says(folder, capsys):
 @pytest.mark.parametrize("verb", LOOKS.values(), ids=LOOKS)
 def test_captions_without_a_picture_are_refused(folder, capsys, verb):
     said = refused([*verb, "data.train=text.json"], capsys)
-    assert "stage align_224 learns captions of pictures (form=caption)" in said
+    assert "stage align_224 learns captions of pictures (sample_format=caption)" in said
 
 
 def test_captions_whose_pictures_are_all_bad_are_refused(folder, capsys):
@@ -200,8 +200,8 @@ def test_a_stage_that_trains_nothing_is_refused(folder, capsys, verb):
 def test_a_part_without_parameters_is_no_part_to_train():
     part = torch.nn.Identity()
     vlm: Any = SimpleNamespace(connector=part)
-    stage = SimpleNamespace(parts={"connector": SimpleNamespace(lora=None)})
-    leg: Any = SimpleNamespace(name="chat", stage=stage, steps=2)
+    stage = SimpleNamespace(trained_parts={"connector": SimpleNamespace(lora=None)})
+    leg: Any = SimpleNamespace(name="chat", stage=stage, total_steps=2)
     with pytest.raises(UserError, match="names connector, which has no parameters"):
         check_trainable_params(vlm, leg)
     vlm.connector = torch.nn.Linear(1, 1)
@@ -313,7 +313,7 @@ class World:
 
 def training(position: int, steps: int, **report: Any) -> Any:
     told = {"samples": 0, "loss": 1.0, "skipped": False, **report}
-    return SimpleNamespace(position=position, steps=steps, report=SimpleNamespace(**told))
+    return SimpleNamespace(steps_done=position, total_steps=steps, report=SimpleNamespace(**told))
 
 
 def quarantine(folder: Path, count: int, on_bad_sample: str = "auto") -> QuarantineCallback:
@@ -341,7 +341,7 @@ def test_bad_samples_of_other_stages_do_not_count_here(folder):
 
 def test_a_stage_in_which_no_step_had_a_sample_is_a_mistake(folder):
     watcher = quarantine(folder, 200)
-    step: Any = SimpleNamespace(index=0, bad=[], skipped=2)
+    step: Any = SimpleNamespace(index=0, bad_samples=[], skipped_samples=2)
     watcher.on_stage_start(training(0, 2))
     watcher.on_step_end(training(1, 2), step)
     with pytest.raises(

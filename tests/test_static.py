@@ -85,7 +85,7 @@ def assert_same(vlm: VLM, batch: PackedBatch, **options: Any) -> None:
 
 
 def test_answers_are_the_same_and_batches_of_a_shape_share_a_graph(tiny, graphs):
-    tiny.step = CompiledDecodeStep("aot_eager")
+    tiny.decode_step = CompiledDecodeStep("aot_eager")
     for batch in (talks(tiny), talks(tiny, 0)):
         assert_same(tiny, batch, **GREEDY)
         assert_same(tiny, batch, **DRAWN)
@@ -95,7 +95,7 @@ def test_answers_are_the_same_and_batches_of_a_shape_share_a_graph(tiny, graphs)
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [GREEDY, DRAWN], ids=["greedy", "drawn"])
 def test_torchs_own_compiler_answers_the_same(tiny, options, graphs):
-    tiny.step = CompiledDecodeStep()
+    tiny.decode_step = CompiledDecodeStep()
     assert_same(tiny, talks(tiny), **options)
     assert graphs() == (0 if tiny.connector.inject_layers else 1)
 
@@ -110,7 +110,7 @@ def test_the_beginning_of_prompts_is_read_once_and_all_that_follows_is_compiled(
             read.append(tuple(embeds.shape[:2]))
         return real(embeds, *given, **options)
 
-    monkeypatch.setattr(vlm, "read", watched)
+    monkeypatch.setattr(vlm, "run_decoder", watched)
     vlm.generate(batch, max_new_tokens=6, compiled=True)
     (once, begin), (rows, rest) = read
     assert (once, rows, begin + rest) == (1, 3, batch.input_ids.shape[1]) and begin > 0
@@ -133,7 +133,7 @@ def test_lengths_are_multiples_and_hold_all_that_is_read(monkeypatch):
     seen: list[StaticDecodingState] = []
     real = StaticDecodingState.decode_next
     monkeypatch.setattr(
-        StaticDecodingState, "follow", lambda s, ids: seen.append(s) or real(s, ids)
+        StaticDecodingState, "decode_next", lambda s, ids: seen.append(s) or real(s, ids)
     )
     batch = vlm.prepare(asks("x"))
     fits = LENGTH_MULTIPLE - batch.input_ids.shape[1] + 1

@@ -136,10 +136,8 @@ def test_a_large_difference_is_found_and_said():
         (-found.mean, -found.interval_high, -found.interval_low)
     )
     said = back.describe_difference("qformer", "llava_mlp")
-    assert (
-        f"below llava_mlp (95 % interval {100 * found.interval_low:.1f} to {100 * found.interval_high:.1f}"
-        in said
-    )
+    low, high = 100 * found.interval_low, 100 * found.interval_high
+    assert f"below llava_mlp (95 % interval {low:.1f} to {high:.1f}" in said
     low, high = bootstrap_interval(one, other)
     assert low < found.mean < high
 

@@ -23,6 +23,13 @@ from vlbench.errors import BadSample
 GOLDEN = Path(__file__).parent / "goldens/yi_vl/tiny_a"
 TRANSFORM = ImageTransform(16, 16, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
 OPENED: list[int] = []
+COUNTS = (
+    "sample_count",
+    "image_count",
+    "text_token_count",
+    "supervised_token_count",
+    "skipped_samples",
+)
 
 
 @dataclass(frozen=True)
@@ -67,15 +74,15 @@ class World:
 def steps(seed: int = 0, source: World | None = None, **changes) -> StepDataset:
     settings = {
         "mixture": SourceMixture([(source or World(), 1.0)], seed),
-        "template": YI_VL,
+        "chat_template": YI_VL,
         "tokenizer": Tokenizer.load(GOLDEN / "checkpoint"),
-        "transform": TRANSFORM,
+        "image_transform": TRANSFORM,
         "tokens_per_image": 4,
         "max_length": 4096,
-        "form": "chat",
-        "batch": 12,
+        "sample_format": "chat",
+        "global_batch_size": 12,
         "max_tokens_per_row": 400,
-        "total": 9,
+        "total_steps": 9,
     }
     return StepDataset(**{**settings, **changes})
 
@@ -87,7 +94,9 @@ def same_batch(one: PackedBatch, two: PackedBatch) -> bool:
 
 def same(one: OptimizerStep, two: OptimizerStep) -> bool:
     batches = zip(one.micro_batches, two.micro_batches, strict=True)
-    plain = [f.name for f in fields(OptimizerStep) if f.name not in ("batches", "bad")]
+    plain = [
+        f.name for f in fields(OptimizerStep) if f.name not in ("micro_batches", "bad_samples")
+    ]
     return (
         all(same_batch(a, b) for a, b in batches)
         and all(getattr(one, name) == getattr(two, name) for name in plain)
@@ -122,15 +131,15 @@ def test_workers_make_the_same_steps_from_any_start():
 def test_ranks_share_a_step(world):
     whole = steps(source=World(bad=(3,), missing=(4,)))
     for index in range(4):
-        made = [replace(whole, rank=rank, world=world)[index] for rank in range(world)]
+        made = [replace(whole, rank=rank, world_size=world)[index] for rank in range(world)]
         assert sorted(n for step in made for n in names(step)) == names(whole[index])
-        for name in ("samples", "images", "text_tokens", "tokens", "skipped"):
+        for name in COUNTS:
             assert sum(getattr(step, name) for step in made) == getattr(whole[index], name)
         assert sum(len(step.bad_samples) for step in made) == len(whole[index].bad_samples)
 
 
 def test_an_epoch_meets_every_sample_once_in_rows_that_fit():
-    data = steps(batch=10, total=4, max_tokens_per_row=250)
+    data = steps(global_batch_size=10, total_steps=4, max_tokens_per_row=250)
     made = [data[index] for index in range(4)]
     assert sorted(n for step in made for n in names(step)) == sorted(f"s{n}" for n in range(40))
     for step in made:
@@ -163,7 +172,7 @@ def test_bad_samples_contribute_nothing_and_are_named():
 
 
 def test_captions_skip_samples_without_an_image():
-    step = steps(source=World(12), form="caption")[0]
+    step = steps(source=World(12), sample_format="caption")[0]
     assert (step.skipped_samples, step.sample_count, step.bad_samples) == (3, 9, [])
     assert step.image_count == 9 and step.micro_batches[0].input_ids[0, 0] < 0
 

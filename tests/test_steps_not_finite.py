@@ -14,16 +14,18 @@ from vlbench.train.training_module import StepReport
 
 
 def step(*names: str) -> Any:
-    return SimpleNamespace(batches=[SimpleNamespace(sample_id=list(names))])
+    return SimpleNamespace(micro_batches=[SimpleNamespace(sample_ids=list(names))])
 
 
 def training(position: int, loss: float, norm: float, precision: str = "bf16-mixed") -> Any:
     report = StepReport(position, loss=loss, grad_norm=norm)
     report.skipped = not (math.isfinite(loss) and math.isfinite(norm))
     parts = {"connector": SimpleNamespace(lr=10.0), "language": SimpleNamespace(lr=2e-5)}
-    stage = SimpleNamespace(parts=parts)
+    stage = SimpleNamespace(trained_parts=parts)
     trainer = SimpleNamespace(precision=precision)
-    return SimpleNamespace(report=report, position=position, steps=9, stage=stage, trainer=trainer)
+    return SimpleNamespace(
+        report=report, steps_done=position, total_steps=9, stage=stage, trainer=trainer
+    )
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def ids(records: list[BenchmarkRecord]) -> list[str]:
 def test_both_layouts_of_mmmu_give_the_same_records(split):
     one, other = mmmu("mmmu_tiny", split), mmmu("mmmu_tiny_lmms", split)
     assert one == other
-    assert [list(record.pictures) for record in one] == [list(r.pictures) for r in other]
+    assert [list(record.images) for record in one] == [list(r.images) for r in other]
 
 
 @pytest.mark.parametrize("split", ["dev", "val", "validation", "test"])
@@ -72,14 +72,14 @@ def test_a_record_of_mmmu():
     assert (record.task, record.subject, record.type) == ("mmmu", "Accounting", "multiple-choice")
     assert record.question.endswith("What are the equivalent units?<image 1>")
     assert record.options == ("It's 42,000", 'He said "no"', "C:\\temp\\new", "a\nb")
-    assert record.answer == "C" and list(record.pictures) == ["image_1"]
-    picture = record.pictures["image_1"]
+    assert record.answer == "C" and list(record.images) == ["image_1"]
+    picture = record.images["image_1"]
     assert picture.name == "record validation_Accounting_3: picture validation_Accounting_3_1.png"
     assert picture.open().mode == "RGB" and "bytes" not in repr(picture)
     answers = {record.id: record.answer for record in mmmu()}
     assert answers["validation_Math_2"] == ("24/7", "3.429")
     assert {record.answer for record in mmmu(split="test")} == {None}
-    assert next(r for r in mmmu() if r.id == "validation_Math_10").pictures == {}
+    assert next(r for r in mmmu() if r.id == "validation_Math_10").images == {}
 
 
 def test_a_record_of_cmmmu():
@@ -88,10 +88,10 @@ def test_a_record_of_cmmmu():
     assert (record.subject, record.category, record.type) == ("艺术", "艺术与设计", "选择")
     assert record.options[0] == '<img="a_01105_001.png">' and record.answer == "D"
     # the hub's columns begin with the question's picture, GitHub's list ends with it
-    assert next(iter(record.pictures)) == "q_01105_001.png"
+    assert next(iter(record.images)) == "q_01105_001.png"
     listed = {record.id: record for record in cmmmu("cmmmu_tiny_github")}["1105"]
-    assert next(iter(listed.pictures)) == "a_01105_001.png"
-    assert record.pictures["q_01105_001.png"] == listed.pictures["q_01105_001.png"]
+    assert next(iter(listed.images)) == "a_01105_001.png"
+    assert record.images["q_01105_001.png"] == listed.images["q_01105_001.png"]
     assert records["1110"].options == () and records["1102"].answer == "AC"
     assert {record.answer for record in cmmmu(split="test")} == {None}
 
@@ -307,9 +307,9 @@ def test_a_broken_or_missing_picture_is_named_when_it_is_opened(tmp_path):
     (data / GITHUB / "q_07110_001.png").unlink()
     records = {record.id: record for record in cmmmu(data)}
     with pytest.raises(UserError, match="^record 7101: picture q_07101_001.png: not a picture"):
-        records["7101"].pictures["q_07101_001.png"].open()
+        records["7101"].images["q_07101_001.png"].open()
     with pytest.raises(UserError, match="^record 7110: picture q_07110_001.png: is empty"):
-        records["7110"].pictures["q_07110_001.png"].open()
+        records["7110"].images["q_07110_001.png"].open()
 
 
 def test_a_torn_picture_in_a_parquet_file_is_named(tmp_path):
@@ -317,7 +317,7 @@ def test_a_torn_picture_in_a_parquet_file_is_named(tmp_path):
     cells = table["image_1"].to_pylist()
     cells[0] = {"bytes": cells[0]["bytes"][:500], "path": "validation_Accounting_1_1.png"}
     data = rewritten(tmp_path, image_1=pa.array(cells, table["image_1"].type))
-    picture = mmmu(data)[0].pictures["image_1"]
+    picture = mmmu(data)[0].images["image_1"]
     words = "record validation_Accounting_1: picture validation_Accounting_1_1.png: cannot be read"
     with pytest.raises(UserError, match=words):
         picture.open()
@@ -326,10 +326,10 @@ def test_a_torn_picture_in_a_parquet_file_is_named(tmp_path):
 def test_reading_and_asking_import_no_torch():
     code = (
         "import sys\n"
-        "from vlbench.evaluate.tasks import cmmmu_data, mmmu_data, prompts\n"
+        "from vlbench.evaluate.tasks import cmmmu_data, mmmu_data, prompt_table\n"
         "assert not {'torch', 'transformers', 'pyarrow', 'huggingface_hub'} & set(sys.modules)\n"
-        f"record = mmmu_data.read({str(GOLDEN / 'mmmu_tiny')!r}, 'dev')[0]\n"
-        "assert prompts.prompt(record, 'yi').text\n"
+        f"record = mmmu_data.read_records({str(GOLDEN / 'mmmu_tiny')!r}, 'dev')[0]\n"
+        "assert prompt_table.prompt_or_skip(record, 'yi').text\n"
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -95,13 +95,13 @@ def of_cmmmu(files: str = "q_1_001.png", **changes: object) -> BenchmarkRecord:
     """Return a record of CMMMU with these pictures and changes."""
     pictures = {file: RecordImage("1", file, b"") for file in files.split()}
     start = replace(CMMMU["1101"], question="问", options=tuple("甲乙丙丁"), answer="A")
-    return replace(start, pictures=pictures, **changes)
+    return replace(start, images=pictures, **changes)
 
 
 def of_mmmu(columns: int = 1, **changes: object) -> BenchmarkRecord:
     """Return a record of MMMU with so many pictures and these changes."""
     pictures = {f"image_{n + 1}": RecordImage("1", f"{n + 1}.png", b"") for n in range(columns)}
-    return replace(MMMU["validation_Math_11"], pictures=pictures, **changes)
+    return replace(MMMU["validation_Math_11"], images=pictures, **changes)
 
 
 def lines(made: BenchmarkPrompt) -> list[str]:
@@ -143,7 +143,7 @@ def test_what_yi_shows_of_cmmmu(record, expected):
     elif expected == "zero":
         assert made.images == (ZeroImage(),)
     else:
-        assert made.images == (list(record.pictures.values())[expected],)
+        assert made.images == (list(record.images.values())[expected],)
 
 
 def test_tags_of_options_go_by_the_numbers_of_their_pictures():

@@ -25,7 +25,7 @@ def tokenizer() -> Tokenizer:
 def test_ids_of_the_special_tokens(tokenizer: Tokenizer) -> None:
     assert tokenizer.vocab_size == CASES["len_tokenizer"]
     for name in ("bos", "eos", "unk"):
-        assert getattr(tokenizer, name) == CASES[name]
+        assert getattr(tokenizer, f"{name}_token_id") == CASES[name]
 
 
 @pytest.mark.parametrize("case", CASES["encode"], ids=lambda case: repr(case["text"])[:30])

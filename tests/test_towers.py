@@ -1,4 +1,4 @@
-"""Towers: the records of open_clip, CLIP and EVA-CLIP through `Tower`, at both image sizes."""
+"""Vision encoders: records of open_clip, CLIP and EVA-CLIP, at both image sizes."""
 
 from __future__ import annotations
 

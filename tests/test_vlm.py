@@ -24,7 +24,7 @@ LlavaMLP = registry.load_connector("llava_mlp")
 class Gated(Connector):
     """A minimal injecting connector: a gate per layer, closed at the start."""
 
-    fills_sequence = False
+    replaces_image_tokens = False
 
     def __init__(self, shapes: Shapes, gate: float = 0.0) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Gated(Connector):
 def gradients(vlm: VLM, batches: list) -> tuple[float, dict[str, Tensor]]:
     """Return the loss per token over all batches and the gradient of every parameter."""
     vlm.zero_grad()
-    tokens = sum(batch.tokens for batch in batches)
+    tokens = sum(batch.supervised_token_count for batch in batches)
     loss = 0.0
     for batch in batches:
         out = vlm(batch)
@@ -122,7 +122,7 @@ def test_closed_gates_equal_the_plain_language_model_bit_for_bit() -> None:
             position_ids=batch.position_ids,
             lengths=batch.sample_lengths,
             visual=vlm.visual(batch),
-            sees=batch.image_index,
+            image_index=batch.image_index,
         ).last_hidden_state
         for hook in vlm._inject_hooks:
             hook.remove()
@@ -165,13 +165,13 @@ def test_cached_generation_equals_recomputation(connector: type, options: dict) 
 def grown(batch: object, token: int) -> object:
     """Return a prompt batch of one row with one more token."""
     more = {
-        "ids": torch.tensor([[token]]),
-        "positions": batch.positions[:, -1:] + 1,
+        "input_ids": torch.tensor([[token]]),
+        "position_ids": batch.position_ids[:, -1:] + 1,
         "sample_index": batch.sample_index[:, -1:],
         "image_index": batch.image_index[:, -1:],
     }
     grown = {k: torch.cat([getattr(batch, k), v], dim=1) for k, v in more.items()}
-    return replace(batch, **grown, lengths=[[sum(batch.lengths[0]) + 1]])
+    return replace(batch, **grown, sample_lengths=[[sum(batch.sample_lengths[0]) + 1]])
 
 
 def test_a_resized_tower_keeps_its_language_and_grows_its_places() -> None:

@@ -26,7 +26,8 @@ def load(
 
     The model that is returned has `prompt(messages)`, `prepare(messages)`, `features(batch)`,
     `visual(batch)`, `model(batch).logits`, `generate(batch)` and `chat(messages)`; messages are in
-    the Hugging Face chat format. `dtype`, `device` and `template`: see `vlbench.load_model.load_model`.
+    the Hugging Face chat format. `dtype`, `device` and `template`: see
+    `vlbench.load_model.load_model`.
     Several threads may use one model at once, and settings of the process stay as they are.
     """
     with preserve_process_settings():

@@ -24,7 +24,8 @@ def listing_lines(arguments: list[str]) -> list[str]:
         if word not in LISTED_KINDS:
             kinds = ", ".join(LISTED_KINDS)
             raise UserError(
-                f"nothing called '{word}' to list; kinds: {kinds}.{suggest_name(word, LISTED_KINDS)}"
+                f"nothing called '{word}' to list; kinds: "
+                f"{kinds}.{suggest_name(word, LISTED_KINDS)}"
             )
     if "towers" in arguments and len(arguments) == 1:
         return list(encoder_names.vision_encoder_names())
@@ -69,7 +70,8 @@ def connector_cost_lines(size: str) -> list[str]:
         *table,
         "",
         f"A picture at {side} pixels takes so many tokens of the text; latents are attended to",
-        f"inside the language model. Prefill: connector and language model, a picture and {QUESTION_TOKENS}",
+        "inside the language model. Prefill: connector and language model, a picture and "
+        f"{QUESTION_TOKENS}",
         "tokens of text.",
     ]
 

@@ -40,7 +40,8 @@ def load_model(
 
     `dtype` is a type of torch or one of the names in DTYPES. None: as the weights are stored, but
     on a CPU float32 if that takes at most FLOAT32_UP_TO bytes: exact, and no slower there.
-    `device` None is the GPU if there is one. `template` is one of `data.chat_template.CHAT_TEMPLATES`; None:
+    `device` None is the GPU if there is one. `template` is one of
+    `data.chat_template.CHAT_TEMPLATES`; None:
     that which the model was trained with, and for a release that of its folder, which is said in a
     line on standard error where it is not Yi-VL's own.
     """

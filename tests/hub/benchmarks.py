@@ -39,7 +39,7 @@ def write_cmmmu(folder: Path) -> None:
 
 
 def _copy_question(source: Path, target: Path, split: str, new_columns: dict[str, Any]) -> None:
-    """Write the first question of a split in `source` into `target`, with other columns `told`."""
+    """Write the first question of a split in `source` into `target`, with `new_columns`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -109,7 +109,7 @@ def write_open_flamingo(folder: Path) -> None:
         if block[0] == "blocks":
             rest = ".".join(block[2:])
             name = f"lang_encoder.transformer.blocks.{block[1]}.gated_cross_attn_layer.{rest}"
-        if name != "place":
+        if name != "image_embedding":
             shapes[name] = shape
     write_weights(random_tensors(shapes, 8), folder / "checkpoint.pt")
 
@@ -140,14 +140,14 @@ def write_lavis(file: Path) -> Path:
     from vlbench.connector.registry import load_connector
 
     rename = __import__(
-        load_connector("qformer").__module__, fromlist=["renamed"]
+        load_connector("qformer").__module__, fromlist=["rename_reference_key"]
     ).rename_reference_key
     golden = golden_file("qformer_stage1/state_dict.safetensors")
     with safe_open(golden, "pt") as recorded:
         names = [name for name in recorded.keys() if "position_ids" not in name]  # noqa: SIM118
     one = tiny_connector("qformer", text="embedded", itc_width=64)
     with torch.device("meta"):
-        one.prepare("blip2")
+        one.prepare_objective("blip2")
     own = state_shapes(one.state_dict())
     own["text.embeddings.word_embeddings.weight"] = (1001, TINY_VISION)
     own["text.bias"] = (1001,)

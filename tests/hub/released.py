@@ -1,6 +1,6 @@
 """The repositories: real names and layouts, small random weights.
 
-A language model is as wide as `Widths` says: `SMALL` for tests of every day, `REAL` for Yi-6B's.
+A language model is as wide as `LanguageModelWidths` says: `SMALL` for tests of every day, `REAL` for Yi-6B's.
 Towers have their real widths, as open_clip asks, and two blocks (`shallow`). What a repository
 holds beside what is needed is there as well, so that a command that fetches too much is seen.
 """
@@ -23,8 +23,9 @@ from .shallow import shallow_encoders
 from .weights import random_tensors, state_shapes, write_json, write_shards, write_weights
 
 TESTS = Path(__file__).parent.parent
-TINY = TESTS.parent / "vlbench/model/tiny/language"
+TINY = TESTS.parent / "vlbench/miniatures/language"
 YI_VL = TESTS / "goldens/yi_vl/tiny_a/checkpoint"
+LLAVA = "liuhaotian/llava-v1.5-mlp2x-336px-pretrain-vicuna-7b-v1.5"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -63,7 +64,7 @@ def make_repositories(folder: Path, widths: LanguageModelWidths = SMALL) -> list
         "google-bert/bert-base-uncased": references.write_bert,
         "openflamingo/OpenFlamingo-3B-vitl-mpt1b": references.write_open_flamingo,
         "Salesforce/blip2-opt-2.7b": references.write_blip2,
-        "liuhaotian/llava-v1.5-mlp2x-336px-pretrain-vicuna-7b-v1.5": references.write_llava_projector,
+        LLAVA: references.write_llava_projector,
     }
     data = {"MMMU/MMMU": benchmarks.write_mmmu, "m-a-p/CMMMU": benchmarks.write_cmmmu}
     return [

@@ -64,7 +64,7 @@ class RepositoryFile:
 
 
 class HubRepository:
-    """A repository `OWNER/NAME` of `kind` models or datasets, whose files `make` writes.
+    """A repository `OWNER/NAME` of `kind` models or datasets, whose files `write_files` writes.
 
     `gated`: only requests with a token that the hub knows get its files.
     """

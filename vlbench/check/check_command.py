@@ -134,11 +134,17 @@ def _check_source(source: SampleSource, recipe: Recipe, template: ChatTemplate) 
 
 def _source_lines(checked_source: CheckedSource) -> Iterator[str]:
     if isinstance(checked_source.source, FILE_SOURCES):
-        yield f"{checked_source.source.name}: {len(checked_source.source)} records, {checked_source.image_count} pictures"
+        yield (
+            f"{checked_source.source.name}: {len(checked_source.source)} records, "
+            f"{checked_source.image_count} pictures"
+        )
         yield from (f"  {note}" for note in getattr(checked_source.source, "notes", ()))
         yield from (f"  {note}" for note in reading_notes(checked_source.samples))
     else:
-        yield f"{checked_source.source.name}: rendered; {len(checked_source.samples)} of {len(checked_source.source)} samples looked at"
+        yield (
+            f"{checked_source.source.name}: rendered; {len(checked_source.samples)} of "
+            f"{len(checked_source.source)} samples looked at"
+        )
 
 
 def _check_stage(
@@ -182,7 +188,10 @@ def _length_lines(source_name: str, lengths: StageTokenCounts, max_length: int) 
         f"{lengths.supervised_tokens / total:.0%} of them supervised"
     )
     if lengths.skipped_samples:
-        yield f"    {lengths.skipped_samples} samples without an image are skipped in a stage of captions"
+        yield (
+            f"    {lengths.skipped_samples} samples without an image are skipped in a stage of "
+            "captions"
+        )
     yield (
         f"    tokens of a sample: median {tokens[count // 2]}, 99 % up to "
         f"{tokens[min(count - 1, count * 99 // 100)]}, longest {tokens[-1]} (limit {max_length})"

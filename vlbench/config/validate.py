@@ -52,7 +52,8 @@ class LayerValidator:
         what = path or "a recipe"
         start = f"{path}." if path else ""
         self._add_error(
-            f"{what} is a mapping, given {format_value(given)}; write {start}KEY=VALUE or {{KEY: VALUE}}"
+            f"{what} is a mapping, given {format_value(given)}; write {start}KEY=VALUE or "
+            f"{{KEY: VALUE}}"
         )
         return {}
 

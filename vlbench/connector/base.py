@@ -51,16 +51,16 @@ class Connector(nn.Module):
     tokens_per_image: int = 1
     """Places that one image takes in the text."""
     replaces_image_tokens: bool = True
-    """True: the result of `forward` replaces the places. False: the learned vector `place` does."""
+    """True: the result of `forward` replaces the places. False: the learned `image_embedding`."""
     inject_layers: tuple[int, ...] = ()
     """Decoder layers whose input passes through `inject` first, counted from 0."""
     class_token: bool = False
     """True: `features[:, 0]` is the tower's class token and the patches follow."""
     image_embedding: nn.Parameter
-    """`[lm_width]`, what a place reads when `fills_sequence` is False; owned by the connector."""
+    """`[lm_width]`, what a place reads when `replaces_image_tokens` is False; owned by it."""
 
     weights_source: str = "random"
-    """What the weights of a new connector are, for people; `prepare` may load pretrained ones."""
+    """What the weights of a new connector are, for people; `prepare_objective` may load some."""
     ignored_reference_keys: str = r"(?!)"
     """Names that a reference's weights may have beside the connector's, as a regular expression:
     tower, language model. They are counted and left out; any other name is refused."""
@@ -76,7 +76,7 @@ class Connector(nn.Module):
     def inject(self, layer: int, hidden: Tensor, visual: Tensor, image_index: Tensor) -> Tensor:
         """Return the new input of decoder layer `layer`.
 
-        `hidden` is `[rows, length, lm_width]`, `visual` what `forward` returned, and `sees`
+        `hidden` is `[rows, length, lm_width]`, `visual` what `forward` returned, and `image_index`
         `[rows, length]` int64 holds the index into `visual` of the nearest image before each
         position in the same sample, -1 for none. It must be free of side effects: it may run more
         than once per step.
@@ -88,7 +88,8 @@ class Connector(nn.Module):
         promised = (image_count, self.tokens_per_image, width)
         if visual.shape != promised:
             raise UserError(
-                f"connector {type(self).__name__}: forward gave {list(visual.shape)} for {image_count} "
+                f"connector {type(self).__name__}: forward gave {list(visual.shape)} for "
+                f"{image_count} "
                 f"pictures; promised is {list(promised)}: pictures, tokens_per_image, lm_width"
             )
 
@@ -126,9 +127,9 @@ class Connector(nn.Module):
         """Return `{name: (sum, count)}` of the stage objective `name`, one of `objectives()`.
 
         It is called for one micro-batch after the other. How many samples there are in one depends
-        on `max_tokens_per_row` and the number of processes, so an objective that compares samples with each
-        other must not look for negatives in `features`: it takes them from `batch.pool`, and
-        defines `embed`.
+        on `max_tokens_per_row` and the number of processes, so an objective that compares samples
+        with each other must not look for negatives in `features`: it takes them from
+        `batch.contrast_pool`, and defines `contrast_embeddings`.
         """
         raise NotImplementedError
 
@@ -137,9 +138,9 @@ class Connector(nn.Module):
 
         A pair is a picture of `batch` and its caption; pictures that stand for none, in a batch
         without any, have no row. It is called without a graph for all micro-batches of a step,
-        before `objective` is; of the global batch the rows are then in `batch.pool.rows`, and
-        `batch.pool.own` tells which are those of the micro-batch (see `vlbench.data.packing.ContrastPool`).
-        A connector that does not define it has no pool.
+        before `objective` is; of the global batch they are then in `embeddings` of
+        `batch.contrast_pool`, and its `local_indices` tell which are those of the micro-batch (see
+        `vlbench.data.packing.ContrastPool`). A connector that does not define it has no pool.
         """
         return {}
 
@@ -180,7 +181,8 @@ class Connector(nn.Module):
         """Load weights that use the reference implementation's own keys.
 
         Return the names of this connector's tensors that were loaded. What the caller finds neither
-        there nor in the weights that were asked for is named to the user; see `reference_others`.
+        there nor in the weights that were asked for is named to the user; see
+        `ignored_reference_keys`.
 
         Raises:
             ValueError: when the weights do not fit, as `load_strict` does.
@@ -220,11 +222,12 @@ def attention_shares(
     run_forward: Callable[[], object],
     patch_slice: slice = slice(None),
 ) -> Tensor:
-    """Call `run` and return `[images, queries, patches]`: the shares of keys in what queries read.
+    """Call `run_forward`; return the shares of keys in what queries read, by attention.
 
-    Each pair of `layers` gives an attention its queries and its keys, `[images, number, width]`; a
-    layer that gives keys and values gives the keys first. `patches` tells which of the keys are
-    patches. The shares are means over pairs and heads, and each row sums to 1.
+    The result is `[images, queries, patches]`. Each pair of `query_key_layers` gives an attention
+    its queries and its keys, `[images, number, width]`; a layer that gives keys and values gives
+    the keys first. `patch_slice` tells which of the keys are patches. The shares are means over
+    pairs and heads, and each row sums to 1.
     """
     given: dict[nn.Module, Tensor] = {}
     here = threading.get_ident()

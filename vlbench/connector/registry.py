@@ -155,7 +155,10 @@ def blame_connector_file(error: Exception) -> None:
 
 def _unknown_option(name: str, option_name: str, known: dict[str, ConnectorOption]) -> str:
     takes = ", ".join(known) or "none"
-    return f"connector '{name}' has no option '{option_name}'; it takes: {takes}.{suggest_name(option_name, known)}"
+    return (
+        f"connector '{name}' has no option '{option_name}'; it takes: "
+        f"{takes}.{suggest_name(option_name, known)}"
+    )
 
 
 def _has_same_text(source: ConnectorSource, file: Path) -> bool:

@@ -52,7 +52,8 @@ class StepDataset(Dataset[OptimizerStep]):
     """The steps of a stage, `steps[n]`, as one rank sees them.
 
     A step takes the stream's positions n * batch to (n + 1) * batch - 1, of which this rank takes
-    every `world`-th; it encodes them, packs them into rows of at most `max_tokens_per_row`, and every row
+    every `world`-th; it encodes them, packs them into rows of at most
+    `max_tokens_per_row`, and every row
     is a micro-batch. A bad sample is left out and reported in `Step.bad`.
     """
 

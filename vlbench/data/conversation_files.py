@@ -104,7 +104,10 @@ def read_records(file: Path) -> list[Any]:
         return [_parse_json(line, file, number) for number, line in lines if line.strip()]
     records = _parse_json(text, file)
     if not isinstance(records, list):
-        what = f"line 1 holds {describe_json_type(records)}; expected a list of records{_suggest_record_list(records)}"
+        what = (
+            f"line 1 holds {describe_json_type(records)}; expected a list of "
+            f"records{_suggest_record_list(records)}"
+        )
         raise UserError(f"data {file}: {what}")
     if not records:
         raise UserError(f"data {file}: the list holds no records")

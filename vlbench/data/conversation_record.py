@@ -208,7 +208,8 @@ def _parse_role(role_name: Any, key: str, refuse_turn: Callable[[str], BadSample
     role = ROLE_ALIASES.get(role_name.strip().lower())
     if role is None:
         raise refuse_turn(
-            f"unknown role {role_name!r}; known: {', '.join(ROLE_ALIASES)}.{suggest_name(role_name, list(ROLE_ALIASES))}"
+            f"unknown role {role_name!r}; known: "
+            f"{', '.join(ROLE_ALIASES)}.{suggest_name(role_name, list(ROLE_ALIASES))}"
         )
     return role
 

@@ -215,7 +215,8 @@ def empty_batch(like: PackedBatch | None = None) -> PackedBatch:
 def pack_samples(encoded: Sequence[EncodedSample], max_tokens_per_row: int) -> list[list[int]]:
     """Put samples into as few rows as first-fit decreasing finds; returns indices into `encoded`.
 
-    No row exceeds `max_tokens_per_row`, except that a longer sample gets a row of its own. Deterministic:
+    No row exceeds `max_tokens_per_row`, except that a longer sample gets a row of its own.
+    Deterministic:
     equal lengths keep their order, a row is in ascending order, rows follow their first sample.
     """
     lengths = [len(sample.input_ids) for sample in encoded]

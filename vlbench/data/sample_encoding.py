@@ -231,7 +231,10 @@ def _check_image_tags(sample: Sample) -> None:
             )
     tags = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in sample.turns)
     if tags != len(sample.images):
-        told = f"{_count_phrase(tags, 'image tag')} in the text but {_count_phrase(len(sample.images), 'image')}"
+        told = (
+            f"{_count_phrase(tags, 'image tag')} in the text but "
+            f"{_count_phrase(len(sample.images), 'image')}"
+        )
         few = "every <image> shows one of 'image'"
         many = "write <image> in a human turn where each picture stands"
         raise BadSample(sample.id, f"{told}; {few if tags > len(sample.images) else many}")

@@ -182,7 +182,8 @@ def _read_shard_list(location: str) -> tuple[list[str], list[int]] | None:
     file = f"{location.rstrip('/')}/{SHARD_LIST_FILE}"
     if not file_exists(file):
         raise UserError(
-            f"data {location}: holds no {SHARD_LIST_FILE}; give a folder that `pack` wrote, or tar files as "
+            f"data {location}: holds no {SHARD_LIST_FILE}; give a folder that `pack` wrote, or "
+            "tar files as "
             "dir/{000000..000123}.tar"
         )
     told = read_json_file(file)
@@ -357,7 +358,8 @@ def read_member(tar: str, offset: int, size: int, header_crc: int | None = None)
     if header_crc is not None and zlib.crc32(data[:head]) != header_crc:
         help_ = "make it anew" if is_url(tar) else "remove it, and it is made anew"
         raise UserError(
-            f"{tar}: is another file than {index_path(tar)} was made of (byte {offset - head}): {help_}"
+            f"{tar}: is another file than {index_path(tar)} was made of (byte {offset - head}): "
+            f"{help_}"
         )
     return data[head:]
 

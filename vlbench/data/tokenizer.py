@@ -122,8 +122,10 @@ class Tokenizer:
         beyond = [index for index in ids if index >= self.embedding_rows]
         if beyond:
             raise UserError(
-                f"the text holds '{self._token_names.get(beyond[0], beyond[0])}', which the tokenizer "
-                f"knows (id {beyond[0]}) but the model does not (it has {self.embedding_rows} embeddings)"
+                f"the text holds '{self._token_names.get(beyond[0], beyond[0])}', which the "
+                "tokenizer "
+                f"knows (id {beyond[0]}) but the model does not (it has {self.embedding_rows} "
+                "embeddings)"
             )
 
     @property

@@ -231,7 +231,8 @@ def _report_exit(
     if exit_codes[first_failed] < 0:
         name = signal.Signals(-exit_codes[first_failed]).name
         print(
-            f"vlbench: process {first_failed} of {len(exit_codes)} was ended by {name}, and so the others were "
+            f"vlbench: process {first_failed} of {len(exit_codes)} was ended by {name}, and so "
+            "the others were "
             "ended too; checkpoints are whole",
             file=sys.stderr,
         )

@@ -68,7 +68,8 @@ def check_parallel_runs(recipes: Sequence[Recipe], parallel_runs: int) -> None:
     if parallel_runs > most:
         runs = f"runs of {each} processes" if each > 1 else "runs at once"
         raise UserError(
-            f"jobs is {parallel_runs}, {runs}, and there are {_count_with_noun(count_cpu_cores(), 'processor core')}: "
+            f"jobs is {parallel_runs}, {runs}, and there are "
+            f"{_count_with_noun(count_cpu_cores(), 'processor core')}: "
             f"at most {most}"
         )
 

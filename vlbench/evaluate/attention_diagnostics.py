@@ -110,8 +110,9 @@ def measure_relevance(vlm: VLM, batch: PackedBatch) -> AnswerRelevance:
 def _check_attention(vlm: VLM, attention: Tensor, expected_shape: tuple[int, ...]) -> None:
     if attention.shape != expected_shape:
         raise UserError(
-            f"connector {type(vlm.connector).__name__}: attention gives {list(attention.shape)}; "
-            f"needed are {list(expected_shape)}: images, visual tokens, patches"
+            f"connector {type(vlm.connector).__name__}: patch_attention gives "
+            f"{list(attention.shape)}; needed are {list(expected_shape)}: "
+            "images, visual tokens, patches"
         )
 
 

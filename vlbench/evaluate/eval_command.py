@@ -6,8 +6,7 @@ import re
 
 from vlbench.config.overrides import parse_key_values
 from vlbench.evaluate.tasks.conversation_tasks import FILE_TASK, OWN_TASK
-from vlbench.evaluate.tasks.run_tasks import EVAL_OPTIONS
-from vlbench.evaluate.tasks.run_tasks import run_tasks
+from vlbench.evaluate.tasks.run_tasks import EVAL_OPTIONS, run_tasks
 
 
 def run_eval(overrides: list[str]) -> int:

@@ -174,7 +174,8 @@ def _parse_batch_size(size: int | str | None) -> int:
         return AUTO_BATCH_SIZE
     if not text.isdecimal() or int(text) < 1:
         raise UserError(
-            f"batch_size is '{text}'; allowed are whole numbers from 1, and auto ({AUTO_BATCH_SIZE})"
+            f"batch_size is '{text}'; allowed are whole numbers from 1, and auto "
+            f"({AUTO_BATCH_SIZE})"
         )
     return int(text)
 

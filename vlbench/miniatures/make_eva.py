@@ -94,7 +94,8 @@ def distill_features(
         average += 0.02 * (loss.item() - average)
         if step % 100 == 0:
             log(
-                f"eva {stage_index} {step}/{steps} error {average:.3f} {time.monotonic() - start:.0f} s"
+                f"eva {stage_index} {step}/{steps} error {average:.3f} "
+                f"{time.monotonic() - start:.0f} s"
             )
     return round(average, 4)
 

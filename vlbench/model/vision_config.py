@@ -194,7 +194,8 @@ def _check_same_architecture(
     if differ:
         what = ", ".join(f"{key} {other.get(key)!r} for {ours.get(key)!r}" for key in differ)
         raise UserError(
-            f"{folder / OPEN_CLIP_CONFIG} describes another encoder than vision.name={name} ({what}): "
+            f"{folder / OPEN_CLIP_CONFIG} describes another encoder than vision.name={name} "
+            f"({what}): "
             f"say vision.name={folder} vision.weights=embedded"
         )
 

@@ -232,7 +232,8 @@ class VLM(nn.Module):
 
         After `pursue` with an objective of the connector's own, labels give the losses of that one
         and the language model is left out; with `embed` they give what its pairs are compared by.
-        A batch without a pool (`model.contrastive_loss.add_contrast_pools`) is compared as if it were a whole step.
+        A batch without a pool (`model.contrastive_loss.add_contrast_pools`) is compared as if it
+        were a whole step.
         Training must go through here: DDP and FSDP hook `forward` alone.
         """
         features = self.features(batch)
@@ -262,7 +263,7 @@ class VLM(nn.Module):
         return collate_prompts(self, [sample_from_messages(one) for one in several])
 
     def generate(self, batch: PackedBatch, **options: Any) -> list[list[int]]:
-        """Return the new ids of every row; options are those of `model.generation.generate.generate`."""
+        """Return the new ids of every row; options: see `model.generation.generate`."""
         return generate(self, batch, **options)
 
     def chat(

@@ -66,7 +66,7 @@ class StageMemory:
     def max_row_tokens(
         self, strategy: str, checkpointing_mode: str, first_row_tokens: int, memory_budget: float
     ) -> int:
-        """Return the most max_tokens_per_row with which a step needs at most `room` bytes; 0 if none.
+        """Return the largest max_tokens_per_row of a step in at most `room` bytes; 0 if none.
 
         Memory grows with the row almost as a line: what the line through `near` and twice `near`
         says is tried. Rows of very many pictures take minutes, so there it is believed, less CARE.
@@ -122,7 +122,8 @@ def persistent_memory(
     """Return what is there all the time: weights, gradients, moments, what is exchanged.
 
     Under `ddp` gradients lie in the buckets that are exchanged. Under `fsdp2` all but `exchange` is
-    divided among ranks; that is what is gathered (`model.fsdp_wrapping`): the weights of no unit, in
+    divided among ranks; that is what is gathered (`model.fsdp_wrapping`): the weights of
+    no unit, in
     float32, and of two units, one of them on its way, in `width` bytes if they are blocks of tower
     and language model, and their gradients, which are added up in float32.
     """

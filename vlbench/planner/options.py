@@ -84,7 +84,8 @@ def _numbers_per_stage(
     found = tuple(read_number({key: part.strip()}, key, 0, 1, upper_limit) for part in parts)
     if len(found) not in (1, len(stage_names)):
         raise UserError(
-            f"{key} is '{plan_values[key]}'; allowed is one number, or one for each of {', '.join(stage_names)}"
+            f"{key} is '{plan_values[key]}'; allowed is one number, or one for each of "
+            f"{', '.join(stage_names)}"
         )
     return found * (len(stage_names) if len(found) == 1 else 1)
 

@@ -42,13 +42,15 @@ def _setup_lines(plan: TrainingPlan) -> list[str]:
         f"plan of {recipe.recipe}, size {recipe.size}, on {nodes}{trainer.devices} {gpu.name} of "
         f"{format_bytes(gpu.memory_bytes)} and {gpu.flops_per_second / 1e12:.0f} TFLOP/s",
         f"precision {recipe.precision}, strategy {asked.strategy}, checkpointing "
-        f"{recipe.activation_checkpointing}; mfu={asked.mfu:g} is assumed, communication is not counted",
+        f"{recipe.activation_checkpointing}; mfu={asked.mfu:g} is assumed, communication is not "
+        "counted",
     ]
     if plan.has_assumed_lengths:
         texts = ", ".join(f"{form} {tokens}" for form, tokens in ASSUMED_TEXT_TOKENS.items())
         found.append(
             f"assumed: one picture in a sample, and tokens of text beside it ({texts}; "
-            f"{ASSUMED_SUPERVISED_SHARE['chat']:.0%} of a chat learned), unless text_tokens= says others"
+            f"{ASSUMED_SUPERVISED_SHARE['chat']:.0%} of a chat learned), unless text_tokens= "
+            "says others"
         )
     found += [
         f"stage {name} is left out: its objective is not language" for name in plan.skipped_stages

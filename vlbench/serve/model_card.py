@@ -131,7 +131,8 @@ def _describe_training(recipe: Recipe) -> str:
         if recipe.only is None or name in recipe.only:
             budget = f"{stage.steps} steps" if stage.steps is not None else f"{stage.epochs} epochs"
             lines.append(
-                f"- {name}: {budget} of batch {stage.global_batch_size} at {stage.image_size} pixels, trains "
+                f"- {name}: {budget} of batch {stage.global_batch_size} at {stage.image_size} "
+                "pixels, trains "
                 f"{', '.join(stage.trained_parts)}"
             )
     return "\n".join(lines)

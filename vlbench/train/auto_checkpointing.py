@@ -1,4 +1,4 @@
-"""`activation_checkpointing=auto`: the way that keeps most and still fits, found by trying a long step."""
+"""`activation_checkpointing=auto`: the mode that keeps most and fits, found by a long step."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _measure_peak_memory(
 
 
 def _pooled_feature_bytes(batch: PackedBatch, steps: StepDataset) -> int:
-    """Return the bytes of features that `model.contrastive_loss` keeps of the other pairs of a step."""
+    """Return the bytes of features that `contrastive_loss` keeps of a step's other pairs."""
     if batch.contrast_pool is None or batch.features is None:
         return 0
     pairs = -(-steps.global_batch_size // steps.world_size) - len(batch.features)

@@ -247,7 +247,8 @@ class QuarantineCallback(StageCallback):
                 and not self.learned_samples
             ):
                 raise UserError(
-                    f"nothing was learned in {training.total_steps} steps: {self.skipped_samples} samples have "
+                    f"nothing was learned in {training.total_steps} steps: "
+                    f"{self.skipped_samples} samples have "
                     "no picture in a stage of captions, the others are bad"
                 )
         except UserError as mistake:
@@ -280,7 +281,8 @@ def check_bad_samples(
     if bad_samples and bad_count > limit:
         others = f" (and {bad_count - 1} more of {sample_count} samples)" if bad_count > 1 else ""
         raise UserError(
-            f"{bad_samples[0]}{others}. Mend the data, or leave bad samples out with data.on_bad_sample=quarantine"
+            f"{bad_samples[0]}{others}. Mend the data, or leave bad samples out with "
+            "data.on_bad_sample=quarantine"
             if bad_count < sample_count
             else f"{bad_samples[0]}{others}. No good sample is left"
         )
@@ -344,7 +346,8 @@ class NonFiniteGuard(StageCallback):
         names = [name for theirs in collectives.all_gather_objects(mine) for name in theirs]
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         self.print_line(
-            f"stage {self.stage_name}, step {training.steps_done}: {what} is not finite, step skipped; "
+            f"stage {self.stage_name}, step {training.steps_done}: {what} is not finite, step "
+            "skipped; "
             f"samples: {shown}; loss {report.loss:.4g}, norm of the gradient {report.grad_norm:.4g}"
         )
         last = training.steps_done == training.total_steps
@@ -360,7 +363,8 @@ class NonFiniteGuard(StageCallback):
         )
         half = "" if str(training.trainer.precision).startswith("32") else ", or set precision=32"
         return (
-            f"stage {self.stage_name}: {what} was not finite in {len(self.nonfinite_streak)} steps in a row, up to "
+            f"stage {self.stage_name}: {what} was not finite in {len(self.nonfinite_streak)} "
+            "steps in a row, up to "
             f"step {training.steps_done}: lower the learning rates (now {rates}: "
             f"stages.{self.stage_name}.train.PART.lr){half}"
         )

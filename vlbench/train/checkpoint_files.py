@@ -290,7 +290,7 @@ def read_optimizer_state(path: Path) -> Mapping[str, Tensor]:
 
 
 def prune_checkpoints(folder: Path, keep_last_checkpoints: int) -> None:
-    """Remove checkpoints beyond the last `keep_last_checkpoints`, but keep the best of the newest stage.
+    """Remove all but the last `keep_last_checkpoints` and the best of the newest stage.
 
     The newest checkpoint of a stage that is over stays, without its optimizer.
     """

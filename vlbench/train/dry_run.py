@@ -57,7 +57,8 @@ def dry_run(recipe: Recipe, stage_runs: list[StageRun]) -> int:
         )
         seconds += one.step_seconds * one.total_steps
     print(
-        f"dry run done, nothing was kept; training will take about {run_report.format_duration(seconds)}"
+        "dry run done, nothing was kept; training will take about "
+        f"{run_report.format_duration(seconds)}"
     )
     return 0
 

@@ -191,12 +191,14 @@ def _check_disk_space(needed_bytes: int, image_count: int, folder: Path) -> None
     """Say what the features will take, and refuse before anything is written if it is too much."""
     free = shutil.disk_usage(folder).free
     run_report.print_status(
-        f"features of {image_count:,} pictures take {run_report.format_bytes(needed_bytes)} in {folder}, "
+        f"features of {image_count:,} pictures take {run_report.format_bytes(needed_bytes)} in "
+        f"{folder}, "
         f"{run_report.format_bytes(free)} are free"
     )
     if needed_bytes > free:
         raise UserError(
             f"trainer.feature_cache: the features of {image_count:,} pictures take "
-            f"{run_report.format_bytes(needed_bytes)}, and {folder} has {run_report.format_bytes(free)} left. Make room, "
+            f"{run_report.format_bytes(needed_bytes)}, and {folder} has "
+            f"{run_report.format_bytes(free)} left. Make room, "
             "name another folder, or leave it out"
         )

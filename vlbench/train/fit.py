@@ -95,7 +95,8 @@ def check_and_open_run(recipe: Recipe, stage_runs: list[StageRun]) -> RunFolder:
     for leg in stage_runs:
         if leg.stage.global_batch_size < collectives.world_size():
             raise UserError(
-                f"stages.{leg.name}.batch is {leg.stage.global_batch_size}, fewer than the {collectives.world_size()} "
+                f"stages.{leg.name}.global_batch_size is {leg.stage.global_batch_size}, fewer "
+                f"than the {collectives.world_size()} "
                 "processes: some would have nothing to do"
             )
     bad: list[BadSample] = []
@@ -137,7 +138,7 @@ class StageRunner:
                 lambda: self.run.record_weight_origins(vlm.weight_origins)
             )
         except UserError:
-            self.run.discard_if_empty()  # nothing was trained: the same command can be mended and repeated
+            self.run.discard_if_empty()  # the same command can be mended and repeated
             raise
         run_report.show_weight_origins(vlm.weight_origins, self.recipe.seed)
         self.seen, self.earlier_seconds = start.seen or {}, start.seconds or 0.0
@@ -341,7 +342,8 @@ def check_trainable_params(vlm: VLM, stage_run: StageRun) -> None:
     ):
         parts = ", ".join(stage_run.stage.trained_parts)
         raise UserError(
-            f"stages.{stage_run.name}.train names {parts}, which has no parameters here: nothing would "
+            f"stages.{stage_run.name}.train names {parts}, which has no parameters here: "
+            "nothing would "
             "be trained; train another part, or leave the stage out"
         )
 

@@ -170,7 +170,8 @@ class ProgressCallback(StageCallback):
             done = training.steps_done - self.start_step
             left = (training.total_steps - training.steps_done) * row["seconds"] / max(1, done)
             print(
-                f"{self.stage_name} {training.steps_done}/{training.total_steps}: {losses}, {speed}, "
+                f"{self.stage_name} {training.steps_done}/{training.total_steps}: {losses}, "
+                f"{speed}, "
                 f"{left:.0f} s left",
                 flush=True,
             )

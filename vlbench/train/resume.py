@@ -159,7 +159,8 @@ def build_from_init(recipe: Recipe, stage: StageConfig, mmap_language: bool = Fa
     }
     config, blocks = vlm.language.config, len(vlm.vision.blocks())
     print(
-        f"init {folder}: tower of {blocks} blocks, {vlm.vision.feature_width} wide; language model of "
+        f"init {folder}: tower of {blocks} blocks, {vlm.vision.feature_width} wide; language "
+        "model of "
         f"{config.num_hidden_layers} layers, {config.hidden_size} wide"
         + (f"; connector {recipe.connector['name']} starts anew" if other else "")
         + (f"; left out of its files: {left}" if left else "")

@@ -49,7 +49,8 @@ def show_run_start(
     for name, stage, steps in stage_runs:
         parts = ", ".join(f"{part} lr {how.lr:g}" for part, how in stage.trained_parts.items())
         print(
-            f"  {name}: {steps} steps of {stage.global_batch_size} samples at {stage.image_size} pixels "
+            f"  {name}: {steps} steps of {stage.global_batch_size} samples at "
+            f"{stage.image_size} pixels "
             f"({stage.sample_format}); trains {parts}"
         )
 
@@ -80,7 +81,8 @@ def show_disk_usage(vlm: VLM, parts: list[str], kept_checkpoints: int, folder: P
     weights = sum(p.numel() * _stored_element_bytes(p) for m in modules for p in m.parameters())
     moments = sum(8 * p.numel() for m in modules for p in m.parameters() if p.requires_grad)
     print(
-        f"  checkpoints: {format_bytes(weights + moments)} each, up to {kept_checkpoints + 1} kept, in {folder}"
+        f"  checkpoints: {format_bytes(weights + moments)} each, up to {kept_checkpoints + 1} "
+        f"kept, in {folder}"
     )
 
 
@@ -145,8 +147,10 @@ def show_results(run: RunFolder) -> int:
 def out_of_memory_error(stage_name: str, stage: StageConfig) -> EnvironmentFailure:
     """Return what to say when memory ran out in a stage."""
     return EnvironmentFailure(
-        f"out of memory in stage {stage_name}: lower stages.{stage_name}.max_tokens_per_row (now {stage.max_tokens_per_row}), "
-        f"set activation_checkpointing=full, or train fewer parts; stages.{stage_name}.global_batch_size does not matter. Start "
+        f"out of memory in stage {stage_name}: lower stages.{stage_name}.max_tokens_per_row "
+        f"(now {stage.max_tokens_per_row}), "
+        "set activation_checkpointing=full, or train fewer parts; "
+        f"stages.{stage_name}.global_batch_size does not matter. Start "
         "again with the change in a new run; init=RUN begins with what this one has learned"
     )
 
@@ -154,7 +158,8 @@ def out_of_memory_error(stage_name: str, stage: StageConfig) -> EnvironmentFailu
 def worker_died_error(stage_name: str, error: Exception) -> EnvironmentFailure:
     """Return what to say when one of the processes that prepare data has ended in a stage."""
     return EnvironmentFailure(
-        f"stage {stage_name}: {describe_compiler_error(error).rstrip('. ')}. Mostly memory, or shared memory (/dev/shm), "
+        f"stage {stage_name}: {describe_compiler_error(error).rstrip('. ')}. Mostly memory, or "
+        "shared memory (/dev/shm), "
         f"has run out: lower data.workers. Checkpoints are whole; to go on, repeat "
         "the command with the run= of this run"
     )
@@ -163,6 +168,7 @@ def worker_died_error(stage_name: str, error: Exception) -> EnvironmentFailure:
 def compile_error(stage_name: str, error: Exception) -> UserError:
     """Return what to say when blocks could not be compiled in a stage."""
     return UserError(
-        f"trainer.compile: the blocks could not be compiled in stage {stage_name} ({describe_compiler_error(error)}). On "
+        f"trainer.compile: the blocks could not be compiled in stage {stage_name} "
+        f"({describe_compiler_error(error)}). On "
         "a CPU a C++ compiler is needed; trainer.compile=false does without"
     )

@@ -73,7 +73,8 @@ def check_trained_parts(name: str, stage: StageConfig) -> None:
     if runs and not stage.trained_parts:
         raise UserError(
             f"stages.{name}.train names no part, so nothing would be trained: give one of "
-            f"{', '.join(PART_NAMES)} a learning rate, as stages.{name}.train.connector.lr=1e-4, or "
+            f"{', '.join(PART_NAMES)} a learning rate, as "
+            f"stages.{name}.train.connector.lr=1e-4, or "
             "leave the stage out"
         )
 
@@ -185,7 +186,8 @@ def _report_no_captions(
     """Say it if a stage of captions has no picture among its held-out samples."""
     if not has_images(val_source, bad_samples):
         print(
-            f"stage {stage_run.name}: data.val {val_source.name} has no picture, and the stage learns captions: "
+            f"stage {stage_run.name}: data.val {val_source.name} has no picture, and the stage "
+            "learns captions: "
             "nothing is held out"
         )
 
@@ -214,8 +216,10 @@ def check_caption_images(stage_run: StageRun, bad_samples: list[BadSample]) -> N
         if has_images(source, bad_samples_of_source(source, bad_samples)):
             return
     raise UserError(
-        f"stage {stage_run.name} learns captions of pictures (form=caption), and the data have no "
-        f"picture: {stage_run.data.name}. Leave the stage out (only=...), or give it data of its own "
+        f"stage {stage_run.name} learns captions of pictures (sample_format=caption), and the "
+        "data have no "
+        f"picture: {stage_run.data.name}. Leave the stage out (only=...), or give it data of "
+        "its own "
         f"with stages.{stage_run.name}.data"
     )
 
@@ -253,6 +257,7 @@ def held_out_batches(recipe: Recipe, vlm: VLM, stage_run: StageRun) -> list[Pack
     step = _build_steps(vlm, stage_run, data, min(HELD_OUT_SAMPLES, len(source)), 1)[0]
     if step.bad_samples:
         print_status(
-            f"held-out {source.name}: {len(step.bad_samples)} bad samples left out, first {step.bad_samples[0]}"
+            f"held-out {source.name}: {len(step.bad_samples)} bad samples left out, first "
+            f"{step.bad_samples[0]}"
         )
     return step.micro_batches

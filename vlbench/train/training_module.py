@@ -79,12 +79,14 @@ def check_objective(vlm: VLM, stage_name: str, stage: StageConfig) -> None:
         return
     if stage.sample_format != "caption":
         raise UserError(
-            f"stages.{stage_name}.sample_format is '{stage.sample_format}'; objective {stage.objective} learns from "
-            "pictures and captions: form=caption"
+            f"stages.{stage_name}.sample_format is '{stage.sample_format}'; objective "
+            f"{stage.objective} learns from "
+            "pictures and captions: sample_format=caption"
         )
     if "language" in stage.trained_parts:
         raise UserError(
-            f"stages.{stage_name}.train.language: objective {stage.objective} leaves the language model "
+            f"stages.{stage_name}.train.language: objective {stage.objective} leaves the "
+            "language model "
             f"out, so it cannot be trained: stages.{stage_name}.train.language=null"
         )
 
@@ -313,7 +315,8 @@ class VLMTrainingModule(pl.LightningModule):
     def _require_loss_count(self, counts: Mapping[str, int], loss_name: str) -> int:
         if loss_name not in counts:
             raise UserError(
-                f"connector {type(self.vlm.connector).__name__}: the loss '{loss_name}' is missing in "
+                f"connector {type(self.vlm.connector).__name__}: the loss '{loss_name}' is "
+                "missing in "
                 "the first micro-batch of a step: give a sum and a count of 0 there, or name it in "
                 "loss_counts()"
             )

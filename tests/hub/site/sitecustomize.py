@@ -3,4 +3,4 @@
 import runpy
 from pathlib import Path
 
-runpy.run_path(str(Path(__file__).parent.parent / "shallow.py"))["install"]()
+runpy.run_path(str(Path(__file__).parent.parent / "shallow.py"))["install_finder"]()

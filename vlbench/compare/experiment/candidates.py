@@ -1,4 +1,4 @@
-"""What a row of a comparison may become: its own options, a few of `Connector.sizes` changed."""
+"""What a row of a comparison may become: its own options, a few of `Connector.size_options` changed."""
 
 from __future__ import annotations
 
@@ -115,7 +115,8 @@ class RowCandidates:
         for option in self._connector_class.size_options:
             if option not in self.own_options:
                 raise UserError(
-                    f"connector '{self.connector_name}': sizes has '{option}', which is no option of it; it "
+                    f"connector '{self.connector_name}': size_options has '{option}', which is no "
+                    "option of it; it "
                     f"takes: {', '.join(self.own_options)}.{suggest_name(option, self.own_options)}"
                 )
         given = parse_overrides(list(self.row.overrides))[0].get("connector", {})

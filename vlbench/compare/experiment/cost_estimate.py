@@ -39,7 +39,8 @@ def print_plan(grid: ComparisonGrid) -> None:
     if grid.lr_factors:
         tried = ", ".join(f"{factor:g}" for factor in grid.lr_factors)
         print(
-            f"  before them {len(grid.rows) * len(grid.lr_factors)} runs with seed {lr_sweep.trial_seed(grid)}: "
+            f"  before them {len(grid.rows) * len(grid.lr_factors)} runs with seed "
+            f"{lr_sweep.trial_seed(grid)}: "
             f"every row tries its connector's learning rate x {tried}"
         )
     shared = sum(

@@ -1,6 +1,6 @@
 """`compare match=params|visual_tokens|flops`: give the rows of a comparison the same budget.
 
-Every connector names options that make it larger or smaller (`Connector.sizes`). Of each row a few
+Every connector names options that make it larger or smaller (`Connector.size_options`). Of each row a few
 change, and as little as possible: by what options and budget move, in logarithms.
 """
 

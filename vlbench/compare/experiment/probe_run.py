@@ -1,4 +1,4 @@
-"""`python -m vlbench.compare.experiment.probe_run WORDS`: what a run of `fit WORDS` will take, as JSON.
+"""`python -m vlbench.compare.experiment.probe_run WORDS`: the cost of `fit WORDS`, as JSON.
 
 A process of its own, so that the memory of one run is not counted with another's.
 """

@@ -94,7 +94,8 @@ class RowPair:
             else ""
         )
         return (
-            f"{self.difference.describe_difference(self.better, self.worse)}; p {self.corrected_p_text} after Holm's "
+            f"{self.difference.describe_difference(self.better, self.worse)}; p "
+            f"{self.corrected_p_text} after Holm's "
             f"correction over {format_count(self.pair_count, 'pair')}{chance}."
         )
 
@@ -102,10 +103,14 @@ class RowPair:
         """Say it in plain words, with what this design could have found."""
         low, high = (100 * end for end in self.bootstrap_interval)
         if not self.difference.standard_error:
-            return f"{self.short_sentence()} Nothing varies: what else would have been found is not known."
+            return (
+                f"{self.short_sentence()} Nothing varies: what else would have been found is not "
+                "known."
+            )
         return (
             f"{self.short_sentence()} Smallest difference that this design would have found: "
-            f"{100 * self.difference.smallest_detectable:.1f} points. Bootstrap: {low:.1f} to {high:.1f}."
+            f"{100 * self.difference.smallest_detectable:.1f} points. Bootstrap: {low:.1f} to "
+            f"{high:.1f}."
         )
 
 
@@ -184,7 +189,10 @@ class ComparisonResult:
         if clear:
             text += f" That it is better than {join_names(clear, 'and')} is more than chance."
         if open_:
-            text += f" Whether it is better than {join_names(open_, 'or')}, this comparison cannot tell."
+            text += (
+                f" Whether it is better than {join_names(open_, 'or')}, this comparison cannot "
+                "tell."
+            )
         return text
 
 

@@ -56,8 +56,10 @@ def _accuracy_table(rows: Sequence[RowResult]) -> list[str]:
             for name in ("unseen", "blank", "shuffled")
         ]
         lines.append(
-            f"| {row.name} | {row.accuracy:.3f} | {row.interval_low:.3f} to {row.interval_high:.3f} | "
-            f"{format_share(row.accuracy_std)} | {' | '.join(others)} | {format_whole(row.mean_result('seconds'))} |"
+            f"| {row.name} | {row.accuracy:.3f} | {row.interval_low:.3f} to "
+            f"{row.interval_high:.3f} | "
+            f"{format_share(row.accuracy_std)} | {' | '.join(others)} | "
+            f"{format_whole(row.mean_result('seconds'))} |"
         )
     return lines
 

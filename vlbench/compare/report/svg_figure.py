@@ -83,7 +83,8 @@ def figure_to_svg(figure: Figure, svg_id: str, alt_text: str) -> Markup:
     body = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{svg_id}-", body).strip()
     return Markup(
         f'<svg id="{svg_id}" {box[0]} xmlns="http://www.w3.org/2000/svg" '
-        f'xmlns:xlink="http://www.w3.org/1999/xlink" role="img" aria-label="{escape(alt_text)}">{body}'
+        'xmlns:xlink="http://www.w3.org/1999/xlink" role="img" '
+        f'aria-label="{escape(alt_text)}">{body}'
     )
 
 

@@ -104,7 +104,10 @@ def _record_error(task: str, record: AnswerRecord, needs_options: bool) -> str:
     known = SCORING_PROTOCOLS[task]["official"].rules
     if not isinstance(kind, str) or kind not in known:
         allowed = ", ".join(known)
-        return f" ({identity}): type is '{kind}'; {task} has {allowed}.{suggest_name(str(kind), known)}"
+        return (
+            f" ({identity}): type is '{kind}'; {task} has "
+            f"{allowed}.{suggest_name(str(kind), known)}"
+        )
     if answer in WITHHELD_ANSWERS:
         return (
             f" ({identity}): the answer is withheld, so there is nothing to score against; "

@@ -186,7 +186,8 @@ class BenchmarkTask:
         prompts = self.eval_protocol.prompt_protocols[self.task]
         lines = [
             f"{self.task} {scores['split']}, {scores['revision']}: prompts of {prompts}, scored as "
-            f"{self.eval_protocol.scoring_protocol}; {scores['n']} questions asked, {scores['skipped']} not "
+            f"{self.eval_protocol.scoring_protocol}; {scores['n']} questions asked, "
+            f"{scores['skipped']} not "
             "(skipped.jsonl)"
         ]
         differs = protocol_limits(self.task, prompts).reference_difference

@@ -15,8 +15,7 @@ import yaml
 
 from vlbench.config.overrides import parse_key_values, read_integer
 from vlbench.errors import UserError
-from vlbench.evaluate.tasks.answer_files import AnswerRecord, read_answers
-from vlbench.evaluate.tasks.answer_files import first_errors
+from vlbench.evaluate.tasks.answer_files import AnswerRecord, first_errors, read_answers
 from vlbench.evaluate.tasks.benchmark_truths import read_truths
 from vlbench.evaluate.tasks.score_summary import summarize_scores
 from vlbench.evaluate.tasks.scored_items import AnsweredItem, ScoredItem

@@ -111,7 +111,8 @@ def _report_kept_answers(answers_file: Path, questions: Sequence[TaskQuestion]) 
     except KeyboardInterrupt:
         count = len(read_json_lines(answers_file))
         print(
-            f"\n{count} of {len(questions)} answers are kept in {answers_file}; the same command goes on",
+            f"\n{count} of {len(questions)} answers are kept in {answers_file}; the same "
+            "command goes on",
             file=sys.stderr,
         )
         raise

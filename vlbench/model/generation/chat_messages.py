@@ -61,7 +61,8 @@ def sample_from_messages(messages: list[dict[str, Any]]) -> Sample:
             raise UserError(f"message {number} is {message!r:.200}; wanted is {MESSAGE_FORMAT}")
         if message.get("role") not in TURN_ROLES:
             raise UserError(
-                f"message {number}: role is {message.get('role')!r}; allowed are {', '.join(TURN_ROLES)}"
+                f"message {number}: role is {message.get('role')!r}; allowed are "
+                f"{', '.join(TURN_ROLES)}"
             )
         texts: list[str] = []
         content = message["content"]

@@ -134,7 +134,8 @@ class CompiledDecodeStep:
             if not is_compiler_error(error):
                 raise
             raise UserError(
-                f"compiled: the step of the answer could not be compiled ({describe_compiler_error(error)}). On a "
+                "compiled: the step of the answer could not be compiled "
+                f"({describe_compiler_error(error)}). On a "
                 "CPU a C++ compiler is needed; compiled=False does without"
             ) from error
 

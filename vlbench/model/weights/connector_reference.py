@@ -137,7 +137,8 @@ def _check_reference_loaded(
     """Compare what a connector says it loaded with what it has, and what it took of the files."""
     if not isinstance(loaded_names, Collection) or not set(loaded_names) <= expected_names:
         raise UserError(
-            f"{context}: load_reference returned {loaded_names!r:.80}; it returns the names of its tensors "
+            f"{context}: load_reference returned {loaded_names!r:.80}; it returns the names of "
+            "its tensors "
             "that were loaded, as load_strict does"
         )
     for name in weights:

@@ -157,7 +157,8 @@ def build_llava_processor(vlm: VLM) -> LlavaProcessor:
     tokenizer.add_special_tokens({"additional_special_tokens": [*extra, IMAGE_TOKEN]})
     if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) < vlm.tokenizer.embedding_rows:
         raise UserError(
-            f"{IMAGE_TOKEN} is a token of the model (id {tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)}), and "
+            f"{IMAGE_TOKEN} is a token of the model (id "
+            f"{tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)}), and "
             f"{LAYOUT_NAME} uses it for pictures; use format=vlbench"
         )
     transform = vlm.transform

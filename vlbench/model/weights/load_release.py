@@ -142,7 +142,8 @@ def resolve_template_name(folder: Path, spec: ReleaseSpec, key: str = "template"
         )
     if spec.template_reason and os.environ.get("RANK", "0") == "0":
         print(
-            f"vlbench: {folder}: template {spec.template_name}, as {spec.template_reason}; {key}= chooses another",
+            f"vlbench: {folder}: template {spec.template_name}, as {spec.template_reason}; "
+            f"{key}= chooses another",
             file=sys.stderr,
         )
     return spec.template_name

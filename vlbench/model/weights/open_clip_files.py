@@ -93,6 +93,8 @@ def _find_encoder_prefix(file: Path, tensor_names: list[str]) -> str:
         )
     some = ", ".join(tensor_names[:3]) or "nothing"
     raise UserError(
-        f"{file} holds no vision encoder of open_clip: no tensor visual.{PATCH_EMBED_KEYS[1]} or visual."
-        f"{PATCH_EMBED_KEYS[0]} is among its {len(tensor_names)} ({some}{', ...' if len(tensor_names) > 3 else ''})"
+        f"{file} holds no vision encoder of open_clip: no tensor visual.{PATCH_EMBED_KEYS[1]} "
+        "or visual."
+        f"{PATCH_EMBED_KEYS[0]} is among its {len(tensor_names)} "
+        f"({some}{', ...' if len(tensor_names) > 3 else ''})"
     )

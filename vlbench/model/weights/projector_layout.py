@@ -13,7 +13,8 @@ def require_projector(vlm: VLM, layout_name: str) -> nn.Sequential:
     found = vlm.connector.released_projector()
     if found is None:
         raise UserError(
-            f"connector {type(vlm.connector).__name__} does not fit into {layout_name}, which holds a "
+            f"connector {type(vlm.connector).__name__} does not fit into {layout_name}, which "
+            "holds a "
             "projector of Linear layers as wide as the language model; format=vlbench keeps every "
             "connector"
         )

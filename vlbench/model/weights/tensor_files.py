@@ -345,7 +345,8 @@ def _load_torch_file(file: Path) -> dict[str, Tensor]:
     except (pickle.UnpicklingError, KeyError, IndexError, AttributeError, TypeError) as error:
         raise UserError(
             f"{file} holds more than tensors, or is torn; code in a file of weights is never "
-            f"executed. If it is whole, ask its author for safetensors ({_loading_error_line(error)})"
+            "executed. If it is whole, ask its author for safetensors "
+            f"({_loading_error_line(error)})"
         ) from error
     except Exception as error:  # of torch, zip and struct, by where the file is torn
         raise UserError(

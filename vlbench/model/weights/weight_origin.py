@@ -95,7 +95,8 @@ def check_same_origin(
     if recorded and recorded.sha256 and current.sha256 and recorded.sha256 != current.sha256:
         raise UserError(
             f"{part}.weights={current.source} are not the weights that {run_path} began with (sha "
-            f"{recorded.sha256[:12]} then, {current.sha256[:12]} now): what was trained does not fit "
+            f"{recorded.sha256[:12]} then, {current.sha256[:12]} now): what was trained does "
+            "not fit "
             "them. Bring the old weights back, or begin a new run"
         )
 

@@ -110,7 +110,8 @@ def _parse_select_layer(select_layer: Any, num_layers: int, file: Path) -> int:
         -num_layers <= select_layer < 0 or 0 < select_layer <= num_layers
     ):
         raise UserError(
-            f"{file}: mm_vision_select_layer is {select_layer!r}; the tower has {num_layers} blocks, "
+            f"{file}: mm_vision_select_layer is {select_layer!r}; the tower has {num_layers} "
+            "blocks, "
             f"so -{num_layers} to -1 and 1 to {num_layers} are allowed"
         )
     return select_layer if select_layer < 0 else select_layer - 1
@@ -140,7 +141,8 @@ def parse_projector_type(projector_type: Any, file: Path) -> tuple[int, bool]:
     match = re.fullmatch(r"mlp([1-9]\d?)x_gelu(_Norm)?", str(projector_type))
     if not match:
         raise UserError(
-            f"{file}: mm_projector_type is {projector_type!r}; known are linear, mlpNx_gelu, mlpNx_gelu_Norm"
+            f"{file}: mm_projector_type is {projector_type!r}; known are linear, mlpNx_gelu, "
+            "mlpNx_gelu_Norm"
         )
     return int(match[1]), bool(match[2])
 
