@@ -1,1 +1,1 @@
-"""TODO"""
+"""Recipes: the schema of every key, files and overrides merged, checked before anything is loaded."""

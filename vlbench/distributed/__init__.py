@@ -1,1 +1,1 @@
-"""TODO"""
+"""Several processes that train one model: launcher, process group, collectives."""

@@ -1,0 +1,1 @@
+"""The embedded pretrained parts of size=tiny, and what trains them."""

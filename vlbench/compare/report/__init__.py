@@ -1,1 +1,1 @@
-"""TODO"""
+"""Reports: statistics, figures and pages of finished runs."""
