@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import resource
@@ -70,15 +69,16 @@ def train_with_vlbench(
     `checkpointing_mode` is what is recomputed.
     """
     recipe = recipes.load_recipe(["recipe=yivl_llava"])
-    stage: StageConfig = dataclasses.replace(
-        recipe.stages["chat"],
-        train={name: PartTrainConfig(lr=LR) for name in TRAINED[part]},  # type: ignore[misc]
-        grad_clip=1.0,
-        warmup_ratio=0.0,
-        schedule="constant",
-        global_batch_size=BATCH,
+    stage: StageConfig = recipe.stages["chat"].model_copy(
+        update={
+            "train": {name: PartTrainConfig(lr=LR) for name in TRAINED[part]},
+            "grad_clip": 1.0,
+            "warmup_ratio": 0.0,
+            "schedule": "constant",
+            "global_batch_size": BATCH,
+        }
     )
-    recipe = dataclasses.replace(recipe, precision="bf16" if bf16 else "32")
+    recipe = recipe.model_copy(update={"precision": "bf16" if bf16 else "32"})
     freeze_untrained_parts(vlm, stage)
     vlm.enable_activation_checkpointing(checkpointing_mode)
     shown = random_pixels()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -99,4 +98,4 @@ def run_plan(options: PlanOptions) -> int:
     from vlbench.train.fit import fit
 
     print("\nprobe: one step of every stage, longest batch first", flush=True)
-    return fit(dataclasses.replace(options.recipe, dry_run=True))
+    return fit(options.recipe.model_copy(update={"dry_run": True}))

@@ -106,7 +106,9 @@ def inherited_keys(recipe: Recipe) -> dict[str, Any]:
     folder = find_released_model(str(source), "init", hub_download.SMALL_FILE_PATTERNS)
     plan = find_layout_module(folder).read_release_spec(folder)
     keys: dict[str, Any] = {"vision": {"layer": plan.vision_layer}}
-    if recipe.language.template == LanguageModelConfig.template:  # else the recipe chose another
+    if (
+        recipe.language.template == LanguageModelConfig.model_fields["template"].default
+    ):  # else the recipe chose another
         keys["language"] = {"template": resolve_template_name(folder, plan, "language.template")}
     return keys
 

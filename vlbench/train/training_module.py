@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
@@ -97,7 +97,7 @@ def freeze_untrained_parts(vlm: VLM, stage: StageConfig) -> None:
     for name, part in vlm.named_parts():
         how = stage.trained_parts.get(name)
         if how is not None and how.lora is not None:
-            lora_adapters.add_adapters(part, f"train.{name}", **asdict(how.lora))
+            lora_adapters.add_adapters(part, f"train.{name}", **how.lora.model_dump())
         elif how is not None:
             lora_adapters.merge_adapters(part)
         part.requires_grad_(False)
