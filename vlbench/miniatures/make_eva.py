@@ -23,7 +23,7 @@ from vlbench.model.miniature_eva import EVA_MODEL_NAME
 from vlbench.model.vision_encoder import VisionEncoder
 
 DISTILLATION_STAGES = ((56, 500, 2e-3), (112, 1100, 1.5e-3), (56, 300, 5e-4))
-"""Image size, steps, peak learning rate; each size has its own position embeddings and optimizer."""
+"""Image size, steps, peak learning rate; each size has its own position embeddings, optimizer."""
 IMAGES_PER_STEP = 48  # images in an optimizer step
 FEATURE_LAYER = -2  # the block whose features recipes use
 EVA_CONFIG: dict[str, Any] = {

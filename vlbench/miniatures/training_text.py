@@ -2,9 +2,9 @@
 
 A description of a scene, in either language, stands where an image would; facts, a caption or a
 chat about it follow. Half of the descriptions are rasters: the scene cell by cell, with all words
-of a cell at one position (their embeddings are added). So the model learns from text that one position
-can hold several words, as a visual token must, and `fit` has to teach only which features mean
-which words. No unseen pair occurs.
+of a cell at one position (their embeddings are added). So the model learns from text that one
+position can hold several words, as a visual token must, and `fit` has to teach only which features
+mean which words. No unseen pair occurs.
 """
 
 from __future__ import annotations
