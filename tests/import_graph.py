@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "vlbench"
 
 LAYERS = (
     ("version", "errors"),
-    ("text_files", "html_pages", "process_settings", "compat"),
+    ("text_files", "text_tables", "html_pages", "process_settings", "compat"),
     ("connector",),
     ("config",),
     ("distributed",),

@@ -19,7 +19,7 @@ from torch import distributed
 from vlbench.config.schema import TrainerConfig
 from vlbench.distributed import collectives
 from vlbench.distributed.launcher import is_launched, is_slurm_task, silent_exit_code
-from vlbench.errors import EnvironmentFailure, UserError
+from vlbench.errors import EnvironmentFailure, UserError, one_line
 
 LOST_PEER_MESSAGES = (
     "gloo",
@@ -138,7 +138,7 @@ def _init_process_group(settings: TrainerConfig, environment: ClusterEnvironment
     except distributed.DistNetworkError as error:  # the port is taken, or nobody is there
         raise EnvironmentFailure(
             f"the processes cannot meet at {environment.main_address}:{environment.main_port} "
-            f"({str(error)[:200]}): give another MASTER_PORT, or see whether all of them started"
+            f"({one_line(error)}): give another MASTER_PORT, or see whether all of them started"
         ) from error
 
 
