@@ -27,7 +27,7 @@ LAYERS = (
     ("planner", "check"),
     ("load_model",),
     ("evaluate",),
-    ("compare", "serve"),
+    ("compare", "serve", "fit_command"),
     ("listing",),
     ("__init__",),
     ("__main__",),
