@@ -1,1 +1,1 @@
-"""Recipes: the schema of every key, and files and overrides merged into a checked recipe."""
+"""Recipes: the schema of every key; files and overrides merged and checked."""

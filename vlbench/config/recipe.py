@@ -15,7 +15,6 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from vlbench import __version__
 from vlbench.config.merge import differing_keys, mapping_in
 from vlbench.config.overrides import open_mappings, parse_overrides
 from vlbench.config.schema import Recipe, declared_keys
@@ -24,6 +23,7 @@ from vlbench.connector import registry
 from vlbench.errors import UserError, suggest_name
 from vlbench.strict_values import StrictModel
 from vlbench.text_files import read_json, split_lines
+from vlbench.version import __version__
 
 
 def load_recipe(

@@ -225,6 +225,7 @@ class TrainerConfig(RecipeSection):
     keep_last_checkpoints: int = key("checkpoints that are kept, beside the best", 2, ge=1)
     feature_cache: PathText | None = key("folder of features of frozen encoders", None)
     max_nonfinite_steps: int = key("stop after this many NaN or infinite losses in a row", 5, ge=1)
+    callbacks: tuple[str, ...] = key("Lightning callbacks, as [my_callbacks.Printer]", ())
 
     @property
     def world_size(self) -> int:
