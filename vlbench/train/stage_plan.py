@@ -167,7 +167,9 @@ def check_source_bad_samples(
     `bad_samples` holds the first of them; `check_bad_samples` says how many are too many.
     """
     try:
-        check_bad_samples(bad_samples, bad_count, len(source), stage_run.data_config.on_bad_sample)
+        check_bad_samples(
+            bad_samples, bad_count, len(source), stage_run.data_config.on_bad_sample
+        )
     except UserError as error:
         if source is not stage_run.val_source:
             raise

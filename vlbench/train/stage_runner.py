@@ -31,9 +31,9 @@ from vlbench.train.training_module import VLMTrainingModule
 class StageRunner:
     """Trains stages, all on the same devices and in the same precision.
 
-    with runner.prepare_stage(vlm, stage):
-        runner.set_activation_checkpointing(vlm, steps)
-        runner.train_stage(vlm, name, stage, steps, total_steps)
+        with runner.prepare_stage(vlm, stage):
+            runner.set_activation_checkpointing(vlm, steps)
+            runner.train_stage(vlm, name, stage, steps, total_steps)
     """
 
     trainer_config: TrainerConfig
