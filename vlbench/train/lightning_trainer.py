@@ -56,9 +56,7 @@ def build_trainer(
         )
 
 
-def build_loggers(
-    log_config: LoggingConfig, run_folder: Path, last_kept_step: int
-) -> list[Logger]:
+def build_loggers(log_config: LoggingConfig, run_folder: Path, last_kept_step: int) -> list[Logger]:
     """Return the loggers beside metrics.csv; what they hold beyond `last_kept_step` is dropped."""
     loggers: list[Logger] = []
     if log_config.tensorboard:

@@ -1,4 +1,4 @@
-"""How one stage is trained with Lightning: by fit, the dry run, cost probes and benchmarks alike."""
+"""Training one stage with Lightning: for fit, the dry run, cost probes and benchmarks alike."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from vlbench.train.training_module import VLMTrainingModule
 class StageRunner:
     """Trains stages, all on the same devices and in the same precision.
 
-        with runner.prepare_stage(vlm, stage):
-            runner.set_activation_checkpointing(vlm, steps)
-            runner.train_stage(vlm, name, stage, steps, total_steps)
+    with runner.prepare_stage(vlm, stage):
+        runner.set_activation_checkpointing(vlm, steps)
+        runner.train_stage(vlm, name, stage, steps, total_steps)
     """
 
     trainer_config: TrainerConfig
