@@ -20,6 +20,7 @@ from vlbench.data.batch_sampler import StepDataset
 from vlbench.data.chat_template import YI_VL
 from vlbench.data.conversation_files import LlavaJson
 from vlbench.data.image_processing import ImageTransform
+from vlbench.data.sample_encoding import SampleEncoder
 from vlbench.data.shuffle import SourceMixture
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import BadSample, UserError
@@ -253,12 +254,8 @@ def test_samples_with_equal_ids_have_names_of_their_own_in_a_batch(folder):
     sources = [(LlavaJson(folder / name, folder), 1.0) for name in ("one.json", "two.json")]
     steps = StepDataset(
         mixture=SourceMixture(sources, 0),
-        chat_template=YI_VL,
-        tokenizer=Tokenizer.load(TINY),
+        encoder=SampleEncoder(Tokenizer.load(TINY), YI_VL, tokens_per_image=4, max_length=512),
         image_transform=ImageTransform(8, 8, (0.5,) * 3, (0.5,) * 3),
-        tokens_per_image=4,
-        max_length=512,
-        sample_format="chat",
         global_batch_size=6,
         max_tokens_per_row=4096,
         total_steps=1,
@@ -282,12 +279,8 @@ def test_bad_samples_name_their_record_also_when_their_pictures_are_broken(folde
     )
     steps = StepDataset(
         mixture=SourceMixture([(LlavaJson("equal.json"), 1.0)], 0),
-        chat_template=YI_VL,
-        tokenizer=Tokenizer.load(TINY),
+        encoder=SampleEncoder(Tokenizer.load(TINY), YI_VL, tokens_per_image=4, max_length=512),
         image_transform=ImageTransform(8, 8, (0.5,) * 3, (0.5,) * 3),
-        tokens_per_image=4,
-        max_length=512,
-        sample_format="chat",
         global_batch_size=3,
         max_tokens_per_row=4096,
         total_steps=1,

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from vlbench.data.batch_sampler import CachedTokenizer
 from vlbench.data.chat_template import YI_VL
-from vlbench.data.sample_encoding import ChatTurn
+from vlbench.data.sample import ChatTurn
+from vlbench.data.sample_encoding import CachedTokenizer
 from vlbench.data.scene_text import LANGUAGES, QUESTION_TYPES, draw_question, list_questions
 from vlbench.data.scene_world import make_scene
 from vlbench.data.tokenizer import Tokenizer

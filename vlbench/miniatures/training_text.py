@@ -13,7 +13,7 @@ import random
 from collections import Counter
 
 from vlbench.data.chat_template import YI_VL
-from vlbench.data.sample_encoding import ChatTurn
+from vlbench.data.sample import ChatTurn
 from vlbench.data.scene_dataset import CAPTION_PROMPTS
 from vlbench.data.scene_text import (
     CELL_NAMES,

@@ -17,7 +17,8 @@ from vlbench.data.data_sources import (
 )
 from vlbench.data.packing import PackedBatch
 from vlbench.data.preflight import PreflightReport, has_images, inspect_source, no_usable_sample
-from vlbench.data.sample_encoding import SampleSource
+from vlbench.data.sample import SampleSource
+from vlbench.data.sample_encoding import SampleEncoder
 from vlbench.data.shards import WebDatasetShards
 from vlbench.data.shuffle import SourceMixture
 from vlbench.distributed import collectives
@@ -279,12 +280,14 @@ def _build_steps(
 ) -> StepDataset:
     return StepDataset(
         mixture=data,
-        chat_template=vlm.template,
-        tokenizer=vlm.tokenizer,
+        encoder=SampleEncoder(
+            vlm.tokenizer,
+            vlm.template,
+            vlm.connector.tokens_per_image,
+            vlm.max_length,
+            stage_run.stage.sample_format,
+        ),
         image_transform=vlm.transform,
-        tokens_per_image=vlm.connector.tokens_per_image,
-        max_length=vlm.max_length,
-        sample_format=stage_run.stage.sample_format,
         global_batch_size=global_batch_size,
         max_tokens_per_row=stage_run.stage.max_tokens_per_row,
         total_steps=total_steps,
