@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
+from vlbench.compat.lightning_internals import trainer_device
 from vlbench.config.schema import PART_NAMES, Recipe, StageConfig
 from vlbench.data.data_sources import stage_data
 from vlbench.distributed import collectives
@@ -216,7 +217,7 @@ class StageRunner:
             batch_size=None,
             num_workers=workers,
             worker_init_fn=isolate_data_worker,
-            pin_memory=trainer.strategy.root_device.type == "cuda",
+            pin_memory=trainer_device(trainer).type == "cuda",
         )
         with CompiledBlocks(vlm, self.recipe.trainer.compile), explain_stage_errors(stage_run):
             trainer.fit(training, loader)

@@ -14,10 +14,11 @@ import torch
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import PyTorchProfiler
 
+from vlbench.compat.lightning_internals import trainer_device
+from vlbench.compat.torch_internals import is_compiler_error
 from vlbench.config.schema import Recipe
 from vlbench.connector import registry
 from vlbench.distributed.process_group import distributed_trainer_args, is_connection_error
-from vlbench.model.compile_blocks import is_compiler_error
 from vlbench.train import run_report
 from vlbench.train.stage_plan import StageRun
 
@@ -26,7 +27,7 @@ LIGHTNING_PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed"}
 
 def root_device(recipe: Recipe) -> torch.device:
     """Return the device that the recipe trains on."""
-    return build_trainer(recipe, [], None).strategy.root_device
+    return trainer_device(build_trainer(recipe, [], None))
 
 
 def build_trainer(

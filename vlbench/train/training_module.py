@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from vlbench.compat.lightning_internals import trainer_device, without_gradient_sync
 from vlbench.config.schema import PartTrainConfig, StageConfig
 from vlbench.connector.base import Connector
 from vlbench.data.batch_sampler import OptimizerStep
@@ -170,7 +171,7 @@ class VLMTrainingModule(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Count what a step takes, and shard the model where the strategy has a mesh."""
-        on_gpu = self.trainer.strategy.root_device.type == "cuda"
+        on_gpu = trainer_device(self.trainer).type == "cuda"
         if on_gpu and self.stage.objective == "language":  # nobody knows a processor's peak
             self.flops = count_step_flops(self.vlm)
         if self.device_mesh is not None:
@@ -335,9 +336,5 @@ class VLMTrainingModule(pl.LightningModule):
     @contextlib.contextmanager
     def _gradient_sync(self, is_last: bool) -> Iterator[None]:
         """Exchange gradients with other ranks in the last micro-batch of a step only."""
-        wrapped: Any = self.trainer.strategy.model
-        if is_last or not hasattr(wrapped, "no_sync"):
+        with contextlib.nullcontext() if is_last else without_gradient_sync(self.trainer):
             yield
-        else:
-            with wrapped.no_sync():
-                yield

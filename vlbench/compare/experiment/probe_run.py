@@ -9,6 +9,7 @@ import json
 import sys
 import time
 
+from vlbench.compat.lightning_internals import trainer_device
 from vlbench.config import recipe as recipes
 from vlbench.config.schema import Recipe
 from vlbench.errors import EnvironmentFailure, UserError
@@ -42,7 +43,7 @@ def evaluation_seconds(recipe: Recipe) -> float:
     if not questions:
         return 0.0
     vlm = build_vlm(recipe, list(recipe.stages.values())[-1].image_size)
-    vlm.to(build_trainer(recipe, [], None).strategy.root_device)
+    vlm.to(trainer_device(build_trainer(recipe, [], None)))
     began = time.monotonic()
     answer_questions(vlm, questions[:QUESTIONS_PER_BATCH], "")
     each = (time.monotonic() - began) / len(questions[:QUESTIONS_PER_BATCH])
