@@ -14,7 +14,7 @@ from vlbench.model.build_vlm import build_vlm
 from vlbench.model.train_flops import count_step_flops
 from vlbench.model.vlm import VLM
 from vlbench.train.stage_plan import build_stage_steps, plan_stage_runs
-from vlbench.train.training_module import freeze_untrained_parts
+from vlbench.train.trainable_parts import freeze_untrained_parts
 
 CONNECTORS = ("yivl_llava", "yivl_qformer", "yivl_flamingo", "yivl_eva")
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from vlbench.compat.torch_internals import compiler_settings
+from vlbench.errors import one_line
 
 if TYPE_CHECKING:
     from vlbench.model.vlm import VLM
@@ -65,5 +66,4 @@ def _forward_while_training(
 
 def describe_compiler_error(error: BaseException) -> str:
     """Return the first lines of what the compiler says, as one."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])[:300]
+    return one_line(error, max_lines=2)

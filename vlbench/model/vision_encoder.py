@@ -18,7 +18,7 @@ from vlbench.compat.vision_internals import (
     set_encoder_image_size,
 )
 from vlbench.data.image_processing import ImageTransform
-from vlbench.errors import UserError, suggest_name
+from vlbench.errors import UserError, one_line, suggest_name
 from vlbench.model.vision_config import (
     EMBEDDED_ENCODERS,
     OPEN_CLIP_FILES,
@@ -194,7 +194,7 @@ def build_encoder_from_config(
     try:
         visual = config.build_module()
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # open_clip's and timm's
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(f"vision.name is '{name}', which cannot be built ({reason})") from error
     if not has_encoder_blocks(visual):
         raise UserError(

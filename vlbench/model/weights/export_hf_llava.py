@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from vlbench.compat.transformers_internals import pil_llava_image_processor
 from vlbench.data.chat_template import ChatTemplate
-from vlbench.data.sample_encoding import ChatTurn
+from vlbench.data.sample import ChatTurn
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import UserError
 from vlbench.model.vlm import VLM
