@@ -29,7 +29,8 @@ __all__ = [
 
 def storage_address(tensor: Tensor) -> int:
     """Return a number that is the same for all tensors in one storage, while it lives."""
-    return tensor.untyped_storage()._cdata
+    address: int = tensor.untyped_storage()._cdata
+    return address
 
 
 def is_type_cast(operation: Any) -> bool:

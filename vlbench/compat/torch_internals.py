@@ -161,22 +161,24 @@ def make_flop_counter() -> FlopCounterMode:
     If they change, FLOP of attention on a CPU, and so budgets, are missing.
     """
     import torch
-    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+    from torch.utils import flop_counter
+
+    sdpa_flops: Callable[..., int] = flop_counter.sdpa_flop_count
 
     def forward_flops(query: Any, key: Any, value: Any, *args: Any, **options: Any) -> int:
-        return int(sdpa_flop_count(query, key, value))
+        return sdpa_flops(query, key, value)
 
     def backward_flops(
         gradient: Any, query: Any, key: Any, value: Any, *args: Any, **options: Any
     ) -> int:
-        return 2 * int(sdpa_flop_count(query, key, value))  # the recomputed forward is not counted
+        return 2 * sdpa_flops(query, key, value)  # the recomputed forward is not counted
 
     aten = torch.ops.aten
     formulas = {
         getattr(aten, CPU_ATTENTION): forward_flops,
         getattr(aten, f"{CPU_ATTENTION}_backward"): backward_flops,
     }
-    return FlopCounterMode(display=False, custom_mapping=formulas)
+    return flop_counter.FlopCounterMode(display=False, custom_mapping=formulas)
 
 
 def sigchld_flag_restorer() -> Callable[[], None]:

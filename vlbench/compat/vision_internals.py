@@ -23,7 +23,8 @@ def build_open_clip_encoder(
     """
     from open_clip.model import _build_vision_tower
 
-    return _build_vision_tower(embed_dim, vision_config, quick_gelu)
+    visual: nn.Module = _build_vision_tower(embed_dim, vision_config, quick_gelu)
+    return visual
 
 
 def has_timm_trunk(visual: nn.Module) -> bool:
