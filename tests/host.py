@@ -190,8 +190,8 @@ def run_commands(
     vlbench: Any, checkpoint: str, folder: str, record_changes: Callable[[str], None]
 ) -> None:
     """Call what the command line calls."""
-    from vlbench.config import recipe as recipes
     from vlbench import fit_command
+    from vlbench.config import recipe as recipes
 
     main = vlbench.__main__.main
     assert main(["chat", f"model={checkpoint}", "question=Hi", "max_new_tokens=3"]) == 0

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from vlbench.compat.transformers_internals import passed_through_mask
 from vlbench.config.recipe import with_random_weights
 from vlbench.config.schema import Recipe
 from vlbench.model.build_vlm import build_vlm
-from vlbench.model.packed_attention import empty_attention_mask
 from vlbench.model.train_flops import head_width, real_device, temporarily_frozen
 from vlbench.model.vlm import VLM
 
@@ -60,7 +60,7 @@ def count_connector_cost(vlm: VLM) -> ConnectorCost:
             visual,
             sees,
             position_ids=positions,
-            attention_mask=empty_attention_mask(vlm.device),
+            attention_mask=passed_through_mask(vlm.device),
             lengths=[[length]],
             use_cache=False,
         )

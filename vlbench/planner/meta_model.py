@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from vlbench.compat.vision_internals import keep_encoder_blocks
 from vlbench.config.recipe import with_random_weights
 from vlbench.config.schema import Recipe
 from vlbench.connector import registry
@@ -80,11 +81,7 @@ def build_meta_vlm(recipe: Recipe, stage_name: str, depth: ModelDepth | None = N
 
 def _truncate_encoder(vision_encoder: VisionEncoder, block_count: int) -> None:
     """Leave a tower its first blocks; the features are those of the last."""
-    visual = vision_encoder.visual
-    if hasattr(visual, "trunk"):
-        visual.trunk.blocks = visual.trunk.blocks[:block_count]
-    else:
-        visual.transformer.resblocks = visual.transformer.resblocks[:block_count]
+    keep_encoder_blocks(vision_encoder.visual, block_count)
     vision_encoder.block_index = block_count - 1
 
 

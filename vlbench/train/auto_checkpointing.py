@@ -100,7 +100,11 @@ def _measure_peak_memory(
         torch.cuda.empty_cache()
     trained_count = sum(p.numel() for p in vlm.parameters() if p.requires_grad)
     optimizer_bytes = OPTIMIZER_BYTES_PER_PARAM * trained_count
-    return torch.cuda.max_memory_allocated(device) + optimizer_bytes + _pooled_feature_bytes(batch, steps)
+    return (
+        torch.cuda.max_memory_allocated(device)
+        + optimizer_bytes
+        + _pooled_feature_bytes(batch, steps)
+    )
 
 
 def _pooled_feature_bytes(batch: PackedBatch, steps: StepDataset) -> int:

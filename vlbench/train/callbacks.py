@@ -72,7 +72,9 @@ class GracefulStop(pl.Callback):
         self._old_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> GracefulStop:
-        if threading.current_thread() is threading.main_thread():  # Python lets no other thread catch signals
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # Python lets no other thread catch signals
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._old_handlers[number] = signal.signal(number, self._on_signal)
         return self
@@ -208,7 +210,7 @@ class ValidationCallback(StageCallback):
         every_n_steps: int,
         checkpoint_callback: CheckpointCallback,
     ) -> None:
-        """Use encoded batches; the losses are handed to the callback that keeps the best checkpoint."""
+        """Use encoded batches; hand losses to the callback that keeps the best checkpoint."""
         self.batches, self.every_n_steps = batches, every_n_steps
         self.checkpoint_callback = checkpoint_callback
         self.latest_losses: dict[str, float] = {}

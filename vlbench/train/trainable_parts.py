@@ -99,9 +99,7 @@ def parts_to_save(stages: Sequence[StageConfig], always_saved: Sequence[str]) ->
     These are the parts whose weights the stages changed, and `always_saved`: parts whose first
     weights are in no file that the recipe names.
     """
-    return [
-        part for part in MODEL_PARTS if part in always_saved or _is_part_changed(part, stages)
-    ]
+    return [part for part in MODEL_PARTS if part in always_saved or _is_part_changed(part, stages)]
 
 
 def _is_part_changed(part: str, stages: Sequence[StageConfig]) -> bool:
