@@ -100,7 +100,7 @@ def test_another_file_is_not_mixed_with_answers_that_are_there(run, data, capsys
     assert main(given) == 0
     data.write_text(data.read_text().replace("Round?", "Square?"))
     assert main(given) == 2
-    assert "is another exam; it differs in revision" in capsys.readouterr().err
+    assert "holds answers under other settings; they differ in revision" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,9 @@ def test_bad_samples_are_noted_again_after_a_kill_in_the_middle_of_a_line(tmp_pa
 
 
 def test_an_exam_with_odd_answers_goes_on(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(batch_inference, "decode_answer", lambda *_: ODD)
+    monkeypatch.setattr(
+        batch_inference, "answer_batch", lambda _, samples, **o: [ODD] * len(samples)
+    )
     for name in ("whole", "out"):
         assert take(model, tmp_path / name, "mmmu", "mmmu_tiny", "limit=6") == 0
     file = tmp_path / "out/answers.jsonl"

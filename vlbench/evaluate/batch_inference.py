@@ -2,7 +2,7 @@
 
 A folder of answers holds
 
-    exam.json       what is asked, how, and of which model: other settings are refused
+    settings.json   what is asked, how, and of which model: other settings are refused
     answers.jsonl   a line per question; `score` reads those of MMMU and CMMMU
     blank.jsonl     the same with blank images, on request
     skipped.jsonl   questions that are not asked, and why
@@ -38,7 +38,7 @@ from vlbench.text_files import format_json_lines, read_json, read_json_lines, wr
 QUESTIONS_PER_BATCH = 64
 EXTRA_TOKENS = 4  # tokens beyond the longest true answer: a longer one is wrong anyway
 ANSWERS_FILE, BLANK_FILE, SKIPPED_FILE = "answers.jsonl", "blank.jsonl", "skipped.jsonl"
-SETTINGS_FILE = "exam.json"
+SETTINGS_FILE = "settings.json"
 
 
 def answer_batch(vlm: VLM, samples: Sequence[Sample], **generation_options: Any) -> list[str]:
@@ -202,7 +202,10 @@ def open_answers_folder(folder: Path, task_settings: dict[str, Any]) -> None:
             if stored.get(key) != task_settings.get(key)
         ]
         if differences:
-            raise UserError(f"out={folder} is another exam; it differs in {', '.join(differences)}")
+            raise UserError(
+                f"out={folder} holds answers under other settings; they differ in "
+                f"{', '.join(differences)}"
+            )
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 First what the two benchmarks have in common, then MMMU (letters, open questions), then CMMMU
 (letters 选择, true or false 判断, fill in the blank 填空). The behaviour is that of the benchmarks'
-own `eval_utils.py` and, where a name has `lmms`, of lmms-eval's copy of it. `bare` takes a response
+own `eval_utils.py` and, where a name has `lmms`, of lmms-eval's copy of it. `raw` takes a response
 that is the answer and nothing else.
 """
 
@@ -142,7 +142,7 @@ def whole_response(item: AnsweredItem) -> object:
     return item.response
 
 
-def parse_letter_bare(item: AnsweredItem) -> str:
+def parse_letter_raw(item: AnsweredItem) -> str:
     """Return a response that is a letter and nothing else; "" for any other."""
     response = require_text(item, item.response, "response")
     return response if len(response) == 1 and response in option_letters(item.options) else ""
@@ -182,7 +182,7 @@ def parse_open_lmms(item: AnsweredItem) -> str:
     return str(next(iter(parse_open_values(item)), ""))
 
 
-def parse_open_bare(item: AnsweredItem) -> list[AnswerValue]:
+def parse_open_raw(item: AnsweredItem) -> list[AnswerValue]:
     """Return the whole response, normalised; values that are parsed already as they are."""
     if isinstance(item.response, tuple):
         return list(item.response)
@@ -202,7 +202,7 @@ def is_correct_open_lmms(prediction: str, item: AnsweredItem) -> bool:
     return has_any_gold(list(prediction), open_golds(item))
 
 
-def is_correct_open_bare(prediction: Sequence[AnswerValue], item: AnsweredItem) -> bool:
+def is_correct_open_raw(prediction: Sequence[AnswerValue], item: AnsweredItem) -> bool:
     """Return whether the response is a right answer, apart from case and decimals."""
     return any(value in open_golds(item) for value in prediction)
 
@@ -268,7 +268,7 @@ def parse_letters_official(item: AnsweredItem) -> str | None:
     return parse_letters_lmms(item) if item.response else ""
 
 
-def parse_letters_bare(item: AnsweredItem) -> str:
+def parse_letters_raw(item: AnsweredItem) -> str:
     """Return a response that is letters from A to D and nothing else; "" for any other."""
     response = require_text(item, item.response, "response")
     return response if set(response) <= set(CMMMU_LETTERS) else ""
@@ -327,7 +327,7 @@ def _majority_judgement(response: str, denial_pattern: re.Pattern[str] | None) -
     return max(votes, key=votes.__getitem__)
 
 
-def parse_judgement_bare(item: AnsweredItem) -> str:
+def parse_judgement_raw(item: AnsweredItem) -> str:
     """Return a response that is 对 or 错 and nothing else; "" for any other."""
     response = require_text(item, item.response, "response")
     return response if response in (TRUE_ANSWER, FALSE_ANSWER) else ""
@@ -352,7 +352,7 @@ def parse_fill_in_values(item: AnsweredItem) -> list[AnswerValue]:
     return distinct_values(value for text in texts for value in normalize_fill_in(text, item))
 
 
-def parse_fill_in_bare(item: AnsweredItem) -> list[AnswerValue]:
+def parse_fill_in_raw(item: AnsweredItem) -> list[AnswerValue]:
     """Return the whole response, normalised."""
     return normalize_fill_in(require_text(item, item.response, "response"), item)
 
@@ -362,7 +362,7 @@ def is_correct_fill_in(prediction: Sequence[AnswerValue], item: AnsweredItem) ->
     return has_any_gold(prediction, normalize_fill_in(item.answer, item))
 
 
-def is_correct_fill_in_bare(prediction: Sequence[AnswerValue], item: AnsweredItem) -> bool:
+def is_correct_fill_in_raw(prediction: Sequence[AnswerValue], item: AnsweredItem) -> bool:
     """Return whether the response is the answer, apart from decimals."""
     return any(value in normalize_fill_in(item.answer, item) for value in prediction)
 

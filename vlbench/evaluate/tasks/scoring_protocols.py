@@ -103,8 +103,8 @@ SCORING_PROTOCOLS: dict[str, dict[str, ScoringProtocol]] = {
         "strict": replace(MMMU_OFFICIAL, random_fallback=False),
         "raw": ScoringProtocol(
             _mmmu_rules(
-                ScoringRule(parsing.parse_letter_bare, parsing.is_correct_letter),
-                ScoringRule(parsing.parse_open_bare, parsing.is_correct_open_bare),
+                ScoringRule(parsing.parse_letter_raw, parsing.is_correct_letter),
+                ScoringRule(parsing.parse_open_raw, parsing.is_correct_open_raw),
             ),
             random_fallback=False,
             accuracy_format=".3f",
@@ -137,9 +137,9 @@ SCORING_PROTOCOLS: dict[str, dict[str, ScoringProtocol]] = {
         ),
         "raw": ScoringProtocol(
             _cmmmu_rules(
-                ScoringRule(parsing.parse_letters_bare, parsing.is_exact_answer),
-                ScoringRule(parsing.parse_judgement_bare, parsing.is_exact_answer),
-                ScoringRule(parsing.parse_fill_in_bare, parsing.is_correct_fill_in_bare),
+                ScoringRule(parsing.parse_letters_raw, parsing.is_exact_answer),
+                ScoringRule(parsing.parse_judgement_raw, parsing.is_exact_answer),
+                ScoringRule(parsing.parse_fill_in_raw, parsing.is_correct_fill_in_raw),
             ),
             random_fallback=False,
             accuracy_format="g",
