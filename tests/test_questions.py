@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from small import NoiseImage
 
-from vlbench.data.sample_encoding import IMAGE_PLACEHOLDER, ChatTurn, Sample
+from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
 from vlbench.errors import BadSample
 from vlbench.evaluate.heldout_questions import (
     blank_images,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import TypeVar
 
-from vlbench.data.sample_encoding import Sample, SampleSource, sample_at
+from vlbench.data.sample import Sample, SampleSource, sample_at
 from vlbench.errors import UserError
 
 ItemT = TypeVar("ItemT")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from vlbench.config.schema import Recipe
 from vlbench.data.data_sources import SCENES_SOURCE, open_held_out, open_stage_sources
 from vlbench.data.image_processing import blank_image
-from vlbench.data.sample_encoding import IMAGE_PLACEHOLDER, LazyImage, Sample, SampleSource
+from vlbench.data.sample import IMAGE_PLACEHOLDER, LazyImage, Sample, SampleSource
 from vlbench.data.scene_dataset import held_out_questions
 from vlbench.data.shuffle import pick_fixed_subset
 from vlbench.errors import BadSample, UserError

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from vlbench.data.image_processing import ZeroImage
-from vlbench.data.sample_encoding import LazyImage
+from vlbench.data.sample import LazyImage
 from vlbench.errors import UserError, suggest_name
 from vlbench.evaluate.tasks.benchmark_types import (
     CMMMU_CHOICE_TYPE,

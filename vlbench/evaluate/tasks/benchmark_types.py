@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from vlbench.data.image_processing import open_image_bytes
-from vlbench.data.sample_encoding import IMAGE_PLACEHOLDER, ChatTurn, LazyImage
+from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, LazyImage
 from vlbench.errors import UserError
 
 UNKNOWN_SUBJECT = "unknown"

@@ -21,6 +21,7 @@ from vlbench.evaluate.tasks.benchmark_types import (
     SubjectDomains,
 )
 from vlbench.text_files import format_json_lines, read_text, write_atomically
+from vlbench.text_tables import format_table
 
 PUBLISHED_FILE = Path(__file__).with_name("published.yaml")
 PUBLISHED_COLUMNS = 7  # all questions, and six domains
@@ -175,7 +176,7 @@ def format_score_table(scores: dict[str, Any], accuracy_format: str) -> Iterator
         f"{drawn} answers drawn at random, {unread} more unreadable; "
         f"{(drawn + unread) / scores['n']:.1%} could not be read"
     )
-    yield "     n  correct  accuracy  95 % interval"
+    rows: list[tuple[str, ...]] = [("n", "correct", "accuracy", "95 % interval", "")]
     groups = chain.from_iterable(
         scores[f"by_{kind}"].items() for kind in ("type", "domain", "subject")
     )
@@ -183,10 +184,9 @@ def format_score_table(scores: dict[str, Any], accuracy_format: str) -> Iterator
         if group["n"]:
             low, high = group["interval"]
             accuracy = format(group["accuracy"], accuracy_format)
-            yield (
-                f"{group['n']:6}  {group['correct']:7}  {accuracy:>8}  {low:.3f} to {high:.3f}  "
-                f"{name}"
-            )
+            interval = f"{low:.3f} to {high:.3f}"
+            rows.append((str(group["n"]), str(group["correct"]), accuracy, interval, name))
+    yield from format_table(rows, ">>>><")
 
 
 def format_published(scores: dict[str, Any]) -> Iterator[str]:
