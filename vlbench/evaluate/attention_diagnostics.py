@@ -151,7 +151,8 @@ def _keep_last_answer(labels: list[int]) -> list[int]:
 def _relevance_shares(values: Tensor, gradients: Tensor) -> Tensor:
     """Return the shares `[count]` of vectors `[count, width]`; NaN where all gradients are 0."""
     norms = (values.detach().double() * gradients.double()).norm(dim=-1)
-    return (norms / norms.sum()).cpu()
+    shares: Tensor = norms / norms.sum()
+    return shares.cpu()
 
 
 def _summarize_attention(
@@ -170,7 +171,7 @@ def _summarize_attention(
 
 def _patch_grid(shares: Tensor, grid: tuple[int, int]) -> Any:
     """Return `[patches]` as rows of the grid; None if a share is not finite."""
-    return _round_numbers(shares.unflatten(0, grid)) if shares.isfinite().all() else None
+    return _round_numbers(shares.reshape(grid)) if shares.isfinite().all() else None
 
 
 def _round_numbers(values: Tensor) -> Any:

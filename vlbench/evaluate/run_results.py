@@ -53,19 +53,13 @@ def write_results(
         if should_stop():
             return False
     _write_answers(run.folder / "answers.jsonl", question_sets, answers)
-    main_answers = answers["accuracy"]
     draw_examples(
-        pick_examples(questions, main_answers, recipe.log.examples),
+        pick_examples(questions, answers["accuracy"], recipe.log.examples),
         run.folder / "examples.png",
         f"{recipe.recipe}, size {recipe.size}: answers about {asked_of}",
     )
-    results: dict[str, Any] = {
-        name: exact_match_accuracy(asked, answers[name]) if asked else None
-        for name, asked in question_sets.items()
-    }
-    results |= {
-        "accuracy_by_type": accuracy_by_group(questions, main_answers, lambda q: q.type),
-        "accuracy_by_language": accuracy_by_group(questions, main_answers, lambda q: q.language),
+    results = {
+        **_accuracies(question_sets, answers),
         "questions": len(questions),
         "unseen_questions": len(unseen),
         "asked_of": asked_of,
@@ -81,12 +75,27 @@ def write_results(
     }
     write_atomically(run.results_file, json.dumps(results, indent=1, ensure_ascii=False))
     # last, as it runs more of a user's own connector: the results are safe if that fails
-    answered = list(zip(questions, main_answers, strict=True))
+    answered = list(zip(questions, answers["accuracy"], strict=True))
     diagnostics = diagnose_answers(vlm, pick_fixed_subset(answered, DIAGNOSED_QUESTIONS))
     if diagnostics:
         text = json.dumps(diagnostics, ensure_ascii=False)
         write_atomically(run.folder / "diagnostics.json", text)
     return True
+
+
+def _accuracies(
+    question_sets: dict[str, list[EvalQuestion]], answers: dict[str, list[str]]
+) -> dict[str, Any]:
+    """Return the accuracy of each set, None for an empty one, and the groups of the first."""
+    questions, main_answers = question_sets["accuracy"], answers["accuracy"]
+    return {
+        **{
+            name: exact_match_accuracy(asked, answers[name]) if asked else None
+            for name, asked in question_sets.items()
+        },
+        "accuracy_by_type": accuracy_by_group(questions, main_answers, lambda q: q.type),
+        "accuracy_by_language": accuracy_by_group(questions, main_answers, lambda q: q.language),
+    }
 
 
 def exact_match_accuracy(questions: Iterable[EvalQuestion], answers: Iterable[str]) -> float:

@@ -7,12 +7,8 @@ from pathlib import Path
 
 from vlbench.config.overrides import parse_key_values, read_integer
 from vlbench.errors import UserError
-from vlbench.evaluate.tasks.answer_files import (
-    AnswerRecord,
-    first_errors,
-    read_answers,
-    read_truths,
-)
+from vlbench.evaluate.tasks.answer_files import first_errors, read_answers, read_truths
+from vlbench.evaluate.tasks.answer_formats import AnswerRecord
 from vlbench.evaluate.tasks.benchmark_types import AnsweredItem
 from vlbench.evaluate.tasks.score_report import (
     format_published,
