@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_exam import take
+from test_eval_command import take
 from test_report import run as finished_run
 
 from vlbench.__main__ import main
