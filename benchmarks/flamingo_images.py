@@ -19,14 +19,14 @@ from vlbench.data.packing import PackedBatch, collate
 from vlbench.data.sample_encoding import IMAGE_PLACEHOLDER, ChatTurn, Sample, encode_sample
 from vlbench.data.scene_world import make_scene
 from vlbench.model.build_vlm import build_vlm
-from vlbench.model.vlm import VLM
+from vlbench.model.loaded_vlm import LoadedVLM
 
 TURNS = 8
 WORDS = 200  # in an answer
 ROUNDS = 15
 
 
-def make_conversation(vlm: VLM, images: int) -> PackedBatch:
+def make_conversation(vlm: LoadedVLM, images: int) -> PackedBatch:
     """Return a conversation of TURNS exchanges, of which `images` show a picture each."""
     turns = []
     for number in range(TURNS):
@@ -36,15 +36,19 @@ def make_conversation(vlm: VLM, images: int) -> PackedBatch:
     pictures = tuple(make_scene("bench", 0, number) for number in range(images))
     per_image = vlm.connector.tokens_per_image
     one = encode_sample(
-        Sample("bench", tuple(turns), pictures), vlm.template, vlm.tokenizer, per_image, 1 << 20
+        Sample("bench", tuple(turns), pictures),
+        vlm.processor.template,
+        vlm.tokenizer,
+        per_image,
+        1 << 20,
     )
-    return collate([[one]], lambda picture: vlm.transform(picture.open()))
+    return collate([[one]], lambda picture: vlm.processor.transform(picture.open()))
 
 
-def injection_pass(vlm: VLM, batch: PackedBatch) -> Callable[[], torch.Tensor]:
+def injection_pass(vlm: LoadedVLM, batch: PackedBatch) -> Callable[[], torch.Tensor]:
     """Return the gated layers alone, over the same hidden states."""
     visual = vlm.visual(batch).detach()
-    hidden = torch.randn(*batch.input_ids.shape, vlm.shapes.lm_width, requires_grad=True)
+    hidden = torch.randn(*batch.input_ids.shape, vlm.model.shapes.lm_width, requires_grad=True)
 
     def run_injection() -> torch.Tensor:
         out = hidden

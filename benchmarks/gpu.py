@@ -31,8 +31,8 @@ from torch.utils.data import DataLoader
 from vlbench.config import recipe as recipes
 from vlbench.config.schema import Recipe
 from vlbench.model.build_vlm import build_vlm
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.train_flops import count_step_flops
-from vlbench.model.vlm import VLM
 from vlbench.train.auto_checkpointing import set_activation_checkpointing
 from vlbench.train.lightning_trainer import build_trainer, root_device
 from vlbench.train.stage_plan import plan_stage_runs
@@ -72,7 +72,7 @@ def _synchronize_device(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def build_random_vlm(recipe: Recipe, image_size: int, device: torch.device) -> VLM:
+def build_random_vlm(recipe: Recipe, image_size: int, device: torch.device) -> LoadedVLM:
     """Return the model of a recipe with random weights, made where it will be trained."""
     recipe = dataclasses.replace(
         recipe,
@@ -96,7 +96,7 @@ def measure_stage(overrides: list[str], stage: str, steps: int) -> list[str]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     vlm = build_random_vlm(recipe, chosen.image_size, device)
-    freeze_untrained_parts(vlm, chosen)
+    freeze_untrained_parts(vlm.model, chosen)
     side = chosen.image_size
     shown = torch.randn(small.PICTURES, 3, side, side)
     images = (1, 1) if chosen.sample_format == "caption" else small.IMAGES
@@ -106,9 +106,9 @@ def measure_stage(overrides: list[str], stage: str, steps: int) -> list[str]:
     )
     data: Any = PackedSteps(samples, BATCH, chosen.max_tokens_per_row, shown)
     way = set_activation_checkpointing(recipe, vlm, data, device)
-    flops = count_step_flops(vlm)
+    flops = count_step_flops(vlm.model)
     watch = StepTimer()
-    module = VLMTrainingModule(vlm, chosen, steps, 0, 0, [watch])
+    module = VLMTrainingModule(vlm.model, chosen, steps, 0, 0, [watch])
     loader: DataLoader = DataLoader(data, batch_size=None, pin_memory=device.type == "cuda")
     try:
         build_trainer(recipe, [], None).fit(module, loader)

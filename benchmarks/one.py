@@ -25,7 +25,7 @@ from vlbench.config import recipe as recipes
 from vlbench.config.schema import PartTrainConfig, StageConfig
 from vlbench.data.batch_sampler import OptimizerStep
 from vlbench.data.sample_encoding import EncodedSample
-from vlbench.model.vlm import VLM
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.train.lightning_trainer import build_trainer
 from vlbench.train.training_module import StageCallback, VLMTrainingModule, freeze_untrained_parts
 
@@ -57,7 +57,7 @@ class StepTimer(StageCallback):
 
 
 def train_with_vlbench(
-    vlm: VLM,
+    vlm: LoadedVLM,
     samples: list[EncodedSample],
     part: str,
     micro: int,
@@ -79,8 +79,8 @@ def train_with_vlbench(
         global_batch_size=BATCH,
     )
     recipe = dataclasses.replace(recipe, precision="bf16" if bf16 else "32")
-    freeze_untrained_parts(vlm, stage)
-    vlm.enable_activation_checkpointing(checkpointing_mode)
+    freeze_untrained_parts(vlm.model, stage)
+    vlm.model.enable_activation_checkpointing(checkpointing_mode)
     shown = random_pixels()
     features = None
     if known_features:
@@ -88,14 +88,14 @@ def train_with_vlbench(
             features = vlm.vision(shown)
     steps = PackedSteps(samples, BATCH, micro, shown, features)
     watch = StepTimer()
-    module = VLMTrainingModule(vlm, stage, len(steps), 0, 0, [watch])
+    module = VLMTrainingModule(vlm.model, stage, len(steps), 0, 0, [watch])
     loader: DataLoader = DataLoader(steps, batch_size=None, shuffle=False)
     build_trainer(recipe, [], None).fit(module, loader)
     return watch
 
 
 def train_with_trainer(
-    vlm: VLM,
+    vlm: LoadedVLM,
     samples: list[EncodedSample],
     part: str,
     micro: int,

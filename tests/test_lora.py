@@ -46,7 +46,7 @@ def test_every_adapter_learns_and_the_weights_stay(part, options):
     plain = small_vlm(registry.load_connector("llava_mlp")).double()
     before = {name: value.clone() for name, value in getattr(plain, part).state_dict().items()}
     vlm = adapted(part, **options)
-    vlm.requires_grad_(False)
+    vlm.model.requires_grad_(False)
     used = {id(p) for p in vlm.vision.used_parameters()}
     for parameter in lora_adapters.adapter_parameters(getattr(vlm, part)).values():
         parameter.requires_grad_(part == "language" or id(parameter) in used)

@@ -203,9 +203,9 @@ def test_a_part_without_parameters_is_no_part_to_train():
     stage = SimpleNamespace(trained_parts={"connector": SimpleNamespace(lora=None)})
     leg: Any = SimpleNamespace(name="chat", stage=stage, total_steps=2)
     with pytest.raises(UserError, match="names connector, which has no parameters"):
-        check_trainable_params(vlm, leg)
+        check_trainable_params(vlm.model, leg)
     vlm.connector = torch.nn.Linear(1, 1)
-    check_trainable_params(vlm, leg)
+    check_trainable_params(vlm.model, leg)
 
 
 # ---- identity

@@ -41,13 +41,13 @@ def count_recipe_cost(recipe: Recipe) -> ConnectorCost:
         language=dataclasses.replace(recipe.language, weights="random"),
     )
     with torch.device("meta"):
-        return count_connector_cost(build_vlm(recipe, side))
+        return count_connector_cost(build_vlm(recipe, side).model)
 
 
 def count_connector_cost(vlm: VLM) -> ConnectorCost:
     """Count the cost of a model's connector at its image size; on `meta` nothing is computed."""
     shapes, connector, config = vlm.shapes, vlm.connector, vlm.language.config
-    kind = vlm.language.get_input_embeddings().weight.dtype
+    kind = vlm.token_embedding.weight.dtype
     length = connector.tokens_per_image + QUESTION_TOKENS
     with vlm.device:
         features = torch.zeros(

@@ -19,6 +19,7 @@ from vlbench.distributed import collectives
 from vlbench.distributed.launcher import is_launcher_gone
 from vlbench.errors import BadSample, UserError
 from vlbench.model.contrastive_loss import add_contrast_pools
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vlm import VLM
 from vlbench.text_files import append_json_lines, read_json_lines
 from vlbench.train import checkpoint_files
@@ -88,6 +89,7 @@ class CheckpointCallback(StageCallback):
 
     def __init__(
         self,
+        vlm: LoadedVLM,
         run: RunFolder,
         stage_id: tuple[int, str],
         parts: list[str],
@@ -96,10 +98,11 @@ class CheckpointCallback(StageCallback):
         graceful_stop: GracefulStop,
         elapsed_seconds: Callable[[], float],
     ) -> None:
-        """Save `parts` of the model of `stage` (number, name) into `run`.
+        """Save `parts` of `vlm` during stage `stage_id` (number, name) into `run`.
 
         `clock` tells how many seconds the run has taken.
         """
+        self.vlm = vlm
         self.run, self.stage_id, self.parts, self.elapsed_seconds = (
             run,
             stage_id,
@@ -143,9 +146,8 @@ class CheckpointCallback(StageCallback):
         )
         optimizer = training.trainer.optimizers[0]
         where, recipe = self.run.checkpoints_folder, self.run.recipe_file
-        vlm, parts = training.vlm, self.parts
         self.writer = checkpoint_files.CheckpointWriter(
-            where, position, vlm, parts, optimizer, recipe
+            where, position, self.vlm, self.parts, optimizer, recipe
         )
         self.saved_at = time.monotonic()
         self.save_seconds = self.saved_at - began

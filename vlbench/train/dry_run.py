@@ -73,14 +73,14 @@ def measure_stages(recipe: Recipe, stage_runs: list[StageRun]) -> Iterator[Stage
         if not leg.total_steps:
             continue
         vlm.set_image_size(leg.stage.image_size)
-        freeze_untrained_parts(vlm, leg.stage)
-        held = hold_frozen_bf16(recipe, vlm)
+        freeze_untrained_parts(vlm.model, leg.stage)
+        held = hold_frozen_bf16(recipe, vlm.model)
         steps = replace(
             build_stage_steps(vlm, leg),
             rank=collectives.rank(),
             world_size=collectives.world_size(),
         )
-        set_activation_checkpointing(recipe, vlm, steps, root_device(recipe))
+        set_activation_checkpointing(recipe, vlm.model, steps, root_device(recipe))
         candidates = [steps[n] for n in range(min(CANDIDATE_STEPS, leg.total_steps))]
         longest = max(candidates, key=_count_positions)
         if not collectives.all_gather_numbers([_count_positions(longest)]).sum():
@@ -91,8 +91,8 @@ def measure_stages(recipe: Recipe, stage_runs: list[StageRun]) -> Iterator[Stage
             )
         tried = [longest, *candidates[:TIMED_STEPS]]
         clock = _StepClock()
-        module = VLMTrainingModule(vlm, leg.stage, len(tried), 0, recipe.seed, [clock])
-        with CompiledBlocks(vlm, recipe.trainer.compile), explain_stage_errors(leg):
+        module = VLMTrainingModule(vlm.model, leg.stage, len(tried), 0, recipe.seed, [clock])
+        with CompiledBlocks(vlm.model, recipe.trainer.compile), explain_stage_errors(leg):
             loader: DataLoader = DataLoader(tried, batch_size=None)  # type: ignore[arg-type]
             build_trainer(recipe, [], None).fit(module, loader)
         held.restore_float32()

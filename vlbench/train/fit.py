@@ -23,6 +23,7 @@ from vlbench.model import lora_adapters
 from vlbench.model.build_vlm import build_vlm
 from vlbench.model.compile_blocks import CompiledBlocks
 from vlbench.model.frozen_bf16 import FrozenBF16
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vlm import VLM
 from vlbench.model.weights.tensor_groups import move_and_cast
 from vlbench.process_settings import preserve_process_settings
@@ -160,7 +161,7 @@ class StageRunner:
         leave_process_group()
         return self.evaluate_and_report(vlm)
 
-    def load_newest_model(self) -> VLM:
+    def load_newest_model(self) -> LoadedVLM:
         """Return the model of the newest checkpoint."""
         assert self.run.latest_position is not None
         return load_checkpoint(
@@ -169,19 +170,19 @@ class StageRunner:
             mmap_language=is_fsdp_sharded(self.recipe),
         )
 
-    def train_stage(self, vlm: VLM, stage_run: StageRun, steps_done: int) -> None:
+    def train_stage(self, vlm: LoadedVLM, stage_run: StageRun, steps_done: int) -> None:
         """Run one stage after its first `done` steps, to its end or until somebody stops it."""
         torch.manual_seed(self.recipe.seed)  # of what the connector builds for the stage alone
-        freeze_untrained_parts(vlm, stage_run.stage)
-        held = hold_frozen_bf16(self.recipe, vlm)
+        freeze_untrained_parts(vlm.model, stage_run.stage)
+        held = hold_frozen_bf16(self.recipe, vlm.model)
         steps = replace(
             build_stage_steps(vlm, stage_run),
             rank=collectives.rank(),
             world_size=collectives.world_size(),
         )
-        how = set_activation_checkpointing(self.recipe, vlm, steps, root_device(self.recipe))
+        how = set_activation_checkpointing(self.recipe, vlm.model, steps, root_device(self.recipe))
         run_report.show_stage(
-            stage_run.name, stage_run.stage, stage_run.total_steps, steps_done, vlm
+            stage_run.name, stage_run.stage, stage_run.total_steps, steps_done, vlm.model
         )
         if self.recipe.activation_checkpointing == "auto":
             print(f"  activation_checkpointing=auto: {how}")
@@ -194,7 +195,7 @@ class StageRunner:
             position = RunPosition(stage_run.stage_index, stage_run.name, steps_done)
             state = checkpoint_files.read_optimizer_state(self.run.checkpoint_path(position))
         training = VLMTrainingModule(
-            vlm,
+            vlm.model,
             stage_run.stage,
             stage_run.total_steps,
             steps_done,
@@ -218,18 +219,22 @@ class StageRunner:
             worker_init_fn=isolate_data_worker,
             pin_memory=trainer.strategy.root_device.type == "cuda",
         )
-        with CompiledBlocks(vlm, self.recipe.trainer.compile), explain_stage_errors(stage_run):
+        with (
+            CompiledBlocks(vlm.model, self.recipe.trainer.compile),
+            explain_stage_errors(stage_run),
+        ):
             trainer.fit(training, loader)
         held.restore_float32()
         self.seen = training.seen
 
     def build_callbacks(
-        self, vlm: VLM, stage_run: StageRun, steps_done: int
+        self, vlm: LoadedVLM, stage_run: StageRun, steps_done: int
     ) -> list[StageCallback]:
         """Return what looks on while a stage trains, in the order of looking."""
         settings, log = self.recipe.trainer, self.recipe.log
         parts = self.checkpoint_parts(stage_run)
         saving = CheckpointCallback(
+            vlm,
             self.run,
             (stage_run.stage_index, stage_run.name),
             parts,
@@ -239,7 +244,7 @@ class StageRunner:
             self.elapsed_seconds,
         )
         run_report.show_disk_usage(
-            vlm, parts, settings.keep_last_checkpoints, self.run.checkpoints_folder
+            vlm.model, parts, settings.keep_last_checkpoints, self.run.checkpoints_folder
         )
         held_out = ValidationCallback(
             held_out_batches(self.recipe, vlm, stage_run), log.evaluate_every, saving
@@ -276,7 +281,7 @@ class StageRunner:
                 trained.add(part)
         return [part for part in ("vision", "connector", "language") if part in trained]
 
-    def evaluate_and_report(self, vlm: VLM) -> int:
+    def evaluate_and_report(self, vlm: LoadedVLM) -> int:
         """Evaluate the trained model, write results and examples, and print them."""
         from vlbench.evaluate.run_results import write_results
 
@@ -288,9 +293,9 @@ class StageRunner:
             checkpoint_files.CheckpointWriter(
                 where, position, vlm, parts, None, recipe
             ).finish_writing()
-        vlm.requires_grad_(False)
+        vlm.model.requires_grad_(False)
         hold_frozen_bf16(
-            self.recipe, vlm
+            self.recipe, vlm.model
         )  # what fitted into memory while it was trained shall still fit
         vlm.to(root_device(self.recipe))  # Lightning took it away
         done = write_results(
@@ -307,7 +312,7 @@ class StageRunner:
 
 def build_or_resume_model(
     recipe: Recipe, stage_runs: list[StageRun], run: RunFolder | None
-) -> tuple[VLM, RunPosition]:
+) -> tuple[LoadedVLM, RunPosition]:
     """Build the model where training begins or goes on, with the newest weights of the run."""
     latest = run.latest_position if run else None
     start = latest or RunPosition(0, stage_runs[0].name, 0)
@@ -321,15 +326,15 @@ def build_or_resume_model(
         vlm = build_from_init(recipe, stage, is_fsdp_sharded(recipe))
     else:
         vlm = build_vlm(recipe, stage.image_size, stage.objective, is_fsdp_sharded(recipe))
-    vlm.vision.draft = recipe.data.decode == "draft"
+    vlm.processor = vlm.processor.with_draft_decoding(recipe.data.decode == "draft")
     for leg in stage_runs:
-        check_objective(vlm, leg.name, leg.stage)
-        check_trainable_params(vlm, leg)
+        check_objective(vlm.model, leg.name, leg.stage)
+        check_trainable_params(vlm.model, leg)
         for part, how in leg.stage.trained_parts.items():
             if how.lora:
                 name = f"stages.{leg.name}.train.{part}"
                 lora_adapters.check_adapters(
-                    getattr(vlm, part), name, how.lora.targets, how.lora.bits
+                    getattr(vlm.model, part), name, how.lora.targets, how.lora.bits
                 )
     return vlm, start
 

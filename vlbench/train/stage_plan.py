@@ -20,7 +20,7 @@ from vlbench.data.sample_encoding import SampleSource
 from vlbench.data.shards import WebDatasetShards
 from vlbench.data.shuffle import SourceMixture
 from vlbench.errors import BadSample, UserError
-from vlbench.model.vlm import VLM
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.train.callbacks import check_bad_samples
 from vlbench.train.run_report import print_status
 
@@ -224,7 +224,7 @@ def check_caption_images(stage_run: StageRun, bad_samples: list[BadSample]) -> N
     )
 
 
-def build_stage_steps(vlm: VLM, stage_run: StageRun) -> StepDataset:
+def build_stage_steps(vlm: LoadedVLM, stage_run: StageRun) -> StepDataset:
     """Return the optimizer steps of a stage: a map from step number to micro-batches."""
     return _build_steps(
         vlm, stage_run, stage_run.data, stage_run.stage.global_batch_size, stage_run.total_steps
@@ -232,15 +232,19 @@ def build_stage_steps(vlm: VLM, stage_run: StageRun) -> StepDataset:
 
 
 def _build_steps(
-    vlm: VLM, stage_run: StageRun, data: SourceMixture, global_batch_size: int, total_steps: int
+    vlm: LoadedVLM,
+    stage_run: StageRun,
+    data: SourceMixture,
+    global_batch_size: int,
+    total_steps: int,
 ) -> StepDataset:
     return StepDataset(
         mixture=data,
-        chat_template=vlm.template,
+        chat_template=vlm.processor.template,
         tokenizer=vlm.tokenizer,
-        image_transform=vlm.transform,
-        tokens_per_image=vlm.connector.tokens_per_image,
-        max_length=vlm.max_length,
+        image_transform=vlm.processor.transform,
+        tokens_per_image=vlm.processor.tokens_per_image,
+        max_length=vlm.processor.max_length,
         sample_format=stage_run.stage.sample_format,
         global_batch_size=global_batch_size,
         max_tokens_per_row=stage_run.stage.max_tokens_per_row,
@@ -248,7 +252,7 @@ def _build_steps(
     )
 
 
-def held_out_batches(recipe: Recipe, vlm: VLM, stage_run: StageRun) -> list[PackedBatch]:
+def held_out_batches(recipe: Recipe, vlm: LoadedVLM, stage_run: StageRun) -> list[PackedBatch]:
     """Return encoded samples that training never meets, [] when the data have none."""
     source = stage_run.val_source or open_held_out(recipe.data, stage_run.stage, recipe.seed)
     if source is None:
