@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from vlbench.config import recipe as recipes
 from vlbench.data.packing import PackedBatch, collate
-from vlbench.data.sample_encoding import IMAGE_PLACEHOLDER, ChatTurn, Sample, encode_sample
+from vlbench.data.sample_encoding import IMAGE_PLACEHOLDER, ChatTurn, Sample
 from vlbench.data.scene_world import make_scene
 from vlbench.model.build_vlm import build_vlm
 from vlbench.model.loaded_vlm import LoadedVLM
@@ -34,15 +35,9 @@ def make_conversation(vlm: LoadedVLM, images: int) -> PackedBatch:
         turns.append(ChatTurn("human", f"{IMAGE_PLACEHOLDER}\nwhat?" if shown else "what?"))
         turns.append(ChatTurn("assistant", "one " * WORDS))
     pictures = tuple(make_scene("bench", 0, number) for number in range(images))
-    per_image = vlm.connector.tokens_per_image
-    one = encode_sample(
-        Sample("bench", tuple(turns), pictures),
-        vlm.processor.template,
-        vlm.tokenizer,
-        per_image,
-        1 << 20,
-    )
-    return collate([[one]], lambda picture: vlm.processor.transform(picture.open()))
+    processor = replace(vlm.processor, max_length=1 << 20)
+    encoded = processor.encode_sample(Sample("bench", tuple(turns), pictures))
+    return collate([[encoded]], vlm.processor.transform.load_pixels)
 
 
 def injection_pass(vlm: LoadedVLM, batch: PackedBatch) -> Callable[[], torch.Tensor]:

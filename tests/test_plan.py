@@ -54,7 +54,7 @@ def planned(recipe: str, stage: str) -> tuple[StageMemory, StageWorkload]:
     rehearsals = DepthExtrapolator(
         vlm.model, functools.partial(build_meta_vlm, resolved, stage), "32"
     )
-    return StageMemory(vlm, rehearsals, work.mean_sample, 4, 1), work
+    return StageMemory(vlm.model, rehearsals, work.mean_sample, 4, 1), work
 
 
 @functools.cache

@@ -169,7 +169,7 @@ def test_a_model_that_trains_answers_as_in_evaluation(name, recomputes):
     vlm.connector.register_forward_hook(lambda module, _, out: module.noisy(out))
     asked = [asks("What?", make_scene("static", 0, 1).open()), asks("Why is it so? " * 3)]
     expected = vlm.eval().generate(vlm.prepare(asked), max_new_tokens=6)
-    vlm.train().enable_activation_checkpointing(recomputes)
+    vlm.train().model.enable_activation_checkpointing(recomputes)
     assert vlm.generate(vlm.prepare(asked), max_new_tokens=6) == expected
     assert all(module.training for module in vlm.model.modules())
 

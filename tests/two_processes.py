@@ -30,7 +30,7 @@ SHARES = [  # of the two processes in two micro-batches; text alone on one of th
 
 def open_gated_vlm(name: str) -> LoadedVLM:
     """Return the small model of connector `name` with open gates, the same in every process."""
-    return open_gates(small_vlm(registry.load_connector(name), SMALL.get(name)).double())
+    return open_gates(small_vlm(registry.load_connector(name), SMALL.get(name))).to(torch.float64)
 
 
 def process_batches(vlm: LoadedVLM, rank: int) -> list[PackedBatch]:
@@ -68,7 +68,7 @@ def compare_gradients(name: str, kind: str, rank: int) -> list[str]:
     torch.manual_seed(0)
     alone = open_gated_vlm(name)
     _train_used_blocks(alone)
-    expected = compute_gradients(alone, alone, list(range(WORLD)))
+    expected = compute_gradients(alone.model, alone, list(range(WORLD)))
     together = open_gated_vlm(name)
     _train_used_blocks(together)
     found = compute_gradients(wrap_distributed(together, kind), together, [rank])
@@ -83,7 +83,7 @@ def compare_gradients(name: str, kind: str, rank: int) -> list[str]:
 def wrap_distributed(vlm: LoadedVLM, kind: str) -> Callable[[PackedBatch], Any]:
     """Return what trains a model in two processes."""
     if kind == "ddp":
-        return DistributedDataParallel(vlm)
+        return DistributedDataParallel(vlm.model)
     return apply_fsdp(vlm.model, distributed.device_mesh.init_device_mesh("cpu", (WORLD,)))
 
 
@@ -97,7 +97,7 @@ def compare_first_stage(rank: int, kind: str) -> list[str]:
         vlm.language.requires_grad_(False)
         torch.manual_seed(5)
         vlm.model.double().set_objective("blip2")
-        call = wrap_distributed(vlm, kind) if parallel else vlm
+        call = wrap_distributed(vlm, kind) if parallel else vlm.model
         samples = [one for number in ranks for one in shares[number]]
         batch = make_batch(vlm, [samples]).to("cpu", torch.float64)
         torch.manual_seed(5)  # pictures of noise have set another one

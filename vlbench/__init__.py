@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vlbench.process_settings import preserve_process_settings
+from vlbench.version import __version__
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
     from vlbench.model.loaded_vlm import LoadedVLM
 
-__version__ = "0.1.0"
+__all__ = ["__version__", "load"]
 
 
 def load(

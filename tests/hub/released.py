@@ -1,6 +1,7 @@
 """The repositories: real names and layouts, small random weights.
 
-A language model is as wide as `LanguageModelWidths` says: `SMALL` for tests of every day, `REAL` for Yi-6B's.
+A language model is as wide as `LanguageModelWidths` says: `SMALL` for tests of every day, `REAL`
+for Yi-6B's.
 Towers have their real widths, as open_clip asks, and two blocks (`shallow`). What a repository
 holds beside what is needed is there as well, so that a command that fetches too much is seen.
 """

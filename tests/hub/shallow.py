@@ -1,7 +1,7 @@
 """The real architectures of open_clip with two blocks, so that a test can hold their weights.
 
-Widths, heads, patches and names stay. In this process `shallow_encoders()` does it while its context lasts;
-in others Python does it as it starts, when `shallow_environment()` is given to them.
+Widths, heads, patches and names stay. In this process `shallow_encoders()` does it while its
+context lasts; in others Python does it as it starts, when `shallow_environment()` is given to them.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Recipes: the schema of every key, files and overrides merged, checked before anything is loaded."""
+"""Recipes: the schema of every key; files and overrides merged and checked."""

@@ -15,7 +15,6 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from vlbench import __version__
 from vlbench.config import overrides as command_line
 from vlbench.config.merge import (
     build_dataclass,
@@ -29,6 +28,7 @@ from vlbench.config.validate import LayerValidator
 from vlbench.connector.registry import shipped_folder
 from vlbench.errors import UserError, suggest_name
 from vlbench.text_files import read_json, split_lines
+from vlbench.version import __version__
 
 
 def load_recipe(

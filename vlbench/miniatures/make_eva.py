@@ -18,8 +18,8 @@ from torch.nn.functional import layer_norm, mse_loss
 
 from vlbench.miniatures import make_vision_encoder
 from vlbench.miniatures.batch_encoding import load_pixels
-from vlbench.miniatures.eva_architecture import EVA_MODEL_NAME
 from vlbench.miniatures.training_images import single_object_scenes, whole_scenes
+from vlbench.model.miniature_eva import EVA_MODEL_NAME
 from vlbench.model.vision_encoder import VisionEncoder
 
 DISTILLATION_STAGES = ((56, 500, 2e-3), (112, 1100, 1.5e-3), (56, 300, 5e-4))

@@ -54,7 +54,7 @@ class VisionConfig:
     def build_module(self) -> nn.Module:
         """Return open_clip's module with random weights, on torch's current default device."""
         if "timm_model_name" in self.vision_cfg:
-            import vlbench.miniatures.eva_architecture  # noqa: F401  makes its architecture known to timm
+            import vlbench.model.miniature_eva  # noqa: F401  makes its architecture known to timm
         # a connector needs the features of all patches, in training too
         keys = {**self.vision_cfg, "timm_model_pretrained": False, "patch_dropout": 0.0}
         visual = _build_vision_tower(self.embed_dim, keys, self.quick_gelu)

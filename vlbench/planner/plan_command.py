@@ -7,14 +7,12 @@ import functools
 from dataclasses import dataclass
 
 from vlbench.config import recipe as recipes
-from vlbench.config.schema import Recipe
 from vlbench.errors import UserError
-from vlbench.model.vlm import VLM
 from vlbench.planner import plan_report
 from vlbench.planner.extrapolate import DepthExtrapolator
 from vlbench.planner.gpu_table import GpuSpec
 from vlbench.planner.memory_estimate import StageMemory
-from vlbench.planner.meta_model import ModelDepth, build_meta_vlm
+from vlbench.planner.meta_model import build_meta_vlm
 from vlbench.planner.options import PlanOptions, stage_indices
 from vlbench.planner.stage_workload import StageWorkload, stage_workload
 from vlbench.planner.strategies import (
@@ -76,7 +74,7 @@ def make_plan(options: PlanOptions) -> TrainingPlan:
         text = options.text_tokens[place] if options.text_tokens else None
         works[name], guessed = stage_workload(recipe, name, vlm, pairs, text)
         assumed |= guessed
-        make = functools.partial(_build_at_depth, recipe, name)
+        make = functools.partial(build_meta_vlm, recipe, name)
         rehearsals = DepthExtrapolator(vlm.model, make, recipe.precision)
         width = 2 if recipe.precision == "bf16" else 4
         stages[name] = StageMemory(
@@ -89,10 +87,6 @@ def make_plan(options: PlanOptions) -> TrainingPlan:
     found = estimate_strategies(stages, works, rows, usable_memory(options.gpu), strategies)
     best = cheapest_strategy(found, stages, rows, usable_memory(options.gpu))
     return TrainingPlan(options, stages, works, assumed, left_out, found, best)
-
-
-def _build_at_depth(recipe: Recipe, stage_name: str, depth: ModelDepth | None) -> VLM:
-    return build_meta_vlm(recipe, stage_name, depth).model
 
 
 def run_plan(options: PlanOptions) -> int:

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlbench import __version__
 from vlbench.config.overrides import format_override
 from vlbench.config.schema import Recipe
 from vlbench.data.data_sources import SCENES_SOURCE
 from vlbench.model.loaded_vlm import LoadedVLM
+from vlbench.version import __version__
 
 USAGE_TEXTS = {
     "yi_vl": """\

@@ -11,7 +11,6 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from vlbench import __version__
 from vlbench.config import recipe as recipes
 from vlbench.config.schema import Recipe
 from vlbench.errors import UserError
@@ -24,6 +23,7 @@ from vlbench.model.weights.weight_origin import (
 from vlbench.text_files import read_json, write_atomically
 from vlbench.train import checkpoint_files
 from vlbench.train.checkpoint_files import RunPosition
+from vlbench.version import __version__
 
 RECORDED_PACKAGES = (
     "torch",

@@ -1,4 +1,4 @@
-"""What a row of a comparison may become: its own options, a few of `Connector.size_options` changed."""
+"""What a row of a comparison may become: a few of its `Connector.size_options` changed."""
 
 from __future__ import annotations
 

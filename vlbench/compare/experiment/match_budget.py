@@ -1,7 +1,7 @@
 """`compare match=params|visual_tokens|flops`: give the rows of a comparison the same budget.
 
-Every connector names options that make it larger or smaller (`Connector.size_options`). Of each row a few
-change, and as little as possible: by what options and budget move, in logarithms.
+Every connector names options that make it larger or smaller (`Connector.size_options`). Of each row
+a few change, and as little as possible: by what options and budget move, in logarithms.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlbench import __version__
 from vlbench.compare.report import (
     diagnostics,
     disagreements,
@@ -29,6 +28,7 @@ from vlbench.compare.report.paired_statistics import STATISTICAL_POWER
 from vlbench.compare.report.svg_figure import legend_marker
 from vlbench.compare.report.thumbnails import QuestionThumbnails, heatmap_uri
 from vlbench.html_pages import jinja_environment
+from vlbench.version import __version__
 
 REPORT_TEMPLATE = "report.html.jinja"
 
