@@ -35,7 +35,7 @@ def counted(vlm: LoadedVLM, batches: list[PackedBatch]) -> float:
     with counting:
         for batch in batches:
             visual = vlm.visual(batch)
-            vlm.loss(vlm.model.hidden_states(batch, visual), batch.labels).backward()
+            vlm.model.language_loss(vlm.model.hidden_states(batch, visual), batch.labels).backward()
     return counting.get_total_flops()
 
 

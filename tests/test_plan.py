@@ -143,7 +143,7 @@ def test_operations_are_those_of_a_counted_step(recipe, stage):
         sum(b.supervised_token_count for b in batches),
     )
     sample = SampleShape(*(one / len(lengths) for one in (sum(lengths), pictures, learned)))
-    flops = count_step_flops(build_meta_vlm(recipes.load_recipe([f"recipe={recipe}"]), stage))
+    flops = count_step_flops(build_meta_vlm(recipes.load_recipe([f"recipe={recipe}"]), stage).model)
     spared = flops.per_attended_pair * sum(
         n * (n - 1) / 2 for n in lengths
     )  # torch counts all pairs
