@@ -17,7 +17,7 @@ import torch
 
 from vlbench.config import recipe as recipes
 from vlbench.data.packing import PackedBatch, collate
-from vlbench.data.sample_encoding import IMAGE_PLACEHOLDER, ChatTurn, Sample
+from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
 from vlbench.data.scene_world import make_scene
 from vlbench.model.build_vlm import build_vlm
 from vlbench.model.loaded_vlm import LoadedVLM
@@ -35,8 +35,8 @@ def make_conversation(vlm: LoadedVLM, images: int) -> PackedBatch:
         turns.append(ChatTurn("human", f"{IMAGE_PLACEHOLDER}\nwhat?" if shown else "what?"))
         turns.append(ChatTurn("assistant", "one " * WORDS))
     pictures = tuple(make_scene("bench", 0, number) for number in range(images))
-    processor = replace(vlm.processor, max_length=1 << 20)
-    encoded = processor.encode_sample(Sample("bench", tuple(turns), pictures))
+    encoder = replace(vlm.processor.sample_encoder(), max_length=1 << 20)
+    encoded = encoder.encode(Sample("bench", tuple(turns), pictures))
     return collate([[encoded]], vlm.processor.transform.load_pixels)
 
 

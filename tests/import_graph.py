@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "vlbench"
 
 LAYERS = (
     ("version", "errors"),
-    ("text_files", "html_pages", "process_settings", "compat"),
+    ("text_files", "text_tables", "html_pages", "process_settings", "compat"),
     ("connector",),
     ("config",),
     ("distributed",),
@@ -27,7 +27,7 @@ LAYERS = (
     ("planner", "check"),
     ("load_model",),
     ("evaluate",),
-    ("compare", "serve"),
+    ("compare", "serve", "fit_command"),
     ("listing",),
     ("__init__",),
     ("__main__",),

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from vlbench.connector.base import Connector
 from vlbench.data.chat_template import CHAT_TEMPLATES
 from vlbench.data.packing import PackedBatch, collate
-from vlbench.data.sample_encoding import IMAGE_PLACEHOLDER, ChatTurn, Sample
+from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.model.loaded_vlm import LoadedVLM, assemble_vlm
 from vlbench.model.packed_attention import PACKED_ATTENTION
@@ -97,7 +97,8 @@ def make_sample(number: int, images: int = 1, words: int = 5) -> Sample:
 
 def make_batch(vlm: LoadedVLM, rows: list[list[Sample]]) -> PackedBatch:
     """Encode samples into the rows of one batch."""
-    encoded = [[vlm.processor.encode_sample(sample) for sample in row] for row in rows]
+    encoder = vlm.processor.sample_encoder()
+    encoded = [[encoder.encode(sample) for sample in row] for row in rows]
     return collate(encoded, lambda picture: vlm.processor.transform(picture.open()))
 
 

@@ -13,7 +13,7 @@ from vlbench.model.build_vlm import build_vlm
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.train_flops import count_step_flops, make_flop_counter
 from vlbench.train.stage_plan import build_stage_steps, plan_stage_runs
-from vlbench.train.training_module import freeze_untrained_parts
+from vlbench.train.trainable_parts import freeze_untrained_parts
 
 CONNECTORS = ("yivl_llava", "yivl_qformer", "yivl_flamingo", "yivl_eva")
 
@@ -26,7 +26,7 @@ def ready(recipe: str, stage: str, *words: str) -> tuple[LoadedVLM, list[PackedB
     leg = next(leg for leg in plan_stage_runs(resolved) if leg.name == stage)
     vlm = build_vlm(resolved, leg.stage.image_size)
     freeze_untrained_parts(vlm.model, leg.stage)
-    return vlm, build_stage_steps(vlm, leg)[0].micro_batches
+    return vlm, build_stage_steps(vlm.processor, leg)[0].micro_batches
 
 
 def counted(vlm: LoadedVLM, batches: list[PackedBatch]) -> float:

@@ -20,11 +20,9 @@ from vlbench.config.schema import PartTrainConfig
 from vlbench.connector import registry
 from vlbench.data.batch_sampler import OptimizerStep
 from vlbench.data.scene_world import make_scene
-from vlbench.train.training_module import (
-    VLMTrainingModule,
-    freeze_untrained_parts,
-    learning_rate_factor,
-)
+from vlbench.train.lr_schedule import learning_rate_factor
+from vlbench.train.trainable_parts import freeze_untrained_parts
+from vlbench.train.training_module import VLMTrainingModule
 
 
 def test_the_rate_rises_to_its_peak_then_falls_to_nothing() -> None:

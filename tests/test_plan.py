@@ -30,7 +30,8 @@ from vlbench.planner.simulate_step import StepSimulator
 from vlbench.planner.stage_workload import StageWorkload, sample_flops, stage_workload
 from vlbench.train.stage_plan import build_stage_steps
 from vlbench.train.stage_plan import plan_stage_runs as legs_of
-from vlbench.train.training_module import VLMTrainingModule, freeze_untrained_parts
+from vlbench.train.trainable_parts import freeze_untrained_parts
+from vlbench.train.training_module import VLMTrainingModule
 
 CONNECTORS = ("yivl_llava", "yivl_qformer", "yivl_flamingo", "yivl_eva")
 STAGES = ("align_448", "chat")
@@ -66,7 +67,8 @@ def ready(recipe: str, stage: str) -> tuple[LoadedVLM, VLMTrainingModule, list[P
     vlm = build_vlm(resolved, leg.stage.image_size)
     freeze_untrained_parts(vlm.model, leg.stage)
     batches = sorted(
-        build_stage_steps(vlm, leg)[0].micro_batches, key=lambda batch: batch.input_ids.numel()
+        build_stage_steps(vlm.processor, leg)[0].micro_batches,
+        key=lambda batch: batch.input_ids.numel(),
     )
     return vlm, VLMTrainingModule(vlm.model, leg.stage, 1, 0, 0), batches[-2:]
 

@@ -12,7 +12,7 @@ from vlbench.model.build_vlm import build_vlm
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.train.auto_checkpointing import choose_checkpointing_mode, set_activation_checkpointing
 from vlbench.train.stage_plan import build_stage_steps, plan_stage_runs
-from vlbench.train.training_module import freeze_untrained_parts
+from vlbench.train.trainable_parts import freeze_untrained_parts
 
 CONNECTORS = ("yivl_llava", "yivl_qformer", "yivl_flamingo", "yivl_eva")
 
@@ -23,7 +23,7 @@ def ready(recipe: str, *words: str) -> tuple[LoadedVLM, StepDataset]:
     leg = plan_stage_runs(resolved)[-1]
     vlm = build_vlm(resolved, leg.stage.image_size)
     freeze_untrained_parts(vlm.model, leg.stage)
-    return vlm, build_stage_steps(vlm, leg)
+    return vlm, build_stage_steps(vlm.processor, leg)
 
 
 @pytest.mark.parametrize("recipe", CONNECTORS)
@@ -74,22 +74,23 @@ def test_the_first_way_that_fits_is_taken():
     )  # out of memory
 
 
+def set_mode(vlm: LoadedVLM, steps: StepDataset, device: str, precision: str) -> str:
+    """Let a mode be chosen for a device, and return it."""
+    return set_activation_checkpointing(
+        vlm.model, steps, torch.device(device), "auto", bf16=precision == "bf16", is_sharded=False
+    )
+
+
 def test_auto_without_a_gpu_keeps_all():
-    resolved = recipes.load_recipe(["recipe=yivl_llava", "activation_checkpointing=auto"])
     vlm, steps = ready("yivl_llava", "activation_checkpointing=auto")
-    assert set_activation_checkpointing(resolved, vlm.model, steps, torch.device("cpu")) == "none"
+    assert set_mode(vlm, steps, "cpu", "32") == "none"
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["32", "bf16"])
 def test_auto_on_a_gpu_takes_what_fits_and_changes_nothing(precision):
-    resolved = recipes.load_recipe(
-        ["recipe=yivl_llava", "activation_checkpointing=auto", f"precision={precision}"]
-    )
     vlm, steps = ready("yivl_llava")
     before = {name: tensor.clone() for name, tensor in vlm.model.state_dict().items()}
-    assert (
-        set_activation_checkpointing(resolved, vlm.model, steps, torch.device("cuda", 0)) == "none"
-    )
+    assert set_mode(vlm, steps, "cuda", precision) == "none"
     assert all(torch.equal(before[name], t.cpu()) for name, t in vlm.model.state_dict().items())
     assert all(parameter.grad is None for parameter in vlm.parameters())

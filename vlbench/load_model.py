@@ -10,7 +10,7 @@ import torch
 
 from vlbench.config import recipe as recipes
 from vlbench.data.chat_template import check_template_name
-from vlbench.errors import UserError, suggest_name
+from vlbench.errors import UserError, one_line, suggest_name
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.weights.load_release import ReleaseOverrides, load_release
 from vlbench.model.weights.tensor_files import stored_dtype_and_numel
@@ -113,5 +113,6 @@ def _check_usable_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # of torch: no such device, or not built for it
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device is '{device}', which cannot be used here ({reason})") from error
+        raise UserError(
+            f"device is '{device}', which cannot be used here ({one_line(error, max_lines=1)})"
+        ) from error

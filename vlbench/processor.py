@@ -17,17 +17,8 @@ from PIL import Image
 from vlbench.data.chat_template import ChatTemplate
 from vlbench.data.image_processing import ImageFile, ImageTransform, to_rgb_image
 from vlbench.data.packing import PackedBatch, assign_image_index, stack_pixels
-from vlbench.data.sample_encoding import (
-    IMAGE_PLACEHOLDER,
-    ChatTurn,
-    EncodedSample,
-    LazyImage,
-    Sample,
-    SampleFormat,
-    check_turns,
-    encode_sample,
-    tokenize_pieces,
-)
+from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, LazyImage, Sample, check_turns
+from vlbench.data.sample_encoding import SampleEncoder, SampleFormat, tokenize_pieces
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import BadSample, UserError
 
@@ -89,15 +80,10 @@ class Processor:
         conversations: Any = messages if is_list_of_conversations else [messages]
         return self.collate_prompts([sample_from_messages(chat) for chat in conversations])
 
-    def encode_sample(self, sample: Sample, sample_format: SampleFormat = "chat") -> EncodedSample:
-        """Return a training sample as token ids and labels; raises BadSample."""
-        return encode_sample(
-            sample,
-            self.template,
-            self.tokenizer,
-            self.tokens_per_image,
-            self.max_length,
-            sample_format,
+    def sample_encoder(self, sample_format: SampleFormat = "chat") -> SampleEncoder:
+        """Return what encodes samples of a training."""
+        return SampleEncoder(
+            self.tokenizer, self.template, self.tokens_per_image, self.max_length, sample_format
         )
 
     def encode_prompt(self, sample: Sample) -> list[int]:

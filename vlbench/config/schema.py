@@ -199,6 +199,9 @@ class TrainerConfig:
     max_nonfinite_steps: int = recipe_key(
         "stop after this many NaN or infinite losses in a row", 5, low=1
     )
+    callbacks: tuple[str, ...] = recipe_key(
+        "Lightning callbacks of your own, as [my_callbacks.Printer]", ()
+    )
 
     @property
     def world_size(self) -> int:

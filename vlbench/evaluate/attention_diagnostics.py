@@ -18,7 +18,8 @@ from torch import Tensor
 
 from vlbench.connector.base import zero_like_loss
 from vlbench.data.packing import PackedBatch, collate
-from vlbench.data.sample_encoding import IGNORE_INDEX, ChatTurn
+from vlbench.data.sample import ChatTurn
+from vlbench.data.sample_encoding import IGNORE_INDEX
 from vlbench.errors import BadSample, UserError
 from vlbench.evaluate.heldout_questions import EvalQuestion
 from vlbench.model.eval_copy import in_eval_mode
@@ -129,10 +130,10 @@ def _answered_batch(
     sample = question.sample
     if not sample.images:
         return None
+    encoder = replace(processor.sample_encoder(), max_length=processor.max_positions)
+    answered = replace(sample, turns=(*sample.turns, ChatTurn("assistant", answer)))
     try:
-        encoded = replace(processor, max_length=processor.max_positions).encode_sample(
-            replace(sample, turns=(*sample.turns, ChatTurn("assistant", answer)))
-        )
+        encoded = encoder.encode(answered)
     except BadSample:  # a model may say what cannot be learned, such as the text of a place
         return None
     encoded = replace(encoded, labels=_keep_last_answer(encoded.labels))

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from vlbench.errors import one_line
+
 if TYPE_CHECKING:
     from vlbench.model.vlm import VLM
 
@@ -70,5 +72,4 @@ def is_compiler_error(error: BaseException) -> bool:
 
 def describe_compiler_error(error: BaseException) -> str:
     """Return the first lines of what the compiler says, as one."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])[:300]
+    return one_line(error, max_lines=2)

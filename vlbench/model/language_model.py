@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from vlbench.errors import UserError, suggest_name
+from vlbench.errors import UserError, one_line, suggest_name
 from vlbench.model.packed_attention import PACKED_ATTENTION
 from vlbench.model.weights import hub_download
 from vlbench.model.weights.hub_download import fetch_hub_folder
@@ -126,7 +126,7 @@ def read_language_config(folder: Path) -> LlamaConfig:
     try:
         found = LlamaConfig(**{k: v for k, v in read_json(file).items() if k != "model_type"})
     except Exception as error:  # the library's own checks, of types and of widths that divide
-        raise UserError(f"{file}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{file}: {one_line(error)}") from error
     return check_language_config(found, file)
 
 

@@ -12,7 +12,7 @@ from open_clip.model import resize_pos_embed
 from torch import Tensor, nn
 
 from vlbench.data.image_processing import ImageTransform
-from vlbench.errors import UserError, suggest_name
+from vlbench.errors import UserError, one_line, suggest_name
 from vlbench.model.vision_config import (
     EMBEDDED_ENCODERS,
     OPEN_CLIP_FILES,
@@ -203,7 +203,7 @@ def build_encoder_from_config(
     try:
         visual = config.build_module()
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # open_clip's and timm's
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(f"vision.name is '{name}', which cannot be built ({reason})") from error
     if not hasattr(visual, "transformer") and not hasattr(getattr(visual, "trunk", None), "blocks"):
         raise UserError(

@@ -21,7 +21,7 @@ from vlbench.model.language_model import TINY_LANGUAGE_FOLDER, build_random_lang
 from vlbench.model.loaded_vlm import LoadedVLM, assemble_vlm
 from vlbench.model.vision_encoder import VisionEncoder
 from vlbench.train.shape_checks import meta_encoder_and_config
-from vlbench.train.training_module import check_objective, freeze_untrained_parts
+from vlbench.train.trainable_parts import check_objective, freeze_untrained_parts
 
 
 class SampleShape(NamedTuple):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vlbench.config.overrides import format_override
 from vlbench.planner.memory_estimate import MEMORY_COMPONENTS, MemoryByComponent, total_bytes
 from vlbench.planner.stage_workload import ASSUMED_SUPERVISED_SHARE, ASSUMED_TEXT_TOKENS
+from vlbench.text_tables import format_table
 from vlbench.train.run_report import format_bytes, format_duration
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _workload_lines(plan: TrainingPlan) -> list[str]:
             f"{seconds * asked.world_size / 3600:,.1f}",
         )
     )
-    found = format_table(rows)
+    found = format_table(rows, "<>")
     again = sum(work.total_flops(way) for work in plan.workloads.values())
     once = sum(work.total_flops("none") for work in plan.workloads.values())
     if again > once:
@@ -123,7 +123,7 @@ def _memory_lines(plan: TrainingPlan) -> list[str]:
                 str(most),
             )
         )
-    return [head, *format_table(rows), "fit: the most max_tokens_per_row that fit"]
+    return [head, *format_table(rows, "<>"), "fit: the most max_tokens_per_row that fit"]
 
 
 def _strategy_lines(plan: TrainingPlan) -> list[str]:
@@ -146,7 +146,7 @@ def _strategy_lines(plan: TrainingPlan) -> list[str]:
                 time,
             )
         )
-    return ["arrangements, each with the stage that needs most", *format_table(rows)]
+    return ["arrangements, each with the stage that needs most", *format_table(rows, "<>")]
 
 
 def _recommendation_lines(plan: TrainingPlan) -> list[str]:
@@ -214,12 +214,3 @@ def _format_gigabytes(byte_count: float) -> str:
 
 def _fit_label(memory: MemoryByComponent, memory_budget: float) -> str:
     return "fits" if total_bytes(memory) <= memory_budget else "does not fit"
-
-
-def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return rows as lines: the first column to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-        for row in rows
-    ]

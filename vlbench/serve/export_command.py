@@ -17,7 +17,7 @@ from vlbench.config import recipe as recipes
 from vlbench.config.overrides import format_override, parse_key_values, read_boolean
 from vlbench.config.schema import Recipe
 from vlbench.data.chat_template import check_template_name
-from vlbench.errors import UserError, suggest_name
+from vlbench.errors import UserError, one_line, suggest_name
 from vlbench.load_model import find_model_folder, load_model_folder, parse_dtype
 from vlbench.model import lora_adapters
 from vlbench.model.loaded_vlm import LoadedVLM
@@ -66,7 +66,7 @@ def run_export(overrides: list[str]) -> int:
             to.rmdir()
         writing.rename(to)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(f"to={to} cannot be written ({reason})") from error
     finally:
         shutil.rmtree(writing, ignore_errors=True)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from vlbench.data.batch_sampler import StepDataset
 from vlbench.data.feature_store import FeatureLocations, FeatureShards, FeatureStore, content_key
 from vlbench.data.image_processing import ImageTransform
-from vlbench.data.sample_encoding import LazyImage
+from vlbench.data.sample import LazyImage
 from vlbench.distributed.launcher import isolate_data_worker
 from vlbench.errors import BadSample, UserError
 from vlbench.model.frozen_bf16 import FROZEN_DTYPE
@@ -125,7 +125,7 @@ def _keyed_images(steps: StepDataset) -> Iterator[tuple[LazyImage, bytes]]:
 
 def _unique_images(steps: StepDataset) -> Iterator[LazyImage]:
     met: set[LazyImage] = set()
-    shown = slice(1) if steps.sample_format == "caption" else slice(None)
+    shown = slice(1) if steps.encoder.sample_format == "caption" else slice(None)
     for position in range(steps.total_steps * steps.global_batch_size):
         try:
             pictures = steps.mixture[position].images[shown]

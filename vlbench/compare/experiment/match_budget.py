@@ -18,6 +18,7 @@ from vlbench.compare.experiment.grid import ComparisonGrid, GridRow, load_recipe
 from vlbench.compare.report.report_warnings import MATCH_TOLERANCE
 from vlbench.config.overrides import format_override
 from vlbench.model.connector_cost import ConnectorCostCounter
+from vlbench.text_tables import format_table
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,7 @@ def format_match_table(matches: Sequence[BudgetMatch], budget_name: str) -> list
     for one in matches:
         changed = " ".join(format_override(key, value) for key, value in one.options.items()) or "-"
         lines.append((one.row.name, changed, f"{one.own_budget:,}", f"{one.matched_budget:,}"))
-    widths = [max(len(line[column]) for line in lines) for column in range(4)]
-    shown = [
-        "  ".join([*map(str.ljust, line[:2], widths), *map(str.rjust, line[2:], widths[2:])])
-        for line in lines
-    ]
-    return shown + [
+    return format_table(lines, "<<>") + [
         f"cannot: {one.row.name} is {100 * one.relative_distance:.0f} % off: {one.mismatch_reason}"
         for one in matches
         if one.mismatch_reason

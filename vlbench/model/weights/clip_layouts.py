@@ -16,7 +16,7 @@ from open_clip.transformer import LayerNorm, QuickGELU, VisionTransformer
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig
 
-from vlbench.errors import UserError
+from vlbench.errors import UserError, one_line
 from vlbench.model.weights.quantized_weights import refuse_quantized_config
 from vlbench.model.weights.tensor_files import read_tensor_shapes, weight_files
 from vlbench.model.weights.tensor_groups import BUFFER_PATTERN, TensorGroup, load_tensor_groups
@@ -124,7 +124,7 @@ def parse_vision_config(config: Mapping[str, Any], file: Path) -> dict[str, Any]
             if type(getattr(found, key)) is not int or getattr(found, key) < 1:
                 raise ValueError(f"{key} is {getattr(found, key)}; it must be at least 1")
     except Exception as error:
-        raise UserError(f"{file}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{file}: {one_line(error)}") from error
     return {key: getattr(found, key) for key in CLIP_CONFIG_KEYS}
 
 
