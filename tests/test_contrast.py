@@ -49,7 +49,7 @@ def prepared(vision: bool = False) -> LoadedVLM:
     torch.manual_seed(5)
     freeze_untrained_parts(vlm.model, stage_of(vision))
     vlm.connector.text.temp.data.fill_(0.3)  # small random weights: draws differ all the same
-    return vlm.model.double()
+    return vlm.to(torch.float64)
 
 
 def stage_of(vision: bool):

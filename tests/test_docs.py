@@ -122,7 +122,7 @@ def test_the_objective_of_a_connector_of_ones_own_does_not_depend_on_the_packing
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place(tmp_path, monkeypatch, (DOCS / "objectives.md").read_text(encoding="utf-8"))
-    vlm = small_vlm(registry.load_connector("pairs")).double()
+    vlm = small_vlm(registry.load_connector("pairs")).to(torch.float64)
     vlm.model.set_objective("clip")
     samples = [make_sample(number, words=number) for number in range(1, 7)]
     whole = pursued(vlm, [samples])

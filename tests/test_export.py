@@ -264,7 +264,7 @@ def test_a_leading_bos_survives_transformers(tmp_path):
     named = json.loads((tmp_path / "to/tokenizer_config.json").read_text())
     named["added_tokens_decoder"] = {"6": {"content": "<|im_start|>"}}  # no sign of a template
     (tmp_path / "to/tokenizer_config.json").write_text(json.dumps(named))
-    assert vlbench.load(tmp_path / "to").template.name == "yi_vl"
+    assert vlbench.load(tmp_path / "to").processor.template.name == "yi_vl"
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["head in the files", "no head"])

@@ -103,7 +103,7 @@ def test_without_autocast_all_is_computed_in_float32(tower, adapted):
     def found() -> tuple[torch.Tensor, ...]:
         """Return a loss, the gradient of the visual tokens, and an answer's tokens."""
         visual = vlm.visual(batch).detach().requires_grad_()
-        loss = vlm.loss(vlm.model.hidden_states(batch, visual), batch.labels)
+        loss = vlm.model.language_loss(vlm.model.hidden_states(batch, visual), batch.labels)
         (slope,) = torch.autograd.grad(loss, visual)
         ask = vlm.prepare([{"role": "user", "content": "How many?"}])
         return loss, slope, torch.tensor(vlm.generate(ask, max_new_tokens=8))

@@ -134,8 +134,8 @@ def test_the_template_comes_back(template, tmp_path):
     file.write_text(file.read_text().replace("template: yi_vl", f"template: {template}"))
     once = export(own, tmp_path / "once")
     same_files(once, export(once, tmp_path / "twice"))
-    assert vlbench.load(once).template == vlbench.load(own).template
-    assert vlbench.load(once).template.name == template
+    assert vlbench.load(once).processor.template == vlbench.load(own).processor.template
+    assert vlbench.load(once).processor.template.name == template
 
 
 def test_tokens_that_the_model_never_learned_are_suppressed(tmp_path):

@@ -56,7 +56,7 @@ def test_what_was_released_is_where_training_begins(tmp_path, monkeypatch, capsy
     ask = [{"role": "user", "content": "Hello"}]
     ours, theirs = vlbench.load("run"), vlbench.load(CHECKPOINT)
     assert torch.equal(ours(ours.prepare(ask)).logits, theirs(theirs.prepare(ask)).logits)
-    assert ours.transform == theirs.transform
+    assert ours.processor.transform == theirs.processor.transform
 
 
 def test_resumed_without_the_release_it_ends_as_uninterrupted(tmp_path, monkeypatch):

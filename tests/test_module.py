@@ -62,7 +62,7 @@ def test_a_loss_that_is_not_counted_ahead_does_not_depend_on_the_micro_batches()
     ]
     found = []
     for rows in ([samples], [[one] for one in samples], [samples[:2], samples[2:]]):
-        vlm = small_vlm(Uncounted).double()
+        vlm = small_vlm(Uncounted).to(torch.float64)
         stage = recipes.load_recipe(["recipe=yivl_llava"]).stages["align_224"]
         stage = replace(stage, train={"connector": PartTrainConfig(lr=1e-9)}, grad_clip=None)
         freeze_untrained_parts(vlm.model, stage)

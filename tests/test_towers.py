@@ -154,11 +154,17 @@ def test_evas_of_open_clip_take_any_image_size(name):
 def test_every_connector_stands_on_an_eva_tower(name):
     other = small_vlm(registry.load_connector(name), SMALL.get(name))
     tower = VisionEncoder(eva_tower(-2).visual, -2, False, HALF)
-    options = {**other.connector_options, **({"head_width": 12} if name == "eva" else {})}
+    options = {**other.model.connector_options, **({"head_width": 12} if name == "eva" else {})}
     vlm = assemble_vlm(
-        tower, type(other.connector), options, other.language, other.tokenizer, other.template, 512
+        tower,
+        type(other.connector),
+        options,
+        other.language,
+        other.tokenizer,
+        other.processor.template,
+        512,
     )
-    for one in other._inject_hooks:
+    for one in other.model._inject_hooks:
         one.remove()
     vlm.model.zero_grad()
     for side in (28, 56):

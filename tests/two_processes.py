@@ -96,7 +96,7 @@ def compare_first_stage(rank: int, kind: str) -> list[str]:
         vlm.vision.requires_grad_(False)
         vlm.language.requires_grad_(False)
         torch.manual_seed(5)
-        vlm.model.double().set_objective("blip2")
+        vlm.to(torch.float64).model.set_objective("blip2")
         call = wrap_distributed(vlm, kind) if parallel else vlm.model
         samples = [one for number in ranks for one in shares[number]]
         batch = make_batch(vlm, [samples]).to("cpu", torch.float64)
