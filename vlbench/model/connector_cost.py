@@ -6,7 +6,6 @@ without the rest of the model, which is fast enough for hundreds of connectors.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from vlbench.compat.transformers_internals import passed_through_mask
+from vlbench.config.recipe import with_random_weights
 from vlbench.config.schema import LanguageModelConfig, Recipe, VisionEncoderConfig
 from vlbench.connector.base import Connector
 from vlbench.model.build_vlm import build_vlm
@@ -24,7 +25,6 @@ from vlbench.model.language_model import (
     named_language_config,
     read_language_config,
 )
-from vlbench.model.packed_attention import empty_attention_mask
 from vlbench.model.train_flops import head_width, real_device, temporarily_frozen
 from vlbench.model.vision_encoder import build_vision_encoder
 from vlbench.model.vlm import VLM, connector_shapes
@@ -50,13 +50,8 @@ class ConnectorCost(NamedTuple):
 def count_recipe_cost(recipe: Recipe) -> ConnectorCost:
     """Count the cost of the recipe's connector at the image size of its last stage."""
     image_size = list(recipe.stages.values())[-1].image_size
-    recipe = dataclasses.replace(
-        recipe,
-        vision=dataclasses.replace(recipe.vision, weights="random"),
-        language=dataclasses.replace(recipe.language, weights="random"),
-    )
     with torch.device("meta"):
-        return count_connector_cost(build_vlm(recipe, image_size).model)
+        return count_connector_cost(build_vlm(with_random_weights(recipe), image_size).model)
 
 
 def count_connector_cost(vlm: VLM) -> ConnectorCost:
@@ -79,7 +74,7 @@ def count_connector_cost(vlm: VLM) -> ConnectorCost:
             visual,
             image_index,
             position_ids=positions,
-            attention_mask=empty_attention_mask(vlm.device),
+            attention_mask=passed_through_mask(vlm.device),
             lengths=[[length]],
             use_cache=False,
         ).last_hidden_state
@@ -193,7 +188,7 @@ class ConnectorCostCounter:
                     hidden = language.model(
                         inputs_embeds=embeds,
                         position_ids=torch.arange(length)[None],
-                        attention_mask=empty_attention_mask(embeds.device),
+                        attention_mask=passed_through_mask(embeds.device),
                         lengths=[[length]],
                         use_cache=False,
                     ).last_hidden_state

@@ -13,13 +13,18 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from vlbench.compat.transformers_internals import (
+    decoder_layer_input,
+    passed_through_mask,
+    replace_decoder_layer_input,
+)
 from vlbench.connector.base import Connector, Shapes, zero_like_loss
 from vlbench.data.packing import PackedBatch
 from vlbench.data.sample_encoding import IMAGE_TOKEN_INDEX
 from vlbench.model.activation_checkpointing import enable_activation_checkpointing
 from vlbench.model.contrastive_loss import add_own_contrast_pool, is_contrastive
 from vlbench.model.language_loss import summed_loss
-from vlbench.model.packed_attention import OpaqueLengths, empty_attention_mask, sample_bounds
+from vlbench.model.packed_attention import OpaqueLengths, sample_bounds
 from vlbench.model.vision_encoder import VisionEncoder
 from vlbench.model.weights.tensor_groups import move_and_cast
 
@@ -189,7 +194,7 @@ class VLM(nn.Module):
             visual,
             batch.image_index,
             position_ids=batch.position_ids,
-            attention_mask=empty_attention_mask(visual.device),
+            attention_mask=passed_through_mask(visual.device),
             lengths=OpaqueLengths(batch.sample_lengths),
             bounds=sample_bounds(batch.sample_lengths, batch.input_ids.shape[1], visual.device),
             use_cache=False,
@@ -263,12 +268,10 @@ def _inject_before_layer(
 
     The visual tokens arrive among the keyword arguments of the language model's forward.
     """
-    hidden = args[0] if args else kwargs["hidden_states"]
+    hidden = decoder_layer_input(args, kwargs)
     inject = vlm._with_checkpointing(vlm.connector.inject)
     hidden = inject(layer_index, hidden, kwargs["visual"], kwargs["image_index"])
-    if args:
-        return (hidden, *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": hidden}
+    return replace_decoder_layer_input(args, kwargs, hidden)
 
 
 def connector_shapes(vision_encoder: VisionEncoder, lm_config: LlamaConfig) -> Shapes:

@@ -11,8 +11,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from vlbench.compat.torch_internals import (
+    compiler_settings,
+    has_forward_hooks,
+    is_compiler_error,
+)
+from vlbench.compat.transformers_internals import kv_cache_layers
 from vlbench.errors import UserError
-from vlbench.model.compile_blocks import describe_compiler_error, is_compiler_error
+from vlbench.model.compile_blocks import describe_compiler_error
 from vlbench.model.generation.kv_cache import CACHE_ARGUMENT, StaticKVCache
 from vlbench.model.vlm import VLM
 
@@ -83,7 +89,7 @@ class StaticDecodingState:
         self.attention_mask = state.attention_mask.new_zeros(rows, 1, 1, length, dtype=torch.bool)
         """`[rows, 1, 1, length]`: what the next token attends to; transformers uses it as it is."""
         self.attention_mask[:, 0, 0, :prefilled] = state.attention_mask.bool()
-        self.kv_cache = StaticKVCache(state.kv_cache.layers, length)
+        self.kv_cache = StaticKVCache(kv_cache_layers(state.kv_cache), length)
 
     def decode_next(self, token_ids: Tensor) -> Tensor:
         """Run one more token per row, `token_ids` `[rows]`; return logits `[rows, vocabulary]`."""
@@ -125,10 +131,8 @@ class CompiledDecodeStep:
         """
         if _has_layer_hooks(vlm):
             return _decode_step(vlm, *step_inputs)
-        from torch import _dynamo  # its import takes a second
-
         try:
-            with _dynamo.config.patch(recompile_limit=MAX_GRAPHS):
+            with compiler_settings(recompile_limit=MAX_GRAPHS):
                 return self._compiled_step(vlm, *step_inputs)
         except Exception as error:
             if not is_compiler_error(error):
@@ -142,7 +146,7 @@ class CompiledDecodeStep:
 
 def _has_layer_hooks(vlm: VLM) -> bool:
     modules = (*vlm.language.model.layers, vlm.language.lm_head)
-    return any(module._forward_pre_hooks or module._forward_hooks for module in modules)
+    return any(has_forward_hooks(module) for module in modules)
 
 
 def _decode_step(

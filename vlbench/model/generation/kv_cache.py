@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaModel
+from transformers import DynamicCache
 
+from vlbench.compat.transformers_internals import (
+    cache_argument_name,
+    crop_kv_cache,
+    repeat_kv_cache,
+)
 from vlbench.data.packing import PackedBatch
 from vlbench.data.sample_encoding import IMAGE_TOKEN_INDEX
 from vlbench.model.vlm import VLM
 
-# transformers 5.24 renamed the argument that takes the cache
-_CACHE_RENAMED = "cache" in inspect.signature(LlamaModel.forward).parameters
-CACHE_ARGUMENT = "cache" if _CACHE_RENAMED else "past_key_values"
+CACHE_ARGUMENT = cache_argument_name()
 
 
 class PrefixCache:
@@ -80,7 +82,7 @@ class PrefixCache:
         if self.kv_cache is None or not common:
             self.kv_cache, common = DynamicCache(config=vlm.language.config), 0
         elif self.kv_cache.get_seq_length() > common:
-            self.kv_cache.crop(common - self.kv_cache.get_seq_length())  # negative: remove so many
+            crop_kv_cache(self.kv_cache, common)
         self._input_ids = input_ids
         return self.kv_cache, common
 
@@ -128,7 +130,7 @@ def prefill_common_prefix(
             use_cache=True,
             **{CACHE_ARGUMENT: cache},
         )
-        cache.batch_repeat_interleave(len(embeds))
+        repeat_kv_cache(cache, len(embeds))
     return cache
 
 
