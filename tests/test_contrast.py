@@ -187,7 +187,7 @@ def test_in_bfloat16_every_parameter_learns_from_every_micro_batch(whole):
     """What autocast keeps of the pass without a graph must not stand in for weights."""
     vision, _, exact = whole
     for packing in PACKINGS.values():
-        vlm = prepared(vision).float()
+        vlm = prepared(vision).to(torch.float32)
         training = VLMTrainingModule(vlm.model, stage_of(vision), 1, 0, seed=3)
         trainer = pl.Trainer(accelerator="cpu", precision="bf16-mixed", max_steps=1, barebones=True)
         batches = [one.to("cpu", torch.float32) for one in step(vlm, packing).micro_batches]

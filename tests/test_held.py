@@ -43,8 +43,11 @@ def frozen(tower: str | None = None) -> LoadedVLM:
     """Return a small model of which the connector alone is trained."""
     vlm = small_vlm(registry.load_connector("llava_mlp"))
     if tower:
-        vlm.vision = build_vision_encoder(tower, "embedded")
-        vlm.connector = vlm._build_connector()
+        vlm.model.vision = build_vision_encoder(tower, "embedded")
+        vlm.model.connector = vlm.model._build_connector()
+        vlm.processor = vlm.processor.with_image_inputs(
+            vlm.vision.transform, vlm.connector.tokens_per_image
+        )
     for part in (vlm.vision, vlm.language):
         rounded(part)
         part.requires_grad_(False)

@@ -203,9 +203,9 @@ def test_a_part_without_parameters_is_no_part_to_train():
     vlm: Any = SimpleNamespace(connector=part)
     stage: Any = SimpleNamespace(trained_parts={"connector": SimpleNamespace(lora=None)})
     with pytest.raises(UserError, match="names connector, which has no parameters"):
-        check_trainable_params(vlm.model, "chat", stage, 2)
+        check_trainable_params(vlm, "chat", stage, 2)
     vlm.connector = torch.nn.Linear(1, 1)
-    check_trainable_params(vlm.model, "chat", stage, 2)
+    check_trainable_params(vlm, "chat", stage, 2)
 
 
 # ---- identity
