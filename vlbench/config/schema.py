@@ -199,8 +199,8 @@ class TrainerConfig:
     max_nonfinite_steps: int = recipe_key(
         "stop after this many NaN or infinite losses in a row", 5, low=1
     )
-    callbacks: tuple[str, ...] = recipe_key(
-        "Lightning callbacks of your own, as [my_callbacks.Printer]", ()
+    callbacks: tuple[str, ...] | None = recipe_key(
+        "Lightning callbacks of your own, as [my_callbacks.Printer]", None
     )
 
     @property
