@@ -13,7 +13,6 @@ that grows and with a compiled step, whose graph is made in the first call.
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import statistics
 import sys
@@ -28,6 +27,7 @@ from small import PackedSteps
 from table import write_section
 
 from vlbench.config import recipe as recipes
+from vlbench.config.recipe import with_random_weights
 from vlbench.config.schema import Recipe
 from vlbench.errors import EnvironmentFailure
 from vlbench.model.build_vlm import build_vlm
@@ -73,11 +73,7 @@ def _synchronize_device(device: torch.device) -> None:
 
 def build_random_vlm(recipe: Recipe, image_size: int, device: torch.device) -> VLM:
     """Return the model of a recipe with random weights, made where it will be trained."""
-    recipe = dataclasses.replace(
-        recipe,
-        vision=dataclasses.replace(recipe.vision, weights="random"),
-        language=dataclasses.replace(recipe.language, weights="random"),
-    )
+    recipe = with_random_weights(recipe)
     with device:
         return build_vlm(recipe, image_size)
 
@@ -87,8 +83,8 @@ def measure_stage(overrides: list[str], stage: str, steps: int) -> list[str]:
     recipe = recipes.load_recipe([*overrides, "data.train=scenes"])
     device = root_device(recipe.trainer)
     stage_run = next(each for each in plan_stage_runs(recipe) if each.name == stage)
-    chosen = dataclasses.replace(
-        stage_run.stage, global_batch_size=BATCH, warmup_ratio=0.0, schedule="constant"
+    chosen = stage_run.stage.model_copy(
+        update={"global_batch_size": BATCH, "warmup_ratio": 0.0, "schedule": "constant"}
     )
     gc.collect()
     if device.type == "cuda":

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import resource
@@ -70,13 +69,14 @@ def train_with_vlbench(
     `checkpointing_mode` is what is recomputed.
     """
     recipe = recipes.load_recipe(["recipe=yivl_llava"])
-    stage: StageConfig = dataclasses.replace(
-        recipe.stages["chat"],
-        train={name: PartTrainConfig(lr=LR) for name in TRAINED[part]},  # type: ignore[misc]
-        grad_clip=1.0,
-        warmup_ratio=0.0,
-        schedule="constant",
-        global_batch_size=BATCH,
+    stage: StageConfig = recipe.stages["chat"].model_copy(
+        update={
+            "train": {name: PartTrainConfig(lr=LR) for name in TRAINED[part]},
+            "grad_clip": 1.0,
+            "warmup_ratio": 0.0,
+            "schedule": "constant",
+            "global_batch_size": BATCH,
+        }
     )
     runner = StageRunner(
         trainer_config=TrainerConfig(),

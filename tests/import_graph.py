@@ -15,7 +15,8 @@ PACKAGE = Path(__file__).parents[1] / "vlbench"
 
 LAYERS = (
     ("version", "errors"),
-    ("text_files", "text_tables", "html_pages", "process_settings", "compat"),
+    ("compat",),
+    ("text_files", "text_tables", "html_pages", "process_settings"),
     ("connector",),
     ("config",),
     ("distributed",),

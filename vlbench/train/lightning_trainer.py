@@ -14,11 +14,12 @@ import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.profilers import PyTorchProfiler
 
+from vlbench.compat.lightning_internals import trainer_device
+from vlbench.compat.torch_internals import is_compiler_error
 from vlbench.config.schema import LoggingConfig, StageConfig, TrainerConfig
 from vlbench.connector import registry
 from vlbench.distributed.process_group import distributed_trainer_args, is_connection_error
 from vlbench.errors import UserError
-from vlbench.model.compile_blocks import is_compiler_error
 from vlbench.train import run_report
 
 LIGHTNING_PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed"}
@@ -26,7 +27,7 @@ LIGHTNING_PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed"}
 
 def root_device(trainer_config: TrainerConfig) -> torch.device:
     """Return the device that this process trains on."""
-    return build_trainer(trainer_config, "32").strategy.root_device
+    return trainer_device(build_trainer(trainer_config, "32"))
 
 
 def build_trainer(

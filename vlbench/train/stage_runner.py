@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vlbench.compat.lightning_internals import trainer_device
 from vlbench.config.schema import Recipe, StageConfig, TrainerConfig
 from vlbench.data.batch_sampler import OptimizerStep, StepDataset
 from vlbench.distributed.launcher import isolate_data_worker
@@ -146,7 +147,7 @@ class StageRunner:
             batch_size=None,
             num_workers=num_workers,
             worker_init_fn=isolate_data_worker,
-            pin_memory=trainer.strategy.root_device.type == "cuda",
+            pin_memory=trainer_device(trainer).type == "cuda",
         )
         compiled = CompiledBlocks(vlm, self.trainer_config.compile)
         with compiled, explain_stage_errors(stage_name, stage):

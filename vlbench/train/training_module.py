@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from vlbench.compat.lightning_internals import trainer_device, without_gradient_sync
 from vlbench.config.schema import StageConfig
 from vlbench.connector.base import Connector
 from vlbench.data.batch_sampler import OptimizerStep
@@ -101,7 +102,7 @@ class VLMTrainingModule(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Count the FLOPs of a step, and shard the model if the strategy has a device mesh."""
-        on_gpu = self.trainer.strategy.root_device.type == "cuda"
+        on_gpu = trainer_device(self.trainer).type == "cuda"
         if on_gpu and self.stage.objective == "language":  # MFU needs a peak, which no CPU has
             self.flops = count_step_flops(self.vlm)
         if self.device_mesh is not None:
@@ -263,9 +264,5 @@ class VLMTrainingModule(pl.LightningModule):
     @contextlib.contextmanager
     def _gradient_sync(self, is_last: bool) -> Iterator[None]:
         """Reduce gradients over the ranks in the last micro-batch of a step only."""
-        wrapped_model: Any = self.trainer.strategy.model
-        if is_last or not hasattr(wrapped_model, "no_sync"):
+        with contextlib.nullcontext() if is_last else without_gradient_sync(self.trainer):
             yield
-        else:
-            with wrapped_model.no_sync():
-                yield
