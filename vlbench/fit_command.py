@@ -36,7 +36,7 @@ def _fit_recipe(recipe: Recipe) -> int:
     if recipe.dry_run:
         return dry_run_stages(recipe, stage_runs)
     user_callbacks = collectives.call_on_all_ranks(
-        lambda: build_user_callbacks(recipe.trainer.callbacks or ())
+        lambda: build_user_callbacks(recipe.trainer.callbacks)
     )
     run = collectives.call_on_rank_zero(lambda: check_and_open_run(recipe, stage_runs))
     if run.is_finished:

@@ -73,7 +73,7 @@ def measure_stages(recipe: Recipe, stage_runs: list[StageRun]) -> Iterator[Stage
     """Try every stage: its longest step, then two as they come."""
     check_data(stage_runs)
     check_stage_shapes(recipe, stage_runs)
-    user_callbacks = build_user_callbacks(recipe.trainer.callbacks or ())
+    user_callbacks = build_user_callbacks(recipe.trainer.callbacks)
     vlm, _ = build_or_resume_model(recipe, stage_runs, None)
     run_report.show_weight_origins(vlm.weight_origins, recipe.seed)
     runner = StageRunner.from_recipe(recipe)
