@@ -228,7 +228,7 @@ def _decide_exit_code(
                 if one.kind == REFUSED and one.source == source.name and one.stage in ("", leg.name)
             ]
             refused = list({one.record_identity: one for one in refused}.values())
-            check_source_bad_samples(recipe, leg, source, refused, len(refused))
+            check_source_bad_samples(leg, source, refused, len(refused))
             of_leg += refused
         if leg.total_steps:
             check_caption_images(leg, of_leg)

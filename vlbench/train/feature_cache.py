@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from vlbench.compat.lightning_internals import autocast_context, trainer_device
 from vlbench.data.batch_sampler import StepDataset
 from vlbench.data.feature_store import FeatureLocations, FeatureShards, FeatureStore, content_key
 from vlbench.data.image_processing import ImageTransform
@@ -51,7 +52,7 @@ def cache_features(
     prepare pictures. When `stop` says so, those that are known by then are returned.
     Raises a Mistake when the disk has no room; what is kept by then stays.
     """
-    device = trainer.strategy.root_device
+    device = trainer_device(trainer)
     own = folder / encoder_fingerprint(vlm, f"{device.type} {trainer.precision}")
     try:
         own.mkdir(parents=True, exist_ok=True)
@@ -98,7 +99,7 @@ def _fill_cache(
             num_workers=num_workers,
             worker_init_fn=isolate_data_worker,
         )
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
+        with torch.no_grad(), autocast_context(trainer):
             kept |= _compute_features(vlm, loader, len(missing), shards, should_stop)
     return FeatureStore(
         shards, {picture: kept[key] for picture, key in keys.items() if key in kept}
