@@ -19,11 +19,13 @@ from torch import Tensor
 from vlbench.connector.base import zero_like_loss
 from vlbench.data.packing import PackedBatch, collate
 from vlbench.data.sample import ChatTurn
-from vlbench.data.sample_encoding import IGNORE_INDEX, SampleEncoder
+from vlbench.data.sample_encoding import IGNORE_INDEX
 from vlbench.errors import BadSample, UserError
 from vlbench.evaluate.heldout_questions import EvalQuestion
 from vlbench.model.eval_copy import in_eval_mode
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vlm import VLM
+from vlbench.processor import Processor
 
 SIGNIFICANT_DIGITS = 5  # of every number in diagnostics.json
 
@@ -41,7 +43,7 @@ class AnswerRelevance:
 
 
 def diagnose_answers(
-    vlm: VLM, answered_questions: Sequence[tuple[EvalQuestion, str]]
+    vlm: LoadedVLM, answered_questions: Sequence[tuple[EvalQuestion, str]]
 ) -> dict[str, Any]:
     """Return how the model's answers depend on the first image of each question.
 
@@ -53,12 +55,14 @@ def diagnose_answers(
     image are left out; without any question the result is empty. The model is not changed.
     """
     diagnosed: list[tuple[EvalQuestion, str, AnswerRelevance]] = []
-    vlm = in_eval_mode(vlm)
+    model = in_eval_mode(vlm.model)
+    grid = model.shapes.grid
     with torch.random.fork_rng([vlm.device] if vlm.device.type == "cuda" else []):
         for question, answer in answered_questions:
-            batch = _answered_batch(vlm, question, answer)
+            batch = _answered_batch(vlm.processor, question, answer)
             if batch is not None:
-                diagnosed.append((question, answer, measure_relevance(vlm, batch)))
+                relevance = measure_relevance(model, batch.to(vlm.device))
+                diagnosed.append((question, answer, relevance))
     if not diagnosed:
         return {}
     relevances = [relevance for _, _, relevance in diagnosed]
@@ -72,15 +76,15 @@ def diagnose_answers(
                 "question": question.question_text,
                 "answer": answer,
                 "truth": question.answer,
-                "grid": list(vlm.shapes.grid),
-                "relevance": _patch_grid(relevance.patch_relevance, vlm.shapes.grid),
+                "grid": list(grid),
+                "relevance": _patch_grid(relevance.patch_relevance, grid),
             }
             for question, answer, relevance in diagnosed
         ],
         "tokens": None if token_shares is None else _round_numbers(token_shares),
         "effective": None if effective is None else _round_numbers(effective),
         "attention": _summarize_attention(
-            [relevance.connector_attention for relevance in relevances], vlm.shapes.grid
+            [relevance.connector_attention for relevance in relevances], grid
         ),
     }
 
@@ -92,13 +96,14 @@ def measure_relevance(vlm: VLM, batch: PackedBatch) -> AnswerRelevance:
     """
     assert batch.labels is not None
     with torch.no_grad():
-        features = vlm.features(batch)
+        features = vlm.extract_features(batch)
         attention = vlm.connector.patch_attention(features.clone())
     with torch.enable_grad():
         features = features.detach().requires_grad_()
         # clone, as a connector may write into its features; zero loss, as it may not use them all
         visual = vlm.connector(features.clone()) + zero_like_loss(features)
-        loss = vlm.loss(vlm.hidden_states(batch, visual), batch.labels) + zero_like_loss(visual)
+        hidden = vlm.hidden_states(batch, visual)
+        loss = vlm.language_loss(hidden, batch.labels) + zero_like_loss(visual)
         feature_grads, visual_grads = torch.autograd.grad(loss, (features, visual))
     if attention is not None:
         _check_attention(vlm, attention, (*visual.shape[:2], vlm.shapes.patches))
@@ -121,24 +126,21 @@ def _check_attention(vlm: VLM, attention: Tensor, expected_shape: tuple[int, ...
         )
 
 
-def _answered_batch(vlm: VLM, question: EvalQuestion, answer: str) -> PackedBatch | None:
+def _answered_batch(
+    processor: Processor, question: EvalQuestion, answer: str
+) -> PackedBatch | None:
     """Return a question and its answer as a batch, None without an image."""
     sample = question.sample
     if not sample.images:
         return None
-    encoder = SampleEncoder(
-        vlm.tokenizer,
-        vlm.template,
-        vlm.connector.tokens_per_image,
-        vlm.language.config.max_position_embeddings,
-    )
+    encoder = replace(processor.sample_encoder(), max_length=processor.max_positions)
     answered = replace(sample, turns=(*sample.turns, ChatTurn("assistant", answer)))
     try:
         encoded = encoder.encode(answered)
     except BadSample:  # an answer may be no valid text, such as an image placeholder
         return None
     encoded = replace(encoded, labels=_keep_last_answer(encoded.labels))
-    return collate([[encoded]], vlm.transform.load_pixels).to(vlm.device)
+    return collate([[encoded]], processor.transform.load_pixels)
 
 
 def _keep_last_answer(labels: list[int]) -> list[int]:

@@ -29,9 +29,8 @@ from vlbench.data.sample import Sample
 from vlbench.errors import UserError
 from vlbench.evaluate.heldout_questions import EvalQuestion
 from vlbench.evaluate.tasks.benchmark_types import GenerationLimits
-from vlbench.model.generation.chat_messages import collate_prompts, encode_prompt
-from vlbench.model.generation.generate import decode_answer
-from vlbench.model.vlm import VLM
+from vlbench.model.generation.answer_text import decode_answer
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.text_files import format_json_lines, read_json, read_json_lines, write_atomically
 
 # More questions in a batch gain nothing on two cores, and take memory for the KV cache.
@@ -41,20 +40,21 @@ ANSWERS_FILE, BLANK_FILE, SKIPPED_FILE = "answers.jsonl", "blank.jsonl", "skippe
 SETTINGS_FILE = "settings.json"
 
 
-def answer_batch(vlm: VLM, samples: Sequence[Sample], **generation_options: Any) -> list[str]:
+def answer_batch(vlm: LoadedVLM, samples: Sequence[Sample], **generation_options: Any) -> list[str]:
     """Return the model's answer to every sample, which ends with a question, as one batch."""
-    generated = vlm.generate(collate_prompts(vlm, samples), **generation_options)
-    return [decode_answer(vlm, new_ids) for new_ids in generated]
+    batch = vlm.processor.collate_prompts(samples).to(vlm.device)
+    generated = vlm.generate(batch, **generation_options)
+    return [decode_answer(vlm.processor, new_ids) for new_ids in generated]
 
 
-def max_answer_tokens(vlm: VLM, true_answers: Sequence[str]) -> int:
+def max_answer_tokens(vlm: LoadedVLM, true_answers: Sequence[str]) -> int:
     """Return how many tokens an answer may have: the longest true one, and EXTRA_TOKENS."""
     lengths = (len(vlm.tokenizer.encode(f" {answer}\n###")) for answer in true_answers)
     return max(lengths, default=0) + EXTRA_TOKENS
 
 
 def answer_questions(
-    vlm: VLM,
+    vlm: LoadedVLM,
     questions: Sequence[EvalQuestion],
     title: str,
     should_stop: Callable[[], bool] = lambda: False,
@@ -64,7 +64,7 @@ def answer_questions(
     Questions of similar length share a batch.
     """
     max_new_tokens = max_answer_tokens(vlm, [question.answer for question in questions])
-    prompt_lengths = [len(encode_prompt(vlm, question.sample)) for question in questions]
+    prompt_lengths = [len(vlm.processor.encode_prompt(question.sample)) for question in questions]
     order = sorted(range(len(questions)), key=prompt_lengths.__getitem__)
     answers = [""] * len(questions)
     with tqdm(total=len(questions), desc=title, unit="question", disable=None) as bar:
@@ -95,7 +95,7 @@ class TaskQuestion(Protocol):
 
 
 def answer_remaining(
-    vlm: VLM,
+    vlm: LoadedVLM,
     questions: Sequence[TaskQuestion],
     generation_limits: GenerationLimits,
     count_correct: Callable[[list[dict[str, Any]]], int | None],
@@ -138,7 +138,7 @@ def answer_remaining(
             batch = questions[start : start + batch_size]
             samples = [question.sample for question in batch]
             if use_blank_images:
-                samples = [_blank_sample(vlm, sample) for sample in samples]
+                samples = [_blank_sample(one, vlm.processor.transform.mean) for one in samples]
             responses = answer_batch(vlm, samples, max_new_tokens=generation_limits.max_new_tokens)
             lines = [
                 {**question.answer_line, "response": _cut_at_stop(text, generation_limits.stop)}
@@ -182,8 +182,8 @@ def _keep_whole_batches(
     return done
 
 
-def _blank_sample(vlm: VLM, sample: Sample) -> Sample:
-    images = tuple(blank_image(image, vlm.transform.mean) for image in sample.images)
+def _blank_sample(sample: Sample, mean_colour: tuple[float, float, float]) -> Sample:
+    images = tuple(blank_image(image, mean_colour) for image in sample.images)
     return replace(sample, images=images)
 
 

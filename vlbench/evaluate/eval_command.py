@@ -24,7 +24,7 @@ from vlbench.evaluate.tasks.benchmark_tasks import BenchmarkTask
 from vlbench.evaluate.tasks.benchmark_types import GenerationLimits
 from vlbench.evaluate.tasks.conversation_tasks import FILE_TASK, OWN_TASK, ConversationTask
 from vlbench.load_model import find_model_folder, load_model
-from vlbench.model.vlm import VLM
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.text_files import format_json_lines, write_atomically
 from vlbench.train import checkpoint_files
 
@@ -52,11 +52,11 @@ class EvalTask(Protocol):
     task_settings: dict[str, Any]
     """What is asked, and how: a folder never mixes answers under different settings."""
 
-    def select_questions(self, vlm: VLM) -> tuple[list[Any], list[dict[str, str]]]:
+    def select_questions(self, vlm: LoadedVLM) -> tuple[list[Any], list[dict[str, str]]]:
         """Return the questions that can be asked, and those that cannot, with the reason."""
         ...
 
-    def generation_limits(self, vlm: VLM, questions: list[Any]) -> GenerationLimits:
+    def generation_limits(self, vlm: LoadedVLM, questions: list[Any]) -> GenerationLimits:
         """Return how a model may answer."""
         ...
 
@@ -146,7 +146,7 @@ def _answers_folder(folder_name: str, model_folder: Path, options: dict[str, str
 
 
 def _run_task(
-    vlm: VLM, task: EvalTask, folder: Path, batch_size: int, with_blank_images: bool
+    vlm: LoadedVLM, task: EvalTask, folder: Path, batch_size: int, with_blank_images: bool
 ) -> None:
     """Answer the questions of one task, write its scores into the folder, and print them."""
     questions, skipped = task.select_questions(vlm)

@@ -21,7 +21,7 @@ from vlbench.errors import UserError, suggest_name
 from vlbench.evaluate.batch_inference import answer_batch
 from vlbench.evaluate.tasks.benchmark_types import BenchmarkPrompt
 from vlbench.load_model import load_model
-from vlbench.model.generation.chat_messages import InMemoryImage, encode_prompt
+from vlbench.processor import InMemoryImage
 
 MAX_NEW_TOKENS = 1024  # where a task gives no number, as for lmms-eval's own models
 AUTO_BATCH_SIZE = 16  # questions per batch for batch_size=auto, as for `eval`
@@ -90,7 +90,7 @@ class VlbenchModel(lmms):  # type: ignore[misc]
                 sample = self._build_sample(request)
                 for image in sample.images:
                     image.open()
-                prompt_lengths[index] = len(encode_prompt(self.vlm, sample))
+                prompt_lengths[index] = len(self.vlm.processor.encode_prompt(sample))
                 samples[index] = sample
             except UserError as error:
                 skipped.append(f"{request.args[4]} {request.args[3]}: {error}")

@@ -32,8 +32,7 @@ from vlbench.evaluate.tasks.score_report import (
     write_score_files,
 )
 from vlbench.evaluate.tasks.scoring_protocols import DEFAULT_SEED, score_items, scoring_protocol
-from vlbench.model.generation.chat_messages import encode_prompt
-from vlbench.model.vlm import VLM
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.text_files import format_json_lines, write_atomically
 
 HUB_DATASETS = {"mmmu": "MMMU/MMMU", "cmmmu": "m-a-p/CMMMU"}
@@ -115,7 +114,9 @@ class BenchmarkTask:
             "protocol": name,
         }
 
-    def select_questions(self, vlm: VLM) -> tuple[list[BenchmarkQuestion], list[dict[str, str]]]:
+    def select_questions(
+        self, vlm: LoadedVLM
+    ) -> tuple[list[BenchmarkQuestion], list[dict[str, str]]]:
         """Return the questions that are asked, and those that are not, with the reason.
 
         The protocol skips it, an image cannot be read, or the text is too long.
@@ -135,7 +136,7 @@ class BenchmarkTask:
         return questions, skipped
 
     def generation_limits(
-        self, vlm: VLM, questions: Sequence[BenchmarkQuestion]
+        self, vlm: LoadedVLM, questions: Sequence[BenchmarkQuestion]
     ) -> GenerationLimits:
         """Return how the protocol lets a model answer."""
         return prompt_protocol(self.task, self.prompt_protocol_name).generation_limits
@@ -221,12 +222,12 @@ class BenchmarkTask:
         return [report]
 
 
-def _unfit_reason(vlm: VLM, question: BenchmarkQuestion) -> str:
+def _unfit_reason(vlm: LoadedVLM, question: BenchmarkQuestion) -> str:
     """Return why a question cannot be asked, "" if it can."""
     try:
         for image in question.prompt.images:
             image.open()
-        encode_prompt(vlm, question.sample)
+        vlm.processor.encode_prompt(question.sample)
     except UserError as error:
         return str(error)
     return ""

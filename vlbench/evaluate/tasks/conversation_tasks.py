@@ -29,8 +29,7 @@ from vlbench.evaluate.heldout_questions import (
 )
 from vlbench.evaluate.tasks.benchmark_types import GenerationLimits
 from vlbench.evaluate.tasks.score_report import wilson_interval
-from vlbench.model.generation.chat_messages import encode_prompt
-from vlbench.model.vlm import VLM
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.text_files import format_json_lines, write_atomically
 from vlbench.train import checkpoint_files
 from vlbench.train.resume import find_released_model
@@ -158,7 +157,9 @@ class ConversationTask:
             "revision": f"sha256 {digest[:16]}",
         }
 
-    def select_questions(self, vlm: VLM) -> tuple[list[ConversationQuestion], list[dict[str, str]]]:
+    def select_questions(
+        self, vlm: LoadedVLM
+    ) -> tuple[list[ConversationQuestion], list[dict[str, str]]]:
         """Return what can be asked, sorted by length against padding, and what cannot.
 
         The latter are records without an image, bad samples, and texts that are too long for the
@@ -170,7 +171,7 @@ class ConversationTask:
         ]
         for index, question in enumerate(self.all_questions):
             try:
-                prompt_lengths[index] = len(encode_prompt(vlm, question.sample))
+                prompt_lengths[index] = len(vlm.processor.encode_prompt(question.sample))
             except UserError as error:
                 record = question.question.record_number
                 skipped.append({"id": question.sample.id, "record": record, "reason": str(error)})
@@ -178,7 +179,7 @@ class ConversationTask:
         return [self.all_questions[index] for index in order], skipped
 
     def generation_limits(
-        self, vlm: VLM, questions: Sequence[ConversationQuestion]
+        self, vlm: LoadedVLM, questions: Sequence[ConversationQuestion]
     ) -> GenerationLimits:
         """Return how long an answer may be: a little more than the longest right one."""
         answers = [answer for question in questions for answer in question.true_answers]
