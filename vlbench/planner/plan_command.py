@@ -74,10 +74,10 @@ def make_plan(options: PlanOptions) -> TrainingPlan:
         works[name], guessed = stage_workload(recipe, name, vlm, pairs, text)
         assumed |= guessed
         make = functools.partial(build_meta_vlm, recipe, name)
-        rehearsals = DepthExtrapolator(vlm, make, recipe.precision)
+        rehearsals = DepthExtrapolator(vlm.model, make, recipe.precision)
         width = 2 if recipe.precision == "bf16" else 4
         stages[name] = StageMemory(
-            vlm, rehearsals, works[name].mean_sample, width, options.world_size
+            vlm.model, rehearsals, works[name].mean_sample, width, options.world_size
         )
     if not stages:
         raise UserError("there is no stage to plan: plan counts stages that learn language")

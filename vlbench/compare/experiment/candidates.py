@@ -17,7 +17,7 @@ from vlbench.config.overrides import parse_overrides
 from vlbench.connector import registry
 from vlbench.errors import UserError, suggest_name
 from vlbench.model.build_vlm import recipe_connector_options
-from vlbench.model.connector_frame import BUDGET_COUNTS, ConnectorFrame
+from vlbench.model.connector_cost import BUDGET_COUNTS, ConnectorCostCounter
 
 MAX_CHANGED_OPTIONS = 2  # options of a row, at most: a reader must see what was done to it
 
@@ -37,7 +37,7 @@ class SizeCandidate:
 class RowCandidates:
     """All that a row may become; `known` is in the order of budgets."""
 
-    def __init__(self, row: GridRow, frame: ConnectorFrame, budget_name: str) -> None:
+    def __init__(self, row: GridRow, cost_counter: ConnectorCostCounter, budget_name: str) -> None:
         """Count the row's own budget and those with one option changed; foretell those with two."""
         recipe = load_recipe(row, 0)
         self.row, self.connector_name, self.own_options = (
@@ -45,12 +45,12 @@ class RowCandidates:
             recipe.connector["name"],
             recipe_connector_options(recipe),
         )
-        self._frame, self._count_budget = frame, BUDGET_COUNTS[budget_name]
+        self._cost_counter, self._count_budget = cost_counter, BUDGET_COUNTS[budget_name]
         self._connector_class = registry.load_connector(self.connector_name)
         self._verified_options: set[str] = set()
         try:
             self.own_budget = self._count_budget(
-                frame, frame.build_connector(self._connector_class, self.own_options)
+                cost_counter, cost_counter.build_connector(self._connector_class, self.own_options)
             )
         except ValueError as error:
             raise UserError(f"row {row.name}: {error}") from error
@@ -88,7 +88,7 @@ class RowCandidates:
         options = {**self.own_options, **candidate.options}
         true = (
             self._count_candidate(candidate.options)
-            if self._frame.fits_all_stages(self._connector_class, options)
+            if self._cost_counter.fits_all_stages(self._connector_class, options)
             else None
         )
         if true is not None and true.budget == candidate.budget:
@@ -139,12 +139,12 @@ class RowCandidates:
     def _count_candidate(self, options: dict[str, Any]) -> SizeCandidate | None:
         """Return a candidate with its true budget; None if its options do not go together."""
         try:
-            built = self._frame.build_connector(
+            built = self._cost_counter.build_connector(
                 self._connector_class, {**self.own_options, **options}
             )
         except ValueError:
             return None
-        value = self._count_budget(self._frame, built)
+        value = self._count_budget(self._cost_counter, built)
         return self._make_candidate(options, value) if value else None
 
     def _combine_candidates(self, candidates: Sequence[SizeCandidate]) -> SizeCandidate:

@@ -17,7 +17,7 @@ from vlbench.compare.experiment.candidates import RowCandidates, SizeCandidate
 from vlbench.compare.experiment.grid import ComparisonGrid, GridRow, load_recipe
 from vlbench.compare.report.report_warnings import MATCH_TOLERANCE
 from vlbench.config.overrides import format_override
-from vlbench.model.connector_frame import ConnectorFrame
+from vlbench.model.connector_cost import ConnectorCostCounter
 from vlbench.text_tables import format_table
 
 
@@ -55,8 +55,8 @@ def match_rows(rows: Sequence[GridRow], budget_name: str) -> list[BudgetMatch]:
     others come as near as they can.
     """
     found = [
-        RowCandidates(row, frame, budget_name)
-        for row, frame in zip(rows, _connector_frames(rows), strict=True)
+        RowCandidates(row, counter, budget_name)
+        for row, counter in zip(rows, _cost_counters(rows), strict=True)
     ]
     settled = False
     while not settled:
@@ -98,18 +98,18 @@ def _make_match(
     )
 
 
-def _connector_frames(rows: Sequence[GridRow]) -> list[ConnectorFrame]:
-    """Return the frame of each row; rows that have the same one share it."""
-    made: dict[Any, ConnectorFrame] = {}
-    frames = []
+def _cost_counters(rows: Sequence[GridRow]) -> list[ConnectorCostCounter]:
+    """Return the cost counter of each row; rows with the same shapes share one."""
+    shared: dict[Any, ConnectorCostCounter] = {}
+    counters = []
     for row in rows:
         recipe = load_recipe(row, 0)
         sides = tuple(stage.image_size for stage in recipe.stages.values())
         key = (recipe.vision, recipe.language, sides)
-        if key not in made:
-            made[key] = ConnectorFrame(recipe)
-        frames.append(made[key])
-    return frames
+        if key not in shared:
+            shared[key] = ConnectorCostCounter(*key)
+        counters.append(shared[key])
+    return counters
 
 
 def _pick_best(
