@@ -10,10 +10,9 @@ from torch import nn
 
 from vlbench.model.fsdp_wrapping import fsdp_units
 from vlbench.model.vlm import VLM
-from vlbench.planner.extrapolate import DepthExtrapolator
 from vlbench.planner.memory_tracker import LOGITS, WEIGHT_COPIES
 from vlbench.planner.meta_model import SampleShape, full_row_shape
-from vlbench.planner.simulate_step import BACKWARD
+from vlbench.planner.simulate_step import BACKWARD, DepthExtrapolator
 from vlbench.train.auto_checkpointing import OPTIMIZER_BYTES_PER_PARAM
 
 MemoryByComponent = dict[str, float]

@@ -26,7 +26,7 @@ from vlbench.compare.experiment.run_jobs import (
 )
 from vlbench.compare.experiment.shared_stages import copy_shared_stages, find_shared_stages
 from vlbench.compare.report.analysis import analyze_runs
-from vlbench.compare.report.finished_runs import load_finished_run
+from vlbench.compare.report.finished_runs import describe_sweep, load_finished_run
 from vlbench.compare.report.markdown_report import render_markdown
 from vlbench.compare.report.report_command import write_report
 from vlbench.distributed.machine_limits import check_parallel_runs
@@ -163,7 +163,7 @@ def _write_reports(grid: ComparisonGrid, failed: dict[Path, str]) -> int:
         load_finished_run(folder) for folder in grid.run_folders() if RunFolder(folder).is_finished
     ]
     if done:
-        findings = analyze_runs(done, failed, lr_sweep.describe_sweep(grid.folder))
+        findings = analyze_runs(done, failed, describe_sweep(grid.folder))
         paths = [grid.folder / name for name in REPORT_FILES]
         for path in paths:
             write_report(findings, path)  # before anything is printed: the reader may be `head`

@@ -16,11 +16,9 @@ from pathlib import Path
 from vlbench.compare.experiment import grid as grids
 from vlbench.compare.experiment.grid import ComparisonGrid, GridRow
 from vlbench.compare.experiment.run_jobs import TrainingJob
-from vlbench.text_files import read_csv, read_json, write_atomically
+from vlbench.compare.report.finished_runs import SWEEP_FILE, SWEEP_FOLDER
+from vlbench.text_files import read_csv, write_atomically
 from vlbench.train.run_folder import RunFolder
-
-SWEEP_FILE = "sweep.json"
-SWEEP_FOLDER = "sweep"
 
 
 def trial_jobs(grid: ComparisonGrid) -> list[TrainingJob]:
@@ -106,26 +104,6 @@ def _best_factor(losses: dict[float, float]) -> float | None:
     """Return the factor with the lowest loss, None if no trial ended."""
     best = min(losses, key=losses.__getitem__)
     return best if math.isfinite(losses[best]) else None
-
-
-def describe_sweep(folder: Path) -> list[str]:
-    """Say what was tried in a comparison, and what was taken; [] without a sweep."""
-    file = folder / SWEEP_FILE
-    if not file.is_file():
-        return []
-    said = read_json(file)
-    rows = []
-    for name, row in said["rows"].items():
-        tried = ", ".join(
-            f"x {factor} {'failed' if loss is None else f'{loss:.4f}'}"
-            for factor, loss in row["losses"].items()
-        )
-        taken = "none" if row["chosen"] is None else f"x {row['chosen']:g}"
-        rows.append(f"{name} {tried}: {taken} is taken")
-    return [
-        f"Every row tried its connector's learning rate times some factors, with seed "
-        f"{said['seed']}; the lowest held-out loss decides. {'; '.join(rows)}."
-    ]
 
 
 def held_out_loss(run_folder: Path) -> float:

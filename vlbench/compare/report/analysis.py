@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlbench.compare.report.finished_runs import (
+    BUDGET_LABELS,
+    MATCH_TOLERANCE,
     ComparisonArm,
     FinishedRun,
     common_seeds_and_questions,
@@ -26,7 +28,6 @@ from vlbench.compare.report.paired_statistics import (
     holm_correction,
     paired_difference,
 )
-from vlbench.compare.report.report_warnings import comparison_warnings
 
 MAX_NAMED_ROWS = 4  # rows that a sentence names, at most
 SIGNIFICANCE_LEVEL = 0.05  # largest p, after Holm's correction, that is called a difference
@@ -287,3 +288,81 @@ def join_names(names: Sequence[str], conjunction: str) -> str:
     if len(names) > MAX_NAMED_ROWS:
         return f"{len(names)} others"
     return f" {conjunction} ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def comparison_warnings(
+    arms: Sequence[ComparisonArm],
+    seeds: Sequence[int],
+    questions: Sequence[str],
+    failed: Mapping[Path, str],
+) -> list[str]:
+    """Return a sentence for everything that limits a comparison on these seeds and questions."""
+    used = [run for arm in arms for run in arm.runs if run.seed in seeds]
+    found = [
+        _single_seed_warning(seeds),
+        _dropped_seeds_warning(arms, seeds),
+        _budget_warning(arms),
+        _questions_warning(used, questions),
+        _truths_warning(used, questions),
+        _versions_warning(used),
+        _failed_runs_warning(failed),
+    ]
+    return [text for text in found if text]
+
+
+def _single_seed_warning(seeds: Sequence[int]) -> str:
+    return "One seed: what another run would give is not known." if len(seeds) == 1 else ""
+
+
+def _dropped_seeds_warning(arms: Sequence[ComparisonArm], seeds: Sequence[int]) -> str:
+    left = {arm.name: len(arm.seeds) - len(seeds) for arm in arms if len(arm.seeds) > len(seeds)}
+    which = ", ".join(f"{count} of {name}" for name, count in left.items())
+    return f"Left out, because not every row has the seed: {which}." if left else ""
+
+
+def _budget_warning(arms: Sequence[ComparisonArm]) -> str:
+    budgets = [arm.runs[0].results.get("budget") or {} for arm in arms]
+    shown = {key: [one.get(key) for one in budgets] for key in BUDGET_LABELS}
+    labels = [
+        BUDGET_LABELS[key] for key, values in shown.items() if any(values) and _is_unmatched(values)
+    ]
+    return f"Not matched within {MATCH_TOLERANCE:.0%}: {', '.join(labels)}." if labels else ""
+
+
+def _is_unmatched(values: Sequence[int | None]) -> bool:
+    known = [value for value in values if value is not None]
+    return len(known) < len(values) or max(known) > (1 + MATCH_TOLERANCE) * min(known)
+
+
+def _questions_warning(runs: Sequence[FinishedRun], questions: Sequence[str]) -> str:
+    most = max(len(run.correct) for run in runs)
+    about = dict.fromkeys(run.results.get("asked_of", "") for run in runs)
+    if len(about) > 1:
+        return f"The runs were asked different things: {'; '.join(one or '?' for one in about)}."
+    if most > len(questions):
+        return f"Only {len(questions)} of up to {most} questions were asked of every run."
+    return ""
+
+
+def _truths_warning(runs: Sequence[FinishedRun], questions: Sequence[str]) -> str:
+    texts = [[run.answers_and_truths[one][1] for run in runs] for one in questions]
+    wrong = sum(len(set(truths)) > 1 for truths in texts)
+    return f"The true answer differs from run to run for {wrong} questions." if wrong else ""
+
+
+def _versions_warning(runs: Sequence[FinishedRun]) -> str:
+    names = dict.fromkeys(name for run in runs for name in run.versions)
+    values = {name: dict.fromkeys(run.versions.get(name, "?") for run in runs) for name in names}
+    differ = [
+        f"{name} ({', '.join(one[:10] or '?' for one in found)})"
+        for name, found in values.items()
+        if len(found) > 1
+    ]
+    return f"The runs were made with different versions: {'; '.join(differ)}." if differ else ""
+
+
+def _failed_runs_warning(failed: Mapping[Path, str]) -> str:
+    if not failed:
+        return ""
+    runs = "1 run" if len(failed) == 1 else f"{len(failed)} runs"
+    return f"{runs} failed, and what they would have said is missing."

@@ -21,6 +21,18 @@ ARM_IGNORED_KEYS = ("seed", "run", "recipe", "only", "from", "dry_run", "profile
 """Keys at the top of a recipe that make no other arm."""
 
 
+SWEEP_FILE = "sweep.json"  # in the folder of a comparison: losses of the learning rates tried
+SWEEP_FOLDER = "sweep"  # where the runs that tried them are
+MATCH_TOLERANCE = 0.05  # budgets that differ by more are not the same
+BUDGET_LABELS = {
+    "parameters": "connector's parameters",
+    "tokens": "tokens of a picture",
+    "latents": "latents",
+    "flops": "prefill FLOPs",
+    "cache": "cache bytes of a picture",
+}
+
+
 @dataclass(frozen=True)
 class FinishedRun:
     """A run that has its results."""
@@ -188,3 +200,23 @@ def _format_setting(key: str, value: Any) -> str:
     if key == "connector.name":
         return str(value)
     return f"{key.removeprefix('connector.')}={'null' if value is None else value}"
+
+
+def describe_sweep(folder: Path) -> list[str]:
+    """Say what was tried in a comparison, and what was taken; [] without a sweep."""
+    file = folder / SWEEP_FILE
+    if not file.is_file():
+        return []
+    said = read_json(file)
+    rows = []
+    for name, row in said["rows"].items():
+        tried = ", ".join(
+            f"x {factor} {'failed' if loss is None else f'{loss:.4f}'}"
+            for factor, loss in row["losses"].items()
+        )
+        taken = "none" if row["chosen"] is None else f"x {row['chosen']:g}"
+        rows.append(f"{name} {tried}: {taken} is taken")
+    return [
+        f"Every row tried its connector's learning rate times some factors, with seed "
+        f"{said['seed']}; the lowest held-out loss decides. {'; '.join(rows)}."
+    ]

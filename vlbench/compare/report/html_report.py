@@ -10,7 +10,7 @@ from typing import Any
 
 from vlbench.compare.report import (
     diagnostics,
-    disagreements,
+    question_examples,
     result_plots,
     row_costs,
     training_curves,
@@ -23,10 +23,8 @@ from vlbench.compare.report.analysis import (
 )
 from vlbench.compare.report.diagnostics import RowDiagnostics
 from vlbench.compare.report.markdown_report import format_share, format_whole
-from vlbench.compare.report.metric_curves import load_row_metrics
 from vlbench.compare.report.paired_statistics import STATISTICAL_POWER
 from vlbench.compare.report.svg_figure import legend_marker
-from vlbench.compare.report.thumbnails import QuestionThumbnails, heatmap_uri
 from vlbench.html_pages import jinja_environment
 from vlbench.version import __version__
 
@@ -39,7 +37,7 @@ def render_html(findings: ComparisonResult) -> str:
     environment.filters |= {
         "share": format_share,
         "whole": format_whole,
-        "heat": heatmap_uri,
+        "heat": diagnostics.heatmap_uri,
         "exp": math.exp,
     }
     environment.globals |= {
@@ -48,7 +46,7 @@ def render_html(findings: ComparisonResult) -> str:
         "power": STATISTICAL_POWER,
         "named": MAX_NAMED_ROWS,
     }
-    album = QuestionThumbnails(findings.rows[0].runs[0])
+    album = question_examples.QuestionThumbnails(findings.rows[0].runs[0])
     rows = findings.rows
     text = environment.get_template(REPORT_TEMPLATE).render(
         findings=findings,
@@ -58,7 +56,7 @@ def render_html(findings: ComparisonResult) -> str:
         answered=_answers_section(findings),
         training=_training_section(rows),
         costs=_costs_section(rows),
-        cases=disagreements.wins_and_losses(rows, findings.question_ids),
+        cases=question_examples.wins_and_losses(rows, findings.question_ids),
         inside=_diagnostics_section(rows),
         made=_provenance_section(findings),
         album=album,
@@ -88,7 +86,7 @@ def _answers_section(findings: ComparisonResult) -> dict[str, Any]:
 
 def _training_section(rows: Sequence[RowResult]) -> dict[str, Any]:
     """Return the plots of training, and the rows that have no metrics."""
-    found = {row.name: load_row_metrics(row) for row in rows}
+    found = {row.name: training_curves.load_row_metrics(row) for row in rows}
     known = {name: some for name, some in found.items() if some}
     order = [row.name for row in rows]
     gates = {
@@ -134,7 +132,7 @@ def _diagnostics_section(rows: Sequence[RowResult]) -> dict[str, Any]:
         "relevance": diagnostics.relevance_heatmaps(found),
         "attention": diagnostics.attention_heatmaps(found),
         "attends": [one for one in found if one.attention],
-        "tokens": training_curves.plot_token_shares(counted_, order) if counted_ else None,
+        "tokens": diagnostics.plot_token_shares(counted_, order) if counted_ else None,
     }
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlbench.compare.experiment.lr_sweep import SWEEP_FOLDER, describe_sweep
 from vlbench.compare.report.analysis import ComparisonResult, analyze_runs
-from vlbench.compare.report.finished_runs import load_finished_run
+from vlbench.compare.report.finished_runs import SWEEP_FOLDER, describe_sweep, load_finished_run
 from vlbench.compare.report.markdown_report import render_markdown
 from vlbench.errors import UserError
 from vlbench.text_files import write_atomically

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from vlbench.compare.report.analysis import RowResult
-from vlbench.compare.report.report_warnings import BUDGET_LABELS
+from vlbench.compare.report.finished_runs import BUDGET_LABELS
 
 TRAINING_LABELS = {
     "samples": "samples seen in training",

@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from vlbench.compare.report.diagnostics import RowDiagnostics
-from vlbench.compare.report.metric_curves import (
-    MetricSeries,
-    MetricsTable,
-    metric_columns,
-    series_by_stage,
-    stage_names,
-)
+from vlbench.compare.report.analysis import RowResult
+from vlbench.compare.report.finished_runs import FinishedRun
 from vlbench.compare.report.svg_figure import (
-    FIGURE_WIDTH,
     MUTED_COLOR,
     figure_to_svg,
     make_subplots,
@@ -29,9 +22,85 @@ from vlbench.compare.report.svg_figure import (
     row_style,
     wrap_label,
 )
+from vlbench.errors import UserError
+from vlbench.text_files import read_csv
 
 LOG_SCALE_RATIO = 8  # losses that fall to less than a part in this are drawn on a logarithmic axis
-PANELS_ACROSS = 3  # small plots beside one another
+
+MetricsTable = list[dict[str, str]]
+"""The rows of a metrics.csv."""
+
+
+@dataclass(frozen=True)
+class MetricSeries:
+    """A column of metrics.csv within one stage, at the steps at which every seed has it."""
+
+    steps: list[int]
+    mean: list[float]
+    low: list[float]
+    """The smallest value of a seed."""
+    high: list[float]
+
+
+def load_row_metrics(row: RowResult) -> list[MetricsTable]:
+    """Return the metrics of those runs of a row that have any."""
+    found = [load_run_metrics(run) for run in row.runs]
+    return [one for one in found if one]
+
+
+def load_run_metrics(run: FinishedRun) -> MetricsTable:
+    """Return the metrics of a run, [] if there are none; a line that a kill tore is left out."""
+    file = run.folder / "metrics.csv"
+    lines = read_csv(file)
+    if lines and not {"stage", "step", "seconds"} <= set(lines[0]):
+        raise UserError(f"{file}: has no columns stage, step and seconds")
+    return [line for line in lines if line["seconds"]]
+
+
+def stage_names(tables: Sequence[MetricsTable]) -> list[str]:
+    """Return the names of all stages, in the order of training."""
+    return list(dict.fromkeys(line["stage"] for one in tables for line in one))
+
+
+def metric_columns(tables: Sequence[MetricsTable], prefix: str) -> list[str]:
+    """Return the columns that begin with `prefix` and have values, in the order of the files."""
+    named = (key for one in tables for line in one for key, value in line.items() if key and value)
+    return [key for key in dict.fromkeys(named) if key.startswith(prefix)]
+
+
+def series_by_stage(tables: Sequence[MetricsTable], column: str) -> dict[str, MetricSeries]:
+    """Return the values of a column over the seeds: stage -> series; stages without it are out."""
+    by_stage = {
+        stage: _aggregate_seeds([_step_values(one, stage, column) for one in tables])
+        for stage in stage_names(tables)
+    }
+    return {stage: one for stage, one in by_stage.items() if one.steps}
+
+
+def _step_values(table: MetricsTable, stage: str, column: str) -> dict[int, float]:
+    """Return step -> value of a column in a stage; what is empty or not finite is left out."""
+    try:
+        values = {
+            int(line["step"]): float(line[column])
+            for line in table
+            if line["stage"] == stage and line.get(column)
+        }
+    except ValueError as error:
+        raise UserError(
+            f"metrics.csv: column {column} holds what is no number ({error})"
+        ) from error
+    return {step: value for step, value in values.items() if math.isfinite(value)}
+
+
+def _aggregate_seeds(seed_values: Sequence[dict[int, float]]) -> MetricSeries:
+    steps = sorted(set.intersection(*(set(one) for one in seed_values))) if seed_values else []
+    values = [[one[step] for one in seed_values] for step in steps]
+    return MetricSeries(
+        steps,
+        [sum(one) / len(one) for one in values],
+        [min(one) for one in values],
+        [max(one) for one in values],
+    )
 
 
 @plot_style()
@@ -108,32 +177,3 @@ def plot_gates(tables: Sequence[MetricsTable], svg_id: str, row_name: str) -> Ma
 def _layer_index(column: str) -> int:
     end = column.rpartition("_")[2]
     return int(end) if end.isdecimal() else 0
-
-
-@plot_style()
-def plot_token_shares(diagnostics: Sequence[RowDiagnostics], row_names: Sequence[str]) -> Markup:
-    """Draw how much each visual token of each row matters, against an even share."""
-    down = math.ceil(len(diagnostics) / PANELS_ACROSS)
-    across = min(PANELS_ACROSS, len(diagnostics))
-    figure = Figure(
-        figsize=(
-            FIGURE_WIDTH * across / PANELS_ACROSS if across > 1 else FIGURE_WIDTH / 2,
-            0.3 + 1.9 * down,
-        )
-    )
-    panels = figure.subplots(down, across, squeeze=False).flat
-    for inside, panel in zip(diagnostics, panels, strict=False):
-        count = len(inside.token_shares)
-        colour = row_style(row_names.index(inside.row_name))["color"]
-        panel.stairs(inside.token_shares, fill=True, color=colour)
-        panel.axhline(1 / max(1, count), color=MUTED_COLOR, linewidth=1, linestyle="--")
-        panel.set_title(
-            f"{wrap_label(inside.row_name, 24)}\n{inside.effective_tokens:.1f} of {count:,}"
-        )
-        panel.set_xlabel("visual token")
-        panel.grid(axis="x", visible=False)
-    for panel in panels:  # those that are left over
-        panel.set_axis_off()
-    return figure_to_svg(
-        figure, "plot-tokens", "Share of each visual token in the answers, row by row"
-    )

@@ -1,14 +1,16 @@
-"""The pictures of a page: thumbnails of what was asked about, each once, and heat for them."""
+"""The question examples of a page: those on which rows disagree, their texts and thumbnails."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image
 
+from vlbench.compare.report.analysis import RowResult
 from vlbench.compare.report.finished_runs import FinishedRun
 from vlbench.config import recipe as recipes
 from vlbench.data.image_processing import ImageTransform
@@ -18,11 +20,90 @@ from vlbench.evaluate.heldout_questions import EvalQuestion
 from vlbench.evaluate.run_results import final_questions
 from vlbench.html_pages import image_data_uri
 
+MAX_QUESTIONS_SHOWN = 6  # questions, each way
+MAX_OPPONENTS = 3  # rows that the best one is set against
 THUMBNAIL_SIZE = 160  # pixels, the longest side of a thumbnail
 MAX_IMAGES_SHOWN = 3  # pictures of a question, at most
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # the colour of the margins (Radford et al. 2021)
-HEATMAP_COLOR = (213, 94, 0)  # Okabe and Ito's vermilion
-HEATMAP_OPACITY = 0.85  # opacity of the hottest patch
+
+
+@dataclass(frozen=True)
+class RowAnswers:
+    """What a row answered to a question, in the order of the seeds."""
+
+    row_name: str
+    grouped_answers: list[tuple[str, list[bool]]]
+    """An answer and, for each of the seeds in a row that gave it, whether it was right."""
+
+
+@dataclass(frozen=True)
+class QuestionDisagreement:
+    """A question on which two rows part."""
+
+    question_id: str
+    truth: str
+    type_and_language: str
+    """Its type and language."""
+    answers: tuple[RowAnswers, RowAnswers]
+    """Of the row that is right, and of the other."""
+
+
+@dataclass(frozen=True)
+class RowDisagreements:
+    """Questions that `winner` gets right in most seeds and `loser` wrong in most."""
+
+    winner: str
+    loser: str
+    count: int
+    """How many there are in all."""
+    shown: list[QuestionDisagreement]
+
+
+def wins_and_losses(rows: Sequence[RowResult], questions: Sequence[str]) -> list[RowDisagreements]:
+    """Return the cases of the best row against each of the next ones, both ways."""
+    best = rows[0]
+    return [
+        one
+        for other in rows[1 : 1 + MAX_OPPONENTS]
+        for one in (
+            find_disagreements(best, other, questions),
+            find_disagreements(other, best, questions),
+        )
+    ]
+
+
+def find_disagreements(
+    winner: RowResult, loser: RowResult, questions: Sequence[str]
+) -> RowDisagreements:
+    """Return where `winner` is right and `loser` wrong in most seeds, the clearest first."""
+    won, lost = winner.correct.mean(axis=0), loser.correct.mean(axis=0)
+    parted = [index for index in range(len(questions)) if won[index] > 0.5 > lost[index]]
+    parted.sort(key=lambda index: lost[index] - won[index])
+    shown = [
+        _make_disagreement(winner, loser, questions[index])
+        for index in parted[:MAX_QUESTIONS_SHOWN]
+    ]
+    return RowDisagreements(winner.name, loser.name, len(parted), shown)
+
+
+def _make_disagreement(
+    winner: RowResult, loser: RowResult, question_id: str
+) -> QuestionDisagreement:
+    first = winner.runs[0]
+    return QuestionDisagreement(
+        question_id=question_id,
+        truth=first.answers_and_truths[question_id][1],
+        type_and_language=", ".join(
+            part for part in first.types_and_languages[question_id] if part
+        ),
+        answers=(_group_answers(winner, question_id), _group_answers(loser, question_id)),
+    )
+
+
+def _group_answers(row: RowResult, question_id: str) -> RowAnswers:
+    each = [(run.answers_and_truths[question_id][0], run.correct[question_id]) for run in row.runs]
+    alike = itertools.groupby(each, key=lambda one: one[0])
+    return RowAnswers(row.name, [(text, [right for _, right in ones]) for text, ones in alike])
 
 
 class Thumbnail(NamedTuple):
@@ -115,19 +196,6 @@ def _pad_to_square(image: Image.Image) -> Image.Image:
             image
         )
     )
-
-
-def heatmap_uri(patch_values: Sequence[Sequence[float]]) -> str:
-    """Return a map of patches as a picture to lay over another: the more, the less is seen through.
-
-    The largest value of the map has the full colour.
-    """
-    share = np.asarray(patch_values, float)
-    share = np.clip(share / max(float(share.max()), 1e-12), 0, 1)
-    pixels = np.empty((*share.shape, 4), np.uint8)
-    pixels[..., :3] = HEATMAP_COLOR
-    pixels[..., 3] = np.round(255 * HEATMAP_OPACITY * share)
-    return png_data_uri(Image.fromarray(pixels))
 
 
 def png_data_uri(image: Image.Image) -> str:
