@@ -14,12 +14,12 @@ from vlbench.planner.training_plan import TrainingPlan, make_plan
 from vlbench.train.run_report import format_bytes, format_duration
 
 YI_VL_DAYS = {"yi-6b": 3, "yi-34b": 10}
-"""Days that Yi-VL's model card says for 128 A800, about."""
+"""Approximate days of training on 128 A800, from Yi-VL's model card."""
 YI_VL_GPUS = 128
 
 
 def run_plan(options: PlanOptions) -> int:
-    """Print the plan of a training; with `probe=true` try it here. Return the exit code."""
+    """Print the plan of a training; with `probe=true` also dry-run it here. Return the exit code."""
     if options.probe:
         recipes.require_data(options.recipe)
     print("\n".join(format_plan(make_plan(options))), flush=True)
@@ -32,7 +32,7 @@ def run_plan(options: PlanOptions) -> int:
 
 
 def format_plan(plan: TrainingPlan) -> list[str]:
-    """Return the whole plan."""
+    """Return the lines of the whole plan."""
     return [
         *_setup_lines(plan),
         "",
@@ -48,38 +48,38 @@ def format_plan(plan: TrainingPlan) -> list[str]:
 
 
 def _setup_lines(plan: TrainingPlan) -> list[str]:
-    asked, recipe = plan.options, plan.options.recipe
-    gpu, trainer = asked.gpu, recipe.trainer
+    options, recipe = plan.options, plan.options.recipe
+    gpu, trainer = options.gpu, recipe.trainer
     nodes = f"{trainer.num_nodes} x " if trainer.num_nodes > 1 else ""
-    found = [
+    lines = [
         f"plan of {recipe.recipe}, size {recipe.size}, on {nodes}{trainer.devices} {gpu.name} of "
         f"{format_bytes(gpu.memory_bytes)} and {gpu.flops_per_second / 1e12:.0f} TFLOP/s",
-        f"precision {recipe.precision}, strategy {asked.strategy}, checkpointing "
-        f"{recipe.activation_checkpointing}; mfu={asked.mfu:g} is assumed, communication is not "
+        f"precision {recipe.precision}, strategy {options.strategy}, checkpointing "
+        f"{recipe.activation_checkpointing}; mfu={options.mfu:g} is assumed, communication is not "
         "counted",
     ]
     if plan.has_assumed_lengths:
         texts = ", ".join(f"{form} {tokens}" for form, tokens in ASSUMED_TEXT_TOKENS.items())
-        found.append(
-            f"assumed: one picture in a sample, and tokens of text beside it ({texts}; "
-            f"{ASSUMED_SUPERVISED_SHARE['chat']:.0%} of a chat learned), unless text_tokens= "
-            "says others"
+        lines.append(
+            f"assumed: one image per sample, and text tokens beside it ({texts}; "
+            f"{ASSUMED_SUPERVISED_SHARE['chat']:.0%} of a chat supervised), unless text_tokens= "
+            "gives others"
         )
-    found += [
+    lines += [
         f"stage {name} is left out: its objective is not language" for name in plan.skipped_stages
     ]
-    return found
+    return lines
 
 
 def _workload_lines(plan: TrainingPlan) -> list[str]:
-    asked = plan.options
-    way = _checkpointing_mode(plan)
+    options = plan.options
+    mode = _checkpointing_mode(plan)
     rows = [("stage", "samples", "tokens each", "steps", "micro-batches", "FLOPs", "time", "GPU h")]
     seconds = 0.0
     for name, work in plan.workloads.items():
-        batch = asked.recipe.stages[name].global_batch_size
-        own = _training_seconds(plan, work.total_flops(way))
-        seconds += own
+        stage = options.recipe.stages[name]
+        stage_seconds = _training_seconds(plan, work.total_flops(mode))
+        seconds += stage_seconds
         rows.append(
             (
                 name,
@@ -87,79 +87,67 @@ def _workload_lines(plan: TrainingPlan) -> list[str]:
                 f"{work.mean_sample.token_count:.0f}",
                 f"{work.steps:,}",
                 str(
-                    work.count_micro_batches(batch, asked.world_size, plan.max_tokens_per_row[name])
+                    work.count_micro_batches(
+                        stage.global_batch_size, options.world_size, stage.max_tokens_per_row
+                    )
                 ),
                 f"{work.total_flops('none'):.3g}",
-                format_duration(own),
-                f"{own * asked.world_size / 3600:,.1f}",
+                format_duration(stage_seconds),
+                f"{stage_seconds * options.world_size / 3600:,.1f}",
             )
         )
-    rows.append(
-        (
-            "all",
-            "",
-            "",
-            "",
-            "",
-            "",
-            format_duration(seconds),
-            f"{seconds * asked.world_size / 3600:,.1f}",
+    gpu_hours = seconds * options.world_size / 3600
+    rows.append(("all", *[""] * 5, format_duration(seconds), f"{gpu_hours:,.1f}"))
+    lines = format_table(rows)
+    with_recompute = sum(work.total_flops(mode) for work in plan.workloads.values())
+    without = sum(work.total_flops("none") for work in plan.workloads.values())
+    if with_recompute > without:
+        lines.append(
+            f"checkpointing {mode} repeats {with_recompute / without - 1:.0%} of the FLOPs"
         )
-    )
-    found = format_table(rows)
-    again = sum(work.total_flops(way) for work in plan.workloads.values())
-    once = sum(work.total_flops("none") for work in plan.workloads.values())
-    if again > once:
-        found.append(f"checkpointing {way} repeats {again / once - 1:.0%} of the operations")
-    if asked.gpu.price_per_hour is not None:
-        cost = seconds * asked.world_size / 3600 * asked.gpu.price_per_hour
-        found.append(f"cost: {cost:,.0f} US dollars at {asked.gpu.price_per_hour:g} for a GPU hour")
-    return found
+    price = options.gpu.price_per_hour
+    if price is not None:
+        lines.append(f"cost: {gpu_hours * price:,.0f} US dollars at {price:g} for a GPU hour")
+    return lines
 
 
 def _memory_lines(plan: TrainingPlan) -> list[str]:
-    asked, way = plan.options, _checkpointing_mode(plan)
-    head = f"memory of a GPU at the peak, in GB; {plan.memory_budget / 1e9:.1f} are there"
+    strategy, mode = plan.options.strategy, _checkpointing_mode(plan)
+    title = f"memory of a GPU at the peak, in GB; {plan.memory_budget / 1e9:.1f} are available"
     rows: list[tuple[str, ...]] = [
         ("stage", "max_tokens_per_row", *MEMORY_COMPONENTS, "sum", "", "fit")
     ]
     for name, stage in plan.stage_memory.items():
-        row = plan.max_tokens_per_row[name]
-        memory = stage.estimate_memory(asked.strategy, way, row)
-        most = stage.max_row_tokens(asked.strategy, way, row, plan.memory_budget)
+        row_tokens = plan.max_tokens_per_row[name]
+        memory = stage.estimate_memory(strategy, mode, row_tokens)
+        largest = stage.max_row_tokens(strategy, mode, row_tokens, plan.memory_budget)
         rows.append(
             (
                 name,
-                str(row),
+                str(row_tokens),
                 *_format_components(memory),
                 _fit_label(memory, plan.memory_budget),
-                str(most),
+                str(largest),
             )
         )
-    return [head, *format_table(rows), "fit: the most max_tokens_per_row that fit"]
+    return [title, *format_table(rows), "fit: the largest max_tokens_per_row that fits"]
 
 
 def _strategy_lines(plan: TrainingPlan) -> list[str]:
-    least = min(one.total_flops for one in plan.strategy_estimates)
-    rows: list[tuple[str, ...]] = [("arrangement", "stage", *MEMORY_COMPONENTS, "sum", "", "time")]
-    for one in plan.strategy_estimates:
-        name = (
-            f"{one.strategy} {one.checkpointing_mode}"
-            if plan.options.world_size > 1
-            else one.checkpointing_mode
-        )
-        time = f"x {one.total_flops / least:.2f}"
-        memory = _format_components(one.peak_memory)
+    fewest_flops = min(estimate.total_flops for estimate in plan.strategy_estimates)
+    rows: list[tuple[str, ...]] = [("strategy", "stage", *MEMORY_COMPONENTS, "sum", "", "time")]
+    for estimate in plan.strategy_estimates:
+        mode = estimate.checkpointing_mode
         rows.append(
             (
-                name,
-                one.largest_stage,
-                *memory,
-                _fit_label(one.peak_memory, plan.memory_budget),
-                time,
+                f"{estimate.strategy} {mode}" if plan.options.world_size > 1 else mode,
+                estimate.largest_stage,
+                *_format_components(estimate.peak_memory),
+                _fit_label(estimate.peak_memory, plan.memory_budget),
+                f"x {estimate.total_flops / fewest_flops:.2f}",
             )
         )
-    return ["arrangements, each with the stage that needs most", *format_table(rows)]
+    return ["strategies and checkpointing, at the stage that needs most", *format_table(rows)]
 
 
 def _recommendation_lines(plan: TrainingPlan) -> list[str]:
@@ -167,42 +155,49 @@ def _recommendation_lines(plan: TrainingPlan) -> list[str]:
         return [
             "nothing fits, not even one sample in a row: more GPUs (trainer.devices, "
             "trainer.num_nodes), a larger one (gpu), an adapter "
-            "(stages.chat.train.language.lora.rank=64), or fewer parts that train"
+            "(stages.chat.train.language.lora.rank=64), or fewer trained parts"
         ]
-    one, shorter = plan.cheapest_fit
-    words = [f"trainer.strategy={one.strategy}"] if plan.options.world_size > 1 else []
-    words += [f"activation_checkpointing={one.checkpointing_mode}"]
-    words += [
-        format_override(f"stages.{name}.max_tokens_per_row", row) for name, row in shorter.items()
+    estimate, row_tokens = plan.cheapest_fit
+    overrides = [f"trainer.strategy={estimate.strategy}"] if plan.options.world_size > 1 else []
+    overrides += [f"activation_checkpointing={estimate.checkpointing_mode}"]
+    overrides += [
+        format_override(f"stages.{name}.max_tokens_per_row", tokens)
+        for name, tokens in row_tokens.items()
     ]
-    time = format_duration(_training_seconds(plan, one.total_flops))
-    return [f"cheapest that fits, {time}: {' '.join(words)}"]
+    time = format_duration(_training_seconds(plan, estimate.total_flops))
+    return [f"cheapest that fits, {time}: {' '.join(overrides)}"]
 
 
 def _yi_vl_comparison(plan: TrainingPlan) -> list[str]:
     recipe = plan.options.recipe
     days = YI_VL_DAYS.get(recipe.language.name)
-    known = recipe.recipe == "yivl_llava" and plan.workloads.keys() == recipe.stages.keys()
-    if days is None or not known or plan.options.gpu.name != "A800":
+    is_yi_vl = recipe.recipe == "yivl_llava" and plan.workloads.keys() == recipe.stages.keys()
+    if days is None or not is_yi_vl or plan.options.gpu.name != "A800":
         return []
-    work = sum(one.total_flops(_checkpointing_mode(plan)) for one in plan.workloads.values())
-    own = _training_seconds(plan, work) * plan.options.world_size / YI_VL_GPUS / 86400
-    needed = plan.options.mfu * own / days
-    fits = f": mfu={needed:.2f} would give theirs" if needed <= 1 else ""
+    mode = _checkpointing_mode(plan)
+    flops = sum(work.total_flops(mode) for work in plan.workloads.values())
+    planned_days = _training_seconds(plan, flops) * plan.options.world_size / YI_VL_GPUS / 86400
+    needed_mfu = plan.options.mfu * planned_days / days
+    hint = f": mfu={needed_mfu:.2f} would give theirs" if needed_mfu <= 1 else ""
     return [
         f"Yi-VL's authors reported about {days} days on {YI_VL_GPUS} A800; this plan says "
-        f"{own:.1f} days on {YI_VL_GPUS}, at mfu={plan.options.mfu:g}{fits}"
+        f"{planned_days:.1f} days on {YI_VL_GPUS}, at mfu={plan.options.mfu:g}{hint}"
     ]
 
 
 def _checkpointing_mode(plan: TrainingPlan) -> str:
-    """Return the recipe's way of recomputing; `auto` is that of the cheapest arrangement."""
-    way = plan.options.recipe.activation_checkpointing
-    if way != "auto":
-        return way
-    fitting = [one for one in plan.strategy_estimates if one.fits_memory]
-    own = [one for one in fitting if one.strategy == plan.options.strategy]
-    return min(own, key=lambda one: one.total_flops).checkpointing_mode if own else "full"
+    """Return the recipe's checkpointing; for `auto` the cheapest that fits its strategy."""
+    mode = plan.options.recipe.activation_checkpointing
+    if mode != "auto":
+        return mode
+    fitting = [
+        estimate
+        for estimate in plan.strategy_estimates
+        if estimate.fits_memory and estimate.strategy == plan.options.strategy
+    ]
+    if not fitting:
+        return "full"
+    return min(fitting, key=lambda estimate: estimate.total_flops).checkpointing_mode
 
 
 def _training_seconds(plan: TrainingPlan, total_flops: float) -> float:
@@ -218,7 +213,7 @@ def _format_components(memory: MemoryByComponent) -> list[str]:
 
 
 def _format_gigabytes(byte_count: float) -> str:
-    """Return bytes in GB, with three digits where they are few."""
+    """Return bytes in GB, with three decimals below 1."""
     gigabytes = byte_count / 1e9
     if gigabytes < 0.0005:
         return "0"
@@ -230,7 +225,7 @@ def _fit_label(memory: MemoryByComponent, memory_budget: float) -> str:
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return rows as lines: the first column to the left, the others to the right."""
+    """Return rows as lines: the first column left-aligned, the others right-aligned."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
