@@ -174,7 +174,7 @@ def test_what_some_rows_lack_is_said(written):
     seen = text_of(written)
     assert "Without metrics.csv, and so not drawn: linear." in seen
     assert "Without diagnostics.json: linear." in seen
-    assert "no map: the answer does not depend on the picture" in seen
+    assert "no map: the answer does not depend on the image" in seen
     assert "32.0 of 64" in seen
 
 

@@ -77,7 +77,7 @@ def parse_plan_options(overrides: list[str]) -> PlanOptions:
 def _numbers_per_stage(
     plan_values: dict[str, str], key: str, stage_names: list[str], upper_limit: float
 ) -> tuple[float, ...]:
-    """Return one number for each stage, from `1e6` or `1e8,25e6,1e6`; () if the key is not given."""
+    """Return one number for each stage, from `1e6` or `1e8,25e6,1e6`; () without the key."""
     if key not in plan_values:
         return ()
     parts = plan_values[key].strip("[]").split(",")

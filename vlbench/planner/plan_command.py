@@ -19,7 +19,7 @@ YI_VL_GPUS = 128
 
 
 def run_plan(options: PlanOptions) -> int:
-    """Print the plan of a training; with `probe=true` also dry-run it here. Return the exit code."""
+    """Print the plan of a training, with `probe=true` dry-run it too; return the exit code."""
     if options.probe:
         recipes.require_data(options.recipe)
     print("\n".join(format_plan(make_plan(options))), flush=True)

@@ -1,4 +1,4 @@
-"""Plots of how rows came about and what goes on inside: losses, gates, use of tokens."""
+"""Training curves from metrics.csv: losses and gates over the seeds of a row, stage by stage."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vlbench.compare.report.svg_figure import (
 from vlbench.errors import UserError
 from vlbench.text_files import read_csv
 
-LOG_SCALE_RATIO = 8  # losses that fall to less than a part in this are drawn on a logarithmic axis
+LOG_SCALE_RATIO = 8  # the loss axis is logarithmic where largest / smallest is more than this
 
 MetricsTable = list[dict[str, str]]
 """The rows of a metrics.csv."""
@@ -38,18 +38,18 @@ class MetricSeries:
     steps: list[int]
     mean: list[float]
     low: list[float]
-    """The smallest value of a seed."""
+    """The smallest value over the seeds."""
     high: list[float]
 
 
 def load_row_metrics(row: RowResult) -> list[MetricsTable]:
-    """Return the metrics of those runs of a row that have any."""
-    found = [load_run_metrics(run) for run in row.runs]
-    return [one for one in found if one]
+    """Return the metrics of the runs of a row that have any."""
+    tables = [load_run_metrics(run) for run in row.runs]
+    return [table for table in tables if table]
 
 
 def load_run_metrics(run: FinishedRun) -> MetricsTable:
-    """Return the metrics of a run, [] if there are none; a line that a kill tore is left out."""
+    """Return the metrics of a run, [] without any; a line cut off by a kill is left out."""
     file = run.folder / "metrics.csv"
     lines = read_csv(file)
     if lines and not {"stage", "step", "seconds"} <= set(lines[0]):
@@ -59,26 +59,28 @@ def load_run_metrics(run: FinishedRun) -> MetricsTable:
 
 def stage_names(tables: Sequence[MetricsTable]) -> list[str]:
     """Return the names of all stages, in the order of training."""
-    return list(dict.fromkeys(line["stage"] for one in tables for line in one))
+    return list(dict.fromkeys(line["stage"] for table in tables for line in table))
 
 
 def metric_columns(tables: Sequence[MetricsTable], prefix: str) -> list[str]:
     """Return the columns that begin with `prefix` and have values, in the order of the files."""
-    named = (key for one in tables for line in one for key, value in line.items() if key and value)
-    return [key for key in dict.fromkeys(named) if key.startswith(prefix)]
+    filled = (
+        key for table in tables for line in table for key, value in line.items() if key and value
+    )
+    return [key for key in dict.fromkeys(filled) if key.startswith(prefix)]
 
 
 def series_by_stage(tables: Sequence[MetricsTable], column: str) -> dict[str, MetricSeries]:
-    """Return the values of a column over the seeds: stage -> series; stages without it are out."""
+    """Return stage -> series of a column over the seeds; stages without values are left out."""
     by_stage = {
-        stage: _aggregate_seeds([_step_values(one, stage, column) for one in tables])
+        stage: _aggregate_seeds([_step_values(table, stage, column) for table in tables])
         for stage in stage_names(tables)
     }
-    return {stage: one for stage, one in by_stage.items() if one.steps}
+    return {stage: series for stage, series in by_stage.items() if series.steps}
 
 
 def _step_values(table: MetricsTable, stage: str, column: str) -> dict[int, float]:
-    """Return step -> value of a column in a stage; what is empty or not finite is left out."""
+    """Return step -> value of a column in a stage, without empty and non-finite values."""
     try:
         values = {
             int(line["step"]): float(line[column])
@@ -87,19 +89,19 @@ def _step_values(table: MetricsTable, stage: str, column: str) -> dict[int, floa
         }
     except ValueError as error:
         raise UserError(
-            f"metrics.csv: column {column} holds what is no number ({error})"
+            f"metrics.csv: column {column} has a value that is not a number ({error})"
         ) from error
     return {step: value for step, value in values.items() if math.isfinite(value)}
 
 
 def _aggregate_seeds(seed_values: Sequence[dict[int, float]]) -> MetricSeries:
-    steps = sorted(set.intersection(*(set(one) for one in seed_values))) if seed_values else []
-    values = [[one[step] for one in seed_values] for step in steps]
+    steps = sorted(set.intersection(*map(set, seed_values))) if seed_values else []
+    values_by_step = [[values[step] for values in seed_values] for step in steps]
     return MetricSeries(
-        steps,
-        [sum(one) / len(one) for one in values],
-        [min(one) for one in values],
-        [max(one) for one in values],
+        steps=steps,
+        mean=[sum(values) / len(values) for values in values_by_step],
+        low=[min(values) for values in values_by_step],
+        high=[max(values) for values in values_by_step],
     )
 
 
@@ -109,17 +111,20 @@ def plot_losses(
 ) -> Markup:
     """Draw held-out losses (thick) and training losses (thin) of rows, a panel for each stage.
 
-    `order` names all rows: the place of a row gives its look.
+    `row_names` are all rows of the page: the index of a row gives its color and marker.
     """
-    names = stage_names([table for found in tables_by_row.values() for table in found])
+    names = stage_names([table for tables in tables_by_row.values() for table in tables])
     figure, (panels,) = make_subplots(3.4, columns=max(1, len(names)))
-    for row, found in tables_by_row.items():
-        style = row_style(row_names.index(row))
-        trained, held_out = series_by_stage(found, "loss"), series_by_stage(found, "held_out_loss")
+    for row_name, tables in tables_by_row.items():
+        style = row_style(row_names.index(row_name))
+        training = series_by_stage(tables, "loss")
+        held_out = series_by_stage(tables, "held_out_loss")
         for panel, stage in zip(panels, names, strict=False):
-            if stage in trained:
-                one = trained[stage]
-                panel.plot(one.steps, one.mean, color=style["color"], linewidth=0.7, alpha=0.55)
+            if stage in training:
+                series = training[stage]
+                panel.plot(
+                    series.steps, series.mean, color=style["color"], linewidth=0.7, alpha=0.55
+                )
             if stage in held_out:
                 _plot_with_band(
                     panel, held_out[stage], {**style, "markersize": 4.5, "linewidth": 1.8}
@@ -143,7 +148,7 @@ def _plot_with_band(axes: Axes, series: MetricSeries, style: dict[str, Any]) -> 
 
 
 def _label_stage_panels(panels: Sequence[Axes], stages: Sequence[str], label: str) -> None:
-    """Name the stages; the axes between them are their borders."""
+    """Set the titles and axis labels of panels, one for each stage."""
     for panel, stage in zip(panels, stages, strict=False):
         panel.set_title(wrap_label(stage, 24))
         panel.set_xlabel("step of the stage")
@@ -153,21 +158,21 @@ def _label_stage_panels(panels: Sequence[Axes], stages: Sequence[str], label: st
 @plot_style()
 def plot_gates(tables: Sequence[MetricsTable], svg_id: str, row_name: str) -> Markup | None:
     """Draw the gates of a row against steps, early layers dark; None if it has none."""
-    shown = metric_columns(tables, "gate_")
-    if not shown:
+    columns = metric_columns(tables, "gate_")
+    if not columns:
         return None
     names = stage_names(tables)
     figure, (panels,) = make_subplots(2.9, columns=len(names), sharey=True)
-    layers = sorted({_layer_index(column) for column in shown})
-    for column in shown:
-        at = layers.index(_layer_index(column)) / max(1, len(layers) - 1)
-        style = {"color": matplotlib.colormaps["viridis"](0.88 * at), "linewidth": 1.6}
-        line = "--" if column.startswith("gate_ff_") else "-"
+    layers = sorted({_layer_index(column) for column in columns})
+    for column in columns:
+        relative_depth = layers.index(_layer_index(column)) / max(1, len(layers) - 1)
+        style = {"color": matplotlib.colormaps["viridis"](0.88 * relative_depth), "linewidth": 1.6}
+        linestyle = "--" if column.startswith("gate_ff_") else "-"
         by_stage = series_by_stage(tables, column)
         for panel, stage in zip(panels, names, strict=True):
             if stage in by_stage:
-                one = by_stage[stage]
-                panel.plot(one.steps, one.mean, linestyle=line, **style)
+                series = by_stage[stage]
+                panel.plot(series.steps, series.mean, linestyle=linestyle, **style)
     for panel in panels:
         panel.axhline(0, color=MUTED_COLOR, linewidth=0.8)
     _label_stage_panels(panels, names, "tanh of the gate")
@@ -175,5 +180,5 @@ def plot_gates(tables: Sequence[MetricsTable], svg_id: str, row_name: str) -> Ma
 
 
 def _layer_index(column: str) -> int:
-    end = column.rpartition("_")[2]
-    return int(end) if end.isdecimal() else 0
+    ending = column.rpartition("_")[2]
+    return int(ending) if ending.isdecimal() else 0
