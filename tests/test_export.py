@@ -28,7 +28,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 import vlbench
 from vlbench.__main__ import main
 from vlbench.data.chat_template import CHAT_TEMPLATES
-from vlbench.data.sample_encoding import IMAGE_PLACEHOLDER
+from vlbench.data.sample import IMAGE_PLACEHOLDER
 from vlbench.model.generation.chat_messages import sample_from_messages
 from vlbench.model.weights.export_hf_llava import IMAGE_TOKEN, to_jinja_template
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,17 @@ def test_every_command_is_understood(command: str) -> None:
     assert verb in VERBS
     if verb in ("fit", "show") and "connector.name=mine" not in words:
         recipes.load_recipe(words)
+
+
+def test_its_lines_of_python_run(tmp_path: Path) -> None:
+    lines = re.findall(r"^    python (-c .*)$", README, re.MULTILINE)
+    assert lines
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    for line in lines:
+        subprocess.run(
+            [sys.executable, *shlex.split(line)], cwd=tmp_path, env=environment, check=True
+        )
+    assert (tmp_path / "scene.png").is_file()
 
 
 def test_the_connector_of_the_readme_trains(

@@ -50,9 +50,9 @@ def run_fit(overrides: list[str]) -> int:
     # Threads of torch that spin for long make a machine with other work 20 times slower, and
     # threads that sleep at once cost a quarter of the speed on an idle one (measured, two cores).
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    from vlbench.train import fit  # after the checks: it takes seconds
+    from vlbench import fit_command  # after the checks: it takes seconds
 
-    return fit.fit(resolve_recipe(overrides))
+    return fit_command.fit(resolve_recipe(overrides))
 
 
 def run_eval(overrides: list[str]) -> int:

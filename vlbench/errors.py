@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
 
+MAX_LINE_LENGTH = 300  # characters of a library's error that a message quotes
 MAX_WORD_LENGTH = 300  # characters without a space in a message; paths are shorter
 CONTROL_CHARACTERS = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029]")
 LONG_WORD_PATTERN = re.compile(rf"\S{{{MAX_WORD_LENGTH + 1},}}")
@@ -109,6 +110,21 @@ def escape_surrogates(text: str) -> str:
 def escape_to_one_line(text: str) -> str:
     """Return a text that can be printed, with its line ends and control characters escaped."""
     return CONTROL_CHARACTERS.sub(lambda found: repr(found[0])[1:-1], escape_surrogates(text))
+
+
+def one_line(error: BaseException | str, max_lines: int | None = None) -> str:
+    """Return the text of an error as one line of at most 300 characters.
+
+    Args:
+        error: The error, or its text.
+        max_lines: How many of its lines that are not empty are taken; None takes all.
+
+    Returns:
+        The lines joined by spaces; of an error without a text, the name of its type.
+    """
+    lines = [" ".join(line.split()) for line in str(error).splitlines()]
+    text = " ".join([line for line in lines if line][:max_lines])[:MAX_LINE_LENGTH]
+    return text or ("" if isinstance(error, str) else type(error).__name__)
 
 
 def describe_json_type(value: Any) -> str:

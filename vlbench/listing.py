@@ -7,10 +7,11 @@ import sys
 from collections.abc import Callable, Iterator
 
 from vlbench.config import encoder_names, recipe, schema
-from vlbench.config.convert import kind_label
 from vlbench.connector import registry
 from vlbench.connector.option_schema import ConnectorOption
 from vlbench.errors import UserError, suggest_name
+from vlbench.strict_values import kind_label, yaml_text
+from vlbench.text_tables import format_table
 
 
 def listing_lines(arguments: list[str]) -> list[str]:
@@ -37,14 +38,7 @@ def listing_lines(arguments: list[str]) -> list[str]:
 
 def recipe_key_lines() -> list[str]:
     """Return the table of all keys of a recipe: name, type, default, meaning."""
-    table = [schema.KeyRow("key", "type", "default", "meaning"), *schema.key_rows()]
-    widths = [max(len(row[column]) for row in table) for column in range(3)]
-    return [
-        "  ".join(
-            [*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row.help]
-        )
-        for row in table
-    ]
+    return format_table([("key", "type", "default", "meaning"), *schema.key_rows()])
 
 
 def connector_cost_lines(size: str) -> list[str]:
@@ -61,13 +55,9 @@ def connector_cost_lines(size: str) -> list[str]:
         flops = f"{count.flops / 1e12:.3g}"
         numbers = (f"{count.parameters:,}", str(count.tokens), str(count.latents), flops)
         rows.append((name, *numbers))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    table = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
-    ]
     side = list(next(iter(known.values())).stages.values())[-1].image_size
     return [
-        *table,
+        *format_table(rows, "<>"),
         "",
         f"A picture at {side} pixels takes so many tokens of the text; latents are attended to",
         "inside the language model. Prefill: connector and language model, a picture and "
@@ -116,10 +106,7 @@ def _option_text(name: str, option: ConnectorOption) -> str:
     text = f"{name}: {kind_label(option.kind)}"
     if option.default is inspect.Parameter.empty:
         return f"{text} (needed)"
-    shown = option.default
-    if shown is None or isinstance(shown, bool):
-        shown = {None: "null", True: "true", False: "false"}[shown]
-    return f"{text} = {shown}"
+    return f"{text} = {yaml_text(option.default)}"
 
 
 def _encoder_lines() -> list[str]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from vlbench.config import recipe as recipes
 from vlbench.data.chat_template import check_template_name
-from vlbench.errors import UserError, suggest_name
+from vlbench.errors import UserError, one_line, suggest_name
 from vlbench.model.vlm import VLM
 from vlbench.model.weights.load_release import ReleaseOverrides, load_release
 from vlbench.model.weights.tensor_files import stored_dtype_and_numel
@@ -74,8 +72,8 @@ def load_model_folder(
         return load_release(folder, dtype, device, ReleaseOverrides(template_name=template))
     recipe = recipes.load_recipe_file(folder / "recipe.yaml")
     if template:
-        known: Any = template  # a name of TEMPLATES
-        recipe = replace(recipe, language=replace(recipe.language, template=known))
+        language = recipe.language.model_copy(update={"template": template})
+        recipe = recipe.model_copy(update={"language": language})
     vlm = load_checkpoint(folder, recipe, dtype, device)
     _, before = checkpoint_files.read_preprocessing(folder)
     if before != vlm.transform.transform_hash():
@@ -112,5 +110,6 @@ def _check_usable_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # of torch: no such device, or not built for it
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device is '{device}', which cannot be used here ({reason})") from error
+        raise UserError(
+            f"device is '{device}', which cannot be used here ({one_line(error, max_lines=1)})"
+        ) from error

@@ -15,9 +15,9 @@ from pathlib import Path
 from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vlbench.config.convert import convert_value
 from vlbench.connector.option_schema import ConnectorOption, options_in_file, options_of_class
-from vlbench.errors import EnvironmentFailure, UserError, suggest_name
+from vlbench.errors import EnvironmentFailure, UserError, one_line, suggest_name
+from vlbench.strict_values import convert_value
 
 if TYPE_CHECKING:
     from vlbench.connector.base import Connector
@@ -93,7 +93,7 @@ def load_connector(name: str) -> type[Connector]:
         cls = one.entry_point.load()
     except Exception as error:
         raise UserError(
-            f"connector '{name}' ({one.location}) fails to load: {_error_line(error)}"
+            f"connector '{name}' ({one.location}) fails to load: {_typed_line(error)}"
         ) from error
     if not _is_connector(cls):
         raise UserError(f"connector '{name}' ({one.location}) is not a subclass of Connector")
@@ -150,7 +150,7 @@ def blame_connector_file(error: Exception) -> None:
         if frame.f_globals.get("__name__", "").startswith(f"{__name__}.")
     ]
     if places:
-        raise UserError(f"{places[-1]}: {_error_line(error)}") from error
+        raise UserError(f"{places[-1]}: {_typed_line(error)}") from error
 
 
 def _unknown_option(name: str, option_name: str, known: dict[str, ConnectorOption]) -> str:
@@ -177,7 +177,7 @@ def _load_from_file(name: str, file: Path) -> type[Connector]:
             spec.loader.exec_module(module)
         except Exception as error:
             del sys.modules[module_name]
-            raise UserError(f"{file}{_line_suffix(error, file)}: {_error_line(error)}") from error
+            raise UserError(f"{file}{_line_suffix(error, file)}: {_typed_line(error)}") from error
     own = [value for value in vars(module).values() if _is_connector(value)]
     own = [cls for cls in own if cls.__module__ == module_name and not cls.__name__.startswith("_")]
     own = list(dict.fromkeys(own))
@@ -193,9 +193,8 @@ def _is_connector(value: object) -> bool:
     return isinstance(value, type) and issubclass(value, Connector) and value is not Connector
 
 
-def _error_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+def _typed_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error, max_lines=1)}"
 
 
 def _line_suffix(error: Exception, file: Path) -> str:

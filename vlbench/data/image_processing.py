@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from vlbench.data.sample_encoding import LazyImage
-from vlbench.errors import UserError
+from vlbench.data.sample import LazyImage
+from vlbench.errors import UserError, one_line
 from vlbench.process_settings import ignore_thread_warnings
 from vlbench.text_files import LFS_POINTER
 
@@ -95,7 +95,7 @@ def _decode_rgb(source: str | Path | BytesIO, name: str, draft_side: int = 0) ->
         except UserError as mistake:
             reason = str(mistake)
         except Exception as error:  # a decoder may raise anything on a broken file
-            reason = f"cannot be read, it is broken or cut off ({_first_line(error)})"
+            reason = f"cannot be read, it is broken or cut off ({one_line(error, max_lines=1)})"
     raise UserError(f"{name}: {reason}")
 
 
@@ -110,7 +110,7 @@ def to_rgb_image(image: Image.Image, name: str) -> Image.Image:
         _check_size(image)
         return _convert_rgb(image)
     except (UserError, ValueError, OSError, AttributeError) as error:  # the last of a closed file
-        raise UserError(f"{name}: {_first_line(error)}") from error
+        raise UserError(f"{name}: {one_line(error, max_lines=1)}") from error
 
 
 def _refusal_reason(path: Path) -> str:
@@ -125,7 +125,9 @@ def _refusal_reason(path: Path) -> str:
     except FileNotFoundError:
         return "does not exist"
     except (OSError, ValueError) as error:
-        return f"cannot be opened ({getattr(error, 'strerror', None) or _first_line(error)})"
+        return (
+            f"cannot be opened ({getattr(error, 'strerror', None) or one_line(error, max_lines=1)})"
+        )
 
 
 @functools.cache
@@ -142,10 +144,6 @@ def _check_size(image: Image.Image) -> None:
 
 def _too_large_message(described: str) -> str:
     return f"too large: {described} has more than {MAX_PIXELS // 10**6} million pixels"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:200] or type(error).__name__
 
 
 def _convert_rgb(image: Image.Image) -> Image.Image:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vlbench.errors import UserError
+from vlbench.errors import UserError, one_line
 from vlbench.text_files import read_json
 
 
@@ -77,5 +77,5 @@ def _call_filesystem(method: str, url: str, **options: Any) -> Any:
     except FileNotFoundError as error:
         raise UserError(f"{url}: does not exist") from error
     except Exception as error:  # of any library of any kind of server
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error)
         raise UserError(f"{url}: cannot be read ({reason})") from error

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlbench.data.tokenizer import Tokenizer
-from vlbench.errors import UserError
+from vlbench.errors import UserError, one_line
 from vlbench.model.language_model import TINY_LANGUAGE_FOLDER
 from vlbench.model.weights.hub_download import fetch_hub_folder
 
@@ -65,8 +65,9 @@ def load_caption_tokenizer(source: str, key: str) -> CaptionTokenizer:
     try:
         theirs = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # of a dozen kinds, by what is wrong with which file
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{key} is '{source}', which has no tokenizer ({reason})") from error
+        raise UserError(
+            f"{key} is '{source}', which has no tokenizer ({one_line(error)})"
+        ) from error
     if theirs.cls_token_id is None or theirs.sep_token_id is None or theirs.pad_token_id is None:
         raise UserError(f"{key} is '{source}', whose tokenizer has no [CLS], [SEP] or [PAD]")
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vlbench.distributed import collectives
-from vlbench.errors import UserError
+from vlbench.errors import UserError, one_line
 from vlbench.model.multihead_attention import SplitAttention, pack_attention_state
 from vlbench.model.vision_encoder import VisionEncoder
 from vlbench.model.weights.tensor_files import unshare_tensors
@@ -71,7 +71,7 @@ def add_adapters(
     try:
         _inject_adapters(root, config)
     except ValueError as error:
-        raise UserError(f"{name}.lora: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{name}.lora: {one_line(error)}") from error
 
 
 def check_adapters(part: nn.Module, name: str, targets: str, bits: int | None) -> None:

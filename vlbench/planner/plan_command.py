@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
-
 from vlbench.config import recipe as recipes
 from vlbench.config.overrides import format_override
 from vlbench.planner.memory_estimate import MEMORY_COMPONENTS, MemoryByComponent, total_bytes
 from vlbench.planner.options import PlanOptions
 from vlbench.planner.stage_workload import ASSUMED_SUPERVISED_SHARE, ASSUMED_TEXT_TOKENS
 from vlbench.planner.training_plan import TrainingPlan, make_plan
+from vlbench.text_tables import format_table
 from vlbench.train.run_report import format_bytes, format_duration
 
 YI_VL_DAYS = {"yi-6b": 3, "yi-34b": 10}
@@ -25,10 +23,10 @@ def run_plan(options: PlanOptions) -> int:
     print("\n".join(format_plan(make_plan(options))), flush=True)
     if not options.probe:
         return 0
-    from vlbench.train.fit import fit
+    from vlbench.train.dry_run import dry_run
 
     print("\nprobe: one step of every stage, longest batch first", flush=True)
-    return fit(dataclasses.replace(options.recipe, dry_run=True))
+    return dry_run(options.recipe)
 
 
 def format_plan(plan: TrainingPlan) -> list[str]:
@@ -98,7 +96,7 @@ def _workload_lines(plan: TrainingPlan) -> list[str]:
         )
     gpu_hours = seconds * options.world_size / 3600
     rows.append(("all", *[""] * 5, format_duration(seconds), f"{gpu_hours:,.1f}"))
-    lines = format_table(rows)
+    lines = format_table(rows, "<>")
     with_recompute = sum(work.total_flops(mode) for work in plan.workloads.values())
     without = sum(work.total_flops("none") for work in plan.workloads.values())
     if with_recompute > without:
@@ -130,7 +128,7 @@ def _memory_lines(plan: TrainingPlan) -> list[str]:
                 str(largest),
             )
         )
-    return [title, *format_table(rows), "fit: the largest max_tokens_per_row that fits"]
+    return [title, *format_table(rows, "<>"), "fit: the largest max_tokens_per_row that fits"]
 
 
 def _strategy_lines(plan: TrainingPlan) -> list[str]:
@@ -147,7 +145,7 @@ def _strategy_lines(plan: TrainingPlan) -> list[str]:
                 f"x {estimate.total_flops / fewest_flops:.2f}",
             )
         )
-    return ["strategies and checkpointing, at the stage that needs most", *format_table(rows)]
+    return ["strategies and checkpointing, at the stage that needs most", *format_table(rows, "<>")]
 
 
 def _recommendation_lines(plan: TrainingPlan) -> list[str]:
@@ -222,12 +220,3 @@ def _format_gigabytes(byte_count: float) -> str:
 
 def _fit_label(memory: MemoryByComponent, memory_budget: float) -> str:
     return "fits" if total_bytes(memory) <= memory_budget else "does not fit"
-
-
-def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return rows as lines: the first column left-aligned, the others right-aligned."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-        for row in rows
-    ]

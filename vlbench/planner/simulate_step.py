@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from vlbench.compat.fake_tensors import FakeTensorMode
+from vlbench.compat.torch_internals import buffer_slots, parameter_slots
 from vlbench.model.vlm import VLM
 from vlbench.planner.memory_tracker import MemoryTracker
 from vlbench.planner.meta_model import ModelDepth, SampleShape, build_row_batch
@@ -87,7 +88,7 @@ def _move_to_fake_cpu(model: nn.Module) -> None:
     """
     moved: dict[int, Tensor] = {}
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        for tensors in (parameter_slots(module), buffer_slots(module)):
             for name, tensor in tensors.items():
                 if tensor is None:
                     continue

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import signal
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from vlbench.config import recipe as recipes
 from vlbench.config.overrides import format_override, parse_key_values, read_boolean
 from vlbench.config.schema import Recipe
 from vlbench.data.chat_template import check_template_name
-from vlbench.errors import UserError, suggest_name
+from vlbench.errors import UserError, one_line, suggest_name
 from vlbench.load_model import find_model_folder, load_model_folder, parse_dtype
 from vlbench.model import lora_adapters
 from vlbench.model.vlm import VLM
@@ -66,7 +65,7 @@ def run_export(overrides: list[str]) -> int:
             to.rmdir()
         writing.rename(to)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(f"to={to} cannot be written ({reason})") from error
     finally:
         shutil.rmtree(writing, ignore_errors=True)
@@ -140,8 +139,8 @@ def _load_source_recipe(source: Path, vlm: VLM) -> Recipe:
     """Return the recipe of a checkpoint, or the one that a released model would have had."""
     if checkpoint_files.is_run_or_checkpoint(source):
         recipe = recipes.load_recipe_file(source / "recipe.yaml")
-        template: Any = vlm.template.name
-        return replace(recipe, language=replace(recipe.language, template=template))
+        language = recipe.language.model_copy(update={"template": vlm.template.name})
+        return recipe.model_copy(update={"language": language})
     options = [
         format_override(f"connector.{key}", value) for key, value in vlm.connector_options.items()
     ]

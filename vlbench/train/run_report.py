@@ -14,11 +14,11 @@ from torch import Tensor
 
 from vlbench.config.schema import Recipe, StageConfig
 from vlbench.distributed import collectives
-from vlbench.errors import EnvironmentFailure, UserError
-from vlbench.model.compile_blocks import describe_compiler_error
+from vlbench.errors import EnvironmentFailure, UserError, one_line
 from vlbench.model.vlm import VLM
 from vlbench.model.weights.weight_origin import WeightOrigin
 from vlbench.text_files import read_json_lines
+from vlbench.text_tables import format_table
 from vlbench.train.run_folder import RunFolder
 
 
@@ -68,11 +68,13 @@ def show_stage(
     """Say for every part whether it is trained, its size and learning rate, and the disk needed."""
     where = f", from step {steps_done}" if steps_done else ""
     print(f"\nstage {stage_name}: {total_steps} steps{where}")
+    rows = []
     for part, module in vlm.named_parts():
         total = sum(p.numel() for p in module.parameters())
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        how = f"trained {trained:,}, lr {stage.trained_parts[part].lr:g}" if trained else "frozen"
-        print(f"  {part:9s} {total:>14,} parameters, {how}")
+        mode = f"trained {trained:,}, lr {stage.trained_parts[part].lr:g}" if trained else "frozen"
+        rows.append((f"  {part}", f"{total:,}", f"parameters, {mode}"))
+    print("\n".join(format_table(rows, "<><")))
 
 
 def show_disk_usage(vlm: VLM, parts: list[str], kept_checkpoints: int, folder: Path) -> None:
@@ -124,9 +126,12 @@ def show_results(run: RunFolder) -> int:
         ("blank_accuracy", "with the picture's mean colour instead of the picture"),
         ("shuffled_accuracy", "with the pictures exchanged"),
     )
-    for key, meaning in rows:
-        if results.get(key) is not None:
-            print(f"  {key:18s} {results[key]:.3f}  {meaning}")
+    known = [
+        (f"  {key}", f"{results[key]:.3f}", meaning)
+        for key, meaning in rows
+        if results.get(key) is not None
+    ]
+    print("\n".join(format_table(known)))
     for key in ("accuracy_by_type", "accuracy_by_language"):
         if results.get(key):
             parts = ", ".join(f"{name} {value:.3f}" for name, value in results[key].items())
@@ -158,7 +163,7 @@ def out_of_memory_error(stage_name: str, stage: StageConfig) -> EnvironmentFailu
 def worker_died_error(stage_name: str, error: Exception) -> EnvironmentFailure:
     """Return what to say when one of the processes that prepare data has ended in a stage."""
     return EnvironmentFailure(
-        f"stage {stage_name}: {describe_compiler_error(error).rstrip('. ')}. Mostly memory, or "
+        f"stage {stage_name}: {one_line(error, max_lines=2).rstrip('. ')}. Mostly memory, or "
         "shared memory (/dev/shm), "
         f"has run out: lower data.workers. Checkpoints are whole; to go on, repeat "
         "the command with the run= of this run"
@@ -169,6 +174,6 @@ def compile_error(stage_name: str, error: Exception) -> UserError:
     """Return what to say when blocks could not be compiled in a stage."""
     return UserError(
         f"trainer.compile: the blocks could not be compiled in stage {stage_name} "
-        f"({describe_compiler_error(error)}). On "
+        f"({one_line(error, max_lines=2)}). On "
         "a CPU a C++ compiler is needed; trainer.compile=false does without"
     )

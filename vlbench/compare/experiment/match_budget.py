@@ -23,6 +23,7 @@ from vlbench.connector import registry
 from vlbench.errors import UserError, suggest_name
 from vlbench.model.build_vlm import recipe_connector_options
 from vlbench.model.connector_frame import BUDGET_COUNTS, ConnectorFrame
+from vlbench.text_tables import format_table
 
 MAX_CHANGED_OPTIONS = 2  # per row, so that a reader can still see what was changed
 
@@ -95,12 +96,7 @@ def format_match_table(matches: Sequence[BudgetMatch], budget_name: str) -> list
         lines.append(
             (match.row.name, changed, f"{match.own_budget:,}", f"{match.matched_budget:,}")
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(4)]
-    shown = [
-        "  ".join([*map(str.ljust, line[:2], widths), *map(str.rjust, line[2:], widths[2:])])
-        for line in lines
-    ]
-    return shown + [
+    return format_table(lines, "<<>") + [
         f"cannot: {match.row.name} is {100 * match.relative_distance:.0f} % off: "
         f"{match.mismatch_reason}"
         for match in matches

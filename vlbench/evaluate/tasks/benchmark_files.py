@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlbench.errors import UserError, suggest_name
+from vlbench.errors import UserError, one_line, suggest_name
 from vlbench.evaluate.tasks.benchmark_types import BenchmarkRecord
 from vlbench.model.weights.hub_download import fetch_hub_folder
 from vlbench.text_files import read_text, refuse_lfs_pointer
@@ -181,8 +181,9 @@ def _read_parquet_rows(file: Path, column_pattern: re.Pattern[str]) -> Iterator[
             for batch in table.iter_batches(ROWS_IN_MEMORY, columns=columns):
                 yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"{file}: is torn, or no parquet file ({reason})") from error
+        raise UserError(
+            f"{file}: is torn, or no parquet file ({one_line(error, max_lines=1)})"
+        ) from error
 
 
 def _read_jsonl_rows(file: Path, column_pattern: re.Pattern[str]) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlbench.config.overrides import read_integer
-from vlbench.data.sample_encoding import Sample
+from vlbench.data.sample import Sample
 from vlbench.errors import UserError, suggest_name
 from vlbench.evaluate.tasks.benchmark_files import find_split
 from vlbench.evaluate.tasks.benchmark_truths import RECORD_READERS

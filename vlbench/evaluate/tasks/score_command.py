@@ -22,6 +22,7 @@ from vlbench.evaluate.tasks.scored_items import AnsweredItem, ScoredItem
 from vlbench.evaluate.tasks.scoring_protocols import score_items, scoring_protocol
 from vlbench.evaluate.tasks.subject_domains import SUBJECT_DOMAINS
 from vlbench.text_files import format_json_lines, read_text, write_atomically
+from vlbench.text_tables import format_table
 
 SCORE_OPTIONS = ("seed", "out", "data", "split")
 DEFAULT_SEED = 42  # of the benchmarks' own code
@@ -142,16 +143,15 @@ def format_score_table(scores: dict[str, Any], accuracy_format: str) -> Iterator
         f"{drawn} answers drawn at random, {unread} more unreadable; "
         f"{(drawn + unread) / scores['n']:.1%} could not be read"
     )
-    yield "     n  correct  accuracy  95 % interval"
+    rows: list[tuple[str, ...]] = [("n", "correct", "accuracy", "95 % interval", "")]
     parts = [scores[f"by_{kind}"].items() for kind in ("type", "domain", "subject")]
     for name, group in [("all", scores), *chain(*parts)]:
         if group["n"]:
             low, high = group["interval"]
             accuracy = format(group["accuracy"], accuracy_format)
-            yield (
-                f"{group['n']:6}  {group['correct']:7}  {accuracy:>8}  {low:.3f} to {high:.3f}  "
-                f"{name}"
-            )
+            interval = f"{low:.3f} to {high:.3f}"
+            rows.append((str(group["n"]), str(group["correct"]), accuracy, interval, name))
+    yield from format_table(rows, ">>>><")
 
 
 def format_published(scores: dict[str, Any]) -> Iterator[str]:

@@ -16,7 +16,8 @@ from open_clip.transformer import LayerNorm, QuickGELU, VisionTransformer
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig
 
-from vlbench.errors import UserError
+from vlbench.compat.vision_internals import encoder_blocks, encoder_image_size
+from vlbench.errors import UserError, one_line
 from vlbench.model.weights.quantized_weights import refuse_quantized_config
 from vlbench.model.weights.tensor_files import read_tensor_shapes, weight_files
 from vlbench.model.weights.tensor_groups import BUFFER_PATTERN, TensorGroup, load_tensor_groups
@@ -124,7 +125,7 @@ def parse_vision_config(config: Mapping[str, Any], file: Path) -> dict[str, Any]
             if type(getattr(found, key)) is not int or getattr(found, key) < 1:
                 raise ValueError(f"{key} is {getattr(found, key)}; it must be at least 1")
     except Exception as error:
-        raise UserError(f"{file}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{file}: {one_line(error)}") from error
     return {key: getattr(found, key) for key in CLIP_CONFIG_KEYS}
 
 
@@ -159,13 +160,13 @@ def to_hf_vision_config(visual: Any) -> dict[str, Any]:
             "this format holds plain CLIP ViTs alone, and the tower is none; "
             "format=vlbench keeps every tower"
         )
-    block = visual.transformer.resblocks[0]
+    block: Any = encoder_blocks(visual)[0]
     return {
         "architectures": ["CLIPVisionModel"],
         "attention_dropout": 0.0,
         "hidden_act": _activation_name(block.mlp.gelu),
         "hidden_size": visual.conv1.out_channels,
-        "image_size": visual.image_size[0],
+        "image_size": encoder_image_size(visual),
         "intermediate_size": block.mlp.c_fc.out_features,
         "layer_norm_eps": block.ln_1.eps,
         "model_type": "clip_vision_model",
@@ -177,7 +178,7 @@ def to_hf_vision_config(visual: Any) -> dict[str, Any]:
 
 
 def _num_layers(visual: Any) -> int:
-    return len(visual.transformer.resblocks)
+    return len(encoder_blocks(visual))
 
 
 def _activation_name(module: nn.Module) -> str:

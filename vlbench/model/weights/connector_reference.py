@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlbench.connector import registry
 from vlbench.connector.base import Connector
-from vlbench.errors import EnvironmentFailure, UserError, suggest_name
+from vlbench.errors import EnvironmentFailure, UserError, one_line, suggest_name
 from vlbench.model.weights.tensor_files import (
     TensorHeader,
     check_weight_dtype,
@@ -101,8 +101,7 @@ def load_reference_weights(
     except (UserError, EnvironmentFailure):
         raise
     except (ValueError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:400]
-        raise UserError(f"{context} does not fit: {reason}") from error
+        raise UserError(f"{context} does not fit: {one_line(error)}") from error
     except Exception as error:
         registry.blame_connector_file(error)
         raise

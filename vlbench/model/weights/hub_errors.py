@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 
+from vlbench.errors import one_line
+
 LOGIN_HINT = "`hf auth login` or HF_TOKEN gives it a token"
 CONNECTION_ERRORS = (
     "NetworkError",
@@ -34,7 +36,7 @@ def explain_hub_error(error: BaseException, repo_id: str) -> str:
         said = _explain_hub_response(one, repo_id) or _explain_local_error(one)
         if said:
             return said
-    return _first_error_line(error)
+    return one_line(error, max_lines=1)
 
 
 def _explain_hub_response(error: BaseException, repo_id: str) -> str:
@@ -58,7 +60,7 @@ def _explain_local_error(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return f"{DISK_ERRORS[error.errno]}{f': {error.filename}' if error.filename else ''}"
     if any(kind.__name__ in CONNECTION_ERRORS for kind in type(error).__mro__):
-        return f"the connection broke or cannot be made ({_first_error_line(error)}); try again"
+        return f"the connection broke or cannot be made ({one_line(error, max_lines=1)}); try again"
     return ""
 
 
@@ -82,8 +84,4 @@ def _explain_http_status(error: BaseException) -> str:
         return f"status {code}, the token is missing or may not read it: {LOGIN_HINT}"
     if code >= 500:
         return f"status {code}, the hub itself has a fault: try again later"
-    return f"status {code}" if code else _first_error_line(error)
-
-
-def _first_error_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return f"status {code}" if code else one_line(error, max_lines=1)

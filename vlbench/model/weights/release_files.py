@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from vlbench.errors import UserError
+from vlbench.errors import UserError, one_line
 from vlbench.model.language_model import check_language_config
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import clip_layouts
@@ -106,7 +106,7 @@ def parse_llama_config(config: Mapping[str, Any], file: Path) -> LlamaConfig:
             **{key: config[key] for key in LLAMA_CONFIG_KEYS if config.get(key) is not None}
         )
     except Exception as error:  # the library's own checks, of types and of widths that divide
-        raise UserError(f"{file}: {_one_line_message(error)}") from error
+        raise UserError(f"{file}: {one_line(error)}") from error
     return check_language_config(found, file)
 
 
@@ -189,7 +189,3 @@ def load_vlm_weights(
         projector.load_state_dict(loaded["connector"], assign=True)
     else:
         move_and_cast(vlm.connector, dtype, device)
-
-
-def _one_line_message(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlbench.distributed import collectives
-from vlbench.errors import UserError
+from vlbench.errors import UserError, one_line
 from vlbench.text_files import read_json, refuse_lfs_pointer
 
 MMAP_CHUNK_BYTES = 1 << 29  # bytes
@@ -376,5 +376,6 @@ def _is_torchscript(file: Path) -> bool:
 
 
 def _loading_error_line(error: Exception) -> str:
-    said = str(error).rpartition("WeightsUnpickler error: ")[-1]  # advice to run code is before it
-    return said.strip().split("\n")[0][:200] or type(error).__name__
+    # what stands before it is advice to execute code
+    reason = str(error).rpartition("WeightsUnpickler error: ")[-1]
+    return one_line(reason, max_lines=1) or type(error).__name__

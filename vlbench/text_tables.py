@@ -1,0 +1,23 @@
+"""Tables of plain text: columns as wide as their longest cell, two spaces between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def format_table(rows: Sequence[Sequence[str]], alignment: str = "<") -> list[str]:
+    """Return rows of cells as lines of text in which the columns stand below each other.
+
+    Args:
+        rows: The cells `[rows][columns]`; every row has the same number of columns.
+        alignment: "<" (left) or ">" (right) for each column; the last one goes for further columns.
+    """
+    columns = list(zip(*rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    sides = alignment.ljust(len(columns), alignment[-1])
+    return [
+        "  ".join(
+            f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
