@@ -20,6 +20,7 @@ from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
 from vlbench.errors import UserError
 from vlbench.evaluate.attention_diagnostics import diagnose_answers, measure_relevance
 from vlbench.evaluate.heldout_questions import EvalQuestion
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.lora_adapters import adapter_parameters, add_adapters
 from vlbench.model.vlm import VLM
 from vlbench.train.progress_logging import METRIC_COLUMNS, connector_metrics
@@ -53,7 +54,7 @@ class Askew(Keyhole):
         return features.new_ones(len(features), 2, 3)
 
 
-def small(name: str) -> VLM:
+def small(name: str) -> LoadedVLM:
     return open_gates(small_vlm(registry.load_connector(name), SMALL.get(name)))
 
 
@@ -79,14 +80,14 @@ def test_a_connector_that_sees_one_patch_has_all_relevance_there():
 
 def test_relevance_is_gradient_times_feature_of_the_answer():
     """Against differences: features are nudged, the log-probability of answers is measured."""
-    vlm = small("llava_mlp").double().eval()
+    vlm = small("llava_mlp").to(torch.float64).eval()
     told = [*question(1).sample.turns, ChatTurn("assistant", "one"), *make_sample(1).turns[2:]]
     batch = make_batch(vlm, [[Sample("s", tuple(told), make_sample(1).images)]])
     batch = batch.to("cpu", torch.float64)
     features = vlm.features(batch).detach()
 
     def log_probability(values: Tensor) -> Tensor:
-        logits = vlm.language.lm_head(vlm.hidden_states(batch, vlm.connector(values)))[0]
+        logits = vlm.language.lm_head(vlm.model.hidden_states(batch, vlm.connector(values)))[0]
         told = batch.labels[0] >= 0
         return logits.log_softmax(-1)[told, batch.labels[0][told]].sum()
 
@@ -99,14 +100,14 @@ def test_relevance_is_gradient_times_feature_of_the_answer():
             slopes.view(-1)[place] = up - down
     sizes = (slopes * features)[0].norm(dim=-1)
     torch.testing.assert_close(
-        measure_relevance(vlm, batch).patch_relevance, sizes / sizes.sum(), atol=1e-3, rtol=0
+        measure_relevance(vlm.model, batch).patch_relevance, sizes / sizes.sum(), atol=1e-3, rtol=0
     )
 
 
 def test_an_earlier_answer_belongs_to_the_question(monkeypatch):
     vlm, seen = small("linear"), []
-    loss = VLM.loss
-    monkeypatch.setattr(VLM, "loss", lambda *given: seen.append(given[2]) or loss(*given))
+    loss = VLM.language_loss
+    monkeypatch.setattr(VLM, "language_loss", lambda *given: seen.append(given[2]) or loss(*given))
     one = make_sample(1)
     asked = EvalQuestion(replace(one, turns=one.turns[:3]), "no", "", "en")
     diagnose_answers(vlm, [(asked, "no 5")])
@@ -127,7 +128,7 @@ def test_adapters_and_recomputing_are_looked_through(name):
         parameter.data.normal_(std=0.1)
     after = diagnose_answers(vlm, [(question(1), "one")])
     assert after != before
-    vlm.enable_activation_checkpointing("full")
+    vlm.model.enable_activation_checkpointing("full")
     assert diagnose_answers(vlm, [(question(1), "one")]) == after
     assert all(parameter.grad is None for parameter in vlm.parameters())
 

@@ -55,9 +55,9 @@ def test_a_run_keeps_its_way_to_decode(tmp_path):
     words += ["log.questions=1", "log.examples=0", "log.tensorboard=false", "data.decode=draft"]
     assert main(["fit", "recipe=yivl_llava", *words, f"run={tmp_path / 'run'}"]) == 0
     vlm = load(tmp_path / "run")
-    assert vlm.transform.draft
+    assert vlm.processor.transform.draft
     said = json.loads(next((tmp_path / "run/checkpoints").glob("*/preprocess.json")).read_text())
-    assert said["transform_hash"] == vlm.transform.transform_hash()
+    assert said["transform_hash"] == vlm.processor.transform.transform_hash()
 
 
 def test_one_stage_cannot_decode_otherwise(capsys):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vlbench.__main__ import main
-from vlbench.evaluate.tasks import task_session
+from vlbench.processor import Processor
 
 GOLDENS = Path(__file__).parent / "goldens" / "evaluation"
 LAYOUTS = [
@@ -54,7 +54,7 @@ def test_layouts_of_one_benchmark_give_the_same_answers(model, tmp_path):
 @pytest.mark.parametrize("torn", [False, True])
 def test_an_exam_that_was_stopped_ends_as_if_it_had_not_been(torn, model, tmp_path, monkeypatch):
     assert take(model, tmp_path / "whole", "mmmu", "mmmu_tiny") == 0
-    real, calls = task_session.collate_prompts, []
+    real, calls = Processor.collate_prompts, []
 
     def stops(*given):
         calls.append(1)
@@ -62,13 +62,13 @@ def test_an_exam_that_was_stopped_ends_as_if_it_had_not_been(torn, model, tmp_pa
             raise KeyboardInterrupt
         return real(*given)
 
-    monkeypatch.setattr(task_session, "collate_prompts", stops)
+    monkeypatch.setattr(Processor, "collate_prompts", stops)
     assert take(model, tmp_path / "out", "mmmu", "mmmu_tiny") == 130
     assert len(answers(tmp_path / "out")) == 8
     if torn:
         file = tmp_path / "out/answers.jsonl"
         file.write_bytes(file.read_bytes()[:-40])
-    monkeypatch.setattr(task_session, "collate_prompts", real)
+    monkeypatch.setattr(Processor, "collate_prompts", real)
     assert take(model, tmp_path / "out", "mmmu", "mmmu_tiny") == 0
     for name in ("answers.jsonl", "scores.json", "scored.jsonl", "report.txt"):
         ours = (tmp_path / "out" / name).read_text().replace(str(tmp_path / "out"), "")

@@ -306,7 +306,7 @@ def test_a_broken_or_missing_picture_is_named_when_it_is_opened(tmp_path):
     (data / GITHUB / "q_07101_001.png").write_bytes(b"no picture")
     (data / GITHUB / "q_07110_001.png").unlink()
     records = {record.id: record for record in cmmmu(data)}
-    with pytest.raises(UserError, match="^record 7101: picture q_07101_001.png: not a picture"):
+    with pytest.raises(UserError, match="^record 7101: picture q_07101_001.png: not an image"):
         records["7101"].images["q_07101_001.png"].open()
     with pytest.raises(UserError, match="^record 7110: picture q_07110_001.png: is empty"):
         records["7110"].images["q_07110_001.png"].open()

@@ -15,15 +15,17 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from vlbench.config.merge import differing_keys, mapping_in
 from vlbench.config.overrides import open_mappings, parse_overrides
+from vlbench.config.resolve import mapping_in, resolve_layers
 from vlbench.config.schema import Recipe, declared_keys
-from vlbench.config.validate import validate_layers
 from vlbench.connector import registry
 from vlbench.errors import UserError, suggest_name
-from vlbench.strict_values import StrictModel
+from vlbench.strict_values import StrictModel, format_value
 from vlbench.text_files import read_json, split_lines
 from vlbench.version import __version__
+
+RESUMABLE_KEYS = ("trainer", "log", "run", "dry_run", "profile")
+"""Keys that a run may change when it is resumed; so may `workers` of any data."""
 
 
 def load_recipe(
@@ -42,14 +44,14 @@ def load_recipe(
         mistakes += _conflicts_with_init(base, tree)
     size_name = f"size {tree.get('size', 'tiny')}"
     layers = [("init", dict(inherited_keys)), (name, base), (size_name, size), ("", tree)]
-    return validate_layers(layers, mistakes, list(mapping_in(base, "stages")))
+    return resolve_layers(layers, mistakes, list(mapping_in(base, "stages")))
 
 
 def load_recipe_file(path: str | Path) -> Recipe:
     """Return the resolved recipe that `save_recipe` wrote; an error names another version's."""
     path = Path(path)
     try:
-        return validate_layers([(str(path), read_yaml(path))], [])
+        return resolve_layers([(str(path), read_yaml(path))], [])
     except UserError as error:
         made = _version_of_run(path.parent)
         if made in ("", __version__):
@@ -82,9 +84,25 @@ def to_plain(section: StrictModel) -> dict[str, Any]:
     return section.model_dump(mode="json", by_alias=True)
 
 
+def flatten_keys(tree: StrictModel | dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a recipe with one key for every value: `stages.chat.steps` -> 450."""
+    result: dict[str, Any] = {}
+    for key, value in (to_plain(tree) if isinstance(tree, StrictModel) else tree).items():
+        is_leaf = not value or not isinstance(value, dict)
+        result |= {prefix + key: value} if is_leaf else flatten_keys(value, f"{prefix}{key}.")
+    return result
+
+
 def recipe_differences(before: Recipe, now: Recipe) -> list[str]:
     """Return keys that differ, as "seed (0 before, 1 now)"; not those a resume may change."""
-    return differing_keys(to_plain(before), to_plain(now))
+    old, new = flatten_keys(before), flatten_keys(now)
+    return [
+        f"{key} ({format_value(old.get(key))} before, {format_value(new.get(key))} now)"
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key) != new.get(key)
+        and key.split(".")[0] not in RESUMABLE_KEYS
+        and not key.endswith("data.workers")
+    ]
 
 
 def require_data(recipe: Recipe) -> None:

@@ -19,11 +19,13 @@ from torch import Tensor
 from vlbench.connector.base import zero_like_loss
 from vlbench.data.packing import PackedBatch, collate
 from vlbench.data.sample import ChatTurn
-from vlbench.data.sample_encoding import IGNORE_INDEX, SampleEncoder
+from vlbench.data.sample_encoding import IGNORE_INDEX
 from vlbench.errors import BadSample, UserError
 from vlbench.evaluate.heldout_questions import EvalQuestion
 from vlbench.model.eval_copy import in_eval_mode
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vlm import VLM
+from vlbench.processor import Processor
 
 SIGNIFICANT_DIGITS = 5  # of every number that is written
 
@@ -41,7 +43,7 @@ class AnswerRelevance:
 
 
 def diagnose_answers(
-    vlm: VLM, answered_questions: Sequence[tuple[EvalQuestion, str]]
+    vlm: LoadedVLM, answered_questions: Sequence[tuple[EvalQuestion, str]]
 ) -> dict[str, Any]:
     """Return what the model's answers to questions with pictures owe to the first picture of each.
 
@@ -53,12 +55,14 @@ def diagnose_answers(
     picture the result is empty. The model stays as it was.
     """
     found: list[tuple[EvalQuestion, str, AnswerRelevance]] = []
-    vlm = in_eval_mode(vlm)
+    model = in_eval_mode(vlm.model)
+    shapes = model.shapes
     with torch.random.fork_rng([vlm.device] if vlm.device.type == "cuda" else []):
         for question, answer in answered_questions:
-            batch = _answered_batch(vlm, question, answer)
+            batch = _answered_batch(vlm.processor, question, answer)
             if batch is not None:
-                found.append((question, answer, measure_relevance(vlm, batch)))
+                relevance = measure_relevance(model, batch.to(vlm.device))
+                found.append((question, answer, relevance))
     if not found:
         return {}
     tokens = [one.token_relevance for _, _, one in found if one.token_relevance.isfinite().all()]
@@ -70,15 +74,15 @@ def diagnose_answers(
                 "question": question.question_text,
                 "answer": answer,
                 "truth": question.answer,
-                "grid": list(vlm.shapes.grid),
-                "relevance": _patch_grid(one.patch_relevance, vlm.shapes.grid),
+                "grid": list(shapes.grid),
+                "relevance": _patch_grid(one.patch_relevance, shapes.grid),
             }
             for question, answer, one in found
         ],
         "tokens": None if used is None else _round_numbers(used),
         "effective": None if used is None else _round_numbers(torch.special.entr(used).sum().exp()),
         "attention": _summarize_attention(
-            [one.connector_attention for _, _, one in found], vlm.shapes.grid
+            [one.connector_attention for _, _, one in found], shapes.grid
         ),
     }
 
@@ -90,13 +94,15 @@ def measure_relevance(vlm: VLM, batch: PackedBatch) -> AnswerRelevance:
     """
     assert batch.labels is not None
     with torch.no_grad():
-        features = vlm.features(batch)
+        features = vlm.extract_features(batch)
         attention = vlm.connector.patch_attention(features.clone())
     with torch.enable_grad():
         features = features.detach().requires_grad_()
         # copies, as a connector may write into its features; zeros, as it may leave them out
         visual = vlm.connector(features.clone()) + zero_like_loss(features)
-        loss = vlm.loss(vlm.hidden_states(batch, visual), batch.labels) + zero_like_loss(visual)
+        loss = vlm.language_loss(vlm.hidden_states(batch, visual), batch.labels) + zero_like_loss(
+            visual
+        )
         slopes = torch.autograd.grad(loss, (features, visual))
     if attention is not None:
         _check_attention(vlm, attention, (*visual.shape[:2], vlm.shapes.patches))
@@ -117,24 +123,21 @@ def _check_attention(vlm: VLM, attention: Tensor, expected_shape: tuple[int, ...
         )
 
 
-def _answered_batch(vlm: VLM, question: EvalQuestion, answer: str) -> PackedBatch | None:
+def _answered_batch(
+    processor: Processor, question: EvalQuestion, answer: str
+) -> PackedBatch | None:
     """Return a question with the answer to it, None if there is no picture."""
     sample = question.sample
     if not sample.images:
         return None
-    encoder = SampleEncoder(
-        vlm.tokenizer,
-        vlm.template,
-        vlm.connector.tokens_per_image,
-        vlm.language.config.max_position_embeddings,
-    )
+    encoder = replace(processor.sample_encoder(), max_length=processor.max_positions)
     answered = replace(sample, turns=(*sample.turns, ChatTurn("assistant", answer)))
     try:
         encoded = encoder.encode(answered)
     except BadSample:  # a model may say what cannot be learned, such as the text of a place
         return None
     encoded = replace(encoded, labels=_keep_last_answer(encoded.labels))
-    return collate([[encoded]], vlm.transform.load_pixels).to(vlm.device)
+    return collate([[encoded]], processor.transform.load_pixels)
 
 
 def _keep_last_answer(labels: list[int]) -> list[int]:

@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from tqdm import tqdm
 
 from vlbench.evaluate.heldout_questions import EvalQuestion
-from vlbench.model.generation.chat_messages import collate_prompts, encode_prompt
-from vlbench.model.generation.generate import decode_answer
-from vlbench.model.vlm import VLM
+from vlbench.model.generation.answer_text import decode_answer
+from vlbench.model.loaded_vlm import LoadedVLM
 
 QUESTIONS_PER_BATCH = (
     64  # questions per batch; more gains nothing on two cores and takes memory for the cache
@@ -19,14 +18,14 @@ EXTRA_TOKENS = 4  # tokens beyond the longest true answer: what is longer is wro
 
 
 def answer_questions(
-    vlm: VLM,
+    vlm: LoadedVLM,
     questions: Sequence[EvalQuestion],
     title: str,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[str]:
     """Return the greedy answer to every question, [] if `stop` became true in between."""
     longest = max((len(vlm.tokenizer.encode(f" {q.answer}\n###")) for q in questions), default=0)
-    lengths = [len(encode_prompt(vlm, q.sample)) for q in questions]
+    lengths = [len(vlm.processor.encode_prompt(q.sample)) for q in questions]
     order = sorted(range(len(questions)), key=lengths.__getitem__)
     answers = [""] * len(questions)
     with tqdm(total=len(questions), desc=title, unit="question", disable=None) as bar:
@@ -34,10 +33,11 @@ def answer_questions(
             if should_stop():
                 return []
             chosen = order[first : first + QUESTIONS_PER_BATCH]
-            batch = collate_prompts(vlm, [questions[i].sample for i in chosen])
+            batch = vlm.processor.collate_prompts([questions[i].sample for i in chosen])
+            batch = batch.to(vlm.device)
             written = vlm.generate(batch, max_new_tokens=longest + EXTRA_TOKENS)
             for index, new in zip(chosen, written, strict=True):
-                answers[index] = decode_answer(vlm, new)
+                answers[index] = decode_answer(vlm.processor, new)
             bar.update(len(chosen))
     return answers
 

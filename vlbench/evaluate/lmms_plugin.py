@@ -20,8 +20,8 @@ from vlbench.data.sample import Sample
 from vlbench.errors import UserError, suggest_name
 from vlbench.evaluate.tasks.benchmark_types import BenchmarkPrompt
 from vlbench.load_model import load_model
-from vlbench.model.generation.chat_messages import InMemoryImage, collate_prompts, encode_prompt
-from vlbench.model.generation.generate import decode_answer
+from vlbench.model.generation.answer_text import decode_answer
+from vlbench.processor import InMemoryImage
 
 MAX_NEW_TOKENS = 1024  # where a task names no number, as for lmms-eval's own models
 AUTO_BATCH_SIZE = 16  # questions at once for batch_size=auto, as for `eval`
@@ -88,7 +88,7 @@ class VlbenchModel(lmms):  # type: ignore[misc]
                 sample = self._build_sample(request)
                 for picture in sample.images:
                     picture.open()
-                lengths[number] = len(encode_prompt(self.vlm, sample))
+                lengths[number] = len(self.vlm.processor.encode_prompt(sample))
                 samples[number] = sample
             except UserError as mistake:
                 skipped.append(f"{request.args[4]} {request.args[3]}: {mistake}")
@@ -99,11 +99,15 @@ class VlbenchModel(lmms):  # type: ignore[misc]
         for some in self._group_batches(order, requests):
             given = requests[some[0]].args[1]
             new = self.vlm.generate(
-                collate_prompts(self.vlm, [samples[number] for number in some]),
+                self.vlm.processor.collate_prompts([samples[number] for number in some]).to(
+                    self.vlm.device
+                ),
                 **_generation_options(given),
             )
             for number, ids in zip(some, new, strict=True):
-                answers[number] = _cut_at_stops(decode_answer(self.vlm, ids), given.get("until"))
+                answers[number] = _cut_at_stops(
+                    decode_answer(self.vlm.processor, ids), given.get("until")
+                )
             bar.update(len(some))
         bar.close()
         _print_unused_options(requests)

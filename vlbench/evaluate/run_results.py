@@ -27,7 +27,7 @@ from vlbench.evaluate.heldout_questions import (
     shuffle_images,
     source_questions,
 )
-from vlbench.model.vlm import VLM
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.text_files import read_csv, write_atomically
 from vlbench.train.run_folder import RunFolder, git_commit
 from vlbench.train.throughput import peak_memory
@@ -68,7 +68,7 @@ def pick_fixed_subset(items: list[ItemT], count: int | None) -> list[ItemT]:
 def write_results(
     recipe: Recipe,
     run: RunFolder,
-    vlm: VLM,
+    vlm: LoadedVLM,
     should_stop: Callable[[], bool],
     elapsed_seconds: Callable[[], float],
 ) -> bool:
@@ -80,7 +80,7 @@ def write_results(
     sets = {
         "accuracy": questions,
         "unseen_accuracy": unseen,
-        "blank_accuracy": blank_images(questions, vlm.transform.mean),
+        "blank_accuracy": blank_images(questions, vlm.processor.transform.mean),
         "shuffled_accuracy": shuffle_images(questions),
     }
     answers: dict[str, list[str]] = {}
@@ -113,7 +113,7 @@ def write_results(
         "connector": recipe.connector["name"],
         "seed": recipe.seed,
         "commit": git_commit(),
-        "budget": build_budget_card(recipe, run, vlm),
+        "budget": build_budget_card(recipe, run, vlm.model),
     }
     write_atomically(run.results_file, json.dumps(results, indent=1, ensure_ascii=False))
     # last, as it runs more of a user's own connector: the results are safe if that fails

@@ -19,8 +19,8 @@ from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import UserError
 from vlbench.model.build_vlm import recipe_connector_options
 from vlbench.model.language_model import TINY_LANGUAGE_FOLDER, build_random_language
+from vlbench.model.loaded_vlm import LoadedVLM, assemble_vlm
 from vlbench.model.vision_encoder import VisionEncoder
-from vlbench.model.vlm import VLM
 from vlbench.train.shape_checks import meta_encoder_and_config
 from vlbench.train.trainable_parts import check_objective, freeze_untrained_parts
 
@@ -44,7 +44,7 @@ class ModelDepth(NamedTuple):
     """Blocks of the vision encoder that are computed."""
 
 
-def build_meta_vlm(recipe: Recipe, stage_name: str, depth: ModelDepth | None = None) -> VLM:
+def build_meta_vlm(recipe: Recipe, stage_name: str, depth: ModelDepth | None = None) -> LoadedVLM:
     """Return the model of a stage on `meta`, at its image size, with untrained parts frozen.
 
     `depth` replaces the numbers of layers. Nothing is downloaded: weights of a hub id are taken to
@@ -61,7 +61,7 @@ def build_meta_vlm(recipe: Recipe, stage_name: str, depth: ModelDepth | None = N
         _truncate_encoder(tower, depth.encoder_blocks)
     try:
         with torch.device("meta"):
-            vlm = VLM(
+            vlm = assemble_vlm(
                 tower,
                 registry.load_connector(recipe.connector["name"]),
                 recipe_connector_options(recipe),
@@ -72,8 +72,8 @@ def build_meta_vlm(recipe: Recipe, stage_name: str, depth: ModelDepth | None = N
                 CHAT_TEMPLATES[recipe.language.template],
                 recipe.language.max_length,
             )
-            check_objective(vlm, stage_name, stage)
-            freeze_untrained_parts(vlm, stage)
+            check_objective(vlm.model, stage_name, stage)
+            freeze_untrained_parts(vlm.model, stage)
     except ValueError as error:
         raise UserError(str(error)) from error
     return vlm

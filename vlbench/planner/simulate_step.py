@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vlbench.compat.fake_tensors import FakeTensorMode
 from vlbench.compat.torch_internals import buffer_slots, parameter_slots
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vlm import VLM
 from vlbench.planner.memory_tracker import MemoryTracker
 from vlbench.planner.meta_model import ModelDepth, SampleShape, build_row_batch
@@ -111,15 +112,18 @@ class DepthExtrapolator:
     """
 
     def __init__(
-        self, full_vlm: VLM, build_at_depth: Callable[[ModelDepth | None], VLM], precision: str
+        self,
+        full_vlm: VLM,
+        build_at_depth: Callable[[ModelDepth | None], LoadedVLM],
+        precision: str,
     ) -> None:
         """Build the simulators; `build_at_depth` builds the model with another depth."""
         self._full_depth = model_depth(full_vlm)
         self.simulated_depths = simulation_depths(full_vlm)
-        models = [build_at_depth(depth) for depth in self.simulated_depths]
+        models = [build_at_depth(depth).model for depth in self.simulated_depths]
         if not _is_linear_in_depth(full_vlm, models, self.simulated_depths):
             self.simulated_depths = [self._full_depth]
-            models = [build_at_depth(None)]
+            models = [build_at_depth(None).model]
         self._simulators = [StepSimulator(model, precision) for model in models]
 
     def peak_memory(self, row: SampleShape, checkpointing_mode: str) -> dict[str, float]:

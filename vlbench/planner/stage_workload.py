@@ -8,12 +8,13 @@ from statistics import mean
 
 from vlbench.config.schema import Recipe, StageConfig
 from vlbench.data.data_sources import open_stage_mixture, stage_data
-from vlbench.data.sample_encoding import SampleEncoder
 from vlbench.data.shuffle import SourceMixture
 from vlbench.errors import BadSample, UserError
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.train_flops import StepFlops, count_step_flops, temporarily_frozen
 from vlbench.model.vlm import VLM
 from vlbench.planner.meta_model import SampleShape
+from vlbench.processor import Processor
 from vlbench.train.stage_plan import count_stage_steps
 
 MEASURED_SAMPLES = 256  # the mean length is taken over as many samples
@@ -56,7 +57,11 @@ class StageWorkload:
 
 
 def stage_workload(
-    recipe: Recipe, stage_name: str, vlm: VLM, sample_count: int | None, text_tokens: float | None
+    recipe: Recipe,
+    stage_name: str,
+    vlm: LoadedVLM,
+    sample_count: int | None,
+    text_tokens: float | None,
 ) -> tuple[StageWorkload, bool]:
     """Return the work of a stage, and whether its lengths are assumed.
 
@@ -79,41 +84,37 @@ def stage_workload(
         )
     steps = count_stage_steps(stage, sample_count or 0)
     if data is not None and text_tokens is None:
-        sample = _mean_sample(_measure_samples(vlm, stage, data), stage_name)
+        sample = _mean_sample(_measure_samples(vlm.processor, stage, data), stage_name)
     else:
-        sample = assumed_sample(vlm, stage, text_tokens)
-    flops = count_step_flops(vlm)
+        sample = assumed_sample(vlm.processor, stage, text_tokens)
+    flops = count_step_flops(vlm.model)
     work = StageWorkload(
         stage_name=stage_name,
         mean_sample=sample,
         sample_count=steps * stage.global_batch_size,
         steps=steps,
         flops_per_sample=sample_flops(flops, sample),
-        recompute_flops=_recompute_flops(vlm, sample),
+        recompute_flops=_recompute_flops(vlm.model, sample),
     )
     return work, data is None or text_tokens is not None
 
 
-def assumed_sample(vlm: VLM, stage: StageConfig, text_tokens: float | None = None) -> SampleShape:
+def assumed_sample(
+    processor: Processor, stage: StageConfig, text_tokens: float | None = None
+) -> SampleShape:
     """Return a sample of one image with the assumed number of text tokens, or `text_tokens`."""
     tokens = ASSUMED_TEXT_TOKENS[stage.sample_format] if text_tokens is None else text_tokens
-    length = vlm.connector.tokens_per_image + tokens
+    length = processor.tokens_per_image + tokens
     return SampleShape(
-        min(length, vlm.max_length), 1, tokens * ASSUMED_SUPERVISED_SHARE[stage.sample_format]
+        min(length, processor.max_length), 1, tokens * ASSUMED_SUPERVISED_SHARE[stage.sample_format]
     )
 
 
 def _measure_samples(
-    vlm: VLM, stage: StageConfig, mixture_samples: SourceMixture
+    processor: Processor, stage: StageConfig, mixture_samples: SourceMixture
 ) -> Iterator[SampleShape]:
     """Yield the sizes of the first samples of a mixture; no image is opened."""
-    encoder = SampleEncoder(
-        vlm.tokenizer,
-        vlm.template,
-        vlm.connector.tokens_per_image,
-        vlm.max_length,
-        stage.sample_format,
-    )
+    encoder = processor.sample_encoder(stage.sample_format)
     for position in range(min(MEASURED_SAMPLES, len(mixture_samples))):
         try:
             encoded = encoder.encode(mixture_samples[position])

@@ -87,8 +87,8 @@ def make_plan(options: PlanOptions) -> TrainingPlan:
         has_assumed_lengths |= assumed
         build_at_depth = functools.partial(build_meta_vlm, recipe, name)
         stages[name] = StageMemory(
-            vlm=vlm,
-            depth_extrapolator=DepthExtrapolator(vlm, build_at_depth, recipe.precision),
+            vlm=vlm.model,
+            depth_extrapolator=DepthExtrapolator(vlm.model, build_at_depth, recipe.precision),
             mean_sample=workloads[name].mean_sample,
             compute_dtype_bytes=2 if recipe.precision == "bf16" else 4,
             world_size=options.world_size,

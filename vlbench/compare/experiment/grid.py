@@ -17,7 +17,7 @@ from vlbench.text_files import split_lines
 COMPARE_KEYS = ("recipe", "seeds", "grid", "run", "match", "sweep", "freeze", "jobs", "dry_run")
 """Keys of `compare` itself; all others are passed to every run."""
 MATCHABLE_BUDGETS = ("params", "visual_tokens", "flops")
-"""What `match` can make equal in all rows; `model/connector_frame.py` counts them."""
+"""What `match` can make equal in all rows; `model/connector_cost.py` counts them."""
 RESERVED_KEYS = ("seed", "init", "profile")
 """Recipe keys that a comparison sets itself, or that make runs not comparable."""
 

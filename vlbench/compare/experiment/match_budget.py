@@ -22,7 +22,7 @@ from vlbench.config.overrides import format_override, parse_overrides
 from vlbench.connector import registry
 from vlbench.errors import UserError, suggest_name
 from vlbench.model.build_vlm import recipe_connector_options
-from vlbench.model.connector_frame import BUDGET_COUNTS, ConnectorFrame
+from vlbench.model.connector_cost import BUDGET_COUNTS, ConnectorCostCounter
 from vlbench.text_tables import format_table
 
 MAX_CHANGED_OPTIONS = 2  # per row, so that a reader can still see what was changed
@@ -63,8 +63,8 @@ def match_rows(rows: Sequence[GridRow], budget_name: str) -> list[BudgetMatch]:
     can.
     """
     candidates_by_row = [
-        RowCandidates(row, frame, budget_name)
-        for row, frame in zip(rows, _connector_frames(rows), strict=True)
+        RowCandidates(row, counter, budget_name)
+        for row, counter in zip(rows, _cost_counters(rows), strict=True)
     ]
     verified = False
     while not verified:
@@ -119,18 +119,18 @@ def _make_match(
     )
 
 
-def _connector_frames(rows: Sequence[GridRow]) -> list[ConnectorFrame]:
-    """Return the frame of each row; rows with the same encoder and decoder share one."""
-    built: dict[Any, ConnectorFrame] = {}
-    frames = []
+def _cost_counters(rows: Sequence[GridRow]) -> list[ConnectorCostCounter]:
+    """Return the cost counter of each row; rows with the same shapes share one."""
+    shared: dict[Any, ConnectorCostCounter] = {}
+    counters = []
     for row in rows:
         recipe = load_recipe(row, 0)
         image_sizes = tuple(stage.image_size for stage in recipe.stages.values())
         key = (recipe.vision, recipe.language, image_sizes)
-        if key not in built:
-            built[key] = ConnectorFrame(recipe)
-        frames.append(built[key])
-    return frames
+        if key not in shared:
+            shared[key] = ConnectorCostCounter(*key)
+        counters.append(shared[key])
+    return counters
 
 
 def _pick_best(
@@ -195,18 +195,18 @@ class SizeCandidate:
 class RowCandidates:
     """The candidates of a row, sorted by budget."""
 
-    def __init__(self, row: GridRow, frame: ConnectorFrame, budget_name: str) -> None:
+    def __init__(self, row: GridRow, cost_counter: ConnectorCostCounter, budget_name: str) -> None:
         """Count the budgets with no and one changed option; predict those with more."""
         recipe = load_recipe(row, 0)
         self.row = row
         self.connector_name: str = recipe.connector["name"]
         self.own_options = recipe_connector_options(recipe)
-        self._frame, self._count_budget = frame, BUDGET_COUNTS[budget_name]
+        self._cost_counter, self._count_budget = cost_counter, BUDGET_COUNTS[budget_name]
         self._connector_class = registry.load_connector(self.connector_name)
         self._verified_options: set[str] = set()
         try:
             self.own_budget = self._count_budget(
-                frame, frame.build_connector(self._connector_class, self.own_options)
+                cost_counter, cost_counter.build_connector(self._connector_class, self.own_options)
             )
         except ValueError as error:
             raise UserError(f"row {row.name}: {error}") from error
@@ -244,7 +244,7 @@ class RowCandidates:
         options = {**self.own_options, **candidate.options}
         counted = (
             self._count_candidate(candidate.options)
-            if self._frame.fits_all_stages(self._connector_class, options)
+            if self._cost_counter.fits_all_stages(self._connector_class, options)
             else None
         )
         if counted is not None and counted.budget == candidate.budget:
@@ -295,12 +295,12 @@ class RowCandidates:
     def _count_candidate(self, options: dict[str, Any]) -> SizeCandidate | None:
         """Return a candidate with its counted budget; None if the connector refuses its options."""
         try:
-            connector = self._frame.build_connector(
+            connector = self._cost_counter.build_connector(
                 self._connector_class, {**self.own_options, **options}
             )
         except ValueError:
             return None
-        budget = self._count_budget(self._frame, connector)
+        budget = self._count_budget(self._cost_counter, connector)
         return self._make_candidate(options, budget) if budget else None
 
     def _combine_candidates(self, candidates: Sequence[SizeCandidate]) -> SizeCandidate:

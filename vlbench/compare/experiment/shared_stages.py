@@ -8,7 +8,6 @@ from typing import Any
 from vlbench.compare.experiment import grid as grids
 from vlbench.compare.experiment.grid import ComparisonGrid, GridRow
 from vlbench.config import recipe as recipes
-from vlbench.config.merge import flatten_keys
 from vlbench.config.schema import Recipe
 from vlbench.train.run_folder import RunFolder, open_run
 
@@ -30,8 +29,8 @@ def find_shared_stages(
 
 def common_stages(first: Recipe, second: Recipe) -> list[str]:
     """Return the names of the leading stages that two recipes train alike; never all stages."""
-    first_keys = flatten_keys(recipes.to_plain(first))
-    second_keys = flatten_keys(recipes.to_plain(second))
+    first_keys = recipes.flatten_keys(recipes.to_plain(first))
+    second_keys = recipes.flatten_keys(recipes.to_plain(second))
 
     def keys_outside_stages(recipe: dict[str, Any]) -> dict[str, Any]:
         ignored = (*STAGE_IGNORED_KEYS, "stages")

@@ -31,8 +31,7 @@ from vlbench.evaluate.tasks.score_summary import summarize_scores
 from vlbench.evaluate.tasks.scored_items import AnsweredItem
 from vlbench.evaluate.tasks.scoring_protocols import score_items, scoring_protocol
 from vlbench.evaluate.tasks.subject_domains import subject_or_category
-from vlbench.model.generation.chat_messages import encode_prompt
-from vlbench.model.vlm import VLM
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.text_files import format_json_lines, write_atomically
 
 HUB_DATASETS = {"mmmu": "MMMU/MMMU", "cmmmu": "m-a-p/CMMMU"}
@@ -112,7 +111,9 @@ class BenchmarkTask:
             "protocol": name,
         }
 
-    def select_questions(self, vlm: VLM) -> tuple[list[BenchmarkQuestion], list[dict[str, str]]]:
+    def select_questions(
+        self, vlm: LoadedVLM
+    ) -> tuple[list[BenchmarkQuestion], list[dict[str, str]]]:
         """Return what is asked, and what is not: the protocol leaves it out, or it cannot be.
 
         A picture that cannot be read, or a text that is too long, is such a reason.
@@ -130,7 +131,7 @@ class BenchmarkTask:
         return asked, skipped
 
     def generation_limits(
-        self, vlm: VLM, questions: Sequence[BenchmarkQuestion]
+        self, vlm: LoadedVLM, questions: Sequence[BenchmarkQuestion]
     ) -> GenerationLimits:
         """Return how the protocol lets a model answer."""
         return protocol_limits(self.task, self.eval_protocol.prompt_protocols[self.task])
@@ -224,12 +225,12 @@ class BenchmarkTask:
         ]
 
 
-def _unfit_reason(vlm: VLM, question: BenchmarkQuestion) -> str:
+def _unfit_reason(vlm: LoadedVLM, question: BenchmarkQuestion) -> str:
     """Say why a question cannot be put to the model, "" if it can."""
     try:
         for picture in question.prompt.images:
             picture.open()
-        encode_prompt(vlm, question.sample)
+        vlm.processor.encode_prompt(question.sample)
     except UserError as mistake:
         return str(mistake)
     return ""

@@ -28,8 +28,7 @@ from vlbench.evaluate.heldout_questions import (
 from vlbench.evaluate.run_results import final_questions, pick_fixed_subset
 from vlbench.evaluate.tasks.benchmark_types import GenerationLimits
 from vlbench.evaluate.tasks.score_summary import wilson_interval
-from vlbench.model.generation.chat_messages import encode_prompt
-from vlbench.model.vlm import VLM
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.text_files import format_json_lines, write_atomically
 from vlbench.train import checkpoint_files
 from vlbench.train.resume import find_released_model
@@ -155,7 +154,9 @@ class ConversationTask:
             "revision": f"sha256 {sha256[:16]}",
         }
 
-    def select_questions(self, vlm: VLM) -> tuple[list[ConversationQuestion], list[dict[str, str]]]:
+    def select_questions(
+        self, vlm: LoadedVLM
+    ) -> tuple[list[ConversationQuestion], list[dict[str, str]]]:
         """Return what is asked, by length, so that little of a batch is padding; and what is not.
 
         That are records without a picture, bad ones, and texts that are too long for the language
@@ -165,7 +166,7 @@ class ConversationTask:
         skipped = [{**vars(one), "record": str(one.record)} for one in self.left_out_records]
         for number, one in enumerate(self.all_questions):
             try:
-                lengths[number] = len(encode_prompt(vlm, one.sample))
+                lengths[number] = len(vlm.processor.encode_prompt(one.sample))
             except UserError as mistake:
                 where = {"id": one.sample.id, "record": one.question.record_number}
                 skipped.append({**where, "reason": str(mistake)})
@@ -174,7 +175,7 @@ class ConversationTask:
         ], skipped
 
     def generation_limits(
-        self, vlm: VLM, questions: Sequence[ConversationQuestion]
+        self, vlm: LoadedVLM, questions: Sequence[ConversationQuestion]
     ) -> GenerationLimits:
         """Return how long an answer may be: the longest right one and a little; more is wrong."""
         answers = (answer for one in questions for answer in one.true_answers)

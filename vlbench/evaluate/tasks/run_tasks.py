@@ -20,7 +20,7 @@ from vlbench.evaluate.tasks.task_session import (
 )
 from vlbench.load_model import find_model_folder as find_model
 from vlbench.load_model import load_model
-from vlbench.model.vlm import VLM
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.text_files import format_json_lines, write_atomically
 from vlbench.train import checkpoint_files
 
@@ -48,11 +48,11 @@ class EvalTask(Protocol):
     task_settings: dict[str, Any]
     """What is asked, and how: answers to something else are never mixed with these."""
 
-    def select_questions(self, vlm: VLM) -> tuple[list[Any], list[dict[str, str]]]:
+    def select_questions(self, vlm: LoadedVLM) -> tuple[list[Any], list[dict[str, str]]]:
         """Return what is asked, and what cannot be, with the reason."""
         ...
 
-    def generation_limits(self, vlm: VLM, questions: list[Any]) -> GenerationLimits:
+    def generation_limits(self, vlm: LoadedVLM, questions: list[Any]) -> GenerationLimits:
         """Return how a model may answer."""
         ...
 
@@ -128,7 +128,7 @@ def _answers_folder(folder_name: str, model_path: Path, options: dict[str, str])
 
 
 def _run_task(
-    vlm: VLM,
+    vlm: LoadedVLM,
     task: EvalTask,
     folder: Path,
     task_settings: dict[str, Any],

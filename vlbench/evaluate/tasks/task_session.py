@@ -27,9 +27,9 @@ from vlbench.data.image_processing import blank_image
 from vlbench.data.sample import Sample
 from vlbench.errors import UserError
 from vlbench.evaluate.tasks.benchmark_types import GenerationLimits
-from vlbench.model.generation.chat_messages import collate_prompts
-from vlbench.model.generation.generate import decode_answer
-from vlbench.model.vlm import VLM
+from vlbench.model.generation.answer_text import decode_answer
+from vlbench.model.loaded_vlm import LoadedVLM
+from vlbench.processor import Processor
 from vlbench.text_files import format_json_lines, read_json, read_json_lines, write_atomically
 
 ANSWERS_FILE, BLANK_FILE, SKIPPED_FILE, SETTINGS_FILE = (
@@ -55,7 +55,7 @@ class TaskQuestion(Protocol):
 
 
 def answer_remaining(
-    vlm: VLM,
+    vlm: LoadedVLM,
     questions: Sequence[TaskQuestion],
     generation_limits: GenerationLimits,
     count_correct: Callable[[list[dict[str, Any]]], int | None],
@@ -84,12 +84,15 @@ def answer_remaining(
         for first in range(done, len(questions), batch_size):
             some = questions[first : first + batch_size]
             samples = [
-                _blank_sample(vlm, one.sample) if use_blank_images else one.sample for one in some
+                _blank_sample(vlm.processor, one.sample) if use_blank_images else one.sample
+                for one in some
             ]
-            new = vlm.generate(
-                collate_prompts(vlm, samples), max_new_tokens=generation_limits.max_new_tokens
-            )
-            texts = [_cut_at_stop(decode_answer(vlm, ids), generation_limits.stop) for ids in new]
+            batch = vlm.processor.collate_prompts(samples).to(vlm.device)
+            new = vlm.generate(batch, max_new_tokens=generation_limits.max_new_tokens)
+            texts = [
+                _cut_at_stop(decode_answer(vlm.processor, ids), generation_limits.stop)
+                for ids in new
+            ]
             lines = [
                 {**one.answer_line, "response": text} for one, text in zip(some, texts, strict=True)
             ]
@@ -132,8 +135,8 @@ def _keep_whole_batches(
     return done
 
 
-def _blank_sample(vlm: VLM, sample: Sample) -> Sample:
-    pictures = tuple(blank_image(picture, vlm.transform.mean) for picture in sample.images)
+def _blank_sample(processor: Processor, sample: Sample) -> Sample:
+    pictures = tuple(blank_image(picture, processor.transform.mean) for picture in sample.images)
     return replace(sample, images=pictures)
 
 
