@@ -266,37 +266,37 @@ class QFormer(Connector):
         """Cut position embeddings to `text_length`; add the token id that BERT itself lacks."""
         if name == "text.embeddings.position_embeddings.weight":
             return tensor[: self.text_length]
-        words = name in ("text.embeddings.word_embeddings.weight", "text.bias")
-        if words and (len(tensor) + 1, *tensor.shape[1:]) == own_state[name].shape:
+        has_vocabulary = name in ("text.embeddings.word_embeddings.weight", "text.bias")
+        if has_vocabulary and (len(tensor) + 1, *tensor.shape[1:]) == own_state[name].shape:
             return torch.cat([tensor, own_state[name][-1:].to(tensor)])
         return tensor
 
     def _init_from_bert(self) -> None:
         """Load BERT's weights; the queries' feed-forward layers start as copies of the text's."""
-        where = f"connector.text={self._text_source}"
-        theirs = ReferenceWeights(
+        source = f"connector.text={self._text_source}"
+        bert_weights = ReferenceWeights(
             weight_files(find_bert_folder(self._text_source, "connector.text"))
         )
         state, loaded = self.state_dict(), set[str]()
-        for given in theirs:
+        for given in bert_weights:
             name = re.sub(r"^(bert\.|)(?=embeddings|encoder)", "bert.", given)
             name = name.replace(".gamma", ".weight").replace(".beta", ".bias")
             name = rename_reference_key(f"Qformer.{name}")
             query = re.sub(r"(layer\.\d+\.(intermediate|output))\.", r"\1_query.", name)
             for own_name in {name, query} & state.keys():
-                state[own_name] = self._fit_tensor(own_name, theirs[given], state)
+                state[own_name] = self._fit_tensor(own_name, bert_weights[given], state)
                 loaded.add(own_name)
-            if given not in theirs.used_names and not re.fullmatch(IGNORED_BERT_KEYS, given):
-                raise UserError(f"{where}: tensor {given} is none of BERT's")
-        wanted = {name for name in state if BERT_KEYS.match(name)}
+            if given not in bert_weights.used_names and not re.fullmatch(IGNORED_BERT_KEYS, given):
+                raise UserError(f"{source}: tensor {given} is none of BERT's")
+        expected = {name for name in state if BERT_KEYS.match(name)}
         head = {name for name in state if TEXT_HEAD_KEYS.match(name)}
-        check_loaded_keys(wanted | (head if head & loaded else set()), loaded, where)
+        check_loaded_keys(expected | (head if head & loaded else set()), loaded, source)
         try:
             self.load_strict(state)
         except ValueError as error:
-            raise UserError(f"{where} does not fit: {error}") from error
+            raise UserError(f"{source} does not fit: {error}") from error
         self.weights_source = f"random, its BERT {self._text_source}"
-        print(f"{where}: {summarize_loading(loaded, wanted | head, theirs)}")
+        print(f"{source}: {summarize_loading(loaded, expected | head, bert_weights)}")
 
 
 def rename_reference_key(name: str) -> str:
