@@ -165,7 +165,7 @@ def test_a_picture_by_url_is_the_file_it_names(url, monkeypatch, capsys):
     ("path", "message"),
     [
         ("/gone.png", "cannot be downloaded (404 Not Found)"),
-        ("/page", "not a picture"),
+        ("/page", "not an image"),
         ("/endless", "takes more than 1 MB or 60 seconds"),
     ],
 )
@@ -179,7 +179,7 @@ def test_a_url_that_gives_no_picture_is_one_line(path, message, url, monkeypatch
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("s3://bucket/a.png", "is a URL of another kind than http:// and https://"),
+        ("s3://bucket/a.png", "the URL does not begin with http:// or https://"),
         ("http://127.0.0.1:9/a.png", "cannot be downloaded (Connection refused)"),
         ("http://[a/a.png", "cannot be downloaded"),
         ("", "image has no value; write image=FILE"),

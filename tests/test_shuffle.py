@@ -52,7 +52,7 @@ def test_a_huge_order_needs_no_list():
 
 @pytest.mark.parametrize("position", [-1, 5])
 def test_positions_outside_are_refused(position):
-    with pytest.raises(IndexError, match="of an order of 5"):
+    with pytest.raises(IndexError, match="of a permutation of 5"):
         FeistelShuffle(5, 0)(position)
 
 

@@ -1,4 +1,4 @@
-"""Tar files as people have them: made again, torn, joined, with odd names, links, or no texts."""
+"""Tar files as people have them: replaced, truncated, joined, with odd names, links, no texts."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_an_index_of_another_tar_of_the_same_size_and_time_is_noticed(picture, t
 
 
 @pytest.mark.parametrize("cut", ["between", "header", "data", "padding", "no end", "before txt"])
-def test_a_torn_tar_is_named_and_read_anew_when_it_is_whole(cut, picture, tmp_path, capsys):
+def test_a_truncated_tar_is_named_and_read_anew_when_it_is_whole(cut, picture, tmp_path, capsys):
     tar = write(tmp_path / "x.tar", captioned(picture, SIX))
     content = tar.read_bytes()
     with tarfile.open(tar) as file:
@@ -128,7 +128,7 @@ def test_a_torn_tar_is_named_and_read_anew_when_it_is_whole(cut, picture, tmp_pa
         shards = WebDatasetShards(tar)
         found = captions(shards)
         assert found[:whole] == SIX[:whole] and len(found) == whole + 1
-        assert "x.tar: is torn: it ends at byte" in found[-1]
+        assert "x.tar: is truncated: it ends at byte" in found[-1]
         assert f"; {whole} samples before that can be read" in found[-1]
         (known,) = preflight_bad_samples(shards)
         with pytest.raises(BadSample) as met:
@@ -137,7 +137,9 @@ def test_a_torn_tar_is_named_and_read_anew_when_it_is_whole(cut, picture, tmp_pa
     words = ["recipe=yivl_llava", f"data.train={tar}", "only=chat"]
     assert main(["fit", *words, f"run={tmp_path / 'run'}"]) == 2
     said = capsys.readouterr().err
-    assert "is torn" in said and len(said.splitlines()) == 1 and not (tmp_path / "run").exists()
+    assert (
+        "is truncated" in said and len(said.splitlines()) == 1 and not (tmp_path / "run").exists()
+    )
     tar.write_bytes(content)
     assert captions(WebDatasetShards(tar)) == SIX and not preflight_bad_samples(
         WebDatasetShards(tar)
@@ -164,15 +166,15 @@ def test_a_header_that_is_overwritten_is_named(picture, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "torn", [lambda text: "", lambda text: text[:-30], lambda text: "nonsense\n" + text, None]
+    "truncate", [lambda text: "", lambda text: text[:-30], lambda text: "nonsense\n" + text, None]
 )
-def test_an_index_that_is_torn_or_of_an_older_version_is_made_anew(torn, picture, tmp_path):
+def test_a_truncated_or_older_index_is_made_anew(truncate, picture, tmp_path):
     tar = write(tmp_path / "x.tar", captioned(picture, SIX))
     load_shard_index(str(tar))
     index = Path(index_path(str(tar)))
     text = index.read_text()
     old = '["0", {"jpg": [512, 9], "txt": [9216, 1]}]\n'
-    index.write_text(torn(text) if torn else old)
+    index.write_text(truncate(text) if truncate else old)
     shards_module._cached_index.cache_clear()
     assert captions(WebDatasetShards(tar)) == SIX and index.read_text() == text
 
@@ -217,7 +219,7 @@ def test_a_record_that_names_no_picture_has_those_of_its_key(image, picture, tmp
 def test_a_picture_that_is_not_there_is_named_with_those_that_are(picture, tmp_path):
     members = [("0.png", picture), ("0.json", record(image="x/0.jpg"))]
     (found,) = captions(WebDatasetShards(write(tmp_path / "x.tar", members)))
-    assert found == "its shard has no picture x/0.jpg (its pictures: 0.png)"
+    assert found == "its shard has no image x/0.jpg (its images: 0.png)"
 
 
 def test_large_letters_in_extensions_are_those_of_small_ones(picture, tmp_path):
@@ -233,10 +235,10 @@ def test_large_letters_in_extensions_are_those_of_small_ones(picture, tmp_path):
         ([("0.jpg", b"p"), ("0.json", b'{"alt": "red"}')], "has no text.*keys of its json: alt"),
         ([("0.jpg", b"p"), ("0.txt", b" \n")], "its text is empty"),
         ([("0.jpg", b"p"), ("0.txt", b"caf\xe9")], "its txt is not UTF-8 text .byte 4."),
-        ([("0.jpg", b"p"), ("0.png", b"p"), ("0.txt", b"red")], "has 2 pictures .jpg, png."),
-        ([("0.txt", b"red")], "has no picture"),
+        ([("0.jpg", b"p"), ("0.png", b"p"), ("0.txt", b"red")], "has 2 images .jpg, png."),
+        ([("0.txt", b"red")], "has no image"),
         ([("0.jpg", b"p"), ("0.json", b"{")], "its json cannot be read"),
-        ([("0.jpg", b"p"), ("0.json", b"[1]")], "its json is no mapping"),
+        ([("0.jpg", b"p"), ("0.json", b"[1]")], "its json is not a mapping"),
     ],
 )
 def test_samples_that_cannot_be_used_are_named(members, message, tmp_path):
@@ -260,7 +262,7 @@ def test_what_is_left_out_is_counted_and_said(picture, tmp_path, capsys):
     assert captions(shards) == SIX[:2]
     assert sorted(note.split(" (")[0] for note in shards.notes) == [
         "left out: 1 links to nothing in the file, devices and sparse files",
-        "left out: 1 members that belong to no picture, text or json",
+        "left out: 1 members that belong to no image, text or json",
         "left out: 2 hidden files",
     ]
     words = ["recipe=yivl_llava", f"data.train={tar}", "only=chat", f"out={tmp_path / 'out'}"]
@@ -315,7 +317,7 @@ def test_names_that_are_not_utf8_are_read_and_can_be_printed(picture, tmp_path):
 
 
 def test_a_pattern_with_half_of_its_braces_is_named(tmp_path):
-    with pytest.raises(UserError, match="a brace without its other one"):
+    with pytest.raises(UserError, match="unbalanced braces"):
         WebDatasetShards(tmp_path / "{0..3.tar")
 
 
@@ -334,7 +336,7 @@ def test_a_compressed_tar_is_named(name, picture, tmp_path, capsys):
     [
         (b"", "is empty .0 bytes."),
         (b"\0" * 10240, "holds no samples"),
-        (b"<html>not found</html>", "is no tar file"),
+        (b"<html>not found</html>", "is not a tar file"),
         (b"version https://git-lfs.github.com/spec/v1\noid x\n", "is a Git-LFS pointer"),
     ],
 )

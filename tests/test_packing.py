@@ -91,10 +91,10 @@ def test_a_batch_without_images():
     [
         (
             replace(FIRST, sample=replace(FIRST.sample, images=(Named(1),))),
-            "4 places for 1 images",
+            "4 image positions for 1 images",
         ),
-        (replace(FIRST, tokens_per_image=3), "4 places for 2 images x 3"),
-        (replace(FIRST, labels=[IMAGE_TOKEN_INDEX] * 7), "place is a label"),
+        (replace(FIRST, tokens_per_image=3), "4 image positions for 2 images x 3"),
+        (replace(FIRST, labels=[IMAGE_TOKEN_INDEX] * 7), "image position is a label"),
         (replace(FIRST, labels=[1]), "7 ids, 1 labels"),
         (replace(TEXT, input_ids=[], labels=[]), "0 ids"),
     ],

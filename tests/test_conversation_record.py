@@ -207,7 +207,7 @@ REFUSED: dict[str, tuple[Record, str]] = {
     "system a list": ({"system": ["A"], "conversations": PLAIN}, "'system' is a list"),
     "two sets of pictures": (
         {"image": "a.jpg", "images": ["b.png"], "conversations": TAGGED},
-        "other pictures in 'image' than in 'images'",
+        "other images in 'image' than in 'images'",
     ),
     "pictures in two ways": ({"image": "b.png", "messages": HF}, "expected one way"),
     "two conversations": ({"messages": HF, "conversations": PLAIN}, "expected one of them"),
@@ -241,7 +241,7 @@ REFUSED: dict[str, tuple[Record, str]] = {
     ),
     "the bytes of a small picture": (
         {"image": "/9j/4AAQ\n" * 30, "conversations": TAGGED},
-        "a picture as text; write it to a file",
+        "an image as text; write it to a file",
     ),
     "the address of a picture with a query": (
         {"path": "https://x/a.jpg?width=3", "conversations": PLAIN},
@@ -257,7 +257,7 @@ REFUSED: dict[str, tuple[Record, str]] = {
     ),
     "a picture as text": (
         {"image": PICTURE, "conversations": TAGGED},
-        "a picture as text; write it to a file",
+        "an image as text; write it to a file",
     ),
     "an address": (
         {"image": "https://x/a.jpg", "conversations": TAGGED},
@@ -403,7 +403,7 @@ def test_texts_and_pictures_of_a_shard_that_are_not_read_are_named(folder):
     shards = WebDatasetShards(folder / "x.tar")
     assert [one.caption_text for one in shards] == ["red"] * 3
     assert [one.unread_keys for one in shards] == [("txt",), (), ("png",)]
-    assert shards.notes == ["left out: 1 members that belong to no picture, text or json"]
+    assert shards.notes == ["left out: 1 members that belong to no image, text or json"]
 
 
 @pytest.mark.parametrize(
