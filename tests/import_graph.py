@@ -18,6 +18,7 @@ LAYERS = (
     ("text_files", "text_tables", "html_pages", "process_settings", "compat"),
     ("connector",),
     ("config",),
+    ("command_line",),
     ("distributed",),
     ("data",),
     ("processor",),

@@ -211,7 +211,7 @@ HUGGING_FACE = {
 def test_options_of_transformers_are_answered_with_what_stands_for_them(name, message, capsys):
     assert main(["chat", f"model={CHECKPOINT}", f"{name}=2", "question=Hello"]) == 2
     said = capsys.readouterr().err
-    assert f"chat has no option '{name}'; it takes model, " in said and message in said
+    assert f"chat has no key '{name}'; its keys are model, " in said and message in said
     assert len(said.splitlines()) == 1
     vlm = vlbench.load(CHECKPOINT)
     ask = [{"role": "user", "content": "Hello"}]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -12,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from vlbench import __version__
-from vlbench.__main__ import VERBS, main
+from vlbench.__main__ import VERBS, main, recipe_key_names
+from vlbench.command_line.parser import declared_arguments, parse_arguments, split_arguments
 from vlbench.config import schema
+from vlbench.config.recipe import load_recipe
 from vlbench.errors import BadSample, EnvironmentFailure, UserError, suggest_name
 
 ROOT = Path(__file__).parents[1]
@@ -21,7 +24,7 @@ QUICK = [
     [],
     ["--help"],
     ["--version"],
-    ["fit", "--help"],
+    *([verb, "--help"] for verb in VERBS),
     ["list"],
     ["show", "recipe=yivl_llava"],
     ["fit", "recipe=yivl_llav"],
@@ -66,7 +69,25 @@ def test_help_names_every_verb_and_every_key(capsys):
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help(verb, capsys):
     assert main([verb, "--help"]) == 0
-    assert f"python -m vlbench {verb} " in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: python -m vlbench {verb} ")
+    declaration = VERBS[verb].declaration
+    for spec in declared_arguments(declaration).values() if declaration else []:
+        assert spec.help in text and f"\n{spec.help_row()[0]} " in text
+    if VERBS[verb].takes_recipe_keys:
+        assert all(row.help in text for row in schema.key_rows())
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_example_of_every_verb_is_understood(verb):
+    words = shlex.split(VERBS[verb].example)
+    declaration, recipe_words = VERBS[verb].declaration, words
+    if declaration and VERBS[verb].takes_recipe_keys:
+        _, recipe_words = split_arguments(declaration, words, recipe_key_names())
+    elif declaration:
+        parse_arguments(declaration, words)
+    if VERBS[verb].takes_recipe_keys and verb != "compare":
+        load_recipe(recipe_words)
 
 
 def test_list_names_what_there_is(capsys):

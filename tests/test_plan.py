@@ -249,10 +249,10 @@ def test_lengths_and_numbers_can_be_given(no_rehearsals):
     [
         ("gpu=a801", "Did you mean 'A800'?"),
         ("gpuu=a800", "Did you mean 'gpu'?"),
-        ("mfu=40", "allowed are numbers from 0.001 to 1"),
+        ("mfu=40", "mfu must be at most 1, given 40"),
         ("samples=1,2", "one for each of align_224, align_448, chat"),
         ("text_tokens=many", "text_tokens is 'many'"),
-        ("price=-1", "price is '-1'"),
+        ("price=-1", "price must be at least 0, given -1"),
         ("stages.chatt.steps=1", "Did you mean 'chat'?"),
         ("gpus=none.yaml", "none.yaml"),
     ],

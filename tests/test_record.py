@@ -346,7 +346,7 @@ def test_a_record_with_images_is_packed_with_them(folder):
     records = [{"id": 1, "images": ["a.jpg", "b.png"], "conversations": said("<image><image>")}]
     records += [{"id": 2, "messages": HF, "topic": "colour"}]
     (folder / "data.json").write_text(json.dumps(records))
-    assert main(["pack", f"data={folder / 'data.json'}", f"to={folder / 'shards'}"]) == 0
+    assert main(["pack", f"data={folder / 'data.json'}", f"out={folder / 'shards'}"]) == 0
     source, shards = LlavaJson(folder / "data.json"), WebDatasetShards(folder / "shards")
     for number in range(2):
         ours, theirs = shards[number], source[number]

@@ -1,4 +1,4 @@
-"""`python -m vlbench pack data=FILE.json images=FOLDER to=DIR`: a data set into shards, checked."""
+"""`python -m vlbench pack data=FILE.json images=FOLDER out=DIR`: a data set as shards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 from webdataset import TarWriter
 
-from vlbench.config.overrides import parse_key_values, read_integer
+from vlbench.command_line.arguments import PackArguments
 from vlbench.data.conversation_files import LlavaJson
 from vlbench.data.conversation_record import record_from_sample
 from vlbench.data.image_processing import open_image_bytes
@@ -22,21 +22,18 @@ from vlbench.errors import BadSample, UserError
 from vlbench.text_files import format_json_lines, write_atomically
 
 LEFT_OUT_FILE = "left_out.jsonl"
-SAMPLES_PER_SHARD = 10_000  # in a shard: about a gigabyte of pictures at 448 pixels
 
 
-def run_pack(overrides: list[str]) -> int:
+def run_pack(arguments: PackArguments) -> int:
     """Write the shards of a file, and say what was left out; return the exit code."""
-    given = parse_key_values("pack", overrides, ("data", "to"), ("images", "samples"))
-    source = LlavaJson(Path(given["data"]).expanduser(), given.get("images"))
-    samples = read_integer(given, "samples", SAMPLES_PER_SHARD, 1, 10**7)
-    folder = Path(given["to"]).expanduser()
+    source = LlavaJson(Path(arguments.data), arguments.images)
+    folder = Path(arguments.out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"to={folder} is there already and not empty; name a new folder")
+        raise UserError(f"out={folder} is there already and not empty; name a new folder")
     try:
-        shards, bad = pack_dataset(source, folder, samples)
+        shards, bad = pack_dataset(source, folder, arguments.samples)
     except OSError as error:
-        raise UserError(f"to={folder} cannot be written ({error.strerror})") from error
+        raise UserError(f"out={folder} cannot be written ({error.strerror})") from error
     packed = sum(shard["samples"] for shard in shards)
     print(f"{packed} samples in {len(shards)} shards in {folder}, every picture opened once")
     if bad:

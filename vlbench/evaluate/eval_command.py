@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import re
-
-from vlbench.config.overrides import parse_key_values
+from vlbench.command_line.arguments import EvalArguments
 from vlbench.evaluate.tasks.conversation_tasks import FILE_TASK, OWN_TASK
-from vlbench.evaluate.tasks.run_tasks import EVAL_OPTIONS, run_tasks
+from vlbench.evaluate.tasks.run_tasks import run_tasks
 
 
-def run_eval(overrides: list[str]) -> int:
-    """Evaluate `run=PATH`, or `model=PATH` (a run, a checkpoint or a released model).
-
-    `task=` names benchmarks or files; without it `data=FILE.json` asks that file's questions, and a
-    run is asked its own.
-    """
-    overrides = [re.sub("^model=", "run=", word) for word in overrides]
-    given = parse_key_values("eval", overrides, ("run",), EVAL_OPTIONS)
-    return run_tasks({"task": FILE_TASK if "data" in given else OWN_TASK, **given})
+def run_eval(arguments: EvalArguments) -> int:
+    """Evaluate a model on the tasks that are named, on a file, or on a run's own questions."""
+    default_task = FILE_TASK if arguments.data else OWN_TASK
+    names = (arguments.task or default_task).split(",")
+    return run_tasks(list(dict.fromkeys(name for name in names if name)), arguments)

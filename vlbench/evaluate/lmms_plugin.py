@@ -1,4 +1,4 @@
-"""`lmms-eval --model vlbench --model_args run=PATH`: the tasks of lmms-eval on a run or a release.
+"""`lmms-eval --model vlbench --model_args model=PATH`: the tasks of lmms-eval on a run or a release.
 
 An extra: `pip install 'vlbench[lmms]'`. lmms-eval finds `manifest` by the entry point in
 pyproject.toml. A question is asked as in `protocol=lmms`: the pictures, then the text.
@@ -26,8 +26,7 @@ from vlbench.model.generation.generate import decode_answer
 MAX_NEW_TOKENS = 1024  # where a task names no number, as for lmms-eval's own models
 AUTO_BATCH_SIZE = 16  # questions at once for batch_size=auto, as for `eval`
 MAX_SHOWN_SKIPPED = 5
-PATH_ALIASES = ("model", "pretrained")
-MODEL_ARGS = ("run", *PATH_ALIASES, "dtype", "template", "batch_size")
+MODEL_ARGS = ("model", "pretrained", "dtype", "template", "batch_size")
 USED_OPTIONS = {"until", "max_new_tokens", "num_beams", "do_sample", "temperature", "top_p"}
 
 
@@ -45,25 +44,29 @@ class VlbenchModel(lmms):  # type: ignore[misc]
 
     def __init__(
         self,
-        run: str | None = None,
+        model: str | None = None,
         dtype: str | None = None,
         batch_size: int | str | None = 1,
         template: str | None = None,
+        pretrained: str | None = None,
         **others: Any,
     ) -> None:
-        """Load `run`; `batch_size` questions are answered at once, on the GPU if there is one.
+        """Load a model, on the GPU if there is one.
 
-        `run` is a run, a checkpoint or a released model, and may be called `model` or `pretrained`;
-        `batch_size` auto is AUTO. lmms-eval itself adds `device` and `max_batch_size`, which say
-        nothing more here.
+        Args:
+            model: A run, a checkpoint or a released model.
+            dtype: Type of the weights; see `load_model`.
+            batch_size: Questions answered at once; "auto" is AUTO_BATCH_SIZE.
+            template: Chat template; see `load_model`.
+            pretrained: What lmms-eval's own models call `model`.
+            others: `device` and `max_batch_size`, which lmms-eval adds and which change nothing.
         """
         super().__init__()
-        path = _require_one_path(
-            {"run": run, **{key: others.pop(key, None) for key in PATH_ALIASES}}
-        )
+        path = _require_one_path({"model": model, "pretrained": pretrained})
         unknown = sorted(set(others) - {"device", "max_batch_size"})
         if unknown:
-            near = suggest_name(unknown[0], MODEL_ARGS)
+            meant = "model" if unknown[0] in ("run", "path") else unknown[0]
+            near = suggest_name(meant, MODEL_ARGS)
             takes = ", ".join(MODEL_ARGS)
             raise UserError(f"model_args has {', '.join(unknown)}; vlbench takes {takes}.{near}")
         self.answer_batch_size = _parse_batch_size(batch_size)
@@ -156,13 +159,13 @@ class VlbenchModel(lmms):  # type: ignore[misc]
 
 
 def _require_one_path(path_args: dict[str, Any]) -> str:
-    """Return the one path of a model among `given`; a Mistake unless there is exactly one."""
+    """Return the one path of a model that is given; a UserError unless there is exactly one."""
     paths = {key: value for key, value in path_args.items() if value}
     if len(paths) != 1:
         said = f"; given are {' and '.join(paths)}" if paths else ""
         raise UserError(
-            "--model_args needs run=PATH (or model=, pretrained=): a run, a checkpoint or a "
-            f"released model{said}"
+            "--model_args needs model=PATH (or pretrained=): a run, a checkpoint or a released "
+            f"model{said}"
         )
     return str(*paths.values())
 

@@ -275,6 +275,7 @@ class VLM(nn.Module):
         stream: Callable[[str], None] | bool = False,
         seed: int = 0,
         past: PrefixCache | None = None,
+        compiled: bool = False,
         **other: Any,
     ) -> str:
         """Answer a conversation in the Hugging Face chat-message format.
@@ -282,7 +283,7 @@ class VLM(nn.Module):
         At `temperature` 0 the likeliest token is taken, otherwise one is drawn, with `top_p` from
         the likeliest that together have this probability. `stream` is called with each new piece
         of the answer's text; True prints the pieces. `past`, the same at every turn, spares reading
-        the conversation again.
+        the conversation again; `compiled` excludes it, see `generate`.
         """
         refuse_unknown_options("chat", other, CHAT_OPTIONS)
         show = partial(print, end="", flush=True) if stream is True else stream
@@ -300,6 +301,7 @@ class VLM(nn.Module):
             seed=seed,
             on_token=writer if show else None,
             past=past,
+            compiled=compiled,
         )
         return writer.finish_answer(new[0])
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vlbench.config.overrides import read_integer
+from vlbench.command_line.arguments import BENCHMARK_SEED, EvalArguments, ProtocolName
 from vlbench.data.sample_encoding import Sample
-from vlbench.errors import UserError, suggest_name
+from vlbench.errors import UserError
 from vlbench.evaluate.tasks.benchmark_files import find_split
 from vlbench.evaluate.tasks.benchmark_truths import RECORD_READERS
 from vlbench.evaluate.tasks.benchmark_types import (
@@ -21,7 +21,6 @@ from vlbench.evaluate.tasks.benchmark_types import (
 )
 from vlbench.evaluate.tasks.prompt_table import prompt_or_skip, protocol_limits
 from vlbench.evaluate.tasks.score_command import (
-    DEFAULT_SEED,
     format_published,
     format_score_table,
     report_equal_ids,
@@ -47,7 +46,7 @@ class EvalProtocol:
 
 
 YI_PROMPTS = {"mmmu": "yi", "cmmmu": "yi"}
-EVAL_PROTOCOLS = {
+EVAL_PROTOCOLS: dict[ProtocolName, EvalProtocol] = {
     "yi": EvalProtocol(YI_PROMPTS, "yi"),
     # the benchmark CMMMU has a scorer and no prompts: those of Yi are asked
     "official": EvalProtocol({"mmmu": "official", "cmmmu": "yi"}, "official"),
@@ -85,21 +84,16 @@ class BenchmarkQuestion:
 class BenchmarkTask:
     """`task=mmmu` or `task=cmmmu`, by the protocol and on the split that are given."""
 
-    def __init__(self, task: str, options: dict[str, str]) -> None:
-        """Read the records that the keys of `eval` ask for."""
-        name = options.get("protocol", "yi")
-        if name not in EVAL_PROTOCOLS:
-            known = ", ".join(EVAL_PROTOCOLS)
-            raise UserError(
-                f"protocol is '{name}'; known are {known}.{suggest_name(name, EVAL_PROTOCOLS)}"
-            )
+    def __init__(self, task: str, arguments: EvalArguments) -> None:
+        """Read the records that the arguments of `eval` ask for."""
+        name = arguments.protocol or "yi"
         self.task, self.protocol_name, self.eval_protocol = task, name, EVAL_PROTOCOLS[name]
-        self.seed = read_integer(options, "seed", DEFAULT_SEED, 0, 2**32 - 1)
-        source, split = options.get("data", HUB_DATASETS[task]), options.get("split", "val")
-        subjects = options["subjects"].strip("[]").split(",") if "subjects" in options else None
+        self.seed = BENCHMARK_SEED if arguments.seed is None else arguments.seed
+        source, split = arguments.data or HUB_DATASETS[task], arguments.split or "val"
+        subjects = arguments.subjects.strip("[]").split(",") if arguments.subjects else None
         records = RECORD_READERS[task](source, split, subjects)
-        limit = read_integer(options, "limit", len(records), 1, 10**9)
-        if limit < len(records):  # from all over the data, which come subject by subject
+        limit = arguments.limit or len(records)
+        if limit < len(records):  # evenly from the data, which come subject by subject
             records = [records[number * len(records) // limit] for number in range(limit)]
         self.records = records
         self.folder_name = f"{task}-{split}-{name}"

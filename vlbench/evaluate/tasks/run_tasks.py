@@ -1,12 +1,11 @@
-"""`python -m vlbench eval run=... [task=mmmu,cmmmu data=DIR]`: a model takes tasks, one by one."""
+"""The tasks of `python -m vlbench eval`, run one after another."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, Protocol
 
-from vlbench.config.overrides import read_boolean, read_integer
-from vlbench.data.chat_template import check_template_name
+from vlbench.command_line.arguments import EvalArguments
 from vlbench.errors import UserError, suggest_name
 from vlbench.evaluate.tasks.benchmark_tasks import RECORD_READERS, BenchmarkTask
 from vlbench.evaluate.tasks.benchmark_types import GenerationLimits
@@ -18,24 +17,12 @@ from vlbench.evaluate.tasks.task_session import (
     answer_remaining,
     open_task_folder,
 )
-from vlbench.load_model import find_model_folder as find_model
-from vlbench.load_model import load_model
+from vlbench.load_model import find_model_folder, load_model
 from vlbench.model.vlm import VLM
 from vlbench.text_files import format_json_lines, write_atomically
 from vlbench.train import checkpoint_files
 
-BENCHMARK_OPTIONS = ("split", "protocol", "subjects", "seed")
-EVAL_OPTIONS = (
-    "task",
-    "data",
-    "images",
-    "limit",
-    "out",
-    "batch",
-    "blank",
-    "template",
-    *BENCHMARK_OPTIONS,
-)
+BENCHMARK_KEYS = ("split", "protocol", "subjects", "seed")
 TASK_NAMES = (*RECORD_READERS, OWN_TASK, FILE_TASK)
 AnswerLines = list[dict[str, Any]]
 
@@ -70,61 +57,69 @@ class EvalTask(Protocol):
         ...
 
 
-def run_tasks(options: dict[str, str]) -> int:
-    """Take every task of `task=`, and report; `given` are the keys of `eval`."""
-    names = list(dict.fromkeys(one for one in options["task"].split(",") if one))
-    _check_tasks(names, options)
-    batch, blank = read_integer(options, "batch", 16, 1, 4096), read_boolean(options, "blank")
-    template = check_template_name(options.get("template"))
+def run_tasks(task_names: list[str], arguments: EvalArguments) -> int:
+    """Run every task and print its report; return the exit code."""
+    _check_tasks(task_names, arguments)
     tasks: list[EvalTask] = [
-        BenchmarkTask(name, options) if name in RECORD_READERS else ConversationTask(name, options)
-        for name in names
+        BenchmarkTask(name, arguments)
+        if name in RECORD_READERS
+        else ConversationTask(name, arguments)
+        for name in task_names
     ]
-    model = find_model(options["run"], "run")
-    vlm = load_model(options["run"], template=template)
+    model_folder = find_model_folder(arguments.model, "model")
+    vlm = load_model(arguments.model, arguments.dtype, arguments.device, arguments.template)
     for task in tasks:
-        about = {**task.task_settings, "model": str(model), "batch": batch}
-        if template:  # else it is the model's own
-            about["template"] = template
-        _run_task(vlm, task, _answers_folder(task.folder_name, model, options), about, batch, blank)
+        settings = {
+            **task.task_settings,
+            "model": str(model_folder),
+            "batch": arguments.batch,
+            **_own_settings(arguments),
+        }
+        folder = _answers_folder(task.folder_name, model_folder, arguments)
+        _run_task(vlm, task, folder, settings, arguments)
     return 0
 
 
-def _check_tasks(task_names: list[str], options: dict[str, str]) -> None:
+def _own_settings(arguments: EvalArguments) -> dict[str, str]:
+    """Return the settings that differ from the model's own, which change its answers."""
+    own = {"template": arguments.template, "dtype": arguments.dtype}
+    return {key: value for key, value in own.items() if value}
+
+
+def _check_tasks(task_names: list[str], arguments: EvalArguments) -> None:
     """Refuse tasks that do not exist, and keys that the tasks do not have."""
     for name in task_names or [""]:
         if name not in TASK_NAMES:
             known = ", ".join(TASK_NAMES)
             raise UserError(f"task is '{name}'; known are {known}.{suggest_name(name, TASK_NAMES)}")
-    if len(task_names) > 1 and ("data" in options or "out" in options):
+    if len(task_names) > 1 and (arguments.data or arguments.out):
         raise UserError("data= and out= belong to one task; give one task=, or leave them out")
-    if FILE_TASK in task_names and "data" not in options:
+    if FILE_TASK in task_names and not arguments.data:
         raise UserError(f"task={FILE_TASK} needs data=FILE.json")
-    allowed = {
-        **dict.fromkeys(BENCHMARK_OPTIONS, RECORD_READERS),
+    tasks_of_key = {
+        **dict.fromkeys(BENCHMARK_KEYS, tuple(RECORD_READERS)),
         "images": (FILE_TASK,),
         "data": (*RECORD_READERS, FILE_TASK),
     }
-    for key, owners in allowed.items():
-        if key in options and not set(task_names) & set(owners):
+    for key, owners in tasks_of_key.items():
+        if getattr(arguments, key) is not None and not set(task_names) & set(owners):
             raise UserError(
                 f"{key}= is for task={' and '.join(owners)}, not for {', '.join(task_names)}"
             )
 
 
-def _answers_folder(folder_name: str, model_path: Path, options: dict[str, str]) -> Path:
-    """Return the folder of the answers: `out=`, or a run's own, by checkpoint and task."""
-    if "out" in options:
-        return Path(options["out"]).expanduser()
-    run = Path(options["run"]).expanduser()
-    own = (
+def _answers_folder(folder_name: str, model_folder: Path, arguments: EvalArguments) -> Path:
+    """Return the folder of the answers: `out=`, or one in the run, by checkpoint and task."""
+    if arguments.out:
+        return Path(arguments.out)
+    run = Path(arguments.model)
+    is_run = (
         checkpoint_files.is_run_or_checkpoint(run)
         and (run / "recipe.yaml").is_file()
-        and run != model_path
+        and run != model_folder
     )
-    if "template" in options:
-        folder_name = f"{folder_name}-{options['template']}"
-    return (run / "eval" if own else Path("evals")) / model_path.name / folder_name
+    name = "-".join([folder_name, *_own_settings(arguments).values()])
+    return (run / "eval" if is_run else Path("evals")) / model_folder.name / name
 
 
 def _run_task(
@@ -132,10 +127,17 @@ def _run_task(
     task: EvalTask,
     folder: Path,
     task_settings: dict[str, Any],
-    batch_size: int,
-    with_blank_images: bool,
+    arguments: EvalArguments,
 ) -> None:
-    """Take one task, write its scores, and print them; `about` says what the folder holds."""
+    """Run one task, write its scores, and print them.
+
+    Args:
+        vlm: The model.
+        task: What it is asked.
+        folder: Folder of the answers and scores.
+        task_settings: What the folder holds answers to; answers to anything else are refused.
+        arguments: Batch size, blank images and compiled generation.
+    """
     open_task_folder(folder, task_settings)
     asked, skipped = task.select_questions(vlm)
     if not asked:
@@ -145,11 +147,18 @@ def _run_task(
 
     def answer_into(file_name: str, use_blank_images: bool) -> AnswerLines:
         return answer_remaining(
-            vlm, asked, limits, task.count_correct, batch_size, folder / file_name, use_blank_images
+            vlm,
+            asked,
+            limits,
+            task.count_correct,
+            arguments.batch,
+            folder / file_name,
+            use_blank_images,
+            arguments.compiled,
         )
 
     lines = answer_into(ANSWERS_FILE, False)
-    blind = answer_into(BLANK_FILE, True) if with_blank_images else []
+    blind = answer_into(BLANK_FILE, True) if arguments.blank else []
     report = "\n".join(task.write_scores(folder, lines, blind, len(skipped)))
     write_atomically(folder / "report.txt", f"{report}\n")
     print(f"{report}\n\nwrote {folder}")

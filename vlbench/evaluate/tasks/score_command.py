@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from vlbench.config.overrides import parse_key_values, read_integer
+from vlbench.command_line.arguments import ScoreArguments
 from vlbench.errors import UserError
 from vlbench.evaluate.tasks.answer_files import AnswerRecord, first_errors, read_answers
 from vlbench.evaluate.tasks.benchmark_truths import read_truths
@@ -24,29 +24,21 @@ from vlbench.evaluate.tasks.subject_domains import SUBJECT_DOMAINS
 from vlbench.text_files import format_json_lines, read_text, write_atomically
 from vlbench.text_tables import format_table
 
-SCORE_OPTIONS = ("seed", "out", "data", "split")
-DEFAULT_SEED = 42  # of the benchmarks' own code
 PUBLISHED_FILE = Path(__file__).with_name("published.yaml")
 
 
-def run_score(overrides: list[str]) -> int:
-    """Score `answers=FILE`, print a table, and write scores.json and scored.jsonl.
+def run_score(arguments: ScoreArguments) -> int:
+    """Score the answers in a file, print a table, and write scores.json and scored.jsonl.
 
-    They go to the folder `out=DIR`, by default FILE.scores beside the file. Answers that cannot be
-    scored are left out, named on standard error and in bad.txt, and counted. `data=` has the
-    questions of a file that holds their ids alone.
+    Answers that cannot be scored are left out, named on standard error and in bad.txt, and counted.
     """
-    given = parse_key_values("score", overrides, ("task", "answers", "protocol"), SCORE_OPTIONS)
-    task, protocol = given["task"], given["protocol"]
+    task, protocol, seed = arguments.task, arguments.protocol, arguments.seed
     shown = scoring_protocol(task, protocol).accuracy_format
-    seed = read_integer(given, "seed", DEFAULT_SEED, 0, 2**32 - 1)
-    if "split" in given and "data" not in given:
+    if arguments.split and not arguments.data:
         raise UserError("split= is for data=, the questions of a file that holds ids alone")
-    answers = Path(given["answers"]).expanduser()
-    out = Path(given.get("out") or f"{answers}.scores").expanduser()
-    truths = (
-        read_truths(task, given["data"], given.get("split", "val")) if "data" in given else None
-    )
+    answers = Path(arguments.answers)
+    out = Path(arguments.out or f"{answers}.scores")
+    truths = read_truths(task, arguments.data, arguments.split or "val") if arguments.data else None
     # what came with Yi-VL compares letters, and needs no options
     records, items, bad = read_answers(task, answers, truths, protocol != "yi")
     records, items, more = _drop_unscorable(task, protocol, records, items)

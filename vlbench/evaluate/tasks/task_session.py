@@ -62,11 +62,22 @@ def answer_remaining(
     batch_size: int,
     answers_file: Path,
     use_blank_images: bool = False,
+    compiled: bool = False,
 ) -> list[dict[str, Any]]:
-    """Ask what `file` does not answer yet, and return all its lines; they are kept as they come.
+    """Ask what the file does not answer yet; answers are written to it batch by batch.
 
-    `batch` questions are answered at once. `right` counts the right answers among new lines for
-    the progress bar, if they are known. `blind` shows blank pictures instead.
+    Args:
+        vlm: The model.
+        questions: All questions of the task.
+        generation_limits: The most new tokens, and the text at which an answer is cut.
+        count_correct: Counts right answers among lines for the progress bar; None if unknown.
+        batch_size: Questions answered at once.
+        answers_file: File of the answers, a line each.
+        use_blank_images: Ask with blank images in place of the real ones.
+        compiled: Compile the decoding step.
+
+    Returns:
+        All lines of the file.
     """
     done = _keep_whole_batches(answers_file, questions, batch_size)
     correct = 0
@@ -87,7 +98,9 @@ def answer_remaining(
                 _blank_sample(vlm, one.sample) if use_blank_images else one.sample for one in some
             ]
             new = vlm.generate(
-                collate_prompts(vlm, samples), max_new_tokens=generation_limits.max_new_tokens
+                collate_prompts(vlm, samples),
+                max_new_tokens=generation_limits.max_new_tokens,
+                compiled=compiled,
             )
             texts = [_cut_at_stop(decode_answer(vlm, ids), generation_limits.stop) for ids in new]
             lines = [

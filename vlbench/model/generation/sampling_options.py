@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from vlbench.errors import UserError, suggest_name
 
-CHAT_OPTIONS = ("max_new_tokens", "temperature", "top_p", "seed", "stream", "past")
+CHAT_OPTIONS = ("max_new_tokens", "temperature", "top_p", "seed", "stream", "past", "compiled")
 GENERATE_OPTIONS = (
     "max_new_tokens",
     "temperature",
