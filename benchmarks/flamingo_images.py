@@ -16,7 +16,8 @@ import torch
 
 from vlbench.config import recipe as recipes
 from vlbench.data.packing import PackedBatch, collate
-from vlbench.data.sample_encoding import IMAGE_PLACEHOLDER, ChatTurn, Sample, encode_sample
+from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
+from vlbench.data.sample_encoding import SampleEncoder
 from vlbench.data.scene_world import make_scene
 from vlbench.model.build_vlm import build_vlm
 from vlbench.model.vlm import VLM
@@ -34,11 +35,11 @@ def make_conversation(vlm: VLM, images: int) -> PackedBatch:
         turns.append(ChatTurn("human", f"{IMAGE_PLACEHOLDER}\nwhat?" if shown else "what?"))
         turns.append(ChatTurn("assistant", "one " * WORDS))
     pictures = tuple(make_scene("bench", 0, number) for number in range(images))
-    per_image = vlm.connector.tokens_per_image
-    one = encode_sample(
-        Sample("bench", tuple(turns), pictures), vlm.template, vlm.tokenizer, per_image, 1 << 20
+    encoder = SampleEncoder(
+        vlm.tokenizer, vlm.template, vlm.connector.tokens_per_image, max_length=1 << 20
     )
-    return collate([[one]], lambda picture: vlm.transform(picture.open()))
+    encoded = encoder.encode(Sample("bench", tuple(turns), pictures))
+    return collate([[encoded]], lambda picture: vlm.transform(picture.open()))
 
 
 def injection_pass(vlm: VLM, batch: PackedBatch) -> Callable[[], torch.Tensor]:

@@ -20,13 +20,8 @@ from vlbench.connector import registry
 from vlbench.data.batch_sampler import OptimizerStep
 from vlbench.data.chat_template import CHAT_TEMPLATES
 from vlbench.data.packing import collate, pack_samples
-from vlbench.data.sample_encoding import (
-    IGNORE_INDEX,
-    IMAGE_TOKEN_INDEX,
-    EncodedSample,
-    LazyImage,
-    Sample,
-)
+from vlbench.data.sample import LazyImage, Sample
+from vlbench.data.sample_encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX, EncodedSample
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.model.language_model import SHARED_YI_CONFIG, TINY_LANGUAGE_FOLDER
 from vlbench.model.packed_attention import PACKED_ATTENTION

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from timm.layers import LayerNorm2d
-from timm.models.regnet import RegStage
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from vlbench.compat.vision_internals import timm_regnet_stage
 from vlbench.connector.base import Connector, Shapes
 
 
@@ -41,9 +41,10 @@ class CAbstractor(Connector):
         self.positions = nn.Parameter(torch.zeros(1, shapes.patches, shapes.vision_width))
         # LayerNorm: with BatchNorm a picture would depend on the others of its batch
         layers: dict[str, Any] = {"act_layer": nn.SiLU, "norm_layer": LayerNorm2d}
-        self.before = RegStage(depth, shapes.vision_width, width, stride=1, dilation=1, **layers)
+        build_stage = timm_regnet_stage()
+        self.before = build_stage(depth, shapes.vision_width, width, stride=1, dilation=1, **layers)
         self.pool = nn.AdaptiveAvgPool2d(side)
-        self.after = RegStage(depth, width, width, stride=1, dilation=1, **layers)
+        self.after = build_stage(depth, width, width, stride=1, dilation=1, **layers)
         self.readout = nn.Sequential(
             nn.Linear(width, shapes.lm_width),
             nn.SiLU(),

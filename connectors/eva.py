@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from timm.layers import RotaryEmbeddingCat
-from timm.models.eva import EvaBlock
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
+from vlbench.compat.vision_internals import timm_eva_block
 from vlbench.connector.base import Connector, Shapes
 
 MIN_BLOCK_ASPECT = 0.3  # of a hidden block: from this to its inverse, as BEiT's masks
@@ -103,7 +103,7 @@ class EvaConnector(Connector):
             head_width, in_pixels=False, feat_shape=list(shapes.grid), ref_feat_shape=[16, 16]
         )
         self.blocks = nn.ModuleList(
-            EvaBlock(
+            timm_eva_block()(
                 width,
                 width // head_width,
                 qkv_fused=False,

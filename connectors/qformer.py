@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
-from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
 
+from vlbench.compat.transformers_internals import blip2_text_embeddings, set_attention
 from vlbench.connector.base import Connector, Shapes, attention_shares, zero_like_loss
 from vlbench.data.packing import PackedBatch
 from vlbench.errors import UserError
@@ -124,7 +124,7 @@ class QFormer(Connector):
             layer_norm_eps=1e-12,
             initializer_range=BERT_INIT_STD * (BERT_WIDTH / width) ** 0.5,
         )
-        config._attn_implementation = "sdpa"
+        set_attention(config, "sdpa")
         self.query_tokens = nn.Parameter(torch.randn(1, queries, width) * 0.02)
         self.ln_vision = nn.LayerNorm(shapes.vision_width)
         self.qformer = Blip2QFormerModel(config)
@@ -172,7 +172,7 @@ class QFormer(Connector):
         tokens = load_caption_tokenizer(self._text_source, "connector.text")
         config = copy.copy(self.qformer.config)
         config.vocab_size, config.pad_token_id = tokens.vocab_size + 1, tokens.pad_token_id
-        self.text = Blip2Objective(Blip2TextEmbeddings(config), self.itc_width, tokens)
+        self.text = Blip2Objective(blip2_text_embeddings(config), self.itc_width, tokens)
         if fresh and self._text_source != EMBEDDED and not self.query_tokens.is_meta:
             self._init_from_bert()
 

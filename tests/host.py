@@ -165,7 +165,7 @@ def run_program(checkpoint: str, folder: str, import_mode: str) -> dict[str, lis
         from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
         import vlbench.__main__
-        import vlbench.train.fit
+        import vlbench.fit_command
 
         before = process_settings()
     if import_mode == "cold":
@@ -190,19 +190,19 @@ def run_commands(
     vlbench: Any, checkpoint: str, folder: str, record_changes: Callable[[str], None]
 ) -> None:
     """Call what the command line calls."""
+    from vlbench import fit_command
     from vlbench.config import recipe as recipes
-    from vlbench.train import fit
 
     main = vlbench.__main__.main
     assert main(["chat", f"model={checkpoint}", "question=Hi", "max_new_tokens=3"]) == 0
     record_changes("main")
     assert main(["export", f"model={checkpoint}", f"out={folder}/out", "format=vlbench"]) == 0
     record_changes("export")
-    assert fit.fit(recipes.load_recipe([*RECIPE, f"run={folder}/run"])) == 0
+    assert fit_command.fit(recipes.load_recipe([*RECIPE, f"run={folder}/run"])) == 0
     record_changes("fit")
     codes: list[int] = []
     recipe = recipes.load_recipe([*RECIPE, "only=chat", f"run={folder}/thread"])
-    thread = threading.Thread(target=lambda: codes.append(fit.fit(recipe)))
+    thread = threading.Thread(target=lambda: codes.append(fit_command.fit(recipe)))
     thread.start()
     thread.join()
     assert codes == [0]

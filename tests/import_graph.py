@@ -15,7 +15,8 @@ PACKAGE = Path(__file__).parents[1] / "vlbench"
 
 LAYERS = (
     ("version", "errors"),
-    ("text_files", "text_tables", "html_pages", "process_settings", "compat"),
+    ("compat",),
+    ("text_files", "text_tables", "html_pages", "process_settings"),
     ("connector",),
     ("config",),
     ("command_line",),
@@ -28,7 +29,7 @@ LAYERS = (
     ("planner", "check"),
     ("load_model",),
     ("evaluate",),
-    ("compare", "serve"),
+    ("compare", "serve", "fit_command"),
     ("listing",),
     ("__init__",),
     ("__main__",),

@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from vlbench.connector.base import Connector
 from vlbench.data.chat_template import CHAT_TEMPLATES
 from vlbench.data.packing import PackedBatch, collate
-from vlbench.data.sample_encoding import IMAGE_PLACEHOLDER, ChatTurn, Sample, encode_sample
+from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
+from vlbench.data.sample_encoding import SampleEncoder
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.model.packed_attention import PACKED_ATTENTION
 from vlbench.model.vision_encoder import VisionEncoder
@@ -97,11 +98,10 @@ def make_sample(number: int, images: int = 1, words: int = 5) -> Sample:
 
 def make_batch(vlm: VLM, rows: list[list[Sample]]) -> PackedBatch:
     """Encode samples into the rows of one batch."""
-    per_image = vlm.connector.tokens_per_image
-    encoded = [
-        [encode_sample(one, vlm.template, vlm.tokenizer, per_image, vlm.max_length) for one in row]
-        for row in rows
-    ]
+    encoder = SampleEncoder(
+        vlm.tokenizer, vlm.template, vlm.connector.tokens_per_image, vlm.max_length
+    )
+    encoded = [[encoder.encode(sample) for sample in row] for row in rows]
     return collate(encoded, lambda picture: vlm.transform(picture.open()))
 
 

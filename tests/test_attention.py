@@ -9,11 +9,11 @@ import torch
 from small import make_batch, make_sample, small_vlm
 from torch.nn.functional import scaled_dot_product_attention
 
+from vlbench.compat.torch_internals import find_varlen_attention, with_grouped_heads
 from vlbench.connector import registry
 from vlbench.model import packed_attention as packed_attention_module
 from vlbench.model.packed_attention import (
     SampleBounds,
-    find_varlen_attention,
     packed_attention,
     sample_bounds,
 )
@@ -39,7 +39,7 @@ def kernel(query, key, value, begins, other, longest, also, window_size, scale=N
 
 
 def test_one_call_over_all_samples_gives_what_a_call_for_each_gives(monkeypatch):
-    grouped = packed_attention_module._with_grouped_heads(kernel, supports_gqa=False)
+    grouped = with_grouped_heads(kernel, supports_gqa=False)
     attend = functools.partial(grouped, window_size=(-1, 0))
     monkeypatch.setattr(packed_attention_module, "find_varlen_attention", lambda: attend)
     begins = torch.tensor([0, 5, 8, 12, 14, 16], dtype=torch.int32)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from vlbench.data.packing import collate, empty_batch, pack_samples
-from vlbench.data.sample_encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX, EncodedSample, Sample
+from vlbench.data.sample import Sample
+from vlbench.data.sample_encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX, EncodedSample
 
 
 @dataclass(frozen=True)

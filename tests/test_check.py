@@ -12,7 +12,8 @@ from PIL import Image
 
 from vlbench.__main__ import main
 from vlbench.check.supervision_audit import split_into_spans
-from vlbench.data.sample_encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX, EncodedSample, Sample
+from vlbench.data.sample import Sample
+from vlbench.data.sample_encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX, EncodedSample
 from vlbench.data.scene_world import make_scene
 
 SAMPLES, PICTURES = 2000, 200

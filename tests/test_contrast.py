@@ -26,7 +26,8 @@ from vlbench.model import blip2_objective
 from vlbench.model.contrastive_loss import add_contrast_pools
 from vlbench.model.vlm import VLM
 from vlbench.train.callbacks import held_out_losses
-from vlbench.train.training_module import StepReport, VLMTrainingModule, freeze_untrained_parts
+from vlbench.train.trainable_parts import freeze_untrained_parts
+from vlbench.train.training_module import StepReport, VLMTrainingModule
 
 PAIRS = 32
 PACKINGS = {

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vlbench.__main__ import main
 from vlbench.connector import registry
 from vlbench.connector.base import Connector, attention_shares
-from vlbench.data.sample_encoding import IMAGE_PLACEHOLDER, ChatTurn, Sample
+from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
 from vlbench.errors import UserError
 from vlbench.evaluate.attention_diagnostics import diagnose_answers, measure_relevance
 from vlbench.evaluate.heldout_questions import EvalQuestion

@@ -28,7 +28,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 import vlbench
 from vlbench.__main__ import main
 from vlbench.data.chat_template import CHAT_TEMPLATES
-from vlbench.data.sample_encoding import IMAGE_PLACEHOLDER
+from vlbench.data.sample import IMAGE_PLACEHOLDER
 from vlbench.model.generation.chat_messages import sample_from_messages
 from vlbench.model.weights.export_hf_llava import IMAGE_TOKEN, to_jinja_template
 
@@ -169,10 +169,8 @@ def test_what_a_layout_cannot_hold_is_refused_with_an_alternative(runs, tmp_path
     to = tmp_path / "to"
     assert export(runs["yi_vl"], to, "hf_llava") == 2
     assert "LayerNorms" in (said := capsys.readouterr().err) and "format=yi_vl" in said
-    assert (
-        export(CHECKPOINT, to, "gguf") == 2
-        and "format must be one of yi_vl" in capsys.readouterr().err
-    )
+    assert export(CHECKPOINT, to, "gguf") == 2
+    assert "format must be one of yi_vl" in capsys.readouterr().err
     assert export(CHECKPOINT, CHECKPOINT, "yi_vl") == 2
     assert "is there already" in capsys.readouterr().err
     assert export(CHECKPOINT, to, "yi_vl", "dtype=int4") == 2

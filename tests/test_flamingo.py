@@ -17,13 +17,8 @@ from vlbench.connector import registry
 from vlbench.connector.base import Shapes
 from vlbench.data.chat_template import CHAT_TEMPLATES
 from vlbench.data.packing import PackedBatch
-from vlbench.data.sample_encoding import (
-    IGNORE_INDEX,
-    IMAGE_PLACEHOLDER,
-    IMAGE_TOKEN_INDEX,
-    ChatTurn,
-    Sample,
-)
+from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
+from vlbench.data.sample_encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import UserError
 from vlbench.model.generation.chat_messages import collate_prompts

@@ -7,13 +7,14 @@ import dataclasses
 import pytest
 import torch
 
+from vlbench.compat.torch_internals import make_flop_counter
 from vlbench.config import recipe as recipes
 from vlbench.data.packing import PackedBatch
 from vlbench.model.build_vlm import build_vlm
-from vlbench.model.train_flops import count_step_flops, make_flop_counter
+from vlbench.model.train_flops import count_step_flops
 from vlbench.model.vlm import VLM
 from vlbench.train.stage_plan import build_stage_steps, plan_stage_runs
-from vlbench.train.training_module import freeze_untrained_parts
+from vlbench.train.trainable_parts import freeze_untrained_parts
 
 CONNECTORS = ("yivl_llava", "yivl_qformer", "yivl_flamingo", "yivl_eva")
 

@@ -18,7 +18,7 @@ from vlbench.model.frozen_bf16 import FROZEN_DTYPE, FrozenBF16
 from vlbench.model.language_model import TINY_LANGUAGE_FOLDER
 from vlbench.model.vision_encoder import EMBEDDED_ENCODERS, build_vision_encoder
 from vlbench.model.vlm import VLM
-from vlbench.train import fit
+from vlbench.train import stage_runner
 from vlbench.train.checkpoint_files import named_part_weights
 
 LORA = {"rank": 3, "alpha": 6.0, "dropout": 0.0, "targets": "all-linear"}
@@ -161,7 +161,7 @@ def test_a_run_in_bf16_is_what_it_is_with_all_weights_in_float32(
             super().__init__(vlm, wanted and holding)
             blocks.append(vlm.language.lm_head.weight.dtype)
 
-    monkeypatch.setattr(fit, "FrozenBF16", Noted)
+    monkeypatch.setattr(stage_runner, "FrozenBF16", Noted)
     runs: dict[bool, dict[str, bytes]] = {}
     for holding in (False, True):
         run = tmp_path / str(holding)

@@ -16,7 +16,7 @@ from vlbench.compare.report import finished_runs as compare_runs
 from vlbench.errors import BadSample, UserError
 from vlbench.evaluate.tasks import task_session
 from vlbench.text_files import append_json_lines, format_json_lines, read_json_lines, split_lines
-from vlbench.train import callbacks, run_report
+from vlbench.train import quarantine, run_report
 from vlbench.train.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
@@ -67,8 +67,8 @@ def test_no_text_is_cut_by_splitlines():
 def test_bad_samples_with_odd_names_are_read_again(tmp_path, capsys):
     run = RunFolder(tmp_path)
     odd = ODD[:-1]  # the report is printed: half of a pair is for streams that main() prepares
-    callbacks.quarantine_samples(run, [BadSample(odd, "torn"), BadSample("two", odd)])
-    callbacks.quarantine_samples(run, [BadSample(odd, "torn"), BadSample("three", "torn")])
+    quarantine.quarantine_samples(run, [BadSample(odd, "torn"), BadSample("two", odd)])
+    quarantine.quarantine_samples(run, [BadSample(odd, "torn"), BadSample("three", "torn")])
     assert len(read_json_lines(run.quarantine_file)) == 3
     results = {"questions": 1, "asked_of": "x", "seconds": 1, "peak_memory_bytes": 1}
     run.results_file.write_text(json.dumps(results))
@@ -78,9 +78,9 @@ def test_bad_samples_with_odd_names_are_read_again(tmp_path, capsys):
 
 def test_bad_samples_are_noted_again_after_a_kill_in_the_middle_of_a_line(tmp_path):
     run = RunFolder(tmp_path)
-    callbacks.quarantine_samples(run, [BadSample("one", "torn"), BadSample("two", "torn")])
+    quarantine.quarantine_samples(run, [BadSample("one", "torn"), BadSample("two", "torn")])
     run.quarantine_file.write_bytes(run.quarantine_file.read_bytes()[:-9])
-    callbacks.quarantine_samples(run, [BadSample("one", "torn"), BadSample("two", "torn")])
+    quarantine.quarantine_samples(run, [BadSample("one", "torn"), BadSample("two", "torn")])
     assert [line["id"] for line in read_json_lines(run.quarantine_file)] == ["one", "two"]
 
 

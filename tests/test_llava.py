@@ -12,7 +12,7 @@ from PIL import Image
 
 from vlbench.data.conversation_files import LlavaJson
 from vlbench.data.preflight import preflight_bad_samples
-from vlbench.data.sample_encoding import IMAGE_PLACEHOLDER, ChatTurn, Sample
+from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
 from vlbench.errors import BadSample, UserError
 
 ASK = {"from": "human", "value": "<image>\nWhat?"}

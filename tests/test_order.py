@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from vlbench.data.sample_encoding import Sample
+from vlbench.data.sample import Sample
 from vlbench.data.shuffle import FeistelShuffle, SourceMixture
 from vlbench.errors import UserError
 

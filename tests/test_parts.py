@@ -22,7 +22,7 @@ from transformers import (
 import vlbench
 from vlbench.__main__ import main
 from vlbench.config import recipe as recipes
-from vlbench.data.tokenizer import Tokenizer
+from vlbench.data.tokenizer import FastTokenizer, Tokenizer
 from vlbench.errors import UserError
 from vlbench.model.build_vlm import build_vlm
 from vlbench.model.language_model import (
@@ -159,7 +159,7 @@ def test_a_tag_that_cannot_be_fetched_is_one_line(monkeypatch):
 def test_a_folder_with_tokenizer_json_alone_has_a_tokenizer(tmp_path):
     PreTrainedTokenizerFast.from_pretrained(CHECKPOINT).save_pretrained(tmp_path)
     slow, fast = Tokenizer.load(CHECKPOINT), Tokenizer.load(tmp_path)
-    assert type(fast) is not Tokenizer and not (tmp_path / "tokenizer.model").exists()
+    assert isinstance(fast, FastTokenizer) and not (tmp_path / "tokenizer.model").exists()
     assert (fast.vocab_size, fast.eos_token_id, fast.eos_token) == (
         slow.vocab_size,
         slow.eos_token_id,

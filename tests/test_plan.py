@@ -30,7 +30,8 @@ from vlbench.planner.simulate_step import StepSimulator
 from vlbench.planner.stage_workload import StageWorkload, sample_flops, stage_workload
 from vlbench.train.stage_plan import build_stage_steps
 from vlbench.train.stage_plan import plan_stage_runs as legs_of
-from vlbench.train.training_module import VLMTrainingModule, freeze_untrained_parts
+from vlbench.train.trainable_parts import freeze_untrained_parts
+from vlbench.train.training_module import VLMTrainingModule
 
 CONNECTORS = ("yivl_llava", "yivl_qformer", "yivl_flamingo", "yivl_eva")
 STAGES = ("align_448", "chat")

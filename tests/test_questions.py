@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from small import NoiseImage
 
-from vlbench.data.sample_encoding import IMAGE_PLACEHOLDER, ChatTurn, Sample
+from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
 from vlbench.errors import BadSample
 from vlbench.evaluate.batched_answers import accuracy_by_group, exact_match_accuracy
 from vlbench.evaluate.heldout_questions import (

@@ -12,7 +12,7 @@ from vlbench.model.build_vlm import build_vlm
 from vlbench.model.vlm import VLM
 from vlbench.train.auto_checkpointing import choose_checkpointing_mode, set_activation_checkpointing
 from vlbench.train.stage_plan import build_stage_steps, plan_stage_runs
-from vlbench.train.training_module import freeze_untrained_parts
+from vlbench.train.trainable_parts import freeze_untrained_parts
 
 CONNECTORS = ("yivl_llava", "yivl_qformer", "yivl_flamingo", "yivl_eva")
 
@@ -74,20 +74,23 @@ def test_the_first_way_that_fits_is_taken():
     )  # out of memory
 
 
+def set_mode(vlm: VLM, steps: StepDataset, device: str, precision: str) -> str:
+    """Let a mode be chosen for a device, and return it."""
+    return set_activation_checkpointing(
+        vlm, steps, torch.device(device), "auto", bf16=precision == "bf16", is_sharded=False
+    )
+
+
 def test_auto_without_a_gpu_keeps_all():
-    resolved = recipes.load_recipe(["recipe=yivl_llava", "activation_checkpointing=auto"])
     vlm, steps = ready("yivl_llava", "activation_checkpointing=auto")
-    assert set_activation_checkpointing(resolved, vlm, steps, torch.device("cpu")) == "none"
+    assert set_mode(vlm, steps, "cpu", "32") == "none"
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["32", "bf16"])
 def test_auto_on_a_gpu_takes_what_fits_and_changes_nothing(precision):
-    resolved = recipes.load_recipe(
-        ["recipe=yivl_llava", "activation_checkpointing=auto", f"precision={precision}"]
-    )
     vlm, steps = ready("yivl_llava")
     before = {name: tensor.clone() for name, tensor in vlm.state_dict().items()}
-    assert set_activation_checkpointing(resolved, vlm, steps, torch.device("cuda", 0)) == "none"
+    assert set_mode(vlm, steps, "cuda", precision) == "none"
     assert all(torch.equal(before[name], t.cpu()) for name, t in vlm.state_dict().items())
     assert all(parameter.grad is None for parameter in vlm.parameters())

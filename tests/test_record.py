@@ -18,7 +18,7 @@ from vlbench.data.conversation_files import LlavaJson
 from vlbench.data.conversation_record import record_from_sample, sample_from_record
 from vlbench.data.preflight import inspect_source
 from vlbench.data.record_keys import is_metadata_key
-from vlbench.data.sample_encoding import IMAGE_PLACEHOLDER as P
+from vlbench.data.sample import IMAGE_PLACEHOLDER as P
 from vlbench.data.shards import WebDatasetShards
 from vlbench.errors import BadSample, UserError, escape_to_one_line
 

@@ -10,17 +10,15 @@ from released import load_records
 
 from vlbench.data.chat_template import YI_VL
 from vlbench.data.image_processing import ImageFile
+from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
 from vlbench.data.sample_encoding import (
     IGNORE_INDEX,
-    IMAGE_PLACEHOLDER,
     IMAGE_TOKEN_INDEX,
-    ChatTurn,
     NoImage,
-    Sample,
-    encode_sample,
+    SampleEncoder,
     tokenize_pieces,
 )
-from vlbench.data.tokenizer import Tokenizer
+from vlbench.data.tokenizer import SentencePieceTokenizer, Tokenizer
 from vlbench.errors import BadSample
 
 GOLDEN = Path(__file__).parent / "goldens/yi_vl/tiny_a"
@@ -41,7 +39,7 @@ def chat(*texts: str, images: int = 0) -> Sample:
 
 
 def encoded(sample: Sample, max_length: int = 4096, form: str = "chat", places: int = 4):
-    return encode_sample(sample, YI_VL, TOKENIZER, places, max_length, form)
+    return SampleEncoder(TOKENIZER, YI_VL, places, max_length, form).encode(sample)
 
 
 @pytest.mark.parametrize("case", CASES["cases"], ids=lambda case: case["name"])
@@ -113,11 +111,12 @@ def test_caption_is_places_then_caption_and_newline():
 
 
 def test_bos_is_written_once_when_the_tokenizer_writes_it_before_every_text():
-    tokenizer = Tokenizer(GOLDEN / "checkpoint/tokenizer.model", add_bos_token=True)
+    tokenizer = SentencePieceTokenizer(GOLDEN / "checkpoint/tokenizer.model", add_bos_token=True)
     sample = chat(f"{IMAGE_PLACEHOLDER}What?", "Red.", images=1)
-    ids = encode_sample(sample, YI_VL, tokenizer, 4, 4096).input_ids
+    ids = SampleEncoder(tokenizer, YI_VL, 4, 4096).encode(sample).input_ids
     assert ids == [tokenizer.bos_token_id, *encoded(sample).input_ids]
-    assert encode_sample(sample, YI_VL, tokenizer, 1, 99, "caption").input_ids[:2] == [
+    caption = SampleEncoder(tokenizer, YI_VL, 1, 99, "caption").encode(sample)
+    assert caption.input_ids[:2] == [
         tokenizer.bos_token_id,
         IMAGE_TOKEN_INDEX,
     ]

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from vlbench.data.sample_encoding import IMAGE_PLACEHOLDER
+from vlbench.data.sample import IMAGE_PLACEHOLDER
 from vlbench.data.scene_dataset import (
     HeldOutSceneQuestion,
     SceneCaptions,

@@ -16,7 +16,7 @@ import pytest
 from vlbench.__main__ import main
 from vlbench.data import shards as shards_module
 from vlbench.data.preflight import preflight_bad_samples
-from vlbench.data.sample_encoding import sample_at
+from vlbench.data.sample import sample_at
 from vlbench.data.scene_world import make_scene
 from vlbench.data.shard_index import index_path, load_shard_index
 from vlbench.data.shards import WebDatasetShards

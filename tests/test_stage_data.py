@@ -20,13 +20,14 @@ from vlbench.data.batch_sampler import StepDataset
 from vlbench.data.chat_template import YI_VL
 from vlbench.data.conversation_files import LlavaJson
 from vlbench.data.image_processing import ImageTransform
+from vlbench.data.sample_encoding import SampleEncoder
 from vlbench.data.shuffle import SourceMixture
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import BadSample, UserError
 from vlbench.train import run_report, stage_plan
-from vlbench.train.callbacks import QuarantineCallback, quarantine_samples
-from vlbench.train.fit import check_trainable_params
+from vlbench.train.quarantine import QuarantineCallback, quarantine_samples
 from vlbench.train.run_folder import RunFolder
+from vlbench.train.trainable_parts import check_trainable_params
 
 TINY = Path(__file__).parent / "goldens/yi_vl/tiny_a/checkpoint"
 LOOKS = {
@@ -106,7 +107,7 @@ def test_shards_that_are_not_there_are_told_before_the_first_step(folder, capsys
     assert "000001.tar: does not exist (and 1 more of 4" in refused(["fit", *data], capsys)
     recipe = recipes.load_recipe(["recipe=yivl_llava", *ONLY, "data.train=shards"])
     with pytest.raises(UserError, match="and 1 more of 4 samples"):
-        stage_plan.check_data(recipe, stage_plan.plan_stage_runs(recipe))
+        stage_plan.check_data(stage_plan.plan_stage_runs(recipe))
 
 
 @pytest.mark.parametrize("members", [{"0.png": b"?"}, {"0.png": b"", "0.txt": b"red"}])
@@ -139,7 +140,7 @@ def test_stages_share_a_file_that_is_open(folder):
 def test_held_out_samples_without_a_picture_are_told(folder, capsys):
     words = ["recipe=yivl_llava", *ONLY, "data.train=good.json", "data.val=text.json"]
     recipe = recipes.load_recipe(words)
-    assert stage_plan.check_data(recipe, stage_plan.plan_stage_runs(recipe)) == []
+    assert stage_plan.check_data(stage_plan.plan_stage_runs(recipe)) == []
     assert "text.json: no sample has a picture, so no question" in capsys.readouterr().out
 
 
@@ -148,7 +149,7 @@ def test_held_out_samples_of_a_stage_of_captions_without_a_picture_are_told(fold
     words = ["recipe=yivl_llava", "only=align_224", *steps, "data.train=good.json"]
     for val, told in (("text.json", True), ("good.json", False)):
         recipe = recipes.load_recipe([*words, f"data.val={val}"])
-        stage_plan.check_data(recipe, stage_plan.plan_stage_runs(recipe))
+        stage_plan.check_data(stage_plan.plan_stage_runs(recipe))
         line = "stage align_224: data.val text.json has no picture"
         assert (line in capsys.readouterr().out) == told
 
@@ -200,12 +201,11 @@ def test_a_stage_that_trains_nothing_is_refused(folder, capsys, verb):
 def test_a_part_without_parameters_is_no_part_to_train():
     part = torch.nn.Identity()
     vlm: Any = SimpleNamespace(connector=part)
-    stage = SimpleNamespace(trained_parts={"connector": SimpleNamespace(lora=None)})
-    leg: Any = SimpleNamespace(name="chat", stage=stage, total_steps=2)
+    stage: Any = SimpleNamespace(trained_parts={"connector": SimpleNamespace(lora=None)})
     with pytest.raises(UserError, match="names connector, which has no parameters"):
-        check_trainable_params(vlm, leg)
+        check_trainable_params(vlm, "chat", stage, 2)
     vlm.connector = torch.nn.Linear(1, 1)
-    check_trainable_params(vlm, leg)
+    check_trainable_params(vlm, "chat", stage, 2)
 
 
 # ---- identity
@@ -215,7 +215,7 @@ def test_bad_records_with_equal_ids_are_counted_and_noted_one_by_one(folder):
     write(folder, "equal.json", *(record("no.png", id="000000") for _ in range(3)), record())
     words = ["recipe=yivl_llava", *ONLY, "data.train=equal.json", "data.on_bad_sample=quarantine"]
     recipe = recipes.load_recipe(words)
-    bad = stage_plan.check_data(recipe, stage_plan.plan_stage_runs(recipe))
+    bad = stage_plan.check_data(stage_plan.plan_stage_runs(recipe))
     assert [one.record_identity for one in bad] == [("equal.json", n) for n in (1, 2, 3)]
     run = RunFolder(folder)
     for _ in range(2):  # as when it is resumed
@@ -254,12 +254,8 @@ def test_samples_with_equal_ids_have_names_of_their_own_in_a_batch(folder):
     sources = [(LlavaJson(folder / name, folder), 1.0) for name in ("one.json", "two.json")]
     steps = StepDataset(
         mixture=SourceMixture(sources, 0),
-        chat_template=YI_VL,
-        tokenizer=Tokenizer.load(TINY),
+        encoder=SampleEncoder(Tokenizer.load(TINY), YI_VL, tokens_per_image=4, max_length=512),
         image_transform=ImageTransform(8, 8, (0.5,) * 3, (0.5,) * 3),
-        tokens_per_image=4,
-        max_length=512,
-        sample_format="chat",
         global_batch_size=6,
         max_tokens_per_row=4096,
         total_steps=1,
@@ -283,12 +279,8 @@ def test_bad_samples_name_their_record_also_when_their_pictures_are_broken(folde
     )
     steps = StepDataset(
         mixture=SourceMixture([(LlavaJson("equal.json"), 1.0)], 0),
-        chat_template=YI_VL,
-        tokenizer=Tokenizer.load(TINY),
+        encoder=SampleEncoder(Tokenizer.load(TINY), YI_VL, tokens_per_image=4, max_length=512),
         image_transform=ImageTransform(8, 8, (0.5,) * 3, (0.5,) * 3),
-        tokens_per_image=4,
-        max_length=512,
-        sample_format="chat",
         global_batch_size=3,
         max_tokens_per_row=4096,
         total_steps=1,

@@ -15,12 +15,16 @@ from vlbench.data.batch_sampler import OptimizerStep, StepDataset
 from vlbench.data.chat_template import YI_VL
 from vlbench.data.image_processing import ImageFile, ImageTransform
 from vlbench.data.packing import PackedBatch
-from vlbench.data.sample_encoding import IMAGE_PLACEHOLDER, ChatTurn, Sample
+from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
+from vlbench.data.sample_encoding import SampleEncoder
 from vlbench.data.shuffle import SourceMixture
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import BadSample
 
 GOLDEN = Path(__file__).parent / "goldens/yi_vl/tiny_a"
+ENCODER = SampleEncoder(
+    Tokenizer.load(GOLDEN / "checkpoint"), YI_VL, tokens_per_image=4, max_length=4096
+)
 TRANSFORM = ImageTransform(16, 16, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
 OPENED: list[int] = []
 COUNTS = (
@@ -74,12 +78,8 @@ class World:
 def steps(seed: int = 0, source: World | None = None, **changes) -> StepDataset:
     settings = {
         "mixture": SourceMixture([(source or World(), 1.0)], seed),
-        "chat_template": YI_VL,
-        "tokenizer": Tokenizer.load(GOLDEN / "checkpoint"),
+        "encoder": ENCODER,
         "image_transform": TRANSFORM,
-        "tokens_per_image": 4,
-        "max_length": 4096,
-        "sample_format": "chat",
         "global_batch_size": 12,
         "max_tokens_per_row": 400,
         "total_steps": 9,
@@ -172,7 +172,7 @@ def test_bad_samples_contribute_nothing_and_are_named():
 
 
 def test_captions_skip_samples_without_an_image():
-    step = steps(source=World(12), sample_format="caption")[0]
+    step = steps(source=World(12), encoder=replace(ENCODER, sample_format="caption"))[0]
     assert (step.skipped_samples, step.sample_count, step.bad_samples) == (3, 9, [])
     assert step.image_count == 9 and step.micro_batches[0].input_ids[0, 0] < 0
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from vlbench.errors import UserError
-from vlbench.train.callbacks import NonFiniteGuard
+from vlbench.train.nonfinite_guard import NonFiniteGuard
 from vlbench.train.training_module import StepReport
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vlbench.data.chat_template import CHAT_TEMPLATES, YI_VL
-from vlbench.data.sample_encoding import ChatTurn
+from vlbench.data.sample import ChatTurn
 from vlbench.errors import UserError
 
 CASES = json.loads(

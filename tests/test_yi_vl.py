@@ -15,7 +15,8 @@ import vlbench
 from vlbench import errors
 from vlbench.data.image_processing import ImageFile
 from vlbench.data.packing import collate
-from vlbench.data.sample_encoding import IMAGE_PLACEHOLDER, ChatTurn, Sample, encode_sample
+from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
+from vlbench.data.sample_encoding import SampleEncoder
 from vlbench.model.generation.generate import decode_answer, has_ended
 from vlbench.model.vlm import VLM
 from vlbench.model.weights.clip_layouts import hf_tensor_names
@@ -118,7 +119,7 @@ def test_loss_and_gradients_of_a_training_batch_equal_the_reference(name, packed
     vlm = vlbench.load(CHECKPOINT, dtype=torch.float32)
     encoded = []
     for sample in samples:
-        one = encode_sample(sample, vlm.template, vlm.tokenizer, 16, 4096)
+        one = SampleEncoder(vlm.tokenizer, vlm.template, 16, 4096).encode(sample)
         last = len(vlm.tokenizer.encode(f" {sample.turns[-1].text.strip()}\n###"))
         one.labels[: len(one.labels) - 1 - last] = [-100] * (len(one.labels) - 1 - last)
         encoded.append(one)

@@ -77,9 +77,9 @@ def run_fit(words: list[str]) -> int:
     # Threads of torch that spin for long make a machine with other work 20 times slower, and
     # threads that sleep at once cost a quarter of the speed on an idle one (measured, two cores).
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    from vlbench.train import fit  # after the checks, as it imports torch
+    from vlbench import fit_command  # after the checks, as it imports torch
 
-    return fit.fit(resolve_recipe(words))
+    return fit_command.fit(resolve_recipe(words))
 
 
 def run_eval(words: list[str]) -> int:

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 
 from vlbench.command_line.arguments import ListArguments, ListedKind
 from vlbench.config import encoder_names, recipe
-from vlbench.config.convert import kind_label
 from vlbench.connector import registry
 from vlbench.connector.option_schema import ConnectorOption
 from vlbench.errors import UserError
+from vlbench.strict_values import kind_label, yaml_text
 from vlbench.text_tables import format_table
 
 
@@ -97,10 +97,7 @@ def _option_text(name: str, option: ConnectorOption) -> str:
     text = f"{name}: {kind_label(option.kind)}"
     if option.default is inspect.Parameter.empty:
         return f"{text} (needed)"
-    shown = option.default
-    if shown is None or isinstance(shown, bool):
-        shown = {None: "null", True: "true", False: "false"}[shown]
-    return f"{text} = {shown}"
+    return f"{text} = {yaml_text(option.default)}"
 
 
 def _encoder_lines() -> list[str]:

@@ -17,9 +17,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from vlbench.compat.torch_internals import sigchld_flag_restorer
+
 RestoreFunction = Callable[[], None]
-SIGCHLD_MODULE = "torch.utils.data._utils.signal_handling"
-"""The module of torch that catches the end of a data loader's worker, once per process."""
 
 
 class _SettingsGuard:
@@ -132,15 +132,14 @@ def _save_random_state() -> RestoreFunction:
 def _save_signal_handlers() -> RestoreFunction:
     caught = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
     before = {number: signal.getsignal(number) for number in caught}
-    loading = getattr(sys.modules.get(SIGCHLD_MODULE), "_SIGCHLD_handler_set", False)
+    restore_flag = sigchld_flag_restorer()  # so that the host's data loaders set theirs again
 
     def restore_signals() -> None:
         for number, handler in before.items():
             # None: of a program that is not Python, and cannot be put back from here
             if handler is not None and signal.getsignal(number) is not handler:
                 signal.signal(number, handler)
-        if SIGCHLD_MODULE in sys.modules:  # so that the host's own data loaders set theirs again
-            sys.modules[SIGCHLD_MODULE]._SIGCHLD_handler_set = loading  # type: ignore[attr-defined]
+        restore_flag()
 
     return restore_signals
 

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from vlbench.check.sample_checks import (
     KIND_MEANINGS,
@@ -25,10 +24,10 @@ from vlbench.check.sample_checks import (
 )
 from vlbench.check.supervision_audit import AuditSample, render_audit
 from vlbench.config.schema import Recipe
-from vlbench.data.batch_sampler import CachedTokenizer
 from vlbench.data.chat_template import CHAT_TEMPLATES, ChatTemplate
 from vlbench.data.conversation_files import LlavaJson
-from vlbench.data.sample_encoding import Sample, SampleSource
+from vlbench.data.sample import Sample, SampleSource
+from vlbench.data.sample_encoding import CachedTokenizer, SampleEncoder
 from vlbench.data.shards import WebDatasetShards
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import BadSample, UserError, escape_to_one_line
@@ -65,21 +64,23 @@ def run_check(recipe: Recipe, folder: Path) -> int:
     findings = [finding for one in looked for finding in one.findings]
     lines = [line for one in looked for line in _source_lines(one)]
     shown: list[AuditSample] = []
-    reading = {
-        "template": template,
-        "tokenizer": CachedTokenizer(tokenizer),
-        "decode": tokenizer.decode,
-        "max_length": recipe.language.max_length,
-    }
+    cached_tokenizer = CachedTokenizer(tokenizer)
     for leg, tokens in zip(legs, places, strict=True):
-        told, found, some = _check_stage(leg, {**reading, "tokens_per_image": tokens}, looked)
+        encoder = SampleEncoder(
+            cached_tokenizer,
+            template,
+            tokens,
+            recipe.language.max_length,
+            leg.stage.sample_format,
+        )
+        told, found, some = _check_stage(leg, encoder, looked)
         lines += told
         findings += found
         shown += some
     findings = list(dict.fromkeys(findings))
     lines += ["", *_summary_lines(findings)]
     write_atomically(folder / "findings.jsonl", format_json_lines(map(asdict, findings)))
-    write_atomically(folder / "audit.html", render_audit(shown, recipe))
+    write_atomically(folder / "audit.html", render_audit(shown, recipe, tokenizer.decode))
     write_atomically(folder / "report.txt", "\n".join(lines) + "\n")
     print("\n".join(lines))
     print(f"\nwrote {folder}: report.txt, findings.jsonl, audit.html (what the model reads)")
@@ -148,12 +149,12 @@ def _source_lines(checked_source: CheckedSource) -> Iterator[str]:
 
 
 def _check_stage(
-    stage_run: StageRun, encoding_options: dict[str, Any], checked_sources: list[CheckedSource]
+    stage_run: StageRun, encoder: SampleEncoder, checked_sources: list[CheckedSource]
 ) -> tuple[list[str], list[DataFinding], list[AuditSample]]:
     """Encode all samples as a stage would: lines of the report, findings, samples for the audit."""
-    tokens = encoding_options["tokens_per_image"]
     lines = [
-        f"\nstage {stage_run.name}: {tokens} tokens per image, {stage_run.stage.sample_format}"
+        f"\nstage {stage_run.name}: {encoder.tokens_per_image} tokens per image, "
+        f"{encoder.sample_format}"
     ]
     findings: list[DataFinding] = []
     shown: list[AuditSample] = []
@@ -163,16 +164,11 @@ def _check_stage(
             continue
         samples = list(one.samples.values())
         name = one.source.name
-        lengths, found = encode_samples(
-            name, stage_run.name, samples, encoding_options, stage_run.stage.sample_format
-        )
+        lengths, found = encode_samples(name, stage_run.name, samples, encoder)
         findings += found
-        lines += _length_lines(name, lengths, encoding_options["max_length"])
+        lines += _length_lines(name, lengths, encoder.max_length)
         chosen = pick_fixed_subset(samples, min(MAX_SAMPLES_SHOWN, len(samples)))
-        shown += [
-            AuditSample(stage_run.name, stage_run.stage.sample_format, sample, encoding_options)
-            for sample in chosen
-        ]
+        shown += [AuditSample(stage_run.name, sample, encoder) for sample in chosen]
     return lines, findings, shown
 
 
@@ -232,7 +228,7 @@ def _decide_exit_code(
                 if one.kind == REFUSED and one.source == source.name and one.stage in ("", leg.name)
             ]
             refused = list({one.record_identity: one for one in refused}.values())
-            check_source_bad_samples(recipe, leg, source, refused, len(refused))
+            check_source_bad_samples(leg, source, refused, len(refused))
             of_leg += refused
         if leg.total_steps:
             check_caption_images(leg, of_leg)

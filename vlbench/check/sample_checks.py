@@ -7,26 +7,15 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
 from vlbench.data.chat_template import ChatTemplate
 from vlbench.data.feature_store import content_key
 from vlbench.data.record_keys import is_metadata_key
-from vlbench.data.sample_encoding import (
-    IGNORE_INDEX,
-    IMAGE_PLACEHOLDER,
-    LazyImage,
-    NoImage,
-    Sample,
-    SampleFormat,
-    SampleSource,
-    TokenEncoder,
-    encode_sample,
-    sample_at,
-)
+from vlbench.data.sample import IMAGE_PLACEHOLDER, LazyImage, Sample, SampleSource, sample_at
+from vlbench.data.sample_encoding import IGNORE_INDEX, NoImage, SampleEncoder
 from vlbench.errors import BadSample, UserError
 
 REFUSED, CUT, TWICE, ODD = "refused", "cut", "twice", "odd"
@@ -237,37 +226,20 @@ def encode_samples(
     source_name: str,
     stage: str,
     samples: Iterable[Sample],
-    encoding_options: Mapping[str, Any],
-    sample_format: SampleFormat,
+    encoder: SampleEncoder,
 ) -> tuple[StageTokenCounts, list[DataFinding]]:
-    """Encode samples as a stage would; return their lengths, and those that are cut or refused.
-
-    `reading` holds template, tokenizer, tokens_per_image and max_length.
-    """
+    """Encode samples as a stage would; return their lengths, and those that are cut or refused."""
     lengths, findings = StageTokenCounts([]), []
-    template, limit = encoding_options["template"], encoding_options["max_length"]
-    tokenizer: TokenEncoder = encoding_options["tokenizer"]
+    unlimited, max_length = replace(encoder, max_length=1 << 40), encoder.max_length
     for sample in samples:
         try:
-            # without a limit first: what is cut off is known by it
-            one = encode_sample(
-                sample,
-                template,
-                tokenizer,
-                encoding_options["tokens_per_image"],
-                1 << 40,
-                sample_format,
-            )
-            if len(one.input_ids) > limit:
-                encode_sample(
-                    sample,
-                    template,
-                    tokenizer,
-                    encoding_options["tokens_per_image"],
-                    limit,
-                    sample_format,
+            # without a limit first, which tells how much is cut off
+            encoded = unlimited.encode(sample)
+            if len(encoded.input_ids) > max_length:
+                encoder.encode(sample)  # raises BadSample where the cut is not allowed
+                what = (
+                    f"has {len(encoded.input_ids)} tokens, and language.max_length is {max_length}"
                 )
-                what = f"has {len(one.input_ids)} tokens, and language.max_length is {limit}"
                 findings.append(make_finding(sample, CUT, source_name, what, stage))
         except NoImage:
             lengths.skipped_samples += 1
@@ -275,9 +247,11 @@ def encode_samples(
         except BadSample as bad:
             findings.append(make_finding(sample, REFUSED, source_name, bad.reason, stage))
             continue
-        lengths.token_counts.append(min(len(one.input_ids), limit))
-        lengths.supervised_tokens += sum(label != IGNORE_INDEX for label in one.labels[:limit])
-        lengths.image_count += len(one.sample.images)
+        lengths.token_counts.append(min(len(encoded.input_ids), max_length))
+        lengths.supervised_tokens += sum(
+            label != IGNORE_INDEX for label in encoded.labels[:max_length]
+        )
+        lengths.image_count += len(encoded.sample.images)
     if lengths.skipped_samples and not lengths.token_counts:
         what = "no sample has an image, and the stage learns captions"
         findings.append(DataFinding(ODD, source_name, "all", what, stage))

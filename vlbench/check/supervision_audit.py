@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -12,14 +12,12 @@ from PIL import Image
 
 from vlbench import __version__
 from vlbench.config.schema import Recipe
+from vlbench.data.sample import LazyImage, Sample
 from vlbench.data.sample_encoding import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
     EncodedSample,
-    LazyImage,
-    Sample,
-    SampleFormat,
-    encode_sample,
+    SampleEncoder,
 )
 from vlbench.errors import BadSample
 from vlbench.html_pages import image_data_uri, jinja_environment
@@ -32,10 +30,9 @@ class AuditSample:
     """A sample on the page."""
 
     stage: str
-    sample_format: SampleFormat
     sample: Sample
-    encoding_options: Mapping[str, Any]
-    """Template, tokenizer, its `decode`, tokens_per_image and max_length."""
+    encoder: SampleEncoder
+    """Encodes it as its stage does."""
 
 
 @dataclass(frozen=True)
@@ -50,28 +47,22 @@ class SampleSpan:
     """The picture as a data URI."""
 
 
-def render_audit(audit_samples: list[AuditSample], recipe: Recipe) -> str:
-    """Return the page, one HTML file that needs nothing else."""
+def render_audit(
+    audit_samples: list[AuditSample], recipe: Recipe, decode: Callable[..., str]
+) -> str:
+    """Return the page, one HTML file that needs nothing else; `decode` is the tokenizer's."""
     stages = [
-        (name, [_describe_sample(one) for one in some])
+        (name, [_describe_sample(one, decode) for one in some])
         for name, some in groupby(audit_samples, key=lambda one: one.stage)
     ]
     page = jinja_environment(Path(__file__).parent).get_template("audit.html.jinja")
     return page.render(stages=stages, recipe=recipe, version=__version__)
 
 
-def _describe_sample(audit_sample: AuditSample) -> dict[str, Any]:
+def _describe_sample(audit_sample: AuditSample, decode: Callable[..., str]) -> dict[str, Any]:
     """Return what the page says of a sample."""
-    reading = audit_sample.encoding_options
     try:
-        one = encode_sample(
-            audit_sample.sample,
-            reading["template"],
-            reading["tokenizer"],
-            reading["tokens_per_image"],
-            reading["max_length"],
-            audit_sample.sample_format,
-        )
+        encoded = audit_sample.encoder.encode(audit_sample.sample)
     except BadSample as bad:
         return {
             "id": audit_sample.sample.unique_name,
@@ -79,14 +70,13 @@ def _describe_sample(audit_sample: AuditSample) -> dict[str, Any]:
             "pieces": [],
             "positions": 0,
         }
-    learned = sum(label != IGNORE_INDEX for label in one.labels)
     return {
         "id": audit_sample.sample.unique_name,
         "problem": "",
-        "pieces": list(split_into_spans(one, reading["decode"])),
-        "positions": len(one.input_ids),
-        "learned": learned,
-        "images": len(one.sample.images),
+        "pieces": list(split_into_spans(encoded, decode)),
+        "positions": len(encoded.input_ids),
+        "learned": encoded.supervised_token_count,
+        "images": len(encoded.sample.images),
     }
 
 

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import (
+    Annotated,
     Any,
     ClassVar,
     NamedTuple,
@@ -25,8 +26,10 @@ from typing import (
     get_type_hints,
 )
 
-from vlbench.config.convert import RawText, convert_value, format_value, kind_label
+from pydantic import Field
+
 from vlbench.errors import UserError, suggest_name
+from vlbench.strict_values import RawText, convert_value, kind_label, yaml_text
 
 
 class VerbDeclaration(Protocol):
@@ -104,12 +107,8 @@ class ArgumentSpec(NamedTuple):
         """Return the value that `text` stands for; a ValueError says what is allowed."""
         if self.value_type is str:
             return os.path.expanduser(text) if self.is_path else text
-        value = convert_value(RawText(text), self.value_type)
-        if self.low is not None and value < self.low:
-            raise ValueError(f"must be at least {_number_text(self.low)}, given {text}")
-        if self.high is not None and value > self.high:
-            raise ValueError(f"must be at most {_number_text(self.high)}, given {text}")
-        return value
+        limited = Annotated[self.value_type, Field(ge=self.low, le=self.high)]
+        return convert_value(RawText(text), limited)
 
     def help_row(self) -> tuple[str, str, str, str]:
         """Return name, type with its range, default and meaning."""
@@ -121,7 +120,7 @@ class ArgumentSpec(NamedTuple):
         if self.is_required:
             default = "(needed)"
         else:
-            default = "" if self.default in (None, ()) else format_value(self.default).strip("'")
+            default = "" if self.default in (None, ()) else yaml_text(self.default)
         return self.metavar if self.is_positional else self.name, label, default, self.help
 
 

@@ -1,14 +1,17 @@
-"""Chat templates: how turns become the text that the language model reads. Imports no torch."""
+"""Chat templates: turns become the text that the language model reads. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from vlbench.data.sample_encoding import ChatTurn
+from vlbench.data.sample import ChatTurn
 from vlbench.errors import UserError, suggest_name
 
-EOS_MARK = "{eos}"
+EOS_MARK = "{eos}"  # in the texts of a template: the tokenizer's end-of-text token
+
+TextPiece = tuple[str, bool]
+"""A text, and whether it is supervised."""
 
 
 @dataclass(frozen=True)
@@ -17,62 +20,66 @@ class ChatTemplate:
 
     A conversation is `before_system`, the system prompt, `after_system`, and for every exchange
     `before_human`, the question, `before_answer`, `answer_start`, the answer (stripped) and
-    `answer_end`. The model learns `answer_start` + answer + `answer_end`; where the text goes on,
-    `after_answer` follows. `EOS` in a text stands for the tokenizer's end of text.
+    `answer_end`. `answer_start` + answer + `answer_end` is supervised; where another turn or more
+    text follows, `after_answer` comes next. EOS_MARK stands for the tokenizer's end-of-text token.
     """
 
     name: str
-    system: str  # the system prompt; a conversation may bring its own as its first turn
+    system: str
+    """The system prompt, unless a conversation brings its own as its first turn."""
     after_system: str
     before_human: str
     before_answer: str
     answer_start: str
     answer_end: str
-    stop: str  # generation ends when this text appears
-    before_system: str = ""  # where there is one and no system prompt, the block is left out
+    stop: str
+    """Generation ends when this text appears."""
+    before_system: str = ""
+    """Where it is not empty, a conversation without a system prompt has no system block."""
     after_answer: str = ""
-    stops_late: bool = False  # a stop text is not seen while it is the only token of an answer
+    stops_late: bool = False
+    """Whether a stop text is ignored while it is the only token of an answer."""
 
     def bind_eos(self, eos_token: str) -> ChatTemplate:
-        """Return the template for a tokenizer whose end of text is written `eos`."""
+        """Return the template for a tokenizer whose end-of-text token is `eos_token`."""
         return replace(
             self,
             answer_end=self.answer_end.replace(EOS_MARK, eos_token),
             stop=self.stop.replace(EOS_MARK, eos_token),
         )
 
-    def render_pieces(self, turns: Sequence[ChatTurn]) -> list[tuple[str, bool]]:
+    def render_pieces(self, turns: Sequence[ChatTurn]) -> list[TextPiece]:
         """Return (text, supervised) pieces; their texts concatenate to the whole conversation.
 
         Answers are the supervised pieces; everything between two of them is one piece. After a
         last human turn the text ends where the answer would begin.
         """
-        pieces: list[tuple[str, bool]] = []
-        system, rest = self.system, list(turns)
-        if rest and rest[0].role == "system":
-            system, rest = rest[0].text, rest[1:]
-        between = self.before_system + system + self.after_system
-        if self.before_system and not system:
-            between = ""
-        for turn in rest:
+        pieces: list[TextPiece] = []
+        system_prompt, dialogue = self.system, list(turns)
+        if dialogue and dialogue[0].role == "system":
+            system_prompt, dialogue = dialogue[0].text, dialogue[1:]
+        context = self.before_system + system_prompt + self.after_system
+        if self.before_system and not system_prompt:
+            context = ""
+        for turn in dialogue:
             if turn.role == "human":
-                between += self.before_human + turn.text + self.before_answer
+                context += self.before_human + turn.text + self.before_answer
             elif turn.role == "assistant":
                 answer = self.answer_start + turn.text.strip() + self.answer_end
-                pieces += [(between, False), (answer, True)]
-                between = self.after_answer
+                pieces += [(context, False), (answer, True)]
+                context = self.after_answer
             else:
                 raise UserError(
                     f"a turn of {turn.role!r} inside a conversation; only the first turn may be "
                     "'system', the others are 'human' or 'assistant'"
                 )
-        ends = rest and rest[-1].role == "assistant"
-        return pieces if ends else [*pieces, (between, False)]
+        ends_with_answer = dialogue and dialogue[-1].role == "assistant"
+        return pieces if ends_with_answer else [*pieces, (context, False)]
 
     def render_prompt(self, turns: Sequence[ChatTurn]) -> str:
         """Return the text that ends where the model's answer begins.
 
-        Raises a Mistake unless the last turn is the human's.
+        Raises a UserError unless the last turn is the human's.
         """
         if not turns or turns[-1].role != "human":
             last = f"of {turns[-1].role!r}" if turns else "missing"
@@ -112,7 +119,7 @@ CHATML = ChatTemplate(
     stop="<|im_end|>",
 )
 
-# LLaVA's conversation "llava_v1", with which its scripts ask LLaVA-1.5 (arXiv:2310.03744).
+# LLaVA's conversation "llava_v1", the prompt of LLaVA-1.5 in its scripts (arXiv:2310.03744).
 LLAVA_V1 = ChatTemplate(
     name="llava_v1",
     system=(
@@ -131,7 +138,7 @@ CHAT_TEMPLATES = {template.name: template for template in (YI_VL, CHATML, LLAVA_
 
 
 def check_template_name(name: str | None, key: str = "template") -> str | None:
-    """Return a name of TEMPLATES, or None for None; `key` is what a Mistake calls it."""
+    """Return a name of CHAT_TEMPLATES, or None for None; a UserError calls it `key`."""
     if name is not None and name not in CHAT_TEMPLATES:
         known = ", ".join(CHAT_TEMPLATES)
         raise UserError(

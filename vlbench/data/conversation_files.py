@@ -11,7 +11,7 @@ from typing import Any
 
 from vlbench.data.conversation_record import TURN_KEYS, sample_from_record
 from vlbench.data.image_processing import ImageFile
-from vlbench.data.sample_encoding import Sample, sample_at
+from vlbench.data.sample import Sample, sample_at
 from vlbench.errors import BadSample, UserError, describe_json_type, suggest_name
 from vlbench.text_files import LFS_POINTER
 

@@ -13,13 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlbench.data.record_keys import DATA_URI, EMPTY_VALUES, URL_PREFIX, find_unread_keys
-from vlbench.data.sample_encoding import (
-    IMAGE_PLACEHOLDER,
-    ChatTurn,
-    LazyImage,
-    Sample,
-    check_sample,
-)
+from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, LazyImage, Sample, check_sample
 from vlbench.errors import BadSample, describe_json_type, escape_surrogates, suggest_name
 
 ROLE_ALIASES = {

@@ -8,7 +8,7 @@ from pathlib import Path
 from vlbench.config.schema import DataConfig, StageConfig
 from vlbench.data.conversation_files import LlavaJson
 from vlbench.data.remote_shards import is_url
-from vlbench.data.sample_encoding import SampleSource
+from vlbench.data.sample import SampleSource
 from vlbench.data.scene_dataset import SceneCaptions, SceneConversations
 from vlbench.data.shards import WebDatasetShards, is_tar
 from vlbench.data.shuffle import SourceMixture

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlbench.data.image_processing import ImageFile
-from vlbench.data.sample_encoding import LazyImage
+from vlbench.data.sample import LazyImage
 from vlbench.errors import UserError
 
 FeatureLocations = dict[bytes, tuple[str, int]]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from vlbench.data.sample_encoding import LazyImage
+from vlbench.data.sample import LazyImage
 from vlbench.errors import UserError, one_line
 from vlbench.process_settings import ignore_thread_warnings
 from vlbench.text_files import LFS_POINTER

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlbench.data.sample_encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX, EncodedSample, LazyImage
+from vlbench.data.sample import LazyImage
+from vlbench.data.sample_encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX, EncodedSample
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 
 from vlbench.data.record_keys import is_metadata_key
 from vlbench.data.remote_shards import is_url
-from vlbench.data.sample_encoding import LazyImage, Sample, SampleSource, sample_at
+from vlbench.data.sample import LazyImage, Sample, SampleSource, sample_at
 from vlbench.data.shards import WebDatasetShards
 from vlbench.errors import BadSample, UserError
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from vlbench.data.sample_encoding import IMAGE_PLACEHOLDER, ChatTurn, Sample
+from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
 from vlbench.data.scene_text import (
     LANGUAGES,
     QUESTION_TYPES,

@@ -29,22 +29,20 @@ from PIL import Image
 from vlbench.data.conversation_record import IMAGE_KEYS, TURN_KEYS, sample_from_record
 from vlbench.data.image_processing import open_image_bytes
 from vlbench.data.remote_shards import file_exists, is_url, read_byte_range, read_json_file
-from vlbench.data.sample_encoding import Sample
+from vlbench.data.sample import Sample
 from vlbench.data.shard_index import (
+    BLOCK_BYTES,
+    CAPTION_NAMES,
+    IMAGE_EXTENSIONS,
     FileStamp,
+    ShardEntry,
+    TarScan,
     file_stamp,
     index_path,
     load_shard_index,
     load_shard_summary,
 )
 from vlbench.data.shard_sampler import ShardShuffle
-from vlbench.data.shard_scan import (
-    BLOCK_BYTES,
-    CAPTION_NAMES,
-    IMAGE_EXTENSIONS,
-    ShardEntry,
-    TarScan,
-)
 from vlbench.errors import BadSample, UserError
 
 SHARD_LIST_FILE = "shards.json"

@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
-from vlbench.data.sample_encoding import Sample, SampleSource, sample_at
+from vlbench.data.sample import Sample, SampleSource, sample_at
 from vlbench.errors import UserError
 
 _FEISTEL_ROUNDS = 6

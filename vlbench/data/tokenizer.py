@@ -1,6 +1,6 @@
-"""Yi's tokenizer: sentencepiece underneath, in the manner of the slow Llama tokenizer.
+"""The tokenizers: sentencepiece in the manner of the slow Llama tokenizer, or a tokenizer.json.
 
-The strings of the special tokens are cut out first and become their ids; every rest goes to
+The strings of the special tokens are cut out first and become their ids; all other text goes to
 sentencepiece as it is. This is what the reference does (`legacy=true`); the fast tokenizers of
 transformers 5 differ from it on texts with images, odd spaces and broken bytes.
 """
@@ -8,6 +8,7 @@ transformers 5 differ from it on texts with images, odd spaces and broken bytes.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -18,22 +19,87 @@ from vlbench.errors import UserError
 from vlbench.text_files import read_json, refuse_lfs_pointer
 
 SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>", "<unk>")  # bos, eos, unk of Yi
-TOKENIZER_FILES = (
-    *("tokenizer.model", "tokenizer_config.json"),
-    *("special_tokens_map.json", "added_tokens.json"),
+SENTENCEPIECE_FILES = (
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
 )
+FAST_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _PIECE_SPACE = "\u2581"  # how sentencepiece writes a space
 
 
-class Tokenizer:
-    """Turn text into ids and back.
+class Tokenizer(ABC):
+    """Turns text into token ids and back."""
 
-    `bos`, `eos` and `unk` are ids; `folder` is where its files are. `add_bos` puts `bos` before
-    every encoded text, as the `add_bos_token` of a checkpoint asks; Yi-VL does not. `added` (given
-    as `extra`) are further tokens that are cut out of a text, with their ids, among the pieces of
-    the sentencepiece model or beyond them; those in `kept` are no special tokens and stay in a
-    decoded text. `special_added` are the others that are not bos, eos or unk.
-    """
+    folder: Path
+    """Where its files were read."""
+    file_contents: dict[str, bytes]
+    """Its files by name, for `save`: the folder may be a checkpoint that is removed later."""
+    vocab_size: int
+    """Ids are below this number."""
+    embedding_rows: int
+    """Rows of the model's embedding: `vocab_size`, or fewer after `limit_embeddings`."""
+    bos_token_id: int
+    """-1 for a tokenizer without this token, as `unk_token_id`."""
+    eos_token_id: int
+    unk_token_id: int
+    add_bos_token: bool = False
+    """Whether bos is put before every text; a `tokenizer.json` decides that itself."""
+    added_tokens: dict[str, int]
+    """Tokens that are cut out of a text beside bos, eos and unk, with their ids."""
+    added_special_tokens: list[str]
+    """Those of the special tokens that are not bos, eos or unk."""
+    _token_names: dict[int, str]
+    """The texts of special and added tokens by id."""
+
+    @classmethod
+    def load(cls, folder: str | Path, id_limit: int | None = None) -> Tokenizer:
+        """Read `tokenizer.model` and `tokenizer_config.json` of a folder, or `tokenizer.json`.
+
+        Added tokens whose ids are not below `id_limit` stand for images or pad the embedding; their
+        strings are ordinary text.
+        """
+        folder = Path(folder)
+        if not (folder / "tokenizer.model").is_file() and (folder / "tokenizer.json").is_file():
+            return FastTokenizer(folder)
+        return _load_sentencepiece_tokenizer(folder, id_limit)
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text; strings of special tokens become their ids."""
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int], keep_special: bool = False) -> str:
+        """Return the text of ids, without special tokens unless they are kept."""
+
+    def limit_embeddings(self, embedding_rows: int) -> None:
+        """Set the number of ids, from 0, that the model has embeddings for."""
+        self.embedding_rows = min(self.embedding_rows, embedding_rows)
+
+    def check_token_ids(self, ids: Iterable[int]) -> None:
+        """Raise a UserError for an id that the model has no embedding for."""
+        unknown = next((token_id for token_id in ids if token_id >= self.embedding_rows), None)
+        if unknown is not None:
+            raise UserError(
+                f"the text holds '{self._token_names.get(unknown, unknown)}', which the tokenizer "
+                f"knows (id {unknown}) but the model does not (it has {self.embedding_rows} "
+                "embeddings)"
+            )
+
+    @property
+    def eos_token(self) -> str:
+        """The text of the end-of-text token."""
+        return self._token_names[self.eos_token_id]
+
+    def save(self, folder: Path) -> None:
+        """Write the files that `load` has read into `folder`."""
+        for name, content in self.file_contents.items():
+            (folder / name).write_bytes(content)
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece model with special tokens, as Yi's."""
 
     def __init__(
         self,
@@ -43,23 +109,31 @@ class Tokenizer:
         added_tokens: Mapping[str, int] = MappingProxyType({}),
         non_special_tokens: Collection[str] = (),
     ) -> None:
+        """Read a sentencepiece model.
+
+        Args:
+            model_file: `tokenizer.model`; its folder is searched for the other files.
+            special_tokens: the texts of bos, eos and unk.
+            add_bos_token: whether bos is put before every encoded text, as a checkpoint's
+                `add_bos_token` asks; Yi-VL does not.
+            added_tokens: further tokens that are cut out of a text, with their ids, among the
+                pieces of the sentencepiece model or beyond them.
+            non_special_tokens: those of `added_tokens` that stay in a decoded text.
+        """
         self.folder = Path(model_file).parent
-        self.file_contents = read_existing_files(self.folder, TOKENIZER_FILES)
+        self.file_contents = read_existing_files(self.folder, SENTENCEPIECE_FILES)
         self._sentencepiece = _load_sentencepiece(Path(model_file))
         self._token_ids = {
             name: _find_token_id(name, self._sentencepiece, added_tokens) for name in special_tokens
         } | dict(added_tokens)
-        self.vocab_size = max(
-            self._sentencepiece.get_piece_size(), 1 + max(self._token_ids.values())
-        )
+        piece_count = self._sentencepiece.get_piece_size()
+        self.vocab_size = max(piece_count, 1 + max(self._token_ids.values()))
+        self.embedding_rows = self.vocab_size
         self.bos_token_id, self.eos_token_id, self.unk_token_id = (
             self._token_ids[name] for name in special_tokens[:3]
         )
         self.add_bos_token, self.added_tokens = add_bos_token, dict(added_tokens)
-        self.embedding_rows = (
-            self.vocab_size
-        )  # of the model's embedding; `limit` says so where it has fewer
-        self._token_names = {index: name for name, index in self._token_ids.items()}
+        self._token_names = {token_id: name for name, token_id in self._token_ids.items()}
         self._non_special_ids = {self._token_ids[name] for name in non_special_tokens}
         self.added_special_tokens = [
             name
@@ -71,123 +145,51 @@ class Tokenizer:
         # Where all tokens begin with "<", a text without it needs no cutting.
         self._token_prefix = "<" if all(name.startswith("<") for name in self._token_ids) else ""
 
-    @classmethod
-    def load(cls, folder: str | Path, id_limit: int | None = None) -> Tokenizer:
-        """Read `tokenizer.model` and `tokenizer_config.json` of a folder, or `tokenizer.json`.
-
-        Added tokens whose ids are not `below` a number stand for images or fill rows; their strings
-        are ordinary text.
-        """
-        folder = Path(folder)
-        if not (folder / "tokenizer.model").is_file() and (folder / "tokenizer.json").is_file():
-            from vlbench.data.fast_tokenizer import FastTokenizer  # it needs transformers
-
-            return FastTokenizer(folder)
-        config: dict[str, object] = {}
-        for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
-            config |= read_json(path) if path.is_file() else {}
-        roles = zip(("bos_token", "eos_token", "unk_token"), SPECIAL_TOKENS, strict=True)
-        special = [_token_text(config.get(role), default) for role, default in roles]
-        model_file = folder / "tokenizer.model"
-        named, pieces = _named_special_tokens(config), _load_sentencepiece(model_file)
-        size = pieces.get_piece_size()
-        added = _read_added_tokens(config, folder, size)
-        if id_limit is not None:
-            named = [name for name in named if added.get(name, -1) < id_limit]
-            added = {name: index for name, index in added.items() if index < id_limit}
-        _check_added_ids([index for index in added.values() if index >= size], size, folder)
-        further = dict(added)
-        for name in (name for name in named if name not in special and name not in further):
-            known = pieces.id_to_piece(pieces.piece_to_id(name)) == name
-            beyond = max(size, 1 + max(further.values(), default=0))
-            further[name] = pieces.piece_to_id(name) if known else beyond
-        kept = [name for name in further if name not in named and name not in special]
-        made = cls(model_file, special, bool(config.get("add_bos_token", False)), further, kept)
-        if (
-            added
-            and "added_tokens_decoder" not in config
-            and "added_tokens.json" not in made.file_contents
-        ):
-            made.file_contents |= read_existing_files(
-                folder, ("tokenizer.json",)
-            )  # it alone names them
-        return made
-
-    def limit_embeddings(self, embedding_rows: int) -> None:
-        """Say that the model has embeddings for the first `rows` ids alone."""
-        self.embedding_rows = min(self.embedding_rows, embedding_rows)
-
-    def check_token_ids(self, ids: Iterable[int]) -> None:
-        """Raise a Mistake for an id that the model has no embedding for."""
-        beyond = [index for index in ids if index >= self.embedding_rows]
-        if beyond:
-            raise UserError(
-                f"the text holds '{self._token_names.get(beyond[0], beyond[0])}', which the "
-                "tokenizer "
-                f"knows (id {beyond[0]}) but the model does not (it has {self.embedding_rows} "
-                "embeddings)"
-            )
-
-    @property
-    def eos_token(self) -> str:
-        """The text of the token that ends a text."""
-        return self._token_names[self.eos_token_id]
-
-    def save(self, folder: Path) -> None:
-        """Write the files that `load` has read into `folder`."""
-        for name, content in self.file_contents.items():
-            (folder / name).write_bytes(content)
-
     def encode(self, text: str) -> list[int]:
-        """Give the ids of a text; strings of special tokens become their ids."""
+        """Return the ids of a text; strings of special tokens become their ids."""
         ids = [self.bos_token_id] if self.add_bos_token else []
         parts = self._token_pattern.split(text) if self._token_prefix in text else [text]
         for part in parts:
-            special = self._token_ids.get(part)
-            if special is not None:
-                ids.append(special)
+            special_id = self._token_ids.get(part)
+            if special_id is not None:
+                ids.append(special_id)
             elif part:
                 ids.extend(self._sentencepiece.encode(part))
         return ids
 
     def decode(self, ids: Iterable[int], keep_special: bool = False) -> str:
-        """Give the text of ids, without special tokens unless they are kept.
+        """Return the text of ids, without special tokens unless they are kept.
 
         One leading space is dropped. Raises ValueError for an id that the tokenizer does not have,
-        such as an image's.
+        such as IMAGE_TOKEN_INDEX.
         """
         ids = list(ids)
-        for index in ids:
-            if not 0 <= index < self.vocab_size:
+        for token_id in ids:
+            if not 0 <= token_id < self.vocab_size:
                 raise ValueError(
-                    f"no token has the id {index} (allowed: 0 to {self.vocab_size - 1})"
+                    f"no token has the id {token_id} (allowed: 0 to {self.vocab_size - 1})"
                 )
         if not keep_special:
-            ids = [
-                index
-                for index in ids
-                if index in self._non_special_ids or index not in self._token_names
-            ]
-        texts, run = [], list[int]()
-        for index in ids:
-            if index in self._non_special_ids:
+            ids = [n for n in ids if n in self._non_special_ids or n not in self._token_names]
+        texts: list[str] = []
+        run: list[int] = []  # ids between two non-special tokens
+        for token_id in ids:
+            if token_id in self._non_special_ids:
                 texts += [text for text in (self._decode_special(run),) if run and text]
-                texts.append(self._token_names[index])
+                texts.append(self._token_names[token_id])
                 run = []
             else:
-                run.append(index)
+                run.append(token_id)
         return " ".join([*texts, self._decode_special(run)] if run else texts)
 
     def _decode_special(self, ids: list[int]) -> str:
-        """Give the text of ids among which every token with a name is special."""
-        pieces = [
-            self._token_names.get(index) or self._sentencepiece.id_to_piece(index) for index in ids
-        ]
+        """Return the text of ids among which every token with a name is special."""
+        pieces = [self._token_names.get(n) or self._sentencepiece.id_to_piece(n) for n in ids]
         if pieces:
             pieces[0] = pieces[0].removeprefix(_PIECE_SPACE)
         text, run = "", list[str]()
-        for index, piece in zip(ids, pieces, strict=True):
-            if index not in self._token_names:
+        for token_id, piece in zip(ids, pieces, strict=True):
+            if token_id not in self._token_names:
                 run.append(piece)
                 continue
             # The reference writes a space before ordinary text that ends at a special token.
@@ -196,9 +198,84 @@ class Tokenizer:
         return text + (self._sentencepiece.decode(run) if run else "")
 
 
+class FastTokenizer(Tokenizer):
+    """The tokenizer of a folder that has `tokenizer.json` alone, as Llama 3's, by transformers."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the tokenizer files of `folder`."""
+        from transformers import AutoTokenizer  # slow to import
+
+        refuse_lfs_pointer(folder / "tokenizer.json")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            # turns off the file's padding and truncation once, before threads use it
+            tokenizer.encode("")
+        except Exception as error:  # of the library: whatever a broken file makes it raise
+            raise UserError(f"{folder} has no readable tokenizer.json: {error}") from error
+        self._hf_tokenizer = tokenizer
+        self.folder, self.added_tokens = folder, {}
+        self.file_contents = read_existing_files(folder, FAST_TOKENIZER_FILES)
+        self.vocab_size = self.embedding_rows = len(tokenizer)
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"the tokenizer of {folder} has no token that ends a text (eos_token)")
+        self.eos_token_id = tokenizer.eos_token_id
+        self.bos_token_id = -1 if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        self.unk_token_id = -1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id
+        self._token_names = {
+            token_id: name for name, token_id in tokenizer.get_added_vocab().items()
+        }
+        self._token_names[self.eos_token_id] = tokenizer.eos_token
+        roles = [role for role in tokenizer.special_tokens_map.values() if isinstance(role, str)]
+        self.added_special_tokens = [
+            name for name in tokenizer.all_special_tokens if name not in roles
+        ]
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text; what the tokenizer puts before every text is included."""
+        return list(self._hf_tokenizer.encode(text))
+
+    def decode(self, ids: Iterable[int], keep_special: bool = False) -> str:
+        """Return the text of ids, without special tokens unless they are kept."""
+        return str(self._hf_tokenizer.decode(list(ids), skip_special_tokens=not keep_special))
+
+
 def read_existing_files(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
-    """Return the files of a folder that are there: it may be a checkpoint that is removed later."""
+    """Return the contents of those files of a folder that exist."""
     return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+
+
+def _load_sentencepiece_tokenizer(folder: Path, id_limit: int | None) -> SentencePieceTokenizer:
+    """Read a sentencepiece model and what the other files of its folder add to it."""
+    config: dict[str, object] = {}
+    for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
+        config |= read_json(path) if path.is_file() else {}
+    roles = zip(("bos_token", "eos_token", "unk_token"), SPECIAL_TOKENS, strict=True)
+    role_tokens = [_token_text(config.get(role), default) for role, default in roles]
+    model_file = folder / "tokenizer.model"
+    pieces = _load_sentencepiece(model_file)
+    piece_count = pieces.get_piece_size()
+    listed_special = _listed_special_tokens(config)
+    added = _read_added_tokens(config, folder, piece_count)
+    if id_limit is not None:
+        listed_special = [name for name in listed_special if added.get(name, -1) < id_limit]
+        added = {name: token_id for name, token_id in added.items() if token_id < id_limit}
+    _check_added_ids([n for n in added.values() if n >= piece_count], piece_count, folder)
+    all_added = dict(added)
+    for name in listed_special:
+        if name not in role_tokens and name not in all_added:
+            is_piece = pieces.id_to_piece(pieces.piece_to_id(name)) == name
+            next_free_id = max(piece_count, 1 + max(all_added.values(), default=0))
+            all_added[name] = pieces.piece_to_id(name) if is_piece else next_free_id
+    non_special = [n for n in all_added if n not in listed_special and n not in role_tokens]
+    add_bos = bool(config.get("add_bos_token", False))
+    tokenizer = SentencePieceTokenizer(model_file, role_tokens, add_bos, all_added, non_special)
+    if (
+        added
+        and "added_tokens_decoder" not in config
+        and "added_tokens.json" not in tokenizer.file_contents
+    ):  # then tokenizer.json alone names the added tokens
+        tokenizer.file_contents |= read_existing_files(folder, ("tokenizer.json",))
+    return tokenizer
 
 
 def _load_sentencepiece(path: Path) -> SentencePieceProcessor:
@@ -212,26 +289,27 @@ def _load_sentencepiece(path: Path) -> SentencePieceProcessor:
 
 
 def _token_text(token: object, default: str) -> str:
-    """Give the string of a token, which may be written as an object with `content`."""
+    """Return the text of a token, which may be written as an object with `content`."""
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else default
 
 
-def _named_special_tokens(config: dict[str, object]) -> list[str]:
-    """Return the names of special tokens beside bos, eos and unk."""
-    named = [config.get("pad_token")]
-    for key in ("additional_special_tokens", "extra_special_tokens"):  # until transformers 5, since
+def _listed_special_tokens(config: dict[str, object]) -> list[str]:
+    """Return the texts of the special tokens beside bos, eos and unk."""
+    tokens = [config.get("pad_token")]
+    # transformers 4 writes the first key, transformers 5 the second
+    for key in ("additional_special_tokens", "extra_special_tokens"):
         listed = config.get(key)
-        named += listed if isinstance(listed, list) else []
-    return [name for name in (_token_text(token, "") for token in named) if name]
+        tokens += listed if isinstance(listed, list) else []
+    return [name for name in (_token_text(token, "") for token in tokens) if name]
 
 
 def _read_added_tokens(config: dict[str, object], folder: Path, piece_count: int) -> dict[str, int]:
     """Return the tokens that a checkpoint adds to its sentencepiece model, with their ids.
 
-    Transformers 5 writes them into tokenizer.json alone, some versions with pieces of
-    the model: from there only ids beyond its `pieces` are taken.
+    transformers 5 writes them into tokenizer.json alone, in some versions together with pieces of
+    the model: only ids from `piece_count` on are taken from there.
     """
     added: dict[str, int] = {}
     decoder = config.get("added_tokens_decoder")
@@ -245,17 +323,18 @@ def _read_added_tokens(config: dict[str, object], folder: Path, piece_count: int
         added |= {name: _parse_token_id(index, path) for name, index in read_json(path).items()}
     path = folder / "tokenizer.json"
     if not added and path.is_file():
-        listed = read_json(path).get("added_tokens") or []
-        found = {_token_text(token, ""): _parse_token_id(token.get("id"), path) for token in listed}
-        added = {name: index for name, index in found.items() if index >= piece_count}
+        for token in read_json(path).get("added_tokens") or []:
+            token_id = _parse_token_id(token.get("id"), path)
+            if token_id >= piece_count:
+                added[_token_text(token, "")] = token_id
     return added
 
 
 def _parse_token_id(token_id: object, path: Path) -> int:
-    """Return an id, which a key of JSON writes as a text."""
+    """Return an id, which may be written as text (keys of JSON are)."""
     if not str(token_id).isascii() or not str(token_id).isdigit():
         raise UserError(
-            f"{path}: the id of an added token is {token_id!r}; wanted is a whole number"
+            f"{path}: the id of an added token is {token_id!r}; expected is a whole number"
         )
     return int(str(token_id))
 
@@ -270,10 +349,10 @@ def _check_added_ids(ids: list[int], piece_count: int, folder: Path) -> None:
 def _find_token_id(
     token: str, pieces: SentencePieceProcessor, added_tokens: Mapping[str, int]
 ) -> int:
-    """Return the id of a token that has a role: that of its piece, or of the token added for it."""
-    index = pieces.piece_to_id(token)
-    if pieces.id_to_piece(index) == token:
-        return int(index)
+    """Return the id of bos, eos or unk: that of its piece, or of the added token."""
+    piece_id = pieces.piece_to_id(token)
+    if pieces.id_to_piece(piece_id) == token:
+        return int(piece_id)
     if token not in added_tokens:
         raise UserError(f"the tokenizer has a role for the token '{token}', which it does not hold")
     return added_tokens[token]

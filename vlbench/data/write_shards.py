@@ -15,8 +15,7 @@ from vlbench.command_line.arguments import PackArguments
 from vlbench.data.conversation_files import LlavaJson
 from vlbench.data.conversation_record import record_from_sample
 from vlbench.data.image_processing import open_image_bytes
-from vlbench.data.shard_index import format_index, index_path
-from vlbench.data.shard_scan import IMAGE_EXTENSIONS, scan_tar
+from vlbench.data.shard_index import IMAGE_EXTENSIONS, format_index, index_path, scan_tar
 from vlbench.data.shards import SHARD_LIST_FILE
 from vlbench.errors import BadSample, UserError
 from vlbench.text_files import format_json_lines, write_atomically

@@ -16,7 +16,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasti
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import distributed
 
-from vlbench.config.schema import Recipe, TrainerConfig
+from vlbench.config.schema import TrainerConfig
 from vlbench.distributed import collectives
 from vlbench.distributed.launcher import is_launched, is_slurm_task, silent_exit_code
 from vlbench.errors import EnvironmentFailure, UserError, one_line
@@ -33,12 +33,11 @@ PROCESS_GROUP_TIMEOUT = timedelta(minutes=30)  # for another process; Lightning'
 
 
 @contextlib.contextmanager
-def join_process_group(recipe: Recipe) -> Iterator[None]:
-    """Be one of the processes of `recipe`; all but the first are quiet.
+def join_process_group(settings: TrainerConfig) -> Iterator[None]:
+    """Join the processes that train together, until the end of `with`; one prints.
 
-    Raises a Mistake when another number of processes was started than the recipe says.
+    Raises a UserError when another number of processes was started than the recipe says.
     """
-    settings = recipe.trainer
     _check_gpus(settings)
     if not is_launched() or settings.world_size == _cluster_environment().world_size() == 1:
         if settings.world_size > 1:
@@ -143,9 +142,9 @@ def _init_process_group(settings: TrainerConfig, environment: ClusterEnvironment
         ) from error
 
 
-def is_fsdp_sharded(recipe: Recipe) -> bool:
+def is_fsdp_sharded(settings: TrainerConfig) -> bool:
     """Tell whether every process has a shard of the model instead of the whole."""
-    return collectives.is_distributed() and recipe.trainer.strategy == "fsdp2"
+    return collectives.is_distributed() and settings.strategy == "fsdp2"
 
 
 def distributed_trainer_args(settings: TrainerConfig) -> dict[str, Any]:

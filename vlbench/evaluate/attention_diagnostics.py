@@ -18,7 +18,8 @@ from torch import Tensor
 
 from vlbench.connector.base import zero_like_loss
 from vlbench.data.packing import PackedBatch, collate
-from vlbench.data.sample_encoding import IGNORE_INDEX, ChatTurn, encode_sample
+from vlbench.data.sample import ChatTurn
+from vlbench.data.sample_encoding import IGNORE_INDEX, SampleEncoder
 from vlbench.errors import BadSample, UserError
 from vlbench.evaluate.heldout_questions import EvalQuestion
 from vlbench.model.eval_copy import in_eval_mode
@@ -121,14 +122,15 @@ def _answered_batch(vlm: VLM, question: EvalQuestion, answer: str) -> PackedBatc
     sample = question.sample
     if not sample.images:
         return None
+    encoder = SampleEncoder(
+        vlm.tokenizer,
+        vlm.template,
+        vlm.connector.tokens_per_image,
+        vlm.language.config.max_position_embeddings,
+    )
+    answered = replace(sample, turns=(*sample.turns, ChatTurn("assistant", answer)))
     try:
-        encoded = encode_sample(
-            replace(sample, turns=(*sample.turns, ChatTurn("assistant", answer))),
-            vlm.template,
-            vlm.tokenizer,
-            vlm.connector.tokens_per_image,
-            vlm.language.config.max_position_embeddings,
-        )
+        encoded = encoder.encode(answered)
     except BadSample:  # a model may say what cannot be learned, such as the text of a place
         return None
     encoded = replace(encoded, labels=_keep_last_answer(encoded.labels))

@@ -11,7 +11,7 @@ from vlbench.model.connector_cost import count_connector_cost
 from vlbench.model.vlm import VLM
 from vlbench.text_files import read_csv
 from vlbench.train.run_folder import RunFolder
-from vlbench.train.training_module import trained_parameters
+from vlbench.train.trainable_parts import trained_parameters
 
 
 def build_budget_card(recipe: Recipe, run: RunFolder, vlm: VLM) -> dict[str, Any]:

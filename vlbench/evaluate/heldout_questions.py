@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vlbench.data.image_processing import blank_image
-from vlbench.data.sample_encoding import IMAGE_PLACEHOLDER, LazyImage, Sample, SampleSource
+from vlbench.data.sample import IMAGE_PLACEHOLDER, LazyImage, Sample, SampleSource
 from vlbench.data.scene_dataset import held_out_questions
 from vlbench.errors import BadSample, UserError
 

@@ -16,7 +16,7 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
 
-from vlbench.data.sample_encoding import Sample
+from vlbench.data.sample import Sample
 from vlbench.errors import UserError, suggest_name
 from vlbench.evaluate.tasks.benchmark_types import BenchmarkPrompt
 from vlbench.load_model import load_model

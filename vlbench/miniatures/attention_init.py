@@ -1,10 +1,10 @@
-"""How the miniature language model begins: with attention that already does what attention is for.
+"""Initialise the attention of the miniature language model so that it trains in minutes.
 
-From plain noise a small transformer soon learns which words occur in a text, and then takes
-thousands of steps to learn which of them belong together. Here it begins as trained models look:
-heads of the first layer look one, two and three tokens back, those of later layers at what
-resembles them, and what is looked at is passed on as it is ("mimetic" weights: Trockman & Kolter,
-2023, arXiv:2305.09828). All of it is trained on text afterwards.
+With random weights a small transformer soon learns which words occur in a text, and then needs
+thousands of steps to learn which of them belong together. Here the attention begins with the
+structure of trained models ("mimetic" initialisation: Trockman & Kolter, 2023, arXiv:2305.09828):
+heads of the first layer attend one, two and three tokens back, heads of later layers attend to
+tokens with similar hidden states, and values are copied to the output. All of it is then trained.
 """
 
 from __future__ import annotations
@@ -15,24 +15,19 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-EMBEDDING_STD, SHARED_SCALE = (
-    0.5,
-    0.25,
-)  # of the embeddings: deviation of an entry, and the part all share
-SIMILARITY_STRENGTH, COPY_STRENGTH = (
-    1.0,
-    0.7,
-)  # strength of "look at what resembles you" and of "pass it on"
-LOOK_BACK_DISTANCES = (1, 2, 3)  # how many tokens the first heads of the first layer look back
-FAST_ROTARY_PAIRS, FIRST_SLOW_PAIR = (
-    4,
-    5,
-)  # rotary pairs that tell near places apart; pairs from here on hardly turn
+# of the embeddings: standard deviation of an entry, and the scale of a direction common to all
+EMBEDDING_STD, SHARED_SCALE = 0.5, 0.25
+# scale of the query-key product that favours similar states, and of the value-output copy
+SIMILARITY_STRENGTH, COPY_STRENGTH = 1.0, 0.7
+LOOK_BACK_DISTANCES = (1, 2, 3)  # tokens back, for the first heads of the first layer
+# rotary pairs that distinguish neighbouring positions; pairs from the second number on are nearly
+# constant over a context
+FAST_ROTARY_PAIRS, FIRST_SLOW_PAIR = 4, 5
 
 
 @torch.no_grad()
 def initialize_attention(model: LlamaForCausalLM) -> None:
-    """Set the embeddings and add to the attention of a new model; randomness is torch's own."""
+    """Set embeddings and attention of a new model; uses torch's global random generator."""
     config: Any = model.config
     width, head = config.hidden_size, config.head_dim
     shared = torch.nn.functional.normalize(torch.randn(width), dim=0)
@@ -64,7 +59,7 @@ def initialize_attention(model: LlamaForCausalLM) -> None:
 def _set_look_back_heads(
     query: Tensor, key: Tensor, shared_direction: Tensor, rope_theta: float
 ) -> None:
-    """Turn the queries so that they fit the keys of the token that stands so many places back."""
+    """Rotate the queries so that they match the keys `LOOK_BACK_DISTANCES` tokens back."""
     half = query.shape[1] // 2
     turns = rope_theta ** (-torch.arange(FAST_ROTARY_PAIRS) / half)  # radians per token
     key[:, :FAST_ROTARY_PAIRS] += shared_direction

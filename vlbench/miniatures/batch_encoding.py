@@ -1,4 +1,4 @@
-"""How the miniature tower's pretraining encodes pictures and captions, with work spared."""
+"""Image and caption batches for pretraining the miniature CLIP, without wasted computation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PIXEL_STD = torch.tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1)
 
 
 def load_pixels(scenes: Sequence[RenderedScene | CloseUpImage], image_size: int = 56) -> Tensor:
-    """Open and normalise scenes, [scenes, 3, side, side]."""
+    """Open and normalise scenes, `[scenes, 3, side, side]`."""
     size = (image_size, image_size)
     rows = [np.asarray(s.open().resize(size, Image.Resampling.BICUBIC)) for s in scenes]
     images = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2) / 255
@@ -29,7 +29,7 @@ def load_pixels(scenes: Sequence[RenderedScene | CloseUpImage], image_size: int 
 
 
 def tokenize_captions(tokenizer: Tokenizer, captions: Sequence[str]) -> Tensor:
-    """Write captions as the text tower reads them, [texts, CONTEXT]: start, ids, end, padding."""
+    """Return captions as ids `[texts, CONTEXT_LENGTH]`: start, ids, end, padding."""
     rows = torch.zeros(len(captions), CONTEXT_LENGTH, dtype=torch.long)
     for row, text in zip(rows, captions, strict=True):
         ids = [
@@ -42,7 +42,7 @@ def tokenize_captions(tokenizer: Tokenizer, captions: Sequence[str]) -> Tensor:
 
 
 def encode_single_objects(model: open_clip.CLIP, scenes: Sequence[RenderedScene]) -> Tensor:
-    """Encode scenes of one object, [scenes, width], without the patches of the empty quarters.
+    """Encode scenes of one object, `[scenes, width]`, without patches of the empty quarters.
 
     That makes a step three times cheaper, and shapes need many steps.
     """
@@ -58,7 +58,7 @@ def encode_single_objects(model: open_clip.CLIP, scenes: Sequence[RenderedScene]
 
 
 def encode_large_images(model: open_clip.CLIP, scenes: Sequence[RenderedScene]) -> Tensor:
-    """Encode scenes at 112 pixels, [scenes, width]; position embeddings are resized as `fit` does.
+    """Encode scenes at 112 pixels, `[scenes, width]`; position embeddings resized as in `fit`.
 
     A large tower gets over a doubled resolution in millions of pictures; this one has minutes.
     """
@@ -70,7 +70,7 @@ def encode_large_images(model: open_clip.CLIP, scenes: Sequence[RenderedScene]) 
 
 
 def _encode_patches(visual: open_clip.transformer.VisionTransformer, patches: Tensor) -> Tensor:
-    """Do with patches `[images, patches, width]` what follows in open_clip."""
+    """Apply the rest of open_clip's encoder to patches `[images, patches, width]`."""
     start = visual.class_embedding + visual.positional_embedding[:1]
     hidden = torch.cat([start.expand(len(patches), 1, -1), patches], 1)
     hidden = visual.ln_post(visual.transformer(visual.ln_pre(hidden)))[:, 1:].mean(1)
@@ -78,7 +78,7 @@ def _encode_patches(visual: open_clip.transformer.VisionTransformer, patches: Te
 
 
 def encode_text(model: open_clip.CLIP, input_ids: Tensor, eos_id: int) -> Tensor:
-    """Do as `model.encode_text(ids, normalize=True)`, sparing the columns of mere padding."""
+    """Compute `model.encode_text(ids, normalize=True)` without the columns that are all padding."""
     input_ids = input_ids[:, : int((input_ids != 0).sum(1).max())]
     length = input_ids.shape[1]
     hidden = model.token_embedding(input_ids) + model.positional_embedding[:length]

@@ -1,7 +1,7 @@
-"""Teach the EVA miniature: it learns to find what the miniature tower sees, patch by patch.
+"""Pretrain the EVA miniature: it regresses the patch features of the miniature CLIP encoder.
 
-That is how EVA-01 and EVA-02 come to be: a plain ViT regresses the features of a CLIP tower. Here
-no patch is hidden, and both image sizes are shown, because there are minutes and not weeks.
+This is the pretraining of EVA-01 and EVA-02, a plain ViT that regresses the features of a CLIP
+encoder, except that no patch is masked and that both image sizes are used: it takes minutes.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from vlbench.model.miniature_eva import EVA_MODEL_NAME
 from vlbench.model.vision_encoder import VisionEncoder
 
 DISTILLATION_STAGES = ((56, 500, 2e-3), (112, 1100, 1.5e-3), (56, 300, 5e-4))
-"""Pixels, steps and peak rate. A size has position embeddings, and so an optimizer, of its own."""
-IMAGES_PER_STEP = 48  # of a step
-FEATURE_LAYER = -2  # whose features recipes use
+"""Image size, steps, peak learning rate; each size has its own position embeddings, optimizer."""
+IMAGES_PER_STEP = 48  # images in an optimizer step
+FEATURE_LAYER = -2  # the block whose features recipes use
 EVA_CONFIG: dict[str, Any] = {
     "embed_dim": 128,
     "vision_cfg": {
@@ -35,7 +35,7 @@ EVA_CONFIG: dict[str, Any] = {
         "timm_pool": "token",
         "timm_proj": None,
     },
-    # open_clip wants a text tower; this one is a stub, as no caption was read
+    # open_clip requires a text encoder; this one is a stub, as no caption is used
     "text_cfg": {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1},
 }
 
@@ -43,7 +43,7 @@ EVA_CONFIG: dict[str, Any] = {
 def create_eva_encoder(
     folder: Path, teacher_folder: Path, log: Callable[[str], None] = print
 ) -> dict[str, float]:
-    """Teach the miniature by the tower in `teacher`, write it to `folder`, and give its quality."""
+    """Pretrain on the encoder in `teacher`, write to `folder`, and return its quality."""
     torch.manual_seed(12)
     model = open_clip.CLIP(**EVA_CONFIG)  # type: ignore[arg-type]
     student, tower = (
@@ -69,7 +69,7 @@ def distill_features(
     peak_lr: float,
     log: Callable[[str], None],
 ) -> float:
-    """Let `student` regress the features of `tower`; return the last error per feature."""
+    """Train `student` to regress the features of `tower`; return the last error per feature."""
     optimizer = torch.optim.AdamW(
         student.used_parameters(), lr=peak_lr, betas=(0.9, 0.98), weight_decay=0.05
     )

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from vlbench.data.batch_sampler import CachedTokenizer
 from vlbench.data.chat_template import YI_VL
-from vlbench.data.sample_encoding import ChatTurn
+from vlbench.data.sample import ChatTurn
+from vlbench.data.sample_encoding import CachedTokenizer
 from vlbench.data.scene_text import LANGUAGES, QUESTION_TYPES, draw_question, list_questions
 from vlbench.data.scene_world import make_scene
 from vlbench.data.tokenizer import Tokenizer
@@ -32,29 +32,23 @@ from vlbench.miniatures.training_text import (
     make_facts,
 )
 
-DOCUMENTS_PER_STEP = 32  # documents of a step
-FACT_STEPS, DRILL_STEPS, CHAT_STEPS = (
-    300,
-    1000,
-    800,
-)  # steps whose documents are mostly these, in this order
+DOCUMENTS_PER_STEP = 32  # documents in an optimizer step
+# steps whose documents are mostly these, in this order
+FACT_STEPS, DRILL_STEPS, CHAT_STEPS = 300, 1000, 800
 LATER_FACT_SHARE = 0.15  # share of the documents that are facts in the later of these steps
-REVIEW_STEPS, REVIEW_DRILL_SHARE = (
-    1200,
-    0.6,
-)  # steps that repeat what is hard; share of their documents that drill
-SYSTEM_PROMPT_SHARE = (
-    0.2  # share of the chats that keep the system prompt; the others save its time
-)
-ADAMW_LR, MUON_LR = 2e-3, 0.02  # of AdamW for embeddings, head and norms; of Muon for the matrices
-CONTEXT_WEIGHT = 0.02  # of tokens that are given, against those of answers
+# steps that repeat what is hard; share of their documents that drill
+REVIEW_STEPS, REVIEW_DRILL_SHARE = 1200, 0.6
+# share of the chats that keep the system prompt; the others save its time
+SYSTEM_PROMPT_SHARE = 0.2
+ADAMW_LR, MUON_LR = 2e-3, 0.02  # AdamW: embeddings, head, norms; Muon: matrices
+CONTEXT_WEIGHT = 0.02  # loss weight of given tokens; those of answers weigh 1
 HELD_OUT_SEED = 1_000_000  # the seed of held-out documents
-MAX_OVERLAID_WORDS = 4  # words over one another at most
+MAX_OVERLAID_WORDS = 4  # words at one position, at most
 _SORTED_BATCHES = 8  # batches whose documents are sorted by length together
 
 
 def language_model_config() -> LlamaConfig:
-    """Give Yi's architecture, narrow and shallow."""
+    """Return Yi's architecture, narrow and shallow."""
     return LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=128,
@@ -76,7 +70,7 @@ def language_model_config() -> LlamaConfig:
 def create_language_model(
     folder: Path, tokenizer: Tokenizer, log: Callable[[str], None] = print
 ) -> dict[str, object]:
-    """Train the language model, write it to `folder`, and give its quality."""
+    """Train the language model, write it to `folder`, and return its quality."""
     torch.manual_seed(12)
     model = LlamaForCausalLM(language_model_config())
     initialize_attention(model)
@@ -99,20 +93,20 @@ def create_language_model(
 
 @dataclass
 class CurriculumStage:
-    """One leg of training: `document(step, index)` makes what is read."""
+    """A training phase; `document(step, index)` makes its documents."""
 
     steps: int
-    peak_lr_scale: float  # of the learning rates, as a share
+    peak_lr_scale: float  # share of the peak learning rates
     document_maker: Callable[[int, int], list[TextPiece]]
 
     def lr_scale(self, step: int) -> float:
-        """Give the share of the peak rates: a short rise, a plateau, a long fall to 1 in 100."""
+        """Return the learning-rate factor: warm-up, plateau, long decay to 0.01."""
         fallen = max(0.0, (step / self.steps - 0.3) / 0.7)
         wave = 0.505 + 0.495 * math.cos(math.pi * fallen)
         return self.peak_lr_scale * min(1.0, (step + 1) / 100) * wave
 
     def document_batches(self) -> Iterator[list[list[TextPiece]]]:
-        """Give the documents of every step; those of some steps are sorted by length together."""
+        """Give the documents of every step, sorted by length over `_SORTED_BATCHES` steps."""
         for first in range(0, self.steps, _SORTED_BATCHES):
             numbers = range(
                 first * DOCUMENTS_PER_STEP, (first + _SORTED_BATCHES) * DOCUMENTS_PER_STEP
@@ -128,7 +122,7 @@ class CurriculumStage:
 
 
 def first_stage_document(step: int, index: int) -> list[TextPiece]:
-    """Make a document of the first lesson: facts, then drills, then conversations."""
+    """Make a document of the first phase: facts, then drills, then conversations."""
     rng = random.Random(f"kinds/{index}")
     if step < FACT_STEPS or rng.random() < LATER_FACT_SHARE:
         return make_facts(0, index)
@@ -138,7 +132,7 @@ def first_stage_document(step: int, index: int) -> list[TextPiece]:
 
 
 def review_document(step: int, index: int) -> list[TextPiece]:
-    """Make a document of the second lesson: drills that count much, and conversations."""
+    """Make a document of the second phase: mostly counting drills, and conversations."""
     rng = random.Random(f"again/{index}")
     if rng.random() < REVIEW_DRILL_SHARE:
         return make_drill(1, index, count_weight=2)
@@ -157,7 +151,7 @@ def train(
     stage: CurriculumStage,
     log: Callable[[str], None],
 ) -> None:
-    """Minimise the weighted cross entropy of a lesson's documents."""
+    """Minimise the weighted cross entropy of a phase's documents."""
     optimizers = _build_optimizers(model)
     memo = CachedTokenizer(tokenizer)
     start = time.monotonic()
@@ -183,7 +177,7 @@ def train(
 
 
 def _build_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    """Give Muon (Jordan et al., 2024) for the matrices of the layers and AdamW for the rest."""
+    """Return Muon (Jordan et al., 2024) for the layers' matrices and AdamW for the rest."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
@@ -200,10 +194,10 @@ def _build_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 def encode_documents(
     tokenizer: Tokenizer | CachedTokenizer, documents: Sequence[Sequence[TextPiece]]
 ) -> tuple[Tensor, Tensor]:
-    """Write documents as ids and weights, padded with weight 0.
+    """Return documents as ids and loss weights, padded with weight 0.
 
-    Ids are `[documents, longest, DEEP]`, -1 where fewer words stand at a position; weights are
-    `[documents, longest]`, 0 where several do.
+    Ids are `[documents, longest, MAX_OVERLAID_WORDS]`, -1 where a position has fewer words; weights
+    are `[documents, longest]`, 0 where a position has several.
     """
     rows = []
     for pieces in documents:
@@ -234,10 +228,10 @@ def encode_documents(
 
 
 def compute_logits(model: LlamaForCausalLM, input_ids: Tensor) -> Tensor:
-    """Give logits for ids `[rows, length, DEEP]`, [rows, length, vocabulary].
+    """Return logits `[rows, length, vocabulary]` for ids `[rows, length, MAX_OVERLAID_WORDS]`.
 
-    Words over one another are added, and brought to the deviation 1 that the LayerNorm at the end
-    of a connector gives to visual tokens.
+    Embeddings of words at one position are added and scaled to standard deviation 1, as the
+    LayerNorm at the end of a connector scales visual tokens.
     """
     there = (input_ids >= 0)[..., None]
     words = model.model.embed_tokens(input_ids.clamp(min=0)) * there
@@ -248,7 +242,7 @@ def compute_logits(model: LlamaForCausalLM, input_ids: Tensor) -> Tensor:
 
 
 def _next_token_losses(model: LlamaForCausalLM, input_ids: Tensor) -> Tensor:
-    """Give the cross entropy of every next token, [rows, length - 1]."""
+    """Return the cross entropy of every next token, `[rows, length - 1]`."""
     truth = input_ids[:, 1:, 0].clamp(min=0)
     flat = torch.nn.functional.cross_entropy(
         compute_logits(model, input_ids[:, :-1]).flatten(0, 1), truth.flatten(), reduction="none"
@@ -274,7 +268,7 @@ def measure_perplexity(
 def measure_text_answers(
     model: LlamaForCausalLM, tokenizer: Tokenizer, chats_per_type: int = 100
 ) -> dict[str, dict[str, float]]:
-    """Measure the exact match of answers about scenes told in words, and without any telling."""
+    """Measure exact match of answers about scenes described in words, and with no description."""
     figures: dict[str, dict[str, float]] = {"text_answers": {}, "blank_answers": {}}
     for name, told in (("text_answers", True), ("blank_answers", False)):
         for kind in QUESTION_TYPES:

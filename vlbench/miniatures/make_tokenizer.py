@@ -1,4 +1,4 @@
-"""Make the miniature tokenizer: sentencepiece BPE with Yi's habits and Yi's special ids."""
+"""Train the miniature tokenizer: sentencepiece BPE with Yi's options and special token ids."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import sentencepiece
 
 from vlbench.data.chat_template import YI_VL
-from vlbench.data.sample_encoding import ChatTurn
+from vlbench.data.sample import ChatTurn
 from vlbench.data.scene_dataset import CAPTION_PROMPTS
 from vlbench.data.scene_text import (
     CELL_NAMES,
@@ -94,7 +94,7 @@ _COMMON_WORDS = (
 
 
 def create_tokenizer(folder: Path) -> dict[str, int]:
-    """Train the tokenizer, write it to `folder` in Hugging Face's layout, and give its figures."""
+    """Train the tokenizer, write it in Hugging Face's layout, and return its figures."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(_restore_newline(_train_sentencepiece()))
     text = json.dumps(_TOKENIZER_CONFIG, indent=2) + "\n"

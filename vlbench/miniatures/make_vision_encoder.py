@@ -1,4 +1,4 @@
-"""Train the miniature tower: an open_clip CLIP, contrastively, on rendered scenes and captions."""
+"""Train the miniature CLIP of open_clip, contrastively, on rendered scenes and captions."""
 
 from __future__ import annotations
 
@@ -35,17 +35,11 @@ from vlbench.miniatures.training_images import (
     whole_scenes,
 )
 
-SINGLE_OBJECT_STEPS, WHOLE_SCENE_STEPS, FIRST_PEAK_LR = (
-    400,
-    1000,
-    1.2e-3,
-)  # steps with one object a picture, then with whole scenes
-MIXED_SIZE_STEPS, MORE_MIXED_SIZE_STEPS, MOSTLY_LARGE_STEPS = (
-    500,
-    1000,
-    900,
-)  # steps with both image sizes, again, then mostly the larger
-MIXED_SIZE_PEAK_LR = 8e-4  # of these
+# steps with one object per image, then with whole scenes
+SINGLE_OBJECT_STEPS, WHOLE_SCENE_STEPS, FIRST_PEAK_LR = 400, 1000, 1.2e-3
+# steps with both image sizes, again, then mostly the larger
+MIXED_SIZE_STEPS, MORE_MIXED_SIZE_STEPS, MOSTLY_LARGE_STEPS = 500, 1000, 900
+MIXED_SIZE_PEAK_LR = 8e-4  # peak learning rate of these steps
 CLIP_CONFIG = {
     "embed_dim": 128,
     "quick_gelu": False,
@@ -71,7 +65,7 @@ CLIP_CONFIG = {
 
 
 def build_clip(folder: Path | None = None) -> open_clip.CLIP:
-    """Build the tower, with random weights or those of `folder`."""
+    """Build the CLIP, with random weights or those of `folder`."""
     model = open_clip.CLIP(**CLIP_CONFIG)  # type: ignore[arg-type]
     if folder is not None:
         from safetensors.torch import load_file
@@ -84,7 +78,7 @@ def build_clip(folder: Path | None = None) -> open_clip.CLIP:
 def create_vision_encoder(
     folder: Path, tokenizer: Tokenizer, log: Callable[[str], None] = print
 ) -> dict[str, float]:
-    """Train the tower, write it to `folder`, and give its quality."""
+    """Train the CLIP, write it to `folder`, and return its quality."""
     torch.manual_seed(11)
     model = build_clip()
     start = time.monotonic()
@@ -114,7 +108,7 @@ def create_vision_encoder(
 
 
 def write_clip(model: open_clip.CLIP, config: dict[str, Any], folder: Path) -> None:
-    """Write a model of open_clip, whose configuration is `config`, into `folder` in 16 bits."""
+    """Write a model of open_clip with the configuration `config` into `folder`, in float16."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / "open_clip_model.safetensors")
@@ -160,7 +154,7 @@ def train(
 
 @dataclass
 class ContrastiveBatches:
-    """What the tower is shown at a step: `first`, then `both` image sizes."""
+    """The images of each step: `first` at one size, then `both` image sizes."""
 
     model: open_clip.CLIP
     tokenizer: Tokenizer
@@ -221,7 +215,7 @@ def distinct_scenes(count: int = 96) -> list[RenderedScene]:
 
 @torch.no_grad()
 def measure_retrieval(model: open_clip.CLIP, tokenizer: Tokenizer) -> float:
-    """Measure R@1 among 96 distinct captions: the worst of both ways and both languages."""
+    """Measure R@1 among 96 distinct captions: the lowest of both directions and languages."""
     scenes = distinct_scenes()
     image = model.encode_image(load_pixels(scenes), normalize=True)
     worst = 1.0
@@ -236,7 +230,7 @@ def measure_retrieval(model: open_clip.CLIP, tokenizer: Tokenizer) -> float:
 
 @torch.no_grad()
 def patch_features(model: open_clip.CLIP, images: Tensor) -> Tensor:
-    """Give the patch features before the last block, [images, patches, width]."""
+    """Return the patch features before the last block, `[images, patches, width]`."""
     found = model.visual.forward_intermediates(
         images, indices=[len(model.visual.transformer.resblocks) - 2], stop_early=True,
         output_fmt="NLC", intermediates_only=True,
@@ -245,7 +239,7 @@ def patch_features(model: open_clip.CLIP, images: Tensor) -> Tensor:
 
 
 def linear_probe(model: open_clip.CLIP, scene_count: int = 1500) -> dict[str, float]:
-    """Measure how well a linear map reads colour and shape of the object at each patch.
+    """Measure a linear probe of colour and shape of the object at each patch.
 
     `probe_unseen_shape` asks the map, which never met one, for the shape in an unseen pair.
     """
@@ -274,7 +268,7 @@ def linear_probe(model: open_clip.CLIP, scene_count: int = 1500) -> dict[str, fl
 def _object_features(
     model: open_clip.CLIP, scenes: Sequence[RenderedScene]
 ) -> tuple[Tensor, list[tuple[str, str]]]:
-    """Give the features at the objects' centres, [objects, width + 1], and their pairs."""
+    """Return features at the objects' centres, `[objects, width + 1]`, and their pairs."""
     features, pairs = [], []
     for begin in range(0, len(scenes), 100):
         some = scenes[begin : begin + 100]

@@ -1,9 +1,9 @@
-"""What the miniature tower sees while it is pretrained: scenes, near twins of them, close-ups.
+"""Images for pretraining the miniature CLIP: scenes, near duplicates (twins), and close-ups.
 
-Besides the world's own colours there are others that no caption names. Without them a small tower
-learns shapes colour by colour, and reads a green star, which it never met, as a green cross. No odd
-colour could pass for the one that would make an unseen pair. A close-up shows one quarter of a
-scene, as large as it will be when `fit` doubles the image size.
+Besides the named colours of the rendered scenes there are odd colours that no caption names.
+Without them a small encoder learns shapes colour by colour and takes a green star, an unseen pair,
+for a green cross. No odd colour is close to one that would make an unseen pair. A close-up is one
+quarter of a scene at the resolution that `fit` uses after it doubles the image size.
 """
 
 from __future__ import annotations
@@ -29,15 +29,14 @@ from vlbench.data.scene_world import (
     make_scene,
 )
 
-IMAGE_SCENE_STREAM = "tower"  # of scenes; other parts never meet them
-BASE_SCENES, TWINS_PER_SCENE = 28, 3  # pictures of a later step, and near twins of each
-NAMELESS_COLOUR = ""  # the colour of an odd object
+IMAGE_SCENE_STREAM = "tower"  # stream of scenes that nothing else uses
+BASE_SCENES, TWINS_PER_SCENE = 28, 3  # scenes of a later step, and twins of each
+NAMELESS_COLOUR = ""  # the name of an odd colour
 ODD_COLOUR_SHARE = 0.35  # share of the objects of a whole scene that are odd
 _COLOUR_SHAPE_PAIRS = (*SEEN_PAIRS, *((NAMELESS_COLOUR, shape) for shape in SHAPES))
 _MIN_COLOUR_DISTANCE = 40  # RGB distance of odd colours to named ones, at least
-_MIN_HUE_DISTANCE = (
-    75  # degrees between an odd hue and that of the colour that makes an unseen pair
-)
+# degrees between an odd hue and that of the colour that makes an unseen pair
+_MIN_HUE_DISTANCE = 75
 _DARK_CHANNEL_LIMIT = 120  # what has no brighter channel could pass for black
 _UNSEEN_PAIR_COLOURS = {shape: COLOURS[colour] for colour, shape in UNSEEN_PAIRS.items()}
 

@@ -1,10 +1,10 @@
-"""Text of the rendered world without pictures: what the miniature language model learns from.
+"""Text about rendered scenes, without images: the training data of the miniature language model.
 
-A scene is told in words, in either language, standing where a picture would stand; then come facts,
-a caption or a chat about it. Half of the scenes are told as a raster, cell by cell, with the words
-of a cell written over one another, so that all of them stand at one position. That a position can
-say several things is then learned from words, and `fit` has to teach only which features mean which
-words. No unseen pair ever occurs.
+A description of a scene, in either language, stands where an image would; facts, a caption or a
+chat about it follow. Half of the descriptions are rasters: the scene cell by cell, with all words
+of a cell at one position (their embeddings are added). So the model learns from text that one
+position can hold several words, as a visual token must, and `fit` has to teach only which features
+mean which words. No unseen pair occurs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import random
 from collections import Counter
 
 from vlbench.data.chat_template import YI_VL
-from vlbench.data.sample_encoding import ChatTurn
+from vlbench.data.sample import ChatTurn
 from vlbench.data.scene_dataset import CAPTION_PROMPTS
 from vlbench.data.scene_text import (
     CELL_NAMES,
@@ -29,15 +29,13 @@ from vlbench.data.scene_text import (
 )
 from vlbench.data.scene_world import IMAGE_SIDE, RenderedScene, SceneObject, make_scene
 
-TEXT_SCENE_STREAM = "words"  # of scenes; pictures of fit come from other streams
-TextPiece = tuple[str, bool]  # text, and whether the model must learn to write it
+TEXT_SCENE_STREAM = "words"  # stream of scenes; the images of fit come from others
+TextPiece = tuple[str, bool]  # text, and whether it is supervised
 _FACTS_PER_DOCUMENT, _QUESTIONS_PER_DRILL, _QUESTIONS_PER_CHAT = 14, 10, 8  # in one document
 _OTHER_LANGUAGE_SHARE = 0.2  # share of phrases in the language that the rest is not told in
 DESCRIPTION_FORMS = {"raster": 6, "phrases": 4, "list": 1, "sentences": 1}  # how often each
-CELL_SEPARATOR, OVERLAY_SEPARATOR = (
-    "\t",
-    "\b",
-)  # a cell of a raster begins or ends; the next word is written over the last
+# a cell of a raster begins or ends; the next word is written over the last
+CELL_SEPARATOR, OVERLAY_SEPARATOR = "\t", "\b"
 _RASTER_GRIDS = (4, 4, 8)  # cells along a side: the patches at 56 pixels (more often) and at 112
 _COVERED_RADII = 0.7  # a cell shows an object that is at most so many radii away
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from vlbench.compat.torch_internals import compiler_settings
 from vlbench.errors import one_line
 
 if TYPE_CHECKING:
@@ -29,10 +30,8 @@ class CompiledBlocks:
         self._dynamo_settings = contextlib.ExitStack()
         if enabled:
             self._blocks = [*vlm.language.model.layers, *vlm.vision.blocks()]
-            from torch import _dynamo  # it takes a second
-
             # it would cut graphs to send gradients early, which blocks do anyway
-            self._dynamo_settings.enter_context(_dynamo.config.patch(optimize_ddp=False))
+            self._dynamo_settings.enter_context(compiler_settings(optimize_ddp=False))
         for block in self._blocks:
             compiled = torch.compile(block.forward, dynamic=True, backend=backend)
             block.forward = functools.partial(_forward_while_training, vlm, block.forward, compiled)
@@ -63,11 +62,6 @@ def _forward_while_training(
     Held-out losses and answers have other types and lengths, so other graphs, and are few.
     """
     return (compiled_forward if vlm.training else eager_forward)(*args, **kwargs)
-
-
-def is_compiler_error(error: BaseException) -> bool:
-    """Tell whether `error` is the compiler's: it is missing, or stumbles over a block."""
-    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
 
 
 def describe_compiler_error(error: BaseException) -> str:

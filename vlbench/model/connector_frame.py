@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from vlbench.compat.transformers_internals import passed_through_mask
 from vlbench.config.schema import Recipe
 from vlbench.connector.base import Connector
 from vlbench.model.connector_cost import QUESTION_TOKENS
@@ -19,7 +20,6 @@ from vlbench.model.language_model import (
     named_language_config,
     read_language_config,
 )
-from vlbench.model.packed_attention import empty_attention_mask
 from vlbench.model.vision_encoder import build_vision_encoder
 from vlbench.model.vlm import connector_shapes
 
@@ -109,7 +109,7 @@ class ConnectorFrame:
                     hidden = model.model(
                         inputs_embeds=embeds,
                         position_ids=positions,
-                        attention_mask=empty_attention_mask(embeds.device),
+                        attention_mask=passed_through_mask(embeds.device),
                         lengths=[[length]],
                         use_cache=False,
                     )

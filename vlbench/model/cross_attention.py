@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.weak import WeakIdKeyDictionary
 
-from vlbench.model.packed_attention import find_varlen_attention
+from vlbench.compat.torch_internals import find_varlen_attention
 
 MAX_HEAD_WIDTH = 256  # head width of torch's variable-length kernel, which wants a multiple of EVEN
 HEAD_WIDTH_MULTIPLE = 8

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from vlbench.compat.torch_internals import copy_module_attributes
+
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 ModuleCopies = dict[int, nn.Module]
 """The copy of each module by the `id` of the original."""
@@ -24,21 +26,11 @@ def in_eval_mode(model: ModuleT) -> ModuleT:
         return model
     originals = list(model.modules())
     copies: ModuleCopies = {id(module): object.__new__(type(module)) for module in originals}
+    rebind = functools.partial(_rebind_to_copies, copies=copies)
     for module in originals:
-        copied = vars(copies[id(module)])
-        copied.update(
-            {name: _rebind_to_copies(value, copies) for name, value in vars(module).items()}
-        )
-        copied["_modules"] = {
-            name: _rebind_to_copies(one, copies) for name, one in module._modules.items()
-        }
-        for name in copied:
-            if "_hooks" in name and isinstance(copied[name], dict):
-                hooks = copied[name]
-                copied[name] = type(hooks)(
-                    (key, _rebind_to_copies(one, copies)) for key, one in hooks.items()
-                )
-        copied["training"] = False
+        copied = copies[id(module)]
+        copy_module_attributes(module, copied, rebind)
+        copied.training = False
     return copies[id(model)]  # type: ignore[return-value]
 
 

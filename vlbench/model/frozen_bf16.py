@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlbench.compat.peft_internals import is_adapter_name
+from vlbench.compat.torch_internals import parameter_slots
 from vlbench.model.vlm import VLM
 
 FROZEN_DTYPE = torch.bfloat16
@@ -60,16 +62,16 @@ class _FrozenBF16Block:
 
         They replace the parameters, whose own data would change under a backward pass to come.
         """
-        self.bf16_weights = [module._parameters[name] for module, name in self.weight_owners]  # type: ignore[misc]
+        self.bf16_weights = [parameter_slots(module)[name] for module, name in self.weight_owners]  # type: ignore[misc]
         if torch.is_autocast_enabled(self.bf16_weights[0].device.type):
             self.bf16_weights = []
         for (module, name), held in zip(self.weight_owners, self.bf16_weights, strict=False):
-            module._parameters[name] = held.float()  # type: ignore[assignment]
+            parameter_slots(module)[name] = held.float()
 
     def put_back_weights(self, *_: Any) -> None:
         """Put the held weights back."""
         for (module, name), held in zip(self.weight_owners, self.bf16_weights, strict=False):
-            module._parameters[name] = held  # type: ignore[assignment]
+            parameter_slots(module)[name] = held
         self.bf16_weights = []
 
     def restore_float32(self) -> None:
@@ -88,7 +90,7 @@ def _find_frozen_weights(vlm: VLM) -> Iterator[tuple[nn.Module, list[tuple[nn.Mo
             (module, name)
             for path, module in block.named_modules()
             if type(module) is nn.Linear  # that of torch's own attention may take another way
-            and ".lora_" not in path  # dropout may come before
+            and not is_adapter_name(path)  # dropout may come before
             for name, parameter in module.named_parameters(recurse=False)
             if id(parameter) not in looked_up and _is_exact_in_bf16(parameter)
         ]

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.activations import ACT2FN
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from vlbench.compat.transformers_internals import llama_rotary_embedding, set_attention
 from vlbench.errors import UserError, one_line, suggest_name
 from vlbench.model.packed_attention import PACKED_ATTENTION
 from vlbench.model.weights import hub_download
@@ -141,7 +141,7 @@ def check_language_config(config: LlamaConfig, file: Path) -> LlamaConfig:
             f"{file}: hidden_act is '{config.hidden_act}', an unknown activation.{close}"
         )
     try:
-        LlamaRotaryEmbedding(config)
+        llama_rotary_embedding(config)
     except Exception as error:  # a type nobody knows, or numbers that are none
         raise UserError(
             f"{file}: its rotary positions cannot be built from {config.rope_parameters} "
@@ -155,16 +155,16 @@ def build_empty_language(config: LlamaConfig) -> LlamaForCausalLM:
 
     It attends over packed rows (model/packed_attention.py).
     """
-    config._attn_implementation = PACKED_ATTENTION
+    set_attention(config, PACKED_ATTENTION)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    model.model.rotary_emb = LlamaRotaryEmbedding(config)  # follows from the configuration
+    model.model.rotary_emb = llama_rotary_embedding(config)  # follows from the configuration
     return model.train()  # there is no dropout; in eval mode checkpointing would silently be off
 
 
 def build_random_language(config: LlamaConfig) -> Any:
     """Build the architecture with fresh weights."""
-    config._attn_implementation = PACKED_ATTENTION
+    set_attention(config, PACKED_ATTENTION)
     return LlamaForCausalLM(config).train()
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from timm.models import register_model
-from timm.models.eva import Eva
+
+from vlbench.compat.vision_internals import timm_eva
 
 EVA_MODEL_NAME = "vlbench_eva02_miniature"
 
 
 @register_model
-def vlbench_eva02_miniature(pretrained: bool = False, **kwargs: Any) -> Eva:
+def vlbench_eva02_miniature(pretrained: bool = False, **kwargs: Any) -> Any:
     """Build timm's Eva as its `eva02_*_clip_*` models, 5 blocks of width 128, 56 pixels."""
     own: dict[str, Any] = {
         "img_size": 56,
@@ -31,6 +32,6 @@ def vlbench_eva02_miniature(pretrained: bool = False, **kwargs: Any) -> Eva:
     wanted = own | kwargs
     for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):  # timm's own, for hubs
         wanted.pop(key, None)
-    model: Any = Eva(**wanted)
+    model = timm_eva()(**wanted)
     model.default_cfg = {"input_size": (3, 56, 56), "pool_size": None}
-    return model  # type: ignore[no-any-return]
+    return model

@@ -11,21 +11,20 @@ at once, and nothing about it is ever switched.
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
+from vlbench.compat.torch_internals import find_varlen_attention
+from vlbench.compat.transformers_internals import sdpa_attention
 from vlbench.model.language_loss import matmul_dtype
 
 PACKED_ATTENTION = "vlbench_packed"
+_sdpa_attention, _sdpa_mask = sdpa_attention()
 SampleLengths = list[list[int]]
 
 
@@ -62,42 +61,6 @@ def sample_bounds(
     sizes = [size for row in lengths for size in (*row, row_length - sum(row)) if size]
     begins = torch.tensor([0, *sizes], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     return SampleBounds(begins.pin_memory().to(device, non_blocking=True), max(sizes))
-
-
-@functools.cache
-def find_varlen_attention(causal: bool = True) -> Callable[..., Tensor] | None:
-    """Return torch's variable-length attention, with grouped heads, None without one.
-
-    The names of its options changed between versions of torch.
-    """
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    options = inspect.signature(varlen_attn).parameters
-    if "window_size" in options:
-        how: dict[str, Any] = {"window_size": (-1, 0 if causal else -1)}
-    elif "is_causal" in options:
-        how = {"is_causal": causal}
-    else:
-        return None
-    return functools.partial(_with_grouped_heads(varlen_attn, "enable_gqa" in options), **how)
-
-
-def _with_grouped_heads(attend: Callable[..., Any], supports_gqa: bool) -> Callable[..., Tensor]:
-    """Return `attend` for keys with fewer heads than queries, repeated where it cannot do it."""
-
-    def attend_grouped(
-        query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
-    ) -> Tensor:
-        groups = query.shape[1] // key.shape[1]
-        if groups > 1 and supports_gqa:
-            options["enable_gqa"] = True
-        elif groups > 1:
-            key, value = (one.repeat_interleave(groups, dim=1) for one in (key, value))
-        return attend(query, key, value, *args, **options)
-
-    return attend_grouped
 
 
 def packed_attention(
@@ -177,15 +140,6 @@ def _attend_varlen(
     return out.unflatten(0, (rows, length))
 
 
-def empty_attention_mask(device: torch.device) -> Tensor:
-    """Return an empty mask for packed rows, whose lengths say who sees whom.
-
-    transformers takes a mask of four dimensions as it is. Without one it would look for samples in
-    the positions, which makes the host wait for a GPU, and build a dense mask.
-    """
-    return torch.empty(0, 0, 0, 0, dtype=torch.bool, device=device)
-
-
 def _attend_masked(
     module: nn.Module,
     query: Tensor,
@@ -203,7 +157,7 @@ def _attend_masked(
         and not dropout
     ):
         return _attend_single_query(query, key, value, attention_mask, scaling), None
-    out, _ = sdpa_attention_forward(
+    out, _ = _sdpa_attention(
         module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
     )
     return out, None
@@ -223,4 +177,4 @@ def _attend_single_query(
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
-AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
+AttentionMaskInterface.register(PACKED_ATTENTION, _sdpa_mask)

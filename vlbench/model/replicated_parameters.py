@@ -14,6 +14,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
+from vlbench.compat.torch_internals import scale_in_place
 from vlbench.distributed import collectives
 
 
@@ -77,5 +78,5 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float
     )
     if norm > max_norm:
         for some in filter(None, grads):
-            torch._foreach_mul_(some, max_norm / (norm + 1e-6))  # as torch's own clipping
+            scale_in_place(some, max_norm / (norm + 1e-6))  # as torch's own clipping
     return norm

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from vlbench.compat.torch_internals import make_flop_counter
 from vlbench.data.packing import PackedBatch
 from vlbench.model.vlm import VLM
 
@@ -145,26 +145,6 @@ def real_device(device: torch.device) -> torch.device:
 def _count_matmul_passes(vlm: VLM, input_needs_grad: bool) -> int:
     """Return how often the connector's products are done: forward, for inputs, for weights."""
     return 1 + input_needs_grad + _has_trained_parameters(vlm.connector)
-
-
-def make_flop_counter() -> Any:
-    """Return torch's counter; it does not know the attention of a CPU by itself."""
-    aten = torch.ops.aten
-    known = {
-        aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-    }
-    return FlopCounterMode(display=False, custom_mapping=known)
-
-
-def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **options: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def _attention_backward_flops(
-    grad: Any, query: Any, key: Any, value: Any, *a: Any, **o: Any
-) -> int:
-    return 2 * sdpa_flop_count(query, key, value)  # what is computed again is not counted
 
 
 def _count_run_flops(connector: nn.Module, run: Any) -> float:

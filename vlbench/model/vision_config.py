@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-from open_clip.model import CLIPVisionCfg, _build_vision_tower
+from open_clip.model import CLIPVisionCfg
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from torch import nn
 
+from vlbench.compat.vision_internals import build_open_clip_encoder
 from vlbench.errors import UserError, suggest_name
 from vlbench.text_files import read_json, write_atomically
 
@@ -57,7 +58,7 @@ class VisionConfig:
             import vlbench.model.miniature_eva  # noqa: F401  makes its architecture known to timm
         # a connector needs the features of all patches, in training too
         keys = {**self.vision_cfg, "timm_model_pretrained": False, "patch_dropout": 0.0}
-        visual = _build_vision_tower(self.embed_dim, keys, self.quick_gelu)
+        visual: Any = build_open_clip_encoder(self.embed_dim, keys, self.quick_gelu)
         if not self.projection:
             visual.proj = None
         return visual

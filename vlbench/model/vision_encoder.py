@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import open_clip
 import torch
-from open_clip.model import resize_pos_embed
 from torch import Tensor, nn
 
+from vlbench.compat.vision_internals import (
+    encoder_blocks,
+    encoder_grid,
+    encoder_image_size,
+    encoder_width,
+    has_encoder_blocks,
+    set_encoder_image_size,
+)
 from vlbench.data.image_processing import ImageTransform
 from vlbench.errors import UserError, one_line, suggest_name
 from vlbench.model.vision_config import (
@@ -73,28 +79,22 @@ class VisionEncoder(nn.Module):
 
     def blocks(self) -> nn.ModuleList:
         """Return the transformer blocks, first to last."""
-        if hasattr(self.visual, "trunk"):
-            return self.visual.trunk.blocks
-        return self.visual.transformer.resblocks
+        return encoder_blocks(self.visual)
 
     @property
     def feature_width(self) -> int:
         """Width of one feature."""
-        if hasattr(self.visual, "trunk"):
-            return self.visual.trunk.embed_dim
-        return self.visual.positional_embedding.shape[-1]
+        return encoder_width(self.visual)
 
     @property
     def image_size(self) -> int:
         """Side of the square input in pixels."""
-        return self.visual.image_size[0]
+        return encoder_image_size(self.visual)
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches at the current image size."""
-        if hasattr(self.visual, "trunk"):
-            return tuple(self.visual.trunk.patch_embed.grid_size)
-        return tuple(self.visual.grid_size)
+        return encoder_grid(self.visual)
 
     @property
     def transform(self) -> ImageTransform:
@@ -141,18 +141,8 @@ class VisionEncoder(nn.Module):
                 f"image_size is {image_size}; this tower needs a multiple of {patch}, "
                 f"for example {max(1, round(image_size / patch)) * patch}"
             )
-        if image_size == self.image_size:
-            return
-        visual = self.visual
-        if hasattr(visual, "trunk"):
-            visual.set_input_size(image_size)
-            return
-        visual.image_size = (image_size, image_size)
-        visual.grid_size = (image_size // patch, image_size // patch)
-        key = "visual.positional_embedding"
-        state = {key: visual.positional_embedding.data}
-        resize_pos_embed(state, SimpleNamespace(visual=visual))
-        visual.positional_embedding = nn.Parameter(state[key].contiguous())
+        if image_size != self.image_size:
+            set_encoder_image_size(self.visual, image_size)
 
     def used_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that the features depend on: the others must not be trained."""
@@ -206,7 +196,7 @@ def build_encoder_from_config(
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # open_clip's and timm's
         reason = one_line(error)
         raise UserError(f"vision.name is '{name}', which cannot be built ({reason})") from error
-    if not hasattr(visual, "transformer") and not hasattr(getattr(visual, "trunk", None), "blocks"):
+    if not has_encoder_blocks(visual):
         raise UserError(
             f"vision.name is '{name}', which is no ViT; towers that work are open_clip's ViT-* "
             "and EVA* models, for example ViT-H-14, ViT-L-14-336 or EVA02-L-14-336"

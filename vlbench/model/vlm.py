@@ -11,6 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vlbench.compat.transformers_internals import (
+    decoder_layer_input,
+    passed_through_mask,
+    replace_decoder_layer_input,
+)
 from vlbench.connector.base import Connector, Shapes, zero_like_loss
 from vlbench.data.chat_template import ChatTemplate
 from vlbench.data.image_processing import ImageTransform
@@ -26,7 +31,7 @@ from vlbench.model.generation.prefix_cache import PrefixCache
 from vlbench.model.generation.sampling_options import CHAT_OPTIONS, refuse_unknown_options
 from vlbench.model.generation.static_cache import CompiledDecodeStep
 from vlbench.model.language_loss import summed_loss
-from vlbench.model.packed_attention import OpaqueLengths, empty_attention_mask, sample_bounds
+from vlbench.model.packed_attention import OpaqueLengths, sample_bounds
 from vlbench.model.vision_encoder import VisionEncoder
 from vlbench.model.weights.tensor_groups import move_and_cast
 from vlbench.model.weights.weight_origin import WeightOrigin
@@ -197,7 +202,7 @@ class VLM(nn.Module):
             visual,
             batch.image_index,
             position_ids=batch.position_ids,
-            attention_mask=empty_attention_mask(visual.device),
+            attention_mask=passed_through_mask(visual.device),
             lengths=OpaqueLengths(batch.sample_lengths),
             bounds=sample_bounds(batch.sample_lengths, batch.input_ids.shape[1], visual.device),
             use_cache=False,
@@ -315,12 +320,10 @@ def _inject_before_layer(
     vlm: VLM, layer_index: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict]:
     """Be the hook before decoder layer `layer`: visual tokens arrive as keyword arguments."""
-    hidden = args[0] if args else kwargs["hidden_states"]
+    hidden = decoder_layer_input(args, kwargs)
     inject = vlm._with_checkpointing(vlm.connector.inject)
     hidden = inject(layer_index, hidden, kwargs["visual"], kwargs["image_index"])
-    if args:
-        return (hidden, *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": hidden}
+    return replace_decoder_layer_input(args, kwargs, hidden)
 
 
 def connector_shapes(vision_encoder: VisionEncoder, lm_config: Any) -> Shapes:

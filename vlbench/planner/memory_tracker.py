@@ -11,9 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from vlbench.compat.fake_tensors import (
+    FakeTensor,
+    TorchDispatchMode,
+    is_device_query,
+    is_type_cast,
+    storage_address,
+    tree_leaves,
+    unset_fake_temporarily,
+)
 
 WEIGHT_COPIES, LOGITS = "weight copies", "logits"
 INTEGER_FACTORIES = (torch.ops.aten.arange, torch.ops.aten.randint, torch.ops.aten.randperm)
@@ -50,7 +57,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation on shapes, or on whole numbers for real, and note what it makes."""
-        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+        if is_device_query(func) and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # asked for three times as often as anything is computed
         kwargs = kwargs or {}
         given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
@@ -60,23 +67,24 @@ class MemoryTracker(TorchDispatchMode):
         if func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put_):
             args = _masks_to_indices(args)
         made = func(*args, **kwargs)
-        known = {_storage_address(one) for one in given if isinstance(one, FakeTensor)}
+        known = {storage_address(one) for one in given if isinstance(one, FakeTensor)}
         for one in tree_leaves(made):
-            if isinstance(one, FakeTensor) and _storage_address(one) not in known:
+            if isinstance(one, FakeTensor) and storage_address(one) not in known:
                 self._count_storage(one, self._classify_output(func, given, one))
         return made
 
     def _classify_output(self, func: Any, inputs: list[Tensor], output: Tensor) -> str:
-        if func is torch.ops.aten._to_copy.default and isinstance(inputs[0], nn.Parameter):
+        if is_type_cast(func) and isinstance(inputs[0], nn.Parameter):
             return WEIGHT_COPIES
         return LOGITS if output.shape[-1:] == (self._vocab_size,) else self.kind
 
     def _count_storage(self, tensor: Tensor, kind: str) -> None:
         storage = tensor.untyped_storage()
-        if storage._cdata in self._open_storages:
+        address = storage_address(tensor)
+        if address in self._open_storages:
             return
         size = storage.nbytes()
-        self._open_storages[storage._cdata] = size
+        self._open_storages[address] = size
         self._live_bytes[kind] = self._live_bytes.get(kind, 0) + size
         self._total_bytes += size
         if self._total_bytes > self._peak_bytes.get(self.phase, 0):
@@ -84,7 +92,7 @@ class MemoryTracker(TorchDispatchMode):
                 self._total_bytes,
                 dict(self._live_bytes),
             )
-        weakref.finalize(storage, self._release_storage, self._open_storages, storage._cdata, kind)
+        weakref.finalize(storage, self._release_storage, self._open_storages, address, kind)
 
     def _release_storage(self, open_storages: dict[int, int], address: int, kind: str) -> None:
         size = open_storages.pop(address)
@@ -117,7 +125,3 @@ def _masks_to_indices(args: Any) -> Any:
 
 def _is_boolean_mask(index: Any) -> bool:
     return isinstance(index, Tensor) and index.dtype == torch.bool
-
-
-def _storage_address(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata

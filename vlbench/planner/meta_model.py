@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from vlbench.compat.vision_internals import keep_encoder_blocks
+from vlbench.config.recipe import with_random_weights
 from vlbench.config.schema import Recipe
 from vlbench.connector import registry
 from vlbench.data.chat_template import CHAT_TEMPLATES
@@ -21,7 +22,7 @@ from vlbench.model.language_model import TINY_LANGUAGE_FOLDER, build_random_lang
 from vlbench.model.vision_encoder import VisionEncoder
 from vlbench.model.vlm import VLM
 from vlbench.train.shape_checks import meta_encoder_and_config
-from vlbench.train.training_module import check_objective, freeze_untrained_parts
+from vlbench.train.trainable_parts import check_objective, freeze_untrained_parts
 
 
 class SampleShape(NamedTuple):
@@ -51,8 +52,9 @@ def build_meta_vlm(recipe: Recipe, stage_name: str, depth: ModelDepth | None = N
     """
     stage = recipe.stages[stage_name]
     local = Path(recipe.language.weights).expanduser().is_dir()
-    language = recipe.language if local else dataclasses.replace(recipe.language, weights="random")
-    tower, config = meta_encoder_and_config(dataclasses.replace(recipe, language=language))
+    tower, config = meta_encoder_and_config(
+        recipe if local else with_random_weights(recipe, "language")
+    )
     tower.set_image_size(stage.image_size)
     if depth is not None:
         config.num_hidden_layers = depth.decoder_layers
@@ -79,11 +81,7 @@ def build_meta_vlm(recipe: Recipe, stage_name: str, depth: ModelDepth | None = N
 
 def _truncate_encoder(vision_encoder: VisionEncoder, block_count: int) -> None:
     """Leave a tower its first blocks; the features are those of the last."""
-    visual = vision_encoder.visual
-    if hasattr(visual, "trunk"):
-        visual.trunk.blocks = visual.trunk.blocks[:block_count]
-    else:
-        visual.transformer.resblocks = visual.transformer.resblocks[:block_count]
+    keep_encoder_blocks(vision_encoder.visual, block_count)
     vision_encoder.block_index = block_count - 1
 
 

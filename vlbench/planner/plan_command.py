@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -60,7 +59,7 @@ def usable_memory(gpu: GpuSpec) -> float:
 def make_plan(options: PlanOptions) -> TrainingPlan:
     """Count everything; nothing is trained, and no weight takes memory."""
     recipe = options.recipe
-    stage_plan.check_data(recipe, stage_plan.plan_stage_runs(recipe, skip_without_data=True))
+    stage_plan.check_data(stage_plan.plan_stage_runs(recipe, skip_without_data=True))
     stages: dict[str, StageMemory] = {}
     works: dict[str, StageWorkload] = {}
     left_out, assumed = [], False
@@ -96,7 +95,7 @@ def run_plan(options: PlanOptions) -> int:
     print("\n".join(plan_report.format_plan(make_plan(options))), flush=True)
     if not options.probe:
         return 0
-    from vlbench.train.fit import fit
+    from vlbench.train.dry_run import dry_run
 
     print("\nprobe: one step of every stage, longest batch first", flush=True)
-    return fit(dataclasses.replace(options.recipe, dry_run=True))
+    return dry_run(options.recipe)

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from vlbench.compat.fake_tensors import FakeTensorMode
+from vlbench.compat.torch_internals import buffer_slots, parameter_slots
 from vlbench.model.vlm import VLM
 from vlbench.planner.memory_tracker import MemoryTracker
 from vlbench.planner.meta_model import SampleShape, build_row_batch
@@ -82,7 +83,7 @@ def _move_to_fake_cpu(model: nn.Module) -> None:
     """
     moved: dict[int, Tensor] = {}
     for module in model.modules():
-        for held in (module._parameters, module._buffers):
+        for held in (parameter_slots(module), buffer_slots(module)):
             for name, one in held.items():
                 if one is None:
                     continue

@@ -8,7 +8,7 @@ from statistics import mean
 
 from vlbench.config.schema import Recipe, StageConfig
 from vlbench.data.data_sources import open_stage_mixture, stage_data
-from vlbench.data.sample_encoding import IGNORE_INDEX, encode_sample
+from vlbench.data.sample_encoding import SampleEncoder
 from vlbench.data.shuffle import SourceMixture
 from vlbench.errors import BadSample, UserError
 from vlbench.model.train_flops import StepFlops, count_step_flops, temporarily_frozen
@@ -103,20 +103,21 @@ def _measure_samples(
     vlm: VLM, stage: StageConfig, mixture_samples: SourceMixture
 ) -> Iterator[SampleShape]:
     """Give the shapes of the first samples of a stream; no picture is opened."""
+    encoder = SampleEncoder(
+        vlm.tokenizer,
+        vlm.template,
+        vlm.connector.tokens_per_image,
+        vlm.max_length,
+        stage.sample_format,
+    )
     for position in range(min(MEASURED_SAMPLES, len(mixture_samples))):
         try:
-            one = encode_sample(
-                mixture_samples[position],
-                vlm.template,
-                vlm.tokenizer,
-                vlm.connector.tokens_per_image,
-                vlm.max_length,
-                stage.sample_format,
-            )
+            encoded = encoder.encode(mixture_samples[position])
         except BadSample:
             continue
-        learned = sum(label != IGNORE_INDEX for label in one.labels)
-        yield SampleShape(len(one.input_ids), len(one.sample.images), learned)
+        yield SampleShape(
+            len(encoded.input_ids), len(encoded.sample.images), encoded.supervised_token_count
+        )
 
 
 def _mean_sample(samples: Iterator[SampleShape], stage_name: str) -> SampleShape:

@@ -1,4 +1,4 @@
-"""`activation_checkpointing=auto`: the mode that keeps most and fits, found by a long step."""
+"""`activation_checkpointing=auto`: the mode that recomputes least and fits into memory."""
 
 from __future__ import annotations
 
@@ -6,55 +6,68 @@ from collections.abc import Callable
 
 import torch
 
-from vlbench.config.schema import Recipe
 from vlbench.data.batch_sampler import StepDataset
 from vlbench.data.packing import PackedBatch
 from vlbench.distributed import collectives
-from vlbench.distributed.process_group import is_fsdp_sharded
 from vlbench.model.activation_checkpointing import CHECKPOINTING_MODES
 from vlbench.model.contrastive_loss import add_contrast_pools
 from vlbench.model.vlm import VLM
 
-CANDIDATE_STEPS = 16  # steps among whose micro-batches the longest is tried
+CANDIDATE_STEPS = 16  # the longest micro-batch of these steps is measured
 SPARE_MEMORY_SHARE = (
     0.05  # share of a GPU's memory that is left free: later steps may be a little longer
 )
-OPTIMIZER_BYTES_PER_PARAM = 8  # bytes that AdamW keeps of a trained number, two moments in float32
+OPTIMIZER_BYTES_PER_PARAM = 8  # of AdamW's two moments, in float32
 
 
 def set_activation_checkpointing(
-    recipe: Recipe, vlm: VLM, steps: StepDataset, device: torch.device
+    vlm: VLM,
+    steps: StepDataset,
+    device: torch.device,
+    mode: str,
+    *,
+    bf16: bool,
+    is_sharded: bool,
 ) -> str:
-    """Set what the stage keeps for its backward passes, and return the way.
+    """Set what is recomputed in the backward passes of a stage, and return the mode.
 
-    Several processes go the same way, that of the one with the least room. A model that is to be
-    sharded cannot be tried whole, and keeps least.
+    Several processes take the same mode, that of the one with the least memory. A model that is to
+    be sharded does not fit unsharded, so nothing can be measured: it recomputes most.
+
+    Args:
+        vlm: The model, prepared for the stage.
+        steps: Its optimizer steps, with a length.
+        device: Where it will be trained.
+        mode: One of `CHECKPOINTING_MODES`, or `auto` to find the one that recomputes least and
+            fits into the memory of a GPU.
+        bf16: Whether the forward pass runs under bfloat16 autocast.
+        is_sharded: Whether FSDP will shard the model.
     """
-    how: str = recipe.activation_checkpointing
-    if how == "auto" and is_fsdp_sharded(recipe):
-        how = CHECKPOINTING_MODES[-1]
-    elif how == "auto":
-        mine = choose_checkpointing_mode(
-            lambda way: _measure_peak_memory(recipe, vlm, steps, device, way), _memory_limit(device)
+    if mode == "auto" and is_sharded:
+        mode = CHECKPOINTING_MODES[-1]
+    elif mode == "auto":
+        rank_mode = choose_checkpointing_mode(
+            lambda candidate: _measure_peak_memory(vlm, steps, device, candidate, bf16),
+            _memory_limit(device),
         )
-        how = max(collectives.all_gather_objects(mine), key=CHECKPOINTING_MODES.index)
-    vlm.enable_activation_checkpointing(how)
-    return how
+        mode = max(collectives.all_gather_objects(rank_mode), key=CHECKPOINTING_MODES.index)
+    vlm.enable_activation_checkpointing(mode)
+    return mode
 
 
 def choose_checkpointing_mode(
     measure_peak: Callable[[str], int | None], memory_limit: int | None
 ) -> str:
-    """Return the first of WAYS whose peak in bytes is within `room`; the last if none is.
+    """Return the first of `CHECKPOINTING_MODES` whose peak is within the limit, else the last.
 
-    A peak of None ran out of memory; a room of None has no limit that could be known.
+    Both are in bytes. A peak of None means out of memory, a limit of None that none is known.
     """
     if memory_limit is None:
         return CHECKPOINTING_MODES[0]
-    for way in CHECKPOINTING_MODES[:-1]:
-        needed = measure_peak(way)
-        if needed is not None and needed <= memory_limit:
-            return way
+    for mode in CHECKPOINTING_MODES[:-1]:
+        peak = measure_peak(mode)
+        if peak is not None and peak <= memory_limit:
+            return mode
     return CHECKPOINTING_MODES[-1]
 
 
@@ -65,32 +78,37 @@ def _memory_limit(device: torch.device) -> int | None:
 
 
 def _measure_peak_memory(
-    recipe: Recipe, vlm: VLM, steps: StepDataset, device: torch.device, mode: str
+    vlm: VLM, steps: StepDataset, device: torch.device, mode: str, bf16: bool
 ) -> int | None:
-    """Return the peak of the longest micro-batch in bytes, optimizer included; None if it failed.
+    """Return the peak of the longest micro-batch in bytes, with the optimizer's state.
 
-    Nothing is changed: gradients are thrown away.
+    None if memory ran out. Nothing is changed: gradients are thrown away.
     """
     vlm.to(device).enable_activation_checkpointing(mode)
     batch = _longest_batch(steps)
     torch.cuda.reset_peak_memory_stats(device)
     try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             batch = add_contrast_pools(vlm, [batch.to(device)], all_processes=False)[0]
             out = vlm(batch)
-        parts = [out.loss_sum, *(value for value, _ in out.extra.values())]
-        torch.stack([part.float() for part in parts if part is not None]).sum().backward()
+        losses = [out.loss_sum, *(value for value, _ in out.extra.values())]
+        torch.stack([loss.float() for loss in losses if loss is not None]).sum().backward()
     except torch.OutOfMemoryError:
         return None
     finally:
         vlm.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
-    states = OPTIMIZER_BYTES_PER_PARAM * sum(p.numel() for p in vlm.parameters() if p.requires_grad)
-    return torch.cuda.max_memory_allocated(device) + states + _pooled_feature_bytes(batch, steps)
+    trained_count = sum(p.numel() for p in vlm.parameters() if p.requires_grad)
+    optimizer_bytes = OPTIMIZER_BYTES_PER_PARAM * trained_count
+    return (
+        torch.cuda.max_memory_allocated(device)
+        + optimizer_bytes
+        + _pooled_feature_bytes(batch, steps)
+    )
 
 
 def _pooled_feature_bytes(batch: PackedBatch, steps: StepDataset) -> int:
-    """Return the bytes of features that `contrastive_loss` keeps of a step's other pairs."""
+    """Return the bytes of features that a contrastive loss keeps of other micro-batches."""
     if batch.contrast_pool is None or batch.features is None:
         return 0
     pairs = -(-steps.global_batch_size // steps.world_size) - len(batch.features)
@@ -98,7 +116,6 @@ def _pooled_feature_bytes(batch: PackedBatch, steps: StepDataset) -> int:
 
 
 def _longest_batch(steps: StepDataset) -> PackedBatch:
-    some = [
-        batch for n in range(min(CANDIDATE_STEPS, len(steps))) for batch in steps[n].micro_batches
-    ]
-    return max(some, key=lambda batch: batch.input_ids.numel() + batch.pixels.numel())
+    step_count = min(CANDIDATE_STEPS, len(steps))
+    candidates = [batch for index in range(step_count) for batch in steps[index].micro_batches]
+    return max(candidates, key=lambda batch: batch.input_ids.numel() + batch.pixels.numel())

@@ -1,106 +1,107 @@
-"""A dry run: a few steps per stage, the longest first, so that what fails does so in a minute."""
+"""A dry run: a few steps of every stage, the longest first, so that what fails does so at once."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import NamedTuple
-
-from torch.utils.data import DataLoader
 
 from vlbench.config.schema import Recipe
 from vlbench.data.batch_sampler import OptimizerStep
 from vlbench.distributed import collectives
-from vlbench.distributed.process_group import is_fsdp_sharded
+from vlbench.distributed.process_group import join_process_group
 from vlbench.errors import UserError
-from vlbench.model.compile_blocks import CompiledBlocks
+from vlbench.process_settings import preserve_process_settings
 from vlbench.train import run_report
-from vlbench.train.auto_checkpointing import set_activation_checkpointing
-from vlbench.train.fit import build_or_resume_model, hold_frozen_bf16
-from vlbench.train.lightning_trainer import build_trainer, explain_stage_errors, root_device
+from vlbench.train.callbacks import StageCallback
+from vlbench.train.fit import build_or_resume_model
+from vlbench.train.lightning_trainer import quiet_lightning
 from vlbench.train.shape_checks import check_stage_shapes
-from vlbench.train.stage_plan import StageRun, build_stage_steps, check_data
+from vlbench.train.stage_plan import StageRun, build_stage_steps, check_data, plan_stage_runs
+from vlbench.train.stage_runner import StageRunner
 from vlbench.train.throughput import peak_memory
-from vlbench.train.training_module import StageCallback, VLMTrainingModule, freeze_untrained_parts
+from vlbench.train.training_module import VLMTrainingModule
+from vlbench.train.user_callbacks import build_user_callbacks
 
 CANDIDATE_STEPS = 16  # steps of a stage among which the longest is taken
 TIMED_STEPS = 2  # steps after the longest, which comes first and is slower than those to come
 
 
 class StageMeasurement(NamedTuple):
-    """What a stage takes; numbers are of this machine."""
+    """What a stage takes on this machine."""
 
     stage_name: str
     total_steps: int
     """Optimizer steps of the stage."""
     longest_tokens: int
-    """Positions of its longest step."""
+    """Positions of the longest step."""
     micro_batches: int
     """Micro-batches of that step."""
     loss: float
     """Loss of the last step that was tried."""
     step_seconds: float
-    """Of a typical optimizer step."""
+    """Seconds of a typical optimizer step."""
     peak_bytes: int
-    """Peak in bytes, up to and with this stage."""
+    """Peak memory in bytes, from the start of the process to the end of this stage."""
 
 
-def dry_run(recipe: Recipe, stage_runs: list[StageRun]) -> int:
-    """Do a few optimizer steps per stage and keep nothing; return the exit code."""
-    seconds = 0.0
-    for one in measure_stages(recipe, stage_runs):
+def dry_run(recipe: Recipe) -> int:
+    """Do a few optimizer steps per stage in this process, keep nothing; return the exit code."""
+    with preserve_process_settings(), quiet_lightning(), join_process_group(recipe.trainer):
+        return dry_run_stages(recipe, plan_stage_runs(recipe))
+
+
+def dry_run_stages(recipe: Recipe, stage_runs: list[StageRun]) -> int:
+    """Do a few optimizer steps per stage and print what they took; return the exit code."""
+    total_seconds = 0.0
+    for measured in measure_stages(recipe, stage_runs):
         print(
-            f"{one.stage_name}: {one.longest_tokens} tokens in {one.micro_batches} micro-batches, "
-            f"loss {one.loss:.3f}, {one.step_seconds:.2g} s a step, "
-            f"peak memory {run_report.format_bytes(one.peak_bytes)}"
+            f"{measured.stage_name}: {measured.longest_tokens} tokens in "
+            f"{measured.micro_batches} micro-batches, loss {measured.loss:.3f}, "
+            f"{measured.step_seconds:.2g} s a step, "
+            f"peak memory {run_report.format_bytes(measured.peak_bytes)}"
         )
-        seconds += one.step_seconds * one.total_steps
+        total_seconds += measured.step_seconds * measured.total_steps
     print(
         "dry run done, nothing was kept; training will take about "
-        f"{run_report.format_duration(seconds)}"
+        f"{run_report.format_duration(total_seconds)}"
     )
     return 0
 
 
 def measure_stages(recipe: Recipe, stage_runs: list[StageRun]) -> Iterator[StageMeasurement]:
     """Try every stage: its longest step, then two as they come."""
-    check_data(recipe, stage_runs)
+    check_data(stage_runs)
     check_stage_shapes(recipe, stage_runs)
+    user_callbacks = build_user_callbacks(recipe.trainer.callbacks)
     vlm, _ = build_or_resume_model(recipe, stage_runs, None)
     run_report.show_weight_origins(vlm.weight_origins, recipe.seed)
-    for leg in stage_runs:
-        if not leg.total_steps:
+    runner = StageRunner.from_recipe(recipe)
+    for stage_run in stage_runs:
+        if not stage_run.total_steps:
             continue
-        vlm.set_image_size(leg.stage.image_size)
-        freeze_untrained_parts(vlm, leg.stage)
-        held = hold_frozen_bf16(recipe, vlm)
-        steps = replace(
-            build_stage_steps(vlm, leg),
-            rank=collectives.rank(),
-            world_size=collectives.world_size(),
-        )
-        set_activation_checkpointing(recipe, vlm, steps, root_device(recipe))
-        candidates = [steps[n] for n in range(min(CANDIDATE_STEPS, leg.total_steps))]
-        longest = max(candidates, key=_count_positions)
-        if not collectives.all_gather_numbers([_count_positions(longest)]).sum():
-            bad = [str(one) for step in candidates for one in step.bad_samples[:1]]
-            raise UserError(
-                f"stage {leg.name}: its first {len(candidates)} steps have nothing to learn from: "
-                f"{bad[0] if bad else 'no sample has a picture, and the stage learns captions'}"
+        vlm.set_image_size(stage_run.stage.image_size)
+        with runner.prepare_stage(vlm, stage_run.stage):
+            steps = build_stage_steps(vlm, stage_run)
+            runner.set_activation_checkpointing(vlm, steps)
+            candidates = [steps[n] for n in range(min(CANDIDATE_STEPS, stage_run.total_steps))]
+            longest = max(candidates, key=_count_positions)
+            _check_not_empty(stage_run.name, candidates, longest)
+            tried = [longest, *candidates[:TIMED_STEPS]]
+            clock = _StepClock()
+            module = runner.train_stage(
+                vlm,
+                stage_run.name,
+                stage_run.stage,
+                tried,
+                len(tried),
+                callbacks=[*user_callbacks, clock],
             )
-        tried = [longest, *candidates[:TIMED_STEPS]]
-        clock = _StepClock()
-        module = VLMTrainingModule(vlm, leg.stage, len(tried), 0, recipe.seed, [clock])
-        with CompiledBlocks(vlm, recipe.trainer.compile), explain_stage_errors(leg):
-            loader: DataLoader = DataLoader(tried, batch_size=None)  # type: ignore[arg-type]
-            build_trainer(recipe, [], None).fit(module, loader)
-        held.restore_float32()
-        if is_fsdp_sharded(recipe):
-            vlm, _ = build_or_resume_model(recipe, stage_runs, None)  # whole again
+        if runner.is_sharded:  # unsharded again, as the next stage needs it
+            vlm, _ = build_or_resume_model(recipe, stage_runs, None)
         yield StageMeasurement(
-            leg.name,
-            leg.total_steps,
+            stage_run.name,
+            stage_run.total_steps,
             _count_positions(longest),
             len(longest.micro_batches),
             module.report.loss,
@@ -120,5 +121,22 @@ class _StepClock(StageCallback):
         self.end_times.append(time.monotonic())
 
 
+def _check_not_empty(
+    stage_name: str, candidates: list[OptimizerStep], longest: OptimizerStep
+) -> None:
+    """Raise a UserError if no process has anything in the first steps of a stage."""
+    if collectives.all_gather_numbers([_count_positions(longest)]).sum():
+        return
+    bad_samples = [str(bad) for step in candidates for bad in step.bad_samples[:1]]
+    reason = (
+        bad_samples[0] if bad_samples else "no sample has a picture, and the stage learns captions"
+    )
+    raise UserError(
+        f"stage {stage_name}: its first {len(candidates)} steps have nothing to learn from: "
+        f"{reason}"
+    )
+
+
 def _count_positions(step: OptimizerStep) -> int:
+    """Return the positions of a step, without padding."""
     return sum(sum(lengths) for batch in step.micro_batches for lengths in batch.sample_lengths)

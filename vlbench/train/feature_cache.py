@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from vlbench.compat.lightning_internals import autocast_context, trainer_device
 from vlbench.data.batch_sampler import StepDataset
 from vlbench.data.feature_store import FeatureLocations, FeatureShards, FeatureStore, content_key
 from vlbench.data.image_processing import ImageTransform
-from vlbench.data.sample_encoding import LazyImage
+from vlbench.data.sample import LazyImage
 from vlbench.distributed.launcher import isolate_data_worker
 from vlbench.errors import BadSample, UserError
 from vlbench.model.frozen_bf16 import FROZEN_DTYPE
@@ -51,7 +52,7 @@ def cache_features(
     prepare pictures. When `stop` says so, those that are known by then are returned.
     Raises a Mistake when the disk has no room; what is kept by then stays.
     """
-    device = trainer.strategy.root_device
+    device = trainer_device(trainer)
     own = folder / encoder_fingerprint(vlm, f"{device.type} {trainer.precision}")
     try:
         own.mkdir(parents=True, exist_ok=True)
@@ -98,7 +99,7 @@ def _fill_cache(
             num_workers=num_workers,
             worker_init_fn=isolate_data_worker,
         )
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
+        with torch.no_grad(), autocast_context(trainer):
             kept |= _compute_features(vlm, loader, len(missing), shards, should_stop)
     return FeatureStore(
         shards, {picture: kept[key] for picture, key in keys.items() if key in kept}
@@ -119,7 +120,7 @@ def _keyed_images(steps: StepDataset) -> Iterator[tuple[LazyImage, bytes]]:
 
 def _unique_images(steps: StepDataset) -> Iterator[LazyImage]:
     met: set[LazyImage] = set()
-    shown = slice(1) if steps.sample_format == "caption" else slice(None)
+    shown = slice(1) if steps.encoder.sample_format == "caption" else slice(None)
     for position in range(steps.total_steps * steps.global_batch_size):
         try:
             pictures = steps.mixture[position].images[shown]

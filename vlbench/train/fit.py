@@ -1,164 +1,106 @@
-"""Fit a recipe: its stages one after the other, resumed where they stopped, then the results."""
+"""Train the stages of a recipe one after the other, resumed where a run stopped."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
 from pathlib import Path
 
+import lightning.pytorch as pl
 import torch
-from torch.utils.data import DataLoader
 
-from vlbench.config.schema import PART_NAMES, Recipe, StageConfig
-from vlbench.data.data_sources import stage_data
+from vlbench.config.schema import Recipe
 from vlbench.distributed import collectives
-from vlbench.distributed.launcher import final_exit_code, isolate_data_worker, silent_exit_code
-from vlbench.distributed.process_group import (
-    is_fsdp_sharded,
-    join_process_group,
-    leave_process_group,
-)
+from vlbench.distributed.process_group import is_fsdp_sharded, leave_process_group
 from vlbench.errors import BadSample, UserError
-from vlbench.model import lora_adapters
 from vlbench.model.build_vlm import build_vlm
-from vlbench.model.compile_blocks import CompiledBlocks
-from vlbench.model.frozen_bf16 import FrozenBF16
 from vlbench.model.vlm import VLM
 from vlbench.model.weights.tensor_groups import move_and_cast
-from vlbench.process_settings import preserve_process_settings
 from vlbench.train import checkpoint_files, run_report
-from vlbench.train.auto_checkpointing import set_activation_checkpointing
-from vlbench.train.callbacks import (
-    CheckpointCallback,
-    GracefulStop,
-    NonFiniteGuard,
-    QuarantineCallback,
-    ValidationCallback,
-    quarantine_samples,
-)
+from vlbench.train.callbacks import CheckpointCallback, GracefulStop, ValidationCallback
 from vlbench.train.checkpoint_files import RunPosition
-from vlbench.train.feature_cache import cache_features
-from vlbench.train.lightning_trainer import (
-    build_trainer,
-    explain_stage_errors,
-    quiet_lightning,
-    root_device,
-)
-from vlbench.train.loggers import build_loggers
+from vlbench.train.lightning_trainer import build_loggers
+from vlbench.train.nonfinite_guard import NonFiniteGuard
 from vlbench.train.progress_logging import ProgressCallback, truncate_metrics
+from vlbench.train.quarantine import QuarantineCallback, quarantine_samples
 from vlbench.train.resume import build_from_init, load_checkpoint
 from vlbench.train.run_folder import RunFolder, open_run
 from vlbench.train.shape_checks import check_init_weights, check_stage_shapes
-from vlbench.train.stage_plan import (
-    StageRun,
-    build_stage_steps,
-    check_data,
-    held_out_batches,
-    plan_stage_runs,
-)
-from vlbench.train.training_module import (
-    StageCallback,
-    VLMTrainingModule,
-    check_objective,
-    freeze_untrained_parts,
-    trained_parameters,
-)
-
-
-def fit(recipe: Recipe) -> int:
-    """Train the stages of `recipe`, evaluate, and say what to try next; return the exit code."""
-    with preserve_process_settings(), quiet_lightning(), join_process_group(recipe):
-        code = _fit_recipe(recipe)
-        if not collectives.is_rank_zero():
-            return silent_exit_code(code)
-        others = collectives.is_distributed()
-    return final_exit_code(code) if others else code
-
-
-def _fit_recipe(recipe: Recipe) -> int:
-    legs = collectives.call_on_all_ranks(lambda: plan_stage_runs(recipe))
-    if recipe.dry_run:
-        from vlbench.train.dry_run import dry_run
-
-        return dry_run(recipe, legs)
-    run = collectives.call_on_rank_zero(lambda: check_and_open_run(recipe, legs))
-    if run.is_finished:
-        print(f"{run.folder} is finished; these are its results.")
-        return run_report.show_results(run)
-    run_report.show_run_start(recipe, run, [(leg.name, leg.stage, leg.total_steps) for leg in legs])
-    with GracefulStop() as interrupts:
-        return StageRunner(recipe, run, legs, interrupts).run_stages()
+from vlbench.train.stage_plan import StageRun, build_stage_steps, check_data, held_out_batches
+from vlbench.train.stage_runner import StageRunner
+from vlbench.train.trainable_parts import check_trainable_stage, parts_to_save
 
 
 def check_and_open_run(recipe: Recipe, stage_runs: list[StageRun]) -> RunFolder:
-    """Look at data and sizes unless that was done before, and return the open folder of the run."""
-    for leg in stage_runs:
-        if leg.stage.global_batch_size < collectives.world_size():
+    """Check data and shapes unless that was done before, and return the opened run folder."""
+    for stage_run in stage_runs:
+        if stage_run.stage.global_batch_size < collectives.world_size():
             raise UserError(
-                f"stages.{leg.name}.global_batch_size is {leg.stage.global_batch_size}, fewer "
-                f"than the {collectives.world_size()} "
+                f"stages.{stage_run.name}.global_batch_size is "
+                f"{stage_run.stage.global_batch_size}, fewer than the {collectives.world_size()} "
                 "processes: some would have nothing to do"
             )
-    bad: list[BadSample] = []
+    bad_samples: list[BadSample] = []
     if not (recipe.run and RunFolder(Path(recipe.run)).is_finished):
-        bad = check_data(recipe, stage_runs)  # before there is a folder
+        bad_samples = check_data(stage_runs)  # before there is a folder
     if not (recipe.run and RunFolder(Path(recipe.run)).latest_position):
         check_stage_shapes(recipe, stage_runs)
         check_init_weights(recipe, stage_runs[0].stage)
     run = open_run(recipe)
-    quarantine_samples(run, bad)
+    quarantine_samples(run, bad_samples)
     return run
 
 
-@dataclass
-class StageRunner:
-    """A recipe being fitted in its run folder."""
+class RunTraining:
+    """The training of one run: all stages that are left of it."""
 
-    recipe: Recipe
-    run: RunFolder
-    stage_runs: list[StageRun]
-    graceful_stop: GracefulStop
-    seen: dict[str, int] = field(default_factory=dict)
-    """Samples, images and tokens that were learned from by now."""
-    started_at: float = field(default_factory=time.monotonic)
-    earlier_seconds: float = 0.0
-    """Seconds that the run had taken when it was stopped."""
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunFolder,
+        stage_runs: list[StageRun],
+        graceful_stop: GracefulStop,
+        user_callbacks: Sequence[pl.Callback] = (),
+    ) -> None:
+        """Prepare to train; `user_callbacks` are those that the recipe names."""
+        self.recipe, self.run, self.stage_runs = recipe, run, stage_runs
+        self.graceful_stop, self.user_callbacks = graceful_stop, user_callbacks
+        self.stage_runner = StageRunner.from_recipe(recipe, run.folder)
+        self.seen: dict[str, int] = {}
+        """Samples, images and tokens that the run has trained on."""
+        self.started_at = time.monotonic()
+        self.earlier_seconds = 0.0
+        """Seconds that the run had taken when it was stopped."""
 
     def elapsed_seconds(self) -> float:
-        """Return how many seconds the run has taken."""
+        """Return how many seconds the run has taken, without the time in which it was stopped."""
         return self.earlier_seconds + time.monotonic() - self.started_at
 
-    def run_stages(self) -> int:
-        """Train what is left, evaluate, report; return the exit code."""
+    def train_stages(self) -> VLM | None:
+        """Train the stages that are left; return the model, or None if training was stopped."""
         try:
-            vlm, start = collectives.call_on_all_ranks(
+            vlm, position = collectives.call_on_all_ranks(
                 lambda: build_or_resume_model(self.recipe, self.stage_runs, self.run)
             )
             collectives.call_on_rank_zero(
                 lambda: self.run.record_weight_origins(vlm.weight_origins)
             )
         except UserError:
-            self.run.discard_if_empty()  # the same command can be mended and repeated
+            self.run.discard_if_empty()  # so that the command can be repeated when it is mended
             raise
         run_report.show_weight_origins(vlm.weight_origins, self.recipe.seed)
-        self.seen, self.earlier_seconds = start.seen or {}, start.seconds or 0.0
-        for leg in self.stage_runs[start.stage :]:
-            done = start.step if leg.stage_index == start.stage else 0
-            vlm.set_image_size(leg.stage.image_size)
-            if done < leg.total_steps:
-                self.train_stage(vlm, leg, done)
+        self.seen, self.earlier_seconds = position.seen or {}, position.seconds or 0.0
+        for stage_run in self.stage_runs[position.stage :]:
+            steps_done = position.step if stage_run.stage_index == position.stage else 0
+            vlm.set_image_size(stage_run.stage.image_size)
+            if steps_done < stage_run.total_steps:
+                self.train_stage(vlm, stage_run, steps_done)
             if self.graceful_stop.sync_stop_request()[0]:
-                return run_report.show_interrupted(self.run, self.graceful_stop.stop_reason)
-            if done < leg.total_steps and is_fsdp_sharded(self.recipe):
-                vlm = collectives.call_on_all_ranks(
-                    self.load_newest_model
-                )  # whole again: the next stage changes it
-        if not collectives.is_rank_zero():
-            return 0
-        if is_fsdp_sharded(self.recipe):
-            move_and_cast(vlm.language, torch.float32, "cpu")  # it is still in its file
-        leave_process_group()
-        return self.evaluate_and_report(vlm)
+                return None
+            if steps_done < stage_run.total_steps and self.stage_runner.is_sharded:
+                # unsharded again, as the next stage needs it
+                vlm = collectives.call_on_all_ranks(self.load_newest_model)
+        return vlm
 
     def load_newest_model(self) -> VLM:
         """Return the model of the newest checkpoint."""
@@ -166,194 +108,152 @@ class StageRunner:
         return load_checkpoint(
             self.run.checkpoint_path(self.run.latest_position),
             self.recipe,
-            mmap_language=is_fsdp_sharded(self.recipe),
+            mmap_language=self.stage_runner.is_sharded,
         )
 
     def train_stage(self, vlm: VLM, stage_run: StageRun, steps_done: int) -> None:
-        """Run one stage after its first `done` steps, to its end or until somebody stops it."""
-        torch.manual_seed(self.recipe.seed)  # of what the connector builds for the stage alone
-        freeze_untrained_parts(vlm, stage_run.stage)
-        held = hold_frozen_bf16(self.recipe, vlm)
-        steps = replace(
-            build_stage_steps(vlm, stage_run),
-            rank=collectives.rank(),
-            world_size=collectives.world_size(),
-        )
-        how = set_activation_checkpointing(self.recipe, vlm, steps, root_device(self.recipe))
-        run_report.show_stage(
-            stage_run.name, stage_run.stage, stage_run.total_steps, steps_done, vlm
-        )
-        if self.recipe.activation_checkpointing == "auto":
-            print(f"  activation_checkpointing=auto: {how}")
-        offset = (
-            sum(other.total_steps for other in self.stage_runs[: stage_run.stage_index])
-            + steps_done
-        )
-        state = None
-        if steps_done:
-            position = RunPosition(stage_run.stage_index, stage_run.name, steps_done)
-            state = checkpoint_files.read_optimizer_state(self.run.checkpoint_path(position))
-        training = VLMTrainingModule(
-            vlm,
-            stage_run.stage,
-            stage_run.total_steps,
-            steps_done,
-            self.recipe.seed,
-            self.build_callbacks(vlm, stage_run, steps_done),
-            state,
-            self.seen,
-        )
-        loggers = build_loggers(self.recipe, self.run, offset) if collectives.is_rank_zero() else []
-        trainer = build_trainer(self.recipe, loggers, self.run.folder, [self.graceful_stop])
-        workers = stage_data(self.recipe.data, stage_run.stage).workers
-        cache = self.recipe.trainer.feature_cache
-        if cache and "vision" not in stage_run.stage.trained_parts:
-            stop = self.graceful_stop.is_stop_requested
-            steps.feature_store = cache_features(vlm, steps, Path(cache), trainer, workers, stop)
-        loader: DataLoader = DataLoader(
-            steps,
-            sampler=range(steps_done, stage_run.total_steps),
-            batch_size=None,
-            num_workers=workers,
-            worker_init_fn=isolate_data_worker,
-            pin_memory=trainer.strategy.root_device.type == "cuda",
-        )
-        with CompiledBlocks(vlm, self.recipe.trainer.compile), explain_stage_errors(stage_run):
-            trainer.fit(training, loader)
-        held.restore_float32()
-        self.seen = training.seen
+        """Train a stage from step `steps_done` to its end, or until it is stopped."""
+        runner, stage = self.stage_runner, stage_run.stage
+        workers = stage_run.data_config.workers
+        with runner.prepare_stage(vlm, stage):
+            steps = build_stage_steps(vlm, stage_run)
+            mode = runner.set_activation_checkpointing(vlm, steps)
+            run_report.show_stage(stage_run.name, stage, stage_run.total_steps, steps_done, vlm)
+            if runner.activation_checkpointing == "auto":
+                print(f"  activation_checkpointing=auto: {mode}")
+            optimizer_state = None
+            if steps_done:
+                position = RunPosition(stage_run.stage_index, stage_run.name, steps_done)
+                checkpoint = self.run.checkpoint_path(position)
+                optimizer_state = checkpoint_files.read_optimizer_state(checkpoint)
+            callbacks = self.build_callbacks(vlm, stage_run, steps_done)
+            loggers = []
+            if collectives.is_rank_zero():
+                last_kept_step = self.earlier_steps(stage_run) + steps_done
+                loggers = build_loggers(self.recipe.log, self.run.folder, last_kept_step)
+            if "vision" not in stage.trained_parts:
+                should_stop = self.graceful_stop.is_stop_requested
+                runner.cache_features(vlm, steps, workers, should_stop)
+            module = runner.train_stage(
+                vlm,
+                stage_run.name,
+                stage,
+                steps,
+                stage_run.total_steps,
+                steps_done=steps_done,
+                optimizer_state=optimizer_state,
+                seen=self.seen,
+                callbacks=callbacks,
+                loggers=loggers,
+                num_workers=workers,
+            )
+        self.seen = module.seen
 
-    def build_callbacks(
-        self, vlm: VLM, stage_run: StageRun, steps_done: int
-    ) -> list[StageCallback]:
-        """Return what looks on while a stage trains, in the order of looking."""
-        settings, log = self.recipe.trainer, self.recipe.log
+    def earlier_steps(self, stage_run: StageRun) -> int:
+        """Return the optimizer steps of all stages before this one."""
+        return sum(earlier.total_steps for earlier in self.stage_runs[: stage_run.stage_index])
+
+    def build_callbacks(self, vlm: VLM, stage_run: StageRun, steps_done: int) -> list[pl.Callback]:
+        """Return the callbacks of a stage in the order in which they are called.
+
+        Those of the user come first: a checkpoint holds what they change. The guard and the
+        quarantine raise before a checkpoint is written.
+        """
+        trainer_config, log_config = self.recipe.trainer, self.recipe.log
         parts = self.checkpoint_parts(stage_run)
-        saving = CheckpointCallback(
+        checkpoint_callback = CheckpointCallback(
             self.run,
             (stage_run.stage_index, stage_run.name),
             parts,
-            settings.checkpoint_every,
-            settings.keep_last_checkpoints,
+            trainer_config.checkpoint_every,
+            trainer_config.keep_last_checkpoints,
             self.graceful_stop,
             self.elapsed_seconds,
         )
         run_report.show_disk_usage(
-            vlm, parts, settings.keep_last_checkpoints, self.run.checkpoints_folder
+            vlm, parts, trainer_config.keep_last_checkpoints, self.run.checkpoints_folder
         )
-        held_out = ValidationCallback(
-            held_out_batches(self.recipe, vlm, stage_run), log.evaluate_every, saving
+        validation = ValidationCallback(
+            held_out_batches(vlm, stage_run, self.recipe.seed),
+            log_config.evaluate_every,
+            checkpoint_callback,
         )
-        metrics = self.run.folder / "metrics.csv" if collectives.is_rank_zero() else None
-        if metrics:
-            truncate_metrics(
-                metrics, [other.name for other in self.stage_runs], stage_run.name, steps_done
-            )
-        offset = sum(other.total_steps for other in self.stage_runs[: stage_run.stage_index])
-        on_bad_sample = stage_data(self.recipe.data, stage_run.stage).on_bad_sample
+        metrics_file = None
+        if collectives.is_rank_zero():
+            metrics_file = self.run.folder / "metrics.csv"
+            stage_names = [other.name for other in self.stage_runs]
+            truncate_metrics(metrics_file, stage_names, stage_run.name, steps_done)
+        progress = ProgressCallback(
+            stage_run.name,
+            self.earlier_steps(stage_run),
+            log_config.every_n_steps,
+            metrics_file,
+            validation,
+        )
+        max_nonfinite_steps = trainer_config.max_nonfinite_steps
         return [
-            held_out,
-            NonFiniteGuard(stage_run.name, settings.max_nonfinite_steps, run_report.print_status),
-            QuarantineCallback(self.run, on_bad_sample, stage_run.data),
-            ProgressCallback(stage_run.name, offset, log.every_n_steps, metrics, held_out),
-            saving,
+            self.graceful_stop,
+            *self.user_callbacks,
+            validation,
+            NonFiniteGuard(stage_run.name, max_nonfinite_steps, run_report.print_status),
+            QuarantineCallback(self.run, stage_run.data_config.on_bad_sample, stage_run.data),
+            progress,
+            checkpoint_callback,
         ]
 
     def checkpoint_parts(self, stage_run: StageRun) -> list[str]:
-        """Return what a checkpoint must hold: all that is trained up to and with `leg`, or random.
+        """Return the parts that a checkpoint of this stage must hold, so that it stands alone.
 
-        Of a model that began with `init` that is everything.
+        They are what has been trained by then, and what no file has: a connector, and parts with
+        random weights. Of a model that began with `init` that is everything.
         """
-        legs = self.stage_runs[: stage_run.stage_index + 1]
-        trained = {
-            part for part in PART_NAMES if is_part_changed(part, [other.stage for other in legs])
-        }
-        trained.add("connector")  # no file has what it begins with
-        if self.recipe.init:
-            trained |= {"vision", "connector", "language"}
+        always_saved = ["connector"]
         for part in ("vision", "language"):
-            if getattr(self.recipe, part).weights == "random":  # no file has them
-                trained.add(part)
-        return [part for part in ("vision", "connector", "language") if part in trained]
+            if self.recipe.init or getattr(self.recipe, part).weights == "random":
+                always_saved.append(part)
+        stages = [other.stage for other in self.stage_runs[: stage_run.stage_index + 1]]
+        return parts_to_save(stages, always_saved)
 
-    def evaluate_and_report(self, vlm: VLM) -> int:
-        """Evaluate the trained model, write results and examples, and print them."""
-        from vlbench.evaluate.run_results import write_results
+    def finish_training(self, vlm: VLM) -> None:
+        """Leave the other processes, and put the model where questions can be asked.
 
-        if self.run.latest_position is None:  # nothing was trained; the model is kept all the same
-            last = self.stage_runs[-1]
-            position = RunPosition(last.stage_index, last.name, 0)
-            parts = self.checkpoint_parts(last)
-            where, recipe = self.run.checkpoints_folder, self.run.recipe_file
+        If no stage had a step, the model is kept in a checkpoint all the same. Only the first
+        process calls it.
+        """
+        if self.stage_runner.is_sharded:
+            move_and_cast(vlm.language, torch.float32, "cpu")  # until now it was in its file
+        leave_process_group()
+        if self.run.latest_position is None:
+            last_run = self.stage_runs[-1]
             checkpoint_files.CheckpointWriter(
-                where, position, vlm, parts, None, recipe
+                self.run.checkpoints_folder,
+                RunPosition(last_run.stage_index, last_run.name, 0),
+                vlm,
+                self.checkpoint_parts(last_run),
+                None,
+                self.run.recipe_file,
             ).finish_writing()
         vlm.requires_grad_(False)
-        hold_frozen_bf16(
-            self.recipe, vlm
-        )  # what fitted into memory while it was trained shall still fit
-        vlm.to(root_device(self.recipe))  # Lightning took it away
-        done = write_results(
-            self.recipe,
-            self.run,
-            vlm,
-            self.graceful_stop.is_stop_requested,
-            self.elapsed_seconds,
-        )
-        if not done:
-            return run_report.show_interrupted(self.run, self.graceful_stop.stop_reason)
-        return run_report.show_results(self.run)
+        self.stage_runner.hold_frozen_bf16(vlm)  # so that it fits where training fitted
+        vlm.to(self.stage_runner.device)  # Lightning has moved it to the CPU
 
 
 def build_or_resume_model(
     recipe: Recipe, stage_runs: list[StageRun], run: RunFolder | None
 ) -> tuple[VLM, RunPosition]:
     """Build the model where training begins or goes on, with the newest weights of the run."""
+    is_sharded = is_fsdp_sharded(recipe.trainer)
     latest = run.latest_position if run else None
-    start = latest or RunPosition(0, stage_runs[0].name, 0)
-    stage = stage_runs[start.stage].stage
+    position = latest or RunPosition(0, stage_runs[0].name, 0)
+    stage = stage_runs[position.stage].stage
     if run and latest:
-        vlm = load_checkpoint(
-            run.checkpoint_path(latest), recipe, mmap_language=is_fsdp_sharded(recipe)
-        )
+        vlm = load_checkpoint(run.checkpoint_path(latest), recipe, mmap_language=is_sharded)
         print(f"resuming {run.folder} after step {latest.step} of {latest.name}")
     elif recipe.init:
-        vlm = build_from_init(recipe, stage, is_fsdp_sharded(recipe))
+        vlm = build_from_init(recipe, stage, is_sharded)
     else:
-        vlm = build_vlm(recipe, stage.image_size, stage.objective, is_fsdp_sharded(recipe))
+        vlm = build_vlm(recipe, stage.image_size, stage.objective, is_sharded)
     vlm.vision.draft = recipe.data.decode == "draft"
-    for leg in stage_runs:
-        check_objective(vlm, leg.name, leg.stage)
-        check_trainable_params(vlm, leg)
-        for part, how in leg.stage.trained_parts.items():
-            if how.lora:
-                name = f"stages.{leg.name}.train.{part}"
-                lora_adapters.check_adapters(
-                    getattr(vlm, part), name, how.lora.targets, how.lora.bits
-                )
-    return vlm, start
-
-
-def check_trainable_params(vlm: VLM, stage_run: StageRun) -> None:
-    """Refuse a stage that trains only parts without a parameter, as a connector of means alone."""
-    ways = stage_run.stage.trained_parts.items()
-    if stage_run.total_steps and not any(
-        how.lora or trained_parameters(vlm, name, how) for name, how in ways
-    ):
-        parts = ", ".join(stage_run.stage.trained_parts)
-        raise UserError(
-            f"stages.{stage_run.name}.train names {parts}, which has no parameters here: "
-            "nothing would "
-            "be trained; train another part, or leave the stage out"
-        )
-
-
-def hold_frozen_bf16(recipe: Recipe, vlm: VLM) -> FrozenBF16:
-    """Hold frozen weights in 16 bits where training rounds them so; shards need a single type."""
-    return FrozenBF16(vlm, recipe.precision == "bf16" and not is_fsdp_sharded(recipe))
-
-
-def is_part_changed(part: str, stages: list[StageConfig]) -> bool:
-    """Tell whether stages change the weights of `part`: adapters do when others replace them."""
-    ways = [stage.trained_parts[part].lora for stage in stages if part in stage.trained_parts]
-    return any(way is None for way in ways) or any(way != ways[0] for way in ways)
+    for stage_run in stage_runs:
+        check_trainable_stage(vlm, stage_run.name, stage_run.stage, stage_run.total_steps)
+    return vlm, position

@@ -1,4 +1,4 @@
-"""Lightning's Trainer of one stage, where it runs, and what it says when it cannot."""
+"""Lightning's Trainer of one stage, its loggers, and clear messages for what may end it."""
 
 from __future__ import annotations
 
@@ -11,44 +11,44 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.profilers import PyTorchProfiler
 
-from vlbench.config.schema import Recipe
+from vlbench.compat.lightning_internals import trainer_device
+from vlbench.compat.torch_internals import is_compiler_error
+from vlbench.config.schema import LoggingConfig, StageConfig, TrainerConfig
 from vlbench.connector import registry
 from vlbench.distributed.process_group import distributed_trainer_args, is_connection_error
-from vlbench.model.compile_blocks import is_compiler_error
+from vlbench.errors import UserError
 from vlbench.train import run_report
-from vlbench.train.stage_plan import StageRun
 
 LIGHTNING_PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed"}
 
 
-def root_device(recipe: Recipe) -> torch.device:
-    """Return the device that the recipe trains on."""
-    return build_trainer(recipe, [], None).strategy.root_device
+def root_device(trainer_config: TrainerConfig) -> torch.device:
+    """Return the device that this process trains on."""
+    return trainer_device(build_trainer(trainer_config, "32"))
 
 
 def build_trainer(
-    recipe: Recipe,
-    loggers: list[Logger],
-    profile_folder: Path | None,
+    trainer_config: TrainerConfig,
+    precision: str,
+    loggers: Sequence[Logger] = (),
     callbacks: Sequence[pl.Callback] = (),
+    profile_folder: Path | None = None,
 ) -> pl.Trainer:
-    """Return the Lightning Trainer of one stage; it saves nothing by itself.
+    """Return the Lightning Trainer of one stage; it writes no checkpoints by itself.
 
-    With `profile=true` a trace of some steps is written into `folder`.
+    `precision` is `32` or `bf16`. A profiler trace of some steps is written into `profile_folder`.
     """
     with quiet_lightning():
         return pl.Trainer(
-            **distributed_trainer_args(recipe.trainer),
-            precision=LIGHTNING_PRECISION[recipe.precision],
+            **distributed_trainer_args(trainer_config),
+            precision=LIGHTNING_PRECISION[precision],
             max_epochs=1,
-            logger=loggers,
+            logger=list(loggers),
             callbacks=list(callbacks),
-            profiler=PyTorchProfiler(profile_folder, "profile")
-            if recipe.profile and profile_folder
-            else None,
+            profiler=PyTorchProfiler(profile_folder, "profile") if profile_folder else None,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -57,9 +57,30 @@ def build_trainer(
         )
 
 
+def build_loggers(log_config: LoggingConfig, run_folder: Path, last_kept_step: int) -> list[Logger]:
+    """Return the loggers beside metrics.csv; what they hold beyond `last_kept_step` is dropped."""
+    loggers: list[Logger] = []
+    if log_config.tensorboard:
+        loggers.append(
+            TensorBoardLogger(
+                run_folder, name="", version="tensorboard", purge_step=last_kept_step + 1
+            )
+        )
+    if log_config.wandb:
+        from lightning.pytorch.loggers import WandbLogger
+
+        try:
+            loggers.append(
+                WandbLogger(project=log_config.wandb, save_dir=run_folder, id=run_folder.name)
+            )
+        except ModuleNotFoundError as error:
+            raise UserError("log.wandb needs: pip install 'vlbench[wandb]'") from error
+    return loggers
+
+
 @contextlib.contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Leave out what Lightning says to authors of loops, until the end of `with`."""
+    """Silence Lightning's hints and warnings until the end of `with`."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     with warnings.catch_warnings():
@@ -72,19 +93,19 @@ def quiet_lightning() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explain_stage_errors(stage_run: StageRun) -> Iterator[None]:
-    """Turn what may end a stage from outside into one line that says what to do."""
+def explain_stage_errors(stage_name: str, stage: StageConfig) -> Iterator[None]:
+    """Turn errors of memory, data workers and the compiler into one line that says what to do."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise run_report.out_of_memory_error(stage_run.name, stage_run.stage) from error
+        raise run_report.out_of_memory_error(stage_name, stage) from error
     except RuntimeError as error:
         if "DataLoader worker" in str(error):
-            raise run_report.worker_died_error(stage_run.name, error) from error
+            raise run_report.worker_died_error(stage_name, error) from error
         if is_compiler_error(error):
-            raise run_report.compile_error(stage_run.name, error) from error
+            raise run_report.compile_error(stage_name, error) from error
         if "can't allocate memory" in str(error):
-            raise run_report.out_of_memory_error(stage_run.name, stage_run.stage) from error
+            raise run_report.out_of_memory_error(stage_name, stage) from error
         if not is_connection_error(error):
             registry.blame_connector_file(error)
         raise

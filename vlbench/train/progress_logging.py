@@ -16,9 +16,9 @@ from vlbench.data.batch_sampler import OptimizerStep
 from vlbench.errors import UserError
 from vlbench.model.fsdp_wrapping import unsharded_connector
 from vlbench.text_files import write_atomically
-from vlbench.train.callbacks import ValidationCallback
+from vlbench.train.callbacks import StageCallback, ValidationCallback
 from vlbench.train.throughput import ThroughputMeter, format_throughput
-from vlbench.train.training_module import StageCallback, StepReport, VLMTrainingModule
+from vlbench.train.training_module import StepReport, VLMTrainingModule
 
 METRIC_COLUMNS = (
     "stage",

@@ -1,11 +1,12 @@
-"""The legs of a run: each stage with its data, its number of steps and its held-out samples."""
+"""The stages of a run, each with its data, its number of steps and its held-out samples."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from vlbench.config.recipe import stages_to_run
-from vlbench.config.schema import PART_NAMES, Recipe, StageConfig
+from vlbench.config.schema import PART_NAMES, DataConfig, Recipe, StageConfig
 from vlbench.data.batch_sampler import StepDataset
 from vlbench.data.data_sources import (
     SourceCache,
@@ -16,81 +17,103 @@ from vlbench.data.data_sources import (
 )
 from vlbench.data.packing import PackedBatch
 from vlbench.data.preflight import PreflightReport, has_images, inspect_source, no_usable_sample
-from vlbench.data.sample_encoding import SampleSource
+from vlbench.data.sample import SampleSource
+from vlbench.data.sample_encoding import SampleEncoder
 from vlbench.data.shards import WebDatasetShards
 from vlbench.data.shuffle import SourceMixture
+from vlbench.distributed import collectives
 from vlbench.errors import BadSample, UserError
 from vlbench.model.vlm import VLM
-from vlbench.train.callbacks import check_bad_samples
+from vlbench.train.quarantine import check_bad_samples
 from vlbench.train.run_report import print_status
 
-HELD_OUT_SAMPLES = 64  # read at every held-out evaluation: enough for a trend, cheap to repeat
+HELD_OUT_SAMPLES = 64  # of every held-out loss: enough for a trend, cheap to repeat
 
 
-@dataclass
+@dataclass(kw_only=True)
 class StageRun:
-    """One stage as it will be run; `number` counts from 0."""
+    """One stage as it will be run."""
 
     stage_index: int
+    """Its number among the stages that are run, from 0."""
     name: str
     stage: StageConfig
+    data_config: DataConfig
+    """Where its data come from: the stage's own keys, or those of the recipe."""
     data: SourceMixture
     total_steps: int
-    val_source: SampleSource | None = None
-    """The held-out samples of `data.val`, None if there is none."""
+    held_out: SampleSource | None = None
+    """Samples that training never meets: of `data.val`, or rendered; None if there are none."""
+    is_recipe_end: bool = False
+    """True for the last stage of the recipe, whose data the questions at the end are about."""
+
+    @property
+    def val_source(self) -> SampleSource | None:
+        """The held-out samples that are read from files, those of `data.val`."""
+        return self.held_out if self.data_config.val else None
 
     @property
     def all_sources(self) -> list[SampleSource]:
-        """Everything that is read from files: what is learned from, and held-out samples."""
+        """Everything that is read from files: training data, and held-out samples."""
         return [*self.data.sources, *([self.val_source] if self.val_source else [])]
 
 
 def plan_stage_runs(recipe: Recipe, skip_without_data: bool = False) -> list[StageRun]:
     """Return the stages to run, in order, with their data and number of steps.
 
-    All files of data are opened. `without_data` leaves out stages that have no data, which are a
-    Mistake otherwise. Raises a Mistake for a stage that trains nothing, too.
+    All files of data are opened. `skip_without_data` leaves out stages that have no data, which
+    are a UserError otherwise. Raises a UserError for a stage that trains nothing, too.
     """
-    legs = []
-    opened: SourceCache = {}
-    for number, name in enumerate(stages_to_run(recipe)):
+    stage_runs = []
+    open_sources: SourceCache = {}
+    last_name = list(recipe.stages)[-1]
+    for index, name in enumerate(stages_to_run(recipe)):
         stage = recipe.stages[name]
         check_trained_parts(name, stage)
-        own = stage_data(recipe.data, stage)
-        if skip_without_data and own.train is None and not own.mix:
+        data_config = stage_data(recipe.data, stage)
+        if skip_without_data and data_config.train is None and not data_config.mix:
             continue
-        data = open_stage_mixture(recipe.data, stage, name, recipe.seed, opened)
-        val = open_held_out(recipe.data, stage, recipe.seed, opened) if own.val else None
-        legs.append(StageRun(number, name, stage, data, count_stage_steps(stage, len(data)), val))
+        data = open_stage_mixture(recipe.data, stage, name, recipe.seed, open_sources)
+        stage_runs.append(
+            StageRun(
+                stage_index=index,
+                name=name,
+                stage=stage,
+                data_config=data_config,
+                data=data,
+                total_steps=count_stage_steps(stage, len(data)),
+                held_out=open_held_out(recipe.data, stage, recipe.seed, open_sources),
+                is_recipe_end=name == last_name,
+            )
+        )
     if not skip_without_data:
-        question_sources(recipe, opened)
-    return legs
+        question_sources(recipe, open_sources)
+    return stage_runs
 
 
 def check_trained_parts(name: str, stage: StageConfig) -> None:
     """Refuse a stage of one step or more that trains no part."""
-    runs = stage.steps if stage.steps is not None else stage.epochs
-    if runs and not stage.trained_parts:
+    length = stage.steps if stage.steps is not None else stage.epochs
+    if length and not stage.trained_parts:
         raise UserError(
             f"stages.{name}.train names no part, so nothing would be trained: give one of "
             f"{', '.join(PART_NAMES)} a learning rate, as "
-            f"stages.{name}.train.connector.lr=1e-4, or "
-            "leave the stage out"
+            f"stages.{name}.train.connector.lr=1e-4, or leave the stage out"
         )
 
 
 def question_sources(recipe: Recipe, open_sources: SourceCache | None = None) -> list[SampleSource]:
-    """Return the sources that the questions at the end come from: those of the last stage.
+    """Return the sources of the questions at the end: those of the recipe's last stage.
 
-    They are those of `data.val`, and otherwise what it trains on, also when it is not run.
+    They are its held-out samples if there are any, otherwise its training data, also when that
+    stage is not run.
     """
     name, stage = list(recipe.stages.items())[-1]
-    held = open_held_out(recipe.data, stage, recipe.seed, open_sources)
-    if held is not None:
-        return [held]
-    return [
-        one for one, _ in open_stage_sources(recipe.data, stage, name, recipe.seed, open_sources)
-    ]
+    held_out = open_held_out(recipe.data, stage, recipe.seed, open_sources)
+    if held_out is not None:
+        return [held_out]
+    weighted = open_stage_sources(recipe.data, stage, name, recipe.seed, open_sources)
+    return [source for source, _ in weighted]
 
 
 def count_stage_steps(stage: StageConfig, sample_count: int) -> int:
@@ -100,116 +123,116 @@ def count_stage_steps(stage: StageConfig, sample_count: int) -> int:
     return -(-round((stage.epochs or 1) * sample_count) // stage.global_batch_size)
 
 
-def check_data(recipe: Recipe, stage_runs: list[StageRun]) -> list[BadSample]:
+def check_data(stage_runs: Sequence[StageRun]) -> list[BadSample]:
     """Look at all records before a model is built; return the bad ones, or refuse them.
 
-    Keys that no reader uses are named. Raises a Mistake, too, for a stage of captions without a
-    picture.
+    Keys that no reader uses are named. Raises a UserError, too, for a stage of captions without an
+    image.
     """
-    looked: dict[tuple[str, str], PreflightReport] = {}
-    for leg in stage_runs:
-        read = leg.all_sources if leg.total_steps else [leg.val_source] if leg.val_source else []
-        for source in read:
+    reports: dict[tuple[str, str], PreflightReport] = {}
+    for stage_run in stage_runs:
+        val_source = stage_run.val_source
+        sources = stage_run.all_sources if stage_run.total_steps else [val_source]
+        for source in filter(None, sources):
             identity = (source.name, str(getattr(source, "image_folder", "")))
-            new = identity not in looked
-            found = looked.setdefault(
-                identity, inspect_source(source) if new else PreflightReport([])
-            )
-            check_source_bad_samples(recipe, leg, source, found.bad_samples, found.bad_sample_count)
-            if new:
-                check_usable_shards(leg, source, found.bad_samples)
-                _report_left_out(source, found)
-            if source is leg.val_source and leg.stage.sample_format == "caption":
-                _report_no_captions(leg, leg.val_source, found.bad_samples)
-        if leg.total_steps:
-            check_caption_images(
-                leg, [bad for found in looked.values() for bad in found.bad_samples]
-            )
-    bad = [bad for found in looked.values() for bad in found.bad_samples]
-    if stage_runs and stage_runs[-1].name == list(recipe.stages)[-1]:
-        _report_no_questions(stage_runs[-1], bad)
-    return bad
+            is_new = identity not in reports
+            if is_new:
+                reports[identity] = inspect_source(source)
+            report = reports[identity]
+            check_source_bad_samples(stage_run, source, report.bad_samples, report.bad_sample_count)
+            if is_new:
+                check_usable_shards(stage_run, source, report.bad_samples)
+                _report_left_out(source, report)
+            if source is val_source and stage_run.stage.sample_format == "caption":
+                _report_no_captions(stage_run, source, report.bad_samples)
+        if stage_run.total_steps:
+            check_caption_images(stage_run, _all_bad_samples(reports.values()))
+    bad_samples = _all_bad_samples(reports.values())
+    if stage_runs and stage_runs[-1].is_recipe_end:
+        _report_no_questions(stage_runs[-1], bad_samples)
+    return bad_samples
+
+
+def _all_bad_samples(reports: Iterable[PreflightReport]) -> list[BadSample]:
+    return [bad for report in reports for bad in report.bad_samples]
 
 
 def check_source_bad_samples(
-    recipe: Recipe,
-    stage_run: StageRun,
-    source: SampleSource,
-    bad_samples: list[BadSample],
-    bad_count: int,
+    stage_run: StageRun, source: SampleSource, bad_samples: list[BadSample], bad_count: int
 ) -> None:
-    """Raise a Mistake when `count` bad samples are too many for a source of a stage; see `judge`.
+    """Raise a UserError when `bad_count` samples are too many for a source of a stage.
 
-    `bad` holds the first of them.
+    `bad_samples` holds the first of them; `check_bad_samples` says how many are too many.
     """
     try:
-        check_bad_samples(
-            bad_samples,
-            bad_count,
-            len(source),
-            stage_data(recipe.data, stage_run.stage).on_bad_sample,
-        )
-    except UserError as mistake:
+        check_bad_samples(bad_samples, bad_count, len(source), stage_run.data_config.on_bad_sample)
+    except UserError as error:
         if source is not stage_run.val_source:
             raise
-        raise UserError(f"data.val {source.name}: {mistake}") from mistake
+        raise UserError(f"data.val {source.name}: {error}") from error
 
 
 def check_usable_shards(
     stage_run: StageRun, source: SampleSource, bad_samples: list[BadSample]
 ) -> None:
-    """Refuse shards of which no sample could be used, of those that were looked at.
+    """Refuse shards if none of the samples that were looked at can be used.
 
-    All samples of shards are too many to be read before training.
+    Shards hold too many samples to read all of them before training.
     """
-    none = no_usable_sample(source, bad_samples) if isinstance(source, WebDatasetShards) else None
-    if none:
-        which = "data.val" if source is stage_run.val_source else "data"
-        others = f" (and {none[0] - 1} more)" if none[0] > 1 else ""
+    if not isinstance(source, WebDatasetShards):
+        return
+    unusable = no_usable_sample(source, bad_samples)
+    if unusable:
+        count, first = unusable
+        key = "data.val" if source is stage_run.val_source else "data"
+        others = f" (and {count - 1} more)" if count > 1 else ""
         raise UserError(
-            f"{which} {source.name}: {none[1]}{others}. None of {none[0]} samples that were looked "
+            f"{key} {source.name}: {first}{others}. None of {count} samples that were looked "
             f"at of {len(source)} can be used"
         )
 
 
 def _report_no_questions(last_stage_run: StageRun, bad_samples: list[BadSample]) -> None:
-    """Say it if no question can be asked at the end, which takes a sample with a picture."""
-    of = [last_stage_run.val_source] if last_stage_run.val_source else last_stage_run.data.sources
-    if not any(has_images(source, bad_samples_of_source(source, bad_samples)) for source in of):
-        names = ", ".join(source.name for source in of)
+    """Print it if no question can be asked at the end, which takes a sample with an image."""
+    sources = list(last_stage_run.data.sources)
+    if last_stage_run.val_source:
+        sources = [last_stage_run.val_source]
+    if not any(
+        has_images(source, bad_samples_of_source(source, bad_samples)) for source in sources
+    ):
+        names = ", ".join(source.name for source in sources)
         print(f"{names}: no sample has a picture, so no question will be asked at the end")
 
 
 def _report_no_captions(
     stage_run: StageRun, val_source: SampleSource, bad_samples: list[BadSample]
 ) -> None:
-    """Say it if a stage of captions has no picture among its held-out samples."""
+    """Print it if a stage of captions has no image among its held-out samples."""
     if not has_images(val_source, bad_samples):
         print(
             f"stage {stage_run.name}: data.val {val_source.name} has no picture, and the stage "
-            "learns captions: "
-            "nothing is held out"
+            "learns captions: nothing is held out"
         )
 
 
 def bad_samples_of_source(source: SampleSource, bad_samples: list[BadSample]) -> list[BadSample]:
     """Return the bad samples of one source."""
-    return [one for one in bad_samples if one.source_name == source.name]
+    return [sample for sample in bad_samples if sample.source_name == source.name]
 
 
-def _report_left_out(source: SampleSource, found: PreflightReport) -> None:
+def _report_left_out(source: SampleSource, report: PreflightReport) -> None:
     """Print what of a source is left out."""
     for note in getattr(source, "notes", ()):
         print(f"{source.name}: {note}")
-    if found.bad_samples:
-        count = f"{found.bad_sample_count} of {len(source)} samples are bad and left out"
-        print(f"{source.name}: {count}, the first: {found.bad_samples[0]}")
-    if found.describe_unread_keys():
-        print(f"{source.name}: keys that are not read: {found.describe_unread_keys()}")
+    if report.bad_samples:
+        count = f"{report.bad_sample_count} of {len(source)} samples are bad and left out"
+        print(f"{source.name}: {count}, the first: {report.bad_samples[0]}")
+    if report.describe_unread_keys():
+        print(f"{source.name}: keys that are not read: {report.describe_unread_keys()}")
 
 
 def check_caption_images(stage_run: StageRun, bad_samples: list[BadSample]) -> None:
-    """Refuse a stage of captions whose data, the `bad` samples left out, have no picture."""
+    """Refuse a stage of captions whose data have no image, bad samples left out."""
     if stage_run.stage.sample_format != "caption":
         return
     for source in stage_run.data.sources:
@@ -217,43 +240,32 @@ def check_caption_images(stage_run: StageRun, bad_samples: list[BadSample]) -> N
             return
     raise UserError(
         f"stage {stage_run.name} learns captions of pictures (sample_format=caption), and the "
-        "data have no "
-        f"picture: {stage_run.data.name}. Leave the stage out (only=...), or give it data of "
-        "its own "
-        f"with stages.{stage_run.name}.data"
+        f"data have no picture: {stage_run.data.name}. Leave the stage out (only=...), or give "
+        f"it data of its own with stages.{stage_run.name}.data"
     )
 
 
 def build_stage_steps(vlm: VLM, stage_run: StageRun) -> StepDataset:
-    """Return the optimizer steps of a stage: a map from step number to micro-batches."""
-    return _build_steps(
-        vlm, stage_run, stage_run.data, stage_run.stage.global_batch_size, stage_run.total_steps
+    """Return the optimizer steps of a stage for this process, by their number."""
+    return replace(
+        _build_steps(
+            vlm,
+            stage_run,
+            stage_run.data,
+            stage_run.stage.global_batch_size,
+            stage_run.total_steps,
+        ),
+        rank=collectives.rank(),
+        world_size=collectives.world_size(),
     )
 
 
-def _build_steps(
-    vlm: VLM, stage_run: StageRun, data: SourceMixture, global_batch_size: int, total_steps: int
-) -> StepDataset:
-    return StepDataset(
-        mixture=data,
-        chat_template=vlm.template,
-        tokenizer=vlm.tokenizer,
-        image_transform=vlm.transform,
-        tokens_per_image=vlm.connector.tokens_per_image,
-        max_length=vlm.max_length,
-        sample_format=stage_run.stage.sample_format,
-        global_batch_size=global_batch_size,
-        max_tokens_per_row=stage_run.stage.max_tokens_per_row,
-        total_steps=total_steps,
-    )
-
-
-def held_out_batches(recipe: Recipe, vlm: VLM, stage_run: StageRun) -> list[PackedBatch]:
+def held_out_batches(vlm: VLM, stage_run: StageRun, seed: int) -> list[PackedBatch]:
     """Return encoded samples that training never meets, [] when the data have none."""
-    source = stage_run.val_source or open_held_out(recipe.data, stage_run.stage, recipe.seed)
+    source = stage_run.held_out
     if source is None:
         return []
-    data = SourceMixture([(source, 1.0)], recipe.seed)
+    data = SourceMixture([(source, 1.0)], seed)
     step = _build_steps(vlm, stage_run, data, min(HELD_OUT_SAMPLES, len(source)), 1)[0]
     if step.bad_samples:
         print_status(
@@ -261,3 +273,22 @@ def held_out_batches(recipe: Recipe, vlm: VLM, stage_run: StageRun) -> list[Pack
             f"{step.bad_samples[0]}"
         )
     return step.micro_batches
+
+
+def _build_steps(
+    vlm: VLM, stage_run: StageRun, data: SourceMixture, global_batch_size: int, total_steps: int
+) -> StepDataset:
+    return StepDataset(
+        mixture=data,
+        encoder=SampleEncoder(
+            vlm.tokenizer,
+            vlm.template,
+            vlm.connector.tokens_per_image,
+            vlm.max_length,
+            stage_run.stage.sample_format,
+        ),
+        image_transform=vlm.transform,
+        global_batch_size=global_batch_size,
+        max_tokens_per_row=stage_run.stage.max_tokens_per_row,
+        total_steps=total_steps,
+    )

@@ -11,10 +11,10 @@ from typing import get_args
 from vlbench.command_line.arguments import BudgetName, CompareArguments
 from vlbench.command_line.parser import split_arguments
 from vlbench.config import recipe as recipes
-from vlbench.config.convert import INTEGER_PATTERN, parse_flow_yaml
 from vlbench.config.overrides import format_override
 from vlbench.config.schema import Recipe, declared_keys
 from vlbench.errors import UserError
+from vlbench.strict_values import INTEGER_PATTERN, parse_flow_yaml
 from vlbench.text_files import split_lines
 
 MATCHABLE_BUDGETS: tuple[str, ...] = get_args(BudgetName)

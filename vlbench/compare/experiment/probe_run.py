@@ -16,7 +16,7 @@ from vlbench.evaluate.batched_answers import QUESTIONS_PER_BATCH, answer_questio
 from vlbench.evaluate.run_results import final_questions
 from vlbench.model.build_vlm import build_vlm
 from vlbench.train.dry_run import measure_stages
-from vlbench.train.lightning_trainer import build_trainer
+from vlbench.train.lightning_trainer import root_device
 from vlbench.train.stage_plan import plan_stage_runs
 from vlbench.train.throughput import peak_memory
 
@@ -42,7 +42,7 @@ def evaluation_seconds(recipe: Recipe) -> float:
     if not questions:
         return 0.0
     vlm = build_vlm(recipe, list(recipe.stages.values())[-1].image_size)
-    vlm.to(build_trainer(recipe, [], None).strategy.root_device)
+    vlm.to(root_device(recipe.trainer))
     began = time.monotonic()
     answer_questions(vlm, questions[:QUESTIONS_PER_BATCH], "")
     each = (time.monotonic() - began) / len(questions[:QUESTIONS_PER_BATCH])

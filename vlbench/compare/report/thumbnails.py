@@ -12,7 +12,7 @@ from PIL import Image
 from vlbench.compare.report.finished_runs import FinishedRun
 from vlbench.config import recipe as recipes
 from vlbench.data.image_processing import ImageTransform
-from vlbench.data.sample_encoding import IMAGE_PLACEHOLDER, LazyImage
+from vlbench.data.sample import IMAGE_PLACEHOLDER, LazyImage
 from vlbench.errors import UserError
 from vlbench.evaluate.heldout_questions import EvalQuestion
 from vlbench.evaluate.run_results import final_questions

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlbench.command_line.arguments import BENCHMARK_SEED, EvalArguments, ProtocolName
-from vlbench.data.sample_encoding import Sample
+from vlbench.data.sample import Sample
 from vlbench.errors import UserError
 from vlbench.evaluate.tasks.benchmark_files import find_split
 from vlbench.evaluate.tasks.benchmark_truths import RECORD_READERS

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 from vlbench.data.image_processing import open_image_bytes
-from vlbench.data.sample_encoding import IMAGE_PLACEHOLDER, ChatTurn, LazyImage
+from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, LazyImage
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from vlbench.data.image_processing import ZeroImage
-from vlbench.data.sample_encoding import LazyImage
+from vlbench.data.sample import LazyImage
 from vlbench.evaluate.tasks.benchmark_types import (
     BenchmarkPrompt,
     BenchmarkRecord,

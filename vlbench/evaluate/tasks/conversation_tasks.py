@@ -14,7 +14,7 @@ from vlbench.command_line.arguments import EvalArguments
 from vlbench.config import recipe as recipes
 from vlbench.data.conversation_files import LlavaJson
 from vlbench.data.conversation_record import ROLE_ALIASES
-from vlbench.data.sample_encoding import Sample
+from vlbench.data.sample import Sample
 from vlbench.errors import BadSample, UserError
 from vlbench.evaluate.answer_metrics import is_exact_match, text_overlap, vqa_accuracy
 from vlbench.evaluate.batched_answers import EXTRA_TOKENS

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from vlbench.data.image_processing import blank_image
-from vlbench.data.sample_encoding import Sample
+from vlbench.data.sample import Sample
 from vlbench.errors import UserError
 from vlbench.evaluate.tasks.benchmark_types import GenerationLimits
 from vlbench.model.generation.chat_messages import collate_prompts

@@ -12,14 +12,8 @@ from PIL import Image
 
 from vlbench.data.image_processing import ImageFile, to_rgb_image
 from vlbench.data.packing import PackedBatch, assign_image_index, stack_pixels
-from vlbench.data.sample_encoding import (
-    IMAGE_PLACEHOLDER,
-    ChatTurn,
-    LazyImage,
-    Sample,
-    check_turns,
-    tokenize_pieces,
-)
+from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, LazyImage, Sample, check_turns
+from vlbench.data.sample_encoding import tokenize_pieces
 from vlbench.errors import BadSample, UserError
 
 if TYPE_CHECKING:

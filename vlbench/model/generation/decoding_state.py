@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaModel
+
+from vlbench.compat.transformers_internals import cache_argument_name
 
 if TYPE_CHECKING:
     from vlbench.model.vlm import VLM
 
-# transformers 5.24 renamed the argument that takes the cache
-_CACHE_RENAMED = "cache" in inspect.signature(LlamaModel.forward).parameters
-CACHE_ARGUMENT = "cache" if _CACHE_RENAMED else "past_key_values"
+CACHE_ARGUMENT = cache_argument_name()
 
 
 @dataclass

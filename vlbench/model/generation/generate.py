@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from vlbench.compat.transformers_internals import repeat_kv_cache
 from vlbench.data.packing import PackedBatch
 from vlbench.errors import EnvironmentFailure, UserError
 from vlbench.model.eval_copy import in_eval_mode
@@ -235,7 +236,7 @@ def _prefill_common_prefix(
             use_cache=True,
             **{CACHE_ARGUMENT: cache},
         )
-        cache.batch_repeat_interleave(len(embeds))
+        repeat_kv_cache(cache, len(embeds))
     return cache
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from vlbench.compat.transformers_internals import crop_kv_cache
 from vlbench.data.packing import PackedBatch
 from vlbench.data.sample_encoding import IMAGE_TOKEN_INDEX
 
@@ -76,9 +77,7 @@ class PrefixCache:
         if self.kv_cache is None or not common:
             self.kv_cache, common = DynamicCache(config=vlm.language.config), 0
         elif self.kv_cache.get_seq_length() > common:
-            self.kv_cache.crop(
-                common - self.kv_cache.get_seq_length()
-            )  # negative: so many are removed
+            crop_kv_cache(self.kv_cache, common)
         self._input_ids = ids
         return common
 

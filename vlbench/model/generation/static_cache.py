@@ -13,8 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vlbench.compat.torch_internals import (
+    compiler_settings,
+    has_forward_hooks,
+    is_compiler_error,
+)
+from vlbench.compat.transformers_internals import kv_cache_layers
 from vlbench.errors import UserError
-from vlbench.model.compile_blocks import describe_compiler_error, is_compiler_error
+from vlbench.model.compile_blocks import describe_compiler_error
 from vlbench.model.generation.decoding_state import CACHE_ARGUMENT, DecodingState
 
 if TYPE_CHECKING:
@@ -83,7 +89,7 @@ class StaticDecodingState:
         self.attention_mask = state.attention_mask.new_zeros(count, 1, 1, length, dtype=torch.bool)
         """`[rows, 1, 1, length]`: what the next token sees; transformers takes it as it is."""
         self.attention_mask[:, 0, 0, :read] = state.attention_mask.bool()
-        self.kv_cache = StaticKVCache(state.kv_cache.layers, length)
+        self.kv_cache = StaticKVCache(kv_cache_layers(state.kv_cache), length)
 
     def decode_next(self, token_ids: Tensor) -> Tensor:
         """Read one token more in every row, `ids` `[rows]`; return logits `[rows, vocabulary]`."""
@@ -125,10 +131,8 @@ class CompiledDecodeStep:
         """
         if _has_block_hooks(vlm):
             return _decode_step(vlm, *step_inputs)
-        from torch import _dynamo  # it takes a second
-
         try:
-            with _dynamo.config.patch(recompile_limit=MAX_GRAPHS):
+            with compiler_settings(recompile_limit=MAX_GRAPHS):
                 return self._compiled_step(vlm, *step_inputs)
         except Exception as error:
             if not is_compiler_error(error):
@@ -142,7 +146,7 @@ class CompiledDecodeStep:
 
 def _has_block_hooks(vlm: VLM) -> bool:
     blocks = (*vlm.language.model.layers, vlm.language.lm_head)
-    return any(block._forward_pre_hooks or block._forward_hooks for block in blocks)
+    return any(has_forward_hooks(block) for block in blocks)
 
 
 def _decode_step(

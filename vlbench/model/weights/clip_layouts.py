@@ -16,6 +16,7 @@ from open_clip.transformer import LayerNorm, QuickGELU, VisionTransformer
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig
 
+from vlbench.compat.vision_internals import encoder_blocks, encoder_image_size
 from vlbench.errors import UserError, one_line
 from vlbench.model.weights.quantized_weights import refuse_quantized_config
 from vlbench.model.weights.tensor_files import read_tensor_shapes, weight_files
@@ -159,13 +160,13 @@ def to_hf_vision_config(visual: Any) -> dict[str, Any]:
             "this format holds plain CLIP ViTs alone, and the tower is none; "
             "format=vlbench keeps every tower"
         )
-    block = visual.transformer.resblocks[0]
+    block: Any = encoder_blocks(visual)[0]
     return {
         "architectures": ["CLIPVisionModel"],
         "attention_dropout": 0.0,
         "hidden_act": _activation_name(block.mlp.gelu),
         "hidden_size": visual.conv1.out_channels,
-        "image_size": visual.image_size[0],
+        "image_size": encoder_image_size(visual),
         "intermediate_size": block.mlp.c_fc.out_features,
         "layer_norm_eps": block.ln_1.eps,
         "model_type": "clip_vision_model",
@@ -177,7 +178,7 @@ def to_hf_vision_config(visual: Any) -> dict[str, Any]:
 
 
 def _num_layers(visual: Any) -> int:
-    return len(visual.transformer.resblocks)
+    return len(encoder_blocks(visual))
 
 
 def _activation_name(module: nn.Module) -> str:

@@ -24,11 +24,11 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.utils import logging
 
+from vlbench.compat.transformers_internals import pil_llava_image_processor
 from vlbench.data.chat_template import ChatTemplate
-from vlbench.data.sample_encoding import ChatTurn
+from vlbench.data.sample import ChatTurn
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import UserError
 from vlbench.model.vlm import VLM
@@ -162,7 +162,7 @@ def build_llava_processor(vlm: VLM) -> LlavaProcessor:
             f"{LAYOUT_NAME} uses it for pictures; use format=vlbench"
         )
     transform = vlm.transform
-    images = LlavaImageProcessorPil(  # the one that resizes as the reference does, with PIL
+    images = pil_llava_image_processor()(  # the one that resizes as the reference does, with PIL
         do_pad=transform.pad,
         do_convert_rgb=True,
         size={"shortest_edge": transform.size},

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlbench.compat.vision_internals import encoder_grid, encoder_image_size
 from vlbench.errors import UserError
 from vlbench.model.weights.tensor_files import read_tensor_shapes
 from vlbench.model.weights.tensor_groups import BUFFER_PATTERN, TensorGroup, load_tensor_groups
@@ -49,11 +50,11 @@ def infer_image_size(file: Path, visual: Any) -> int | None:
         own = visual.state_dict().get(key)
         if shape is None or own is None or len(shape) != own.dim():
             continue
-        rows, columns = _patch_grid_size(visual)
+        rows, columns = encoder_grid(visual)
         more = own.shape[-2] - rows * columns  # class token and registers
         side = math.isqrt(max(0, shape[-2] - more))
         if side and side**2 == shape[-2] - more:
-            return int(side * (visual.image_size[0] // rows))
+            return int(side * (encoder_image_size(visual) // rows))
     return None
 
 
@@ -65,13 +66,6 @@ def load_open_clip_weights(file: Path, visual: Any) -> set[str]:
     )["vision"]
     visual.load_state_dict(loaded, strict=True, assign=True)
     return set(loaded)
-
-
-def _patch_grid_size(visual: Any) -> tuple[int, int]:
-    rows, columns = (
-        visual.trunk.patch_embed.grid_size if hasattr(visual, "trunk") else (visual.grid_size)
-    )
-    return int(rows), int(columns)
 
 
 def _find_encoder_prefix(file: Path, tensor_names: list[str]) -> str:

@@ -1,0 +1,441 @@
+"""Each touch point with a private part of a library: what breaks here was changed upstream.
+
+A test that fails names the function of `vlbench.compat` that has to learn the new version.
+"""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from transformers import AttentionInterface, DynamicCache, LlamaConfig, LlamaForCausalLM, LlamaModel
+
+from vlbench.compat import (
+    fake_tensors,
+    lightning_internals,
+    peft_internals,
+    torch_internals,
+    transformers_internals,
+    vision_internals,
+)
+
+LLAMA = {
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 11,
+}
+
+
+def small_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**LLAMA)).eval()
+
+
+def filled_cache() -> DynamicCache:
+    """Return the cache of a small Llama that has read one row of 5 positions."""
+    model = small_llama()
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model.model(
+            input_ids=torch.arange(5)[None],
+            use_cache=True,
+            **{transformers_internals.cache_argument_name(): cache},
+        )
+    return cache
+
+
+# torch
+
+
+def test_parameter_slots_take_a_plain_tensor():
+    layer = nn.Linear(2, 2, bias=False)
+    weight = layer.weight
+    torch_internals.parameter_slots(layer)["weight"] = torch.zeros(2, 2)
+    assert not layer(torch.ones(2)).any(), "nn.Linear no longer reads nn.Module._parameters"
+    torch_internals.parameter_slots(layer)["weight"] = weight
+    assert layer.weight is weight
+
+
+def test_buffer_slots_are_what_a_module_reads():
+    norm = nn.BatchNorm1d(2)
+    torch_internals.buffer_slots(norm)["running_mean"] = torch.full((2,), 7.0)
+    assert norm.running_mean[0] == 7, "modules no longer read nn.Module._buffers"
+
+
+@pytest.mark.parametrize("kind", ["register_forward_pre_hook", "register_forward_hook"])
+def test_forward_hooks_are_seen(kind):
+    layer = nn.Linear(2, 2)
+    assert not torch_internals.has_forward_hooks(layer)
+    handle = getattr(layer, kind)(lambda *_: None)
+    assert torch_internals.has_forward_hooks(layer), f"{kind} notes its hooks elsewhere"
+    handle.remove()
+    assert not torch_internals.has_forward_hooks(layer)
+
+
+def test_a_copied_module_has_children_and_hooks_of_its_own():
+    outer = nn.Sequential(nn.Linear(2, 2))
+    outer.register_forward_hook(lambda *_: None)
+    rebound = []
+
+    def rebind(value):
+        rebound.append(value)
+        return value
+
+    copied = object.__new__(nn.Sequential)
+    torch_internals.copy_module_attributes(outer, copied, rebind)
+    assert copied._modules is not outer._modules and outer[0] in rebound
+    assert copied._forward_hooks is not outer._forward_hooks, "hooks of a copy are the original's"
+    x = torch.ones(1, 2)
+    assert copied(x).equal(outer(x))
+
+
+def test_tensors_are_scaled_in_place():
+    tensors = [torch.ones(2), torch.ones(3)]
+    torch_internals.scale_in_place(tensors, 0.5)
+    assert all((tensor == 0.5).all() for tensor in tensors), "torch._foreach_mul_ changed"
+
+
+def test_compiler_errors_are_known_by_their_module():
+    from torch._dynamo import exc
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    assert torch_internals.is_compiler_error(InvalidCxxCompiler())
+    assert torch_internals.is_compiler_error(exc.TorchDynamoException("x"))
+    assert not torch_internals.is_compiler_error(RuntimeError("x"))
+
+
+def test_compiler_settings_are_put_back():
+    from torch import _dynamo
+
+    before = _dynamo.config.recompile_limit, _dynamo.config.optimize_ddp
+    with torch_internals.compiler_settings(recompile_limit=77, optimize_ddp=False):
+        assert _dynamo.config.recompile_limit == 77, "torch._dynamo.config.patch changed"
+    assert (_dynamo.config.recompile_limit, _dynamo.config.optimize_ddp) == before
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_options_of_the_variable_length_kernel_are_known(causal):
+    assert torch_internals.find_varlen_attention(causal) is not None, (
+        "torch.nn.attention.varlen.varlen_attn moved, or has neither window_size nor is_causal"
+    )
+
+
+def test_arguments_of_the_variable_length_kernel():
+    from torch.nn.attention.varlen import varlen_attn
+
+    names = list(inspect.signature(varlen_attn).parameters)
+    expected = ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+    assert names[: len(expected)] == expected and "scale" in names
+
+
+def test_names_of_operations_that_checkpointing_keeps():
+    kept = {str(operation) for operation in torch_internals.expensive_operations()}
+    wanted = (*torch_internals.MATMUL_OPERATIONS, *torch_internals.ATTENTION_OPERATIONS)
+    missing = [name for name in wanted if f"aten.{name}.default" not in kept]
+    assert not missing, f"torch.ops.aten no longer has {missing}"
+    import torch.nn.attention.varlen  # noqa: F401  registers its operation
+
+    kept = {str(operation) for operation in torch_internals.expensive_operations()}
+    assert f"torch_attn.{torch_internals.VARLEN_OPERATION}.default" in kept
+
+
+def test_attention_of_a_cpu_is_counted():
+    query = torch.rand(1, 2, 4, 8, requires_grad=True)
+    with torch_internals.make_flop_counter() as counter:
+        nn.functional.scaled_dot_product_attention(query, query, query).sum().backward()
+    forward = 2 * 2 * 2 * 4 * 4 * 8  # two products of 2 heads, 4 positions, width 8
+    assert counter.get_total_flops() == 3 * forward, "attention on a CPU has another operation"
+
+
+def test_the_note_of_the_data_loader_is_put_back():
+    from torch.utils.data._utils import signal_handling
+
+    before = signal_handling._SIGCHLD_handler_set
+    restore = torch_internals.sigchld_flag_restorer()
+    signal_handling._SIGCHLD_handler_set = not before
+    restore()
+    assert signal_handling._SIGCHLD_handler_set == before
+    assert signal_handling.__name__ == torch_internals.SIGCHLD_MODULE
+    assert "_SIGCHLD_handler_set" in inspect.getsource(signal_handling._set_SIGCHLD_handler)
+
+
+def test_fake_tensors_have_shapes_and_addresses():
+    seen = []
+
+    class Recorder(fake_tensors.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with fake_tensors.FakeTensorMode(allow_non_fake_inputs=True), Recorder():
+        made = torch.empty(1 << 40, dtype=torch.float32)
+        made.to(torch.bfloat16)
+        with fake_tensors.unset_fake_temporarily():
+            real = torch.ones(2)
+    assert isinstance(made, fake_tensors.FakeTensor)
+    assert not isinstance(real, fake_tensors.FakeTensor)
+    assert made.fake_device.type == "cpu"
+    assert any(fake_tensors.is_type_cast(operation) for operation in seen), "casts are other ops"
+    assert fake_tensors.storage_address(made) == fake_tensors.storage_address(made.view(2, -1))
+    assert fake_tensors.storage_address(real) != fake_tensors.storage_address(torch.ones(2))
+    assert fake_tensors.tree_leaves(({"a": 1}, [2])) == [1, 2]
+    assert fake_tensors.is_device_query(torch.ops.prim.device.default)
+
+
+# transformers
+
+
+def test_the_cache_has_an_argument():
+    name = transformers_internals.cache_argument_name()
+    assert name in inspect.signature(LlamaModel.forward).parameters, (
+        "LlamaModel.forward takes its cache by another name"
+    )
+
+
+def test_layers_get_hidden_states_and_unknown_keywords():
+    model, seen = small_llama().model, []
+
+    def hook(module, args, kwargs):
+        hidden = transformers_internals.decoder_layer_input(args, kwargs)
+        seen.append((hidden.shape, kwargs.get("image_index")))
+        return transformers_internals.replace_decoder_layer_input(args, kwargs, 0 * hidden)
+
+    model.layers[1].register_forward_pre_hook(hook, with_kwargs=True)
+    out = model(inputs_embeds=torch.rand(1, 3, 8), image_index="x", use_cache=False)
+    assert seen == [((1, 3, 8), "x")], "LlamaModel no longer hands keywords on to its layers"
+    assert not out.last_hidden_state.any(), "a hook no longer replaces the input of a layer"
+
+
+def test_attention_is_chosen_by_name():
+    called = []
+
+    def attend(module, query, key, value, mask, **kwargs):
+        called.append(mask)
+        return query.transpose(1, 2), None
+
+    AttentionInterface.register("compat_test", attend)
+    config = LlamaConfig(**LLAMA)
+    transformers_internals.set_attention(config, "compat_test")
+    LlamaModel(config)(inputs_embeds=torch.rand(1, 3, 8), use_cache=False)
+    assert len(called) == 2, "config._attn_implementation no longer chooses the attention"
+
+
+def test_a_mask_of_four_dimensions_is_passed_through():
+    masks = []
+
+    def attend(module, query, key, value, mask, **kwargs):
+        masks.append(mask)
+        return query.transpose(1, 2), None
+
+    AttentionInterface.register("compat_mask_test", attend)
+    config = LlamaConfig(**LLAMA)
+    transformers_internals.set_attention(config, "compat_mask_test")
+    mask = transformers_internals.passed_through_mask(torch.device("cpu"))
+    LlamaModel(config)(
+        inputs_embeds=torch.rand(1, 3, 8),
+        attention_mask=mask,
+        position_ids=torch.tensor([[0, 0, 1]]),
+        use_cache=False,
+    )
+    assert all(given is mask for given in masks), "transformers makes another mask of an empty one"
+
+
+def test_sdpa_attention_and_its_mask():
+    attend, make_mask = transformers_internals.sdpa_attention()
+    query, key = torch.rand(1, 2, 3, 4), torch.rand(1, 1, 3, 4)
+    module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
+    out, _ = attend(module, query, key, key, None, scaling=0.5, dropout=0.0)
+    expected = nn.functional.scaled_dot_product_attention(
+        query, key, key, is_causal=True, scale=0.5, enable_gqa=True
+    )
+    torch.testing.assert_close(out, expected.transpose(1, 2))
+    assert callable(make_mask)
+
+
+def is_checkpointing(model: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def test_activation_checkpointing_is_switched():
+    model = small_llama().train()
+    transformers_internals.set_activation_checkpointing(model, {"use_reentrant": False})
+    assert is_checkpointing(model), "activation checkpointing has another switch"
+    transformers_internals.set_activation_checkpointing(model, None)
+    assert not is_checkpointing(model)
+
+
+def test_rotary_embedding_replaces_that_of_a_model_without_memory():
+    config = LlamaConfig(**LLAMA)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    assert model.model.rotary_emb.inv_freq.is_meta, "rotary_emb is no part of LlamaModel any more"
+    model.model.rotary_emb = transformers_internals.llama_rotary_embedding(config)
+    assert not any(buffer.is_meta for buffer in model.buffers()), "there are other buffers"
+
+
+def test_a_cache_is_cropped():
+    cache = filled_cache()
+    transformers_internals.crop_kv_cache(cache, 3)
+    assert cache.get_seq_length() == 3, "DynamicCache.crop has another meaning"
+    transformers_internals.crop_kv_cache(cache, 3)
+    assert cache.get_seq_length() == 3
+
+
+def test_a_cache_is_repeated_and_its_layers_have_keys_and_values():
+    cache = filled_cache()
+    transformers_internals.repeat_kv_cache(cache, 4)
+    layers = transformers_internals.kv_cache_layers(cache)
+    assert len(layers) == 2 and layers is cache.layers
+    for layer in layers:
+        assert layer.keys.shape == layer.values.shape == (4, 1, 5, 4)
+
+
+def test_pil_image_processor_of_llava():
+    processor = transformers_internals.pil_llava_image_processor()(
+        do_pad=True, size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}, resample=3
+    )
+    assert processor.do_pad and processor.crop_size["height"] == 8
+
+
+def test_text_embeddings_of_blip2():
+    from transformers import Blip2QFormerConfig
+
+    config = Blip2QFormerConfig(hidden_size=8, vocab_size=5, max_position_embeddings=4)
+    embeddings = transformers_internals.blip2_text_embeddings(config)
+    assert embeddings(input_ids=torch.tensor([[1, 2]])).shape == (1, 2, 8)
+
+
+# peft
+
+
+def test_names_and_classes_of_adapted_layers():
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(r=2, target_modules=["layer"], use_dora=True)
+    holder = inject_adapter_in_model(config, nn.ModuleDict({"layer": nn.Linear(3, 3)}))
+    assert peft_internals.is_adapted_layer(holder["layer"]), "BaseTunerLayer is no base any more"
+    assert not peft_internals.is_adapted_layer(nn.Linear(3, 3))
+    names = [name for name, _ in holder.named_parameters()]
+    base = [name for name in names if not peft_internals.is_adapter_name(name)]
+    assert sorted(map(peft_internals.base_parameter_name, base)) == ["layer.bias", "layer.weight"]
+    assert len(names) == 5, f"DoRA has three tensors beside weight and bias: {names}"
+
+
+def test_targets_are_matched_by_full_name_or_suffix():
+    from peft import LoraConfig
+
+    config = LoraConfig(target_modules=["q_proj", "layers.1.v_proj"])
+    matched = [
+        peft_internals.is_targeted(config, name)
+        for name in ("a.q_proj", "layers.1.v_proj", "layers.0.v_proj", "my_q_proj")
+    ]
+    assert matched == [True, True, False, False], "peft matches target_modules in another way"
+
+
+# open_clip and timm
+
+
+OPEN_CLIP = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}
+TIMM = {
+    "timm_model_name": "vit_tiny_patch16_224",
+    "timm_model_pretrained": False,
+    "timm_pool": "token",
+    "timm_proj": "linear",
+    "image_size": 224,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "blocks", "width", "patch"), [(OPEN_CLIP, 2, 64, 8), (TIMM, 12, 192, 16)]
+)
+def test_layout_of_a_vision_encoder(config, blocks, width, patch):
+    visual = vision_internals.build_open_clip_encoder(16, dict(config), False)
+    assert vision_internals.has_timm_trunk(visual) == (config is TIMM)
+    assert vision_internals.has_encoder_blocks(visual)
+    assert len(vision_internals.encoder_blocks(visual)) == blocks
+    assert vision_internals.encoder_width(visual) == width
+    side = config["image_size"]
+    assert vision_internals.encoder_image_size(visual) == side
+    assert vision_internals.encoder_grid(visual) == (side // patch,) * 2
+    vision_internals.set_encoder_image_size(visual, 64)
+    assert vision_internals.encoder_image_size(visual) == 64, "the image size is kept elsewhere"
+    assert vision_internals.encoder_grid(visual) == (64 // patch,) * 2
+    vision_internals.keep_encoder_blocks(visual, 1)
+    features = visual.forward_intermediates(
+        torch.zeros(1, 3, 64, 64),
+        indices=[0],
+        stop_early=True,
+        normalize_intermediates=False,
+        intermediates_only=True,
+        output_fmt="NLC",
+        output_extra_tokens=True,
+    )
+    assert features["image_intermediates"][0].shape == (1, (64 // patch) ** 2, width)
+    assert features["image_intermediates_prefix"][0].shape == (1, 1, width)
+
+
+def test_a_resnet_has_no_blocks():
+    config = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}
+    assert not vision_internals.has_encoder_blocks(
+        vision_internals.build_open_clip_encoder(8, config, False)
+    )
+
+
+def test_classes_of_timm():
+    block = vision_internals.timm_eva_block()(8, 2, qkv_fused=False, swiglu_mlp=True)
+    assert block(torch.rand(1, 3, 8)).shape == (1, 3, 8)
+    stage = vision_internals.timm_regnet_stage()(
+        1, 4, 8, stride=1, dilation=1, act_layer=nn.SiLU, norm_layer=nn.BatchNorm2d
+    )
+    assert stage(torch.rand(1, 4, 3, 3)).shape == (1, 8, 3, 3)
+    eva = vision_internals.timm_eva()(img_size=28, patch_size=14, embed_dim=8, depth=1, num_heads=2)
+    assert len(eva.blocks) == 1
+
+
+# lightning
+
+
+def test_a_trainer_has_device_precision_and_no_gradient_sync_alone():
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, precision="bf16-mixed", logger=False, barebones=True
+    )
+    assert lightning_internals.trainer_device(trainer) == torch.device("cpu")
+    with lightning_internals.autocast_context(trainer):
+        assert torch.is_autocast_enabled("cpu"), "precision_plugin.forward_context does no autocast"
+    with lightning_internals.without_gradient_sync(trainer):
+        pass
+
+
+def test_a_wrapped_model_is_asked_for_no_sync():
+    entered = []
+
+    class Wrapped:
+        def no_sync(self):
+            entered.append(True)
+            return torch.no_grad()
+
+    trainer = SimpleNamespace(strategy=SimpleNamespace(model=Wrapped()))
+    with lightning_internals.without_gradient_sync(trainer):
+        assert entered == [True]
+    assert hasattr(nn.parallel.DistributedDataParallel, "no_sync")
+    source = inspect.getsource(pl.strategies.DDPStrategy.configure_ddp)
+    assert "self.model = self._setup_model" in source, "DDP's wrapped model is kept elsewhere"
+
+
+def test_no_library_is_imported_before_it_is_needed():
+    modules = "torch_internals, transformers_internals, peft_internals, vision_internals"
+    code = (
+        f"import sys\nfrom vlbench.compat import {modules}, lightning_internals\n"
+        "heavy = {'torch', 'transformers', 'peft', 'open_clip', 'timm', 'lightning'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

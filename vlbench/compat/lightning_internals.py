@@ -1,0 +1,41 @@
+"""Private parts of Lightning: what a Trainer has chosen for the machine that it runs on.
+
+Checked with lightning 2.6; 2.5 is the oldest that vlbench allows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from lightning.pytorch import Trainer
+
+
+def trainer_device(trainer: Trainer) -> torch.device:
+    """Return the device that a Trainer computes on, known before training: `strategy.root_device`.
+
+    If it goes, nothing is trained.
+    """
+    return trainer.strategy.root_device
+
+
+def autocast_context(trainer: Trainer) -> AbstractContextManager[Any]:
+    """Return the context in which a Trainer runs forward: `precision_plugin.forward_context`.
+
+    Cached features are computed under it. If it changes, they differ from those of training.
+    """
+    return trainer.precision_plugin.forward_context()
+
+
+def without_gradient_sync(trainer: Trainer) -> AbstractContextManager[Any]:
+    """Return a context in which backward exchanges no gradients between processes.
+
+    DDP's module, which is `strategy.model` while a Trainer runs, has `no_sync`; with one process or
+    FSDP there is none, and the context does nothing. If the attribute moves, gradients are
+    exchanged at every micro-batch: right, but slower.
+    """
+    wrapped: Any = trainer.strategy.model
+    return wrapped.no_sync() if hasattr(wrapped, "no_sync") else contextlib.nullcontext()

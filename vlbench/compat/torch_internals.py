@@ -1,0 +1,197 @@
+"""Private parts of torch: slots and hooks of modules, operations by name, compiler, data loader.
+
+Checked with torch 2.14; 2.11 is the oldest that vlbench allows.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.utils.flop_counter import FlopCounterMode
+
+SIGCHLD_MODULE = "torch.utils.data._utils.signal_handling"
+MATMUL_OPERATIONS = ("mm", "addmm", "bmm", "baddbmm")
+ATTENTION_OPERATIONS = (
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+)
+VARLEN_OPERATION = "_varlen_attn"
+CPU_ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
+
+
+def parameter_slots(module: nn.Module) -> dict[str, nn.Parameter | Tensor | None]:
+    """Return the live dict of a module's own parameters, `nn.Module._parameters`.
+
+    A plain tensor may be put there for a while, which `setattr` refuses. If the attribute goes,
+    frozen weights kept in bfloat16 and the planner's simulated step break.
+    """
+    return module._parameters  # type: ignore[return-value]
+
+
+def buffer_slots(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return the live dict of a module's own buffers, `nn.Module._buffers`.
+
+    If the attribute goes, the planner's simulated step breaks.
+    """
+    return module._buffers
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Tell whether a module has forward hooks: `_forward_pre_hooks` and `_forward_hooks`.
+
+    If the attributes go, compiled decoding steps cannot tell which blocks must run eagerly.
+    """
+    return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
+def copy_module_attributes(
+    source: nn.Module, target: nn.Module, rebind: Callable[[Any], Any]
+) -> None:
+    """Give `target`, made without `__init__`, the attributes of `source`, each through `rebind`.
+
+    It relies on `nn.Module` keeping children in `_modules` and hooks in dicts whose names contain
+    `_hooks`. If that changes, copies in evaluation mode run the original's children or hooks.
+    """
+    copied = vars(target)
+    copied.update({name: rebind(value) for name, value in vars(source).items()})
+    copied["_modules"] = {name: rebind(child) for name, child in source._modules.items()}
+    for name in copied:
+        if "_hooks" in name and isinstance(copied[name], dict):
+            hooks = copied[name]
+            copied[name] = type(hooks)((key, rebind(hook)) for key, hook in hooks.items())
+
+
+def scale_in_place(tensors: Sequence[Tensor], factor: float) -> None:
+    """Multiply all tensors by `factor` in a few kernels: `torch._foreach_mul_`.
+
+    torch clips gradients with it. If it goes, clipping with several groups of parameters breaks.
+    """
+    import torch
+
+    torch._foreach_mul_(list(tensors), factor)
+
+
+def is_compiler_error(error: BaseException) -> bool:
+    """Tell whether `error` was raised by `torch.compile`: by the module of its class.
+
+    If `torch._dynamo` or `torch._inductor` are renamed, a missing C++ compiler ends in a stack
+    trace instead of one line.
+    """
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+
+
+def compiler_settings(**settings: Any) -> AbstractContextManager[object]:
+    """Return a context in which `torch._dynamo.config` has other values.
+
+    `recompile_limit` and `optimize_ddp` are used. An unknown name raises an AttributeError.
+    """
+    from torch import _dynamo  # its import takes a second
+
+    return _dynamo.config.patch(**settings)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def find_varlen_attention(causal: bool = True) -> Callable[..., Tensor] | None:
+    """Return `torch.nn.attention.varlen.varlen_attn` with grouped heads, None without one.
+
+    The names of its options differ between versions of torch: `is_causal` or `window_size`, and
+    `enable_gqa` in some. With neither of the first two, packed rows take one call per sample.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    options = inspect.signature(varlen_attn).parameters
+    if "window_size" in options:
+        mask_options: dict[str, Any] = {"window_size": (-1, 0 if causal else -1)}
+    elif "is_causal" in options:
+        mask_options = {"is_causal": causal}
+    else:
+        return None
+    attend = with_grouped_heads(varlen_attn, "enable_gqa" in options)
+    return functools.partial(attend, **mask_options)
+
+
+def with_grouped_heads(attend: Callable[..., Any], supports_gqa: bool) -> Callable[..., Tensor]:
+    """Return `attend` for keys with fewer heads than queries, repeated where it cannot do it."""
+
+    def attend_grouped(
+        query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
+    ) -> Tensor:
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1 and supports_gqa:
+            options["enable_gqa"] = True
+        elif groups > 1:
+            key, value = (heads.repeat_interleave(groups, dim=1) for heads in (key, value))
+        return attend(query, key, value, *args, **options)  # type: ignore[no-any-return]
+
+    return attend_grouped
+
+
+def expensive_operations() -> list[Any]:
+    """Return the operations whose results selective checkpointing keeps: products and attention.
+
+    They are found by their names in `torch.ops.aten`. What is renamed is computed again in the
+    backward pass, so memory stays low and steps become slower.
+    """
+    import torch
+
+    aten = torch.ops.aten
+    kept = [getattr(aten, name).default for name in MATMUL_OPERATIONS]
+    kept += [getattr(aten, name).default for name in ATTENTION_OPERATIONS if hasattr(aten, name)]
+    varlen = getattr(torch.ops, "torch_attn", None)
+    if varlen is not None and hasattr(varlen, VARLEN_OPERATION):
+        kept.append(getattr(varlen, VARLEN_OPERATION).default)
+    return kept
+
+
+def make_flop_counter() -> FlopCounterMode:
+    """Return torch's FLOP counter, which does not know the attention of a CPU by itself.
+
+    It relies on the names of two aten operations, on `custom_mapping` and on `sdpa_flop_count`.
+    If they change, FLOP of attention on a CPU, and so budgets, are missing.
+    """
+    import torch
+    from torch.utils import flop_counter
+
+    sdpa_flops: Callable[..., int] = flop_counter.sdpa_flop_count
+
+    def forward_flops(query: Any, key: Any, value: Any, *args: Any, **options: Any) -> int:
+        return sdpa_flops(query, key, value)
+
+    def backward_flops(
+        gradient: Any, query: Any, key: Any, value: Any, *args: Any, **options: Any
+    ) -> int:
+        return 2 * sdpa_flops(query, key, value)  # the recomputed forward is not counted
+
+    aten = torch.ops.aten
+    formulas = {
+        getattr(aten, CPU_ATTENTION): forward_flops,
+        getattr(aten, f"{CPU_ATTENTION}_backward"): backward_flops,
+    }
+    return flop_counter.FlopCounterMode(display=False, custom_mapping=formulas)
+
+
+def sigchld_flag_restorer() -> Callable[[], None]:
+    """Note whether torch's data loader has caught SIGCHLD; return what puts the note back.
+
+    torch sets its handler once per process and remembers that in `_SIGCHLD_handler_set` of
+    `torch.utils.data._utils.signal_handling`. If the name changes, data loaders of a program that
+    called vlbench do not notice that one of their workers died. torch is not imported by this.
+    """
+    before = getattr(sys.modules.get(SIGCHLD_MODULE), "_SIGCHLD_handler_set", False)
+
+    def restore() -> None:
+        if SIGCHLD_MODULE in sys.modules:
+            sys.modules[SIGCHLD_MODULE]._SIGCHLD_handler_set = before  # type: ignore[attr-defined]
+
+    return restore

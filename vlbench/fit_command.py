@@ -1,0 +1,61 @@
+"""The verb `fit`: train the stages of a recipe, evaluate the model, and show the results."""
+
+from __future__ import annotations
+
+from vlbench.config.schema import Recipe
+from vlbench.distributed import collectives
+from vlbench.distributed.launcher import final_exit_code, silent_exit_code
+from vlbench.distributed.process_group import join_process_group
+from vlbench.evaluate.run_results import write_results
+from vlbench.process_settings import preserve_process_settings
+from vlbench.train import run_report
+from vlbench.train.callbacks import GracefulStop
+from vlbench.train.dry_run import dry_run_stages
+from vlbench.train.fit import RunTraining, check_and_open_run
+from vlbench.train.lightning_trainer import quiet_lightning
+from vlbench.train.stage_plan import plan_stage_runs
+from vlbench.train.user_callbacks import build_user_callbacks
+
+
+def fit(recipe: Recipe) -> int:
+    """Train a recipe, evaluate, and say what to try next; return the exit code.
+
+    A run that is finished shows its results; one that was stopped goes on, and a stopped one is
+    not evaluated.
+    """
+    with preserve_process_settings(), quiet_lightning(), join_process_group(recipe.trainer):
+        exit_code = _fit_recipe(recipe)
+        if not collectives.is_rank_zero():
+            return silent_exit_code(exit_code)
+        has_other_ranks = collectives.is_distributed()
+    return final_exit_code(exit_code) if has_other_ranks else exit_code
+
+
+def _fit_recipe(recipe: Recipe) -> int:
+    stage_runs = collectives.call_on_all_ranks(lambda: plan_stage_runs(recipe))
+    if recipe.dry_run:
+        return dry_run_stages(recipe, stage_runs)
+    user_callbacks = collectives.call_on_all_ranks(
+        lambda: build_user_callbacks(recipe.trainer.callbacks)
+    )
+    run = collectives.call_on_rank_zero(lambda: check_and_open_run(recipe, stage_runs))
+    if run.is_finished:
+        print(f"{run.folder} is finished; these are its results.")
+        return run_report.show_results(run)
+    run_report.show_run_start(
+        recipe, run, [(each.name, each.stage, each.total_steps) for each in stage_runs]
+    )
+    with GracefulStop() as graceful_stop:
+        training = RunTraining(recipe, run, stage_runs, graceful_stop, user_callbacks)
+        vlm = training.train_stages()
+        if vlm is None:
+            return run_report.show_interrupted(run, graceful_stop.stop_reason)
+        if not collectives.is_rank_zero():
+            return 0
+        training.finish_training(vlm)
+        is_complete = write_results(
+            recipe, run, vlm, graceful_stop.is_stop_requested, training.elapsed_seconds
+        )
+        if not is_complete:
+            return run_report.show_interrupted(run, graceful_stop.stop_reason)
+    return run_report.show_results(run)

@@ -1,0 +1,64 @@
+"""The guard against NaN and infinite losses and gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from vlbench.data.batch_sampler import OptimizerStep
+from vlbench.distributed import collectives
+from vlbench.errors import UserError
+from vlbench.train.callbacks import StageCallback
+from vlbench.train.training_module import VLMTrainingModule
+
+
+class NonFiniteGuard(StageCallback):
+    """Name the samples of steps whose loss or gradient is NaN or infinite; stop after several."""
+
+    def __init__(
+        self, stage_name: str, max_nonfinite_steps: int, print_line: Callable[[str], None]
+    ) -> None:
+        """Stop a stage after `max_nonfinite_steps` such steps in a row."""
+        self.stage_name, self.max_nonfinite_steps = stage_name, max_nonfinite_steps
+        self.print_line = print_line
+        self.nonfinite_streak: list[str] = []
+        """`loss` or `gradient` for each of the last steps, as long as one was not finite."""
+
+    def on_step_end(self, training: VLMTrainingModule, step: OptimizerStep) -> None:
+        """Check the step that was just taken."""
+        report = training.report
+        if not report.skipped:
+            self.nonfinite_streak = []
+            return
+        # a loss that is not finite makes the gradient so, too
+        quantity = "gradient" if math.isfinite(report.loss) else "loss"
+        self.nonfinite_streak.append(quantity)
+        rank_names = [name for batch in step.micro_batches for name in batch.sample_ids]
+        names = [name for rank in collectives.all_gather_objects(rank_names) for name in rank]
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        self.print_line(
+            f"stage {self.stage_name}, step {training.steps_done}: {quantity} is not finite, "
+            f"step skipped; samples: {shown}; loss {report.loss:.4g}, "
+            f"norm of the gradient {report.grad_norm:.4g}"
+        )
+        streak_steps = len(self.nonfinite_streak)
+        is_last = training.steps_done == training.total_steps
+        if streak_steps >= self.max_nonfinite_steps or (
+            is_last and streak_steps >= training.total_steps
+        ):
+            raise collectives.error_for_rank(UserError(self._give_up_message(training)))
+
+    def _give_up_message(self, training: VLMTrainingModule) -> str:
+        quantities = sorted(set(self.nonfinite_streak), reverse=True)
+        subject = " or ".join(f"the {quantity}" for quantity in quantities)
+        rates = ", ".join(
+            f"{part} {train_config.lr:g}"
+            for part, train_config in training.stage.trained_parts.items()
+        )
+        is_float32 = str(training.trainer.precision).startswith("32")
+        return (
+            f"stage {self.stage_name}: {subject} was not finite in {len(self.nonfinite_streak)} "
+            f"steps in a row, up to step {training.steps_done}: lower the learning rates (now "
+            f"{rates}: stages.{self.stage_name}.train.PART.lr)"
+            + ("" if is_float32 else ", or set precision=32")
+        )

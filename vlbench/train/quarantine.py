@@ -1,0 +1,109 @@
+"""Samples that cannot be used: how many are too many, and the file of a run that lists them."""
+
+from __future__ import annotations
+
+from vlbench.data.batch_sampler import OptimizerStep
+from vlbench.data.shuffle import SourceMixture
+from vlbench.distributed import collectives
+from vlbench.errors import BadSample, UserError
+from vlbench.text_files import append_json_lines, read_json_lines
+from vlbench.train.callbacks import StageCallback
+from vlbench.train.run_folder import RunFolder
+from vlbench.train.training_module import VLMTrainingModule
+
+
+class QuarantineCallback(StageCallback):
+    """Record samples that cannot be used; stop when there are too many of them."""
+
+    def __init__(self, run: RunFolder, on_bad_sample: str, data: SourceMixture) -> None:
+        """Watch the data of a stage; `on_bad_sample` is auto, quarantine or stop."""
+        self.run, self.on_bad_sample, self.sample_count = run, on_bad_sample, len(data)
+        self.source_names = {source.name for source in data.sources} | {""}
+        self.known_identities = set(_read_quarantine(run))
+        self.skipped_samples = self.learned_samples = self.start_step = 0
+
+    def on_stage_start(self, training: VLMTrainingModule) -> None:
+        """Note the step that the stage starts at."""
+        self.start_step = training.steps_done
+
+    def on_step_end(self, training: VLMTrainingModule, step: OptimizerStep) -> None:
+        """Record the bad samples of this step; raise if a whole stage had no good one."""
+        self.skipped_samples += step.skipped_samples
+        self.learned_samples += training.report.samples
+        try:
+            self.record_bad_samples(step.bad_samples)
+            if not training.report.samples and not step.skipped_samples:
+                first = step.bad_samples[0]
+                raise UserError(f"every sample of step {step.index} is bad, the first: {first}")
+            if (
+                training.steps_done == training.total_steps
+                and not self.start_step
+                and not self.learned_samples
+            ):
+                raise UserError(
+                    f"nothing was learned in {training.total_steps} steps: "
+                    f"{self.skipped_samples} samples have no picture in a stage of captions, "
+                    "the others are bad"
+                )
+        except UserError as error:  # raised in all processes, which have the same bad samples
+            raise collectives.error_for_rank(error) from error
+
+    def record_bad_samples(self, bad_samples: list[BadSample]) -> None:
+        """Record bad samples, each once; raise when they are too many for `on_bad_sample`."""
+        new_samples = {
+            sample.record_identity: sample
+            for sample in bad_samples
+            if sample.record_identity not in self.known_identities
+        }
+        self.known_identities |= set(new_samples)
+        if collectives.is_rank_zero():
+            _append_quarantine(self.run, list(new_samples.values()))
+        bad_count = sum(source in self.source_names for source, _ in self.known_identities)
+        check_bad_samples(bad_samples, bad_count, self.sample_count, self.on_bad_sample)
+
+
+def check_bad_samples(
+    bad_samples: list[BadSample], bad_count: int, sample_count: int, on_bad_sample: str
+) -> None:
+    """Raise a UserError that names the first bad sample when there are too many.
+
+    `stop` allows none, `auto` 1 in 100, `quarantine` any number while some are good.
+    """
+    limit = {"stop": 0, "auto": sample_count // 100, "quarantine": sample_count - 1}[on_bad_sample]
+    if bad_samples and bad_count > limit:
+        others = f" (and {bad_count - 1} more of {sample_count} samples)" if bad_count > 1 else ""
+        advice = "Mend the data, or leave bad samples out with data.on_bad_sample=quarantine"
+        if bad_count >= sample_count:
+            advice = "No good sample is left"
+        raise UserError(f"{bad_samples[0]}{others}. {advice}")
+
+
+def quarantine_samples(run: RunFolder, bad_samples: list[BadSample]) -> None:
+    """Record samples that were found bad before training began."""
+    known = set(_read_quarantine(run)) if bad_samples else set()
+    _append_quarantine(run, [bad for bad in bad_samples if bad.record_identity not in known])
+
+
+def _append_quarantine(run: RunFolder, bad_samples: list[BadSample]) -> None:
+    """Append bad samples to the file: `source` and `record` identify them, `id` is a label."""
+    lines = [
+        {
+            "id": sample.sample_id,
+            "reason": sample.reason,
+            "source": sample.source_name,
+            "record": sample.record_number,
+        }
+        for sample in bad_samples
+    ]
+    if lines:
+        append_json_lines(run.quarantine_file, lines)
+
+
+def _read_quarantine(run: RunFolder) -> list[tuple[str, int | str]]:
+    """Return the identities of the samples that are recorded."""
+    return [
+        BadSample(line["id"], line["reason"])
+        .with_origin(line.get("source", ""), line.get("record"))
+        .record_identity
+        for line in read_json_lines(run.quarantine_file)
+    ]

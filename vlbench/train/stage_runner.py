@@ -1,0 +1,155 @@
+"""Training one stage with Lightning: for fit, the dry run, cost probes and benchmarks alike."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import Logger
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vlbench.compat.lightning_internals import trainer_device
+from vlbench.config.schema import Recipe, StageConfig, TrainerConfig
+from vlbench.data.batch_sampler import OptimizerStep, StepDataset
+from vlbench.distributed.launcher import isolate_data_worker
+from vlbench.distributed.process_group import is_fsdp_sharded
+from vlbench.model.compile_blocks import CompiledBlocks
+from vlbench.model.frozen_bf16 import FrozenBF16
+from vlbench.model.vlm import VLM
+from vlbench.train.auto_checkpointing import set_activation_checkpointing
+from vlbench.train.feature_cache import cache_features
+from vlbench.train.lightning_trainer import build_trainer, explain_stage_errors, root_device
+from vlbench.train.trainable_parts import freeze_untrained_parts
+from vlbench.train.training_module import VLMTrainingModule
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRunner:
+    """Trains stages, all on the same devices and in the same precision.
+
+    with runner.prepare_stage(vlm, stage):
+        runner.set_activation_checkpointing(vlm, steps)
+        runner.train_stage(vlm, name, stage, steps, total_steps)
+    """
+
+    trainer_config: TrainerConfig
+    precision: str
+    """`32` or `bf16` (mixed precision)."""
+    activation_checkpointing: str
+    """none, selective, full or auto."""
+    seed: int
+    profile_folder: Path | None = None
+    """Where a profiler trace of some steps is written, if anywhere."""
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, profile_folder: Path | None = None) -> StageRunner:
+        """Return what trains the stages of a recipe."""
+        return cls(
+            trainer_config=recipe.trainer,
+            precision=recipe.precision,
+            activation_checkpointing=recipe.activation_checkpointing,
+            seed=recipe.seed,
+            profile_folder=profile_folder if recipe.profile else None,
+        )
+
+    @property
+    def is_sharded(self) -> bool:
+        """True if every process holds a shard of the model while it is trained."""
+        return is_fsdp_sharded(self.trainer_config)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that this process trains on."""
+        return root_device(self.trainer_config)
+
+    def hold_frozen_bf16(self, vlm: VLM) -> FrozenBF16:
+        """Hold frozen weights in bfloat16 where autocast rounds them so; shards need one dtype."""
+        return FrozenBF16(vlm, self.precision == "bf16" and not self.is_sharded)
+
+    @contextlib.contextmanager
+    def prepare_stage(self, vlm: VLM, stage: StageConfig) -> Iterator[None]:
+        """Freeze what a stage does not train; frozen weights are float32 again after `with`."""
+        torch.manual_seed(self.seed)  # of parameters that the stage adds, as LoRA adapters
+        freeze_untrained_parts(vlm, stage)
+        frozen_weights = self.hold_frozen_bf16(vlm)
+        yield
+        frozen_weights.restore_float32()
+
+    def set_activation_checkpointing(self, vlm: VLM, steps: StepDataset) -> str:
+        """Set what the backward passes of a prepared stage recompute, and return the mode."""
+        return set_activation_checkpointing(
+            vlm,
+            steps,
+            self.device,
+            self.activation_checkpointing,
+            bf16=self.precision == "bf16",
+            is_sharded=self.is_sharded,
+        )
+
+    def cache_features(
+        self, vlm: VLM, steps: StepDataset, num_workers: int, should_stop: Callable[[], bool]
+    ) -> None:
+        """Let `steps` read the features of a frozen encoder from `trainer.feature_cache`."""
+        if self.trainer_config.feature_cache is None:
+            return
+        folder = Path(self.trainer_config.feature_cache)
+        trainer = build_trainer(self.trainer_config, self.precision)
+        steps.feature_store = cache_features(vlm, steps, folder, trainer, num_workers, should_stop)
+
+    def train_stage(
+        self,
+        vlm: VLM,
+        stage_name: str,
+        stage: StageConfig,
+        steps: Dataset[OptimizerStep] | Sequence[OptimizerStep],
+        total_steps: int,
+        *,
+        steps_done: int = 0,
+        optimizer_state: Mapping[str, Tensor] | None = None,
+        seen: Mapping[str, int] | None = None,
+        callbacks: Sequence[pl.Callback] = (),
+        loggers: Sequence[Logger] = (),
+        num_workers: int = 0,
+    ) -> VLMTrainingModule:
+        """Train a prepared stage to its end, or until a callback stops it.
+
+        Args:
+            vlm: The model, prepared by `prepare_stage`.
+            stage_name: Names the stage in messages.
+            stage: Learning rates, schedule and objective.
+            steps: The optimizer steps, by number.
+            total_steps: How many the stage has.
+            steps_done: How many are done already.
+            optimizer_state: State of the optimizer in the checkpoint after `steps_done` steps.
+            seen: Samples, images and tokens that the run has trained on by then.
+            callbacks: Lightning callbacks, called in this order.
+            loggers: Where Lightning logs to.
+            num_workers: Processes that prepare batches; 0 for this one.
+
+        Returns:
+            The Lightning module, which has the report of the last step.
+
+        """
+        module = VLMTrainingModule(
+            vlm, stage, total_steps, steps_done, self.seed, optimizer_state, seen
+        )
+        trainer = build_trainer(
+            self.trainer_config, self.precision, loggers, callbacks, self.profile_folder
+        )
+        loader: DataLoader[OptimizerStep] = DataLoader(
+            steps,  # type: ignore[arg-type]  # a list will do, too
+            sampler=range(steps_done, total_steps),
+            batch_size=None,
+            num_workers=num_workers,
+            worker_init_fn=isolate_data_worker,
+            pin_memory=trainer_device(trainer).type == "cuda",
+        )
+        compiled = CompiledBlocks(vlm, self.trainer_config.compile)
+        with compiled, explain_stage_errors(stage_name, stage):
+            trainer.fit(module, loader)
+        return module
