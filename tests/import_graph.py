@@ -16,10 +16,10 @@ PACKAGE = Path(__file__).parents[1] / "vlbench"
 LAYERS = (
     ("version", "errors"),
     ("compat",),
-    ("text_files", "text_tables", "html_pages", "process_settings"),
+    ("strict_values", "text_files", "text_tables", "html_pages", "process_settings"),
+    ("command_line",),
     ("connector",),
     ("config",),
-    ("command_line",),
     ("distributed",),
     ("data",),
     ("processor",),

@@ -206,7 +206,7 @@ TWICE = {
         ["max_new_tokens=2.7"],
         "max_new_tokens must be a whole",
     ),
-    "part of a seed": (["seed=0.5"], "seed must be a whole number, given '0.5'"),
+    "part of a seed": (["seed=0.5"], "seed must be a whole number, given 0.5"),
     "no device": (["device=meta"], "device is 'meta'"),
 }
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from vlbench.__main__ import main
+from vlbench.command_line import arguments
 from vlbench.command_line.arguments import (
     ChatArguments,
     EvalArguments,
@@ -15,7 +17,13 @@ from vlbench.command_line.arguments import (
     ReportArguments,
 )
 from vlbench.command_line.parser import parse_arguments, split_arguments
+from vlbench.data.chat_template import CHAT_TEMPLATES
 from vlbench.errors import UserError
+from vlbench.evaluate.tasks.benchmark_tasks import EVAL_PROTOCOLS, RECORD_READERS
+from vlbench.evaluate.tasks.scoring_protocols import SCORING_PROTOCOLS
+from vlbench.listing import LISTED_KINDS
+from vlbench.load_model import DTYPE_NAMES
+from vlbench.serve.model_card import USAGE_TEXTS
 
 OLD_WORDS = {
     "eval run=RUN": "eval has no key 'run'; its keys are model, ",
@@ -41,30 +49,41 @@ def test_an_old_word_is_refused_with_the_right_one(words, message, capsys):
 
 def test_values_have_the_declared_types() -> None:
     words = ["model=a", "image=b.png", "image=c.png", "temperature=1e-1", "seed=7", "compiled=true"]
-    arguments = parse_arguments(ChatArguments, words)
-    assert arguments == ChatArguments(
+    parsed = parse_arguments(ChatArguments, words)
+    assert parsed == ChatArguments(
         model="a", image=("b.png", "c.png"), temperature=0.1, seed=7, compiled=True
     )
-    assert arguments.max_new_tokens == 512 and arguments.dtype is None
+    assert parsed.max_new_tokens == 512 and parsed.dtype is None
+
+
+def test_the_names_are_those_of_the_tables_behind_them() -> None:
+    assert get_args(arguments.TemplateName) == tuple(CHAT_TEMPLATES)
+    assert get_args(arguments.DtypeName) == tuple(DTYPE_NAMES)
+    assert get_args(arguments.BenchmarkName) == tuple(RECORD_READERS) == tuple(SCORING_PROTOCOLS)
+    assert get_args(arguments.ProtocolName) == tuple(EVAL_PROTOCOLS)
+    for protocols in SCORING_PROTOCOLS.values():
+        assert set(get_args(arguments.ProtocolName)) == set(protocols)
+    assert get_args(arguments.ExportFormat) == tuple(USAGE_TEXTS)
+    assert get_args(arguments.ListedKind) == tuple(LISTED_KINDS)
 
 
 def test_text_is_taken_as_it_is() -> None:
-    arguments = parse_arguments(ChatArguments, ["model=007", "question=what is ${a}=null?"])
-    assert (arguments.model, arguments.question) == ("007", "what is ${a}=null?")
+    parsed = parse_arguments(ChatArguments, ["model=007", "question=what is ${a}=null?"])
+    assert (parsed.model, parsed.question) == ("007", "what is ${a}=null?")
 
 
 def test_a_path_may_begin_with_the_home_folder(monkeypatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
-    arguments = parse_arguments(ReportArguments, ["~/a", "b=c/seed0", "out=~/r.md"])
-    assert arguments.runs == ("/home/me/a", "b=c/seed0")
-    assert arguments.out == ("/home/me/r.md",)
+    parsed = parse_arguments(ReportArguments, ["~/a", "b=c/seed0", "out=~/r.md"])
+    assert parsed.runs == ("/home/me/a", "b=c/seed0")
+    assert parsed.out == ("/home/me/r.md",)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["batch=0"], "batch must be at least 1, given 0"),
-        (["batch=1.5"], "batch must be a whole number, given '1.5'"),
+        (["batch=1.5"], "batch must be a whole number, given 1.5"),
         (["batch=5000"], "batch must be at most 4096, given 5000"),
         (["blank=yes"], "blank must be true or false, given 'yes'"),
         (["protocol=offical"], "protocol must be one of yi, official, .*Did you mean 'official'"),
@@ -89,8 +108,8 @@ def test_all_mistakes_are_told_at_once() -> None:
 def test_the_words_of_a_recipe_are_left_as_they_are() -> None:
     words = ["recipe=yivl_llava", "mfu=0.5", "stages.chat.steps=2", "connector.gpu=1", "only=chat"]
     keys = ("recipe", "stages", "connector", "only")
-    arguments, recipe_words = split_arguments(PlanArguments, words, keys)
-    assert arguments == PlanArguments(mfu=0.5)
+    parsed, recipe_words = split_arguments(PlanArguments, words, keys)
+    assert parsed == PlanArguments(mfu=0.5)
     assert recipe_words == ["recipe=yivl_llava", "stages.chat.steps=2", *words[3:]]
 
 

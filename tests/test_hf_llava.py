@@ -126,12 +126,8 @@ def test_an_export_comes_back_and_goes_out_again_the_same(tokens, said, tmp_path
 @pytest.mark.parametrize("template", CHAT_TEMPLATES)
 def test_the_template_comes_back(template, tmp_path):
     own = tmp_path / "own"
-    assert (
-        main(
-            ["export", f"model={make_plain_llava(tmp_path / 's')}", f"out={own}", "format=vlbench"]
-        )
-        == 0
-    )
+    source = make_plain_llava(tmp_path / "s")
+    assert main(["export", f"model={source}", f"out={own}", "format=vlbench"]) == 0
     file = own / "recipe.yaml"
     file.write_text(file.read_text().replace("template: yi_vl", f"template: {template}"))
     once = export(own, tmp_path / "once")

@@ -14,7 +14,6 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import (
-    Annotated,
     Any,
     ClassVar,
     NamedTuple,
@@ -25,8 +24,6 @@ from typing import (
     get_origin,
     get_type_hints,
 )
-
-from pydantic import Field
 
 from vlbench.errors import UserError, suggest_name
 from vlbench.strict_values import RawText, convert_value, kind_label, yaml_text
@@ -107,8 +104,12 @@ class ArgumentSpec(NamedTuple):
         """Return the value that `text` stands for; a ValueError says what is allowed."""
         if self.value_type is str:
             return os.path.expanduser(text) if self.is_path else text
-        limited = Annotated[self.value_type, Field(ge=self.low, le=self.high)]
-        return convert_value(RawText(text), limited)
+        value = convert_value(RawText(text), self.value_type)
+        if self.low is not None and value < self.low:
+            raise ValueError(f"must be at least {_number_text(self.low)}, given {text}")
+        if self.high is not None and value > self.high:
+            raise ValueError(f"must be at most {_number_text(self.high)}, given {text}")
+        return value
 
     def help_row(self) -> tuple[str, str, str, str]:
         """Return name, type with its range, default and meaning."""

@@ -1,4 +1,4 @@
-"""`lmms-eval --model vlbench --model_args model=PATH`: the tasks of lmms-eval on a run or a release.
+"""lmms-eval with a model of vlbench: `lmms-eval --model vlbench --model_args model=PATH`.
 
 An extra: `pip install 'vlbench[lmms]'`. lmms-eval finds `manifest` by the entry point in
 pyproject.toml. A question is asked as in `protocol=lmms`: the pictures, then the text.
