@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import pkgutil
 import shlex
 import subprocess
 import sys
@@ -168,7 +169,9 @@ def test_nearest():
 
 def test_version_is_that_of_the_project(capsys):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert project["project"]["version"] == __version__
+    assert "version" in project["project"]["dynamic"]
+    source = project["tool"]["setuptools"]["dynamic"]["version"]["attr"]
+    assert pkgutil.resolve_name(source) == __version__
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"vlbench {__version__}\n"
 
@@ -181,11 +184,21 @@ def test_every_package_and_data_file_is_declared():
         for path in ROOT.glob("vlbench/**/__init__.py")
     }
     assert declared == there | {"vlbench.connectors", "vlbench.recipes"}
-    for package, patterns in settings["tool"]["setuptools"]["package-data"].items():
-        folder = settings["tool"]["setuptools"]["package-dir"].get(package)
-        root = ROOT / (folder or package.replace(".", "/"))
-        data = {path for path in root.rglob("*") if path.suffix not in (".py", ".pyc", "")}
-        assert data == {path for pattern in patterns for path in root.glob(pattern)} & data, package
+    folders = settings["tool"]["setuptools"]["package-dir"]
+    roots = {name: ROOT / folders.get(name, name.replace(".", "/")) for name in declared}
+    data = {
+        path
+        for root in roots.values()
+        for path in root.rglob("*")
+        if path.suffix not in (".py", ".pyc", "")
+    }
+    matched = {
+        path
+        for package, patterns in settings["tool"]["setuptools"]["package-data"].items()
+        for pattern in patterns
+        for path in roots[package].glob(pattern)
+    }
+    assert data == matched & data
 
 
 def test_installed_versions_are_within_the_bounds():
