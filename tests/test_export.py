@@ -300,7 +300,8 @@ def test_sigterm_leaves_nothing_half_written(tmp_path):
         "import os, signal, sys\n"
         "from vlbench.serve import export_command\n"
         "export_command.write_yi_vl = lambda *a: os.kill(os.getpid(), signal.SIGTERM)\n"
-        "sys.exit(export_command.run_export(sys.argv[1:]))\n"
+        "from vlbench.__main__ import main\n"
+        "sys.exit(main(['export', *sys.argv[1:]]))\n"
     )
     words = [f"model={CHECKPOINT}", f"out={tmp_path / 'to'}", "format=yi_vl"]
     done = subprocess.run([sys.executable, "-c", halt, *words], capture_output=True)

@@ -53,7 +53,7 @@ def picture(colour: str) -> Image.Image:
 
 def answers(plugin, shown: list[Any], given: dict[str, Any], **args: Any) -> list[str]:
     """Ask about every thing in `shown` as one task does, document by document."""
-    model = plugin.VlbenchModel(**{"run": str(CHECKPOINT), **args})
+    model = plugin.VlbenchModel(**{"model": str(CHECKPOINT), **args})
     model.task_dict = {"task": {"val": shown}}
     several = [
         Instance(("What?", given, lambda document: document, n, "task", "val"))
