@@ -84,7 +84,7 @@ def test_batch_sizes_of_lmms_eval_are_understood(size, batch, plugin):
 @pytest.mark.parametrize("name", ["model", "pretrained"])
 def test_the_model_is_called_as_lmms_eval_calls_it(name, plugin):
     model = plugin.VlbenchModel(**{name: str(CHECKPOINT)}, template="llava_v1")
-    assert model.vlm.template.name == "llava_v1"
+    assert model.vlm.processor.template.name == "llava_v1"
 
 
 @pytest.mark.parametrize(

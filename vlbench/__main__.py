@@ -93,7 +93,7 @@ def run_eval(words: list[str]) -> int:
 def run_score(words: list[str]) -> int:
     """Score answers to a benchmark."""
     arguments = parse_arguments(ScoreArguments, words)
-    from vlbench.evaluate.tasks.score_command import run_score as score_answers
+    from vlbench.evaluate.score_command import run_score as score_answers
 
     return score_answers(arguments)
 

@@ -200,10 +200,10 @@ class CheckArguments:
     )
 
 
-DEFAULT_GPU = "A800"  # Yi-VL's
+DEFAULT_GPU = "A800"  # Yi-VL was trained on it
 DEFAULT_MFU = 0.4
-"""Share of a GPU's peak FLOPs that training reaches: Llama 3 had 0.38 to 0.43 on 8,192 to 16,384
-H100 (arXiv:2407.21783, table 4). Activation checkpointing recomputes on top of it."""
+"""Model FLOPs utilisation, without recomputed FLOPs: Llama 3 reached 0.38 to 0.43 on 8,192 to
+16,384 H100 (arXiv:2407.21783, table 4)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,14 +1,153 @@
-"""`python -m vlbench eval`: ask a run, a checkpoint or a release questions with known answers."""
+"""`python -m vlbench eval model=... [task=mmmu,cmmmu]`: a model answers questions of tasks.
+
+The model is a run, a checkpoint or a release; the tasks are evaluated one after the other.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any, Protocol
+
 from vlbench.command_line.arguments import EvalArguments
-from vlbench.evaluate.tasks.conversation_tasks import FILE_TASK, OWN_TASK
-from vlbench.evaluate.tasks.run_tasks import run_tasks
+from vlbench.errors import UserError, suggest_name
+from vlbench.evaluate.batch_inference import (
+    ANSWERS_FILE,
+    BLANK_FILE,
+    SKIPPED_FILE,
+    answer_remaining,
+    open_answers_folder,
+)
+from vlbench.evaluate.tasks.benchmark_records import RECORD_READERS
+from vlbench.evaluate.tasks.benchmark_tasks import BenchmarkTask
+from vlbench.evaluate.tasks.benchmark_types import GenerationLimits
+from vlbench.evaluate.tasks.conversation_tasks import FILE_TASK, OWN_TASK, ConversationTask
+from vlbench.load_model import find_model_folder, load_model
+from vlbench.model.loaded_vlm import LoadedVLM
+from vlbench.text_files import format_json_lines, write_atomically
+from vlbench.train import checkpoint_files
+
+BENCHMARK_KEYS = ("split", "protocol", "subjects", "seed")
+TASK_NAMES = (*RECORD_READERS, OWN_TASK, FILE_TASK)
+AnswerLines = list[dict[str, Any]]
+
+
+class EvalTask(Protocol):
+    """A set of questions for a model, and how its answers are scored."""
+
+    folder_name: str
+    """Name of the folder with a model's answers."""
+    task_settings: dict[str, Any]
+    """What is asked, and how: a folder never mixes answers under different settings."""
+
+    def select_questions(self, vlm: LoadedVLM) -> tuple[list[Any], list[dict[str, str]]]:
+        """Return the questions that can be asked, and those that cannot, with the reason."""
+        ...
+
+    def generation_limits(self, vlm: LoadedVLM, questions: list[Any]) -> GenerationLimits:
+        """Return how a model may answer."""
+        ...
+
+    def count_correct(self, answer_lines: AnswerLines) -> int | None:
+        """Count right answers; None where the true ones are withheld."""
+        ...
+
+    def write_scores(
+        self, folder: Path, answer_lines: AnswerLines, blank_lines: AnswerLines, skipped_count: int
+    ) -> list[str]:
+        """Write the scores into the folder, and return the lines of the report.
+
+        `blank_lines` are the answers to blank images, empty if they were not asked for.
+        """
+        ...
 
 
 def run_eval(arguments: EvalArguments) -> int:
     """Evaluate a model on the tasks that are named, on a file, or on a run's own questions."""
-    default_task = FILE_TASK if arguments.data else OWN_TASK
-    names = (arguments.task or default_task).split(",")
-    return run_tasks(list(dict.fromkeys(name for name in names if name)), arguments)
+    text = arguments.task or (FILE_TASK if arguments.data else OWN_TASK)
+    names = list(dict.fromkeys(name for name in text.split(",") if name))
+    _check_tasks(names, arguments)
+    tasks: list[EvalTask] = [
+        BenchmarkTask(name, arguments)
+        if name in RECORD_READERS
+        else ConversationTask(name, arguments)
+        for name in names
+    ]
+    model_folder = find_model_folder(arguments.model, "model")
+    vlm = load_model(arguments.model, arguments.dtype, arguments.device, arguments.template)
+    for task in tasks:
+        model_settings = {"model": str(model_folder), **_chosen_settings(arguments)}
+        folder = _answers_folder(task.folder_name, model_folder, arguments)
+        open_answers_folder(
+            folder, {**task.task_settings, "batch": arguments.batch, **model_settings}
+        )
+        _run_task(vlm, task, folder, arguments)
+    return 0
+
+
+def _chosen_settings(arguments: EvalArguments) -> dict[str, str]:
+    """Return the settings in place of the model's own, on which its answers depend."""
+    chosen = {"template": arguments.template, "dtype": arguments.dtype}
+    return {key: value for key, value in chosen.items() if value}
+
+
+def _check_tasks(task_names: list[str], arguments: EvalArguments) -> None:
+    """Raise a UserError for unknown tasks, and for keys that none of the tasks has."""
+    for name in task_names or [""]:
+        if name not in TASK_NAMES:
+            known = ", ".join(TASK_NAMES)
+            raise UserError(f"task is '{name}'; known are {known}.{suggest_name(name, TASK_NAMES)}")
+    if len(task_names) > 1 and (arguments.data or arguments.out):
+        raise UserError("data= and out= belong to one task; give one task=, or leave them out")
+    if FILE_TASK in task_names and not arguments.data:
+        raise UserError(f"task={FILE_TASK} needs data=FILE.json")
+    tasks_of_key = {
+        **dict.fromkeys(BENCHMARK_KEYS, tuple(RECORD_READERS)),
+        "images": (FILE_TASK,),
+        "data": (*RECORD_READERS, FILE_TASK),
+    }
+    for key, tasks in tasks_of_key.items():
+        if getattr(arguments, key) is not None and not set(task_names) & set(tasks):
+            raise UserError(
+                f"{key}= is for task={' and '.join(tasks)}, not for {', '.join(task_names)}"
+            )
+
+
+def _answers_folder(folder_name: str, model_folder: Path, arguments: EvalArguments) -> Path:
+    """Return the folder of the answers: `out=`, or by checkpoint and task below a run's own."""
+    if arguments.out:
+        return Path(arguments.out)
+    run = Path(arguments.model)
+    is_run = (
+        checkpoint_files.is_run_or_checkpoint(run)
+        and (run / "recipe.yaml").is_file()
+        and run != model_folder
+    )
+    name = "-".join([folder_name, *_chosen_settings(arguments).values()])
+    return (run / "eval" if is_run else Path("evals")) / model_folder.name / name
+
+
+def _run_task(vlm: LoadedVLM, task: EvalTask, folder: Path, arguments: EvalArguments) -> None:
+    """Answer the questions of one task, write its scores into the folder, and print them."""
+    questions, skipped = task.select_questions(vlm)
+    if not questions:
+        raise UserError(f"{task.folder_name}: no question can be asked; the first: {skipped[0]}")
+    write_atomically(folder / SKIPPED_FILE, format_json_lines(skipped))
+    limits = task.generation_limits(vlm, questions)
+
+    def answer_into(file_name: str, use_blank_images: bool) -> AnswerLines:
+        return answer_remaining(
+            vlm,
+            questions,
+            limits,
+            task.count_correct,
+            arguments.batch,
+            folder / file_name,
+            use_blank_images,
+            arguments.compiled,
+        )
+
+    lines = answer_into(ANSWERS_FILE, False)
+    blank_lines = answer_into(BLANK_FILE, True) if arguments.blank else []
+    report = "\n".join(task.write_scores(folder, lines, blank_lines, len(skipped)))
+    write_atomically(folder / "report.txt", f"{report}\n")
+    print(f"{report}\n\nwrote {folder}")

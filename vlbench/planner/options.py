@@ -1,4 +1,4 @@
-"""What a plan is asked for: the words of `plan`, checked before anything slow is imported."""
+"""The options of `plan`, checked before anything slow is imported."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from vlbench.planner.gpu_table import GpuSpec, find_gpu
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What a plan is for."""
+    """What to plan: a recipe, a GPU and assumptions about the data."""
 
     recipe: Recipe
     gpu: GpuSpec
     mfu: float
     sample_counts: tuple[int, ...]
-    """Per stage, one for all, or none: what data say, or Yi-VL's."""
+    """One for each stage; empty: as the data say, or Yi-VL's numbers."""
     text_tokens: tuple[float, ...]
-    """Likewise, beside the pictures."""
+    """Text tokens of a sample, likewise."""
     probe: bool
 
     @property
     def world_size(self) -> int:
-        """GPUs in all."""
+        """The number of GPUs."""
         return self.recipe.trainer.world_size
 
     @property
     def strategy(self) -> str:
-        """That of the recipe."""
+        """The recipe's strategy; `auto` is ddp."""
         chosen = self.recipe.trainer.strategy
         return "ddp" if chosen == "auto" else chosen
 
 
 def parse_plan_options(words: list[str]) -> PlanOptions:
-    """Return what the words of `plan` ask for; a UserError for anything wrong in them."""
+    """Return the options of a command line; a UserError for anything wrong in it."""
     arguments, recipe_words = split_arguments(PlanArguments, words, declared_keys(Recipe))
     recipe = recipes.load_recipe(recipe_words)
     gpu = find_gpu(arguments.gpu, arguments.gpus)
@@ -50,7 +50,7 @@ def parse_plan_options(words: list[str]) -> PlanOptions:
         recipe,
         gpu,
         arguments.mfu,
-        tuple(round(number) for number in samples),
+        tuple(round(count) for count in samples),
         _numbers_per_stage("text_tokens", arguments.text_tokens, names, 1e6),
         arguments.probe,
     )
@@ -59,7 +59,7 @@ def parse_plan_options(words: list[str]) -> PlanOptions:
 def _numbers_per_stage(
     key: str, text: str | None, stage_names: list[str], upper_limit: float
 ) -> tuple[float, ...]:
-    """Return one number for each stage, from `1e6` or `1e8,25e6,1e6`; none if nothing is given."""
+    """Return one number for each stage, from `1e6` or `1e8,25e6,1e6`; () without a text."""
     if text is None:
         return ()
     try:
@@ -76,5 +76,5 @@ def _numbers_per_stage(
 
 
 def stage_indices(recipe: Recipe) -> dict[str, int]:
-    """Return the stages that run, with their numbers among these."""
+    """Return the names of the stages that run, with their index among these."""
     return {name: number for number, name in enumerate(recipes.stages_to_run(recipe))}

@@ -18,7 +18,7 @@ from vlbench.data.image_processing import open_image
 from vlbench.errors import UserError, suggest_name
 
 if TYPE_CHECKING:
-    from vlbench.model.vlm import VLM
+    from vlbench.model.loaded_vlm import LoadedVLM
 
 GENERATION_KEYS = ("max_new_tokens", "temperature", "top_p", "seed")
 COMMANDS_HELP = """\
@@ -85,13 +85,15 @@ def _is_file_or_url(name: str) -> bool:
 class ChatSession:
     """A conversation: its messages, and the images that come with the next question."""
 
-    def __init__(self, vlm: VLM, chat_options: dict[str, Any], compiled: bool = False) -> None:
-        """Talk to `vlm`; `chat_options` are those of `VLM.chat`.
+    def __init__(
+        self, vlm: LoadedVLM, chat_options: dict[str, Any], compiled: bool = False
+    ) -> None:
+        """Talk to `vlm`; `chat_options` are those of `LoadedVLM.chat`.
 
         With `compiled` the decoding step is compiled, and every answer reads the whole prompt: the
         KV cache of a conversation grows, which a compiled step cannot.
         """
-        from vlbench.model.generation.prefix_cache import PrefixCache
+        from vlbench.model.generation.kv_cache import PrefixCache
 
         self.vlm, self.chat_options, self.compiled = vlm, chat_options, compiled
         self.messages: list[dict[str, Any]] = []
@@ -175,7 +177,7 @@ class ChatSession:
 
         What is stopped with Ctrl-C is kept as far as it was written.
         """
-        from vlbench.model.generation.chat_messages import ConversationTooLong  # it imports torch
+        from vlbench.processor import ConversationTooLong  # it imports torch
 
         content: list[dict[str, Any]] = [
             {"type": "image", "image": one} for one in self.pending_images

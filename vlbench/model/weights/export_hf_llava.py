@@ -31,6 +31,7 @@ from vlbench.data.chat_template import ChatTemplate
 from vlbench.data.sample import ChatTurn
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import UserError
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import clip_layouts
 from vlbench.model.weights.hf_llava import LINEAR_ACTIVATION, VISION_PREFIXES
@@ -43,9 +44,9 @@ IMAGE_TOKEN = "<image>"
 TensorCast = Callable[[Tensor], Tensor]
 
 
-def write_hf_llava(vlm: VLM, folder: Path, cast: TensorCast | None) -> None:
+def write_hf_llava(vlm: LoadedVLM, folder: Path, cast: TensorCast | None) -> None:
     """Write `vlm` into the empty `folder`; `cast` changes the type of every tensor."""
-    depth, norm = projector_depth_and_norm(require_projector(vlm, LAYOUT_NAME))
+    depth, norm = projector_depth_and_norm(require_projector(vlm.model, LAYOUT_NAME))
     if norm or depth > 2:
         raise UserError(
             f"the connector is an MLP of depth {depth}{' with LayerNorms' if norm else ''}, and "
@@ -67,10 +68,10 @@ def write_hf_llava(vlm: VLM, folder: Path, cast: TensorCast | None) -> None:
         known = learned_added_tokens(vlm.tokenizer) | {IMAGE_TOKEN: image_id}
         names = json.dumps(known, indent=2, ensure_ascii=False)
         (folder / "added_tokens.json").write_text(names + "\n", encoding="utf-8")
-    state = _build_llava_state_dict(vlm, rows)
+    state = _build_llava_state_dict(vlm.model, rows)
     if cast:
         state = {name: cast(tensor) for name, tensor in state.items()}
-    config = _build_llava_config(vlm, image_id, rows)
+    config = _build_llava_config(vlm.model, image_id, rows)
     config.dtype = state["lm_head.weight"].dtype
     with torch.device("meta"):
         model: Any = LlavaForConditionalGeneration(config)
@@ -138,11 +139,11 @@ def _build_llava_state_dict(vlm: VLM, vocab_size: int) -> dict[str, Tensor]:
     return state
 
 
-def build_llava_processor(vlm: VLM) -> LlavaProcessor:
-    """Return the processor that makes of messages and pictures what `VLM.prepare` makes of them."""
+def build_llava_processor(vlm: LoadedVLM) -> LlavaProcessor:
+    """Return transformers' processor that makes the same inputs as `Processor.prepare`."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(vlm.tokenizer.folder)
     texts = [
-        vlm.template.render_prompt([ChatTurn("human", "What? 12.5 km\n\n  是什么？")]),
+        vlm.processor.template.render_prompt([ChatTurn("human", "What? 12.5 km\n\n  是什么？")]),
         " a",
         "\n",
     ]
@@ -161,7 +162,7 @@ def build_llava_processor(vlm: VLM) -> LlavaProcessor:
             f"{tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)}), and "
             f"{LAYOUT_NAME} uses it for pictures; use format=vlbench"
         )
-    transform = vlm.transform
+    transform = vlm.processor.transform
     images = pil_llava_image_processor()(  # the one that resizes as the reference does, with PIL
         do_pad=transform.pad,
         do_convert_rgb=True,
@@ -178,7 +179,7 @@ def build_llava_processor(vlm: VLM) -> LlavaProcessor:
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,  # the class token, which is then left out
         image_token=IMAGE_TOKEN,
-        chat_template=to_jinja_template(vlm.template),
+        chat_template=to_jinja_template(vlm.processor.template),
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vlbench.data.image_processing import ImageTransform
 from vlbench.errors import UserError
-from vlbench.model.vlm import VLM
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.weights import chat_template, clip_layouts, yi_vl_layout
 from vlbench.model.weights.projector_layout import projector_depth_and_norm, require_projector
 from vlbench.model.weights.release_files import (
@@ -31,14 +31,14 @@ TensorCast = Callable[[Tensor], Tensor]
 
 
 def write_yi_vl(
-    vlm: VLM, folder: Path, cast: TensorCast | None, source: Path | None = None
+    vlm: LoadedVLM, folder: Path, cast: TensorCast | None, source: Path | None = None
 ) -> None:
     """Write `vlm` into the empty `folder`; `cast` changes the type of every tensor.
 
     `source` is the released folder that `vlm` was read from, if nothing was trained since: then
     its small files, and the tensors in it that the reference ignores, are given back unchanged.
     """
-    require_projector(vlm, LAYOUT_NAME)
+    require_projector(vlm.model, LAYOUT_NAME)
     _check_exportable(vlm)
     if yi_vl_layout.is_layout_config(json.loads(vlm.release_files.get("config.json", b"{}"))):
         write_release_files(vlm.release_files, folder)
@@ -50,26 +50,27 @@ def write_yi_vl(
         _update_release_files(vlm, folder, tower, cast)
     _write_conv_mode(folder, source is not None)
     if source is not None:
-        groups = yi_vl_layout.build_tensor_groups(source, vlm)
+        groups = yi_vl_layout.build_tensor_groups(source, vlm.model)
     else:
         keys = clip_layouts.to_hf_state_dict(vlm.vision.visual)
         vision = {f"vision_model.{key}": ("vision", key) for key in keys}
         groups = [
-            TensorGroup([], yi_vl_layout.main_tensor_targets(config, vlm), ""),
+            TensorGroup([], yi_vl_layout.main_tensor_targets(config, vlm.model), ""),
             TensorGroup([], vision, ""),
         ]
-    states = collect_part_states(vlm)
+    states = collect_part_states(vlm.model)
     for group, target in zip(groups, (folder, tower), strict=True):
         own = ((name, states[part][key]) for name, (part, key) in group.tensor_targets.items())
         tensors = chain(own, read_unused_tensors(group))
         write_tensors(((name, cast(t) if cast else t) for name, t in tensors), target)
 
 
-def _check_exportable(vlm: VLM) -> None:
+def _check_exportable(vlm: LoadedVLM) -> None:
     """Refuse what the authors' code could not know: another template, tower or tokenizer."""
-    if vlm.template.name != "yi_vl":
+    if vlm.processor.template.name != "yi_vl":
         raise UserError(
-            f"language.template is {vlm.template.name}, and the authors' code knows yi_vl alone; "
+            f"language.template is {vlm.processor.template.name}, and the authors' code knows "
+            "yi_vl alone; "
             "format=hf_llava carries the template, format=vlbench everything"
         )
     if vlm.vision.norm:
@@ -88,11 +89,11 @@ def _write_conv_mode(folder: Path, unchanged: bool) -> None:
 
 
 def _update_release_files(
-    vlm: VLM, folder: Path, encoder_folder: Path, cast: TensorCast | None
+    vlm: LoadedVLM, folder: Path, encoder_folder: Path, cast: TensorCast | None
 ) -> None:
     """Make the small files of a release say what the model has become."""
-    transform = vlm.transform
-    depth, norm = projector_depth_and_norm(require_projector(vlm, LAYOUT_NAME))
+    transform = vlm.processor.transform
+    depth, norm = projector_depth_and_norm(require_projector(vlm.model, LAYOUT_NAME))
     projector = f"mlp{depth}x_gelu{'_Norm' if norm else ''}"
     main: dict[str, Any] = {
         "mm_vision_tower": f"./{encoder_folder.relative_to(folder).as_posix()}",
@@ -134,7 +135,7 @@ def _update_json_file(file: Path, changes: Mapping[str, Any]) -> None:
         file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _create_release_files(vlm: VLM, folder: Path) -> None:
+def _create_release_files(vlm: LoadedVLM, folder: Path) -> None:
     """Write the small files of a model that did not begin as a released Yi-VL."""
     if not (vlm.tokenizer.folder / "tokenizer.model").is_file():
         raise UserError(
@@ -144,7 +145,7 @@ def _create_release_files(vlm: VLM, folder: Path) -> None:
     vlm.tokenizer.save(folder)
     language, tower = vlm.language.config, folder / "vit" / f"tower-{vlm.vision.image_size}"
     tower.mkdir(parents=True)
-    depth, norm = projector_depth_and_norm(require_projector(vlm, LAYOUT_NAME))
+    depth, norm = projector_depth_and_norm(require_projector(vlm.model, LAYOUT_NAME))
     ends = {
         "bos_token_id": vlm.tokenizer.bos_token_id,
         "eos_token_id": vlm.tokenizer.eos_token_id,
@@ -156,7 +157,7 @@ def _create_release_files(vlm: VLM, folder: Path) -> None:
     config = shape | ends
     config |= {
         "architectures": ["LlavaLlamaForCausalLM"],
-        "image_aspect_ratio": "pad" if vlm.transform.pad else "square",
+        "image_aspect_ratio": "pad" if vlm.processor.transform.pad else "square",
         "mm_hidden_size": vlm.vision.feature_width,
         "mm_projector_type": f"mlp{depth}x_gelu{'_Norm' if norm else ''}",
         "mm_use_im_patch_token": False,
@@ -171,7 +172,7 @@ def _create_release_files(vlm: VLM, folder: Path) -> None:
         "use_cache": True,
         "use_mm_proj": True,
     }
-    transform = vlm.transform
+    transform = vlm.processor.transform
     processor = {
         **{
             key: bool(value)
