@@ -20,14 +20,13 @@ from vlbench.model.activation_checkpointing import CHECKPOINTING_MODES
 from vlbench.model.build_vlm import build_vlm
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.train_flops import count_step_flops
-from vlbench.planner import plan_report
-from vlbench.planner.extrapolate import DepthExtrapolator
+from vlbench.planner import plan_command
 from vlbench.planner.memory_estimate import ROW_TOKENS_STEP, StageMemory, total_bytes
 from vlbench.planner.meta_model import ModelDepth, SampleShape, build_meta_vlm
 from vlbench.planner.options import parse_plan_options
-from vlbench.planner.plan_command import make_plan
-from vlbench.planner.simulate_step import StepSimulator
+from vlbench.planner.simulate_step import DepthExtrapolator, StepSimulator
 from vlbench.planner.stage_workload import StageWorkload, sample_flops, stage_workload
+from vlbench.planner.training_plan import make_plan
 from vlbench.train.stage_plan import build_stage_steps
 from vlbench.train.stage_plan import plan_stage_runs as legs_of
 from vlbench.train.trainable_parts import freeze_untrained_parts
@@ -181,7 +180,7 @@ def test_34b_is_trained_on_128_gpus_in_shards_alone():
     assert sizes == sorted(sizes, reverse=True)
     best = found.cheapest_fit
     assert best is not None and best[0].strategy == "fsdp2" and best[0].fits_memory
-    text = "\n".join(plan_report.format_plan(found))
+    text = "\n".join(plan_command.format_plan(found))
     assert f"trainer.strategy=fsdp2 activation_checkpointing={best[0].checkpointing_mode}" in text
 
 
