@@ -187,7 +187,7 @@ def _base_layers(
         return read_yaml(copy), str(copy), {}
     base, name = _read_layer(tree.get("recipe"), "recipe", recipe_files(), errors)
     size, _ = _read_layer(tree.get("size", base.get("size", "tiny")), "size", size_files(), errors)
-    for_connectors, encoders = (size.pop(kind, None) or {} for kind in ("connectors", "towers"))
+    for_connectors, encoders = (size.pop(key, None) or {} for key in ("connectors", "encoders"))
     chosen, layer = _chosen_part(tree, base, "connector")
     if chosen in for_connectors:  # options of that connector at this size
         size["connector"] = {"name": chosen, **for_connectors[chosen]}
