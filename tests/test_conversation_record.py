@@ -1,4 +1,4 @@
-"""Records as other programs write them: read with all pictures and texts, or refused by name."""
+"""Records of other programs are read with all images and texts, or refused by name."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def read(record: Record) -> Any:
     return sample_from_record(record, "record 1", lambda name: name)  # type: ignore[return-value]
 
 
-# name: (record, texts of the turns, pictures)
+# name: (record, texts of the turns, images)
 READ: dict[str, tuple[Record, list[str], list[str]]] = {
     "images without a tag": (
         {"images": ["a.jpg"], "conversations": PLAIN},
@@ -162,7 +162,7 @@ def test_a_record_is_read_with_all_pictures_and_texts(name):
     assert (again.turns, again.images) == (sample.turns, sample.images)
 
 
-# name: (record, part of what is said)
+# name: (record, part of the message)
 REFUSED: dict[str, tuple[Record, str]] = {
     **{
         f"picture in {key}": (
