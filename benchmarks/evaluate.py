@@ -16,8 +16,8 @@ from pathlib import Path
 from table import write_section
 
 from vlbench.__main__ import main as vlbench
+from vlbench.evaluate.batch_inference import answer_remaining
 from vlbench.evaluate.tasks.conversation_tasks import ConversationTask
-from vlbench.evaluate.tasks.task_session import answer_remaining
 from vlbench.load_model import load_model
 from vlbench.model.loaded_vlm import LoadedVLM
 

@@ -18,7 +18,7 @@ from hub.server import FakeHub
 
 import vlbench
 from vlbench.__main__ import main
-from vlbench.evaluate.tasks.mmmu_data import MMMU_SUBJECTS
+from vlbench.evaluate.tasks.benchmark_types import MMMU_SUBJECTS
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.weights.weight_origin import read_origins
 
@@ -371,7 +371,7 @@ ROWS_REFERENCES = (
 )
 ROWS = (*ROWS_6B, *ROWS_34B, *ROWS_YI_VL, *ROWS_EXAMS, *ROWS_REFERENCES)
 ELSEWHERE = {
-    "lmms-eval eval --model vlbench --model_args run=RUN --tasks mmmu_val --batch_size 16": (
+    "lmms-eval eval --model vlbench --model_args model=RUN --tasks mmmu_val --batch_size 16": (
         "tests/test_lmms.py runs it where lmms-eval is installed"
     ),
 }

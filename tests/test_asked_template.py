@@ -168,7 +168,7 @@ def test_eval_keeps_the_answers_of_templates_apart(model, tmp_path, capsys, monk
     assert main(["eval", *words, "template=llava_v1"]) == 0
     own, other = sorted(Path("evals", model.name).iterdir())
     assert (own.name, other.name) == ("own", "own-llava_v1")
-    assert "template" not in json.loads((own / "exam.json").read_text())
+    assert "template" not in json.loads((own / "settings.json").read_text())
     capsys.readouterr()
     assert main(["eval", *words, f"out={other}"]) == 2
     assert "differs in template (llava_v1 before, None now)" in said(capsys)[0]

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from small import SMALL, open_gates, small_vlm
 
+from vlbench.compat.transformers_internals import static_cache_position
 from vlbench.config import recipe as recipes
 from vlbench.connector import registry
 from vlbench.data.packing import PackedBatch
@@ -142,9 +143,9 @@ def test_lengths_are_multiples_and_hold_all_that_is_read(monkeypatch):
     for new, length in ((fits, LENGTH_MULTIPLE), (fits + 1, 2 * LENGTH_MULTIPLE)):
         assert_same(vlm, batch, max_new_tokens=new)
         rows = seen[-1]
-        assert rows.attention_mask.shape[-1] == length == rows.kv_cache.keys[0].shape[2]
+        assert rows.attention_mask.shape[-1] == length == rows.kv_cache.layers[0].keys.shape[2]
         assert (
-            int(rows.kv_cache.next_position)
+            int(static_cache_position(rows.kv_cache))
             == batch.input_ids.shape[1] + new - 1
             == int(rows.attention_mask.sum())
         )

@@ -135,8 +135,8 @@ def _read_text(file: Path) -> str:
                 raise UserError(f"data {file}: {problem}")
         return data.decode("utf-8-sig")
     except FileNotFoundError:
-        near = suggest_name(file.name, [p.name for p in file.parent.glob("*.json*")])
-        raise UserError(f"data {file}: there is no such file.{near}") from None
+        suggestion = suggest_name(file.name, [p.name for p in file.parent.glob("*.json*")])
+        raise UserError(f"data {file}: there is no such file.{suggestion}") from None
     except IsADirectoryError:
         raise UserError(f"data {file}: is a folder; expected a JSON file") from None
     except OSError as error:

@@ -8,9 +8,12 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import TypeVar
 
 from vlbench.data.sample import Sample, SampleSource, sample_at
 from vlbench.errors import UserError
+
+ItemT = TypeVar("ItemT")
 
 _FEISTEL_ROUNDS = 6
 _UINT64_MASK = (1 << 64) - 1
@@ -59,6 +62,14 @@ def _mix_bits(value: int) -> int:
 @functools.lru_cache(maxsize=256)
 def _cached_shuffle(count: int, seed: str) -> FeistelShuffle:
     return FeistelShuffle(count, seed)
+
+
+def pick_fixed_subset(items: Sequence[ItemT], count: int | None) -> list[ItemT]:
+    """Return `count` items from all over the list, always the same ones; all items for None."""
+    if count is None or count >= len(items):
+        return list(items)
+    draw = FeistelShuffle(len(items), "spread")
+    return [items[draw(number)] for number in range(count)]
 
 
 class SourceMixture:

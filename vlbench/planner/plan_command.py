@@ -95,7 +95,7 @@ def _workload_lines(plan: TrainingPlan) -> list[str]:
             )
         )
     gpu_hours = seconds * options.world_size / 3600
-    rows.append(("all", *[""] * 5, format_duration(seconds), f"{gpu_hours:,.1f}"))
+    rows.append(("all", "", "", "", "", "", format_duration(seconds), f"{gpu_hours:,.1f}"))
     lines = format_table(rows, "<>")
     with_recompute = sum(work.total_flops(mode) for work in plan.workloads.values())
     without = sum(work.total_flops("none") for work in plan.workloads.values())

@@ -16,8 +16,7 @@ from vlbench.config import recipe as recipes
 from vlbench.data.image_processing import ImageTransform
 from vlbench.data.sample import IMAGE_PLACEHOLDER, LazyImage
 from vlbench.errors import UserError
-from vlbench.evaluate.heldout_questions import EvalQuestion
-from vlbench.evaluate.run_results import final_questions
+from vlbench.evaluate.heldout_questions import EvalQuestion, final_questions
 from vlbench.html_pages import image_data_uri
 
 MAX_QUESTIONS_SHOWN = 6  # of a winner and a loser

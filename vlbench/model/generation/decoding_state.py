@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from vlbench.compat.torch_internals import (
     compiler_settings,
     has_forward_hooks,
     is_compiler_error,
 )
-from vlbench.compat.transformers_internals import kv_cache_layers
+from vlbench.compat.transformers_internals import static_cache_position
 from vlbench.errors import UserError
 from vlbench.model.compile_blocks import describe_compiler_error
-from vlbench.model.generation.kv_cache import CACHE_ARGUMENT, StaticKVCache
+from vlbench.model.generation.kv_cache import CACHE_ARGUMENT, to_static_cache
 from vlbench.model.vlm import VLM
 
 LENGTH_MULTIPLE = 256
@@ -89,13 +89,13 @@ class StaticDecodingState:
         self.attention_mask = state.attention_mask.new_zeros(rows, 1, 1, length, dtype=torch.bool)
         """`[rows, 1, 1, length]`: what the next token attends to; transformers uses it as it is."""
         self.attention_mask[:, 0, 0, :prefilled] = state.attention_mask.bool()
-        self.kv_cache = StaticKVCache(kv_cache_layers(state.kv_cache), length)
+        self.kv_cache = to_static_cache(state.kv_cache, state.vlm.language.config, length)
 
     def decode_next(self, token_ids: Tensor) -> Tensor:
         """Run one more token per row, `token_ids` `[rows]`; return logits `[rows, vocabulary]`."""
         self.position_ids += 1
-        self.attention_mask.index_fill_(3, self.kv_cache.next_position, True)
-        logits = self.decode_step(
+        self.attention_mask.index_fill_(3, static_cache_position(self.kv_cache), True)
+        return self.decode_step(
             self.vlm,
             token_ids,
             self.visual,
@@ -104,8 +104,6 @@ class StaticDecodingState:
             self.attention_mask,
             self.kv_cache,
         )
-        self.kv_cache.next_position += 1
-        return logits
 
 
 class CompiledDecodeStep:
@@ -156,7 +154,7 @@ def _decode_step(
     image_index: Tensor,
     position_ids: Tensor,
     attention_mask: Tensor,
-    kv_cache: StaticKVCache,
+    kv_cache: StaticCache,
 ) -> Tensor:
     """Run one more token per row; return logits `[rows, vocabulary]`.
 

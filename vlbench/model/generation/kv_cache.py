@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig, StaticCache
 
 from vlbench.compat.transformers_internals import (
     cache_argument_name,
     crop_kv_cache,
+    kv_cache_layers,
     repeat_kv_cache,
 )
 from vlbench.data.packing import PackedBatch
@@ -134,46 +134,14 @@ def prefill_common_prefix(
     return cache
 
 
-class StaticKVCache:
-    """Keys and values of the layers, allocated at their full length from the beginning.
+def to_static_cache(cache: DynamicCache, config: LlamaConfig, max_length: int) -> StaticCache:
+    """Copy a growing cache into a cache of `max_length` positions, allocated as a whole.
 
-    transformers' StaticCache cannot take its place: see `benchmarks/RESULTS.md`.
+    The growing cache is emptied layer by layer, so that there are never two whole caches at once.
     """
-
-    def __init__(self, layers: list[Any], max_length: int) -> None:
-        """Copy the `layers` of a growing cache into tensors of `max_length` positions.
-
-        They are taken out of the list one by one, so that there are never two caches at once.
-        """
-        cached = layers[0].keys.shape[2]
-        self.next_position = torch.tensor([cached], device=layers[0].keys.device)
-        """Where the next token goes, on the device: as a number it would be part of the graph."""
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-        while layers:
-            layer = layers.pop(0)
-            self.keys.append(_pad_to_length(layer.keys, max_length))
-            self.values.append(_pad_to_length(layer.values, max_length))
-
-    def update(
-        self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Write `key` and `value` `[rows, heads, 1, head width]` of a layer; return all of it.
-
-        The name and the arguments are those of transformers.
-        """
-        keys, values = self.keys[layer_idx], self.values[layer_idx]
-        keys.index_copy_(2, self.next_position, key)
-        values.index_copy_(2, self.next_position, value)
-        return keys, values
-
-
-def _pad_to_length(cached: Tensor, max_length: int) -> Tensor:
-    """Return `cached` `[rows, heads, positions, head width]` followed by zeros, `max_length` long.
-
-    The mask hides them, but attention multiplies them by zero, so they must be finite.
-    """
-    rows, heads, count, width = cached.shape
-    padded = cached.new_zeros(rows, heads, max_length, width)
-    padded[:, :, :count] = cached
-    return padded
+    static_cache = StaticCache(config=config, max_cache_len=max_length)
+    layers = kv_cache_layers(cache)
+    for layer_index in range(len(layers)):
+        layer = layers.pop(0)
+        static_cache.update(layer.keys, layer.values, layer_index)
+    return static_cache

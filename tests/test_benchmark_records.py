@@ -15,10 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from vlbench.errors import UserError
-from vlbench.evaluate.tasks import cmmmu_data, mmmu_data
 from vlbench.evaluate.tasks.benchmark_files import find_split
+from vlbench.evaluate.tasks.benchmark_records import (
+    parse_answer,
+    parse_image,
+    parse_options,
+    read_cmmmu_records,
+    read_mmmu_records,
+)
 from vlbench.evaluate.tasks.benchmark_types import BenchmarkRecord, RecordImage
-from vlbench.evaluate.tasks.record_fields import parse_answer, parse_image, parse_options
 
 GOLDEN = Path(__file__).parent / "goldens/evaluation"
 VALIDATION = GOLDEN / "mmmu_tiny_lmms/data/validation-00000-of-00001.parquet"
@@ -26,11 +31,11 @@ GITHUB = "cmmmu-data-val/science"
 
 
 def mmmu(layout: str | Path = "mmmu_tiny", split: str = "validation", **more: object) -> list:
-    return mmmu_data.read_records(str(GOLDEN / layout), split, **more)
+    return read_mmmu_records(str(GOLDEN / layout), split, **more)
 
 
 def cmmmu(layout: str | Path = "cmmmu_tiny", split: str = "val", **more: object) -> list:
-    return cmmmu_data.read_records(str(GOLDEN / layout), split, **more)
+    return read_cmmmu_records(str(GOLDEN / layout), split, **more)
 
 
 def copied(name: str, folder: Path) -> Path:
@@ -74,7 +79,7 @@ def test_a_record_of_mmmu():
     assert record.options == ("It's 42,000", 'He said "no"', "C:\\temp\\new", "a\nb")
     assert record.answer == "C" and list(record.images) == ["image_1"]
     picture = record.images["image_1"]
-    assert picture.name == "record validation_Accounting_3: picture validation_Accounting_3_1.png"
+    assert picture.name == "record validation_Accounting_3: image validation_Accounting_3_1.png"
     assert picture.open().mode == "RGB" and "bytes" not in repr(picture)
     answers = {record.id: record.answer for record in mmmu()}
     assert answers["validation_Math_2"] == ("24/7", "3.429")
@@ -198,7 +203,7 @@ def test_a_hub_id_is_fetched_by_the_files_of_its_split(monkeypatch):
         return str(GOLDEN / "mmmu_tiny")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert mmmu_data.read_records("MMMU/MMMU", "val") == mmmu()
+    assert read_mmmu_records("MMMU/MMMU", "val") == mmmu()
     patterns = ["*val-*.parquet", "*validation-*.parquet"]
     assert asked == {"name": "MMMU/MMMU", "repo_type": "dataset", "allow_patterns": patterns}
 
@@ -256,7 +261,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], Path | str], str]] = {
 @pytest.mark.parametrize(("make", "words"), MISTAKES.values(), ids=MISTAKES)
 def test_bad_data_are_named_in_one_line(make, words, tmp_path):
     with pytest.raises(UserError) as mistake:
-        mmmu_data.read_records(str(make(tmp_path)), "validation")
+        read_mmmu_records(str(make(tmp_path)), "validation")
     assert re.search(words, str(mistake.value)) and "\n" not in str(mistake.value)
 
 
@@ -283,7 +288,7 @@ def test_without_a_network_a_hub_id_gives_one_line(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     with pytest.raises(UserError) as mistake:
-        mmmu_data.read_records("MMMU/MMMU", "dev")
+        read_mmmu_records("MMMU/MMMU", "dev")
     line = str(mistake.value)
     assert "the hub cannot give it (" in line and "no network" in line and "*dev-*.parquet" in line
     assert "\n" not in line
@@ -306,9 +311,9 @@ def test_a_broken_or_missing_picture_is_named_when_it_is_opened(tmp_path):
     (data / GITHUB / "q_07101_001.png").write_bytes(b"no picture")
     (data / GITHUB / "q_07110_001.png").unlink()
     records = {record.id: record for record in cmmmu(data)}
-    with pytest.raises(UserError, match="^record 7101: picture q_07101_001.png: not an image"):
+    with pytest.raises(UserError, match="^record 7101: image q_07101_001.png: not an image"):
         records["7101"].images["q_07101_001.png"].open()
-    with pytest.raises(UserError, match="^record 7110: picture q_07110_001.png: is empty"):
+    with pytest.raises(UserError, match="^record 7110: image q_07110_001.png: is empty"):
         records["7110"].images["q_07110_001.png"].open()
 
 
@@ -318,7 +323,7 @@ def test_a_torn_picture_in_a_parquet_file_is_named(tmp_path):
     cells[0] = {"bytes": cells[0]["bytes"][:500], "path": "validation_Accounting_1_1.png"}
     data = rewritten(tmp_path, image_1=pa.array(cells, table["image_1"].type))
     picture = mmmu(data)[0].images["image_1"]
-    words = "record validation_Accounting_1: picture validation_Accounting_1_1.png: cannot be read"
+    words = "record validation_Accounting_1: image validation_Accounting_1_1.png: cannot be read"
     with pytest.raises(UserError, match=words):
         picture.open()
 
@@ -326,10 +331,10 @@ def test_a_torn_picture_in_a_parquet_file_is_named(tmp_path):
 def test_reading_and_asking_import_no_torch():
     code = (
         "import sys\n"
-        "from vlbench.evaluate.tasks import cmmmu_data, mmmu_data, prompt_table\n"
+        "from vlbench.evaluate.tasks import benchmark_prompts, benchmark_records\n"
         "assert not {'torch', 'transformers', 'pyarrow', 'huggingface_hub'} & set(sys.modules)\n"
-        f"record = mmmu_data.read_records({str(GOLDEN / 'mmmu_tiny')!r}, 'dev')[0]\n"
-        "assert prompt_table.prompt_or_skip(record, 'yi').text\n"
+        f"record = benchmark_records.read_mmmu_records({str(GOLDEN / 'mmmu_tiny')!r}, 'dev')[0]\n"
+        "assert benchmark_prompts.prompt_or_skip(record, 'yi').text\n"
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -14,8 +14,8 @@ from PIL import Image
 from vlbench.__main__ import main
 from vlbench.compare.report.finished_runs import COMPARED_SET, load_finished_run
 from vlbench.config import recipe as recipes
-from vlbench.evaluate.run_results import final_questions
-from vlbench.evaluate.tasks import mmmu_data
+from vlbench.evaluate.heldout_questions import final_questions
+from vlbench.evaluate.tasks.benchmark_records import read_mmmu_records
 
 GOLDENS = Path(__file__).parent / "goldens" / "evaluation"
 COLOURS = ("red", "green", "blue")
@@ -101,7 +101,7 @@ def test_records_without_a_picture_are_counted_and_named(write, model, tmp_path,
     file = write(records)
     assert main(["eval", f"run={model}", f"data={file}", f"out={tmp_path / 'out'}"]) == 0
     said = capsys.readouterr().out
-    assert "2 samples without a picture, the first: record 2 (b): has no picture" in said
+    assert "2 samples without an image, the first: record 2 (b): has no image" in said
     assert "1 bad samples, the first: record 4 (d): " in said and "skipped.jsonl" in said
     named = [(one["id"], one["record"]) for one in lines(tmp_path / "out/skipped.jsonl")]
     assert named == [("b", "2"), ("c", "3"), ("d", "4")]
@@ -113,7 +113,7 @@ def test_a_file_of_texts_alone_says_how_many(write, model, capsys):
     file = write([record(n, str(n), picture=False) for n in range(3)])
     assert main(["eval", f"run={model}", f"data={file}"]) == 2
     said = capsys.readouterr().err
-    assert "(3 samples without a picture, the first: record 1 (0)" in said
+    assert "(3 samples without an image, the first: record 1 (0)" in said
     assert len(said.splitlines()) == 1
 
 
@@ -141,7 +141,7 @@ def doubled(tmp_path) -> Path:
 
 
 def test_questions_of_mmmu_with_one_id_are_asked_and_scored_each(doubled, model, tmp_path, capsys):
-    records = mmmu_data.read_records(str(doubled), "validation")
+    records = read_mmmu_records(str(doubled), "validation")
     assert records[0].id == records[1].id and records[0].question != records[1].question
     out = tmp_path / "out"
     words = [f"run={model}", "task=mmmu", f"data={doubled}", "protocol=official", f"out={out}"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vlbench.__main__ import main
-from vlbench.evaluate.tasks import mmmu_data
+from vlbench.evaluate.tasks.benchmark_records import read_mmmu_records
 
 GOLDENS = Path(__file__).parent / "goldens/evaluation"
 GOLDEN = json.loads((GOLDENS / "mmmu_parse.json").read_text(encoding="utf-8"))
@@ -126,7 +126,7 @@ def test_what_was_read_already_is_taken_as_it_is(tmp_path):
 
 
 def test_answers_by_id_are_scored_with_the_questions_of_the_benchmark(tmp_path):
-    records = mmmu_data.read_records(str(TINY), "validation")
+    records = read_mmmu_records(str(TINY), "validation")
     answers = {one.id: "B" if n % 2 else "the answer is 3.5" for n, one in enumerate(records)}
     file = tmp_path / "total_val_output.json"
     file.write_text(json.dumps(answers))

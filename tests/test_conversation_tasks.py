@@ -58,7 +58,7 @@ def test_a_run_is_asked_its_own_questions_and_the_answers_are_those_of_its_end(r
     assert main(["eval", f"run={run}"]) == 0
     said = capsys.readouterr().out
     results = json.loads((run / "results.json").read_text())
-    assert f"new pictures: {results['accuracy']:.3f} of 12 questions right" in said
+    assert f"new images: {results['accuracy']:.3f} of 12 questions right" in said
     assert "unseen pairs: " in said and "by type: " in said and "VQA accuracy" in said
     folder = run / "eval" / checkpoint_files.find_checkpoint(run).name / "own"
     assert str(folder) in said
@@ -100,7 +100,7 @@ def test_another_file_is_not_mixed_with_answers_that_are_there(run, data, capsys
     assert main(given) == 0
     data.write_text(data.read_text().replace("Round?", "Square?"))
     assert main(given) == 2
-    assert "is another exam; it differs in revision" in capsys.readouterr().err
+    assert "holds answers under other settings; they differ in revision" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from vlbench.errors import UserError
-from vlbench.evaluate.tasks.scored_items import AnsweredItem, ScoredItem
+from vlbench.evaluate.tasks.benchmark_types import AnsweredItem, ScoredItem
 from vlbench.evaluate.tasks.scoring_protocols import SCORING_PROTOCOLS, score_items
 
 GOLDENS = Path(__file__).parent / "goldens/evaluation"

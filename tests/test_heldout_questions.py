@@ -6,13 +6,13 @@ from small import NoiseImage
 
 from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
 from vlbench.errors import BadSample
-from vlbench.evaluate.batched_answers import accuracy_by_group, exact_match_accuracy
 from vlbench.evaluate.heldout_questions import (
     blank_images,
     scene_questions,
     shuffle_images,
     source_questions,
 )
+from vlbench.evaluate.run_results import accuracy_by_group, exact_match_accuracy
 
 
 class Talk:

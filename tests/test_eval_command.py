@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vlbench.__main__ import main
-from vlbench.processor import Processor
+from vlbench.evaluate import batch_inference
 
 GOLDENS = Path(__file__).parent / "goldens" / "evaluation"
 LAYOUTS = [
@@ -54,21 +54,21 @@ def test_layouts_of_one_benchmark_give_the_same_answers(model, tmp_path):
 @pytest.mark.parametrize("torn", [False, True])
 def test_an_exam_that_was_stopped_ends_as_if_it_had_not_been(torn, model, tmp_path, monkeypatch):
     assert take(model, tmp_path / "whole", "mmmu", "mmmu_tiny") == 0
-    real, calls = Processor.collate_prompts, []
+    real, calls = batch_inference.answer_batch, []
 
-    def stops(*given):
+    def stops(*given, **options):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(*given)
+        return real(*given, **options)
 
-    monkeypatch.setattr(Processor, "collate_prompts", stops)
+    monkeypatch.setattr(batch_inference, "answer_batch", stops)
     assert take(model, tmp_path / "out", "mmmu", "mmmu_tiny") == 130
     assert len(answers(tmp_path / "out")) == 8
     if torn:
         file = tmp_path / "out/answers.jsonl"
         file.write_bytes(file.read_bytes()[:-40])
-    monkeypatch.setattr(Processor, "collate_prompts", real)
+    monkeypatch.setattr(batch_inference, "answer_batch", real)
     assert take(model, tmp_path / "out", "mmmu", "mmmu_tiny") == 0
     for name in ("answers.jsonl", "scores.json", "scored.jsonl", "report.txt"):
         ours = (tmp_path / "out" / name).read_text().replace(str(tmp_path / "out"), "")
@@ -78,7 +78,7 @@ def test_an_exam_that_was_stopped_ends_as_if_it_had_not_been(torn, model, tmp_pa
 def test_another_exam_in_the_same_folder_is_refused(model, tmp_path, capsys):
     assert take(model, tmp_path / "out", "mmmu", "mmmu_tiny", "limit=3") == 0
     assert take(model, tmp_path / "out", "mmmu", "mmmu_tiny", "limit=3", "protocol=lmms") == 2
-    assert "differs in protocol (yi before, lmms now)" in capsys.readouterr().err
+    assert "differ in protocol (yi before, lmms now)" in capsys.readouterr().err
 
 
 def test_what_is_withheld_gives_a_file_to_submit(model, tmp_path, capsys):
@@ -95,7 +95,7 @@ def test_what_is_withheld_gives_a_file_to_submit(model, tmp_path, capsys):
 
 def test_blank_pictures_are_asked_on_request(model, tmp_path, capsys):
     assert take(model, tmp_path / "out", "mmmu", "mmmu_tiny", "limit=5", "blank=true") == 0
-    assert "with blank pictures: 0." in capsys.readouterr().out
+    assert "with blank images: 0." in capsys.readouterr().out
     blind = (tmp_path / "out/blank.jsonl").read_text().splitlines()
     assert len(blind) == len(answers(tmp_path / "out"))
 

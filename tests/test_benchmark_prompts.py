@@ -13,20 +13,21 @@ from PIL import Image
 from vlbench.data.chat_template import CHAT_TEMPLATES
 from vlbench.data.image_processing import ImageTransform, ZeroImage, mean_colour
 from vlbench.errors import UserError
-from vlbench.evaluate.tasks import cmmmu_data, mmmu_data
+from vlbench.evaluate.tasks.benchmark_prompts import prompt_or_skip, prompt_protocol
+from vlbench.evaluate.tasks.benchmark_records import read_cmmmu_records, read_mmmu_records
 from vlbench.evaluate.tasks.benchmark_types import (
     BenchmarkPrompt,
     BenchmarkRecord,
+    GenerationLimits,
     RecordImage,
     SkippedRecord,
 )
-from vlbench.evaluate.tasks.prompt_table import prompt_or_skip, protocol_limits
 
 GOLDEN = Path(__file__).parent / "goldens/evaluation"
 CASES = json.loads((GOLDEN / "prompts.json").read_text(encoding="utf-8"))
 SPLITS = ("dev", "val", "test")
-MMMU = {r.id: r for s in SPLITS for r in mmmu_data.read_records(str(GOLDEN / "mmmu_tiny"), s)}
-CMMMU = {r.id: r for s in SPLITS for r in cmmmu_data.read_records(str(GOLDEN / "cmmmu_tiny"), s)}
+MMMU = {r.id: r for s in SPLITS for r in read_mmmu_records(str(GOLDEN / "mmmu_tiny"), s)}
+CMMMU = {r.id: r for s in SPLITS for r in read_cmmmu_records(str(GOLDEN / "cmmmu_tiny"), s)}
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -34,6 +35,11 @@ def shown(asked: BenchmarkPrompt, record: BenchmarkRecord) -> list[str | None]:
     """Name the pictures as the goldens do: MMMU by column, CMMMU by file, None for zeros."""
     names = {picture: name for name, picture in record.images.items()}
     return [None if isinstance(one, ZeroImage) else names[one] for one in asked.images]
+
+
+def generation_limits(task: str, protocol: str) -> GenerationLimits:
+    """Return the limits of a protocol."""
+    return prompt_protocol(task, protocol).generation_limits
 
 
 def asked(record: BenchmarkRecord, protocol: str) -> BenchmarkPrompt:
@@ -125,10 +131,10 @@ CHOICES = {
     "the question's first picture": (of_cmmmu("a_1_001.png q_1_002.png q_1_001.png"), 1),
     "two of the options hide it": (of_cmmmu(f"q_1_001.png {TWO}"), "zero"),
     "two of the options alone": (of_cmmmu(TWO, options=TAGS), "zero"),
-    "one of the options alone": (of_cmmmu("a_1_001.png"), "has no picture in its question"),
+    "one of the options alone": (of_cmmmu("a_1_001.png"), "has no image in its question"),
     "one that an option cites counts twice": (of_cmmmu("a_1_001.png", options=TAGS), "zero"),
-    "none": (of_cmmmu(""), "has no picture in its question"),
-    "of neither kind": (of_cmmmu("x.png"), "has no picture in its question"),
+    "none": (of_cmmmu(""), "has no image in its question"),
+    "of neither kind": (of_cmmmu("x.png"), "has no image in its question"),
     "of no option": (of_cmmmu("q_1_001.png a_1_001.png a_1_007.png"), "a_1_007.png belongs to no"),
     "of an unknown type": (of_cmmmu(type="问答"), "its type is 问答: the reference leaves it out"),
     "without an answer": (of_cmmmu(answer=None), "its answer is withheld"),
@@ -188,7 +194,7 @@ def test_a_picture_is_shown_once_or_as_often_as_it_is_cited():
     assert made.images == (record.images["q_1_001.png"],) * 2
     assert made.user_turn.text.startswith("<image_placeholder> <image_placeholder>\n请回答")
     missing = prompt_or_skip(of_cmmmu(question="<图片 2>"), "lmms")
-    assert missing.reason.startswith("cites picture 2, which it does not have")
+    assert missing.reason.startswith("cites image 2, which it does not have")
 
 
 @pytest.mark.parametrize("answer", ["E", "AB", ("A", "B"), "1"])
@@ -213,14 +219,14 @@ def test_no_picture_is_exactly_zero(pad):
 
 
 def test_how_answers_are_generated():
-    assert protocol_limits("mmmu", "yi") == protocol_limits("cmmmu", "yi")
-    yi = protocol_limits("mmmu", "yi")
+    assert generation_limits("mmmu", "yi") == generation_limits("cmmmu", "yi")
+    yi = generation_limits("mmmu", "yi")
     assert (yi.max_new_tokens, yi.stop, yi.reference_difference) == (64, "###", "")
-    tokens = {name: protocol_limits("mmmu", name).max_new_tokens for name in ("official", "lmms")}
+    tokens = {name: generation_limits("mmmu", name).max_new_tokens for name in ("official", "lmms")}
     assert tokens == {"official": 128, "lmms": 128}
-    assert protocol_limits("mmmu", "lmms_test").max_new_tokens == 512
-    assert protocol_limits("cmmmu", "lmms").max_new_tokens == 16
-    assert "5 beams" in protocol_limits("mmmu", "official").reference_difference
+    assert generation_limits("mmmu", "lmms_test").max_new_tokens == 512
+    assert generation_limits("cmmmu", "lmms").max_new_tokens == 16
+    assert "5 beams" in generation_limits("mmmu", "official").reference_difference
 
 
 @pytest.mark.parametrize(
@@ -237,4 +243,4 @@ def test_how_answers_are_generated():
 )
 def test_names_that_do_not_exist(task, protocol, words):
     with pytest.raises(UserError, match=words):
-        protocol_limits(task, protocol)
+        prompt_protocol(task, protocol)
