@@ -168,7 +168,7 @@ def test_nearest():
         suggest_name("batch", ["global_batch_size", "catch"])
         == " Did you mean 'global_batch_size'?"
     )
-    assert suggest_name("run", ["run_one", "run_two"]) == ""  # two have the word
+    assert suggest_name("of", ["share_of_tokens", "share_of_images"]) == ""  # two have the word
     assert isinstance(BadSample("a", "b"), UserError)
 
 
