@@ -31,7 +31,7 @@ def record(number: int, name: str = "same", picture: bool = True, **more) -> dic
 
 @pytest.fixture
 def write(tmp_path):
-    """Write records and the pictures that they name; return the file."""
+    """Write records and the images that they name; return the file."""
     for name in COLOURS:
         Image.new("RGB", (40, 40), name).save(tmp_path / f"{name}.png")
 

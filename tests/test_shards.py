@@ -1,4 +1,4 @@
-"""Shards: packed and read back the same, every sample once per pass, trouble named and left out."""
+"""Shards: packed and read back the same, every sample once per pass, faults named and skipped."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def no_pause(monkeypatch):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """A LLaVA file: pictures of several, none, and two that are bad."""
+    """A LLaVA file: samples with several images, with none, and two that are bad."""
     folder = tmp_path_factory.mktemp("data")
     records: list[dict[str, Any]] = []
     for number in range(SAMPLES):
@@ -160,7 +160,7 @@ def test_a_position_is_found_without_what_came_before(packed):
 
 
 def broken(packed: Path, folder: Path) -> Path:
-    """Return a copy of the shards, to be broken."""
+    """Return a copy of the shards, to be damaged."""
     folder.mkdir()
     for file in packed.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
@@ -262,10 +262,10 @@ def test_a_disk_that_is_full_is_one_line_and_nothing_is_left(data, tmp_path, mon
 
 
 class Pieces(SimpleHTTPRequestHandler):
-    """Serve the pieces of files that are asked for, as every large server does."""
+    """Serve byte ranges, as every large server does."""
 
     def do_GET(self) -> None:
-        """Answer a request for bytes."""
+        """Answer a request for a range of bytes."""
         file = Path(self.directory) / self.path.lstrip("/")
         if not file.is_file():
             return self.send_error(404)
@@ -282,7 +282,7 @@ class Pieces(SimpleHTTPRequestHandler):
         return None
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture
