@@ -171,7 +171,7 @@ def test_eval_keeps_the_answers_of_templates_apart(model, tmp_path, capsys, monk
     assert "template" not in json.loads((own / "settings.json").read_text())
     capsys.readouterr()
     assert main(["eval", *words, f"out={other}"]) == 2
-    assert "differs in template (llava_v1 before, None now)" in said(capsys)[0]
+    assert "differ in template (llava_v1 before, None now)" in said(capsys)[0]
 
 
 @pytest.mark.parametrize("layout", ["hf_llava", "vlbench"])
