@@ -27,7 +27,7 @@ INTEGER_FACTORIES = (torch.ops.aten.arange, torch.ops.aten.randint, torch.ops.at
 """Operations that return integers where no dtype is given."""
 
 
-class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class MemoryTracker(TorchDispatchMode):
     """Counts the bytes of live fake tensors by `kind`, and their peak in each phase.
 
     Enter it inside of a FakeTensorMode. Integer tensors stay real, because shapes depend on their

@@ -66,7 +66,7 @@ class StepSimulator:
     ) -> None:
         """Begin the vision encoder's phase when the gradient of its features is computed."""
         if features.requires_grad:
-            features.register_hook(  # type: ignore[no-untyped-call]
+            features.register_hook(
                 lambda gradient: setattr(self._memory_tracker, "phase", ENCODER_BACKWARD)
             )
 
