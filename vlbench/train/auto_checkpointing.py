@@ -92,7 +92,8 @@ def _measure_peak_memory(
             batch = add_contrast_pools(vlm, [batch.to(device)], all_processes=False)[0]
             out = vlm(batch)
         losses = [out.loss_sum, *(value for value, _ in out.extra.values())]
-        torch.stack([loss.float() for loss in losses if loss is not None]).sum().backward()
+        total = torch.stack([loss.float() for loss in losses if loss is not None]).sum()
+        torch.autograd.backward(total)
     except torch.OutOfMemoryError:
         return None
     finally:
