@@ -48,7 +48,13 @@ def merge_layers(base: dict[str, Any], override: dict[str, Any], path: str = "")
     """Return `base` with the values of `override`, mapping by mapping.
 
     A key replaces the one that excludes it (`epochs` the `steps` of a lower layer), another
-    connector leaves the options of the first, and new data replace those of every stage.
+    connector drops the options of the first, and new data replace those of every stage. These rules
+    hold at every depth, which `OmegaConf.merge` cannot express; it also interprets `${`.
+
+    Args:
+        base: The lower layer.
+        override: The higher layer.
+        path: Where in the recipe both are; "" for the whole.
     """
     result = dict(base) if path else _drop_replaced_data(base, override)
     if path == "connector" and override.get("name") not in (None, base.get("name")):
