@@ -23,6 +23,7 @@ from vlbench.model.weights.tensor_files import (
     read_tensors,
 )
 from vlbench.model.weights.tensor_groups import summarize_tensor_names
+from vlbench.state_dicts import WeightMismatch
 
 PEFT_PREFIX = "base_model.model."
 WRAPPER_PREFIXES = ("module.", "_forward_module.", "_orig_mod.", PEFT_PREFIX)
@@ -98,7 +99,9 @@ def load_reference_weights(
         raise UserError(
             f"{context}: connector {connector_name} takes no file of weights"
         ) from error
-    except (UserError, EnvironmentFailure):
+    except (UserError, EnvironmentFailure) as error:
+        if isinstance(error, WeightMismatch):
+            raise UserError(f"{context} does not fit: {error}") from error
         raise
     except (ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{context} does not fit: {one_line(error)}") from error

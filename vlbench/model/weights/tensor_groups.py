@@ -12,12 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlbench.errors import UserError, suggest_name
+from vlbench.errors import UserError
 from vlbench.model.weights.tensor_files import (
     check_weight_dtype,
     read_tensor_headers,
     read_tensor_shapes,
     read_tensors,
+)
+from vlbench.state_dicts import (
+    WeightMismatch,
+    describe_missing,
+    describe_shapes,
+    describe_unexpected,
 )
 
 BUFFER_PATTERN = r"(.*\.)?(rotary_emb\.inv_freq|position_ids)"
@@ -151,13 +157,12 @@ def _plan_tensor_reads(group: TensorGroup, states: PartStates) -> dict[Path, lis
                     raise UserError(f"{file}: tensor {name} is also in {where[name]}")
                 where[name] = file
             elif not re.fullmatch(group.ignored_pattern, name):
-                close = suggest_name(name, group.tensor_targets)
-                raise UserError(f"{file}: tensor {name} belongs to nothing in this model.{close}")
+                reason = describe_unexpected(name, group.tensor_targets)
+                raise WeightMismatch(reason, str(file))
     missing = [name for name in group.tensor_targets if name not in where]
     if missing:
-        more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
-        where_not = group.files[0] if len(group.files) == 1 else group.files[0].parent
-        raise UserError(f"{where_not}: tensor {missing[0]} is missing{more}")
+        searched = group.files[0] if len(group.files) == 1 else group.files[0].parent
+        raise WeightMismatch(describe_missing(missing), str(searched))
     plan: dict[Path, list[str]] = {}
     for name, file in where.items():
         plan.setdefault(file, []).append(name)
@@ -170,4 +175,4 @@ def _check_tensor_shape(
     part, key = group.tensor_targets[name]
     needed = tuple(states[part][key].shape)
     if shape != needed:
-        raise UserError(f"{file}: tensor {name} has shape {shape}, needed is {needed}")
+        raise WeightMismatch(describe_shapes(name, shape, needed), str(file))

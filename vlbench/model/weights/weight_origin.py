@@ -60,24 +60,6 @@ def _hash_tensor(tensor: Tensor) -> str:
     return found.hexdigest()
 
 
-def check_loaded_keys(
-    expected_keys: Iterable[str], loaded_keys: Iterable[str], context: str
-) -> None:
-    """Raise a Mistake unless a loader has loaded every key that a part has, and no other.
-
-    Every loader returns the keys that it loaded, and who called it compares: weights that were not
-    read, or that went nowhere, cannot pass for a part that is loaded.
-    """
-    missing, more = (
-        sorted(set(expected_keys) - set(loaded_keys)),
-        sorted(set(loaded_keys) - set(expected_keys)),
-    )
-    if missing or more:
-        what = f"lacks {missing[0]}" if missing else f"has {more[0]}, which is not part of it"
-        count = len(missing or more) - 1
-        raise UserError(f"{context} {what}" + (f", and {count} more" if count else ""))
-
-
 def make_weight_origin(source: str, module: torch.nn.Module) -> WeightOrigin:
     """Return the origin of a module that has just been loaded from `source`.
 
