@@ -13,7 +13,6 @@ that grows and with a compiled step, whose graph is made in the first call.
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import statistics
 import sys
@@ -26,18 +25,18 @@ from one import StepTimer
 from PIL import Image
 from small import PackedSteps
 from table import write_section
-from torch.utils.data import DataLoader
 
 from vlbench.config import recipe as recipes
+from vlbench.config.recipe import with_random_weights
 from vlbench.config.schema import Recipe
+from vlbench.errors import EnvironmentFailure
 from vlbench.model.build_vlm import build_vlm
 from vlbench.model.train_flops import count_step_flops
 from vlbench.model.vlm import VLM
-from vlbench.train.auto_checkpointing import set_activation_checkpointing
-from vlbench.train.lightning_trainer import build_trainer, root_device
+from vlbench.train.lightning_trainer import root_device
 from vlbench.train.stage_plan import plan_stage_runs
+from vlbench.train.stage_runner import StageRunner
 from vlbench.train.throughput import peak_flops, peak_memory
-from vlbench.train.training_module import VLMTrainingModule, freeze_untrained_parts
 
 WARM = 2
 BATCH = 16
@@ -74,11 +73,7 @@ def _synchronize_device(device: torch.device) -> None:
 
 def build_random_vlm(recipe: Recipe, image_size: int, device: torch.device) -> VLM:
     """Return the model of a recipe with random weights, made where it will be trained."""
-    recipe = dataclasses.replace(
-        recipe,
-        vision=dataclasses.replace(recipe.vision, weights="random"),
-        language=dataclasses.replace(recipe.language, weights="random"),
-    )
+    recipe = with_random_weights(recipe)
     with device:
         return build_vlm(recipe, image_size)
 
@@ -86,17 +81,16 @@ def build_random_vlm(recipe: Recipe, image_size: int, device: torch.device) -> V
 def measure_stage(overrides: list[str], stage: str, steps: int) -> list[str]:
     """Train some steps of a stage, and return the cells of its row."""
     recipe = recipes.load_recipe([*overrides, "data.train=scenes"])
-    device = root_device(recipe)
-    leg = next(leg for leg in plan_stage_runs(recipe) if leg.name == stage)
-    chosen = dataclasses.replace(
-        leg.stage, global_batch_size=BATCH, warmup_ratio=0.0, schedule="constant"
+    device = root_device(recipe.trainer)
+    stage_run = next(each for each in plan_stage_runs(recipe) if each.name == stage)
+    chosen = stage_run.stage.model_copy(
+        update={"global_batch_size": BATCH, "warmup_ratio": 0.0, "schedule": "constant"}
     )
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     vlm = build_random_vlm(recipe, chosen.image_size, device)
-    freeze_untrained_parts(vlm, chosen)
     side = chosen.image_size
     shown = torch.randn(small.PICTURES, 3, side, side)
     images = (1, 1) if chosen.sample_format == "caption" else small.IMAGES
@@ -105,15 +99,17 @@ def measure_stage(overrides: list[str], stage: str, steps: int) -> list[str]:
         BATCH * steps, images, 0, per_image, vlm.tokenizer.embedding_rows
     )
     data: Any = PackedSteps(samples, BATCH, chosen.max_tokens_per_row, shown)
-    way = set_activation_checkpointing(recipe, vlm, data, device)
-    flops = count_step_flops(vlm)
+    runner = StageRunner.from_recipe(recipe)
     watch = StepTimer()
-    module = VLMTrainingModule(vlm, chosen, steps, 0, 0, [watch])
-    loader: DataLoader = DataLoader(data, batch_size=None, pin_memory=device.type == "cuda")
-    try:
-        build_trainer(recipe, [], None).fit(module, loader)
-    except torch.OutOfMemoryError:
-        return ["out of memory", "", "", "", "", way]
+    with runner.prepare_stage(vlm, chosen):
+        way = runner.set_activation_checkpointing(vlm, data)
+        flops = count_step_flops(vlm)
+        try:
+            runner.train_stage(vlm, stage, chosen, data, steps, callbacks=[watch])
+        except EnvironmentFailure as error:
+            if isinstance(error.__cause__, torch.OutOfMemoryError):
+                return ["out of memory", "", "", "", "", way]
+            raise
     seconds = watch.times[-1] - watch.times[WARM - 1]
     needed = (
         sum(flops.count_flops(data[number].micro_batches) for number in range(WARM, steps))
@@ -136,7 +132,7 @@ def measure_trainer(overrides: list[str], steps: int) -> list[list[str]]:
     import peer as trainer
 
     recipe = recipes.load_recipe([*overrides, "connector.norm=false", "data.train=scenes"])
-    device = root_device(recipe)
+    device = root_device(recipe.trainer)
     stage = recipe.stages["chat"]
     side = stage.image_size
     shown = torch.randn(small.PICTURES, 3, side, side)
@@ -167,7 +163,7 @@ def measure_trainer(overrides: list[str], steps: int) -> list[list[str]]:
 def measure_answers(overrides: list[str]) -> list[list[str]]:
     """Answer questions about pictures in both ways, a number of conversations a row."""
     recipe = recipes.load_recipe(overrides)
-    device = root_device(recipe)
+    device = root_device(recipe.trainer)
     vlm = build_random_vlm(recipe, recipe.stages["chat"].image_size, device).eval()
     if device.type == "cuda":
         vlm = vlm.to(torch.bfloat16)
@@ -196,7 +192,7 @@ def measure_part(part: str, size: str, steps: int) -> list[list[str]]:
     llava = ["recipe=yivl_llava", *words]
     lora = ["stages.chat.train.language.lora.rank=64", "stages.chat.train.vision=null"]
     if part == "ceiling":
-        device = root_device(recipes.load_recipe(["recipe=yivl_llava"]))
+        device = root_device(recipes.load_recipe(["recipe=yivl_llava"]).trainer)
         return [["bf16 matrix product", f"{measure_matmul(device) / 1e12:.1f} TFLOP/s"]]
     if part == "peer":
         return measure_trainer(llava, steps)

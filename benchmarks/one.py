@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import resource
@@ -19,15 +18,15 @@ from typing import Any
 import small
 import torch
 from small import PackedSteps, make_conversations, random_pixels
-from torch.utils.data import DataLoader
 
 from vlbench.config import recipe as recipes
-from vlbench.config.schema import PartTrainConfig, StageConfig
+from vlbench.config.schema import PartTrainConfig, StageConfig, TrainerConfig
 from vlbench.data.batch_sampler import OptimizerStep
 from vlbench.data.sample_encoding import EncodedSample
 from vlbench.model.vlm import VLM
-from vlbench.train.lightning_trainer import build_trainer
-from vlbench.train.training_module import StageCallback, VLMTrainingModule, freeze_untrained_parts
+from vlbench.train.callbacks import StageCallback
+from vlbench.train.stage_runner import StageRunner
+from vlbench.train.training_module import VLMTrainingModule
 
 BATCH = 16  # conversations in an optimizer step
 STEPS = 10
@@ -70,28 +69,32 @@ def train_with_vlbench(
     `checkpointing_mode` is what is recomputed.
     """
     recipe = recipes.load_recipe(["recipe=yivl_llava"])
-    stage: StageConfig = dataclasses.replace(
-        recipe.stages["chat"],
-        train={name: PartTrainConfig(lr=LR) for name in TRAINED[part]},  # type: ignore[misc]
-        grad_clip=1.0,
-        warmup_ratio=0.0,
-        schedule="constant",
-        global_batch_size=BATCH,
+    stage: StageConfig = recipe.stages["chat"].model_copy(
+        update={
+            "train": {name: PartTrainConfig(lr=LR) for name in TRAINED[part]},
+            "grad_clip": 1.0,
+            "warmup_ratio": 0.0,
+            "schedule": "constant",
+            "global_batch_size": BATCH,
+        }
     )
-    recipe = dataclasses.replace(recipe, precision="bf16" if bf16 else "32")
-    freeze_untrained_parts(vlm, stage)
-    vlm.enable_activation_checkpointing(checkpointing_mode)
-    shown = random_pixels()
-    features = None
-    if known_features:
-        with torch.no_grad():
-            features = vlm.vision(shown)
-    steps = PackedSteps(samples, BATCH, micro, shown, features)
-    watch = StepTimer()
-    module = VLMTrainingModule(vlm, stage, len(steps), 0, 0, [watch])
-    loader: DataLoader = DataLoader(steps, batch_size=None, shuffle=False)
-    build_trainer(recipe, [], None).fit(module, loader)
-    return watch
+    runner = StageRunner(
+        trainer_config=TrainerConfig(),
+        precision="bf16" if bf16 else "32",
+        activation_checkpointing=checkpointing_mode,
+        seed=0,
+    )
+    timer = StepTimer()
+    with runner.prepare_stage(vlm, stage):
+        pixels = random_pixels()
+        features = None
+        if known_features:
+            with torch.no_grad():
+                features = vlm.vision(pixels)
+        steps: Any = PackedSteps(samples, BATCH, micro, pixels, features)
+        runner.set_activation_checkpointing(vlm, steps)
+        runner.train_stage(vlm, part, stage, steps, len(steps), callbacks=[timer])
+    return timer
 
 
 def train_with_trainer(

@@ -25,7 +25,7 @@ from vlbench.data.packing import PackedBatch
 from vlbench.data.sample_encoding import EncodedSample
 from vlbench.model.train_flops import count_step_flops
 from vlbench.model.vlm import VLM
-from vlbench.train.training_module import freeze_untrained_parts
+from vlbench.train.trainable_parts import freeze_untrained_parts
 
 ROUNDS = 5
 ROW = 4096

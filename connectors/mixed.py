@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vlbench.config.convert import RawText
 from vlbench.connector import registry
 from vlbench.connector.base import Connector, Shapes
 from vlbench.errors import suggest_name
+from vlbench.strict_values import RawText
 
 
 class MixedConnector(Connector):

@@ -21,7 +21,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from small import SMALL, make_batch, make_sample, open_gates, small_vlm
 from test_vlm import assert_same, gradients, grown
 
-from vlbench.config.convert import convert_value
 from vlbench.connector import registry
 from vlbench.evaluate.attention_diagnostics import diagnose_answers
 from vlbench.evaluate.heldout_questions import EvalQuestion
@@ -29,6 +28,7 @@ from vlbench.model.connector_cost import count_connector_cost
 from vlbench.model.contrastive_loss import add_contrast_pools
 from vlbench.model.generation.chat_messages import collate_prompts
 from vlbench.model.vlm import VLM
+from vlbench.strict_values import convert_value
 
 LLAVA = registry.load_connector("llava_mlp")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -64,7 +63,9 @@ def test_a_loss_that_is_not_counted_ahead_does_not_depend_on_the_micro_batches()
     for rows in ([samples], [[one] for one in samples], [samples[:2], samples[2:]]):
         vlm = small_vlm(Uncounted).double()
         stage = recipes.load_recipe(["recipe=yivl_llava"]).stages["align_224"]
-        stage = replace(stage, train={"connector": PartTrainConfig(lr=1e-9)}, grad_clip=None)
+        stage = stage.model_copy(
+            update={"train": {"connector": PartTrainConfig(lr=1e-9)}, "grad_clip": None}
+        )
         freeze_untrained_parts(vlm, stage)
         step = OptimizerStep(0, [make_batch(vlm, [row]).to("cpu", torch.float64) for row in rows])
         training = VLMTrainingModule(vlm, stage, 1, 0, seed=3)

@@ -223,7 +223,7 @@ def test_options_are_checked(drop):
     assert values == {"a": 1, "b": 2.0, "c": None, "d": (4,), "e": "x", "f": None}
     lines = registry.check_options("mine", {"b": "2", "d": [True], "e": "z", "cc": 1})
     expected = ("has no option 'cc'", "connector.a is missing", "connector.b must be a number")
-    for words in (*expected, "connector.d must be a list", "one of x, y"):
+    for words in (*expected, "connector.d must be a whole number, given true", "one of x, y"):
         assert any(words in line for line in lines), (words, lines)
     assert len(lines) == 5
 

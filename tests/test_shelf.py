@@ -7,7 +7,7 @@ import torch
 from recorded import assert_gradient, assert_gradients, assert_outputs, load_record
 
 from vlbench.config import recipe
-from vlbench.config.merge import to_plain as plain_recipe
+from vlbench.config.recipe import to_plain as plain_recipe
 from vlbench.connector import registry
 from vlbench.connector.base import Shapes
 

@@ -201,12 +201,11 @@ def test_a_stage_that_trains_nothing_is_refused(folder, capsys, verb):
 def test_a_part_without_parameters_is_no_part_to_train():
     part = torch.nn.Identity()
     vlm: Any = SimpleNamespace(connector=part)
-    stage = SimpleNamespace(trained_parts={"connector": SimpleNamespace(lora=None)})
-    leg: Any = SimpleNamespace(name="chat", stage=stage, total_steps=2)
+    stage: Any = SimpleNamespace(trained_parts={"connector": SimpleNamespace(lora=None)})
     with pytest.raises(UserError, match="names connector, which has no parameters"):
-        check_trainable_params(vlm, leg)
+        check_trainable_params(vlm, "chat", stage, 2)
     vlm.connector = torch.nn.Linear(1, 1)
-    check_trainable_params(vlm, leg)
+    check_trainable_params(vlm, "chat", stage, 2)
 
 
 # ---- identity

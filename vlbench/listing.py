@@ -7,10 +7,10 @@ import sys
 from collections.abc import Callable, Iterator
 
 from vlbench.config import encoder_names, recipe, schema
-from vlbench.config.convert import kind_label
 from vlbench.connector import registry
 from vlbench.connector.option_schema import ConnectorOption
 from vlbench.errors import UserError, suggest_name
+from vlbench.strict_values import kind_label, yaml_text
 from vlbench.text_tables import format_table
 
 
@@ -106,10 +106,7 @@ def _option_text(name: str, option: ConnectorOption) -> str:
     text = f"{name}: {kind_label(option.kind)}"
     if option.default is inspect.Parameter.empty:
         return f"{text} (needed)"
-    shown = option.default
-    if shown is None or isinstance(shown, bool):
-        shown = {None: "null", True: "true", False: "false"}[shown]
-    return f"{text} = {shown}"
+    return f"{text} = {yaml_text(option.default)}"
 
 
 def _encoder_lines() -> list[str]:

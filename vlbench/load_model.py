@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -74,8 +72,8 @@ def load_model_folder(
         return load_release(folder, dtype, device, ReleaseOverrides(template_name=template))
     recipe = recipes.load_recipe_file(folder / "recipe.yaml")
     if template:
-        known: Any = template  # a name of TEMPLATES
-        recipe = replace(recipe, language=replace(recipe.language, template=known))
+        language = recipe.language.model_copy(update={"template": template})
+        recipe = recipe.model_copy(update={"language": language})
     vlm = load_checkpoint(folder, recipe, dtype, device)
     _, before = checkpoint_files.read_preprocessing(folder)
     if before != vlm.transform.transform_hash():

@@ -1,4 +1,4 @@
-"""The names of open_clip's towers that can be used here, read without importing open_clip."""
+"""The names of the vision encoders that can be used, read without importing open_clip."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from vlbench.errors import suggest_name
 
 EMBEDDED_ENCODERS = {
-    "tiny": "the embedded miniature of a CLIP tower",
-    "tiny_eva": "the embedded miniature of an EVA-02 tower",
+    "tiny": "the embedded miniature of a CLIP vision encoder",
+    "tiny_eva": "the embedded miniature of an EVA-02 vision encoder",
 }
 CURATED_ENCODERS = (
     "ViT-B-32",
@@ -30,12 +30,12 @@ CURATED_ENCODERS = (
     "EVA02-L-14-336",
     "EVA02-E-14",
 )
-"""Some that people ask for; `names()` has all."""
+"""Encoders in common use; `vision_encoder_names()` has all."""
 
 
 @cache
 def vision_encoder_names() -> tuple[str, ...]:
-    """Return the embedded towers and every ViT or EVA of open_clip, by name."""
+    """Return the names of the embedded encoders and of every ViT or EVA of open_clip."""
     spec = importlib.util.find_spec("open_clip")
     folders = spec.submodule_search_locations if spec else None
     files = [f for folder in folders or [] for f in Path(folder, "model_configs").glob("*.json")]
@@ -44,7 +44,7 @@ def vision_encoder_names() -> tuple[str, ...]:
 
 
 def _is_supported_vit(config: dict[str, Any]) -> bool:
-    """Tell a ViT, of open_clip itself or of timm, from ResNets, ConvNeXts and hybrids."""
+    """Tell whether a model config of open_clip has a ViT or EVA, of open_clip itself or of timm."""
     vision = config.get("vision_cfg", {})
     timm = vision.get("timm_model_name")
     if timm:
@@ -52,13 +52,14 @@ def _is_supported_vit(config: dict[str, Any]) -> bool:
     return isinstance(vision.get("layers"), int) and "patch_size" in vision
 
 
-def check_encoder_name(name: str) -> list[str]:
-    """Return what is wrong with `vision.name`, as at most one line."""
-    if name in vision_encoder_names() or Path(name, "open_clip_config.json").is_file():
-        return []
+def check_encoder_name(name: str) -> str:
+    """Return `name` if it is a vision encoder or a folder with one; a ValueError lists some."""
+    if name in EMBEDDED_ENCODERS or name in vision_encoder_names():
+        return name
+    if Path(name, "open_clip_config.json").is_file():
+        return name
     some = ", ".join((*EMBEDDED_ENCODERS, *CURATED_ENCODERS))
-    more = "`python -m vlbench list towers` has all"
-    return [
-        f"vision.name: no ViT or EVA tower '{name}' in open_clip; "
-        f"some that are: {some}; {more}.{suggest_name(name, vision_encoder_names())}"
-    ]
+    raise ValueError(
+        f"must be a ViT or EVA of open_clip, given '{name}'; some are: {some}; "
+        f"`python -m vlbench list towers` has all.{suggest_name(name, vision_encoder_names())}"
+    )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
-from vlbench.config.convert import INTEGER_PATTERN, RawText, format_value
 from vlbench.errors import UserError, suggest_name
+from vlbench.strict_values import INTEGER_PATTERN, RawText, parse_flow_yaml, yaml_text
 
 
 def parse_overrides(overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
@@ -39,12 +40,20 @@ def _set_leaf(node: dict[str, Any], path: list[str], value: RawText) -> str:
     return ""
 
 
+def open_mappings(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return a tree in which a typed `{a: 1}` is a mapping; what cannot be read stays text."""
+    result = dict(tree)
+    for name, value in tree.items():
+        if isinstance(value, RawText) and value.startswith("{"):
+            with contextlib.suppress(ValueError):
+                value = parse_flow_yaml(value)
+        result[name] = open_mappings(value) if isinstance(value, dict) else value
+    return result
+
+
 def format_override(key: str, value: object) -> str:
     """Return `key=value` as it is typed on a command line."""
-    if isinstance(value, list | tuple):
-        value = f"[{','.join(map(str, value))}]"
-    plain = value is None or isinstance(value, bool)
-    return f"{key}={format_value(value) if plain else value}"
+    return f"{key}={yaml_text(value)}"
 
 
 def read_number(

@@ -15,18 +15,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from vlbench.config import overrides as command_line
-from vlbench.config.merge import (
-    build_dataclass,
-    complete_and_check,
-    differing_keys,
-    merge_layers,
-    to_plain,
-)
+from vlbench.config.merge import differing_keys, mapping_in
+from vlbench.config.overrides import open_mappings, parse_overrides
 from vlbench.config.schema import Recipe, declared_keys
-from vlbench.config.validate import LayerValidator
-from vlbench.connector.registry import shipped_folder
+from vlbench.config.validate import validate_layers
+from vlbench.connector import registry
 from vlbench.errors import UserError, suggest_name
+from vlbench.strict_values import StrictModel
 from vlbench.text_files import read_json, split_lines
 from vlbench.version import __version__
 
@@ -37,37 +32,31 @@ def load_recipe(
     """Return the recipe that the words `recipe=... size=... key=value ...` describe.
 
     Without `recipe=`, `run=DIR` takes the recipe of that run. What neither files nor words say is
-    taken from `inherited`, the keys that an `init` with parts of its own hands down. Raises one
-    Mistake with a line for every thing that is wrong.
+    taken from `inherited_keys`, which an `init` with parts of its own hands down. Raises one
+    UserError with a line for every thing that is wrong.
     """
-    tree, mistakes = command_line.parse_overrides(overrides)
+    tree, mistakes = parse_overrides(overrides)
+    tree = open_mappings(tree)
     base, name, size = _base_layers(tree, mistakes)
-    if (
-        inherited_keys and not _saved_recipe_path(tree).is_file()
-    ):  # a run that goes on was looked at when it began
+    if inherited_keys and not _saved_recipe_path(tree).is_file():  # a resumed run was checked
         mistakes += _conflicts_with_init(base, tree)
-    stages = base.get("stages")
-    known = list(stages) if isinstance(stages, dict) else None
-    layers = [(dict(inherited_keys), LayerValidator("init")), (base, LayerValidator(name))]
-    layers += [
-        (size, LayerValidator(f"size {tree.get('size', 'tiny')}", known)),
-        (tree, LayerValidator("", known)),
-    ]
-    return _resolve_layers(layers, mistakes)
+    size_name = f"size {tree.get('size', 'tiny')}"
+    layers = [("init", dict(inherited_keys)), (name, base), (size_name, size), ("", tree)]
+    return validate_layers(layers, mistakes, list(mapping_in(base, "stages")))
 
 
 def load_recipe_file(path: str | Path) -> Recipe:
-    """Return the resolved recipe that `save` wrote; a Mistake names another version's."""
+    """Return the resolved recipe that `save_recipe` wrote; an error names another version's."""
     path = Path(path)
     try:
-        return _resolve_layers([(read_yaml(path), LayerValidator(str(path)))], [])
-    except UserError as mistake:
+        return validate_layers([(str(path), read_yaml(path))], [])
+    except UserError as error:
         made = _version_of_run(path.parent)
         if made in ("", __version__):
             raise
         raise UserError(
-            f"{mistake}\n{path}: was written by vlbench {made}, and this is {__version__}"
-        ) from mistake
+            f"{error}\n{path}: was written by vlbench {made}, and this is {__version__}"
+        ) from error
 
 
 def _version_of_run(folder: Path) -> str:
@@ -86,6 +75,11 @@ def save_recipe(recipe: Recipe, path: str | Path) -> None:
 def recipe_to_yaml(recipe: Recipe) -> str:
     """Return the resolved recipe as YAML; every key is there."""
     return str(OmegaConf.to_yaml(OmegaConf.create(to_plain(recipe))))
+
+
+def to_plain(section: StrictModel) -> dict[str, Any]:
+    """Return a recipe, or a part of one, as nested dicts and lists with the keys of YAML."""
+    return section.model_dump(mode="json", by_alias=True)
 
 
 def recipe_differences(before: Recipe, now: Recipe) -> list[str]:
@@ -111,6 +105,15 @@ def stages_to_run(recipe: Recipe) -> list[str]:
     if recipe.from_:
         names = names[names.index(recipe.from_) :]
     return [name for name in names if not recipe.only or name in recipe.only]
+
+
+def with_random_weights(recipe: Recipe, *parts: str) -> Recipe:
+    """Return the recipe with random weights of `parts`: vision encoder and language model."""
+    changed = {
+        part: getattr(recipe, part).model_copy(update={"weights": "random"})
+        for part in parts or ("vision", "language")
+    }
+    return recipe.model_copy(update=changed)
 
 
 def recipe_files() -> dict[str, Path]:
@@ -152,7 +155,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _yaml_files(folder: str) -> dict[str, Path]:
     found: dict[str, Path] = {}
-    for root in (Path("recipes"), shipped_folder("recipes")):
+    for root in (Path("recipes"), registry.shipped_folder("recipes")):
         for path in sorted((root / folder).glob("*.yaml")):
             found.setdefault(path.stem, path)
     return found
@@ -175,11 +178,9 @@ def _base_layers(
     if chosen in towers:  # a kind of tower: which one it is at this scale
         layer["vision"] = {**layer["vision"], "name": towers[chosen]["name"]}
         size["vision"] = towers[chosen]
-    stages = size.get("stages")
-    if isinstance(stages, dict):  # a size says how stages look, the recipe which there are
-        known = base.get("stages")
-        known = known if isinstance(known, dict) else {}
-        size["stages"] = {name: one for name, one in stages.items() if name in known}
+    stages = mapping_in(size, "stages")  # how stages look at this size; the recipe says which
+    known = {name: stages[name] for name in stages if name in mapping_in(base, "stages")}
+    size = {**size, "stages": known} if known else {k: v for k, v in size.items() if k != "stages"}
     return base, name, size
 
 
@@ -191,21 +192,16 @@ def _saved_recipe_path(tree: dict[str, Any]) -> Path:
 def _conflicts_with_init(*layers: dict[str, Any]) -> list[str]:
     """Say which keys that somebody wrote choose a part that `init` brings along itself."""
     init = next((layer["init"] for layer in reversed(layers) if "init" in layer), None)
-    mistakes = []
-    for layer in layers:
-        if declared_keys(Recipe).keys() <= layer.keys():
-            continue  # the resolved copy of a run has every key, whoever wrote it
-        for part, what in (("vision", "tower"), ("language", "language model")):
-            written = (
-                LayerValidator().validate_recipe({part: layer[part]})[part] if part in layer else {}
-            )
-            mistakes += [
-                f"{part}.{key} is '{written[key]}', but init={init} brings its own {what}; "
-                f"leave {part}.{key} out"
-                for key in ("name", "weights")
-                if key in written
-            ]
-    return mistakes
+    return [
+        f"{part}.{key} is '{mapping_in(layer, part)[key]}', but init={init} brings its own "
+        f"{label}; leave {part}.{key} out"
+        for layer in layers
+        # the resolved copy of a run has every key, whoever wrote it
+        if not declared_keys(Recipe).keys() <= layer.keys()
+        for part, label in (("vision", "vision encoder"), ("language", "language model"))
+        for key in ("name", "weights")
+        if key in mapping_in(layer, part)
+    ]
 
 
 def _chosen_part(
@@ -236,18 +232,3 @@ def _read_layer(
         except UserError as mistake:
             errors.append(str(mistake))
     return {}, str(given)
-
-
-def _resolve_layers(
-    layers: list[tuple[dict[str, Any], LayerValidator]], errors: list[str]
-) -> Recipe:
-    merged: dict[str, Any] = {}
-    complete = not errors  # without its file a recipe lacks everything: no need to say what
-    for tree, walk in layers:
-        merged = merge_layers(merged, walk.validate_recipe(tree))
-        errors += walk.errors
-    errors += complete_and_check(merged, complete)
-    recipe: Recipe = build_dataclass(Recipe, merged, errors if complete else [])
-    if errors:
-        raise UserError("\n".join(dict.fromkeys(errors)))
-    return recipe

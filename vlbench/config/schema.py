@@ -1,207 +1,231 @@
-"""The recipe: every key with its type, default, range and meaning.
+"""The recipe: every key with its type, default, range and meaning, as pydantic models.
 
-A dataclass per mapping of the YAML file; a trailing underscore is dropped from a key that is a
-Python keyword (`from_` is `from`). `config/recipe.py` fills these from files and the command line.
+One model for each mapping of the YAML file. `config/recipe.py` fills them from files and the
+command line; a recipe is frozen, and `recipe.model_copy(update={...})` gives a changed one.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
-from functools import cache
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+import os
+import re
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args, get_origin
 
-from vlbench.config.convert import kind_label, split_union
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+
+from vlbench.config.encoder_names import EMBEDDED_ENCODERS, check_encoder_name
+from vlbench.errors import suggest_name
+from vlbench.strict_values import StrictModel, is_null, kind_label, split_union, yaml_text
 
 PartName = Literal["vision", "connector", "language"]
 PART_NAMES: tuple[str, ...] = get_args(PartName)
+EXCLUSIVE_KEYS = (("epochs", "steps"), ("train", "mix"), ("only", "from"))
+"""Pairs of keys of one mapping of which one at most has a value."""
+STAGE_NAME_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
-def recipe_key(
-    help: str,
-    default: Any = dataclasses.MISSING,
-    *,
-    low: float | None = None,
-    above: float | None = None,
-    high: float | None = None,
-    is_path: bool = False,
-) -> Any:
-    """Declare a key: its meaning, default, and range (`low` <= or `above` < value <= `high`).
-
-    In the value of a `path` a leading `~` is the home folder.
-    """
-    limits = {"help": help, "low": low, "above": above, "high": high, "path": is_path}
-    if isinstance(default, type):
-        return field(default_factory=default, metadata=limits)
-    return field(default=default, metadata=limits)
+def check_stage_name(name: str, info: ValidationInfo) -> str:
+    """Return the name of a stage that the recipe has; a recipe's file may have any."""
+    names = (info.context or {}).get("stage_names") or [name]
+    if name not in names:
+        close = suggest_name(name, names)
+        raise ValueError(f"must be a stage, {', '.join(names)}, given '{name}'.{close}")
+    if not STAGE_NAME_PATTERN.fullmatch(name):
+        raise ValueError(f"must be letters, digits and _, given '{name}'")
+    return name
 
 
-@dataclass(frozen=True, kw_only=True)
-class VisionEncoderConfig:
-    """The vision tower."""
+def drop_frozen_parts(parts: Any) -> Any:
+    """Return the parts of `train` without those that are null, which are not trained."""
+    return {p: v for p, v in parts.items() if not is_null(v)} if isinstance(parts, dict) else parts
 
-    name: str = recipe_key(
-        "ViT or EVA of open_clip, tiny, tiny_eva (see list), or a folder", "tiny", is_path=True
+
+def check_not_empty(items: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return a list with something in it."""
+    if not items:
+        raise ValueError("must be a list of at least one, given []")
+    return items
+
+
+def check_embedded_weights(
+    part: str, name: str, weights: str, embedded_names: Iterable[str]
+) -> None:
+    """Raise a ValueError where the weights of a part are to be embedded and none are."""
+    if weights == "embedded" and name not in embedded_names:
+        known = " and ".join(f"{part}.name={embedded}" for embedded in embedded_names)
+        raise ValueError(
+            f"has weights 'embedded', which only {known} can have; say which weights "
+            f"{part}.name={name} takes, or {part}.weights=random"
+        )
+
+
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
+"""Text that may be a path, in which a leading `~` is the home folder."""
+StageName = Annotated[str, AfterValidator(check_stage_name)]
+StageNames = Annotated[tuple[StageName, ...], AfterValidator(check_not_empty)]
+EncoderName = Annotated[PathText, AfterValidator(check_encoder_name)]
+BetaNumber = Annotated[float, Field(ge=0, le=0.999999)]
+
+
+def key(meaning: str, default: Any = ..., **limits: Any) -> Any:
+    """Declare a key: its meaning, its default (none: it must be given) and pydantic's limits."""
+    return Field(default, description=meaning, **limits)
+
+
+class RecipeSection(StrictModel):
+    """A mapping of a recipe, in which only one of two exclusive keys has a value."""
+
+    @model_validator(mode="after")
+    def _check_exclusive_keys(self) -> Self:
+        given = {name.rstrip("_") for name, value in self if value is not None}
+        for pair in EXCLUSIVE_KEYS:
+            if given.issuperset(pair):
+                raise ValueError(f"takes {pair[0]} or {pair[1]}, not both")
+        return self
+
+
+class VisionEncoderConfig(RecipeSection):
+    """The vision encoder."""
+
+    name: EncoderName = key(
+        "ViT or EVA of open_clip, tiny or tiny_eva (see list), a folder", "tiny"
     )
-    weights: str = recipe_key(
-        "embedded (tiny, tiny_eva), random, a tag, a file or a folder", "embedded", is_path=True
-    )
-    layer: int = recipe_key("block whose output is used; -1 is the last", -2, low=-100, high=99)
-    norm: bool = recipe_key("apply the tower's final norm to the features", False)
+    weights: PathText = key("embedded (tiny, tiny_eva), random, a tag, file or folder", "embedded")
+    layer: int = key("block whose output the connector gets; -1 is the last", -2, ge=-100, le=99)
+    norm: bool = key("apply the encoder's final LayerNorm to its features", False)
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> Self:
+        check_embedded_weights("vision", self.name, self.weights, EMBEDDED_ENCODERS)
+        return self
 
 
-@dataclass(frozen=True, kw_only=True)
-class LanguageModelConfig:
+class LanguageModelConfig(RecipeSection):
     """The language model."""
 
-    name: Literal["tiny", "yi-6b", "yi-34b"] = recipe_key(
-        "architecture; weights of a folder bring their own", "tiny"
-    )
-    weights: str = recipe_key(
-        "embedded (tiny only), random, a Llama folder or hub id", "embedded", is_path=True
-    )
-    template: Literal["yi_vl", "chatml", "llava_v1"] = recipe_key(
-        "how turns are written as text", "yi_vl"
-    )
-    max_length: int = recipe_key(
-        "longest conversation in tokens, image places included", 4096, low=16
-    )
+    name: Literal["tiny", "yi-6b", "yi-34b"] = key("architecture, if not of `weights`", "tiny")
+    weights: PathText = key("embedded (tiny only), random, a Llama folder or hub id", "embedded")
+    template: Literal["yi_vl", "chatml", "llava_v1"] = key("chat template", "yi_vl")
+    max_length: int = key("most tokens of a conversation, image positions included", 4096, ge=16)
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> Self:
+        check_embedded_weights("language", self.name, self.weights, ["tiny"])
+        return self
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoraAdapterConfig:
+class LoraAdapterConfig(RecipeSection):
     """A low-rank adapter (Hu et al. 2021, arXiv:2106.09685), trained instead of the weights."""
 
-    rank: int = recipe_key("of the update of a weight", 64, low=1, high=65536)
-    alpha: float | None = recipe_key(
-        "the update counts alpha / rank; null: twice the rank", None, above=0
-    )
-    dropout: float = recipe_key(
-        "of what goes into adapters; depends on packing", 0.0, low=0, high=0.99
-    )
-    targets: str = recipe_key(
-        "all-linear, or names of Linear layers as q_proj,v_proj", "all-linear"
-    )
-    rslora: bool = recipe_key("scale by alpha / sqrt(rank) instead", False)
-    dora: bool = recipe_key("train the length of a weight's columns apart (DoRA)", False)
-    bits: int | None = recipe_key("4: keep the weights in 4 bits (QLoRA; GPU, language)", None)
+    rank: int = key("rank of the update of a weight matrix", 64, ge=1, le=65536)
+    alpha: float | None = key("the update times alpha / rank; null: twice the rank", None, gt=0)
+    dropout: float = key("dropout on adapter inputs; depends on packing", 0.0, ge=0, le=0.99)
+    targets: str = key("all-linear, or names of Linear layers as q_proj,v_proj", "all-linear")
+    rslora: bool = key("scale by alpha / sqrt(rank) instead", False)
+    dora: bool = key("train the magnitude of weight columns apart (DoRA)", False)
+    bits: Literal[4] | None = key("4: frozen weights in 4 bits (QLoRA; GPU, language)", None)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PartTrainConfig:
+class PartTrainConfig(RecipeSection):
     """How one part is trained in one stage; a part that is not named, or null, is frozen."""
 
-    lr: float = recipe_key("peak learning rate", above=0, high=10)
-    weight_decay: float | None = recipe_key("of this part; null: the stage's", None, low=0)
-    lora: LoraAdapterConfig | None = recipe_key("train an adapter instead; null: the weights", None)
+    lr: float = key("peak learning rate", gt=0, le=10)
+    weight_decay: float | None = key("weight decay of this part; null: the stage's", None, ge=0)
+    lora: LoraAdapterConfig | None = key("train an adapter instead; null: the weights", None)
 
 
-@dataclass(frozen=True, kw_only=True)
-class MixtureSource:
+TrainedParts = Annotated[dict[PartName, PartTrainConfig], BeforeValidator(drop_frozen_parts)]
+
+
+class MixtureSource(RecipeSection):
     """One source of a mixture."""
 
-    train: str = recipe_key("scenes, or a file in LLaVA's format", is_path=True)
-    images: str | None = recipe_key(
-        "folder of its pictures; null: beside the file", None, is_path=True
-    )
-    weight: float = recipe_key("how often each sample is met in an epoch", 1.0, above=0)
+    train: PathText = key("scenes, or a file in LLaVA's format")
+    images: PathText | None = key("folder of its images; null: beside the file", None)
+    weight: float = key("how often an epoch takes each sample", 1.0, gt=0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What is learned from."""
-
-    train: str | None = recipe_key(
-        "scenes, a file in LLaVA's format, a folder of shards or a pattern of tar files",
-        None,
-        is_path=True,
-    )
-    images: str | None = recipe_key(
-        "folder of the pictures; null: beside the file", None, is_path=True
-    )
-    mix: tuple[MixtureSource, ...] | None = recipe_key(
-        "several weighted sources, instead of train", None
-    )
-    val: str | None = recipe_key(
-        "held-out samples: a file in LLaVA's format, or shards", None, is_path=True
-    )
-    on_bad_sample: Literal["auto", "quarantine", "stop"] = recipe_key(
-        "bad samples: leave out and count, or stop; auto stops above 1 in 100", "auto"
-    )
-    workers: int = recipe_key("processes that prepare the data; 0: none", 4, low=0, high=256)
-    decode: Literal["exact", "draft"] = recipe_key(
-        "large JPEGs: as the reference decodes them, or faster and a little otherwise", "exact"
-    )
-    samples: int = recipe_key("scenes: pictures in an epoch", 10000, low=1)
-    questions: int = recipe_key("scenes: questions about a picture, in one conversation", 3, low=1)
+Mixture = Annotated[tuple[MixtureSource, ...], AfterValidator(check_not_empty)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class StageConfig:
-    """One leg of training."""
+class DataConfig(RecipeSection):
+    """Training and held-out data."""
 
-    image_size: int = recipe_key("pixels of a side", low=8, high=4096)
-    sample_format: Literal["caption", "chat"] = recipe_key(
-        "plain captions of pictures, or conversations"
+    train: PathText | None = key("scenes, a file in LLaVA's format, or shards", None)
+    images: PathText | None = key("folder of images; null: beside the file", None)
+    mix: Mixture | None = key("several weighted sources, instead of train", None)
+    val: PathText | None = key("held-out samples: a file in LLaVA's format, or shards", None)
+    on_bad_sample: Literal["auto", "quarantine", "stop"] = key(
+        "leave bad samples out and count them, or stop; auto: stop above 1 %", "auto"
     )
-    objective: str = recipe_key("language, or an objective that the connector offers", "language")
-    train: dict[PartName, PartTrainConfig | None] = recipe_key("which parts are trained, and how")
-    global_batch_size: int = recipe_key("samples in an optimizer step, over all devices", low=1)
-    max_tokens_per_row: int = recipe_key(
-        "most tokens in a packed row; lower it when memory runs out", 4096, low=16
+    workers: int = key("processes that prepare batches; 0: the training process", 4, ge=0, le=256)
+    decode: Literal["exact", "draft"] = key(
+        "large JPEGs: decoded as the reference does, or faster and less exactly", "exact"
     )
-    epochs: float | None = recipe_key("passes over the data", None, low=0)
-    steps: int | None = recipe_key("optimizer steps, instead of epochs", None, low=0)
-    warmup_ratio: float = recipe_key(
-        "share of the steps in which the rate rises", 0.03, low=0, high=1
-    )
-    schedule: Literal["cosine", "constant"] = recipe_key(
-        "learning rate after the warm-up", "cosine"
-    )
-    grad_clip: float | None = recipe_key(
-        "largest norm of the gradient; null: no clipping", 1.0, above=0
-    )
-    weight_decay: float = recipe_key("AdamW's weight decay", 0.0, low=0)
-    adam_betas: tuple[float, float] = recipe_key(
-        "AdamW's betas", (0.9, 0.999), low=0, high=0.999999
-    )
-    data: DataConfig | None = recipe_key("keys of data that differ in this stage", None)
+    samples: int = key("scenes: images in an epoch", 10000, ge=1)
+    questions: int = key("scenes: questions per image, in one conversation", 3, ge=1)
+
+
+class StageConfig(RecipeSection):
+    """One stage of training."""
+
+    image_size: int = key("side of the images in pixels", ge=8, le=4096)
+    sample_format: Literal["caption", "chat"] = key("plain captions of images, or conversations")
+    objective: str = key("language, or an objective that the connector offers", "language")
+    train: TrainedParts = key("which parts are trained, and how")
+    global_batch_size: int = key("samples in an optimizer step, over all devices", ge=1)
+    max_tokens_per_row: int = key("most tokens in a packed row; less to save memory", 4096, ge=16)
+    epochs: float | None = key("passes over the data", None, ge=0)
+    steps: int | None = key("optimizer steps, instead of epochs", None, ge=0)
+    warmup_ratio: float = key("share of steps in which the rate rises", 0.03, ge=0, le=1)
+    schedule: Literal["cosine", "constant"] = key("learning rate after the warm-up", "cosine")
+    grad_clip: float | None = key("largest norm of the gradient; null: no clipping", 1.0, gt=0)
+    weight_decay: float = key("AdamW's weight decay", 0.0, ge=0)
+    adam_betas: tuple[BetaNumber, BetaNumber] = key("AdamW's betas", (0.9, 0.999))
+    data: DataConfig | None = key("keys of data that differ in this stage", None)
 
     @property
     def trained_parts(self) -> dict[str, PartTrainConfig]:
         """The parts that are trained, and how."""
-        return {str(part): how for part, how in self.train.items() if how is not None}
+        return {str(part): settings for part, settings in self.train.items()}
+
+    @model_validator(mode="after")
+    def _check_budget_and_adapters(self) -> Self:
+        if self.epochs is None and self.steps is None:
+            raise ValueError("needs epochs or steps")
+        for part, settings in self.train.items():
+            if settings.lora is not None and part == "connector":
+                raise ValueError("has train.connector.lora; a connector is trained whole")
+            if settings.lora is not None and settings.lora.bits and part != "language":
+                raise ValueError(f"has train.{part}.lora.bits, allowed for the language model only")
+        return self
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainerConfig:
-    """Where it runs and how it survives; changing these keeps a run resumable."""
+class TrainerConfig(RecipeSection):
+    """Devices, processes and checkpoints; a run may be resumed with other values."""
 
-    accelerator: Literal["auto", "cpu", "gpu", "mps"] = recipe_key("kind of device", "auto")
-    strategy: Literal["auto", "ddp", "fsdp2"] = recipe_key(
-        "of several processes: ddp (each has the whole model), fsdp2 (each a shard); auto: ddp",
-        "auto",
+    accelerator: Literal["auto", "cpu", "gpu", "mps"] = key("kind of device", "auto")
+    strategy: Literal["auto", "ddp", "fsdp2"] = key(
+        "several processes: ddp (replicas), fsdp2 (shards); auto: ddp", "auto"
     )
-    devices: int = recipe_key("processes on each machine, a GPU each", 1, low=1)
-    num_nodes: int = recipe_key("machines", 1, low=1)
-    compile: bool = recipe_key(
-        "compile decoder layers and tower blocks; pays on GPUs in long runs", False
+    devices: int = key("processes on each machine, a GPU each", 1, ge=1)
+    num_nodes: int = key("machines", 1, ge=1)
+    compile: bool = key("compile decoder layers and encoder blocks; for long GPU runs", False)
+    checkpoint_every: float = key(
+        "seconds between checkpoints; longer if saving is slow", 60.0, gt=0
     )
-    checkpoint_every: float = recipe_key(
-        "seconds between checkpoints; more where saving would take over 5 % of the time",
-        60.0,
-        above=0,
-    )
-    keep_last_checkpoints: int = recipe_key("checkpoints that are kept, beside the best", 2, low=1)
-    feature_cache: str | None = recipe_key(
-        "folder that keeps the features of frozen towers; null: none", None, is_path=True
-    )
-    max_nonfinite_steps: int = recipe_key(
-        "stop after this many NaN or infinite losses in a row", 5, low=1
-    )
-    callbacks: tuple[str, ...] = recipe_key(
-        "Lightning callbacks of your own, as [my_callbacks.Printer]", ()
-    )
+    keep_last_checkpoints: int = key("checkpoints that are kept, beside the best", 2, ge=1)
+    feature_cache: PathText | None = key("folder of features of frozen encoders", None)
+    max_nonfinite_steps: int = key("stop after this many NaN or infinite losses in a row", 5, ge=1)
+    callbacks: tuple[str, ...] = key("Lightning callbacks, as [my_callbacks.Printer]", ())
 
     @property
     def world_size(self) -> int:
@@ -209,46 +233,51 @@ class TrainerConfig:
         return self.devices * self.num_nodes
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoggingConfig:
-    """What is written down."""
+class LoggingConfig(RecipeSection):
+    """Logs and evaluations during training."""
 
-    every_n_steps: int = recipe_key("steps between lines of the log", 10, low=1)
-    evaluate_every: int = recipe_key("steps between held-out evaluations", 200, low=1)
-    tensorboard: bool = recipe_key("write TensorBoard logs", True)
-    wandb: str | None = recipe_key("project of Weights & Biases to log to", None)
-    questions: int | None = recipe_key(
-        "questions of a set that are asked at the end; null: all", None, low=1
-    )
-    examples: int = recipe_key("pictures in examples.png", 12, low=0, high=100)
+    every_n_steps: int = key("steps between lines of the log", 10, ge=1)
+    evaluate_every: int = key("steps between held-out evaluations", 200, ge=1)
+    tensorboard: bool = key("write TensorBoard logs", True)
+    wandb: str | None = key("project of Weights & Biases to log to", None)
+    questions: int | None = key("questions of a set asked at the end; null: all", None, ge=1)
+    examples: int = key("images in examples.png", 12, ge=0, le=100)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(RecipeSection):
     """A whole recipe, resolved: what a run does, and enough to repeat it."""
 
-    recipe: str = recipe_key("name of a recipe (see list), or a YAML file")
-    size: str = recipe_key("which tower and language model: tiny, 6b, 34b", "tiny")
-    seed: int = recipe_key("of everything random", 0, low=0, high=2**32 - 1)
-    run: str | None = recipe_key("folder of the run; null: runs/RECIPE-SIZE-N", None, is_path=True)
-    init: str | None = recipe_key(
-        "run, checkpoint or released model (folder or hub id) to begin with", None, is_path=True
+    recipe: str = key("name of a recipe (see list), or a YAML file")
+    size: str = key("vision encoder and language model: tiny, 6b, 34b", "tiny")
+    seed: int = key("seed of everything random", 0, ge=0, le=2**32 - 1)
+    run: PathText | None = key("folder of the run; null: runs/RECIPE-SIZE-N", None)
+    init: PathText | None = key("run, checkpoint or released model to begin with", None)
+    only: StageNames | None = key("stages to run, as chat or [align_224,chat]", None)
+    from_: StageName | None = key("stage to start from", None, alias="from")
+    precision: Literal["32", "bf16"] = key("precision of the arithmetic", "32")
+    activation_checkpointing: Literal["none", "selective", "full", "auto"] = key(
+        "recompute nothing, what is cheap, or all; auto: what memory asks for", "none"
     )
-    only: tuple[str, ...] | None = recipe_key("stages to run, as chat or [align_224,chat]", None)
-    from_: str | None = recipe_key("stage to start from", None)
-    precision: Literal["32", "bf16"] = recipe_key("of the arithmetic", "32")
-    activation_checkpointing: Literal["none", "selective", "full", "auto"] = recipe_key(
-        "what is recomputed to save memory: nothing, what is cheap, all; auto: what must be", "none"
-    )
-    dry_run: bool = recipe_key("one step of every stage, longest batch first, then stop", False)
-    profile: bool = recipe_key("write a trace of some steps into the run", False)
-    vision: VisionEncoderConfig = recipe_key("the vision tower", VisionEncoderConfig)
-    language: LanguageModelConfig = recipe_key("the language model", LanguageModelConfig)
-    connector: dict[str, Any] = recipe_key("name, and the options of that connector (see list)")
-    data: DataConfig = recipe_key("what is learned from", DataConfig)
-    stages: dict[str, StageConfig] = recipe_key("the legs of training, in order")
-    trainer: TrainerConfig = recipe_key("where it runs", TrainerConfig)
-    log: LoggingConfig = recipe_key("what is written down", LoggingConfig)
+    dry_run: bool = key("one step of every stage, longest batch first, then stop", False)
+    profile: bool = key("write a profiler trace of some steps into the run", False)
+    vision: VisionEncoderConfig = key("the vision encoder", VisionEncoderConfig())
+    language: LanguageModelConfig = key("the language model", LanguageModelConfig())
+    connector: dict[str, Any] = key("name, and the options of that connector (see list)")
+    data: DataConfig = key("training and held-out data", DataConfig())
+    stages: dict[StageName, StageConfig] = key("the stages of training, in order")
+    trainer: TrainerConfig = key("devices and checkpoints", TrainerConfig())
+    log: LoggingConfig = key("logs and evaluations", LoggingConfig())
+
+    @model_validator(mode="after")
+    def _check_decoding(self) -> Self:
+        for name, stage in self.stages.items():
+            if stage.data and stage.data.decode != self.data.decode:
+                raise ValueError(
+                    f"has stages.{name}.data.decode={stage.data.decode} and data.decode="
+                    f"{self.data.decode}: a run decodes images in one way, in training and "
+                    "after it; give data.decode"
+                )
+        return self
 
 
 class KeyRow(NamedTuple):
@@ -260,64 +289,45 @@ class KeyRow(NamedTuple):
     help: str
 
 
-@cache
-def declared_keys(cls: type) -> dict[str, tuple[Any, dataclasses.Field[Any]]]:
-    """Return the keys of a mapping as they are spelled in YAML, with their kinds and fields."""
-    kinds = get_type_hints(cls)
-    return {f.name.rstrip("_"): (kinds[f.name], f) for f in dataclasses.fields(cls)}
+def declared_keys(section: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Return the keys of a mapping as they are spelled in YAML."""
+    return {field.alias or name: field for name, field in section.model_fields.items()}
 
 
-def nested_mapping(kind: Any) -> tuple[str, Any]:
-    """Return the placeholder and the dataclass of a key's mapping, ("", None) for a value."""
-    inner = split_union(kind)[0][0]
-    if dataclasses.is_dataclass(inner):
-        return "", inner
-    if get_origin(inner) is dict and get_args(inner)[1] is not Any:
-        holder = "PART" if get_args(inner)[0] is PartName else "NAME"
-        return holder, split_union(get_args(inner)[1])[0][0]
-    return "", None
+def section_at(path: Sequence[int | str]) -> type[BaseModel]:
+    """Return the model of the mapping at a path of keys and list indices."""
+    kind: Any = Recipe
+    for part in path:
+        if is_section(kind):
+            kind = declared_keys(kind)[str(part)].annotation
+        else:  # the type of the items of a list or of a mapping with names of its own
+            kind = get_args(kind)[get_origin(kind) is dict]
+        kind = split_union(kind)[0]
+    assert is_section(kind)
+    return kind  # type: ignore[no-any-return]
 
 
-def key_rows(cls: type = Recipe, prefix: str = "") -> list[KeyRow]:
-    """Return the table of all keys in the order of this file, `connector`'s options left out."""
+def is_section(kind: Any) -> bool:
+    """Tell whether a declared type is a mapping with keys of its own."""
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def key_rows(section: type[BaseModel] = Recipe, prefix: str = "") -> list[KeyRow]:
+    """Return the table of all keys in the order of this file, connector options left out."""
     table: list[KeyRow] = []
-    for name, (kind, declared) in declared_keys(cls).items():
-        holder, inner = nested_mapping(kind)
-        path = prefix + name
-        if name == "data" and prefix:
-            table.append(KeyRow(f"{path}.KEY", "", "null", declared.metadata["help"]))
-        elif inner is not None:
-            table += key_rows(inner, f"{path}.{holder}." if holder else f"{path}.")
-        elif cls is Recipe and name == "connector":
+    for name, field in declared_keys(section).items():
+        kind, path, meaning = split_union(field.annotation)[0], prefix + name, field.description
+        if path == "connector":
             table.append(KeyRow("connector.name", "str", "", "name of a connector (see list)"))
-            table.append(
-                KeyRow("connector.OPTION", "", "", "an option of that connector (see list)")
-            )
+            table.append(KeyRow("connector.OPTION", "", "", "option of that connector (see list)"))
+        elif prefix and name == "data":
+            table.append(KeyRow(f"{path}.KEY", "", "null", str(meaning)))
+        elif is_section(kind):
+            table += key_rows(kind, f"{path}.")
+        elif get_origin(kind) is dict:
+            holder = "PART" if get_args(kind)[0] is PartName else "NAME"
+            table += key_rows(get_args(kind)[1], f"{path}.{holder}.")
         else:
-            table.append(
-                KeyRow(path, _type_text(kind), _default_text(declared), declared.metadata["help"])
-            )
+            default = "(needed)" if field.is_required() else yaml_text(field.default)
+            table.append(KeyRow(path, kind_label(field.annotation), default, str(meaning)))
     return table
-
-
-def _type_text(kind: Any) -> str:
-    inner = split_union(kind)[0][0]
-    of_mappings = get_origin(inner) is tuple and dataclasses.is_dataclass(get_args(inner)[0])
-    return "[{train, images, weight}, ...] | null" if of_mappings else kind_label(kind)
-
-
-def _default_text(declared: dataclasses.Field[Any]) -> str:
-    value = declared.default
-    if value is dataclasses.MISSING:
-        return "(needed)"
-    if isinstance(value, tuple):
-        return f"[{', '.join(str(one) for one in value)}]"
-    return (
-        {None: "null", True: "true", False: "false"}[value]
-        if _is_yaml_constant(value)
-        else str(value)
-    )
-
-
-def _is_yaml_constant(value: object) -> bool:
-    return value is None or isinstance(value, bool)

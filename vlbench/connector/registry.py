@@ -15,9 +15,9 @@ from pathlib import Path
 from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vlbench.config.convert import convert_value
 from vlbench.connector.option_schema import ConnectorOption, options_in_file, options_of_class
 from vlbench.errors import EnvironmentFailure, UserError, one_line, suggest_name
+from vlbench.strict_values import convert_value
 
 if TYPE_CHECKING:
     from vlbench.connector.base import Connector

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlbench.compat.transformers_internals import passed_through_mask
+from vlbench.config.recipe import with_random_weights
 from vlbench.config.schema import Recipe
 from vlbench.model.build_vlm import build_vlm
 from vlbench.model.train_flops import head_width, real_device, temporarily_frozen
@@ -35,13 +35,8 @@ class ConnectorCost(NamedTuple):
 def count_recipe_cost(recipe: Recipe) -> ConnectorCost:
     """Count the cost of the recipe's connector at the image size of its last stage."""
     side = list(recipe.stages.values())[-1].image_size
-    recipe = dataclasses.replace(
-        recipe,
-        vision=dataclasses.replace(recipe.vision, weights="random"),
-        language=dataclasses.replace(recipe.language, weights="random"),
-    )
     with torch.device("meta"):
-        return count_connector_cost(build_vlm(recipe, side))
+        return count_connector_cost(build_vlm(with_random_weights(recipe), side))
 
 
 def count_connector_cost(vlm: VLM) -> ConnectorCost:

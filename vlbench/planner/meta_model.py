@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from vlbench.compat.vision_internals import keep_encoder_blocks
+from vlbench.config.recipe import with_random_weights
 from vlbench.config.schema import Recipe
 from vlbench.connector import registry
 from vlbench.data.chat_template import CHAT_TEMPLATES
@@ -52,8 +52,9 @@ def build_meta_vlm(recipe: Recipe, stage_name: str, depth: ModelDepth | None = N
     """
     stage = recipe.stages[stage_name]
     local = Path(recipe.language.weights).expanduser().is_dir()
-    language = recipe.language if local else dataclasses.replace(recipe.language, weights="random")
-    tower, config = meta_encoder_and_config(dataclasses.replace(recipe, language=language))
+    tower, config = meta_encoder_and_config(
+        recipe if local else with_random_weights(recipe, "language")
+    )
     tower.set_image_size(stage.image_size)
     if depth is not None:
         config.num_hidden_layers = depth.decoder_layers

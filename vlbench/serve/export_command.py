@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import signal
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +139,8 @@ def _load_source_recipe(source: Path, vlm: VLM) -> Recipe:
     """Return the recipe of a checkpoint, or the one that a released model would have had."""
     if checkpoint_files.is_run_or_checkpoint(source):
         recipe = recipes.load_recipe_file(source / "recipe.yaml")
-        template: Any = vlm.template.name
-        return replace(recipe, language=replace(recipe.language, template=template))
+        language = recipe.language.model_copy(update={"template": vlm.template.name})
+        return recipe.model_copy(update={"language": language})
     options = [
         format_override(f"connector.{key}", value) for key, value in vlm.connector_options.items()
     ]

@@ -210,7 +210,7 @@ class ValidationCallback(StageCallback):
         every_n_steps: int,
         checkpoint_callback: CheckpointCallback,
     ) -> None:
-        """Use encoded batches; the losses are handed to the callback that keeps the best checkpoint."""
+        """Use encoded batches; hand losses to the callback that keeps the best checkpoint."""
         self.batches, self.every_n_steps = batches, every_n_steps
         self.checkpoint_callback = checkpoint_callback
         self.latest_losses: dict[str, float] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +101,8 @@ def inherited_keys(recipe: Recipe) -> dict[str, Any]:
     folder = find_released_model(str(source), "init", hub_download.SMALL_FILE_PATTERNS)
     plan = find_layout_module(folder).read_release_spec(folder)
     keys: dict[str, Any] = {"vision": {"layer": plan.vision_layer}}
-    if recipe.language.template == LanguageModelConfig.template:  # else the recipe chose another
+    default = LanguageModelConfig.model_fields["template"].default
+    if recipe.language.template == default:  # else the recipe chose another
         keys["language"] = {"template": resolve_template_name(folder, plan, "language.template")}
     return keys
 
@@ -176,10 +176,12 @@ def _explain_mismatch(mismatch: WeightMismatch, init_recipe: Recipe, recipe: Rec
 def _inherit_parts(init_recipe: Recipe, recipe: Recipe) -> Recipe:
     """Return `recipe` with the parts of another: what that never trained no checkpoint holds."""
     parts = {
-        part: replace(getattr(recipe, part), name=theirs.name, weights=theirs.weights)
+        part: getattr(recipe, part).model_copy(
+            update={"name": theirs.name, "weights": theirs.weights}
+        )
         for part, theirs in (("vision", init_recipe.vision), ("language", init_recipe.language))
     }
-    return replace(recipe, **parts)
+    return recipe.model_copy(update=parts)
 
 
 def _build_with_reference(recipe: Recipe, stage: StageConfig, files: list[Path]) -> VLM:

@@ -133,9 +133,7 @@ def check_data(stage_runs: Sequence[StageRun]) -> list[BadSample]:
     for stage_run in stage_runs:
         val_source = stage_run.val_source
         sources = stage_run.all_sources if stage_run.total_steps else [val_source]
-        for source in sources:
-            if source is None:
-                continue
+        for source in filter(None, sources):
             identity = (source.name, str(getattr(source, "image_folder", "")))
             is_new = identity not in reports
             if is_new:
@@ -248,7 +246,7 @@ def check_caption_images(stage_run: StageRun, bad_samples: list[BadSample]) -> N
 
 
 def build_stage_steps(vlm: VLM, stage_run: StageRun) -> StepDataset:
-    """Return the optimizer steps of a stage, for this process: from step number to micro-batches."""
+    """Return the optimizer steps of a stage for this process, by their number."""
     return replace(
         _build_steps(
             vlm,

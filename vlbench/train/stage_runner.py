@@ -1,4 +1,4 @@
-"""How one stage is trained with Lightning: by fit, the dry run, cost probes and benchmarks alike."""
+"""Training one stage with Lightning: for fit, the dry run, cost probes and benchmarks alike."""
 
 from __future__ import annotations
 

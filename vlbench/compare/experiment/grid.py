@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlbench.config import recipe as recipes
-from vlbench.config.convert import INTEGER_PATTERN, parse_flow_yaml
 from vlbench.config.overrides import format_override, read_boolean
 from vlbench.config.schema import Recipe
 from vlbench.errors import UserError, suggest_name
+from vlbench.strict_values import INTEGER_PATTERN, parse_flow_yaml
 from vlbench.text_files import split_lines
 
 COMPARE_KEYS = ("recipe", "seeds", "grid", "run", "match", "sweep", "freeze", "jobs", "dry_run")

@@ -8,7 +8,7 @@ from typing import Any
 from vlbench.compare.experiment import grid as grids
 from vlbench.compare.experiment.grid import ComparisonGrid, GridRow
 from vlbench.config import recipe as recipes
-from vlbench.config.merge import flatten_keys, to_plain
+from vlbench.config.merge import flatten_keys
 from vlbench.config.schema import Recipe
 from vlbench.train.run_folder import RunFolder, open_run
 
@@ -30,7 +30,7 @@ def find_shared_stages(
 
 def common_stages(first: Recipe, second: Recipe) -> list[str]:
     """Return the first stages that two recipes train alike; never all of them."""
-    ours, theirs = flatten_keys(to_plain(first)), flatten_keys(to_plain(second))
+    ours, theirs = flatten_keys(recipes.to_plain(first)), flatten_keys(recipes.to_plain(second))
 
     def other_keys(recipe: dict[str, Any]) -> dict[str, Any]:
         return {

@@ -12,7 +12,7 @@ import numpy as np
 
 from vlbench.compare.report.paired_statistics import CorrectMatrix
 from vlbench.config import recipe as recipes
-from vlbench.config.merge import flatten_keys, to_plain
+from vlbench.config.merge import flatten_keys
 from vlbench.errors import UserError
 from vlbench.text_files import read_json, read_text, split_lines
 
@@ -61,7 +61,7 @@ def load_finished_run(folder: Path) -> FinishedRun:
                 texts[name] = (one.get("answer", ""), one.get("truth", ""))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder / 'answers.jsonl'}, line {number}: is no answer") from error
-    recipe = flatten_keys(to_plain(recipes.load_recipe_file(folder / "recipe.yaml")))
+    recipe = flatten_keys(recipes.to_plain(recipes.load_recipe_file(folder / "recipe.yaml")))
     results = read_json(folder / "results.json")
     return FinishedRun(
         folder, recipe, results, right, kinds, texts, _load_versions(folder, results)
