@@ -25,7 +25,7 @@ from vlbench.distributed import collectives
 from vlbench.errors import UserError, one_line
 from vlbench.model.multihead_attention import SplitAttention, pack_attention_state
 from vlbench.model.vision_encoder import VisionEncoder
-from vlbench.model.weights.tensor_files import unshare_tensors
+from vlbench.model.weights.tensor_writer import unshare_tensors
 
 ALL_LINEAR = "all-linear"
 ADAPTER_NAME = "default"  # peft's name of an adapter when there is one

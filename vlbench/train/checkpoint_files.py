@@ -39,7 +39,8 @@ from vlbench.model.build_vlm import LANGUAGE_FOLDER, VISION_FOLDER
 from vlbench.model.frozen_bf16 import FROZEN_DTYPE
 from vlbench.model.vlm import VLM
 from vlbench.model.weights.release_files import write_release_files
-from vlbench.model.weights.tensor_files import LazyTensors, begin_writing_tensors, weight_files
+from vlbench.model.weights.tensor_files import LazyTensors, weight_files
+from vlbench.model.weights.tensor_writer import begin_writing_tensors
 from vlbench.model.weights.weight_origin import write_origins
 from vlbench.text_files import read_json
 from vlbench.train.optimizer_state import named_optimizer_state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +33,19 @@ from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import UserError
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import clip_layouts
-from vlbench.model.weights.hf_llava import LINEAR_ACTIVATION, VISION_PREFIXES
-from vlbench.model.weights.projector_layout import projector_depth_and_norm, require_projector
+from vlbench.model.weights.hf_llava_layout import LINEAR_ACTIVATION, VISION_PREFIXES
+from vlbench.model.weights.llava_projector import projector_depth_and_norm, require_projector
 from vlbench.model.weights.release_files import collect_part_states
+from vlbench.model.weights.tensor_files import cast_floating
 from vlbench.text_files import read_json
 
 LAYOUT_NAME = "transformers' LLaVA"
 IMAGE_TOKEN = "<image>"
-TensorCast = Callable[[Tensor], Tensor]
 
 
-def write_hf_llava(vlm: VLM, folder: Path, cast: TensorCast | None) -> None:
-    """Write `vlm` into the empty `folder`; `cast` changes the type of every tensor."""
-    depth, norm = projector_depth_and_norm(require_projector(vlm, LAYOUT_NAME))
+def write_hf_llava(vlm: VLM, folder: Path, dtype: torch.dtype | None) -> None:
+    """Write `vlm` into the empty `folder`; `dtype` None keeps the type of every tensor."""
+    depth, norm = projector_depth_and_norm(require_projector(vlm.connector, LAYOUT_NAME))
     if norm or depth > 2:
         raise UserError(
             f"the connector is an MLP of depth {depth}{' with LayerNorms' if norm else ''}, and "
@@ -67,9 +67,10 @@ def write_hf_llava(vlm: VLM, folder: Path, cast: TensorCast | None) -> None:
         known = learned_added_tokens(vlm.tokenizer) | {IMAGE_TOKEN: image_id}
         names = json.dumps(known, indent=2, ensure_ascii=False)
         (folder / "added_tokens.json").write_text(names + "\n", encoding="utf-8")
-    state = _build_llava_state_dict(vlm, rows)
-    if cast:
-        state = {name: cast(tensor) for name, tensor in state.items()}
+    state = {
+        name: cast_floating(tensor, dtype)
+        for name, tensor in _build_llava_state_dict(vlm, rows).items()
+    }
     config = _build_llava_config(vlm, image_id, rows)
     config.dtype = state["lm_head.weight"].dtype
     with torch.device("meta"):
@@ -99,7 +100,7 @@ def _hide_progress_bars() -> Iterator[None]:
 
 
 def _build_llava_config(vlm: VLM, image_id: int, vocab_size: int) -> LlavaConfig:
-    depth, _ = projector_depth_and_norm(require_projector(vlm, LAYOUT_NAME))
+    depth, _ = projector_depth_and_norm(require_projector(vlm.connector, LAYOUT_NAME))
     language = {**vlm.language.config.to_dict(), "vocab_size": vocab_size}
     return LlavaConfig(
         vision_config=CLIPVisionConfig(**clip_layouts.to_hf_vision_config(vlm.vision.visual)),

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from vlbench.data.image_processing import ImageTransform
 from vlbench.errors import UserError
 from vlbench.model.vlm import VLM
-from vlbench.model.weights import chat_template, clip_layouts, yi_vl_layout
-from vlbench.model.weights.projector_layout import projector_depth_and_norm, require_projector
+from vlbench.model.weights import clip_layouts, template_detection, yi_vl_layout
+from vlbench.model.weights.llava_projector import projector_depth_and_norm, require_projector
 from vlbench.model.weights.release_files import (
     FIXED_PROCESSOR_VALUES,
     LLAMA_CONFIG_KEYS,
@@ -22,23 +23,23 @@ from vlbench.model.weights.release_files import (
     parse_preprocess_config,
     write_release_files,
 )
-from vlbench.model.weights.tensor_files import write_tensors
+from vlbench.model.weights.tensor_files import cast_floating
 from vlbench.model.weights.tensor_groups import TensorGroup, read_unused_tensors
+from vlbench.model.weights.tensor_writer import write_tensors
 from vlbench.text_files import read_json
 
 LAYOUT_NAME = "Yi-VL's layout"
-TensorCast = Callable[[Tensor], Tensor]
 
 
 def write_yi_vl(
-    vlm: VLM, folder: Path, cast: TensorCast | None, source: Path | None = None
+    vlm: VLM, folder: Path, dtype: torch.dtype | None, source: Path | None = None
 ) -> None:
-    """Write `vlm` into the empty `folder`; `cast` changes the type of every tensor.
+    """Write `vlm` into the empty `folder`; `dtype` None keeps the type of every tensor.
 
     `source` is the released folder that `vlm` was read from, if nothing was trained since: then
     its small files, and the tensors in it that the reference ignores, are given back unchanged.
     """
-    require_projector(vlm, LAYOUT_NAME)
+    require_projector(vlm.connector, LAYOUT_NAME)
     _check_exportable(vlm)
     if yi_vl_layout.is_layout_config(json.loads(vlm.release_files.get("config.json", b"{}"))):
         write_release_files(vlm.release_files, folder)
@@ -46,8 +47,8 @@ def write_yi_vl(
         _create_release_files(vlm, folder)
     config = read_json(folder / "config.json")
     tower = yi_vl_layout.find_encoder_folder(folder, config)
-    if source is None or cast:
-        _update_release_files(vlm, folder, tower, cast)
+    if source is None or dtype:
+        _update_release_files(vlm, folder, tower, dtype)
     _write_conv_mode(folder, source is not None)
     if source is not None:
         groups = yi_vl_layout.build_tensor_groups(source, vlm)
@@ -62,7 +63,7 @@ def write_yi_vl(
     for group, target in zip(groups, (folder, tower), strict=True):
         own = ((name, states[part][key]) for name, (part, key) in group.tensor_targets.items())
         tensors = chain(own, read_unused_tensors(group))
-        write_tensors(((name, cast(t) if cast else t) for name, t in tensors), target)
+        write_tensors(((name, cast_floating(t, dtype)) for name, t in tensors), target)
 
 
 def _check_exportable(vlm: VLM) -> None:
@@ -82,22 +83,22 @@ def _write_conv_mode(folder: Path, unchanged: bool) -> None:
 
     A folder that is given back `unchanged` stays as it is if it was asked so before.
     """
-    name, why = chat_template.detect_yi_vl_template(folder, read_json(folder / "config.json"))
+    name, why = template_detection.detect_yi_vl_template(folder, read_json(folder / "config.json"))
     if name != "yi_vl" or (why and not unchanged):
-        _update_json_file(folder / "config.json", {"conv_mode": chat_template.YI_VL_CONV_MODE})
+        _update_json_file(folder / "config.json", {"conv_mode": template_detection.YI_VL_CONV_MODE})
 
 
 def _update_release_files(
-    vlm: VLM, folder: Path, encoder_folder: Path, cast: TensorCast | None
+    vlm: VLM, folder: Path, encoder_folder: Path, dtype: torch.dtype | None
 ) -> None:
     """Make the small files of a release say what the model has become."""
     transform = vlm.transform
-    depth, norm = projector_depth_and_norm(require_projector(vlm, LAYOUT_NAME))
+    depth, norm = projector_depth_and_norm(require_projector(vlm.connector, LAYOUT_NAME))
     projector = f"mlp{depth}x_gelu{'_Norm' if norm else ''}"
     main: dict[str, Any] = {
         "mm_vision_tower": f"./{encoder_folder.relative_to(folder).as_posix()}",
         "mm_vision_select_layer": vlm.vision.block_index - len(vlm.vision.blocks()),
-        "torch_dtype": _written_dtype_name(vlm.language, cast),
+        "torch_dtype": _written_dtype_name(vlm.language, dtype),
     }
     before = read_json(folder / "config.json")
     if before["mm_projector_type"] != "linear" or depth > 1:
@@ -108,7 +109,7 @@ def _update_release_files(
     _update_json_file(folder / "config.json", main)
     said = {
         "image_size": vlm.vision.image_size,
-        "torch_dtype": _written_dtype_name(vlm.vision, cast),
+        "torch_dtype": _written_dtype_name(vlm.vision, dtype),
     }
     _update_json_file(encoder_folder / "config.json", said)
     processor = encoder_folder / "preprocessor_config.json"
@@ -117,10 +118,9 @@ def _update_release_files(
         _update_json_file(processor, processor_sizes(transform))
 
 
-def _written_dtype_name(module: nn.Module, cast: TensorCast | None) -> str:
+def _written_dtype_name(module: nn.Module, dtype: torch.dtype | None) -> str:
     """Return the name of the type in which the weights of a part are written."""
-    weight = next(module.parameters())
-    return str((cast(weight[:1]) if cast else weight).dtype).removeprefix("torch.")
+    return str(dtype or next(module.parameters()).dtype).removeprefix("torch.")
 
 
 def _update_json_file(file: Path, changes: Mapping[str, Any]) -> None:
@@ -144,7 +144,7 @@ def _create_release_files(vlm: VLM, folder: Path) -> None:
     vlm.tokenizer.save(folder)
     language, tower = vlm.language.config, folder / "vit" / f"tower-{vlm.vision.image_size}"
     tower.mkdir(parents=True)
-    depth, norm = projector_depth_and_norm(require_projector(vlm, LAYOUT_NAME))
+    depth, norm = projector_depth_and_norm(require_projector(vlm.connector, LAYOUT_NAME))
     ends = {
         "bos_token_id": vlm.tokenizer.bos_token_id,
         "eos_token_id": vlm.tokenizer.eos_token_id,

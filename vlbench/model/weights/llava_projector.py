@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from vlbench.config.overrides import format_override
+from vlbench.connector.base import Connector
+from vlbench.errors import UserError
 
 PROJECTOR_NAME_PATTERN = re.compile(
     r"(?:.*\.)?(?:mm_projector|multi_modal_projector|_connector)\.(?P<inside>.+)"
@@ -83,3 +85,22 @@ def _projector_depth_norm_ratio(state: Mapping[str, Tensor]) -> tuple[int, bool,
     widths = [len(weights[key]) for key in ordered]
     ratio = widths[0] / widths[-1] if len(widths) > 1 else 1.0
     return len(linear), len(weights) > len(linear), ratio
+
+
+def require_projector(connector: Connector, layout_name: str) -> nn.Sequential:
+    """Return the layers of the connector; a Mistake when it is no projector."""
+    found = connector.released_projector()
+    if found is None:
+        raise UserError(
+            f"connector {type(connector).__name__} does not fit into {layout_name}, which "
+            "holds a "
+            "projector of Linear layers as wide as the language model; format=vlbench keeps every "
+            "connector"
+        )
+    return found
+
+
+def projector_depth_and_norm(projector: nn.Sequential) -> tuple[int, bool]:
+    """Return the number of Linear layers, and whether a LayerNorm follows each of them."""
+    depth = sum(isinstance(layer, nn.Linear) for layer in projector)
+    return depth, any(isinstance(layer, nn.LayerNorm) for layer in projector)

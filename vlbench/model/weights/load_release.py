@@ -19,12 +19,12 @@ from vlbench.errors import UserError
 from vlbench.model.language_model import build_empty_language, read_eos_token_ids
 from vlbench.model.vision_encoder import VisionEncoder
 from vlbench.model.vlm import VLM
-from vlbench.model.weights import clip_layouts, hf_llava, yi_vl_layout
+from vlbench.model.weights import clip_layouts, hf_llava_layout, yi_vl_layout
 from vlbench.model.weights.release_files import ReleaseSpec, collect_part_states, load_vlm_weights
 from vlbench.model.weights.tensor_groups import check_tensor_groups
 from vlbench.text_files import read_json
 
-RELEASE_LAYOUTS = (yi_vl_layout, hf_llava)
+RELEASE_LAYOUTS = (yi_vl_layout, hf_llava_layout)
 RELEASED_CONNECTOR = "llava_mlp"
 """The connector that released projectors are: Yi-VL's own, and LLaVA's."""
 

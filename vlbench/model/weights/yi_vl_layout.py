@@ -18,7 +18,7 @@ from typing import Any
 
 from vlbench.errors import UserError
 from vlbench.model.vlm import VLM
-from vlbench.model.weights import chat_template, clip_layouts
+from vlbench.model.weights import clip_layouts, template_detection
 from vlbench.model.weights.release_files import (
     LLAMA_CONFIG_KEYS,
     ReleaseSpec,
@@ -69,7 +69,7 @@ def read_release_spec(folder: Path) -> ReleaseSpec:
             f"{file}: mm_hidden_size is {config['mm_hidden_size']}, but the tower is "
             f"{vision['hidden_size']} wide"
         )
-    template, why = chat_template.detect_yi_vl_template(folder, config)
+    template, why = template_detection.detect_yi_vl_template(folder, config)
     return ReleaseSpec(
         language_config=parse_llama_config(config, file),
         vision_config=vision,

@@ -14,7 +14,7 @@ import torch
 
 from vlbench.errors import UserError
 from vlbench.model.vlm import VLM
-from vlbench.model.weights import chat_template, clip_layouts
+from vlbench.model.weights import clip_layouts, template_detection
 from vlbench.model.weights.release_files import (
     ReleaseSpec,
     check_crop_size,
@@ -61,7 +61,7 @@ def read_release_spec(folder: Path) -> ReleaseSpec:
         raise UserError(
             f"{file}: projector_hidden_act is {act!r}; known are gelu and {LINEAR_ACTIVATION}"
         )
-    template, why = chat_template.detect_hf_llava_template(folder)
+    template, why = template_detection.detect_hf_llava_template(folder)
     text = config["text_config"]
     either = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
     preprocess = _read_image_processor(folder)
