@@ -55,6 +55,21 @@ def check_names(expected: Collection[str], given: Collection[str], context: str 
             raise WeightMismatch(describe_unexpected(name, expected), context)
 
 
+def check_state(
+    expected: Mapping[str, Tensor], given: Mapping[str, Tensor], context: str = ""
+) -> None:
+    """Refuse tensors that do not have the names and shapes of others.
+
+    Raises:
+        WeightMismatch: begins with `context`.
+    """
+    check_names(expected, given, context)
+    for name, tensor in expected.items():
+        if given[name].shape != tensor.shape:
+            reason = describe_shapes(name, given[name].shape, tensor.shape)
+            raise WeightMismatch(reason, context)
+
+
 def load_strict(
     module: nn.Module, state: Mapping[str, Tensor], context: str = "", assign: bool = False
 ) -> set[str]:
@@ -69,11 +84,6 @@ def load_strict(
     Raises:
         WeightMismatch: names the tensor that is missing, surplus or of another shape.
     """
-    own = module.state_dict()
-    check_names(own, state, context)
-    for name, tensor in own.items():
-        if state[name].shape != tensor.shape:
-            reason = describe_shapes(name, state[name].shape, tensor.shape)
-            raise WeightMismatch(reason, context)
+    check_state(module.state_dict(), state, context)
     module.load_state_dict(dict(state), strict=True, assign=assign)
     return set(state)

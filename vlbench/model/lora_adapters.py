@@ -12,20 +12,26 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vlbench.compat.peft_internals import (
+    base_parameter_name,
+    is_adapted_layer,
+    is_adapter_name,
+    is_targeted,
+)
 from vlbench.distributed import collectives
 from vlbench.errors import UserError, one_line
 from vlbench.model.multihead_attention import SplitAttention, pack_attention_state
 from vlbench.model.vision_encoder import VisionEncoder
 from vlbench.model.weights.tensor_writer import unshare_tensors
+from vlbench.state_dicts import check_state
 
 ALL_LINEAR = "all-linear"
 ADAPTER_NAME = "default"  # peft's name of an adapter when there is one
@@ -61,8 +67,8 @@ def add_adapters(
         use_rslora=rslora,
         use_dora=dora,
     )
-    before = getattr(root, "peft_config", {}).get(ADAPTER_NAME)
-    if before is not None and _config_as_json(before) == _config_as_json(config):
+    before = _adapter_config(root)
+    if before is not None and before.to_dict() == config.to_dict():
         return
     merge_adapters(part)
     _split_attention(root)
@@ -83,7 +89,7 @@ def check_adapters(part: nn.Module, name: str, targets: str, bits: int | None) -
 
 def adapter_parameters(part: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters of adapters by their name in `part`; {} when there are none."""
-    return {name: p for name, p in part.named_parameters() if ".lora_" in name}
+    return {name: p for name, p in part.named_parameters() if is_adapter_name(name)}
 
 
 def merge_adapters(part: nn.Module) -> None:
@@ -92,11 +98,9 @@ def merge_adapters(part: nn.Module) -> None:
     The sum has the type of the adapters where that is wider than the weights': float32 while a
     model is trained.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     root = _adapted_root(part)
     for name, layer in list(root.named_modules()):
-        if isinstance(layer, BaseTunerLayer):
+        if is_adapted_layer(layer):
             _replace_module(root, name, _merge_layer(layer))
     for name, attention in list(root.named_modules()):
         if isinstance(attention, SplitAttention):
@@ -117,9 +121,9 @@ def _merge_layer(layer: Any) -> nn.Module:
 def base_state_dict(part: nn.Module) -> dict[str, Tensor]:
     """Return the state of a part without its adapters, under the names that it has without them."""
     state = {
-        name.replace(".base_layer.", "."): value
+        base_parameter_name(name): value
         for name, value in part.state_dict().items()
-        if ".lora_" not in name
+        if not is_adapter_name(name)
     }
     for path, module in part.named_modules():
         if isinstance(module, SplitAttention):
@@ -134,47 +138,57 @@ def base_state_dict(part: nn.Module) -> dict[str, Tensor]:
 def save_adapters(part: nn.Module, folder: Path) -> None:
     """Write the adapters of `part` into `folder` as peft does; nothing where there are none."""
     root = _adapted_root(part)
-    config = getattr(root, "peft_config", {}).get(ADAPTER_NAME)
+    config = _adapter_config(root)
     if config is None:
         return
     state = {
-        PEFT_PREFIX + _peft_key(n): collectives.gather_full_tensor(value).cpu()
-        for n, value in adapter_parameters(root).items()
+        PEFT_PREFIX + name: collectives.gather_full_tensor(tensor).cpu()
+        for name, tensor in _adapter_state(root).items()
     }
     if not collectives.is_rank_zero():
         return
-    folder.mkdir(parents=True)
+    config = copy.copy(config)
+    config.target_modules = sorted(config.target_modules)  # peft writes a set in any order
+    config.save_pretrained(str(folder))
     save_file(
         dict(unshare_tensors(state.items())),
         folder / ADAPTER_WEIGHTS_FILE,
         metadata={"format": "pt"},
     )
-    (folder / ADAPTER_CONFIG_FILE).write_text(
-        json.dumps(_config_as_json(config), indent=1), encoding="utf-8"
-    )
 
 
 def load_adapters(part: nn.Module, folder: Path) -> None:
-    """Put the adapters in `folder` into `part`; a tensor that does not fit is named."""
-    from peft import LoraConfig
+    """Put the adapters in `folder`, if there are any, into `part`.
 
+    Raises:
+        WeightMismatch: names the tensor that does not fit.
+    """
     if not (folder / ADAPTER_CONFIG_FILE).is_file():
         return
+    from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
+
     root = _adapted_root(part)
     _split_attention(root)
-    config = LoraConfig(**json.loads((folder / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8")))
-    _inject_adapters(root, config)
-    own = {
-        PEFT_PREFIX + _peft_key(name): parameter
-        for name, parameter in adapter_parameters(root).items()
-    }
-    theirs: Mapping[str, Tensor] = load_file(folder / ADAPTER_WEIGHTS_FILE)
-    for name in [*own, *theirs]:
-        if name not in own or name not in theirs or own[name].shape != theirs[name].shape:
-            raise UserError(
-                f"{folder / ADAPTER_WEIGHTS_FILE}: tensor {name} does not fit the model"
-            )
-        own[name].data.copy_(theirs[name])
+    _inject_adapters(root, LoraConfig.from_pretrained(str(folder)))
+    stored = load_peft_weights(str(folder), device="cpu")
+    state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in stored.items()}
+    check_state(_adapter_state(root), state, str(folder / ADAPTER_WEIGHTS_FILE))
+    set_peft_model_state_dict(root, state, ADAPTER_NAME)
+
+
+def _adapter_config(root: nn.Module) -> Any:
+    """Return peft's configuration of the adapters in a module, None without any."""
+    return getattr(root, "peft_config", {}).get(ADAPTER_NAME)
+
+
+def _adapter_state(root: nn.Module) -> dict[str, Tensor]:
+    """Return the adapters of a module by peft's names of them on disk, without its prefix."""
+    from peft import get_peft_model_state_dict
+
+    parameters = dict(adapter_parameters(root))
+    return get_peft_model_state_dict(  # type: ignore[no-any-return]
+        root, parameters, ADAPTER_NAME, save_embedding_layers=False
+    )
 
 
 def _adapted_root(part: nn.Module) -> nn.Module:
@@ -184,10 +198,8 @@ def _adapted_root(part: nn.Module) -> nn.Module:
 
 def _inject_adapters(root: nn.Module, config: Any) -> None:
     """Let peft put adapters into `root`, at the place and of the kind of what they adapt."""
-    from peft.tuners.tuners_utils import check_target_module_exists
-
     for name, layer in list(root.named_modules()):
-        if isinstance(layer, nn.Linear) and check_target_module_exists(config, name):
+        if isinstance(layer, nn.Linear) and is_targeted(config, name):
             _replace_module(root, name, _adapt_layer(layer, config))
     root.peft_config = {ADAPTER_NAME: config}  # type: ignore[assignment]
 
@@ -207,19 +219,6 @@ def _adapt_layer(layer: nn.Linear, config: Any) -> nn.Module:
     holder = inject_adapter_in_model(config, nn.ModuleDict({"layer": layer}))
     layer.weight.data = stored
     return holder.get_submodule("layer")
-
-
-def _peft_key(name: str) -> str:
-    """Return peft's name on disk of an adapter's parameter: without the adapter's own name."""
-    if name.endswith(f"lora_magnitude_vector.{ADAPTER_NAME}.weight"):
-        name = name.removesuffix(".weight")
-    return name.replace(f".{ADAPTER_NAME}", "")
-
-
-def _config_as_json(config: Any) -> dict[str, Any]:
-    """Return a configuration of peft as JSON has it."""
-    values = config.to_dict()
-    return {k: sorted(v) if isinstance(v, set) else v for k, v in values.items()}
 
 
 def _replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
@@ -256,7 +255,7 @@ def _linear_layer_names(part: Any) -> Iterator[str]:
     for path, block in root.named_modules():
         if id(block) in used:
             for name, module in block.named_modules():
-                inner = ".lora_" in f".{name}" or name.endswith("base_layer")
+                inner = is_adapter_name(name) or name.endswith("base_layer")
                 if not inner and (isinstance(module, nn.Linear) or hasattr(module, "base_layer")):
                     yield f"{path}.{name}"
 
