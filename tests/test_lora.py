@@ -227,8 +227,8 @@ def test_the_next_stage_trains_on_merged_weights(run, tmp_path, monkeypatch):
     ("word", "message"),
     [
         ("stages.chat.train.connector.lora.rank=4", "a connector is trained whole"),
-        ("stages.chat.train.vision.lora.bits=4", "lora.bits is 4; allowed is 4, for the language"),
-        ("stages.chat.train.language.lora.bits=8", "lora.bits is 8; allowed is 4"),
+        ("stages.chat.train.vision.lora.bits=4", "lora.bits, allowed for the language model only"),
+        ("stages.chat.train.language.lora.bits=8", "lora.bits must be one of 4, given 8"),
         ("stages.chat.train.language.lora.rank=0", "must be at least 1"),
         ("stages.chat.train.language.lora.rnk=4", "Did you mean"),
         ("stages.chat.train.language.lora.targets=q_prj", "known are all-linear"),

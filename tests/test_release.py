@@ -242,7 +242,7 @@ BROKEN = {
     ),
     "crop": (
         lambda f: edit_json(f / TOWER / "preprocessor_config.json", crop_size=28),
-        "cropped to 28 pixels .*, but the tower reads 56",
+        "cropped to 28 pixels .*, but the vision encoder takes 56",
     ),
     "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "no tokenizer file"),
     "no end of text": (

@@ -34,10 +34,17 @@ LAYOUT_NAME = "Yi-VL's layout"
 def write_yi_vl(
     vlm: VLM, folder: Path, dtype: torch.dtype | None, source: Path | None = None
 ) -> None:
-    """Write `vlm` into the empty `folder`; `dtype` None keeps the type of every tensor.
+    """Write `vlm` into the empty `folder`, in Yi-VL's released layout.
 
-    `source` is the released folder that `vlm` was read from, if nothing was trained since: then
-    its small files, and the tensors in it that the reference ignores, are given back unchanged.
+    Args:
+        vlm: The model.
+        folder: Where it is written.
+        dtype: Type of all tensors; None keeps each its own.
+        source: The released folder that `vlm` was loaded from and not trained since, if any. Its
+            small files, and tensors that the reference ignores, are then written unchanged.
+
+    Raises:
+        UserError: when the authors' code could not load the model.
     """
     require_projector(vlm.connector, LAYOUT_NAME)
     _check_exportable(vlm)
@@ -46,9 +53,9 @@ def write_yi_vl(
     else:
         _create_release_files(vlm, folder)
     config = read_json(folder / "config.json")
-    tower = yi_vl_layout.find_encoder_folder(folder, config)
+    encoder_folder = yi_vl_layout.find_encoder_folder(folder, config)
     if source is None or dtype:
-        _update_release_files(vlm, folder, tower, dtype)
+        _update_release_files(vlm, folder, encoder_folder, dtype)
     _write_conv_mode(folder, source is not None)
     if source is not None:
         groups = yi_vl_layout.build_tensor_groups(source, vlm)
@@ -60,14 +67,15 @@ def write_yi_vl(
             TensorGroup([], vision, ""),
         ]
     states = collect_part_states(vlm)
-    for group, target in zip(groups, (folder, tower), strict=True):
-        own = ((name, states[part][key]) for name, (part, key) in group.tensor_targets.items())
-        tensors = chain(own, read_unused_tensors(group))
+    for group, target in zip(groups, (folder, encoder_folder), strict=True):
+        targets = group.tensor_targets.items()
+        used = ((name, states[part][key]) for name, (part, key) in targets)
+        tensors = chain(used, read_unused_tensors(group))
         write_tensors(((name, cast_floating(t, dtype)) for name, t in tensors), target)
 
 
 def _check_exportable(vlm: VLM) -> None:
-    """Refuse what the authors' code could not know: another template, tower or tokenizer."""
+    """Refuse what the authors' code cannot load: another chat template or vision encoder."""
     if vlm.template.name != "yi_vl":
         raise UserError(
             f"language.template is {vlm.template.name}, and the authors' code knows yi_vl alone; "
@@ -79,43 +87,45 @@ def _check_exportable(vlm: VLM) -> None:
 
 
 def _write_conv_mode(folder: Path, unchanged: bool) -> None:
-    """Say in config.json that this is asked with Yi's template, where it would not be told.
+    """Name Yi-VL's chat template in config.json, where it would not be recognised.
 
-    A folder that is given back `unchanged` stays as it is if it was asked so before.
+    A folder that is written back `unchanged` stays as it is if it was recognised before.
     """
-    name, why = template_detection.detect_yi_vl_template(folder, read_json(folder / "config.json"))
-    if name != "yi_vl" or (why and not unchanged):
+    name, reason = template_detection.detect_yi_vl_template(
+        folder, read_json(folder / "config.json")
+    )
+    if name != "yi_vl" or (reason and not unchanged):
         _update_json_file(folder / "config.json", {"conv_mode": template_detection.YI_VL_CONV_MODE})
 
 
 def _update_release_files(
     vlm: VLM, folder: Path, encoder_folder: Path, dtype: torch.dtype | None
 ) -> None:
-    """Make the small files of a release say what the model has become."""
+    """Update the small files of a release to the model as it is now."""
     transform = vlm.transform
     depth, norm = projector_depth_and_norm(require_projector(vlm.connector, LAYOUT_NAME))
-    projector = f"mlp{depth}x_gelu{'_Norm' if norm else ''}"
-    main: dict[str, Any] = {
+    projector_type = f"mlp{depth}x_gelu{'_Norm' if norm else ''}"
+    main_changes: dict[str, Any] = {
         "mm_vision_tower": f"./{encoder_folder.relative_to(folder).as_posix()}",
         "mm_vision_select_layer": vlm.vision.block_index - len(vlm.vision.blocks()),
         "torch_dtype": _written_dtype_name(vlm.language, dtype),
     }
     before = read_json(folder / "config.json")
     if before["mm_projector_type"] != "linear" or depth > 1:
-        main["mm_projector_type"] = projector
+        main_changes["mm_projector_type"] = projector_type
     tied = vlm.language.config.tie_word_embeddings
     if bool(before.get("tie_word_embeddings")) != tied:
-        main["tie_word_embeddings"] = tied
-    _update_json_file(folder / "config.json", main)
-    said = {
+        main_changes["tie_word_embeddings"] = tied
+    _update_json_file(folder / "config.json", main_changes)
+    encoder_changes = {
         "image_size": vlm.vision.image_size,
         "torch_dtype": _written_dtype_name(vlm.vision, dtype),
     }
-    _update_json_file(encoder_folder / "config.json", said)
-    processor = encoder_folder / "preprocessor_config.json"
-    written = parse_preprocess_config(read_json(processor), processor, True)
-    if (written["resize"], written["crop"]) != (transform.size, transform.crop):
-        _update_json_file(processor, processor_sizes(transform))
+    _update_json_file(encoder_folder / "config.json", encoder_changes)
+    file = encoder_folder / "preprocessor_config.json"
+    preprocess = parse_preprocess_config(read_json(file), file, True)
+    if (preprocess["resize"], preprocess["crop"]) != (transform.size, transform.crop):
+        _update_json_file(file, processor_sizes(transform))
 
 
 def _written_dtype_name(module: nn.Module, dtype: torch.dtype | None) -> str:
@@ -124,10 +134,10 @@ def _written_dtype_name(module: nn.Module, dtype: torch.dtype | None) -> str:
 
 
 def _update_json_file(file: Path, changes: Mapping[str, Any]) -> None:
-    """Set keys of a JSON file; where nothing differs the file stays byte for byte."""
+    """Set keys of a JSON file; where nothing differs the file is not written."""
     config = read_json(file)
     inner: dict[str, Any] = config.get("vision_config") or config
-    if "dtype" in inner:  # as transformers 5 calls it
+    if "dtype" in inner:  # transformers 5 renamed torch_dtype
         changes = {"dtype" if k == "torch_dtype" else k: v for k, v in changes.items()}
     if any(inner.get(key) != value for key, value in changes.items()):
         inner |= changes
@@ -135,25 +145,26 @@ def _update_json_file(file: Path, changes: Mapping[str, Any]) -> None:
 
 
 def _create_release_files(vlm: VLM, folder: Path) -> None:
-    """Write the small files of a model that did not begin as a released Yi-VL."""
+    """Write the small files of a model that was not loaded from a released Yi-VL."""
     if not (vlm.tokenizer.folder / "tokenizer.model").is_file():
         raise UserError(
             "the tokenizer has no tokenizer.model, which the authors' code needs; use "
             "format=hf_llava or format=vlbench"
         )
     vlm.tokenizer.save(folder)
-    language, tower = vlm.language.config, folder / "vit" / f"tower-{vlm.vision.image_size}"
-    tower.mkdir(parents=True)
+    encoder_folder = folder / "vit" / f"tower-{vlm.vision.image_size}"
+    encoder_folder.mkdir(parents=True)
     depth, norm = projector_depth_and_norm(require_projector(vlm.connector, LAYOUT_NAME))
-    ends = {
+    token_ids = {
         "bos_token_id": vlm.tokenizer.bos_token_id,
         "eos_token_id": vlm.tokenizer.eos_token_id,
         "pad_token_id": 0,
     }
-    shape = {key: value for key, value in language.to_dict().items() if key in LLAMA_CONFIG_KEYS}
-    rope = dict(shape.pop("rope_parameters"))
-    kind, theta = rope.pop("rope_type", "default"), rope.pop("rope_theta")
-    config = shape | ends
+    language = vlm.language.config.to_dict()
+    config = {key: value for key, value in language.items() if key in LLAMA_CONFIG_KEYS}
+    rope = dict(config.pop("rope_parameters"))
+    rope_type, theta = rope.pop("rope_type", "default"), rope.pop("rope_theta")
+    config |= token_ids
     config |= {
         "architectures": ["LlavaLlamaForCausalLM"],
         "image_aspect_ratio": "pad" if vlm.transform.pad else "square",
@@ -163,9 +174,9 @@ def _create_release_files(vlm: VLM, folder: Path) -> None:
         "mm_use_im_start_end": False,
         "mm_vision_select_feature": "patch",
         "mm_vision_select_layer": vlm.vision.block_index - len(vlm.vision.blocks()),
-        "mm_vision_tower": f"./vit/{tower.name}",
+        "mm_vision_tower": f"./vit/{encoder_folder.name}",
         "model_type": "llava",
-        "rope_scaling": None if kind == "default" else {"type": kind, **rope},
+        "rope_scaling": None if rope_type == "default" else {"type": rope_type, **rope},
         "rope_theta": theta,
         "torch_dtype": "float32",
         "use_cache": True,
@@ -188,15 +199,15 @@ def _create_release_files(vlm: VLM, folder: Path) -> None:
     }
     for file, content in (
         (folder / "config.json", config),
-        (folder / "generation_config.json", ends),
-        (tower / "config.json", clip_layouts.to_hf_vision_config(vlm.vision.visual)),
-        (tower / "preprocessor_config.json", processor),
+        (folder / "generation_config.json", token_ids),
+        (encoder_folder / "config.json", clip_layouts.to_hf_vision_config(vlm.vision.visual)),
+        (encoder_folder / "preprocessor_config.json", processor),
     ):
         file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def processor_sizes(transform: ImageTransform) -> dict[str, Any]:
-    """Return the sizes of a transform as a CLIPImageProcessor writes them."""
+    """Return the sizes of an image transform in the format of a CLIPImageProcessor."""
     return {
         "size": {"shortest_edge": transform.size},
         "crop_size": {"height": transform.crop, "width": transform.crop},

@@ -26,7 +26,7 @@ MMAP_CHUNK_BYTES = 1 << 29  # bytes
 NESTED_STATE_KEYS = ("model", "model_state_dict", "state_dict")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
 WEIGHT_FILENAMES = ("model.safetensors", "pytorch_model.bin")
-"""Names of a model's weights in the order of preference; `.index.json` after one lists shards."""
+"""Files of a model's weights, the preferred one first; NAME.index.json lists shards of one."""
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -41,14 +41,14 @@ def weight_files(folder: Path) -> list[Path]:
             if missing:
                 raise UserError(f"{index} names {', '.join(missing)}, which {folder} does not have")
             return files
-    wanted = (
+    raise UserError(
         f"{folder} has no weights; wanted is one of {', '.join(WEIGHT_FILENAMES)}, or their shards"
+        f"{_suggest_other_files(folder)}"
     )
-    raise UserError(f"{wanted}{_suggest_other_files(folder)}")
 
 
 def _suggest_other_files(folder: Path) -> str:
-    """Return what else a folder without weights has that looks like some, to be put into a line."""
+    """Return what else a folder without weights has that looks like some, as the end of a line."""
     if (folder / "adapter_config.json").is_file():
         return (
             ". It holds LoRA adapters: merge them into the model that they were trained on, and "
@@ -59,29 +59,31 @@ def _suggest_other_files(folder: Path) -> str:
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
-    found = read_json(index).get("weight_map")
-    if not isinstance(found, dict) or not found or not _are_nonempty_strings(found.values()):
+    """Return the name of the file that has each tensor."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not _are_nonempty_strings(weight_map.values()):
         raise UserError(f"{index} has no weight_map from tensors to files")
-    strange = [name for name in found.values() if Path(name).name != name]
-    if strange:
-        raise UserError(f"{index} names a file outside of its folder: {strange[0]}")
-    return found
+    outside = [name for name in weight_map.values() if Path(name).name != name]
+    if outside:
+        raise UserError(f"{index} names a file outside of its folder: {outside[0]}")
+    return weight_map
 
 
 def _are_nonempty_strings(values: Iterable[Any]) -> bool:
-    return all(isinstance(value, str) and value for value in values)
+    values = list(values)
+    return bool(values) and all(isinstance(value, str) and value for value in values)
 
 
 class TensorHeader(NamedTuple):
-    """What is known of a tensor before its numbers are read."""
+    """Shape and type of a tensor in a file."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
-    """None: a type that torch has no name for, or that is not read here."""
+    """None: a type that is not read here, or that torch does not have."""
 
 
 def read_tensor_headers(file: Path) -> dict[str, TensorHeader]:
-    """Return shape and type of every tensor in a file; no tensor is read."""
+    """Return shape and type of every tensor in a file; no values are read."""
     with _open_tensor_file(file) as tensors:
         return {
             name: TensorHeader(tensors.shape(name), tensors.dtype(name)) for name in tensors.names
@@ -89,16 +91,16 @@ def read_tensor_headers(file: Path) -> dict[str, TensorHeader]:
 
 
 def read_tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor in a file; no tensor is read."""
+    """Return the shape of every tensor in a file; no values are read."""
     return {name: header.shape for name, header in read_tensor_headers(file).items()}
 
 
 def check_weight_dtype(name: str, header: TensorHeader, file: Path) -> None:
-    """Refuse a tensor of weights that is stored in 8 bits or less, whose scale lies elsewhere."""
+    """Refuse a tensor that is stored in 8 bits or less: its scales are other tensors."""
     if header.dtype not in WEIGHT_DTYPES:
-        kind = str(header.dtype or "a type not known here").removeprefix("torch.")
+        stored = str(header.dtype or "a type not known here").removeprefix("torch.")
         raise UserError(
-            f"{file}: tensor {name} is stored as {kind}; quantized weights are not read: wanted "
+            f"{file}: tensor {name} is stored as {stored}; quantized weights are not read: wanted "
             "are float32, bfloat16 or float16"
         )
 
@@ -109,44 +111,40 @@ def cast_floating(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def stored_dtype_and_numel(folder: Path) -> tuple[torch.dtype, int]:
-    """Return the type of the largest tensor in a folder and how many numbers there are in all."""
-    largest, kind, total = -1, torch.float32, 0
+    """Return the type of the largest tensor in a folder, and the number of weights in all."""
+    largest, dtype, total = -1, torch.float32, 0
     for file in weight_files(folder):
         with _open_tensor_file(file) as tensors:
             for name in tensors.names:
                 count = math.prod(tensors.shape(name))
                 total += count
                 if count > largest:
-                    largest, kind = count, tensors.dtype(name) or torch.float32
-    return kind, total
+                    largest, dtype = count, tensors.dtype(name) or torch.float32
+    return dtype, total
 
 
 def read_tensors(
     file: Path, names: Iterable[str] | None = None, mmap_names: Container[str] = ()
 ) -> Iterator[tuple[str, Tensor]]:
-    """Give the tensors of a file (those called `names`, or all), each in memory of its own.
+    """Yield the tensors of a file (those called `names`, or all), each in memory of its own.
 
-    Those in `mapped` stay in the file, and take memory where they are used, while they are used.
+    Those in `mmap_names` stay memory-mapped: they take memory only while they are used.
     """
     with _open_tensor_file(file) as tensors:
-        wanted = list(tensors.names if names is None else names)
-        groups = _chunk_tensor_names([(name, _tensor_bytes(tensors, name)) for name in wanted])
-    for group in groups:
+        chosen = list(tensors.names if names is None else names)
+        chunks = _chunk_tensor_names([(name, _tensor_bytes(tensors, name)) for name in chosen])
+    for chunk in chunks:
         with _open_tensor_file(file) as tensors:
-            for name in group:
-                yield (
-                    name,
-                    tensors.tensor_view(name)
-                    if name in mmap_names
-                    else tensors.tensor_view(name).clone(),
-                )
+            for name in chunk:
+                view = tensors.tensor_view(name)
+                yield name, view if name in mmap_names else view.clone()
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """The tensors of several files by name, each read when it is asked for."""
+    """The tensors of several files by name, each read when it is looked up."""
 
     def __init__(self, files: Iterable[Path]) -> None:
-        """Look at the names in `files`; the last file that has a name counts."""
+        """Read the names in `files`; of a name in several the last file counts."""
         self._files_by_name = {name: file for file in files for name in read_tensor_shapes(file)}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -160,16 +158,16 @@ class LazyTensors(Mapping[str, Tensor]):
 
 
 def _chunk_tensor_names(sizes: list[tuple[str, int]]) -> list[list[str]]:
-    """Return the names in order, in groups of at most CHUNK bytes or of a single tensor."""
-    groups: list[list[str]] = []
-    room = 0
+    """Return the names in order, in chunks of at most MMAP_CHUNK_BYTES or of a single tensor."""
+    chunks: list[list[str]] = []
+    bytes_left = 0
     for name, size in sizes:
-        if not groups or size > room:
-            groups.append([])
-            room = MMAP_CHUNK_BYTES
-        groups[-1].append(name)
-        room -= size
-    return groups
+        if not chunks or size > bytes_left:
+            chunks.append([])
+            bytes_left = MMAP_CHUNK_BYTES
+        chunks[-1].append(name)
+        bytes_left -= size
+    return chunks
 
 
 class _SafetensorsFile:
@@ -190,7 +188,7 @@ class _SafetensorsFile:
 
 
 class _TorchFile:
-    """An open file of torch."""
+    """An open file of `torch.save`."""
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
         self.state = state
@@ -212,7 +210,7 @@ _SAFETENSORS_DTYPES = {
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool},
 }
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""Types in which weights are stored as they are."""
+"""Types of weights that are not quantized."""
 
 
 def _tensor_bytes(tensors: _SafetensorsFile | _TorchFile, name: str) -> int:
@@ -221,7 +219,7 @@ def _tensor_bytes(tensors: _SafetensorsFile | _TorchFile, name: str) -> int:
 
 @contextmanager
 def _open_tensor_file(file: Path) -> Iterator[_SafetensorsFile | _TorchFile]:
-    """Open a file of tensors; what is wrong with it becomes one line that names it."""
+    """Open a weight file; errors become one line that names it."""
     refuse_lfs_pointer(file)
     if not _is_safetensors(file):
         yield _TorchFile(_load_torch_file(file))
@@ -236,16 +234,16 @@ def _open_tensor_file(file: Path) -> Iterator[_SafetensorsFile | _TorchFile]:
 
 
 def _load_torch_file(file: Path) -> dict[str, Tensor]:
-    """Return the tensors in a file of torch, mapped where its format allows that."""
+    """Return the tensors in a file of `torch.save`, memory-mapped where its format allows that."""
     try:
-        mapped = zipfile.is_zipfile(file)
-        if mapped and _is_torchscript(file):
+        is_zip = zipfile.is_zipfile(file)
+        if is_zip and _is_torchscript(file):
             raise UserError(
                 f"{file} is a TorchScript program, as OpenAI's own CLIP files are; code in a file "
                 "of weights is never executed. Give a file of tensors, or a tag of open_clip such "
                 "as vision.weights=openai"
             )
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except UserError:
         raise
     except (pickle.UnpicklingError, KeyError, IndexError, AttributeError, TypeError) as error:
@@ -258,25 +256,25 @@ def _load_torch_file(file: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{file} is torn or no file of weights: {_loading_error_line(error)}"
         ) from error
-    for inner in NESTED_STATE_KEYS:  # checkpoints of training code
-        state = state.get(inner, state) if isinstance(state, dict) else state
-    named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
-    if not named or not all(isinstance(v, Tensor) for v in state.values()):
+    for key in NESTED_STATE_KEYS:  # checkpoints of training code
+        state = state.get(key, state) if isinstance(state, dict) else state
+    has_names = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    if not has_names or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{file} does not hold a mapping from names to tensors")
-    empty = [name for name, v in state.items() if v.is_meta or v.layout is not torch.strided]
-    if empty:
-        raise UserError(f"{file}: tensor {empty[0]} is sparse or has no numbers (meta)")
+    unusable = [name for name, v in state.items() if v.is_meta or v.layout is not torch.strided]
+    if unusable:
+        raise UserError(f"{file}: tensor {unusable[0]} is sparse or has no numbers (meta)")
     return state
 
 
 def _is_safetensors(file: Path) -> bool:
-    """Tell whether a file is safetensors: by its name, or by what follows its header's length."""
+    """Tell whether a file is safetensors: by its name, or by the start of its JSON header."""
     with file.open("rb") as opened:
         return file.suffix == ".safetensors" or opened.read(9)[8:] == b"{"
 
 
 def _is_torchscript(file: Path) -> bool:
-    """Tell whether a zip file of torch holds TorchScript: its constants lie beside its code."""
+    """Tell whether a zip file of torch holds TorchScript: it has constants beside its code."""
     with zipfile.ZipFile(file) as archive:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 

@@ -23,10 +23,9 @@ MAX_SHARD_BYTES = 5_000_000_000  # transformers' default
 def write_tensors(
     tensors: Iterable[tuple[str, Tensor]], folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Write tensors into `folder` as safetensors, in shards of at most `limit` bytes.
+    """Write tensors into `folder` as safetensors, in shards of at most `max_shard_bytes`.
 
     One shard is called model.safetensors; several get numbers and an index, as in transformers.
-    Where several processes train a model all of them call this; each writes its share of shards.
     """
     begin_writing_tensors(tensors, folder, _run_immediately, max_shard_bytes=max_shard_bytes)()
 
@@ -38,52 +37,60 @@ def begin_writing_tensors(
     copy: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Callable[[], None]:
-    """Hand the writing of every shard to `submit`, and return what waits for it and ends it.
+    """Start writing shards, and return a function that waits for them and names the files.
 
-    With `copy` the tensors may change as soon as this returns. Every process has to call both.
+    Args:
+        tensors: Name and tensor; sharded ones are gathered.
+        folder: Where they are written.
+        submit: Runs a function now or later, for example in a thread.
+        copy: Whether the tensors are copied first: they may then change once this returns.
+        max_shard_bytes: Most bytes of one file; a larger tensor has a file of its own.
+
+    Returns:
+        The function to call last, in every process.
     """
     shards: list[list[str]] = []
     pending: dict[str, Tensor] = {}
-    total = size = 0
-    written: list[Future[None]] = []
+    total_bytes = shard_bytes = 0
+    writes: list[Future[None]] = []
 
     def is_own_shard() -> bool:
         return len(shards) % collectives.world_size() == collectives.rank()
 
     def flush_shard() -> None:
         if is_own_shard():
-            part, some = folder / f"{len(shards) + 1}.part", dict(pending)
-            written.append(submit(lambda: save_file(some, part, metadata={"format": "pt"})))
+            path, shard = folder / f"{len(shards) + 1}.part", dict(pending)
+            writes.append(submit(lambda: save_file(shard, path, metadata={"format": "pt"})))
         shards.append(list(pending))
         pending.clear()
 
     for name, tensor in unshare_tensors(
         (name, collectives.gather_full_tensor(tensor)) for name, tensor in tensors
     ):
-        more = tensor.numel() * tensor.element_size()
-        if pending and size + more > max_shard_bytes:
+        tensor_bytes = tensor.numel() * tensor.element_size()
+        if pending and shard_bytes + tensor_bytes > max_shard_bytes:
             flush_shard()
-            size = 0
+            shard_bytes = 0
         pending[name] = tensor.to("cpu", copy=copy) if is_own_shard() else tensor.new_empty(0)
-        size, total = size + more, total + more
+        shard_bytes, total_bytes = shard_bytes + tensor_bytes, total_bytes + tensor_bytes
     flush_shard()
 
     def finish_writing() -> None:
-        collectives.call_on_all_ranks(lambda: [one.result() for one in written])
-        collectives.call_on_rank_zero(lambda: _name_shard_files(shards, total, folder))
+        collectives.call_on_all_ranks(lambda: [write.result() for write in writes])
+        collectives.call_on_rank_zero(lambda: _name_shard_files(shards, total_bytes, folder))
 
     return finish_writing
 
 
 def _run_immediately(call: Callable[[], None]) -> Future[None]:
-    """Call something now; what it raises is raised when its result is asked for."""
-    done: Future[None] = Future()
+    """Call a function now; what it raises is raised by the result of the future."""
+    future: Future[None] = Future()
     try:
         call()
-        done.set_result(None)
+        future.set_result(None)
     except (OSError, SafetensorError) as error:
-        done.set_exception(error)  # other processes still wait for this one's tensors
-    return done
+        future.set_exception(error)  # other processes still wait for this one's tensors
+    return future
 
 
 def _name_shard_files(shards: list[list[str]], total_bytes: int, folder: Path) -> None:
@@ -93,22 +100,23 @@ def _name_shard_files(shards: list[list[str]], total_bytes: int, folder: Path) -
     if len(shards) == 1:
         (folder / "1.part").rename(folder / WEIGHT_FILENAMES[0])
         return
-    places: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"{number}.part").rename(folder / file)
-        places |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(places.items()))}
+        weight_map |= dict.fromkeys(names, file)
+    sorted_map = dict(sorted(weight_map.items()))
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": sorted_map}
     (folder / f"{WEIGHT_FILENAMES[0]}.index.json").write_text(
         json.dumps(index, indent=2) + "\n", encoding="utf-8"
     )
 
 
 def unshare_tensors(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Give tensors as safetensors takes them: contiguous, no two (tied weights) in one place."""
+    """Yield tensors as safetensors takes them: contiguous, without shared memory (tied weights)."""
     seen = set()
     for name, tensor in tensors:
         tensor = tensor.detach().contiguous()
-        place = (tensor.data_ptr(), tensor.numel())
-        yield name, tensor.clone() if place in seen else tensor
-        seen.add(place)
+        memory = (tensor.data_ptr(), tensor.numel())
+        yield name, tensor.clone() if memory in seen else tensor
+        seen.add(memory)
