@@ -1,18 +1,18 @@
-"""Checkpoints: folders that stand alone, written whole or not at all.
+"""Checkpoints: folders that hold all that is needed to load them, written whole or not at all.
 
 checkpoints/2-chat-000300/
-    model.safetensors     every part that was trained so far, keys `vision.`, `connector.`, ...
-    optimizer/            the optimizer of the open stage, by the names of parameters
-    position.json         stage, step, held-out loss
+    model.safetensors     every part that was trained so far; keys begin with `vision.` and so on
+    optimizer/            state of the optimizer of the unfinished stage, by parameter name
+    position.json         stage, optimizer step, held-out loss
     recipe.yaml preprocess.json tokenizer.model tokenizer_config.json
-    language/             config of the language model, if its weights are in model.safetensors
-    vision/               config of the vision encoder, in open_clip's format
-    weights.json          what each part began as: its source, and a checksum of its weights
+    language/             configuration of the language model
+    vision/               configuration of the vision encoder, in open_clip's format
+    weights.json          origin of each part: what it was loaded from, and a checksum
     adapters/PART/        LoRA adapters in peft's layout, if a part has them
-    release/              the small files of the released model that the run began with, if any
+    release/              small files of the released model that the run began with, if any
 
-More than 5 GB of tensors are several files and an index, as in transformers; where several
-processes train, each writes some of them. A checkpoint does not tell how many there were.
+More than 5 GB of tensors are several files and an index, as in transformers. With several processes
+each writes some of the files; the number of processes leaves no trace in a checkpoint.
 """
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ _POSITION_TYPES = {"stage": int, "name": str, "step": int}
 
 @dataclass(frozen=True)
 class RunPosition:
-    """Where a run stands: `step` optimizer steps of stage number `stage` are done."""
+    """How far a run is: `step` optimizer steps of stage number `stage` are done."""
 
     stage: int
     name: str
     step: int
     loss: float | None = None
-    """Held-out loss per supervised token, if it was measured at this step."""
+    """Validation loss per supervised token, if it was measured at this step."""
     seen: dict[str, int] | None = None
-    """Samples, images and tokens (places included) that the run has learned from by then."""
+    """Samples, images and tokens (image positions included) that were trained on so far."""
     seconds: float | None = field(default=None, compare=False)
-    """What the run has taken by then, the time in which it was stopped left out."""
+    """Time of training so far, without the time in which the run was stopped."""
 
     @property
     def folder_name(self) -> str:
@@ -73,9 +73,9 @@ class RunPosition:
 
 
 def named_part_weights(vlm: VLM, parts: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """Give the state of `parts`, keys prefixed with the part's name.
+    """Yield the state dicts of `parts`, keys prefixed with the part's name.
 
-    Weights that a stage holds in 16 bits are written as the float32 that they are between stages.
+    Frozen weights that a stage keeps in bfloat16 are written as float32, as between stages.
     """
     for part in parts:
         for key, value in lora_adapters.base_state_dict(getattr(vlm, part)).items():
@@ -83,9 +83,9 @@ def named_part_weights(vlm: VLM, parts: list[str]) -> Iterator[tuple[str, Tensor
 
 
 class CheckpointWriter:
-    """A checkpoint on its way to the disk: training goes on while files are written.
+    """Writes one checkpoint in a thread, while training goes on.
 
-    Where several processes train, all of them begin and end it together.
+    With several processes all of them create it and call `finish_writing`.
     """
 
     def __init__(
@@ -97,7 +97,16 @@ class CheckpointWriter:
         optimizer: Optimizer | None,
         recipe_file: Path,
     ) -> None:
-        """Copy what is to be written, and begin; nothing is kept of it before `end`."""
+        """Copy the state and start writing; the checkpoint has its name after `finish_writing`.
+
+        Args:
+            folder: The run's folder of checkpoints.
+            position: How far the run is.
+            vlm: The model.
+            parts: Names of the parts whose weights are written.
+            optimizer: The optimizer of the running stage; None between stages.
+            recipe_file: The run's resolved recipe.
+        """
         self.final_path = folder / position.folder_name
         self.temp_path = folder / f".writing-{position.folder_name}"
         self._executor = ThreadPoolExecutor(1)
@@ -112,10 +121,10 @@ class CheckpointWriter:
                 )
             ]
             if optimizer is not None:
-                kept = named_optimizer_state(vlm, optimizer)
+                state = named_optimizer_state(vlm, optimizer)
                 self._finish_calls.append(
                     begin_writing_tensors(
-                        kept, self.temp_path / OPTIMIZER_FOLDER, self._submit_write, copy=True
+                        state, self.temp_path / OPTIMIZER_FOLDER, self._submit_write, copy=True
                     )
                 )
             write_metadata(vlm, self.temp_path, recipe_file.read_text(encoding="utf-8"), position)
@@ -126,14 +135,14 @@ class CheckpointWriter:
 
     @property
     def is_written(self) -> bool:
-        """True when this process has written its share."""
+        """Whether this process has written its share."""
         return all(task.done() for task in self._write_tasks)
 
     def finish_writing(self) -> Path:
         """Wait for the files of all processes, name the checkpoint, and return its path."""
         with self._explain_write_errors():
-            for end in self._finish_calls:
-                end()
+            for finish in self._finish_calls:
+                finish()
             collectives.call_on_rank_zero(
                 lambda: _publish_checkpoint(self.temp_path, self.final_path)
             )
@@ -142,7 +151,7 @@ class CheckpointWriter:
 
     @contextlib.contextmanager
     def _explain_write_errors(self) -> Iterator[None]:
-        """Leave nothing behind of a checkpoint that cannot be written, and say why."""
+        """Remove a checkpoint that cannot be written, and say why."""
         try:
             yield
         except (OSError, SafetensorError) as error:
@@ -155,7 +164,7 @@ class CheckpointWriter:
 
 
 def _make_folders(temp_path: Path, has_optimizer: bool) -> None:
-    """Make the folders of a checkpoint that begins."""
+    """Make the folders of a new checkpoint."""
     shutil.rmtree(temp_path, ignore_errors=True)
     temp_path.mkdir(parents=True)
     if has_optimizer:
@@ -163,7 +172,7 @@ def _make_folders(temp_path: Path, has_optimizer: bool) -> None:
 
 
 def _publish_checkpoint(temp_path: Path, final_path: Path) -> None:
-    """Give a checkpoint that is whole its name."""
+    """Flush a whole checkpoint to the disk and give it its name."""
     for path in temp_path.rglob("*"):
         _fsync_path(path)
     shutil.rmtree(final_path, ignore_errors=True)
@@ -172,7 +181,7 @@ def _publish_checkpoint(temp_path: Path, final_path: Path) -> None:
 
 
 def write_metadata(vlm: VLM, folder: Path, recipe_text: str, position: RunPosition) -> None:
-    """Write everything about a model but its weights, so that a checkpoint stands alone."""
+    """Write all files of a checkpoint but the weights."""
     for part, module in vlm.named_parts():
         lora_adapters.save_adapters(module, folder / ADAPTERS_FOLDER / part)
     if not collectives.is_rank_zero():
@@ -186,19 +195,19 @@ def write_metadata(vlm: VLM, folder: Path, recipe_text: str, position: RunPositi
         (folder / VISION_FOLDER).mkdir()
         vlm.vision.config.save(folder / VISION_FOLDER)
     config = vlm.language.config.to_dict()
-    ends = {"eos_token_id": vlm.language.generation_config.eos_token_id}
+    generation_config = {"eos_token_id": vlm.language.generation_config.eos_token_id}
     (folder / LANGUAGE_FOLDER).mkdir()
     (folder / LANGUAGE_FOLDER / "config.json").write_text(
         json.dumps(config, indent=1), encoding="utf-8"
     )
     (folder / LANGUAGE_FOLDER / "generation_config.json").write_text(
-        json.dumps(ends), encoding="utf-8"
+        json.dumps(generation_config), encoding="utf-8"
     )
     (folder / "position.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
 
 
 def explain_write_error(error: OSError, folder: Path) -> Exception:
-    """Return a clear mistake for a full disk or an unwritable folder, else the error itself."""
+    """Return a one-line error for a full disk or a read-only folder, else the error itself."""
     if error.errno == errno.ENOSPC:
         return UserError(
             f"the disk is full: cannot write in {folder}; earlier checkpoints are whole"
@@ -209,7 +218,7 @@ def explain_write_error(error: OSError, folder: Path) -> Exception:
 
 
 def preprocessing_json(vlm: VLM) -> str:
-    """Return the JSON of everything between a conversation and the model's input."""
+    """Return the JSON of image transform, chat template and tokens per image."""
     return json.dumps(
         {
             "transform": asdict(vlm.transform),
@@ -223,7 +232,7 @@ def preprocessing_json(vlm: VLM) -> str:
 
 
 def _fsync_path(path: Path) -> None:
-    """Make the operating system write `path` out, so that a power cut cannot tear it."""
+    """Flush a file or folder to the disk, so that it survives a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -232,34 +241,35 @@ def _fsync_path(path: Path) -> None:
 
 
 def read_position(folder: Path) -> RunPosition:
-    """Return where the checkpoint in `folder` stands."""
+    """Return the position of the checkpoint in `folder`."""
     file = folder / "position.json"
-    said = read_json(file)
-    whole = all(type(said.get(key)) is kind for key, kind in _POSITION_TYPES.items())
-    if not whole or not said.keys() <= {*_POSITION_TYPES, "loss", "seen", "seconds"}:
+    content = read_json(file)
+    is_position = all(type(content.get(key)) is kind for key, kind in _POSITION_TYPES.items())
+    if not is_position or not content.keys() <= {*_POSITION_TYPES, "loss", "seen", "seconds"}:
         raise UserError(
             f"{file}: is not the position of a checkpoint ({', '.join(_POSITION_TYPES)})"
         )
-    return RunPosition(**said)
+    return RunPosition(**content)
 
 
 def read_preprocessing(folder: Path) -> tuple[int, str]:
     """Return the image size of a checkpoint in pixels, and the hash of its image transform."""
     file = folder / "preprocess.json"
-    said = read_json(file)
-    crop = transform.get("crop") if isinstance(transform := said.get("transform"), dict) else None
-    if not isinstance(crop, int) or not isinstance(said.get("transform_hash"), str):
+    content = read_json(file)
+    transform = content.get("transform")
+    crop = transform.get("crop") if isinstance(transform, dict) else None
+    if not isinstance(crop, int) or not isinstance(content.get("transform_hash"), str):
         raise UserError(f"{file}: is not the preprocessing of a checkpoint")
-    return crop, said["transform_hash"]
+    return crop, content["transform_hash"]
 
 
 def list_positions(folder: Path) -> list[RunPosition]:
     """Return the positions of all whole checkpoints in `folder`, oldest first."""
-    found = []
+    positions = []
     for path in folder.glob("*-*-*"):
         if CHECKPOINT_NAME.fullmatch(path.name) and (path / "position.json").is_file():
-            found.append(read_position(path))
-    return sorted(found, key=lambda p: (p.stage, p.step))
+            positions.append(read_position(path))
+    return sorted(positions, key=lambda p: (p.stage, p.step))
 
 
 def is_run_or_checkpoint(path: Path) -> bool:
@@ -268,17 +278,17 @@ def is_run_or_checkpoint(path: Path) -> bool:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return the checkpoint that `path` means: itself, or the newest one of a run folder."""
+    """Return the checkpoint at `path`, or the newest one of the run folder at `path`."""
     if (path / "position.json").is_file():
         return path
-    found = list_positions(path / "checkpoints")
-    if not found:
+    positions = list_positions(path / "checkpoints")
+    if not positions:
         raise UserError(f"{path} is neither a run folder with checkpoints nor a checkpoint")
-    return path / "checkpoints" / found[-1].folder_name
+    return path / "checkpoints" / positions[-1].folder_name
 
 
 def read_optimizer_state(path: Path) -> Mapping[str, Tensor]:
-    """Return the optimizer state of a checkpoint, read when it is asked for."""
+    """Return the optimizer state of a checkpoint; tensors are read when they are looked up."""
     folder = path / OPTIMIZER_FOLDER
     try:
         return LazyTensors(weight_files(folder))
@@ -291,21 +301,20 @@ def read_optimizer_state(path: Path) -> Mapping[str, Tensor]:
 
 
 def prune_checkpoints(folder: Path, keep_last_checkpoints: int) -> None:
-    """Remove all but the last `keep_last_checkpoints` and the best of the newest stage.
+    """Remove all but the last `keep_last_checkpoints` and the best one of the newest stage.
 
-    The newest checkpoint of a stage that is over stays, without its optimizer.
+    The newest checkpoint of a finished stage stays, without its optimizer state.
     """
-    found = list_positions(folder)
-    newest = {p.stage: p for p in found}
-    keep = {p.folder_name for p in found[-keep_last_checkpoints:]} | {
-        p.folder_name for p in newest.values()
-    }
-    judged = [p for p in found if p.loss is not None and p.stage == found[-1].stage]
-    if judged:
-        keep.add(min(judged, key=lambda p: p.loss or 0.0).folder_name)
-    for position in found:
+    positions = list_positions(folder)
+    newest_of_stage = {p.stage: p for p in positions}
+    kept_positions = [*positions[-keep_last_checkpoints:], *newest_of_stage.values()]
+    kept_names = {p.folder_name for p in kept_positions}
+    validated = [p for p in positions if p.loss is not None and p.stage == positions[-1].stage]
+    if validated:
+        kept_names.add(min(validated, key=lambda p: p.loss or 0.0).folder_name)
+    for position in positions:
         path = folder / position.folder_name
-        if position.folder_name not in keep:
+        if position.folder_name not in kept_names:
             shutil.rmtree(path)
-        elif position.stage < found[-1].stage and (path / OPTIMIZER_FOLDER).exists():
+        elif position.stage < positions[-1].stage and (path / OPTIMIZER_FOLDER).exists():
             shutil.rmtree(path / OPTIMIZER_FOLDER)

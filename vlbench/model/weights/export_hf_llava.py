@@ -80,7 +80,7 @@ def write_hf_llava(vlm: VLM, folder: Path, dtype: torch.dtype | None) -> None:
     with torch.device("meta"):
         model: Any = LlavaForConditionalGeneration(llava_config)
     model.load_state_dict(state, assign=True)
-    model.generation_config = GenerationConfig(
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         bos_token_id=vlm.tokenizer.bos_token_id,
         eos_token_id=vlm.language.generation_config.eos_token_id,
         pad_token_id=processor.tokenizer.pad_token_id,
@@ -98,12 +98,12 @@ def _hide_progress_bars() -> Iterator[None]:
         logging.is_progress_bar_enabled(),
         not are_progress_bars_disabled(),
     )
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         if was_enabled:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
         (enable_progress_bars if hub_was_enabled else disable_progress_bars)()
 
 
@@ -178,7 +178,7 @@ def build_llava_processor(vlm: VLM) -> LlavaProcessor:
         image_std=list(transform.std),
         resample=3,
     )
-    return LlavaProcessor(
+    return LlavaProcessor(  # type: ignore[no-untyped-call]
         image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=transform.crop // vlm.vision.grid[0],

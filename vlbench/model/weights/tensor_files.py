@@ -264,7 +264,8 @@ def _load_torch_file(file: Path) -> dict[str, Tensor]:
     unusable = [name for name, v in state.items() if v.is_meta or v.layout is not torch.strided]
     if unusable:
         raise UserError(f"{file}: tensor {unusable[0]} is sparse or has no numbers (meta)")
-    return state
+    tensors: dict[str, Tensor] = state
+    return tensors
 
 
 def _is_safetensors(file: Path) -> bool:

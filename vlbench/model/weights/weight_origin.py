@@ -53,7 +53,7 @@ def hash_named_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 def _hash_tensor(tensor: Tensor) -> str:
     digest = hashlib.sha256()
-    for chunk in tensor.detach().reshape(-1).split(HASH_CHUNK_NUMEL):
+    for chunk in torch.split(tensor.detach().reshape(-1), HASH_CHUNK_NUMEL):
         numbers = chunk.float() if chunk.is_floating_point() else chunk
         digest.update(numbers.cpu().contiguous().numpy())
     return digest.hexdigest()
