@@ -16,17 +16,17 @@ from pathlib import Path
 from table import write_section
 
 from vlbench.__main__ import main as vlbench
+from vlbench.evaluate.batch_inference import answer_remaining
 from vlbench.evaluate.tasks.conversation_tasks import ConversationTask
-from vlbench.evaluate.tasks.task_session import answer_remaining
 from vlbench.load_model import load_model
-from vlbench.model.vlm import VLM
+from vlbench.model.loaded_vlm import LoadedVLM
 
 QUESTIONS, ROUNDS, BATCH = 256, 3, 32
 UNTRAINED = [f"stages.{name}.steps=0" for name in ("align_224", "align_448", "chat")]
 
 
 def time_answers(
-    vlm: VLM, task: ConversationTask, out: Path, batch: int
+    vlm: LoadedVLM, task: ConversationTask, out: Path, batch: int
 ) -> tuple[float, list[str]]:
     """Ask all questions, `batch` at once; return how long that took, and the answers."""
     asked, _ = task.select_questions(vlm)

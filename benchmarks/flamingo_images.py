@@ -11,23 +11,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from vlbench.config import recipe as recipes
 from vlbench.data.packing import PackedBatch, collate
 from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
-from vlbench.data.sample_encoding import SampleEncoder
 from vlbench.data.scene_world import make_scene
 from vlbench.model.build_vlm import build_vlm
-from vlbench.model.vlm import VLM
+from vlbench.model.loaded_vlm import LoadedVLM
 
 TURNS = 8
 WORDS = 200  # in an answer
 ROUNDS = 15
 
 
-def make_conversation(vlm: VLM, images: int) -> PackedBatch:
+def make_conversation(vlm: LoadedVLM, images: int) -> PackedBatch:
     """Return a conversation of TURNS exchanges, of which `images` show a picture each."""
     turns = []
     for number in range(TURNS):
@@ -35,17 +35,15 @@ def make_conversation(vlm: VLM, images: int) -> PackedBatch:
         turns.append(ChatTurn("human", f"{IMAGE_PLACEHOLDER}\nwhat?" if shown else "what?"))
         turns.append(ChatTurn("assistant", "one " * WORDS))
     pictures = tuple(make_scene("bench", 0, number) for number in range(images))
-    encoder = SampleEncoder(
-        vlm.tokenizer, vlm.template, vlm.connector.tokens_per_image, max_length=1 << 20
-    )
+    encoder = replace(vlm.processor.sample_encoder(), max_length=1 << 20)
     encoded = encoder.encode(Sample("bench", tuple(turns), pictures))
-    return collate([[encoded]], lambda picture: vlm.transform(picture.open()))
+    return collate([[encoded]], vlm.processor.transform.load_pixels)
 
 
-def injection_pass(vlm: VLM, batch: PackedBatch) -> Callable[[], torch.Tensor]:
+def injection_pass(vlm: LoadedVLM, batch: PackedBatch) -> Callable[[], torch.Tensor]:
     """Return the gated layers alone, over the same hidden states."""
     visual = vlm.visual(batch).detach()
-    hidden = torch.randn(*batch.input_ids.shape, vlm.shapes.lm_width, requires_grad=True)
+    hidden = torch.randn(*batch.input_ids.shape, vlm.model.shapes.lm_width, requires_grad=True)
 
     def run_injection() -> torch.Tensor:
         out = hidden

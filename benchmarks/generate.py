@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from table import write_section
 
-from vlbench.model.vlm import VLM
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.weights.export_hf_llava import write_hf_llava
 
 Messages = list[dict[str, Any]]
@@ -50,7 +50,7 @@ def make_conversations() -> list[Messages]:
 class TransformersPeer:
     """The same model weight for weight, as transformers has it."""
 
-    def __init__(self, vlm: VLM) -> None:
+    def __init__(self, vlm: LoadedVLM) -> None:
         """Export `vlm`, and load it as its users do."""
         from transformers import AutoProcessor, LlavaForConditionalGeneration
 

@@ -31,8 +31,8 @@ from vlbench.config.recipe import with_random_weights
 from vlbench.config.schema import Recipe
 from vlbench.errors import EnvironmentFailure
 from vlbench.model.build_vlm import build_vlm
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.train_flops import count_step_flops
-from vlbench.model.vlm import VLM
 from vlbench.train.lightning_trainer import root_device
 from vlbench.train.stage_plan import plan_stage_runs
 from vlbench.train.stage_runner import StageRunner
@@ -71,7 +71,7 @@ def _synchronize_device(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def build_random_vlm(recipe: Recipe, image_size: int, device: torch.device) -> VLM:
+def build_random_vlm(recipe: Recipe, image_size: int, device: torch.device) -> LoadedVLM:
     """Return the model of a recipe with random weights, made where it will be trained."""
     recipe = with_random_weights(recipe)
     with device:
@@ -101,11 +101,11 @@ def measure_stage(overrides: list[str], stage: str, steps: int) -> list[str]:
     data: Any = PackedSteps(samples, BATCH, chosen.max_tokens_per_row, shown)
     runner = StageRunner.from_recipe(recipe)
     watch = StepTimer()
-    with runner.prepare_stage(vlm, chosen):
-        way = runner.set_activation_checkpointing(vlm, data)
-        flops = count_step_flops(vlm)
+    with runner.prepare_stage(vlm.model, chosen):
+        way = runner.set_activation_checkpointing(vlm.model, data)
+        flops = count_step_flops(vlm.model)
         try:
-            runner.train_stage(vlm, stage, chosen, data, steps, callbacks=[watch])
+            runner.train_stage(vlm.model, stage, chosen, data, steps, callbacks=[watch])
         except EnvironmentFailure as error:
             if isinstance(error.__cause__, torch.OutOfMemoryError):
                 return ["out of memory", "", "", "", "", way]

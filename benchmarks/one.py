@@ -23,7 +23,7 @@ from vlbench.config import recipe as recipes
 from vlbench.config.schema import PartTrainConfig, StageConfig, TrainerConfig
 from vlbench.data.batch_sampler import OptimizerStep
 from vlbench.data.sample_encoding import EncodedSample
-from vlbench.model.vlm import VLM
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.train.callbacks import StageCallback
 from vlbench.train.stage_runner import StageRunner
 from vlbench.train.training_module import VLMTrainingModule
@@ -56,7 +56,7 @@ class StepTimer(StageCallback):
 
 
 def train_with_vlbench(
-    vlm: VLM,
+    vlm: LoadedVLM,
     samples: list[EncodedSample],
     part: str,
     micro: int,
@@ -85,20 +85,20 @@ def train_with_vlbench(
         seed=0,
     )
     timer = StepTimer()
-    with runner.prepare_stage(vlm, stage):
+    with runner.prepare_stage(vlm.model, stage):
         pixels = random_pixels()
         features = None
         if known_features:
             with torch.no_grad():
                 features = vlm.vision(pixels)
         steps: Any = PackedSteps(samples, BATCH, micro, pixels, features)
-        runner.set_activation_checkpointing(vlm, steps)
-        runner.train_stage(vlm, part, stage, steps, len(steps), callbacks=[timer])
+        runner.set_activation_checkpointing(vlm.model, steps)
+        runner.train_stage(vlm.model, part, stage, steps, len(steps), callbacks=[timer])
     return timer
 
 
 def train_with_trainer(
-    vlm: VLM,
+    vlm: LoadedVLM,
     samples: list[EncodedSample],
     part: str,
     micro: int,

@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
 
 from vlbench.data.sample_encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX, EncodedSample
-from vlbench.model.vlm import VLM
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.weights.export_hf_llava import write_hf_llava
 
 
-def export_to_transformers(vlm: VLM) -> Any:
+def export_to_transformers(vlm: LoadedVLM) -> Any:
     """Return the same model, weight for weight, as transformers has it."""
     with tempfile.TemporaryDirectory() as folder:
         write_hf_llava(vlm, Path(folder), None)

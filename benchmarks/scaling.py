@@ -23,8 +23,8 @@ from table import HERE, write_section
 from vlbench.config import recipe as recipes
 from vlbench.data.packing import PackedBatch
 from vlbench.data.sample_encoding import EncodedSample
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.train_flops import count_step_flops
-from vlbench.model.vlm import VLM
 from vlbench.train.trainable_parts import freeze_untrained_parts
 
 ROUNDS = 5
@@ -44,7 +44,7 @@ def make_conversation(number: int, length: int, images: int) -> EncodedSample:
     return small.encode_conversation(str(number), text, length // 2, pictures, per_image)
 
 
-def median_seconds(vlm: VLM, batches: list[PackedBatch]) -> float:
+def median_seconds(vlm: LoadedVLM, batches: list[PackedBatch]) -> float:
     """Return the median time of forward and backward over all micro-batches."""
     times = []
     for _ in range(ROUNDS + 1):
@@ -52,7 +52,7 @@ def median_seconds(vlm: VLM, batches: list[PackedBatch]) -> float:
         for batch in batches:
             vlm(batch).loss_sum.backward()
         times.append(time.perf_counter() - began)
-        vlm.zero_grad(set_to_none=True)
+        vlm.model.zero_grad(set_to_none=True)
     return statistics.median(times[1:])
 
 
@@ -62,8 +62,8 @@ def main() -> None:
     logging.disable(logging.WARNING)
     vlm = small.build_small_vlm()
     recipe = recipes.load_recipe(["recipe=yivl_llava"])
-    freeze_untrained_parts(vlm, recipe.stages["chat"])
-    flops, shown = count_step_flops(vlm), random_pixels()
+    freeze_untrained_parts(vlm.model, recipe.stages["chat"])
+    flops, shown = count_step_flops(vlm.model), random_pixels()
     lines = [
         "| grows | conversations | text | images | operations | seconds | per operation |",
         "|---|---:|---:|---:|---:|---:|---:|",

@@ -24,9 +24,9 @@ from vlbench.data.sample import LazyImage, Sample
 from vlbench.data.sample_encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX, EncodedSample
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.model.language_model import SHARED_YI_CONFIG, TINY_LANGUAGE_FOLDER
+from vlbench.model.loaded_vlm import LoadedVLM, assemble_vlm
 from vlbench.model.packed_attention import PACKED_ATTENTION
 from vlbench.model.vision_encoder import VisionEncoder
-from vlbench.model.vlm import VLM
 from vlbench.model.weights import clip_layouts
 
 WIDTH, LAYERS, VOCABULARY = 256, 8, 1000
@@ -37,7 +37,7 @@ IMAGES = (0, 3)  # of a conversation
 PICTURES = 64  # different ones
 
 
-def build_small_vlm(seed: int = 0) -> VLM:
+def build_small_vlm(seed: int = 0) -> LoadedVLM:
     """Return the small model with LLaVA's plain projector, which both sides have."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -63,7 +63,7 @@ def build_small_vlm(seed: int = 0) -> VLM:
     for parameter in visual.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.02)
-    return VLM(
+    return assemble_vlm(
         VisionEncoder(visual, -2, False, {"mean": (0.5,) * 3, "std": (0.25,) * 3}),
         registry.load_connector("llava_mlp"),
         {"norm": False, "depth": 2},

@@ -18,8 +18,8 @@ from hub.server import FakeHub
 
 import vlbench
 from vlbench.__main__ import main
-from vlbench.evaluate.tasks.mmmu_data import MMMU_SUBJECTS
-from vlbench.model.vlm import VLM
+from vlbench.evaluate.tasks.benchmark_types import MMMU_SUBJECTS
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.weights.weight_origin import read_origins
 
 YI, YI_34B, YI_VL = "01-ai/Yi-6B-Chat", "01-ai/Yi-34B-Chat", "01-ai/Yi-VL-6B"
@@ -52,7 +52,7 @@ class CommandFolder:
     output: str = ""
     """What the command has printed."""
 
-    def check_parts(self, vlm: VLM, name: str = YI) -> None:
+    def check_parts(self, vlm: LoadedVLM, name: str = YI) -> None:
         """Assert that tower and language model are those of the hub."""
         assert_vision_encoder(vlm.vision.visual, self.hub[VIT_H].files[TOWER[VIT_H][0]].path)
         assert_language_model(vlm.language, self.hub[name].folder)
@@ -371,7 +371,7 @@ ROWS_REFERENCES = (
 )
 ROWS = (*ROWS_6B, *ROWS_34B, *ROWS_YI_VL, *ROWS_EXAMS, *ROWS_REFERENCES)
 ELSEWHERE = {
-    "lmms-eval eval --model vlbench --model_args run=RUN --tasks mmmu_val --batch_size 16": (
+    "lmms-eval eval --model vlbench --model_args model=RUN --tasks mmmu_val --batch_size 16": (
         "tests/test_lmms.py runs it where lmms-eval is installed"
     ),
 }

@@ -50,7 +50,7 @@ def run_fit_command(fit_command: FitCommand) -> int:
 
     def prepare_precision(*given: Any) -> Any:
         vlm, start = real_prepare(*given)
-        return (vlm.double() if fit_command.is_float64 else vlm), start
+        return (vlm.to(torch.float64) if fit_command.is_float64 else vlm), start
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CheckpointCallback, "on_step_end", stop_at_step)

@@ -15,11 +15,10 @@ from vlbench.connector.base import Connector
 from vlbench.data.chat_template import CHAT_TEMPLATES
 from vlbench.data.packing import PackedBatch, collate
 from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
-from vlbench.data.sample_encoding import SampleEncoder
 from vlbench.data.tokenizer import Tokenizer
+from vlbench.model.loaded_vlm import LoadedVLM, assemble_vlm
 from vlbench.model.packed_attention import PACKED_ATTENTION
 from vlbench.model.vision_encoder import VisionEncoder
-from vlbench.model.vlm import VLM
 
 CHECKPOINT = Path(__file__).parent / "goldens" / "yi_vl" / "checkpoint"
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
@@ -58,7 +57,7 @@ class NoiseImage:
         return Image.fromarray(values.byte().numpy())
 
 
-def small_vlm(connector: type[Connector], options: dict[str, Any] | None = None) -> VLM:
+def small_vlm(connector: type[Connector], options: dict[str, Any] | None = None) -> LoadedVLM:
     """Build the model with `connector`, always the same."""
     torch.manual_seed(0)
     visual = VisionTransformer(28, 14, 32, 3, 2, 2.0, output_dim=16)
@@ -72,7 +71,7 @@ def small_vlm(connector: type[Connector], options: dict[str, Any] | None = None)
         eos_token_id=2,
     )
     language = LlamaForCausalLM._from_config(config, attn_implementation=PACKED_ATTENTION)
-    vlm = VLM(
+    vlm = assemble_vlm(
         VisionEncoder(visual, -2, False, HALF),
         connector,
         options or {},
@@ -96,16 +95,14 @@ def make_sample(number: int, images: int = 1, words: int = 5) -> Sample:
     return Sample(f"s{number}", turns, tuple(NoiseImage(10 * number + k) for k in range(images)))
 
 
-def make_batch(vlm: VLM, rows: list[list[Sample]]) -> PackedBatch:
+def make_batch(vlm: LoadedVLM, rows: list[list[Sample]]) -> PackedBatch:
     """Encode samples into the rows of one batch."""
-    encoder = SampleEncoder(
-        vlm.tokenizer, vlm.template, vlm.connector.tokens_per_image, vlm.max_length
-    )
+    encoder = vlm.processor.sample_encoder()
     encoded = [[encoder.encode(sample) for sample in row] for row in rows]
-    return collate(encoded, lambda picture: vlm.transform(picture.open()))
+    return collate(encoded, lambda picture: vlm.processor.transform(picture.open()))
 
 
-def open_gates(vlm: VLM) -> VLM:
+def open_gates(vlm: LoadedVLM) -> LoadedVLM:
     """Open the gates of a connector that begins with closed ones."""
     for name, parameter in vlm.connector.named_parameters():
         if name.endswith("gate"):

@@ -58,15 +58,15 @@ def said(capsys) -> list[str]:
 
 
 def test_llavas_own_folder_is_asked_as_llava_and_it_is_said_in_one_line(llava, capsys):
-    assert vlbench.load(llava).template.name == "llava_v1"
+    assert vlbench.load(llava).processor.template.name == "llava_v1"
     lines = said(capsys)
     assert len(lines) == 1 and "template llava_v1, as it is LLaVA and not Yi-VL" in lines[0]
     assert CLIP in lines[0] and "template= chooses another" in lines[0]
 
 
 def test_what_is_chosen_is_taken_without_a_word(llava, capsys):
-    assert vlbench.load(llava, template="yi_vl").template.name == "yi_vl"
-    assert vlbench.load(CHECKPOINT, template="chatml").template.name == "chatml"
+    assert vlbench.load(llava, template="yi_vl").processor.template.name == "yi_vl"
+    assert vlbench.load(CHECKPOINT, template="chatml").processor.template.name == "chatml"
     assert said(capsys) == []
 
 
@@ -93,7 +93,7 @@ def test_a_folder_tells_its_template(changes, template, name, lines, tmp_path, c
         bare_projector(folder)
         edit_json(folder / "config.json", **changes)
     edit_json(folder / "tokenizer_config.json", chat_template=template)
-    assert vlbench.load(folder).template.name == name
+    assert vlbench.load(folder).processor.template.name == name
     assert len(said(capsys)) == lines
 
 
@@ -108,13 +108,13 @@ def test_an_export_without_layernorms_is_asked_with_yis_template(model, tmp_path
     to = tmp_path / "bare"
     assert main(["export", f"run={tmp_path / 'run'}", f"to={to}", "format=yi_vl"]) == 0
     capsys.readouterr()
-    assert vlbench.load(to).template.name == "yi_vl" and said(capsys) == []
+    assert vlbench.load(to).processor.template.name == "yi_vl" and said(capsys) == []
 
 
 def test_transformers_folders_are_asked_with_what_their_own_template_is_like(
     hugging_face, tmp_path, capsys
 ):
-    assert vlbench.load(hugging_face).template.name == "llava_v1"
+    assert vlbench.load(hugging_face).processor.template.name == "llava_v1"
     assert "as its own chat template is like it" in said(capsys)[0]
     jinja = hugging_face / "chat_template.jinja"
     before = jinja.read_text()
@@ -122,7 +122,7 @@ def test_transformers_folders_are_asked_with_what_their_own_template_is_like(
         jinja.write_text(LLAMA2)
         with pytest.raises(UserError, match=r"none of yi_vl, chatml, llava_v1; say template="):
             vlbench.load(hugging_face)
-        assert vlbench.load(hugging_face, template="chatml").template.name == "chatml"
+        assert vlbench.load(hugging_face, template="chatml").processor.template.name == "chatml"
         recipe = recipes.load_recipe(["recipe=yivl_llava", f"init={hugging_face}"])
         with pytest.raises(UserError, match=r"say language.template="):
             inherited_keys(recipe)
@@ -131,7 +131,7 @@ def test_transformers_folders_are_asked_with_what_their_own_template_is_like(
         )
         assert "language" not in inherited_keys(recipe)
         jinja.unlink()
-        assert vlbench.load(hugging_face).template.name == "llava_v1"
+        assert vlbench.load(hugging_face).processor.template.name == "llava_v1"
         assert "has no chat template" in said(capsys)[-1]
     finally:
         jinja.write_text(before)
@@ -168,7 +168,7 @@ def test_eval_keeps_the_answers_of_templates_apart(model, tmp_path, capsys, monk
     assert main(["eval", *words, "template=llava_v1"]) == 0
     own, other = sorted(Path("evals", model.name).iterdir())
     assert (own.name, other.name) == ("own", "own-llava_v1")
-    assert "template" not in json.loads((own / "exam.json").read_text())
+    assert "template" not in json.loads((own / "settings.json").read_text())
     capsys.readouterr()
     assert main(["eval", *words, f"out={other}"]) == 2
     assert "differs in template (llava_v1 before, None now)" in said(capsys)[0]
@@ -179,10 +179,10 @@ def test_export_carries_the_template_that_is_chosen(layout, llava, tmp_path, cap
     words = [f"run={llava}", f"to={tmp_path / 'to'}", f"format={layout}", "template=chatml"]
     assert main(["export", *words]) == 0
     assert said(capsys) == []
-    assert vlbench.load(tmp_path / "to").template.name == "chatml"
+    assert vlbench.load(tmp_path / "to").processor.template.name == "chatml"
 
 
 def test_an_export_of_llava_with_yis_template_is_asked_with_it(llava, tmp_path, capsys):
     words = [f"run={llava}", f"to={tmp_path / 'to'}", "format=yi_vl", "template=yi_vl"]
     assert main(["export", *words]) == 0
-    assert vlbench.load(tmp_path / "to").template.name == "yi_vl" and said(capsys) == []
+    assert vlbench.load(tmp_path / "to").processor.template.name == "yi_vl" and said(capsys) == []

@@ -109,7 +109,7 @@ def first_stage_vlm(**options):
     """Return a small model in its first stage, its connector and tower trained."""
     small = {"queries": 3, "width": 16, "layers": 2, "heads": 2, "ffn_width": 24, "itc_width": 8}
     vlm = small_vlm(QFormer, {**small, "text": "embedded", **options})
-    vlm.set_objective("blip2")
+    vlm.model.set_objective("blip2")
     return vlm
 
 
@@ -144,7 +144,7 @@ def test_the_text_side_comes_and_goes_with_its_stage():
     added = {name for name in vlm.connector.state_dict() if MODULE.TEXT_KEYS.match(name)}
     vlm.set_image_size(56)  # the connector is built anew, still in its first stage
     assert added and added <= set(vlm.connector.state_dict())
-    vlm.set_objective("language")
+    vlm.model.set_objective("language")
     assert not added & set(vlm.connector.state_dict())
     assert vlm(make_batch(vlm, [[make_sample(1)]])).loss_sum.isfinite()
 

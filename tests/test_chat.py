@@ -49,7 +49,7 @@ def test_a_mistake_ends_no_conversation(monkeypatch, capsys):
     assert talk(lines, monkeypatch) == 0
     said = capsys.readouterr()
     assert "Did you mean '/image'?" in said.err and "nothing.png: does not exist" in said.err
-    assert "not a picture" in said.err and said.out.strip()
+    assert "not an image" in said.err and said.out.strip()
 
 
 def test_multi_turn_reaches_the_model_as_in_the_reference():

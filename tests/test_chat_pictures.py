@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import io
 import threading
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -14,7 +15,7 @@ import vlbench
 from vlbench.__main__ import main
 from vlbench.data import image_download
 from vlbench.errors import EnvironmentFailure, UserError
-from vlbench.model.vlm import VLM
+from vlbench.model.loaded_vlm import LoadedVLM
 
 WIDE, TALL = sorted((GOLDEN / "images").glob("*.png"))[:2]
 
@@ -61,14 +62,14 @@ def url():
 
 def shown(monkeypatch) -> list[list[int]]:
     """Note how many pictures every question is asked with."""
-    real, seen = VLM.chat, []
+    real, seen = LoadedVLM.chat, []
 
     def chat(self, messages, *args, **options):
         parts = [message["content"] for message in messages if message["role"] == "user"]
         seen.append([sum(part["type"] == "image" for part in one) for one in parts])
         return real(self, messages, *args, **options)
 
-    monkeypatch.setattr(VLM, "chat", chat)
+    monkeypatch.setattr(LoadedVLM, "chat", chat)
     return seen
 
 
@@ -164,7 +165,7 @@ def test_a_picture_by_url_is_the_file_it_names(url, monkeypatch, capsys):
     ("path", "message"),
     [
         ("/gone.png", "cannot be downloaded (404 Not Found)"),
-        ("/page", "not a picture"),
+        ("/page", "not an image"),
         ("/endless", "takes more than 1 MB or 60 seconds"),
     ],
 )
@@ -178,7 +179,7 @@ def test_a_url_that_gives_no_picture_is_one_line(path, message, url, monkeypatch
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("s3://bucket/a.png", "is a URL of another kind than http:// and https://"),
+        ("s3://bucket/a.png", "the URL does not begin with http:// or https://"),
         ("http://127.0.0.1:9/a.png", "cannot be downloaded (Connection refused)"),
         ("http://[a/a.png", "cannot be downloaded"),
         ("", "image has no value; write image=FILE"),
@@ -193,7 +194,7 @@ def test_other_urls_are_refused_in_one_line(name, message, capsys):
 @pytest.mark.parametrize("image", ["https://x.org/a.png", "data:image/png;base64," + "A" * 80_000])
 def test_python_refuses_urls_in_messages_and_says_what_to_give(image):
     vlm = vlbench.load(CHECKPOINT)
-    with pytest.raises(UserError, match="is a URL, and pictures come from files") as caught:
+    with pytest.raises(UserError, match="is a URL, and images come from files") as caught:
         vlm.prepare([{"role": "user", "content": [{"type": "image", "image": image}]}])
     assert len(str(caught.value)) < 400
 
@@ -222,7 +223,7 @@ def test_options_of_transformers_are_answered_with_what_stands_for_them(name, me
 
 
 def test_an_empty_answer_is_said_and_not_kept(monkeypatch, capsys):
-    monkeypatch.setattr(VLM, "chat", lambda self, messages, **options: "")
+    monkeypatch.setattr(LoadedVLM, "chat", lambda self, messages, **options: "")
     assert talk([f"/image {WIDE}", "Hello", "/history"], monkeypatch) == 0
     said = capsys.readouterr()
     assert said.err.splitlines() == ["vlbench: the answer is empty; it is not kept"]
@@ -234,7 +235,7 @@ def test_trouble_of_the_model_is_one_line_and_exit_1(words, monkeypatch, capsys)
     def chat(self, messages, **options):
         raise EnvironmentFailure("the logits are not finite")
 
-    monkeypatch.setattr(VLM, "chat", chat)
+    monkeypatch.setattr(LoadedVLM, "chat", chat)
     assert talk(["Hello", "never"], monkeypatch, *words) == 1
     assert capsys.readouterr().err.splitlines() == ["vlbench: the logits are not finite"]
 
@@ -245,6 +246,7 @@ def test_where_the_context_is_full_reset_is_named(monkeypatch, capsys):
     def narrow(*args):
         vlm = load(*args)
         vlm.language.config.max_position_embeddings = 120
+        vlm.processor = replace(vlm.processor, max_positions=120)
         return vlm
 
     monkeypatch.setattr(vlbench, "load", narrow)

@@ -76,7 +76,7 @@ FAULTS: dict[str, tuple[Any, str, str]] = {
     "picture that is missing": ({"image": "nowhere.png"}, "refused", "does not exist"),
     "picture without bytes": ({"image": "empty.png"}, "refused", "is empty (0 bytes)"),
     "picture cut off": ({"image": "torn.png"}, "refused", "broken or cut off"),
-    "picture that is none": ({"image": "text.png"}, "refused", "not a picture"),
+    "picture that is none": ({"image": "text.png"}, "refused", "not an image"),
     "half a character": (
         {"conversations": turns("<image>\nhalf \ud83d", "x")},
         "refused",

@@ -134,7 +134,7 @@ def test_a_sweep_comes_first_and_is_reported(tmp_path, monkeypatch, capfd, no_pr
     assert said.index("[2/2] yivl_llava, rate x 0.5: accuracy") < said.index("[1/1] yivl_llava")
     report = (tmp_path / "c/report.md").read_text()
     assert re.search(r"yivl_llava x 1 [\d.]+, x 0.5 [\d.]+: x (1|0.5) is taken", report)
-    assert "The vision tower is frozen in every stage of every row." in report
+    assert "The vision encoder is frozen in every stage of every row." in report
     assert "is taken" in (tmp_path / "c/report.html").read_text()
     assert len(list((tmp_path / "c/features").rglob("*.safetensors"))) >= 1
     capfd.readouterr()

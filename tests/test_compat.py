@@ -14,7 +14,14 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
-from transformers import AttentionInterface, DynamicCache, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import (
+    AttentionInterface,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    StaticCache,
+)
 
 from vlbench.compat import (
     fake_tensors,
@@ -297,6 +304,17 @@ def test_a_cache_is_repeated_and_its_layers_have_keys_and_values():
     assert len(layers) == 2 and layers is cache.layers
     for layer in layers:
         assert layer.keys.shape == layer.values.shape == (4, 1, 5, 4)
+
+
+def test_a_static_cache_knows_the_next_position():
+    cache = StaticCache(config=LlamaConfig(**LLAMA), max_cache_len=8)
+    for layer_index, layer in enumerate(filled_cache().layers):
+        cache.update(layer.keys, layer.values, layer_index)
+    position = transformers_internals.static_cache_position(cache)
+    assert position.tolist() == [5] and position.dtype == torch.int64, (
+        "StaticLayer counts otherwise"
+    )
+    assert cache.layers[0].keys.shape[2] == 8
 
 
 def test_pil_image_processor_of_llava():

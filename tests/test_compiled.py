@@ -13,8 +13,8 @@ from vlbench.connector import registry
 from vlbench.data.packing import PackedBatch
 from vlbench.model import lora_adapters
 from vlbench.model.compile_blocks import CompiledBlocks
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.packed_attention import SampleBounds
-from vlbench.model.vlm import VLM
 
 LORA = {"rank": 3, "alpha": 6.0, "dropout": 0.0, "targets": "all-linear"}
 LORA |= {"rslora": False, "dora": False, "bits": None}
@@ -26,11 +26,11 @@ CASES = [  # connector, what is frozen, what is kept for the backward pass
 ]
 
 
-def model(name: str, frozen: str) -> VLM:
+def model(name: str, frozen: str) -> LoadedVLM:
     vlm = open_gates(small_vlm(registry.load_connector(name), SMALL.get(name)))
     if frozen == "lora":
         lora_adapters.add_adapters(vlm.language, "language", **LORA)
-        vlm.requires_grad_(False)
+        vlm.model.requires_grad_(False)
         for adapter in lora_adapters.adapter_parameters(vlm.language).values():
             adapter.requires_grad_(True)
     elif frozen:
@@ -38,7 +38,7 @@ def model(name: str, frozen: str) -> VLM:
     return vlm.train()
 
 
-def batches(vlm: VLM) -> list[PackedBatch]:
+def batches(vlm: LoadedVLM) -> list[PackedBatch]:
     """Return micro-batches, each with another length, and numbers of samples and pictures."""
     rows = [
         [make_sample(1), make_sample(2, images=2)],
@@ -48,7 +48,7 @@ def batches(vlm: VLM) -> list[PackedBatch]:
     return [make_batch(vlm, [row]) for row in rows]
 
 
-def learned(vlm: VLM) -> list[Tensor]:
+def learned(vlm: LoadedVLM) -> list[Tensor]:
     """Return the losses of a few steps, each on all the batches but one."""
     trained = [p for p in vlm.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=1e-2)
@@ -102,27 +102,27 @@ def test_compiled_blocks_learn_the_same(name, frozen, way, one_call, graphs, mon
         monkeypatch.setattr("vlbench.model.vlm.sample_bounds", bounds)
     expected = learned(model(name, frozen))
     vlm = model(name, frozen)
-    names = list(vlm.state_dict())
-    vlm.enable_activation_checkpointing(way)
+    names = list(vlm.model.state_dict())
+    vlm.model.enable_activation_checkpointing(way)
     settings = torch._dynamo.config.get_config_copy()
-    compiled = CompiledBlocks(vlm, backend="aot_eager")
+    compiled = CompiledBlocks(vlm.model, backend="aot_eager")
     for ours, theirs in zip(learned(vlm), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
     made = graphs()
     assert 0 < made <= (6 if one_call else 12)  # of tower blocks and decoder layers together
-    assert list(vlm.state_dict()) == names
+    assert list(vlm.model.state_dict()) == names
     ask = vlm.prepare([{"role": "user", "content": "How many?"}])
     assert len(vlm.generate(ask, max_new_tokens=3)[0]) and graphs() == made
     compiled.restore_forward()
     assert torch._dynamo.config.get_config_copy() == settings
-    assert all("forward" not in vars(module) for module in vlm.modules())
+    assert all("forward" not in vars(module) for module in vlm.model.modules())
 
 
 @pytest.mark.slow
 def test_torchs_own_compiler_learns_it_too(graphs):
     expected = learned(model("flamingo", ""))
     vlm = model("flamingo", "")
-    CompiledBlocks(vlm)
+    CompiledBlocks(vlm.model)
     for ours, theirs in zip(learned(vlm), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
 

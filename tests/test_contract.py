@@ -26,8 +26,7 @@ from vlbench.evaluate.attention_diagnostics import diagnose_answers
 from vlbench.evaluate.heldout_questions import EvalQuestion
 from vlbench.model.connector_cost import count_connector_cost
 from vlbench.model.contrastive_loss import add_contrast_pools
-from vlbench.model.generation.chat_messages import collate_prompts
-from vlbench.model.vlm import VLM
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.strict_values import convert_value
 
 LLAVA = registry.load_connector("llava_mlp")
@@ -42,14 +41,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def vlm(request: pytest.FixtureRequest) -> VLM:
+def vlm(request: pytest.FixtureRequest) -> LoadedVLM:
     """Return a small model with the connector, its gates open, in float64."""
     return open_gates(
-        small_vlm(registry.load_connector(request.param), SMALL.get(request.param)).double()
+        small_vlm(registry.load_connector(request.param), SMALL.get(request.param)).to(
+            torch.float64
+        )
     )
 
 
-def batch(vlm: VLM, rows: list) -> object:
+def batch(vlm: LoadedVLM, rows: list) -> object:
     return make_batch(vlm, rows).to("cpu", torch.float64)
 
 
@@ -57,10 +58,10 @@ def test_shapes_are_as_declared(vlm):
     visual = vlm.visual(batch(vlm, [[make_sample(1, images=2)]]))
     assert len(visual) == 2 and visual.dim() == 3
     if vlm.connector.replaces_image_tokens:
-        assert visual.shape[1:] == (vlm.connector.tokens_per_image, vlm.shapes.lm_width)
+        assert visual.shape[1:] == (vlm.connector.tokens_per_image, vlm.model.shapes.lm_width)
     else:
         assert (
-            vlm.connector.image_embedding.shape == (vlm.shapes.lm_width,)
+            vlm.connector.image_embedding.shape == (vlm.model.shapes.lm_width,)
             and vlm.connector.inject_layers
         )
 
@@ -73,7 +74,7 @@ def test_its_sizes_are_options_with_values_that_they_may_have(vlm):
 
 
 def test_every_parameter_learns_something(vlm):
-    vlm.zero_grad()
+    vlm.model.zero_grad()
     out = vlm(batch(vlm, [[make_sample(1), make_sample(2, images=2)]]))
     (out.loss_sum + sum(value for value, _ in out.extra.values())).backward()
     still = [n for n, p in vlm.connector.named_parameters() if p.grad is None or not p.grad.any()]
@@ -96,27 +97,27 @@ def test_its_objectives_do_not_depend_on_the_packing(vlm):
     """An objective that compares samples has them from `contrast_pool`, not a micro-batch."""
     samples = [make_sample(number, words=number) for number in range(1, 7)]
     for name in vlm.connector.objectives():
-        vlm.set_objective(name)
+        vlm.model.set_objective(name)
         whole = pursued(vlm, [samples])
         for rows in ([samples[:1], samples[:0:-1]], [[one] for one in samples]):
             assert_same(whole, pursued(vlm, rows), 1e-8)
 
 
-def pursued(vlm: VLM, rows: list) -> tuple[float, dict[str, torch.Tensor]]:
+def pursued(vlm: LoadedVLM, rows: list) -> tuple[float, dict[str, torch.Tensor]]:
     """Return loss and gradients of a step of the connector's own objective, a row a time."""
     batches = [batch(vlm, [row]) for row in rows]
     torch.manual_seed(5)  # of the step
-    vlm.zero_grad()
+    vlm.model.zero_grad()
     total = 0.0
-    for one in add_contrast_pools(vlm, batches):
+    for one in add_contrast_pools(vlm.model, batches):
         loss = sum(value for value, _ in vlm(one).extra.values())
         loss.backward()
         total += float(loss)
-    return total, {n: p.grad.clone() for n, p in vlm.named_parameters() if p.grad is not None}
+    return total, {n: p.grad.clone() for n, p in vlm.model.named_parameters() if p.grad is not None}
 
 
 def test_text_alone_gives_every_parameter_a_gradient(vlm):
-    vlm.zero_grad()
+    vlm.model.zero_grad()
     out = vlm(batch(vlm, [[make_sample(1, images=0)]]))
     (out.loss_sum + sum(value for value, _ in out.extra.values())).backward()
     assert not [n for n, p in vlm.connector.named_parameters() if p.grad is None]
@@ -125,31 +126,31 @@ def test_text_alone_gives_every_parameter_a_gradient(vlm):
 def test_recomputing_activations_changes_nothing(vlm):
     rows = [[make_sample(1), make_sample(2, images=2)]]
     before = gradients(vlm, [batch(vlm, rows)])
-    vlm.enable_activation_checkpointing("full")
+    vlm.model.enable_activation_checkpointing("full")
     assert_same(before, gradients(vlm, [batch(vlm, rows)]), 1e-9)
 
 
 def test_cached_generation_equals_recomputation(vlm):
     asked = [make_sample(1), make_sample(2, images=2, words=30), make_sample(3, images=0)]
     asked = [replace(one, turns=one.turns[:1]) for one in asked]
-    together = vlm.generate(collate_prompts(vlm, asked), max_new_tokens=6)
+    together = vlm.generate(vlm.processor.collate_prompts(asked), max_new_tokens=6)
     for one, expected in zip(asked, together, strict=True):
-        prompt = collate_prompts(vlm, [one])
+        prompt = vlm.processor.collate_prompts([one])
         for token in expected:  # no cache: the whole prompt again for every token
             assert int(vlm(prompt).logits[0, -1, : vlm.tokenizer.embedding_rows].argmax()) == token
             prompt = grown(prompt, token)
 
 
 def test_its_cost_is_counted_while_it_is_trained(vlm):
-    trained = {name for name, p in vlm.named_parameters() if p.requires_grad}
-    found = count_connector_cost(vlm)
+    trained = {name for name, p in vlm.model.named_parameters() if p.requires_grad}
+    found = count_connector_cost(vlm.model)
     assert found.tokens == vlm.connector.tokens_per_image and found.flops > 0 < found.cache
     assert found.parameters == sum(p.numel() for p in vlm.connector.parameters())
-    assert {name for name, p in vlm.named_parameters() if p.requires_grad} == trained
+    assert {name for name, p in vlm.model.named_parameters() if p.requires_grad} == trained
 
 
 def test_a_saved_state_gives_the_same(vlm):
-    other = small_vlm(type(vlm.connector), vlm.connector_options).double()
+    other = small_vlm(type(vlm.connector), vlm.model.connector_options).to(torch.float64)
     for parameter in other.connector.parameters():
         parameter.data.normal_()
     other.connector.load_state_dict(vlm.connector.state_dict())
@@ -163,8 +164,8 @@ def test_the_language_models_names_are_untouched(vlm):
 
 
 def test_it_works_with_lora_in_the_language_model(vlm):
-    prompt = collate_prompts(
-        vlm, [replace(make_sample(2, images=2), turns=make_sample(2, images=2).turns[:1])]
+    prompt = vlm.processor.collate_prompts(
+        [replace(make_sample(2, images=2), turns=make_sample(2, images=2).turns[:1])]
     )
     rows = batch(vlm, [[make_sample(1), make_sample(2, images=2)], [make_sample(3, images=0)]])
     vlm.language.requires_grad_(False)
@@ -190,16 +191,16 @@ def test_looking_at_what_it_uses_changes_nothing(vlm):
     kept = replace(make_sample(2, images=2), turns=make_sample(2, images=2).turns[:1])
     rows = batch(vlm, [[make_sample(1), make_sample(2, images=2)]])
     before = vlm(rows).loss_sum
-    trained = {name for name, p in vlm.named_parameters() if p.requires_grad}
-    modes = [module.training for module in vlm.modules()]
+    trained = {name for name, p in vlm.model.named_parameters() if p.requires_grad}
+    modes = [module.training for module in vlm.model.modules()]
     random = torch.get_rng_state()
     told = diagnose_answers(vlm, [(EvalQuestion(kept, "two", "", "en"), "three")])
     assert torch.equal(torch.get_rng_state(), random)
-    assert {name for name, p in vlm.named_parameters() if p.requires_grad} == trained
-    assert [module.training for module in vlm.modules()] == modes
+    assert {name for name, p in vlm.model.named_parameters() if p.requires_grad} == trained
+    assert [module.training for module in vlm.model.modules()] == modes
     assert vlm(rows).loss_sum.equal(before) and all(p.grad is None for p in vlm.parameters())
     relevance = torch.tensor(told["maps"][0]["relevance"])
-    assert list(relevance.shape) == told["maps"][0]["grid"] == list(vlm.shapes.grid)
+    assert list(relevance.shape) == told["maps"][0]["grid"] == list(vlm.model.shapes.grid)
     assert relevance.min() >= 0 and relevance.sum().sub(1).abs() < 1e-4
     assert len(told["tokens"]) == vlm.visual(rows).shape[1]
     assert 1 <= told["effective"] <= len(told["tokens"]) + 1e-4
@@ -210,7 +211,7 @@ def test_attention_if_any_has_a_share_for_each_patch(vlm):
     visual = vlm.connector(features)
     shares = vlm.connector.patch_attention(features)
     if shares is not None:
-        assert shares.shape == (*visual.shape[:2], vlm.shapes.patches) and shares.min() >= 0
+        assert shares.shape == (*visual.shape[:2], vlm.model.shapes.patches) and shares.min() >= 0
         torch.testing.assert_close(shares.sum(-1), torch.ones_like(shares[..., 0]))
     assert vlm.connector(features).equal(visual)
 
@@ -243,5 +244,5 @@ def test_two_processes_learn_what_one_does(request):
 def test_another_image_size_is_taken(vlm):
     vlm.set_image_size(56)
     assert vlm(batch(vlm, [[make_sample(1, images=2)]])).loss_sum.isfinite()
-    again = collate_prompts(vlm, [replace(make_sample(1), turns=make_sample(1).turns[:1])])
+    again = vlm.processor.collate_prompts([replace(make_sample(1), turns=make_sample(1).turns[:1])])
     assert vlm.generate(again, max_new_tokens=2)

@@ -24,7 +24,7 @@ from vlbench.data.batch_sampler import OptimizerStep
 from vlbench.distributed import collectives
 from vlbench.model import blip2_objective
 from vlbench.model.contrastive_loss import add_contrast_pools
-from vlbench.model.vlm import VLM
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.train.callbacks import held_out_losses
 from vlbench.train.trainable_parts import freeze_untrained_parts
 from vlbench.train.training_module import StepReport, VLMTrainingModule
@@ -42,14 +42,14 @@ PACKINGS = {
 }
 
 
-def prepared(vision: bool = False) -> VLM:
+def prepared(vision: bool = False) -> LoadedVLM:
     """Return the small model in BLIP-2's first stage, in float64; its tower learns if `vision`."""
     qformer = registry.load_connector("qformer")
     vlm = small_vlm(qformer, {**SMALL["qformer"], "itc_width": 8})
     torch.manual_seed(5)
-    freeze_untrained_parts(vlm, stage_of(vision))
+    freeze_untrained_parts(vlm.model, stage_of(vision))
     vlm.connector.text.temp.data.fill_(0.3)  # small random weights: draws differ all the same
-    return vlm.double()
+    return vlm.to(torch.float64)
 
 
 def stage_of(vision: bool):
@@ -61,7 +61,7 @@ def stage_of(vision: bool):
     return stage
 
 
-def step(vlm: VLM, packing: Sequence[Sequence[int]]) -> OptimizerStep:
+def step(vlm: LoadedVLM, packing: Sequence[Sequence[int]]) -> OptimizerStep:
     """Return one step over 32 pairs, in rows of the given numbers of samples."""
     rows = [[make_sample(number, words=number % 7) for number in row] for row in packing]
     return OptimizerStep(0, [make_batch(vlm, [row]).to("cpu", torch.float64) for row in rows])
@@ -70,10 +70,10 @@ def step(vlm: VLM, packing: Sequence[Sequence[int]]) -> OptimizerStep:
 def learned(packing: Sequence[Sequence[int]], vision: bool) -> tuple[StepReport, dict[str, Tensor]]:
     """Return what a training step tells and its gradients."""
     vlm = prepared(vision)
-    training = VLMTrainingModule(vlm, stage_of(vision), 1, 0, seed=3)
+    training = VLMTrainingModule(vlm.model, stage_of(vision), 1, 0, seed=3)
     trainer = pl.Trainer(accelerator="cpu", max_steps=1, barebones=True)
     trainer.fit(training, DataLoader([step(vlm, packing)], batch_size=None))
-    grads = {name: p.grad for name, p in vlm.named_parameters() if p.grad is not None}
+    grads = {name: p.grad for name, p in vlm.model.named_parameters() if p.grad is not None}
     return training.report, grads
 
 
@@ -162,7 +162,7 @@ def test_equal_ids_are_told_apart_by_where_they_stand_in_the_stream():
 def test_the_held_out_loss_does_not_depend_on_the_packing():
     vlm = prepared()
     found = [
-        held_out_losses(vlm, step(vlm, packing).micro_batches)
+        held_out_losses(vlm.model, step(vlm, packing).micro_batches)
         for packing in ([list(range(PAIRS))], *PACKINGS.values())
     ]
     assert found[0]["itc"] > 3
@@ -174,7 +174,9 @@ def test_a_trial_of_one_process_asks_no_other(monkeypatch):
     vlm = prepared()
     for name in ("all_gather_objects", "all_gather_rows", "fetch_rows"):
         monkeypatch.setattr(collectives, name, lambda *_: pytest.fail("asked others"))
-    batch = add_contrast_pools(vlm, step(vlm, [[1, 2, 3]]).micro_batches, all_processes=False)[0]
+    batch = add_contrast_pools(
+        vlm.model, step(vlm, [[1, 2, 3]]).micro_batches, all_processes=False
+    )[0]
     losses = {name: value for name, (value, _) in vlm(batch).extra.items()}
     assert len(batch.contrast_pool.local_indices) == 3 and all(
         value.isfinite() for value in losses.values()
@@ -185,14 +187,14 @@ def test_in_bfloat16_every_parameter_learns_from_every_micro_batch(whole):
     """What autocast keeps of the pass without a graph must not stand in for weights."""
     vision, _, exact = whole
     for packing in PACKINGS.values():
-        vlm = prepared(vision).float()
-        training = VLMTrainingModule(vlm, stage_of(vision), 1, 0, seed=3)
+        vlm = prepared(vision).to(torch.float32)
+        training = VLMTrainingModule(vlm.model, stage_of(vision), 1, 0, seed=3)
         trainer = pl.Trainer(accelerator="cpu", precision="bf16-mixed", max_steps=1, barebones=True)
         batches = [one.to("cpu", torch.float32) for one in step(vlm, packing).micro_batches]
         trainer.fit(training, DataLoader([OptimizerStep(0, batches)], batch_size=None))
         assert training.report.extra["itc"] == pytest.approx(3.465, abs=0.05)
         itg = "connector.text.dense.weight"  # draws differ by rounding, so ITM's gradients do
-        found = dict(vlm.named_parameters())
+        found = dict(vlm.model.named_parameters())
         assert (found[itg].grad - exact[itg]).abs().max() < 0.05 * exact[itg].abs().max()
         assert all(found[name].grad is not None for name in exact)
 

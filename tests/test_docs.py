@@ -96,11 +96,14 @@ def test_the_connectors_of_the_page_see(
     vlm = open_gates(small_vlm(registry.load_connector(name)))
     batch = make_batch(vlm, [[make_sample(1, images=2), make_sample(2)]])
     assert vlm.connector.tokens_per_image == places
-    assert vlm.visual(batch).shape == (3, tokens, vlm.shapes.lm_width)
+    assert vlm.visual(batch).shape == (3, tokens, vlm.model.shapes.lm_width)
     with torch.no_grad():
-        seen, counted = vlm(batch).loss_sum, vlm.merge_embeddings(batch, vlm.visual(batch)).shape
+        seen, counted = (
+            vlm(batch).loss_sum,
+            vlm.model.merge_embeddings(batch, vlm.visual(batch)).shape,
+        )
         batch.pixels = batch.pixels.flip(0)
-        assert counted == (*batch.input_ids.shape, vlm.shapes.lm_width)
+        assert counted == (*batch.input_ids.shape, vlm.model.shapes.lm_width)
         assert seen.isfinite() and not seen.equal(vlm(batch).loss_sum)
 
 
@@ -119,8 +122,8 @@ def test_the_objective_of_a_connector_of_ones_own_does_not_depend_on_the_packing
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place(tmp_path, monkeypatch, (DOCS / "objectives.md").read_text(encoding="utf-8"))
-    vlm = small_vlm(registry.load_connector("pairs")).double()
-    vlm.set_objective("clip")
+    vlm = small_vlm(registry.load_connector("pairs")).to(torch.float64)
+    vlm.model.set_objective("clip")
     samples = [make_sample(number, words=number) for number in range(1, 7)]
     whole = pursued(vlm, [samples])
     assert whole[0] > 6

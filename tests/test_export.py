@@ -29,8 +29,8 @@ import vlbench
 from vlbench.__main__ import main
 from vlbench.data.chat_template import CHAT_TEMPLATES
 from vlbench.data.sample import IMAGE_PLACEHOLDER
-from vlbench.model.generation.chat_messages import sample_from_messages
 from vlbench.model.weights.export_hf_llava import IMAGE_TOKEN, to_jinja_template
+from vlbench.processor import sample_from_messages
 
 CASE = CASES["cases"][0]
 SHORT = ["stages.align_224.steps=2", "stages.align_448.steps=2", "stages.chat.steps=3"]
@@ -153,7 +153,7 @@ def test_transformers_computes_the_same_logits(name, runs, tmp_path):
     theirs = model(**inputs).logits[0, :, : ours.shape[-1]]
     assert (ours - theirs).abs().max() <= 1e-3
     assert torch.equal(logits(to, asked)[:, : ours.shape[-1]], ours)  # and the way back
-    stop = vlm.template.stop
+    stop = vlm.processor.template.stop
     new = model.generate(
         **inputs,
         max_new_tokens=12,
@@ -264,7 +264,7 @@ def test_a_leading_bos_survives_transformers(tmp_path):
     named = json.loads((tmp_path / "to/tokenizer_config.json").read_text())
     named["added_tokens_decoder"] = {"6": {"content": "<|im_start|>"}}  # no sign of a template
     (tmp_path / "to/tokenizer_config.json").write_text(json.dumps(named))
-    assert vlbench.load(tmp_path / "to").template.name == "yi_vl"
+    assert vlbench.load(tmp_path / "to").processor.template.name == "yi_vl"
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["head in the files", "no head"])

@@ -21,9 +21,8 @@ from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
 from vlbench.data.sample_encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import UserError
-from vlbench.model.generation.chat_messages import collate_prompts
+from vlbench.model.loaded_vlm import LoadedVLM, assemble_vlm
 from vlbench.model.packed_attention import PACKED_ATTENTION
-from vlbench.model.vlm import VLM
 
 Flamingo = registry.load_connector("flamingo")
 SMALL = {"latents": 5, "depth": 2, "heads": 4, "head_width": 8}
@@ -77,11 +76,11 @@ class Recorded(nn.Module):
         return pixels
 
 
-def reference_vlm() -> VLM:
+def reference_vlm() -> LoadedVLM:
     config = LlamaConfig(**json.loads((GOLDENS / CASE / "meta.json").read_text())["lm_config"])
     config._attn_implementation = PACKED_ATTENTION
     language = LlamaForCausalLM(config)
-    vlm = VLM(
+    vlm = assemble_vlm(
         Recorded(),
         Flamingo,
         {"every": 1},
@@ -189,8 +188,8 @@ def test_closed_gates_equal_the_plain_language_model_bit_for_bit():
     batch.labels = None
     with torch.no_grad():
         ours = vlm(batch).logits
-        embeds = vlm.merge_embeddings(batch, vlm.visual(batch))
-        for hook in vlm._inject_hooks:
+        embeds = vlm.model.merge_embeddings(batch, vlm.visual(batch))
+        for hook in vlm.model._inject_hooks:
             hook.remove()
         plain = vlm.language.model(
             inputs_embeds=embeds, position_ids=batch.position_ids, lengths=batch.sample_lengths
@@ -209,7 +208,7 @@ def test_recomputing_keeps_nothing_of_the_gated_blocks():
     batch = small_batch(vlm, [[make_sample(1)]])
     vlm(batch).loss_sum.backward()
     assert len(calls) == 1
-    vlm.enable_activation_checkpointing("full")
+    vlm.model.enable_activation_checkpointing("full")
     vlm(batch).loss_sum.backward()
     assert len(calls) >= 3
 
@@ -218,7 +217,7 @@ def test_beams_are_refused_and_places_are_never_written():
     """A generated place would be another picture's; the ids of places are below all others."""
     vlm = small_vlm(Flamingo, SMALL | {"every": 1})
     ask = Sample("s", (ChatTurn("human", f"{IMAGE_PLACEHOLDER}\nwhat?"),), (NoiseImage(1),))
-    batch = collate_prompts(vlm, [ask])
+    batch = vlm.processor.collate_prompts([ask])
     with pytest.raises(UserError, match="no option 'num_beams'.*no search over beams"):
         vlm.generate(batch, num_beams=3)
     drawn = vlm.generate(batch, max_new_tokens=64, temperature=1000.0)

@@ -16,8 +16,8 @@ from vlbench.connector import registry
 from vlbench.model import lora_adapters
 from vlbench.model.frozen_bf16 import FROZEN_DTYPE, FrozenBF16
 from vlbench.model.language_model import TINY_LANGUAGE_FOLDER
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vision_encoder import EMBEDDED_ENCODERS, build_vision_encoder
-from vlbench.model.vlm import VLM
 from vlbench.train import stage_runner
 from vlbench.train.checkpoint_files import named_part_weights
 
@@ -39,12 +39,15 @@ def rounded(part: nn.Module) -> None:
         parameter.data = parameter.data.to(FROZEN_DTYPE).float()
 
 
-def frozen(tower: str | None = None) -> VLM:
+def frozen(tower: str | None = None) -> LoadedVLM:
     """Return a small model of which the connector alone is trained."""
     vlm = small_vlm(registry.load_connector("llava_mlp"))
     if tower:
-        vlm.vision = build_vision_encoder(tower, "embedded")
-        vlm.connector = vlm._build_connector()
+        vlm.model.vision = build_vision_encoder(tower, "embedded")
+        vlm.model.connector = vlm.model._build_connector()
+        vlm.processor = vlm.processor.with_image_inputs(
+            vlm.vision.transform, vlm.connector.tokens_per_image
+        )
     for part in (vlm.vision, vlm.language):
         rounded(part)
         part.requires_grad_(False)
@@ -57,21 +60,21 @@ def bytes_of(module: nn.Module) -> int:
 
 def test_the_blocks_take_half_the_memory_and_norms_and_embeddings_stay():
     vlm = frozen()
-    before = {name: value.clone() for name, value in vlm.state_dict().items()}
+    before = {name: value.clone() for name, value in vlm.model.state_dict().items()}
     layer, block = vlm.language.model.layers[0], vlm.vision.blocks()[0]
     sizes = [bytes_of(module) for module in (layer, block, vlm.language.lm_head)]
     norms = sum(p.nbytes for n, p in layer.named_parameters() if "norm" in n)
-    held = FrozenBF16(vlm)
+    held = FrozenBF16(vlm.model)
     assert bytes_of(layer) == (sizes[0] - norms) // 2 + norms
     assert bytes_of(block) == sizes[1] - sum(p.nbytes for p in block.mlp.parameters())
     assert bytes_of(vlm.language.lm_head) == sizes[2] // 2
-    kept = {name for name, p in vlm.named_parameters() if p.dtype == torch.float32}
+    kept = {name for name, p in vlm.model.named_parameters() if p.dtype == torch.float32}
     assert all(one in kept for one in before if "norm" in one or "ln_" in one or "embed" in one)
     assert all(name in kept for name in before if name.startswith("connector."))
-    written = dict(named_part_weights(vlm, ["vision", "language"]))
+    written = dict(named_part_weights(vlm.model, ["vision", "language"]))
     assert all(torch.equal(before[name], value) for name, value in written.items())
     held.restore_float32()
-    for name, value in vlm.state_dict().items():
+    for name, value in vlm.model.state_dict().items():
         assert value.dtype == before[name].dtype and torch.equal(value, before[name]), name
     assert not layer._forward_pre_hooks and not layer._forward_hooks
 
@@ -81,7 +84,7 @@ def test_what_is_trained_or_would_be_rounded_is_not_held():
     layers = vlm.language.model.layers
     layers[0].mlp.up_proj.weight.data[0, 0] = 1 / 3
     layers[1].mlp.up_proj.weight.requires_grad_(True)
-    FrozenBF16(vlm)
+    FrozenBF16(vlm.model)
     assert [layer.mlp.up_proj.weight.dtype for layer in layers] == [torch.float32] * 2 + [
         FROZEN_DTYPE
     ]
@@ -103,20 +106,20 @@ def test_without_autocast_all_is_computed_in_float32(tower, adapted):
     def found() -> tuple[torch.Tensor, ...]:
         """Return a loss, the gradient of the visual tokens, and an answer's tokens."""
         visual = vlm.visual(batch).detach().requires_grad_()
-        loss = vlm.loss(vlm.hidden_states(batch, visual), batch.labels)
+        loss = vlm.model.language_loss(vlm.model.hidden_states(batch, visual), batch.labels)
         (slope,) = torch.autograd.grad(loss, visual)
         ask = vlm.prepare([{"role": "user", "content": "How many?"}])
         return loss, slope, torch.tensor(vlm.generate(ask, max_new_tokens=8))
 
     expected = found()
-    FrozenBF16(vlm)
+    FrozenBF16(vlm.model)
     assert all(torch.equal(*both) for both in zip(found(), expected, strict=True))
     assert vlm.language.model.layers[0].self_attn.q_proj.weight.dtype == FROZEN_DTYPE
 
 
 def test_a_failure_in_a_block_leaves_the_weights_held():
     vlm = frozen()
-    FrozenBF16(vlm)
+    FrozenBF16(vlm.model)
     with pytest.raises(RuntimeError):
         vlm.language.model.layers[0](torch.zeros(1, 2, 7))
     assert vlm.language.model.layers[0].mlp.up_proj.weight.dtype == FROZEN_DTYPE
@@ -157,7 +160,7 @@ def test_a_run_in_bf16_is_what_it_is_with_all_weights_in_float32(
     blocks: list[torch.dtype] = []
 
     class Noted(FrozenBF16):
-        def __init__(self, vlm: VLM, wanted: bool) -> None:
+        def __init__(self, vlm: LoadedVLM, wanted: bool) -> None:
             super().__init__(vlm, wanted and holding)
             blocks.append(vlm.language.lm_head.weight.dtype)
 

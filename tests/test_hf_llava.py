@@ -60,8 +60,8 @@ def test_a_batch_is_answered_as_one_by_one(tmp_path):
     to = export(source, tmp_path / "to")
     conversations = [asked(number, text) for number, text in enumerate(QUESTIONS)]
     vlm = vlbench.load(source, dtype="float32", device="cpu")
-    together = answers(to, conversations, vlm.template.stop)
-    alone = [answers(to, [one], vlm.template.stop)[0] for one in conversations]
+    together = answers(to, conversations, vlm.processor.template.stop)
+    alone = [answers(to, [one], vlm.processor.template.stop)[0] for one in conversations]
     ours = [vlm.generate(vlm.prepare(one), max_new_tokens=16)[0] for one in conversations]
     assert together == alone == ours
     assert len({tuple(one) for one in ours}) == len(ours)  # five answers of their own
@@ -74,7 +74,7 @@ def test_a_model_without_a_token_for_filling_gets_one(tmp_path):
     conversations = [asked(number, text) for number, text in enumerate(QUESTIONS[:2])]
     vlm = vlbench.load(to, dtype="float32", device="cpu")
     ours = [vlm.generate(vlm.prepare(one), max_new_tokens=16)[0] for one in conversations]
-    assert answers(to, conversations, vlm.template.stop) == ours
+    assert answers(to, conversations, vlm.processor.template.stop) == ours
 
 
 def same_files(one: Path, other: Path) -> None:
@@ -134,8 +134,8 @@ def test_the_template_comes_back(template, tmp_path):
     file.write_text(file.read_text().replace("template: yi_vl", f"template: {template}"))
     once = export(own, tmp_path / "once")
     same_files(once, export(once, tmp_path / "twice"))
-    assert vlbench.load(once).template == vlbench.load(own).template
-    assert vlbench.load(once).template.name == template
+    assert vlbench.load(once).processor.template == vlbench.load(own).processor.template
+    assert vlbench.load(once).processor.template.name == template
 
 
 def test_tokens_that_the_model_never_learned_are_suppressed(tmp_path):

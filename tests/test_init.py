@@ -56,7 +56,7 @@ def test_what_was_released_is_where_training_begins(tmp_path, monkeypatch, capsy
     ask = [{"role": "user", "content": "Hello"}]
     ours, theirs = vlbench.load("run"), vlbench.load(CHECKPOINT)
     assert torch.equal(ours(ours.prepare(ask)).logits, theirs(theirs.prepare(ask)).logits)
-    assert ours.transform == theirs.transform
+    assert ours.processor.transform == theirs.processor.transform
 
 
 def test_resumed_without_the_release_it_ends_as_uninterrupted(tmp_path, monkeypatch):
@@ -186,7 +186,7 @@ def test_how_the_origin_was_trained_is_inherited_unless_something_else_is_said(
     second = recipes.load_recipe_file("second/recipe.yaml")
     assert (second.language.template, second.vision.layer) == ("llava_v1", -3)
     vlm = vlbench.load("second")
-    assert (vlm.template.name, vlm.vision.layer) == ("llava_v1", -3)
+    assert (vlm.processor.template.name, vlm.vision.layer) == ("llava_v1", -3)
     capsys.readouterr()
     assert main(["show", "recipe=yivl_llava", *words, init, "vision.layer=-1"]) == 0
     shown = capsys.readouterr().out

@@ -7,14 +7,14 @@ import re
 from pathlib import Path
 
 import pytest
-from test_exam import take
+from test_eval_command import take
 from test_report import run as finished_run
 
 from vlbench.__main__ import main
 from vlbench.compare.experiment.run_jobs import TrainingJob
 from vlbench.compare.report import finished_runs as compare_runs
 from vlbench.errors import BadSample, UserError
-from vlbench.evaluate.tasks import task_session
+from vlbench.evaluate import batch_inference
 from vlbench.text_files import append_json_lines, format_json_lines, read_json_lines, split_lines
 from vlbench.train import quarantine, run_report
 from vlbench.train.run_folder import RunFolder
@@ -85,7 +85,9 @@ def test_bad_samples_are_noted_again_after_a_kill_in_the_middle_of_a_line(tmp_pa
 
 
 def test_an_exam_with_odd_answers_goes_on(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(task_session, "decode_answer", lambda *_: ODD)
+    monkeypatch.setattr(
+        batch_inference, "answer_batch", lambda _, samples, **o: [ODD] * len(samples)
+    )
     for name in ("whole", "out"):
         assert take(model, tmp_path / name, "mmmu", "mmmu_tiny", "limit=6") == 0
     file = tmp_path / "out/answers.jsonl"

@@ -29,7 +29,7 @@ def answered(model, tmp_path_factory):
     )
     return simple_evaluate(
         model="vlbench",
-        model_args=f"run={model}",
+        model_args=f"model={model}",
         tasks=["mmmu_val_local"],
         batch_size=4,
         task_manager=TaskManager(include_path=str(tasks), model_name="vlbench"),

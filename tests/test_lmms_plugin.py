@@ -53,7 +53,7 @@ def picture(colour: str) -> Image.Image:
 
 def answers(plugin, shown: list[Any], given: dict[str, Any], **args: Any) -> list[str]:
     """Ask about every thing in `shown` as one task does, document by document."""
-    model = plugin.VlbenchModel(**{"run": str(CHECKPOINT), **args})
+    model = plugin.VlbenchModel(**{"model": str(CHECKPOINT), **args})
     model.task_dict = {"task": {"val": shown}}
     several = [
         Instance(("What?", given, lambda document: document, n, "task", "val"))
@@ -72,7 +72,7 @@ def test_a_single_picture_is_a_list_of_one(plugin, capsys):
 
 @pytest.mark.parametrize(("size", "batch"), [("auto", 16), ("auto:4", 16), ("3", 3), (2, 2)])
 def test_batch_sizes_of_lmms_eval_are_understood(size, batch, plugin):
-    model = plugin.VlbenchModel(run=str(CHECKPOINT), batch_size=size, max_batch_size=None)
+    model = plugin.VlbenchModel(model=str(CHECKPOINT), batch_size=size, max_batch_size=None)
     assert model.answer_batch_size == batch
     model.task_dict = {"task": {"val": [picture("red")] * 3}}
     asked = [
@@ -81,21 +81,21 @@ def test_batch_sizes_of_lmms_eval_are_understood(size, batch, plugin):
     assert len(model.generate_until(asked)) == 2
 
 
-@pytest.mark.parametrize("name", ["run", "model", "pretrained"])
+@pytest.mark.parametrize("name", ["model", "pretrained"])
 def test_the_model_is_called_as_lmms_eval_calls_it(name, plugin):
     model = plugin.VlbenchModel(**{name: str(CHECKPOINT)}, template="llava_v1")
-    assert model.vlm.template.name == "llava_v1"
+    assert model.vlm.processor.template.name == "llava_v1"
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({}, r"--model_args needs run=PATH \(or model=, pretrained=\)"),
-        ({"run": "a", "model": "b"}, "given are run and model"),
-        ({"run": "a", "batch_size": "many"}, "batch_size is 'many'; allowed are whole numbers"),
-        ({"run": "a", "batch_size": 0}, "batch_size is '0'"),
-        ({"run": "a", "dtpe": "bf16"}, "model_args has dtpe.*Did you mean 'dtype'"),
-        ({"run": "a", "template": "vicuna"}, "template is 'vicuna'; known are yi_vl"),
+        ({}, r"--model_args needs model=PATH \(or pretrained=\)"),
+        ({"model": "a", "pretrained": "b"}, "given are model and pretrained"),
+        ({"model": "a", "batch_size": "many"}, "batch_size is 'many'; allowed are whole numbers"),
+        ({"model": "a", "batch_size": 0}, "batch_size is '0'"),
+        ({"model": "a", "dtpe": "bf16"}, "model_args has dtpe.*Did you mean 'dtype'"),
+        ({"model": "a", "template": "vicuna"}, "template is 'vicuna'; known are yi_vl"),
     ],
 )
 def test_mistakes_are_one_line(args, message, plugin):

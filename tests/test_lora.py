@@ -26,7 +26,7 @@ LORA = ["stages.chat.train.language.lora.rank=4", "stages.chat.train.language.lr
 
 def adapted(part: str, **options: object):
     """Return a small model whose part has adapters that are not zero."""
-    vlm = small_vlm(registry.load_connector("llava_mlp")).double()
+    vlm = small_vlm(registry.load_connector("llava_mlp")).to(torch.float64)
     torch.manual_seed(0)
     lora_adapters.add_adapters(getattr(vlm, part), part, **{**DEFAULTS, **options})
     for name, parameter in lora_adapters.adapter_parameters(getattr(vlm, part)).items():
@@ -43,10 +43,10 @@ def loss(vlm) -> Tensor:
 @pytest.mark.parametrize("part", ["language", "vision"])
 @pytest.mark.parametrize("options", [{}, {"rslora": True}, {"dora": True}])
 def test_every_adapter_learns_and_the_weights_stay(part, options):
-    plain = small_vlm(registry.load_connector("llava_mlp")).double()
+    plain = small_vlm(registry.load_connector("llava_mlp")).to(torch.float64)
     before = {name: value.clone() for name, value in getattr(plain, part).state_dict().items()}
     vlm = adapted(part, **options)
-    vlm.requires_grad_(False)
+    vlm.model.requires_grad_(False)
     used = {id(p) for p in vlm.vision.used_parameters()}
     for parameter in lora_adapters.adapter_parameters(getattr(vlm, part)).values():
         parameter.requires_grad_(part == "language" or id(parameter) in used)
@@ -89,7 +89,7 @@ def test_the_same_adapters_stay_and_others_replace_them():
 def test_adapters_come_back_from_their_folder(part, tmp_path):
     vlm = adapted(part)
     lora_adapters.save_adapters(getattr(vlm, part), tmp_path / "a")
-    other = small_vlm(registry.load_connector("llava_mlp")).double()
+    other = small_vlm(registry.load_connector("llava_mlp")).to(torch.float64)
     lora_adapters.load_adapters(getattr(other, part), tmp_path / "a")
     with torch.no_grad():
         torch.testing.assert_close(loss(other), loss(vlm), rtol=1e-6, atol=0)
@@ -227,8 +227,11 @@ def test_the_next_stage_trains_on_merged_weights(run, tmp_path, monkeypatch):
     ("word", "message"),
     [
         ("stages.chat.train.connector.lora.rank=4", "a connector is trained whole"),
-        ("stages.chat.train.vision.lora.bits=4", "lora.bits, allowed for the language model only"),
-        ("stages.chat.train.language.lora.bits=8", "lora.bits must be one of 4, given 8"),
+        (
+            "stages.chat.train.vision.lora.bits=4",
+            "lora.bits=4, allowed for the language model only",
+        ),
+        ("stages.chat.train.language.lora.bits=8", "lora.bits must be 4, given 8"),
         ("stages.chat.train.language.lora.rank=0", "must be at least 1"),
         ("stages.chat.train.language.lora.rnk=4", "Did you mean"),
         ("stages.chat.train.language.lora.targets=q_prj", "known are all-linear"),

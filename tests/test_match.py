@@ -13,8 +13,12 @@ from vlbench.compare.experiment.match_budget import BudgetMatch, format_match_ta
 from vlbench.config import recipe as recipes
 from vlbench.connector import registry
 from vlbench.errors import UserError
-from vlbench.model.connector_cost import ConnectorCost, count_recipe_cost
-from vlbench.model.connector_frame import BUDGET_COUNTS, ConnectorFrame
+from vlbench.model.connector_cost import (
+    BUDGET_COUNTS,
+    ConnectorCost,
+    ConnectorCostCounter,
+    count_recipe_cost,
+)
 
 DOCS = Path(__file__).parent.parent / "docs/connectors.md"
 FOUR = "recipe=yivl_llava,yivl_qformer,yivl_flamingo,yivl_eva"
@@ -98,10 +102,12 @@ def test_two_do_as_many_operations():
 @pytest.mark.parametrize("name", ["glu", "flamingo", "mixed", "c_abstractor"])
 def test_counts_are_those_of_the_whole_model(name):
     recipe = recipes.load_recipe(["recipe=yivl_llava", f"connector.name={name}"])
-    frame, whole = ConnectorFrame(recipe), count_recipe_cost(recipe)
+    sizes = [stage.image_size for stage in recipe.stages.values()]
+    counter = ConnectorCostCounter(recipe.vision, recipe.language, sizes)
+    whole = count_recipe_cost(recipe)
     options = {key: value for key, value in recipe.connector.items() if key != "name"}
-    built = frame.build_connector(registry.load_connector(name), options)
-    counted = {by: count(frame, built) for by, count in BUDGET_COUNTS.items()}
+    built = counter.build_connector(registry.load_connector(name), options)
+    counted = {by: count(counter, built) for by, count in BUDGET_COUNTS.items()}
     tokens = {"flamingo": whole.latents, "mixed": whole.tokens + whole.latents}
     assert tuple(counted) == MATCHABLE_BUDGETS
     assert counted == {

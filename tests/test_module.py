@@ -61,14 +61,14 @@ def test_a_loss_that_is_not_counted_ahead_does_not_depend_on_the_micro_batches()
     ]
     found = []
     for rows in ([samples], [[one] for one in samples], [samples[:2], samples[2:]]):
-        vlm = small_vlm(Uncounted).double()
+        vlm = small_vlm(Uncounted).to(torch.float64)
         stage = recipes.load_recipe(["recipe=yivl_llava"]).stages["align_224"]
         stage = stage.model_copy(
             update={"train": {"connector": PartTrainConfig(lr=1e-9)}, "grad_clip": None}
         )
-        freeze_untrained_parts(vlm, stage)
+        freeze_untrained_parts(vlm.model, stage)
         step = OptimizerStep(0, [make_batch(vlm, [row]).to("cpu", torch.float64) for row in rows])
-        training = VLMTrainingModule(vlm, stage, 1, 0, seed=3)
+        training = VLMTrainingModule(vlm.model, stage, 1, 0, seed=3)
         trainer = pl.Trainer(accelerator="cpu", max_steps=1, barebones=True)
         trainer.fit(training, DataLoader([step], batch_size=None))
         grads = {n: p.grad for n, p in vlm.connector.named_parameters()}

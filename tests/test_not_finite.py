@@ -14,10 +14,10 @@ from small import small_vlm
 from vlbench.__main__ import main
 from vlbench.connector import registry
 from vlbench.errors import EnvironmentFailure
+from vlbench.model.generation.decoding_state import CompiledDecodeStep
 from vlbench.model.generation.generate import NONFINITE_ID, sample_next_ids
-from vlbench.model.generation.prefix_cache import PrefixCache
-from vlbench.model.generation.static_cache import CompiledDecodeStep
-from vlbench.model.vlm import VLM
+from vlbench.model.generation.kv_cache import PrefixCache
+from vlbench.model.loaded_vlm import LoadedVLM
 
 SAID = "^the model's logits are not finite: "
 ASKED = [{"role": "user", "content": "What is this?"}]
@@ -29,7 +29,7 @@ WAYS = {
 }
 
 
-def small(value: float, name: str = "model.layers.1.mlp.up_proj.weight") -> VLM:
+def small(value: float, name: str = "model.layers.1.mlp.up_proj.weight") -> LoadedVLM:
     vlm = small_vlm(registry.load_connector("llava_mlp")).eval()
     vlm.language.get_parameter(name).data[3, 2] = value
     vlm.decode_step = CompiledDecodeStep("eager")
@@ -54,7 +54,7 @@ def test_numbers_that_became_too_large_are_told_from_broken_weights():
         vlm.chat(ASKED)
     vlm.language.lm_head.weight.data[7] = 6e4
     vlm.language.model.norm.weight.data.fill_(900.0)
-    vlm.half()
+    vlm.model.half()
     with pytest.raises(
         EnvironmentFailure, match=f"{SAID}all its weights are finite.* dtype=bf16 or dtype="
     ):

@@ -81,7 +81,7 @@ def test_a_mark_of_byte_order_is_no_part_of_a_file(tmp_path):
     folder = copy_checkpoint(tmp_path / "model")
     for name in ("config.json", "tokenizer_config.json", f"{TOWER}/preprocessor_config.json"):
         (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
-    assert vlbench.load(folder).template.name == "yi_vl"
+    assert vlbench.load(folder).processor.template.name == "yi_vl"
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"transform": [], "stage": 0.5}'])

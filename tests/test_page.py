@@ -16,12 +16,12 @@ import pytest
 
 from vlbench.__main__ import main
 from vlbench.compare.report.analysis import ComparisonResult, analyze_runs
-from vlbench.compare.report.disagreements import find_disagreements
 from vlbench.compare.report.finished_runs import load_finished_run
 from vlbench.compare.report.html_report import render_html
 from vlbench.compare.report.markdown_report import render_markdown
-from vlbench.compare.report.metric_curves import load_row_metrics, series_by_stage
+from vlbench.compare.report.question_examples import find_disagreements
 from vlbench.compare.report.row_costs import pareto_frontier
+from vlbench.compare.report.training_curves import load_row_metrics, series_by_stage
 from vlbench.config import recipe as recipes
 from vlbench.data.scene_dataset import held_out_questions
 
@@ -174,7 +174,7 @@ def test_what_some_rows_lack_is_said(written):
     seen = text_of(written)
     assert "Without metrics.csv, and so not drawn: linear." in seen
     assert "Without diagnostics.json: linear." in seen
-    assert "no map: the answer does not depend on the picture" in seen
+    assert "no map: the answer does not depend on the image" in seen
     assert "32.0 of 64" in seen
 
 

@@ -11,14 +11,14 @@ from vlbench.config import recipe as recipes
 from vlbench.data.scene_world import make_scene
 from vlbench.errors import UserError
 from vlbench.model.build_vlm import build_vlm
-from vlbench.model.generation.prefix_cache import PrefixCache
-from vlbench.model.vlm import VLM
+from vlbench.model.generation.kv_cache import PrefixCache
+from vlbench.model.loaded_vlm import LoadedVLM
 
 CONNECTORS = ("yivl_llava", "yivl_qformer", "yivl_flamingo", "yivl_eva")
 
 
 @pytest.fixture(scope="module", params=CONNECTORS)
-def vlm(request) -> VLM:
+def vlm(request) -> LoadedVLM:
     return build_vlm(recipes.load_recipe([f"recipe={request.param}"]), 56).eval()
 
 
@@ -27,7 +27,7 @@ def asks(text: str, image: Image.Image | None = None) -> dict[str, Any]:
     return {"role": "user", "content": [{"type": "image", "image": image}] * bool(image) + parts}
 
 
-def talk(vlm: VLM, past: PrefixCache | None) -> list[str]:
+def talk(vlm: LoadedVLM, past: PrefixCache | None) -> list[str]:
     """Hold a conversation of three turns, the last with a second picture."""
     first, second = (make_scene("past", 0, number).open() for number in (0, 1))
     messages: list[dict[str, Any]] = []
@@ -43,7 +43,7 @@ def talk(vlm: VLM, past: PrefixCache | None) -> list[str]:
 def test_answers_are_the_same_and_only_what_is_new_is_read(vlm, monkeypatch):
     read: list[int] = []
     seen: list[int] = []
-    real, features = vlm.run_decoder, vlm.features
+    real, features = vlm.model.run_decoder, vlm.model.extract_features
 
     def watched(embeds, *given, **options):
         read.append(embeds.shape[1])
@@ -53,8 +53,8 @@ def test_answers_are_the_same_and_only_what_is_new_is_read(vlm, monkeypatch):
         seen.append(len(batch.pixels))
         return features(batch)
 
-    monkeypatch.setattr(vlm, "run_decoder", watched)
-    monkeypatch.setattr(vlm, "features", looked)
+    monkeypatch.setattr(vlm.model, "run_decoder", watched)
+    monkeypatch.setattr(vlm.model, "extract_features", looked)
     anew = talk(vlm, None)
     whole, pictures = sum(read), sum(seen)
     read.clear()
@@ -102,16 +102,16 @@ def test_what_prompts_begin_with_is_read_once_for_all(vlm, monkeypatch):
     ]
     alone = [vlm.generate(vlm.prepare(talk), max_new_tokens=8)[0] for talk in talks]
     read: list[tuple[int, ...]] = []
-    real = vlm.run_decoder
+    real = vlm.model.run_decoder
 
     def watched(embeds, *given, **options):
         read.append(tuple(embeds.shape[:2]))
         return real(embeds, *given, **options)
 
-    monkeypatch.setattr(vlm, "run_decoder", watched)
+    monkeypatch.setattr(vlm.model, "run_decoder", watched)
     batch = vlm.prepare(talks)
     assert vlm.generate(batch, max_new_tokens=8) == alone
-    beginning = len(vlm.tokenizer.encode(vlm.template.system))
+    beginning = len(vlm.tokenizer.encode(vlm.processor.template.system))
     (once, begin), (rows, rest) = read[:2]
     assert (once, rows, begin + rest) == (1, 3, batch.input_ids.shape[1])
     assert begin >= beginning > 0

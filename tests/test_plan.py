@@ -18,16 +18,15 @@ from vlbench.config import recipe as recipes
 from vlbench.data.packing import PackedBatch
 from vlbench.model.activation_checkpointing import CHECKPOINTING_MODES
 from vlbench.model.build_vlm import build_vlm
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.train_flops import count_step_flops
-from vlbench.model.vlm import VLM
-from vlbench.planner import plan_report
-from vlbench.planner.extrapolate import DepthExtrapolator
+from vlbench.planner import plan_command
 from vlbench.planner.memory_estimate import ROW_TOKENS_STEP, StageMemory, total_bytes
 from vlbench.planner.meta_model import ModelDepth, SampleShape, build_meta_vlm
 from vlbench.planner.options import parse_plan_options
-from vlbench.planner.plan_command import make_plan
-from vlbench.planner.simulate_step import StepSimulator
+from vlbench.planner.simulate_step import DepthExtrapolator, StepSimulator
 from vlbench.planner.stage_workload import StageWorkload, sample_flops, stage_workload
+from vlbench.planner.training_plan import make_plan
 from vlbench.train.stage_plan import build_stage_steps
 from vlbench.train.stage_plan import plan_stage_runs as legs_of
 from vlbench.train.trainable_parts import freeze_untrained_parts
@@ -52,22 +51,25 @@ def planned(recipe: str, stage: str) -> tuple[StageMemory, StageWorkload]:
     resolved = recipes.load_recipe([f"recipe={recipe}"])
     vlm = build_meta_vlm(resolved, stage)
     work, _ = stage_workload(resolved, stage, vlm, None, None)
-    rehearsals = DepthExtrapolator(vlm, functools.partial(build_meta_vlm, resolved, stage), "32")
-    return StageMemory(vlm, rehearsals, work.mean_sample, 4, 1), work
+    rehearsals = DepthExtrapolator(
+        vlm.model, functools.partial(build_meta_vlm, resolved, stage), "32"
+    )
+    return StageMemory(vlm.model, rehearsals, work.mean_sample, 4, 1), work
 
 
 @functools.cache
-def ready(recipe: str, stage: str) -> tuple[VLM, VLMTrainingModule, list[PackedBatch]]:
+def ready(recipe: str, stage: str) -> tuple[LoadedVLM, VLMTrainingModule, list[PackedBatch]]:
     """Return the real model before a stage, and the fullest two micro-batches of its first step."""
     small = [f"stages.{stage}.global_batch_size=40", f"stages.{stage}.max_tokens_per_row=1000"]
     resolved = recipes.load_recipe([f"recipe={recipe}", *small])
     leg = next(leg for leg in legs_of(resolved) if leg.name == stage)
     vlm = build_vlm(resolved, leg.stage.image_size)
-    freeze_untrained_parts(vlm, leg.stage)
+    freeze_untrained_parts(vlm.model, leg.stage)
     batches = sorted(
-        build_stage_steps(vlm, leg)[0].micro_batches, key=lambda batch: batch.input_ids.numel()
+        build_stage_steps(vlm.processor, leg)[0].micro_batches,
+        key=lambda batch: batch.input_ids.numel(),
     )
-    return vlm, VLMTrainingModule(vlm, leg.stage, 1, 0, 0), batches[-2:]
+    return vlm, VLMTrainingModule(vlm.model, leg.stage, 1, 0, 0), batches[-2:]
 
 
 class Living(TorchDispatchMode):
@@ -99,11 +101,11 @@ class Living(TorchDispatchMode):
 def measured(recipe: str, stage: str, way: str) -> int:
     """Return the most bytes of tensors that live at a time in a step that is not the first."""
     vlm, training, batches = ready(recipe, stage)
-    vlm.enable_activation_checkpointing(way)
+    vlm.model.enable_activation_checkpointing(way)
     optimizer = training.configure_optimizers()
     living = Living()
     with living:
-        for one in [*vlm.parameters(), *vlm.buffers()]:
+        for one in [*vlm.parameters(), *vlm.model.buffers()]:
             one.detach()
         for some in (batches[:1], batches):  # in the second step the optimizer has its moments
             for batch in some:
@@ -135,14 +137,14 @@ def test_memory_is_what_a_step_takes(recipe, stage, way):
 @pytest.mark.parametrize("stage", STAGES)
 def test_operations_are_those_of_a_counted_step(recipe, stage):
     vlm, _, batches = ready(recipe, stage)
-    vlm.enable_activation_checkpointing("none")
+    vlm.model.enable_activation_checkpointing("none")
     lengths = [n for batch in batches for row in batch.sample_lengths for n in row]
     pictures, learned = (
         sum(len(b.pixels) for b in batches),
         sum(b.supervised_token_count for b in batches),
     )
     sample = SampleShape(*(one / len(lengths) for one in (sum(lengths), pictures, learned)))
-    flops = count_step_flops(build_meta_vlm(recipes.load_recipe([f"recipe={recipe}"]), stage))
+    flops = count_step_flops(build_meta_vlm(recipes.load_recipe([f"recipe={recipe}"]), stage).model)
     spared = flops.per_attended_pair * sum(
         n * (n - 1) / 2 for n in lengths
     )  # torch counts all pairs
@@ -156,13 +158,13 @@ def test_a_few_layers_tell_what_many_take():
     many = ModelDepth(8, 8)
     vlm = build_meta_vlm(resolved, "chat", many)
     rehearsals = DepthExtrapolator(
-        vlm, lambda few: build_meta_vlm(resolved, "chat", few or many), "bf16"
+        vlm.model, lambda few: build_meta_vlm(resolved, "chat", few or many), "bf16"
     )
     assert len(rehearsals.simulated_depths) == 3
     row = SampleShape(300, 2, 100)
     shallow = rehearsals.peak_memory(row, "full")
     deep = max(
-        StepSimulator(vlm, "bf16").simulate_step(row, "full").values(),
+        StepSimulator(vlm.model, "bf16").simulate_step(row, "full").values(),
         key=lambda one: sum(one.values()),
     )
     assert shallow == pytest.approx(deep, rel=1e-6)
@@ -178,7 +180,7 @@ def test_34b_is_trained_on_128_gpus_in_shards_alone():
     assert sizes == sorted(sizes, reverse=True)
     best = found.cheapest_fit
     assert best is not None and best[0].strategy == "fsdp2" and best[0].fits_memory
-    text = "\n".join(plan_report.format_plan(found))
+    text = "\n".join(plan_command.format_plan(found))
     assert f"trainer.strategy=fsdp2 activation_checkpointing={best[0].checkpointing_mode}" in text
 
 

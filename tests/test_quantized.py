@@ -86,4 +86,4 @@ def test_null_says_nothing(tmp_path):
     folder = copy_checkpoint(tmp_path / "model")
     text = json.loads((folder / "config.json").read_text()) | {"quantization_config": None}
     (folder / "config.json").write_text(json.dumps(text))
-    assert vlbench.load(folder).template.name == "yi_vl"
+    assert vlbench.load(folder).processor.template.name == "yi_vl"

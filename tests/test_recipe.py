@@ -211,7 +211,7 @@ def test_recipes_that_are_not_there(words, expected):
         ("run=a${b", "not interpolated"),
         ("vision.name=ViT-B-32", "only vision.name=tiny and vision.name=tiny_eva can"),
         ("only=[a,b", "cannot be read"),
-        ("data.mix=[]", "a list of at least one"),
+        ("data.mix=[]", "a list of at least 1"),
         ("=3", "KEY=VALUE"),
         ("seed.x=3", "whole number"),
     ],

@@ -116,10 +116,10 @@ def test_a_crop_smaller_than_the_resize_cuts_the_border(tmp_path):
     folder = copy_checkpoint(tmp_path / "model")
     edit_json(folder / TOWER / "preprocessor_config.json", size={"shortest_edge": 64})
     vlm = vlbench.load(folder)
-    assert (vlm.transform.size, vlm.transform.crop) == (64, 56)
+    assert (vlm.processor.transform.size, vlm.processor.transform.crop) == (64, 56)
     assert vlm.prepare(case_messages(CASE)).pixels.shape[-2:] == (56, 56)
     vlm.set_image_size(112)
-    assert (vlm.transform.size, vlm.transform.crop) == (128, 112)
+    assert (vlm.processor.transform.size, vlm.processor.transform.crop) == (128, 112)
 
 
 def test_rows_beyond_the_tokenizer_are_never_written(tmp_path):

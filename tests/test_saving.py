@@ -23,7 +23,9 @@ def test_saving_takes_a_small_share_of_the_time(slow, share, monkeypatch):
     monkeypatch.setattr(callbacks.checkpoint_files, "CheckpointWriter", write)
     monkeypatch.setattr(callbacks.checkpoint_files, "prune_checkpoints", lambda *_: None)
     run = SimpleNamespace(checkpoints_folder=None, recipe_file=None)
-    saving = CheckpointCallback(run, (0, "chat"), [], 60.0, 2, GracefulStop(), lambda: now.time)
+    saving = CheckpointCallback(
+        None, run, (0, "chat"), [], 60.0, 2, GracefulStop(), lambda: now.time
+    )
     trainer = SimpleNamespace(optimizers=[None])
     training = SimpleNamespace(total_steps=10**6, steps_done=0, trainer=trainer, seen={}, vlm=None)
     while training.steps_done < 20_000:  # of a second each

@@ -187,12 +187,12 @@ def test_a_missing_shard_costs_its_samples_alone(packed, tmp_path):
     assert len(found) == 8 and all("000001.tar: cannot be opened" in f.reason for f in found)
 
 
-def test_a_torn_shard_costs_what_is_behind_the_tear(packed, tmp_path):
-    folder = broken(packed, tmp_path / "torn")
+def test_a_truncated_shard_loses_the_samples_behind_its_end(packed, tmp_path):
+    folder = broken(packed, tmp_path / "truncated")
     tar = folder / "000002.tar"
     tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])
     found = bad(WebDatasetShards(folder))
-    assert 1 <= len(found) <= 8 and all("000002.tar: is torn" in f.reason for f in found)
+    assert 1 <= len(found) <= 8 and all("000002.tar: is truncated" in f.reason for f in found)
     Path(index_path(str(tar))).unlink()  # without an index the tear is met while it is made
     shards_module._cached_index.cache_clear()
     assert all("000002.tar" in fault.reason for fault in bad(WebDatasetShards(folder)))
@@ -301,7 +301,7 @@ def test_a_server_that_knows_no_ranges_is_named(packed):
     server = ThreadingHTTPServer(("127.0.0.1", 0), whole)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        with pytest.raises(UserError, match="the whole file where a part is asked for"):
+        with pytest.raises(UserError, match="ignores byte ranges and sends the whole file"):
             _ = WebDatasetShards(f"http://127.0.0.1:{server.server_port}")[0]
     finally:
         server.shutdown()

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from small import SMALL, open_gates, small_vlm
 
+from vlbench.compat.transformers_internals import static_cache_position
 from vlbench.config import recipe as recipes
 from vlbench.connector import registry
 from vlbench.data.packing import PackedBatch
@@ -20,13 +21,13 @@ from vlbench.errors import UserError
 from vlbench.model import lora_adapters
 from vlbench.model.build_vlm import build_vlm
 from vlbench.model.frozen_bf16 import FrozenBF16
-from vlbench.model.generation.prefix_cache import PrefixCache
-from vlbench.model.generation.static_cache import (
+from vlbench.model.generation.decoding_state import (
     LENGTH_MULTIPLE,
     CompiledDecodeStep,
     StaticDecodingState,
 )
-from vlbench.model.vlm import VLM
+from vlbench.model.generation.kv_cache import PrefixCache
+from vlbench.model.loaded_vlm import LoadedVLM
 
 CONNECTORS = ("yivl_llava", "yivl_qformer", "yivl_flamingo", "yivl_eva")
 LORA = {"rank": 3, "alpha": 6.0, "dropout": 0.0, "targets": "all-linear"}
@@ -45,14 +46,16 @@ def graphs():
 
 
 @pytest.fixture(scope="module", params=CONNECTORS)
-def tiny(request) -> VLM:
+def tiny(request) -> LoadedVLM:
     return build_vlm(recipes.load_recipe([f"recipe={request.param}"]), 56).eval()
 
 
-def small(name: str = "llava_mlp") -> VLM:
+def small(name: str = "llava_mlp") -> LoadedVLM:
     """Return a small random model that never says the stop text, compiled without a compiler."""
     vlm = open_gates(small_vlm(registry.load_connector(name), SMALL.get(name))).eval()
-    vlm.template = replace(vlm.template, stop="never said")
+    vlm.processor = replace(
+        vlm.processor, template=replace(vlm.processor.template, stop="never said")
+    )
     vlm.decode_step = CompiledDecodeStep("eager")
     return vlm
 
@@ -62,14 +65,14 @@ def asks(text: str, *images: Image.Image) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
 
 
-def talks(vlm: VLM, pictures: int = 2) -> PackedBatch:
+def talks(vlm: LoadedVLM, pictures: int = 2) -> PackedBatch:
     """Return prompts of different lengths, of which up to two have a picture."""
     shown = [[make_scene("static", 0, n).open()] if n < pictures else [] for n in range(2)]
     long = asks("Which of these two objects, if any, is red? " * 3, *shown[1])
     return vlm.prepare([asks("What is this?", *shown[0]), asks("How are you?"), long])
 
 
-def assert_same(vlm: VLM, batch: PackedBatch, **options: Any) -> None:
+def assert_same(vlm: LoadedVLM, batch: PackedBatch, **options: Any) -> None:
     """Compare all tokens, and what was heard of them on the way."""
     heard: tuple[list, list] = [], []
     growing, static = (
@@ -103,14 +106,14 @@ def test_torchs_own_compiler_answers_the_same(tiny, options, graphs):
 def test_the_beginning_of_prompts_is_read_once_and_all_that_follows_is_compiled(monkeypatch):
     vlm = small()
     read: list[tuple[int, ...]] = []
-    real, batch = vlm.run_decoder, talks(vlm)
+    real, batch = vlm.model.run_decoder, talks(vlm)
 
     def watched(embeds, *given, **options):
         if not torch.compiler.is_compiling():
             read.append(tuple(embeds.shape[:2]))
         return real(embeds, *given, **options)
 
-    monkeypatch.setattr(vlm, "run_decoder", watched)
+    monkeypatch.setattr(vlm.model, "run_decoder", watched)
     vlm.generate(batch, max_new_tokens=6, compiled=True)
     (once, begin), (rows, rest) = read
     assert (once, rows, begin + rest) == (1, 3, batch.input_ids.shape[1]) and begin > 0
@@ -140,9 +143,9 @@ def test_lengths_are_multiples_and_hold_all_that_is_read(monkeypatch):
     for new, length in ((fits, LENGTH_MULTIPLE), (fits + 1, 2 * LENGTH_MULTIPLE)):
         assert_same(vlm, batch, max_new_tokens=new)
         rows = seen[-1]
-        assert rows.attention_mask.shape[-1] == length == rows.kv_cache.keys[0].shape[2]
+        assert rows.attention_mask.shape[-1] == length == rows.kv_cache.layers[0].keys.shape[2]
         assert (
-            int(rows.kv_cache.next_position)
+            int(static_cache_position(rows.kv_cache))
             == batch.input_ids.shape[1] + new - 1
             == int(rows.attention_mask.sum())
         )
@@ -158,14 +161,14 @@ def test_what_was_exchanged_is_compiled_anew(graphs):
     assert graphs() == 1
     vlm.set_image_size(56)
     assert_same(vlm, talks(vlm), max_new_tokens=5)
-    vlm.double()
+    vlm.to(torch.float64)
     assert_same(vlm, talks(vlm).to("cpu", torch.float64), max_new_tokens=5)
     assert graphs() == 2
 
 
 def test_adapters_are_compiled_and_weights_are_let_go(graphs):
     vlm = small()
-    vlm.requires_grad_(False)
+    vlm.model.requires_grad_(False)
     lora_adapters.add_adapters(vlm.language, "language", **LORA)
     for adapter in lora_adapters.adapter_parameters(vlm.language).values():
         adapter.data.normal_(std=0.3)
@@ -184,10 +187,10 @@ def test_blocks_with_hooks_run_as_they_are(name, graphs):
     vlm = small(name)
     held = None
     if name == "llava_mlp":
-        vlm.requires_grad_(False)
+        vlm.model.requires_grad_(False)
         for parameter in vlm.language.parameters():
             parameter.data = parameter.data.bfloat16().float()
-        held = FrozenBF16(vlm)
+        held = FrozenBF16(vlm.model)
     assert_same(vlm, talks(vlm), max_new_tokens=8)
     assert graphs() == 0
     if held:

@@ -21,19 +21,22 @@ from vlbench.evaluate.attention_diagnostics import diagnose_answers
 from vlbench.evaluate.heldout_questions import EvalQuestion
 from vlbench.model.compile_blocks import CompiledBlocks
 from vlbench.model.eval_copy import in_eval_mode
-from vlbench.model.generation.prefix_cache import PrefixCache
-from vlbench.model.generation.static_cache import CompiledDecodeStep
+from vlbench.model.generation.decoding_state import CompiledDecodeStep
+from vlbench.model.generation.kv_cache import PrefixCache
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vlm import VLM
 
 THREADS, ANSWERS = 4, 200
 DRAWN = {"temperature": 1.0, "top_p": 0.9}
-Work = Callable[[VLM], Any]
+Work = Callable[[LoadedVLM], Any]
 
 
-def model(name: str) -> VLM:
+def model(name: str) -> LoadedVLM:
     """Return a small random model that never says the stop text."""
     vlm = open_gates(small_vlm(registry.load_connector(name), SMALL.get(name)))
-    vlm.template = replace(vlm.template, stop="never said")
+    vlm.processor = replace(
+        vlm.processor, template=replace(vlm.processor.template, stop="never said")
+    )
     return vlm
 
 
@@ -55,7 +58,7 @@ def batched(number: int) -> Work:
     pictures = [make_scene("static", 0, n).open() for n in range(2)]
     several = [asks("What?", pictures[0]), asks(f"Why {number}? " * 4, *pictures), asks("a")]
 
-    def work(vlm: VLM) -> Any:
+    def work(vlm: LoadedVLM) -> Any:
         return vlm.generate(vlm.prepare(several), max_new_tokens=5, seed=number)
 
     return work
@@ -64,7 +67,7 @@ def batched(number: int) -> Work:
 def turns(number: int) -> Work:
     """Ask twice in one conversation, of which the beginning is read once."""
 
-    def work(vlm: VLM) -> Any:
+    def work(vlm: LoadedVLM) -> Any:
         past, talk = PrefixCache(), asks(f"{number}?", make_scene("static", 0, 1).open())
         first = vlm.chat(talk, 4, past=past)
         talk = [*talk, {"role": "assistant", "content": first}, *asks("more?")]
@@ -76,7 +79,7 @@ def turns(number: int) -> Work:
 def forward(number: int) -> Work:
     """Read a packed row, as training does, and find what a connector attends to."""
 
-    def work(vlm: VLM) -> Any:
+    def work(vlm: LoadedVLM) -> Any:
         batch = make_batch(vlm, [[make_sample(number), make_sample(number + 1, images=2)]])
         with torch.no_grad():
             told = vlm.connector.patch_attention(vlm.features(batch))
@@ -88,7 +91,7 @@ def forward(number: int) -> Work:
 KINDS = (greedy, drawn, batched, turns, forward)
 
 
-def at_once(vlm: VLM, works: list[Work]) -> list[Any]:
+def at_once(vlm: LoadedVLM, works: list[Work]) -> list[Any]:
     """Return what the works give when THREADS threads share them; all begin together."""
     ready = threading.Barrier(THREADS)
 
@@ -135,13 +138,13 @@ def test_compiled_answers_of_four_threads_are_those_of_one():
 def test_nothing_is_switched_while_an_answer_is_written(compiled, training):
     vlm = model("flamingo").train(training)
     vlm.vision.eval()
-    state = [(module.training, dict(vars(module))) for module in vlm.modules()]
+    state = [(module.training, dict(vars(module))) for module in vlm.model.modules()]
     config = vlm.language.config.to_dict(), vlm.language.config._attn_implementation
     seen = []
 
     def look(_: object) -> None:
         seen.append(1)
-        now = [(module.training, dict(vars(module))) for module in vlm.modules()]
+        now = [(module.training, dict(vars(module))) for module in vlm.model.modules()]
         assert now == state
         now = vlm.language.config.to_dict(), vlm.language.config._attn_implementation
         assert now == config
@@ -166,20 +169,22 @@ def test_a_model_that_trains_answers_as_in_evaluation(name, recomputes):
     vlm.connector.register_forward_hook(lambda module, _, out: module.noisy(out))
     asked = [asks("What?", make_scene("static", 0, 1).open()), asks("Why is it so? " * 3)]
     expected = vlm.eval().generate(vlm.prepare(asked), max_new_tokens=6)
-    vlm.train().enable_activation_checkpointing(recomputes)
+    vlm.train().model.enable_activation_checkpointing(recomputes)
     assert vlm.generate(vlm.prepare(asked), max_new_tokens=6) == expected
-    assert all(module.training for module in vlm.modules())
+    assert all(module.training for module in vlm.model.modules())
 
 
 def test_a_copy_in_evaluation_shares_weights_and_nothing_else():
     vlm = model("flamingo").train()
-    blocks = CompiledBlocks(vlm, backend="eager")
-    other = in_eval_mode(vlm)
+    blocks = CompiledBlocks(vlm.model, backend="eager")
+    other = in_eval_mode(vlm.model)
     assert in_eval_mode(other) is other and type(other) is VLM
-    mine, theirs = dict(vlm.named_modules()), dict(other.named_modules())
+    mine, theirs = dict(vlm.model.named_modules()), dict(other.named_modules())
     assert list(mine) == list(theirs)
     assert not {id(one) for one in mine.values()} & {id(one) for one in theirs.values()}
-    for (name, one), (_, two) in zip(vlm.named_parameters(), other.named_parameters(), strict=True):
+    for (name, one), (_, two) in zip(
+        vlm.model.named_parameters(), other.named_parameters(), strict=True
+    ):
         assert one is two, name
     layer = other.language.model.layers[0]
     (hook,) = layer._forward_pre_hooks.values()

@@ -15,8 +15,8 @@ from timm.models import register_model
 from timm.models.eva import Eva, checkpoint_filter_fn
 
 from vlbench.connector import registry
+from vlbench.model.loaded_vlm import assemble_vlm
 from vlbench.model.vision_encoder import VisionEncoder, build_vision_encoder, load_clip_folder
-from vlbench.model.vlm import VLM
 from vlbench.model.weights import clip_layouts
 
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "pad": False}
@@ -154,13 +154,19 @@ def test_evas_of_open_clip_take_any_image_size(name):
 def test_every_connector_stands_on_an_eva_tower(name):
     other = small_vlm(registry.load_connector(name), SMALL.get(name))
     tower = VisionEncoder(eva_tower(-2).visual, -2, False, HALF)
-    options = {**other.connector_options, **({"head_width": 12} if name == "eva" else {})}
-    vlm = VLM(
-        tower, type(other.connector), options, other.language, other.tokenizer, other.template, 512
+    options = {**other.model.connector_options, **({"head_width": 12} if name == "eva" else {})}
+    vlm = assemble_vlm(
+        tower,
+        type(other.connector),
+        options,
+        other.language,
+        other.tokenizer,
+        other.processor.template,
+        512,
     )
-    for one in other._inject_hooks:
+    for one in other.model._inject_hooks:
         one.remove()
-    vlm.zero_grad()
+    vlm.model.zero_grad()
     for side in (28, 56):
         vlm.set_image_size(side)
         out = vlm(make_batch(vlm, [[make_sample(1, images=2)]]))

@@ -424,7 +424,7 @@ def test_a_trained_encoder_keeps_its_configuration(forms, tmp_path, monkeypatch)
     others = [word for word in FIT if word != "stages.align_224.train.vision=null"]
     assert main([*others, *words]) == 0
     shutil.rmtree("own")
-    assert vlbench.load("run").transform.mean == (0.3,) * 3
+    assert vlbench.load("run").processor.transform.mean == (0.3,) * 3
 
 
 def test_a_checkpoint_without_a_part_is_not_completed_by_chance(model, tmp_path):

@@ -15,8 +15,7 @@ import vlbench
 from vlbench.connector import registry
 from vlbench.connector.base import Connector, Shapes
 from vlbench.errors import UserError
-from vlbench.model.generation.chat_messages import collate_prompts
-from vlbench.model.vlm import VLM
+from vlbench.model.loaded_vlm import LoadedVLM
 
 LlavaMLP = registry.load_connector("llava_mlp")
 
@@ -41,16 +40,16 @@ class Gated(Connector):
         return hidden + torch.tanh(self.gate[layer]) * seen
 
 
-def gradients(vlm: VLM, batches: list) -> tuple[float, dict[str, Tensor]]:
+def gradients(vlm: LoadedVLM, batches: list) -> tuple[float, dict[str, Tensor]]:
     """Return the loss per token over all batches and the gradient of every parameter."""
-    vlm.zero_grad()
+    vlm.model.zero_grad()
     tokens = sum(batch.supervised_token_count for batch in batches)
     loss = 0.0
     for batch in batches:
         out = vlm(batch)
         (out.loss_sum / tokens).backward()
         loss += out.loss_sum.item() / tokens
-    return loss, {n: p.grad.clone() for n, p in vlm.named_parameters() if p.grad is not None}
+    return loss, {n: p.grad.clone() for n, p in vlm.model.named_parameters() if p.grad is not None}
 
 
 def assert_same(ours: tuple, theirs: tuple, tolerance: float = 1e-5) -> None:
@@ -81,7 +80,7 @@ def test_a_sample_does_not_notice_its_neighbours(connector: type, options: dict)
     ]
     kind = torch.float32
     if connector is Gated:  # the gradient of a gate is a long sum that cancels: compare in float64
-        vlm, kind = vlm.double(), torch.float64
+        vlm, kind = vlm.to(torch.float64), torch.float64
 
     def of(rows: list) -> tuple:
         return gradients(vlm, [make_batch(vlm, part).to("cpu", kind) for part in rows])
@@ -116,7 +115,7 @@ def test_closed_gates_equal_the_plain_language_model_bit_for_bit() -> None:
     batch.labels = None
     with torch.no_grad():
         ours = vlm(batch).logits
-        embeds = vlm.merge_embeddings(batch, vlm.visual(batch))
+        embeds = vlm.model.merge_embeddings(batch, vlm.visual(batch))
         plain = vlm.language.model(
             inputs_embeds=embeds,
             position_ids=batch.position_ids,
@@ -124,7 +123,7 @@ def test_closed_gates_equal_the_plain_language_model_bit_for_bit() -> None:
             visual=vlm.visual(batch),
             image_index=batch.image_index,
         ).last_hidden_state
-        for hook in vlm._inject_hooks:
+        for hook in vlm.model._inject_hooks:
             hook.remove()
         bare = vlm.language.model(
             inputs_embeds=embeds, position_ids=batch.position_ids, lengths=batch.sample_lengths
@@ -152,9 +151,9 @@ def test_cached_generation_equals_recomputation(connector: type, options: dict) 
     vlm = small_vlm(connector, options)
     asked = [make_sample(1), make_sample(2, images=2, words=30), make_sample(3, images=0)]
     asked = [replace(one, turns=one.turns[:1]) for one in asked]
-    together = vlm.generate(collate_prompts(vlm, asked), max_new_tokens=8)
+    together = vlm.generate(vlm.processor.collate_prompts(asked), max_new_tokens=8)
     for one, expected in zip(asked, together, strict=True):
-        batch = collate_prompts(vlm, [one])
+        batch = vlm.processor.collate_prompts([one])
         assert vlm.generate(batch, max_new_tokens=8) == [expected]
         for token in expected:  # no cache: the whole prompt again for every token
             logits = vlm(batch).logits[0, -1, : vlm.tokenizer.vocab_size]
@@ -178,7 +177,7 @@ def test_a_resized_tower_keeps_its_language_and_grows_its_places() -> None:
     vlm = small_vlm(LlavaMLP)
     before = vlm.connector.state_dict()
     vlm.set_image_size(56)
-    assert vlm.connector.tokens_per_image == 16 == vlm.shapes.patches
+    assert vlm.connector.tokens_per_image == 16 == vlm.model.shapes.patches
     after = vlm.connector.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert vlm(make_batch(vlm, [[make_sample(1)]])).loss_sum.isfinite()
@@ -213,7 +212,9 @@ def test_a_row_ends_where_the_positions_of_the_language_model_do():
     batch = vlm.prepare(asked)
     short, long = (batch.sample_index >= 0).sum(1).tolist()
     vlm.language.config.max_position_embeddings = long + 3
-    vlm.template = replace(vlm.template, stop="never said")
+    vlm.processor = replace(
+        vlm.processor, template=replace(vlm.processor.template, stop="never said")
+    )
     new = vlm.generate(batch, max_new_tokens=10_000)
     assert [len(row) for row in new] == [long + 3 - short, 3]
 

@@ -16,9 +16,9 @@ from vlbench import errors
 from vlbench.data.image_processing import ImageFile
 from vlbench.data.packing import collate
 from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
-from vlbench.data.sample_encoding import SampleEncoder
-from vlbench.model.generation.generate import decode_answer, has_ended
-from vlbench.model.vlm import VLM
+from vlbench.model.generation.answer_text import decode_answer, has_ended
+from vlbench.model.generation.generate import eos_token_ids
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.weights.clip_layouts import hf_tensor_names
 
 RECORDS = load_records()
@@ -47,7 +47,7 @@ def test_every_step_equals_the_reference(case):
         assert_near(batch.pixels, record(case, "pixel_values"), "pixel_values")
         assert_near(VLM_.features(batch), record(case, "vision_features"), "vision_features")
         assert_near(VLM_.visual(batch), record(case, "projector_out"), "projector_out")
-        fused = VLM_.merge_embeddings(batch, VLM_.visual(batch))[0]
+        fused = VLM_.model.merge_embeddings(batch, VLM_.visual(batch))[0]
         assert_near(fused, record(case, "inputs_embeds"), "inputs_embeds")
     logits = VLM_(batch).logits[0]
     if case["has_full_logits"]:
@@ -67,6 +67,7 @@ def test_greedy_answers_equal_the_reference(case):
     assert "".join(pieces) == case["text"] and len(pieces) > 5
 
 
+EOS = eos_token_ids(VLM_.model, VLM_.processor)
 STOPS = json.loads((GOLDEN / "stop_cases.json").read_text(encoding="utf-8"))
 
 
@@ -74,11 +75,11 @@ STOPS = json.loads((GOLDEN / "stop_cases.json").read_text(encoding="utf-8"))
 def test_answers_stop_and_are_cut_as_in_the_reference(case):
     ids, reason = case["ids"], "end_of_list"
     for length in range(1, len(ids) + 1):
-        if has_ended(VLM_, ids[:length]):
+        if has_ended(VLM_.processor, EOS, ids[:length]):
             reason = "eos" if ids[length - 1] == VLM_.tokenizer.eos_token_id else "keyword"
             break
     assert (length, reason) == (case["stops_after"], case["reason"])
-    assert decode_answer(VLM_, ids[:length]) == case["text"]
+    assert decode_answer(VLM_.processor, ids[:length]) == case["text"]
 
 
 def test_a_tanh_gelu_in_the_projector_would_be_caught():
@@ -91,7 +92,7 @@ def test_a_tanh_gelu_in_the_projector_would_be_caught():
     assert distance.abs().max() > 5 * TOLERANCE["projector_out"]
 
 
-def gradients(vlm: VLM) -> dict[str, Tensor | None]:
+def gradients(vlm: LoadedVLM) -> dict[str, Tensor | None]:
     """Return all gradients under the reference's names."""
     result = {name: p.grad for name, p in vlm.language.named_parameters()}
     for name, parameter in vlm.connector.released_projector().named_parameters():
@@ -119,12 +120,12 @@ def test_loss_and_gradients_of_a_training_batch_equal_the_reference(name, packed
     vlm = vlbench.load(CHECKPOINT, dtype=torch.float32)
     encoded = []
     for sample in samples:
-        one = SampleEncoder(vlm.tokenizer, vlm.template, 16, 4096).encode(sample)
+        one = vlm.processor.sample_encoder().encode(sample)
         last = len(vlm.tokenizer.encode(f" {sample.turns[-1].text.strip()}\n###"))
         one.labels[: len(one.labels) - 1 - last] = [-100] * (len(one.labels) - 1 - last)
         encoded.append(one)
     rows = [encoded] if packed else [[one] for one in encoded]
-    out = vlm(collate(rows, lambda picture: vlm.transform(picture.open())))
+    out = vlm(collate(rows, lambda picture: vlm.processor.transform(picture.open())))
     assert out.tokens == expected["n_label_tokens"]
     loss = out.loss_sum / out.tokens
     assert abs(loss.item() - expected["loss"]) <= TOLERANCE["loss"]

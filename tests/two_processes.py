@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vlbench.connector import registry
 from vlbench.data.packing import PackedBatch
 from vlbench.model.fsdp_wrapping import apply_fsdp
-from vlbench.model.vlm import VLM
+from vlbench.model.loaded_vlm import LoadedVLM
 
 WORLD = 2
 SHARES = [  # of the two processes in two micro-batches; text alone on one of them
@@ -28,17 +28,17 @@ SHARES = [  # of the two processes in two micro-batches; text alone on one of th
 ]
 
 
-def open_gated_vlm(name: str) -> VLM:
+def open_gated_vlm(name: str) -> LoadedVLM:
     """Return the small model of connector `name` with open gates, the same in every process."""
-    return open_gates(small_vlm(registry.load_connector(name), SMALL.get(name)).double())
+    return open_gates(small_vlm(registry.load_connector(name), SMALL.get(name))).to(torch.float64)
 
 
-def process_batches(vlm: VLM, rank: int) -> list[PackedBatch]:
+def process_batches(vlm: LoadedVLM, rank: int) -> list[PackedBatch]:
     """Return the micro-batches of a process."""
     return [make_batch(vlm, [row]).to("cpu", torch.float64) for row in SHARES[rank]]
 
 
-def compute_gradients(call: object, vlm: VLM, ranks: list[int]) -> dict[str, Tensor]:
+def compute_gradients(call: object, vlm: LoadedVLM, ranks: list[int]) -> dict[str, Tensor]:
     """Return the gradients of the loss over the samples of `ranks`, as one process sees them."""
     everyone = [batch for rank in range(WORLD) for batch in process_batches(vlm, rank)]
     tokens = sum(batch.supervised_token_count for batch in everyone)
@@ -56,7 +56,9 @@ def compute_gradients(call: object, vlm: VLM, ranks: list[int]) -> dict[str, Ten
             (loss * WORLD / len(ranks)).backward()
     return {
         name: grad.full_tensor() if isinstance(grad, DTensor) else grad
-        for name, grad in ((name, parameter.grad) for name, parameter in vlm.named_parameters())
+        for name, grad in (
+            (name, parameter.grad) for name, parameter in vlm.model.named_parameters()
+        )
         if grad is not None
     }
 
@@ -66,7 +68,7 @@ def compare_gradients(name: str, kind: str, rank: int) -> list[str]:
     torch.manual_seed(0)
     alone = open_gated_vlm(name)
     _train_used_blocks(alone)
-    expected = compute_gradients(alone, alone, list(range(WORLD)))
+    expected = compute_gradients(alone.model, alone, list(range(WORLD)))
     together = open_gated_vlm(name)
     _train_used_blocks(together)
     found = compute_gradients(wrap_distributed(together, kind), together, [rank])
@@ -78,11 +80,11 @@ def compare_gradients(name: str, kind: str, rank: int) -> list[str]:
     return lines
 
 
-def wrap_distributed(vlm: VLM, kind: str) -> Callable[[PackedBatch], Any]:
+def wrap_distributed(vlm: LoadedVLM, kind: str) -> Callable[[PackedBatch], Any]:
     """Return what trains a model in two processes."""
     if kind == "ddp":
-        return DistributedDataParallel(vlm)
-    return apply_fsdp(vlm, distributed.device_mesh.init_device_mesh("cpu", (WORLD,)))
+        return DistributedDataParallel(vlm.model)
+    return apply_fsdp(vlm.model, distributed.device_mesh.init_device_mesh("cpu", (WORLD,)))
 
 
 def compare_first_stage(rank: int, kind: str) -> list[str]:
@@ -94,8 +96,8 @@ def compare_first_stage(rank: int, kind: str) -> list[str]:
         vlm.vision.requires_grad_(False)
         vlm.language.requires_grad_(False)
         torch.manual_seed(5)
-        vlm.double().set_objective("blip2")
-        call = wrap_distributed(vlm, kind) if parallel else vlm
+        vlm.to(torch.float64).model.set_objective("blip2")
+        call = wrap_distributed(vlm, kind) if parallel else vlm.model
         samples = [one for number in ranks for one in shares[number]]
         batch = make_batch(vlm, [samples]).to("cpu", torch.float64)
         torch.manual_seed(5)  # pictures of noise have set another one
@@ -125,7 +127,7 @@ def call_undistributed(call: Callable[[], dict[str, Tensor]]) -> dict[str, Tenso
         distributed.is_initialized = before
 
 
-def _train_used_blocks(vlm: VLM) -> None:
+def _train_used_blocks(vlm: LoadedVLM) -> None:
     vlm.vision.requires_grad_(False)
     for parameter in vlm.vision.used_parameters():
         parameter.requires_grad_(True)

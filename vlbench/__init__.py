@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from vlbench.model.vlm import VLM
+    from vlbench.model.loaded_vlm import LoadedVLM
 
 __all__ = ["__version__", "load"]
 
@@ -22,7 +22,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     template: str | None = None,
-) -> VLM:
+) -> LoadedVLM:
     """Load a run, a checkpoint or a released model (a folder or a hub id), ready to answer.
 
     The model that is returned has `prompt(messages)`, `prepare(messages)`, `features(batch)`,

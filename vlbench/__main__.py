@@ -64,7 +64,7 @@ def run_eval(overrides: list[str]) -> int:
 
 def run_score(overrides: list[str]) -> int:
     """Score answers to a benchmark."""
-    from vlbench.evaluate.tasks.score_command import run_score as score_answers
+    from vlbench.evaluate.score_command import run_score as score_answers
 
     return score_answers(overrides)
 

@@ -9,7 +9,7 @@ import torch
 from vlbench.config import recipe as recipes
 from vlbench.data.chat_template import check_template_name
 from vlbench.errors import UserError, one_line, suggest_name
-from vlbench.model.vlm import VLM
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.weights.load_release import ReleaseOverrides, load_release
 from vlbench.model.weights.tensor_files import stored_dtype_and_numel
 from vlbench.process_settings import preserve_process_settings
@@ -33,7 +33,7 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     template: str | None = None,
-) -> VLM:
+) -> LoadedVLM:
     """Return the model in a run, a checkpoint, or a released model (a folder or a hub id).
 
     `dtype` is a type of torch or one of the names in DTYPES. None: as the weights are stored, but
@@ -63,7 +63,7 @@ def find_model_folder(path: str | Path, key: str) -> Path:
 
 def load_model_folder(
     folder: Path, dtype: torch.dtype | None, device: str = "cpu", template: str | None = None
-) -> VLM:
+) -> LoadedVLM:
     """Return the model in a folder that `find` found; `dtype` None keeps tensors as stored.
 
     `template` replaces that of the folder.
@@ -76,10 +76,11 @@ def load_model_folder(
         recipe = recipe.model_copy(update={"language": language})
     vlm = load_checkpoint(folder, recipe, dtype, device)
     _, before = checkpoint_files.read_preprocessing(folder)
-    if before != vlm.transform.transform_hash():
+    transform_hash = vlm.processor.transform.transform_hash()
+    if before != transform_hash:
         raise UserError(
             f"{folder} was trained with other image preprocessing (hash {before}, "
-            f"this version has {vlm.transform.transform_hash()}): its answers would not be its own"
+            f"this version has {transform_hash}): its answers would not be its own"
         )
     return vlm
 

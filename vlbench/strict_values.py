@@ -33,7 +33,8 @@ ALLOWED_WORDS = {
     "model_type": "a mapping as {{KEY: VALUE}}",
     "dict_type": "a mapping as {{KEY: VALUE}}",
     "tuple_type": "a list, as [a,b] or a,b",
-    "literal_error": "one of {expected}",
+    "too_short": "a list of at least {min_length}",
+    "literal_error": "{choices}",
     "greater_than_equal": "at least {ge}",
     "greater_than": "above {gt}",
     "less_than_equal": "at most {le}",
@@ -195,9 +196,10 @@ def describe_error(details: ErrorDetails) -> str:
         return str(context["error"])
     choices = [word.strip("'") for word in re.split(", | or ", str(context.get("expected", "")))]
     limits = {name: f"{x:g}" if isinstance(x, float) else x for name, x in context.items()}
-    allowed = ALLOWED_WORDS.get(kind, kind).format_map(limits | {"expected": ", ".join(choices)})
+    limits["choices"] = f"{'one of ' if len(choices) > 1 else ''}{', '.join(choices)}"
     hint = suggest_name(str(value), choices)
     hint = f".{hint}" if hint else ""
     if kind == "int_type" and isinstance(value, float) and value.is_integer():
         hint = f"; write {int(value)}"
+    allowed = ALLOWED_WORDS[kind].format_map(limits) if kind in ALLOWED_WORDS else details["msg"]
     return f"must be {allowed}, given {format_value(value)}{hint}"

@@ -14,7 +14,7 @@ GOLDENS = Path(__file__).parent.parent / "goldens/evaluation"
 
 def write_mmmu(folder: Path) -> None:
     """Write MMMU/MMMU: 30 subjects with the splits dev, validation and test."""
-    from vlbench.evaluate.tasks.mmmu_data import MMMU_SUBJECTS
+    from vlbench.evaluate.tasks.benchmark_types import MMMU_SUBJECTS
 
     (folder / "README.md").write_text("# MMMU\n")
     shutil.copytree(GOLDENS / "mmmu_tiny", folder, dirs_exist_ok=True)
@@ -27,7 +27,7 @@ def write_mmmu(folder: Path) -> None:
 
 def write_cmmmu(folder: Path) -> None:
     """Write m-a-p/CMMMU: six categories with the splits dev, val and test."""
-    from vlbench.evaluate.tasks.cmmmu_data import CMMMU_CATEGORIES
+    from vlbench.evaluate.tasks.benchmark_types import CMMMU_CATEGORIES
 
     (folder / "README.md").write_text("# CMMMU\n")
     shutil.copytree(GOLDENS / "cmmmu_tiny", folder, dirs_exist_ok=True)

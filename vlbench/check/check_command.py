@@ -29,9 +29,9 @@ from vlbench.data.conversation_files import LlavaJson
 from vlbench.data.sample import Sample, SampleSource
 from vlbench.data.sample_encoding import CachedTokenizer, SampleEncoder
 from vlbench.data.shards import WebDatasetShards
+from vlbench.data.shuffle import pick_fixed_subset
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import BadSample, UserError, escape_to_one_line
-from vlbench.evaluate.run_results import pick_fixed_subset
 from vlbench.model.language_model import tokenizer_folder
 from vlbench.text_files import format_json_lines, write_atomically
 from vlbench.train.shape_checks import tokens_per_image_by_stage

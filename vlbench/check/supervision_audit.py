@@ -10,7 +10,6 @@ from typing import Any
 
 from PIL import Image
 
-from vlbench import __version__
 from vlbench.config.schema import Recipe
 from vlbench.data.sample import LazyImage, Sample
 from vlbench.data.sample_encoding import (
@@ -21,6 +20,7 @@ from vlbench.data.sample_encoding import (
 )
 from vlbench.errors import BadSample
 from vlbench.html_pages import image_data_uri, jinja_environment
+from vlbench.version import __version__
 
 THUMBNAIL_SIZE = 160  # pixels, the longest side of a thumbnail
 

@@ -1,1 +1,1 @@
-"""Comparison: a grid of runs, what they cost, and what their differences mean."""
+"""Comparison of connectors: a grid of runs with matched budgets, and its statistics."""

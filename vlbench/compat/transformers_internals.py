@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-    from transformers import DynamicCache, LlamaConfig, PretrainedConfig
+    from transformers import DynamicCache, LlamaConfig, PretrainedConfig, StaticCache
 
 
 @functools.cache
@@ -126,6 +126,17 @@ def kv_cache_layers(cache: DynamicCache) -> list[Any]:
     The list is the cache's own. If the attributes change, compiled decoding breaks.
     """
     return cache.layers
+
+
+def static_cache_position(cache: StaticCache) -> Tensor:
+    """Return the position that the next token takes in a cache of fixed length, int64 `[1]`.
+
+    It stays on the device, where the cache counts: as a number it would be part of a compiled
+    graph. `StaticLayer.cumulative_length`; if it is renamed, compiled decoding breaks.
+    """
+    layer: Any = cache.layers[0]
+    position: Tensor = layer.cumulative_length
+    return position.view(1)
 
 
 def pil_llava_image_processor() -> type[Any]:

@@ -1,4 +1,4 @@
-"""The words of the command line, `key=value`, as a tree; every value stays as it was typed."""
+"""`key=value` words of the command line as nested mappings; values stay text."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from vlbench.strict_values import INTEGER_PATTERN, RawText, parse_flow_yaml, yam
 
 
 def parse_overrides(overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Return `a.b=c` words as nested mappings with `Text` leaves, and the mistakes in them."""
+    """Return `a.b=c` words as nested mappings of `RawText`, and what is wrong with them."""
     result: dict[str, Any] = {}
-    mistakes: list[str] = []
+    errors: list[str] = []
     for word in overrides:
         key, equals, value = word.partition("=")
         if word.encode(errors="replace").decode() != word:
-            mistakes.append(f"{ascii(word)} is not UTF-8 text, and a recipe is written as that")
+            errors.append(f"{ascii(word)} is not UTF-8 text, and a recipe is written as that")
         elif not equals or not all(key.split(".")):
-            mistakes.append(f"'{word}' is not KEY=VALUE, as in stages.chat.steps=10")
+            errors.append(f"'{word}' is not KEY=VALUE, as in stages.chat.steps=10")
         elif not value:
-            mistakes.append(f"{key} has no value; write {key}=VALUE, or {key}=null for none")
-        elif wrong := _set_leaf(result, key.split("."), RawText(value)):
-            mistakes.append(f"{key} is given {wrong}")
-    return result, mistakes
+            errors.append(f"{key} has no value; write {key}=VALUE, or {key}=null for none")
+        elif conflict := _set_leaf(result, key.split("."), RawText(value)):
+            errors.append(f"{key} is given {conflict}")
+    return result, errors
 
 
 def _set_leaf(node: dict[str, Any], path: list[str], value: RawText) -> str:
-    """Set a leaf of the tree; return in what way it was given before, "" if it was not."""
+    """Set a value; return how it conflicts with one that was given before, or ""."""
     for name in path[:-1]:
         node = node.setdefault(name, {})
         if not isinstance(node, dict):

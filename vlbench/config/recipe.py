@@ -1,7 +1,7 @@
 """From `recipe=... size=... key=value` to a resolved, checked `Recipe`, and to its YAML copy.
 
-Layers, each walked strictly before they are merged: what `init` hands down, the recipe's file, the
-size's file, and the command line. A later layer wins. All mistakes are raised together.
+The layers are merged, a later one wins: keys of the model that `init` names, the recipe's file, the
+size's file, the command line. All errors are raised together.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from vlbench.config.merge import differing_keys, mapping_in
 from vlbench.config.overrides import open_mappings, parse_overrides
+from vlbench.config.resolve import mapping_in, resolve_layers
 from vlbench.config.schema import Recipe, declared_keys
-from vlbench.config.validate import validate_layers
 from vlbench.connector import registry
 from vlbench.errors import UserError, suggest_name
-from vlbench.strict_values import StrictModel
+from vlbench.strict_values import StrictModel, format_value
 from vlbench.text_files import read_json, split_lines
 from vlbench.version import __version__
+
+RESUMABLE_KEYS = ("trainer", "log", "run", "dry_run", "profile")
+"""Keys that a run may change when it is resumed; so may `workers` of any data."""
 
 
 def load_recipe(
@@ -31,25 +33,24 @@ def load_recipe(
 ) -> Recipe:
     """Return the recipe that the words `recipe=... size=... key=value ...` describe.
 
-    Without `recipe=`, `run=DIR` takes the recipe of that run. What neither files nor words say is
-    taken from `inherited_keys`, which an `init` with parts of its own hands down. Raises one
-    UserError with a line for every thing that is wrong.
+    Without `recipe=`, `run=DIR` takes the recipe of that run. `inherited_keys`, those of the model
+    that `init` names, are the lowest layer. Raises a UserError with a line for each error.
     """
-    tree, mistakes = parse_overrides(overrides)
+    tree, errors = parse_overrides(overrides)
     tree = open_mappings(tree)
-    base, name, size = _base_layers(tree, mistakes)
+    base, name, size = _base_layers(tree, errors)
     if inherited_keys and not _saved_recipe_path(tree).is_file():  # a resumed run was checked
-        mistakes += _conflicts_with_init(base, tree)
+        errors += _conflicts_with_init(base, tree)
     size_name = f"size {tree.get('size', 'tiny')}"
     layers = [("init", dict(inherited_keys)), (name, base), (size_name, size), ("", tree)]
-    return validate_layers(layers, mistakes, list(mapping_in(base, "stages")))
+    return resolve_layers(layers, errors, list(mapping_in(base, "stages")))
 
 
 def load_recipe_file(path: str | Path) -> Recipe:
-    """Return the resolved recipe that `save_recipe` wrote; an error names another version's."""
+    """Return the recipe that `save_recipe` wrote; an error names the version that wrote it."""
     path = Path(path)
     try:
-        return validate_layers([(str(path), read_yaml(path))], [])
+        return resolve_layers([(str(path), read_yaml(path))], [])
     except UserError as error:
         made = _version_of_run(path.parent)
         if made in ("", __version__):
@@ -60,7 +61,7 @@ def load_recipe_file(path: str | Path) -> Recipe:
 
 
 def _version_of_run(folder: Path) -> str:
-    """Return the version that made a run, given its folder or one of its checkpoints."""
+    """Return the version that wrote a run, from its folder or one of its checkpoints."""
     for file in (folder / "versions.json", folder.parent.parent / "versions.json"):
         if file.is_file():
             return str(read_json(file).get("vlbench", ""))
@@ -82,25 +83,41 @@ def to_plain(section: StrictModel) -> dict[str, Any]:
     return section.model_dump(mode="json", by_alias=True)
 
 
+def flatten_keys(tree: StrictModel | dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a recipe with one key for every value: `stages.chat.steps` -> 450."""
+    result: dict[str, Any] = {}
+    for key, value in (to_plain(tree) if isinstance(tree, StrictModel) else tree).items():
+        is_leaf = not value or not isinstance(value, dict)
+        result |= {prefix + key: value} if is_leaf else flatten_keys(value, f"{prefix}{key}.")
+    return result
+
+
 def recipe_differences(before: Recipe, now: Recipe) -> list[str]:
     """Return keys that differ, as "seed (0 before, 1 now)"; not those a resume may change."""
-    return differing_keys(to_plain(before), to_plain(now))
+    old, new = flatten_keys(before), flatten_keys(now)
+    return [
+        f"{key} ({format_value(old.get(key))} before, {format_value(new.get(key))} now)"
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key) != new.get(key)
+        and key.split(".")[0] not in RESUMABLE_KEYS
+        and not key.endswith("data.workers")
+    ]
 
 
 def require_data(recipe: Recipe) -> None:
-    """Raise a Mistake when a stage that is to run has nothing to learn from."""
+    """Raise a UserError when a stage that will run has no training data."""
     for name, stage in recipe.stages.items():
         data = stage.data or recipe.data
         runs = recipe.only is None or name in recipe.only
         if runs and data.train is None and data.mix is None:
             raise UserError(
                 f"size={recipe.size} needs data.train=FILE.json (LLaVA's format) and "
-                f"data.images=FOLDER: stage {name} has nothing to learn from"
+                f"data.images=FOLDER: stage {name} has no training data"
             )
 
 
 def stages_to_run(recipe: Recipe) -> list[str]:
-    """Return the names of the stages that `from` and `only` leave, in order."""
+    """Return the names of the stages that `from` and `only` select, in order."""
     names = list(recipe.stages)
     if recipe.from_:
         names = names[names.index(recipe.from_) :]
@@ -127,7 +144,7 @@ def size_files() -> dict[str, Path]:
 
 
 def file_summary(path: Path) -> str:
-    """Return what the file says about itself: its first comment that is not a command."""
+    """Return the summary of a recipe or size: its first comment that is not a command."""
     for line in split_lines(path.read_text(encoding="utf-8")):
         text = line.removeprefix("#").strip()
         if line.startswith("#") and text and not text.startswith("python -m"):
@@ -136,13 +153,13 @@ def file_summary(path: Path) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file; a Mistake names the file and, where known, the line."""
+    """Return the mapping in a YAML file; a UserError names the file and, if known, the line."""
     try:
         tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        at = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{at}: {getattr(error, 'problem', error)}") from error
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: {getattr(error, 'problem', error)}") from error
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -154,30 +171,30 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _yaml_files(folder: str) -> dict[str, Path]:
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for root in (Path("recipes"), registry.shipped_folder("recipes")):
         for path in sorted((root / folder).glob("*.yaml")):
-            found.setdefault(path.stem, path)
-    return found
+            files.setdefault(path.stem, path)
+    return files
 
 
 def _base_layers(
     tree: dict[str, Any], errors: list[str]
 ) -> tuple[dict[str, Any], str, dict[str, Any]]:
-    """Return the recipe's layer, its name in messages, and the size's, without foreign stages."""
+    """Return the recipe's layer, its name in messages, and the size's layer for its stages."""
     copy = _saved_recipe_path(tree)
     if "recipe" not in tree and "size" not in tree and "run" in tree and copy.is_file():
         return read_yaml(copy), str(copy), {}
     base, name = _read_layer(tree.get("recipe"), "recipe", recipe_files(), errors)
     size, _ = _read_layer(tree.get("size", base.get("size", "tiny")), "size", size_files(), errors)
-    for_connectors, towers = (size.pop(kind, None) or {} for kind in ("connectors", "towers"))
+    for_connectors, encoders = (size.pop(key, None) or {} for key in ("connectors", "encoders"))
     chosen, layer = _chosen_part(tree, base, "connector")
-    if chosen in for_connectors:  # options that a connector has at this scale
+    if chosen in for_connectors:  # options of that connector at this size
         size["connector"] = {"name": chosen, **for_connectors[chosen]}
     chosen, layer = _chosen_part(tree, base, "vision")
-    if chosen in towers:  # a kind of tower: which one it is at this scale
-        layer["vision"] = {**layer["vision"], "name": towers[chosen]["name"]}
-        size["vision"] = towers[chosen]
+    if chosen in encoders:  # a kind of vision encoder, such as eva: its model at this size
+        layer["vision"] = {**layer["vision"], "name": encoders[chosen]["name"]}
+        size["vision"] = encoders[chosen]
     stages = mapping_in(size, "stages")  # how stages look at this size; the recipe says which
     known = {name: stages[name] for name in stages if name in mapping_in(base, "stages")}
     size = {**size, "stages": known} if known else {k: v for k, v in size.items() if k != "stages"}
@@ -185,18 +202,18 @@ def _base_layers(
 
 
 def _saved_recipe_path(tree: dict[str, Any]) -> Path:
-    """Return where the run that the command line names keeps its recipe."""
+    """Return the path of the recipe in the run that the command line names."""
     return Path(str(tree.get("run")), "recipe.yaml").expanduser()
 
 
 def _conflicts_with_init(*layers: dict[str, Any]) -> list[str]:
-    """Say which keys that somebody wrote choose a part that `init` brings along itself."""
+    """Return errors for keys that choose a part which comes with the model of `init`."""
     init = next((layer["init"] for layer in reversed(layers) if "init" in layer), None)
     return [
         f"{part}.{key} is '{mapping_in(layer, part)[key]}', but init={init} brings its own "
         f"{label}; leave {part}.{key} out"
         for layer in layers
-        # the resolved copy of a run has every key, whoever wrote it
+        # the resolved copy of a run has every key, defaults included
         if not declared_keys(Recipe).keys() <= layer.keys()
         for part, label in (("vision", "vision encoder"), ("language", "language model"))
         for key in ("name", "weights")
@@ -207,18 +224,18 @@ def _conflicts_with_init(*layers: dict[str, Any]) -> list[str]:
 def _chosen_part(
     tree: dict[str, Any], base: dict[str, Any], part: str
 ) -> tuple[str | None, dict[str, Any]]:
-    """Return the name that the command line, or else the recipe, gives a part, and who gives it."""
+    """Return the name of a part from the command line or the recipe, and the layer that has it."""
     for layer in (tree, base):
-        one = layer.get(part)
-        if isinstance(one, dict) and one.get("name"):
-            return str(one["name"]), layer
+        name = mapping_in(layer, part).get("name")
+        if name:
+            return str(name), layer
     return None, base
 
 
 def _read_layer(
     given: Any, key: str, known: dict[str, Path], errors: list[str]
 ) -> tuple[dict[str, Any], str]:
-    """Read the file of `recipe=` (a name or a path) or `size=`; after a mistake it is empty."""
+    """Return the layer of `recipe=` (name or path) or `size=`, and its name; {} after an error."""
     path = known.get(str(given)) or Path(str(given)).expanduser()
     is_path = str(given) in known or (key == "recipe" and path.suffix in (".yaml", ".yml"))
     if given is None:
@@ -229,6 +246,6 @@ def _read_layer(
     else:
         try:
             return read_yaml(path), path.name
-        except UserError as mistake:
-            errors.append(str(mistake))
+        except UserError as error:
+            errors.append(str(error))
     return {}, str(given)

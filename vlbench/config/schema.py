@@ -26,6 +26,8 @@ from vlbench.errors import suggest_name
 from vlbench.strict_values import StrictModel, is_null, kind_label, split_union, yaml_text
 
 PartName = Literal["vision", "connector", "language"]
+CheckpointingMode = Literal["none", "selective", "full", "auto"]
+OnBadSample = Literal["auto", "quarantine", "stop"]
 PART_NAMES: tuple[str, ...] = get_args(PartName)
 EXCLUSIVE_KEYS = (("epochs", "steps"), ("train", "mix"), ("only", "from"))
 """Pairs of keys of one mapping of which one at most has a value."""
@@ -44,21 +46,14 @@ def check_stage_name(name: str, info: ValidationInfo) -> str:
 
 
 def drop_frozen_parts(parts: Any) -> Any:
-    """Return the parts of `train` without those that are null, which are not trained."""
+    """Return the parts of `train` without those that are null: they are frozen."""
     return {p: v for p, v in parts.items() if not is_null(v)} if isinstance(parts, dict) else parts
-
-
-def check_not_empty(items: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return a list with something in it."""
-    if not items:
-        raise ValueError("must be a list of at least one, given []")
-    return items
 
 
 def check_embedded_weights(
     part: str, name: str, weights: str, embedded_names: Iterable[str]
 ) -> None:
-    """Raise a ValueError where the weights of a part are to be embedded and none are."""
+    """Raise a ValueError for embedded weights of an encoder or model that has none."""
     if weights == "embedded" and name not in embedded_names:
         known = " and ".join(f"{part}.name={embedded}" for embedded in embedded_names)
         raise ValueError(
@@ -70,7 +65,7 @@ def check_embedded_weights(
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 """Text that may be a path, in which a leading `~` is the home folder."""
 StageName = Annotated[str, AfterValidator(check_stage_name)]
-StageNames = Annotated[tuple[StageName, ...], AfterValidator(check_not_empty)]
+StageNames = Annotated[tuple[StageName, ...], Field(min_length=1)]
 EncoderName = Annotated[PathText, AfterValidator(check_encoder_name)]
 BetaNumber = Annotated[float, Field(ge=0, le=0.999999)]
 
@@ -95,9 +90,7 @@ class RecipeSection(StrictModel):
 class VisionEncoderConfig(RecipeSection):
     """The vision encoder."""
 
-    name: EncoderName = key(
-        "ViT or EVA of open_clip, tiny or tiny_eva (see list), a folder", "tiny"
-    )
+    name: EncoderName = key("ViT or EVA of open_clip, tiny, tiny_eva (see list), folder", "tiny")
     weights: PathText = key("embedded (tiny, tiny_eva), random, a tag, file or folder", "embedded")
     layer: int = key("block whose output the connector gets; -1 is the last", -2, ge=-100, le=99)
     norm: bool = key("apply the encoder's final LayerNorm to its features", False)
@@ -153,7 +146,7 @@ class MixtureSource(RecipeSection):
     weight: float = key("how often an epoch takes each sample", 1.0, gt=0)
 
 
-Mixture = Annotated[tuple[MixtureSource, ...], AfterValidator(check_not_empty)]
+Mixture = Annotated[tuple[MixtureSource, ...], Field(min_length=1)]
 
 
 class DataConfig(RecipeSection):
@@ -163,9 +156,7 @@ class DataConfig(RecipeSection):
     images: PathText | None = key("folder of images; null: beside the file", None)
     mix: Mixture | None = key("several weighted sources, instead of train", None)
     val: PathText | None = key("held-out samples: a file in LLaVA's format, or shards", None)
-    on_bad_sample: Literal["auto", "quarantine", "stop"] = key(
-        "leave bad samples out and count them, or stop; auto: stop above 1 %", "auto"
-    )
+    on_bad_sample: OnBadSample = key("leave out and count, or stop; auto: stop above 1 %", "auto")
     workers: int = key("processes that prepare batches; 0: the training process", 4, ge=0, le=256)
     decode: Literal["exact", "draft"] = key(
         "large JPEGs: decoded as the reference does, or faster and less exactly", "exact"
@@ -205,7 +196,9 @@ class StageConfig(RecipeSection):
             if settings.lora is not None and part == "connector":
                 raise ValueError("has train.connector.lora; a connector is trained whole")
             if settings.lora is not None and settings.lora.bits and part != "language":
-                raise ValueError(f"has train.{part}.lora.bits, allowed for the language model only")
+                raise ValueError(
+                    f"has train.{part}.lora.bits=4, allowed for the language model only"
+                )
         return self
 
 
@@ -219,9 +212,7 @@ class TrainerConfig(RecipeSection):
     devices: int = key("processes on each machine, a GPU each", 1, ge=1)
     num_nodes: int = key("machines", 1, ge=1)
     compile: bool = key("compile decoder layers and encoder blocks; for long GPU runs", False)
-    checkpoint_every: float = key(
-        "seconds between checkpoints; longer if saving is slow", 60.0, gt=0
-    )
+    checkpoint_every: float = key("seconds; more where saving takes over 5 %", 60.0, gt=0)
     keep_last_checkpoints: int = key("checkpoints that are kept, beside the best", 2, ge=1)
     feature_cache: PathText | None = key("folder of features of frozen encoders", None)
     max_nonfinite_steps: int = key("stop after this many NaN or infinite losses in a row", 5, ge=1)
@@ -255,7 +246,7 @@ class Recipe(RecipeSection):
     only: StageNames | None = key("stages to run, as chat or [align_224,chat]", None)
     from_: StageName | None = key("stage to start from", None, alias="from")
     precision: Literal["32", "bf16"] = key("precision of the arithmetic", "32")
-    activation_checkpointing: Literal["none", "selective", "full", "auto"] = key(
+    activation_checkpointing: CheckpointingMode = key(
         "recompute nothing, what is cheap, or all; auto: what memory asks for", "none"
     )
     dry_run: bool = key("one step of every stage, longest batch first, then stop", False)

@@ -1,7 +1,7 @@
 """Connectors: the contract, the registry of names, and the schema of a connector's options.
 
-`from vlbench.connector import Connector, Shapes` is what a connector's file needs. The names are
-looked up when they are asked for: `registry` and `option_schema` do without torch.
+A connector's file needs `from vlbench.connector import Connector, Shapes`. These names are imported
+on first use, because `registry` and `option_schema` work without torch.
 """
 
 from __future__ import annotations

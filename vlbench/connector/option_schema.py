@@ -1,7 +1,7 @@
-"""A connector's signature is the schema of its options: read from its text, or from the class.
+"""The options of a connector are the parameters of its `__init__`, with their types and defaults.
 
-Reading the text keeps torch out of commands that only look. What the text does not tell (a base
-class from elsewhere, a computed default) is left to the loaded class.
+They are read from the text of the file, without importing torch, or from the loaded class where the
+text does not suffice (a base class of another file, a computed default).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class ConnectorOption(NamedTuple):
     """One option of a connector."""
 
     kind: Any
-    """Its type; Any where none is declared."""
+    """Declared type; Any where there is none."""
     default: Any
-    """Its default; `inspect.Parameter.empty` where it must be given."""
+    """`inspect.Parameter.empty` where the option must be given."""
 
 
 def options_of_class(cls: type) -> dict[str, ConnectorOption]:
@@ -42,7 +42,7 @@ def options_of_class(cls: type) -> dict[str, ConnectorOption]:
 
 
 def options_in_file(file: Path) -> dict[str, ConnectorOption] | None:
-    """Return the options of the class in a connector file, None if only running it can tell."""
+    """Return the options of the class in a connector file, None if the text does not suffice."""
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
     except (SyntaxError, ValueError, OSError) as error:
@@ -58,18 +58,18 @@ def options_in_file(file: Path) -> dict[str, ConnectorOption] | None:
 
 
 def infer_kind(default: Any) -> Any:
-    """Return the kind of an option that has a default and no annotation."""
+    """Return the type of an option that has a default and no annotation."""
     return type(default) if type(default) in (int, float, bool, str) else Any
 
 
 def supported_kind(kind: Any) -> Any:
-    """Return an annotation as a kind to convert to; a list is a tuple of any length."""
+    """Return an annotation as a type that values are checked for; a list is a tuple."""
     origin = get_origin(kind)
     if origin is list:
         return tuple[(*get_args(kind), ...)]  # type: ignore[misc]
     if origin in (Union, types.UnionType):
-        inner = [supported_kind(one) for one in get_args(kind)]
-        return Any if Any in inner else Union[tuple(inner)]  # noqa: UP007
+        members = [supported_kind(member) for member in get_args(kind)]
+        return Any if Any in members else Union[tuple(members)]  # noqa: UP007
     plain = origin in (Literal, tuple) or kind in (int, float, bool, str, None, type(None))
     return kind if plain else Any
 
@@ -77,7 +77,7 @@ def supported_kind(kind: Any) -> Any:
 def _connector_class(tree: ast.Module) -> ast.ClassDef | None:
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
     direct = [c for c in classes if any(_node_name(base) == "Connector" for base in c.bases)]
-    # Another class may inherit from one of another file: then only running it can tell.
+    # a class with another base may be a connector too, by a base class of another file
     unclear = [c for c in classes if c not in direct and c.bases and not _has_known_bases(c)]
     return direct[0] if len(direct) == 1 and not unclear else None
 
@@ -98,11 +98,12 @@ def _find_init(cls: ast.ClassDef) -> ast.FunctionDef | None:
 
 
 def _read_options(args: ast.arguments) -> dict[str, ConnectorOption]:
-    """Return the options of `__init__(self, shapes, ...)`; a ValueError if text is not enough."""
+    """Return the options of `__init__(self, shapes, ...)`; a ValueError if they are computed."""
     empty: Any = inspect.Parameter.empty
-    spare = len(args.args) - len(args.defaults)
+    required = len(args.args) - len(args.defaults)
     pairs = [
-        (arg, args.defaults[i - spare] if i >= spare else None) for i, arg in enumerate(args.args)
+        (arg, args.defaults[i - required] if i >= required else None)
+        for i, arg in enumerate(args.args)
     ]
     pairs = pairs[2:] + list(zip(args.kwonlyargs, args.kw_defaults, strict=True))
     result: dict[str, ConnectorOption] = {}
@@ -118,7 +119,7 @@ def _read_options(args: ast.arguments) -> dict[str, ConnectorOption]:
 
 
 def _read_annotation(node: ast.expr) -> Any:
-    """Return the type that an annotation names."""
+    """Return the type that an annotation names; a ValueError for one that is not known here."""
     if isinstance(node, ast.Constant) and (node.value is None or node.value is Ellipsis):
         return node.value
     if isinstance(node, ast.Name) and node.id in NAMED_KINDS:
@@ -133,8 +134,8 @@ def _read_annotation(node: ast.expr) -> Any:
 def _read_subscript(name: str, slice_node: ast.expr) -> Any:
     items = slice_node.elts if isinstance(slice_node, ast.Tuple) else [slice_node]
     if name == "Literal":
-        return Literal[tuple(ast.literal_eval(one) for one in items)]
-    kinds = tuple(_read_annotation(one) for one in items)
+        return Literal[tuple(ast.literal_eval(item) for item in items)]
+    kinds = tuple(_read_annotation(item) for item in items)
     if name == "Optional":
         return Union[kinds[0], None]  # noqa: UP007
     if name in ("tuple", "list"):

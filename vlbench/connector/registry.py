@@ -1,7 +1,7 @@
-"""Connectors by exact name: a drop-in file, a shipped file, or an entry point of another package.
+"""Connectors by exact name: a file in `./connectors`, a shipped file, or another package's.
 
-`./connectors/NAME.py` comes first, then the shipped connectors, then the entry points of the group
-`vlbench.connectors`. Only the one asked for is loaded, and two of the same name are refused.
+Other packages declare entry points of the group `vlbench.connectors`. Only the connector that is
+asked for is imported; a name that is defined twice is refused.
 """
 
 from __future__ import annotations
@@ -23,13 +23,11 @@ if TYPE_CHECKING:
     from vlbench.connector.base import Connector
 
 ENTRY_POINT_GROUP = "vlbench.connectors"
-_LOADING_LOCK = (
-    threading.RLock()
-)  # another thread would see a module that is not executed to its end
+_LOADING_LOCK = threading.RLock()  # else another thread sees a module that is half executed
 
 
 class ConnectorSource(NamedTuple):
-    """A connector that was found but not loaded: a file or an entry point."""
+    """Where a connector is defined, a file or an entry point; it is not imported yet."""
 
     location: str
     file: Path | None
@@ -37,7 +35,7 @@ class ConnectorSource(NamedTuple):
 
 
 def shipped_folder(folder_name: str) -> Path:
-    """Return the shipped folder `connectors` or `recipes`, in an installed package or beside it."""
+    """Return the shipped folder `connectors` or `recipes`: in a wheel, or beside the package."""
     inside = Path(__file__).resolve().parents[1] / folder_name
     return inside if inside.is_dir() else inside.parent.parent / folder_name
 
@@ -47,68 +45,69 @@ __path__: list[str] = [str(Path("connectors").absolute()), str(shipped_folder("c
 
 
 def find_connectors() -> dict[str, list[ConnectorSource]]:
-    """Return all that was found under each name, by name; nothing is imported."""
+    """Return the sources of every connector by name; nothing is imported."""
     names: dict[str, list[ConnectorSource]] = {}
     for folder in dict.fromkeys(
         [Path("connectors").resolve(), shipped_folder("connectors").resolve()]
     ):
         for file in sorted(folder.glob("[!_.]*.py")):
-            # an installed package used inside a checkout meets its own files again
-            if not any(_has_same_text(one, file) for one in names.get(file.stem, [])):
+            # an installed package that runs inside a checkout finds its own files twice
+            if not any(_has_same_text(source, file) for source in names.get(file.stem, [])):
                 names.setdefault(file.stem, []).append(ConnectorSource(str(file), file, None))
     for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         package = f" of {entry.dist.name}" if entry.dist else ""
-        found_entry = ConnectorSource(f"entry point {entry.value}{package}", None, entry)
-        names.setdefault(entry.name, []).append(found_entry)
+        source = ConnectorSource(f"entry point {entry.value}{package}", None, entry)
+        names.setdefault(entry.name, []).append(source)
     return dict(sorted(names.items()))
 
 
 def connector_locations() -> dict[str, str]:
     """Return where each connector comes from, by name; nothing is imported."""
     return {
-        name: " and ".join(one.location for one in all_) for name, all_ in find_connectors().items()
+        name: " and ".join(source.location for source in sources)
+        for name, sources in find_connectors().items()
     }
 
 
 def find_connector(name: str) -> ConnectorSource:
-    """Return the one connector called `name`; a Mistake when there is none or more than one."""
+    """Return the source of a connector; a UserError when there is none or more than one."""
     known = find_connectors()
     if name not in known:
         names = ", ".join(known) or "none"
         raise UserError(f"no connector '{name}'; known: {names}.{suggest_name(name, known)}")
     if len(known[name]) > 1:
-        both = " and ".join(one.location for one in known[name])
+        both = " and ".join(source.location for source in known[name])
         raise UserError(f"connector '{name}' is defined twice: {both}; rename one of them")
     return known[name][0]
 
 
 def load_connector(name: str) -> type[Connector]:
-    """Load the connector called `name` and return its class; a Mistake when that fails."""
-    one = find_connector(name)
-    if one.file is not None:
+    """Import a connector and return its class; a UserError when that fails."""
+    source = find_connector(name)
+    if source.file is not None:
         with _LOADING_LOCK:
-            return _load_from_file(name, one.file)
-    assert one.entry_point is not None
+            return _load_from_file(name, source.file)
+    assert source.entry_point is not None
     try:
-        cls = one.entry_point.load()
+        cls = source.entry_point.load()
     except Exception as error:
         raise UserError(
-            f"connector '{name}' ({one.location}) fails to load: {_typed_line(error)}"
+            f"connector '{name}' ({source.location}) fails to load: {_typed_line(error)}"
         ) from error
     if not _is_connector(cls):
-        raise UserError(f"connector '{name}' ({one.location}) is not a subclass of Connector")
+        raise UserError(f"connector '{name}' ({source.location}) is not a subclass of Connector")
     return cls  # type: ignore[no-any-return]
 
 
 def connector_module(name: str) -> Any:
-    """Return the module of the connector called `name`: other connectors may build on its parts."""
+    """Return the module of a connector, whose parts other connectors may use."""
     return sys.modules[load_connector(name).__module__]
 
 
 def connector_options(name_or_class: str | type) -> dict[str, ConnectorOption]:
-    """Return the options (kind, default) of a connector by its name or class.
+    """Return the options (type, default) of a connector by its name or class.
 
-    The signature is read from the file's text where that tells all, so that torch is not imported.
+    They are read from the text of its file where that suffices, so that torch is not imported.
     """
     if isinstance(name_or_class, type):
         return options_of_class(name_or_class)
@@ -118,39 +117,39 @@ def connector_options(name_or_class: str | type) -> dict[str, ConnectorOption]:
 
 
 def resolve_options(name: str, given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return all options of connector `name`, those `given` converted, and the mistakes in them."""
+    """Return all options of a connector, defaults filled in, and what is wrong with those given."""
     try:
         known = connector_options(name)
-    except UserError as mistake:
-        return given, [f"connector.name: {mistake}"]
-    mistakes = [_unknown_option(name, key, known) for key in given if key not in known]
+    except UserError as error:
+        return given, [f"connector.name: {error}"]
+    errors = [_unknown_option(name, key, known) for key in given if key not in known]
     values: dict[str, Any] = {}
     for key, option in known.items():
         try:
             values[key] = convert_value(given[key], option.kind) if key in given else option.default
         except ValueError as error:
-            mistakes.append(f"connector.{key} {error}")
+            errors.append(f"connector.{key} {error}")
         if values.get(key) is inspect.Parameter.empty:
-            mistakes.append(f"connector.{key} is missing; connector '{name}' needs it")
-    return values, mistakes
+            errors.append(f"connector.{key} is missing; connector '{name}' needs it")
+    return values, errors
 
 
 def check_options(name: str, given: dict[str, Any]) -> list[str]:
-    """Return what is wrong with the options `given` to connector `name`, a line each."""
+    """Return what is wrong with options of a connector, one line for each error."""
     return resolve_options(name, given)[1]
 
 
 def blame_connector_file(error: Exception) -> None:
-    """Raise a Mistake that names the place, if an error comes from inside of a connector's file."""
+    """Raise a UserError with file and line if an error comes from a connector's own code."""
     if isinstance(error, UserError | EnvironmentFailure):
         return
-    places = [
+    locations = [
         f"{frame.f_code.co_filename}:{line}"
         for frame, line in walk_tb(error.__traceback__)
         if frame.f_globals.get("__name__", "").startswith(f"{__name__}.")
     ]
-    if places:
-        raise UserError(f"{places[-1]}: {_typed_line(error)}") from error
+    if locations:
+        raise UserError(f"{locations[-1]}: {_typed_line(error)}") from error
 
 
 def _unknown_option(name: str, option_name: str, known: dict[str, ConnectorOption]) -> str:
@@ -198,9 +197,9 @@ def _typed_line(error: Exception) -> str:
 
 
 def _line_suffix(error: Exception, file: Path) -> str:
-    """Return ":LINE", the last line of `file` that had a part in `error`, or ""."""
+    """Return ":LINE", the last line of `file` in the traceback of `error`, or ""."""
     if isinstance(error, SyntaxError):
-        return ""  # its text names the line already
+        return ""  # its message names the line
     frames = walk_tb(error.__traceback__)
     lines = [line for frame, line in frames if frame.f_code.co_filename == str(file)]
     return f":{lines[-1]}" if lines else ""

@@ -1,1 +1,1 @@
-"""From files to batches: samples, templates, sources, order, packing."""
+"""Data, from files to batches: sources, sample encoding, images, order, packing."""

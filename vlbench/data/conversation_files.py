@@ -1,4 +1,4 @@
-"""Files of conversations in JSON: a list of records, or a record per line. Imports no torch."""
+"""Conversations in JSON files: a list of records, or a record per line. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlbench.data.sample import Sample, sample_at
 from vlbench.errors import BadSample, UserError, describe_json_type, suggest_name
 from vlbench.text_files import LFS_POINTER
 
-MAX_FILE_CHECKS = 100_000
+MAX_FILE_CHECKS = 100_000  # image files whose existence is checked
 JSONL_SUFFIXES = (".jsonl", ".ndjson")  # endings of files with one record per line
 FOREIGN_SIGNATURES = {
     b"PAR1": "is a Parquet file; write its rows as JSON records first (pandas.read_parquet)",
@@ -26,25 +26,25 @@ FOREIGN_SIGNATURES = {
     b"\xfd7zXZ\x00": "is compressed (xz); decompress it first",
     b"\x28\xb5\x2f\xfd": "is compressed (zstd); decompress it first",
     b"\x80": "is a pickle or another binary file; write its records as JSON",
-    b"\x89PNG": "is a picture; expected records in JSON",
-    b"\xff\xd8\xff": "is a picture; expected records in JSON",
+    b"\x89PNG": "is an image; expected records in JSON",
+    b"\xff\xd8\xff": "is an image; expected records in JSON",
     b"<": "begins as a web page (HTML or XML), not as JSON; was it downloaded by its raw address?",
     LFS_POINTER: "is a Git-LFS pointer and not the file; run git lfs pull",
 }
-"""What files that are no JSON begin with."""
+"""How files that are not JSON begin."""
 
 
 class LlavaJson:
-    """The samples of a file of records (JSON, or JSONL with one record per line).
+    """The samples of a file in LLaVA's format (JSON, or JSONL with one record per line).
 
-    Records stay as they were parsed; a record is looked at when its sample is asked for. Records
-    are counted from 1 in reports. `<image>` in a human turn means PLACEHOLDER.
+    Records stay as they were parsed; a record is converted when its sample is requested. Reports
+    count records from 1. `<image>` in a human turn becomes IMAGE_PLACEHOLDER.
     """
 
     def __init__(self, file: str | Path, image_folder: str | Path | None = None) -> None:
-        """Read `file`; its image names are looked up in the folder `images` (default: its own).
+        """Read `file`; its image names are looked up in `image_folder` (default: its own folder).
 
-        Raises a Mistake when the file is missing, malformed or without records.
+        Raises a UserError when the file is missing, malformed or without records.
         """
         self.name = str(file)
         self.image_folder = Path(image_folder) if image_folder is not None else Path(file).parent
@@ -68,8 +68,8 @@ class LlavaJson:
     ) -> list[BadSample]:
         """Return every record that is malformed or names an image file that does not exist.
 
-        At most MAX_STATS different files are looked up. `see` is called with every sample that is
-        well formed.
+        At most MAX_FILE_CHECKS different files are looked up. `on_sample` is called with every
+        well-formed sample.
         """
         faults: list[BadSample] = []
         exists: dict[str, bool] = {}
@@ -81,11 +81,11 @@ class LlavaJson:
                 continue
             if on_sample:
                 on_sample(sample)
-            for picture in sample.images:
-                if picture.name not in exists and len(exists) < MAX_FILE_CHECKS:
-                    exists[picture.name] = os.path.exists(picture.name)  # never raises
-                if not exists.get(picture.name, True):
-                    missing = BadSample(sample.id, f"image {picture.name}: does not exist")
+            for image in sample.images:
+                if image.name not in exists and len(exists) < MAX_FILE_CHECKS:
+                    exists[image.name] = os.path.exists(image.name)  # never raises
+                if not exists.get(image.name, True):
+                    missing = BadSample(sample.id, f"image {image.name}: does not exist")
                     faults.append(missing.with_origin_of(sample))
                     break
         return faults
@@ -94,7 +94,7 @@ class LlavaJson:
 def read_records(file: Path) -> list[Any]:
     """Parse a JSON list, or JSONL when the file's name ends in .jsonl.
 
-    Raises a Mistake with file, line and column.
+    Raises a UserError with file, line and column.
     """
     text = _read_text(file)
     if not text.strip():
@@ -104,40 +104,39 @@ def read_records(file: Path) -> list[Any]:
         return [_parse_json(line, file, number) for number, line in lines if line.strip()]
     records = _parse_json(text, file)
     if not isinstance(records, list):
-        what = (
-            f"line 1 holds {describe_json_type(records)}; expected a list of "
+        raise UserError(
+            f"data {file}: line 1 holds {describe_json_type(records)}; expected a list of "
             f"records{_suggest_record_list(records)}"
         )
-        raise UserError(f"data {file}: {what}")
     if not records:
         raise UserError(f"data {file}: the list holds no records")
     return records
 
 
 def _suggest_record_list(value: Any) -> str:
-    """Say where the list of records may be in a mapping, or return an empty text."""
+    """Suggest where the list of records may be in a mapping, or return an empty text."""
     if not isinstance(value, dict):
         return ""
     if any(key in value for key in TURN_KEYS):
         return "; is this one record? then write [ before it and ] behind it"
-    inner = [key for key, one in value.items() if isinstance(one, list) and one]
-    records = [key for key in inner if isinstance(value[key][0], dict)]
-    if not records:
+    list_keys = [key for key, entry in value.items() if isinstance(entry, list) and entry]
+    record_keys = [key for key in list_keys if isinstance(value[key][0], dict)]
+    if not record_keys:
         return ""
-    longest = max(records, key=lambda key: len(value[key]))
+    longest = max(record_keys, key=lambda key: len(value[key]))
     return f"; {longest!r} holds a list of {len(value[longest])} mappings: save that list alone"
 
 
 def _read_text(file: Path) -> str:
     try:
         data = file.read_bytes()
-        for begins, what in FOREIGN_SIGNATURES.items():
-            if data.removeprefix(BOM_UTF8).lstrip().startswith(begins):
-                raise UserError(f"data {file}: {what}")
+        for signature, problem in FOREIGN_SIGNATURES.items():
+            if data.removeprefix(BOM_UTF8).lstrip().startswith(signature):
+                raise UserError(f"data {file}: {problem}")
         return data.decode("utf-8-sig")
     except FileNotFoundError:
-        near = suggest_name(file.name, [p.name for p in file.parent.glob("*.json*")])
-        raise UserError(f"data {file}: there is no such file.{near}") from None
+        suggestion = suggest_name(file.name, [p.name for p in file.parent.glob("*.json*")])
+        raise UserError(f"data {file}: there is no such file.{suggestion}") from None
     except IsADirectoryError:
         raise UserError(f"data {file}: is a folder; expected a JSON file") from None
     except OSError as error:
@@ -150,14 +149,13 @@ def _read_text(file: Path) -> str:
 
 
 def _parse_json(text: str, file: Path, line_number: int | None = None) -> Any:
-    """Parse JSON text; `line` is the number of this line where every line is a text of its own."""
+    """Parse JSON text; of a JSONL file it is the line `line_number`."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         where = f"line {line_number or error.lineno}, column {error.colno}"
-        hint = _format_hint(error, file)
-        what = error.msg[:1].lower() + error.msg[1:]
-        raise UserError(f"data {file}: {where}: {what}{hint}") from None
+        reason = error.msg[:1].lower() + error.msg[1:]
+        raise UserError(f"data {file}: {where}: {reason}{_format_hint(error, file)}") from None
     except ValueError as error:  # a number of more digits than Python converts
         raise UserError(f"data {file}: cannot be read as JSON ({error})") from None
     except RecursionError:
@@ -165,13 +163,13 @@ def _parse_json(text: str, file: Path, line_number: int | None = None) -> Any:
 
 
 def _format_hint(error: json.JSONDecodeError, file: Path) -> str:
-    """Say what a text that is no JSON may be."""
-    first = error.doc.lstrip().partition("\n")[0]
-    if error.msg == "Extra data" and first.startswith("{"):
+    """Guess the format of a text that is not JSON, as the end of a message."""
+    first_line = error.doc.lstrip().partition("\n")[0]
+    if error.msg == "Extra data" and first_line.startswith("{"):
         return "; one record per line? then name the file .jsonl"
-    table = file.suffix.lower() in (".csv", ".tsv") or (
-        error.pos == error.doc.find(first)
-        and first[:1].isalpha()
-        and ("," in first or "\t" in first)
+    is_table = file.suffix.lower() in (".csv", ".tsv") or (
+        error.pos == error.doc.find(first_line)
+        and first_line[:1].isalpha()
+        and ("," in first_line or "\t" in first_line)
     )
-    return "; a table (CSV)? write its rows as JSON records" if table else ""
+    return "; a table (CSV)? write its rows as JSON records" if is_table else ""

@@ -1,8 +1,9 @@
-"""One record of conversations becomes a sample. Imports no torch.
+"""A record of a conversation becomes a sample. Imports no torch.
 
-Read are LLaVA's `conversations` of turns with `from` and `value`, and `messages` with `role` and
-`content`; pictures of `image` or `images`, or parts of a content; and `system`. What else a record
-holds is listed in `Sample.unread`, or refused (`record_keys.py`).
+Two formats are read: LLaVA's `conversations` of turns with `from` and `value`, and `messages` with
+`role` and `content`. Images come from `image` or `images`, or from parts of a content; a system
+prompt may be in `system`. Other keys of a record are listed in `Sample.unread_keys`, or refused
+(`record_keys.py`).
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ ROLE_ALIASES = {
     "assistant": "assistant",
     "system": "system",
 }
-"""Capital letters are read as small ones."""
+"""Role names are compared in lower case."""
 TURN_KEYS = ("conversations", "messages")
 IMAGE_KEYS = ("image", "images")
 USED_KEYS = ("id", "system", *TURN_KEYS, *IMAGE_KEYS)
-IMAGE_TAG = "<image>"  # LLaVA's spelling of PLACEHOLDER
+IMAGE_TAG = "<image>"  # LLaVA's spelling of IMAGE_PLACEHOLDER
 EXPECTED_RECORD = (
     '"conversations": [{"from": "human", "value": "<image>\\nQuestion"}, '
     '{"from": "gpt", "value": "Answer"}]'
 )
 
 LOSS_SWITCH_KEYS = ("loss", "loss_mask", "loss_scale", "train", "trainable", "weight")
-"""Keys of a turn by which other programs leave an answer out of the loss, when false or 0."""
+"""Keys of a turn that exclude an answer from the loss in other programs, when false or 0."""
 
 IMAGE_PATH_TAG = re.compile(r"<img>.*?</img>", re.IGNORECASE | re.DOTALL)
 MEDIA_TAG = re.compile(
@@ -43,16 +44,16 @@ MEDIA_TAG = re.compile(
     r"([ _-]?(pad|start|end|here|context|placeholder|token|soft_token|bos|eos|\d+))*\s*/?\|?>",
     re.IGNORECASE | re.DOTALL,
 )
-"""Tags with which other programs show pictures, videos and sound; `<image>` is replaced before."""
-
+"""Tags of other programs for images, videos and sound; `<image>` is replaced before."""
 
 BASE64_TEXT = re.compile(r"[A-Za-z0-9+/=\s]{200,}")  # a path of that length has other characters
-"""The bytes of a picture as text; paths are at most 4096 characters long."""
+"""The bytes of an image as base64 text."""
+MAX_PATH_LENGTH = 4096  # characters, as on Linux
 
 
 @dataclass
 class _PartialRecord:
-    """What was read of a record by now."""
+    """What has been read of a record so far."""
 
     name: str
     turns: list[ChatTurn]
@@ -65,45 +66,54 @@ def sample_from_record(
 ) -> Sample:
     """Return the sample of a record, or raise BadSample.
 
-    `name` is what it is called where it has no id, `picture_of` gives the picture of an image name.
-    A single picture without a tag in the text comes first in the first human turn.
+    `fallback_name` is its id where it has none; `find_image` returns the image of an image name. A
+    single image without a tag in the text is put before the first human turn's text.
     """
     if not isinstance(record, dict):
         raise BadSample(fallback_name, f"is {describe_json_type(record)}; expected a mapping")
-    own = record.get("id")
-    if isinstance(own, str | int | float) and not isinstance(own, bool) and str(own).strip():
-        fallback_name = escape_surrogates(str(own))
-    key = _turns_key(fallback_name, record)
-    read = _PartialRecord(fallback_name, [], _image_names(fallback_name, record), [])
-    given = len(read.image_names)
-    for number, turn in enumerate(record[key], start=1):
-        _add_turn(read, turn, number)
-    if 0 < given < len(read.image_names):
+    name = _record_name(record, fallback_name)
+    turns_key = _turns_key(name, record)
+    partial = _PartialRecord(name, [], _image_names(name, record), [])
+    listed_images = len(partial.image_names)
+    for number, turn in enumerate(record[turns_key], start=1):
+        _add_turn(partial, turn, number)
+    if 0 < listed_images < len(partial.image_names):
         raise BadSample(
-            fallback_name, f"has pictures in 'image' and in parts of {key!r}; expected one way"
+            name, f"has images in 'image' and in parts of {turns_key!r}; expected one way"
         )
-    read.unread_keys[:0] = find_unread_keys(fallback_name, record, USED_KEYS, read.image_names)
-    _add_system_turn(read, record.get("system"))
-    pictures = tuple(find_image(image) for image in read.image_names)
-    untagged = bool(pictures) and not any(IMAGE_PLACEHOLDER in turn.text for turn in read.turns)
-    _refuse_media_tags(read)
-    turns = _insert_image_tag(read.turns) if untagged and len(pictures) == 1 else read.turns
+    partial.unread_keys[:0] = find_unread_keys(name, record, USED_KEYS, partial.image_names)
+    _add_system_turn(partial, record.get("system"))
+    images = tuple(find_image(image_name) for image_name in partial.image_names)
+    has_tag = any(IMAGE_PLACEHOLDER in turn.text for turn in partial.turns)
+    is_untagged = bool(images) and not has_tag
+    _refuse_media_tags(partial)
+    turns = partial.turns
+    if is_untagged and len(images) == 1:
+        turns = _insert_image_tag(turns)
     sample = Sample(
-        fallback_name,
+        name,
         tuple(turns),
-        pictures,
+        images,
         _detect_language(turns),
-        unread_keys=tuple(dict.fromkeys(read.unread_keys)),
-        is_untagged=untagged,
+        unread_keys=tuple(dict.fromkeys(partial.unread_keys)),
+        is_untagged=is_untagged,
     )
     check_sample(sample)
     return sample
 
 
+def _record_name(record: dict[str, Any], fallback_name: str) -> str:
+    """Return the id of a record as text, the fallback where it has none."""
+    record_id = record.get("id")
+    if not isinstance(record_id, str | int | float) or isinstance(record_id, bool):
+        return fallback_name
+    return escape_surrogates(str(record_id)) if str(record_id).strip() else fallback_name
+
+
 def record_from_sample(sample: Sample, image_names: list[str]) -> dict[str, Any]:
-    """Return the record that is read as `sample`, its pictures called `images`."""
-    names = {"human": "human", "assistant": "gpt", "system": "system"}
-    turns = [{"from": names[turn.role], "value": turn.text} for turn in sample.turns]
+    """Return a record in LLaVA's format from which `sample` is read, with these image names."""
+    llava_roles = {"human": "human", "assistant": "gpt", "system": "system"}
+    turns = [{"from": llava_roles[turn.role], "value": turn.text} for turn in sample.turns]
     return {
         "id": sample.id,
         **({"image": image_names} if image_names else {}),
@@ -112,17 +122,18 @@ def record_from_sample(sample: Sample, image_names: list[str]) -> dict[str, Any]
 
 
 def _turns_key(name: str, record: dict[str, Any]) -> str:
-    """Return the key under which the turns are."""
-    given = [key for key in TURN_KEYS if record.get(key) is not None]
-    given = [key for key in given if record[key] not in EMPTY_VALUES] or given[:1]
-    if len(given) > 1:
+    """Return the key of the turns."""
+    present = [key for key in TURN_KEYS if record.get(key) is not None]
+    present = [key for key in present if record[key] not in EMPTY_VALUES] or present[:1]
+    if len(present) > 1:
         raise BadSample(name, "has 'conversations' and 'messages'; expected one of them")
-    key = given[0] if given else TURN_KEYS[0]
+    key = present[0] if present else TURN_KEYS[0]
     if key not in record:
         keys = ", ".join(repr(key) for key in list(record)[:10]) or "none"
-        near = next((one for key in record if (one := suggest_name(str(key), TURN_KEYS[:1]))), "")
+        suggestions = (suggest_name(str(key), TURN_KEYS[:1]) for key in record)
+        suggestion = next(filter(None, suggestions), "")
         raise BadSample(
-            name, f"has no {key!r}; its keys are {keys}; expected {EXPECTED_RECORD}.{near}"
+            name, f"has no {key!r}; its keys are {keys}; expected {EXPECTED_RECORD}.{suggestion}"
         )
     if not isinstance(record[key], list):
         raise BadSample(
@@ -135,36 +146,36 @@ def _turns_key(name: str, record: dict[str, Any]) -> str:
 
 def _image_names(name: str, record: dict[str, Any]) -> list[str]:
     """Return the image names of a record: a text, a list of texts, null or absent."""
-    found: list[str] = []
+    image_names: list[str] = []
     for key in IMAGE_KEYS:
         value = record.get(key)
-        images = [] if value is None else value if isinstance(value, list) else [value]
-        for image in images:
-            _check_image_name(name, image, f"{key!r} is {describe_json_type(value)}")
-        if found and images and images != found:
-            raise BadSample(name, "has other pictures in 'image' than in 'images'; expected one")
-        found = images or found
-    return found
+        listed = [] if value is None else value if isinstance(value, list) else [value]
+        for image_name in listed:
+            _check_image_name(name, image_name, f"{key!r} is {describe_json_type(value)}")
+        if image_names and listed and listed != image_names:
+            raise BadSample(name, "has other images in 'image' than in 'images'; expected one")
+        image_names = listed or image_names
+    return image_names
 
 
 def _check_image_name(name: str, image_name: Any, described: str) -> None:
-    """Raise BadSample for what is no name of a file; `what` tells what was given."""
+    """Raise BadSample for what is not a file name; `described` says what was given."""
     if not isinstance(image_name, str) or not image_name.strip() or "\0" in image_name:
         raise BadSample(name, f"{described}; expected a file name or a list")
     if (
         DATA_URI.match(image_name[:20])
         or BASE64_TEXT.fullmatch(image_name)
-        or len(image_name) > 4096
+        or len(image_name) > MAX_PATH_LENGTH
     ):
         raise BadSample(
-            name, f"{described}, a picture as text; write it to a file and give its name"
+            name, f"{described}, an image as text; write it to a file and give its name"
         )
     if URL_PREFIX.match(image_name):
         raise BadSample(name, f"{described}, a URL; download it into data.images and give its name")
 
 
 def _add_turn(partial: _PartialRecord, turn: Any, number: int) -> None:
-    """Read a turn: its role and text, and pictures that are parts of it."""
+    """Read a turn: its role and text, and images that are parts of its content."""
 
     def refuse_turn(reason: str) -> BadSample:
         return BadSample(partial.name, f"turn {number}: {reason}")
@@ -173,26 +184,30 @@ def _add_turn(partial: _PartialRecord, turn: Any, number: int) -> None:
         raise refuse_turn(
             f"is {describe_json_type(turn)}; expected a mapping with 'from' and 'value'"
         )
-    used = ("role", "content") if "role" in turn and "from" not in turn else ("from", "value")
-    for key in used:
+    is_message = "role" in turn and "from" not in turn
+    role_key, text_key = ("role", "content") if is_message else ("from", "value")
+    for key in (role_key, text_key):
         if key not in turn:
             raise refuse_turn(
                 f"has no {key!r}; its keys are {', '.join(map(repr, turn)) or 'none'}"
             )
-    role = _parse_role(turn[used[0]], used[0], refuse_turn)
-    text = _parse_turn_text(partial, turn[used[1]], used[1], refuse_turn)
+    role = _parse_role(turn[role_key], role_key, refuse_turn)
+    text = _parse_turn_text(partial, turn[text_key], text_key, refuse_turn)
     if not text.strip():
         raise refuse_turn(
-            f"the text of {turn[used[0]]!r} is empty; leave out the turn or the record"
+            f"the text of {turn[role_key]!r} is empty; leave out the turn or the record"
         )
-    off = next((key for key in LOSS_SWITCH_KEYS if turn.get(key) in (False, 0)), "")
-    if off and role == "assistant":
+    loss_switch = next((key for key in LOSS_SWITCH_KEYS if turn.get(key) in (False, 0)), "")
+    if loss_switch and role == "assistant":
         raise refuse_turn(
-            f"{off!r} is {turn[off]!r}; every answer is learned, so leave out the turn"
+            f"{loss_switch!r} is {turn[loss_switch]!r}; every answer is learned, so leave out the "
+            "turn"
         )
     text = text.replace(IMAGE_TAG, IMAGE_PLACEHOLDER) if role == "human" else text
-    keys = find_unread_keys(partial.name, turn, used, partial.image_names, f"turn {number}: ")
-    partial.unread_keys += [f"turn {key}" for key in keys]
+    unread_keys = find_unread_keys(
+        partial.name, turn, (role_key, text_key), partial.image_names, f"turn {number}: "
+    )
+    partial.unread_keys += [f"turn {key}" for key in unread_keys]
     partial.turns.append(ChatTurn(role, text))
 
 
@@ -221,9 +236,9 @@ def _parse_turn_text(
 def _join_content_parts(
     partial: _PartialRecord, parts: list[Any], refuse_turn: Callable[[str], BadSample]
 ) -> str:
-    """Return the text of a content in parts, as of transformers' chat format; add its pictures.
+    """Return the text of a content in parts (transformers' chat format); add its images.
 
-    Between a picture and a text stands a newline, between two pictures nothing.
+    An image and a text are joined by a newline, two images by nothing.
     """
     texts: list[str] = []
     for part in parts:
@@ -237,7 +252,7 @@ def _join_content_parts(
         _note_unread_keys(partial, part, kind, value, refuse_turn)
         if kind == "image":
             _check_image_name(
-                partial.name, value, f"a picture of 'content' is {describe_json_type(value)}"
+                partial.name, value, f"an image of 'content' is {describe_json_type(value)}"
             )
             partial.image_names.append(value)
         if texts and not (kind == "image" and texts[-1] == IMAGE_PLACEHOLDER):
@@ -253,7 +268,7 @@ def _note_unread_keys(
     value: str,
     refuse_turn: Callable[[str], BadSample],
 ) -> None:
-    """Note the keys of a part of a content that are not read; refuse those with content."""
+    """Record the keys of a content part that are not read; refuse those with content."""
     used = ("type", kind if kind in part else "path")
     try:
         keys = find_unread_keys(partial.name, part, used, [value])
@@ -263,40 +278,40 @@ def _note_unread_keys(
 
 
 def _add_system_turn(partial: _PartialRecord, system_prompt: Any) -> None:
-    """Put the system prompt of a record before its turns."""
+    """Prepend the system prompt of a record to its turns."""
     if system_prompt is None or system_prompt == "":
         return
     if not isinstance(system_prompt, str) or not system_prompt.strip():
         raise BadSample(
             partial.name, f"'system' is {describe_json_type(system_prompt)}; expected a text"
         )
-    first = partial.turns[0]
-    if first.role == "system" and first.text != system_prompt:
+    first_turn = partial.turns[0]
+    if first_turn.role == "system" and first_turn.text != system_prompt:
         raise BadSample(partial.name, "has a key 'system' and another system turn; expected one")
-    if first.role != "system":
+    if first_turn.role != "system":
         partial.turns.insert(0, ChatTurn("system", system_prompt))
 
 
 def _refuse_media_tags(partial: _PartialRecord) -> None:
-    """Raise BadSample for a tag that would be read as text where a picture or a video was meant."""
+    """Raise BadSample for a tag that means an image or a video and would be read as text."""
     for number, turn in enumerate(partial.turns, start=1):
         where = f"a turn of {turn.role!r}"
         if turn.role == "system" and (IMAGE_TAG in turn.text or IMAGE_PLACEHOLDER in turn.text):
             raise BadSample(partial.name, f"{IMAGE_TAG} in {where}; only 'human' may show images")
-        tags = IMAGE_PATH_TAG if turn.role == "assistant" else MEDIA_TAG
-        found = tags.search(turn.text.replace(IMAGE_PLACEHOLDER, ""))
-        if not found:
+        pattern = IMAGE_PATH_TAG if turn.role == "assistant" else MEDIA_TAG
+        match = pattern.search(turn.text.replace(IMAGE_PLACEHOLDER, ""))
+        if not match:
             continue
-        tag = found[0]
+        tag = match[0]
         if re.search("video|audio", tag, re.IGNORECASE):
-            todo = "videos and sound are not read: leave the record out, or show frames"
+            remedy = "videos and sound are not read: leave the record out, or show frames"
         else:
-            todo = f"name the file in 'image' and write {IMAGE_TAG} where the picture stands"
-        raise BadSample(partial.name, f"turn {number}: {tag!r} shows nothing here; {todo}")
+            remedy = f"name the file in 'image' and write {IMAGE_TAG} where the image belongs"
+        raise BadSample(partial.name, f"turn {number}: {tag!r} shows nothing here; {remedy}")
 
 
 def _insert_image_tag(turns: list[ChatTurn]) -> list[ChatTurn]:
-    """Put the only image in front of the first human text."""
+    """Put the tag of the only image before the first human text."""
     first = next((n for n, turn in enumerate(turns) if turn.role == "human"), None)
     if first is None:
         return turns

@@ -1,4 +1,4 @@
-"""Which samples a stage learns from: the sources that a recipe names, mixed."""
+"""The samples that a stage trains on: the sources that a recipe names, mixed."""
 
 from __future__ import annotations
 
@@ -15,16 +15,14 @@ from vlbench.data.shuffle import SourceMixture
 from vlbench.errors import UserError
 
 SCENES_SOURCE = "scenes"
-HELD_OUT_SEED_OFFSET = (
-    1 << 20
-)  # added to the seed of rendered scenes: pictures that training never meets
+HELD_OUT_SEED_OFFSET = 1 << 20  # added to the seed of held-out rendered scenes
 
 SourceCache = MutableMapping[tuple[str, str | None], SampleSource]
-"""Files that are open, by path and folder of pictures: stages share what they have in common."""
+"""Open sources by path and image folder, which stages share."""
 
 
 def stage_data(data: DataConfig, stage: StageConfig) -> DataConfig:
-    """Return the data of a stage: its own, or those of the recipe."""
+    """Return the data of a stage: its own, or that of the recipe."""
     return stage.data or data
 
 
@@ -35,12 +33,15 @@ def open_stage_sources(
     seed: int,
     source_cache: SourceCache | None = None,
 ) -> list[tuple[SampleSource, float]]:
-    """Return the (source, weight) pairs that stage `name` trains on."""
+    """Return the (source, weight) pairs that stage `stage_name` trains on.
+
+    A stage without data is a UserError. Opened files are kept in `source_cache`.
+    """
     data = stage_data(data, stage)
     if data.mix:
         return [
-            (_open_source(one.train, one.images, data, stage, seed, source_cache), one.weight)
-            for one in data.mix
+            (_open_source(part.train, part.images, data, stage, seed, source_cache), part.weight)
+            for part in data.mix
         ]
     if data.train is None:
         raise UserError(
@@ -58,6 +59,16 @@ def _open_source(
     seed: int,
     source_cache: SourceCache | None,
 ) -> SampleSource:
+    """Open one source.
+
+    Args:
+        path: The file, folder, pattern or URL of `data.train`, or SCENES_SOURCE.
+        image_folder: Where the image names of a JSON file are looked up.
+        data: Number of samples and questions of rendered scenes.
+        stage: A caption stage renders scenes with captions.
+        seed: Of rendered scenes.
+        source_cache: Files that are open already; None opens the file anew.
+    """
     if path == SCENES_SOURCE:
         if stage.sample_format == "caption":
             return SceneCaptions(seed, data.samples)
@@ -78,25 +89,22 @@ def open_stage_mixture(
     seed: int,
     source_cache: SourceCache | None = None,
 ) -> SourceMixture:
-    """Return the shuffled stream of stage `name`."""
+    """Return the shuffled stream of stage `stage_name`."""
     return SourceMixture(open_stage_sources(data, stage, stage_name, seed, source_cache), seed)
 
 
 def open_held_out(
     data: DataConfig, stage: StageConfig, seed: int, source_cache: SourceCache | None = None
 ) -> SampleSource | None:
-    """Return samples that training never meets, None when there are none."""
+    """Return samples that are never trained on, None when there are none."""
     data = stage_data(data, stage)
     if data.val:
         try:
             return _open_source(
                 data.val, data.images, data, stage, seed + HELD_OUT_SEED_OFFSET, source_cache
             )
-        except UserError as mistake:
-            raise UserError(f"data.val: {str(mistake).removeprefix('data ')}") from mistake
-    trains_on_scenes = data.train == SCENES_SOURCE and not data.mix
-    return (
-        _open_source(SCENES_SOURCE, None, data, stage, seed + HELD_OUT_SEED_OFFSET, None)
-        if trains_on_scenes
-        else None
-    )
+        except UserError as error:
+            raise UserError(f"data.val: {str(error).removeprefix('data ')}") from error
+    if data.train == SCENES_SOURCE and not data.mix:
+        return _open_source(SCENES_SOURCE, None, data, stage, seed + HELD_OUT_SEED_OFFSET, None)
+    return None

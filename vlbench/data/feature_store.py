@@ -1,12 +1,12 @@
-"""Features of a frozen tower, kept on disk: computed once, shared by connectors and epochs.
+"""Features of a frozen vision encoder on disk: computed once, shared by connectors and epochs.
 
-A folder holds shards, safetensors files with
+A folder has shards, safetensors files with
 
-    features   [pictures, patches, width], in the tower's own type
-    keys       [pictures, 16] uint8, a hash of each picture's content
-    sums       [pictures] int64, a checksum of each picture's features
+    features   [images, patches, width], in the vision encoder's dtype
+    keys       [images, 16] uint8, a hash of each image's content
+    sums       [images] int64, a checksum of each image's features
 
-A shard is written whole or not at all, so a run that is stopped loses the open one at most.
+A shard is written atomically, so a run that is stopped loses at most the one it was filling.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -30,14 +31,14 @@ from vlbench.data.sample import LazyImage
 from vlbench.errors import UserError
 
 FeatureLocations = dict[bytes, tuple[str, int]]
-"""Shard and row of each picture, by its key."""
-KEY_BYTES = 16  # bytes of a picture's hash: two of 10^9 pictures collide with probability 10^-21
+"""Shard and row of each image, by its key."""
+KEY_BYTES = 16  # bytes of an image's hash: two of 10^9 images collide with probability 10^-21
 
 
 def content_key(lazy_image: LazyImage) -> bytes:
-    """Return a hash of what a picture shows: of the bytes of a file, else of its pixels.
+    """Return a hash of an image's content: of the bytes of a file, else of its pixels.
 
-    Raises a Mistake that names a picture that cannot be read.
+    Raises a UserError that names an image that cannot be read.
     """
     if isinstance(lazy_image, ImageFile):
         try:
@@ -52,63 +53,63 @@ def content_key(lazy_image: LazyImage) -> bytes:
 
 @dataclass
 class FeatureShards:
-    """The shards of a folder, read through memory maps; opened anew in every process."""
+    """The shards of a folder, memory-mapped; every process opens them itself."""
 
     folder: Path
     _open: dict[str, Any] = field(default_factory=dict, repr=False)
 
-    def __getstate__(self) -> dict[str, Any]:  # memory maps cannot travel to a worker
+    def __getstate__(self) -> dict[str, Any]:  # memory maps cannot be pickled for a worker
         return {"folder": self.folder, "_open": {}}
 
     def locate_features(self) -> FeatureLocations:
-        """Return shard and row of every picture that is kept; a damaged shard is removed first."""
-        found = {}
+        """Return shard and row of every stored image; a damaged shard is deleted."""
+        locations: FeatureLocations = {}
         for path in sorted(self.folder.glob("*.safetensors")):
             keys = self._read_valid_keys(path)
             if keys is None:
                 path.unlink()
                 continue
             for row, key in enumerate(keys):
-                found[key.tobytes()] = (path.name, row)
-        return found
+                locations[key.tobytes()] = (path.name, row)
+        return locations
 
-    def _read_valid_keys(self, path: Path) -> np.ndarray | None:
-        """Return the keys `[pictures, 16]` of a shard, None if anything in it is damaged."""
+    def _read_valid_keys(self, path: Path) -> NDArray[np.uint8] | None:
+        """Return the keys `[images, 16]` of a shard, None if anything in it is damaged."""
         try:
             with safe_open(path, framework="pt") as file:
                 features, sums = file.get_tensor("features"), file.get_tensor("sums")
-                keys = file.get_tensor("keys").numpy()
+                keys: NDArray[np.uint8] = file.get_tensor("keys").numpy()
         except (SafetensorError, OSError):
             return None
-        return keys if [feature_checksum(one) for one in features] == sums.tolist() else None
+        is_valid = [feature_checksum(row) for row in features] == sums.tolist()
+        return keys if is_valid else None
 
     def read_features(self, shard_name: str, row: int) -> Tensor | None:
-        """Return the features `[patches, width]` of a picture, None when they are damaged."""
+        """Return the features `[patches, width]` of an image, None when they are damaged."""
         try:
             file = self._open_shard(shard_name)
-            features = file.get_slice("features")[row]
-            kept = int(file.get_slice("sums")[row])
+            features: Tensor = file.get_slice("features")[row]
+            checksum = int(file.get_slice("sums")[row])
         except (SafetensorError, OSError):
             return None
-        return features if feature_checksum(features) == kept else None
+        return features if feature_checksum(features) == checksum else None
 
     def write_shard(self, keys: Sequence[bytes], features: Tensor) -> FeatureLocations:
-        """Add a shard of the features `[pictures, patches, width]`, and return their places."""
+        """Write a shard of the features `[images, patches, width]`, and return their locations."""
         features = features.contiguous()
+        all_keys = b"".join(keys)
         tensors = {
             "features": features,
-            "keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(
-                -1, KEY_BYTES
-            ),
-            "sums": torch.tensor([feature_checksum(one) for one in features]),
+            "keys": torch.frombuffer(bytearray(all_keys), dtype=torch.uint8).view(-1, KEY_BYTES),
+            "sums": torch.tensor([feature_checksum(row) for row in features]),
         }
-        name = hashlib.blake2b(b"".join(keys), digest_size=KEY_BYTES).hexdigest() + ".safetensors"
-        writing = self.folder / f".{name}-{os.getpid()}"
+        name = hashlib.blake2b(all_keys, digest_size=KEY_BYTES).hexdigest() + ".safetensors"
+        temporary = self.folder / f".{name}-{os.getpid()}"
         try:
-            save_file(tensors, writing)
-            writing.replace(self.folder / name)
+            save_file(tensors, temporary)
+            temporary.replace(self.folder / name)
         finally:
-            writing.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         self._open.pop(name, None)
         return {key: (name, row) for row, key in enumerate(keys)}
 
@@ -119,21 +120,21 @@ class FeatureShards:
 
 
 def feature_checksum(features: Tensor) -> int:
-    """Return the checksum of a picture's features, of their bytes."""
+    """Return the CRC-32 of the bytes of an image's features."""
     return zlib.crc32(features.contiguous().view(torch.uint8).numpy().data)
 
 
 @dataclass
 class FeatureStore:
-    """The features of the pictures of a stage."""
+    """The stored features of the images of a stage."""
 
     shards: FeatureShards
     locations: dict[LazyImage, tuple[str, int]]
-    """Shard and row of each picture."""
+    """Shard and row of each image."""
 
     def load_features(self, images: Sequence[LazyImage]) -> Tensor | None:
-        """Return `[pictures, patches, width]`; None when any is missing or damaged."""
-        places = [self.locations.get(picture) for picture in images]
-        found = [self.shards.read_features(*place) for place in places if place]
-        whole = [features for features in found if features is not None]
-        return torch.stack(whole) if whole and len(whole) == len(images) else None
+        """Return `[images, patches, width]`; None when any is missing or damaged."""
+        locations = [self.locations.get(image) for image in images]
+        read = [self.shards.read_features(*location) for location in locations if location]
+        valid = [features for features in read if features is not None]
+        return torch.stack(valid) if valid and len(valid) == len(images) else None

@@ -1,4 +1,4 @@
-"""A picture by URL, for people who type one: of http and https alone, bounded in size and time."""
+"""Downloads of an image by URL: http and https only, bounded in size and time."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from vlbench.data.image_processing import open_image_bytes
 from vlbench.errors import UserError
 
 URL_SCHEMES = ("http://", "https://")
-MAX_BYTES = 32_000_000  # bytes of a file; photographs of 100 megapixels are below it
-READ_TIMEOUT = 20.0  # seconds without a byte
-DOWNLOAD_TIMEOUT = 60.0  # seconds for all of it
-CHUNK_BYTES = 1 << 16  # bytes that are read at once
+MAX_BYTES = 32_000_000  # of a file; photographs of 100 megapixels are below it
+READ_TIMEOUT = 20.0  # seconds without any data
+DOWNLOAD_TIMEOUT = 60.0  # seconds for the whole download
+CHUNK_BYTES = 1 << 16  # read at once
 
 
 def download_image(url: str) -> Image.Image:
-    """Return the picture at `url` in RGB, or raise a Mistake that names the URL and the reason."""
+    """Return the image at `url` in RGB, or raise a UserError with the URL and the reason."""
     name = f"image {url:.200}"
     if not url.lower().startswith(URL_SCHEMES):
-        raise UserError(f"{name}: is a URL of another kind than {' and '.join(URL_SCHEMES)}")
+        raise UserError(f"{name}: the URL does not begin with {' or '.join(URL_SCHEMES)}")
     try:
         data = _download_bytes(url)
     except urllib.error.HTTPError as error:
@@ -34,18 +34,19 @@ def download_image(url: str) -> Image.Image:
             f"{name}: cannot be downloaded ({reason or type(error).__name__})"
         ) from error
     if data is None:
-        most = f"{MAX_BYTES // 10**6} MB or {DOWNLOAD_TIMEOUT:.0f} seconds"
-        raise UserError(f"{name}: takes more than {most}; download it and name the file")
+        limits = f"{MAX_BYTES // 10**6} MB or {DOWNLOAD_TIMEOUT:.0f} seconds"
+        raise UserError(f"{name}: takes more than {limits}; download it and name the file")
     return open_image_bytes(data, name)
 
 
 def _download_bytes(url: str) -> bytes | None:
-    """Return the bytes at `url`, None where they are too many or come too slowly."""
-    asked = urllib.request.Request(url, headers={"User-Agent": "vlbench"})  # some refuse Python's
-    data, late = bytearray(), time.monotonic() + DOWNLOAD_TIMEOUT
-    with urllib.request.urlopen(asked, timeout=READ_TIMEOUT) as answer:
-        while piece := answer.read1(CHUNK_BYTES):
-            data += piece
-            if len(data) > MAX_BYTES or time.monotonic() > late:
+    """Return the bytes at `url`, None where they are too many or arrive too slowly."""
+    # some servers refuse the user agent of urllib
+    request = urllib.request.Request(url, headers={"User-Agent": "vlbench"})
+    data, deadline = bytearray(), time.monotonic() + DOWNLOAD_TIMEOUT
+    with urllib.request.urlopen(request, timeout=READ_TIMEOUT) as response:
+        while chunk := response.read1(CHUNK_BYTES):
+            data += chunk
+            if len(data) > MAX_BYTES or time.monotonic() > deadline:
                 return None
     return bytes(data)

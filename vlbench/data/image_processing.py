@@ -1,9 +1,9 @@
-"""From an image file to the pixels that the tower sees; torch is imported when they are made.
+"""Image preprocessing: from a file to the vision encoder's pixels. Imports torch lazily.
 
 One transform serves training, evaluation and chat: pad to a square in the mean colour, resize the
 shortest edge (bicubic), crop the centre, rescale, normalise. EXIF orientation is not applied and
-alpha is dropped, as in the Yi-VL reference. JPEGs are decoded in full, unless `draft` asks for the
-decoder's own reduction of large ones, which is faster and moves pixels a little.
+alpha is dropped, as in the Yi-VL reference. JPEGs are decoded at full size, unless `draft` asks for
+the decoder's own downscaling of large ones, which is faster and changes pixels slightly.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from vlbench.data.sample import LazyImage
@@ -29,10 +30,10 @@ if TYPE_CHECKING:
 
 # Formats that are decoded inside this process; others (EPS, PDF) would start programs.
 IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-MAX_PIXELS = 178_956_970  # larger pictures are refused (a small file can hold a huge picture)
-MAX_SIDE = 8000  # longest side of a square canvas (64 megapixels) and of what is fitted into it
-LFS_MESSAGE = "is a Git-LFS pointer and not the picture; run git lfs pull"
-_ZERO_MARK = "vlbench: zero"  # in the `info` of the picture of `Zero`
+MAX_PIXELS = 178_956_970  # larger images are refused (a small file can hold a huge image)
+MAX_SIDE = 8000  # pixels, longest side of a square canvas (64 megapixels) and of its content
+LFS_MESSAGE = "is a Git-LFS pointer and not the image; run git lfs pull"
+_ZERO_MARK = "vlbench: zero"  # a key in the `info` of the image of a ZeroImage
 _TRANSFORM_RULES = (
     "bicubic, pad at floor, centre crop, 1/255 in float64, normalise in float32, 8000"
 )
@@ -40,29 +41,30 @@ _TRANSFORM_RULES = (
 
 @dataclass(frozen=True)
 class ImageFile:
-    """A picture in a file."""
+    """An image in a file."""
 
     path: str | Path
 
     @property
     def name(self) -> str:
-        """Give the path."""
+        """The path."""
         return str(self.path)
 
     def open(self) -> Image.Image:
-        """Return the picture in RGB; see `open_image`."""
+        """Return the image in RGB; see `open_image`."""
         return open_image(self.path)
 
     def open_draft(self, draft_side: int) -> Image.Image:
-        """Return the picture in RGB; a JPEG may be decoded smaller, its longest edge >= `side`."""
+        """Return the image in RGB; a JPEG may be downscaled to a longest edge >= `draft_side`."""
         return open_image(self.path, draft_side)
 
 
 def open_image(path: str | Path, draft_side: int = 0) -> Image.Image:
-    """Open a picture in RGB: of several frames the first, 16 bits scaled to 8, alpha dropped.
+    """Open an image in RGB: of several frames the first, 16 bits scaled to 8, alpha dropped.
 
-    With `side` a JPEG may come smaller, by the decoder's own reduction. Raises a Mistake that names
-    the file when it is missing, empty, broken, too large or no picture.
+    With `draft_side` the decoder may downscale a JPEG, to a longest edge of at least that many
+    pixels. Raises a UserError that names the file when it is missing, empty, broken, too large or
+    not an image.
     """
     refusal = _refusal_reason(Path(path))
     if refusal:
@@ -71,7 +73,7 @@ def open_image(path: str | Path, draft_side: int = 0) -> Image.Image:
 
 
 def open_image_bytes(data: bytes, name: str, draft_side: int = 0) -> Image.Image:
-    """Open a picture from the bytes of a file, as `open_image` would; mistakes call it `name`."""
+    """Open an image from the bytes of a file, as `open_image` does; errors call it `name`."""
     if not data:
         raise UserError(f"{name}: is empty (0 bytes)")
     if data.startswith(LFS_POINTER):
@@ -80,7 +82,7 @@ def open_image_bytes(data: bytes, name: str, draft_side: int = 0) -> Image.Image
 
 
 def _decode_rgb(source: str | Path | BytesIO, name: str, draft_side: int = 0) -> Image.Image:
-    """Decode a picture in RGB, or raise a Mistake that calls it `name`."""
+    """Decode an image in RGB, or raise a UserError that calls it `name`."""
     with ignore_thread_warnings():
         try:
             with Image.open(source, formats=_readable_formats()) as image:
@@ -91,33 +93,33 @@ def _decode_rgb(source: str | Path | BytesIO, name: str, draft_side: int = 0) ->
         except Image.DecompressionBombError:
             reason = _too_large_message("it")
         except UnidentifiedImageError:
-            reason = f"not a picture; readable are {', '.join(_readable_formats())}"
-        except UserError as mistake:
-            reason = str(mistake)
+            reason = f"not an image; readable are {', '.join(_readable_formats())}"
+        except UserError as error:
+            reason = str(error)
         except Exception as error:  # a decoder may raise anything on a broken file
             reason = f"cannot be read, it is broken or cut off ({one_line(error, max_lines=1)})"
     raise UserError(f"{name}: {reason}")
 
 
 def _reduced_size(size: tuple[int, int], draft_side: int) -> tuple[int, int]:
-    """Return the size at which the longest edge is `side`: the decoder stays above it."""
+    """Return the size with longest edge `draft_side`, below which the decoder does not go."""
     return max(1, size[0] * draft_side // max(size)), max(1, size[1] * draft_side // max(size))
 
 
 def to_rgb_image(image: Image.Image, name: str) -> Image.Image:
-    """Return a picture that is already in memory as `open_image` would return its file."""
+    """Convert an image in memory to what `open_image` returns for its file."""
     try:
         _check_size(image)
         return _convert_rgb(image)
-    except (UserError, ValueError, OSError, AttributeError) as error:  # the last of a closed file
+    except (UserError, ValueError, OSError, AttributeError) as error:  # the last: it is closed
         raise UserError(f"{name}: {one_line(error, max_lines=1)}") from error
 
 
 def _refusal_reason(path: Path) -> str:
-    """Say why a path cannot hold a picture, or return an empty text."""
+    """Return why a path cannot be an image, or an empty text."""
     try:
         if path.is_dir():
-            return "is a folder, not a picture"
+            return "is a folder, not an image"
         if path.stat().st_size == 0:
             return "is empty (0 bytes)"
         with path.open("rb") as file:
@@ -132,7 +134,7 @@ def _refusal_reason(path: Path) -> str:
 
 @functools.cache
 def _readable_formats() -> list[str]:
-    """Return those of FORMATS that the installed PIL can read."""
+    """Return those of IMAGE_FORMATS that the installed PIL can read."""
     Image.init()
     return [name for name in IMAGE_FORMATS if name in Image.OPEN]
 
@@ -147,7 +149,7 @@ def _too_large_message(described: str) -> str:
 
 
 def _convert_rgb(image: Image.Image) -> Image.Image:
-    """Decode a picture as RGB. PIL alone would clip 16-bit gray instead of scaling it."""
+    """Convert an image to RGB. PIL alone would clip 16-bit gray instead of scaling it."""
     if image.mode == "I" or image.mode.startswith("I;"):
         levels = np.asarray(image).astype(np.int64)
         if levels.min() < 0 or levels.max() > 65535:
@@ -160,44 +162,53 @@ def _convert_rgb(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """From a picture to the tower's pixels, exactly as the Yi-VL reference does."""
+    """From an image to the vision encoder's pixels, exactly as the Yi-VL reference does.
 
-    size: int  # length of the shortest edge after the resize, pixels
-    crop: int  # side of the square that is cut from the centre, pixels
+    Args:
+        size: Length of the shortest edge after the resize, pixels.
+        crop: Side of the square that is cut from the centre, pixels.
+        mean: Of each channel, subtracted from values in 0..1.
+        std: Of each channel, the divisor.
+        pad: Whether the image is first padded to a square in the mean colour.
+        draft: Whether large JPEGs are decoded at a smaller size, which only `load_pixels` can do.
+    """
+
+    size: int
+    crop: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    pad: bool = True  # first pad to a square in the mean colour
-    draft: bool = False  # large JPEGs are decoded smaller, which only `of` can do
+    pad: bool = True
+    draft: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.crop <= self.size:
             raise UserError(f"image transform: crop={self.crop} must be in 1..size={self.size}")
 
     def load_pixels(self, image: LazyImage) -> Tensor:
-        """Return the pixels of a picture that is not opened yet."""
-        drafted = getattr(image, "open_draft", None) if self.draft and self.pad else None
-        return self(drafted(self.size) if drafted else image.open())
+        """Open an image and return its float32 pixels `[3, crop, crop]`."""
+        open_draft = getattr(image, "open_draft", None) if self.draft and self.pad else None
+        return self(open_draft(self.size) if open_draft else image.open())
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Return float32 pixels `[3, crop, crop]`; of `Zero` they are all 0."""
+        """Return float32 pixels `[3, crop, crop]`; those of a ZeroImage are all 0."""
         import torch
 
         if _ZERO_MARK in image.info:
             return torch.zeros(3, self.crop, self.crop)
         planes = self.resize_and_crop(image).transpose(2, 0, 1)
-        values = np.empty(planes.shape, np.float32)
-        for plane, levels, value in zip(planes, self._normalized_levels(), values, strict=True):
-            np.take(levels, plane, out=value, mode="clip")  # without a check of every pixel
-        return torch.from_numpy(values)
+        pixels = np.empty(planes.shape, np.float32)
+        for plane, levels, channel in zip(planes, self._normalized_levels(), pixels, strict=True):
+            np.take(levels, plane, out=channel, mode="clip")  # clip: no bounds check per pixel
+        return torch.from_numpy(pixels)
 
-    def _normalized_levels(self) -> np.ndarray:
-        """Return what each of the 256 levels of each channel becomes, float32 `[3, 256]`."""
+    def _normalized_levels(self) -> NDArray[np.float32]:
+        """Return the normalised value of each 8-bit level of each channel, `[3, 256]`."""
         levels = (np.arange(256) * (1 / 255)).astype(np.float32)  # rescaled in float64
-        mean, std = (np.asarray(one, np.float32)[:, None] for one in (self.mean, self.std))
+        mean, std = (np.asarray(v, np.float32)[:, None] for v in (self.mean, self.std))
         return (levels - mean) / std
 
-    def resize_and_crop(self, image: Image.Image) -> np.ndarray:
-        """Return the uint8 picture `[crop, crop, 3]` before it is normalised."""
+    def resize_and_crop(self, image: Image.Image) -> NDArray[np.uint8]:
+        """Return the uint8 image `[crop, crop, 3]` before normalisation."""
         image = image.convert("RGB")
         if self.pad and image.width != image.height:
             image = _pad_square(image, mean_colour(self.mean))
@@ -211,11 +222,11 @@ class ImageTransform:
         return np.asarray(image.crop((left, top, left + self.crop, top + self.crop)))
 
     def transform_hash(self) -> str:
-        """Return 16 characters that change whenever the transform's result may change."""
-        said = {**asdict(self), "rules": _TRANSFORM_RULES}
+        """Return a hash of 16 characters over everything that determines the result."""
+        settings = {**asdict(self), "rules": _TRANSFORM_RULES}
         if not self.draft:
-            del said["draft"]  # as before there was a choice
-        text = json.dumps(said, sort_keys=True)
+            del settings["draft"]  # keeps the hash of runs that are older than the option
+        text = json.dumps(settings, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -226,7 +237,7 @@ def mean_colour(mean: tuple[float, float, float]) -> tuple[int, int, int]:
 
 
 def _pad_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """Put a picture in the middle of a square; an odd pixel goes to the bottom or right."""
+    """Centre an image in a square; an odd pixel of padding goes to the bottom or right."""
     longest = max(image.size)
     if longest > MAX_SIDE:  # a strip of 30000 x 2 would need a canvas of 2.7 GB
         width, height = (max(1, round(edge * MAX_SIDE / longest)) for edge in image.size)
@@ -238,7 +249,7 @@ def _pad_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image
 
 
 def _crop_strip(image: Image.Image, shortest_edge: int) -> Image.Image:
-    """Cut the ends off a strip that would become longer than MAX_SIDE: the crop never sees them."""
+    """Shorten a strip that would exceed MAX_SIDE; the centre crop drops its ends anyway."""
     short = min(image.size)
     longest = max(short, short * max(MAX_SIDE, 2 * shortest_edge) // shortest_edge)
     width, height = (min(edge, longest) for edge in image.size)
@@ -248,35 +259,35 @@ def _crop_strip(image: Image.Image, shortest_edge: int) -> Image.Image:
 
 @dataclass(frozen=True)
 class BlankImage:
-    """A picture of the same size in one colour: what a blind model sees."""
+    """An image replaced by one colour at the same size, for evaluation without image content."""
 
     image: LazyImage
     colour: tuple[int, int, int]
 
     @property
     def name(self) -> str:
-        """Give the name of the picture that is hidden."""
+        """The name of the replaced image."""
         return f"{self.image.name} (blank)"
 
     def open(self) -> Image.Image:
-        """Return the plain picture in RGB."""
+        """Return the plain image in RGB."""
         return Image.new("RGB", self.image.open().size, self.colour)
 
 
 def blank_image(image: LazyImage, mean: tuple[float, float, float]) -> BlankImage:
-    """Return a picture of the same size in the mean colour."""
+    """Return an image of the same size in the mean colour."""
     return BlankImage(image, mean_colour(mean))
 
 
 @dataclass(frozen=True)
 class ZeroImage:
-    """No picture, where a place for one stands in the text: its pixels are 0 after normalising.
+    """An absent image at a placeholder of the text: its pixels are 0 after normalisation.
 
-    No colour of 8 bits gives that, for the mean colour is no whole number; so the picture carries
-    a mark, by which `ImageTransform` knows it. People see it black.
+    No 8-bit colour gives that, as the mean colour is fractional; so the image carries a mark that
+    `ImageTransform` recognises. It is shown as black.
     """
 
-    name: str = "no picture (all pixels zero)"
+    name: str = "no image (all pixels zero)"
 
     def open(self) -> Image.Image:
         """Return one black pixel with the mark."""

@@ -1,4 +1,4 @@
-"""A micro-batch: samples packed into rows, as tensors."""
+"""Packing: samples end to end in rows, and a micro-batch of such rows as tensors."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from vlbench.data.sample_encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encode
 
 @dataclass(frozen=True)
 class ContrastPool:
-    """All pairs of a picture and a caption of a global batch, for objectives that compare them.
+    """All image-caption pairs of a global batch, for contrastive objectives.
 
     Their order follows from their keys: it is the same for any packing and number of processes.
     """
 
     embeddings: dict[str, Tensor]
-    """What `Connector.embed` gave of every pair, `[all pairs, ...]`; it carries no gradient."""
+    """What `Connector.contrast_embeddings` returned for every pair, `[all pairs, ...]`, without
+    gradient."""
     local_indices: Tensor
     """`[pairs]` int64, which of all pairs are those of the micro-batch."""
     pair_keys: list[str]
-    """Of each pair of the micro-batch, what tells it from all others; seeds follow from it."""
+    """The unique key of each pair of the micro-batch; random seeds are derived from it."""
     gather_features: Callable[[Tensor], Tensor]
-    """Called with numbers of pairs `[wanted]`, gives the features of their pictures `[wanted,
-    patches, vision_width]`. All processes have to call it equally often, if only for none."""
+    """Takes indices of pairs `[wanted]`, returns the features of their images `[wanted, patches,
+    vision_width]`. A collective: every process must call it equally often, if only for no pair."""
 
 
 @dataclass
@@ -36,50 +37,48 @@ class PackedBatch:
     """A micro-batch. Attention never crosses samples; padding is at the end of a row."""
 
     input_ids: Tensor
-    """`[rows, length]` int64 token ids, IMAGE at places, 0 at padding."""
+    """`[rows, length]` int64 token ids, IMAGE_TOKEN_INDEX at image positions, 0 at padding."""
     labels: Tensor | None
-    """`[rows, length]` next-token targets, IGNORE where unsupervised; None for generation."""
+    """`[rows, length]` next-token targets, IGNORE_INDEX where unsupervised; None for generation."""
     position_ids: Tensor
     """`[rows, length]`, restarting at 0 for every sample."""
     sample_index: Tensor
-    """`[rows, length]` index into `sample_id`, -1 at padding."""
+    """`[rows, length]` index into `sample_ids`, -1 at padding."""
     image_index: Tensor
-    """`[rows, length]` index into `pixels`: the image that a place fills, and for text the nearest
+    """`[rows, length]` index into `pixels`: at an image position its image, at text the nearest
     image before it in the same sample; -1 for none."""
     pixels: Tensor
-    """`[images, 3, height, width]` in the order of the places."""
+    """`[images, 3, height, width]` in the order of the image positions."""
     sample_ids: list[str]
-    """Identity of each sample (`Sample.identity`, not its id), in the order of the rows."""
+    """The unique name of each sample (`Sample.unique_name`, not its id), in the order of rows."""
     sample_lengths: list[list[int]]
     """The sample lengths of every row in order, padding not counted; Python numbers, so that
-    reading them never waits for a device."""
+    reading them never synchronizes with a device."""
     supervised_token_count: int
     """Number of supervised positions."""
     image_ids: list[str] = field(default_factory=list)
-    """Identity of each image of `pixels`: its sample and its number there."""
+    """The unique name of each image of `pixels`: its sample and its number there."""
     features: Tensor | None = None
-    """`[images, patches, vision_width]`, what a frozen tower made of the pictures, when that is
-    known; `pixels` are then of size 0."""
+    """`[images, patches, vision_width]`, cached output of a frozen vision encoder, or None;
+    `pixels` are then of size 0."""
     captions: list[str] = field(default_factory=list)
-    """The first answer of each sample, for objectives that read text in a way of their own."""
+    """The first answer of each sample, for objectives that tokenize text themselves."""
     supervised_positions: Tensor | None = None
-    """`[tokens]` where in the flattened `ids` the labels are; found before the batch travels, for a
-    GPU that has to count would make everybody wait. None: not found yet."""
+    """`[tokens]` the positions in the flattened `input_ids` that have a label. They are computed
+    before the batch moves to a GPU, where counting would synchronize. None: not computed yet."""
     image_positions: Tensor | None = None
-    """Where in the flattened `ids` the places are, likewise."""
+    """The image positions in the flattened `input_ids`, likewise."""
     stream_index: list[int] = field(default_factory=list)
-    """Where each sample stands in the stream of its stage: it tells apart what has the same id."""
+    """The position of each sample in the stream of its stage: unique even where ids repeat."""
     contrast_pool: ContrastPool | None = None
-    """The pairs of the global batch, in a step whose objective compares pairs."""
+    """The pairs of the global batch, in a step with a contrastive objective."""
 
     def sample_keys(self) -> list[str]:
-        """Return what tells each sample from all others of the step, however it is packed."""
+        """Return a key for each sample that is unique in the step, however it is packed."""
         if not self.stream_index:
             return self.sample_ids
-        return [
-            f"{index} {name}"
-            for index, name in zip(self.stream_index, self.sample_ids, strict=True)
-        ]
+        pairs = zip(self.stream_index, self.sample_ids, strict=True)
+        return [f"{index} {name}" for index, name in pairs]
 
     def to(
         self,
@@ -94,19 +93,22 @@ class PackedBatch:
         return moved if dtype is None else replace(moved, pixels=moved.pixels.to(dtype))
 
     def locate_positions(self) -> PackedBatch:
-        """Return the batch with `supervised` and `places`; a batch on a GPU stays as it is."""
+        """Return the batch with `supervised_positions` and `image_positions`.
+
+        A batch on a GPU is returned unchanged.
+        """
         if self.input_ids.device.type != "cpu":
             return self
         supervised, labels = self.supervised_positions, self.labels
         if supervised is None and labels is not None:
             supervised = (labels.flatten() != IGNORE_INDEX).nonzero()[:, 0]
-        places = self.image_positions
-        if places is None:
-            places = (self.input_ids.flatten() == IMAGE_TOKEN_INDEX).nonzero()[:, 0]
-        return replace(self, supervised_positions=supervised, image_positions=places)
+        image_positions = self.image_positions
+        if image_positions is None:
+            image_positions = (self.input_ids.flatten() == IMAGE_TOKEN_INDEX).nonzero()[:, 0]
+        return replace(self, supervised_positions=supervised, image_positions=image_positions)
 
     def pin_memory(self) -> PackedBatch:
-        """Return the batch in page-locked memory, from which copies to a GPU do not wait."""
+        """Return the batch in page-locked memory, from which copies to a GPU are asynchronous."""
         return self.locate_positions()._map_tensors(lambda tensor: tensor.pin_memory())
 
     def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> PackedBatch:
@@ -122,81 +124,83 @@ def collate(
 ) -> PackedBatch:
     """Make a batch of rows of samples; shorter rows are padded on the right.
 
-    `pixels_of` gives the pixels `[3, height, width]` of a picture; it is called once per use, in
-    the order of the places. Raises ValueError when ids, labels and pictures do not fit together.
+    `load_pixels` returns the pixels `[3, height, width]` of an image; it is called once per use, in
+    the order of the image positions. Raises ValueError when ids, labels and images do not match.
     """
-    length = max(sum(len(sample.input_ids) for sample in row) for row in rows)
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    labels = torch.full_like(ids, IGNORE_INDEX)
-    positions = torch.zeros_like(ids)
-    sample_index = torch.full_like(ids, -1)
-    image_index = torch.full_like(ids, -1)
-    pictures: list[LazyImage] = []
-    image_id: list[str] = []
-    sample_id: list[str] = []
+    length = max(sum(len(encoded.input_ids) for encoded in row) for row in rows)
+    input_ids = torch.zeros(len(rows), length, dtype=torch.long)
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
+    position_ids = torch.zeros_like(input_ids)
+    sample_index = torch.full_like(input_ids, -1)
+    image_index = torch.full_like(input_ids, -1)
+    images: list[LazyImage] = []
+    image_ids: list[str] = []
+    sample_ids: list[str] = []
     captions: list[str] = []
-    for number, row in enumerate(rows):
+    for row_number, row in enumerate(rows):
         start = 0
-        for sample in row:
-            _check_encoded(sample)
-            at = (number, slice(start, start + len(sample.input_ids)))
-            ids[at] = torch.tensor(sample.input_ids)
-            labels[at] = torch.tensor(sample.labels)
-            positions[at] = torch.arange(len(sample.input_ids))
-            sample_index[at] = len(sample_id)
-            image_index[at] = assign_image_index(ids[at], sample.tokens_per_image, len(pictures))
-            sample_id.append(sample.sample.unique_name)
-            captions.append(sample.sample.caption_text)
-            shown = sample.sample.images
-            image_id += [f"{sample.sample.unique_name} {number}" for number in range(len(shown))]
-            pictures += shown
-            start += len(sample.input_ids)
+        for encoded in row:
+            _check_encoded(encoded)
+            end = start + len(encoded.input_ids)
+            span = (row_number, slice(start, end))
+            input_ids[span] = torch.tensor(encoded.input_ids)
+            labels[span] = torch.tensor(encoded.labels)
+            position_ids[span] = torch.arange(end - start)
+            sample_index[span] = len(sample_ids)
+            image_index[span] = assign_image_index(
+                input_ids[span], encoded.tokens_per_image, len(images)
+            )
+            name = encoded.sample.unique_name
+            sample_ids.append(name)
+            captions.append(encoded.sample.caption_text)
+            image_ids += [f"{name} {number}" for number in range(len(encoded.sample.images))]
+            images += encoded.sample.images
+            start = end
     return PackedBatch(
-        input_ids=ids,
+        input_ids=input_ids,
         labels=labels,
-        position_ids=positions,
+        position_ids=position_ids,
         sample_index=sample_index,
         image_index=image_index,
-        pixels=stack_pixels([load_pixels(picture) for picture in pictures]),
-        sample_ids=sample_id,
-        sample_lengths=[[len(sample.input_ids) for sample in row] for row in rows],
+        pixels=stack_pixels([load_pixels(image) for image in images]),
+        sample_ids=sample_ids,
+        sample_lengths=[[len(encoded.input_ids) for encoded in row] for row in rows],
         supervised_token_count=int((labels != IGNORE_INDEX).sum()),
-        image_ids=image_id,
+        image_ids=image_ids,
         captions=captions,
     )
 
 
 def _check_encoded(encoded: EncodedSample) -> None:
-    name, places = encoded.sample.id, encoded.input_ids.count(IMAGE_TOKEN_INDEX)
+    name, image_positions = encoded.sample.id, encoded.input_ids.count(IMAGE_TOKEN_INDEX)
     if not encoded.input_ids or len(encoded.input_ids) != len(encoded.labels):
         raise ValueError(f"{name}: {len(encoded.input_ids)} ids, {len(encoded.labels)} labels")
-    if places != len(encoded.sample.images) * encoded.tokens_per_image:
+    if image_positions != encoded.image_position_count:
         raise ValueError(
-            f"{name}: {places} places for {len(encoded.sample.images)} images x "
+            f"{name}: {image_positions} image positions for {len(encoded.sample.images)} images x "
             f"{encoded.tokens_per_image} tokens"
         )
     if IMAGE_TOKEN_INDEX in encoded.labels:
-        raise ValueError(f"{name}: the id of a place is a label")
+        raise ValueError(f"{name}: the id of an image position is a label")
 
 
 def assign_image_index(input_ids: Tensor, tokens_per_image: int, first_image: int) -> Tensor:
-    """Return the image of each position `[length]`; the sample's images begin at `first`."""
-    places = (
-        (input_ids == IMAGE_TOKEN_INDEX).long().cumsum(0)
-    )  # places up to and with this position
-    image = (places + tokens_per_image - 1) // tokens_per_image - 1
+    """Return the image of each position of a sample `[length]`, counted from `first_image`."""
+    # image positions up to and with this one
+    count = (input_ids == IMAGE_TOKEN_INDEX).long().cumsum(0)
+    image = (count + tokens_per_image - 1) // tokens_per_image - 1
     return torch.where(image < 0, image, image + first_image)
 
 
 def stack_pixels(pixels: list[Tensor]) -> Tensor:
-    """Stack the pixels of pictures, `[images, 3, height, width]`; no picture gives no image."""
+    """Stack the pixels of images, `[images, 3, height, width]`; `[0, 3, 0, 0]` for none."""
     return torch.stack(pixels) if pixels else torch.zeros(0, 3, 0, 0)
 
 
 def empty_batch(like: PackedBatch | None = None) -> PackedBatch:
     """Return a micro-batch of weight 0: one token without a label, no image.
 
-    A rank that has fewer micro-batches than the others runs it, so that all meet in the
+    A rank that has fewer micro-batches than the others runs it, so that all ranks run the same
     collectives. `like` gives device and pixel type.
     """
     zero = torch.zeros(1, 1, dtype=torch.long, device=like.input_ids.device if like else None)
@@ -214,22 +218,22 @@ def empty_batch(like: PackedBatch | None = None) -> PackedBatch:
 
 
 def pack_samples(encoded: Sequence[EncodedSample], max_tokens_per_row: int) -> list[list[int]]:
-    """Put samples into as few rows as first-fit decreasing finds; returns indices into `encoded`.
+    """Pack samples into rows by first-fit decreasing; return indices into `encoded` per row.
 
     No row exceeds `max_tokens_per_row`, except that a longer sample gets a row of its own.
-    Deterministic:
-    equal lengths keep their order, a row is in ascending order, rows follow their first sample.
+    Deterministic: equal lengths keep their order, a row is in ascending order, and rows are sorted
+    by their first sample.
     """
     lengths = [len(sample.input_ids) for sample in encoded]
     rows: list[list[int]] = []
-    room: list[int] = []
+    free_tokens: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fitting = (row for row, free in enumerate(room) if free >= lengths[index])
+        fitting = (row for row, free in enumerate(free_tokens) if free >= lengths[index])
         row = next(fitting, None)
         if row is None:
             rows.append([])
-            room.append(max_tokens_per_row)
+            free_tokens.append(max_tokens_per_row)
             row = len(rows) - 1
         rows[row].append(index)
-        room[row] -= lengths[index]
+        free_tokens[row] -= lengths[index]
     return sorted(sorted(row) for row in rows)

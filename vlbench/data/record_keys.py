@@ -1,8 +1,8 @@
-"""Keys of a record that its reader does not use: which are counted, and which lose content.
+"""Unread keys of a record: metadata is counted, training content is refused.
 
-A reader says which keys it uses. Every other key with a value is reported: `unread` returns its
-name, for `fit` and `check` to count, or raises BadSample when the key would be training content
-(a picture, a video, sound, a system prompt, tools, earlier turns). Imports no torch.
+A reader passes the keys that it uses. `find_unread_keys` returns every other key with a value, for
+`fit` and `check` to count, or raises BadSample when the key would be training content (an image, a
+video, sound, a system prompt, tools, earlier turns). Imports no torch.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ METADATA_KEYS = frozenset(
     "quality question_id score sha1 sha256 similarity size source split status subset tag tags "
     "task task_type topic type uid unique_id url uuid version width width_list".split()
 )
-"""Keys that public data sets carry and nothing is learned from."""
+"""Keys of public data sets that are metadata."""
 
 CONTENT_KINDS = {
-    "picture": (
+    "image": (
         "image img picture pic photo pixel screenshot thumbnail jpg jpeg png visual frame media",
         "name the file in 'image' of the record (one or a list), and write <image> in a human turn "
         "where it stands",
@@ -46,23 +46,23 @@ CONTENT_KINDS = {
     ),
     "history": ("history", "earlier turns are not read: put them into 'conversations'"),
 }
-"""By kind of content: the words that a key of it has, and what to do with the record."""
+"""By kind of content: the words that its keys contain, and what to do with the record."""
 
 METADATA_WORDS = frozenset(
     "aspect category count dataset duration end format fps hash height id idx index length license "
     "md5 num number quality ratio res resolution score sha sha1 sha256 similarity size source "
     "split start tag type version width".split()
 )
-"""With one of these words in it, a key tells about a picture (`image_id`, `num_images`)."""
+"""A key with one of these words is metadata, also of an image (`image_id`, `num_images`)."""
 
 TEXT_WORDS = frozenset(
     "answer caption description input instruction label output prompt question response text "
     "title".split()
 )
-"""With one of these words in it, a key holds text, also where a picture is named (`image_text`)."""
+"""A key with one of these words is text, also if it names an image (`image_text`)."""
 
 ADDRESS_WORDS = frozenset("href link source src uri url".split())
-"""Words of a key that says where a picture came from."""
+"""Words of a key that says where an image came from."""
 
 MEDIA_FILE = re.compile(
     r"\S+\.(jpe?g|png|webp|gif|bmp|tiff?|ppm|jp2|avif|heic|"
@@ -81,35 +81,41 @@ def find_unread_keys(
     image_names: Collection[str] = (),
     message_prefix: str = "",
 ) -> tuple[str, ...]:
-    """Return the keys of `record` that have a value and are not in `used`.
+    """Return the keys of `record` that have a value and are not in `used_keys`.
 
-    Raises BadSample, called `name`, when such a key or its value looks like training content. The
-    address or another path of one of the `pictures` that are read is none. `where` is put before a
-    key in messages, as "turn 2: ".
+    Args:
+        name: The name of the sample in an error.
+        record: A record, a turn, or a part of a content.
+        used_keys: Keys that the reader uses.
+        image_names: Images that are read; the URL or another path of one of them is metadata.
+        message_prefix: What an error puts before the key, as "turn 2: ".
+
+    Raises:
+        BadSample: A key or its value looks like training content.
     """
-    found = []
+    unread = []
     for key, value in record.items():
         if key in used_keys or _is_empty(value):
             continue
         kind = _content_kind(str(key), value)
-        if kind and not (kind == "picture" and _is_known_image(str(key), value, image_names)):
+        if kind and not (kind == "image" and _is_known_image(str(key), value, image_names)):
             raise BadSample(
                 name, f"{message_prefix}{str(key)!r} is not read; {CONTENT_KINDS[kind][1]}"
             )
-        found.append(str(key))
-    return tuple(found)
+        unread.append(str(key))
+    return tuple(unread)
 
 
 def _is_empty(value: Any) -> bool:
-    """Tell whether a value is empty, or a list or mapping of what is empty."""
+    """Tell whether a value is empty, or a list or mapping of empty values."""
     if value in EMPTY_VALUES:
         return True
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return bool(inner) and all(map(_is_empty, inner))
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return bool(items) and all(map(_is_empty, items))
 
 
 def is_metadata_key(key: str) -> bool:
-    """Tell whether a key of `Sample.unread` is one of those from which nothing is learned."""
+    """Tell whether a key of `Sample.unread_keys` is metadata."""
     key = key.removeprefix("turn ")
     words = _key_words(key)
     return key.lower() in METADATA_KEYS or bool(METADATA_WORDS & words and not TEXT_WORDS & words)
@@ -132,37 +138,39 @@ def _content_kind(key: str, value: Any) -> str:
 
 @functools.cache
 def _key_words(key: str) -> frozenset[str]:
-    """Return the words of a key in small letters, without the s of a plural and final digits."""
+    """Return the words of a key in lower case, with and without a plural s and final digits."""
     words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+[0-9]*|[A-Z]+(?![a-z])[0-9]*", key)}
-    bare = {word.rstrip("0123456789") for word in words}
-    return frozenset(words | bare | {word.removesuffix("s") for word in bare})
+    without_digits = {word.rstrip("0123456789") for word in words}
+    singular = {word.removesuffix("s") for word in without_digits}
+    return frozenset(words | without_digits | singular)
 
 
 def _iterate_texts(value: Any) -> Iterator[str]:
-    """Give the texts in a value: itself, those of a list, those of mappings in it."""
+    """Yield the texts in a value: itself, or those of nested lists and mappings."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | dict):
-        inner = value.values() if isinstance(value, dict) else value
-        for one in inner:
-            yield from _iterate_texts(one)
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _iterate_texts(item)
 
 
 def _media_kind(text: str) -> str:
-    found = DATA_URI.match(text[:20])
-    if found:
-        return {"image": "picture", "video": "video", "audio": "sound"}[found[1]]
-    named = MEDIA_FILE.fullmatch(text.partition("?")[0]) if len(text) < 1000 else None
-    if not named:
+    """Return the kind of content of a data URI or a media file's name, "" for other texts."""
+    data_uri = DATA_URI.match(text[:20])
+    if data_uri:
+        return {"image": "image", "video": "video", "audio": "sound"}[data_uri[1]]
+    file_name = MEDIA_FILE.fullmatch(text.partition("?")[0]) if len(text) < 1000 else None
+    if not file_name:
         return ""
-    return "video" if named[2] else "sound" if named[3] else "picture"
+    return "video" if file_name[2] else "sound" if file_name[3] else "image"
 
 
 def _is_known_image(key: str, value: Any, image_names: Collection[str]) -> bool:
-    """Tell whether a value is where pictures that are read come from, or another path of them."""
-    names = {PurePosixPath(picture).name for picture in image_names}
-    told = bool(ADDRESS_WORDS & _key_words(key) and names)
+    """Tell whether a value is the URL of images that are read, or another path of them."""
+    base_names = {PurePosixPath(image_name).name for image_name in image_names}
+    may_be_url = bool(ADDRESS_WORDS & _key_words(key) and base_names)
     texts = list(_iterate_texts(value))
     return bool(texts) and all(
-        (told and URL_PREFIX.match(text)) or PurePosixPath(text).name in names for text in texts
+        (may_be_url and URL_PREFIX.match(text)) or PurePosixPath(text).name in base_names
+        for text in texts
     )

@@ -1,7 +1,7 @@
-"""The embedded data: rendered scenes with captions and questions, and two held-out sets.
+"""Datasets of rendered scenes: captions, conversations, and two sets of held-out questions.
 
-Everything is a pure function of (seed, index). Held-out pictures come from streams of their own,
-which training never draws from; `unseen` asks about colour-shape pairs that training never shows.
+Everything is a pure function of (seed, index). Held-out images come from streams of their own,
+which training never draws from; `unseen` asks about colour-shape pairs that are never trained on.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _QUESTIONS_PER_TYPE = {"new": 240, "unseen": 120}
 
 @dataclass(frozen=True)
 class HeldOutSceneQuestion:
-    """One held-out question; `type` is one of `scene_text.TYPES`."""
+    """One held-out question; `type` is one of `scene_text.QUESTION_TYPES`."""
 
     id: str
     image: RenderedScene
@@ -43,7 +43,7 @@ class HeldOutSceneQuestion:
     language: str
 
     def to_sample(self) -> Sample:
-        """Give the question and its answer as a conversation."""
+        """Return the question and its answer as a conversation."""
         turns = (
             ChatTurn("human", f"{IMAGE_PLACEHOLDER}\n{self.text}"),
             ChatTurn("assistant", self.answer),
@@ -52,7 +52,7 @@ class HeldOutSceneQuestion:
 
 
 class SceneCaptions:
-    """A source: one picture and its caption per sample, half of them English, half Chinese."""
+    """A source: one image and its caption per sample, half of them English, half Chinese."""
 
     def __init__(self, seed: int, sample_count: int) -> None:
         self.name = "scene captions"
@@ -64,17 +64,17 @@ class SceneCaptions:
     def __getitem__(self, index: int) -> Sample:
         """Make sample `index`; raise IndexError beyond the end."""
         _check_sample_index(index, self._sample_count)
-        picture = make_scene("captions", self._seed, index)
+        scene = make_scene("captions", self._seed, index)
         language = LANGUAGES[random.Random(f"captions/{self._seed}/{index}").randrange(2)]
         turns = (
             ChatTurn("human", f"{IMAGE_PLACEHOLDER}\n{CAPTION_PROMPTS[language]}"),
-            ChatTurn("assistant", scene_caption(picture, language)),
+            ChatTurn("assistant", scene_caption(scene, language)),
         )
-        return Sample(f"caption-{self._seed}-{index}", turns, (picture,), language)
+        return Sample(f"caption-{self._seed}-{index}", turns, (scene,), language)
 
 
 class SceneConversations:
-    """A source: one picture and several questions about it per sample, in one language."""
+    """A source: one image and several questions about it per sample, in one language."""
 
     def __init__(self, seed: int, sample_count: int, question_count: int) -> None:
         self.name = "scene conversations"
@@ -86,41 +86,50 @@ class SceneConversations:
     def __getitem__(self, index: int) -> Sample:
         """Make sample `index`; raise IndexError beyond the end."""
         _check_sample_index(index, self._sample_count)
-        picture = make_scene("conversations", self._seed, index)
+        scene = make_scene("conversations", self._seed, index)
         rng = random.Random(f"conversations/{self._seed}/{index}")
         language = rng.choice(LANGUAGES)
         turns: list[ChatTurn] = []
-        for asked in pick_questions(rng, list_questions(picture, language), self._question_count):
-            before = "" if turns else f"{IMAGE_PLACEHOLDER}\n"
-            turns += [ChatTurn("human", before + asked.text), ChatTurn("assistant", asked.answer)]
-        name = f"conversation-{self._seed}-{index}"
-        return Sample(name, tuple(turns), (picture,), language)
+        candidates = list_questions(scene, language)
+        for question in pick_questions(rng, candidates, self._question_count):
+            tag = "" if turns else f"{IMAGE_PLACEHOLDER}\n"
+            turns.append(ChatTurn("human", tag + question.text))
+            turns.append(ChatTurn("assistant", question.answer))
+        return Sample(f"conversation-{self._seed}-{index}", tuple(turns), (scene,), language)
 
 
 @cache
 def held_out_questions(kind: HeldOutKind) -> tuple[HeldOutSceneQuestion, ...]:
-    """Give the held-out questions, always the same: "new" pictures (1200) or "unseen" pairs (600).
+    """Return the fixed held-out questions: on "new" images (1200) or "unseen" pairs (600).
 
-    Types, languages and answers take turns, so any beginning of the list is balanced.
+    Types, languages and answers alternate, so any prefix of the list is balanced.
     """
     rng = random.Random(f"held-out/{kind}")
     scenes = _generate_scenes(kind)
-    found = []
+    questions = []
     for number in range(_QUESTIONS_PER_TYPE[kind] * len(QUESTION_TYPES)):
-        slot, place = divmod(number, len(QUESTION_TYPES))
-        asked, language = QUESTION_TYPES[place], LANGUAGES[slot % 2]
-        wanted = _wanted_answer(asked, language, slot // 2)
-        total = asked == "count" and kind == "new" and slot // 8 % 3 == 0
-        picture, one = next(
-            (picture, fit)
-            for picture in scenes
-            for fit in _fitting_questions(rng, picture, asked, language, wanted)
-            if (fit.text == TOTAL_QUESTIONS[language]) == total
-            and (kind == "new" or _is_about_unseen_pair(fit))
+        cycle, type_index = divmod(number, len(QUESTION_TYPES))
+        question_type, language = QUESTION_TYPES[type_index], LANGUAGES[cycle % 2]
+        answer = _required_answer(question_type, language, cycle // 2)
+        asks_total = question_type == "count" and kind == "new" and cycle // 8 % 3 == 0
+        scene, question = next(
+            (scene, candidate)
+            for scene in scenes
+            for candidate in _matching_questions(rng, scene, question_type, language, answer)
+            if (candidate.text == TOTAL_QUESTIONS[language]) == asks_total
+            and (kind == "new" or _is_about_unseen_pair(candidate))
         )
-        name = f"{kind}-{number}"
-        found.append(HeldOutSceneQuestion(name, picture, one.text, one.answer, asked, language))
-    return tuple(found)
+        questions.append(
+            HeldOutSceneQuestion(
+                id=f"{kind}-{number}",
+                image=scene,
+                text=question.text,
+                answer=question.answer,
+                type=question_type,
+                language=language,
+            )
+        )
+    return tuple(questions)
 
 
 def _generate_scenes(kind: HeldOutKind) -> Iterator[RenderedScene]:
@@ -130,8 +139,8 @@ def _generate_scenes(kind: HeldOutKind) -> Iterator[RenderedScene]:
         index += 1
 
 
-def _wanted_answer(question_type: str, language: str, cycle_number: int) -> str | None:
-    """Give the answer whose turn it is; None where answers come out even by themselves."""
+def _required_answer(question_type: str, language: str, cycle_number: int) -> str | None:
+    """Return the next answer in rotation; None for types with balanced answers anyway."""
     if question_type == "count":
         return format_count_answer(cycle_number % 4 + 1, language)
     if question_type == "relation":
@@ -139,17 +148,17 @@ def _wanted_answer(question_type: str, language: str, cycle_number: int) -> str 
     return None
 
 
-def _fitting_questions(
+def _matching_questions(
     rng: random.Random,
     rendered_scene: RenderedScene,
     question_type: str,
     language: str,
     answer: str | None,
 ) -> list[SceneQuestion]:
-    """List the questions about the picture of this type and answer, in random order."""
-    fit = [q for q in list_questions(rendered_scene, language) if q.type == question_type]
-    fit = [q for q in fit if answer in (None, q.answer)]
-    return rng.sample(fit, len(fit))
+    """Return the questions about a scene of this type and answer, in random order."""
+    matching = [q for q in list_questions(rendered_scene, language) if q.type == question_type]
+    matching = [q for q in matching if answer in (None, q.answer)]
+    return rng.sample(matching, len(matching))
 
 
 def _is_about_unseen_pair(question: SceneQuestion) -> bool:

@@ -1,7 +1,8 @@
-"""The words of the rendered world, English and Chinese: captions, questions and answers.
+"""The texts of rendered scenes, English and Chinese: captions, questions and answers.
 
-Wording is regular on purpose: a word per colour, shape and place. `questions` lists all that can be
-asked about a scene; `pick` draws some of them with answers that no guesser can predict.
+Wording is regular on purpose: one word per colour, shape and position. `list_questions` lists all
+questions about a scene; `pick_questions` draws some of them with answers that cannot be guessed
+without the image.
 """
 
 from __future__ import annotations
@@ -40,27 +41,24 @@ CHINESE_WORDS = {
     "heart": "心形",
 }
 IRREGULAR_PLURALS = {"cross": "crosses"}  # the others take an s
-# How often all objects are counted, and how often each count of some of them is kept: with
-# these, the answers to count questions come out nearly even.
-_TOTAL_SHARE = (0.6, 0.2)  # where nothing occurs twice, and where something does
-_COUNT_WEIGHTS = (1.0, 2.0, 40.0, 300.0)
+# With these, the answers to count questions are nearly uniform.
+_TOTAL_SHARE = (0.6, 0.2)  # of questions about all objects: no repeated count, some repeated count
+_COUNT_WEIGHTS = (1.0, 2.0, 40.0, 300.0)  # of questions about some objects, by their count
 
 
 @dataclass(frozen=True)
 class SceneQuestion:
     """One question about a scene, and its answer."""
 
-    type: str  # one of TYPES
+    type: str  # one of QUESTION_TYPES
     language: str  # one of LANGUAGES
     text: str
     answer: str
-    relevant_pairs: tuple[
-        tuple[str, str], ...
-    ]  # the (colour, shape) pairs that the answer depends on
+    relevant_pairs: tuple[tuple[str, str], ...]  # (colour, shape) pairs that determine the answer
 
 
 def object_name(scene_object: SceneObject, language: str) -> str:
-    """Name an object: "red star", "红色的星形"; by shape alone if its colour has no name."""
+    """Return the name of an object: "red star", "红色的星形"; its shape if it has no colour."""
     if not scene_object.colour:
         return CHINESE_WORDS[scene_object.shape] if language == "zh" else scene_object.shape
     if language == "zh":
@@ -69,13 +67,13 @@ def object_name(scene_object: SceneObject, language: str) -> str:
 
 
 def position_phrase(scene_object: SceneObject, language: str) -> str:
-    """Name an object's quarter: "at the top left", "左上角"."""
-    where = CELL_NAMES[language][scene_object.cell]
-    return where if language == "zh" else f"at the {where}"
+    """Return where an object is: "at the top left", "左上角"."""
+    cell_name = CELL_NAMES[language][scene_object.cell]
+    return cell_name if language == "zh" else f"at the {cell_name}"
 
 
 def scene_caption(scene: RenderedScene, language: str) -> str:
-    """Describe the scene in one sentence: the count, then every object in raster order."""
+    """Return one sentence about the scene: the count, then every object in raster order."""
     count = NUMBER_WORDS[language][len(scene.objects) - 1]
     if language == "zh":
         items = [f"{position_phrase(t, 'zh')}是{object_name(t, 'zh')}" for t in scene.objects]
@@ -96,46 +94,46 @@ def list_questions(scene: RenderedScene, language: str) -> list[SceneQuestion]:
 
 
 def group_by_type(scene_questions: Sequence[SceneQuestion]) -> dict[str, list[SceneQuestion]]:
-    """Sort questions by type, in the order of TYPES; a type that is not asked is absent."""
-    groups = {kind: [one for one in scene_questions if one.type == kind] for kind in QUESTION_TYPES}
-    return {kind: some for kind, some in groups.items() if some}
+    """Group questions by type, in the order of QUESTION_TYPES; a type without any is absent."""
+    groups = {name: [q for q in scene_questions if q.type == name] for name in QUESTION_TYPES}
+    return {name: group for name, group in groups.items() if group}
 
 
 def pick_questions(
     rng: random.Random, candidates: Sequence[SceneQuestion], count: int
 ) -> list[SceneQuestion]:
     """Draw `count` different questions of types as mixed as the scene allows, in random order."""
-    left = group_by_type(candidates)
+    remaining = group_by_type(candidates)
     chosen: list[SceneQuestion] = []
     while len(chosen) < count:
-        kinds = [kind for kind in left if left[kind]]
-        if not kinds:
+        types = [name for name in remaining if remaining[name]]
+        if not types:
             break
-        rng.shuffle(kinds)
-        for kind in kinds[: count - len(chosen)]:
-            one = draw_question(rng, left[kind])
-            left[kind].remove(one)
-            chosen.append(one)
+        rng.shuffle(types)
+        for name in types[: count - len(chosen)]:
+            question = draw_question(rng, remaining[name])
+            remaining[name].remove(question)
+            chosen.append(question)
     return chosen
 
 
 def draw_question(rng: random.Random, candidates: Sequence[SceneQuestion]) -> SceneQuestion:
-    """Draw one question of one type; counts are weighted so that all answers are as likely."""
+    """Draw one question of one type; counts are weighted so that all answers are equally likely."""
     if candidates[0].type != "count":
         return rng.choice(candidates)
-    total = [q for q in candidates if q.text == TOTAL_QUESTIONS[q.language]]
-    parts = [q for q in candidates if q.text != TOTAL_QUESTIONS[q.language]]
-    numbers = [_parse_count_answer(q.answer) for q in parts]
-    share = _TOTAL_SHARE[any(number > 1 for number in numbers)]
-    if not parts or (total and rng.random() < share):
-        return total[0]
-    often = Counter(numbers)
-    weights = [_COUNT_WEIGHTS[n - 1] / often[n] for n in numbers]
-    return rng.choices(parts, weights)[0]
+    about_all = [q for q in candidates if q.text == TOTAL_QUESTIONS[q.language]]
+    about_some = [q for q in candidates if q.text != TOTAL_QUESTIONS[q.language]]
+    counts = [_parse_count_answer(q.answer) for q in about_some]
+    total_share = _TOTAL_SHARE[any(count > 1 for count in counts)]
+    if not about_some or (about_all and rng.random() < total_share):
+        return about_all[0]
+    frequencies = Counter(counts)
+    weights = [_COUNT_WEIGHTS[count - 1] / frequencies[count] for count in counts]
+    return rng.choices(about_some, weights)[0]
 
 
 def format_count_answer(number: int, language: str) -> str:
-    """Write a count as an answer: "Two.", "两个。"."""
+    """Return a count as an answer: "Two.", "两个。"."""
     word = NUMBER_WORDS[language][number - 1]
     return f"{word}。" if language == "zh" else f"{word.capitalize()}."
 
@@ -146,7 +144,7 @@ def _parse_count_answer(answer: str) -> int:
 
 
 def _attribute_questions(objects: Sequence[SceneObject], language: str) -> list[SceneQuestion]:
-    """Ask the colour where the shape is unique, the shape where the colour is."""
+    """Ask for the colour of a unique shape, and for the shape of a unique colour."""
     colours, shapes = Counter(t.colour for t in objects), Counter(t.shape for t in objects)
     zh, asked = language == "zh", []
     for t in objects:
@@ -168,7 +166,7 @@ def _attribute_questions(objects: Sequence[SceneObject], language: str) -> list[
 
 
 def _count_questions(objects: Sequence[SceneObject], language: str) -> list[SceneQuestion]:
-    """Ask how many objects there are, and how many of each shape and colour that is there."""
+    """Ask for the number of objects, and of those of each shape and colour that occurs."""
     zh = language == "zh"
     groups = {TOTAL_QUESTIONS[language]: list(objects)}
     for t in objects:
@@ -183,15 +181,15 @@ def _count_questions(objects: Sequence[SceneObject], language: str) -> list[Scen
             "count",
             language,
             text,
-            format_count_answer(len(some), language),
-            tuple(o.colour_shape for o in some),
+            format_count_answer(len(counted), language),
+            tuple(o.colour_shape for o in counted),
         )
-        for text, some in groups.items()
+        for text, counted in groups.items()
     ]
 
 
 def _position_questions(objects: Sequence[SceneObject], language: str) -> list[SceneQuestion]:
-    """Ask where an object is: by its shape if that is enough, else by colour and shape."""
+    """Ask where an object is, named by its shape if that is unique, else by colour and shape."""
     shapes, pairs = Counter(t.shape for t in objects), Counter(t.colour_shape for t in objects)
     asked = []
     for t in objects:
@@ -208,15 +206,15 @@ def _position_questions(objects: Sequence[SceneObject], language: str) -> list[S
 
 
 def _relation_questions(objects: Sequence[SceneObject], language: str) -> list[SceneQuestion]:
-    """Ask how one object lies to another in the same row or column."""
+    """Ask on which side of another object one is, both in the same row or column."""
     pairs = Counter(t.colour_shape for t in objects)
     asked = []
     for a in objects:
         for b in objects:
-            steps = a.cell ^ b.cell  # 1: same row, 2: same column, 3: diagonal
-            if a is b or steps == 3 or pairs[a.colour_shape] > 1 or pairs[b.colour_shape] > 1:
+            offset = a.cell ^ b.cell  # 1: same row, 2: same column, 3: diagonal
+            if a is b or offset == 3 or pairs[a.colour_shape] > 1 or pairs[b.colour_shape] > 1:
                 continue
-            side = (2 if steps == 2 else 0) + (a.cell > b.cell)
+            side = (2 if offset == 2 else 0) + (a.cell > b.cell)
             if language == "zh":
                 text = f"{object_name(a, 'zh')}在{object_name(b, 'zh')}的哪一边？"
             else:

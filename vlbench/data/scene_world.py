@@ -1,7 +1,7 @@
-"""The rendered world: what a scene holds and how it is painted. Its words are in `scene_text`.
+"""Rendered scenes: what a scene holds and how it is painted. Its texts are in `scene_text`.
 
 A scene is a pure function of (stream, seed, index): one to four coloured shapes, each somewhere in
-its own quarter of the picture, on a plain muted ground. Nothing here imports torch.
+its own quarter of the image, on a plain muted background. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-SCENE_VERSION = 1  # of the world: pictures and words; raise it when either changes
-IMAGE_SIDE = 112  # pixels, both ways
+SCENE_VERSION = 1  # of images and texts; raise it when either changes
+IMAGE_SIDE = 112  # pixels, width and height
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 38, 40),
     "yellow": (232, 184, 0),
@@ -23,7 +23,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (26, 26, 30),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
-# Pairs that no training picture holds: every colour once, every shape once.
+# Pairs that no training image contains: every colour once, every shape once.
 UNSEEN_PAIRS = {
     "red": "heart",
     "yellow": "square",
@@ -33,74 +33,74 @@ UNSEEN_PAIRS = {
     "black": "cross",
 }
 SEEN_PAIRS = tuple((c, s) for c in COLOURS for s in SHAPES if UNSEEN_PAIRS[c] != s)
-_PAINT_SCALE = 2  # painted twice as large, then halved: smooth edges
+_PAINT_SCALE = 2  # painted twice as large, then halved, for smooth edges
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object; `cell` is its quarter: 0 top left, 1 top right, 2 and 3 below them."""
+    """One coloured shape of a scene."""
 
     colour: str  # one of COLOURS; empty where a colour has no name (pretraining alone)
-    shape: str
-    cell: int
+    shape: str  # one of SHAPES
+    cell: int  # its quarter of the image: 0 top left, 1 top right, 2 and 3 below them
     x: float  # centre, pixels
     y: float
     radius: float  # pixels
     rotation: float  # radians
-    painted_colour: tuple[int, int, int]  # the colour as painted
+    painted_colour: tuple[int, int, int]  # the shade of `colour` that is painted
 
     @property
     def colour_shape(self) -> tuple[str, str]:
-        """Give (colour, shape)."""
+        """(colour, shape)."""
         return self.colour, self.shape
 
 
 @dataclass(frozen=True)
 class RenderedScene:
-    """A picture of the world; a `Picture`: it has a name and can be opened."""
+    """A scene as a `LazyImage`: it is painted when it is opened."""
 
     name: str
     objects: tuple[SceneObject, ...]  # in raster order
-    corner_colours: tuple[tuple[int, int, int], ...]  # the four corners' colours
+    corner_colours: tuple[tuple[int, int, int], ...]  # of the background, interpolated between
 
     def open(self) -> Image.Image:
-        """Paint the scene, [112, 112] RGB."""
+        """Paint the scene, 112 x 112 pixels, RGB."""
         side = IMAGE_SIDE * _PAINT_SCALE
         corners = Image.new("RGB", (2, 2))
         corners.putdata(self.corner_colours)
         canvas = corners.resize((side, side), Image.Resampling.BILINEAR)
         draw = ImageDraw.Draw(canvas)
-        for thing in self.objects:
-            _paint_object(draw, thing)
+        for scene_object in self.objects:
+            _paint_object(draw, scene_object)
         return canvas.reduce(_PAINT_SCALE)
 
 
 def make_scene(stream: str, seed: int, index: int, has_unseen_pair: bool = False) -> RenderedScene:
     """Make scene `index` of a stream.
 
-    `unseen` puts exactly one object of an unseen pair into it; without it there is none.
+    With `has_unseen_pair` exactly one object is of UNSEEN_PAIRS, otherwise none.
     """
     rng = random.Random(f"{stream}/{seed}/{index}/{has_unseen_pair}")
     count = rng.choices((1, 2, 3, 4), (20, 26, 26, 28))[0]
     pairs = _draw_pairs(rng, count, has_unseen_pair)
     cells = sorted(rng.sample(range(4), count))
-    things = tuple(make_object(rng, pair, cell) for pair, cell in zip(pairs, cells, strict=True))
-    return RenderedScene(f"scene-{stream}-{seed}-{index}", things, make_background(rng))
+    objects = tuple(make_object(rng, pair, cell) for pair, cell in zip(pairs, cells, strict=True))
+    return RenderedScene(f"scene-{stream}-{seed}-{index}", objects, make_background(rng))
 
 
 def _draw_pairs(rng: random.Random, count: int, has_unseen_pair: bool) -> list[tuple[str, str]]:
-    """Draw the objects: all different, free, or several that share a shape or a colour."""
+    """Draw (colour, shape) pairs: all different, free, or with a shared shape or colour."""
     plan = rng.choices(("different", "free", "shape", "colour"), (40, 20, 20, 20))[0]
     first = rng.choice(tuple(UNSEEN_PAIRS.items())) if has_unseen_pair else rng.choice(SEEN_PAIRS)
-    alike = rng.choice((2, 3, 4))
+    shared_count = rng.choice((2, 3, 4))
     pairs = [first]
     while len(pairs) < count:
         colour, shape = rng.choice(SEEN_PAIRS)
         if plan == "different" and any(colour == c or shape == s for c, s in pairs):
             continue
-        if plan == "shape" and len(pairs) < alike and shape != first[1]:
+        if plan == "shape" and len(pairs) < shared_count and shape != first[1]:
             continue
-        if plan == "colour" and len(pairs) < alike and colour != first[0]:
+        if plan == "colour" and len(pairs) < shared_count and colour != first[0]:
             continue
         pairs.append((colour, shape))
     rng.shuffle(pairs)
@@ -108,42 +108,40 @@ def _draw_pairs(rng: random.Random, count: int, has_unseen_pair: bool) -> list[t
 
 
 def make_object(rng: random.Random, colour_shape: tuple[str, str], cell: int) -> SceneObject:
-    """Place an object in its quarter: any size that is easy to see, any place where it fits."""
+    """Draw an object in its quarter: radius 16 to 25 pixels, any position where it fits."""
     half = IMAGE_SIDE / 2
     radius = rng.uniform(16.0, 25.0)
     slack = half / 2 - radius - 0.5
     x = half / 2 + half * (cell % 2) + rng.uniform(-slack, slack)
     y = half / 2 + half * (cell // 2) + rng.uniform(-slack, slack)
-    light = rng.uniform(0.86, 1.1)
-    shade = tuple(
-        min(255, max(0, round(value * light + rng.uniform(-8, 8))))
+    brightness = rng.uniform(0.86, 1.1)
+    red, green, blue = (
+        min(255, max(0, round(value * brightness + rng.uniform(-8, 8))))
         for value in COLOURS[colour_shape[0]]
     )
-    return SceneObject(*colour_shape, cell, x, y, radius, rng.uniform(-0.2, 0.2), shade)  # type: ignore[arg-type]
+    rotation = rng.uniform(-0.2, 0.2)
+    return SceneObject(*colour_shape, cell, x, y, radius, rotation, (red, green, blue))
 
 
 def make_background(rng: random.Random) -> tuple[tuple[int, int, int], ...]:
-    """Draw a muted ground, a little lighter or darker from corner to corner.
+    """Draw the corner colours of a muted background.
 
-    It is lighter than every object. Without that, what tells shapes apart would change its sign
-    with the colour, and a small tower would need far longer to learn it.
+    It is lighter than every object. Otherwise the contrast that tells shapes apart would change its
+    sign with the colour, and a small vision encoder would need far longer to learn it.
     """
-    light = rng.uniform(190, 243)
+    brightness = rng.uniform(190, 243)
     tint = [rng.uniform(-12, 12) for _ in range(3)]
     corners = []
     for _ in range(4):
         shift = rng.uniform(-10, 10)
-        red, green, blue = (min(255, max(0, round(light + t + shift))) for t in tint)
+        red, green, blue = (min(255, max(0, round(brightness + t + shift))) for t in tint)
         corners.append((red, green, blue))
     return tuple(corners)
 
 
 def _paint_object(draw: ImageDraw.ImageDraw, scene_object: SceneObject) -> None:
-    x, y, radius = (
-        scene_object.x * _PAINT_SCALE,
-        scene_object.y * _PAINT_SCALE,
-        scene_object.radius * _PAINT_SCALE,
-    )
+    x, y = scene_object.x * _PAINT_SCALE, scene_object.y * _PAINT_SCALE
+    radius = scene_object.radius * _PAINT_SCALE
     if scene_object.shape == "circle":
         size = radius * 0.9
         draw.ellipse((x - size, y - size, x + size, y + size), fill=scene_object.painted_colour)

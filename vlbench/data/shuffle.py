@@ -1,4 +1,4 @@
-"""The order of samples: a pure function of (seed, position), with no list and no state."""
+"""The order of samples: a pure function of (seed, position), without an index list or state."""
 
 from __future__ import annotations
 
@@ -8,23 +8,26 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import TypeVar
 
 from vlbench.data.sample import Sample, SampleSource, sample_at
 from vlbench.errors import UserError
+
+ItemT = TypeVar("ItemT")
 
 _FEISTEL_ROUNDS = 6
 _UINT64_MASK = (1 << 64) - 1
 
 
 class FeistelShuffle:
-    """A shuffled order of 0..count-1 that needs no memory, good for 10^8 and more.
+    """A pseudorandom permutation of 0..count-1 in constant memory, for 10^8 samples and more.
 
-    A Feistel network (a bijection on a power of four) keyed by the seed; values beyond `count` are
-    sent through again until one falls inside, which keeps it a bijection on 0..count-1.
+    A Feistel network (a bijection on a power of four) keyed by the seed; a value of `count` or more
+    is permuted again until it is below `count`, which gives a bijection on 0..count-1.
     """
 
     def __init__(self, count: int, seed: int | str) -> None:
-        """Make the order of `count` things; the same seed gives the same order everywhere."""
+        """Key the permutation of `count` items; a seed gives the same order on every machine."""
         self.count = count
         self._half_bits = max(1, ((count - 1).bit_length() + 1) // 2)  # bits of one half
         self._half_mask = (1 << self._half_bits) - 1
@@ -36,7 +39,7 @@ class FeistelShuffle:
     def __call__(self, position: int) -> int:
         """Return the index at `position`, both in 0..count-1."""
         if not 0 <= position < self.count:
-            raise IndexError(f"position {position} of an order of {self.count}")
+            raise IndexError(f"position {position} of a permutation of {self.count}")
         value = self._permute_once(position)
         while value >= self.count:
             value = self._permute_once(value)
@@ -50,7 +53,7 @@ class FeistelShuffle:
 
 
 def _mix_bits(value: int) -> int:
-    """Scatter 64 bits (the finalizer of SplitMix64)."""
+    """Mix 64 bits (the finalizer of SplitMix64)."""
     value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _UINT64_MASK
     value = (value ^ value >> 27) * 0x94D049BB133111EB & _UINT64_MASK
     return value ^ value >> 31
@@ -61,15 +64,23 @@ def _cached_shuffle(count: int, seed: str) -> FeistelShuffle:
     return FeistelShuffle(count, seed)
 
 
+def pick_fixed_subset(items: Sequence[ItemT], count: int | None) -> list[ItemT]:
+    """Return `count` items from all over the list, always the same ones; all items for None."""
+    if count is None or count >= len(items):
+        return list(items)
+    draw = FeistelShuffle(len(items), "spread")
+    return [items[draw(number)] for number in range(count)]
+
+
 class SourceMixture:
     """Several sources shuffled into one endless stream of samples.
 
-    A source's weight says how often each of its samples is met per epoch: 2 is twice, 0.5 means
-    half of them, and the other half in the next epoch.
+    A source's weight is how often each of its samples occurs per epoch: 2 is twice; 0.5 is half of
+    them, and the other half in the next epoch.
     """
 
     def __init__(self, sources: Sequence[tuple[SampleSource, float]], seed: int) -> None:
-        """Mix (source, weight) pairs. Raises a Mistake for an empty source or a bad weight."""
+        """Mix (source, weight) pairs. Raises a UserError for an empty source or a bad weight."""
         if not sources:
             raise UserError("no data: a stage needs at least one source")
         for source, weight in sources:
@@ -90,24 +101,27 @@ class SourceMixture:
 
     def __getitem__(self, position: int) -> Sample:
         """Return the sample at `position` of the stream, or raise BadSample."""
-        number, index = self.locate_sample(position)
-        return sample_at(self.sources[number], index, number)
+        source_index, index = self.locate_sample(position)
+        return sample_at(self.sources[source_index], index, source_index)
 
     def locate_sample(self, position: int) -> tuple[int, int]:
-        """Return the number of a source and the index in it at `position` of the stream.
+        """Return the index of a source, and the index in it, at `position` of the stream.
 
-        Every epoch has another order; each sample of a source is met once before any is met again.
+        Every epoch has another order; each sample of a source occurs once before any occurs again.
         """
-        epoch, place = divmod(position, self.epoch_samples)
-        slot = _cached_shuffle(self.epoch_samples, f"{self.seed}/epoch {epoch}")(place)
-        number = bisect_right(self._share_ends, slot)
-        share, source = self._epoch_shares[number], self.sources[number]
-        met = epoch * share + slot - (self._share_ends[number] - share)  # of this source, so far
-        turn, rest = divmod(met, len(source))
-        return number, self._source_order(source, f"{self.seed}/source {number}/pass {turn}")(rest)
+        epoch, epoch_position = divmod(position, self.epoch_samples)
+        slot = _cached_shuffle(self.epoch_samples, f"{self.seed}/epoch {epoch}")(epoch_position)
+        source_index = bisect_right(self._share_ends, slot)
+        share, source = self._epoch_shares[source_index], self.sources[source_index]
+        share_start = self._share_ends[source_index] - share
+        drawn = epoch * share + slot - share_start  # slots of this source before this one
+        pass_number, pass_position = divmod(drawn, len(source))
+        shuffle_key = f"{self.seed}/source {source_index}/pass {pass_number}"
+        return source_index, self._pass_order(source, shuffle_key)(pass_position)
 
     @staticmethod
-    def _source_order(source: SampleSource, shuffle_key: str) -> Callable[[int], int]:
-        """Return the order of a pass over a source: its own, if some orders are faster to read."""
-        own = getattr(source, "pass_order", None)
-        return own(shuffle_key) if own else _cached_shuffle(len(source), shuffle_key)
+    def _pass_order(source: SampleSource, shuffle_key: str) -> Callable[[int], int]:
+        """Return the order of one pass over a source: its own where it has one, as shards do."""
+        own_order: Callable[[str], Callable[[int], int]] | None
+        own_order = getattr(source, "pass_order", None)
+        return own_order(shuffle_key) if own_order else _cached_shuffle(len(source), shuffle_key)

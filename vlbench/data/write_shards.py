@@ -1,4 +1,4 @@
-"""`python -m vlbench pack data=FILE.json images=FOLDER to=DIR`: a data set into shards, checked."""
+"""`python -m vlbench pack data=FILE.json images=FOLDER to=DIR`: write a data set as shards."""
 
 from __future__ import annotations
 
@@ -21,73 +21,75 @@ from vlbench.errors import BadSample, UserError
 from vlbench.text_files import format_json_lines, write_atomically
 
 LEFT_OUT_FILE = "left_out.jsonl"
-SAMPLES_PER_SHARD = 10_000  # in a shard: about a gigabyte of pictures at 448 pixels
+SAMPLES_PER_SHARD = 10_000  # about a gigabyte of images at 448 pixels
 
 
 def run_pack(overrides: list[str]) -> int:
-    """Write the shards of a file, and say what was left out; return the exit code."""
-    given = parse_key_values("pack", overrides, ("data", "to"), ("images", "samples"))
-    source = LlavaJson(Path(given["data"]).expanduser(), given.get("images"))
-    samples = read_integer(given, "samples", SAMPLES_PER_SHARD, 1, 10**7)
-    folder = Path(given["to"]).expanduser()
+    """Write the shards of a file, and print what was left out; return the exit code."""
+    options = parse_key_values("pack", overrides, ("data", "to"), ("images", "samples"))
+    source = LlavaJson(Path(options["data"]).expanduser(), options.get("images"))
+    samples_per_shard = read_integer(options, "samples", SAMPLES_PER_SHARD, 1, 10**7)
+    folder = Path(options["to"]).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"to={folder} is there already and not empty; name a new folder")
+        raise UserError(f"to={folder} exists and is not empty; name a new folder")
     try:
-        shards, bad = pack_dataset(source, folder, samples)
+        shards, bad_samples = pack_dataset(source, folder, samples_per_shard)
     except OSError as error:
         raise UserError(f"to={folder} cannot be written ({error.strerror})") from error
     packed = sum(shard["samples"] for shard in shards)
-    print(f"{packed} samples in {len(shards)} shards in {folder}, every picture opened once")
-    if bad:
-        print(f"{len(bad)} left out ({folder / LEFT_OUT_FILE}), the first: {bad[0]}")
+    print(f"{packed} samples in {len(shards)} shards in {folder}, every image opened once")
+    if bad_samples:
+        left_out = f"{len(bad_samples)} left out ({folder / LEFT_OUT_FILE})"
+        print(f"{left_out}, the first: {bad_samples[0]}")
     return 0
 
 
 def pack_dataset(
     source: LlavaJson, folder: Path, samples_per_shard: int
 ) -> tuple[list[dict[str, Any]], list[BadSample]]:
-    """Write `samples` to a shard; return the list of shards, and the samples that cannot be used.
+    """Write the shards of a source; return the list of shards, and the bad samples.
 
-    The folder appears whole: it is written under another name and then renamed.
+    The folder appears complete: it is written under a temporary name and then renamed.
     """
-    writing = folder.with_name(f".writing-{folder.name}")
-    shutil.rmtree(writing, ignore_errors=True)
+    temporary = folder.with_name(f".writing-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        writing.mkdir(parents=True)
-        shards, bad = _write_all_shards(writing, source, samples_per_shard)
+        temporary.mkdir(parents=True)
+        shards, bad_samples = _write_all_shards(temporary, source, samples_per_shard)
         if folder.exists():
             folder.rmdir()
-        writing.rename(folder)
-    finally:  # nothing is left of what was interrupted, or found no room
-        shutil.rmtree(writing, ignore_errors=True)
-    return shards, bad
+        temporary.rename(folder)
+    finally:  # removes what was interrupted, or did not fit on the disk
+        shutil.rmtree(temporary, ignore_errors=True)
+    return shards, bad_samples
 
 
 def _write_all_shards(
     folder: Path, source: LlavaJson, samples_per_shard: int
 ) -> tuple[list[dict[str, Any]], list[BadSample]]:
-    """Write all shards and what tells of them."""
-    bad: list[BadSample] = []
-    good = _sample_members(source, bad)
+    """Write all shards, their indexes, the list of shards and the list of bad samples."""
+    bad_samples: list[BadSample] = []
+    members = _sample_members(source, bad_samples)
     shards: list[dict[str, Any]] = []
     while True:
         tar = folder / f"{len(shards):06d}.tar"
-        count = _write_tar(tar, good, samples_per_shard)
+        count = _write_tar(tar, members, samples_per_shard)
         if not count:
             tar.unlink()
             break
-        found, size = scan_tar(str(tar)), tar.stat().st_size  # as a reader finds it: it is whole
-        assert len(found) == count and not found.fault, f"{tar}: wrote {count}, finds {found}"
-        write_atomically(Path(index_path(str(tar))), format_index(found, (size, None)))
+        scan, size = scan_tar(str(tar)), tar.stat().st_size  # read back, as a check
+        assert len(scan) == count and not scan.fault, f"{tar}: wrote {count}, read {scan}"
+        write_atomically(Path(index_path(str(tar))), format_index(scan, (size, None)))
         shards.append({"file": tar.name, "samples": count, "bytes": size})
     if not shards:
-        raise UserError(f"{source.name}: holds no sample that can be packed; the first: {bad[0]}")
-    write_atomically(
-        folder / SHARD_LIST_FILE, json.dumps({"version": 1, "shards": shards}, indent=1) + "\n"
-    )
-    lines = format_json_lines({"id": one.sample_id, "reason": one.reason} for one in bad)
+        raise UserError(
+            f"{source.name}: holds no sample that can be packed; the first: {bad_samples[0]}"
+        )
+    shard_list = json.dumps({"version": 1, "shards": shards}, indent=1) + "\n"
+    write_atomically(folder / SHARD_LIST_FILE, shard_list)
+    lines = format_json_lines({"id": bad.sample_id, "reason": bad.reason} for bad in bad_samples)
     write_atomically(folder / LEFT_OUT_FILE, lines)
-    return shards, bad
+    return shards, bad_samples
 
 
 def _write_tar(tar: Path, sample_members: Iterator[dict[str, Any]], samples_per_shard: int) -> int:
@@ -104,36 +106,36 @@ def _write_tar(tar: Path, sample_members: Iterator[dict[str, Any]], samples_per_
 
 
 def _sample_members(source: LlavaJson, bad_samples: list[BadSample]) -> Iterator[dict[str, Any]]:
-    """Give what goes into a tar file of each sample: its record and the bytes of its pictures."""
+    """Yield the members of each sample: its record and the bytes of its images."""
     for index in tqdm(range(len(source)), desc="pack", unit="sample", disable=None):
         try:
             sample = source[index]
             members: dict[str, Any] = {"__key__": f"{index:09d}"}
-            names = []
-            for number, picture in enumerate(sample.images):
-                data = Path(picture.name).read_bytes()
-                open_image_bytes(data, f"image {picture.name}")
-                names.append(f"{number}.{_image_extension(picture.name)}")
-                members[names[-1]] = data
+            image_names = []
+            for number, image in enumerate(sample.images):
+                data = Path(image.name).read_bytes()
+                open_image_bytes(data, f"image {image.name}")
+                image_names.append(f"{number}.{_image_extension(image.name)}")
+                members[image_names[-1]] = data
         except OSError as error:
             bad_samples.append(BadSample(sample.id, f"image {error.filename}: {error.strerror}"))
             continue
-        except BadSample as fault:
-            bad_samples.append(fault)
+        except BadSample as bad:
+            bad_samples.append(bad)
             continue
-        except UserError as mistake:
-            bad_samples.append(BadSample(sample.id, str(mistake)))
+        except UserError as error:
+            bad_samples.append(BadSample(sample.id, str(error)))
             continue
-        kept = {key: source.records[index].get(key) for key in sample.unread_keys}
-        record = {**kept, **record_from_sample(sample, names)}
+        unread = {key: source.records[index].get(key) for key in sample.unread_keys}
+        record = {**unread, **record_from_sample(sample, image_names)}
         members["json"] = json.dumps(record, ensure_ascii=False).encode()
         yield members
 
 
 def _image_extension(file_name: str) -> str:
-    """Return the extension of a picture in a tar file; `jpg` for one that readers would not know.
+    """Return the extension of an image in a tar file, `jpg` for one that readers do not know.
 
-    What it is shows in its bytes.
+    Readers detect the format by content.
     """
-    kind = Path(file_name).suffix.removeprefix(".").lower()
-    return kind if kind in IMAGE_EXTENSIONS else "jpg"
+    extension = Path(file_name).suffix.removeprefix(".").lower()
+    return extension if extension in IMAGE_EXTENSIONS else "jpg"

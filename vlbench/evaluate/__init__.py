@@ -1,1 +1,1 @@
-"""Evaluation: questions, answers, and what they add up to."""
+"""Evaluation: held-out questions, benchmarks, scoring, and the results of a run."""

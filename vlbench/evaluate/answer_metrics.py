@@ -1,4 +1,4 @@
-"""Measures of free answers: exact match, VQA accuracy, and torchmetrics' F1 and chrF."""
+"""Metrics of free-text answers: exact match, VQA accuracy, and torchmetrics' F1 and chrF."""
 
 from __future__ import annotations
 
@@ -38,65 +38,63 @@ CONTRACTIONS = """
     why's won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll
     you're you've
 """.split()
-"""Words whose apostrophe is put back, of the VQA challenge (she's and let's are not among them)."""
+"""Words whose apostrophe the VQA challenge restores (she's and let's are not among them)."""
 RESTORED_CONTRACTIONS = {
-    word[:place] + word[place + 1 :]: word
+    word[:index] + word[index + 1 :]: word
     for word in CONTRACTIONS
-    for place, character in enumerate(word)
+    for index, character in enumerate(word)
     if character == "'"
 } | {"somebody'd": "somebodyd"}  # as the challenge's own table has it
-FULL_MARK_VOTES = 3  # people whose answer it takes for a full mark
+FULL_SCORE_VOTES = 3  # people whose agreement gives an accuracy of 1
 
 
 def is_exact_match(response: str, answers: Sequence[str]) -> bool:
-    """Tell whether a response is one of the right answers, word for word."""
+    """Return whether a response is one of the right answers, word for word."""
     return response in answers
 
 
 def vqa_accuracy(response: str, answers: Sequence[str]) -> float:
     """Return the accuracy of the VQA challenge (Antol et al. 2015, arXiv:1505.00468), 0 to 1.
 
-    A response counts a third for each of the other people who gave it, at most 1, averaged over
-    leaving out each person. With fewer than four answers one that agrees is enough. Responses and
-    answers are normalised first.
+    For each person, a response scores a third for every other person who gave it, at most 1; the
+    accuracy is the mean over people. With at most three answers one that agrees is enough.
+    Responses and answers are normalised first.
     """
-    said, given = (
-        normalize_vqa_answer(response),
-        [normalize_vqa_answer(answer) for answer in answers],
-    )
-    if len(given) <= FULL_MARK_VOTES:
-        return float(said in given)
-    agree = given.count(said)
-    # a person who said the same is not one of the others
-    marks = [min(1.0, (agree - (answer == said)) / FULL_MARK_VOTES) for answer in given]
-    return sum(marks) / len(marks)
+    response = normalize_vqa_answer(response)
+    answers = [normalize_vqa_answer(answer) for answer in answers]
+    if len(answers) <= FULL_SCORE_VOTES:
+        return float(response in answers)
+    votes = answers.count(response)
+    # a person who gave the same answer is not one of the others
+    scores = [min(1.0, (votes - (answer == response)) / FULL_SCORE_VOTES) for answer in answers]
+    return sum(scores) / len(scores)
 
 
 def normalize_vqa_answer(text: str) -> str:
-    """Return a text as the VQA challenge compares it: no marks, no articles, numbers as digits."""
+    """Return a text as the VQA challenge compares it: no punctuation or articles, digits."""
     text = re.sub(r"[\n\t]", " ", text).strip()
-    whole = text
+    original = text
     for mark in PUNCTUATION:
-        apart = f"{mark} " in whole or f" {mark}" in whole or THOUSANDS_COMMA.search(whole)
-        text = text.replace(mark, "" if apart else " ")
-    text = PERIOD_PATTERN.sub(
-        "", text, 32
-    )  # the challenge's code passes re.UNICODE, 32, as a count
+        is_separate = (
+            f"{mark} " in original or f" {mark}" in original or THOUSANDS_COMMA.search(original)
+        )
+        text = text.replace(mark, "" if is_separate else " ")
+    text = PERIOD_PATTERN.sub("", text, 32)  # the challenge passes re.UNICODE, 32, as the count
     words = [DIGITS_OF_WORD.get(word, word) for word in text.lower().split()]
     return " ".join(RESTORED_CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
 def text_overlap(responses: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Return how much of the answers' text is in the responses, in percent.
+    """Return how well the responses' text overlaps with the answers', in percent.
 
-    `f1` is that of words after SQuAD's normalisation, `chrf` that of runs of up to six characters
-    (Popovic 2015), which needs no words and so serves Chinese.
+    `f1` is over words after SQuAD's normalisation, `chrf` (Popovic 2015) over n-grams of up to six
+    characters, which needs no words and so serves Chinese.
     """
-    told = [{"prediction_text": text, "id": str(n)} for n, text in enumerate(responses)]
-    known: list[dict[str, Any]] = [
-        {"answers": {"text": list(some), "answer_start": [0] * len(some)}, "id": str(n)}
-        for n, some in enumerate(answers)
+    predictions = [{"prediction_text": text, "id": str(n)} for n, text in enumerate(responses)]
+    targets: list[dict[str, Any]] = [
+        {"answers": {"text": list(texts), "answer_start": [0] * len(texts)}, "id": str(n)}
+        for n, texts in enumerate(answers)
     ]
-    f1 = float(squad(told, known)["f1"])
-    chrf = chrf_score(list(responses), [list(some) for some in answers], n_word_order=0)
+    f1 = float(squad(predictions, targets)["f1"])
+    chrf = chrf_score(list(responses), [list(texts) for texts in answers], n_word_order=0)
     return {"f1": round(f1, 2), "chrf": round(100 * float(torch.as_tensor(chrf)), 2)}

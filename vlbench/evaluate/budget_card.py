@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlbench.config.schema import Recipe
+from vlbench.config.schema import StageConfig
 from vlbench.model.connector_cost import count_connector_cost
 from vlbench.model.vlm import VLM
 from vlbench.text_files import read_csv
@@ -14,13 +15,15 @@ from vlbench.train.run_folder import RunFolder
 from vlbench.train.trainable_parts import trained_parameters
 
 
-def build_budget_card(recipe: Recipe, run: RunFolder, vlm: VLM) -> dict[str, Any]:
-    """Return the costs of `model.connector_cost.ConnectorCost`, and beside them what was spent.
+def build_budget_card(
+    stages: Mapping[str, StageConfig], run: RunFolder, vlm: VLM
+) -> dict[str, Any]:
+    """Return the fields of `ConnectorCost`, and beside them what was spent.
 
     - `parts`: of each part the `total` parameters, and those `trained` in any stage
     - `step_seconds`: of each stage the median time of an optimizer step
-    - `samples`, `images`, `tokens_seen` (places included): what was learned from; absent in a run
-      that was begun by a version that did not count them
+    - `samples`, `images`, `tokens_seen` (image positions included): what was trained on; absent in
+      a run of a version that did not count them
     """
     seen = dict((run.latest_position.seen if run.latest_position else None) or {})
     if seen:
@@ -30,7 +33,7 @@ def build_budget_card(recipe: Recipe, run: RunFolder, vlm: VLM) -> dict[str, Any
         "parts": {
             name: {
                 "total": sum(parameter.numel() for parameter in part.parameters()),
-                "trained": _count_trained(recipe, vlm, name),
+                "trained": _count_trained(stages, vlm, name),
             }
             for name, part in vlm.named_parts()
         },
@@ -39,22 +42,24 @@ def build_budget_card(recipe: Recipe, run: RunFolder, vlm: VLM) -> dict[str, Any
     }
 
 
-def _count_trained(recipe: Recipe, vlm: VLM, part_name: str) -> int:
-    """Return how many parameters of a part any stage has trained."""
-    ways = [
+def _count_trained(stages: Mapping[str, StageConfig], vlm: VLM, part_name: str) -> int:
+    """Return how many parameters of a part are trained in the stage that trains most of them."""
+    settings = [
         stage.trained_parts[part_name]
-        for stage in recipe.stages.values()
+        for stage in stages.values()
         if part_name in stage.trained_parts
     ]
-    return max(
-        (sum(p.numel() for p in trained_parameters(vlm, part_name, way)) for way in ways), default=0
+    counts = (
+        sum(parameter.numel() for parameter in trained_parameters(vlm, part_name, one))
+        for one in settings
     )
+    return max(counts, default=0)
 
 
 def median_step_seconds(metrics_file: Path) -> dict[str, float]:
     """Return the median time of an optimizer step of each stage, from metrics.csv."""
-    times: dict[str, list[float]] = {}
+    seconds_by_stage: dict[str, list[float]] = {}
     for row in read_csv(metrics_file):
         if row.get("step_seconds"):
-            times.setdefault(row["stage"], []).append(float(row["step_seconds"]))
-    return {stage: round(statistics.median(each), 4) for stage, each in times.items()}
+            seconds_by_stage.setdefault(row["stage"], []).append(float(row["step_seconds"]))
+    return {stage: round(statistics.median(each), 4) for stage, each in seconds_by_stage.items()}

@@ -1,12 +1,77 @@
-"""`python -m vlbench eval`: ask a run, a checkpoint or a release questions with known answers."""
+"""`python -m vlbench eval run=... [task=mmmu,cmmmu data=DIR]`: a model answers questions of tasks.
+
+The model is a run, a checkpoint or a release; the tasks are evaluated one after the other.
+"""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import Any, Protocol
 
-from vlbench.config.overrides import parse_key_values
-from vlbench.evaluate.tasks.conversation_tasks import FILE_TASK, OWN_TASK
-from vlbench.evaluate.tasks.run_tasks import EVAL_OPTIONS, run_tasks
+from vlbench.config.overrides import parse_key_values, read_boolean, read_integer
+from vlbench.data.chat_template import check_template_name
+from vlbench.errors import UserError, suggest_name
+from vlbench.evaluate.batch_inference import (
+    ANSWERS_FILE,
+    BLANK_FILE,
+    SKIPPED_FILE,
+    answer_remaining,
+    open_answers_folder,
+)
+from vlbench.evaluate.tasks.benchmark_records import RECORD_READERS
+from vlbench.evaluate.tasks.benchmark_tasks import BenchmarkTask
+from vlbench.evaluate.tasks.benchmark_types import GenerationLimits
+from vlbench.evaluate.tasks.conversation_tasks import FILE_TASK, OWN_TASK, ConversationTask
+from vlbench.load_model import find_model_folder, load_model
+from vlbench.model.loaded_vlm import LoadedVLM
+from vlbench.text_files import format_json_lines, write_atomically
+from vlbench.train import checkpoint_files
+
+BENCHMARK_OPTIONS = ("split", "protocol", "subjects", "seed")
+EVAL_OPTIONS = (
+    "task",
+    "data",
+    "images",
+    "limit",
+    "out",
+    "batch",
+    "blank",
+    "template",
+    *BENCHMARK_OPTIONS,
+)
+TASK_NAMES = (*RECORD_READERS, OWN_TASK, FILE_TASK)
+AnswerLines = list[dict[str, Any]]
+
+
+class EvalTask(Protocol):
+    """A set of questions for a model, and how its answers are scored."""
+
+    folder_name: str
+    """Name of the folder with a model's answers."""
+    task_settings: dict[str, Any]
+    """What is asked, and how: a folder never mixes answers under different settings."""
+
+    def select_questions(self, vlm: LoadedVLM) -> tuple[list[Any], list[dict[str, str]]]:
+        """Return the questions that can be asked, and those that cannot, with the reason."""
+        ...
+
+    def generation_limits(self, vlm: LoadedVLM, questions: list[Any]) -> GenerationLimits:
+        """Return how a model may answer."""
+        ...
+
+    def count_correct(self, answer_lines: AnswerLines) -> int | None:
+        """Count right answers; None where the true ones are withheld."""
+        ...
+
+    def write_scores(
+        self, folder: Path, answer_lines: AnswerLines, blank_lines: AnswerLines, skipped_count: int
+    ) -> list[str]:
+        """Write the scores into the folder, and return the lines of the report.
+
+        `blank_lines` are the answers to blank images, empty if they were not asked for.
+        """
+        ...
 
 
 def run_eval(overrides: list[str]) -> int:
@@ -16,5 +81,93 @@ def run_eval(overrides: list[str]) -> int:
     run is asked its own.
     """
     overrides = [re.sub("^model=", "run=", word) for word in overrides]
-    given = parse_key_values("eval", overrides, ("run",), EVAL_OPTIONS)
-    return run_tasks({"task": FILE_TASK if "data" in given else OWN_TASK, **given})
+    options = parse_key_values("eval", overrides, ("run",), EVAL_OPTIONS)
+    return run_tasks({"task": FILE_TASK if "data" in options else OWN_TASK, **options})
+
+
+def run_tasks(options: dict[str, str]) -> int:
+    """Evaluate a model on every task of `task=`, and report; `options` are the keys of `eval`."""
+    names = list(dict.fromkeys(name for name in options["task"].split(",") if name))
+    _check_tasks(names, options)
+    batch_size = read_integer(options, "batch", 16, 1, 4096)
+    with_blank_images = read_boolean(options, "blank")
+    template = check_template_name(options.get("template"))
+    tasks: list[EvalTask] = [
+        BenchmarkTask(name, options) if name in RECORD_READERS else ConversationTask(name, options)
+        for name in names
+    ]
+    model_folder = find_model_folder(options["run"], "run")
+    vlm = load_model(options["run"], template=template)
+    for task in tasks:
+        settings = {**task.task_settings, "model": str(model_folder), "batch": batch_size}
+        if template:  # else it is the model's own
+            settings["template"] = template
+        folder = _answers_folder(task.folder_name, model_folder, options)
+        open_answers_folder(folder, settings)
+        _run_task(vlm, task, folder, batch_size, with_blank_images)
+    return 0
+
+
+def _check_tasks(task_names: list[str], options: dict[str, str]) -> None:
+    """Raise a UserError for unknown tasks, and for keys that none of the tasks has."""
+    for name in task_names or [""]:
+        if name not in TASK_NAMES:
+            known = ", ".join(TASK_NAMES)
+            raise UserError(f"task is '{name}'; known are {known}.{suggest_name(name, TASK_NAMES)}")
+    if len(task_names) > 1 and ("data" in options or "out" in options):
+        raise UserError("data= and out= belong to one task; give one task=, or leave them out")
+    if FILE_TASK in task_names and "data" not in options:
+        raise UserError(f"task={FILE_TASK} needs data=FILE.json")
+    tasks_of_key = {
+        **dict.fromkeys(BENCHMARK_OPTIONS, tuple(RECORD_READERS)),
+        "images": (FILE_TASK,),
+        "data": (*RECORD_READERS, FILE_TASK),
+    }
+    for key, tasks in tasks_of_key.items():
+        if key in options and not set(task_names) & set(tasks):
+            raise UserError(
+                f"{key}= is for task={' and '.join(tasks)}, not for {', '.join(task_names)}"
+            )
+
+
+def _answers_folder(folder_name: str, model_folder: Path, options: dict[str, str]) -> Path:
+    """Return the folder of the answers: `out=`, or by checkpoint and task below a run's own."""
+    if "out" in options:
+        return Path(options["out"]).expanduser()
+    run = Path(options["run"]).expanduser()
+    is_run = (
+        checkpoint_files.is_run_or_checkpoint(run)
+        and (run / "recipe.yaml").is_file()
+        and run != model_folder
+    )
+    if "template" in options:
+        folder_name = f"{folder_name}-{options['template']}"
+    return (run / "eval" if is_run else Path("evals")) / model_folder.name / folder_name
+
+
+def _run_task(
+    vlm: LoadedVLM, task: EvalTask, folder: Path, batch_size: int, with_blank_images: bool
+) -> None:
+    """Answer the questions of one task, write its scores into the folder, and print them."""
+    questions, skipped = task.select_questions(vlm)
+    if not questions:
+        raise UserError(f"{task.folder_name}: no question can be asked; the first: {skipped[0]}")
+    write_atomically(folder / SKIPPED_FILE, format_json_lines(skipped))
+    limits = task.generation_limits(vlm, questions)
+
+    def answer_into(file_name: str, use_blank_images: bool) -> AnswerLines:
+        return answer_remaining(
+            vlm,
+            questions,
+            limits,
+            task.count_correct,
+            batch_size,
+            folder / file_name,
+            use_blank_images,
+        )
+
+    lines = answer_into(ANSWERS_FILE, False)
+    blank_lines = answer_into(BLANK_FILE, True) if with_blank_images else []
+    report = "\n".join(task.write_scores(folder, lines, blank_lines, len(skipped)))
+    write_atomically(folder / "report.txt", f"{report}\n")
+    print(f"{report}\n\nwrote {folder}")

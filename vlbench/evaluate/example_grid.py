@@ -1,6 +1,6 @@
-"""Examples as a picture: a grid of cards, each with the picture, the question and the answers.
+"""Examples as one PNG: a grid of cards, each with the images, the question and the answers.
 
-The font is embedded (`font/README.md`), so the same examples give the same picture everywhere.
+The font is embedded (`font/README.md`), so the same examples give the same PNG everywhere.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ PAGE_MARGIN, CARD_GAP, CARD_WIDTH = 20, 16, 376
 CARD_PADDING = 16  # inside a card
 TEXT_WIDTH = CARD_WIDTH - 2 * CARD_PADDING  # width of a card's text
 LABEL_WIDTH = 60  # width of the column of "model" and "truth"
-IMAGE_HEIGHT = 224  # height of the pictures of a card: the sides of 112 and of 56 fit it exactly
-IMAGE_AREA_HEIGHT = IMAGE_HEIGHT + 2 * CARD_PADDING  # the ground on which they stand
-MAX_IMAGES = 4  # per card; how many more there are is written
-TITLE_SIZE, TEXT_SIZE, SMALL_TEXT_SIZE = 25, 17, 14  # of letters
+IMAGE_HEIGHT = 224  # height of the images of a card, a multiple of sides of 112 and 56
+IMAGE_AREA_HEIGHT = IMAGE_HEIGHT + 2 * CARD_PADDING  # of their background
+MAX_IMAGES = 4  # per card; the number of further ones is written
+TITLE_SIZE, TEXT_SIZE, SMALL_TEXT_SIZE = 25, 17, 14  # font sizes
 
 Colour = tuple[int, int, int]
 PAGE_COLOUR: Colour = (238, 241, 245)
@@ -35,13 +35,13 @@ IMAGE_AREA_COLOUR: Colour = (248, 249, 251)
 EDGE_COLOUR: Colour = (213, 218, 226)
 TEXT_COLOUR: Colour = (28, 32, 40)
 FAINT_COLOUR: Colour = (104, 113, 126)
-# Blue and orange are told apart by every kind of colour vision; the word is written as well.
+# Blue and orange differ for every kind of colour vision; the word is written as well.
 CORRECT_COLOUR: Colour = (0, 105, 170)
 WRONG_COLOUR: Colour = (198, 80, 0)
 
 _OPENING_MARKS = "(\\[{<\u2018\u201c（［｛〈《「『【〔"  # must not end a line
 _CLOSING_MARKS = (
-    ")\\]}>\u2019\u201d）］｝〉》」』】〕,.;:!?%，。、；：！？％\u2026"  # nor these begin one
+    ")\\]}>\u2019\u201d）］｝〉》」』】〕,.;:!?%，。、；：！？％\u2026"  # must not begin one
 )
 # A line may end after any of these: Chinese has no spaces.
 _CJK_RANGES = "\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
@@ -49,12 +49,12 @@ _UNBREAKABLE_PIECE = re.compile(
     rf"\s+|[{_OPENING_MARKS}]*(?:[{_CJK_RANGES}]|[^\s{_CJK_RANGES}]+)[{_CLOSING_MARKS}]*"
 )
 _NOT_BEFORE_ELLIPSIS = " .,\u2026，。、"  # not before an ellipsis
-_MAX_CHARACTERS = 4000  # characters that are looked at: far more than any text here has room for
+_MAX_CHARACTERS = 4000  # of a text that are laid out: far more than there is room for
 
 
 @dataclass(frozen=True)
 class AnsweredExample:
-    """A question about pictures, the model's answer, and the true one."""
+    """A question about images, the model's answer, and the true one."""
 
     images: tuple[Image.Image, ...]
     question: str
@@ -63,12 +63,12 @@ class AnsweredExample:
 
     @property
     def is_correct(self) -> bool:
-        """Say whether the answer is the true one, word for word."""
+        """Whether the answer is the true one, word for word."""
         return self.answer == self.truth
 
 
 def draw_examples(examples: list[AnsweredExample], path: Path, title: str) -> None:
-    """Draw the examples as cards in rows of three into the PNG `path`; nothing half is ever there.
+    """Draw the examples as cards, three a row, into the PNG `path`, which is written atomically.
 
     Long texts end in an ellipsis; characters that the font lacks become boxes.
     """
@@ -108,7 +108,7 @@ def _save_png(sheet: Image.Image, path: Path) -> None:
 
 
 class _ExampleCard:
-    """One example with its lines broken; its height is known before it is drawn."""
+    """One example with its text broken into lines, which gives its height before it is drawn."""
 
     def __init__(self, example: AnsweredExample) -> None:
         self.example = example
@@ -122,7 +122,7 @@ class _ExampleCard:
             IMAGE_AREA_HEIGHT
             + 2 * CARD_PADDING
             + 2 * (CARD_PADDING // 2)
-            + sum(_block_height(one, TEXT_SIZE) for one in lines)
+            + sum(_block_height(block, TEXT_SIZE) for block in lines)
         )
 
     def draw_card(self, sheet: Image.Image, x: int, y: int, height: int) -> None:
@@ -157,32 +157,33 @@ class _ExampleCard:
 
 
 def _paste_images(sheet: Image.Image, images: Sequence[Image.Image], x: int, y: int) -> None:
-    """Place the pictures side by side in the middle of a stage of TEXT x SHOWN pixels."""
-    more = "" if images else "no picture"
+    """Place the images side by side in the middle of TEXT_WIDTH x IMAGE_HEIGHT pixels."""
+    note = "" if images else "no image"
     if len(images) > MAX_IMAGES:
-        more = f"+{len(images) - MAX_IMAGES}"
+        note = f"+{len(images) - MAX_IMAGES}"
     gap = CARD_PADDING // 2
-    length = _text_length(more, SMALL_TEXT_SIZE) + (gap if more and images else 0)
+    note_width = _text_length(note, SMALL_TEXT_SIZE) + (gap if note and images else 0)
     count = max(1, min(len(images), MAX_IMAGES))
-    room = int(TEXT_WIDTH - length - gap * (count - 1)) // count
-    fitted = [_scale_image(picture, room, IMAGE_HEIGHT) for picture in images[:MAX_IMAGES]]
-    x += int(TEXT_WIDTH - sum(one.width + gap for one in fitted) + gap * bool(fitted) - length) // 2
-    for one in fitted:
-        sheet.paste(one, (x, y + (IMAGE_HEIGHT - one.height) // 2))
-        x += one.width + gap
-    if more:
+    max_width = int(TEXT_WIDTH - note_width - gap * (count - 1)) // count
+    scaled = [_scale_image(image, max_width, IMAGE_HEIGHT) for image in images[:MAX_IMAGES]]
+    images_width = sum(image.width + gap for image in scaled) - gap * bool(scaled)
+    x += int(TEXT_WIDTH - images_width - note_width) // 2
+    for image in scaled:
+        sheet.paste(image, (x, y + (IMAGE_HEIGHT - image.height) // 2))
+        x += image.width + gap
+    if note:
         _draw_lines(
             sheet,
             x,
             y + (IMAGE_HEIGHT - _line_height(SMALL_TEXT_SIZE)) // 2,
-            [more],
+            [note],
             SMALL_TEXT_SIZE,
             FAINT_COLOUR,
         )
 
 
 def _scale_image(image: Image.Image, max_width: int, max_height: int) -> Image.Image:
-    """Scale a picture into width x height; a tiny one by a whole number, its pixels kept square."""
+    """Scale an image into width x height; a tiny one by a whole factor, so pixels stay square."""
     if image.mode.startswith("I"):  # 16-bit gray, which convert() would clip
         image = image.convert("I").point(lambda level: level * (1 / 257)).convert("L")
     image = image.convert("RGB")
@@ -197,7 +198,7 @@ def _scale_image(image: Image.Image, max_width: int, max_height: int) -> Image.I
 def _draw_badge(
     sheet: Image.Image, word: str, right_edge: int, center_y: int, colour: Colour
 ) -> None:
-    """Draw a word on a pill that ends at x = `right` and is centred on y = `middle`."""
+    """Draw a word on a rounded badge that ends at `right_edge`, centred on `center_y`."""
     left = right_edge - round(_text_length(word, SMALL_TEXT_SIZE)) - 24
     _draw_rounded_box(sheet, (left - 2, center_y - 15, right_edge + 2, center_y + 15), 15, WHITE)
     _draw_rounded_box(sheet, (left, center_y - 13, right_edge, center_y + 13), 13, colour)
@@ -222,14 +223,14 @@ def _draw_rounded_box(
 def _rounded_mask(size: tuple[int, int], radius: int) -> Image.Image:
     """Return a mask of a rounded rectangle, smooth: drawn four times as large, then shrunk."""
     large = Image.new("L", (size[0] * 4, size[1] * 4))
-    whole = (0, 0, large.width - 1, large.height - 1)
-    ImageDraw.Draw(large).rounded_rectangle(whole, radius * 4, fill=255)
+    box = (0, 0, large.width - 1, large.height - 1)
+    ImageDraw.Draw(large).rounded_rectangle(box, radius * 4, fill=255)
     return large.reduce(4)
 
 
 @functools.cache
 def _load_font(text_size: int) -> ImageFont.FreeTypeFont:
-    # The basic layout is in every build of pillow, and the font has no kerning that it would miss.
+    # Every build of pillow has the basic layout, and the font has no kerning that it would ignore.
     return ImageFont.truetype(FONT_FILE, text_size, layout_engine=ImageFont.Layout.BASIC)
 
 
@@ -255,7 +256,17 @@ def _draw_lines(
     colour: Colour,
     baseline_size: int = 0,
 ) -> int:
-    """Write lines from (x, y) down, return the y below; share the baselines of size `beside`."""
+    """Write lines downwards, and return the y below them.
+
+    Args:
+        sheet: What is drawn on.
+        x: The left edge, in pixels.
+        y: The top of the first line, in pixels.
+        lines: Texts that fit the width.
+        size: The font size.
+        colour: The colour of the text.
+        baseline_size: The font size whose line spacing and baselines are used; 0: `size`.
+    """
     draw, step = ImageDraw.Draw(sheet), _line_height(baseline_size or size)
     for line in lines:
         baseline = y + round((baseline_size or size) * 1.08)
@@ -265,7 +276,7 @@ def _draw_lines(
 
 
 def _wrap_text(text: str, size: int, width: int, max_lines: int) -> list[str]:
-    """Break a text into at most `most` lines of `width` pixels; what is cut ends in an ellipsis."""
+    """Break a text into `max_lines` lines of `width` pixels or fewer; ellipsis where it is cut."""
     lines = [""]
     for piece in _split_breakable(_clean_text(text), size, width):
         if _text_length(lines[-1] + piece.rstrip(), size) > width:
@@ -278,7 +289,7 @@ def _wrap_text(text: str, size: int, width: int, max_lines: int) -> list[str]:
 
 
 def _split_breakable(text: str, size: int, width: int) -> Iterator[str]:
-    """Split a text where a line may end; what is too long for a line, after every character."""
+    """Split a text where a line may end; a piece too long for a line, at every character."""
     for piece in _UNBREAKABLE_PIECE.findall(text):
         yield from [piece] if _text_length(piece, size) <= width else piece
 
@@ -291,7 +302,7 @@ def _cut_with_ellipsis(line: str, size: int, width: int) -> str:
 
 
 def _clean_text(text: str) -> str:
-    """Put a text on one line; leave out what is invisible, and half characters become U+FFFD."""
+    """Put a text on one line without invisible characters; lone surrogates become U+FFFD."""
     text = " ".join(unicodedata.normalize("NFC", text[:_MAX_CHARACTERS]).split())
     kinds = ((c, unicodedata.category(c)) for c in text)
     return "".join("\ufffd" if k == "Cs" else c for c, k in kinds if k not in ("Cc", "Cf"))

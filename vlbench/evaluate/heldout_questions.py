@@ -1,4 +1,7 @@
-"""Questions with known answers: the held-out ones of the rendered world, or a user's own."""
+"""Questions with known answers, held out of training: of the rendered scenes, or of a user's data.
+
+Also the two controls: the same questions with blank images, and with the images exchanged.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from vlbench.config.schema import Recipe
+from vlbench.data.data_sources import SCENES_SOURCE, open_held_out, open_stage_sources
 from vlbench.data.image_processing import blank_image
 from vlbench.data.sample import IMAGE_PLACEHOLDER, LazyImage, Sample, SampleSource
 from vlbench.data.scene_dataset import held_out_questions
+from vlbench.data.shuffle import pick_fixed_subset
 from vlbench.errors import BadSample, UserError
 
-NO_IMAGE_REASON = "has no picture"
+MAX_OWN_QUESTIONS = 1000  # questions asked about a user's own data
+NO_IMAGE_REASON = "has no image"
 
 
 @dataclass(frozen=True)
@@ -29,13 +36,13 @@ class EvalQuestion:
 
     @property
     def question_text(self) -> str:
-        """The last line of the question: without the places of its pictures."""
+        """The last line of the question, which has no image placeholders."""
         return self.sample.turns[-1].text.split("\n")[-1]
 
 
 @dataclass(frozen=True)
 class LeftOutRecord:
-    """A record of a source that nothing is asked about, and why."""
+    """A record of a source that no question is asked about, and why."""
 
     id: str
     record: int
@@ -48,11 +55,33 @@ class LeftOutRecord:
         return f"{number if self.id == number else f'{number} ({self.id})'}: {self.reason}"
 
 
+def final_questions(recipe: Recipe) -> tuple[str, list[EvalQuestion], list[EvalQuestion]]:
+    """Return what a run is asked at its end: (about what, questions, questions on unseen pairs)."""
+    name, stage = list(recipe.stages.items())[-1]
+    data, limit = stage.data or recipe.data, recipe.log.questions
+    if data.train == SCENES_SOURCE and not data.mix and not data.val:
+        new, unseen = scene_questions("new"), scene_questions("unseen")
+        return "new images", pick_fixed_subset(new, limit), pick_fixed_subset(unseen, limit)
+    held_out = open_held_out(recipe.data, stage, recipe.seed)
+    if held_out is not None:
+        questions = source_questions(held_out, limit or MAX_OWN_QUESTIONS)
+        return f"held-out {held_out.name}", questions, []
+    questions = []
+    sources = open_stage_sources(recipe.data, stage, name, recipe.seed)
+    for number, (source, _) in enumerate(sources, 1):
+        prefix = f"{number}." if len(sources) > 1 else ""
+        questions += [
+            replace(question, record_number=f"{prefix}{question.record_number}")
+            for question in source_questions(source, (limit or MAX_OWN_QUESTIONS) - len(questions))
+        ]
+    return "the training conversations (no data.val was given)", make_ids_unique(questions), []
+
+
 def scene_questions(subset: str) -> list[EvalQuestion]:
-    """Return a held-out set of the rendered world: "new" pictures or "unseen" attribute pairs."""
+    """Return a held-out set of rendered scenes: "new" images or "unseen" pairs of attributes."""
     return [
-        EvalQuestion(_drop_answers(one.to_sample()), one.answer, one.type, one.language)
-        for one in held_out_questions(subset)
+        EvalQuestion(_drop_answers(scene.to_sample()), scene.answer, scene.type, scene.language)
+        for scene in held_out_questions(subset)
     ]
 
 
@@ -61,10 +90,7 @@ def _drop_answers(sample: Sample) -> Sample:
 
 
 def source_questions(source: SampleSource, limit: int) -> list[EvalQuestion]:
-    """Return the questions of `look_through`; what is left out is counted, and its first is named.
-
-    Their ids differ from each other, as those of `told_apart`.
-    """
+    """Return the questions of `collect_questions` with unique ids; print what is left out."""
     questions, left_out = collect_questions(source, limit)
     if left_out:
         print(f"{source.name}: nothing is asked about {describe_left_out(left_out)}")
@@ -76,28 +102,28 @@ def collect_questions(
 ) -> tuple[list[EvalQuestion], list[LeftOutRecord]]:
     """Return one question per assistant turn of the first samples with an image, at most `limit`.
 
-    What was said before stands in the conversation as it is in the data. Left out are bad samples,
-    those with a picture that cannot be read, and those without one.
+    Earlier turns stay in the conversation as they are in the data. Left out are bad samples, those
+    with an image that cannot be read, and those without an image.
     """
     questions: list[EvalQuestion] = []
     left_out: list[LeftOutRecord] = []
     for index in range(len(source)):
         if len(questions) >= limit:
             break
-        name, reason = "", ""
+        sample_id, reason = "", ""
         try:
             sample = source[index]
-            name = sample.id
-            for picture in sample.images:
-                picture.open()
+            sample_id = sample.id
+            for image in sample.images:
+                image.open()
         except BadSample as error:
-            name, reason = error.sample_id, error.reason
+            sample_id, reason = error.sample_id, error.reason
         except UserError as error:
             reason = str(error)
         else:
             reason = "" if sample.images else NO_IMAGE_REASON
         if reason:
-            left_out.append(LeftOutRecord(name, index + 1, reason))
+            left_out.append(LeftOutRecord(sample_id, index + 1, reason))
         else:
             questions += _questions_by_turn(sample, str(index + 1))
     return questions[:limit], left_out
@@ -105,24 +131,25 @@ def collect_questions(
 
 def describe_left_out(left_out_records: Sequence[LeftOutRecord]) -> str:
     """Return how many records are left out for which kind of reason, and the first of each."""
-    kinds = (
-        ("bad samples", [one for one in left_out_records if one.reason != NO_IMAGE_REASON]),
-        (
-            "samples without a picture",
-            [one for one in left_out_records if one.reason == NO_IMAGE_REASON],
-        ),
+    bad = [record for record in left_out_records if record.reason != NO_IMAGE_REASON]
+    without_image = [record for record in left_out_records if record.reason == NO_IMAGE_REASON]
+    kinds = (("bad samples", bad), ("samples without an image", without_image))
+    return "; ".join(
+        f"{len(records)} {kind}, the first: {records[0]}" for kind, records in kinds if records
     )
-    return "; ".join(f"{len(some)} {kind}, the first: {some[0]}" for kind, some in kinds if some)
 
 
 def make_ids_unique(questions: Sequence[EvalQuestion]) -> list[EvalQuestion]:
-    """Return the questions with ids of their own: one that is there several times gets its record.
+    """Return the questions with unique ids: one that occurs several times gets its record number.
 
-    An id is a label that the data give, and several records may have the same; `7/1` of the third
-    record then becomes `7#3/1`.
+    Several records of a user's data may have the same id; `7/1` of the third record then becomes
+    `7#3/1`.
     """
-    seen = Counter(one.sample.id for one in questions)
-    return [one if seen[one.sample.id] == 1 else _add_record_to_id(one) for one in questions]
+    counts = Counter(question.sample.id for question in questions)
+    return [
+        question if counts[question.sample.id] == 1 else _add_record_to_id(question)
+        for question in questions
+    ]
 
 
 def _add_record_to_id(question: EvalQuestion) -> EvalQuestion:
@@ -132,34 +159,41 @@ def _add_record_to_id(question: EvalQuestion) -> EvalQuestion:
 
 
 def _questions_by_turn(sample: Sample, record_number: str) -> list[EvalQuestion]:
-    found = []
-    for number, turn in enumerate(sample.turns):
+    """Return a question for each assistant turn, with the turns and images before it."""
+    questions = []
+    for index, turn in enumerate(sample.turns):
         if turn.role != "assistant":
             continue
-        before = sample.turns[:number]
-        shown = sum(t.text.count(IMAGE_PLACEHOLDER) for t in before)
-        asked = replace(
-            sample, id=f"{sample.id}/{number}", turns=before, images=sample.images[:shown]
+        earlier = sample.turns[:index]
+        image_count = sum(one.text.count(IMAGE_PLACEHOLDER) for one in earlier)
+        conversation = replace(
+            sample, id=f"{sample.id}/{index}", turns=earlier, images=sample.images[:image_count]
         )
-        found.append(EvalQuestion(asked, turn.text.strip(), "", sample.language, record_number))
-    return found
+        answer = turn.text.strip()
+        questions.append(EvalQuestion(conversation, answer, "", sample.language, record_number))
+    return questions
 
 
 def blank_images(
     questions: Sequence[EvalQuestion], mean_colour: tuple[float, float, float]
 ) -> list[EvalQuestion]:
-    """Return the same questions with the mean colour instead of every picture."""
+    """Return the same questions with every image replaced by one of the mean colour."""
     return [
-        _with_images(q, tuple(blank_image(p, mean_colour) for p in q.sample.images))
-        for q in questions
+        _with_images(
+            question, tuple(blank_image(image, mean_colour) for image in question.sample.images)
+        )
+        for question in questions
     ]
 
 
 def shuffle_images(questions: Sequence[EvalQuestion]) -> list[EvalQuestion]:
-    """Return the same questions with the pictures exchanged: each becomes the next of the set."""
-    pictures = list(dict.fromkeys(p for q in questions for p in q.sample.images))
-    other = dict(zip(pictures, pictures[1:] + pictures[:1], strict=True))
-    return [_with_images(q, tuple(other[p] for p in q.sample.images)) for q in questions]
+    """Return the same questions with the images exchanged: each becomes the next of the set."""
+    images = list(dict.fromkeys(image for one in questions for image in one.sample.images))
+    next_image = dict(zip(images, images[1:] + images[:1], strict=True))
+    return [
+        _with_images(question, tuple(next_image[image] for image in question.sample.images))
+        for question in questions
+    ]
 
 
 def _with_images(question: EvalQuestion, images: tuple[LazyImage, ...]) -> EvalQuestion:

@@ -1,7 +1,7 @@
-"""`lmms-eval --model vlbench --model_args run=PATH`: the tasks of lmms-eval on a run or a release.
+"""`lmms-eval --model vlbench --model_args model=PATH`: lmms-eval's tasks on a run or a release.
 
 An extra: `pip install 'vlbench[lmms]'`. lmms-eval finds `manifest` by the entry point in
-pyproject.toml. A question is asked as in `protocol=lmms`: the pictures, then the text.
+pyproject.toml. A question is asked as in `protocol=lmms`: the images, then the text.
 """
 
 from __future__ import annotations
@@ -18,54 +18,56 @@ from tqdm import tqdm
 
 from vlbench.data.sample import Sample
 from vlbench.errors import UserError, suggest_name
+from vlbench.evaluate.batch_inference import answer_batch
 from vlbench.evaluate.tasks.benchmark_types import BenchmarkPrompt
 from vlbench.load_model import load_model
-from vlbench.model.generation.chat_messages import InMemoryImage, collate_prompts, encode_prompt
-from vlbench.model.generation.generate import decode_answer
+from vlbench.processor import InMemoryImage
 
-MAX_NEW_TOKENS = 1024  # where a task names no number, as for lmms-eval's own models
-AUTO_BATCH_SIZE = 16  # questions at once for batch_size=auto, as for `eval`
+MAX_NEW_TOKENS = 1024  # where a task gives no number, as for lmms-eval's own models
+AUTO_BATCH_SIZE = 16  # questions per batch for batch_size=auto, as for `eval`
 MAX_SHOWN_SKIPPED = 5
-PATH_ALIASES = ("model", "pretrained")
-MODEL_ARGS = ("run", *PATH_ALIASES, "dtype", "template", "batch_size")
+MODEL_ARGS = ("model", "pretrained", "dtype", "template", "batch_size")
 USED_OPTIONS = {"until", "max_new_tokens", "num_beams", "do_sample", "temperature", "top_p"}
 
 
 def manifest() -> Any:
-    """Return what lmms-eval needs to know to find the class below."""
-    from lmms_eval.models.registry_v2 import ModelManifest  # which calls this when it is imported
+    """Return lmms-eval's description of the class below."""
+    from lmms_eval.models.registry_v2 import ModelManifest  # circular: it calls this on import
 
     return ModelManifest("vlbench", simple_class_path=f"{__name__}.VlbenchModel")
 
 
 class VlbenchModel(lmms):  # type: ignore[misc]
-    """A run, a checkpoint or a released model of vlbench, as lmms-eval asks it."""
+    """A run, a checkpoint or a released model of vlbench, as a model of lmms-eval."""
 
     is_simple = True
 
     def __init__(
         self,
-        run: str | None = None,
+        model: str | None = None,
+        pretrained: str | None = None,
         dtype: str | None = None,
         batch_size: int | str | None = 1,
         template: str | None = None,
         **others: Any,
     ) -> None:
-        """Load `run`; `batch_size` questions are answered at once, on the GPU if there is one.
+        """Load a model, on the GPU if there is one.
 
-        `run` is a run, a checkpoint or a released model, and may be called `model` or `pretrained`;
-        `batch_size` auto is AUTO. lmms-eval itself adds `device` and `max_batch_size`, which say
-        nothing more here.
+        Args:
+            model: A run, a checkpoint or a released model.
+            pretrained: lmms-eval's usual name for `model`.
+            dtype: A name of `load_model.DTYPE_NAMES`; None: as the weights are stored.
+            batch_size: Questions per batch; auto is AUTO_BATCH_SIZE.
+            template: A name of `data.chat_template.CHAT_TEMPLATES`; None: the model's own.
+            others: `device` and `max_batch_size`, which lmms-eval adds and are ignored.
         """
         super().__init__()
-        path = _require_one_path(
-            {"run": run, **{key: others.pop(key, None) for key in PATH_ALIASES}}
-        )
+        path = _require_one_path({"model": model, "pretrained": pretrained})
         unknown = sorted(set(others) - {"device", "max_batch_size"})
         if unknown:
             near = suggest_name(unknown[0], MODEL_ARGS)
-            takes = ", ".join(MODEL_ARGS)
-            raise UserError(f"model_args has {', '.join(unknown)}; vlbench takes {takes}.{near}")
+            allowed = ", ".join(MODEL_ARGS)
+            raise UserError(f"model_args has {', '.join(unknown)}; vlbench takes {allowed}.{near}")
         self.answer_batch_size = _parse_batch_size(batch_size)
         self.accelerator = Accelerator()
         self._rank = self.accelerator.process_index
@@ -74,37 +76,39 @@ class VlbenchModel(lmms):  # type: ignore[misc]
         self.vlm = load_model(path, dtype, self.device, template)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Return the answer to each request, in their order; longest prompts come first.
+        """Return the answer to each request, in their order; longest prompts are asked first.
 
-        What cannot be asked (a video, a picture that the data do not have, a text that is too long)
-        is answered with nothing, which no task takes for right, counted, and named.
+        A question that cannot be asked (a video, an image that the data do not have, a text that is
+        too long) gets an empty answer, which no task counts as right; it is counted and printed.
         """
         answers = [""] * len(requests)
-        lengths: dict[int, int] = {}
+        prompt_lengths: dict[int, int] = {}
         samples: dict[int, Sample] = {}
         skipped = []
-        for number, request in enumerate(requests):
+        for index, request in enumerate(requests):
             try:
                 sample = self._build_sample(request)
-                for picture in sample.images:
-                    picture.open()
-                lengths[number] = len(encode_prompt(self.vlm, sample))
-                samples[number] = sample
-            except UserError as mistake:
-                skipped.append(f"{request.args[4]} {request.args[3]}: {mistake}")
+                for image in sample.images:
+                    image.open()
+                prompt_lengths[index] = len(self.vlm.processor.encode_prompt(sample))
+                samples[index] = sample
+            except UserError as error:
+                skipped.append(f"{request.args[4]} {request.args[3]}: {error}")
         order = sorted(
-            lengths, key=lambda number: (_limits_key(requests[number]), -lengths[number])
+            prompt_lengths,
+            key=lambda index: (_options_key(requests[index]), -prompt_lengths[index]),
         )
         bar = tqdm(total=len(order), desc="vlbench", disable=self._rank != 0)
-        for some in self._group_batches(order, requests):
-            given = requests[some[0]].args[1]
-            new = self.vlm.generate(
-                collate_prompts(self.vlm, [samples[number] for number in some]),
-                **_generation_options(given),
+        for indices in self._group_batches(order, requests):
+            task_options = requests[indices[0]].args[1]
+            texts = answer_batch(
+                self.vlm,
+                [samples[index] for index in indices],
+                **_generation_options(task_options),
             )
-            for number, ids in zip(some, new, strict=True):
-                answers[number] = _cut_at_stops(decode_answer(self.vlm, ids), given.get("until"))
-            bar.update(len(some))
+            for index, text in zip(indices, texts, strict=True):
+                answers[index] = _cut_at_stops(text, task_options.get("until"))
+            bar.update(len(indices))
         bar.close()
         _print_unused_options(requests)
         if skipped:
@@ -113,62 +117,58 @@ class VlbenchModel(lmms):  # type: ignore[misc]
         return answers
 
     def _build_sample(self, request: Instance) -> Sample:
-        text, _, pictures_of, document, task, split = request.args
+        text, _, images_of, document, task, split = request.args
         try:
-            shown = pictures_of(self.task_dict[task][split][document])
-        except Exception as error:  # of the task's own code, whatever it meets in its data
+            visuals = images_of(self.task_dict[task][split][document])
+        except Exception as error:  # of the task's own code, whatever its data raise
             name = type(error).__name__
-            raise UserError(f"its pictures cannot be had ({name}: {error})") from error
-        shown = [] if shown is None else shown
-        shown = list(shown) if isinstance(shown, list | tuple) else [shown]
-        other = [one for one in shown if not isinstance(one, Image.Image)]
-        if other:
-            raise UserError(
-                f"has {type(other[0]).__name__} beside its text; vlbench reads pictures"
-            )
-        pictures = tuple(
-            InMemoryImage(picture, f"{task} {document}: picture {number}")
-            for number, picture in enumerate(shown, 1)
+            raise UserError(f"its images cannot be had ({name}: {error})") from error
+        visuals = [] if visuals is None else visuals
+        visuals = list(visuals) if isinstance(visuals, list | tuple) else [visuals]
+        others = [visual for visual in visuals if not isinstance(visual, Image.Image)]
+        if others:
+            raise UserError(f"has {type(others[0]).__name__} beside its text; vlbench reads images")
+        images = tuple(
+            InMemoryImage(image, f"{task} {document}: image {number}")
+            for number, image in enumerate(visuals, 1)
         )
-        return Sample(f"{task}/{document}", (BenchmarkPrompt(text, pictures).user_turn,), pictures)
+        return Sample(f"{task}/{document}", (BenchmarkPrompt(text, images).user_turn,), images)
 
     def _group_batches(self, order: Sequence[int], requests: Sequence[Instance]) -> list[list[int]]:
-        """Group requests in their order; those of one batch are answered under the same limits."""
+        """Group requests in their order; those of one batch have the same generation options."""
         batches: list[list[int]] = []
-        for number in order:
+        for index in order:
             last = batches[-1] if batches else []
-            same = last and _limits_key(requests[last[0]]) == _limits_key(requests[number])
-            if same and len(last) < self.answer_batch_size:
-                last.append(number)
+            is_same = last and _options_key(requests[last[0]]) == _options_key(requests[index])
+            if is_same and len(last) < self.answer_batch_size:
+                last.append(index)
             else:
-                batches.append([number])
+                batches.append([index])
         return batches
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Refuse: a task that compares likelihoods says so in its file (`multiple_choice`)."""
-        raise UserError(
-            "vlbench answers in words: tasks of `output_type: generate_until` can be run"
-        )
+        """Raise a UserError: tasks that compare likelihoods (`multiple_choice`) cannot be run."""
+        raise UserError("vlbench generates text: tasks of `output_type: generate_until` can be run")
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        """Refuse tasks of several rounds."""
+        """Raise a UserError: tasks of several rounds cannot be run."""
         raise UserError("vlbench takes no tasks of several rounds; those of one answer can be run")
 
 
 def _require_one_path(path_args: dict[str, Any]) -> str:
-    """Return the one path of a model among `given`; a Mistake unless there is exactly one."""
+    """Return the one path of a model among the arguments, or raise a UserError."""
     paths = {key: value for key, value in path_args.items() if value}
     if len(paths) != 1:
-        said = f"; given are {' and '.join(paths)}" if paths else ""
+        given = f"; given are {' and '.join(paths)}" if paths else ""
         raise UserError(
-            "--model_args needs run=PATH (or model=, pretrained=): a run, a checkpoint or a "
-            f"released model{said}"
+            "--model_args needs model=PATH (or pretrained=): a run, a checkpoint or a released "
+            f"model{given}"
         )
     return str(*paths.values())
 
 
 def _parse_batch_size(size: int | str | None) -> int:
-    """Return how many questions are answered at once; auto, with or without a number, is AUTO."""
+    """Return the questions per batch; auto, also with a number, is AUTO_BATCH_SIZE."""
     text = str(1 if size is None else size)
     if re.fullmatch(r"auto(:[\d.]+)?", text):
         return AUTO_BATCH_SIZE
@@ -181,9 +181,9 @@ def _parse_batch_size(size: int | str | None) -> int:
 
 
 def _generation_options(task_options: dict[str, Any]) -> dict[str, Any]:
-    """Return a task's generation options as `generate` takes them; a search over beams it refuses.
+    """Return a task's generation options as those of `generate`, which refuses beam search.
 
-    A temperature counts where the task samples, as for lmms-eval's own models.
+    A temperature applies where the task samples, as for lmms-eval's own models.
     """
     options: dict[str, Any] = {
         "max_new_tokens": int(task_options.get("max_new_tokens") or MAX_NEW_TOKENS)
@@ -197,13 +197,13 @@ def _generation_options(task_options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _print_unused_options(requests: Sequence[Instance]) -> None:
-    """Name the generation options of tasks that change nothing here."""
-    unused = sorted({key for one in requests for key in one.args[1]} - USED_OPTIONS)
+    """Print the generation options of tasks that have no effect here."""
+    unused = sorted({key for request in requests for key in request.args[1]} - USED_OPTIONS)
     if unused:
         print(f"vlbench: generation options that are not used: {', '.join(unused)}")
 
 
-def _limits_key(request: Instance) -> str:
+def _options_key(request: Instance) -> str:
     return repr(sorted(request.args[1].items(), key=str))
 
 

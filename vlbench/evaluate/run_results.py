@@ -1,107 +1,65 @@
-"""The end of a run: answers to held-out questions, two controls, and files that tell of them."""
+"""The end of a run: held-out questions and two controls are answered, and results written."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from vlbench.config.schema import Recipe
-from vlbench.data.data_sources import SCENES_SOURCE, open_held_out, open_stage_sources
-from vlbench.data.shuffle import FeistelShuffle
+from vlbench.data.shuffle import pick_fixed_subset
 from vlbench.evaluate.attention_diagnostics import diagnose_answers
-from vlbench.evaluate.batched_answers import (
-    accuracy_by_group,
-    answer_questions,
-    exact_match_accuracy,
-)
+from vlbench.evaluate.batch_inference import answer_questions
 from vlbench.evaluate.budget_card import build_budget_card
 from vlbench.evaluate.example_grid import AnsweredExample, draw_examples
 from vlbench.evaluate.heldout_questions import (
     EvalQuestion,
     blank_images,
-    make_ids_unique,
-    scene_questions,
+    final_questions,
     shuffle_images,
-    source_questions,
 )
-from vlbench.model.vlm import VLM
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.text_files import read_csv, write_atomically
 from vlbench.train.run_folder import RunFolder, git_commit
 from vlbench.train.throughput import peak_memory
 
-MAX_OWN_QUESTIONS = 1000  # questions asked of a user's own data
-DIAGNOSED_QUESTIONS = 8  # questions whose pictures diagnostics.json tells about
-
-ItemT = TypeVar("ItemT")
-
-
-def final_questions(recipe: Recipe) -> tuple[str, list[EvalQuestion], list[EvalQuestion]]:
-    """Return what is asked at the end: (of what, questions, questions about unseen pairs)."""
-    name, stage = list(recipe.stages.items())[-1]
-    data, limit = stage.data or recipe.data, recipe.log.questions
-    if data.train == SCENES_SOURCE and not data.mix and not data.val:
-        new, unseen = scene_questions("new"), scene_questions("unseen")
-        return "new pictures", pick_fixed_subset(new, limit), pick_fixed_subset(unseen, limit)
-    source = open_held_out(recipe.data, stage, recipe.seed)
-    if source is not None:
-        return f"held-out {source.name}", source_questions(source, limit or MAX_OWN_QUESTIONS), []
-    asked: list[EvalQuestion] = []
-    several = open_stage_sources(recipe.data, stage, name, recipe.seed)
-    for number, (trained, _) in enumerate(several, 1):
-        some = source_questions(trained, (limit or MAX_OWN_QUESTIONS) - len(asked))
-        start = f"{number}." if len(several) > 1 else ""
-        asked += [replace(one, record_number=f"{start}{one.record_number}") for one in some]
-    return "the training conversations (no data.val was given)", make_ids_unique(asked), []
-
-
-def pick_fixed_subset(items: list[ItemT], count: int | None) -> list[ItemT]:
-    """Return `count` items drawn from all over the list, always the same; all for None."""
-    if count is None or count >= len(items):
-        return items
-    draw = FeistelShuffle(len(items), "spread")
-    return [items[draw(n)] for n in range(count)]
+DIAGNOSED_QUESTIONS = 8  # questions with an entry in diagnostics.json
 
 
 def write_results(
     recipe: Recipe,
     run: RunFolder,
-    vlm: VLM,
+    vlm: LoadedVLM,
     should_stop: Callable[[], bool],
     elapsed_seconds: Callable[[], float],
 ) -> bool:
-    """Ask, and write answers, examples, diagnostics and results; False if `stop` cut it short.
+    """Ask the questions of a run, and write answers, examples, results and diagnostics.
 
-    `seconds` tells how long the run has taken.
+    Returns False, with no results written, if `should_stop` became true before the last answer.
+    `elapsed_seconds` returns how long the run has taken.
     """
     asked_of, questions, unseen = final_questions(recipe)
-    sets = {
+    question_sets = {
         "accuracy": questions,
         "unseen_accuracy": unseen,
-        "blank_accuracy": blank_images(questions, vlm.transform.mean),
+        "blank_accuracy": blank_images(questions, vlm.processor.transform.mean),
         "shuffled_accuracy": shuffle_images(questions),
     }
     answers: dict[str, list[str]] = {}
-    for name, asked in sets.items():
+    for name, asked in question_sets.items():
         answers[name] = answer_questions(vlm, asked, name.removesuffix("_accuracy"), should_stop)
         if should_stop():
             return False
-    _write_answers(run.folder / "answers.jsonl", sets, answers)
-    right = answers["accuracy"]
+    _write_answers(run.folder / "answers.jsonl", question_sets, answers)
     draw_examples(
-        pick_examples(questions, right, recipe.log.examples),
+        pick_examples(questions, answers["accuracy"], recipe.log.examples),
         run.folder / "examples.png",
         f"{recipe.recipe}, size {recipe.size}: answers about {asked_of}",
     )
-    results: dict[str, Any] = {
-        name: exact_match_accuracy(asked, answers[name]) if asked else None
-        for name, asked in sets.items()
-    }
-    results |= {
-        "accuracy_by_type": accuracy_by_group(questions, right, lambda q: q.type),
-        "accuracy_by_language": accuracy_by_group(questions, right, lambda q: q.language),
+    results = {
+        **_accuracies(question_sets, answers),
         "questions": len(questions),
         "unseen_questions": len(unseen),
         "asked_of": asked_of,
@@ -113,31 +71,66 @@ def write_results(
         "connector": recipe.connector["name"],
         "seed": recipe.seed,
         "commit": git_commit(),
-        "budget": build_budget_card(recipe, run, vlm),
+        "budget": build_budget_card(recipe.stages, run, vlm.model),
     }
     write_atomically(run.results_file, json.dumps(results, indent=1, ensure_ascii=False))
     # last, as it runs more of a user's own connector: the results are safe if that fails
-    diagnostics = diagnose_answers(
-        vlm, pick_fixed_subset(list(zip(questions, right, strict=True)), DIAGNOSED_QUESTIONS)
-    )
+    answered = list(zip(questions, answers["accuracy"], strict=True))
+    diagnostics = diagnose_answers(vlm, pick_fixed_subset(answered, DIAGNOSED_QUESTIONS))
     if diagnostics:
         text = json.dumps(diagnostics, ensure_ascii=False)
         write_atomically(run.folder / "diagnostics.json", text)
     return True
 
 
+def _accuracies(
+    question_sets: dict[str, list[EvalQuestion]], answers: dict[str, list[str]]
+) -> dict[str, Any]:
+    """Return the accuracy of each set, None for an empty one, and the groups of the first."""
+    questions, main_answers = question_sets["accuracy"], answers["accuracy"]
+    return {
+        **{
+            name: exact_match_accuracy(asked, answers[name]) if asked else None
+            for name, asked in question_sets.items()
+        },
+        "accuracy_by_type": accuracy_by_group(questions, main_answers, lambda q: q.type),
+        "accuracy_by_language": accuracy_by_group(questions, main_answers, lambda q: q.language),
+    }
+
+
+def exact_match_accuracy(questions: Iterable[EvalQuestion], answers: Iterable[str]) -> float:
+    """Return the share of answers that equal the true one, word for word."""
+    correct = [
+        question.answer == answer for question, answer in zip(questions, answers, strict=True)
+    ]
+    return sum(correct) / len(correct)
+
+
+def accuracy_by_group(
+    questions: Sequence[EvalQuestion],
+    answers: Sequence[str],
+    group_of: Callable[[EvalQuestion], str],
+) -> dict[str, float]:
+    """Return the exact-match accuracy of each group of questions, sorted by the group's name."""
+    groups: dict[str, list[bool]] = defaultdict(list)
+    for question, answer in zip(questions, answers, strict=True):
+        groups[group_of(question)].append(question.answer == answer)
+    return {name: sum(correct) / len(correct) for name, correct in sorted(groups.items()) if name}
+
+
 def pick_examples(
     questions: list[EvalQuestion], answers: list[str], count: int
 ) -> list[AnsweredExample]:
-    """Return `count` examples spread evenly over the questions."""
+    """Return `count` examples from all over the questions."""
+    answered = list(zip(questions, answers, strict=True))
     return [
         AnsweredExample(
-            tuple(p.open() for p in question.sample.images),
-            question.question_text,
-            answer,
-            question.answer,
+            images=tuple(image.open() for image in question.sample.images),
+            question=question.question_text,
+            answer=answer,
+            truth=question.answer,
         )
-        for question, answer in pick_fixed_subset(list(zip(questions, answers, strict=True)), count)
+        for question, answer in pick_fixed_subset(answered, count)
     ]
 
 
@@ -157,14 +150,14 @@ def _write_answers(
             },
             ensure_ascii=False,
         )
-        for name, asked in question_sets.items()
-        for question, answer in zip(asked, answers[name], strict=True)
+        for name, questions in question_sets.items()
+        for question, answer in zip(questions, answers[name], strict=True)
     ]
     write_atomically(path, "\n".join(lines) + "\n")
 
 
 def mean_tokens_per_second(metrics_file: Path) -> float | None:
-    """Return the mean rate of the last stage, from metrics.csv; None if nothing was trained."""
+    """Return the mean throughput of the last stage, from metrics.csv; None if nothing trained."""
     rows = read_csv(metrics_file)
     rates = [float(row["tokens_per_second"]) for row in rows if row["stage"] == rows[-1]["stage"]]
     return round(sum(rates) / len(rates), 1) if rates else None

@@ -12,7 +12,6 @@ from vlbench.config.schema import Recipe
 from vlbench.connector import registry
 from vlbench.data.chat_template import CHAT_TEMPLATES
 from vlbench.data.tokenizer import Tokenizer
-from vlbench.errors import UserError
 from vlbench.model.language_model import (
     build_empty_language,
     build_language_model,
@@ -20,13 +19,13 @@ from vlbench.model.language_model import (
     read_eos_token_ids,
     read_language_config,
 )
+from vlbench.model.loaded_vlm import LoadedVLM, assemble_vlm
 from vlbench.model.vision_config import OPEN_CLIP_CONFIG, read_vision_config
 from vlbench.model.vision_encoder import (
     VisionEncoder,
     build_encoder_from_config,
     build_vision_encoder,
 )
-from vlbench.model.vlm import VLM
 from vlbench.model.weights.load_release import ReleaseOverrides
 from vlbench.model.weights.weight_origin import (
     ORIGINS_FILE,
@@ -42,7 +41,7 @@ VISION_FOLDER = "vision"  # folder in a checkpoint that describes its vision enc
 
 def build_vlm(
     recipe: Recipe, image_size: int, objective: str = "language", mmap_language: bool = False
-) -> VLM:
+) -> LoadedVLM:
     """Build the model of `recipe` with its pretrained weights, at `image_size` pixels.
 
     `objective` is that of the stage which begins. With `mapped` the weights of the language model
@@ -55,7 +54,7 @@ def build_vlm(
     )
     tokenizer = Tokenizer.load(language_folder(recipe.language.weights))
     vlm = _assemble_vlm(recipe, tower, language, tokenizer)
-    vlm.set_objective(objective, fresh=True)
+    vlm.model.set_objective(objective, fresh=True)
     vlm.weight_origins = {
         "vision": origin,
         "connector": make_weight_origin(vlm.connector.weights_source, vlm.connector),
@@ -70,7 +69,7 @@ def build_checkpoint_vlm(
     folder: Path,
     checkpoint_parts: Collection[str],
     mmap_language: bool = False,
-) -> VLM:
+) -> LoadedVLM:
     """Build the model of a checkpoint in `folder`, of which it holds the weights of parts `held`.
 
     Those are left to be loaded; what training never touched has the recipe's pretrained weights,
@@ -145,20 +144,14 @@ def build_checkpoint_encoder(recipe: Recipe, folder: Path) -> VisionEncoder:
 
 def _assemble_vlm(
     recipe: Recipe, vision_encoder: VisionEncoder, language: Any, tokenizer: Tokenizer
-) -> VLM:
+) -> LoadedVLM:
     torch.manual_seed(recipe.seed)  # the connector's start does not depend on the other parts
-    try:
-        return VLM(
-            vision_encoder,
-            registry.load_connector(recipe.connector["name"]),
-            recipe_connector_options(recipe),
-            language,
-            tokenizer,
-            CHAT_TEMPLATES[recipe.language.template],
-            recipe.language.max_length,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    except Exception as error:
-        registry.blame_connector_file(error)
-        raise
+    return assemble_vlm(
+        vision_encoder,
+        registry.load_connector(recipe.connector["name"]),
+        recipe_connector_options(recipe),
+        language,
+        tokenizer,
+        CHAT_TEMPLATES[recipe.language.template],
+        recipe.language.max_length,
+    )

@@ -1,76 +1,223 @@
-"""What a connector costs at a size, counted on shapes alone: no weight takes memory."""
+"""What a connector costs at a size, counted on shapes alone: no weight takes memory.
+
+`count_connector_cost` counts a whole model; `ConnectorCostCounter` counts one figure of a connector
+without the rest of the model, which is fast enough for hundreds of connectors.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlbench.compat.transformers_internals import passed_through_mask
 from vlbench.config.recipe import with_random_weights
-from vlbench.config.schema import Recipe
+from vlbench.config.schema import LanguageModelConfig, Recipe, VisionEncoderConfig
+from vlbench.connector.base import Connector
 from vlbench.model.build_vlm import build_vlm
+from vlbench.model.language_model import (
+    build_random_language,
+    named_language_config,
+    read_language_config,
+)
 from vlbench.model.train_flops import head_width, real_device, temporarily_frozen
-from vlbench.model.vlm import VLM
+from vlbench.model.vision_encoder import build_vision_encoder
+from vlbench.model.vlm import VLM, connector_shapes
 
-QUESTION_TOKENS = 64  # tokens of text beside the picture: a question
+QUESTION_TOKENS = 64  # tokens of text beside the image: a question
 
 
 class ConnectorCost(NamedTuple):
-    """The cost of one picture and a question of TEXT tokens."""
+    """The cost of one image and a question of QUESTION_TOKENS tokens."""
 
     parameters: int
     """Of the connector."""
     tokens: int
-    """Places that the picture takes in the text."""
+    """Image positions that the image takes in the text."""
     latents: int
-    """Visual tokens that decoder layers attend to; 0 when the places hold all there is."""
+    """Visual tokens that decoder layers attend to; 0 when the image positions hold all there is."""
     flops: int
     """Floating-point operations of connector and language model up to the first answer token."""
     cache: int
-    """Bytes of the cache of keys and values that the picture takes in 16 bits, latents included."""
+    """Bytes of the KV cache that the image takes in 16 bits, latents included."""
 
 
 def count_recipe_cost(recipe: Recipe) -> ConnectorCost:
     """Count the cost of the recipe's connector at the image size of its last stage."""
-    side = list(recipe.stages.values())[-1].image_size
+    image_size = list(recipe.stages.values())[-1].image_size
     with torch.device("meta"):
-        return count_connector_cost(build_vlm(with_random_weights(recipe), side))
+        return count_connector_cost(build_vlm(with_random_weights(recipe), image_size).model)
 
 
 def count_connector_cost(vlm: VLM) -> ConnectorCost:
     """Count the cost of a model's connector at its image size; on `meta` nothing is computed."""
     shapes, connector, config = vlm.shapes, vlm.connector, vlm.language.config
-    kind = vlm.language.get_input_embeddings().weight.dtype
+    embedding_dtype = vlm.token_embedding.weight.dtype
     length = connector.tokens_per_image + QUESTION_TOKENS
+    patches = shapes.patches + connector.class_token
     with vlm.device:
-        features = torch.zeros(
-            1, shapes.patches + connector.class_token, shapes.vision_width, dtype=vlm.vision.dtype
-        )
-        embeds = torch.zeros(1, length, shapes.lm_width, dtype=kind)
+        features = torch.zeros(1, patches, shapes.vision_width, dtype=vlm.vision.dtype)
+        embeds = torch.zeros(1, length, shapes.lm_width, dtype=embedding_dtype)
         positions = torch.arange(length)[None]
-    # real numbers: the text is sorted by what it sees
-    sees = torch.zeros(1, length, dtype=torch.long, device=real_device(vlm.device))
-    counter: Any = FlopCounterMode(display=False)
+    # its values are needed: connectors sort the text by the image that it belongs to
+    image_index = torch.zeros(1, length, dtype=torch.long, device=real_device(vlm.device))
+    counter = FlopCounterMode(display=False)
     with temporarily_frozen(vlm), torch.no_grad(), counter:
-        visual = connector(features)
+        visual: Tensor = connector(features)
         hidden = vlm.run_decoder(
             embeds,
             visual,
-            sees,
+            image_index,
             position_ids=positions,
             attention_mask=passed_through_mask(vlm.device),
             lengths=[[length]],
             use_cache=False,
-        )
-        vlm.language.lm_head(hidden.last_hidden_state[:, -1])
-    per_token = 2 * config.num_key_value_heads * head_width(config) * config.num_hidden_layers
+        ).last_hidden_state
+        assert hidden is not None
+        vlm.language.lm_head(hidden[:, -1])
+    kv_heads = config.num_key_value_heads or config.num_attention_heads
+    numbers_per_token = 2 * kv_heads * head_width(config) * config.num_hidden_layers
     latents = visual.shape[1] if connector.inject_layers else 0
     return ConnectorCost(
         parameters=sum(parameter.numel() for parameter in connector.parameters()),
         tokens=connector.tokens_per_image,
         latents=latents,
         flops=counter.get_total_flops(),
-        cache=2 * (per_token * connector.tokens_per_image + latents * visual.shape[2]),
+        cache=2 * (numbers_per_token * connector.tokens_per_image + latents * visual.shape[2]),
     )
+
+
+class ConnectorCostCounter:
+    """Counts single figures of connectors between one vision encoder and one language model.
+
+    Neither has weights here. A folder in `language.weights` brings its own architecture; a hub id
+    has that of `language.name`, so that nothing has to be fetched.
+    """
+
+    def __init__(
+        self,
+        vision: VisionEncoderConfig,
+        language: LanguageModelConfig,
+        image_sizes: Sequence[int],
+    ) -> None:
+        """Find the connector's shapes at the image size of every stage, the last one last."""
+        folder = Path(language.weights).expanduser()
+        self.lm_config = (
+            read_language_config(folder)
+            if folder.is_dir()
+            else named_language_config(language.name)
+        )
+        self.max_length = language.max_length
+        with torch.device("meta"):
+            encoder = build_vision_encoder(vision.name, "random", vision.layer, vision.norm)
+        self.stage_shapes = []
+        for image_size in image_sizes:
+            encoder.set_image_size(image_size)
+            self.stage_shapes.append(connector_shapes(encoder, self.lm_config))
+
+    def build_connector(
+        self, connector_class: type[Connector], options: dict[str, Any]
+    ) -> Connector:
+        """Return the connector on `meta` at the last stage's image size.
+
+        Raises:
+            ValueError: when the options do not fit, or an image fills the whole text.
+        """
+        with torch.device("meta"):
+            built = connector_class(self.stage_shapes[-1], **options)
+        if built.tokens_per_image >= self.max_length:
+            raise ValueError(
+                f"an image takes {built.tokens_per_image} tokens of the text, and "
+                f"language.max_length={self.max_length} leaves no room for them"
+            )
+        return built.requires_grad_(False)  # FlopCounterMode fails on views of trained parameters
+
+    def fits_all_stages(self, connector_class: type[Connector], options: dict[str, Any]) -> bool:
+        """Tell whether the connector can be built at the image size of every stage."""
+        try:
+            with torch.device("meta"):
+                for shapes in dict.fromkeys(self.stage_shapes):
+                    connector_class(shapes, **options)
+        except ValueError:
+            return False
+        return True
+
+    def count_parameters(self, connector: Connector) -> int:
+        """Count the connector's parameters."""
+        return sum(parameter.numel() for parameter in connector.parameters())
+
+    def count_visual_tokens(self, connector: Connector) -> int:
+        """Count what the language model can attend to of an image.
+
+        That is the image positions, where visual tokens replace them, and the latents that decoder
+        layers attend to: 64 for Flamingo's 64 latents. Tokens that are both in the text and
+        attended to, as in `mixed`, count twice.
+        """
+        positions = connector.tokens_per_image if connector.replaces_image_tokens else 0
+        if not connector.inject_layers:
+            return positions
+        with torch.no_grad():
+            visual: Tensor = connector(self._empty_features(connector))
+        return positions + visual.shape[1]
+
+    def count_flops(self, connector: Connector) -> int:
+        """Count the operations of connector and language model, as `count_connector_cost` does."""
+        first, second, third = self._language_flops
+        # a polynomial of degree 2 in the length, from its values at 1, 2 and 3: exact, in integers
+        steps = connector.tokens_per_image + QUESTION_TOKENS - 1
+        growth = second - first
+        curvature = third - second - growth
+        language_flops = first + steps * growth + steps * (steps - 1) // 2 * curvature
+        return self._connector_flops(connector) + language_flops
+
+    @cached_property
+    def _language_flops(self) -> list[int]:
+        """Operations of the language model alone for texts of 1, 2 and 3 tokens."""
+        counts = []
+        with torch.device("meta"), torch.no_grad():
+            language = build_random_language(self.lm_config)
+            for length in (1, 2, 3):
+                embeds = torch.zeros(1, length, self.lm_config.hidden_size)
+                counter = FlopCounterMode(display=False)
+                with counter:
+                    hidden = language.model(
+                        inputs_embeds=embeds,
+                        position_ids=torch.arange(length)[None],
+                        attention_mask=passed_through_mask(embeds.device),
+                        lengths=[[length]],
+                        use_cache=False,
+                    ).last_hidden_state
+                    language.lm_head(hidden[:, -1])
+                counts.append(counter.get_total_flops())
+        return counts
+
+    def _connector_flops(self, connector: Connector) -> int:
+        length = connector.tokens_per_image + QUESTION_TOKENS
+        hidden = torch.zeros(1, length, self.lm_config.hidden_size, device="meta")
+        # its values are needed: connectors sort the text by the image that it belongs to
+        image_index = torch.zeros(1, length, dtype=torch.long)
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), counter:
+            visual = connector(self._empty_features(connector))
+            for layer in connector.inject_layers:
+                connector.inject(layer, hidden, visual, image_index)
+        return counter.get_total_flops()
+
+    def _empty_features(self, connector: Connector) -> Tensor:
+        """Return features of one image `[1, patches, vision_width]`, on `meta`."""
+        shapes = self.stage_shapes[-1]
+        patches = shapes.patches + connector.class_token
+        return torch.zeros(1, patches, shapes.vision_width, device="meta")
+
+
+BUDGET_COUNTS: dict[str, Callable[[ConnectorCostCounter, Connector], int]] = {
+    "params": ConnectorCostCounter.count_parameters,
+    "visual_tokens": ConnectorCostCounter.count_visual_tokens,
+    "flops": ConnectorCostCounter.count_flops,
+}
+"""What rows of a comparison can be matched by, and how it is counted."""

@@ -66,7 +66,6 @@ class VisionEncoder(nn.Module):
         self.mean: RGBStats = tuple(preprocess["mean"])
         self.std: RGBStats = tuple(preprocess["std"])
         self.pad = bool(preprocess.get("pad", True))
-        self.draft = False  # `data.decode`: whether large JPEGs are decoded smaller
         # a release may resize to more than it crops; at other image sizes the share stays
         self.resize_ratio = preprocess.get("resize", 1) / preprocess.get("crop", 1)
         blocks = self.blocks()
@@ -101,7 +100,7 @@ class VisionEncoder(nn.Module):
         """The image transform that this tower needs at its current image size."""
         crop = self.image_size
         size = round(crop * self.resize_ratio)
-        return ImageTransform(size, crop, self.mean, self.std, self.pad, self.draft)
+        return ImageTransform(size, crop, self.mean, self.std, self.pad)
 
     @property
     def dtype(self) -> torch.dtype:

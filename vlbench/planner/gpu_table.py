@@ -1,4 +1,4 @@
-"""What GPUs can do and cost: the shipped table, and one of the user's own."""
+"""Speed, memory and price of GPUs: the shipped table, and a table of the user."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ GPU_KEYS = ("tflops", "memory", "price")
 
 
 class GpuSpec(NamedTuple):
-    """A kind of GPU."""
+    """A GPU model."""
 
     name: str
     flops_per_second: float
-    """Operations per second in 16 bits."""
+    """Peak of dense matrix products in 16 bits."""
     memory_bytes: float
-    """Bytes."""
     price_per_hour: float | None
-    """Of an hour, in US dollars; None if nobody said it."""
+    """US dollars; None if not known."""
 
 
 def find_gpu(name: str, table_file: str | None = None) -> GpuSpec:
-    """Return the GPU `name`, in any case, of `file` or of the shipped table.
+    """Return the GPU `name`, in upper or lower case, of `table_file` or of the shipped table.
 
-    A file is YAML, as `H100: {tflops: 989, memory: 79, price: 2.5}`: TFLOP/s of dense products in
-    16 bits, memory in GiB, and perhaps US dollars for an hour.
+    A table is YAML, as `H100: {tflops: 989, memory: 79, price: 2.5}`: TFLOP/s of dense matrix
+    products in 16 bits, memory in GiB, and optionally US dollars per hour.
     """
     table = recipes.read_yaml(GPU_TABLE_FILE)
     if table_file is not None:
@@ -46,7 +45,7 @@ def find_gpu(name: str, table_file: str | None = None) -> GpuSpec:
 
 
 def _validate_gpu(path: Path, name: str, row: Any) -> dict[str, float]:
-    """Return what a user's table says of a GPU, if it can be used."""
+    """Return the entry of a GPU in a user's table; a UserError if it is not valid."""
     if not isinstance(row, dict) or not {"tflops", "memory"} <= row.keys():
         raise UserError(f"{path}: {name} needs tflops and memory, as {{tflops: 312, memory: 79}}")
     for key, value in row.items():

@@ -1,4 +1,4 @@
-"""Bytes of one GPU by component, for a strategy, a way of recomputing and a row."""
+"""Memory of one GPU by component, for a strategy, a checkpointing mode and a row length."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from vlbench.model.fsdp_wrapping import fsdp_units
 from vlbench.model.vlm import VLM
-from vlbench.planner.extrapolate import DepthExtrapolator
 from vlbench.planner.memory_tracker import LOGITS, WEIGHT_COPIES
 from vlbench.planner.meta_model import SampleShape, full_row_shape
-from vlbench.planner.simulate_step import BACKWARD
+from vlbench.planner.simulate_step import BACKWARD, DepthExtrapolator
 from vlbench.train.auto_checkpointing import OPTIMIZER_BYTES_PER_PARAM
 
 MemoryByComponent = dict[str, float]
@@ -22,141 +21,141 @@ MEMORY_COMPONENTS = (
     *("weights", "gradients", "optimizer", "exchange"),
     *(WEIGHT_COPIES, "activations", LOGITS, BACKWARD),
 )
-MAX_SEARCH_STEPS = 4  # until the largest row is known well enough
-MAX_SIMULATED_IMAGES = 256  # in a row, beyond which it is not tried
-EXTRAPOLATION_MARGIN = 0.1  # share by which a line through short rows may be wrong about long ones
-ROW_TOKENS_STEP = 256  # max_tokens_per_row are proposed in multiples of it
-ROW_TOKENS_LIMIT = 1 << 17  # max_tokens_per_row beyond which nobody asks
+MAX_SEARCH_STEPS = 4  # of the search for the largest row
+MAX_SIMULATED_IMAGES = 256  # rows with more images are extrapolated, not simulated
+EXTRAPOLATION_MARGIN = 0.1  # relative error of extrapolating from short rows to long ones
+ROW_TOKENS_STEP = 256  # proposed values of max_tokens_per_row are multiples of it
+ROW_TOKENS_LIMIT = 1 << 17  # largest proposed max_tokens_per_row
 
 
 @dataclass
 class StageMemory:
-    """A stage whose memory can be asked for."""
+    """The memory of a stage as a function of strategy, checkpointing and row length."""
 
     vlm: VLM
-    """On `meta`, made ready for the stage."""
+    """On `meta`, prepared for the stage."""
     depth_extrapolator: DepthExtrapolator
     mean_sample: SampleShape
     compute_dtype_bytes: int
-    """Bytes of a number in products."""
+    """Bytes of a number in matrix products: 2 for bf16, else 4."""
     world_size: int
-    """Ranks that share the model."""
-    cached_peaks: dict[tuple[int, str], dict[str, float]] = field(default_factory=dict)
+    """Number of ranks."""
+    cached_peaks: dict[tuple[int, str], MemoryByComponent] = field(default_factory=dict)
+    """Peaks of a micro-batch by (max_tokens_per_row, checkpointing mode)."""
 
     def estimate_memory(
         self, strategy: str, checkpointing_mode: str, max_tokens_per_row: int
     ) -> MemoryByComponent:
-        """Return the bytes of a rank when its rows are full."""
-        asked = (max_tokens_per_row, checkpointing_mode)
-        if asked not in self.cached_peaks:
-            places = self.vlm.connector.tokens_per_image
-            self.cached_peaks[asked] = self.depth_extrapolator.peak_memory(
-                full_row_shape(self.mean_sample, max_tokens_per_row, places), checkpointing_mode
+        """Return the bytes of a rank at the peak of a step with full rows."""
+        key = (max_tokens_per_row, checkpointing_mode)
+        if key not in self.cached_peaks:
+            row = full_row_shape(
+                self.mean_sample, max_tokens_per_row, self.vlm.connector.tokens_per_image
             )
-        step = self.cached_peaks[asked]
-        if (
-            strategy == "fsdp2" and self.world_size > 1
-        ):  # weights are gathered in the type of products
-            step = {kind: size for kind, size in step.items() if kind != WEIGHT_COPIES}
-        found = (
-            persistent_memory(self.vlm, strategy, self.world_size, self.compute_dtype_bytes) | step
-        )
-        return {kind: found.get(kind, 0) for kind in MEMORY_COMPONENTS}
+            self.cached_peaks[key] = self.depth_extrapolator.peak_memory(row, checkpointing_mode)
+        step_memory = self.cached_peaks[key]
+        if strategy == "fsdp2" and self.world_size > 1:
+            # weights are gathered in the dtype of matrix products, so autocast copies none
+            step_memory = {
+                kind: size for kind, size in step_memory.items() if kind != WEIGHT_COPIES
+            }
+        memory = self._persistent_memory(strategy) | step_memory
+        return {component: memory.get(component, 0) for component in MEMORY_COMPONENTS}
+
+    def _persistent_memory(self, strategy: str) -> MemoryByComponent:
+        return persistent_memory(self.vlm, strategy, self.world_size, self.compute_dtype_bytes)
 
     def max_row_tokens(
         self, strategy: str, checkpointing_mode: str, first_row_tokens: int, memory_budget: float
     ) -> int:
-        """Return the largest max_tokens_per_row of a step in at most `room` bytes; 0 if none.
+        """Return the largest max_tokens_per_row whose step fits; 0 if none does.
 
-        Memory grows with the row almost as a line: what the line through `near` and twice `near`
-        says is tried. Rows of very many pictures take minutes, so there it is believed, less CARE.
+        Memory is almost linear in the row length, so the line through two lengths gives the next
+        one to simulate. Rows with very many images take minutes to simulate: there the line is
+        trusted, less `EXTRAPOLATION_MARGIN`.
+
+        Args:
+            strategy: `ddp` or `fsdp2`.
+            checkpointing_mode: one of `CHECKPOINTING_MODES`.
+            first_row_tokens: the first length to simulate; the second is twice as long.
+            memory_budget: bytes that a rank may use.
         """
-        if (
-            total_bytes(
-                persistent_memory(self.vlm, strategy, self.world_size, self.compute_dtype_bytes)
-            )
-            > memory_budget
-        ):
+
+        def bytes_at(row_tokens: int) -> float:
+            return total_bytes(self.estimate_memory(strategy, checkpointing_mode, row_tokens))
+
+        if total_bytes(self._persistent_memory(strategy)) > memory_budget:
             return 0
-        least = math.ceil(self.mean_sample.token_count)
-        low = max(least, first_row_tokens)
+        shortest = math.ceil(self.mean_sample.token_count)
+        low = max(shortest, first_row_tokens)
         high = 2 * low
-        sizes = [
-            total_bytes(self.estimate_memory(strategy, checkpointing_mode, row))
-            for row in (low, high)
-        ]
-        slope = max((sizes[1] - sizes[0]) / (high - low), 1.0)
-        row, needed = (high, sizes[1]) if sizes[1] <= memory_budget else (low, sizes[0])
+        low_bytes, high_bytes = bytes_at(low), bytes_at(high)
+        slope = max((high_bytes - low_bytes) / (high - low), 1.0)
+        row, needed = (high, high_bytes) if high_bytes <= memory_budget else (low, low_bytes)
+        images_per_token = self.mean_sample.image_count / self.mean_sample.token_count
         for _ in range(MAX_SEARCH_STEPS):
-            row = min(
-                ROW_TOKENS_LIMIT,
-                int((row + (memory_budget - needed) / slope) // ROW_TOKENS_STEP) * ROW_TOKENS_STEP,
-            )
-            if row < least:
+            steps = int((row + (memory_budget - needed) / slope) // ROW_TOKENS_STEP)
+            row = min(ROW_TOKENS_LIMIT, steps * ROW_TOKENS_STEP)
+            if row < shortest:
                 break
-            if (
-                row > high
-                and row * self.mean_sample.image_count / self.mean_sample.token_count
-                > MAX_SIMULATED_IMAGES
-            ):
+            if row > high and row * images_per_token > MAX_SIMULATED_IMAGES:
                 return max(high, int(row * (1 - EXTRAPOLATION_MARGIN)))
-            needed = total_bytes(self.estimate_memory(strategy, checkpointing_mode, row))
+            needed = bytes_at(row)
             if needed <= memory_budget:
                 return row
-        return (
-            least
-            if total_bytes(self.estimate_memory(strategy, checkpointing_mode, least))
-            <= memory_budget
-            else 0
-        )
+        return shortest if bytes_at(shortest) <= memory_budget else 0
 
 
 def total_bytes(memory: MemoryByComponent) -> float:
-    """Return the bytes of all components."""
+    """Return the sum over the components."""
     return sum(memory.values())
 
 
 def persistent_memory(
     vlm: VLM, strategy: str, world_size: int, compute_dtype_bytes: int
 ) -> MemoryByComponent:
-    """Return what is there all the time: weights, gradients, moments, what is exchanged.
+    """Return the memory outside of a micro-batch: weights, gradients, optimizer, communication.
 
-    Under `ddp` gradients lie in the buckets that are exchanged. Under `fsdp2` all but `exchange` is
-    divided among ranks; that is what is gathered (`model.fsdp_wrapping`): the weights of
-    no unit, in
-    float32, and of two units, one of them on its way, in `width` bytes if they are blocks of tower
-    and language model, and their gradients, which are added up in float32.
+    Under `ddp` the gradients are views of the all-reduce buckets, so `exchange` is 0. Under `fsdp2`
+    all but `exchange` is divided among the ranks. `exchange` is what is gathered
+    (`model.fsdp_wrapping`): the parameters outside of any unit, in float32; two units, one of them
+    prefetched, in `compute_dtype_bytes` for blocks of vision encoder and language model; and their
+    gradients, which are reduced in float32.
     """
-    trained = [one for one in vlm.parameters() if one.requires_grad]
+    trained = [parameter for parameter in vlm.parameters() if parameter.requires_grad]
     weights = _tensor_bytes(vlm.parameters()) + _tensor_bytes(vlm.buffers())
-    gradients, optimizer = (
-        _tensor_bytes(trained),
-        OPTIMIZER_BYTES_PER_PARAM * sum(one.numel() for one in trained),
-    )
-    share = world_size if strategy == "fsdp2" else 1
+    optimizer = OPTIMIZER_BYTES_PER_PARAM * sum(parameter.numel() for parameter in trained)
+    is_sharded = strategy == "fsdp2"
+    shards = world_size if is_sharded else 1
     exchange = 0.0
-    if world_size > 1:
-        exchange = _gathered_bytes(vlm, compute_dtype_bytes) if strategy == "fsdp2" else 0.0
+    if world_size > 1 and is_sharded:
+        exchange = _gathered_bytes(vlm, compute_dtype_bytes)
     return {
-        "weights": weights / share,
-        "gradients": gradients / share,
-        "optimizer": optimizer / share,
+        "weights": weights / shards,
+        "gradients": _tensor_bytes(trained) / shards,
+        "optimizer": optimizer / shards,
         "exchange": exchange,
     }
 
 
 def _gathered_bytes(vlm: VLM, compute_dtype_bytes: int) -> float:
-    found = [list(unit.parameters()) for unit in fsdp_units(vlm)]
-    inside = {id(one) for unit in found for one in unit}
-    root = [one for one in vlm.parameters() if id(one) not in inside]
-    own = {id(one) for one in vlm.connector.parameters()}
-    sizes = (_unit_bytes(unit, 4 if id(unit[0]) in own else compute_dtype_bytes) for unit in found)
+    """Return the bytes of the parameters outside of FSDP units and of the two largest units."""
+    units = [list(unit.parameters()) for unit in fsdp_units(vlm)]
+    in_units = {id(parameter) for unit in units for parameter in unit}
+    root = [parameter for parameter in vlm.parameters() if id(parameter) not in in_units]
+    of_connector = {id(parameter) for parameter in vlm.connector.parameters()}
+    sizes = (
+        _unit_bytes(unit, 4 if id(unit[0]) in of_connector else compute_dtype_bytes)
+        for unit in units
+    )
     return _unit_bytes(root, 4) + sum(sorted(sizes, reverse=True)[:2])
 
 
 def _unit_bytes(parameters: list[nn.Parameter], weight_bytes: int) -> float:
-    return sum(one.numel() * (weight_bytes + 4 * one.requires_grad) for one in parameters)
+    return sum(
+        parameter.numel() * (weight_bytes + 4 * parameter.requires_grad) for parameter in parameters
+    )
 
 
-def _tensor_bytes(tensors: Iterable) -> float:
-    return float(sum(one.numel() * one.element_size() for one in tensors))
+def _tensor_bytes(tensors: Iterable[Tensor]) -> float:
+    return float(sum(tensor.numel() * tensor.element_size() for tensor in tensors))

@@ -1,7 +1,7 @@
-"""Tensors that have shapes and no values, and the bytes that they would take.
+"""Counting the bytes of fake tensors: tensors with shapes and without values.
 
-A model of 34 billion weights goes through a training step in seconds and no memory: the code that
-runs is the real one, on torch's fake tensors, so nothing has to be known of what a layer keeps.
+A training step of a model with 34 billion weights takes seconds and no memory: the real code runs
+on torch's fake tensors, so no knowledge of what a layer saves for its backward pass is needed.
 """
 
 from __future__ import annotations
@@ -24,54 +24,54 @@ from vlbench.compat.fake_tensors import (
 
 WEIGHT_COPIES, LOGITS = "weight copies", "logits"
 INTEGER_FACTORIES = (torch.ops.aten.arange, torch.ops.aten.randint, torch.ops.aten.randperm)
-"""What makes whole numbers when no type is asked for."""
+"""Operations that return integers where no dtype is given."""
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Counts the bytes of fake tensors from their making to their end, by `kind`.
+    """Counts the bytes of live fake tensors by `kind`, and their peak in each phase.
 
-    It is entered inside of a FakeTensorMode. Whole numbers stay real: who sees which picture
-    decides about shapes (`Connector.inject`).
+    Enter it inside of a FakeTensorMode. Integer tensors stay real, because shapes depend on their
+    values (which positions attend to which image: `Connector.inject`).
     """
 
     kind = "activations"
-    """What is made now counts as this, but for copies of weights, and logits."""
+    """Kind of the tensors that are made from now on, except for weight copies and logits."""
     phase = ""
-    """Peaks are kept for each phase apart."""
+    """Name of the current phase; each has its own peak."""
 
     def __init__(self, vocab_size: int) -> None:
-        """Begin with nothing; logits are known by their last side, `vocabulary`."""
+        """Start at zero; logits are recognised by their last dimension, `vocab_size`."""
         super().__init__()
         self._vocab_size = vocab_size
         self.reset_counts()
 
     def reset_counts(self, *counted_tensors: Tensor) -> None:
-        """Count anew: of all that is there by now, `given` alone."""
+        """Start again at zero, with `counted_tensors` as the only live ones."""
         self._live_bytes: dict[str, int] = {}
         self._open_storages: dict[int, int] = {}
         self._total_bytes = 0
         self.phase_peaks: dict[str, dict[str, int]] = {}
         self._peak_bytes: dict[str, int] = {}
-        for one in counted_tensors:
-            self._count_storage(one, self.kind)
+        for tensor in counted_tensors:
+            self._count_storage(tensor, self.kind)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation on shapes, or on whole numbers for real, and note what it makes."""
+        """Run an operation, on real tensors if they are integers, and count its outputs."""
         if is_device_query(func) and isinstance(args[0], FakeTensor):
-            return args[0].fake_device  # asked for three times as often as anything is computed
+            return args[0].fake_device  # three of four dispatched calls are this one
         kwargs = kwargs or {}
-        given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
-        if _runs_on_real_tensors(func, given, kwargs):
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if _runs_on_real_tensors(func, inputs, kwargs):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         if func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put_):
             args = _masks_to_indices(args)
-        made = func(*args, **kwargs)
-        known = {storage_address(one) for one in given if isinstance(one, FakeTensor)}
-        for one in tree_leaves(made):
-            if isinstance(one, FakeTensor) and storage_address(one) not in known:
-                self._count_storage(one, self._classify_output(func, given, one))
-        return made
+        outputs = func(*args, **kwargs)
+        known = {storage_address(tensor) for tensor in inputs if isinstance(tensor, FakeTensor)}
+        for leaf in tree_leaves(outputs):
+            if isinstance(leaf, FakeTensor) and storage_address(leaf) not in known:
+                self._count_storage(leaf, self._classify_output(func, inputs, leaf))
+        return outputs
 
     def _classify_output(self, func: Any, inputs: list[Tensor], output: Tensor) -> str:
         if is_type_cast(func) and isinstance(inputs[0], nn.Parameter):
@@ -96,31 +96,34 @@ class MemoryTracker(TorchDispatchMode):
 
     def _release_storage(self, open_storages: dict[int, int], address: int, kind: str) -> None:
         size = open_storages.pop(address)
-        if open_storages is self._open_storages:  # of a count that is over nobody wants to know
+        if open_storages is self._open_storages:  # else the counts were reset since
             self._live_bytes[kind] -= size
             self._total_bytes -= size
 
 
 def _runs_on_real_tensors(func: Any, inputs: list[Tensor], kwargs: dict[str, Any]) -> bool:
-    """Tell whether an operation reads and makes whole numbers, or what was real before."""
+    """Return whether all inputs are real, or, without inputs, whether the output is of integers."""
     if inputs:
-        return not any(isinstance(one, FakeTensor) for one in inputs)
-    kind = kwargs.get("dtype")
-    if kind is None:
+        return not any(isinstance(tensor, FakeTensor) for tensor in inputs)
+    dtype = kwargs.get("dtype")
+    if dtype is None:
         return func.overloadpacket in INTEGER_FACTORIES
-    return not (kind.is_floating_point or kind.is_complex)
+    return not (dtype.is_floating_point or dtype.is_complex)
 
 
 def _masks_to_indices(args: Any) -> Any:
-    """Return arguments of an indexing with places instead of masks, whose shape is not known."""
+    """Return the arguments of an indexing with indices in place of boolean masks.
+
+    The output shape of a mask depends on its values, which a fake tensor cannot have.
+    """
     tensor, indices, *rest = args
-    if not any(_is_boolean_mask(one) for one in indices):
+    if not any(_is_boolean_mask(index) for index in indices):
         return args
-    found: list[Any] = []
+    converted: list[Any] = []
     with unset_fake_temporarily():
-        for one in indices:
-            found += one.nonzero().unbind(1) if _is_boolean_mask(one) else [one]
-    return (tensor, found, *rest)
+        for index in indices:
+            converted += index.nonzero().unbind(1) if _is_boolean_mask(index) else [index]
+    return (tensor, converted, *rest)
 
 
 def _is_boolean_mask(index: Any) -> bool:

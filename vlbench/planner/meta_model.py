@@ -1,4 +1,4 @@
-"""The model and the micro-batches of a stage as shapes: what a plan is counted on."""
+"""The model and the micro-batches of a stage as shapes, on torch's `meta` device."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import UserError
 from vlbench.model.build_vlm import recipe_connector_options
 from vlbench.model.language_model import TINY_LANGUAGE_FOLDER, build_random_language
+from vlbench.model.loaded_vlm import LoadedVLM, assemble_vlm
 from vlbench.model.vision_encoder import VisionEncoder
-from vlbench.model.vlm import VLM
 from vlbench.train.shape_checks import meta_encoder_and_config
 from vlbench.train.trainable_parts import check_objective, freeze_untrained_parts
 
 
 class SampleShape(NamedTuple):
-    """A sample of a stage on average."""
+    """Size of the mean sample of a stage, or of one row."""
 
     token_count: float
-    """Positions, places included."""
+    """Positions, image positions included."""
     image_count: float
     supervised_tokens: float
-    """Positions whose next token is learned."""
+    """Positions with a label."""
 
 
 class ModelDepth(NamedTuple):
-    """How deep a model is."""
+    """The depth of a model."""
 
     decoder_layers: int
     """Layers of the language model."""
     encoder_blocks: int
-    """Blocks of the tower that are computed."""
+    """Blocks of the vision encoder that are computed."""
 
 
-def build_meta_vlm(recipe: Recipe, stage_name: str, depth: ModelDepth | None = None) -> VLM:
-    """Return the model of a stage on `meta`, at its image size, with its parts frozen or not.
+def build_meta_vlm(recipe: Recipe, stage_name: str, depth: ModelDepth | None = None) -> LoadedVLM:
+    """Return the model of a stage on `meta`, at its image size, with untrained parts frozen.
 
-    With `depth` it has as many layers instead of its own. Nothing is fetched for weights that a hub
-    id names: they have the architecture of `language.name`.
+    `depth` replaces the numbers of layers. Nothing is downloaded: weights of a hub id are taken to
+    have the architecture of `language.name`.
     """
     stage = recipe.stages[stage_name]
     local = Path(recipe.language.weights).expanduser().is_dir()
@@ -61,7 +61,7 @@ def build_meta_vlm(recipe: Recipe, stage_name: str, depth: ModelDepth | None = N
         _truncate_encoder(tower, depth.encoder_blocks)
     try:
         with torch.device("meta"):
-            vlm = VLM(
+            vlm = assemble_vlm(
                 tower,
                 registry.load_connector(recipe.connector["name"]),
                 recipe_connector_options(recipe),
@@ -72,15 +72,15 @@ def build_meta_vlm(recipe: Recipe, stage_name: str, depth: ModelDepth | None = N
                 CHAT_TEMPLATES[recipe.language.template],
                 recipe.language.max_length,
             )
-            check_objective(vlm, stage_name, stage)
-            freeze_untrained_parts(vlm, stage)
+            check_objective(vlm.model, stage_name, stage)
+            freeze_untrained_parts(vlm.model, stage)
     except ValueError as error:
         raise UserError(str(error)) from error
     return vlm
 
 
 def _truncate_encoder(vision_encoder: VisionEncoder, block_count: int) -> None:
-    """Leave a tower its first blocks; the features are those of the last."""
+    """Cut a vision encoder to its first blocks; the features are those of the last one left."""
     keep_encoder_blocks(vision_encoder.visual, block_count)
     vision_encoder.block_index = block_count - 1
 
@@ -88,26 +88,26 @@ def _truncate_encoder(vision_encoder: VisionEncoder, block_count: int) -> None:
 def full_row_shape(
     sample: SampleShape, max_tokens_per_row: int, tokens_per_image: int
 ) -> SampleShape:
-    """Return a full row as one long sample; what is longer than a row has one of its own.
+    """Return a full row as one long sample; a mean sample longer than a row has its own row.
 
-    Attention takes no more memory for a long sample than for several short ones. `places` are those
-    of a picture; where the last sample would be cut, the row ends in text.
+    Attention takes no more memory for one long sample than for several short ones. Where the last
+    sample would be cut, the row ends in text.
     """
     length = max(max_tokens_per_row, math.ceil(sample.token_count))
     count = max(1, int(length // sample.token_count))
     images = min(round(count * sample.image_count), (length - 1) // tokens_per_image)
-    learned = sample.supervised_tokens / max(
+    supervised_share = sample.supervised_tokens / max(
         1.0, sample.token_count - sample.image_count * tokens_per_image
     )
     return SampleShape(
-        length, images, min(length, round(learned * (length - images * tokens_per_image)))
+        length, images, min(length, round(supervised_share * (length - images * tokens_per_image)))
     )
 
 
 def build_row_batch(row: SampleShape, tokens_per_image: int, image_size: int) -> PackedBatch:
-    """Return a micro-batch of one row: the pictures, then the text, learned at the end.
+    """Return a micro-batch of one row: the images, then the text, whose end is supervised.
 
-    Whole numbers are real; make it where other tensors have no values.
+    Call it under a FakeTensorMode and a MemoryTracker: integer tensors are real, pixels are fake.
     """
     length, images, supervised = (int(count) for count in row)
     ids = torch.zeros(length, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""What a plan is asked for: the words of `plan`, checked before anything slow is imported."""
+"""The options of `plan`, checked before anything slow is imported."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ from vlbench.planner.gpu_table import GpuSpec, find_gpu
 
 PLAN_KEYS = ("gpu", "gpus", "mfu", "price", "samples", "text_tokens", "probe")
 """Keys of `plan` itself; all others are the recipe's."""
-DEFAULT_GPU = "A800"  # Yi-VL's
+DEFAULT_GPU = "A800"  # Yi-VL was trained on it
 DEFAULT_MFU = 0.4
-"""Share of a GPU's products that training reaches: Llama 3 had 0.38 to 0.43 on 8,192 to 16,384
-H100 (arXiv:2407.21783, table 4). What is recomputed is done on top of it."""
+"""Model FLOPs utilisation, without recomputed FLOPs: Llama 3 reached 0.38 to 0.43 on 8,192 to
+16,384 H100 (arXiv:2407.21783, table 4)."""
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What a plan is for."""
+    """What to plan: a recipe, a GPU and assumptions about the data."""
 
     recipe: Recipe
     gpu: GpuSpec
     mfu: float
     sample_counts: tuple[int, ...]
-    """Per stage, one for all, or none: what data say, or Yi-VL's."""
+    """One for each stage; empty: as the data say, or Yi-VL's numbers."""
     text_tokens: tuple[float, ...]
-    """Likewise, beside the pictures."""
+    """Text tokens of a sample, likewise."""
     probe: bool
 
     @property
     def world_size(self) -> int:
-        """GPUs in all."""
+        """The number of GPUs."""
         return self.recipe.trainer.world_size
 
     @property
     def strategy(self) -> str:
-        """That of the recipe."""
+        """The recipe's strategy; `auto` is ddp."""
         chosen = self.recipe.trainer.strategy
         return "ddp" if chosen == "auto" else chosen
 
 
 def parse_plan_options(overrides: list[str]) -> PlanOptions:
-    """Return what words ask for; a Mistake for anything wrong in them."""
+    """Return the options of a command line; a UserError for anything wrong in it."""
     own: dict[str, str] = {}
     others: list[str] = []
     for word in overrides:
@@ -68,7 +68,7 @@ def parse_plan_options(overrides: list[str]) -> PlanOptions:
         recipe,
         gpu,
         read_number(own, "mfu", DEFAULT_MFU, 0.001, 1),
-        tuple(round(one) for one in _numbers_per_stage(own, "samples", names, 1e12)),
+        tuple(round(count) for count in _numbers_per_stage(own, "samples", names, 1e12)),
         _numbers_per_stage(own, "text_tokens", names, 1e6),
         read_boolean(own, "probe"),
     )
@@ -77,19 +77,19 @@ def parse_plan_options(overrides: list[str]) -> PlanOptions:
 def _numbers_per_stage(
     plan_values: dict[str, str], key: str, stage_names: list[str], upper_limit: float
 ) -> tuple[float, ...]:
-    """Return one number for each stage, from `1e6` or `1e8,25e6,1e6`; none if nothing is given."""
+    """Return one number for each stage, from `1e6` or `1e8,25e6,1e6`; () without the key."""
     if key not in plan_values:
         return ()
     parts = plan_values[key].strip("[]").split(",")
-    found = tuple(read_number({key: part.strip()}, key, 0, 1, upper_limit) for part in parts)
-    if len(found) not in (1, len(stage_names)):
+    numbers = tuple(read_number({key: part.strip()}, key, 0, 1, upper_limit) for part in parts)
+    if len(numbers) not in (1, len(stage_names)):
         raise UserError(
             f"{key} is '{plan_values[key]}'; allowed is one number, or one for each of "
             f"{', '.join(stage_names)}"
         )
-    return found * (len(stage_names) if len(found) == 1 else 1)
+    return numbers * (len(stage_names) if len(numbers) == 1 else 1)
 
 
 def stage_indices(recipe: Recipe) -> dict[str, int]:
-    """Return the stages that run, with their numbers among these."""
+    """Return the names of the stages that run, with their index among these."""
     return {name: number for number, name in enumerate(recipes.stages_to_run(recipe))}

@@ -20,7 +20,7 @@ from vlbench.errors import UserError, suggest_name
 from vlbench.model.generation.sampling_options import TRANSFORMERS_HINTS, refuse_unknown_options
 
 if TYPE_CHECKING:
-    from vlbench.model.vlm import VLM
+    from vlbench.model.loaded_vlm import LoadedVLM
 
 SAMPLING_KEYS = ("max_new_tokens", "temperature", "top_p", "seed")
 CHAT_KEYS = ("model", "run", "image", "question", *SAMPLING_KEYS, "template", "dtype", "device")
@@ -112,9 +112,9 @@ def _is_file_or_url(name: str) -> bool:
 class ChatSession:
     """A conversation: its messages, and the pictures that come with the next question."""
 
-    def __init__(self, vlm: VLM, chat_options: dict[str, Any]) -> None:
-        """Talk to `vlm`; `options` are those of `VLM.chat`."""
-        from vlbench.model.generation.prefix_cache import PrefixCache
+    def __init__(self, vlm: LoadedVLM, chat_options: dict[str, Any]) -> None:
+        """Talk to `vlm`; `options` are those of `LoadedVLM.chat`."""
+        from vlbench.model.generation.kv_cache import PrefixCache
 
         self.vlm, self.chat_options = vlm, chat_options
         self.messages: list[dict[str, Any]] = []
@@ -198,7 +198,7 @@ class ChatSession:
 
         What is stopped with Ctrl-C is kept as far as it was written.
         """
-        from vlbench.model.generation.chat_messages import ConversationTooLong  # it imports torch
+        from vlbench.processor import ConversationTooLong  # it imports torch
 
         content: list[dict[str, Any]] = [
             {"type": "image", "image": one} for one in self.pending_images

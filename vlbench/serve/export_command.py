@@ -18,7 +18,7 @@ from vlbench.data.chat_template import check_template_name
 from vlbench.errors import UserError, one_line, suggest_name
 from vlbench.load_model import find_model_folder, load_model_folder, parse_dtype
 from vlbench.model import lora_adapters
-from vlbench.model.vlm import VLM
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.weights import yi_vl_layout
 from vlbench.model.weights.export_hf_llava import write_hf_llava
 from vlbench.model.weights.export_yi_vl import write_yi_vl
@@ -75,9 +75,11 @@ def run_export(overrides: list[str]) -> int:
     return 0
 
 
-def _merge_or_refuse_lora(vlm: VLM, layout: str, merge_lora: bool, source: Path) -> None:
+def _merge_or_refuse_lora(vlm: LoadedVLM, layout: str, merge_lora: bool, source: Path) -> None:
     """Merge LoRA adapters into the weights if that is wanted; released layouts have none."""
-    adapted = [name for name, part in vlm.named_parts() if lora_adapters.adapter_parameters(part)]
+    adapted = [
+        name for name, part in vlm.model.named_parts() if lora_adapters.adapter_parameters(part)
+    ]
     if merge_lora:
         for name in adapted:
             lora_adapters.merge_adapters(getattr(vlm, name))
@@ -95,7 +97,7 @@ def _exit_on_signal(signal_number: int, _: Any) -> None:
 
 def _write_export(
     layout: str,
-    vlm: VLM,
+    vlm: LoadedVLM,
     folder: Path,
     dtype: torch.dtype | None,
     source: Path,
@@ -108,7 +110,7 @@ def _write_export(
     else:
         tensors = (
             (f"{part}.{key}", cast_floating(value, dtype))
-            for part, module in vlm.named_parts()
+            for part, module in vlm.model.named_parts()
             for key, value in lora_adapters.base_state_dict(module).items()
         )
         write_tensors(tensors, folder)
@@ -131,14 +133,15 @@ def _training_position(source: Path, recipe: Recipe) -> RunPosition:
     return RunPosition(len(names) - 1, names[-1], 0)
 
 
-def _load_source_recipe(source: Path, vlm: VLM) -> Recipe:
+def _load_source_recipe(source: Path, vlm: LoadedVLM) -> Recipe:
     """Return the recipe of a checkpoint, or the one that a released model would have had."""
     if checkpoint_files.is_run_or_checkpoint(source):
         recipe = recipes.load_recipe_file(source / "recipe.yaml")
-        language = recipe.language.model_copy(update={"template": vlm.template.name})
+        language = recipe.language.model_copy(update={"template": vlm.processor.template.name})
         return recipe.model_copy(update={"language": language})
     options = [
-        format_override(f"connector.{key}", value) for key, value in vlm.connector_options.items()
+        format_override(f"connector.{key}", value)
+        for key, value in vlm.model.connector_options.items()
     ]
     layers = vlm.language.config.num_hidden_layers
     return recipes.load_recipe(
@@ -146,8 +149,8 @@ def _load_source_recipe(source: Path, vlm: VLM) -> Recipe:
             "recipe=yivl_llava",
             f"size={'34b' if layers == 60 else '6b'}",
             f"vision.layer={vlm.vision.layer}",
-            f"language.template={vlm.template.name}",
-            f"language.max_length={vlm.max_length}",
+            f"language.template={vlm.processor.template.name}",
+            f"language.max_length={vlm.processor.max_length}",
             *options,
         ]
     )

@@ -10,7 +10,7 @@ from typing import Any
 from vlbench.config.overrides import format_override
 from vlbench.config.schema import Recipe
 from vlbench.data.data_sources import SCENES_SOURCE
-from vlbench.model.vlm import VLM
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.version import __version__
 
 USAGE_TEXTS = {
@@ -51,7 +51,7 @@ This is a checkpoint of vlbench, with every weight, and stands alone:
 
 
 def render_model_card(
-    vlm: VLM,
+    vlm: LoadedVLM,
     recipe: Recipe,
     is_trained: bool,
     layout: str,
@@ -66,9 +66,9 @@ def render_model_card(
     """
     rows = [
         f"| {name} | {what} | {sum(p.numel() for p in module.parameters()):,} |"
-        for (name, module), what in zip(vlm.named_parts(), _describe_parts(vlm), strict=True)
+        for (name, module), what in zip(vlm.model.named_parts(), _describe_parts(vlm), strict=True)
     ]
-    transform = vlm.transform
+    transform = vlm.processor.transform
     paragraphs = [
         "---\n"
         f"library_name: {'transformers' if layout == 'hf_llava' else 'vlbench'}\n"
@@ -80,7 +80,7 @@ def render_model_card(
         "\n".join(["| part | what | parameters |", "|---|---|---|", *rows]),
         f"A picture is {'padded to a square and ' if transform.pad else ''}read at "
         f"{transform.crop} x {transform.crop} pixels and takes {vlm.connector.tokens_per_image} "
-        f"tokens. Conversations are written with the chat template {vlm.template.name}.",
+        f"tokens. Conversations are written with the chat template {vlm.processor.template.name}.",
         "## Training",
         _describe_training(recipe)
         if is_trained
@@ -89,7 +89,9 @@ def render_model_card(
         "## Use",
         USAGE_TEXTS[layout]
         .format(
-            to=export_folder, stop=vlm.template.stop, again=_training_command(recipe, export_folder)
+            to=export_folder,
+            stop=vlm.processor.template.stop,
+            again=_training_command(recipe, export_folder),
         )
         .strip(),
         "## Licence and limits",
@@ -113,9 +115,9 @@ def _training_command(recipe: Recipe, export_folder: Path) -> str:
     return shlex.join(["python", "-m", "vlbench", "fit", *words])
 
 
-def _describe_parts(vlm: VLM) -> list[str]:
+def _describe_parts(vlm: LoadedVLM) -> list[str]:
     config = vlm.language.config
-    options = ", ".join(f"{key} {value}" for key, value in vlm.connector_options.items())
+    options = ", ".join(f"{key} {value}" for key, value in vlm.model.connector_options.items())
     return [
         f"ViT, {len(vlm.vision.blocks())} blocks, {vlm.vision.feature_width} wide; output of block "
         f"{vlm.vision.layer}",

@@ -20,6 +20,7 @@ from vlbench.data.packing import PackedBatch
 from vlbench.distributed import collectives
 from vlbench.distributed.launcher import is_launcher_gone
 from vlbench.model.contrastive_loss import add_contrast_pools
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vlm import VLM
 from vlbench.train import checkpoint_files
 from vlbench.train.checkpoint_files import RunPosition
@@ -122,6 +123,7 @@ class CheckpointCallback(StageCallback):
 
     def __init__(
         self,
+        vlm: LoadedVLM,
         run: RunFolder,
         stage_id: tuple[int, str],
         parts: list[str],
@@ -133,6 +135,7 @@ class CheckpointCallback(StageCallback):
         """Write the checkpoints of one stage.
 
         Args:
+            vlm: The model that is trained, with its processor.
             run: The run that they belong to.
             stage_id: Index and name of the stage.
             parts: The parts of the model that a checkpoint holds.
@@ -141,7 +144,7 @@ class CheckpointCallback(StageCallback):
             graceful_stop: Whether the run was asked to stop.
             elapsed_seconds: Returns how many seconds the run has taken.
         """
-        self.run, self.stage_id, self.parts = run, stage_id, parts
+        self.vlm, self.run, self.stage_id, self.parts = vlm, run, stage_id, parts
         self.interval_seconds = interval_seconds
         self.keep_last_checkpoints = keep_last_checkpoints
         self.graceful_stop, self.elapsed_seconds = graceful_stop, elapsed_seconds
@@ -181,7 +184,7 @@ class CheckpointCallback(StageCallback):
         self.writer = checkpoint_files.CheckpointWriter(
             self.run.checkpoints_folder,
             position,
-            training.vlm,
+            self.vlm,
             self.parts,
             training.trainer.optimizers[0],
             self.run.recipe_file,

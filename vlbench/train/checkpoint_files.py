@@ -37,11 +37,13 @@ from vlbench.errors import UserError
 from vlbench.model import lora_adapters
 from vlbench.model.build_vlm import LANGUAGE_FOLDER, VISION_FOLDER
 from vlbench.model.frozen_bf16 import FROZEN_DTYPE
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vlm import VLM
 from vlbench.model.weights.release_files import write_release_files
 from vlbench.model.weights.tensor_files import LazyTensors, weight_files
 from vlbench.model.weights.tensor_writer import begin_writing_tensors
 from vlbench.model.weights.weight_origin import write_origins
+from vlbench.processor import Processor
 from vlbench.text_files import read_json
 from vlbench.train.optimizer_state import named_optimizer_state
 
@@ -92,7 +94,7 @@ class CheckpointWriter:
         self,
         folder: Path,
         position: RunPosition,
-        vlm: VLM,
+        vlm: LoadedVLM,
         parts: list[str],
         optimizer: Optimizer | None,
         recipe_file: Path,
@@ -117,11 +119,14 @@ class CheckpointWriter:
             )
             self._finish_calls = [
                 begin_writing_tensors(
-                    named_part_weights(vlm, parts), self.temp_path, self._submit_write, copy=True
+                    named_part_weights(vlm.model, parts),
+                    self.temp_path,
+                    self._submit_write,
+                    copy=True,
                 )
             ]
             if optimizer is not None:
-                state = named_optimizer_state(vlm, optimizer)
+                state = named_optimizer_state(vlm.model, optimizer)
                 self._finish_calls.append(
                     begin_writing_tensors(
                         state, self.temp_path / OPTIMIZER_FOLDER, self._submit_write, copy=True
@@ -180,13 +185,13 @@ def _publish_checkpoint(temp_path: Path, final_path: Path) -> None:
     _fsync_path(final_path.parent)
 
 
-def write_metadata(vlm: VLM, folder: Path, recipe_text: str, position: RunPosition) -> None:
+def write_metadata(vlm: LoadedVLM, folder: Path, recipe_text: str, position: RunPosition) -> None:
     """Write all files of a checkpoint but the weights."""
-    for part, module in vlm.named_parts():
+    for part, module in vlm.model.named_parts():
         lora_adapters.save_adapters(module, folder / ADAPTERS_FOLDER / part)
     if not collectives.is_rank_zero():
         return
-    (folder / "preprocess.json").write_text(preprocessing_json(vlm), encoding="utf-8")
+    (folder / "preprocess.json").write_text(preprocessing_json(vlm.processor), encoding="utf-8")
     (folder / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
     vlm.tokenizer.save(folder)
     write_release_files(vlm.release_files, folder / RELEASE_FOLDER)
@@ -217,14 +222,14 @@ def explain_write_error(error: OSError, folder: Path) -> Exception:
     return error
 
 
-def preprocessing_json(vlm: VLM) -> str:
+def preprocessing_json(processor: Processor) -> str:
     """Return the JSON of image transform, chat template and tokens per image."""
     return json.dumps(
         {
-            "transform": asdict(vlm.transform),
-            "transform_hash": vlm.transform.transform_hash(),
-            "template": asdict(vlm.template),
-            "tokens_per_image": vlm.connector.tokens_per_image,
+            "transform": asdict(processor.transform),
+            "transform_hash": processor.transform.transform_hash(),
+            "template": asdict(processor.template),
+            "tokens_per_image": processor.tokens_per_image,
         },
         ensure_ascii=False,
         indent=1,

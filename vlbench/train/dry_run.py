@@ -81,16 +81,16 @@ def measure_stages(recipe: Recipe, stage_runs: list[StageRun]) -> Iterator[Stage
         if not stage_run.total_steps:
             continue
         vlm.set_image_size(stage_run.stage.image_size)
-        with runner.prepare_stage(vlm, stage_run.stage):
-            steps = build_stage_steps(vlm, stage_run)
-            runner.set_activation_checkpointing(vlm, steps)
+        with runner.prepare_stage(vlm.model, stage_run.stage):
+            steps = build_stage_steps(vlm.processor, stage_run)
+            runner.set_activation_checkpointing(vlm.model, steps)
             candidates = [steps[n] for n in range(min(CANDIDATE_STEPS, stage_run.total_steps))]
             longest = max(candidates, key=_count_positions)
             _check_not_empty(stage_run.name, candidates, longest)
             tried = [longest, *candidates[:TIMED_STEPS]]
             clock = _StepClock()
             module = runner.train_stage(
-                vlm,
+                vlm.model,
                 stage_run.name,
                 stage_run.stage,
                 tried,

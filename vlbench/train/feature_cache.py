@@ -30,7 +30,7 @@ from vlbench.data.sample import LazyImage
 from vlbench.distributed.launcher import isolate_data_worker
 from vlbench.errors import BadSample, UserError
 from vlbench.model.frozen_bf16 import FROZEN_DTYPE
-from vlbench.model.vlm import VLM
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.train import run_report
 
 READER_THREADS = 16  # files that are read at once, to know what they hold
@@ -39,7 +39,7 @@ SHARD_BYTES = 2**28  # of features in a shard: what an interruption loses at mos
 
 
 def cache_features(
-    vlm: VLM,
+    vlm: LoadedVLM,
     steps: StepDataset,
     folder: Path,
     trainer: pl.Trainer,
@@ -68,10 +68,16 @@ def cache_features(
         raise UserError(f"trainer.feature_cache={folder}: {error.strerror}") from error
 
 
-def encoder_fingerprint(vlm: VLM, arithmetic: str) -> str:
+def encoder_fingerprint(vlm: LoadedVLM, arithmetic: str) -> str:
     """Return 16 characters that change when the features of a picture may change."""
     tower = vlm.vision
-    about = [tower.layer, tower.norm, tower.class_token, vlm.transform.transform_hash(), arithmetic]
+    about = [
+        tower.layer,
+        tower.norm,
+        tower.class_token,
+        vlm.processor.transform.transform_hash(),
+        arithmetic,
+    ]
     digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=8)
     for name, value in sorted(tower.state_dict().items()):
         digest.update(name.encode())
@@ -81,7 +87,7 @@ def encoder_fingerprint(vlm: VLM, arithmetic: str) -> str:
 
 
 def _fill_cache(
-    vlm: VLM,
+    vlm: LoadedVLM,
     steps: StepDataset,
     shards: FeatureShards,
     trainer: pl.Trainer,
@@ -93,7 +99,7 @@ def _fill_cache(
     missing = {key: picture for picture, key in keys.items() if key not in kept}
     if missing:
         loader: DataLoader = DataLoader(
-            _PixelDataset(vlm.transform, list(missing.items())),
+            _PixelDataset(vlm.processor.transform, list(missing.items())),
             batch_size=IMAGES_PER_CHUNK,
             collate_fn=list,
             num_workers=num_workers,
@@ -156,7 +162,7 @@ class _PixelDataset(Dataset[tuple[bytes, "Tensor | None"]]):
 
 
 def _compute_features(
-    vlm: VLM,
+    vlm: LoadedVLM,
     loader: DataLoader,
     image_count: int,
     shards: FeatureShards,
@@ -182,7 +188,7 @@ def _compute_features(
     return places | (shards.write_shard(keys, torch.cat(features)) if keys else {})
 
 
-def _encode_pixels(vlm: VLM, pixels: Tensor) -> Tensor:
+def _encode_pixels(vlm: LoadedVLM, pixels: Tensor) -> Tensor:
     """Return what the tower makes of pixels, on the CPU."""
     weight = next(vlm.vision.parameters())
     return vlm.vision(pixels.to(weight.device, weight.dtype)).cpu()

@@ -14,7 +14,7 @@ from vlbench.distributed import collectives
 from vlbench.distributed.process_group import is_fsdp_sharded, leave_process_group
 from vlbench.errors import BadSample, UserError
 from vlbench.model.build_vlm import build_vlm
-from vlbench.model.vlm import VLM
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.weights.tensor_groups import move_and_cast
 from vlbench.train import checkpoint_files, run_report
 from vlbench.train.callbacks import CheckpointCallback, GracefulStop, ValidationCallback
@@ -76,7 +76,7 @@ class RunTraining:
         """Return how many seconds the run has taken, without the time in which it was stopped."""
         return self.earlier_seconds + time.monotonic() - self.started_at
 
-    def train_stages(self) -> VLM | None:
+    def train_stages(self) -> LoadedVLM | None:
         """Train the stages that are left; return the model, or None if training was stopped."""
         try:
             vlm, position = collectives.call_on_all_ranks(
@@ -102,7 +102,7 @@ class RunTraining:
                 vlm = collectives.call_on_all_ranks(self.load_newest_model)
         return vlm
 
-    def load_newest_model(self) -> VLM:
+    def load_newest_model(self) -> LoadedVLM:
         """Return the model of the newest checkpoint."""
         assert self.run.latest_position is not None
         return load_checkpoint(
@@ -111,14 +111,16 @@ class RunTraining:
             mmap_language=self.stage_runner.is_sharded,
         )
 
-    def train_stage(self, vlm: VLM, stage_run: StageRun, steps_done: int) -> None:
+    def train_stage(self, vlm: LoadedVLM, stage_run: StageRun, steps_done: int) -> None:
         """Train a stage from step `steps_done` to its end, or until it is stopped."""
         runner, stage = self.stage_runner, stage_run.stage
         workers = stage_run.data_config.workers
-        with runner.prepare_stage(vlm, stage):
-            steps = build_stage_steps(vlm, stage_run)
-            mode = runner.set_activation_checkpointing(vlm, steps)
-            run_report.show_stage(stage_run.name, stage, stage_run.total_steps, steps_done, vlm)
+        with runner.prepare_stage(vlm.model, stage):
+            steps = build_stage_steps(vlm.processor, stage_run)
+            mode = runner.set_activation_checkpointing(vlm.model, steps)
+            run_report.show_stage(
+                stage_run.name, stage, stage_run.total_steps, steps_done, vlm.model
+            )
             if runner.activation_checkpointing == "auto":
                 print(f"  activation_checkpointing=auto: {mode}")
             optimizer_state = None
@@ -135,7 +137,7 @@ class RunTraining:
                 should_stop = self.graceful_stop.is_stop_requested
                 runner.cache_features(vlm, steps, workers, should_stop)
             module = runner.train_stage(
-                vlm,
+                vlm.model,
                 stage_run.name,
                 stage,
                 steps,
@@ -153,7 +155,9 @@ class RunTraining:
         """Return the optimizer steps of all stages before this one."""
         return sum(earlier.total_steps for earlier in self.stage_runs[: stage_run.stage_index])
 
-    def build_callbacks(self, vlm: VLM, stage_run: StageRun, steps_done: int) -> list[pl.Callback]:
+    def build_callbacks(
+        self, vlm: LoadedVLM, stage_run: StageRun, steps_done: int
+    ) -> list[pl.Callback]:
         """Return the callbacks of a stage in the order in which they are called.
 
         Those of the user come first: a checkpoint holds what they change. The guard and the
@@ -162,6 +166,7 @@ class RunTraining:
         trainer_config, log_config = self.recipe.trainer, self.recipe.log
         parts = self.checkpoint_parts(stage_run)
         checkpoint_callback = CheckpointCallback(
+            vlm,
             self.run,
             (stage_run.stage_index, stage_run.name),
             parts,
@@ -171,10 +176,10 @@ class RunTraining:
             self.elapsed_seconds,
         )
         run_report.show_disk_usage(
-            vlm, parts, trainer_config.keep_last_checkpoints, self.run.checkpoints_folder
+            vlm.model, parts, trainer_config.keep_last_checkpoints, self.run.checkpoints_folder
         )
         validation = ValidationCallback(
-            held_out_batches(vlm, stage_run, self.recipe.seed),
+            held_out_batches(vlm.processor, stage_run, self.recipe.seed),
             log_config.evaluate_every,
             checkpoint_callback,
         )
@@ -214,7 +219,7 @@ class RunTraining:
         stages = [other.stage for other in self.stage_runs[: stage_run.stage_index + 1]]
         return parts_to_save(stages, always_saved)
 
-    def finish_training(self, vlm: VLM) -> None:
+    def finish_training(self, vlm: LoadedVLM) -> None:
         """Leave the other processes, and put the model where questions can be asked.
 
         If no stage had a step, the model is kept in a checkpoint all the same. Only the first
@@ -233,14 +238,14 @@ class RunTraining:
                 None,
                 self.run.recipe_file,
             ).finish_writing()
-        vlm.requires_grad_(False)
-        self.stage_runner.hold_frozen_bf16(vlm)  # so that it fits where training fitted
+        vlm.model.requires_grad_(False)
+        self.stage_runner.hold_frozen_bf16(vlm.model)  # so that it fits where training fitted
         vlm.to(self.stage_runner.device)  # Lightning has moved it to the CPU
 
 
 def build_or_resume_model(
     recipe: Recipe, stage_runs: list[StageRun], run: RunFolder | None
-) -> tuple[VLM, RunPosition]:
+) -> tuple[LoadedVLM, RunPosition]:
     """Build the model where training begins or goes on, with the newest weights of the run."""
     is_sharded = is_fsdp_sharded(recipe.trainer)
     latest = run.latest_position if run else None
@@ -253,7 +258,7 @@ def build_or_resume_model(
         vlm = build_from_init(recipe, stage, is_sharded)
     else:
         vlm = build_vlm(recipe, stage.image_size, stage.objective, is_sharded)
-    vlm.vision.draft = recipe.data.decode == "draft"
+    vlm.processor = vlm.processor.with_draft_decoding(recipe.data.decode == "draft")
     for stage_run in stage_runs:
-        check_trainable_stage(vlm, stage_run.name, stage_run.stage, stage_run.total_steps)
+        check_trainable_stage(vlm.model, stage_run.name, stage_run.stage, stage_run.total_steps)
     return vlm, position

@@ -14,6 +14,7 @@ from vlbench.config.schema import LanguageModelConfig, Recipe, StageConfig
 from vlbench.errors import UserError
 from vlbench.model import lora_adapters
 from vlbench.model.build_vlm import build_checkpoint_vlm, build_vlm, release_overrides
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vlm import MODEL_PARTS, VLM
 from vlbench.model.weights import hub_download
 from vlbench.model.weights.connector_reference import ReferenceWeights, load_reference_weights
@@ -49,7 +50,7 @@ def load_checkpoint(
     device: torch.device | str = "cpu",
     skip_parts: tuple[str, ...] = (),
     mmap_language: bool = False,
-) -> VLM:
+) -> LoadedVLM:
     """Return the model in a checkpoint, as `recipe` describes it.
 
     `dtype` None keeps every tensor as it is stored. Parts in `skip` start anew. With `mapped` the
@@ -67,9 +68,9 @@ def load_checkpoint(
             recipe, [*_earlier_image_sizes(folder), side], folder, held, mmap_language
         )
     if "connector" not in skip_parts:
-        vlm.set_objective(read_objective(folder))
-    load_checkpoint_weights(folder, vlm, dtype, device, skip_parts, mmap_language)
-    vlm.vision.draft = recipe.data.decode == "draft"
+        vlm.model.set_objective(read_objective(folder))
+    load_checkpoint_weights(folder, vlm.model, dtype, device, skip_parts, mmap_language)
+    vlm.processor = vlm.processor.with_draft_decoding(recipe.data.decode == "draft")
     vlm.weight_origins = read_origins(folder / ORIGINS_FILE)
     return vlm
 
@@ -107,7 +108,7 @@ def inherited_keys(recipe: Recipe) -> dict[str, Any]:
     return keys
 
 
-def build_from_init(recipe: Recipe, stage: StageConfig, mmap_language: bool = False) -> VLM:
+def build_from_init(recipe: Recipe, stage: StageConfig, mmap_language: bool = False) -> LoadedVLM:
     """Return the model that `init` means for `stage`: of a run, a checkpoint, a release or a file.
 
     A file, or a folder of BLIP-2's, holds the weights of a connector in the layout of its reference
@@ -143,9 +144,11 @@ def build_from_init(recipe: Recipe, stage: StageConfig, mmap_language: bool = Fa
             folder, FLOAT32, overrides=release_overrides(recipe), mmap_language=mmap_language
         )
         other = vlm.connector.released_projector() is None
-        left = summarize_unused_tensors(find_layout_module(folder).build_tensor_groups(folder, vlm))
+        left = summarize_unused_tensors(
+            find_layout_module(folder).build_tensor_groups(folder, vlm.model)
+        )
     if other:
-        vlm.set_objective(stage.objective, fresh=True)
+        vlm.model.set_objective(stage.objective, fresh=True)
     vlm.weight_origins = {
         "vision": make_weight_origin(source, vlm.vision.visual),
         "connector": make_weight_origin(
@@ -184,7 +187,7 @@ def _inherit_parts(init_recipe: Recipe, recipe: Recipe) -> Recipe:
     return recipe.model_copy(update=parts)
 
 
-def _build_with_reference(recipe: Recipe, stage: StageConfig, files: list[Path]) -> VLM:
+def _build_with_reference(recipe: Recipe, stage: StageConfig, files: list[Path]) -> LoadedVLM:
     """Return the recipe's model, its connector with the weights of a reference implementation."""
     vlm = build_vlm(recipe, stage.image_size, stage.objective)
     file = files[0] if len(files) == 1 else files[0].parent

@@ -18,12 +18,11 @@ from vlbench.data.data_sources import (
 from vlbench.data.packing import PackedBatch
 from vlbench.data.preflight import PreflightReport, has_images, inspect_source, no_usable_sample
 from vlbench.data.sample import SampleSource
-from vlbench.data.sample_encoding import SampleEncoder
 from vlbench.data.shards import WebDatasetShards
 from vlbench.data.shuffle import SourceMixture
 from vlbench.distributed import collectives
 from vlbench.errors import BadSample, UserError
-from vlbench.model.vlm import VLM
+from vlbench.processor import Processor
 from vlbench.train.quarantine import check_bad_samples
 from vlbench.train.run_report import print_status
 
@@ -245,11 +244,11 @@ def check_caption_images(stage_run: StageRun, bad_samples: list[BadSample]) -> N
     )
 
 
-def build_stage_steps(vlm: VLM, stage_run: StageRun) -> StepDataset:
+def build_stage_steps(processor: Processor, stage_run: StageRun) -> StepDataset:
     """Return the optimizer steps of a stage for this process, by their number."""
     return replace(
         _build_steps(
-            vlm,
+            processor,
             stage_run,
             stage_run.data,
             stage_run.stage.global_batch_size,
@@ -260,13 +259,13 @@ def build_stage_steps(vlm: VLM, stage_run: StageRun) -> StepDataset:
     )
 
 
-def held_out_batches(vlm: VLM, stage_run: StageRun, seed: int) -> list[PackedBatch]:
+def held_out_batches(processor: Processor, stage_run: StageRun, seed: int) -> list[PackedBatch]:
     """Return encoded samples that training never meets, [] when the data have none."""
     source = stage_run.held_out
     if source is None:
         return []
     data = SourceMixture([(source, 1.0)], seed)
-    step = _build_steps(vlm, stage_run, data, min(HELD_OUT_SAMPLES, len(source)), 1)[0]
+    step = _build_steps(processor, stage_run, data, min(HELD_OUT_SAMPLES, len(source)), 1)[0]
     if step.bad_samples:
         print_status(
             f"held-out {source.name}: {len(step.bad_samples)} bad samples left out, first "
@@ -276,18 +275,16 @@ def held_out_batches(vlm: VLM, stage_run: StageRun, seed: int) -> list[PackedBat
 
 
 def _build_steps(
-    vlm: VLM, stage_run: StageRun, data: SourceMixture, global_batch_size: int, total_steps: int
+    processor: Processor,
+    stage_run: StageRun,
+    data: SourceMixture,
+    global_batch_size: int,
+    total_steps: int,
 ) -> StepDataset:
     return StepDataset(
         mixture=data,
-        encoder=SampleEncoder(
-            vlm.tokenizer,
-            vlm.template,
-            vlm.connector.tokens_per_image,
-            vlm.max_length,
-            stage_run.stage.sample_format,
-        ),
-        image_transform=vlm.transform,
+        encoder=processor.sample_encoder(stage_run.stage.sample_format),
+        image_transform=processor.transform,
         global_batch_size=global_batch_size,
         max_tokens_per_row=stage_run.stage.max_tokens_per_row,
         total_steps=total_steps,

@@ -20,6 +20,7 @@ from vlbench.distributed.launcher import isolate_data_worker
 from vlbench.distributed.process_group import is_fsdp_sharded
 from vlbench.model.compile_blocks import CompiledBlocks
 from vlbench.model.frozen_bf16 import FrozenBF16
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vlm import VLM
 from vlbench.train.auto_checkpointing import set_activation_checkpointing
 from vlbench.train.feature_cache import cache_features
@@ -92,7 +93,7 @@ class StageRunner:
         )
 
     def cache_features(
-        self, vlm: VLM, steps: StepDataset, num_workers: int, should_stop: Callable[[], bool]
+        self, vlm: LoadedVLM, steps: StepDataset, num_workers: int, should_stop: Callable[[], bool]
     ) -> None:
         """Let `steps` read the features of a frozen encoder from `trainer.feature_cache`."""
         if self.trainer_config.feature_cache is None:

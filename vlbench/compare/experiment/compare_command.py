@@ -1,7 +1,8 @@
-"""`python -m vlbench compare`: train every run of a grid, then report. The folder says everything.
+"""`python -m vlbench compare`: train every run of a grid, then report.
 
-A finished run is not repeated, an interrupted one goes on, a failed one is named and does not sink
-the rest. Stages that are alike in recipe, seed and what came before are trained once.
+The state is in the comparison's folder alone: a finished run is not repeated, an interrupted one is
+resumed, a failed one is reported and does not stop the others. Leading stages that two rows have in
+common are trained once.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from vlbench.compare.experiment.run_jobs import (
 )
 from vlbench.compare.experiment.shared_stages import copy_shared_stages, find_shared_stages
 from vlbench.compare.report.analysis import analyze_runs
-from vlbench.compare.report.finished_runs import load_finished_run
+from vlbench.compare.report.finished_runs import describe_sweep, load_finished_run
 from vlbench.compare.report.markdown_report import render_markdown
 from vlbench.compare.report.report_command import write_report
 from vlbench.distributed.machine_limits import check_parallel_runs
@@ -39,7 +40,7 @@ REPORT_FILES = ("report.md", "report.html")
 
 
 def run_compare(grid: ComparisonGrid) -> int:
-    """Run every run of `grid` that is not finished, and report; return the exit code."""
+    """Train the unfinished runs of a grid and write the reports; return the exit code."""
     _check_machine(grid)
     grid = match_budgets(grid)
     if grid.dry_run:
@@ -61,15 +62,16 @@ def run_compare(grid: ComparisonGrid) -> int:
 
 
 def _check_machine(grid: ComparisonGrid) -> None:
-    """Refuse runs that are too much for this machine, where there are some to be trained here."""
-    left = any(not RunFolder(folder).is_finished for folder in grid.run_folders())
-    if left and not grid.dry_run and grid.jobs != "slurm":
-        at_once = int(grid.jobs) if grid.jobs.isdecimal() else 1
-        check_parallel_runs([grids.load_recipe(row, grid.seeds[0]) for row in grid.rows], at_once)
+    """Refuse runs that need more than this machine has, if any is to be trained here."""
+    unfinished = any(not RunFolder(folder).is_finished for folder in grid.run_folders())
+    if unfinished and not grid.dry_run and grid.jobs != "slurm":
+        slot_count = int(grid.jobs) if grid.jobs.isdecimal() else 1
+        row_recipes = [grids.load_recipe(row, grid.seeds[0]) for row in grid.rows]
+        check_parallel_runs(row_recipes, slot_count)
 
 
 def _write_command(grid: ComparisonGrid) -> None:
-    """Make the folder, and write down what was typed."""
+    """Create the comparison's folder with the command in command.txt."""
     command = shlex.join(["python", "-m", "vlbench", "compare", *grid.arguments])
     try:
         grid.folder.mkdir(parents=True, exist_ok=True)
@@ -90,11 +92,11 @@ def _make_jobs(grid: ComparisonGrid) -> list[TrainingJob]:
 
 
 def _train_unfinished(grid: ComparisonGrid, jobs: Sequence[TrainingJob]) -> dict[Path, str]:
-    """Train jobs that are not finished; return why some failed, by their folders."""
+    """Train the unfinished jobs; return folder -> reason of those that failed."""
     failed: dict[Path, str] = {}
-    began: dict[TrainingJob, float] = {}
-    took: list[float] = []
-    at_once = count_slots(grid.jobs)
+    start_times: dict[TrainingJob, float] = {}
+    durations: list[float] = []
+    slot_count = count_slots(grid.jobs)
     titles = {job: f"[{number}/{len(jobs)}] {job.title}" for number, job in enumerate(jobs, 1)}
     todo = [job for job in jobs if not RunFolder(job.folder).is_finished]
     for job in jobs:
@@ -102,50 +104,49 @@ def _train_unfinished(grid: ComparisonGrid, jobs: Sequence[TrainingJob]) -> dict
             print(f"{titles[job]}: done before, {_describe_result(job.folder)}", flush=True)
     rows = {grid.run_folder(row, seed): (row, seed) for seed in grid.seeds for row in grid.rows}
 
-    before = {
+    shared_runs = {
         job.folder: _shared_run_folder(grid, *rows[job.folder])
         for job in todo
         if job.folder in rows
     }
-
-    awaited = {folder for folder in before.values() if folder}
-    todo.sort(key=lambda job: job.folder not in awaited)  # or processors wait at the end
+    awaited = {folder for folder in shared_runs.values() if folder}
+    todo.sort(key=lambda job: job.folder not in awaited)  # else slots are idle at the end
 
     def is_ready(job: TrainingJob) -> bool:
-        """Tell whether no run that is to share its stages is still to come."""
-        other = before.get(job.folder)
-        return other is None or RunFolder(other).is_finished or other in failed
+        """Return whether the run whose stages this one takes over has ended, if there is one."""
+        shared_run = shared_runs.get(job.folder)
+        return shared_run is None or RunFolder(shared_run).is_finished or shared_run in failed
 
     def start_job(job: TrainingJob) -> None:
         shared = copy_shared_stages(grid, *rows[job.folder]) if job.folder in rows else ""
-        also = f"{shared}; " if shared else ""
-        print(f"{titles[job]}: {also}trains, log in {job.log_file}", flush=True)
-        began[job] = time.monotonic()
+        copied = f"{shared}; " if shared else ""
+        print(f"{titles[job]}: {copied}trains, log in {job.log_file}", flush=True)
+        start_times[job] = time.monotonic()
 
     def finish_job(job: TrainingJob, exit_code: int) -> None:
-        took.append(time.monotonic() - began[job])
+        durations.append(time.monotonic() - start_times[job])
         if exit_code:
             failed[job.folder] = job.last_log_line
             print_status(f"{titles[job]}: failed: {failed[job.folder]}")
             return
-        left = mean(took) * (len(todo) - len(took)) / at_once
+        left = mean(durations) * (len(todo) - len(durations)) / slot_count
         print(
             f"{titles[job]}: {_describe_result(job.folder)}; about {format_duration(left)} left",
             flush=True,
         )
 
-    train_jobs(todo, at_once, is_ready, start_job, finish_job)
+    train_jobs(todo, slot_count, is_ready, start_job, finish_job)
     return failed
 
 
 def _shared_run_folder(grid: ComparisonGrid, row: GridRow, seed: int) -> Path | None:
-    """Return the folder of the run that trains stages which this one can take over."""
-    found = find_shared_stages(grid, row, seed)
-    return grid.run_folder(found[0], seed) if found else None
+    """Return the folder of the run whose first stages this run takes over, None without one."""
+    shared = find_shared_stages(grid, row, seed)
+    return grid.run_folder(shared[0], seed) if shared else None
 
 
 def _prepare_slurm(grid: ComparisonGrid) -> int:
-    """Write the script of what is to be run next, and say what to do with it."""
+    """Write a Slurm array script for the unfinished runs and print how to submit it."""
     trials = [job for job in lr_sweep.trial_jobs(grid) if not RunFolder(job.folder).is_finished]
     if grid.lr_factors and not trials:
         grid = lr_sweep.apply_best_lr(grid)
@@ -158,15 +159,15 @@ def _prepare_slurm(grid: ComparisonGrid) -> int:
 
 
 def _write_reports(grid: ComparisonGrid, failed: dict[Path, str]) -> int:
-    """Write the report of what is finished, and name what failed; return the exit code."""
-    done = [
+    """Write and print the report of the finished runs; return 1 if any run failed, else 0."""
+    runs = [
         load_finished_run(folder) for folder in grid.run_folders() if RunFolder(folder).is_finished
     ]
-    if done:
-        findings = analyze_runs(done, failed, lr_sweep.describe_sweep(grid.folder))
+    if runs:
+        findings = analyze_runs(runs, failed, describe_sweep(grid.folder))
         paths = [grid.folder / name for name in REPORT_FILES]
         for path in paths:
-            write_report(findings, path)  # before anything is printed: the reader may be `head`
+            write_report(findings, path)  # before printing: stdout may be a closed pipe
         print(f"\n{render_markdown(findings)}\n")
         for path in paths:
             print(f"wrote {path}")

@@ -1,4 +1,4 @@
-"""The plan of a comparison, before it starts: its runs, and the time and memory they will take."""
+"""What a comparison will take, printed before it starts: its runs, their time and memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROBE_FILE = "plan.json"
 
 
 def print_plan(grid: ComparisonGrid) -> None:
-    """Print what will be run, what there is already, and what the rest will take."""
+    """Print the runs, how many are finished, and what the others will take."""
     count = len(grid.rows) * len(grid.seeds)
     done = sum(RunFolder(folder).is_finished for folder in grid.run_folders())
     print(
@@ -37,23 +37,23 @@ def print_plan(grid: ComparisonGrid) -> None:
         )
         print(f"  {row.name}: connector {recipe.connector['name']}; steps: {steps}")
     if grid.lr_factors:
-        tried = ", ".join(f"{factor:g}" for factor in grid.lr_factors)
+        factors = ", ".join(f"{factor:g}" for factor in grid.lr_factors)
         print(
             f"  before them {len(grid.rows) * len(grid.lr_factors)} runs with seed "
             f"{lr_sweep.trial_seed(grid)}: "
-            f"every row tries its connector's learning rate x {tried}"
+            f"every row tries its connector's learning rate x {factors}"
         )
     shared = sum(
         find_shared_stages(grid, row, seed) is not None for seed in grid.seeds for row in grid.rows
     )
     if shared and grid.jobs != "slurm":
         print(f"  {shared} runs begin with stages that another one has trained alike")
-    if done < count and grid.jobs != "slurm":  # where Slurm is called, nothing is trained
+    if done < count and grid.jobs != "slurm":  # a login node must not train
         _print_costs(grid)
 
 
 def _print_costs(grid: ComparisonGrid) -> None:
-    """Say how long the runs that are not finished will take, and how much memory."""
+    """Print the time and memory that the unfinished runs will take."""
     print("  trying some steps of every row ...", flush=True)
     costs = _estimate_costs(grid)
     seconds, memory = 0.0, 0
@@ -71,59 +71,60 @@ def _print_costs(grid: ComparisonGrid) -> None:
             f"  {row.name}: {left} runs to go, {format_duration(cost['seconds'])} and "
             f"{format_bytes(cost['memory'])} each"
         )
-    at_once = count_slots(grid.jobs)
+    slot_count = count_slots(grid.jobs)
     print(
-        f"  about {format_duration(seconds / at_once)} in all with jobs={at_once}, at most "
-        f"{format_bytes(memory)} of memory for each of {at_once}",
+        f"  about {format_duration(seconds / slot_count)} in all with jobs={slot_count}, at most "
+        f"{format_bytes(memory)} of memory for each of {slot_count}",
         flush=True,
     )
 
 
 def _estimate_costs(grid: ComparisonGrid) -> Sequence[dict[str, Any] | None]:
-    """Return `seconds` and `memory` of a run of every row, None where it could not be found out.
+    """Return `seconds` and `memory` (bytes) of a run of every row, None where a probe failed.
 
-    A finished run tells it best; otherwise some steps are tried, once for a comparison.
+    Finished runs are averaged; a row without one is probed for some steps, once per comparison.
     """
     file = grid.folder / PROBE_FILE
-    known = read_json(file) if file.is_file() else {}
-    found = []
+    probes = read_json(file) if file.is_file() else {}
+    costs = []
     for row in grid.rows:
-        words = row.overrides_for_seed(grid.seeds[0])
+        overrides = row.overrides_for_seed(grid.seeds[0])
         cost = _finished_run_cost(grid, row)
-        if cost is None and known.get(row.name, {}).get("words") != words:
-            known[row.name] = {
-                "words": words,
-                **(_probe_run(row, words, count_slots(grid.jobs)) or {}),
+        if cost is None and probes.get(row.name, {}).get("words") != overrides:
+            probes[row.name] = {
+                "words": overrides,
+                **(_probe_run(row, overrides, count_slots(grid.jobs)) or {}),
             }
-        probed = known.get(row.name, {})
-        found.append(cost or (probed if "seconds" in probed else None))
+        probe = probes.get(row.name, {})
+        costs.append(cost or (probe if "seconds" in probe else None))
     if not grid.dry_run:
-        write_atomically(file, json.dumps(known, indent=1))
-    return found
+        write_atomically(file, json.dumps(probes, indent=1))
+    return costs
 
 
 def _finished_run_cost(grid: ComparisonGrid, row: GridRow) -> dict[str, Any] | None:
-    """Return what the finished runs of a row took, None if there is none."""
+    """Return the mean time and peak memory of a row's finished runs, None if there are none."""
     runs = [RunFolder(grid.run_folder(row, seed)) for seed in grid.seeds]
     results = [read_json(run.results_file) for run in runs if run.is_finished]
     if not results:
         return None
     return {
-        "seconds": mean(one["seconds"] for one in results),
-        "memory": max(one["peak_memory_bytes"] for one in results),
+        "seconds": mean(result["seconds"] for result in results),
+        "memory": max(result["peak_memory_bytes"] for result in results),
     }
 
 
 def _probe_run(row: GridRow, overrides: Sequence[str], slot_count: int) -> dict[str, Any] | None:
-    """Return what a run takes by a few of its steps; None, and the reason said, if they fail."""
-    tried = subprocess.run(
+    """Return the cost of a run, from a few steps; None where they fail, the reason printed."""
+    process = subprocess.run(
         [sys.executable, "-m", "vlbench.compare.experiment.probe_run", *overrides],
         env=slot_environment(0, slot_count),
         capture_output=True,
         text=True,
     )
-    if tried.returncode:
-        reason = (split_lines(tried.stderr.strip()) or ["no output"])[-1]
+    if process.returncode:
+        reason = (split_lines(process.stderr.strip()) or ["no output"])[-1]
         print_status(f"  {row.name}: cannot be run: {reason.removeprefix('vlbench: ')}")
         return None
-    return json.loads(split_lines(tried.stdout)[-1])
+    cost: dict[str, Any] = json.loads(split_lines(process.stdout)[-1])
+    return cost

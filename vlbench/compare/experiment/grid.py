@@ -1,4 +1,4 @@
-"""What a comparison is made of: recipes x alternatives x seeds, every combination a run."""
+"""The grid of a comparison: recipes x alternatives x seeds, every combination a run."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from vlbench.strict_values import INTEGER_PATTERN, parse_flow_yaml
 from vlbench.text_files import split_lines
 
 COMPARE_KEYS = ("recipe", "seeds", "grid", "run", "match", "sweep", "freeze", "jobs", "dry_run")
-"""Keys of `compare` itself; all others go to every run."""
+"""Keys of `compare` itself; all others are passed to every run."""
 MATCHABLE_BUDGETS = ("params", "visual_tokens", "flops")
-"""What `match` can make the same in all rows; `model/connector_frame.py` counts them."""
+"""What `match` can make equal in all rows; `model/connector_cost.py` counts them."""
 RESERVED_KEYS = ("seed", "init", "profile")
-"""Keys of a recipe that a comparison sets, or that make no run to compare."""
+"""Recipe keys that a comparison sets itself, or that make runs not comparable."""
 
 
 @dataclass(frozen=True)
 class GridRow:
-    """One row of the comparison: a recipe and what it is changed in."""
+    """A row of the comparison: a recipe with overrides."""
 
     name: str
-    """Short, and the name of its folder."""
+    """Short name, also of its folder."""
     overrides: tuple[str, ...]
-    """Of `fit`, but for seed and run."""
+    """Arguments of `fit`, without seed and run."""
 
     def overrides_for_seed(self, seed: int) -> list[str]:
-        """Return the words of `fit` with a seed."""
+        """Return the overrides with a seed."""
         return [*self.overrides, f"seed={seed}"]
 
     def with_overrides(self, values: Mapping[str, object]) -> GridRow:
-        """Return the row with other values of some keys."""
-        others = [word for word in self.overrides if word.split("=")[0] not in values]
-        return GridRow(self.name, (*others, *(f"{key}={value}" for key, value in values.items())))
+        """Return the row with some keys set to new values."""
+        kept = [word for word in self.overrides if word.split("=")[0] not in values]
+        return GridRow(self.name, (*kept, *(f"{key}={value}" for key, value in values.items())))
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,15 @@ class ComparisonGrid:
     seeds: tuple[int, ...]
     folder: Path
     budget_to_match: str | None = None
-    """The one of BUDGETS that the rows are to have in common."""
+    """The one of `MATCHABLE_BUDGETS` that is made equal in all rows."""
     lr_factors: tuple[float, ...] = ()
-    """Factors of the connector's learning rate that every row tries first."""
+    """Factors of the connector's learning rate that every row tries before the runs."""
     jobs: str = "auto"
-    """How many runs are trained at once: a number, `auto` or `slurm`."""
+    """How many runs are trained in parallel: a number, `auto` or `slurm`."""
     dry_run: bool = False
-    """Show the plan alone."""
+    """Only print the plan."""
     arguments: tuple[str, ...] = ()
-    """What was typed."""
+    """The command line."""
 
     def run_folders(self) -> list[Path]:
         """Return the folders of all runs."""
@@ -69,7 +69,7 @@ class ComparisonGrid:
 
 
 def parse_grid(arguments: list[str]) -> ComparisonGrid:
-    """Return the grid that words describe; every run's recipe is checked, all mistakes at once."""
+    """Return the grid of a command line; all errors of all recipes are raised together."""
     own, common = _split_arguments(arguments)
     names = [name.strip() for name in own.get("recipe", "").split(",") if name.strip()]
     if not names:
@@ -79,15 +79,16 @@ def parse_grid(arguments: list[str]) -> ComparisonGrid:
     alternatives = _parse_alternatives(own.get("grid"))
     rows = [
         GridRow(
-            _make_row_name(recipe, other, names, alternatives),
-            (f"recipe={recipe}", *common, *other),
+            _make_row_name(recipe, alternative, names, alternatives),
+            (f"recipe={recipe}", *common, *alternative),
         )
         for recipe in names
-        for other in alternatives
+        for alternative in alternatives
     ]
-    same = [row.name for row in rows if [one.name for one in rows].count(row.name) > 1]
-    if same:
-        raise UserError(f"two rows are the same: {same[0]}")
+    row_names = [row.name for row in rows]
+    repeated = [name for name in row_names if row_names.count(name) > 1]
+    if repeated:
+        raise UserError(f"two rows are the same: {repeated[0]}")
     seeds = _parse_seeds(own.get("seeds", "3"))
     match = own.get("match")
     if match is not None and match not in MATCHABLE_BUDGETS:
@@ -113,7 +114,7 @@ def parse_grid(arguments: list[str]) -> ComparisonGrid:
 
 
 def _split_arguments(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Return the words of `compare` itself, and those for every run."""
+    """Return the keys of `compare` itself, and the overrides for every run."""
     own: dict[str, str] = {}
     common: list[str] = []
     for word in arguments:
@@ -137,15 +138,15 @@ def _parse_alternatives(text: str | None) -> list[tuple[str, ...]]:
         return [()]
     if Path(text).suffix in (".yaml", ".yml"):
         return _read_alternatives(Path(text).expanduser())
-    found = []
+    alternatives = []
     for number, part in enumerate(text.split("|"), 1):
         words = tuple(word.strip() for word in re.split(r"\s\+\s", part.strip()) if word.strip())
         wrong = [word for word in words if "=" not in word]
         if wrong or not words:
             given = f"'{wrong[0]}'" if wrong else "nothing"
             raise UserError(f"grid: alternative {number} holds {given}, which is not KEY=VALUE")
-        found.append(words)
-    return found
+        alternatives.append(words)
+    return alternatives
 
 
 def _read_alternatives(path: Path) -> list[tuple[str, ...]]:
@@ -163,16 +164,18 @@ def _parse_seeds(text: str) -> tuple[int, ...]:
             raise UserError(f"seeds is {text}; allowed are 1 to 1000, or a list as [0,1,5]")
         return tuple(range(int(text)))
     values = parse_flow_yaml(text) if text.startswith("[") else None
-    whole = isinstance(values, list) and all(INTEGER_PATTERN.fullmatch(str(one)) for one in values)
-    if not values or not whole:
+    are_integers = isinstance(values, list) and all(
+        INTEGER_PATTERN.fullmatch(str(value)) for value in values
+    )
+    if not values or not are_integers:
         raise UserError(f"seeds is '{text}'; allowed are 1 to 1000, or a list as [0,1,5]")
-    return tuple(dict.fromkeys(int(one) for one in values))
+    return tuple(dict.fromkeys(int(value) for value in values))
 
 
 def _freeze_encoder(row: GridRow, part: str, folder: Path) -> GridRow:
-    """Return the row with a tower that is never trained, its features kept in the comparison."""
+    """Return the row with a frozen vision encoder whose features are cached for all runs."""
     if part != "vision":
-        raise UserError(f"freeze is '{part}'; the part whose features can be kept is vision")
+        raise UserError(f"freeze is '{part}'; the part whose features can be cached is vision")
     stages = load_recipe(row, 0).stages
     trained = [name for name, stage in stages.items() if "vision" in stage.trained_parts]
     frozen = {f"stages.{name}.train.vision": "null" for name in trained}
@@ -184,15 +187,15 @@ def _parse_lr_factors(text: str | None) -> tuple[float, ...]:
     if text is None:
         return ()
     try:
-        found = tuple(dict.fromkeys(float(one) for one in text.strip("[]").split(",")))
+        factors = tuple(dict.fromkeys(float(factor) for factor in text.strip("[]").split(",")))
     except ValueError:
-        found = ()
-    if len(found) < 2 or not all(1e-4 <= one <= 1e4 for one in found):
+        factors = ()
+    if len(factors) < 2 or not all(1e-4 <= factor <= 1e4 for factor in factors):
         raise UserError(
             f"sweep is '{text}'; wanted are factors of the learning rate between 0.0001 and 10000, "
             "two or more, as in sweep=0.3,1,3"
         )
-    return found
+    return factors
 
 
 def _parse_jobs(text: str) -> str:
@@ -204,20 +207,20 @@ def _parse_jobs(text: str) -> str:
 
 
 def _check_recipes(rows: Sequence[GridRow], seed: int) -> None:
-    """Load every row's recipe; all mistakes are raised together, each with its row."""
+    """Load every row's recipe; all errors are raised together, each with its row."""
     lines: list[str] = []
     for row in rows:
         try:
             recipes.require_data(load_recipe(row, seed))
-        except UserError as mistake:
-            start = f"row {row.name}: " if len(rows) > 1 else ""
-            lines += [f"{start}{line}" for line in split_lines(str(mistake))]
+        except UserError as error:
+            prefix = f"row {row.name}: " if len(rows) > 1 else ""
+            lines += [f"{prefix}{line}" for line in split_lines(str(error))]
     if lines:
         raise UserError("\n".join(dict.fromkeys(lines)))
 
 
 def load_recipe(row: GridRow, seed: int) -> Recipe:
-    """Return the recipe of a run."""
+    """Return the recipe of a row with a seed."""
     return recipes.load_recipe(row.overrides_for_seed(seed))
 
 
@@ -227,7 +230,7 @@ def _make_row_name(
     recipe_names: list[str],
     alternatives: list[tuple[str, ...]],
 ) -> str:
-    """Return a short name of a row, fit for a folder."""
+    """Return a short name of a row that is also a valid name of a folder."""
     stem = Path(recipe).stem
     if len(alternatives) == 1:
         return stem

@@ -1,9 +1,9 @@
-"""`sweep=0.3,1,3`: every row tries its connector's learning rate times these factors first.
+"""`sweep=0.3,1,3`: every row first tries its connector's learning rate times these factors.
 
-One rate shared by all connectors decides between them before they have learned anything: a Q-Former
-needs another one than an MLP. So that nobody gets more tries than others, all rows try the same
-factors for the same number of steps, with a seed that the comparison does not use. The factor with
-the lowest held-out language loss is taken; the questions have no part in the choice.
+A single rate for all connectors would favour some of them: a Q-Former needs another one than an
+MLP. For equal tuning effort, all rows try the same factors for the same number of steps, with a
+seed that the comparison does not use. The factor with the lowest held-out language loss is taken;
+the evaluation questions take no part in the choice.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ from pathlib import Path
 from vlbench.compare.experiment import grid as grids
 from vlbench.compare.experiment.grid import ComparisonGrid, GridRow
 from vlbench.compare.experiment.run_jobs import TrainingJob
-from vlbench.text_files import read_csv, read_json, write_atomically
+from vlbench.compare.report.finished_runs import SWEEP_FILE, SWEEP_FOLDER
+from vlbench.text_files import read_csv, write_atomically
 from vlbench.train.run_folder import RunFolder
-
-SWEEP_FILE = "sweep.json"
-SWEEP_FOLDER = "sweep"
 
 
 def trial_jobs(grid: ComparisonGrid) -> list[TrainingJob]:
-    """Return the runs that try learning rates, rows taking turns; [] without a sweep."""
+    """Return the runs that try learning rates, factor by factor; [] without a sweep."""
     return [
         TrainingJob(
             f"{row.name}, rate x {factor:g}",
@@ -41,17 +39,17 @@ def trial_jobs(grid: ComparisonGrid) -> list[TrainingJob]:
 
 
 def trial_seed(grid: ComparisonGrid) -> int:
-    """Return a seed that no run of the comparison has."""
+    """Return the seed of the trials, which no run of the comparison has."""
     return max(grid.seeds) + 1
 
 
 def trial_folder(grid: ComparisonGrid, row: GridRow, factor: float) -> Path:
-    """Return where a rate is tried."""
+    """Return the run folder of a trial."""
     return grid.folder / SWEEP_FOLDER / row.name / f"x{factor:g}"
 
 
 def trial_overrides(grid: ComparisonGrid, row: GridRow, factor: float) -> tuple[str, ...]:
-    """Return the words of `fit` for a trial: few questions are asked, as none is looked at."""
+    """Return the overrides of `fit` for a trial; one question, because only its loss is used."""
     return (
         with_lr_factor(grid, row, factor)
         .with_overrides({"log.questions": 1, "log.examples": 0})
@@ -70,22 +68,22 @@ def with_lr_factor(grid: ComparisonGrid, row: GridRow, factor: float) -> GridRow
 
 
 def apply_best_lr(grid: ComparisonGrid) -> ComparisonGrid:
-    """Return the grid with the best rate in every row, and write down how it was found.
+    """Return the grid with the best rate in every row, and write all losses to sweep.json.
 
-    A row none of whose trials ended keeps the rates that it had.
+    A row none of whose trials finished keeps its rates.
     """
-    found = {
+    losses_by_row = {
         row.name: {
             factor: held_out_loss(trial_folder(grid, row, factor)) for factor in grid.lr_factors
         }
         for row in grid.rows
     }
-    best = {name: _best_factor(losses) for name, losses in found.items()}
+    best = {name: _best_factor(losses) for name, losses in losses_by_row.items()}
     rows = tuple(
         row if (factor := best[row.name]) is None else with_lr_factor(grid, row, factor)
         for row in grid.rows
     )
-    written = {
+    sweep_record = {
         "seed": trial_seed(grid),
         "rows": {
             name: {
@@ -95,43 +93,23 @@ def apply_best_lr(grid: ComparisonGrid) -> ComparisonGrid:
                 },
                 "chosen": best[name],
             }
-            for name, losses in found.items()
+            for name, losses in losses_by_row.items()
         },
     }
-    write_atomically(grid.folder / SWEEP_FILE, json.dumps(written, indent=1))
+    write_atomically(grid.folder / SWEEP_FILE, json.dumps(sweep_record, indent=1))
     return replace(grid, rows=rows, lr_factors=())
 
 
 def _best_factor(losses: dict[float, float]) -> float | None:
-    """Return the factor with the lowest loss, None if no trial ended."""
+    """Return the factor with the lowest loss, None if no trial finished."""
     best = min(losses, key=losses.__getitem__)
     return best if math.isfinite(losses[best]) else None
 
 
-def describe_sweep(folder: Path) -> list[str]:
-    """Say what was tried in a comparison, and what was taken; [] without a sweep."""
-    file = folder / SWEEP_FILE
-    if not file.is_file():
-        return []
-    said = read_json(file)
-    rows = []
-    for name, row in said["rows"].items():
-        tried = ", ".join(
-            f"x {factor} {'failed' if loss is None else f'{loss:.4f}'}"
-            for factor, loss in row["losses"].items()
-        )
-        taken = "none" if row["chosen"] is None else f"x {row['chosen']:g}"
-        rows.append(f"{name} {tried}: {taken} is taken")
-    return [
-        f"Every row tried its connector's learning rate times some factors, with seed "
-        f"{said['seed']}; the lowest held-out loss decides. {'; '.join(rows)}."
-    ]
-
-
 def held_out_loss(run_folder: Path) -> float:
-    """Return the held-out loss at the end of a run; infinity for a run that did not get there."""
+    """Return the last held-out loss of a run; infinity if it is not finished or not finite."""
     if not RunFolder(run_folder).is_finished:
         return math.inf
     last = read_csv(run_folder / "metrics.csv")[-1]
-    value = float(last["held_out_loss"] or "inf")
-    return value if math.isfinite(value) else math.inf
+    loss = float(last["held_out_loss"] or "inf")
+    return loss if math.isfinite(loss) else math.inf

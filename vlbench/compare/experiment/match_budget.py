@@ -1,11 +1,14 @@
 """`compare match=params|visual_tokens|flops`: give the rows of a comparison the same budget.
 
-Every connector names options that make it larger or smaller (`Connector.size_options`). Of each row
-a few change, and as little as possible: by what options and budget move, in logarithms.
+Every connector declares the options that make it larger or smaller (`Connector.size_options`). In
+each row at most `MAX_CHANGED_OPTIONS` of them change, and as little as possible: the distance is
+the sum of the absolute log ratios of the options and of the budget.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,81 +16,99 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlbench.compare.experiment.candidates import RowCandidates, SizeCandidate
 from vlbench.compare.experiment.grid import ComparisonGrid, GridRow, load_recipe
-from vlbench.compare.report.report_warnings import MATCH_TOLERANCE
-from vlbench.config.overrides import format_override
-from vlbench.model.connector_frame import ConnectorFrame
+from vlbench.compare.report.finished_runs import MATCH_TOLERANCE
+from vlbench.config.overrides import format_override, parse_overrides
+from vlbench.connector import registry
+from vlbench.errors import UserError, suggest_name
+from vlbench.model.build_vlm import recipe_connector_options
+from vlbench.model.connector_cost import BUDGET_COUNTS, ConnectorCostCounter
 from vlbench.text_tables import format_table
+
+MAX_CHANGED_OPTIONS = 2  # per row, so that a reader can still see what was changed
 
 
 @dataclass(frozen=True)
 class BudgetMatch:
-    """A row, and what was found for it."""
+    """A row and the options that give it the common budget."""
 
     row: GridRow
-    """With the words that give it its new options."""
+    """The row with overrides that set the changed options."""
     options: dict[str, Any]
-    """Those that change."""
+    """The options that change, with their new values."""
     own_budget: int
-    """Its budget."""
+    """Budget of the unchanged row."""
     matched_budget: int
     relative_distance: float
-    """Distance from the rows that match, as a share of their budget; 0 for these."""
+    """Distance from the budgets of the rows that match, as a share of them; 0 for a match."""
     mismatch_reason: str
-    """What keeps it from matching; "" if it does."""
+    """Why the row does not match; "" if it does."""
 
 
 def match_budgets(grid: ComparisonGrid) -> ComparisonGrid:
-    """Give the rows of a grid the same budget, if that is wanted, and say what was changed."""
+    """Return the grid with equal budgets if `match=` asks for it, and print what changed."""
     if grid.budget_to_match is None:
         return grid
     print(f"match={grid.budget_to_match}: trying sizes of {len(grid.rows)} connectors", flush=True)
-    found = match_rows(grid.rows, grid.budget_to_match)
-    print("\n".join(f"  {line}" for line in format_match_table(found, grid.budget_to_match)))
-    return replace(grid, rows=tuple(one.row for one in found))
+    matches = match_rows(grid.rows, grid.budget_to_match)
+    print("\n".join(f"  {line}" for line in format_match_table(matches, grid.budget_to_match)))
+    return replace(grid, rows=tuple(match.row for match in matches))
 
 
 def match_rows(rows: Sequence[GridRow], budget_name: str) -> list[BudgetMatch]:
-    """Return what gives `rows` the same budget within MATCHED; it depends on them alone.
+    """Return the changes that give `rows` the same budget within `MATCH_TOLERANCE`.
 
-    `by` is one of grid.BUDGETS. Where no budget suits all rows, it is one that suits the most; the
-    others come as near as they can.
+    `budget_name` is one of `grid.MATCHABLE_BUDGETS`. The result is a pure function of the rows.
+    Where no budget suits all rows, it is one that suits the most; the others come as near as they
+    can.
     """
-    found = [
-        RowCandidates(row, frame, budget_name)
-        for row, frame in zip(rows, _connector_frames(rows), strict=True)
+    candidates_by_row = [
+        RowCandidates(row, counter, budget_name)
+        for row, counter in zip(rows, _cost_counters(rows), strict=True)
     ]
-    settled = False
-    while not settled:
-        picks, inside = _pick_best(found)
-        settled = all([of.verify_budget(pick) for of, pick in zip(found, picks, strict=True)])
-    alike = [pick.budget for pick, fits in zip(picks, inside, strict=True) if fits]
-    low, high = min(alike), max(alike)
+    verified = False
+    while not verified:
+        picks, matching = _pick_best(candidates_by_row)
+        # a list, so that every pick is verified before the next round
+        verified = all(
+            [
+                row_candidates.verify_budget(pick)
+                for row_candidates, pick in zip(candidates_by_row, picks, strict=True)
+            ]
+        )
+    matched_budgets = [pick.budget for pick, fits in zip(picks, matching, strict=True) if fits]
+    low, high = min(matched_budgets), max(matched_budgets)
     return [
-        _make_match(of, pick, 0.0 if fits else max(pick.budget / low - 1, 1 - pick.budget / high))
-        for of, pick, fits in zip(found, picks, inside, strict=True)
+        _make_match(
+            row_candidates,
+            pick,
+            0.0 if fits else max(pick.budget / low - 1, 1 - pick.budget / high),
+        )
+        for row_candidates, pick, fits in zip(candidates_by_row, picks, matching, strict=True)
     ]
 
 
 def format_match_table(matches: Sequence[BudgetMatch], budget_name: str) -> list[str]:
-    """Return lines for people: rows, the options that change, their budgets."""
+    """Return the lines of a table: rows, the options that change, budgets before and after."""
     lines = [("row", "changed", f"own {budget_name}", "matched")]
-    for one in matches:
-        changed = " ".join(format_override(key, value) for key, value in one.options.items()) or "-"
-        lines.append((one.row.name, changed, f"{one.own_budget:,}", f"{one.matched_budget:,}"))
+    for match in matches:
+        changed = " ".join(format_override(*option) for option in match.options.items()) or "-"
+        lines.append(
+            (match.row.name, changed, f"{match.own_budget:,}", f"{match.matched_budget:,}")
+        )
     return format_table(lines, "<<>") + [
-        f"cannot: {one.row.name} is {100 * one.relative_distance:.0f} % off: {one.mismatch_reason}"
-        for one in matches
-        if one.mismatch_reason
+        f"cannot: {match.row.name} is {100 * match.relative_distance:.0f} % off: "
+        f"{match.mismatch_reason}"
+        for match in matches
+        if match.mismatch_reason
     ]
 
 
 def _make_match(
     row_candidates: RowCandidates, pick: SizeCandidate, relative_distance: float
 ) -> BudgetMatch:
-    words = [format_override(f"connector.{key}", value) for key, value in pick.options.items()]
-    row = replace(row_candidates.row, overrides=(*row_candidates.row.overrides, *words))
+    changes = [format_override(f"connector.{key}", value) for key, value in pick.options.items()]
+    row = replace(row_candidates.row, overrides=(*row_candidates.row.overrides, *changes))
     return BudgetMatch(
         row,
         pick.options,
@@ -98,60 +119,210 @@ def _make_match(
     )
 
 
-def _connector_frames(rows: Sequence[GridRow]) -> list[ConnectorFrame]:
-    """Return the frame of each row; rows that have the same one share it."""
-    made: dict[Any, ConnectorFrame] = {}
-    frames = []
+def _cost_counters(rows: Sequence[GridRow]) -> list[ConnectorCostCounter]:
+    """Return the cost counter of each row; rows with the same shapes share one."""
+    shared: dict[Any, ConnectorCostCounter] = {}
+    counters = []
     for row in rows:
         recipe = load_recipe(row, 0)
-        sides = tuple(stage.image_size for stage in recipe.stages.values())
-        key = (recipe.vision, recipe.language, sides)
-        if key not in made:
-            made[key] = ConnectorFrame(recipe)
-        frames.append(made[key])
-    return frames
+        image_sizes = tuple(stage.image_size for stage in recipe.stages.values())
+        key = (recipe.vision, recipe.language, image_sizes)
+        if key not in shared:
+            shared[key] = ConnectorCostCounter(*key)
+        counters.append(shared[key])
+    return counters
 
 
 def _pick_best(
     candidates_by_row: Sequence[RowCandidates],
 ) -> tuple[list[SizeCandidate], list[bool]]:
-    """Return a candidate for each row, and whether it is one of those that match.
+    """Return a candidate for each row, and whether its budget is within the tolerance.
 
-    A budget suits a row that has a candidate from it to MATCHED above it; among those that suit
-    the most rows it is the one for which the rows change least.
+    Every budget of a candidate is tried as the common target. It suits a row that has a candidate
+    between it and `MATCH_TOLERANCE` above it. The target that suits the most rows is taken, and of
+    several the one for which the rows change least.
     """
-    targets = np.unique(np.concatenate([of.candidate_budgets for of in candidates_by_row]))
-    picked = [_pick_per_target(of, targets) for of in candidates_by_row]
-    misses = np.sum([~inside for _, inside, _ in picked], axis=0)
-    change = np.sum([moved for _, _, moved in picked], axis=0)
+    targets = np.unique(
+        np.concatenate([candidates.candidate_budgets for candidates in candidates_by_row])
+    )
+    choices = [_pick_per_target(candidates, targets) for candidates in candidates_by_row]
+    misses = np.sum([~suits for _, suits, _ in choices], axis=0)
+    change = np.sum([log_changes for _, _, log_changes in choices], axis=0)
     best = int(np.lexsort((np.round(change, 9), misses))[0])
     picks = [
-        of.candidates[index[best]]
-        for of, (index, _, _) in zip(candidates_by_row, picked, strict=True)
+        candidates.candidates[index[best]]
+        for candidates, (index, _, _) in zip(candidates_by_row, choices, strict=True)
     ]
-    return picks, [bool(inside[best]) for _, inside, _ in picked]
+    return picks, [bool(suits[best]) for _, suits, _ in choices]
 
 
 def _pick_per_target(
     row_candidates: RowCandidates, targets: NDArray[np.float64]
 ) -> tuple[NDArray[Any], ...]:
-    """Return for each target a row's candidate, whether it suits, and how much changes.
+    """Return for each target the index of a candidate, whether it suits, and its log change.
 
-    It is the one that changes least among those that suit, otherwise the nearest.
+    Of the candidates that suit a target, it is the one that changes least, otherwise the nearest.
     """
-    values, changes = (
-        row_candidates.candidate_budgets,
-        np.array([one.log_change for one in row_candidates.candidates]),
-    )
-    low = np.searchsorted(values, targets)
-    high = np.searchsorted(values, targets * (1 + MATCH_TOLERANCE), side="right")
-    below, above = values[np.maximum(low - 1, 0)], values[np.minimum(low, len(values) - 1)]
-    closer = np.abs(np.log(below / targets)) < np.abs(np.log(above / targets))
-    near = np.searchsorted(values, np.where(closer, below, above))  # the first changes least
+    budgets = row_candidates.candidate_budgets
+    changes = np.array([candidate.log_change for candidate in row_candidates.candidates])
+    low = np.searchsorted(budgets, targets)
+    high = np.searchsorted(budgets, targets * (1 + MATCH_TOLERANCE), side="right")
+    below, above = budgets[np.maximum(low - 1, 0)], budgets[np.minimum(low, len(budgets) - 1)]
+    is_below_nearer = np.abs(np.log(below / targets)) < np.abs(np.log(above / targets))
+    # of candidates with the same budget the first one changes least
+    nearest = np.searchsorted(budgets, np.where(is_below_nearer, below, above))
     index = np.array(
         [
-            start + np.argmin(changes[start:end]) if start < end else other
-            for start, end, other in zip(low, high, near, strict=True)
+            start + np.argmin(changes[start:end]) if start < end else fallback
+            for start, end, fallback in zip(low, high, nearest, strict=True)
         ]
     )
     return index, low < high, changes[index]
+
+
+@dataclass(frozen=True)
+class SizeCandidate:
+    """A set of changed options that a row may get."""
+
+    options: dict[str, Any]
+    """The options that change, with their new values."""
+    budget: float
+    """Its budget; predicted, not counted, where more than one option changes."""
+    log_change: float
+    """Sum of the absolute log ratios of options and budget to the row's own."""
+
+
+class RowCandidates:
+    """The candidates of a row, sorted by budget."""
+
+    def __init__(self, row: GridRow, cost_counter: ConnectorCostCounter, budget_name: str) -> None:
+        """Count the budgets with no and one changed option; predict those with more."""
+        recipe = load_recipe(row, 0)
+        self.row = row
+        self.connector_name: str = recipe.connector["name"]
+        self.own_options = recipe_connector_options(recipe)
+        self._cost_counter, self._count_budget = cost_counter, BUDGET_COUNTS[budget_name]
+        self._connector_class = registry.load_connector(self.connector_name)
+        self._verified_options: set[str] = set()
+        try:
+            self.own_budget = self._count_budget(
+                cost_counter, cost_counter.build_connector(self._connector_class, self.own_options)
+            )
+        except ValueError as error:
+            raise UserError(f"row {row.name}: {error}") from error
+        if not self.own_budget:
+            raise UserError(
+                f"row {row.name}: connector {self.connector_name} has no {budget_name} to match"
+            )
+        singles = [
+            self._single_changes(option, values)
+            for option, values in self._changeable_options().items()
+        ]
+        # one list per option; options that move no budget take no part
+        useful = [changes for changes in singles if any(map(self._has_new_budget, changes))]
+        self.candidates = [SizeCandidate({}, self.own_budget, 0.0), *itertools.chain(*useful)]
+        for option_count in range(2, MAX_CHANGED_OPTIONS + 1):
+            for group in itertools.combinations(useful, option_count):
+                self.candidates += map(self._combine_candidates, itertools.product(*group))
+        self._sort_by_budget()
+
+    @property
+    def candidate_budgets(self) -> NDArray[np.float64]:
+        """Return the budgets, in rising order."""
+        return np.array([candidate.budget for candidate in self.candidates])
+
+    def verify_budget(self, candidate: SizeCandidate) -> bool:
+        """Count the budget of a picked candidate; return whether the prediction was right.
+
+        If not, the candidate is replaced by one with its true budget, or removed where its options
+        do not fit every stage.
+        """
+        key = repr(candidate.options)
+        if key in self._verified_options or not candidate.options:
+            return True
+        self._verified_options.add(key)
+        options = {**self.own_options, **candidate.options}
+        counted = (
+            self._count_candidate(candidate.options)
+            if self._cost_counter.fits_all_stages(self._connector_class, options)
+            else None
+        )
+        if counted is not None and counted.budget == candidate.budget:
+            return True
+        self.candidates.remove(candidate)
+        self.candidates += [counted] if counted is not None else []
+        self._sort_by_budget()
+        return False
+
+    def explain_mismatch(self) -> str:
+        """Say why the row does not come nearer to the budget of the others."""
+        if not self._connector_class.size_options:
+            return f"connector {self.connector_name} names no sizes"
+        fixed = [
+            name
+            for name in self._connector_class.size_options
+            if name not in self._changeable_options()
+        ]
+        condition = f" with {', '.join(fixed)} as given" if fixed else ""
+        return f"no sizes of connector {self.connector_name} come nearer{condition}"
+
+    def _changeable_options(self) -> dict[str, Sequence[Any]]:
+        """Return the size options with their values, without those that the user has set."""
+        for option in self._connector_class.size_options:
+            if option not in self.own_options:
+                raise UserError(
+                    f"connector '{self.connector_name}': size_options has '{option}', which is no "
+                    "option of it; it "
+                    f"takes: {', '.join(self.own_options)}.{suggest_name(option, self.own_options)}"
+                )
+        given = parse_overrides(list(self.row.overrides))[0].get("connector", {})
+        if not isinstance(given, dict):  # connector={...}: all options are set
+            return {}
+        return {
+            name: values
+            for name, values in self._connector_class.size_options.items()
+            if name not in given
+        }
+
+    def _single_changes(self, option: str, values: Sequence[Any]) -> list[SizeCandidate]:
+        candidates = [
+            self._count_candidate({option: value})
+            for value in values
+            if value != self.own_options[option]
+        ]
+        return [candidate for candidate in candidates if candidate is not None]
+
+    def _count_candidate(self, options: dict[str, Any]) -> SizeCandidate | None:
+        """Return a candidate with its counted budget; None if the connector refuses its options."""
+        try:
+            connector = self._cost_counter.build_connector(
+                self._connector_class, {**self.own_options, **options}
+            )
+        except ValueError:
+            return None
+        budget = self._count_budget(self._cost_counter, connector)
+        return self._make_candidate(options, budget) if budget else None
+
+    def _combine_candidates(self, candidates: Sequence[SizeCandidate]) -> SizeCandidate:
+        """Return one candidate with the options of all; its budget is predicted by ratios."""
+        options = {
+            key: value for candidate in candidates for key, value in candidate.options.items()
+        }
+        ratio = math.prod(candidate.budget / self.own_budget for candidate in candidates)
+        return self._make_candidate(options, self.own_budget * ratio)
+
+    def _make_candidate(self, options: dict[str, Any], budget: float) -> SizeCandidate:
+        change = sum(_log_distance(self.own_options[key], new) for key, new in options.items())
+        return SizeCandidate(options, budget, change + _log_distance(self.own_budget, budget))
+
+    def _has_new_budget(self, candidate: SizeCandidate) -> bool:
+        return _log_distance(self.own_budget, candidate.budget) > math.log1p(MATCH_TOLERANCE)
+
+    def _sort_by_budget(self) -> None:
+        self.candidates.sort(key=lambda candidate: (candidate.budget, candidate.log_change))
+
+
+def _log_distance(first: Any, second: Any) -> float:
+    """Return the absolute log ratio of two positive numbers; 0 or 1 for other values."""
+    are_numbers = all(isinstance(value, int | float) and value > 0 for value in (first, second))
+    return abs(math.log(second / first)) if are_numbers else float(first != second)

@@ -12,8 +12,8 @@ import time
 from vlbench.config import recipe as recipes
 from vlbench.config.schema import Recipe
 from vlbench.errors import EnvironmentFailure, UserError
-from vlbench.evaluate.batched_answers import QUESTIONS_PER_BATCH, answer_questions
-from vlbench.evaluate.run_results import final_questions
+from vlbench.evaluate.batch_inference import QUESTIONS_PER_BATCH, answer_questions
+from vlbench.evaluate.heldout_questions import final_questions
 from vlbench.model.build_vlm import build_vlm
 from vlbench.train.dry_run import measure_stages
 from vlbench.train.lightning_trainer import root_device

@@ -1,4 +1,4 @@
-"""The runs of a comparison as processes: one after the other, several at once, or for Slurm."""
+"""The runs of a comparison as processes: one after the other, in parallel, or as a Slurm array."""
 
 from __future__ import annotations
 
@@ -19,43 +19,43 @@ import torch
 from vlbench.distributed.machine_limits import count_cpu_cores
 from vlbench.text_files import split_lines, write_atomically
 
-PR_SET_PDEATHSIG = 1  # of Linux' prctl
-MAX_CPU_RUNS = 4  # runs at once that nobody asked for: memory for more may be missing
-POLL_SECONDS = 0.2  # seconds between looks at the processes
-STOPPED_EXIT_CODE = 130  # exit code of a run that was stopped and has saved
+PR_SET_PDEATHSIG = 1  # option of prctl(2): the signal sent when the parent process dies
+MAX_CPU_RUNS = 4  # parallel runs of jobs=auto on CPU: there may be no memory for more
+POLL_SECONDS = 0.2  # between checks of the processes
+STOPPED_EXIT_CODE = 130  # of a run that was interrupted and has saved
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """One run that is to be trained."""
+    """A run to train: `fit` with these overrides, in this folder."""
 
     title: str
     overrides: tuple[str, ...]
-    """Of `fit`."""
+    """Arguments of `fit`."""
     folder: Path
 
     @property
     def log_file(self) -> Path:
-        """Where its output goes."""
+        """The file that gets stdout and stderr of the run."""
         return self.folder.with_name(f"{self.folder.name}.log")
 
     @property
     def last_log_line(self) -> str:
-        """The last thing that it said."""
+        """The last line of the log, without the prefix `vlbench: `."""
         lines = split_lines(self.log_file.read_text(encoding="utf-8", errors="replace").strip())
         return lines[-1].removeprefix("vlbench: ") if lines else "no output"
 
 
 class ComparisonStopped(Exception):
-    """Somebody wants the comparison to stop; the runs have saved."""
+    """The comparison got SIGINT or SIGTERM; its runs have saved."""
 
 
 def count_slots(jobs_option: str) -> int:
-    """Return how many runs are trained at once: a number, or for `auto` one per GPU.
+    """Return how many runs are trained in parallel: the given number, or for `auto` one per GPU.
 
-    Without a GPU that is one per processor, MOST at most: a model that is trained there is so small
-    that two runs of one thread end sooner than two of two threads one after the other (by a fifth,
-    on two cores).
+    Without a GPU it is one per core, at most `MAX_CPU_RUNS`: models trained on a CPU are so small
+    that two runs of one thread each end sooner than two runs of two threads in sequence (by a
+    fifth, on two cores).
     """
     if jobs_option != "auto":
         return int(jobs_option)
@@ -69,45 +69,52 @@ def train_jobs(
     on_start: Callable[[TrainingJob], None],
     on_end: Callable[[TrainingJob, int], None],
 ) -> None:
-    """Train jobs, `count` at once, in their order as far as they are `ready`.
+    """Train jobs in parallel, in their order as far as they are ready.
 
-    `start` is called before a job, `end` after it with its exit code. Raises Stopped when this
-    process is told to stop; every run has saved by then.
+    Args:
+        jobs: the runs to train.
+        slot_count: how many are trained in parallel.
+        is_ready: whether a job may start now.
+        on_start: called before a job starts.
+        on_end: called with the exit code after a job has ended.
+
+    Raises:
+        ComparisonStopped: this process got SIGINT or SIGTERM; every run has saved by then.
     """
-    waiting, free = list(jobs), list(range(slot_count))
-    running: dict[int, tuple[TrainingJob, subprocess.Popen]] = {}
-    with _collect_stop_signals() as stop:
+    waiting, free_slots = list(jobs), list(range(slot_count))
+    running: dict[int, tuple[TrainingJob, subprocess.Popen[bytes]]] = {}
+    with _collect_stop_signals() as stop_signals:
         while waiting or running:
-            for job in [one for one in waiting if is_ready(one)][: len(free)] if free else []:
+            for job in [job for job in waiting if is_ready(job)][: len(free_slots)]:
                 waiting.remove(job)
                 on_start(job)
-                slot = free.pop(0)
+                slot = free_slots.pop(0)
                 running[slot] = job, _launch_job(job, slot, slot_count)
             time.sleep(POLL_SECONDS)
-            if stop:
-                _forward_signals(stop, [process for _, process in running.values()])
+            if stop_signals:
+                _forward_signals(stop_signals, [process for _, process in running.values()])
                 raise ComparisonStopped
             for slot, (job, process) in list(running.items()):
-                code = process.poll()
-                if code is not None:
+                exit_code = process.poll()
+                if exit_code is not None:
                     del running[slot]
-                    free.append(slot)
-                    on_end(job, code)
+                    free_slots.append(slot)
+                    on_end(job, exit_code)
 
 
-def _forward_signals(stop_signals: list[int], processes: list[subprocess.Popen]) -> None:
-    """Give the signals to stop to all processes, also those still to come, until all have ended."""
-    passed = 0
+def _forward_signals(stop_signals: list[int], processes: list[subprocess.Popen[bytes]]) -> None:
+    """Send the collected signals, and any that arrive meanwhile, until all processes have ended."""
+    sent = 0
     while any(process.poll() is None for process in processes):
-        for number in stop_signals[passed:]:
+        for number in stop_signals[sent:]:
             for process in processes:
                 process.send_signal(number)
-            passed += 1
+            sent += 1
         time.sleep(POLL_SECONDS)
 
 
-def _launch_job(job: TrainingJob, slot: int, slot_count: int) -> subprocess.Popen:
-    """Start a run in a process of its own, its output in its log."""
+def _launch_job(job: TrainingJob, slot: int, slot_count: int) -> subprocess.Popen[bytes]:
+    """Start a run in a new process whose output is appended to its log."""
     job.log_file.parent.mkdir(parents=True, exist_ok=True)
     with job.log_file.open("a", encoding="utf-8") as file:
         return subprocess.Popen(
@@ -115,13 +122,13 @@ def _launch_job(job: TrainingJob, slot: int, slot_count: int) -> subprocess.Pope
             stdout=file,
             stderr=file,
             env=slot_environment(slot, slot_count),
-            start_new_session=True,  # Ctrl-C comes from here, once: a second one would kill it
+            start_new_session=True,  # Ctrl-C is forwarded once; a second one would kill the run
             preexec_fn=_end_with_parent,
         )
 
 
 def slot_environment(slot: int, slot_count: int) -> dict[str, str]:
-    """Return the variables that give one run of `count` its own GPU, or its processors."""
+    """Return the environment that gives the run in a slot its own GPU, or its share of cores."""
     gpus = torch.cuda.device_count()
     if gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus))))
@@ -131,26 +138,26 @@ def slot_environment(slot: int, slot_count: int) -> dict[str, str]:
 
 
 def _end_with_parent() -> None:
-    """Ask Linux to end this process, with time to save, when the one that started it is killed."""
+    """Let Linux send this process SIGTERM when its parent is killed, so that it can save."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextmanager
 def _collect_stop_signals() -> Iterator[list[int]]:
-    """Collect the signals that ask to stop, instead of dying of them."""
-    wanted: list[int] = []
+    """Collect SIGINT and SIGTERM in a list while the context is active."""
+    received: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {n: signal.signal(n, lambda number, _: wanted.append(number)) for n in numbers}
+    before = {n: signal.signal(n, lambda number, _: received.append(number)) for n in numbers}
     try:
-        yield wanted
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def write_slurm_script(jobs: Sequence[TrainingJob], folder: Path) -> Path:
-    """Write `commands.txt` and a script that runs its lines as a Slurm array; return the script."""
+    """Write `commands.txt` and a Slurm array script that runs its lines; return the script."""
     commands = folder / "commands.txt"
     lines = [shlex.join([sys.executable, "-m", "vlbench", "fit", *job.overrides]) for job in jobs]
     write_atomically(commands, "\n".join(lines) + "\n")
@@ -165,7 +172,7 @@ def write_slurm_script(jobs: Sequence[TrainingJob], folder: Path) -> Path:
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=B:TERM@120
-# One run per line of commands.txt. Runs that are stopped have saved; a second sbatch goes on.
+# One run per line of commands.txt. A stopped run has saved; submit again to resume it.
 cd {shlex.quote(str(Path.cwd()))} || exit 1
 eval "exec $(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {shlex.quote(str(commands))})"
 """,

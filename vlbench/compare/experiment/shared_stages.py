@@ -1,4 +1,4 @@
-"""Stages that two runs of a comparison train alike are trained once: the later run gets them."""
+"""Leading stages that two rows have in common are trained once: the later run copies them."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from typing import Any
 from vlbench.compare.experiment import grid as grids
 from vlbench.compare.experiment.grid import ComparisonGrid, GridRow
 from vlbench.config import recipe as recipes
-from vlbench.config.merge import flatten_keys
 from vlbench.config.schema import Recipe
 from vlbench.train.run_folder import RunFolder, open_run
 
 STAGE_IGNORED_KEYS = ("run", "trainer", "log", "only", "from", "dry_run", "profile", "recipe")
-"""Keys that change nothing in what a stage learns."""
+"""Top-level recipe keys that do not change what a stage learns."""
 
 
 def find_shared_stages(
     grid: ComparisonGrid, row: GridRow, seed: int
 ) -> tuple[GridRow, list[str]] | None:
-    """Return an earlier row that begins alike with this seed, and the stages that are alike."""
+    """Return an earlier row whose first stages are the same with this seed, and their names."""
     own = grids.load_recipe(row, seed)
     for other in grid.rows[: grid.rows.index(row)]:
         stages = common_stages(own, grids.load_recipe(other, seed))
@@ -29,35 +28,36 @@ def find_shared_stages(
 
 
 def common_stages(first: Recipe, second: Recipe) -> list[str]:
-    """Return the first stages that two recipes train alike; never all of them."""
-    ours, theirs = flatten_keys(recipes.to_plain(first)), flatten_keys(recipes.to_plain(second))
+    """Return the names of the leading stages that two recipes train alike; never all stages."""
+    first_keys = recipes.flatten_keys(recipes.to_plain(first))
+    second_keys = recipes.flatten_keys(recipes.to_plain(second))
 
-    def other_keys(recipe: dict[str, Any]) -> dict[str, Any]:
-        return {
-            k: v
-            for k, v in recipe.items()
-            if k.split(".")[0] not in (*STAGE_IGNORED_KEYS, "stages")
-        }
+    def keys_outside_stages(recipe: dict[str, Any]) -> dict[str, Any]:
+        ignored = (*STAGE_IGNORED_KEYS, "stages")
+        return {key: value for key, value in recipe.items() if key.split(".")[0] not in ignored}
+
+    def keys_of_stage(recipe: dict[str, Any], stage: str) -> dict[str, Any]:
+        return {k: v for k, v in recipe.items() if k.startswith(f"stages.{stage}.")}
 
     names = list(first.stages)
-    if names != list(second.stages) or other_keys(ours) != other_keys(theirs):
+    if names != list(second.stages):
         return []
-    found: list[str] = []
+    if keys_outside_stages(first_keys) != keys_outside_stages(second_keys):
+        return []
+    common: list[str] = []
     for name in names[:-1]:
-        start = f"stages.{name}."
-        stage = {k: v for k, v in ours.items() if k.startswith(start)}
-        if stage != {k: v for k, v in theirs.items() if k.startswith(start)}:
+        if keys_of_stage(first_keys, name) != keys_of_stage(second_keys, name):
             break
-        found.append(name)
-    return found
+        common.append(name)
+    return common
 
 
 def copy_shared_stages(grid: ComparisonGrid, row: GridRow, seed: int) -> str:
-    """Give a new run the stages that a finished one has trained alike; say which, "" for none."""
-    folder, found = grid.run_folder(row, seed), find_shared_stages(grid, row, seed)
-    if found is None or (folder / "recipe.yaml").is_file():
+    """Copy the checkpoints of shared stages into a new run; return which, "" for none."""
+    folder, shared = grid.run_folder(row, seed), find_shared_stages(grid, row, seed)
+    if shared is None or (folder / "recipe.yaml").is_file():
         return ""
-    other, stages = found
+    other, stages = shared
     source = RunFolder(grid.run_folder(other, seed))
     if not source.is_finished:
         return ""

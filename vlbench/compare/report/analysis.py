@@ -1,4 +1,4 @@
-"""What finished runs say about each other, computed once: Markdown and page only show it."""
+"""The comparison of finished runs, computed once; the Markdown and HTML reports only show it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlbench.compare.report.finished_runs import (
+    BUDGET_LABELS,
+    MATCH_TOLERANCE,
     ComparisonArm,
     FinishedRun,
     common_seeds_and_questions,
@@ -26,15 +28,14 @@ from vlbench.compare.report.paired_statistics import (
     holm_correction,
     paired_difference,
 )
-from vlbench.compare.report.report_warnings import comparison_warnings
 
-MAX_NAMED_ROWS = 4  # rows that a sentence names, at most
-SIGNIFICANCE_LEVEL = 0.05  # largest p, after Holm's correction, that is called a difference
+MAX_NAMED_ROWS = 4  # a sentence about more rows gives their number instead of names
+SIGNIFICANCE_LEVEL = 0.05  # largest p, after Holm's correction, of a significant difference
 
 
 @dataclass(frozen=True)
 class RowResult:
-    """A row of the comparison: the runs of the seeds that all rows have, and their accuracy."""
+    """A row of the comparison: its runs with the common seeds, and their accuracy."""
 
     name: str
     runs: tuple[FinishedRun, ...]
@@ -46,17 +47,18 @@ class RowResult:
 
     @property
     def accuracy_std(self) -> float | None:
-        """Standard deviation of the accuracies of seeds; None for one seed."""
+        """Standard deviation of accuracy over the seeds; None for one seed."""
         by_seed = self.correct.mean(axis=1)
         return float(by_seed.std(ddof=1)) if len(by_seed) > 1 else None
 
     @property
     def budget(self) -> dict[str, Any]:
-        """What the row costs, {} if its runs do not say."""
-        return self.runs[0].results.get("budget") or {}
+        """The `budget` of the first run's results.json, {} without one."""
+        budget: dict[str, Any] = self.runs[0].results.get("budget") or {}
+        return budget
 
     def mean_result(self, result_key: str) -> float | None:
-        """Return the mean of a figure of results.json over the runs that have it."""
+        """Return the mean of a key of results.json over the runs that have it."""
         values = [run.results.get(result_key) for run in self.runs]
         known = [value for value in values if value is not None]
         return float(np.mean(known)) if known else None
@@ -64,7 +66,7 @@ class RowResult:
 
 @dataclass(frozen=True)
 class RowPair:
-    """Two rows of a comparison, the better one first, and what is known of their difference."""
+    """The difference of two rows of a comparison, the better one first."""
 
     better: str
     worse: str
@@ -72,23 +74,23 @@ class RowPair:
     corrected_p: float
     """After Holm's correction over all pairs."""
     pair_count: int
-    """How many these are."""
+    """The number of these pairs."""
     bootstrap_interval: tuple[float, float]
-    """The interval of a bootstrap, for comparison."""
+    """A bootstrap interval of the difference, as a cross-check."""
 
     @property
     def is_significant(self) -> bool:
-        """Say whether chance alone hardly makes such a difference."""
+        """Whether the interval excludes 0 and the corrected p is small enough."""
         return self.difference.interval_low > 0 and self.corrected_p <= SIGNIFICANCE_LEVEL
 
     @property
     def corrected_p_text(self) -> str:
-        """Give p with its sign: "= 0.012" or "< 0.001"."""
+        """The corrected p with a relation sign: "= 0.012" or "< 0.001"."""
         return f"= {self.corrected_p:.3f}" if self.corrected_p >= 0.001 else "< 0.001"
 
     def short_sentence(self) -> str:
-        """Say it in plain words."""
-        chance = (
+        """Return the difference as a sentence."""
+        caution = (
             ", so this may be chance"
             if self.difference.interval_low > 0 and self.corrected_p > SIGNIFICANCE_LEVEL
             else ""
@@ -96,65 +98,64 @@ class RowPair:
         return (
             f"{self.difference.describe_difference(self.better, self.worse)}; p "
             f"{self.corrected_p_text} after Holm's "
-            f"correction over {format_count(self.pair_count, 'pair')}{chance}."
+            f"correction over {format_count(self.pair_count, 'pair')}{caution}."
         )
 
     def full_sentence(self) -> str:
-        """Say it in plain words, with what this design could have found."""
+        """Return the short sentence with the smallest detectable difference and the bootstrap."""
         low, high = (100 * end for end in self.bootstrap_interval)
         if not self.difference.standard_error:
             return (
-                f"{self.short_sentence()} Nothing varies: what else would have been found is not "
-                "known."
+                f"{self.short_sentence()} Nothing varies, so the smallest detectable difference "
+                "is not known."
             )
         return (
-            f"{self.short_sentence()} Smallest difference that this design would have found: "
+            f"{self.short_sentence()} Smallest detectable difference of this design: "
             f"{100 * self.difference.smallest_detectable:.1f} points. Bootstrap: {low:.1f} to "
             f"{high:.1f}."
         )
 
 
 class QuestionGroup(NamedTuple):
-    """Questions of one type or in one language, and how well each row answers them."""
+    """Questions of one type or in one language, with the accuracy of each row."""
 
     name: str
     is_language: bool
     """True for a language, False for a type."""
     question_count: int
-    """How many they are."""
     row_accuracies: list[tuple[float, float, float]]
-    """Accuracy of each row and the ends of its interval, in the order of the rows."""
+    """Accuracy of each row with the ends of its interval, in the order of the rows."""
 
 
 @dataclass(frozen=True)
 class ComparisonResult:
-    """The whole comparison."""
+    """A whole comparison."""
 
     arms: tuple[ComparisonArm, ...]
-    """As they were given, with all of their seeds."""
+    """In the order given, with all of their seeds."""
     rows: tuple[RowResult, ...]
-    """The best first."""
+    """Sorted by accuracy, the best first."""
     seeds: list[int]
     question_ids: list[str]
-    """Their ids."""
     asked_of: str
+    """The data that the questions are about."""
     pairs: list[RowPair]
     question_groups: list[QuestionGroup]
     warnings: list[str]
     notes: list[str]
-    """Sentences about what all rows have in common, or how they came to be."""
+    """Sentences on what all rows have in common, or on how they were made."""
     failed: Mapping[Path, str]
-    """Folder of a run that failed -> why."""
+    """Folder of a failed run -> reason."""
 
     @property
     def recipe_differences(self) -> list[tuple[str, list[str]]]:
-        """Each key in which recipes differ, learning rates first, and its values arm by arm."""
+        """The keys in which recipes differ, learning rates first, with a value for each arm."""
         keys = differing_keys(self.arms)
         return [(key, [str(arm.runs[0].recipe.get(key, "")) for arm in self.arms]) for key in keys]
 
     @property
     def scope_sentence(self) -> str:
-        """Say what was compared on what."""
+        """A sentence on the numbers of rows, seeds and questions."""
         return (
             f"Rows: {len(self.rows)}; seeds: {', '.join(map(str, self.seeds))}; questions about "
             f"{self.asked_of}: {len(self.question_ids)}. Intervals are of 95 %, over seeds and "
@@ -163,7 +164,7 @@ class ComparisonResult:
 
     @property
     def question_sentence(self) -> str:
-        """Say in a sentence what is asked of whom."""
+        """The question that the comparison answers, as a sentence."""
         seeds = format_count(len(self.seeds), "seed")
         questions = f"{format_count(len(self.question_ids), 'question')} about {self.asked_of}"
         if len(self.rows) == 1:
@@ -176,21 +177,21 @@ class ComparisonResult:
 
     @property
     def verdict_sentence(self) -> str:
-        """Say in plain words which row is best, and of which others that is known."""
+        """A sentence on which row is best, and over which others that is significant."""
         best, *others = self.rows
         text = f"{best.name} answers {100 * best.accuracy:.1f} % of the questions right"
         if not others:
             return f"{text}. There is no other row to compare it with."
-        against = [pair for pair in self.pairs if pair.better == best.name]
-        clear = [pair.worse for pair in against if pair.is_significant]
-        open_ = [pair.worse for pair in against if not pair.is_significant]
-        alone = best.accuracy > others[0].accuracy
-        text += ", the most of all rows." if alone else f", as does {others[0].name}."
-        if clear:
-            text += f" That it is better than {join_names(clear, 'and')} is more than chance."
-        if open_:
+        pairs_of_best = [pair for pair in self.pairs if pair.better == best.name]
+        significant = [pair.worse for pair in pairs_of_best if pair.is_significant]
+        undecided = [pair.worse for pair in pairs_of_best if not pair.is_significant]
+        is_best_alone = best.accuracy > others[0].accuracy
+        text += ", the most of all rows." if is_best_alone else f", as does {others[0].name}."
+        if significant:
+            text += f" That it is better than {join_names(significant, 'and')} is more than chance."
+        if undecided:
             text += (
-                f" Whether it is better than {join_names(open_, 'or')}, this comparison cannot "
+                f" Whether it is better than {join_names(undecided, 'or')}, this comparison cannot "
                 "tell."
             )
         return text
@@ -201,79 +202,83 @@ def analyze_runs(
     failed: Mapping[Path, str] | None = None,
     notes: Sequence[str] = (),
 ) -> ComparisonResult:
-    """Compare finished runs; `failed` are the folders of others, with the reason.
+    """Return the comparison of finished runs.
 
-    `notes` are sentences about how the runs came to be.
+    `failed` maps folders of failed runs to the reason; `notes` are sentences on how the runs were
+    made.
     """
-    given = group_into_arms(runs)
-    seeds, questions = common_seeds_and_questions(given)
+    arms = group_into_arms(runs)
+    seeds, questions = common_seeds_and_questions(arms)
     rows = sorted(
-        (_make_row_result(arm, seeds, questions) for arm in given), key=lambda row: -row.accuracy
+        (_make_row_result(arm, seeds, questions) for arm in arms), key=lambda row: -row.accuracy
     )
     failed = failed or {}
     return ComparisonResult(
-        arms=tuple(given),
+        arms=tuple(arms),
         rows=tuple(rows),
         seeds=seeds,
         question_ids=questions,
         asked_of=rows[0].runs[0].results.get("asked_of", "the data of the recipe"),
         pairs=compare_all_pairs(rows),
         question_groups=_group_questions(rows, questions),
-        warnings=comparison_warnings(given, seeds, questions, failed),
-        notes=[*_frozen_encoder_note(given), *notes],
+        warnings=comparison_warnings(arms, seeds, questions, failed),
+        notes=[*_frozen_encoder_note(arms), *notes],
         failed=failed,
     )
 
 
 def _frozen_encoder_note(arms: Sequence[ComparisonArm]) -> list[str]:
-    """Say that the tower learned nothing in any run, if that is so."""
+    """Return a sentence if the vision encoder is frozen in all runs, else []."""
     keys = [key for arm in arms for key, value in arm.runs[0].recipe.items() if value is not None]
-    trained = any(key.startswith("stages.") and ".train.vision" in key for key in keys)
-    return [] if trained else ["The vision tower is frozen in every stage of every row."]
+    is_trained = any(key.startswith("stages.") and ".train.vision" in key for key in keys)
+    return [] if is_trained else ["The vision encoder is frozen in every stage of every row."]
 
 
 def _make_row_result(
     arm: ComparisonArm, seeds: Sequence[int], questions: Sequence[str]
 ) -> RowResult:
-    right = correct_matrix(arm, seeds, questions)
-    used = tuple(run for run in arm.runs if run.seed in seeds)
-    return RowResult(arm.name, used, right, *accuracy_interval(right))
+    correct = correct_matrix(arm, seeds, questions)
+    runs = tuple(run for run in arm.runs if run.seed in seeds)
+    return RowResult(arm.name, runs, correct, *accuracy_interval(correct))
 
 
 def compare_all_pairs(rows: Sequence[RowResult]) -> list[RowPair]:
-    """Return all pairs of rows, best rows first, their p-values corrected for their number."""
-    both = list(itertools.combinations(rows, 2))
-    found = [paired_difference(one.correct, other.correct) for one, other in both]
-    corrected = holm_correction([one.p_value for one in found])
+    """Return all pairs of rows, best rows first, with p-values corrected for their number."""
+    pairs = list(itertools.combinations(rows, 2))
+    differences = [paired_difference(better.correct, worse.correct) for better, worse in pairs]
+    corrected_ps = holm_correction([difference.p_value for difference in differences])
     return [
         RowPair(
-            one.name,
-            other.name,
-            difference,
-            p,
-            len(both),
-            bootstrap_interval(one.correct, other.correct),
+            better=better.name,
+            worse=worse.name,
+            difference=difference,
+            corrected_p=corrected_p,
+            pair_count=len(pairs),
+            bootstrap_interval=bootstrap_interval(better.correct, worse.correct),
         )
-        for (one, other), difference, p in zip(both, found, corrected, strict=True)
+        for (better, worse), difference, corrected_p in zip(
+            pairs, differences, corrected_ps, strict=True
+        )
     ]
 
 
 def _group_questions(rows: Sequence[RowResult], questions: Sequence[str]) -> list[QuestionGroup]:
-    """Group the questions by type, then by language; what has no name is in no group."""
-    kinds = rows[0].runs[0].types_and_languages
-    groups: dict[tuple[int, str], list[int]] = {}
-    for index, one in enumerate(questions):
-        for axis, kind in enumerate(kinds[one]):
-            if kind:
-                groups.setdefault((axis, kind), []).append(index)
+    """Group the questions by type, then by language; an empty name makes no group."""
+    types_and_languages = rows[0].runs[0].types_and_languages
+    groups: dict[tuple[bool, str], list[int]] = {}
+    for column, question_id in enumerate(questions):
+        question_type, language = types_and_languages[question_id]
+        for is_language, name in ((False, question_type), (True, language)):
+            if name:
+                groups.setdefault((is_language, name), []).append(column)
     return [
         QuestionGroup(
-            kind,
-            axis == 1,
+            name,
+            is_language,
             len(columns),
             [accuracy_interval(row.correct[:, columns]) for row in rows],
         )
-        for (axis, kind), columns in sorted(groups.items())
+        for (is_language, name), columns in sorted(groups.items())
     ]
 
 
@@ -283,7 +288,97 @@ def format_count(count: int, noun: str) -> str:
 
 
 def join_names(names: Sequence[str], conjunction: str) -> str:
-    """Return "a, b and c"; the number of them, if they are too many to be read."""
+    """Return "a, b and c"; "N others" for more than `MAX_NAMED_ROWS`."""
     if len(names) > MAX_NAMED_ROWS:
         return f"{len(names)} others"
     return f" {conjunction} ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def comparison_warnings(
+    arms: Sequence[ComparisonArm],
+    seeds: Sequence[int],
+    questions: Sequence[str],
+    failed: Mapping[Path, str],
+) -> list[str]:
+    """Return a sentence for everything that makes the comparison unfair or incomplete."""
+    used = [run for arm in arms for run in arm.runs if run.seed in seeds]
+    warnings = [
+        _single_seed_warning(seeds),
+        _dropped_seeds_warning(arms, seeds),
+        _budget_warning(arms),
+        _questions_warning(used, questions),
+        _truths_warning(used, questions),
+        _versions_warning(used),
+        _failed_runs_warning(failed),
+    ]
+    return [warning for warning in warnings if warning]
+
+
+def _single_seed_warning(seeds: Sequence[int]) -> str:
+    return "One seed: what another run would give is not known." if len(seeds) == 1 else ""
+
+
+def _dropped_seeds_warning(arms: Sequence[ComparisonArm], seeds: Sequence[int]) -> str:
+    dropped = [
+        f"{len(arm.seeds) - len(seeds)} of {arm.name}"
+        for arm in arms
+        if len(arm.seeds) > len(seeds)
+    ]
+    if not dropped:
+        return ""
+    return f"Left out, because not every row has the seed: {', '.join(dropped)}."
+
+
+def _budget_warning(arms: Sequence[ComparisonArm]) -> str:
+    budgets = [arm.runs[0].results.get("budget") or {} for arm in arms]
+    values_by_key = {key: [budget.get(key) for budget in budgets] for key in BUDGET_LABELS}
+    labels = [
+        BUDGET_LABELS[key]
+        for key, values in values_by_key.items()
+        if any(values) and _is_unmatched(values)
+    ]
+    return f"Not matched within {MATCH_TOLERANCE:.0%}: {', '.join(labels)}." if labels else ""
+
+
+def _is_unmatched(values: Sequence[int | None]) -> bool:
+    known = [value for value in values if value is not None]
+    return len(known) < len(values) or max(known) > (1 + MATCH_TOLERANCE) * min(known)
+
+
+def _questions_warning(runs: Sequence[FinishedRun], questions: Sequence[str]) -> str:
+    largest = max(len(run.correct) for run in runs)
+    topics = dict.fromkeys(run.results.get("asked_of", "") for run in runs)
+    if len(topics) > 1:
+        named = "; ".join(topic or "?" for topic in topics)
+        return f"The runs were asked questions about different data: {named}."
+    if largest > len(questions):
+        return f"Only {len(questions)} of up to {largest} questions were asked of every run."
+    return ""
+
+
+def _truths_warning(runs: Sequence[FinishedRun], questions: Sequence[str]) -> str:
+    truths = [{run.answers_and_truths[name][1] for run in runs} for name in questions]
+    count = sum(len(different) > 1 for different in truths)
+    return f"The true answer differs from run to run for {count} questions." if count else ""
+
+
+def _versions_warning(runs: Sequence[FinishedRun]) -> str:
+    names = dict.fromkeys(name for run in runs for name in run.versions)
+    versions_by_name = {
+        name: dict.fromkeys(run.versions.get(name, "?") for run in runs) for name in names
+    }
+    differing = [
+        f"{name} ({', '.join(version[:10] or '?' for version in versions)})"
+        for name, versions in versions_by_name.items()
+        if len(versions) > 1
+    ]
+    if not differing:
+        return ""
+    return f"The runs were made with different versions: {'; '.join(differing)}."
+
+
+def _failed_runs_warning(failed: Mapping[Path, str]) -> str:
+    if not failed:
+        return ""
+    runs = "1 run" if len(failed) == 1 else f"{len(failed)} runs"
+    return f"{runs} failed, and their results are missing."

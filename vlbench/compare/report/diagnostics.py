@@ -1,22 +1,41 @@
-"""What diagnostics.json tells of trained models: where they look, and which tokens they use."""
+"""Diagnostics of trained models (diagnostics.json): maps of relevance and attention, token use."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from PIL import Image
+
 from vlbench.compare.report.analysis import RowResult
+from vlbench.compare.report.svg_figure import (
+    FIGURE_WIDTH,
+    MUTED_COLOR,
+    figure_to_svg,
+    plot_style,
+    row_style,
+    wrap_label,
+)
 from vlbench.errors import UserError
+from vlbench.html_pages import image_data_uri
 from vlbench.text_files import read_json
 
+HEATMAP_COLOR = (213, 94, 0)  # Okabe and Ito's vermilion
+HEATMAP_OPACITY = 0.85  # of the patch with the largest value
+PANELS_ACROSS = 3  # panels in a row of a figure
+
 PatchMap = list[list[float]]
-"""A value for each patch, row by row."""
+"""A value for each patch: `[patch rows, patch columns]`."""
 
 
 @dataclass(frozen=True)
 class RowHeatmap:
-    """Where a row looked for its answer."""
+    """The patch map of a row for one question, None if its answer does not depend on the image."""
 
     row_name: str
     answer: str
@@ -26,7 +45,7 @@ class RowHeatmap:
 
 @dataclass(frozen=True)
 class QuestionHeatmaps:
-    """How all rows looked at one question."""
+    """One question with the patch maps of all rows."""
 
     question_id: str
     question: str
@@ -36,57 +55,59 @@ class QuestionHeatmaps:
 
 @dataclass(frozen=True)
 class RowDiagnostics:
-    """The diagnostics of a row, from its first run."""
+    """The diagnostics of a row's first run."""
 
     row_name: str
     question_maps: list[dict[str, Any]]
-    """Per question id, question, answer, truth, grid and relevance."""
+    """For each question: id, question, answer, truth, grid and relevance."""
     token_shares: list[float]
-    """The share of each visual token in the answers; [] where none of them counts."""
+    """The share of each visual token in the relevance for the answers; [] if none has any."""
     effective_tokens: float
-    """How many visual tokens are used: exp of the entropy of the shares."""
+    """Effective number of visual tokens: exp of the entropy of the shares."""
     attention: dict[str, Any] | None
-    """entropy and uniform in nats, and a map per question; None if the connector has none."""
+    """`entropy` and `uniform` in nats, `maps` per question; None without attention."""
 
 
 def load_diagnostics(rows: Sequence[RowResult]) -> list[RowDiagnostics]:
-    """Return the diagnostics of those rows whose first run has them."""
-    return [inside for row in rows if (inside := _load_row_diagnostics(row)) is not None]
+    """Return the diagnostics of the rows whose first run has them."""
+    loaded = (_load_row_diagnostics(row) for row in rows)
+    return [diagnostics for diagnostics in loaded if diagnostics is not None]
 
 
 def _load_row_diagnostics(row: RowResult) -> RowDiagnostics | None:
     file = row.runs[0].folder / "diagnostics.json"
     if not file.is_file():
         return None
-    found = read_json(file)
+    content = read_json(file)
     try:
         return RowDiagnostics(
-            row.name,
-            [dict(one) for one in found["maps"]],
-            [float(share) for share in found["tokens"] or []],
-            float(found["effective"] or 0),
-            found.get("attention"),
+            row_name=row.name,
+            question_maps=[dict(question) for question in content["maps"]],
+            token_shares=[float(share) for share in content["tokens"] or []],
+            effective_tokens=float(content["effective"] or 0),
+            attention=content.get("attention"),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file}: holds no diagnostics ({error})") from error
 
 
 def relevance_heatmaps(diagnostics: Sequence[RowDiagnostics]) -> list[QuestionHeatmaps]:
-    """Return, question by question, where each row's answer came from."""
+    """Return for each question the relevance of the patches for the answer of each row."""
     return _group_by_question(
         diagnostics,
         {
-            inside.row_name: [m.get("relevance") for m in inside.question_maps]
-            for inside in diagnostics
+            row.row_name: [question.get("relevance") for question in row.question_maps]
+            for row in diagnostics
         },
     )
 
 
 def attention_heatmaps(diagnostics: Sequence[RowDiagnostics]) -> list[QuestionHeatmaps]:
-    """Return, question by question, what the tokens of each row read that attends."""
-    attends = [inside for inside in diagnostics if inside.attention]
+    """Return for each question the attention to the patches, of the rows that have attention."""
+    with_attention = [row for row in diagnostics if row.attention]
     return _group_by_question(
-        attends, {one.row_name: (one.attention or {}).get("maps", []) for one in attends}
+        with_attention,
+        {row.row_name: (row.attention or {}).get("maps", []) for row in with_attention},
     )
 
 
@@ -94,10 +115,52 @@ def _group_by_question(
     diagnostics: Sequence[RowDiagnostics], maps_by_row: dict[str, list[PatchMap | None]]
 ) -> list[QuestionHeatmaps]:
     questions: dict[str, QuestionHeatmaps] = {}
-    for inside in diagnostics:
-        for one, values in zip(inside.question_maps, maps_by_row[inside.row_name], strict=False):
-            first = QuestionHeatmaps(one["id"], one["question"], one["truth"], [])
-            right = one["answer"] == one["truth"]
-            looks = questions.setdefault(one["id"], first).row_heatmaps
-            looks.append(RowHeatmap(inside.row_name, one["answer"], right, values))
+    for row in diagnostics:
+        # a row may have fewer attention maps than questions
+        for asked, patch_map in zip(row.question_maps, maps_by_row[row.row_name], strict=False):
+            empty = QuestionHeatmaps(asked["id"], asked["question"], asked["truth"], [])
+            is_correct = asked["answer"] == asked["truth"]
+            questions.setdefault(asked["id"], empty).row_heatmaps.append(
+                RowHeatmap(row.row_name, asked["answer"], is_correct, patch_map)
+            )
     return list(questions.values())
+
+
+def heatmap_uri(patch_values: Sequence[Sequence[float]]) -> str:
+    """Return a patch map as a PNG to overlay on an image: larger values are more opaque.
+
+    The largest value of the map has the opacity `HEATMAP_OPACITY`.
+    """
+    values = np.asarray(patch_values, float)
+    shares = np.clip(values / max(float(values.max()), 1e-12), 0, 1)
+    pixels = np.empty((*shares.shape, 4), np.uint8)
+    pixels[..., :3] = HEATMAP_COLOR
+    pixels[..., 3] = np.round(255 * HEATMAP_OPACITY * shares)
+    return image_data_uri(Image.fromarray(pixels), "PNG", optimize=True)
+
+
+@plot_style()
+def plot_token_shares(diagnostics: Sequence[RowDiagnostics], row_names: Sequence[str]) -> Markup:
+    """Draw the share of each visual token, a panel for each row, against an even share."""
+    down = math.ceil(len(diagnostics) / PANELS_ACROSS)
+    across = min(PANELS_ACROSS, len(diagnostics))
+    figure = Figure(
+        figsize=(
+            FIGURE_WIDTH * across / PANELS_ACROSS if across > 1 else FIGURE_WIDTH / 2,
+            0.3 + 1.9 * down,
+        )
+    )
+    panels = figure.subplots(down, across, squeeze=False).flat
+    for row, panel in zip(diagnostics, panels, strict=False):
+        count = len(row.token_shares)
+        color = row_style(row_names.index(row.row_name))["color"]
+        panel.stairs(row.token_shares, fill=True, color=color)
+        panel.axhline(1 / max(1, count), color=MUTED_COLOR, linewidth=1, linestyle="--")
+        panel.set_title(f"{wrap_label(row.row_name, 24)}\n{row.effective_tokens:.1f} of {count:,}")
+        panel.set_xlabel("visual token")
+        panel.grid(axis="x", visible=False)
+    for panel in panels:  # the iterator goes on at the panels without a row
+        panel.set_axis_off()
+    return figure_to_svg(
+        figure, "plot-tokens", "Share of each visual token in the answers, row by row"
+    )

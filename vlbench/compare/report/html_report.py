@@ -1,4 +1,4 @@
-"""A comparison as one HTML page that needs nothing but itself: no network, no scripts."""
+"""The report of a comparison as one self-contained HTML page: no network, no scripts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from vlbench.compare.report import (
     diagnostics,
-    disagreements,
+    question_examples,
     result_plots,
     row_costs,
     training_curves,
@@ -21,12 +21,9 @@ from vlbench.compare.report.analysis import (
     RowResult,
     format_count,
 )
-from vlbench.compare.report.diagnostics import RowDiagnostics
 from vlbench.compare.report.markdown_report import format_share, format_whole
-from vlbench.compare.report.metric_curves import load_row_metrics
 from vlbench.compare.report.paired_statistics import STATISTICAL_POWER
 from vlbench.compare.report.svg_figure import legend_marker
-from vlbench.compare.report.thumbnails import QuestionThumbnails, heatmap_uri
 from vlbench.html_pages import jinja_environment
 from vlbench.version import __version__
 
@@ -34,36 +31,36 @@ REPORT_TEMPLATE = "report.html.jinja"
 
 
 def render_html(findings: ComparisonResult) -> str:
-    """Return the report of a comparison as HTML; what its runs do not hold is said in it."""
+    """Return the report of a comparison as HTML; it says what its runs lack."""
     environment = jinja_environment(Path(__file__).parent)
     environment.filters |= {
         "share": format_share,
         "whole": format_whole,
-        "heat": heatmap_uri,
+        "heatmap": diagnostics.heatmap_uri,
         "exp": math.exp,
     }
     environment.globals |= {
-        "counted": format_count,
+        "format_count": format_count,
         "version": __version__,
-        "power": STATISTICAL_POWER,
-        "named": MAX_NAMED_ROWS,
+        "statistical_power": STATISTICAL_POWER,
+        "max_named_rows": MAX_NAMED_ROWS,
     }
-    album = QuestionThumbnails(findings.rows[0].runs[0])
+    thumbnails = question_examples.QuestionThumbnails(findings.rows[0].runs[0])
     rows = findings.rows
     text = environment.get_template(REPORT_TEMPLATE).render(
         findings=findings,
         title=_page_title(rows),
-        places={row.name: place for place, row in enumerate(rows)},
-        swatches=[legend_marker(place) for place in range(len(rows))],
-        answered=_answers_section(findings),
+        row_indices={row.name: index for index, row in enumerate(rows)},
+        legend_markers=[legend_marker(index) for index in range(len(rows))],
+        answers=_answers_section(findings),
         training=_training_section(rows),
         costs=_costs_section(rows),
-        cases=disagreements.wins_and_losses(rows, findings.question_ids),
-        inside=_diagnostics_section(rows),
-        made=_provenance_section(findings),
-        album=album,
+        disagreements=question_examples.wins_and_losses(rows, findings.question_ids),
+        diagnostics=_diagnostics_section(rows),
+        provenance=_provenance_section(findings),
+        thumbnails=thumbnails,
     )
-    return text.encode("utf-8", "replace").decode()  # an answer may hold half a character
+    return text.encode("utf-8", "replace").decode()  # an answer may have an unpaired surrogate
 
 
 def _page_title(rows: Sequence[RowResult]) -> str:
@@ -73,13 +70,13 @@ def _page_title(rows: Sequence[RowResult]) -> str:
 
 
 def _answers_section(findings: ComparisonResult) -> dict[str, Any]:
-    """Return the plots of what was answered."""
+    """Return the plots of accuracies and differences; None where there is nothing to plot."""
     rows = findings.rows
     return {
         "accuracies": result_plots.plot_accuracies(rows),
         "differences": result_plots.plot_differences(findings.pairs) if findings.pairs else None,
-        "drawn": len(result_plots.pairs_to_draw(findings.pairs)),
-        "kinds": result_plots.plot_question_groups(findings.question_groups, rows)
+        "pairs_drawn": len(result_plots.pairs_to_draw(findings.pairs)),
+        "question_groups": result_plots.plot_question_groups(findings.question_groups, rows)
         if findings.question_groups
         else None,
         "drops": result_plots.plot_accuracy_drops(rows),
@@ -88,58 +85,58 @@ def _answers_section(findings: ComparisonResult) -> dict[str, Any]:
 
 def _training_section(rows: Sequence[RowResult]) -> dict[str, Any]:
     """Return the plots of training, and the rows that have no metrics."""
-    found = {row.name: load_row_metrics(row) for row in rows}
-    known = {name: some for name, some in found.items() if some}
-    order = [row.name for row in rows]
-    gates = {
-        name: plot
-        for name, some in known.items()
-        if (plot := training_curves.plot_gates(some, f"plot-gates-{order.index(name)}", name))
-        is not None
+    tables_by_row = {row.name: training_curves.load_row_metrics(row) for row in rows}
+    with_metrics = {name: tables for name, tables in tables_by_row.items() if tables}
+    names = [row.name for row in rows]
+    gate_plots = {
+        name: training_curves.plot_gates(tables, f"plot-gates-{names.index(name)}", name)
+        for name, tables in with_metrics.items()
     }
     return {
-        "losses": training_curves.plot_losses(known, order) if known else None,
-        "missing": [name for name in order if name not in known],
-        "partly": [row.name for row in rows if 0 < len(found[row.name]) < len(row.runs)],
-        "gates": gates,
+        "losses": training_curves.plot_losses(with_metrics, names) if with_metrics else None,
+        "missing": [name for name in names if name not in with_metrics],
+        "incomplete": [
+            row.name for row in rows if 0 < len(tables_by_row[row.name]) < len(row.runs)
+        ],
+        "gates": {name: plot for name, plot in gate_plots.items() if plot is not None},
     }
 
 
 def _costs_section(rows: Sequence[RowResult]) -> dict[str, Any]:
-    """Return the plot of costs, the rows on each frontier, and everything known of the costs."""
+    """Return the plot of costs, the rows on each Pareto frontier, and the table of costs."""
     prices = {
         "FLOPs": [(row, row.budget.get("flops")) for row in rows],
         "seconds": [(row, row.mean_result("seconds")) for row in rows],
     }
-    best = {}
-    for label, found in prices.items():
-        known = [(row, price) for row, price in found if price]
+    frontiers = {}
+    for label, row_prices in prices.items():
+        known = [(row, price) for row, price in row_prices if price]
         points = [(price, row.accuracy) for row, price in known]
-        best[label] = [known[index][0].name for index in row_costs.pareto_frontier(points)]
+        frontiers[label] = [known[index][0].name for index in row_costs.pareto_frontier(points)]
     return {
-        "plot": result_plots.plot_costs(rows) if any(best.values()) else None,
-        "frontiers": {label: names for label, names in best.items() if names},
+        "plot": result_plots.plot_costs(rows) if any(frontiers.values()) else None,
+        "frontiers": {label: names for label, names in frontiers.items() if names},
         "missing": [row.name for row, price in prices["FLOPs"] if not price],
-        "card": row_costs.cost_table(rows),
+        "table": row_costs.cost_table(rows),
     }
 
 
 def _diagnostics_section(rows: Sequence[RowResult]) -> dict[str, Any]:
-    """Return what diagnostics there are."""
-    found: list[RowDiagnostics] = diagnostics.load_diagnostics(rows)
-    order = [row.name for row in rows]
-    counted_ = [one for one in found if one.token_shares]
+    """Return the heatmaps, attention figures and token plots of the rows that have diagnostics."""
+    loaded = diagnostics.load_diagnostics(rows)
+    names = [row.name for row in rows]
+    with_shares = [row for row in loaded if row.token_shares]
     return {
-        "rows": [one.row_name for one in found],
-        "relevance": diagnostics.relevance_heatmaps(found),
-        "attention": diagnostics.attention_heatmaps(found),
-        "attends": [one for one in found if one.attention],
-        "tokens": training_curves.plot_token_shares(counted_, order) if counted_ else None,
+        "row_names": [row.row_name for row in loaded],
+        "relevance": diagnostics.relevance_heatmaps(loaded),
+        "attention": diagnostics.attention_heatmaps(loaded),
+        "rows_with_attention": [row for row in loaded if row.attention],
+        "token_shares": diagnostics.plot_token_shares(with_shares, names) if with_shares else None,
     }
 
 
 def _provenance_section(findings: ComparisonResult) -> dict[str, Any]:
-    """Return how the runs were made: versions, data, folders."""
+    """Return how the runs were made: versions, data, size."""
     runs = [run for row in findings.rows for run in row.runs]
     names = dict.fromkeys(name for run in runs for name in run.versions)
     return {
@@ -153,10 +150,10 @@ def _provenance_section(findings: ComparisonResult) -> dict[str, Any]:
 
 
 def _data_keys(recipe: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the keys of a recipe that say what was trained on, and their values."""
-    wanted = ("train", "val", "images", "mix")
+    """Return the recipe's keys of training data, with their values as text."""
+    data_keys = ("train", "val", "images", "mix")
     return [
         (key, value if isinstance(value, str) else json.dumps(value, default=str))
         for key, value in recipe.items()
-        if key.split(".")[-1] in wanted and ".data." in f".{key}" and value is not None
+        if key.split(".")[-1] in data_keys and ".data." in f".{key}" and value is not None
     ]

@@ -1,4 +1,4 @@
-"""A comparison as Markdown: tables and sentences that are read in a terminal or a chat."""
+"""The report of a comparison as Markdown, for a terminal or a chat."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vlbench.compare.report.row_costs import available_budgets
 
 
 def render_markdown(findings: ComparisonResult) -> str:
-    """Return the report: rows, what they differ in, pairs in plain words."""
+    """Return the report: differing keys, accuracies, budgets, pairs, groups of questions."""
     lines = ["# Comparison", "", findings.scope_sentence, ""]
     for warning in findings.warnings:
         lines += [f"**{warning}**", ""]
@@ -32,7 +32,7 @@ def render_markdown(findings: ComparisonResult) -> str:
         ]
     lines += ["## By kind of question", "", *_question_group_table(findings)]
     if findings.failed:
-        failed = (f"- {folder}: {why}" for folder, why in findings.failed.items())
+        failed = (f"- {folder}: {reason}" for folder, reason in findings.failed.items())
         lines += ["", "## Failed", "", *failed]
     return "\n".join(lines)
 
@@ -65,7 +65,7 @@ def _accuracy_table(rows: Sequence[RowResult]) -> list[str]:
 
 
 def _budget_table(rows: Sequence[RowResult]) -> list[str]:
-    """Say what each row costs."""
+    """Return the table of budgets, [] if no row has any."""
     shown = available_budgets(rows)
     if not shown:
         return []
@@ -77,7 +77,7 @@ def _budget_table(rows: Sequence[RowResult]) -> list[str]:
 
 
 def format_share(value: float | None) -> str:
-    """Return a share of right answers, "" if it is not known."""
+    """Return an accuracy with three decimals, "" if it is not known."""
     return "" if value is None else f"{value:.3f}"
 
 
@@ -89,7 +89,7 @@ def format_whole(value: float | None) -> str:
 def _question_group_table(findings: ComparisonResult) -> list[str]:
     names = [row.name for row in findings.rows]
     lines = [f"| questions | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
-    for kind in findings.question_groups:
-        values = [f"{accuracy:.3f}" for accuracy, _, _ in kind.row_accuracies]
-        lines.append(f"| {kind.name} ({kind.question_count}) | {' | '.join(values)} |")
+    for group in findings.question_groups:
+        values = [f"{accuracy:.3f}" for accuracy, _, _ in group.row_accuracies]
+        lines.append(f"| {group.name} ({group.question_count}) | {' | '.join(values)} |")
     return lines

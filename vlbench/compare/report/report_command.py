@@ -1,13 +1,12 @@
-"""`python -m vlbench report DIR...`: what finished runs say about each other, in two forms."""
+"""`python -m vlbench report DIR...`: compare finished runs, as Markdown and HTML."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlbench.compare.experiment.lr_sweep import SWEEP_FOLDER, describe_sweep
 from vlbench.compare.report.analysis import ComparisonResult, analyze_runs
-from vlbench.compare.report.finished_runs import load_finished_run
+from vlbench.compare.report.finished_runs import SWEEP_FOLDER, describe_sweep, load_finished_run
 from vlbench.compare.report.markdown_report import render_markdown
 from vlbench.errors import UserError
 from vlbench.text_files import write_atomically
@@ -38,11 +37,9 @@ def run_report(arguments: list[str]) -> int:
 
 
 def write_report(findings: ComparisonResult, path: Path) -> None:
-    """Write the report in the form that the file's name says."""
+    """Write the report as HTML or Markdown, by the suffix of the file."""
     if path.suffix == ".html":
-        from vlbench.compare.report.html_report import (
-            render_html,  # it imports what draws
-        )
+        from vlbench.compare.report.html_report import render_html  # imports matplotlib
 
         text = render_html(findings)
     else:
@@ -54,19 +51,19 @@ def write_report(findings: ComparisonResult, path: Path) -> None:
 
 
 def _find_run_folders(folders: Sequence[Path]) -> list[Path]:
-    """Return the run folders that are given, and the finished ones inside of other folders.
+    """Return the given run folders, and the finished runs inside of the other folders.
 
-    Runs that only tried learning rates are left out.
+    The trials of a learning-rate sweep are left out.
     """
-    found: list[Path] = []
+    run_folders: list[Path] = []
     for folder in folders:
-        inside = sorted(
+        nested = sorted(
             file.parent
             for file in folder.rglob("results.json")
             if SWEEP_FOLDER not in file.relative_to(folder).parts
         )
-        own = (folder / "recipe.yaml").is_file()
-        if not own and not inside:
+        is_run = (folder / "recipe.yaml").is_file()
+        if not is_run and not nested:
             raise UserError(f"{folder} is no run folder, and none lies in it that is finished")
-        found += [folder] if own else inside
-    return list(dict.fromkeys(found))
+        run_folders += [folder] if is_run else nested
+    return list(dict.fromkeys(run_folders))

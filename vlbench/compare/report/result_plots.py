@@ -1,4 +1,4 @@
-"""Plots of what rows answered and what they cost."""
+"""Plots of the rows' accuracies, differences and costs."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from vlbench.compare.report.svg_figure import (
     wrap_label,
 )
 
-MAX_PAIRS_DRAWN = 15  # more are not drawn: then the best row is drawn against each other one
+MAX_PAIRS_DRAWN = 15  # of more pairs, only those of the best row are drawn
 
 
 @plot_style()
 def plot_accuracies(rows: Sequence[RowResult]) -> Markup:
-    """Draw each row's accuracy with its interval, and a small point for every seed."""
+    """Draw each row's accuracy with its interval, and a short stroke for every seed."""
     names = [wrap_label(row.name) for row in rows]
     figure, ((axes,),) = make_subplots(0.75 + labels_height(names))
-    for place, row in enumerate(rows):
-        style = {**row_style(place), "linestyle": "none"}
+    for y, row in enumerate(rows):
+        style = {**row_style(y), "linestyle": "none"}
         by_seed = row.correct.mean(axis=1)
-        axes.plot(by_seed, [place] * len(by_seed), "|", color=MUTED_COLOR, markersize=9)
-        reach = [[row.accuracy - row.interval_low], [row.interval_high - row.accuracy]]
-        axes.errorbar([row.accuracy], [place], xerr=reach, capsize=3, markersize=7, **style)
+        axes.plot(by_seed, [y] * len(by_seed), "|", color=MUTED_COLOR, markersize=9)
+        errors = [[row.accuracy - row.interval_low], [row.interval_high - row.accuracy]]
+        axes.errorbar([row.accuracy], [y], xerr=errors, capsize=3, markersize=7, **style)
     label_rows(axes, names)
     axes.set_xlabel("share of questions answered right")
     return figure_to_svg(figure, "plot-accuracies", "Accuracy of each row with its 95 % interval")
 
 
 def pairs_to_draw(pairs: Sequence[RowPair]) -> list[RowPair]:
-    """Return the pairs that are drawn: all, or those of the best row if they are too many."""
+    """Return the pairs to draw: all, or those of the best row if there are too many."""
     return [
         pair for pair in pairs if len(pairs) <= MAX_PAIRS_DRAWN or pair.better == pairs[0].better
     ]
@@ -51,22 +51,17 @@ def pairs_to_draw(pairs: Sequence[RowPair]) -> list[RowPair]:
 
 @plot_style()
 def plot_differences(pairs: Sequence[RowPair]) -> Markup:
-    """Draw the difference of each pair with its interval, and what the design would have found."""
-    shown = pairs_to_draw(pairs)
-    names = [_pair_label(pair) for pair in shown]
+    """Draw each pair's difference with its interval and the smallest detectable difference."""
+    drawn = pairs_to_draw(pairs)
+    names = [_pair_label(pair) for pair in drawn]
     figure, ((axes,),) = make_subplots(0.75 + labels_height(names))
-    for place, pair in enumerate(shown):
-        mean, low, high = (
-            100 * x
-            for x in (
-                pair.difference.mean,
-                pair.difference.interval_low,
-                pair.difference.interval_high,
-            )
-        )
+    for y, pair in enumerate(drawn):
+        difference = pair.difference
+        mean = 100 * difference.mean
+        low, high = 100 * difference.interval_low, 100 * difference.interval_high
         axes.errorbar(
             [mean],
-            [place],
+            [y],
             xerr=[[mean - low], [high - mean]],
             fmt="o",
             color=TEXT_COLOR,
@@ -74,13 +69,8 @@ def plot_differences(pairs: Sequence[RowPair]) -> Markup:
             markerfacecolor=TEXT_COLOR if pair.is_significant else "white",
             capsize=3,
         )
-        axes.plot(
-            [100 * pair.difference.smallest_detectable],
-            [place],
-            "|",
-            color="#D55E00",
-            markersize=15,
-        )
+        smallest = 100 * difference.smallest_detectable
+        axes.plot([smallest], [y], "|", color="#D55E00", markersize=15)
     axes.axvline(0, color=MUTED_COLOR, linewidth=1)
     label_rows(axes, names)
     axes.set_xlabel("points (hundredths of accuracy)")
@@ -97,25 +87,25 @@ def _pair_label(pair: RowPair) -> str:
 
 @plot_style()
 def plot_question_groups(groups: Sequence[QuestionGroup], rows: Sequence[RowResult]) -> Markup:
-    """Draw every row's accuracy for every kind of question, one band per kind."""
+    """Draw every row's accuracy for every group of questions, one band per group."""
     step = 0.8 / max(1, len(rows))
     figure, ((axes,),) = make_subplots(0.75 + len(groups) * max(0.34, 0.11 * len(rows) + 0.12))
-    for place, kind in enumerate(groups):
-        if place % 2:
-            axes.axhspan(place - 0.5, place + 0.5, color=GRID_COLOR, alpha=0.35, linewidth=0)
-        for index, (accuracy, low, high) in enumerate(kind.row_accuracies):
-            y = place + (index - (len(rows) - 1) / 2) * step
+    for center, group in enumerate(groups):
+        if center % 2:
+            axes.axhspan(center - 0.5, center + 0.5, color=GRID_COLOR, alpha=0.35, linewidth=0)
+        for index, (accuracy, low, high) in enumerate(group.row_accuracies):
+            y = center + (index - (len(rows) - 1) / 2) * step
             style = {**row_style(index), "linestyle": "none"}
             axes.plot([low, high], [y, y], color=style["color"], linewidth=0.9, alpha=0.6)
             axes.plot([accuracy], [y], markersize=4.5, **style)
-    label_rows(axes, [wrap_label(f"{kind.name} ({kind.question_count:,})") for kind in groups])
+    label_rows(axes, [wrap_label(f"{group.name} ({group.question_count:,})") for group in groups])
     axes.set_xlabel("share of questions answered right")
     return figure_to_svg(figure, "plot-kinds", "Accuracy of each row by kind of question")
 
 
 @plot_style()
 def plot_costs(rows: Sequence[RowResult]) -> Markup:
-    """Draw accuracy against what a row costs to answer and to train, with the frontier of each."""
+    """Draw accuracy against prefill FLOPs and seconds of training, with Pareto frontiers."""
     figure, ((answering, training),) = make_subplots(3.3, columns=2, sharey=True)
     _scatter_costs(answering, rows, [row.budget.get("flops") for row in rows])
     answering.set_xlabel("FLOPs up to the first answer token")
@@ -127,15 +117,15 @@ def plot_costs(rows: Sequence[RowResult]) -> Markup:
 
 def _scatter_costs(axes: Axes, rows: Sequence[RowResult], prices: Sequence[float | None]) -> None:
     points = [(price, row.accuracy) for price, row in zip(prices, rows, strict=True) if price]
-    best = [points[index] for index in pareto_frontier(points)]
-    if best:
-        axes.step(*zip(*best, strict=True), where="post", color=MUTED_COLOR, linewidth=1)
+    frontier = [points[index] for index in pareto_frontier(points)]
+    if frontier:
+        axes.step(*zip(*frontier, strict=True), where="post", color=MUTED_COLOR, linewidth=1)
     for index, (price, row) in enumerate(zip(prices, rows, strict=True)):
         if price:
             style = {**row_style(index), "linestyle": "none"}
-            reach = [[row.accuracy - row.interval_low], [row.interval_high - row.accuracy]]
+            errors = [[row.accuracy - row.interval_low], [row.interval_high - row.accuracy]]
             axes.errorbar(
-                [price], [row.accuracy], yerr=reach, elinewidth=0.8, markersize=7, **style
+                [price], [row.accuracy], yerr=errors, elinewidth=0.8, markersize=7, **style
             )
     if points and max(points)[0] > 10 * min(points)[0]:
         axes.set_xscale("log")
@@ -148,24 +138,22 @@ def _scatter_costs(axes: Axes, rows: Sequence[RowResult], prices: Sequence[float
 
 @plot_style()
 def plot_accuracy_drops(rows: Sequence[RowResult]) -> Markup:
-    """Draw the accuracy with the picture, with another one and without any, a line per row."""
+    """Draw the accuracy with the image, with a blank one and with that of another question."""
     names = [wrap_label(row.name) for row in rows]
     figure, ((axes,),) = make_subplots(0.75 + labels_height(names))
-    for place, row in enumerate(rows):
-        blank, exchanged = row.mean_result("blank_accuracy"), row.mean_result("shuffled_accuracy")
-        known = [value for value in (row.accuracy, blank, exchanged) if value is not None]
-        axes.plot([min(known), max(known)], [place, place], color=GRID_COLOR, linewidth=3, zorder=1)
-        style = {**row_style(place), "linestyle": "none"}
-        axes.plot([row.accuracy], [place], markersize=7, **style)
+    for y, row in enumerate(rows):
+        blank, shuffled = row.mean_result("blank_accuracy"), row.mean_result("shuffled_accuracy")
+        known = [value for value in (row.accuracy, blank, shuffled) if value is not None]
+        axes.plot([min(known), max(known)], [y, y], color=GRID_COLOR, linewidth=3, zorder=1)
+        style = {**row_style(y), "linestyle": "none"}
+        axes.plot([row.accuracy], [y], markersize=7, **style)
         if blank is not None:
-            axes.plot(
-                [blank], [place], "o", color=TEXT_COLOR, markerfacecolor="white", markersize=7
-            )
-        if exchanged is not None:
-            axes.plot([exchanged], [place], "x", color=TEXT_COLOR, markersize=7)
+            axes.plot([blank], [y], "o", color=TEXT_COLOR, markerfacecolor="white", markersize=7)
+        if shuffled is not None:
+            axes.plot([shuffled], [y], "x", color=TEXT_COLOR, markersize=7)
     label_rows(axes, names)
     axes.set_xlim(left=0)
     axes.set_xlabel("share of questions answered right")
     return figure_to_svg(
-        figure, "plot-drops", "Accuracy with the picture, without it, and with another one"
+        figure, "plot-drops", "Accuracy with the image, without it, and with another one"
     )

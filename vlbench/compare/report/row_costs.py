@@ -1,29 +1,29 @@
-"""What the rows of a comparison cost, and which of them nothing else beats at its price."""
+"""Costs of the rows of a comparison, and the Pareto frontier of cost and accuracy."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 from vlbench.compare.report.analysis import RowResult
-from vlbench.compare.report.report_warnings import BUDGET_LABELS
+from vlbench.compare.report.finished_runs import BUDGET_LABELS
 
 TRAINING_LABELS = {
     "samples": "samples seen in training",
     "images": "images seen in training",
     "tokens_seen": "tokens seen in training",
 }
-"""Further keys of a budget, of runs that count them."""
+"""Further keys of `budget` in results.json -> labels; not every run has them."""
 
 
 def available_budgets(rows: Sequence[RowResult]) -> dict[str, str]:
-    """Return the keys of the budget that any row has, with their labels."""
+    """Return the keys of `BUDGET_LABELS` that any row has, with their labels."""
     return {
-        key: label for key, label in BUDGET_LABELS.items() if any(key in r.budget for r in rows)
+        key: label for key, label in BUDGET_LABELS.items() if any(key in row.budget for row in rows)
     }
 
 
 def cost_table(rows: Sequence[RowResult]) -> list[tuple[str, list[str]]]:
-    """Return everything known of the rows' costs: a label and the value of each row, "" if none."""
+    """Return the lines of the cost table: a label, and the value of each row, "" if not known."""
     lines = [
         (label, _value_per_row(rows, _budget_getter(key)))
         for key, label in {**BUDGET_LABELS, **TRAINING_LABELS}.items()
@@ -42,7 +42,7 @@ def cost_table(rows: Sequence[RowResult]) -> list[tuple[str, list[str]]]:
     lines += [
         (
             "seconds of the run, mean over seeds",
-            _value_per_row(rows, lambda r: _format_number(r.mean_result("seconds"), 0)),
+            _value_per_row(rows, lambda row: _format_number(row.mean_result("seconds"), 0)),
         ),
         ("text tokens per second, last stage", _value_per_row(rows, _tokens_per_second)),
         ("peak memory, GB", _value_per_row(rows, _peak_memory)),
@@ -51,16 +51,17 @@ def cost_table(rows: Sequence[RowResult]) -> list[tuple[str, list[str]]]:
 
 
 def pareto_frontier(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Return which (cost, quality) no other point beats: not dearer, not worse, and not both alike.
+    """Return the indices of the (cost, quality) points on the Pareto frontier, cheapest first.
 
-    Cheapest first: the Pareto frontier. Of points that are the same all are on it.
+    A point is dominated by another one with at most its cost and at least its quality. Equal points
+    do not dominate each other.
     """
 
     def is_dominated(cost: float, quality: float) -> bool:
         return any(c <= cost and q >= quality and (c, q) != (cost, quality) for c, q in points)
 
-    best = [index for index, point in enumerate(points) if not is_dominated(*point)]
-    return sorted(best, key=lambda index: points[index])
+    frontier = [index for index, point in enumerate(points) if not is_dominated(*point)]
+    return sorted(frontier, key=lambda index: points[index])
 
 
 def _value_per_row(rows: Sequence[RowResult], row_value: Callable[[RowResult], str]) -> list[str]:
@@ -68,7 +69,7 @@ def _value_per_row(rows: Sequence[RowResult], row_value: Callable[[RowResult], s
 
 
 def _nested_names(rows: Sequence[RowResult], budget_key: str) -> list[str]:
-    """Return the names inside of a mapping of the budget, in the order of their first row."""
+    """Return the keys of a nested mapping of the budget over all rows, in order of appearance."""
     return list(dict.fromkeys(name for row in rows for name in row.budget.get(budget_key) or {}))
 
 
@@ -92,8 +93,8 @@ def _tokens_per_second(row: RowResult) -> str:
 
 def _peak_memory(row: RowResult) -> str:
     peaks = [run.results.get("peak_memory_bytes") for run in row.runs]
-    found = [peak for peak in peaks if peak is not None]
-    return f"{max(found) / 1e9:.2f}" if found else ""
+    known = [peak for peak in peaks if peak is not None]
+    return f"{max(known) / 1e9:.2f}" if known else ""
 
 
 def _format_number(value: float | None, digits: int) -> str:

@@ -1,4 +1,4 @@
-"""The look of the page's plots, and a plot as SVG inside of HTML: same numbers, same bytes."""
+"""The style of the page's plots, and figures as inline SVG: the same data give the same bytes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-# Okabe and Ito (2008), told apart by every kind of colour vision; without yellow, faint on white
+# Okabe and Ito (2008), distinguishable with color blindness; without yellow, faint on white
 ROW_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 ROW_MARKERS = "osD^vPX<"
 LINE_STYLES = ("-", "--", "-.", ":")
 TEXT_COLOR, MUTED_COLOR, GRID_COLOR = "#1c2028", "#68717e", "#d5dae2"
-FIGURE_WIDTH = 7.2  # inches of 72 units: what the page shows at its full width
+FIGURE_WIDTH = 7.2  # inches; the page scales a figure to its full width
 RC_PARAMS = {
     "font.family": ["DejaVu Sans", "sans-serif"],
     "font.size": 10,
@@ -37,16 +37,16 @@ RC_PARAMS = {
     "xtick.color": TEXT_COLOR,
     "ytick.color": TEXT_COLOR,
     "figure.constrained_layout.use": True,
-    "svg.fonttype": "none",  # text stays text: the browser finds the letters
+    "svg.fonttype": "none",  # text stays text, rendered with the browser's fonts
     "svg.hashsalt": "vlbench",
-    "text.parse_math": False,  # a name may hold a dollar
+    "text.parse_math": False,  # a name may contain a dollar sign
 }
 SVG_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 
 @contextmanager
 def plot_style() -> Iterator[None]:
-    """Draw in our style, whatever the user's matplotlibrc says; it works as a decorator."""
+    """Draw in this style, not in that of the user's matplotlibrc; also usable as a decorator."""
     keep = ("backend", "interactive", "toolbar", "timezone")
     defaults = matplotlib.rcParamsDefault.items()
     style: Any = {key: value for key, value in defaults if not key.startswith(keep)}
@@ -56,7 +56,7 @@ def plot_style() -> Iterator[None]:
 
 
 def row_style(row_index: int) -> dict[str, Any]:
-    """Return colour, marker and line of the row with this index: no two of 28 are alike."""
+    """Return color, marker and line style of a row; the first 28 rows all differ."""
     return {
         "color": ROW_COLORS[row_index % len(ROW_COLORS)],
         "marker": ROW_MARKERS[row_index % len(ROW_MARKERS)],
@@ -67,13 +67,13 @@ def row_style(row_index: int) -> dict[str, Any]:
 def make_subplots(
     height: float, columns: int = 1, rows: int = 1, **options: Any
 ) -> tuple[Figure, Any]:
-    """Return a figure of WIDTH x `height` inches and its axes `[rows][columns]`."""
+    """Return a figure of `FIGURE_WIDTH` x `height` inches and its axes `[rows][columns]`."""
     figure = Figure(figsize=(FIGURE_WIDTH, height))
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def figure_to_svg(figure: Figure, svg_id: str, alt_text: str) -> Markup:
-    """Return a figure as an <svg> that fills its box; ids begin with `key`, unique in the page."""
+    """Return a figure as an <svg> that scales to its box; all ids in it begin with `svg_id`."""
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata=SVG_METADATA, transparent=True)
     text = file.getvalue()
@@ -89,7 +89,7 @@ def figure_to_svg(figure: Figure, svg_id: str, alt_text: str) -> Markup:
 
 
 def legend_marker(row_index: int) -> Markup:
-    """Return the marker of a row on a piece of its line, for legends."""
+    """Return the marker of a row on a segment of its line, for legends."""
     with plot_style():
         figure = Figure(figsize=(0.5, 0.2))
         figure.set_layout_engine("none")
@@ -106,7 +106,7 @@ def wrap_label(name: str, width: int = 32) -> str:
 
 
 def label_rows(axes: Axes, labels: list[str]) -> None:
-    """Name the places 0, 1, ... of the y axis, the first one on top; names may have lines."""
+    """Label the positions 0, 1, ... of the y axis, the first on top; labels may have lines."""
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
@@ -114,5 +114,5 @@ def label_rows(axes: Axes, labels: list[str]) -> None:
 
 
 def labels_height(labels: list[str], line_height: float = 0.17, padding: float = 0.14) -> float:
-    """Return the inches that named places need."""
-    return sum(padding + line_height * (1 + name.count("\n")) for name in labels)
+    """Return the height in inches that the labels of the y axis need."""
+    return sum(padding + line_height * (1 + label.count("\n")) for label in labels)

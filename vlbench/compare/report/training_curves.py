@@ -1,27 +1,20 @@
-"""Plots of how rows came about and what goes on inside: losses, gates, use of tokens."""
+"""Training curves from metrics.csv: losses and gates over the seeds of a row, stage by stage."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from vlbench.compare.report.diagnostics import RowDiagnostics
-from vlbench.compare.report.metric_curves import (
-    MetricSeries,
-    MetricsTable,
-    metric_columns,
-    series_by_stage,
-    stage_names,
-)
+from vlbench.compare.report.analysis import RowResult
+from vlbench.compare.report.finished_runs import FinishedRun
 from vlbench.compare.report.svg_figure import (
-    FIGURE_WIDTH,
     MUTED_COLOR,
     figure_to_svg,
     make_subplots,
@@ -29,9 +22,87 @@ from vlbench.compare.report.svg_figure import (
     row_style,
     wrap_label,
 )
+from vlbench.errors import UserError
+from vlbench.text_files import read_csv
 
-LOG_SCALE_RATIO = 8  # losses that fall to less than a part in this are drawn on a logarithmic axis
-PANELS_ACROSS = 3  # small plots beside one another
+LOG_SCALE_RATIO = 8  # the loss axis is logarithmic where largest / smallest is more than this
+
+MetricsTable = list[dict[str, str]]
+"""The rows of a metrics.csv."""
+
+
+@dataclass(frozen=True)
+class MetricSeries:
+    """A column of metrics.csv within one stage, at the steps at which every seed has it."""
+
+    steps: list[int]
+    mean: list[float]
+    low: list[float]
+    """The smallest value over the seeds."""
+    high: list[float]
+
+
+def load_row_metrics(row: RowResult) -> list[MetricsTable]:
+    """Return the metrics of the runs of a row that have any."""
+    tables = [load_run_metrics(run) for run in row.runs]
+    return [table for table in tables if table]
+
+
+def load_run_metrics(run: FinishedRun) -> MetricsTable:
+    """Return the metrics of a run, [] without any; a line cut off by a kill is left out."""
+    file = run.folder / "metrics.csv"
+    lines = read_csv(file)
+    if lines and not {"stage", "step", "seconds"} <= set(lines[0]):
+        raise UserError(f"{file}: has no columns stage, step and seconds")
+    return [line for line in lines if line["seconds"]]
+
+
+def stage_names(tables: Sequence[MetricsTable]) -> list[str]:
+    """Return the names of all stages, in the order of training."""
+    return list(dict.fromkeys(line["stage"] for table in tables for line in table))
+
+
+def metric_columns(tables: Sequence[MetricsTable], prefix: str) -> list[str]:
+    """Return the columns that begin with `prefix` and have values, in the order of the files."""
+    filled = (
+        key for table in tables for line in table for key, value in line.items() if key and value
+    )
+    return [key for key in dict.fromkeys(filled) if key.startswith(prefix)]
+
+
+def series_by_stage(tables: Sequence[MetricsTable], column: str) -> dict[str, MetricSeries]:
+    """Return stage -> series of a column over the seeds; stages without values are left out."""
+    by_stage = {
+        stage: _aggregate_seeds([_step_values(table, stage, column) for table in tables])
+        for stage in stage_names(tables)
+    }
+    return {stage: series for stage, series in by_stage.items() if series.steps}
+
+
+def _step_values(table: MetricsTable, stage: str, column: str) -> dict[int, float]:
+    """Return step -> value of a column in a stage, without empty and non-finite values."""
+    try:
+        values = {
+            int(line["step"]): float(line[column])
+            for line in table
+            if line["stage"] == stage and line.get(column)
+        }
+    except ValueError as error:
+        raise UserError(
+            f"metrics.csv: column {column} has a value that is not a number ({error})"
+        ) from error
+    return {step: value for step, value in values.items() if math.isfinite(value)}
+
+
+def _aggregate_seeds(seed_values: Sequence[dict[int, float]]) -> MetricSeries:
+    steps = sorted(set.intersection(*map(set, seed_values))) if seed_values else []
+    values_by_step = [[values[step] for values in seed_values] for step in steps]
+    return MetricSeries(
+        steps=steps,
+        mean=[sum(values) / len(values) for values in values_by_step],
+        low=[min(values) for values in values_by_step],
+        high=[max(values) for values in values_by_step],
+    )
 
 
 @plot_style()
@@ -40,17 +111,20 @@ def plot_losses(
 ) -> Markup:
     """Draw held-out losses (thick) and training losses (thin) of rows, a panel for each stage.
 
-    `order` names all rows: the place of a row gives its look.
+    `row_names` are all rows of the page: the index of a row gives its color and marker.
     """
-    names = stage_names([table for found in tables_by_row.values() for table in found])
+    names = stage_names([table for tables in tables_by_row.values() for table in tables])
     figure, (panels,) = make_subplots(3.4, columns=max(1, len(names)))
-    for row, found in tables_by_row.items():
-        style = row_style(row_names.index(row))
-        trained, held_out = series_by_stage(found, "loss"), series_by_stage(found, "held_out_loss")
+    for row_name, tables in tables_by_row.items():
+        style = row_style(row_names.index(row_name))
+        training = series_by_stage(tables, "loss")
+        held_out = series_by_stage(tables, "held_out_loss")
         for panel, stage in zip(panels, names, strict=False):
-            if stage in trained:
-                one = trained[stage]
-                panel.plot(one.steps, one.mean, color=style["color"], linewidth=0.7, alpha=0.55)
+            if stage in training:
+                series = training[stage]
+                panel.plot(
+                    series.steps, series.mean, color=style["color"], linewidth=0.7, alpha=0.55
+                )
             if stage in held_out:
                 _plot_with_band(
                     panel, held_out[stage], {**style, "markersize": 4.5, "linewidth": 1.8}
@@ -74,7 +148,7 @@ def _plot_with_band(axes: Axes, series: MetricSeries, style: dict[str, Any]) -> 
 
 
 def _label_stage_panels(panels: Sequence[Axes], stages: Sequence[str], label: str) -> None:
-    """Name the stages; the axes between them are their borders."""
+    """Set the titles and axis labels of panels, one for each stage."""
     for panel, stage in zip(panels, stages, strict=False):
         panel.set_title(wrap_label(stage, 24))
         panel.set_xlabel("step of the stage")
@@ -84,21 +158,21 @@ def _label_stage_panels(panels: Sequence[Axes], stages: Sequence[str], label: st
 @plot_style()
 def plot_gates(tables: Sequence[MetricsTable], svg_id: str, row_name: str) -> Markup | None:
     """Draw the gates of a row against steps, early layers dark; None if it has none."""
-    shown = metric_columns(tables, "gate_")
-    if not shown:
+    columns = metric_columns(tables, "gate_")
+    if not columns:
         return None
     names = stage_names(tables)
     figure, (panels,) = make_subplots(2.9, columns=len(names), sharey=True)
-    layers = sorted({_layer_index(column) for column in shown})
-    for column in shown:
-        at = layers.index(_layer_index(column)) / max(1, len(layers) - 1)
-        style = {"color": matplotlib.colormaps["viridis"](0.88 * at), "linewidth": 1.6}
-        line = "--" if column.startswith("gate_ff_") else "-"
+    layers = sorted({_layer_index(column) for column in columns})
+    for column in columns:
+        relative_depth = layers.index(_layer_index(column)) / max(1, len(layers) - 1)
+        style = {"color": matplotlib.colormaps["viridis"](0.88 * relative_depth), "linewidth": 1.6}
+        linestyle = "--" if column.startswith("gate_ff_") else "-"
         by_stage = series_by_stage(tables, column)
         for panel, stage in zip(panels, names, strict=True):
             if stage in by_stage:
-                one = by_stage[stage]
-                panel.plot(one.steps, one.mean, linestyle=line, **style)
+                series = by_stage[stage]
+                panel.plot(series.steps, series.mean, linestyle=linestyle, **style)
     for panel in panels:
         panel.axhline(0, color=MUTED_COLOR, linewidth=0.8)
     _label_stage_panels(panels, names, "tanh of the gate")
@@ -106,34 +180,5 @@ def plot_gates(tables: Sequence[MetricsTable], svg_id: str, row_name: str) -> Ma
 
 
 def _layer_index(column: str) -> int:
-    end = column.rpartition("_")[2]
-    return int(end) if end.isdecimal() else 0
-
-
-@plot_style()
-def plot_token_shares(diagnostics: Sequence[RowDiagnostics], row_names: Sequence[str]) -> Markup:
-    """Draw how much each visual token of each row matters, against an even share."""
-    down = math.ceil(len(diagnostics) / PANELS_ACROSS)
-    across = min(PANELS_ACROSS, len(diagnostics))
-    figure = Figure(
-        figsize=(
-            FIGURE_WIDTH * across / PANELS_ACROSS if across > 1 else FIGURE_WIDTH / 2,
-            0.3 + 1.9 * down,
-        )
-    )
-    panels = figure.subplots(down, across, squeeze=False).flat
-    for inside, panel in zip(diagnostics, panels, strict=False):
-        count = len(inside.token_shares)
-        colour = row_style(row_names.index(inside.row_name))["color"]
-        panel.stairs(inside.token_shares, fill=True, color=colour)
-        panel.axhline(1 / max(1, count), color=MUTED_COLOR, linewidth=1, linestyle="--")
-        panel.set_title(
-            f"{wrap_label(inside.row_name, 24)}\n{inside.effective_tokens:.1f} of {count:,}"
-        )
-        panel.set_xlabel("visual token")
-        panel.grid(axis="x", visible=False)
-    for panel in panels:  # those that are left over
-        panel.set_axis_off()
-    return figure_to_svg(
-        figure, "plot-tokens", "Share of each visual token in the answers, row by row"
-    )
+    ending = column.rpartition("_")[2]
+    return int(ending) if ending.isdecimal() else 0

@@ -1,1 +1,1 @@
-"""Benchmarks: their data, what a model is asked, and the scores of what it answered."""
+"""Tasks of `eval` and `score`: data, prompts and scores of benchmarks and of conversations."""

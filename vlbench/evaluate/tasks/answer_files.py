@@ -1,4 +1,7 @@
-"""Files of answers as items to be scored; what is wrong with a record is said of it."""
+"""Files of answers as items to be scored: validated, and completed from the benchmark's questions.
+
+What is wrong with a record is one line of text about it. Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -8,67 +11,76 @@ from pathlib import Path
 
 from vlbench.errors import UserError, suggest_name
 from vlbench.evaluate.tasks.answer_formats import AnswerRecord, read_answer_records
-from vlbench.evaluate.tasks.cmmmu_answers import FALSE_ANSWER, OPTION_LETTERS, TRUE_ANSWER
-from vlbench.evaluate.tasks.scored_items import AnsweredItem, option_letters
+from vlbench.evaluate.tasks.answer_parsing import CMMMU_LETTERS, FALSE_ANSWER, TRUE_ANSWER
+from vlbench.evaluate.tasks.benchmark_records import RECORD_READERS
+from vlbench.evaluate.tasks.benchmark_types import (
+    CMMMU_CHOICE_TYPE,
+    CMMMU_JUDGEMENT_TYPE,
+    MMMU_CHOICE_TYPE,
+    AnsweredItem,
+    known_subject_of_id,
+    option_letters,
+    subject_or_category,
+)
 from vlbench.evaluate.tasks.scoring_protocols import SCORING_PROTOCOLS
-from vlbench.evaluate.tasks.subject_domains import known_subject_of_id
 
 TruthsById = Mapping[str, AnswerRecord]
 
 REQUIRED_KEYS = ("id", "type", "answer", "response")
-MAX_OPTIONS = {
-    "multiple-choice": 26,
-    "选择": len(OPTION_LETTERS),
-}  # types with options, and how many at most
+TRUTH_KEYS = ("type", "options", "answer", "subject")
+MAX_OPTIONS = {MMMU_CHOICE_TYPE: 26, CMMMU_CHOICE_TYPE: len(CMMMU_LETTERS)}
+"""The types with options, and how many they have at most."""
 WITHHELD_ANSWERS: tuple[object, ...] = (None, "", "?", [])
 DATA_HINT = (
     "say data=FOLDER of the benchmark, or for protocol=yi data=answer_dict_val.json of MMMU's code"
 )
-MAX_SHOWN_ERRORS = 20  # lines that are said of a file in which more is wrong
+MAX_SHOWN_ERRORS = 20  # lines that are printed of a file with more errors
 
 
 def read_answers(
     task: str, path: Path, truths: TruthsById | None = None, needs_options: bool = True
 ) -> tuple[list[AnswerRecord], list[AnsweredItem], list[str]]:
-    """Return the records of a file, the items that are in them, and what is wrong with others.
+    """Return the records of a file, their items, and what is wrong with all other records.
 
-    A record has `id`, `type`, `answer`, `response`, where there are letters `options` (unless they
+    A record has `id`, `type`, `answer`, `response`, for types with letters `options` (unless they
     are not needed), and may have `subject`; other keys are kept. What is missing is taken from
-    `truths`, by id. An id is a label that several may have, but a question with options that is
-    there twice, answer and all, counts once. Raises a Mistake for a file without any such record.
+    `truths`, by id. Several questions may have the same id, but a question with options that
+    occurs twice, answer and all, counts once. Raises a UserError for a file without any valid
+    record.
     """
     records: list[AnswerRecord] = []
-    wrong: list[str] = []
-    known: dict[str, str] = {}
-    found = read_answer_records(path)
-    if truths is None and found and all(_lacks_question(one) for _, one in found):
+    errors: list[str] = []
+    first_locations: dict[str, str] = {}
+    located_records = read_answer_records(path)
+    if truths is None and located_records and all(_lacks_question(r) for _, r in located_records):
         raise UserError(f"{path}: holds answers without their questions; {DATA_HINT}")
-    for where, record in found:
+    for location, record in located_records:
         record = _complete_record(record, truths)
-        reason = record if isinstance(record, str) else _record_error(task, record, needs_options)
-        if not reason and isinstance(record, dict):
-            before = known.setdefault(json.dumps(record, sort_keys=True), where)
-            if before == where or not record.get("options"):  # many questions are answered "yes"
+        error = record if isinstance(record, str) else _record_error(task, record, needs_options)
+        if not error and isinstance(record, dict):
+            text = json.dumps(record, sort_keys=True)
+            first = first_locations.setdefault(text, location)
+            if first == location or not record.get("options"):  # many questions have answer "yes"
                 records.append(record)
                 continue
-            number = before.removeprefix(f"{path}: ")
-            reason = f" ({record['id']}): {number} has this id as well, and is the same in all"
-        wrong.append(f"{where}{reason}")
+            line = first.removeprefix(f"{path}: ")
+            error = f" ({record['id']}): {line} has this id as well, and is the same in all"
+        errors.append(f"{location}{error}")
     if not records:
         raise UserError(
-            "\n".join(first_errors(wrong))
+            "\n".join(first_errors(errors))
             or f"{path}: holds no answers; it must have one JSON object a line, or an array"
         )
-    return records, [_item_from_record(task, record) for record in records], wrong
+    return records, [_item_from_record(task, record) for record in records], errors
 
 
 def _lacks_question(record: AnswerRecord | str) -> bool:
-    """Tell whether a record says neither what kind of question it answers nor what is right."""
+    """Return whether a record has neither the type of its question nor the right answer."""
     return isinstance(record, dict) and not {"type", "answer"} & record.keys()
 
 
 def _complete_record(record: AnswerRecord | str, truths: TruthsById | None) -> AnswerRecord | str:
-    """Return a record with what it lacks of its question, as CMMMU's and MMMU's servers add it.
+    """Return a record with the missing keys of its question, as the benchmarks' servers add them.
 
     Without a `response` its `answer` is the one that is to be judged.
     """
@@ -84,13 +96,9 @@ def _complete_record(record: AnswerRecord | str, truths: TruthsById | None) -> A
 
 
 def first_errors(errors: list[str]) -> list[str]:
-    """Return the first SHOWN of the lines that say what is wrong, and how many more there are."""
-    more = (
-        [f"{len(errors) - MAX_SHOWN_ERRORS} more mistakes"]
-        if len(errors) > MAX_SHOWN_ERRORS
-        else []
-    )
-    return errors[:MAX_SHOWN_ERRORS] + more
+    """Return the first MAX_SHOWN_ERRORS lines, and how many more there are."""
+    more = len(errors) - MAX_SHOWN_ERRORS
+    return errors[:MAX_SHOWN_ERRORS] + ([f"{more} more mistakes"] if more > 0 else [])
 
 
 def _record_error(task: str, record: AnswerRecord, needs_options: bool) -> str:
@@ -98,66 +106,100 @@ def _record_error(task: str, record: AnswerRecord, needs_options: bool) -> str:
     missing = [key for key in REQUIRED_KEYS if key not in record]
     if missing:
         return f" has no {' and no '.join(missing)}"
-    identity, kind, answer = record["id"], record["type"], record["answer"]
-    if not isinstance(identity, str | int) or not isinstance(record.get("subject") or "", str):
+    record_id, question_type, answer = record["id"], record["type"], record["answer"]
+    if not isinstance(record_id, str | int) or not isinstance(record.get("subject") or "", str):
         return ": id must be text or a whole number, and subject text"
     known = SCORING_PROTOCOLS[task]["official"].rules
-    if not isinstance(kind, str) or kind not in known:
+    if not isinstance(question_type, str) or question_type not in known:
         allowed = ", ".join(known)
-        return (
-            f" ({identity}): type is '{kind}'; {task} has "
-            f"{allowed}.{suggest_name(str(kind), known)}"
-        )
+        near = suggest_name(str(question_type), known)
+        return f" ({record_id}): type is '{question_type}'; {task} has {allowed}.{near}"
     if answer in WITHHELD_ANSWERS:
         return (
-            f" ({identity}): the answer is withheld, so there is nothing to score against; "
+            f" ({record_id}): the answer is withheld, so there is nothing to score against; "
             "use the submission file"
         )
-    reason = _answer_error(task, kind, answer)
-    if not reason and (needs_options or record.get("options")):
-        reason = _options_error(record)
-    return f" ({identity}): {reason}" if reason else ""
+    error = _answer_error(task, question_type, answer)
+    if not error and (needs_options or record.get("options")):
+        error = _options_error(record)
+    return f" ({record_id}): {error}" if error else ""
 
 
 def _answer_error(task: str, question_type: str, answer: object) -> str:
-    several = answer if isinstance(answer, list) and task == "mmmu" else [answer]
-    if not all(isinstance(one, str) for one in several):
+    answers = answer if isinstance(answer, list) and task == "mmmu" else [answer]
+    if not all(isinstance(one, str) for one in answers):
         allowed = "text, or a list of texts" if task == "mmmu" else "text"
         return f"answer is {json.dumps(answer, ensure_ascii=False):.60}; it must be {allowed}"
-    if question_type == "判断" and answer not in (TRUE_ANSWER, FALSE_ANSWER):
+    if question_type == CMMMU_JUDGEMENT_TYPE and answer not in (TRUE_ANSWER, FALSE_ANSWER):
         return f"answer is '{answer}'; it must be {TRUE_ANSWER} or {FALSE_ANSWER}"
     return ""
 
 
 def _options_error(record: AnswerRecord) -> str:
-    """Return what is wrong with the options of a record, and with an answer that is none of them.
+    """Return what is wrong with the options of a record, or with an answer that is none of them.
 
-    An option may be null or empty: the benchmarks' own code stops at it, or not.
+    An option may be null or empty: some of the benchmarks' own scorers accept it.
     """
     most, options = MAX_OPTIONS.get(record["type"]), record.get("options", [])
     if most is None:
         return ""
     if not options:
         return f"a question of type {record['type']} needs options"
-    fine = isinstance(options, list) and all(isinstance(one, str | None) for one in options)
-    if not fine or len(options) > most:
+    is_valid = isinstance(options, list) and all(isinstance(one, str | None) for one in options)
+    if not is_valid or len(options) > most:
         return f"options must be a list of at most {most} texts"
-    there, answer = option_letters(options), record["answer"]
-    for one in answer if isinstance(answer, list) else [answer]:
-        named = one.strip().upper()  # "b" and "B " are let through, and never right, as there
-        if not set(named) <= set(there) or (len(named) > 1 and record["type"] != "选择"):
-            return f"the answer is '{one}', but the options are {there[0]} to {there[-1]}"
+    known, answers = option_letters(options), record["answer"]
+    for answer in answers if isinstance(answers, list) else [answers]:
+        letters = answer.strip().upper()  # "b" and "B " pass, and are never right, as there
+        takes_several = record["type"] == CMMMU_CHOICE_TYPE
+        if not set(letters) <= set(known) or (len(letters) > 1 and not takes_several):
+            return f"the answer is '{answer}', but the options are {known[0]} to {known[-1]}"
     return ""
 
 
 def _item_from_record(task: str, record: AnswerRecord) -> AnsweredItem:
-    """Return a record as an item; the values that MMMU's code has read already are a tuple."""
+    """Return a record as an item; values that MMMU's own code has parsed already are a tuple."""
     response = record["response"]
+    is_parsed = isinstance(response, list) and "parsed_pred" in record
     return AnsweredItem(
-        record["id"],
-        record["type"],
-        record.get("options") or [],
-        record["answer"],
-        tuple(response) if isinstance(response, list) and "parsed_pred" in record else response,
-        record.get("subject") or known_subject_of_id(task, str(record["id"])),
+        id=record["id"],
+        type=record["type"],
+        options=record.get("options") or [],
+        answer=record["answer"],
+        response=tuple(response) if is_parsed else response,
+        subject=record.get("subject") or known_subject_of_id(task, str(record["id"])),
     )
+
+
+def read_truths(task: str, data: str, split: str) -> dict[str, AnswerRecord]:
+    """Return types, options, answers and subjects of questions, by id.
+
+    `data` is MMMU's answer_dict_val.json, any file of answers that also has the right ones, or a
+    folder or hub id of the benchmark, of which `split` is read. Raises a UserError when two
+    different questions have one id.
+    """
+    file = Path(data).expanduser()
+    if file.is_file() and file.suffix in (".json", ".jsonl"):
+        questions = [one for _, one in read_answer_records(file) if isinstance(one, dict)]
+    else:
+        questions = [
+            {
+                "id": record.id,
+                "type": record.type,
+                "options": list(record.options),
+                "answer": record.json_answer,
+                "subject": subject_or_category(task, record.subject, record.category),
+            }
+            for record in RECORD_READERS[task](data, split, None)
+        ]
+    truths: dict[str, AnswerRecord] = {}
+    for question in questions:
+        record_id = str(question.get("id"))
+        truth = {key: question[key] for key in TRUTH_KEYS if key in question}
+        if truths.setdefault(record_id, truth) != truth:
+            raise UserError(
+                f"data={data} has several questions of the id {record_id}: whose answer is it?"
+            )
+    if not any("answer" in truth for truth in truths.values()):
+        raise UserError(f"data={data} has no questions with id, type and answer")
+    return truths

@@ -1,4 +1,4 @@
-"""The files in which answers come: JSON lines, arrays, and what MMMU's own code reads and writes.
+"""The formats of answer files: JSON lines, arrays, and those that MMMU's own code reads and writes.
 
 [{"id", "question_type", "all_choices", "index2ans", "answer", "response" | "parsed_pred"}, ...]
 one array, or one such object by its id, a line
@@ -16,47 +16,40 @@ from pathlib import Path
 from typing import Any
 
 from vlbench.errors import UserError
-from vlbench.evaluate.tasks.mmmu_data import MMMU_SUBJECTS
-from vlbench.evaluate.tasks.record_fields import parse_literal
-from vlbench.evaluate.tasks.scored_items import option_letters
+from vlbench.evaluate.tasks.benchmark_records import parse_literal
+from vlbench.evaluate.tasks.benchmark_types import MMMU_SUBJECTS, option_letters
 from vlbench.text_files import read_text
 
 AnswerRecord = dict[str, Any]
 OUTPUT_FILE = "output.json"
-RECORD_KEYS = {
-    "id",
-    "type",
-    "question_type",
-    "response",
-    "parsed_pred",
-    "answer",
-}  # keys of one record
-_PRETTY_PRINTED_JSON = re.compile(r"[\[{]\s*\n\s+")  # a text of JSON on several lines
+RECORD_KEYS = {"id", "type", "question_type", "response", "parsed_pred", "answer"}
+"""A JSON object with any of these is a record; another one holds records by their ids."""
+KEY_ALIASES = {"type": "question_type", "answer": "ground_truth", "response": "parsed_pred"}
+"""Keys of vlbench's records -> keys of MMMU's."""
+_PRETTY_PRINTED_JSON = re.compile(r"[\[{]\s*\n\s+")  # JSON over several lines
 
 
 def read_answer_records(path: Path) -> list[tuple[str, AnswerRecord | str]]:
-    """Return (where, record) of every answer; instead of a record a text says what is wrong.
+    """Return (location, record) of every answer; instead of a record a text says what is wrong.
 
-    A record has the keys of our own lines wherever it has those of MMMU. Raises a Mistake for a
-    file that cannot be read as a whole.
+    A record has vlbench's keys beside MMMU's. Raises a UserError for a file that cannot be read as
+    a whole.
     """
     if path.is_dir():
-        files = [
-            path / name / OUTPUT_FILE
-            for name in MMMU_SUBJECTS
-            if (path / name / OUTPUT_FILE).is_file()
-        ]
+        files = [path / subject / OUTPUT_FILE for subject in MMMU_SUBJECTS]
+        files = [file for file in files if file.is_file()]
         if not files:
             raise UserError(f"answers is '{path}', a folder without SUBJECT/{OUTPUT_FILE}")
-        return [one for file in files for one in read_answer_records(file)]
+        return [located for file in files for located in read_answer_records(file)]
     text = _read_lenient_text(path)
     return [
-        (f"{path}: {where}", _add_vlbench_keys(one)) for where, one in _parse_records(path, text)
+        (f"{path}: {location}", _add_vlbench_keys(record))
+        for location, record in _parse_records(path, text)
     ]
 
 
 def _read_lenient_text(path: Path) -> str:
-    """Return the text of a file; bytes that are no UTF-8 spoil their own line alone."""
+    """Return the text of a file; bytes that are not UTF-8 invalidate their own line alone."""
     try:
         return read_text(path)
     except UserError:
@@ -69,63 +62,61 @@ def _read_lenient_text(path: Path) -> str:
 
 
 def _parse_records(path: Path, text: str) -> list[tuple[str, AnswerRecord | str]]:
-    """Return the records of a text, or what is wrong with each, and where it stands."""
-    whole: Any = None
+    """Return the locations and records of a text, or what is wrong with each."""
+    value: Any = None
     if text.lstrip()[:1] in ("[", "{"):
         try:
-            whole = json.loads(text)
+            value = json.loads(text)
         except (ValueError, RecursionError) as error:
             if _PRETTY_PRINTED_JSON.match(text.lstrip()):
                 raise UserError(f"{path}: is not JSON ({error})") from error
-    if isinstance(whole, dict) and not RECORD_KEYS & whole.keys():
-        whole = [
-            one for identity, value in whole.items() for one in _records_under_key(identity, value)
-        ]
-    several = _flatten_records(whole) if isinstance(whole, list) else []
-    if any(isinstance(one, dict) for one in several):
-        return [(f"record {n}", one) for n, one in enumerate(several, 1)]
+    if isinstance(value, dict) and not RECORD_KEYS & value.keys():
+        value = [record for item in value.items() for record in _records_under_key(*item)]
+    records = _flatten_records(value) if isinstance(value, list) else []
+    if any(isinstance(record, dict) for record in records):
+        return [(f"record {number}", record) for number, record in enumerate(records, 1)]
     return [
-        found
+        located
         for number, line in enumerate(text.split("\n"), 1)
         if line.strip()
-        for found in _parse_line(f"line {number}", line)
+        for located in _parse_line(f"line {number}", line)
     ]
 
 
 def _parse_line(location: str, line: str) -> list[tuple[str, AnswerRecord | str]]:
-    """Return the records in one line: one, an array of them, or some by their ids."""
+    """Return the records of a line: one, an array of them, or some by their ids."""
     value = _parse_json_line(line)
-    several = [value] if isinstance(value, str) else _flatten_records(value[0])
-    if len(several) == 1:
-        return [(location, several[0])]
-    return [(f"{location}, record {n}", one) for n, one in enumerate(several, 1)]
+    records = [value] if isinstance(value, str) else _flatten_records(value[0])
+    if len(records) == 1:
+        return [(location, records[0])]
+    return [(f"{location}, record {number}", one) for number, one in enumerate(records, 1)]
 
 
 def _flatten_records(value: Any) -> list[AnswerRecord | str]:
-    """Return the records in a value: itself, those of an array, or those that stand under ids."""
+    """Return the records in a value: itself, those of an array, or those that it has by ids."""
     if isinstance(value, list):
         return [record for one in value for record in _flatten_records(one)]
     if not isinstance(value, dict):
         return [" is not a JSON object"]
     by_id = not RECORD_KEYS & value.keys() and all(isinstance(v, dict) for v in value.values())
-    several = [_record_of_id(*item) for item in value.items()] if by_id and value else [value]
-    found = [_parse_json_line(json.dumps(one)) for one in several]
-    return [one if isinstance(one, str) else one[0] for one in found]
+    records = [_record_of_id(*item) for item in value.items()] if by_id and value else [value]
+    checked = [_parse_json_line(json.dumps(record)) for record in records]
+    return [one if isinstance(one, str) else one[0] for one in checked]
 
 
 def _records_under_key(key: str, value: Any) -> list[Any]:
-    """Return what stands under a key of a file: an array of records, or one with that id."""
-    array = isinstance(value, list) and any(isinstance(one, dict) for one in value)
-    return value if array else [_record_of_id(key, value)]
+    """Return the records under a key of a file: those of an array, or one with that id."""
+    is_array = isinstance(value, list) and any(isinstance(one, dict) for one in value)
+    return value if is_array else [_record_of_id(key, value)]
 
 
 def _record_of_id(record_id: str, value: Any) -> AnswerRecord:
-    """Return the record that stands under an id: its keys, or the response alone."""
+    """Return the record under an id: its keys, or the response alone."""
     return {"id": record_id, **(value if isinstance(value, dict) else {"response": value})}
 
 
 def _parse_json_line(line: str) -> tuple[Any] | str:
-    """Return the value of JSON in a line, or what is wrong with the line."""
+    """Return (value,) of the JSON in a line, or what is wrong with the line."""
     try:
         line.encode()
     except UnicodeEncodeError:
@@ -141,24 +132,23 @@ def _parse_json_line(line: str) -> tuple[Any] | str:
 
 
 def _add_vlbench_keys(record: AnswerRecord | str) -> AnswerRecord | str:
-    """Return a record with our keys beside MMMU's, or what is wrong with it."""
+    """Return a record with vlbench's keys beside MMMU's, or what is wrong with it."""
     if isinstance(record, str):
         return record
-    made = dict(record)
-    for ours, theirs in (("type", "question_type"), ("answer", "ground_truth")):
-        if ours not in made and theirs in made:
-            made[ours] = made[theirs]
-    if "response" not in made and "parsed_pred" in made:
-        made["response"] = made["parsed_pred"]
-    if isinstance(made.get("options"), str):  # as in the hub's data
-        value = parse_literal(made["options"])
-        made["options"] = list(value) if isinstance(value, list | tuple) else made["options"]
-    if "options" not in made and ("all_choices" in made or "index2ans" in made):
-        options = _options_in_order(made.get("all_choices"), made.get("index2ans"))
+    completed = dict(record)
+    for key, alias in KEY_ALIASES.items():
+        if alias in record:
+            completed.setdefault(key, record[alias])
+    if isinstance(completed.get("options"), str):  # as in the hub's data
+        value = parse_literal(completed["options"])
+        if isinstance(value, list | tuple):
+            completed["options"] = list(value)
+    if "options" not in completed and ("all_choices" in completed or "index2ans" in completed):
+        options = _options_in_order(completed.get("all_choices"), completed.get("index2ans"))
         if isinstance(options, str):
-            return f" ({made.get('id')}): {options}"
-        made["options"] = options
-    return made
+            return f" ({completed.get('id')}): {options}"
+        completed["options"] = options
+    return completed
 
 
 def _options_in_order(choice_letters: Any, option_texts: Any) -> list[Any] | str:
@@ -167,12 +157,10 @@ def _options_in_order(choice_letters: Any, option_texts: Any) -> list[Any] | str
         return []  # an open question
     if not isinstance(option_texts, Mapping):
         return "all_choices without index2ans, the texts of the options"
-    choice_letters = list(option_texts) if choice_letters is None else choice_letters
-    if not isinstance(choice_letters, list) or choice_letters != list(
-        option_letters(choice_letters)
-    ):
-        return f"all_choices is {json.dumps(choice_letters):.60}; wanted are the letters from A on"
-    missing = [letter for letter in choice_letters if letter not in option_texts]
+    letters = list(option_texts) if choice_letters is None else choice_letters
+    if not isinstance(letters, list) or letters != list(option_letters(letters)):
+        return f"all_choices is {json.dumps(letters):.60}; wanted are the letters from A on"
+    missing = [letter for letter in letters if letter not in option_texts]
     if missing:
         return f"index2ans has no {', '.join(missing)}"
-    return [option_texts[letter] for letter in choice_letters]
+    return [option_texts[letter] for letter in letters]

@@ -16,9 +16,9 @@ from vlbench.evaluate.tasks.benchmark_types import BenchmarkRecord
 from vlbench.model.weights.hub_download import fetch_hub_folder
 from vlbench.text_files import read_text, refuse_lfs_pointer
 
-SPLIT_ALIASES = {"val": "validation"}  # two words for one split
-FOLDER_DEPTHS = ("", "*/", "*/*/")  # of files below the folder
-ROWS_IN_MEMORY = 64  # rows in memory at once, besides the records: pictures are large
+SPLIT_ALIASES = {"val": "validation"}  # two names of one split
+FOLDER_DEPTHS = ("", "*/", "*/*/")  # where files are looked for below the folder
+ROWS_IN_MEMORY = 64  # rows in memory at once, besides the records: images are large
 # hub: [subject or data/]validation-00000-of-00002.parquet
 _PARQUET_NAME = re.compile(r"([A-Za-z_]+)(?:-(\d+)-of-(\d+).*)?\.parquet")
 # CMMMU on GitHub: cmmmu-data-val/art_and_design/art_and_design.jsonl
@@ -32,7 +32,7 @@ class SplitFiles:
     source: str
     """The folder or hub id that the user gave."""
     split_name: str
-    """As the user gave it."""
+    """val, or whatever name the user gave."""
     files: tuple[Path, ...]
 
     def data_revision(self) -> str:
@@ -40,41 +40,41 @@ class SplitFiles:
         for folder in self.files[0].parents:
             if folder.parent.name == "snapshots":
                 return f"hub {folder.name}"
-        whole = hashlib.sha256()
+        digest = hashlib.sha256()
         for file in self.files:
             with file.open("rb") as stream:
-                whole.update(hashlib.file_digest(stream, "sha256").digest())
-        return f"sha256 {whole.hexdigest()[:16]}"
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return f"sha256 {digest.hexdigest()[:16]}"
 
 
 def find_split(source: str, split: str) -> SplitFiles:
     """Return the files of a split of `source`: a folder, a file, or a hub id (OWNER/NAME).
 
-    Raises a Mistake when there is nothing, no such split (saying which there are), or when one of
-    its files is missing.
+    Raises a UserError when there is nothing, no such split (it says which there are), or when one
+    of its files is missing.
     """
     path = Path(source).expanduser()
-    names = {split, *(word for pair in SPLIT_ALIASES.items() if split in pair for word in pair)}
+    names = {split, *(name for pair in SPLIT_ALIASES.items() if split in pair for name in pair)}
     if not path.is_file():
         patterns = tuple(f"*{name}-*.parquet" for name in sorted(names))
-        files = " or ".join(patterns)
-        path = fetch_hub_folder(str(path), "data", files, "folder or file", patterns, "dataset")
+        wanted = " or ".join(patterns)
+        path = fetch_hub_folder(str(path), "data", wanted, "folder or file", patterns, "dataset")
     splits = _files_by_split(path)
     if not splits:
         wanted = "SPLIT-*.parquet, SUBJECT/SPLIT-*.parquet or cmmmu-data-SPLIT/CATEGORY/*.jsonl"
         raise UserError(f"data is '{source}', where no split of a benchmark is; wanted is {wanted}")
-    found = [file for name in sorted(names) for file in splits.get(name, [])]
-    if not found:
-        there = ", ".join(sorted(splits))
+    split_files = [file for name in sorted(names) for file in splits.get(name, [])]
+    if not split_files:
+        known = ", ".join(sorted(splits))
         raise UserError(
-            f"no split '{split}' in {source}; it has {there}.{suggest_name(split, splits)}"
+            f"no split '{split}' in {source}; it has {known}.{suggest_name(split, splits)}"
         )
-    _refuse_gaps(found)
-    return SplitFiles(source, split, tuple(found))
+    _check_all_shards(split_files)
+    return SplitFiles(source, split, tuple(split_files))
 
 
 def _files_by_split(path: Path) -> dict[str, list[Path]]:
-    """Return the files of every split that lies at `path`, sorted."""
+    """Return the files of every split at `path`, sorted."""
     if path.is_file():
         files = [path]
     else:
@@ -83,41 +83,40 @@ def _files_by_split(path: Path) -> dict[str, list[Path]]:
     splits: dict[str, list[Path]] = defaultdict(list)
     for file in sorted(files):
         folder = file.absolute().parent.parent.name
-        named = _PARQUET_NAME.fullmatch(file.name) or _GITHUB_FOLDER.fullmatch(folder)
-        if named:
-            splits[named[1]].append(file)
+        match = _PARQUET_NAME.fullmatch(file.name) or _GITHUB_FOLDER.fullmatch(folder)
+        if match:
+            splits[match[1]].append(file)
     return dict(splits)
 
 
-def _refuse_gaps(files: list[Path]) -> None:
-    """Raise a Mistake when one of several files of a split is missing."""
-    have: dict[tuple[Path, int], set[int]] = defaultdict(set)
+def _check_all_shards(files: list[Path]) -> None:
+    """Raise a UserError when one of several files of a split is missing."""
+    present: dict[tuple[Path, int], set[int]] = defaultdict(set)
     for file in files:
-        named = _PARQUET_NAME.fullmatch(file.name)
-        if named and named[3]:
-            have[file.parent, int(named[3])].add(int(named[2]))
-    for (folder, shards), numbers in have.items():
-        missing = sorted(set(range(shards)) - numbers)
+        match = _PARQUET_NAME.fullmatch(file.name)
+        if match and match[3]:
+            present[file.parent, int(match[3])].add(int(match[2]))
+    for (folder, count), numbers in present.items():
+        missing = sorted(set(range(count)) - numbers)
         if missing:
-            lacks = ", ".join(f"{number:05d}-of-{shards:05d}" for number in missing[:5])
-            raise UserError(f"{folder}: of {shards} files {len(missing)} are missing: {lacks}")
+            names = ", ".join(f"{number:05d}-of-{count:05d}" for number in missing[:5])
+            raise UserError(f"{folder}: of {count} files {len(missing)} are missing: {names}")
 
 
 def select_subjects(
     subjects: Sequence[str] | None, known_names: Mapping[str, str], subject_kind: str
 ) -> tuple[str, ...]:
-    """Return the names that `known` gives for `subjects`, in the order of `known`; None: all.
+    """Return the names that `known_names` gives for `subjects`, in its order; None: all.
 
-    Raises a Mistake for a subject that is not known; `what` says what subjects are.
+    Raises a UserError for an unknown subject; `subject_kind` is what the message calls it.
     """
-    for word in subjects or ():
-        if word not in known_names:
+    for subject in subjects or ():
+        if subject not in known_names:
             allowed = ", ".join(known_names)
-            raise UserError(
-                f"no {subject_kind} '{word}'.{suggest_name(word, known_names)} There are {allowed}"
-            )
+            near = suggest_name(subject, known_names)
+            raise UserError(f"no {subject_kind} '{subject}'.{near} There are {allowed}")
     return tuple(
-        dict.fromkeys(known_names[word] for word in known_names if not subjects or word in subjects)
+        dict.fromkeys(name for key, name in known_names.items() if not subjects or key in subjects)
     )
 
 
@@ -128,46 +127,53 @@ def order_records(
     group_of: Callable[[BenchmarkRecord], str],
     required_groups: Sequence[str],
 ) -> list[BenchmarkRecord]:
-    """Return the records by their `group` in this `order`; within a group their order stays.
+    """Return the records sorted by group; within a group they stay in the order of the data.
 
-    A group that is not in the order comes last. Raises a Mistake when there is no record at all or
-    of a group that was `asked` for, or when one record is there twice. Different records may have
-    the same id.
+    Args:
+        records: Those of a split.
+        split_files: Where they were read from, for messages.
+        group_order: The groups in their order; any other group comes last.
+        group_of: Returns the group of a record.
+        required_groups: The groups that must have records.
+
+    Raises:
+        UserError: There are no records, or none of a required group, or the same record is there
+            twice. Different records may have the same id.
     """
-    where = f"{split_files.source}, split '{split_files.split_name}'"
+    location = f"{split_files.source}, split '{split_files.split_name}'"
     missing = sorted(set(required_groups) - {group_of(record) for record in records})
     if missing or not records:
-        of = f" of {', '.join(missing)}" if missing else ""
-        raise UserError(f"{where}: has no records{of}")
-    _refuse_repeats(records, where)
+        groups = f" of {', '.join(missing)}" if missing else ""
+        raise UserError(f"{location}: has no records{groups}")
+    _refuse_repeats(records, location)
     rank = {name: number for number, name in enumerate(group_order)}
     return sorted(records, key=lambda record: rank.get(group_of(record), len(rank)))
 
 
 def _refuse_repeats(records: list[BenchmarkRecord], location: str) -> None:
-    """Raise a Mistake for a record that is there several times, with all that it holds."""
+    """Raise a UserError for a record that is there several times, equal in everything."""
     ids = Counter(record.id for record in records)
-    for name in (name for name, count in ids.items() if count > 1):
-        alike = [record for record in records if record.id == name]
-        number = max(map(alike.count, alike))
-        if number > 1:
-            raise UserError(f"{location}: record {name} is there {number} times")
+    for record_id in (record_id for record_id, count in ids.items() if count > 1):
+        same_id = [record for record in records if record.id == record_id]
+        count = max(map(same_id.count, same_id))
+        if count > 1:
+            raise UserError(f"{location}: record {record_id} is there {count} times")
 
 
 def read_rows(
     file: Path, required_columns: tuple[str, ...], column_pattern: str
 ) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a file, as mappings of those columns whose names match `wanted` (a regex).
+    """Yield the rows of a file as mappings of those columns whose names match `column_pattern`.
 
-    Raises a Mistake when the file cannot be read, or lacks columns that are `needed`.
+    Raises a UserError when the file cannot be read, or lacks required columns.
     """
     refuse_lfs_pointer(file)
-    read = _read_jsonl_rows if file.suffix == ".jsonl" else _read_parquet_rows
-    for row in read(file, re.compile(column_pattern)):
+    reader = _read_jsonl_rows if file.suffix == ".jsonl" else _read_parquet_rows
+    for row in reader(file, re.compile(column_pattern)):
         missing = [name for name in required_columns if name not in row]
         if missing:
-            have = ", ".join(row) or "none that is known"
-            raise UserError(f"{file}: lacks the columns {', '.join(missing)}; it has {have}")
+            known = ", ".join(row) or "none that is known"
+            raise UserError(f"{file}: lacks the columns {', '.join(missing)}; it has {known}")
         yield row
 
 

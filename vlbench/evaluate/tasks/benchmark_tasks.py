@@ -1,4 +1,4 @@
-"""MMMU and CMMMU as tasks: whose prompts, whose scorer, and a file to submit."""
+"""MMMU and CMMMU as tasks: prompts and scorer by protocol, and a file for the test server."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from vlbench.config.overrides import read_integer
 from vlbench.data.sample import Sample
 from vlbench.errors import UserError, suggest_name
 from vlbench.evaluate.tasks.benchmark_files import find_split
-from vlbench.evaluate.tasks.benchmark_truths import RECORD_READERS
+from vlbench.evaluate.tasks.benchmark_prompts import prompt_or_skip, prompt_protocol
+from vlbench.evaluate.tasks.benchmark_records import RECORD_READERS
 from vlbench.evaluate.tasks.benchmark_types import (
+    MMMU_CHOICE_TYPE,
+    AnsweredItem,
     BenchmarkPrompt,
     BenchmarkRecord,
     GenerationLimits,
+    ScoredItem,
     SkippedRecord,
+    subject_or_category,
 )
-from vlbench.evaluate.tasks.prompt_table import prompt_or_skip, protocol_limits
-from vlbench.evaluate.tasks.score_command import (
-    DEFAULT_SEED,
+from vlbench.evaluate.tasks.score_report import (
     format_published,
     format_score_table,
     report_equal_ids,
+    summarize_scores,
     write_score_files,
 )
-from vlbench.evaluate.tasks.score_summary import summarize_scores
-from vlbench.evaluate.tasks.scored_items import AnsweredItem
-from vlbench.evaluate.tasks.scoring_protocols import score_items, scoring_protocol
-from vlbench.evaluate.tasks.subject_domains import subject_or_category
-from vlbench.model.generation.chat_messages import encode_prompt
-from vlbench.model.vlm import VLM
+from vlbench.evaluate.tasks.scoring_protocols import DEFAULT_SEED, score_items, scoring_protocol
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.text_files import format_json_lines, write_atomically
 
 HUB_DATASETS = {"mmmu": "MMMU/MMMU", "cmmmu": "m-a-p/CMMMU"}
@@ -40,7 +40,7 @@ HUB_DATASETS = {"mmmu": "MMMU/MMMU", "cmmmu": "m-a-p/CMMMU"}
 
 @dataclass(frozen=True)
 class EvalProtocol:
-    """How a benchmark is taken: whose prompts, by task, and whose scorer."""
+    """The protocol of the prompts, by task, and that of the scorer."""
 
     prompt_protocols: dict[str, str]
     scoring_protocol: str
@@ -49,7 +49,7 @@ class EvalProtocol:
 YI_PROMPTS = {"mmmu": "yi", "cmmmu": "yi"}
 EVAL_PROTOCOLS = {
     "yi": EvalProtocol(YI_PROMPTS, "yi"),
-    # the benchmark CMMMU has a scorer and no prompts: those of Yi are asked
+    # the benchmark CMMMU has a scorer and no prompts: those of Yi are used
     "official": EvalProtocol({"mmmu": "official", "cmmmu": "yi"}, "official"),
     "lmms": EvalProtocol({"mmmu": "lmms", "cmmmu": "lmms"}, "lmms"),
     "strict": EvalProtocol(YI_PROMPTS, "strict"),
@@ -71,19 +71,19 @@ class BenchmarkQuestion:
 
     @property
     def answer_line(self) -> dict[str, Any]:
-        """What stands in answers.jsonl, but for the response."""
+        """The line of answers.jsonl, without the response."""
         record = self.record
         return {
             "id": record.id,
             "type": record.type,
             "subject": subject_or_category(record.task, record.subject, record.category),
             "options": list(record.options),
-            "answer": list(record.answer) if isinstance(record.answer, tuple) else record.answer,
+            "answer": record.json_answer,
         }
 
 
 class BenchmarkTask:
-    """`task=mmmu` or `task=cmmmu`, by the protocol and on the split that are given."""
+    """`task=mmmu` or `task=cmmmu` on a split, by a protocol."""
 
     def __init__(self, task: str, options: dict[str, str]) -> None:
         """Read the records that the keys of `eval` ask for."""
@@ -93,14 +93,16 @@ class BenchmarkTask:
             raise UserError(
                 f"protocol is '{name}'; known are {known}.{suggest_name(name, EVAL_PROTOCOLS)}"
             )
-        self.task, self.protocol_name, self.eval_protocol = task, name, EVAL_PROTOCOLS[name]
+        self.task, self.protocol_name = task, name
+        self.prompt_protocol_name = EVAL_PROTOCOLS[name].prompt_protocols[task]
+        self.scoring_protocol_name = EVAL_PROTOCOLS[name].scoring_protocol
         self.seed = read_integer(options, "seed", DEFAULT_SEED, 0, 2**32 - 1)
         source, split = options.get("data", HUB_DATASETS[task]), options.get("split", "val")
         subjects = options["subjects"].strip("[]").split(",") if "subjects" in options else None
         records = RECORD_READERS[task](source, split, subjects)
         limit = read_integer(options, "limit", len(records), 1, 10**9)
-        if limit < len(records):  # from all over the data, which come subject by subject
-            records = [records[number * len(records) // limit] for number in range(limit)]
+        if limit < len(records):  # spread over the data, which come subject by subject
+            records = [records[index * len(records) // limit] for index in range(limit)]
         self.records = records
         self.folder_name = f"{task}-{split}-{name}"
         self.task_settings = {
@@ -112,38 +114,44 @@ class BenchmarkTask:
             "protocol": name,
         }
 
-    def select_questions(self, vlm: VLM) -> tuple[list[BenchmarkQuestion], list[dict[str, str]]]:
-        """Return what is asked, and what is not: the protocol leaves it out, or it cannot be.
+    def select_questions(
+        self, vlm: LoadedVLM
+    ) -> tuple[list[BenchmarkQuestion], list[dict[str, str]]]:
+        """Return the questions that are asked, and those that are not, with the reason.
 
-        A picture that cannot be read, or a text that is too long, is such a reason.
+        The protocol skips it, an image cannot be read, or the text is too long.
         """
-        asked: list[BenchmarkQuestion] = []
+        questions: list[BenchmarkQuestion] = []
         skipped = []
         for record in self.records:
-            made = prompt_or_skip(record, self.eval_protocol.prompt_protocols[self.task])
-            question = None if isinstance(made, SkippedRecord) else BenchmarkQuestion(record, made)
-            reason = _unfit_reason(vlm, question) if question else str(made)
-            if reason:
+            prompt = prompt_or_skip(record, self.prompt_protocol_name)
+            if isinstance(prompt, SkippedRecord):
+                skipped.append({"id": record.id, "reason": prompt.reason})
+                continue
+            question = BenchmarkQuestion(record, prompt)
+            if reason := _unfit_reason(vlm, question):
                 skipped.append({"id": record.id, "reason": reason})
-            elif question:
-                asked.append(question)
-        return asked, skipped
+            else:
+                questions.append(question)
+        return questions, skipped
 
     def generation_limits(
-        self, vlm: VLM, questions: Sequence[BenchmarkQuestion]
+        self, vlm: LoadedVLM, questions: Sequence[BenchmarkQuestion]
     ) -> GenerationLimits:
         """Return how the protocol lets a model answer."""
-        return protocol_limits(self.task, self.eval_protocol.prompt_protocols[self.task])
+        return prompt_protocol(self.task, self.prompt_protocol_name).generation_limits
 
     def count_correct(self, answer_lines: Sequence[dict[str, Any]]) -> int | None:
         """Count right answers; None where the true ones are withheld."""
         items = _items_from_lines(answer_lines)
         if _is_withheld(items):
             return None
-        return sum(
-            one.correct
-            for one in score_items(self.task, self.eval_protocol.scoring_protocol, items)
-        )
+        return sum(scored.correct for scored in self._score_items(items))
+
+    def _score_items(
+        self, items: Sequence[AnsweredItem], seed: int = DEFAULT_SEED
+    ) -> list[ScoredItem]:
+        return score_items(self.task, self.scoring_protocol_name, items, seed)
 
     def write_scores(
         self,
@@ -156,58 +164,50 @@ class BenchmarkTask:
         items = _items_from_lines(answer_lines)
         if _is_withheld(items):
             return self._write_submission(folder, items)
-        scored = score_items(self.task, self.eval_protocol.scoring_protocol, items, self.seed)
+        scored = self._score_items(items, self.seed)
         scores: dict[str, Any] = {
             "task": self.task,
             "protocol": self.protocol_name,
             "seed": self.seed,
-        }
-        scores |= {
             **self.task_settings,
             "skipped": skipped_count,
             **summarize_scores(self.task, scored),
         }
         report = [*self._report_heading(scores), ""]
         if blank_lines:
-            unseen = score_items(
-                self.task,
-                self.eval_protocol.scoring_protocol,
-                _items_from_lines(blank_lines),
-                self.seed,
-            )
-            scores["blank"] = summarize_scores(self.task, unseen)
-            report += [f"with blank pictures: {scores['blank']['accuracy']:.3f}", ""]
+            blank_scored = self._score_items(_items_from_lines(blank_lines), self.seed)
+            scores["blank"] = summarize_scores(self.task, blank_scored)
+            report += [f"with blank images: {scores['blank']['accuracy']:.3f}", ""]
         write_score_files(folder, scores, answer_lines, scored)
-        shown = scoring_protocol(self.task, self.eval_protocol.scoring_protocol).accuracy_format
-        return [*report, *format_score_table(scores, shown), "", *format_published(scores)]
+        accuracy_format = scoring_protocol(self.task, self.scoring_protocol_name).accuracy_format
+        table = format_score_table(scores, accuracy_format)
+        return [*report, *table, "", *format_published(scores)]
 
     def _report_heading(self, scores: dict[str, Any]) -> list[str]:
-        """Say what was asked how, and what was left out."""
-        prompts = self.eval_protocol.prompt_protocols[self.task]
+        """Return lines on the data, the protocols, and how many questions were skipped."""
         lines = [
-            f"{self.task} {scores['split']}, {scores['revision']}: prompts of {prompts}, scored as "
-            f"{self.eval_protocol.scoring_protocol}; {scores['n']} questions asked, "
-            f"{scores['skipped']} not "
-            "(skipped.jsonl)"
+            f"{self.task} {scores['split']}, {scores['revision']}: prompts of "
+            f"{self.prompt_protocol_name}, scored as {self.scoring_protocol_name}; "
+            f"{scores['n']} questions asked, {scores['skipped']} not (skipped.jsonl)"
         ]
-        differs = protocol_limits(self.task, prompts).reference_difference
-        lines += [f"not as the reference: {differs}"] if differs else []
+        limits = prompt_protocol(self.task, self.prompt_protocol_name).generation_limits
+        if limits.reference_difference:
+            lines.append(f"not as the reference: {limits.reference_difference}")
         return lines + report_equal_ids([record.id for record in self.records])
 
     def _write_submission(self, folder: Path, items: list[AnsweredItem]) -> list[str]:
-        """Write the file that the benchmark's server takes, as the answers are withheld here.
+        """Write the file that the benchmark's server accepts, as the answers are withheld here.
 
         MMMU: `{id: letter or text}`; CMMMU: a line per question with its response.
         """
         if self.task == "mmmu":
-            # a letter does not need the truth to be read; an open answer is read by the server
-            blank = [replace(item, answer="") for item in items]
-            scored = score_items(self.task, self.eval_protocol.scoring_protocol, blank)
-            told: dict[str | int, Any] = {}
-            for one in scored:  # of equal ids the first counts
-                letter = one.prediction if one.item.type == "multiple-choice" else None
-                told.setdefault(one.item.id, letter or one.item.response)
-            text = json.dumps(told, ensure_ascii=False, indent=1)
+            # a letter is parsed without the true answer; an open answer is parsed by the server
+            submission: dict[str | int, Any] = {}
+            for scored in self._score_items([replace(item, answer="") for item in items]):
+                letter = scored.prediction if scored.item.type == MMMU_CHOICE_TYPE else None
+                # of equal ids the first counts
+                submission.setdefault(scored.item.id, letter or scored.item.response)
+            text = json.dumps(submission, ensure_ascii=False, indent=1)
             file = folder / "submission.json"
         else:
             text = format_json_lines(
@@ -215,23 +215,21 @@ class BenchmarkTask:
             )
             file = folder / "submission.jsonl"
         write_atomically(file, text)
-        count = len({one.id for one in items}) if self.task == "mmmu" else len(items)
-        several = len(items) - count
-        lost = f" ({several} more have an id that another has, and are not in it)"
-        return [
-            f"{self.task}: the answers are withheld; {count} responses to submit in {file}"
-            + (lost if several else "")
-        ]
+        count = len({item.id for item in items}) if self.task == "mmmu" else len(items)
+        report = f"{self.task}: the answers are withheld; {count} responses to submit in {file}"
+        if duplicates := len(items) - count:
+            report += f" ({duplicates} more have an id that another has, and are not in it)"
+        return [report]
 
 
-def _unfit_reason(vlm: VLM, question: BenchmarkQuestion) -> str:
-    """Say why a question cannot be put to the model, "" if it can."""
+def _unfit_reason(vlm: LoadedVLM, question: BenchmarkQuestion) -> str:
+    """Return why a question cannot be asked, "" if it can."""
     try:
-        for picture in question.prompt.images:
-            picture.open()
-        encode_prompt(vlm, question.sample)
-    except UserError as mistake:
-        return str(mistake)
+        for image in question.prompt.images:
+            image.open()
+        vlm.processor.encode_prompt(question.sample)
+    except UserError as error:
+        return str(error)
     return ""
 
 

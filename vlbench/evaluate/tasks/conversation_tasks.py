@@ -15,21 +15,21 @@ from vlbench.config.overrides import read_integer
 from vlbench.data.conversation_files import LlavaJson
 from vlbench.data.conversation_record import ROLE_ALIASES
 from vlbench.data.sample import Sample
+from vlbench.data.shuffle import pick_fixed_subset
 from vlbench.errors import BadSample, UserError
 from vlbench.evaluate.answer_metrics import is_exact_match, text_overlap, vqa_accuracy
-from vlbench.evaluate.batched_answers import EXTRA_TOKENS
+from vlbench.evaluate.batch_inference import max_answer_tokens
 from vlbench.evaluate.heldout_questions import (
     EvalQuestion,
     LeftOutRecord,
     collect_questions,
     describe_left_out,
+    final_questions,
     make_ids_unique,
 )
-from vlbench.evaluate.run_results import final_questions, pick_fixed_subset
 from vlbench.evaluate.tasks.benchmark_types import GenerationLimits
-from vlbench.evaluate.tasks.score_summary import wilson_interval
-from vlbench.model.generation.chat_messages import encode_prompt
-from vlbench.model.vlm import VLM
+from vlbench.evaluate.tasks.score_report import wilson_interval
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.text_files import format_json_lines, write_atomically
 from vlbench.train import checkpoint_files
 from vlbench.train.resume import find_released_model
@@ -37,6 +37,7 @@ from vlbench.train.resume import find_released_model
 OWN_TASK, FILE_TASK = "own", "llava_json"
 AnswerLine = dict[str, Any]
 HumanAnswers = dict[tuple[str, int], tuple[str, ...]]
+"""Answers by record number and turn."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,13 @@ class ConversationQuestion:
 
     @property
     def answer_line(self) -> AnswerLine:
-        """What stands in answers.jsonl, but for the response."""
-        asked = self.question
+        """The line of answers.jsonl, without the response."""
         return {
-            "id": asked.sample.id,
-            "record": asked.record_number,
+            "id": self.question.sample.id,
+            "record": self.question.record_number,
             "set": self.set_name,
-            "type": asked.type,
-            "language": asked.language,
+            "type": self.question.type,
+            "language": self.question.language,
             "answer": list(self.true_answers),
         }
 
@@ -70,12 +70,12 @@ class ConversationQuestion:
 def _load_questions(
     task: str, options: dict[str, str]
 ) -> tuple[list[ConversationQuestion], list[LeftOutRecord]]:
-    """Return the questions of `own`, or of the file `data=`, and what of that is left out."""
-    people: HumanAnswers = {}
+    """Return the questions of `own`, or of the file `data=`, and the records that are left out."""
+    human_answers: HumanAnswers = {}
     left_out: list[LeftOutRecord] = []
     if task == FILE_TASK:
         source = LlavaJson(options["data"], options.get("images"))
-        people = _collect_human_answers(source)
+        human_answers = _collect_human_answers(source)
         questions, left_out = collect_questions(source, 100 * len(source))
         sets = {source.name: make_ids_unique(questions)}
     else:
@@ -89,47 +89,51 @@ def _load_questions(
         )
         name, questions, unseen = final_questions(recipe)
         sets = {name: questions, "unseen pairs": unseen}
-    first = next(iter(sets))
-    if not sets[first]:
-        why = f" ({describe_left_out(left_out)})" if left_out else ""
-        raise UserError(f"{first} holds no sample with an image that could be asked about{why}")
-    known = [
-        ConversationQuestion(
-            one, name, people.get((one.record_number, len(one.sample.turns)), (one.answer,))
+    first_set = next(iter(sets))
+    if not sets[first_set]:
+        reason = f" ({describe_left_out(left_out)})" if left_out else ""
+        raise UserError(
+            f"{first_set} holds no sample with an image that could be asked about{reason}"
         )
-        for name, asked in sets.items()
-        for one in asked
-    ]
-    return known, left_out
+    return [
+        ConversationQuestion(question, name, _true_answers(question, human_answers))
+        for name, questions in sets.items()
+        for question in questions
+    ], left_out
+
+
+def _true_answers(question: EvalQuestion, human_answers: HumanAnswers) -> tuple[str, ...]:
+    turn = len(question.sample.turns)
+    return human_answers.get((question.record_number, turn), (question.answer,))
 
 
 def _collect_human_answers(source: LlavaJson) -> HumanAnswers:
-    """Return what several people answered, by record and turn: the `answers` of those records.
+    """Return what several people answered: the `answers` of those records that have them.
 
     VQAv2 gives ten, as texts or as `{"answer": text}`. They belong to a record's last question;
-    where no assistant turn answers it, the answer of most stands in.
+    where no assistant turn answers it, the most frequent answer is added as that turn.
     """
-    found = {}
+    human_answers = {}
     for index, record in enumerate(source.records):
         if not isinstance(record, dict) or "answers" not in record:
             continue
-        given = record["answers"] if isinstance(record["answers"], list) else []
-        told = [one.get("answer") if isinstance(one, dict) else one for one in given]
-        texts = [one for one in told if isinstance(one, str) and one.strip()]
-        if not texts or len(texts) < len(told):
+        entries = record["answers"] if isinstance(record["answers"], list) else []
+        values = [entry.get("answer") if isinstance(entry, dict) else entry for entry in entries]
+        texts = [value for value in values if isinstance(value, str) and value.strip()]
+        if not texts or len(texts) < len(values):
             name = record.get("id", f"record {index + 1}")
             raise UserError(f"{source.name}: {name}: 'answers' must be a list of texts")
         turns: Any = record.get("conversations")
         last = turns[-1] if isinstance(turns, list) and turns else None
         if isinstance(last, dict) and ROLE_ALIASES.get(last.get("from", "")) == "human":
-            most = {"from": "gpt", "value": Counter(texts).most_common(1)[0][0]}
-            source.records[index] = {**record, "conversations": [*turns, most]}
+            answer = {"from": "gpt", "value": Counter(texts).most_common(1)[0][0]}
+            source.records[index] = {**record, "conversations": [*turns, answer]}
         try:
             sample = source[index]
         except BadSample:
-            continue  # look_through counts and names it
-        found[str(index + 1), len(sample.turns) - 1] = tuple(texts)
-    return found
+            continue  # collect_questions counts and names it
+        human_answers[str(index + 1), len(sample.turns) - 1] = tuple(texts)
+    return human_answers
 
 
 class ConversationTask:
@@ -138,48 +142,48 @@ class ConversationTask:
     def __init__(self, task: str, options: dict[str, str]) -> None:
         """Read the questions that the keys of `eval` ask for."""
         options = {key: str(Path(value).expanduser()) for key, value in options.items()}
-        asked, self.left_out_records = _load_questions(task, options)
-        limit = read_integer(options, "limit", len(asked), 1, 10**9)
-        self.all_questions = pick_fixed_subset(asked, limit)
+        questions, self.left_out_records = _load_questions(task, options)
+        limit = read_integer(options, "limit", len(questions), 1, 10**9)
+        self.all_questions = pick_fixed_subset(questions, limit)
         self.folder_name = task if task == OWN_TASK else f"{task}-{Path(options['data']).stem}"
-        sets = Counter(one.set_name for one in self.all_questions)
         texts = [
             (one.sample.id, one.question.question_text, one.true_answers)
             for one in self.all_questions
         ]
-        whole_text = json.dumps(texts, ensure_ascii=False).encode()
-        sha256 = hashlib.sha256(whole_text).hexdigest()
+        digest = hashlib.sha256(json.dumps(texts, ensure_ascii=False).encode()).hexdigest()
         self.task_settings = {
             "task": task,
-            "questions": dict(sets),
-            "revision": f"sha256 {sha256[:16]}",
+            "questions": dict(Counter(question.set_name for question in self.all_questions)),
+            "revision": f"sha256 {digest[:16]}",
         }
 
-    def select_questions(self, vlm: VLM) -> tuple[list[ConversationQuestion], list[dict[str, str]]]:
-        """Return what is asked, by length, so that little of a batch is padding; and what is not.
+    def select_questions(
+        self, vlm: LoadedVLM
+    ) -> tuple[list[ConversationQuestion], list[dict[str, str]]]:
+        """Return what can be asked, sorted by length against padding, and what cannot.
 
-        That are records without a picture, bad ones, and texts that are too long for the language
-        model.
+        The latter are records without an image, bad samples, and texts that are too long for the
+        language model.
         """
-        lengths: dict[int, int] = {}
-        skipped = [{**vars(one), "record": str(one.record)} for one in self.left_out_records]
-        for number, one in enumerate(self.all_questions):
+        prompt_lengths: dict[int, int] = {}
+        skipped = [
+            {**vars(left_out), "record": str(left_out.record)} for left_out in self.left_out_records
+        ]
+        for index, question in enumerate(self.all_questions):
             try:
-                lengths[number] = len(encode_prompt(vlm, one.sample))
-            except UserError as mistake:
-                where = {"id": one.sample.id, "record": one.question.record_number}
-                skipped.append({**where, "reason": str(mistake)})
-        return [
-            self.all_questions[number] for number in sorted(lengths, key=lengths.__getitem__)
-        ], skipped
+                prompt_lengths[index] = len(vlm.processor.encode_prompt(question.sample))
+            except UserError as error:
+                record = question.question.record_number
+                skipped.append({"id": question.sample.id, "record": record, "reason": str(error)})
+        order = sorted(prompt_lengths, key=prompt_lengths.__getitem__)
+        return [self.all_questions[index] for index in order], skipped
 
     def generation_limits(
-        self, vlm: VLM, questions: Sequence[ConversationQuestion]
+        self, vlm: LoadedVLM, questions: Sequence[ConversationQuestion]
     ) -> GenerationLimits:
-        """Return how long an answer may be: the longest right one and a little; more is wrong."""
-        answers = (answer for one in questions for answer in one.true_answers)
-        longest = max(len(vlm.tokenizer.encode(f" {answer}\n###")) for answer in answers)
-        return GenerationLimits(longest + EXTRA_TOKENS)
+        """Return how long an answer may be: a little more than the longest right one."""
+        answers = [answer for question in questions for answer in question.true_answers]
+        return GenerationLimits(max_answer_tokens(vlm, answers))
 
     def count_correct(self, answer_lines: Sequence[AnswerLine]) -> int:
         """Count the answers that are right word for word."""
@@ -193,34 +197,33 @@ class ConversationTask:
         skipped_count: int,
     ) -> list[str]:
         """Write scores.json and scored.jsonl, and return the lines of the report."""
-        judged = [_judge_line(line) for line in answer_lines]
-        sets = _summarize_sets(judged)
+        judged_lines = [_judge_line(line) for line in answer_lines]
+        sets = _summarize_sets(judged_lines)
         scores = {**self.task_settings, "skipped": skipped_count, "sets": sets}
         report = format_set_table(sets)
         report += self._describe_skipped(skipped_count)
         if blank_lines:
-            unseen = scores["blank"] = _summarize_sets([_judge_line(line) for line in blank_lines])
-            shares = (f"{name} {one['accuracy']:.3f}" for name, one in unseen.items())
-            report.append(f"with blank pictures: {', '.join(shares)}")
-        write_atomically(folder / "scored.jsonl", format_json_lines(judged))
+            blank_sets = scores["blank"] = _summarize_sets([_judge_line(x) for x in blank_lines])
+            shares = (f"{name} {scored['accuracy']:.3f}" for name, scored in blank_sets.items())
+            report.append(f"with blank images: {', '.join(shares)}")
+        write_atomically(folder / "scored.jsonl", format_json_lines(judged_lines))
         text = json.dumps(scores, indent=1, ensure_ascii=False)
         write_atomically(folder / "scores.json", f"{text}\n")
         return report
 
     def _describe_skipped(self, skipped_count: int) -> list[str]:
-        """Say how many records and questions were left out, and the first of each kind."""
-        long = skipped_count - len(self.left_out_records)
-        several = [f"{long} questions that are too long"] if long else []
-        parts = (
-            [describe_left_out(self.left_out_records)] if self.left_out_records else []
-        ) + several
+        """Return how many records and questions were not asked, and the first of each kind."""
+        too_long = skipped_count - len(self.left_out_records)
+        parts = [describe_left_out(self.left_out_records)] if self.left_out_records else []
+        parts += [f"{too_long} questions that are too long"] if too_long else []
         return [f"not asked: {'; '.join(parts)} (skipped.jsonl)"] if parts else []
 
 
 def _summarize_sets(judged_lines: Sequence[AnswerLine]) -> dict[str, Any]:
-    names = dict.fromkeys(one["set"] for one in judged_lines)
+    names = dict.fromkeys(line["set"] for line in judged_lines)
     return {
-        name: summarize_set([one for one in judged_lines if one["set"] == name]) for name in names
+        name: summarize_set([line for line in judged_lines if line["set"] == name])
+        for name in names
     }
 
 
@@ -235,51 +238,51 @@ def _judge_line(answer_line: AnswerLine) -> AnswerLine:
 
 
 def summarize_set(judged_lines: Sequence[AnswerLine]) -> dict[str, Any]:
-    """Return what stands in scores.json of one set, by type and language where they are known."""
+    """Return the scores of one set in scores.json, by type and language where they are known."""
     return {
         **_accuracy_of_lines(judged_lines),
         **text_overlap(
-            [one["response"] for one in judged_lines], [one["answer"] for one in judged_lines]
+            [line["response"] for line in judged_lines], [line["answer"] for line in judged_lines]
         ),
-        "by_type": _accuracy_by_group(judged_lines, lambda one: one["type"]),
-        "by_language": _accuracy_by_group(judged_lines, lambda one: one["language"]),
+        "by_type": _accuracy_by_group(judged_lines, lambda line: str(line["type"])),
+        "by_language": _accuracy_by_group(judged_lines, lambda line: str(line["language"])),
     }
 
 
 def _accuracy_by_group(
     judged_lines: Sequence[AnswerLine], group_of: Callable[[AnswerLine], str]
 ) -> dict[str, Any]:
-    names = sorted({group_of(one) for one in judged_lines} - {""})
+    names = sorted({group_of(line) for line in judged_lines} - {""})
     return {
-        name: _accuracy_of_lines([one for one in judged_lines if group_of(one) == name])
+        name: _accuracy_of_lines([line for line in judged_lines if group_of(line) == name])
         for name in names
     }
 
 
 def _accuracy_of_lines(judged_lines: Sequence[AnswerLine]) -> dict[str, Any]:
-    n, correct = len(judged_lines), sum(one["correct"] for one in judged_lines)
+    n, correct = len(judged_lines), sum(line["correct"] for line in judged_lines)
     return {
         "n": n,
         "correct": correct,
         "accuracy": correct / n,
-        "interval": [round(end, 4) for end in wilson_interval(correct, n)],
-        "vqa_accuracy": round(sum(one["vqa"] for one in judged_lines) / n, 6),
+        "interval": [round(bound, 4) for bound in wilson_interval(correct, n)],
+        "vqa_accuracy": round(sum(line["vqa"] for line in judged_lines) / n, 6),
     }
 
 
 def format_set_table(set_scores: dict[str, Any]) -> list[str]:
     """Return lines on every set, its types and its languages."""
     lines = []
-    for name, one in set_scores.items():
-        low, high = one["interval"]
+    for name, scored in set_scores.items():
+        low, high = scored["interval"]
         lines += [
-            f"{name}: {one['accuracy']:.3f} of {one['n']} questions right, word for word "
+            f"{name}: {scored['accuracy']:.3f} of {scored['n']} questions right, word for word "
             f"(95 % {low:.3f} to {high:.3f})",
-            f"  VQA accuracy {one['vqa_accuracy']:.3f}, F1 of words {one['f1']:.1f}, chrF "
-            f"{one['chrf']:.1f}",
+            f"  VQA accuracy {scored['vqa_accuracy']:.3f}, F1 of words {scored['f1']:.1f}, chrF "
+            f"{scored['chrf']:.1f}",
         ]
         for kind in ("type", "language"):
-            groups = one[f"by_{kind}"]
+            groups = scored[f"by_{kind}"]
             if groups:
                 shares = ", ".join(f"{key} {part['accuracy']:.3f}" for key, part in groups.items())
                 lines.append(f"  by {kind}: {shares}")

@@ -1,4 +1,4 @@
-"""Protocols: who reads the answers of a benchmark, and how. Another one is another entry here."""
+"""Scoring protocols: how the answers to each type of question are parsed and judged."""
 
 from __future__ import annotations
 
@@ -8,17 +8,26 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vlbench.errors import UserError, suggest_name
-from vlbench.evaluate.tasks import cmmmu_answers as cmmmu
-from vlbench.evaluate.tasks import mmmu_answers as mmmu
-from vlbench.evaluate.tasks.scored_items import AnsweredItem, ScoredItem, option_letters
+from vlbench.evaluate.tasks import answer_parsing as parsing
+from vlbench.evaluate.tasks.benchmark_types import (
+    CMMMU_CHOICE_TYPE,
+    CMMMU_FILL_IN_TYPE,
+    CMMMU_JUDGEMENT_TYPE,
+    MMMU_CHOICE_TYPE,
+    AnsweredItem,
+    ScoredItem,
+    option_letters,
+)
+
+DEFAULT_SEED = 42  # of the benchmarks' own code
 
 
 @dataclass(frozen=True)
 class ScoringRule:
     """How one type of question is scored.
 
-    `read` returns None where the benchmarks' own code draws one of `choices`, and "" for a
-    response that is simply wrong.
+    `parse_response` returns None where the benchmarks' own code draws one of `random_choices`, and
+    "" for a response that is simply wrong.
     """
 
     parse_response: Callable[[AnsweredItem], Any]
@@ -28,57 +37,65 @@ class ScoringRule:
 
 @dataclass(frozen=True)
 class ScoringProtocol:
-    """The rules of every type of question, whether unreadable answers are drawn, and `shown`.
-
-    `shown` is the format in which the code that is followed prints accuracies.
-    """
+    """The rules of a benchmark, and how its code reports accuracies."""
 
     rules: Mapping[str, ScoringRule]
+    """By type of question."""
     random_fallback: bool
+    """Whether an answer that cannot be parsed is drawn at random."""
     accuracy_format: str
+    """The format in which the reference code prints accuracies."""
 
 
 def _mmmu_rules(choice_rule: ScoringRule, open_rule: ScoringRule) -> dict[str, ScoringRule]:
-    return {"multiple-choice": choice_rule, "open": open_rule, "short-answer": open_rule}
+    return {MMMU_CHOICE_TYPE: choice_rule, "open": open_rule, "short-answer": open_rule}
 
 
 def _cmmmu_rules(
-    choice_rule: ScoringRule, judgement_rule: ScoringRule, gap_rule: ScoringRule
+    choice_rule: ScoringRule, judgement_rule: ScoringRule, fill_in_rule: ScoringRule
 ) -> dict[str, ScoringRule]:
-    return {"选择": choice_rule, "判断": judgement_rule, "填空": gap_rule}
+    return {
+        CMMMU_CHOICE_TYPE: choice_rule,
+        CMMMU_JUDGEMENT_TYPE: judgement_rule,
+        CMMMU_FILL_IN_TYPE: fill_in_rule,
+    }
 
 
 LETTER_RULE = ScoringRule(
-    mmmu.parse_letter_official, mmmu.is_correct_letter, lambda item: option_letters(item.options)
+    parsing.parse_letter_official,
+    parsing.is_correct_letter,
+    lambda item: option_letters(item.options),
 )
-OPEN_RULE = ScoringRule(mmmu.parse_open_values, mmmu.has_correct_answer)
+OPEN_RULE = ScoringRule(parsing.parse_open_values, parsing.is_correct_open)
 MMMU_OFFICIAL = ScoringProtocol(
     _mmmu_rules(LETTER_RULE, OPEN_RULE), random_fallback=True, accuracy_format=".3f"
 )
 
 LETTERS_RULE = ScoringRule(
-    cmmmu.parse_letters_official, cmmmu.is_exact_answer, lambda item: cmmmu.OPTION_LETTERS
+    parsing.parse_letters_official, parsing.is_exact_answer, lambda item: parsing.CMMMU_LETTERS
 )
 JUDGEMENT_RULE = ScoringRule(
-    cmmmu.parse_judgement_official,
-    cmmmu.is_exact_answer,
-    lambda item: (cmmmu.TRUE_ANSWER, cmmmu.FALSE_ANSWER),
+    parsing.parse_judgement_official,
+    parsing.is_exact_answer,
+    lambda item: (parsing.TRUE_ANSWER, parsing.FALSE_ANSWER),
 )
-GAP_RULE = ScoringRule(cmmmu.parse_gap_values, cmmmu.has_correct_answer)
+FILL_IN_RULE = ScoringRule(parsing.parse_fill_in_values, parsing.is_correct_fill_in)
 CMMMU_OFFICIAL = ScoringProtocol(
-    _cmmmu_rules(LETTERS_RULE, JUDGEMENT_RULE, GAP_RULE), random_fallback=True, accuracy_format="g"
+    _cmmmu_rules(LETTERS_RULE, JUDGEMENT_RULE, FILL_IN_RULE),
+    random_fallback=True,
+    accuracy_format="g",
 )
 
 # official: the benchmarks' own code. lmms: lmms-eval of August 2026. strict: official, but an
-# answer that cannot be read is wrong, and what is denied is 错. raw: the answer and not a word
-# more. yi: what the code that came with Yi-VL leads to; for MMMU a letter as it is.
+# answer that cannot be parsed is wrong, and a denial is 错. raw: the answer and not a word more.
+# yi: what the code that came with Yi-VL leads to; for MMMU it compares the response as it is.
 SCORING_PROTOCOLS: dict[str, dict[str, ScoringProtocol]] = {
     "mmmu": {
         "official": MMMU_OFFICIAL,
         "lmms": ScoringProtocol(
             _mmmu_rules(
-                replace(LETTER_RULE, parse_response=mmmu.parse_letter_lmms),
-                ScoringRule(mmmu.parse_open_lmms, mmmu.has_correct_answer_lmms),
+                replace(LETTER_RULE, parse_response=parsing.parse_letter_lmms),
+                ScoringRule(parsing.parse_open_lmms, parsing.is_correct_open_lmms),
             ),
             random_fallback=True,
             accuracy_format=".5f",
@@ -86,14 +103,14 @@ SCORING_PROTOCOLS: dict[str, dict[str, ScoringProtocol]] = {
         "strict": replace(MMMU_OFFICIAL, random_fallback=False),
         "raw": ScoringProtocol(
             _mmmu_rules(
-                ScoringRule(mmmu.parse_letter_bare, mmmu.is_correct_letter),
-                ScoringRule(mmmu.parse_open_bare, mmmu.is_correct_value),
+                ScoringRule(parsing.parse_letter_raw, parsing.is_correct_letter),
+                ScoringRule(parsing.parse_open_raw, parsing.is_correct_open_raw),
             ),
             random_fallback=False,
             accuracy_format=".3f",
         ),
         "yi": ScoringProtocol(
-            _mmmu_rules(ScoringRule(mmmu.whole_response, mmmu.is_correct_letter), OPEN_RULE),
+            _mmmu_rules(ScoringRule(parsing.whole_response, parsing.is_correct_letter), OPEN_RULE),
             random_fallback=False,
             accuracy_format=".3f",
         ),
@@ -102,9 +119,9 @@ SCORING_PROTOCOLS: dict[str, dict[str, ScoringProtocol]] = {
         "official": CMMMU_OFFICIAL,
         "lmms": ScoringProtocol(
             _cmmmu_rules(
-                replace(LETTERS_RULE, parse_response=cmmmu.parse_letters_lmms),
+                replace(LETTERS_RULE, parse_response=parsing.parse_letters_lmms),
                 JUDGEMENT_RULE,
-                GAP_RULE,
+                FILL_IN_RULE,
             ),
             random_fallback=True,
             accuracy_format=".3f",
@@ -112,17 +129,17 @@ SCORING_PROTOCOLS: dict[str, dict[str, ScoringProtocol]] = {
         "strict": ScoringProtocol(
             _cmmmu_rules(
                 LETTERS_RULE,
-                replace(JUDGEMENT_RULE, parse_response=cmmmu.parse_judgement_strict),
-                GAP_RULE,
+                replace(JUDGEMENT_RULE, parse_response=parsing.parse_judgement_strict),
+                FILL_IN_RULE,
             ),
             random_fallback=False,
             accuracy_format="g",
         ),
         "raw": ScoringProtocol(
             _cmmmu_rules(
-                ScoringRule(cmmmu.parse_letters_bare, cmmmu.is_exact_answer),
-                ScoringRule(cmmmu.parse_judgement_bare, cmmmu.is_exact_answer),
-                ScoringRule(cmmmu.parse_gap_bare, cmmmu.is_correct_value),
+                ScoringRule(parsing.parse_letters_raw, parsing.is_exact_answer),
+                ScoringRule(parsing.parse_judgement_raw, parsing.is_exact_answer),
+                ScoringRule(parsing.parse_fill_in_raw, parsing.is_correct_fill_in_raw),
             ),
             random_fallback=False,
             accuracy_format="g",
@@ -132,42 +149,42 @@ SCORING_PROTOCOLS: dict[str, dict[str, ScoringProtocol]] = {
 }
 
 
-def scoring_protocol(task: str, protocol: str) -> ScoringProtocol:
-    """Return a protocol of a task by their names; a Mistake if there is none."""
-    for what, name, known in (
+def scoring_protocol(task: str, protocol_name: str) -> ScoringProtocol:
+    """Return a protocol of a task by their names; raise a UserError if there is none."""
+    for kind, name, known in (
         ("task", task, SCORING_PROTOCOLS),
-        ("protocol", protocol, SCORING_PROTOCOLS.get(task, {})),
+        ("protocol", protocol_name, SCORING_PROTOCOLS.get(task, {})),
     ):
         if name not in known:
             allowed = ", ".join(known)
-            raise UserError(f"{what} is '{name}'; known are {allowed}.{suggest_name(name, known)}")
-    return SCORING_PROTOCOLS[task][protocol]
+            raise UserError(f"{kind} is '{name}'; known are {allowed}.{suggest_name(name, known)}")
+    return SCORING_PROTOCOLS[task][protocol_name]
 
 
 def score_items(
-    task: str, protocol: str, items: Iterable[AnsweredItem], seed: int = 42
+    task: str, protocol_name: str, items: Iterable[AnsweredItem], seed: int = DEFAULT_SEED
 ) -> list[ScoredItem]:
-    """Score answers in their order, which matters where unreadable ones are drawn at random.
+    """Score answers in their order, which matters where unparsed ones are drawn at random.
 
-    Draws come from one stream, seeded once (42 in the benchmarks' code), one for each answer that
-    cannot be read. A Mistake names, a line each, all the items at which that code would stop.
+    Draws come from one generator, seeded once (42 in the benchmarks' code), one for each answer
+    that cannot be parsed. A UserError names, a line each, all items on which the reference fails.
     """
-    chosen = scoring_protocol(task, protocol)
-    stream = random.Random(seed)
-    scored, mistakes = [], []
+    protocol = scoring_protocol(task, protocol_name)
+    generator = random.Random(seed)
+    scored, errors = [], []
     for item in items:
-        rule = chosen.rules[item.type]
+        rule = protocol.rules[item.type]
         try:
             prediction = rule.parse_response(item)
-            drawn = chosen.random_fallback and prediction is None
+            drawn = protocol.random_fallback and prediction is None
             if drawn:
-                prediction = stream.choice(rule.random_choices(item))
+                prediction = generator.choice(rule.random_choices(item))
             correct = prediction is not None and rule.is_correct(prediction, item)
             scored.append(
                 ScoredItem(item, None if prediction == "" else prediction, correct, drawn)
             )
-        except UserError as mistake:
-            mistakes.append(str(mistake))
-    if mistakes:
-        raise UserError("\n".join(mistakes))
+        except UserError as error:
+            errors.append(str(error))
+    if errors:
+        raise UserError("\n".join(errors))
     return scored

@@ -1,39 +1,52 @@
-"""The rows of a batch while they are read: prompts first, then one token more at a time."""
+"""The rows of a batch during decoding: prefill, then one token per step, eager or compiled."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache, StaticCache
 
-from vlbench.compat.transformers_internals import cache_argument_name
+from vlbench.compat.torch_internals import (
+    compiler_settings,
+    has_forward_hooks,
+    is_compiler_error,
+)
+from vlbench.compat.transformers_internals import static_cache_position
+from vlbench.errors import UserError
+from vlbench.model.compile_blocks import describe_compiler_error
+from vlbench.model.generation.kv_cache import CACHE_ARGUMENT, to_static_cache
+from vlbench.model.vlm import VLM
 
-if TYPE_CHECKING:
-    from vlbench.model.vlm import VLM
-
-CACHE_ARGUMENT = cache_argument_name()
+LENGTH_MULTIPLE = 256
+"""Static caches have multiples of this length: 16 shapes for the 4096 positions of Yi-VL, and at
+most 255 positions that are not used."""
+MAX_GRAPHS = 64
+"""Shapes that are compiled at most, of all models of a process; torch allows 8 otherwise."""
 
 
 @dataclass
 class DecodingState:
-    """Rows with a cache that grows with what is read."""
+    """Rows with a KV cache that grows with every token."""
 
     vlm: VLM
     visual: Tensor
     """`[images, tokens, width]`"""
     image_index: Tensor
-    """Indices of pictures `[rows, length]` for the positions read next, -1 for none."""
+    """Image indices `[rows, length]` of the positions that come next, -1 for none."""
     position_ids: Tensor
-    """`[rows, length]`, of the positions read next."""
+    """`[rows, length]`, of the positions that come next."""
     attention_mask: Tensor
-    """`[rows, all positions]`, those read next included: 1 where a token is, 0 for padding."""
-    kv_cache: Any
-    """A cache of transformers with what was read."""
+    """`[rows, all positions]`, those that come next included: 1 for a token, 0 for padding."""
+    kv_cache: DynamicCache
+    """Keys and values of the positions before."""
 
     def decode_embeddings(self, embeds: Tensor) -> Tensor:
-        """Read `embeds` `[rows, length, lm_width]`; return the last logits `[rows, vocabulary]`."""
+        """Run `embeds` `[rows, length, lm_width]`; return the last logits `[rows, vocabulary]`."""
         hidden = self.vlm.run_decoder(
             embeds,
             self.visual,
@@ -43,15 +56,126 @@ class DecodingState:
             use_cache=True,
             **{CACHE_ARGUMENT: self.kv_cache},
         ).last_hidden_state
-        return self.vlm.language.lm_head(hidden[:, -1])
+        assert hidden is not None
+        logits: Tensor = self.vlm.language.lm_head(hidden[:, -1])
+        return logits
 
     def decode_next(self, token_ids: Tensor) -> Tensor:
-        """Read one token more in every row, `ids` `[rows]`; return logits `[rows, vocabulary]`."""
-        self.image_index, self.position_ids = (
-            self.image_index[:, -1:],
-            self.position_ids[:, -1:] + 1,
-        )
+        """Run one more token per row, `token_ids` `[rows]`; return logits `[rows, vocabulary]`."""
+        self.image_index = self.image_index[:, -1:]
+        self.position_ids = self.position_ids[:, -1:] + 1
         self.attention_mask = torch.cat(
             [self.attention_mask, self.attention_mask.new_ones(len(token_ids), 1)], dim=1
         )
-        return self.decode_embeddings(self.vlm.language.get_input_embeddings()(token_ids[:, None]))
+        return self.decode_embeddings(self.vlm.token_embedding(token_ids[:, None]))
+
+
+class StaticDecodingState:
+    """Rows after prefill that go on with a static KV cache, so that every step has one shape."""
+
+    def __init__(
+        self, state: DecodingState, new_token_count: int, decode_step: CompiledDecodeStep | None
+    ) -> None:
+        """Go on from `state` for `new_token_count` more tokens; its cache is used up.
+
+        `decode_step` holds the compiled graphs, None for none yet.
+        """
+        rows, prefilled = state.attention_mask.shape
+        length = -(-(prefilled + new_token_count) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+        self.vlm, self.visual = state.vlm, state.visual
+        self.decode_step = decode_step or CompiledDecodeStep()
+        self.image_index = state.image_index[:, -1:].clone()
+        self.position_ids = state.position_ids[:, -1:].clone()
+        self.attention_mask = state.attention_mask.new_zeros(rows, 1, 1, length, dtype=torch.bool)
+        """`[rows, 1, 1, length]`: what the next token attends to; transformers uses it as it is."""
+        self.attention_mask[:, 0, 0, :prefilled] = state.attention_mask.bool()
+        self.kv_cache = to_static_cache(state.kv_cache, state.vlm.language.config, length)
+
+    def decode_next(self, token_ids: Tensor) -> Tensor:
+        """Run one more token per row, `token_ids` `[rows]`; return logits `[rows, vocabulary]`."""
+        self.position_ids += 1
+        self.attention_mask.index_fill_(3, static_cache_position(self.kv_cache), True)
+        return self.decode_step(
+            self.vlm,
+            token_ids,
+            self.visual,
+            self.image_index,
+            self.position_ids,
+            self.attention_mask,
+            self.kv_cache,
+        )
+
+
+class CompiledDecodeStep:
+    """The decoding step of one token per row, compiled for each new shape.
+
+    A graph takes the weights as its inputs and checks them at every call: what was moved, cast,
+    adapted or rebuilt is compiled anew, and nothing keeps the old weights.
+    """
+
+    def __init__(self, backend: str = "inductor") -> None:
+        """Compile with a backend of torch.compile, at the first call."""
+        self._backend = backend
+
+    @functools.cached_property
+    def _compiled_step(self) -> Callable[..., Tensor]:
+        return torch.compile(_decode_step, dynamic=False, fullgraph=True, backend=self._backend)
+
+    def __call__(self, vlm: VLM, *step_inputs: Any) -> Tensor:
+        """Call `_decode_step`, compiled; return its logits `[rows, vocabulary]`.
+
+        Where decoder layers have hooks (connectors that inject, FSDP, frozen bf16 weights) nothing
+        is compiled: these look at values, or exchange weights, which no graph can hold.
+        """
+        if _has_layer_hooks(vlm):
+            return _decode_step(vlm, *step_inputs)
+        try:
+            with compiler_settings(recompile_limit=MAX_GRAPHS):
+                return self._compiled_step(vlm, *step_inputs)
+        except Exception as error:
+            if not is_compiler_error(error):
+                raise
+            raise UserError(
+                "compiled: the step of the answer could not be compiled "
+                f"({describe_compiler_error(error)}). On a CPU a C++ compiler is needed; "
+                "compiled=False does without"
+            ) from error
+
+
+def _has_layer_hooks(vlm: VLM) -> bool:
+    modules = (*vlm.language.model.layers, vlm.language.lm_head)
+    return any(has_forward_hooks(module) for module in modules)
+
+
+def _decode_step(
+    vlm: VLM,
+    token_ids: Tensor,
+    visual: Tensor,
+    image_index: Tensor,
+    position_ids: Tensor,
+    attention_mask: Tensor,
+    kv_cache: StaticCache,
+) -> Tensor:
+    """Run one more token per row; return logits `[rows, vocabulary]`.
+
+    Args:
+        vlm: The model, in evaluation mode.
+        token_ids: `[rows]`, the tokens to run.
+        visual: Visual tokens `[images, tokens, width]`.
+        image_index: `[rows, 1]`, the image that each row attends to, -1 for none.
+        position_ids: `[rows, 1]`.
+        attention_mask: `[rows, 1, 1, cache length]`, True where a row attends.
+        kv_cache: Keys and values, to which those of the tokens are written.
+    """
+    hidden = vlm.run_decoder(
+        vlm.token_embedding(token_ids[:, None]),
+        visual,
+        image_index,
+        position_ids=position_ids,
+        attention_mask=attention_mask,
+        use_cache=True,
+        **{CACHE_ARGUMENT: kv_cache},
+    ).last_hidden_state
+    assert hidden is not None
+    logits: Tensor = vlm.language.lm_head(hidden[:, -1])
+    return logits

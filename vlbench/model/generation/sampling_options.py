@@ -1,8 +1,10 @@
-"""The options of `generate` and `chat`, and what stands for those of transformers. No torch."""
+"""The options of `generate` and `chat`, and what replaces those of transformers. No torch."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from typing import Any
 
 from vlbench.errors import UserError, suggest_name
 
@@ -16,6 +18,7 @@ GENERATE_OPTIONS = (
     "past",
     "compiled",
 )
+MIN_TEMPERATURE = 1e-4  # below, logits divided by the temperature are no longer finite
 _GREEDY_HINT = "Answers are greedy at temperature=0, the default, and sampled at any other"
 _NARROWING_HINT = "Sampling is narrowed by top_p and temperature alone"
 _LENGTH_HINT = "Say max_new_tokens, the number of new tokens"
@@ -44,9 +47,9 @@ TRANSFORMERS_HINTS = {
 
 
 def refuse_unknown_options(caller: str, names: Iterable[str], known_options: Iterable[str]) -> None:
-    """Raise a Mistake for the first of `names`: `what` has no such option, but those it `takes`.
+    """Raise a UserError for the first of `names`: `caller` has no such option.
 
-    An option of transformers is answered with what stands for it here.
+    An option of transformers is answered with what replaces it here.
     """
     known_options = tuple(known_options)
     for name in names:
@@ -58,3 +61,22 @@ def refuse_unknown_options(caller: str, names: Iterable[str], known_options: Ite
         raise UserError(
             f"{caller} has no option '{name}'; it takes {', '.join(known_options)}.{hint}"
         )
+
+
+def check_sampling_options(max_new_tokens: Any, temperature: Any, top_p: Any, seed: Any) -> None:
+    """Raise a UserError for the first option whose value is not allowed."""
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens!r}; allowed are whole numbers from 1")
+    if not _is_number(temperature) or not (
+        temperature == 0 or MIN_TEMPERATURE <= temperature < math.inf
+    ):
+        allowed = f"0 (greedy) and numbers from {MIN_TEMPERATURE}"
+        raise UserError(f"temperature is {temperature!r}; allowed are {allowed}")
+    if not _is_number(top_p) or not 0 <= top_p <= 1:
+        raise UserError(f"top_p is {top_p!r}; allowed are numbers from 0 to 1")
+    if type(seed) is not int or not 0 <= seed < 2**64:
+        raise UserError(f"seed is {seed!r}; allowed are whole numbers from 0 to {2**64 - 1}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -31,6 +31,7 @@ from vlbench.data.chat_template import ChatTemplate
 from vlbench.data.sample import ChatTurn
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import UserError
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import clip_layouts
 from vlbench.model.weights.hf_llava_layout import LINEAR_ACTIVATION, VISION_PREFIXES
@@ -43,13 +44,13 @@ LAYOUT_NAME = "transformers' LLaVA"
 IMAGE_TOKEN = "<image>"
 
 
-def write_hf_llava(vlm: VLM, folder: Path, dtype: torch.dtype | None) -> None:
+def write_hf_llava(vlm: LoadedVLM, folder: Path, dtype: torch.dtype | None) -> None:
     """Write `vlm` into the empty `folder`; `dtype` None keeps the type of every tensor.
 
     Raises:
         UserError: when transformers' LLaVA cannot express the connector, encoder or tokenizer.
     """
-    depth, norm = projector_depth_and_norm(require_projector(vlm.connector, LAYOUT_NAME))
+    depth, norm = projector_depth_and_norm(require_projector(vlm.model.connector, LAYOUT_NAME))
     if norm or depth > 2:
         raise UserError(
             f"the connector is an MLP of depth {depth}{' with LayerNorms' if norm else ''}, and "
@@ -73,9 +74,9 @@ def write_hf_llava(vlm: VLM, folder: Path, dtype: torch.dtype | None) -> None:
         (folder / "added_tokens.json").write_text(text + "\n", encoding="utf-8")
     state = {
         name: cast_floating(tensor, dtype)
-        for name, tensor in _build_llava_state_dict(vlm, vocab_size).items()
+        for name, tensor in _build_llava_state_dict(vlm.model, vocab_size).items()
     }
-    llava_config = _build_llava_config(vlm, image_id, vocab_size)
+    llava_config = _build_llava_config(vlm.model, image_id, vocab_size)
     llava_config.dtype = state["lm_head.weight"].dtype
     with torch.device("meta"):
         model: Any = LlavaForConditionalGeneration(llava_config)
@@ -145,11 +146,11 @@ def _build_llava_state_dict(vlm: VLM, vocab_size: int) -> dict[str, Tensor]:
     return state
 
 
-def build_llava_processor(vlm: VLM) -> LlavaProcessor:
-    """Return the processor that turns messages and images into what `VLM.prepare` makes of them."""
+def build_llava_processor(vlm: LoadedVLM) -> LlavaProcessor:
+    """Return transformers' processor that makes the same inputs as `Processor.prepare`."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(vlm.tokenizer.folder)
     probe_texts = [
-        vlm.template.render_prompt([ChatTurn("human", "What? 12.5 km\n\n  是什么？")]),
+        vlm.processor.template.render_prompt([ChatTurn("human", "What? 12.5 km\n\n  是什么？")]),
         " a",
         "\n",
     ]
@@ -168,7 +169,7 @@ def build_llava_processor(vlm: VLM) -> LlavaProcessor:
             f"{tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)}), and "
             f"{LAYOUT_NAME} uses it for images; use format=vlbench"
         )
-    transform = vlm.transform
+    transform = vlm.processor.transform
     image_processor = pil_llava_image_processor()(
         do_pad=transform.pad,
         do_convert_rgb=True,
@@ -185,7 +186,7 @@ def build_llava_processor(vlm: VLM) -> LlavaProcessor:
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,  # the class token, which LLaVA drops again
         image_token=IMAGE_TOKEN,
-        chat_template=to_jinja_template(vlm.template),
+        chat_template=to_jinja_template(vlm.processor.template),
     )
 
 

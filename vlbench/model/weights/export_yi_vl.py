@@ -13,7 +13,7 @@ from torch import nn
 
 from vlbench.data.image_processing import ImageTransform
 from vlbench.errors import UserError
-from vlbench.model.vlm import VLM
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.weights import clip_layouts, template_detection, yi_vl_layout
 from vlbench.model.weights.llava_projector import projector_depth_and_norm, require_projector
 from vlbench.model.weights.release_files import (
@@ -32,7 +32,7 @@ LAYOUT_NAME = "Yi-VL's layout"
 
 
 def write_yi_vl(
-    vlm: VLM, folder: Path, dtype: torch.dtype | None, source: Path | None = None
+    vlm: LoadedVLM, folder: Path, dtype: torch.dtype | None, source: Path | None = None
 ) -> None:
     """Write `vlm` into the empty `folder`, in Yi-VL's released layout.
 
@@ -46,7 +46,7 @@ def write_yi_vl(
     Raises:
         UserError: when the authors' code could not load the model.
     """
-    require_projector(vlm.connector, LAYOUT_NAME)
+    require_projector(vlm.model.connector, LAYOUT_NAME)
     _check_exportable(vlm)
     if yi_vl_layout.is_layout_config(json.loads(vlm.release_files.get("config.json", b"{}"))):
         write_release_files(vlm.release_files, folder)
@@ -58,15 +58,15 @@ def write_yi_vl(
         _update_release_files(vlm, folder, encoder_folder, dtype)
     _write_conv_mode(folder, source is not None)
     if source is not None:
-        groups = yi_vl_layout.build_tensor_groups(source, vlm)
+        groups = yi_vl_layout.build_tensor_groups(source, vlm.model)
     else:
         keys = clip_layouts.to_hf_state_dict(vlm.vision.visual)
         vision = {f"vision_model.{key}": ("vision", key) for key in keys}
         groups = [
-            TensorGroup([], yi_vl_layout.main_tensor_targets(config, vlm), ""),
+            TensorGroup([], yi_vl_layout.main_tensor_targets(config, vlm.model), ""),
             TensorGroup([], vision, ""),
         ]
-    states = collect_part_states(vlm)
+    states = collect_part_states(vlm.model)
     for group, target in zip(groups, (folder, encoder_folder), strict=True):
         targets = group.tensor_targets.items()
         used = ((name, states[part][key]) for name, (part, key) in targets)
@@ -74,11 +74,12 @@ def write_yi_vl(
         write_tensors(((name, cast_floating(t, dtype)) for name, t in tensors), target)
 
 
-def _check_exportable(vlm: VLM) -> None:
+def _check_exportable(vlm: LoadedVLM) -> None:
     """Refuse what the authors' code cannot load: another chat template or vision encoder."""
-    if vlm.template.name != "yi_vl":
+    if vlm.processor.template.name != "yi_vl":
         raise UserError(
-            f"language.template is {vlm.template.name}, and the authors' code knows yi_vl alone; "
+            f"language.template is {vlm.processor.template.name}, and the authors' code knows "
+            "yi_vl alone; "
             "format=hf_llava carries the template, format=vlbench everything"
         )
     if vlm.vision.norm:
@@ -99,11 +100,11 @@ def _write_conv_mode(folder: Path, unchanged: bool) -> None:
 
 
 def _update_release_files(
-    vlm: VLM, folder: Path, encoder_folder: Path, dtype: torch.dtype | None
+    vlm: LoadedVLM, folder: Path, encoder_folder: Path, dtype: torch.dtype | None
 ) -> None:
     """Update the small files of a release to the model as it is now."""
-    transform = vlm.transform
-    depth, norm = projector_depth_and_norm(require_projector(vlm.connector, LAYOUT_NAME))
+    transform = vlm.processor.transform
+    depth, norm = projector_depth_and_norm(require_projector(vlm.model.connector, LAYOUT_NAME))
     projector_type = f"mlp{depth}x_gelu{'_Norm' if norm else ''}"
     main_changes: dict[str, Any] = {
         "mm_vision_tower": f"./{encoder_folder.relative_to(folder).as_posix()}",
@@ -144,7 +145,7 @@ def _update_json_file(file: Path, changes: Mapping[str, Any]) -> None:
         file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _create_release_files(vlm: VLM, folder: Path) -> None:
+def _create_release_files(vlm: LoadedVLM, folder: Path) -> None:
     """Write the small files of a model that was not loaded from a released Yi-VL."""
     if not (vlm.tokenizer.folder / "tokenizer.model").is_file():
         raise UserError(
@@ -154,7 +155,7 @@ def _create_release_files(vlm: VLM, folder: Path) -> None:
     vlm.tokenizer.save(folder)
     encoder_folder = folder / "vit" / f"tower-{vlm.vision.image_size}"
     encoder_folder.mkdir(parents=True)
-    depth, norm = projector_depth_and_norm(require_projector(vlm.connector, LAYOUT_NAME))
+    depth, norm = projector_depth_and_norm(require_projector(vlm.model.connector, LAYOUT_NAME))
     token_ids = {
         "bos_token_id": vlm.tokenizer.bos_token_id,
         "eos_token_id": vlm.tokenizer.eos_token_id,
@@ -167,7 +168,7 @@ def _create_release_files(vlm: VLM, folder: Path) -> None:
     config |= token_ids
     config |= {
         "architectures": ["LlavaLlamaForCausalLM"],
-        "image_aspect_ratio": "pad" if vlm.transform.pad else "square",
+        "image_aspect_ratio": "pad" if vlm.processor.transform.pad else "square",
         "mm_hidden_size": vlm.vision.feature_width,
         "mm_projector_type": f"mlp{depth}x_gelu{'_Norm' if norm else ''}",
         "mm_use_im_patch_token": False,
@@ -182,7 +183,7 @@ def _create_release_files(vlm: VLM, folder: Path) -> None:
         "use_cache": True,
         "use_mm_proj": True,
     }
-    transform = vlm.transform
+    transform = vlm.processor.transform
     processor = {
         **{
             key: bool(value)

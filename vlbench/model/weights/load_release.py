@@ -17,8 +17,8 @@ from vlbench.data.chat_template import CHAT_TEMPLATES
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import UserError
 from vlbench.model.language_model import build_empty_language, read_eos_token_ids
+from vlbench.model.loaded_vlm import LoadedVLM, assemble_vlm
 from vlbench.model.vision_encoder import VisionEncoder
-from vlbench.model.vlm import VLM
 from vlbench.model.weights import clip_layouts, hf_llava_layout, yi_vl_layout
 from vlbench.model.weights.release_files import ReleaseSpec, collect_part_states, load_vlm_weights
 from vlbench.model.weights.tensor_groups import check_tensor_groups
@@ -67,7 +67,7 @@ def load_release(
     device: torch.device | str = "cpu",
     overrides: ReleaseOverrides = ReleaseOverrides(),
     mmap_language: bool = False,
-) -> VLM:
+) -> LoadedVLM:
     """Return the model in a released folder.
 
     Args:
@@ -86,8 +86,8 @@ def load_release(
         )
     vlm = build_released_vlm(folder, overrides)
     load_vlm_weights(
-        vlm,
-        find_layout_module(folder).build_tensor_groups(folder, vlm),
+        vlm.model,
+        find_layout_module(folder).build_tensor_groups(folder, vlm.model),
         dtype,
         device,
         mmap_language,
@@ -106,11 +106,12 @@ def check_release(folder: Path, overrides: ReleaseOverrides = ReleaseOverrides()
         )
     vlm = build_released_vlm(folder, overrides)
     check_tensor_groups(
-        find_layout_module(folder).build_tensor_groups(folder, vlm), collect_part_states(vlm)
+        find_layout_module(folder).build_tensor_groups(folder, vlm.model),
+        collect_part_states(vlm.model),
     )
 
 
-def build_released_vlm(folder: Path, overrides: ReleaseOverrides = ReleaseOverrides()) -> VLM:
+def build_released_vlm(folder: Path, overrides: ReleaseOverrides = ReleaseOverrides()) -> LoadedVLM:
     """Build the model that small files describe; encoder and language model are on `meta`."""
     layout = find_layout_module(folder)
     spec: ReleaseSpec = layout.read_release_spec(folder)
@@ -125,7 +126,7 @@ def build_released_vlm(folder: Path, overrides: ReleaseOverrides = ReleaseOverri
     language = build_empty_language(spec.language_config)
     language.generation_config.eos_token_id = read_eos_token_ids(folder, spec.language_config)
     tokenizer = Tokenizer.load(folder, spec.id_limit)
-    vlm = VLM(
+    vlm = assemble_vlm(
         encoder,
         registry.load_connector(overrides.connector_name or RELEASED_CONNECTOR),
         options,

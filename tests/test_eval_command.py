@@ -1,0 +1,138 @@
+"""`eval task=`: a model takes MMMU and CMMMU in every layout, is stopped, and goes on the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from vlbench.__main__ import main
+from vlbench.evaluate import batch_inference
+
+GOLDENS = Path(__file__).parent / "goldens" / "evaluation"
+LAYOUTS = [
+    ("mmmu", "mmmu_tiny", "validation"),
+    ("mmmu", "mmmu_tiny_lmms", "validation"),
+    ("cmmmu", "cmmmu_tiny", "val"),
+    ("cmmmu", "cmmmu_tiny_lmms", "val"),
+    ("cmmmu", "cmmmu_tiny_github", "val"),
+]
+
+
+def take(model: Path, out: Path, task: str, data: str, *words: str) -> int:
+    given = [f"run={model}", f"task={task}", f"data={GOLDENS / data}", f"out={out}", "batch=4"]
+    return main(["eval", *given, *words])
+
+
+def answers(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("task", "data", "split"), LAYOUTS)
+def test_every_layout_is_asked_and_scored(task, data, split, model, tmp_path, capsys):
+    assert take(model, tmp_path / "out", task, data, f"split={split}") == 0
+    said = capsys.readouterr().out
+    scores = json.loads((tmp_path / "out/scores.json").read_text())
+    assert scores["n"] == len(answers(tmp_path / "out")) and scores["protocol"] == "yi"
+    assert scores["revision"].startswith("sha256 ") and scores["revision"] in said
+    assert "Yi-VL-34B" in said and (tmp_path / "out/report.txt").read_text() in said
+    # the answers are a file that `score` reads, and gives the same for
+    words = [f"task={task}", f"answers={tmp_path / 'out/answers.jsonl'}", "protocol=yi"]
+    assert main(["score", *words, f"out={tmp_path / 'again'}"]) == 0
+    again = json.loads((tmp_path / "again/scores.json").read_text())
+    assert again == {key: scores[key] for key in again}
+
+
+def test_layouts_of_one_benchmark_give_the_same_answers(model, tmp_path):
+    for name in ("cmmmu_tiny", "cmmmu_tiny_github"):
+        assert take(model, tmp_path / name, "cmmmu", name) == 0
+    assert answers(tmp_path / "cmmmu_tiny") == answers(tmp_path / "cmmmu_tiny_github")
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_an_exam_that_was_stopped_ends_as_if_it_had_not_been(torn, model, tmp_path, monkeypatch):
+    assert take(model, tmp_path / "whole", "mmmu", "mmmu_tiny") == 0
+    real, calls = batch_inference.answer_batch, []
+
+    def stops(*given, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*given, **options)
+
+    monkeypatch.setattr(batch_inference, "answer_batch", stops)
+    assert take(model, tmp_path / "out", "mmmu", "mmmu_tiny") == 130
+    assert len(answers(tmp_path / "out")) == 8
+    if torn:
+        file = tmp_path / "out/answers.jsonl"
+        file.write_bytes(file.read_bytes()[:-40])
+    monkeypatch.setattr(batch_inference, "answer_batch", real)
+    assert take(model, tmp_path / "out", "mmmu", "mmmu_tiny") == 0
+    for name in ("answers.jsonl", "scores.json", "scored.jsonl", "report.txt"):
+        ours = (tmp_path / "out" / name).read_text().replace(str(tmp_path / "out"), "")
+        assert ours == (tmp_path / "whole" / name).read_text().replace(str(tmp_path / "whole"), "")
+
+
+def test_another_exam_in_the_same_folder_is_refused(model, tmp_path, capsys):
+    assert take(model, tmp_path / "out", "mmmu", "mmmu_tiny", "limit=3") == 0
+    assert take(model, tmp_path / "out", "mmmu", "mmmu_tiny", "limit=3", "protocol=lmms") == 2
+    assert "differ in protocol (yi before, lmms now)" in capsys.readouterr().err
+
+
+def test_what_is_withheld_gives_a_file_to_submit(model, tmp_path, capsys):
+    assert take(model, tmp_path / "m", "mmmu", "mmmu_tiny", "split=test", "protocol=official") == 0
+    submitted = json.loads((tmp_path / "m/submission.json").read_text())
+    assert submitted.keys() == {one["id"] for one in answers(tmp_path / "m")}
+    assert "the answers are withheld" in capsys.readouterr().out
+    choices = [one for one in answers(tmp_path / "m") if one["type"] == "multiple-choice"]
+    assert choices and all(submitted[one["id"]] in "ABCDEFGHI" for one in choices)
+    assert take(model, tmp_path / "c", "cmmmu", "cmmmu_tiny", "split=test", "protocol=lmms") == 0
+    lines = (tmp_path / "c/submission.jsonl").read_text().splitlines()
+    assert all(json.loads(line).keys() == {"id", "type", "response"} for line in lines)
+
+
+def test_blank_pictures_are_asked_on_request(model, tmp_path, capsys):
+    assert take(model, tmp_path / "out", "mmmu", "mmmu_tiny", "limit=5", "blank=true") == 0
+    assert "with blank images: 0." in capsys.readouterr().out
+    blind = (tmp_path / "out/blank.jsonl").read_text().splitlines()
+    assert len(blind) == len(answers(tmp_path / "out"))
+
+
+def test_a_question_that_cannot_be_asked_is_named(model, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(GOLDENS / "cmmmu_tiny_github", data)
+    picture = sorted(data.glob("cmmmu-data-val/*/q_*.png"))[0]
+    picture.write_bytes(picture.read_bytes()[:50])
+    assert take(model, tmp_path / "out", "cmmmu", str(data)) == 0
+    named = (tmp_path / "out/skipped.jsonl").read_text()
+    assert picture.name in named
+    assert json.loads((tmp_path / "out/scores.json").read_text())["skipped"] == len(
+        named.splitlines()
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["task=mmu"],
+            "task is 'mmu'; known are mmmu, cmmmu, own, llava_json. Did you mean 'mmmu'?",
+        ),
+        (["protocol=offical"], "Did you mean 'official'?"),
+        (["batch=0"], "batch is '0'; allowed are whole numbers from 1"),
+        (["blank=yes"], "blank is 'yes'; allowed are true and false"),
+        (["task=mmmu,cmmmu"], "data= and out= belong to one task"),
+        (["split=vall"], "no split 'vall'"),
+        (["subjects=Arts"], "Did you mean 'Art'?"),
+        (["limt=3"], "Did you mean 'limit'?"),
+    ],
+)
+def test_mistakes_are_one_line_before_the_model_is_loaded(words, message, tmp_path, capsys):
+    given = {"task": "mmmu", "data": str(GOLDENS / "mmmu_tiny"), "out": str(tmp_path / "out")}
+    given |= dict(word.split("=", 1) for word in words)
+    assert main(["eval", "run=nowhere", *(f"{k}={v}" for k, v in given.items())]) == 2
+    said = capsys.readouterr().err
+    assert message in said and len(said.splitlines()) == 1
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,74 @@
+"""Questions with known answers, and the two controls."""
+
+from __future__ import annotations
+
+from small import NoiseImage
+
+from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
+from vlbench.errors import BadSample
+from vlbench.evaluate.heldout_questions import (
+    blank_images,
+    scene_questions,
+    shuffle_images,
+    source_questions,
+)
+from vlbench.evaluate.run_results import accuracy_by_group, exact_match_accuracy
+
+
+class Talk:
+    """Two conversations about pictures, one without, one that is bad."""
+
+    name = "talk"
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Sample:
+        if index == 3:
+            raise BadSample("s3", "is bad")
+        tag = f"{IMAGE_PLACEHOLDER}\n" if index < 2 else ""
+        turns = (
+            ChatTurn("human", f"{tag}first?"),
+            ChatTurn("assistant", " one "),
+            ChatTurn("human", f"{IMAGE_PLACEHOLDER if index == 1 else ''}second?"),
+            ChatTurn("assistant", "two"),
+        )
+        pictures = tuple(NoiseImage(10 * index + k) for k in range((1, 2, 0)[index]))
+        return Sample(f"s{index}", turns, pictures, "en")
+
+
+def test_every_answer_is_asked_for_with_what_was_said_and_shown_before() -> None:
+    questions = source_questions(Talk(), 100)
+    assert [q.sample.id for q in questions] == ["s0/1", "s0/3", "s1/1", "s1/3"]
+    assert [len(q.sample.turns) for q in questions] == [1, 3, 1, 3]
+    assert [len(q.sample.images) for q in questions] == [1, 1, 1, 2]
+    assert questions[0].answer == "one"
+    assert len(source_questions(Talk(), 3)) == 3
+
+
+def test_the_controls_change_the_pictures_and_nothing_else() -> None:
+    questions = source_questions(Talk(), 100)
+    for control in (shuffle_images(questions), blank_images(questions, (0.5, 0.5, 0.5))):
+        for before, after in zip(questions, control, strict=True):
+            assert before.sample.turns == after.sample.turns and before.answer == after.answer
+            pairs = zip(before.sample.images, after.sample.images, strict=True)
+            assert all(one != other for one, other in pairs)
+    colours = blank_images(questions, (0.5, 0.5, 0.5))[0].sample.images[0].open().getcolors()
+    assert colours == [(28 * 28, (127, 127, 127))]
+
+
+def test_accuracy_is_the_share_of_answers_that_are_right_word_for_word() -> None:
+    questions = source_questions(Talk(), 100)
+    answers = ["one", "two", "One", "two"]
+    assert exact_match_accuracy(questions, answers) == 0.75
+    assert accuracy_by_group(questions, answers, lambda q: q.language) == {"en": 0.75}
+    by_question = accuracy_by_group(questions, answers, lambda q: q.answer)
+    assert by_question == {"one": 0.5, "two": 1.0}
+
+
+def test_the_held_out_sets_are_large_enough() -> None:
+    new, unseen = scene_questions("new"), scene_questions("unseen")
+    assert len(new) >= 1000 and len(unseen) >= 500
+    for kind in {q.type for q in new}:
+        assert sum(q.type == kind for q in new) >= 150
+    assert {q.language for q in new} == {"en", "zh"}

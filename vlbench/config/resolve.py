@@ -1,0 +1,171 @@
+"""Layers of a recipe, merged by rules and checked as a whole; one line for each error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from vlbench.config.schema import EXCLUSIVE_KEYS, Recipe, declared_keys, key_rows, section_at
+from vlbench.connector import registry
+from vlbench.errors import UserError, suggest_name
+from vlbench.strict_values import describe_error, format_value, is_null, join_path
+
+RecipeLayer = tuple[str, dict[str, Any]]
+"""A layer's name in messages ("" for the command line), and its tree of keys."""
+
+
+def resolve_layers(
+    layers: Sequence[RecipeLayer], errors: list[str], stage_names: Sequence[str] = ()
+) -> Recipe:
+    """Merge the layers, a later one wins, and check the whole.
+
+    Args:
+        layers: Name and tree of each.
+        errors: What is wrong so far. A recipe whose file is not there lacks everything, so that
+            nothing is said of what is missing.
+        stage_names: The stages that the recipe has; none: those of the merged layers.
+    """
+    is_complete = not errors
+    merged: dict[str, Any] = {}
+    for _, layer in layers:
+        merged = merge_layers(merged, layer)
+    merged["connector"], option_errors = _resolve_connector(merged.get("connector"), is_complete)
+    names = list(stage_names) or list(mapping_in(merged, "stages"))
+    try:
+        recipe = Recipe.model_validate(fill_stage_data(merged), context={"stage_names": names})
+    except ValidationError as error:
+        errors += _error_lines(error.errors(), layers, is_complete)
+    errors += option_errors
+    if errors:
+        raise UserError("\n".join(dict.fromkeys(errors)))
+    return recipe
+
+
+def merge_layers(base: dict[str, Any], override: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Return `base` with the values of `override`, mapping by mapping.
+
+    A key replaces the one that excludes it (`epochs` the `steps` of a lower layer), another
+    connector leaves the options of the first, and new data replace those of every stage.
+    """
+    result = dict(base) if path else _drop_replaced_data(base, override)
+    if path == "connector" and override.get("name") not in (None, base.get("name")):
+        result = {}
+    for pair in EXCLUSIVE_KEYS:
+        for key, rival in (pair, pair[::-1]):
+            if _has_value(override, key) and is_null(override.get(rival)):
+                result |= {rival: None} if _has_value(base, rival) else {}
+    for name, value in override.items():
+        below = result.get(name)
+        if isinstance(value, dict) and isinstance(below, dict):
+            value = merge_layers(below, value, f"{path}.{name}" if path else name)
+        result[name] = value
+    return result
+
+
+def _has_value(tree: dict[str, Any], key: str) -> bool:
+    # `train` is also the name of a stage's mapping of parts, which excludes nothing.
+    return not is_null(tree.get(key)) and not isinstance(tree[key], dict)
+
+
+def _drop_replaced_data(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` without the data of stages, where `override` gives all stages new data."""
+    data, given = mapping_in(override, "data"), mapping_in(override, "stages")
+    if is_null(data.get("train", data.get("mix"))):
+        return dict(base)
+    kept = [name for name in given if mapping_in(given, name).get("data")]
+    return _update_stages(base, lambda name, stage: {} if name in kept else {"data": None})
+
+
+def fill_stage_data(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return a merged tree in which the `data` of a stage has every key of the common `data`."""
+    common = mapping_in(tree, "data")
+
+    def filled(_: str, stage: dict[str, Any]) -> dict[str, Any]:
+        own = mapping_in(stage, "data")
+        return {"data": merge_layers(common, own, "stages.data")} if own else {}
+
+    return _update_stages(tree, filled)
+
+
+def _update_stages(
+    tree: dict[str, Any], changes: Callable[[str, dict[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    stages = mapping_in(tree, "stages")
+    mappings = {name: stage for name, stage in stages.items() if isinstance(stage, dict)}
+    changed = {name: stage | changes(name, stage) for name, stage in mappings.items()}
+    return tree | ({"stages": stages | changed} if changed else {})
+
+
+def mapping_in(tree: dict[str, Any], key: str) -> dict[str, Any]:
+    """Return the mapping under `key` of a tree that is not checked yet; {} where there is none."""
+    value = tree.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _resolve_connector(given: object, is_complete: bool) -> tuple[dict[str, Any], list[str]]:
+    """Return the connector's name with all its options, and what is wrong with them."""
+    if given is not None and not isinstance(given, dict):
+        mapping = f"must be a mapping as {{name: NAME}}, given {format_value(given)}"
+        return {}, [f"connector {mapping}"]
+    options = dict(given or {})
+    name = options.pop("name", None)
+    if name is None:
+        known = ", ".join(registry.connector_locations())
+        return {}, [f"connector.name is missing; known: {known}"] * is_complete
+    values, errors = registry.resolve_options(str(name), options)
+    return {"name": str(name), **values}, errors
+
+
+def _error_lines(
+    errors: Sequence[ErrorDetails], layers: Sequence[RecipeLayer], is_complete: bool
+) -> list[str]:
+    """Return a line for each of pydantic's errors, with the name of the layer that it is in."""
+    paths = [error["loc"] for error in errors]
+    unknown_names = [path[:-1] for path in paths if path[-1:] == ("[key]",)]
+    lines = []
+    for error, path in zip(errors, paths, strict=True):
+        if error["type"] == "missing":
+            if is_complete and not any(path[: len(name)] == name for name in unknown_names):
+                lines.append(_missing_line(path))
+            continue
+        if error["type"] == "too_short" and any(other[:-1] == path for other in paths):
+            continue  # it has items, and what is wrong with them is said
+        path = path[:-1] if path[-1:] == ("[key]",) else path
+        source = next((name for name, tree in reversed(layers) if _has_path(tree, path)), None)
+        if source is not None:  # else a stage has it from the common `data`, where it is told
+            lines.append((f"{source}: " if source else "") + _error_line(error))
+    return lines
+
+
+def _error_line(error: ErrorDetails) -> str:
+    *parents, key = error["loc"] or ("",)
+    if error["type"] != "extra_forbidden":
+        is_name = key == "[key]"
+        name = f"a key of {join_path(parents[:-1])}" if is_name else join_path(error["loc"])
+        return f"{name or 'the recipe'} {describe_error(error)}"
+    declared = declared_keys(section_at(parents))
+    elsewhere = [row.name for row in key_rows() if row.name.endswith(f".{key}")]
+    close = f" Did you mean '{elsewhere[0]}'?" if elsewhere else suggest_name(str(key), declared)
+    takes = f"{join_path(parents)} takes" if parents else "keys are"
+    return f"unknown key '{join_path(error['loc'])}'; {takes}: {', '.join(declared)}.{close}"
+
+
+def _missing_line(path: Sequence[int | str]) -> str:
+    if isinstance(path[-1], int):
+        return f"{join_path(path[:-1])} has only {path[-1]} of its values"
+    meaning = declared_keys(section_at(path[:-1]))[path[-1]].description
+    return f"{join_path(path)} is missing: {meaning}"
+
+
+def _has_path(tree: object, path: Sequence[int | str]) -> bool:
+    """Tell whether a layer has the key at `path`, or a value above it that is no mapping."""
+    for part in path:
+        if not isinstance(tree, dict):
+            return tree is not None
+        if part not in tree:
+            return False
+        tree = tree[part]
+    return True

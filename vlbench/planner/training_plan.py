@@ -1,0 +1,169 @@
+"""The plan of a training: memory and operations per stage, and the cheapest strategy that fits."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from vlbench.errors import UserError
+from vlbench.model.activation_checkpointing import CHECKPOINTING_MODES
+from vlbench.planner.gpu_table import GpuSpec
+from vlbench.planner.memory_estimate import MemoryByComponent, StageMemory, total_bytes
+from vlbench.planner.meta_model import build_meta_vlm
+from vlbench.planner.options import PlanOptions, stage_indices
+from vlbench.planner.simulate_step import DepthExtrapolator
+from vlbench.planner.stage_workload import StageWorkload, stage_workload
+from vlbench.train import stage_plan
+from vlbench.train.auto_checkpointing import SPARE_MEMORY_SHARE
+
+STRATEGIES = ("ddp", "fsdp2")
+"""The one with less communication first."""
+
+
+@dataclass(frozen=True)
+class StrategyEstimate:
+    """A strategy with a checkpointing mode, at the recipe's row lengths."""
+
+    strategy: str
+    checkpointing_mode: str
+    peak_memory: MemoryByComponent
+    """Memory of the stage that needs most."""
+    largest_stage: str
+    total_flops: float
+    """FLOPs of the whole training, recomputation included."""
+    fits_memory: bool
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """The plan: memory, work and estimates of all strategies."""
+
+    options: PlanOptions
+    stage_memory: dict[str, StageMemory]
+    workloads: dict[str, StageWorkload]
+    has_assumed_lengths: bool
+    """Whether sample lengths are assumed, not measured."""
+    skipped_stages: list[str]
+    """Stages with a connector's own objective, whose FLOPs are not counted."""
+    strategy_estimates: list[StrategyEstimate]
+    cheapest_fit: tuple[StrategyEstimate, dict[str, int]] | None
+    """The cheapest estimate that fits, and the values of max_tokens_per_row to be changed."""
+
+    @property
+    def memory_budget(self) -> float:
+        """Bytes that a rank may use."""
+        return usable_memory(self.options.gpu)
+
+    @property
+    def max_tokens_per_row(self) -> dict[str, int]:
+        """The recipe's max_tokens_per_row of each stage."""
+        return {
+            name: self.options.recipe.stages[name].max_tokens_per_row for name in self.stage_memory
+        }
+
+
+def usable_memory(gpu: GpuSpec) -> float:
+    """Return the bytes that training may use, as `activation_checkpointing=auto` counts them."""
+    return gpu.memory_bytes * (1 - SPARE_MEMORY_SHARE)
+
+
+def make_plan(options: PlanOptions) -> TrainingPlan:
+    """Return the plan of a training; nothing is trained, and weights take no memory."""
+    recipe = options.recipe
+    stage_plan.check_data(stage_plan.plan_stage_runs(recipe, skip_without_data=True))
+    stages: dict[str, StageMemory] = {}
+    workloads: dict[str, StageWorkload] = {}
+    skipped, has_assumed_lengths = [], False
+    for name, index in stage_indices(recipe).items():
+        stage = recipe.stages[name]
+        if stage.objective != "language":
+            skipped.append(name)
+            continue
+        vlm = build_meta_vlm(recipe, name)
+        sample_count = options.sample_counts[index] if options.sample_counts else None
+        text_tokens = options.text_tokens[index] if options.text_tokens else None
+        workloads[name], assumed = stage_workload(recipe, name, vlm, sample_count, text_tokens)
+        has_assumed_lengths |= assumed
+        build_at_depth = functools.partial(build_meta_vlm, recipe, name)
+        stages[name] = StageMemory(
+            vlm=vlm.model,
+            depth_extrapolator=DepthExtrapolator(vlm.model, build_at_depth, recipe.precision),
+            mean_sample=workloads[name].mean_sample,
+            compute_dtype_bytes=2 if recipe.precision == "bf16" else 4,
+            world_size=options.world_size,
+        )
+    if not stages:
+        raise UserError("there is no stage to plan: plan counts stages that learn language")
+    row_tokens = {name: recipe.stages[name].max_tokens_per_row for name in stages}
+    memory_budget = usable_memory(options.gpu)
+    strategies = STRATEGIES if options.world_size > 1 else STRATEGIES[:1]
+    estimates = estimate_strategies(stages, workloads, row_tokens, memory_budget, strategies)
+    return TrainingPlan(
+        options=options,
+        stage_memory=stages,
+        workloads=workloads,
+        has_assumed_lengths=has_assumed_lengths,
+        skipped_stages=skipped,
+        strategy_estimates=estimates,
+        cheapest_fit=cheapest_strategy(estimates, stages, row_tokens, memory_budget),
+    )
+
+
+def estimate_strategies(
+    stage_memory: Mapping[str, StageMemory],
+    workloads: Mapping[str, StageWorkload],
+    max_tokens_per_row: Mapping[str, int],
+    memory_budget: float,
+    strategies: tuple[str, ...] = STRATEGIES,
+) -> list[StrategyEstimate]:
+    """Return the estimate of every strategy with every checkpointing mode."""
+    estimates = []
+    for strategy in strategies:
+        for mode in CHECKPOINTING_MODES:
+            memory_by_stage = {
+                name: stage.estimate_memory(strategy, mode, max_tokens_per_row[name])
+                for name, stage in stage_memory.items()
+            }
+            # the first of the largest stages
+            largest, peak = max(memory_by_stage.items(), key=lambda item: total_bytes(item[1]))
+            estimates.append(
+                StrategyEstimate(
+                    strategy=strategy,
+                    checkpointing_mode=mode,
+                    peak_memory=peak,
+                    largest_stage=largest,
+                    total_flops=sum(work.total_flops(mode) for work in workloads.values()),
+                    fits_memory=total_bytes(peak) <= memory_budget,
+                )
+            )
+    return estimates
+
+
+def cheapest_strategy(
+    estimates: list[StrategyEstimate],
+    stage_memory: Mapping[str, StageMemory],
+    max_tokens_per_row: Mapping[str, int],
+    memory_budget: float,
+) -> tuple[StrategyEstimate, dict[str, int]] | None:
+    """Return the estimate with the fewest FLOPs that fits, and the row lengths to be changed.
+
+    Rows are shortened only where nothing fits at the recipe's lengths. None: nothing fits at all.
+    """
+    # stable: ddp stays before fsdp2
+    by_flops = sorted(estimates, key=lambda estimate: estimate.total_flops)
+    for estimate in by_flops:
+        if estimate.fits_memory:
+            return estimate, {}
+    for estimate in by_flops:
+        strategy, mode = estimate.strategy, estimate.checkpointing_mode
+        fitting: dict[str, int] = {}
+        for name, stage in stage_memory.items():
+            wanted = max_tokens_per_row[name]
+            fitting[name] = min(wanted, stage.max_row_tokens(strategy, mode, wanted, memory_budget))
+        if all(fitting.values()):
+            changed = {
+                n: tokens for n, tokens in fitting.items() if tokens != max_tokens_per_row[n]
+            }
+            return estimate, changed
+    return None

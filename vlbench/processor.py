@@ -1,0 +1,203 @@
+"""The processor of a model: tokenizer, chat template and image transform make its batches.
+
+It belongs to a model as a processor of transformers does, and it knows of the model only what it
+needs: the image positions per image, and how many positions the language model has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from vlbench.data.chat_template import ChatTemplate
+from vlbench.data.image_processing import ImageFile, ImageTransform, to_rgb_image
+from vlbench.data.packing import PackedBatch, assign_image_index, stack_pixels
+from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, LazyImage, Sample, check_turns
+from vlbench.data.sample_encoding import SampleEncoder, SampleFormat, tokenize_pieces
+from vlbench.data.tokenizer import Tokenizer
+from vlbench.errors import BadSample, UserError
+
+ChatMessage = dict[str, Any]
+"""A message in the Hugging Face chat format: a role and a content."""
+MESSAGE_FORMAT = "{'role': 'user', 'content': a text or a list of parts}"
+TURN_ROLES = {"system": "system", "user": "human", "assistant": "assistant"}
+
+
+class ConversationTooLong(UserError):
+    """A conversation with more tokens than the language model has positions."""
+
+
+@dataclass(frozen=True)
+class InMemoryImage:
+    """An image that is already in memory."""
+
+    image: Image.Image
+    name: str = "image"
+
+    def open(self) -> Image.Image:
+        """Return the image in RGB, as if it came from a file."""
+        return to_rgb_image(self.image, self.name)
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What turns conversations and images into the inputs of one model."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    transform: ImageTransform
+    """The one image transform of training, evaluation and chat, at the model's image size."""
+    tokens_per_image: int
+    """Image positions that one image takes."""
+    max_length: int
+    """Length in tokens at which samples of a training are cut."""
+    max_positions: int
+    """Positions of the language model: a prompt has fewer."""
+
+    def with_image_inputs(self, transform: ImageTransform, tokens_per_image: int) -> Processor:
+        """Return the processor for another image size; how images are decoded stays."""
+        transform = replace(transform, draft=self.transform.draft)
+        return replace(self, transform=transform, tokens_per_image=tokens_per_image)
+
+    def with_draft_decoding(self, draft: bool) -> Processor:
+        """Return the processor that decodes large JPEGs at a reduced size if `draft`."""
+        return replace(self, transform=replace(self.transform, draft=draft))
+
+    def prompt(self, messages: list[ChatMessage]) -> str:
+        """Return the exact text that a conversation in the chat-message format becomes."""
+        return self.template.render_prompt(sample_from_messages(messages).turns)
+
+    def prepare(self, messages: list[ChatMessage] | list[list[ChatMessage]]) -> PackedBatch:
+        """Return the prompts of one conversation, or of several, as one batch on the CPU."""
+        is_list_of_conversations = (
+            isinstance(messages, list) and messages and isinstance(messages[0], list)
+        )
+        conversations: Any = messages if is_list_of_conversations else [messages]
+        return self.collate_prompts([sample_from_messages(chat) for chat in conversations])
+
+    def sample_encoder(self, sample_format: SampleFormat = "chat") -> SampleEncoder:
+        """Return what encodes samples of a training."""
+        return SampleEncoder(
+            self.tokenizer, self.template, self.tokens_per_image, self.max_length, sample_format
+        )
+
+    def encode_prompt(self, sample: Sample) -> list[int]:
+        """Return the token ids of a sample's prompt, `tokens_per_image` positions per image.
+
+        The text is cut at the image placeholders and each piece is tokenised on its own, as in the
+        reference implementation of Yi-VL.
+        """
+        text = self.template.render_prompt(sample.turns)
+        if text.count(IMAGE_PLACEHOLDER) != len(sample.images):
+            raise UserError(
+                f"{text.count(IMAGE_PLACEHOLDER)} image placeholders for {len(sample.images)} "
+                "images"
+            )
+        pieces = tokenize_pieces([(text, False)], self.tokenizer, self.tokens_per_image)
+        input_ids = [token_id for piece_ids, _ in pieces for token_id in piece_ids]
+        if len(input_ids) >= self.max_positions:
+            raise ConversationTooLong(
+                f"the conversation has {len(input_ids)} tokens with its images; the language model "
+                f"reads fewer than {self.max_positions}"
+            )
+        self.tokenizer.check_token_ids(input_ids)
+        return input_ids
+
+    def collate_prompts(self, samples: Sequence[Sample]) -> PackedBatch:
+        """Return prompts as one batch on the CPU, padded on the left, one sample per row."""
+        prompts = [self.encode_prompt(sample) for sample in samples]
+        length = max(map(len, prompts))
+        input_ids = torch.zeros(len(prompts), length, dtype=torch.long)
+        sample_index = torch.full_like(input_ids, -1)
+        image_index = torch.full_like(input_ids, -1)
+        first_image = 0
+        for row, token_ids in enumerate(prompts):
+            start = length - len(token_ids)
+            input_ids[row, start:] = torch.tensor(token_ids)
+            sample_index[row, start:] = row
+            image_index[row, start:] = assign_image_index(
+                input_ids[row, start:], self.tokens_per_image, first_image
+            )
+            first_image += len(samples[row].images)
+        images = [image for sample in samples for image in sample.images]
+        return PackedBatch(
+            input_ids=input_ids,
+            labels=None,
+            position_ids=(sample_index >= 0).long().cumsum(1).sub(1).clamp(min=0),
+            sample_index=sample_index,
+            image_index=image_index,
+            pixels=stack_pixels([self.transform.load_pixels(image) for image in images]),
+            sample_ids=[sample.id for sample in samples],
+            # padding counts as a sample of its own, so that no position of a prompt attends to it
+            sample_lengths=[
+                [count for count in (length - len(token_ids), len(token_ids)) if count]
+                for token_ids in prompts
+            ],
+            supervised_token_count=0,
+        )
+
+
+def sample_from_messages(messages: list[ChatMessage]) -> Sample:
+    """Turn messages into a sample.
+
+    Each message has a `role` (system, user, assistant) and a `content`: a text, or a list of
+    `{"type": "text", "text": ...}` and `{"type": "image", "image": a PIL image or a path}`. Between
+    an image and a text stands a newline, as the reference writes it, between two images nothing.
+    """
+    turns: list[ChatTurn] = []
+    images: list[LazyImage] = []
+    if not isinstance(messages, list | tuple):
+        raise UserError(f"messages are a list of {MESSAGE_FORMAT}, given {messages!r:.200}")
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str | list):
+            raise UserError(f"message {number} is {message!r:.200}; wanted is {MESSAGE_FORMAT}")
+        if message.get("role") not in TURN_ROLES:
+            raise UserError(
+                f"message {number}: role is {message.get('role')!r}; allowed are "
+                f"{', '.join(TURN_ROLES)}"
+            )
+        texts: list[str] = []
+        content = message["content"]
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            text, image = _parse_content_part(part, number)
+            if texts and not (image and texts[-1].endswith(IMAGE_PLACEHOLDER)):
+                texts.append("\n")
+            texts.append(text)
+            images += [image] if image else []
+        turns.append(ChatTurn(TURN_ROLES[message["role"]], "".join(texts)))
+    sample = Sample("chat", tuple(turns), tuple(images))
+    try:
+        check_turns(sample)
+    except BadSample as bad:
+        raise UserError(f"messages: {bad.reason}") from bad
+    return sample
+
+
+def _parse_content_part(part: Any, message_number: int) -> tuple[str, LazyImage | None]:
+    """Return the text that a part of a message becomes, and its image if it is one."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    value = part.get(kind) if kind else None
+    if kind == "text" and isinstance(value, str):
+        return value, None
+    if kind == "image" and isinstance(value, str) and _is_url(value):
+        raise UserError(
+            f"message {message_number}: image {value:.100} is a URL, and images come from files: "
+            "download it, and give its path or a PIL image"
+        )
+    if kind == "image" and isinstance(value, str | Path):
+        return IMAGE_PLACEHOLDER, ImageFile(Path(value))
+    if kind == "image" and isinstance(value, Image.Image):
+        return IMAGE_PLACEHOLDER, InMemoryImage(value)
+    raise UserError(
+        f"message {message_number}: a part is {part!r:.200}; allowed are "
+        "{'type': 'text', 'text': TEXT} and {'type': 'image', 'image': a PIL image or a path}"
+    )
+
+
+def _is_url(name: str) -> bool:
+    return "://" in name or name.startswith("data:")
