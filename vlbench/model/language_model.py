@@ -25,7 +25,7 @@ from vlbench.model.weights.tensor_groups import (
     load_tensor_groups,
     missing_tied_keys,
 )
-from vlbench.model.weights.weight_origin import check_loaded_keys
+from vlbench.state_dicts import check_names
 from vlbench.text_files import read_json
 
 TINY_LANGUAGE_FOLDER = Path(__file__).parents[1] / "miniatures" / "language"
@@ -183,7 +183,7 @@ def load_language_model(
     stay = ("language",) if mmap_weights else ()
     group = _tensor_group(folder, model)
     loaded = load_tensor_groups([group], {"language": state}, dtype, "cpu", stay)["language"]
-    check_loaded_keys(
+    check_names(
         state.keys() - missing_tied_keys(model, loaded), loaded, f"language.weights={folder}"
     )
     load_language_state(model, loaded)

@@ -30,7 +30,7 @@ from vlbench.model.vision_config import (
 from vlbench.model.weights import clip_layouts, hub_download
 from vlbench.model.weights import open_clip_files as open_clip_files
 from vlbench.model.weights.tensor_groups import check_tensor_groups
-from vlbench.model.weights.weight_origin import check_loaded_keys
+from vlbench.state_dicts import check_names
 from vlbench.text_files import read_json
 
 RGBStats = tuple[float, float, float]
@@ -264,7 +264,7 @@ def _load_weights(
                 [open_clip_files.build_open_clip_group(file, state)], {"vision": state}
             )
     if load_values:
-        check_loaded_keys(encoder.visual.state_dict(), loaded, f"vision.weights={weights}")
+        check_names(encoder.visual.state_dict(), loaded, f"vision.weights={weights}")
 
 
 def _check_weights_choice(name: str, weights: str) -> None:
