@@ -6,6 +6,7 @@ import errno
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,8 +150,8 @@ def test_another_tower_has_another_folder(cached):
         vision = build_vision_encoder("tiny", "embedded")
 
         @property
-        def transform(self):
-            return self.vision.transform
+        def processor(self):
+            return SimpleNamespace(transform=self.vision.transform)
 
     model = Model()
     before = feature_cache.encoder_fingerprint(model, "cpu 32")

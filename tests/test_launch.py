@@ -313,7 +313,7 @@ def test_tasks_of_slurm_tell_a_mistake_once(tmp_path):
     done = subprocess.run(
         command, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False
     )
-    assert done.stderr.count("stages has no 'chatt'") == done.stderr.count("vlbench:") == 1
+    assert done.stderr.count("given 'chatt'") == done.stderr.count("vlbench:") == 1
     assert "Traceback" not in done.stderr
 
 
