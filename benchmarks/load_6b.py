@@ -115,7 +115,7 @@ def write_model(folder: Path) -> None:
         named_language_config,
     )
     from vlbench.model.weights import clip_layouts
-    from vlbench.model.weights.tensor_files import write_tensors
+    from vlbench.model.weights.tensor_writer import write_tensors
 
     language = build_empty_language(named_language_config("yi-6b"))
     main = {name: list(tensor.shape) for name, tensor in language.state_dict().items()}

@@ -27,7 +27,7 @@ from vlbench.model.blip2_objective import Blip2Objective
 from vlbench.model.caption_tokens import EMBEDDED, find_bert_folder, load_caption_tokenizer
 from vlbench.model.weights.connector_reference import ReferenceWeights, summarize_loading
 from vlbench.model.weights.tensor_files import weight_files
-from vlbench.model.weights.weight_origin import check_loaded_keys
+from vlbench.state_dicts import check_names
 
 LAVIS_RENAMES = (
     (r"^Qformer\.bert\.embeddings\.LayerNorm\.", "qformer.layernorm."),
@@ -290,7 +290,7 @@ class QFormer(Connector):
                 raise UserError(f"{source}: tensor {given} is none of BERT's")
         expected = {name for name in state if BERT_KEYS.match(name)}
         head = {name for name in state if TEXT_HEAD_KEYS.match(name)}
-        check_loaded_keys(expected | (head if head & loaded else set()), loaded, source)
+        check_names(expected | (head if head & loaded else set()), loaded, source)
         try:
             self.load_strict(state)
         except ValueError as error:

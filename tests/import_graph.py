@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "vlbench"
 LAYERS = (
     ("version", "errors"),
     ("compat",),
-    ("text_files", "text_tables", "strict_values", "html_pages", "process_settings"),
+    ("text_files", "text_tables", "strict_values", "state_dicts", "html_pages", "process_settings"),
     ("command_line",),
     ("connector",),
     ("config",),

@@ -12,7 +12,8 @@ import torch
 from several import QUIET, TWO, FitCommand, run_fit_command, run_in_two_processes
 
 from vlbench.model.language_model import TINY_LANGUAGE_FOLDER
-from vlbench.model.weights.tensor_files import read_tensors, weight_files, write_tensors
+from vlbench.model.weights.tensor_files import read_tensors, weight_files
+from vlbench.model.weights.tensor_writer import write_tensors
 
 WAYS = {
     "alone": (),

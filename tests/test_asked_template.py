@@ -132,7 +132,7 @@ def test_transformers_folders_are_asked_with_what_their_own_template_is_like(
         assert "language" not in inherited_keys(recipe)
         jinja.unlink()
         assert vlbench.load(hugging_face).processor.template.name == "llava_v1"
-        assert "brings no chat template" in said(capsys)[-1]
+        assert "has no chat template" in said(capsys)[-1]
     finally:
         jinja.write_text(before)
 

@@ -129,7 +129,7 @@ def test_a_kill_while_a_checkpoint_is_written_loses_nothing(
 ) -> None:
     """Die while file `saves` is written: in a stage, between two stages, in the last one."""
     dying = (
-        "import os, signal, sys, vlbench.model.weights.tensor_files as c\n"
+        "import os, signal, sys, vlbench.model.weights.tensor_writer as c\n"
         "whole, count = c.save_file, 0\n"
         "def torn(state, path, **options):\n"
         "    global count\n"

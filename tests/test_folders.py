@@ -220,7 +220,7 @@ ODD: dict[str, tuple[Change, str]] = {
     "a negative id": (config_change(image_token_index=-1), "image_token_index is -1"),
     "several layers": (config_change(vision_feature_layer=[-2, -3]), "vision_feature_layer is"),
     "no bias": (config_change(multimodal_projector_bias=False), "only True can be done"),
-    "another crop": (processor(crop_size={"height": 28, "width": 28}), "cropped to 28 .* reads 56"),
+    "another crop": (processor(crop_size={"height": 28, "width": 28}), "cropped to 28 .* takes 56"),
     "no crop": (processor(crop_size=None), "processor_config.json has no crop_size"),
     "no processor": (
         config_change("processor_config.json", image_processor=[]),

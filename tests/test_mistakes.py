@@ -182,10 +182,10 @@ def test_a_full_disk_is_one_line_and_earlier_checkpoints_stay(
 ) -> None:
     import errno
 
-    from vlbench.model.weights import tensor_files
+    from vlbench.model.weights import tensor_writer
     from vlbench.train import checkpoint_files
 
-    whole, saves = tensor_files.save_file, []
+    whole, saves = tensor_writer.save_file, []
 
     def full(state: object, path: Path, **options: object) -> None:
         saves.append(path)
@@ -193,7 +193,7 @@ def test_a_full_disk_is_one_line_and_earlier_checkpoints_stay(
             raise OSError(errno.ENOSPC, "No space left on device")
         whole(state, path, **options)
 
-    monkeypatch.setattr(tensor_files, "save_file", full)
+    monkeypatch.setattr(tensor_writer, "save_file", full)
     steps = [
         f"stages.{n}.{k}"
         for n in ("align_224", "align_448", "chat")

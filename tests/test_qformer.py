@@ -43,7 +43,7 @@ def test_outputs_and_gradients_equal_the_reference():
 
 def test_weights_of_another_width_are_named():
     connector = QFormer(SHAPES, **{**SMALL, "width": 64})
-    with pytest.raises(ValueError, match="query_tokens of the weights has shape"):
+    with pytest.raises(ValueError, match="tensor query_tokens has shape"):
         connector.load_reference(load_record(CASE, "llm_state_dict"))
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 import vlbench
 from vlbench.__main__ import main
 from vlbench.errors import UserError
-from vlbench.model.weights import tensor_files
+from vlbench.model.weights import tensor_files, tensor_writer
 
 CASE = CASES["cases"][0]
 LAYER = "model.layers.1.mlp.up_proj.weight"
@@ -242,7 +242,7 @@ BROKEN = {
     ),
     "crop": (
         lambda f: edit_json(f / TOWER / "preprocessor_config.json", crop_size=28),
-        "cropped to 28 pixels .*, but the tower reads 56",
+        "cropped to 28 pixels .*, but the vision encoder takes 56",
     ),
     "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "no tokenizer file"),
     "no end of text": (
@@ -270,7 +270,7 @@ def test_a_broken_folder_is_one_clear_line(change, words, tmp_path):
 
 def test_shards_are_written_with_an_index_and_read_back(tmp_path):
     state = {f"t{n}": torch.randn(100, 10) for n in range(7)}
-    tensor_files.write_tensors(state.items(), tmp_path, max_shard_bytes=10_000)
+    tensor_writer.write_tensors(state.items(), tmp_path, max_shard_bytes=10_000)
     files = tensor_files.weight_files(tmp_path)
     assert [file.name for file in files] == [
         f"model-{n:05d}-of-00004.safetensors" for n in range(1, 5)
@@ -287,7 +287,7 @@ def test_a_tensor_that_was_read_does_not_hang_on_its_file(kind, tmp_path):
     if kind == "bin":
         torch.save({"a": first}, file)
     else:
-        tensor_files.write_tensors([("a", first)], tmp_path)
+        tensor_writer.write_tensors([("a", first)], tmp_path)
     ((_, tensor),) = tensor_files.read_tensors(file)
     file.write_bytes(b"\0" * file.stat().st_size)  # a mapped tensor would change with its file
     assert torch.equal(tensor, first)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vlbench.errors import UserError
+from vlbench.state_dicts import load_strict
 
 
 @dataclass(frozen=True)
@@ -201,19 +202,9 @@ class Connector(nn.Module):
         """Load a complete state dict of this connector and return its names.
 
         Raises:
-            ValueError: a tensor, which is named, is missing, unknown or of another shape.
+            WeightMismatch: a ValueError that names the tensor which does not fit.
         """
-        own = self.state_dict()
-        for name in [*own, *state]:
-            if name not in state:
-                raise ValueError(f"{name} is missing in the weights")
-            if name not in own:
-                raise ValueError(f"{name} of the weights does not belong to this connector")
-            if state[name].shape != own[name].shape:
-                given, needed = tuple(state[name].shape), tuple(own[name].shape)
-                raise ValueError(f"{name} of the weights has shape {given}, needed is {needed}")
-        self.load_state_dict(dict(state))
-        return set(state)
+        return load_strict(self, state)
 
 
 def zero_like_loss(visual: Tensor) -> Tensor:

@@ -1,35 +1,41 @@
-"""LoRA through peft: adapters put into a part in place, so that the part stays what it was.
+"""LoRA through peft, injected in place: the vision encoder or language model keeps its class.
 
-The decoder keeps its class and its paths, hooks and packing work as before, and the base weights
-are not touched until `merge`. On disk adapters have peft's own layout.
+Module paths, hooks and packed attention work as before, and base weights stay unchanged until
+`merge_adapters`. peft saves and loads the adapters.
 
-A model that is to be sharded keeps its language model in its files, in 16 bits where they have 16.
-Adapters are made and merged in float32 all the same, one layer after the other, so that they start
-and end with the same numbers however many processes train.
+With FSDP the language model stays memory-mapped, in 16 bits where its files have 16. Adapters are
+created and merged in float32 all the same, layer by layer, so that they begin and end with the same
+numbers for any number of processes.
 """
 
 from __future__ import annotations
 
 import copy
 import importlib.util
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vlbench.compat.peft_internals import (
+    base_parameter_name,
+    is_adapted_layer,
+    is_adapter_name,
+    is_targeted,
+)
 from vlbench.distributed import collectives
 from vlbench.errors import UserError, one_line
 from vlbench.model.multihead_attention import SplitAttention, pack_attention_state
 from vlbench.model.vision_encoder import VisionEncoder
-from vlbench.model.weights.tensor_files import unshare_tensors
+from vlbench.model.weights.tensor_writer import unshare_tensors
+from vlbench.state_dicts import check_state
 
 ALL_LINEAR = "all-linear"
-ADAPTER_NAME = "default"  # peft's name of an adapter when there is one
-PEFT_PREFIX = "base_model.model."  # how peft begins the name of an adapter's tensor
+ADAPTER_NAME = "default"  # peft's name of a single adapter
+PEFT_PREFIX = "base_model.model."  # before all names in an adapter's file
 ADAPTER_WEIGHTS_FILE, ADAPTER_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -45,9 +51,21 @@ def add_adapters(
     dora: bool,
     bits: int | None,
 ) -> None:
-    """Put new adapters into `part`, which mistakes call `name`, unless it has such already.
+    """Inject new adapters into `part`; adapters with the same options stay, others are merged.
 
-    Others that are there are merged first. Keywords are those of `schema.Lora`.
+    Args:
+        part: A vision encoder or a language model.
+        name: Its name in errors.
+        rank: Width of the low-rank update.
+        alpha: Scale of the update, divided by the rank; None: twice the rank.
+        dropout: Probability that an input of an adapter is dropped.
+        targets: "all-linear", or names of Linear layers, separated by commas.
+        rslora: Whether alpha is divided by the square root of the rank.
+        dora: Whether magnitudes of the weights are trained as well (DoRA).
+        bits: 4: keep base weights in 4 bits (QLoRA).
+
+    Raises:
+        UserError: when a target is unknown, or 4 bits cannot be had.
     """
     from peft import LoraConfig
 
@@ -55,14 +73,14 @@ def add_adapters(
     _split_attention(root)
     config = LoraConfig(
         r=rank,
-        lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]  # any number
+        lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]  # peft says int
         lora_dropout=dropout,
         target_modules=_target_modules(part, targets, f"{name}.lora.targets"),
         use_rslora=rslora,
         use_dora=dora,
     )
-    before = getattr(root, "peft_config", {}).get(ADAPTER_NAME)
-    if before is not None and _config_as_json(before) == _config_as_json(config):
+    before = _adapter_config(root)
+    if before is not None and before.to_dict() == config.to_dict():
         return
     merge_adapters(part)
     _split_attention(root)
@@ -75,28 +93,25 @@ def add_adapters(
 
 
 def check_adapters(part: nn.Module, name: str, targets: str, bits: int | None) -> None:
-    """Refuse adapters that could not be put into `part`; nothing is changed."""
+    """Raise what `add_adapters` would raise; nothing is changed."""
     _target_modules(part, targets, f"{name}.lora.targets")
     if bits == 4:
         _check_quantization(name)
 
 
 def adapter_parameters(part: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters of adapters by their name in `part`; {} when there are none."""
-    return {name: p for name, p in part.named_parameters() if ".lora_" in name}
+    """Return the parameters of adapters by name; {} when there are none."""
+    return {name: p for name, p in part.named_parameters() if is_adapter_name(name)}
 
 
 def merge_adapters(part: nn.Module) -> None:
-    """Add adapters to the weights that they adapt, and take them away.
+    """Add the adapters to the weights that they adapt, and remove them.
 
-    The sum has the type of the adapters where that is wider than the weights': float32 while a
-    model is trained.
+    The sum has the wider one of the two types, float32 while a model is trained.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     root = _adapted_root(part)
     for name, layer in list(root.named_modules()):
-        if isinstance(layer, BaseTunerLayer):
+        if is_adapted_layer(layer):
             _replace_module(root, name, _merge_layer(layer))
     for name, attention in list(root.named_modules()):
         if isinstance(attention, SplitAttention):
@@ -106,96 +121,103 @@ def merge_adapters(part: nn.Module) -> None:
 
 
 def _merge_layer(layer: Any) -> nn.Module:
-    """Return the Linear layer that computes what an adapted one does."""
-    base = layer.get_base_layer()
-    kind = torch.promote_types(base.weight.dtype, layer.lora_A[ADAPTER_NAME].weight.dtype)
-    layer.to(torch.promote_types(kind, torch.float32))  # a sum in 16 bits would be rounded twice
+    """Return the Linear layer that computes what an adapted one computes."""
+    base: nn.Linear = layer.get_base_layer()
+    dtype = torch.promote_types(base.weight.dtype, layer.lora_A[ADAPTER_NAME].weight.dtype)
+    layer.to(torch.promote_types(dtype, torch.float32))  # a sum in 16 bits would be rounded twice
     layer.merge()
-    return base.to(kind)  # type: ignore[no-any-return]
+    return base.to(dtype)
 
 
 def base_state_dict(part: nn.Module) -> dict[str, Tensor]:
-    """Return the state of a part without its adapters, under the names that it has without them."""
+    """Return the state dict of a part without adapters, by the names that it has without them."""
     state = {
-        name.replace(".base_layer.", "."): value
+        base_parameter_name(name): value
         for name, value in part.state_dict().items()
-        if ".lora_" not in name
+        if not is_adapter_name(name)
     }
     for path, module in part.named_modules():
         if isinstance(module, SplitAttention):
-            own = [name for name in state if name.startswith(f"{path}.")]
-            apart = {name.removeprefix(f"{path}."): state.pop(name) for name in own}
-            state |= {
-                f"{path}.{name}": value for name, value in pack_attention_state(apart).items()
-            }
+            names = [name for name in state if name.startswith(f"{path}.")]
+            split = {name.removeprefix(f"{path}."): state.pop(name) for name in names}
+            packed = pack_attention_state(split)
+            state |= {f"{path}.{name}": value for name, value in packed.items()}
     return state
 
 
 def save_adapters(part: nn.Module, folder: Path) -> None:
-    """Write the adapters of `part` into `folder` as peft does; nothing where there are none."""
+    """Write the adapters of `part` into `folder`, as peft loads them; nothing where none are."""
     root = _adapted_root(part)
-    config = getattr(root, "peft_config", {}).get(ADAPTER_NAME)
+    config = _adapter_config(root)
     if config is None:
         return
     state = {
-        PEFT_PREFIX + _peft_key(n): collectives.gather_full_tensor(value).cpu()
-        for n, value in adapter_parameters(root).items()
+        PEFT_PREFIX + name: collectives.gather_full_tensor(tensor).cpu()
+        for name, tensor in _adapter_state(root).items()
     }
     if not collectives.is_rank_zero():
         return
-    folder.mkdir(parents=True)
+    config = copy.copy(config)
+    config.target_modules = sorted(config.target_modules)  # peft writes a set in random order
+    config.save_pretrained(str(folder))
     save_file(
         dict(unshare_tensors(state.items())),
         folder / ADAPTER_WEIGHTS_FILE,
         metadata={"format": "pt"},
     )
-    (folder / ADAPTER_CONFIG_FILE).write_text(
-        json.dumps(_config_as_json(config), indent=1), encoding="utf-8"
-    )
 
 
 def load_adapters(part: nn.Module, folder: Path) -> None:
-    """Put the adapters in `folder` into `part`; a tensor that does not fit is named."""
-    from peft import LoraConfig
+    """Inject the adapters in `folder`, if there are any, into `part`.
 
+    Raises:
+        WeightMismatch: names the tensor that does not fit.
+    """
     if not (folder / ADAPTER_CONFIG_FILE).is_file():
         return
+    from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
+
     root = _adapted_root(part)
     _split_attention(root)
-    config = LoraConfig(**json.loads((folder / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8")))
-    _inject_adapters(root, config)
-    own = {
-        PEFT_PREFIX + _peft_key(name): parameter
-        for name, parameter in adapter_parameters(root).items()
-    }
-    theirs: Mapping[str, Tensor] = load_file(folder / ADAPTER_WEIGHTS_FILE)
-    for name in [*own, *theirs]:
-        if name not in own or name not in theirs or own[name].shape != theirs[name].shape:
-            raise UserError(
-                f"{folder / ADAPTER_WEIGHTS_FILE}: tensor {name} does not fit the model"
-            )
-        own[name].data.copy_(theirs[name])
+    _inject_adapters(root, LoraConfig.from_pretrained(str(folder)))
+    stored = load_peft_weights(str(folder), device="cpu")
+    state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in stored.items()}
+    check_state(_adapter_state(root), state, str(folder / ADAPTER_WEIGHTS_FILE))
+    set_peft_model_state_dict(root, state, ADAPTER_NAME)
+
+
+def _adapter_config(root: nn.Module) -> Any:
+    """Return peft's configuration of the adapters in a module, None without any."""
+    return getattr(root, "peft_config", {}).get(ADAPTER_NAME)
+
+
+def _adapter_state(root: nn.Module) -> dict[str, Tensor]:
+    """Return the adapters of a module by peft's names of them on disk, without its prefix."""
+    from peft import get_peft_model_state_dict
+
+    parameters = dict(adapter_parameters(root))
+    return get_peft_model_state_dict(  # type: ignore[no-any-return]
+        root, parameters, ADAPTER_NAME, save_embedding_layers=False
+    )
 
 
 def _adapted_root(part: nn.Module) -> nn.Module:
-    """Return the module that is adapted: open_clip's own of a tower."""
+    """Return the module that is adapted: of a vision encoder, open_clip's."""
     return part.visual if isinstance(part, VisionEncoder) else part
 
 
 def _inject_adapters(root: nn.Module, config: Any) -> None:
-    """Let peft put adapters into `root`, at the place and of the kind of what they adapt."""
-    from peft.tuners.tuners_utils import check_target_module_exists
-
+    """Replace the Linear layers that `config` targets by adapted ones."""
     for name, layer in list(root.named_modules()):
-        if isinstance(layer, nn.Linear) and check_target_module_exists(config, name):
+        if isinstance(layer, nn.Linear) and is_targeted(config, name):
             _replace_module(root, name, _adapt_layer(layer, config))
     root.peft_config = {ADAPTER_NAME: config}  # type: ignore[assignment]
 
 
 def _adapt_layer(layer: nn.Linear, config: Any) -> nn.Module:
-    """Return a Linear layer with new adapters, which are computed and kept in float32 or float64.
+    """Return a Linear layer with new adapters in float32 or float64.
 
-    peft would round them to the type of the weights, and take DoRA's magnitudes in it.
+    peft would create them, and DoRA's magnitudes, in the type of the weights.
     """
     from peft import inject_adapter_in_model
 
@@ -209,55 +231,44 @@ def _adapt_layer(layer: nn.Linear, config: Any) -> nn.Module:
     return holder.get_submodule("layer")
 
 
-def _peft_key(name: str) -> str:
-    """Return peft's name on disk of an adapter's parameter: without the adapter's own name."""
-    if name.endswith(f"lora_magnitude_vector.{ADAPTER_NAME}.weight"):
-        name = name.removesuffix(".weight")
-    return name.replace(f".{ADAPTER_NAME}", "")
-
-
-def _config_as_json(config: Any) -> dict[str, Any]:
-    """Return a configuration of peft as JSON has it."""
-    values = config.to_dict()
-    return {k: sorted(v) if isinstance(v, set) else v for k, v in values.items()}
-
-
 def _replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, own = name.rpartition(".")
     setattr(root.get_submodule(parent), own, module)
 
 
 def _split_attention(root: nn.Module) -> None:
-    """Take packed attention apart, so that adapters find Linear layers."""
+    """Replace packed attention by four Linear layers, which adapters can target."""
     for name, module in list(root.named_modules()):
         if isinstance(module, nn.MultiheadAttention):
             _replace_module(root, name, SplitAttention(module))
 
 
 def _target_modules(part: nn.Module, requested: str, key: str) -> list[str]:
-    """Return the names of the Linear layers to adapt: of blocks that are used, and named."""
-    inside = sorted(_linear_layer_names(part))
+    """Return the names of the Linear layers to adapt, among those of blocks that are used."""
+    available = sorted(_linear_layer_names(part))
     if requested == ALL_LINEAR:
-        return inside
+        return available
     names = [name.strip() for name in requested.strip("[]").split(",")]
     for name in names:
-        if not any(one.rpartition(".")[2] == name for one in inside):
-            known = ", ".join(sorted({one.rpartition(".")[2] for one in inside}))
+        if not any(path.rpartition(".")[2] == name for path in available):
+            known = ", ".join(sorted({path.rpartition(".")[2] for path in available}))
             raise UserError(f"{key} is '{requested}'; known are {ALL_LINEAR} and {known}")
-    return [name for name in inside if name.rpartition(".")[2] in names]
+    return [path for path in available if path.rpartition(".")[2] in names]
 
 
 def _linear_layer_names(part: Any) -> Iterator[str]:
-    """Give the names of Linear layers, adapted or not, in the blocks that a part uses."""
-    tower = isinstance(part, VisionEncoder)
-    blocks = part.blocks()[: part.block_index + 1] if tower else part.model.layers
+    """Yield the names of Linear layers, adapted or not, in the blocks that a part uses."""
+    is_encoder = isinstance(part, VisionEncoder)
+    blocks = part.blocks()[: part.block_index + 1] if is_encoder else part.model.layers
     used = {id(block) for block in blocks}
     root = _adapted_root(part)
     for path, block in root.named_modules():
         if id(block) in used:
             for name, module in block.named_modules():
-                inner = ".lora_" in f".{name}" or name.endswith("base_layer")
-                if not inner and (isinstance(module, nn.Linear) or hasattr(module, "base_layer")):
+                is_inside = is_adapter_name(name) or name.endswith("base_layer")
+                if not is_inside and (
+                    isinstance(module, nn.Linear) or hasattr(module, "base_layer")
+                ):
                     yield f"{path}.{name}"
 
 
@@ -270,7 +281,7 @@ def _check_quantization(name: str) -> None:
 
 
 def _quantize_layers(root: nn.Module, name: str) -> None:
-    """Keep the Linear layers of decoder layers in 4 bits (QLoRA), on a GPU."""
+    """Replace the Linear layers of decoder layers by ones in 4 bits (QLoRA), for a GPU."""
     _check_quantization(name)
     import bitsandbytes
 
@@ -278,14 +289,14 @@ def _quantize_layers(root: nn.Module, name: str) -> None:
     for layer in decoder.layers:
         for path, module in list(layer.named_modules()):
             if type(module) is nn.Linear:
-                small = bitsandbytes.nn.Linear4bit(
+                quantized = bitsandbytes.nn.Linear4bit(
                     module.in_features,
                     module.out_features,
                     bias=module.bias is not None,
                     compute_dtype=torch.bfloat16,
                     quant_type="nf4",
                 )
-                small.weight = bitsandbytes.nn.Params4bit(
+                quantized.weight = bitsandbytes.nn.Params4bit(
                     module.weight.data, requires_grad=False, quant_type="nf4"
                 )
-                _replace_module(layer, path, small)
+                _replace_module(layer, path, quantized)

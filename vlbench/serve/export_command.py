@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from vlbench.command_line.arguments import ExportArguments, ExportFormat
 from vlbench.config import recipe as recipes
@@ -23,7 +22,8 @@ from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.weights import yi_vl_layout
 from vlbench.model.weights.export_hf_llava import write_hf_llava
 from vlbench.model.weights.export_yi_vl import write_yi_vl
-from vlbench.model.weights.tensor_files import write_tensors
+from vlbench.model.weights.tensor_files import cast_floating
+from vlbench.model.weights.tensor_writer import write_tensors
 from vlbench.serve.model_card import render_model_card
 from vlbench.text_files import read_json
 from vlbench.train import checkpoint_files
@@ -95,17 +95,13 @@ def _write_export(
     source: Path,
     recipe: Recipe,
 ) -> None:
-    def cast_tensor(tensor: Tensor) -> Tensor:
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-    change = cast_tensor if dtype else None
     if layout == "yi_vl":
-        write_yi_vl(vlm, folder, change, source if _is_yi_vl_release(source) else None)
+        write_yi_vl(vlm, folder, dtype, source if _is_yi_vl_release(source) else None)
     elif layout == "hf_llava":
-        write_hf_llava(vlm, folder, change)
+        write_hf_llava(vlm, folder, dtype)
     else:
         tensors = (
-            (f"{part}.{key}", change(value) if change else value)
+            (f"{part}.{key}", cast_floating(value, dtype))
             for part, module in vlm.model.named_parts()
             for key, value in lora_adapters.base_state_dict(module).items()
         )

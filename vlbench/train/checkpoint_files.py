@@ -1,4 +1,4 @@
-"""Checkpoints: folders that stand alone, written whole or not at all.
+"""Checkpoints: folders that hold all that is needed to load them, written whole or not at all.
 
 checkpoints/2-chat-000300/
     model.safetensors     every part that was trained so far, keys `vision.`, `connector.`, ...
@@ -40,7 +40,8 @@ from vlbench.model.frozen_bf16 import FROZEN_DTYPE
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vlm import VLM
 from vlbench.model.weights.release_files import write_release_files
-from vlbench.model.weights.tensor_files import LazyTensors, begin_writing_tensors, weight_files
+from vlbench.model.weights.tensor_files import LazyTensors, weight_files
+from vlbench.model.weights.tensor_writer import begin_writing_tensors
 from vlbench.model.weights.weight_origin import write_origins
 from vlbench.processor import Processor
 from vlbench.text_files import read_json
@@ -61,7 +62,7 @@ class RunPosition:
     name: str
     step: int
     loss: float | None = None
-    """Held-out loss per supervised token, if it was measured at this step."""
+    """Validation loss per supervised token, if it was measured at this step."""
     seen: dict[str, int] | None = None
     """Samples, images and tokens (image positions included) that the run has trained on."""
     seconds: float | None = field(default=None, compare=False)
@@ -201,13 +202,13 @@ def write_metadata(vlm: LoadedVLM, folder: Path, recipe_text: str, position: Run
         (folder / VISION_FOLDER).mkdir()
         vlm.vision.config.save(folder / VISION_FOLDER)
     config = vlm.language.config.to_dict()
-    ends = {"eos_token_id": vlm.language.generation_config.eos_token_id}
+    generation_config = {"eos_token_id": vlm.language.generation_config.eos_token_id}
     (folder / LANGUAGE_FOLDER).mkdir()
     (folder / LANGUAGE_FOLDER / "config.json").write_text(
         json.dumps(config, indent=1), encoding="utf-8"
     )
     (folder / LANGUAGE_FOLDER / "generation_config.json").write_text(
-        json.dumps(ends), encoding="utf-8"
+        json.dumps(generation_config), encoding="utf-8"
     )
     (folder / "position.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
 
@@ -224,7 +225,7 @@ def explain_write_error(error: OSError, folder: Path) -> Exception:
 
 
 def preprocessing_json(processor: Processor) -> str:
-    """Return the JSON of everything between a conversation and the model's input."""
+    """Return the JSON of image transform, chat template and tokens per image."""
     return json.dumps(
         {
             "transform": asdict(processor.transform),
@@ -285,7 +286,7 @@ def is_run_or_checkpoint(path: Path) -> bool:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return the checkpoint that `path` means: itself, or the newest one of a run folder."""
+    """Return the checkpoint at `path`, or the newest one of the run folder at `path`."""
     if (path / "position.json").is_file():
         return path
     positions = list_positions(path / "checkpoints")
@@ -308,7 +309,7 @@ def read_optimizer_state(path: Path) -> Mapping[str, Tensor]:
 
 
 def prune_checkpoints(folder: Path, keep_last_checkpoints: int) -> None:
-    """Remove all but the last `keep_last_checkpoints` and the best of the newest stage.
+    """Remove all but the last `keep_last_checkpoints` and the best one of the newest stage.
 
     The best has the lowest held-out loss. The newest checkpoint of an earlier stage stays, without
     its optimizer.
@@ -322,10 +323,10 @@ def prune_checkpoints(folder: Path, keep_last_checkpoints: int) -> None:
     evaluated = [p for p in positions if p.loss is not None and p.stage == open_stage]
     if evaluated:
         kept.append(min(evaluated, key=lambda position: position.loss or 0.0))
-    keep = {position.folder_name for position in kept}
+    kept_names = {position.folder_name for position in kept}
     for position in positions:
         path = folder / position.folder_name
-        if position.folder_name not in keep:
+        if position.folder_name not in kept_names:
             shutil.rmtree(path)
         elif position.stage < open_stage and (path / OPTIMIZER_FOLDER).exists():
             shutil.rmtree(path / OPTIMIZER_FOLDER)

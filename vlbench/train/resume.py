@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +34,13 @@ from vlbench.model.weights.tensor_groups import (
     tie_word_embeddings,
 )
 from vlbench.model.weights.weight_origin import ORIGINS_FILE, make_weight_origin, read_origins
+from vlbench.state_dicts import WeightMismatch, load_strict
 from vlbench.text_files import read_json
 from vlbench.train import checkpoint_files
 from vlbench.train.checkpoint_files import ADAPTERS_FOLDER, RELEASE_FOLDER
 
 FLOAT32 = torch.float32
 ACCEPTED_SOURCES = "run folder, checkpoint or released model"
-
-
-class WeightMismatch(UserError):
-    """Weights that do not fit into the part of a model that they were meant for."""
 
 
 def load_checkpoint(
@@ -256,7 +252,7 @@ def load_checkpoint_weights(
         if part not in states and part not in skip_parts and _needs_stored_weights(part, module):
             raise WeightMismatch(f"{folder} has no weights of part {part}: its file is not whole")
         if part in states and part not in skip_parts:
-            load_part_strict(module, states[part], f"{folder}, part {part}")
+            load_strict(module, states[part], f"{folder}, part {part}", assign=True)
         if part not in skip_parts:
             lora_adapters.load_adapters(module, folder / ADAPTERS_FOLDER / part)
         move_and_cast(module, None if mmap_language and part == "language" else dtype, device)
@@ -293,21 +289,6 @@ def _needs_stored_weights(part: str, module: torch.nn.Module) -> bool:
     Vision encoder and language model may have been loaded from the files that the recipe names.
     """
     return part == "connector" or any(tensor.is_meta for tensor in module.parameters())
-
-
-def load_part_strict(module: torch.nn.Module, state: Mapping[str, Tensor], context: str) -> None:
-    """Load `state` into `module`; a tensor that is missing, surplus or mis-shaped is named."""
-    wanted = module.state_dict()
-    for key in [*wanted, *state]:
-        if key not in state or key not in wanted:
-            what = "is missing" if key not in state else "does not belong there"
-            raise WeightMismatch(f"{context}: tensor {key} {what}")
-        if state[key].shape != wanted[key].shape:
-            raise WeightMismatch(
-                f"{context}: tensor {key} has shape {tuple(state[key].shape)}, "
-                f"needed is {tuple(wanted[key].shape)}"
-            )
-    module.load_state_dict(state, strict=True, assign=True)
 
 
 def _earlier_image_sizes(folder: Path) -> list[int]:

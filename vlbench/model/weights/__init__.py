@@ -1,1 +1,1 @@
-"""Weights on disk: files of tensors, and the layouts of others (Yi-VL's, Hugging Face's LLaVA)."""
+"""Weights on disk: tensor files, and released layouts (Yi-VL, LLaVA, CLIP) in and out."""

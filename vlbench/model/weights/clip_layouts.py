@@ -1,7 +1,7 @@
-"""CLIP's vision tower under two names: Hugging Face's files, and open_clip's module.
+"""CLIP's vision encoder in two layouts: Hugging Face's files and open_clip's module.
 
-Nothing is lost on the way: open_clip keeps query, key and value in one matrix, Hugging Face in
-three, and every tensor goes there and back bit for bit.
+open_clip keeps query, key and value in one matrix, Hugging Face in three. The conversion is exact,
+there and back.
 """
 
 from __future__ import annotations
@@ -48,92 +48,95 @@ CLIP_CONFIG_KEYS = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("image_size", "patch_size", "hidden_act", "layer_norm_eps"),
 )
-"""Keys of a configuration that say what a CLIP tower is."""
+"""Keys of a configuration that define the architecture of CLIP's vision encoder."""
 IGNORED_TENSORS = (
     rf"(visual_projection|text_projection|text_model)\..*|logit_scale|{BUFFER_PATTERN}"
 )
-"""The rest of a whole CLIP model, of which the vision tower alone is taken."""
+"""Tensors of a whole CLIP model that are not of its vision encoder."""
 
 
 def hf_tensor_names(num_layers: int) -> dict[str, tuple[str, ...]]:
     """Return Hugging Face's name of every open_clip tensor; three for query, key and value."""
-    table: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, theirs in NON_BLOCK_KEYS.items()}
+    names: dict[str, tuple[str, ...]] = {key: (name,) for key, name in NON_BLOCK_KEYS.items()}
     for layer in range(num_layers):
-        ours, theirs = f"transformer.resblocks.{layer}", f"encoder.layers.{layer}"
+        block, hf_block = f"transformer.resblocks.{layer}", f"encoder.layers.{layer}"
         for kind in ("weight", "bias"):
-            thirds = tuple(f"{theirs}.self_attn.{letter}_proj.{kind}" for letter in "qkv")
-            table[f"{ours}.attn.in_proj_{kind}"] = thirds
-            for one, other in BLOCK_KEYS.items():
-                table[f"{ours}.{one}.{kind}"] = (f"{theirs}.{other}.{kind}",)
-    return table
+            qkv_names = tuple(f"{hf_block}.self_attn.{letter}_proj.{kind}" for letter in "qkv")
+            names[f"{block}.attn.in_proj_{kind}"] = qkv_names
+            for key, name in BLOCK_KEYS.items():
+                names[f"{block}.{key}.{kind}"] = (f"{hf_block}.{name}.{kind}",)
+    return names
 
 
 def to_hf_state_dict(visual: nn.Module) -> dict[str, Tensor]:
-    """Return the state of an open_clip ViT under Hugging Face's names, without `vision_model.`.
+    """Return the state dict of an open_clip ViT by Hugging Face's names, without `vision_model.`.
 
     The projection of contrastive training is left out: a CLIPVisionModel has none.
     """
     state = visual.state_dict()
     return {
         name: part
-        for ours, theirs in hf_tensor_names(_num_layers(visual)).items()
-        for name, part in zip(theirs, state[ours].chunk(len(theirs)), strict=True)
+        for key, names in hf_tensor_names(_num_layers(visual)).items()
+        for name, part in zip(names, state[key].chunk(len(names)), strict=True)
     }
 
 
 def to_open_clip_state_dict(state: dict[str, Tensor], num_layers: int) -> dict[str, Tensor]:
-    """Return Hugging Face's state under open_clip's names; `state` is emptied to spare memory."""
-    result = {}
-    for ours, theirs in hf_tensor_names(num_layers).items():
-        parts = [state.pop(name) for name in theirs]
-        result[ours] = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return result
+    """Return Hugging Face's state dict by open_clip's names; `state` is emptied to save memory."""
+    converted = {}
+    for key, names in hf_tensor_names(num_layers).items():
+        parts = [state.pop(name) for name in names]
+        converted[key] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return converted
 
 
 def build_clip_group(folder: Path, visual: nn.Module) -> TensorGroup:
-    """Return the files of a CLIP in `folder`; transformers 5 writes its towers without a prefix."""
+    """Return what to read from a CLIP in `folder` for an open_clip ViT.
+
+    transformers 5 writes vision encoders without the prefix `vision_model.`.
+    """
     files = weight_files(folder)
-    found = (
+    has_prefix = any(
         name.startswith("vision_model.") for file in files for name in read_tensor_shapes(file)
     )
-    prefix = "vision_model." if any(found) else ""
-    wanted = {prefix + key: ("vision", key) for key in to_hf_state_dict(visual)}
-    return TensorGroup(files, wanted, IGNORED_TENSORS)
+    prefix = "vision_model." if has_prefix else ""
+    targets = {prefix + key: ("vision", key) for key in to_hf_state_dict(visual)}
+    return TensorGroup(files, targets, IGNORED_TENSORS)
 
 
 def load_clip_weights(folder: Path, visual: Any) -> set[str]:
     """Load the weights of a CLIP in Hugging Face's layout into an open_clip ViT, in float32.
 
-    The ViT has no contrastive projection. Return its keys that were loaded.
+    The ViT has no contrastive projection. The keys of it that were loaded are returned.
     """
     states = {"vision": to_hf_state_dict(visual)}
-    loaded = load_tensor_groups([build_clip_group(folder, visual)], states, torch.float32, "cpu")[
-        "vision"
-    ]
-    state = to_open_clip_state_dict(loaded, _num_layers(visual))
+    loaded = load_tensor_groups([build_clip_group(folder, visual)], states, torch.float32, "cpu")
+    state = to_open_clip_state_dict(loaded["vision"], _num_layers(visual))
     visual.load_state_dict(state, strict=True, assign=True)
     return set(state)
 
 
 def parse_vision_config(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """Return the keys `KEYS` of a CLIPVisionConfig, or of the one inside a CLIPConfig."""
+    """Return the keys `CLIP_CONFIG_KEYS` of a CLIPVisionConfig, or of the one in a CLIPConfig."""
     refuse_quantized_config(config, file)
     inner = config.get("vision_config") or config
     try:
-        found = CLIPVisionConfig(**{key: inner[key] for key in CLIP_CONFIG_KEYS if key in inner})
+        parsed = CLIPVisionConfig(**{key: inner[key] for key in CLIP_CONFIG_KEYS if key in inner})
         for key in CLIP_CONFIG_KEYS[:6]:
-            if type(getattr(found, key)) is not int or getattr(found, key) < 1:
-                raise ValueError(f"{key} is {getattr(found, key)}; it must be at least 1")
+            if type(getattr(parsed, key)) is not int or getattr(parsed, key) < 1:
+                raise ValueError(f"{key} is {getattr(parsed, key)}; it must be at least 1")
     except Exception as error:
         raise UserError(f"{file}: {one_line(error)}") from error
-    return {key: getattr(found, key) for key in CLIP_CONFIG_KEYS}
+    return {key: getattr(parsed, key) for key in CLIP_CONFIG_KEYS}
 
 
 def build_clip_vit(config: Mapping[str, Any]) -> VisionTransformer:
     """Build open_clip's module for a CLIPVisionConfig, given as a mapping, without projection."""
-    act = config.get("hidden_act", "quick_gelu")
-    if act not in ACTIVATIONS:
-        raise UserError(f"the tower's hidden_act is '{act}'; known are {', '.join(ACTIVATIONS)}")
+    activation = config.get("hidden_act", "quick_gelu")
+    if activation not in ACTIVATIONS:
+        raise UserError(
+            f"the vision encoder's hidden_act is '{activation}'; known are {', '.join(ACTIVATIONS)}"
+        )
     width = config["hidden_size"]
     visual = VisionTransformer(
         image_size=config["image_size"],
@@ -143,7 +146,7 @@ def build_clip_vit(config: Mapping[str, Any]) -> VisionTransformer:
         heads=config["num_attention_heads"],
         mlp_ratio=(config["intermediate_size"] + 0.5) / width,  # open_clip truncates the product
         output_dim=1,
-        act_layer=ACTIVATIONS[act],
+        act_layer=ACTIVATIONS[activation],
         norm_layer=partial(LayerNorm, eps=config.get("layer_norm_eps", 1e-5)),
     )
     visual.proj = None
@@ -151,14 +154,18 @@ def build_clip_vit(config: Mapping[str, Any]) -> VisionTransformer:
 
 
 def to_hf_vision_config(visual: Any) -> dict[str, Any]:
-    """Return the CLIPVisionConfig of an open_clip ViT; a Mistake when CLIP cannot express it."""
-    plain = type(visual) is VisionTransformer and not isinstance(visual.ln_pre, nn.Identity)
-    if not plain or set(visual.state_dict()) - {"proj"} != set(
+    """Return the CLIPVisionConfig of an open_clip ViT.
+
+    Raises:
+        UserError: when it is another architecture than CLIP's.
+    """
+    is_clip = type(visual) is VisionTransformer and not isinstance(visual.ln_pre, nn.Identity)
+    if not is_clip or set(visual.state_dict()) - {"proj"} != set(
         hf_tensor_names(_num_layers(visual))
     ):
         raise UserError(
-            "this format holds plain CLIP ViTs alone, and the tower is none; "
-            "format=vlbench keeps every tower"
+            "this format holds plain CLIP ViTs alone, and the vision encoder is none; "
+            "format=vlbench keeps every vision encoder"
         )
     block: Any = encoder_blocks(visual)[0]
     return {

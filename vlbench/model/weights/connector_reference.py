@@ -1,7 +1,7 @@
 """Weights of a connector from files in the layout of its reference implementation.
 
-Nothing is dropped in silence: every tensor of the files is loaded, or belongs to another part of
-the reference and is counted, or is refused; what the files lack of the connector is named.
+Every tensor of the files is loaded, or belongs to another part of the reference and is counted, or
+is refused. What the connector has and the files lack is named.
 """
 
 from __future__ import annotations
@@ -23,25 +23,26 @@ from vlbench.model.weights.tensor_files import (
     read_tensors,
 )
 from vlbench.model.weights.tensor_groups import summarize_tensor_names
+from vlbench.state_dicts import WeightMismatch
 
 PEFT_PREFIX = "base_model.model."
 WRAPPER_PREFIXES = ("module.", "_forward_module.", "_orig_mod.", PEFT_PREFIX)
-"""What DDP, DeepSpeed, Lightning, torch.compile and peft put before every name."""
+"""Prefixes that DDP, DeepSpeed, Lightning, torch.compile and peft put before every name."""
 LORA_NAME_PATTERN = re.compile(
     r".*\.(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|base_layer)(\..*)?"
 )
-"""Names of peft's LoRA."""
+"""Names of tensors of peft's LoRA."""
 
 
 class ReferenceWeights(Mapping[str, Tensor]):
-    """The tensors of several files by name, each read when it is asked for.
+    """The tensors of several files by name, each read when it is looked up.
 
-    A wrapper's beginning of all names is no part of them. `taken` are the names asked for;
-    `beside_adapters` says that peft wrote the names.
+    A wrapper's prefix before all names is left out. `used_names` are those that were looked up;
+    `trained_with_lora` tells whether peft wrote the names.
     """
 
     def __init__(self, files: Sequence[Path], on_meta: bool = False) -> None:
-        """Look at names and shapes in `files`; with `empty` tensors have no numbers (`meta`)."""
+        """Read names and shapes in `files`; with `on_meta` tensors have no values."""
         self._locations: dict[str, tuple[Path, TensorHeader]] = {}
         for file in files:
             for name, header in read_tensor_headers(file).items():
@@ -80,17 +81,17 @@ class ReferenceWeights(Mapping[str, Tensor]):
         return len(self._original_names)
 
     def summarize_unused(self) -> str:
-        """Return which tensors were not taken, as "vision_model (402), language_model (290)"."""
+        """Return which tensors were not used, as "vision_model (402), language_model (290)"."""
         return summarize_tensor_names(name for name in self if name not in self.used_names)
 
 
 def load_reference_weights(
     connector: Connector, weights: ReferenceWeights, connector_name: str, context: str
 ) -> str:
-    """Load `weights` into a connector called `name`; return what was loaded and what was not.
+    """Load `weights` into a connector; return a summary of what was loaded and what was not.
 
     Raises:
-        Mistake: begins with `where`; when the connector takes no weights, or they do not fit.
+        UserError: begins with `context`; when the connector takes no weights, or they do not fit.
     """
     try:
         loaded = connector.load_reference(weights)
@@ -98,7 +99,9 @@ def load_reference_weights(
         raise UserError(
             f"{context}: connector {connector_name} takes no file of weights"
         ) from error
-    except (UserError, EnvironmentFailure):
+    except (UserError, EnvironmentFailure) as error:
+        if isinstance(error, WeightMismatch):
+            raise UserError(f"{context} does not fit: {error}") from error
         raise
     except (ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{context} does not fit: {one_line(error)}") from error
@@ -115,15 +118,16 @@ def load_reference_weights(
 def summarize_loading(
     loaded_names: Collection[str], expected_names: Collection[str], weights: ReferenceWeights
 ) -> str:
-    """Return how many of the tensors `own` were loaded, which were not, and what was left out."""
+    """Return how many expected tensors were loaded, which were not, and what was left out."""
     text = f"{len(loaded_names)} tensors"
-    anew = sorted(set(expected_names) - set(loaded_names))
-    if anew:
-        more = f" and {len(anew) - 3} more" if len(anew) > 4 else ""
-        text += f"; not in it, so as it began: {', '.join(anew[: 3 if more else 4])}{more}"
+    missing = sorted(set(expected_names) - set(loaded_names))
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 4 else ""
+        text += f"; not in it, so as it began: {', '.join(missing[: 3 if more else 4])}{more}"
     text += f"; left out: {weights.summarize_unused()}" if weights.summarize_unused() else ""
-    beside = weights.trained_with_lora  # LLaVA's non_lora_trainables.bin
-    return text + ("; trained beside LoRA adapters, which are not in it" if beside else "")
+    if weights.trained_with_lora:  # LLaVA's non_lora_trainables.bin
+        text += "; trained beside LoRA adapters, which are not in it"
+    return text
 
 
 def _check_reference_loaded(
@@ -133,29 +137,26 @@ def _check_reference_loaded(
     expected_names: set[str],
     context: str,
 ) -> None:
-    """Compare what a connector says it loaded with what it has, and what it took of the files."""
+    """Compare the names that a connector returned with its tensors, and with the names it used."""
     if not isinstance(loaded_names, Collection) or not set(loaded_names) <= expected_names:
         raise UserError(
-            f"{context}: load_reference returned {loaded_names!r:.80}; it returns the names of "
-            "its tensors "
-            "that were loaded, as load_strict does"
+            f"{context}: load_reference returned {loaded_names!r:.80}; wanted are the names of its "
+            "tensors that were loaded, as load_strict returns them"
         )
     for name in weights:
         if name not in weights.used_names and not re.fullmatch(
             connector.ignored_reference_keys, name
         ):
-            close = suggest_name(name, weights.used_names)
-            raise UserError(f"{context} has no use for tensor {name} of the weights.{close}")
+            suggestion = suggest_name(name, weights.used_names)
+            raise UserError(f"{context} has no use for tensor {name} of the weights.{suggestion}")
 
 
 def _strip_wrapper_prefixes(names: Iterable[str]) -> dict[str, str]:
-    """Return names without what wraps all of them -> names as they are."""
-    found = {name: name for name in names}
-    while found:
-        wrapper = next(
-            (w for w in WRAPPER_PREFIXES if all(name.startswith(w) for name in found)), None
-        )
-        if wrapper is None:
+    """Return the names without prefixes that all of them have -> the names as they are."""
+    originals = {name: name for name in names}
+    while originals:
+        prefix = next((p for p in WRAPPER_PREFIXES if all(n.startswith(p) for n in originals)), "")
+        if not prefix:
             break
-        found = {name.removeprefix(wrapper): given for name, given in found.items()}
-    return found
+        originals = {name.removeprefix(prefix): given for name, given in originals.items()}
+    return originals

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +34,23 @@ from vlbench.errors import UserError
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import clip_layouts
-from vlbench.model.weights.hf_llava import LINEAR_ACTIVATION, VISION_PREFIXES
-from vlbench.model.weights.projector_layout import projector_depth_and_norm, require_projector
+from vlbench.model.weights.hf_llava_layout import LINEAR_ACTIVATION, VISION_PREFIXES
+from vlbench.model.weights.llava_projector import projector_depth_and_norm, require_projector
 from vlbench.model.weights.release_files import collect_part_states
+from vlbench.model.weights.tensor_files import cast_floating
 from vlbench.text_files import read_json
 
 LAYOUT_NAME = "transformers' LLaVA"
 IMAGE_TOKEN = "<image>"
-TensorCast = Callable[[Tensor], Tensor]
 
 
-def write_hf_llava(vlm: LoadedVLM, folder: Path, cast: TensorCast | None) -> None:
-    """Write `vlm` into the empty `folder`; `cast` changes the type of every tensor."""
-    depth, norm = projector_depth_and_norm(require_projector(vlm.model, LAYOUT_NAME))
+def write_hf_llava(vlm: LoadedVLM, folder: Path, dtype: torch.dtype | None) -> None:
+    """Write `vlm` into the empty `folder`; `dtype` None keeps the type of every tensor.
+
+    Raises:
+        UserError: when transformers' LLaVA cannot express the connector, encoder or tokenizer.
+    """
+    depth, norm = projector_depth_and_norm(require_projector(vlm.model.connector, LAYOUT_NAME))
     if norm or depth > 2:
         raise UserError(
             f"the connector is an MLP of depth {depth}{' with LayerNorms' if norm else ''}, and "
@@ -55,32 +59,34 @@ def write_hf_llava(vlm: LoadedVLM, folder: Path, cast: TensorCast | None) -> Non
         )
     if vlm.vision.norm:
         raise UserError("vision.norm is true, which this layout cannot say; use format=vlbench")
-    made = build_llava_processor(vlm)
-    image_id = made.image_token_id
-    rows = max(image_id + 1, vlm.language.config.vocab_size)
-    made.save_pretrained(folder)
-    pieces = vlm.tokenizer.folder / "tokenizer.model"
-    if pieces.is_file():  # so that the way back has the tokenizer itself
-        (folder / pieces.name).write_bytes(pieces.read_bytes())
-        file = folder / "tokenizer_config.json"  # transformers 5 does not say it
-        said = read_json(file) | {"add_bos_token": vlm.tokenizer.add_bos_token}
-        file.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        known = learned_added_tokens(vlm.tokenizer) | {IMAGE_TOKEN: image_id}
-        names = json.dumps(known, indent=2, ensure_ascii=False)
-        (folder / "added_tokens.json").write_text(names + "\n", encoding="utf-8")
-    state = _build_llava_state_dict(vlm.model, rows)
-    if cast:
-        state = {name: cast(tensor) for name, tensor in state.items()}
-    config = _build_llava_config(vlm.model, image_id, rows)
-    config.dtype = state["lm_head.weight"].dtype
+    processor = build_llava_processor(vlm)
+    image_id = processor.image_token_id
+    vocab_size = max(image_id + 1, vlm.language.config.vocab_size)
+    processor.save_pretrained(folder)
+    sentencepiece_file = vlm.tokenizer.folder / "tokenizer.model"
+    if sentencepiece_file.is_file():  # an import of this folder then has the same tokenizer
+        (folder / sentencepiece_file.name).write_bytes(sentencepiece_file.read_bytes())
+        file = folder / "tokenizer_config.json"  # transformers 5 leaves add_bos_token out
+        config = read_json(file) | {"add_bos_token": vlm.tokenizer.add_bos_token}
+        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        added_tokens = learned_added_tokens(vlm.tokenizer) | {IMAGE_TOKEN: image_id}
+        text = json.dumps(added_tokens, indent=2, ensure_ascii=False)
+        (folder / "added_tokens.json").write_text(text + "\n", encoding="utf-8")
+    state = {
+        name: cast_floating(tensor, dtype)
+        for name, tensor in _build_llava_state_dict(vlm.model, vocab_size).items()
+    }
+    llava_config = _build_llava_config(vlm.model, image_id, vocab_size)
+    llava_config.dtype = state["lm_head.weight"].dtype
     with torch.device("meta"):
-        model: Any = LlavaForConditionalGeneration(config)
+        model: Any = LlavaForConditionalGeneration(llava_config)
     model.load_state_dict(state, assign=True)
     model.generation_config = GenerationConfig(
         bos_token_id=vlm.tokenizer.bos_token_id,
         eos_token_id=vlm.language.generation_config.eos_token_id,
-        pad_token_id=made.tokenizer.pad_token_id,
-        suppress_tokens=list(range(vlm.tokenizer.embedding_rows, rows)),  # no words of the model
+        pad_token_id=processor.tokenizer.pad_token_id,
+        # ids that the model never learned
+        suppress_tokens=list(range(vlm.tokenizer.embedding_rows, vocab_size)),
     )
     with _hide_progress_bars():
         model.save_pretrained(folder)
@@ -88,19 +94,22 @@ def write_hf_llava(vlm: LoadedVLM, folder: Path, cast: TensorCast | None) -> Non
 
 @contextlib.contextmanager
 def _hide_progress_bars() -> Iterator[None]:
-    """Have transformers show no progress bar, and leave its settings as they were."""
-    shown, hub_shown = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    """Hide progress bars of transformers, and restore its settings afterwards."""
+    was_enabled, hub_was_enabled = (
+        logging.is_progress_bar_enabled(),
+        not are_progress_bars_disabled(),
+    )
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if was_enabled:
             logging.enable_progress_bar()
-        (enable_progress_bars if hub_shown else disable_progress_bars)()
+        (enable_progress_bars if hub_was_enabled else disable_progress_bars)()
 
 
 def _build_llava_config(vlm: VLM, image_id: int, vocab_size: int) -> LlavaConfig:
-    depth, _ = projector_depth_and_norm(require_projector(vlm, LAYOUT_NAME))
+    depth, _ = projector_depth_and_norm(require_projector(vlm.connector, LAYOUT_NAME))
     language = {**vlm.language.config.to_dict(), "vocab_size": vocab_size}
     return LlavaConfig(
         vision_config=CLIPVisionConfig(**clip_layouts.to_hf_vision_config(vlm.vision.visual)),
@@ -115,55 +124,53 @@ def _build_llava_config(vlm: VLM, image_id: int, vocab_size: int) -> LlavaConfig
 
 
 def _build_llava_state_dict(vlm: VLM, vocab_size: int) -> dict[str, Tensor]:
-    """Return the weights under the names of transformers' module, with `rows` embeddings."""
+    """Return the weights by the names of transformers' module, with `vocab_size` embeddings."""
     parts = collect_part_states(vlm)
     with torch.device("meta"):
-        theirs = LlavaForConditionalGeneration(_build_llava_config(vlm, 0, vocab_size)).state_dict()
-    tower = next(
-        start for start in VISION_PREFIXES if any(name.startswith(start) for name in theirs)
-    )
-    state = {tower + key: tensor for key, tensor in parts["vision"].items()}
+        llava = LlavaForConditionalGeneration(_build_llava_config(vlm, 0, vocab_size))
+    hf_names = llava.state_dict()
+    vision_prefix = next(p for p in VISION_PREFIXES if any(name.startswith(p) for name in hf_names))
+    state = {vision_prefix + key: tensor for key, tensor in parts["vision"].items()}
     for key, tensor in parts["language"].items():
         state[key.replace("model.", "model.language_model.", 1)] = tensor
     for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
-        more = state[name].new_zeros(vocab_size - len(state[name]), state[name].shape[1])
-        state[name] = torch.cat([state[name], more]) if len(more) else state[name]
-    connector, start = parts["connector"], "model.multi_modal_projector."
+        new_rows = state[name].new_zeros(vocab_size - len(state[name]), state[name].shape[1])
+        state[name] = torch.cat([state[name], new_rows]) if len(new_rows) else state[name]
+    projector, prefix = parts["connector"], "model.multi_modal_projector."
+    weight = projector["0.weight"]
+    width = len(weight)
+    identity = {"weight": torch.eye(width).to(weight), "bias": torch.zeros(width).to(weight)}
     for kind in ("weight", "bias"):
-        state[f"{start}linear_1.{kind}"] = connector[f"0.{kind}"]
-    first = connector["0.weight"]
-    width = len(first)
-    identity = {"weight": torch.eye(width).to(first), "bias": torch.zeros(width).to(first)}
-    for kind in ("weight", "bias"):
-        state[f"{start}linear_2.{kind}"] = connector.get(f"2.{kind}", identity[kind])
+        state[f"{prefix}linear_1.{kind}"] = projector[f"0.{kind}"]
+        state[f"{prefix}linear_2.{kind}"] = projector.get(f"2.{kind}", identity[kind])
     return state
 
 
 def build_llava_processor(vlm: LoadedVLM) -> LlavaProcessor:
     """Return transformers' processor that makes the same inputs as `Processor.prepare`."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(vlm.tokenizer.folder)
-    texts = [
+    probe_texts = [
         vlm.processor.template.render_prompt([ChatTurn("human", "What? 12.5 km\n\n  是什么？")]),
         " a",
         "\n",
     ]
-    for text in (*texts, *(f"a{name} b" for name in learned_added_tokens(vlm.tokenizer))):
+    for text in (*probe_texts, *(f"a{name} b" for name in learned_added_tokens(vlm.tokenizer))):
         if tokenizer.encode(text) != vlm.tokenizer.encode(text):
             raise UserError(
                 f"transformers' tokenizer gives other ids than the model's for {text!r}, so the "
                 "export would answer otherwise; use format=vlbench"
             )
     _set_left_padding(tokenizer, vlm.language.config.vocab_size)
-    extra = [name for name in vlm.tokenizer.added_special_tokens if name != IMAGE_TOKEN]
-    tokenizer.add_special_tokens({"additional_special_tokens": [*extra, IMAGE_TOKEN]})
+    special_tokens = [name for name in vlm.tokenizer.added_special_tokens if name != IMAGE_TOKEN]
+    tokenizer.add_special_tokens({"additional_special_tokens": [*special_tokens, IMAGE_TOKEN]})
     if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) < vlm.tokenizer.embedding_rows:
         raise UserError(
             f"{IMAGE_TOKEN} is a token of the model (id "
             f"{tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)}), and "
-            f"{LAYOUT_NAME} uses it for pictures; use format=vlbench"
+            f"{LAYOUT_NAME} uses it for images; use format=vlbench"
         )
     transform = vlm.processor.transform
-    images = pil_llava_image_processor()(  # the one that resizes as the reference does, with PIL
+    image_processor = pil_llava_image_processor()(
         do_pad=transform.pad,
         do_convert_rgb=True,
         size={"shortest_edge": transform.size},
@@ -173,18 +180,18 @@ def build_llava_processor(vlm: LoadedVLM) -> LlavaProcessor:
         resample=3,
     )
     return LlavaProcessor(
-        image_processor=images,
+        image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=transform.crop // vlm.vision.grid[0],
         vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # the class token, which is then left out
+        num_additional_image_tokens=1,  # the class token, which LLaVA drops again
         image_token=IMAGE_TOKEN,
         chat_template=to_jinja_template(vlm.processor.template),
     )
 
 
 def learned_added_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    """Return the added tokens that the model has learned, with their ids."""
+    """Return the added tokens that have an embedding in the model, with their ids."""
     return {
         name: index
         for name, index in tokenizer.added_tokens.items()
@@ -193,9 +200,9 @@ def learned_added_tokens(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def _set_left_padding(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:
-    """Let prompts of a batch end together, since answers begin there, and fill them on the left.
+    """Pad prompts of a batch on the left, so that all answers begin at the same position.
 
-    The model reads the filling, hidden by the mask, so it needs one of its `rows` embeddings.
+    Padding is masked but embedded, so its id must be below `vocab_size`.
     """
     tokenizer.padding_side = "left"
     pad = tokenizer.pad_token_id
@@ -204,7 +211,7 @@ def _set_left_padding(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> No
 
 
 def to_jinja_template(template: ChatTemplate) -> str:
-    """Return a chat template in transformers' language that writes what `Template` writes."""
+    """Return a Jinja chat template that writes what `ChatTemplate` writes."""
     text = (
         "{%- macro text(content) -%}"
         "{%- if content is string -%}{{ content }}{%- else -%}"

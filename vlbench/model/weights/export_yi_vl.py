@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from vlbench.data.image_processing import ImageTransform
 from vlbench.errors import UserError
 from vlbench.model.loaded_vlm import LoadedVLM
-from vlbench.model.weights import chat_template, clip_layouts, yi_vl_layout
-from vlbench.model.weights.projector_layout import projector_depth_and_norm, require_projector
+from vlbench.model.weights import clip_layouts, template_detection, yi_vl_layout
+from vlbench.model.weights.llava_projector import projector_depth_and_norm, require_projector
 from vlbench.model.weights.release_files import (
     FIXED_PROCESSOR_VALUES,
     LLAMA_CONFIG_KEYS,
@@ -22,32 +23,39 @@ from vlbench.model.weights.release_files import (
     parse_preprocess_config,
     write_release_files,
 )
-from vlbench.model.weights.tensor_files import write_tensors
+from vlbench.model.weights.tensor_files import cast_floating
 from vlbench.model.weights.tensor_groups import TensorGroup, read_unused_tensors
+from vlbench.model.weights.tensor_writer import write_tensors
 from vlbench.text_files import read_json
 
 LAYOUT_NAME = "Yi-VL's layout"
-TensorCast = Callable[[Tensor], Tensor]
 
 
 def write_yi_vl(
-    vlm: LoadedVLM, folder: Path, cast: TensorCast | None, source: Path | None = None
+    vlm: LoadedVLM, folder: Path, dtype: torch.dtype | None, source: Path | None = None
 ) -> None:
-    """Write `vlm` into the empty `folder`; `cast` changes the type of every tensor.
+    """Write `vlm` into the empty `folder`, in Yi-VL's released layout.
 
-    `source` is the released folder that `vlm` was read from, if nothing was trained since: then
-    its small files, and the tensors in it that the reference ignores, are given back unchanged.
+    Args:
+        vlm: The model.
+        folder: Where it is written.
+        dtype: Type of all tensors; None keeps each its own.
+        source: The released folder that `vlm` was loaded from and not trained since, if any. Its
+            small files, and tensors that the reference ignores, are then written unchanged.
+
+    Raises:
+        UserError: when the authors' code could not load the model.
     """
-    require_projector(vlm.model, LAYOUT_NAME)
+    require_projector(vlm.model.connector, LAYOUT_NAME)
     _check_exportable(vlm)
     if yi_vl_layout.is_layout_config(json.loads(vlm.release_files.get("config.json", b"{}"))):
         write_release_files(vlm.release_files, folder)
     else:
         _create_release_files(vlm, folder)
     config = read_json(folder / "config.json")
-    tower = yi_vl_layout.find_encoder_folder(folder, config)
-    if source is None or cast:
-        _update_release_files(vlm, folder, tower, cast)
+    encoder_folder = yi_vl_layout.find_encoder_folder(folder, config)
+    if source is None or dtype:
+        _update_release_files(vlm, folder, encoder_folder, dtype)
     _write_conv_mode(folder, source is not None)
     if source is not None:
         groups = yi_vl_layout.build_tensor_groups(source, vlm.model)
@@ -59,14 +67,15 @@ def write_yi_vl(
             TensorGroup([], vision, ""),
         ]
     states = collect_part_states(vlm.model)
-    for group, target in zip(groups, (folder, tower), strict=True):
-        own = ((name, states[part][key]) for name, (part, key) in group.tensor_targets.items())
-        tensors = chain(own, read_unused_tensors(group))
-        write_tensors(((name, cast(t) if cast else t) for name, t in tensors), target)
+    for group, target in zip(groups, (folder, encoder_folder), strict=True):
+        targets = group.tensor_targets.items()
+        used = ((name, states[part][key]) for name, (part, key) in targets)
+        tensors = chain(used, read_unused_tensors(group))
+        write_tensors(((name, cast_floating(t, dtype)) for name, t in tensors), target)
 
 
 def _check_exportable(vlm: LoadedVLM) -> None:
-    """Refuse what the authors' code could not know: another template, tower or tokenizer."""
+    """Refuse what the authors' code cannot load: another chat template or vision encoder."""
     if vlm.processor.template.name != "yi_vl":
         raise UserError(
             f"language.template is {vlm.processor.template.name}, and the authors' code knows "
@@ -79,56 +88,57 @@ def _check_exportable(vlm: LoadedVLM) -> None:
 
 
 def _write_conv_mode(folder: Path, unchanged: bool) -> None:
-    """Say in config.json that this is asked with Yi's template, where it would not be told.
+    """Name Yi-VL's chat template in config.json, where it would not be recognised.
 
-    A folder that is given back `unchanged` stays as it is if it was asked so before.
+    A folder that is written back `unchanged` stays as it is if it was recognised before.
     """
-    name, why = chat_template.detect_yi_vl_template(folder, read_json(folder / "config.json"))
-    if name != "yi_vl" or (why and not unchanged):
-        _update_json_file(folder / "config.json", {"conv_mode": chat_template.YI_VL_CONV_MODE})
+    name, reason = template_detection.detect_yi_vl_template(
+        folder, read_json(folder / "config.json")
+    )
+    if name != "yi_vl" or (reason and not unchanged):
+        _update_json_file(folder / "config.json", {"conv_mode": template_detection.YI_VL_CONV_MODE})
 
 
 def _update_release_files(
-    vlm: LoadedVLM, folder: Path, encoder_folder: Path, cast: TensorCast | None
+    vlm: LoadedVLM, folder: Path, encoder_folder: Path, dtype: torch.dtype | None
 ) -> None:
-    """Make the small files of a release say what the model has become."""
+    """Update the small files of a release to the model as it is now."""
     transform = vlm.processor.transform
-    depth, norm = projector_depth_and_norm(require_projector(vlm.model, LAYOUT_NAME))
-    projector = f"mlp{depth}x_gelu{'_Norm' if norm else ''}"
-    main: dict[str, Any] = {
+    depth, norm = projector_depth_and_norm(require_projector(vlm.model.connector, LAYOUT_NAME))
+    projector_type = f"mlp{depth}x_gelu{'_Norm' if norm else ''}"
+    main_changes: dict[str, Any] = {
         "mm_vision_tower": f"./{encoder_folder.relative_to(folder).as_posix()}",
         "mm_vision_select_layer": vlm.vision.block_index - len(vlm.vision.blocks()),
-        "torch_dtype": _written_dtype_name(vlm.language, cast),
+        "torch_dtype": _written_dtype_name(vlm.language, dtype),
     }
     before = read_json(folder / "config.json")
     if before["mm_projector_type"] != "linear" or depth > 1:
-        main["mm_projector_type"] = projector
+        main_changes["mm_projector_type"] = projector_type
     tied = vlm.language.config.tie_word_embeddings
     if bool(before.get("tie_word_embeddings")) != tied:
-        main["tie_word_embeddings"] = tied
-    _update_json_file(folder / "config.json", main)
-    said = {
+        main_changes["tie_word_embeddings"] = tied
+    _update_json_file(folder / "config.json", main_changes)
+    encoder_changes = {
         "image_size": vlm.vision.image_size,
-        "torch_dtype": _written_dtype_name(vlm.vision, cast),
+        "torch_dtype": _written_dtype_name(vlm.vision, dtype),
     }
-    _update_json_file(encoder_folder / "config.json", said)
-    processor = encoder_folder / "preprocessor_config.json"
-    written = parse_preprocess_config(read_json(processor), processor, True)
-    if (written["resize"], written["crop"]) != (transform.size, transform.crop):
-        _update_json_file(processor, processor_sizes(transform))
+    _update_json_file(encoder_folder / "config.json", encoder_changes)
+    file = encoder_folder / "preprocessor_config.json"
+    preprocess = parse_preprocess_config(read_json(file), file, True)
+    if (preprocess["resize"], preprocess["crop"]) != (transform.size, transform.crop):
+        _update_json_file(file, processor_sizes(transform))
 
 
-def _written_dtype_name(module: nn.Module, cast: TensorCast | None) -> str:
+def _written_dtype_name(module: nn.Module, dtype: torch.dtype | None) -> str:
     """Return the name of the type in which the weights of a part are written."""
-    weight = next(module.parameters())
-    return str((cast(weight[:1]) if cast else weight).dtype).removeprefix("torch.")
+    return str(dtype or next(module.parameters()).dtype).removeprefix("torch.")
 
 
 def _update_json_file(file: Path, changes: Mapping[str, Any]) -> None:
-    """Set keys of a JSON file; where nothing differs the file stays byte for byte."""
+    """Set keys of a JSON file; where nothing differs the file is not written."""
     config = read_json(file)
     inner: dict[str, Any] = config.get("vision_config") or config
-    if "dtype" in inner:  # as transformers 5 calls it
+    if "dtype" in inner:  # transformers 5 renamed torch_dtype
         changes = {"dtype" if k == "torch_dtype" else k: v for k, v in changes.items()}
     if any(inner.get(key) != value for key, value in changes.items()):
         inner |= changes
@@ -136,25 +146,26 @@ def _update_json_file(file: Path, changes: Mapping[str, Any]) -> None:
 
 
 def _create_release_files(vlm: LoadedVLM, folder: Path) -> None:
-    """Write the small files of a model that did not begin as a released Yi-VL."""
+    """Write the small files of a model that was not loaded from a released Yi-VL."""
     if not (vlm.tokenizer.folder / "tokenizer.model").is_file():
         raise UserError(
             "the tokenizer has no tokenizer.model, which the authors' code needs; use "
             "format=hf_llava or format=vlbench"
         )
     vlm.tokenizer.save(folder)
-    language, tower = vlm.language.config, folder / "vit" / f"tower-{vlm.vision.image_size}"
-    tower.mkdir(parents=True)
-    depth, norm = projector_depth_and_norm(require_projector(vlm.model, LAYOUT_NAME))
-    ends = {
+    encoder_folder = folder / "vit" / f"tower-{vlm.vision.image_size}"
+    encoder_folder.mkdir(parents=True)
+    depth, norm = projector_depth_and_norm(require_projector(vlm.model.connector, LAYOUT_NAME))
+    token_ids = {
         "bos_token_id": vlm.tokenizer.bos_token_id,
         "eos_token_id": vlm.tokenizer.eos_token_id,
         "pad_token_id": 0,
     }
-    shape = {key: value for key, value in language.to_dict().items() if key in LLAMA_CONFIG_KEYS}
-    rope = dict(shape.pop("rope_parameters"))
-    kind, theta = rope.pop("rope_type", "default"), rope.pop("rope_theta")
-    config = shape | ends
+    language = vlm.language.config.to_dict()
+    config = {key: value for key, value in language.items() if key in LLAMA_CONFIG_KEYS}
+    rope = dict(config.pop("rope_parameters"))
+    rope_type, theta = rope.pop("rope_type", "default"), rope.pop("rope_theta")
+    config |= token_ids
     config |= {
         "architectures": ["LlavaLlamaForCausalLM"],
         "image_aspect_ratio": "pad" if vlm.processor.transform.pad else "square",
@@ -164,9 +175,9 @@ def _create_release_files(vlm: LoadedVLM, folder: Path) -> None:
         "mm_use_im_start_end": False,
         "mm_vision_select_feature": "patch",
         "mm_vision_select_layer": vlm.vision.block_index - len(vlm.vision.blocks()),
-        "mm_vision_tower": f"./vit/{tower.name}",
+        "mm_vision_tower": f"./vit/{encoder_folder.name}",
         "model_type": "llava",
-        "rope_scaling": None if kind == "default" else {"type": kind, **rope},
+        "rope_scaling": None if rope_type == "default" else {"type": rope_type, **rope},
         "rope_theta": theta,
         "torch_dtype": "float32",
         "use_cache": True,
@@ -189,15 +200,15 @@ def _create_release_files(vlm: LoadedVLM, folder: Path) -> None:
     }
     for file, content in (
         (folder / "config.json", config),
-        (folder / "generation_config.json", ends),
-        (tower / "config.json", clip_layouts.to_hf_vision_config(vlm.vision.visual)),
-        (tower / "preprocessor_config.json", processor),
+        (folder / "generation_config.json", token_ids),
+        (encoder_folder / "config.json", clip_layouts.to_hf_vision_config(vlm.vision.visual)),
+        (encoder_folder / "preprocessor_config.json", processor),
     ):
         file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def processor_sizes(transform: ImageTransform) -> dict[str, Any]:
-    """Return the sizes of a transform as a CLIPImageProcessor writes them."""
+    """Return the sizes of an image transform in the format of a CLIPImageProcessor."""
     return {
         "size": {"shortest_edge": transform.size},
         "crop_size": {"height": transform.crop, "width": transform.crop},

@@ -1,4 +1,4 @@
-"""From the folder of a released model to a VLM: first its description, then its weights."""
+"""Released models (Yi-VL, LLaVA) loaded from a folder: first the description, then the weights."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from vlbench.errors import UserError
 from vlbench.model.language_model import build_empty_language, read_eos_token_ids
 from vlbench.model.loaded_vlm import LoadedVLM, assemble_vlm
 from vlbench.model.vision_encoder import VisionEncoder
-from vlbench.model.weights import clip_layouts, hf_llava, yi_vl_layout
+from vlbench.model.weights import clip_layouts, hf_llava_layout, yi_vl_layout
 from vlbench.model.weights.release_files import ReleaseSpec, collect_part_states, load_vlm_weights
 from vlbench.model.weights.tensor_groups import check_tensor_groups
 from vlbench.text_files import read_json
 
-RELEASE_LAYOUTS = (yi_vl_layout, hf_llava)
+RELEASE_LAYOUTS = (yi_vl_layout, hf_llava_layout)
 RELEASED_CONNECTOR = "llava_mlp"
-"""The connector that released projectors are: Yi-VL's own, and LLaVA's."""
+"""The connector that Yi-VL's and LLaVA's projectors are loaded into."""
 
 
 @dataclass(frozen=True)
 class ReleaseOverrides:
-    """What a recipe chooses for itself when it begins with a released model; None: as released."""
+    """What a recipe decides about a released model that it begins with; None: as released."""
 
     connector_name: str | None = None
     connector_options: dict[str, Any] | None = None
@@ -68,9 +68,17 @@ def load_release(
     overrides: ReleaseOverrides = ReleaseOverrides(),
     mmap_language: bool = False,
 ) -> LoadedVLM:
-    """Return the model in a released folder; `dtype` None keeps every tensor as it is stored.
+    """Return the model in a released folder.
 
-    With `mapped` the weights of the language model stay in its files, as they are stored.
+    Args:
+        folder: A folder of one of `RELEASE_LAYOUTS`.
+        dtype: Type of all weights; None keeps each as it is stored.
+        device: Where they are loaded to.
+        overrides: What is not as released.
+        mmap_language: Whether weights of the language model stay memory-mapped, as they are stored.
+
+    Raises:
+        UserError: when a file of the folder is not what is expected.
     """
     if overrides.connector_name == RELEASED_CONNECTOR:
         _check_released_projector(
@@ -88,9 +96,9 @@ def load_release(
 
 
 def check_release(folder: Path, overrides: ReleaseOverrides = ReleaseOverrides()) -> None:
-    """Compare names and shapes of a released folder's weights with what its small files describe.
+    """Compare names and shapes of a folder's weights with what its small files describe.
 
-    No number is read.
+    No values are read.
     """
     if overrides.connector_name == RELEASED_CONNECTOR:
         _check_released_projector(
@@ -104,38 +112,39 @@ def check_release(folder: Path, overrides: ReleaseOverrides = ReleaseOverrides()
 
 
 def build_released_vlm(folder: Path, overrides: ReleaseOverrides = ReleaseOverrides()) -> LoadedVLM:
-    """Build the model that small files describe; tower and language model have no memory yet."""
+    """Build the model that small files describe; encoder and language model are on `meta`."""
     layout = find_layout_module(folder)
-    plan: ReleaseSpec = layout.read_release_spec(folder)
-    tower = build_meta_encoder(
-        plan,
-        plan.vision_layer if overrides.vision_layer is None else overrides.vision_layer,
+    spec: ReleaseSpec = layout.read_release_spec(folder)
+    encoder = build_meta_encoder(
+        spec,
+        spec.vision_layer if overrides.vision_layer is None else overrides.vision_layer,
         overrides.vision_norm,
     )
-    options = {"depth": plan.projector_depth, "norm": plan.projector_norm}
+    options = {"depth": spec.projector_depth, "norm": spec.projector_norm}
     if overrides.connector_name is not None:
         options = dict(overrides.connector_options or {})
-    language = build_empty_language(plan.language_config)
-    language.generation_config.eos_token_id = read_eos_token_ids(folder, plan.language_config)
-    tokenizer = Tokenizer.load(folder, plan.id_limit)
+    language = build_empty_language(spec.language_config)
+    language.generation_config.eos_token_id = read_eos_token_ids(folder, spec.language_config)
+    tokenizer = Tokenizer.load(folder, spec.id_limit)
     vlm = assemble_vlm(
-        tower,
+        encoder,
         registry.load_connector(overrides.connector_name or RELEASED_CONNECTOR),
         options,
         language,
         tokenizer,
-        CHAT_TEMPLATES[overrides.template_name or resolve_template_name(folder, plan)],
-        overrides.max_length or plan.language_config.max_position_embeddings,
+        CHAT_TEMPLATES[overrides.template_name or resolve_template_name(folder, spec)],
+        overrides.max_length or spec.language_config.max_position_embeddings,
     )
-    vlm.tokenizer.limit_embeddings(plan.id_limit or tokenizer.vocab_size)
+    vlm.tokenizer.limit_embeddings(spec.id_limit or tokenizer.vocab_size)
     vlm.release_files = layout.read_release_files(folder)
     return vlm
 
 
 def resolve_template_name(folder: Path, spec: ReleaseSpec, key: str = "template") -> str:
-    """Return the chat template of a release, and say why it is that one unless Yi-VL itself asks.
+    """Return the name of a release's chat template; print why, unless it is Yi-VL's own.
 
-    `key` is what a user says to choose another. Raises a Mistake where none is known.
+    Raises:
+        UserError: when none is known. `key` is the option that chooses one.
     """
     if not spec.template_name:
         raise UserError(
@@ -151,20 +160,20 @@ def resolve_template_name(folder: Path, spec: ReleaseSpec, key: str = "template"
 
 
 def build_meta_encoder(spec: ReleaseSpec, layer: int, norm: bool) -> VisionEncoder:
-    """Build the tower that small files describe, without memory for its weights."""
+    """Build the vision encoder that small files describe, on `meta`."""
     with torch.device("meta"):
         visual = clip_layouts.build_clip_vit(spec.vision_config)
     return VisionEncoder(visual, layer, norm, spec.preprocess)
 
 
 def _check_released_projector(spec: ReleaseSpec, overrides: ReleaseOverrides, folder: Path) -> None:
-    """Refuse a projector of another form than the release's, whose weights it is to have."""
+    """Refuse connector options with which the release's projector cannot be loaded."""
     released = {"depth": spec.projector_depth, "norm": spec.projector_norm, "mlp_ratio": 1.0}
     if overrides.connector_options != released:
-        say = " ".join(
+        words = " ".join(
             format_override(f"connector.{key}", value) for key, value in released.items()
         )
         raise UserError(
-            f"init={folder} has another projector: say {say}, or name another connector, which "
+            f"init={folder} has another projector: say {words}, or name another connector, which "
             "then starts anew"
         )

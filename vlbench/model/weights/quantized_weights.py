@@ -1,4 +1,4 @@
-"""Folders whose weights are quantized (GPTQ, AWQ, bitsandbytes, ...), which are not loaded here."""
+"""Quantized weights (GPTQ, AWQ, bitsandbytes, ...), which are refused."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from vlbench.text_files import read_json
 
 PART_CONFIG_KEYS = ("text_config", "vision_config", "language_config", "llm_config")
 QUANTIZATION_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
-"""Where AutoGPTQ and AutoAWQ wrote it before config.json had a key for it."""
+"""Files of AutoGPTQ and AutoAWQ from before config.json had a key for it -> the method."""
 
 
 def refuse_quantized_folder(folder: Path) -> None:
-    """Raise a Mistake for a folder whose small files say that its weights are quantized."""
+    """Raise a UserError for a folder whose small files say that its weights are quantized."""
     file = folder / "config.json"
     if file.is_file():
         refuse_quantized_config(read_json(file), file)
@@ -25,11 +25,12 @@ def refuse_quantized_folder(folder: Path) -> None:
 
 
 def refuse_quantized_config(config: Mapping[str, Any], file: Path) -> None:
-    """Raise a Mistake for a configuration, read from `file`, of quantized weights."""
+    """Raise a UserError for a configuration, read from `file`, of quantized weights."""
     for part in (config, *(config.get(name) for name in PART_CONFIG_KEYS)):
-        said = part.get("quantization_config") if isinstance(part, Mapping) else None
-        if said:
-            _raise_quantized(file, said if isinstance(said, Mapping) else {}, "of an unknown kind")
+        quantization = part.get("quantization_config") if isinstance(part, Mapping) else None
+        if quantization:
+            known = quantization if isinstance(quantization, Mapping) else {}
+            _raise_quantized(file, known, "of an unknown kind")
 
 
 def _raise_quantized(
@@ -37,15 +38,10 @@ def _raise_quantized(
 ) -> None:
     method = quantization_config.get("quant_method") or default_method
     bits = quantization_config.get("bits") or quantization_config.get("w_bit")
-    bits = bits or (
-        4
-        if quantization_config.get("load_in_4bit")
-        else 8
-        if quantization_config.get("load_in_8bit")
-        else None
-    )
-    how = f"{method}, {bits} bits" if bits else str(method)
+    for key, key_bits in (("load_in_4bit", 4), ("load_in_8bit", 8)):  # bitsandbytes
+        bits = bits or (key_bits if quantization_config.get(key) else None)
+    description = f"{method}, {bits} bits" if bits else str(method)
     raise UserError(
-        f"{file}: the weights are quantized ({how}), which is not loaded here; take the folder of "
-        "the same model in 16 bits"
+        f"{file}: the weights are quantized ({description}), which is not loaded here; "
+        "take the folder of the same model in 16 bits"
     )

@@ -1,7 +1,7 @@
-"""A released model: its small files, what they describe, and the weights that belong to that.
+"""A released model: its small files, the model that they describe, and its weights.
 
-The small files (configs, tokenizer, image preprocessing) travel with every checkpoint of what is
-trained from a release, so that a checkpoint stands alone and an export gives them back.
+Checkpoints of a run that began with a release hold its small files (configuration, tokenizer, image
+processor), so that a checkpoint stands alone and an export can write them again.
 """
 
 from __future__ import annotations
@@ -28,11 +28,9 @@ from vlbench.model.weights.tensor_groups import (
 )
 from vlbench.text_files import refuse_lfs_pointer
 
-MAX_SMALL_FILE_BYTES = (
-    64_000_000  # bytes; a tokenizer.json has some megabytes, a file of weights has more
-)
+MAX_SMALL_FILE_BYTES = 64_000_000  # a tokenizer.json has some megabytes, weights have more
 KEPT_FILE_PATTERNS = ("*.json", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
-"""Files of a release that are kept: all but weights, pictures and the old model card."""
+"""Files of a release that are kept: all but weights, images and the model card."""
 LLAMA_CONFIG_KEYS = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "vocab_size", "hidden_act", "rms_norm_eps"),
@@ -40,24 +38,24 @@ LLAMA_CONFIG_KEYS = (
     *("attention_bias", "mlp_bias", "tie_word_embeddings"),
     *("bos_token_id", "eos_token_id", "pad_token_id"),
 )
-"""Keys of a configuration that say what a Llama is."""
+"""Keys of a configuration that define the architecture of a Llama."""
 FIXED_PROCESSOR_VALUES: dict[str, float] = {
     **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), True),
     "resample": 3,  # bicubic
     "rescale_factor": 1 / 255,
 }
-"""What a CLIPImageProcessor could do otherwise, and Yi-VL's does not."""
+"""Options of a CLIPImageProcessor that may have these values alone."""
 
 
 @dataclass(frozen=True)
 class ReleaseSpec:
-    """What a released folder describes, before any weight is read."""
+    """The model that a released folder describes, before any weight is read."""
 
     language_config: LlamaConfig
     vision_config: dict[str, Any]
-    """The keys `clip.KEYS` of Hugging Face's CLIPVisionConfig."""
+    """The keys `clip_layouts.CLIP_CONFIG_KEYS` of Hugging Face's CLIPVisionConfig."""
     vision_layer: int
-    """Block of the tower whose output is used, as `vision.layer` of a recipe."""
+    """Block of the vision encoder whose output is used, as `vision.layer` of a recipe."""
     preprocess: dict[str, Any]
     """mean, std, resize (shortest edge, pixels), crop (side, pixels), pad (to a square)."""
     projector_depth: int
@@ -65,22 +63,22 @@ class ReleaseSpec:
     projector_norm: bool
     """Whether a LayerNorm follows each of them."""
     template_name: str
-    """Name of the chat template; "" where it cannot be known."""
+    """Name of the chat template; "" where none is known."""
     template_reason: str = ""
-    """Why this one; "" where there is nothing to say of it."""
+    """Why it is that one; "" where it is beyond doubt."""
     id_limit: int | None = None
-    """Ids from here on are never written; None: all of the tokenizer and the embedding are."""
+    """Ids from here on are never generated; None: all that have an embedding may be."""
 
 
 def read_small_files(folder: Path, prefix: str = "") -> dict[str, bytes]:
-    """Return the small files directly in `folder`, their names after `prefix`."""
-    found: dict[str, bytes] = {}
+    """Return the contents of small files directly in `folder`, by name with `prefix` before it."""
+    contents: dict[str, bytes] = {}
     for path in sorted(path for pattern in KEPT_FILE_PATTERNS for path in folder.glob(pattern)):
-        index = path.name.endswith(".index.json")  # it describes shards, which are written anew
-        if path.is_file() and not index and path.stat().st_size < MAX_SMALL_FILE_BYTES:
+        is_index = path.name.endswith(".index.json")  # of shards, which an export writes anew
+        if path.is_file() and not is_index and path.stat().st_size < MAX_SMALL_FILE_BYTES:
             refuse_lfs_pointer(path)
-            found[prefix + path.name] = path.read_bytes()
-    return found
+            contents[prefix + path.name] = path.read_bytes()
+    return contents
 
 
 def write_release_files(files: Mapping[str, bytes], folder: Path) -> None:
@@ -93,7 +91,7 @@ def write_release_files(files: Mapping[str, bytes], folder: Path) -> None:
 
 
 def require_keys(config: Mapping[str, Any], keys: Sequence[str], file: Path) -> None:
-    """Raise a Mistake that names the keys which `config`, read from `file`, does not have."""
+    """Raise a UserError that names the keys which `config`, read from `file`, lacks."""
     missing = [name for name in keys if config.get(name) is None]
     if missing:
         raise UserError(f"{file} has no {', '.join(missing)}")
@@ -102,16 +100,19 @@ def require_keys(config: Mapping[str, Any], keys: Sequence[str], file: Path) -> 
 def parse_llama_config(config: Mapping[str, Any], file: Path) -> LlamaConfig:
     """Return the Llama that `config`, read from `file`, describes."""
     try:
-        found = LlamaConfig(
+        llama_config = LlamaConfig(
             **{key: config[key] for key in LLAMA_CONFIG_KEYS if config.get(key) is not None}
         )
     except Exception as error:  # the library's own checks, of types and of widths that divide
         raise UserError(f"{file}: {one_line(error)}") from error
-    return check_language_config(found, file)
+    return check_language_config(llama_config, file)
 
 
 def parse_preprocess_config(config: Mapping[str, Any], file: Path, pad: bool) -> dict[str, Any]:
-    """Return what a CLIPImageProcessor's configuration does to a picture, new or old in style."""
+    """Return the preprocessing that a CLIPImageProcessor's configuration describes.
+
+    Sizes may be written in the old or the new style.
+    """
     require_keys(config, ("size", "crop_size"), file)
     for key, value in FIXED_PROCESSOR_VALUES.items():
         given = config.get(key, value)
@@ -129,27 +130,32 @@ def parse_preprocess_config(config: Mapping[str, Any], file: Path, pad: bool) ->
 def check_crop_size(
     preprocess: Mapping[str, Any], vision_config: Mapping[str, Any], folder: Path
 ) -> None:
-    """Refuse pictures that are cropped to another size than the tower of `folder` reads."""
+    """Refuse images that are cropped to another size than the vision encoder takes."""
     if preprocess["crop"] != vision_config["image_size"]:
         raise UserError(
-            f"{folder}: pictures are cropped to {preprocess['crop']} pixels (crop_size), but the "
-            f"tower reads {vision_config['image_size']} (image_size of config.json)"
+            f"{folder}: images are cropped to {preprocess['crop']} pixels (crop_size), but the "
+            f"vision encoder takes {vision_config['image_size']} (image_size of config.json)"
         )
 
 
 def _parse_side_length(value: Any, key: str, file: Path) -> int:
     """Return a size that is written as 448, {shortest_edge: 448} or {height: 448, width: 448}."""
     sides = list(value.values()) if isinstance(value, Mapping) else [value]
-    known = not isinstance(value, Mapping) or set(value) in ({"shortest_edge"}, {"height", "width"})
-    if not known or any(type(side) is not int or side < 1 or side != sides[0] for side in sides):
+    has_known_keys = not isinstance(value, Mapping) or set(value) in (
+        {"shortest_edge"},
+        {"height", "width"},
+    )
+    if not has_known_keys or any(
+        type(side) is not int or side < 1 or side != sides[0] for side in sides
+    ):
         raise UserError(f"{file}: {key} is {value}; wanted is one length, such as 448")
     return int(sides[0])
 
 
 def _parse_rgb_values(value: Any, key: str, file: Path) -> tuple[float, ...]:
     """Return a mean or standard deviation of red, green and blue, with 1 as white."""
-    whole = isinstance(value, list | tuple) and len(value) == 3
-    if not whole or not all(isinstance(v, int | float) and 0 <= v <= 1 for v in value):
+    is_triple = isinstance(value, list | tuple) and len(value) == 3
+    if not is_triple or not all(isinstance(v, int | float) and 0 <= v <= 1 for v in value):
         raise UserError(f"{file}: {key} is {value!r}; wanted are three numbers from 0 to 1")
     if key == "image_std" and 0 in value:
         raise UserError(f"{file}: {key} is {value!r}; pixels are divided by it, so 0 is none")
@@ -157,7 +163,7 @@ def _parse_rgb_values(value: Any, key: str, file: Path) -> tuple[float, ...]:
 
 
 def collect_part_states(vlm: VLM) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors of a model by part, under the keys of Hugging Face and of a projector."""
+    """Return the state dicts of a model's parts, by their keys in released layouts."""
     states = {
         "vision": clip_layouts.to_hf_state_dict(vlm.vision.visual),
         "language": vlm.language.state_dict(),
@@ -173,16 +179,20 @@ def load_vlm_weights(
     device: torch.device | str,
     mmap_language: bool = False,
 ) -> None:
-    """Read the weights of `groups` into `vlm`, tensor by tensor; `dtype` None keeps each its own.
+    """Read the weights of `groups` into `vlm`, tensor by tensor.
 
-    A connector that is no projector is not in the files and only moves to `dtype` and `device`.
-    With `mapped` the weights of the language model stay in the files, as they are stored.
+    Args:
+        vlm: The model. A connector that is no projector is not in the files, and is only moved.
+        groups: The files.
+        dtype: Type of all weights; None keeps each as it is stored.
+        device: Where they are loaded to.
+        mmap_language: Whether weights of the language model stay memory-mapped, as they are stored.
     """
     projector = vlm.connector.released_projector()
-    stay = ("language",) if mmap_language else ()
-    loaded = load_tensor_groups(groups, collect_part_states(vlm), dtype, device, stay)
-    tower = clip_layouts.to_open_clip_state_dict(loaded["vision"], len(vlm.vision.blocks()))
-    vlm.vision.visual.load_state_dict(tower, assign=True)
+    mmap_parts = ("language",) if mmap_language else ()
+    loaded = load_tensor_groups(groups, collect_part_states(vlm), dtype, device, mmap_parts)
+    vision_state = clip_layouts.to_open_clip_state_dict(loaded["vision"], len(vlm.vision.blocks()))
+    vlm.vision.visual.load_state_dict(vision_state, assign=True)
     load_language_state(vlm.language, loaded["language"])
     vlm.language.model.rotary_emb.to(device)
     if projector is not None:

@@ -1,37 +1,32 @@
-"""Files of tensors: read tensor by tensor into memory of their own, written in shards.
+"""Files of weights, read tensor by tensor into memory of their own.
 
-Weights are data, never code: safetensors, or torch's own files with `weights_only=True`. While a
-file is read at most `CHUNK` bytes of it are mapped, so that the peak is what was loaded and little
+Weights are data, never code: safetensors, or torch's own files with `weights_only=True`. At most
+`MMAP_CHUNK_BYTES` of a file are mapped at a time, so that peak memory is what was loaded and little
 more, however large the shards are.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
 import zipfile
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from concurrent.futures import Future
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from vlbench.distributed import collectives
 from vlbench.errors import UserError, one_line
 from vlbench.text_files import read_json, refuse_lfs_pointer
 
 MMAP_CHUNK_BYTES = 1 << 29  # bytes
-MAX_SHARD_BYTES = 5_000_000_000  # bytes; the habit of transformers
 NESTED_STATE_KEYS = ("model", "model_state_dict", "state_dict")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
 WEIGHT_FILENAMES = ("model.safetensors", "pytorch_model.bin")
-"""Names of a model's weights in the order of preference; `.index.json` after one lists shards."""
+"""Files of a model's weights, the preferred one first; NAME.index.json lists shards of one."""
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -46,14 +41,14 @@ def weight_files(folder: Path) -> list[Path]:
             if missing:
                 raise UserError(f"{index} names {', '.join(missing)}, which {folder} does not have")
             return files
-    wanted = (
+    raise UserError(
         f"{folder} has no weights; wanted is one of {', '.join(WEIGHT_FILENAMES)}, or their shards"
+        f"{_suggest_other_files(folder)}"
     )
-    raise UserError(f"{wanted}{_suggest_other_files(folder)}")
 
 
 def _suggest_other_files(folder: Path) -> str:
-    """Return what else a folder without weights has that looks like some, to be put into a line."""
+    """Return what else a folder without weights has that looks like some, as the end of a line."""
     if (folder / "adapter_config.json").is_file():
         return (
             ". It holds LoRA adapters: merge them into the model that they were trained on, and "
@@ -64,29 +59,31 @@ def _suggest_other_files(folder: Path) -> str:
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
-    found = read_json(index).get("weight_map")
-    if not isinstance(found, dict) or not found or not _are_nonempty_strings(found.values()):
+    """Return the name of the file that has each tensor."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not _are_nonempty_strings(weight_map.values()):
         raise UserError(f"{index} has no weight_map from tensors to files")
-    strange = [name for name in found.values() if Path(name).name != name]
-    if strange:
-        raise UserError(f"{index} names a file outside of its folder: {strange[0]}")
-    return found
+    outside = [name for name in weight_map.values() if Path(name).name != name]
+    if outside:
+        raise UserError(f"{index} names a file outside of its folder: {outside[0]}")
+    return weight_map
 
 
 def _are_nonempty_strings(values: Iterable[Any]) -> bool:
-    return all(isinstance(value, str) and value for value in values)
+    values = list(values)
+    return bool(values) and all(isinstance(value, str) and value for value in values)
 
 
 class TensorHeader(NamedTuple):
-    """What is known of a tensor before its numbers are read."""
+    """Shape and type of a tensor in a file."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
-    """None: a type that torch has no name for, or that is not read here."""
+    """None: a type that is not read here, or that torch does not have."""
 
 
 def read_tensor_headers(file: Path) -> dict[str, TensorHeader]:
-    """Return shape and type of every tensor in a file; no tensor is read."""
+    """Return shape and type of every tensor in a file; no values are read."""
     with _open_tensor_file(file) as tensors:
         return {
             name: TensorHeader(tensors.shape(name), tensors.dtype(name)) for name in tensors.names
@@ -94,59 +91,60 @@ def read_tensor_headers(file: Path) -> dict[str, TensorHeader]:
 
 
 def read_tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor in a file; no tensor is read."""
+    """Return the shape of every tensor in a file; no values are read."""
     return {name: header.shape for name, header in read_tensor_headers(file).items()}
 
 
 def check_weight_dtype(name: str, header: TensorHeader, file: Path) -> None:
-    """Refuse a tensor of weights that is stored in 8 bits or less, whose scale lies elsewhere."""
+    """Refuse a tensor that is stored in 8 bits or less: its scales are other tensors."""
     if header.dtype not in WEIGHT_DTYPES:
-        kind = str(header.dtype or "a type not known here").removeprefix("torch.")
+        stored = str(header.dtype or "a type not known here").removeprefix("torch.")
         raise UserError(
-            f"{file}: tensor {name} is stored as {kind}; quantized weights are not read: wanted "
+            f"{file}: tensor {name} is stored as {stored}; quantized weights are not read: wanted "
             "are float32, bfloat16 or float16"
         )
 
 
+def cast_floating(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return a tensor as `dtype`; None and whole numbers leave it as it is."""
+    return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+
+
 def stored_dtype_and_numel(folder: Path) -> tuple[torch.dtype, int]:
-    """Return the type of the largest tensor in a folder and how many numbers there are in all."""
-    largest, kind, total = -1, torch.float32, 0
+    """Return the type of the largest tensor in a folder, and the number of weights in all."""
+    largest, dtype, total = -1, torch.float32, 0
     for file in weight_files(folder):
         with _open_tensor_file(file) as tensors:
             for name in tensors.names:
                 count = math.prod(tensors.shape(name))
                 total += count
                 if count > largest:
-                    largest, kind = count, tensors.dtype(name) or torch.float32
-    return kind, total
+                    largest, dtype = count, tensors.dtype(name) or torch.float32
+    return dtype, total
 
 
 def read_tensors(
     file: Path, names: Iterable[str] | None = None, mmap_names: Container[str] = ()
 ) -> Iterator[tuple[str, Tensor]]:
-    """Give the tensors of a file (those called `names`, or all), each in memory of its own.
+    """Yield the tensors of a file (those called `names`, or all), each in memory of its own.
 
-    Those in `mapped` stay in the file, and take memory where they are used, while they are used.
+    Those in `mmap_names` stay memory-mapped: they take memory only while they are used.
     """
     with _open_tensor_file(file) as tensors:
-        wanted = list(tensors.names if names is None else names)
-        groups = _chunk_tensor_names([(name, _tensor_bytes(tensors, name)) for name in wanted])
-    for group in groups:
+        chosen = list(tensors.names if names is None else names)
+        chunks = _chunk_tensor_names([(name, _tensor_bytes(tensors, name)) for name in chosen])
+    for chunk in chunks:
         with _open_tensor_file(file) as tensors:
-            for name in group:
-                yield (
-                    name,
-                    tensors.tensor_view(name)
-                    if name in mmap_names
-                    else tensors.tensor_view(name).clone(),
-                )
+            for name in chunk:
+                view = tensors.tensor_view(name)
+                yield name, view if name in mmap_names else view.clone()
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """The tensors of several files by name, each read when it is asked for."""
+    """The tensors of several files by name, each read when it is looked up."""
 
     def __init__(self, files: Iterable[Path]) -> None:
-        """Look at the names in `files`; the last file that has a name counts."""
+        """Read the names in `files`; of a name in several the last file counts."""
         self._files_by_name = {name: file for file in files for name in read_tensor_shapes(file)}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -159,111 +157,17 @@ class LazyTensors(Mapping[str, Tensor]):
         return len(self._files_by_name)
 
 
-def write_tensors(
-    tensors: Iterable[tuple[str, Tensor]], folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES
-) -> None:
-    """Write tensors into `folder` as safetensors, in shards of at most `limit` bytes.
-
-    One shard is called model.safetensors; several get numbers and an index, as in transformers.
-    Where several processes train a model all of them call this; each writes its share of shards.
-    """
-    begin_writing_tensors(tensors, folder, _run_immediately, max_shard_bytes=max_shard_bytes)()
-
-
-def begin_writing_tensors(
-    tensors: Iterable[tuple[str, Tensor]],
-    folder: Path,
-    submit: Callable[[Callable[[], None]], Future[None]],
-    copy: bool = False,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> Callable[[], None]:
-    """Hand the writing of every shard to `submit`, and return what waits for it and ends it.
-
-    With `copy` the tensors may change as soon as this returns. Every process has to call both.
-    """
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    total = size = 0
-    written: list[Future[None]] = []
-
-    def is_own_shard() -> bool:
-        return len(shards) % collectives.world_size() == collectives.rank()
-
-    def flush_shard() -> None:
-        if is_own_shard():
-            part, some = folder / f"{len(shards) + 1}.part", dict(pending)
-            written.append(submit(lambda: save_file(some, part, metadata={"format": "pt"})))
-        shards.append(list(pending))
-        pending.clear()
-
-    for name, tensor in unshare_tensors(
-        (name, collectives.gather_full_tensor(tensor)) for name, tensor in tensors
-    ):
-        more = tensor.numel() * tensor.element_size()
-        if pending and size + more > max_shard_bytes:
-            flush_shard()
-            size = 0
-        pending[name] = tensor.to("cpu", copy=copy) if is_own_shard() else tensor.new_empty(0)
-        size, total = size + more, total + more
-    flush_shard()
-
-    def finish_writing() -> None:
-        collectives.call_on_all_ranks(lambda: [one.result() for one in written])
-        collectives.call_on_rank_zero(lambda: _name_shard_files(shards, total, folder))
-
-    return finish_writing
-
-
-def _run_immediately(call: Callable[[], None]) -> Future[None]:
-    """Call something now; what it raises is raised when its result is asked for."""
-    done: Future[None] = Future()
-    try:
-        call()
-        done.set_result(None)
-    except (OSError, SafetensorError) as error:
-        done.set_exception(error)  # other processes still wait for this one's tensors
-    return done
-
-
-def _name_shard_files(shards: list[list[str]], total_bytes: int, folder: Path) -> None:
-    """Give the shards in `folder` their names, and write the index of several."""
-    for part in folder.glob("*.part"):
-        part.chmod(0o644)  # safetensors writes files that nobody else may read
-    if len(shards) == 1:
-        (folder / "1.part").rename(folder / WEIGHT_FILENAMES[0])
-        return
-    places: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"{number}.part").rename(folder / file)
-        places |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(places.items()))}
-    (folder / f"{WEIGHT_FILENAMES[0]}.index.json").write_text(
-        json.dumps(index, indent=2) + "\n", encoding="utf-8"
-    )
-
-
-def unshare_tensors(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Give tensors as safetensors takes them: contiguous, no two (tied weights) in one place."""
-    seen = set()
-    for name, tensor in tensors:
-        tensor = tensor.detach().contiguous()
-        place = (tensor.data_ptr(), tensor.numel())
-        yield name, tensor.clone() if place in seen else tensor
-        seen.add(place)
-
-
 def _chunk_tensor_names(sizes: list[tuple[str, int]]) -> list[list[str]]:
-    """Return the names in order, in groups of at most CHUNK bytes or of a single tensor."""
-    groups: list[list[str]] = []
-    room = 0
+    """Return the names in order, in chunks of at most MMAP_CHUNK_BYTES or of a single tensor."""
+    chunks: list[list[str]] = []
+    bytes_left = 0
     for name, size in sizes:
-        if not groups or size > room:
-            groups.append([])
-            room = MMAP_CHUNK_BYTES
-        groups[-1].append(name)
-        room -= size
-    return groups
+        if not chunks or size > bytes_left:
+            chunks.append([])
+            bytes_left = MMAP_CHUNK_BYTES
+        chunks[-1].append(name)
+        bytes_left -= size
+    return chunks
 
 
 class _SafetensorsFile:
@@ -284,7 +188,7 @@ class _SafetensorsFile:
 
 
 class _TorchFile:
-    """An open file of torch."""
+    """An open file of `torch.save`."""
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
         self.state = state
@@ -306,7 +210,7 @@ _SAFETENSORS_DTYPES = {
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool},
 }
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""Types in which weights are stored as they are."""
+"""Types of weights that are not quantized."""
 
 
 def _tensor_bytes(tensors: _SafetensorsFile | _TorchFile, name: str) -> int:
@@ -315,7 +219,7 @@ def _tensor_bytes(tensors: _SafetensorsFile | _TorchFile, name: str) -> int:
 
 @contextmanager
 def _open_tensor_file(file: Path) -> Iterator[_SafetensorsFile | _TorchFile]:
-    """Open a file of tensors; what is wrong with it becomes one line that names it."""
+    """Open a weight file; errors become one line that names it."""
     refuse_lfs_pointer(file)
     if not _is_safetensors(file):
         yield _TorchFile(_load_torch_file(file))
@@ -330,16 +234,16 @@ def _open_tensor_file(file: Path) -> Iterator[_SafetensorsFile | _TorchFile]:
 
 
 def _load_torch_file(file: Path) -> dict[str, Tensor]:
-    """Return the tensors in a file of torch, mapped where its format allows that."""
+    """Return the tensors in a file of `torch.save`, memory-mapped where its format allows that."""
     try:
-        mapped = zipfile.is_zipfile(file)
-        if mapped and _is_torchscript(file):
+        is_zip = zipfile.is_zipfile(file)
+        if is_zip and _is_torchscript(file):
             raise UserError(
                 f"{file} is a TorchScript program, as OpenAI's own CLIP files are; code in a file "
                 "of weights is never executed. Give a file of tensors, or a tag of open_clip such "
                 "as vision.weights=openai"
             )
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except UserError:
         raise
     except (pickle.UnpicklingError, KeyError, IndexError, AttributeError, TypeError) as error:
@@ -352,25 +256,26 @@ def _load_torch_file(file: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{file} is torn or no file of weights: {_loading_error_line(error)}"
         ) from error
-    for inner in NESTED_STATE_KEYS:  # checkpoints of training code
-        state = state.get(inner, state) if isinstance(state, dict) else state
-    named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
-    if not named or not all(isinstance(v, Tensor) for v in state.values()):
+    for key in NESTED_STATE_KEYS:  # checkpoints of training code
+        state = state.get(key, state) if isinstance(state, dict) else state
+    has_names = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    if not has_names or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{file} does not hold a mapping from names to tensors")
-    empty = [name for name, v in state.items() if v.is_meta or v.layout is not torch.strided]
-    if empty:
-        raise UserError(f"{file}: tensor {empty[0]} is sparse or has no numbers (meta)")
-    return state
+    unusable = [name for name, v in state.items() if v.is_meta or v.layout is not torch.strided]
+    if unusable:
+        raise UserError(f"{file}: tensor {unusable[0]} is sparse or has no numbers (meta)")
+    tensors: dict[str, Tensor] = state
+    return tensors
 
 
 def _is_safetensors(file: Path) -> bool:
-    """Tell whether a file is safetensors: by its name, or by what follows its header's length."""
+    """Tell whether a file is safetensors: by its name, or by the start of its JSON header."""
     with file.open("rb") as opened:
         return file.suffix == ".safetensors" or opened.read(9)[8:] == b"{"
 
 
 def _is_torchscript(file: Path) -> bool:
-    """Tell whether a zip file of torch holds TorchScript: its constants lie beside its code."""
+    """Tell whether a zip file of torch holds TorchScript: it has constants beside its code."""
     with zipfile.ZipFile(file) as archive:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 

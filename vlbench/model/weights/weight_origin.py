@@ -1,4 +1,4 @@
-"""Where the weights of a part come from, and a checksum by which they are known again."""
+"""What the weights of a part were loaded from, and a checksum that identifies them."""
 
 from __future__ import annotations
 
@@ -18,100 +18,81 @@ from vlbench.errors import UserError
 from vlbench.text_files import read_json
 
 ORIGINS_FILE = "weights.json"
-"""File in a checkpoint that says what the parts of its model began as."""
-HASH_CHUNK_NUMEL = 1 << 22  # numbers that are hashed at a time, so that little memory is taken
+"""File of a checkpoint with the origin of each part."""
+HASH_CHUNK_NUMEL = 1 << 22  # numbers hashed at a time, so that little memory is taken
 
 
 @dataclass(frozen=True)
 class WeightOrigin:
-    """What a part of a model began as."""
+    """What a part of a model was loaded from."""
 
     source: str
-    """A tag, file, folder or hub id; "embedded"; "random"; what a recipe says."""
+    """A tag, file, folder or hub id, "embedded" or "random", as in a recipe."""
     sha256: str
-    """Of all its tensors, with their names and shapes, as float32."""
+    """Of the part's tensors as float32, with names and shapes."""
 
     def __str__(self) -> str:
-        """Return it as it is shown to people."""
+        """Return the source and the beginning of the checksum."""
         return f"{self.source} sha {self.sha256[:12]}"
 
 
 def hash_named_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Return the SHA-256 of tensors, in the order of their names.
 
-    Numbers are hashed as float32, so that the sum is the same for weights that are kept in 16 bits
-    and for the same weights read as float32. Tensors are hashed side by side by as many threads as
-    torch uses.
+    Numbers are hashed as float32, so that weights in 16 bits and the same weights cast to float32
+    have the same checksum. As many threads as torch uses hash one tensor each.
     """
     named = sorted(tensors, key=lambda pair: pair[0])
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        sums = list(pool.map(lambda pair: _hash_tensor(pair[1]), named))
-    whole = hashlib.sha256()
-    for (name, tensor), one in zip(named, sums, strict=True):
-        whole.update(f"{name} {tuple(tensor.shape)} {one}\n".encode())
-    return whole.hexdigest()
+        tensor_sums = list(pool.map(lambda pair: _hash_tensor(pair[1]), named))
+    digest = hashlib.sha256()
+    for (name, tensor), tensor_sum in zip(named, tensor_sums, strict=True):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor_sum}\n".encode())
+    return digest.hexdigest()
 
 
 def _hash_tensor(tensor: Tensor) -> str:
-    found = hashlib.sha256()
-    for piece in tensor.detach().reshape(-1).split(HASH_CHUNK_NUMEL):
-        numbers = piece.float() if piece.is_floating_point() else piece
-        found.update(numbers.cpu().contiguous().numpy())
-    return found.hexdigest()
-
-
-def check_loaded_keys(
-    expected_keys: Iterable[str], loaded_keys: Iterable[str], context: str
-) -> None:
-    """Raise a Mistake unless a loader has loaded every key that a part has, and no other.
-
-    Every loader returns the keys that it loaded, and who called it compares: weights that were not
-    read, or that went nowhere, cannot pass for a part that is loaded.
-    """
-    missing, more = (
-        sorted(set(expected_keys) - set(loaded_keys)),
-        sorted(set(loaded_keys) - set(expected_keys)),
-    )
-    if missing or more:
-        what = f"lacks {missing[0]}" if missing else f"has {more[0]}, which is not part of it"
-        count = len(missing or more) - 1
-        raise UserError(f"{context} {what}" + (f", and {count} more" if count else ""))
+    digest = hashlib.sha256()
+    for chunk in torch.split(tensor.detach().reshape(-1), HASH_CHUNK_NUMEL):
+        numbers = chunk.float() if chunk.is_floating_point() else chunk
+        digest.update(numbers.cpu().contiguous().numpy())  # type: ignore[arg-type]
+    return digest.hexdigest()
 
 
 def make_weight_origin(source: str, module: torch.nn.Module) -> WeightOrigin:
-    """Return the origin of a module that has just been loaded from `source`.
+    """Return the origin of a module that was just loaded from `source`.
 
-    The sum is "" where there are no numbers (on `meta`), and in all processes but the first.
+    The checksum is "" for tensors without values (on `meta`), and on all ranks but the first.
     """
     state = module.state_dict()
-    numbers = collectives.is_rank_zero() and not any(tensor.is_meta for tensor in state.values())
-    return WeightOrigin(source, hash_named_tensors(state.items()) if numbers else "")
+    has_values = not any(tensor.is_meta for tensor in state.values())
+    hashed = collectives.is_rank_zero() and has_values
+    return WeightOrigin(source, hash_named_tensors(state.items()) if hashed else "")
 
 
 def check_same_origin(
     part: str, recorded: WeightOrigin | None, current: WeightOrigin, run_path: str
 ) -> None:
-    """Refuse weights of a frozen part that are other ones than those that `where` began with."""
+    """Refuse weights of a frozen part that are not those that the run began with."""
     if recorded and recorded.sha256 and current.sha256 and recorded.sha256 != current.sha256:
         raise UserError(
             f"{part}.weights={current.source} are not the weights that {run_path} began with (sha "
             f"{recorded.sha256[:12]} then, {current.sha256[:12]} now): what was trained does "
-            "not fit "
-            "them. Bring the old weights back, or begin a new run"
+            "not fit them. Bring the old weights back, or begin a new run"
         )
 
 
 def origins_to_json(origins: Mapping[str, WeightOrigin]) -> dict[str, Any]:
-    """Return origins by part as they are written to a file."""
+    """Return origins by part in the form of their JSON file."""
     return {part: asdict(origin) for part, origin in origins.items()}
 
 
 def read_origins(file: Path, key: str | None = None) -> dict[str, WeightOrigin]:
     """Return the origins in a JSON file (under `key`), {} where it has none."""
-    said = read_json(file) if file.is_file() else {}
-    found = said.get(key, {}) if key else said
+    content = read_json(file) if file.is_file() else {}
+    origins = content.get(key, {}) if key else content
     try:
-        return {part: WeightOrigin(**origin) for part, origin in found.items()}
+        return {part: WeightOrigin(**origin) for part, origin in origins.items()}
     except (AttributeError, TypeError) as error:
         raise UserError(f"{file}: does not say what weights a run began with") from error
 

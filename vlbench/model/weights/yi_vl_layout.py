@@ -1,10 +1,10 @@
 """Yi-VL's released layout.
 
 config.json                        Llama's keys and LLaVA's (mm_*)
-model-0000x-of-0000n.safetensors   language model and projector; copies of the tower are ignored,
-                                   as the reference ignores them (.bin shards work as well)
+model-0000x-of-0000n.safetensors   language model and projector (.bin shards work as well); copies
+                                   of the vision encoder are ignored, as in the reference
 tokenizer.model tokenizer_config.json ...
-vit/NAME/                          the tower, a CLIPVisionModel: config.json,
+vit/NAME/                          the vision encoder, a CLIPVisionModel: config.json,
                                    preprocessor_config.json, pytorch_model.bin or model.safetensors
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 from vlbench.errors import UserError
 from vlbench.model.vlm import VLM
-from vlbench.model.weights import chat_template, clip_layouts
+from vlbench.model.weights import clip_layouts, template_detection
 from vlbench.model.weights.release_files import (
     LLAMA_CONFIG_KEYS,
     ReleaseSpec,
@@ -39,7 +39,7 @@ FIXED_CONFIG_VALUES = {
     "mm_vision_select_feature": "patch",
     "mm_use_im_start_end": False,
 }
-"""What the reference could do otherwise, and Yi-VL does not."""
+"""Options of the reference that may have these values alone, as in Yi-VL."""
 
 
 def is_layout_config(config: dict[str, Any]) -> bool:
@@ -55,21 +55,20 @@ def read_release_spec(folder: Path) -> ReleaseSpec:
     for key, value in FIXED_CONFIG_VALUES.items():
         if config.get(key, value) != value:
             raise UserError(f"{file}: {key} is {config[key]!r}; only {value!r} can be done here")
-    tower = find_encoder_folder(folder, config)
+    encoder_folder = find_encoder_folder(folder, config)
     depth, norm = parse_projector_type(config["mm_projector_type"], file)
-    vision = clip_layouts.parse_vision_config(
-        read_json(tower / "config.json"), tower / "config.json"
-    )
+    encoder_file = encoder_folder / "config.json"
+    vision = clip_layouts.parse_vision_config(read_json(encoder_file), encoder_file)
     pad = config.get("image_aspect_ratio") == "pad"
-    processor = tower / "preprocessor_config.json"
-    preprocess = parse_preprocess_config(read_json(processor), processor, pad)
-    check_crop_size(preprocess, vision, tower)
+    processor_file = encoder_folder / "preprocessor_config.json"
+    preprocess = parse_preprocess_config(read_json(processor_file), processor_file, pad)
+    check_crop_size(preprocess, vision, encoder_folder)
     if config.get("mm_hidden_size", vision["hidden_size"]) != vision["hidden_size"]:
         raise UserError(
-            f"{file}: mm_hidden_size is {config['mm_hidden_size']}, but the tower is "
-            f"{vision['hidden_size']} wide"
+            f"{file}: mm_hidden_size is {config['mm_hidden_size']}, but the vision encoder "
+            f"is {vision['hidden_size']} wide"
         )
-    template, why = chat_template.detect_yi_vl_template(folder, config)
+    template_name, template_reason = template_detection.detect_yi_vl_template(folder, config)
     return ReleaseSpec(
         language_config=parse_llama_config(config, file),
         vision_config=vision,
@@ -79,63 +78,61 @@ def read_release_spec(folder: Path) -> ReleaseSpec:
         preprocess=preprocess,
         projector_depth=depth,
         projector_norm=norm,
-        template_name=template,
-        template_reason=why,
+        template_name=template_name,
+        template_reason=template_reason,
     )
 
 
 def read_release_files(folder: Path) -> dict[str, bytes]:
-    """Return the small files of a release; a tower that lies elsewhere moves to `vit/`.
+    """Return the small files of a release; those of an encoder outside of it are put under `vit/`.
 
-    The configuration then says so: what is written later must never reach out of its folder.
+    The configuration is changed to match: an export must never write outside of its folder.
     """
     config = read_json(folder / "config.json")
-    tower, home = find_encoder_folder(folder, config).resolve(), folder.resolve()
-    if tower.is_relative_to(home):
-        return read_small_files(folder) | read_small_files(
-            tower, f"{tower.relative_to(home).as_posix()}/"
-        )
-    place = f"vit/{tower.name}"
-    moved = json.dumps({**config, "mm_vision_tower": f"./{place}"}, indent=2, ensure_ascii=False)
+    encoder_folder, root = find_encoder_folder(folder, config).resolve(), folder.resolve()
+    if encoder_folder.is_relative_to(root):
+        prefix = f"{encoder_folder.relative_to(root).as_posix()}/"
+        return read_small_files(folder) | read_small_files(encoder_folder, prefix)
+    path = f"vit/{encoder_folder.name}"
+    moved = json.dumps({**config, "mm_vision_tower": f"./{path}"}, indent=2, ensure_ascii=False)
     return {
         **read_small_files(folder),
-        **read_small_files(tower, f"{place}/"),
+        **read_small_files(encoder_folder, f"{path}/"),
         "config.json": moved.encode(),
     }
 
 
 def _parse_select_layer(select_layer: Any, num_layers: int, file: Path) -> int:
-    """Return the block whose output is `hidden_states[number]`; 0 is what the first block reads."""
+    """Return the block whose output is `hidden_states[select_layer]`; [0] is the first's input."""
     if type(select_layer) is not int or not (
         -num_layers <= select_layer < 0 or 0 < select_layer <= num_layers
     ):
         raise UserError(
-            f"{file}: mm_vision_select_layer is {select_layer!r}; the tower has {num_layers} "
-            "blocks, "
-            f"so -{num_layers} to -1 and 1 to {num_layers} are allowed"
+            f"{file}: mm_vision_select_layer is {select_layer!r}; the vision encoder has "
+            f"{num_layers} blocks, so -{num_layers} to -1 and 1 to {num_layers} are allowed"
         )
     return select_layer if select_layer < 0 else select_layer - 1
 
 
 def find_encoder_folder(folder: Path, config: dict[str, Any]) -> Path:
-    """Return the folder of the tower: where config.json says, or the only one under `vit/`.
+    """Return the folder of the vision encoder: as config.json says, or the first under `vit/`.
 
-    A config that the reference saved holds an absolute path of the machine that saved it.
+    A config.json that the reference saved has an absolute path of the machine that saved it.
     """
     named = str(config["mm_vision_tower"])
-    places = [folder / named.removeprefix("./"), folder / "vit" / Path(named).name]
-    places += [path.parent for path in sorted(folder.glob("vit/*/config.json"))][:1]
-    for place in places:
-        if (place / "config.json").is_file():
-            return place
+    candidates = [folder / named.removeprefix("./"), folder / "vit" / Path(named).name]
+    candidates += [path.parent for path in sorted(folder.glob("vit/*/config.json"))][:1]
+    for candidate in candidates:
+        if (candidate / "config.json").is_file():
+            return candidate
     raise UserError(
-        f"{folder / 'config.json'}: mm_vision_tower is '{named}'; there is no {places[0]} with "
+        f"{folder / 'config.json'}: mm_vision_tower is '{named}'; there is no {candidates[0]} with "
         "config.json, preprocessor_config.json and pytorch_model.bin or model.safetensors"
     )
 
 
 def parse_projector_type(projector_type: Any, file: Path) -> tuple[int, bool]:
-    """Return depth and norm of an mm_projector_type: linear, mlp2x_gelu, mlp2x_gelu_Norm, ..."""
+    """Return depth and LayerNorms of a type such as linear, mlp2x_gelu or mlp2x_gelu_Norm."""
     if projector_type == "linear":
         return 1, False
     match = re.fullmatch(r"mlp([1-9]\d?)x_gelu(_Norm)?", str(projector_type))
@@ -148,22 +145,20 @@ def parse_projector_type(projector_type: Any, file: Path) -> tuple[int, bool]:
 
 
 def build_tensor_groups(folder: Path, vlm: VLM) -> list[TensorGroup]:
-    """Return the files of weights in `folder` and where in `vlm` their tensors belong.
+    """Return the weight files in `folder` and which parts of `vlm` their tensors are for.
 
-    A connector that is no projector starts anew: the projector in the files is ignored.
+    A connector that is no projector keeps its initial weights: that in the files is ignored.
     """
     config = read_json(folder / "config.json")
     files = weight_files(folder)
-    found = [name for file in files for name in read_tensor_shapes(file)]
-    other = (
-        [rf"{re.escape(PROJECTOR_PREFIX)}.*"] if vlm.connector.released_projector() is None else []
-    )
-    main = TensorGroup(
-        files, main_tensor_targets(config, vlm, found), "|".join([IGNORED_TENSORS, *other])
-    )
+    file_names = [name for file in files for name in read_tensor_shapes(file)]
+    ignored = IGNORED_TENSORS
+    if vlm.connector.released_projector() is None:
+        ignored = rf"{ignored}|{re.escape(PROJECTOR_PREFIX)}.*"
+    encoder_folder = find_encoder_folder(folder, config)
     return [
-        main,
-        clip_layouts.build_clip_group(find_encoder_folder(folder, config), vlm.vision.visual),
+        TensorGroup(files, main_tensor_targets(config, vlm, file_names), ignored),
+        clip_layouts.build_clip_group(encoder_folder, vlm.vision.visual),
     ]
 
 
@@ -172,13 +167,13 @@ def main_tensor_targets(
 ) -> dict[str, tuple[str, str]]:
     """Return the tensors of the main shards: name -> (part of the model, key in that part).
 
-    `found` are the names in files; shards that are to be written have none yet.
+    `file_names` are the names in files that are read; none for files that are written.
     """
-    spared = missing_tied_keys(vlm.language, file_names)
-    own = (name for name in vlm.language.state_dict() if name not in spared)
-    names = {name: ("language", name) for name in own}
+    tied = missing_tied_keys(vlm.language, file_names)
+    targets = {name: ("language", name) for name in vlm.language.state_dict() if name not in tied}
     projector = vlm.connector.released_projector()
-    bare = config["mm_projector_type"] == "linear"  # then LLaVA numbers no layers
+    unnumbered = config["mm_projector_type"] == "linear"  # LLaVA v1 has no layer numbers
     for key in projector.state_dict() if projector is not None else ():
-        names[PROJECTOR_PREFIX + (key.removeprefix("0.") if bare else key)] = ("connector", key)
-    return names
+        name = key.removeprefix("0.") if unnumbered else key
+        targets[PROJECTOR_PREFIX + name] = ("connector", key)
+    return targets

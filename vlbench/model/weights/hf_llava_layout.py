@@ -1,7 +1,7 @@
-"""The folder that transformers' `LlavaForConditionalGeneration` loads: LLaVA's, with one MLP.
+"""The layout of transformers' `LlavaForConditionalGeneration`.
 
-The projector there is Linear, activation, Linear. A single Linear layer is written with no
-activation and the identity after it.
+Its projector is Linear, activation, Linear. A single Linear layer is stored with a linear
+activation and an identity as the second layer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from vlbench.errors import UserError
 from vlbench.model.vlm import VLM
-from vlbench.model.weights import chat_template, clip_layouts
+from vlbench.model.weights import clip_layouts, template_detection
 from vlbench.model.weights.release_files import (
     ReleaseSpec,
     check_crop_size,
@@ -27,8 +27,8 @@ from vlbench.model.weights.tensor_files import read_tensor_shapes, read_tensors,
 from vlbench.model.weights.tensor_groups import BUFFER_PATTERN, TensorGroup, missing_tied_keys
 from vlbench.text_files import read_json
 
-LINEAR_ACTIVATION = "linear"  # transformers' name of the activation that is none
-# Names of the parts in files, which transformers changed with versions 4.52 and 5.
+LINEAR_ACTIVATION = "linear"  # transformers' name of the identity
+# Prefixes of the parts in files: transformers changed them in versions 4.52 and 5.
 VISION_PREFIXES = (
     *("vision_tower.vision_model.", "model.vision_tower.vision_model."),
     *("vision_tower.", "model.vision_tower."),
@@ -47,7 +47,7 @@ def read_release_spec(folder: Path) -> ReleaseSpec:
     """Read what the small files in `folder` describe."""
     file = folder / "config.json"
     config = read_json(file)
-    config.setdefault("image_token_index", config.get("image_token_id"))  # its name elsewhere
+    config.setdefault("image_token_index", config.get("image_token_id"))  # newer name
     require_keys(config, ("text_config", "vision_config", "image_token_index"), file)
     _check_part_configs(config, file)
     vision = clip_layouts.parse_vision_config(config["vision_config"], file)
@@ -56,31 +56,32 @@ def read_release_spec(folder: Path) -> ReleaseSpec:
     layer = config.get("vision_feature_layer", -2)
     if not isinstance(layer, int) or not -vision["num_hidden_layers"] <= layer < 0:
         raise UserError(f"{file}: vision_feature_layer is {layer!r}; wanted is one negative number")
-    act = config.get("projector_hidden_act", "gelu")
-    if act not in ("gelu", LINEAR_ACTIVATION):
+    activation = config.get("projector_hidden_act", "gelu")
+    if activation not in ("gelu", LINEAR_ACTIVATION):
         raise UserError(
-            f"{file}: projector_hidden_act is {act!r}; known are gelu and {LINEAR_ACTIVATION}"
+            f"{file}: projector_hidden_act is {activation!r}; known are gelu and "
+            f"{LINEAR_ACTIVATION}"
         )
-    template, why = chat_template.detect_hf_llava_template(folder)
+    template_name, template_reason = template_detection.detect_hf_llava_template(folder)
     text = config["text_config"]
-    either = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+    tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
     preprocess = _read_image_processor(folder)
     check_crop_size(preprocess, vision, folder)
     return ReleaseSpec(
-        language_config=parse_llama_config({**text, "tie_word_embeddings": either}, file),
+        language_config=parse_llama_config({**text, "tie_word_embeddings": tied}, file),
         vision_config=vision,
         vision_layer=layer,
         preprocess=preprocess,
-        projector_depth=1 if act == LINEAR_ACTIVATION else 2,
+        projector_depth=1 if activation == LINEAR_ACTIVATION else 2,
         projector_norm=False,
-        template_name=template,
-        template_reason=why,
+        template_name=template_name,
+        template_reason=template_reason,
         id_limit=_find_id_limit(folder, config["image_token_index"]),
     )
 
 
 def _check_part_configs(config: dict[str, Any], file: Path) -> None:
-    """Refuse a configuration whose parts are no mappings, or another language model than Llama."""
+    """Refuse a configuration whose parts are no mappings, or whose language model is no Llama."""
     for key in ("text_config", "vision_config"):
         if not isinstance(config[key], dict):
             raise UserError(f"{file}: {key} is {config[key]!r}; wanted is a mapping")
@@ -98,14 +99,14 @@ def _check_part_configs(config: dict[str, Any], file: Path) -> None:
 
 
 def _find_id_limit(folder: Path, image_id: int) -> int:
-    """Return the first id that is no word of the model: an image's, or what generation suppresses.
+    """Return the first id that the model never generates: the image token's, or a suppressed one.
 
-    A tokenizer may know tokens that the model never learned: an export suppresses their ids, which
-    come right before the image's.
+    A tokenizer may have tokens that the model never learned. An export suppresses their ids, which
+    come right before that of the image token.
     """
     file = folder / "generation_config.json"
-    never = read_json(file).get("suppress_tokens") if file.is_file() else None
-    while isinstance(never, list) and image_id - 1 in never:
+    suppressed = read_json(file).get("suppress_tokens") if file.is_file() else None
+    while isinstance(suppressed, list) and image_id - 1 in suppressed:
         image_id -= 1
     return image_id
 
@@ -128,62 +129,60 @@ def _read_image_processor(folder: Path) -> dict[str, Any]:
 
 
 def build_tensor_groups(folder: Path, vlm: VLM) -> list[TensorGroup]:
-    """Return the files of weights in `folder` and where in `vlm` their tensors belong.
+    """Return the weight files in `folder` and which parts of `vlm` their tensors are for.
 
-    A connector that is no projector starts anew: the projector in the files is ignored.
+    A connector that is no projector keeps its initial weights: that in the files is ignored.
     """
     files = weight_files(folder)
-    found = {name for file in files for name in read_tensor_shapes(file)}
-    wanted = {
-        _find_used_prefix(VISION_PREFIXES, found) + key: ("vision", key)
+    file_names = {name for file in files for name in read_tensor_shapes(file)}
+    targets = {
+        _find_used_prefix(VISION_PREFIXES, file_names) + key: ("vision", key)
         for key in clip_layouts.to_hf_state_dict(vlm.vision.visual)
     }
-    language = {_language_tensor_name(key, found): key for key in vlm.language.state_dict()}
-    spared = missing_tied_keys(
-        vlm.language, [key for name, key in language.items() if name in found]
+    language = {_language_tensor_name(key, file_names): key for key in vlm.language.state_dict()}
+    tied = missing_tied_keys(
+        vlm.language, [key for name, key in language.items() if name in file_names]
     )
-    wanted |= {name: ("language", key) for name, key in language.items() if key not in spared}
+    targets |= {name: ("language", key) for name, key in language.items() if key not in tied}
     ignored = BUFFER_PATTERN
-    projector, start = (
-        vlm.connector.released_projector(),
-        _find_used_prefix(PROJECTOR_PREFIXES, found),
-    )
+    projector = vlm.connector.released_projector()
+    prefix = _find_used_prefix(PROJECTOR_PREFIXES, file_names)
     if projector is None:
-        ignored = rf"{ignored}|{start}.*"
+        ignored = rf"{ignored}|{prefix}.*"
     else:
-        linear = {0: f"{start}linear_1.", 2: f"{start}linear_2."}
+        layer_names = {0: f"{prefix}linear_1.", 2: f"{prefix}linear_2."}
         for key in projector.state_dict():
-            number, kind = key.split(".")
-            wanted[linear[int(number)] + kind] = ("connector", key)
+            index, kind = key.split(".")
+            targets[layer_names[int(index)] + kind] = ("connector", key)
         if len(projector) == 1:
-            _check_identity_layer(files, linear[2])
-            ignored = rf"{ignored}|{linear[2]}.*"
-    return [TensorGroup(files, wanted, ignored)]
+            _check_identity_layer(files, layer_names[2])
+            ignored = rf"{ignored}|{layer_names[2]}.*"
+    return [TensorGroup(files, targets, ignored)]
 
 
 def _language_tensor_name(key: str, file_names: Collection[str]) -> str:
     """Return the name in the files of the language model's tensor `key`."""
-    starts = HEAD_PREFIXES if key.startswith("lm_head.") else LANGUAGE_PREFIXES
-    return _find_used_prefix(starts, file_names) + key.removeprefix("lm_head.").removeprefix(
+    prefixes = HEAD_PREFIXES if key.startswith("lm_head.") else LANGUAGE_PREFIXES
+    return _find_used_prefix(prefixes, file_names) + key.removeprefix("lm_head.").removeprefix(
         "model."
     )
 
 
 def _find_used_prefix(prefixes: tuple[str, ...], file_names: Collection[str]) -> str:
-    """Return the beginning of names that is used in the files."""
+    """Return the first of `prefixes` that a name in the files has, else the first of all."""
     return next(
-        (s for s in prefixes if any(name.startswith(s) for name in file_names)), prefixes[0]
+        (p for p in prefixes if any(name.startswith(p) for name in file_names)), prefixes[0]
     )
 
 
 def _check_identity_layer(files: list[Path], prefix: str) -> None:
-    """Refuse a projector without activation whose second layer does something."""
+    """Refuse a projector with a linear activation whose second layer is not the identity."""
     for file in files:
         for name, tensor in read_tensors(
             file, [name for name in read_tensor_shapes(file) if name.startswith(prefix)]
         ):
-            plain = torch.eye(len(tensor)) if tensor.dim() == 2 else torch.zeros(len(tensor))
-            if not torch.equal(tensor.float(), plain):
+            identity = torch.eye(len(tensor)) if tensor.dim() == 2 else torch.zeros(len(tensor))
+            if not torch.equal(tensor.float(), identity):
                 raise UserError(
                     f"{file}: {name} is not the identity, and two Linear layers without an "
                     "activation between them are no connector here"

@@ -1,0 +1,81 @@
+"""The chat template that a released model was trained with, recognised from its small files.
+
+Folders of transformers hold a Jinja template. LLaVA's own folders hold none, because its scripts
+choose one by name (`conv_mode`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vlbench.text_files import read_json, read_text
+
+TEMPLATE_MARKERS = {"### Assistant:": "yi_vl", "<|im_start|>": "chatml", "ASSISTANT:": "llava_v1"}
+"""Text in a folder's Jinja template -> name of the chat template that it belongs to."""
+YI_VL_CONV_MODE = "mm_default"
+"""Yi-VL's name of its template; an export writes it where LLaVA's would be recognised."""
+_LLAVA_NAME_PATTERN = re.compile("llava|vicuna", re.IGNORECASE)
+
+
+def detect_yi_vl_template(folder: Path, config: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the chat template of a folder in LLaVA's own layout, and why it is that one.
+
+    Yi-VL is recognised by the LayerNorms of its projector, and has no reason. A Jinja template of
+    its tokenizer belongs to the language model without images. The name is "" where no template is
+    known; the reason then says what was found.
+    """
+    jinja_text = read_jinja_template(folder)
+    jinja_name = _find_template_name(jinja_text)
+    if str(config["mm_projector_type"]).endswith("_Norm"):
+        reason = (
+            "its projector has Yi-VL's LayerNorms, and its own chat template "
+            f"({jinja_name}) is that of the language model"
+        )
+        return "yi_vl", reason if jinja_name not in ("", "yi_vl") else ""
+    if config.get("conv_mode") == YI_VL_CONV_MODE:
+        return "yi_vl", ""
+    if jinja_text:
+        return match_jinja_template(jinja_text)
+    encoder = str(config["mm_vision_tower"])
+    base_model = str(config.get("_name_or_path") or "")
+    if _LLAVA_NAME_PATTERN.search(base_model):
+        reason = f"it began as '{base_model}' (_name_or_path), which is LLaVA and not Yi-VL"
+        return "llava_v1", reason
+    if encoder.startswith("./vit/") or "yi-vl" in encoder.lower():
+        reason = "its vision encoder lies as Yi-VL's does, though the projector has no LayerNorms"
+        return "yi_vl", reason
+    reason = f"it is LLaVA and not Yi-VL (its vision encoder is '{encoder}', no LayerNorms)"
+    return "llava_v1", reason
+
+
+def match_jinja_template(jinja_text: str) -> tuple[str, str]:
+    """Return the chat template that a Jinja template stands for, and why; "" for none."""
+    name = _find_template_name(jinja_text)
+    if not name:
+        return "", f"its chat template is none of {', '.join(TEMPLATE_MARKERS.values())}"
+    return name, "its own chat template is like it"
+
+
+def read_jinja_template(folder: Path) -> str:
+    """Return the text of the folder's Jinja chat template, "" where it has none."""
+    file = folder / "chat_template.jinja"
+    text = read_text(file) if file.is_file() else ""
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        if not text and (folder / name).is_file():
+            text = str(read_json(folder / name).get("chat_template") or "")
+    return text
+
+
+def detect_hf_llava_template(folder: Path) -> tuple[str, str]:
+    """Return the chat template of a folder of transformers' LLaVA, and why it is that one."""
+    jinja_text = read_jinja_template(folder)
+    if jinja_text:
+        return match_jinja_template(jinja_text)
+    return "llava_v1", "it is LLaVA and has no chat template of its own"
+
+
+def _find_template_name(jinja_text: str) -> str:
+    return next((name for mark, name in TEMPLATE_MARKERS.items() if mark in jinja_text), "")
