@@ -34,6 +34,7 @@ ALLOWED_WORDS = {
     "dict_type": "a mapping as {{KEY: VALUE}}",
     "tuple_type": "a list, as [a,b] or a,b",
     "too_short": "a list of at least {min_length}",
+    "too_long": "a list of at most {max_length}",
     "literal_error": "{choices}",
     "greater_than_equal": "at least {ge}",
     "greater_than": "above {gt}",

@@ -171,7 +171,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: {reason}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: is not a mapping of keys; a recipe is KEY: VALUE lines")
-    return {str(key): value for key, value in tree.items()}
+    return _with_text_keys(tree)
+
+
+def _with_text_keys(tree: dict[Any, Any]) -> dict[str, Any]:
+    """Return a tree of YAML in which a key such as 1 or true is text."""
+    return {
+        str(key): _with_text_keys(value) if isinstance(value, dict) else value
+        for key, value in tree.items()
+    }
 
 
 def _base_layers(

@@ -136,7 +136,9 @@ def _error_lines(
             if is_complete and not any(path[: len(name)] == name for name in unknown_names):
                 lines.append(_missing_line(path))
             continue
-        if error["type"] == "too_short" and any(other[:-1] == path for other in paths):
+        if error["type"] == "too_short" and any(
+            other[: len(path)] == path != other for other in paths
+        ):
             continue  # it has items, and what is wrong with them is said
         path = path[:-1] if path[-1:] == ("[key]",) else path
         source = next((name for name, tree in reversed(layers) if _has_path(tree, path)), None)
