@@ -1,18 +1,18 @@
-"""Checkpoints: folders that hold all that is needed to load them, written whole or not at all.
+"""Checkpoints: folders that stand alone, written whole or not at all.
 
 checkpoints/2-chat-000300/
-    model.safetensors     every part that was trained so far; keys begin with `vision.` and so on
-    optimizer/            state of the optimizer of the unfinished stage, by parameter name
-    position.json         stage, optimizer step, held-out loss
+    model.safetensors     every part that was trained so far, keys `vision.`, `connector.`, ...
+    optimizer/            state of the optimizer, by the names of parameters
+    position.json         stage, step, held-out loss
     recipe.yaml preprocess.json tokenizer.model tokenizer_config.json
-    language/             configuration of the language model
-    vision/               configuration of the vision encoder, in open_clip's format
-    weights.json          origin of each part: what it was loaded from, and a checksum
+    language/             config of the language model, if its weights are in model.safetensors
+    vision/               config of the vision encoder, in open_clip's format
+    weights.json          the source of each part's first weights, and their checksum
     adapters/PART/        LoRA adapters in peft's layout, if a part has them
     release/              small files of the released model that the run began with, if any
 
-More than 5 GB of tensors are several files and an index, as in transformers. With several processes
-each writes some of the files; the number of processes leaves no trace in a checkpoint.
+More than 5 GB of tensors are several files and an index, as in transformers; where several
+processes train, each writes some of them. The format does not depend on their number.
 """
 
 from __future__ import annotations
@@ -56,17 +56,17 @@ _POSITION_TYPES = {"stage": int, "name": str, "step": int}
 
 @dataclass(frozen=True)
 class RunPosition:
-    """How far a run is: `step` optimizer steps of stage number `stage` are done."""
+    """A position of a run: `step` optimizer steps of stage number `stage` are done."""
 
     stage: int
     name: str
     step: int
     loss: float | None = None
-    """Validation loss per supervised token, if it was measured at this step."""
+    """Held-out loss per supervised token, if it was measured at this step."""
     seen: dict[str, int] | None = None
-    """Samples, images and tokens (image positions included) that were trained on so far."""
+    """Samples, images and tokens (image positions included) that the run has trained on."""
     seconds: float | None = field(default=None, compare=False)
-    """Time of training so far, without the time in which the run was stopped."""
+    """Seconds that the run has taken, without the time in which it was stopped."""
 
     @property
     def folder_name(self) -> str:
@@ -75,9 +75,9 @@ class RunPosition:
 
 
 def named_part_weights(vlm: VLM, parts: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the state dicts of `parts`, keys prefixed with the part's name.
+    """Yield the weights of `parts`, names prefixed with that of the part.
 
-    Frozen weights that a stage keeps in bfloat16 are written as float32, as between stages.
+    Frozen weights that a stage holds in bfloat16 are given as float32, as between stages.
     """
     for part in parts:
         for key, value in lora_adapters.base_state_dict(getattr(vlm, part)).items():
@@ -85,9 +85,9 @@ def named_part_weights(vlm: VLM, parts: list[str]) -> Iterator[tuple[str, Tensor
 
 
 class CheckpointWriter:
-    """Writes one checkpoint in a thread, while training goes on.
+    """A checkpoint that is being written by a thread while training goes on.
 
-    With several processes all of them create it and call `finish_writing`.
+    Where several processes train, all of them start and finish it together.
     """
 
     def __init__(
@@ -99,15 +99,15 @@ class CheckpointWriter:
         optimizer: Optimizer | None,
         recipe_file: Path,
     ) -> None:
-        """Copy the state and start writing; the checkpoint has its name after `finish_writing`.
+        """Copy the tensors and start to write; the checkpoint counts after `finish_writing`.
 
         Args:
-            folder: The run's folder of checkpoints.
-            position: How far the run is.
+            folder: The folder of all checkpoints of a run.
+            position: Where the run stands.
             vlm: The model.
-            parts: Names of the parts whose weights are written.
-            optimizer: The optimizer of the running stage; None between stages.
-            recipe_file: The run's resolved recipe.
+            parts: The parts whose weights are written.
+            optimizer: Its state is written, if given.
+            recipe_file: The recipe of the run, which is copied.
         """
         self.final_path = folder / position.folder_name
         self.temp_path = folder / f".writing-{position.folder_name}"
@@ -126,10 +126,12 @@ class CheckpointWriter:
                 )
             ]
             if optimizer is not None:
-                state = named_optimizer_state(vlm.model, optimizer)
                 self._finish_calls.append(
                     begin_writing_tensors(
-                        state, self.temp_path / OPTIMIZER_FOLDER, self._submit_write, copy=True
+                        named_optimizer_state(vlm.model, optimizer),
+                        self.temp_path / OPTIMIZER_FOLDER,
+                        self._submit_write,
+                        copy=True,
                     )
                 )
             write_metadata(vlm, self.temp_path, recipe_file.read_text(encoding="utf-8"), position)
@@ -140,14 +142,14 @@ class CheckpointWriter:
 
     @property
     def is_written(self) -> bool:
-        """Whether this process has written its share."""
+        """True when this process has written its files."""
         return all(task.done() for task in self._write_tasks)
 
     def finish_writing(self) -> Path:
         """Wait for the files of all processes, name the checkpoint, and return its path."""
         with self._explain_write_errors():
-            for finish in self._finish_calls:
-                finish()
+            for finish_call in self._finish_calls:
+                finish_call()
             collectives.call_on_rank_zero(
                 lambda: _publish_checkpoint(self.temp_path, self.final_path)
             )
@@ -156,7 +158,7 @@ class CheckpointWriter:
 
     @contextlib.contextmanager
     def _explain_write_errors(self) -> Iterator[None]:
-        """Remove a checkpoint that cannot be written, and say why."""
+        """Remove a checkpoint that cannot be written, and raise an error that says why."""
         try:
             yield
         except (OSError, SafetensorError) as error:
@@ -177,7 +179,7 @@ def _make_folders(temp_path: Path, has_optimizer: bool) -> None:
 
 
 def _publish_checkpoint(temp_path: Path, final_path: Path) -> None:
-    """Flush a whole checkpoint to the disk and give it its name."""
+    """Rename a complete checkpoint to its name, when all files are on the disk."""
     for path in temp_path.rglob("*"):
         _fsync_path(path)
     shutil.rmtree(final_path, ignore_errors=True)
@@ -186,7 +188,7 @@ def _publish_checkpoint(temp_path: Path, final_path: Path) -> None:
 
 
 def write_metadata(vlm: LoadedVLM, folder: Path, recipe_text: str, position: RunPosition) -> None:
-    """Write all files of a checkpoint but the weights."""
+    """Write all of a model but its base weights, so that a checkpoint stands alone."""
     for part, module in vlm.model.named_parts():
         lora_adapters.save_adapters(module, folder / ADAPTERS_FOLDER / part)
     if not collectives.is_rank_zero():
@@ -200,19 +202,19 @@ def write_metadata(vlm: LoadedVLM, folder: Path, recipe_text: str, position: Run
         (folder / VISION_FOLDER).mkdir()
         vlm.vision.config.save(folder / VISION_FOLDER)
     config = vlm.language.config.to_dict()
-    generation_config = {"eos_token_id": vlm.language.generation_config.eos_token_id}
+    ends = {"eos_token_id": vlm.language.generation_config.eos_token_id}
     (folder / LANGUAGE_FOLDER).mkdir()
     (folder / LANGUAGE_FOLDER / "config.json").write_text(
         json.dumps(config, indent=1), encoding="utf-8"
     )
     (folder / LANGUAGE_FOLDER / "generation_config.json").write_text(
-        json.dumps(generation_config), encoding="utf-8"
+        json.dumps(ends), encoding="utf-8"
     )
     (folder / "position.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
 
 
 def explain_write_error(error: OSError, folder: Path) -> Exception:
-    """Return a one-line error for a full disk or a read-only folder, else the error itself."""
+    """Return a UserError for a full disk or an unwritable folder, else the error itself."""
     if error.errno == errno.ENOSPC:
         return UserError(
             f"the disk is full: cannot write in {folder}; earlier checkpoints are whole"
@@ -223,7 +225,7 @@ def explain_write_error(error: OSError, folder: Path) -> Exception:
 
 
 def preprocessing_json(processor: Processor) -> str:
-    """Return the JSON of image transform, chat template and tokens per image."""
+    """Return the JSON of everything between a conversation and the model's input."""
     return json.dumps(
         {
             "transform": asdict(processor.transform),
@@ -237,7 +239,7 @@ def preprocessing_json(processor: Processor) -> str:
 
 
 def _fsync_path(path: Path) -> None:
-    """Flush a file or folder to the disk, so that it survives a power cut."""
+    """Make the operating system write `path` to the disk, so that it survives a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -248,42 +250,43 @@ def _fsync_path(path: Path) -> None:
 def read_position(folder: Path) -> RunPosition:
     """Return the position of the checkpoint in `folder`."""
     file = folder / "position.json"
-    content = read_json(file)
-    is_position = all(type(content.get(key)) is kind for key, kind in _POSITION_TYPES.items())
-    if not is_position or not content.keys() <= {*_POSITION_TYPES, "loss", "seen", "seconds"}:
+    fields = read_json(file)
+    is_valid = all(type(fields.get(key)) is kind for key, kind in _POSITION_TYPES.items())
+    if not is_valid or not fields.keys() <= {*_POSITION_TYPES, "loss", "seen", "seconds"}:
         raise UserError(
             f"{file}: is not the position of a checkpoint ({', '.join(_POSITION_TYPES)})"
         )
-    return RunPosition(**content)
+    return RunPosition(**fields)
 
 
 def read_preprocessing(folder: Path) -> tuple[int, str]:
     """Return the image size of a checkpoint in pixels, and the hash of its image transform."""
     file = folder / "preprocess.json"
-    content = read_json(file)
-    transform = content.get("transform")
+    fields = read_json(file)
+    transform = fields.get("transform")
     crop = transform.get("crop") if isinstance(transform, dict) else None
-    if not isinstance(crop, int) or not isinstance(content.get("transform_hash"), str):
+    if not isinstance(crop, int) or not isinstance(fields.get("transform_hash"), str):
         raise UserError(f"{file}: is not the preprocessing of a checkpoint")
-    return crop, content["transform_hash"]
+    return crop, fields["transform_hash"]
 
 
 def list_positions(folder: Path) -> list[RunPosition]:
-    """Return the positions of all whole checkpoints in `folder`, oldest first."""
-    positions = []
-    for path in folder.glob("*-*-*"):
-        if CHECKPOINT_NAME.fullmatch(path.name) and (path / "position.json").is_file():
-            positions.append(read_position(path))
-    return sorted(positions, key=lambda p: (p.stage, p.step))
+    """Return the positions of all complete checkpoints in `folder`, oldest first."""
+    positions = [
+        read_position(path)
+        for path in folder.glob("*-*-*")
+        if CHECKPOINT_NAME.fullmatch(path.name) and (path / "position.json").is_file()
+    ]
+    return sorted(positions, key=lambda position: (position.stage, position.step))
 
 
 def is_run_or_checkpoint(path: Path) -> bool:
-    """Tell whether `path` is a checkpoint or a folder with checkpoints."""
+    """Tell whether `path` is a checkpoint or a run folder."""
     return (path / "position.json").is_file() or (path / "checkpoints").is_dir()
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return the checkpoint at `path`, or the newest one of the run folder at `path`."""
+    """Return the checkpoint that `path` means: itself, or the newest one of a run folder."""
     if (path / "position.json").is_file():
         return path
     positions = list_positions(path / "checkpoints")
@@ -293,7 +296,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def read_optimizer_state(path: Path) -> Mapping[str, Tensor]:
-    """Return the optimizer state of a checkpoint; tensors are read when they are looked up."""
+    """Return the optimizer state of a checkpoint; a tensor is read when it is used."""
     folder = path / OPTIMIZER_FOLDER
     try:
         return LazyTensors(weight_files(folder))
@@ -306,20 +309,24 @@ def read_optimizer_state(path: Path) -> Mapping[str, Tensor]:
 
 
 def prune_checkpoints(folder: Path, keep_last_checkpoints: int) -> None:
-    """Remove all but the last `keep_last_checkpoints` and the best one of the newest stage.
+    """Remove all but the last `keep_last_checkpoints` and the best of the newest stage.
 
-    The newest checkpoint of a finished stage stays, without its optimizer state.
+    The best has the lowest held-out loss. The newest checkpoint of an earlier stage stays, without
+    its optimizer.
     """
     positions = list_positions(folder)
-    newest_of_stage = {p.stage: p for p in positions}
-    kept_positions = [*positions[-keep_last_checkpoints:], *newest_of_stage.values()]
-    kept_names = {p.folder_name for p in kept_positions}
-    validated = [p for p in positions if p.loss is not None and p.stage == positions[-1].stage]
-    if validated:
-        kept_names.add(min(validated, key=lambda p: p.loss or 0.0).folder_name)
+    if not positions:
+        return
+    open_stage = positions[-1].stage
+    newest = {position.stage: position for position in positions}
+    kept = [*positions[-keep_last_checkpoints:], *newest.values()]
+    evaluated = [p for p in positions if p.loss is not None and p.stage == open_stage]
+    if evaluated:
+        kept.append(min(evaluated, key=lambda position: position.loss or 0.0))
+    keep = {position.folder_name for position in kept}
     for position in positions:
         path = folder / position.folder_name
-        if position.folder_name not in kept_names:
+        if position.folder_name not in keep:
             shutil.rmtree(path)
-        elif position.stage < positions[-1].stage and (path / OPTIMIZER_FOLDER).exists():
+        elif position.stage < open_stage and (path / OPTIMIZER_FOLDER).exists():
             shutil.rmtree(path / OPTIMIZER_FOLDER)
