@@ -1,4 +1,4 @@
-"""Checkpoints: folders that hold all that is needed to load them, written whole or not at all.
+"""Checkpoints: folders that stand alone, written whole or not at all.
 
 checkpoints/2-chat-000300/
     model.safetensors     every part that was trained so far, keys `vision.`, `connector.`, ...
@@ -62,7 +62,7 @@ class RunPosition:
     name: str
     step: int
     loss: float | None = None
-    """Validation loss per supervised token, if it was measured at this step."""
+    """Held-out loss per supervised token, if it was measured at this step."""
     seen: dict[str, int] | None = None
     """Samples, images and tokens (image positions included) that the run has trained on."""
     seconds: float | None = field(default=None, compare=False)
@@ -202,13 +202,13 @@ def write_metadata(vlm: LoadedVLM, folder: Path, recipe_text: str, position: Run
         (folder / VISION_FOLDER).mkdir()
         vlm.vision.config.save(folder / VISION_FOLDER)
     config = vlm.language.config.to_dict()
-    generation_config = {"eos_token_id": vlm.language.generation_config.eos_token_id}
+    ends = {"eos_token_id": vlm.language.generation_config.eos_token_id}
     (folder / LANGUAGE_FOLDER).mkdir()
     (folder / LANGUAGE_FOLDER / "config.json").write_text(
         json.dumps(config, indent=1), encoding="utf-8"
     )
     (folder / LANGUAGE_FOLDER / "generation_config.json").write_text(
-        json.dumps(generation_config), encoding="utf-8"
+        json.dumps(ends), encoding="utf-8"
     )
     (folder / "position.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
 
@@ -225,7 +225,7 @@ def explain_write_error(error: OSError, folder: Path) -> Exception:
 
 
 def preprocessing_json(processor: Processor) -> str:
-    """Return the JSON of image transform, chat template and tokens per image."""
+    """Return the JSON of everything between a conversation and the model's input."""
     return json.dumps(
         {
             "transform": asdict(processor.transform),
@@ -286,7 +286,7 @@ def is_run_or_checkpoint(path: Path) -> bool:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return the checkpoint at `path`, or the newest one of the run folder at `path`."""
+    """Return the checkpoint that `path` means: itself, or the newest one of a run folder."""
     if (path / "position.json").is_file():
         return path
     positions = list_positions(path / "checkpoints")
@@ -309,7 +309,7 @@ def read_optimizer_state(path: Path) -> Mapping[str, Tensor]:
 
 
 def prune_checkpoints(folder: Path, keep_last_checkpoints: int) -> None:
-    """Remove all but the last `keep_last_checkpoints` and the best one of the newest stage.
+    """Remove all but the last `keep_last_checkpoints` and the best of the newest stage.
 
     The best has the lowest held-out loss. The newest checkpoint of an earlier stage stays, without
     its optimizer.
