@@ -44,7 +44,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         words = [f"log.questions={QUESTIONS // 2}", "log.examples=0", "log.tensorboard=false"]
-        words.append(f"run={run}")  # new pictures and unseen pairs are QUESTIONS together
+        words.append(f"run={run}")  # new images and unseen pairs are QUESTIONS together
         if vlbench(["fit", "recipe=yivl_llava", *UNTRAINED, *words]):
             sys.exit("the run failed")
         vlm = load_model(run)

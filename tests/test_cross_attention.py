@@ -104,7 +104,7 @@ def test_a_step_asks_the_device_nothing(name, way, monkeypatch):
     vlm = small_vlm(registry.load_connector(name), SMALL.get(name))
     rows = [[make_sample(1), make_sample(2, images=2)], [make_sample(3, images=0)]]
     batches = [make_batch(vlm, rows), make_batch(vlm, rows[1:])]
-    vlm.to("meta").enable_activation_checkpointing(way)
+    vlm.to("meta").model.enable_activation_checkpointing(way)
     for batch in batches:
         out = vlm(batch.to("meta"))
         losses = [out.loss_sum, *(value for value, _ in out.extra.values())]

@@ -164,6 +164,11 @@ def test_nearest():
     assert suggest_name("langauge", ["language", "vision"]) == " Did you mean 'language'?"
     assert suggest_name("TINY", ["tiny"]) == " Did you mean 'tiny'?"
     assert suggest_name("zzz", ["language"]) == ""
+    assert (
+        suggest_name("batch", ["global_batch_size", "catch"])
+        == " Did you mean 'global_batch_size'?"
+    )
+    assert suggest_name("of", ["share_of_tokens", "share_of_images"]) == ""  # two have the word
     assert isinstance(BadSample("a", "b"), UserError)
 
 

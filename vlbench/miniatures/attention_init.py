@@ -72,5 +72,5 @@ def _set_look_back_heads(
 
 def _orthonormal_directions(count: int, width: int) -> Tensor:
     """Draw `count` orthonormal directions, [count, width]."""
-    basis: Any = torch.linalg.qr(torch.randn(width, count))
-    return basis[0].T
+    basis: Tensor = torch.linalg.qr(torch.randn(width, count))[0]
+    return basis.T

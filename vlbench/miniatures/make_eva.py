@@ -45,7 +45,7 @@ def create_eva_encoder(
 ) -> dict[str, float]:
     """Pretrain on the encoder in `teacher`, write to `folder`, and return its quality."""
     torch.manual_seed(12)
-    model = open_clip.CLIP(**EVA_CONFIG)  # type: ignore[arg-type]
+    model = open_clip.CLIP(**EVA_CONFIG)
     student, tower = (
         _wrap_encoder(model),
         _wrap_encoder(make_vision_encoder.build_clip(teacher_folder)),

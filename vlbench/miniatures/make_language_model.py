@@ -238,7 +238,8 @@ def compute_logits(model: LlamaForCausalLM, input_ids: Tensor) -> Tensor:
     added = words.sum(2)
     several = there.sum(2) > 1
     even = added * added.pow(2).mean(-1, keepdim=True).clamp(min=1e-6).rsqrt()
-    return model(inputs_embeds=torch.where(several, even, added), use_cache=False).logits.float()
+    logits: Tensor = model(inputs_embeds=torch.where(several, even, added), use_cache=False).logits
+    return logits.float()
 
 
 def _next_token_losses(model: LlamaForCausalLM, input_ids: Tensor) -> Tensor:

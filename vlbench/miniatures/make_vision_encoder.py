@@ -66,7 +66,7 @@ CLIP_CONFIG = {
 
 def build_clip(folder: Path | None = None) -> open_clip.CLIP:
     """Build the CLIP, with random weights or those of `folder`."""
-    model = open_clip.CLIP(**CLIP_CONFIG)  # type: ignore[arg-type]
+    model = open_clip.CLIP(**CLIP_CONFIG)
     if folder is not None:
         from safetensors.torch import load_file
 
@@ -188,7 +188,8 @@ class ContrastiveBatches:
         return torch.cat(image), self._encode_captions(captions + near_captions)
 
     def _encode_images(self, images: Sequence[RenderedScene | CloseUpImage]) -> Tensor:
-        return self.model.encode_image(load_pixels(images), normalize=True)
+        features: Tensor = self.model.encode_image(load_pixels(images), normalize=True)
+        return features
 
     def _encode_captions(self, captions: list[str]) -> Tensor:
         ids = tokenize_captions(self.tokenizer, captions)
@@ -231,11 +232,11 @@ def measure_retrieval(model: open_clip.CLIP, tokenizer: Tokenizer) -> float:
 @torch.no_grad()
 def patch_features(model: open_clip.CLIP, images: Tensor) -> Tensor:
     """Return the patch features before the last block, `[images, patches, width]`."""
-    found = model.visual.forward_intermediates(
+    outputs: dict[str, list[Tensor]] = model.visual.forward_intermediates(
         images, indices=[len(model.visual.transformer.resblocks) - 2], stop_early=True,
         output_fmt="NLC", intermediates_only=True,
     )  # fmt: skip
-    return found["image_intermediates"][0]
+    return outputs["image_intermediates"][0]
 
 
 def linear_probe(model: open_clip.CLIP, scene_count: int = 1500) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What is kept for the backward pass: everything, the results of products, or inputs of layers."""
+"""Activation checkpointing: what is kept for the backward pass, and what is recomputed."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from vlbench.compat.torch_internals import expensive_operations
 from vlbench.compat.transformers_internals import set_activation_checkpointing
 
 CHECKPOINTING_MODES = ("none", "selective", "full")
-"""From most memory to least: keep all; keep what matrix products and attention give and compute
-norms, rotations and activations again; keep the inputs of layers alone."""
+"""From most memory to least: keep all activations; keep the results of matrix products and of
+attention and recompute norms, rotations and activation functions; keep only the inputs of
+layers."""
 
 
 def enable_activation_checkpointing(language: Any, visual: Any, mode: str) -> bool:
-    """Set what decoder layers and tower blocks keep; tell whether anything is computed again.
+    """Set what decoder layers and encoder blocks keep; return whether anything is recomputed.
 
-    A tower knows all or nothing: it is recomputed in full unless `how` is "none".
+    A vision encoder keeps all or nothing: it is recomputed in full unless `mode` is "none".
     """
-    again = mode != "none"
-    visual.set_grad_checkpointing(again)
-    if not again:
+    is_recomputed = mode != "none"
+    visual.set_grad_checkpointing(is_recomputed)
+    if not is_recomputed:
         set_activation_checkpointing(language, None)
         return False
     options: dict[str, Any] = {"use_reentrant": False}

@@ -1,7 +1,7 @@
-"""BLIP-2's first stage: pictures and captions contrasted (ITC), matched (ITM) and told (ITG).
+"""BLIP-2's first stage: image-text contrast (ITC), matching (ITM) and generation (ITG).
 
 Li et al. 2023 (arXiv:2301.12597), as LAVIS does it: three losses of equal weight through one BERT,
-whose queries look at the picture. Only what each of them may see differs.
+whose queries attend to the image. Only the attention masks differ.
 """
 
 from __future__ import annotations
@@ -17,44 +17,45 @@ from torch.nn.functional import cross_entropy, gelu, linear, normalize
 from vlbench.data.packing import ContrastPool
 from vlbench.model.caption_tokens import CaptionTokenizer
 
-LABEL_SMOOTHING = 0.1  # of labels, in ITC and ITG
+LABEL_SMOOTHING = 0.1  # in ITC and ITG
 INITIAL_TEMPERATURE = 0.07  # of ITC at the start; it is learned
-EXCLUDED_SIMILARITY = -10000.0  # likeness of a pair that must not be drawn as a negative
+EXCLUDED_SIMILARITY = -10000.0  # of a pair that must not be drawn as a negative
 
 
 def pair_similarity(image_embeddings: Tensor, caption_embeddings: Tensor) -> Tensor:
-    """Return `[images, captions]`: the dot product of a caption with the query it is nearest to.
+    """Return `[images, captions]`: the largest dot product of a caption with any query of an image.
 
-    `images` is `[images, queries, width]`, `captions` `[captions, width]`.
+    `image_embeddings` is `[images, queries, width]`, `caption_embeddings` `[captions, width]`.
     """
     return torch.einsum("iqw,cw->icq", image_embeddings, caption_embeddings).amax(dim=-1)
 
 
 def draw_negatives(similarity: Tensor, local_indices: Tensor | int, seeds: Sequence[str]) -> Tensor:
-    """Return for each of some pairs another one as its negative, the likelier the liker.
+    """Draw for each of some pairs another pair as its negative, more likely if more similar.
 
-    `likeness` is `[pairs, all pairs]`, `own` says where among all these pairs are (a number: there
-    is the first, and the others follow), and each has a seed of its own. The draw follows from the
-    seed and the order of all pairs. Nothing is drawn where there is no other pair.
+    `similarity` is `[pairs, all pairs]`, `local_indices` are the indices of these pairs among all
+    (a number: that of the first, and the others follow), and `seeds` has one for each. The draw
+    depends on the seed and the order of all pairs only. Without other pairs it is empty.
     """
     if similarity.shape[1] < 2:
         return torch.zeros(0, dtype=torch.long, device=similarity.device)
-    places = (
+    own_indices = (
         range(local_indices, local_indices + len(seeds))
         if isinstance(local_indices, int)
         else local_indices.tolist()
     )
     drawn = []
-    for row, place, seed in zip(_to_float32(similarity).cpu(), places, seeds, strict=True):
-        one = row.clone()
-        one[place] = EXCLUDED_SIMILARITY
+    rows = _to_float32(similarity).cpu()
+    for row, own_index, seed in zip(rows, own_indices, seeds, strict=True):
+        scores = row.clone()
+        scores[own_index] = EXCLUDED_SIMILARITY
         generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
-        drawn.append(int(torch.multinomial(one.softmax(-1), 1, generator=generator)))
+        drawn.append(int(torch.multinomial(scores.softmax(-1), 1, generator=generator)))
     return torch.tensor(drawn, dtype=torch.long, device=similarity.device)
 
 
 class Blip2Objective(nn.Module):
-    """BERT's text side (its embeddings and prediction head) and the heads of the three losses."""
+    """BERT's text embeddings and prediction head, and the heads of the three losses."""
 
     embeddings: Any
     caption_tokenizer: CaptionTokenizer
@@ -63,7 +64,7 @@ class Blip2Objective(nn.Module):
     def __init__(
         self, embeddings: nn.Module, itc_width: int, caption_tokenizer: CaptionTokenizer
     ) -> None:
-        """`embeddings` has one id more than `tokens`, the last, with which telling begins."""
+        """`embeddings` has one id more than the tokenizer, the last: it starts generation."""
         super().__init__()
         self.embeddings = embeddings
         words: Any = embeddings.word_embeddings
@@ -79,7 +80,7 @@ class Blip2Objective(nn.Module):
         self.bias = nn.Parameter(torch.zeros(words.num_embeddings))
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)  # as BERT begins
+                nn.init.normal_(module.weight, std=0.02)  # as BERT's
 
     def contrast_embeddings(
         self,
@@ -88,17 +89,21 @@ class Blip2Objective(nn.Module):
         encoder_hidden_states: Tensor,
         captions: tuple[Tensor, Tensor],
     ) -> dict[str, Tensor]:
-        """Return what pairs are compared by, and their captions: `image`, `caption`, `ids`, `mask`.
+        """Return the embeddings of pairs, and their captions: `image`, `caption`, `ids`, `mask`.
 
-        `seen` is what the queries attend to. Of each pair `image` has a vector for every query,
-        `[pairs, queries, itc_width]`, `caption` one, `[pairs, itc_width]`, all of length 1.
+        The queries attend to `encoder_hidden_states`. `image` has a vector for every query,
+        `[pairs, queries, itc_width]`, `caption` one, `[pairs, itc_width]`, all of norm 1.
         """
         ids, mask = captions
-        read = queries.expand(len(encoder_hidden_states), -1, -1)
-        read = bert(read, encoder_hidden_states=encoder_hidden_states).last_hidden_state
-        words = bert(self.embeddings(ids), query_length=0, attention_mask=mask).last_hidden_state
-        image = normalize(self.vision_proj(read), dim=-1)
-        caption = normalize(self.text_proj(words[:, 0]), dim=-1)
+        query_states = queries.expand(len(encoder_hidden_states), -1, -1)
+        query_states = bert(
+            query_states, encoder_hidden_states=encoder_hidden_states
+        ).last_hidden_state
+        text_states = bert(
+            self.embeddings(ids), query_length=0, attention_mask=mask
+        ).last_hidden_state
+        image = normalize(self.vision_proj(query_states), dim=-1)
+        caption = normalize(self.text_proj(text_states[:, 0]), dim=-1)
         return {"image": image, "caption": caption, "ids": ids, "mask": mask}
 
     def forward(
@@ -111,24 +116,30 @@ class Blip2Objective(nn.Module):
         seeds: Sequence[str],
         pool: ContrastPool | None = None,
     ) -> dict[str, Tensor]:
-        """Return the summed losses `itc`, `itm` and `itg` of pictures and their captions.
+        """Return the summed losses `itc`, `itm` and `itg` of images and their captions.
 
-        `queries` is `[1, queries, width]`, `look` makes of `features` what they attend to,
-        `captions` are ids and mask `[pairs, length]`. Without `seeds` no pair is real: it runs for
-        the sake of other processes. `pool` holds what `embed` gave of all pairs of the global
-        batch, from which negatives come; without it, these pairs are all.
+        Args:
+            bert: The encoder, called as the Q-Former calls it.
+            queries: `[1, queries, width]`.
+            project_features: Makes of features what the queries attend to.
+            features: `[pairs, patches, vision_width]` of the images.
+            captions: Ids and mask, both `[pairs, length]`.
+            seeds: One for each pair; empty for a micro-batch without pairs, which runs only so that
+                all processes do the same collective calls.
+            pool: The embeddings of all pairs of the global batch, from which negatives are drawn;
+                None: these pairs are all.
         """
         ids, mask = captions
-        mine = self.contrast_embeddings(bert, queries, project_features(features), captions)
-        still = {name: rows.detach() for name, rows in mine.items()}
+        embeddings = self.contrast_embeddings(bert, queries, project_features(features), captions)
+        detached = {name: rows.detach() for name, rows in embeddings.items()}
         if pool is None:
             own = torch.arange(len(features), device=features.device)
-            pool = ContrastPool(still, own, list(seeds), lambda which: features[which])
-        all_pairs = pool.embeddings if len(pool.embeddings["image"]) else still
+            pool = ContrastPool(detached, own, list(seeds), lambda numbers: features[numbers])
+        all_pairs = pool.embeddings if len(pool.embeddings["image"]) else detached
         own = pool.local_indices if seeds else ids.new_zeros(1)
-        # as in the reference, a picture learns from captions that stand still, and they from it
-        to_captions = pair_similarity(mine["image"], all_pairs["caption"]) / self.temp
-        to_images = pair_similarity(all_pairs["image"], mine["caption"]).T / self.temp
+        # as in the reference, the other side of each comparison carries no gradient
+        to_captions = pair_similarity(embeddings["image"], all_pairs["caption"]) / self.temp
+        to_images = pair_similarity(all_pairs["image"], embeddings["caption"]).T / self.temp
         no_image, no_caption = self.select_negative_pairs(all_pairs, own, seeds)
         matched = self._encode_jointly(
             bert,
@@ -141,22 +152,24 @@ class Blip2Objective(nn.Module):
                 queries, torch.cat([mask, mask[: len(no_image)], all_pairs["mask"][no_caption]])
             ),
         )
-        told_ids = torch.cat(
+        generation_ids = torch.cat(
             [torch.full_like(ids[:, :1], self.decoder_start_token_id), ids[:, 1:]], dim=1
         )
-        sees = multimodal_causal_mask(queries.shape[1], mask)
-        told = self._encode_jointly(bert, queries, project_features(features), told_ids, sees)
+        causal_mask = multimodal_causal_mask(queries.shape[1], mask)
+        generated = self._encode_jointly(
+            bert, queries, project_features(features), generation_ids, causal_mask
+        )
         return {
             "itc": self._contrastive_loss(to_captions, to_images, own),
             "itm": self._matching_loss(matched[:, : queries.shape[1]], len(ids)),
-            "itg": self._generation_loss(told[:, queries.shape[1] :], ids, mask),
+            "itg": self._generation_loss(generated[:, queries.shape[1] :], ids, mask),
         }
 
     @torch.no_grad()
     def select_negative_pairs(
         self, pairs: dict[str, Tensor], local_indices: Tensor, seeds: Sequence[str]
     ) -> tuple[Tensor, Tensor]:
-        """Draw for captions another picture and for pictures another caption, of all `pairs`."""
+        """Draw for each caption another image, and for each image another caption."""
         local_indices = local_indices[: len(seeds)]
         captions = pair_similarity(pairs["image"][local_indices], pairs["caption"]) / self.temp
         images = pair_similarity(pairs["image"], pairs["caption"][local_indices]).T / self.temp
@@ -173,30 +186,31 @@ class Blip2Objective(nn.Module):
         ids: Tensor,
         attention_mask: Tensor,
     ) -> Tensor:
-        """Let queries and text read together, as `sees` allows: `[pairs, both, width]`."""
-        told = self.embeddings(ids, query_embeds=queries.expand(len(ids), -1, -1))
-        out = bert(
-            told,
+        """Run queries and text together under a mask; return `[pairs, queries + length, width]`."""
+        embeds = self.embeddings(ids, query_embeds=queries.expand(len(ids), -1, -1))
+        output = bert(
+            embeds,
             query_length=queries.shape[1],
             attention_mask=attention_mask,
             encoder_hidden_states=encoder_hidden_states,
         )
-        return out.last_hidden_state
+        hidden: Tensor = output.last_hidden_state
+        return hidden
 
     def _contrastive_loss(
         self, to_captions: Tensor, to_images: Tensor, local_indices: Tensor
     ) -> Tensor:
-        """Return the loss of finding its caption to a picture and its picture to a caption."""
+        """Return the loss of finding the caption of each image and the image of each caption."""
         both = [
             cross_entropy(
-                _to_float32(one), local_indices, reduction="sum", label_smoothing=LABEL_SMOOTHING
+                _to_float32(logits), local_indices, reduction="sum", label_smoothing=LABEL_SMOOTHING
             )
-            for one in (to_captions, to_images)
+            for logits in (to_captions, to_images)
         ]
         return (both[0] + both[1]) / 2
 
     def _matching_loss(self, query_states: Tensor, matched_count: int) -> Tensor:
-        """Return the loss of telling the first `true` pairs, which belong together, from others."""
+        """Return the loss of telling matching pairs, the first `matched_count`, from the others."""
         logits = _to_float32(self.itm_head(query_states).mean(dim=1))
         labels = (
             torch.arange(len(query_states), device=query_states.device) < matched_count
@@ -204,7 +218,7 @@ class Blip2Objective(nn.Module):
         return cross_entropy(logits, labels, reduction="sum")
 
     def _generation_loss(self, hidden: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Return the loss of the next token, from the text's `hidden` `[pairs, length, width]`."""
+        """Return the next-token loss of the text's hidden states `[pairs, length, width]`."""
         hidden = self.norm(gelu(self.dense(hidden[:, :-1])))
         logits = linear(hidden, self.embeddings.word_embeddings.weight, self.bias)
         labels = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
@@ -217,7 +231,7 @@ class Blip2Objective(nn.Module):
 
 
 def _to_float32(logits: Tensor) -> Tensor:
-    """Return logits of 16 bits in 32, others as they are."""
+    """Return 16-bit logits in float32, others as they are."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -229,13 +243,13 @@ def _prepend_query_mask(queries: Tensor, caption_mask: Tensor) -> Tensor:
 
 
 def multimodal_causal_mask(query_count: int, caption_mask: Tensor) -> Tensor:
-    """Return `[pairs, 1, queries + length, queries + length]`, True where a row sees a column.
+    """Return the attention mask `[pairs, 1, queries + length, queries + length]`.
 
-    Queries see each other, the text sees all queries and its own past, nothing sees padding.
+    Queries attend to each other, the text to all queries and to its own past, none to padding.
     """
     size = query_count + caption_mask.shape[1]
-    sees = torch.ones(size, size, dtype=torch.bool, device=caption_mask.device).tril()
-    sees[:query_count, :query_count] = True
-    sees = sees.repeat(len(caption_mask), 1, 1, 1)
-    sees[..., query_count:] &= caption_mask[:, None, None].bool()
-    return sees
+    mask = torch.ones(size, size, dtype=torch.bool, device=caption_mask.device).tril()
+    mask[:query_count, :query_count] = True
+    mask = mask.repeat(len(caption_mask), 1, 1, 1)
+    mask[..., query_count:] &= caption_mask[:, None, None].bool()
+    return mask

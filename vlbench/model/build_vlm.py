@@ -1,4 +1,4 @@
-"""From a recipe to a model: the one place that knows both."""
+"""From a recipe to a model with its processor: the one place that knows both."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from vlbench.model.weights.weight_origin import (
     read_origins,
 )
 
-LANGUAGE_FOLDER = "language"  # folder in a checkpoint that describes its language model
-VISION_FOLDER = "vision"  # folder in a checkpoint that describes its vision encoder
+LANGUAGE_FOLDER = "language"  # in a checkpoint: the configuration of its language model
+VISION_FOLDER = "vision"  # in a checkpoint: the configuration of its vision encoder
 
 
 def build_vlm(
@@ -44,16 +44,16 @@ def build_vlm(
 ) -> LoadedVLM:
     """Build the model of `recipe` with its pretrained weights, at `image_size` pixels.
 
-    `objective` is that of the stage which begins. With `mapped` the weights of the language model
-    stay in their files, for a model that is to be sharded.
+    `objective` is that of the first stage. With `mmap_language` the weights of the language model
+    stay in their files, for a model that will be sharded.
     """
-    torch.manual_seed(recipe.seed)  # what has no pretrained weights starts from the seed
-    tower, origin = _build_pretrained_encoder(recipe, [image_size])
+    torch.manual_seed(recipe.seed)  # for parts without pretrained weights
+    encoder, origin = _build_pretrained_encoder(recipe, [image_size])
     language = build_language_model(
         recipe.language.name, recipe.language.weights, mmap_weights=mmap_language
     )
     tokenizer = Tokenizer.load(language_folder(recipe.language.weights))
-    vlm = _assemble_vlm(recipe, tower, language, tokenizer)
+    vlm = _assemble_vlm(recipe, encoder, language, tokenizer)
     vlm.model.set_objective(objective, fresh=True)
     vlm.weight_origins = {
         "vision": origin,
@@ -70,20 +70,24 @@ def build_checkpoint_vlm(
     checkpoint_parts: Collection[str],
     mmap_language: bool = False,
 ) -> LoadedVLM:
-    """Build the model of a checkpoint in `folder`, of which it holds the weights of parts `held`.
+    """Build the model of a checkpoint; the weights that the checkpoint holds are not loaded.
 
-    Those are left to be loaded; what training never touched has the recipe's pretrained weights,
-    which must be those that the run began with. `sides` are the image sizes in pixels that training
-    went through, the last one that of the checkpoint: position embeddings that are resized twice
-    are other ones than those that are resized at once.
+    Args:
+        recipe: The recipe of the checkpoint.
+        image_sizes: The image sizes in pixels of the stages up to that of the checkpoint, in order:
+            position embeddings that are resized twice differ from those that are resized once.
+        folder: The checkpoint.
+        checkpoint_parts: The parts whose weights it holds. The others have the recipe's pretrained
+            weights, which must be those that the run began with.
+        mmap_language: Leave the weights of the language model in their files.
     """
-    before = read_origins(folder / ORIGINS_FILE)
+    origins = read_origins(folder / ORIGINS_FILE)
     if "vision" in checkpoint_parts:
-        tower = build_checkpoint_encoder(recipe, folder)
-        tower.set_image_size(image_sizes[-1])
+        encoder = build_checkpoint_encoder(recipe, folder)
+        encoder.set_image_size(image_sizes[-1])
     else:
-        tower, origin = _build_pretrained_encoder(recipe, image_sizes)
-        check_same_origin("vision", before.get("vision"), origin, str(folder))
+        encoder, origin = _build_pretrained_encoder(recipe, image_sizes)
+        check_same_origin("vision", origins.get("vision"), origin, str(folder))
     if "language" in checkpoint_parts:
         config = read_language_config(folder / LANGUAGE_FOLDER)
         language: Any = build_empty_language(config)
@@ -95,12 +99,12 @@ def build_checkpoint_vlm(
             recipe.language.name, recipe.language.weights, mmap_weights=mmap_language
         )
         origin = make_weight_origin(recipe.language.weights, language)
-        check_same_origin("language", before.get("language"), origin, str(folder))
-    return _assemble_vlm(recipe, tower, language, Tokenizer.load(folder))
+        check_same_origin("language", origins.get("language"), origin, str(folder))
+    return _assemble_vlm(recipe, encoder, language, Tokenizer.load(folder))
 
 
 def release_overrides(recipe: Recipe) -> ReleaseOverrides:
-    """Return what `recipe` decides about a model that begins as a released one."""
+    """Return what `recipe` changes of a released model that it starts from."""
     return ReleaseOverrides(
         connector_name=recipe.connector["name"],
         connector_options=recipe_connector_options(recipe),
@@ -119,17 +123,17 @@ def recipe_connector_options(recipe: Recipe) -> dict[str, Any]:
 def _build_pretrained_encoder(
     recipe: Recipe, image_sizes: Sequence[int]
 ) -> tuple[VisionEncoder, WeightOrigin]:
-    """Return the recipe's tower, resized to each of `sides`; and its origin as its weights are."""
+    """Return the encoder, resized to each size in order, and the origin of its weights."""
     vision = recipe.vision
-    tower = build_vision_encoder(vision.name, vision.weights, vision.layer, vision.norm)
-    origin = make_weight_origin(vision.weights, tower.visual)
-    for side in image_sizes:
-        tower.set_image_size(side)
-    return tower, origin
+    encoder = build_vision_encoder(vision.name, vision.weights, vision.layer, vision.norm)
+    origin = make_weight_origin(vision.weights, encoder.visual)
+    for image_size in image_sizes:
+        encoder.set_image_size(image_size)
+    return encoder, origin
 
 
 def build_checkpoint_encoder(recipe: Recipe, folder: Path) -> VisionEncoder:
-    """Return the tower that the checkpoint in `folder` describes; its weights are not loaded.
+    """Return the vision encoder of the checkpoint in `folder`; its weights are not loaded.
 
     `recipe` is that of the checkpoint.
     """
@@ -145,7 +149,9 @@ def build_checkpoint_encoder(recipe: Recipe, folder: Path) -> VisionEncoder:
 def _assemble_vlm(
     recipe: Recipe, vision_encoder: VisionEncoder, language: Any, tokenizer: Tokenizer
 ) -> LoadedVLM:
-    torch.manual_seed(recipe.seed)  # the connector's start does not depend on the other parts
+    torch.manual_seed(
+        recipe.seed
+    )  # the connector's initial weights do not depend on the other parts
     return assemble_vlm(
         vision_encoder,
         registry.load_connector(recipe.connector["name"]),

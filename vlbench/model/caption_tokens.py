@@ -1,4 +1,4 @@
-"""Captions as a text encoder reads them: begin, words, end, padding. For stage objectives."""
+"""Tokenised captions for stage objectives: start token, text, end token, padding."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ BERT_FILE_PATTERNS = ("*.json", "vocab.txt", "model*.safetensors", "pytorch_mode
 
 @dataclass(frozen=True)
 class CaptionTokenizer:
-    """How a text encoder's tokenizer writes a caption; `begin`, `end` and `pad` are ids."""
+    """A text encoder's tokenizer and the special tokens that it puts around a caption."""
 
     encode: Callable[[str], Sequence[int]]
-    """Text to ids, nothing put before or after it."""
+    """Text to ids, without special tokens."""
     vocab_size: int
     """Number of ids."""
     start_token_id: int
@@ -32,53 +32,53 @@ class CaptionTokenizer:
     pad_token_id: int
 
     def __call__(self, captions: Sequence[str], max_length: int) -> tuple[Tensor, Tensor]:
-        """Return ids and mask (1 at what is not padding), both `[captions, length]` int64.
+        """Return ids and mask (0 at padding), both `[captions, max_length]` int64.
 
-        A caption that is longer is cut before its end token.
+        A longer caption is cut before its end token.
         """
         ids = torch.full((len(captions), max_length), self.pad_token_id)
         mask = torch.zeros(len(captions), max_length, dtype=torch.long)
         for row, caption in enumerate(captions):
-            words = [
+            tokens = [
                 self.start_token_id,
                 *list(self.encode(caption))[: max_length - 2],
                 self.end_token_id,
             ]
-            ids[row, : len(words)] = torch.tensor(words)
-            mask[row, : len(words)] = 1
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = 1
         return ids, mask
 
 
 def load_caption_tokenizer(source: str, key: str) -> CaptionTokenizer:
-    """Return the tokens of `source`: "embedded" (the miniatures' own), a BERT folder or hub id.
+    """Return the tokenizer of `source`: "embedded" (the miniatures'), a BERT folder or a hub id.
 
-    `key` names it in a mistake.
+    Errors call it `key`.
     """
     if source == EMBEDDED:
-        own = Tokenizer.load(TINY_LANGUAGE_FOLDER)
+        tiny = Tokenizer.load(TINY_LANGUAGE_FOLDER)
         return CaptionTokenizer(
-            own.encode, own.vocab_size, own.bos_token_id, own.eos_token_id, own.unk_token_id
+            tiny.encode, tiny.vocab_size, tiny.bos_token_id, tiny.eos_token_id, tiny.unk_token_id
         )
     folder = find_bert_folder(source, key)
     from transformers import AutoTokenizer
 
     try:
-        theirs = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # of a dozen kinds, by what is wrong with which file
         raise UserError(
             f"{key} is '{source}', which has no tokenizer ({one_line(error)})"
         ) from error
-    if theirs.cls_token_id is None or theirs.sep_token_id is None or theirs.pad_token_id is None:
+    special_ids = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
+    if None in special_ids:
         raise UserError(f"{key} is '{source}', whose tokenizer has no [CLS], [SEP] or [PAD]")
 
     def encode(text: str) -> list[int]:
-        return list(theirs.encode(text, add_special_tokens=False))
+        return list(tokenizer.encode(text, add_special_tokens=False))
 
-    special = (theirs.cls_token_id, theirs.sep_token_id, theirs.pad_token_id)
-    return CaptionTokenizer(encode, len(theirs), *special)
+    return CaptionTokenizer(encode, len(tokenizer), *special_ids)
 
 
 def find_bert_folder(source: str, key: str) -> Path:
-    """Return the local folder of a BERT; `key` names it in a mistake."""
+    """Return the local folder of a BERT, downloaded if needed; errors call it `key`."""
     name = source if "/" in source or Path(source).is_dir() else f"google-bert/{source}"
     return fetch_hub_folder(name, key, BERT_FILES_WANTED, "folder of a BERT", BERT_FILE_PATTERNS)

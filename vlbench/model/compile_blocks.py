@@ -1,7 +1,7 @@
-"""Decoder layers and tower blocks compiled, one by one and for rows of any length.
+"""torch.compile of decoder layers and vision encoder blocks, block by block, for any row length.
 
-What is compiled is `forward` alone: hooks of a block (those that inject, those of shards) stay
-outside, so that all blocks share a few graphs and the names of weights do not change.
+Only `forward` is compiled: the hooks of a block (of connectors that inject, of FSDP) stay outside,
+so that all blocks share a few graphs and the names of weights do not change.
 """
 
 from __future__ import annotations
@@ -9,28 +9,26 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from vlbench.compat.torch_internals import compiler_settings
 from vlbench.errors import one_line
-
-if TYPE_CHECKING:
-    from vlbench.model.vlm import VLM
+from vlbench.model.vlm import VLM
 
 
 class CompiledBlocks:
-    """The blocks of a model, compiled until `release` or the end of `with`, while it trains."""
+    """The blocks of a model, compiled for training until `restore_forward` or the end of `with`."""
 
     def __init__(self, vlm: VLM, enabled: bool = True, backend: str = "inductor") -> None:
-        """Compile with `backend` of torch, if `wanted`; it works at the first call of a block."""
+        """Compile with a backend of torch.compile if `enabled`, at the first call of a block."""
         self._blocks: list[nn.Module] = []
         self._dynamo_settings = contextlib.ExitStack()
         if enabled:
             self._blocks = [*vlm.language.model.layers, *vlm.vision.blocks()]
-            # it would cut graphs to send gradients early, which blocks do anyway
+            # it would split graphs to overlap communication, which compiling by block does anyway
             self._dynamo_settings.enter_context(compiler_settings(optimize_ddp=False))
         for block in self._blocks:
             compiled = torch.compile(block.forward, dynamic=True, backend=backend)
@@ -43,9 +41,9 @@ class CompiledBlocks:
         self.restore_forward()
 
     def restore_forward(self) -> None:
-        """Leave the blocks, and what torch does for all models of the process, as they were."""
+        """Restore the blocks and torch's process-wide compiler settings."""
         for block in self._blocks:
-            del block.forward  # the attribute of this one object: its class has the method
+            del block.forward  # the attribute of the object; the class keeps its method
         self._blocks = []
         self._dynamo_settings.close()
 
@@ -57,13 +55,13 @@ def _forward_while_training(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Be the `forward` of a block: `compiled` while `vlm` trains, `plain` at other times.
+    """Forward of a block: compiled while `vlm` trains, eager otherwise.
 
-    Held-out losses and answers have other types and lengths, so other graphs, and are few.
+    Held-out losses and answers have other dtypes and lengths, which would need graphs of their own.
     """
     return (compiled_forward if vlm.training else eager_forward)(*args, **kwargs)
 
 
 def describe_compiler_error(error: BaseException) -> str:
-    """Return the first lines of what the compiler says, as one."""
+    """Return the first two lines of a compiler's message, as one line."""
     return one_line(error, max_lines=2)

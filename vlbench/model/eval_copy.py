@@ -1,4 +1,4 @@
-"""A model in evaluation mode without a switch that other users of the model would notice."""
+"""A model in evaluation mode, without changing the mode of the model that others use."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ ModuleCopies = dict[int, nn.Module]
 def in_eval_mode(model: ModuleT) -> ModuleT:
     """Return `model` if all of it is in evaluation mode, else a copy that is, with its weights.
 
-    The copy has modules of its own and shares parameters and buffers, so it costs no memory. What
-    is bound to a module of the original (hooks, a `forward` of the object's own) is bound to that
-    module's copy.
+    The copy has modules of its own and shares parameters and buffers, so it takes no memory. What
+    is bound to a module of the original (hooks, a `forward` set on the object) is bound to the copy
+    of that module.
     """
     if not any(module.training for module in model.modules()):
         return model

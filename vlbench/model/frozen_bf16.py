@@ -1,9 +1,9 @@
-"""Frozen weights held in 16 bits where that changes no number.
+"""Frozen weights held in bfloat16 where that changes no number.
 
-Under autocast every product rounds its weights to bfloat16 anew, so weights that rounding leaves as
-they are (those of files in bfloat16, as Yi's and Yi-VL's) may stay rounded: in half the memory, and
-without the work. Others stay float32. Where autocast is off, a block that holds weights makes them
-float32 again while it runs; so evaluation and held-out losses are those of float32 as well.
+Under autocast every product rounds its weights to bfloat16 anew. Weights that rounding leaves
+unchanged (of files in bfloat16, as Yi's and Yi-VL's) can stay in bfloat16: half the memory, and no
+rounding. Others stay float32. Where autocast is off, a block with such weights upcasts them to
+float32 while it runs, so evaluation and held-out losses are those of float32.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ FROZEN_DTYPE = torch.bfloat16
 
 
 class FrozenBF16:
-    """The frozen weights of a model, held in bfloat16 until `release`."""
+    """The frozen weights of a model, held in bfloat16 until `restore_float32`."""
 
     def __init__(self, vlm: VLM, enabled: bool = True) -> None:
-        """Hold what is frozen now in Linear layers of tower blocks and the language model.
+        """Cast the frozen weights of Linear layers in encoder blocks and the language model.
 
-        Nothing if it is not `wanted`. Connectors stay as they are, for they may do anything with
-        their weights, and so do norms and embeddings, which autocast computes in float32.
+        Nothing unless `enabled`. Connectors are left alone, since they may do anything with their
+        weights, and so are norms and embeddings, which autocast computes in float32.
         """
         self._blocks = (
-            [_FrozenBF16Block(block, places) for block, places in _find_frozen_weights(vlm)]
+            [_FrozenBF16Block(block, owners) for block, owners in _find_frozen_weights(vlm)]
             if enabled
             else []
         )
 
     def restore_float32(self) -> None:
-        """Make all weights float32 again."""
-        for unit in self._blocks:
-            unit.restore_float32()
+        """Cast all weights back to float32."""
+        for block in self._blocks:
+            block.restore_float32()
         self._blocks = []
 
 
 class _FrozenBF16Block:
-    """A block and its held weights."""
+    """A block and its weights in bfloat16."""
 
     def __init__(self, block: nn.Module, weight_owners: list[tuple[nn.Module, str]]) -> None:
         self.weight_owners = weight_owners
@@ -58,9 +58,9 @@ class _FrozenBF16Block:
         )
 
     def upcast_weights(self, *_: Any) -> None:
-        """Put float32 weights in the place of the held ones, unless autocast rounds them anyway.
+        """Forward pre-hook: replace the weights by float32 copies, unless autocast is on.
 
-        They replace the parameters, whose own data would change under a backward pass to come.
+        The parameters themselves are replaced: changing their data would break a later backward.
         """
         self.bf16_weights = [parameter_slots(module)[name] for module, name in self.weight_owners]  # type: ignore[misc]
         if torch.is_autocast_enabled(self.bf16_weights[0].device.type):
@@ -69,7 +69,7 @@ class _FrozenBF16Block:
             parameter_slots(module)[name] = held.float()
 
     def put_back_weights(self, *_: Any) -> None:
-        """Put the held weights back."""
+        """Forward hook: put the bfloat16 weights back."""
         for (module, name), held in zip(self.weight_owners, self.bf16_weights, strict=False):
             parameter_slots(module)[name] = held
         self.bf16_weights = []
@@ -83,23 +83,23 @@ class _FrozenBF16Block:
 
 
 def _find_frozen_weights(vlm: VLM) -> Iterator[tuple[nn.Module, list[tuple[nn.Module, str]]]]:
-    """Give blocks that have weights to hold: (module, name of the parameter in it)."""
-    looked_up = {id(m.weight) for m in vlm.language.modules() if isinstance(m, nn.Embedding)}
+    """Yield blocks with their weights to hold: (module, name of its parameter)."""
+    embedding_ids = {id(m.weight) for m in vlm.language.modules() if isinstance(m, nn.Embedding)}
     for block in (*vlm.language.model.layers, vlm.language.lm_head, *vlm.vision.blocks()):
-        places: list[tuple[nn.Module, str]] = [
+        owners: list[tuple[nn.Module, str]] = [
             (module, name)
             for path, module in block.named_modules()
-            if type(module) is nn.Linear  # that of torch's own attention may take another way
-            and not is_adapter_name(path)  # dropout may come before
+            if type(module) is nn.Linear  # nn.MultiheadAttention bypasses its projection's forward
+            and not is_adapter_name(path)  # dropout may come first
             for name, parameter in module.named_parameters(recurse=False)
-            if id(parameter) not in looked_up and _is_exact_in_bf16(parameter)
+            if id(parameter) not in embedding_ids and _is_exact_in_bf16(parameter)
         ]
-        if places:
-            yield block, places
+        if owners:
+            yield block, owners
 
 
 def _is_exact_in_bf16(parameter: nn.Parameter) -> bool:
-    """Tell whether a frozen float32 parameter is the same in bfloat16."""
+    """Tell whether a parameter is frozen, float32, and exact in bfloat16."""
     if parameter.requires_grad or parameter.dtype != torch.float32:
         return False
     return torch.equal(parameter.data.to(FROZEN_DTYPE).float(), parameter.data)

@@ -1,11 +1,11 @@
-"""What is a unit of sharding (FSDP2): decoder layers, tower blocks, blocks of the connector.
+"""FSDP2 wrapping: decoder layers, vision encoder blocks and connector blocks are sharded units.
 
-A unit gathers its parameters when its `forward` is called, on every process in the same order. What
-belongs to none (embeddings, head, the rest of a connector) is gathered once for the whole step, so
-`inject`, `losses` and `objective` may read it, and connectors need no care for sharding.
+A unit all-gathers its parameters when its `forward` is called, in every process in the same order.
+What belongs to no unit (embeddings, head, the rest of a connector) is gathered once for the whole
+forward pass, so `inject`, `losses` and `objective` can read it, and connectors need not care.
 
-Scalars, which FSDP2 refuses, stay whole in every process. So do the vectors of blocks that travel
-in bfloat16 (of norms, biases), with which autocast computes in float32.
+Scalars, which FSDP2 refuses, are replicated. So are the vectors (norms, biases) of units that are
+gathered in bfloat16: autocast computes with them in float32.
 """
 
 from __future__ import annotations
@@ -26,55 +26,55 @@ from vlbench.model.vlm import VLM
 def apply_fsdp(vlm: VLM, mesh: DeviceMesh, bf16: bool = False) -> VLM:
     """Shard a model over the processes of `mesh`.
 
-    With `half` the blocks of tower and language model travel in bfloat16, as which autocast would
-    multiply them; gradients are summed in float32, and the rest stays as it is.
+    With `bf16` the blocks of vision encoder and language model are gathered in bfloat16, in which
+    autocast would multiply them anyway; gradients are reduced in float32.
     """
-    kind = torch.bfloat16 if bf16 else None
-    sent = MixedPrecisionPolicy(kind, kind and torch.float32, cast_forward_inputs=False)
+    dtype = torch.bfloat16 if bf16 else None
+    block_policy = MixedPrecisionPolicy(dtype, dtype and torch.float32, cast_forward_inputs=False)
     blocks = list(fsdp_units(vlm))
     connector = set(vlm.connector.modules())
-    exact = {block for block in blocks if block in connector or _has_dora(block)}
-    kept = dict.fromkeys(
+    float32_blocks = {block for block in blocks if block in connector or _has_dora(block)}
+    replicated = dict.fromkeys(
         parameter for parameter in vlm.parameters() if not _is_shardable(parameter)
     )
     if bf16:
-        kept |= dict.fromkeys(
+        replicated |= dict.fromkeys(
             parameter
             for block in blocks
-            if block not in exact
+            if block not in float32_blocks
             for parameter in block.parameters()
             if parameter.dim() == 1
         )
     for block in blocks:
-        policy = MixedPrecisionPolicy() if block in exact else sent
-        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=set(kept))
-    fully_shard(vlm, mesh=mesh, ignored_params=set(kept))
+        policy = MixedPrecisionPolicy() if block in float32_blocks else block_policy
+        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=set(replicated))
+    fully_shard(vlm, mesh=mesh, ignored_params=set(replicated))
     if any(parameter.dtype.itemsize < 4 for parameter in vlm.parameters()):
-        vlm.to(torch.float32)  # what was left in a file came as it is stored there
-    GradientAverager(kept, mesh.get_group())
+        vlm.to(torch.float32)  # weights left in their files have the dtype of the files
+    GradientAverager(replicated, mesh.get_group())
     if bf16:
         _force_autocast(vlm, mesh.device_type)
     return vlm
 
 
 def _has_dora(block: nn.Module) -> bool:
-    """Tell whether a block has DoRA's adapters, which measure its weights: not in 16 bits."""
+    """Tell whether a block has DoRA adapters, which need the norm of its weights in float32."""
     return any("lora_magnitude" in name for name, _ in block.named_parameters())
 
 
 def _force_autocast(vlm: VLM, device: str) -> None:
-    """Call a model whose blocks travel in bfloat16 under autocast, as training does anyway.
+    """Run the model's forward under autocast, also where the caller does not.
 
-    Held-out losses are computed without, and would meet weights of another type than their inputs.
+    Held-out losses are computed without autocast, but the gathered weights are bfloat16.
     """
-    entered = contextlib.ExitStack()
+    autocast = contextlib.ExitStack()
 
     def enter_autocast(*_: Any) -> None:
         if not torch.is_autocast_enabled(device):
-            entered.enter_context(torch.autocast(device, torch.bfloat16))
+            autocast.enter_context(torch.autocast(device, torch.bfloat16))
 
     def leave_autocast(*_: Any) -> None:
-        entered.close()
+        autocast.close()
 
     vlm.register_forward_pre_hook(enter_autocast)
     vlm.register_forward_hook(leave_autocast, always_call=True)
@@ -87,7 +87,7 @@ def _is_shardable(parameter: nn.Parameter) -> bool:
 
 @contextlib.contextmanager
 def unsharded_connector(vlm: VLM) -> Iterator[None]:
-    """Have the connector's parameters whole for a moment; every process has to do it."""
+    """Unshard the connector's parameters inside of `with`; every process has to call it."""
     sharded = [m for m in (vlm, *vlm.connector.modules()) if isinstance(m, FSDPModule)]
     for module in sharded:
         module.unshard()
@@ -99,16 +99,16 @@ def unsharded_connector(vlm: VLM) -> Iterator[None]:
 
 
 def fsdp_units(vlm: VLM) -> Iterator[nn.Module]:
-    """Give the blocks of all parts; those of a connector are what its lists of modules hold."""
+    """Yield the blocks of all parts; those of a connector are in its module lists."""
     yield from vlm.language.model.layers
     yield from vlm.vision.blocks()
     yield from dict.fromkeys(_listed_blocks(vlm.connector.children()))
 
 
 def _listed_blocks(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
-    """Give what lists among `modules` hold, also lists in lists, and has a `forward`."""
+    """Yield the modules with a `forward` in module lists and dicts, also nested ones."""
     for module in modules:
         if isinstance(module, nn.ModuleDict | nn.ModuleList):
-            inside = list(module.children())
-            yield from (m for m in inside if type(m).forward is not nn.Module.forward)
-            yield from _listed_blocks(inside)
+            children = list(module.children())
+            yield from (m for m in children if type(m).forward is not nn.Module.forward)
+            yield from _listed_blocks(children)

@@ -1,4 +1,4 @@
-"""The language model: Yi, or any folder of the same (Llama) architecture, through transformers."""
+"""The language model: Yi, or any folder of the same (Llama) architecture, with transformers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.activations import ACT2FN
 
@@ -60,7 +61,7 @@ POSITIVE_KEYS = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings"),
 )
-"""Keys of a configuration that count something, so that 0 is a mistake."""
+"""Keys of a configuration whose values must be at least 1."""
 
 
 def build_language_model(
@@ -69,22 +70,24 @@ def build_language_model(
     """Build a language model: `name` with "random" or "embedded" weights, else what `weights` is.
 
     `weights` may be a folder or hub id of Llama's architecture in the Hugging Face layout. With
-    `mapped` its weights stay in its files, as they are stored.
+    `mmap_weights` its weights stay in its files, as they are stored.
     """
     if weights == "random":
-        return build_random_language(named_language_config(name)).to(dtype=dtype)
+        model = build_random_language(named_language_config(name))
+        nn.Module.to(model, dtype=dtype)
+        return model
     return load_language_model(language_folder(weights), dtype, mmap_weights)
 
 
 def language_folder(weights: str) -> Path:
-    """Return the folder with the weights and the tokenizer; random weights have the miniature's."""
+    """Return the folder with weights and tokenizer; for random weights, the miniature's."""
     if weights in ("embedded", "random"):
         return TINY_LANGUAGE_FOLDER
     return _find_language_folder(weights, hub_download.DOWNLOAD_PATTERNS)
 
 
 def tokenizer_folder(weights: str) -> Path:
-    """Return the folder with the tokenizer alone, for which no weights are downloaded."""
+    """Return the folder with the tokenizer; no weights are downloaded for it."""
     return (
         TINY_LANGUAGE_FOLDER
         if weights in ("embedded", "random")
@@ -142,7 +145,7 @@ def check_language_config(config: LlamaConfig, file: Path) -> LlamaConfig:
         )
     try:
         llama_rotary_embedding(config)
-    except Exception as error:  # a type nobody knows, or numbers that are none
+    except Exception as error:  # an unknown rope_type, or values of a wrong type
         raise UserError(
             f"{file}: its rotary positions cannot be built from {config.rope_parameters} "
             f"({type(error).__name__}: {error})"
@@ -159,13 +162,16 @@ def build_empty_language(config: LlamaConfig) -> LlamaForCausalLM:
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     model.model.rotary_emb = llama_rotary_embedding(config)  # follows from the configuration
-    return model.train()  # there is no dropout; in eval mode checkpointing would silently be off
+    model.train()  # there is no dropout; in eval mode checkpointing would silently be off
+    return model
 
 
-def build_random_language(config: LlamaConfig) -> Any:
+def build_random_language(config: LlamaConfig) -> LlamaForCausalLM:
     """Build the architecture with fresh weights."""
     set_attention(config, PACKED_ATTENTION)
-    return LlamaForCausalLM(config).train()
+    model = LlamaForCausalLM(config)
+    model.train()
+    return model
 
 
 def load_language_model(
@@ -186,9 +192,9 @@ def load_language_model(
 
 
 def check_language_weights(weights: str) -> None:
-    """Compare names and shapes of the files that `language.weights` means with its architecture.
+    """Compare tensor names and shapes of the files of `language.weights` with its architecture.
 
-    What lies on a hub is downloaded; no number is read.
+    Files of a hub are downloaded; no tensor is read.
     """
     if weights != "random":
         folder = language_folder(weights)
@@ -197,7 +203,7 @@ def check_language_weights(weights: str) -> None:
 
 
 def _tensor_group(folder: Path, model: LlamaForCausalLM) -> TensorGroup:
-    """Return what to read from a folder for `model`: all of it."""
+    """Return the tensors to read from a folder: all of `model`, tied weights excepted."""
     files = weight_files(folder)
     spared = missing_tied_keys(model, [name for file in files for name in read_tensor_shapes(file)])
     wanted = {name: ("language", name) for name in model.state_dict() if name not in spared}

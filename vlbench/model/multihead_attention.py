@@ -1,7 +1,8 @@
-"""Attention with query, key and value apart, in the place of torch's packed one.
+"""Multi-head attention with separate query, key and value projections, for LoRA adapters.
 
-`nn.MultiheadAttention` keeps the three in one matrix and never calls its output projection, so that
-an adapter has nothing to hold on to. This module has the same numbers in four Linear layers.
+`nn.MultiheadAttention` keeps the three in one matrix and never calls its output projection as a
+module, so that an adapter cannot replace them. This module computes the same with four Linear
+layers.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 class SplitAttention(nn.Module):
-    """What a packed `nn.MultiheadAttention` computes for batches `[images, tokens, width]`."""
+    """The attention of a packed `nn.MultiheadAttention`, for batches `[images, tokens, width]`."""
 
     def __init__(self, packed: nn.MultiheadAttention) -> None:
-        """Take over the weights of `packed`; they are moved, not copied."""
+        """Take the weights out of `packed`."""
         super().__init__()
         width, self.num_heads = packed.embed_dim, packed.num_heads
         weights = packed.in_proj_weight.data.chunk(3)
@@ -32,7 +33,7 @@ class SplitAttention(nn.Module):
         need_weights: bool = False,
         attn_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
-        """Attend, as open_clip's blocks call it."""
+        """Attend; open_clip's blocks call it like `nn.MultiheadAttention`."""
         q, k, v = (
             self._split_heads(self.get_submodule(f"{name}_proj")(x))
             for name, x in zip("qkv", (query, key, value), strict=True)
@@ -42,17 +43,17 @@ class SplitAttention(nn.Module):
 
     def _split_heads(self, hidden: Tensor) -> Tensor:
         """Turn `[images, tokens, width]` into `[images, heads, tokens, head width]`."""
-        return hidden.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return torch.unflatten(hidden, -1, (self.num_heads, -1)).transpose(1, 2)
 
     def to_multihead_attention(self) -> nn.MultiheadAttention:
         """Return torch's module with these weights."""
         width = self.out_proj.weight.shape[0]
         with torch.device("meta"):
-            whole = nn.MultiheadAttention(width, self.num_heads, batch_first=True)
-        whole.load_state_dict(
+            packed = nn.MultiheadAttention(width, self.num_heads, batch_first=True)
+        packed.load_state_dict(
             dict(pack_attention_state(dict(self.named_parameters()))), assign=True
         )
-        return whole
+        return packed
 
 
 def pack_attention_state(state: dict[str, Tensor]) -> dict[str, Tensor]:

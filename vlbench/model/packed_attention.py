@@ -1,12 +1,12 @@
-"""Attention over packed rows: samples that share a row never see each other.
+"""Attention over packed rows: samples that share a row do not attend to each other.
 
-Registered with transformers under the name `PACKED`. Sample lengths travel as keyword arguments of
-the language model's forward, so there is no global state and no dense mask over the pack. On a GPU
-in 16 bits all samples are one call of a variable-length kernel, elsewhere each has its own call.
+Registered with transformers under the name PACKED_ATTENTION. Sample lengths are keyword arguments
+of the language model's forward, so there is no global state and no dense mask over the row. On a
+GPU in 16 bits all samples are one call of a variable-length kernel, elsewhere one call each.
 
-Without lengths it attends as transformers' `sdpa` does: to padding masks and key-value caches. So
-one model trains on packed rows, answers padded batches and reads with a cache, in several threads
-at once, and nothing about it is ever switched.
+Without lengths it attends as transformers' `sdpa` does, with padding masks and KV caches. So one
+model trains on packed rows, and answers padded batches with a cache, in several threads at once,
+without being switched between the two.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ SampleLengths = list[list[int]]
 
 
 class OpaqueLengths:
-    """Lengths for compiled layers: a graph is made for every size of a list that can be seen."""
+    """Sample lengths hidden from torch.compile, which makes a graph for every length of a list."""
 
     def __init__(self, lengths: SampleLengths) -> None:
-        """Give `lengths`, row by row."""
+        """Take the sample lengths of each row."""
         self.lengths = lengths
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -40,7 +40,7 @@ class OpaqueLengths:
 
 
 class SampleBounds(NamedTuple):
-    """Where samples begin in the rows of a batch, laid end to end."""
+    """Where samples begin in the concatenated rows of a batch."""
 
     cu_seqlens: Tensor
     """`[samples + 1]` int32 on the device of the batch, the end of the last sample included."""
@@ -51,10 +51,10 @@ class SampleBounds(NamedTuple):
 def sample_bounds(
     lengths: SampleLengths, row_length: int, device: torch.device
 ) -> SampleBounds | None:
-    """Return the bounds of samples in rows of `length` positions, None where no kernel takes them.
+    """Return the bounds of samples in rows of `row_length` positions, None without a kernel.
 
-    What follows the samples of a row counts as a sample: nobody reads what it becomes. The bounds
-    are made once per forward pass, for all layers, and travel to the device without waiting.
+    The padding of a row counts as a sample, whose output is not used. The bounds are made once per
+    forward pass, for all layers, and are copied to the device without waiting.
     """
     if device.type != "cuda" or find_varlen_attention() is None:
         return None
@@ -77,24 +77,33 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attend causally inside each sample of each row.
 
-    `query` is `[rows, heads, length, head width]`; `key` and `value` may have fewer heads.
-    `lengths` gives the samples of each row in order, as Python numbers; what follows them is
-    padding, whose values mean nothing. `bounds` says the same to the kernel of a GPU. With neither,
-    every row is one sample, seen as `attention_mask` says; keys may begin earlier (a cache).
-    Returns `[rows, length, heads, head width]`.
+    Args:
+        module: The attention layer, as transformers passes it.
+        query: `[rows, heads, length, head width]`.
+        key: As `query`, maybe with fewer heads; it may begin earlier, in a KV cache.
+        value: As `key`.
+        attention_mask: `[rows, 1, length, keys]`; used without `lengths` and `bounds` alone.
+        scaling: Factor of the scores; None for the usual one.
+        dropout: Probability, in training.
+        lengths: The sample lengths of each row in order, as Python numbers; what follows them is
+            padding, whose output means nothing.
+        bounds: The same for the variable-length kernel of a GPU.
+
+    Returns:
+        `[rows, length, heads, head width]`, and None in place of the attention weights.
     """
     if lengths is None and bounds is None:
         return _attend_masked(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
-    kind = matmul_dtype(query)  # rotation makes queries and keys float32, also under autocast
-    if bounds is not None and kind in (torch.bfloat16, torch.float16):
-        query, key, value = (one.to(kind) for one in (query, key, value))
+    dtype = matmul_dtype(query)  # rotary embedding gives float32, also under autocast
+    if bounds is not None and dtype in (torch.bfloat16, torch.float16):
+        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
         return _attend_varlen(query, key, value, bounds, scaling), None
     return _attend_per_sample(query, key, value, scaling, dropout, lengths), None
 
 
-@torch.compiler.disable  # lengths are others in every batch: a graph would be made for each
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # lengths differ in every batch
 def _attend_per_sample(
     query: Tensor,
     key: Tensor,
@@ -108,36 +117,37 @@ def _attend_per_sample(
     lengths = [[length]] * rows if lengths is None else lengths
     grouped = key.shape[1] != query.shape[1]
     if grouped and query.device.type == "cpu" and key.shape[1] < torch.get_num_threads():
-        # the kernel of a CPU gives a thread to each head of the keys, and others nothing to do
+        # the CPU kernel gives each key head one thread, so that the others would be idle
         groups = query.shape[1] // key.shape[1]
-        key, value = (one.repeat_interleave(groups, dim=1) for one in (key, value))
+        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
         grouped = False
-    outs = []
-    for row, parts in enumerate(lengths):
-        sizes = [*parts, length - sum(parts)]
-        split = [t[row : row + 1].split(sizes, dim=2) for t in (query, key, value)]
-        done = [
+    row_outputs = []
+    for row, sample_lengths in enumerate(lengths):
+        sizes = [*sample_lengths, length - sum(sample_lengths)]
+        split = [torch.split(t[row : row + 1], sizes, dim=2) for t in (query, key, value)]
+        sample_outputs = [
             scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=grouped
             )
             for q, k, v in zip(*(pieces[:-1] for pieces in split), strict=True)
         ]
-        outs.append(torch.cat([*done, torch.zeros_like(split[0][-1])], dim=2))
-    return torch.cat(outs).transpose(1, 2)
+        padding = torch.zeros_like(split[0][-1])
+        row_outputs.append(torch.cat([*sample_outputs, padding], dim=2))
+    return torch.cat(row_outputs).transpose(1, 2)
 
 
 def _attend_varlen(
     query: Tensor, key: Tensor, value: Tensor, bounds: SampleBounds, scaling: float | None
 ) -> Tensor:
-    """Attend over all rows laid end to end, as variable-length kernels read them."""
+    """Attend over the concatenated rows with a variable-length kernel."""
     rows, _, length, _ = query.shape
     attend = find_varlen_attention()
     assert attend is not None
-    q, k, v = (one.transpose(1, 2).flatten(0, 1) for one in (query, key, value))
-    begins, longest = bounds
+    q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
+    cu_seqlens, max_seqlen = bounds
     options = {} if scaling is None else {"scale": scaling}
-    out = attend(q, k, v, begins, begins, longest, longest, **options)
-    return out.unflatten(0, (rows, length))
+    out = attend(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+    return torch.unflatten(out, 0, (rows, length))
 
 
 def _attend_masked(
@@ -150,7 +160,7 @@ def _attend_masked(
     dropout: float,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend as `mask` `[rows, 1, length, keys]` says; without one, causally."""
+    """Attend where `attention_mask` `[rows, 1, length, keys]` allows; without one, causally."""
     if (
         attention_mask is not None
         and query.shape[2] == attention_mask.shape[1] == 1
@@ -168,11 +178,11 @@ def _attend_single_query(
 ) -> Tensor:
     """Attend from one position of each row, `query` `[rows, heads, 1, head width]`.
 
-    Query heads that share a key head attend as positions of one head would, since all of them see
-    the same: so keys are read as they are, where transformers may repeat them for every query head.
+    Query heads that share a key head are treated as positions of one head, since all of them attend
+    to the same keys: so keys are not repeated for every query head, as transformers may do.
     """
-    shared = query.squeeze(2).unflatten(1, (key.shape[1], -1))
-    out = scaled_dot_product_attention(shared, key, value, attention_mask, scale=scaling)
+    grouped_query = torch.unflatten(query.squeeze(2), 1, (key.shape[1], -1))
+    out = scaled_dot_product_attention(grouped_query, key, value, attention_mask, scale=scaling)
     return out.flatten(1, 2).unsqueeze(1)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig
 
 from vlbench.compat.torch_internals import make_flop_counter
 from vlbench.data.packing import PackedBatch
@@ -26,21 +27,21 @@ PROBE_POSITIONS = 64  # positions over which an injected layer is counted
 
 @dataclass(frozen=True)
 class StepFlops:
-    """What one of each costs, forward and backward, for a model whose trained parts are chosen."""
+    """Floating-point operations per unit, forward and backward, with the parts that are trained."""
 
     per_position: float
-    """A position that the language model reads."""
+    """A position of the language model."""
     per_attended_pair: float
     """A pair of positions of which one attends to the other."""
     per_supervised_position: float
     """A supervised position: the projection to the vocabulary."""
     per_image: float
-    """A picture, tower and connector."""
+    """An image: vision encoder and connector."""
     per_image_encoding: float
-    """The part of a picture that is not run where its features are known."""
+    """The part of an image that is not run where its features are cached: the vision encoder."""
 
     def count_flops(self, batches: Iterable[PackedBatch], causal: bool = True) -> float:
-        """Return the operations of micro-batches; without `causal` as if all positions attended."""
+        """Return the operations of micro-batches; without `causal`, of full attention."""
         total = 0.0
         for batch in batches:
             lengths = [length for row in batch.sample_lengths for length in row]
@@ -55,33 +56,33 @@ class StepFlops:
 
 def count_step_flops(vlm: VLM) -> StepFlops:
     """Count for the parts that require gradients now."""
-    tower = _vision_encoder_flops(vlm)
-    sees_gradient = _has_trained_parameters(vlm.vision)
-    connector = _connector_flops(vlm, sees_gradient)
-    flows = sees_gradient or _has_trained_parameters(vlm.connector)
+    encoder_flops = _vision_encoder_flops(vlm)
+    is_vision_trained = _has_trained_parameters(vlm.vision)
+    connector_flops = _connector_flops(vlm, is_vision_trained)
+    needs_grad = is_vision_trained or _has_trained_parameters(vlm.connector)
     language = vlm.language.model
-    flows = flows or language.embed_tokens.weight.requires_grad
-    position = pair = 0.0
-    heads = vlm.language.config.num_attention_heads * head_width(vlm.language.config)
+    needs_grad = needs_grad or language.embed_tokens.weight.requires_grad
+    position_flops = pair_flops = 0.0
+    width = vlm.language.config.num_attention_heads * head_width(vlm.language.config)
     for number, layer in enumerate(language.layers):
         if number in vlm.connector.inject_layers:
-            position += _injection_flops(vlm, number, flows)
-        position += _matmul_flops(layer, flows)
-        flows = flows or _has_trained_parameters(layer)
-        pair += 4 * heads * (3 if flows else 1)
+            position_flops += _injection_flops(vlm, number, needs_grad)
+        position_flops += _matmul_flops(layer, needs_grad)
+        needs_grad = needs_grad or _has_trained_parameters(layer)
+        pair_flops += 4 * width * (3 if needs_grad else 1)
     return StepFlops(
-        per_position=position,
-        per_attended_pair=pair,
-        per_supervised_position=_matmul_flops(vlm.language.lm_head, flows),
-        per_image=tower + connector,
-        per_image_encoding=tower,
+        per_position=position_flops,
+        per_attended_pair=pair_flops,
+        per_supervised_position=_matmul_flops(vlm.language.lm_head, needs_grad),
+        per_image=encoder_flops + connector_flops,
+        per_image_encoding=encoder_flops,
     )
 
 
-def head_width(config: Any) -> int:
+def head_width(config: LlamaConfig) -> int:
     """Return the width of an attention head of a language model."""
-    given = getattr(config, "head_dim", None)
-    return given or config.hidden_size // config.num_attention_heads
+    width: int = config.head_dim or config.hidden_size // config.num_attention_heads
+    return width
 
 
 def _matmul_flops(module: nn.Module, input_needs_grad: bool) -> float:
@@ -94,25 +95,26 @@ def _matmul_flops(module: nn.Module, input_needs_grad: bool) -> float:
 
 
 def _vision_encoder_flops(vlm: VLM) -> float:
-    """Return the operations of the tower for one picture, up to the block whose output is used."""
-    tower, trained = vlm.vision, _has_trained_parameters(vlm.vision)
+    """Return the operations of the vision encoder for one image, up to the block that is used."""
+    encoder, trained = vlm.vision, _has_trained_parameters(vlm.vision)
     length = vlm.shapes.patches + 1
     total = 0.0
-    for block in tower.blocks()[: tower.block_index + 1]:
+    for block in encoder.blocks()[: encoder.block_index + 1]:
         total += length * _matmul_flops(block, trained)
-        total += 4 * length**2 * tower.feature_width * (3 if trained else 1)
-    visual = getattr(tower.visual, "trunk", tower.visual)
-    patches = visual.patch_embed.proj if hasattr(visual, "patch_embed") else visual.conv1
-    return total + vlm.shapes.patches * 2 * patches.weight.numel() * (1 + trained)
+        total += 4 * length**2 * encoder.feature_width * (3 if trained else 1)
+    visual = getattr(encoder.visual, "trunk", encoder.visual)
+    patchify = visual.patch_embed.proj if hasattr(visual, "patch_embed") else visual.conv1
+    kernel_size: int = patchify.weight.numel()
+    return total + vlm.shapes.patches * 2 * kernel_size * (1 + trained)
 
 
 def _connector_flops(vlm: VLM, input_needs_grad: bool) -> float:
-    """Return the operations of the connector for one picture: counted by running it on zeros."""
+    """Return the operations of the connector for one image, counted by running it on zeros."""
     shapes = vlm.shapes
     parameter = next(vlm.connector.parameters(), None)
-    kind = torch.float32 if parameter is None else parameter.dtype
+    dtype = torch.float32 if parameter is None else parameter.dtype
     length = shapes.patches + vlm.connector.class_token
-    features = torch.zeros(1, length, shapes.vision_width, dtype=kind, device=vlm.device)
+    features = torch.zeros(1, length, shapes.vision_width, dtype=dtype, device=vlm.device)
     return _count_run_flops(vlm.connector, lambda: vlm.connector(features)) * _count_matmul_passes(
         vlm, input_needs_grad
     )
@@ -125,11 +127,11 @@ def _injection_flops(vlm: VLM, layer: int, input_needs_grad: bool) -> float:
     length = shapes.patches + vlm.connector.class_token
     features = torch.zeros(1, length, shapes.vision_width, dtype=parameter.dtype, device=device)
     hidden = torch.zeros(1, PROBE_POSITIONS, shapes.lm_width, dtype=parameter.dtype, device=device)
-    # real numbers: the text is sorted by what it sees
-    sees = torch.zeros(1, PROBE_POSITIONS, dtype=torch.long, device=real_device(device))
+    # its values are needed: connectors sort the text by the image that it belongs to
+    image_index = torch.zeros(1, PROBE_POSITIONS, dtype=torch.long, device=real_device(device))
     with torch.no_grad():
         visual: Tensor = vlm.connector(features)
-    inject = functools.partial(vlm.connector.inject, layer, hidden, visual, sees)
+    inject = functools.partial(vlm.connector.inject, layer, hidden, visual, image_index)
     return (
         _count_run_flops(vlm.connector, inject)
         * _count_matmul_passes(vlm, input_needs_grad)
@@ -138,12 +140,12 @@ def _injection_flops(vlm: VLM, layer: int, input_needs_grad: bool) -> float:
 
 
 def real_device(device: torch.device) -> torch.device:
-    """Return the device for tensors whose values are needed where others have none."""
+    """Return a device for tensors whose values are needed while others are on `meta`."""
     return torch.device("cpu") if device.type == "meta" else device
 
 
 def _count_matmul_passes(vlm: VLM, input_needs_grad: bool) -> int:
-    """Return how often the connector's products are done: forward, for inputs, for weights."""
+    """Return how often the connector's products are computed: forward, for inputs, for weights."""
     return 1 + input_needs_grad + _has_trained_parameters(vlm.connector)
 
 
@@ -156,7 +158,7 @@ def _count_run_flops(connector: nn.Module, run: Any) -> float:
 
 @contextlib.contextmanager
 def temporarily_frozen(module: nn.Module) -> Iterator[None]:
-    """Let nothing be trained for a moment: torch's counter stumbles over views of what is."""
+    """Freeze a module inside of `with`: FlopCounterMode fails on views of trained parameters."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     module.requires_grad_(False)
     yield

@@ -47,13 +47,13 @@ class VisionConfig:
     quick_gelu: bool
     """Whether the activation is OpenAI's x * sigmoid(1.702 x); timm models have their own."""
     mean: tuple[float, ...]
-    """Of red, green and blue in the training pictures, 1 is white."""
+    """Of red, green and blue in the encoder's training images; 1 is white."""
     std: tuple[float, ...]
     projection: bool = True
     """False: without the contrastive projection, which Hugging Face's vision models do not have."""
 
     def build_module(self) -> nn.Module:
-        """Return open_clip's module with random weights, on torch's current default device."""
+        """Return open_clip's module with random weights, on torch's default device."""
         if "timm_model_name" in self.vision_cfg:
             import vlbench.model.miniature_eva  # noqa: F401  makes its architecture known to timm
         # a connector needs the features of all patches, in training too
@@ -61,7 +61,8 @@ class VisionConfig:
         visual: Any = build_open_clip_encoder(self.embed_dim, keys, self.quick_gelu)
         if not self.projection:
             visual.proj = None
-        return visual
+        module: nn.Module = visual
+        return module
 
     def save(self, folder: Path) -> None:
         """Write it into `folder`, in open_clip's format."""

@@ -1,4 +1,4 @@
-"""The vision tower: any ViT of open_clip by name, giving the features that a recipe asks for."""
+"""The vision encoder: any ViT of open_clip by name, up to the block whose output is used."""
 
 from __future__ import annotations
 
@@ -37,12 +37,10 @@ RGBStats = tuple[float, float, float]
 
 
 class VisionEncoder(nn.Module):
-    """A vision tower cut after one of its blocks.
+    """A vision encoder, computed up to one of its blocks.
 
-    `preprocess` has mean and std, and may have resize and crop (pixels) and pad (to a square).
-
-    Blocks and norms behind the chosen one are kept for exports, but never computed and never
-    trained. `visual` is open_clip's own module, so its state-dict keys stay those of open_clip.
+    Blocks and norms after that one are kept for exports, but never computed and never trained.
+    `visual` is open_clip's own module, so its state-dict keys are those of open_clip.
     """
 
     visual: Any
@@ -55,10 +53,16 @@ class VisionEncoder(nn.Module):
         preprocess: dict[str, Any],
         config: VisionConfig | None = None,
     ) -> None:
-        """Take features after block `layer` (-2: last but one), with the final norm if `norm`.
+        """Wrap a module of open_clip.
 
-        `config` is what `visual` was built from; None for a released model's, which keeps its own
-        small files.
+        Args:
+            visual: The module.
+            layer: Block whose output is used; -2 is the last but one.
+            norm: Whether the final norm is applied to the features.
+            preprocess: Has `mean` and `std`, and may have `resize` and `crop` (pixels) and `pad`
+                (to a square).
+            config: What `visual` was built from; None for a released model's encoder, which keeps
+                its own small files.
         """
         super().__init__()
         self.visual, self.config = visual, config
@@ -66,7 +70,7 @@ class VisionEncoder(nn.Module):
         self.mean: RGBStats = tuple(preprocess["mean"])
         self.std: RGBStats = tuple(preprocess["std"])
         self.pad = bool(preprocess.get("pad", True))
-        # a release may resize to more than it crops; at other image sizes the share stays
+        # a release may resize to more than it crops; at other image sizes the ratio stays
         self.resize_ratio = preprocess.get("resize", 1) / preprocess.get("crop", 1)
         blocks = self.blocks()
         if not -len(blocks) <= layer < len(blocks):
@@ -97,20 +101,20 @@ class VisionEncoder(nn.Module):
 
     @property
     def transform(self) -> ImageTransform:
-        """The image transform that this tower needs at its current image size."""
+        """The image transform for the current image size; large JPEGs are decoded in full."""
         crop = self.image_size
         size = round(crop * self.resize_ratio)
         return ImageTransform(size, crop, self.mean, self.std, self.pad)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights, and so of the pixels that are read."""
+        """Dtype of the weights, and so of the pixels."""
         return next(self.parameters()).dtype
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Turn pixels `[images, 3, height, width]` into features `[images, patches, width]`.
 
-        With `class_token` the tower's class token comes first: `[images, 1 + patches, width]`.
+        With `class_token` the encoder's class token comes first: `[images, 1 + patches, width]`.
         """
         out = self.visual.forward_intermediates(
             pixels,
@@ -121,7 +125,7 @@ class VisionEncoder(nn.Module):
             output_fmt="NLC",
             output_extra_tokens=self.class_token,
         )
-        features = out["image_intermediates"][0]
+        features: Tensor = out["image_intermediates"][0]
         if self.class_token:
             first = out.get("image_intermediates_prefix")
             if first is None or not first[0].shape[1]:
@@ -133,7 +137,7 @@ class VisionEncoder(nn.Module):
         return features
 
     def set_image_size(self, image_size: int) -> None:
-        """Change the input to `image_size` pixels; position embeddings are resized by open_clip."""
+        """Change the input to `image_size` pixels; open_clip resizes the position embeddings."""
         patch = self.image_size // self.grid[0]
         if image_size % patch:
             raise UserError(
@@ -144,7 +148,7 @@ class VisionEncoder(nn.Module):
             set_encoder_image_size(self.visual, image_size)
 
     def used_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that the features depend on: the others must not be trained."""
+        """Return the parameters that the features depend on; the others must not be trained."""
         unused = set()
         for block in self.blocks()[self.block_index + 1 :]:
             unused |= {id(p) for p in block.parameters()}
@@ -154,7 +158,7 @@ class VisionEncoder(nn.Module):
         return [p for p in self.parameters() if id(p) not in unused]
 
     def _is_after_blocks(self, name: str) -> bool:
-        """Tell whether the parameter belongs to what follows the last block."""
+        """Tell whether a parameter belongs to what follows the last block."""
         parts = name.removeprefix("trunk.").split(".")
         norms = {"ln_post", "norm", "fc_norm"}
         heads = {"proj", "head", "attn_pool", "attn_pool_contrastive"}
@@ -164,32 +168,33 @@ class VisionEncoder(nn.Module):
 def build_vision_encoder(
     name: str, weights: str, layer: int = -2, norm: bool = False, load_weights: bool = True
 ) -> VisionEncoder:
-    """Build the tower `name` and load `weights`.
+    """Build the vision encoder `name` and load `weights`.
 
     Args:
-        name: A model of open_clip, one of EMBEDDED or a folder with open_clip_config.json.
-        weights: "embedded" (of EMBEDDED, or the folder's own), "random", a pretrained tag of
+        name: A model of open_clip, one of EMBEDDED_ENCODERS, or a folder with
+            open_clip_config.json.
+        weights: "embedded" (the miniature's or the folder's own), "random", a pretrained tag of
             open_clip, a file of an open_clip model, or a folder: of open_clip, or a CLIP in
             Hugging Face's layout.
         layer: Block whose output is used, -2 for the last but one.
         norm: Whether the final norm follows.
-        load: False where shapes are enough: nothing is downloaded, numbers stay random.
+        load_weights: False where shapes are enough: nothing is downloaded, weights are random.
 
     Raises:
-        Mistake: when a name is unknown, or a file is not wholly the tower's weights.
+        UserError: when a name is unknown, or a file is not exactly the encoder's weights.
     """
     config = resolve_vision_config(name, weights)
     _check_weights_choice(name, weights)
-    tower = build_encoder_from_config(config, name, layer, norm)
+    encoder = build_encoder_from_config(config, name, layer, norm)
     if load_weights and weights != "random":
-        _load_weights(tower, name, weights)
-    return tower
+        _load_weights(encoder, name, weights)
+    return encoder
 
 
 def build_encoder_from_config(
     config: VisionConfig, name: str, layer: int, norm: bool
 ) -> VisionEncoder:
-    """Build the tower that `config` describes, with random weights; `name` is for mistakes."""
+    """Build the encoder that `config` describes, with random weights; errors call it `name`."""
     try:
         visual = config.build_module()
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # open_clip's and timm's
@@ -204,21 +209,21 @@ def build_encoder_from_config(
 
 
 def check_vision_weights(name: str, weights: str) -> None:
-    """Compare names and shapes of the files that `weights` means with the tower `name`.
+    """Compare tensor names and shapes of the files that `weights` means with the encoder `name`.
 
-    What lies on a hub is downloaded; no number is read.
+    Files of a hub are downloaded; no tensor is read.
     """
     with torch.device("meta"):
-        tower = build_vision_encoder(name, weights, load_weights=False)
+        encoder = build_vision_encoder(name, weights, load_weights=False)
         if weights != "random":
-            _load_weights(tower, name, weights, load_values=False)
+            _load_weights(encoder, name, weights, load_values=False)
 
 
 def load_clip_folder(encoder: VisionEncoder, folder: Path, load_values: bool = True) -> set[str]:
-    """Load a CLIP in Hugging Face's layout into `tower`, at the image size of the folder.
+    """Load a CLIP in Hugging Face's layout into `encoder`, at the image size of the folder.
 
     Returns:
-        The keys of `tower.visual` that were loaded. Without `numbers` names and shapes are
+        The keys of `encoder.visual` that were loaded. Without `load_values` names and shapes are
         compared, and nothing is loaded.
     """
     file = folder / "config.json"
@@ -243,14 +248,14 @@ def load_clip_folder(encoder: VisionEncoder, folder: Path, load_values: bool = T
 def _load_weights(
     encoder: VisionEncoder, name: str, weights: str, load_values: bool = True
 ) -> None:
-    """Load what `weights` means into `tower`, every tensor of it; compare alone if not `numbers`"""
+    """Load every tensor of what `weights` means; without `load_values` compare shapes only."""
     file = _find_weight_file(name, weights)
     if file is None:
         loaded = load_clip_folder(encoder, Path(weights), load_values)
     else:
-        side = open_clip_files.infer_image_size(file, encoder.visual)
-        if side is not None:
-            encoder.set_image_size(side)
+        image_size = open_clip_files.infer_image_size(file, encoder.visual)
+        if image_size is not None:
+            encoder.set_image_size(image_size)
         if load_values:
             loaded = open_clip_files.load_open_clip_weights(file, encoder.visual)
         else:
@@ -263,7 +268,7 @@ def _load_weights(
 
 
 def _check_weights_choice(name: str, weights: str) -> None:
-    """Refuse weights that `vision.name` cannot have."""
+    """Raise a UserError for weights that do not go with `vision.name`."""
     folder = named_encoder_folder(name)
     own = ("embedded", "random", *([name] if name not in EMBEDDED_ENCODERS else []))
     if folder is not None and weights not in own:
@@ -278,12 +283,12 @@ def _find_weight_file(name: str, weights: str) -> Path | None:
     folder = named_encoder_folder(name)
     if folder is not None:
         return find_open_clip_file(folder) or _raise_missing_weights(folder)
-    given = Path(weights)
-    if given.is_dir():
-        found = find_open_clip_file(given)
-        if found is None and not (given / "config.json").is_file():
-            _raise_missing_weights(given)
-        return found
+    path = Path(weights)
+    if path.is_dir():
+        file_in_folder = find_open_clip_file(path)
+        if file_in_folder is None and not (path / "config.json").is_file():
+            _raise_missing_weights(path)
+        return file_in_folder
     tags = open_clip.list_pretrained_tags_by_model(name)
     if weights in tags:
         source = open_clip.get_pretrained_cfg(name, weights)["hf_hub"]
@@ -292,8 +297,8 @@ def _find_weight_file(name: str, weights: str) -> Path | None:
         return hub_download.fetch_hub_file(
             f"{owner}/{repository}", names, f"vision.weights={weights}"
         )
-    if given.is_file():
-        return given
+    if path.is_file():
+        return path
     raise UserError(
         f"vision.weights is '{weights}'; for {name} allowed are 'random', a file, a folder with "
         f"{OPEN_CLIP_FILES[0]} or with config.json of a CLIP, or one of "

@@ -94,7 +94,8 @@ class VLM(nn.Module):
     @property
     def token_embedding(self) -> nn.Embedding:
         """The language model's embedding of token ids."""
-        return self.language.model.embed_tokens
+        embedding: nn.Embedding = self.language.model.embed_tokens
+        return embedding
 
     def _build_connector(self) -> Connector:
         connector = self._connector_class(self.shapes, **self.connector_options)

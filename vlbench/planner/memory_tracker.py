@@ -41,7 +41,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def __init__(self, vocab_size: int) -> None:
         """Start at zero; logits are recognised by their last dimension, `vocab_size`."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._vocab_size = vocab_size
         self.reset_counts()
 
