@@ -119,7 +119,7 @@ def _save_random_state() -> RestoreFunction:
     import torch
 
     numpy_state, cpu_state = np.random.get_state(), torch.get_rng_state()
-    has_gpu_state = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    has_gpu_state = torch.cuda.is_initialized()
     gpu_states = torch.cuda.get_rng_state_all() if has_gpu_state else []
 
     def restore_random() -> None:
