@@ -38,7 +38,7 @@ def test_a_conversation_has_history_pictures_and_an_end(monkeypatch, capsys):
     lines = [f"/image {WIDE}", "What?", "Why?", "/history", "/reset", "/history", "/quit", "never"]
     assert talk(lines, monkeypatch) == 0
     said = capsys.readouterr().out
-    history, rest = said.split("the conversation is forgotten")
+    history, rest = said.split("a new conversation begins")
     assert "### Human: <image_placeholder>\nWhat?\n### Assistant: " in history
     assert "\n### Human: Why?\n### Assistant: " in history
     assert "Why?" not in rest and "never" not in said

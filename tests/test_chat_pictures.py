@@ -80,14 +80,14 @@ def test_every_image_line_adds_a_picture_to_the_next_question(monkeypatch, capsy
     assert talk([*lines, "None?"], monkeypatch) == 0
     assert seen == [[2], [2, 2], [2, 2, 0]]
     said = capsys.readouterr().out
-    assert f"{WIDE} comes with the next question (1 picture)" in said
-    assert said.count(f"{TALL} comes with the next question (2 pictures)") == 2
+    assert f"{WIDE} comes with the next question (1 image)" in said
+    assert said.count(f"{TALL} comes with the next question (2 images)") == 2
 
 
 def test_waiting_pictures_can_be_taken_back(monkeypatch, capsys):
     seen = shown(monkeypatch)
     assert talk([f"/image {WIDE}", "/drop", "Hello"], monkeypatch) == 0
-    assert seen == [[0]] and "taken back: 1 picture" in capsys.readouterr().out
+    assert seen == [[0]] and "removed: 1 image" in capsys.readouterr().out
 
 
 def test_image_may_be_given_several_times(monkeypatch):

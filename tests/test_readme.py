@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from vlbench.__main__ import VERBS, main
+from vlbench.command_line.parser import parse_arguments
 from vlbench.config import recipe as recipes
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -26,6 +27,9 @@ def test_the_readme_has_commands() -> None:
 def test_every_command_is_understood(command: str) -> None:
     verb, *words = shlex.split(command)
     assert verb in VERBS
+    declaration = VERBS[verb].declaration
+    if declaration and not VERBS[verb].takes_recipe_keys:
+        parse_arguments(declaration, words)
     if verb in ("fit", "show") and "connector.name=mine" not in words:
         recipes.load_recipe(words)
 

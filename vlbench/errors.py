@@ -1,4 +1,4 @@
-"""Mistakes of the user: what is wrong, what was given, what is allowed, said in one line each."""
+"""Errors for users, one line each: what is wrong, what was given, what is allowed."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ LONG_WORD_PATTERN = re.compile(rf"\S{{{MAX_WORD_LENGTH + 1},}}")
 
 
 class UserError(ValueError):
-    """Something that the user can put right; one line of text per mistake, no stack trace.
+    """What the user can correct: one line of text for each mistake, no stack trace.
 
-    Longer words than LONGEST_WORD are shortened: a picture as text would fill the screen.
+    Words longer than MAX_WORD_LENGTH are shortened: an image given as text would fill the screen.
     """
 
     def __init__(self, *messages: object) -> None:
         """Take the text of the line."""
-        super().__init__(*(shorten_words(one) if isinstance(one, str) else one for one in messages))
+        super().__init__(
+            *(shorten_words(part) if isinstance(part, str) else part for part in messages)
+        )
 
 
 class EnvironmentFailure(RuntimeError):
-    """What went wrong on the machine and not in the command: one line, but exit code 1."""
+    """What failed on the machine and not in the command: one line, and exit code 1."""
 
 
 class SampleOrigin(NamedTuple):
-    """Where a sample is from: the identity of its record."""
+    """Where a sample comes from: the identity of its record."""
 
     source_name: str
     """Name of the source."""
@@ -41,32 +43,34 @@ class SampleOrigin(NamedTuple):
 
 
 class HasOrigin(Protocol):
-    """Something of which it may be known where it is from."""
+    """Something whose origin may be known."""
 
     @property
     def origin(self) -> SampleOrigin | None: ...
 
 
 class BadSample(UserError):
-    """One sample that cannot be learned from; it is named, and left out or stops the run."""
+    """One sample that cannot be used: it is named, and left out or stops the run."""
 
     def __init__(self, sample_id: str, reason: str) -> None:
-        """Say in one line, `reason`, what is wrong with the sample `sample_id`."""
-        super().__init__(sample_id, reason)  # both, so that it survives the way out of a worker
+        """Take the sample's id, and what is wrong with it in one line."""
+        super().__init__(sample_id, reason)  # both, so that it can be unpickled from a worker
         self.sample_id = shorten_words(sample_id)
         self.reason = shorten_words(escape_to_one_line(reason))
         self.source_name = ""
         self.record_number: int | None = None
 
     def with_origin(self, source_name: str, record_number: int | None) -> BadSample:
-        """Return it with its identity: the name of its source, and its record there (from 1)."""
+        """Return it with the name of its source, and the number of its record there (from 1)."""
         self.source_name, self.record_number = source_name, record_number
         return self
 
     def with_origin_of(self, sample: HasOrigin) -> BadSample:
-        """Return it with the identity of `sample`, where that is known."""
-        place = sample.origin
-        return self if place is None else self.with_origin(place.source_name, place.record_number)
+        """Return it with the origin of `sample`, where that is known."""
+        origin = sample.origin
+        if origin is None:
+            return self
+        return self.with_origin(origin.source_name, origin.record_number)
 
     @property
     def record_identity(self) -> tuple[str, int | str]:
@@ -82,9 +86,10 @@ class BadSample(UserError):
     @property
     def sample_label(self) -> str:
         """The id, and the number of the record where it is known and not the id."""
-        known = self.record_number is None or self.sample_id == f"record {self.record_number}"
+        record_name = f"record {self.record_number}"
+        names_record = self.record_number is None or self.sample_id == record_name
         return escape_to_one_line(
-            self.sample_id if known else f"{self.sample_id} (record {self.record_number})"
+            self.sample_id if names_record else f"{self.sample_id} (record {self.record_number})"
         )
 
     def __str__(self) -> str:
@@ -109,7 +114,7 @@ def escape_surrogates(text: str) -> str:
 
 def escape_to_one_line(text: str) -> str:
     """Return a text that can be printed, with its line ends and control characters escaped."""
-    return CONTROL_CHARACTERS.sub(lambda found: repr(found[0])[1:-1], escape_surrogates(text))
+    return CONTROL_CHARACTERS.sub(lambda match: repr(match[0])[1:-1], escape_surrogates(text))
 
 
 def one_line(error: BaseException | str, max_lines: int | None = None) -> str:

@@ -1,4 +1,4 @@
-"""What pages have in common: their templates, and pictures inside of them."""
+"""What HTML pages share: their Jinja templates, and images embedded in them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 
 
 def jinja_environment(folder: Path) -> Environment:
-    """Return the templates of a folder; a name that they use and nobody gives is an error."""
+    """Return the Jinja environment of a folder; a name that is not passed is an error."""
     return Environment(
         loader=FileSystemLoader(folder),
         autoescape=True,
@@ -23,7 +23,7 @@ def jinja_environment(folder: Path) -> Environment:
 
 
 def image_data_uri(image: Image.Image, image_format: str, **save_options: Any) -> str:
-    """Return a picture as a data URI; `kind` is PNG or JPEG, `options` are of PIL's `save`."""
+    """Return an image as a data URI, as PNG or JPEG; `save_options` are those of PIL's `save`."""
     file = io.BytesIO()
     image.save(file, image_format, **save_options)
     content = base64.b64encode(file.getvalue()).decode()

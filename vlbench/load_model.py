@@ -34,14 +34,15 @@ def load_model(
     device: torch.device | str | None = None,
     template: str | None = None,
 ) -> LoadedVLM:
-    """Return the model in a run, a checkpoint, or a released model (a folder or a hub id).
+    """Return the model in a run, a checkpoint, or a released model, in evaluation mode.
 
-    `dtype` is a type of torch or one of the names in DTYPES. None: as the weights are stored, but
-    on a CPU float32 if that takes at most FLOAT32_UP_TO bytes: exact, and no slower there.
-    `device` None is the GPU if there is one. `template` is one of
-    `data.chat_template.CHAT_TEMPLATES`; None:
-    that which the model was trained with, and for a release that of its folder, which is said in a
-    line on standard error where it is not Yi-VL's own.
+    Args:
+        path: A run, a checkpoint, or a released model (a folder or a hub id).
+        dtype: A type of torch or a name of DTYPE_NAMES. None: as the weights are stored, but on a
+            CPU float32 if that takes at most MAX_FLOAT32_BYTES: exact, and no slower there.
+        device: None is the GPU if there is one.
+        template: A name of `data.chat_template.CHAT_TEMPLATES`. None: the one of the training, or
+            of the released model's folder; a line on standard error names it if it is not Yi-VL's.
     """
     check_template_name(template)
     device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -52,7 +53,7 @@ def load_model(
 
 
 def find_model_folder(path: str | Path, key: str) -> Path:
-    """Return the folder of a checkpoint or released model; `key` names `path` in a mistake."""
+    """Return the folder of a checkpoint or released model; `key` names `path` in errors."""
     if not isinstance(path, str | Path) or not str(path):
         raise UserError(f"{key} is {path!r}; wanted is the path of a run, checkpoint or release")
     path = Path(path).expanduser()
@@ -64,7 +65,7 @@ def find_model_folder(path: str | Path, key: str) -> Path:
 def load_model_folder(
     folder: Path, dtype: torch.dtype | None, device: str = "cpu", template: str | None = None
 ) -> LoadedVLM:
-    """Return the model in a folder that `find` found; `dtype` None keeps tensors as stored.
+    """Return the model in a folder of `find_model_folder`; `dtype` None: as stored.
 
     `template` replaces that of the folder.
     """
@@ -86,7 +87,7 @@ def load_model_folder(
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """Return the type that a name of DTYPES means."""
+    """Return the type of a name of DTYPE_NAMES."""
     if dtype is None or (
         isinstance(dtype, torch.dtype) and dtype in (*DTYPE_NAMES.values(), COMPARISON_DTYPE)
     ):
@@ -107,10 +108,10 @@ def _default_dtype(folder: Path, device: str) -> torch.dtype:
 
 def _check_usable_device(device: str) -> None:
     if device.partition(":")[0] == "meta":
-        raise UserError("device is 'meta', which holds no numbers; it cannot answer")
+        raise UserError("device is 'meta', whose tensors have no values; it cannot answer")
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # of torch: no such device, or not built for it
+    except (RuntimeError, AssertionError) as error:  # no such device, or torch built without it
         raise UserError(
             f"device is '{device}', which cannot be used here ({one_line(error, max_lines=1)})"
         ) from error

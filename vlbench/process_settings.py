@@ -1,7 +1,7 @@
-"""The settings of the process, put back as they were: vlbench may run inside somebody's program.
+"""Settings of the process, restored on leaving: vlbench may run inside somebody's program.
 
 Libraries change settings of the whole process when they are imported or used: log handlers, filters
-of warnings, the environment, signal handlers, random numbers. Imports neither torch nor any other.
+of warnings, the environment, signal handlers, random states. This module imports none of them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RestoreFunction = Callable[[], None]
 
 
 class _SettingsGuard:
-    """Settings noted when the first of several threads comes, and put back when the last leaves."""
+    """Settings saved when the first of several threads enters, restored when the last leaves."""
 
     def __init__(self, save_settings: Callable[[], RestoreFunction]) -> None:
         self._save_settings, self._lock, self._entry_count = save_settings, threading.Lock(), 0
@@ -44,11 +44,11 @@ class _SettingsGuard:
 
 @contextlib.contextmanager
 def preserve_process_settings() -> Iterator[None]:
-    """Put back at the end what libraries and we ourselves have changed of the process.
+    """Restore at the end the settings of the process that libraries or vlbench have changed.
 
-    That is the root logger's level and handlers, the filters of warnings, `os.environ`, handlers of
-    signals (in the main thread), how processes are started, and the state of the random numbers of
-    Python, numpy and torch.
+    These are the root logger's level and handlers, the filters of warnings, `os.environ`, signal
+    handlers (in the main thread), the start method of processes, and the random states of Python,
+    numpy and torch.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_INTERPRETER_GUARD)
@@ -60,50 +60,51 @@ def preserve_process_settings() -> Iterator[None]:
 
 
 class _ThreadWarningFilter:
-    """What a filter of warnings matches their text with: all that the thread warns of, no more."""
+    """The pattern of a warning filter: it matches every warning of one thread, and no other."""
 
     def __init__(self) -> None:
         self._thread_id = threading.get_ident()
 
     def match(self, _: str) -> bool:
-        """Tell whether the thread warns."""
+        """Return whether the warning is of the thread."""
         return threading.get_ident() == self._thread_id
 
 
 @contextlib.contextmanager
 def ignore_thread_warnings() -> Iterator[None]:
-    """Ignore warnings of this thread, whatever the program does with those of others.
+    """Ignore warnings of this thread; those of other threads are handled as before.
 
-    `warnings.catch_warnings` exchanges the filters of all threads; of two that overlap, the second
-    puts back what the first has set.
+    `warnings.catch_warnings` replaces the filters of all threads, and where two of them overlap,
+    the second restores what the first has set.
     """
     filters: Any = warnings.filters
-    own = ("ignore", _ThreadWarningFilter(), Warning, None, 0)
-    filters.insert(0, own)
+    thread_filter = ("ignore", _ThreadWarningFilter(), Warning, None, 0)
+    filters.insert(0, thread_filter)
     try:
         yield
     finally:
-        filters.remove(own)
+        filters.remove(thread_filter)
 
 
 def _save_interpreter_state() -> RestoreFunction:
     import multiprocessing
 
-    method = multiprocessing.get_start_method(allow_none=True)
-    environment, root = dict(os.environ), logging.getLogger()
-    level, handlers, state = root.level, root.handlers[:], random.getstate()
-    hook, written = sys.excepthook, warnings.formatwarning
+    start_method = multiprocessing.get_start_method(allow_none=True)
+    environment, root_logger = dict(os.environ), logging.getLogger()
+    level, handlers = root_logger.level, root_logger.handlers[:]
+    random_state = random.getstate()
+    excepthook, formatwarning = sys.excepthook, warnings.formatwarning
     filters = warnings.catch_warnings()
     filters.__enter__()
 
     def restore_interpreter() -> None:
         filters.__exit__(None, None, None)
-        root.setLevel(level)
-        root.handlers[:] = handlers
-        sys.excepthook, warnings.formatwarning = hook, written
-        random.setstate(state)
-        if multiprocessing.get_start_method(allow_none=True) != method:  # None: still to be chosen
-            multiprocessing.set_start_method(method, force=True)
+        root_logger.setLevel(level)
+        root_logger.handlers[:] = handlers
+        sys.excepthook, warnings.formatwarning = excepthook, formatwarning
+        random.setstate(random_state)
+        if multiprocessing.get_start_method(allow_none=True) != start_method:  # None: not yet set
+            multiprocessing.set_start_method(start_method, force=True)
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         for name, value in environment.items():
@@ -117,26 +118,27 @@ def _save_random_state() -> RestoreFunction:
     import numpy as np
     import torch
 
-    numpy, here = np.random.get_state(), torch.get_rng_state()
-    there = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    numpy_state, cpu_state = np.random.get_state(), torch.get_rng_state()
+    has_gpu_state = torch.cuda.is_initialized()
+    gpu_states = torch.cuda.get_rng_state_all() if has_gpu_state else []
 
     def restore_random() -> None:
-        np.random.set_state(numpy)
-        torch.set_rng_state(here)
-        if there:
-            torch.cuda.set_rng_state_all(there)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(cpu_state)
+        if gpu_states:
+            torch.cuda.set_rng_state_all(gpu_states)
 
     return restore_random
 
 
 def _save_signal_handlers() -> RestoreFunction:
-    caught = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
-    before = {number: signal.getsignal(number) for number in caught}
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
+    handlers = {number: signal.getsignal(number) for number in signals}
     restore_flag = sigchld_flag_restorer()  # so that the host's data loaders set theirs again
 
     def restore_signals() -> None:
-        for number, handler in before.items():
-            # None: of a program that is not Python, and cannot be put back from here
+        for number, handler in handlers.items():
+            # None: a handler that was not set from Python, which cannot be set again
             if handler is not None and signal.getsignal(number) is not handler:
                 signal.signal(number, handler)
         restore_flag()

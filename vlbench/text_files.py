@@ -1,4 +1,4 @@
-"""Small files of text, read as UTF-8; what is wrong with one becomes a line that names it."""
+"""Small text files in UTF-8; what is wrong with one is a UserError that names it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LFS_POINTER = b"version https://git-lfs"
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a file; a mark of its byte order at the beginning is no part of it."""
+    """Return the text of a file without its byte-order mark."""
     refuse_lfs_pointer(path)
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -61,27 +61,27 @@ def format_json_lines(records: Iterable[object]) -> str:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a file written by `json_lines`, [] if there is no such file.
+    """Return the objects of a file written by `format_json_lines`, [] if there is no such file.
 
-    A last line that was cut short by a kill is left out. Raises a Mistake that names another line.
+    A last line that a kill has cut short is left out. Any other broken line is a UserError.
     """
     if not path.is_file():
         return []
     data = path.read_bytes()
-    found = []
+    records = []
     for number, line in enumerate(data[: data.rfind(b"\n") + 1].split(b"\n")[:-1], 1):
         try:
-            one = json.loads(line.decode("utf-8-sig"))
+            record = json.loads(line.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: line {number} is not JSON ({error})") from error
-        if not isinstance(one, dict):
+        if not isinstance(record, dict):
             raise UserError(f"{path}: line {number} is not a JSON object")
-        found.append(one)
-    return found
+        records.append(record)
+    return records
 
 
 def append_json_lines(path: Path, records: Iterable[object]) -> None:
-    """Add records to a file of `json_lines`; a last line that a kill cut short is removed."""
+    """Append records to a file of `format_json_lines`; a last line that a kill cut is removed."""
     with path.open("ab+") as file:
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
@@ -89,18 +89,18 @@ def append_json_lines(path: Path, records: Iterable[object]) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it, so that it is never seen half."""
+    """Write a file under a temporary name and rename it, so that it is never seen half-written."""
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(text, encoding="utf-8", newline="")
     os.replace(temporary, path)
 
 
 def refuse_lfs_pointer(path: Path) -> None:
-    """Raise a Mistake for a file that Git LFS has not fetched yet, or that cannot be opened."""
+    """Raise a UserError for a file that Git LFS has not fetched, or that cannot be opened."""
     try:
         with path.open("rb") as file:
-            begins = file.read(len(LFS_POINTER))
+            first_bytes = file.read(len(LFS_POINTER))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    if begins == LFS_POINTER:
+    if first_bytes == LFS_POINTER:
         raise UserError(f"{path}: is a Git-LFS pointer and not the file; run git lfs pull")

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 GENERATION_KEYS = ("max_new_tokens", "temperature", "top_p", "seed")
 COMMANDS_HELP = """\
-/image FILE   show a picture with the next question; again: one more picture (a file or a URL)
-/drop         take back the pictures that wait for the next question
-/reset        forget the conversation
+/image FILE   add an image (a file or a URL) to the next question; again: one more image
+/drop         remove the images that wait for the next question
+/reset        start a new conversation
 /history      print the conversation
 /quit         leave (so do Ctrl-D, and Ctrl-C twice); Ctrl-C ends an answer"""
 CHAT_COMMANDS = ("/image", "/drop", "/reset", "/history", "/help", "/quit")
@@ -61,7 +61,7 @@ def resolve_image(name: str) -> ImageInput:
 
 
 def resolve_images(line: str) -> list[tuple[str, ImageInput]]:
-    """Return name and picture of every file that a line names, divided by spaces or commas.
+    """Return name and image of every file that a line names, separated by spaces or commas.
 
     That is so where all of them exist or are URLs; otherwise the line is the name of one file.
     """
@@ -69,7 +69,7 @@ def resolve_images(line: str) -> list[tuple[str, ImageInput]]:
     whole = line.strip("'\"")
     try:
         several = [shlex.split(line), whole.split(",")]
-    except ValueError:  # a quote that is not closed
+    except ValueError:  # an unclosed quote
         several = []
     for names in [[whole], *several]:
         if names and all(map(_is_file_or_url, names)):
@@ -78,7 +78,7 @@ def resolve_images(line: str) -> list[tuple[str, ImageInput]]:
 
 
 def _is_file_or_url(name: str) -> bool:
-    """Tell whether a name is that of a file or one URL; unlike Path, os.path takes any text."""
+    """Return whether a name is a file or one URL; unlike Path, os.path takes any text."""
     return bool(_URL_PATTERN.fullmatch(name)) or os.path.isfile(os.path.expanduser(name))
 
 
@@ -98,16 +98,16 @@ class ChatSession:
         self.vlm, self.chat_options, self.compiled = vlm, chat_options, compiled
         self.messages: list[dict[str, Any]] = []
         self.pending_images: list[ImageInput] = []
-        self.is_interactive = False  # more is asked than one question
+        self.is_interactive = False  # whether more than one question is asked
         self.prefix_cache = PrefixCache()
 
     def run_interactive(self) -> int:
         """Read questions and commands until the input ends; return the exit code."""
         self.is_interactive = True
-        if isinstance(sys.stdin, io.TextIOWrapper):  # what is no text is refused where it is asked
+        if isinstance(sys.stdin, io.TextIOWrapper):  # invalid bytes are refused by the tokenizer
             sys.stdin.reconfigure(errors="surrogateescape")
         if sys.stdin.isatty():
-            import readline  # noqa: F401  # arrow keys, and what was typed before
+            import readline  # noqa: F401  # arrow keys and history
 
             print(COMMANDS_HELP)
         while True:
@@ -120,44 +120,44 @@ class ChatSession:
                 return 0
             try:
                 self.dispatch_line(line)
-            except UserError as mistake:
-                print(f"vlbench: {mistake}", file=sys.stderr)
+            except UserError as error:
+                print(f"vlbench: {error}", file=sys.stderr)
             except KeyboardInterrupt:
                 print("(stopped)")
 
     def read_line(self) -> str:
-        """Return what is typed; at a prompt only a second Ctrl-C leaves the conversation."""
-        asks = sys.stdin.isatty()
+        """Return the next line; at a prompt only a second Ctrl-C ends the session."""
+        is_terminal = sys.stdin.isatty()
         try:
-            return input("you: " if asks else "").strip()
+            return input("you: " if is_terminal else "").strip()
         except KeyboardInterrupt:
-            if not asks:
+            if not is_terminal:
                 raise
             print("\n(press Ctrl-C again, or /quit, to leave)")
             return input("you: ").strip()
 
     def dispatch_line(self, line: str) -> None:
-        """Do what one line of the user asks for."""
+        """Run a command, or answer a question."""
         if line.startswith("/"):
             self.run_command(line)
         elif line:
             self.answer_question(line)
 
     def run_command(self, line: str) -> None:
-        """Carry out a line that begins with a slash."""
+        """Run a line that begins with a slash."""
         name, _, rest = line.partition(" ")
         if name == "/image":
             if not rest.strip():
-                raise UserError("/image FILE shows the model a picture")
-            for file, picture in resolve_images(rest):
-                self.pending_images.append(picture)
+                raise UserError("/image needs a file, as in /image FILE")
+            for file, image in resolve_images(rest):
+                self.pending_images.append(image)
                 print(f"{file} comes with the next question ({self._describe_pending_images()})")
         elif name == "/drop":
-            print(f"taken back: {self._describe_pending_images()}")
+            print(f"removed: {self._describe_pending_images()}")
             self.pending_images = []
         elif name == "/reset":
             self.messages, self.pending_images = [], []
-            print("the conversation is forgotten")
+            print("a new conversation begins")
         elif name == "/history":
             print(self.vlm.prompt([*self.messages, {"role": "user", "content": "..."}]))
         elif name == "/help":
@@ -170,24 +170,24 @@ class ChatSession:
 
     def _describe_pending_images(self) -> str:
         count = len(self.pending_images)
-        return f"{count} picture{'' if count == 1 else 's'}"
+        return f"{count} image{'' if count == 1 else 's'}"
 
     def answer_question(self, question: str) -> None:
-        """Print the answer while it is written, and keep question and answer.
+        """Print the answer while it is generated, and keep question and answer.
 
-        What is stopped with Ctrl-C is kept as far as it was written.
+        An answer that is stopped with Ctrl-C is kept as far as it was generated.
         """
         from vlbench.processor import ConversationTooLong  # it imports torch
 
         content: list[dict[str, Any]] = [
-            {"type": "image", "image": one} for one in self.pending_images
+            {"type": "image", "image": image} for image in self.pending_images
         ]
         content.append({"type": "text", "text": question})
         messages = [*self.messages, {"role": "user", "content": content}]
-        written: list[str] = []
+        chunks: list[str] = []
 
         def print_chunk(text: str) -> None:
-            written.append(text)
+            chunks.append(text)
             print(text, end="", flush=True)
 
         past = None if self.compiled else self.prefix_cache
@@ -199,27 +199,25 @@ class ChatSession:
                 compiled=self.compiled,
                 **self.chat_options,
             )
-        except ConversationTooLong as mistake:
-            way = "/reset forgets the conversation, /drop the waiting pictures"
-            raise UserError(
-                f"{mistake}; {way}" if self.is_interactive else str(mistake)
-            ) from mistake
+        except ConversationTooLong as error:
+            hint = "; /reset starts a new conversation, /drop removes the waiting images"
+            raise UserError(f"{error}{hint if self.is_interactive else ''}") from error
         finally:
             print(flush=True)
-            if written:
-                answer = {"role": "assistant", "content": "".join(written)}
+            if chunks:
+                answer = {"role": "assistant", "content": "".join(chunks)}
                 self.messages, self.pending_images = [*messages, answer], []
-        self._warn_about_answer(bool(written))
+        self._warn_about_answer(bool(chunks))
 
     def _warn_about_answer(self, has_answer: bool) -> None:
-        """Say of an answer what cannot be seen in it: that it is empty, or cut for want of room."""
-        most = self.vlm.language.config.max_position_embeddings
+        """Warn of an answer that is empty, or cut because the context is full."""
+        max_tokens = self.vlm.language.config.max_position_embeddings
         if not has_answer:
             print("vlbench: the answer is empty; it is not kept", file=sys.stderr)
-        elif self.prefix_cache.position_count >= most:
-            way = "; /reset forgets the conversation" if self.is_interactive else ""
+        elif self.prefix_cache.position_count >= max_tokens:
+            hint = "; /reset starts a new conversation" if self.is_interactive else ""
             print(
-                f"vlbench: the answer ends here because all {most} tokens that the language model "
-                f"reads are used{way}",
+                f"vlbench: the answer ends here because all {max_tokens} tokens of the language "
+                f"model's context are used{hint}",
                 file=sys.stderr,
             )

@@ -19,8 +19,8 @@ This is the layout of the released Yi-VL models: their authors' inference code l
 
     import vlbench
     vlm = vlbench.load("{to}")
-    picture = {{"type": "image", "image": "picture.png"}}
-    content = [picture, {{"type": "text", "text": "What is it?"}}]
+    image = {{"type": "image", "image": "image.png"}}
+    content = [image, {{"type": "text", "text": "What is it?"}}]
     print(vlm.chat([{{"role": "user", "content": content}}]))
 """,
     "hf_llava": """\
@@ -32,12 +32,12 @@ This is transformers' LLaVA:
     processor = AutoProcessor.from_pretrained("{to}", backend="pil")
     content = [{{"type": "image"}}, {{"type": "text", "text": "What is it?"}}]
     prompt = processor.apply_chat_template([{{"role": "user", "content": content}}])
-    inputs = processor(images=Image.open("picture.png"), text=prompt, return_tensors="pt")
+    inputs = processor(images=Image.open("image.png"), text=prompt, return_tensors="pt")
     new = model.generate(
         **inputs, max_new_tokens=256, stop_strings=["{stop}"], tokenizer=processor.tokenizer)
     print(processor.decode(new[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 
-`backend="pil"` resizes pictures as in training; the other backend is up to one grey level off,
+`backend="pil"` resizes images as in training; the other backend is up to one grey level off,
 which moves logits in the first decimal. Several questions at once: give lists to `images` and
 `text`, and `padding=True`; prompts are filled on the left, where answers do not suffer.
 """,
@@ -78,7 +78,7 @@ def render_model_card(
         f"# {export_folder.name}",
         f"A vision-language model, written by vlbench {__version__} from `{source.name}`.",
         "\n".join(["| part | what | parameters |", "|---|---|---|", *rows]),
-        f"A picture is {'padded to a square and ' if transform.pad else ''}read at "
+        f"An image is {'padded to a square and ' if transform.pad else ''}read at "
         f"{transform.crop} x {transform.crop} pixels and takes {vlm.connector.tokens_per_image} "
         f"tokens. Conversations are written with the chat template {vlm.processor.template.name}.",
         "## Training",
@@ -95,8 +95,8 @@ def render_model_card(
         )
         .strip(),
         "## Licence and limits",
-        "The weights keep the licences of what they began as (language model, vision tower) and "
-        "of the data they\nlearned from. The model may describe what is not in a picture.",
+        "The weights keep the licences of what they began as (language model, vision encoder) and "
+        "of the data they\nlearned from. The model may describe what is not in an image.",
     ]
     return "\n\n".join(paragraphs) + "\n"
 
@@ -127,7 +127,10 @@ def _describe_parts(vlm: LoadedVLM) -> list[str]:
 
 
 def _describe_training(recipe: Recipe) -> str:
-    began = recipe.init or f"{recipe.vision.weights} (tower), {recipe.language.weights} (language)"
+    began = (
+        recipe.init
+        or f"{recipe.vision.weights} (vision encoder), {recipe.language.weights} (language)"
+    )
     lines = [f"Recipe `{Path(recipe.recipe).stem}`, seed {recipe.seed}; it began with {began}."]
     for name, stage in recipe.stages.items():
         if recipe.only is None or name in recipe.only:
