@@ -66,8 +66,9 @@ def paired_difference(first: CorrectMatrix, second: CorrectMatrix) -> PairedDiff
     Satterthwaite's degrees of freedom are large just where the seeds agree by chance, so they are
     bounded by those of the seeds. The effect of seeds on accuracy, where it is large, has a flatter
     distribution than the normal, for which the tails of t are slightly short;
-    `VARIANCE_INFLATION` corrects for it. Both were found by simulation (tests/test_statistics.py):
-    without them 6 to 8 of 100 families of equal arms gave a false positive at 3 seeds.
+    `VARIANCE_INFLATION` corrects for it. Both were found by simulation
+    (tests/test_paired_statistics.py): without them 6 to 8 of 100 families of equal arms gave a
+    false positive at 3 seeds.
 
     A seed's accuracy moves in steps of one answer, so it is known to one step at best: the variance
     of the mean is at least (1 / questions)^2 / seeds. Without this bound, seeds whose sums agree by
