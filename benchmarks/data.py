@@ -3,7 +3,7 @@
     python benchmarks/data.py
 
 JPEGs of photograph-like noise are made first. The pixels are those of transformers' LLaVA processor
-(tests/test_images.py); here both are timed.
+(tests/test_image_processing.py); here both are timed.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from pathlib import Path
 from table import write_section
 
 from vlbench.__main__ import main as vlbench
+from vlbench.command_line.arguments import EvalArguments
 from vlbench.evaluate.batch_inference import answer_remaining
 from vlbench.evaluate.tasks.conversation_tasks import ConversationTask
 from vlbench.load_model import load_model
@@ -43,11 +44,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         words = [f"log.questions={QUESTIONS // 2}", "log.examples=0", "log.tensorboard=false"]
-        words.append(f"run={run}")  # new pictures and unseen pairs are QUESTIONS together
+        words.append(f"run={run}")  # new images and unseen pairs are QUESTIONS together
         if vlbench(["fit", "recipe=yivl_llava", *UNTRAINED, *words]):
             sys.exit("the run failed")
         vlm = load_model(run)
-        task = ConversationTask("own", {"run": str(run)})
+        task = ConversationTask("own", EvalArguments(model=str(run)))
         for number in range(ROUNDS):
             for batch in times:
                 out = Path(folder) / f"{batch}-{number}.jsonl"

@@ -1,7 +1,7 @@
 """Average pooling, then an MLP: DeCo (Yao et al. 2024, arXiv:2405.20985).
 
-Neighbouring patches are averaged, so that a picture takes fewer tokens and none has to be learned
-for that; an MLP as LLaVA-1.5's carries each mean into the language model.
+Square blocks of patches are averaged, which reduces the visual tokens without any parameters; an
+MLP as in LLaVA-1.5 projects each mean to the language model's width.
 """
 
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from vlbench.connector.base import Connector, Shapes
 
 
 class AvgPoolConnector(Connector):
-    """The means of `pool` x `pool` patches, through Linear, GELU, Linear."""
+    """Means of `pool` x `pool` patches, then Linear, GELU, Linear."""
 
     size_options = {"pool": (1, 2, 4, 8)}
 
@@ -33,6 +33,6 @@ class AvgPoolConnector(Connector):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """Carry `[images, patches, vision_width]` to `[images, patches / pool^2, lm_width]`."""
+        """Project `[images, patches, vision_width]` to `[images, patches / pool^2, lm_width]`."""
         grid = features.transpose(1, 2).unflatten(2, self.grid)
         return self.layers(avg_pool2d(grid, self.pool).flatten(2).transpose(1, 2))

@@ -1,8 +1,8 @@
 """Honeybee's C-Abstractor (Cha et al. 2023, arXiv:2312.06742).
 
 ResNet blocks, adaptive average pooling to a grid of tokens, ResNet blocks, then an MLP: fewer
-tokens, but what is next to each other stays so. The blocks are timm's RegNet bottlenecks with
-squeeze-and-excitation, the paper's own.
+tokens that keep the spatial layout. The blocks are timm's RegNet bottlenecks with
+squeeze-and-excitation, as in the paper's code.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from vlbench.connector.base import Connector, Shapes
 
 
 class CAbstractor(Connector):
-    """`side` x `side` tokens per picture, from convolutions of `width` channels."""
+    """`side` x `side` tokens per image, from convolutions with `width` channels."""
 
     size_options = {
         "side": range(1, 33),
@@ -34,12 +34,12 @@ class CAbstractor(Connector):
                 raise ValueError(f"connector c_abstractor: {name} is {value}; at least 1 is needed")
         if side > min(shapes.grid):
             raise ValueError(
-                f"connector c_abstractor: side is {side}; a picture has {shapes.grid[0]} x "
+                f"connector c_abstractor: side is {side}; an image has {shapes.grid[0]} x "
                 f"{shapes.grid[1]} patches, so at most {min(shapes.grid)} is allowed"
             )
         self.grid, self.tokens_per_image = shapes.grid, side**2
         self.positions = nn.Parameter(torch.zeros(1, shapes.patches, shapes.vision_width))
-        # LayerNorm: with BatchNorm a picture would depend on the others of its batch
+        # LayerNorm: with BatchNorm an image's tokens would depend on the other images of the batch
         layers: dict[str, Any] = {"act_layer": nn.SiLU, "norm_layer": LayerNorm2d}
         build_stage = timm_regnet_stage()
         self.before = build_stage(depth, shapes.vision_width, width, stride=1, dilation=1, **layers)
@@ -52,13 +52,13 @@ class CAbstractor(Connector):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """Carry `[images, patches, vision_width]` to `[images, side^2, lm_width]`."""
+        """Project `[images, patches, vision_width]` to `[images, side^2, lm_width]`."""
         grid = (features + self.positions).transpose(1, 2).unflatten(2, self.grid)
         pooled = self.after(self.pool(self.before(grid.contiguous())))
         return self.readout(pooled.flatten(2).transpose(1, 2))
 
     def adapt(self, old_state: Mapping[str, Tensor], old_shapes: Shapes) -> Mapping[str, Tensor]:
-        """Stretch the positions to the new grid of patches."""
+        """Interpolate the position embeddings to the new grid of patches."""
         grid = old_state["positions"].transpose(1, 2).unflatten(2, old_shapes.grid)
         new = interpolate(grid, self.grid, mode="bicubic", antialias=True)
         return {**old_state, "positions": new.flatten(2).transpose(1, 2)}

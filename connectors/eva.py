@@ -1,10 +1,10 @@
-"""EVA's way of seeing: EVA-02 blocks over the tower's features, taught by hidden features.
+"""EVA-02 blocks over the vision encoder's features, trained with masked feature prediction.
 
-The blocks are those of EVA-02 (Fang et al. 2023, arXiv:2303.11331: pre-norm with inner norms,
-SwiGLU, 2-D rotary positions), timm's own, which reproduce the reference; a LayerNorm and a Linear
-layer carry their output into the language model, one token per patch. Beside the language loss they
-learn EVA's objective (Fang et al. 2022, arXiv:2211.07636): blocks of patches are hidden, and what
-the tower says there is to be found, by negative cosine.
+The blocks are EVA-02's (Fang et al. 2023, arXiv:2303.11331: pre-norm with inner norms, SwiGLU, 2-D
+rotary position embeddings) in timm's implementation, which reproduces the reference; a LayerNorm
+and a Linear layer project their output to the language model's width, one token per patch. Beside
+the language loss they learn EVA's objective (Fang et al. 2022, arXiv:2211.07636): blocks of patches
+are masked, and the encoder's features there are predicted; the loss is the negative cosine.
 """
 
 import math
@@ -19,16 +19,23 @@ from torch.nn.functional import cosine_similarity
 from vlbench.compat.vision_internals import timm_eva_block
 from vlbench.connector.base import Connector, Shapes
 
-MIN_BLOCK_ASPECT = 0.3  # of a hidden block: from this to its inverse, as BEiT's masks
-MAX_BLOCK_ATTEMPTS = 10  # to place a block before a mask is left as it is
+MIN_BLOCK_ASPECT = 0.3  # aspect ratio of a masked block: from this to its inverse, as in BEiT
+MAX_BLOCK_ATTEMPTS = 10  # attempts to place a block before the mask is left as it is
 
 
 def block_mask(
     rng: random.Random, rows: int, columns: int, max_hidden: int, min_block_size: int
 ) -> Tensor:
-    """Return a mask `[rows, columns]` that hides at most `count` patches, block by block.
+    """Return a block-wise mask `[rows, columns]`; True is a masked patch.
 
-    A block has at least `least` patches while so many are left. The draws are BEiT's, in its order.
+    Random numbers are drawn as in BEiT, in its order.
+
+    Args:
+        rng: Source of randomness.
+        rows: Rows of patches.
+        columns: Columns of patches.
+        max_hidden: Most masked patches.
+        min_block_size: Least patches of a block, while `max_hidden` allows it.
     """
     mask = torch.zeros(rows, columns, dtype=torch.bool)
     hidden = 0
@@ -44,7 +51,7 @@ def block_mask(
 
 
 def _hide_block(rng: random.Random, mask: Tensor, budget: int, min_block_size: int) -> int:
-    """Try to hide one more block in `mask`; return how many patches it hides anew."""
+    """Try to mask one more block; return the number of patches that it adds to `mask`."""
     area = rng.uniform(min_block_size, budget)
     aspect = math.exp(rng.uniform(math.log(MIN_BLOCK_ASPECT), -math.log(MIN_BLOCK_ASPECT)))
     height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
@@ -61,7 +68,7 @@ def _hide_block(rng: random.Random, mask: Tensor, budget: int, min_block_size: i
 
 
 class EvaConnector(Connector):
-    """`layers` EVA-02 blocks of the tower's width, then LayerNorm and Linear."""
+    """`layers` EVA-02 blocks of the vision encoder's width, then LayerNorm and Linear."""
 
     size_options = {
         "layers": (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24),
@@ -77,16 +84,22 @@ class EvaConnector(Connector):
         mask_ratio: float = 0.41,
         mask_weight: float = 1.0,
     ) -> None:
-        """Build the blocks; `mask_weight` is that of EVA's objective beside the language loss.
+        """Build the blocks.
 
-        `mask_ratio` is the share of patches that is hidden (105 of 256 in the reference).
+        Args:
+            shapes: Sizes of vision encoder and language model.
+            layers: Number of blocks.
+            head_width: Width of an attention head.
+            mlp_ratio: Width of the MLP relative to the encoder's.
+            mask_ratio: Share of patches that is masked (105 of 256 in the reference).
+            mask_weight: Weight of the masked-feature loss beside the language loss; 0: none.
         """
         super().__init__()
         width = shapes.vision_width
         if head_width < 4 or head_width % 4 or width % head_width:
             raise ValueError(
                 f"connector eva: head_width is {head_width}; it must be a multiple of 4 that "
-                f"divides the tower's width {width}"
+                f"divides the vision encoder's width {width}"
             )
         if layers < 1:
             raise ValueError(f"connector eva: layers is {layers}; it must be at least 1")
@@ -121,7 +134,7 @@ class EvaConnector(Connector):
         self.head = nn.Linear(width, width)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Carry `[images, patches, vision_width]` to `[images, patches, lm_width]`."""
+        """Project `[images, patches, vision_width]` to `[images, patches, lm_width]`."""
         return self.projection(self.run_blocks(features))
 
     def run_blocks(self, features: Tensor) -> Tensor:
@@ -134,35 +147,35 @@ class EvaConnector(Connector):
     def losses(
         self, features: Tensor, visual: Tensor, batch: Any
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return the summed negative cosine of what is found at hidden patches, plus its count."""
+        """Return the sum of negative cosines at masked patches, and their number."""
         if not self.mask_weight:
             return {}
         mask = self.patch_masks(batch.image_ids, len(features))
-        where = mask.flatten().nonzero()[:, 0]  # before it travels: a GPU would be waited for
-        mask, hidden = (one.to(features.device, non_blocking=True) for one in (mask, where))
+        indices = mask.flatten().nonzero()[:, 0]  # on the CPU: nonzero would synchronize a GPU
+        mask, hidden = (t.to(features.device, non_blocking=True) for t in (mask, indices))
         target = features.detach()
         inputs = torch.where(mask[..., None], self.mask_token.to(target.dtype), target)
-        found = self.head(self.run_blocks(inputs).flatten(0, 1)[hidden]).float()
-        told = target.flatten(0, 1)[hidden].float()
-        loss = -cosine_similarity(found, told, dim=-1).sum()
-        return {"eva": (self.mask_weight * loss, torch.tensor(len(where)))}
+        predicted = self.head(self.run_blocks(inputs).flatten(0, 1)[hidden]).float()
+        expected = target.flatten(0, 1)[hidden].float()
+        loss = -cosine_similarity(predicted, expected, dim=-1).sum()
+        return {"eva": (self.mask_weight * loss, torch.tensor(len(indices)))}
 
     def loss_counts(self, batch: Any, objective: str = "language") -> dict[str, int]:
-        """Return how many patches of `batch` are hidden."""
+        """Return the number of masked patches of `batch`."""
         hidden = self.patch_masks(batch.image_ids, len(batch.image_ids)).sum()
         return {"eva": int(hidden)} if self.mask_weight else {}
 
     def patch_masks(self, image_ids: list[str], image_count: int) -> Tensor:
-        """Return the hidden patches `[images, patches]` of the pictures called `image_ids`.
+        """Return the masks `[images, patches]` of the images with these ids.
 
-        They follow from the step's seed and the picture's identity alone, so that packing and
-        accumulation do not change them. A batch of text hides nothing.
+        A mask depends on the seed of the step and the image's id alone, so that packing and
+        gradient accumulation do not change it. A batch without images masks nothing.
         """
         rows, columns = self.grid
         masks = torch.zeros(image_count, rows * columns, dtype=torch.bool)
         for index, name in enumerate(image_ids):
             rng = random.Random(f"{torch.initial_seed()} {name} eva")
-            # 16 of 256 patches in the reference
-            least = max(1, rows * columns // 16)
-            masks[index] = block_mask(rng, rows, columns, self.hidden_count, least).flatten()
+            min_block_size = max(1, rows * columns // 16)  # 16 of 256 patches in the reference
+            mask = block_mask(rng, rows, columns, self.hidden_count, min_block_size)
+            masks[index] = mask.flatten()
         return masks

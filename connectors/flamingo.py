@@ -1,9 +1,9 @@
-"""Flamingo's way of seeing: a Perceiver resampler and gated cross-attention inside the LM.
+"""Flamingo: a Perceiver resampler, and gated cross-attention before decoder layers.
 
-Alayrac et al. 2022 (arXiv:2204.14198), as OpenFlamingo does it (Awadalla et al. 2023,
-arXiv:2308.01390): a picture becomes a fixed number of latents; before every `every`-th decoder
-layer the text attends to the latents of the nearest picture before it. Both gates begin at zero, so
-that training begins with the plain language model. A picture takes one place in the text.
+Alayrac et al. 2022 (arXiv:2204.14198), as in OpenFlamingo (Awadalla et al. 2023, arXiv:2308.01390):
+an image becomes a fixed number of latents; before every `every`-th decoder layer, text attends to
+the latents of the nearest image before it. The gates are zero at first, so that training starts
+from the plain language model. An image takes one image position.
 """
 
 import re
@@ -18,7 +18,7 @@ from vlbench.connector.base import Connector, Shapes, attention_shares
 from vlbench.model.cross_attention import attend_to_images
 
 GATED_BLOCK_KEY = re.compile(r".*\.(\d+)\.gated_cross_attn_layer\.(.+)")
-"""A name of OpenFlamingo: the decoder layer, and the parameter of the block before it."""
+"""A name in OpenFlamingo's weights: decoder layer, and parameter of the block before it."""
 
 
 def feed_forward(width: int, mult: int) -> nn.Sequential:
@@ -33,7 +33,7 @@ def feed_forward(width: int, mult: int) -> nn.Sequential:
 
 
 class PerceiverAttention(nn.Module):
-    """Latents attend to features and to themselves."""
+    """Cross-attention from latents to image features and the latents themselves."""
 
     def __init__(self, width: int, heads: int, head_width: int) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class PerceiverAttention(nn.Module):
         self.to_out = nn.Linear(heads * head_width, width, bias=False)
 
     def forward(self, features: Tensor, latents: Tensor) -> Tensor:
-        """Read `[images, patches, width]` into `[images, latents, width]`, without the residual."""
+        """Return the update `[images, latents, width]` of the latents, without the residual."""
         latents = self.norm_latents(latents)
         q = self.to_q(latents)
         k, v = self.to_kv(torch.cat([self.norm_media(features), latents], dim=1)).chunk(2, dim=-1)
@@ -53,7 +53,7 @@ class PerceiverAttention(nn.Module):
 
 
 class PerceiverResampler(nn.Module):
-    """From any number of features to `latents` latents; all widths are the tower's."""
+    """From any number of features to `latents` latents of the vision encoder's width."""
 
     def __init__(
         self, width: int, latents: int, depth: int, heads: int, head_width: int, mult: int
@@ -77,7 +77,7 @@ class PerceiverResampler(nn.Module):
 
 
 class MaskedCrossAttention(nn.Module):
-    """Every position attends to the latents of the one picture that it sees."""
+    """Cross-attention from every position to the latents of the nearest image before it."""
 
     def __init__(self, width: int, visual_width: int, heads: int, head_width: int) -> None:
         super().__init__()
@@ -88,14 +88,14 @@ class MaskedCrossAttention(nn.Module):
         self.to_out = nn.Linear(heads * head_width, width, bias=False)
 
     def forward(self, hidden: Tensor, visual: Tensor, image_index: Tensor) -> Tensor:
-        """Return `[rows, length, width]`; exactly zero where `sees` is -1."""
+        """Return `[rows, length, width]`; exactly zero where `image_index` is -1."""
         q = self.to_q(self.norm(hidden)).unflatten(-1, (self.heads, -1))
         k, v = self.to_kv(visual).unflatten(-1, (2, self.heads, -1)).unbind(2)
         return self.to_out(attend_to_images(q, k, v, image_index).flatten(2))
 
 
 class GatedBlock(nn.Module):
-    """Cross-attention and a feed-forward layer, each behind a tanh gate that begins at zero."""
+    """Cross-attention and a feed-forward layer, each times tanh of a gate that starts at zero."""
 
     def __init__(
         self, width: int, visual_width: int, heads: int, head_width: int, mult: int
@@ -113,9 +113,9 @@ class GatedBlock(nn.Module):
 
 
 def gate_openings(blocks: nn.ModuleDict) -> dict[str, float]:
-    """Return how far the gates of the blocks are open: the tanh that their layers are taken by.
+    """Return tanh of every gate, the factors of cross-attention and feed-forward layers.
 
-    `blocks` are gated blocks by the number of the decoder layer that they stand before.
+    `blocks` are gated blocks by the number of the decoder layer that they precede.
     """
     return {
         f"gate_{kind}_{layer}": float(block.get_parameter(f"{kind}_gate").detach().tanh())
@@ -125,7 +125,7 @@ def gate_openings(blocks: nn.ModuleDict) -> dict[str, float]:
 
 
 class FlamingoConnector(Connector):
-    """Perceiver resampler of `depth` layers, gated block before every `every`-th decoder layer."""
+    """Perceiver resampler of `depth` layers, gated blocks before every `every`-th decoder layer."""
 
     replaces_image_tokens = False
     ignored_reference_keys = r"(lang_encoder|vision_encoder)\..*"
@@ -146,7 +146,17 @@ class FlamingoConnector(Connector):
         head_width: int = 64,
         ff_mult: int = 4,
     ) -> None:
-        """Build the blocks; `heads` x `head_width` is their inner width, whatever the LM's is."""
+        """Build resampler and gated blocks.
+
+        Args:
+            shapes: Sizes of vision encoder and language model.
+            every: A gated block is before every `every`-th decoder layer.
+            latents: Latents of an image.
+            depth: Layers of the resampler.
+            heads: Attention heads of resampler and gated blocks.
+            head_width: Width of a head; `heads` x `head_width` need not be the LM's width.
+            ff_mult: Width of a feed-forward layer, as a multiple of its input's.
+        """
         super().__init__()
         for name, value, most in (
             ("every", every, shapes.lm_layers),
@@ -167,29 +177,28 @@ class FlamingoConnector(Connector):
                 for layer in self.inject_layers
             }
         )
-        self.image_embedding = nn.Parameter(
-            torch.randn(shapes.lm_width) * 0.02
-        )  # as an embedding begins
+        # initialised as an embedding
+        self.image_embedding = nn.Parameter(torch.randn(shapes.lm_width) * 0.02)
 
     def forward(self, features: Tensor) -> Tensor:
         """Turn features `[images, patches, width]` into `[images, latents, width]`."""
         return self.perceiver(features)
 
     def inject(self, layer: int, hidden: Tensor, visual: Tensor, image_index: Tensor) -> Tensor:
-        """Let the text before decoder layer `layer` look at the pictures that it sees."""
+        """Add gated cross-attention to the nearest image before decoder layer `layer`."""
         return self.blocks[str(layer)](hidden, visual, image_index)
 
     def metrics(self) -> dict[str, float]:
-        """Return `gate_attn_L` and `gate_ff_L`: how far the gates before decoder layer L are open.
+        """Return `gate_attn_L` and `gate_ff_L`: tanh of the gates before decoder layer L.
 
-        0 is closed, where training begins; 1 and -1 are open.
+        0, at the start of training, is closed; 1 and -1 are fully open.
         """
         return gate_openings(self.blocks)
 
     def patch_attention(self, features: Tensor) -> Tensor:
-        """Return what the latents read of the patches, `[images, latents, patches]`.
+        """Return the attention weights of the latents, `[images, latents, patches]`.
 
-        That they read themselves as well is left out.
+        Their attention to the latents themselves is left out.
         """
         pairs: Any = self.perceiver.layers
         layers = [(attend.to_q, attend.to_kv) for attend, _ in pairs]
@@ -199,15 +208,15 @@ class FlamingoConnector(Connector):
     def load_reference(self, weights: Mapping[str, Tensor]) -> set[str]:
         """Load OpenFlamingo's weights: `perceiver.*` and `...N.gated_cross_attn_layer.*`.
 
-        N is the decoder layer, whatever the language model calls its layers. What a place reads is
-        the embedding of OpenFlamingo's `<image>` token; where in its vocabulary that is, the
-        weights do not tell, so it stays as it is unless they have an `image_embedding`.
+        N is the decoder layer, whatever the language model calls its layers. OpenFlamingo's
+        embedding of an image position is that of its `<image>` token, whose id the weights do not
+        tell, so that `image_embedding` is loaded only if the weights have one by that name.
         """
         state = {name: weights[name] for name in weights if name.startswith("perceiver.")}
         for name in weights:
-            found = GATED_BLOCK_KEY.fullmatch(name)
-            if found:
-                state[f"blocks.{found[1]}.{found[2]}"] = weights[name]
+            match = GATED_BLOCK_KEY.fullmatch(name)
+            if match:
+                state[f"blocks.{match[1]}.{match[2]}"] = weights[name]
         layers = sorted({int(name.split(".")[1]) for name in state if name.startswith("blocks.")})
         if layers and tuple(layers) != self.inject_layers:
             raise ValueError(
@@ -215,7 +224,9 @@ class FlamingoConnector(Connector):
                 f"connector.every asks for {list(self.inject_layers)}: their every is "
                 f"{layers[0] + 1}"
             )
-        name = "image_embedding"  # of this connector alone: OpenFlamingo has a token of its own
+        name = (
+            "image_embedding"  # of this connector alone: OpenFlamingo has a token in the vocabulary
+        )
         state[name] = weights.get(name, self.image_embedding.data)
         self.load_strict(state)
         return set(state) - ({name} - set(weights))

@@ -1,6 +1,6 @@
 """One Linear layer: the connector of LLaVA (Liu et al. 2023, arXiv:2304.08485).
 
-Each patch feature becomes one token of the language model, without any activation.
+Each patch feature becomes one visual token; there is no activation function.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from vlbench.model.weights.llava_projector import (
 
 
 class LinearConnector(Connector):
-    """Carry every patch by the same Linear layer."""
+    """One Linear layer for every patch."""
 
     ignored_reference_keys = OTHER_PARTS_PATTERN
 
@@ -27,7 +27,7 @@ class LinearConnector(Connector):
         self.layers = nn.Sequential(nn.Linear(shapes.vision_width, shapes.lm_width))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Carry `[images, patches, vision_width]` to `[images, patches, lm_width]`."""
+        """Project `[images, patches, vision_width]` to `[images, patches, lm_width]`."""
         return self.layers(features)
 
     def released_projector(self) -> nn.Sequential:

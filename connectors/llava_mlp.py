@@ -1,8 +1,8 @@
 """LLaVA's MLP connector, with the LayerNorms of Yi-VL.
 
-Each patch feature is carried into the language model by the same small MLP: a picture takes as many
-tokens as it has patches. LLaVA-1.5 (Liu et al., 2023, arXiv:2310.03744) uses Linear, GELU, Linear;
-Yi-VL's projector, `mlp2x_gelu_Norm`, puts a LayerNorm after each Linear, also the last one. In both
+The same MLP projects every patch feature to a visual token: an image takes as many tokens as it has
+patches. LLaVA-1.5 (Liu et al., 2023, arXiv:2310.03744) uses Linear, GELU, Linear; Yi-VL's
+projector, `mlp2x_gelu_Norm`, has a LayerNorm after each Linear, also after the last one. In both
 the hidden layers are as wide as the language model.
 """
 
@@ -19,10 +19,10 @@ from vlbench.model.weights.llava_projector import (
 
 
 class LlavaMLP(Connector):
-    """`depth` Linear layers with GELU between them, and after each Linear a LayerNorm if `norm`."""
+    """`depth` Linear layers, GELU between them, and if `norm` a LayerNorm after each Linear."""
 
     ignored_reference_keys = OTHER_PARTS_PATTERN
-    # 32 values in every doubling: a single option must meet any budget within 5 %
+    # 32 values per factor of 2: this one option must reach any budget within 5 %
     size_options = {"mlp_ratio": [2.0**k * n / 32 for k in range(-5, 6) for n in range(32, 64)]}
 
     def __init__(
@@ -30,7 +30,7 @@ class LlavaMLP(Connector):
     ) -> None:
         """Build the MLP from `shapes.vision_width` to `shapes.lm_width`; `depth` is at least 1.
 
-        `mlp_ratio` is the width of the hidden layers by the language model's.
+        `mlp_ratio` is the width of the hidden layers, relative to the language model's.
         """
         super().__init__()
         if depth < 1:
@@ -51,15 +51,15 @@ class LlavaMLP(Connector):
             layers += [nn.GELU()] if index else []
             layers += [nn.Linear(widths[index], widths[index + 1])]
             layers += [nn.LayerNorm(widths[index + 1])] if norm else []
-        # Yi-VL's own order: Linear, LayerNorm, GELU (exact), Linear, LayerNorm (keys 0, 1, 3, 4).
+        # Yi-VL's order: Linear, LayerNorm, GELU (exact), Linear, LayerNorm (keys 0, 1, 3, 4)
         self.layers = nn.Sequential(*layers)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Carry `[images, patches, vision_width]` to `[images, patches, lm_width]`."""
+        """Project `[images, patches, vision_width]` to `[images, patches, lm_width]`."""
         return self.layers(features)
 
     def released_projector(self) -> nn.Sequential | None:
-        """Return the layers, numbered as in Yi-VL's and LLaVA's `mm_projector`, if as wide."""
+        """Return the layers, in the order of `mm_projector`, if they have its width."""
         return self.layers if self._has_released_width else None
 
     def load_reference(self, weights: Mapping[str, Tensor]) -> set[str]:

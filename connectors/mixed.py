@@ -1,9 +1,9 @@
-"""Both families at once: another connector's tokens stand in the text and are looked at again.
+"""Another connector's visual tokens in the sequence, and cross-attention to them as well.
 
-`tokens` names a connector that fills the sequence; before every `every`-th decoder layer, gated
-blocks as Flamingo's (Alayrac et al. 2022, arXiv:2204.14198) let the text attend to these tokens.
-The gates begin at zero, so that training begins with the other connector alone. NVLM-H (Dai et al.
-2024, arXiv:2409.11402) is of this kind.
+`tokens` names a connector whose output replaces image tokens; before every `every`-th decoder layer
+a gated block as in Flamingo (Alayrac et al. 2022, arXiv:2204.14198) lets the text attend to its
+output. The gates are zero at first, so that training starts from the other connector alone. NVLM-H
+(Dai et al. 2024, arXiv:2409.11402) is of this kind.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from vlbench.strict_values import RawText
 
 
 class MixedConnector(Connector):
-    """The connector `tokens`, and gated cross-attention to what it gives."""
+    """The connector `tokens`, and gated cross-attention to its visual tokens."""
 
     size_options = {
         "every": (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48),
@@ -36,12 +36,22 @@ class MixedConnector(Connector):
         head_width: int = 64,
         ff_mult: int = 4,
     ) -> None:
-        """Build both; `options` are those of `tokens`, as in options=[depth=2,norm=false]."""
+        """Build both connectors.
+
+        Args:
+            shapes: Sizes of vision encoder and language model.
+            tokens: Name of the other connector.
+            options: Its options, as in options=[depth=2,norm=false].
+            every: A gated block is before every `every`-th decoder layer.
+            heads: Attention heads of the gated blocks.
+            head_width: Width of a head.
+            ff_mult: Width of the feed-forward layer, as a multiple of the language model's.
+        """
         super().__init__()
         self.inner = _load_token_connector(tokens)(shapes, **_parse_options(tokens, options))
         if self.inner.inject_layers or not self.inner.replaces_image_tokens:
             raise ValueError(
-                f"connector mixed: tokens is '{tokens}', whose tokens do not stand in the text; "
+                f"connector mixed: tokens is '{tokens}', which does not replace image tokens; "
                 "for example llava_mlp, qformer or avgpool"
             )
         for name, value, most in (
@@ -66,17 +76,17 @@ class MixedConnector(Connector):
         return self.inner(features)
 
     def inject(self, layer: int, hidden: Tensor, visual: Tensor, image_index: Tensor) -> Tensor:
-        """Let the text before decoder layer `layer` look at its picture's tokens again."""
+        """Add gated cross-attention to the nearest image before decoder layer `layer`."""
         return self.blocks[str(layer)](hidden, visual, image_index)
 
     def metrics(self) -> dict[str, float]:
-        """Return the other connector's gauges, and how far the gates are open as Flamingo does."""
+        """Return the other connector's metrics, and tanh of every gate."""
         return self.inner.metrics() | registry.connector_module("flamingo").gate_openings(
             self.blocks
         )
 
     def patch_attention(self, features: Tensor) -> Tensor | None:
-        """Return what the other connector's tokens read of the patches."""
+        """Return the attention weights of the other connector."""
         return self.inner.patch_attention(features)
 
     def losses(
@@ -86,15 +96,15 @@ class MixedConnector(Connector):
         return self.inner.losses(features, visual, batch)
 
     def loss_counts(self, batch: Any, objective: str = "language") -> dict[str, int]:
-        """Return what the other connector's losses are divided by."""
+        """Return the counts of the other connector's losses."""
         return self.inner.loss_counts(batch, objective)
 
     def objectives(self) -> tuple[str, ...]:
-        """Offer what the other connector offers."""
+        """Name the objectives of the other connector."""
         return self.inner.objectives()
 
     def prepare_objective(self, objective: str, fresh: bool = False) -> None:
-        """Prepare the other connector."""
+        """Prepare the other connector for an objective."""
         self.inner.prepare_objective(objective, fresh)
 
     def objective(
@@ -104,19 +114,19 @@ class MixedConnector(Connector):
         return self.inner.objective(name, features, batch)
 
     def contrast_embeddings(self, name: str, features: Tensor, batch: Any) -> dict[str, Tensor]:
-        """Return what the other connector's objective compares pairs by."""
+        """Return the embeddings that the other connector's objective contrasts."""
         return self.inner.contrast_embeddings(name, features, batch)
 
     def adapt(self, old_state: Mapping[str, Tensor], old_shapes: Shapes) -> Mapping[str, Tensor]:
-        """Adapt the other connector's part of the state."""
-        start = "inner."
-        inner = {k.removeprefix(start): v for k, v in old_state.items() if k.startswith(start)}
-        rest = {k: v for k, v in old_state.items() if not k.startswith(start)}
-        return rest | {start + k: v for k, v in self.inner.adapt(inner, old_shapes).items()}
+        """Adapt the other connector's part of the state dict."""
+        prefix = "inner."
+        inner = {k.removeprefix(prefix): v for k, v in old_state.items() if k.startswith(prefix)}
+        rest = {k: v for k, v in old_state.items() if not k.startswith(prefix)}
+        return rest | {prefix + k: v for k, v in self.inner.adapt(inner, old_shapes).items()}
 
 
 def _load_token_connector(name: str) -> type[Connector]:
-    known = [one for one in registry.connector_locations() if one != "mixed"]
+    known = [known for known in registry.connector_locations() if known != "mixed"]
     if name not in known:
         raise ValueError(
             f"connector mixed: tokens is '{name}'; known: "
@@ -133,7 +143,7 @@ def _parse_options(name: str, overrides: tuple[str, ...]) -> dict[str, Any]:
         if not equals:
             raise ValueError(f"connector mixed: options: '{word}' is not KEY=VALUE")
         given[key] = RawText(value)
-    values, mistakes = registry.resolve_options(name, given)
-    if mistakes:
-        raise ValueError("\n".join(mistakes))
+    values, errors = registry.resolve_options(name, given)
+    if errors:
+        raise ValueError("\n".join(errors))
     return values

@@ -1,8 +1,8 @@
 """Space to depth, then an MLP: InternVL (Chen et al. 2024, arXiv:2404.16821), Idefics3.
 
-A square of neighbouring patches is written one behind the other into one wide vector: a picture
-takes fewer tokens and nothing of it is lost. LayerNorm, Linear, GELU, Linear carry it into the
-language model.
+Each square of neighbouring patches is concatenated into one wide vector, which reduces the visual
+tokens without losing information. LayerNorm, Linear, GELU, Linear project it to the language
+model's width.
 """
 
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class PixelShuffleConnector(Connector):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """Carry `[images, patches, vision_width]` to `[images, patches / shuffle^2, lm_width]`."""
+        """Turn `[images, patches, vision_width]` into `[images, patches / shuffle^2, lm_width]`."""
         rows, columns = self.grid
         side = self.shuffle_factor
         squares = features.unflatten(1, (rows // side, side, columns // side, side))

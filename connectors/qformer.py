@@ -1,13 +1,13 @@
-"""BLIP-2's Q-Former: learned queries read the picture and become a few tokens of the text.
+"""BLIP-2's Q-Former: learned queries attend to the image and become a few visual tokens.
 
-Li et al. 2023 (arXiv:2301.12597), as LAVIS does it: a LayerNorm on the tower's tokens (the class
-token included), a BERT whose queries attend to each other and, in every `cross_every`-th layer, to
-the picture, and a Linear layer to the language model. The BERT is transformers' own, which
-reproduces LAVIS. It begins with random weights unless `init` gives it BLIP-2's. Dropout is 0 where
-LAVIS trains with 0.1, so that packing and accumulation do not change a step.
+Li et al. 2023 (arXiv:2301.12597), as in LAVIS: a LayerNorm on the vision encoder's tokens (with
+the class token), a BERT whose queries attend to each other and, in every `cross_every`-th layer, to
+the image, and a Linear layer to the language model's width. The BERT is transformers' own, which
+reproduces LAVIS. Its weights are random unless `init` gives BLIP-2's. Dropout is 0 where LAVIS
+trains with 0.1, so that packing and gradient accumulation do not change a step.
 
-A stage with `objective: blip2` is BLIP-2's first: the queries learn from captions alone, without
-the language model, to contrast (ITC), to match (ITM) and to tell (ITG). It adds BERT's text side.
+A stage with `objective: blip2` is BLIP-2's first: without the language model the queries learn from
+captions by image-text contrast (ITC), matching (ITM) and captioning (ITG). It has a text side too.
 """
 
 import copy
@@ -45,28 +45,29 @@ LAVIS_RENAMES = (
     (r"^(vision|text)_proj(ection)?\.", r"text.\1_proj."),
     (r"^(itm_head\.|temp$)", r"text.\1"),
 )
-"""From names of LAVIS, and of transformers' Blip2, to names of this file."""
+"""Patterns from names in LAVIS and in transformers' Blip2 to names in this file."""
 BERT_INIT_STD, BERT_WIDTH = 0.02, 768
-"""Spread of BERT's first weights, at its width (Devlin et al. 2019, arXiv:1810.04805). Sums over a
-narrower layer are kept as large: with 0.02 at 128, queries look everywhere alike for hundreds of
-steps, and one seed in three did not learn where to look."""
+"""Standard deviation of BERT's initial weights, and its width (Devlin et al. 2019,
+arXiv:1810.04805). Narrower layers get a larger one, so that their sums are of the same size: with
+0.02 at width 128, attention stayed uniform for hundreds of steps, and one seed in three did not
+learn where to attend."""
 OWN_KEYS = re.compile(r"(query_tokens$|ln_vision\.|qformer\.|projection\.|text\.)")
 IGNORED_KEYS = (
     r"(visual_encoder|vision_model|(opt|t5|llm|language)_(model|proj|projection)|Qformer|embeddings"
     r"|(vision|text)_proj(ection)?|itm_head)\..*|temp"
 )
-"""Names of BLIP-2's other parts, and of the text side, which a stage without it has no use for."""
+"""Names of BLIP-2's other parts, and of the text side, which other stages do not need."""
 BERT_KEYS = re.compile(r"text\.embeddings\.|qformer\.(layernorm\.|encoder\.layer\.\d+\.(?!cross))")
 TEXT_HEAD_KEYS = re.compile(r"text\.(dense|norm|bias)\b")
 IGNORED_BERT_KEYS = r"cls\..*|(bert\.)?(pooler|embeddings|encoder)\..*"
-"""Names of this file that BERT's weights fill, the head that a bare BERT lacks, and BERT's rest."""
-TEXT_KEYS = re.compile(
-    r"text\.|.*\.layer\.\d+\.(intermediate|output)\."
-)  # of the text, not of queries
+"""Names in this file that BERT's weights fill, those of the head that a bare BERT lacks, and names
+in BERT's weights that are skipped."""
+TEXT_KEYS = re.compile(r"text\.|.*\.layer\.\d+\.(intermediate|output)\.")
+"""Names in this file that are of the text side, not of the queries."""
 
 
 class QFormer(Connector):
-    """`queries` tokens per picture, from a BERT of `layers` layers that is `width` wide."""
+    """`queries` tokens per image, from a BERT of `layers` layers and width `width`."""
 
     class_token = True
     ignored_reference_keys = IGNORED_KEYS
@@ -90,11 +91,20 @@ class QFormer(Connector):
         text_length: int = 32,
         itc_width: int = 256,
     ) -> None:
-        """Build the BERT; `cross_every` counts from the first layer, which reads the picture.
+        """Build the BERT.
 
-        The last three are for stages with `objective: blip2`: `text` gives tokenizer and first
-        weights (a BERT folder or hub id; "embedded" is the miniatures' tokenizer and no weights),
-        captions are cut to `text_length` tokens and compared in `itc_width` numbers.
+        Args:
+            shapes: Sizes of vision encoder and language model.
+            queries: Learned queries, the visual tokens of an image.
+            width: Width of the BERT.
+            layers: Layers of the BERT.
+            heads: Attention heads of a layer.
+            cross_every: Every `cross_every`-th layer, from the first, attends to the image.
+            ffn_width: Width of the feed-forward layers.
+            text: For `objective: blip2`: BERT folder or hub id of tokenizer and initial weights;
+                "embedded": the miniatures' tokenizer and random weights.
+            text_length: For `objective: blip2`: most tokens of a caption.
+            itc_width: For `objective: blip2`: width of the embeddings for ITC.
         """
         super().__init__()
         least = {"queries": 1, "layers": 1, "ffn_width": 1, "text_length": 3, "itc_width": 1}
@@ -135,27 +145,27 @@ class QFormer(Connector):
         return self.projection(self.encode_queries(self.ln_vision(features)))
 
     def encode_queries(self, features: Tensor) -> Tensor:
-        """Let queries read `[images, 1 + patches, vision_width]`: `[images, queries, width]`."""
+        """Return the queries `[images, queries, width]` after attending to all `features`."""
         queries = self.query_tokens.expand(len(features), -1, -1)
         return self.qformer(query_embeds=queries, encoder_hidden_states=features).last_hidden_state
 
     def patch_attention(self, features: Tensor) -> Tensor:
-        """Return what the queries read of the patches, `[images, queries, patches]`.
+        """Return the attention weights of the queries, `[images, queries, patches]`.
 
-        That they read the class token as well is left out.
+        Their attention to the class token is left out.
         """
         blocks: Any = self.qformer.encoder.layer
-        reads = [one.crossattention.attention for one in blocks if one.has_cross_attention]
-        layers = [(one.query, one.key) for one in reads]
+        attentions = [b.crossattention.attention for b in blocks if b.has_cross_attention]
+        layers = [(attention.query, attention.key) for attention in attentions]
         heads = self.qformer.config.num_attention_heads
         return attention_shares(layers, heads, lambda: self(features), slice(1, None))
 
     def objectives(self) -> tuple[str, ...]:
-        """Offer BLIP-2's first stage."""
+        """Name the objective of BLIP-2's first stage."""
         return ("blip2",)
 
     def prepare_objective(self, objective: str, fresh: bool = False) -> None:
-        """Add the text side for `blip2`, take it away otherwise; a fresh one begins as BERT."""
+        """Add the text side for `blip2`, remove it otherwise; `fresh`: load BERT's weights."""
         wanted = objective == "blip2"
         if wanted == (self.text is not None):
             return
@@ -177,7 +187,7 @@ class QFormer(Connector):
             self._init_from_bert()
 
     def loss_counts(self, batch: PackedBatch, objective: str = "language") -> dict[str, int]:
-        """Return the pictures, triples and tokens that the parts of `blip2` are means over."""
+        """Return the numbers of images, image-text pairs and tokens of `blip2`'s three losses."""
         if objective != "blip2" or self.text is None:
             return {}
         pairs = len(batch.pixels)
@@ -187,24 +197,24 @@ class QFormer(Connector):
     def contrast_embeddings(
         self, name: str, features: Tensor, batch: PackedBatch
     ) -> dict[str, Tensor]:
-        """Return what pictures and captions of `batch` are compared by in `blip2`."""
+        """Return the embeddings of images and captions of `batch` for ITC."""
         assert self.text is not None
-        captions, seen = self._tokenize_captions(batch, features), self.ln_vision(features)
-        rows = self.text.contrast_embeddings(self.qformer, self.query_tokens, seen, captions)
+        captions, normed = self._tokenize_captions(batch, features), self.ln_vision(features)
+        rows = self.text.contrast_embeddings(self.qformer, self.query_tokens, normed, captions)
         return {key: row[: len(batch.pixels)] for key, row in rows.items()}
 
     def objective(
         self, name: str, features: Tensor, batch: PackedBatch
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return sums and counts of ITC, ITM and ITG over the pictures and captions of `batch`.
+        """Return sums and counts of ITC, ITM and ITG over the images and captions of `batch`.
 
-        Negatives come from the global batch. ITC's carry no gradient, as in the reference; ITM's
-        pictures do where the tower is trained.
+        Negatives are from the global batch. Those of ITC carry no gradient, as in the reference;
+        the negative images of ITM do where the vision encoder is trained.
         """
         assert self.text is not None
         pairs = len(batch.pixels)
         keys = batch.contrast_pool.pair_keys if batch.contrast_pool else batch.sample_keys()[:pairs]
-        found = self.text(
+        losses = self.text(
             self.qformer,
             self.query_tokens,
             self.ln_vision,
@@ -213,27 +223,28 @@ class QFormer(Connector):
             [f"{torch.initial_seed()} {key}" for key in keys],
             batch.contrast_pool,
         )
-        unused = zero_like_loss(self.projection(self.query_tokens))  # waits for the language model
-        real = float(pairs > 0)  # a micro-batch without a picture runs on a blank one, for nothing
-        sizes = self.loss_counts(batch, "blip2")
+        unused = zero_like_loss(self.projection(self.query_tokens))  # not part of this objective
+        real = float(pairs > 0)  # a micro-batch without images runs on a blank one, at weight 0
+        counts = self.loss_counts(batch, "blip2")
         return {
-            one: (found[one] * real + unused, torch.tensor(size)) for one, size in sizes.items()
+            name: (losses[name] * real + unused, torch.tensor(count))
+            for name, count in counts.items()
         }
 
     def _tokenize_captions(self, batch: PackedBatch, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ids and mask of the captions, at least one, beside `features`."""
+        """Return ids and mask of the captions, at least one, on the device of `features`."""
         assert self.text is not None
         written = batch.captions[: len(batch.pixels)] or [""]
         ids, mask = self.text.caption_tokenizer(written, self.text_length)
-        to = features.device
-        return ids.to(to, non_blocking=True), mask.to(to, non_blocking=True)
+        device = features.device
+        return ids.to(device, non_blocking=True), mask.to(device, non_blocking=True)
 
     def load_reference(self, weights: Mapping[str, Tensor]) -> set[str]:
         """Load BLIP-2's weights, in the layout of LAVIS or of transformers.
 
-        Tower and language model are left out, and the text side unless a stage is to use it; so is
-        a projection to a language model of another width, which then stays as it is. What the
-        weights lack of the text side (transformers' have no head for telling) stays as well.
+        Vision encoder and language model are skipped, and the text side outside of `blip2` stages.
+        These keep their values: a projection to a language model of another width, and what the
+        weights lack of the text side (transformers' have no captioning head).
         """
         own = self.state_dict()
         state = {}
@@ -252,44 +263,44 @@ class QFormer(Connector):
         return set(state)
 
     def _fit_tensor(self, name: str, tensor: Tensor, own_state: Mapping[str, Tensor]) -> Tensor:
-        """Cut positions beyond the longest caption; add the id that BERT itself lacks."""
+        """Cut position embeddings to `text_length`; add the token id that BERT itself lacks."""
         if name == "text.embeddings.position_embeddings.weight":
             return tensor[: self.text_length]
-        words = name in ("text.embeddings.word_embeddings.weight", "text.bias")
-        if words and (len(tensor) + 1, *tensor.shape[1:]) == own_state[name].shape:
+        has_vocabulary = name in ("text.embeddings.word_embeddings.weight", "text.bias")
+        if has_vocabulary and (len(tensor) + 1, *tensor.shape[1:]) == own_state[name].shape:
             return torch.cat([tensor, own_state[name][-1:].to(tensor)])
         return tensor
 
     def _init_from_bert(self) -> None:
-        """Load BERT's weights; queries begin with the feed-forward layers of the text."""
-        where = f"connector.text={self._text_source}"
-        theirs = ReferenceWeights(
+        """Load BERT's weights; the queries' feed-forward layers start as copies of the text's."""
+        source = f"connector.text={self._text_source}"
+        bert_weights = ReferenceWeights(
             weight_files(find_bert_folder(self._text_source, "connector.text"))
         )
         state, loaded = self.state_dict(), set[str]()
-        for given in theirs:
+        for given in bert_weights:
             name = re.sub(r"^(bert\.|)(?=embeddings|encoder)", "bert.", given)
             name = name.replace(".gamma", ".weight").replace(".beta", ".bias")
             name = rename_reference_key(f"Qformer.{name}")
-            for one in {name, re.sub(r"(layer\.\d+\.(intermediate|output))\.", r"\1_query.", name)}:
-                if one in state:
-                    state[one] = self._fit_tensor(one, theirs[given], state)
-                    loaded.add(one)
-            if given not in theirs.used_names and not re.fullmatch(IGNORED_BERT_KEYS, given):
-                raise UserError(f"{where}: tensor {given} is none of BERT's")
-        wanted = {name for name in state if BERT_KEYS.match(name)}
+            query = re.sub(r"(layer\.\d+\.(intermediate|output))\.", r"\1_query.", name)
+            for own_name in {name, query} & state.keys():
+                state[own_name] = self._fit_tensor(own_name, bert_weights[given], state)
+                loaded.add(own_name)
+            if given not in bert_weights.used_names and not re.fullmatch(IGNORED_BERT_KEYS, given):
+                raise UserError(f"{source}: tensor {given} is none of BERT's")
+        expected = {name for name in state if BERT_KEYS.match(name)}
         head = {name for name in state if TEXT_HEAD_KEYS.match(name)}
-        check_loaded_keys(wanted | (head if head & loaded else set()), loaded, where)
+        check_loaded_keys(expected | (head if head & loaded else set()), loaded, source)
         try:
             self.load_strict(state)
         except ValueError as error:
-            raise UserError(f"{where} does not fit: {error}") from error
+            raise UserError(f"{source} does not fit: {error}") from error
         self.weights_source = f"random, its BERT {self._text_source}"
-        print(f"{where}: {summarize_loading(loaded, wanted | head, theirs)}")
+        print(f"{source}: {summarize_loading(loaded, expected | head, bert_weights)}")
 
 
 def rename_reference_key(name: str) -> str:
-    """Return this file's name of a tensor of LAVIS or transformers."""
+    """Return the name in this file of a tensor of LAVIS or transformers."""
     for pattern, replacement in LAVIS_RENAMES:
         name = re.sub(pattern, replacement, name)
     return name

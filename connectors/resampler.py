@@ -1,9 +1,8 @@
 """Qwen-VL's resampler (Bai et al. 2023, arXiv:2308.12966).
 
-A single layer of cross-attention: learned queries read the patches. The queries stand on a grid of
-2-D sine positions, which is stretched over the grid of the patches, so that a query and the patches
-at its place in the picture have positions alike. A picture becomes as many tokens as there are
-queries.
+One layer of cross-attention from learned queries to the patches. The queries have a grid of 2-D
+sine position embeddings, which is interpolated to the grid of patches, so that a query and the
+patches at the same point of the image have similar embeddings. An image takes one token per query.
 """
 
 import torch
@@ -14,21 +13,21 @@ from vlbench.connector.base import Connector, Shapes, attention_shares
 
 
 def sine_positions(rows: int, columns: int, width: int) -> Tensor:
-    """Return `[rows x columns, width]`: half of the width says the row, half the column (MAE)."""
+    """Return embeddings `[rows x columns, width]`: half encodes the row, half the column (MAE)."""
     quarter = width // 4
     rates = 10000.0 ** (-torch.arange(quarter) / quarter)
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    angles = [place.flatten()[:, None] * rates for place in (row, column)]
+    angles = [index.flatten()[:, None] * rates for index in (row, column)]
     return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
 
 
 class ResamplerConnector(Connector):
-    """`side` x `side` learned queries, one layer of cross-attention at the LM's width."""
+    """`side` x `side` learned queries and one layer of cross-attention of the LM's width."""
 
     size_options = {"side": range(1, 33)}
 
     def __init__(self, shapes: Shapes, side: int = 16, heads: int = 32) -> None:
-        """Build the layer; `heads` must divide the LM's width, and that must be divisible by 4."""
+        """Build the layer; the LM's width must be divisible by `heads` and by 4."""
         super().__init__()
         width = shapes.lm_width
         if side < 1:
@@ -52,7 +51,7 @@ class ResamplerConnector(Connector):
         self.register_buffer("key_positions", stretched[0].flatten(1).T, persistent=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Carry `[images, patches, vision_width]` to `[images, side^2, lm_width]`."""
+        """Turn `[images, patches, vision_width]` into `[images, side^2, lm_width]`."""
         values = self.ln_kv(self.kv_proj(features))
         queries = (self.ln_q(self.query) + self.query_positions).expand(len(features), -1, -1)
         q, k, v = self.to_q(queries), self.to_k(values + self.key_positions), self.to_v(values)
@@ -61,5 +60,5 @@ class ResamplerConnector(Connector):
         return self.proj(self.ln_post(self.to_out(out)))
 
     def patch_attention(self, features: Tensor) -> Tensor:
-        """Return what the queries read of the patches, `[images, side^2, patches]`."""
+        """Return the attention weights of the queries, `[images, side^2, patches]`."""
         return attention_shares([(self.to_q, self.to_k)], self.heads, lambda: self(features))

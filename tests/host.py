@@ -196,7 +196,7 @@ def run_commands(
     main = vlbench.__main__.main
     assert main(["chat", f"model={checkpoint}", "question=Hi", "max_new_tokens=3"]) == 0
     record_changes("main")
-    assert main(["export", f"run={checkpoint}", f"to={folder}/out", "format=vlbench"]) == 0
+    assert main(["export", f"model={checkpoint}", f"out={folder}/out", "format=vlbench"]) == 0
     record_changes("export")
     assert fit_command.fit(recipes.load_recipe([*RECIPE, f"run={folder}/run"])) == 0
     record_changes("fit")

@@ -306,7 +306,7 @@ ROWS_YI_VL = (
         compare_with_yi_vl,
     ),
     HubCommand(
-        "python -m vlbench export run=mine to=Yi-VL-mine format=yi_vl",
+        "python -m vlbench export model=mine out=Yi-VL-mine format=yi_vl",
         "",
         {},
         compare_export,
@@ -324,14 +324,14 @@ EXAMS = {
 }
 ROWS_EXAMS = (
     HubCommand(
-        "python -m vlbench eval run=RUN task=mmmu data=DIR split=val protocol=yi",
+        "python -m vlbench eval model=RUN task=mmmu data=DIR split=val protocol=yi",
         "limit=3",
         {},
         check_task_scores("mmmu"),
         "RUN DIR",
     ),
     HubCommand(
-        "python -m vlbench eval run=RUN task=mmmu,cmmmu limit=100 blank=true",
+        "python -m vlbench eval model=RUN task=mmmu,cmmmu limit=100 blank=true",
         "",
         EXAMS,
         check_task_scores("mmmu", "cmmmu"),

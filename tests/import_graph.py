@@ -17,6 +17,7 @@ LAYERS = (
     ("version", "errors"),
     ("compat",),
     ("text_files", "text_tables", "strict_values", "html_pages", "process_settings"),
+    ("command_line",),
     ("connector",),
     ("config",),
     ("distributed",),

@@ -153,7 +153,7 @@ def test_answers_by_id_are_scored_with_the_questions_of_the_benchmark(tmp_path):
 
 def test_a_file_to_submit_is_scored_where_the_answers_are_known(tmp_path, model):
     out = tmp_path / "out"
-    words = [f"run={model}", "task=cmmmu", f"data={GOLDENS / 'cmmmu_tiny'}", f"out={out}"]
+    words = [f"model={model}", "task=cmmmu", f"data={GOLDENS / 'cmmmu_tiny'}", f"out={out}"]
     assert main(["eval", *words]) == 0
     kept = [json.loads(one) for one in (out / "answers.jsonl").read_text().split("\n") if one]
     expected = json.loads((out / "scores.json").read_text())

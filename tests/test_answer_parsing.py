@@ -32,7 +32,7 @@ def item(case: dict[str, Any]) -> AnsweredItem:
     return AnsweredItem(case["case"], kind, options, case["answer"], case["response"])
 
 
-def one(task: str, protocol: str, asked: AnsweredItem) -> ScoredItem | None:
+def score_one(task: str, protocol: str, asked: AnsweredItem) -> ScoredItem | None:
     """Score one item; None where the reference raises an error and we a UserError."""
     try:
         return score_items(task, protocol, [asked])[0]
@@ -42,18 +42,18 @@ def one(task: str, protocol: str, asked: AnsweredItem) -> ScoredItem | None:
 
 def verdict(task: str, protocol: str, asked: AnsweredItem) -> tuple[object, object, bool]:
     """Return prediction, correctness and fallback, "random" for what is drawn."""
-    scored = one(task, protocol, asked)
+    scored = score_one(task, protocol, asked)
     assert scored is not None
     if scored.fallback:
         return "random", "random", True
     return scored.prediction, scored.correct, False
 
 
-def told(golden: dict[str, Any], ours: tuple[object, object, bool]) -> bool:
+def matches_golden(golden: dict[str, Any], ours: tuple[object, object, bool]) -> bool:
     """Say whether a verdict is what the golden says, of all that it says."""
     keys = ("pred", "correct")
-    said = [(golden[key], mine) for key, mine in zip(keys, ours, strict=False) if key in golden]
-    return all(plain(left) == plain(right) for left, right in said) and ours[2] == (
+    compared = [(golden[key], mine) for key, mine in zip(keys, ours, strict=False) if key in golden]
+    return all(plain(left) == plain(right) for left, right in compared) and ours[2] == (
         "random" in (golden.get("pred"), golden.get("correct"))
     )
 
@@ -89,30 +89,33 @@ def test_every_case_is_read_as_the_reference_read_it(kind, protocol, reference):
         if reference == "lmms_eval_head" and kind == "cmmmu":  # it records no predictions
             golden = {key: value for key, value in golden.items() if key != "pred"}
         if "raises" in golden:
-            assert one(task, protocol, item(case)) is None, case
+            assert score_one(task, protocol, item(case)) is None, case
         else:
-            assert told(golden, verdict(task, protocol, item(case))), case
+            assert matches_golden(golden, verdict(task, protocol, item(case))), case
 
 
 def test_yi_compares_the_response_with_the_letter_as_it_is():
     for case in CASES["choice"]:
-        scored = one("mmmu", "yi", item(case))
+        scored = score_one("mmmu", "yi", item(case))
         assert scored and not scored.fallback, case
         assert scored.correct is case["official"]["eval_only_raw_correct"], case
-    scored = one("mmmu", "yi", AnsweredItem(1, "multiple-choice", ["a", "b"], "A", None))
+    scored = score_one("mmmu", "yi", AnsweredItem(1, "multiple-choice", ["a", "b"], "A", None))
     assert scored and (scored.prediction, scored.correct, scored.fallback) == (None, False, False)
 
 
 def test_yis_own_parser_reads_the_words_of_the_letter():
     for case in CASES["choice"]:
-        scored = one("mmmu", "official", item(case))
+        scored = score_one("mmmu", "official", item(case))
         if scored and not scored.fallback:
             assert case["index2ans"][scored.prediction] == case["yi"]["pred_content"]
 
 
 def test_strict_draws_nothing_and_reads_the_same():
     for case in CASES["choice"]:
-        ours, official = one("mmmu", "strict", item(case)), one("mmmu", "official", item(case))
+        ours, official = (
+            score_one("mmmu", "strict", item(case)),
+            score_one("mmmu", "official", item(case)),
+        )
         if ours and official:
             assert not ours.fallback
             assert ours.prediction == (None if official.fallback else official.prediction)
@@ -160,7 +163,9 @@ def draw(place: tuple, size: int) -> tuple[tuple, str]:
 def test_order_does_not_matter_where_nothing_is_drawn():
     for task, kind in (("mmmu", "choice"), ("mmmu", "open"), ("cmmmu", "cmmmu")):
         for protocol in SCORING_PROTOCOLS[task]:
-            fine = [scored for case in CASES[kind] if (scored := one(task, protocol, item(case)))]
+            fine = [
+                scored for case in CASES[kind] if (scored := score_one(task, protocol, item(case)))
+            ]
             items = [scored.item for scored in fine if not scored.fallback]
             mixed = random.Random(1).sample(items, len(items))
             assert by_id(task, protocol, mixed) == by_id(task, protocol, items)
@@ -215,7 +220,7 @@ def test_the_released_answers_of_yi_vl_34b_have_their_published_score(protocol):
 def test_what_is_denied_is_wrong_in_strict(response, official, strict):
     asked = AnsweredItem(1, "判断", [], "错", response)
     assert verdict("cmmmu", "official", asked)[0] == official
-    scored = one("cmmmu", "strict", asked)
+    scored = score_one("cmmmu", "strict", asked)
     assert scored and not scored.fallback and scored.prediction == strict
 
 
@@ -238,5 +243,5 @@ def test_what_is_denied_is_wrong_in_strict(response, official, strict):
 )
 def test_raw_takes_the_answer_and_not_a_word_more(task, kind, answer, response, right):
     options = ["one", "two", "three", "four"]
-    scored = one(task, "raw", AnsweredItem(1, kind, options, answer, response))
+    scored = score_one(task, "raw", AnsweredItem(1, kind, options, answer, response))
     assert scored and scored.correct is right and not scored.fallback

@@ -49,7 +49,7 @@ def llava(tmp_path_factory) -> Path:
 def hugging_face(llava, tmp_path_factory) -> Path:
     """The same in transformers' layout."""
     to = tmp_path_factory.mktemp("hf") / "to"
-    assert main(["export", f"run={llava}", f"to={to}", "format=hf_llava"]) == 0
+    assert main(["export", f"model={llava}", f"out={to}", "format=hf_llava"]) == 0
     return to
 
 
@@ -98,15 +98,15 @@ def test_a_folder_tells_its_template(changes, template, name, lines, tmp_path, c
 
 
 def test_an_export_without_layernorms_is_asked_with_yis_template(model, tmp_path, capsys):
-    words = [f"run={model}", "format=yi_vl"]
-    assert main(["export", *words, f"to={tmp_path / 'norm'}"]) == 0
+    words = [f"model={model}", "format=yi_vl"]
+    assert main(["export", *words, f"out={tmp_path / 'norm'}"]) == 0
     assert "conv_mode" not in json.loads((tmp_path / "norm/config.json").read_text())
     words = [f"stages.{name}.steps=0" for name in ("align_224", "align_448", "chat")]
     words += ["connector.norm=false", "log.questions=1", "log.examples=0"]
     words += ["log.tensorboard=false", f"run={tmp_path / 'run'}"]
     assert main(["fit", "recipe=yivl_llava", *words]) == 0
     to = tmp_path / "bare"
-    assert main(["export", f"run={tmp_path / 'run'}", f"to={to}", "format=yi_vl"]) == 0
+    assert main(["export", f"model={tmp_path / 'run'}", f"out={to}", "format=yi_vl"]) == 0
     capsys.readouterr()
     assert vlbench.load(to).processor.template.name == "yi_vl" and said(capsys) == []
 
@@ -152,10 +152,10 @@ def test_chat_takes_a_template(monkeypatch, capsys):
 
 @pytest.mark.parametrize("verb", ["chat", "eval"])
 def test_a_template_that_does_not_exist_is_refused_before_loading(verb, capsys):
-    assert main([verb, "run=nowhere", "template=chatlm"]) == 2
+    assert main([verb, "model=nowhere", "template=chatlm"]) == 2
     lines = said(capsys)
     assert len(lines) == 1
-    assert "template is 'chatlm'; known are yi_vl, chatml, llava_v1" in lines[0]
+    assert "template must be one of yi_vl, chatml, llava_v1, given 'chatlm'" in lines[0]
     assert "Did you mean 'chatml'?" in lines[0]
     with pytest.raises(UserError, match="Did you mean 'llava_v1'"):
         vlbench.load(CHECKPOINT, template="llava")
@@ -163,7 +163,7 @@ def test_a_template_that_does_not_exist_is_refused_before_loading(verb, capsys):
 
 def test_eval_keeps_the_answers_of_templates_apart(model, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = [f"run={model}", "task=own", "limit=2"]
+    words = [f"model={model}", "task=own", "limit=2"]
     assert main(["eval", *words]) == 0
     assert main(["eval", *words, "template=llava_v1"]) == 0
     own, other = sorted(Path("evals", model.name).iterdir())
@@ -171,18 +171,18 @@ def test_eval_keeps_the_answers_of_templates_apart(model, tmp_path, capsys, monk
     assert "template" not in json.loads((own / "settings.json").read_text())
     capsys.readouterr()
     assert main(["eval", *words, f"out={other}"]) == 2
-    assert "differs in template (llava_v1 before, None now)" in said(capsys)[0]
+    assert "differ in template (llava_v1 before, None now)" in said(capsys)[0]
 
 
 @pytest.mark.parametrize("layout", ["hf_llava", "vlbench"])
 def test_export_carries_the_template_that_is_chosen(layout, llava, tmp_path, capsys):
-    words = [f"run={llava}", f"to={tmp_path / 'to'}", f"format={layout}", "template=chatml"]
+    words = [f"model={llava}", f"out={tmp_path / 'to'}", f"format={layout}", "template=chatml"]
     assert main(["export", *words]) == 0
     assert said(capsys) == []
     assert vlbench.load(tmp_path / "to").processor.template.name == "chatml"
 
 
 def test_an_export_of_llava_with_yis_template_is_asked_with_it(llava, tmp_path, capsys):
-    words = [f"run={llava}", f"to={tmp_path / 'to'}", "format=yi_vl", "template=yi_vl"]
+    words = [f"model={llava}", f"out={tmp_path / 'to'}", "format=yi_vl", "template=yi_vl"]
     assert main(["export", *words]) == 0
     assert vlbench.load(tmp_path / "to").processor.template.name == "yi_vl" and said(capsys) == []

@@ -1,4 +1,4 @@
-"""A step is a pure function of (seed, step, rank, world), whoever makes it."""
+"""A step is a pure function of (seed, step, rank, world size), in any process."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ COUNTS = (
 
 
 @dataclass(frozen=True)
-class Plain:
-    """A picture in one colour, which counts how often it is opened."""
+class PlainImage:
+    """An image in one colour, which records when it is opened."""
 
     number: int
 
@@ -51,8 +51,8 @@ class Plain:
         return Image.new("RGB", (9, 7), (self.number * 7 % 256, 9, 200))
 
 
-class World:
-    """Samples with an image, with two, and every fifth with none; `bad` ones are broken."""
+class MixedSource:
+    """Samples with one or two images, every fifth with none; those in `bad` raise BadSample."""
 
     name = "world"
 
@@ -70,14 +70,14 @@ class World:
         turns = (ChatTurn("human", question), ChatTurn("assistant", f"It is number {index}."))
         gone = ImageFile("gone.png")
         pictures = tuple(
-            gone if index in self.missing else Plain(index // 2) for _ in range(images)
+            gone if index in self.missing else PlainImage(index // 2) for _ in range(images)
         )
         return Sample(f"s{index}", turns, pictures)
 
 
-def steps(seed: int = 0, source: World | None = None, **changes) -> StepDataset:
+def steps(seed: int = 0, source: MixedSource | None = None, **changes) -> StepDataset:
     settings = {
-        "mixture": SourceMixture([(source or World(), 1.0)], seed),
+        "mixture": SourceMixture([(source or MixedSource(), 1.0)], seed),
         "encoder": ENCODER,
         "image_transform": TRANSFORM,
         "global_batch_size": 12,
@@ -109,9 +109,12 @@ def names(step: OptimizerStep) -> list[str]:
 
 
 def test_a_step_is_the_same_from_anyone():
-    data = steps(source=World(bad=(3,), missing=(4,)))
+    data = steps(source=MixedSource(bad=(3,), missing=(4,)))
     first = [data[index] for index in range(9)]
-    fresh, copy = steps(source=World(bad=(3,), missing=(4,))), pickle.loads(pickle.dumps(data))
+    fresh, copy = (
+        steps(source=MixedSource(bad=(3,), missing=(4,))),
+        pickle.loads(pickle.dumps(data)),
+    )
     for index in reversed(range(9)):
         assert same(first[index], data[index])
         assert same(first[index], fresh[index]) and same(first[index], copy[index])
@@ -120,7 +123,7 @@ def test_a_step_is_the_same_from_anyone():
 
 
 def test_workers_make_the_same_steps_from_any_start():
-    data = steps(source=World(bad=(3,)))
+    data = steps(source=MixedSource(bad=(3,)))
     sampler = range(4, data.total_steps)
     loader = DataLoader(data, batch_size=None, sampler=sampler, num_workers=1)
     for index, step in zip(sampler, loader, strict=True):
@@ -129,7 +132,7 @@ def test_workers_make_the_same_steps_from_any_start():
 
 @pytest.mark.parametrize("world", [2, 3, 5])
 def test_ranks_share_a_step(world):
-    whole = steps(source=World(bad=(3,), missing=(4,)))
+    whole = steps(source=MixedSource(bad=(3,), missing=(4,)))
     for index in range(4):
         made = [replace(whole, rank=rank, world_size=world)[index] for rank in range(world)]
         assert sorted(n for step in made for n in names(step)) == names(whole[index])
@@ -158,12 +161,12 @@ def test_an_epoch_meets_every_sample_once_in_rows_that_fit():
 
 
 def test_bad_samples_contribute_nothing_and_are_named():
-    step = steps(source=World(12, bad=(3,), missing=(4,)))[0]
+    step = steps(source=MixedSource(12, bad=(3,), missing=(4,)))[0]
     assert sorted(bad.sample_id for bad in step.bad_samples) == ["s3", "s4"]
     assert "gone.png: does not exist" in " ".join(map(str, step.bad_samples))
     assert names(step) == sorted(f"s{n}" for n in range(12) if n not in (3, 4))
     assert step.sample_count == 10
-    nothing = steps(source=World(12, bad=tuple(range(12))))[0]
+    nothing = steps(source=MixedSource(12, bad=tuple(range(12))))[0]
     assert (
         nothing.micro_batches == []
         and len(nothing.bad_samples) == 12
@@ -172,14 +175,14 @@ def test_bad_samples_contribute_nothing_and_are_named():
 
 
 def test_captions_skip_samples_without_an_image():
-    step = steps(source=World(12), encoder=replace(ENCODER, sample_format="caption"))[0]
+    step = steps(source=MixedSource(12), encoder=replace(ENCODER, sample_format="caption"))[0]
     assert (step.skipped_samples, step.sample_count, step.bad_samples) == (3, 9, [])
     assert step.image_count == 9 and step.micro_batches[0].input_ids[0, 0] < 0
 
 
 def test_a_picture_is_opened_once_per_step():
     OPENED.clear()
-    step = steps(source=World(12))[0]
+    step = steps(source=MixedSource(12))[0]
     assert len(OPENED) == len(set(OPENED)) < step.image_count
     with_images = [batch for batch in step.micro_batches if len(batch.pixels)]
     shown = {float(pixel) for batch in with_images for pixel in batch.pixels[:, 0, 8, 8]}

@@ -85,12 +85,16 @@ def test_an_answer_that_is_stopped_keeps_what_was_written(monkeypatch, capsys):
 
 MISTAKES = {
     "nothing": ([], "needs model=PATH"),
-    "two": (["model=a", "run=b"], "needs model=PATH"),
+    "two": (["model=a", "model=b"], "model is given twice"),
+    "old word": (["run=a"], "chat has no key 'run'"),
     "misspelt": (["modle=a"], "Did you mean 'model'"),
     "no model": (["model=no-such-folder"], "no run folder, checkpoint or released model"),
-    "heat": ([f"model={CHECKPOINT}", "temperature=hot"], "temperature is 'hot'"),
-    "top_p": ([f"model={CHECKPOINT}", "top_p=2"], "numbers from 0 to 1"),
-    "type": ([f"model={CHECKPOINT}", "dtype=int4"], "known are float32"),
+    "heat": (
+        [f"model={CHECKPOINT}", "temperature=hot"],
+        "temperature must be a number",
+    ),
+    "top_p": ([f"model={CHECKPOINT}", "top_p=2"], "top_p must be at most 1, given 2"),
+    "type": ([f"model={CHECKPOINT}", "dtype=int4"], "dtype must be one of float32"),
     "device": ([f"model={CHECKPOINT}", "device=tpu"], "device is 'tpu'"),
     "no image": ([f"model={CHECKPOINT}", "image=no.png"], "no.png: does not exist"),
 }
@@ -198,8 +202,11 @@ def test_a_terminal_that_lacks_letters_shows_their_numbers():
 
 TWICE = {
     "twice": (["max_new_tokens=3", "max_new_tokens=5"], "max_new_tokens is given twice, as '3'"),
-    "part of a token": (["max_new_tokens=2.7"], "max_new_tokens is '2.7'; allowed are whole"),
-    "part of a seed": (["seed=0.5"], "seed is '0.5'; allowed are whole"),
+    "part of a token": (
+        ["max_new_tokens=2.7"],
+        "max_new_tokens must be a whole",
+    ),
+    "part of a seed": (["seed=0.5"], "seed must be a whole number, given 0.5"),
     "no device": (["device=meta"], "device is 'meta'"),
 }
 
@@ -232,7 +239,7 @@ def test_ctrl_c_at_the_prompt_asks_first_and_keeps_the_conversation(monkeypatch,
 
 def test_the_home_folder_has_a_short_name(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert main(["export", f"run={CHECKPOINT}", "to=~/own", "format=vlbench"]) == 0
+    assert main(["export", f"model={CHECKPOINT}", "out=~/own", "format=vlbench"]) == 0
     assert main(["chat", "model=~/own", "question=Hello", "max_new_tokens=1"]) == 0
     words = ["recipe=yivl_llava", "init=~/own", "run=~/run", "data.train=~/a.json"]
     recipe = recipes.load_recipe(words)

@@ -1,4 +1,4 @@
-"""Prompts are those of the reference, byte for byte."""
+"""Prompts equal those of the reference byte for byte."""
 
 from __future__ import annotations
 

@@ -92,9 +92,9 @@ FAULTS: dict[str, tuple[Any, str, str]] = {
         "cut",
         "language.max_length is 2048",
     ),
-    "the same record twice": ("copy", "twice", "has the pictures and turns of record"),
+    "the same record twice": ("copy", "twice", "has the images and turns of record"),
     "the same id twice": ({"id": "fine-3"}, "twice", "has the id of an earlier one"),
-    "the same picture twice": ({"image": "copy.png"}, "twice", "is the same picture as"),
+    "the same picture twice": ({"image": "copy.png"}, "twice", "has the same content as"),
     "a strip": ({"image": "strip.png"}, "odd", "is a strip of 640 x 4 pixels"),
     "text that ends answers": (
         {"conversations": turns("<image>\nstop", "one ### two")},
@@ -196,7 +196,7 @@ def test_pieces_are_what_is_read_and_what_is_learned():
     )
     assert [(one.kind, one.position_count) for one in told] == [
         ("read", 1),
-        ("picture", 2),
+        ("image", 2),
         ("read", 1),
         ("learned", 2),
     ]

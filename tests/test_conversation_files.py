@@ -1,4 +1,4 @@
-"""LLaVA's JSON is read as people write it, and every mistake is named with its place."""
+"""LLaVA's JSON as people write it is read; every error names file, record and position."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records as other programs write them: read with all pictures and texts, or refused by name."""
+"""Records of other programs are read with all images and texts, or refused by name."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def read(record: Record) -> Any:
     return sample_from_record(record, "record 1", lambda name: name)  # type: ignore[return-value]
 
 
-# name: (record, texts of the turns, pictures)
+# name: (record, texts of the turns, images)
 READ: dict[str, tuple[Record, list[str], list[str]]] = {
     "images without a tag": (
         {"images": ["a.jpg"], "conversations": PLAIN},
@@ -162,7 +162,7 @@ def test_a_record_is_read_with_all_pictures_and_texts(name):
     assert (again.turns, again.images) == (sample.turns, sample.images)
 
 
-# name: (record, part of what is said)
+# name: (record, part of the message)
 REFUSED: dict[str, tuple[Record, str]] = {
     **{
         f"picture in {key}": (
@@ -320,7 +320,7 @@ def test_a_key_that_may_hold_something_is_told_once_with_a_count(folder, capsys)
     assert (
         "key 'caption' is not read (3 records have it)" in told and "nothing is wrong" not in told
     )
-    assert "keys from which nothing is learned, with their records: width (3)" in told
+    assert "keys that are not used, with the number of records: width (3)" in told
     lines = (folder / "out/findings.jsonl").read_text().splitlines()
     assert sum("is not read" in line for line in lines) == 3
 
@@ -336,7 +336,7 @@ def test_check_counts_pictures_without_a_tag_and_tags_that_are_text(folder, caps
     words = [f"data.train={folder / 'data.json'}", f"out={folder / 'out'}", "only=chat"]
     assert main(["check", "recipe=yivl_llava", *words]) == 0
     told = capsys.readouterr().out
-    assert "1 records have a picture and no <image>" in told and "2 pictures" in told
+    assert "1 records have an image and no <image>" in told and "2 images" in told
     assert "'<im_start' in it, which is read as text" in told
     assert "'<image' in it, which is learned as text" in told
     assert "'![it](' in it, which is read as text" in told
@@ -346,7 +346,7 @@ def test_a_record_with_images_is_packed_with_them(folder):
     records = [{"id": 1, "images": ["a.jpg", "b.png"], "conversations": said("<image><image>")}]
     records += [{"id": 2, "messages": HF, "topic": "colour"}]
     (folder / "data.json").write_text(json.dumps(records))
-    assert main(["pack", f"data={folder / 'data.json'}", f"to={folder / 'shards'}"]) == 0
+    assert main(["pack", f"data={folder / 'data.json'}", f"out={folder / 'shards'}"]) == 0
     source, shards = LlavaJson(folder / "data.json"), WebDatasetShards(folder / "shards")
     for number in range(2):
         ours, theirs = shards[number], source[number]

@@ -55,7 +55,7 @@ def lines(file: Path) -> list[dict]:
 
 
 def test_a_run_is_asked_its_own_questions_and_the_answers_are_those_of_its_end(run, capsys):
-    assert main(["eval", f"run={run}"]) == 0
+    assert main(["eval", f"model={run}"]) == 0
     said = capsys.readouterr().out
     results = json.loads((run / "results.json").read_text())
     assert f"new images: {results['accuracy']:.3f} of 12 questions right" in said
@@ -73,7 +73,7 @@ def test_a_run_is_asked_its_own_questions_and_the_answers_are_those_of_its_end(r
 
 def test_a_file_is_asked_turn_by_turn_and_by_the_answers_of_several_people(run, data, capsys):
     out = data.parent / "out"
-    assert main(["eval", f"run={run}", f"data={data}", f"out={out}", "blank=true"]) == 0
+    assert main(["eval", f"model={run}", f"data={data}", f"out={out}", "blank=true"]) == 0
     assert "of 4 questions right" in capsys.readouterr().out
     asked = {one["id"]: one for one in lines(out / "scored.jsonl")}
     assert set(asked) == {"one/1", "two/1", "two/3", "ten/1"}
@@ -84,7 +84,7 @@ def test_a_file_is_asked_turn_by_turn_and_by_the_answers_of_several_people(run, 
 
 def test_answers_are_kept_and_not_asked_again(run, data, monkeypatch):
     out = data.parent / "out"
-    given = ["eval", f"run={run}", f"data={data}", f"out={out}", "batch=2"]
+    given = ["eval", f"model={run}", f"data={data}", f"out={out}", "batch=2"]
     assert main(given) == 0
     whole = {name: (out / name).read_text() for name in ("answers.jsonl", "scores.json")}
     (out / "answers.jsonl").write_text(
@@ -96,7 +96,7 @@ def test_answers_are_kept_and_not_asked_again(run, data, monkeypatch):
 
 def test_another_file_is_not_mixed_with_answers_that_are_there(run, data, capsys):
     out = data.parent / "out"
-    given = ["eval", f"run={run}", f"data={data}", f"out={out}"]
+    given = ["eval", f"model={run}", f"data={data}", f"out={out}"]
     assert main(given) == 0
     data.write_text(data.read_text().replace("Round?", "Square?"))
     assert main(given) == 2
@@ -115,7 +115,7 @@ def test_another_file_is_not_mixed_with_answers_that_are_there(run, data, capsys
     ],
 )
 def test_mistakes_are_one_line(words, message, run, capsys):
-    assert main(["eval", f"run={run}", *words]) == 2
+    assert main(["eval", f"model={run}", *words]) == 2
     said = capsys.readouterr().err
     assert message in said and len(said.splitlines()) == 1
 
@@ -125,5 +125,5 @@ def test_answers_that_are_no_texts_are_named(answers, run, data, capsys):
     records = json.loads(data.read_text())
     records[2]["answers"] = answers
     data.write_text(json.dumps(records))
-    assert main(["eval", f"run={run}", f"data={data}"]) == 2
+    assert main(["eval", f"model={run}", f"data={data}"]) == 2
     assert "ten: 'answers' must be a list of texts" in capsys.readouterr().err

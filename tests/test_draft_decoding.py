@@ -1,4 +1,4 @@
-"""`data.decode=draft`: large JPEGs decoded smaller, everywhere alike, and part of the hash."""
+"""`data.decode=draft`: large JPEGs are decoded smaller everywhere, and the hash says so."""
 
 from __future__ import annotations
 
@@ -63,4 +63,4 @@ def test_a_run_keeps_its_way_to_decode(tmp_path):
 def test_one_stage_cannot_decode_otherwise(capsys):
     words = ["stages.chat.data.decode=draft", "stages.chat.data.train=scenes"]
     assert main(["show", "recipe=yivl_llava", *words]) == 2
-    assert "a run has one way to decode pictures" in capsys.readouterr().err
+    assert "a run decodes images in one way" in capsys.readouterr().err

@@ -22,7 +22,7 @@ LAYOUTS = [
 
 
 def take(model: Path, out: Path, task: str, data: str, *words: str) -> int:
-    given = [f"run={model}", f"task={task}", f"data={GOLDENS / data}", f"out={out}", "batch=4"]
+    given = [f"model={model}", f"task={task}", f"data={GOLDENS / data}", f"out={out}", "batch=4"]
     return main(["eval", *given, *words])
 
 
@@ -121,8 +121,8 @@ def test_a_question_that_cannot_be_asked_is_named(model, tmp_path):
             "task is 'mmu'; known are mmmu, cmmmu, own, llava_json. Did you mean 'mmmu'?",
         ),
         (["protocol=offical"], "Did you mean 'official'?"),
-        (["batch=0"], "batch is '0'; allowed are whole numbers from 1"),
-        (["blank=yes"], "blank is 'yes'; allowed are true and false"),
+        (["batch=0"], "batch must be at least 1, given 0"),
+        (["blank=yes"], "blank must be true or false, given 'yes'"),
         (["task=mmmu,cmmmu"], "data= and out= belong to one task"),
         (["split=vall"], "no split 'vall'"),
         (["subjects=Arts"], "Did you mean 'Art'?"),
@@ -132,7 +132,7 @@ def test_a_question_that_cannot_be_asked_is_named(model, tmp_path):
 def test_mistakes_are_one_line_before_the_model_is_loaded(words, message, tmp_path, capsys):
     given = {"task": "mmmu", "data": str(GOLDENS / "mmmu_tiny"), "out": str(tmp_path / "out")}
     given |= dict(word.split("=", 1) for word in words)
-    assert main(["eval", "run=nowhere", *(f"{k}={v}" for k, v in given.items())]) == 2
+    assert main(["eval", "model=nowhere", *(f"{k}={v}" for k, v in given.items())]) == 2
     said = capsys.readouterr().err
     assert message in said and len(said.splitlines()) == 1
     assert not (tmp_path / "out").exists()

@@ -45,7 +45,7 @@ def logits(path: Path, asked: list | None = None, dtype: str | None = "float32")
 
 
 def export(run: Path, to: Path, layout: str, *more: str) -> int:
-    return main(["export", f"run={run}", f"to={to}", f"format={layout}", *more])
+    return main(["export", f"model={run}", f"out={to}", f"format={layout}", *more])
 
 
 @pytest.fixture(scope="module")
@@ -169,13 +169,14 @@ def test_what_a_layout_cannot_hold_is_refused_with_an_alternative(runs, tmp_path
     to = tmp_path / "to"
     assert export(runs["yi_vl"], to, "hf_llava") == 2
     assert "LayerNorms" in (said := capsys.readouterr().err) and "format=yi_vl" in said
-    assert export(CHECKPOINT, to, "gguf") == 2 and "known are yi_vl" in capsys.readouterr().err
+    assert export(CHECKPOINT, to, "gguf") == 2
+    assert "format must be one of yi_vl" in capsys.readouterr().err
     assert export(CHECKPOINT, CHECKPOINT, "yi_vl") == 2
     assert "is there already" in capsys.readouterr().err
     assert export(CHECKPOINT, to, "yi_vl", "dtype=int4") == 2
-    assert "known are float32" in capsys.readouterr().err
+    assert "dtype must be one of float32" in capsys.readouterr().err
     assert export(CHECKPOINT, Path("/proc/nowhere"), "yi_vl") == 2
-    assert "to=/proc/nowhere cannot be written" in capsys.readouterr().err
+    assert "out=/proc/nowhere cannot be written" in capsys.readouterr().err
     assert not to.exists() and not list(tmp_path.glob(".writing*"))
 
 
@@ -299,9 +300,10 @@ def test_sigterm_leaves_nothing_half_written(tmp_path):
         "import os, signal, sys\n"
         "from vlbench.serve import export_command\n"
         "export_command.write_yi_vl = lambda *a: os.kill(os.getpid(), signal.SIGTERM)\n"
-        "sys.exit(export_command.run_export(sys.argv[1:]))\n"
+        "from vlbench.__main__ import main\n"
+        "sys.exit(main(['export', *sys.argv[1:]]))\n"
     )
-    words = [f"run={CHECKPOINT}", f"to={tmp_path / 'to'}", "format=yi_vl"]
+    words = [f"model={CHECKPOINT}", f"out={tmp_path / 'to'}", "format=yi_vl"]
     done = subprocess.run([sys.executable, "-c", halt, *words], capture_output=True)
     assert done.returncode == 143 and not done.stderr and not list(tmp_path.iterdir())
     (tmp_path / ".writing-to").mkdir()  # of a process that was killed

@@ -30,7 +30,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Return one model in both layouts."""
     folder = tmp_path_factory.mktemp("models")
     source = make_plain_llava(folder / "yi_vl", tokens=2)
-    words = ["export", f"run={source}", f"to={folder / 'hf_llava'}", "format=hf_llava"]
+    words = ["export", f"model={source}", f"out={folder / 'hf_llava'}", "format=hf_llava"]
     assert main(words) == 0
     return {"yi_vl": source, "hf_llava": folder / "hf_llava"}
 

@@ -24,7 +24,7 @@ QUESTIONS += ("Describe it. " * 12, "a")
 
 
 def export(run: Path, to: Path, *more: str) -> Path:
-    assert main(["export", f"run={run}", f"to={to}", "format=hf_llava", *more]) == 0
+    assert main(["export", f"model={run}", f"out={to}", "format=hf_llava", *more]) == 0
     return to
 
 
@@ -126,10 +126,8 @@ def test_an_export_comes_back_and_goes_out_again_the_same(tokens, said, tmp_path
 @pytest.mark.parametrize("template", CHAT_TEMPLATES)
 def test_the_template_comes_back(template, tmp_path):
     own = tmp_path / "own"
-    assert (
-        main(["export", f"run={make_plain_llava(tmp_path / 's')}", f"to={own}", "format=vlbench"])
-        == 0
-    )
+    source = make_plain_llava(tmp_path / "s")
+    assert main(["export", f"model={source}", f"out={own}", "format=vlbench"]) == 0
     file = own / "recipe.yaml"
     file.write_text(file.read_text().replace("template: yi_vl", f"template: {template}"))
     once = export(own, tmp_path / "once")
@@ -192,7 +190,7 @@ def test_tied_embeddings_are_read_and_written_as_transformers_does(change, where
     assert (ours - theirs).abs().max() <= 1e-3
     for layout in ("hf_llava", "vlbench", "yi_vl"):
         to = tmp_path / layout
-        assert main(["export", f"run={folder}", f"to={to}", f"format={layout}"]) == 0
+        assert main(["export", f"model={folder}", f"out={to}", f"format={layout}"]) == 0
         back = vlbench.load(to, dtype="float32", device="cpu")
         assert torch.equal(back(back.prepare(TEXT)).logits[0, :, :1600], ours)
     again = their_logits(tmp_path / "hf_llava", vlm)
@@ -224,6 +222,6 @@ def test_a_trained_head_of_its_own_survives_a_checkpoint(tmp_path, monkeypatch):
     assert torch.equal(run.lm_head.weight, head.float())
     assert torch.equal(run.model.embed_tokens.weight, embedding.float())
     for layout in ("yi_vl", "hf_llava"):
-        assert main(["export", "run=run", f"to={layout}", f"format={layout}"]) == 0
+        assert main(["export", "model=run", f"out={layout}", f"format={layout}"]) == 0
         assert torch.equal(vlbench.load(layout).language.lm_head.weight[:1600], head.float())
     assert json.loads(Path("yi_vl/config.json").read_text())["tie_word_embeddings"] is False

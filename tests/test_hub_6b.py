@@ -94,10 +94,10 @@ def test_from_the_hub_to_a_release_of_ones_own(hub: FakeHub) -> None:
     assert read_origins(Path("run/versions.json"), "weights") == origins
     assert origins["language"].source == YI and origins["vision"].source == "laion2b_s32b_b79k"
     do("python -m vlbench chat model=run image=FOLDER/0.png question=What? max_new_tokens=2")
-    do("python -m vlbench eval run=run task=mmmu limit=2")
+    do("python -m vlbench eval model=run task=mmmu limit=2")
     (scores,) = Path("run/eval").glob("*/mmmu-val-yi/scores.json")
     assert json.loads(scores.read_text())["revision"] == f"hub {hub['MMMU/MMMU'].commit}"
-    do("python -m vlbench export run=run to=mine format=yi_vl merge_lora=true")
+    do("python -m vlbench export model=run out=mine format=yi_vl merge_lora=true")
     stored = load_tensors(matching_files(Path("mine"), "model*.safetensors"))
     theirs = load_tensors(matching_files(hub[YI].folder, "model*.safetensors"))
     kept = ("embed_tokens", "norm", "lm_head")  # what the adapter has not changed

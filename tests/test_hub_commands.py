@@ -69,7 +69,7 @@ def write_data(folder: Path) -> None:
 
 
 def make_shards(desk: CommandFolder) -> None:
-    assert main(["pack", "data=FILE.json", "images=FOLDER", "to=SHARDS"]) == 0
+    assert main(["pack", "data=FILE.json", "images=FOLDER", "out=SHARDS"]) == 0
 
 
 def make_run(desk: CommandFolder) -> None:

@@ -1,4 +1,4 @@
-"""Pixels are those of the reference, and awkward files are handled or named."""
+"""Pixels equal those of the reference; unusual image files are read or refused by name."""
 
 from __future__ import annotations
 

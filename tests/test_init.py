@@ -180,7 +180,7 @@ def test_how_the_origin_was_trained_is_inherited_unless_something_else_is_said(
     assert main([*FIT, *words, *said, "run=first"]) == 0
     init = "init=first"
     if origin == "release":
-        assert main(["export", "run=first", "to=released", "format=hf_llava"]) == 0
+        assert main(["export", "model=first", "out=released", "format=hf_llava"]) == 0
         init = "init=released"
     assert main([*FIT, *words, init, "run=second"]) == 0
     second = recipes.load_recipe_file("second/recipe.yaml")
@@ -227,7 +227,7 @@ def test_the_command_of_a_model_card_trains_on(origin, tmp_path, monkeypatch):
     if origin == "run":
         assert main([*FIT, *words]) == 0
     run = CHECKPOINT if origin == "release" else "run"
-    assert main(["export", f"run={run}", "to=my model", "format=vlbench"]) == 0
+    assert main(["export", f"model={run}", "out=my model", "format=vlbench"]) == 0
     card = Path("my model/README.md").read_text(encoding="utf-8")
     (line,) = [line for line in card.splitlines() if "vlbench fit" in line]
     given = shlex.split(line.partition("vlbench fit ")[2])

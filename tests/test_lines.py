@@ -104,7 +104,7 @@ def test_runs_with_odd_answers_are_compared(tmp_path):
     (folder / "answers.jsonl").write_text(format_json_lines(odd), encoding="utf-8")
     found = compare_runs.load_finished_run(folder)
     assert len(found.correct) == 300 and set(found.answers_and_truths.values()) == {(ODD, ODD)}
-    assert main(["report", str(folder), f"to={tmp_path / 'report.md'}"]) == 0
+    assert main(["report", str(folder), f"out={tmp_path / 'report.md'}"]) == 0
 
 
 def test_the_last_line_of_a_log_is_whole(tmp_path):

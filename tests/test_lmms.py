@@ -53,7 +53,7 @@ def test_it_is_found_by_its_entry_point():
 
 def test_the_answers_are_those_of_our_own_protocol(answered, model, tmp_path):
     words = ["task=mmmu", f"data={MMMU}", "protocol=lmms", f"out={tmp_path / 'out'}"]
-    assert main(["eval", f"run={model}", *words]) == 0
+    assert main(["eval", f"model={model}", *words]) == 0
     lines = (tmp_path / "out/answers.jsonl").read_text().splitlines()
     ours = {one["id"]: one["response"] for one in map(json.loads, lines)}
     assert ours and ours.items() <= said(answered).items()

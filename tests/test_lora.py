@@ -141,22 +141,20 @@ def test_merged_and_unmerged_exports_give_the_same(run, tmp_path):
         expected = vlm(asked(vlm)).logits
         for layout, more in (("vlbench", ()), ("vlbench", ("merge_lora=true",))):
             to = tmp_path / f"{layout}{len(more)}"
-            assert main(["export", f"run={run}", f"to={to}", f"format={layout}", *more]) == 0
+            assert main(["export", f"model={run}", f"out={to}", f"format={layout}", *more]) == 0
             back = vlbench.load(to)
             assert bool(lora_adapters.adapter_parameters(back.language)) == (not more)
             assert_close(back(asked(back)).logits, expected)
 
 
 def test_released_layouts_want_a_merge(run, tmp_path, capsys):
-    words = ["export", f"run={run}", f"to={tmp_path / 'x'}", "format=hf_llava"]
+    words = ["export", f"model={run}", f"out={tmp_path / 'x'}", "format=hf_llava"]
     assert main(words) == 2
     assert "has LoRA adapters (language)" in capsys.readouterr().err
     assert main([*words, "merge_lora=yes"]) == 2
-    assert "merge_lora is 'yes'" in capsys.readouterr().err
-    assert (
-        main(["export", f"run={run}", f"to={tmp_path / 'y'}", "format=yi_vl", "merge_lora=true"])
-        == 0
-    )
+    assert "merge_lora must be true or false" in capsys.readouterr().err
+    words = ["export", f"model={run}", f"out={tmp_path / 'y'}", "format=yi_vl"]
+    assert main([*words, "merge_lora=true"]) == 0
     ours, back = vlbench.load(run), vlbench.load(tmp_path / "y")
     with torch.no_grad():
         assert_close(back(asked(back)).logits, ours(asked(ours)).logits)

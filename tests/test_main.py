@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import pkgutil
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -12,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from vlbench import __version__
-from vlbench.__main__ import VERBS, main
+from vlbench.__main__ import VERBS, main, recipe_key_names
+from vlbench.command_line.parser import declared_arguments, parse_arguments, split_arguments
 from vlbench.config import schema
+from vlbench.config.recipe import load_recipe
 from vlbench.errors import BadSample, EnvironmentFailure, UserError, suggest_name
 
 ROOT = Path(__file__).parents[1]
@@ -21,7 +25,7 @@ QUICK = [
     [],
     ["--help"],
     ["--version"],
-    ["fit", "--help"],
+    *([verb, "--help"] for verb in VERBS),
     ["list"],
     ["show", "recipe=yivl_llava"],
     ["fit", "recipe=yivl_llav"],
@@ -66,7 +70,25 @@ def test_help_names_every_verb_and_every_key(capsys):
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help(verb, capsys):
     assert main([verb, "--help"]) == 0
-    assert f"python -m vlbench {verb} " in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: python -m vlbench {verb} ")
+    declaration = VERBS[verb].declaration
+    for spec in declared_arguments(declaration).values() if declaration else []:
+        assert spec.help in text and f"\n{spec.help_row()[0]} " in text
+    if VERBS[verb].takes_recipe_keys:
+        assert all(row.help in text for row in schema.key_rows())
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_example_of_every_verb_is_understood(verb):
+    words = shlex.split(VERBS[verb].example)
+    declaration, recipe_words = VERBS[verb].declaration, words
+    if declaration and VERBS[verb].takes_recipe_keys:
+        _, recipe_words = split_arguments(declaration, words, recipe_key_names())
+    elif declaration:
+        parse_arguments(declaration, words)
+    if VERBS[verb].takes_recipe_keys and verb != "compare":
+        load_recipe(recipe_words)
 
 
 def test_list_names_what_there_is(capsys):
@@ -142,12 +164,19 @@ def test_nearest():
     assert suggest_name("langauge", ["language", "vision"]) == " Did you mean 'language'?"
     assert suggest_name("TINY", ["tiny"]) == " Did you mean 'tiny'?"
     assert suggest_name("zzz", ["language"]) == ""
+    assert (
+        suggest_name("batch", ["global_batch_size", "catch"])
+        == " Did you mean 'global_batch_size'?"
+    )
+    assert suggest_name("of", ["share_of_tokens", "share_of_images"]) == ""  # two have the word
     assert isinstance(BadSample("a", "b"), UserError)
 
 
 def test_version_is_that_of_the_project(capsys):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert project["project"]["version"] == __version__
+    assert "version" in project["project"]["dynamic"]
+    source = project["tool"]["setuptools"]["dynamic"]["version"]["attr"]
+    assert pkgutil.resolve_name(source) == __version__
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"vlbench {__version__}\n"
 
@@ -160,11 +189,21 @@ def test_every_package_and_data_file_is_declared():
         for path in ROOT.glob("vlbench/**/__init__.py")
     }
     assert declared == there | {"vlbench.connectors", "vlbench.recipes"}
-    for package, patterns in settings["tool"]["setuptools"]["package-data"].items():
-        folder = settings["tool"]["setuptools"]["package-dir"].get(package)
-        root = ROOT / (folder or package.replace(".", "/"))
-        data = {path for path in root.rglob("*") if path.suffix not in (".py", ".pyc", "")}
-        assert data == {path for pattern in patterns for path in root.glob(pattern)} & data, package
+    folders = settings["tool"]["setuptools"]["package-dir"]
+    roots = {name: ROOT / folders.get(name, name.replace(".", "/")) for name in declared}
+    data = {
+        path
+        for root in roots.values()
+        for path in root.rglob("*")
+        if path.suffix not in (".py", ".pyc", "")
+    }
+    matched = {
+        path
+        for package, patterns in settings["tool"]["setuptools"]["package-data"].items()
+        for pattern in patterns
+        for path in roots[package].glob(pattern)
+    }
+    assert data == matched & data
 
 
 def test_installed_versions_are_within_the_bounds():

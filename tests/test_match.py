@@ -197,7 +197,7 @@ def test_another_budget_is_refused(tmp_path, monkeypatch, capsys):
     assert main(["compare", "recipe=yivl_llava", "match=parms"]) == 2
     said = capsys.readouterr().err
     assert said == (
-        "vlbench: match is 'parms'; allowed are params, visual_tokens, flops. "
+        "vlbench: match must be one of params, visual_tokens, flops, given 'parms'. "
         "Did you mean 'params'?\n"
     )
     assert not list(tmp_path.iterdir())

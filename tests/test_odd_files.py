@@ -87,11 +87,11 @@ def test_a_mark_of_byte_order_is_no_part_of_a_file(tmp_path):
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"transform": [], "stage": 0.5}'])
 @pytest.mark.parametrize("name", ["preprocess.json", "position.json"])
 def test_a_broken_checkpoint_is_one_clear_line(name, text, tmp_path, capsys):
-    words = [f"run={CHECKPOINT}", f"to={tmp_path / 'own'}", "format=vlbench"]
+    words = [f"model={CHECKPOINT}", f"out={tmp_path / 'own'}", "format=vlbench"]
     assert main(["export", *words]) == 0
     (tmp_path / "own" / name).write_text(text)
     capsys.readouterr()
-    words = [f"run={tmp_path / 'own'}", f"to={tmp_path / 'to'}", "format=vlbench"]
+    words = [f"model={tmp_path / 'own'}", f"out={tmp_path / 'to'}", "format=vlbench"]
     assert main(["export", *words]) == 2
     said = capsys.readouterr().err
     assert f"{name}: is not" in said and len(said.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""Packed rows keep every sample's own positions, labels and images."""
+"""In a packed row every sample keeps its own positions, labels and images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlbench.data.sample_encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encode
 
 @dataclass(frozen=True)
 class Named:
-    """A picture that is only a number."""
+    """An image that is only a number."""
 
     number: int
 
@@ -136,7 +136,7 @@ def test_packing_fills_rows_and_is_deterministic():
     assert pack_samples(samples, 1) == [[n] for n in range(len(lengths))]
 
 
-def test_places_and_labels_are_located_before_a_batch_travels():
+def test_image_positions_and_labels_are_located_before_a_batch_moves():
     batch = collate([[FIRST, TEXT], [LAST]], pixels_of)
     assert batch.supervised_positions is None and batch.image_positions is None
     moved = batch.to("cpu")

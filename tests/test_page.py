@@ -249,7 +249,7 @@ def test_curves_are_means_over_seeds_stage_by_stage(findings):
 
 def test_the_verb_writes_both_forms(tmp_path, capsys):
     run(tmp_path / "a", 0.9, 0)
-    words = ["report", str(tmp_path), f"to={tmp_path / 'r.md'}", f"to={tmp_path / 'r.html'}"]
+    words = ["report", str(tmp_path), f"out={tmp_path / 'r.md'}", f"out={tmp_path / 'r.html'}"]
     assert main(words) == 0
     assert (tmp_path / "r.md").read_text() == capsys.readouterr().out
     assert (tmp_path / "r.html").read_text().startswith("<!DOCTYPE html>")
@@ -258,9 +258,9 @@ def test_the_verb_writes_both_forms(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["to=r.pdf"], "to=r.pdf is no form of a report: to=FILE.md or to=FILE.html"),
-        (["to=r.md", "to=s.md"], "to=FILE.md and to=FILE.html once each"),
-        (["to=nowhere/r.html"], "to=nowhere/r.html cannot be written"),
+        (["out=r.pdf"], "out=r.pdf is no form of a report: out=FILE.md or out=FILE.html"),
+        (["out=r.md", "out=s.md"], "out=FILE.md and out=FILE.html once each"),
+        (["out=nowhere/r.html"], "out=nowhere/r.html cannot be written"),
     ],
 )
 def test_mistakes_are_one_line(words, message, tmp_path, capsys, monkeypatch):
@@ -280,5 +280,5 @@ def test_a_model_that_does_not_look_at_all_is_shown_without_its_tokens(tmp_path)
 
 def test_diagnostics_that_are_none_are_a_mistake(tmp_path, capsys):
     diagnose(run(tmp_path / "a", 0.9, 0), tokens="all")
-    assert main(["report", str(tmp_path), f"to={tmp_path / 'r.html'}"]) == 2
+    assert main(["report", str(tmp_path), f"out={tmp_path / 'r.html'}"]) == 2
     assert "diagnostics.json: holds no diagnostics" in capsys.readouterr().err

@@ -108,7 +108,7 @@ def test_a_tied_language_model_trains_and_is_exported(tmp_path, monkeypatch):
     ours = vlbench.load("run")
     assert ours.language.lm_head.weight is ours.language.model.embed_tokens.weight
     for layout in ("yi_vl", "vlbench"):
-        assert main(["export", "run=run", f"to={layout}", f"format={layout}"]) == 0
+        assert main(["export", "model=run", f"out={layout}", f"format={layout}"]) == 0
         back = vlbench.load(layout)
         assert back.language.lm_head.weight is back.language.model.embed_tokens.weight
         assert torch.equal(back(back.prepare(ask)).logits, ours(ours.prepare(ask)).logits)

@@ -27,8 +27,7 @@ from vlbench.planner.options import parse_plan_options
 from vlbench.planner.simulate_step import DepthExtrapolator, StepSimulator
 from vlbench.planner.stage_workload import StageWorkload, sample_flops, stage_workload
 from vlbench.planner.training_plan import make_plan
-from vlbench.train.stage_plan import build_stage_steps
-from vlbench.train.stage_plan import plan_stage_runs as legs_of
+from vlbench.train.stage_plan import build_stage_steps, plan_stage_runs
 from vlbench.train.trainable_parts import freeze_untrained_parts
 from vlbench.train.training_module import VLMTrainingModule
 
@@ -62,14 +61,14 @@ def ready(recipe: str, stage: str) -> tuple[LoadedVLM, VLMTrainingModule, list[P
     """Return the real model before a stage, and the fullest two micro-batches of its first step."""
     small = [f"stages.{stage}.global_batch_size=40", f"stages.{stage}.max_tokens_per_row=1000"]
     resolved = recipes.load_recipe([f"recipe={recipe}", *small])
-    leg = next(leg for leg in legs_of(resolved) if leg.name == stage)
-    vlm = build_vlm(resolved, leg.stage.image_size)
-    freeze_untrained_parts(vlm.model, leg.stage)
+    stage_run = next(run for run in plan_stage_runs(resolved) if run.name == stage)
+    vlm = build_vlm(resolved, stage_run.stage.image_size)
+    freeze_untrained_parts(vlm.model, stage_run.stage)
     batches = sorted(
-        build_stage_steps(vlm.processor, leg)[0].micro_batches,
+        build_stage_steps(vlm.processor, stage_run)[0].micro_batches,
         key=lambda batch: batch.input_ids.numel(),
     )
-    return vlm, VLMTrainingModule(vlm.model, leg.stage, 1, 0, 0), batches[-2:]
+    return vlm, VLMTrainingModule(vlm.model, stage_run.stage, 1, 0, 0), batches[-2:]
 
 
 class Living(TorchDispatchMode):
@@ -102,7 +101,7 @@ def measured(recipe: str, stage: str, way: str) -> int:
     """Return the most bytes of tensors that live at a time in a step that is not the first."""
     vlm, training, batches = ready(recipe, stage)
     vlm.model.enable_activation_checkpointing(way)
-    optimizer = training.configure_optimizers()
+    (optimizer,), _ = training.configure_optimizers()
     living = Living()
     with living:
         for one in [*vlm.parameters(), *vlm.model.buffers()]:
@@ -252,10 +251,10 @@ def test_lengths_and_numbers_can_be_given(no_rehearsals):
     [
         ("gpu=a801", "Did you mean 'A800'?"),
         ("gpuu=a800", "Did you mean 'gpu'?"),
-        ("mfu=40", "allowed are numbers from 0.001 to 1"),
+        ("mfu=40", "mfu must be at most 1, given 40"),
         ("samples=1,2", "one for each of align_224, align_448, chat"),
         ("text_tokens=many", "text_tokens is 'many'"),
-        ("price=-1", "price is '-1'"),
+        ("price=-1", "price must be at least 0, given -1"),
         ("stages.chatt.steps=1", "Did you mean 'chat'?"),
         ("gpus=none.yaml", "none.yaml"),
     ],

@@ -35,8 +35,8 @@ def test_a_release_is_refused_by_every_verb(said, message, tmp_path, capsys):
         file.write_bytes(b"never read")
     for words in (
         ["chat", f"model={folder}", "question=Hello"],
-        ["eval", f"run={folder}", "task=mmmu", f"data={MMMU}", f"out={tmp_path / 'out'}"],
-        ["export", f"run={folder}", f"to={tmp_path / 'to'}", "format=vlbench"],
+        ["eval", f"model={folder}", "task=mmmu", f"data={MMMU}", f"out={tmp_path / 'out'}"],
+        ["export", f"model={folder}", f"out={tmp_path / 'to'}", "format=vlbench"],
         ["fit", "recipe=yivl_llava", f"init={folder}", f"run={tmp_path / 'run'}"],
     ):
         assert main(words) == 2

@@ -313,7 +313,7 @@ def test_an_export_never_writes_into_what_it_was_read_from(tmp_path, monkeypatch
     words += ["stages.chat.steps=1", "log.questions=2", "log.tensorboard=false", "log.examples=0"]
     assert main(["fit", "recipe=yivl_llava", "init=model", *words]) == 0
     for origin, to in (("run", "trained"), ("model", "unchanged")):
-        assert main(["export", f"run={origin}", f"to={to}", "format=yi_vl"]) == 0
+        assert main(["export", f"model={origin}", f"out={to}", "format=yi_vl"]) == 0
         assert (tmp_path / to / "vit/tower/model.safetensors").is_file()
         assert torch.equal(logits(tmp_path / to), logits(tmp_path / origin))
     assert sorted((tmp_path / "shared").rglob("*")) == before

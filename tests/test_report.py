@@ -37,7 +37,7 @@ def runs(tmp_path) -> Path:
 
 
 def test_rows_differences_and_sentences(runs, capsys):
-    assert main(["report", str(runs), f"to={runs / 'report.md'}"]) == 0
+    assert main(["report", str(runs), f"out={runs / 'report.md'}"]) == 0
     text = capsys.readouterr().out
     assert (runs / "report.md").read_text() == text
     assert "Rows: 2; seeds: 0, 1, 2" in text and "| `connector.name` | linear | llava_mlp |" in text
@@ -92,7 +92,7 @@ def test_a_seed_that_is_missing_in_a_row_is_left_out_and_said(runs, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "report takes run folders"),
+        ([], "report needs RUN..."),
         (["nowhere"], "nowhere is no run folder"),
         (["llava/0", "llava/0x"], "are the same recipe with the same seed 0"),
         (["llava/0", "linear/1"], "no seed is common to all rows"),

@@ -1,4 +1,4 @@
-"""Samples become the ids and labels of the reference, and bad ones are refused by name."""
+"""Token ids and labels equal those of the reference; bad samples are refused by name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GOLDEN = Path(__file__).parent / "goldens/yi_vl/tiny_a"
 CASES = json.loads((GOLDEN / "cases.json").read_text(encoding="utf-8"))
 TENSORS = load_records()
 TOKENIZER = Tokenizer.load(GOLDEN / "checkpoint")
-PLACES = 16
+TOKENS_PER_IMAGE = 16
 
 
 def turns(conversation: list[dict]) -> tuple[ChatTurn, ...]:
@@ -38,8 +38,12 @@ def chat(*texts: str, images: int = 0) -> Sample:
     return Sample("s1", tuple(map(ChatTurn, roles, texts)), pictures)
 
 
-def encoded(sample: Sample, max_length: int = 4096, form: str = "chat", places: int = 4):
-    return SampleEncoder(TOKENIZER, YI_VL, places, max_length, form).encode(sample)
+def encoded(
+    sample: Sample, max_length: int = 4096, sample_format: str = "chat", tokens_per_image: int = 4
+):
+    return SampleEncoder(TOKENIZER, YI_VL, tokens_per_image, max_length, sample_format).encode(
+        sample
+    )
 
 
 @pytest.mark.parametrize("case", CASES["cases"], ids=lambda case: case["name"])
@@ -63,7 +67,7 @@ def test_training_labels_are_those_of_the_reference(name, row, record):
     answer = record["target"].removeprefix(" ").removesuffix("\n###")
     pictures = tuple(ImageFile(image) for image in record["images"])
     sample = Sample("g", (*turns(record["conversation"]), ChatTurn("assistant", answer)), pictures)
-    ours = encoded(sample, places=PLACES)
+    ours = encoded(sample, tokens_per_image=TOKENS_PER_IMAGE)
     mask = TENSORS[f"{name}.merged_attention_mask"][row].bool()
     theirs = TENSORS[f"{name}.merged_labels"][row][mask].tolist()[1:] + [IGNORE_INDEX]
     assert len(ours.input_ids) == len(theirs)
@@ -86,7 +90,7 @@ def test_history_in_pieces_equals_history_in_joint_chunks_here():
     assert ids == TENSORS["multi_turn.input_ids"].tolist()
 
 
-def test_labels_are_next_tokens_and_never_places():
+def test_labels_are_next_tokens_and_never_image_positions():
     sample = encoded(chat(f"{IMAGE_PLACEHOLDER}\nWhat?", "A circle.", "And now?", "Red.", images=1))
     answers = [TOKENIZER.encode(f" {text}\n###") for text in ("A circle.", "Red.")]
     assert [t for t in sample.labels if t != IGNORE_INDEX] == answers[0] + answers[1]
@@ -98,16 +102,17 @@ def test_labels_are_next_tokens_and_never_places():
     assert IMAGE_TOKEN_INDEX not in sample.labels and sample.input_ids.count(IMAGE_TOKEN_INDEX) == 4
 
 
-def test_caption_is_places_then_caption_and_newline():
+def test_a_caption_is_image_positions_then_text_and_newline():
     sample = encoded(
-        chat(f"{IMAGE_PLACEHOLDER}{IMAGE_PLACEHOLDER}Hm?", " Red. ", images=2), form="caption"
+        chat(f"{IMAGE_PLACEHOLDER}{IMAGE_PLACEHOLDER}Hm?", " Red. ", images=2),
+        sample_format="caption",
     )
     caption = TOKENIZER.encode("Red.\n")
     assert sample.input_ids == [IMAGE_TOKEN_INDEX] * 4 + caption
     assert sample.labels == [IGNORE_INDEX] * 3 + caption + [IGNORE_INDEX]
     assert [picture.name for picture in sample.sample.images] == ["0.png"]
     with pytest.raises(NoImage, match="s1"):
-        encoded(chat("Hello", "Hi."), form="caption")
+        encoded(chat("Hello", "Hi."), sample_format="caption")
 
 
 def test_bos_is_written_once_when_the_tokenizer_writes_it_before_every_text():
@@ -159,8 +164,8 @@ BAD = {
 
 
 @pytest.mark.parametrize(("sample", "words"), BAD.values(), ids=BAD)
-@pytest.mark.parametrize("form", ["chat", "caption"])
-def test_bad_samples_are_refused_in_one_line(sample, words, form):
+@pytest.mark.parametrize("sample_format", ["chat", "caption"])
+def test_bad_samples_are_refused_in_one_line(sample, words, sample_format):
     with pytest.raises(BadSample, match=words) as caught:
-        encoded(sample, form=form)
+        encoded(sample, sample_format=sample_format)
     assert caught.value.sample_id == "s1" and "\n" not in str(caught.value)

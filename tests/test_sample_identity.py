@@ -31,7 +31,7 @@ def record(number: int, name: str = "same", picture: bool = True, **more) -> dic
 
 @pytest.fixture
 def write(tmp_path):
-    """Write records and the pictures that they name; return the file."""
+    """Write records and the images that they name; return the file."""
     for name in COLOURS:
         Image.new("RGB", (40, 40), name).save(tmp_path / f"{name}.png")
 
@@ -48,7 +48,7 @@ def lines(file: Path) -> list[dict]:
 
 def test_records_with_one_id_are_questions_of_their_own(write, model, tmp_path):
     file = write([record(n) for n in range(6)])
-    assert main(["eval", f"run={model}", f"data={file}", f"out={tmp_path / 'out'}"]) == 0
+    assert main(["eval", f"model={model}", f"data={file}", f"out={tmp_path / 'out'}"]) == 0
     asked = lines(tmp_path / "out/scored.jsonl")
     assert sorted((one["record"], one["answer"][0]) for one in asked) == [
         (str(n + 1), f"answer {n}") for n in range(6)
@@ -60,7 +60,7 @@ def test_records_with_one_id_are_questions_of_their_own(write, model, tmp_path):
 def test_what_people_answered_belongs_to_their_record_and_not_to_its_id(write, model, tmp_path):
     several = [record(n, answers=[f"people {n}"] * 10) for n in range(3)]
     file = write([*several, record(3)])
-    assert main(["eval", f"run={model}", f"data={file}", f"out={tmp_path / 'out'}"]) == 0
+    assert main(["eval", f"model={model}", f"data={file}", f"out={tmp_path / 'out'}"]) == 0
     answers = {one["record"]: set(one["answer"]) for one in lines(tmp_path / "out/scored.jsonl")}
     expected = {str(n + 1): {f"people {n}"} for n in range(3)}
     assert answers == {**expected, "4": {"answer 3"}}
@@ -68,7 +68,7 @@ def test_what_people_answered_belongs_to_their_record_and_not_to_its_id(write, m
 
 def test_an_id_that_is_there_once_stays_as_it_is(write, model, tmp_path):
     file = write([record(0), record(1), record(2, "other")])
-    assert main(["eval", f"run={model}", f"data={file}", f"out={tmp_path / 'out'}"]) == 0
+    assert main(["eval", f"model={model}", f"data={file}", f"out={tmp_path / 'out'}"]) == 0
     assert {one["id"] for one in lines(tmp_path / "out/answers.jsonl")} == {
         *("same#1/1", "same#2/1", "other/1")
     }
@@ -76,7 +76,7 @@ def test_an_id_that_is_there_once_stays_as_it_is(write, model, tmp_path):
 
 def test_an_exam_from_before_records_were_numbered_goes_on(write, model, tmp_path):
     file = write([record(n, str(n)) for n in range(6)])
-    words = ["eval", f"run={model}", f"data={file}", f"out={tmp_path / 'out'}", "batch=2"]
+    words = ["eval", f"model={model}", f"data={file}", f"out={tmp_path / 'out'}", "batch=2"]
     assert main(words) == 0
     kept = tmp_path / "out/answers.jsonl"
     whole = lines(kept)
@@ -99,7 +99,7 @@ def test_records_without_a_picture_are_counted_and_named(write, model, tmp_path,
     records = [record(0, "a"), record(1, "b", picture=False), record(2, "c", picture=False)]
     records.append({"id": "d", "image": "none.png", "conversations": record(3)["conversations"]})
     file = write(records)
-    assert main(["eval", f"run={model}", f"data={file}", f"out={tmp_path / 'out'}"]) == 0
+    assert main(["eval", f"model={model}", f"data={file}", f"out={tmp_path / 'out'}"]) == 0
     said = capsys.readouterr().out
     assert "2 samples without an image, the first: record 2 (b): has no image" in said
     assert "1 bad samples, the first: record 4 (d): " in said and "skipped.jsonl" in said
@@ -111,7 +111,7 @@ def test_records_without_a_picture_are_counted_and_named(write, model, tmp_path,
 
 def test_a_file_of_texts_alone_says_how_many(write, model, capsys):
     file = write([record(n, str(n), picture=False) for n in range(3)])
-    assert main(["eval", f"run={model}", f"data={file}"]) == 2
+    assert main(["eval", f"model={model}", f"data={file}"]) == 2
     said = capsys.readouterr().err
     assert "(3 samples without an image, the first: record 1 (0)" in said
     assert len(said.splitlines()) == 1
@@ -119,7 +119,7 @@ def test_a_file_of_texts_alone_says_how_many(write, model, capsys):
 
 def test_a_line_separator_in_an_answer_does_not_divide_a_line(write, model, tmp_path):
     records = [record(n, f"{n}\u2028\x85") for n in range(3)]
-    words = [f"run={model}", f"data={write(records)}", f"out={tmp_path / 'out'}"]
+    words = [f"model={model}", f"data={write(records)}", f"out={tmp_path / 'out'}"]
     for _ in range(2):
         assert main(["eval", *words]) == 0
         assert len(lines(tmp_path / "out/answers.jsonl")) == 3
@@ -144,7 +144,7 @@ def test_questions_of_mmmu_with_one_id_are_asked_and_scored_each(doubled, model,
     records = read_mmmu_records(str(doubled), "validation")
     assert records[0].id == records[1].id and records[0].question != records[1].question
     out = tmp_path / "out"
-    words = [f"run={model}", "task=mmmu", f"data={doubled}", "protocol=official", f"out={out}"]
+    words = [f"model={model}", "task=mmmu", f"data={doubled}", "protocol=official", f"out={out}"]
     assert main(["eval", *words]) == 0
     assert f"2 questions share 1 ids ({records[0].id}: 2)" in capsys.readouterr().out
     scores = json.loads((out / "scores.json").read_text())

@@ -1,4 +1,4 @@
-"""The rendered world: pure, balanced, honest about what is unseen, and painted as it says."""
+"""Rendered scenes: pure functions, balanced answers, unseen pairs, images that fit the texts."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_answers_given_while_training_are_even() -> None:
 
 
 def test_paint_agrees_with_words() -> None:
-    """Read the colour at the place that the scene names, and nothing of it in empty quarters."""
+    """An object's colour is at its position, and empty quarters have none."""
     for one in pictures() + pictures(unseen=True):
         image = np.asarray(one.open()).astype(int)
         for cell in range(4):
@@ -160,7 +160,7 @@ def test_paint_agrees_with_words() -> None:
 
 
 def test_answers_follow_from_the_scene() -> None:
-    """Answer some questions by another way than the one that made them."""
+    """Answer some questions independently of the code that made them."""
     cells = {(0, 0): "top left", (0, 1): "top right", (1, 0): "bottom left", (1, 1): "bottom right"}
     for one in pictures():
         for q in list_questions(one, "en"):
@@ -200,6 +200,6 @@ def test_samples_have_the_form_that_sources_promise() -> None:
             source[3]
 
 
-def test_the_world_needs_no_torch() -> None:
+def test_scenes_need_no_torch() -> None:
     code = "import sys, vlbench.data.scene_dataset; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -221,7 +221,7 @@ LETTERS = {"id": 1, "type": "选择", "answer": "A", "response": "A", "options":
         ("mmmu", [OPEN], ["protocol=offical"], "Did you mean 'official'?"),
         ("mmmu", [OPEN], ["task=mmmmu"], "Did you mean 'mmmu'?"),
         ("mmmu", [OPEN], ["sead=1"], "Did you mean 'seed'?"),
-        ("mmmu", [OPEN], ["seed=x"], "allowed are whole numbers"),
+        ("mmmu", [OPEN], ["seed=x"], "seed must be a whole number"),
         ("mmmu", [OPEN], ["out=answers.jsonl"], "cannot be written"),
     ],
 )

@@ -61,7 +61,7 @@ def record(**keys: Any) -> bytes:
 
 
 def captions(shards: WebDatasetShards) -> list[str]:
-    """Return what samples say; of a bad one the reason."""
+    """Return the captions of samples; of a bad one the reason."""
     found = []
     for number in range(len(shards)):
         try:

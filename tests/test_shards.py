@@ -1,4 +1,4 @@
-"""Shards: packed and read back the same, every sample once per pass, trouble named and left out."""
+"""Shards: packed and read back the same, every sample once per pass, faults named and skipped."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def no_pause(monkeypatch):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """A LLaVA file: pictures of several, none, and two that are bad."""
+    """A LLaVA file: samples with several images, with none, and two that are bad."""
     folder = tmp_path_factory.mktemp("data")
     records: list[dict[str, Any]] = []
     for number in range(SAMPLES):
@@ -64,7 +64,7 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def packed(data, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("packed") / "shards"
-    words = [f"data={data / 'data.json'}", f"to={folder}", "samples=8"]
+    words = [f"data={data / 'data.json'}", f"out={folder}", "samples=8"]
     assert main(["pack", *words]) == 0
     return folder
 
@@ -87,13 +87,13 @@ def test_what_is_packed_is_read_back_the_same(data, packed):
 def test_what_cannot_be_packed_is_counted_and_named(data, packed, tmp_path, capsys):
     lines = (packed / "left_out.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in lines] == ["sample-10", "sample-11"]
-    assert main(["pack", f"data={data / 'data.json'}", f"to={tmp_path / 'new'}"]) == 0
+    assert main(["pack", f"data={data / 'data.json'}", f"out={tmp_path / 'new'}"]) == 0
     said = capsys.readouterr().out
     assert "58 samples in 1 shards" in said and "2 left out" in said and "nowhere.png" in said
 
 
 def test_packing_twice_gives_the_same_bytes(data, packed, tmp_path):
-    words = [f"data={data / 'data.json'}", f"to={tmp_path / 'again'}", "samples=8"]
+    words = [f"data={data / 'data.json'}", f"out={tmp_path / 'again'}", "samples=8"]
     assert main(["pack", *words]) == 0
     for file in packed.iterdir():
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
@@ -160,7 +160,7 @@ def test_a_position_is_found_without_what_came_before(packed):
 
 
 def broken(packed: Path, folder: Path) -> Path:
-    """Return a copy of the shards, to be broken."""
+    """Return a copy of the shards, to be damaged."""
     folder.mkdir()
     for file in packed.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
@@ -247,7 +247,7 @@ def test_mistakes_are_a_line(name, message, tmp_path, capsys):
 
 def test_a_folder_that_is_there_is_not_overwritten(packed, data, capsys):
     for there in (packed, data / "data.json"):
-        assert main(["pack", f"data={data / 'data.json'}", f"to={there}"]) == 2
+        assert main(["pack", f"data={data / 'data.json'}", f"out={there}"]) == 2
         assert "name a new folder" in capsys.readouterr().err
 
 
@@ -256,16 +256,16 @@ def test_a_disk_that_is_full_is_one_line_and_nothing_is_left(data, tmp_path, mon
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("vlbench.data.write_shards._write_tar", full)
-    assert main(["pack", f"data={data / 'data.json'}", f"to={tmp_path / 'shards'}"]) == 2
+    assert main(["pack", f"data={data / 'data.json'}", f"out={tmp_path / 'shards'}"]) == 2
     assert "cannot be written (No space left on device)" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
 class Pieces(SimpleHTTPRequestHandler):
-    """Serve the pieces of files that are asked for, as every large server does."""
+    """Serve byte ranges, as every large server does."""
 
     def do_GET(self) -> None:
-        """Answer a request for bytes."""
+        """Answer a request for a range of bytes."""
         file = Path(self.directory) / self.path.lstrip("/")
         if not file.is_file():
             return self.send_error(404)
@@ -282,7 +282,7 @@ class Pieces(SimpleHTTPRequestHandler):
         return None
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture

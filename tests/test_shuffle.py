@@ -1,4 +1,4 @@
-"""Orders are permutations, mixtures keep their weights, and both are pure functions."""
+"""Shuffles are permutations, mixtures keep their weights, and both are pure functions."""
 
 from __future__ import annotations
 

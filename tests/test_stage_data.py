@@ -94,14 +94,14 @@ def test_what_is_asked_at_the_end_is_opened_though_its_stage_is_not_run(folder, 
 
 
 def test_held_out_samples_may_be_shards(folder):
-    assert main(["pack", "data=good.json", "to=shards"]) == 0
+    assert main(["pack", "data=good.json", "out=shards"]) == 0
     words = ["recipe=yivl_llava", *ONLY, "data.train=good.json", "data.val=shards"]
     (leg,) = stage_plan.plan_stage_runs(recipes.load_recipe(words))
     assert leg.val_source is not None and len(leg.val_source) == 4 and leg.val_source[0].images
 
 
 def test_shards_that_are_not_there_are_told_before_the_first_step(folder, capsys):
-    assert main(["pack", "data=good.json", "to=shards", "samples=2"]) == 0
+    assert main(["pack", "data=good.json", "out=shards", "samples=2"]) == 0
     (folder / "shards/000001.tar").unlink()
     data = ["data.train=good.json", "stages.chat.data.val=shards"]
     assert "000001.tar: does not exist (and 1 more of 4" in refused(["fit", *data], capsys)

@@ -1,4 +1,4 @@
-"""The tokenizer against the reference's records, and its mistakes."""
+"""The tokenizer equals the reference's records; broken files are named."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ VARIANTS = json.loads((TOKENIZERS / "cases.json").read_text(encoding="utf-8"))
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_other_ways_to_say_which_tokens_are_special(name: str, tmp_path: Path) -> None:
-    """The records are those of LlamaTokenizer (slow, legacy) of transformers 4.36.2."""
+    """The records are from LlamaTokenizer (slow, legacy) of transformers 4.36.2."""
     variant = VARIANTS[name]
     shutil.copy(TOKENIZERS / "tokenizer.model", tmp_path)
     for file, content in variant["files"].items():

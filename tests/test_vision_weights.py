@@ -358,7 +358,7 @@ def test_a_frozen_encoder_is_the_files_before_and_after_everything(
         expected.set_image_size(side)
     state = {f"visual.{k}": v for k, v in expected.visual.state_dict().items()}
     assert_same(vlbench.load("all").vision, state)
-    assert main(["export", "run=all", "to=exported", "format=vlbench"]) == 0
+    assert main(["export", "model=all", "out=exported", "format=vlbench"]) == 0
     assert_same(vlbench.load("exported").vision, state)
     # another file under the same name is not what was trained with
     torch.manual_seed(9)

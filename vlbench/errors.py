@@ -137,7 +137,13 @@ def describe_json_type(value: Any) -> str:
 
 
 def suggest_name(name: str, known_names: Iterable[str]) -> str:
-    """Return " Did you mean 'x'?" for the name in `known` that is most like `name`, else ""."""
-    by_lower = {one.lower(): one for one in known_names}
-    found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
-    return f" Did you mean '{by_lower[found[0]]}'?" if found else ""
+    """Return " Did you mean 'x'?" for the name in `known_names` that is most like `name`, else "".
+
+    That is the only one with `name` among its words (`batch` for `global_batch_size`), or else the
+    one that is spelled most alike.
+    """
+    by_lower = {known.lower(): known for known in known_names}
+    similar = [known for known in by_lower if name.lower() in known.split("_")]
+    if len(similar) != 1:
+        similar = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    return f" Did you mean '{by_lower[similar[0]]}'?" if similar else ""

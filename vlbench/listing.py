@@ -1,4 +1,4 @@
-"""What there is, as lines of text: recipes, sizes, connectors, towers, and the keys of a recipe."""
+"""What recipes can name, as lines of text: recipes, sizes, connectors, vision encoders."""
 
 from __future__ import annotations
 
@@ -6,39 +6,30 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 
-from vlbench.config import encoder_names, recipe, schema
+from vlbench.command_line.arguments import ListArguments, ListedKind
+from vlbench.config import encoder_names, recipe
 from vlbench.connector import registry
 from vlbench.connector.option_schema import ConnectorOption
-from vlbench.errors import UserError, suggest_name
+from vlbench.errors import UserError
 from vlbench.strict_values import kind_label, yaml_text
 from vlbench.text_tables import format_table
 
 
-def listing_lines(arguments: list[str]) -> list[str]:
-    """Return everything, or only the kinds named in `words` (there towers are listed in full).
+def listing_lines(arguments: ListArguments) -> list[str]:
+    """Return the lines of all kinds, or of those that are asked for.
 
-    `connectors size=SIZE` gives what each connector costs at that size.
+    With a `size` they are what each connector costs at that size; towers alone are listed in full.
     """
-    if arguments[:1] == ["connectors"] and len(arguments) == 2 and arguments[1].startswith("size="):
-        return connector_cost_lines(arguments[1].removeprefix("size="))
-    for word in arguments:
-        if word not in LISTED_KINDS:
-            kinds = ", ".join(LISTED_KINDS)
-            raise UserError(
-                f"nothing called '{word}' to list; kinds: "
-                f"{kinds}.{suggest_name(word, LISTED_KINDS)}"
-            )
-    if "towers" in arguments and len(arguments) == 1:
+    if arguments.size is not None:
+        if arguments.kinds != ("connectors",):
+            raise UserError("size= is for `list connectors size=NAME`")
+        return connector_cost_lines(arguments.size)
+    if arguments.kinds == ("towers",):
         return list(encoder_names.vision_encoder_names())
-    result: list[str] = []
-    for kind in arguments or LISTED_KINDS:
-        result += [kind, *(f"  {line}" for line in LISTED_KINDS[kind]()), ""]
-    return result[:-1]
-
-
-def recipe_key_lines() -> list[str]:
-    """Return the table of all keys of a recipe: name, type, default, meaning."""
-    return format_table([("key", "type", "default", "meaning"), *schema.key_rows()])
+    lines: list[str] = []
+    for kind in arguments.kinds or LISTED_KINDS:
+        lines += [kind, *(f"  {line}" for line in LISTED_KINDS[kind]()), ""]
+    return lines[:-1]
 
 
 def connector_cost_lines(size: str) -> list[str]:
@@ -118,7 +109,7 @@ def _encoder_lines() -> list[str]:
     ]
 
 
-LISTED_KINDS: dict[str, Callable[[], list[str]]] = {
+LISTED_KINDS: dict[ListedKind, Callable[[], list[str]]] = {
     "recipes": _recipe_lines,
     "sizes": _size_lines,
     "connectors": _connector_lines,

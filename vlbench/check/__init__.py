@@ -1,1 +1,1 @@
-"""`python -m vlbench check`: the data of a recipe, looked at before a cluster is paid for."""
+"""`python -m vlbench check`: the data of a recipe are checked before training."""

@@ -1,4 +1,4 @@
-"""`python -m vlbench check recipe=... data.train=FILE`: look at all data, write what is found."""
+"""`python -m vlbench check recipe=... data.train=FILE`: check all data, write the findings."""
 
 from __future__ import annotations
 
@@ -42,141 +42,153 @@ from vlbench.train.stage_plan import (
     plan_stage_runs,
 )
 
-FILE_SOURCES = (LlavaJson, WebDatasetShards)  # sources whose samples somebody has written
-MAX_FINDINGS_PRINTED = 5  # findings of a kind that are printed; all are in findings.jsonl
-MAX_SAMPLES_SHOWN = 6  # samples of a source that the page shows of each stage
+FILE_SOURCES = (LlavaJson, WebDatasetShards)  # sources that read files; scenes are rendered
+MAX_FINDINGS_PRINTED = 5  # of each kind; all are in findings.jsonl
+MAX_SAMPLES_SHOWN = 6  # on the audit page, of each source in each stage
+MAX_RENDERED_SAMPLES = 1000  # of a source of rendered scenes
 
 
 def run_check(recipe: Recipe, folder: Path) -> int:
     """Check the data of a recipe's stages, print a summary, write findings.jsonl and audit.html.
 
-    Returns 0, or 2 if training would not start with these data.
+    Returns:
+        The exit code 0.
+
+    Raises:
+        UserError: training would not start with these data, or `folder` cannot be written.
     """
-    legs = plan_stage_runs(recipe)
-    places = tokens_per_image_by_stage(recipe, legs)
+    stage_runs = plan_stage_runs(recipe)
+    tokens_per_image = tokens_per_image_by_stage(recipe, stage_runs)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"out={folder} cannot be written ({error.strerror})") from error
     tokenizer = Tokenizer.load(tokenizer_folder(recipe.language.weights))
     template = CHAT_TEMPLATES[recipe.language.template].bind_eos(tokenizer.eos_token)
-    looked = [_check_source(source, recipe, template) for source in _unique_sources(legs)]
-    findings = [finding for one in looked for finding in one.findings]
-    lines = [line for one in looked for line in _source_lines(one)]
-    shown: list[AuditSample] = []
+    workers = recipe.data.workers or os.cpu_count() or 1
+    checked_sources = [
+        _check_source(source, workers, template) for source in _unique_sources(stage_runs)
+    ]
+    findings = [finding for checked in checked_sources for finding in checked.findings]
+    lines = [line for checked in checked_sources for line in _source_lines(checked)]
+    audit_samples: list[AuditSample] = []
     cached_tokenizer = CachedTokenizer(tokenizer)
-    for leg, tokens in zip(legs, places, strict=True):
+    for stage_run, stage_tokens_per_image in zip(stage_runs, tokens_per_image, strict=True):
         encoder = SampleEncoder(
             cached_tokenizer,
             template,
-            tokens,
+            stage_tokens_per_image,
             recipe.language.max_length,
-            leg.stage.sample_format,
+            stage_run.stage.sample_format,
         )
-        told, found, some = _check_stage(leg, encoder, looked)
-        lines += told
-        findings += found
-        shown += some
+        stage_lines, stage_findings, stage_samples = _check_stage(
+            stage_run, encoder, checked_sources
+        )
+        lines += stage_lines
+        findings += stage_findings
+        audit_samples += stage_samples
     findings = list(dict.fromkeys(findings))
     lines += ["", *_summary_lines(findings)]
     write_atomically(folder / "findings.jsonl", format_json_lines(map(asdict, findings)))
-    write_atomically(folder / "audit.html", render_audit(shown, recipe, tokenizer.decode))
+    write_atomically(folder / "audit.html", render_audit(audit_samples, recipe, tokenizer.decode))
     write_atomically(folder / "report.txt", "\n".join(lines) + "\n")
     print("\n".join(lines))
     print(f"\nwrote {folder}: report.txt, findings.jsonl, audit.html (what the model reads)")
-    return _decide_exit_code(recipe, legs, findings)
+    _refuse_bad_data(stage_runs, findings)
+    return 0
 
 
 @dataclass
 class CheckedSource:
-    """A source that was looked at."""
+    """A source with its findings."""
 
     source: SampleSource
     samples: dict[int, Sample]
-    """Samples that are well formed and whose pictures can be read, by index."""
+    """Index -> sample, of those that are well formed and whose images can be read."""
     findings: list[DataFinding]
     image_count: int
 
 
 def _unique_sources(stage_runs: list[StageRun]) -> Iterator[SampleSource]:
-    """Give each source of the stages once."""
-    known = set()
-    for leg in stage_runs:
-        for source in leg.all_sources:
-            if _source_identity(source) not in known:
-                known.add(_source_identity(source))
+    """Yield each source of the stages once."""
+    seen = set()
+    for stage_run in stage_runs:
+        for source in stage_run.all_sources:
+            if _source_identity(source) not in seen:
+                seen.add(_source_identity(source))
                 yield source
 
 
 def _source_identity(source: SampleSource) -> tuple[str, str, str, int]:
-    """Return what two stages have in common if they learn from the same source."""
+    """Return a key that is equal for the same source of two stages."""
     images = str(getattr(source, "image_folder", ""))
     return type(source).__name__, source.name, images, len(source)
 
 
-def _check_source(source: SampleSource, recipe: Recipe, template: ChatTemplate) -> CheckedSource:
-    """Look at records and pictures; rendered scenes have no files and are taken as they are."""
+def _check_source(source: SampleSource, workers: int, template: ChatTemplate) -> CheckedSource:
+    """Check records and images of a source; rendered scenes have no files and no findings."""
     if not isinstance(source, FILE_SOURCES):
-        return CheckedSource(source, {n: source[n] for n in range(min(len(source), 1000))}, [], 0)
-    good, findings = read_valid_samples(source)
-    workers = recipe.data.workers or os.cpu_count() or 1
-    seen = check_images((p for sample in good.values() for p in sample.images), workers)
-    findings += find_duplicates(source.name, good)
-    findings += find_image_problems(source.name, good, seen)
-    findings += find_odd_texts(source.name, good, template)
-    findings += find_unread_keys(source.name, good)
-    fine = {
+        count = min(len(source), MAX_RENDERED_SAMPLES)
+        return CheckedSource(source, {index: source[index] for index in range(count)}, [], 0)
+    samples, findings = read_valid_samples(source)
+    images = (image for sample in samples.values() for image in sample.images)
+    image_checks = check_images(images, workers)
+    findings += find_duplicates(source.name, samples)
+    findings += find_image_problems(source.name, samples, image_checks)
+    findings += find_odd_texts(source.name, samples, template)
+    findings += find_unread_keys(source.name, samples)
+    readable = {
         index: sample
-        for index, sample in good.items()
-        if not any(seen[picture].problem for picture in sample.images)
+        for index, sample in samples.items()
+        if not any(image_checks[image].problem for image in sample.images)
     }
-    return CheckedSource(source, fine, findings, len(seen))
+    return CheckedSource(source, readable, findings, len(image_checks))
 
 
 def _source_lines(checked_source: CheckedSource) -> Iterator[str]:
     if isinstance(checked_source.source, FILE_SOURCES):
         yield (
             f"{checked_source.source.name}: {len(checked_source.source)} records, "
-            f"{checked_source.image_count} pictures"
+            f"{checked_source.image_count} images"
         )
         yield from (f"  {note}" for note in getattr(checked_source.source, "notes", ()))
         yield from (f"  {note}" for note in reading_notes(checked_source.samples))
     else:
         yield (
             f"{checked_source.source.name}: rendered; {len(checked_source.samples)} of "
-            f"{len(checked_source.source)} samples looked at"
+            f"{len(checked_source.source)} samples checked"
         )
 
 
 def _check_stage(
     stage_run: StageRun, encoder: SampleEncoder, checked_sources: list[CheckedSource]
 ) -> tuple[list[str], list[DataFinding], list[AuditSample]]:
-    """Encode all samples as a stage would: lines of the report, findings, samples for the audit."""
+    """Encode all samples as a stage does; return report lines, findings and audit samples."""
     lines = [
         f"\nstage {stage_run.name}: {encoder.tokens_per_image} tokens per image, "
         f"{encoder.sample_format}"
     ]
     findings: list[DataFinding] = []
-    shown: list[AuditSample] = []
-    own = {_source_identity(source) for source in stage_run.all_sources}
-    for one in checked_sources:
-        if _source_identity(one.source) not in own:
+    audit_samples: list[AuditSample] = []
+    identities = {_source_identity(source) for source in stage_run.all_sources}
+    for checked in checked_sources:
+        if _source_identity(checked.source) not in identities:
             continue
-        samples = list(one.samples.values())
-        name = one.source.name
-        lengths, found = encode_samples(name, stage_run.name, samples, encoder)
-        findings += found
-        lines += _length_lines(name, lengths, encoder.max_length)
+        samples = list(checked.samples.values())
+        name = checked.source.name
+        token_counts, stage_findings = encode_samples(name, stage_run.name, samples, encoder)
+        findings += stage_findings
+        lines += _length_lines(name, token_counts, encoder.max_length)
         chosen = pick_fixed_subset(samples, min(MAX_SAMPLES_SHOWN, len(samples)))
-        shown += [AuditSample(stage_run.name, sample, encoder) for sample in chosen]
-    return lines, findings, shown
+        audit_samples += [AuditSample(stage_run.name, sample, encoder) for sample in chosen]
+    return lines, findings, audit_samples
 
 
 def _length_lines(source_name: str, lengths: StageTokenCounts, max_length: int) -> Iterator[str]:
-    """Say how long the samples of a source are, with a histogram by powers of two."""
+    """Yield lines on the lengths of a source's samples, with a histogram by powers of two."""
     tokens = sorted(lengths.token_counts)
     if not tokens:
-        yield f"  {source_name}: nothing can be learned in this stage"
+        yield f"  {source_name}: no sample can be learned from in this stage"
         return
     total, count = sum(tokens), len(tokens)
     yield (
@@ -193,43 +205,42 @@ def _length_lines(source_name: str, lengths: StageTokenCounts, max_length: int) 
         f"{tokens[min(count - 1, count * 99 // 100)]}, longest {tokens[-1]} (limit {max_length})"
     )
     bins = Counter((length - 1).bit_length() for length in tokens)
-    most = max(bins.values())
+    largest = max(bins.values())
     for power in range(min(bins), max(bins) + 1):
-        bar = "#" * -(-40 * bins[power] // most)
+        bar = "#" * -(-40 * bins[power] // largest)
         yield f"    {1 << max(0, power - 1):>6} to {1 << power:<6} {bins[power]:>8}  {bar}".rstrip()
 
 
 def _summary_lines(findings: list[DataFinding]) -> Iterator[str]:
-    """Say how many findings there are of each kind, and name the first."""
+    """Yield lines with the number of findings of each kind and the first of them."""
     if not findings:
         yield "nothing is wrong"
     for kind, meaning in KIND_MEANINGS.items():
-        some = [one for one in findings if one.kind == kind]
-        if some:
-            yield f"{kind}: {len(some)} ({meaning})"
-        for one in some[:MAX_FINDINGS_PRINTED]:
-            stage = f" (stage {one.stage})" if one.stage else ""
-            label = BadSample(one.sample, "").with_origin(one.source, one.record).sample_label
-            yield f"  {label}: {escape_to_one_line(one.what)}{stage}"
-        if len(some) > MAX_FINDINGS_PRINTED:
-            yield f"  and {len(some) - MAX_FINDINGS_PRINTED} more in findings.jsonl"
+        of_kind = [finding for finding in findings if finding.kind == kind]
+        if of_kind:
+            yield f"{kind}: {len(of_kind)} ({meaning})"
+        for finding in of_kind[:MAX_FINDINGS_PRINTED]:
+            stage = f" (stage {finding.stage})" if finding.stage else ""
+            bad_sample = BadSample(finding.sample, "").with_origin(finding.source, finding.record)
+            yield f"  {bad_sample.sample_label}: {escape_to_one_line(finding.what)}{stage}"
+        if len(of_kind) > MAX_FINDINGS_PRINTED:
+            yield f"  and {len(of_kind) - MAX_FINDINGS_PRINTED} more in findings.jsonl"
 
 
-def _decide_exit_code(
-    recipe: Recipe, stage_runs: list[StageRun], findings: list[DataFinding]
-) -> int:
-    """Return 2, and say why, if training would not start with these data; else 0."""
-    for leg in stage_runs:
-        of_leg: list[BadSample] = []
-        for source in leg.all_sources:
+def _refuse_bad_data(stage_runs: list[StageRun], findings: list[DataFinding]) -> None:
+    """Raise the UserError with which training would refuse to start with these data, if any."""
+    for stage_run in stage_runs:
+        bad_samples_of_stage: list[BadSample] = []
+        for source in stage_run.all_sources:
             refused = [
-                BadSample(one.sample, one.what).with_origin(one.source, one.record)
-                for one in findings
-                if one.kind == REFUSED and one.source == source.name and one.stage in ("", leg.name)
+                BadSample(finding.sample, finding.what).with_origin(finding.source, finding.record)
+                for finding in findings
+                if finding.kind == REFUSED
+                and finding.source == source.name
+                and finding.stage in ("", stage_run.name)
             ]
-            refused = list({one.record_identity: one for one in refused}.values())
-            check_source_bad_samples(leg, source, refused, len(refused))
-            of_leg += refused
-        if leg.total_steps:
-            check_caption_images(leg, of_leg)
-    return 0
+            refused = list({bad.record_identity: bad for bad in refused}.values())
+            check_source_bad_samples(stage_run, source, refused, len(refused))
+            bad_samples_of_stage += refused
+        if stage_run.total_steps:
+            check_caption_images(stage_run, bad_samples_of_stage)

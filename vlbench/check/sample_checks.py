@@ -1,4 +1,4 @@
-"""What is wrong with the samples of a source: what training would refuse, cut, or learn twice."""
+"""Checks of samples: what training refuses, cuts, repeats, or reads in an unintended way."""
 
 from __future__ import annotations
 
@@ -21,59 +21,58 @@ from vlbench.errors import BadSample, UserError
 REFUSED, CUT, TWICE, ODD = "refused", "cut", "twice", "odd"
 KIND_MEANINGS = {
     REFUSED: "training leaves it out",
-    CUT: "training learns its beginning",
-    TWICE: "it is there more than once",
-    ODD: "it can be learned, and is probably not meant so",
+    CUT: "it is too long; training uses its beginning",
+    TWICE: "it is repeated",
+    ODD: "it can be learned from, but probably not as intended",
 }
-REPLACEMENT_CHARACTER = "\ufffd"  # what a decoder writes for bytes that are no text
+REPLACEMENT_CHARACTER = "\ufffd"  # decoders write it for invalid bytes
 IMAGE_TAGS = re.compile(
     r"<\|?(image|im_(start|end|patch)|(img|video|audio)\|?>)|!\[[^\]]{0,80}\]\(", re.IGNORECASE
 )
-"""What begins a tag for a picture, in some program or in Markdown."""
-MAX_ASPECT_RATIO = (
-    32  # longest edge over shortest, from which padding leaves a strip of a patch or less
-)
+"""The beginning of an image tag of other programs, or of an image in Markdown."""
+MAX_ASPECT_RATIO = 32  # longest edge / shortest; beyond it, padding leaves a strip of one patch
 
 
 @dataclass(frozen=True)
 class DataFinding:
-    """One thing that is wrong."""
+    """One problem of a sample or a source."""
 
     kind: str
-    """One of MEANING."""
+    """One of the keys of `KIND_MEANINGS`."""
     source: str
     sample: str
     what: str
+    """The problem, as a clause."""
     stage: str = ""
-    """The stage in which it is so; empty where it is so in all."""
+    """The stage that has the problem; empty for all stages."""
     record: int | None = None
     """Number of the record in the source, from 1."""
 
 
 @dataclass(frozen=True)
 class ImageCheck:
-    """What a picture turned out to be."""
+    """The result of opening an image."""
 
     problem: str = ""
-    """Why it cannot be read."""
+    """Why it cannot be read; "" if it can."""
     content_hash: bytes = b""
-    """The same for the same file."""
+    """Equal for files with the same content."""
     size: tuple[int, int] = (0, 0)
     """Width and height in pixels."""
 
 
 def read_valid_samples(source: SampleSource) -> tuple[dict[int, Sample], list[DataFinding]]:
-    """Return the well-formed samples of a source, by index, and what is wrong with the others."""
-    good: dict[int, Sample] = {}
+    """Return index -> well-formed sample, and the findings about the others."""
+    samples: dict[int, Sample] = {}
     findings = []
     for index in range(len(source)):
         try:
-            good[index] = sample_at(source, index)
+            samples[index] = sample_at(source, index)
         except BadSample as bad:
             findings.append(
                 DataFinding(REFUSED, source.name, bad.sample_id, bad.reason, record=index + 1)
             )
-    return good, findings
+    return samples, findings
 
 
 def make_finding(
@@ -91,7 +90,7 @@ def make_finding(
 
 
 def find_unread_keys(source_name: str, samples: Mapping[int, Sample]) -> Iterator[DataFinding]:
-    """Give the keys that are not read and may hold something to learn, each once."""
+    """Yield a finding for each record key that is not read and may be meant for training."""
     counts = Counter(key for sample in samples.values() for key in sample.unread_keys)
     for key, count in counts.most_common():
         if not is_metadata_key(key):
@@ -102,124 +101,123 @@ def find_unread_keys(source_name: str, samples: Mapping[int, Sample]) -> Iterato
 
 
 def reading_notes(samples: Mapping[int, Sample]) -> Iterator[str]:
-    """Say what is read otherwise than it is written, though nothing is wrong with it."""
+    """Yield notes on records that are correct, but are read in another way than written."""
     counts = Counter(key for sample in samples.values() for key in sample.unread_keys)
-    harmless = [f"{key} ({n})" for key, n in counts.most_common() if is_metadata_key(key)]
-    if harmless:
-        yield f"keys from which nothing is learned, with their records: {', '.join(harmless)}"
+    metadata = [f"{key} ({count})" for key, count in counts.most_common() if is_metadata_key(key)]
+    if metadata:
+        yield f"keys that are not used, with the number of records: {', '.join(metadata)}"
     untagged = sum(sample.is_untagged for sample in samples.values())
     if untagged:
-        yield f"{untagged} records have a picture and no <image>: it is put before the question"
+        yield f"{untagged} records have an image and no <image>: it is put before the question"
 
 
 def check_images(images: Iterable[LazyImage], workers: int) -> dict[LazyImage, ImageCheck]:
-    """Open every picture once, decoded in full, `workers` at a time."""
-    different = list(dict.fromkeys(images))
+    """Open and fully decode every image once, with `workers` threads."""
+    unique_images = list(dict.fromkeys(images))
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        seen = tqdm(
-            pool.map(_check_image, different),
-            total=len(different),
-            desc="pictures",
-            unit="picture",
+        checks = tqdm(
+            pool.map(_check_image, unique_images),
+            total=len(unique_images),
+            desc="images",
+            unit="image",
             disable=None,
         )
-        return dict(zip(different, seen, strict=True))
+        return dict(zip(unique_images, checks, strict=True))
 
 
 def _check_image(lazy_image: LazyImage) -> ImageCheck:
     try:
         image = lazy_image.open()
         return ImageCheck(content_hash=content_key(lazy_image), size=image.size)
-    except UserError as mistake:
-        return ImageCheck(str(mistake))
+    except UserError as error:
+        return ImageCheck(str(error))
 
 
 def find_image_problems(
     source_name: str, samples: Mapping[int, Sample], image_checks: Mapping[LazyImage, ImageCheck]
 ) -> list[DataFinding]:
-    """Return what is wrong with pictures, and pictures that are there under several names."""
+    """Return findings about images that are unreadable, repeated under other names, or strips."""
     findings = []
-    first: dict[bytes, LazyImage] = {}
-    told: set[LazyImage] = set()
+    first_with_content: dict[bytes, LazyImage] = {}
+    done: set[LazyImage] = set()
     for sample in samples.values():
-        for picture in dict.fromkeys(sample.images):
-            found = image_checks[picture]
-            if found.problem:
-                findings.append(make_finding(sample, REFUSED, source_name, found.problem))
+        for image in dict.fromkeys(sample.images):
+            check = image_checks[image]
+            if check.problem:
+                findings.append(make_finding(sample, REFUSED, source_name, check.problem))
                 break
-            if picture in told:
+            if image in done:
                 continue
-            told.add(picture)
-            other = first.setdefault(found.content_hash, picture)
-            if other != picture:
-                what = f"image {picture.name} is the same picture as {other.name}"
-                findings.append(make_finding(sample, TWICE, source_name, what))
-            if max(found.size) > MAX_ASPECT_RATIO * min(found.size):
-                width, height = found.size
-                what = f"image {picture.name} is a strip of {width} x {height} pixels"
-                findings.append(make_finding(sample, ODD, source_name, what))
+            done.add(image)
+            first = first_with_content.setdefault(check.content_hash, image)
+            if first != image:
+                problem = f"image {image.name} has the same content as {first.name}"
+                findings.append(make_finding(sample, TWICE, source_name, problem))
+            if max(check.size) > MAX_ASPECT_RATIO * min(check.size):
+                width, height = check.size
+                problem = f"image {image.name} is a strip of {width} x {height} pixels"
+                findings.append(make_finding(sample, ODD, source_name, problem))
     return findings
 
 
 def find_duplicates(source_name: str, samples: Mapping[int, Sample]) -> list[DataFinding]:
-    """Return samples that are equal to an earlier one; and once, if any has an id of another.
+    """Return findings about samples equal to an earlier one, and one for all repeated ids.
 
-    An id is a label: samples that share one are as good as others.
+    An id is only a label: samples that share one are trained on like others.
     """
     findings = []
     contents: dict[bytes, str] = {}
     ids: set[str] = set()
-    same: list[tuple[Sample, int]] = []
+    repeated_ids: list[tuple[Sample, int]] = []
     for index, sample in samples.items():
-        words = [turn.role + turn.text for turn in sample.turns]
-        words += [picture.name for picture in sample.images]
-        content = hashlib.blake2b("\0".join(words).encode(), digest_size=16).digest()
+        parts = [turn.role + turn.text for turn in sample.turns]
+        parts += [image.name for image in sample.images]
+        content = hashlib.blake2b("\0".join(parts).encode(), digest_size=16).digest()
         if content in contents:
-            what = f"record {index + 1} has the pictures and turns of {contents[content]}"
-            findings.append(make_finding(sample, TWICE, source_name, what))
+            problem = f"record {index + 1} has the images and turns of {contents[content]}"
+            findings.append(make_finding(sample, TWICE, source_name, problem))
         elif sample.id in ids:
-            same.append((sample, index + 1))
+            repeated_ids.append((sample, index + 1))
         contents.setdefault(content, f"record {index + 1} ({sample.id})")
         ids.add(sample.id)
-    if same:
-        what = f"record {same[0][1]} has the id of an earlier one"
-        others = f", as {len(same) - 1} others do" if len(same) > 1 else ""
-        findings.append(
-            make_finding(same[0][0], TWICE, source_name, f"{what}{others} (ids are labels alone)")
-        )
+    if repeated_ids:
+        sample, record = repeated_ids[0]
+        others = f", as {len(repeated_ids) - 1} others do" if len(repeated_ids) > 1 else ""
+        problem = f"record {record} has the id of an earlier one{others} (ids are only labels)"
+        findings.append(make_finding(sample, TWICE, source_name, problem))
     return findings
 
 
 def find_odd_texts(
     source_name: str, samples: Mapping[int, Sample], template: ChatTemplate
 ) -> Iterator[DataFinding]:
-    """Give texts that a model would read otherwise than they were meant."""
+    """Yield findings about texts that a model probably reads in another way than intended."""
     for sample in samples.values():
         for number, turn in enumerate(sample.turns, 1):
-            where, text = f"turn {number}", turn.text.replace(IMAGE_PLACEHOLDER, "")
+            text = turn.text.replace(IMAGE_PLACEHOLDER, "")
             if template.stop in text:
-                what = f"{where} has '{template.stop}' in it, which ends an answer"
+                problem = f"has '{template.stop}' in it, which ends an answer"
             elif REPLACEMENT_CHARACTER in text:
-                what = f"{where} has U+FFFD in it: it was decoded with the wrong encoding"
-            elif found := IMAGE_TAGS.search(text):
-                learned = "learned" if turn.role == "assistant" else "read"
-                what = f"{where} has '{found[0]}' in it, which is {learned} as text"
+                problem = "has U+FFFD in it: it was decoded with the wrong encoding"
+            elif tag := IMAGE_TAGS.search(text):
+                use = "learned" if turn.role == "assistant" else "read"
+                problem = f"has '{tag[0]}' in it, which is {use} as text"
             else:
                 continue
-            yield make_finding(sample, ODD, source_name, what)
+            yield make_finding(sample, ODD, source_name, f"turn {number} {problem}")
             break
 
 
 @dataclass
 class StageTokenCounts:
-    """What the samples of a source become in a stage."""
+    """Token counts of the samples of a source in a stage."""
 
     token_counts: list[int]
-    """Positions of each sample, places included."""
+    """Positions of each sample, image positions included."""
     supervised_tokens: int = 0
     image_count: int = 0
     skipped_samples: int = 0
-    """Samples without an image in a stage of captions."""
+    """Samples without an image, in a stage that trains on captions."""
 
 
 def encode_samples(
@@ -228,7 +226,7 @@ def encode_samples(
     samples: Iterable[Sample],
     encoder: SampleEncoder,
 ) -> tuple[StageTokenCounts, list[DataFinding]]:
-    """Encode samples as a stage would; return their lengths, and those that are cut or refused."""
+    """Encode samples as a stage does; return token counts, and findings about cuts and refusals."""
     lengths, findings = StageTokenCounts([]), []
     unlimited, max_length = replace(encoder, max_length=1 << 40), encoder.max_length
     for sample in samples:
@@ -237,10 +235,10 @@ def encode_samples(
             encoded = unlimited.encode(sample)
             if len(encoded.input_ids) > max_length:
                 encoder.encode(sample)  # raises BadSample where the cut is not allowed
-                what = (
+                problem = (
                     f"has {len(encoded.input_ids)} tokens, and language.max_length is {max_length}"
                 )
-                findings.append(make_finding(sample, CUT, source_name, what, stage))
+                findings.append(make_finding(sample, CUT, source_name, problem, stage))
         except NoImage:
             lengths.skipped_samples += 1
             continue
@@ -253,6 +251,6 @@ def encode_samples(
         )
         lengths.image_count += len(encoded.sample.images)
     if lengths.skipped_samples and not lengths.token_counts:
-        what = "no sample has an image, and the stage learns captions"
-        findings.append(DataFinding(ODD, source_name, "all", what, stage))
+        problem = "no sample has an image, and the stage learns captions"
+        findings.append(DataFinding(ODD, source_name, "all", problem, stage))
     return lengths, findings

@@ -1,4 +1,4 @@
-"""The supervision audit: what the model reads of a sample, what it learns, where pictures are."""
+"""The supervision audit: a page with the tokens that the model reads and those with labels."""
 
 from __future__ import annotations
 
@@ -27,53 +27,53 @@ THUMBNAIL_SIZE = 160  # pixels, the longest side of a thumbnail
 
 @dataclass(frozen=True)
 class AuditSample:
-    """A sample on the page."""
+    """A sample for the page."""
 
     stage: str
     sample: Sample
     encoder: SampleEncoder
-    """Encodes it as its stage does."""
+    """The encoder of its stage."""
 
 
 @dataclass(frozen=True)
 class SampleSpan:
-    """A run of positions of one kind."""
+    """Consecutive positions of one kind."""
 
     kind: str
-    """`read`, `learned` or `picture`."""
+    """`read` (no label), `learned` (supervised) or `image`."""
     text: str
     position_count: int
     image_uri: str = ""
-    """The picture as a data URI."""
+    """A thumbnail of the image as a data URI."""
 
 
 def render_audit(
     audit_samples: list[AuditSample], recipe: Recipe, decode: Callable[..., str]
 ) -> str:
-    """Return the page, one HTML file that needs nothing else; `decode` is the tokenizer's."""
+    """Return the page, self-contained HTML; `decode` is the tokenizer's."""
     stages = [
-        (name, [_describe_sample(one, decode) for one in some])
-        for name, some in groupby(audit_samples, key=lambda one: one.stage)
+        (name, [_describe_sample(sample, decode) for sample in samples])
+        for name, samples in groupby(audit_samples, key=lambda sample: sample.stage)
     ]
     page = jinja_environment(Path(__file__).parent).get_template("audit.html.jinja")
     return page.render(stages=stages, recipe=recipe, version=__version__)
 
 
 def _describe_sample(audit_sample: AuditSample, decode: Callable[..., str]) -> dict[str, Any]:
-    """Return what the page says of a sample."""
+    """Return the values that the template shows for a sample."""
     try:
         encoded = audit_sample.encoder.encode(audit_sample.sample)
     except BadSample as bad:
         return {
             "id": audit_sample.sample.unique_name,
             "problem": bad.reason,
-            "pieces": [],
+            "spans": [],
             "positions": 0,
         }
     return {
         "id": audit_sample.sample.unique_name,
         "problem": "",
-        "pieces": list(split_into_spans(encoded, decode)),
+        "spans": list(split_into_spans(encoded, decode)),
         "positions": len(encoded.input_ids),
         "learned": encoded.supervised_token_count,
         "images": len(encoded.sample.images),
@@ -81,36 +81,31 @@ def _describe_sample(audit_sample: AuditSample, decode: Callable[..., str]) -> d
 
 
 def split_into_spans(encoded: EncodedSample, decode: Callable[..., str]) -> Iterator[SampleSpan]:
-    """Give the runs of a sample: places of a picture, text that is read, text that is learned.
+    """Yield the spans of a sample: the positions of one image, text that is read or learned.
 
-    A token is learned where the position before it has it for a label.
+    A token is learned where the label of the position before it is this token.
     """
     kinds = []
-    for place, token in enumerate(encoded.input_ids):
-        before = encoded.labels[place - 1] if place else IGNORE_INDEX
-        kinds.append(
-            "picture"
-            if token == IMAGE_TOKEN_INDEX
-            else "read"
-            if before == IGNORE_INDEX
-            else "learned"
-        )
-    place, shown = 0, iter(encoded.sample.images)
-    for kind, run in groupby(kinds):
-        length = len(list(run))
-        if kind == "picture":
-            for _ in range(length // encoded.tokens_per_image):
-                picture = next(shown)
-                yield SampleSpan(
-                    kind, picture.name, encoded.tokens_per_image, _thumbnail_uri(picture)
-                )
+    for position, token in enumerate(encoded.input_ids):
+        label_before = encoded.labels[position - 1] if position else IGNORE_INDEX
+        if token == IMAGE_TOKEN_INDEX:
+            kinds.append("image")
         else:
-            text = decode(encoded.input_ids[place : place + length], keep_special=True)
+            kinds.append("read" if label_before == IGNORE_INDEX else "learned")
+    position, images = 0, iter(encoded.sample.images)
+    for kind, group in groupby(kinds):
+        length = len(list(group))
+        if kind == "image":
+            for _ in range(length // encoded.tokens_per_image):
+                image = next(images)
+                yield SampleSpan(kind, image.name, encoded.tokens_per_image, _thumbnail_uri(image))
+        else:
+            text = decode(encoded.input_ids[position : position + length], keep_special=True)
             yield SampleSpan(kind, text, length)
-        place += length
+        position += length
 
 
 def _thumbnail_uri(lazy_image: LazyImage) -> str:
-    small = lazy_image.open()
-    small.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.LANCZOS)
-    return image_data_uri(small, "JPEG", quality=80)
+    image = lazy_image.open()
+    image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.LANCZOS)
+    return image_data_uri(image, "JPEG", quality=80)

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from vlbench.config.overrides import open_mappings, parse_overrides
-from vlbench.config.resolve import mapping_in, resolve_layers
+from vlbench.config.resolve import mapping_in, merge_layers, resolve_layers
 from vlbench.config.schema import Recipe, declared_keys
 from vlbench.connector import registry
 from vlbench.errors import UserError, suggest_name
@@ -133,14 +133,18 @@ def with_random_weights(recipe: Recipe, *parts: str) -> Recipe:
     return recipe.model_copy(update=changed)
 
 
-def recipe_files() -> dict[str, Path]:
+def recipe_files(folder: str = ".") -> dict[str, Path]:
     """Return the recipes by name: those of `./recipes`, then the shipped ones."""
-    return _yaml_files(".")
+    files: dict[str, Path] = {}
+    for root in (Path("recipes"), registry.shipped_folder("recipes")):
+        for path in sorted((root / folder).glob("*.yaml")):
+            files.setdefault(path.stem, path)
+    return files
 
 
 def size_files() -> dict[str, Path]:
-    """Return the sizes by name: those of `./recipes/size`, then the shipped ones."""
-    return _yaml_files("size")
+    """Return the sizes by name, as `recipe_files` does."""
+    return recipe_files("size")
 
 
 def file_summary(path: Path) -> str:
@@ -170,14 +174,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in tree.items()}
 
 
-def _yaml_files(folder: str) -> dict[str, Path]:
-    files: dict[str, Path] = {}
-    for root in (Path("recipes"), registry.shipped_folder("recipes")):
-        for path in sorted((root / folder).glob("*.yaml")):
-            files.setdefault(path.stem, path)
-    return files
-
-
 def _base_layers(
     tree: dict[str, Any], errors: list[str]
 ) -> tuple[dict[str, Any], str, dict[str, Any]]:
@@ -187,14 +183,15 @@ def _base_layers(
         return read_yaml(copy), str(copy), {}
     base, name = _read_layer(tree.get("recipe"), "recipe", recipe_files(), errors)
     size, _ = _read_layer(tree.get("size", base.get("size", "tiny")), "size", size_files(), errors)
-    for_connectors, encoders = (size.pop(kind, None) or {} for kind in ("connectors", "towers"))
-    chosen, layer = _chosen_part(tree, base, "connector")
-    if chosen in for_connectors:  # options of that connector at this size
-        size["connector"] = {"name": chosen, **for_connectors[chosen]}
-    chosen, layer = _chosen_part(tree, base, "vision")
-    if chosen in encoders:  # a kind of vision encoder, such as eva: its model at this size
-        layer["vision"] = {**layer["vision"], "name": encoders[chosen]["name"]}
-        size["vision"] = encoders[chosen]
+    for_connectors, encoders = (size.pop(key, None) or {} for key in ("connectors", "encoders"))
+    written = merge_layers(base, tree)
+    connector, encoder = (mapping_in(written, part).get("name") for part in ("connector", "vision"))
+    if connector in for_connectors:  # options of that connector at this size
+        size["connector"] = {"name": connector, **for_connectors[connector]}
+    if encoder in encoders:  # a kind of vision encoder, such as eva: its model at this size
+        size["vision"] = encoders[encoder]
+        if "name" in mapping_in(tree, "vision"):
+            tree["vision"]["name"] = encoders[encoder]["name"]
     stages = mapping_in(size, "stages")  # how stages look at this size; the recipe says which
     known = {name: stages[name] for name in stages if name in mapping_in(base, "stages")}
     size = {**size, "stages": known} if known else {k: v for k, v in size.items() if k != "stages"}
@@ -219,17 +216,6 @@ def _conflicts_with_init(*layers: dict[str, Any]) -> list[str]:
         for key in ("name", "weights")
         if key in mapping_in(layer, part)
     ]
-
-
-def _chosen_part(
-    tree: dict[str, Any], base: dict[str, Any], part: str
-) -> tuple[str | None, dict[str, Any]]:
-    """Return the name of a part from the command line or the recipe, and the layer that has it."""
-    for layer in (tree, base):
-        name = mapping_in(layer, part).get("name")
-        if name:
-            return str(name), layer
-    return None, base
 
 
 def _read_layer(

@@ -108,15 +108,14 @@ def mapping_in(tree: dict[str, Any], key: str) -> dict[str, Any]:
 def _resolve_connector(given: object, is_complete: bool) -> tuple[dict[str, Any], list[str]]:
     """Return the connector's name with all its options, and what is wrong with them."""
     if given is not None and not isinstance(given, dict):
-        mapping = f"must be a mapping as {{name: NAME}}, given {format_value(given)}"
-        return {}, [f"connector {mapping}"]
+        return {}, [f"connector must be a mapping as {{name: NAME}}, given {format_value(given)}"]
     options = dict(given or {})
-    name = options.pop("name", None)
-    if name is None:
+    if "name" not in options:
         known = ", ".join(registry.connector_locations())
         return {}, [f"connector.name is missing; known: {known}"] * is_complete
-    values, errors = registry.resolve_options(str(name), options)
-    return {"name": str(name), **values}, errors
+    name = str(options.pop("name"))
+    values, errors = registry.resolve_options(name, options)
+    return {"name": name, **values}, errors
 
 
 def _error_lines(

@@ -111,7 +111,7 @@ def has_images(source: SampleSource, bad_samples: list[BadSample]) -> bool:
     return False
 
 
-def no_usable_sample(
+def probe_shards(
     source: WebDatasetShards, bad_samples: list[BadSample]
 ) -> tuple[int, BadSample] | None:
     """Probe shards for a usable sample, and return None where there is one.

@@ -1,4 +1,4 @@
-"""`python -m vlbench pack data=FILE.json images=FOLDER to=DIR`: write a data set as shards."""
+"""`python -m vlbench pack data=FILE.json images=FOLDER out=DIR`: a data set as shards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 from webdataset import TarWriter
 
-from vlbench.config.overrides import parse_key_values, read_integer
+from vlbench.command_line.arguments import PackArguments
 from vlbench.data.conversation_files import LlavaJson
 from vlbench.data.conversation_record import record_from_sample
 from vlbench.data.image_processing import open_image_bytes
@@ -21,21 +21,18 @@ from vlbench.errors import BadSample, UserError
 from vlbench.text_files import format_json_lines, write_atomically
 
 LEFT_OUT_FILE = "left_out.jsonl"
-SAMPLES_PER_SHARD = 10_000  # about a gigabyte of images at 448 pixels
 
 
-def run_pack(overrides: list[str]) -> int:
+def run_pack(arguments: PackArguments) -> int:
     """Write the shards of a file, and print what was left out; return the exit code."""
-    options = parse_key_values("pack", overrides, ("data", "to"), ("images", "samples"))
-    source = LlavaJson(Path(options["data"]).expanduser(), options.get("images"))
-    samples_per_shard = read_integer(options, "samples", SAMPLES_PER_SHARD, 1, 10**7)
-    folder = Path(options["to"]).expanduser()
+    source = LlavaJson(Path(arguments.data), arguments.images)
+    folder = Path(arguments.out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"to={folder} exists and is not empty; name a new folder")
+        raise UserError(f"out={folder} exists and is not empty; name a new folder")
     try:
-        shards, bad_samples = pack_dataset(source, folder, samples_per_shard)
+        shards, bad_samples = pack_dataset(source, folder, arguments.samples)
     except OSError as error:
-        raise UserError(f"to={folder} cannot be written ({error.strerror})") from error
+        raise UserError(f"out={folder} cannot be written ({error.strerror})") from error
     packed = sum(shard["samples"] for shard in shards)
     print(f"{packed} samples in {len(shards)} shards in {folder}, every image opened once")
     if bad_samples:

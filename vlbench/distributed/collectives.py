@@ -1,8 +1,6 @@
-"""The processes that train one model together: who this one is, and what all of them know.
+"""Rank, world size and collective operations; without a process group there is one rank.
 
-Without a process group there is one process, and everything here is trivial. What is exchanged are
-a few numbers between steps, which travel over the processors, and rows of tensors (`gather`,
-`fetch`), which travel from where they are.
+Numbers and objects are exchanged between CPUs (gloo), rows of tensors on the device they are on.
 """
 
 from __future__ import annotations
@@ -22,12 +20,12 @@ T = TypeVar("T")
 
 
 def is_distributed() -> bool:
-    """Tell whether there are other processes."""
+    """Tell whether there is a process group, so other processes."""
     return distributed.is_available() and distributed.is_initialized()
 
 
 def rank() -> int:
-    """Return the number of this process, from 0."""
+    """Return the rank of this process, from 0."""
     return distributed.get_rank() if is_distributed() else 0
 
 
@@ -37,22 +35,22 @@ def world_size() -> int:
 
 
 def is_rank_zero() -> bool:
-    """Tell whether this is the process that writes and speaks for all."""
+    """Tell whether this is the process that writes files and prints for all."""
     return rank() == 0
 
 
 def all_gather_numbers(values: Sequence[float]) -> Tensor:
-    """Return the numbers of every process, float64 `[processes, values]`."""
-    mine = torch.tensor(values, dtype=torch.float64)
+    """Return the numbers of every rank, float64 `[ranks, values]`."""
+    own_row = torch.tensor(values, dtype=torch.float64)
     if not is_distributed():
-        return mine[None]
-    rows = [torch.empty_like(mine) for _ in range(world_size())]
-    distributed.all_gather(rows, mine)
+        return own_row[None]
+    rows = [torch.empty_like(own_row) for _ in range(world_size())]
+    distributed.all_gather(rows, own_row)
     return torch.stack(rows)
 
 
 def all_gather_objects(value: T) -> list[T]:
-    """Return what every process has, in their order."""
+    """Return the objects of every rank, in the order of ranks."""
     if not is_distributed():
         return [value]
     values: list[Any] = [None] * world_size()
@@ -61,7 +59,7 @@ def all_gather_objects(value: T) -> list[T]:
 
 
 def call_on_all_ranks(function: Callable[[], T]) -> T:
-    """Call something in every process; where it fails in any, all end and one says why."""
+    """Call a function in every rank; if it fails in any, all ranks end and one raises the error."""
     if not is_distributed():
         return function()
     result, failure = None, None
@@ -69,79 +67,85 @@ def call_on_all_ranks(function: Callable[[], T]) -> T:
         result = function()
     except Exception as error:
         failure = error
-    failed = [number for number, bad in enumerate(all_gather_objects(failure is not None)) if bad]
-    if failed:
-        raise (failure if failure and rank() == failed[0] else SystemExit(1))
+    has_failed = all_gather_objects(failure is not None)
+    if any(has_failed):
+        first_failed = has_failed.index(True)
+        raise (failure if failure and rank() == first_failed else SystemExit(1))
     return result  # type: ignore[return-value]
 
 
 def call_on_rank_zero(function: Callable[[], T]) -> T:
-    """Let the first process call something, and return its result in all of them."""
+    """Call a function in the first rank, and return its result in all of them."""
     value = call_on_all_ranks(lambda: function() if is_rank_zero() else None)
     return all_gather_objects(value)[0]  # type: ignore[return-value]
 
 
 def error_for_rank(error: UserError) -> BaseException:
-    """Return what to raise for a mistake that all processes have found: one of them tells it."""
+    """Return what to raise for an error that all ranks have found: only the first one prints it."""
     return error if is_rank_zero() else SystemExit(2)
 
 
 def gather_full_tensor(tensor: Tensor) -> Tensor:
-    """Return all of a tensor that is sharded over the processes; every process has to call it."""
-    full: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)  # of a DTensor
-    return full() if full else tensor
+    """Return the whole of a tensor that may be sharded (a DTensor); every rank has to call it."""
+    full_tensor: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
+    return full_tensor() if full_tensor else tensor
 
 
 def all_gather_rows(rows: Tensor) -> tuple[Tensor, int]:
-    """Return the rows of all processes in their order, and where this one's begin.
+    """Return the rows of all ranks in their order, and the index of this rank's first row.
 
-    Processes may have different numbers of rows. Those of others carry no gradient.
+    Ranks may have different numbers of rows. Those of others carry no gradient.
     """
     if not is_distributed():
         return rows, 0
     counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(world_size())]
     distributed.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
     sizes = [int(count) for count in counts]
-    room = [0, 0] * (rows.dim() - 1) + [0, max(sizes) - len(rows)]
-    padded = pad(rows.detach(), room).contiguous()
-    everyone = [torch.empty_like(padded) for _ in range(world_size())]
-    distributed.all_gather(everyone, padded)
-    kept = [part[:count] for part, count in zip(everyone, sizes, strict=True)]
-    kept[rank()] = rows
-    return torch.cat(kept), sum(sizes[: rank()])
+    padding = [0, 0] * (rows.dim() - 1) + [0, max(sizes) - len(rows)]
+    padded = pad(rows.detach(), padding).contiguous()
+    gathered = [torch.empty_like(padded) for _ in range(world_size())]
+    distributed.all_gather(gathered, padded)
+    rank_rows = [part[:count] for part, count in zip(gathered, sizes, strict=True)]
+    rank_rows[rank()] = rows
+    return torch.cat(rank_rows), sum(sizes[: rank()])
 
 
 def fetch_rows(rows: Sequence[Tensor], row_indices: Sequence[int], empty_rows: Tensor) -> Tensor:
-    """Return `[wanted, ...]`, any rows of any processes, numbered process by process.
+    """Return any rows of any ranks, `[requested rows, ...]`, without gradient.
 
-    `rows` are those of this process, `none` an empty tensor with their shape and type on the device
-    of the result. Every process has to call it, also if it wants none. No row carries a gradient.
+    Every rank has to call it, also if it requests none.
+
+    Args:
+        rows: The rows of this rank.
+        row_indices: The requested rows, counted through the rows of all ranks.
+        empty_rows: A tensor without rows, of the shape, dtype and device of the result.
+
     """
     if not is_distributed():
         return select_rows(rows, row_indices, empty_rows)
     ends = list(accumulate(int(count) for count in all_gather_numbers([len(rows)])[:, 0]))
-    owners = [bisect_right(ends, number) for number in row_indices]
-    asked: list[list[int]] = [[] for _ in ends]
-    for number, owner in zip(row_indices, owners, strict=True):
-        asked[owner].append(number - (ends[owner - 1] if owner else 0))
-    asks = all_gather_objects(asked)  # by who wants it, then by who has it
-    mine = [number for theirs in asks for number in theirs[rank()]]
+    owners = [bisect_right(ends, index) for index in row_indices]
+    requests: list[list[int]] = [[] for _ in ends]
+    for index, owner in zip(row_indices, owners, strict=True):
+        requests[owner].append(index - (ends[owner - 1] if owner else 0))
+    all_requests = all_gather_objects(requests)  # by requesting rank, then by owner
+    rows_to_send = [index for by_owner in all_requests for index in by_owner[rank()]]
     received = empty_rows.new_empty(len(row_indices), *empty_rows.shape[1:])
     distributed.all_to_all_single(
         received,
-        select_rows(rows, mine, empty_rows).detach(),
-        [len(some) for some in asked],
-        [len(theirs[rank()]) for theirs in asks],
+        select_rows(rows, rows_to_send, empty_rows).detach(),
+        [len(indices) for indices in requests],
+        [len(by_owner[rank()]) for by_owner in all_requests],
     )
-    came = sorted(range(len(row_indices)), key=owners.__getitem__)  # grouped by owner
-    place = torch.tensor(came, dtype=torch.long).argsort()
-    return received[place.to(received.device)]
+    received_order = sorted(range(len(row_indices)), key=owners.__getitem__)  # grouped by owner
+    requested_order = torch.tensor(received_order, dtype=torch.long).argsort()
+    return received[requested_order.to(received.device)]
 
 
 def select_rows(rows: Sequence[Tensor], row_indices: Sequence[int], empty_rows: Tensor) -> Tensor:
-    """Return `[wanted, ...]` of a process' own rows, on the device of the empty tensor `none`."""
+    """Return `[requested rows, ...]` of this rank, on the device of `empty_rows`."""
     return (
-        torch.stack([rows[number] for number in row_indices]).to(empty_rows.device)
+        torch.stack([rows[index] for index in row_indices]).to(empty_rows.device)
         if row_indices
         else empty_rows
     )

@@ -1,7 +1,7 @@
-"""Several processes on this machine that train one model: started, watched, and ended together.
+"""Start several training processes on this machine, watch them, and end them together.
 
-torchrun and Slurm start them as well (docs/cluster.md). This is for one machine and no launcher; it
-imports no torch.
+torchrun and Slurm start processes as well (docs/cluster.md); this is for one machine without them.
+It imports no torch.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from vlbench.config.schema import TrainerConfig
 from vlbench.distributed.machine_limits import count_cpu_cores
 from vlbench.errors import UserError
 
-LAUNCHER_PID_ENV = "VLBENCH_LAUNCHER"  # process id, told to the processes that it started
-TORCHELASTIC_ENV = "TORCHELASTIC_RUN_ID"  # told by torchrun
-GRACE_SECONDS = 20.0  # seconds for the others to end by themselves, once one has ended badly
-POLL_SECONDS = 0.1  # seconds
-ORPHAN_GRACE_SECONDS = 120.0  # seconds to end the step and save, when the launcher has died
-PARENT_POLL_SECONDS = 1.0  # seconds between looks at the launcher
-SLURM_EXIT_SECONDS = 10.0  # seconds in which other tasks of Slurm have ended
-STARTUP_SECONDS = 2.0  # seconds in which Python starts, and training cannot have begun
-INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT  # exit code of what was asked to stop
+LAUNCHER_PID_ENV = "VLBENCH_LAUNCHER"  # environment variable, set to our process id
+TORCHELASTIC_ENV = "TORCHELASTIC_RUN_ID"  # environment variable that torchrun sets
+GRACE_SECONDS = 20.0  # until the others are killed, once one has failed
+POLL_SECONDS = 0.1
+ORPHAN_GRACE_SECONDS = 120.0  # to end the step and save, when the launcher has died
+PARENT_POLL_SECONDS = 1.0  # between checks of the launcher
+SLURM_EXIT_SECONDS = 10.0  # in which other tasks of Slurm have ended
+STARTUP_SECONDS = 2.0  # in which Python starts, and training cannot have begun
+INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT  # of a process that was asked to stop
 
 
 def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
-    """Tell whether this process is one of several that a launcher has started."""
+    """Tell whether a launcher (ours, torchrun or srun) has started this process."""
     return "LOCAL_RANK" in environment or is_slurm_task(environment)
 
 
@@ -45,9 +45,9 @@ def is_slurm_task(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def exit_silently_on_ctrl_c() -> None:
-    """Let Ctrl-C end this process without a word while it has nothing to save.
+    """Let Ctrl-C end this process without a message while it has nothing to save.
 
-    The process that has started it hands Ctrl-C on, and tells of it once.
+    The launcher forwards Ctrl-C, and prints one message for all processes.
     """
     if LAUNCHER_PID_ENV in os.environ:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -55,42 +55,42 @@ def exit_silently_on_ctrl_c() -> None:
 
 @contextlib.contextmanager
 def report_error_once() -> Iterator[None]:
-    """Let the first of several processes tell a mistake that all of them find."""
+    """Let only the first of several processes report a UserError that all of them raise."""
     try:
         yield
     except UserError:
-        number = os.environ.get("SLURM_PROCID" if is_slurm_task() else "RANK", "0")
-        if is_launched() and number != "0":
+        rank = os.environ.get("SLURM_PROCID" if is_slurm_task() else "RANK", "0")
+        if is_launched() and rank != "0":
             raise SystemExit(silent_exit_code(2)) from None
         raise
 
 
 def silent_exit_code(exit_code: int) -> int:
-    """Return the exit code of a process that leaves it to another one to say why all leave.
+    """Return the exit code of a process that exits while another one reports the reason.
 
-    srun kills all others when a task leaves with a code that is not 0, also the one that still has
-    something to say, and then tells the code of a killed one.
+    srun kills all tasks when one exits with a code other than 0, also the one that still has to
+    print, and then returns the code of a killed one.
     """
     return 0 if is_slurm_task() else exit_code
 
 
 def final_exit_code(exit_code: int) -> int:
-    """Return the exit code of the process that speaks for all, when the others have left."""
+    """Return the exit code of the process that reports, when the others have exited."""
     if exit_code and is_slurm_task():
         time.sleep(SLURM_EXIT_SECONDS)
     return exit_code
 
 
 def is_launcher_gone() -> bool:
-    """Tell whether the process that has started this one, and would end it, has died."""
+    """Tell whether the launcher that has started this process has died."""
     return LAUNCHER_PID_ENV in os.environ and os.getppid() != int(os.environ[LAUNCHER_PID_ENV])
 
 
 def end_with_launcher() -> None:
-    """Let this process stop and save when what started it has died, by kill -9 as well.
+    """Let this process stop and save when its launcher has died, by kill -9 as well.
 
-    A dead launcher hands nothing on. A process that does not stop, as it waits for another one, is
-    killed after ORPHANED seconds.
+    A dead launcher forwards no signals. A process that does not stop, as it waits for another one,
+    is killed after `ORPHAN_GRACE_SECONDS`.
     """
     if LAUNCHER_PID_ENV in os.environ or TORCHELASTIC_ENV in os.environ:
         started_by = int(os.environ.get(LAUNCHER_PID_ENV, os.getppid()))
@@ -98,7 +98,7 @@ def end_with_launcher() -> None:
 
 
 def _exit_after_launcher(launcher_pid: int) -> None:
-    """Wait for the end of the launcher, then end this process."""
+    """Wait until the launcher has exited, then end this process."""
     while os.getppid() == launcher_pid:
         time.sleep(PARENT_POLL_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -109,16 +109,16 @@ def _exit_after_launcher(launcher_pid: int) -> None:
 def isolate_data_worker(_: int) -> None:
     """Take a data worker out of the process group of its run, as DataLoader's `worker_init_fn`.
 
-    What is sent to the group (Slurm before it preempts, Ctrl-C) is for the run, which stops after
-    its step; workers would die of it in the middle of one. They end with their run, also when they
-    are in the middle of a sample.
+    Signals to the group (Ctrl-C, Slurm before it preempts) are for the run, which stops after its
+    step; they would kill workers in the middle of it. Workers exit with their run at once, also in
+    the middle of a sample.
     """
     os.setpgrp()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """Wait for the end of the process that made this one, then end it too."""
+    """Wait until the parent process has exited, then exit."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -126,10 +126,10 @@ def _end_with_parent() -> None:
 
 
 def launch_processes(command_args: Sequence[str], settings: TrainerConfig) -> int:
-    """Run `python -m vlbench WORDS` in as many processes as `settings` says; return the exit code.
+    """Run `python -m vlbench ARGS` in `settings.devices` processes; return the exit code.
 
-    Ctrl-C and SIGTERM are handed on. When one process ends badly, or Ctrl-C comes twice, the others
-    are given a little time, and are then ended too.
+    Ctrl-C and SIGTERM are forwarded. When one process fails, or Ctrl-C comes twice, the others have
+    `GRACE_SECONDS` to exit before they are killed.
     """
     if settings.num_nodes > 1:
         raise UserError(
@@ -138,39 +138,41 @@ def launch_processes(command_args: Sequence[str], settings: TrainerConfig) -> in
             "docs/cluster.md has both"
         )
     processes = _start_processes(command_args, settings.devices)
-    with _forward_signals(processes) as asked:
-        bad = _wait_for_processes(processes, asked)
-    return _report_exit([process.returncode for process in processes], bad, asked)
+    with _forward_signals(processes) as received_signals:
+        first_failed = _wait_for_processes(processes, received_signals)
+    exit_codes = [process.returncode for process in processes]
+    return _report_exit(exit_codes, first_failed, received_signals)
 
 
 @contextlib.contextmanager
 def _forward_signals(processes: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """Hand Ctrl-C and SIGTERM on to processes; give the list of signals that came."""
-    asked: list[int] = []
-    began = time.monotonic()
+    """Forward Ctrl-C and SIGTERM to processes; yield the list of signals that came."""
+    received_signals: list[int] = []
+    started_at = time.monotonic()
 
     def forward_signal(signum: int, _: Any) -> None:
-        if time.monotonic() - began < STARTUP_SECONDS:
-            signum = signal.SIGTERM  # Ctrl-C would be told by Python, with a traceback
-        asked.append(signum)
+        if time.monotonic() - started_at < STARTUP_SECONDS:
+            signum = signal.SIGTERM  # for Ctrl-C Python would print a traceback
+        received_signals.append(signum)
         for process in processes:
             if process.poll() is None:
                 process.send_signal(signum)
 
-    before = {n: signal.signal(n, forward_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+    old_handlers = {n: signal.signal(n, forward_signal) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked
+        yield received_signals
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for signum, handler in old_handlers.items():
+            signal.signal(signum, handler)
 
 
 def _start_processes(command_args: Sequence[str], devices: int) -> list[subprocess.Popen[bytes]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """Start a process per device, with the environment variables of torchrun."""
+    with socket.socket() as free_socket:
+        free_socket.bind(("127.0.0.1", 0))
+        port = free_socket.getsockname()[1]
     threads = str(max(1, count_cpu_cores() // devices))
-    common = {
+    environment = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(devices),
@@ -182,8 +184,8 @@ def _start_processes(command_args: Sequence[str], devices: int) -> list[subproce
     return [
         subprocess.Popen(
             [sys.executable, "-m", "vlbench", *command_args],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            start_new_session=True,  # so that Ctrl-C comes once, from here
+            env=os.environ | environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            start_new_session=True,  # so that Ctrl-C comes once, from this process
         )
         for rank in range(devices)
     ]
@@ -192,21 +194,22 @@ def _start_processes(command_args: Sequence[str], devices: int) -> list[subproce
 def _wait_for_processes(
     processes: list[subprocess.Popen[bytes]], received_signals: list[int]
 ) -> int | None:
-    """Return when all have ended, with the number of the one that ended badly before the others.
+    """Wait until all processes have exited; return the rank of the first that failed, or None.
 
-    When one has, or Ctrl-C came a second time, the rest is given a little time and then killed.
+    When one has failed, or Ctrl-C came a second time, the rest has `GRACE_SECONDS` to exit.
     """
-    bad, until = None, math.inf
+    first_failed, deadline = None, math.inf
     while True:
         codes = [process.poll() for process in processes]
-        failed = [number for number, code in enumerate(codes) if code]
-        if failed and bad is None:  # of two at once, the one that was killed is the reason
-            bad = min(failed, key=lambda number: codes[number] or 0)
-        if until == math.inf and (bad is not None or received_signals.count(signal.SIGINT) > 1):
-            until = time.monotonic() + GRACE_SECONDS
+        failed = [rank for rank, code in enumerate(codes) if code]
+        if failed and first_failed is None:  # of two at once, the one that was killed is the reason
+            first_failed = min(failed, key=lambda rank: codes[rank] or 0)
+        is_killed = received_signals.count(signal.SIGINT) > 1
+        if deadline == math.inf and (first_failed is not None or is_killed):
+            deadline = time.monotonic() + GRACE_SECONDS
         if None not in codes:
-            return bad
-        if time.monotonic() > until:
+            return first_failed
+        if time.monotonic() > deadline:
             for process in processes:
                 process.kill()
         time.sleep(POLL_SECONDS)
@@ -215,9 +218,10 @@ def _wait_for_processes(
 def _report_exit(
     exit_codes: list[int], first_failed: int | None, received_signals: list[int]
 ) -> int:
-    """Say what ended processes that did not say it themselves; return the exit code of all.
+    """Print what ended processes that could not print it themselves; return one exit code.
 
-    `bad` is the process that ended badly before the others, `asked` what they were sent before.
+    `first_failed` is the rank of the process that failed before the others, `received_signals` are
+    the signals that were forwarded.
     """
     if first_failed is None:
         return 0
@@ -226,14 +230,13 @@ def _report_exit(
     ):
         if exit_codes[0] >= 0:
             return exit_codes[0]
-        print("vlbench: interrupted", file=sys.stderr)  # it had nothing to save, or could not
+        print("vlbench: interrupted", file=sys.stderr)  # before it could save, or by a kill
         return INTERRUPTED_EXIT_CODE
     if exit_codes[first_failed] < 0:
         name = signal.Signals(-exit_codes[first_failed]).name
         print(
             f"vlbench: process {first_failed} of {len(exit_codes)} was ended by {name}, and so "
-            "the others were "
-            "ended too; checkpoints are whole",
+            "the others were ended too; checkpoints are whole",
             file=sys.stderr,
         )
         return 1

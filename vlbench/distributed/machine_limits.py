@@ -1,6 +1,6 @@
-"""What this machine has for a training, and what is refused because it would be too much for it.
+"""Cores and GPUs of this machine, and checks that a recipe does not ask for more of them.
 
-Looked at before anything is started; it imports no torch.
+They run before anything is started, and import no torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ WORKERS_PER_CORE = 8  # more only wait for each other; below, they may wait for 
 
 
 def count_cpu_cores() -> int:
-    """Return how many processor cores this process may use: its affinity, where there is one."""
+    """Return how many CPU cores this process may use, by its affinity where there is one."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -40,33 +40,34 @@ def count_gpus() -> int:
 def check_machine_limits(recipe: Recipe, already_launched: bool) -> None:
     """Refuse more processes than this machine has GPUs, or without GPUs cores, to run them.
 
-    With `started` another program has started the processes, and may have given each its own cores.
+    With `already_launched` another program has started the processes, and may have given each its
+    own cores.
     """
     settings = recipe.trainer
-    here = 1 if already_launched or settings.num_nodes > 1 else settings.devices
-    if here > 1:
+    process_count = 1 if already_launched or settings.num_nodes > 1 else settings.devices
+    if process_count > 1:
         _check_processes(settings)
     for key, data in (
         ("data", recipe.data),
         *((f"stages.{name}.data", stage.data) for name, stage in recipe.stages.items()),
     ):
-        if data and data.workers * here > WORKERS_PER_CORE * count_cpu_cores():
+        if data and data.workers * process_count > WORKERS_PER_CORE * count_cpu_cores():
             raise UserError(
                 f"{key}.workers is {data.workers}"
-                + (f" for each of {here} processes" if here > 1 else "")
+                + (f" for each of {process_count} processes" if process_count > 1 else "")
                 + f", and there are {_count_with_noun(count_cpu_cores(), 'processor core')}: "
-                f"at most {max(1, WORKERS_PER_CORE * count_cpu_cores() // here)}"
+                f"at most {max(1, WORKERS_PER_CORE * count_cpu_cores() // process_count)}"
             )
 
 
 def check_parallel_runs(recipes: Sequence[Recipe], parallel_runs: int) -> None:
-    """Refuse a comparison of which `at_once` runs together are too much for this machine."""
+    """Refuse a comparison whose `parallel_runs` runs at once need more than this machine has."""
     for recipe in recipes:
         check_machine_limits(recipe, already_launched=False)
-    each = max(recipe.trainer.devices for recipe in recipes)
-    most = max(1, max(count_cpu_cores(), count_gpus()) // each)
+    processes_per_run = max(recipe.trainer.devices for recipe in recipes)
+    most = max(1, max(count_cpu_cores(), count_gpus()) // processes_per_run)
     if parallel_runs > most:
-        runs = f"runs of {each} processes" if each > 1 else "runs at once"
+        runs = f"runs of {processes_per_run} processes" if processes_per_run > 1 else "runs at once"
         raise UserError(
             f"jobs is {parallel_runs}, {runs}, and there are "
             f"{_count_with_noun(count_cpu_cores(), 'processor core')}: "
@@ -75,18 +76,19 @@ def check_parallel_runs(recipes: Sequence[Recipe], parallel_runs: int) -> None:
 
 
 def _check_processes(settings: TrainerConfig) -> None:
-    there = 0 if settings.accelerator == "cpu" else count_gpus()
-    most = there or count_cpu_cores()
+    """Refuse more processes than there are GPUs, or without GPUs cores."""
+    gpu_count = 0 if settings.accelerator == "cpu" else count_gpus()
+    most = gpu_count or count_cpu_cores()
     if settings.devices <= most:
         return
-    have = (
-        _count_with_noun(there, "GPU")
-        if there
+    available = (
+        _count_with_noun(gpu_count, "GPU")
+        if gpu_count
         else f"{_count_with_noun(count_cpu_cores(), 'processor core')} and no GPU"
     )
     raise UserError(
-        f"trainer.devices is {settings.devices}, and this machine has {have} for this process: "
-        f"at most {most}, as every device is a process"
+        f"trainer.devices is {settings.devices}, and this machine has {available} for this "
+        f"process: at most {most}, as every device is a process"
     )
 
 

@@ -1,4 +1,4 @@
-"""This process as one of several: it finds the others, trains with them, and leaves."""
+"""The process group of a training: joining and leaving it, and Lightning's strategy for it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LOST_PEER_MESSAGES = (
     "broken pipe",
     "nccl",
 )
-GLOO_SETTLE_SECONDS = 0.05  # seconds; what they do takes microseconds
+GLOO_SETTLE_SECONDS = 0.05  # its threads need microseconds
 PROCESS_GROUP_TIMEOUT = timedelta(minutes=30)  # for another process; Lightning's default
 
 
@@ -62,7 +62,7 @@ def join_process_group(settings: TrainerConfig) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _exit_together(local_rank: int) -> Iterator[None]:
-    """Let one process say why all end: the one that knows, or one of each machine."""
+    """Let one process print why all end: the one that knows, or one of each machine."""
     try:
         yield
     except SystemExit as end:
@@ -79,7 +79,7 @@ def _exit_together(local_rank: int) -> Iterator[None]:
 
 
 def _let_gloo_settle() -> None:
-    """Let gloo's threads end what they do after an exchange, before a data worker is forked.
+    """Let gloo's threads finish an exchange before a data worker is forked.
 
     One of them may hold a lock of the interpreter at that moment; before Python 3.11.10 the worker
     then waits for it forever (python/cpython#112275; one start of a stage in 40, measured).
@@ -92,7 +92,7 @@ os.register_at_fork(before=_let_gloo_settle)
 
 
 def leave_process_group() -> None:
-    """Part from the other processes; what follows is done alone."""
+    """Leave the process group; what follows is done by this process alone."""
     if collectives.is_distributed():
         distributed.destroy_process_group()
 
@@ -105,23 +105,25 @@ def is_connection_error(error: RuntimeError) -> bool:
 
 
 def _check_gpus(settings: TrainerConfig) -> None:
-    """Refuse GPUs that are not there."""
-    there = torch.cuda.device_count()
+    """Refuse accelerators that this machine does not have."""
+    gpu_count = torch.cuda.device_count()
     if settings.accelerator == "mps" and not torch.backends.mps.is_available():
         raise UserError("trainer.accelerator is mps, and torch finds none on this machine")
-    if settings.accelerator == "gpu" and not (there or torch.backends.mps.is_available()):
+    if settings.accelerator == "gpu" and not (gpu_count or torch.backends.mps.is_available()):
         raise UserError("trainer.accelerator is gpu, and torch finds no GPU on this machine")
-    if settings.accelerator in ("auto", "gpu") and 0 < there < settings.devices:
-        raise UserError(f"trainer.devices is {settings.devices}, and torch finds {there} GPUs here")
+    if settings.accelerator in ("auto", "gpu") and 0 < gpu_count < settings.devices:
+        raise UserError(
+            f"trainer.devices is {settings.devices}, and torch finds {gpu_count} GPUs here"
+        )
 
 
 def _cluster_environment() -> ClusterEnvironment:
-    """Return what knows the numbers of this process."""
+    """Return Lightning's source of ranks and addresses: that of Slurm, or of torchrun."""
     return SLURMEnvironment(auto_requeue=False) if is_slurm_task() else TorchElasticEnvironment()
 
 
 def _init_process_group(settings: TrainerConfig, environment: ClusterEnvironment) -> None:
-    """Connect with the other processes: over GPUs where there are some, and over processors."""
+    """Connect with the other processes: by gloo between CPUs, and by NCCL between GPUs."""
     os.environ["MASTER_ADDR"] = environment.main_address
     os.environ["MASTER_PORT"] = str(environment.main_port)
     backend = "gloo"
@@ -148,17 +150,17 @@ def is_fsdp_sharded(settings: TrainerConfig) -> bool:
 
 
 def distributed_trainer_args(settings: TrainerConfig) -> dict[str, Any]:
-    """Return the arguments of Lightning's Trainer that say where it runs, and with whom."""
-    here = {"accelerator": settings.accelerator, "devices": 1}
+    """Return the arguments of Lightning's Trainer for devices, nodes and strategy."""
+    trainer_args = {"accelerator": settings.accelerator, "devices": 1}
     if not collectives.is_distributed():
-        return here
+        return trainer_args
     strategy: pl.strategies.Strategy
     if settings.strategy == "fsdp2":
         strategy = ModelParallelStrategy(collectives.world_size(), 1)
     else:
-        # gradients and what is sent share memory; there are no buffers that change
+        # gradients share memory with what is reduced; no buffer changes in training
         strategy = DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
-    return here | {
+    return trainer_args | {
         "devices": settings.devices,
         "num_nodes": settings.num_nodes,
         "strategy": strategy,

@@ -102,6 +102,7 @@ def answer_remaining(
     batch_size: int,
     answers_file: Path,
     use_blank_images: bool = False,
+    compiled: bool = False,
 ) -> list[dict[str, Any]]:
     """Ask the questions that a file does not answer yet; each batch is written when it is done.
 
@@ -114,6 +115,7 @@ def answer_remaining(
         batch_size: Questions per batch.
         answers_file: Where lines are appended.
         use_blank_images: Whether every image is replaced by a blank one.
+        compiled: Whether the decoding step is compiled.
 
     Returns:
         All lines of the file.
@@ -139,7 +141,12 @@ def answer_remaining(
             samples = [question.sample for question in batch]
             if use_blank_images:
                 samples = [_blank_sample(one, vlm.processor.transform.mean) for one in samples]
-            responses = answer_batch(vlm, samples, max_new_tokens=generation_limits.max_new_tokens)
+            responses = answer_batch(
+                vlm,
+                samples,
+                max_new_tokens=generation_limits.max_new_tokens,
+                compiled=compiled,
+            )
             lines = [
                 {**question.answer_line, "response": _cut_at_stop(text, generation_limits.stop)}
                 for question, text in zip(batch, responses, strict=True)

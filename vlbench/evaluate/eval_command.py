@@ -1,16 +1,14 @@
-"""`python -m vlbench eval run=... [task=mmmu,cmmmu data=DIR]`: a model answers questions of tasks.
+"""`python -m vlbench eval model=... [task=mmmu,cmmmu]`: a model answers questions of tasks.
 
 The model is a run, a checkpoint or a release; the tasks are evaluated one after the other.
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any, Protocol
 
-from vlbench.config.overrides import parse_key_values, read_boolean, read_integer
-from vlbench.data.chat_template import check_template_name
+from vlbench.command_line.arguments import EvalArguments
 from vlbench.errors import UserError, suggest_name
 from vlbench.evaluate.batch_inference import (
     ANSWERS_FILE,
@@ -28,18 +26,7 @@ from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.text_files import format_json_lines, write_atomically
 from vlbench.train import checkpoint_files
 
-BENCHMARK_OPTIONS = ("split", "protocol", "subjects", "seed")
-EVAL_OPTIONS = (
-    "task",
-    "data",
-    "images",
-    "limit",
-    "out",
-    "batch",
-    "blank",
-    "template",
-    *BENCHMARK_OPTIONS,
-)
+BENCHMARK_KEYS = ("split", "protocol", "subjects", "seed")
 TASK_NAMES = (*RECORD_READERS, OWN_TASK, FILE_TASK)
 AnswerLines = list[dict[str, Any]]
 
@@ -74,80 +61,72 @@ class EvalTask(Protocol):
         ...
 
 
-def run_eval(overrides: list[str]) -> int:
-    """Evaluate `run=PATH`, or `model=PATH` (a run, a checkpoint or a released model).
-
-    `task=` names benchmarks or files; without it `data=FILE.json` asks that file's questions, and a
-    run is asked its own.
-    """
-    overrides = [re.sub("^model=", "run=", word) for word in overrides]
-    options = parse_key_values("eval", overrides, ("run",), EVAL_OPTIONS)
-    return run_tasks({"task": FILE_TASK if "data" in options else OWN_TASK, **options})
-
-
-def run_tasks(options: dict[str, str]) -> int:
-    """Evaluate a model on every task of `task=`, and report; `options` are the keys of `eval`."""
-    names = list(dict.fromkeys(name for name in options["task"].split(",") if name))
-    _check_tasks(names, options)
-    batch_size = read_integer(options, "batch", 16, 1, 4096)
-    with_blank_images = read_boolean(options, "blank")
-    template = check_template_name(options.get("template"))
+def run_eval(arguments: EvalArguments) -> int:
+    """Evaluate a model on the tasks that are named, on a file, or on a run's own questions."""
+    text = arguments.task or (FILE_TASK if arguments.data else OWN_TASK)
+    names = list(dict.fromkeys(name for name in text.split(",") if name))
+    _check_tasks(names, arguments)
     tasks: list[EvalTask] = [
-        BenchmarkTask(name, options) if name in RECORD_READERS else ConversationTask(name, options)
+        BenchmarkTask(name, arguments)
+        if name in RECORD_READERS
+        else ConversationTask(name, arguments)
         for name in names
     ]
-    model_folder = find_model_folder(options["run"], "run")
-    vlm = load_model(options["run"], template=template)
+    model_folder = find_model_folder(arguments.model, "model")
+    vlm = load_model(arguments.model, arguments.dtype, arguments.device, arguments.template)
     for task in tasks:
-        settings = {**task.task_settings, "model": str(model_folder), "batch": batch_size}
-        if template:  # else it is the model's own
-            settings["template"] = template
-        folder = _answers_folder(task.folder_name, model_folder, options)
-        open_answers_folder(folder, settings)
-        _run_task(vlm, task, folder, batch_size, with_blank_images)
+        model_settings = {"model": str(model_folder), **_chosen_settings(arguments)}
+        folder = _answers_folder(task.folder_name, model_folder, arguments)
+        open_answers_folder(
+            folder, {**task.task_settings, "batch": arguments.batch, **model_settings}
+        )
+        _run_task(vlm, task, folder, arguments)
     return 0
 
 
-def _check_tasks(task_names: list[str], options: dict[str, str]) -> None:
+def _chosen_settings(arguments: EvalArguments) -> dict[str, str]:
+    """Return the settings in place of the model's own, on which its answers depend."""
+    chosen = {"template": arguments.template, "dtype": arguments.dtype}
+    return {key: value for key, value in chosen.items() if value}
+
+
+def _check_tasks(task_names: list[str], arguments: EvalArguments) -> None:
     """Raise a UserError for unknown tasks, and for keys that none of the tasks has."""
     for name in task_names or [""]:
         if name not in TASK_NAMES:
             known = ", ".join(TASK_NAMES)
             raise UserError(f"task is '{name}'; known are {known}.{suggest_name(name, TASK_NAMES)}")
-    if len(task_names) > 1 and ("data" in options or "out" in options):
+    if len(task_names) > 1 and (arguments.data or arguments.out):
         raise UserError("data= and out= belong to one task; give one task=, or leave them out")
-    if FILE_TASK in task_names and "data" not in options:
+    if FILE_TASK in task_names and not arguments.data:
         raise UserError(f"task={FILE_TASK} needs data=FILE.json")
     tasks_of_key = {
-        **dict.fromkeys(BENCHMARK_OPTIONS, tuple(RECORD_READERS)),
+        **dict.fromkeys(BENCHMARK_KEYS, tuple(RECORD_READERS)),
         "images": (FILE_TASK,),
         "data": (*RECORD_READERS, FILE_TASK),
     }
     for key, tasks in tasks_of_key.items():
-        if key in options and not set(task_names) & set(tasks):
+        if getattr(arguments, key) is not None and not set(task_names) & set(tasks):
             raise UserError(
                 f"{key}= is for task={' and '.join(tasks)}, not for {', '.join(task_names)}"
             )
 
 
-def _answers_folder(folder_name: str, model_folder: Path, options: dict[str, str]) -> Path:
+def _answers_folder(folder_name: str, model_folder: Path, arguments: EvalArguments) -> Path:
     """Return the folder of the answers: `out=`, or by checkpoint and task below a run's own."""
-    if "out" in options:
-        return Path(options["out"]).expanduser()
-    run = Path(options["run"]).expanduser()
+    if arguments.out:
+        return Path(arguments.out)
+    run = Path(arguments.model)
     is_run = (
         checkpoint_files.is_run_or_checkpoint(run)
         and (run / "recipe.yaml").is_file()
         and run != model_folder
     )
-    if "template" in options:
-        folder_name = f"{folder_name}-{options['template']}"
-    return (run / "eval" if is_run else Path("evals")) / model_folder.name / folder_name
+    name = "-".join([folder_name, *_chosen_settings(arguments).values()])
+    return (run / "eval" if is_run else Path("evals")) / model_folder.name / name
 
 
-def _run_task(
-    vlm: LoadedVLM, task: EvalTask, folder: Path, batch_size: int, with_blank_images: bool
-) -> None:
+def _run_task(vlm: LoadedVLM, task: EvalTask, folder: Path, arguments: EvalArguments) -> None:
     """Answer the questions of one task, write its scores into the folder, and print them."""
     questions, skipped = task.select_questions(vlm)
     if not questions:
@@ -161,13 +140,14 @@ def _run_task(
             questions,
             limits,
             task.count_correct,
-            batch_size,
+            arguments.batch,
             folder / file_name,
             use_blank_images,
+            arguments.compiled,
         )
 
     lines = answer_into(ANSWERS_FILE, False)
-    blank_lines = answer_into(BLANK_FILE, True) if with_blank_images else []
+    blank_lines = answer_into(BLANK_FILE, True) if arguments.blank else []
     report = "\n".join(task.write_scores(folder, lines, blank_lines, len(skipped)))
     write_atomically(folder / "report.txt", f"{report}\n")
     print(f"{report}\n\nwrote {folder}")

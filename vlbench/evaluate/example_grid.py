@@ -40,9 +40,8 @@ CORRECT_COLOUR: Colour = (0, 105, 170)
 WRONG_COLOUR: Colour = (198, 80, 0)
 
 _OPENING_MARKS = "(\\[{<\u2018\u201c（［｛〈《「『【〔"  # must not end a line
-_CLOSING_MARKS = (
-    ")\\]}>\u2019\u201d）］｝〉》」』】〕,.;:!?%，。、；：！？％\u2026"  # must not begin one
-)
+# must not begin one
+_CLOSING_MARKS = ")\\]}>\u2019\u201d）］｝〉》」』】〕,.;:!?%，。、；：！？％\u2026"
 # A line may end after any of these: Chinese has no spaces.
 _CJK_RANGES = "\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
 _UNBREAKABLE_PIECE = re.compile(

@@ -65,7 +65,8 @@ class VlbenchModel(lmms):  # type: ignore[misc]
         path = _require_one_path({"model": model, "pretrained": pretrained})
         unknown = sorted(set(others) - {"device", "max_batch_size"})
         if unknown:
-            near = suggest_name(unknown[0], MODEL_ARGS)
+            meant = "model" if unknown[0] in ("run", "path") else unknown[0]
+            near = suggest_name(meant, MODEL_ARGS)
             allowed = ", ".join(MODEL_ARGS)
             raise UserError(f"model_args has {', '.join(unknown)}; vlbench takes {allowed}.{near}")
         self.answer_batch_size = _parse_batch_size(batch_size)

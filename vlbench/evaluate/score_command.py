@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from vlbench.config.overrides import parse_key_values, read_integer
+from vlbench.command_line.arguments import ScoreArguments
 from vlbench.errors import UserError
 from vlbench.evaluate.tasks.answer_files import first_errors, read_answers, read_truths
 from vlbench.evaluate.tasks.answer_formats import AnswerRecord
@@ -17,32 +17,23 @@ from vlbench.evaluate.tasks.score_report import (
     summarize_scores,
     write_score_files,
 )
-from vlbench.evaluate.tasks.scoring_protocols import DEFAULT_SEED, score_items, scoring_protocol
+from vlbench.evaluate.tasks.scoring_protocols import score_items, scoring_protocol
 from vlbench.text_files import write_atomically
 
-SCORE_OPTIONS = ("seed", "out", "data", "split")
 
+def run_score(arguments: ScoreArguments) -> int:
+    """Score the answers in a file, print a table, and write scores.json and scored.jsonl.
 
-def run_score(overrides: list[str]) -> int:
-    """Score `answers=FILE`, print a table, and write scores.json and scored.jsonl.
-
-    They go to the folder `out=DIR`, by default FILE.scores beside the file. Answers that cannot be
-    scored are left out, named on standard error and in bad.txt, and counted. `data=` has the
-    questions of a file that holds ids and responses alone.
+    Answers that cannot be scored are left out, named on standard error and in bad.txt, and counted.
     """
-    options = parse_key_values("score", overrides, ("task", "answers", "protocol"), SCORE_OPTIONS)
-    task, protocol = options["task"], options["protocol"]
+    task, protocol, seed = arguments.task, arguments.protocol, arguments.seed
     accuracy_format = scoring_protocol(task, protocol).accuracy_format
-    seed = read_integer(options, "seed", DEFAULT_SEED, 0, 2**32 - 1)
-    if "split" in options and "data" not in options:
+    if arguments.split and not arguments.data:
         raise UserError("split= is for data=, the questions of a file that holds ids alone")
-    answers = Path(options["answers"]).expanduser()
-    out = Path(options.get("out") or f"{answers}.scores").expanduser()
-    truths = (
-        read_truths(task, options["data"], options.get("split", "val"))
-        if "data" in options
-        else None
-    )
+    answers = Path(arguments.answers)
+    out = Path(arguments.out or f"{answers}.scores")
+    data, split = arguments.data, arguments.split or "val"
+    truths = read_truths(task, data, split) if data else None
     # the code that came with Yi-VL compares letters, and needs no options
     records, items, errors = read_answers(task, answers, truths, needs_options=protocol != "yi")
     records, items, unscorable = _drop_unscorable(task, protocol, records, items)

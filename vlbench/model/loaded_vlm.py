@@ -156,6 +156,7 @@ class LoadedVLM:
         stream: Callable[[str], None] | bool = False,
         seed: int = 0,
         past: PrefixCache | None = None,
+        compiled: bool = False,
         **unknown_options: Any,
     ) -> str:
         """Answer a conversation in the Hugging Face chat-message format.
@@ -169,6 +170,7 @@ class LoadedVLM:
             seed: Of the random generator of this call.
             past: The cache of the conversation, the same at every turn, so that earlier turns are
                 not computed again.
+            compiled: Compile the decoding step; excludes `past`.
         """
         refuse_unknown_options("chat", unknown_options, CHAT_OPTIONS)
         if isinstance(messages, list) and messages and isinstance(messages[0], list):
@@ -186,6 +188,7 @@ class LoadedVLM:
             seed=seed,
             on_token=answer_stream if on_text else None,
             past=past,
+            compiled=compiled,
         )
         return answer_stream.finish_answer(new_ids[0])
 

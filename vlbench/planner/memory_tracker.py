@@ -27,7 +27,7 @@ INTEGER_FACTORIES = (torch.ops.aten.arange, torch.ops.aten.randint, torch.ops.at
 """Operations that return integers where no dtype is given."""
 
 
-class MemoryTracker(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of live fake tensors by `kind`, and their peak in each phase.
 
     Enter it inside of a FakeTensorMode. Integer tensors stay real, because shapes depend on their
@@ -41,7 +41,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def __init__(self, vocab_size: int) -> None:
         """Start at zero; logits are recognised by their last dimension, `vocab_size`."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._vocab_size = vocab_size
         self.reset_counts()
 

@@ -57,7 +57,8 @@ class StepSimulator:
                 output = vlm(batch)
                 losses = [output.loss_sum, *(value for value, _ in output.extra.values())]
                 tracker.kind = BACKWARD
-                torch.stack([loss.float() for loss in losses if loss is not None]).sum().backward()
+                total = torch.stack([loss.float() for loss in losses if loss is not None]).sum()
+                torch.autograd.backward(total)
         return tracker.phase_peaks
 
     def _watch_encoder_gradient(
@@ -65,7 +66,7 @@ class StepSimulator:
     ) -> None:
         """Begin the vision encoder's phase when the gradient of its features is computed."""
         if features.requires_grad:
-            features.register_hook(
+            features.register_hook(  # type: ignore[no-untyped-call]
                 lambda gradient: setattr(self._memory_tracker, "phase", ENCODER_BACKWARD)
             )
 
@@ -100,7 +101,7 @@ def _move_to_fake_cpu(model: nn.Module) -> None:
                         if isinstance(tensor, nn.Parameter)
                         else empty
                     )
-                tensors[name] = moved[id(tensor)]  # type: ignore[assignment]
+                tensors[name] = moved[id(tensor)]
 
 
 class DepthExtrapolator:

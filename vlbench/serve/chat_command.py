@@ -12,18 +12,15 @@ from urllib.request import url2pathname
 
 from PIL import Image
 
-from vlbench.config.overrides import parse_key_values, read_integer, read_number
-from vlbench.data.chat_template import check_template_name
+from vlbench.command_line.arguments import ChatArguments
 from vlbench.data.image_download import download_image
 from vlbench.data.image_processing import open_image
 from vlbench.errors import UserError, suggest_name
-from vlbench.model.generation.sampling_options import TRANSFORMERS_HINTS, refuse_unknown_options
 
 if TYPE_CHECKING:
     from vlbench.model.loaded_vlm import LoadedVLM
 
-SAMPLING_KEYS = ("max_new_tokens", "temperature", "top_p", "seed")
-CHAT_KEYS = ("model", "run", "image", "question", *SAMPLING_KEYS, "template", "dtype", "device")
+GENERATION_KEYS = ("max_new_tokens", "temperature", "top_p", "seed")
 COMMANDS_HELP = """\
 /image FILE   show a picture with the next question; again: one more picture (a file or a URL)
 /drop         take back the pictures that wait for the next question
@@ -35,50 +32,26 @@ ImageInput = str | Image.Image
 _URL_PATTERN = re.compile(r"[a-z][a-z\d+.-]*://((?!,[a-z]+://)\S)+", re.I)  # one, not several
 
 
-def run_chat(overrides: list[str]) -> int:
-    """Answer `question=TEXT` about `image=FILE`, or talk until the input ends; return the code.
-
-    `image=` may be given several times, and be a URL.
-    """
-    keys = [word.partition("=")[0] for word in overrides]
-    refuse_unknown_options("chat", [key for key in keys if key in TRANSFORMERS_HINTS], CHAT_KEYS)
-    names = [word.removeprefix("image=") for word in overrides if word.startswith("image=")]
-    given = parse_key_values(
-        "chat", [w for w in overrides if not w.startswith("image=")], (), CHAT_KEYS
-    )
-    path = given.get("model") or given.get("run")
-    if not path or ("model" in given and "run" in given):
-        raise UserError("chat needs model=PATH: a run, a checkpoint or a released model")
-    options = _parse_sampling_options(given)
-    template = check_template_name(given.get("template"))
-    if "question" not in given and sys.stdin is None:
+def run_chat(arguments: ChatArguments) -> int:
+    """Answer one question, or talk until the input ends; return the exit code."""
+    if arguments.question is None and sys.stdin is None:
         raise UserError("chat needs question=TEXT where standard input is closed")
-    # before the model, which takes seconds
-    images = [picture for name in names for _, picture in resolve_images(name)]
-    from vlbench import load
+    # before the model, which takes seconds to load
+    images = [image for name in arguments.image for _, image in resolve_images(name)]
+    from vlbench.load_model import load_model  # it imports torch
 
-    vlm = load(path, given.get("dtype"), given.get("device"), template)
-    talk = ChatSession(vlm, options)
-    talk.pending_images = images
-    if "question" in given:
-        talk.answer_question(given["question"])
+    vlm = load_model(arguments.model, arguments.dtype, arguments.device, arguments.template)
+    options = {key: getattr(arguments, key) for key in GENERATION_KEYS}
+    session = ChatSession(vlm, options, compiled=arguments.compiled)
+    session.pending_images = images
+    if arguments.question is not None:
+        session.answer_question(arguments.question)
         return 0
-    return talk.run_interactive()
-
-
-def _parse_sampling_options(given: dict[str, str]) -> dict[str, Any]:
-    return {
-        "max_new_tokens": read_integer(given, "max_new_tokens", 512, 1, 100_000),
-        "temperature": read_number(given, "temperature", 0.0, 0.0, 10.0),
-        "top_p": read_number(given, "top_p", 1.0, 0.0, 1.0),
-        "seed": read_integer(given, "seed", 0, 0, 2**32 - 1),
-    }
+    return session.run_interactive()
 
 
 def resolve_image(name: str) -> ImageInput:
-    """Return the path of a picture, or the picture itself of a URL; a Mistake where it is none."""
-    if not name:
-        raise UserError("image has no value; write image=FILE")
+    """Return the path of an image file, or the image of a URL; a UserError if it is neither."""
     name = url2pathname(name[7:]) if name.startswith("file:///") else name
     if _URL_PATTERN.match(name):
         return download_image(name)
@@ -110,13 +83,19 @@ def _is_file_or_url(name: str) -> bool:
 
 
 class ChatSession:
-    """A conversation: its messages, and the pictures that come with the next question."""
+    """A conversation: its messages, and the images that come with the next question."""
 
-    def __init__(self, vlm: LoadedVLM, chat_options: dict[str, Any]) -> None:
-        """Talk to `vlm`; `options` are those of `LoadedVLM.chat`."""
+    def __init__(
+        self, vlm: LoadedVLM, chat_options: dict[str, Any], compiled: bool = False
+    ) -> None:
+        """Talk to `vlm`; `chat_options` are those of `LoadedVLM.chat`.
+
+        With `compiled` the decoding step is compiled, and every answer reads the whole prompt: the
+        KV cache of a conversation grows, which a compiled step cannot.
+        """
         from vlbench.model.generation.kv_cache import PrefixCache
 
-        self.vlm, self.chat_options = vlm, chat_options
+        self.vlm, self.chat_options, self.compiled = vlm, chat_options, compiled
         self.messages: list[dict[str, Any]] = []
         self.pending_images: list[ImageInput] = []
         self.is_interactive = False  # more is asked than one question
@@ -204,15 +183,22 @@ class ChatSession:
             {"type": "image", "image": one} for one in self.pending_images
         ]
         content.append({"type": "text", "text": question})
-        asked = [*self.messages, {"role": "user", "content": content}]
+        messages = [*self.messages, {"role": "user", "content": content}]
         written: list[str] = []
 
         def print_chunk(text: str) -> None:
             written.append(text)
             print(text, end="", flush=True)
 
+        past = None if self.compiled else self.prefix_cache
         try:
-            self.vlm.chat(asked, stream=print_chunk, past=self.prefix_cache, **self.chat_options)
+            self.vlm.chat(
+                messages,
+                stream=print_chunk,
+                past=past,
+                compiled=self.compiled,
+                **self.chat_options,
+            )
         except ConversationTooLong as mistake:
             way = "/reset forgets the conversation, /drop the waiting pictures"
             raise UserError(
@@ -222,7 +208,7 @@ class ChatSession:
             print(flush=True)
             if written:
                 answer = {"role": "assistant", "content": "".join(written)}
-                self.messages, self.pending_images = [*asked, answer], []
+                self.messages, self.pending_images = [*messages, answer], []
         self._warn_about_answer(bool(written))
 
     def _warn_about_answer(self, has_answer: bool) -> None:

@@ -12,11 +12,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from vlbench.command_line.arguments import ExportArguments, ExportFormat
 from vlbench.config import recipe as recipes
-from vlbench.config.overrides import format_override, parse_key_values, read_boolean
+from vlbench.config.overrides import format_override
 from vlbench.config.schema import Recipe
-from vlbench.data.chat_template import check_template_name
-from vlbench.errors import UserError, one_line, suggest_name
+from vlbench.errors import UserError, one_line
 from vlbench.load_model import find_model_folder, load_model_folder, parse_dtype
 from vlbench.model import lora_adapters
 from vlbench.model.loaded_vlm import LoadedVLM
@@ -29,33 +29,23 @@ from vlbench.text_files import read_json
 from vlbench.train import checkpoint_files
 from vlbench.train.checkpoint_files import RunPosition
 
-EXPORT_FORMATS = ("yi_vl", "hf_llava", "vlbench")
 
-
-def run_export(overrides: list[str]) -> int:
-    """Write `run=PATH` (run, checkpoint or released model) to the new folder `to=DIR`."""
-    given = parse_key_values(
-        "export", overrides, ("run", "to", "format"), ("dtype", "merge_lora", "template")
-    )
-    layout, to = given["format"], Path(given["to"]).expanduser()
-    if layout not in EXPORT_FORMATS:
-        known = ", ".join(EXPORT_FORMATS)
-        raise UserError(
-            f"format is '{layout}'; known are {known}.{suggest_name(layout, EXPORT_FORMATS)}"
-        )
-    kind, template = parse_dtype(given.get("dtype")), check_template_name(given.get("template"))
+def run_export(arguments: ExportArguments) -> int:
+    """Write a model to a new folder, in one of the formats, with a model card."""
+    layout, to = arguments.format, Path(arguments.out)
+    dtype = parse_dtype(arguments.dtype)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise UserError(f"to={to} is there already; name a new folder")
-    source = find_model_folder(given["run"], "run")
-    vlm = load_model_folder(source, None, template=template)
-    _merge_or_refuse_lora(vlm, layout, read_boolean(given, "merge_lora"), source)
+        raise UserError(f"out={to} is there already; name a new folder")
+    source = find_model_folder(arguments.model, "model")
+    vlm = load_model_folder(source, None, template=arguments.template)
+    _merge_or_refuse_lora(vlm, layout, arguments.merge_lora, source)
     recipe = _load_source_recipe(source, vlm)
     writing = to.parent / f".writing-{to.name}"
     shutil.rmtree(writing, ignore_errors=True)
     before = signal.signal(signal.SIGTERM, _exit_on_signal)
     try:
         writing.mkdir(parents=True)
-        _write_export(layout, vlm, writing, kind, source, recipe)
+        _write_export(layout, vlm, writing, dtype, source, recipe)
         trained = checkpoint_files.is_run_or_checkpoint(source)
         text = render_model_card(
             vlm, recipe, trained, layout, to, source, _load_run_results(source)
@@ -66,7 +56,7 @@ def run_export(overrides: list[str]) -> int:
         writing.rename(to)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
-        raise UserError(f"to={to} cannot be written ({reason})") from error
+        raise UserError(f"out={to} cannot be written ({reason})") from error
     finally:
         shutil.rmtree(writing, ignore_errors=True)
         signal.signal(signal.SIGTERM, before)
@@ -75,7 +65,9 @@ def run_export(overrides: list[str]) -> int:
     return 0
 
 
-def _merge_or_refuse_lora(vlm: LoadedVLM, layout: str, merge_lora: bool, source: Path) -> None:
+def _merge_or_refuse_lora(
+    vlm: LoadedVLM, layout: ExportFormat, merge_lora: bool, source: Path
+) -> None:
     """Merge LoRA adapters into the weights if that is wanted; released layouts have none."""
     adapted = [
         name for name, part in vlm.model.named_parts() if lora_adapters.adapter_parameters(part)
@@ -96,7 +88,7 @@ def _exit_on_signal(signal_number: int, _: Any) -> None:
 
 
 def _write_export(
-    layout: str,
+    layout: ExportFormat,
     vlm: LoadedVLM,
     folder: Path,
     dtype: torch.dtype | None,

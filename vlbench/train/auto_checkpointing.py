@@ -14,9 +14,8 @@ from vlbench.model.contrastive_loss import add_contrast_pools
 from vlbench.model.vlm import VLM
 
 CANDIDATE_STEPS = 16  # the longest micro-batch of these steps is measured
-SPARE_MEMORY_SHARE = (
-    0.05  # share of a GPU's memory that is left free: later steps may be a little longer
-)
+# share of a GPU's memory that is left free: later steps may be a little longer
+SPARE_MEMORY_SHARE = 0.05
 OPTIMIZER_BYTES_PER_PARAM = 8  # of AdamW's two moments, in float32
 
 
@@ -92,7 +91,8 @@ def _measure_peak_memory(
             batch = add_contrast_pools(vlm, [batch.to(device)], all_processes=False)[0]
             out = vlm(batch)
         losses = [out.loss_sum, *(value for value, _ in out.extra.values())]
-        torch.stack([loss.float() for loss in losses if loss is not None]).sum().backward()
+        total = torch.stack([loss.float() for loss in losses if loss is not None]).sum()
+        torch.autograd.backward(total)
     except torch.OutOfMemoryError:
         return None
     finally:

@@ -2,17 +2,17 @@
 
 checkpoints/2-chat-000300/
     model.safetensors     every part that was trained so far, keys `vision.`, `connector.`, ...
-    optimizer/            the optimizer of the open stage, by the names of parameters
+    optimizer/            state of the optimizer, by the names of parameters
     position.json         stage, step, held-out loss
     recipe.yaml preprocess.json tokenizer.model tokenizer_config.json
     language/             config of the language model, if its weights are in model.safetensors
     vision/               config of the vision encoder, in open_clip's format
-    weights.json          what each part began as: its source, and a checksum of its weights
+    weights.json          the source of each part's first weights, and their checksum
     adapters/PART/        LoRA adapters in peft's layout, if a part has them
-    release/              the small files of the released model that the run began with, if any
+    release/              small files of the released model that the run began with, if any
 
 More than 5 GB of tensors are several files and an index, as in transformers; where several
-processes train, each writes some of them. A checkpoint does not tell how many there were.
+processes train, each writes some of them. The format does not depend on their number.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _POSITION_TYPES = {"stage": int, "name": str, "step": int}
 
 @dataclass(frozen=True)
 class RunPosition:
-    """Where a run stands: `step` optimizer steps of stage number `stage` are done."""
+    """A position of a run: `step` optimizer steps of stage number `stage` are done."""
 
     stage: int
     name: str
@@ -63,9 +63,9 @@ class RunPosition:
     loss: float | None = None
     """Held-out loss per supervised token, if it was measured at this step."""
     seen: dict[str, int] | None = None
-    """Samples, images and tokens (places included) that the run has learned from by then."""
+    """Samples, images and tokens (image positions included) that the run has trained on."""
     seconds: float | None = field(default=None, compare=False)
-    """What the run has taken by then, the time in which it was stopped left out."""
+    """Seconds that the run has taken, without the time in which it was stopped."""
 
     @property
     def folder_name(self) -> str:
@@ -74,9 +74,9 @@ class RunPosition:
 
 
 def named_part_weights(vlm: VLM, parts: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """Give the state of `parts`, keys prefixed with the part's name.
+    """Yield the weights of `parts`, names prefixed with that of the part.
 
-    Weights that a stage holds in 16 bits are written as the float32 that they are between stages.
+    Frozen weights that a stage holds in bfloat16 are given as float32, as between stages.
     """
     for part in parts:
         for key, value in lora_adapters.base_state_dict(getattr(vlm, part)).items():
@@ -84,9 +84,9 @@ def named_part_weights(vlm: VLM, parts: list[str]) -> Iterator[tuple[str, Tensor
 
 
 class CheckpointWriter:
-    """A checkpoint on its way to the disk: training goes on while files are written.
+    """A checkpoint that is being written by a thread while training goes on.
 
-    Where several processes train, all of them begin and end it together.
+    Where several processes train, all of them start and finish it together.
     """
 
     def __init__(
@@ -98,7 +98,16 @@ class CheckpointWriter:
         optimizer: Optimizer | None,
         recipe_file: Path,
     ) -> None:
-        """Copy what is to be written, and begin; nothing is kept of it before `end`."""
+        """Copy the tensors and start to write; the checkpoint counts after `finish_writing`.
+
+        Args:
+            folder: The folder of all checkpoints of a run.
+            position: Where the run stands.
+            vlm: The model.
+            parts: The parts whose weights are written.
+            optimizer: Its state is written, if given.
+            recipe_file: The recipe of the run, which is copied.
+        """
         self.final_path = folder / position.folder_name
         self.temp_path = folder / f".writing-{position.folder_name}"
         self._executor = ThreadPoolExecutor(1)
@@ -116,10 +125,12 @@ class CheckpointWriter:
                 )
             ]
             if optimizer is not None:
-                kept = named_optimizer_state(vlm.model, optimizer)
                 self._finish_calls.append(
                     begin_writing_tensors(
-                        kept, self.temp_path / OPTIMIZER_FOLDER, self._submit_write, copy=True
+                        named_optimizer_state(vlm.model, optimizer),
+                        self.temp_path / OPTIMIZER_FOLDER,
+                        self._submit_write,
+                        copy=True,
                     )
                 )
             write_metadata(vlm, self.temp_path, recipe_file.read_text(encoding="utf-8"), position)
@@ -130,14 +141,14 @@ class CheckpointWriter:
 
     @property
     def is_written(self) -> bool:
-        """True when this process has written its share."""
+        """True when this process has written its files."""
         return all(task.done() for task in self._write_tasks)
 
     def finish_writing(self) -> Path:
         """Wait for the files of all processes, name the checkpoint, and return its path."""
         with self._explain_write_errors():
-            for end in self._finish_calls:
-                end()
+            for finish_call in self._finish_calls:
+                finish_call()
             collectives.call_on_rank_zero(
                 lambda: _publish_checkpoint(self.temp_path, self.final_path)
             )
@@ -146,7 +157,7 @@ class CheckpointWriter:
 
     @contextlib.contextmanager
     def _explain_write_errors(self) -> Iterator[None]:
-        """Leave nothing behind of a checkpoint that cannot be written, and say why."""
+        """Remove a checkpoint that cannot be written, and raise an error that says why."""
         try:
             yield
         except (OSError, SafetensorError) as error:
@@ -159,7 +170,7 @@ class CheckpointWriter:
 
 
 def _make_folders(temp_path: Path, has_optimizer: bool) -> None:
-    """Make the folders of a checkpoint that begins."""
+    """Make the folders of a new checkpoint."""
     shutil.rmtree(temp_path, ignore_errors=True)
     temp_path.mkdir(parents=True)
     if has_optimizer:
@@ -167,7 +178,7 @@ def _make_folders(temp_path: Path, has_optimizer: bool) -> None:
 
 
 def _publish_checkpoint(temp_path: Path, final_path: Path) -> None:
-    """Give a checkpoint that is whole its name."""
+    """Rename a complete checkpoint to its name, when all files are on the disk."""
     for path in temp_path.rglob("*"):
         _fsync_path(path)
     shutil.rmtree(final_path, ignore_errors=True)
@@ -176,7 +187,7 @@ def _publish_checkpoint(temp_path: Path, final_path: Path) -> None:
 
 
 def write_metadata(vlm: LoadedVLM, folder: Path, recipe_text: str, position: RunPosition) -> None:
-    """Write everything about a model but its weights, so that a checkpoint stands alone."""
+    """Write all of a model but its base weights, so that a checkpoint stands alone."""
     for part, module in vlm.model.named_parts():
         lora_adapters.save_adapters(module, folder / ADAPTERS_FOLDER / part)
     if not collectives.is_rank_zero():
@@ -202,7 +213,7 @@ def write_metadata(vlm: LoadedVLM, folder: Path, recipe_text: str, position: Run
 
 
 def explain_write_error(error: OSError, folder: Path) -> Exception:
-    """Return a clear mistake for a full disk or an unwritable folder, else the error itself."""
+    """Return a UserError for a full disk or an unwritable folder, else the error itself."""
     if error.errno == errno.ENOSPC:
         return UserError(
             f"the disk is full: cannot write in {folder}; earlier checkpoints are whole"
@@ -227,7 +238,7 @@ def preprocessing_json(processor: Processor) -> str:
 
 
 def _fsync_path(path: Path) -> None:
-    """Make the operating system write `path` out, so that a power cut cannot tear it."""
+    """Make the operating system write `path` to the disk, so that it survives a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -236,38 +247,40 @@ def _fsync_path(path: Path) -> None:
 
 
 def read_position(folder: Path) -> RunPosition:
-    """Return where the checkpoint in `folder` stands."""
+    """Return the position of the checkpoint in `folder`."""
     file = folder / "position.json"
-    said = read_json(file)
-    whole = all(type(said.get(key)) is kind for key, kind in _POSITION_TYPES.items())
-    if not whole or not said.keys() <= {*_POSITION_TYPES, "loss", "seen", "seconds"}:
+    fields = read_json(file)
+    is_valid = all(type(fields.get(key)) is kind for key, kind in _POSITION_TYPES.items())
+    if not is_valid or not fields.keys() <= {*_POSITION_TYPES, "loss", "seen", "seconds"}:
         raise UserError(
             f"{file}: is not the position of a checkpoint ({', '.join(_POSITION_TYPES)})"
         )
-    return RunPosition(**said)
+    return RunPosition(**fields)
 
 
 def read_preprocessing(folder: Path) -> tuple[int, str]:
     """Return the image size of a checkpoint in pixels, and the hash of its image transform."""
     file = folder / "preprocess.json"
-    said = read_json(file)
-    crop = transform.get("crop") if isinstance(transform := said.get("transform"), dict) else None
-    if not isinstance(crop, int) or not isinstance(said.get("transform_hash"), str):
+    fields = read_json(file)
+    transform = fields.get("transform")
+    crop = transform.get("crop") if isinstance(transform, dict) else None
+    if not isinstance(crop, int) or not isinstance(fields.get("transform_hash"), str):
         raise UserError(f"{file}: is not the preprocessing of a checkpoint")
-    return crop, said["transform_hash"]
+    return crop, fields["transform_hash"]
 
 
 def list_positions(folder: Path) -> list[RunPosition]:
-    """Return the positions of all whole checkpoints in `folder`, oldest first."""
-    found = []
-    for path in folder.glob("*-*-*"):
-        if CHECKPOINT_NAME.fullmatch(path.name) and (path / "position.json").is_file():
-            found.append(read_position(path))
-    return sorted(found, key=lambda p: (p.stage, p.step))
+    """Return the positions of all complete checkpoints in `folder`, oldest first."""
+    positions = [
+        read_position(path)
+        for path in folder.glob("*-*-*")
+        if CHECKPOINT_NAME.fullmatch(path.name) and (path / "position.json").is_file()
+    ]
+    return sorted(positions, key=lambda position: (position.stage, position.step))
 
 
 def is_run_or_checkpoint(path: Path) -> bool:
-    """Tell whether `path` is a checkpoint or a folder with checkpoints."""
+    """Tell whether `path` is a checkpoint or a run folder."""
     return (path / "position.json").is_file() or (path / "checkpoints").is_dir()
 
 
@@ -275,14 +288,14 @@ def find_checkpoint(path: Path) -> Path:
     """Return the checkpoint that `path` means: itself, or the newest one of a run folder."""
     if (path / "position.json").is_file():
         return path
-    found = list_positions(path / "checkpoints")
-    if not found:
+    positions = list_positions(path / "checkpoints")
+    if not positions:
         raise UserError(f"{path} is neither a run folder with checkpoints nor a checkpoint")
-    return path / "checkpoints" / found[-1].folder_name
+    return path / "checkpoints" / positions[-1].folder_name
 
 
 def read_optimizer_state(path: Path) -> Mapping[str, Tensor]:
-    """Return the optimizer state of a checkpoint, read when it is asked for."""
+    """Return the optimizer state of a checkpoint; a tensor is read when it is used."""
     folder = path / OPTIMIZER_FOLDER
     try:
         return LazyTensors(weight_files(folder))
@@ -297,19 +310,22 @@ def read_optimizer_state(path: Path) -> Mapping[str, Tensor]:
 def prune_checkpoints(folder: Path, keep_last_checkpoints: int) -> None:
     """Remove all but the last `keep_last_checkpoints` and the best of the newest stage.
 
-    The newest checkpoint of a stage that is over stays, without its optimizer.
+    The best has the lowest held-out loss. The newest checkpoint of an earlier stage stays, without
+    its optimizer.
     """
-    found = list_positions(folder)
-    newest = {p.stage: p for p in found}
-    keep = {p.folder_name for p in found[-keep_last_checkpoints:]} | {
-        p.folder_name for p in newest.values()
-    }
-    judged = [p for p in found if p.loss is not None and p.stage == found[-1].stage]
-    if judged:
-        keep.add(min(judged, key=lambda p: p.loss or 0.0).folder_name)
-    for position in found:
+    positions = list_positions(folder)
+    if not positions:
+        return
+    open_stage = positions[-1].stage
+    newest = {position.stage: position for position in positions}
+    kept = [*positions[-keep_last_checkpoints:], *newest.values()]
+    evaluated = [p for p in positions if p.loss is not None and p.stage == open_stage]
+    if evaluated:
+        kept.append(min(evaluated, key=lambda position: position.loss or 0.0))
+    keep = {position.folder_name for position in kept}
+    for position in positions:
         path = folder / position.folder_name
         if position.folder_name not in keep:
             shutil.rmtree(path)
-        elif position.stage < found[-1].stage and (path / OPTIMIZER_FOLDER).exists():
+        elif position.stage < open_stage and (path / OPTIMIZER_FOLDER).exists():
             shutil.rmtree(path / OPTIMIZER_FOLDER)

@@ -1,7 +1,7 @@
-"""Before a stage with a frozen tower: its features are computed once and kept in a folder.
+"""The features of a frozen vision encoder, computed once before a stage and cached in a folder.
 
-They belong to the tower's weights, the image transform and the arithmetic: a change in any of these
-is another folder inside of the given one.
+They belong to the encoder's weights, the image transform, the device and the precision: a change in
+any of these leads to another subfolder of the cache.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from vlbench.model.frozen_bf16 import FROZEN_DTYPE
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.train import run_report
 
-READER_THREADS = 16  # files that are read at once, to know what they hold
-IMAGES_PER_CHUNK = 32  # pictures that the tower sees at once
-SHARD_BYTES = 2**28  # of features in a shard: what an interruption loses at most
+READER_THREADS = 16  # image files that are read at once, to hash their content
+IMAGES_PER_CHUNK = 32  # images in a forward pass of the encoder
+SHARD_BYTES = 2**28  # of features in a shard, the most that an interruption loses
 
 
 def cache_features(
@@ -46,40 +46,53 @@ def cache_features(
     num_workers: int,
     should_stop: Callable[[], bool],
 ) -> FeatureStore:
-    """Return the features of all pictures of `steps`; what `folder` lacks is computed and kept.
+    """Return the features of all images of `steps`; those that `folder` lacks are computed.
 
-    The tower runs where and in the precision in which `trainer` will train; `workers` processes
-    prepare pictures. When `stop` says so, those that are known by then are returned.
-    Raises a Mistake when the disk has no room; what is kept by then stays.
+    Args:
+        vlm: The model whose vision encoder is frozen, and its image transform.
+        steps: All optimizer steps of the stage.
+        folder: The cache, `trainer.feature_cache`.
+        trainer: Its device and precision are used.
+        num_workers: Processes that load images; 0 for this one.
+        should_stop: Asked after every forward pass; when it is true, the features that are known
+            by then are returned.
+
+    Raises:
+        UserError: The disk is full, or the folder cannot be written. What is cached by then stays.
+
     """
     device = trainer_device(trainer)
-    own = folder / encoder_fingerprint(vlm, f"{device.type} {trainer.precision}")
+    subfolder = folder / encoder_fingerprint(vlm, f"{device.type} {trainer.precision}")
     try:
-        own.mkdir(parents=True, exist_ok=True)
+        subfolder.mkdir(parents=True, exist_ok=True)
         vlm.vision.to(device)
-        with FileLock(own / ".lock"):  # runs side by side would compute the same
-            return _fill_cache(vlm, steps, FeatureShards(own), trainer, num_workers, should_stop)
+        with FileLock(subfolder / ".lock"):  # runs side by side would compute the same
+            shards = FeatureShards(subfolder)
+            return _fill_cache(vlm, steps, shards, trainer, num_workers, should_stop)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise UserError(
-                f"the disk is full: features cannot be kept in {own}. What is kept is whole, and "
-                "is used when the run goes on: make room, or leave trainer.feature_cache out"
+                f"the disk is full: features cannot be kept in {subfolder}. What is kept is whole, "
+                "and is used when the run goes on: make room, or leave trainer.feature_cache out"
             ) from error
         raise UserError(f"trainer.feature_cache={folder}: {error.strerror}") from error
 
 
 def encoder_fingerprint(vlm: LoadedVLM, arithmetic: str) -> str:
-    """Return 16 characters that change when the features of a picture may change."""
-    tower = vlm.vision
-    about = [
-        tower.layer,
-        tower.norm,
-        tower.class_token,
+    """Return 16 hexadecimal digits that change when the features of an image may change.
+
+    `arithmetic` names device and precision.
+    """
+    encoder = vlm.vision
+    settings = [
+        encoder.layer,
+        encoder.norm,
+        encoder.class_token,
         vlm.processor.transform.transform_hash(),
         arithmetic,
     ]
-    digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=8)
-    for name, value in sorted(tower.state_dict().items()):
+    digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=8)
+    for name, value in sorted(encoder.state_dict().items()):
         digest.update(name.encode())
         value = value.float() if value.dtype is FROZEN_DTYPE else value  # the same numbers
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -94,11 +107,12 @@ def _fill_cache(
     num_workers: int,
     should_stop: Callable[[], bool],
 ) -> FeatureStore:
+    """Compute what a cache lacks of the images of `steps`, and return all their features."""
     keys = dict(_keyed_images(steps))
-    kept = shards.locate_features()
-    missing = {key: picture for picture, key in keys.items() if key not in kept}
+    locations = shards.locate_features()
+    missing = {key: image for image, key in keys.items() if key not in locations}
     if missing:
-        loader: DataLoader = DataLoader(
+        loader: DataLoader[tuple[bytes, Tensor | None]] = DataLoader(
             _PixelDataset(vlm.processor.transform, list(missing.items())),
             batch_size=IMAGES_PER_CHUNK,
             collate_fn=list,
@@ -106,34 +120,34 @@ def _fill_cache(
             worker_init_fn=isolate_data_worker,
         )
         with torch.no_grad(), autocast_context(trainer):
-            kept |= _compute_features(vlm, loader, len(missing), shards, should_stop)
-    return FeatureStore(
-        shards, {picture: kept[key] for picture, key in keys.items() if key in kept}
-    )
+            locations |= _compute_features(vlm, loader, len(missing), shards, should_stop)
+    known = {image: locations[key] for image, key in keys.items() if key in locations}
+    return FeatureStore(shards, known)
 
 
 def _keyed_images(steps: StepDataset) -> Iterator[tuple[LazyImage, bytes]]:
-    """Give every picture of a stage once, with its key.
+    """Yield every image of a stage once, with the key of its content.
 
-    What cannot be read is left out: training meets it again and reports it.
+    Images that cannot be read are left out: training meets them again and reports them.
     """
-    with ThreadPoolExecutor(READER_THREADS) as pool:  # of files, not of processors
-        pictures = list(_unique_images(steps))
-        for picture, key in zip(pictures, pool.map(_content_key_or_empty, pictures), strict=True):
+    with ThreadPoolExecutor(READER_THREADS) as pool:  # they wait for files, not for processors
+        images = list(_unique_images(steps))
+        for image, key in zip(images, pool.map(_content_key_or_empty, images), strict=True):
             if key:
-                yield picture, key
+                yield image, key
 
 
 def _unique_images(steps: StepDataset) -> Iterator[LazyImage]:
-    met: set[LazyImage] = set()
-    shown = slice(1) if steps.encoder.sample_format == "caption" else slice(None)
+    """Yield every image of a stage once, in the order of training."""
+    known: set[LazyImage] = set()
+    used = slice(1) if steps.encoder.sample_format == "caption" else slice(None)
     for position in range(steps.total_steps * steps.global_batch_size):
         try:
-            pictures = steps.mixture[position].images[shown]
+            images = steps.mixture[position].images[used]
         except BadSample:
             continue
-        yield from (picture for picture in pictures if picture not in met)
-        met.update(pictures)
+        yield from (image for image in images if image not in known)
+        known.update(images)
 
 
 def _content_key_or_empty(image: LazyImage) -> bytes:
@@ -145,7 +159,7 @@ def _content_key_or_empty(image: LazyImage) -> bytes:
 
 @dataclass
 class _PixelDataset(Dataset[tuple[bytes, "Tensor | None"]]):
-    """Keys and pixels `[3, height, width]` of pictures; None for one that cannot be read."""
+    """Keys and pixels `[3, height, width]` of images; None for one that cannot be read."""
 
     transform: ImageTransform
     keyed_images: list[tuple[bytes, LazyImage]]
@@ -154,48 +168,49 @@ class _PixelDataset(Dataset[tuple[bytes, "Tensor | None"]]):
         return len(self.keyed_images)
 
     def __getitem__(self, index: int) -> tuple[bytes, Tensor | None]:
-        key, picture = self.keyed_images[index]
+        key, image = self.keyed_images[index]
         try:
-            return key, self.transform.load_pixels(picture)
+            return key, self.transform.load_pixels(image)
         except UserError:
             return key, None
 
 
 def _compute_features(
     vlm: LoadedVLM,
-    loader: DataLoader,
+    loader: DataLoader[tuple[bytes, Tensor | None]],
     image_count: int,
     shards: FeatureShards,
     should_stop: Callable[[], bool],
 ) -> FeatureLocations:
-    """Compute the features of pictures and write them, shard by shard; return where they are."""
+    """Compute the features of images and write them, shard by shard; return where they are."""
     side = vlm.vision.image_size
-    each = _encode_pixels(vlm, torch.zeros(1, 3, side, side)).nbytes
-    _check_disk_space(image_count * each, image_count, shards.folder)
-    places: FeatureLocations = {}
+    image_bytes = _encode_pixels(vlm, torch.zeros(1, 3, side, side)).nbytes
+    _check_disk_space(image_count * image_bytes, image_count, shards.folder)
+    locations: FeatureLocations = {}
     keys: list[bytes] = []
     features: list[Tensor] = []
     for chunk in tqdm(loader, desc="features", disable=None):
-        pixels = {key: made for key, made in chunk if made is not None}
+        pixels = {key: image for key, image in chunk if image is not None}
         if pixels:
             keys += pixels
             features.append(_encode_pixels(vlm, torch.stack(list(pixels.values()))))
-        if len(keys) * each >= SHARD_BYTES:
-            places |= shards.write_shard(keys, torch.cat(features))
+        if len(keys) * image_bytes >= SHARD_BYTES:
+            locations |= shards.write_shard(keys, torch.cat(features))
             keys, features = [], []
         if should_stop():
             break
-    return places | (shards.write_shard(keys, torch.cat(features)) if keys else {})
+    return locations | (shards.write_shard(keys, torch.cat(features)) if keys else {})
 
 
 def _encode_pixels(vlm: LoadedVLM, pixels: Tensor) -> Tensor:
-    """Return what the tower makes of pixels, on the CPU."""
+    """Return the encoder's features of pixels, on the CPU."""
     weight = next(vlm.vision.parameters())
-    return vlm.vision(pixels.to(weight.device, weight.dtype)).cpu()
+    features: Tensor = vlm.vision(pixels.to(weight.device, weight.dtype))
+    return features.cpu()
 
 
 def _check_disk_space(needed_bytes: int, image_count: int, folder: Path) -> None:
-    """Say what the features will take, and refuse before anything is written if it is too much."""
+    """Print the bytes that the features will take; refuse before writing if it is too much."""
     free = shutil.disk_usage(folder).free
     run_report.print_status(
         f"features of {image_count:,} pictures take {run_report.format_bytes(needed_bytes)} in "

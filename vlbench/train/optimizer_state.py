@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import cast
 
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -17,7 +18,8 @@ def named_optimizer_state(vlm: VLM, optimizer: Optimizer) -> Iterator[tuple[str,
     """Yield the state of an optimizer as `KEY.PARAMETER_NAME`; tensors may be sharded."""
     if not optimizer.state:  # get_optimizer_state_dict would take a step to make one
         return
-    for name, state in get_optimizer_state_dict(vlm, optimizer)["state"].items():
+    states = get_optimizer_state_dict(vlm, optimizer)["state"]
+    for name, state in cast(Mapping[str, Mapping[str, Tensor]], states).items():
         for key, value in state.items():
             yield f"{key}.{name}", value
 

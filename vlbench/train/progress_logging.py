@@ -38,18 +38,19 @@ METRIC_COLUMNS = (
 
 
 def truncate_metrics(path: Path, stage_names: list[str], stage_name: str, step: int) -> None:
-    """Drop the rows of `path` that lie beyond `step` of `stage`: a resumed run writes them anew.
+    """Drop the rows of `path` after step `step` of a stage: a resumed run writes them again.
 
-    `stages` gives the order of the stages.
+    `stage_names` gives the order of the stages.
     """
     if not path.is_file():
         return
     columns, rows = _read_metric_rows(path)
-    here = stage_names.index(stage_name)
-    whole = [
-        row for row in rows if row["seconds"] and row["stage"] in stage_names
-    ]  # a kill tears one
-    kept = [r for r in whole if (stage_names.index(r["stage"]), int(r["step"])) <= (here, step)]
+    last_kept = (stage_names.index(stage_name), step)
+    # a kill may have cut the last row short
+    complete = [row for row in rows if row["seconds"] and row["stage"] in stage_names]
+    kept = [
+        row for row in complete if (stage_names.index(row["stage"]), int(row["step"])) <= last_kept
+    ]
     _write_metric_rows(path, columns, kept)
 
 
@@ -69,19 +70,19 @@ def _write_metric_rows(path: Path, columns: Sequence[str], rows: list[dict[str, 
 
 
 def connector_metrics(connector: Connector, taken_names: Container[str]) -> dict[str, float]:
-    """Return the connector's gauges; a Mistake for a name that another column has."""
-    gauges = {name: float(value) for name, value in connector.metrics().items()}
-    for name in gauges:
+    """Return the metrics of a connector; a UserError for a name that another column has."""
+    metrics = {name: float(value) for name, value in connector.metrics().items()}
+    for name in metrics:
         if name in taken_names:
             raise UserError(
                 f"connector {type(connector).__name__}: a gauge is called '{name}', and so is "
                 "another column of metrics.csv; give the gauge another name"
             )
-    return gauges
+    return metrics
 
 
 class ProgressCallback(StageCallback):
-    """Show loss, speed and time left, and write metrics, every `every` steps."""
+    """Show loss, speed and time left, and write metrics, every `every_n_steps` steps."""
 
     def __init__(
         self,
@@ -91,17 +92,22 @@ class ProgressCallback(StageCallback):
         metrics_file: Path | None,
         validation: ValidationCallback,
     ) -> None:
-        """`offset` is the number of steps of earlier stages, for loggers that know one axis."""
-        self.stage_name, self.step_offset, self.every_n_steps = (
-            stage_name,
-            step_offset,
-            every_n_steps,
-        )
+        """Report one stage.
+
+        Args:
+            stage_name: Shown and written in every row.
+            step_offset: Optimizer steps of earlier stages; loggers count through all stages.
+            every_n_steps: Steps between two rows; an evaluation and the last step have one, too.
+            metrics_file: metrics.csv of the run; None where another process writes it.
+            validation: Has the held-out losses of the newest step; it must be called before.
+        """
+        self.stage_name, self.step_offset = stage_name, step_offset
+        self.every_n_steps = every_n_steps
         self.metrics_file, self.validation = metrics_file, validation
         self.throughput = ThroughputMeter()
 
     def on_stage_start(self, training: VLMTrainingModule) -> None:
-        """Open the bar."""
+        """Start the clock and the progress bar."""
         self.throughput.start_measuring(training)
         self.start_step = training.steps_done
         self.is_interactive = sys.stderr.isatty()
@@ -115,31 +121,32 @@ class ProgressCallback(StageCallback):
         )
 
     def on_step_end(self, training: VLMTrainingModule, step: OptimizerStep) -> None:
-        """Count a step; every so often say and write how it goes."""
+        """Count a step, and write a row of metrics if it is time."""
         report = training.report
         self.throughput.count_step(training, step)
         self.progress_bar.update()
-        last = training.steps_done == training.total_steps
-        if training.steps_done % self.every_n_steps == 0 or last or self.validation.latest_losses:
+        is_last = training.steps_done == training.total_steps
+        is_due = training.steps_done % self.every_n_steps == 0
+        if is_due or is_last or self.validation.latest_losses:
             self._log_metrics(training, report)
 
     def _log_metrics(self, training: VLMTrainingModule, report: StepReport) -> None:
-        held_out = self.validation.latest_losses
+        held_out_losses = self.validation.latest_losses
         row: dict[str, Any] = {
             "stage": self.stage_name,
             "step": training.steps_done,
             "loss": report.loss,
-            "held_out_loss": held_out.get("loss", ""),
+            "held_out_loss": held_out_losses.get("loss", ""),
             "lr": report.lr,
             "grad_norm": report.grad_norm,
             **self.throughput.read_and_reset(),
         }
         row |= report.extra  # the connector's own losses, a column each
-        row |= {f"held_out_{k}": held_out.get(k, "") for k in report.extra}
+        row |= {f"held_out_{name}": held_out_losses.get(name, "") for name in report.extra}
         with unsharded_connector(training.vlm):
             row |= connector_metrics(training.vlm.connector, row)
         self._append_metrics(row)
-        numbers = {k: v for k, v in row.items() if isinstance(v, float)}
+        numbers = {name: value for name, value in row.items() if isinstance(value, float)}
         for logger in training.trainer.loggers:
             logger.log_metrics(numbers, step=self.step_offset + training.steps_done)
         self._show_progress(training, row)
@@ -152,30 +159,29 @@ class ProgressCallback(StageCallback):
             if self.metrics_file.exists()
             else (list(METRIC_COLUMNS), [])
         )
-        more = [name for name in row if name not in columns]
-        if more or not rows:
-            _write_metric_rows(self.metrics_file, [*columns, *more], [*rows, row])
+        new_columns = [name for name in row if name not in columns]
+        if new_columns or not rows:
+            _write_metric_rows(self.metrics_file, [*columns, *new_columns], [*rows, row])
             return
         with self.metrics_file.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, columns).writerow(row)
 
     def _show_progress(self, training: VLMTrainingModule, row: dict[str, Any]) -> None:
         speed = format_throughput(row)
-        held = row["held_out_loss"]
-        losses = f"loss {row['loss']:.3f}" + (f" (held out {held:.3f})" if held != "" else "")
-        own = [name for name in training.report.extra if name in row]
-        losses += "".join(f", {name} {row[name]:.3f}" for name in own)
+        held_out = row["held_out_loss"]
+        losses = f"loss {row['loss']:.3f}"
+        losses += f" (held out {held_out:.3f})" if held_out != "" else ""
+        losses += "".join(f", {name} {row[name]:.3f}" for name in training.report.extra)
         self.progress_bar.set_postfix_str(f"{losses}, {speed}")
         if not self.is_interactive:
-            done = training.steps_done - self.start_step
-            left = (training.total_steps - training.steps_done) * row["seconds"] / max(1, done)
+            steps_taken = max(1, training.steps_done - self.start_step)
+            steps_left = training.total_steps - training.steps_done
             print(
                 f"{self.stage_name} {training.steps_done}/{training.total_steps}: {losses}, "
-                f"{speed}, "
-                f"{left:.0f} s left",
+                f"{speed}, {steps_left * row['seconds'] / steps_taken:.0f} s left",
                 flush=True,
             )
 
     def on_stage_end(self, training: VLMTrainingModule) -> None:
-        """Close the bar."""
+        """Close the progress bar."""
         self.progress_bar.close()

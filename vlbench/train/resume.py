@@ -1,4 +1,4 @@
-"""From a checkpoint, a run or a released model on disk to a model in memory."""
+"""Load the model of a checkpoint, of a run, or of what `init` names."""
 
 from __future__ import annotations
 
@@ -55,21 +55,27 @@ def load_checkpoint(
     skip_parts: tuple[str, ...] = (),
     mmap_language: bool = False,
 ) -> LoadedVLM:
-    """Return the model in a checkpoint, as `recipe` describes it.
+    """Return the model in a checkpoint.
 
-    `dtype` None keeps every tensor as it is stored. Parts in `skip` start anew. With `mapped` the
-    weights of the language model stay in their files.
+    Args:
+        folder: The checkpoint.
+        recipe: Describes the model.
+        dtype: Of the weights; None keeps every tensor as it is stored.
+        device: Where the weights are loaded to.
+        skip_parts: Parts that keep their fresh weights.
+        mmap_language: Whether the weights of the language model stay in their files until used.
+
     """
-    held = {
+    stored_parts = {
         name.partition(".")[0] for file in weight_files(folder) for name in read_tensor_shapes(file)
     }
-    side, _ = checkpoint_files.read_preprocessing(folder)
+    image_size, _ = checkpoint_files.read_preprocessing(folder)
     if (folder / RELEASE_FOLDER).is_dir():
         vlm = build_released_vlm(folder / RELEASE_FOLDER, release_overrides(recipe))
-        vlm.set_image_size(side)
+        vlm.set_image_size(image_size)
     else:
         vlm = build_checkpoint_vlm(
-            recipe, [*_earlier_image_sizes(folder), side], folder, held, mmap_language
+            recipe, [*_earlier_image_sizes(folder), image_size], folder, stored_parts, mmap_language
         )
     if "connector" not in skip_parts:
         vlm.model.set_objective(read_objective(folder))
@@ -80,20 +86,22 @@ def load_checkpoint(
 
 
 def inherited_keys(recipe: Recipe) -> dict[str, Any]:
-    """Return keys that a recipe has from its `init` unless it says them itself, as nested dicts.
+    """Return keys that a recipe takes from its `init` unless it sets them, as nested dicts.
 
-    They are what the weights were trained with. A run that goes on has them already: its `init`
-    may be gone.
+    They are what the weights were trained with. A run that is resumed has them in its own folder,
+    so its `init` may be gone.
     """
-    source, own = Path(str(recipe.init)), Path(str(recipe.run), "recipe.yaml")
+    source, own_recipe = Path(str(recipe.init)), Path(str(recipe.run), "recipe.yaml")
     if source.is_file():
         return {}
-    if own.is_file() or checkpoint_files.is_run_or_checkpoint(source):
-        before = recipes.load_recipe_file(
-            own if own.is_file() else checkpoint_files.find_checkpoint(source) / "recipe.yaml"
+    if own_recipe.is_file() or checkpoint_files.is_run_or_checkpoint(source):
+        init_recipe = recipes.load_recipe_file(
+            own_recipe
+            if own_recipe.is_file()
+            else checkpoint_files.find_checkpoint(source) / "recipe.yaml"
         )
-        vision = {"layer": before.vision.layer, "norm": before.vision.norm}
-        return {"vision": vision, "language": {"template": before.language.template}}
+        vision = {"layer": init_recipe.vision.layer, "norm": init_recipe.vision.norm}
+        return {"vision": vision, "language": {"template": init_recipe.language.template}}
     folder = fetch_hub_folder(
         str(source),
         "init",
@@ -104,40 +112,40 @@ def inherited_keys(recipe: Recipe) -> dict[str, Any]:
     if is_blip2_folder(folder):
         return {}
     folder = find_released_model(str(source), "init", hub_download.SMALL_FILE_PATTERNS)
-    plan = find_layout_module(folder).read_release_spec(folder)
-    keys: dict[str, Any] = {"vision": {"layer": plan.vision_layer}}
+    spec = find_layout_module(folder).read_release_spec(folder)
+    keys: dict[str, Any] = {"vision": {"layer": spec.vision_layer}}
     default = LanguageModelConfig.model_fields["template"].default
     if recipe.language.template == default:  # else the recipe chose another
-        keys["language"] = {"template": resolve_template_name(folder, plan, "language.template")}
+        keys["language"] = {"template": resolve_template_name(folder, spec, "language.template")}
     return keys
 
 
 def build_from_init(recipe: Recipe, stage: StageConfig, mmap_language: bool = False) -> LoadedVLM:
-    """Return the model that `init` means for `stage`: of a run, a checkpoint, a release or a file.
+    """Return the model of `init` for `stage`: of a run, a checkpoint, a release or a file.
 
-    A file, or a folder of BLIP-2's, holds the weights of a connector in the layout of its reference
-    implementation.
+    Vision encoder, language model and tokenizer are those of `init`. So is the connector, unless
+    the recipe names another one, which then has fresh weights.
 
-    Tower, language model and tokenizer are those of `init`. The connector is as well, unless the
-    recipe names another one, which then starts anew.
+    A file, or a folder with a BLIP-2, has the weights of a connector alone, in the layout of its
+    reference implementation.
     """
-    source, left = str(recipe.init), ""
+    source, unused_tensors = str(recipe.init), ""
     if Path(source).is_file():
         return _build_with_reference(recipe, stage, [Path(source)])
     if checkpoint_files.is_run_or_checkpoint(Path(source)):
         folder = checkpoint_files.find_checkpoint(Path(source))
-        before = recipes.load_recipe_file(folder / "recipe.yaml")
-        other = before.connector["name"] != recipe.connector["name"]
-        recipe = _inherit_parts(before, recipe)
+        init_recipe = recipes.load_recipe_file(folder / "recipe.yaml")
+        is_new_connector = init_recipe.connector["name"] != recipe.connector["name"]
+        recipe = _inherit_parts(init_recipe, recipe)
         try:
             vlm = load_checkpoint(
                 folder,
                 recipe,
-                skip_parts=("connector",) if other else (),
+                skip_parts=("connector",) if is_new_connector else (),
                 mmap_language=mmap_language,
             )
-        except WeightMismatch as misfit:
-            raise _explain_mismatch(misfit, before, recipe) from misfit
+        except WeightMismatch as mismatch:
+            raise _explain_mismatch(mismatch, init_recipe, recipe) from mismatch
     else:
         folder = fetch_hub_folder(source, "init", hub_download.RELEASE_CONTENTS, ACCEPTED_SOURCES)
         if is_blip2_folder(folder):
@@ -147,46 +155,45 @@ def build_from_init(recipe: Recipe, stage: StageConfig, mmap_language: bool = Fa
         vlm = load_release(
             folder, FLOAT32, overrides=release_overrides(recipe), mmap_language=mmap_language
         )
-        other = vlm.connector.released_projector() is None
-        left = summarize_unused_tensors(
+        is_new_connector = vlm.connector.released_projector() is None
+        unused_tensors = summarize_unused_tensors(
             find_layout_module(folder).build_tensor_groups(folder, vlm.model)
         )
-    if other:
+    if is_new_connector:
         vlm.model.set_objective(stage.objective, fresh=True)
     vlm.weight_origins = {
         "vision": make_weight_origin(source, vlm.vision.visual),
         "connector": make_weight_origin(
-            vlm.connector.weights_source if other else source, vlm.connector
+            vlm.connector.weights_source if is_new_connector else source, vlm.connector
         ),
         "language": make_weight_origin(source, vlm.language),
     }
     config, blocks = vlm.language.config, len(vlm.vision.blocks())
     print(
         f"init {folder}: tower of {blocks} blocks, {vlm.vision.feature_width} wide; language "
-        "model of "
-        f"{config.num_hidden_layers} layers, {config.hidden_size} wide"
-        + (f"; connector {recipe.connector['name']} starts anew" if other else "")
-        + (f"; left out of its files: {left}" if left else "")
+        f"model of {config.num_hidden_layers} layers, {config.hidden_size} wide"
+        + (f"; connector {recipe.connector['name']} starts anew" if is_new_connector else "")
+        + (f"; left out of its files: {unused_tensors}" if unused_tensors else "")
     )
     return vlm
 
 
 def _explain_mismatch(mismatch: WeightMismatch, init_recipe: Recipe, recipe: Recipe) -> UserError:
-    """Say which options of the connector `init` was trained with, where they are other ones."""
-    differ = {k: v for k, v in init_recipe.connector.items() if recipe.connector.get(k) != v}
-    if not differ or "name" in differ:
+    """Return an error that names the connector options in which `init` differs, if any."""
+    changed = {k: v for k, v in init_recipe.connector.items() if recipe.connector.get(k) != v}
+    if not changed or "name" in changed:
         return mismatch
-    say = " ".join(format_override(f"connector.{key}", value) for key, value in differ.items())
-    return UserError(f"init={recipe.init} has another connector: say {say} ({mismatch})")
+    words = " ".join(format_override(f"connector.{key}", value) for key, value in changed.items())
+    return UserError(f"init={recipe.init} has another connector: say {words} ({mismatch})")
 
 
 def _inherit_parts(init_recipe: Recipe, recipe: Recipe) -> Recipe:
-    """Return `recipe` with the parts of another: what that never trained no checkpoint holds."""
+    """Return `recipe` with the parts of `init`: its checkpoint lacks those it never trained."""
     parts = {
         part: getattr(recipe, part).model_copy(
-            update={"name": theirs.name, "weights": theirs.weights}
+            update={"name": config.name, "weights": config.weights}
         )
-        for part, theirs in (("vision", init_recipe.vision), ("language", init_recipe.language))
+        for part, config in (("vision", init_recipe.vision), ("language", init_recipe.language))
     }
     return recipe.model_copy(update=parts)
 
@@ -196,14 +203,14 @@ def _build_with_reference(recipe: Recipe, stage: StageConfig, files: list[Path])
     vlm = build_vlm(recipe, stage.image_size, stage.objective)
     file = files[0] if len(files) == 1 else files[0].parent
     name = recipe.connector["name"]
-    said = load_reference_weights(vlm.connector, ReferenceWeights(files), name, f"init={file}")
+    summary = load_reference_weights(vlm.connector, ReferenceWeights(files), name, f"init={file}")
     vlm.weight_origins["connector"] = make_weight_origin(str(recipe.init), vlm.connector)
-    print(f"init {file}: weights of connector {name}: {said}")
+    print(f"init {file}: weights of connector {name}: {summary}")
     return vlm
 
 
 def is_blip2_folder(folder: Path) -> bool:
-    """Tell whether a folder is a BLIP-2 in Hugging Face's layout, of which connectors are made."""
+    """Tell whether a folder has a BLIP-2 in Hugging Face's layout, whose Q-Former can be used."""
     file = folder / "config.json"
     return file.is_file() and str(read_json(file).get("model_type")).startswith("blip")
 
@@ -211,18 +218,20 @@ def is_blip2_folder(folder: Path) -> bool:
 def find_released_model(
     source: str, key: str, file_patterns: tuple[str, ...] = hub_download.DOWNLOAD_PATTERNS
 ) -> Path:
-    """Return the folder of a released model; `key` names `source` in a mistake.
+    """Return the folder of a released model; `key` names `source` in an error.
 
-    From a hub the files of `patterns` are fetched.
+    From a hub the files that match `file_patterns` are downloaded.
     """
     folder = fetch_hub_folder(
         source, key, hub_download.RELEASE_CONTENTS, ACCEPTED_SOURCES, file_patterns
     )
     refuse_quantized_folder(folder)
-    whole = is_release(folder)
-    if (folder / "adapter_config.json").is_file() and (Path(source).is_dir() or not whole):
-        weight_files(folder)  # which says what to give, unless the model is there as well
-    if not whole:
+    is_released_model = is_release(folder)
+    if (folder / "adapter_config.json").is_file() and (
+        Path(source).is_dir() or not is_released_model
+    ):
+        weight_files(folder)  # raises an error that helps, if only adapters are there
+    if not is_released_model:
         raise UserError(
             f"{key} is '{source}', which is no run or checkpoint, and no released model: wanted is "
             "config.json of Yi-VL's layout or of Hugging Face's LLaVA"
@@ -238,7 +247,10 @@ def load_checkpoint_weights(
     skip_parts: tuple[str, ...] = (),
     mmap_language: bool = False,
 ) -> None:
-    """Load the parts that a checkpoint holds into `vlm`, strictly; others are only moved."""
+    """Load the parts that a checkpoint holds into `vlm`, strictly; move the others only.
+
+    The arguments are those of `load_checkpoint`.
+    """
     states = _read_part_tensors(folder, dtype, device, mmap_language)
     for part, module in vlm.named_parts():
         if part not in states and part not in skip_parts and _needs_stored_weights(part, module):
@@ -257,21 +269,21 @@ def _read_part_tensors(
     """Return the tensors of a checkpoint by part and key."""
     states: dict[str, dict[str, Tensor]] = {}
     for file in weight_files(folder):
-        stay = {
+        mapped_names = {
             name
             for name in read_tensor_shapes(file)
             if mmap_language and name.startswith("language.")
         }
-        for name, tensor in read_tensors(file, mmap_names=stay):
+        for name, tensor in read_tensors(file, mmap_names=mapped_names):
             part, _, key = name.partition(".")
             if part not in MODEL_PARTS:
                 raise UserError(
                     f"{file}: tensor {name} belongs to none of {', '.join(MODEL_PARTS)}"
                 )
-            kind = tensor.dtype
-            if dtype and tensor.is_floating_point() and name not in stay:
-                kind = dtype
-            states.setdefault(part, {})[key] = tensor.to(device=device, dtype=kind)
+            target_dtype = tensor.dtype
+            if dtype and tensor.is_floating_point() and name not in mapped_names:
+                target_dtype = dtype
+            states.setdefault(part, {})[key] = tensor.to(device=device, dtype=target_dtype)
     return states
 
 
@@ -300,13 +312,11 @@ def load_part_strict(module: torch.nn.Module, state: Mapping[str, Tensor], conte
 
 def _earlier_image_sizes(folder: Path) -> list[int]:
     """Return the image sizes of the stages that came before that of a checkpoint, in order."""
-    run, name = (
-        recipes.load_recipe_file(folder / "recipe.yaml"),
-        checkpoint_files.read_position(folder).name,
-    )
-    names = recipes.stages_to_run(run)
-    before = names[: names.index(name)] if name in names else []
-    return [run.stages[one].image_size for one in before]
+    recipe = recipes.load_recipe_file(folder / "recipe.yaml")
+    name = checkpoint_files.read_position(folder).name
+    names = recipes.stages_to_run(recipe)
+    earlier_names = names[: names.index(name)] if name in names else []
+    return [recipe.stages[earlier].image_size for earlier in earlier_names]
 
 
 def read_objective(folder: Path) -> str:

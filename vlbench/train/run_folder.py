@@ -1,4 +1,4 @@
-"""A run: a folder that describes itself, can be resumed, and never belongs to another recipe."""
+"""The folder of a run: it describes itself, can be resumed, and belongs to one recipe."""
 
 from __future__ import annotations
 
@@ -50,21 +50,21 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        """True when the run has its results."""
+        """True if the run has its results."""
         return self.results_file.is_file()
 
     @property
     def latest_position(self) -> RunPosition | None:
-        """The newest whole checkpoint, None before the first."""
-        found = checkpoint_files.list_positions(self.checkpoints_folder)
-        return found[-1] if found else None
+        """The position of the newest complete checkpoint, None before the first."""
+        positions = checkpoint_files.list_positions(self.checkpoints_folder)
+        return positions[-1] if positions else None
 
     def checkpoint_path(self, position: RunPosition) -> Path:
         """Return the folder of a checkpoint."""
         return self.checkpoints_folder / position.folder_name
 
     def discard_if_empty(self) -> None:
-        """Remove the folder if it holds nothing yet but the description of the run."""
+        """Remove the folder if it holds nothing but the description of the run."""
         described = {
             self.recipe_file,
             self.versions_file,
@@ -75,13 +75,13 @@ class RunFolder:
             shutil.rmtree(self.folder)
 
     def record_weight_origins(self, origins: Mapping[str, WeightOrigin]) -> None:
-        """Note what the parts of the model began as; refuse other weights than at the beginning."""
-        before = read_origins(self.versions_file, "weights")
+        """Record the first weights of each part; refuse other ones when the run is resumed."""
+        recorded = read_origins(self.versions_file, "weights")
         for part, origin in origins.items():
-            check_same_origin(part, before.get(part), origin, str(self.folder))
-        if not before:
-            said = read_json(self.versions_file) if self.versions_file.is_file() else {}
-            text = json.dumps({**said, "weights": origins_to_json(origins)}, indent=1)
+            check_same_origin(part, recorded.get(part), origin, str(self.folder))
+        if not recorded:
+            versions = read_json(self.versions_file) if self.versions_file.is_file() else {}
+            text = json.dumps({**versions, "weights": origins_to_json(origins)}, indent=1)
             write_atomically(self.versions_file, text)
 
 
@@ -95,8 +95,8 @@ def open_run(recipe: Recipe) -> RunFolder:
         raise UserError(f"run={folder} is a folder with other things in it; name a new one")
     try:
         run.checkpoints_folder.mkdir(parents=True, exist_ok=True)
-        for torn in run.checkpoints_folder.glob(".writing-*"):
-            shutil.rmtree(torn)
+        for unfinished in run.checkpoints_folder.glob(".writing-*"):
+            shutil.rmtree(unfinished)
         if not run.recipe_file.is_file():
             text = json.dumps(collect_versions(), indent=1)
             run.versions_file.write_text(text, encoding="utf-8")
@@ -134,19 +134,22 @@ def _check_same_recipe(recipe: Recipe, run: RunFolder) -> None:
 
 def collect_versions() -> dict[str, str]:
     """Return the versions of everything that numbers depend on, and the commit of this checkout."""
-    found = {"python": platform.python_version(), "vlbench": __version__}
+    versions = {"python": platform.python_version(), "vlbench": __version__}
     for name in RECORDED_PACKAGES:
-        found[name] = importlib.metadata.version(name)
-    return found | {"commit": git_commit()}
+        versions[name] = importlib.metadata.version(name)
+    return versions | {"commit": git_commit()}
 
 
 def git_commit() -> str:
-    """Return the commit of the checkout that vlbench runs from, or "" outside of one."""
+    """Return the commit of the checkout that vlbench runs from, or "" if it is installed."""
     git = shutil.which("git")
-    here = Path(__file__).resolve().parent
     if git is None:
         return ""
-    asked = subprocess.run(
-        [git, "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False
+    result = subprocess.run(
+        [git, "rev-parse", "HEAD"],
+        cwd=Path(__file__).resolve().parent,
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    return asked.stdout.strip()
+    return result.stdout.strip()

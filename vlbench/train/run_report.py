@@ -1,4 +1,4 @@
-"""What `fit` says to people: the contract of a run, its results, and what to do next."""
+"""What `fit` prints: the plan of a run, its results, what to do next, and errors of a stage."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def print_status(line: str) -> None:
 def show_run_start(
     recipe: Recipe, run: RunFolder, stage_runs: list[tuple[str, StageConfig, int]]
 ) -> None:
-    """Say what will be run, at which size, and how to get the real one."""
+    """Print recipe, size, model and stages; `stage_runs` are names, stages and their steps."""
     print(f"recipe {recipe.recipe}, size {recipe.size}, seed {recipe.seed}, run {run.folder}")
     strategy = recipe.trainer.strategy
     if strategy != "auto" and recipe.trainer.world_size == 1:
@@ -47,16 +47,17 @@ def show_run_start(
         language = recipe.language.name
         print(f"vision {recipe.vision.name} -> connector {connector} -> language {language}")
     for name, stage, steps in stage_runs:
-        parts = ", ".join(f"{part} lr {how.lr:g}" for part, how in stage.trained_parts.items())
+        parts = ", ".join(
+            f"{part} lr {config.lr:g}" for part, config in stage.trained_parts.items()
+        )
         print(
             f"  {name}: {steps} steps of {stage.global_batch_size} samples at "
-            f"{stage.image_size} pixels "
-            f"({stage.sample_format}); trains {parts}"
+            f"{stage.image_size} pixels ({stage.sample_format}); trains {parts}"
         )
 
 
 def show_weight_origins(origins: Mapping[str, WeightOrigin], seed: int) -> None:
-    """Say what every part of the model begins as, with a checksum of its weights."""
+    """Print the source of every part's first weights, with their checksum."""
     for part, origin in origins.items():
         source = re.sub(r"^random(?=,|$)", f"random (seed {seed})", origin.source)
         print(f"{part} {replace(origin, source=source)}")
@@ -65,9 +66,9 @@ def show_weight_origins(origins: Mapping[str, WeightOrigin], seed: int) -> None:
 def show_stage(
     stage_name: str, stage: StageConfig, total_steps: int, steps_done: int, vlm: VLM
 ) -> None:
-    """Say for every part whether it is trained, its size and learning rate, and the disk needed."""
-    where = f", from step {steps_done}" if steps_done else ""
-    print(f"\nstage {stage_name}: {total_steps} steps{where}")
+    """Print for every part its parameters, and whether and at which rate they are trained."""
+    start = f", from step {steps_done}" if steps_done else ""
+    print(f"\nstage {stage_name}: {total_steps} steps{start}")
     rows = []
     for part, module in vlm.named_parts():
         total = sum(p.numel() for p in module.parameters())
@@ -78,29 +79,30 @@ def show_stage(
 
 
 def show_disk_usage(vlm: VLM, parts: list[str], kept_checkpoints: int, folder: Path) -> None:
-    """Say how much disk the checkpoints of a stage will take."""
+    """Print how much disk space the checkpoints of a stage will take."""
     modules = [getattr(vlm, part) for part in parts]
-    weights = sum(p.numel() * _stored_element_bytes(p) for m in modules for p in m.parameters())
-    moments = sum(8 * p.numel() for m in modules for p in m.parameters() if p.requires_grad)
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    weight_bytes = sum(p.numel() * _stored_element_bytes(p) for p in parameters)
+    moment_bytes = sum(8 * p.numel() for p in parameters if p.requires_grad)  # two, in float32
     print(
-        f"  checkpoints: {format_bytes(weights + moments)} each, up to {kept_checkpoints + 1} "
-        f"kept, in {folder}"
+        f"  checkpoints: {format_bytes(weight_bytes + moment_bytes)} each, up to "
+        f"{kept_checkpoints + 1} kept, in {folder}"
     )
 
 
 def _stored_element_bytes(weight: Tensor) -> int:
-    """Return the bytes of a number of `weight` in a checkpoint: float32, unless it has few bits."""
+    """Return the bytes of one number in a checkpoint: float32, unless the weight is quantized."""
     return 4 if weight.is_floating_point() else weight.element_size()
 
 
 def format_bytes(byte_count: float) -> str:
-    """Return a number of bytes as people write it."""
+    """Return a number of bytes with a unit, as 1.5 GB."""
     power = min(3, int(math.log(max(byte_count, 1), 1000)))
     return f"{byte_count / 1000**power:.1f} {('B', 'kB', 'MB', 'GB')[power]}"
 
 
 def format_duration(seconds: float) -> str:
-    """Return a time as people say it."""
+    """Return a time with a unit, as 5 minutes."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 90 * 60:
@@ -109,7 +111,7 @@ def format_duration(seconds: float) -> str:
 
 
 def show_interrupted(run: RunFolder, stop_reason: str) -> int:
-    """Say that nothing is lost and how to go on; return the exit code."""
+    """Print why the run stopped and how to resume it; return the exit code."""
     print_status(
         f"\nstopped by {stop_reason}, saved. To go on: repeat the command with run={run.folder}"
     )
@@ -150,30 +152,28 @@ def show_results(run: RunFolder) -> int:
 
 
 def out_of_memory_error(stage_name: str, stage: StageConfig) -> EnvironmentFailure:
-    """Return what to say when memory ran out in a stage."""
+    """Return the error for memory that ran out in a stage."""
     return EnvironmentFailure(
         f"out of memory in stage {stage_name}: lower stages.{stage_name}.max_tokens_per_row "
-        f"(now {stage.max_tokens_per_row}), "
-        "set activation_checkpointing=full, or train fewer parts; "
-        f"stages.{stage_name}.global_batch_size does not matter. Start "
-        "again with the change in a new run; init=RUN begins with what this one has learned"
+        f"(now {stage.max_tokens_per_row}), set activation_checkpointing=full, or train fewer "
+        f"parts; stages.{stage_name}.global_batch_size does not matter. Start again with the "
+        "change in a new run; init=RUN begins with what this one has learned"
     )
 
 
 def worker_died_error(stage_name: str, error: Exception) -> EnvironmentFailure:
-    """Return what to say when one of the processes that prepare data has ended in a stage."""
+    """Return the error for a data worker that died in a stage."""
     return EnvironmentFailure(
         f"stage {stage_name}: {one_line(error, max_lines=2).rstrip('. ')}. Mostly memory, or "
-        "shared memory (/dev/shm), "
-        f"has run out: lower data.workers. Checkpoints are whole; to go on, repeat "
-        "the command with the run= of this run"
+        "shared memory (/dev/shm), has run out: lower data.workers. Checkpoints are whole; to go "
+        "on, repeat the command with the run= of this run"
     )
 
 
 def compile_error(stage_name: str, error: Exception) -> UserError:
-    """Return what to say when blocks could not be compiled in a stage."""
+    """Return the error for blocks that could not be compiled in a stage."""
     return UserError(
         f"trainer.compile: the blocks could not be compiled in stage {stage_name} "
-        f"({one_line(error, max_lines=2)}). On "
-        "a CPU a C++ compiler is needed; trainer.compile=false does without"
+        f"({one_line(error, max_lines=2)}). On a CPU a C++ compiler is needed; "
+        "trainer.compile=false does without"
     )

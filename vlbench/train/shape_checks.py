@@ -1,8 +1,7 @@
-"""Whether image sizes and lengths suit the parts of a model, told before anything is made."""
+"""Checks of image sizes, lengths and weight shapes before a model is built."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -34,19 +33,19 @@ from vlbench.train.stage_plan import StageRun
 
 
 def check_stage_shapes(recipe: Recipe, stage_runs: list[StageRun]) -> None:
-    """Refuse texts that are too long for the language model, and image sizes that do not suit.
+    """Refuse texts that are too long for the language model, and image sizes that do not fit.
 
-    An empty tower is resized through all stages, and the connector built at each new size.
+    A vision encoder on the meta device is resized through all stages, and the connector is built
+    at each new size.
     """
-    for _ in _iter_tokens_per_image(recipe, stage_runs):
-        pass
+    tokens_per_image_by_stage(recipe, stage_runs)
 
 
 def check_init_weights(recipe: Recipe, stage: StageConfig) -> None:
-    """Compare names and shapes of all files of weights that training begins with; read no number.
+    """Compare names and shapes in all files of weights that training begins with.
 
-    `stage` is the one that begins. What lies on a hub is downloaded. A checkpoint in `init` is
-    compared when it is loaded.
+    `stage` is the first one. Files on a hub are downloaded. A checkpoint in `init` is compared when
+    it is loaded.
     """
     source = str(recipe.init)
     if recipe.init and checkpoint_files.is_run_or_checkpoint(Path(source)):
@@ -66,61 +65,68 @@ def check_init_weights(recipe: Recipe, stage: StageConfig) -> None:
 
 
 def _check_reference_shapes(recipe: Recipe, stage: StageConfig, files: list[Path]) -> None:
-    """Load the weights of a reference, without numbers, into a connector without memory."""
-    tower, config = meta_encoder_and_config(recipe)
-    tower.set_image_size(stage.image_size)
+    """Load the weights of a reference implementation into a connector on the meta device."""
+    encoder, language_config = meta_encoder_and_config(recipe)
+    encoder.set_image_size(stage.image_size)
     name = recipe.connector["name"]
     with torch.device("meta"):
-        made = registry.load_connector(name)(
-            connector_shapes(tower, config), **recipe_connector_options(recipe)
+        connector = registry.load_connector(name)(
+            connector_shapes(encoder, language_config), **recipe_connector_options(recipe)
         )
-        made.prepare_objective(stage.objective)
+        connector.prepare_objective(stage.objective)
         file = files[0] if len(files) == 1 else files[0].parent
-        load_reference_weights(made, ReferenceWeights(files, on_meta=True), name, f"init={file}")
+        load_reference_weights(
+            connector, ReferenceWeights(files, on_meta=True), name, f"init={file}"
+        )
 
 
 def tokens_per_image_by_stage(recipe: Recipe, stage_runs: list[StageRun]) -> list[int]:
-    """Return the places that a picture takes in the text, stage by stage."""
-    return list(_iter_tokens_per_image(recipe, stage_runs))
+    """Return the positions that an image takes in the text, stage by stage.
 
-
-def _iter_tokens_per_image(recipe: Recipe, stage_runs: list[StageRun]) -> Iterator[int]:
-    """Give the places of a picture in each stage; refuse what does not suit."""
-    tower, config = meta_encoder_and_config(recipe)
-    if recipe.language.max_length > config.max_position_embeddings:
+    Raises a UserError for what `check_stage_shapes` refuses.
+    """
+    encoder, language_config = meta_encoder_and_config(recipe)
+    if recipe.language.max_length > language_config.max_position_embeddings:
         raise UserError(
             f"language.max_length is {recipe.language.max_length}, but the language model has "
-            f"{config.max_position_embeddings} positions: say "
-            f"language.max_length={config.max_position_embeddings}"
+            f"{language_config.max_position_embeddings} positions: say "
+            f"language.max_length={language_config.max_position_embeddings}"
         )
-    connector = registry.load_connector(recipe.connector["name"])
-    built: dict[Shapes, int] = {}
-    for leg in stage_runs:
+    connector_class = registry.load_connector(recipe.connector["name"])
+    tokens_by_shapes: dict[Shapes, int] = {}
+    tokens_by_stage: list[int] = []
+    for stage_run in stage_runs:
         try:
-            tower.set_image_size(leg.stage.image_size)
-            shapes = connector_shapes(tower, config)
-            if shapes not in built:
+            encoder.set_image_size(stage_run.stage.image_size)
+            shapes = connector_shapes(encoder, language_config)
+            if shapes not in tokens_by_shapes:
                 with torch.device("meta"):
-                    made = connector(shapes, **recipe_connector_options(recipe))
-                    tokens, tower.class_token = made.tokens_per_image, made.class_token
-                    if not built and tower.class_token:  # not every tower has one
-                        tower(torch.empty(1, 3, tower.image_size, tower.image_size))
-                if tokens >= recipe.language.max_length:
-                    raise ValueError(
-                        f"a picture takes {tokens} tokens of the text, and "
-                        f"language.max_length={recipe.language.max_length} leaves no room for them"
-                    )
-                built[shapes] = tokens
+                    connector = connector_class(shapes, **recipe_connector_options(recipe))
+                    encoder.class_token = connector.class_token
+                    if not tokens_by_shapes and encoder.class_token:  # not every encoder has one
+                        encoder(torch.empty(1, 3, encoder.image_size, encoder.image_size))
+                tokens_by_shapes[shapes] = connector.tokens_per_image
+                _check_image_fits(connector.tokens_per_image, recipe.language.max_length)
+            tokens_by_stage.append(tokens_by_shapes[shapes])
         except ValueError as error:
-            raise UserError(f"stages.{leg.name}.image_size: {error}") from error
+            raise UserError(f"stages.{stage_run.name}.image_size: {error}") from error
         except Exception as error:
             registry.blame_connector_file(error)
             raise
-        yield built[shapes]
+    return tokens_by_stage
+
+
+def _check_image_fits(tokens_per_image: int, max_length: int) -> None:
+    """Raise a ValueError if one image fills the whole text."""
+    if tokens_per_image >= max_length:
+        raise ValueError(
+            f"a picture takes {tokens_per_image} tokens of the text, and "
+            f"language.max_length={max_length} leaves no room for them"
+        )
 
 
 def meta_encoder_and_config(recipe: Recipe) -> tuple[VisionEncoder, LlamaConfig]:
-    """Return the empty tower and the language model's configuration that training begins with."""
+    """Return the encoder that training begins with, on the meta device, and the LM's config."""
     source = Path(str(recipe.init))
     if recipe.init and checkpoint_files.is_run_or_checkpoint(source):
         folder = checkpoint_files.find_checkpoint(source)
@@ -156,14 +162,15 @@ def meta_encoder_and_config(recipe: Recipe) -> tuple[VisionEncoder, LlamaConfig]
 
 
 def _released_vision_encoder(folder: Path) -> VisionEncoder:
-    plan = find_layout_module(folder).read_release_spec(folder)
-    return build_meta_encoder(plan, plan.vision_layer, False)
+    """Return the encoder of a released model on the meta device."""
+    spec = find_layout_module(folder).read_release_spec(folder)
+    return build_meta_encoder(spec, spec.vision_layer, False)
 
 
 def _recipe_vision_encoder(recipe: Recipe) -> VisionEncoder:
-    """Return the tower of a recipe without memory for its weights."""
-    tower = recipe.vision
+    """Return the vision encoder of a recipe on the meta device."""
+    vision = recipe.vision
     with torch.device("meta"):
         return build_vision_encoder(
-            tower.name, tower.weights, tower.layer, tower.norm, load_weights=False
+            vision.name, vision.weights, vision.layer, vision.norm, load_weights=False
         )

@@ -16,7 +16,7 @@ from vlbench.data.data_sources import (
     stage_data,
 )
 from vlbench.data.packing import PackedBatch
-from vlbench.data.preflight import PreflightReport, has_images, inspect_source, no_usable_sample
+from vlbench.data.preflight import PreflightReport, has_images, inspect_source, probe_shards
 from vlbench.data.sample import SampleSource
 from vlbench.data.shards import WebDatasetShards
 from vlbench.data.shuffle import SourceMixture
@@ -180,7 +180,7 @@ def check_usable_shards(
     """
     if not isinstance(source, WebDatasetShards):
         return
-    unusable = no_usable_sample(source, bad_samples)
+    unusable = probe_shards(source, bad_samples)
     if unusable:
         count, first = unusable
         key = "data.val" if source is stage_run.val_source else "data"

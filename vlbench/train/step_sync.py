@@ -1,4 +1,4 @@
-"""What all processes must know of a step before they take it together."""
+"""What all processes must know of an optimizer step before they take it together."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from vlbench.distributed import collectives
 
 @dataclass
 class SyncedStep:
-    """An optimizer step as all processes know it: numbers are of the global batch."""
+    """An optimizer step with its counts over the global batch."""
 
     micro_batches: list[PackedBatch]
-    """The micro-batches of this process, as many as every other has."""
+    """The micro-batches of this process; every process has the same number."""
     supervised_tokens: int
     tokens: int
     images: int
@@ -24,29 +24,30 @@ class SyncedStep:
 
 
 def sync_step(step: OptimizerStep) -> SyncedStep:
-    """Return what a step is over all processes, and note all its bad samples in `step`.
+    """Return a step with the counts of all processes; `step` gets all their bad samples.
 
-    Those with fewer micro-batches run empty ones: all have to meet in what they exchange.
+    Processes with fewer micro-batches get empty ones, as all take part in every exchange.
     """
-    mine = step.micro_batches
-    table = collectives.all_gather_numbers(
+    batches = step.micro_batches
+    counts = collectives.all_gather_numbers(
         [
-            len(mine),
+            len(batches),
             len(step.bad_samples),
             step.skipped_samples,
-            sum(batch.supervised_token_count for batch in mine),
-            sum(sum(map(sum, batch.sample_lengths)) for batch in mine),
-            sum(len(batch.pixels) for batch in mine),
-            sum(len(batch.sample_ids) for batch in mine),
+            sum(batch.supervised_token_count for batch in batches),
+            sum(sum(map(sum, batch.sample_lengths)) for batch in batches),
+            sum(len(batch.pixels) for batch in batches),
+            sum(len(batch.sample_ids) for batch in batches),
         ]
     )
-    _, bad, step.skipped_samples, *numbers = [int(number) for number in table.sum(0)]
-    if bad and collectives.is_distributed():
+    _, bad_count, step.skipped_samples, *totals = [int(count) for count in counts.sum(0)]
+    if bad_count and collectives.is_distributed():
         step.bad_samples = [
-            one for theirs in collectives.all_gather_objects(step.bad_samples) for one in theirs
+            sample for rank in collectives.all_gather_objects(step.bad_samples) for sample in rank
         ]
-    most = int(table[:, 0].max())
-    return SyncedStep([*mine, *(empty_batch() for _ in range(most - len(mine)))], *numbers)
+    most_batches = int(counts[:, 0].max())
+    padding = [empty_batch() for _ in range(most_batches - len(batches))]
+    return SyncedStep([*batches, *padding], *totals)
 
 
 def all_reduce_sum(value: float) -> float:
@@ -55,11 +56,11 @@ def all_reduce_sum(value: float) -> float:
 
 
 def all_reduce_counts(local_counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """Return the sums by name over `counts` and all processes; not all need to know a name."""
-    mine: Counter[str] = Counter()
-    for one in local_counts:
-        mine.update(one)
+    """Return the sums by name over `local_counts` of all processes; names may differ there."""
+    rank_sums: Counter[str] = Counter()
+    for counts in local_counts:
+        rank_sums.update(counts)
     sums: Counter[str] = Counter()
-    for theirs in collectives.all_gather_objects(dict(mine)):
-        sums.update(theirs)
+    for counts in collectives.all_gather_objects(dict(rank_sums)):
+        sums.update(counts)
     return dict(sorted(sums.items()))

@@ -1,4 +1,10 @@
-"""How fast a stage trains: tokens and images per second, MFU, waiting for data, memory."""
+"""How fast a stage trains: tokens and images per second, MFU, waiting for data, memory.
+
+The peaks of GPUs are in gpus.yaml. lightning.fabric.utilities.throughput has a table, too, which is
+wrong for half of them: it does not know "NVIDIA H200", A800 or H800, takes an L40S for an L4, and
+has the rates without tensor cores for RTX 3090, RTX 4090, A40 and A6000. Its Throughput averages
+over a fixed number of steps, whereas rows of metrics.csv come at uneven distances.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +25,12 @@ GPU_TABLE_FILE = Path(__file__).with_name("gpus.yaml")
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return the operations per second that a device can do in 16 bits; None if nobody knows."""
+    """Return the peak FLOP/s of a device in 16 bits, dense; None if it is not in the table."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
     table = yaml.safe_load(read_text(GPU_TABLE_FILE))
-    return next((1e12 * gpu["tflops"] for part, gpu in table.items() if part in name), None)
+    return next((1e12 * gpu["tflops"] for gpu_name, gpu in table.items() if gpu_name in name), None)
 
 
 def peak_memory() -> int:
@@ -35,15 +41,15 @@ def peak_memory() -> int:
 
 
 class ThroughputMeter:
-    """Measure between two lines of the log: `begin`, then `after` every step."""
+    """Measure between two rows of metrics: `start_measuring`, then `count_step` every step."""
 
     def __init__(self) -> None:
-        """Nothing is counted before `begin`."""
+        """Nothing is counted before `start_measuring`."""
         self.step_flops: StepFlops | None = None
         self.device_peak_flops: float | None = None
 
     def start_measuring(self, training: VLMTrainingModule) -> None:
-        """Start the clock, and find out what a step should take on this device."""
+        """Start the clock, and look up the peak FLOP/s of the device."""
         self.device_peak_flops = peak_flops(training.device)
         self.step_flops = training.flops
         self.started_at = time.monotonic()
@@ -55,7 +61,7 @@ class ThroughputMeter:
         self.data_wait_seconds = self.flops_done = 0.0
 
     def count_step(self, training: VLMTrainingModule, step: OptimizerStep) -> None:
-        """Count a step."""
+        """Count an optimizer step."""
         report = training.report
         self.tokens += report.tokens
         self.images += report.images
@@ -65,22 +71,22 @@ class ThroughputMeter:
             self.flops_done += self.step_flops.count_flops(step.micro_batches)
 
     def read_and_reset(self) -> dict[str, Any]:
-        """Return the columns of metrics.csv, and begin to count anew.
+        """Return the columns of metrics.csv, and start to count again.
 
-        `data_wait` is the share of the time in which nothing was trained because the next step was
-        not there; `memory` the peak in bytes by now; `mfu` empty where the device is not known.
+        `data_wait` is the share of the time in which training waited for the next batch; `memory`
+        the peak in bytes by now; `mfu` is empty where the peak FLOP/s of the device is not known.
         """
         now = time.monotonic()
-        passed = max(now - self.window_start, 1e-9)
-        known = self.step_flops is not None and self.device_peak_flops
+        seconds = max(now - self.window_start, 1e-9)
+        mfu: float | str = ""
+        if self.step_flops is not None and self.device_peak_flops:
+            mfu = round(self.flops_done / seconds / self.device_peak_flops, 4)
         row = {
-            "tokens_per_second": round(self.tokens / passed, 1),
-            "images_per_second": round(self.images / passed, 2),
-            "step_seconds": round(passed / self.steps, 4),
-            "data_wait": round(min(1.0, self.data_wait_seconds / passed), 4),
-            "mfu": round(self.flops_done / passed / self.device_peak_flops, 4)
-            if known and self.device_peak_flops
-            else "",
+            "tokens_per_second": round(self.tokens / seconds, 1),
+            "images_per_second": round(self.images / seconds, 2),
+            "step_seconds": round(seconds / self.steps, 4),
+            "data_wait": round(min(1.0, self.data_wait_seconds / seconds), 4),
+            "mfu": mfu,
             "memory": peak_memory(),
             "seconds": round(now - self.started_at, 2),
         }
@@ -89,7 +95,7 @@ class ThroughputMeter:
 
 
 def format_throughput(row: dict[str, Any]) -> str:
-    """Say how fast it goes, from the columns of a row."""
+    """Return the text of a row's speed."""
     parts = [
         f"{row['tokens_per_second']:.0f} tokens/s",
         f"{row['images_per_second']:.1f} images/s",

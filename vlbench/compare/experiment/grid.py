@@ -6,17 +6,18 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
+from vlbench.command_line.arguments import BudgetName, CompareArguments
+from vlbench.command_line.parser import split_arguments
 from vlbench.config import recipe as recipes
-from vlbench.config.overrides import format_override, read_boolean
-from vlbench.config.schema import Recipe
-from vlbench.errors import UserError, suggest_name
+from vlbench.config.overrides import format_override
+from vlbench.config.schema import Recipe, declared_keys
+from vlbench.errors import UserError
 from vlbench.strict_values import INTEGER_PATTERN, parse_flow_yaml
 from vlbench.text_files import split_lines
 
-COMPARE_KEYS = ("recipe", "seeds", "grid", "run", "match", "sweep", "freeze", "jobs", "dry_run")
-"""Keys of `compare` itself; all others are passed to every run."""
-MATCHABLE_BUDGETS = ("params", "visual_tokens", "flops")
+MATCHABLE_BUDGETS: tuple[str, ...] = get_args(BudgetName)
 """What `match` can make equal in all rows; `model/connector_cost.py` counts them."""
 RESERVED_KEYS = ("seed", "init", "profile")
 """Recipe keys that a comparison sets itself, or that make runs not comparable."""
@@ -48,7 +49,7 @@ class ComparisonGrid:
     rows: tuple[GridRow, ...]
     seeds: tuple[int, ...]
     folder: Path
-    budget_to_match: str | None = None
+    budget_to_match: BudgetName | None = None
     """The one of `MATCHABLE_BUDGETS` that is made equal in all rows."""
     lr_factors: tuple[float, ...] = ()
     """Factors of the connector's learning rate that every row tries before the runs."""
@@ -68,15 +69,17 @@ class ComparisonGrid:
         return self.folder / row.name / f"seed{seed}"
 
 
-def parse_grid(arguments: list[str]) -> ComparisonGrid:
+def parse_grid(words: list[str]) -> ComparisonGrid:
     """Return the grid of a command line; all errors of all recipes are raised together."""
-    own, common = _split_arguments(arguments)
-    names = [name.strip() for name in own.get("recipe", "").split(",") if name.strip()]
-    if not names:
+    arguments, common = split_arguments(CompareArguments, words, declared_keys(Recipe))
+    keys = [word.partition("=")[0] for word in common]
+    reserved = [key for key in keys if key in RESERVED_KEYS]
+    if reserved:
         raise UserError(
-            "compare needs recipe=NAME[,NAME ...], as in recipe=yivl_llava,yivl_qformer"
+            f"{reserved[0]} is not for compare: give seeds=NUMBER, and what differs in grid="
         )
-    alternatives = _parse_alternatives(own.get("grid"))
+    names = [name.strip() for name in arguments.recipe.split(",") if name.strip()]
+    alternatives = _parse_alternatives(arguments.grid)
     rows = [
         GridRow(
             _make_row_name(recipe, alternative, names, alternatives),
@@ -89,47 +92,22 @@ def parse_grid(arguments: list[str]) -> ComparisonGrid:
     repeated = [name for name in row_names if row_names.count(name) > 1]
     if repeated:
         raise UserError(f"two rows are the same: {repeated[0]}")
-    seeds = _parse_seeds(own.get("seeds", "3"))
-    match = own.get("match")
-    if match is not None and match not in MATCHABLE_BUDGETS:
-        allowed = ", ".join(MATCHABLE_BUDGETS)
-        raise UserError(
-            f"match is '{match}'; allowed are {allowed}.{suggest_name(match, MATCHABLE_BUDGETS)}"
-        )
+    seeds = _parse_seeds(arguments.seeds)
     _check_recipes(rows, seeds[0])
-    folder = Path(own.get("run") or _next_folder()).expanduser()
-    if "freeze" in own:
-        rows = [_freeze_encoder(row, own["freeze"], folder) for row in rows]
+    folder = Path(arguments.run or _next_folder())
+    if arguments.freeze:
+        rows = [_freeze_encoder(row, folder) for row in rows]
         _check_recipes(rows, seeds[0])
     return ComparisonGrid(
         tuple(rows),
         seeds,
         folder,
-        match,
-        _parse_lr_factors(own.get("sweep")),
-        _parse_jobs(own.get("jobs", "auto")),
-        read_boolean(own, "dry_run"),
-        tuple(arguments),
+        arguments.match,
+        _parse_lr_factors(arguments.sweep),
+        _parse_jobs(arguments.jobs),
+        arguments.dry_run,
+        tuple(words),
     )
-
-
-def _split_arguments(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Return the keys of `compare` itself, and the overrides for every run."""
-    own: dict[str, str] = {}
-    common: list[str] = []
-    for word in arguments:
-        key, equals, value = word.partition("=")
-        if key in COMPARE_KEYS and equals:
-            if key in own:
-                raise UserError(f"{key} is given twice, as '{own[key]}' and '{value}'")
-            own[key] = value
-        elif key in RESERVED_KEYS:
-            raise UserError(
-                f"{key} is not for compare: give seeds=NUMBER, and what differs in grid="
-            )
-        else:
-            common.append(word)
-    return own, common
 
 
 def _parse_alternatives(text: str | None) -> list[tuple[str, ...]]:
@@ -172,10 +150,8 @@ def _parse_seeds(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(value) for value in values))
 
 
-def _freeze_encoder(row: GridRow, part: str, folder: Path) -> GridRow:
+def _freeze_encoder(row: GridRow, folder: Path) -> GridRow:
     """Return the row with a frozen vision encoder whose features are cached for all runs."""
-    if part != "vision":
-        raise UserError(f"freeze is '{part}'; the part whose features can be cached is vision")
     stages = load_recipe(row, 0).stages
     trained = [name for name, stage in stages.items() if "vision" in stage.trained_parts]
     frozen = {f"stages.{name}.train.vision": "null" for name in trained}

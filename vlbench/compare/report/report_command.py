@@ -1,10 +1,11 @@
-"""`python -m vlbench report DIR...`: compare finished runs, as Markdown and HTML."""
+"""`python -m vlbench report RUN...`: compare finished runs, as Markdown and HTML."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from vlbench.command_line.arguments import ReportArguments
 from vlbench.compare.report.analysis import ComparisonResult, analyze_runs
 from vlbench.compare.report.finished_runs import SWEEP_FOLDER, describe_sweep, load_finished_run
 from vlbench.compare.report.markdown_report import render_markdown
@@ -14,24 +15,22 @@ from vlbench.text_files import write_atomically
 REPORT_SUFFIXES = (".md", ".html")
 
 
-def run_report(arguments: list[str]) -> int:
-    """Compare the runs in the folders `words`, print the report, write it to `to=FILE.md|html`."""
-    to = [
-        Path(word.removeprefix("to=")).expanduser() for word in arguments if word.startswith("to=")
-    ]
-    folders = [Path(word).expanduser() for word in arguments if not word.startswith("to=")]
-    forms = [path.suffix for path in to]
-    if not folders or len(set(forms)) < len(forms):
-        raise UserError("report takes run folders, and to=FILE.md and to=FILE.html once each")
-    wrong = [path for path in to if path.suffix not in REPORT_SUFFIXES]
+def run_report(arguments: ReportArguments) -> int:
+    """Compare runs, print the report, and write it to the files of `out=`."""
+    folders = [Path(folder) for folder in arguments.runs]
+    files = [Path(file) for file in arguments.out]
+    suffixes = [file.suffix for file in files]
+    wrong = [file for file in files if file.suffix not in REPORT_SUFFIXES]
     if wrong:
-        raise UserError(f"to={wrong[0]} is no form of a report: to=FILE.md or to=FILE.html")
+        raise UserError(f"out={wrong[0]} is no form of a report: out=FILE.md or out=FILE.html")
+    if len(set(suffixes)) < len(suffixes):
+        raise UserError("report takes out=FILE.md and out=FILE.html once each")
     notes = [note for folder in folders for note in describe_sweep(folder)]
     findings = analyze_runs(
         [load_finished_run(folder) for folder in _find_run_folders(folders)], notes=notes
     )
-    for path in to:
-        write_report(findings, path)
+    for file in files:
+        write_report(findings, file)
     print(render_markdown(findings))
     return 0
 
@@ -47,7 +46,7 @@ def write_report(findings: ComparisonResult, path: Path) -> None:
     try:
         write_atomically(path, text)
     except OSError as error:
-        raise UserError(f"to={path} cannot be written ({error.strerror})") from error
+        raise UserError(f"out={path} cannot be written ({error.strerror})") from error
 
 
 def _find_run_folders(folders: Sequence[Path]) -> list[Path]:

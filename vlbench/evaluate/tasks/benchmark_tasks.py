@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vlbench.config.overrides import read_integer
+from vlbench.command_line.arguments import EvalArguments, ProtocolName
 from vlbench.data.sample import Sample
-from vlbench.errors import UserError, suggest_name
+from vlbench.errors import UserError
 from vlbench.evaluate.tasks.benchmark_files import find_split
 from vlbench.evaluate.tasks.benchmark_prompts import prompt_or_skip, prompt_protocol
 from vlbench.evaluate.tasks.benchmark_records import RECORD_READERS
@@ -47,7 +47,7 @@ class EvalProtocol:
 
 
 YI_PROMPTS = {"mmmu": "yi", "cmmmu": "yi"}
-EVAL_PROTOCOLS = {
+EVAL_PROTOCOLS: dict[ProtocolName, EvalProtocol] = {
     "yi": EvalProtocol(YI_PROMPTS, "yi"),
     # the benchmark CMMMU has a scorer and no prompts: those of Yi are used
     "official": EvalProtocol({"mmmu": "official", "cmmmu": "yi"}, "official"),
@@ -85,22 +85,17 @@ class BenchmarkQuestion:
 class BenchmarkTask:
     """`task=mmmu` or `task=cmmmu` on a split, by a protocol."""
 
-    def __init__(self, task: str, options: dict[str, str]) -> None:
-        """Read the records that the keys of `eval` ask for."""
-        name = options.get("protocol", "yi")
-        if name not in EVAL_PROTOCOLS:
-            known = ", ".join(EVAL_PROTOCOLS)
-            raise UserError(
-                f"protocol is '{name}'; known are {known}.{suggest_name(name, EVAL_PROTOCOLS)}"
-            )
+    def __init__(self, task: str, arguments: EvalArguments) -> None:
+        """Read the records that the arguments of `eval` ask for."""
+        name = arguments.protocol or "yi"
         self.task, self.protocol_name = task, name
         self.prompt_protocol_name = EVAL_PROTOCOLS[name].prompt_protocols[task]
         self.scoring_protocol_name = EVAL_PROTOCOLS[name].scoring_protocol
-        self.seed = read_integer(options, "seed", DEFAULT_SEED, 0, 2**32 - 1)
-        source, split = options.get("data", HUB_DATASETS[task]), options.get("split", "val")
-        subjects = options["subjects"].strip("[]").split(",") if "subjects" in options else None
+        self.seed = DEFAULT_SEED if arguments.seed is None else arguments.seed
+        source, split = arguments.data or HUB_DATASETS[task], arguments.split or "val"
+        subjects = arguments.subjects.strip("[]").split(",") if arguments.subjects else None
         records = RECORD_READERS[task](source, split, subjects)
-        limit = read_integer(options, "limit", len(records), 1, 10**9)
+        limit = arguments.limit or len(records)
         if limit < len(records):  # spread over the data, which come subject by subject
             records = [records[index * len(records) // limit] for index in range(limit)]
         self.records = records

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlbench.command_line.arguments import EvalArguments
 from vlbench.config import recipe as recipes
-from vlbench.config.overrides import read_integer
 from vlbench.data.conversation_files import LlavaJson
 from vlbench.data.conversation_record import ROLE_ALIASES
 from vlbench.data.sample import Sample
@@ -68,25 +68,24 @@ class ConversationQuestion:
 
 
 def _load_questions(
-    task: str, options: dict[str, str]
+    task: str, arguments: EvalArguments
 ) -> tuple[list[ConversationQuestion], list[LeftOutRecord]]:
     """Return the questions of `own`, or of the file `data=`, and the records that are left out."""
     human_answers: HumanAnswers = {}
     left_out: list[LeftOutRecord] = []
     if task == FILE_TASK:
-        source = LlavaJson(options["data"], options.get("images"))
+        if arguments.data is None:
+            raise UserError(f"task={FILE_TASK} needs data=FILE.json")
+        source = LlavaJson(arguments.data, arguments.images)
         human_answers = _collect_human_answers(source)
         questions, left_out = collect_questions(source, 100 * len(source))
         sets = {source.name: make_ids_unique(questions)}
     else:
-        if not checkpoint_files.is_run_or_checkpoint(Path(options["run"])):
-            find_released_model(options["run"], "run")
-            raise UserError(
-                f"{options['run']} is no run: eval needs data=FILE.json (images=FOLDER)"
-            )
-        recipe = recipes.load_recipe_file(
-            checkpoint_files.find_checkpoint(Path(options["run"])) / "recipe.yaml"
-        )
+        run = Path(arguments.model)
+        if not checkpoint_files.is_run_or_checkpoint(run):
+            find_released_model(arguments.model, "model")
+            raise UserError(f"{run} is no run: eval needs data=FILE.json (images=FOLDER)")
+        recipe = recipes.load_recipe_file(checkpoint_files.find_checkpoint(run) / "recipe.yaml")
         name, questions, unseen = final_questions(recipe)
         sets = {name: questions, "unseen pairs": unseen}
     first_set = next(iter(sets))
@@ -139,13 +138,11 @@ def _collect_human_answers(source: LlavaJson) -> HumanAnswers:
 class ConversationTask:
     """`task=own`, the questions of a run, or `task=llava_json data=FILE.json images=FOLDER`."""
 
-    def __init__(self, task: str, options: dict[str, str]) -> None:
-        """Read the questions that the keys of `eval` ask for."""
-        options = {key: str(Path(value).expanduser()) for key, value in options.items()}
-        questions, self.left_out_records = _load_questions(task, options)
-        limit = read_integer(options, "limit", len(questions), 1, 10**9)
-        self.all_questions = pick_fixed_subset(questions, limit)
-        self.folder_name = task if task == OWN_TASK else f"{task}-{Path(options['data']).stem}"
+    def __init__(self, task: str, arguments: EvalArguments) -> None:
+        """Read the questions that the arguments of `eval` ask for."""
+        questions, self.left_out_records = _load_questions(task, arguments)
+        self.all_questions = pick_fixed_subset(questions, arguments.limit)
+        self.folder_name = f"{task}-{Path(arguments.data).stem}" if arguments.data else task
         texts = [
             (one.sample.id, one.question.question_text, one.true_answers)
             for one in self.all_questions

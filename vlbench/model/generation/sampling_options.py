@@ -8,7 +8,7 @@ from typing import Any
 
 from vlbench.errors import UserError, suggest_name
 
-CHAT_OPTIONS = ("max_new_tokens", "temperature", "top_p", "seed", "stream", "past")
+CHAT_OPTIONS = ("max_new_tokens", "temperature", "top_p", "seed", "stream", "past", "compiled")
 GENERATE_OPTIONS = (
     "max_new_tokens",
     "temperature",

@@ -28,9 +28,8 @@ from vlbench.model.weights.tensor_groups import (
 )
 from vlbench.text_files import refuse_lfs_pointer
 
-MAX_SMALL_FILE_BYTES = (
-    64_000_000  # bytes; a tokenizer.json has some megabytes, a file of weights has more
-)
+# bytes; a tokenizer.json has some megabytes, a file of weights has more
+MAX_SMALL_FILE_BYTES = 64_000_000
 KEPT_FILE_PATTERNS = ("*.json", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
 """Files of a release that are kept: all but weights, pictures and the old model card."""
 LLAMA_CONFIG_KEYS = (

@@ -1,0 +1,1 @@
+"""The command line: what each verb takes, and the one parser of `key=value` words."""

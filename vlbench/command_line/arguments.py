@@ -1,0 +1,340 @@
+"""What each verb takes: a dataclass a verb, with type, default and meaning of every key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from vlbench.command_line.parser import argument
+
+BenchmarkName = Literal["mmmu", "cmmmu"]
+ProtocolName = Literal["yi", "official", "lmms", "strict", "raw"]
+TemplateName = Literal["yi_vl", "chatml", "llava_v1"]
+DtypeName = Literal["float32", "bf16", "bfloat16", "fp16", "float16"]
+ExportFormat = Literal["yi_vl", "hf_llava", "vlbench"]
+BudgetName = Literal["params", "visual_tokens", "flops"]
+ListedKind = Literal["recipes", "sizes", "connectors", "towers"]
+MAX_SEED = 2**32 - 1
+BENCHMARK_SEED = 42  # of the benchmarks' own code
+MODEL_HELP = "a run, a checkpoint, or a released model (a folder or a hub id)"
+TEMPLATE_HELP = "chat template; by default the one that the model was trained with"
+DTYPE_HELP = "type of the weights; by default as stored, on a CPU float32 where that is small"
+DEVICE_HELP = "cpu, cuda, cuda:1, ...; by default the GPU if there is one"
+COMPILED_HELP = "compile the decoding step: for many or long answers on a GPU"
+
+
+def model_argument() -> str:
+    """Declare `model=`, the model that a verb reads."""
+    name: str = argument(
+        MODEL_HELP,
+        metavar="PATH",
+        is_path=True,
+        other_names=("run", "path", "checkpoint", "pretrained"),
+    )
+    return name
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalArguments:
+    """`eval`: a model answers its own questions, those of a file, or a benchmark."""
+
+    verb: ClassVar[str] = "eval"
+
+    model: str = model_argument()
+    task: str | None = argument(
+        "one or several of mmmu, cmmmu, own (the run's questions), llava_json (those of data=); "
+        "by default llava_json with data=, else own",
+        None,
+        metavar="TASK[,TASK ...]",
+        other_names=("tasks", "benchmark"),
+    )
+    data: str | None = argument(
+        "the file of llava_json, or a benchmark's folder, file or hub id", None, is_path=True
+    )
+    images: str | None = argument(
+        "folder of the images of llava_json; by default beside the file",
+        None,
+        metavar="FOLDER",
+        is_path=True,
+    )
+    split: str | None = argument("split of a benchmark; by default val", None)
+    subjects: str | None = argument(
+        "subjects of a benchmark, A,B,...; by default all", None, metavar="A,B"
+    )
+    protocol: ProtocolName | None = argument(
+        "prompts and scorer of a benchmark; by default yi", None
+    )
+    seed: int | None = argument(
+        "of a benchmark's random choices for unreadable answers; by default 42",
+        None,
+        metavar="N",
+        low=0,
+        high=MAX_SEED,
+    )
+    limit: int | None = argument(
+        "number of questions, taken evenly from all of them; by default all",
+        None,
+        metavar="N",
+        low=1,
+        high=10**9,
+    )
+    blank: bool = argument("ask again with blank images", False, metavar="true")
+    batch: int = argument("questions answered at once", 16, metavar="N", low=1, high=4096)
+    template: TemplateName | None = argument(TEMPLATE_HELP, None, metavar="NAME")
+    dtype: DtypeName | None = argument(DTYPE_HELP, None, metavar="NAME")
+    device: str | None = argument(DEVICE_HELP, None, metavar="NAME")
+    compiled: bool = argument(COMPILED_HELP, False, metavar="true")
+    out: str | None = argument(
+        "folder of answers and scores; by default RUN/eval/CHECKPOINT/TASK, or evals/MODEL/TASK",
+        None,
+        metavar="DIR",
+        is_path=True,
+        other_names=("to", "output"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreArguments:
+    """`score`: what a file of answers to a benchmark is worth."""
+
+    verb: ClassVar[str] = "score"
+
+    task: BenchmarkName = argument("the benchmark", metavar="mmmu|cmmmu")
+    answers: str = argument("JSON or JSON lines of answers", metavar="FILE", is_path=True)
+    protocol: ProtocolName = argument("whose scorer", metavar="NAME")
+    data: str | None = argument(
+        "the questions of a file that holds ids alone: a folder, file or hub id",
+        None,
+        metavar="DIR|FILE.json",
+        is_path=True,
+    )
+    split: str | None = argument("split of data=; by default val", None)
+    seed: int = argument(
+        "of the random choices for unreadable answers",
+        BENCHMARK_SEED,
+        metavar="N",
+        low=0,
+        high=MAX_SEED,
+    )
+    out: str | None = argument(
+        "folder of the scores; by default FILE.scores beside the file",
+        None,
+        metavar="DIR",
+        is_path=True,
+        other_names=("to", "output"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatArguments:
+    """`chat`: ask a model one question, or talk to it."""
+
+    verb: ClassVar[str] = "chat"
+
+    model: str = model_argument()
+    image: tuple[str, ...] = argument(
+        "file or URL of an image for the first question",
+        (),
+        metavar="FILE",
+        other_names=("images", "picture"),
+    )
+    question: str | None = argument(
+        "one question; by default questions are read from standard input", None, metavar="TEXT"
+    )
+    max_new_tokens: int = argument(
+        "the most tokens of an answer", 512, metavar="N", low=1, high=100_000
+    )
+    temperature: float = argument(
+        "0: the likeliest token (greedy); above: sampling", 0.0, metavar="T", low=0, high=10
+    )
+    top_p: float = argument(
+        "sample from the likeliest tokens that together have this probability",
+        1.0,
+        metavar="P",
+        low=0,
+        high=1,
+    )
+    seed: int = argument("of the sampling", 0, metavar="N", low=0, high=MAX_SEED)
+    template: TemplateName | None = argument(TEMPLATE_HELP, None, metavar="NAME")
+    dtype: DtypeName | None = argument(DTYPE_HELP, None, metavar="NAME")
+    device: str | None = argument(DEVICE_HELP, None, metavar="NAME")
+    compiled: bool = argument(
+        f"{COMPILED_HELP}; the conversation is then read anew for each answer",
+        False,
+        metavar="true",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportArguments:
+    """`export`: write a model in a layout that others load."""
+
+    verb: ClassVar[str] = "export"
+
+    model: str = model_argument()
+    out: str = argument(
+        "a new folder", metavar="DIR", is_path=True, other_names=("to", "output", "folder")
+    )
+    format: ExportFormat = argument(
+        "the released layout of Yi-VL, that of transformers' LLaVA, or a checkpoint",
+        metavar="NAME",
+        other_names=("layout",),
+    )
+    dtype: DtypeName | None = argument("type of the weights; by default as stored", None)
+    merge_lora: bool = argument("merge LoRA adapters into the weights", False, metavar="true")
+    template: TemplateName | None = argument(TEMPLATE_HELP, None, metavar="NAME")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckArguments:
+    """`check`: faults and lengths of all data of a recipe."""
+
+    verb: ClassVar[str] = "check"
+
+    out: str | None = argument(
+        "folder of the report; by default checks/RECIPE-SIZE",
+        None,
+        metavar="DIR",
+        is_path=True,
+        other_names=("to", "output"),
+    )
+
+
+DEFAULT_GPU = "A800"  # Yi-VL was trained on it
+DEFAULT_MFU = 0.4
+"""Model FLOPs utilisation, without recomputed FLOPs: Llama 3 reached 0.38 to 0.43 on 8,192 to
+16,384 H100 (arXiv:2407.21783, table 4)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanArguments:
+    """`plan`: memory, time and money that a training takes."""
+
+    verb: ClassVar[str] = "plan"
+
+    gpu: str = argument("the GPU: a known name, or one of gpus=", DEFAULT_GPU, metavar="NAME")
+    gpus: str | None = argument(
+        "YAML file of further GPUs", None, metavar="FILE.yaml", is_path=True
+    )
+    mfu: float = argument(
+        "share of the GPU's peak FLOPs that training reaches", DEFAULT_MFU, low=0.001, high=1
+    )
+    price: float | None = argument(
+        "of a GPU hour in US dollars; by default that of the GPU's entry",
+        None,
+        metavar="DOLLARS",
+        low=0,
+        high=1e6,
+    )
+    samples: str | None = argument(
+        "number of samples of the data, or one for each stage; by default counted, or Yi-VL's",
+        None,
+        metavar="N[,N ...]",
+    )
+    text_tokens: str | None = argument(
+        "text tokens of a sample, or one for each stage; by default measured, or assumed",
+        None,
+        metavar="N[,N ...]",
+    )
+    probe: bool = argument("also run one step of every stage here", False, metavar="true")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackArguments:
+    """`pack`: write a data set as shards."""
+
+    verb: ClassVar[str] = "pack"
+
+    data: str = argument("conversations in LLaVA's format", metavar="FILE.json", is_path=True)
+    images: str | None = argument(
+        "folder of the images; by default beside the file", None, metavar="FOLDER", is_path=True
+    )
+    out: str = argument(
+        "a new folder", metavar="DIR", is_path=True, other_names=("to", "output", "folder")
+    )
+    samples: int = argument(
+        "samples of a shard; 10,000 take about a gigabyte at 448 pixels",
+        10_000,
+        metavar="N",
+        low=1,
+        high=10**7,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareArguments:
+    """`compare`: train a grid of runs and report their differences."""
+
+    verb: ClassVar[str] = "compare"
+
+    recipe: str = argument(
+        "one recipe or several, as yivl_llava,yivl_qformer",
+        metavar="NAME[,NAME ...]",
+        other_names=("recipes",),
+    )
+    seeds: str = argument("number of seeds, 1 to 1000, or a list as [0,1,5]", "3", metavar="N")
+    grid: str | None = argument(
+        "changes that make a row each, 'K=V + K=V | K=V', or a YAML file with rows: [{K: V}, ...]",
+        None,
+        metavar="'K=V | K=V'",
+    )
+    match: BudgetName | None = argument(
+        "make this the same in all rows by the connectors' sizes", None, metavar="NAME"
+    )
+    sweep: str | None = argument(
+        "factors of the connector's learning rate that every row tries first, as 0.3,1,3",
+        None,
+        metavar="F,F,...",
+    )
+    freeze: Literal["vision"] | None = argument(
+        "never train the vision encoder, and keep its features for all runs", None, metavar="vision"
+    )
+    jobs: str = argument(
+        "runs at once: 1 to 1000, auto, or slurm (write a job array)", "auto", metavar="N"
+    )
+    dry_run: bool = argument("print the plan alone", False, metavar="true")
+    run: str | None = argument(
+        "folder of the comparison; by default a new one, runs/compare-N",
+        None,
+        metavar="DIR",
+        is_path=True,
+        other_names=("out", "to"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportArguments:
+    """`report`: compare finished runs."""
+
+    verb: ClassVar[str] = "report"
+
+    runs: tuple[str, ...] = argument(
+        "folders of runs, or folders that hold them",
+        metavar="RUN...",
+        is_path=True,
+        is_positional=True,
+    )
+    out: tuple[str, ...] = argument(
+        "file that the report is written to, .md or .html; once each",
+        (),
+        metavar="FILE",
+        is_path=True,
+        other_names=("to", "output"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListArguments:
+    """`list`: what recipes can name."""
+
+    verb: ClassVar[str] = "list"
+
+    kinds: tuple[ListedKind, ...] = argument(
+        "what to list; by default all, and the towers in short",
+        (),
+        metavar="KIND",
+        is_positional=True,
+    )
+    size: str | None = argument(
+        "with `list connectors`: what each costs at this size", None, metavar="NAME"
+    )
