@@ -1,4 +1,4 @@
-"""Tests run beside other work: threads that wait must not spin (see `vlbench.__main__.run_fit`)."""
+"""Tests run beside other work: threads that wait must not spin (see `vlbench.verbs.run_fit`)."""
 
 import os
 from pathlib import Path

@@ -31,6 +31,7 @@ LAYERS = (
     ("evaluate",),
     ("compare", "serve", "fit_command"),
     ("listing",),
+    ("verbs",),
     ("__init__",),
     ("__main__",),
 )

@@ -13,10 +13,10 @@ from small import make_batch, make_sample, open_gates, small_vlm
 from test_contract import pursued
 from test_vlm import assert_same
 
-from vlbench.__main__ import VERBS
 from vlbench.config import recipe as recipes
 from vlbench.connector import registry
 from vlbench.connector.base import Shapes
+from vlbench.verbs import VERBS
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = (DOCS / "connectors.md").read_text(encoding="utf-8")

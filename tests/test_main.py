@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 
 from vlbench import __version__
-from vlbench.__main__ import VERBS, main, recipe_key_names
+from vlbench.__main__ import main
 from vlbench.command_line.parser import declared_arguments, parse_arguments, split_arguments
 from vlbench.config import schema
 from vlbench.config.recipe import load_recipe
 from vlbench.errors import BadSample, EnvironmentFailure, UserError, suggest_name
+from vlbench.verbs import VERBS, recipe_key_names
 
 ROOT = Path(__file__).parents[1]
 QUICK = [

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from vlbench.__main__ import VERBS, main
+from vlbench.__main__ import main
 from vlbench.command_line.parser import parse_arguments
 from vlbench.config import recipe as recipes
+from vlbench.verbs import VERBS
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^    (?:.*&& )?python -m vlbench (.*)$", README, re.MULTILINE)
