@@ -175,7 +175,7 @@ def test_no_room_is_told_before_anything_is_written(tmp_path, monkeypatch, capsy
     words = [*SHORT, *FROZEN, f"run={tmp_path / 'run'}"]
     assert main([*words, f"trainer.feature_cache={tmp_path / 'cache'}"]) == 2
     said = capsys.readouterr().err
-    assert "the features of 6 pictures take 196.6 kB" in said and "1.0 kB left" in said
+    assert "the features of 6 images take 196.6 kB" in said and "1.0 kB left" in said
     assert not shards(tmp_path / "cache")
 
 

@@ -51,7 +51,7 @@ def test_what_was_released_is_where_training_begins(tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     assert main([*FIT, f"init={CHECKPOINT}", "run=run", "stages.chat.steps=0"]) == 0
     said = capsys.readouterr().out
-    assert "tower of 4 blocks, 80 wide; language model of 3 layers" in said
+    assert "vision encoder of 4 blocks, 80 wide; language model of 3 layers" in said
     assert "left out of its files: vision_tower (" in said  # copies, which the reference ignores
     ask = [{"role": "user", "content": "Hello"}]
     ours, theirs = vlbench.load("run"), vlbench.load(CHECKPOINT)

@@ -141,7 +141,7 @@ def test_held_out_samples_without_a_picture_are_told(folder, capsys):
     words = ["recipe=yivl_llava", *ONLY, "data.train=good.json", "data.val=text.json"]
     recipe = recipes.load_recipe(words)
     assert stage_plan.check_data(stage_plan.plan_stage_runs(recipe)) == []
-    assert "text.json: no sample has a picture, so no question" in capsys.readouterr().out
+    assert "text.json: no sample has an image, so no question" in capsys.readouterr().out
 
 
 def test_held_out_samples_of_a_stage_of_captions_without_a_picture_are_told(folder, capsys):
@@ -150,7 +150,7 @@ def test_held_out_samples_of_a_stage_of_captions_without_a_picture_are_told(fold
     for val, told in (("text.json", True), ("good.json", False)):
         recipe = recipes.load_recipe([*words, f"data.val={val}"])
         stage_plan.check_data(stage_plan.plan_stage_runs(recipe))
-        line = "stage align_224: data.val text.json has no picture"
+        line = "stage align_224: data.val text.json has no image"
         assert (line in capsys.readouterr().out) == told
 
 
@@ -174,20 +174,20 @@ def test_every_stage_judges_bad_samples_as_it_says(folder, capsys):
 @pytest.mark.parametrize("verb", LOOKS.values(), ids=LOOKS)
 def test_captions_without_a_picture_are_refused(folder, capsys, verb):
     said = refused([*verb, "data.train=text.json"], capsys)
-    assert "stage align_224 learns captions of pictures (sample_format=caption)" in said
+    assert "stage align_224 learns captions of images (sample_format=caption)" in said
 
 
 def test_captions_whose_pictures_are_all_bad_are_refused(folder, capsys):
     texts = [record(None, id="t"), record("no.png", id="p")]
     write(folder, "mixed.json", *texts)
     said = refused(["fit", "data.train=mixed.json", "data.on_bad_sample=quarantine"], capsys)
-    assert "learns captions of pictures" in said
+    assert "learns captions of images" in said
 
 
 def test_an_objective_of_pictures_is_refused_without_them(folder, capsys):
     assert main(["fit", "recipe=yivl_blip2", "data.train=text.json"]) == 2
     said = capsys.readouterr().err
-    assert "learns captions of pictures" in said and len(said.splitlines()) == 1
+    assert "learns captions of images" in said and len(said.splitlines()) == 1
 
 
 @pytest.mark.parametrize("verb", LOOKS.values(), ids=LOOKS)
@@ -336,9 +336,7 @@ def test_a_stage_in_which_no_step_had_a_sample_is_a_mistake(folder):
     step: Any = SimpleNamespace(index=0, bad_samples=[], skipped_samples=2)
     watcher.on_stage_start(training(0, 2))
     watcher.on_step_end(training(1, 2), step)
-    with pytest.raises(
-        UserError, match="nothing was learned in 2 steps: 4 samples have no picture"
-    ):
+    with pytest.raises(UserError, match="nothing was learned in 2 steps: 4 samples have no image"):
         watcher.on_step_end(training(2, 2), step)
     watcher = quarantine(folder, 200)
     watcher.on_stage_start(training(1, 2))  # before it was stopped it may have learned

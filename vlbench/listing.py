@@ -18,7 +18,7 @@ from vlbench.text_tables import format_table
 def listing_lines(arguments: ListArguments) -> list[str]:
     """Return the lines of all kinds, or of those that are asked for.
 
-    With a `size` they are what each connector costs at that size; towers alone are listed in full.
+    With a `size`: what each connector costs at that size; `towers` alone are listed in full.
     """
     if arguments.size is not None:
         if arguments.kinds != ("connectors",):
@@ -50,8 +50,8 @@ def connector_cost_lines(size: str) -> list[str]:
     return [
         *format_table(rows, "<>"),
         "",
-        f"A picture at {side} pixels takes so many tokens of the text; latents are attended to",
-        "inside the language model. Prefill: connector and language model, a picture and "
+        f"An image at {side} pixels takes so many tokens of the text; latents are attended to",
+        "inside the language model. Prefill: connector and language model, an image and "
         f"{QUESTION_TOKENS}",
         "tokens of text.",
     ]

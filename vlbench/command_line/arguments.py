@@ -330,7 +330,7 @@ class ListArguments:
     verb: ClassVar[str] = "list"
 
     kinds: tuple[ListedKind, ...] = argument(
-        "what to list; by default all, and the towers in short",
+        "what to list; by default all, towers (vision encoders) shortened",
         (),
         metavar="KIND",
         is_positional=True,

@@ -60,7 +60,7 @@ def encode_single_objects(model: open_clip.CLIP, scenes: Sequence[RenderedScene]
 def encode_large_images(model: open_clip.CLIP, scenes: Sequence[RenderedScene]) -> Tensor:
     """Encode scenes at 112 pixels, `[scenes, width]`; position embeddings resized as in `fit`.
 
-    A large tower gets over a doubled resolution in millions of pictures; this one has minutes.
+    A large encoder adapts to a doubled resolution over millions of images; this one has minutes.
     """
     visual = model.visual
     hidden = visual.conv1(load_pixels(scenes, 112)).flatten(2).transpose(1, 2)

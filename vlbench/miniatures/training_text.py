@@ -116,7 +116,7 @@ def make_drill(seed: int, index: int, count_weight: int = 1) -> list[TextPiece]:
 
 
 def make_chat(rng: random.Random, described_scene: RenderedScene) -> list[TextPiece]:
-    """Make a conversation in Yi's template in which words stand for the picture."""
+    """Make a conversation in Yi's template in which words stand for the image."""
     language = rng.choice(LANGUAGES)
     turns: list[ChatTurn] = []
     if rng.random() < 0.1:
@@ -140,7 +140,7 @@ def describe_in_words(rng: random.Random, described_scene: RenderedScene) -> str
     """Tell a scene in one of the forms; all but a raster tell the objects in random order.
 
     They may tell an object several times, with full stops in between: so it is with the patches of
-    a picture, of which many show the same object, and many show none.
+    an image, of which many show the same object, and many show none.
     """
     form = rng.choices(list(DESCRIPTION_FORMS), list(DESCRIPTION_FORMS.values()))[0]
     home = rng.choice(LANGUAGES)

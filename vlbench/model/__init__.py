@@ -1,1 +1,1 @@
-"""The model: vision tower, connector and language model, and the place where they meet."""
+"""The model: vision encoder, connector, language model, and the VLM that composes them."""

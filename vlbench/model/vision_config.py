@@ -164,7 +164,7 @@ def _merge_folder_config(named_config: VisionConfig, name: str, folder: Path) ->
 
 
 def _read_processor_config(folder: Path) -> tuple[dict[str, Any], Path]:
-    """Return what a Hugging Face folder does to its pictures, and the file that says so.
+    """Return what a Hugging Face folder does to its images, and the file that says so.
 
     transformers 5 writes it into processor_config.json, as a part of a whole model's processor.
     """

@@ -75,7 +75,7 @@ class VisionEncoder(nn.Module):
         blocks = self.blocks()
         if not -len(blocks) <= layer < len(blocks):
             raise UserError(
-                f"vision.layer is {layer}; this tower has {len(blocks)} blocks, "
+                f"vision.layer is {layer}; this vision encoder has {len(blocks)} blocks, "
                 f"so {-len(blocks)} to {len(blocks) - 1} are allowed"
             )
         self.block_index = layer % len(blocks)
@@ -130,8 +130,8 @@ class VisionEncoder(nn.Module):
             first = out.get("image_intermediates_prefix")
             if first is None or not first[0].shape[1]:
                 raise UserError(
-                    "this connector reads the tower's class token, and this tower has none: name "
-                    "another tower or another connector"
+                    "this connector reads the class token, and this vision encoder has none: name "
+                    "another vision encoder or another connector"
                 )
             features = torch.cat([first[0][:, :1], features], dim=1)
         return features
@@ -141,7 +141,7 @@ class VisionEncoder(nn.Module):
         patch = self.image_size // self.grid[0]
         if image_size % patch:
             raise UserError(
-                f"image_size is {image_size}; this tower needs a multiple of {patch}, "
+                f"image_size is {image_size}; this vision encoder needs a multiple of {patch}, "
                 f"for example {max(1, round(image_size / patch)) * patch}"
             )
         if image_size != self.image_size:
@@ -202,8 +202,8 @@ def build_encoder_from_config(
         raise UserError(f"vision.name is '{name}', which cannot be built ({reason})") from error
     if not has_encoder_blocks(visual):
         raise UserError(
-            f"vision.name is '{name}', which is no ViT; towers that work are open_clip's ViT-* "
-            "and EVA* models, for example ViT-H-14, ViT-L-14-336 or EVA02-L-14-336"
+            f"vision.name is '{name}', which is no ViT; those that work are open_clip's "
+            "ViT-* and EVA* models, for example ViT-H-14, ViT-L-14-336 or EVA02-L-14-336"
         )
     return VisionEncoder(visual, layer, norm, {"mean": config.mean, "std": config.std}, config)
 
@@ -232,7 +232,7 @@ def load_clip_folder(encoder: VisionEncoder, folder: Path, load_values: bool = T
     for key in clip_layouts.CLIP_CONFIG_KEYS:
         if config[key] != needed[key] and key != "image_size":
             raise UserError(
-                f"{file}: {key} is {config[key]}, and of the tower that vision.name names it is "
+                f"{file}: {key} is {config[key]}, and of the vision encoder vision.name it is "
                 f"{needed[key]}"
             )
     encoder.set_image_size(config["image_size"])

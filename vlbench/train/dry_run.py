@@ -129,7 +129,7 @@ def _check_not_empty(
         return
     bad_samples = [str(bad) for step in candidates for bad in step.bad_samples[:1]]
     reason = (
-        bad_samples[0] if bad_samples else "no sample has a picture, and the stage learns captions"
+        bad_samples[0] if bad_samples else "no sample has an image, and the stage learns captions"
     )
     raise UserError(
         f"stage {stage_name}: its first {len(candidates)} steps have nothing to learn from: "

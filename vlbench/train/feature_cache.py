@@ -213,13 +213,13 @@ def _check_disk_space(needed_bytes: int, image_count: int, folder: Path) -> None
     """Print the bytes that the features will take; refuse before writing if it is too much."""
     free = shutil.disk_usage(folder).free
     run_report.print_status(
-        f"features of {image_count:,} pictures take {run_report.format_bytes(needed_bytes)} in "
+        f"features of {image_count:,} images take {run_report.format_bytes(needed_bytes)} in "
         f"{folder}, "
         f"{run_report.format_bytes(free)} are free"
     )
     if needed_bytes > free:
         raise UserError(
-            f"trainer.feature_cache: the features of {image_count:,} pictures take "
+            f"trainer.feature_cache: the features of {image_count:,} images take "
             f"{run_report.format_bytes(needed_bytes)}, and {folder} has "
             f"{run_report.format_bytes(free)} left. Make room, "
             "name another folder, or leave it out"

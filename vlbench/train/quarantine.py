@@ -42,7 +42,7 @@ class QuarantineCallback(StageCallback):
             ):
                 raise UserError(
                     f"nothing was learned in {training.total_steps} steps: "
-                    f"{self.skipped_samples} samples have no picture in a stage of captions, "
+                    f"{self.skipped_samples} samples have no image in a stage of captions, "
                     "the others are bad"
                 )
         except UserError as error:  # raised in all processes, which have the same bad samples

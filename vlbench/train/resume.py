@@ -166,8 +166,8 @@ def build_from_init(recipe: Recipe, stage: StageConfig, mmap_language: bool = Fa
     }
     config, blocks = vlm.language.config, len(vlm.vision.blocks())
     print(
-        f"init {folder}: tower of {blocks} blocks, {vlm.vision.feature_width} wide; language "
-        f"model of {config.num_hidden_layers} layers, {config.hidden_size} wide"
+        f"init {folder}: vision encoder of {blocks} blocks, {vlm.vision.feature_width} wide; "
+        f"language model of {config.num_hidden_layers} layers, {config.hidden_size} wide"
         + (f"; connector {recipe.connector['name']} starts anew" if is_new_connector else "")
         + (f"; left out of its files: {unused_tensors}" if unused_tensors else "")
     )

@@ -125,8 +125,8 @@ def show_results(run: RunFolder) -> int:
     rows = (
         ("accuracy", "exact match"),
         ("unseen_accuracy", "on attribute pairs never met in training"),
-        ("blank_accuracy", "with the picture's mean colour instead of the picture"),
-        ("shuffled_accuracy", "with the pictures exchanged"),
+        ("blank_accuracy", "with the image's mean colour instead of the image"),
+        ("shuffled_accuracy", "with the images exchanged"),
     )
     known = [
         (f"  {key}", f"{results[key]:.3f}", meaning)
@@ -145,7 +145,7 @@ def show_results(run: RunFolder) -> int:
         print(f"  {len(lines)} bad samples left out ({named}), all in {run.quarantine_file}")
     print("next:")
     print(f"  open {run.folder / 'examples.png'}")
-    print(f"  python -m vlbench chat model={run.folder}  # /image FILE shows it a picture")
+    print(f"  python -m vlbench chat model={run.folder}  # /image FILE shows it an image")
     print(f"  tensorboard --logdir {run.folder}")
     print("  python -m vlbench show recipe=yivl_llava size=6b")
     return 0

@@ -120,7 +120,7 @@ def _check_image_fits(tokens_per_image: int, max_length: int) -> None:
     """Raise a ValueError if one image fills the whole text."""
     if tokens_per_image >= max_length:
         raise ValueError(
-            f"a picture takes {tokens_per_image} tokens of the text, and "
+            f"an image takes {tokens_per_image} tokens of the text, and "
             f"language.max_length={max_length} leaves no room for them"
         )
 

@@ -200,7 +200,7 @@ def _report_no_questions(last_stage_run: StageRun, bad_samples: list[BadSample])
         has_images(source, bad_samples_of_source(source, bad_samples)) for source in sources
     ):
         names = ", ".join(source.name for source in sources)
-        print(f"{names}: no sample has a picture, so no question will be asked at the end")
+        print(f"{names}: no sample has an image, so no question will be asked at the end")
 
 
 def _report_no_captions(
@@ -209,7 +209,7 @@ def _report_no_captions(
     """Print it if a stage of captions has no image among its held-out samples."""
     if not has_images(val_source, bad_samples):
         print(
-            f"stage {stage_run.name}: data.val {val_source.name} has no picture, and the stage "
+            f"stage {stage_run.name}: data.val {val_source.name} has no image, and the stage "
             "learns captions: nothing is held out"
         )
 
@@ -238,8 +238,8 @@ def check_caption_images(stage_run: StageRun, bad_samples: list[BadSample]) -> N
         if has_images(source, bad_samples_of_source(source, bad_samples)):
             return
     raise UserError(
-        f"stage {stage_run.name} learns captions of pictures (sample_format=caption), and the "
-        f"data have no picture: {stage_run.data.name}. Leave the stage out (only=...), or give "
+        f"stage {stage_run.name} learns captions of images (sample_format=caption), and the "
+        f"data have no image: {stage_run.data.name}. Leave the stage out (only=...), or give "
         f"it data of its own with stages.{stage_run.name}.data"
     )
 
