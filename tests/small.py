@@ -1,4 +1,4 @@
-"""A small random model for tests: vision encoder of 3 blocks, decoder of 3 layers, golden tokenizer."""
+"""A small random model for tests: three encoder blocks, three decoder layers, golden tokenizer."""
 
 from __future__ import annotations
 
