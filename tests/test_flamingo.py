@@ -68,9 +68,10 @@ def test_a_gated_block_equals_the_reference():
 
 
 class Recorded(nn.Module):
-    """A tower whose features are its pixels."""
+    """A vision encoder whose features are its pixels."""
 
     grid, feature_width, class_token, image_size, dtype = (2, 3), 16, False, 1, torch.float32
+    transform = None  # no image is opened
 
     def forward(self, pixels: Tensor) -> Tensor:
         return pixels
