@@ -35,9 +35,10 @@ def listing_lines(arguments: ListArguments) -> list[str]:
 def connector_cost_lines(size: str) -> list[str]:
     """Return a table of what each connector costs at `size`, counted without taking memory."""
     recipes = {name: [f"size={size}", f"connector.name={name}"] for name in _usable_connectors()}
+    # first, as a mistake in the size needs no torch
     known = {
         name: recipe.load_recipe(["recipe=yivl_llava", *words]) for name, words in recipes.items()
-    }  # first, as a mistake in the size needs no torch
+    }
     from vlbench.model.connector_cost import QUESTION_TOKENS, count_recipe_cost
 
     rows = [("connector", "parameters", "tokens", "latents", "prefill TFLOPs")]

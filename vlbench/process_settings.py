@@ -98,6 +98,7 @@ def _save_interpreter_state() -> RestoreFunction:
     filters.__enter__()
 
     def restore_interpreter() -> None:
+        """Put back what was saved; names that the environment has gained are removed."""
         filters.__exit__(None, None, None)
         root_logger.setLevel(level)
         root_logger.handlers[:] = handlers

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import types
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
@@ -19,14 +18,13 @@ from typing import (
     NamedTuple,
     Protocol,
     TypeVar,
-    Union,
     get_args,
     get_origin,
     get_type_hints,
 )
 
 from vlbench.errors import UserError, suggest_name
-from vlbench.strict_values import RawText, convert_value, kind_label, yaml_text
+from vlbench.strict_values import RawText, convert_value, kind_label, split_union, yaml_text
 
 
 class VerbDeclaration(Protocol):
@@ -133,9 +131,7 @@ def declared_arguments(declaration: type[VerbDeclaration]) -> dict[str, Argument
     for field in dataclasses.fields(declaration):
         kind = kinds[field.name]
         may_repeat = get_origin(kind) is tuple
-        if get_origin(kind) in (Union, types.UnionType):
-            (kind,) = [inner for inner in get_args(kind) if inner is not types.NoneType]
-        value_type = get_args(kind)[0] if may_repeat else kind
+        value_type = get_args(kind)[0] if may_repeat else split_union(kind)[0]
         specs[field.name] = ArgumentSpec(
             field.name, value_type, may_repeat, field.default, **field.metadata
         )

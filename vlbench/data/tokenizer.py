@@ -269,11 +269,10 @@ def _load_sentencepiece_tokenizer(folder: Path, id_limit: int | None) -> Sentenc
     non_special = [n for n in all_added if n not in listed_special and n not in role_tokens]
     add_bos = bool(config.get("add_bos_token", False))
     tokenizer = SentencePieceTokenizer(model_file, role_tokens, add_bos, all_added, non_special)
-    if (
-        added
-        and "added_tokens_decoder" not in config
-        and "added_tokens.json" not in tokenizer.file_contents
-    ):  # then tokenizer.json alone names the added tokens
+    named_elsewhere = "added_tokens_decoder" in config or (
+        "added_tokens.json" in tokenizer.file_contents
+    )
+    if added and not named_elsewhere:  # tokenizer.json alone names the added tokens
         tokenizer.file_contents |= read_existing_files(folder, ("tokenizer.json",))
     return tokenizer
 

@@ -135,6 +135,7 @@ def _run_task(vlm: LoadedVLM, task: EvalTask, folder: Path, arguments: EvalArgum
     limits = task.generation_limits(vlm, questions)
 
     def answer_into(file_name: str, use_blank_images: bool) -> AnswerLines:
+        """Answer the questions that have no answer in a file yet; return all its lines."""
         return answer_remaining(
             vlm,
             questions,

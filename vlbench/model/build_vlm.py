@@ -149,9 +149,8 @@ def build_checkpoint_encoder(recipe: Recipe, folder: Path) -> VisionEncoder:
 def _assemble_vlm(
     recipe: Recipe, vision_encoder: VisionEncoder, language: Any, tokenizer: Tokenizer
 ) -> LoadedVLM:
-    torch.manual_seed(
-        recipe.seed
-    )  # the connector's initial weights do not depend on the other parts
+    # the connector's initial weights do not depend on the other parts
+    torch.manual_seed(recipe.seed)
     return assemble_vlm(
         vision_encoder,
         registry.load_connector(recipe.connector["name"]),

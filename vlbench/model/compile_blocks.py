@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from vlbench.compat.torch_internals import compiler_settings
-from vlbench.errors import one_line
 from vlbench.model.vlm import VLM
 
 
@@ -60,8 +59,3 @@ def _forward_while_training(
     Held-out losses and answers have other dtypes and lengths, which would need graphs of their own.
     """
     return (compiled_forward if vlm.training else eager_forward)(*args, **kwargs)
-
-
-def describe_compiler_error(error: BaseException) -> str:
-    """Return the first two lines of a compiler's message, as one line."""
-    return one_line(error, max_lines=2)

@@ -73,9 +73,8 @@ class GracefulStop(pl.Callback):
         self._old_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> GracefulStop:
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # Python lets no other thread catch signals
+        # Python lets no other thread catch signals
+        if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._old_handlers[number] = signal.signal(number, self._on_signal)
         return self

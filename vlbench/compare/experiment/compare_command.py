@@ -124,6 +124,7 @@ def _train_unfinished(grid: ComparisonGrid, jobs: Sequence[TrainingJob]) -> dict
         start_times[job] = time.monotonic()
 
     def finish_job(job: TrainingJob, exit_code: int) -> None:
+        """Note the time or the failure of a run that has ended, and print it."""
         durations.append(time.monotonic() - start_times[job])
         if exit_code:
             failed[job.folder] = job.last_log_line

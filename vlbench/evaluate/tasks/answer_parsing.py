@@ -97,11 +97,8 @@ def has_any_gold(predicted_values: Iterable[AnswerValue], golds: Sequence[object
 
 # (how a letter is written in a response, how its position is looked for if several are found)
 MMMU_LETTER_FORMS = (("({})", "({})"), (" {} ", " {} "))
-LMMS_LETTER_FORMS = (
-    ("({})", "({})"),
-    ("{} ", " {} "),
-    ("{}.", " {} "),
-)  # "ABC " contains C, but gives no position
+# "ABC " contains C, but gives no position
+LMMS_LETTER_FORMS = (("({})", "({})"), ("{} ", " {} "), ("{}.", " {} "))
 SHORT_RESPONSE_WORDS = 5  # only a longer response may answer in the words of an option
 
 

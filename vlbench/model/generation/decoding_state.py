@@ -17,8 +17,7 @@ from vlbench.compat.torch_internals import (
     is_compiler_error,
 )
 from vlbench.compat.transformers_internals import static_cache_position
-from vlbench.errors import UserError
-from vlbench.model.compile_blocks import describe_compiler_error
+from vlbench.errors import UserError, one_line
 from vlbench.model.generation.kv_cache import CACHE_ARGUMENT, to_static_cache
 from vlbench.model.vlm import VLM
 
@@ -47,18 +46,15 @@ class DecodingState:
 
     def decode_embeddings(self, embeds: Tensor) -> Tensor:
         """Run `embeds` `[rows, length, lm_width]`; return the last logits `[rows, vocabulary]`."""
-        hidden = self.vlm.run_decoder(
+        return _last_logits(
+            self.vlm,
             embeds,
             self.visual,
             self.image_index,
-            position_ids=self.position_ids,
-            attention_mask=self.attention_mask,
-            use_cache=True,
-            **{CACHE_ARGUMENT: self.kv_cache},
-        ).last_hidden_state
-        assert hidden is not None
-        logits: Tensor = self.vlm.language.lm_head(hidden[:, -1])
-        return logits
+            self.position_ids,
+            self.attention_mask,
+            self.kv_cache,
+        )
 
     def decode_next(self, token_ids: Tensor) -> Tensor:
         """Run one more token per row, `token_ids` `[rows]`; return logits `[rows, vocabulary]`."""
@@ -137,7 +133,7 @@ class CompiledDecodeStep:
                 raise
             raise UserError(
                 "compiled: the step of the answer could not be compiled "
-                f"({describe_compiler_error(error)}). On a CPU a C++ compiler is needed; "
+                f"({one_line(error, max_lines=2)}). On a CPU a C++ compiler is needed; "
                 "compiled=False does without"
             ) from error
 
@@ -147,28 +143,28 @@ def _has_layer_hooks(vlm: VLM) -> bool:
     return any(has_forward_hooks(module) for module in modules)
 
 
-def _decode_step(
+def _last_logits(
     vlm: VLM,
-    token_ids: Tensor,
+    embeds: Tensor,
     visual: Tensor,
     image_index: Tensor,
     position_ids: Tensor,
     attention_mask: Tensor,
-    kv_cache: StaticCache,
+    kv_cache: DynamicCache | StaticCache,
 ) -> Tensor:
-    """Run one more token per row; return logits `[rows, vocabulary]`.
+    """Run embeddings that come next; return the last logits `[rows, vocabulary]`.
 
     Args:
         vlm: The model, in evaluation mode.
-        token_ids: `[rows]`, the tokens to run.
+        embeds: `[rows, length, lm_width]`.
         visual: Visual tokens `[images, tokens, width]`.
-        image_index: `[rows, 1]`, the image that each row attends to, -1 for none.
-        position_ids: `[rows, 1]`.
-        attention_mask: `[rows, 1, 1, cache length]`, True where a row attends.
-        kv_cache: Keys and values, to which those of the tokens are written.
+        image_index: `[rows, length]`, the image that each position attends to, -1 for none.
+        position_ids: `[rows, length]`.
+        attention_mask: What is attended to, in a form that transformers takes.
+        kv_cache: Keys and values, to which those of `embeds` are written.
     """
     hidden = vlm.run_decoder(
-        vlm.token_embedding(token_ids[:, None]),
+        embeds,
         visual,
         image_index,
         position_ids=position_ids,
@@ -179,3 +175,8 @@ def _decode_step(
     assert hidden is not None
     logits: Tensor = vlm.language.lm_head(hidden[:, -1])
     return logits
+
+
+def _decode_step(vlm: VLM, token_ids: Tensor, *step_inputs: Any) -> Tensor:
+    """Run one more token per row, `token_ids` `[rows]`; the rest is that of `_last_logits`."""
+    return _last_logits(vlm, vlm.token_embedding(token_ids[:, None]), *step_inputs)

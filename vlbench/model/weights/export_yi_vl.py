@@ -155,18 +155,28 @@ def _create_release_files(vlm: LoadedVLM, folder: Path) -> None:
     vlm.tokenizer.save(folder)
     encoder_folder = folder / "vit" / f"tower-{vlm.vision.image_size}"
     encoder_folder.mkdir(parents=True)
-    depth, norm = projector_depth_and_norm(require_projector(vlm.model.connector, LAYOUT_NAME))
     token_ids = {
         "bos_token_id": vlm.tokenizer.bos_token_id,
         "eos_token_id": vlm.tokenizer.eos_token_id,
         "pad_token_id": 0,
     }
+    for file, content in (
+        (folder / "config.json", _model_config(vlm, encoder_folder.name) | token_ids),
+        (folder / "generation_config.json", token_ids),
+        (encoder_folder / "config.json", clip_layouts.to_hf_vision_config(vlm.vision.visual)),
+        (encoder_folder / "preprocessor_config.json", _processor_config(vlm.processor.transform)),
+    ):
+        file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _model_config(vlm: LoadedVLM, encoder_folder_name: str) -> dict[str, Any]:
+    """Return config.json of the released layout, without the ids of special tokens."""
+    depth, norm = projector_depth_and_norm(require_projector(vlm.model.connector, LAYOUT_NAME))
     language = vlm.language.config.to_dict()
     config = {key: value for key, value in language.items() if key in LLAMA_CONFIG_KEYS}
     rope = dict(config.pop("rope_parameters"))
     rope_type, theta = rope.pop("rope_type", "default"), rope.pop("rope_theta")
-    config |= token_ids
-    config |= {
+    return config | {
         "architectures": ["LlavaLlamaForCausalLM"],
         "image_aspect_ratio": "pad" if vlm.processor.transform.pad else "square",
         "mm_hidden_size": vlm.vision.feature_width,
@@ -175,7 +185,7 @@ def _create_release_files(vlm: LoadedVLM, folder: Path) -> None:
         "mm_use_im_start_end": False,
         "mm_vision_select_feature": "patch",
         "mm_vision_select_layer": vlm.vision.block_index - len(vlm.vision.blocks()),
-        "mm_vision_tower": f"./vit/{encoder_folder.name}",
+        "mm_vision_tower": f"./vit/{encoder_folder_name}",
         "model_type": "llava",
         "rope_scaling": None if rope_type == "default" else {"type": rope_type, **rope},
         "rope_theta": theta,
@@ -183,13 +193,15 @@ def _create_release_files(vlm: LoadedVLM, folder: Path) -> None:
         "use_cache": True,
         "use_mm_proj": True,
     }
-    transform = vlm.processor.transform
-    processor = {
-        **{
-            key: bool(value)
-            for key, value in FIXED_PROCESSOR_VALUES.items()
-            if key.startswith("do_")
-        },
+
+
+def _processor_config(transform: ImageTransform) -> dict[str, Any]:
+    """Return preprocessor_config.json of a CLIPImageProcessor that does what `transform` does."""
+    switches = {
+        key: bool(value) for key, value in FIXED_PROCESSOR_VALUES.items() if key.startswith("do_")
+    }
+    return {
+        **switches,
         "do_convert_rgb": True,
         "image_mean": list(transform.mean),
         "image_processor_type": "CLIPImageProcessor",
@@ -198,13 +210,6 @@ def _create_release_files(vlm: LoadedVLM, folder: Path) -> None:
         "rescale_factor": 1 / 255,
         **processor_sizes(transform),
     }
-    for file, content in (
-        (folder / "config.json", config),
-        (folder / "generation_config.json", token_ids),
-        (encoder_folder / "config.json", clip_layouts.to_hf_vision_config(vlm.vision.visual)),
-        (encoder_folder / "preprocessor_config.json", processor),
-    ):
-        file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def processor_sizes(transform: ImageTransform) -> dict[str, Any]:
