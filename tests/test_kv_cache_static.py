@@ -65,9 +65,9 @@ def asks(text: str, *images: Image.Image) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
 
 
-def talks(vlm: LoadedVLM, pictures: int = 2) -> PackedBatch:
-    """Return prompts of different lengths, of which up to two have a picture."""
-    shown = [[make_scene("static", 0, n).open()] if n < pictures else [] for n in range(2)]
+def talks(vlm: LoadedVLM, image_count: int = 2) -> PackedBatch:
+    """Return prompts of different lengths, of which up to two have an image."""
+    shown = [[make_scene("static", 0, n).open()] if n < image_count else [] for n in range(2)]
     long = asks("Which of these two objects, if any, is red? " * 3, *shown[1])
     return vlm.prepare([asks("What is this?", *shown[0]), asks("How are you?"), long])
 

@@ -28,6 +28,11 @@ MESSAGE_FORMAT = "{'role': 'user', 'content': a text or a list of parts}"
 TURN_ROLES = {"system": "system", "user": "human", "assistant": "assistant"}
 
 
+def holds_conversations(messages: object) -> bool:
+    """Return whether `messages` is a list of conversations, and not one conversation's messages."""
+    return isinstance(messages, list) and bool(messages) and isinstance(messages[0], list)
+
+
 class ConversationTooLong(UserError):
     """A conversation with more tokens than the language model has positions."""
 
@@ -74,10 +79,7 @@ class Processor:
 
     def prepare(self, messages: list[ChatMessage] | list[list[ChatMessage]]) -> PackedBatch:
         """Return the prompts of one conversation, or of several, as one batch on the CPU."""
-        is_list_of_conversations = (
-            isinstance(messages, list) and messages and isinstance(messages[0], list)
-        )
-        conversations: Any = messages if is_list_of_conversations else [messages]
+        conversations: Any = messages if holds_conversations(messages) else [messages]
         return self.collate_prompts([sample_from_messages(chat) for chat in conversations])
 
     def sample_encoder(self, sample_format: SampleFormat = "chat") -> SampleEncoder:

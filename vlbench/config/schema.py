@@ -21,6 +21,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from vlbench.command_line.arguments import TemplateName
 from vlbench.config.encoder_names import EMBEDDED_ENCODERS, check_encoder_name
 from vlbench.errors import suggest_name
 from vlbench.strict_values import StrictModel, is_null, kind_label, split_union, yaml_text
@@ -106,7 +107,7 @@ class LanguageModelConfig(RecipeSection):
 
     name: Literal["tiny", "yi-6b", "yi-34b"] = key("architecture, if not of `weights`", "tiny")
     weights: PathText = key("embedded (tiny only), random, a Llama folder or hub id", "embedded")
-    template: Literal["yi_vl", "chatml", "llava_v1"] = key("chat template", "yi_vl")
+    template: TemplateName = key("chat template", "yi_vl")
     max_length: int = key("most tokens of a conversation, image positions included", 4096, ge=16)
 
     @model_validator(mode="after")

@@ -23,8 +23,8 @@ from vlbench.text_files import read_json, write_atomically
 
 MINIATURES_FOLDER = Path(__file__).parents[1] / "miniatures"
 EMBEDDED_ENCODERS = {
-    "tiny": MINIATURES_FOLDER / "tower",
-    "tiny_eva": MINIATURES_FOLDER / "eva_tower",
+    "tiny": MINIATURES_FOLDER / "vision_encoder",
+    "tiny_eva": MINIATURES_FOLDER / "eva_vision_encoder",
 }
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 """open_clip's own name of a file that describes a model."""
