@@ -18,11 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import benchmark_model
 import numpy as np
-import small
 import torch
 from PIL import Image
-from table import write_section
+from result_table import write_section
 
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.weights.export_hf_llava import write_hf_llava
@@ -39,7 +39,7 @@ def make_conversations() -> list[Messages]:
     rng = np.random.default_rng(0)
     found = []
     for _ in range(CONVERSATIONS):
-        side = small.IMAGE_SIZE
+        side = benchmark_model.IMAGE_SIZE
         image = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
         text = " ".join(rng.choice(WORDS, rng.integers(5, 60)))
         parts = [{"type": "image", "image": image}, {"type": "text", "text": text}]
@@ -96,7 +96,7 @@ def main() -> None:
     """Print the table."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    vlm = small.build_small_vlm().eval()
+    vlm = benchmark_model.build_small_vlm().eval()
     peer, asked = TransformersPeer(vlm), make_conversations()
     sides: dict[str, AnswerCall] = {
         f"vlbench, batches of {CONVERSATIONS}": lambda: vlm.generate(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import SMALL, make_batch, make_sample, open_gates, small_vlm
+from random_vlm import SMALL, make_batch, make_sample, open_gates, small_vlm
 from torch import Tensor, nn
 
 from vlbench.__main__ import main

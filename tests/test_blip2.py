@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from recorded import assert_gradient, assert_outputs, load_record
-from small import make_batch, make_sample, small_vlm
+from random_vlm import make_batch, make_sample, small_vlm
+from reference_records import assert_gradient, assert_outputs, load_record
 from torch import Tensor
 
 from vlbench.__main__ import main

@@ -6,7 +6,7 @@ import gc
 
 import pytest
 import torch
-from small import SMALL, make_batch, make_sample, open_gates, small_vlm
+from random_vlm import SMALL, make_batch, make_sample, open_gates, small_vlm
 from torch import Tensor
 
 from vlbench.connector import registry

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import make_batch, make_sample, open_gates, small_vlm
+from random_vlm import make_batch, make_sample, open_gates, small_vlm
 from test_contract import pursued
 from test_vlm import assert_same
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from recorded import assert_gradient, assert_outputs, load_record
-from small import make_batch, make_sample, small_vlm
+from random_vlm import make_batch, make_sample, small_vlm
+from reference_records import assert_gradient, assert_outputs, load_record
 from timm.layers import RotaryEmbeddingCat
 
 from vlbench.connector import registry

@@ -6,10 +6,16 @@ import json
 
 import pytest
 import torch
-from recorded import GOLDENS, assert_gradient, assert_gradients, assert_outputs, load_record
-from released import CHECKPOINT
-from small import NoiseImage, make_sample, small_vlm
-from small import make_batch as small_batch
+from golden_release import CHECKPOINT
+from random_vlm import NoiseImage, make_sample, small_vlm
+from random_vlm import make_batch as small_batch
+from reference_records import (
+    GOLDENS,
+    assert_gradient,
+    assert_gradients,
+    assert_outputs,
+    load_record,
+)
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from small import NoiseImage
+from random_vlm import NoiseImage
 
 from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
 from vlbench.errors import BadSample

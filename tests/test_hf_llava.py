@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from golden_release import edit_json, load_tensors, make_plain_llava, rewrite_weights
 from PIL import Image
-from released import edit_json, load_tensors, make_plain_llava, rewrite_weights
 from transformers import AutoModelForCausalLM, AutoProcessor, LlavaForConditionalGeneration
 
 import vlbench

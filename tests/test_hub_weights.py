@@ -1,4 +1,4 @@
-"""What every loader loads is what the hub holds: towers by tag, language models, BERT, references.
+"""What every loader loads is what the hub holds: encoders by tag, language models, BERT, references.
 
 The towers are the real architectures, two blocks deep; names of repositories and files are those
 that open_clip and transformers ask for.
@@ -13,19 +13,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub import references
+from hub import reference_weights
 from hub.client import go_offline, use_hub
-from hub.released import build_open_clip, make_repositories
-from hub.same import (
+from hub.model_repositories import build_open_clip, make_repositories
+from hub.random_weights import write_weights
+from hub.server import FakeHub, serve_hub
+from hub.shallow_encoders import shallow_encoders
+from hub.weight_comparison import (
     assert_language_model,
     assert_same_state,
     assert_vision_encoder,
     load_tensors,
     matching_files,
 )
-from hub.server import FakeHub, serve_hub
-from hub.shallow import shallow_encoders
-from hub.weights import write_weights
 
 import vlbench
 from vlbench.connector.base import Shapes
@@ -167,7 +167,7 @@ def test_the_first_stage_begins_as_bert(hub):
     }
     own = one.state_dict()
     theirs = load_tensors([hub["google-bert/bert-base-uncased"].folder / "model.safetensors"])
-    for layer in range(references.BERT_LAYERS):
+    for layer in range(reference_weights.BERT_LAYERS):
         inside, there = f"qformer.encoder.layer.{layer}", f"bert.encoder.layer.{layer}"
         pairs = {
             "attention.attention.query.weight": "attention.self.query.weight",
@@ -188,7 +188,7 @@ def test_the_first_stage_begins_as_bert(hub):
 
 def test_blip2_is_its_shards(hub):
     repository = hub["Salesforce/blip2-opt-2.7b"]
-    one = references.tiny_connector("qformer").to_empty(device="cpu")
+    one = reference_weights.tiny_connector("qformer").to_empty(device="cpu")
     stored = load_tensors(matching_files(repository.folder, "model*.safetensors"))
     one.load_reference(stored)
     names = {"language_projection": "projection", "vision_model.post_layernorm": "ln_vision"}
@@ -205,7 +205,7 @@ def test_open_flamingo_is_its_checkpoint(hub):
     from huggingface_hub import hf_hub_download
 
     file = Path(hf_hub_download("openflamingo/OpenFlamingo-3B-vitl-mpt1b", "checkpoint.pt"))
-    one = references.tiny_connector("flamingo").to_empty(device="cpu")
+    one = reference_weights.tiny_connector("flamingo").to_empty(device="cpu")
     place = torch.randn(len(one.image_embedding))
     one.image_embedding.data.copy_(place)
     stored = load_tensors([file])

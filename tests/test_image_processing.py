@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from golden_release import load_records
 from PIL import Image
-from released import load_records
 from safetensors.torch import load_file
 
 from vlbench.data.image_processing import (

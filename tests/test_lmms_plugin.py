@@ -9,8 +9,8 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from golden_release import CHECKPOINT
 from PIL import Image
-from released import CHECKPOINT
 
 from vlbench.errors import UserError
 

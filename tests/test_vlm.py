@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from golden_release import CHECKPOINT
 from PIL import Image
-from released import CHECKPOINT
-from small import make_batch, make_sample, small_vlm
+from random_vlm import make_batch, make_sample, small_vlm
 from torch import Tensor, nn
 
 import vlbench

@@ -7,8 +7,8 @@ import json
 
 import pytest
 import torch
+from golden_release import CASES, CHECKPOINT, GOLDEN, TOLERANCE, case_messages, load_records
 from PIL import Image
-from released import CASES, CHECKPOINT, GOLDEN, TOLERANCE, case_messages, load_records
 from torch import Tensor, nn
 
 import vlbench

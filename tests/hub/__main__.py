@@ -11,9 +11,9 @@ import tempfile
 import threading
 from pathlib import Path
 
-from .released import REAL, SMALL, make_repositories
+from .model_repositories import REAL, SMALL, make_repositories
 from .server import serve_hub
-from .shallow import SITE
+from .shallow_encoders import SITE
 
 
 def main(words: list[str]) -> None:
