@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import errno
 import io
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +84,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 def append_json_lines(path: Path, records: Iterable[object]) -> None:
     """Append records to a file of `format_json_lines`; a last line that a kill cut is removed."""
-    with path.open("ab+") as file:
+    with name_written_file(path), path.open("ab+") as file:
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
         file.write(format_json_lines(records).encode("utf-8"))
@@ -90,9 +92,37 @@ def append_json_lines(path: Path, records: Iterable[object]) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file under a temporary name and rename it, so that it is never seen half-written."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8", newline="")
-    os.replace(temporary, path)
+    with replace_when_written(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+
+
+@contextlib.contextmanager
+def replace_when_written(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, which takes its place at the end of `with`.
+
+    What cannot be written whole is removed; the OSError names `path`.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "is a device and not a file", str(path))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with name_written_file(path, temporary):
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):  # its folder is gone, or a file
+                temporary.unlink()
+
+
+@contextlib.contextmanager
+def name_written_file(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Let an OSError name `path`, if it names no file (as that of a full disk) or `temporary`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(temporary or path)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def refuse_lfs_pointer(path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from vlbench.data.image_processing import open_image_bytes
 from vlbench.data.shard_index import IMAGE_EXTENSIONS, format_index, index_path, scan_tar
 from vlbench.data.shards import SHARD_LIST_FILE
 from vlbench.errors import BadSample, UserError
+from vlbench.new_folder import write_new_folder
 from vlbench.text_files import format_json_lines, write_atomically
 
 LEFT_OUT_FILE = "left_out.jsonl"
@@ -48,17 +48,8 @@ def pack_dataset(
 
     The folder appears complete: it is written under a temporary name and then renamed.
     """
-    temporary = folder.with_name(f".writing-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        shards, bad_samples = _write_all_shards(temporary, source, samples_per_shard)
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
-    finally:  # removes what was interrupted, or did not fit on the disk
-        shutil.rmtree(temporary, ignore_errors=True)
-    return shards, bad_samples
+    with write_new_folder(folder) as writing:
+        return _write_all_shards(writing, source, samples_per_shard)
 
 
 def _write_all_shards(

@@ -5,6 +5,7 @@ The model is a run, a checkpoint or a release; the tasks are evaluated one after
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -77,10 +78,10 @@ def run_eval(arguments: EvalArguments) -> int:
     for task in tasks:
         model_settings = {"model": str(model_folder), **_chosen_settings(arguments)}
         folder = _answers_folder(task.folder_name, model_folder, arguments)
-        open_answers_folder(
-            folder, {**task.task_settings, "batch": arguments.batch, **model_settings}
-        )
-        _run_task(vlm, task, folder, arguments)
+        settings = {**task.task_settings, "batch": arguments.batch, **model_settings}
+        with contextlib.ExitStack() as held_locks:
+            open_answers_folder(folder, settings, held_locks)
+            _run_task(vlm, task, folder, arguments)
     return 0
 
 

@@ -15,7 +15,7 @@ from vlbench.connector.base import Connector
 from vlbench.data.batch_sampler import OptimizerStep
 from vlbench.errors import UserError
 from vlbench.model.fsdp_wrapping import unsharded_connector
-from vlbench.text_files import write_atomically
+from vlbench.text_files import name_written_file, write_atomically
 from vlbench.train.callbacks import StageCallback, ValidationCallback
 from vlbench.train.throughput import ThroughputMeter, format_throughput
 from vlbench.train.training_module import StepReport, VLMTrainingModule
@@ -163,7 +163,10 @@ class ProgressCallback(StageCallback):
         if new_columns or not rows:
             _write_metric_rows(self.metrics_file, [*columns, *new_columns], [*rows, row])
             return
-        with self.metrics_file.open("a", newline="", encoding="utf-8") as file:
+        with (
+            name_written_file(self.metrics_file),
+            self.metrics_file.open("a", newline="", encoding="utf-8") as file,
+        ):
             csv.DictWriter(file, columns).writerow(row)
 
     def _show_progress(self, training: VLMTrainingModule, row: dict[str, Any]) -> None:
