@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from vlbench.__main__ import main
 from vlbench.evaluate import batch_inference
@@ -136,3 +137,20 @@ def test_mistakes_are_one_line_before_the_model_is_loaded(words, message, tmp_pa
     said = capsys.readouterr().err
     assert message in said and len(said.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_compiled_reaches_the_decoding_step_and_gives_the_same_answers(
+    model, tmp_path, monkeypatch
+):
+    compiled_functions = []
+
+    def traced(function, **options):  # the graph is that of the real step; Inductor is left out
+        compiled_functions.append(function.__name__)
+        return function
+
+    monkeypatch.setattr(torch, "compile", traced)
+    assert take(model, tmp_path / "eager", "mmmu", "mmmu_tiny", "limit=6") == 0
+    assert not compiled_functions
+    assert take(model, tmp_path / "compiled", "mmmu", "mmmu_tiny", "limit=6", "compiled=true") == 0
+    assert set(compiled_functions) == {"_decode_step"}
+    assert answers(tmp_path / "compiled") == answers(tmp_path / "eager")

@@ -28,6 +28,7 @@ from vlbench.strict_values import StrictModel, is_null, kind_label, split_union,
 
 PartName = Literal["vision", "connector", "language"]
 CheckpointingMode = Literal["none", "selective", "full", "auto"]
+SampleFormat = Literal["caption", "chat"]
 OnBadSample = Literal["auto", "quarantine", "stop"]
 PART_NAMES: tuple[str, ...] = get_args(PartName)
 EXCLUSIVE_KEYS = (("epochs", "steps"), ("train", "mix"), ("only", "from"))
@@ -170,7 +171,7 @@ class StageConfig(RecipeSection):
     """One stage of training."""
 
     image_size: int = key("side of the images in pixels", ge=8, le=4096)
-    sample_format: Literal["caption", "chat"] = key("plain captions of images, or conversations")
+    sample_format: SampleFormat = key("plain captions of images, or conversations")
     objective: str = key("language, or an objective that the connector offers", "language")
     train: TrainedParts = key("which parts are trained, and how")
     global_batch_size: int = key("samples in an optimizer step, over all devices", ge=1)
