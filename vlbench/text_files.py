@@ -11,19 +11,29 @@ from pathlib import Path
 from typing import Any
 
 from vlbench.errors import UserError
+from vlbench.regular_files import (
+    MAX_CONFIG_BYTES,
+    MAX_RECORDS_BYTES,
+    open_regular,
+    read_regular,
+    read_regular_text,
+)
 
 LFS_POINTER = b"version https://git-lfs"
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> str:
     """Return the text of a file without its byte-order mark."""
     refuse_lfs_pointer(path)
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = read_regular_text(path, max_bytes)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text (byte {error.start + 1})") from error
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -67,7 +77,10 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         return []
-    data = path.read_bytes()
+    try:
+        data = read_regular(path, MAX_RECORDS_BYTES)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     records = []
     for number, line in enumerate(data[: data.rfind(b"\n") + 1].split(b"\n")[:-1], 1):
         try:
@@ -98,9 +111,11 @@ def write_atomically(path: Path, text: str) -> None:
 def refuse_lfs_pointer(path: Path) -> None:
     """Raise a UserError for a file that Git LFS has not fetched, or that cannot be opened."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             first_bytes = file.read(len(LFS_POINTER))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     if first_bytes == LFS_POINTER:
         raise UserError(f"{path}: is a Git-LFS pointer and not the file; run git lfs pull")

@@ -161,7 +161,7 @@ def _unknown_option(name: str, option_name: str, known: dict[str, ConnectorOptio
 
 
 def _has_same_text(source: ConnectorSource, file: Path) -> bool:
-    return source.file is not None and source.file.read_bytes() == file.read_bytes()
+    return source.file is not None and read_text(source.file) == read_text(file)
 
 
 def _load_from_file(name: str, file: Path) -> type[Connector]:
