@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from table import write_section
+from result_table import write_section
 
 from vlbench.__main__ import main as vlbench
 from vlbench.command_line.arguments import EvalArguments

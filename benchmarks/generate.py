@@ -2,7 +2,7 @@
 
     python benchmarks/generate.py
 
-The same model weight for weight, the same conversations with a picture each, greedy, in float32.
+The same model weight for weight, the same conversations with an image each, greedy, in float32.
 The peer is called with one conversation at a time, as its users do, and with the whole batch too.
 """
 
@@ -18,11 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import benchmark_model
 import numpy as np
-import small
 import torch
 from PIL import Image
-from table import write_section
+from result_table import write_section
 
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.weights.export_hf_llava import write_hf_llava
@@ -35,11 +35,11 @@ WORDS = "how many red blue green round balls boxes are there left right of the b
 
 
 def make_conversations() -> list[Messages]:
-    """Return questions of 5 to 60 words about pictures of noise."""
+    """Return questions of 5 to 60 words about images of noise."""
     rng = np.random.default_rng(0)
     found = []
     for _ in range(CONVERSATIONS):
-        side = small.IMAGE_SIZE
+        side = benchmark_model.IMAGE_SIZE
         image = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
         text = " ".join(rng.choice(WORDS, rng.integers(5, 60)))
         parts = [{"type": "image", "image": image}, {"type": "text", "text": text}]
@@ -96,7 +96,7 @@ def main() -> None:
     """Print the table."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    vlm = small.build_small_vlm().eval()
+    vlm = benchmark_model.build_small_vlm().eval()
     peer, asked = TransformersPeer(vlm), make_conversations()
     sides: dict[str, AnswerCall] = {
         f"vlbench, batches of {CONVERSATIONS}": lambda: vlm.generate(

@@ -4,7 +4,7 @@
         [size=6b] [steps=8]
 
 Every part ends within eight minutes and puts its rows into RESULTS.md. `chat` trains all of Yi-VL
-at 448 pixels, `align` tower and connector at 224, `peer` does `chat` with the Trainer and
+at 448 pixels, `align` encoder and connector at 224, `peer` does `chat` with the Trainer and
 ever larger batches, `lora` trains adapters (size=34b), `connectors` tries each one. MFU counts
 what the stage needs (no recomputation, half of attention); the hardware's own utilisation stands
 beside it, and `ceiling` measures what matrix products reach. `answers` writes answers with a cache
@@ -19,12 +19,12 @@ import sys
 import time
 from typing import Any
 
-import small
+import benchmark_model
 import torch
-from one import StepTimer
+from benchmark_model import PackedSteps
+from measure_training import StepTimer
 from PIL import Image
-from small import PackedSteps
-from table import write_section
+from result_table import write_section
 
 from vlbench.config import recipe as recipes
 from vlbench.config.recipe import with_random_weights
@@ -92,10 +92,10 @@ def measure_stage(overrides: list[str], stage: str, steps: int) -> list[str]:
         torch.cuda.reset_peak_memory_stats()
     vlm = build_random_vlm(recipe, chosen.image_size, device)
     side = chosen.image_size
-    shown = torch.randn(small.PICTURES, 3, side, side)
-    images = (1, 1) if chosen.sample_format == "caption" else small.IMAGES
+    shown = torch.randn(benchmark_model.IMAGE_COUNT, 3, side, side)
+    images = (1, 1) if chosen.sample_format == "caption" else benchmark_model.IMAGES
     per_image = vlm.connector.tokens_per_image
-    samples = small.make_conversations(
+    samples = benchmark_model.make_conversations(
         BATCH * steps, images, 0, per_image, vlm.tokenizer.embedding_rows
     )
     data: Any = PackedSteps(samples, BATCH, chosen.max_tokens_per_row, shown)
@@ -129,18 +129,20 @@ def measure_stage(overrides: list[str], stage: str, steps: int) -> list[str]:
 
 def measure_trainer(overrides: list[str], steps: int) -> list[list[str]]:
     """Train the chat stage with Hugging Face's Trainer, a batch size a row."""
-    import peer as trainer
+    import transformers_trainer as trainer
 
     recipe = recipes.load_recipe([*overrides, "connector.norm=false", "data.train=scenes"])
     device = root_device(recipe.trainer)
     stage = recipe.stages["chat"]
     side = stage.image_size
-    shown = torch.randn(small.PICTURES, 3, side, side)
+    shown = torch.randn(benchmark_model.IMAGE_COUNT, 3, side, side)
     rows = []
     for micro in (1, 2, 4, 8):
         vlm = build_random_vlm(recipe, side, device).to(torch.float32)
         per_image, count = vlm.connector.tokens_per_image, vlm.tokenizer.embedding_rows
-        samples = small.make_conversations(BATCH * steps, small.IMAGES, 0, per_image, count)
+        samples = benchmark_model.make_conversations(
+            BATCH * steps, benchmark_model.IMAGES, 0, per_image, count
+        )
         model = trainer.export_to_transformers(vlm).to(device)
         del vlm
         gc.collect()
@@ -161,7 +163,7 @@ def measure_trainer(overrides: list[str], steps: int) -> list[list[str]]:
 
 
 def measure_answers(overrides: list[str]) -> list[list[str]]:
-    """Answer questions about pictures in both ways, a number of conversations a row."""
+    """Answer questions about images in both ways, a number of conversations a row."""
     recipe = recipes.load_recipe(overrides)
     device = root_device(recipe.trainer)
     vlm = build_random_vlm(recipe, recipe.stages["chat"].image_size, device).eval()

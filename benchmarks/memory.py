@@ -2,14 +2,14 @@
 
     python benchmarks/memory.py
 
-Processes of their own train the model of `small.py` on the conversations of `step.py`: a peak is
-that of the longest batch. What a process held before it trained (Python, libraries, weights) is
-shown apart: it is the same on both sides.
+Processes of their own train the model of `benchmark_model.py` on the conversations of `step.py`:
+a peak is that of the longest batch. What a process held before it trained (Python, libraries,
+weights) is shown apart: it is the same on both sides.
 """
 
 from __future__ import annotations
 
-from table import run_script, write_section
+from result_table import run_script, write_section
 
 SIDES = {
     "vlbench, rows of 2048": ("ours", "micro=2048"),
@@ -27,7 +27,7 @@ SIDES = {
 
 def main() -> None:
     """Print the table."""
-    found = {name: run_script("one.py", *words) for name, words in SIDES.items()}
+    found = {name: run_script("measure_training.py", *words) for name, words in SIDES.items()}
     ours = next(iter(found.values()))
     lines = [
         "| | peak | vlbench takes | above what was there before | vlbench takes | tokens/s |",

@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py
 
-Times forward and backward of the model of `small.py`, and divides by what
+Times forward and backward of the model of `benchmark_model.py`, and divides by what
 `model/train_flops.py` counts.
 The plot is `scaling.png` in this folder.
 """
@@ -15,10 +15,10 @@ import sys
 import time
 import warnings
 
-import small
+import benchmark_model
+from benchmark_model import PackedSteps, random_pixels
 from matplotlib.figure import Figure
-from small import PackedSteps, random_pixels
-from table import HERE, write_section
+from result_table import HERE, write_section
 
 from vlbench.config import recipe as recipes
 from vlbench.data.packing import PackedBatch
@@ -38,10 +38,12 @@ CASES: dict[str, list[tuple[int, int, int]]] = {  # (conversations, tokens of te
 
 def make_conversation(number: int, length: int, images: int) -> EncodedSample:
     """Return a conversation of which the second half is supervised."""
-    per_image = (small.IMAGE_SIZE // small.PATCH) ** 2
-    text = [3 + (7 * place + number) % (small.VOCABULARY - 3) for place in range(length)]
-    pictures = [(number + n) % small.PICTURES for n in range(images)]
-    return small.encode_conversation(str(number), text, length // 2, pictures, per_image)
+    per_image = (benchmark_model.IMAGE_SIZE // benchmark_model.PATCH) ** 2
+    text = [3 + (7 * place + number) % (benchmark_model.VOCABULARY - 3) for place in range(length)]
+    image_numbers = [(number + n) % benchmark_model.IMAGE_COUNT for n in range(images)]
+    return benchmark_model.encode_conversation(
+        str(number), text, length // 2, image_numbers, per_image
+    )
 
 
 def median_seconds(vlm: LoadedVLM, batches: list[PackedBatch]) -> float:
@@ -60,7 +62,7 @@ def main() -> None:
     """Print the table and draw the plot."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    vlm = small.build_small_vlm()
+    vlm = benchmark_model.build_small_vlm()
     recipe = recipes.load_recipe(["recipe=yivl_llava"])
     freeze_untrained_parts(vlm.model, recipe.stages["chat"])
     flops, shown = count_step_flops(vlm.model), random_pixels()

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from table import HERE, write_section
+from result_table import HERE, write_section
 
 ROUNDS = 5
 MODULE = [sys.executable, "-m", "vlbench"]

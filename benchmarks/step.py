@@ -2,16 +2,16 @@
 
     python benchmarks/step.py [part=chat|align|projector] [rounds=3]
 
-Both train the model of `small.py` with the same weights on the same conversations, in float32: on
-processors without bf16 that is the peer at its best (`bf16=true` for the other). The Trainer takes
-the better of two batch sizes. Tokens are real ones: padding is not counted.
+Both train the model of `benchmark_model.py` with the same weights on the same conversations, in
+float32: on processors without bf16 that is the peer at its best (`bf16=true` for the other). The
+Trainer takes the better of two batch sizes. Tokens are real ones: padding is not counted.
 """
 
 from __future__ import annotations
 
 import sys
 
-from table import format_spread, measure_in_turns, median_figure, run_script, write_section
+from result_table import format_spread, measure_in_turns, median_figure, run_script, write_section
 
 ROW = "2048"  # positions in one of our rows
 MICRO = ("8", "16")  # conversations in a batch of the Trainer, of 16 in a step
@@ -25,18 +25,18 @@ def main() -> None:
 
     def trainer_command(micro: str, grouped: bool) -> tuple[str, ...]:
         grouping = f"grouped={'true' if grouped else 'false'}"
-        return ("one.py", "theirs", f"part={part}", f"micro={micro}", bf16, grouping)
+        return ("measure_training.py", "theirs", f"part={part}", f"micro={micro}", bf16, grouping)
 
     best = max(
         MICRO, key=lambda micro: run_script(*trainer_command(micro, False))["tokens_per_second"]
     )
     sides = {
-        "vlbench": ("one.py", "ours", f"part={part}", f"micro={ROW}", bf16),
+        "vlbench": ("measure_training.py", "ours", f"part={part}", f"micro={ROW}", bf16),
         f"Trainer, batches of {best}": trainer_command(best, False),
         f"Trainer, batches of {best}, grouped by length": trainer_command(best, True),
     }
     if part == "projector":
-        kept = ("one.py", "ours", f"part={part}", f"micro={ROW}", bf16, "kept=true")
+        kept = ("measure_training.py", "ours", f"part={part}", f"micro={ROW}", bf16, "kept=true")
         sides = {"vlbench, features are known": kept, **sides}
     found = measure_in_turns(rounds, sides)
     ours = found["vlbench"]
@@ -69,7 +69,7 @@ def main() -> None:
 
 TITLES = {
     "chat": "every part is trained",
-    "align": "tower and connector are trained, the language model is frozen",
+    "align": "vision encoder and connector are trained, the language model is frozen",
     "projector": "the connector alone is trained",
 }
 

@@ -15,8 +15,17 @@ PACKAGE = Path(__file__).parents[1] / "vlbench"
 
 LAYERS = (
     ("version", "errors"),
-    ("compat",),
-    ("text_files", "text_tables", "strict_values", "state_dicts", "html_pages", "process_settings"),
+    ("compat", "regular_files"),
+    ("file_lock", "system_errors"),
+    (
+        "text_files",
+        "text_tables",
+        "strict_values",
+        "state_dicts",
+        "html_pages",
+        "process_settings",
+        "new_folder",
+    ),
     ("command_line",),
     ("connector",),
     ("config",),

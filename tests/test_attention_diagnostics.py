@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import SMALL, make_batch, make_sample, open_gates, small_vlm
+from random_vlm import SMALL, make_batch, make_sample, open_gates, small_vlm
 from torch import Tensor, nn
 
 from vlbench.__main__ import main
@@ -149,7 +149,7 @@ def test_a_blind_connector_has_tokens_but_no_patches():
     assert told["maps"][0]["relevance"] is None and len(told["tokens"]) == 2
 
 
-def test_a_question_without_a_picture_is_left_out():
+def test_a_question_without_an_image_is_left_out():
     vlm = small("linear")
     assert diagnose_answers(vlm, [(question(1, images=0), "one")]) == {}
     told = diagnose_answers(vlm, [(question(1, images=0), "one"), (question(2), "")])

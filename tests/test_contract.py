@@ -3,7 +3,7 @@
     python -m pytest tests/test_contract.py                    # all that `list connectors` shows
     python -m pytest tests/test_contract.py --connector mine   # one of them
 
-Those that need other options than their defaults on a picture of 2 x 2 patches: tests/small.py.
+tests/random_vlm.py has the options of those whose defaults do not suit an image of 2 x 2 patches.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
-import two_processes
+import two_process_gradients
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from small import SMALL, make_batch, make_sample, open_gates, small_vlm
+from random_vlm import SMALL, make_batch, make_sample, open_gates, small_vlm
 from test_vlm import assert_same, gradients, grown
 
 from vlbench.connector import registry
@@ -230,8 +230,10 @@ def test_two_processes_learn_what_one_does(request):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     workers = [
-        context.Process(target=two_processes.compare_connectors, args=(rank, port, names, answers))
-        for rank in range(two_processes.WORLD)
+        context.Process(
+            target=two_process_gradients.compare_connectors, args=(rank, port, names, answers)
+        )
+        for rank in range(two_process_gradients.WORLD)
     ]
     for worker in workers:
         worker.start()

@@ -146,7 +146,7 @@ def test_the_plots_are_xml(written):
         assert ElementTree.fromstring(one).get("viewBox")
 
 
-def test_chinese_questions_and_their_pictures_are_there(written):
+def test_chinese_questions_and_their_images_are_there(written):
     shown = [one for one in QUESTIONS if one.text in written and one.language == "zh"]
     assert shown and "data:image/png;base64" in written
 
@@ -178,7 +178,7 @@ def test_what_some_rows_lack_is_said(written):
     assert "32.0 of 64" in seen
 
 
-def test_pictures_of_other_data_are_missing_and_that_is_said_once(tmp_path):
+def test_images_of_other_data_are_missing_and_that_is_said_once(tmp_path):
     words = ("data.train=gone.json", "data.val=gone.json")
     folders = [run(tmp_path / "a", 0.9, 0, *words)]
     folders += [run(tmp_path / "b", 0.5, 0, "connector.name=linear", *words)]

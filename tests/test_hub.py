@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from hub.client import go_offline, use_hub
-from hub.released import make_repositories
+from hub.model_repositories import make_repositories
 from hub.server import FakeHub, serve_hub
 
 from vlbench.errors import UserError

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import pytest
 from hub.client import use_hub
-from hub.released import REAL, SMALL, LanguageModelWidths, make_repositories
-from hub.same import assert_same_state, load_tensors, matching_files
+from hub.documented_commands import ROOT
+from hub.model_repositories import REAL, SMALL, LanguageModelWidths, make_repositories
 from hub.server import FakeHub, serve_hub
-from hub.shallow import shallow_environment
-from hub.told import ROOT
-from hub_table import DATA, FIT, STAGES
+from hub.shallow_encoders import shallow_environment
+from hub.weight_comparison import assert_same_state, load_tensors, matching_files
+from hub_command_table import DATA, FIT, STAGES
 from test_hub_commands import write_data
 
 from vlbench.model.weights.weight_origin import read_origins
@@ -45,7 +45,7 @@ MISSING = {"vision_tower", "mm_projector"}
 def hub(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[FakeHub]:
-    """The hub, with a language model of these widths; processes find it and shallow towers."""
+    """The hub, with a language model of these widths; processes find it and shallow encoders."""
     widths: LanguageModelWidths = request.param
     for name, value in shallow_environment().items():
         monkeypatch.setenv(name, value)

@@ -13,15 +13,25 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
-from hub import references
+from hub import reference_weights
 from hub.client import use_hub
-from hub.released import make_repositories
+from hub.documented_commands import ROOT, documented_commands
+from hub.model_repositories import make_repositories
 from hub.server import FakeHub, serve_hub
-from hub.shallow import shallow_encoders, shallow_environment
-from hub.told import ROOT, documented_commands
-from hub_table import DATA, ELSEWHERE, FIT, ROWS, TINY, UNTRAINED, YI_VL, CommandFolder, HubCommand
+from hub.shallow_encoders import shallow_encoders, shallow_environment
+from hub_command_table import (
+    DATA,
+    ELSEWHERE,
+    FIT,
+    ROWS,
+    TINY,
+    UNTRAINED,
+    YI_VL,
+    CommandFolder,
+    HubCommand,
+)
 from PIL import Image
-from test_launch import SRUN
+from test_launcher import SRUN
 
 import vlbench
 from vlbench.__main__ import main
@@ -32,7 +42,7 @@ OWN = ("README.md", "LICENSE", ".gitattributes")
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
-    """The hub, and towers two blocks deep."""
+    """The hub, and encoders two blocks deep."""
     folder = tmp_path_factory.mktemp("hub")
     with shallow_encoders(), serve_hub(make_repositories(folder)) as hub:
         yield hub
@@ -56,7 +66,7 @@ def desk(
 
 
 def write_data(folder: Path) -> None:
-    """Write FILE.json and FOLDER: eight pictures with a question and an answer each."""
+    """Write FILE.json and FOLDER: eight images with a question and an answer each."""
     (folder / "FOLDER").mkdir()
     records = []
     for number in range(8):
@@ -101,7 +111,7 @@ MAKE: dict[str, Callable[[CommandFolder], object]] = {
     "RUN": make_run,
     "DIR": make_folder,
     "mine": make_mine,
-    "blip2.pth": lambda desk: references.write_lavis(desk.folder / "blip2.pth"),
+    "blip2.pth": lambda desk: reference_weights.write_lavis(desk.folder / "blip2.pth"),
     "openflamingo.pt": take(
         "openflamingo/OpenFlamingo-3B-vitl-mpt1b", "checkpoint.pt", "openflamingo.pt"
     ),

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from golden_release import load_records
 from PIL import Image
-from released import load_records
 from safetensors.torch import load_file
 
 from vlbench.data.image_processing import (
@@ -104,7 +104,7 @@ SAVED = {
 
 
 @pytest.mark.parametrize("name", SAVED)
-def test_unusual_kinds_are_red_pictures(tmp_path, name, capfd):
+def test_unusual_kinds_are_red_images(tmp_path, name, capfd):
     SAVED[name](tmp_path / name)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import make_batch, make_sample, small_vlm
+from random_vlm import make_batch, make_sample, small_vlm
 from torch import Tensor
 from transformers import LlamaForCausalLM
 

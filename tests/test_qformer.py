@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from recorded import assert_gradient, assert_outputs, load_record
+from reference_records import assert_gradient, assert_outputs, load_record
 
 from vlbench.connector import registry
 from vlbench.connector.base import Shapes

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from released import load_records
+from golden_release import load_records
 
 from vlbench.data.chat_template import YI_VL
 from vlbench.data.image_processing import ImageFile

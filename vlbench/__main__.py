@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import logging
 import os
@@ -15,7 +14,8 @@ from vlbench.command_line.parser import (
     declared_arguments,
 )
 from vlbench.errors import EnvironmentFailure, UserError, suggest_name
-from vlbench.process_settings import preserve_process_settings
+from vlbench.process_settings import preserve_process_settings, unwind_on_stop_signals
+from vlbench.system_errors import explain_system_error
 from vlbench.text_files import split_lines
 from vlbench.text_tables import format_table
 
@@ -33,7 +33,12 @@ def main(argv: list[str] | None = None) -> int:
 
     The settings of the process are as before when it returns.
     """
-    with preserve_process_settings(), escape_unencodable_output(), silence_pil_logging():
+    with (
+        unwind_on_stop_signals(),
+        preserve_process_settings(),
+        escape_unencodable_output(),
+        silence_pil_logging(),
+    ):
         return _run_reporting_errors(argv)
 
 
@@ -45,31 +50,53 @@ def _run_reporting_errors(argv: list[str] | None) -> int:
         return code
     except (UserError, EnvironmentFailure) as error:
         for line in split_lines(str(error)):
-            print(f"vlbench: {line}", file=sys.stderr)
+            _report_line(line)
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one line for all processes of a machine
-            print("vlbench: interrupted", file=sys.stderr)
+            _report_line("interrupted")
         return 130
-    except (OSError, RuntimeError) as error:
+    except Exception as error:
         return _exit_code_of(error)
 
 
-def _exit_code_of(error: OSError | RuntimeError) -> int:
+def _exit_code_of(error: Exception) -> int:
     """Return the exit code for what the system refuses to a user; any other error goes on."""
-    if isinstance(error, RuntimeError):
-        if "home directory" not in str(error):  # pathlib's, of a path that begins with ~NAME
-            raise error
-        print("vlbench: a path begins with ~NAME, and there is no such user here", file=sys.stderr)
-        return 2
-    if isinstance(error, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing is left to be written at exit
+    if isinstance(error, OSError) and error.filename is None and _is_output_lost(error):
         return 1
-    # a name that is too long: whatever looks for a file raises it, so it is refused in one place
-    if not isinstance(error, PermissionError) and error.errno != errno.ENAMETOOLONG:
+    explained = explain_system_error(error)
+    if explained is None:
         raise error
-    print(f"vlbench: {str(error.filename):.300}: {error.strerror}", file=sys.stderr)
-    return 2
+    _report_line(str(explained))
+    return 2 if isinstance(explained, UserError) else 1
+
+
+def _is_output_lost(error: OSError) -> bool:
+    """Tell whether standard output cannot be written; say why, unless its reader has left."""
+    if not isinstance(error, BrokenPipeError):
+        try:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # fails again: what failed is still to be written
+            return False
+        except OSError:
+            _report_line(f"standard output cannot be written ({error.strerror})")
+    _discard_output(1)
+    return True
+
+
+def _discard_output(descriptor: int) -> None:
+    """Let nothing be left to be written at exit."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, descriptor)
+    os.close(null)
+
+
+def _report_line(line: str) -> None:
+    """Print a line on standard error, if anybody can read it."""
+    try:
+        print(f"vlbench: {line}", file=sys.stderr, flush=True)
+    except OSError:
+        _discard_output(2)
 
 
 @contextlib.contextmanager

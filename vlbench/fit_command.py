@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from vlbench.config.schema import Recipe
 from vlbench.distributed import collectives
 from vlbench.distributed.launcher import final_exit_code, silent_exit_code
@@ -23,22 +25,27 @@ def fit(recipe: Recipe) -> int:
     A run that is finished shows its results; one that was stopped goes on, and a stopped one is
     not evaluated.
     """
-    with preserve_process_settings(), quiet_lightning(), join_process_group(recipe.trainer):
-        exit_code = _fit_recipe(recipe)
+    with (
+        preserve_process_settings(),
+        quiet_lightning(),
+        join_process_group(recipe.trainer),
+        contextlib.ExitStack() as held_locks,
+    ):
+        exit_code = _fit_recipe(recipe, held_locks)
         if not collectives.is_rank_zero():
             return silent_exit_code(exit_code)
         has_other_ranks = collectives.is_distributed()
     return final_exit_code(exit_code) if has_other_ranks else exit_code
 
 
-def _fit_recipe(recipe: Recipe) -> int:
+def _fit_recipe(recipe: Recipe, held_locks: contextlib.ExitStack) -> int:
     stage_runs = collectives.call_on_all_ranks(lambda: plan_stage_runs(recipe))
     if recipe.dry_run:
         return dry_run_stages(recipe, stage_runs)
     user_callbacks = collectives.call_on_all_ranks(
         lambda: build_user_callbacks(recipe.trainer.callbacks)
     )
-    run = collectives.call_on_rank_zero(lambda: check_and_open_run(recipe, stage_runs))
+    run = collectives.call_on_rank_zero(lambda: check_and_open_run(recipe, stage_runs, held_locks))
     if run.is_finished:
         print(f"{run.folder} is finished; these are its results.")
         return run_report.show_results(run)

@@ -19,6 +19,7 @@ from typing import Any
 
 from vlbench.compat.torch_internals import sigchld_flag_restorer
 
+TERMINATION_SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # of kill, Slurm; of a closed terminal
 RestoreFunction = Callable[[], None]
 
 
@@ -57,6 +58,65 @@ def preserve_process_settings() -> Iterator[None]:
         if threading.current_thread() is threading.main_thread():
             stack.callback(_save_signal_handlers())
         yield
+
+
+class _TerminationRequest(SystemExit):
+    """A signal that ends the process, raised where it arrives."""
+
+
+def handle_stop_signals(handler: Callable[[int, Any], None]) -> RestoreFunction:
+    """Let a handler have Ctrl-C, SIGTERM and SIGHUP; return what puts the old ones back.
+
+    SIGHUP stays ignored where it is (nohup). Only the main thread may set handlers; in any other
+    one nothing is changed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return lambda: None
+    numbers = [signal.SIGINT, *TERMINATION_SIGNALS]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        numbers.remove(signal.SIGHUP)
+    before = {number: signal.signal(number, handler) for number in numbers}
+
+    def restore_handlers() -> None:
+        for number, old_handler in before.items():
+            # None: a handler that was not set from Python, which cannot be set again
+            signal.signal(number, signal.SIG_DFL if old_handler is None else old_handler)
+
+    return restore_handlers
+
+
+@contextlib.contextmanager
+def unwind_on_stop_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP leave `with` by an exception, so that half-written files are removed.
+
+    The process then ends by the signal all the same. A signal that is ignored (nohup) or has a
+    handler keeps it, and so do all in a thread: only the main one may set handlers.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    process_id = os.getpid()
+
+    def raise_request(number: int, _: object) -> None:
+        if os.getpid() == process_id:
+            raise _TerminationRequest(128 + number)
+        _end_by_signal(number)  # a process that was forked has nothing to remove
+
+    numbers = [n for n in TERMINATION_SIGNALS if signal.getsignal(n) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, raise_request)
+    try:
+        yield
+    except _TerminationRequest as request:
+        _end_by_signal(int(str(request)) - 128)
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _end_by_signal(number: int) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 class _ThreadWarningFilter:
@@ -133,7 +193,7 @@ def _save_random_state() -> RestoreFunction:
 
 
 def _save_signal_handlers() -> RestoreFunction:
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
+    signals = (signal.SIGINT, *TERMINATION_SIGNALS, signal.SIGCHLD)
     handlers = {number: signal.getsignal(number) for number in signals}
     restore_flag = sigchld_flag_restorer()  # so that the host's data loaders set theirs again
 

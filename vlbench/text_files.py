@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import errno
 import io
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_csv(path: Path) -> list[dict[str, str]]:
     """Return the rows of a CSV file with a header, [] if there is no such file."""
-    return list(csv.DictReader(io.StringIO(read_text(path)))) if path.is_file() else []
+    return (
+        list(csv.DictReader(io.StringIO(read_text(path, MAX_RECORDS_BYTES))))
+        if path.is_file()
+        else []
+    )
 
 
 def split_lines(text: str) -> list[str]:
@@ -95,7 +101,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 def append_json_lines(path: Path, records: Iterable[object]) -> None:
     """Append records to a file of `format_json_lines`; a last line that a kill cut is removed."""
-    with path.open("ab+") as file:
+    with name_written_file(path), path.open("ab+") as file:
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
         file.write(format_json_lines(records).encode("utf-8"))
@@ -103,15 +109,56 @@ def append_json_lines(path: Path, records: Iterable[object]) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file under a temporary name and rename it, so that it is never seen half-written."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8", newline="")
-    os.replace(temporary, path)
+    with replace_when_written(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
 
 
-def refuse_lfs_pointer(path: Path) -> None:
-    """Raise a UserError for a file that Git LFS has not fetched, or that cannot be opened."""
+@contextlib.contextmanager
+def replace_when_written(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, which takes its place at the end of `with`.
+
+    What cannot be written whole is removed; the OSError names `path`.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "is a device and not a file", str(path))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with name_written_file(path, temporary):
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):  # its folder is gone, or a file
+                temporary.unlink()
+
+
+@contextlib.contextmanager
+def name_written_file(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Let an OSError name `path`, if it names no file (as that of a full disk) or `temporary`."""
     try:
-        with open_regular(path) as file:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(temporary or path)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def read_config_bytes(path: Path) -> bytes:
+    """Return the bytes of a small file, such as a tokenizer's."""
+    try:
+        return read_regular(path, MAX_CONFIG_BYTES)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def refuse_lfs_pointer(path: Path, max_bytes: int | None = None) -> None:
+    """Raise a UserError for a file that Git LFS has not fetched, or that cannot be opened.
+
+    Also for one that is larger than `max_bytes`, or no regular file.
+    """
+    try:
+        with open_regular(path, max_bytes) as file:
             first_bytes = file.read(len(LFS_POINTER))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error

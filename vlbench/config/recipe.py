@@ -22,7 +22,7 @@ from vlbench.config.schema import Recipe, declared_keys
 from vlbench.connector import registry
 from vlbench.errors import UserError, suggest_name
 from vlbench.strict_values import StrictModel, format_value
-from vlbench.text_files import read_json, read_text, split_lines
+from vlbench.text_files import read_json, read_text, split_lines, write_atomically
 from vlbench.version import __version__
 
 RESUMABLE_KEYS = ("trainer", "log", "run", "dry_run", "profile")
@@ -71,7 +71,7 @@ def _version_of_run(folder: Path) -> str:
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
     """Write the resolved recipe as YAML."""
-    Path(path).write_text(recipe_to_yaml(recipe), encoding="utf-8")
+    write_atomically(Path(path), recipe_to_yaml(recipe))
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:

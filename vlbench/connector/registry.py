@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from vlbench.connector.option_schema import ConnectorOption, options_in_file, options_of_class
 from vlbench.errors import EnvironmentFailure, UserError, one_line, suggest_name
 from vlbench.strict_values import convert_value
+from vlbench.text_files import read_text
 
 if TYPE_CHECKING:
     from vlbench.connector.base import Connector

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,11 @@ from webdataset import TarWriter
 from vlbench.command_line.arguments import PackArguments
 from vlbench.data.conversation_files import LlavaJson
 from vlbench.data.conversation_record import record_from_sample
-from vlbench.data.image_processing import open_image_bytes
+from vlbench.data.image_processing import ImageFile, open_image_bytes
 from vlbench.data.shard_index import IMAGE_EXTENSIONS, format_index, index_path, scan_tar
 from vlbench.data.shards import SHARD_LIST_FILE
 from vlbench.errors import BadSample, UserError
+from vlbench.new_folder import write_new_folder
 from vlbench.text_files import format_json_lines, write_atomically
 
 LEFT_OUT_FILE = "left_out.jsonl"
@@ -25,7 +25,7 @@ LEFT_OUT_FILE = "left_out.jsonl"
 
 def run_pack(arguments: PackArguments) -> int:
     """Write the shards of a file, and print what was left out; return the exit code."""
-    source = LlavaJson(Path(arguments.data), arguments.images)
+    source = LlavaJson(Path(arguments.data), arguments.images, arguments.allow_outside)
     folder = Path(arguments.out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"out={folder} exists and is not empty; name a new folder")
@@ -48,17 +48,8 @@ def pack_dataset(
 
     The folder appears complete: it is written under a temporary name and then renamed.
     """
-    temporary = folder.with_name(f".writing-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        shards, bad_samples = _write_all_shards(temporary, source, samples_per_shard)
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
-    finally:  # removes what was interrupted, or did not fit on the disk
-        shutil.rmtree(temporary, ignore_errors=True)
-    return shards, bad_samples
+    with write_new_folder(folder) as writing:
+        return _write_all_shards(writing, source, samples_per_shard)
 
 
 def _write_all_shards(
@@ -110,13 +101,11 @@ def _sample_members(source: LlavaJson, bad_samples: list[BadSample]) -> Iterator
             members: dict[str, Any] = {"__key__": f"{index:09d}"}
             image_names = []
             for number, image in enumerate(sample.images):
-                data = Path(image.name).read_bytes()
+                assert isinstance(image, ImageFile), "LlavaJson has files"
+                data = image.read_bytes()
                 open_image_bytes(data, f"image {image.name}")
                 image_names.append(f"{number}.{_image_extension(image.name)}")
                 members[image_names[-1]] = data
-        except OSError as error:
-            bad_samples.append(BadSample(sample.id, f"image {error.filename}: {error.strerror}"))
-            continue
         except BadSample as bad:
             bad_samples.append(bad)
             continue

@@ -22,6 +22,7 @@ from typing import Any
 from vlbench.config.schema import TrainerConfig
 from vlbench.distributed.machine_limits import count_cpu_cores
 from vlbench.errors import UserError
+from vlbench.process_settings import handle_stop_signals
 
 LAUNCHER_PID_ENV = "VLBENCH_LAUNCHER"  # environment variable, set to our process id
 TORCHELASTIC_ENV = "TORCHELASTIC_RUN_ID"  # environment variable that torchrun sets
@@ -49,7 +50,7 @@ def exit_silently_on_ctrl_c() -> None:
 
     The launcher forwards Ctrl-C, and prints one message for all processes.
     """
-    if LAUNCHER_PID_ENV in os.environ:
+    if LAUNCHER_PID_ENV in os.environ and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -128,8 +129,8 @@ def _end_with_parent() -> None:
 def launch_processes(command_args: Sequence[str], settings: TrainerConfig) -> int:
     """Run `python -m vlbench ARGS` in `settings.devices` processes; return the exit code.
 
-    Ctrl-C and SIGTERM are forwarded. When one process fails, or Ctrl-C comes twice, the others have
-    `GRACE_SECONDS` to exit before they are killed.
+    Ctrl-C, SIGTERM and SIGHUP are forwarded. When one process fails, or Ctrl-C comes twice, the
+    others have `GRACE_SECONDS` to exit before they are killed.
     """
     if settings.num_nodes > 1:
         raise UserError(
@@ -146,7 +147,7 @@ def launch_processes(command_args: Sequence[str], settings: TrainerConfig) -> in
 
 @contextlib.contextmanager
 def _forward_signals(processes: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """Forward Ctrl-C and SIGTERM to processes; yield the list of signals that came."""
+    """Forward Ctrl-C, SIGTERM and SIGHUP to processes; yield the list of signals that came."""
     received_signals: list[int] = []
     started_at = time.monotonic()
 
@@ -158,12 +159,11 @@ def _forward_signals(processes: list[subprocess.Popen[bytes]]) -> Iterator[list[
             if process.poll() is None:
                 process.send_signal(signum)
 
-    old_handlers = {n: signal.signal(n, forward_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+    restore_handlers = handle_stop_signals(forward_signal)
     try:
         yield received_signals
     finally:
-        for signum, handler in old_handlers.items():
-            signal.signal(signum, handler)
+        restore_handlers()
 
 
 def _start_processes(command_args: Sequence[str], devices: int) -> list[subprocess.Popen[bytes]]:

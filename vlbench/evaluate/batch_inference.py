@@ -29,9 +29,16 @@ from vlbench.data.sample import Sample
 from vlbench.errors import UserError
 from vlbench.evaluate.heldout_questions import EvalQuestion
 from vlbench.evaluate.tasks.benchmark_types import GenerationLimits
+from vlbench.file_lock import hold_folder
 from vlbench.model.generation.answer_text import decode_answer
 from vlbench.model.loaded_vlm import LoadedVLM
-from vlbench.text_files import format_json_lines, read_json, read_json_lines, write_atomically
+from vlbench.text_files import (
+    format_json_lines,
+    name_written_file,
+    read_json,
+    read_json_lines,
+    write_atomically,
+)
 
 # More questions in a batch gain nothing on two cores, and take memory for the KV cache.
 QUESTIONS_PER_BATCH = 64
@@ -134,6 +141,7 @@ def answer_remaining(
             unit="question",
             disable=None,
         ) as bar,
+        name_written_file(answers_file),
         answers_file.open("a", encoding="utf-8") as stream,
     ):
         for start in range(done, len(questions), batch_size):
@@ -198,24 +206,29 @@ def _cut_at_stop(text: str, stop: str) -> str:
     return text.split(stop)[0].strip() if stop else text
 
 
-def open_answers_folder(folder: Path, task_settings: dict[str, Any]) -> None:
-    """Make a folder of answers, or open it again; raise a UserError if its settings differ."""
+def open_answers_folder(
+    folder: Path, task_settings: dict[str, Any], held_locks: contextlib.ExitStack
+) -> None:
+    """Make a folder of answers, or open it again; raise a UserError if its settings differ.
+
+    Its lock is held by `held_locks`: no other process writes into it.
+    """
     file = folder / SETTINGS_FILE
-    if file.is_file():
-        stored = read_json(file)
-        differences = [
-            f"{key} ({stored.get(key)} before, {task_settings.get(key)} now)"
-            for key in {**stored, **task_settings}
-            if stored.get(key) != task_settings.get(key)
-        ]
-        if differences:
-            raise UserError(
-                f"out={folder} holds answers under other settings; they differ in "
-                f"{', '.join(differences)}"
-            )
-        return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(task_settings, indent=1, ensure_ascii=False) + "\n")
+        held_locks.enter_context(hold_folder(folder, f"out={folder}"))
+        if not file.is_file():
+            write_atomically(file, json.dumps(task_settings, indent=1, ensure_ascii=False) + "\n")
+            return
     except OSError as error:
         raise UserError(f"out={folder} cannot be written ({error.strerror})") from error
+    stored = read_json(file)
+    differences = [
+        f"{key} ({stored.get(key)} before, {task_settings.get(key)} now)"
+        for key in {**stored, **task_settings}
+        if stored.get(key) != task_settings.get(key)
+    ]
+    if differences:
+        raise UserError(
+            f"out={folder} holds answers under other settings; they differ in "
+            f"{', '.join(differences)}"
+        )

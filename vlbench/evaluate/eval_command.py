@@ -5,6 +5,7 @@ The model is a run, a checkpoint or a release; the tasks are evaluated one after
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -77,10 +78,10 @@ def run_eval(arguments: EvalArguments) -> int:
     for task in tasks:
         model_settings = {"model": str(model_folder), **_chosen_settings(arguments)}
         folder = _answers_folder(task.folder_name, model_folder, arguments)
-        open_answers_folder(
-            folder, {**task.task_settings, "batch": arguments.batch, **model_settings}
-        )
-        _run_task(vlm, task, folder, arguments)
+        settings = {**task.task_settings, "batch": arguments.batch, **model_settings}
+        with contextlib.ExitStack() as held_locks:
+            open_answers_folder(folder, settings, held_locks)
+            _run_task(vlm, task, folder, arguments)
     return 0
 
 
@@ -103,10 +104,11 @@ def _check_tasks(task_names: list[str], arguments: EvalArguments) -> None:
     tasks_of_key = {
         **dict.fromkeys(BENCHMARK_KEYS, tuple(RECORD_READERS)),
         "images": (FILE_TASK,),
+        "allow_outside": (FILE_TASK,),
         "data": (*RECORD_READERS, FILE_TASK),
     }
     for key, tasks in tasks_of_key.items():
-        if getattr(arguments, key) is not None and not set(task_names) & set(tasks):
+        if getattr(arguments, key) not in (None, False) and not set(task_names) & set(tasks):
             raise UserError(
                 f"{key}= is for task={' and '.join(tasks)}, not for {', '.join(task_names)}"
             )

@@ -6,7 +6,6 @@ The font is embedded (`font/README.md`), so the same examples give the same PNG 
 from __future__ import annotations
 
 import functools
-import os
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+
+from vlbench.text_files import replace_when_written
 
 FONT_FILE = Path(__file__).parent / "font/vlbench-sans.ttf"
 
@@ -98,12 +99,8 @@ def draw_examples(examples: list[AnsweredExample], path: Path, title: str) -> No
 
 
 def _save_png(sheet: Image.Image, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}")
-    try:
+    with replace_when_written(path) as temporary:
         sheet.save(temporary, format="PNG")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class _ExampleCard:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from vlbench.model.weights.export_hf_llava import write_hf_llava
 from vlbench.model.weights.export_yi_vl import write_yi_vl
 from vlbench.model.weights.tensor_files import cast_floating
 from vlbench.model.weights.tensor_writer import write_tensors
+from vlbench.new_folder import write_new_folder
 from vlbench.serve.model_card import render_model_card
 from vlbench.text_files import read_json
 from vlbench.train import checkpoint_files
@@ -40,26 +38,17 @@ def run_export(arguments: ExportArguments) -> int:
     vlm = load_model_folder(source, None, template=arguments.template)
     _merge_or_refuse_lora(vlm, layout, arguments.merge_lora, source)
     recipe = _load_source_recipe(source, vlm)
-    writing = to.parent / f".writing-{to.name}"
-    shutil.rmtree(writing, ignore_errors=True)
-    before = signal.signal(signal.SIGTERM, _exit_on_signal)
     try:
-        writing.mkdir(parents=True)
-        _write_export(layout, vlm, writing, dtype, source, recipe)
-        trained = checkpoint_files.is_run_or_checkpoint(source)
-        text = render_model_card(
-            vlm, recipe, trained, layout, to, source, _load_run_results(source)
-        )
-        (writing / "README.md").write_text(text, encoding="utf-8")
-        if to.exists():
-            to.rmdir()
-        writing.rename(to)
+        with write_new_folder(to) as writing:
+            _write_export(layout, vlm, writing, dtype, source, recipe)
+            trained = checkpoint_files.is_run_or_checkpoint(source)
+            text = render_model_card(
+                vlm, recipe, trained, layout, to, source, _load_run_results(source)
+            )
+            (writing / "README.md").write_text(text, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(f"out={to} cannot be written ({reason})") from error
-    finally:
-        shutil.rmtree(writing, ignore_errors=True)
-        signal.signal(signal.SIGTERM, before)
     size = sum(path.stat().st_size for path in to.rglob("*") if path.is_file())
     print(f"wrote {to} ({size / 1e6:,.1f} MB, format {layout}); README.md in it says how to use it")
     return 0
@@ -80,11 +69,6 @@ def _merge_or_refuse_lora(
             f"{source} has LoRA adapters ({', '.join(adapted)}), which format={layout} cannot "
             "hold: say merge_lora=true, or format=vlbench"
         )
-
-
-def _exit_on_signal(signal_number: int, _: Any) -> None:
-    """End as a signal asks, but by an exception: what is half written is then removed."""
-    sys.exit(128 + signal_number)
 
 
 def _write_export(

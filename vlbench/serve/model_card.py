@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ USAGE_TEXTS = {
 This is the layout of the released Yi-VL models: their authors' inference code loads it, and so does
 
     import vlbench
-    vlm = vlbench.load("{to}")
+    vlm = vlbench.load({to_text})
     image = {{"type": "image", "image": "image.png"}}
     content = [image, {{"type": "text", "text": "What is it?"}}]
     print(vlm.chat([{{"role": "user", "content": content}}]))
@@ -28,8 +29,8 @@ This is transformers' LLaVA:
 
     from PIL import Image
     from transformers import AutoProcessor, LlavaForConditionalGeneration
-    model = LlavaForConditionalGeneration.from_pretrained("{to}")
-    processor = AutoProcessor.from_pretrained("{to}", backend="pil")
+    model = LlavaForConditionalGeneration.from_pretrained({to_text})
+    processor = AutoProcessor.from_pretrained({to_text}, backend="pil")
     content = [{{"type": "image"}}, {{"type": "text", "text": "What is it?"}}]
     prompt = processor.apply_chat_template([{{"role": "user", "content": content}}])
     inputs = processor(images=Image.open("image.png"), text=prompt, return_tensors="pt")
@@ -44,7 +45,7 @@ which moves logits in the first decimal. Several questions at once: give lists t
     "vlbench": """\
 This is a checkpoint of vlbench, with every weight, and stands alone:
 
-    python -m vlbench chat model={to}
+    python -m vlbench chat {model_word}
     {again}
 """,
 }
@@ -89,7 +90,8 @@ def render_model_card(
         "## Use",
         USAGE_TEXTS[layout]
         .format(
-            to=export_folder,
+            to_text=json.dumps(str(export_folder), ensure_ascii=False),
+            model_word=shlex.quote(f"model={export_folder}"),
             stop=vlm.processor.template.stop,
             again=_training_command(recipe, export_folder),
         )

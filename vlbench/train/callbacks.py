@@ -6,6 +6,7 @@ loss in `nonfinite_guard`, callbacks that a recipe names in `user_callbacks`.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -22,6 +23,7 @@ from vlbench.distributed.launcher import is_launcher_gone
 from vlbench.model.contrastive_loss import add_contrast_pools
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vlm import VLM
+from vlbench.process_settings import handle_stop_signals
 from vlbench.train import checkpoint_files
 from vlbench.train.checkpoint_files import RunPosition
 from vlbench.train.run_folder import RunFolder
@@ -65,18 +67,19 @@ class StageCallback(pl.Callback):
 
 
 class GracefulStop(pl.Callback):
-    """Turn Ctrl-C and SIGTERM into a stop after the running step; a second Ctrl-C kills."""
+    """Turn Ctrl-C, SIGTERM and SIGHUP into a stop after the running step; a second Ctrl-C kills.
+
+    In a thread other than the main one no signals arrive, and training goes on to its end.
+    """
 
     def __init__(self) -> None:
         """Signals are caught from `with` on."""
         self.stop_reason = ""
-        self._old_handlers: dict[int, Any] = {}
+        self._terminal_descriptors: list[int] = []
 
     def __enter__(self) -> GracefulStop:
-        # Python lets no other thread catch signals
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._old_handlers[number] = signal.signal(number, self._on_signal)
+        self._terminal_descriptors = [number for number in (1, 2) if os.isatty(number)]
+        self._restore_handlers = handle_stop_signals(self._on_signal)
         return self
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -84,12 +87,11 @@ class GracefulStop(pl.Callback):
 
         The other processes are in the middle of a step, in another one: all would wait forever.
         """
-        if self._old_handlers:
+        if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._on_signal)
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._old_handlers.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._restore_handlers()
 
     def is_stop_requested(self) -> bool:
         """Tell whether this process was asked to stop."""
@@ -111,7 +113,19 @@ class GracefulStop(pl.Callback):
     def _on_signal(self, signum: int, _: object) -> None:
         if self.stop_reason and signum == signal.SIGINT:
             raise KeyboardInterrupt
-        self.stop_reason = "Ctrl-C" if signum == signal.SIGINT else "SIGTERM"
+        self.stop_reason = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
+        if signum == signal.SIGHUP:
+            self._leave_closed_terminal()
+
+    def _leave_closed_terminal(self) -> None:
+        """Discard what is printed from now on, if the terminal is gone: it would be an error."""
+        for descriptor in self._terminal_descriptors:
+            try:
+                os.write(descriptor, b"\n")
+            except OSError:
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, descriptor)
+                os.close(null)
 
 
 class CheckpointCallback(StageCallback):

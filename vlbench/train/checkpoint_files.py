@@ -22,6 +22,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,7 +34,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from vlbench.distributed import collectives
-from vlbench.errors import UserError
+from vlbench.errors import EnvironmentFailure, UserError, one_line
 from vlbench.model import lora_adapters
 from vlbench.model.build_vlm import LANGUAGE_FOLDER, VISION_FOLDER
 from vlbench.model.frozen_bf16 import FROZEN_DTYPE
@@ -44,6 +45,7 @@ from vlbench.model.weights.tensor_files import LazyTensors, weight_files
 from vlbench.model.weights.tensor_writer import begin_writing_tensors
 from vlbench.model.weights.weight_origin import write_origins
 from vlbench.processor import Processor
+from vlbench.system_errors import FULL_DISK_REASONS, error_number
 from vlbench.text_files import read_json
 from vlbench.train.optimizer_state import named_optimizer_state
 
@@ -164,10 +166,7 @@ class CheckpointWriter:
         except (OSError, SafetensorError) as error:
             self._executor.shutdown()
             shutil.rmtree(self.temp_path, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise explain_write_error(error, self.temp_path.parent) from error
-            text = f"could not write a checkpoint in {self.temp_path.parent}: {error}"
-            raise UserError(text) from error
+            raise explain_write_error(error, self.temp_path.parent) from error
 
 
 def _make_folders(temp_path: Path, has_optimizer: bool) -> None:
@@ -213,14 +212,18 @@ def write_metadata(vlm: LoadedVLM, folder: Path, recipe_text: str, position: Run
     (folder / "position.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
 
 
-def explain_write_error(error: OSError, folder: Path) -> Exception:
-    """Return a UserError for a full disk or an unwritable folder, else the error itself."""
-    if error.errno == errno.ENOSPC:
-        return UserError(
-            f"the disk is full: cannot write in {folder}; earlier checkpoints are whole"
+def explain_write_error(error: OSError | SafetensorError, folder: Path) -> Exception:
+    """Return the error for people when `folder` cannot be written, else the error itself."""
+    number = error_number(error)
+    if number in FULL_DISK_REASONS:
+        return EnvironmentFailure(
+            f"{FULL_DISK_REASONS[number]}: cannot write in {folder}; earlier checkpoints are "
+            "whole. To go on, make room and repeat the command with the run= of this run"
         )
-    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return UserError(f"{folder} cannot be written ({error.strerror})")
+    if number in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return UserError(f"{folder} cannot be written ({os.strerror(number)})")
+    if isinstance(error, SafetensorError):
+        return EnvironmentFailure(f"could not write a checkpoint in {folder}: {one_line(error)}")
     return error
 
 
@@ -304,7 +307,7 @@ def read_optimizer_state(path: Path) -> Mapping[str, Tensor]:
         reason = "is torn" if any(folder.glob("*.safetensors")) else "is missing"
         raise UserError(
             f"{folder} {reason}, so the run cannot go on as if it had not stopped; begin a new one "
-            f"with init={path}, or remove {path} to go on from the checkpoint before it"
+            f"with {shlex.quote(f'init={path}')}, or remove {path} to go on from the one before it"
         ) from error
 
 

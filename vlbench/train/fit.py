@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,8 +32,13 @@ from vlbench.train.stage_runner import StageRunner
 from vlbench.train.trainable_parts import check_trainable_stage, parts_to_save
 
 
-def check_and_open_run(recipe: Recipe, stage_runs: list[StageRun]) -> RunFolder:
-    """Check data and shapes unless that was done before, and return the opened run folder."""
+def check_and_open_run(
+    recipe: Recipe, stage_runs: list[StageRun], held_locks: contextlib.ExitStack
+) -> RunFolder:
+    """Check data and shapes unless that was done before, and return the opened run folder.
+
+    Its lock is held by `held_locks`, of a run that is there before anything is checked.
+    """
     for stage_run in stage_runs:
         if stage_run.stage.global_batch_size < collectives.world_size():
             raise UserError(
@@ -40,13 +46,16 @@ def check_and_open_run(recipe: Recipe, stage_runs: list[StageRun]) -> RunFolder:
                 f"{stage_run.stage.global_batch_size}, fewer than the {collectives.world_size()} "
                 "processes: some would have nothing to do"
             )
+    run = None
+    if recipe.run and RunFolder(Path(recipe.run)).recipe_file.is_file():
+        run = open_run(recipe, held_locks)
     bad_samples: list[BadSample] = []
     if not (recipe.run and RunFolder(Path(recipe.run)).is_finished):
         bad_samples = check_data(stage_runs)  # before there is a folder
     if not (recipe.run and RunFolder(Path(recipe.run)).latest_position):
         check_stage_shapes(recipe, stage_runs)
         check_init_weights(recipe, stage_runs[0].stage)
-    run = open_run(recipe)
+    run = run or open_run(recipe, held_locks)  # a new one: after the checks
     quarantine_samples(run, bad_samples)
     return run
 

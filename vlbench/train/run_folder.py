@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import importlib.metadata
+import itertools
 import json
 import platform
 import shutil
@@ -14,17 +15,20 @@ from pathlib import Path
 from vlbench.config import recipe as recipes
 from vlbench.config.schema import Recipe
 from vlbench.errors import UserError
+from vlbench.file_lock import hold_folder
 from vlbench.model.weights.weight_origin import (
     WeightOrigin,
     check_same_origin,
     origins_to_json,
     read_origins,
 )
+from vlbench.system_errors import FULL_DISK_REASONS
 from vlbench.text_files import read_json, write_atomically
 from vlbench.train import checkpoint_files
 from vlbench.train.checkpoint_files import RunPosition
 from vlbench.version import __version__
 
+NEW_RUNS_FOLDER = "runs"  # of runs that a command does not name
 RECORDED_PACKAGES = (
     "torch",
     "lightning",
@@ -49,6 +53,29 @@ class RunFolder:
         self.versions_file = folder / "versions.json"
 
     @property
+    def is_described_only(self) -> bool:
+        """True if the folder holds at most what a run has before anything was trained.
+
+        That is so too for one that was killed while it began.
+        """
+        names = {path.name for path in self.folder.iterdir() if path.name[0] != "."}
+        hidden = {path.name.split(".")[1] for path in self.folder.glob(".*")}
+        described = (
+            self.recipe_file,
+            self.versions_file,
+            self.checkpoints_folder,
+            self.quarantine_file,
+        )
+        has_checkpoints = self.checkpoints_folder.is_dir() and any(
+            self.checkpoints_folder.iterdir()
+        )
+        return (
+            names <= {path.name for path in described}
+            and hidden <= {"lock", *(path.stem for path in described)}  # and what is being written
+            and not has_checkpoints
+        )
+
+    @property
     def is_finished(self) -> bool:
         """True if the run has its results."""
         return self.results_file.is_file()
@@ -65,13 +92,7 @@ class RunFolder:
 
     def discard_if_empty(self) -> None:
         """Remove the folder if it holds nothing but the description of the run."""
-        described = {
-            self.recipe_file,
-            self.versions_file,
-            self.checkpoints_folder,
-            self.quarantine_file,
-        }
-        if set(self.folder.iterdir()) <= described and not any(self.checkpoints_folder.iterdir()):
+        if self.is_described_only:
             shutil.rmtree(self.folder)
 
     def record_weight_origins(self, origins: Mapping[str, WeightOrigin]) -> None:
@@ -85,21 +106,29 @@ class RunFolder:
             write_atomically(self.versions_file, text)
 
 
-def open_run(recipe: Recipe) -> RunFolder:
-    """Open the run folder of `recipe`, new or to be resumed; refuse one of another recipe."""
-    folder = Path(recipe.run) if recipe.run else next_run_folder(recipe)
-    run = RunFolder(folder)
-    if run.recipe_file.is_file():
-        _check_same_recipe(recipe, run)
-    elif folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"run={folder} is a folder with other things in it; name a new one")
+def open_run(recipe: Recipe, held_locks: contextlib.ExitStack) -> RunFolder:
+    """Open the run folder of `recipe`, new or to be resumed; refuse one of another recipe.
+
+    Its lock is held by `held_locks`: no other process writes into it. A finished run needs none.
+    """
     try:
-        run.checkpoints_folder.mkdir(parents=True, exist_ok=True)
+        folder = Path(recipe.run) if recipe.run else _make_next_run_folder(recipe)
+    except OSError as error:
+        raise _explain_folder_error(error, Path(NEW_RUNS_FOLDER)) from error
+    run = RunFolder(folder)
+    _check_belongs(recipe, run)
+    if run.is_finished:
+        return run
+    try:
+        held_locks.enter_context(hold_folder(folder, f"run={folder}"))
+        _check_belongs(recipe, run)  # again: the process that held it may have made it
+        if run.is_finished:
+            return run
+        run.checkpoints_folder.mkdir(exist_ok=True)
         for unfinished in run.checkpoints_folder.glob(".writing-*"):
             shutil.rmtree(unfinished)
         if not run.recipe_file.is_file():
-            text = json.dumps(collect_versions(), indent=1)
-            run.versions_file.write_text(text, encoding="utf-8")
+            write_atomically(run.versions_file, json.dumps(collect_versions(), indent=1))
             recipes.save_recipe(recipe, run.recipe_file)
     except OSError as error:
         raise _explain_folder_error(error, folder) from error
@@ -109,21 +138,28 @@ def open_run(recipe: Recipe) -> RunFolder:
 def _explain_folder_error(error: OSError, folder: Path) -> Exception:
     if isinstance(error, FileExistsError | NotADirectoryError):
         return UserError(f"run={folder} is not a folder")
-    if error.errno == errno.ENOSPC:
+    if error.errno in FULL_DISK_REASONS:
         return checkpoint_files.explain_write_error(error, folder)
     return UserError(f"run={folder} cannot be written ({error.strerror})")
 
 
-def next_run_folder(recipe: Recipe) -> Path:
-    """Return the first unused `runs/<recipe>-<size>-<n>`."""
-    number = 1
-    name = Path(recipe.recipe).stem
-    while (folder := Path("runs") / f"{name}-{recipe.size}-{number}").exists():
-        number += 1
-    return folder
+def _make_next_run_folder(recipe: Recipe) -> Path:
+    """Make the first unused `runs/<recipe>-<size>-<n>`, which no other process then gets."""
+    for number in itertools.count(1):
+        folder = Path(NEW_RUNS_FOLDER, f"{Path(recipe.recipe).stem}-{recipe.size}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+            return folder
+    raise AssertionError("numbers do not end")
 
 
-def _check_same_recipe(recipe: Recipe, run: RunFolder) -> None:
+def _check_belongs(recipe: Recipe, run: RunFolder) -> None:
+    """Refuse the run of another recipe, and a folder that is no run."""
+    if not run.recipe_file.is_file():
+        if run.folder.is_dir() and not run.is_described_only:
+            raise UserError(f"run={run.folder} is a folder with other things in it; name a new one")
+        return
     changed = recipes.recipe_differences(recipes.load_recipe_file(run.recipe_file), recipe)
     if changed:
         raise UserError(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,7 +17,7 @@ from vlbench.distributed import collectives
 from vlbench.errors import EnvironmentFailure, UserError, one_line
 from vlbench.model.vlm import VLM
 from vlbench.model.weights.weight_origin import WeightOrigin
-from vlbench.text_files import read_json_lines
+from vlbench.text_files import read_json, read_json_lines
 from vlbench.text_tables import format_table
 from vlbench.train.run_folder import RunFolder
 
@@ -113,14 +113,15 @@ def format_duration(seconds: float) -> str:
 def show_interrupted(run: RunFolder, stop_reason: str) -> int:
     """Print why the run stopped and how to resume it; return the exit code."""
     print_status(
-        f"\nstopped by {stop_reason}, saved. To go on: repeat the command with run={run.folder}"
+        f"\nstopped by {stop_reason}, saved. To go on: repeat the command with "
+        + shlex.quote(f"run={run.folder}")
     )
     return 130
 
 
 def show_results(run: RunFolder) -> int:
     """Print the results of a finished run and what to try next; return the exit code."""
-    results = json.loads(run.results_file.read_text(encoding="utf-8"))
+    results = read_json(run.results_file)
     print(f"\nresults of {run.folder} ({results['questions']} questions, {results['asked_of']})")
     rows = (
         ("accuracy", "exact match"),
@@ -144,9 +145,11 @@ def show_results(run: RunFolder) -> int:
         named = "; ".join(f"{line['id']}: {line['reason']}" for line in lines[:5])
         print(f"  {len(lines)} bad samples left out ({named}), all in {run.quarantine_file}")
     print("next:")
-    print(f"  open {run.folder / 'examples.png'}")
-    print(f"  python -m vlbench chat model={run.folder}  # /image FILE shows it an image")
-    print(f"  tensorboard --logdir {run.folder}")
+    picture, folder = shlex.quote(str(run.folder / "examples.png")), shlex.quote(str(run.folder))
+    chat_command = shlex.join(["python", "-m", "vlbench", "chat", f"model={run.folder}"])
+    print(f"  open {picture}")
+    print(f"  {chat_command}  # /image FILE shows it an image")
+    print(f"  tensorboard --logdir {folder}")
     print("  python -m vlbench show recipe=yivl_llava size=6b")
     return 0
 

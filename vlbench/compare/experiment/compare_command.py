@@ -7,9 +7,10 @@ common are trained once.
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -30,8 +31,10 @@ from vlbench.compare.report.analysis import analyze_runs
 from vlbench.compare.report.finished_runs import describe_sweep, load_finished_run
 from vlbench.compare.report.markdown_report import render_markdown
 from vlbench.compare.report.report_command import write_report
+from vlbench.distributed.launcher import ORPHAN_GRACE_SECONDS
 from vlbench.distributed.machine_limits import check_parallel_runs
 from vlbench.errors import UserError
+from vlbench.file_lock import LOCK_FILE, hold_folder, is_held_here
 from vlbench.text_files import read_json, write_atomically
 from vlbench.train.run_folder import RunFolder
 from vlbench.train.run_report import format_duration, print_status
@@ -46,19 +49,35 @@ def run_compare(grid: ComparisonGrid) -> int:
     if grid.dry_run:
         cost_estimate.print_plan(grid)
         return 0
-    _write_command(grid)
-    cost_estimate.print_plan(grid)
-    if grid.jobs == "slurm":
-        return _prepare_slurm(grid)
+    with _hold_grid_folder(grid):
+        _write_command(grid)
+        cost_estimate.print_plan(grid)
+        return _prepare_slurm(grid) if grid.jobs == "slurm" else _train_and_report(grid)
+
+
+def _train_and_report(grid: ComparisonGrid) -> int:
+    """Train all unfinished runs here, and write the reports."""
     try:
         failed = _train_unfinished(grid, lr_sweep.trial_jobs(grid))
         if grid.lr_factors:
             grid = lr_sweep.apply_best_lr(grid)
         failed |= _train_unfinished(grid, _make_jobs(grid))
     except ComparisonStopped:
-        print_status(f"stopped, saved. To go on: repeat the command with run={grid.folder}")
+        again = shlex.quote(f"run={grid.folder}")
+        print_status(f"stopped, saved. To go on: repeat the command with {again}")
         return STOPPED_EXIT_CODE
     return _write_reports(grid, failed)
+
+
+@contextlib.contextmanager
+def _hold_grid_folder(grid: ComparisonGrid) -> Iterator[None]:
+    """Make the comparison's folder, and let no other comparison write into it."""
+    with contextlib.ExitStack() as held_locks:
+        try:
+            held_locks.enter_context(hold_folder(grid.folder, f"run={grid.folder}"))
+        except OSError as error:
+            raise UserError(f"run={grid.folder} cannot be used ({error.strerror})") from error
+        yield
 
 
 def _check_machine(grid: ComparisonGrid) -> None:
@@ -71,13 +90,9 @@ def _check_machine(grid: ComparisonGrid) -> None:
 
 
 def _write_command(grid: ComparisonGrid) -> None:
-    """Create the comparison's folder with the command in command.txt."""
+    """Write the command into the comparison's folder."""
     command = shlex.join(["python", "-m", "vlbench", "compare", *grid.arguments])
-    try:
-        grid.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(grid.folder / "command.txt", f"{command}\n")
-    except OSError as error:
-        raise UserError(f"run={grid.folder} cannot be used ({error.strerror})") from error
+    write_atomically(grid.folder / "command.txt", f"{command}\n")
 
 
 def _make_jobs(grid: ComparisonGrid) -> list[TrainingJob]:
@@ -94,6 +109,7 @@ def _make_jobs(grid: ComparisonGrid) -> list[TrainingJob]:
 def _train_unfinished(grid: ComparisonGrid, jobs: Sequence[TrainingJob]) -> dict[Path, str]:
     """Train the unfinished jobs; return folder -> reason of those that failed."""
     failed: dict[Path, str] = {}
+    started_at = time.monotonic()
     start_times: dict[TrainingJob, float] = {}
     durations: list[float] = []
     slot_count = count_slots(grid.jobs)
@@ -113,7 +129,13 @@ def _train_unfinished(grid: ComparisonGrid, jobs: Sequence[TrainingJob]) -> dict
     todo.sort(key=lambda job: job.folder not in awaited)  # else slots are idle at the end
 
     def is_ready(job: TrainingJob) -> bool:
-        """Return whether the run whose stages this one takes over has ended, if there is one."""
+        """Return whether the run whose stages this one takes over has ended, if there is one.
+
+        A run that outlives a comparison that was killed is given the time to save and end.
+        """
+        may_still_save = time.monotonic() - started_at < ORPHAN_GRACE_SECONDS
+        if may_still_save and is_held_here(job.folder / LOCK_FILE):
+            return False
         shared_run = shared_runs.get(job.folder)
         return shared_run is None or RunFolder(shared_run).is_finished or shared_run in failed
 
@@ -155,7 +177,8 @@ def _prepare_slurm(grid: ComparisonGrid) -> int:
     if not todo:
         return _write_reports(grid, {})
     script = write_slurm_script(todo, grid.folder)
-    print(f"sbatch {script}  # {len(todo)} runs, one GPU each; then repeat this command")
+    command = shlex.join(["sbatch", str(script)])
+    print(f"{command}  # {len(todo)} runs, one GPU each; then repeat this command")
     return 0
 
 

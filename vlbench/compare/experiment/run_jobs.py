@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from vlbench.distributed.machine_limits import count_cpu_cores
+from vlbench.process_settings import handle_stop_signals
 from vlbench.text_files import split_lines, write_atomically
 
 PR_SET_PDEATHSIG = 1  # option of prctl(2): the signal sent when the parent process dies
@@ -47,7 +48,7 @@ class TrainingJob:
 
 
 class ComparisonStopped(Exception):
-    """The comparison got SIGINT or SIGTERM; its runs have saved."""
+    """The comparison got SIGINT, SIGTERM or SIGHUP; its runs have saved."""
 
 
 def count_slots(jobs_option: str) -> int:
@@ -79,7 +80,7 @@ def train_jobs(
         on_end: called with the exit code after a job has ended.
 
     Raises:
-        ComparisonStopped: this process got SIGINT or SIGTERM; every run has saved by then.
+        ComparisonStopped: this process got SIGINT, SIGTERM or SIGHUP; every run has saved by then.
     """
     waiting, free_slots = list(jobs), list(range(slot_count))
     running: dict[int, tuple[TrainingJob, subprocess.Popen[bytes]]] = {}
@@ -145,15 +146,13 @@ def _end_with_parent() -> None:
 
 @contextmanager
 def _collect_stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list while the context is active."""
+    """Collect SIGINT, SIGTERM and SIGHUP in a list while the context is active."""
     received: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {n: signal.signal(n, lambda number, _: received.append(number)) for n in numbers}
+    restore_handlers = handle_stop_signals(lambda number, _: received.append(number))
     try:
         yield received
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore_handlers()
 
 
 def write_slurm_script(jobs: Sequence[TrainingJob], folder: Path) -> Path:
@@ -165,16 +164,16 @@ def write_slurm_script(jobs: Sequence[TrainingJob], folder: Path) -> Path:
     write_atomically(
         script,
         f"""#!/bin/bash
-#SBATCH --job-name=vlbench-{folder.name}
+#SBATCH --job-name={shlex.quote(f"vlbench-{folder.name}")}
 #SBATCH --array=1-{len(jobs)}
 #SBATCH --gpus=1
-#SBATCH --output={folder}/slurm-%a.log
+#SBATCH --output={shlex.quote(str(folder).replace("%", "%%"))}/slurm-%a.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=B:TERM@120
 # One run per line of commands.txt. A stopped run has saved; submit again to resume it.
 cd {shlex.quote(str(Path.cwd()))} || exit 1
-eval "exec $(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {shlex.quote(str(commands))})"
+eval "exec $(sed -n "${{SLURM_ARRAY_TASK_ID}}p" < {shlex.quote(str(commands))})"
 """,
     )
     return script

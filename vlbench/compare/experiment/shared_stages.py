@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from typing import Any
 
@@ -9,6 +10,7 @@ from vlbench.compare.experiment import grid as grids
 from vlbench.compare.experiment.grid import ComparisonGrid, GridRow
 from vlbench.config import recipe as recipes
 from vlbench.config.schema import Recipe
+from vlbench.file_lock import LOCK_FILE, is_held_here
 from vlbench.train.run_folder import RunFolder, open_run
 
 STAGE_IGNORED_KEYS = ("run", "trainer", "log", "only", "from", "dry_run", "profile", "recipe")
@@ -59,13 +61,16 @@ def copy_shared_stages(grid: ComparisonGrid, row: GridRow, seed: int) -> str:
         return ""
     other, stages = shared
     source = RunFolder(grid.run_folder(other, seed))
-    if not source.is_finished:
+    if not source.is_finished or is_held_here(folder / LOCK_FILE):  # fit says by whom
         return ""
     recipe = recipes.load_recipe([*row.overrides_for_seed(seed), f"run={folder}"])
-    run = open_run(recipe)
-    for number, name in enumerate(stages):
-        for checkpoint in sorted(source.checkpoints_folder.glob(f"{number}-{name}-*"))[-1:]:
-            shutil.copytree(checkpoint, run.checkpoints_folder / checkpoint.name)
-            recipes.save_recipe(recipe, run.checkpoints_folder / checkpoint.name / "recipe.yaml")
-    shutil.copy(source.folder / "metrics.csv", run.folder / "metrics.csv")
+    with contextlib.ExitStack() as held_locks:
+        run = open_run(recipe, held_locks)
+        for number, name in enumerate(stages):
+            for checkpoint in sorted(source.checkpoints_folder.glob(f"{number}-{name}-*"))[-1:]:
+                writing = run.checkpoints_folder / f".writing-{checkpoint.name}"
+                shutil.copytree(checkpoint, writing)
+                recipes.save_recipe(recipe, writing / "recipe.yaml")
+                writing.rename(run.checkpoints_folder / checkpoint.name)
+        shutil.copy(source.folder / "metrics.csv", run.folder / "metrics.csv")
     return f"{', '.join(stages)} as in {other.name}"

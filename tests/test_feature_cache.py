@@ -1,0 +1,221 @@
+"""Features of a frozen encoder that are kept: the same run, bit for bit; trouble is survived."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vlbench.__main__ import main
+from vlbench.data import feature_store
+from vlbench.train import checkpoint_files, feature_cache
+from vlbench.train.callbacks import GracefulStop
+
+FROZEN = [f"stages.{name}.train.vision=null" for name in ("align_224", "align_448", "chat")]
+SHORT = [
+    "fit",
+    "recipe=yivl_llava",
+    "stages.align_224.steps=0",
+    "stages.align_448.steps=3",
+    "stages.chat.steps=3",
+    "stages.align_448.global_batch_size=4",
+    "stages.chat.global_batch_size=4",
+    "data.samples=6",  # so that images are met again
+    "log.questions=4",
+    "log.examples=0",
+    "log.every_n_steps=1",
+    "log.tensorboard=false",
+]
+
+
+def run(folder: Path, *words: str) -> dict[str, torch.Tensor]:
+    """Fit, and return the weights at the end."""
+    assert main([*SHORT, *FROZEN, f"run={folder}", *words]) == 0
+    last = checkpoint_files.find_checkpoint(folder)
+    return load_file(last / "model.safetensors")
+
+
+def losses(folder: Path) -> list[list[str]]:
+    lines = (folder / "metrics.csv").read_text().splitlines()
+    return [line.split(",")[:6] for line in lines]
+
+
+def shards(cache: Path) -> list[Path]:
+    return sorted(cache.rglob("*.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    """A run without kept features."""
+    folder = tmp_path_factory.mktemp("features") / "plain"
+    run(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory) -> tuple[Path, Path]:
+    """The same with kept features, and their folder."""
+    folder = tmp_path_factory.mktemp("features")
+    run(folder / "run", f"trainer.feature_cache={folder / 'cache'}")
+    return folder / "run", folder / "cache"
+
+
+def assert_same(one: Path, other: Path) -> None:
+    ours, theirs = (
+        load_file(checkpoint_files.find_checkpoint(run) / "model.safetensors")
+        for run in (one, other)
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert losses(one) == losses(other)
+
+
+def test_a_run_is_the_same_bit_for_bit(plain, cached):
+    run, cache = cached
+    assert_same(plain, run)
+    one, other = shards(cache)  # of captions and of conversations, at one image size
+    assert load_file(one)["features"].shape == load_file(other)["features"].shape == (6, 64, 128)
+
+
+def test_the_encoder_sees_every_image_once_whatever_the_connector(cached, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    shutil.copytree(cached[1], cache)
+    computed = []
+    monkeypatch.setattr(feature_cache, "_compute_features", lambda *_: computed.append(1))
+    run(tmp_path / "linear", "connector.name=linear", f"trainer.feature_cache={cache}")
+    assert not computed and len(shards(cache)) == 2
+
+
+def test_a_connector_that_reads_the_class_token_has_features_of_its_own(cached, tmp_path):
+    words = ["connector.name=qformer", "connector.text=embedded", "only=chat"]
+    run(tmp_path / "run", *words, f"trainer.feature_cache={tmp_path / 'cache'}")
+    found = load_file(shards(tmp_path / "cache")[0])["features"]
+    assert found.shape == (6, 65, 128)
+
+
+def test_a_damaged_shard_is_computed_again(plain, cached, tmp_path):
+    cache = tmp_path / "cache"
+    shutil.copytree(cached[1], cache)
+    wrong, torn = shards(cache)
+    tensors = load_file(wrong)
+    tensors["features"][2, 3, 4] += 1
+    save_file(tensors, wrong)
+    torn.write_bytes(torn.read_bytes()[:1000])
+    run(tmp_path / "run", f"trainer.feature_cache={cache}")
+    assert_same(plain, tmp_path / "run")
+    whole = [load_file(path) for path in shards(cache)]
+    assert [t["sums"].tolist() for t in whole] == [
+        [feature_store.feature_checksum(one) for one in t["features"]] for t in whole
+    ]
+
+
+def test_a_run_that_is_asked_to_stop_does_not_compute_the_rest(plain, tmp_path, monkeypatch):
+    real, cache = GracefulStop.is_stop_requested, tmp_path / "cache"
+    monkeypatch.setattr(feature_cache, "IMAGES_PER_CHUNK", 4)
+    monkeypatch.setattr(
+        GracefulStop,
+        "is_stop_requested",
+        lambda self: setattr(self, "stop_reason", "a test") or True,
+    )
+    words = [*SHORT, *FROZEN, f"run={tmp_path / 'run'}", f"trainer.feature_cache={cache}"]
+    assert main(words) == 130
+    assert load_file(shards(cache)[0])["features"].shape == (4, 64, 128)
+    monkeypatch.setattr(GracefulStop, "is_stop_requested", real)
+    assert main(words) == 0
+    assert_same(plain, tmp_path / "run")
+
+
+def test_features_that_are_damaged_while_training_are_not_used(plain, tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_store.FeatureShards, "read_features", lambda *_: None)
+    run(tmp_path / "run", f"trainer.feature_cache={tmp_path / 'cache'}")
+    assert_same(plain, tmp_path / "run")
+
+
+def test_an_encoder_that_is_trained_keeps_nothing(tmp_path):
+    words = [*SHORT, "only=align_448", f"run={tmp_path / 'run'}"]
+    assert main([*words, f"trainer.feature_cache={tmp_path / 'cache'}"]) == 0
+    assert not (tmp_path / "cache").exists()
+
+
+def test_another_encoder_has_another_folder(cached):
+    from vlbench.model.vision_encoder import build_vision_encoder
+
+    class Model:
+        vision = build_vision_encoder("tiny", "embedded")
+
+        @property
+        def processor(self):
+            return SimpleNamespace(transform=self.vision.transform)
+
+    model = Model()
+    before = feature_cache.encoder_fingerprint(model, "cpu 32")
+    assert (
+        feature_cache.encoder_fingerprint(model, "cpu 32")
+        == before
+        != feature_cache.encoder_fingerprint(model, "cpu bf16")
+    )
+    model.vision.set_image_size(112)
+    larger = feature_cache.encoder_fingerprint(model, "cpu 32")
+    next(model.vision.parameters()).data.flatten()[0] += 1e-3
+    assert len({before, larger, feature_cache.encoder_fingerprint(model, "cpu 32")}) == 3
+
+
+def test_no_room_is_told_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        feature_cache.shutil,
+        "disk_usage",
+        lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000),
+    )
+    words = [*SHORT, *FROZEN, f"run={tmp_path / 'run'}"]
+    assert main([*words, f"trainer.feature_cache={tmp_path / 'cache'}"]) == 2
+    said = capsys.readouterr().err
+    assert "the features of 6 images take 196.6 kB" in said and "1.0 kB left" in said
+    assert not shards(tmp_path / "cache")
+
+
+def test_a_disk_that_fills_up_loses_nothing(plain, tmp_path, monkeypatch, capsys):
+    words = [*SHORT, *FROZEN, f"run={tmp_path / 'run'}", f"trainer.feature_cache={tmp_path / 'c'}"]
+    monkeypatch.setattr(feature_cache, "SHARD_BYTES", 1)
+    monkeypatch.setattr(feature_cache, "IMAGES_PER_CHUNK", 2)
+    written = []
+
+    def fills_up(tensors, path):
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(path)
+        save_file(tensors, path)
+
+    monkeypatch.setattr(feature_store, "save_file", fills_up)
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].startswith("vlbench: the disk is full: features cannot be kept")
+    assert [load_file(path)["keys"].shape[0] for path in shards(tmp_path / "c")] == [2, 2]
+    assert not list((tmp_path / "c").rglob(".*.safetensors-*"))
+    monkeypatch.setattr(feature_store, "save_file", save_file)
+    assert main(words) == 0
+    assert_same(plain, tmp_path / "run")
+
+
+def test_a_broken_image_is_named_as_without_features(tmp_path, capsys):
+    from PIL import Image
+
+    records = []
+    for number in range(4):
+        name = f"{number}.png"
+        Image.new("RGB", (40, 30), (60 * number, 0, 0)).save(tmp_path / name)
+        turns = [
+            {"from": "human", "value": "<image>\nWhat is it?"},
+            {"from": "gpt", "value": "red"},
+        ]
+        records.append({"id": f"r{number}", "image": name, "conversations": turns})
+    (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:60])
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    words = [f"data.train={tmp_path / 'data.json'}", "data.on_bad_sample=quarantine", "only=chat"]
+    run(tmp_path / "run", *words, f"trainer.feature_cache={tmp_path / 'cache'}")
+    assert "r2" in (tmp_path / "run" / "quarantine.jsonl").read_text()

@@ -1,0 +1,94 @@
+"""Packed attention: samples never see each other, one by one or in one call of a GPU's kernel."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from random_vlm import make_batch, make_sample, small_vlm
+from torch.nn.functional import scaled_dot_product_attention
+
+from vlbench.compat.torch_internals import find_varlen_attention, with_grouped_heads
+from vlbench.connector import registry
+from vlbench.model import packed_attention as packed_attention_module
+from vlbench.model.packed_attention import (
+    SampleBounds,
+    packed_attention,
+    sample_bounds,
+)
+
+LENGTHS = [[5, 3], [4, 2]]  # of rows of 8 positions: the second has 2 of padding
+
+
+def heads(kind: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(0)
+    return tuple(torch.randn(2, n, 8, 16, dtype=kind) for n in (4, 2, 2))
+
+
+def kernel(query, key, value, begins, other, longest, also, window_size, scale=None):
+    """Attend as torch's variable-length kernel says it does, sample by sample."""
+    assert window_size == (-1, 0) and longest == also and torch.equal(begins, other)
+    outs = []
+    for first, last in zip(begins[:-1].tolist(), begins[1:].tolist(), strict=True):
+        assert last - first <= longest
+        q, k, v = (one[first:last].transpose(0, 1)[None] for one in (query, key, value))
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        outs.append(out[0].transpose(0, 1))
+    return torch.cat(outs)
+
+
+def test_one_call_over_all_samples_gives_what_a_call_for_each_gives(monkeypatch):
+    grouped = with_grouped_heads(kernel, supports_gqa=False)
+    attend = functools.partial(grouped, window_size=(-1, 0))
+    monkeypatch.setattr(packed_attention_module, "find_varlen_attention", lambda: attend)
+    begins = torch.tensor([0, 5, 8, 12, 14, 16], dtype=torch.int32)
+    query, key, value = heads(torch.bfloat16)
+    one, _ = packed_attention(None, query, key, value, None, 0.25, bounds=SampleBounds(begins, 5))
+    each, _ = packed_attention(None, query, key, value, None, 0.25, lengths=LENGTHS)
+    torch.testing.assert_close(one[0], each[0])
+    torch.testing.assert_close(one[1, :6], each[1, :6])  # what follows is padding
+
+
+def test_under_autocast_the_model_attends_in_one_call(monkeypatch):
+    """Its queries and keys are float32 there, because rotations are; its values are not."""
+    begins = []
+
+    def noted(query, key, value, first, *_, **options):
+        begins.append(first)
+        return query
+
+    vlm = small_vlm(registry.load_connector("llava_mlp"))
+    batch = make_batch(vlm, [[make_sample(1), make_sample(2)]])
+    known = SampleBounds(
+        torch.tensor([0, *batch.sample_lengths[0]], dtype=torch.int32).cumsum(0), 99
+    )
+    monkeypatch.setattr("vlbench.model.vlm.sample_bounds", lambda *_: known)
+    monkeypatch.setattr(packed_attention_module, "find_varlen_attention", lambda: noted)
+    vlm(batch)
+    assert not begins  # the kernel takes no float32
+    with torch.autocast("cpu", torch.bfloat16):
+        vlm(batch)
+    assert len(begins) == 3 and all(one is known.cu_seqlens for one in begins)
+
+
+def test_without_a_gpu_there_are_no_bounds():
+    assert sample_bounds(LENGTHS, 8, torch.device("cpu")) is None
+
+
+def test_this_torch_has_the_kernel_and_its_options_are_known():
+    assert find_varlen_attention() is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_the_kernel_of_a_gpu_gives_what_calls_one_by_one_give(kind):
+    query, key, value = (one.to("cuda", kind).requires_grad_() for one in heads())
+    known = sample_bounds(LENGTHS, 8, query.device)
+    assert known is not None
+    one, _ = packed_attention(None, query, key, value, None, 0.25, bounds=known)
+    each, _ = packed_attention(None, query, key, value, None, 0.25, lengths=LENGTHS)
+    for ours, other in ((one[0], each[0]), (one[1, :6], each[1, :6])):
+        torch.testing.assert_close(ours, other, rtol=2e-2, atol=2e-2)
+    (one[0].sum() + one[1, :6].sum()).backward()
+    assert query.grad is not None and query.grad.isfinite().all()

@@ -1,0 +1,279 @@
+"""What a plan says, against what a training step really takes, and what it says to people."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from test_train_flops import counted
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vlbench.__main__ import main
+from vlbench.config import recipe as recipes
+from vlbench.data.packing import PackedBatch
+from vlbench.model.activation_checkpointing import CHECKPOINTING_MODES
+from vlbench.model.build_vlm import build_vlm
+from vlbench.model.loaded_vlm import LoadedVLM
+from vlbench.model.train_flops import count_step_flops
+from vlbench.planner import plan_command
+from vlbench.planner.memory_estimate import ROW_TOKENS_STEP, StageMemory, total_bytes
+from vlbench.planner.meta_model import ModelDepth, SampleShape, build_meta_vlm
+from vlbench.planner.options import parse_plan_options
+from vlbench.planner.simulate_step import DepthExtrapolator, StepSimulator
+from vlbench.planner.stage_workload import StageWorkload, sample_flops, stage_workload
+from vlbench.planner.training_plan import make_plan
+from vlbench.train.stage_plan import build_stage_steps, plan_stage_runs
+from vlbench.train.trainable_parts import freeze_untrained_parts
+from vlbench.train.training_module import VLMTrainingModule
+
+CONNECTORS = ("yivl_llava", "yivl_qformer", "yivl_flamingo", "yivl_eva")
+STAGES = ("align_448", "chat")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A CPU with more of them repeats keys for them, as no GPU does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@functools.cache
+def planned(recipe: str, stage: str) -> tuple[StageMemory, StageWorkload]:
+    """Return a stage of a recipe as `plan` sees it."""
+    resolved = recipes.load_recipe([f"recipe={recipe}"])
+    vlm = build_meta_vlm(resolved, stage)
+    work, _ = stage_workload(resolved, stage, vlm, None, None)
+    rehearsals = DepthExtrapolator(
+        vlm.model, functools.partial(build_meta_vlm, resolved, stage), "32"
+    )
+    return StageMemory(vlm.model, rehearsals, work.mean_sample, 4, 1), work
+
+
+@functools.cache
+def ready(recipe: str, stage: str) -> tuple[LoadedVLM, VLMTrainingModule, list[PackedBatch]]:
+    """Return the real model before a stage, and the fullest two micro-batches of its first step."""
+    small = [f"stages.{stage}.global_batch_size=40", f"stages.{stage}.max_tokens_per_row=1000"]
+    resolved = recipes.load_recipe([f"recipe={recipe}", *small])
+    stage_run = next(run for run in plan_stage_runs(resolved) if run.name == stage)
+    vlm = build_vlm(resolved, stage_run.stage.image_size)
+    freeze_untrained_parts(vlm.model, stage_run.stage)
+    batches = sorted(
+        build_stage_steps(vlm.processor, stage_run)[0].micro_batches,
+        key=lambda batch: batch.input_ids.numel(),
+    )
+    return vlm, VLMTrainingModule(vlm.model, stage_run.stage, 1, 0, 0), batches[-2:]
+
+
+class Living(TorchDispatchMode):
+    """Counts the bytes of all real tensors that operations read or make, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: set[int] = set()
+        self.bytes = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for one in tree_leaves((args, kwargs, made)):
+            if isinstance(one, Tensor) and one.untyped_storage()._cdata not in self.known:
+                self.note(one.untyped_storage())
+        return made
+
+    def note(self, storage: torch.UntypedStorage) -> None:
+        self.known.add(storage._cdata)
+        self.bytes += storage.nbytes()
+        self.peak = max(self.peak, self.bytes)
+        weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
+
+    def gone(self, address: int, size: int) -> None:
+        self.known.discard(address)
+        self.bytes -= size
+
+
+def measured(recipe: str, stage: str, way: str) -> int:
+    """Return the most bytes of tensors that live at a time in a step that is not the first."""
+    vlm, training, batches = ready(recipe, stage)
+    vlm.model.enable_activation_checkpointing(way)
+    (optimizer,), _ = training.configure_optimizers()
+    living = Living()
+    with living:
+        for one in [*vlm.parameters(), *vlm.model.buffers()]:
+            one.detach()
+        for some in (batches[:1], batches):  # in the second step the optimizer has its moments
+            for batch in some:
+                out = vlm(batch)
+                parts = [out.loss_sum, *(value for value, _ in out.extra.values())]
+                torch.stack([part for part in parts if part is not None]).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return living.peak
+
+
+MEASURED = [
+    *(("yivl_llava", stage, way) for stage in STAGES for way in CHECKPOINTING_MODES[::2]),
+    ("yivl_qformer", "chat", "selective"),
+    ("yivl_flamingo", "align_448", "full"),
+    ("yivl_flamingo", "chat", "none"),
+    ("yivl_eva", "align_448", "full"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "stage", "way"), MEASURED)
+def test_memory_is_what_a_step_takes(recipe, stage, way):
+    row = ready(recipe, stage)[2][-1].input_ids.numel()
+    memory = planned(recipe, stage)[0].estimate_memory("ddp", way, row)
+    assert total_bytes(memory) == pytest.approx(measured(recipe, stage, way), rel=0.1)
+
+
+@pytest.mark.parametrize("recipe", CONNECTORS[::2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_operations_are_those_of_a_counted_step(recipe, stage):
+    vlm, _, batches = ready(recipe, stage)
+    vlm.model.enable_activation_checkpointing("none")
+    lengths = [n for batch in batches for row in batch.sample_lengths for n in row]
+    images, learned = (
+        sum(len(b.pixels) for b in batches),
+        sum(b.supervised_token_count for b in batches),
+    )
+    sample = SampleShape(*(one / len(lengths) for one in (sum(lengths), images, learned)))
+    flops = count_step_flops(build_meta_vlm(recipes.load_recipe([f"recipe={recipe}"]), stage).model)
+    spared = flops.per_attended_pair * sum(
+        n * (n - 1) / 2 for n in lengths
+    )  # torch counts all pairs
+    ours = len(lengths) * sample_flops(flops, sample) + spared
+    assert ours == pytest.approx(counted(vlm, batches), rel=0.03)
+
+
+def test_a_few_layers_tell_what_many_take():
+    words = ["recipe=yivl_flamingo", "size=6b", "connector.every=1", "connector.depth=1"]
+    resolved = recipes.load_recipe(words)
+    many = ModelDepth(8, 8)
+    vlm = build_meta_vlm(resolved, "chat", many)
+    rehearsals = DepthExtrapolator(
+        vlm.model, lambda few: build_meta_vlm(resolved, "chat", few or many), "bf16"
+    )
+    assert len(rehearsals.simulated_depths) == 3
+    row = SampleShape(300, 2, 100)
+    shallow = rehearsals.peak_memory(row, "full")
+    deep = max(
+        StepSimulator(vlm.model, "bf16").simulate_step(row, "full").values(),
+        key=lambda one: sum(one.values()),
+    )
+    assert shallow == pytest.approx(deep, rel=1e-6)
+
+
+def test_34b_is_trained_on_128_gpus_in_shards_alone():
+    words = ["recipe=yivl_llava", "size=34b", "only=chat", "activation_checkpointing=auto"]
+    found = make_plan(parse_plan_options([*words, "trainer.devices=8", "trainer.num_nodes=16"]))
+    by_name = {(one.strategy, one.checkpointing_mode): one for one in found.strategy_estimates}
+    assert not any(by_name["ddp", way].fits_memory for way in CHECKPOINTING_MODES)
+    assert by_name["fsdp2", "full"].fits_memory
+    sizes = [total_bytes(by_name["fsdp2", way].peak_memory) for way in CHECKPOINTING_MODES]
+    assert sizes == sorted(sizes, reverse=True)
+    best = found.cheapest_fit
+    assert best is not None and best[0].strategy == "fsdp2" and best[0].fits_memory
+    text = "\n".join(plan_command.format_plan(found))
+    assert f"trainer.strategy=fsdp2 activation_checkpointing={best[0].checkpointing_mode}" in text
+
+
+@pytest.fixture
+def no_rehearsals(monkeypatch):
+    """Every micro-batch takes a megabyte for a token."""
+    monkeypatch.setattr(
+        DepthExtrapolator,
+        "peak_memory",
+        lambda self, row, way: {"activations": 1e6 * row.token_count},
+    )
+
+
+@pytest.mark.parametrize(("size", "days"), [("6b", 3), ("34b", 10)])
+def test_days_stand_beside_those_that_were_reported(size, days, no_rehearsals, capsys):
+    words = ["recipe=yivl_llava", f"size={size}", "trainer.devices=8", "trainer.num_nodes=16"]
+    assert main(["plan", *words, "gpu=a800", "price=2"]) == 0
+    out = capsys.readouterr().out
+    last = out.splitlines()[-1]
+    assert f"reported about {days} days on 128 A800" in last
+    ours = float(last.split("this plan says ")[1].split(" days")[0])
+    assert days / 3 < ours < 1.5 * days
+    assert "US dollars at 2 for a GPU hour" in out and "assumed" in out
+
+
+def test_rows_become_shorter_where_nothing_fits_otherwise(no_rehearsals, tmp_path, capsys):
+    table = tmp_path / "gpus.yaml"
+    table.write_text("Small: {tflops: 100, memory: 1.5, price: 3}\n")
+    words = [
+        "recipe=yivl_llava",
+        "gpu=small",
+        f"gpus={table}",
+        "stages.chat.max_tokens_per_row=2048",
+    ]
+    assert main(["plan", *words, "only=chat"]) == 0
+    out = capsys.readouterr().out
+    assert "does not fit" in out and "at 3 for a GPU hour" in out
+    last = out.splitlines()[-1]
+    assert last.startswith("cheapest that fits") and "stages.chat.max_tokens_per_row=1280" in last
+    table.write_text("Small: {tflops: 100, memory: 0.05}\n")
+    assert main(["plan", *words, "only=chat"]) == 0
+    assert "nothing fits" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_the_largest_row_just_fits():
+    stage, _ = planned("yivl_llava", "chat")
+    room = total_bytes(stage.estimate_memory("ddp", "none", 3000))
+    most = stage.max_row_tokens("ddp", "none", 1000, room)
+    assert (
+        3000 - 2 * ROW_TOKENS_STEP <= most <= 3000
+        and total_bytes(stage.estimate_memory("ddp", "none", most)) <= room
+    )
+    assert stage.max_row_tokens("ddp", "none", 1000, 1e6) == 0
+
+
+def test_lengths_and_numbers_can_be_given(no_rehearsals):
+    words = ["recipe=yivl_llava", "size=6b", "samples=1e6,2e6,3e6", "text_tokens=100"]
+    works = make_plan(parse_plan_options(words)).workloads
+    assert [round(works[name].sample_count, -4) for name in works] == [
+        1_000_000,
+        2_000_000,
+        6_000_000,
+    ]
+    assert [works[name].mean_sample.token_count for name in works] == [356, 1124, 1124]
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("gpu=a801", "Did you mean 'A800'?"),
+        ("gpuu=a800", "Did you mean 'gpu'?"),
+        ("mfu=40", "mfu must be at most 1, given 40"),
+        ("samples=1,2", "one for each of align_224, align_448, chat"),
+        ("text_tokens=many", "text_tokens is 'many'"),
+        ("price=-1", "price must be at least 0, given -1"),
+        ("stages.chatt.steps=1", "Did you mean 'chat'?"),
+        ("gpus=none.yaml", "none.yaml"),
+    ],
+)
+def test_a_mistake_is_one_line(word, said, capsys):
+    assert main(["plan", "recipe=yivl_llava", word]) == 2
+    out, err = capsys.readouterr()
+    assert said in err and len(err.splitlines()) == 1 and not out
+
+
+@pytest.mark.parametrize("row", ["{tflops: 1}", "{tflops: 0, memory: 1}", "{tflop: 1, memory: 1}"])
+def test_a_table_that_cannot_be_used_is_refused(row, tmp_path, capsys):
+    table = tmp_path / "gpus.yaml"
+    table.write_text(f"Mine: {row}\n")
+    assert main(["plan", "recipe=yivl_llava", "gpu=mine", f"gpus={table}"]) == 2
+    assert "Mine" in capsys.readouterr().err
+
+
+def test_a_probe_tries_a_step(no_rehearsals, capsys):
+    words = ["recipe=yivl_llava", "only=chat", "stages.chat.global_batch_size=1", "probe=true"]
+    assert main(["plan", *words]) == 0
+    assert "dry run done" in capsys.readouterr().out

@@ -1,0 +1,343 @@
+"""The data of all stages are looked at before the first; a record's identity is its place."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from vlbench.__main__ import main
+from vlbench.config import recipe as recipes
+from vlbench.data.batch_sampler import StepDataset
+from vlbench.data.chat_template import YI_VL
+from vlbench.data.conversation_files import LlavaJson
+from vlbench.data.image_processing import ImageTransform
+from vlbench.data.sample_encoding import SampleEncoder
+from vlbench.data.shuffle import SourceMixture
+from vlbench.data.tokenizer import Tokenizer
+from vlbench.errors import BadSample, UserError
+from vlbench.train import run_report, stage_plan
+from vlbench.train.quarantine import QuarantineCallback, quarantine_samples
+from vlbench.train.run_folder import RunFolder
+from vlbench.train.trainable_parts import check_trainable_params
+
+TINY = Path(__file__).parent / "goldens/yi_vl/tiny_a/checkpoint"
+LOOKS = {
+    "fit": ["fit"],
+    "dry run": ["fit", "dry_run=true"],
+    "check": ["check"],
+    "plan": ["plan"],
+}
+ONLY = ("only=chat", "stages.chat.steps=1", "stages.chat.global_batch_size=2")
+
+
+def record(image: str | None = "a.png", **keys: Any) -> dict[str, Any]:
+    tag = "<image>\n" if image else ""
+    turns = [{"from": "human", "value": f"{tag}Colour?"}, {"from": "gpt", "value": "red"}]
+    return {**({"image": image} if image else {}), "conversations": turns} | keys
+
+
+def write(folder: Path, name: str, *records: Any) -> Path:
+    (folder / name).write_text(json.dumps(records))
+    return folder / name
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with an image and data that are good."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    write(tmp_path, "good.json", *(record(id=str(n)) for n in range(4)))
+    write(tmp_path, "gone.json", *(record("no.png", id=str(n)) for n in range(4)))
+    write(tmp_path, "text.json", *(record(None, id=str(n)) for n in range(4)))
+    return tmp_path
+
+
+def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the one line with which a command is refused, before there is a run."""
+    verb, *more = words
+    assert main([verb, "recipe=yivl_llava", *more]) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and not Path("runs").exists()
+    return said
+
+
+@pytest.mark.parametrize("verb", LOOKS.values(), ids=LOOKS)
+@pytest.mark.parametrize(
+    ("val", "words"),
+    [
+        ("nothere.json", "data.val: nothere.json: there is no such file"),
+        ("good.txt", "data.val: good.txt: line 1"),
+        ("folder", "data.val: folder: holds no shards.json"),
+        ("gone.json", "no.png: does not exist (and 3 more of 4 samples). No good sample is left"),
+    ],
+)
+def test_held_out_samples_of_the_last_stage_are_looked_at_first(folder, capsys, verb, val, words):
+    (folder / "folder").mkdir()
+    (folder / "good.txt").write_text("good")
+    data = ["data.train=good.json", "data.on_bad_sample=quarantine", f"stages.chat.data.val={val}"]
+    said = refused([*verb, *data], capsys)
+    assert words in said and "data.val" in said
+
+
+def test_what_is_asked_at_the_end_is_opened_though_its_stage_is_not_run(folder, capsys):
+    data = ["data.train=good.json", "stages.chat.data.val=nothere.json", "only=align_224"]
+    assert "nothere.json: there is no such file" in refused(["fit", *data], capsys)
+
+
+def test_held_out_samples_may_be_shards(folder):
+    assert main(["pack", "data=good.json", "out=shards"]) == 0
+    words = ["recipe=yivl_llava", *ONLY, "data.train=good.json", "data.val=shards"]
+    (leg,) = stage_plan.plan_stage_runs(recipes.load_recipe(words))
+    assert leg.val_source is not None and len(leg.val_source) == 4 and leg.val_source[0].images
+
+
+def test_shards_that_are_not_there_are_told_before_the_first_step(folder, capsys):
+    assert main(["pack", "data=good.json", "out=shards", "samples=2"]) == 0
+    (folder / "shards/000001.tar").unlink()
+    data = ["data.train=good.json", "stages.chat.data.val=shards"]
+    assert "000001.tar: does not exist (and 1 more of 4" in refused(["fit", *data], capsys)
+    recipe = recipes.load_recipe(["recipe=yivl_llava", *ONLY, "data.train=shards"])
+    with pytest.raises(UserError, match="and 1 more of 4 samples"):
+        stage_plan.check_data(stage_plan.plan_stage_runs(recipe))
+
+
+@pytest.mark.parametrize("members", [{"0.png": b"?"}, {"0.png": b"", "0.txt": b"red"}])
+def test_shards_without_a_usable_sample_are_refused_before_the_first_step(folder, capsys, members):
+    with tarfile.open("bad.tar", "w") as tar:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    first = ["data.train=good.json", "data.on_bad_sample=quarantine"]
+    own = "stages.align_448.data.train=good.json"
+    for data in ([own, "stages.align_448.data.val=bad.tar"], ["stages.chat.data.train=bad.tar"]):
+        for verb in LOOKS.values():
+            said = refused([*verb, *first, *data], capsys)
+            assert "bad.tar" in said and ("has no text" in said or "is empty" in said)
+
+
+def test_an_image_that_git_lfs_has_not_fetched_is_called_so(folder, capsys):
+    (folder / "a.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    assert "a.png: is a Git-LFS pointer" in refused(["fit", "data.train=good.json"], capsys)
+
+
+def test_stages_share_a_file_that_is_open(folder):
+    planned = stage_plan.plan_stage_runs(
+        recipes.load_recipe(["recipe=yivl_llava", "data.train=good.json"])
+    )
+    assert len({id(source) for leg in planned for source in leg.all_sources}) == 1
+
+
+def test_held_out_samples_without_an_image_are_told(folder, capsys):
+    words = ["recipe=yivl_llava", *ONLY, "data.train=good.json", "data.val=text.json"]
+    recipe = recipes.load_recipe(words)
+    assert stage_plan.check_data(stage_plan.plan_stage_runs(recipe)) == []
+    assert "text.json: no sample has an image, so no question" in capsys.readouterr().out
+
+
+def test_held_out_samples_of_a_stage_of_captions_without_an_image_are_told(folder, capsys):
+    steps = ("stages.align_224.steps=1", "stages.align_224.global_batch_size=2")
+    words = ["recipe=yivl_llava", "only=align_224", *steps, "data.train=good.json"]
+    for val, told in (("text.json", True), ("good.json", False)):
+        recipe = recipes.load_recipe([*words, f"data.val={val}"])
+        stage_plan.check_data(stage_plan.plan_stage_runs(recipe))
+        line = "stage align_224: data.val text.json has no image"
+        assert (line in capsys.readouterr().out) == told
+
+
+@pytest.mark.parametrize(("more", "told"), [([], True), (["trainer.devices=2"], False)])
+def test_a_strategy_of_several_processes_is_told_of_where_there_is_one(capsys, more, told):
+    recipe = recipes.load_recipe(["recipe=yivl_llava", "trainer.strategy=fsdp2", *more])
+    run_report.show_run_start(recipe, RunFolder(Path("run")), [])
+    assert ("strategy=fsdp2 changes nothing in one process" in capsys.readouterr().out) == told
+
+
+def test_every_stage_judges_bad_samples_as_it_says(folder, capsys):
+    write(folder, "half.json", record(id="x"), record("no.png", id="y"))
+    data = [
+        "data.train=half.json",
+        "data.on_bad_sample=quarantine",
+        "stages.chat.data.on_bad_sample=stop",
+    ]
+    assert "no.png: does not exist" in refused(["fit", *data], capsys)
+
+
+@pytest.mark.parametrize("verb", LOOKS.values(), ids=LOOKS)
+def test_captions_without_an_image_are_refused(folder, capsys, verb):
+    said = refused([*verb, "data.train=text.json"], capsys)
+    assert "stage align_224 learns captions of images (sample_format=caption)" in said
+
+
+def test_captions_whose_images_are_all_bad_are_refused(folder, capsys):
+    texts = [record(None, id="t"), record("no.png", id="p")]
+    write(folder, "mixed.json", *texts)
+    said = refused(["fit", "data.train=mixed.json", "data.on_bad_sample=quarantine"], capsys)
+    assert "learns captions of images" in said
+
+
+def test_an_objective_of_images_is_refused_without_them(folder, capsys):
+    assert main(["fit", "recipe=yivl_blip2", "data.train=text.json"]) == 2
+    said = capsys.readouterr().err
+    assert "learns captions of images" in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("verb", LOOKS.values(), ids=LOOKS)
+def test_a_stage_that_trains_nothing_is_refused(folder, capsys, verb):
+    parts = [f"stages.chat.train.{part}=null" for part in ("vision", "connector", "language")]
+    assert "stages.chat.train names no part" in refused([*verb, *ONLY, *parts], capsys)
+    none = recipes.load_recipe(["recipe=yivl_llava", "stages.chat.steps=0", "only=chat", *parts])
+    assert stage_plan.plan_stage_runs(none)[0].total_steps == 0  # nothing is to be trained
+
+
+def test_a_part_without_parameters_is_no_part_to_train():
+    part = torch.nn.Identity()
+    vlm: Any = SimpleNamespace(connector=part)
+    stage: Any = SimpleNamespace(trained_parts={"connector": SimpleNamespace(lora=None)})
+    with pytest.raises(UserError, match="names connector, which has no parameters"):
+        check_trainable_params(vlm, "chat", stage, 2)
+    vlm.connector = torch.nn.Linear(1, 1)
+    check_trainable_params(vlm, "chat", stage, 2)
+
+
+# ---- identity
+
+
+def test_bad_records_with_equal_ids_are_counted_and_noted_one_by_one(folder):
+    write(folder, "equal.json", *(record("no.png", id="000000") for _ in range(3)), record())
+    words = ["recipe=yivl_llava", *ONLY, "data.train=equal.json", "data.on_bad_sample=quarantine"]
+    recipe = recipes.load_recipe(words)
+    bad = stage_plan.check_data(stage_plan.plan_stage_runs(recipe))
+    assert [one.record_identity for one in bad] == [("equal.json", n) for n in (1, 2, 3)]
+    run = RunFolder(folder)
+    for _ in range(2):  # as when it is resumed
+        quarantine_samples(run, bad)
+    lines = [json.loads(line) for line in run.quarantine_file.read_text().splitlines()]
+    assert [(line["id"], line["source"], line["record"]) for line in lines] == [
+        ("000000", "equal.json", n) for n in (1, 2, 3)
+    ]
+
+
+def test_check_counts_refused_records_with_equal_ids_and_tells_of_ids_once(folder, capsys):
+    bad = [record("no.png", id="same") | {"conversations": turns(n)} for n in (8, 9)]
+    good = [record(id="same") | {"conversations": turns(n)} for n in range(4)]
+    write(folder, "equal.json", *bad, *good)
+    words = ["data.train=equal.json", "data.on_bad_sample=quarantine", "only=chat", "out=out"]
+    assert main(["check", "recipe=yivl_llava", *words]) == 0
+    lines = [json.loads(line) for line in (folder / "out/findings.jsonl").read_text().splitlines()]
+    assert [line["record"] for line in lines if line["kind"] == "refused"] == [1, 2]
+    (twice,) = [line["what"] for line in lines if line["kind"] == "twice"]
+    assert "has the id of an earlier one, as 4 others do" in twice
+    assert main(["check", "recipe=yivl_llava", *words[:1], "only=chat", "out=out"]) == 2
+    assert "(and 1 more of 6 samples)" in capsys.readouterr().err
+
+
+def turns(number: int) -> list[dict[str, str]]:
+    return [
+        {"from": "human", "value": f"<image>\nColour {number}?"},
+        {"from": "gpt", "value": "red"},
+    ]
+
+
+def test_samples_with_equal_ids_have_names_of_their_own_in_a_batch(folder):
+    """What is random in a connector follows from these names."""
+    for name in ("one.json", "two.json"):
+        write(folder, name, *(record(id="same") for _ in range(3)))
+    sources = [(LlavaJson(folder / name, folder), 1.0) for name in ("one.json", "two.json")]
+    steps = StepDataset(
+        mixture=SourceMixture(sources, 0),
+        encoder=SampleEncoder(Tokenizer.load(TINY), YI_VL, tokens_per_image=4, max_length=512),
+        image_transform=ImageTransform(8, 8, (0.5,) * 3, (0.5,) * 3),
+        global_batch_size=6,
+        max_tokens_per_row=4096,
+        total_steps=1,
+    )
+    (batch,) = steps[0].micro_batches
+    assert set(batch.sample_ids) == {
+        *(f"same (record {n})" for n in (1, 2, 3)),
+        *(f"same (record {n} of source 2)" for n in (1, 2, 3)),
+    }
+    assert len(set(batch.image_ids)) == 6
+
+
+def test_bad_samples_name_their_record_also_when_their_images_are_broken(folder):
+    (folder / "b.png").write_bytes(b"no picture")
+    write(
+        folder,
+        "equal.json",
+        record(id="same"),
+        record("b.png", id="same"),
+        record(id="x") | {"image": ""},
+    )
+    steps = StepDataset(
+        mixture=SourceMixture([(LlavaJson("equal.json"), 1.0)], 0),
+        encoder=SampleEncoder(Tokenizer.load(TINY), YI_VL, tokens_per_image=4, max_length=512),
+        image_transform=ImageTransform(8, 8, (0.5,) * 3, (0.5,) * 3),
+        global_batch_size=3,
+        max_tokens_per_row=4096,
+        total_steps=1,
+    )
+    bad = {one.record_identity: str(one) for one in steps[0].bad_samples}
+    assert set(bad) == {("equal.json", 2), ("equal.json", 3)}
+    assert bad["equal.json", 2].startswith("sample same (record 2): ")
+
+
+# ---- what is noticed while a stage trains
+
+
+class World:
+    """A source of so many samples that is never read."""
+
+    def __init__(self, name: str, count: int) -> None:
+        self.name, self.count = name, count
+
+    def __len__(self) -> int:
+        return self.count
+
+
+def training(position: int, steps: int, **report: Any) -> Any:
+    told = {"samples": 0, "loss": 1.0, "skipped": False, **report}
+    return SimpleNamespace(steps_done=position, total_steps=steps, report=SimpleNamespace(**told))
+
+
+def quarantine(folder: Path, count: int, on_bad_sample: str = "auto") -> QuarantineCallback:
+    source: Any = World("here", count)
+    return QuarantineCallback(RunFolder(folder), on_bad_sample, SourceMixture([(source, 1.0)], 0))
+
+
+def test_bad_samples_of_other_stages_do_not_count_here(folder):
+    quarantine_samples(
+        RunFolder(folder), [BadSample("x", "y").with_origin("elsewhere", n) for n in range(1, 6)]
+    )
+    watcher = quarantine(folder, 200)
+    watcher.record_bad_samples([BadSample("same", "y").with_origin("here", 1)])
+    watcher.record_bad_samples(
+        [
+            BadSample("same", "y").with_origin("here", 2),
+            BadSample("same", "y").with_origin("here", 1),
+        ]
+    )
+    lines = RunFolder(folder).quarantine_file.read_text().splitlines()
+    assert Counter(json.loads(line)["source"] for line in lines) == {"elsewhere": 5, "here": 2}
+    with pytest.raises(UserError, match="and 2 more of 200 samples"):
+        watcher.record_bad_samples([BadSample("same", "y").with_origin("here", 3)])
+
+
+def test_a_stage_in_which_no_step_had_a_sample_is_a_mistake(folder):
+    watcher = quarantine(folder, 200)
+    step: Any = SimpleNamespace(index=0, bad_samples=[], skipped_samples=2)
+    watcher.on_stage_start(training(0, 2))
+    watcher.on_step_end(training(1, 2), step)
+    with pytest.raises(UserError, match="nothing was learned in 2 steps: 4 samples have no image"):
+        watcher.on_step_end(training(2, 2), step)
+    watcher = quarantine(folder, 200)
+    watcher.on_stage_start(training(1, 2))  # before it was stopped it may have learned
+    watcher.on_step_end(training(2, 2), step)
