@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from vlbench.config.schema import Recipe
+from vlbench.data.image_folder import page_refusal
 from vlbench.data.image_processing import ImageTransform
 from vlbench.data.sample import LazyImage, Sample
 from vlbench.data.sample_encoding import (
@@ -49,7 +50,7 @@ class SampleSpan:
     text: str
     position_count: int
     image_uri: str = ""
-    """A thumbnail of what the vision encoder sees of the image, as a data URI."""
+    """A thumbnail of what the vision encoder sees, as a data URI; "" if a page must not show it."""
 
 
 def render_audit(
@@ -118,8 +119,9 @@ def split_into_spans(
         if kind == "image":
             for _ in range(length // encoded.tokens_per_image):
                 image = next(images)
-                uri = _thumbnail_uri(image, transform)
-                yield SampleSpan(kind, image.name, encoded.tokens_per_image, uri)
+                refusal = page_refusal(image)
+                uri = "" if refusal else _thumbnail_uri(image, transform)
+                yield SampleSpan(kind, refusal or image.name, encoded.tokens_per_image, uri)
         else:
             text = decode(encoded.input_ids[position : position + length], keep_special=True)
             yield SampleSpan(kind, text, length)

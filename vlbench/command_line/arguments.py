@@ -57,6 +57,9 @@ class EvalArguments:
         metavar="FOLDER",
         is_path=True,
     )
+    allow_outside: bool = argument(
+        "read images that lie outside of the folder images=", False, metavar="true"
+    )
     split: str | None = argument("split of a benchmark; by default val", None)
     subjects: str | None = argument(
         "subjects of a benchmark, A,B,...; by default all", None, metavar="A,B"
@@ -248,6 +251,9 @@ class PackArguments:
     data: str = argument("conversations in LLaVA's format", metavar="FILE.json", is_path=True)
     images: str | None = argument(
         "folder of the images; by default beside the file", None, metavar="FOLDER", is_path=True
+    )
+    allow_outside: bool = argument(
+        "read images that lie outside of the folder images=", False, metavar="true"
     )
     out: str = argument(
         "a new folder", metavar="DIR", is_path=True, other_names=("to", "output", "folder")
