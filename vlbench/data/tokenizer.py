@@ -208,7 +208,7 @@ class FastTokenizer(Tokenizer):
 
         refuse_lfs_pointer(folder / "tokenizer.json", MAX_CONFIG_BYTES)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder)  # nosec B615: a local folder
             # turns off the file's padding and truncation once, before threads use it
             tokenizer.encode("")
         except Exception as error:  # of the library: whatever a broken file makes it raise

@@ -63,7 +63,7 @@ def load_caption_tokenizer(source: str, key: str) -> CaptionTokenizer:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)  # nosec B615: a local folder
     except Exception as error:  # of a dozen kinds, by what is wrong with which file
         raise UserError(
             f"{key} is '{source}', which has no tokenizer ({one_line(error)})"

@@ -148,7 +148,8 @@ def _build_llava_state_dict(vlm: VLM, vocab_size: int) -> dict[str, Tensor]:
 
 def build_llava_processor(vlm: LoadedVLM) -> LlavaProcessor:
     """Return transformers' processor that makes the same inputs as `Processor.prepare`."""
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(vlm.tokenizer.folder)
+    folder = vlm.tokenizer.folder
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)  # nosec B615: a local folder
     probe_texts = [
         vlm.processor.template.render_prompt([ChatTurn("human", "What? 12.5 km\n\n  是什么？")]),
         " a",

