@@ -1,8 +1,8 @@
 """Yi-VL-6B at a thousandth of its size, and conversations of the lengths that people train on.
 
 The language model keeps what decides ratios: the share of the vocabulary's projection in the
-parameters (4.5 % as in Yi-6B), grouped queries, the proportion of the MLP. The tower is a ninth of
-it, as ViT-H is of Yi-6B. Weights are random: nothing here learns anything.
+parameters (4.5 % as in Yi-6B), grouped queries, the proportion of the MLP. The encoder is a ninth
+of it, as ViT-H is of Yi-6B. Weights are random: nothing here learns anything.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ IMAGE_SIZE, PATCH = 112, 14
 LOG_MEAN, LOG_SIGMA, SHORTEST, LONGEST = 4.8, 0.8, 24, 1024  # tokens of text in a conversation
 SUPERVISED = (0.2, 0.8)  # share of the text that is answers
 IMAGES = (0, 3)  # of a conversation
-PICTURES = 64  # different ones
+IMAGE_COUNT = 64  # different ones
 
 
 def build_small_vlm(seed: int = 0) -> LoadedVLM:
@@ -50,7 +50,7 @@ def build_small_vlm(seed: int = 0) -> LoadedVLM:
     )
     language = LlamaForCausalLM(config)
     language.set_attn_implementation(PACKED_ATTENTION)
-    tower = {
+    encoder = {
         "hidden_size": 96,
         "intermediate_size": 384,
         "num_hidden_layers": 6,
@@ -59,7 +59,7 @@ def build_small_vlm(seed: int = 0) -> LoadedVLM:
         "patch_size": PATCH,
         "hidden_act": "gelu",
     }
-    visual = clip_layouts.build_clip_vit(tower)
+    visual = clip_layouts.build_clip_vit(encoder)
     for parameter in visual.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.02)
@@ -76,14 +76,14 @@ def build_small_vlm(seed: int = 0) -> LoadedVLM:
 
 @dataclass(frozen=True)
 class NumberedImage:
-    """A picture that is only a number; its pixels are in `pixels`."""
+    """An image that is only a number; its pixels are in `pixels`."""
 
     number: int
 
     @property
     def name(self) -> str:
         """Name it."""
-        return f"picture {self.number}"
+        return f"image {self.number}"
 
     def open(self) -> None:
         """Refuse: the pixels are made already."""
@@ -91,9 +91,9 @@ class NumberedImage:
 
 
 def random_pixels(seed: int = 0) -> Tensor:
-    """Return the pixels of all pictures, `[PICTURES, 3, IMAGE_SIZE, IMAGE_SIZE]`."""
+    """Return the pixels of all images, `[IMAGE_COUNT, 3, IMAGE_SIZE, IMAGE_SIZE]`."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(PICTURES, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+    return torch.randn(IMAGE_COUNT, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
 
 
 def make_conversations(
@@ -103,7 +103,7 @@ def make_conversations(
     per_image: int = (IMAGE_SIZE // PATCH) ** 2,
     vocabulary: int = VOCABULARY,
 ) -> list[EncodedSample]:
-    """Return conversations as token ids: pictures first, then text, the answers at its end."""
+    """Return conversations as token ids: images first, then text, the answers at its end."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     for number in range(count):
@@ -113,19 +113,19 @@ def make_conversations(
         share = low + (high - low) * torch.rand(1, generator=generator).item()
         shown = int(torch.randint(images[0], images[1] + 1, (1,), generator=generator))
         text = torch.randint(3, vocabulary, (length,), generator=generator).tolist()
-        pictures = [(number * IMAGES[1] + place) % PICTURES for place in range(shown)]
+        image_numbers = [(number * IMAGES[1] + place) % IMAGE_COUNT for place in range(shown)]
         answer = max(1, round(length * share))
-        found.append(encode_conversation(str(number), text, answer, pictures, per_image))
+        found.append(encode_conversation(str(number), text, answer, image_numbers, per_image))
     return found
 
 
 def encode_conversation(
-    name: str, text: list[int], answer: int, pictures: list[int], per_image: int
+    name: str, text: list[int], answer: int, image_numbers: list[int], per_image: int
 ) -> EncodedSample:
-    """Return pictures, by number, and then a text of which the last `answer` ids are learned."""
-    ids = [IMAGE_TOKEN_INDEX] * (per_image * len(pictures)) + text
+    """Return images, by number, and then a text of which the last `answer` ids are learned."""
+    ids = [IMAGE_TOKEN_INDEX] * (per_image * len(image_numbers)) + text
     labels = [IGNORE_INDEX] * (len(ids) - answer - 1) + text[-answer:] + [IGNORE_INDEX]
-    shown: tuple[LazyImage, ...] = tuple(map(NumberedImage, pictures))  # type: ignore[arg-type]
+    shown: tuple[LazyImage, ...] = tuple(map(NumberedImage, image_numbers))  # type: ignore[arg-type]
     return EncodedSample(ids, labels, Sample(name, (), shown), per_image)
 
 
@@ -140,7 +140,7 @@ class PackedSteps(Dataset[OptimizerStep]):
         image_pixels: Tensor,
         features: Tensor | None = None,
     ) -> None:
-        """Show `image_pixels`, by picture; or `features` of a frozen tower, where it has run."""
+        """Show `image_pixels`, by image; or `features` of a frozen encoder, where it has run."""
         self.samples, self.batch, self.max_tokens_per_row = samples, batch, max_tokens_per_row
         self.image_pixels, self.features = image_pixels, features
 
@@ -155,7 +155,7 @@ class PackedSteps(Dataset[OptimizerStep]):
         batches = []
         for row in pack_samples(some, self.max_tokens_per_row):
             chosen = [some[place] for place in row]
-            batch = collate([chosen], lambda picture: self.image_pixels[picture.number])  # type: ignore[attr-defined]
+            batch = collate([chosen], lambda image: self.image_pixels[image.number])  # type: ignore[attr-defined]
             if self.features is not None:
                 numbers = [p.number for one in chosen for p in one.sample.images]  # type: ignore[attr-defined]
                 batch = dataclasses.replace(batch, features=self.features[numbers])

@@ -1,9 +1,9 @@
-"""How much faster is an epoch whose tower is not run? `trainer.feature_cache` against none.
+"""How much faster is an epoch whose encoder is not run? `trainer.feature_cache` against none.
 
     python benchmarks/feature_cache.py
 
-Trains a stage with a frozen tower, several epochs over the same pictures, with kept features and
-without, in turns, where the tower takes most of a step's time. What comes before, computing the
+Trains a stage with a frozen encoder, several epochs over the same images, with kept features and
+without, in turns, where the encoder takes most of a step's time. What comes before, computing the
 features, is not timed; the losses of both must be the same to the last bit.
 """
 
@@ -17,18 +17,18 @@ from pathlib import Path
 
 from vlbench.__main__ import main as vlbench
 
-PICTURES, EPOCHS, BATCH, ROUNDS = 320, 3, 16, 3
+IMAGES, EPOCHS, BATCH, ROUNDS = 320, 3, 16, 3
 WORDS = [
     "fit",
     "recipe=yivl_llava",
     "only=align_448",
     "connector.name=avgpool",
-    "connector.pool=8",  # 4 tokens of a picture, so that the language model has little to do
+    "connector.pool=8",  # 4 tokens of an image, so that the language model has little to do
     "stages.align_448.train.vision=null",
     "stages.align_448.image_size=224",
-    f"stages.align_448.steps={EPOCHS * PICTURES // BATCH}",
+    f"stages.align_448.steps={EPOCHS * IMAGES // BATCH}",
     f"stages.align_448.global_batch_size={BATCH}",
-    f"data.samples={PICTURES}",
+    f"data.samples={IMAGES}",
     "log.every_n_steps=1",
     "log.evaluate_every=1000",
     "log.questions=1",
@@ -47,7 +47,7 @@ def fit_and_read_metrics(folder: Path, *overrides: str) -> list[dict[str, str]]:
 
 def median_step_seconds(logged: list[dict[str, str]]) -> float:
     """Return the median time of a step after the first epoch."""
-    later = logged[PICTURES // BATCH :]
+    later = logged[IMAGES // BATCH :]
     return statistics.median(float(row["step_seconds"]) for row in later)
 
 
@@ -64,10 +64,12 @@ def main() -> None:
             kept.append(median_step_seconds(with_))
     before, after = statistics.median(plain), statistics.median(kept)
     print("\n| | seconds a step, median of rounds | spread |\n|---|---:|---:|")
-    for name, found in (("tower runs", plain), ("features are kept", kept)):
+    for name, found in (("encoder runs", plain), ("features are kept", kept)):
         spread = f"{min(found):.3f} to {max(found):.3f}"
         print(f"| {name} | {statistics.median(found):.3f} | {spread} |")
-    print(f"\n{before / after:.1f} times as fast; the tower is {1 - after / before:.0%} of a step")
+    print(
+        f"\n{before / after:.1f} times as fast; the encoder is {1 - after / before:.0%} of a step"
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Does Flamingo's step grow with the number of pictures? It should grow with the text alone.
+"""Does Flamingo's step grow with the number of images? It should grow with the text alone.
 
     python benchmarks/flamingo_images.py
 
-Times one training step of the miniatures with Flamingo over the same text with 8 pictures and with
-2, side by side in one run; the tower and the resampler, which must look at every picture, are left
+Times one training step of the miniatures with Flamingo over the same text with 8 images and with
+2, side by side in one run; the encoder and the resampler, which must look at every image, are left
 out of the second figure.
 """
 
@@ -28,7 +28,7 @@ ROUNDS = 15
 
 
 def make_conversation(vlm: LoadedVLM, images: int) -> PackedBatch:
-    """Return a conversation of TURNS exchanges, of which `images` show a picture each."""
+    """Return a conversation of TURNS exchanges, of which `images` show an image each."""
     turns = []
     for number in range(TURNS):
         shown = number % (TURNS // images) == 0
@@ -69,7 +69,7 @@ def main() -> None:
     """Print the two ratios."""
     vlm = build_vlm(recipes.load_recipe(["recipe=yivl_flamingo"]), 112)
     few, many = make_conversation(vlm, 2), make_conversation(vlm, 8)
-    print(f"positions: {few.input_ids.shape[1]} with 2 pictures, {many.input_ids.shape[1]} with 8")
+    print(f"positions: {few.input_ids.shape[1]} with 2 images, {many.input_ids.shape[1]} with 8")
     for name, works in (
         ("whole step", [lambda b=b: vlm(b).loss_sum for b in (few, many)]),
         ("gated layers", [injection_pass(vlm, b) for b in (few, many)]),

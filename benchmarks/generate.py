@@ -2,7 +2,7 @@
 
     python benchmarks/generate.py
 
-The same model weight for weight, the same conversations with a picture each, greedy, in float32.
+The same model weight for weight, the same conversations with an image each, greedy, in float32.
 The peer is called with one conversation at a time, as its users do, and with the whole batch too.
 """
 
@@ -35,7 +35,7 @@ WORDS = "how many red blue green round balls boxes are there left right of the b
 
 
 def make_conversations() -> list[Messages]:
-    """Return questions of 5 to 60 words about pictures of noise."""
+    """Return questions of 5 to 60 words about images of noise."""
     rng = np.random.default_rng(0)
     found = []
     for _ in range(CONVERSATIONS):

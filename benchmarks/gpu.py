@@ -4,7 +4,7 @@
         [size=6b] [steps=8]
 
 Every part ends within eight minutes and puts its rows into RESULTS.md. `chat` trains all of Yi-VL
-at 448 pixels, `align` tower and connector at 224, `peer` does `chat` with the Trainer and
+at 448 pixels, `align` encoder and connector at 224, `peer` does `chat` with the Trainer and
 ever larger batches, `lora` trains adapters (size=34b), `connectors` tries each one. MFU counts
 what the stage needs (no recomputation, half of attention); the hardware's own utilisation stands
 beside it, and `ceiling` measures what matrix products reach. `answers` writes answers with a cache
@@ -92,7 +92,7 @@ def measure_stage(overrides: list[str], stage: str, steps: int) -> list[str]:
         torch.cuda.reset_peak_memory_stats()
     vlm = build_random_vlm(recipe, chosen.image_size, device)
     side = chosen.image_size
-    shown = torch.randn(benchmark_model.PICTURES, 3, side, side)
+    shown = torch.randn(benchmark_model.IMAGE_COUNT, 3, side, side)
     images = (1, 1) if chosen.sample_format == "caption" else benchmark_model.IMAGES
     per_image = vlm.connector.tokens_per_image
     samples = benchmark_model.make_conversations(
@@ -135,7 +135,7 @@ def measure_trainer(overrides: list[str], steps: int) -> list[list[str]]:
     device = root_device(recipe.trainer)
     stage = recipe.stages["chat"]
     side = stage.image_size
-    shown = torch.randn(benchmark_model.PICTURES, 3, side, side)
+    shown = torch.randn(benchmark_model.IMAGE_COUNT, 3, side, side)
     rows = []
     for micro in (1, 2, 4, 8):
         vlm = build_random_vlm(recipe, side, device).to(torch.float32)
@@ -163,7 +163,7 @@ def measure_trainer(overrides: list[str], steps: int) -> list[list[str]]:
 
 
 def measure_answers(overrides: list[str]) -> list[list[str]]:
-    """Answer questions about pictures in both ways, a number of conversations a row."""
+    """Answer questions about images in both ways, a number of conversations a row."""
     recipe = recipes.load_recipe(overrides)
     device = root_device(recipe.trainer)
     vlm = build_random_vlm(recipe, recipe.stages["chat"].image_size, device).eval()

@@ -1,4 +1,4 @@
-"""How many pictures a second become pixels, next to bare decoding, in one run on two processes.
+"""How many images a second become pixels, next to bare decoding, in one run on two processes.
 
     python benchmarks/image_preprocessing.py
 
@@ -36,7 +36,7 @@ def write_jpegs(folder: Path, size: tuple[int, int]) -> list[Path]:
 
 
 def decode_image(path: Path) -> int:
-    """Decode a picture and do nothing else."""
+    """Decode an image and do nothing else."""
     with Image.open(path) as image:
         return len(np.asarray(image.convert("RGB")))
 
@@ -69,7 +69,7 @@ PROCESSOR_CACHE: dict[int, object] = {}
 
 
 def measure_rate(image_task, paths: list[Path]) -> float:  # type: ignore[no-untyped-def]
-    """Return pictures per second on WORKERS processes that are warm."""
+    """Return images per second on WORKERS processes that are warm."""
     many = (paths * (FILES // len(paths) + 1))[:FILES]
     with multiprocessing.get_context("spawn").Pool(WORKERS, initializer=_use_one_thread) as pool:
         pool.map(image_task, paths * 2)
@@ -87,7 +87,7 @@ def _use_one_thread() -> None:
 def main() -> None:
     """Print the table."""
     lines = [
-        f"Pictures per second on {WORKERS} processes, to {SIDE} pixels.",
+        f"Images per second on {WORKERS} processes, to {SIDE} pixels.",
         "",
         "| JPEG | decoding alone | vlbench | transformers' processor | KB a file |",
         "|---|---:|---:|---:|---:|",
@@ -105,7 +105,7 @@ def main() -> None:
             cells = " | ".join(f"{one:.0f}" for one in rates)
             lines.append(f"| {name} | {cells} | {kilobytes:.0f} |")
             print(".", end="", file=sys.stderr, flush=True)
-    write_section("Pictures", lines)
+    write_section("Images", lines)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Any
 LIMIT = 2.5e9  # bytes beside the loaded weights
 PHOTO = Path(__file__).parents[1] / "tests/goldens/photos/cats.jpg"
 NAME = "clip-vit-H-14-laion2B-s32B-b79K-yi-vl-6B-448"
-TOWER = {
+ENCODER = {
     "hidden_act": "gelu",
     "hidden_size": 1280,
     "image_size": 448,
@@ -36,7 +36,7 @@ TOWER = {
 }
 LLAVA = {
     "image_aspect_ratio": "pad",
-    "mm_hidden_size": TOWER["hidden_size"],
+    "mm_hidden_size": ENCODER["hidden_size"],
     "mm_projector_type": "mlp2x_gelu_Norm",
     "mm_vision_select_feature": "patch",
     "mm_vision_select_layer": -2,
@@ -120,22 +120,22 @@ def write_model(folder: Path) -> None:
     language = build_empty_language(named_language_config("yi-6b"))
     main = {name: list(tensor.shape) for name, tensor in language.state_dict().items()}
     width = language.config.hidden_size
-    layers = {"0": [width, TOWER["hidden_size"]], "1": [width], "3": [width, width], "4": [width]}
+    layers = {"0": [width, ENCODER["hidden_size"]], "1": [width], "3": [width, width], "4": [width]}
     for number, shape in layers.items():
         main[f"model.mm_projector.{number}.weight"] = shape
         main[f"model.mm_projector.{number}.bias"] = [width]
     with torch.device("meta"):
-        visual = clip_layouts.to_hf_state_dict(clip_layouts.build_clip_vit(TOWER))
-    tower = folder / "vit" / NAME
-    tower.mkdir(parents=True)
+        visual = clip_layouts.to_hf_state_dict(clip_layouts.build_clip_vit(ENCODER))
+    encoder = folder / "vit" / NAME
+    encoder.mkdir(parents=True)
     write_tensors(random_tensors(main), folder)
     shapes = {f"vision_model.{name}": list(tensor.shape) for name, tensor in visual.items()}
-    write_tensors(random_tensors(shapes), tower)
+    write_tensors(random_tensors(shapes), encoder)
     rope = {"rope_parameters": None, "rope_theta": 5000000.0}
     for file, value in (
         (folder / "config.json", {**language.config.to_dict(), **rope, **LLAVA}),
-        (tower / "config.json", TOWER),
-        (tower / "preprocessor_config.json", PROCESSOR),
+        (encoder / "config.json", ENCODER),
+        (encoder / "preprocessor_config.json", PROCESSOR),
     ):
         file.write_text(json.dumps(value, indent=2))
     for name in ("tokenizer.model", "tokenizer_config.json"):

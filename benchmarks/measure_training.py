@@ -35,7 +35,7 @@ LR = 1e-4
 TRAINED = {
     "chat": ("vision", "connector", "language"),
     "align": ("vision", "connector"),  # the language model is frozen
-    "projector": ("connector",),  # so is the tower
+    "projector": ("connector",),  # so is the encoder
 }
 IMAGES = {"chat": benchmark_model.IMAGES, "align": (1, 1), "projector": (1, 1)}
 
@@ -64,7 +64,7 @@ def train_with_vlbench(
     known_features: bool,
     checkpointing_mode: str,
 ) -> StepTimer:
-    """Train with vlbench; rows have at most `micro` positions. `known_features`: of the tower.
+    """Train with vlbench; rows have at most `micro` positions. `known_features`: of the encoder.
 
     `checkpointing_mode` is what is recomputed.
     """

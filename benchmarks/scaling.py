@@ -40,8 +40,10 @@ def make_conversation(number: int, length: int, images: int) -> EncodedSample:
     """Return a conversation of which the second half is supervised."""
     per_image = (benchmark_model.IMAGE_SIZE // benchmark_model.PATCH) ** 2
     text = [3 + (7 * place + number) % (benchmark_model.VOCABULARY - 3) for place in range(length)]
-    pictures = [(number + n) % benchmark_model.PICTURES for n in range(images)]
-    return benchmark_model.encode_conversation(str(number), text, length // 2, pictures, per_image)
+    image_numbers = [(number + n) % benchmark_model.IMAGE_COUNT for n in range(images)]
+    return benchmark_model.encode_conversation(
+        str(number), text, length // 2, image_numbers, per_image
+    )
 
 
 def median_seconds(vlm: LoadedVLM, batches: list[PackedBatch]) -> float:

@@ -69,7 +69,7 @@ def main() -> None:
 
 TITLES = {
     "chat": "every part is trained",
-    "align": "tower and connector are trained, the language model is frozen",
+    "align": "vision encoder and connector are trained, the language model is frozen",
     "projector": "the connector alone is trained",
 }
 

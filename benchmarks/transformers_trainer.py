@@ -33,8 +33,8 @@ def trainer_examples(samples: list[EncodedSample], image_id: int) -> list[dict[s
     for one in samples:
         ids = [image_id if token == IMAGE_TOKEN_INDEX else token for token in one.input_ids]
         labels = [IGNORE_INDEX, *one.labels[:-1]]
-        numbers = [picture.number for picture in one.sample.images]  # type: ignore[attr-defined]
-        found.append({"input_ids": ids, "labels": labels, "pictures": numbers})
+        numbers = [image.number for image in one.sample.images]  # type: ignore[attr-defined]
+        found.append({"input_ids": ids, "labels": labels, "images": numbers})
     return found
 
 
@@ -42,7 +42,7 @@ class PaddingCollator:
     """Pad a batch to its longest conversation."""
 
     def __init__(self, image_pixels: Tensor) -> None:
-        """Show `image_pixels`, by picture."""
+        """Show `image_pixels`, by image."""
         self.image_pixels = image_pixels
 
     def __call__(self, batch: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -52,7 +52,7 @@ class PaddingCollator:
         def pad_column(key: str, value: int) -> Tensor:
             return torch.tensor([one[key] + [value] * (longest - len(one[key])) for one in batch])
 
-        numbers = [number for one in batch for number in one["pictures"]]
+        numbers = [number for one in batch for number in one["images"]]
         ids = pad_column("input_ids", 0)
         lengths = torch.tensor([len(one["input_ids"]) for one in batch])
         made = {

@@ -1,4 +1,4 @@
-"""Draw connectors.svg, four ways from a picture into the text: python docs/draw_connectors.py."""
+"""Draw connectors.svg, four ways from an image into the text: python docs/draw_connectors.py."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ FILE = Path(__file__).with_name("connectors.svg")
 GUTTER, PANEL, WIDTH, HEIGHT, PITCH = 134, 300, 1338, 808, 20  # PITCH: from place to place
 Points = list[tuple[int, int]]
 VISION, LANGUAGE, INK, DAY, DUSK = "#2f6fb3", "#2a8a66", "#222222", "#cfe3f6", "#f6cfc0"
-FIRST, SECOND = "#c06c00", "#7c300c"  # the connector; what is of a second picture is darker
+FIRST, SECOND = "#c06c00", "#7c300c"  # the connector; what is of a second image is darker
 LAYERS, GATED = (440, 520, 562, 642), (480, 602)  # tops of decoder layers and of what is before two
-ROWS = {150: "picture", 218: "tower", 258: "patches", 322: "connector", 401: "text"}
+ROWS = {150: "image", 218: "vision encoder", 258: "patches", 322: "connector", 401: "text"}
 ROWS |= {top + 21: f"decoder layer {i}" for i, top in enumerate(LAYERS)}
 ROWS |= {top + 12: "gated cross-" for top in GATED} | {top + 29: "attention" for top in GATED}
 PANELS = (
     "(a) one token per patch|llava_mlp, linear,|glu, eva|The text holds a place|for every patch.",
     "(b) fewer tokens|qformer, resampler, avgpool,|pixel_shuffle, c_abstractor"
     "|The text stays shorter: every|decoder layer has less to do.",
-    "(c) inside the decoder|flamingo||One place a picture; each stretch|of text looks at its own.",
+    "(c) inside the decoder|flamingo||One place per image; each stretch|of text looks at its own.",
     "(d) both|mixed||The tokens stand in the text,|which looks at them again.",
 )
 STYLE = """text{font:16px Helvetica,Arial,sans-serif;text-anchor:middle}
@@ -76,7 +76,7 @@ def draw_connector(
 
 
 def draw_image_to_text(middle: int, count: int, words: str) -> str:
-    """Return a picture on its way through tower and connector into `count` places of the text."""
+    """Return an image on its way through encoder and connector into `count` places of the text."""
     parts = [draw_image(middle), draw_arrow([(middle, 182), (middle, 200)], VISION)]
     parts += [draw_box(middle - 90, 200, 178, 26, VISION), draw_text(middle, 218, "ViT", "white")]
     for x in range(middle - 90, middle + 90, PITCH):
@@ -118,7 +118,7 @@ def draw_attention(x: int, places: int, words: str, colour: str, start: Points) 
 
 
 def draw_flamingo(middle: int) -> str:
-    """Return two pictures, whose latents stay out of the text, and a place for each."""
+    """Return two images, whose latents stay out of the text, and a place for each."""
     parts = [
         draw_language_model(middle, "tt1ttt2ttt"),
         draw_box(middle - 124, 200, 248, 26, VISION),
@@ -134,12 +134,12 @@ def draw_flamingo(middle: int) -> str:
         ]
         parts += [draw_box(at - 29 + PITCH * i, 338, 18, 18, colour) for i in range(3)]
         start = [(at, 357), (at, 368), (middle + 134 * way, 368)]
-        parts += [draw_attention(middle + 80 * number - 140, 4, f"picture {number}", colour, start)]
+        parts += [draw_attention(middle + 80 * number - 140, 4, f"image {number}", colour, start)]
     return "".join(parts)
 
 
 def draw_page() -> str:
-    """Return the picture of the page docs/connectors.md as SVG."""
+    """Return the figure of the page docs/connectors.md as SVG."""
     a, b, c, d = middles = [GUTTER + PANEL * i + PANEL // 2 for i in range(4)]
     parts = [f"<style>{STYLE}</style>", draw_box(0, 0, WIDTH, HEIGHT, "white")]
     parts += [draw_text(GUTTER - 6, y, words, kind="row") for y, words in ROWS.items()]
@@ -152,7 +152,7 @@ def draw_page() -> str:
     parts += [draw_image_to_text(a - 10, 9, "one for one"), draw_image_to_text(b - 10, 4, "merge")]
     parts += [draw_flamingo(c), draw_image_to_text(d - 10, 9, "one of (a) or (b)")]
     parts += [
-        draw_attention(d - 100, 11, "the picture's tokens", FIRST, [(d + 78, 317), (d + 138, 317)])
+        draw_attention(d - 100, 11, "the image's tokens", FIRST, [(d + 78, 317), (d + 138, 317)])
     ]
     legend = ((420, VISION, "vision"), (600, FIRST, "connector"), (800, LANGUAGE, "language model"))
     for x, colour, words in legend:

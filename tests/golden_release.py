@@ -16,7 +16,7 @@ from vlbench.model.weights.tensor_files import read_tensors, weight_files
 
 GOLDEN = Path(__file__).parent / "goldens/yi_vl/tiny_a"
 CHECKPOINT = GOLDEN / "checkpoint"
-TOWER = "vit/clip-vit-H-14-laion2B-s32B-b79K-yi-vl-6B-448"
+ENCODER_FOLDER = "vit/clip-vit-H-14-laion2B-s32B-b79K-yi-vl-6B-448"
 CASES = json.loads((GOLDEN / "cases.json").read_text(encoding="utf-8"))
 TOLERANCE = CASES["tolerance"]
 ROLES = {"human": "user", "assistant": "assistant"}

@@ -119,7 +119,7 @@ def matplotlib_settings(matplotlib: Any) -> dict[str, Any]:
 
 
 def pillow_settings(image: Any) -> dict[str, Any]:
-    return {"pictures": (image.MAX_IMAGE_PIXELS, image.core.get_alignment())}
+    return {"images": (image.MAX_IMAGE_PIXELS, image.core.get_alignment())}
 
 
 RECIPE = ["recipe=yivl_llava", "log.questions=2", "log.examples=0", "log.evaluate_every=1"]

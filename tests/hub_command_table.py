@@ -1,7 +1,7 @@
 """The table of commands: how each is told, how a test types it, what is fetched, what is compared.
 
 What differs from the command as it is told is what it stands for (`FILE.json`, `SHARDS`), and how
-much is trained: towers have two blocks, language models are narrow, stages are short, and as many
+much is trained: encoders have two blocks, language models are narrow, stages are short, and as many
 processes run as a test can have.
 """
 
@@ -29,7 +29,7 @@ from vlbench.model.weights.weight_origin import read_origins
 
 YI, YI_34B, YI_VL = "01-ai/Yi-6B-Chat", "01-ai/Yi-34B-Chat", "01-ai/Yi-VL-6B"
 VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-TOWER = {VIT_H: ("open_clip_model.safetensors",)}
+ENCODER = {VIT_H: ("open_clip_model.safetensors",)}
 ALL = ("*",)
 """Every file of a repository but what people alone read."""
 CHAT, CHAT_34B = {YI: ALL}, {YI_34B: ALL}
@@ -58,12 +58,12 @@ class CommandFolder:
     """What the command has printed."""
 
     def check_parts(self, vlm: LoadedVLM, name: str = YI) -> None:
-        """Assert that tower and language model are those of the hub."""
-        assert_vision_encoder(vlm.vision.visual, self.hub[VIT_H].files[TOWER[VIT_H][0]].path)
+        """Assert that encoder and language model are those of the hub."""
+        assert_vision_encoder(vlm.vision.visual, self.hub[VIT_H].files[ENCODER[VIT_H][0]].path)
         assert_language_model(vlm.language, self.hub[name].folder)
 
     def check_run(self, run: str, name: str = YI) -> None:
-        """Assert that an untrained run holds the tower and the language model of the hub."""
+        """Assert that an untrained run holds the encoder and the language model of the hub."""
         self.check_parts(vlbench.load(self.folder / run), name)
 
     def check_origins(self, run: str) -> None:
@@ -187,18 +187,18 @@ TORCHRUN = (
     "-m vlbench fit recipe=yivl_llava"
 )
 ROWS_6B = (
-    HubCommand(f"{FIT} {DATA}", f"run=run {ONE_STEP} {LOW}", TOWER | CHAT, check_trained),
+    HubCommand(f"{FIT} {DATA}", f"run=run {ONE_STEP} {LOW}", ENCODER | CHAT, check_trained),
     HubCommand(
         f"{FIT} data.train=/data/shards run=runs/6b",
         UNTRAINED,
-        TOWER | CHAT,
+        ENCODER | CHAT,
         check_untrained("runs/6b"),
         "SHARDS",
     ),
     HubCommand(
         f"{FIT} data.train=SHARDS dry_run=true",
         SHORT,
-        TOWER | CHAT,
+        ENCODER | CHAT,
         check_output("align_224", "align_448", "chat"),
         "SHARDS",
         slow=True,
@@ -206,7 +206,7 @@ ROWS_6B = (
     HubCommand(
         f"{FIT} data.train=SHARDS trainer.devices=8 {FSDP2}",
         f"run=two {UNTRAINED}",
-        TOWER | CHAT,
+        ENCODER | CHAT,
         check_untrained("two"),
         "SHARDS",
         slow=True,
@@ -214,7 +214,7 @@ ROWS_6B = (
     HubCommand(
         f"{FIT} data.train=/data/shards trainer.devices=8 {FSDP2} run=runs/6b",
         ONE_STEP,
-        TOWER | CHAT,
+        ENCODER | CHAT,
         lambda desk: desk.check_origins("runs/6b"),
         "SHARDS",
         slow=True,
@@ -222,7 +222,7 @@ ROWS_6B = (
     HubCommand(
         f"sbatch {SLURM} size=6b data.train=/data/shards run=runs/llava-6b",
         UNTRAINED,
-        TOWER | CHAT,
+        ENCODER | CHAT,
         check_untrained("runs/llava-6b"),
         "SHARDS",
         slow=True,
@@ -231,7 +231,7 @@ ROWS_6B = (
         "python -m vlbench compare recipe=yivl_llava,yivl_qformer,yivl_flamingo,yivl_eva size=6b "
         "match=params data.train=FILE.json",
         f"data.images=FOLDER jobs=1 dry_run=true {SHORT} {LOW}",
-        TOWER | CHAT,
+        ENCODER | CHAT,
         check_output("yivl_llava", "yivl_qformer", "yivl_flamingo", "yivl_eva"),
         slow=True,
     ),
@@ -269,7 +269,7 @@ ROWS_6B = (
 ROWS_34B = (
     *(
         HubCommand(
-            told, UNTRAINED, TOWER | CHAT_34B, check_untrained(run, YI_34B), "SHARDS", slow=True
+            told, UNTRAINED, ENCODER | CHAT_34B, check_untrained(run, YI_34B), "SHARDS", slow=True
         )
         for told, run in (
             (f"sbatch --nodes=16 {SLURM} size=34b {FSDP2} data.train=/data/shards", "runs/job-7"),

@@ -37,12 +37,12 @@ SMALL = {
     "mixed": {"tokens": "avgpool", "every": 1, "heads": 2, "head_width": 8},
     "c_abstractor": {"side": 1, "depth": 1, "width": 16},
 }
-"""Options of connectors whose defaults are too large for a picture of 2 x 2 patches."""
+"""Options of connectors whose defaults are too large for an image of 2 x 2 patches."""
 
 
 @dataclass(frozen=True)
 class NoiseImage:
-    """A picture of noise that only its seed decides."""
+    """An image of noise that only its seed decides."""
 
     seed: int
 
@@ -99,7 +99,7 @@ def make_batch(vlm: LoadedVLM, rows: list[list[Sample]]) -> PackedBatch:
     """Encode samples into the rows of one batch."""
     encoder = vlm.processor.sample_encoder()
     encoded = [[encoder.encode(sample) for sample in row] for row in rows]
-    return collate(encoded, lambda picture: vlm.processor.transform(picture.open()))
+    return collate(encoded, lambda image: vlm.processor.transform(image.open()))
 
 
 def open_gates(vlm: LoadedVLM) -> LoadedVLM:

@@ -180,7 +180,7 @@ def test_captions_skip_samples_without_an_image():
     assert step.image_count == 9 and step.micro_batches[0].input_ids[0, 0] < 0
 
 
-def test_a_picture_is_opened_once_per_step():
+def test_an_image_is_opened_once_per_step():
     OPENED.clear()
     step = steps(source=MixedSource(12))[0]
     assert len(OPENED) == len(set(OPENED)) < step.image_count

@@ -1,4 +1,4 @@
-"""Prompts and pictures of MMMU and CMMMU are those of the reference scripts, byte by byte."""
+"""Prompts and images of MMMU and CMMMU are those of the reference scripts, byte by byte."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 def shown(asked: BenchmarkPrompt, record: BenchmarkRecord) -> list[str | None]:
-    """Name the pictures as the goldens do: MMMU by column, CMMMU by file, None for zeros."""
-    names = {picture: name for name, picture in record.images.items()}
+    """Name the images as the goldens do: MMMU by column, CMMMU by file, None for zeros."""
+    names = {image: name for name, image in record.images.items()}
     return [None if isinstance(one, ZeroImage) else names[one] for one in asked.images]
 
 
@@ -98,14 +98,14 @@ def test_cmmmu(case):
 
 
 def of_cmmmu(files: str = "q_1_001.png", **changes: object) -> BenchmarkRecord:
-    """Return a record of CMMMU with these pictures and changes."""
+    """Return a record of CMMMU with these images and changes."""
     pictures = {file: RecordImage("1", file, b"") for file in files.split()}
     start = replace(CMMMU["1101"], question="问", options=tuple("甲乙丙丁"), answer="A")
     return replace(start, images=pictures, **changes)
 
 
 def of_mmmu(columns: int = 1, **changes: object) -> BenchmarkRecord:
-    """Return a record of MMMU with so many pictures and these changes."""
+    """Return a record of MMMU with so many images and these changes."""
     pictures = {f"image_{n + 1}": RecordImage("1", f"{n + 1}.png", b"") for n in range(columns)}
     return replace(MMMU["validation_Math_11"], images=pictures, **changes)
 
@@ -128,7 +128,7 @@ def test_equal_options_become_one_and_later_letters_shift():
 TWO = "a_1_001.png a_1_002.png"
 TAGS = ('<img="a_1_001.png">', '图<img="a_1_002.png">', "丙", "丁")
 CHOICES = {
-    "the question's first picture": (of_cmmmu("a_1_001.png q_1_002.png q_1_001.png"), 1),
+    "the question's first image": (of_cmmmu("a_1_001.png q_1_002.png q_1_001.png"), 1),
     "two of the options hide it": (of_cmmmu(f"q_1_001.png {TWO}"), "zero"),
     "two of the options alone": (of_cmmmu(TWO, options=TAGS), "zero"),
     "one of the options alone": (of_cmmmu("a_1_001.png"), "has no image in its question"),
@@ -152,7 +152,7 @@ def test_what_yi_shows_of_cmmmu(record, expected):
         assert made.images == (list(record.images.values())[expected],)
 
 
-def test_tags_of_options_go_by_the_numbers_of_their_pictures():
+def test_tags_of_options_go_by_the_numbers_of_their_images():
     record = of_cmmmu(f"q_1_001.png {TWO}", options=TAGS)
     assert lines(asked(record, "yi")) == ["(A) ", "(B) 图", "(C) 丙", "(D) 丁"]
     swapped = replace(record, options=(TAGS[1], TAGS[0], *TAGS[2:]))
@@ -175,7 +175,7 @@ def test_what_yi_shows_of_mmmu(question, options, zero):
     assert asked(record, "official").images == (record.images["image_1"],)
 
 
-def test_mmmu_without_its_first_picture():
+def test_mmmu_without_its_first_image():
     record = MMMU["validation_Math_10"]
     assert asked(record, "yi").images == (ZeroImage(),)
     assert "the reference draws a letter" in prompt_or_skip(record, "official").reason
@@ -183,7 +183,7 @@ def test_mmmu_without_its_first_picture():
     assert lmms.images == () and lmms.user_turn.text == lmms.text
 
 
-def test_a_picture_is_shown_once_or_as_often_as_it_is_cited():
+def test_an_image_is_shown_once_or_as_often_as_it_is_cited():
     record = MMMU["validation_Accounting_8"]
     assert record.question.count("<image 1>") == 2
     made = asked(record, "lmms")
@@ -207,7 +207,7 @@ def test_an_answer_without_an_option(answer):
 
 
 @pytest.mark.parametrize("pad", [True, False])
-def test_no_picture_is_exactly_zero(pad):
+def test_no_image_is_exactly_zero(pad):
     transform = ImageTransform(56, 56, MEAN, STD, pad=pad)
     pixels = transform(ZeroImage().open())
     assert pixels.dtype == torch.float32 and torch.equal(pixels, torch.zeros(3, 56, 56))

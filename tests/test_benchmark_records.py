@@ -78,9 +78,9 @@ def test_a_record_of_mmmu():
     assert record.question.endswith("What are the equivalent units?<image 1>")
     assert record.options == ("It's 42,000", 'He said "no"', "C:\\temp\\new", "a\nb")
     assert record.answer == "C" and list(record.images) == ["image_1"]
-    picture = record.images["image_1"]
-    assert picture.name == "record validation_Accounting_3: image validation_Accounting_3_1.png"
-    assert picture.open().mode == "RGB" and "bytes" not in repr(picture)
+    image = record.images["image_1"]
+    assert image.name == "record validation_Accounting_3: image validation_Accounting_3_1.png"
+    assert image.open().mode == "RGB" and "bytes" not in repr(image)
     answers = {record.id: record.answer for record in mmmu()}
     assert answers["validation_Math_2"] == ("24/7", "3.429")
     assert {record.answer for record in mmmu(split="test")} == {None}
@@ -92,7 +92,7 @@ def test_a_record_of_cmmmu():
     record = records["1105"]
     assert (record.subject, record.category, record.type) == ("艺术", "艺术与设计", "选择")
     assert record.options[0] == '<img="a_01105_001.png">' and record.answer == "D"
-    # the hub's columns begin with the question's picture, GitHub's list ends with it
+    # the hub's columns begin with the question's image, GitHub's list ends with it
     assert next(iter(record.images)) == "q_01105_001.png"
     listed = {record.id: record for record in cmmmu("cmmmu_tiny_github")}["1105"]
     assert next(iter(listed.images)) == "a_01105_001.png"
@@ -170,7 +170,7 @@ def test_options_may_be_a_list_or_its_text():
     assert parse_options("['\\frac{1}{2}']", "x") == ("\frac{1}{2}",)  # as Python reads the escape
 
 
-def test_cells_of_pictures():
+def test_cells_of_images():
     assert parse_image(None, "r", ()) is None
     assert parse_image({"bytes": None, "path": None}, "r", (None,)) is None
     assert parse_image(b"x", "r", ("a.png",)) == RecordImage("r", "a.png", b"x")
@@ -306,7 +306,7 @@ def test_lines_that_are_not_json(tmp_path):
         cmmmu(data)
 
 
-def test_a_broken_or_missing_picture_is_named_when_it_is_opened(tmp_path):
+def test_a_broken_or_missing_image_is_named_when_it_is_opened(tmp_path):
     data = copied("cmmmu_tiny_github", tmp_path)
     (data / GITHUB / "q_07101_001.png").write_bytes(b"no picture")
     (data / GITHUB / "q_07110_001.png").unlink()
@@ -317,15 +317,15 @@ def test_a_broken_or_missing_picture_is_named_when_it_is_opened(tmp_path):
         records["7110"].images["q_07110_001.png"].open()
 
 
-def test_a_torn_picture_in_a_parquet_file_is_named(tmp_path):
+def test_a_torn_image_in_a_parquet_file_is_named(tmp_path):
     table = pq.read_table(VALIDATION)
     cells = table["image_1"].to_pylist()
     cells[0] = {"bytes": cells[0]["bytes"][:500], "path": "validation_Accounting_1_1.png"}
     data = rewritten(tmp_path, image_1=pa.array(cells, table["image_1"].type))
-    picture = mmmu(data)[0].images["image_1"]
+    image = mmmu(data)[0].images["image_1"]
     words = "record validation_Accounting_1: image validation_Accounting_1_1.png: cannot be read"
     with pytest.raises(UserError, match=words):
-        picture.open()
+        image.open()
 
 
 def test_reading_and_asking_import_no_torch():

@@ -27,7 +27,7 @@ def test_both_sides_learn_the_same_from_the_same_tokens():
         for side, micro in (("ours", "micro=2048"), ("theirs", "micro=8"))
     )
     assert ours["tokens"] == theirs["tokens"]
-    # the peer has one id more, for pictures, which takes a thousandth of the probability
+    # the peer has one id more, for images, which takes a thousandth of the probability
     assert ours["losses"] == pytest.approx(theirs["losses"], abs=2e-3)
 
 

@@ -106,7 +106,7 @@ def test_who_sees_whom_while_telling():
 
 
 def first_stage_vlm(**options):
-    """Return a small model in its first stage, its connector and tower trained."""
+    """Return a small model in its first stage, its connector and encoder trained."""
     small = {"queries": 3, "width": 16, "layers": 2, "heads": 2, "ffn_width": 24, "itc_width": 8}
     vlm = small_vlm(QFormer, {**small, "text": "embedded", **options})
     vlm.model.set_objective("blip2")
@@ -123,7 +123,7 @@ def test_every_parameter_learns_and_the_projection_waits():
         assert parameter.grad is not None and (idle or parameter.grad.any()), name
 
 
-def test_a_batch_without_pictures_gives_zero_and_gradients():
+def test_a_batch_without_images_gives_zero_and_gradients():
     vlm = first_stage_vlm()
     out = vlm(make_batch(vlm, [[make_sample(1, images=0)]]))
     loss = sum(value for value, _ in out.extra.values())

@@ -34,7 +34,7 @@ def test_one_question_is_answered_as_the_reference_answers(capsys):
     assert capsys.readouterr().out == case["text"] + "\n"
 
 
-def test_a_conversation_has_history_pictures_and_an_end(monkeypatch, capsys):
+def test_a_conversation_has_history_images_and_an_end(monkeypatch, capsys):
     lines = [f"/image {WIDE}", "What?", "Why?", "/history", "/reset", "/history", "/quit", "never"]
     assert talk(lines, monkeypatch) == 0
     said = capsys.readouterr().out
@@ -152,8 +152,8 @@ WRONG_ORDERS = {
     "system later": [("user", "a"), ("assistant", "b"), ("system", "c"), ("user", "d")],
     "system alone": [("system", "a")],
     "nothing": [],
-    "picture of the system": [("system", WIDE), ("user", "b")],
-    "picture of the assistant": [("user", "a"), ("assistant", WIDE), ("user", "b")],
+    "image of the system": [("system", WIDE), ("user", "b")],
+    "image of the assistant": [("user", "a"), ("assistant", WIDE), ("user", "b")],
     "half a character": [("user", "a\ud800")],
 }
 

@@ -1,4 +1,4 @@
-"""Pictures in a conversation: several at once, by URL, taken back; and answers that are none."""
+"""Images in a conversation: several at once, by URL, taken back; and answers that are none."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def talk(lines: list[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """A picture, a page that is none, and a file without end."""
+    """An image, a page that is none, and a file without end."""
 
     def do_GET(self) -> None:
         if self.path == "/gone.png":
@@ -62,7 +62,7 @@ def url():
 
 
 def shown(monkeypatch) -> list[list[int]]:
-    """Note how many pictures every question is asked with."""
+    """Note how many images every question is asked with."""
     real, seen = LoadedVLM.chat, []
 
     def chat(self, messages, *args, **options):
@@ -74,7 +74,7 @@ def shown(monkeypatch) -> list[list[int]]:
     return seen
 
 
-def test_every_image_line_adds_a_picture_to_the_next_question(monkeypatch, capsys):
+def test_every_image_line_adds_an_image_to_the_next_question(monkeypatch, capsys):
     seen = shown(monkeypatch)
     lines = [f"/image {WIDE}", f"/image {TALL}", "Both?", f"/image '{WIDE}' {TALL}", "More?"]
     assert talk([*lines, "None?"], monkeypatch) == 0
@@ -84,7 +84,7 @@ def test_every_image_line_adds_a_picture_to_the_next_question(monkeypatch, capsy
     assert said.count(f"{TALL} comes with the next question (2 images)") == 2
 
 
-def test_waiting_pictures_can_be_taken_back(monkeypatch, capsys):
+def test_waiting_images_can_be_taken_back(monkeypatch, capsys):
     seen = shown(monkeypatch)
     assert talk([f"/image {WIDE}", "/drop", "Hello"], monkeypatch) == 0
     assert seen == [[0]] and "removed: 1 image" in capsys.readouterr().out
@@ -150,7 +150,7 @@ def test_a_name_with_spaces_is_one_file(tmp_path, monkeypatch, capsys):
     assert f"image {tmp_path / 'not there.png'}: does not exist" in capsys.readouterr().err
 
 
-def test_a_picture_by_url_is_the_file_it_names(url, monkeypatch, capsys):
+def test_an_image_by_url_is_the_file_it_names(url, monkeypatch, capsys):
     words = ["question=What?", "max_new_tokens=8"]
     answers = []
     for image in (WIDE, f"{url}/picture.png"):
@@ -170,7 +170,7 @@ def test_a_picture_by_url_is_the_file_it_names(url, monkeypatch, capsys):
         ("/endless", "takes more than 1 MB or 60 seconds"),
     ],
 )
-def test_a_url_that_gives_no_picture_is_one_line(path, message, url, monkeypatch, capsys):
+def test_a_url_that_gives_no_image_is_one_line(path, message, url, monkeypatch, capsys):
     monkeypatch.setattr(image_download, "MAX_BYTES", 1_000_000)
     assert main(["chat", f"model={CHECKPOINT}", f"image={url}{path}", "question=Hello"]) == 2
     said = capsys.readouterr().err

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from vlbench.command_line.arguments import TemplateName
 from vlbench.data.chat_template import CHAT_TEMPLATES, YI_VL
 from vlbench.data.sample import ChatTurn
 from vlbench.errors import UserError
@@ -51,3 +53,9 @@ def test_a_conversation_may_bring_its_system_prompt():
 def test_prompts_without_a_last_question_are_refused(roles, words):
     with pytest.raises(UserError, match=words):
         YI_VL.render_prompt([ChatTurn(role, "x") for role in roles])
+
+
+def test_every_name_that_a_verb_or_a_recipe_takes_has_its_template():
+    assert {name: CHAT_TEMPLATES[name].name for name in CHAT_TEMPLATES} == {
+        name: name for name in get_args(TemplateName)
+    }

@@ -16,7 +16,7 @@ from vlbench.data.sample import Sample
 from vlbench.data.sample_encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX, EncodedSample
 from vlbench.data.scene_world import make_scene
 
-SAMPLES, PICTURES = 2000, 200
+SAMPLES, IMAGES = 2000, 200
 LONG = "round " * 3000  # more tokens than language.max_length
 
 Record = dict[str, Any]
@@ -26,7 +26,7 @@ def record(number: int, image: str | None = None) -> Record:
     """Return a fine record; its texts are its own."""
     return {
         "id": f"fine-{number}",
-        "image": image or f"{number % PICTURES}.png",
+        "image": image or f"{number % IMAGES}.png",
         "conversations": [
             {"from": "human", "value": f"<image>\nWhat is in picture {number}?"},
             {"from": "gpt", "value": f"A thing, number {number}."},
@@ -67,16 +67,16 @@ FAULTS: dict[str, tuple[Any, str, str]] = {
         "refused",
         "text of 'gpt' is empty",
     ),
-    "more tags than pictures": (
+    "more tags than images": (
         {"conversations": turns("<image> <image>\ntwo", "x")},
         "refused",
         "2 image tags in the text but 1 image",
     ),
-    "picture named as a number": ({"image": 7}, "refused", "expected a file name"),
-    "picture that is missing": ({"image": "nowhere.png"}, "refused", "does not exist"),
-    "picture without bytes": ({"image": "empty.png"}, "refused", "is empty (0 bytes)"),
-    "picture cut off": ({"image": "torn.png"}, "refused", "broken or cut off"),
-    "picture that is none": ({"image": "text.png"}, "refused", "not an image"),
+    "image named as a number": ({"image": 7}, "refused", "expected a file name"),
+    "image that is missing": ({"image": "nowhere.png"}, "refused", "does not exist"),
+    "image without bytes": ({"image": "empty.png"}, "refused", "is empty (0 bytes)"),
+    "image cut off": ({"image": "torn.png"}, "refused", "broken or cut off"),
+    "image that is none": ({"image": "text.png"}, "refused", "not an image"),
     "half a character": (
         {"conversations": turns("<image>\nhalf \ud83d", "x")},
         "refused",
@@ -94,7 +94,7 @@ FAULTS: dict[str, tuple[Any, str, str]] = {
     ),
     "the same record twice": ("copy", "twice", "has the images and turns of record"),
     "the same id twice": ({"id": "fine-3"}, "twice", "has the id of an earlier one"),
-    "the same picture twice": ({"image": "copy.png"}, "twice", "has the same content as"),
+    "the same image twice": ({"image": "copy.png"}, "twice", "has the same content as"),
     "a strip": ({"image": "strip.png"}, "odd", "is a strip of 640 x 4 pixels"),
     "text that ends answers": (
         {"conversations": turns("<image>\nstop", "one ### two")},
@@ -110,10 +110,10 @@ FAULTS: dict[str, tuple[Any, str, str]] = {
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    """A folder of pictures, some of them bad."""
+def images(tmp_path_factory) -> Path:
+    """A folder of images, some of them bad."""
     folder = tmp_path_factory.mktemp("pictures")
-    for number in range(PICTURES):
+    for number in range(IMAGES):
         make_scene("check", 0, number).open().save(folder / f"{number}.png")
     shutil.copy(folder / "5.png", folder / "copy.png")
     (folder / "empty.png").write_bytes(b"")
@@ -125,7 +125,7 @@ def pictures(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def planted(pictures, tmp_path_factory) -> tuple[Path, list[Record]]:
+def planted(images, tmp_path_factory) -> tuple[Path, list[Record]]:
     """What `check` finds in 2,000 records with every fault once."""
     records: list[Any] = [record(number) for number in range(SAMPLES - len(FAULTS))]
     for number, (change, _, _) in enumerate(FAULTS.values()):
@@ -138,7 +138,7 @@ def planted(pictures, tmp_path_factory) -> tuple[Path, list[Record]]:
     folder = tmp_path_factory.mktemp("check")
     file = folder / "data.json"
     file.write_text(json.dumps(records))
-    words = [f"data.train={file}", f"data.images={pictures}", f"out={folder / 'out'}"]
+    words = [f"data.train={file}", f"data.images={images}", f"out={folder / 'out'}"]
     words += ["only=chat", "data.on_bad_sample=quarantine"]
     assert main(["check", "recipe=yivl_llava", *words]) == 0
     lines = (folder / "out/findings.jsonl").read_text().splitlines()
@@ -164,10 +164,10 @@ def test_the_report_tells_lengths_and_counts(planted):
     assert "tokens of a sample: median" in report and "####" in report
 
 
-def test_good_data_are_told_so(pictures, tmp_path, capsys):
+def test_good_data_are_told_so(images, tmp_path, capsys):
     file = tmp_path / "good.json"
     file.write_text(json.dumps([record(number) for number in range(20)]))
-    words = [f"data.train={file}", f"data.images={pictures}", f"out={tmp_path / 'out'}"]
+    words = [f"data.train={file}", f"data.images={images}", f"out={tmp_path / 'out'}"]
     assert main(["check", "recipe=yivl_llava", *words]) == 0
     assert "nothing is wrong" in capsys.readouterr().out
     page = (tmp_path / "out/audit.html").read_text()
@@ -175,10 +175,10 @@ def test_good_data_are_told_so(pictures, tmp_path, capsys):
     assert '<span class="learned">A thing, number' in page and "http" not in page
 
 
-def test_data_that_training_would_refuse_are_a_mistake(pictures, tmp_path, capsys):
+def test_data_that_training_would_refuse_are_a_mistake(images, tmp_path, capsys):
     file = tmp_path / "bad.json"
     file.write_text(json.dumps([record(1), record(2, "nowhere.png")]))
-    words = [f"data.train={file}", f"data.images={pictures}", f"out={tmp_path / 'out'}"]
+    words = [f"data.train={file}", f"data.images={images}", f"out={tmp_path / 'out'}"]
     assert main(["check", "recipe=yivl_llava", *words]) == 2
     assert "nowhere.png: does not exist" in capsys.readouterr().err
     assert (tmp_path / "out/findings.jsonl").is_file()

@@ -114,7 +114,7 @@ def test_the_words_of_a_recipe_are_left_as_they_are() -> None:
 
 
 def test_words_without_a_key_are_checked_like_others() -> None:
-    assert parse_arguments(ListArguments, ["sizes", "towers"]).kinds == ("sizes", "towers")
+    assert parse_arguments(ListArguments, ["sizes", "encoders"]).kinds == ("sizes", "encoders")
     with pytest.raises(UserError, match="Did you mean 'sizes'"):
         parse_arguments(ListArguments, ["size"])
 

@@ -39,7 +39,7 @@ def model(name: str, frozen: str) -> LoadedVLM:
 
 
 def batches(vlm: LoadedVLM) -> list[PackedBatch]:
-    """Return micro-batches, each with another length, and numbers of samples and pictures."""
+    """Return micro-batches, each with another length, and numbers of samples and images."""
     rows = [
         [make_sample(1), make_sample(2, images=2)],
         [make_sample(3, words=9)],
@@ -109,7 +109,7 @@ def test_compiled_blocks_learn_the_same(name, frozen, way, one_call, graphs, mon
     for ours, theirs in zip(learned(vlm), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
     made = graphs()
-    assert 0 < made <= (6 if one_call else 12)  # of tower blocks and decoder layers together
+    assert 0 < made <= (6 if one_call else 12)  # of encoder blocks and decoder layers together
     assert list(vlm.model.state_dict()) == names
     ask = vlm.prepare([{"role": "user", "content": "How many?"}])
     assert len(vlm.generate(ask, max_new_tokens=3)[0]) and graphs() == made

@@ -43,7 +43,7 @@ PACKINGS = {
 
 
 def prepared(vision: bool = False) -> LoadedVLM:
-    """Return the small model in BLIP-2's first stage, in float64; its tower learns if `vision`."""
+    """Return the small model in BLIP-2's first stage, in float64; `vision`: its encoder learns."""
     qformer = registry.load_connector("qformer")
     vlm = small_vlm(qformer, {**SMALL["qformer"], "itc_width": 8})
     torch.manual_seed(5)
@@ -77,7 +77,7 @@ def learned(packing: Sequence[Sequence[int]], vision: bool) -> tuple[StepReport,
     return training.report, grads
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["frozen tower", "trained tower"])
+@pytest.fixture(scope="module", params=[False, True], ids=["frozen encoder", "trained encoder"])
 def whole(request) -> tuple[bool, StepReport, dict[str, Tensor]]:
     """The step of one micro-batch with all pairs, as the reference takes it."""
     return request.param, *learned([list(range(PAIRS))], request.param)
@@ -217,12 +217,12 @@ def told(run: Path) -> list[dict[str, float]]:
         return [{name: float(row[name] or 0) for name in names} for row in csv.DictReader(file)]
 
 
-TOWER = "stages.blip2.train.vision.lr=1e-4"
+ENCODER = "stages.blip2.train.vision.lr=1e-4"
 WAYS = {
     "alone": (),
-    "alone, trained tower": (TOWER,),
+    "alone, trained encoder": (ENCODER,),
     "ddp": (TWO, "trainer.strategy=ddp", "stages.blip2.max_tokens_per_row=60"),
-    "ddp, trained tower": (TWO, "trainer.strategy=ddp", TOWER),
+    "ddp, trained encoder": (TWO, "trainer.strategy=ddp", ENCODER),
     "fsdp2": (TWO, "trainer.strategy=fsdp2", "stages.blip2.max_tokens_per_row=60"),
 }
 
@@ -245,7 +245,7 @@ def curves(tmp_path_factory) -> dict[str, list[dict[str, float]]]:
 
 @pytest.mark.parametrize("way", [way for way in WAYS if not way.startswith("alone")])
 def test_runs_tell_the_same_whatever_computes_them(way, curves):
-    expected = curves["alone, trained tower" if "trained tower" in way else "alone"]
+    expected = curves["alone, trained encoder" if "trained encoder" in way else "alone"]
     assert len(curves[way]) == len(expected) == 2
     assert expected[0]["itc"] > 1.5 and expected[-1]["held_out_itc"] > 2
     for one, other in zip(curves[way], expected, strict=True):

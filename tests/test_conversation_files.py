@@ -121,7 +121,7 @@ def test_bad_records_are_found_and_named(folder, bad, name, words):
     assert data[1].id == "sound"
 
 
-def test_preflight_opens_pictures_only_while_they_are_few(folder):
+def test_preflight_opens_images_only_while_they_are_few(folder):
     (folder / "b.png").write_bytes(b"")
     data = source(folder, record(), record(image="b.png", id="r2"), record(image="b.png", id="r3"))
     assert [fault.sample_id for fault in preflight_bad_samples(data)] == ["r2", "r3"]

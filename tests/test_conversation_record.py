@@ -25,7 +25,7 @@ from vlbench.errors import BadSample, UserError, escape_to_one_line
 ANSWER = {"from": "gpt", "value": "red"}
 PLAIN = [{"from": "human", "value": "Colour?"}, ANSWER]
 TAGGED = [{"from": "human", "value": "<image>\nColour?"}, ANSWER]
-PICTURE = "data:image/jpeg;base64," + base64.b64encode(bytes(60_000)).decode()
+IMAGE = "data:image/jpeg;base64," + base64.b64encode(bytes(60_000)).decode()
 HF = [
     {
         "role": "user",
@@ -118,13 +118,13 @@ READ: dict[str, tuple[Record, list[str], list[str]]] = {
         [f"{P}\nColour?", "red"],
         ["a.jpg"],
     ),
-    "where the picture came from": (
+    "where the image came from": (
         {"image": "d/a.jpg", "image_url": "https://x/y.jpg", "path": "/c/a.jpg"}
         | {"conversations": TAGGED},
         [f"{P}\nColour?", "red"],
         ["d/a.jpg"],
     ),
-    "what is known about the picture": (
+    "what is known about the image": (
         {"image": "a.jpg", "image_id": 7, "width": 4, "num_images": 1, "image_size": [4, 4]}
         | {"conversations": TAGGED},
         [f"{P}\nColour?", "red"],
@@ -135,7 +135,7 @@ READ: dict[str, tuple[Record, list[str], list[str]]] = {
         [f"{P}\nColour?", "red"],
         ["a.jpg"],
     ),
-    "null in keys of pictures": (
+    "null in keys of images": (
         {"image_path": [None], "video": {"bytes": None, "path": None}, "conversations": PLAIN},
         ["Colour?", "red"],
         [],
@@ -154,7 +154,7 @@ READ: dict[str, tuple[Record, list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", READ)
-def test_a_record_is_read_with_all_pictures_and_texts(name):
+def test_a_record_is_read_with_all_images_and_texts(name):
     record, texts, pictures = READ[name]
     sample = read(record)
     assert [turn.text for turn in sample.turns] == texts and list(sample.images) == pictures
@@ -165,7 +165,7 @@ def test_a_record_is_read_with_all_pictures_and_texts(name):
 # name: (record, part of the message)
 REFUSED: dict[str, tuple[Record, str]] = {
     **{
-        f"picture in {key}": (
+        f"image in {key}": (
             {key: value, "conversations": PLAIN},
             f"'{key}' is not read; name the file in 'image'",
         )
@@ -179,18 +179,18 @@ REFUSED: dict[str, tuple[Record, str]] = {
             ("file_name", "a.jpg"),
             ("picture", {"bytes": "x"}),
             ("source", "a.jpg"),
-            ("b64", PICTURE),
+            ("b64", IMAGE),
         )
     },
-    "a second picture": (
+    "a second image": (
         {"image": "a.jpg", "image_2": "b.jpg", "conversations": TAGGED},
         "'image_2' is not read",
     ),
-    "a second picture by address": (
+    "a second image by address": (
         {"image": "a.jpg", "image_2": "http://x/b.jpg", "conversations": TAGGED},
         "'image_2' is not read",
     ),
-    "picture in a turn": (
+    "image in a turn": (
         {"conversations": [{**PLAIN[0], "image": "a.jpg"}, ANSWER]},
         "turn 1: 'image' is not read",
     ),
@@ -205,17 +205,17 @@ REFUSED: dict[str, tuple[Record, str]] = {
         "another system turn",
     ),
     "system a list": ({"system": ["A"], "conversations": PLAIN}, "'system' is a list"),
-    "two sets of pictures": (
+    "two sets of images": (
         {"image": "a.jpg", "images": ["b.png"], "conversations": TAGGED},
         "other images in 'image' than in 'images'",
     ),
-    "pictures in two ways": ({"image": "b.png", "messages": HF}, "expected one way"),
+    "images in two ways": ({"image": "b.png", "messages": HF}, "expected one way"),
     "two conversations": ({"messages": HF, "conversations": PLAIN}, "expected one of them"),
     "a part that is none": (
         {"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}, HF[1]]},
         "turn 1: a part of 'content' is a mapping",
     ),
-    "a picture in a part of text": (
+    "an image in a part of text": (
         {
             "messages": [
                 {
@@ -227,7 +227,7 @@ REFUSED: dict[str, tuple[Record, str]] = {
         },
         "turn 1: in a part of 'content' 'image' is not read",
     ),
-    "a second picture in a part": (
+    "a second image in a part": (
         {
             "messages": [
                 {
@@ -239,11 +239,11 @@ REFUSED: dict[str, tuple[Record, str]] = {
         },
         "turn 1: in a part of 'content' 'path' is not read",
     ),
-    "the bytes of a small picture": (
+    "the bytes of a small image": (
         {"image": "/9j/4AAQ\n" * 30, "conversations": TAGGED},
         "an image as text; write it to a file",
     ),
-    "the address of a picture with a query": (
+    "the address of an image with a query": (
         {"path": "https://x/a.jpg?width=3", "conversations": PLAIN},
         "'path' is not read",
     ),
@@ -255,15 +255,15 @@ REFUSED: dict[str, tuple[Record, str]] = {
         {"image": "a.jpg", "conversations": [{"from": "system", "value": "<image>"}, *PLAIN]},
         "<image> in a turn of 'system'",
     ),
-    "a picture as text": (
-        {"image": PICTURE, "conversations": TAGGED},
+    "an image as text": (
+        {"image": IMAGE, "conversations": TAGGED},
         "an image as text; write it to a file",
     ),
     "an address": (
         {"image": "https://x/a.jpg", "conversations": TAGGED},
         "a URL; download it",
     ),
-    "pictures without tags": (
+    "images without tags": (
         {"images": ["a.jpg", "b.png"], "conversations": PLAIN},
         "0 image tags in the text but 2 images; write <image>",
     ),
@@ -282,8 +282,8 @@ REFUSED: dict[str, tuple[Record, str]] = {
             ("<|image_1|>", {"image": "a.jpg"}, "write <image>"),
             ("<|vision_start|><|image_pad|><|vision_end|>", {"image": "a.jpg"}, "write <image>"),
             ("<ImageHere>", {"image": "a.jpg"}, "write <image>"),
-            (f"![it]({PICTURE})", {}, "name the file in 'image'"),
-            (f"<img>{PICTURE}</img>", {}, "name the file in 'image'"),
+            (f"![it]({IMAGE})", {}, "name the file in 'image'"),
+            (f"<img>{IMAGE}</img>", {}, "name the file in 'image'"),
             ("<image/>", {"image": "a.jpg"}, "write <image>"),
             ("< image >", {"image": "a.jpg"}, "write <image>"),
             ("<image>a.jpg</image>", {"image": "a.jpg"}, "write <image>"),
@@ -325,7 +325,7 @@ def test_a_key_that_may_hold_something_is_told_once_with_a_count(folder, capsys)
     assert sum("is not read" in line for line in lines) == 3
 
 
-def test_check_counts_pictures_without_a_tag_and_tags_that_are_text(folder, capsys):
+def test_check_counts_images_without_a_tag_and_tags_that_are_text(folder, capsys):
     records = [
         {"id": "a", "images": ["a.jpg"], "conversations": PLAIN},
         {"id": "b", "image": "b.png", "conversations": said("<im_start><image><im_end>")},
@@ -380,17 +380,17 @@ def test_keys_beside_the_caption_of_a_shard_are_looked_at_too(folder):
         shards[2]
 
 
-def test_texts_and_pictures_of_a_shard_that_are_not_read_are_named(folder):
-    picture = (folder / "a.jpg").read_bytes()
+def test_texts_and_images_of_a_shard_that_are_not_read_are_named(folder):
+    image = (folder / "a.jpg").read_bytes()
     turns = [{"from": "human", "value": "<image>"}, ANSWER]
     members = {
-        "0.jpg": picture,
+        "0.jpg": image,
         "0.json": b'{"caption": "red"}',
         "0.txt": b"blue",
-        "1.jpg": picture,
+        "1.jpg": image,
         "1.json": b'{"caption": "red"}',
         "1.txt": b"red\n",
-        "2.jpg": picture,
+        "2.jpg": image,
         "2.png": (folder / "b.png").read_bytes(),
         "2.json": json.dumps({"image": "2.jpg", "conversations": turns}).encode(),
         "2.mp4": b"?",
@@ -472,6 +472,6 @@ def test_a_bad_sample_keeps_its_identity_on_the_way_out_of_a_worker():
 
 
 def test_a_long_word_in_any_message_is_shortened():
-    assert len(str(UserError(f"image {PICTURE}: does not exist"))) < 200
-    assert "80,023 characters" in str(BadSample(PICTURE, "x"))
+    assert len(str(UserError(f"image {IMAGE}: does not exist"))) < 200
+    assert "80,023 characters" in str(BadSample(IMAGE, "x"))
     assert str(UserError("data " + "a/" * 100)) == "data " + "a/" * 100

@@ -1,4 +1,4 @@
-"""Looking at one's own picture: by a kernel or one by one, and nothing is asked of the device."""
+"""Looking at one's own image: by a kernel or one by one, and nothing is asked of the device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vlbench.connector import registry
 from vlbench.model import cross_attention
 from vlbench.model.cross_attention import ImageSegments, attend_to_images, find_segments
 
-NONE_BETWEEN = [[-1, 0, 0, 2, 2, 2], [-1, -1, 3, 3, 3, -1]]  # nobody sees picture 1
+NONE_BETWEEN = [[-1, 0, 0, 2, 2, 2], [-1, -1, 3, 3, 3, -1]]  # nobody sees image 1
 
 
 def kernel(
@@ -40,7 +40,7 @@ def gradients(sees: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("sees", [NONE_BETWEEN, [[-1, -1]], [[0, 1, 2, 3]]])
-def test_the_kernel_gives_what_attention_picture_by_picture_gives(sees, monkeypatch):
+def test_the_kernel_gives_what_attention_image_by_image_gives(sees, monkeypatch):
     sees = torch.tensor(sees)
     expected = gradients(sees)
     assert not expected[0][sees < 0].any()
@@ -54,7 +54,7 @@ def test_the_kernel_gives_what_attention_picture_by_picture_gives(sees, monkeypa
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("width", [8, 64, 128])
-def test_the_kernel_of_a_gpu_gives_what_attention_picture_by_picture_gives(width):
+def test_the_kernel_of_a_gpu_gives_what_attention_image_by_image_gives(width):
     sees = torch.tensor(NONE_BETWEEN).repeat(1, 50).sort(dim=1)[0].cuda()  # rows of 300
     query = torch.randn(*sees.shape, 4, width, device="cuda", requires_grad=True)
     key, value = (torch.randn(4, 64, 4, width, device="cuda", requires_grad=True) for _ in "kv")

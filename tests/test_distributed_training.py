@@ -33,23 +33,23 @@ STEPS = 10
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """Words that name conversations of which every second has no picture."""
+    """Words that name conversations of which every second has no image."""
     folder = tmp_path_factory.mktemp("data")
     records = []
     for number in range(24):
-        picture = {} if number % 2 else {"image": f"{number}.png"}
+        image = {} if number % 2 else {"image": f"{number}.png"}
         place = "" if number % 2 else "<image>\n"
-        if picture:
+        if image:
             make_scene("processes", 0, number).open().save(folder / f"{number}.png")
         told = [f"{place}What is number {number}?", "It is red. " * (1 + number % 5)]
         turns = [{"from": who, "value": v} for who, v in zip(("human", "gpt"), told, strict=True)]
-        records.append({"id": str(number), **picture, "conversations": turns})
+        records.append({"id": str(number), **image, "conversations": turns})
     (folder / "data.json").write_text(json.dumps(records))
     return f"data.train={folder / 'data.json'}", f"data.images={folder}"
 
 
 def words(way: str, run: Path, data: tuple[str, ...], *more: str) -> tuple[str, ...]:
-    """Return a command: 2 samples a step, one with a picture and one without for two processes."""
+    """Return a command: 2 samples a step, one with an image and one without for two processes."""
     stage = "align_448" if way == "frozen" else "chat"
     short = (
         f"stages.{stage}.global_batch_size=2",

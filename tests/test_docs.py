@@ -1,4 +1,4 @@
-"""The page on connectors: its options, costs, commands, connectors and picture are true."""
+"""The page on connectors: its options, costs, commands, connectors and figure are true."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_the_page_has_two_connectors() -> None:
     assert PAGE.count("```python") == 2
 
 
-def test_the_picture_is_what_its_script_draws() -> None:
+def test_the_figure_is_what_its_script_draws() -> None:
     drawn = runpy.run_path(str(DOCS / "draw_connectors.py"))["draw_page"]()
     assert (DOCS / "connectors.svg").read_text(encoding="utf-8") == drawn
     assert "](connectors.svg)" in PAGE

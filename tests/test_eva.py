@@ -99,7 +99,7 @@ def batch_of_names(names: list[str]) -> SimpleNamespace:
     return SimpleNamespace(image_ids=names)
 
 
-def test_what_is_hidden_follows_from_step_and_picture_alone():
+def test_what_is_hidden_follows_from_step_and_image_alone():
     vlm = small_vlm(Eva, SMALL)
     samples = [make_sample(1), make_sample(2, images=2), make_sample(3, images=0)]
     packed = make_batch(vlm, [samples])
@@ -125,7 +125,7 @@ def test_the_weight_of_the_objective_matters():
     torch.testing.assert_close(2 * shares[1][0], shares[2][0])
 
 
-def test_the_tower_is_not_taught_to_be_easy():
+def test_the_encoder_is_not_taught_to_be_easy():
     vlm = small_vlm(Eva, SMALL)
     vlm(make_batch(vlm, [[make_sample(1)]])).extra["eva"][0].backward()
     assert all(p.grad is None for p in vlm.vision.parameters())

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from vlbench.__main__ import main
 from vlbench.evaluate import batch_inference
@@ -93,7 +94,7 @@ def test_what_is_withheld_gives_a_file_to_submit(model, tmp_path, capsys):
     assert all(json.loads(line).keys() == {"id", "type", "response"} for line in lines)
 
 
-def test_blank_pictures_are_asked_on_request(model, tmp_path, capsys):
+def test_blank_images_are_asked_on_request(model, tmp_path, capsys):
     assert take(model, tmp_path / "out", "mmmu", "mmmu_tiny", "limit=5", "blank=true") == 0
     assert "with blank images: 0." in capsys.readouterr().out
     blind = (tmp_path / "out/blank.jsonl").read_text().splitlines()
@@ -103,11 +104,11 @@ def test_blank_pictures_are_asked_on_request(model, tmp_path, capsys):
 def test_a_question_that_cannot_be_asked_is_named(model, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(GOLDENS / "cmmmu_tiny_github", data)
-    picture = sorted(data.glob("cmmmu-data-val/*/q_*.png"))[0]
-    picture.write_bytes(picture.read_bytes()[:50])
+    image = sorted(data.glob("cmmmu-data-val/*/q_*.png"))[0]
+    image.write_bytes(image.read_bytes()[:50])
     assert take(model, tmp_path / "out", "cmmmu", str(data)) == 0
     named = (tmp_path / "out/skipped.jsonl").read_text()
-    assert picture.name in named
+    assert image.name in named
     assert json.loads((tmp_path / "out/scores.json").read_text())["skipped"] == len(
         named.splitlines()
     )
@@ -136,3 +137,20 @@ def test_mistakes_are_one_line_before_the_model_is_loaded(words, message, tmp_pa
     said = capsys.readouterr().err
     assert message in said and len(said.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_compiled_reaches_the_decoding_step_and_gives_the_same_answers(
+    model, tmp_path, monkeypatch
+):
+    compiled_functions = []
+
+    def traced(function, **options):  # the graph is that of the real step; Inductor is left out
+        compiled_functions.append(function.__name__)
+        return function
+
+    monkeypatch.setattr(torch, "compile", traced)
+    assert take(model, tmp_path / "eager", "mmmu", "mmmu_tiny", "limit=6") == 0
+    assert not compiled_functions
+    assert take(model, tmp_path / "compiled", "mmmu", "mmmu_tiny", "limit=6", "compiled=true") == 0
+    assert set(compiled_functions) == {"_decode_step"}
+    assert answers(tmp_path / "compiled") == answers(tmp_path / "eager")

@@ -1,4 +1,4 @@
-"""The picture of examples: readable in two languages, tidy whatever is put in."""
+"""The figure of examples: readable in two languages, tidy whatever is put in."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def drawn(folder: Path, *examples: AnsweredExample, title: str = "title") -> np.
 
 
 def example(question: str = "q", answer: str = "a", truth: str = "a", image=RED) -> AnsweredExample:
-    """Make an example about one picture."""
+    """Make an example about one image."""
     return AnsweredExample((image,), question, answer, truth)
 
 
@@ -154,7 +154,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("kind", ODD)
-def test_odd_pictures_are_shown_in_their_colour(kind, tmp_path):
+def test_odd_images_are_shown_in_their_colour(kind, tmp_path):
     shown = colours(drawn(tmp_path, example(image=ODD[kind])))
     if kind.startswith("gray"):
         assert (77, 77, 77) in shown
@@ -162,14 +162,14 @@ def test_odd_pictures_are_shown_in_their_colour(kind, tmp_path):
         assert (9, 200, 9) in shown
 
 
-def test_tiny_pictures_keep_sharp_pixels(tmp_path):
+def test_tiny_images_keep_sharp_pixels(tmp_path):
     board = Image.fromarray((np.indices((8, 8)).sum(0) % 2 * 255).astype(np.uint8))
     plain, shown = (colours(drawn(tmp_path, example(image=i))) for i in (RED, board))
     assert shown - plain <= {(0, 0, 0), (255, 255, 255)}
 
 
 @pytest.mark.parametrize("count", [0, 2, 3, 4, 9])
-def test_any_number_of_pictures_fits_the_card(count, tmp_path):
+def test_any_number_of_images_fits_the_card(count, tmp_path):
     pixels = drawn(tmp_path, AnsweredExample((RED,) * count, "q", "a", "a"))
     red = np.flatnonzero((pixels == (200, 30, 40)).all(-1).any(0))
     assert len(red) > 200 if count else len(red) == 0
@@ -179,7 +179,7 @@ def test_any_number_of_pictures_fits_the_card(count, tmp_path):
     )
 
 
-def test_a_failure_leaves_the_old_picture_and_nothing_else(tmp_path, monkeypatch):
+def test_a_failure_leaves_the_old_figure_and_nothing_else(tmp_path, monkeypatch):
     before = drawn(tmp_path, example())
 
     def broken(self: Image.Image, path: Path, **options: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from golden_release import (
     CASES,
     CHECKPOINT,
-    TOWER,
+    ENCODER_FOLDER,
     case_messages,
     copy_checkpoint,
     edit_json,
@@ -60,7 +60,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
     return {name: folder / name for name in options}
 
 
-def picture() -> list[dict]:
+def image_messages() -> list[dict]:
     noise = torch.randint(0, 255, (60, 90, 3), generator=torch.manual_seed(0), dtype=torch.uint8)
     image = Image.fromarray(noise.numpy())
     parts = [{"type": "image", "image": image}, {"type": "text", "text": "What? 是什么？"}]
@@ -82,9 +82,11 @@ def stale(state: dict) -> None:
 
 VARIANTS = {
     "golden": lambda folder: None,
-    "bin shards, stale tower, buffers": lambda folder: rewrite_weights(folder, stale),
-    "float32 tower": lambda folder: rewrite_weights(
-        folder / TOWER, lambda s: s.update({k: v.float() for k, v in s.items()}), "safetensors"
+    "bin shards, stale encoder, buffers": lambda folder: rewrite_weights(folder, stale),
+    "float32 encoder": lambda folder: rewrite_weights(
+        folder / ENCODER_FOLDER,
+        lambda s: s.update({k: v.float() for k, v in s.items()}),
+        "safetensors",
     ),
 }
 
@@ -95,7 +97,7 @@ def test_importing_and_exporting_a_release_is_the_identity(change, tmp_path):
     change(source)
     assert export(source, to, "yi_vl") == 0
     assert_same_tensors(source, to)
-    assert_same_tensors(source / TOWER, to / TOWER)
+    assert_same_tensors(source / ENCODER_FOLDER, to / ENCODER_FOLDER)
     for file in (*source.glob("*.json"), source / "tokenizer.model", *source.glob("vit/*/*.json")):
         if not file.name.endswith(".index.json"):
             assert (to / file.relative_to(source)).read_bytes() == file.read_bytes()
@@ -117,7 +119,9 @@ def test_a_release_survives_vlbenchs_own_format(tmp_path):
 @pytest.mark.parametrize("layout", ["yi_vl", "vlbench"])
 def test_a_run_comes_back_from_every_layout_that_holds_it(layout, runs, tmp_path):
     assert export(runs["yi_vl"], tmp_path / "to", layout) == 0
-    assert torch.equal(logits(tmp_path / "to", picture()), logits(runs["yi_vl"], picture()))
+    assert torch.equal(
+        logits(tmp_path / "to", image_messages()), logits(runs["yi_vl"], image_messages())
+    )
     card = (tmp_path / "to" / "README.md").read_text()
     assert "LlavaMLP, depth 2, norm True" in card and "| accuracy |" in card
 
@@ -129,7 +133,7 @@ def test_a_type_can_be_chosen(runs, tmp_path):
     for dtype in ("fp16", "float32"):
         to = tmp_path / dtype
         assert export(CHECKPOINT, to, "yi_vl", f"dtype={dtype}") == 0
-        said = json.loads((to / TOWER / "config.json").read_text())["torch_dtype"]
+        said = json.loads((to / ENCODER_FOLDER / "config.json").read_text())["torch_dtype"]
         assert said == {"fp16": "float16"}.get(dtype, dtype)
 
 
@@ -141,7 +145,7 @@ def test_transformers_computes_the_same_logits(name, runs, tmp_path):
     model = LlavaForConditionalGeneration.from_pretrained(to, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(to, backend="pil")
     vlm = vlbench.load(runs[name])
-    asked = picture()
+    asked = image_messages()
     image = asked[0]["content"][0]["image"]
     prompt = processor.apply_chat_template(asked, add_generation_prompt=True)
     inputs = processor(images=image, text=prompt, return_tensors="pt")
@@ -216,7 +220,7 @@ def test_transformers_template_writes_what_ours_writes(name, conversation):
 def test_a_trained_release_keeps_its_files_and_says_what_changed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = copy_checkpoint(tmp_path / "source")
-    edit_json(source / "config.json", mm_vision_tower=f"/elsewhere/{TOWER}")
+    edit_json(source / "config.json", mm_vision_tower=f"/elsewhere/{ENCODER_FOLDER}")
     words = ["recipe=yivl_llava", f"init={source}", "only=chat", "run=run", "stages.chat.steps=2"]
     words += ["stages.chat.image_size=84", "stages.chat.global_batch_size=4", *SHORT[-3:]]
     assert main(["fit", *words]) == 0
@@ -227,11 +231,11 @@ def test_a_trained_release_keeps_its_files_and_says_what_changed(tmp_path, monke
     before = json.loads((rename / "config.json").read_text())
     changed = {key for key in config if config[key] != before.get(key)}
     assert changed == {"mm_vision_tower", "torch_dtype"}
-    assert config["mm_vision_tower"] == f"./{TOWER}" and config["torch_dtype"] == "float32"
-    processor = json.loads(Path("to", TOWER, "preprocessor_config.json").read_text())
+    assert config["mm_vision_tower"] == f"./{ENCODER_FOLDER}" and config["torch_dtype"] == "float32"
+    processor = json.loads(Path("to", ENCODER_FOLDER, "preprocessor_config.json").read_text())
     assert processor["size"] == {"shortest_edge": 84}
-    assert torch.equal(logits(Path("to"), picture()), logits(Path("run"), picture()))
-    assert not torch.equal(logits(Path("to"), picture()), logits(rename, picture()))
+    assert torch.equal(logits(Path("to"), image_messages()), logits(Path("run"), image_messages()))
+    assert not torch.equal(logits(Path("to"), image_messages()), logits(rename, image_messages()))
 
 
 def test_replace_keeps_a_template_bound():

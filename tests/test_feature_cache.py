@@ -1,4 +1,4 @@
-"""Features of a frozen tower that are kept: the same run, bit for bit, and trouble is survived."""
+"""Features of a frozen encoder that are kept: the same run, bit for bit; trouble is survived."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHORT = [
     "stages.chat.steps=3",
     "stages.align_448.global_batch_size=4",
     "stages.chat.global_batch_size=4",
-    "data.samples=6",  # so that pictures are met again
+    "data.samples=6",  # so that images are met again
     "log.questions=4",
     "log.examples=0",
     "log.every_n_steps=1",
@@ -83,7 +83,7 @@ def test_a_run_is_the_same_bit_for_bit(plain, cached):
     assert load_file(one)["features"].shape == load_file(other)["features"].shape == (6, 64, 128)
 
 
-def test_the_tower_sees_every_picture_once_whatever_the_connector(cached, tmp_path, monkeypatch):
+def test_the_encoder_sees_every_image_once_whatever_the_connector(cached, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     shutil.copytree(cached[1], cache)
     computed = []
@@ -137,13 +137,13 @@ def test_features_that_are_damaged_while_training_are_not_used(plain, tmp_path, 
     assert_same(plain, tmp_path / "run")
 
 
-def test_a_tower_that_is_trained_keeps_nothing(tmp_path):
+def test_an_encoder_that_is_trained_keeps_nothing(tmp_path):
     words = [*SHORT, "only=align_448", f"run={tmp_path / 'run'}"]
     assert main([*words, f"trainer.feature_cache={tmp_path / 'cache'}"]) == 0
     assert not (tmp_path / "cache").exists()
 
 
-def test_another_tower_has_another_folder(cached):
+def test_another_encoder_has_another_folder(cached):
     from vlbench.model.vision_encoder import build_vision_encoder
 
     class Model:
@@ -202,7 +202,7 @@ def test_a_disk_that_fills_up_loses_nothing(plain, tmp_path, monkeypatch, capsys
     assert_same(plain, tmp_path / "run")
 
 
-def test_a_broken_picture_is_named_as_without_features(tmp_path, capsys):
+def test_a_broken_image_is_named_as_without_features(tmp_path, capsys):
     from PIL import Image
 
     records = []

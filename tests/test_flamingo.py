@@ -34,7 +34,7 @@ Flamingo = registry.load_connector("flamingo")
 SMALL = {"latents": 5, "depth": 2, "heads": 4, "head_width": 8}
 MODULE = __import__(Flamingo.__module__, fromlist=["PerceiverResampler", "GatedBlock"])
 CASE = "flamingo_decoder_every1"
-PICTURE, END = 69, 68
+IMAGE, END = 69, 68
 
 
 def test_the_resampler_equals_the_reference():
@@ -104,7 +104,7 @@ def reference_vlm() -> LoadedVLM:
     language.load_state_dict(state)
     weights = load_record(CASE, "state_dict_perceiver") | load_record(CASE, "state_dict_gated")
     vlm.connector.load_reference(
-        weights | {"image_embedding": language.get_input_embeddings().weight.data[PICTURE].clone()}
+        weights | {"image_embedding": language.get_input_embeddings().weight.data[IMAGE].clone()}
     )
     return vlm
 
@@ -112,14 +112,14 @@ def reference_vlm() -> LoadedVLM:
 def batch_of(ids: Tensor, mask: Tensor, vision: Tensor) -> PackedBatch:
     """Return the reference's batch as ours: places for its image tokens, padding as it is."""
     real = mask.bool()
-    images = ((ids == PICTURE) & real).long().cumsum(1)
+    images = ((ids == IMAGE) & real).long().cumsum(1)
     first = vision.shape[1] * torch.arange(len(ids))[:, None]
     before = (~real).long().cumprod(1).sum(1).tolist()
     lengths = [
         [n for n in (pad, int(row.sum())) if n] for pad, row in zip(before, real, strict=True)
     ]
     return PackedBatch(
-        input_ids=torch.where(ids == PICTURE, IMAGE_TOKEN_INDEX, ids),
+        input_ids=torch.where(ids == IMAGE, IMAGE_TOKEN_INDEX, ids),
         labels=None,
         position_ids=real.long().cumsum(1).sub(1).clamp(min=0),
         sample_index=torch.where(real, torch.arange(len(ids))[:, None], -1),
@@ -221,7 +221,7 @@ def test_recomputing_keeps_nothing_of_the_gated_blocks():
 
 
 def test_beams_are_refused_and_places_are_never_written():
-    """A generated place would be another picture's; the ids of places are below all others."""
+    """A generated place would be another image's; the ids of places are below all others."""
     vlm = small_vlm(Flamingo, SMALL | {"every": 1})
     ask = Sample("s", (ChatTurn("human", f"{IMAGE_PLACEHOLDER}\nwhat?"),), (NoiseImage(1),))
     batch = vlm.processor.collate_prompts([ask])

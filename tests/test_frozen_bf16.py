@@ -39,11 +39,11 @@ def rounded(part: nn.Module) -> None:
         parameter.data = parameter.data.to(FROZEN_DTYPE).float()
 
 
-def frozen(tower: str | None = None) -> LoadedVLM:
+def frozen(encoder: str | None = None) -> LoadedVLM:
     """Return a small model of which the connector alone is trained."""
     vlm = small_vlm(registry.load_connector("llava_mlp"))
-    if tower:
-        vlm.model.vision = build_vision_encoder(tower, "embedded")
+    if encoder:
+        vlm.model.vision = build_vision_encoder(encoder, "embedded")
         vlm.model.connector = vlm.model._build_connector()
         vlm.processor = vlm.processor.with_image_inputs(
             vlm.vision.transform, vlm.connector.tokens_per_image
@@ -95,10 +95,10 @@ def test_what_is_trained_or_would_be_rounded_is_not_held():
     assert tied.language.lm_head.weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize("tower", [None, *EMBEDDED_ENCODERS])
+@pytest.mark.parametrize("encoder", [None, *EMBEDDED_ENCODERS])
 @pytest.mark.parametrize("adapted", [False, True])
-def test_without_autocast_all_is_computed_in_float32(tower, adapted):
-    vlm = frozen(tower)
+def test_without_autocast_all_is_computed_in_float32(encoder, adapted):
+    vlm = frozen(encoder)
     if adapted:
         lora_adapters.add_adapters(vlm.language, "language", **LORA)
     batch = make_batch(vlm, [[make_sample(1), make_sample(2, images=2)]])
@@ -129,7 +129,10 @@ def test_a_failure_in_a_block_leaves_the_weights_held():
 def files(tmp_path_factory) -> Path:
     """Return a folder with the miniatures, their weights as files in bfloat16 have them."""
     folder = tmp_path_factory.mktemp("rounded")
-    for source, name in ((TINY_LANGUAGE_FOLDER, "language"), (EMBEDDED_ENCODERS["tiny"], "tower")):
+    for source, name in (
+        (TINY_LANGUAGE_FOLDER, "language"),
+        (EMBEDDED_ENCODERS["tiny"], "vision_encoder"),
+    ):
         shutil.copytree(source, folder / name)
         (file,) = (folder / name).glob("*.safetensors")
         state = {key: value.to(FROZEN_DTYPE).float() for key, value in load_file(file).items()}
@@ -140,7 +143,7 @@ def files(tmp_path_factory) -> Path:
 @pytest.fixture
 def parts(files, monkeypatch) -> list[str]:
     """Return the words that name these miniatures."""
-    monkeypatch.setitem(EMBEDDED_ENCODERS, "tiny", files / "tower")
+    monkeypatch.setitem(EMBEDDED_ENCODERS, "tiny", files / "vision_encoder")
     return [f"language.weights={files / 'language'}"]
 
 

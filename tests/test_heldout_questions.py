@@ -16,7 +16,7 @@ from vlbench.evaluate.run_results import accuracy_by_group, exact_match_accuracy
 
 
 class Talk:
-    """Two conversations about pictures, one without, one that is bad."""
+    """Two conversations about images, one without, one that is bad."""
 
     name = "talk"
 
@@ -46,7 +46,7 @@ def test_every_answer_is_asked_for_with_what_was_said_and_shown_before() -> None
     assert len(source_questions(Talk(), 3)) == 3
 
 
-def test_the_controls_change_the_pictures_and_nothing_else() -> None:
+def test_the_controls_change_the_images_and_nothing_else() -> None:
     questions = source_questions(Talk(), 100)
     for control in (shuffle_images(questions), blank_images(questions, (0.5, 0.5, 0.5))):
         for before, after in zip(questions, control, strict=True):

@@ -29,7 +29,7 @@ def export(run: Path, to: Path, *more: str) -> Path:
 
 
 def asked(number: int, text: str) -> list[dict[str, Any]]:
-    """Return a conversation about a noisy picture of its own, each of another shape."""
+    """Return a conversation about a noisy image of its own, each of another shape."""
     noise = torch.Generator().manual_seed(number)
     pixels = torch.randint(0, 255, (40 + 9 * number, 60, 3), generator=noise, dtype=torch.uint8)
     parts = [{"type": "image", "image": Image.fromarray(pixels.numpy())}]
@@ -158,7 +158,7 @@ TIED = {
 
 
 def their_logits(folder: Path, vlm: Any) -> torch.Tensor:
-    """Return what transformers computes for a question without a picture."""
+    """Return what transformers computes for a question without an image."""
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     return model(vlm.prepare(TEXT).input_ids).logits[0, :, :1600]
 

@@ -45,7 +45,7 @@ MISSING = {"vision_tower", "mm_projector"}
 def hub(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[FakeHub]:
-    """The hub, with a language model of these widths; processes find it and shallow towers."""
+    """The hub, with a language model of these widths; processes find it and shallow encoders."""
     widths: LanguageModelWidths = request.param
     for name, value in shallow_environment().items():
         monkeypatch.setenv(name, value)

@@ -42,7 +42,7 @@ OWN = ("README.md", "LICENSE", ".gitattributes")
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
-    """The hub, and towers two blocks deep."""
+    """The hub, and encoders two blocks deep."""
     folder = tmp_path_factory.mktemp("hub")
     with shallow_encoders(), serve_hub(make_repositories(folder)) as hub:
         yield hub
@@ -66,7 +66,7 @@ def desk(
 
 
 def write_data(folder: Path) -> None:
-    """Write FILE.json and FOLDER: eight pictures with a question and an answer each."""
+    """Write FILE.json and FOLDER: eight images with a question and an answer each."""
     (folder / "FOLDER").mkdir()
     records = []
     for number in range(8):

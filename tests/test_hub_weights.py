@@ -1,6 +1,6 @@
-"""What every loader loads is what the hub holds: encoders by tag, language models, BERT, references.
+"""Every loader loads what the hub holds: encoders by tag, language models, BERT, references.
 
-The towers are the real architectures, two blocks deep; names of repositories and files are those
+The encoders are the real architectures, two blocks deep; names of repositories and files are those
 that open_clip and transformers ask for.
 """
 
@@ -48,7 +48,7 @@ TAGS = {
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
-    """The hub, and towers two blocks deep."""
+    """The hub, and encoders two blocks deep."""
     folder = tmp_path_factory.mktemp("hub")
     with shallow_encoders(), serve_hub(make_repositories(folder)) as hub:
         yield hub
@@ -67,14 +67,14 @@ def hub(served: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fak
 def test_a_tag_is_the_file_on_the_hub(name, tag, hub, monkeypatch):
     repository = TAGS[name, tag]
     file = hub[repository].files[SAFE].path
-    tower = build_vision_encoder(name, tag)
-    assert_vision_encoder(tower.visual, file)
+    encoder = build_vision_encoder(name, tag)
+    assert_vision_encoder(encoder.visual, file)
     assert hub.fetched() == {repository: {SAFE}}  # of the same weights in several files, one
     hub.forget()
     go_offline(monkeypatch)
-    tower = build_vision_encoder(name, tag)
-    tower.set_image_size(2 * tower.image_size)
-    assert_vision_encoder(tower.visual, file)
+    encoder = build_vision_encoder(name, tag)
+    encoder.set_image_size(2 * encoder.image_size)
+    assert_vision_encoder(encoder.visual, file)
     assert not hub.log
 
 
@@ -91,27 +91,27 @@ def test_torchs_file_is_taken_where_there_is_no_other(hub):
 
 
 @pytest.mark.parametrize("form", [SAFE, BIN, "", "vision folder"])
-def test_a_file_or_folder_of_the_repository_is_the_same_tower(form, hub, tmp_path):
+def test_a_file_or_folder_of_the_repository_is_the_same_encoder(form, hub, tmp_path):
     """Of LAION's repository: either file of open_clip, the folder, its Hugging Face half alone."""
     folder = hub[VIT_H].folder
     if form != "vision folder":
-        tower = build_vision_encoder("ViT-H-14", str(folder / form))
-        assert_vision_encoder(tower.visual, folder / SAFE)
+        encoder = build_vision_encoder("ViT-H-14", str(folder / form))
+        assert_vision_encoder(encoder.visual, folder / SAFE)
         return
     for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
         (tmp_path / name).symlink_to(folder / name)
-    tower = build_vision_encoder("ViT-H-14", str(tmp_path))
+    encoder = build_vision_encoder("ViT-H-14", str(tmp_path))
     stored = load_tensors([folder / "model.safetensors"])
     theirs = {k.removeprefix("vision_model."): v for k, v in stored.items() if "vision_model" in k}
-    assert_same_state(to_hf_state_dict(tower.visual), theirs)
+    assert_same_state(to_hf_state_dict(encoder.visual), theirs)
 
 
-def test_a_tower_of_another_seed_would_be_noticed(hub, tmp_path):
+def test_an_encoder_of_another_seed_would_be_noticed(hub, tmp_path):
     _, other = build_open_clip("ViT-B-32-quickgelu", 99)
     write_weights(other, tmp_path / "other.safetensors")
-    tower = build_vision_encoder("ViT-B-32-quickgelu", "openai")
+    encoder = build_vision_encoder("ViT-B-32-quickgelu", "openai")
     with pytest.raises(AssertionError):
-        assert_vision_encoder(tower.visual, tmp_path / "other.safetensors")
+        assert_vision_encoder(encoder.visual, tmp_path / "other.safetensors")
 
 
 def test_a_hub_that_fails_is_not_asked_for_another_file(hub):
@@ -140,12 +140,12 @@ def test_a_language_model_is_its_shards(name, hub):
     assert set(hub.fetched()) == {name}
 
 
-def test_yi_vl_is_its_shards_and_its_tower(hub):
+def test_yi_vl_is_its_shards_and_its_encoder(hub):
     vlm = vlbench.load("01-ai/Yi-VL-6B")
     folder = hub["01-ai/Yi-VL-6B"].folder
     assert_language_model(vlm.language, folder)
-    tower = load_tensors(matching_files(folder, "vit/*/pytorch_model.bin"))
-    theirs = {k.removeprefix("vision_model."): v for k, v in tower.items()}
+    encoder = load_tensors(matching_files(folder, "vit/*/pytorch_model.bin"))
+    theirs = {k.removeprefix("vision_model."): v for k, v in encoder.items()}
     own = to_hf_state_dict(vlm.vision.visual)
     assert_same_state(own, {name: tensor for name, tensor in theirs.items() if name in own})
     stored = load_tensors(matching_files(folder, "model*.safetensors"))

@@ -104,7 +104,7 @@ SAVED = {
 
 
 @pytest.mark.parametrize("name", SAVED)
-def test_unusual_kinds_are_red_pictures(tmp_path, name, capfd):
+def test_unusual_kinds_are_red_images(tmp_path, name, capfd):
     SAVED[name](tmp_path / name)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

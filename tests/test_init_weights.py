@@ -149,10 +149,10 @@ def test_llavas_projector_is_where_training_begins(said, name, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     words = ["fit", "recipe=yivl_llava", "only=chat", "stages.chat.steps=0", *FIT[5:]]
     recipe = recipes.load_recipe([*words[1:3], *said])
-    tower, config = meta_encoder_and_config(recipe)
-    tower.set_image_size(recipe.stages["chat"].image_size)
+    encoder, config = meta_encoder_and_config(recipe)
+    encoder.set_image_size(recipe.stages["chat"].image_size)
     made = registry.load_connector(recipe.connector["name"])(
-        connector_shapes(tower, config), **recipe_connector_options(recipe)
+        connector_shapes(encoder, config), **recipe_connector_options(recipe)
     )
     single = "0." if "linear" in said[0] else ""
     start = (

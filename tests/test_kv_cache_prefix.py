@@ -28,7 +28,7 @@ def asks(text: str, image: Image.Image | None = None) -> dict[str, Any]:
 
 
 def talk(vlm: LoadedVLM, past: PrefixCache | None) -> list[str]:
-    """Hold a conversation of three turns, the last with a second picture."""
+    """Hold a conversation of three turns, the last with a second image."""
     first, second = (make_scene("past", 0, number).open() for number in (0, 1))
     messages: list[dict[str, Any]] = []
     answers = []
@@ -56,12 +56,12 @@ def test_answers_are_the_same_and_only_what_is_new_is_read(vlm, monkeypatch):
     monkeypatch.setattr(vlm.model, "run_decoder", watched)
     monkeypatch.setattr(vlm.model, "extract_features", looked)
     anew = talk(vlm, None)
-    whole, pictures = sum(read), sum(seen)
+    whole, images = sum(read), sum(seen)
     read.clear()
     seen.clear()
     assert talk(vlm, PrefixCache()) == anew
     assert sum(read) < 0.75 * whole
-    assert (sum(seen), pictures) == (2, 4)  # each picture once; without it 1 + 1 + 2
+    assert (sum(seen), images) == (2, 4)  # each image once; without it 1 + 1 + 2
 
 
 def test_another_conversation_is_read_from_its_beginning(vlm):

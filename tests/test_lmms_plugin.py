@@ -27,7 +27,7 @@ class Base:
 
 @dataclass
 class Instance:
-    """A request: (text, generation options, pictures of a document, its number, task, split)."""
+    """A request: (text, generation options, images of a document, its number, task, split)."""
 
     args: tuple
 
@@ -47,7 +47,7 @@ def plugin(monkeypatch):
     sys.modules.pop(PLUGIN, None)
 
 
-def picture(colour: str) -> Image.Image:
+def image(colour: str) -> Image.Image:
     return Image.new("RGB", (30, 20), colour)
 
 
@@ -62,8 +62,8 @@ def answers(plugin, shown: list[Any], given: dict[str, Any], **args: Any) -> lis
     return model.generate_until(several)
 
 
-def test_a_single_picture_is_a_list_of_one(plugin, capsys):
-    red, blue = picture("red"), picture("blue")
+def test_a_single_image_is_a_list_of_one(plugin, capsys):
+    red, blue = image("red"), image("blue")
     given = {"max_new_tokens": 6}
     lists = answers(plugin, [[red], [blue], []], given)
     assert answers(plugin, [red, (blue,), None], given) == lists
@@ -74,7 +74,7 @@ def test_a_single_picture_is_a_list_of_one(plugin, capsys):
 def test_batch_sizes_of_lmms_eval_are_understood(size, batch, plugin):
     model = plugin.VlbenchModel(model=str(CHECKPOINT), batch_size=size, max_batch_size=None)
     assert model.answer_batch_size == batch
-    model.task_dict = {"task": {"val": [picture("red")] * 3}}
+    model.task_dict = {"task": {"val": [image("red")] * 3}}
     asked = [
         Instance(("What?", {"max_new_tokens": 3}, lambda d: d, n, "task", "val")) for n in (0, 1)
     ]
@@ -107,7 +107,7 @@ def test_mistakes_are_one_line(args, message, plugin):
 
 def test_what_cannot_be_asked_is_named_and_options_without_effect_too(plugin, capsys):
     given = {"max_new_tokens": 3, "repetition_penalty": 1.2, "until": ["\n\n"], "do_sample": False}
-    found = answers(plugin, [picture("red"), ["video.mp4"]], given)
+    found = answers(plugin, [image("red"), ["video.mp4"]], given)
     assert found[0] and not found[1]
     said = capsys.readouterr().out
     assert "1 of 2 questions not asked" in said and "has str beside its text" in said
@@ -116,4 +116,4 @@ def test_what_cannot_be_asked_is_named_and_options_without_effect_too(plugin, ca
 
 def test_a_search_over_beams_is_refused(plugin):
     with pytest.raises(UserError, match="no search over beams"):
-        answers(plugin, [picture("red")], {"num_beams": 3})
+        answers(plugin, [image("red")], {"num_beams": 3})

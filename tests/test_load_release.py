@@ -12,7 +12,7 @@ import torch
 from golden_release import (
     CASES,
     CHECKPOINT,
-    TOWER,
+    ENCODER_FOLDER,
     case_messages,
     copy_checkpoint,
     edit_json,
@@ -38,12 +38,12 @@ def logits(folder: Path) -> Tensor:
 EXPECTED = logits(CHECKPOINT)
 
 
-def drop_tower(state: dict) -> None:
+def drop_encoder(state: dict) -> None:
     for name in [name for name in state if "vision_tower" in name]:
         del state[name]
 
 
-def stale_tower(state: dict) -> None:
+def stale_encoder(state: dict) -> None:
     for name in [name for name in state if "vision_tower" in name]:
         state[name] = torch.full_like(state[name], 7.0)
 
@@ -71,28 +71,32 @@ def in_float32(state: dict) -> None:
 SAME = {
     "bin shards": lambda folder: rewrite_weights(folder, lambda state: None),
     "one safetensors": lambda folder: rewrite_weights(folder, lambda state: None, "safetensors"),
-    "no copy of the tower": lambda folder: rewrite_weights(folder, drop_tower),
-    "a stale copy of the tower": lambda folder: rewrite_weights(folder, stale_tower, "safetensors"),
-    "buffers": lambda folder: rewrite_weights(folder, with_buffers),
-    "a float32 tower": lambda folder: rewrite_weights(folder / TOWER, in_float32, "safetensors"),
-    "a tower written by transformers 5": lambda folder: rewrite_weights(
-        folder / TOWER, without_prefix
+    "no copy of the encoder": lambda folder: rewrite_weights(folder, drop_encoder),
+    "a stale copy of the encoder": lambda folder: rewrite_weights(
+        folder, stale_encoder, "safetensors"
     ),
-    "a whole CLIP": lambda folder: rewrite_weights(folder / TOWER, whole_clip),
+    "buffers": lambda folder: rewrite_weights(folder, with_buffers),
+    "a float32 encoder": lambda folder: rewrite_weights(
+        folder / ENCODER_FOLDER, in_float32, "safetensors"
+    ),
+    "an encoder written by transformers 5": lambda folder: rewrite_weights(
+        folder / ENCODER_FOLDER, without_prefix
+    ),
+    "a whole CLIP": lambda folder: rewrite_weights(folder / ENCODER_FOLDER, whole_clip),
     "sizes of old": lambda folder: edit_json(
-        folder / TOWER / "preprocessor_config.json",
+        folder / ENCODER_FOLDER / "preprocessor_config.json",
         **{"size": 56, "crop_size": 56, "do_rescale": None, "do_convert_rgb": None},
     ),
-    "a nested config": lambda folder: (folder / TOWER / "config.json").write_text(
+    "a nested config": lambda folder: (folder / ENCODER_FOLDER / "config.json").write_text(
         json.dumps(
             {
                 "model_type": "clip",
-                "vision_config": json.loads((folder / TOWER / "config.json").read_text()),
+                "vision_config": json.loads((folder / ENCODER_FOLDER / "config.json").read_text()),
             }
         )
     ),
     "an absolute path of another machine": lambda folder: edit_json(
-        folder / "config.json", mm_vision_tower=f"/elsewhere/{TOWER}"
+        folder / "config.json", mm_vision_tower=f"/elsewhere/{ENCODER_FOLDER}"
     ),
 }
 
@@ -114,7 +118,7 @@ def test_the_stored_type_is_kept_when_asked_for():
 
 def test_a_crop_smaller_than_the_resize_cuts_the_border(tmp_path):
     folder = copy_checkpoint(tmp_path / "model")
-    edit_json(folder / TOWER / "preprocessor_config.json", size={"shortest_edge": 64})
+    edit_json(folder / ENCODER_FOLDER / "preprocessor_config.json", size={"shortest_edge": 64})
     vlm = vlbench.load(folder)
     assert (vlm.processor.transform.size, vlm.processor.transform.crop) == (64, 56)
     assert vlm.prepare(case_messages(CASE)).pixels.shape[-2:] == (56, 56)
@@ -167,12 +171,12 @@ class Bomb:
 
 
 def poison(folder: Path) -> None:
-    torch.save({"x": Bomb(folder / "bomb")}, folder / TOWER / "pytorch_model.bin")
+    torch.save({"x": Bomb(folder / "bomb")}, folder / ENCODER_FOLDER / "pytorch_model.bin")
 
 
 def poison_plainly(folder: Path) -> None:
     text = pickle.dumps({"x": Bomb(folder / "bomb")}, protocol=2)
-    (folder / TOWER / "pytorch_model.bin").write_bytes(text)
+    (folder / ENCODER_FOLDER / "pytorch_model.bin").write_bytes(text)
 
 
 def cut(name: str) -> Callable[[Path], None]:
@@ -194,14 +198,19 @@ def config_change(where: str = ".", **changes: object) -> Callable[[Path], None]
 SHARD = "model-00003-of-00007.safetensors"
 BROKEN = {
     "torn shard": (cut(SHARD), rf"{SHARD} is torn"),
-    "torn tower": (cut(f"{TOWER}/pytorch_model.bin"), "pytorch_model.bin .*torn"),
+    "torn encoder": (cut(f"{ENCODER_FOLDER}/pytorch_model.bin"), "pytorch_model.bin .*torn"),
     "lost shard": (lambda f: (f / SHARD).unlink(), f"index.json names {SHARD}"),
-    "lost tower": (lambda f: (f / TOWER / "pytorch_model.bin").unlink(), "has no weights"),
+    "lost encoder": (
+        lambda f: (f / ENCODER_FOLDER / "pytorch_model.bin").unlink(),
+        "has no weights",
+    ),
     "code in a file of torch": (poison, "never executed"),
     "code in a plain pickle": (poison_plainly, "never executed"),
     "missing": (state_change(lambda s: s.pop(LAYER)), f"{LAYER} is missing$"),
-    "missing in the tower": (
-        state_change(lambda s: s.pop("vision_model.encoder.layers.2.self_attn.k_proj.bias"), TOWER),
+    "missing in the encoder": (
+        state_change(
+            lambda s: s.pop("vision_model.encoder.layers.2.self_attn.k_proj.bias"), ENCODER_FOLDER
+        ),
         "vision_model.encoder.layers.2.self_attn.k_proj.bias is missing",
     ),
     "missing projector": (
@@ -217,7 +226,7 @@ BROKEN = {
         rf"{LAYER} has shape \(5, 64\), needed is \(172, 64\)",
     ),
     "not a tensor file": (
-        lambda f: torch.save([1, 2], f / TOWER / "pytorch_model.bin"),
+        lambda f: torch.save([1, 2], f / ENCODER_FOLDER / "pytorch_model.bin"),
         "mapping from names to tensors",
     ),
     "no config": (lambda f: (f / "config.json").unlink(), "no released model"),
@@ -228,20 +237,20 @@ BROKEN = {
     "projector": (config_change(mm_projector_type="qformer"), "mm_projector_type is 'qformer'"),
     "select layer": (config_change(mm_vision_select_layer=-9), "mm_vision_select_layer is -9"),
     "class token": (config_change(mm_vision_select_feature="cls_patch"), "only 'patch'"),
-    "no tower": (
+    "no encoder": (
         lambda f: (
             edit_json(f / "config.json", mm_vision_tower="./vit/x"),
-            (f / TOWER).rename(f / "y"),
+            (f / ENCODER_FOLDER).rename(f / "y"),
         ),
         "mm_vision_tower is './vit/x'",
     ),
-    "activation": (config_change(TOWER, hidden_act="relu6"), "hidden_act is 'relu6'"),
+    "activation": (config_change(ENCODER_FOLDER, hidden_act="relu6"), "hidden_act is 'relu6'"),
     "resample": (
-        lambda f: edit_json(f / TOWER / "preprocessor_config.json", resample=2),
+        lambda f: edit_json(f / ENCODER_FOLDER / "preprocessor_config.json", resample=2),
         "resample is 2",
     ),
     "crop": (
-        lambda f: edit_json(f / TOWER / "preprocessor_config.json", crop_size=28),
+        lambda f: edit_json(f / ENCODER_FOLDER / "preprocessor_config.json", crop_size=28),
         "cropped to 28 pixels .*, but the vision encoder takes 56",
     ),
     "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "no tokenizer file"),
@@ -293,27 +302,27 @@ def test_a_tensor_that_was_read_does_not_hang_on_its_file(kind, tmp_path):
     assert torch.equal(tensor, first)
 
 
-def test_a_tower_outside_of_the_folder_is_found_and_moves_in(tmp_path):
+def test_an_encoder_outside_of_the_folder_is_found_and_moves_in(tmp_path):
     folder = copy_checkpoint(tmp_path / "model")
-    (folder / TOWER).rename(tmp_path / "tower")
-    edit_json(folder / "config.json", mm_vision_tower=str(tmp_path / "tower"))
+    (folder / ENCODER_FOLDER).rename(tmp_path / "encoder")
+    edit_json(folder / "config.json", mm_vision_tower=str(tmp_path / "encoder"))
     assert torch.equal(logits(folder), EXPECTED)
-    assert "vit/tower/preprocessor_config.json" in vlbench.load(folder).release_files
+    assert "vit/encoder/preprocessor_config.json" in vlbench.load(folder).release_files
 
 
 def test_an_export_never_writes_into_what_it_was_read_from(tmp_path, monkeypatch):
-    """A tower beside the folder (`../shared`) is copied into the export, and stays as it was."""
+    """An encoder beside the folder (`../shared`) is copied into the export, and stays as it was."""
     monkeypatch.chdir(tmp_path)
     source = copy_checkpoint(tmp_path / "model")
     (tmp_path / "shared").mkdir()
-    (source / TOWER).rename(tmp_path / "shared/tower")
-    edit_json(source / "config.json", mm_vision_tower="../shared/tower")
+    (source / ENCODER_FOLDER).rename(tmp_path / "shared/encoder")
+    edit_json(source / "config.json", mm_vision_tower="../shared/encoder")
     before = sorted((tmp_path / "shared").rglob("*"))
     words = ["only=chat", "run=run", "stages.chat.image_size=56", "stages.chat.global_batch_size=4"]
     words += ["stages.chat.steps=1", "log.questions=2", "log.tensorboard=false", "log.examples=0"]
     assert main(["fit", "recipe=yivl_llava", "init=model", *words]) == 0
     for origin, to in (("run", "trained"), ("model", "unchanged")):
         assert main(["export", f"model={origin}", f"out={to}", "format=yi_vl"]) == 0
-        assert (tmp_path / to / "vit/tower/model.safetensors").is_file()
+        assert (tmp_path / to / "vit/encoder/model.safetensors").is_file()
         assert torch.equal(logits(tmp_path / to), logits(tmp_path / origin))
     assert sorted((tmp_path / "shared").rglob("*")) == before

@@ -96,10 +96,10 @@ def test_list_names_what_there_is(capsys):
     assert main(["list"]) == 0
     text = capsys.readouterr().out
     assert all(word in text for word in ("yivl_llava", "tiny", "34b", "depth: int = 2", "EVA02-L"))
-    assert main(["list", "towers"]) == 0
+    assert main(["list", "encoders"]) == 0
     assert "ViT-H-14" in capsys.readouterr().out.splitlines()
-    assert main(["list", "tower"]) == 2
-    assert "Did you mean 'towers'?" in capsys.readouterr().err
+    assert main(["list", "encoder"]) == 2
+    assert "Did you mean 'encoders'?" in capsys.readouterr().err
 
 
 def test_list_survives_a_broken_connector(tmp_path, monkeypatch, capsys):

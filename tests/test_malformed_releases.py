@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from golden_release import CHECKPOINT, TOWER, copy_checkpoint, edit_json
+from golden_release import CHECKPOINT, ENCODER_FOLDER, copy_checkpoint, edit_json
 
 import vlbench
 from vlbench.__main__ import main
@@ -27,17 +27,19 @@ ODD = {
     ),
     "base of rotation": (config_change(rope_theta="x"), "config.json: its rotary positions"),
     "no heads": (config_change(num_key_value_heads=0), "config.json: num_key_value_heads is 0"),
-    "no patch": (config_change(TOWER, patch_size=0), "config.json: patch_size is 0"),
+    "no patch": (config_change(ENCODER_FOLDER, patch_size=0), "config.json: patch_size is 0"),
     "named resample": (
-        lambda f: edit_json(f / TOWER / "preprocessor_config.json", resample="bicubic"),
+        lambda f: edit_json(f / ENCODER_FOLDER / "preprocessor_config.json", resample="bicubic"),
         "resample is 'bicubic'; only 3",
     ),
     "mean": (
-        lambda f: edit_json(f / TOWER / "preprocessor_config.json", image_mean=0.5),
+        lambda f: edit_json(f / ENCODER_FOLDER / "preprocessor_config.json", image_mean=0.5),
         "image_mean is 0.5; wanted are three",
     ),
     "deviation": (
-        lambda f: edit_json(f / TOWER / "preprocessor_config.json", image_std=[0.5, 0.5, 0]),
+        lambda f: edit_json(
+            f / ENCODER_FOLDER / "preprocessor_config.json", image_std=[0.5, 0.5, 0]
+        ),
         "image_std is .*0 is none",
     ),
     "empty index": (
@@ -45,7 +47,7 @@ ODD = {
         "index.json has no weight_map",
     ),
     "text for weights": (
-        lambda f: (f / TOWER / "pytorch_model.bin").write_text("hello world"),
+        lambda f: (f / ENCODER_FOLDER / "pytorch_model.bin").write_text("hello world"),
         "pytorch_model.bin holds more than tensors, or is torn",
     ),
     "added token": (
@@ -64,7 +66,12 @@ ODD |= {
         lambda f, name=name: (f / name).write_text(POINTER),
         f"{Path(name).name}: is a Git-LFS pointer.*run git lfs pull",
     )
-    for name in (f"{TOWER}/pytorch_model.bin", SHARD, "tokenizer.model", "tokenizer_config.json")
+    for name in (
+        f"{ENCODER_FOLDER}/pytorch_model.bin",
+        SHARD,
+        "tokenizer.model",
+        "tokenizer_config.json",
+    )
 }
 
 
@@ -79,7 +86,11 @@ def test_odd_values_and_files_are_named_too(change, words, tmp_path):
 
 def test_a_mark_of_byte_order_is_no_part_of_a_file(tmp_path):
     folder = copy_checkpoint(tmp_path / "model")
-    for name in ("config.json", "tokenizer_config.json", f"{TOWER}/preprocessor_config.json"):
+    for name in (
+        "config.json",
+        "tokenizer_config.json",
+        f"{ENCODER_FOLDER}/preprocessor_config.json",
+    ):
         (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
     assert vlbench.load(folder).processor.template.name == "yi_vl"
 

@@ -1,4 +1,4 @@
-"""Real photographs: a longer training remembers every answer, and by the picture."""
+"""Real photographs: a longer training remembers every answer, and by the image."""
 
 from __future__ import annotations
 

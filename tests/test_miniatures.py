@@ -85,14 +85,14 @@ def test_the_system_prompt_is_short_and_text_survives(tokenizer: Tokenizer) -> N
 
 
 def test_retrieval_among_96_captions(tokenizer: Tokenizer) -> None:
-    tower = make_vision_encoder.build_clip(TINY / "tower").eval()
-    assert make_vision_encoder.measure_retrieval(tower, tokenizer) >= 0.9
+    encoder = make_vision_encoder.build_clip(TINY / "vision_encoder").eval()
+    assert make_vision_encoder.measure_retrieval(encoder, tokenizer) >= 0.9
 
 
 def test_patch_features_tell_colour_and_shape() -> None:
-    tower = make_vision_encoder.build_clip(TINY / "tower").eval()
-    figures = make_vision_encoder.linear_probe(tower, scene_count=600)
-    recorded = MANIFEST["quality"]["tower"]
+    encoder = make_vision_encoder.build_clip(TINY / "vision_encoder").eval()
+    figures = make_vision_encoder.linear_probe(encoder, scene_count=600)
+    recorded = MANIFEST["quality"]["vision_encoder"]
     assert figures["probe_colour"] >= recorded["probe_colour"] - 0.05
     assert figures["probe_shape"] >= recorded["probe_shape"] - 0.1
     assert figures["probe_unseen_shape"] >= recorded["probe_unseen_shape"] - 0.1

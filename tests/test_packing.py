@@ -27,18 +27,18 @@ class Named:
         raise AssertionError
 
 
-def pixels_of(picture: Named) -> torch.Tensor:
-    return torch.full((3, 2, 2), float(picture.number))
+def pixels_of(image: Named) -> torch.Tensor:
+    return torch.full((3, 2, 2), float(image.number))
 
 
 def make(
-    name: str, ids: list[int], pictures: tuple[int, ...] = (), places: int = 2
+    name: str, ids: list[int], image_numbers: tuple[int, ...] = (), places: int = 2
 ) -> EncodedSample:
     labels = [
         IGNORE_INDEX if token == IMAGE_TOKEN_INDEX else token
         for token in [*ids[1:], IMAGE_TOKEN_INDEX]
     ]
-    return EncodedSample(ids, labels, Sample(name, (), tuple(map(Named, pictures))), places)
+    return EncodedSample(ids, labels, Sample(name, (), tuple(map(Named, image_numbers))), places)
 
 
 P = IMAGE_TOKEN_INDEX

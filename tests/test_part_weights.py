@@ -51,10 +51,10 @@ def test_real_sizes_have_the_published_numbers_of_parameters(size, language, pro
     recipe = recipes.load_recipe([*words, "vision.weights=random", "language.weights=random"])
     with torch.device("meta"):  # no memory is taken
         vlm = build_vlm(recipe, 224)
-        tower = count(vlm.vision)
+        encoder = count(vlm.vision)
         vlm.set_image_size(448)
     assert count(vlm.language) == language and count(vlm.connector) == projector
-    assert tower == 632_076_800  # open_clip's visual, with its projection
+    assert encoder == 632_076_800  # open_clip's visual, with its projection
     as_published = clip_layouts.to_hf_state_dict(vlm.vision.visual)
     assert sum(tensor.numel() for tensor in as_published.values()) == 631_749_120
     assert vlm.connector.tokens_per_image == 1024
@@ -125,17 +125,17 @@ SMALLEST = {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads"
 
 
 @torch.no_grad()
-def test_a_tower_takes_the_weights_of_a_clip_folder_at_its_image_size(tmp_path):
+def test_an_encoder_takes_the_weights_of_a_clip_folder_at_its_image_size(tmp_path):
     config = CLIPVisionConfig(
         **SMALLEST, num_hidden_layers=12, patch_size=32, image_size=96, hidden_act="gelu"
     )
     torch.manual_seed(1)
     theirs = CLIPVisionModel(config).eval()
     theirs.save_pretrained(tmp_path)
-    tower = build_vision_encoder("ViT-S-32", str(tmp_path)).eval()
+    encoder = build_vision_encoder("ViT-S-32", str(tmp_path)).eval()
     pixels = torch.randn(2, 3, 96, 96)
     expected = theirs(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
-    assert tower.image_size == 96 and torch.allclose(tower(pixels), expected, atol=1e-4)
+    assert encoder.image_size == 96 and torch.allclose(encoder(pixels), expected, atol=1e-4)
     edit_json(tmp_path / "config.json", hidden_act="quick_gelu")
     with pytest.raises(UserError, match="hidden_act is quick_gelu.*gelu"):
         build_vision_encoder("ViT-S-32", str(tmp_path))

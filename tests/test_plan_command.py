@@ -138,11 +138,11 @@ def test_operations_are_those_of_a_counted_step(recipe, stage):
     vlm, _, batches = ready(recipe, stage)
     vlm.model.enable_activation_checkpointing("none")
     lengths = [n for batch in batches for row in batch.sample_lengths for n in row]
-    pictures, learned = (
+    images, learned = (
         sum(len(b.pixels) for b in batches),
         sum(b.supervised_token_count for b in batches),
     )
-    sample = SampleShape(*(one / len(lengths) for one in (sum(lengths), pictures, learned)))
+    sample = SampleShape(*(one / len(lengths) for one in (sum(lengths), images, learned)))
     flops = count_step_flops(build_meta_vlm(recipes.load_recipe([f"recipe={recipe}"]), stage).model)
     spared = flops.per_attended_pair * sum(
         n * (n - 1) / 2 for n in lengths

@@ -52,7 +52,7 @@ def write(folder: Path, name: str, *records: Any) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder, with a picture and data that are good."""
+    """The working folder, with an image and data that are good."""
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
     write(tmp_path, "good.json", *(record(id=str(n)) for n in range(4)))
@@ -125,7 +125,7 @@ def test_shards_without_a_usable_sample_are_refused_before_the_first_step(folder
             assert "bad.tar" in said and ("has no text" in said or "is empty" in said)
 
 
-def test_a_picture_that_git_lfs_has_not_fetched_is_called_so(folder, capsys):
+def test_an_image_that_git_lfs_has_not_fetched_is_called_so(folder, capsys):
     (folder / "a.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     assert "a.png: is a Git-LFS pointer" in refused(["fit", "data.train=good.json"], capsys)
 
@@ -137,14 +137,14 @@ def test_stages_share_a_file_that_is_open(folder):
     assert len({id(source) for leg in planned for source in leg.all_sources}) == 1
 
 
-def test_held_out_samples_without_a_picture_are_told(folder, capsys):
+def test_held_out_samples_without_an_image_are_told(folder, capsys):
     words = ["recipe=yivl_llava", *ONLY, "data.train=good.json", "data.val=text.json"]
     recipe = recipes.load_recipe(words)
     assert stage_plan.check_data(stage_plan.plan_stage_runs(recipe)) == []
     assert "text.json: no sample has an image, so no question" in capsys.readouterr().out
 
 
-def test_held_out_samples_of_a_stage_of_captions_without_a_picture_are_told(folder, capsys):
+def test_held_out_samples_of_a_stage_of_captions_without_an_image_are_told(folder, capsys):
     steps = ("stages.align_224.steps=1", "stages.align_224.global_batch_size=2")
     words = ["recipe=yivl_llava", "only=align_224", *steps, "data.train=good.json"]
     for val, told in (("text.json", True), ("good.json", False)):
@@ -172,19 +172,19 @@ def test_every_stage_judges_bad_samples_as_it_says(folder, capsys):
 
 
 @pytest.mark.parametrize("verb", LOOKS.values(), ids=LOOKS)
-def test_captions_without_a_picture_are_refused(folder, capsys, verb):
+def test_captions_without_an_image_are_refused(folder, capsys, verb):
     said = refused([*verb, "data.train=text.json"], capsys)
     assert "stage align_224 learns captions of images (sample_format=caption)" in said
 
 
-def test_captions_whose_pictures_are_all_bad_are_refused(folder, capsys):
+def test_captions_whose_images_are_all_bad_are_refused(folder, capsys):
     texts = [record(None, id="t"), record("no.png", id="p")]
     write(folder, "mixed.json", *texts)
     said = refused(["fit", "data.train=mixed.json", "data.on_bad_sample=quarantine"], capsys)
     assert "learns captions of images" in said
 
 
-def test_an_objective_of_pictures_is_refused_without_them(folder, capsys):
+def test_an_objective_of_images_is_refused_without_them(folder, capsys):
     assert main(["fit", "recipe=yivl_blip2", "data.train=text.json"]) == 2
     said = capsys.readouterr().err
     assert "learns captions of images" in said and len(said.splitlines()) == 1
@@ -268,7 +268,7 @@ def test_samples_with_equal_ids_have_names_of_their_own_in_a_batch(folder):
     assert len(set(batch.image_ids)) == 6
 
 
-def test_bad_samples_name_their_record_also_when_their_pictures_are_broken(folder):
+def test_bad_samples_name_their_record_also_when_their_images_are_broken(folder):
     (folder / "b.png").write_bytes(b"no picture")
     write(
         folder,

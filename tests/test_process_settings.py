@@ -85,7 +85,7 @@ def change() -> None:
     signal.signal(signal.SIGTERM, lambda *_: None)
 
 
-def test_pictures_that_threads_open_leave_warnings_as_they_are(tmp_path):
+def test_images_that_threads_open_leave_warnings_as_they_are(tmp_path):
     """PIL's own are silent even where a program makes errors of them; the program's are heard."""
     palette = Image.new("P", (3, 3))
     palette.save(tmp_path / "a.png", transparency=bytes(3))

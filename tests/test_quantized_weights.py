@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from golden_release import TOWER, copy_checkpoint, edit_json
+from golden_release import ENCODER_FOLDER, copy_checkpoint, edit_json
 
 import vlbench
 from vlbench.__main__ import main
@@ -67,7 +67,7 @@ def test_transformers_llava_says_it_outside_or_inside(part, tmp_path):
         vlbench.load(tmp_path)
 
 
-def test_language_weights_and_towers_are_refused_too(tmp_path):
+def test_language_weights_and_encoders_are_refused_too(tmp_path):
     said = {"quant_method": "gptq", "bits": 8}
     (tmp_path / "language").mkdir()
     config = json.loads((TINY_LANGUAGE_FOLDER / "config.json").read_text())
@@ -77,7 +77,7 @@ def test_language_weights_and_towers_are_refused_too(tmp_path):
     with pytest.raises(UserError, match="gptq, 8 bits"):
         read_language_config(tmp_path / "language")
     folder = copy_checkpoint(tmp_path / "model")
-    edit_json(folder / TOWER / "config.json", quantization_config=said)
+    edit_json(folder / ENCODER_FOLDER / "config.json", quantization_config=said)
     with pytest.raises(UserError, match="gptq, 8 bits"):
         vlbench.load(folder)
 

@@ -387,7 +387,7 @@ def test_every_key_has_a_meaning_and_the_copy_has_every_key():
 
 
 def test_recipes_differ_in_what_their_papers_say_and_in_nothing_else():
-    """The connector alone; beside it the tower of EVA, and the first stage of BLIP-2."""
+    """The connector alone; beside it the encoder of EVA, and the first stage of BLIP-2."""
     allowed = {
         "yivl_qformer": set(),
         "yivl_flamingo": set(),
@@ -406,7 +406,7 @@ def test_recipes_differ_in_what_their_papers_say_and_in_nothing_else():
             assert stages == llava_["stages"], (name, size)
 
 
-def test_a_kind_of_tower_is_that_of_the_size():
+def test_a_kind_of_encoder_is_that_of_the_size():
     names = {
         size: load_recipe(["recipe=yivl_eva_tower", f"size={size}"]).vision.name
         for size in ("tiny", "6b")

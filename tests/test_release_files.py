@@ -10,7 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from golden_release import TOWER, edit_json, load_tensors, make_plain_llava, rewrite_weights
+from golden_release import (
+    ENCODER_FOLDER,
+    edit_json,
+    load_tensors,
+    make_plain_llava,
+    rewrite_weights,
+)
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
@@ -254,14 +260,14 @@ def test_without_the_sentencepiece_model_the_fast_tokenizer_is_read(models, tmp_
 
 
 def test_every_tensor_of_yi_vls_layout_is_its_files(models):
-    files, tower = load_tensors(models["yi_vl"]), load_tensors(models["yi_vl"] / TOWER)
+    files, encoder = load_tensors(models["yi_vl"]), load_tensors(models["yi_vl"] / ENCODER_FOLDER)
     found = collect_part_states(loaded(models["yi_vl"]))
     expected = {
         "language": {
             k: v for k, v in files.items() if "mm_projector" not in k and "vision" not in k
         },
         "connector": {k[19:]: v for k, v in files.items() if k.startswith("model.mm_projector.")},
-        "vision": {k.removeprefix("vision_model."): v for k, v in tower.items()},
+        "vision": {k.removeprefix("vision_model."): v for k, v in encoder.items()},
     }
     for part, state in expected.items():
         assert state.keys() == found[part].keys() and len(state) >= 4

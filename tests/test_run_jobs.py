@@ -184,7 +184,7 @@ def test_the_lowest_held_out_loss_is_chosen_row_by_row(tmp_path, monkeypatch):
     assert written["yivl_eva"]["chosen"] is None
 
 
-def test_freezing_the_tower_keeps_its_features_in_the_comparison(tmp_path, monkeypatch):
+def test_freezing_the_encoder_keeps_its_features_in_the_comparison(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     grid = grids.parse_grid(["recipe=yivl_llava,yivl_eva", "freeze=vision", "run=c"])
     for row in grid.rows:

@@ -21,11 +21,11 @@ GOLDENS = Path(__file__).parent / "goldens" / "evaluation"
 COLOURS = ("red", "green", "blue")
 
 
-def record(number: int, name: str = "same", picture: bool = True, **more) -> dict:
+def record(number: int, name: str = "same", with_image: bool = True, **more) -> dict:
     """Return a record with an answer of its own."""
     turns = [{"from": "human", "value": f"Question {number}?"}]
     turns.append({"from": "gpt", "value": f"answer {number}"})
-    image = {"image": f"{COLOURS[number % 3]}.png"} if picture else {}
+    image = {"image": f"{COLOURS[number % 3]}.png"} if with_image else {}
     return {"id": name, **image, "conversations": turns, **more}
 
 
@@ -95,8 +95,8 @@ def test_a_run_asks_equal_ids_of_all_its_sources_apart(write):
     assert len(ids) == len(set(ids)) == 4
 
 
-def test_records_without_a_picture_are_counted_and_named(write, model, tmp_path, capsys):
-    records = [record(0, "a"), record(1, "b", picture=False), record(2, "c", picture=False)]
+def test_records_without_an_image_are_counted_and_named(write, model, tmp_path, capsys):
+    records = [record(0, "a"), record(1, "b", with_image=False), record(2, "c", with_image=False)]
     records.append({"id": "d", "image": "none.png", "conversations": record(3)["conversations"]})
     file = write(records)
     assert main(["eval", f"model={model}", f"data={file}", f"out={tmp_path / 'out'}"]) == 0
@@ -110,7 +110,7 @@ def test_records_without_a_picture_are_counted_and_named(write, model, tmp_path,
 
 
 def test_a_file_of_texts_alone_says_how_many(write, model, capsys):
-    file = write([record(n, str(n), picture=False) for n in range(3)])
+    file = write([record(n, str(n), with_image=False) for n in range(3)])
     assert main(["eval", f"model={model}", f"data={file}"]) == 2
     said = capsys.readouterr().err
     assert "(3 samples without an image, the first: record 1 (0)" in said

@@ -34,26 +34,26 @@ from vlbench.data.scene_world import (
     make_scene,
 )
 
-PICTURES = 200
+IMAGES = 200
 
 
-def pictures(unseen: bool = False) -> list[RenderedScene]:
-    return [make_scene("test", 3, index, unseen) for index in range(PICTURES)]
+def scenes(unseen: bool = False) -> list[RenderedScene]:
+    return [make_scene("test", 3, index, unseen) for index in range(IMAGES)]
 
 
 def test_a_scene_depends_on_its_stream_seed_and_index_alone() -> None:
-    backwards = [make_scene("test", 3, index) for index in reversed(range(PICTURES))]
+    backwards = [make_scene("test", 3, index) for index in reversed(range(IMAGES))]
     random.seed(1)
-    assert pictures() == backwards[::-1]
+    assert scenes() == backwards[::-1]
     assert make_scene("test", 3, 0) != make_scene("test", 4, 0) != make_scene("other", 4, 0)
-    one = pictures()[0]
+    one = scenes()[0]
     assert pickle.loads(pickle.dumps(one)) == one
     assert one.open().tobytes() == one.open().tobytes()
     assert (one.open().size, one.open().mode) == ((IMAGE_SIDE, IMAGE_SIDE), "RGB")
 
 
-def test_pictures_differ() -> None:
-    assert len({one.open().tobytes() for one in pictures()}) == PICTURES
+def test_images_differ() -> None:
+    assert len({one.open().tobytes() for one in scenes()}) == IMAGES
 
 
 def test_the_unseen_pairs_are_one_per_colour_and_shape() -> None:
@@ -65,8 +65,8 @@ def test_the_unseen_pairs_are_one_per_colour_and_shape() -> None:
 def test_training_never_shows_or_names_an_unseen_pair() -> None:
     for source in (SceneCaptions(0, 400), SceneConversations(0, 400, 4)):
         for index in range(len(source)):
-            for picture in source[index].images:
-                assert all(UNSEEN_PAIRS[t.colour] != t.shape for t in picture.objects)
+            for scene in source[index].images:
+                assert all(UNSEEN_PAIRS[t.colour] != t.shape for t in scene.objects)
             text = " ".join(turn.text for turn in source[index].turns)
             assert "green star" not in text and "绿色的星形" not in text
     for question in held_out_questions("new"):
@@ -100,14 +100,14 @@ def test_held_out_sets_are_large_and_even(kind: str, least: int, each: int) -> N
     assert languages["en"] == languages["zh"]
 
 
-def test_held_out_pictures_are_not_in_training() -> None:
+def test_held_out_images_are_not_in_training() -> None:
     known = {SceneConversations(0, 2000, 1)[i].images[0].objects for i in range(2000)}
     assert not known & {q.image.objects for q in held_out_questions("new")}
 
 
 @pytest.mark.parametrize("kind", ["new", "unseen"])
 @pytest.mark.parametrize("by", ["type", "question"])
-def test_a_guesser_without_pictures_fails(kind: str, by: str) -> None:
+def test_a_guesser_without_images_fails(kind: str, by: str) -> None:
     """The most frequent training answer per type, or per question, is seldom right."""
 
     def key(kind: str, language: str, text: str) -> tuple[str, ...]:
@@ -143,7 +143,7 @@ def test_answers_given_while_training_are_even() -> None:
 
 def test_paint_agrees_with_words() -> None:
     """An object's colour is at its position, and empty quarters have none."""
-    for one in pictures() + pictures(unseen=True):
+    for one in scenes() + scenes(unseen=True):
         image = np.asarray(one.open()).astype(int)
         for cell in range(4):
             left, top = cell % 2 * IMAGE_SIDE // 2, cell // 2 * IMAGE_SIDE // 2
@@ -162,7 +162,7 @@ def test_paint_agrees_with_words() -> None:
 def test_answers_follow_from_the_scene() -> None:
     """Answer some questions independently of the code that made them."""
     cells = {(0, 0): "top left", (0, 1): "top right", (1, 0): "bottom left", (1, 1): "bottom right"}
-    for one in pictures():
+    for one in scenes():
         for q in list_questions(one, "en"):
             words = q.text.rstrip("?").split()
             if q.type == "position":
@@ -179,7 +179,7 @@ def test_answers_follow_from_the_scene() -> None:
 
 
 def test_captions_name_every_object() -> None:
-    for one in pictures():
+    for one in scenes():
         said = scene_caption(one, "en")
         assert all(f"{t.colour} {t.shape}" in said for t in one.objects)
         assert said.startswith(("One", "Two", "Three", "Four")[len(one.objects) - 1])

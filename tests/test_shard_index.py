@@ -31,7 +31,7 @@ def no_pause(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def picture() -> bytes:
+def image_bytes() -> bytes:
     content = io.BytesIO()
     make_scene("files", 0, 0).open().save(content, "JPEG")
     return content.getvalue()
@@ -48,11 +48,11 @@ def write(
     return file
 
 
-def captioned(picture: bytes, captions: list[str]) -> list[tuple[str, bytes]]:
+def captioned(image_bytes: bytes, captions: list[str]) -> list[tuple[str, bytes]]:
     return [
         (f"{number}.{kind}", content)
         for number, caption in enumerate(captions)
-        for kind, content in (("jpg", picture), ("txt", caption.encode()))
+        for kind, content in (("jpg", image_bytes), ("txt", caption.encode()))
     ]
 
 
@@ -66,7 +66,7 @@ def captions(shards: WebDatasetShards) -> list[str]:
     for number in range(len(shards)):
         try:
             sample = shards[number]
-            assert all(picture.open() for picture in sample.images)
+            assert all(image.open() for image in sample.images)
             found.append(sample.caption_text)
         except BadSample as bad:
             found.append(bad.reason)
@@ -86,20 +86,20 @@ SIX = ["nought", "one", "two", "three", "four", "five"]
     ],
     ids=["captions", "order", "longer", "shorter"],
 )
-def test_a_tar_that_was_made_again_is_indexed_again(again, picture, tmp_path):
-    tar = write(tmp_path / "x.tar", captioned(picture, SIX))
+def test_a_tar_that_was_made_again_is_indexed_again(again, image_bytes, tmp_path):
+    tar = write(tmp_path / "x.tar", captioned(image_bytes, SIX))
     assert captions(WebDatasetShards(tar)) == SIX
-    write(tar, captioned(picture, again))
+    write(tar, captioned(image_bytes, again))
     assert captions(WebDatasetShards(tar)) == again
     shards_module._cached_index.cache_clear()  # as another process finds it
     assert captions(WebDatasetShards(tar)) == again
 
 
-def test_an_index_of_another_tar_of_the_same_size_and_time_is_noticed(picture, tmp_path):
-    tar = write(tmp_path / "x.tar", captioned(picture, SIX))
+def test_an_index_of_another_tar_of_the_same_size_and_time_is_noticed(image_bytes, tmp_path):
+    tar = write(tmp_path / "x.tar", captioned(image_bytes, SIX))
     before = tar.stat()
     assert captions(WebDatasetShards(tar)) == SIX
-    write(tar, captioned(picture, ["nought!", *SIX[1:]]))
+    write(tar, captioned(image_bytes, ["nought!", *SIX[1:]]))
     os.utime(tar, ns=(before.st_mtime_ns, before.st_mtime_ns))
     assert tar.stat().st_size == before.st_size  # tar files are padded
     found = captions(WebDatasetShards(tar))
@@ -108,8 +108,10 @@ def test_an_index_of_another_tar_of_the_same_size_and_time_is_noticed(picture, t
 
 
 @pytest.mark.parametrize("cut", ["between", "header", "data", "padding", "no end", "before txt"])
-def test_a_truncated_tar_is_named_and_read_anew_when_it_is_whole(cut, picture, tmp_path, capsys):
-    tar = write(tmp_path / "x.tar", captioned(picture, SIX))
+def test_a_truncated_tar_is_named_and_read_anew_when_it_is_whole(
+    cut, image_bytes, tmp_path, capsys
+):
+    tar = write(tmp_path / "x.tar", captioned(image_bytes, SIX))
     content = tar.read_bytes()
     with tarfile.open(tar) as file:
         third, text = file.getmember("3.jpg"), file.getmember("3.txt")
@@ -146,16 +148,16 @@ def test_a_truncated_tar_is_named_and_read_anew_when_it_is_whole(cut, picture, t
     )
 
 
-def test_bytes_behind_the_end_are_named(picture, tmp_path):
-    one = write(tmp_path / "one.tar", captioned(picture, SIX[:2])).read_bytes()
+def test_bytes_behind_the_end_are_named(image_bytes, tmp_path):
+    one = write(tmp_path / "one.tar", captioned(image_bytes, SIX[:2])).read_bytes()
     tar = tmp_path / "both.tar"
     tar.write_bytes(one + one)
     found = captions(WebDatasetShards(tar))
     assert found[:2] == SIX[:2] and "two tar files in one" in found[2] and len(found) == 3
 
 
-def test_a_header_that_is_overwritten_is_named(picture, tmp_path):
-    tar = write(tmp_path / "x.tar", captioned(picture, SIX))
+def test_a_header_that_is_overwritten_is_named(image_bytes, tmp_path):
+    tar = write(tmp_path / "x.tar", captioned(image_bytes, SIX))
     content = bytearray(tar.read_bytes())
     with tarfile.open(tar) as file:
         at = file.getmember("3.jpg").offset
@@ -168,8 +170,8 @@ def test_a_header_that_is_overwritten_is_named(picture, tmp_path):
 @pytest.mark.parametrize(
     "truncate", [lambda text: "", lambda text: text[:-30], lambda text: "nonsense\n" + text, None]
 )
-def test_a_truncated_or_older_index_is_made_anew(truncate, picture, tmp_path):
-    tar = write(tmp_path / "x.tar", captioned(picture, SIX))
+def test_a_truncated_or_older_index_is_made_anew(truncate, image_bytes, tmp_path):
+    tar = write(tmp_path / "x.tar", captioned(image_bytes, SIX))
     load_shard_index(str(tar))
     index = Path(index_path(str(tar)))
     text = index.read_text()
@@ -179,16 +181,16 @@ def test_a_truncated_or_older_index_is_made_anew(truncate, picture, tmp_path):
     assert captions(WebDatasetShards(tar)) == SIX and index.read_text() == text
 
 
-def test_many_that_index_at_once_agree_and_leave_nothing(picture, tmp_path):
-    tar = write(tmp_path / "x.tar", captioned(picture, SIX * 20))
+def test_many_that_index_at_once_agree_and_leave_nothing(image_bytes, tmp_path):
+    tar = write(tmp_path / "x.tar", captioned(image_bytes, SIX * 20))
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: load_shard_index(str(tar)).entries, range(24)))
     assert all(one == found[0] for one in found) and len(found[0]) == 120
     assert sorted(file.name for file in tmp_path.iterdir()) == ["x.tar", "x.tar.index"]
 
 
-def test_an_index_that_cannot_be_kept_is_no_trouble(picture, tmp_path):
-    tar = write(tmp_path / "x.tar", captioned(picture, SIX))
+def test_an_index_that_cannot_be_kept_is_no_trouble(image_bytes, tmp_path):
+    tar = write(tmp_path / "x.tar", captioned(image_bytes, SIX))
     Path(index_path(str(tar))).mkdir()
     assert captions(WebDatasetShards(tar)) == SIX
     assert sorted(file.name for file in tmp_path.iterdir()) == ["x.tar", "x.tar.index"]
@@ -196,17 +198,17 @@ def test_an_index_that_cannot_be_kept_is_no_trouble(picture, tmp_path):
 
 @pytest.mark.parametrize("name", ["0.jpg", "images/0.jpg", "./images/0.jpg", "v1.5/0.jpg", "0.JPG"])
 @pytest.mark.parametrize("member", ["0.jpg", "0.JPG", "./0.jpg", "v1.5/0.Jpg"])
-def test_a_record_finds_its_picture_by_the_base_name(name, member, picture, tmp_path):
+def test_a_record_finds_its_image_by_the_base_name(name, member, image_bytes, tmp_path):
     text = member.rpartition(".")[0] + ".json"
-    tar = write(tmp_path / "x.tar", [(member, picture), (text, record(image=name))])
+    tar = write(tmp_path / "x.tar", [(member, image_bytes), (text, record(image=name))])
     assert captions(WebDatasetShards(tar)) == ["red"] and len(WebDatasetShards(tar)[0].images) == 1
 
 
 @pytest.mark.parametrize("image", [{}, {"image": None}, {"image": []}, {"image": ""}])
-def test_a_record_that_names_no_picture_has_those_of_its_key(image, picture, tmp_path):
+def test_a_record_that_names_no_image_has_those_of_its_key(image, image_bytes, tmp_path):
     both = [{"from": "human", "value": "<image><image>"}, TURNS[1]]
-    members = [("0.jpg", picture), ("0.json", record(**image))]
-    members += [(f"1.{number}.jpg", picture) for number in (10, 2)]
+    members = [("0.jpg", image_bytes), ("0.json", record(**image))]
+    members += [(f"1.{number}.jpg", image_bytes) for number in (10, 2)]
     members += [("1.json", record(**image, conversations=both))]
     shards = WebDatasetShards(write(tmp_path / "x.tar", members))
     assert captions(shards) == ["red", "red"]
@@ -216,14 +218,14 @@ def test_a_record_that_names_no_picture_has_those_of_its_key(image, picture, tmp
     ]
 
 
-def test_a_picture_that_is_not_there_is_named_with_those_that_are(picture, tmp_path):
-    members = [("0.png", picture), ("0.json", record(image="x/0.jpg"))]
+def test_an_image_that_is_not_there_is_named_with_those_that_are(image_bytes, tmp_path):
+    members = [("0.png", image_bytes), ("0.json", record(image="x/0.jpg"))]
     (found,) = captions(WebDatasetShards(write(tmp_path / "x.tar", members)))
     assert found == "its shard has no image x/0.jpg (its images: 0.png)"
 
 
-def test_large_letters_in_extensions_are_those_of_small_ones(picture, tmp_path):
-    tar = write(tmp_path / "x.tar", [("0.JPG", picture), ("0.TXT", b"\xef\xbb\xbfred\r\n")])
+def test_large_letters_in_extensions_are_those_of_small_ones(image_bytes, tmp_path):
+    tar = write(tmp_path / "x.tar", [("0.JPG", image_bytes), ("0.TXT", b"\xef\xbb\xbfred\r\n")])
     assert captions(WebDatasetShards(tar)) == ["red"]
 
 
@@ -247,8 +249,8 @@ def test_samples_that_cannot_be_used_are_named(members, message, tmp_path):
         _ = shards[0]
 
 
-def test_what_is_left_out_is_counted_and_said(picture, tmp_path, capsys):
-    members = captioned(picture, SIX[:2])
+def test_what_is_left_out_is_counted_and_said(image_bytes, tmp_path, capsys):
+    members = captioned(image_bytes, SIX[:2])
     members += [("._0.jpg", b"junk"), ("d/._1.txt", b"junk"), ("README", b"hello")]
     tar = write(tmp_path / "x.tar", members)
     with tarfile.open(tar, "a") as file:
@@ -270,8 +272,8 @@ def test_what_is_left_out_is_counted_and_said(picture, tmp_path, capsys):
     assert "left out: 2 hidden files" in capsys.readouterr().out
 
 
-def test_a_hard_link_is_the_picture_that_it_links_to(picture, tmp_path):
-    tar = write(tmp_path / "x.tar", captioned(picture, SIX[:1]))
+def test_a_hard_link_is_the_image_that_it_links_to(image_bytes, tmp_path):
+    tar = write(tmp_path / "x.tar", captioned(image_bytes, SIX[:1]))
     with tarfile.open(tar, "a") as file:
         link = tarfile.TarInfo("1.jpg")
         link.type, link.linkname = tarfile.LNKTYPE, "0.jpg"
@@ -281,9 +283,9 @@ def test_a_hard_link_is_the_picture_that_it_links_to(picture, tmp_path):
 
 
 def test_members_of_a_sample_need_not_be_neighbours_and_the_last_of_a_name_counts(
-    picture, tmp_path
+    image_bytes, tmp_path
 ):
-    members = captioned(picture, SIX[:3])
+    members = captioned(image_bytes, SIX[:3])
     tar = write(tmp_path / "x.tar", members[::2] + members[1::2] + [("0.txt", b"mended")])
     shards = WebDatasetShards(tar)
     assert captions(shards) == ["mended", *SIX[1:3]]
@@ -291,16 +293,16 @@ def test_members_of_a_sample_need_not_be_neighbours_and_the_last_of_a_name_count
 
 
 @pytest.mark.parametrize("how", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_long_names_are_read(how, picture, tmp_path):
+def test_long_names_are_read(how, image_bytes, tmp_path):
     stem = f"{'folder/' * 20}{'n' * 120}\u732b"
-    members = [(f"{stem}.jpg", picture), (f"{stem}.txt", b"far")]
+    members = [(f"{stem}.jpg", image_bytes), (f"{stem}.txt", b"far")]
     shards = WebDatasetShards(write(tmp_path / "x.tar", members, how))
     assert captions(shards) == ["far"] and shards[0].id == stem
     shards_module._cached_index.cache_clear()
     assert captions(WebDatasetShards(tmp_path / "x.tar")) == ["far"]
 
 
-def test_names_that_are_not_utf8_are_read_and_can_be_printed(picture, tmp_path):
+def test_names_that_are_not_utf8_are_read_and_can_be_printed(image_bytes, tmp_path):
     how: Any = {"encoding": "latin-1", "format": tarfile.GNU_FORMAT}
     with tarfile.open(tmp_path / "x.tar", "w", **how) as tar:
         for name, data in (("caf\xe9.jpg", b""), ("caf\xe9.txt", b"red")):
@@ -322,8 +324,8 @@ def test_a_pattern_with_half_of_its_braces_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["x.tar", "x.tar.gz", "x.TGZ"])
-def test_a_compressed_tar_is_named(name, picture, tmp_path, capsys):
-    tar = write(tmp_path / "plain.tar", captioned(picture, SIX[:1]))
+def test_a_compressed_tar_is_named(name, image_bytes, tmp_path, capsys):
+    tar = write(tmp_path / "plain.tar", captioned(image_bytes, SIX[:1]))
     (tmp_path / name).write_bytes(gzip.compress(tar.read_bytes()))
     words = ["recipe=yivl_llava", f"data.train={tmp_path / name}", "only=chat"]
     assert main(["fit", *words, f"run={tmp_path / 'run'}"]) == 2
@@ -346,17 +348,17 @@ def test_a_file_that_is_no_shard_is_named(content, message, tmp_path):
         WebDatasetShards(tmp_path / "x.tar")
 
 
-def test_an_empty_tar_among_others_is_no_trouble(picture, tmp_path):
+def test_an_empty_tar_among_others_is_no_trouble(image_bytes, tmp_path):
     for number, some in enumerate((SIX[:2], [], SIX[2:3])):
-        write(tmp_path / f"{number}.tar", captioned(picture, some))
+        write(tmp_path / f"{number}.tar", captioned(image_bytes, some))
     shards = WebDatasetShards(str(tmp_path / "{0..2}.tar"))
     assert captions(shards) == SIX[:3] and shards.sample_counts == [2, 0, 1]
     assert sorted(map(shards.pass_order("x"), range(3))) == [0, 1, 2]
 
 
-def test_keys_with_the_line_ends_of_unicode_are_read(picture, tmp_path):
+def test_keys_with_the_line_ends_of_unicode_are_read(image_bytes, tmp_path):
     key = "a\u2028b\u2029c\x85d"
-    tar = write(tmp_path / "x.tar", [(f"{key}.jpg", picture), (f"{key}.txt", b"odd")])
+    tar = write(tmp_path / "x.tar", [(f"{key}.jpg", image_bytes), (f"{key}.txt", b"odd")])
     for _ in range(2):
         assert captions(WebDatasetShards(tar)) == ["odd"]
         shards_module._cached_index.cache_clear()

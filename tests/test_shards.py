@@ -171,8 +171,8 @@ def bad(shards: WebDatasetShards) -> list[BadSample]:
     found = []
     for number in range(len(shards)):
         try:
-            for picture in shards[number].images:
-                picture.open()
+            for image in shards[number].images:
+                image.open()
         except BadSample as fault:
             found.append(fault)
         except UserError as mistake:
@@ -326,7 +326,7 @@ class Pixels(Dataset):
 
     def __getitem__(self, index: int) -> tuple[str, list[torch.Tensor]]:
         sample = self.shards[index]
-        return sample.id, [TRANSFORM.load_pixels(picture) for picture in sample.images]
+        return sample.id, [TRANSFORM.load_pixels(image) for image in sample.images]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -89,7 +89,7 @@ def test_avgpool_takes_the_mean_of_neighbours():
         ("c_abstractor", {"side": 2, "depth": 1, "width": 16}, 4),
     ],
 )
-def test_a_picture_takes_as_many_tokens_as_is_said(name, options, tokens):
+def test_an_image_takes_as_many_tokens_as_is_said(name, options, tokens):
     connector = registry.load_connector(name)(SHAPES, **options)
     assert connector.tokens_per_image == tokens
     assert connector(torch.randn(2, 16, 8)).shape == (2, tokens, 12)

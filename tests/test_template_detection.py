@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_release import CHECKPOINT, TOWER, copy_checkpoint, edit_json, rewrite_weights
+from golden_release import CHECKPOINT, ENCODER_FOLDER, copy_checkpoint, edit_json, rewrite_weights
 
 import vlbench
 from vlbench.__main__ import main
@@ -37,10 +37,10 @@ def bare_projector(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory) -> Path:
-    """A folder as LLaVA-1.5's own, with its tower beside it."""
+    """A folder as LLaVA-1.5's own, with its encoder beside it."""
     folder = copy_checkpoint(tmp_path_factory.mktemp("llava") / "llava-v1.5")
     bare_projector(folder)
-    (folder / TOWER).rename(folder / "vit" / Path(CLIP).name)
+    (folder / ENCODER_FOLDER).rename(folder / "vit" / Path(CLIP).name)
     edit_json(folder / "config.json", mm_vision_tower=CLIP)
     return folder
 

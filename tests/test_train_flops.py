@@ -52,9 +52,10 @@ def test_what_is_frozen_takes_less():
     vlm, batches = ready("yivl_llava", "chat")
     whole = count_step_flops(vlm.model)
     vlm.vision.requires_grad_(False)
-    frozen_tower = count_step_flops(vlm.model)
+    frozen_encoder = count_step_flops(vlm.model)
     assert (
-        frozen_tower.per_image < whole.per_image and frozen_tower.per_position == whole.per_position
+        frozen_encoder.per_image < whole.per_image
+        and frozen_encoder.per_position == whole.per_position
     )
     vlm.language.requires_grad_(False)
     aligned = count_step_flops(vlm.model)  # gradients pass through, weights have none
@@ -63,7 +64,7 @@ def test_what_is_frozen_takes_less():
     assert count_step_flops(vlm.model).per_position == pytest.approx(whole.per_position / 3)
 
 
-def test_known_features_spare_the_tower():
+def test_known_features_spare_the_encoder():
     vlm, batches = ready("yivl_llava", "align_448", "stages.align_448.train.vision=null")
     flops = count_step_flops(vlm.model)
     kept = [

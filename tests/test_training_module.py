@@ -43,7 +43,7 @@ def test_no_warm_up_starts_at_the_peak() -> None:
 
 
 class Uncounted(registry.load_connector("linear")):
-    """A connector with a loss, a mean over pictures, that no `loss_counts` tells of."""
+    """A connector with a loss, a mean over images, that no `loss_counts` tells of."""
 
     def losses(self, features, visual, batch):
         pictures = len(batch.pixels)

@@ -24,14 +24,14 @@ SAY = {"from": "gpt", "value": "A thing."}
 
 
 def red(folder: Path, name: str = "red.png", **options: object) -> Path:
-    """Write a good picture."""
+    """Write a good image."""
     path = folder / name
     Image.new("RGB", (40, 30), "red").save(path, **options)
     return path
 
 
 def data(folder: Path, *records: object, text: str | None = None) -> list[str]:
-    """Write a data file of `records` beside a good picture; return the words that train on it."""
+    """Write a data file of `records` beside a good image; return the words that train on it."""
     red(folder)
     file = folder / "data.json"
     file.write_text(json.dumps(records) if text is None else text, encoding="utf-8")
@@ -43,7 +43,7 @@ def record(image: object = "red.png", turns: object = None, **more: object) -> d
 
 
 def torn(folder: Path, kind: str, keep: float) -> list[str]:
-    """Train on a picture file that is cut off."""
+    """Train on an image file that is cut off."""
     noise = Image.effect_noise((200, 200), 80).convert("RGB")
     noise.save(folder / f"torn.{kind}")
     whole = (folder / f"torn.{kind}").read_bytes()
@@ -108,8 +108,8 @@ TABLE: list[tuple[str, Callable[[Path], list[str]], str]] = [
     ("unknown connector", lambda f: [*FIT, "connector.name=lava_mlp"], "lava_mlp.*llava_mlp"),
     ("unknown option", lambda f: [*FIT, "connector.dept=3"], "dept.*'depth'"),
     ("bad option value", lambda f: [*FIT, "connector.depth=0"], "depth is 0.*at least 1"),
-    ("unknown tower", lambda f: [*FIT, "vision.name=ViT-H14"], "ViT-H14.*'ViT-H-14'"),
-    ("a tower that is no ViT", lambda f: [*FIT, "vision.name=RN50"], "RN50"),
+    ("unknown encoder", lambda f: [*FIT, "vision.name=ViT-H14"], "ViT-H14.*'ViT-H-14'"),
+    ("an encoder that is no ViT", lambda f: [*FIT, "vision.name=RN50"], "RN50"),
     ("layer out of range", lambda f: [*FIT, "vision.layer=-9"], "vision.layer.*-9"),
     ("unknown objective", lambda f: [*FIT, "stages.chat.objective=blip"], "objective.*blip"),
     ("image size", lambda f: [*FIT, "stages.align_224.image_size=57"], "57.*multiple of 14.*56"),
@@ -206,7 +206,7 @@ def test_a_full_disk_is_one_line_and_earlier_checkpoints_stay(
     assert not list((tmp_path / "run" / "checkpoints").glob(".writing*"))
 
 
-def test_odd_pictures_are_handled_not_refused(tmp_path: Path) -> None:
+def test_odd_images_are_handled_not_refused(tmp_path: Path) -> None:
     Image.new("CMYK", (30, 40), (0, 200, 100, 0)).save(tmp_path / "cmyk.jpg")
     Image.new("I;16", (30, 40), 40000).save(tmp_path / "sixteen.png")
     frames = [Image.new("P", (20, 20), n) for n in (1, 2)]

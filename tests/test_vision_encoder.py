@@ -24,7 +24,7 @@ HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "pad": False}
 
 @register_model
 def recorded_eva02(pretrained: bool = False, **kwargs: object) -> Eva:
-    """Build the tower of the record `eva_clip_tower_eva02`."""
+    """Build the encoder of the record `eva_clip_tower_eva02`."""
     for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
         kwargs.pop(key, None)
     own = {"patch_size": 7, "embed_dim": 48, "depth": 3, "num_heads": 4, "mlp_ratio": 2.6667}
@@ -35,48 +35,48 @@ def recorded_eva02(pretrained: bool = False, **kwargs: object) -> Eva:
     return model
 
 
-def eva_tower(layer: int, norm: bool = False) -> VisionEncoder:
+def eva_encoder(layer: int, norm: bool = False) -> VisionEncoder:
     visual = TimmModel("recorded_eva02", 20, 28, "token", "", pretrained=False)
     state = checkpoint_filter_fn(load_record("eva_clip_tower_eva02", "state_dict"), visual.trunk)
     visual.trunk.load_state_dict(state)
     return VisionEncoder(visual, layer, norm, HALF)
 
 
-def test_an_eva_tower_gives_the_references_features_of_every_block():
+def test_an_eva_encoder_gives_the_references_features_of_every_block():
     case = "eva_clip_tower_eva02"
     pixels, outputs = load_record(case, "inputs")["pixel_values"], load_record(case, "outputs")
     for layer in range(3):
-        tower = eva_tower(layer)
-        assert_outputs(tower(pixels), outputs[f"block_{layer}"][:, 1:])
-        tower.class_token = True
-        assert_outputs(tower(pixels), outputs[f"block_{layer}"])
-    tower = eva_tower(-1, norm=True)
-    tower.class_token = True
-    assert_outputs(tower(pixels), outputs["tokens_norm"])
+        encoder = eva_encoder(layer)
+        assert_outputs(encoder(pixels), outputs[f"block_{layer}"][:, 1:])
+        encoder.class_token = True
+        assert_outputs(encoder(pixels), outputs[f"block_{layer}"])
+    encoder = eva_encoder(-1, norm=True)
+    encoder.class_token = True
+    assert_outputs(encoder(pixels), outputs["tokens_norm"])
 
 
-def test_an_eva_tower_gives_the_references_gradients():
+def test_an_eva_encoder_gives_the_references_gradients():
     case = "eva_clip_tower_eva02"
     inputs, grads = load_record(case, "inputs"), load_record(case, "grads")
-    tower = eva_tower(-1, norm=True)
-    tower.class_token = True
+    encoder = eva_encoder(-1, norm=True)
+    encoder.class_token = True
     pixels = inputs["pixel_values"].requires_grad_()
-    tokens = tower(pixels)
+    tokens = encoder(pixels)
     loss = (tokens * inputs["ct.tokens_norm"]).sum()
-    image = tower.visual.trunk.head(tokens[:, 0])
+    image = encoder.visual.trunk.head(tokens[:, 0])
     (loss + (image * inputs["ct.image_features"]).sum()).backward()
     assert_gradient(pixels.grad, grads["input.pixel_values"], "pixels")
     named = {name.removeprefix("param."): grad for name, grad in grads.items()}
-    state = checkpoint_filter_fn(dict(named), tower.visual.trunk)
-    parameters = dict(tower.visual.trunk.named_parameters())
+    state = checkpoint_filter_fn(dict(named), encoder.visual.trunk)
+    parameters = dict(encoder.visual.trunk.named_parameters())
     compared = [name for name in state if name in parameters]
     assert len(compared) > 60
     for name in compared:
         assert_gradient(parameters[name].grad, state[name], name)
 
 
-def test_a_resized_eva_tower_is_one_that_was_built_at_that_size():
-    small, large = eva_tower(-2), TimmModel("recorded_eva02", 20, 28, "token", "")
+def test_a_resized_eva_encoder_is_one_that_was_built_at_that_size():
+    small, large = eva_encoder(-2), TimmModel("recorded_eva02", 20, 28, "token", "")
     large.trunk.set_input_size((56, 56))
     small.set_image_size(56)
     assert small.grid == (8, 8) and small.image_size == 56
@@ -118,9 +118,9 @@ def test_position_embeddings_are_resized_as_open_clip_does(case):
     new = round((len(expected[f"{case}/open_clip_3.3"]) - 1) ** 0.5)
     visual = VisionTransformer(old * 2, 2, table.shape[1], 2, 1, 1.0, output_dim=4)
     visual.positional_embedding.data = table
-    tower = VisionEncoder(visual, -1, False, HALF)
-    tower.set_image_size(new * 2)
-    assert_outputs(tower.visual.positional_embedding, expected[f"{case}/open_clip_3.3"])
+    encoder = VisionEncoder(visual, -1, False, HALF)
+    encoder.set_image_size(new * 2)
+    assert_outputs(encoder.visual.positional_embedding, expected[f"{case}/open_clip_3.3"])
 
 
 def test_features_of_a_clip_folder_are_those_that_llava_selects(tmp_path):
@@ -132,31 +132,35 @@ def test_features_of_a_clip_folder_are_those_that_llava_selects(tmp_path):
     plan = clip_layouts.parse_vision_config(config, tmp_path)
     inputs, outputs = load_record(case, "inputs"), load_record(case, "outputs")
     for layer in (-1, -2):
-        tower = VisionEncoder(clip_layouts.build_clip_vit(plan), layer, False, HALF)
-        load_clip_folder(tower, tmp_path)
-        assert_outputs(tower(inputs["pixel_values"]), outputs[f"select{layer}_patch"])
-        tower.class_token = True
-        assert_outputs(tower(inputs["pixel_values"]), outputs[f"select{layer}_cls_patch"])
+        encoder = VisionEncoder(clip_layouts.build_clip_vit(plan), layer, False, HALF)
+        load_clip_folder(encoder, tmp_path)
+        assert_outputs(encoder(inputs["pixel_values"]), outputs[f"select{layer}_patch"])
+        encoder.class_token = True
+        assert_outputs(encoder(inputs["pixel_values"]), outputs[f"select{layer}_cls_patch"])
 
 
 @pytest.mark.parametrize("name", ["EVA02-L-14-336", "EVA01-g-14", "EVA02-E-14", "EVA02-B-16"])
 def test_evas_of_open_clip_take_any_image_size(name):
     with torch.device("meta"):
-        tower = build_vision_encoder(name, "random")
+        encoder = build_vision_encoder(name, "random")
         for side in (224, 448):
-            tower.set_image_size(side)
+            encoder.set_image_size(side)
             rows = side // (16 if name == "EVA02-B-16" else 14)
-            assert tower.grid == (rows, rows) and tower.image_size == side
-            assert tower(torch.empty(1, 3, side, side)).shape == (1, rows**2, tower.feature_width)
+            assert encoder.grid == (rows, rows) and encoder.image_size == side
+            assert encoder(torch.empty(1, 3, side, side)).shape == (
+                1,
+                rows**2,
+                encoder.feature_width,
+            )
 
 
 @pytest.mark.parametrize("name", list(registry.connector_locations()))
-def test_every_connector_stands_on_an_eva_tower(name):
+def test_every_connector_stands_on_an_eva_encoder(name):
     other = small_vlm(registry.load_connector(name), SMALL.get(name))
-    tower = VisionEncoder(eva_tower(-2).visual, -2, False, HALF)
+    encoder = VisionEncoder(eva_encoder(-2).visual, -2, False, HALF)
     options = {**other.model.connector_options, **({"head_width": 12} if name == "eva" else {})}
     vlm = assemble_vlm(
-        tower,
+        encoder,
         type(other.connector),
         options,
         other.language,

@@ -62,9 +62,9 @@ def visual(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if name.startswith("visual.")}
 
 
-def assert_same(tower: VisionEncoder, state: dict[str, Tensor]) -> None:
+def assert_same(encoder: VisionEncoder, state: dict[str, Tensor]) -> None:
     """Compare every tensor of an encoder with those of a CLIP."""
-    found = {f"visual.{name}": tensor for name, tensor in tower.visual.state_dict().items()}
+    found = {f"visual.{name}": tensor for name, tensor in encoder.visual.state_dict().items()}
     expected = visual(state)
     assert found.keys() == expected.keys() and len(found) > 100
     for name, tensor in found.items():
@@ -101,10 +101,10 @@ def serve(monkeypatch: pytest.MonkeyPatch, folder: Path, asked: list[str], **tag
 def test_a_tag_is_what_its_repository_has(kind, forms, clip_state, monkeypatch):
     asked: list[str] = []
     serve(monkeypatch, forms / f"as_{kind}", asked)
-    tower = build_vision_encoder(NAME, "some_tag")
-    assert_same(tower, clip_state)
+    encoder = build_vision_encoder(NAME, "some_tag")
+    assert_same(encoder, clip_state)
     assert asked[0] == "owner/some-clip/open_clip_model.safetensors"
-    assert (tower.mean, tower.std) == ((0.5,) * 3, (0.25,) * 3)
+    assert (encoder.mean, encoder.std) == ((0.5,) * 3, (0.25,) * 3)
 
 
 def test_a_tag_for_the_other_activation_is_refused(forms, monkeypatch):
@@ -130,15 +130,15 @@ def test_a_folder_says_its_own_activation_and_pixels(forms, tmp_path):
     said = json.loads((folder / "open_clip_config.json").read_text())
     said["preprocess_cfg"] = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
     (folder / "open_clip_config.json").write_text(json.dumps(said))
-    tower = build_vision_encoder(NAME, str(folder))
-    assert (tower.mean, tower.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    encoder = build_vision_encoder(NAME, str(folder))
+    assert (encoder.mean, encoder.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     said["model_cfg"]["quick_gelu"] = True
     (folder / "open_clip_config.json").write_text(json.dumps(said))
     with pytest.raises(UserError, match="quick_gelu True for False.*say vision.name="):
         build_vision_encoder(NAME, str(folder))
     own = build_vision_encoder(str(folder), "embedded")
     pixels = torch.randn(1, 3, 224, 224)
-    assert not torch.allclose(own(pixels), tower(pixels), atol=1e-3)  # another activation
+    assert not torch.allclose(own(pixels), encoder(pixels), atol=1e-3)  # another activation
 
 
 def test_pixels_of_a_file_are_those_of_all_tags_of_its_architecture():
@@ -147,7 +147,7 @@ def test_pixels_of_a_file_are_those_of_all_tags_of_its_architecture():
 
 
 def test_a_siglip_is_loaded_at_the_size_of_its_file(tmp_path, monkeypatch):
-    """timm's position embeddings have no class token, and are as long as the file's pictures."""
+    """timm's position embeddings have no class token, and are as long as the file's images."""
     small = open_clip.get_model_config(SIGLIP)
     small["vision_cfg"] |= {"timm_model_name": "vit_tiny_patch16_224", "image_size": 224}
     small["vision_cfg"] |= {"timm_pool": "avg"}
@@ -168,12 +168,14 @@ def test_a_file_of_another_image_size_is_resized_once_as_open_clip_does(clip_sta
     key = "visual.positional_embedding"
     state[key] = torch.randn(1 + 12 * 12, 384)
     save_file(state, tmp_path / "at_384.safetensors")
-    tower = build_vision_encoder(NAME, str(tmp_path / "at_384.safetensors"))
-    assert tower.image_size == 384 and torch.equal(tower.visual.positional_embedding, state[key])
-    tower.set_image_size(224)
+    encoder = build_vision_encoder(NAME, str(tmp_path / "at_384.safetensors"))
+    assert encoder.image_size == 384 and torch.equal(
+        encoder.visual.positional_embedding, state[key]
+    )
+    encoder.set_image_size(224)
     theirs = open_clip.create_model(NAME)
     open_clip.load_checkpoint(theirs, str(tmp_path / "at_384.safetensors"))
-    assert torch.equal(tower.visual.positional_embedding, theirs.visual.positional_embedding)
+    assert torch.equal(encoder.visual.positional_embedding, theirs.visual.positional_embedding)
 
 
 def test_a_folder_of_both_layouts_is_read_by_the_weights_that_it_has(forms, clip_state, tmp_path):
@@ -332,7 +334,7 @@ FIT += [f"stages.{stage}.train.vision=null" for stage in ("align_224", "align_44
 FIT += [f"stages.{stage}.steps=1" for stage in ("align_224", "align_448", "chat")]
 FIT += [f"stages.{stage}.global_batch_size=2" for stage in ("align_224", "align_448", "chat")]
 FIT += ["log.tensorboard=false", "log.examples=0"]
-ENCODER = f"vision.name={NAME}"
+VISION_NAME = f"vision.name={NAME}"
 
 
 def test_a_frozen_encoder_is_the_files_before_and_after_everything(
@@ -340,7 +342,7 @@ def test_a_frozen_encoder_is_the_files_before_and_after_everything(
 ):
     monkeypatch.chdir(tmp_path)
     file = Path(shutil.copy(forms / "clip.safetensors", tmp_path / "clip.safetensors"))
-    assert main([*FIT, ENCODER, f"vision.weights={file}", "only=align_224", "run=first"]) == 0
+    assert main([*FIT, VISION_NAME, f"vision.weights={file}", "only=align_224", "run=first"]) == 0
     told = capsys.readouterr().out
     expected = build_vision_encoder(NAME, str(file))
     total = hash_named_tensors(expected.visual.state_dict().items())
@@ -367,7 +369,7 @@ def test_a_frozen_encoder_is_the_files_before_and_after_everything(
     with pytest.raises(UserError, match="not the weights that .* began with"):
         vlbench.load("first")
     Path("first/results.json").unlink()
-    assert main([*FIT, ENCODER, f"vision.weights={file}", "only=align_224", "run=first"]) == 2
+    assert main([*FIT, VISION_NAME, f"vision.weights={file}", "only=align_224", "run=first"]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and "not the weights" in lines[0]
     # what holds its encoder does not ask for the file
@@ -379,7 +381,7 @@ def test_a_frozen_encoder_goes_through_the_sizes_of_its_run_again(forms, tmp_pat
     """Position embeddings that are resized twice are other ones than those resized at once."""
     monkeypatch.chdir(tmp_path)
     file = str(forms / "clip.safetensors")
-    assert main([*FIT, ENCODER, f"vision.weights={file}", "run=run"]) == 0
+    assert main([*FIT, VISION_NAME, f"vision.weights={file}", "run=run"]) == 0
     expected = build_vision_encoder(NAME, file)
     at_once = build_vision_encoder(NAME, file)
     at_once.set_image_size(96)
@@ -399,7 +401,7 @@ def weights_in(run: str) -> Path:
 
 def test_a_name_too_long_for_a_file_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main([*FIT, ENCODER, f"vision.weights={'x' * 300}", "run=run"]) == 2
+    assert main([*FIT, VISION_NAME, f"vision.weights={'x' * 300}", "run=run"]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and "too long" in lines[0] and not Path("run").exists()
 
@@ -408,7 +410,7 @@ def test_a_name_too_long_for_a_file_is_one_line(tmp_path, monkeypatch, capsys):
 def test_garbage_is_one_line_before_there_is_a_run(text, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("clip.pt").write_text(text)
-    assert main([*FIT, ENCODER, "vision.weights=clip.pt", "run=run"]) == 2
+    assert main([*FIT, VISION_NAME, "vision.weights=clip.pt", "run=run"]) == 2
     assert not Path("run").exists()
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
@@ -420,7 +422,7 @@ def test_a_trained_encoder_keeps_its_configuration(forms, tmp_path, monkeypatch)
     edit_json(
         Path("own/open_clip_config.json"), preprocess_cfg={"mean": [0.3] * 3, "std": [0.6] * 3}
     )
-    words = [ENCODER, "vision.weights=own", "only=align_224", "run=run"]
+    words = [VISION_NAME, "vision.weights=own", "only=align_224", "run=run"]
     others = [word for word in FIT if word != "stages.align_224.train.vision=null"]
     assert main([*others, *words]) == 0
     shutil.rmtree("own")

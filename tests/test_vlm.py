@@ -105,8 +105,8 @@ def test_text_alone_still_gives_every_parameter_a_gradient(connector: type, opti
     missing = {n for n, _ in vlm.connector.named_parameters() if f"connector.{n}" not in grads}
     assert not missing
     used = {id(p) for p in vlm.vision.used_parameters()}
-    towers = {f"vision.{n}" for n, p in vlm.vision.named_parameters() if id(p) in used}
-    assert towers <= grads.keys()
+    encoders = {f"vision.{n}" for n, p in vlm.vision.named_parameters() if id(p) in used}
+    assert encoders <= grads.keys()
 
 
 def test_closed_gates_equal_the_plain_language_model_bit_for_bit() -> None:
@@ -173,7 +173,7 @@ def grown(batch: object, token: int) -> object:
     return replace(batch, **grown, sample_lengths=[[sum(batch.sample_lengths[0]) + 1]])
 
 
-def test_a_resized_tower_keeps_its_language_and_grows_its_places() -> None:
+def test_a_resized_encoder_keeps_its_language_and_grows_its_places() -> None:
     vlm = small_vlm(LlavaMLP)
     before = vlm.connector.state_dict()
     vlm.set_image_size(56)
@@ -226,7 +226,7 @@ def test_chat_answers_one_conversation():
         vlm.chat([ask, ask])
 
 
-def test_a_closed_picture_is_named():
+def test_a_closed_image_is_named():
     vlm = small_vlm(LlavaMLP)
     image = Image.new("RGB", (8, 8))
     image.close()

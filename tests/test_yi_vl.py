@@ -115,8 +115,8 @@ def test_loss_and_gradients_of_a_training_batch_equal_the_reference(name, packed
     for number, one in enumerate(expected["samples"]):
         turns = [ChatTurn(turn["role"], turn["content"]) for turn in one["conversation"]]
         turns.append(ChatTurn("assistant", one["target"].removesuffix("\n###")))
-        pictures = tuple(ImageFile(GOLDEN / "images" / image) for image in one["images"])
-        samples.append(Sample(f"{number}", tuple(turns), pictures))
+        images = tuple(ImageFile(GOLDEN / "images" / image) for image in one["images"])
+        samples.append(Sample(f"{number}", tuple(turns), images))
     vlm = vlbench.load(CHECKPOINT, dtype=torch.float32)
     encoded = []
     for sample in samples:

@@ -100,7 +100,7 @@ def compare_first_stage(rank: int, kind: str) -> list[str]:
         call = wrap_distributed(vlm, kind) if parallel else vlm.model
         samples = [one for number in ranks for one in shares[number]]
         batch = make_batch(vlm, [samples]).to("cpu", torch.float64)
-        torch.manual_seed(5)  # pictures of noise have set another one
+        torch.manual_seed(5)  # images of noise have set another one
         out = call(batch)
         loss = sum(value for value, _ in out.extra.values())
         (loss * (WORLD if parallel else 1)).backward()

@@ -18,13 +18,13 @@ from vlbench.text_tables import format_table
 def listing_lines(arguments: ListArguments) -> list[str]:
     """Return the lines of all kinds, or of those that are asked for.
 
-    With a `size`: what each connector costs at that size; `towers` alone are listed in full.
+    With a `size`: what each connector costs at that size; `encoders` alone are listed in full.
     """
     if arguments.size is not None:
         if arguments.kinds != ("connectors",):
             raise UserError("size= is for `list connectors size=NAME`")
         return connector_cost_lines(arguments.size)
-    if arguments.kinds == ("towers",):
+    if arguments.kinds == ("encoders",):
         return list(encoder_names.vision_encoder_names())
     lines: list[str] = []
     for kind in arguments.kinds or LISTED_KINDS:
@@ -106,7 +106,7 @@ def _encoder_lines() -> list[str]:
     some += encoder_names.CURATED_ENCODERS
     return [
         *some,
-        f"... {len(encoder_names.vision_encoder_names())} in all: python -m vlbench list towers",
+        f"... {len(encoder_names.vision_encoder_names())} in all: python -m vlbench list encoders",
     ]
 
 
@@ -114,5 +114,5 @@ LISTED_KINDS: dict[ListedKind, Callable[[], list[str]]] = {
     "recipes": _recipe_lines,
     "sizes": _size_lines,
     "connectors": _connector_lines,
-    "towers": _encoder_lines,
+    "encoders": _encoder_lines,
 }

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from PIL import Image
 
+from vlbench.config.schema import SampleFormat
 from vlbench.data.chat_template import ChatTemplate
-from vlbench.data.image_processing import ImageFile, ImageTransform, to_rgb_image
+from vlbench.data.image_decoding import to_rgb_image
+from vlbench.data.image_processing import ImageFile, ImageTransform
 from vlbench.data.packing import PackedBatch, assign_image_index, stack_pixels
 from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, LazyImage, Sample, check_turns
-from vlbench.data.sample_encoding import SampleEncoder, SampleFormat, tokenize_pieces
+from vlbench.data.sample_encoding import SampleEncoder, tokenize_pieces
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import BadSample, UserError
 
@@ -26,6 +28,11 @@ ChatMessage = dict[str, Any]
 """A message in the Hugging Face chat format: a role and a content."""
 MESSAGE_FORMAT = "{'role': 'user', 'content': a text or a list of parts}"
 TURN_ROLES = {"system": "system", "user": "human", "assistant": "assistant"}
+
+
+def holds_conversations(messages: object) -> bool:
+    """Return whether `messages` is a list of conversations, and not one conversation's messages."""
+    return isinstance(messages, list) and bool(messages) and isinstance(messages[0], list)
 
 
 class ConversationTooLong(UserError):
@@ -74,10 +81,7 @@ class Processor:
 
     def prepare(self, messages: list[ChatMessage] | list[list[ChatMessage]]) -> PackedBatch:
         """Return the prompts of one conversation, or of several, as one batch on the CPU."""
-        is_list_of_conversations = (
-            isinstance(messages, list) and messages and isinstance(messages[0], list)
-        )
-        conversations: Any = messages if is_list_of_conversations else [messages]
+        conversations: Any = messages if holds_conversations(messages) else [messages]
         return self.collate_prompts([sample_from_messages(chat) for chat in conversations])
 
     def sample_encoder(self, sample_format: SampleFormat = "chat") -> SampleEncoder:

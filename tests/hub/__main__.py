@@ -24,7 +24,7 @@ def main(words: list[str]) -> None:
         made = folders[0] if folders else stack.enter_context(tempfile.TemporaryDirectory())
         hub = stack.enter_context(serve_hub(make_repositories(Path(made), widths)))
         print(f"export HF_ENDPOINT={hub.endpoint} HF_HOME=$(mktemp -d)")
-        print(f"export PYTHONPATH={SITE}:$PWD  # towers of two blocks, as those here")
+        print(f"export PYTHONPATH={SITE}:$PWD  # encoders of two blocks, as those here")
         for kind, name in hub.repositories:
             print(f"  {kind.removesuffix('s')} {name}")
         sys.stdout.flush()  # it may be a pipe

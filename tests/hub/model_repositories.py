@@ -2,7 +2,7 @@
 
 A language model is as wide as `LanguageModelWidths` says: `SMALL` for tests of every day, `REAL`
 for Yi-6B's.
-Towers have their real widths, as open_clip asks, and two blocks (`shallow`). What a repository
+Encoders have their real widths, as open_clip asks, and two blocks (`shallow`). What a repository
 holds beside what is needed is there as well, so that a command that fetches too much is seen.
 """
 
@@ -192,7 +192,7 @@ def write_clip_vit_h(folder: Path) -> None:
         "vision_config": vision,
     }
     write_json(config, folder / "config.json")
-    tower = {
+    encoder = {
         f"vision_model.{key}": tensor.contiguous()
         for key, tensor in clip_layouts.to_hf_state_dict(model.visual).items()
     }
@@ -203,8 +203,8 @@ def write_clip_vit_h(folder: Path) -> None:
         "text_model.embeddings.token_embedding.weight": state["token_embedding.weight"],
         "text_model.final_layer_norm.weight": state["ln_final.weight"],
     }
-    write_weights(tower | rest, folder / "model.safetensors")
-    write_weights(tower | rest, folder / "pytorch_model.bin")
+    write_weights(encoder | rest, folder / "model.safetensors")
+    write_weights(encoder | rest, folder / "pytorch_model.bin")
     processor = {
         "crop_size": 224,
         "do_center_crop": True,

@@ -115,7 +115,7 @@ def write_open_flamingo(folder: Path) -> None:
 
 
 def write_blip2(folder: Path) -> None:
-    """Write BLIP-2 in transformers' layout, tower, Q-Former and OPT in two shards."""
+    """Write BLIP-2 in transformers' layout, encoder, Q-Former and OPT in two shards."""
     (folder / "README.md").write_text("# BLIP-2, OPT-2.7b, pre-trained only\n")
     write_json({"model_type": "blip-2", "num_query_tokens": 16}, folder / "config.json")
     shapes: dict[str, tuple[int, ...]] = {

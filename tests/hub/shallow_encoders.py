@@ -46,7 +46,7 @@ def shallow_timm(timm: Any) -> SimpleNamespace:
 
 @contextmanager
 def shallow_encoders() -> Iterator[None]:
-    """Build every tower of open_clip two blocks deep while the context lasts."""
+    """Build every encoder of open_clip two blocks deep while the context lasts."""
     import open_clip.factory as factory
     import open_clip.timm_model as adapter
 
@@ -59,18 +59,18 @@ def shallow_encoders() -> Iterator[None]:
 
 
 def shallow_environment() -> dict[str, str]:
-    """Return the environment of a process in which towers are shallow from its start."""
+    """Return the environment of a process in which encoders are shallow from its start."""
     paths = [str(SITE), *filter(None, [os.environ.get("PYTHONPATH", "")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def install_finder() -> None:
-    """Make the towers of this process shallow as soon as open_clip is imported."""
+    """Make the encoders of this process shallow as soon as open_clip is imported."""
     sys.meta_path.insert(0, _ShallowFinder())
 
 
 class _ShallowFinder(importlib.abc.MetaPathFinder):
-    """Finds the two modules of open_clip that know how deep towers are."""
+    """Finds the two modules of open_clip that know how deep encoders are."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)

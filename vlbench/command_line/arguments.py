@@ -13,7 +13,7 @@ TemplateName = Literal["yi_vl", "chatml", "llava_v1"]
 DtypeName = Literal["float32", "bf16", "bfloat16", "fp16", "float16"]
 ExportFormat = Literal["yi_vl", "hf_llava", "vlbench"]
 BudgetName = Literal["params", "visual_tokens", "flops"]
-ListedKind = Literal["recipes", "sizes", "connectors", "towers"]
+ListedKind = Literal["recipes", "sizes", "connectors", "encoders"]
 MAX_SEED = 2**32 - 1
 BENCHMARK_SEED = 42  # of the benchmarks' own code
 MODEL_HELP = "a run, a checkpoint, or a released model (a folder or a hub id)"
@@ -56,6 +56,9 @@ class EvalArguments:
         None,
         metavar="FOLDER",
         is_path=True,
+    )
+    allow_outside: bool = argument(
+        "read images that lie outside of the folder images=", False, metavar="true"
     )
     split: str | None = argument("split of a benchmark; by default val", None)
     subjects: str | None = argument(
@@ -249,6 +252,9 @@ class PackArguments:
     images: str | None = argument(
         "folder of the images; by default beside the file", None, metavar="FOLDER", is_path=True
     )
+    allow_outside: bool = argument(
+        "read images that lie outside of the folder images=", False, metavar="true"
+    )
     out: str = argument(
         "a new folder", metavar="DIR", is_path=True, other_names=("to", "output", "folder")
     )
@@ -330,7 +336,7 @@ class ListArguments:
     verb: ClassVar[str] = "list"
 
     kinds: tuple[ListedKind, ...] = argument(
-        "what to list; by default all, towers (vision encoders) shortened",
+        "what to list; by default all, with few of the vision encoders",
         (),
         metavar="KIND",
         is_positional=True,

@@ -61,5 +61,5 @@ def check_encoder_name(name: str) -> str:
     some = ", ".join((*EMBEDDED_ENCODERS, *CURATED_ENCODERS))
     raise ValueError(
         f"must be a ViT or EVA of open_clip, given '{name}'; some are: {some}; "
-        f"`python -m vlbench list towers` has all.{suggest_name(name, vision_encoder_names())}"
+        f"`python -m vlbench list encoders` has all.{suggest_name(name, vision_encoder_names())}"
     )

@@ -21,16 +21,19 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from vlbench.command_line.arguments import TemplateName
 from vlbench.config.encoder_names import EMBEDDED_ENCODERS, check_encoder_name
 from vlbench.errors import suggest_name
 from vlbench.strict_values import StrictModel, is_null, kind_label, split_union, yaml_text
 
 PartName = Literal["vision", "connector", "language"]
 CheckpointingMode = Literal["none", "selective", "full", "auto"]
+SampleFormat = Literal["caption", "chat"]
 OnBadSample = Literal["auto", "quarantine", "stop"]
 PART_NAMES: tuple[str, ...] = get_args(PartName)
 EXCLUSIVE_KEYS = (("epochs", "steps"), ("train", "mix"), ("only", "from"))
 """Pairs of keys of one mapping of which one at most has a value."""
+MAX_IMAGE_SIZE = 4096  # pixels of a vision encoder's side; those in use have 224 to 1024
 STAGE_NAME_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
@@ -106,7 +109,7 @@ class LanguageModelConfig(RecipeSection):
 
     name: Literal["tiny", "yi-6b", "yi-34b"] = key("architecture, if not of `weights`", "tiny")
     weights: PathText = key("embedded (tiny only), random, a Llama folder or hub id", "embedded")
-    template: Literal["yi_vl", "chatml", "llava_v1"] = key("chat template", "yi_vl")
+    template: TemplateName = key("chat template", "yi_vl")
     max_length: int = key("most tokens of a conversation, image positions included", 4096, ge=16)
 
     @model_validator(mode="after")
@@ -154,6 +157,7 @@ class DataConfig(RecipeSection):
 
     train: PathText | None = key("scenes, a file in LLaVA's format, or shards", None)
     images: PathText | None = key("folder of images; null: beside the file", None)
+    allow_outside: bool = key("read images that lie outside of the folder `images`", False)
     mix: Mixture | None = key("several weighted sources, instead of train", None)
     val: PathText | None = key("held-out samples: a file in LLaVA's format, or shards", None)
     on_bad_sample: OnBadSample = key("leave out and count, or stop; auto: stop above 1 %", "auto")
@@ -168,8 +172,8 @@ class DataConfig(RecipeSection):
 class StageConfig(RecipeSection):
     """One stage of training."""
 
-    image_size: int = key("side of the images in pixels", ge=8, le=4096)
-    sample_format: Literal["caption", "chat"] = key("plain captions of images, or conversations")
+    image_size: int = key("side of the images in pixels", ge=8, le=MAX_IMAGE_SIZE)
+    sample_format: SampleFormat = key("plain captions of images, or conversations")
     objective: str = key("language, or an objective that the connector offers", "language")
     train: TrainedParts = key("which parts are trained, and how")
     global_batch_size: int = key("samples in an optimizer step, over all devices", ge=1)

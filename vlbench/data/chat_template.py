@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from vlbench.command_line.arguments import TemplateName
 from vlbench.data.sample import ChatTurn
 from vlbench.errors import UserError, suggest_name
 
@@ -24,7 +25,7 @@ class ChatTemplate:
     text follows, `after_answer` comes next. EOS_MARK stands for the tokenizer's end-of-text token.
     """
 
-    name: str
+    name: TemplateName
     system: str
     """The system prompt, unless a conversation brings its own as its first turn."""
     after_system: str
@@ -134,7 +135,10 @@ LLAVA_V1 = ChatTemplate(
     stop=EOS_MARK,
 )
 
-CHAT_TEMPLATES = {template.name: template for template in (YI_VL, CHATML, LLAVA_V1)}
+CHAT_TEMPLATES: dict[str, ChatTemplate] = {
+    template.name: template for template in (YI_VL, CHATML, LLAVA_V1)
+}
+"""The template of every `TemplateName`."""
 
 
 def check_template_name(name: str | None, key: str = "template") -> str | None:

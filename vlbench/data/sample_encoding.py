@@ -5,16 +5,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
+from vlbench.config.schema import SampleFormat
 from vlbench.data.chat_template import ChatTemplate, TextPiece
 from vlbench.data.sample import IMAGE_PLACEHOLDER, LazyImage, Sample, check_sample
 from vlbench.errors import BadSample, UserError
 
 IMAGE_TOKEN_INDEX = -200  # the id at image positions; no text is tokenized to it
 IGNORE_INDEX = -100  # the label of an unsupervised position
-
-SampleFormat = Literal["chat", "caption"]
 
 
 class TokenEncoder(Protocol):

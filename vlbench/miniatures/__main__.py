@@ -1,7 +1,8 @@
 """Remake the embedded miniatures: `python -m vlbench.miniatures [NAME ...]`.
 
-Names are tokenizer, tower, eva_tower and language; without one it makes all, in that order. It
-writes `manifest.json`: the hash of every file and the quality that was measured. Seeds are fixed.
+Names are tokenizer, vision_encoder, eva_vision_encoder and language; without one it makes
+all, in that order. It writes `manifest.json`: the hash of every file and the quality that was
+measured. Seeds are fixed.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from pathlib import Path
 from vlbench.data.scene_world import SCENE_VERSION
 
 MINIATURES_FOLDER = Path(__file__).parent
-PART_NAMES = ("tokenizer", "tower", "eva_tower", "language")
-PART_FOLDERS = ("language", "tower", "eva_tower")
+PART_NAMES = ("tokenizer", "vision_encoder", "eva_vision_encoder", "language")
+PART_FOLDERS = ("language", "vision_encoder", "eva_vision_encoder")
 
 
 def make_miniatures(names: list[str]) -> int:
@@ -61,14 +62,16 @@ def _make_part(name: str) -> dict[str, object]:
     if name == "tokenizer":
         return dict(make_tokenizer.create_tokenizer(MINIATURES_FOLDER / "language"))
     tokenizer = Tokenizer.load(MINIATURES_FOLDER / "language")
-    if name == "tower":
+    if name == "vision_encoder":
         return dict(
-            make_vision_encoder.create_vision_encoder(MINIATURES_FOLDER / "tower", tokenizer)
+            make_vision_encoder.create_vision_encoder(
+                MINIATURES_FOLDER / "vision_encoder", tokenizer
+            )
         )
-    if name == "eva_tower":
+    if name == "eva_vision_encoder":
         return dict(
             make_eva.create_eva_encoder(
-                MINIATURES_FOLDER / "eva_tower", MINIATURES_FOLDER / "tower"
+                MINIATURES_FOLDER / "eva_vision_encoder", MINIATURES_FOLDER / "vision_encoder"
             )
         )
     return dict(

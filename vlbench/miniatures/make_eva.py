@@ -43,20 +43,22 @@ EVA_CONFIG: dict[str, Any] = {
 def create_eva_encoder(
     folder: Path, teacher_folder: Path, log: Callable[[str], None] = print
 ) -> dict[str, float]:
-    """Pretrain on the encoder in `teacher`, write to `folder`, and return its quality."""
+    """Pretrain on the encoder in `teacher_folder`, write to `folder`, and return its quality."""
     torch.manual_seed(12)
     model = open_clip.CLIP(**EVA_CONFIG)
-    student, tower = (
+    student, teacher = (
         _wrap_encoder(model),
         _wrap_encoder(make_vision_encoder.build_clip(teacher_folder)),
     )
     start = time.monotonic()
-    tower.requires_grad_(False)
+    teacher.requires_grad_(False)
     errors = {}
     for number, (side, steps, rate) in enumerate(DISTILLATION_STAGES):
         student.set_image_size(side)
-        tower.set_image_size(side)
-        errors[f"feature_error_{side}"] = distill_features(student, tower, number, steps, rate, log)
+        teacher.set_image_size(side)
+        errors[f"feature_error_{side}"] = distill_features(
+            student, teacher, number, steps, rate, log
+        )
     make_vision_encoder.write_clip(model, EVA_CONFIG, folder)
     return {**errors, "seconds": time.monotonic() - start}
 
@@ -69,7 +71,7 @@ def distill_features(
     peak_lr: float,
     log: Callable[[str], None],
 ) -> float:
-    """Train `student` to regress the features of `tower`; return the last error per feature."""
+    """Train `student` to regress the features of `teacher`; return the last error per feature."""
     optimizer = torch.optim.AdamW(
         student.used_parameters(), lr=peak_lr, betas=(0.9, 0.98), weight_decay=0.05
     )

@@ -103,7 +103,7 @@ def create_vision_encoder(
         **linear_probe(model),
         "seconds": seconds,
     }
-    log(f"tower {figures}")
+    log(f"vision encoder {figures}")
     return figures
 
 
@@ -147,7 +147,8 @@ def train(
         if step % 100 == 0:
             first = (image @ text.T).argmax(1) == torch.arange(len(image))
             log(
-                f"tower step {step}/{steps} loss {loss.item():.3f} R@1 {first.float().mean():.2f} "
+                f"vision encoder step {step}/{steps} loss {loss.item():.3f} "
+                f"R@1 {first.float().mean():.2f} "
                 f"{time.monotonic() - start:.0f} s"
             )
 

@@ -29,7 +29,7 @@ from vlbench.data.scene_world import (
     make_scene,
 )
 
-IMAGE_SCENE_STREAM = "tower"  # stream of scenes that nothing else uses
+IMAGE_SCENE_STREAM = "tower"  # a stream of its own: part of the seed, as "tower" below
 BASE_SCENES, TWINS_PER_SCENE = 28, 3  # scenes of a later step, and twins of each
 NAMELESS_COLOUR = ""  # the name of an odd colour
 ODD_COLOUR_SHARE = 0.35  # share of the objects of a whole scene that are odd
@@ -68,8 +68,8 @@ def make_close_ups(step: int, count: int) -> tuple[list[CloseUpImage], list[str]
     """Make close-ups of `count` different objects, odd colours among them."""
     rng = random.Random(f"tower/close/{step}")
     pairs = rng.sample(_COLOUR_SHAPE_PAIRS, count)
-    pictures = [CloseUpImage(arrange_scene(rng, {rng.randrange(4): pair})) for pair in pairs]
-    return pictures, [rng.choice(one.captions) for one in pictures]
+    images = [CloseUpImage(arrange_scene(rng, {rng.randrange(4): pair})) for pair in pairs]
+    return images, [rng.choice(one.captions) for one in images]
 
 
 def single_object_scenes(step: int) -> tuple[list[RenderedScene], list[str]]:

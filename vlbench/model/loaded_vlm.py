@@ -28,7 +28,7 @@ from vlbench.model.generation.sampling_options import (
 from vlbench.model.vision_encoder import VisionEncoder
 from vlbench.model.vlm import VLM, VLMOutput
 from vlbench.model.weights.weight_origin import WeightOrigin
-from vlbench.processor import ChatMessage, Processor
+from vlbench.processor import ChatMessage, Processor, holds_conversations
 
 
 class LoadedVLM:
@@ -173,7 +173,7 @@ class LoadedVLM:
             compiled: Compile the decoding step; excludes `past`.
         """
         refuse_unknown_options("chat", unknown_options, CHAT_OPTIONS)
-        if isinstance(messages, list) and messages and isinstance(messages[0], list):
+        if holds_conversations(messages):
             raise UserError(
                 f"chat answers one conversation, given are {len(messages)}; "
                 "generate(prepare(...)) takes several"

@@ -52,17 +52,17 @@ def build_meta_vlm(recipe: Recipe, stage_name: str, depth: ModelDepth | None = N
     """
     stage = recipe.stages[stage_name]
     local = Path(recipe.language.weights).expanduser().is_dir()
-    tower, config = meta_encoder_and_config(
+    encoder, config = meta_encoder_and_config(
         recipe if local else with_random_weights(recipe, "language")
     )
-    tower.set_image_size(stage.image_size)
+    encoder.set_image_size(stage.image_size)
     if depth is not None:
         config.num_hidden_layers = depth.decoder_layers
-        _truncate_encoder(tower, depth.encoder_blocks)
+        _truncate_encoder(encoder, depth.encoder_blocks)
     try:
         with torch.device("meta"):
             vlm = assemble_vlm(
-                tower,
+                encoder,
                 registry.load_connector(recipe.connector["name"]),
                 recipe_connector_options(recipe),
                 build_random_language(config),

@@ -22,7 +22,7 @@ from vlbench.planner.meta_model import ModelDepth, SampleShape, build_row_batch
 
 BACKWARD = "backward"
 """Memory that exists only during the backward pass."""
-ENCODER_BACKWARD = "tower"
+ENCODER_BACKWARD = "vision encoder"
 """The phase in which the gradients of the vision encoder are computed; the one before is ""."""
 MIN_DEPTH = 2  # decoder layers and encoder blocks of the shallowest copy, or one injection interval
 PhasePeaks = dict[str, dict[str, int]]
