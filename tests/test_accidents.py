@@ -25,6 +25,7 @@ from pathlib import Path
 import pytest
 import torch
 from forked_command import Outcome, import_heavy_modules, run_command, run_forked
+from PIL import Image
 from safetensors.torch import load_file
 
 from vlbench import file_lock
@@ -38,10 +39,11 @@ from vlbench.train import checkpoint_files, progress_logging
 from vlbench.train.callbacks import GracefulStop
 from vlbench.train.run_folder import RunFolder
 
-STAGES = ("align_224", "align_448", "chat")
 QUICK = [
-    *(f"stages.{name}.{key}" for name in STAGES for key in ("steps=2", "global_batch_size=2")),
-    "log.questions=2",
+    "only=align_224",
+    "stages.align_224.steps=4",
+    "stages.align_224.global_batch_size=2",
+    "log.questions=1",
     "log.examples=0",
     "log.tensorboard=false",
     "log.every_n_steps=1",
@@ -89,6 +91,14 @@ def write_to_full_device(*descriptors: int) -> Callable[[], None]:
     return prepare
 
 
+def print_into(descriptor: int, *streams: str) -> None:
+    """Let streams of this process write into a pipe or a terminal."""
+    for name in streams:
+        number = {"stdout": 1, "stderr": 2}[name]
+        os.dup2(descriptor, number)
+        setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))
+
+
 def call_at_step(number: int, call: Callable[[], object]) -> Callable[[], None]:
     """Return what patches training so that `call` is made within optimizer step `number`."""
 
@@ -115,6 +125,14 @@ def write_holder(folder: Path, **changes: object) -> LockHolder:
     return holder
 
 
+def write_data(folder: Path) -> None:
+    """Write a data set of one sample."""
+    Image.new("RGB", (30, 30), "red").save(folder / "red.png")
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Red."}]
+    record = {"id": "1", "image": "red.png", "conversations": turns}
+    (folder / "data.json").write_text(json.dumps([record]))
+
+
 # Two processes in one folder
 
 
@@ -126,13 +144,9 @@ def test_a_second_process_is_refused_and_the_first_ends_as_if_alone(
 
     def start_another() -> None:
         before = files_of(tmp_path / "run")
-        words = [*FIT, "run=run"]
-        code = "import sys\nfrom vlbench.__main__ import main\nsys.exit(main(sys.argv[1:]))"
-        second = subprocess.run(
-            [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False
-        )
+        second = run_command([*FIT, "run=run"], tmp_path)
         assert files_of(tmp_path / "run") == before
-        print(f"SECOND {second.returncode} {second.stderr.strip()}")
+        print(f"SECOND {second.code} {second.stderr.strip()}")
 
     said.append(
         run_command([*FIT, "run=run"], tmp_path, timeout=60, prepare=call_at_step(3, start_another))
@@ -158,7 +172,7 @@ def test_who_writes_into_a_folder_that_is_in_use_is_refused(
     if verb == "eval":
         words = ["eval", f"model={whole}", "out=held"]
     if verb == "pack":
-        (tmp_path / "data.json").write_text("[]")
+        write_data(tmp_path)
         shutil.rmtree(held)
         (tmp_path / ".writing-held.lock").write_text(lock_text)
         words = ["pack", "data=data.json", "images=.", "out=held"]
@@ -265,8 +279,7 @@ def test_the_holder_gives_heartbeats(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_runs_without_a_name_get_different_ones(tmp_path: Path) -> None:
-    words = ["fit", "recipe=yivl_llava", *(f"stages.{name}.steps=0" for name in STAGES)]
-    words += [*QUICK[len(STAGES) * 2 :], "only=chat"]
+    words = [word.replace("steps=4", "steps=0") for word in FIT]
 
     def begin_another() -> None:
         real = RunFolder.record_weight_origins
@@ -287,9 +300,7 @@ def test_runs_without_a_name_get_different_ones(tmp_path: Path) -> None:
 # Full disks and lost output
 
 
-@pytest.mark.parametrize(
-    ("most_bytes", "where"), [(10, "run"), (1000, "run"), (FILE_BYTES, "run/checkpoints")]
-)
+@pytest.mark.parametrize(("most_bytes", "where"), [(1000, "run"), (FILE_BYTES, "run/checkpoints")])
 def test_a_full_disk_ends_fit_with_one_line_and_the_run_goes_on(
     most_bytes: int, where: str, whole: Path, tmp_path: Path
 ) -> None:
@@ -319,7 +330,7 @@ def test_a_full_disk_leaves_no_half_written_result(
 ) -> None:
     before = files_of(whole)
     given = [word.format(run=whole) for word in words]
-    prepare = limit(resource.RLIMIT_FSIZE, 1000)
+    prepare = limit(resource.RLIMIT_FSIZE, 250)
     line = run_command(given, tmp_path, prepare=prepare).assert_one_line(code=code)
     assert "new" in line and ("ulimit -f" in line or "File too large" in line)
     left = {name for name, data in files_of(tmp_path).items() if not name.endswith("answers.jsonl")}
@@ -362,21 +373,23 @@ def test_output_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     assert outcome.code == 2 and not outcome.words
 
 
-@pytest.mark.parametrize("descriptors", [(0,), (1,), (0, 1, 2)])
-def test_streams_may_be_closed(descriptors: tuple[int, ...], tmp_path: Path) -> None:
-    def close() -> None:
-        for descriptor in descriptors:
-            os.close(descriptor)
-            setattr(sys, ("stdin", "stdout", "stderr")[descriptor], None)
-
-    assert run_command(["list"], tmp_path, prepare=close).code == 0
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_may_be_closed(closed: str, tmp_path: Path) -> None:
+    """No file that is opened later gets the number of a stream, and with it what others print."""
+    code = "import os, sys\nfrom vlbench.__main__ import main\nmain(['list'])\n"
+    code += "sys.exit(os.open('f', os.O_CREAT) < 3)"
+    words = [sys.executable, "-c", code]
+    environment = {**os.environ, "PYTHONPATH": str(Path(file_lock.__file__).parents[1])}
+    command = f"{shlex.join(words)} {closed}"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 0
 
 
 def test_a_closed_pipe_ends_quietly(tmp_path: Path) -> None:
     def close_reader() -> None:
         reader, writer = os.pipe()
         os.close(reader)
-        os.dup2(writer, 1)
+        print_into(writer, "stdout")
 
     outcome = run_command(["list"], tmp_path, prepare=close_reader)
     assert outcome.code == 1 and not outcome.words
@@ -385,24 +398,20 @@ def test_a_closed_pipe_ends_quietly(tmp_path: Path) -> None:
 # Signals, threads, memory
 
 
-@pytest.mark.parametrize("name", ["SIGHUP", "SIGTERM", "SIGINT"])
-def test_a_signal_saves_and_the_run_goes_on(name: str, whole: Path, tmp_path: Path) -> None:
-    prepare = call_at_step(3, lambda: os.kill(os.getpid(), signal.Signals[name]))
+def test_a_hang_up_saves_and_the_run_goes_on(whole: Path, tmp_path: Path) -> None:
+    prepare = call_at_step(3, lambda: os.kill(os.getpid(), signal.SIGHUP))
     stopped = run_command([*FIT, f"run={ODD_NAME}"], tmp_path, prepare=prepare)
     assert stopped.code == 130, stopped.words
-    reason = "Ctrl-C" if name == "SIGINT" else name
     line = stopped.stderr.strip()
-    assert line.startswith(f"stopped by {reason}, saved. To go on: repeat the command with ")
+    assert line.startswith("stopped by SIGHUP, saved. To go on: repeat the command with ")
     run = tmp_path / ODD_NAME
     assert shlex.split(line.partition(" with ")[2]) == [f"run={ODD_NAME}"]
     assert not (run / LOCK_FILE).exists() and not (run / "results.json").exists()
-    if name != "SIGHUP":
-        return
     finished = run_command([*FIT, f"run={ODD_NAME}"], tmp_path, timeout=60)
     assert finished.code == 0 and not (tmp_path / "x").exists()
     ours, theirs = newest_weights(run), newest_weights(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    line = next(text for text in finished.stdout.splitlines() if " chat model=" in text)
+    line = next(text for text in finished.stdout.splitlines() if " vlbench chat " in text)
     assert shlex.split(line, comments=True)[-1] == f"model={ODD_NAME}"
 
 
@@ -420,8 +429,7 @@ def test_a_terminal_that_closes_saves(tmp_path: Path) -> None:
 
     def prepare() -> None:
         master, slave = pty.openpty()
-        os.dup2(slave, 1)
-        os.dup2(slave, 2)
+        print_into(slave, "stdout", "stderr")
         os.close(slave)
 
         def hang_up() -> None:
@@ -432,12 +440,12 @@ def test_a_terminal_that_closes_saves(tmp_path: Path) -> None:
 
     outcome = run_command([*FIT, "run=run"], tmp_path, prepare=prepare)
     assert outcome.code == 130 and not outcome.killed
-    assert checkpoint_files.list_positions(tmp_path / "run/checkpoints")[-1].name == "align_448"
+    assert checkpoint_files.list_positions(tmp_path / "run/checkpoints")[-1].step == 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_elsewhere_removes_what_is_half_written(number: int, tmp_path: Path) -> None:
-    (tmp_path / "data.json").write_text("[]")
+    write_data(tmp_path)
 
     def prepare() -> None:
         from vlbench.data import write_shards
@@ -452,7 +460,7 @@ def test_a_signal_elsewhere_removes_what_is_half_written(number: int, tmp_path: 
     words = ["pack", "data=data.json", "images=.", "out=shards"]
     outcome = run_command(words, tmp_path, prepare=prepare)
     assert outcome.code == -number and not outcome.words
-    assert [path.name for path in tmp_path.iterdir()] == ["data.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.json", "red.png"]
 
 
 def test_fit_in_a_thread_trains(tmp_path: Path) -> None:
@@ -575,7 +583,9 @@ def test_scripts_for_slurm_survive_every_name(tmp_path: Path) -> None:
     script = write_slurm_script([TrainingJob("t", words, folder / "seed 0")], folder)
     assert shlex.split((folder / "commands.txt").read_text())[4:] == list(words)
     headers = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
-    options = dict(word.split("=", 1) for line in headers for word in shlex.split(line)[1:2])
+    options = dict(
+        word.split("=", 1) for line in headers for word in shlex.split(line)[1:] if "=" in word
+    )
     assert options["--output"] == f"{str(folder).replace('%', '%%')}/slurm-%a.log"
     seen = subprocess.run(
         ["bash", "-c", f"exec() {{ printf '%s\\0' \"$@\"; }}; . {shlex.quote(str(script))}"],
