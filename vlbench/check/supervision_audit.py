@@ -50,7 +50,7 @@ class SampleSpan:
     text: str
     position_count: int
     image_uri: str = ""
-    """A thumbnail of what the vision encoder sees, as a data URI; "" if a page must not show it."""
+    """A thumbnail of what the vision encoder sees, as a data URI; "" for what no page may show."""
 
 
 def render_audit(

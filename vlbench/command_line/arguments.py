@@ -252,9 +252,6 @@ class PackArguments:
     images: str | None = argument(
         "folder of the images; by default beside the file", None, metavar="FOLDER", is_path=True
     )
-    allow_outside: bool = argument(
-        "read images that lie outside of the folder images=", False, metavar="true"
-    )
     out: str = argument(
         "a new folder", metavar="DIR", is_path=True, other_names=("to", "output", "folder")
     )
@@ -264,6 +261,9 @@ class PackArguments:
         metavar="N",
         low=1,
         high=10**7,
+    )
+    allow_outside: bool = argument(
+        "read images that lie outside of the folder images=", False, metavar="true"
     )
 
 

@@ -20,12 +20,13 @@ from vlbench.regular_files import format_bytes
 IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 """Formats that are decoded inside this process; others (EPS, PDF) would start programs."""
 MAX_PIXELS = 178_956_970  # PIL's own limit; larger images are refused
-MAX_DECODING_BYTES = 1 << 30  # of memory for one image: JPEG and PNG of 134 megapixels
+MAX_DECODING_BYTES = 850_000_000  # of memory for one image: a JPEG or PNG of MAX_PIXELS needs 716
 DECODING_BYTES = {"WEBP": 17, "JPEG2000": 25, "AVIF": 13}
 """Bytes per pixel that decoders take at their peak, measured with pillow 13 and 36 megapixels."""
-PROGRESSIVE_BYTES = 12  # per pixel of a progressive JPEG, whose coefficients are all kept
+COEFFICIENT_BYTES = 2  # per pixel and channel of a progressive JPEG, which are all kept
 RGB_BYTES = 4  # per pixel of an image of PIL in RGB
-_MODE_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # 4 for the others
+_MODE_BYTES = {"RGB": 0, "1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}
+"""Bytes per pixel beside those of the result; 4 in the other modes."""
 _STRIP_PIXELS = 1 << 20  # of 16-bit gray that are scaled at once
 _TILE_WIDTH, _TILE_HEIGHT = 322, 323  # tags of a TIFF
 
@@ -93,7 +94,7 @@ def _decoding_bytes(image: Image.Image) -> int:
     """Return the memory that decoding takes at its peak, the result in RGB included."""
     per_pixel = DECODING_BYTES.get(image.format or "", 0)
     if image.info.get("progressive"):
-        per_pixel = PROGRESSIVE_BYTES
+        per_pixel = RGB_BYTES + COEFFICIENT_BYTES * len(image.getbands())
     per_pixel = max(per_pixel, _MODE_BYTES.get(image.mode, 4) + RGB_BYTES)
     tags = getattr(image, "tag_v2", {})  # a tile of a TIFF is decoded whole, whatever is used of it
     tile = int(tags.get(_TILE_WIDTH, 0)) * int(tags.get(_TILE_HEIGHT, 0))
@@ -110,6 +111,9 @@ def _convert_rgb(image: Image.Image) -> Image.Image:
         return _scale_gray(image).convert("RGB")
     if image.mode == "F":
         raise UserError("floating-point gray levels have no agreed brightness; save it with 8 bits")
+    if image.mode == "RGB":  # `convert` would copy it
+        image.load()
+        return image
     return image.convert("RGB")
 
 

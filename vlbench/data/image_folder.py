@@ -7,7 +7,6 @@ read only where the user allows it, and is never shown on a page.
 
 from __future__ import annotations
 
-import functools
 import os
 from pathlib import Path
 
@@ -40,7 +39,6 @@ def outside_message(folder: str) -> str:
     return f"lies outside of the images' folder {folder}; {HOW_TO_ALLOW}"
 
 
-@functools.lru_cache(maxsize=256)
 def _allowed_roots(folder: str) -> tuple[str, ...]:
     """Return the folders in which images may lie, each with a separator at its end."""
     real_folder = Path(os.path.realpath(folder))

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from vlbench.data.remote_shards import file_exists, is_url, read_byte_range, remote_file_size
+from vlbench.data.remote_shards import file_exists, is_url, read_whole_file, remote_file_size
 from vlbench.errors import UserError
 from vlbench.regular_files import MAX_RECORDS_BYTES, format_bytes, open_regular, read_regular_text
 from vlbench.text_files import format_json_lines, refuse_lfs_pointer, split_lines
@@ -178,7 +178,7 @@ def _load_remote_index(tar: str) -> TarScan:
     path = index_path(tar)
     if not file_exists(path):
         raise UserError(f"{tar}: has no {path}, which shards by URL need: pack writes it")
-    content = read_byte_range(path).decode("utf-8", "replace")
+    content = read_whole_file(path, MAX_RECORDS_BYTES).decode("utf-8", "replace")
     first_line, _, rest = content.partition("\n")
     try:
         if first_line.startswith("["):
