@@ -34,7 +34,8 @@ def readme_section(title: str, source: str) -> str:
     Raises a KeyError for a heading that is not there.
     """
     parts = re.split(r"^## (.+)\n", README, flags=re.MULTILINE)
-    text = dict(zip(parts[1::2], parts[2::2], strict=True))[title].strip("\n")  # a first line may be code
+    text = dict(zip(parts[1::2], parts[2::2], strict=True))[title]
+    text = text.strip("\n")  # and no blanks: a first line may be code
     text = re.sub(r"^###", "##", text, flags=re.MULTILINE)
     return re.sub(r"\]\(([\w./-]+\.md)", lambda link: f"]({_page_of(link[1], source)}", text)
 
