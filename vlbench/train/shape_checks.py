@@ -11,6 +11,7 @@ from vlbench.config import recipe as recipes
 from vlbench.config.schema import Recipe, StageConfig
 from vlbench.connector import registry
 from vlbench.connector.base import Shapes
+from vlbench.data.image_processing import ImageTransform
 from vlbench.errors import UserError
 from vlbench.model import language_model, vision_encoder
 from vlbench.model.build_vlm import (
@@ -78,6 +79,16 @@ def _check_reference_shapes(recipe: Recipe, stage: StageConfig, files: list[Path
         load_reference_weights(
             connector, ReferenceWeights(files, on_meta=True), name, f"init={file}"
         )
+
+
+def image_transforms_by_stage(recipe: Recipe, stage_runs: list[StageRun]) -> list[ImageTransform]:
+    """Return what is done to an image before the vision encoder sees it, stage by stage."""
+    encoder, _ = meta_encoder_and_config(recipe)
+    transforms = []
+    for stage_run in stage_runs:
+        encoder.set_image_size(stage_run.stage.image_size)
+        transforms.append(encoder.transform)
+    return transforms
 
 
 def tokens_per_image_by_stage(recipe: Recipe, stage_runs: list[StageRun]) -> list[int]:
