@@ -63,8 +63,8 @@ def show_control_characters() -> Iterator[None]:
     """Let everything written on standard output and error be printable."""
     before = sys.stdout, sys.stderr
     # None where a stream is closed
-    sys.stdout = PrintableStream(sys.stdout, False) if sys.stdout else sys.stdout  # type: ignore[assignment]
-    sys.stderr = PrintableStream(sys.stderr, True) if sys.stderr else sys.stderr  # type: ignore[assignment]
+    sys.stdout = PrintableStream(sys.stdout, False) if sys.stdout else sys.stdout
+    sys.stderr = PrintableStream(sys.stderr, True) if sys.stderr else sys.stderr
     try:
         yield
     finally:
