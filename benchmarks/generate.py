@@ -59,7 +59,7 @@ class TransformersPeer:
             self.model = LlavaForConditionalGeneration.from_pretrained(
                 folder, attn_implementation="sdpa"
             )
-            self.processor = AutoProcessor.from_pretrained(folder)
+            self.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         self.processor.tokenizer.padding_side = "left"
 
     def generate_answers(self, messages: list[Messages]) -> list[list[int]]:

@@ -145,5 +145,5 @@ def _parse_options(name: str, overrides: tuple[str, ...]) -> dict[str, Any]:
         given[key] = RawText(value)
     values, errors = registry.resolve_options(name, given)
     if errors:
-        raise ValueError("\n".join(errors))
+        raise ValueError("; ".join(errors))
     return values

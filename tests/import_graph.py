@@ -25,6 +25,7 @@ LAYERS = (
         "html_pages",
         "process_settings",
         "new_folder",
+        "printable_streams",
     ),
     ("command_line",),
     ("connector",),

@@ -143,7 +143,7 @@ def test_transformers_computes_the_same_logits(name, runs, tmp_path):
     to = tmp_path / "to"
     assert export(runs[name], to, "hf_llava") == 0
     model = LlavaForConditionalGeneration.from_pretrained(to, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(to, backend="pil")
+    processor = AutoProcessor.from_pretrained(to, backend="pil", trust_remote_code=False)
     vlm = vlbench.load(runs[name])
     asked = image_messages()
     image = asked[0]["content"][0]["image"]
@@ -262,7 +262,7 @@ def test_a_leading_bos_survives_transformers(tmp_path):
     ours, back = (
         vlbench.load(path).prepare(ask).input_ids[0] for path in (source, tmp_path / "to")
     )
-    theirs = AutoProcessor.from_pretrained(tmp_path / "to").tokenizer
+    theirs = AutoProcessor.from_pretrained(tmp_path / "to", trust_remote_code=False).tokenizer
     assert ours[0] == 1 and ours.equal(back)
     prompt = vlbench.load(source).prompt(ask)
     assert theirs(prompt)["input_ids"] == ours.tolist()

@@ -39,7 +39,7 @@ def asked(number: int, text: str) -> list[dict[str, Any]]:
 def answers(folder: Path, conversations: list[list[dict[str, Any]]], stop: str) -> list[list[int]]:
     """Return the ids that transformers answers to all conversations in one batch."""
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    processor = AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     prompts = [processor.apply_chat_template(one) for one in conversations]
     images = [one[0]["content"][0]["image"] for one in conversations]
     inputs = processor(images=images, text=prompts, padding=True, return_tensors="pt")
@@ -113,7 +113,7 @@ def test_an_export_comes_back_and_goes_out_again_the_same(tokens, said, tmp_path
     twice = export(once, tmp_path / "twice")
     same_files(once, twice)
     before, after = vlbench.load(source).tokenizer, vlbench.load(once).tokenizer
-    theirs = AutoProcessor.from_pretrained(once).tokenizer
+    theirs = AutoProcessor.from_pretrained(once, trust_remote_code=False).tokenizer
     for text in TEXTS:
         ids = before.encode(text)
         assert after.encode(text) == ids
@@ -204,7 +204,9 @@ def test_a_plain_llama_is_tied_as_transformers_does(change, tmp_path):
     edit_json(folder / "config.json", tie_word_embeddings=True)
     rewrite_weights(folder, lambda state: (change(state), None)[1], "safetensors")
     ours = load_language_model(folder, torch.float32)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False
+    )
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(tensor, ours.state_dict()[name]), name
 

@@ -14,6 +14,7 @@ from vlbench.command_line.parser import (
     declared_arguments,
 )
 from vlbench.errors import EnvironmentFailure, UserError, suggest_name
+from vlbench.printable_streams import show_control_characters
 from vlbench.process_settings import preserve_process_settings, unwind_on_stop_signals
 from vlbench.system_errors import explain_system_error
 from vlbench.text_files import split_lines
@@ -38,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         unwind_on_stop_signals(),
         preserve_process_settings(),
         escape_unencodable_output(),
+        show_control_characters(),
         silence_pil_logging(),
     ):
         return _run_reporting_errors(argv)

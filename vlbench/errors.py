@@ -10,7 +10,9 @@ from typing import Any, NamedTuple, Protocol
 
 MAX_LINE_LENGTH = 300  # characters of a library's error that a message quotes
 MAX_WORD_LENGTH = 300  # characters without a space in a message; paths are shorter
-CONTROL_CHARACTERS = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029]")
+BIDI_CONTROLS = "\\u061c\\u200e\\u200f\\u202a-\\u202e\\u2066-\\u2069"  # they reorder what is shown
+CONTROL_CHARACTERS = re.compile(f"[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029{BIDI_CONTROLS}]")
+LINE_CONTROLS = re.compile(f"[\\x00-\\x09\\x0b-\\x1f\\x7f-\\x9f\\u2028\\u2029{BIDI_CONTROLS}]")
 LONG_WORD_PATTERN = re.compile(rf"\S{{{MAX_WORD_LENGTH + 1},}}")
 
 
@@ -18,13 +20,26 @@ class UserError(ValueError):
     """What the user can correct: one line of text for each mistake, no stack trace.
 
     Words longer than MAX_WORD_LENGTH are shortened: an image given as text would fill the screen.
+    Control characters are escaped, so that no text that a message quotes begins a line of its own.
     """
 
-    def __init__(self, *messages: object) -> None:
-        """Take the text of the line."""
+    def __init__(self, *lines: object) -> None:
+        """Take the lines, one text for each."""
         super().__init__(
-            *(shorten_words(part) if isinstance(part, str) else part for part in messages)
+            *(
+                shorten_words(escape_to_one_line(line)) if isinstance(line, str) else line
+                for line in lines
+            )
         )
+
+    @property
+    def lines(self) -> list[str]:
+        """The lines for the user."""
+        return [str(line) for line in self.args]
+
+    def __str__(self) -> str:
+        """Return the lines as one text."""
+        return "\n".join(self.lines)
 
 
 class EnvironmentFailure(RuntimeError):
@@ -54,7 +69,8 @@ class BadSample(UserError):
 
     def __init__(self, sample_id: str, reason: str) -> None:
         """Take the sample's id, and what is wrong with it in one line."""
-        super().__init__(sample_id, reason)  # both, so that it can be unpickled from a worker
+        super().__init__()
+        self.args = (sample_id, reason)  # as given, so that it can be unpickled from a worker
         self.sample_id = shorten_words(sample_id)
         self.reason = shorten_words(escape_to_one_line(reason))
         self.source_name = ""
@@ -115,6 +131,11 @@ def escape_surrogates(text: str) -> str:
 def escape_to_one_line(text: str) -> str:
     """Return a text that can be printed, with its line ends and control characters escaped."""
     return CONTROL_CHARACTERS.sub(lambda match: repr(match[0])[1:-1], escape_surrogates(text))
+
+
+def printable_text(text: str) -> str:
+    """Return a text that can be shown on a terminal: control characters but line feeds escaped."""
+    return LINE_CONTROLS.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 def one_line(error: BaseException | str, max_lines: int | None = None) -> str:

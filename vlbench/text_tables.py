@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vlbench.errors import escape_to_one_line
+
 
 def format_table(rows: Sequence[Sequence[str]], alignment: str = "<") -> list[str]:
     """Return rows of cells as lines of text in which the columns stand below each other.
@@ -12,6 +14,7 @@ def format_table(rows: Sequence[Sequence[str]], alignment: str = "<") -> list[st
         rows: The cells `[rows][columns]`; every row has the same number of columns.
         alignment: "<" (left) or ">" (right) for each column; the last one goes for further columns.
     """
+    rows = [[escape_to_one_line(cell) for cell in row] for row in rows]
     columns = list(zip(*rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
     sides = alignment.ljust(len(columns), alignment[-1])
@@ -21,3 +24,8 @@ def format_table(rows: Sequence[Sequence[str]], alignment: str = "<") -> list[st
         ).rstrip()
         for row in rows
     ]
+
+
+def markdown_text(text: str) -> str:
+    """Return a text as one line of Markdown, in a cell or in code: no bar or backtick acts."""
+    return escape_to_one_line(text).replace("|", "\\|").replace("`", "'")

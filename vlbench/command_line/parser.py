@@ -224,7 +224,7 @@ def _build_arguments(
         missing = [spec for name, spec in specs.items() if spec.is_required and name not in values]
         mistakes = [f"{declaration.verb} needs {spec.usage}: {spec.help}" for spec in missing]
     if mistakes:
-        raise UserError("\n".join(mistakes))
+        raise UserError(*mistakes)
     return declaration(**values)
 
 

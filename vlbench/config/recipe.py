@@ -57,7 +57,7 @@ def load_recipe_file(path: str | Path) -> Recipe:
         if made in ("", __version__):
             raise
         raise UserError(
-            f"{error}\n{path}: was written by vlbench {made}, and this is {__version__}"
+            *error.lines, f"{path}: was written by vlbench {made}, and this is {__version__}"
         ) from error
 
 

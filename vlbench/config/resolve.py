@@ -40,7 +40,7 @@ def resolve_layers(
         errors += _error_lines(error.errors(), layers, is_complete)
     errors += option_errors
     if errors:
-        raise UserError("\n".join(dict.fromkeys(errors)))
+        raise UserError(*dict.fromkeys(errors))
     return recipe
 
 

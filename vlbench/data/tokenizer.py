@@ -12,10 +12,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
-from vlbench.errors import UserError
+from vlbench.errors import UserError, one_line
 from vlbench.regular_files import MAX_CONFIG_BYTES
 from vlbench.text_files import read_config_bytes, read_json, refuse_lfs_pointer
 
@@ -204,15 +205,16 @@ class FastTokenizer(Tokenizer):
 
     def __init__(self, folder: Path) -> None:
         """Read the tokenizer files of `folder`."""
-        from transformers import AutoTokenizer  # slow to import
-
         refuse_lfs_pointer(folder / "tokenizer.json", MAX_CONFIG_BYTES)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)  # nosec B615: a local folder
+            tokenizer = load_library_tokenizer(folder)
             # turns off the file's padding and truncation once, before threads use it
             tokenizer.encode("")
+        except UserError:
+            raise
         except Exception as error:  # of the library: whatever a broken file makes it raise
-            raise UserError(f"{folder} has no readable tokenizer.json: {error}") from error
+            reason = one_line(error)
+            raise UserError(f"{folder} has no readable tokenizer.json: {reason}") from error
         self._hf_tokenizer = tokenizer
         self.folder, self.added_tokens = folder, {}
         self.file_contents = read_existing_files(folder, FAST_TOKENIZER_FILES)
@@ -238,6 +240,24 @@ class FastTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int], keep_special: bool = False) -> str:
         """Return the text of ids, without special tokens unless they are kept."""
         return str(self._hf_tokenizer.decode(list(ids), skip_special_tokens=not keep_special))
+
+
+def load_library_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer of a folder as transformers reads it; code in the folder never runs.
+
+    Without `trust_remote_code=False` transformers asks on standard input whether it may run it.
+    """
+    from transformers import AutoTokenizer  # slow to import
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # nosec B615: local
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise UserError(
+            f"{folder}: its tokenizer is code in the folder (auto_map of tokenizer_config.json or "
+            "config.json), which is never executed; wanted is a tokenizer of transformers"
+        ) from error
 
 
 def read_existing_files(folder: Path, names: Iterable[str]) -> dict[str, bytes]:

@@ -39,7 +39,7 @@ def run_score(arguments: ScoreArguments) -> int:
     records, items, unscorable = _drop_unscorable(task, protocol, records, items)
     errors += unscorable
     if not items:
-        raise UserError("\n".join(first_errors(errors)))
+        raise UserError(*first_errors(errors))
     scored = score_items(task, protocol, items, seed)
     scores = {"task": task, "protocol": protocol, "seed": seed, **summarize_scores(task, scored)}
     if errors:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vlbench.data.tokenizer import Tokenizer
+from vlbench.data.tokenizer import Tokenizer, load_library_tokenizer
 from vlbench.errors import UserError, one_line
 from vlbench.model.language_model import TINY_LANGUAGE_FOLDER
 from vlbench.model.weights.hub_download import fetch_hub_folder
@@ -60,10 +60,10 @@ def load_caption_tokenizer(source: str, key: str) -> CaptionTokenizer:
             tiny.encode, tiny.vocab_size, tiny.bos_token_id, tiny.eos_token_id, tiny.unk_token_id
         )
     folder = find_bert_folder(source, key)
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)  # nosec B615: a local folder
+        tokenizer = load_library_tokenizer(folder)
+    except UserError:
+        raise
     except Exception as error:  # of a dozen kinds, by what is wrong with which file
         raise UserError(
             f"{key} is '{source}', which has no tokenizer ({one_line(error)})"

@@ -15,7 +15,6 @@ from vlbench.config.overrides import format_override
 from vlbench.config.schema import Recipe, declared_keys
 from vlbench.errors import UserError
 from vlbench.strict_values import INTEGER_PATTERN, parse_flow_yaml
-from vlbench.text_files import split_lines
 
 MATCHABLE_BUDGETS: tuple[str, ...] = get_args(BudgetName)
 """What `match` can make equal in all rows; `model/connector_cost.py` counts them."""
@@ -190,9 +189,9 @@ def _check_recipes(rows: Sequence[GridRow], seed: int) -> None:
             recipes.require_data(load_recipe(row, seed))
         except UserError as error:
             prefix = f"row {row.name}: " if len(rows) > 1 else ""
-            lines += [f"{prefix}{line}" for line in split_lines(str(error))]
+            lines += [f"{prefix}{line}" for line in error.lines]
     if lines:
-        raise UserError("\n".join(dict.fromkeys(lines)))
+        raise UserError(*dict.fromkeys(lines))
 
 
 def load_recipe(row: GridRow, seed: int) -> Recipe:

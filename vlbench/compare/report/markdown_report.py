@@ -6,15 +6,16 @@ from collections.abc import Sequence
 
 from vlbench.compare.report.analysis import ComparisonResult, RowResult
 from vlbench.compare.report.row_costs import available_budgets
+from vlbench.text_tables import markdown_text
 
 
 def render_markdown(findings: ComparisonResult) -> str:
     """Return the report: differing keys, accuracies, budgets, pairs, groups of questions."""
-    lines = ["# Comparison", "", findings.scope_sentence, ""]
+    lines = ["# Comparison", "", markdown_text(findings.scope_sentence), ""]
     for warning in findings.warnings:
-        lines += [f"**{warning}**", ""]
+        lines += [f"**{markdown_text(warning)}**", ""]
     for note in findings.notes:
-        lines += [note, ""]
+        lines += [markdown_text(note), ""]
     lines += [
         *_differences_table(findings),
         "",
@@ -27,12 +28,15 @@ def render_markdown(findings: ComparisonResult) -> str:
         lines += [
             "## Differences",
             "",
-            *(f"- {pair.full_sentence()}" for pair in findings.pairs),
+            *(f"- {markdown_text(pair.full_sentence())}" for pair in findings.pairs),
             "",
         ]
     lines += ["## By kind of question", "", *_question_group_table(findings)]
     if findings.failed:
-        failed = (f"- {folder}: {reason}" for folder, reason in findings.failed.items())
+        failed = (
+            f"- {markdown_text(f'{folder}: {reason}')}"
+            for folder, reason in findings.failed.items()
+        )
         lines += ["", "## Failed", "", *failed]
     return "\n".join(lines)
 
@@ -40,10 +44,11 @@ def render_markdown(findings: ComparisonResult) -> str:
 def _differences_table(findings: ComparisonResult) -> list[str]:
     if not findings.recipe_differences:
         return ["The rows have the same recipe." if findings.pairs else "There is one row only."]
-    names = [arm.name for arm in findings.arms]
+    names = [markdown_text(arm.name) for arm in findings.arms]
     lines = ["What differs:", "", f"| key | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
     return lines + [
-        f"| `{key}` | {' | '.join(values)} |" for key, values in findings.recipe_differences
+        f"| `{markdown_text(key)}` | {' | '.join(map(markdown_text, values))} |"
+        for key, values in findings.recipe_differences
     ]
 
 
@@ -56,7 +61,7 @@ def _accuracy_table(rows: Sequence[RowResult]) -> list[str]:
             for name in ("unseen", "blank", "shuffled")
         ]
         lines.append(
-            f"| {row.name} | {row.accuracy:.3f} | {row.interval_low:.3f} to "
+            f"| {markdown_text(row.name)} | {row.accuracy:.3f} | {row.interval_low:.3f} to "
             f"{row.interval_high:.3f} | "
             f"{format_share(row.accuracy_std)} | {' | '.join(others)} | "
             f"{format_whole(row.mean_result('seconds'))} |"
@@ -72,7 +77,7 @@ def _budget_table(rows: Sequence[RowResult]) -> list[str]:
     lines = [f"| row | {' | '.join(shown.values())} |", f"|---|{'---:|' * len(shown)}"]
     for row in rows:
         values = [f"{row.budget[key]:,}" if key in row.budget else "" for key in shown]
-        lines.append(f"| {row.name} | {' | '.join(values)} |")
+        lines.append(f"| {markdown_text(row.name)} | {' | '.join(values)} |")
     return lines
 
 
@@ -87,9 +92,11 @@ def format_whole(value: float | None) -> str:
 
 
 def _question_group_table(findings: ComparisonResult) -> list[str]:
-    names = [row.name for row in findings.rows]
+    names = [markdown_text(row.name) for row in findings.rows]
     lines = [f"| questions | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
     for group in findings.question_groups:
         values = [f"{accuracy:.3f}" for accuracy, _, _ in group.row_accuracies]
-        lines.append(f"| {group.name} ({group.question_count}) | {' | '.join(values)} |")
+        lines.append(
+            f"| {markdown_text(group.name)} ({group.question_count}) | {' | '.join(values)} |"
+        )
     return lines

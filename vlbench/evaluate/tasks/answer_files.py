@@ -68,8 +68,10 @@ def read_answers(
         errors.append(f"{location}{error}")
     if not records:
         raise UserError(
-            "\n".join(first_errors(errors))
-            or f"{path}: holds no answers; it must have one JSON object a line, or an array"
+            *(
+                first_errors(errors)
+                or [f"{path}: holds no answers; it must have one JSON object a line, or an array"]
+            )
         )
     return records, [_item_from_record(task, record) for record in records], errors
 

@@ -64,13 +64,18 @@ def parse_number(text: str) -> float | None:
 def number_patterns(comma: str, boundary: str, not_followed_by: str) -> tuple[re.Pattern[str], ...]:
     """Return the patterns of numbers in a text: with a thousands `comma`, scientific, plain.
 
+    No number begins inside of a run of digits: a match there would be the end of one that begins
+    before. Saying so, and taking runs whole (`++`), keeps the time linear in the text's length.
     `boundary` is the pattern around whole numbers, `not_followed_by` what must not follow a plain
     one.
     """
     return (
         re.compile(rf"-?{boundary}\d{{1,3}}(?:{comma}\d{{3}})+{boundary}"),
-        re.compile(r"-?\d+(?:\.\d+)?[eE][+-]?\d+"),
-        re.compile(rf"-?(?:\d*\.\d+|\d+{boundary})(?![eE][+-]?\d)(?!{not_followed_by})"),
+        re.compile(r"-?(?<!\d)\d++(?:\.\d++)?+[eE][+-]?\d+"),
+        re.compile(
+            rf"-?(?:(?:(?<!\d)\d++)?\.\d+|(?<!\d)\d+{boundary})"
+            rf"(?![eE][+-]?\d)(?!{not_followed_by})"
+        ),
     )
 
 

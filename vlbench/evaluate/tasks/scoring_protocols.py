@@ -186,5 +186,5 @@ def score_items(
         except UserError as error:
             errors.append(str(error))
     if errors:
-        raise UserError("\n".join(errors))
+        raise UserError(*errors)
     return scored

@@ -1,0 +1,71 @@
+"""Standard output and error on which no text can act: control characters are shown as escapes.
+
+Ids, texts, paths, answers and what libraries say of them reach the terminal through many doors:
+prints, warnings, log handlers, progress bars. All of them end at these two streams.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from vlbench.errors import printable_text
+
+CURSOR_MOVES = re.compile(r"(?:\n|\x1b\[A)*")  # tqdm's, between bars that stand below each other
+
+
+class PrintableStream:
+    """A text stream that escapes control characters; everything else is the stream's own.
+
+    A progress bar may return to the start of its line, and no quoted text may begin a line as
+    vlbench's own do.
+    """
+
+    def __init__(self, stream: Any, carries_bars: bool) -> None:
+        """Take the stream, and whether progress bars are drawn on it."""
+        self._stream, self._carries_bars = stream, carries_bars
+
+    def write(self, text: str) -> int:
+        """Write a text; return its length."""
+        self._stream.write(self._escape(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write texts, one after the other."""
+        for line in lines:
+            self.write(line)
+
+    def _escape(self, text: str) -> str:
+        if text.isascii() and text.replace("\n", "").isprintable() and "\n" not in text[:-1]:
+            return text
+        start = end = ""
+        if self._carries_bars:
+            if CURSOR_MOVES.fullmatch(text) and self._stream.isatty():
+                return text
+            start = text[: len(text) - len(text.lstrip("\r"))]
+            text = text[len(start) :]
+            end = text[len(text.rstrip("\r")) :]
+            text = text[: len(text) - len(end)]
+        return start + printable_text(text).replace("\nvlbench:", "\\nvlbench:") + end
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stream)
+
+
+@contextlib.contextmanager
+def show_control_characters() -> Iterator[None]:
+    """Let everything written on standard output and error be printable."""
+    before = sys.stdout, sys.stderr
+    # None where a stream is closed
+    sys.stdout = PrintableStream(sys.stdout, False) if sys.stdout else sys.stdout
+    sys.stderr = PrintableStream(sys.stderr, True) if sys.stderr else sys.stderr
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
