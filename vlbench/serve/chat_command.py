@@ -39,6 +39,7 @@ def run_chat(arguments: ChatArguments) -> int:
     # before the model, which takes seconds to load
     images = [image for name in arguments.image for _, image in resolve_images(name)]
     from vlbench.load_model import load_model  # it imports torch
+    from vlbench.train.model_names import folder_model_names
 
     vlm = load_model(arguments.model, arguments.dtype, arguments.device, arguments.template)
     options = {key: getattr(arguments, key) for key in GENERATION_KEYS}
@@ -47,6 +48,9 @@ def run_chat(arguments: ChatArguments) -> int:
     if arguments.question is not None:
         session.answer_question(arguments.question)
         return 0
+    if sys.stdin.isatty():
+        names = folder_model_names(arguments.model)
+        print(f"{arguments.model}: vision {names.vision}, language {names.language}")
     return session.run_interactive()
 
 
@@ -190,6 +194,7 @@ class ChatSession:
             chunks.append(text)
             print(text, end="", flush=True)
 
+        self._note_missing_image(messages)
         past = None if self.compiled else self.prefix_cache
         try:
             self.vlm.chat(
@@ -208,6 +213,16 @@ class ChatSession:
                 answer = {"role": "assistant", "content": "".join(chunks)}
                 self.messages, self.pending_images = [*messages, answer], []
         self._warn_about_answer(bool(chunks))
+
+    def _note_missing_image(self, messages: list[dict[str, Any]]) -> None:
+        """Say at the first question of a conversation that no image comes with it."""
+        contents = [message["content"] for message in messages]
+        has_image = any(
+            part["type"] == "image" for c in contents if isinstance(c, list) for part in c
+        )
+        if len(messages) == 1 and not has_image:
+            how = "/image FILE adds one" if self.is_interactive else "image=FILE shows one"
+            print(f"vlbench: there is no image in this conversation; {how}", file=sys.stderr)
 
     def _warn_about_answer(self, has_answer: bool) -> None:
         """Warn of an answer that is empty, or cut because the context is full."""

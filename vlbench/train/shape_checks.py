@@ -152,12 +152,7 @@ def meta_encoder_and_config(recipe: Recipe) -> tuple[VisionEncoder, LlamaConfig]
     weights = recipe.language.weights
     if weights in ("embedded", "random"):
         return _recipe_vision_encoder(recipe), named_language_config(recipe.language.name)
-    folder = hub_download.fetch_hub_folder(
-        weights,
-        "language.weights",
-        hub_download.LANGUAGE_CONTENTS,
-        patterns=hub_download.SMALL_FILE_PATTERNS,
-    )
+    folder = language_model.tokenizer_folder(weights)
     return _recipe_vision_encoder(recipe), read_language_config(folder)
 
 
