@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "vlbench"
 
 LAYERS = (
     ("version", "errors"),
-    ("compat",),
+    ("compat", "regular_files"),
     ("file_lock", "system_errors"),
     (
         "text_files",

@@ -209,7 +209,7 @@ def test_a_binary_file_is_one_line(capsys):
     file = next((TINY / "Art").glob("*.parquet"))
     assert main(["score", "task=mmmu", f"answers={file}", "protocol=raw"]) == 2
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and "is no text of JSON, but a binary file" in said[0]
+    assert len(said) == 1 and "is no text: its byte " in said[0]
 
 
 def test_a_folder_without_answers_and_split_without_data_are_refused(tmp_path, capsys):

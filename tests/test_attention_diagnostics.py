@@ -54,7 +54,7 @@ class Askew(Keyhole):
         return features.new_ones(len(features), 2, 3)
 
 
-def small(name: str) -> LoadedVLM:
+def build_small_vlm(name: str) -> LoadedVLM:
     return open_gates(small_vlm(registry.load_connector(name), SMALL.get(name)))
 
 
@@ -80,7 +80,7 @@ def test_a_connector_that_sees_one_patch_has_all_relevance_there():
 
 def test_relevance_is_gradient_times_feature_of_the_answer():
     """Against differences: features are nudged, the log-probability of answers is measured."""
-    vlm = small("llava_mlp").to(torch.float64).eval()
+    vlm = build_small_vlm("llava_mlp").to(torch.float64).eval()
     told = [*question(1).sample.turns, ChatTurn("assistant", "one"), *make_sample(1).turns[2:]]
     batch = make_batch(vlm, [[Sample("s", tuple(told), make_sample(1).images)]])
     batch = batch.to("cpu", torch.float64)
@@ -105,7 +105,7 @@ def test_relevance_is_gradient_times_feature_of_the_answer():
 
 
 def test_an_earlier_answer_belongs_to_the_question(monkeypatch):
-    vlm, seen = small("linear"), []
+    vlm, seen = build_small_vlm("linear"), []
     loss = VLM.language_loss
     monkeypatch.setattr(VLM, "language_loss", lambda *given: seen.append(given[2]) or loss(*given))
     one = make_sample(1)
@@ -117,7 +117,7 @@ def test_an_earlier_answer_belongs_to_the_question(monkeypatch):
 
 @pytest.mark.parametrize("name", ["llava_mlp", "flamingo"])
 def test_adapters_and_recomputing_are_looked_through(name):
-    vlm = small(name)
+    vlm = build_small_vlm(name)
     before = diagnose_answers(vlm, [(question(1), "one")])
     vlm.language.requires_grad_(False)
     options = {"alpha": None, "dropout": 0.5, "targets": "all-linear", "bits": None}
@@ -135,7 +135,7 @@ def test_adapters_and_recomputing_are_looked_through(name):
 
 @pytest.mark.parametrize("gate", [0.0, 0.5])
 def test_behind_closed_gates_nothing_is_relevant(gate):
-    vlm = small("flamingo")
+    vlm = build_small_vlm("flamingo")
     for block in vlm.connector.blocks.values():
         block.attn_gate.data.fill_(gate)
     told = diagnose_answers(vlm, [(question(1), "one")])
@@ -150,7 +150,7 @@ def test_a_blind_connector_has_tokens_but_no_patches():
 
 
 def test_a_question_without_an_image_is_left_out():
-    vlm = small("linear")
+    vlm = build_small_vlm("linear")
     assert diagnose_answers(vlm, [(question(1, images=0), "one")]) == {}
     told = diagnose_answers(vlm, [(question(1, images=0), "one"), (question(2), "")])
     assert [one["id"] for one in told["maps"]] == ["s2"]
@@ -164,7 +164,7 @@ def test_attention_of_the_wrong_shape_is_named():
 
 
 def test_looking_evenly_has_the_entropy_of_all_patches():
-    vlm = small("resampler")
+    vlm = build_small_vlm("resampler")
     vlm.connector.to_q.weight.data.zero_()
     vlm.connector.to_q.bias.data.zero_()
     attention = diagnose_answers(vlm, [(question(1), "one")])["attention"]
@@ -227,7 +227,7 @@ def test_gauges_begin_closed_and_tell_the_layer():
     assert vlm.connector.metrics() == dict.fromkeys(names, 0.0)
     vlm.connector.blocks["1"].ff_gate.data.fill_(0.5)
     assert vlm.connector.metrics()["gate_ff_1"] == pytest.approx(math.tanh(0.5))
-    mixed = small("mixed").connector
+    mixed = build_small_vlm("mixed").connector
     assert mixed.metrics() == pytest.approx(dict.fromkeys(names, math.tanh(0.5)))
 
 

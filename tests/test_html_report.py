@@ -17,10 +17,12 @@ import pytest
 from vlbench.__main__ import main
 from vlbench.compare.report.analysis import ComparisonResult, analyze_runs
 from vlbench.compare.report.finished_runs import load_finished_run
-from vlbench.compare.report.html_report import render_html
+from vlbench.compare.report.html_report import MAX_ROW_LABEL, render_html, row_labels
 from vlbench.compare.report.markdown_report import render_markdown
 from vlbench.compare.report.question_examples import find_disagreements
+from vlbench.compare.report.result_plots import accuracy_intervals_drawn, say_something
 from vlbench.compare.report.row_costs import pareto_frontier
+from vlbench.compare.report.svg_figure import widen_range
 from vlbench.compare.report.training_curves import load_row_metrics, series_by_stage
 from vlbench.config import recipe as recipes
 from vlbench.data.scene_dataset import held_out_questions
@@ -105,7 +107,7 @@ def written(findings) -> str:
 
 def text_of(written: str) -> str:
     """Return what a reader sees of a page, on one line."""
-    without = re.sub(r"<(style|svg)\b.*?</\1>", " ", written, flags=re.DOTALL)
+    without = re.sub(r"<(style|svg)\b.*?</\1>", " ", written, flags=re.DOTALL).replace("<wbr>", "")
     return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", without)).split())
 
 
@@ -113,7 +115,7 @@ def test_the_page_holds_what_the_markdown_holds(findings, written):
     seen = text_of(written)
     for cell in re.findall(r"[^|\n]+", render_markdown(findings).replace("`", "")):
         cell = cell.strip().removeprefix("- ")
-        if cell and not re.fullmatch(r"[-:]+|s|shuffled|#.*|What differs:", cell):
+        if cell and not re.fullmatch(r"[-:]+|s|unseen|shuffled|#.*|What differs:", cell):
             assert cell in seen, cell
     for row in findings.rows:
         assert (
@@ -141,7 +143,7 @@ def test_what_was_answered_cannot_become_part_of_the_page(written):
 
 def test_the_plots_are_xml(written):
     drawn = re.findall(r"<svg id=.*?</svg>", written, re.DOTALL)
-    assert len(drawn) == 2 + 8  # swatches; plots, gates and tokens among them
+    assert len(drawn) == 2 + 2 * 8  # markers; plots, wide and narrow, gates and tokens among them
     for one in drawn:
         assert ElementTree.fromstring(one).get("viewBox")
 
@@ -161,13 +163,18 @@ def test_one_row_of_one_seed_without_anything_is_said(tmp_path):
     for sentence in (
         "One seed: what another run would give is not known.",
         "There is no other row to compare it with.",
-        "These runs have no metrics.csv.",
+        "These runs have no losses in a metrics.csv.",
         "The questions have neither types nor languages.",
         "These runs do not say what they cost.",
         "There is one row only",
-        "These runs have no diagnostics.json",
+        "These runs have neither diagnostics.json nor answers without images.",
     ):
-        assert sentence in seen
+        assert seen.count(sentence) == 1
+    # only what is there has a section, and an entry in the contents
+    assert seen.count("Accuracy and differences") == seen.count("How it was made") == 2
+    for title in ("Learning curves", "Cost against quality", "Wins and losses", "Diagnostics"):
+        assert title not in seen
+    assert "blank image" not in seen and "seeds' spread" not in seen
 
 
 def test_what_some_rows_lack_is_said(written):
@@ -251,7 +258,9 @@ def test_the_verb_writes_both_forms(tmp_path, capsys):
     run(tmp_path / "a", 0.9, 0)
     words = ["report", str(tmp_path), f"out={tmp_path / 'r.md'}", f"out={tmp_path / 'r.html'}"]
     assert main(words) == 0
-    assert (tmp_path / "r.md").read_text() == capsys.readouterr().out
+    printed = capsys.readouterr().out
+    written = f"\nwrote {tmp_path / 'r.md'}\nwrote {tmp_path / 'r.html'}\n"
+    assert printed == (tmp_path / "r.md").read_text() + written
     assert (tmp_path / "r.html").read_text().startswith("<!DOCTYPE html>")
 
 
@@ -282,3 +291,64 @@ def test_diagnostics_that_are_none_are_a_mistake(tmp_path, capsys):
     diagnose(run(tmp_path / "a", 0.9, 0), tokens="all")
     assert main(["report", str(tmp_path), f"out={tmp_path / 'r.html'}"]) == 2
     assert "diagnostics.json: holds no diagnostics" in capsys.readouterr().err
+
+
+def test_rows_with_long_names_are_letters_with_a_legend(tmp_path):
+    words = [("stages.chat.steps=7", "stages.align_224.steps=9"), ("connector.name=linear",), ()]
+    folders = [run(tmp_path / str(index), 0.5, 0, *word) for index, word in enumerate(words)]
+    findings = analyze_runs([load_finished_run(folder) for folder in folders])
+    names = [row.name for row in findings.rows]
+    assert max(map(len, names)) > MAX_ROW_LABEL
+    written = render_html(findings)
+    for letter, name in zip("ABC", names, strict=True):
+        assert f"<b>{letter}</b> {name}</li>" in written
+    drawn = "".join(re.findall(r"<svg id=.*?</svg>", written, re.DOTALL))
+    assert "A over B" in drawn and not any(name in drawn for name in names)
+    assert row_labels(["a", "b"]) == {"a": "a", "b": "b"}
+    many = row_labels([f"{number:030}" for number in range(30)])
+    assert list(many.values())[25:28] == ["Z", "AA", "AB"]
+
+
+def test_intervals_that_say_nothing_are_a_sentence(tmp_path):
+    folders = [
+        run(tmp_path / f"{name}{seed}", chance + 0.2 * seed, seed, f"connector.name={name}")
+        for name, chance in (("linear", 0.3), ("avgpool", 0.4))
+        for seed in (0, 1)
+    ]
+    findings = analyze_runs([load_finished_run(folder) for folder in folders])
+    assert not accuracy_intervals_drawn(findings.rows)
+    seen = text_of(render_html(findings))
+    assert "Intervals are not drawn: most of these, of 2 seeds, reach over more than half" in seen
+    assert "Accuracy with its 95 % interval" not in seen
+    assert say_something([(0.0, 1.0), (0.2, 0.3)]) and not say_something([(0.0, 1.0), (0.2, 0.9)])
+
+
+def test_values_that_hardly_differ_look_so():
+    assert widen_range(2.99, 3.01, 0.6) == pytest.approx((2.7, 3.3))
+    assert widen_range(0.0, 10.0, 1.0) == pytest.approx((-0.5, 10.5))
+    assert widen_range(0.98, 1.0, 0.2, 0.0, 1.0) == pytest.approx((0.8, 1.0))
+    assert widen_range(0.0, 0.01, 0.2, 0.0, 1.0) == pytest.approx((0.0, 0.2))
+
+
+def test_a_loss_that_hardly_moves_has_no_axis_of_its_noise(tmp_path):
+    folder = run(tmp_path / "a", 0.5, 0)
+    lines = [f"align,{step},{3 + step / 1000},,1.5" for step in (10, 20)]
+    header = "stage,step,loss,held_out_loss,seconds"
+    (folder / "metrics.csv").write_text("\n".join([header, *lines, "empty,1,,,1.5"]) + "\n")
+    written = render_html(analyze_runs([load_finished_run(folder)]))
+    drawn = re.findall(r'<svg id="plot-losses.*?</svg>', written, re.DOTALL)
+    for one in drawn:
+        ticks = [float(tick) for tick in re.findall(r">(\d\.\d+)</text>", one)]
+        assert max(ticks) - min(ticks) > 0.4 and "empty" not in one
+    assert len(drawn) == 2
+
+
+def test_nothing_is_wider_than_a_telephone(written):
+    body = re.sub(r"<svg.*?</svg>", "", written.partition("<body>")[2], flags=re.DOTALL)
+    outside = re.sub(r'<div class="box".*?</div>', "", body, flags=re.DOTALL)
+    assert "<table" in body and "<table" not in outside and "<img" not in outside
+    style = written.partition("<style>")[2].partition("</style>")[0]
+    for width in re.findall(r"(?<!max-)(?<!min-)\bwidth: ([\d.]+)(px|rem)", style):
+        assert float(width[0]) * (16 if width[1] == "rem" else 1) < 360, width
+    for one in re.findall(r'<svg id="plot-\w+(?:-\d+)?-narrow".*?viewBox="0 0 (\S+)', written):
+        assert float(one) <= 72 * 3.7 + 1  # points: at most as wide as the telephone shows text

@@ -50,7 +50,7 @@ def tiny(request) -> LoadedVLM:
     return build_vlm(recipes.load_recipe([f"recipe={request.param}"]), 56).eval()
 
 
-def small(name: str = "llava_mlp") -> LoadedVLM:
+def build_small_vlm(name: str = "llava_mlp") -> LoadedVLM:
     """Return a small random model that never says the stop text, compiled without a compiler."""
     vlm = open_gates(small_vlm(registry.load_connector(name), SMALL.get(name))).eval()
     vlm.processor = replace(
@@ -104,7 +104,7 @@ def test_torchs_own_compiler_answers_the_same(tiny, options, graphs):
 
 
 def test_the_beginning_of_prompts_is_read_once_and_all_that_follows_is_compiled(monkeypatch):
-    vlm = small()
+    vlm = build_small_vlm()
     read: list[tuple[int, ...]] = []
     real, batch = vlm.model.run_decoder, talks(vlm)
 
@@ -120,7 +120,7 @@ def test_the_beginning_of_prompts_is_read_once_and_all_that_follows_is_compiled(
 
 
 def test_rows_end_where_positions_do():
-    vlm = small()
+    vlm = build_small_vlm()
     batch = vlm.prepare([asks("x"), asks("x " * 20)])
     short, long = (batch.sample_index >= 0).sum(1).tolist()
     vlm.language.config.max_position_embeddings = long + 9
@@ -132,7 +132,7 @@ def test_rows_end_where_positions_do():
 
 
 def test_lengths_are_multiples_and_hold_all_that_is_read(monkeypatch):
-    vlm = small()
+    vlm = build_small_vlm()
     seen: list[StaticDecodingState] = []
     real = StaticDecodingState.decode_next
     monkeypatch.setattr(
@@ -152,7 +152,7 @@ def test_lengths_are_multiples_and_hold_all_that_is_read(monkeypatch):
 
 
 def test_what_was_exchanged_is_compiled_anew(graphs):
-    vlm = small()
+    vlm = build_small_vlm()
     batch = talks(vlm)
     assert_same(vlm, batch, max_new_tokens=5)
     for parameter in vlm.language.parameters():  # as a step of training does
@@ -167,7 +167,7 @@ def test_what_was_exchanged_is_compiled_anew(graphs):
 
 
 def test_adapters_are_compiled_and_weights_are_let_go(graphs):
-    vlm = small()
+    vlm = build_small_vlm()
     vlm.model.requires_grad_(False)
     lora_adapters.add_adapters(vlm.language, "language", **LORA)
     for adapter in lora_adapters.adapter_parameters(vlm.language).values():
@@ -184,7 +184,7 @@ def test_adapters_are_compiled_and_weights_are_let_go(graphs):
 
 @pytest.mark.parametrize("name", ["flamingo", "mixed", "llava_mlp"])
 def test_blocks_with_hooks_run_as_they_are(name, graphs):
-    vlm = small(name)
+    vlm = build_small_vlm(name)
     held = None
     if name == "llava_mlp":
         vlm.model.requires_grad_(False)
@@ -207,7 +207,7 @@ def test_blocks_with_hooks_run_as_they_are(name, graphs):
     ],
 )
 def test_what_cannot_be_compiled_is_refused(options, said):
-    vlm = small()
+    vlm = build_small_vlm()
     with pytest.raises(UserError, match=said) as caught:
         vlm.generate(vlm.prepare(asks("x")), **options)
     assert len(str(caught.value).splitlines()) == 1
@@ -216,7 +216,7 @@ def test_what_cannot_be_compiled_is_refused(options, said):
 def test_without_a_compiler_there_is_one_line():
     from torch._inductor import config
 
-    vlm = small()
+    vlm = build_small_vlm()
     vlm.decode_step = CompiledDecodeStep()
     line = "^compiled: the step .* compiled=False does "
     without = config.patch({"cpp.cxx": ("no-such-compiler",)})

@@ -29,7 +29,7 @@ WAYS = {
 }
 
 
-def small(value: float, name: str = "model.layers.1.mlp.up_proj.weight") -> LoadedVLM:
+def build_small_vlm(value: float, name: str = "model.layers.1.mlp.up_proj.weight") -> LoadedVLM:
     vlm = small_vlm(registry.load_connector("llava_mlp")).eval()
     vlm.language.get_parameter(name).data[3, 2] = value
     vlm.decode_step = CompiledDecodeStep("eager")
@@ -39,14 +39,14 @@ def small(value: float, name: str = "model.layers.1.mlp.up_proj.weight") -> Load
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_the_weight_that_holds_no_number_is_named(way, value):
-    vlm = small(value)
+    vlm = build_small_vlm(value)
     line = f"{SAID}its weight language.model.layers.1.mlp.up_proj.weight holds nan or inf$"
     with pytest.raises(EnvironmentFailure, match=line):
         vlm.generate(vlm.prepare(ASKED), max_new_tokens=4, **way)
 
 
 def test_numbers_that_became_too_large_are_told_from_broken_weights():
-    vlm = small(1.0)
+    vlm = build_small_vlm(1.0)
     vlm.language.lm_head.weight.data[7] = 3e38
     with pytest.raises(
         EnvironmentFailure, match=f"{SAID}all its weights are finite, so numbers became"

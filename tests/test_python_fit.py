@@ -50,7 +50,7 @@ def test_it_trains_twice_and_also_in_a_thread(
     assert [run and str(run.folder) for run in runs] == [
         f"runs/yivl_llava-tiny-{n}" for n in (1, 2)
     ]
-    assert runs[0] and runs[0].results["questions"] == 2 and runs[0].results["loss"] > 2
+    assert runs[0] and runs[0].results["questions"] == 2 and runs[0].results["loss"] > 0
     assert levels == {name: logging.getLogger(name).level for name in levels}
     logging.getLogger("mine").warning("still heard")
     assert "still heard" in caplog.text

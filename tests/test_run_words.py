@@ -69,7 +69,7 @@ def test_rows_are_named_by_what_differs() -> None:
 
     lora = "stages.chat.train.language.lora.rank=4"
     steps = "stages.align_224.steps=4"
-    assert names(f"{steps} + {lora} | {steps}") == ["lora.rank=4", "align_224.steps=4"]
+    assert names(f"{steps} + {lora} | {steps}") == ["lora.rank=4", "yivl_llava"]
     rate = "train.connector.lr=1e-3"
     assert names(f"stages.chat.{rate} | stages.align_224.{rate}") == [
         f"stages.{name}.{rate}" for name in ("chat", "align_224")

@@ -16,7 +16,8 @@ from PIL import Image
 
 from vlbench.config.schema import SampleFormat
 from vlbench.data.chat_template import ChatTemplate
-from vlbench.data.image_processing import ImageFile, ImageTransform, to_rgb_image
+from vlbench.data.image_decoding import to_rgb_image
+from vlbench.data.image_processing import ImageFile, ImageTransform
 from vlbench.data.packing import PackedBatch, assign_image_index, stack_pixels
 from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, LazyImage, Sample, check_turns
 from vlbench.data.sample_encoding import SampleEncoder, tokenize_pieces

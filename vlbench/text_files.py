@@ -13,19 +13,29 @@ from pathlib import Path
 from typing import Any
 
 from vlbench.errors import UserError
+from vlbench.regular_files import (
+    MAX_CONFIG_BYTES,
+    MAX_RECORDS_BYTES,
+    open_regular,
+    read_regular,
+    read_regular_text,
+)
 
 LFS_POINTER = b"version https://git-lfs"
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> str:
     """Return the text of a file without its byte-order mark."""
     refuse_lfs_pointer(path)
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = read_regular_text(path, max_bytes)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text (byte {error.start + 1})") from error
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -41,7 +51,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_csv(path: Path) -> list[dict[str, str]]:
     """Return the rows of a CSV file with a header, [] if there is no such file."""
-    return list(csv.DictReader(io.StringIO(read_text(path)))) if path.is_file() else []
+    return (
+        list(csv.DictReader(io.StringIO(read_text(path, MAX_RECORDS_BYTES))))
+        if path.is_file()
+        else []
+    )
 
 
 def split_lines(text: str) -> list[str]:
@@ -69,7 +83,10 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         return []
-    data = path.read_bytes()
+    try:
+        data = read_regular(path, MAX_RECORDS_BYTES)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     records = []
     for number, line in enumerate(data[: data.rfind(b"\n") + 1].split(b"\n")[:-1], 1):
         try:
@@ -125,12 +142,27 @@ def name_written_file(path: Path, temporary: Path | None = None) -> Iterator[Non
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def refuse_lfs_pointer(path: Path) -> None:
-    """Raise a UserError for a file that Git LFS has not fetched, or that cannot be opened."""
+def read_config_bytes(path: Path) -> bytes:
+    """Return the bytes of a small file, such as a tokenizer's."""
     try:
-        with path.open("rb") as file:
+        return read_regular(path, MAX_CONFIG_BYTES)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def refuse_lfs_pointer(path: Path, max_bytes: int | None = None) -> None:
+    """Raise a UserError for a file that Git LFS has not fetched, or that cannot be opened.
+
+    Also for one that is larger than `max_bytes`, or no regular file.
+    """
+    try:
+        with open_regular(path, max_bytes) as file:
             first_bytes = file.read(len(LFS_POINTER))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     if first_bytes == LFS_POINTER:
         raise UserError(f"{path}: is a Git-LFS pointer and not the file; run git lfs pull")

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from vlbench.config.schema import Recipe
+from vlbench.data.image_folder import page_refusal
 from vlbench.data.sample import LazyImage, Sample
 from vlbench.data.sample_encoding import (
     IGNORE_INDEX,
@@ -44,7 +45,7 @@ class SampleSpan:
     text: str
     position_count: int
     image_uri: str = ""
-    """A thumbnail of the image as a data URI."""
+    """A thumbnail of the image as a data URI; "" for one that a page must not show."""
 
 
 def render_audit(
@@ -98,7 +99,9 @@ def split_into_spans(encoded: EncodedSample, decode: Callable[..., str]) -> Iter
         if kind == "image":
             for _ in range(length // encoded.tokens_per_image):
                 image = next(images)
-                yield SampleSpan(kind, image.name, encoded.tokens_per_image, _thumbnail_uri(image))
+                refusal = page_refusal(image)
+                uri = "" if refusal else _thumbnail_uri(image)
+                yield SampleSpan(kind, refusal or image.name, encoded.tokens_per_image, uri)
         else:
             text = decode(encoded.input_ids[position : position + length], keep_special=True)
             yield SampleSpan(kind, text, length)

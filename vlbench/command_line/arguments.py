@@ -57,6 +57,9 @@ class EvalArguments:
         metavar="FOLDER",
         is_path=True,
     )
+    allow_outside: bool = argument(
+        "read images that lie outside of the folder images=", False, metavar="true"
+    )
     split: str | None = argument("split of a benchmark; by default val", None)
     subjects: str | None = argument(
         "subjects of a benchmark, A,B,...; by default all", None, metavar="A,B"
@@ -258,6 +261,9 @@ class PackArguments:
         metavar="N",
         low=1,
         high=10**7,
+    )
+    allow_outside: bool = argument(
+        "read images that lie outside of the folder images=", False, metavar="true"
     )
 
 

@@ -6,6 +6,7 @@ size's file, the command line. All errors are raised together.
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from vlbench.config.schema import Recipe, declared_keys
 from vlbench.connector import registry
 from vlbench.errors import UserError, suggest_name
 from vlbench.strict_values import StrictModel, format_value
-from vlbench.text_files import read_json, split_lines, write_atomically
+from vlbench.text_files import read_json, read_text, split_lines, write_atomically
 from vlbench.version import __version__
 
 RESUMABLE_KEYS = ("trainer", "log", "run", "dry_run", "profile")
@@ -158,7 +159,7 @@ def size_files() -> dict[str, Path]:
 
 def file_summary(path: Path) -> str:
     """Return the summary of a recipe or size: its first comment that is not a command."""
-    for line in split_lines(path.read_text(encoding="utf-8")):
+    for line in split_lines(read_text(path)):
         text = line.removeprefix("#").strip()
         if line.startswith("#") and text and not text.startswith("python -m"):
             return text
@@ -168,16 +169,14 @@ def file_summary(path: Path) -> str:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file; a UserError names the file and, if known, the line."""
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        text = io.StringIO(read_text(path))
+        tree = OmegaConf.to_container(OmegaConf.load(text), resolve=False)
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise UserError(f"{path}{line}: {getattr(error, 'problem', error)}") from error
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "is not UTF-8 text"
-        raise UserError(f"{path}: {reason}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: is not a mapping of keys; a recipe is KEY: VALUE lines")
     return _with_text_keys(tree)

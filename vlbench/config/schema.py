@@ -33,6 +33,7 @@ OnBadSample = Literal["auto", "quarantine", "stop"]
 PART_NAMES: tuple[str, ...] = get_args(PartName)
 EXCLUSIVE_KEYS = (("epochs", "steps"), ("train", "mix"), ("only", "from"))
 """Pairs of keys of one mapping of which one at most has a value."""
+MAX_IMAGE_SIZE = 4096  # pixels of a vision encoder's side; those in use have 224 to 1024
 STAGE_NAME_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
@@ -156,6 +157,7 @@ class DataConfig(RecipeSection):
 
     train: PathText | None = key("scenes, a file in LLaVA's format, or shards", None)
     images: PathText | None = key("folder of images; null: beside the file", None)
+    allow_outside: bool = key("read images that lie outside of the folder `images`", False)
     mix: Mixture | None = key("several weighted sources, instead of train", None)
     val: PathText | None = key("held-out samples: a file in LLaVA's format, or shards", None)
     on_bad_sample: OnBadSample = key("leave out and count, or stop; auto: stop above 1 %", "auto")
@@ -170,7 +172,7 @@ class DataConfig(RecipeSection):
 class StageConfig(RecipeSection):
     """One stage of training."""
 
-    image_size: int = key("side of the images in pixels", ge=8, le=4096)
+    image_size: int = key("side of the images in pixels", ge=8, le=MAX_IMAGE_SIZE)
     sample_format: SampleFormat = key("plain captions of images, or conversations")
     objective: str = key("language, or an objective that the connector offers", "language")
     train: TrainedParts = key("which parts are trained, and how")

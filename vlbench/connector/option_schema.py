@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from vlbench.errors import UserError
+from vlbench.text_files import read_text
 
 NAMED_KINDS = {"int": int, "float": float, "bool": bool, "str": str, "Any": Any, "None": None}
 
@@ -44,7 +45,7 @@ def options_of_class(cls: type) -> dict[str, ConnectorOption]:
 def options_in_file(file: Path) -> dict[str, ConnectorOption] | None:
     """Return the options of the class in a connector file, None if the text does not suffice."""
     try:
-        tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
+        tree = ast.parse(read_text(file), str(file))
     except (SyntaxError, ValueError, OSError) as error:
         raise UserError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
     cls = _connector_class(tree)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from vlbench.connector.option_schema import ConnectorOption, options_in_file, options_of_class
 from vlbench.errors import EnvironmentFailure, UserError, one_line, suggest_name
 from vlbench.strict_values import convert_value
+from vlbench.text_files import read_text
 
 if TYPE_CHECKING:
     from vlbench.connector.base import Connector
@@ -161,7 +162,7 @@ def _unknown_option(name: str, option_name: str, known: dict[str, ConnectorOptio
 
 
 def _has_same_text(source: ConnectorSource, file: Path) -> bool:
-    return source.file is not None and source.file.read_bytes() == file.read_bytes()
+    return source.file is not None and read_text(source.file) == read_text(file)
 
 
 def _load_from_file(name: str, file: Path) -> type[Connector]:

@@ -11,11 +11,13 @@ from typing import Any
 
 from vlbench.data.conversation_record import TURN_KEYS, sample_from_record
 from vlbench.data.image_processing import ImageFile
-from vlbench.data.sample import Sample, sample_at
+from vlbench.data.sample import LazyImage, Sample, sample_at
 from vlbench.errors import BadSample, UserError, describe_json_type, suggest_name
+from vlbench.regular_files import MAX_DATA_BYTES, open_regular, read_regular_text
 from vlbench.text_files import LFS_POINTER
 
 MAX_FILE_CHECKS = 100_000  # image files whose existence is checked
+SIGNATURE_BYTES = 1 << 16  # of the beginning, in which a foreign format is looked for
 JSONL_SUFFIXES = (".jsonl", ".ndjson")  # endings of files with one record per line
 FOREIGN_SIGNATURES = {
     b"PAR1": "is a Parquet file; write its rows as JSON records first (pandas.read_parquet)",
@@ -41,15 +43,22 @@ class LlavaJson:
     count records from 1. `<image>` in a human turn becomes IMAGE_PLACEHOLDER.
     """
 
-    def __init__(self, file: str | Path, image_folder: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        file: str | Path,
+        image_folder: str | Path | None = None,
+        allow_outside: bool = False,
+    ) -> None:
         """Read `file`; its image names are looked up in `image_folder` (default: its own folder).
 
+        Images outside of that folder are bad, unless `allow_outside`; see `image_folder.is_inside`.
         Raises a UserError when the file is missing, malformed or without records.
         """
         self.name = str(file)
         self.image_folder = Path(image_folder) if image_folder is not None else Path(file).parent
         if not self.image_folder.is_dir():
             raise UserError(f"images: there is no folder {self.image_folder}")
+        self.allow_outside = allow_outside
         self.records = read_records(Path(file))
 
     def __len__(self) -> int:
@@ -60,19 +69,25 @@ class LlavaJson:
         return sample_from_record(
             self.records[index],
             f"record {index + 1}",
-            lambda image: ImageFile(str(self.image_folder / image)),
+            self._find_image,
         )
+
+    def _find_image(self, name: str) -> ImageFile:
+        path = str(self.image_folder / name)
+        return ImageFile(path, str(self.image_folder), self.allow_outside)
 
     def find_bad_samples(
         self, on_sample: Callable[[Sample], None] | None = None
     ) -> list[BadSample]:
-        """Return every record that is malformed or names an image file that does not exist.
+        """Return every record that is malformed or names an image file that may not be read.
+
+        That is one that does not exist, or is outside of the folder.
 
         At most MAX_FILE_CHECKS different files are looked up. `on_sample` is called with every
         well-formed sample.
         """
         faults: list[BadSample] = []
-        exists: dict[str, bool] = {}
+        problems: dict[LazyImage, str] = {}
         for index in range(len(self)):
             try:
                 sample = sample_at(self, index)
@@ -82,13 +97,22 @@ class LlavaJson:
             if on_sample:
                 on_sample(sample)
             for image in sample.images:
-                if image.name not in exists and len(exists) < MAX_FILE_CHECKS:
-                    exists[image.name] = os.path.exists(image.name)  # never raises
-                if not exists.get(image.name, True):
-                    missing = BadSample(sample.id, f"image {image.name}: does not exist")
-                    faults.append(missing.with_origin_of(sample))
+                if image not in problems and len(problems) < MAX_FILE_CHECKS:
+                    problems[image] = _find_problem(image)
+                if problems.get(image):
+                    faults.append(BadSample(sample.id, problems[image]).with_origin_of(sample))
                     break
         return faults
+
+
+def _find_problem(image: LazyImage) -> str:
+    """Return why an image file may not be read, "" if it may; it is not opened."""
+    if isinstance(image, ImageFile):
+        try:
+            image.refuse_outside()
+        except UserError as error:
+            return str(error)
+    return "" if os.path.exists(image.name) else f"image {image.name}: does not exist"
 
 
 def read_records(file: Path) -> list[Any]:
@@ -129,16 +153,15 @@ def _suggest_record_list(value: Any) -> str:
 
 def _read_text(file: Path) -> str:
     try:
-        data = file.read_bytes()
+        with open_regular(file) as opened:
+            beginning = opened.read(SIGNATURE_BYTES).removeprefix(BOM_UTF8).lstrip()
         for signature, problem in FOREIGN_SIGNATURES.items():
-            if data.removeprefix(BOM_UTF8).lstrip().startswith(signature):
-                raise UserError(f"data {file}: {problem}")
-        return data.decode("utf-8-sig")
+            if beginning.startswith(signature):
+                raise UserError(problem)
+        return read_regular_text(file, MAX_DATA_BYTES)
     except FileNotFoundError:
         suggestion = suggest_name(file.name, [p.name for p in file.parent.glob("*.json*")])
         raise UserError(f"data {file}: there is no such file.{suggestion}") from None
-    except IsADirectoryError:
-        raise UserError(f"data {file}: is a folder; expected a JSON file") from None
     except OSError as error:
         raise UserError(f"data {file}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
@@ -146,6 +169,8 @@ def _read_text(file: Path) -> str:
         line = error.object.count(b"\n", 0, error.start) + 1
         where = f"line {line}, byte {error.start - start + 1}"
         raise UserError(f"data {file}: {where}: not UTF-8; save the file as UTF-8") from None
+    except UserError as error:
+        raise UserError(f"data {file}: {error}") from None
 
 
 def _parse_json(text: str, file: Path, line_number: int | None = None) -> Any:

@@ -17,8 +17,8 @@ from vlbench.errors import UserError
 SCENES_SOURCE = "scenes"
 HELD_OUT_SEED_OFFSET = 1 << 20  # added to the seed of held-out rendered scenes
 
-SourceCache = MutableMapping[tuple[str, str | None], SampleSource]
-"""Open sources by path and image folder, which stages share."""
+SourceCache = MutableMapping[tuple[str, str | None, bool], SampleSource]
+"""Open sources, which stages share, by path, image folder and whether images may be outside."""
 
 
 def stage_data(data: DataConfig, stage: StageConfig) -> DataConfig:
@@ -64,7 +64,7 @@ def _open_source(
     Args:
         path: The file, folder, pattern or URL of `data.train`, or SCENES_SOURCE.
         image_folder: Where the image names of a JSON file are looked up.
-        data: Number of samples and questions of rendered scenes.
+        data: Number of samples and questions of rendered scenes; whether images may be outside.
         stage: A caption stage renders scenes with captions.
         seed: Of rendered scenes.
         source_cache: Files that are open already; None opens the file anew.
@@ -74,12 +74,11 @@ def _open_source(
             return SceneCaptions(seed, data.samples)
         return SceneConversations(seed, data.samples, data.questions)
     source_cache = {} if source_cache is None else source_cache
-    if (path, image_folder) not in source_cache:
-        shards = is_url(path) or is_tar(path) or Path(path).is_dir()
-        source_cache[path, image_folder] = (
-            WebDatasetShards(path) if shards else LlavaJson(Path(path), image_folder)
-        )
-    return source_cache[path, image_folder]
+    key = (path, image_folder, data.allow_outside)
+    if key not in source_cache:
+        is_shards = is_url(path) or is_tar(path) or Path(path).is_dir()
+        source_cache[key] = WebDatasetShards(path) if is_shards else LlavaJson(Path(path), *key[1:])
+    return source_cache[key]
 
 
 def open_stage_mixture(

@@ -28,7 +28,6 @@ from torch import Tensor
 
 from vlbench.data.image_processing import ImageFile
 from vlbench.data.sample import LazyImage
-from vlbench.errors import UserError
 
 FeatureLocations = dict[bytes, tuple[str, int]]
 """Shard and row of each image, by its key."""
@@ -41,10 +40,7 @@ def content_key(lazy_image: LazyImage) -> bytes:
     Raises a UserError that names an image that cannot be read.
     """
     if isinstance(lazy_image, ImageFile):
-        try:
-            content = Path(lazy_image.path).read_bytes()
-        except OSError as error:
-            raise UserError(f"image {lazy_image.name}: {error.strerror}") from error
+        content = lazy_image.read_bytes()
     else:
         image = lazy_image.open()
         content = f"{image.size}".encode() + image.tobytes()
@@ -64,7 +60,7 @@ class FeatureShards:
     def locate_features(self) -> FeatureLocations:
         """Return shard and row of every stored image; a damaged shard is deleted."""
         locations: FeatureLocations = {}
-        for path in sorted(self.folder.glob("*.safetensors")):
+        for path in sorted(filter(Path.is_file, self.folder.glob("*.safetensors"))):
             keys = self._read_valid_keys(path)
             if keys is None:
                 path.unlink()

@@ -39,12 +39,31 @@ def download_image(url: str) -> Image.Image:
     return open_image_bytes(data, name)
 
 
+def _http_opener() -> urllib.request.OpenerDirector:
+    """Return what opens URLs of http and https alone, where a server redirects to as well.
+
+    That of `urlopen` follows a redirect to ftp, and knows file.
+    """
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler(),
+        urllib.request.HTTPHandler(),
+        urllib.request.HTTPSHandler(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPRedirectHandler(),
+        urllib.request.HTTPErrorProcessor(),
+        urllib.request.UnknownHandler(),
+    ):
+        opener.add_handler(handler)
+    return opener
+
+
 def _download_bytes(url: str) -> bytes | None:
     """Return the bytes at `url`, None where they are too many or arrive too slowly."""
     # some servers refuse the user agent of urllib
     request = urllib.request.Request(url, headers={"User-Agent": "vlbench"})
     data, deadline = bytearray(), time.monotonic() + DOWNLOAD_TIMEOUT
-    with urllib.request.urlopen(request, timeout=READ_TIMEOUT) as response:
+    with _http_opener().open(request, timeout=READ_TIMEOUT) as response:
         while chunk := response.read1(CHUNK_BYTES):
             data += chunk
             if len(data) > MAX_BYTES or time.monotonic() > deadline:

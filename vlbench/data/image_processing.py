@@ -8,7 +8,6 @@ the decoder's own downscaling of large ones, which is faster and changes pixels 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from dataclasses import asdict, dataclass
@@ -18,20 +17,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from vlbench.config.schema import MAX_IMAGE_SIZE
+from vlbench.data.image_decoding import decode_rgb
+from vlbench.data.image_folder import is_inside, outside_message
 from vlbench.data.sample import LazyImage
-from vlbench.errors import UserError, one_line
-from vlbench.process_settings import ignore_thread_warnings
+from vlbench.errors import UserError
+from vlbench.regular_files import MAX_IMAGE_BYTES, describe_failure, open_regular, read_regular
 from vlbench.text_files import LFS_POINTER
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Formats that are decoded inside this process; others (EPS, PDF) would start programs.
-IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-MAX_PIXELS = 178_956_970  # larger images are refused (a small file can hold a huge image)
 MAX_SIDE = 8000  # pixels, longest side of a square canvas (64 megapixels) and of its content
+MAX_RESIZED_SIDE = 2 * MAX_IMAGE_SIZE  # pixels, shortest edge; a release resizes to 1.15 crops
 LFS_MESSAGE = "is a Git-LFS pointer and not the image; run git lfs pull"
 _ZERO_MARK = "vlbench: zero"  # a key in the `info` of the image of a ZeroImage
 _TRANSFORM_RULES = (
@@ -44,120 +44,77 @@ class ImageFile:
     """An image in a file."""
 
     path: str | Path
+    folder: str | None = None
+    """The images' folder of a data set, which the file must be in; None: the user named it."""
+    allow_outside: bool = False
+    """Whether it is read outside of the folder as well."""
 
     @property
     def name(self) -> str:
         """The path."""
         return str(self.path)
 
+    @property
+    def is_outside(self) -> bool:
+        """Whether the file is outside of the data set's folder, so that no page shows it."""
+        return self.folder is not None and not is_inside(self.path, self.folder)
+
     def open(self) -> Image.Image:
         """Return the image in RGB; see `open_image`."""
+        self.refuse_outside()
         return open_image(self.path)
 
     def open_draft(self, draft_side: int) -> Image.Image:
         """Return the image in RGB; a JPEG may be downscaled to a longest edge >= `draft_side`."""
+        self.refuse_outside()
         return open_image(self.path, draft_side)
+
+    def read_bytes(self) -> bytes:
+        """Return the bytes of the file; a UserError names one that cannot be read."""
+        self.refuse_outside()
+        try:
+            return read_regular(self.path, MAX_IMAGE_BYTES)
+        except (OSError, ValueError) as error:
+            raise UserError(f"image {self.path}: {describe_failure(error)}") from error
+
+    def refuse_outside(self) -> None:
+        """Raise a UserError for a file outside of the folder, unless that is allowed."""
+        if not self.allow_outside and self.is_outside:
+            raise UserError(f"image {self.path}: {outside_message(str(self.folder))}")
 
 
 def open_image(path: str | Path, draft_side: int = 0) -> Image.Image:
     """Open an image in RGB: of several frames the first, 16 bits scaled to 8, alpha dropped.
 
     With `draft_side` the decoder may downscale a JPEG, to a longest edge of at least that many
-    pixels. Raises a UserError that names the file when it is missing, empty, broken, too large or
-    not an image.
+    pixels. Raises a UserError that names the file when it is missing, empty, broken, too large,
+    no regular file or not an image.
     """
-    refusal = _refusal_reason(Path(path))
-    if refusal:
-        raise UserError(f"image {path}: {refusal}")
-    return _decode_rgb(path, f"image {path}", draft_side)
+    try:
+        file = open_regular(path, MAX_IMAGE_BYTES)
+    except (OSError, ValueError) as error:
+        raise UserError(f"image {path}: {describe_failure(error)}") from None
+    with file:
+        refusal = _refusal_reason(file.read(len(LFS_POINTER)))
+        if refusal:
+            raise UserError(f"image {path}: {refusal}")
+        file.seek(0)
+        return decode_rgb(file, f"image {path}", draft_side)
 
 
 def open_image_bytes(data: bytes, name: str, draft_side: int = 0) -> Image.Image:
     """Open an image from the bytes of a file, as `open_image` does; errors call it `name`."""
-    if not data:
-        raise UserError(f"{name}: is empty (0 bytes)")
-    if data.startswith(LFS_POINTER):
-        raise UserError(f"{name}: {LFS_MESSAGE}")
-    return _decode_rgb(BytesIO(data), name, draft_side)
+    refusal = _refusal_reason(data)
+    if refusal:
+        raise UserError(f"{name}: {refusal}")
+    return decode_rgb(BytesIO(data), name, draft_side)
 
 
-def _decode_rgb(source: str | Path | BytesIO, name: str, draft_side: int = 0) -> Image.Image:
-    """Decode an image in RGB, or raise a UserError that calls it `name`."""
-    with ignore_thread_warnings():
-        try:
-            with Image.open(source, formats=_readable_formats()) as image:
-                _check_size(image)
-                if draft_side:
-                    image.draft(None, _reduced_size(image.size, draft_side))
-                return _convert_rgb(image)
-        except Image.DecompressionBombError:
-            reason = _too_large_message("it")
-        except UnidentifiedImageError:
-            reason = f"not an image; readable are {', '.join(_readable_formats())}"
-        except UserError as error:
-            reason = str(error)
-        except Exception as error:  # a decoder may raise anything on a broken file
-            reason = f"cannot be read, it is broken or cut off ({one_line(error, max_lines=1)})"
-    raise UserError(f"{name}: {reason}")
-
-
-def _reduced_size(size: tuple[int, int], draft_side: int) -> tuple[int, int]:
-    """Return the size with longest edge `draft_side`, below which the decoder does not go."""
-    return max(1, size[0] * draft_side // max(size)), max(1, size[1] * draft_side // max(size))
-
-
-def to_rgb_image(image: Image.Image, name: str) -> Image.Image:
-    """Convert an image in memory to what `open_image` returns for its file."""
-    try:
-        _check_size(image)
-        return _convert_rgb(image)
-    except (UserError, ValueError, OSError, AttributeError) as error:  # the last: it is closed
-        raise UserError(f"{name}: {one_line(error, max_lines=1)}") from error
-
-
-def _refusal_reason(path: Path) -> str:
-    """Return why a path cannot be an image, or an empty text."""
-    try:
-        if path.is_dir():
-            return "is a folder, not an image"
-        if path.stat().st_size == 0:
-            return "is empty (0 bytes)"
-        with path.open("rb") as file:
-            return LFS_MESSAGE if file.read(len(LFS_POINTER)) == LFS_POINTER else ""
-    except FileNotFoundError:
-        return "does not exist"
-    except (OSError, ValueError) as error:
-        return (
-            f"cannot be opened ({getattr(error, 'strerror', None) or one_line(error, max_lines=1)})"
-        )
-
-
-@functools.cache
-def _readable_formats() -> list[str]:
-    """Return those of IMAGE_FORMATS that the installed PIL can read."""
-    Image.init()
-    return [name for name in IMAGE_FORMATS if name in Image.OPEN]
-
-
-def _check_size(image: Image.Image) -> None:
-    if image.width * image.height > MAX_PIXELS:
-        raise UserError(_too_large_message(f"{image.width} x {image.height}"))
-
-
-def _too_large_message(described: str) -> str:
-    return f"too large: {described} has more than {MAX_PIXELS // 10**6} million pixels"
-
-
-def _convert_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to RGB. PIL alone would clip 16-bit gray instead of scaling it."""
-    if image.mode == "I" or image.mode.startswith("I;"):
-        levels = np.asarray(image).astype(np.int64)
-        if levels.min() < 0 or levels.max() > 65535:
-            raise UserError("gray levels outside 0 to 65535 have no agreed brightness")
-        image = Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
-    elif image.mode == "F":
-        raise UserError("floating-point gray levels have no agreed brightness; save it with 8 bits")
-    return image.convert("RGB")
+def _refusal_reason(beginning: bytes) -> str:
+    """Return why a file with this beginning is no image, or an empty text."""
+    if not beginning:
+        return "is empty (0 bytes)"
+    return LFS_MESSAGE if beginning.startswith(LFS_POINTER) else ""
 
 
 @dataclass(frozen=True)
@@ -183,6 +140,10 @@ class ImageTransform:
     def __post_init__(self) -> None:
         if not 0 < self.crop <= self.size:
             raise UserError(f"image transform: crop={self.crop} must be in 1..size={self.size}")
+        if self.size > MAX_RESIZED_SIDE:
+            raise UserError(
+                f"image transform: size={self.size} pixels; at most {MAX_RESIZED_SIDE} are allowed"
+            )
 
     def load_pixels(self, image: LazyImage) -> Tensor:
         """Open an image and return its float32 pixels `[3, crop, crop]`."""
@@ -209,7 +170,7 @@ class ImageTransform:
 
     def resize_and_crop(self, image: Image.Image) -> NDArray[np.uint8]:
         """Return the uint8 image `[crop, crop, 3]` before normalisation."""
-        image = image.convert("RGB")
+        image = image if image.mode == "RGB" else image.convert("RGB")
         if self.pad and image.width != image.height:
             image = _pad_square(image, mean_colour(self.mean))
         elif not self.pad:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlbench.errors import UserError, one_line
+from vlbench.regular_files import MAX_CONFIG_BYTES, format_bytes
 from vlbench.text_files import read_json
 
 
@@ -45,6 +46,16 @@ def read_byte_range(url: str, offset: int = 0, size: int | None = None) -> bytes
     return data
 
 
+def read_whole_file(url: str, max_bytes: int) -> bytes:
+    """Return all bytes of a file; a UserError where it has more than `max_bytes`."""
+    size = remote_file_size(url)
+    if size is not None and size > max_bytes:
+        raise UserError(
+            f"{url}: has {format_bytes(size)}; at most {format_bytes(max_bytes)} are read"
+        )
+    return read_byte_range(url)
+
+
 def remote_file_size(url: str) -> int | None:
     """Return the size of a file in bytes; None where its server does not report it."""
     try:
@@ -59,7 +70,7 @@ def read_json_file(path_or_url: str) -> Any:
     if not is_url(path_or_url):
         return read_json(Path(path_or_url))
     try:
-        return json.loads(read_byte_range(path_or_url))
+        return json.loads(read_whole_file(path_or_url, MAX_CONFIG_BYTES))
     except ValueError as error:
         raise UserError(f"{path_or_url}: is not JSON ({error})") from error
 

@@ -22,8 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from vlbench.data.remote_shards import file_exists, is_url, read_byte_range, remote_file_size
+from vlbench.data.remote_shards import file_exists, is_url, read_whole_file, remote_file_size
 from vlbench.errors import UserError
+from vlbench.regular_files import MAX_RECORDS_BYTES, format_bytes, open_regular, read_regular_text
 from vlbench.text_files import format_json_lines, refuse_lfs_pointer, split_lines
 
 INDEX_VERSION = 2
@@ -31,6 +32,8 @@ INDEX_VERSION = 2
 FileStamp = tuple[int, int | None]
 """Size in bytes, and time of modification in ns or None for any."""
 
+MAX_PADDING_BYTES = 1 << 26  # of zeros at the end of a tar file; tar writes at most some MB
+MAX_HEADER_BYTES = 1 << 16  # of the first line of an index
 BLOCK_BYTES = 512  # of a block of a tar file; a member's header is one block
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jp2", "avif")
 CAPTION_NAMES = ("txt", "caption", "text")  # members with the caption of an image without a record
@@ -76,10 +79,11 @@ def load_shard_index(tar: str) -> TarScan:
     if is_url(tar):
         return _load_remote_index(tar)
     try:
-        with open(index_path(tar), encoding="utf-8", newline="\n") as file:
-            header = _parse_header(file.readline())
-            if _matches_tar(header, tar):
-                return _parse_index(header, file.read())
+        content = read_regular_text(index_path(tar), MAX_RECORDS_BYTES)
+        first_line, _, rest = content.partition("\n")
+        header = _parse_header(first_line)
+        if _matches_tar(header, tar):
+            return _parse_index(header, rest)
     except (OSError, ValueError):  # it is missing or incomplete
         pass
     return _build_index(tar)
@@ -92,8 +96,8 @@ def load_shard_summary(tar: str) -> tuple[int, Counter[str], str]:
     """
     if not is_url(tar):
         try:
-            with open(index_path(tar), encoding="utf-8", newline="\n") as file:
-                header = _parse_header(file.readline())
+            with open_regular(index_path(tar)) as file:
+                header = _parse_header(file.readline(MAX_HEADER_BYTES).decode())
             if _matches_tar(header, tar):
                 fault = header["fault"]
                 return header["samples"] + bool(fault), Counter(header["left_out"]), fault
@@ -174,7 +178,7 @@ def _load_remote_index(tar: str) -> TarScan:
     path = index_path(tar)
     if not file_exists(path):
         raise UserError(f"{tar}: has no {path}, which shards by URL need: pack writes it")
-    content = read_byte_range(path).decode("utf-8", "replace")
+    content = read_whole_file(path, MAX_RECORDS_BYTES).decode("utf-8", "replace")
     first_line, _, rest = content.partition("\n")
     try:
         if first_line.startswith("["):
@@ -239,7 +243,7 @@ def scan_tar(tar: str) -> TarScan:
     refuse_lfs_pointer(Path(tar))
     collector = _MemberCollector()
     try:
-        with open(tar, "rb") as stream:
+        with open_regular(tar) as stream:
             _check_beginning(tar, stream)
             with tarfile.open(fileobj=stream, mode="r:", tarinfo=_ChecksumHeader) as file:
                 fault = _read_members(file, os.fstat(stream.fileno()).st_size, collector)
@@ -286,6 +290,8 @@ def _ending_fault(file: tarfile.TarFile, size: int) -> str:
         return f"is truncated: it ends at byte {size}, without end-of-archive blocks"
     if any(block):
         return f"is damaged: at byte {offset} there is no header of a member"
+    if size - offset > MAX_PADDING_BYTES:
+        return f"has {format_bytes(size - offset)} after its last member, which are not read"
     while chunk := stream.read(1 << 20):
         if any(chunk):
             return (

@@ -44,6 +44,7 @@ from vlbench.data.shard_index import (
 )
 from vlbench.data.shard_sampler import ShardShuffle
 from vlbench.errors import BadSample, UserError
+from vlbench.regular_files import MAX_IMAGE_BYTES, format_bytes, open_regular
 
 SHARD_LIST_FILE = "shards.json"
 CACHED_INDEXES = 64  # indexes in memory: of about as many shards as are read alternately
@@ -334,7 +335,7 @@ def _open_failure(tar: str) -> str:
             if is_url(tar):
                 read_byte_range(tar, 0, 1)
                 return ""
-            with open(tar, "rb"):
+            with open_regular(tar):
                 return ""
         except OSError as error:
             problem = f"cannot be opened in {READ_TRIES} tries ({error.strerror})"
@@ -350,6 +351,11 @@ def read_member(tar: str, offset: int, size: int, header_crc: int | None = None)
 
     With `header_crc` the header before them must have that checksum.
     """
+    if offset < 0 or not 0 <= size <= MAX_IMAGE_BYTES:
+        raise UserError(
+            f"{tar}: has a member of {size} bytes at byte {offset}; one is read as a whole, so at "
+            f"most {format_bytes(MAX_IMAGE_BYTES)} are allowed"
+        )
     header_bytes = BLOCK_BYTES if header_crc is not None else 0
     header_offset = offset - header_bytes
     data = _read_tar_range(tar, header_offset, size + header_bytes)
@@ -371,7 +377,7 @@ def _read_tar_range(tar: str, offset: int, size: int) -> bytes:
     try:
         if is_url(tar):
             return read_byte_range(tar, offset, size)
-        with open(tar, "rb") as file:
+        with open_regular(tar) as file:
             file.seek(offset)
             return file.read(size)
     except OSError as error:

@@ -16,7 +16,8 @@ from types import MappingProxyType
 from sentencepiece import SentencePieceProcessor
 
 from vlbench.errors import UserError
-from vlbench.text_files import read_json, refuse_lfs_pointer
+from vlbench.regular_files import MAX_CONFIG_BYTES
+from vlbench.text_files import read_config_bytes, read_json, refuse_lfs_pointer
 
 SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>", "<unk>")  # bos, eos, unk of Yi
 SENTENCEPIECE_FILES = (
@@ -205,7 +206,7 @@ class FastTokenizer(Tokenizer):
         """Read the tokenizer files of `folder`."""
         from transformers import AutoTokenizer  # slow to import
 
-        refuse_lfs_pointer(folder / "tokenizer.json")
+        refuse_lfs_pointer(folder / "tokenizer.json", MAX_CONFIG_BYTES)
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
             # turns off the file's padding and truncation once, before threads use it
@@ -241,7 +242,8 @@ class FastTokenizer(Tokenizer):
 
 def read_existing_files(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
     """Return the contents of those files of a folder that exist."""
-    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+    paths = {name: folder / name for name in names if (folder / name).is_file()}
+    return {name: read_config_bytes(path) for name, path in paths.items()}
 
 
 def _load_sentencepiece_tokenizer(folder: Path, id_limit: int | None) -> SentencePieceTokenizer:
@@ -280,7 +282,7 @@ def _load_sentencepiece_tokenizer(folder: Path, id_limit: int | None) -> Sentenc
 def _load_sentencepiece(path: Path) -> SentencePieceProcessor:
     if not path.is_file():
         raise UserError(f"there is no tokenizer file {path}, and no tokenizer.json beside it")
-    refuse_lfs_pointer(path)
+    refuse_lfs_pointer(path, MAX_CONFIG_BYTES)
     try:
         return SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:

@@ -13,7 +13,7 @@ from webdataset import TarWriter
 from vlbench.command_line.arguments import PackArguments
 from vlbench.data.conversation_files import LlavaJson
 from vlbench.data.conversation_record import record_from_sample
-from vlbench.data.image_processing import open_image_bytes
+from vlbench.data.image_processing import ImageFile, open_image_bytes
 from vlbench.data.shard_index import IMAGE_EXTENSIONS, format_index, index_path, scan_tar
 from vlbench.data.shards import SHARD_LIST_FILE
 from vlbench.errors import BadSample, UserError
@@ -25,7 +25,7 @@ LEFT_OUT_FILE = "left_out.jsonl"
 
 def run_pack(arguments: PackArguments) -> int:
     """Write the shards of a file, and print what was left out; return the exit code."""
-    source = LlavaJson(Path(arguments.data), arguments.images)
+    source = LlavaJson(Path(arguments.data), arguments.images, arguments.allow_outside)
     folder = Path(arguments.out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"out={folder} exists and is not empty; name a new folder")
@@ -101,13 +101,11 @@ def _sample_members(source: LlavaJson, bad_samples: list[BadSample]) -> Iterator
             members: dict[str, Any] = {"__key__": f"{index:09d}"}
             image_names = []
             for number, image in enumerate(sample.images):
-                data = Path(image.name).read_bytes()
+                assert isinstance(image, ImageFile), "LlavaJson has files"
+                data = image.read_bytes()
                 open_image_bytes(data, f"image {image.name}")
                 image_names.append(f"{number}.{_image_extension(image.name)}")
                 members[image_names[-1]] = data
-        except OSError as error:
-            bad_samples.append(BadSample(sample.id, f"image {error.filename}: {error.strerror}"))
-            continue
         except BadSample as bad:
             bad_samples.append(bad)
             continue

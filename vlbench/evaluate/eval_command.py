@@ -104,10 +104,11 @@ def _check_tasks(task_names: list[str], arguments: EvalArguments) -> None:
     tasks_of_key = {
         **dict.fromkeys(BENCHMARK_KEYS, tuple(RECORD_READERS)),
         "images": (FILE_TASK,),
+        "allow_outside": (FILE_TASK,),
         "data": (*RECORD_READERS, FILE_TASK),
     }
     for key, tasks in tasks_of_key.items():
-        if getattr(arguments, key) is not None and not set(task_names) & set(tasks):
+        if getattr(arguments, key) not in (None, False) and not set(task_names) & set(tasks):
             raise UserError(
                 f"{key}= is for task={' and '.join(tasks)}, not for {', '.join(task_names)}"
             )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlbench.config.schema import Recipe
+from vlbench.data.image_folder import page_refusal
 from vlbench.data.shuffle import pick_fixed_subset
 from vlbench.evaluate.attention_diagnostics import diagnose_answers
 from vlbench.evaluate.batch_inference import answer_questions
@@ -126,7 +127,9 @@ def pick_examples(
     answered = list(zip(questions, answers, strict=True))
     return [
         AnsweredExample(
-            images=tuple(image.open() for image in question.sample.images),
+            images=tuple(
+                image.open() for image in question.sample.images if not page_refusal(image)
+            ),
             question=question.question_text,
             answer=answer,
             truth=question.answer,

@@ -18,6 +18,7 @@ from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_mod
 from torch import nn
 
 from vlbench.compat.vision_internals import build_open_clip_encoder
+from vlbench.config.schema import MAX_IMAGE_SIZE
 from vlbench.errors import UserError, suggest_name
 from vlbench.text_files import read_json, write_atomically
 
@@ -30,6 +31,7 @@ OPEN_CLIP_CONFIG = "open_clip_config.json"
 """open_clip's own name of a file that describes a model."""
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 """Names of open_clip's weights in a folder and on a hub, in the order of preference."""
+MAX_PATCHES = 1 << 16  # of an image: 256 x 256; encoders in use have 256 to 4,096
 ARCHITECTURE_KEYS = ("embed_dim", "quick_gelu", "vision_cfg")
 """Keys of open_clip's `model_cfg` that say what its vision encoder is."""
 WEIGHT_NEUTRAL_KEYS = ("image_size", "patch_dropout")
@@ -85,7 +87,8 @@ def read_vision_config(folder: Path) -> VisionConfig:
         raise UserError(f"{file}: preprocess_cfg is {pixels!r}; wanted is a mapping")
     default = _default_pixel_stats("")
     try:
-        CLIPVisionCfg(**model["vision_cfg"])
+        keys = CLIPVisionCfg(**model["vision_cfg"])
+        check_image_grid(keys.image_size, keys.patch_size, file)
         return VisionConfig(
             int(model["embed_dim"]),
             dict(model["vision_cfg"]),
@@ -100,6 +103,28 @@ def read_vision_config(folder: Path) -> VisionConfig:
         raise UserError(
             f"{file}: model_cfg cannot be read ({type(error).__name__}: {error})"
         ) from (error)
+
+
+def check_image_grid(image_size: Any, patch_size: Any, file: Path) -> None:
+    """Refuse an encoder, described in `file`, of so many patches that it cannot be in use.
+
+    Sizes are sides in pixels, or pairs of them. What they are beside that is checked elsewhere.
+    """
+    sides, patches = (
+        [side for side in (value if isinstance(value, list | tuple) else [value])]
+        for value in (image_size, patch_size)
+    )
+    if not all(type(side) is int and side > 0 for side in (*sides, *patches)):
+        return
+    if max(sides) > MAX_IMAGE_SIZE:
+        raise UserError(
+            f"{file}: image_size is {max(sides)} pixels; at most {MAX_IMAGE_SIZE} are allowed"
+        )
+    if (max(sides) // min(patches)) ** 2 > MAX_PATCHES:
+        raise UserError(
+            f"{file}: image_size {max(sides)} and patch_size {min(patches)} make more than "
+            f"{MAX_PATCHES:,} patches"
+        )
 
 
 def resolve_vision_config(name: str, weights: str) -> VisionConfig:

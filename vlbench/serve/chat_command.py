@@ -103,6 +103,7 @@ class ChatSession:
         self.messages: list[dict[str, Any]] = []
         self.pending_images: list[ImageInput] = []
         self.is_interactive = False  # whether more than one question is asked
+        self.has_noted_no_image = False
         self.prefix_cache = PrefixCache()
 
     def run_interactive(self) -> int:
@@ -160,7 +161,7 @@ class ChatSession:
             print(f"removed: {self._describe_pending_images()}")
             self.pending_images = []
         elif name == "/reset":
-            self.messages, self.pending_images = [], []
+            self.messages, self.pending_images, self.has_noted_no_image = [], [], False
             print("a new conversation begins")
         elif name == "/history":
             print(self.vlm.prompt([*self.messages, {"role": "user", "content": "..."}]))
@@ -216,11 +217,15 @@ class ChatSession:
 
     def _note_missing_image(self, messages: list[dict[str, Any]]) -> None:
         """Say at the first question of a conversation that no image comes with it."""
-        contents = [message["content"] for message in messages]
-        has_image = any(
-            part["type"] == "image" for c in contents if isinstance(c, list) for part in c
-        )
-        if len(messages) == 1 and not has_image:
+        parts = [
+            part
+            for message in messages
+            if isinstance(message["content"], list)
+            for part in message["content"]
+        ]
+        has_image = any(part["type"] == "image" for part in parts)
+        if not has_image and not self.has_noted_no_image:
+            self.has_noted_no_image = True
             how = "/image FILE adds one" if self.is_interactive else "image=FILE shows one"
             print(f"vlbench: there is no image in this conversation; {how}", file=sys.stderr)
 

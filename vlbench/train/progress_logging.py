@@ -16,7 +16,8 @@ from vlbench.connector.base import Connector
 from vlbench.data.batch_sampler import OptimizerStep
 from vlbench.errors import UserError
 from vlbench.model.fsdp_wrapping import unsharded_connector
-from vlbench.text_files import name_written_file, write_atomically
+from vlbench.regular_files import MAX_RECORDS_BYTES
+from vlbench.text_files import name_written_file, read_text, write_atomically
 from vlbench.train.callbacks import StageCallback, ValidationCallback
 from vlbench.train.throughput import ThroughputMeter, format_throughput
 from vlbench.train.training_module import StepReport, VLMTrainingModule
@@ -57,9 +58,8 @@ def truncate_metrics(path: Path, stage_names: list[str], stage_name: str, step: 
 
 def _read_metric_rows(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
     """Return the columns and rows of a table."""
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        return list(reader.fieldnames or METRIC_COLUMNS), list(reader)
+    reader = csv.DictReader(io.StringIO(read_text(path, MAX_RECORDS_BYTES)))
+    return list(reader.fieldnames or METRIC_COLUMNS), list(reader)
 
 
 def _write_metric_rows(path: Path, columns: Sequence[str], rows: list[dict[str, Any]]) -> None:

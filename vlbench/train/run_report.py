@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shlex
@@ -19,7 +18,7 @@ from vlbench.distributed import collectives
 from vlbench.errors import EnvironmentFailure, UserError, one_line
 from vlbench.model.vlm import VLM
 from vlbench.model.weights.weight_origin import WeightOrigin
-from vlbench.text_files import read_json_lines
+from vlbench.text_files import read_json, read_json_lines
 from vlbench.text_tables import format_table
 from vlbench.train.model_names import MINIATURE_HINT, find_model_names, has_foreign_data
 from vlbench.train.run_folder import RunFolder
@@ -130,7 +129,7 @@ def show_interrupted(run: RunFolder, stop_reason: str) -> int:
 
 def show_results(run: RunFolder) -> int:
     """Print the results of a finished run and what to try next; return the exit code."""
-    results = json.loads(run.results_file.read_text(encoding="utf-8"))
+    results = read_json(run.results_file)
     print(f"\nresults of {run.folder} ({results['questions']} questions, {results['asked_of']})")
     rows = (
         ("accuracy", "exact match"),

@@ -216,13 +216,12 @@ def _make_row_names(
     for recipe in recipe_names:
         stem = Path(recipe).stem
         for alternative in alternatives:
-            differing = [word for word in alternative if word not in common]
-            told = [word.partition("=") for word in differing or alternative]
+            told = [word.partition("=") for word in alternative if word not in common]
             short = "_".join(f"{short_keys[key]}={value}" for key, _, value in told)
             short = re.sub(r"[^A-Za-z0-9_.=-]+", "-", short)
             name = stem if len(alternatives) == 1 else short
-            if len(alternatives) > 1 and len(recipe_names) > 1:
-                name = f"{stem}_{short}"
+            if len(alternatives) > 1 and (len(recipe_names) > 1 or not short):
+                name = f"{stem}_{short}".rstrip("_")
             names[recipe, alternative] = name
     return _cut_names(names)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,8 +140,12 @@ def heatmap_uri(patch_values: Sequence[Sequence[float]]) -> str:
 
 
 @plot_style()
-def plot_token_shares(diagnostics: Sequence[RowDiagnostics], row_names: Sequence[str]) -> Markup:
-    """Draw the share of each visual token, a panel for each row, against an even share."""
+def plot_token_shares(diagnostics: Sequence[RowDiagnostics], labels: Mapping[str, str]) -> Markup:
+    """Draw the share of each visual token, a panel for each row, against an even share.
+
+    `labels` has the label of every row of the page: its order gives the colors.
+    """
+    row_names = list(labels)
     down = math.ceil(len(diagnostics) / PANELS_ACROSS)
     across = min(PANELS_ACROSS, len(diagnostics))
     figure = Figure(
@@ -156,7 +160,9 @@ def plot_token_shares(diagnostics: Sequence[RowDiagnostics], row_names: Sequence
         color = row_style(row_names.index(row.row_name))["color"]
         panel.stairs(row.token_shares, fill=True, color=color)
         panel.axhline(1 / max(1, count), color=MUTED_COLOR, linewidth=1, linestyle="--")
-        panel.set_title(f"{wrap_label(row.row_name, 24)}\n{row.effective_tokens:.1f} of {count:,}")
+        panel.set_title(
+            f"{wrap_label(labels[row.row_name], 24)}\n{row.effective_tokens:.1f} of {count:,}"
+        )
         panel.set_xlabel("visual token")
         panel.grid(axis="x", visible=False)
     for panel in panels:  # the iterator goes on at the panels without a row

@@ -15,6 +15,7 @@ from vlbench.compare.report.paired_statistics import CorrectMatrix
 from vlbench.config import recipe as recipes
 from vlbench.config.overrides import shorten_keys
 from vlbench.errors import UserError
+from vlbench.regular_files import MAX_RECORDS_BYTES
 from vlbench.text_files import read_json, read_text, split_lines
 
 COMPARED_SET = "accuracy"  # the question set of answers.jsonl on which arms are compared
@@ -68,7 +69,9 @@ def load_finished_run(folder: Path) -> FinishedRun:
             )
             raise UserError(f"{folder} {problem}: it has no {name}")
     correct, types_and_languages, answers_and_truths = {}, {}, {}
-    for number, line in enumerate(split_lines(read_text(folder / "answers.jsonl")), 1):
+    for number, line in enumerate(
+        split_lines(read_text(folder / "answers.jsonl", MAX_RECORDS_BYTES)), 1
+    ):
         try:
             answer = json.loads(line)
             if answer["set"] == COMPARED_SET:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from string import ascii_uppercase as ALPHABET
 from typing import Any
+
+from markupsafe import Markup
 
 from vlbench.compare.report import (
     diagnostics,
@@ -28,6 +33,24 @@ from vlbench.html_pages import jinja_environment
 from vlbench.version import __version__
 
 REPORT_TEMPLATE = "report.html.jinja"
+MAX_ROW_LABEL = 24  # characters; with a longer name among them, rows are A, B, ... with a legend
+MEAN_COLUMNS = {
+    "unseen_accuracy": "unseen pairs",
+    "blank_accuracy": "blank image",
+    "shuffled_accuracy": "exchanged image",
+    "seconds": "seconds",
+}
+"""Keys of results.json -> columns of the table of accuracies; those without values are left out."""
+SECTION_TITLES = {
+    "differs": "What differs between the rows",
+    "accuracy": "Accuracy and differences",
+    "training": "Learning curves",
+    "kinds": "Accuracy by kind of question",
+    "costs": "Cost against quality",
+    "cases": "Wins and losses",
+    "inside": "Diagnostics",
+    "made": "How it was made",
+}
 
 
 def render_html(findings: ComparisonResult) -> str:
@@ -38,6 +61,7 @@ def render_html(findings: ComparisonResult) -> str:
         "whole": format_whole,
         "heatmap": diagnostics.heatmap_uri,
         "exp": math.exp,
+        "breakable": _breakable,
     }
     environment.globals |= {
         "format_count": format_count,
@@ -45,22 +69,73 @@ def render_html(findings: ComparisonResult) -> str:
         "statistical_power": STATISTICAL_POWER,
         "max_named_rows": MAX_NAMED_ROWS,
     }
-    thumbnails = question_examples.QuestionThumbnails(findings.rows[0].runs[0])
     rows = findings.rows
+    labels = row_labels([row.name for row in rows])
+    sections = {
+        "answers": _answers_section(findings, labels),
+        "training": _training_section(rows, labels),
+        "costs": _costs_section(rows),
+        "disagreements": question_examples.wins_and_losses(rows, findings.question_ids),
+        "diagnostics": _diagnostics_section(rows, labels),
+    }
+    left_out = _left_out(findings, sections)
     text = environment.get_template(REPORT_TEMPLATE).render(
+        **sections,
         findings=findings,
         title=_page_title(rows),
+        labels=labels,
         row_indices={row.name: index for index, row in enumerate(rows)},
         legend_markers=[legend_marker(index) for index in range(len(rows))],
-        answers=_answers_section(findings),
-        training=_training_section(rows),
-        costs=_costs_section(rows),
-        disagreements=question_examples.wins_and_losses(rows, findings.question_ids),
-        diagnostics=_diagnostics_section(rows),
+        titles={key: title for key, title in SECTION_TITLES.items() if key not in left_out},
+        left_out=left_out,
+        mean_columns={
+            key: heading
+            for key, heading in MEAN_COLUMNS.items()
+            if any(row.mean_result(key) is not None for row in rows)
+        },
         provenance=_provenance_section(findings),
-        thumbnails=thumbnails,
+        thumbnails=question_examples.QuestionThumbnails(rows[0].runs[0]),
     )
     return text.encode("utf-8", "replace").decode()  # an answer may have an unpaired surrogate
+
+
+def row_labels(names: Sequence[str]) -> dict[str, str]:
+    """Return name -> label for plots and headings: the name, or a letter if any name is long.
+
+    Letters go on after Z with AA, AB, ...
+    """
+    if max(map(len, names)) <= MAX_ROW_LABEL:
+        return {name: name for name in names}
+    letters = (
+        "".join(word) for length in (1, 2, 3) for word in itertools.product(ALPHABET, repeat=length)
+    )
+    return dict(zip(names, letters, strict=False))
+
+
+def _left_out(findings: ComparisonResult, sections: dict[str, Any]) -> dict[str, str]:
+    """Return the sections that would be empty, with a sentence on why."""
+    reasons = {}
+    if not findings.pairs:
+        reasons["cases"] = "There is one row only, so nothing is won or lost."
+        if not findings.notes:
+            reasons["differs"] = reasons["cases"]
+    elif not any(pair.count for pair in sections["disagreements"]):
+        reasons["cases"] = "No question is answered right by one row and wrong by another."
+    if sections["training"]["losses"] is None:
+        reasons["training"] = "These runs have no losses in a metrics.csv."
+    if not findings.question_groups:
+        reasons["kinds"] = "The questions have neither types nor languages."
+    if not sections["costs"]["plot"] and not sections["costs"]["table"]:
+        reasons["costs"] = "These runs do not say what they cost."
+    diagnostics = sections["diagnostics"]["row_names"]
+    if not diagnostics and not sections["training"]["gates"] and not sections["answers"]["drops"]:
+        reasons["inside"] = "These runs have neither diagnostics.json nor answers without images."
+    return reasons
+
+
+def _breakable(key: str) -> Markup:
+    """Return a dotted key that may be broken after each dot."""
+    return Markup("<wbr>").join(re.findall(r"[^.]*\.?", key))
 
 
 def _page_title(rows: Sequence[RowResult]) -> str:
@@ -69,27 +144,33 @@ def _page_title(rows: Sequence[RowResult]) -> str:
     return " / ".join(row.name for row in rows)
 
 
-def _answers_section(findings: ComparisonResult) -> dict[str, Any]:
+def _answers_section(findings: ComparisonResult, labels: dict[str, str]) -> dict[str, Any]:
     """Return the plots of accuracies and differences; None where there is nothing to plot."""
-    rows = findings.rows
+    rows, pairs, groups = findings.rows, findings.pairs, findings.question_groups
+    has_drops = any(
+        row.mean_result(f"{name}_accuracy") is not None
+        for row in rows
+        for name in ("blank", "shuffled")
+    )
+    has_differences = bool(pairs) and result_plots.difference_intervals_drawn(pairs)
     return {
-        "accuracies": result_plots.plot_accuracies(rows),
-        "differences": result_plots.plot_differences(findings.pairs) if findings.pairs else None,
-        "pairs_drawn": len(result_plots.pairs_to_draw(findings.pairs)),
-        "question_groups": result_plots.plot_question_groups(findings.question_groups, rows)
-        if findings.question_groups
-        else None,
-        "drops": result_plots.plot_accuracy_drops(rows),
+        "accuracies": result_plots.plot_accuracies(rows, labels),
+        "accuracy_intervals": result_plots.accuracy_intervals_drawn(rows),
+        "differences": result_plots.plot_differences(pairs, labels) if has_differences else None,
+        "pairs_drawn": len(result_plots.pairs_to_draw(pairs)),
+        "question_groups": result_plots.plot_question_groups(groups, rows) if groups else None,
+        "group_intervals": result_plots.group_intervals_drawn(groups),
+        "drops": result_plots.plot_accuracy_drops(rows, labels) if has_drops else None,
     }
 
 
-def _training_section(rows: Sequence[RowResult]) -> dict[str, Any]:
+def _training_section(rows: Sequence[RowResult], labels: dict[str, str]) -> dict[str, Any]:
     """Return the plots of training, and the rows that have no metrics."""
     tables_by_row = {row.name: training_curves.load_row_metrics(row) for row in rows}
     with_metrics = {name: tables for name, tables in tables_by_row.items() if tables}
     names = [row.name for row in rows]
     gate_plots = {
-        name: training_curves.plot_gates(tables, f"plot-gates-{names.index(name)}", name)
+        name: training_curves.plot_gates(tables, f"plot-gates-{names.index(name)}", labels[name])
         for name, tables in with_metrics.items()
     }
     return {
@@ -121,17 +202,16 @@ def _costs_section(rows: Sequence[RowResult]) -> dict[str, Any]:
     }
 
 
-def _diagnostics_section(rows: Sequence[RowResult]) -> dict[str, Any]:
+def _diagnostics_section(rows: Sequence[RowResult], labels: dict[str, str]) -> dict[str, Any]:
     """Return the heatmaps, attention figures and token plots of the rows that have diagnostics."""
     loaded = diagnostics.load_diagnostics(rows)
-    names = [row.name for row in rows]
     with_shares = [row for row in loaded if row.token_shares]
     return {
         "row_names": [row.row_name for row in loaded],
         "relevance": diagnostics.relevance_heatmaps(loaded),
         "attention": diagnostics.attention_heatmaps(loaded),
         "rows_with_attention": [row for row in loaded if row.attention],
-        "token_shares": diagnostics.plot_token_shares(with_shares, names) if with_shares else None,
+        "token_shares": diagnostics.plot_token_shares(with_shares, labels) if with_shares else None,
     }
 
 

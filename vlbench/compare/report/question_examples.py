@@ -13,6 +13,7 @@ from PIL import Image
 from vlbench.compare.report.analysis import RowResult
 from vlbench.compare.report.finished_runs import FinishedRun
 from vlbench.config import recipe as recipes
+from vlbench.data.image_folder import page_refusal
 from vlbench.data.image_processing import ImageTransform
 from vlbench.data.sample import IMAGE_PLACEHOLDER, LazyImage
 from vlbench.errors import UserError
@@ -170,6 +171,10 @@ class QuestionThumbnails:
     def _make_thumbnail(self, lazy_image: LazyImage, square: bool) -> Thumbnail | None:
         key = (lazy_image.name, square)
         if key not in self._thumbnails:
+            refusal = page_refusal(lazy_image)
+            if refusal:
+                self.problem = self.problem or refusal
+                return None
             try:
                 image = lazy_image.open()
             except (UserError, OSError) as error:

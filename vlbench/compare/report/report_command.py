@@ -32,6 +32,8 @@ def run_report(arguments: ReportArguments) -> int:
     for file in files:
         write_report(findings, file)
     print(render_markdown(findings))
+    if files:
+        print("", *(f"wrote {file}" for file in files), sep="\n")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import textwrap
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator
 
 # Okabe and Ito (2008), distinguishable with color blindness; without yellow, faint on white
 ROW_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -21,6 +23,8 @@ ROW_MARKERS = "osD^vPX<"
 LINE_STYLES = ("-", "--", "-.", ":")
 TEXT_COLOR, MUTED_COLOR, GRID_COLOR = "#1c2028", "#68717e", "#d5dae2"
 FIGURE_WIDTH = 7.2  # inches; the page scales a figure to its full width
+NARROW_WIDTH = 3.7  # inches, of the second drawing, which telephones show at the same text size
+NARROW_LABEL = 15  # characters of a line of a label there
 RC_PARAMS = {
     "font.family": ["DejaVu Sans", "sans-serif"],
     "font.size": 10,
@@ -73,7 +77,39 @@ def make_subplots(
 
 
 def figure_to_svg(figure: Figure, svg_id: str, alt_text: str) -> Markup:
-    """Return a figure as an <svg> that scales to its box; all ids in it begin with `svg_id`."""
+    """Return a figure drawn twice: an <svg class="wide">, and one for telephones.
+
+    Each scales to its box, the stylesheet shows one of them, and all ids begin with `svg_id`. The
+    second has its panels one below another, and changes `figure`.
+    """
+    wide = svg_element(figure, svg_id, alt_text, "wide")
+    _make_narrow(figure)
+    return wide + svg_element(figure, f"{svg_id}-narrow", alt_text, "narrow")
+
+
+def _make_narrow(figure: Figure) -> None:
+    """Put the panels one below another and break the labels of rows into shorter lines."""
+    for axes in figure.axes:
+        if not axes.axison:
+            axes.remove()  # the empty place of a grid
+    panels = figure.axes
+    width, height = figure.get_size_inches()
+    panel_rows = len({axes.get_subplotspec().rowspan.start for axes in panels})  # type: ignore[union-attr]
+    heights = []
+    for panel, place in zip(panels, figure.add_gridspec(len(panels), 1), strict=True):
+        labels = [label.get_text() for label in panel.get_yticklabels()]
+        if isinstance(panel.yaxis.get_major_locator(), FixedLocator):
+            narrow = [wrap_label(" ".join(label.split()), NARROW_LABEL) for label in labels]
+            panel.set_yticks(panel.get_yticks(), narrow)
+            height += max(0.0, labels_height(narrow) - labels_height(labels))
+        panel.tick_params(axis="both", labelleft=True, labelbottom=True)
+        panel.set_subplotspec(place)
+        heights.append(height / panel_rows)
+    figure.set_size_inches(min(width, NARROW_WIDTH), sum(heights))
+
+
+def svg_element(figure: Figure, svg_id: str, alt_text: str, css_class: str) -> Markup:
+    """Return a figure as one <svg>; all ids in it begin with `svg_id`."""
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata=SVG_METADATA, transparent=True)
     text = file.getvalue()
@@ -82,7 +118,7 @@ def figure_to_svg(figure: Figure, svg_id: str, alt_text: str) -> Markup:
     assert box is not None  # matplotlib always writes one
     body = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{svg_id}-", body).strip()
     return Markup(
-        f'<svg id="{svg_id}" {box[0]} xmlns="http://www.w3.org/2000/svg" '
+        f'<svg id="{svg_id}" class="{css_class}" {box[0]} xmlns="http://www.w3.org/2000/svg" '
         'xmlns:xlink="http://www.w3.org/1999/xlink" role="img" '
         f'aria-label="{escape(alt_text)}">{body}'
     )
@@ -96,7 +132,7 @@ def legend_marker(row_index: int) -> Markup:
         axes = figure.add_axes((0, 0, 1, 1))
         axes.add_line(Line2D([0.05, 0.5, 0.95], [0.5] * 3, markevery=[1], **row_style(row_index)))
         axes.set_axis_off()
-        return figure_to_svg(figure, f"row-{row_index}", "")
+        return svg_element(figure, f"row-{row_index}", "", "marker")
 
 
 def wrap_label(name: str, width: int = 32) -> str:
@@ -116,3 +152,19 @@ def label_rows(axes: Axes, labels: list[str]) -> None:
 def labels_height(labels: list[str], line_height: float = 0.17, padding: float = 0.14) -> float:
     """Return the height in inches that the labels of the y axis need."""
     return sum(padding + line_height * (1 + label.count("\n")) for label in labels)
+
+
+def widen_range(
+    low: float, high: float, span: float, floor: float = -math.inf, ceiling: float = math.inf
+) -> tuple[float, float]:
+    """Return a range around low to high that is at least `span` wide, with 5 % of margin.
+
+    Values that hardly differ then look so. The range is moved, not cut, to stay in floor..ceiling.
+    """
+    margin = max(0.05 * (high - low), (span - (high - low)) / 2)
+    low, high = low - margin, high + margin
+    if low < floor:
+        low, high = floor, high + floor - low
+    if high > ceiling:
+        low, high = max(floor, low + ceiling - high), ceiling
+    return low, high

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from vlbench.compare.report.analysis import RowResult
 from vlbench.compare.report.finished_runs import FinishedRun
@@ -20,11 +20,14 @@ from vlbench.compare.report.svg_figure import (
     make_subplots,
     plot_style,
     row_style,
+    widen_range,
     wrap_label,
 )
 from vlbench.errors import UserError
 from vlbench.text_files import read_csv
 
+MIN_LOSS_SPAN = 0.2  # of a loss axis, as a share of the largest loss on it
+MIN_GATE_SPAN = 0.1  # of the axis of gates, whose values are in -1..1
 LOG_SCALE_RATIO = 8  # the loss axis is logarithmic where largest / smallest is more than this
 
 MetricsTable = list[dict[str, str]]
@@ -108,13 +111,16 @@ def _aggregate_seeds(seed_values: Sequence[dict[int, float]]) -> MetricSeries:
 @plot_style()
 def plot_losses(
     tables_by_row: Mapping[str, Sequence[MetricsTable]], row_names: Sequence[str]
-) -> Markup:
+) -> Markup | None:
     """Draw held-out losses (thick) and training losses (thin) of rows, a panel for each stage.
 
-    `row_names` are all rows of the page: the index of a row gives its color and marker.
+    Stages without any are left out; None if there is no other. `row_names` are all rows of
+    the page: the index of a row gives its color and marker.
     """
-    names = stage_names([table for tables in tables_by_row.values() for table in tables])
-    figure, (panels,) = make_subplots(3.4, columns=max(1, len(names)))
+    names = _stages_with(tables_by_row.values(), ["loss", "held_out_loss"])
+    if not names:
+        return None
+    figure, (panels,) = make_subplots(3.4, columns=len(names))
     for row_name, tables in tables_by_row.items():
         style = row_style(row_names.index(row_name))
         training = series_by_stage(tables, "loss")
@@ -122,22 +128,42 @@ def plot_losses(
         for panel, stage in zip(panels, names, strict=False):
             if stage in training:
                 series = training[stage]
-                panel.plot(
-                    series.steps, series.mean, color=style["color"], linewidth=0.7, alpha=0.55
-                )
+                look = {"color": style["color"], "linewidth": 0.7, "alpha": 0.55}
+                panel.plot(series.steps, series.mean, marker=_point_marker(series), **look)
             if stage in held_out:
                 _plot_with_band(
                     panel, held_out[stage], {**style, "markersize": 4.5, "linewidth": 1.8}
                 )
     for panel in panels:
-        low, high = panel.dataLim.intervaly
-        if 0 < low and high > LOG_SCALE_RATIO * low and math.isfinite(high):
-            panel.set_yscale("log")
-            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            panel.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
-            panel.yaxis.set_minor_formatter(NullFormatter())
+        _scale_losses(panel)
     _label_stage_panels(panels, names, "loss")
     return figure_to_svg(figure, "plot-losses", "Losses of each row against steps, stage by stage")
+
+
+def _scale_losses(panel: Axes) -> None:
+    low, high = panel.dataLim.intervaly
+    if 0 < low and high > LOG_SCALE_RATIO * low:
+        panel.set_yscale("log")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
+        panel.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        span = MIN_LOSS_SPAN * max(abs(low), abs(high))
+        panel.set_ylim(*widen_range(low, high, span or MIN_LOSS_SPAN))
+
+
+def _stages_with(
+    tables_by_row: Iterable[Sequence[MetricsTable]], columns: Sequence[str]
+) -> list[str]:
+    """Return the stages in which any of the columns has values, in the order of training."""
+    by_row = list(tables_by_row)
+    drawn = {
+        stage
+        for tables in by_row
+        for column in columns
+        for stage in series_by_stage(tables, column)
+    }
+    return [name for name in stage_names([t for tables in by_row for t in tables]) if name in drawn]
 
 
 def _plot_with_band(axes: Axes, series: MetricSeries, style: dict[str, Any]) -> None:
@@ -152,6 +178,8 @@ def _label_stage_panels(panels: Sequence[Axes], stages: Sequence[str], label: st
     for panel, stage in zip(panels, stages, strict=False):
         panel.set_title(wrap_label(stage, 24))
         panel.set_xlabel("step of the stage")
+        panel.set_xlim(0, 1.04 * max(1.0, panel.dataLim.xmax))
+        panel.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     panels[0].set_ylabel(label)
 
 
@@ -159,9 +187,9 @@ def _label_stage_panels(panels: Sequence[Axes], stages: Sequence[str], label: st
 def plot_gates(tables: Sequence[MetricsTable], svg_id: str, row_name: str) -> Markup | None:
     """Draw the gates of a row against steps, early layers dark; None if it has none."""
     columns = metric_columns(tables, "gate_")
-    if not columns:
+    names = _stages_with([tables], columns)
+    if not names:
         return None
-    names = stage_names(tables)
     figure, (panels,) = make_subplots(2.9, columns=len(names), sharey=True)
     layers = sorted({_layer_index(column) for column in columns})
     for column in columns:
@@ -172,11 +200,19 @@ def plot_gates(tables: Sequence[MetricsTable], svg_id: str, row_name: str) -> Ma
         for panel, stage in zip(panels, names, strict=True):
             if stage in by_stage:
                 series = by_stage[stage]
-                panel.plot(series.steps, series.mean, linestyle=linestyle, **style)
+                marker = _point_marker(series)
+                panel.plot(series.steps, series.mean, marker=marker, linestyle=linestyle, **style)
     for panel in panels:
         panel.axhline(0, color=MUTED_COLOR, linewidth=0.8)
+    ends = [end for panel in panels for end in panel.dataLim.intervaly]
+    panels[0].set_ylim(*widen_range(min(ends), max(ends), MIN_GATE_SPAN))
     _label_stage_panels(panels, names, "tanh of the gate")
     return figure_to_svg(figure, svg_id, f"Gates of {row_name} against steps")
+
+
+def _point_marker(series: MetricSeries) -> str:
+    """Return the marker of a line: a single value has no line that would show it."""
+    return "." if len(series.steps) == 1 else ""
 
 
 def _layer_index(column: str) -> int:

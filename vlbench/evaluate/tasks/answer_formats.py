@@ -18,7 +18,8 @@ from typing import Any
 from vlbench.errors import UserError
 from vlbench.evaluate.tasks.benchmark_records import parse_literal
 from vlbench.evaluate.tasks.benchmark_types import MMMU_SUBJECTS, option_letters
-from vlbench.text_files import read_text
+from vlbench.regular_files import MAX_RECORDS_BYTES, describe_failure, read_regular_text
+from vlbench.text_files import refuse_lfs_pointer
 
 AnswerRecord = dict[str, Any]
 OUTPUT_FILE = "output.json"
@@ -50,15 +51,11 @@ def read_answer_records(path: Path) -> list[tuple[str, AnswerRecord | str]]:
 
 def _read_lenient_text(path: Path) -> str:
     """Return the text of a file; bytes that are not UTF-8 invalidate their own line alone."""
+    refuse_lfs_pointer(path)
     try:
-        return read_text(path)
-    except UserError:
-        if not path.is_file():
-            raise
-        data = path.read_bytes()
-        if b"\0" in data:
-            raise UserError(f"{path}: is no text of JSON, but a binary file") from None
-        return data.decode("utf-8-sig", "surrogateescape")
+        return read_regular_text(path, MAX_RECORDS_BYTES, errors="surrogateescape")
+    except (OSError, UserError) as error:
+        raise UserError(f"{path}: {describe_failure(error)}") from None
 
 
 def _parse_records(path: Path, text: str) -> list[tuple[str, AnswerRecord | str]]:

@@ -14,6 +14,7 @@ from typing import Any
 from vlbench.errors import UserError, one_line, suggest_name
 from vlbench.evaluate.tasks.benchmark_types import BenchmarkRecord
 from vlbench.model.weights.hub_download import fetch_hub_folder
+from vlbench.regular_files import MAX_RECORDS_BYTES, open_regular
 from vlbench.text_files import read_text, refuse_lfs_pointer
 
 SPLIT_ALIASES = {"val": "validation"}  # two names of one split
@@ -42,7 +43,7 @@ class SplitFiles:
                 return f"hub {folder.name}"
         digest = hashlib.sha256()
         for file in self.files:
-            with file.open("rb") as stream:
+            with open_regular(file) as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
         return f"sha256 {digest.hexdigest()[:16]}"
 
@@ -79,7 +80,7 @@ def _files_by_split(path: Path) -> dict[str, list[Path]]:
         files = [path]
     else:
         patterns = [f"{depth}*.{kind}" for depth in FOLDER_DEPTHS for kind in ("parquet", "jsonl")]
-        files = [file for pattern in patterns for file in path.glob(pattern)]
+        files = [file for pattern in patterns for file in path.glob(pattern) if file.is_file()]
     splits: dict[str, list[Path]] = defaultdict(list)
     for file in sorted(files):
         folder = file.absolute().parent.parent.name
@@ -193,7 +194,7 @@ def _read_parquet_rows(file: Path, column_pattern: re.Pattern[str]) -> Iterator[
 
 
 def _read_jsonl_rows(file: Path, column_pattern: re.Pattern[str]) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(read_text(file).split("\n"), start=1):
+    for number, line in enumerate(read_text(file, MAX_RECORDS_BYTES).split("\n"), start=1):
         if not line.strip():
             continue
         try:

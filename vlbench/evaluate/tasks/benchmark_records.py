@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from vlbench.data.image_processing import ImageFile
 from vlbench.errors import UserError
 from vlbench.evaluate.tasks.benchmark_files import (
     find_split,
@@ -141,10 +142,12 @@ def _images_in_columns(row: dict[str, Any], record_id: str) -> list[RecordImage]
 
 def _listed_images(row: dict[str, Any], record_id: str, folder: Path) -> list[RecordImage]:
     """Return the images that a record lists, files of `folder`; a missing one has no bytes."""
-    paths = [(str(name), folder / str(name)) for name in row["img_list"] or ()]
+    files = [
+        (str(name), ImageFile(folder / str(name), str(folder))) for name in row["img_list"] or ()
+    ]
     return [
-        RecordImage(record_id, name, path.read_bytes() if path.is_file() else b"")
-        for name, path in paths
+        RecordImage(record_id, name, file.read_bytes() if Path(file.path).exists() else b"")
+        for name, file in files
     ]
 
 

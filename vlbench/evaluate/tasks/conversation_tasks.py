@@ -76,7 +76,7 @@ def _load_questions(
     if task == FILE_TASK:
         if arguments.data is None:
             raise UserError(f"task={FILE_TASK} needs data=FILE.json")
-        source = LlavaJson(arguments.data, arguments.images)
+        source = LlavaJson(arguments.data, arguments.images, arguments.allow_outside)
         human_answers = _collect_human_answers(source)
         questions, left_out = collect_questions(source, 100 * len(source))
         sets = {source.name: make_ids_unique(questions)}

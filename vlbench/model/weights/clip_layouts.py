@@ -18,6 +18,7 @@ from transformers import CLIPVisionConfig
 
 from vlbench.compat.vision_internals import encoder_blocks, encoder_image_size
 from vlbench.errors import UserError, one_line
+from vlbench.model.vision_config import check_image_grid
 from vlbench.model.weights.quantized_weights import refuse_quantized_config
 from vlbench.model.weights.tensor_files import read_tensor_shapes, weight_files
 from vlbench.model.weights.tensor_groups import BUFFER_PATTERN, TensorGroup, load_tensor_groups
@@ -127,6 +128,7 @@ def parse_vision_config(config: Mapping[str, Any], file: Path) -> dict[str, Any]
                 raise ValueError(f"{key} is {getattr(parsed, key)}; it must be at least 1")
     except Exception as error:
         raise UserError(f"{file}: {one_line(error)}") from error
+    check_image_grid(parsed.image_size, parsed.patch_size, file)
     return {key: getattr(parsed, key) for key in CLIP_CONFIG_KEYS}
 
 

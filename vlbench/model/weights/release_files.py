@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from vlbench.data.image_processing import MAX_RESIZED_SIDE
 from vlbench.errors import UserError, one_line
 from vlbench.model.language_model import check_language_config
 from vlbench.model.vlm import VLM
@@ -149,6 +150,8 @@ def _parse_side_length(value: Any, key: str, file: Path) -> int:
         type(side) is not int or side < 1 or side != sides[0] for side in sides
     ):
         raise UserError(f"{file}: {key} is {value}; wanted is one length, such as 448")
+    if sides[0] > MAX_RESIZED_SIDE:
+        raise UserError(f"{file}: {key} is {sides[0]} pixels; at most {MAX_RESIZED_SIDE} are read")
     return int(sides[0])
 
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vlbench.errors import UserError, one_line
+from vlbench.regular_files import open_regular
 from vlbench.text_files import read_json, refuse_lfs_pointer
 
 MMAP_CHUNK_BYTES = 1 << 29  # bytes
@@ -270,7 +271,7 @@ def _load_torch_file(file: Path) -> dict[str, Tensor]:
 
 def _is_safetensors(file: Path) -> bool:
     """Tell whether a file is safetensors: by its name, or by the start of its JSON header."""
-    with file.open("rb") as opened:
+    with open_regular(file) as opened:
         return file.suffix == ".safetensors" or opened.read(9)[8:] == b"{"
 
 
