@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
 
     The settings of the process are as before when it returns.
     """
+    _fill_closed_streams()
     with (
         unwind_on_stop_signals(),
         preserve_process_settings(),
@@ -40,6 +41,15 @@ def main(argv: list[str] | None = None) -> int:
         silence_pil_logging(),
     ):
         return _run_reporting_errors(argv)
+
+
+def _fill_closed_streams() -> None:
+    """Open the null device where a stream is closed: the next file would get its number."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
 
 
 def _run_reporting_errors(argv: list[str] | None) -> int:

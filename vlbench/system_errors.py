@@ -17,7 +17,7 @@ FULL_DISK_REASONS = {
     errno.EFBIG: "no file may become so large here (ulimit -f)",
 }
 EXHAUSTED_REASONS = {
-    errno.ENOMEM: "out of memory",
+    errno.ENOMEM: "out of memory: end other programs, or raise the limit (ulimit -v)",
     errno.EAGAIN: "no more processes or threads may be started (ulimit -u)",
     errno.EMFILE: "too many files are open (ulimit -n)",
     errno.ENFILE: "too many files are open on this machine",
@@ -44,6 +44,8 @@ MEMORY_WORDS = (
     "std::bad_alloc",
     "failed to map segment",
     "unable to mmap",
+    "could not create a primitive",  # oneDNN's, as the next one: it does not say why
+    "could not create a memory",
 )
 
 
@@ -53,6 +55,12 @@ def error_number(error: BaseException) -> int | None:
         return error.errno
     match = OS_ERROR_PATTERN.search(str(error))
     return int(match[1]) if match else None
+
+
+def is_memory_error(error: BaseException) -> bool:
+    """Tell whether an error of Python, torch or a library of theirs means that memory ran out."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in text for words in MEMORY_WORDS)
 
 
 def explain_system_error(error: BaseException) -> UserError | EnvironmentFailure | None:
@@ -70,7 +78,7 @@ def explain_system_error(error: BaseException) -> UserError | EnvironmentFailure
         return UserError("a path begins with ~NAME, and there is no such user here")
     if "can't start new thread" in text:
         return EnvironmentFailure(f"{EXHAUSTED_REASONS[errno.EAGAIN]}: {text}")
-    if isinstance(error, MemoryError) or any(words in text.lower() for words in MEMORY_WORDS):
+    if is_memory_error(error):
         return EnvironmentFailure(
             "out of memory: end other programs, raise the limit (ulimit -v, or the job's memory), "
             f"or ask for less ({text.rstrip('.')})"

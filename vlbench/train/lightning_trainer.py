@@ -20,6 +20,7 @@ from vlbench.config.schema import LoggingConfig, StageConfig, TrainerConfig
 from vlbench.connector import registry
 from vlbench.distributed.process_group import distributed_trainer_args, is_connection_error
 from vlbench.errors import UserError
+from vlbench.system_errors import is_memory_error
 from vlbench.train import run_report
 
 LIGHTNING_PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed"}
@@ -104,7 +105,7 @@ def explain_stage_errors(stage_name: str, stage: StageConfig) -> Iterator[None]:
             raise run_report.worker_died_error(stage_name, error) from error
         if is_compiler_error(error):
             raise run_report.compile_error(stage_name, error) from error
-        if "can't allocate memory" in str(error):
+        if is_memory_error(error):
             raise run_report.out_of_memory_error(stage_name, stage) from error
         if not is_connection_error(error):
             registry.blame_connector_file(error)
