@@ -34,7 +34,7 @@ ALL = ("*",)
 """Every file of a repository but what people alone read."""
 CHAT, CHAT_34B = {YI: ALL}, {YI_34B: ALL}
 SMALL = (
-    *("config.json", "generation_config.json", "model.safetensors.index.json"),
+    *("config.json", "generation_config.json"),
     *("tokenizer.model", "tokenizer_config.json"),
 )
 STAGES = ("align_224", "align_448", "chat")

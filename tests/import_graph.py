@@ -42,6 +42,7 @@ LAYERS = (
     ("compare", "serve", "fit_command"),
     ("listing",),
     ("verbs",),
+    ("python_fit",),
     ("__init__",),
     ("__main__",),
 )

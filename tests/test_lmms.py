@@ -1,4 +1,4 @@
-"""The plug-in for lmms-eval, with the real package: `pip install 'vlbench[lmms]'`."""
+"""The plug-in for lmms-eval, with the real package: `pip install '.[lmms]'`."""
 
 from __future__ import annotations
 

@@ -9,12 +9,14 @@ from vlbench.version import __version__
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from typing import Any
 
     import torch
 
     from vlbench.model.loaded_vlm import LoadedVLM
+    from vlbench.python_fit import TrainedRun
 
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "fit", "load"]
 
 
 def load(
@@ -35,3 +37,18 @@ def load(
         from vlbench.load_model import load_model as load_now  # here: it imports torch
 
         return load_now(path, dtype, device, template)
+
+
+def fit(recipe: str | Path, **keys: Any) -> TrainedRun | None:
+    """Train a recipe and evaluate it, as `python -m vlbench fit` does; return the finished run.
+
+    `keys` are those of recipes, nested (`stages={"chat": {"steps": 200}}`) or with dots
+    (`**{"stages.chat.steps": 200}`); `from_` stands for `from`. The run that is returned has
+    `folder` and `results`; it is None after `dry_run=True`. Raises `vlbench.errors.UserError` where
+    the command prints a line. Settings of the process (logging, warnings, signals, random numbers)
+    are as before when it returns.
+    """
+    with preserve_process_settings():
+        from vlbench.python_fit import fit_keys  # here: it imports torch in the end
+
+        return fit_keys({"recipe": recipe, **keys})

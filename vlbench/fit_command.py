@@ -15,13 +15,21 @@ from vlbench.train.callbacks import GracefulStop
 from vlbench.train.dry_run import dry_run_stages
 from vlbench.train.fit import RunTraining, check_and_open_run
 from vlbench.train.lightning_trainer import quiet_lightning
+from vlbench.train.run_folder import RunFolder
 from vlbench.train.stage_plan import plan_stage_runs
 from vlbench.train.user_callbacks import build_user_callbacks
 
 
 def fit(recipe: Recipe) -> int:
-    """Train a recipe, evaluate, and say what to try next; return the exit code.
+    """Train a recipe, evaluate, and say what to try next; return the exit code."""
+    exit_code, _ = train_and_evaluate(recipe)
+    return exit_code
 
+
+def train_and_evaluate(recipe: Recipe) -> tuple[int, RunFolder | None]:
+    """Train a recipe and evaluate; return the exit code and the run.
+
+    The run is None after a dry run, and in all processes but the first.
     A run that is finished shows its results; one that was stopped goes on, and a stopped one is
     not evaluated.
     """
@@ -31,24 +39,24 @@ def fit(recipe: Recipe) -> int:
         join_process_group(recipe.trainer),
         contextlib.ExitStack() as held_locks,
     ):
-        exit_code = _fit_recipe(recipe, held_locks)
+        exit_code, run = _fit_recipe(recipe, held_locks)
         if not collectives.is_rank_zero():
-            return silent_exit_code(exit_code)
+            return silent_exit_code(exit_code), None
         has_other_ranks = collectives.is_distributed()
-    return final_exit_code(exit_code) if has_other_ranks else exit_code
+    return (final_exit_code(exit_code) if has_other_ranks else exit_code), run
 
 
-def _fit_recipe(recipe: Recipe, held_locks: contextlib.ExitStack) -> int:
+def _fit_recipe(recipe: Recipe, held_locks: contextlib.ExitStack) -> tuple[int, RunFolder | None]:
     stage_runs = collectives.call_on_all_ranks(lambda: plan_stage_runs(recipe))
     if recipe.dry_run:
-        return dry_run_stages(recipe, stage_runs)
+        return dry_run_stages(recipe, stage_runs), None
     user_callbacks = collectives.call_on_all_ranks(
         lambda: build_user_callbacks(recipe.trainer.callbacks)
     )
     run = collectives.call_on_rank_zero(lambda: check_and_open_run(recipe, stage_runs, held_locks))
     if run.is_finished:
         print(f"{run.folder} is finished; these are its results.")
-        return run_report.show_results(run)
+        return run_report.show_results(run), run
     run_report.show_run_start(
         recipe, run, [(each.name, each.stage, each.total_steps) for each in stage_runs]
     )
@@ -56,13 +64,13 @@ def _fit_recipe(recipe: Recipe, held_locks: contextlib.ExitStack) -> int:
         training = RunTraining(recipe, run, stage_runs, graceful_stop, user_callbacks)
         vlm = training.train_stages()
         if vlm is None:
-            return run_report.show_interrupted(run, graceful_stop.stop_reason)
+            return run_report.show_interrupted(run, graceful_stop.stop_reason), run
         if not collectives.is_rank_zero():
-            return 0
+            return 0, run
         training.finish_training(vlm)
         is_complete = write_results(
             recipe, run, vlm, graceful_stop.is_stop_requested, training.elapsed_seconds
         )
         if not is_complete:
-            return run_report.show_interrupted(run, graceful_stop.stop_reason)
-    return run_report.show_results(run)
+            return run_report.show_interrupted(run, graceful_stop.stop_reason), run
+    return run_report.show_results(run), run

@@ -23,6 +23,7 @@ from vlbench.check.sample_checks import (
     reading_notes,
 )
 from vlbench.check.supervision_audit import AuditSample, choose_samples, render_audit
+from vlbench.config.recipe import stage_label
 from vlbench.config.schema import Recipe
 from vlbench.data.chat_template import CHAT_TEMPLATES, ChatTemplate
 from vlbench.data.conversation_files import LlavaJson
@@ -171,7 +172,8 @@ def _check_stage(
 ) -> tuple[list[str], list[DataFinding], list[AuditSample]]:
     """Encode all samples as a stage does; return report lines, findings and audit samples."""
     lines = [
-        f"\nstage {stage_run.name}: {encoder.tokens_per_image} tokens per image, "
+        f"\nstage {stage_label(stage_run.name, stage_run.stage.image_size)}: "
+        f"{encoder.tokens_per_image} tokens per image, "
         f"{encoder.sample_format}"
     ]
     findings: list[DataFinding] = []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from vlbench.strict_values import RawText, parse_flow_yaml, yaml_text
@@ -52,3 +54,10 @@ def open_mappings(tree: dict[str, Any]) -> dict[str, Any]:
 def format_override(key: str, value: object) -> str:
     """Return `key=value` as it is typed on a command line."""
     return f"{key}={yaml_text(value)}"
+
+
+def shorten_keys(keys: Iterable[str]) -> dict[str, str]:
+    """Return key -> its last two parts; the whole key where another one has the same."""
+    endings = {key: ".".join(key.split(".")[-2:]) for key in keys}
+    counts = Counter(endings.values())
+    return {key: ending if counts[ending] == 1 else key for key, ending in endings.items()}

@@ -7,6 +7,7 @@ size's file, the command line. All errors are raised together.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -123,6 +124,14 @@ def stages_to_run(recipe: Recipe) -> list[str]:
     if recipe.from_:
         names = names[names.index(recipe.from_) :]
     return [name for name in names if not recipe.only or name in recipe.only]
+
+
+def stage_label(name: str, image_size: int) -> str:
+    """Return the name of a stage; with the pixels, where its name says others."""
+    named_size = re.search(r"_(\d{2,})$", name)
+    if named_size is None or int(named_size[1]) == image_size:
+        return name
+    return f"{name} (here {image_size} pixels)"
 
 
 def with_random_weights(recipe: Recipe, *parts: str) -> Recipe:

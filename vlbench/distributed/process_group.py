@@ -105,12 +105,18 @@ def is_connection_error(error: RuntimeError) -> bool:
 
 
 def _check_gpus(settings: TrainerConfig) -> None:
-    """Refuse accelerators that this machine does not have."""
-    gpu_count = torch.cuda.device_count()
-    if settings.accelerator == "mps" and not torch.backends.mps.is_available():
+    """Refuse accelerators that this machine does not have, and several processes on one mps."""
+    gpu_count, has_mps = torch.cuda.device_count(), torch.backends.mps.is_available()
+    if settings.accelerator == "mps" and not has_mps:
         raise UserError("trainer.accelerator is mps, and torch finds none on this machine")
-    if settings.accelerator == "gpu" and not (gpu_count or torch.backends.mps.is_available()):
+    if settings.accelerator == "gpu" and not (gpu_count or has_mps):
         raise UserError("trainer.accelerator is gpu, and torch finds no GPU on this machine")
+    if has_mps and settings.accelerator != "cpu" and settings.world_size > 1:
+        raise UserError(
+            f"trainer.devices={settings.devices} and trainer.num_nodes={settings.num_nodes} are "
+            f"{settings.world_size} processes, and mps serves one: say trainer.accelerator=cpu, "
+            "or trainer.devices=1"
+        )
     if settings.accelerator in ("auto", "gpu") and 0 < gpu_count < settings.devices:
         raise UserError(
             f"trainer.devices is {settings.devices}, and torch finds {gpu_count} GPUs here"

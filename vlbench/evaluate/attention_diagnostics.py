@@ -113,7 +113,7 @@ def measure_relevance(vlm: VLM, batch: PackedBatch) -> AnswerRelevance:
             features[0, first_patch:], feature_grads[0, first_patch:]
         ),
         token_relevance=_relevance_shares(visual[0], visual_grads[0]),
-        connector_attention=None if attention is None else attention[0].double().cpu(),
+        connector_attention=None if attention is None else attention[0].cpu().double(),
     )
 
 
@@ -152,9 +152,10 @@ def _keep_last_answer(labels: list[int]) -> list[int]:
 
 def _relevance_shares(values: Tensor, gradients: Tensor) -> Tensor:
     """Return the shares `[count]` of vectors `[count, width]`; NaN where all gradients are 0."""
-    norms = (values.detach().double() * gradients.double()).norm(dim=-1)
+    values, gradients = values.detach().cpu(), gradients.cpu()  # mps has no float64
+    norms = (values.double() * gradients.double()).norm(dim=-1)
     shares: Tensor = norms / norms.sum()
-    return shares.cpu()
+    return shares
 
 
 def _summarize_attention(

@@ -1,6 +1,6 @@
 """`lmms-eval --model vlbench --model_args model=PATH`: lmms-eval's tasks on a run or a release.
 
-An extra: `pip install 'vlbench[lmms]'`. lmms-eval finds `manifest` by the entry point in
+An extra: `pip install '.[lmms]'`. lmms-eval finds `manifest` by the entry point in
 pyproject.toml. A question is asked as in `protocol=lmms`: the images, then the text.
 """
 

@@ -66,6 +66,7 @@ def write_results(
         "asked_of": asked_of,
         "seconds": round(elapsed_seconds(), 1),
         "peak_memory_bytes": peak_memory(),
+        "loss": last_loss(run.folder / "metrics.csv"),
         "tokens_per_second": mean_tokens_per_second(run.folder / "metrics.csv"),
         "recipe": recipe.recipe,
         "size": recipe.size,
@@ -164,3 +165,9 @@ def mean_tokens_per_second(metrics_file: Path) -> float | None:
     rows = read_csv(metrics_file)
     rates = [float(row["tokens_per_second"]) for row in rows if row["stage"] == rows[-1]["stage"]]
     return round(sum(rates) / len(rates), 1) if rates else None
+
+
+def last_loss(metrics_file: Path) -> float | None:
+    """Return the loss of the last step in metrics.csv; None if nothing trained."""
+    rows = read_csv(metrics_file)
+    return float(rows[-1]["loss"]) if rows else None

@@ -83,22 +83,24 @@ def language_folder(weights: str) -> Path:
     """Return the folder with weights and tokenizer; for random weights, the miniature's."""
     if weights in ("embedded", "random"):
         return TINY_LANGUAGE_FOLDER
-    return _find_language_folder(weights, hub_download.DOWNLOAD_PATTERNS)
+    return _find_language_folder(
+        weights, hub_download.LANGUAGE_CONTENTS, hub_download.DOWNLOAD_PATTERNS
+    )
 
 
 def tokenizer_folder(weights: str) -> Path:
-    """Return the folder with the tokenizer; no weights are downloaded for it."""
-    return (
-        TINY_LANGUAGE_FOLDER
-        if weights in ("embedded", "random")
-        else _find_language_folder(weights, hub_download.SMALL_FILE_PATTERNS)
+    """Return the folder with configuration and tokenizer; no weights are downloaded for it."""
+    if weights in ("embedded", "random"):
+        return TINY_LANGUAGE_FOLDER
+    return _find_language_folder(
+        weights, hub_download.TOKENIZER_CONTENTS, hub_download.TOKENIZER_PATTERNS
     )
 
 
-def _find_language_folder(weights: str, file_patterns: tuple[str, ...]) -> Path:
-    folder = fetch_hub_folder(
-        weights, "language.weights", hub_download.LANGUAGE_CONTENTS, patterns=file_patterns
-    )
+def _find_language_folder(
+    weights: str, expected_files: str, file_patterns: tuple[str, ...]
+) -> Path:
+    folder = fetch_hub_folder(weights, "language.weights", expected_files, patterns=file_patterns)
     if not (folder / "config.json").is_file():
         raise UserError(f"language.weights is '{weights}', a folder without config.json")
     return folder

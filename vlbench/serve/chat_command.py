@@ -39,6 +39,7 @@ def run_chat(arguments: ChatArguments) -> int:
     # before the model, which takes seconds to load
     images = [image for name in arguments.image for _, image in resolve_images(name)]
     from vlbench.load_model import load_model  # it imports torch
+    from vlbench.train.model_names import folder_model_names
 
     vlm = load_model(arguments.model, arguments.dtype, arguments.device, arguments.template)
     options = {key: getattr(arguments, key) for key in GENERATION_KEYS}
@@ -47,6 +48,9 @@ def run_chat(arguments: ChatArguments) -> int:
     if arguments.question is not None:
         session.answer_question(arguments.question)
         return 0
+    if sys.stdin.isatty():
+        names = folder_model_names(arguments.model)
+        print(f"{arguments.model}: vision {names.vision}, language {names.language}")
     return session.run_interactive()
 
 
@@ -99,6 +103,7 @@ class ChatSession:
         self.messages: list[dict[str, Any]] = []
         self.pending_images: list[ImageInput] = []
         self.is_interactive = False  # whether more than one question is asked
+        self.has_noted_no_image = False
         self.prefix_cache = PrefixCache()
 
     def run_interactive(self) -> int:
@@ -156,7 +161,7 @@ class ChatSession:
             print(f"removed: {self._describe_pending_images()}")
             self.pending_images = []
         elif name == "/reset":
-            self.messages, self.pending_images = [], []
+            self.messages, self.pending_images, self.has_noted_no_image = [], [], False
             print("a new conversation begins")
         elif name == "/history":
             print(self.vlm.prompt([*self.messages, {"role": "user", "content": "..."}]))
@@ -190,6 +195,7 @@ class ChatSession:
             chunks.append(text)
             print(text, end="", flush=True)
 
+        self._note_missing_image(messages)
         past = None if self.compiled else self.prefix_cache
         try:
             self.vlm.chat(
@@ -208,6 +214,20 @@ class ChatSession:
                 answer = {"role": "assistant", "content": "".join(chunks)}
                 self.messages, self.pending_images = [*messages, answer], []
         self._warn_about_answer(bool(chunks))
+
+    def _note_missing_image(self, messages: list[dict[str, Any]]) -> None:
+        """Say at the first question of a conversation that no image comes with it."""
+        parts = [
+            part
+            for message in messages
+            if isinstance(message["content"], list)
+            for part in message["content"]
+        ]
+        has_image = any(part["type"] == "image" for part in parts)
+        if not has_image and not self.has_noted_no_image:
+            self.has_noted_no_image = True
+            how = "/image FILE adds one" if self.is_interactive else "image=FILE shows one"
+            print(f"vlbench: there is no image in this conversation; {how}", file=sys.stderr)
 
     def _warn_about_answer(self, has_answer: bool) -> None:
         """Warn of an answer that is empty, or cut because the context is full."""

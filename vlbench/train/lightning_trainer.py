@@ -75,7 +75,7 @@ def build_loggers(log_config: LoggingConfig, run_folder: Path, last_kept_step: i
                 WandbLogger(project=log_config.wandb, save_dir=run_folder, id=run_folder.name)
             )
         except ModuleNotFoundError as error:
-            raise UserError("log.wandb needs: pip install 'vlbench[wandb]'") from error
+            raise UserError("log.wandb needs: pip install wandb") from error
     return loggers
 
 

@@ -9,7 +9,8 @@ from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
+from tqdm.notebook import tqdm_notebook
 
 from vlbench.connector.base import Connector
 from vlbench.data.batch_sampler import OptimizerStep
@@ -81,6 +82,14 @@ def connector_metrics(connector: Connector, taken_names: Container[str]) -> dict
     return metrics
 
 
+def can_show_bar(bar_class: type) -> bool:
+    """Tell whether a bar can be redrawn: on a terminal, or as a widget of a notebook.
+
+    Elsewhere, in a notebook without ipywidgets too, there are lines.
+    """
+    return sys.stderr.isatty() or issubclass(bar_class, tqdm_notebook)
+
+
 class ProgressCallback(StageCallback):
     """Show loss, speed and time left, and write metrics, every `every_n_steps` steps."""
 
@@ -110,7 +119,7 @@ class ProgressCallback(StageCallback):
         """Start the clock and the progress bar."""
         self.throughput.start_measuring(training)
         self.start_step = training.steps_done
-        self.is_interactive = sys.stderr.isatty()
+        self.is_interactive = can_show_bar(tqdm)
         self.progress_bar = tqdm(
             total=training.total_steps,
             initial=training.steps_done,

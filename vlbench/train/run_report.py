@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from vlbench.config.recipe import load_recipe_file, stage_label
 from vlbench.config.schema import Recipe, StageConfig
 from vlbench.distributed import collectives
 from vlbench.errors import EnvironmentFailure, UserError, one_line
@@ -19,7 +20,10 @@ from vlbench.model.vlm import VLM
 from vlbench.model.weights.weight_origin import WeightOrigin
 from vlbench.text_files import read_json, read_json_lines
 from vlbench.text_tables import format_table
+from vlbench.train.model_names import MINIATURE_HINT, find_model_names, has_foreign_data
 from vlbench.train.run_folder import RunFolder
+
+HARDLY_LEARNED_LOSS = 2.0  # nats a token: the right one has a probability of 0.135
 
 
 def print_status(line: str) -> None:
@@ -36,23 +40,27 @@ def show_run_start(
     strategy = recipe.trainer.strategy
     if strategy != "auto" and recipe.trainer.world_size == 1:
         print(f"trainer.strategy={strategy} changes nothing in one process: trainer.devices is 1")
-    connector = recipe.connector["name"]
+    names = find_model_names(recipe)
     if recipe.init:
-        print(f"begins with init={recipe.init}, connector {connector}")
-    else:
-        if recipe.size == "tiny":
-            print(
-                "size tiny: embedded miniatures, no network, no GPU. Real ones: size=6b, size=34b"
-            )
-        language = recipe.language.name
-        print(f"vision {recipe.vision.name} -> connector {connector} -> language {language}")
+        print(f"begins with init={recipe.init}")
+    elif names.has_miniature_language:
+        print("size tiny: embedded miniatures, no network, no GPU. Real ones: size=6b, size=34b")
+    connector = recipe.connector["name"]
+    print(f"vision {names.vision} -> connector {connector} -> language {names.language}")
+    if has_foreign_data(recipe):
+        print(
+            "these data are not the rendered scenes, and this language model has read of coloured "
+            "shapes alone: it can learn some images by heart, and tell nothing of new ones. "
+            + MINIATURE_HINT
+        )
     for name, stage, steps in stage_runs:
         parts = ", ".join(
             f"{part} lr {config.lr:g}" for part, config in stage.trained_parts.items()
         )
         print(
-            f"  {name}: {steps} steps of {stage.global_batch_size} samples at "
-            f"{stage.image_size} pixels ({stage.sample_format}); trains {parts}"
+            f"  {stage_label(name, stage.image_size)}: {steps} steps of "
+            f"{stage.global_batch_size} samples at {stage.image_size} pixels "
+            f"({stage.sample_format}); trains {parts}"
         )
 
 
@@ -68,7 +76,7 @@ def show_stage(
 ) -> None:
     """Print for every part its parameters, and whether and at which rate they are trained."""
     start = f", from step {steps_done}" if steps_done else ""
-    print(f"\nstage {stage_name}: {total_steps} steps{start}")
+    print(f"\nstage {stage_label(stage_name, stage.image_size)}: {total_steps} steps{start}")
     rows = []
     for part, module in vlm.named_parts():
         total = sum(p.numel() for p in module.parameters())
@@ -139,6 +147,8 @@ def show_results(run: RunFolder) -> int:
         if results.get(key):
             parts = ", ".join(f"{name} {value:.3f}" for name, value in results[key].items())
             print(f"  {key}: {parts}")
+    if results.get("loss") is not None:
+        print(f"  {_describe_loss(run, results['loss'])}")
     print(f"  {results['seconds']:.0f} s, peak memory {format_bytes(results['peak_memory_bytes'])}")
     if run.quarantine_file.is_file():
         lines = read_json_lines(run.quarantine_file)
@@ -152,6 +162,16 @@ def show_results(run: RunFolder) -> int:
     print(f"  tensorboard --logdir {folder}")
     print("  python -m vlbench show recipe=yivl_llava size=6b")
     return 0
+
+
+def _describe_loss(run: RunFolder, loss: float) -> str:
+    """Return a line on the loss of the last step, and what it means."""
+    line = f"loss {loss:.3f} at the last step"
+    is_learned = loss < HARDLY_LEARNED_LOSS
+    if run.recipe_file.is_file() and has_foreign_data(load_recipe_file(run.recipe_file)):
+        learned = "; of new images it can tell nothing" if is_learned else ": hardly learned"
+        return f"{line}{learned}; this miniature speaks of coloured shapes. {MINIATURE_HINT}"
+    return line if is_learned else f"{line}: hardly learned; more steps are needed"
 
 
 def out_of_memory_error(stage_name: str, stage: StageConfig) -> EnvironmentFailure:

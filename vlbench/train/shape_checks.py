@@ -165,12 +165,7 @@ def meta_encoder_and_config(recipe: Recipe) -> tuple[VisionEncoder, LlamaConfig]
     weights = recipe.language.weights
     if weights in ("embedded", "random"):
         return _configured_encoder(recipe.vision), named_language_config(recipe.language.name)
-    folder = hub_download.fetch_hub_folder(
-        weights,
-        "language.weights",
-        hub_download.LANGUAGE_CONTENTS,
-        patterns=hub_download.SMALL_FILE_PATTERNS,
-    )
+    folder = language_model.tokenizer_folder(weights)
     return _configured_encoder(recipe.vision), read_language_config(folder)
 
 

@@ -11,13 +11,14 @@ from typing import get_args
 from vlbench.command_line.arguments import BudgetName, CompareArguments
 from vlbench.command_line.parser import split_arguments
 from vlbench.config import recipe as recipes
-from vlbench.config.overrides import format_override
+from vlbench.config.overrides import format_override, shorten_keys
 from vlbench.config.schema import Recipe, declared_keys
 from vlbench.errors import UserError
 from vlbench.strict_values import INTEGER_PATTERN, parse_flow_yaml
 
 MATCHABLE_BUDGETS: tuple[str, ...] = get_args(BudgetName)
 """What `match` can make equal in all rows; `model/connector_cost.py` counts them."""
+MAX_NAME_LENGTH = 80  # of a row: its name is that of a folder
 RESERVED_KEYS = ("seed", "init", "profile")
 """Recipe keys that a comparison sets itself, or that make runs not comparable."""
 
@@ -79,9 +80,10 @@ def parse_grid(words: list[str]) -> ComparisonGrid:
         )
     names = [name.strip() for name in arguments.recipe.split(",") if name.strip()]
     alternatives = _parse_alternatives(arguments.grid)
+    row_name = _make_row_names(names, alternatives)
     rows = [
         GridRow(
-            _make_row_name(recipe, alternative, names, alternatives),
+            row_name[recipe, alternative],
             (f"recipe={recipe}", *common, *alternative),
         )
         for recipe in names
@@ -199,25 +201,43 @@ def load_recipe(row: GridRow, seed: int) -> Recipe:
     return recipes.load_recipe(row.overrides_for_seed(seed))
 
 
-def _make_row_name(
-    recipe: str,
-    alternative: tuple[str, ...],
-    recipe_names: list[str],
-    alternatives: list[tuple[str, ...]],
-) -> str:
-    """Return a short name of a row that is also a valid name of a folder."""
-    stem = Path(recipe).stem
-    if len(alternatives) == 1:
-        return stem
-    short = "_".join(_short_override(word) for word in alternative)
-    short = re.sub(r"[^A-Za-z0-9_.=-]+", "-", short)[:80]
-    return f"{stem}_{short}" if len(recipe_names) > 1 else short
+def _make_row_names(
+    recipe_names: list[str], alternatives: list[tuple[str, ...]]
+) -> dict[tuple[str, tuple[str, ...]], str]:
+    """Return (recipe, alternative) -> a short name of the row, valid as the name of a folder.
+
+    It says in which overrides the alternatives differ; a number tells apart what is cut to one.
+    """
+    common = set.intersection(*map(set, alternatives)) if len(alternatives) > 1 else set()
+    keys = dict.fromkeys(word.partition("=")[0] for words in alternatives for word in words)
+    short_keys = shorten_keys(keys)
+    names: dict[tuple[str, tuple[str, ...]], str] = {}
+    for recipe in recipe_names:
+        stem = Path(recipe).stem
+        for alternative in alternatives:
+            told = [word.partition("=") for word in alternative if word not in common]
+            short = "_".join(f"{short_keys[key]}={value}" for key, _, value in told)
+            short = re.sub(r"[^A-Za-z0-9_.=-]+", "-", short)
+            name = stem if len(alternatives) == 1 else short
+            if len(alternatives) > 1 and (len(recipe_names) > 1 or not short):
+                name = f"{stem}_{short}".rstrip("_")
+            names[recipe, alternative] = name
+    return _cut_names(names)
 
 
-def _short_override(override: str) -> str:
-    """Return `lora.rank=4` for `stages.chat.train.language.lora.rank=4`."""
-    key, _, value = override.partition("=")
-    return f"{'.'.join(key.split('.')[-2:])}={value}"
+def _cut_names(
+    names: dict[tuple[str, tuple[str, ...]], str],
+) -> dict[tuple[str, tuple[str, ...]], str]:
+    """Return names of at most MAX_NAME_LENGTH characters; different ones stay different."""
+    cut: dict[tuple[str, tuple[str, ...]], str] = {}
+    whole_names: dict[str, str] = {}
+    for row, whole in names.items():
+        name, number = whole[:MAX_NAME_LENGTH], 2
+        while whole_names.setdefault(name, whole) != whole:
+            name = f"{whole[: MAX_NAME_LENGTH - 4]}-{number}"
+            number += 1
+        cut[row] = name
+    return cut
 
 
 def _next_folder() -> str:

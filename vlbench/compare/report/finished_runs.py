@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,11 +13,13 @@ import numpy as np
 
 from vlbench.compare.report.paired_statistics import CorrectMatrix
 from vlbench.config import recipe as recipes
+from vlbench.config.overrides import shorten_keys
 from vlbench.errors import UserError
 from vlbench.regular_files import MAX_RECORDS_BYTES
 from vlbench.text_files import read_json, read_text, split_lines
 
 COMPARED_SET = "accuracy"  # the question set of answers.jsonl on which arms are compared
+BUDGET_KEYS = ("steps", "epochs", "global_batch_size", "max_tokens_per_row", "warmup_ratio")
 ARM_IGNORED_KEYS = ("seed", "run", "recipe", "only", "from", "dry_run", "profile", "trainer", "log")
 """Top-level recipe keys in which the runs of one arm may differ."""
 
@@ -198,26 +199,34 @@ def _arm_names(runs: Sequence[FinishedRun]) -> list[str]:
         return len({json.dumps([identity.get(key) for key in keys]) for identity in identities})
 
     keys = dict.fromkeys(key for identity in identities for key in identity)
-    # the connector first, then keys with many values; learning rates only where they must be named
-    order = sorted(
-        keys, key=lambda key: (key != "connector.name", -count_distinct([key]), key.endswith(".lr"))
-    )
+    order = sorted(keys, key=lambda key: (_meaning_rank(key), -count_distinct([key])))
     chosen: list[str] = []
     for key in order:
         if count_distinct([*chosen, key]) > count_distinct(chosen):
             chosen.append(key)
-    short = _short_keys(chosen)
+    short = shorten_keys(chosen)
     return [
         " ".join(_format_setting(short[key], identity.get(key)) for key in chosen)
         for identity in identities
     ]
 
 
-def _short_keys(keys: Sequence[str]) -> dict[str, str]:
-    """Return key -> its last two parts; the whole key where another one has the same."""
-    endings = {key: ".".join(key.split(".")[-2:]) for key in keys}
-    counts = Counter(endings.values())
-    return {key: ending if counts[ending] == 1 else key for key, ending in endings.items()}
+def _meaning_rank(key: str) -> int:
+    """Return how much a key says of what a row is, 0 for the most.
+
+    A connector and its options, adapters, and the models say what is trained; how long, in which
+    batches and at which rates is named only where nothing else tells rows apart.
+    """
+    if key == "connector.name":
+        return 0
+    if key.startswith("connector."):
+        return 1
+    if ".lora." in key:
+        return 2 if key.endswith(".rank") else 3
+    if key.startswith(("vision.", "language.", "size", "init")):
+        return 4
+    last = key.rsplit(".", 1)[-1]
+    return {"lr": 7, **dict.fromkeys(BUDGET_KEYS, 6)}.get(last, 5)
 
 
 def _format_setting(key: str, value: Any) -> str:

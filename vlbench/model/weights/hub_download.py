@@ -17,8 +17,11 @@ RELEASE_CONTENTS = (
     f"config.json, {WEIGHTS_CONTENTS}, tokenizer.model and, for Yi-VL, the vision encoder in vit/"
 )
 LANGUAGE_CONTENTS = f"config.json, {WEIGHTS_CONTENTS}, and tokenizer.model or tokenizer.json"
+TOKENIZER_CONTENTS = "config.json, and tokenizer.model or tokenizer.json (no weights)"
 SMALL_FILE_PATTERNS = ("*.json", "*.jinja", "*.model", "vit/**.json")
 """Files that describe a model; in patterns of the hub `*` matches slashes too."""
+TOKENIZER_PATTERNS = ("*config.json", "*token*.json", "*.jinja", "*.model")
+"""Files of a language model without its weights and their index."""
 DOWNLOAD_PATTERNS = (*SMALL_FILE_PATTERNS, "model*.safetensors", "*.bin", "vit/**")
 LOGIN_HINT = "`hf auth login` or HF_TOKEN gives it a token"
 CONNECTION_ERRORS = (

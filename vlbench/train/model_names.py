@@ -1,0 +1,71 @@
+"""Which vision encoder and language model a recipe loads, in words for people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from vlbench.config import recipe as recipes
+from vlbench.config.schema import LanguageModelConfig, Recipe, VisionEncoderConfig
+from vlbench.data.data_sources import SCENES_SOURCE, stage_data
+from vlbench.train import checkpoint_files
+
+MINIATURE_HINT = (
+    "For real images: size=6b, or vision.weights= and language.weights= of your own "
+    "(README, Your own images)"
+)
+
+
+class ModelNames(NamedTuple):
+    """The names of the parts that are loaded."""
+
+    vision: str
+    language: str
+    has_miniature_language: bool = False
+    """True for the embedded language model, which has read of coloured shapes alone."""
+
+
+def find_model_names(recipe: Recipe) -> ModelNames:
+    """Return the names of the parts of a recipe, those of the run that `init` names included."""
+    init = Path(str(recipe.init))
+    if recipe.init and checkpoint_files.is_run_or_checkpoint(init):
+        folder = checkpoint_files.find_checkpoint(init)
+        return find_model_names(recipes.load_recipe_file(folder / "recipe.yaml"))
+    if recipe.init and not init.is_file():
+        return ModelNames(str(recipe.init), str(recipe.init))
+    return ModelNames(
+        _part_name(recipe.vision, recipe.vision.name),
+        _part_name(recipe.language, str(recipe.language.weights)),
+        recipe.language.weights == "embedded",
+    )
+
+
+def _part_name(part: VisionEncoderConfig | LanguageModelConfig, name_of_weights: str) -> str:
+    if part.weights == "embedded":
+        return f"{part.name} (an embedded miniature)"
+    if part.weights == "random":
+        return f"{part.name} (random weights)"
+    return name_of_weights if name_of_weights == part.weights else f"{part.name} ({part.weights})"
+
+
+def folder_model_names(model: str) -> ModelNames:
+    """Return the names of the parts of a run, a checkpoint or a released model."""
+    path = Path(model).expanduser()
+    if not checkpoint_files.is_run_or_checkpoint(path):
+        return ModelNames(model, model)
+    folder = checkpoint_files.find_checkpoint(path)
+    return find_model_names(recipes.load_recipe_file(folder / "recipe.yaml"))
+
+
+def has_foreign_data(recipe: Recipe) -> bool:
+    """Tell whether the embedded language model trains on anything but rendered scenes."""
+    if not find_model_names(recipe).has_miniature_language:
+        return False
+    stages = [recipe.stages[name] for name in recipes.stages_to_run(recipe)]
+    configs = [stage_data(recipe.data, stage) for stage in stages]
+    trained_on = [
+        source
+        for config in configs
+        for source in ([part.train for part in config.mix] if config.mix else [config.train])
+    ]
+    return any(source not in (None, SCENES_SOURCE) for source in trained_on)
