@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +13,8 @@ import pytest
 from PIL import Image
 
 from vlbench.__main__ import main
-from vlbench.check.supervision_audit import split_into_spans
+from vlbench.check.supervision_audit import choose_samples, split_into_spans
+from vlbench.data.image_processing import ImageTransform
 from vlbench.data.sample import Sample
 from vlbench.data.sample_encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX, EncodedSample
 from vlbench.data.scene_world import make_scene
@@ -192,7 +195,11 @@ def test_pieces_are_what_is_read_and_what_is_learned():
     ids = [65, IMAGE_TOKEN_INDEX, IMAGE_TOKEN_INDEX, 66, 67, 68]
     labels = [IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX, 67, 68, IGNORE_INDEX]
     told = list(
-        split_into_spans(EncodedSample(ids, labels, Sample("x", (), (picture,)), 2), letters)
+        split_into_spans(
+            EncodedSample(ids, labels, Sample("x", (), (picture,)), 2),
+            letters,
+            ImageTransform(56, 56, (0.5, 0.5, 0.5), (1.0, 1.0, 1.0)),
+        )
     )
     assert [(one.kind, one.position_count) for one in told] == [
         ("read", 1),
@@ -201,6 +208,27 @@ def test_pieces_are_what_is_read_and_what_is_learned():
         ("learned", 2),
     ]
     assert told[3].text == "CD" and told[1].image_uri.startswith("data:image/jpeg")
+
+
+def test_the_audit_shows_different_images_as_the_encoder_sees_them():
+    scenes = [make_scene("check", number, 0) for number in range(3)]
+    samples = [Sample(f"{n}", (), (scenes[n % 3],)) for n in range(30)] + [Sample("text", (), ())]
+    chosen = choose_samples(samples, 6)
+    assert len(chosen) == 4 and len({sample.images for sample in chosen}) == 4
+    assert len(choose_samples(samples, 2)) == 2
+
+    class Strip:
+        name = "strip"
+
+        def open(self):
+            return Image.new("RGB", (100, 20), (255, 0, 0))
+
+    encoded = EncodedSample([IMAGE_TOKEN_INDEX], [IGNORE_INDEX], Sample("x", (), (Strip(),)), 1)
+    transform = ImageTransform(56, 56, (0.0, 0.0, 1.0), (1.0, 1.0, 1.0))
+    (span,) = split_into_spans(encoded, lambda *_: "", transform)
+    shown = Image.open(io.BytesIO(base64.b64decode(span.image_uri.partition(",")[2])))
+    assert shown.size == (56, 56)  # padded to a square in the mean colour: blue, red, blue
+    assert shown.getpixel((28, 2))[2] > 200 and shown.getpixel((28, 28))[0] > 200
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def test_llavas_projector_is_where_training_begins(said, name, tmp_path, monkeyp
     encoder, config = meta_encoder_and_config(recipe)
     encoder.set_image_size(recipe.stages["chat"].image_size)
     made = registry.load_connector(recipe.connector["name"])(
-        connector_shapes(encoder, config), **recipe_connector_options(recipe)
+        connector_shapes(encoder, config), **recipe_connector_options(recipe.connector)
     )
     single = "0." if "linear" in said[0] else ""
     start = (

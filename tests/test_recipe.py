@@ -17,6 +17,7 @@ from vlbench.config.recipe import (
 )
 from vlbench.config.schema import Recipe, key_rows
 from vlbench.errors import UserError
+from vlbench.listing import file_summary
 
 LLAVA = {"name": "llava_mlp", "depth": 2, "norm": True, "mlp_ratio": 1.0}
 OWN = """# python -m vlbench fit recipe=own
@@ -74,7 +75,7 @@ def test_first_line_of_every_recipe_is_its_command_and_the_next_says_what_it_is(
     for name, path in recipes.recipe_files().items():
         first = path.read_text(encoding="utf-8").splitlines()[0]
         assert first == f"# python -m vlbench fit recipe={name}"
-        assert recipes.file_summary(path)
+        assert file_summary(path)
 
 
 def test_published_numbers_at_full_size():

@@ -39,7 +39,7 @@ def runs(tmp_path) -> Path:
 def test_rows_differences_and_sentences(runs, capsys):
     assert main(["report", str(runs), f"out={runs / 'report.md'}"]) == 0
     text = capsys.readouterr().out
-    assert (runs / "report.md").read_text() == text
+    assert text == (runs / "report.md").read_text() + f"\nwrote {runs / 'report.md'}\n"
     assert "Rows: 2; seeds: 0, 1, 2" in text and "| `connector.name` | linear | llava_mlp |" in text
     assert text.index("\n| llava_mlp | 0.") < text.index("\n| linear | 0.")
     (sentence,) = [line for line in text.splitlines() if line.startswith("- llava_mlp is")]

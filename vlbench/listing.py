@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from vlbench.command_line.arguments import ListArguments, ListedKind
 from vlbench.config import encoder_names, recipe
@@ -12,6 +13,7 @@ from vlbench.connector import registry
 from vlbench.connector.option_schema import ConnectorOption
 from vlbench.errors import UserError
 from vlbench.strict_values import kind_label, yaml_text
+from vlbench.text_files import read_text, split_lines
 from vlbench.text_tables import format_table
 
 
@@ -58,14 +60,21 @@ def connector_cost_lines(size: str) -> list[str]:
     ]
 
 
+def file_summary(path: Path) -> str:
+    """Return the summary of a recipe or size: its first comment that is not a command."""
+    for line in split_lines(read_text(path)):
+        text = line.removeprefix("#").strip()
+        if line.startswith("#") and text and not text.startswith("python -m"):
+            return text
+    return ""
+
+
 def _recipe_lines() -> list[str]:
-    return [
-        f"{name:14} {recipe.file_summary(path)}" for name, path in recipe.recipe_files().items()
-    ]
+    return [f"{name:14} {file_summary(path)}" for name, path in recipe.recipe_files().items()]
 
 
 def _size_lines() -> list[str]:
-    return [f"{name:14} {recipe.file_summary(path)}" for name, path in recipe.size_files().items()]
+    return [f"{name:14} {file_summary(path)}" for name, path in recipe.size_files().items()]
 
 
 def _connector_lines() -> list[str]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from vlbench.errors import UserError, one_line
 
@@ -34,7 +34,7 @@ def irregular_kind(status: os.stat_result) -> str:
     return "" if stat.S_ISREG(status.st_mode) else next(kinds, "something else")
 
 
-def open_regular(path: str | Path, max_bytes: int | None = None) -> BinaryIO:
+def open_regular(path: str | Path, max_bytes: int | None = None) -> BufferedReader:
     """Open a regular file of at most `max_bytes` for reading.
 
     Raises OSError as `open` does, and a UserError that begins with "is" or "has", without the

@@ -22,19 +22,19 @@ from vlbench.check.sample_checks import (
     read_valid_samples,
     reading_notes,
 )
-from vlbench.check.supervision_audit import AuditSample, render_audit
+from vlbench.check.supervision_audit import AuditSample, choose_samples, render_audit
 from vlbench.config.schema import Recipe
 from vlbench.data.chat_template import CHAT_TEMPLATES, ChatTemplate
 from vlbench.data.conversation_files import LlavaJson
+from vlbench.data.image_processing import ImageTransform
 from vlbench.data.sample import Sample, SampleSource
 from vlbench.data.sample_encoding import CachedTokenizer, SampleEncoder
 from vlbench.data.shards import WebDatasetShards
-from vlbench.data.shuffle import pick_fixed_subset
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import BadSample, UserError, escape_to_one_line
 from vlbench.model.language_model import tokenizer_folder
 from vlbench.text_files import format_json_lines, write_atomically
-from vlbench.train.shape_checks import tokens_per_image_by_stage
+from vlbench.train.shape_checks import image_transforms_by_stage, tokens_per_image_by_stage
 from vlbench.train.stage_plan import (
     StageRun,
     check_caption_images,
@@ -73,7 +73,10 @@ def run_check(recipe: Recipe, folder: Path) -> int:
     lines = [line for checked in checked_sources for line in _source_lines(checked)]
     audit_samples: list[AuditSample] = []
     cached_tokenizer = CachedTokenizer(tokenizer)
-    for stage_run, stage_tokens_per_image in zip(stage_runs, tokens_per_image, strict=True):
+    transforms = image_transforms_by_stage(recipe, stage_runs)
+    for stage_run, stage_tokens_per_image, transform in zip(
+        stage_runs, tokens_per_image, transforms, strict=True
+    ):
         encoder = SampleEncoder(
             cached_tokenizer,
             template,
@@ -82,7 +85,7 @@ def run_check(recipe: Recipe, folder: Path) -> int:
             stage_run.stage.sample_format,
         )
         stage_lines, stage_findings, stage_samples = _check_stage(
-            stage_run, encoder, checked_sources
+            stage_run, encoder, transform, checked_sources
         )
         lines += stage_lines
         findings += stage_findings
@@ -161,7 +164,10 @@ def _source_lines(checked_source: CheckedSource) -> Iterator[str]:
 
 
 def _check_stage(
-    stage_run: StageRun, encoder: SampleEncoder, checked_sources: list[CheckedSource]
+    stage_run: StageRun,
+    encoder: SampleEncoder,
+    transform: ImageTransform,
+    checked_sources: list[CheckedSource],
 ) -> tuple[list[str], list[DataFinding], list[AuditSample]]:
     """Encode all samples as a stage does; return report lines, findings and audit samples."""
     lines = [
@@ -179,8 +185,10 @@ def _check_stage(
         token_counts, stage_findings = encode_samples(name, stage_run.name, samples, encoder)
         findings += stage_findings
         lines += _length_lines(name, token_counts, encoder.max_length)
-        chosen = pick_fixed_subset(samples, min(MAX_SAMPLES_SHOWN, len(samples)))
-        audit_samples += [AuditSample(stage_run.name, sample, encoder) for sample in chosen]
+        chosen = choose_samples(samples, MAX_SAMPLES_SHOWN)
+        audit_samples += [
+            AuditSample(stage_run.name, sample, encoder, transform) for sample in chosen
+        ]
     return lines, findings, audit_samples
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -12,6 +12,7 @@ from PIL import Image
 
 from vlbench.config.schema import Recipe
 from vlbench.data.image_folder import page_refusal
+from vlbench.data.image_processing import ImageTransform
 from vlbench.data.sample import LazyImage, Sample
 from vlbench.data.sample_encoding import (
     IGNORE_INDEX,
@@ -19,10 +20,12 @@ from vlbench.data.sample_encoding import (
     EncodedSample,
     SampleEncoder,
 )
+from vlbench.data.shuffle import pick_fixed_subset
 from vlbench.errors import BadSample
 from vlbench.html_pages import image_data_uri, jinja_environment
 from vlbench.version import __version__
 
+CANDIDATES_PER_SAMPLE = 100
 THUMBNAIL_SIZE = 160  # pixels, the longest side of a thumbnail
 
 
@@ -34,6 +37,8 @@ class AuditSample:
     sample: Sample
     encoder: SampleEncoder
     """The encoder of its stage."""
+    transform: ImageTransform
+    """The image transform of its stage."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class SampleSpan:
     text: str
     position_count: int
     image_uri: str = ""
-    """A thumbnail of the image as a data URI; "" for one that a page must not show."""
+    """A thumbnail of what the vision encoder sees, as a data URI; "" for what no page may show."""
 
 
 def render_audit(
@@ -74,14 +79,29 @@ def _describe_sample(audit_sample: AuditSample, decode: Callable[..., str]) -> d
     return {
         "id": audit_sample.sample.unique_name,
         "problem": "",
-        "spans": list(split_into_spans(encoded, decode)),
+        "spans": list(split_into_spans(encoded, decode, audit_sample.transform)),
         "positions": len(encoded.input_ids),
         "learned": encoded.supervised_token_count,
         "images": len(encoded.sample.images),
     }
 
 
-def split_into_spans(encoded: EncodedSample, decode: Callable[..., str]) -> Iterator[SampleSpan]:
+def choose_samples(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """Return up to `count` samples from all over a source, no two with the same first image.
+
+    Of large sources a spread of `CANDIDATES_PER_SAMPLE` times as many samples is looked at.
+    """
+    candidates = pick_fixed_subset(samples, min(count * CANDIDATES_PER_SAMPLE, len(samples)))
+    by_image: dict[str, Sample] = {}
+    for number, sample in enumerate(candidates):
+        image = sample.images[0].name if sample.images else f"no image {number}"
+        by_image.setdefault(image, sample)
+    return pick_fixed_subset(list(by_image.values()), count)
+
+
+def split_into_spans(
+    encoded: EncodedSample, decode: Callable[..., str], transform: ImageTransform
+) -> Iterator[SampleSpan]:
     """Yield the spans of a sample: the positions of one image, text that is read or learned.
 
     A token is learned where the label of the position before it is this token.
@@ -100,7 +120,7 @@ def split_into_spans(encoded: EncodedSample, decode: Callable[..., str]) -> Iter
             for _ in range(length // encoded.tokens_per_image):
                 image = next(images)
                 refusal = page_refusal(image)
-                uri = "" if refusal else _thumbnail_uri(image)
+                uri = "" if refusal else _thumbnail_uri(image, transform)
                 yield SampleSpan(kind, refusal or image.name, encoded.tokens_per_image, uri)
         else:
             text = decode(encoded.input_ids[position : position + length], keep_special=True)
@@ -108,7 +128,7 @@ def split_into_spans(encoded: EncodedSample, decode: Callable[..., str]) -> Iter
         position += length
 
 
-def _thumbnail_uri(lazy_image: LazyImage) -> str:
-    image = lazy_image.open()
+def _thumbnail_uri(lazy_image: LazyImage, transform: ImageTransform) -> str:
+    image = Image.fromarray(transform.resize_and_crop(lazy_image.open()))
     image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.LANCZOS)
     return image_data_uri(image, "JPEG", quality=80)

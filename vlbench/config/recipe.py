@@ -22,7 +22,7 @@ from vlbench.config.schema import Recipe, declared_keys
 from vlbench.connector import registry
 from vlbench.errors import UserError, suggest_name
 from vlbench.strict_values import StrictModel, format_value
-from vlbench.text_files import read_json, read_text, split_lines, write_atomically
+from vlbench.text_files import read_json, read_text, write_atomically
 from vlbench.version import __version__
 
 RESUMABLE_KEYS = ("trainer", "log", "run", "dry_run", "profile")
@@ -146,15 +146,6 @@ def recipe_files(folder: str = ".") -> dict[str, Path]:
 def size_files() -> dict[str, Path]:
     """Return the sizes by name, as `recipe_files` does."""
     return recipe_files("size")
-
-
-def file_summary(path: Path) -> str:
-    """Return the summary of a recipe or size: its first comment that is not a command."""
-    for line in split_lines(read_text(path)):
-        text = line.removeprefix("#").strip()
-        if line.startswith("#") and text and not text.startswith("python -m"):
-            return text
-    return ""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vlbench.config.schema import Recipe
+from vlbench.config.schema import Recipe, VisionEncoderConfig
 from vlbench.connector import registry
 from vlbench.data.chat_template import CHAT_TEMPLATES
 from vlbench.data.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ def build_vlm(
     stay in their files, for a model that will be sharded.
     """
     torch.manual_seed(recipe.seed)  # for parts without pretrained weights
-    encoder, origin = _build_pretrained_encoder(recipe, [image_size])
+    encoder, origin = _build_pretrained_encoder(recipe.vision, [image_size])
     language = build_language_model(
         recipe.language.name, recipe.language.weights, mmap_weights=mmap_language
     )
@@ -83,10 +83,10 @@ def build_checkpoint_vlm(
     """
     origins = read_origins(folder / ORIGINS_FILE)
     if "vision" in checkpoint_parts:
-        encoder = build_checkpoint_encoder(recipe, folder)
+        encoder = build_checkpoint_encoder(recipe.vision, folder)
         encoder.set_image_size(image_sizes[-1])
     else:
-        encoder, origin = _build_pretrained_encoder(recipe, image_sizes)
+        encoder, origin = _build_pretrained_encoder(recipe.vision, image_sizes)
         check_same_origin("vision", origins.get("vision"), origin, str(folder))
     if "language" in checkpoint_parts:
         config = read_language_config(folder / LANGUAGE_FOLDER)
@@ -107,7 +107,7 @@ def release_overrides(recipe: Recipe) -> ReleaseOverrides:
     """Return what `recipe` changes of a released model that it starts from."""
     return ReleaseOverrides(
         connector_name=recipe.connector["name"],
-        connector_options=recipe_connector_options(recipe),
+        connector_options=recipe_connector_options(recipe.connector),
         vision_layer=recipe.vision.layer,
         vision_norm=recipe.vision.norm,
         template_name=recipe.language.template,
@@ -115,16 +115,15 @@ def release_overrides(recipe: Recipe) -> ReleaseOverrides:
     )
 
 
-def recipe_connector_options(recipe: Recipe) -> dict[str, Any]:
-    """Return the options of the recipe's connector."""
-    return {key: value for key, value in recipe.connector.items() if key != "name"}
+def recipe_connector_options(connector: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options in a recipe's `connector`, which has its name, too."""
+    return {key: value for key, value in connector.items() if key != "name"}
 
 
 def _build_pretrained_encoder(
-    recipe: Recipe, image_sizes: Sequence[int]
+    vision: VisionEncoderConfig, image_sizes: Sequence[int]
 ) -> tuple[VisionEncoder, WeightOrigin]:
     """Return the encoder, resized to each size in order, and the origin of its weights."""
-    vision = recipe.vision
     encoder = build_vision_encoder(vision.name, vision.weights, vision.layer, vision.norm)
     origin = make_weight_origin(vision.weights, encoder.visual)
     for image_size in image_sizes:
@@ -132,12 +131,11 @@ def _build_pretrained_encoder(
     return encoder, origin
 
 
-def build_checkpoint_encoder(recipe: Recipe, folder: Path) -> VisionEncoder:
+def build_checkpoint_encoder(vision: VisionEncoderConfig, folder: Path) -> VisionEncoder:
     """Return the vision encoder of the checkpoint in `folder`; its weights are not loaded.
 
-    `recipe` is that of the checkpoint.
+    `vision` is that of the checkpoint's recipe.
     """
-    vision = recipe.vision
     if (folder / VISION_FOLDER / OPEN_CLIP_CONFIG).is_file():
         config = read_vision_config(folder / VISION_FOLDER)
         return build_encoder_from_config(config, vision.name, vision.layer, vision.norm)
@@ -154,7 +152,7 @@ def _assemble_vlm(
     return assemble_vlm(
         vision_encoder,
         registry.load_connector(recipe.connector["name"]),
-        recipe_connector_options(recipe),
+        recipe_connector_options(recipe.connector),
         language,
         tokenizer,
         CHAT_TEMPLATES[recipe.language.template],

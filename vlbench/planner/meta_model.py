@@ -64,7 +64,7 @@ def build_meta_vlm(recipe: Recipe, stage_name: str, depth: ModelDepth | None = N
             vlm = assemble_vlm(
                 encoder,
                 registry.load_connector(recipe.connector["name"]),
-                recipe_connector_options(recipe),
+                recipe_connector_options(recipe.connector),
                 build_random_language(config),
                 Tokenizer.load(
                     Path(recipe.language.weights).expanduser() if local else TINY_LANGUAGE_FOLDER

@@ -91,7 +91,10 @@ def _write_export(
         )
         write_tensors(tensors, folder)
         checkpoint_files.write_metadata(
-            vlm, folder, recipes.recipe_to_yaml(recipe), _training_position(source, recipe)
+            vlm,
+            folder,
+            recipes.recipe_to_yaml(recipe),
+            _training_position(source, list(recipe.stages)),
         )
 
 
@@ -101,12 +104,11 @@ def _is_yi_vl_release(source: Path) -> bool:
     )
 
 
-def _training_position(source: Path, recipe: Recipe) -> RunPosition:
+def _training_position(source: Path, stage_names: list[str]) -> RunPosition:
     """Return where a checkpoint stands; a released model stands before the last stage's end."""
     if checkpoint_files.is_run_or_checkpoint(source):
         return checkpoint_files.read_position(source)
-    names = list(recipe.stages)
-    return RunPosition(len(names) - 1, names[-1], 0)
+    return RunPosition(len(stage_names) - 1, stage_names[-1], 0)
 
 
 def _load_source_recipe(source: Path, vlm: LoadedVLM) -> Recipe:

@@ -112,7 +112,9 @@ def open_run(recipe: Recipe, held_locks: contextlib.ExitStack) -> RunFolder:
     Its lock is held by `held_locks`: no other process writes into it. A finished run needs none.
     """
     try:
-        folder = Path(recipe.run) if recipe.run else _make_next_run_folder(recipe)
+        folder = (
+            Path(recipe.run) if recipe.run else _make_next_run_folder(recipe.recipe, recipe.size)
+        )
     except OSError as error:
         raise _explain_folder_error(error, Path(NEW_RUNS_FOLDER)) from error
     run = RunFolder(folder)
@@ -143,10 +145,10 @@ def _explain_folder_error(error: OSError, folder: Path) -> Exception:
     return UserError(f"run={folder} cannot be written ({error.strerror})")
 
 
-def _make_next_run_folder(recipe: Recipe) -> Path:
+def _make_next_run_folder(recipe_name: str, size: str) -> Path:
     """Make the first unused `runs/<recipe>-<size>-<n>`, which no other process then gets."""
     for number in itertools.count(1):
-        folder = Path(NEW_RUNS_FOLDER, f"{Path(recipe.recipe).stem}-{recipe.size}-{number}")
+        folder = Path(NEW_RUNS_FOLDER, f"{Path(recipe_name).stem}-{size}-{number}")
         with contextlib.suppress(FileExistsError):
             folder.parent.mkdir(parents=True, exist_ok=True)
             folder.mkdir()

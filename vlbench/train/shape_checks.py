@@ -8,9 +8,10 @@ import torch
 from transformers import LlamaConfig
 
 from vlbench.config import recipe as recipes
-from vlbench.config.schema import Recipe, StageConfig
+from vlbench.config.schema import Recipe, StageConfig, VisionEncoderConfig
 from vlbench.connector import registry
 from vlbench.connector.base import Shapes
+from vlbench.data.image_processing import ImageTransform
 from vlbench.errors import UserError
 from vlbench.model import language_model, vision_encoder
 from vlbench.model.build_vlm import (
@@ -71,13 +72,23 @@ def _check_reference_shapes(recipe: Recipe, stage: StageConfig, files: list[Path
     name = recipe.connector["name"]
     with torch.device("meta"):
         connector = registry.load_connector(name)(
-            connector_shapes(encoder, language_config), **recipe_connector_options(recipe)
+            connector_shapes(encoder, language_config), **recipe_connector_options(recipe.connector)
         )
         connector.prepare_objective(stage.objective)
         file = files[0] if len(files) == 1 else files[0].parent
         load_reference_weights(
             connector, ReferenceWeights(files, on_meta=True), name, f"init={file}"
         )
+
+
+def image_transforms_by_stage(recipe: Recipe, stage_runs: list[StageRun]) -> list[ImageTransform]:
+    """Return what is done to an image before the vision encoder sees it, stage by stage."""
+    encoder, _ = meta_encoder_and_config(recipe)
+    transforms = []
+    for stage_run in stage_runs:
+        encoder.set_image_size(stage_run.stage.image_size)
+        transforms.append(encoder.transform)
+    return transforms
 
 
 def tokens_per_image_by_stage(recipe: Recipe, stage_runs: list[StageRun]) -> list[int]:
@@ -101,7 +112,9 @@ def tokens_per_image_by_stage(recipe: Recipe, stage_runs: list[StageRun]) -> lis
             shapes = connector_shapes(encoder, language_config)
             if shapes not in tokens_by_shapes:
                 with torch.device("meta"):
-                    connector = connector_class(shapes, **recipe_connector_options(recipe))
+                    connector = connector_class(
+                        shapes, **recipe_connector_options(recipe.connector)
+                    )
                     encoder.class_token = connector.class_token
                     if not tokens_by_shapes and encoder.class_token:  # not every encoder has one
                         encoder(torch.empty(1, 3, encoder.image_size, encoder.image_size))
@@ -135,7 +148,7 @@ def meta_encoder_and_config(recipe: Recipe) -> tuple[VisionEncoder, LlamaConfig]
             return _released_vision_encoder(folder / RELEASE_FOLDER), config
         with torch.device("meta"):
             return build_checkpoint_encoder(
-                recipes.load_recipe_file(folder / "recipe.yaml"), folder
+                recipes.load_recipe_file(folder / "recipe.yaml").vision, folder
             ), config
     if recipe.init and not source.is_file():
         folder = hub_download.fetch_hub_folder(
@@ -151,14 +164,14 @@ def meta_encoder_and_config(recipe: Recipe) -> tuple[VisionEncoder, LlamaConfig]
             ).language_config
     weights = recipe.language.weights
     if weights in ("embedded", "random"):
-        return _recipe_vision_encoder(recipe), named_language_config(recipe.language.name)
+        return _configured_encoder(recipe.vision), named_language_config(recipe.language.name)
     folder = hub_download.fetch_hub_folder(
         weights,
         "language.weights",
         hub_download.LANGUAGE_CONTENTS,
         patterns=hub_download.SMALL_FILE_PATTERNS,
     )
-    return _recipe_vision_encoder(recipe), read_language_config(folder)
+    return _configured_encoder(recipe.vision), read_language_config(folder)
 
 
 def _released_vision_encoder(folder: Path) -> VisionEncoder:
@@ -167,9 +180,8 @@ def _released_vision_encoder(folder: Path) -> VisionEncoder:
     return build_meta_encoder(spec, spec.vision_layer, False)
 
 
-def _recipe_vision_encoder(recipe: Recipe) -> VisionEncoder:
+def _configured_encoder(vision: VisionEncoderConfig) -> VisionEncoder:
     """Return the vision encoder of a recipe on the meta device."""
-    vision = recipe.vision
     with torch.device("meta"):
         return build_vision_encoder(
             vision.name, vision.weights, vision.layer, vision.norm, load_weights=False

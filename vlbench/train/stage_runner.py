@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -63,9 +64,9 @@ class StageRunner:
         """True if every process holds a shard of the model while it is trained."""
         return is_fsdp_sharded(self.trainer_config)
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
-        """The device that this process trains on."""
+        """The device that this process trains on; Lightning is asked for it once."""
         return root_device(self.trainer_config)
 
     def hold_frozen_bf16(self, vlm: VLM) -> FrozenBF16:

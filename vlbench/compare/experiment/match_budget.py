@@ -200,7 +200,7 @@ class RowCandidates:
         recipe = load_recipe(row, 0)
         self.row = row
         self.connector_name: str = recipe.connector["name"]
-        self.own_options = recipe_connector_options(recipe)
+        self.own_options = recipe_connector_options(recipe.connector)
         self._cost_counter, self._count_budget = cost_counter, BUDGET_COUNTS[budget_name]
         self._connector_class = registry.load_connector(self.connector_name)
         self._verified_options: set[str] = set()

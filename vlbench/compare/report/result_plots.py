@@ -118,7 +118,7 @@ def plot_differences(pairs: Sequence[RowPair], labels: Mapping[str, str]) -> Mar
         axes.plot([smallest], [y], "|", color="#D55E00", markersize=15)
     axes.axvline(0, color=MUTED_COLOR, linewidth=1)
     label_rows(axes, names)
-    axes.set_xlim(*widen_range(*axes.dataLim.intervalx, MIN_DIFFERENCE_SPAN))
+    axes.set_xlim(*widen_range(axes.dataLim.xmin, axes.dataLim.xmax, MIN_DIFFERENCE_SPAN))
     axes.set_xlabel("percentage points")
     return figure_to_svg(
         figure, "plot-differences", "Difference of each pair of rows with its 95 % interval"

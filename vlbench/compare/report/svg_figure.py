@@ -96,14 +96,15 @@ def _make_narrow(figure: Figure) -> None:
     width, height = figure.get_size_inches()
     panel_rows = len({axes.get_subplotspec().rowspan.start for axes in panels})  # type: ignore[union-attr]
     heights = []
-    for panel, place in zip(panels, figure.add_gridspec(len(panels), 1), strict=True):
+    grid = figure.add_gridspec(len(panels), 1)
+    for index, panel in enumerate(panels):
         labels = [label.get_text() for label in panel.get_yticklabels()]
         if isinstance(panel.yaxis.get_major_locator(), FixedLocator):
             narrow = [wrap_label(" ".join(label.split()), NARROW_LABEL) for label in labels]
             panel.set_yticks(panel.get_yticks(), narrow)
             height += max(0.0, labels_height(narrow) - labels_height(labels))
         panel.tick_params(axis="both", labelleft=True, labelbottom=True)
-        panel.set_subplotspec(place)
+        panel.set_subplotspec(grid[index])
         heights.append(height / panel_rows)
     figure.set_size_inches(min(width, NARROW_WIDTH), sum(heights))
 

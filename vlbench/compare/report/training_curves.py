@@ -114,8 +114,8 @@ def plot_losses(
 ) -> Markup | None:
     """Draw held-out losses (thick) and training losses (thin) of rows, a panel for each stage.
 
-    Stages without any are left out; None if there is no other. `row_names` are all rows of
-    the page: the index of a row gives its color and marker.
+    Stages without any are left out; None if there is no other. `row_names` are all rows of the
+    page: the index of a row gives its color and marker.
     """
     names = _stages_with(tables_by_row.values(), ["loss", "held_out_loss"])
     if not names:
