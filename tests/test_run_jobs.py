@@ -123,7 +123,7 @@ def test_slurm_gets_a_command_per_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["compare", "recipe=yivl_llava,yivl_qformer", "seeds=2", "run=my grid", "jobs=slurm"]
     assert main([*words, *SHORT]) == 0
-    assert "sbatch my grid/array.sh  # 4 runs" in capsys.readouterr().out
+    assert "sbatch 'my grid/array.sh'  # 4 runs" in capsys.readouterr().out
     commands = (tmp_path / "my grid/commands.txt").read_text().splitlines()
     assert len(commands) == 4
     assert shlex.split(commands[3])[3:5] == ["fit", "recipe=yivl_qformer"]
