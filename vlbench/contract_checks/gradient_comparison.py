@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,22 +24,30 @@ class StepGradients(NamedTuple):
     gradients: dict[str, Tensor]
 
 
-def step_loss(out: Any) -> Tensor:
+def language_loss(vlm: LoadedVLM, batch: PackedBatch) -> Tensor:
+    """Return the sum of the language loss over the supervised tokens of a batch."""
+    loss = vlm(batch).loss_sum
+    assert loss is not None  # the batch has labels
+    return loss
+
+
+def step_loss(vlm: LoadedVLM, batch: PackedBatch) -> Tensor:
     """Return the sum of the language loss and of the connector's own losses."""
-    total: Tensor = out.loss_sum + sum(value for value, _ in out.extra.values())
-    return total
+    out = vlm(batch)
+    assert out.loss_sum is not None  # the batch has labels
+    return sum((value for value, _ in out.extra.values()), start=out.loss_sum)
 
 
 def language_gradients(vlm: LoadedVLM, batches: Sequence[PackedBatch]) -> StepGradients:
     """Return the language loss per token over all batches, and its gradients."""
     vlm.model.zero_grad()
     tokens = sum(batch.supervised_token_count for batch in batches)
-    loss = 0.0
+    total = 0.0
     for batch in batches:
-        out = vlm(batch)
-        (out.loss_sum / tokens).backward()
-        loss += out.loss_sum.item() / tokens
-    return StepGradients(loss, _copy_gradients(vlm))
+        loss = language_loss(vlm, batch)
+        (loss / tokens).backward()
+        total += loss.item() / tokens
+    return StepGradients(total, _copy_gradients(vlm))
 
 
 def objective_gradients(vlm: LoadedVLM, rows: Sequence[Sequence[Sample]]) -> StepGradients:
@@ -49,9 +57,10 @@ def objective_gradients(vlm: LoadedVLM, rows: Sequence[Sequence[Sample]]) -> Ste
     vlm.model.zero_grad()
     total = 0.0
     for batch in add_contrast_pools(vlm.model, batches):
-        loss = sum(value for value, _ in vlm(batch).extra.values())
+        losses = [value for value, _ in vlm(batch).extra.values()]
+        loss = sum(losses[1:], start=losses[0])
         loss.backward()
-        total += float(loss)
+        total += loss.item()
     return StepGradients(total, _copy_gradients(vlm))
 
 

@@ -137,14 +137,18 @@ def make_double_batch(vlm: LoadedVLM, rows: Sequence[Sequence[Sample]]) -> Packe
 
 def extend_prompt(batch: PackedBatch, token: int) -> PackedBatch:
     """Return a prompt batch of one row with one more token."""
-    more = {
-        "input_ids": torch.tensor([[token]]),
-        "position_ids": batch.position_ids[:, -1:] + 1,
-        "sample_index": batch.sample_index[:, -1:],
-        "image_index": batch.image_index[:, -1:],
-    }
-    longer = {k: torch.cat([getattr(batch, k), v], dim=1) for k, v in more.items()}
-    return replace(batch, **longer, sample_lengths=[[sum(batch.sample_lengths[0]) + 1]])
+    return replace(
+        batch,
+        input_ids=torch.cat([batch.input_ids, torch.tensor([[token]])], dim=1),
+        position_ids=torch.cat([batch.position_ids, batch.position_ids[:, -1:] + 1], dim=1),
+        sample_index=_repeat_last(batch.sample_index),
+        image_index=_repeat_last(batch.image_index),
+        sample_lengths=[[sum(batch.sample_lengths[0]) + 1]],
+    )
+
+
+def _repeat_last(values: torch.Tensor) -> torch.Tensor:
+    return torch.cat([values, values[:, -1:]], dim=1)
 
 
 def open_gates(vlm: LoadedVLM) -> LoadedVLM:

@@ -17,7 +17,7 @@ def check_every_parameter_learns(vlm: LoadedVLM) -> None:
     """Every parameter of the connector has a gradient that is not zero."""
     vlm.model.zero_grad()
     rows = [[make_sample(1), make_sample(2, images=2)]]
-    step_loss(vlm(make_double_batch(vlm, rows))).backward()
+    step_loss(vlm, make_double_batch(vlm, rows)).backward()
     parameters = vlm.connector.named_parameters()
     still = [name for name, p in parameters if p.grad is None or not p.grad.any()]
     require_none(still, "no gradient for")
@@ -51,7 +51,7 @@ def check_objectives(vlm: LoadedVLM) -> None:
 def check_text_alone(vlm: LoadedVLM) -> None:
     """A batch without images gives every parameter a gradient, zero or not."""
     vlm.model.zero_grad()
-    step_loss(vlm(make_double_batch(vlm, [[make_sample(1, images=0)]]))).backward()
+    step_loss(vlm, make_double_batch(vlm, [[make_sample(1, images=0)]])).backward()
     missing = [name for name, p in vlm.connector.named_parameters() if p.grad is None]
     require_none(missing, "no gradient for")
 
