@@ -29,7 +29,7 @@ class Mine(Connector):
 RETURN = "return self.fc(features.mean(1)).unflatten(-1, (self.tokens, -1))"
 MISTAKES = {
     "kwargs": ("tokens: int = 2", "tokens: int = 2, **more", ["built"], "takes **more"),
-    "args": ("tokens: int = 2", "*more, tokens: int = 2", ["built"], "**more"),
+    "args": ("tokens: int = 2", "*more, tokens: int = 2", ["built"], "takes *more"),
     "tokens": ("self.tokens_per_image = tokens", "", ["shapes"], "[2, 2, 32]"),
     "rank": (RETURN, "return self.fc(features.mean(1))", ["shapes"], "[2, 64] for 2 images"),
     "nan": (RETURN, f"{RETURN} / 0 * 0", ["finite"], "128 of 128 numbers"),

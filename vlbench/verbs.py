@@ -13,6 +13,7 @@ from vlbench.command_line.arguments import (
     ChatArguments,
     CheckArguments,
     CompareArguments,
+    ConnectorTestArguments,
     EvalArguments,
     ExportArguments,
     ListArguments,
@@ -20,7 +21,6 @@ from vlbench.command_line.arguments import (
     PlanArguments,
     ReportArguments,
     ScoreArguments,
-    TestConnectorArguments,
 )
 from vlbench.command_line.parser import (
     VerbDeclaration,
@@ -165,7 +165,7 @@ def run_show(words: list[str]) -> int:
 
 def run_test_connector(words: list[str]) -> int:
     """Check a connector."""
-    arguments = parse_arguments(TestConnectorArguments, words)
+    arguments = parse_arguments(ConnectorTestArguments, words)
     from vlbench.contract_checks.contract_command import run_contract_command
 
     return run_contract_command(arguments)
@@ -279,6 +279,6 @@ VERBS = {
         "check that a connector keeps the contract, on a small random model",
         run_test_connector,
         "connectors/mine.py connector.heads=2",
-        TestConnectorArguments,
+        ConnectorTestArguments,
     ),
 }

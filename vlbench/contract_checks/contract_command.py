@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vlbench.command_line.arguments import TestConnectorArguments
+from vlbench.command_line.arguments import ConnectorTestArguments
 from vlbench.connector import registry
 from vlbench.contract_checks.contract_table import CONTRACT
 from vlbench.contract_checks.run_contract import CheckOutcome, run_contract, small_options
@@ -19,7 +19,7 @@ NOT_CHECKED = (
 )
 
 
-def run_contract_command(arguments: TestConnectorArguments) -> int:
+def run_contract_command(arguments: ConnectorTestArguments) -> int:
     """Print a line for each check; return 1 if any fails, else 0."""
     name, given = split_connector_words(arguments.words)
     options = ", ".join(f"{key}={value}" for key, value in {**small_options(name), **given}.items())
