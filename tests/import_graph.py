@@ -39,6 +39,7 @@ LAYERS = (
     ("planner", "check"),
     ("load_model",),
     ("evaluate",),
+    ("contract_checks",),
     ("compare", "serve", "fit_command"),
     ("listing",),
     ("verbs",),

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from random_vlm import make_batch, make_sample, open_gates, small_vlm
-from test_contract import pursued
 from test_vlm import assert_same
 
 from vlbench.config import recipe as recipes
 from vlbench.connector import registry
 from vlbench.connector.base import Shapes
+from vlbench.contract_checks.gradient_comparison import objective_gradients
 from vlbench.verbs import VERBS
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -125,7 +125,7 @@ def test_the_objective_of_a_connector_of_ones_own_does_not_depend_on_the_packing
     vlm = small_vlm(registry.load_connector("pairs")).to(torch.float64)
     vlm.model.set_objective("clip")
     samples = [make_sample(number, words=number) for number in range(1, 7)]
-    whole = pursued(vlm, [samples])
+    whole = objective_gradients(vlm, [samples])
     assert whole[0] > 6
     for rows in ([samples[:1], samples[:0:-1]], [*([one] for one in samples), [make_sample(9, 0)]]):
-        assert_same(whole, pursued(vlm, rows), 1e-9)
+        assert_same(whole, objective_gradients(vlm, rows), 1e-9)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 import vlbench
 from vlbench.connector import registry
 from vlbench.connector.base import Connector, Shapes
+from vlbench.contract_checks.gradient_comparison import find_differences, language_gradients
+from vlbench.contract_checks.small_model import extend_prompt
 from vlbench.errors import UserError
-from vlbench.model.loaded_vlm import LoadedVLM
 
 LlavaMLP = registry.load_connector("llava_mlp")
 
@@ -40,33 +41,9 @@ class Gated(Connector):
         return hidden + torch.tanh(self.gate[layer]) * seen
 
 
-def gradients(vlm: LoadedVLM, batches: list) -> tuple[float, dict[str, Tensor]]:
-    """Return the loss per token over all batches and the gradient of every parameter."""
-    vlm.model.zero_grad()
-    tokens = sum(batch.supervised_token_count for batch in batches)
-    loss = 0.0
-    for batch in batches:
-        out = vlm(batch)
-        (out.loss_sum / tokens).backward()
-        loss += out.loss_sum.item() / tokens
-    return loss, {n: p.grad.clone() for n, p in vlm.model.named_parameters() if p.grad is not None}
-
-
 def assert_same(ours: tuple, theirs: tuple, tolerance: float = 1e-5) -> None:
-    """Compare loss and gradients by max|a-b| / max|a| per tensor."""
-    assert abs(ours[0] - theirs[0]) <= tolerance * abs(ours[0])
-    assert ours[1].keys() == theirs[1].keys()
-    for name, grad in ours[1].items():
-        # the key third of a fused qkv bias has no gradient in truth: only rounding is left there
-        if name.endswith("in_proj_bias"):
-            width = len(grad) // 3
-            keep = torch.arange(len(grad)) // width != 1
-            grad, other = grad[keep], theirs[1][name][keep]
-        else:
-            other = theirs[1][name]
-        scale = grad.abs().max()
-        if scale > 1e-7:
-            assert (grad - other).abs().max() <= tolerance * scale, name
+    """Compare loss and gradients."""
+    assert find_differences(ours, theirs, tolerance) == []
 
 
 @pytest.mark.parametrize(("connector", "options"), [(LlavaMLP, {}), (Gated, {"gate": 0.5})])
@@ -83,7 +60,7 @@ def test_a_sample_does_not_notice_its_neighbours(connector: type, options: dict)
         vlm, kind = vlm.to(torch.float64), torch.float64
 
     def of(rows: list) -> tuple:
-        return gradients(vlm, [make_batch(vlm, part).to("cpu", kind) for part in rows])
+        return language_gradients(vlm, [make_batch(vlm, part).to("cpu", kind) for part in rows])
 
     alone = of([[[one]] for one in samples])
     for other in ([[samples]], [[samples[::-1]]], [[[one] for one in samples]]):
@@ -93,15 +70,17 @@ def test_a_sample_does_not_notice_its_neighbours(connector: type, options: dict)
 def test_four_micro_batches_equal_one_batch() -> None:
     vlm = small_vlm(LlavaMLP)
     samples = [make_sample(n, images=n % 3, words=1 + 3 * (n % 13)) for n in range(32)]
-    whole = gradients(vlm, [make_batch(vlm, [samples])])
-    parts = gradients(vlm, [make_batch(vlm, [samples[i : i + 8]]) for i in range(0, 32, 8)])
+    whole = language_gradients(vlm, [make_batch(vlm, [samples])])
+    parts = language_gradients(
+        vlm, [make_batch(vlm, [samples[i : i + 8]]) for i in range(0, 32, 8)]
+    )
     assert_same(whole, parts)
 
 
 @pytest.mark.parametrize(("connector", "options"), [(LlavaMLP, {}), (Gated, {"gate": 0.5})])
 def test_text_alone_still_gives_every_parameter_a_gradient(connector: type, options: dict) -> None:
     vlm = small_vlm(connector, options)
-    _, grads = gradients(vlm, [make_batch(vlm, [[make_sample(1, images=0)]])])
+    _, grads = language_gradients(vlm, [make_batch(vlm, [[make_sample(1, images=0)]])])
     missing = {n for n, _ in vlm.connector.named_parameters() if f"connector.{n}" not in grads}
     assert not missing
     used = {id(p) for p in vlm.vision.used_parameters()}
@@ -158,19 +137,7 @@ def test_cached_generation_equals_recomputation(connector: type, options: dict) 
         for token in expected:  # no cache: the whole prompt again for every token
             logits = vlm(batch).logits[0, -1, : vlm.tokenizer.vocab_size]
             assert int(logits.argmax()) == token
-            batch = grown(batch, token)
-
-
-def grown(batch: object, token: int) -> object:
-    """Return a prompt batch of one row with one more token."""
-    more = {
-        "input_ids": torch.tensor([[token]]),
-        "position_ids": batch.position_ids[:, -1:] + 1,
-        "sample_index": batch.sample_index[:, -1:],
-        "image_index": batch.image_index[:, -1:],
-    }
-    grown = {k: torch.cat([getattr(batch, k), v], dim=1) for k, v in more.items()}
-    return replace(batch, **grown, sample_lengths=[[sum(batch.sample_lengths[0]) + 1]])
+            batch = extend_prompt(batch, token)
 
 
 def test_a_resized_encoder_keeps_its_language_and_grows_its_places() -> None:

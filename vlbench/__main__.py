@@ -158,7 +158,8 @@ def dispatch_verb(argv: list[str]) -> int:
 
 def program_help() -> str:
     """Return the help of the whole program."""
-    verbs = [f"  {name:7} {verb.summary}" for name, verb in VERBS.items()]
+    width = max(map(len, VERBS))
+    verbs = [f"  {name:{width}} {verb.summary}" for name, verb in VERBS.items()]
     return "\n".join(
         [
             "usage: python -m vlbench VERB [KEY=VALUE ...]",

@@ -13,6 +13,7 @@ from vlbench.command_line.arguments import (
     ChatArguments,
     CheckArguments,
     CompareArguments,
+    ConnectorTestArguments,
     EvalArguments,
     ExportArguments,
     ListArguments,
@@ -162,6 +163,14 @@ def run_show(words: list[str]) -> int:
     return 0
 
 
+def run_test_connector(words: list[str]) -> int:
+    """Check a connector."""
+    arguments = parse_arguments(ConnectorTestArguments, words)
+    from vlbench.contract_checks.contract_command import run_contract_command
+
+    return run_contract_command(arguments)
+
+
 def run_list(words: list[str]) -> int:
     """Print what recipes can name."""
     arguments = parse_arguments(ListArguments, words)
@@ -265,5 +274,11 @@ VERBS = {
         run_list,
         "connectors size=6b",
         ListArguments,
+    ),
+    "test-connector": VerbEntry(
+        "check that a connector keeps the contract, on a small random model",
+        run_test_connector,
+        "connectors/mine.py connector.heads=2",
+        ConnectorTestArguments,
     ),
 }

@@ -344,3 +344,18 @@ class ListArguments:
     size: str | None = argument(
         "with `list connectors`: what each costs at this size", None, metavar="NAME"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectorTestArguments:
+    """`test-connector`: the contract, checked on one connector."""
+
+    verb: ClassVar[str] = "test-connector"
+
+    words: tuple[str, ...] = argument(
+        "a name that `list connectors` shows or a file that ends in .py; its options, where the "
+        "defaults are too large for a small model, are typed connector.OPTION=VALUE",
+        metavar="NAME|FILE",
+        is_path=True,
+        is_positional=True,
+    )

@@ -36,7 +36,10 @@ def options_of_class(cls: type) -> dict[str, ConnectorOption]:
     result: dict[str, ConnectorOption] = {}
     for name, parameter in list(inspect.signature(cls.__init__).parameters.items())[2:]:  # type: ignore[misc]
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
-            raise UserError(f"connector {cls.__name__} takes **{name}; its options must be named")
+            stars = "**" if parameter.kind == parameter.VAR_KEYWORD else "*"
+            raise UserError(
+                f"connector {cls.__name__} takes {stars}{name}; its options must be named"
+            )
         kind = supported_kind(hints.get(name)) if name in hints else infer_kind(parameter.default)
         result[name] = ConnectorOption(kind, parameter.default)
     return result

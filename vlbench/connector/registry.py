@@ -70,8 +70,22 @@ def connector_locations() -> dict[str, str]:
     }
 
 
+def connector_label(name: str) -> str:
+    """Return the short name of a connector that may be given as a file: `a/mine.py` is mine."""
+    return Path(name).stem if name.endswith(".py") else name
+
+
 def find_connector(name: str) -> ConnectorSource:
-    """Return the source of a connector; a UserError when there is none or more than one."""
+    """Return the source of a connector, its name or a file `.py`.
+
+    Raises:
+        UserError: when there is none, or more than one of that name.
+    """
+    if name.endswith(".py"):
+        file = Path(name).expanduser()
+        if not file.is_file():
+            raise UserError(f"connector '{name}' is no file")
+        return ConnectorSource(str(file), file, None)
     known = find_connectors()
     if name not in known:
         names = ", ".join(known) or "none"
@@ -87,7 +101,7 @@ def load_connector(name: str) -> type[Connector]:
     source = find_connector(name)
     if source.file is not None:
         with _LOADING_LOCK:
-            return _load_from_file(name, source.file)
+            return _load_from_file(connector_label(name), source.file)
     assert source.entry_point is not None
     try:
         cls = source.entry_point.load()

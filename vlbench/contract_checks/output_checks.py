@@ -1,0 +1,134 @@
+"""What the connector returns: shapes, numbers, sizes, attention, metrics, saved state."""
+
+from __future__ import annotations
+
+import torch
+
+from vlbench.connector import registry
+from vlbench.contract_checks.gradient_comparison import language_loss
+from vlbench.contract_checks.small_model import make_double_batch, make_sample
+from vlbench.contract_checks.violations import require
+from vlbench.model.connector_cost import count_connector_cost
+from vlbench.model.loaded_vlm import LoadedVLM
+from vlbench.strict_values import convert_value
+
+
+def check_shapes(vlm: LoadedVLM) -> None:
+    """Two images give two rows of the shape that the class declares."""
+    connector, width = vlm.connector, vlm.model.shapes.lm_width
+    visual = vlm.visual(make_double_batch(vlm, [[make_sample(1, images=2)]]))
+    require(
+        visual.dim() == 3 and len(visual) == 2,
+        f"forward gave {list(visual.shape)} for 2 images",
+    )
+    if connector.replaces_image_tokens:
+        connector.check_output(visual, 2, width)
+        return
+    embedding = getattr(connector, "image_embedding", None)
+    shape = None if embedding is None else list(embedding.shape)
+    require(shape == [width], f"image_embedding is {shape}, lm_width is {width}")
+    require(bool(connector.inject_layers), "it neither replaces image tokens nor injects")
+
+
+def check_finite(vlm: LoadedVLM) -> None:
+    """Visual tokens and the loss are finite numbers."""
+    batch = make_double_batch(vlm, [[make_sample(1, images=2)]])
+    visual = vlm.visual(batch)
+    wrong = int((~visual.isfinite()).sum())
+    require(not wrong, f"{wrong} of {visual.numel()} numbers that forward gave are NaN or infinite")
+    out = vlm(batch)
+    losses = {"language": out.loss_sum, **{name: value for name, (value, _) in out.extra.items()}}
+    bad = [name for name, value in losses.items() if value is None or not value.isfinite()]
+    require(not bad, f"NaN or infinite loss: {', '.join(bad)}")
+
+
+def check_determinism(vlm: LoadedVLM) -> None:
+    """The same images give the same, in training and evaluation, whatever the random state."""
+    batch = make_double_batch(vlm, [[make_sample(1, images=2)]])
+    for mode in ("training", "evaluation"):
+        vlm.train(mode == "training")
+        found = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            with torch.no_grad():
+                found.append((vlm.visual(batch), language_loss(vlm, batch)))
+        (visual, loss), (visual_again, loss_again) = found
+        require(
+            visual.equal(visual_again), f"forward gave two results for the same images in {mode}"
+        )
+        require(loss.equal(loss_again), f"the same samples gave two losses in {mode}")
+
+
+def check_image_use(vlm: LoadedVLM) -> None:
+    """Another image gives other visual tokens and another loss."""
+    batch = make_double_batch(vlm, [[make_sample(1, images=2)]])
+    with torch.no_grad():
+        visual, loss = vlm.visual(batch), language_loss(vlm, batch)
+        require(not visual[0].equal(visual[1]), "two different images gave the same visual tokens")
+        batch.pixels = batch.pixels.flip(0)
+        require(not loss.equal(language_loss(vlm, batch)), "the loss does not depend on the images")
+
+
+def check_size_options(vlm: LoadedVLM) -> None:
+    """`size_options` names options, with several values of their types."""
+    known = registry.connector_options(type(vlm.connector))
+    for option, values in vlm.connector.size_options.items():
+        require(option in known, f"size_options names '{option}'; options: {', '.join(known)}")
+        require(
+            len(set(values)) == len(values) > 1, f"values of {option} are not several, or twice"
+        )
+        for value in values:
+            fits = convert_value(value, known[option].kind) == value
+            require(fits, f"{value!r} of size_options is no value of {option}")
+
+
+def check_cost(vlm: LoadedVLM) -> None:
+    """Its cost is counted, and counting leaves the model as it was."""
+    trained = {name for name, p in vlm.model.named_parameters() if p.requires_grad}
+    cost = count_connector_cost(vlm.model)
+    parameters = sum(p.numel() for p in vlm.connector.parameters())
+    require(
+        cost.tokens == vlm.connector.tokens_per_image and cost.parameters == parameters,
+        f"counted {cost.parameters} parameters and {cost.tokens} tokens, it has {parameters} and "
+        f"{vlm.connector.tokens_per_image}",
+    )
+    require(cost.flops > 0 < cost.cache, "counted no work or no memory")
+    after = {name for name, p in vlm.model.named_parameters() if p.requires_grad}
+    require(after == trained, "counting changed which parameters are trained")
+
+
+def check_saved_state(vlm: LoadedVLM) -> None:
+    """A connector that was built anew, and loads the state dict, gives the same loss."""
+    batch = make_double_batch(vlm, [[make_sample(1), make_sample(2, images=2)]])
+    with torch.no_grad():
+        before, state = language_loss(vlm, batch), vlm.connector.state_dict()
+        torch.manual_seed(1)  # other random weights, and whatever else is drawn
+        connector = type(vlm.connector)(vlm.model.shapes, **vlm.model.connector_options)
+        connector.to(torch.float64).load_state_dict(state)
+        vlm.model.connector = connector
+        after = language_loss(vlm, batch)
+    require(after.equal(before), f"the loss was {before:.6g} and is {after:.6g}")
+
+
+def check_attention(vlm: LoadedVLM) -> None:
+    """Attention, if there is any, has a share for each patch; computing it changes nothing."""
+    batch = make_double_batch(vlm, [[make_sample(2, images=2)]])
+    features = vlm.features(batch).detach()
+    visual = vlm.connector(features)
+    shares = vlm.connector.patch_attention(features)
+    if shares is not None:
+        expected = (*visual.shape[:2], vlm.model.shapes.patches)
+        require(
+            shares.shape == expected,
+            f"patch_attention gave {list(shares.shape)}, not {list(expected)}",
+        )
+        sums = shares.sum(-1)
+        is_share = bool(shares.min() >= 0) and torch.allclose(sums, torch.ones_like(sums))
+        require(is_share, "a row of patch_attention is not shares with the sum 1")
+    require(vlm.connector(features).equal(visual), "forward gives another result after it")
+
+
+def check_metrics(vlm: LoadedVLM) -> None:
+    """Metrics are plain numbers."""
+    wrong = [name for name, value in vlm.connector.metrics().items() if type(value) is not float]
+    require(not wrong, f"no float: {', '.join(wrong)}")

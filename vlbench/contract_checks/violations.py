@@ -1,0 +1,23 @@
+"""How a check says that the contract is broken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+SHOWN_NAMES = 3
+
+
+class ContractViolation(AssertionError):
+    """What a check found, in one line."""
+
+
+def require(holds: bool, found: str) -> None:
+    """Raise a ContractViolation that says what was found, unless the condition holds."""
+    if not holds:
+        raise ContractViolation(found)
+
+
+def require_none(names: Sequence[str], found: str) -> None:
+    """Raise a ContractViolation that names what breaks the contract, if anything does."""
+    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    require(not names, f"{found} {', '.join(names[:SHOWN_NAMES])}{more}")
