@@ -17,8 +17,11 @@ from safetensors.torch import load_file
 
 from vlbench.__main__ import main
 from vlbench.config import recipe as recipes
-from vlbench.train import checkpoint_files
+from vlbench.config.recipe import load_recipe
+from vlbench.train import checkpoint_files, lightning_trainer
+from vlbench.train.lightning_trainer import build_trainer
 from vlbench.train.progress_logging import METRIC_COLUMNS, truncate_metrics
+from vlbench.train.stage_runner import StageRunner
 
 STEPS = {"align_224": 3, "align_448": 2, "chat": 4}
 SHORT = [
@@ -259,3 +262,16 @@ def test_checkpointing_changes_nothing_but_memory(whole: Path, tmp_path: Path) -
     ours, theirs = final_weights(whole), final_weights(run)
     for key, value in ours.items():
         assert torch.allclose(value, theirs[key], atol=1e-4), key
+
+
+def test_stage_runner_makes_one_trainer_to_learn_its_device(monkeypatch):
+    made = []
+
+    def counted_trainer(*args):
+        made.append(args)
+        return build_trainer(*args)
+
+    monkeypatch.setattr(lightning_trainer, "build_trainer", counted_trainer)
+    runner = StageRunner.from_recipe(load_recipe(["recipe=yivl_llava"]))
+    assert runner.device == runner.device
+    assert len(made) == 1
