@@ -40,7 +40,13 @@ def run_chat(arguments: ChatArguments) -> int:
     images = [image for name in arguments.image for _, image in resolve_images(name)]
     from vlbench.load_model import load_model  # it imports torch
 
-    vlm = load_model(arguments.model, arguments.dtype, arguments.device, arguments.template)
+    vlm = load_model(
+        arguments.model,
+        arguments.dtype,
+        arguments.device,
+        arguments.template,
+        arguments.trust_connector,
+    )
     options = {key: getattr(arguments, key) for key in GENERATION_KEYS}
     session = ChatSession(vlm, options, compiled=arguments.compiled)
     session.pending_images = images

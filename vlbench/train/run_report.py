@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from vlbench.config.schema import Recipe, StageConfig
+from vlbench.connector import registry
 from vlbench.distributed import collectives
 from vlbench.errors import EnvironmentFailure, UserError, one_line
 from vlbench.model.vlm import VLM
@@ -36,7 +37,7 @@ def show_run_start(
     strategy = recipe.trainer.strategy
     if strategy != "auto" and recipe.trainer.world_size == 1:
         print(f"trainer.strategy={strategy} changes nothing in one process: trainer.devices is 1")
-    connector = recipe.connector["name"]
+    connector = registry.connector_label(recipe.connector["name"])
     if recipe.init:
         print(f"begins with init={recipe.init}, connector {connector}")
     else:
