@@ -1,11 +1,14 @@
 """Tests run beside other work: threads that wait must not spin (see `vlbench.verbs.run_fit`)."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+# the hashes of the user's own connectors are not to be written into the real home
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="vlbench-state-")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each of several test processes
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

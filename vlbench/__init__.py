@@ -24,19 +24,20 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     template: str | None = None,
+    trust_connector: bool = False,
 ) -> LoadedVLM:
     """Load a run, a checkpoint or a released model (a folder or a hub id), ready to answer.
 
     The model that is returned has `prompt(messages)`, `prepare(messages)`, `features(batch)`,
     `visual(batch)`, `model(batch).logits`, `generate(batch)` and `chat(messages)`; messages are in
-    the Hugging Face chat format. `dtype`, `device` and `template`: see
+    the Hugging Face chat format. `dtype`, `device`, `template` and `trust_connector`: see
     `vlbench.load_model.load_model`.
     Several threads may use one model at once, and settings of the process stay as they are.
     """
     with preserve_process_settings():
         from vlbench.load_model import load_model as load_now  # here: it imports torch
 
-        return load_now(path, dtype, device, template)
+        return load_now(path, dtype, device, template, trust_connector)
 
 
 def fit(recipe: str | Path, **keys: Any) -> TrainedRun | None:

@@ -33,6 +33,7 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     template: str | None = None,
+    trust_connector: bool = False,
 ) -> LoadedVLM:
     """Return the model in a run, a checkpoint, or a released model, in evaluation mode.
 
@@ -43,13 +44,14 @@ def load_model(
         device: None is the GPU if there is one.
         template: A name of `data.chat_template.CHAT_TEMPLATES`. None: the one of the training, or
             of the released model's folder; a line on standard error names it if it is not Yi-VL's.
+        trust_connector: Run the code of a connector that came with a folder of somebody else.
     """
     check_template_name(template)
     device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     _check_usable_device(device)
     folder = find_model_folder(path, "model")
     kind = parse_dtype(dtype) or _default_dtype(folder, device)
-    return load_model_folder(folder, kind, device, template).eval()
+    return load_model_folder(folder, kind, device, template, trust_connector).eval()
 
 
 def find_model_folder(path: str | Path, key: str) -> Path:
@@ -63,15 +65,19 @@ def find_model_folder(path: str | Path, key: str) -> Path:
 
 
 def load_model_folder(
-    folder: Path, dtype: torch.dtype | None, device: str = "cpu", template: str | None = None
+    folder: Path,
+    dtype: torch.dtype | None,
+    device: str = "cpu",
+    template: str | None = None,
+    trust_connector: bool = False,
 ) -> LoadedVLM:
     """Return the model in a folder of `find_model_folder`; `dtype` None: as stored.
 
-    `template` replaces that of the folder.
+    `template` replaces that of the folder; `trust_connector` is explained at `load_model`.
     """
     if not checkpoint_files.is_run_or_checkpoint(folder):
         return load_release(folder, dtype, device, ReleaseOverrides(template_name=template))
-    recipe = recipes.load_recipe_file(folder / "recipe.yaml")
+    recipe = recipes.load_model_recipe(folder, trust_connector)
     if template:
         language = recipe.language.model_copy(update={"template": template})
         recipe = recipe.model_copy(update={"language": language})

@@ -20,6 +20,7 @@ MODEL_HELP = "a run, a checkpoint, or a released model (a folder or a hub id)"
 TEMPLATE_HELP = "chat template; by default the one that the model was trained with"
 DTYPE_HELP = "type of the weights; by default as stored, on a CPU float32 where that is small"
 DEVICE_HELP = "cpu, cuda, cuda:1, ...; by default the GPU if there is one"
+TRUST_HELP = "run the code of a connector that came with somebody else's folder"
 COMPILED_HELP = "compile the decoding step: for many or long answers on a GPU"
 
 
@@ -84,6 +85,7 @@ class EvalArguments:
     blank: bool = argument("ask again with blank images", False, metavar="true")
     batch: int = argument("questions answered at once", 16, metavar="N", low=1, high=4096)
     template: TemplateName | None = argument(TEMPLATE_HELP, None, metavar="NAME")
+    trust_connector: bool = argument(TRUST_HELP, False, metavar="true")
     dtype: DtypeName | None = argument(DTYPE_HELP, None, metavar="NAME")
     device: str | None = argument(DEVICE_HELP, None, metavar="NAME")
     compiled: bool = argument(COMPILED_HELP, False, metavar="true")
@@ -159,6 +161,7 @@ class ChatArguments:
     )
     seed: int = argument("of the sampling", 0, metavar="N", low=0, high=MAX_SEED)
     template: TemplateName | None = argument(TEMPLATE_HELP, None, metavar="NAME")
+    trust_connector: bool = argument(TRUST_HELP, False, metavar="true")
     dtype: DtypeName | None = argument(DTYPE_HELP, None, metavar="NAME")
     device: str | None = argument(DEVICE_HELP, None, metavar="NAME")
     compiled: bool = argument(
@@ -186,6 +189,7 @@ class ExportArguments:
     dtype: DtypeName | None = argument("type of the weights; by default as stored", None)
     merge_lora: bool = argument("merge LoRA adapters into the weights", False, metavar="true")
     template: TemplateName | None = argument(TEMPLATE_HELP, None, metavar="NAME")
+    trust_connector: bool = argument(TRUST_HELP, False, metavar="true")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,13 +20,13 @@ from yaml import YAMLError
 from vlbench.config.overrides import open_mappings, parse_overrides
 from vlbench.config.resolve import mapping_in, merge_layers, resolve_layers
 from vlbench.config.schema import Recipe, declared_keys
-from vlbench.connector import registry
+from vlbench.connector import kept_source, registry
 from vlbench.errors import UserError, suggest_name
 from vlbench.strict_values import StrictModel, format_value
 from vlbench.text_files import read_json, read_text, write_atomically
 from vlbench.version import __version__
 
-RESUMABLE_KEYS = ("trainer", "log", "run", "dry_run", "profile")
+RESUMABLE_KEYS = ("trainer", "log", "run", "dry_run", "profile", "trust_connector")
 """Keys that a run may change when it is resumed; so may `workers` of any data."""
 
 
@@ -49,10 +49,14 @@ def load_recipe(
 
 
 def load_recipe_file(path: str | Path) -> Recipe:
-    """Return the recipe that `save_recipe` wrote; an error names the version that wrote it."""
+    """Return the recipe that `save_recipe` wrote; an error names the version that wrote it.
+
+    The code of a connector that is not shipped is neither needed nor run: `load_model_recipe`.
+    """
     path = Path(path)
     try:
-        return resolve_layers([(str(path), read_yaml(path))], [])
+        is_kept = kept_source.has_kept_source(path.parent)
+        return resolve_layers([(str(path), read_yaml(path))], [], has_all_options=is_kept)
     except UserError as error:
         made = _version_of_run(path.parent)
         if made in ("", __version__):
@@ -60,6 +64,16 @@ def load_recipe_file(path: str | Path) -> Recipe:
         raise UserError(
             *error.lines, f"{path}: was written by vlbench {made}, and this is {__version__}"
         ) from error
+
+
+def load_model_recipe(folder: Path, trust_connector: bool) -> Recipe:
+    """Return the recipe of a checkpoint whose model is to be built, its connector found.
+
+    A connector that `./connectors` lacks, or has otherwise, is the one kept in the checkpoint.
+    """
+    recipe = load_recipe_file(folder / "recipe.yaml")
+    name = kept_source.locate_source(recipe.connector["name"], folder, trust_connector)
+    return recipe.model_copy(update={"connector": {**recipe.connector, "name": name}})
 
 
 def _version_of_run(folder: Path) -> str:
@@ -82,7 +96,10 @@ def recipe_to_yaml(recipe: Recipe) -> str:
 
 def to_plain(section: StrictModel) -> dict[str, Any]:
     """Return a recipe, or a part of one, as nested dicts and lists with the keys of YAML."""
-    return section.model_dump(mode="json", by_alias=True)
+    tree = section.model_dump(mode="json", by_alias=True)
+    if isinstance(section, Recipe):  # the file that a connector is loaded from is kept by the run
+        tree["connector"]["name"] = registry.connector_label(tree["connector"]["name"])
+    return tree
 
 
 def flatten_keys(tree: StrictModel | dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -187,12 +204,18 @@ def _base_layers(
     """Return the recipe's layer, its name in messages, and the size's layer for its stages."""
     copy = _saved_recipe_path(tree)
     if "recipe" not in tree and "size" not in tree and "run" in tree and copy.is_file():
-        return read_yaml(copy), str(copy), {}
+        saved = read_yaml(copy)
+        _use_kept_connector(saved, saved, copy.parent, tree, errors)
+        return saved, str(copy), {}
     base, name = _read_layer(tree.get("recipe"), "recipe", recipe_files(), errors)
     size, _ = _read_layer(tree.get("size", base.get("size", "tiny")), "size", size_files(), errors)
     for_connectors, encoders = (size.pop(key, None) or {} for key in ("connectors", "encoders"))
     written = merge_layers(base, tree)
     connector, encoder = (mapping_in(written, part).get("name") for part in ("connector", "vision"))
+    if written.get("init") and connector not in registry.find_connectors():
+        init = Path(str(written["init"])).expanduser()
+        holder = tree if "name" in mapping_in(tree, "connector") else base
+        _use_kept_connector(holder, written, init, tree, errors)
     if connector in for_connectors:  # options of that connector at this size
         size["connector"] = {"name": connector, **for_connectors[connector]}
     if encoder in encoders:  # a kind of vision encoder, such as eva: its model at this size
@@ -203,6 +226,26 @@ def _base_layers(
     known = {name: stages[name] for name in stages if name in mapping_in(base, "stages")}
     size = {**size, "stages": known} if known else {k: v for k, v in size.items() if k != "stages"}
     return base, name, size
+
+
+def _use_kept_connector(
+    layer: dict[str, Any],
+    written: dict[str, Any],
+    folder: Path,
+    typed: dict[str, Any],
+    errors: list[str],
+) -> None:
+    """Replace a connector's name in `layer` by the file kept in `folder`, where that is needed."""
+    name = mapping_in(written, "connector").get("name")
+    kept = folder / kept_source.KEPT_FOLDER / f"{name}.py"
+    if not (name and kept.is_file()):
+        return
+    trust = str(typed.get("trust_connector", written.get("trust_connector"))).lower() == "true"
+    try:
+        location = kept_source.locate_source(str(name), folder, trust)
+        layer["connector"] = {**layer["connector"], "name": location}
+    except UserError as error:
+        errors.append(str(error))
 
 
 def _saved_recipe_path(tree: dict[str, Any]) -> Path:

@@ -18,7 +18,10 @@ RecipeLayer = tuple[str, dict[str, Any]]
 
 
 def resolve_layers(
-    layers: Sequence[RecipeLayer], errors: list[str], stage_names: Sequence[str] = ()
+    layers: Sequence[RecipeLayer],
+    errors: list[str],
+    stage_names: Sequence[str] = (),
+    has_all_options: bool = False,
 ) -> Recipe:
     """Merge the layers, a later one wins, and check the whole.
 
@@ -27,12 +30,17 @@ def resolve_layers(
         errors: What is wrong so far. A recipe whose file is not there lacks everything, so that
             nothing is said of what is missing.
         stage_names: The stages that the recipe has; none: those of the merged layers.
+        has_all_options: Whether the connector's options were resolved when the recipe was saved:
+            its source is not looked at then.
     """
     is_complete = not errors
     merged: dict[str, Any] = {}
     for _, layer in layers:
         merged = merge_layers(merged, layer)
-    merged["connector"], option_errors = _resolve_connector(merged.get("connector"), is_complete)
+    option_errors: list[str] = []
+    if not has_all_options:
+        given = merged.get("connector")
+        merged["connector"], option_errors = _resolve_connector(given, is_complete)
     names = list(stage_names) or list(mapping_in(merged, "stages"))
     try:
         recipe = Recipe.model_validate(fill_stage_data(merged), context={"stage_names": names})

@@ -13,9 +13,11 @@ import sys
 import threading
 from pathlib import Path
 from traceback import walk_tb
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vlbench.connector.option_schema import ConnectorOption, options_in_file, options_of_class
+from vlbench.connector.source_files import is_kept_file, load_kept_module
 from vlbench.errors import EnvironmentFailure, UserError, one_line, suggest_name
 from vlbench.strict_values import convert_value
 from vlbench.text_files import read_text
@@ -180,7 +182,29 @@ def _has_same_text(source: ConnectorSource, file: Path) -> bool:
 
 
 def _load_from_file(name: str, file: Path) -> type[Connector]:
-    module_name = f"{__name__}.{name}"
+    try:
+        module = _kept_module(file) if is_kept_file(file) else _drop_in_module(name, file)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{file}{_line_suffix(error, file)}: {_typed_line(error)}") from error
+    module_name = module.__name__
+    own = [value for value in vars(module).values() if _is_connector(value)]
+    own = [cls for cls in own if cls.__module__ == module_name and not cls.__name__.startswith("_")]
+    own = list(dict.fromkeys(own))
+    if len(own) != 1:
+        names = ", ".join(cls.__name__ for cls in own) or "none"
+        raise UserError(f"{file} must define exactly one subclass of Connector, found {names}")
+    return own[0]  # type: ignore[no-any-return]
+
+
+def _kept_module(file: Path) -> ModuleType:
+    return load_kept_module(file, __name__, shipped_folder("connectors"))
+
+
+def _drop_in_module(name: str, file: Path) -> ModuleType:
+    """Run a file of `./connectors`, a shipped one, or one that was named, unless it has been."""
+    module_name = f"{__name__}.{connector_label(name)}"
     module = sys.modules.get(module_name)
     if module is None or module.__file__ != str(file):
         spec = importlib.util.spec_from_file_location(module_name, file)
@@ -189,16 +213,10 @@ def _load_from_file(name: str, file: Path) -> type[Connector]:
         sys.modules[module_name] = module  # before it runs: dataclasses and pickle look it up there
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except BaseException:
             del sys.modules[module_name]
-            raise UserError(f"{file}{_line_suffix(error, file)}: {_typed_line(error)}") from error
-    own = [value for value in vars(module).values() if _is_connector(value)]
-    own = [cls for cls in own if cls.__module__ == module_name and not cls.__name__.startswith("_")]
-    own = list(dict.fromkeys(own))
-    if len(own) != 1:
-        names = ", ".join(cls.__name__ for cls in own) or "none"
-        raise UserError(f"{file} must define exactly one subclass of Connector, found {names}")
-    return own[0]  # type: ignore[no-any-return]
+            raise
+    return module
 
 
 def _is_connector(value: object) -> bool:

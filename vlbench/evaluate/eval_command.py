@@ -74,7 +74,13 @@ def run_eval(arguments: EvalArguments) -> int:
         for name in names
     ]
     model_folder = find_model_folder(arguments.model, "model")
-    vlm = load_model(arguments.model, arguments.dtype, arguments.device, arguments.template)
+    vlm = load_model(
+        arguments.model,
+        arguments.dtype,
+        arguments.device,
+        arguments.template,
+        arguments.trust_connector,
+    )
     for task in tasks:
         model_settings = {"model": str(model_folder), **_chosen_settings(arguments)}
         folder = _answers_folder(task.folder_name, model_folder, arguments)

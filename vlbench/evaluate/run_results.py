@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlbench.config.schema import Recipe
+from vlbench.connector import registry
 from vlbench.data.image_folder import page_refusal
 from vlbench.data.shuffle import pick_fixed_subset
 from vlbench.evaluate.attention_diagnostics import diagnose_answers
@@ -70,7 +71,7 @@ def write_results(
         "tokens_per_second": mean_tokens_per_second(run.folder / "metrics.csv"),
         "recipe": recipe.recipe,
         "size": recipe.size,
-        "connector": recipe.connector["name"],
+        "connector": registry.connector_label(recipe.connector["name"]),
         "seed": recipe.seed,
         "commit": git_commit(),
         "budget": build_budget_card(recipe.stages, run, vlm.model),

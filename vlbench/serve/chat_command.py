@@ -41,7 +41,13 @@ def run_chat(arguments: ChatArguments) -> int:
     from vlbench.load_model import load_model  # it imports torch
     from vlbench.train.model_names import folder_model_names
 
-    vlm = load_model(arguments.model, arguments.dtype, arguments.device, arguments.template)
+    vlm = load_model(
+        arguments.model,
+        arguments.dtype,
+        arguments.device,
+        arguments.template,
+        arguments.trust_connector,
+    )
     options = {key: getattr(arguments, key) for key in GENERATION_KEYS}
     session = ChatSession(vlm, options, compiled=arguments.compiled)
     session.pending_images = images

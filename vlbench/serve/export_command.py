@@ -12,6 +12,7 @@ from vlbench.command_line.arguments import ExportArguments, ExportFormat
 from vlbench.config import recipe as recipes
 from vlbench.config.overrides import format_override
 from vlbench.config.schema import Recipe
+from vlbench.connector.kept_source import copy_kept_source
 from vlbench.errors import UserError, one_line
 from vlbench.load_model import find_model_folder, load_model_folder, parse_dtype
 from vlbench.model import lora_adapters
@@ -35,7 +36,9 @@ def run_export(arguments: ExportArguments) -> int:
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"out={to} is there already; name a new folder")
     source = find_model_folder(arguments.model, "model")
-    vlm = load_model_folder(source, None, template=arguments.template)
+    vlm = load_model_folder(
+        source, None, template=arguments.template, trust_connector=arguments.trust_connector
+    )
     _merge_or_refuse_lora(vlm, layout, arguments.merge_lora, source)
     recipe = _load_source_recipe(source, vlm)
     try:
@@ -96,6 +99,7 @@ def _write_export(
             recipes.recipe_to_yaml(recipe),
             _training_position(source, list(recipe.stages)),
         )
+        copy_kept_source(source, folder)
 
 
 def _is_yi_vl_release(source: Path) -> bool:

@@ -33,6 +33,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim import Optimizer
 
+from vlbench.connector.kept_source import copy_kept_source
 from vlbench.distributed import collectives
 from vlbench.errors import EnvironmentFailure, UserError, one_line
 from vlbench.model import lora_adapters
@@ -109,7 +110,7 @@ class CheckpointWriter:
             vlm: The model.
             parts: The parts whose weights are written.
             optimizer: Its state is written, if given.
-            recipe_file: The recipe of the run, which is copied.
+            recipe_file: The recipe of the run, which is copied, as the connector's source is.
         """
         self.final_path = folder / position.folder_name
         self.temp_path = folder / f".writing-{position.folder_name}"
@@ -137,6 +138,9 @@ class CheckpointWriter:
                     )
                 )
             write_metadata(vlm, self.temp_path, recipe_file.read_text(encoding="utf-8"), position)
+            collectives.call_on_rank_zero(
+                lambda: copy_kept_source(recipe_file.parent, self.temp_path)
+            )
 
     def _submit_write(self, write_call: Callable[[], None]) -> Future[None]:
         self._write_tasks.append(self._executor.submit(write_call))

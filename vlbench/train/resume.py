@@ -11,6 +11,7 @@ from torch import Tensor
 from vlbench.config import recipe as recipes
 from vlbench.config.overrides import format_override
 from vlbench.config.schema import LanguageModelConfig, Recipe, StageConfig
+from vlbench.connector import kept_source, registry
 from vlbench.errors import UserError
 from vlbench.model import lora_adapters
 from vlbench.model.build_vlm import build_checkpoint_vlm, build_vlm, release_overrides
@@ -131,7 +132,13 @@ def build_from_init(recipe: Recipe, stage: StageConfig, mmap_language: bool = Fa
     if checkpoint_files.is_run_or_checkpoint(Path(source)):
         folder = checkpoint_files.find_checkpoint(Path(source))
         init_recipe = recipes.load_recipe_file(folder / "recipe.yaml")
-        is_new_connector = init_recipe.connector["name"] != recipe.connector["name"]
+        own_name, name = (
+            registry.connector_label(each.connector["name"]) for each in (init_recipe, recipe)
+        )
+        is_new_connector = own_name != name
+        other_source = kept_source.describe_other_source(recipe.connector["name"], folder)
+        if other_source and not is_new_connector:
+            print(f"init {folder}: {other_source}; its weights go into the first one")
         recipe = _inherit_parts(init_recipe, recipe)
         try:
             vlm = load_checkpoint(
@@ -168,7 +175,11 @@ def build_from_init(recipe: Recipe, stage: StageConfig, mmap_language: bool = Fa
     print(
         f"init {folder}: vision encoder of {blocks} blocks, {vlm.vision.feature_width} wide; "
         f"language model of {config.num_hidden_layers} layers, {config.hidden_size} wide"
-        + (f"; connector {recipe.connector['name']} starts anew" if is_new_connector else "")
+        + (
+            f"; connector {registry.connector_label(recipe.connector['name'])} starts anew"
+            if is_new_connector
+            else ""
+        )
         + (f"; left out of its files: {unused_tensors}" if unused_tensors else "")
     )
     return vlm
@@ -198,7 +209,7 @@ def _build_with_reference(recipe: Recipe, stage: StageConfig, files: list[Path])
     """Return the recipe's model, its connector with the weights of a reference implementation."""
     vlm = build_vlm(recipe, stage.image_size, stage.objective)
     file = files[0] if len(files) == 1 else files[0].parent
-    name = recipe.connector["name"]
+    name = registry.connector_label(recipe.connector["name"])
     summary = load_reference_weights(vlm.connector, ReferenceWeights(files), name, f"init={file}")
     vlm.weight_origins["connector"] = make_weight_origin(str(recipe.init), vlm.connector)
     print(f"init {file}: weights of connector {name}: {summary}")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from vlbench.config import recipe as recipes
 from vlbench.config.schema import Recipe
+from vlbench.connector import kept_source
 from vlbench.errors import UserError
 from vlbench.file_lock import hold_folder
 from vlbench.model.weights.weight_origin import (
@@ -65,6 +66,7 @@ class RunFolder:
             self.versions_file,
             self.checkpoints_folder,
             self.quarantine_file,
+            self.folder / kept_source.KEPT_FOLDER,
         )
         has_checkpoints = self.checkpoints_folder.is_dir() and any(
             self.checkpoints_folder.iterdir()
@@ -131,6 +133,8 @@ def open_run(recipe: Recipe, held_locks: contextlib.ExitStack) -> RunFolder:
             shutil.rmtree(unfinished)
         if not run.recipe_file.is_file():
             write_atomically(run.versions_file, json.dumps(collect_versions(), indent=1))
+            if not kept_source.has_kept_source(folder):
+                kept_source.keep_source(recipe.connector["name"], folder)
             recipes.save_recipe(recipe, run.recipe_file)
     except OSError as error:
         raise _explain_folder_error(error, folder) from error
@@ -168,6 +172,13 @@ def _check_belongs(recipe: Recipe, run: RunFolder) -> None:
             f"run={run.folder} belongs to another recipe; it differs in {', '.join(changed)}. "
             "Name another run, or repeat the command that made this one"
         )
+    if not run.is_finished:
+        difference = kept_source.describe_other_source(recipe.connector["name"], run.folder)
+        if difference:
+            raise UserError(
+                f"run={run.folder} began with another connector: {difference}. Put the kept file "
+                "back to go on, or begin a new run"
+            )
 
 
 def collect_versions() -> dict[str, str]:

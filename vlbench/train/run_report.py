@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vlbench.config.recipe import load_recipe_file, stage_label
 from vlbench.config.schema import Recipe, StageConfig
+from vlbench.connector import registry
 from vlbench.distributed import collectives
 from vlbench.errors import EnvironmentFailure, UserError, one_line
 from vlbench.model.vlm import VLM
@@ -45,7 +46,7 @@ def show_run_start(
         print(f"begins with init={recipe.init}")
     elif names.has_miniature_language:
         print("size tiny: embedded miniatures, no network, no GPU. Real ones: size=6b, size=34b")
-    connector = recipe.connector["name"]
+    connector = registry.connector_label(recipe.connector["name"])
     print(f"vision {names.vision} -> connector {connector} -> language {names.language}")
     if has_foreign_data(recipe):
         print(
