@@ -381,8 +381,8 @@ def test_every_key_has_a_meaning_and_the_copy_has_every_key():
         line.split(":")[0] for line in recipe_to_yaml(llava()).splitlines() if line[0] not in " -"
     ]
     wanted = (
-        "recipe size seed run init only from precision activation_checkpointing dry_run profile "
-        "vision language connector data stages trainer log"
+        "recipe size seed run init only from precision activation_checkpointing dry_run "
+        "trust_connector profile vision language connector data stages trainer log"
     )
     assert top == wanted.split()
 
