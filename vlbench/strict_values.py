@@ -22,6 +22,7 @@ from vlbench.errors import suggest_name
 
 INTEGER_PATTERN = re.compile(r"[+-]?\d+")
 NUMBER_PATTERN = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+MAX_DIGITS = 100  # of a typed whole number; Python itself refuses more than 4,300
 NULL_WORDS = ("null", "none")
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 ALLOWED_WORDS = {
@@ -106,6 +107,8 @@ def _read_text(text: RawText, members: list[Any]) -> Any:
     if text in ("true", "false"):
         return text == "true"
     if INTEGER_PATTERN.fullmatch(text):
+        if len(text) > MAX_DIGITS:
+            raise ValueError(f"is a number of {len(text):,} digits; at most {MAX_DIGITS} are read")
         return int(text)
     if NUMBER_PATTERN.fullmatch(text):
         return float(text)
@@ -120,6 +123,8 @@ def parse_flow_yaml(text: str) -> Any:
         return _parse_node(yaml.compose(text, Loader=yaml.BaseLoader))
     except yaml.YAMLError as error:
         raise ValueError(f"cannot be read: '{text}' ({getattr(error, 'problem', error)})") from None
+    except RecursionError:
+        raise ValueError(f"is nested too deeply: '{text[:40]}...'") from None
 
 
 def _parse_node(node: Any) -> Any:

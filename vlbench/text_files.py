@@ -40,9 +40,10 @@ def read_text(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file."""
+    text = read_text(path)
     try:
-        value = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not JSON ({error})") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: is not a JSON object")

@@ -21,7 +21,7 @@ from vlbench.config.overrides import open_mappings, parse_overrides
 from vlbench.config.resolve import mapping_in, merge_layers, resolve_layers
 from vlbench.config.schema import Recipe, declared_keys
 from vlbench.connector import kept_source, registry
-from vlbench.errors import UserError, suggest_name
+from vlbench.errors import UserError, one_line, suggest_name
 from vlbench.strict_values import StrictModel, format_value
 from vlbench.text_files import read_json, read_text, write_atomically
 from vlbench.version import __version__
@@ -176,8 +176,8 @@ def size_files() -> dict[str, Path]:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file; a UserError names the file and, if known, the line."""
+    text = io.StringIO(read_text(path))
     try:
-        text = io.StringIO(read_text(path))
         tree = OmegaConf.to_container(OmegaConf.load(text), resolve=False)
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -185,6 +185,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}{line}: {getattr(error, 'problem', error)}") from error
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: its lists or mappings are nested too deeply") from error
+    except ValueError as error:  # a number of more than 4,300 digits
+        raise UserError(f"{path}: {one_line(error, max_lines=1)}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: is not a mapping of keys; a recipe is KEY: VALUE lines")
     return _with_text_keys(tree)

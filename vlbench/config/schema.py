@@ -34,6 +34,11 @@ PART_NAMES: tuple[str, ...] = get_args(PartName)
 EXCLUSIVE_KEYS = (("epochs", "steps"), ("train", "mix"), ("only", "from"))
 """Pairs of keys of one mapping of which one at most has a value."""
 MAX_IMAGE_SIZE = 4096  # pixels of a vision encoder's side; those in use have 224 to 1024
+MAX_COUNT = 1_000_000_000
+"""Largest number of steps, samples, tokens: three orders above what anybody trains with."""
+MAX_BATCH_SIZE = 1_000_000
+"""CLIP models are trained with up to 164,000."""
+MAX_DEVICES = 100_000
 STAGE_NAME_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
@@ -110,7 +115,9 @@ class LanguageModelConfig(RecipeSection):
     name: Literal["tiny", "yi-6b", "yi-34b"] = key("architecture, if not of `weights`", "tiny")
     weights: PathText = key("embedded (tiny only), random, a Llama folder or hub id", "embedded")
     template: TemplateName = key("chat template", "yi_vl")
-    max_length: int = key("most tokens of a conversation, image positions included", 4096, ge=16)
+    max_length: int = key(
+        "most tokens of a conversation, image positions included", 4096, ge=16, le=MAX_COUNT
+    )
 
     @model_validator(mode="after")
     def _check_weights(self) -> Self:
@@ -165,8 +172,8 @@ class DataConfig(RecipeSection):
     decode: Literal["exact", "draft"] = key(
         "large JPEGs: decoded as the reference does, or faster and less exactly", "exact"
     )
-    samples: int = key("scenes: images in an epoch", 10000, ge=1)
-    questions: int = key("scenes: questions per image, in one conversation", 3, ge=1)
+    samples: int = key("scenes: images in an epoch", 10000, ge=1, le=MAX_COUNT)
+    questions: int = key("scenes: questions per image, in one conversation", 3, ge=1, le=MAX_COUNT)
 
 
 class StageConfig(RecipeSection):
@@ -176,10 +183,14 @@ class StageConfig(RecipeSection):
     sample_format: SampleFormat = key("plain captions of images, or conversations")
     objective: str = key("language, or an objective that the connector offers", "language")
     train: TrainedParts = key("which parts are trained, and how")
-    global_batch_size: int = key("samples in an optimizer step, over all devices", ge=1)
-    max_tokens_per_row: int = key("most tokens in a packed row; less to save memory", 4096, ge=16)
-    epochs: float | None = key("passes over the data", None, ge=0)
-    steps: int | None = key("optimizer steps, instead of epochs", None, ge=0)
+    global_batch_size: int = key(
+        "samples in an optimizer step, over all devices", ge=1, le=MAX_BATCH_SIZE
+    )
+    max_tokens_per_row: int = key(
+        "most tokens in a packed row; less to save memory", 4096, ge=16, le=MAX_COUNT
+    )
+    epochs: float | None = key("passes over the data", None, ge=0, le=MAX_COUNT)
+    steps: int | None = key("optimizer steps, instead of epochs", None, ge=0, le=MAX_COUNT)
     warmup_ratio: float = key("share of steps in which the rate rises", 0.03, ge=0, le=1)
     schedule: Literal["cosine", "constant"] = key("learning rate after the warm-up", "cosine")
     grad_clip: float | None = key("largest norm of the gradient; null: no clipping", 1.0, gt=0)
@@ -213,13 +224,17 @@ class TrainerConfig(RecipeSection):
     strategy: Literal["auto", "ddp", "fsdp2"] = key(
         "several processes: ddp (replicas), fsdp2 (shards); auto: ddp", "auto"
     )
-    devices: int = key("processes on each machine, a GPU each", 1, ge=1)
-    num_nodes: int = key("machines", 1, ge=1)
+    devices: int = key("processes on each machine, a GPU each", 1, ge=1, le=MAX_DEVICES)
+    num_nodes: int = key("machines", 1, ge=1, le=MAX_DEVICES)
     compile: bool = key("compile decoder layers and encoder blocks; for long GPU runs", False)
     checkpoint_every: float = key("seconds; more where saving takes over 5 %", 60.0, gt=0)
-    keep_last_checkpoints: int = key("checkpoints that are kept, beside the best", 2, ge=1)
+    keep_last_checkpoints: int = key(
+        "checkpoints that are kept, beside the best", 2, ge=1, le=MAX_COUNT
+    )
     feature_cache: PathText | None = key("folder of features of frozen encoders", None)
-    max_nonfinite_steps: int = key("stop after this many NaN or infinite losses in a row", 5, ge=1)
+    max_nonfinite_steps: int = key(
+        "stop after this many NaN or infinite losses in a row", 5, ge=1, le=MAX_COUNT
+    )
     callbacks: tuple[str, ...] = key("Lightning callbacks, as [my_callbacks.Printer]", ())
 
     @property
@@ -231,11 +246,13 @@ class TrainerConfig(RecipeSection):
 class LoggingConfig(RecipeSection):
     """Logs and evaluations during training."""
 
-    every_n_steps: int = key("steps between lines of the log", 10, ge=1)
-    evaluate_every: int = key("steps between held-out evaluations", 200, ge=1)
+    every_n_steps: int = key("steps between lines of the log", 10, ge=1, le=MAX_COUNT)
+    evaluate_every: int = key("steps between held-out evaluations", 200, ge=1, le=MAX_COUNT)
     tensorboard: bool = key("write TensorBoard logs", True)
     wandb: str | None = key("project of Weights & Biases to log to", None)
-    questions: int | None = key("questions of a set asked at the end; null: all", None, ge=1)
+    questions: int | None = key(
+        "questions of a set asked at the end; null: all", None, ge=1, le=MAX_COUNT
+    )
     examples: int = key("images in examples.png", 12, ge=0, le=100)
 
 

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from braceexpand import braceexpand
 from PIL import Image
 
 from vlbench.data.conversation_record import IMAGE_KEYS, TURN_KEYS, sample_from_record
@@ -42,11 +41,13 @@ from vlbench.data.shard_index import (
     load_shard_index,
     load_shard_summary,
 )
+from vlbench.data.shard_patterns import expand_shard_pattern
 from vlbench.data.shard_sampler import ShardShuffle
 from vlbench.errors import BadSample, UserError
 from vlbench.regular_files import MAX_IMAGE_BYTES, format_bytes, open_regular
 
 SHARD_LIST_FILE = "shards.json"
+MAX_SHARD_SAMPLES = 1_000_000_000  # of one tar file: more is a slip in its list
 CACHED_INDEXES = 64  # indexes in memory: of about as many shards as are read alternately
 READ_TRIES = 3  # attempts to read a shard
 RETRY_SECONDS = 1.0  # between two attempts
@@ -136,7 +137,7 @@ class WebDatasetShards:
 
     def _list_matching_tars(self) -> tuple[list[str], list[int]]:
         """Return the tar files of a pattern and their numbers of samples; record their faults."""
-        tars, counts = _expand_pattern(self.name), []
+        tars, counts = expand_shard_pattern(self.name), []
         left_out: Counter[str] = Counter()
         for tar in tars:
             count, left_out_of_tar, fault = load_shard_summary(tar)
@@ -192,24 +193,12 @@ def _read_shard_list(location: str) -> tuple[list[str], list[int]] | None:
     return files, [shard["samples"] for shard in shards]
 
 
-def _expand_pattern(pattern: str) -> list[str]:
-    """Return the tar files of a pattern; a missing one is a UserError."""
-    try:
-        tars = list(braceexpand(pattern))
-    except ValueError:  # UnbalancedBracesError
-        reason = "unbalanced braces; expected dir/{000000..000123}.tar"
-        raise UserError(f"data {pattern}: {reason}") from None
-    missing = [tar for tar in tars if not file_exists(tar)]
-    if missing:
-        raise UserError(f"data {pattern}: there is no {missing[0]} ({len(missing)} are missing)")
-    return tars
-
-
 def _is_shard(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and isinstance(value.get("file"), str)
-        and value.get("samples", 0) > 0
+        and type(value.get("samples")) is int
+        and 0 < value["samples"] <= MAX_SHARD_SAMPLES
     )
 
 

@@ -12,6 +12,7 @@ from transformers.activations import ACT2FN
 
 from vlbench.compat.transformers_internals import llama_rotary_embedding, set_attention
 from vlbench.errors import UserError, one_line, suggest_name
+from vlbench.model.config_limits import check_config_number
 from vlbench.model.packed_attention import PACKED_ATTENTION
 from vlbench.model.weights import hub_download
 from vlbench.model.weights.hub_download import fetch_hub_folder
@@ -138,8 +139,7 @@ def read_language_config(folder: Path) -> LlamaConfig:
 def check_language_config(config: LlamaConfig, file: Path) -> LlamaConfig:
     """Return a configuration, read from `file`, of which a model can be built."""
     for key in POSITIVE_KEYS:
-        if getattr(config, key) < 1:
-            raise UserError(f"{file}: {key} is {getattr(config, key)}; it must be at least 1")
+        check_config_number(key, getattr(config, key), file)
     if config.hidden_act not in ACT2FN:
         close = suggest_name(config.hidden_act, ACT2FN)
         raise UserError(

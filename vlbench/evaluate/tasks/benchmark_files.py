@@ -199,7 +199,7 @@ def _read_jsonl_rows(file: Path, column_pattern: re.Pattern[str]) -> Iterator[di
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{file}: line {number} is not JSON ({error})") from error
         if not isinstance(row, dict):
             raise UserError(f"{file}: line {number} is no JSON object")

@@ -18,6 +18,7 @@ from transformers import CLIPVisionConfig
 
 from vlbench.compat.vision_internals import encoder_blocks, encoder_image_size
 from vlbench.errors import UserError, one_line
+from vlbench.model.config_limits import check_config_number
 from vlbench.model.vision_config import check_image_grid
 from vlbench.model.weights.quantized_weights import refuse_quantized_config
 from vlbench.model.weights.tensor_files import read_tensor_shapes, weight_files
@@ -123,11 +124,10 @@ def parse_vision_config(config: Mapping[str, Any], file: Path) -> dict[str, Any]
     inner = config.get("vision_config") or config
     try:
         parsed = CLIPVisionConfig(**{key: inner[key] for key in CLIP_CONFIG_KEYS if key in inner})
-        for key in CLIP_CONFIG_KEYS[:6]:
-            if type(getattr(parsed, key)) is not int or getattr(parsed, key) < 1:
-                raise ValueError(f"{key} is {getattr(parsed, key)}; it must be at least 1")
     except Exception as error:
         raise UserError(f"{file}: {one_line(error)}") from error
+    for key in CLIP_CONFIG_KEYS[:6]:
+        check_config_number(key, getattr(parsed, key), file)
     check_image_grid(parsed.image_size, parsed.patch_size, file)
     return {key: getattr(parsed, key) for key in CLIP_CONFIG_KEYS}
 

@@ -1,0 +1,109 @@
+"""Small inputs that would hang a command, fill the memory, or end in a trace: one line for each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from forked_command import run_command
+
+FIT = ["fit", "recipe=yivl_llava", "dry_run=true"]
+DEEP = 5_000  # brackets
+LONG = "9" * 5_001  # digits; Python converts 4,300
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{now}: &{now} [{', '.join([f'*{before}'] * 9)}]\n"
+    for before, now in zip("abcdefgh", "bcdefghi", strict=True)
+)
+TYPED = {
+    "steps": ("stages.chat.steps=1000000000000000000", "at most 1000000000"),
+    "batch": ("stages.chat.global_batch_size=1000000000000", "at most 1000000"),
+    "row": ("stages.chat.max_tokens_per_row=1000000000000", "at most 1000000000"),
+    "length": ("language.max_length=1000000000000", "at most 1000000000"),
+    "scenes": ("data.samples=1000000000000000", "at most 1000000000"),
+    "questions": ("data.questions=1000000000000", "at most 1000000000"),
+    "image": ("stages.chat.image_size=56000", "at most 4096"),
+    "nodes": ("trainer.num_nodes=1000000000", "at most 100000"),
+    "digits": (f"seed={LONG}", "5,001 digits"),
+    "negative digits": (f"stages.chat.steps=-{LONG}", "digits"),
+    "brackets": ("connector={a: " + "[" * DEEP, "connector"),
+    "braces": ("connector=" + "{a: " * DEEP, "connector"),
+    "pattern": ("data.train=x{0..99999999}.tar", "names 100,000,000 files"),
+    "patterns": ("data.train={0..9999}{0..9999}{0..9999}.tar", "at most 1,000,000"),
+    "lists": ("data.train=" + "{a,b}" * 40 + ".tar", "at most 1,000,000"),
+    "long range": (f"data.train=x{{0..{LONG}}}.tar", "at most 1,000,000"),
+}
+RECIPES = {
+    "digits": (f"seed: {LONG}\n", "digits"),
+    "brackets": ("seed: " + "[" * DEEP + "]" * DEEP + "\n", "nesting"),
+    "bomb": (BOMB, ""),
+    "zero byte": ("seed: \0\n", "no text"),
+    "python": ("seed: !!python/object/apply:os.system [touch ran]\n", "python/object"),
+}
+CONFIGS = {
+    "layers": ("num_hidden_layers", 10**7),
+    "width": ("hidden_size", 10**9),
+    "mlp": ("intermediate_size", 10**12),
+    "heads": ("num_attention_heads", 10**7),
+    "vocabulary": ("vocab_size", 10**11),
+    "none": ("num_hidden_layers", 0),
+    "negative": ("num_attention_heads", -1),
+}
+RECORDS = {
+    "digits": '[{"id": ' + LONG + "}]",
+    "brackets": "[" * DEEP + "]" * DEEP,
+    "objects": '{"a":' * DEEP + "1" + "}" * DEEP,
+}
+
+
+@pytest.mark.parametrize("name", TYPED)
+def test_a_typed_value(name: str, tmp_path: Path) -> None:
+    word, expected = TYPED[name]
+    line = run_command([*FIT, word], tmp_path).assert_one_line()
+    assert expected in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe(name: str, tmp_path: Path) -> None:
+    text, expected = RECIPES[name]
+    (tmp_path / "mine.yaml").write_text(text)
+    line = run_command(["show", "recipe=mine.yaml"], tmp_path).assert_one_line()
+    assert "mine.yaml" in line and expected in line
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_configuration_of_a_language_model(name: str, tmp_path: Path) -> None:
+    key, value = CONFIGS[name]
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    config |= {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    config |= {"num_attention_heads": 2, "vocab_size": 100, key: value}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    outcome = run_command([*FIT, "language.weights=model"], tmp_path)
+    line = outcome.assert_one_line()
+    assert key.removeprefix("num_").replace("_", " ") in line.replace("_", " ")
+
+
+@pytest.mark.parametrize("name", RECORDS)
+@pytest.mark.parametrize("file", ["data.json", "data.jsonl"])
+def test_records(name: str, file: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_text(RECORDS[name])
+    words = [*FIT, f"data.train={file}", "data.images=."]
+    assert file in run_command(words, tmp_path).assert_one_line()
+
+
+@pytest.mark.parametrize("samples", [10**15, -1, 0.5, "many", True, None])
+def test_a_list_of_shards(samples: object, tmp_path: Path) -> None:
+    shards = [{"file": "0.tar", "samples": samples}]
+    (tmp_path / "shards.json").write_text(json.dumps({"shards": shards}))
+    line = run_command([*FIT, "data.train=."], tmp_path).assert_one_line()
+    assert "shards.json" in line
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_answers(name: str, tmp_path: Path) -> None:
+    (tmp_path / "answers.json").write_text(RECORDS[name])
+    words = ["score", "task=mmmu", "answers=answers.json", "protocol=official"]
+    assert "answers.json" in run_command(words, tmp_path).assert_one_line()
