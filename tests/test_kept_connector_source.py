@@ -172,3 +172,26 @@ def test_a_stopped_run_does_not_go_on_with_an_edited_connector(
     assert "began with another connector" in capsys.readouterr().err
     write_connector(tmp_path, trained[1])
     assert main(["fit", *words]) == 0
+
+
+@pytest.mark.parametrize("words", [["chat", "model=run", "question=Hello"], ["fit", "run=run"]])
+def test_a_folder_can_neither_trust_itself_nor_name_a_file(words, elsewhere, trained, capsys):
+    """Its recipe is as foreign as its code."""
+    connector = Path("run/connector/mine.py").absolute()
+    for recipe in [elsewhere / "recipe.yaml", *elsewhere.glob("checkpoints/*/recipe.yaml")]:
+        text = recipe.read_text().replace("trust_connector: false", "trust_connector: true")
+        assert "trust_connector: true" in text
+        recipe.write_text(text)
+    assert main(words) != 0
+    assert "trust_connector=true" in capsys.readouterr().err
+    for recipe in [elsewhere / "recipe.yaml", *elsewhere.glob("checkpoints/*/recipe.yaml")]:
+        recipe.write_text(recipe.read_text().replace("name: mine", f"name: {connector}"))
+    shutil.copytree("run/connector", "evil")
+    for folder in [elsewhere, *elsewhere.glob("checkpoints/*")]:
+        shutil.rmtree(folder / "connector")
+    text = (elsewhere / "recipe.yaml").read_text()
+    (elsewhere / "recipe.yaml").write_text(text.replace(str(connector), "evil/mine.py"))
+    Path("evil/source.json").unlink()
+    assert main(words) != 0
+    assert main(["report", "run", "out=page.html"]) != 0
+    assert trained[1].read_text() == ""

@@ -56,7 +56,7 @@ def load_recipe_file(path: str | Path) -> Recipe:
     path = Path(path)
     try:
         is_kept = kept_source.has_kept_source(path.parent)
-        return resolve_layers([(str(path), read_yaml(path))], [], has_all_options=is_kept)
+        return resolve_layers([(str(path), _read_saved(path))], [], has_all_options=is_kept)
     except UserError as error:
         made = _version_of_run(path.parent)
         if made in ("", __version__):
@@ -208,7 +208,7 @@ def _base_layers(
     """Return the recipe's layer, its name in messages, and the size's layer for its stages."""
     copy = _saved_recipe_path(tree)
     if "recipe" not in tree and "size" not in tree and "run" in tree and copy.is_file():
-        saved = read_yaml(copy)
+        saved = _read_saved(copy)
         _use_kept_connector(saved, saved, copy.parent, tree, errors)
         return saved, str(copy), {}
     base, name = _read_layer(tree.get("recipe"), "recipe", recipe_files(), errors)
@@ -232,6 +232,18 @@ def _base_layers(
     return base, name, size
 
 
+def _read_saved(path: Path) -> dict[str, Any]:
+    """Return the recipe of a run or checkpoint, whose connector is a name and never a file.
+
+    A file named there could be anything that came with the folder, and would run unasked.
+    """
+    saved = read_yaml(path)
+    name = mapping_in(saved, "connector").get("name")
+    if name is not None:
+        saved["connector"]["name"] = registry.connector_label(str(name))
+    return saved
+
+
 def _use_kept_connector(
     layer: dict[str, Any],
     written: dict[str, Any],
@@ -239,12 +251,15 @@ def _use_kept_connector(
     typed: dict[str, Any],
     errors: list[str],
 ) -> None:
-    """Replace a connector's name in `layer` by the file kept in `folder`, where that is needed."""
+    """Replace a connector's name in `layer` by the file kept in `folder`, where that is needed.
+
+    Trust is typed: a recipe that came with the folder cannot give it to itself.
+    """
     name = mapping_in(written, "connector").get("name")
     kept = folder / kept_source.KEPT_FOLDER / f"{name}.py"
     if not (name and kept.is_file()):
         return
-    trust = str(typed.get("trust_connector", written.get("trust_connector"))).lower() == "true"
+    trust = typed.get("trust_connector") == "true"
     try:
         location = kept_source.locate_source(str(name), folder, trust)
         layer["connector"] = {**layer["connector"], "name": location}

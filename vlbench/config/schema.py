@@ -271,7 +271,7 @@ class Recipe(RecipeSection):
         "recompute nothing, what is cheap, or all; auto: what memory asks for", "none"
     )
     dry_run: bool = key("one step of every stage, longest batch first, then stop", False)
-    trust_connector: bool = key("run a connector's code that came with another's init=", False)
+    trust_connector: bool = key("run connector code of another's init= or run=; to be typed", False)
     profile: bool = key("write a profiler trace of some steps into the run", False)
     vision: VisionEncoderConfig = key("the vision encoder", VisionEncoderConfig())
     language: LanguageModelConfig = key("the language model", LanguageModelConfig())
