@@ -231,13 +231,13 @@ def test_an_empty_answer_is_said_and_not_kept(monkeypatch, capsys):
     assert "Hello" not in said.out
 
 
-@pytest.mark.parametrize("words", [["question=Hello"], []])
+@pytest.mark.parametrize("words", [["question=Hello", f"image={WIDE}"], []])
 def test_trouble_of_the_model_is_one_line_and_exit_1(words, monkeypatch, capsys):
     def chat(self, messages, **options):
         raise EnvironmentFailure("the logits are not finite")
 
     monkeypatch.setattr(LoadedVLM, "chat", chat)
-    assert talk(["Hello", "never"], monkeypatch, *words) == 1
+    assert talk([f"/image {WIDE}", "Hello", "never"], monkeypatch, *words) == 1
     assert capsys.readouterr().err.splitlines() == ["vlbench: the logits are not finite"]
 
 
@@ -254,6 +254,8 @@ def test_where_the_context_is_full_reset_is_named(monkeypatch, capsys):
     words = ["max_new_tokens=400"]
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nAgain?\n/reset\nHello\n"))
     assert main(["chat", f"model={CHECKPOINT}", *words]) == 0
-    said = capsys.readouterr().err.splitlines()
+    lines = capsys.readouterr().err.splitlines()
+    said = [line for line in lines if "there is no image in this conversation" not in line]
+    assert len(lines) - len(said) == 2  # once for each conversation: /reset begins the second
     assert [line.count("/reset") for line in said] == [1, 1, 1]
     assert "all 120 tokens" in said[0] and "the language model reads fewer than 120" in said[1]
