@@ -80,5 +80,6 @@ def test_chat_says_it_in_one_line(words, tmp_path: Path, capsys):
         state = load_file(file)
         save_file({k: v.fill_(float("nan")) if "norm" in k else v for k, v in state.items()}, file)
     assert main(["chat", f"model={tmp_path / 'model'}", "question=Hi", *words]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
+    no_image, line = capsys.readouterr().err.splitlines()
+    assert no_image.startswith("vlbench: there is no image in this conversation")
     assert line.startswith("vlbench: the model's logits are not finite: its weight ")
