@@ -79,11 +79,17 @@ class Population:
     """All questions and seeds of a cell; `draw` takes a sample of them."""
 
     def __init__(self, cell: Cell, difference: float = 0.0):
-        """Give row 0 half of the difference more than the accuracy, and row 1 half less."""
+        """Let the first two rows differ, around the accuracy of the others.
+
+        Each has half of the difference, but the one that would come nearer to 0 or 1 than half of
+        the way has less of it.
+        """
         self.cell, self.effects = cell, effects_of(cell.kind)
         self.true = np.full(cell.rows, cell.accuracy)
-        self.true[0] += difference / 2
-        self.true[1] -= difference / 2
+        half = min(difference / 2, min(cell.accuracy, 1 - cell.accuracy) / 2)
+        up = half if cell.accuracy > 0.5 else difference - half
+        self.true[0] += up
+        self.true[1] -= difference - up
         self.sds = np.full(cell.rows, cell.seed_sd)
         if cell.kind == "noisy":
             self.sds[-1] *= 3

@@ -1,26 +1,29 @@
 """Is one connector better than another? Paired differences over seeds and questions.
 
-Every arm answers the same questions with several seeds. The difference of two arms, per seed and
-question, has three variance components: seeds (another run gives another model), questions (another
-set asks something else) and a residual. An interval that leaves one out is too narrow; one that
-resamples three seeds is wrong in an unknown direction.
+Every row answers the same questions with several seeds. A difference of two rows has three variance
+components: seeds (another run gives another model), questions (another set asks something else; the
+unit is the picture, `question_clusters`) and a residual. An interval that leaves one out is too
+narrow; one that resamples three seeds is wrong in an unknown direction. What is promised here is
+held against a simulation that shares no code with it: benchmarks/simulate_comparison.py.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-CONFIDENCE_LEVEL = 0.95  # of intervals
-STATISTICAL_POWER = 0.8  # probability of finding the smallest detectable difference
-VARIANCE_INFLATION = 0.2  # relative, divided by the seeds' degrees of freedom: `paired_difference`
+from vlbench.compare.report import proportion_interval
+from vlbench.compare.report.detectable_difference import PairUncertainty, smallest_detectable
+from vlbench.compare.report.question_clusters import CorrectMatrix, cluster_values, sum_clusters
+from vlbench.compare.report.seed_variance import SeedVariances, UncertainVariance
 
-CorrectMatrix = NDArray[np.float64]
-"""`[seeds, questions]`, 1 where the answer is right and 0 where it is wrong."""
+CONFIDENCE_LEVEL = 0.95  # of intervals
 
 
 @dataclass(frozen=True)
@@ -33,114 +36,144 @@ class PairedDifference:
     interval_high: float
     p_value: float
     """Two-sided, of the null hypothesis that there is no difference."""
-    standard_error: float
-    """Standard error of `mean`."""
-    degrees_of_freedom: float
-    """Satterthwaite's, but at most those of the seeds."""
-    smallest_detectable: float
-    """Smallest difference that this design finds with probability `STATISTICAL_POWER`."""
     seed_count: int
-    question_count: int
+    uncertainty: PairUncertainty
+
+    @cached_property
+    def smallest_detectable(self) -> float:
+        """Smallest difference that this design, with all of its pairs, finds in 80 of 100 times."""
+        return smallest_detectable(self.uncertainty)
 
     def describe_difference(self, first_name: str, second_name: str) -> str:
-        """Return a sentence on the difference of two named arms, in points (hundredths)."""
+        """Return a sentence on the difference of two named rows, in points (hundredths).
+
+        With one seed it is one about two runs: nothing is known of the rows.
+        """
         size = f"{abs(100 * self.mean):.1f} points"
         low, high = sorted((100 * self.interval_low, 100 * self.interval_high))
         if self.mean < 0:
             low, high = -high, -low
         word = "below" if self.mean < 0 else "above"
+        if self.seed_count == 1:
+            first_name, second_name = (f"this run of {name}" for name in (first_name, second_name))
         interval = f"95 % interval {low:.1f} to {high:.1f}"
-        seeds = f"{self.seed_count} seed{'s' if self.seed_count > 1 else ''}"
+        seeds = f"{self.seed_count} seeds" if self.seed_count > 1 else "1 seed"
         excludes_zero = self.interval_low > 0 or self.interval_high < 0
         caution = "" if excludes_zero else "; this may be chance"
         return f"{first_name} is {size} {word} {second_name} ({interval}; {seeds}{caution})"
 
 
-def paired_difference(first: CorrectMatrix, second: CorrectMatrix) -> PairedDifference:
-    """Return how much better `first` is than `second`, with the same seeds and questions.
+class RowStatistics:
+    """Accuracies of the rows of a comparison and their differences, with intervals."""
 
-    The variance of the mean is made of the components of seeds, questions and residual in a two-way
-    layout with one value per cell. A single seed tells nothing about the variance of seeds: the
-    interval then covers questions alone.
+    def __init__(self, correct: NDArray[np.float64], clusters: NDArray[np.int64] | None = None):
+        """Take answers `[rows, seeds, questions]`, 1 where right and 0 where wrong.
 
-    Satterthwaite's degrees of freedom are large just where the seeds agree by chance, so they are
-    bounded by those of the seeds. The effect of seeds on accuracy, where it is large, has a flatter
-    distribution than the normal, for which the tails of t are slightly short;
-    `VARIANCE_INFLATION` corrects for it. Both were found by simulation
-    (tests/test_paired_statistics.py): without them 6 to 8 of 100 families of equal arms gave a
-    false positive at 3 seeds.
+        `clusters` are numbers of what questions have in common, `[questions]`
+        (`question_clusters.number_clusters`); without them every question is a cluster. Rows with
+        the same seed are taken as independent; if seeds act on all rows alike, intervals of
+        differences are too wide rather than too narrow.
+        """
+        self.correct = np.asarray(correct, float)
+        self.row_count, self.seed_count, self.question_count = self.correct.shape
+        if clusters is None:
+            clusters = np.arange(self.question_count)
+        self.clusters = clusters
+        self.cluster_count = int(clusters.max()) + 1
+        self.accuracies = self.correct.mean(axis=(1, 2))
+        values = cluster_values(self.correct, clusters)
+        self._between, self._noise = _mean_products(values)
+        self._one_answer = 1 / (self.cluster_count * self.question_count)
+        """Variance of a mean that moves in steps of one answer, and is known to one at best: what
+        adding half an answer to each cell of a paired table does (Agresti and Min 2005,
+        doi:10.1002/sim.1781)."""
 
-    A seed's accuracy moves in steps of one answer, so it is known to one step at best: the variance
-    of the mean is at least (1 / questions)^2 / seeds. Without this bound, seeds whose sums agree by
-    accident, on different questions, would leave no variance at all: of four equal arms at 2 seeds
-    and 20 questions, 22 to 34 of 100 families gave a false positive. Arms that gave the same
-    answers to everything have no error.
+    @cached_property
+    def _seed_variances(self) -> SeedVariances:
+        by_seed = self.correct.mean(axis=2)
+        return SeedVariances(
+            between_seeds=by_seed.var(axis=1, ddof=1) * self.cluster_count,
+            noise=np.maximum(np.diag(self._noise), 1 / self.question_count),
+            seed_count=self.seed_count,
+            cluster_count=self.cluster_count,
+        )
+
+    def _variance_of_mean(self, signs: NDArray[np.float64], extra: float) -> UncertainVariance:
+        """Return the variance of a row's accuracy, or of a difference, by its `signs` `[rows]`."""
+        clusters_known = max(1, self.cluster_count - 1)
+        between = float(signs @ self._between @ signs)
+        if self.seed_count == 1:
+            return UncertainVariance(between / self.cluster_count + extra, clusters_known)
+        cells = self.seed_count * self.cluster_count
+        # the expectation of the mean square of clusters has that of the residual in it
+        known = max(0.0, between - float(signs @ self._noise @ signs)) / cells + extra
+        rows = np.flatnonzero(signs).tolist()
+        found = self._seed_variances.variance_of_sum(rows, known)
+        known += float(self._seed_variances.noise[rows].sum()) / cells
+        share = min(1.0, known / found.variance)
+        degrees = 1 / (1 / found.degrees_of_freedom + share**2 / clusters_known)
+        return UncertainVariance(found.variance, max(1.0, degrees))
+
+    def accuracy_interval(self, row: int) -> tuple[float, float, float]:
+        """Return a row's accuracy and the ends of its 95 % interval: Wilson's, for its variance."""
+        accuracy = float(self.accuracies[row])
+        found = self._variance_of_mean(np.eye(self.row_count)[row], 0.0)
+        rarer = self.correct[row] if accuracy <= 0.5 else 1 - self.correct[row]
+        minority = int((sum_clusters(rarer.sum(axis=0), self.clusters) > 0).sum())
+        count = proportion_interval.worth_of_answers(
+            accuracy,
+            found.variance,
+            self.seed_count * self.question_count,
+            self.cluster_count,
+            minority,
+        )
+        quantile = float(stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, found.degrees_of_freedom))
+        return accuracy, *proportion_interval.wilson_interval(accuracy, count, quantile)
+
+    def difference(self, first: int, second: int) -> PairedDifference:
+        """Return how much better one row is than another.
+
+        Where few clusters differ at all, p is at least that of the exact sign test.
+        """
+        signs = np.eye(self.row_count)[first] - np.eye(self.row_count)[second]
+        mean = float(self.accuracies[first] - self.accuracies[second])
+        found = self._variance_of_mean(signs, self._one_answer)
+        error, degrees = math.sqrt(found.variance), found.degrees_of_freedom
+        quantile = float(stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, degrees))
+        p_value = float(2 * stats.t.sf(abs(mean) / error, degrees))
+        wins = (self.correct[first] - self.correct[second]).sum(axis=0)
+        wins = sum_clusters(wins, self.clusters)
+        if proportion_interval.discordant_count(wins) < proportion_interval.FEW_DISCORDANT:
+            p_value = max(p_value, proportion_interval.sign_test(wins))
+        return PairedDifference(
+            mean=mean,
+            interval_low=max(-1.0, mean - quantile * error),
+            interval_high=min(1.0, mean + quantile * error),
+            p_value=p_value,
+            seed_count=self.seed_count,
+            uncertainty=PairUncertainty(
+                standard_error=error,
+                degrees_of_freedom=degrees,
+                accuracy=float(self.accuracies[[first, second]].mean()),
+                pair_count=max(1, self.row_count * (self.row_count - 1) // 2),
+                cluster_count=self.cluster_count,
+            ),
+        )
+
+
+def _mean_products(values: NDArray[np.float64]) -> tuple[CorrectMatrix, CorrectMatrix]:
+    """Return mean products between clusters and of the residual, each `[rows, rows]`.
+
+    They are the mean squares of a two-way layout seeds x clusters, of rows and of any difference of
+    rows: signs x matrix x signs. `values` is `[rows, seeds, clusters]`.
     """
-    cells = np.asarray(first, float) - np.asarray(second, float)
-    if not cells.any():
-        return PairedDifference(0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0, *cells.shape)
-    return _estimate_difference(cells)
-
-
-def _estimate_difference(cells: CorrectMatrix) -> PairedDifference:
-    """Return the mean of `cells` `[seeds, questions]` and its uncertainty: `paired_difference`."""
-    seeds, questions = cells.shape
-    mean = float(cells.mean())
-    parts = mean_squares(cells)
-    # E[between seeds] = residual + questions x variance of seeds, and likewise for questions: their
-    # sum less the residual is proportional to the variance of the mean. A negative estimate of a
-    # component is noise, and the component is left out.
-    terms = [(parts.seeds, seeds - 1), (parts.questions, questions - 1)]
-    if seeds == 1 or parts.seeds <= parts.residual < parts.questions:
-        terms = terms[1:]
-    elif parts.questions <= parts.residual:
-        terms = terms[:1]
-    else:
-        terms += [(-parts.residual, (seeds - 1) * (questions - 1))]
-    total = sum(value for value, _ in terms)
-    degrees = float(max(1, questions - 1))
-    if total > 0:
-        degrees = total**2 / sum(value**2 / count for value, count in terms if value)
-    total = max(total, 1 / questions)  # cells.size x the variance of one answer per seed
-    if seeds > 1:
-        degrees, total = min(degrees, seeds - 1), total * (1 + VARIANCE_INFLATION / (seeds - 1))
-    error = float(np.sqrt(total / cells.size))
-    quantile = float(stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, degrees))
-    return PairedDifference(
-        mean=mean,
-        interval_low=max(-1.0, mean - quantile * error),  # a difference of shares is at most 1
-        interval_high=min(1.0, mean + quantile * error),
-        p_value=float(2 * stats.t.sf(abs(mean) / error, degrees)),
-        standard_error=error,
-        degrees_of_freedom=float(degrees),
-        smallest_detectable=min(
-            1.0, (quantile + float(stats.t.ppf(STATISTICAL_POWER, degrees))) * error
-        ),
-        seed_count=seeds,
-        question_count=questions,
-    )
-
-
-@dataclass(frozen=True)
-class MeanSquares:
-    """Mean squares of a two-way layout with one value per cell."""
-
-    seeds: float
-    questions: float
-    residual: float
-
-
-def mean_squares(cells: CorrectMatrix) -> MeanSquares:
-    """Return the mean squares between seeds, between questions, and of the residual."""
-    seeds, questions = cells.shape
-    mean = cells.mean()
-    by_seed, by_question = cells.mean(axis=1), cells.mean(axis=0)
-    residual = cells - by_seed[:, None] - by_question[None, :] + mean
-    return MeanSquares(
-        seeds=float(questions * ((by_seed - mean) ** 2).sum() / max(1, seeds - 1)),
-        questions=float(seeds * ((by_question - mean) ** 2).sum() / max(1, questions - 1)),
-        residual=float((residual**2).sum() / max(1, (seeds - 1) * (questions - 1))),
-    )
+    rows, seeds, clusters = values.shape
+    by_cluster = values.mean(axis=1)
+    of_cluster = by_cluster - by_cluster.mean(axis=1, keepdims=True)
+    between = seeds * of_cluster @ of_cluster.T / max(1, clusters - 1)
+    residual = values - values.mean(axis=2, keepdims=True) - of_cluster[:, None]
+    flat = residual.reshape(rows, seeds * clusters)
+    return between, flat @ flat.T / max(1, (seeds - 1) * (clusters - 1))
 
 
 def holm_correction(p_values: Sequence[float]) -> list[float]:
@@ -151,28 +184,3 @@ def holm_correction(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
         corrected[index] = largest
     return corrected
-
-
-def bootstrap_interval(
-    first: CorrectMatrix, second: CorrectMatrix, draws: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """Return a 95 % bootstrap interval over seeds and questions, as a cross-check.
-
-    With three seeds it covers the truth in 73 to 99 of 100 cases, depending on the variance of
-    seeds.
-    """
-    cells = np.asarray(first, float) - np.asarray(second, float)
-    rng = np.random.default_rng(seed)
-    means = np.empty(draws)
-    for draw in range(draws):
-        rows = rng.integers(0, cells.shape[0], cells.shape[0])
-        columns = rng.integers(0, cells.shape[1], cells.shape[1])
-        means[draw] = cells[np.ix_(rows, columns)].mean()
-    low, high = np.quantile(means, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2])
-    return float(low), float(high)
-
-
-def accuracy_interval(correct: CorrectMatrix) -> tuple[float, float, float]:
-    """Return the accuracy of one arm and its 95 % interval, by the same variance components."""
-    estimate = _estimate_difference(np.asarray(correct, float))
-    return estimate.mean, max(0.0, estimate.interval_low), min(1.0, estimate.interval_high)

@@ -1,0 +1,113 @@
+"""The smallest difference that a comparison would find, as it is going to be tested.
+
+A pair is called different if its p is below the level after Holm's correction over all pairs; so
+the smallest p has to be below level / pairs. How often that happens at a true difference is told by
+the noncentral t distribution (Cohen 1988, Statistical Power Analysis, chapter 2).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+from scipy.optimize import brentq
+from scipy.special import gammaln
+
+from vlbench.compare.report.seed_variance import SeedVariances, UncertainVariance
+
+SIGNIFICANCE_LEVEL = 0.05  # largest p, after Holm's correction, of a significant difference
+STATISTICAL_POWER = 0.8  # probability of finding the smallest detectable difference
+
+
+@dataclass(frozen=True)
+class PairUncertainty:
+    """How well the difference of two rows is known, as far as power depends on it."""
+
+    standard_error: float
+    degrees_of_freedom: float
+    accuracy: float
+    """Mean of the two rows."""
+    pair_count: int
+    """Of the whole comparison."""
+    cluster_count: int
+
+
+def smallest_detectable(pair: PairUncertainty) -> float:
+    """Return the smallest true difference that is found with `STATISTICAL_POWER`, at most 1.
+
+    It is significant even if no other pair of the comparison differs. Rows that differ so much
+    cannot both have the pair's accuracy, with which the variance changes (`_variance_ratio`). An
+    estimated standard error is too small on average; the factor that makes it right for normal data
+    is divided out (the c4 of control charts). An exact test needs a number of clusters that differ,
+    whatever the standard error: these have to occur, by the binomial distribution.
+    """
+    degrees = pair.degrees_of_freedom
+    level = SIGNIFICANCE_LEVEL / (2 * pair.pair_count)
+    critical = float(stats.t.isf(level, degrees))
+
+    def missing_power(noncentrality: float) -> float:
+        return float(stats.nct.sf(critical, degrees, noncentrality)) - STATISTICAL_POWER
+
+    noncentrality = brentq(missing_power, 0.0, 10 * critical + 10)
+    shrinkage = math.sqrt(2 / degrees) * math.exp(gammaln((degrees + 1) / 2) - gammaln(degrees / 2))
+    step = noncentrality * pair.standard_error / shrinkage
+
+    def surplus(difference: float) -> float:
+        return difference - step * math.sqrt(_variance_ratio(pair.accuracy, difference))
+
+    by_t = brentq(surplus, 0.0, 1.0) if surplus(1.0) > 0 else 1.0
+    needed = math.ceil(-math.log2(level))  # so many wins without a loss are significant
+    if needed > pair.cluster_count:
+        return 1.0
+    few = stats.beta.ppf(STATISTICAL_POWER, needed, pair.cluster_count - needed + 1)
+    return min(1.0, max(by_t, float(few)))
+
+
+def _variance_ratio(accuracy: float, difference: float) -> float:
+    """Return the variance of two rows that differ, relative to two of the same accuracy.
+
+    They lie around it, the better one at most half of the way to the nearer end of the scale. The
+    variance follows an accuracy a as a (1 - a): exactly for answers, for seeds as in
+    `seed_variance`.
+    """
+    middle = min(max(accuracy, 0.001), 0.999)
+    near = min(difference / 2, min(middle, 1 - middle) / 2)
+    up = near if middle > 0.5 else difference - near
+    upper, lower = min(middle + up, 1.0), max(middle - difference + up, 0.0)
+    return (upper * (1 - upper) + lower * (1 - lower)) / (2 * middle * (1 - middle))
+
+
+def planned_detectable(
+    row_count: int, seed_count: int, question_count: int, accuracy: float, seed_spread: float
+) -> float:
+    """Return the smallest detectable difference of a design before anything is known.
+
+    Every row is assumed to have the same `accuracy`, with seeds whose accuracies (of infinitely
+    many questions) have the standard deviation `seed_spread`; questions are about pictures of their
+    own. Half of the variance of an answer is assumed to be the row's own and the same for all of
+    its seeds, the other half to be noise of the run.
+    """
+    noise = max(accuracy * (1 - accuracy) / 2, 1 / question_count)
+    known = 2 * noise / question_count
+    pairs = row_count * (row_count - 1) // 2
+    found = UncertainVariance(2 * known, max(1, question_count - 1))
+    if seed_count > 1:
+        each = np.ones(row_count)
+        variances = SeedVariances(
+            between_seeds=(noise + question_count * seed_spread**2) * each,
+            noise=noise * each,
+            seed_count=seed_count,
+            cluster_count=question_count,
+        )
+        found = variances.variance_of_sum((0, 1), known)
+    return smallest_detectable(
+        PairUncertainty(
+            standard_error=math.sqrt(found.variance),
+            degrees_of_freedom=found.degrees_of_freedom,
+            accuracy=accuracy,
+            pair_count=pairs,
+            cluster_count=question_count,
+        )
+    )
