@@ -65,7 +65,7 @@ class Effects:
 
 
 def effects_of(kind: str) -> Effects:
-    """Return the effects of a kind of cell; in `noisy` one row's seeds spread three times as far."""
+    """Return the effects of a kind of cell; in `noisy`, seeds of the last row spread threefold."""
     if kind == "pictures":
         return Effects(question=0.7, picture=0.8, row_picture=0.8, run_picture=0.8)
     if kind == "bimodal":

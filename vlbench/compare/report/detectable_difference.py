@@ -15,7 +15,11 @@ from scipy import stats
 from scipy.optimize import brentq
 from scipy.special import gammaln
 
-from vlbench.compare.report.seed_variance import SeedVariances, UncertainVariance
+from vlbench.compare.report.seed_variance import (
+    SEED_EXPONENT,
+    SeedVariances,
+    UncertainVariance,
+)
 
 SIGNIFICANCE_LEVEL = 0.05  # largest p, after Holm's correction, of a significant difference
 STATISTICAL_POWER = 0.8  # probability of finding the smallest detectable difference
@@ -29,9 +33,12 @@ class PairUncertainty:
     degrees_of_freedom: float
     accuracy: float
     """Mean of the two rows."""
+    seed_share: float
+    """Of the variance, what comes from seeds; the rest is the noise of answers."""
     pair_count: int
     """Of the whole comparison."""
-    cluster_count: int
+    question_count: int
+    seed_count: int
 
 
 def smallest_detectable(pair: PairUncertainty) -> float:
@@ -55,28 +62,32 @@ def smallest_detectable(pair: PairUncertainty) -> float:
     step = noncentrality * pair.standard_error / shrinkage
 
     def surplus(difference: float) -> float:
-        return difference - step * math.sqrt(_variance_ratio(pair.accuracy, difference))
+        return difference - step * math.sqrt(_variance_ratio(pair, difference))
 
     by_t = brentq(surplus, 0.0, 1.0) if surplus(1.0) > 0 else 1.0
     needed = math.ceil(-math.log2(level))  # so many wins without a loss are significant
-    if needed > pair.cluster_count:
+    # half of what tells rows apart is taken to be in every seed, the rest to be any seed's own
+    questions = pair.question_count * (1 + pair.seed_count) / 2
+    if needed > questions:
         return 1.0
-    few = stats.beta.ppf(STATISTICAL_POWER, needed, pair.cluster_count - needed + 1)
+    few = stats.beta.ppf(STATISTICAL_POWER, needed, questions - needed + 1)
     return min(1.0, max(by_t, float(few)))
 
 
-def _variance_ratio(accuracy: float, difference: float) -> float:
+def _variance_ratio(pair: PairUncertainty, difference: float) -> float:
     """Return the variance of two rows that differ, relative to two of the same accuracy.
 
     They lie around it, the better one at most half of the way to the nearer end of the scale. The
-    variance follows an accuracy a as a (1 - a): exactly for answers, for seeds as in
-    `seed_variance`.
+    variance of an answer follows an accuracy a as a (1 - a), that of seeds as a power of it.
     """
-    middle = min(max(accuracy, 0.001), 0.999)
+    edge = min(0.5, 1.5 / pair.question_count)  # nearer to 0 or 1 an accuracy is not known
+    middle = min(max(pair.accuracy, edge), 1 - edge)
     near = min(difference / 2, min(middle, 1 - middle) / 2)
     up = near if middle > 0.5 else difference - near
-    upper, lower = min(middle + up, 1.0), max(middle - difference + up, 0.0)
-    return (upper * (1 - upper) + lower * (1 - lower)) / (2 * middle * (1 - middle))
+    ends = np.array([min(middle + up, 1.0), max(middle - difference + up, 0.0)])
+    relative = ends * (1 - ends) / (middle * (1 - middle))
+    of_seeds, of_answers = float((relative**SEED_EXPONENT).mean()), float(relative.mean())
+    return pair.seed_share * of_seeds + (1 - pair.seed_share) * of_answers
 
 
 def planned_detectable(
@@ -92,7 +103,7 @@ def planned_detectable(
     noise = max(accuracy * (1 - accuracy) / 2, 1 / question_count)
     known = 2 * noise / question_count
     pairs = row_count * (row_count - 1) // 2
-    found = UncertainVariance(2 * known, max(1, question_count - 1))
+    found = UncertainVariance(2 * known, max(1, question_count - 1), 0.0)
     if seed_count > 1:
         each = np.ones(row_count)
         variances = SeedVariances(
@@ -107,7 +118,9 @@ def planned_detectable(
             standard_error=math.sqrt(found.variance),
             degrees_of_freedom=found.degrees_of_freedom,
             accuracy=accuracy,
+            seed_share=found.seed_share,
             pair_count=pairs,
-            cluster_count=question_count,
+            question_count=question_count,
+            seed_count=seed_count,
         )
     )

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy.special import stdtr, stdtrit
 
 from vlbench.compare.report import proportion_interval
 from vlbench.compare.report.detectable_difference import PairUncertainty, smallest_detectable
@@ -36,7 +36,6 @@ class PairedDifference:
     interval_high: float
     p_value: float
     """Two-sided, of the null hypothesis that there is no difference."""
-    seed_count: int
     uncertainty: PairUncertainty
 
     @cached_property
@@ -54,10 +53,11 @@ class PairedDifference:
         if self.mean < 0:
             low, high = -high, -low
         word = "below" if self.mean < 0 else "above"
-        if self.seed_count == 1:
+        if self.uncertainty.seed_count == 1:
             first_name, second_name = (f"this run of {name}" for name in (first_name, second_name))
         interval = f"95 % interval {low:.1f} to {high:.1f}"
-        seeds = f"{self.seed_count} seeds" if self.seed_count > 1 else "1 seed"
+        count = self.uncertainty.seed_count
+        seeds = f"{count} seeds" if count > 1 else "1 seed"
         excludes_zero = self.interval_low > 0 or self.interval_high < 0
         caution = "" if excludes_zero else "; this may be chance"
         return f"{first_name} is {size} {word} {second_name} ({interval}; {seeds}{caution})"
@@ -83,7 +83,7 @@ class RowStatistics:
         self.accuracies = self.correct.mean(axis=(1, 2))
         values = cluster_values(self.correct, clusters)
         self._between, self._noise = _mean_products(values)
-        self._one_answer = 1 / (self.cluster_count * self.question_count)
+        self._one_answer = 1 / (self.cluster_count * self.question_count * self.seed_count)
         """Variance of a mean that moves in steps of one answer, and is known to one at best: what
         adding half an answer to each cell of a paired table does (Agresti and Min 2005,
         doi:10.1002/sim.1781)."""
@@ -103,19 +103,18 @@ class RowStatistics:
         clusters_known = max(1, self.cluster_count - 1)
         between = float(signs @ self._between @ signs)
         if self.seed_count == 1:
-            return UncertainVariance(between / self.cluster_count + extra, clusters_known)
+            return UncertainVariance(between / self.cluster_count + extra, clusters_known, 0.0)
         cells = self.seed_count * self.cluster_count
         # the expectation of the mean square of clusters has that of the residual in it
         known = max(0.0, between - float(signs @ self._noise @ signs)) / cells + extra
         rows = np.flatnonzero(signs).tolist()
         found = self._seed_variances.variance_of_sum(rows, known)
-        known += float(self._seed_variances.noise[rows].sum()) / cells
-        share = min(1.0, known / found.variance)
+        share = 1 - found.seed_share
         degrees = 1 / (1 / found.degrees_of_freedom + share**2 / clusters_known)
-        return UncertainVariance(found.variance, max(1.0, degrees))
+        return replace(found, degrees_of_freedom=max(1.0, degrees))
 
     def accuracy_interval(self, row: int) -> tuple[float, float, float]:
-        """Return a row's accuracy and the ends of its 95 % interval: Wilson's, for its variance."""
+        """Return a row's accuracy and the ends of its 95 % interval."""
         accuracy = float(self.accuracies[row])
         found = self._variance_of_mean(np.eye(self.row_count)[row], 0.0)
         rarer = self.correct[row] if accuracy <= 0.5 else 1 - self.correct[row]
@@ -127,8 +126,10 @@ class RowStatistics:
             self.cluster_count,
             minority,
         )
-        quantile = float(stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, found.degrees_of_freedom))
-        return accuracy, *proportion_interval.wilson_interval(accuracy, count, quantile)
+        quantile = float(stdtrit(found.degrees_of_freedom, (1 + CONFIDENCE_LEVEL) / 2))
+        return accuracy, *proportion_interval.score_interval(
+            accuracy, count, quantile, found.seed_share
+        )
 
     def difference(self, first: int, second: int) -> PairedDifference:
         """Return how much better one row is than another.
@@ -139,8 +140,8 @@ class RowStatistics:
         mean = float(self.accuracies[first] - self.accuracies[second])
         found = self._variance_of_mean(signs, self._one_answer)
         error, degrees = math.sqrt(found.variance), found.degrees_of_freedom
-        quantile = float(stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, degrees))
-        p_value = float(2 * stats.t.sf(abs(mean) / error, degrees))
+        quantile = float(stdtrit(degrees, (1 + CONFIDENCE_LEVEL) / 2))
+        p_value = float(2 * stdtr(degrees, -abs(mean) / error))
         wins = (self.correct[first] - self.correct[second]).sum(axis=0)
         wins = sum_clusters(wins, self.clusters)
         if proportion_interval.discordant_count(wins) < proportion_interval.FEW_DISCORDANT:
@@ -150,13 +151,14 @@ class RowStatistics:
             interval_low=max(-1.0, mean - quantile * error),
             interval_high=min(1.0, mean + quantile * error),
             p_value=p_value,
-            seed_count=self.seed_count,
             uncertainty=PairUncertainty(
                 standard_error=error,
                 degrees_of_freedom=degrees,
                 accuracy=float(self.accuracies[[first, second]].mean()),
+                seed_share=found.seed_share,
                 pair_count=max(1, self.row_count * (self.row_count - 1) // 2),
-                cluster_count=self.cluster_count,
+                question_count=self.question_count,
+                seed_count=self.seed_count,
             ),
         )
 
