@@ -33,6 +33,8 @@ class EvalQuestion:
     language: str
     record_number: str = ""
     """Number of its record in the source, from 1; "" for a rendered scene."""
+    picture: str = ""
+    """Name of the conversation's first image: questions about it stand or fall together."""
 
     @property
     def question_text(self) -> str:
@@ -77,10 +79,26 @@ def final_questions(recipe: Recipe) -> tuple[str, list[EvalQuestion], list[EvalQ
     return "the training conversations (no data.val was given)", make_ids_unique(questions), []
 
 
+def count_final_questions(recipe: Recipe) -> int:
+    """Return how many questions a run is asked at its end; of a user's data, at most so many."""
+    stage = list(recipe.stages.values())[-1]
+    data, limit = stage.data or recipe.data, recipe.log.questions
+    if data.train == SCENES_SOURCE and not data.mix and not data.val:
+        count = len(held_out_questions("new"))
+        return min(limit or count, count)
+    return limit or MAX_OWN_QUESTIONS
+
+
 def scene_questions(subset: str) -> list[EvalQuestion]:
     """Return a held-out set of rendered scenes: "new" images or "unseen" pairs of attributes."""
     return [
-        EvalQuestion(_drop_answers(scene.to_sample()), scene.answer, scene.type, scene.language)
+        EvalQuestion(
+            _drop_answers(scene.to_sample()),
+            scene.answer,
+            scene.type,
+            scene.language,
+            picture=scene.image.name,
+        )
         for scene in held_out_questions(subset)
     ]
 
@@ -161,6 +179,7 @@ def _add_record_to_id(question: EvalQuestion) -> EvalQuestion:
 def _questions_by_turn(sample: Sample, record_number: str) -> list[EvalQuestion]:
     """Return a question for each assistant turn, with the turns and images before it."""
     questions = []
+    picture = sample.images[0].name if sample.images else ""
     for index, turn in enumerate(sample.turns):
         if turn.role != "assistant":
             continue
@@ -170,7 +189,9 @@ def _questions_by_turn(sample: Sample, record_number: str) -> list[EvalQuestion]
             sample, id=f"{sample.id}/{index}", turns=earlier, images=sample.images[:image_count]
         )
         answer = turn.text.strip()
-        questions.append(EvalQuestion(conversation, answer, "", sample.language, record_number))
+        questions.append(
+            EvalQuestion(conversation, answer, "", sample.language, record_number, picture)
+        )
     return questions
 
 

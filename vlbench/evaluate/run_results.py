@@ -149,6 +149,7 @@ def _write_answers(
                 "id": question.sample.id,
                 "type": question.type,
                 "language": question.language,
+                "picture": question.picture,
                 "truth": question.answer,
                 "answer": answer,
                 "correct": answer == question.answer,

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
+from vlbench.compare.experiment import design_power, lr_sweep
 from vlbench.compare.experiment import grid as grids
-from vlbench.compare.experiment import lr_sweep
 from vlbench.compare.experiment.grid import ComparisonGrid, GridRow
 from vlbench.compare.experiment.run_jobs import count_slots, slot_environment
 from vlbench.compare.experiment.shared_stages import find_shared_stages
@@ -48,6 +48,7 @@ def print_plan(grid: ComparisonGrid) -> None:
     )
     if shared and grid.jobs != "slurm":
         print(f"  {shared} runs begin with stages that another one has trained alike")
+    print(*design_power.describe_power(grid), sep="\n", end="\n" if len(grid.rows) > 1 else "")
     if done < count and grid.jobs != "slurm":  # a login node must not train
         _print_costs(grid)
 

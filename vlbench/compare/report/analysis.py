@@ -10,27 +10,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vlbench.compare.report.comparison_warnings import comparison_warnings
+from vlbench.compare.report.detectable_difference import (
+    SIGNIFICANCE_LEVEL,
+    describe_detectable,
+)
 from vlbench.compare.report.finished_runs import (
-    BUDGET_LABELS,
-    MATCH_TOLERANCE,
     ComparisonArm,
     FinishedRun,
+    cluster_numbers,
     common_seeds_and_questions,
     correct_matrix,
     differing_keys,
     group_into_arms,
 )
 from vlbench.compare.report.paired_statistics import (
-    CorrectMatrix,
     PairedDifference,
-    accuracy_interval,
-    bootstrap_interval,
+    RowStatistics,
     holm_correction,
-    paired_difference,
 )
+from vlbench.compare.report.question_clusters import CorrectMatrix
 
 MAX_NAMED_ROWS = 4  # a sentence about more rows gives their number instead of names
-SIGNIFICANCE_LEVEL = 0.05  # largest p, after Holm's correction, of a significant difference
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,13 @@ class RowPair:
     """After Holm's correction over all pairs."""
     pair_count: int
     """The number of these pairs."""
-    bootstrap_interval: tuple[float, float]
-    """A bootstrap interval of the difference, as a cross-check."""
 
     @property
     def is_significant(self) -> bool:
-        """Whether the interval excludes 0 and the corrected p is small enough."""
+        """Whether the interval excludes 0 and the corrected p is small enough.
+
+        With one seed that is said of two runs, not of their rows.
+        """
         return self.difference.interval_low > 0 and self.corrected_p <= SIGNIFICANCE_LEVEL
 
     @property
@@ -102,17 +104,11 @@ class RowPair:
         )
 
     def full_sentence(self) -> str:
-        """Return the short sentence with the smallest detectable difference and the bootstrap."""
-        low, high = (100 * end for end in self.bootstrap_interval)
-        if not self.difference.standard_error:
-            return (
-                f"{self.short_sentence()} Nothing varies, so the smallest detectable difference "
-                "is not known."
-            )
+        """Return the short sentence with the smallest detectable difference."""
+        smallest = 100 * self.difference.smallest_detectable
         return (
             f"{self.short_sentence()} Smallest detectable difference of this design: "
-            f"{100 * self.difference.smallest_detectable:.1f} points. Bootstrap: {low:.1f} to "
-            f"{high:.1f}."
+            f"{smallest:.1f} points."
         )
 
 
@@ -137,9 +133,13 @@ class ComparisonResult:
     """Sorted by accuracy, the best first."""
     seeds: list[int]
     question_ids: list[str]
+    cluster_count: int
+    """The number of pictures, or else conversations, that the questions are about."""
     asked_of: str
     """The data that the questions are about."""
     pairs: list[RowPair]
+    design: str
+    """What more seeds would find, as a sentence; "" where that cannot be said."""
     question_groups: list[QuestionGroup]
     warnings: list[str]
     notes: list[str]
@@ -158,9 +158,14 @@ class ComparisonResult:
         """A sentence on the numbers of rows, seeds and questions."""
         return (
             f"Rows: {len(self.rows)}; seeds: {', '.join(map(str, self.seeds))}; questions about "
-            f"{self.asked_of}: {len(self.question_ids)}. Intervals are of 95 %, over seeds and "
-            "questions."
+            f"{self.asked_of}: {len(self.question_ids)}{self._pictures}. Intervals are of 95 %, "
+            f"over {'questions alone' if len(self.seeds) == 1 else 'seeds and questions'}."
         )
+
+    @property
+    def _pictures(self) -> str:
+        same = self.cluster_count == len(self.question_ids)
+        return "" if same else f" about {format_count(self.cluster_count, 'picture')}, the unit"
 
     @property
     def question_sentence(self) -> str:
@@ -187,6 +192,8 @@ class ComparisonResult:
         undecided = [pair.worse for pair in pairs_of_best if not pair.is_significant]
         is_best_alone = best.accuracy > others[0].accuracy
         text += ", the most of all rows." if is_best_alone else f", as does {others[0].name}."
+        if len(self.seeds) == 1:
+            return f"{text} {_one_seed_verdict(best.name, significant)}"
         if significant:
             text += f" That it is better than {join_names(significant, 'and')} is more than chance."
         if undecided:
@@ -195,6 +202,17 @@ class ComparisonResult:
                 "tell."
             )
         return text
+
+
+def _one_seed_verdict(best: str, significant: Sequence[str]) -> str:
+    """Return what a single run of each row can say: something of runs, nothing of rows."""
+    text = ""
+    if significant:
+        runs = join_names(significant, "and")
+        text = (
+            f"This run of {best} is better than that of {runs} by more than chance in questions. "
+        )
+    return f"{text}With one seed nothing is known of how other runs would do."
 
 
 def analyze_runs(
@@ -209,18 +227,30 @@ def analyze_runs(
     """
     arms = group_into_arms(runs)
     seeds, questions = common_seeds_and_questions(arms)
-    rows = sorted(
-        (_make_row_result(arm, seeds, questions) for arm in arms), key=lambda row: -row.accuracy
-    )
+    by_arm = {arm.name: correct_matrix(arm, seeds, questions) for arm in arms}
+    arm_order = sorted(arms, key=lambda arm: -by_arm[arm.name].mean())
+    clusters = cluster_numbers(arms[0].runs[0], questions)
+    statistics = RowStatistics(np.stack([by_arm[arm.name] for arm in arm_order]), clusters)
+    rows = [
+        RowResult(
+            arm.name,
+            tuple(run for run in arm.runs if run.seed in seeds),
+            by_arm[arm.name],
+            *statistics.accuracy_interval(index),
+        )
+        for index, arm in enumerate(arm_order)
+    ]
     failed = failed or {}
     return ComparisonResult(
         arms=tuple(arms),
         rows=tuple(rows),
         seeds=seeds,
         question_ids=questions,
+        cluster_count=statistics.cluster_count,
         asked_of=rows[0].runs[0].results.get("asked_of", "the data of the recipe"),
-        pairs=compare_all_pairs(rows),
-        question_groups=_group_questions(rows, questions),
+        pairs=_compare_all_pairs(rows, statistics),
+        design=_describe_design(statistics),
+        question_groups=_group_questions(rows, questions, statistics),
         warnings=comparison_warnings(arms, seeds, questions, failed),
         notes=[*_frozen_encoder_note(arms), *notes],
         failed=failed,
@@ -234,27 +264,18 @@ def _frozen_encoder_note(arms: Sequence[ComparisonArm]) -> list[str]:
     return [] if is_trained else ["The vision encoder is frozen in every stage of every row."]
 
 
-def _make_row_result(
-    arm: ComparisonArm, seeds: Sequence[int], questions: Sequence[str]
-) -> RowResult:
-    correct = correct_matrix(arm, seeds, questions)
-    runs = tuple(run for run in arm.runs if run.seed in seeds)
-    return RowResult(arm.name, runs, correct, *accuracy_interval(correct))
-
-
-def compare_all_pairs(rows: Sequence[RowResult]) -> list[RowPair]:
+def _compare_all_pairs(rows: Sequence[RowResult], statistics: RowStatistics) -> list[RowPair]:
     """Return all pairs of rows, best rows first, with p-values corrected for their number."""
-    pairs = list(itertools.combinations(rows, 2))
-    differences = [paired_difference(better.correct, worse.correct) for better, worse in pairs]
+    pairs = list(itertools.combinations(range(len(rows)), 2))
+    differences = [statistics.difference(better, worse) for better, worse in pairs]
     corrected_ps = holm_correction([difference.p_value for difference in differences])
     return [
         RowPair(
-            better=better.name,
-            worse=worse.name,
+            better=rows[better].name,
+            worse=rows[worse].name,
             difference=difference,
             corrected_p=corrected_p,
             pair_count=len(pairs),
-            bootstrap_interval=bootstrap_interval(better.correct, worse.correct),
         )
         for (better, worse), difference, corrected_p in zip(
             pairs, differences, corrected_ps, strict=True
@@ -262,7 +283,21 @@ def compare_all_pairs(rows: Sequence[RowResult]) -> list[RowPair]:
     ]
 
 
-def _group_questions(rows: Sequence[RowResult], questions: Sequence[str]) -> list[QuestionGroup]:
+def _describe_design(statistics: RowStatistics) -> str:
+    """Return a sentence on what more seeds would find; "" for one row, or one seed."""
+    spread = statistics.seed_spread
+    if statistics.row_count == 1 or spread is None:
+        return ""
+    return (
+        f"Seeds of a row spread by {100 * spread:.1f} points (standard deviation, without the "
+        f"noise of answers). With these rows and questions, a difference is found in 80 of 100 "
+        f"comparisons from {describe_detectable(statistics.planned_design(spread))}."
+    )
+
+
+def _group_questions(
+    rows: Sequence[RowResult], questions: Sequence[str], statistics: RowStatistics
+) -> list[QuestionGroup]:
     """Group the questions by type, then by language; an empty name makes no group."""
     types_and_languages = rows[0].runs[0].types_and_languages
     groups: dict[tuple[bool, str], list[int]] = {}
@@ -271,14 +306,15 @@ def _group_questions(rows: Sequence[RowResult], questions: Sequence[str]) -> lis
         for is_language, name in ((False, question_type), (True, language)):
             if name:
                 groups.setdefault((is_language, name), []).append(column)
+    subsets = {key: statistics.of_questions(columns) for key, columns in sorted(groups.items())}
     return [
         QuestionGroup(
             name,
             is_language,
-            len(columns),
-            [accuracy_interval(row.correct[:, columns]) for row in rows],
+            subset.question_count,
+            [subset.accuracy_interval(index) for index in range(len(rows))],
         )
-        for (is_language, name), columns in sorted(groups.items())
+        for (is_language, name), subset in subsets.items()
     ]
 
 
@@ -292,93 +328,3 @@ def join_names(names: Sequence[str], conjunction: str) -> str:
     if len(names) > MAX_NAMED_ROWS:
         return f"{len(names)} others"
     return f" {conjunction} ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
-
-
-def comparison_warnings(
-    arms: Sequence[ComparisonArm],
-    seeds: Sequence[int],
-    questions: Sequence[str],
-    failed: Mapping[Path, str],
-) -> list[str]:
-    """Return a sentence for everything that makes the comparison unfair or incomplete."""
-    used = [run for arm in arms for run in arm.runs if run.seed in seeds]
-    warnings = [
-        _single_seed_warning(seeds),
-        _dropped_seeds_warning(arms, seeds),
-        _budget_warning(arms),
-        _questions_warning(used, questions),
-        _truths_warning(used, questions),
-        _versions_warning(used),
-        _failed_runs_warning(failed),
-    ]
-    return [warning for warning in warnings if warning]
-
-
-def _single_seed_warning(seeds: Sequence[int]) -> str:
-    return "One seed: what another run would give is not known." if len(seeds) == 1 else ""
-
-
-def _dropped_seeds_warning(arms: Sequence[ComparisonArm], seeds: Sequence[int]) -> str:
-    dropped = [
-        f"{len(arm.seeds) - len(seeds)} of {arm.name}"
-        for arm in arms
-        if len(arm.seeds) > len(seeds)
-    ]
-    if not dropped:
-        return ""
-    return f"Left out, because not every row has the seed: {', '.join(dropped)}."
-
-
-def _budget_warning(arms: Sequence[ComparisonArm]) -> str:
-    budgets = [arm.runs[0].results.get("budget") or {} for arm in arms]
-    values_by_key = {key: [budget.get(key) for budget in budgets] for key in BUDGET_LABELS}
-    labels = [
-        BUDGET_LABELS[key]
-        for key, values in values_by_key.items()
-        if any(values) and _is_unmatched(values)
-    ]
-    return f"Not matched within {MATCH_TOLERANCE:.0%}: {', '.join(labels)}." if labels else ""
-
-
-def _is_unmatched(values: Sequence[int | None]) -> bool:
-    known = [value for value in values if value is not None]
-    return len(known) < len(values) or max(known) > (1 + MATCH_TOLERANCE) * min(known)
-
-
-def _questions_warning(runs: Sequence[FinishedRun], questions: Sequence[str]) -> str:
-    largest = max(len(run.correct) for run in runs)
-    topics = dict.fromkeys(run.results.get("asked_of", "") for run in runs)
-    if len(topics) > 1:
-        named = "; ".join(topic or "?" for topic in topics)
-        return f"The runs were asked questions about different data: {named}."
-    if largest > len(questions):
-        return f"Only {len(questions)} of up to {largest} questions were asked of every run."
-    return ""
-
-
-def _truths_warning(runs: Sequence[FinishedRun], questions: Sequence[str]) -> str:
-    truths = [{run.answers_and_truths[name][1] for run in runs} for name in questions]
-    count = sum(len(different) > 1 for different in truths)
-    return f"The true answer differs from run to run for {count} questions." if count else ""
-
-
-def _versions_warning(runs: Sequence[FinishedRun]) -> str:
-    names = dict.fromkeys(name for run in runs for name in run.versions)
-    versions_by_name = {
-        name: dict.fromkeys(run.versions.get(name, "?") for run in runs) for name in names
-    }
-    differing = [
-        f"{name} ({', '.join(version[:10] or '?' for version in versions)})"
-        for name, versions in versions_by_name.items()
-        if len(versions) > 1
-    ]
-    if not differing:
-        return ""
-    return f"The runs were made with different versions: {'; '.join(differing)}."
-
-
-def _failed_runs_warning(failed: Mapping[Path, str]) -> str:
-    if not failed:
-        return ""
-    runs = "1 run" if len(failed) == 1 else f"{len(failed)} runs"
-    return f"{runs} failed, and their results are missing."

@@ -8,6 +8,7 @@ the noncentral t distribution (Cohen 1988, Statistical Power Analysis, chapter 2
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,7 @@ from vlbench.compare.report.seed_variance import (
 )
 
 SIGNIFICANCE_LEVEL = 0.05  # largest p, after Holm's correction, of a significant difference
+PLANNED_SEEDS = (3, 5, 10)  # numbers of seeds for which a plan says what they would find
 STATISTICAL_POWER = 0.8  # probability of finding the smallest detectable difference
 
 
@@ -90,37 +92,53 @@ def _variance_ratio(pair: PairUncertainty, difference: float) -> float:
     return pair.seed_share * of_seeds + (1 - pair.seed_share) * of_answers
 
 
-def planned_detectable(
-    row_count: int, seed_count: int, question_count: int, accuracy: float, seed_spread: float
-) -> float:
-    """Return the smallest detectable difference of a design before anything is known.
+@dataclass(frozen=True)
+class PlannedDesign:
+    """A comparison before its runs, with what is assumed of them."""
 
-    Every row is assumed to have the same `accuracy`, with seeds whose accuracies (of infinitely
-    many questions) have the standard deviation `seed_spread`; questions are about pictures of their
-    own. Half of the variance of an answer is assumed to be the row's own and the same for all of
-    its seeds, the other half to be noise of the run.
-    """
-    noise = max(accuracy * (1 - accuracy) / 2, 1 / question_count)
-    known = 2 * noise / question_count
-    pairs = row_count * (row_count - 1) // 2
-    found = UncertainVariance(2 * known, max(1, question_count - 1), 0.0)
-    if seed_count > 1:
-        each = np.ones(row_count)
-        variances = SeedVariances(
-            between_seeds=(noise + question_count * seed_spread**2) * each,
-            noise=noise * each,
-            seed_count=seed_count,
-            cluster_count=question_count,
+    row_count: int
+    question_count: int
+    """Or as many pictures, if several questions are about the same one."""
+    accuracy: float
+    """Of every row."""
+    seed_spread: float
+    """Standard deviation of a row's accuracy over seeds, of infinitely many questions."""
+
+    def detectable_with(self, seed_count: int) -> float:
+        """Return the smallest detectable difference with some seeds.
+
+        Half of the variance of an answer is assumed to be the row's own and the same for all of its
+        seeds, the other half to be noise of the run.
+        """
+        questions = self.question_count
+        noise = max(self.accuracy * (1 - self.accuracy) / 2, 1 / questions)
+        known = 2 * noise / questions
+        found = UncertainVariance(2 * known, max(1, questions - 1), 0.0)
+        if seed_count > 1:
+            each = np.ones(self.row_count)
+            variances = SeedVariances(
+                between_seeds=(noise + questions * self.seed_spread**2) * each,
+                noise=noise * each,
+                seed_count=seed_count,
+                cluster_count=questions,
+            )
+            found = variances.variance_of_sum((0, 1), known)
+        return smallest_detectable(
+            PairUncertainty(
+                standard_error=math.sqrt(found.variance),
+                degrees_of_freedom=found.degrees_of_freedom,
+                accuracy=self.accuracy,
+                seed_share=found.seed_share,
+                pair_count=self.row_count * (self.row_count - 1) // 2,
+                question_count=questions,
+                seed_count=seed_count,
+            )
         )
-        found = variances.variance_of_sum((0, 1), known)
-    return smallest_detectable(
-        PairUncertainty(
-            standard_error=math.sqrt(found.variance),
-            degrees_of_freedom=found.degrees_of_freedom,
-            accuracy=accuracy,
-            seed_share=found.seed_share,
-            pair_count=pairs,
-            question_count=question_count,
-            seed_count=seed_count,
-        )
+
+
+def describe_detectable(design: PlannedDesign, seed_counts: Sequence[int] = PLANNED_SEEDS) -> str:
+    """Return the smallest detectable differences as words: "3.1 points with 3 seeds, ..."."""
+    return ", ".join(
+        f"{100 * design.detectable_with(count):.1f} points with {count} seeds"
+        for count in seed_counts
     )

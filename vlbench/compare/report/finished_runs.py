@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from vlbench.compare.report.paired_statistics import CorrectMatrix
+from vlbench.compare.report.question_clusters import CorrectMatrix, number_clusters
 from vlbench.config import recipe as recipes
 from vlbench.config.overrides import shorten_keys
 from vlbench.errors import UserError
@@ -51,6 +52,8 @@ class FinishedRun:
     """Question id -> its type and language."""
     answers_and_truths: dict[str, tuple[str, str]]
     """Question id -> the answer and the true one."""
+    clusters: dict[str, str]
+    """Question id -> its picture, or else its conversation: what questions have in common."""
     versions: dict[str, str]
     """Versions of libraries, of initial weights and of the code (`commit`)."""
 
@@ -68,7 +71,7 @@ def load_finished_run(folder: Path) -> FinishedRun:
                 "is not finished" if (folder / "recipe.yaml").is_file() else "is no run folder"
             )
             raise UserError(f"{folder} {problem}: it has no {name}")
-    correct, types_and_languages, answers_and_truths = {}, {}, {}
+    correct, types_and_languages, answers_and_truths, clusters = {}, {}, {}, {}
     for number, line in enumerate(
         split_lines(read_text(folder / "answers.jsonl", MAX_RECORDS_BYTES)), 1
     ):
@@ -81,6 +84,7 @@ def load_finished_run(folder: Path) -> FinishedRun:
                 correct[name] = bool(answer["correct"])
                 types_and_languages[name] = (answer["type"], answer["language"])
                 answers_and_truths[name] = (answer.get("answer", ""), answer.get("truth", ""))
+                clusters[name] = answer.get("picture") or conversation_of(answer["id"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder / 'answers.jsonl'}, line {number}: is no answer") from error
     recipe = recipes.flatten_keys(
@@ -94,8 +98,20 @@ def load_finished_run(folder: Path) -> FinishedRun:
         correct=correct,
         types_and_languages=types_and_languages,
         answers_and_truths=answers_and_truths,
+        clusters=clusters,
         versions=_load_versions(folder, results),
     )
+
+
+def conversation_of(question_id: str) -> str:
+    """Return the conversation of a question: its id without the number of the turn, as in `7/1`."""
+    conversation, _, turn = question_id.rpartition("/")
+    return conversation if conversation and turn.isdecimal() else question_id
+
+
+def cluster_numbers(run: FinishedRun, questions: Sequence[str]) -> NDArray[np.int64]:
+    """Return the number of each question's cluster `[questions]`."""
+    return number_clusters([run.clusters[name] for name in questions])
 
 
 def _load_versions(folder: Path, results: dict[str, Any]) -> dict[str, str]:

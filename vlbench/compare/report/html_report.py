@@ -26,8 +26,8 @@ from vlbench.compare.report.analysis import (
     RowResult,
     format_count,
 )
+from vlbench.compare.report.detectable_difference import STATISTICAL_POWER
 from vlbench.compare.report.markdown_report import format_share, format_whole
-from vlbench.compare.report.paired_statistics import STATISTICAL_POWER
 from vlbench.compare.report.svg_figure import legend_marker
 from vlbench.html_pages import jinja_environment
 from vlbench.version import __version__

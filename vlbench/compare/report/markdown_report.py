@@ -30,6 +30,7 @@ def render_markdown(findings: ComparisonResult) -> str:
             "",
             *(f"- {markdown_text(pair.full_sentence())}" for pair in findings.pairs),
             "",
+            *([markdown_text(findings.design), ""] if findings.design else []),
         ]
     lines += ["## By kind of question", "", *_question_group_table(findings)]
     if findings.failed:

@@ -19,8 +19,17 @@ from numpy.typing import NDArray
 from scipy.special import stdtr, stdtrit
 
 from vlbench.compare.report import proportion_interval
-from vlbench.compare.report.detectable_difference import PairUncertainty, smallest_detectable
-from vlbench.compare.report.question_clusters import CorrectMatrix, cluster_values, sum_clusters
+from vlbench.compare.report.detectable_difference import (
+    PairUncertainty,
+    PlannedDesign,
+    smallest_detectable,
+)
+from vlbench.compare.report.question_clusters import (
+    CorrectMatrix,
+    cluster_values,
+    number_clusters,
+    sum_clusters,
+)
 from vlbench.compare.report.seed_variance import SeedVariances, UncertainVariance
 
 CONFIDENCE_LEVEL = 0.95  # of intervals
@@ -54,7 +63,7 @@ class PairedDifference:
             low, high = -high, -low
         word = "below" if self.mean < 0 else "above"
         if self.uncertainty.seed_count == 1:
-            first_name, second_name = (f"this run of {name}" for name in (first_name, second_name))
+            first_name, second_name = f"this run of {first_name}", f"that run of {second_name}"
         interval = f"95 % interval {low:.1f} to {high:.1f}"
         count = self.uncertainty.seed_count
         seeds = f"{count} seeds" if count > 1 else "1 seed"
@@ -97,6 +106,25 @@ class RowStatistics:
             seed_count=self.seed_count,
             cluster_count=self.cluster_count,
         )
+
+    @property
+    def seed_spread(self) -> float | None:
+        """Standard deviation of a row's accuracy over seeds, without noise; None for one seed."""
+        if self.seed_count == 1:
+            return None
+        variances = self._seed_variances
+        excess = float((variances.between_seeds - variances.noise).mean()) / self.cluster_count
+        return math.sqrt(max(0.0, excess))
+
+    def planned_design(self, seed_spread: float) -> PlannedDesign:
+        """Return the design with these rows, pictures and accuracies, and some spread of seeds."""
+        accuracy = float(self.accuracies.mean())
+        return PlannedDesign(self.row_count, self.cluster_count, accuracy, seed_spread)
+
+    def of_questions(self, columns: Sequence[int]) -> RowStatistics:
+        """Return the statistics of some of the questions."""
+        clusters = number_clusters(self.clusters[list(columns)].tolist())
+        return RowStatistics(self.correct[:, :, list(columns)], clusters)
 
     def _variance_of_mean(self, signs: NDArray[np.float64], extra: float) -> UncertainVariance:
         """Return the variance of a row's accuracy, or of a difference, by its `signs` `[rows]`."""

@@ -33,15 +33,15 @@ Floats = NDArray[np.float64]
 
 LEVELS = np.linspace(0.0, 9.0, 19)
 """Log of 1 + x at the common level: x = 8,000 are seeds from 0 to 1 with thousands of questions."""
-LEVEL_WEIGHTS = np.where(LEVELS == 0, 6.0, 1.0)
+LEVEL_WEIGHTS = np.where(LEVELS == 0, 4.0, 1.0)
 """Prior weights; that of seeds without any effect is higher, as this prior is far from it."""
-ROW_SPREADS = np.array([0.5, 1.2, 1.8])
-"""Standard deviations of log x over rows, equally likely; 1 is a factor of 2.7 in variance."""
+ROW_SPREADS = np.array([0.7, 1.4, 2.1])
+"""Standard deviations of log x over rows, equally likely; 0.7 is a factor of 2 in variance, 2.1 one of 8."""
 TRIGAMMA_ARGUMENTS = np.geomspace(0.5, 5e6, 500)
 TRIGAMMA_VALUES = polygamma(1, TRIGAMMA_ARGUMENTS)
-VARIANCE_INFLATION = 0.4
-"""Relative, divided by the degrees of freedom of a row's seeds: the effect of seeds on accuracy is
-skewed where it is large, for which the tails of t are slightly short."""
+VARIANCE_INFLATION = 1.35
+"""Factor of the variance of seeds: their effect on accuracy is skewed where it is large, for which
+the tails of t are slightly short."""
 SEED_EXPONENT = 1.5
 """The variance of seeds is taken to follow this power of a (1 - a) where an accuracy a changes; 2
 would be effects that are alike in log odds, 1 is the prior's trend. Chosen by simulation."""
@@ -80,10 +80,9 @@ class SeedVariances:
 
     def _variances_of_mean(self, row: int) -> Floats:
         """Return variances of a row's mean `[levels, spreads, nodes]`, with the inflation."""
-        inflation = 1 + VARIANCE_INFLATION / (self.seed_count - 1)
         of_seeds = self._totals[row] - self.noise[row]
         cells = self.seed_count * self.cluster_count
-        variances: Floats = (self.noise[row] + inflation * of_seeds) / cells
+        variances: Floats = (self.noise[row] + VARIANCE_INFLATION * of_seeds) / cells
         return variances
 
     @cached_property

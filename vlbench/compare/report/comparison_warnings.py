@@ -1,0 +1,103 @@
+"""What makes a comparison unfair or incomplete, a sentence each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from vlbench.compare.report.finished_runs import (
+    BUDGET_LABELS,
+    MATCH_TOLERANCE,
+    ComparisonArm,
+    FinishedRun,
+)
+
+
+def comparison_warnings(
+    arms: Sequence[ComparisonArm],
+    seeds: Sequence[int],
+    questions: Sequence[str],
+    failed: Mapping[Path, str],
+) -> list[str]:
+    """Return a sentence for everything that makes the comparison unfair or incomplete."""
+    used = [run for arm in arms for run in arm.runs if run.seed in seeds]
+    warnings = [
+        _single_seed_warning(seeds),
+        _dropped_seeds_warning(arms, seeds),
+        _budget_warning(arms),
+        _questions_warning(used, questions),
+        _truths_warning(used, questions),
+        _versions_warning(used),
+        _failed_runs_warning(failed),
+    ]
+    return [warning for warning in warnings if warning]
+
+
+def _single_seed_warning(seeds: Sequence[int]) -> str:
+    return "One seed: what another run would give is not known." if len(seeds) == 1 else ""
+
+
+def _dropped_seeds_warning(arms: Sequence[ComparisonArm], seeds: Sequence[int]) -> str:
+    dropped = [
+        f"{len(arm.seeds) - len(seeds)} of {arm.name}"
+        for arm in arms
+        if len(arm.seeds) > len(seeds)
+    ]
+    if not dropped:
+        return ""
+    return f"Left out, because not every row has the seed: {', '.join(dropped)}."
+
+
+def _budget_warning(arms: Sequence[ComparisonArm]) -> str:
+    budgets = [arm.runs[0].results.get("budget") or {} for arm in arms]
+    values_by_key = {key: [budget.get(key) for budget in budgets] for key in BUDGET_LABELS}
+    labels = [
+        BUDGET_LABELS[key]
+        for key, values in values_by_key.items()
+        if any(values) and _is_unmatched(values)
+    ]
+    return f"Not matched within {MATCH_TOLERANCE:.0%}: {', '.join(labels)}." if labels else ""
+
+
+def _is_unmatched(values: Sequence[int | None]) -> bool:
+    known = [value for value in values if value is not None]
+    return len(known) < len(values) or max(known) > (1 + MATCH_TOLERANCE) * min(known)
+
+
+def _questions_warning(runs: Sequence[FinishedRun], questions: Sequence[str]) -> str:
+    largest = max(len(run.correct) for run in runs)
+    topics = dict.fromkeys(run.results.get("asked_of", "") for run in runs)
+    if len(topics) > 1:
+        named = "; ".join(topic or "?" for topic in topics)
+        return f"The runs were asked questions about different data: {named}."
+    if largest > len(questions):
+        return f"Only {len(questions)} of up to {largest} questions were asked of every run."
+    return ""
+
+
+def _truths_warning(runs: Sequence[FinishedRun], questions: Sequence[str]) -> str:
+    truths = [{run.answers_and_truths[name][1] for run in runs} for name in questions]
+    count = sum(len(different) > 1 for different in truths)
+    return f"The true answer differs from run to run for {count} questions." if count else ""
+
+
+def _versions_warning(runs: Sequence[FinishedRun]) -> str:
+    names = dict.fromkeys(name for run in runs for name in run.versions)
+    versions_by_name = {
+        name: dict.fromkeys(run.versions.get(name, "?") for run in runs) for name in names
+    }
+    differing = [
+        f"{name} ({', '.join(version[:10] or '?' for version in versions)})"
+        for name, versions in versions_by_name.items()
+        if len(versions) > 1
+    ]
+    if not differing:
+        return ""
+    return f"The runs were made with different versions: {'; '.join(differing)}."
+
+
+def _failed_runs_warning(failed: Mapping[Path, str]) -> str:
+    if not failed:
+        return ""
+    runs = "1 run" if len(failed) == 1 else f"{len(failed)} runs"
+    return f"{runs} failed, and their results are missing."
