@@ -36,7 +36,7 @@ LEVELS = np.linspace(0.0, 9.0, 19)
 LEVEL_WEIGHTS = np.where(LEVELS == 0, 4.0, 1.0)
 """Prior weights; that of seeds without any effect is higher, as this prior is far from it."""
 ROW_SPREADS = np.array([0.7, 1.4, 2.1])
-"""Standard deviations of log x over rows, equally likely; 0.7 is a factor of 2 in variance, 2.1 one of 8."""
+"""Standard deviations of log x over rows, equally likely: factors of 2, 4 and 8 in variance."""
 TRIGAMMA_ARGUMENTS = np.geomspace(0.5, 5e6, 500)
 TRIGAMMA_VALUES = polygamma(1, TRIGAMMA_ARGUMENTS)
 VARIANCE_INFLATION = 1.35
