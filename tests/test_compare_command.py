@@ -15,6 +15,7 @@ import pytest
 
 from vlbench.__main__ import main
 from vlbench.compare.experiment import compare_command, cost_estimate
+from vlbench.compare.experiment.design_power import describe_power
 from vlbench.compare.experiment.grid import parse_grid
 from vlbench.compare.experiment.shared_stages import common_stages
 from vlbench.config import recipe as recipes
@@ -123,6 +124,22 @@ def test_the_plan_says_what_the_runs_will_take_and_tries_that_once(tmp_path, mon
     assert main([*words, "dry_run=true"]) == 0 and not (tmp_path / "other").exists()
     (tmp_path / "other").write_text("a file")
     assert main(words) == 2 and "run=other cannot be used" in capfd.readouterr().err
+
+
+def test_what_seeds_could_tell_is_said_before_the_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    grid = parse_grid(["recipe=yivl_llava,yivl_qformer,yivl_eva", "seeds=4", "run=c"])
+    first, *lines = describe_power(grid)
+    assert "after Holm's correction over 3 pairs, with 1,200 questions" in first
+    assert re.search(r"points with 3 seeds, .* 4 seeds, .* 5 seeds, .* 10 seeds", lines[0])
+    for seed, accuracy in ((0, 0.9), (1, 0.7)):
+        folder = grid.run_folder(grid.rows[0], seed)
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(json.dumps({"accuracy": accuracy}))
+    measured = describe_power(grid)
+    assert "80 % right (of the finished runs)" in measured[0] and "spread by 14.1" in measured[1]
+    alone = parse_grid(["recipe=yivl_llava", "seeds=4"])
+    assert describe_power(alone) == []
 
 
 @pytest.mark.slow

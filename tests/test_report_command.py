@@ -80,6 +80,23 @@ def test_a_run_of_another_version_is_named(tmp_path, capsys):
     assert f"{recipe}: was written by vlbench 9.9, and this is " in said
 
 
+def test_turns_about_one_picture_are_counted_once(tmp_path, capsys):
+    """By the picture of each answer, or in older runs by the conversation in the id."""
+    for name, words in (("a", ()), ("b", ("connector.name=linear",))):
+        file = run(tmp_path / name, 0.8, 0, *words) / "answers.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        for number, line in enumerate(lines):
+            if number < 150:
+                line["picture"] = f"{number // 10}.jpg"
+            else:
+                line["id"] = f"x/{number // 10}/{number % 10}"
+        file.write_text("\n".join(map(json.dumps, lines)))
+    assert main(["report", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "300 about 30 pictures, the unit. Intervals are of 95 %, over questions alone" in said
+    assert "- this run of " in said and "that run of " in said
+
+
 def test_a_seed_that_is_missing_in_a_row_is_left_out_and_said(runs, capsys):
     for file in (runs / "linear/2").iterdir():
         file.unlink()

@@ -209,9 +209,7 @@ def _one_seed_verdict(best: str, significant: Sequence[str]) -> str:
     text = ""
     if significant:
         runs = join_names(significant, "and")
-        text = (
-            f"This run of {best} is better than that of {runs} by more than chance in questions. "
-        )
+        text = f"That this run of {best} is better than that of {runs} is more than chance. "
     return f"{text}With one seed nothing is known of how other runs would do."
 
 
@@ -288,10 +286,16 @@ def _describe_design(statistics: RowStatistics) -> str:
     spread = statistics.seed_spread
     if statistics.row_count == 1 or spread is None:
         return ""
-    return (
+    known = (
         f"Seeds of a row spread by {100 * spread:.1f} points (standard deviation, without the "
-        f"noise of answers). With these rows and questions, a difference is found in 80 of 100 "
-        f"comparisons from {describe_detectable(statistics.planned_design(spread))}."
+        "noise of answers)"
+        if spread
+        else "The spread of seeds is less than the noise of answers"
+    )
+    found = describe_detectable(statistics.planned_design(spread))
+    return (
+        f"{known}. A new comparison of so many rows and questions would find in 80 of 100 cases: "
+        f"{found}."
     )
 
 
