@@ -20,7 +20,7 @@ from two_process_commands import QUIET, TWO, FitCommand, run_fit_command, run_in
 from vlbench.config import recipe as recipes
 from vlbench.config.schema import PartTrainConfig
 from vlbench.connector import registry
-from vlbench.data.batch_sampler import OptimizerStep
+from vlbench.data.optimizer_step import OptimizerStep
 from vlbench.distributed import collectives
 from vlbench.model import blip2_objective
 from vlbench.model.contrastive_loss import add_contrast_pools

@@ -17,7 +17,7 @@ from vlbench.__main__ import main
 from vlbench.config import recipe as recipes
 from vlbench.config.schema import PartTrainConfig
 from vlbench.connector import registry
-from vlbench.data.batch_sampler import OptimizerStep
+from vlbench.data.optimizer_step import OptimizerStep
 from vlbench.data.scene_world import make_scene
 from vlbench.train.lr_schedule import learning_rate_factor
 from vlbench.train.trainable_parts import freeze_untrained_parts

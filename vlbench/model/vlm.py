@@ -141,7 +141,7 @@ class VLM(nn.Module):
         """
         if batch.features is not None:
             return batch.features
-        pixels = batch.pixels
+        pixels = batch.normalized_pixels()
         if not len(pixels):
             side = self.vision.image_size
             pixels = pixels.new_zeros(1, 3, side, side)

@@ -16,7 +16,7 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import torch
 
-from vlbench.data.batch_sampler import OptimizerStep
+from vlbench.data.optimizer_step import OptimizerStep
 from vlbench.data.packing import PackedBatch
 from vlbench.distributed import collectives
 from vlbench.distributed.launcher import is_launcher_gone

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 
-from vlbench.data.batch_sampler import OptimizerStep
+from vlbench.data.optimizer_step import OptimizerStep
 from vlbench.model.train_flops import StepFlops
 from vlbench.text_files import read_text
 from vlbench.train.training_module import VLMTrainingModule
