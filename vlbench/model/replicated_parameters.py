@@ -30,13 +30,15 @@ class GradientAverager:
         """Average those of `parameters` that are trained; every process has the same ones."""
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self.process_group, self.average_queued = process_group, False
+        self.is_paused = False
+        """While True, gradients are only added up; a later pass averages their sum."""
         parameter: Any  # torch does not annotate the method
         for parameter in self.parameters:
             parameter.register_post_accumulate_grad_hook(self._queue_average)
 
     def _queue_average(self, _: Tensor) -> None:
         """Average when this backward pass ends: the order of hooks may differ by process."""
-        if not self.average_queued:
+        if not self.average_queued and not self.is_paused:
             self.average_queued = True
             torch.autograd.Variable._execution_engine.queue_callback(self._average_gradients)
 
