@@ -64,7 +64,7 @@ def apply_fsdp(vlm: VLM, mesh: DeviceMesh, bf16: bool = False) -> VLM:
     fully_shard(vlm, mesh=mesh, ignored_params=set(replicated))
     if any(parameter.dtype.itemsize < 4 for parameter in vlm.parameters()):
         vlm.to(torch.float32)  # weights left in their files have the dtype of the files
-    vlm.gradient_averager = GradientAverager(replicated, distributed.group.WORLD)
+    vlm.gradient_averager = GradientAverager(replicated)
     if bf16:
         _force_autocast(vlm, mesh.device_type)
     return vlm
@@ -85,7 +85,7 @@ def defer_gradient_reduction(vlm: VLM, keep_whole: bool) -> Iterator[None]:
     assert averager is not None
     # torch fails on units that never ran, as encoder blocks behind the layer that is used
     units = [module for module in vlm.modules() if isinstance(module, FSDPModule)]
-    trained_units = [u for u in units if any(p.requires_grad for p in u.parameters())]  # type: ignore[attr-defined]
+    trained_units = [u for u in units if any(p.requires_grad for p in u.parameters())]
 
     def set_deferred(is_deferred: bool) -> None:
         for unit in trained_units:

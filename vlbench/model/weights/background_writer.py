@@ -170,7 +170,7 @@ class _HostCopier:
 
 def write_piece(path: Path, position: int, piece: Tensor, lock_range: bool = False) -> None:
     """Write the bytes of a tensor into a file at `position`."""
-    view = memoryview(piece.view(torch.uint8).numpy())
+    view = memoryview(piece.view(torch.uint8).numpy())  # type: ignore[arg-type]
     handle = os.open(path, os.O_WRONLY)
     try:
         if lock_range:
