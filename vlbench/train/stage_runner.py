@@ -141,7 +141,14 @@ class StageRunner:
 
         """
         module = VLMTrainingModule(
-            vlm, stage, total_steps, steps_done, self.seed, optimizer_state, seen
+            vlm,
+            stage,
+            total_steps,
+            steps_done,
+            self.seed,
+            optimizer_state,
+            seen,
+            self.trainer_config,
         )
         trainer = build_trainer(
             self.trainer_config, self.precision, loggers, callbacks, self.profile_folder
