@@ -38,6 +38,8 @@ MAX_COUNT = 1_000_000_000
 """Largest number of steps, samples, tokens: three orders above what anybody trains with."""
 MAX_BATCH_SIZE = 1_000_000
 """CLIP models are trained with up to 164,000."""
+MAX_ROW_TOKENS = 1 << 20
+"""Eight times the usual longest contexts; `plan` takes half a minute for such a row."""
 MAX_DEVICES = 100_000
 STAGE_NAME_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
@@ -192,7 +194,7 @@ class StageConfig(RecipeSection):
         "samples in an optimizer step, over all devices", ge=1, le=MAX_BATCH_SIZE
     )
     max_tokens_per_row: int = key(
-        "most tokens in a packed row; less to save memory", 4096, ge=16, le=MAX_COUNT
+        "most tokens in a packed row; less to save memory", 4096, ge=16, le=MAX_ROW_TOKENS
     )
     epochs: float | None = key("passes over the data", None, ge=0, le=MAX_COUNT)
     steps: int | None = key("optimizer steps, instead of epochs", None, ge=0, le=MAX_COUNT)

@@ -19,6 +19,7 @@ from vlbench.compat.transformers_internals import (
     replace_decoder_layer_input,
 )
 from vlbench.connector.base import Connector, Shapes, zero_like_loss
+from vlbench.connector.bounded_building import NewTensorLimit, build_connector
 from vlbench.data.packing import PackedBatch
 from vlbench.data.sample_encoding import IMAGE_TOKEN_INDEX
 from vlbench.model.activation_checkpointing import enable_activation_checkpointing
@@ -101,7 +102,7 @@ class VLM(nn.Module):
         return embedding
 
     def _build_connector(self) -> Connector:
-        connector = self._connector_class(self.shapes, **self.connector_options)
+        connector = build_connector(self._connector_class, self.shapes, self.connector_options)
         self.vision.class_token = connector.class_token
         return connector
 
@@ -119,7 +120,8 @@ class VLM(nn.Module):
         self.vision.set_image_size(image_size)
         if self.shapes != old_shapes:
             connector = self._build_connector()
-            connector.prepare_objective(self.objective)
+            with NewTensorLimit(type(connector)):
+                connector.prepare_objective(self.objective)
             connector.load_state_dict(dict(connector.adapt(old_state, old_shapes)), strict=True)
             old_tensor = next(iter(old_state.values()))
             move_and_cast(connector, old_tensor.dtype, old_tensor.device)
@@ -132,7 +134,8 @@ class VLM(nn.Module):
         """Prepare the connector for a stage of `objective`; see `Connector.prepare_objective`."""
         self.objective = objective
         parameter = next(self.connector.parameters(), None)
-        self.connector.prepare_objective(objective, fresh)
+        with NewTensorLimit(type(self.connector)):
+            self.connector.prepare_objective(objective, fresh)
         if parameter is not None:
             move_and_cast(self.connector, parameter.dtype, parameter.device)
 
