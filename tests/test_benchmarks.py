@@ -65,3 +65,15 @@ def test_a_part_that_fails_is_a_row(tmp_path, monkeypatch):
     h200.run_part(log, "first", h200.Part(fail, 1))
     h200.run_part(log, "second", h200.Part(lambda: log.write_row("done"), 1))
     assert "the reason" in log.rows[0]["failed"] and log.rows[1]["row"] == "done"
+
+
+def test_what_an_image_with_torch_lacks_follows_from_what_packages_ask_for(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import fetch_wheels
+
+    present = fetch_wheels.read_package_list(FOLDER / "torch_image_packages.txt")
+    wanted = fetch_wheels.missing_packages(fetch_wheels.project_requirements(), present, "3.12")
+    assert {"open-clip-torch", "omegaconf", "webdataset", "pydantic", "braceexpand"} <= set(wanted)
+    assert not set(wanted) & {"torch", "numpy", "transformers", "colorama"}
+    alone = fetch_wheels.missing_packages(["omegaconf>=2"], {"pyyaml"}, "3.12")
+    assert set(alone) == {"omegaconf"}
