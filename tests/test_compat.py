@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import (
     AttentionInterface,
     DynamicCache,
@@ -22,6 +23,7 @@ from transformers import (
     LlamaModel,
     StaticCache,
 )
+from two_process_commands import group_threads
 
 from vlbench.compat import (
     fake_tensors,
@@ -184,6 +186,16 @@ def test_the_note_of_the_data_loader_is_put_back():
     assert signal_handling._SIGCHLD_handler_set == before
     assert signal_handling.__name__ == torch_internals.SIGCHLD_MODULE
     assert "_SIGCHLD_handler_set" in inspect.getsource(signal_handling._set_SIGCHLD_handler)
+
+
+def test_a_device_mesh_forgets_its_process_group():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    assert mesh.get_group() and group_threads()
+    distributed.destroy_process_group()
+    assert group_threads()
+    torch_internals.forget_process_groups()
+    assert not group_threads() and mesh.size() == 1
 
 
 def test_fake_tensors_have_shapes_and_addresses():

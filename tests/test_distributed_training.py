@@ -28,7 +28,7 @@ WAYS = {
 HALF = "bf16"
 WAYS[HALF] = ("recipe=yivl_llava", "only=chat", "precision=bf16")
 NEAR = {HALF: 0.1}  # rounding to 16 bits grows from step to step
-STEPS = 10
+STEPS = 6
 
 
 @pytest.fixture(scope="module")

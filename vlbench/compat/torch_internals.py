@@ -6,6 +6,7 @@ Checked with torch 2.14; 2.11 is the oldest that vlbench allows.
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import sys
 from collections.abc import Callable, Sequence
@@ -198,3 +199,17 @@ def sigchld_flag_restorer() -> Callable[[], None]:
             sys.modules[SIGCHLD_MODULE]._SIGCHLD_handler_set = before  # type: ignore[attr-defined]
 
     return restore
+
+
+def forget_process_groups() -> None:
+    """Let every device mesh forget its process groups: `DeviceMesh._pg_registry`.
+
+    DTensor's caches (of shardings, planners, topologies) hold meshes until the process ends. If the
+    attribute goes, so do the threads of a process group that was destroyed.
+    """
+    if "torch.distributed.device_mesh" in sys.modules:
+        from torch.distributed.device_mesh import DeviceMesh
+
+        for found in gc.get_objects():
+            if type(found) is DeviceMesh:
+                found._pg_registry.clear()

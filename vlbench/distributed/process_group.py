@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import platform
 import time
@@ -17,6 +18,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasti
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import distributed
 
+from vlbench.compat.torch_internals import forget_process_groups
 from vlbench.config.schema import TrainerConfig
 from vlbench.distributed import collectives
 from vlbench.distributed.launcher import is_launched, is_slurm_task, silent_exit_code
@@ -53,6 +55,7 @@ def join_process_group(settings: TrainerConfig) -> Iterator[None]:
         )
     _init_process_group(settings, environment)
     with contextlib.ExitStack() as stack:
+        stack.callback(_end_group_threads)  # again: what ran within `with` is garbage by now
         stack.callback(leave_process_group)
         if not collectives.is_rank_zero():
             quiet = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
@@ -112,6 +115,17 @@ def leave_process_group() -> None:
     """Leave the process group; what follows is done by this process alone."""
     if collectives.is_distributed():
         distributed.destroy_process_group()
+        _end_group_threads()
+
+
+def _end_group_threads() -> None:
+    """Drop the last references to process groups that were destroyed: their threads end with them.
+
+    Device meshes hold some, and sharded models are cycles of references. Threads that go on would
+    meet the end of the other processes, or of the interpreter, at any moment.
+    """
+    forget_process_groups()
+    gc.collect()
 
 
 def is_connection_error(error: RuntimeError) -> bool:
