@@ -130,7 +130,8 @@ class CoreWatch:
         switch.allow_spinning()
         with self._lock:
             self.is_sharing, self._thread = False, None
-        atexit.unregister(self._end)
+        if not self._end_requested.is_set():
+            atexit.unregister(self._end)  # not from here while it runs
 
 
 _WATCHES: dict[int, CoreWatch] = {}
