@@ -132,13 +132,15 @@ def _attend_per_sample(
         pieces = [torch.split(tensor, sizes, dim=1)[: len(sample_lengths)] for tensor in rows_of]
         outputs = [
             scaled_dot_product_attention(
-                *(piece.transpose(1, 2) for piece in sample_pieces),
+                query_piece.transpose(1, 2),
+                key_piece.transpose(1, 2),
+                value_piece.transpose(1, 2),
                 is_causal=True,
                 scale=scaling,
                 dropout_p=dropout,
                 enable_gqa=grouped,
             ).transpose(1, 2)
-            for sample_pieces in zip(*pieces, strict=True)
+            for query_piece, key_piece, value_piece in zip(*pieces, strict=True)
         ]
         if padding_length:
             outputs.append(torch.zeros_like(by_position[0][:1, :padding_length]))

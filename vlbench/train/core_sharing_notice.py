@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vlbench.core_sharing import process_watch
-from vlbench.data.batch_sampler import OptimizerStep
+from vlbench.data.optimizer_step import OptimizerStep
 from vlbench.train.callbacks import StageCallback
 from vlbench.train.training_module import VLMTrainingModule
 
