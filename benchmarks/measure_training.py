@@ -32,6 +32,7 @@ from vlbench.train.callbacks import StageCallback
 from vlbench.train.stage_runner import StageRunner
 from vlbench.train.training_module import VLMTrainingModule
 
+NEIGHBOUR = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
 BATCH = 16  # conversations in an optimizer step
 STEPS = 10
 WARM = 2  # steps that are not counted
@@ -139,7 +140,7 @@ def busy_neighbour(is_wanted: bool) -> Iterator[None]:
     if not is_wanted:
         yield
         return
-    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    process = subprocess.Popen([sys.executable, "-c", NEIGHBOUR])
     try:
         yield
     finally:

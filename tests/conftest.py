@@ -1,4 +1,4 @@
-"""Tests run beside other work: threads that wait must not spin (see `vlbench.verbs.run_fit`)."""
+"""Tests run beside other work: threads that wait must not spin (see `vlbench.core_sharing`)."""
 
 import os
 import tempfile

@@ -23,23 +23,33 @@ CPU = torch.device("cpu")
 BUSY, FREE = (1.0, 0.5), (1.0, 0.001)  # seconds that threads ran, and waited for a core
 
 SPIN_PROGRAM = """
-import json, time, torch
+import json, threading, time, torch
 from vlbench.compat.openmp_waiting import find_spin_switch
 torch.set_num_threads(2)
 numbers = torch.randn(1 << 18, generator=torch.Generator().manual_seed(0))
 
 def regions():
     before = time.process_time()
-    for _ in range(40):
+    for _ in range(20):
         total = float((numbers * numbers).sum())
         time.sleep(0.005)
     return time.process_time() - before, total
 
-switch = find_spin_switch()
+switch, stopped, end, ended = find_spin_switch(), *(threading.Event() for _ in range(3))
+
+def hold():
+    switch.stop_spinning(2)
+    stopped.set()
+    end.wait()
+    switch.allow_spinning()
+    ended.set()
+
 found = [regions()]
-switch.stop_spinning(2)
+threading.Thread(target=hold).start()
+stopped.wait()
 found.append(regions())
-switch.allow_spinning()
+end.set()
+ended.wait()
 print(json.dumps([*found, regions()]))
 """
 

@@ -31,9 +31,7 @@ MIN_ACTIVE_SECONDS = 0.02  # less running and waiting between two looks tells no
 BUSY_SHARE = 0.1  # of the time in which threads ran or waited for a core; from here on they sleep
 CALM_SHARE = 0.03  # below it, in CALM_CHECKS looks one after the other, they spin again
 CALM_CHECKS = 12
-MAX_CALM_CHECKS = (
-    240  # each time that the cores were free for a short while, it takes twice as long
-)
+MAX_CALM_CHECKS = 240  # as many at most: twice as many each time they were free but shortly
 TASKS_FOLDER = Path("/proc/self/task")
 
 ThreadTimes = dict[str, tuple[int, int]]
@@ -132,7 +130,8 @@ class CoreWatch:
         switch.allow_spinning()
         with self._lock:
             self.is_sharing, self._thread = False, None
-        atexit.unregister(self._end)
+        if not self._end_requested.is_set():
+            atexit.unregister(self._end)  # not from here while it runs
 
 
 _WATCHES: dict[int, CoreWatch] = {}

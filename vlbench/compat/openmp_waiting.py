@@ -23,8 +23,9 @@ NEEDED_SYMBOLS = (
 class SpinSwitch:
     """Ends the spinning of libgomp's threads in the whole process, by more threads that sleep.
 
-    Both methods are for one thread, whose end is that of the sleeping ones. No result depends on
-    it: the threads of a parallel region, and what each of them computes, stay the same.
+    Both methods are for one thread that computes nothing, as its team sleeps; the end of the thread
+    is that of the team. No result depends on it: how many threads compute, and what each of them
+    does, stays the same.
     """
 
     def __init__(self, runtime: ctypes.CDLL) -> None:
