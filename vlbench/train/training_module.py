@@ -5,27 +5,34 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from vlbench.compat.lightning_internals import trainer_device, without_gradient_sync
-from vlbench.config.schema import StageConfig
+from vlbench.compat.lightning_internals import trainer_device
+from vlbench.config.schema import StageConfig, TrainerConfig
 from vlbench.connector.base import Connector
 from vlbench.data.optimizer_step import OptimizerStep, StepCounts
 from vlbench.data.packing import PackedBatch
 from vlbench.distributed import collectives
 from vlbench.errors import UserError
 from vlbench.model.contrastive_loss import add_contrast_pools
-from vlbench.model.fsdp_wrapping import apply_fsdp
+from vlbench.model.fsdp_wrapping import apply_fsdp, build_shard_mesh
 from vlbench.model.replicated_parameters import clip_gradients, split_by_sharding
 from vlbench.model.train_flops import StepFlops, count_step_flops
 from vlbench.model.vlm import VLM
+from vlbench.train.gradient_sync import (
+    defer_gradient_sync,
+    device_memory,
+    reduces_once_per_step,
+    whole_gradient_bytes,
+)
 from vlbench.train.lr_schedule import build_lr_scheduler
 from vlbench.train.optimizer_state import restore_optimizer_state
 from vlbench.train.step_sync import (
@@ -88,6 +95,7 @@ class VLMTrainingModule(pl.LightningModule):
         seed: int,
         optimizer_state: Mapping[str, Tensor] | None = None,
         seen: Mapping[str, int] | None = None,
+        trainer_config: TrainerConfig | None = None,
     ) -> None:
         """Prepare to train from optimizer step `steps_done` to `total_steps`.
 
@@ -99,6 +107,7 @@ class VLMTrainingModule(pl.LightningModule):
             seed: Fixes what is random inside of a step, together with the step's number.
             optimizer_state: State of the optimizer in that checkpoint, by `KEY.PARAMETER_NAME`.
             seen: Samples, images and tokens that the run has trained on by then.
+            trainer_config: How FSDP2 shards the model and when it reduces gradients.
         """
         super().__init__()
         self.automatic_optimization = False
@@ -106,6 +115,9 @@ class VLMTrainingModule(pl.LightningModule):
         self.total_steps, self.steps_done = total_steps, steps_done
         self.optimizer_state = optimizer_state
         self.seen = {name: 0 for name in SEEN_COUNTS} | dict(seen or {})
+        self.trainer_config = trainer_config or TrainerConfig()
+        self.reduces_once = True
+        """Whether a sharded model keeps whole gradients and reduces them once a step."""
         self.report = StepReport(steps_done)
         self.flops: StepFlops | None = None
         self.data_wait_seconds = 0.0
@@ -118,8 +130,18 @@ class VLMTrainingModule(pl.LightningModule):
         if on_gpu and self.stage.objective == "language":  # MFU needs a peak, which no CPU has
             self.flops = count_step_flops(self.vlm)
         if self.device_mesh is not None:
-            bf16 = self.trainer.precision == "bf16-mixed"
-            apply_fsdp(self.vlm, self.device_mesh["data_parallel"], bf16)
+            self._shard_model()
+
+    def _shard_model(self) -> None:
+        """Shard the model over the processes of the strategy."""
+        device, config = trainer_device(self.trainer), self.trainer_config
+        mesh = build_shard_mesh(device.type, config.shard_count)
+        apply_fsdp(self.vlm, mesh, bf16=self.trainer.precision == "bf16-mixed")
+        self.reduces_once = reduces_once_per_step(
+            config.reduce_gradients,
+            whole_gradient_bytes(self.vlm.parameters()),
+            device_memory(device),
+        )
 
     def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[LambdaLR]]:
         """Return AdamW and its learning-rate schedule.
@@ -166,6 +188,22 @@ class VLMTrainingModule(pl.LightningModule):
         """Start the clock again; the callbacks have run by now."""
         self._idle_since = time.monotonic()
 
+    def on_train_end(self) -> None:
+        """Drop gradients and state of the optimizer: the stage's last checkpoint has been written.
+
+        Lightning would move both to the host.
+        """
+        self.zero_grad(set_to_none=True)
+        for optimizer in self.trainer.optimizers:
+            optimizer.state.clear()
+
+    def cpu(self) -> Self:
+        """Leave the model where it is: Lightning calls this after every stage.
+
+        The next stage and the questions at the end need it on the same device.
+        """
+        return self
+
     def transfer_batch_to_device(
         self, batch: OptimizerStep, device: torch.device, _: int
     ) -> OptimizerStep:
@@ -177,7 +215,9 @@ class VLMTrainingModule(pl.LightningModule):
         torch.manual_seed(hash((self.seed, step.index)) & 0x7FFFFFFF)
         optimizer: Any = self.optimizers()
         if self._needs_whole_step():
+            started = time.monotonic()
             step.load_micro_batches()
+            self.data_wait_seconds += time.monotonic() - started
         counts = sync_step(step)
         optimizer.zero_grad(set_to_none=True)
         report = StepReport(
@@ -207,6 +247,16 @@ class VLMTrainingModule(pl.LightningModule):
         counts_losses = connector.loss_counts is not Connector.loss_counts
         return self.stage.objective != "language" or has_own_losses or counts_losses
 
+    def _measure_waiting(self, batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
+        """Yield micro-batches; add how long they were waited for to `data_wait_seconds`."""
+        while True:
+            started = time.monotonic()
+            batch = next(batches, None)
+            self.data_wait_seconds += time.monotonic() - started
+            if batch is None:
+                return
+            yield batch
+
     def _accumulate_gradients(
         self, step: OptimizerStep, counts: StepCounts, report: StepReport, optimizer: Any
     ) -> None:
@@ -216,14 +266,15 @@ class VLMTrainingModule(pl.LightningModule):
         loss_sum = zero = torch.zeros((), device=self.device)
         extra: dict[str, Tensor] = {}
         batches: Iterable[PackedBatch] = pad_micro_batches(
-            step.take_micro_batches(), counts.micro_batches
+            self._measure_waiting(step.take_micro_batches()), counts.micro_batches
         )
         loss_counts: dict[str, int] = {}
         if self._needs_whole_step():
             batches = add_contrast_pools(self.vlm, list(batches))
             loss_counts = self._loss_counts(batches)
         for index, batch in enumerate(batches):
-            with self._gradient_sync(is_last=index == counts.micro_batches - 1):
+            is_last = index == counts.micro_batches - 1
+            with contextlib.nullcontext() if is_last else self._defer_gradient_sync():
                 out = self.vlm(batch.to(self.device))
                 if index == 0 and isinstance(batches, list):
                     new_names = set(out.extra) - set(loss_counts)
@@ -312,8 +363,5 @@ class VLMTrainingModule(pl.LightningModule):
             optimizer.zero_grad(set_to_none=True)  # AdamW skips parameters without gradient
         optimizer.step()
 
-    @contextlib.contextmanager
-    def _gradient_sync(self, is_last: bool) -> Iterator[None]:
-        """Reduce gradients over the ranks in the last micro-batch of a step only."""
-        with contextlib.nullcontext() if is_last else without_gradient_sync(self.trainer):
-            yield
+    def _defer_gradient_sync(self) -> AbstractContextManager[Any]:
+        return defer_gradient_sync(self.trainer, self.vlm, self.reduces_once)
