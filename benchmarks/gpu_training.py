@@ -16,7 +16,7 @@ from measure_training import StepTimer
 from vlbench.config import recipe as recipes
 from vlbench.config.recipe import with_random_weights
 from vlbench.config.schema import Recipe, StageConfig
-from vlbench.data.batch_sampler import OptimizerStep
+from vlbench.data.optimizer_step import OptimizerStep
 from vlbench.errors import EnvironmentFailure, UserError
 from vlbench.model.build_vlm import build_vlm
 from vlbench.model.loaded_vlm import LoadedVLM

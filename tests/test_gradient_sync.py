@@ -22,6 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from vlbench.config import recipe as recipes
 from vlbench.connector import registry
+from vlbench.data.optimizer_step import OptimizerStep
 from vlbench.data.packing import PackedBatch, empty_batch
 from vlbench.distributed.collectives import gather_full_tensor
 from vlbench.distributed.process_group import check_neighbours
@@ -261,8 +262,8 @@ def test_a_stage_defers_all_but_the_last_micro_batch(monkeypatch) -> None:
     training = training_module.VLMTrainingModule(vlm.model, stage, 1, 0, seed=3)
     training._trainer = object()  # type: ignore[assignment]
     monkeypatch.setattr(training, "manual_backward", lambda loss: events.append("backward"))
-    step = training_module.SyncedStep(micro_batches(vlm, 0, torch.float32)[:3], 1, 1, 1, 1)
-    training._accumulate_gradients(step, training_module.StepReport(0))
+    step = OptimizerStep(0, micro_batches(vlm, 0, torch.float32)[:3])
+    training._accumulate_gradients(step, step.counts, training_module.StepReport(0), None)
     assert events == ["defer", "backward", "defer", "backward", "backward"]
 
 

@@ -24,7 +24,14 @@ from pydantic.fields import FieldInfo
 from vlbench.command_line.arguments import TemplateName
 from vlbench.config.encoder_names import EMBEDDED_ENCODERS, check_encoder_name
 from vlbench.errors import suggest_name
-from vlbench.strict_values import StrictModel, is_null, kind_label, split_union, yaml_text
+from vlbench.strict_values import (
+    StrictModel,
+    convert_value,
+    is_null,
+    kind_label,
+    split_union,
+    yaml_text,
+)
 
 PartName = Literal["vision", "connector", "language"]
 CheckpointingMode = Literal["none", "selective", "full", "auto"]
@@ -72,6 +79,17 @@ def check_embedded_weights(
         )
 
 
+def check_row_tokens(value: Any) -> Any:
+    """Return `auto` or a number of tokens within limits."""
+    if value == "auto":
+        return str(value)
+    try:
+        return convert_value(value, Annotated[int, Field(ge=16, le=MAX_ROW_TOKENS)])
+    except ValueError as error:
+        raise ValueError(f"{error}; auto is allowed, too") from None
+
+
+RowTokens = Annotated[int | Literal["auto"], BeforeValidator(check_row_tokens)]
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 """Text that may be a path, in which a leading `~` is the home folder."""
 StageName = Annotated[str, AfterValidator(check_stage_name)]
@@ -175,7 +193,7 @@ class DataConfig(RecipeSection):
     mix: Mixture | None = key("several weighted sources, instead of train", None)
     val: PathText | None = key("held-out samples: a file in LLaVA's format, or shards", None)
     on_bad_sample: OnBadSample = key("leave out and count, or stop; auto: stop above 1 %", "auto")
-    workers: int = key("processes that prepare batches; 0: the training process", 4, ge=0, le=256)
+    workers: int = key("processes that load images, beside one for texts; 0: none", 4, ge=0, le=256)
     decode: Literal["exact", "draft"] = key(
         "large JPEGs: decoded as the reference does, or faster and less exactly", "exact"
     )
@@ -193,8 +211,8 @@ class StageConfig(RecipeSection):
     global_batch_size: int = key(
         "samples in an optimizer step, over all devices", ge=1, le=MAX_BATCH_SIZE
     )
-    max_tokens_per_row: int = key(
-        "most tokens in a packed row; less to save memory", 4096, ge=16, le=MAX_ROW_TOKENS
+    max_tokens_per_row: RowTokens = key(
+        "most tokens in a packed row; auto: up to 16384 by GPU memory, else 4096", "auto"
     )
     epochs: float | None = key("passes over the data", None, ge=0, le=MAX_COUNT)
     steps: int | None = key("optimizer steps, instead of epochs", None, ge=0, le=MAX_COUNT)

@@ -86,7 +86,7 @@ def _workload_lines(plan: TrainingPlan) -> list[str]:
                 f"{work.steps:,}",
                 str(
                     work.count_micro_batches(
-                        stage.global_batch_size, options.world_size, stage.max_tokens_per_row
+                        stage.global_batch_size, options.world_size, plan.max_tokens_per_row[name]
                     )
                 ),
                 f"{work.total_flops('none'):.3g}",

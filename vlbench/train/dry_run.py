@@ -81,6 +81,7 @@ def measure_stages(recipe: Recipe, stage_runs: list[StageRun]) -> Iterator[Stage
             continue
         vlm.set_image_size(stage_run.stage.image_size)
         with runner.prepare_stage(vlm.model, stage_run.stage):
+            stage_run.settled_row_tokens = runner.choose_row_tokens(vlm.model)
             steps = build_stage_steps(vlm.processor, stage_run)
             runner.set_activation_checkpointing(vlm.model, steps)
             plans = [steps.plan_step(n) for n in range(min(CANDIDATE_STEPS, stage_run.total_steps))]

@@ -127,11 +127,14 @@ class RunTraining:
         runner, stage = self.stage_runner, stage_run.stage
         workers = stage_run.data_config.workers
         with runner.prepare_stage(vlm.model, stage):
+            self.settle_row_tokens(vlm, stage_run)
             steps = build_stage_steps(vlm.processor, stage_run)
             mode = runner.set_activation_checkpointing(vlm.model, steps)
             run_report.show_stage(
                 stage_run.name, stage, stage_run.total_steps, steps_done, vlm.model
             )
+            if stage.max_tokens_per_row == "auto":
+                print(f"  max_tokens_per_row=auto: {stage_run.row_tokens}")
             if runner.activation_checkpointing == "auto":
                 print(f"  activation_checkpointing=auto: {mode}")
             optimizer_state = None
@@ -161,6 +164,14 @@ class RunTraining:
                 num_workers=workers,
             )
         self.seen = module.seen
+
+    def settle_row_tokens(self, vlm: LoadedVLM, stage_run: StageRun) -> None:
+        """Choose the length of rows if the recipe leaves it open; a run that goes on keeps it."""
+        if stage_run.stage.max_tokens_per_row == "auto":
+            chosen = self.stage_runner.choose_row_tokens(vlm.model)
+            stage_run.settled_row_tokens = collectives.call_on_rank_zero(
+                lambda: self.run.keep_row_tokens(stage_run.name, chosen)
+            )
 
     def earlier_steps(self, stage_run: StageRun) -> int:
         """Return the optimizer steps of all stages before this one."""

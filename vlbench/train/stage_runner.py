@@ -19,6 +19,7 @@ from vlbench.core_sharing import share_cores
 from vlbench.data.batch_sampler import StepDataset
 from vlbench.data.optimizer_step import StepSource
 from vlbench.data.step_loader import StepLoader
+from vlbench.distributed import collectives
 from vlbench.distributed.process_group import is_fsdp_sharded
 from vlbench.model.compile_blocks import CompiledBlocks
 from vlbench.model.frozen_bf16 import FrozenBF16
@@ -27,6 +28,7 @@ from vlbench.model.vlm import VLM
 from vlbench.train.auto_checkpointing import set_activation_checkpointing
 from vlbench.train.feature_cache import cache_features
 from vlbench.train.lightning_trainer import build_trainer, explain_stage_errors, root_device
+from vlbench.train.row_length import choose_row_tokens, gpu_memory_limit
 from vlbench.train.trainable_parts import freeze_untrained_parts
 from vlbench.train.training_module import VLMTrainingModule
 
@@ -82,6 +84,18 @@ class StageRunner:
         frozen_weights = self.hold_frozen_bf16(vlm)
         yield
         frozen_weights.restore_float32()
+
+    def choose_row_tokens(self, vlm: VLM) -> int:
+        """Return the tokens of a packed row of a prepared stage, the same in all processes."""
+        shards = collectives.world_size() if self.is_sharded else 1
+        own_choice = choose_row_tokens(
+            vlm,
+            gpu_memory_limit(self.device),
+            self.activation_checkpointing,
+            bf16=self.precision == "bf16",
+            shards=shards,
+        )
+        return int(collectives.all_gather_numbers([own_choice]).min())
 
     def set_activation_checkpointing(self, vlm: VLM, steps: StepDataset) -> str:
         """Set what the backward passes of a prepared stage recompute, and return the mode."""

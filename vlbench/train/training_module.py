@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -215,7 +215,9 @@ class VLMTrainingModule(pl.LightningModule):
         torch.manual_seed(hash((self.seed, step.index)) & 0x7FFFFFFF)
         optimizer: Any = self.optimizers()
         if self._needs_whole_step():
+            started = time.monotonic()
             step.load_micro_batches()
+            self.data_wait_seconds += time.monotonic() - started
         counts = sync_step(step)
         optimizer.zero_grad(set_to_none=True)
         report = StepReport(
@@ -245,6 +247,16 @@ class VLMTrainingModule(pl.LightningModule):
         counts_losses = connector.loss_counts is not Connector.loss_counts
         return self.stage.objective != "language" or has_own_losses or counts_losses
 
+    def _measure_waiting(self, batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
+        """Yield micro-batches; add how long they were waited for to `data_wait_seconds`."""
+        while True:
+            started = time.monotonic()
+            batch = next(batches, None)
+            self.data_wait_seconds += time.monotonic() - started
+            if batch is None:
+                return
+            yield batch
+
     def _accumulate_gradients(
         self, step: OptimizerStep, counts: StepCounts, report: StepReport, optimizer: Any
     ) -> None:
@@ -254,7 +266,7 @@ class VLMTrainingModule(pl.LightningModule):
         loss_sum = zero = torch.zeros((), device=self.device)
         extra: dict[str, Tensor] = {}
         batches: Iterable[PackedBatch] = pad_micro_batches(
-            step.take_micro_batches(), counts.micro_batches
+            self._measure_waiting(step.take_micro_batches()), counts.micro_batches
         )
         loss_counts: dict[str, int] = {}
         if self._needs_whole_step():
