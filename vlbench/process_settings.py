@@ -15,11 +15,13 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 from vlbench.compat.torch_internals import sigchld_flag_restorer
 
 TERMINATION_SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # of kill, Slurm; of a closed terminal
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 RestoreFunction = Callable[[], None]
 
 
@@ -58,6 +60,26 @@ def preserve_process_settings() -> Iterator[None]:
         if threading.current_thread() is threading.main_thread():
             stack.callback(_save_signal_handlers())
         yield
+
+
+def avoid_cudnn_attention(device_type: str) -> AbstractContextManager[object]:
+    """Return a context in which attention on a GPU takes the flash or the efficient kernel.
+
+    On Hopper torch prefers cuDNN's, which makes a plan for each new length: a growing KV cache has
+    one at every token. The preference is the process's, so it is put back when the last thread
+    leaves. `device_type` other than `cuda`: nothing is changed.
+    """
+    return _CUDNN_ATTENTION_GUARD if device_type == "cuda" else contextlib.nullcontext()
+
+
+def prefer_expandable_segments() -> None:
+    """Let torch grow its blocks of GPU memory, unless the user has configured its allocator.
+
+    Rows and images differ from batch to batch: blocks of fixed sizes leave gaps that no tensor
+    fits. Must come before the first use of a GPU; processes that are started inherit it.
+    """
+    if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 
 class _TerminationRequest(SystemExit):
@@ -147,9 +169,7 @@ def ignore_thread_warnings() -> Iterator[None]:
 
 
 def _save_interpreter_state() -> RestoreFunction:
-    import multiprocessing
-
-    start_method = multiprocessing.get_start_method(allow_none=True)
+    start_method = _process_start_method()
     environment, root_logger = dict(os.environ), logging.getLogger()
     level, handlers = root_logger.level, root_logger.handlers[:]
     random_state = random.getstate()
@@ -164,8 +184,8 @@ def _save_interpreter_state() -> RestoreFunction:
         root_logger.handlers[:] = handlers
         sys.excepthook, warnings.formatwarning = excepthook, formatwarning
         random.setstate(random_state)
-        if multiprocessing.get_start_method(allow_none=True) != start_method:  # None: not yet set
-            multiprocessing.set_start_method(start_method, force=True)
+        if _process_start_method() != start_method:
+            sys.modules["multiprocessing"].set_start_method(start_method, force=True)
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         for name, value in environment.items():
@@ -173,6 +193,12 @@ def _save_interpreter_state() -> RestoreFunction:
                 os.environ[name] = value
 
     return restore_interpreter
+
+
+def _process_start_method() -> str | None:
+    """Return how new processes start; None is not yet set, as it is before the first import."""
+    module = sys.modules.get("multiprocessing")
+    return module.get_start_method(allow_none=True) if module else None
 
 
 def _save_random_state() -> RestoreFunction:
@@ -207,7 +233,16 @@ def _save_signal_handlers() -> RestoreFunction:
     return restore_signals
 
 
-_INTERPRETER_GUARD, _RANDOM_GUARD = (
+def _disable_cudnn_attention() -> RestoreFunction:
+    from torch.backends import cuda
+
+    was_enabled = cuda.cudnn_sdp_enabled()
+    cuda.enable_cudnn_sdp(False)
+    return lambda: cuda.enable_cudnn_sdp(was_enabled)
+
+
+_INTERPRETER_GUARD, _RANDOM_GUARD, _CUDNN_ATTENTION_GUARD = (
     _SettingsGuard(_save_interpreter_state),
     _SettingsGuard(_save_random_state),
+    _SettingsGuard(_disable_cudnn_attention),
 )

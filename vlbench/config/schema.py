@@ -85,6 +85,11 @@ def key(meaning: str, default: Any = ..., **limits: Any) -> Any:
     return Field(default, description=meaning, **limits)
 
 
+def section_key(meaning: str, section: type[BaseModel]) -> Any:
+    """Declare a mapping of keys; a default is made when a recipe is, so that help needs none."""
+    return Field(default_factory=section, description=meaning)
+
+
 class RecipeSection(StrictModel):
     """A mapping of a recipe, in which only one of two exclusive keys has a value."""
 
@@ -228,6 +233,10 @@ class TrainerConfig(RecipeSection):
     )
     devices: int = key("processes on each machine, a GPU each", 1, ge=1, le=MAX_DEVICES)
     num_nodes: int = key("machines", 1, ge=1, le=MAX_DEVICES)
+    shard_within_node: bool = key("fsdp2: shards in a machine, replicas between machines", False)
+    reduce_gradients: Literal["auto", "step", "micro_batch"] = key(
+        "fsdp2: once a step, whole until then, or every micro-batch; auto: by memory", "auto"
+    )
     compile: bool = key("compile decoder layers and encoder blocks; for long GPU runs", False)
     checkpoint_every: float = key("seconds; more where saving takes over 5 %", 60.0, gt=0)
     keep_last_checkpoints: int = key(
@@ -243,6 +252,27 @@ class TrainerConfig(RecipeSection):
     def world_size(self) -> int:
         """How many processes train one model."""
         return self.devices * self.num_nodes
+
+    @property
+    def shard_count(self) -> int:
+        """Over how many processes fsdp2 shards a model."""
+        return self.devices if self.shard_within_node else self.world_size
+
+    @model_validator(mode="after")
+    def _check_sharding(self) -> Self:
+        given = {"shard_within_node=true": self.shard_within_node}
+        given[f"reduce_gradients={self.reduce_gradients}"] = self.reduce_gradients != "auto"
+        for setting in (name for name, is_given in given.items() if is_given):
+            if self.strategy != "fsdp2":
+                raise ValueError(
+                    f"has {setting} and strategy={self.strategy}; that needs strategy=fsdp2"
+                )
+        if self.shard_within_node and self.devices == 1:
+            raise ValueError(
+                "has shard_within_node=true and devices=1: a machine with one process has nobody "
+                "to share a model with; allowed from devices=2 on"
+            )
+        return self
 
 
 class LoggingConfig(RecipeSection):
@@ -275,13 +305,13 @@ class Recipe(RecipeSection):
     dry_run: bool = key("one step of every stage, longest batch first, then stop", False)
     trust_connector: bool = key("run connector code of another's init= or run=; to be typed", False)
     profile: bool = key("write a profiler trace of some steps into the run", False)
-    vision: VisionEncoderConfig = key("the vision encoder", VisionEncoderConfig())
-    language: LanguageModelConfig = key("the language model", LanguageModelConfig())
+    vision: VisionEncoderConfig = section_key("the vision encoder", VisionEncoderConfig)
+    language: LanguageModelConfig = section_key("the language model", LanguageModelConfig)
     connector: dict[str, Any] = key("name, and the options of that connector (see list)")
-    data: DataConfig = key("training and held-out data", DataConfig())
+    data: DataConfig = section_key("training and held-out data", DataConfig)
     stages: dict[StageName, StageConfig] = key("the stages of training, in order")
-    trainer: TrainerConfig = key("devices and checkpoints", TrainerConfig())
-    log: LoggingConfig = key("logs and evaluations", LoggingConfig())
+    trainer: TrainerConfig = section_key("devices and checkpoints", TrainerConfig)
+    log: LoggingConfig = section_key("logs and evaluations", LoggingConfig)
 
     @model_validator(mode="after")
     def _check_decoding(self) -> Self:
