@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from vlbench.data.batch_sampler import StepDataset
-from vlbench.data.packing import PackedBatch
+from vlbench.data.packing import PackedBatch, empty_batch
 from vlbench.distributed import collectives
 from vlbench.model.activation_checkpointing import CHECKPOINTING_MODES
 from vlbench.model.contrastive_loss import add_contrast_pools
@@ -116,6 +116,8 @@ def _pooled_feature_bytes(batch: PackedBatch, steps: StepDataset) -> int:
 
 
 def _longest_batch(steps: StepDataset) -> PackedBatch:
+    """Return the row of the first steps with the most images, of equal ones the longest."""
     step_count = min(CANDIDATE_STEPS, len(steps))
-    candidates = [batch for index in range(step_count) for batch in steps[index].micro_batches]
-    return max(candidates, key=lambda batch: batch.input_ids.numel() + batch.pixels.numel())
+    rows = [row for index in range(step_count) for row in steps.plan_step(index).rows]
+    longest = max(rows, key=lambda row: (row.image_count, sum(row.sample_lengths)))
+    return steps.load_row(longest).batch or empty_batch()

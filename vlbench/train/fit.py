@@ -20,6 +20,7 @@ from vlbench.model.weights.tensor_groups import move_and_cast
 from vlbench.train import checkpoint_files, run_report
 from vlbench.train.callbacks import CheckpointCallback, GracefulStop, ValidationCallback
 from vlbench.train.checkpoint_files import RunPosition
+from vlbench.train.core_sharing_notice import CoreSharingNotice
 from vlbench.train.lightning_trainer import build_loggers
 from vlbench.train.nonfinite_guard import NonFiniteGuard
 from vlbench.train.progress_logging import ProgressCallback, truncate_metrics
@@ -75,6 +76,7 @@ class RunTraining:
         self.recipe, self.run, self.stage_runs = recipe, run, stage_runs
         self.graceful_stop, self.user_callbacks = graceful_stop, user_callbacks
         self.stage_runner = StageRunner.from_recipe(recipe, run.folder)
+        self.core_sharing_notice = CoreSharingNotice(run_report.print_status)
         self.seen: dict[str, int] = {}
         """Samples, images and tokens that the run has trained on."""
         self.started_at = time.monotonic()
@@ -183,6 +185,7 @@ class RunTraining:
             trainer_config.keep_last_checkpoints,
             self.graceful_stop,
             self.elapsed_seconds,
+            copies_beside_training=not self.user_callbacks,
         )
         run_report.show_disk_usage(
             vlm.model, parts, trainer_config.keep_last_checkpoints, self.run.checkpoints_folder
@@ -212,6 +215,7 @@ class RunTraining:
             NonFiniteGuard(stage_run.name, max_nonfinite_steps, run_report.print_status),
             QuarantineCallback(self.run, stage_run.data_config.on_bad_sample, stage_run.data),
             progress,
+            self.core_sharing_notice,
             checkpoint_callback,
         ]
 
@@ -249,7 +253,7 @@ class RunTraining:
             ).finish_writing()
         vlm.model.requires_grad_(False)
         self.stage_runner.hold_frozen_bf16(vlm.model)  # so that it fits where training fitted
-        vlm.to(self.stage_runner.device)  # Lightning has moved it to the CPU
+        vlm.to(self.stage_runner.device)  # a sharded model was loaded anew
 
 
 def build_or_resume_model(
