@@ -12,7 +12,7 @@ from test_fit import SHORT, last_of
 
 from vlbench.__main__ import main
 from vlbench.config import recipe as recipes
-from vlbench.data.batch_sampler import OptimizerStep
+from vlbench.data.optimizer_step import OptimizerStep
 from vlbench.model.build_vlm import build_vlm
 from vlbench.train.callbacks import StageCallback
 from vlbench.train.stage_plan import build_stage_steps, plan_stage_runs
