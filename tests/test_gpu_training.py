@@ -21,7 +21,7 @@ from vlbench.train.training_module import VLMTrainingModule
 
 pytestmark = pytest.mark.gpu
 STEPS = 4
-WORDS = ["recipe=yivl_llava", "precision=bf16", "stages.chat.global_batch_size=4"]
+WORDS = ["recipe=yivl_llava", "stages.chat.global_batch_size=4"]
 
 
 class LossNotes(StageCallback):
@@ -37,9 +37,9 @@ class LossNotes(StageCallback):
         self.norms.append(float(training.report.grad_norm))
 
 
-def train(*words: str) -> LossNotes:
+def train(*words: str, precision: str = "bf16") -> LossNotes:
     """Train some steps of the last stage on the miniatures."""
-    recipe = recipes.load_recipe([*WORDS, *words])
+    recipe = recipes.load_recipe([*WORDS, f"precision={precision}", *words])
     stage_run = plan_stage_runs(recipe)[-1]
     vlm = build_vlm(recipe, stage_run.stage.image_size)
     steps, notes = build_stage_steps(vlm.processor, stage_run), LossNotes()
@@ -64,7 +64,6 @@ def assert_alike(notes: LossNotes, other: LossNotes) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        ("precision=32",),
         ("activation_checkpointing=selective",),
         ("activation_checkpointing=full",),
         ("activation_checkpointing=auto",),
@@ -74,6 +73,10 @@ def assert_alike(notes: LossNotes, other: LossNotes) -> None:
 )
 def test_losses_are_finite_and_those_of_eager_steps(words, eager):
     assert_alike(train(*words), eager)
+
+
+def test_losses_in_16_bits_are_close_to_those_in_32(eager):
+    assert_alike(train(precision="32"), eager)
 
 
 def test_attention_in_one_call_is_that_of_a_call_per_sample(eager, monkeypatch):
