@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import socket
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -43,8 +44,10 @@ def run_in_processes(function: Callable[[int], Any], world_size: int = 2) -> lis
             answers.put((rank, None, traceback.format_exc()))
 
     processes = [context.Process(target=run_rank, args=(rank,)) for rank in range(world_size)]
-    for process in processes:
-        process.start()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python 3.12 warns of forks beside other threads
+        for process in processes:
+            process.start()
     try:
         results = sorted((answers.get(timeout=120) for _ in processes), key=lambda one: one[0])
     finally:

@@ -243,3 +243,20 @@ def test_a_part_of_a_file_is_locked_where_others_write_its_neighbours(tmp_path: 
     background_writer.write_piece(tmp_path / "f", 4, torch.ones(4, dtype=torch.uint8), True)
     assert (tmp_path / "f").read_bytes() == bytes(4) + b"\1" * 4 + bytes(4)
     assert tensor_layout.HEADER_ALIGNMENT == 8
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_copied_beside_what_it_computes(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(background_writer, "PIECE_BYTES", 1 << 20)
+    weight = torch.randn(3_000_001, device="cuda")
+    weight.mul_(2)  # queued before the copy
+    rows = find_own_rows({"w": weight.to(torch.bfloat16)})
+    files = plan_files({"w": TensorSpec((3_000_001,), torch.float32)})
+    create_files(files, tmp_path)
+    write = FolderWrite(tmp_path, files, {"w": torch.float32}, rows)
+    writer = BackgroundWriter([write], 10**9, weight.device)
+    writer.wait_until_copied()
+    expected = weight.to(torch.bfloat16).float().cpu()
+    weight.zero_()
+    writer.finish()
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["w"], expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 from pathlib import Path
@@ -20,6 +21,7 @@ from vlbench.config.schema import PartTrainConfig
 from vlbench.connector import registry
 from vlbench.data.optimizer_step import OptimizerStep
 from vlbench.data.scene_world import make_scene
+from vlbench.errors import UserError
 from vlbench.train.lr_schedule import learning_rate_factor
 from vlbench.train.trainable_parts import freeze_untrained_parts
 from vlbench.train.training_module import VLMTrainingModule
@@ -79,7 +81,8 @@ def test_a_loss_that_is_not_counted_ahead_does_not_depend_on_the_micro_batches()
     assert_same(found[0], found[2], 1e-9)
 
 
-def test_a_stage_leaves_no_gradients_and_no_moments_and_moves_nothing(monkeypatch) -> None:
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_stage_leaves_no_gradients_and_no_moments_and_moves_nothing(fails, monkeypatch) -> None:
     """Its last checkpoint is written by then; Lightning would move everything to the host."""
     vlm = small_vlm(registry.load_connector("linear"))
     stage = recipes.load_recipe(["recipe=yivl_llava"]).stages["align_224"]
@@ -90,6 +93,13 @@ def test_a_stage_leaves_no_gradients_and_no_moments_and_moves_nothing(monkeypatc
     found: list[tuple[int, bool]] = []
 
     class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, *_: object) -> None:
+            if fails:
+                raise UserError("the step fails")
+
+        def on_exception(self, trainer, pl_module, exception) -> None:
+            self.on_train_end(trainer, pl_module)
+
         def on_train_end(self, trainer, pl_module) -> None:
             has_gradients = any(p.grad is not None for p in vlm.parameters())
             found.append((len(trainer.optimizers[0].state), has_gradients))
@@ -101,7 +111,8 @@ def test_a_stage_leaves_no_gradients_and_no_moments_and_moves_nothing(monkeypatc
             )
 
     trainer = pl.Trainer(accelerator="cpu", max_epochs=1, barebones=True, callbacks=[Watch()])
-    trainer.fit(training, DataLoader(steps, batch_size=None))
+    with pytest.raises(UserError) if fails else contextlib.nullcontext():
+        trainer.fit(training, DataLoader(steps, batch_size=None))
     assert found == [(sum(p.requires_grad for p in vlm.parameters()), True)]
     assert not trainer.optimizers[0].state and not moves
     assert all(parameter.grad is None for parameter in vlm.parameters())

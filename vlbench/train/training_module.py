@@ -188,14 +188,9 @@ class VLMTrainingModule(pl.LightningModule):
         """Start the clock again; the callbacks have run by now."""
         self._idle_since = time.monotonic()
 
-    def on_train_end(self) -> None:
-        """Drop gradients and state of the optimizer: the stage's last checkpoint has been written.
-
-        Lightning would move both to the host.
-        """
-        self.zero_grad(set_to_none=True)
-        for optimizer in self.trainer.optimizers:
-            optimizer.state.clear()
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Return what Lightning calls behind the callbacks of the Trainer."""
+        return [_LeftoverState()]
 
     def cpu(self) -> Self:
         """Leave the model where it is: Lightning calls this after every stage.
@@ -365,3 +360,22 @@ class VLMTrainingModule(pl.LightningModule):
 
     def _defer_gradient_sync(self) -> AbstractContextManager[Any]:
         return defer_gradient_sync(self.trainer, self.vlm, self.reduces_once)
+
+
+class _LeftoverState(pl.Callback):
+    """Drops gradients and state of the optimizer when a stage ends, which nobody needs any more.
+
+    Its last checkpoint has been written by then. Lightning would move both to the host.
+    """
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Drop them at the regular end."""
+        pl_module.zero_grad(set_to_none=True)
+        for optimizer in trainer.optimizers:
+            optimizer.state.clear()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Drop them before an error is reported, which would take as long otherwise."""
+        self.on_train_end(trainer, pl_module)
