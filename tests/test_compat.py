@@ -268,18 +268,6 @@ def test_sdpa_attention_and_its_mask():
     assert callable(make_mask)
 
 
-def is_checkpointing(model: nn.Module) -> bool:
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-
-
-def test_activation_checkpointing_is_switched():
-    model = small_llama().train()
-    transformers_internals.set_activation_checkpointing(model, {"use_reentrant": False})
-    assert is_checkpointing(model), "activation checkpointing has another switch"
-    transformers_internals.set_activation_checkpointing(model, None)
-    assert not is_checkpointing(model)
-
-
 def test_rotary_embedding_replaces_that_of_a_model_without_memory():
     config = LlamaConfig(**LLAMA)
     with torch.device("meta"):
@@ -431,6 +419,9 @@ def test_a_trainer_has_device_precision_and_no_gradient_sync_alone():
         assert torch.is_autocast_enabled("cpu"), "precision_plugin.forward_context does no autocast"
     with lightning_internals.without_gradient_sync(trainer):
         pass
+    lightning_internals.set_autocast_context(trainer, torch.no_grad)
+    with trainer.precision_plugin.train_step_context():
+        assert not torch.is_grad_enabled(), "autocast_context_manager is called no more"
 
 
 def test_a_wrapped_model_is_asked_for_no_sync():

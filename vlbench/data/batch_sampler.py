@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
@@ -11,7 +12,7 @@ from torch.utils.data import Dataset
 
 from vlbench.data.feature_store import FeatureStore
 from vlbench.data.image_processing import ImageTransform
-from vlbench.data.packing import PackedBatch, collate, pack_samples
+from vlbench.data.packing import PackedBatch, collate, empty_batch, pack_samples
 from vlbench.data.sample import LazyImage, Sample
 from vlbench.data.sample_encoding import EncodedSample, NoImage, SampleEncoder
 from vlbench.data.shuffle import SourceMixture
@@ -104,6 +105,24 @@ class StepDataset(Dataset[OptimizerStep]):
             step.supervised_token_count += batch.supervised_token_count
         return step
 
+    def densest_row(self, sample_limit: int) -> PackedBatch:
+        """Return the micro-batch with most images, and of those most tokens, of the first steps.
+
+        About `sample_limit` samples are looked at, of at least one step; images are opened of the
+        returned row alone. Without a sample that can be used it is an empty batch.
+        """
+        step_samples = -(-self.global_batch_size // self.world_size)
+        step_count = min(self.total_steps, -(-sample_limit // step_samples))
+        rows: list[list[EncodedSample]] = []
+        for index in range(step_count):
+            samples = list(self._encode_step(OptimizerStep(index, [])).values())
+            packed = pack_samples(samples, self.max_tokens_per_row)
+            rows += [[samples[i] for i in row] for row in packed]
+        for row in sorted(rows, key=_row_size, reverse=True):
+            with contextlib.suppress(UserError):  # training reports what cannot be opened
+                return self._collate_row(row, _PixelCache(self.image_transform, row))
+        return empty_batch()
+
     def _encode_step(self, step: OptimizerStep) -> dict[int, EncodedSample]:
         """Encode the samples of a step, by their position in the stream; record refused ones."""
         encoded = {}
@@ -144,6 +163,12 @@ class StepDataset(Dataset[OptimizerStep]):
         if features is None:
             return collate([row], pixel_cache)
         return replace(collate([row], _empty_pixels), features=features)
+
+
+def _row_size(row: list[EncodedSample]) -> tuple[int, int]:
+    """Return the numbers of images and of positions of a row."""
+    images = sum(len(encoded.sample.images) for encoded in row)
+    return images, sum(len(encoded.input_ids) for encoded in row)
 
 
 def _empty_pixels(_: LazyImage) -> Tensor:

@@ -17,6 +17,9 @@ from torch import nn
 from vlbench.compat.torch_internals import compiler_settings
 from vlbench.model.vlm import VLM
 
+MAX_GRAPHS = 32
+"""Graphs of one function in a process, those of all stages and checkpointing modes together."""
+
 
 class CompiledBlocks:
     """The blocks of a model, compiled for training until `restore_forward` or the end of `with`."""
@@ -27,8 +30,11 @@ class CompiledBlocks:
         self._dynamo_settings = contextlib.ExitStack()
         if enabled:
             self._blocks = [*vlm.language.model.layers, *vlm.vision.blocks()]
-            # it would split graphs to overlap communication, which compiling by block does anyway
-            self._dynamo_settings.enter_context(compiler_settings(optimize_ddp=False))
+            self._dynamo_settings.enter_context(
+                # it would split graphs to overlap communication, which compiling by block does;
+                # stages differ in what is trained, and checkpointing modes in what is recomputed
+                compiler_settings(optimize_ddp=False, recompile_limit=MAX_GRAPHS)
+            )
         for block in self._blocks:
             compiled = torch.compile(block.forward, dynamic=True, backend=backend)
             block.forward = functools.partial(_forward_while_training, vlm, block.forward, compiled)

@@ -39,6 +39,11 @@ class MemoryTracker(TorchDispatchMode):
     phase = ""
     """Name of the current phase; each has its own peak."""
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let blocks be compiled under this mode; what compiled code allocates is counted."""
+        return True
+
     def __init__(self, vocab_size: int) -> None:
         """Start at zero; logits are recognised by their last dimension, `vocab_size`."""
         super().__init__()  # type: ignore[no-untyped-call]

@@ -20,7 +20,7 @@ from vlbench.model.weights.tensor_groups import move_and_cast
 from vlbench.train import checkpoint_files, run_report
 from vlbench.train.callbacks import CheckpointCallback, GracefulStop, ValidationCallback
 from vlbench.train.checkpoint_files import RunPosition
-from vlbench.train.lightning_trainer import build_loggers
+from vlbench.train.lightning_trainer import build_loggers, explain_stage_errors
 from vlbench.train.nonfinite_guard import NonFiniteGuard
 from vlbench.train.progress_logging import ProgressCallback, truncate_metrics
 from vlbench.train.quarantine import QuarantineCallback, quarantine_samples
@@ -126,7 +126,8 @@ class RunTraining:
         workers = stage_run.data_config.workers
         with runner.prepare_stage(vlm.model, stage):
             steps = build_stage_steps(vlm.processor, stage_run)
-            mode = runner.set_activation_checkpointing(vlm.model, steps)
+            with explain_stage_errors(stage_run.name, stage):
+                mode = runner.set_activation_checkpointing(vlm.model, steps)
             run_report.show_stage(
                 stage_run.name, stage, stage_run.total_steps, steps_done, vlm.model
             )
