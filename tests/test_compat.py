@@ -155,12 +155,23 @@ def test_names_of_operations_that_checkpointing_keeps():
     assert f"torch_attn.{torch_internals.VARLEN_OPERATION}.default" in kept
 
 
-def test_attention_of_a_cpu_is_counted():
+def test_attention_of_a_cpu_is_counted_with_grouped_heads_too():
     query = torch.rand(1, 2, 4, 8, requires_grad=True)
-    with torch_internals.make_flop_counter() as counter:
-        nn.functional.scaled_dot_product_attention(query, query, query).sum().backward()
     forward = 2 * 2 * 2 * 4 * 4 * 8  # two products of 2 heads, 4 positions, width 8
-    assert counter.get_total_flops() == 3 * forward, "attention on a CPU has another operation"
+    for key in (query, torch.rand(1, 1, 4, 8)):
+        with torch_internals.make_flop_counter() as counter:
+            nn.functional.scaled_dot_product_attention(
+                query, key, key, enable_gqa=True
+            ).sum().backward()
+        assert counter.get_total_flops() == 3 * forward, "attention on a CPU has another operation"
+
+
+def test_attention_of_a_gpu_is_counted():
+    with fake_tensors.FakeTensorMode(allow_non_fake_inputs=True):
+        query = torch.empty(1, 2, 4, 8, device="cuda", dtype=torch.bfloat16)
+        with torch_internals.make_flop_counter() as counter:
+            torch.ops.aten._scaled_dot_product_flash_attention(query, query[:, :1], query[:, :1])
+    assert counter.get_total_flops() == 2 * 2 * 2 * 4 * 4 * 8
 
 
 def test_the_note_of_the_data_loader_is_put_back():

@@ -106,6 +106,7 @@ def test_from_the_hub_to_a_release_of_ones_own(hub: FakeHub) -> None:
     assert_same_state({n: stored[n] for n in names}, {n: theirs[n] for n in names})
     changed = "model.layers.0.self_attn.q_proj.weight"
     assert not stored[changed].float().equal(theirs[changed].float())
+    shutil.rmtree("run")  # twelve gigabytes of checkpoints
     told = do(
         f"{FIT} init=mine only=chat {DATA} {LORA} {SIZES} {QUIET} stages.chat.steps=1 "
         "stages.chat.global_batch_size=1 run=on"

@@ -147,9 +147,7 @@ def ignore_thread_warnings() -> Iterator[None]:
 
 
 def _save_interpreter_state() -> RestoreFunction:
-    import multiprocessing
-
-    start_method = multiprocessing.get_start_method(allow_none=True)
+    start_method = _process_start_method()
     environment, root_logger = dict(os.environ), logging.getLogger()
     level, handlers = root_logger.level, root_logger.handlers[:]
     random_state = random.getstate()
@@ -164,8 +162,8 @@ def _save_interpreter_state() -> RestoreFunction:
         root_logger.handlers[:] = handlers
         sys.excepthook, warnings.formatwarning = excepthook, formatwarning
         random.setstate(random_state)
-        if multiprocessing.get_start_method(allow_none=True) != start_method:  # None: not yet set
-            multiprocessing.set_start_method(start_method, force=True)
+        if _process_start_method() != start_method:
+            sys.modules["multiprocessing"].set_start_method(start_method, force=True)
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         for name, value in environment.items():
@@ -173,6 +171,12 @@ def _save_interpreter_state() -> RestoreFunction:
                 os.environ[name] = value
 
     return restore_interpreter
+
+
+def _process_start_method() -> str | None:
+    """Return how new processes start; None is not yet set, as it is before the first import."""
+    module = sys.modules.get("multiprocessing")
+    return module.get_start_method(allow_none=True) if module else None
 
 
 def _save_random_state() -> RestoreFunction:

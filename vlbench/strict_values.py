@@ -13,7 +13,6 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, ValidationInfo
 from pydantic import field_validator as validator_of_fields
 from pydantic_core import ErrorDetails
@@ -24,7 +23,8 @@ INTEGER_PATTERN = re.compile(r"[+-]?\d+")
 NUMBER_PATTERN = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 MAX_DIGITS = 100  # of a typed whole number; Python itself refuses more than 4,300
 NULL_WORDS = ("null", "none")
-STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+# Built at the first value: `--help` reads names, types and texts of fields alone.
+STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
 PYTHON_WORDS = {"True": "true", "False": "false"}
 ALLOWED_WORDS = {
     "int_type": "a whole number",
@@ -120,6 +120,8 @@ def parse_flow_yaml(text: str) -> Any:
     """Return `{a: 1, b: {c: 2}}`, `[a, b]` or `a,b` with every scalar left as `RawText`."""
     if not text.startswith(("{", "[")):
         return [RawText(part.strip()) for part in text.split(",")]
+    import yaml  # late, as --help needs none of it
+
     try:
         return _parse_node(yaml.compose(text, Loader=yaml.BaseLoader))
     except yaml.YAMLError as error:
@@ -129,9 +131,10 @@ def parse_flow_yaml(text: str) -> Any:
 
 
 def _parse_node(node: Any) -> Any:
-    if isinstance(node, yaml.SequenceNode):
+    """Return the value of a node of YAML, as PyYAML composes it."""
+    if node.id == "sequence":
         return [_parse_node(item) for item in node.value]
-    if not isinstance(node, yaml.MappingNode):
+    if node.id != "mapping":
         return RawText(node.value)
     result: dict[str, Any] = {}
     for key, value in node.value:

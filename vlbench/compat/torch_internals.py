@@ -25,7 +25,6 @@ ATTENTION_OPERATIONS = (
     "_scaled_dot_product_flash_attention_for_cpu",
 )
 VARLEN_OPERATION = "_varlen_attn"
-CPU_ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 
 
 def parameter_slots(module: nn.Module) -> dict[str, nn.Parameter | Tensor | None]:
@@ -170,30 +169,33 @@ def expensive_operations() -> list[Any]:
 
 
 def make_flop_counter() -> FlopCounterMode:
-    """Return torch's FLOP counter, which does not know the attention of a CPU by itself.
+    """Return torch's FLOP counter with formulas of our own for attention.
 
-    It relies on the names of two aten operations, on `custom_mapping` and on `sdpa_flop_count`.
-    If they change, FLOP of attention on a CPU, and so budgets, are missing.
+    torch does not know the attention of a CPU, and until 2.11 refuses keys with fewer heads than
+    queries. It relies on the names of aten operations and on `custom_mapping`. If they change, FLOP
+    of attention, and so budgets, are missing.
     """
     import torch
-    from torch.utils import flop_counter
+    from torch.utils.flop_counter import FlopCounterMode
 
-    sdpa_flops: Callable[..., int] = flop_counter.sdpa_flop_count
+    aten, formulas = torch.ops.aten, {}
+    for name in ATTENTION_OPERATIONS:
+        if hasattr(aten, name):
+            formulas[getattr(aten, name)] = _attention_flops
+            formulas[getattr(aten, f"{name}_backward")] = _attention_backward_flops
+    return FlopCounterMode(display=False, custom_mapping=formulas)
 
-    def forward_flops(query: Any, key: Any, value: Any, *args: Any, **options: Any) -> int:
-        return sdpa_flops(query, key, value)
 
-    def backward_flops(
-        gradient: Any, query: Any, key: Any, value: Any, *args: Any, **options: Any
-    ) -> int:
-        return 2 * sdpa_flops(query, key, value)  # the recomputed forward is not counted
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Return the operations of attention between shapes `[rows, heads, positions, head width]`."""
+    rows, heads, positions, width = query
+    return int(2 * rows * heads * positions * key[2] * (width + value[3]))
 
-    aten = torch.ops.aten
-    formulas = {
-        getattr(aten, CPU_ATTENTION): forward_flops,
-        getattr(aten, f"{CPU_ATTENTION}_backward"): backward_flops,
-    }
-    return flop_counter.FlopCounterMode(display=False, custom_mapping=formulas)
+
+def _attention_backward_flops(
+    gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any
+) -> int:
+    return 2 * _attention_flops(query, key, value)  # the recomputed forward is not counted
 
 
 def sigchld_flag_restorer() -> Callable[[], None]:

@@ -83,6 +83,11 @@ def key(meaning: str, default: Any = ..., **limits: Any) -> Any:
     return Field(default, description=meaning, **limits)
 
 
+def section_key(meaning: str, section: type[BaseModel]) -> Any:
+    """Declare a mapping of keys; a default is made when a recipe is, so that help needs none."""
+    return Field(default_factory=section, description=meaning)
+
+
 class RecipeSection(StrictModel):
     """A mapping of a recipe, in which only one of two exclusive keys has a value."""
 
@@ -275,13 +280,13 @@ class Recipe(RecipeSection):
     dry_run: bool = key("one step of every stage, longest batch first, then stop", False)
     trust_connector: bool = key("run connector code of another's init= or run=; to be typed", False)
     profile: bool = key("write a profiler trace of some steps into the run", False)
-    vision: VisionEncoderConfig = key("the vision encoder", VisionEncoderConfig())
-    language: LanguageModelConfig = key("the language model", LanguageModelConfig())
+    vision: VisionEncoderConfig = section_key("the vision encoder", VisionEncoderConfig)
+    language: LanguageModelConfig = section_key("the language model", LanguageModelConfig)
     connector: dict[str, Any] = key("name, and the options of that connector (see list)")
-    data: DataConfig = key("training and held-out data", DataConfig())
+    data: DataConfig = section_key("training and held-out data", DataConfig)
     stages: dict[StageName, StageConfig] = key("the stages of training, in order")
-    trainer: TrainerConfig = key("devices and checkpoints", TrainerConfig())
-    log: LoggingConfig = key("logs and evaluations", LoggingConfig())
+    trainer: TrainerConfig = section_key("devices and checkpoints", TrainerConfig)
+    log: LoggingConfig = section_key("logs and evaluations", LoggingConfig)
 
     @model_validator(mode="after")
     def _check_decoding(self) -> Self:
