@@ -25,7 +25,10 @@ class CompiledBlocks:
     """The blocks of a model, compiled for training until `restore_forward` or the end of `with`."""
 
     def __init__(self, vlm: VLM, enabled: bool = True, backend: str = "inductor") -> None:
-        """Compile with a backend of torch.compile if `enabled`, at the first call of a block."""
+        """Compile with a backend of torch.compile if `enabled`, at the first call of a block.
+
+        What blocks recompute is part of what is compiled: it is set before.
+        """
         self._blocks: list[nn.Module] = []
         self._dynamo_settings = contextlib.ExitStack()
         if enabled:
@@ -35,6 +38,8 @@ class CompiledBlocks:
                 # stages differ in what is trained, and checkpointing modes in what is recomputed
                 compiler_settings(optimize_ddp=False, recompile_limit=MAX_GRAPHS)
             )
+        # that of its class, unless activation checkpointing has set another one
+        self._own_forwards = [vars(block).get("forward") for block in self._blocks]
         for block in self._blocks:
             compiled = torch.compile(block.forward, dynamic=True, backend=backend)
             block.forward = functools.partial(_forward_while_training, vlm, block.forward, compiled)
@@ -47,9 +52,11 @@ class CompiledBlocks:
 
     def restore_forward(self) -> None:
         """Restore the blocks and torch's process-wide compiler settings."""
-        for block in self._blocks:
+        for block, forward in zip(self._blocks, self._own_forwards, strict=True):
             del block.forward  # the attribute of the object; the class keeps its method
-        self._blocks = []
+            if forward is not None:
+                block.forward = forward
+        self._blocks, self._own_forwards = [], []
         self._dynamo_settings.close()
 
 

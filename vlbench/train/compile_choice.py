@@ -12,11 +12,11 @@ from transformers import LlamaConfig
 from vlbench.compat.torch_internals import has_gpu_compiler
 from vlbench.config.recipe import load_recipe_file
 from vlbench.config.schema import Recipe
+from vlbench.train.gpu_names import peak_flops
 from vlbench.train.run_folder import RunFolder
 from vlbench.train.run_report import format_duration
 from vlbench.train.shape_checks import meta_encoder_and_config, tokens_per_image_by_stage
 from vlbench.train.stage_plan import StageRun
-from vlbench.train.throughput import peak_flops
 
 MIN_COMPILED_SECONDS = 900.0
 """Compiling takes one or two minutes of a run and spares about a tenth of the rest."""
