@@ -21,7 +21,7 @@ from benchmark_model import PackedSteps, make_conversations, random_pixels
 
 from vlbench.config import recipe as recipes
 from vlbench.config.schema import PartTrainConfig, StageConfig, TrainerConfig
-from vlbench.data.batch_sampler import OptimizerStep
+from vlbench.data.optimizer_step import OptimizerStep
 from vlbench.data.sample_encoding import EncodedSample
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.train.callbacks import StageCallback

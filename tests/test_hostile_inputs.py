@@ -18,7 +18,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 TYPED = {
     "steps": ("stages.chat.steps=1000000000000000000", "at most 1000000000"),
     "batch": ("stages.chat.global_batch_size=1000000000000", "at most 1000000"),
-    "row": ("stages.chat.max_tokens_per_row=1000000000000", "at most 1000000000"),
+    "row": ("stages.chat.max_tokens_per_row=1000000000", "at most 1048576"),
     "length": ("language.max_length=1000000000000", "at most 1000000000"),
     "scenes": ("data.samples=1000000000000000", "at most 1000000000"),
     "questions": ("data.questions=1000000000000", "at most 1000000000"),
@@ -32,6 +32,13 @@ TYPED = {
     "patterns": ("data.train={0..9999}{0..9999}{0..9999}.tar", "at most 1,000,000"),
     "lists": ("data.train=" + "{a,b}" * 40 + ".tar", "at most 1,000,000"),
     "long range": (f"data.train=x{{0..{LONG}}}.tar", "at most 1,000,000"),
+}
+CONNECTORS = {
+    "count": ("{name: llava_mlp, depth: 1000000000}", "connector.depth must be a number from"),
+    "ratio": ("{name: llava_mlp, mlp_ratio: 1e300}", "connector.mlp_ratio must be a number from"),
+    "layers": ("{name: qformer, layers: 100000}", "qformer: its options ask for more than 8,000"),
+    "width": ("{name: qformer, width: 10000000}", "more than 200,000,000,000 parameters"),
+    "queries": ("{name: resampler, side: 10000000}", "more than 200,000,000,000 parameters"),
 }
 RECIPES = {
     "digits": (f"seed: {LONG}\n", "digits"),
@@ -62,6 +69,12 @@ def test_a_typed_value(name: str, tmp_path: Path) -> None:
     line = run_command([*FIT, word], tmp_path).assert_one_line()
     assert expected in line
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", CONNECTORS)
+def test_sizes_of_a_connector(name: str, tmp_path: Path) -> None:
+    word, expected = CONNECTORS[name]
+    assert expected in run_command([*FIT, f"connector={word}"], tmp_path).assert_one_line()
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -23,6 +23,7 @@ from vlbench.model.train_flops import count_step_flops
 from vlbench.planner import plan_command
 from vlbench.planner.memory_estimate import (
     ROW_TOKENS_STEP,
+    Sharding,
     StageMemory,
     persistent_memory,
     total_bytes,
@@ -60,7 +61,7 @@ def planned(recipe: str, stage: str, precision: str = "32") -> tuple[StageMemory
         vlm.model, functools.partial(build_meta_vlm, resolved, stage), precision
     )
     number_bytes = 4 if precision == "32" else 2
-    return StageMemory(vlm.model, rehearsals, work.mean_sample, number_bytes, 1), work
+    return StageMemory(vlm.model, rehearsals, work.mean_sample, number_bytes, Sharding()), work
 
 
 @functools.cache
@@ -187,8 +188,8 @@ def test_frozen_weights_of_files_take_two_bytes_unless_they_are_sharded():
     words += ["stages.chat.train.vision=null"]
     vlm = build_meta_vlm(recipes.load_recipe(words), "chat", ModelDepth(2, 2)).model
     layers = sum(p.numel() for p in vlm.language.model.layers.parameters() if not p.requires_grad)
-    held = persistent_memory(vlm, "ddp", 2, 2)["weights"]
-    sharded = persistent_memory(vlm, "fsdp2", 2, 2)["weights"]
+    held = persistent_memory(vlm, "ddp", Sharding(2, 2), 2)["weights"]
+    sharded = persistent_memory(vlm, "fsdp2", Sharding(2, 2), 2)["weights"]
     assert 2 * sharded - held == pytest.approx(2 * layers + 2 * 64000 * 7168, rel=1e-3)
 
 
@@ -300,3 +301,24 @@ def test_a_probe_tries_a_step(no_rehearsals, capsys):
     words = ["recipe=yivl_llava", "only=chat", "stages.chat.global_batch_size=1", "probe=true"]
     assert main(["plan", *words]) == 0
     assert "dry run done" in capsys.readouterr().out
+
+
+def test_the_plan_knows_what_fsdp2_keeps_whole():
+    words = ["recipe=yivl_llava", "size=6b", "only=chat", "trainer.strategy=fsdp2"]
+    words += ["trainer.devices=8", "trainer.num_nodes=2"]
+    vlm = build_meta_vlm(recipes.load_recipe(words), "chat").model
+    freeze_untrained_parts(vlm, recipes.load_recipe(words).stages["chat"])
+    trained = 4 * sum(p.numel() for p in vlm.parameters() if p.requires_grad)
+
+    def gradients(*settings: str) -> float:
+        trainer = recipes.load_recipe([*words, *settings]).trainer
+        sharding = Sharding(16, trainer.shard_count, trainer.reduce_gradients, 150e9)
+        memory = persistent_memory(vlm, "fsdp2", sharding, 2)
+        assert memory["optimizer"] == 2 * trained / trainer.shard_count
+        return memory["gradients"]
+
+    assert gradients() == trained and 20e9 < trained < 30e9
+    assert gradients("trainer.reduce_gradients=micro_batch") == trained / 16
+    within = ("trainer.shard_within_node=true", "trainer.reduce_gradients=micro_batch")
+    assert gradients(*within) == trained / 8
+    assert persistent_memory(vlm, "ddp", Sharding(16, 8), 2)["gradients"] == trained

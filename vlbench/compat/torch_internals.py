@@ -178,7 +178,8 @@ def make_flop_counter() -> FlopCounterMode:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    aten, formulas = torch.ops.aten, {}
+    aten = torch.ops.aten
+    formulas: dict[Any, Callable[..., int]] = {}
     for name in ATTENTION_OPERATIONS:
         if hasattr(aten, name):
             formulas[getattr(aten, name)] = _attention_flops

@@ -38,6 +38,8 @@ MAX_COUNT = 1_000_000_000
 """Largest number of steps, samples, tokens: three orders above what anybody trains with."""
 MAX_BATCH_SIZE = 1_000_000
 """CLIP models are trained with up to 164,000."""
+MAX_ROW_TOKENS = 1 << 20
+"""Eight times the usual longest contexts; `plan` takes half a minute for such a row."""
 MAX_DEVICES = 100_000
 STAGE_NAME_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
@@ -192,7 +194,7 @@ class StageConfig(RecipeSection):
         "samples in an optimizer step, over all devices", ge=1, le=MAX_BATCH_SIZE
     )
     max_tokens_per_row: int = key(
-        "most tokens in a packed row; less to save memory", 4096, ge=16, le=MAX_COUNT
+        "most tokens in a packed row; less to save memory", 4096, ge=16, le=MAX_ROW_TOKENS
     )
     epochs: float | None = key("passes over the data", None, ge=0, le=MAX_COUNT)
     steps: int | None = key("optimizer steps, instead of epochs", None, ge=0, le=MAX_COUNT)
@@ -231,6 +233,10 @@ class TrainerConfig(RecipeSection):
     )
     devices: int = key("processes on each machine, a GPU each", 1, ge=1, le=MAX_DEVICES)
     num_nodes: int = key("machines", 1, ge=1, le=MAX_DEVICES)
+    shard_within_node: bool = key("fsdp2: shards in a machine, replicas between machines", False)
+    reduce_gradients: Literal["auto", "step", "micro_batch"] = key(
+        "fsdp2: once a step, whole until then, or every micro-batch; auto: by memory", "auto"
+    )
     compile: Literal["auto", True, False] = key(
         "compile decoder layers and encoder blocks; auto: on a GPU, if the run is long", "auto"
     )
@@ -248,6 +254,27 @@ class TrainerConfig(RecipeSection):
     def world_size(self) -> int:
         """How many processes train one model."""
         return self.devices * self.num_nodes
+
+    @property
+    def shard_count(self) -> int:
+        """Over how many processes fsdp2 shards a model."""
+        return self.devices if self.shard_within_node else self.world_size
+
+    @model_validator(mode="after")
+    def _check_sharding(self) -> Self:
+        given = {"shard_within_node=true": self.shard_within_node}
+        given[f"reduce_gradients={self.reduce_gradients}"] = self.reduce_gradients != "auto"
+        for setting in (name for name, is_given in given.items() if is_given):
+            if self.strategy != "fsdp2":
+                raise ValueError(
+                    f"has {setting} and strategy={self.strategy}; that needs strategy=fsdp2"
+                )
+        if self.shard_within_node and self.devices == 1:
+            raise ValueError(
+                "has shard_within_node=true and devices=1: a machine with one process has nobody "
+                "to share a model with; allowed from devices=2 on"
+            )
+        return self
 
 
 class LoggingConfig(RecipeSection):

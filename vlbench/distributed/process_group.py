@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -57,7 +58,23 @@ def join_process_group(settings: TrainerConfig) -> Iterator[None]:
             quiet = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(quiet))
         stack.enter_context(_exit_together(environment.local_rank()))
+        if settings.shard_within_node:
+            check_neighbours(collectives.all_gather_objects(platform.node()), settings.devices)
         yield
+
+
+def check_neighbours(hosts: Sequence[str], devices: int) -> None:
+    """Refuse an order of ranks in which neighbours are on different machines; `hosts` by rank."""
+    for first in range(0, len(hosts), devices):
+        neighbours = hosts[first : first + devices]
+        if len(set(neighbours)) > 1:
+            raise collectives.error_for_rank(
+                UserError(
+                    f"trainer.shard_within_node=true needs the ranks of a machine next to each "
+                    f"other, and ranks {first} to {first + len(neighbours) - 1} are on "
+                    f"{', '.join(sorted(set(neighbours)))}: srun --distribution=block orders them"
+                )
+            )
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from vlbench.compat.transformers_internals import passed_through_mask
 from vlbench.config.recipe import with_random_weights
 from vlbench.config.schema import LanguageModelConfig, Recipe, VisionEncoderConfig
 from vlbench.connector.base import Connector
+from vlbench.connector.bounded_building import build_connector
 from vlbench.model.build_vlm import build_vlm
 from vlbench.model.language_model import (
     build_random_language,
@@ -129,7 +130,7 @@ class ConnectorCostCounter:
             ValueError: when the options do not fit, or an image fills the whole text.
         """
         with torch.device("meta"):
-            built = connector_class(self.stage_shapes[-1], **options)
+            built = build_connector(connector_class, self.stage_shapes[-1], options)
         if built.tokens_per_image >= self.max_length:
             raise ValueError(
                 f"an image takes {built.tokens_per_image} tokens of the text, and "
@@ -142,7 +143,7 @@ class ConnectorCostCounter:
         try:
             with torch.device("meta"):
                 for shapes in dict.fromkeys(self.stage_shapes):
-                    connector_class(shapes, **options)
+                    build_connector(connector_class, shapes, options)
         except ValueError:
             return False
         return True

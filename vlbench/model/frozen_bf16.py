@@ -82,7 +82,19 @@ class _FrozenBF16Block:
             hook.remove()
         for module, name in self.weight_owners:
             parameter = module.get_parameter(name)
-            parameter.data = parameter.data.float()
+            parameter.data = _to_float32(parameter.data)
+
+
+def _to_float32(tensor: Tensor) -> Tensor:
+    """Return a tensor as float32: on its device, or on the host where it does not fit beside it.
+
+    A large frozen model fits on its GPU in 16 bits alone; the next stage casts it back, if it stays
+    frozen, before it is moved there again.
+    """
+    try:
+        return tensor.float()
+    except torch.OutOfMemoryError:
+        return tensor.cpu().float()
 
 
 def _find_frozen_weights(

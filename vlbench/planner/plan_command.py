@@ -146,7 +146,20 @@ def _strategy_lines(plan: TrainingPlan) -> list[str]:
                 f"x {estimate.total_flops / fewest_flops:.2f}",
             )
         )
-    return ["strategies and checkpointing, at the stage that needs most", *format_table(rows, "<>")]
+    title = "strategies and checkpointing, at the stage that needs most"
+    return [title, *format_table(rows, "<>"), *_sharding_lines(plan)]
+
+
+def _sharding_lines(plan: TrainingPlan) -> list[str]:
+    """Return when FSDP2 reduces the gradients of each stage, where it can be chosen."""
+    if plan.options.world_size == 1:
+        return []
+    once = [name for name, stage in plan.stage_memory.items() if stage.reduces_once]
+    often = [name for name in plan.stage_memory if name not in once]
+    whens = {"once a step, whole until then": once, "in every micro-batch": often}
+    told = "; ".join(f"{when}: {', '.join(names)}" for when, names in whens.items() if names)
+    shards = plan.options.recipe.trainer.shard_count
+    return [f"fsdp2 divides the model by {shards} and reduces gradients {told}"]
 
 
 def _recommendation_lines(plan: TrainingPlan) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from vlbench.errors import UserError
 from vlbench.model.activation_checkpointing import CHECKPOINTING_MODES
 from vlbench.planner.gpu_table import GpuSpec
-from vlbench.planner.memory_estimate import MemoryByComponent, StageMemory, total_bytes
+from vlbench.planner.memory_estimate import MemoryByComponent, Sharding, StageMemory, total_bytes
 from vlbench.planner.meta_model import build_meta_vlm
 from vlbench.planner.options import PlanOptions, stage_indices
 from vlbench.planner.simulate_step import DepthExtrapolator
@@ -91,7 +91,12 @@ def make_plan(options: PlanOptions) -> TrainingPlan:
             depth_extrapolator=DepthExtrapolator(vlm.model, build_at_depth, recipe.precision),
             mean_sample=workloads[name].mean_sample,
             compute_dtype_bytes=2 if recipe.precision == "bf16" else 4,
-            world_size=options.world_size,
+            sharding=Sharding(
+                options.world_size,
+                recipe.trainer.shard_count,
+                recipe.trainer.reduce_gradients,
+                options.gpu.memory_bytes,
+            ),
         )
     if not stages:
         raise UserError("there is no stage to plan: plan counts stages that learn language")

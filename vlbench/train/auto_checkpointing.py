@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlbench.data.batch_sampler import StepDataset
-from vlbench.data.packing import PackedBatch, extend_row
+from vlbench.data.packing import PackedBatch, empty_batch, extend_row
 from vlbench.distributed import collectives
 from vlbench.model.activation_checkpointing import CHECKPOINTING_MODES
 from vlbench.model.compile_blocks import CompiledBlocks
@@ -194,10 +194,25 @@ def largest_row(vlm: VLM, steps: StepDataset) -> PackedBatch:
     Of the first samples it is the row with most images. Where the language model is trained, text
     fills it to the longest row that the stage may have, since such a row may come later.
     """
-    row = steps.densest_row(CANDIDATE_SAMPLES)
+    row = _densest_row(steps)
     if vlm.objective != "language":
         return row
     return extend_row(row, max(steps.max_tokens_per_row, steps.encoder.max_length))
+
+
+def _densest_row(steps: StepDataset) -> PackedBatch:
+    """Return the row of the first steps with most images, of equal ones the longest.
+
+    Images are opened of that row alone; rows without a sample that can be used are passed over.
+    """
+    step_samples = -(-steps.global_batch_size // steps.world_size)
+    step_count = min(len(steps), -(-CANDIDATE_SAMPLES // step_samples))
+    rows = [row for index in range(step_count) for row in steps.plan_step(index).rows]
+    for row in sorted(rows, key=lambda row: (row.image_count, sum(row.sample_lengths)))[::-1]:
+        batch = steps.load_row(row).batch
+        if batch is not None:
+            return batch
+    return empty_batch()
 
 
 def _pooled_feature_bytes(vlm: VLM, row: PackedBatch, steps: StepDataset) -> int:

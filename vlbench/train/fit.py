@@ -184,6 +184,7 @@ class RunTraining:
             trainer_config.keep_last_checkpoints,
             self.graceful_stop,
             self.elapsed_seconds,
+            copies_beside_training=not self.user_callbacks,
         )
         run_report.show_disk_usage(
             vlm.model, parts, trainer_config.keep_last_checkpoints, self.run.checkpoints_folder
@@ -250,7 +251,7 @@ class RunTraining:
             ).finish_writing()
         vlm.model.requires_grad_(False)
         self.stage_runner.hold_frozen_bf16(vlm.model)  # so that it fits where training fitted
-        vlm.to(self.stage_runner.device)  # Lightning has moved it to the CPU
+        vlm.to(self.stage_runner.device)  # a sharded model was loaded anew
 
 
 def build_or_resume_model(

@@ -12,12 +12,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from vlbench.compat.lightning_internals import trainer_device
 from vlbench.config.schema import Recipe, StageConfig, TrainerConfig
-from vlbench.data.batch_sampler import OptimizerStep, StepDataset
-from vlbench.distributed.launcher import isolate_data_worker
+from vlbench.data.batch_sampler import StepDataset
+from vlbench.data.optimizer_step import StepSource
+from vlbench.data.step_loader import StepLoader
 from vlbench.distributed.process_group import is_fsdp_sharded
 from vlbench.model.compile_blocks import CompiledBlocks
 from vlbench.model.frozen_bf16 import FrozenBF16
@@ -114,10 +114,11 @@ class StageRunner:
         vlm: VLM,
         stage_name: str,
         stage: StageConfig,
-        steps: Dataset[OptimizerStep] | Sequence[OptimizerStep],
+        steps: StepSource,
         total_steps: int,
         *,
         steps_done: int = 0,
+        step_numbers: Sequence[int] | None = None,
         optimizer_state: Mapping[str, Tensor] | None = None,
         seen: Mapping[str, int] | None = None,
         callbacks: Sequence[pl.Callback] = (),
@@ -133,28 +134,35 @@ class StageRunner:
             steps: The optimizer steps, by number.
             total_steps: How many the stage has.
             steps_done: How many are done already.
+            step_numbers: Which of `steps` are taken; None for those from `steps_done` on.
             optimizer_state: State of the optimizer in the checkpoint after `steps_done` steps.
             seen: Samples, images and tokens that the run has trained on by then.
             callbacks: Lightning callbacks, called in this order.
             loggers: Where Lightning logs to.
-            num_workers: Processes that prepare batches; 0 for this one.
+            num_workers: Processes that load micro-batches, beside one that plans steps; 0 for
+                this one.
 
         Returns:
             The Lightning module, which has the report of the last step.
 
         """
         module = VLMTrainingModule(
-            vlm, stage, total_steps, steps_done, self.seed, optimizer_state, seen
+            vlm,
+            stage,
+            total_steps,
+            steps_done,
+            self.seed,
+            optimizer_state,
+            seen,
+            self.trainer_config,
         )
         trainer = build_trainer(
             self.trainer_config, self.precision, loggers, callbacks, self.profile_folder
         )
-        loader: DataLoader[OptimizerStep] = DataLoader(
-            steps,  # type: ignore[arg-type]  # a list will do, too
-            sampler=range(steps_done, total_steps),
-            batch_size=None,
+        loader = StepLoader(
+            steps=steps,
+            step_numbers=step_numbers or range(steps_done, total_steps),
             num_workers=num_workers,
-            worker_init_fn=isolate_data_worker,
             pin_memory=trainer_device(trainer).type == "cuda",
         )
         compiled = CompiledBlocks(vlm, self.compiles_blocks)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from vlbench.data.batch_sampler import OptimizerStep
+from vlbench.data.optimizer_step import OptimizerStep
 from vlbench.model.train_flops import StepFlops
 from vlbench.train.gpu_names import peak_flops
 from vlbench.train.training_module import VLMTrainingModule
