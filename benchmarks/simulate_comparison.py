@@ -170,9 +170,7 @@ def main() -> None:
     wanted = words.get("only", "").split()
     cells = [cell for cell in list_cells(short) if set(wanted) <= set(cell.name.split())]
     if not cells:
-        sys.exit(
-            f"only='{words['only']}' selects no cell; names are as '{list_cells(True)[0].name}'"
-        )
+        sys.exit(f"only='{words['only']}' selects no cell; names are as '{list_cells(True)[0].name}'")
     print(*HEADER, sep="\n", flush=True)
     started = time.monotonic()
     for cell in cells:
