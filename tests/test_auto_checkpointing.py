@@ -36,7 +36,7 @@ ROW = SampleShape(2048, 1, 500)
 CASES = [
     ("6b", False, 2),
     pytest.param("6b", True, 2, marks=pytest.mark.slow),
-    ("34b", False, 2),
+    pytest.param("34b", False, 2, marks=pytest.mark.slow),
     pytest.param("34b", True, 2, marks=pytest.mark.slow),
     pytest.param("6b", False, None, marks=pytest.mark.slow),
     pytest.param("34b", False, None, marks=pytest.mark.slow),

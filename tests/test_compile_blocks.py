@@ -181,7 +181,14 @@ def backward_products(vlm: LoadedVLM, mode: str, backend: str | None) -> int:
     return products.count
 
 
-@pytest.mark.parametrize("backend", [None, "aot_eager", "aot_eager_decomp_partition"])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        None,
+        pytest.param("aot_eager", marks=pytest.mark.slow),
+        "aot_eager_decomp_partition",  # divides forward from backward as Inductor does
+    ],
+)
 def test_selective_computes_no_product_again(backend, graphs, one_call):
     vlm = language_alone()
     found = {mode: backward_products(vlm, mode, backend) for mode in CHECKPOINTING_MODES}
