@@ -2,17 +2,21 @@
 
     python benchmarks/measure_training.py ours part=chat micro=2048
 
-`step.py` and `memory.py` call it; alone it is good for profiling.
+`step.py` and `memory.py` call it; alone it is good for profiling. With `neighbour=1` another
+process is busy all the time: on a machine of two cores it wants one of them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import resource
+import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import benchmark_model
@@ -129,6 +133,20 @@ def train_with_trainer(
     )
 
 
+@contextlib.contextmanager
+def busy_neighbour(is_wanted: bool) -> Iterator[None]:
+    """Keep a process busy until the end of `with`."""
+    if not is_wanted:
+        yield
+        return
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
 def main() -> None:
     """Measure what the command line says, and print it."""
     side, *words = sys.argv[1:]
@@ -140,14 +158,15 @@ def main() -> None:
     samples = make_conversations(BATCH * int(given.get("steps", STEPS)), IMAGES[part])
     vlm = benchmark_model.build_small_vlm()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if side == "ours":
-        watch = train_with_vlbench(
-            vlm, samples, part, micro, bf16, given.get("kept") == "true", way
-        )
-    else:
-        watch = train_with_trainer(
-            vlm, samples, part, micro, bf16, given.get("grouped") == "true", way
-        )
+    with busy_neighbour(given.get("neighbour") == "1"):
+        if side == "ours":
+            watch = train_with_vlbench(
+                vlm, samples, part, micro, bf16, given.get("kept") == "true", way
+            )
+        else:
+            watch = train_with_trainer(
+                vlm, samples, part, micro, bf16, given.get("grouped") == "true", way
+            )
     seconds = watch.times[-1] - watch.times[WARM - 1]
     tokens = watch.tokens[-1] - watch.tokens[WARM - 1]
     told = {

@@ -20,6 +20,7 @@ from vlbench.model.weights.tensor_groups import move_and_cast
 from vlbench.train import checkpoint_files, run_report
 from vlbench.train.callbacks import CheckpointCallback, GracefulStop, ValidationCallback
 from vlbench.train.checkpoint_files import RunPosition
+from vlbench.train.core_sharing_notice import CoreSharingNotice
 from vlbench.train.lightning_trainer import build_loggers, explain_stage_errors
 from vlbench.train.nonfinite_guard import NonFiniteGuard
 from vlbench.train.progress_logging import ProgressCallback, truncate_metrics
@@ -75,6 +76,7 @@ class RunTraining:
         self.recipe, self.run, self.stage_runs = recipe, run, stage_runs
         self.graceful_stop, self.user_callbacks = graceful_stop, user_callbacks
         self.stage_runner = StageRunner.from_recipe(recipe, run.folder)
+        self.core_sharing_notice = CoreSharingNotice(run_report.print_status)
         self.seen: dict[str, int] = {}
         """Samples, images and tokens that the run has trained on."""
         self.started_at = time.monotonic()
@@ -214,6 +216,7 @@ class RunTraining:
             NonFiniteGuard(stage_run.name, max_nonfinite_steps, run_report.print_status),
             QuarantineCallback(self.run, stage_run.data_config.on_bad_sample, stage_run.data),
             progress,
+            self.core_sharing_notice,
             checkpoint_callback,
         ]
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vlbench.compat.lightning_internals import trainer_device
 from vlbench.config.schema import Recipe, StageConfig, TrainerConfig
+from vlbench.core_sharing import share_cores
 from vlbench.data.batch_sampler import StepDataset
 from vlbench.data.optimizer_step import StepSource
 from vlbench.data.step_loader import StepLoader
@@ -107,7 +108,10 @@ class StageRunner:
             return
         folder = Path(self.trainer_config.feature_cache)
         trainer = build_trainer(self.trainer_config, self.precision)
-        steps.feature_store = cache_features(vlm, steps, folder, trainer, num_workers, should_stop)
+        with share_cores(self.device):
+            steps.feature_store = cache_features(
+                vlm, steps, folder, trainer, num_workers, should_stop
+            )
 
     def train_stage(
         self,
@@ -166,6 +170,6 @@ class StageRunner:
             pin_memory=trainer_device(trainer).type == "cuda",
         )
         compiled = CompiledBlocks(vlm, self.compiles_blocks)
-        with compiled, explain_stage_errors(stage_name, stage):
+        with compiled, explain_stage_errors(stage_name, stage), share_cores(self.device):
             trainer.fit(module, loader)
         return module
