@@ -17,8 +17,8 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vlbench.connector import registry
-from vlbench.data.batch_sampler import OptimizerStep
 from vlbench.data.chat_template import CHAT_TEMPLATES
+from vlbench.data.optimizer_step import LoadedRow, OptimizerStep, RowPlan, StepPlan
 from vlbench.data.packing import collate, pack_samples
 from vlbench.data.sample import LazyImage, Sample
 from vlbench.data.sample_encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX, EncodedSample
@@ -148,21 +148,32 @@ class PackedSteps(Dataset[OptimizerStep]):
         return len(self.samples) // self.batch
 
     def __getitem__(self, index: int) -> OptimizerStep:
-        """Make step `index`."""
+        """Make step `index` with all of its micro-batches."""
+        rows = [self.load_row(row) for row in self.plan_step(index).rows]
+        return OptimizerStep(index, [row.batch for row in rows if row.batch is not None])
+
+    def plan_step(self, index: int) -> StepPlan:
+        """Plan step `index`."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        some = self.samples[index * self.batch : (index + 1) * self.batch]
-        batches = []
-        for row in pack_samples(some, self.max_tokens_per_row):
-            chosen = [some[place] for place in row]
-            batch = collate([chosen], lambda image: self.image_pixels[image.number])  # type: ignore[attr-defined]
-            if self.features is not None:
-                numbers = [p.number for one in chosen for p in one.sample.images]  # type: ignore[attr-defined]
-                batch = dataclasses.replace(batch, features=self.features[numbers])
-            batches.append(batch)
-        return OptimizerStep(
-            index,
-            batches,
-            sample_count=len(some),
-            supervised_token_count=sum(b.supervised_token_count for b in batches),
-        )
+        start = index * self.batch
+        some = self.samples[start : start + self.batch]
+        rows = [
+            RowPlan(
+                [start + place for place in row],
+                [len(some[place].input_ids) for place in row],
+                sum(len(some[place].sample.images) for place in row),
+                sum(some[place].supervised_token_count for place in row),
+            )
+            for row in pack_samples(some, self.max_tokens_per_row)
+        ]
+        return StepPlan(index, rows)
+
+    def load_row(self, row: RowPlan) -> LoadedRow:
+        """Make the micro-batch of a planned row."""
+        chosen = [self.samples[place] for place in row.stream_index]
+        batch = collate([chosen], lambda image: self.image_pixels[image.number])  # type: ignore[attr-defined]
+        if self.features is not None:
+            numbers = [p.number for one in chosen for p in one.sample.images]  # type: ignore[attr-defined]
+            batch = dataclasses.replace(batch, features=self.features[numbers])
+        return LoadedRow(batch)

@@ -2,17 +2,21 @@
 
     python benchmarks/measure_training.py ours part=chat micro=2048
 
-`step.py` and `memory.py` call it; alone it is good for profiling.
+`step.py` and `memory.py` call it; alone it is good for profiling. With `neighbour=1` another
+process is busy all the time: on a machine of two cores it wants one of them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import resource
+import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import benchmark_model
@@ -21,13 +25,14 @@ from benchmark_model import PackedSteps, make_conversations, random_pixels
 
 from vlbench.config import recipe as recipes
 from vlbench.config.schema import PartTrainConfig, StageConfig, TrainerConfig
-from vlbench.data.batch_sampler import OptimizerStep
+from vlbench.data.optimizer_step import OptimizerStep
 from vlbench.data.sample_encoding import EncodedSample
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.train.callbacks import StageCallback
 from vlbench.train.stage_runner import StageRunner
 from vlbench.train.training_module import VLMTrainingModule
 
+NEIGHBOUR = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
 BATCH = 16  # conversations in an optimizer step
 STEPS = 10
 WARM = 2  # steps that are not counted
@@ -129,6 +134,20 @@ def train_with_trainer(
     )
 
 
+@contextlib.contextmanager
+def busy_neighbour(is_wanted: bool) -> Iterator[None]:
+    """Keep a process busy until the end of `with`."""
+    if not is_wanted:
+        yield
+        return
+    process = subprocess.Popen([sys.executable, "-c", NEIGHBOUR])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
 def main() -> None:
     """Measure what the command line says, and print it."""
     side, *words = sys.argv[1:]
@@ -140,14 +159,15 @@ def main() -> None:
     samples = make_conversations(BATCH * int(given.get("steps", STEPS)), IMAGES[part])
     vlm = benchmark_model.build_small_vlm()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if side == "ours":
-        watch = train_with_vlbench(
-            vlm, samples, part, micro, bf16, given.get("kept") == "true", way
-        )
-    else:
-        watch = train_with_trainer(
-            vlm, samples, part, micro, bf16, given.get("grouped") == "true", way
-        )
+    with busy_neighbour(given.get("neighbour") == "1"):
+        if side == "ours":
+            watch = train_with_vlbench(
+                vlm, samples, part, micro, bf16, given.get("kept") == "true", way
+            )
+        else:
+            watch = train_with_trainer(
+                vlm, samples, part, micro, bf16, given.get("grouped") == "true", way
+            )
     seconds = watch.times[-1] - watch.times[WARM - 1]
     tokens = watch.tokens[-1] - watch.tokens[WARM - 1]
     told = {

@@ -17,7 +17,7 @@ from transformers import LlavaForConditionalGeneration, Trainer, TrainerCallback
 
 from vlbench.data.sample_encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX, EncodedSample
 from vlbench.model.loaded_vlm import LoadedVLM
-from vlbench.model.weights.export_hf_llava import write_hf_llava
+from vlbench.model.weights.export_hf_llava import build_llava_config, write_hf_llava
 
 
 def export_to_transformers(vlm: LoadedVLM) -> Any:
@@ -25,6 +25,14 @@ def export_to_transformers(vlm: LoadedVLM) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         write_hf_llava(vlm, Path(folder), None)
         return LlavaForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa")
+
+
+def build_random_llava(vlm: LoadedVLM, device: torch.device) -> Any:
+    """Return a model of the same shapes with random weights, made on `device`."""
+    image_id = vlm.language.config.vocab_size
+    config = build_llava_config(vlm.model, image_id, image_id + 64)  # products like multiples of 64
+    with device:
+        return LlavaForConditionalGeneration(config)
 
 
 def trainer_examples(samples: list[EncodedSample], image_id: int) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Tests run beside other work: threads that wait must not spin (see `vlbench.verbs.run_fit`)."""
+"""Tests run beside other work: threads that wait must not spin (see `vlbench.core_sharing`)."""
 
 import os
 import tempfile
@@ -29,3 +29,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words += ["log.questions=1", "log.examples=0", "log.tensorboard=false", f"run={run}"]
     assert main(["fit", "recipe=yivl_llava", *words]) == 0
     return checkpoint_files.find_checkpoint(run)
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, the quick one of `accidental_runs`."""
+    from accidental_runs import FIT
+    from forked_command import run_command
+
+    folder = tmp_path_factory.mktemp("accidents")
+    outcome = run_command([*FIT, "run=whole"], folder, timeout=60)
+    assert outcome.code == 0, outcome.words
+    return folder / "whole"

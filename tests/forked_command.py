@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from types import MappingProxyType
+from typing import TypedDict, Unpack
 
 HEAVY_MODULES = (
     "torch",
@@ -101,27 +101,25 @@ def import_heavy_modules() -> None:
     """Import what the verbs import, once in this process."""
     for name in HEAVY_MODULES:
         import_module(name)
+    gc.collect()
+    gc.freeze()  # what is imported stays, and each later collection would look through all of it
 
 
-def run_command(
-    argv: Sequence[object],
-    cwd: Path,
-    *,
-    stdin: str | bytes = b"",
-    timeout: float = TIME_LIMIT,
-    environment: Mapping[str, str] = MappingProxyType({}),
-    prepare: Callable[[], object] | None = None,
-) -> Outcome:
-    """Run `python -m vlbench ARGV...` in a fork.
+class ForkOptions(TypedDict, total=False):
+    """How `run_command` and `run_forked` start the child; each may be left out."""
 
-    Args:
-        argv: The words behind `python -m vlbench`, each as `str` gives it.
-        cwd: The folder in which it runs.
-        stdin: What can be read from its standard input.
-        timeout: Seconds after which it is killed.
-        environment: Variables that are set in the child.
-        prepare: Called in the child before the command, e.g. to set a limit or to patch a function.
-    """
+    stdin: str | bytes
+    """What can be read from its standard input; nothing by default."""
+    timeout: float
+    """Seconds after which it is killed; `TIME_LIMIT` by default."""
+    environment: Mapping[str, str]
+    """Variables that are set in the child."""
+    prepare: Callable[[], object]
+    """Called in the child before the command, e.g. to set a limit or to patch a function."""
+
+
+def run_command(argv: Sequence[object], cwd: Path, **options: Unpack[ForkOptions]) -> Outcome:
+    """Run `python -m vlbench ARGV...` in a fork in the folder `cwd`; words are made by `str`."""
     words = [str(word) for word in argv]
 
     def command() -> int:
@@ -129,21 +127,15 @@ def run_command(
 
         return main(words)
 
-    return run_forked(
-        command, cwd, stdin=stdin, timeout=timeout, environment=environment, prepare=prepare
-    )
+    return run_forked(command, cwd, **options)
 
 
 def run_forked(
-    function: Callable[[], int | None],
-    cwd: Path,
-    *,
-    stdin: str | bytes = b"",
-    timeout: float = TIME_LIMIT,
-    environment: Mapping[str, str] = MappingProxyType({}),
-    prepare: Callable[[], object] | None = None,
+    function: Callable[[], int | None], cwd: Path, **options: Unpack[ForkOptions]
 ) -> Outcome:
-    """Call a function in a fork, its result is the exit code; the rest as in `run_command`."""
+    """Call a function in a fork in the folder `cwd`; its result is the exit code."""
+    stdin, timeout = options.get("stdin", b""), options.get("timeout", TIME_LIMIT)
+    environment, prepare = options.get("environment", {}), options.get("prepare")
     import_heavy_modules()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # so that memory freed here is not reused there uncounted

@@ -24,6 +24,7 @@ LAYERS = (
         "state_dicts",
         "html_pages",
         "process_settings",
+        "core_sharing",
         "new_folder",
         "printable_streams",
     ),

@@ -33,13 +33,14 @@ def test_the_patterns_find_what_those_of_the_scorers_find(patterns: tuple[re.Pat
             assert ours.findall(text) == re.findall(theirs, text), (text, theirs)
 
 
+# 100,000 digits took 7 minutes where each of them was a start of a search for the end
 LONG = {
-    "digits": "1" * 2_000_000,
-    "digits before a letter": "1" * 2_000_000 + "e5x",
-    "brackets": "[" * 2_000_000,
-    "dots": "1." * 1_000_000,
-    "signs": "-" * 2_000_000,
-    "thousands": "1,111" * 400_000,
+    "digits": "1" * 400_000,
+    "digits before a letter": "1" * 400_000 + "e5x",
+    "brackets": "[" * 400_000,
+    "dots": "1." * 200_000,
+    "signs": "-" * 400_000,
+    "thousands": "1,111" * 80_000,
 }
 
 

@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
-from vlbench.data.batch_sampler import OptimizerStep, StepDataset
+from vlbench.data.batch_sampler import StepDataset
 from vlbench.data.chat_template import YI_VL
 from vlbench.data.image_processing import ImageFile, ImageTransform
+from vlbench.data.optimizer_step import OptimizerStep
 from vlbench.data.packing import PackedBatch
 from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
 from vlbench.data.sample_encoding import SampleEncoder
 from vlbench.data.shuffle import SourceMixture
+from vlbench.data.step_loader import StepLoader
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import BadSample
 
@@ -27,13 +28,6 @@ ENCODER = SampleEncoder(
 )
 TRANSFORM = ImageTransform(16, 16, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
 OPENED: list[int] = []
-COUNTS = (
-    "sample_count",
-    "image_count",
-    "text_token_count",
-    "supervised_token_count",
-    "skipped_samples",
-)
 
 
 @dataclass(frozen=True)
@@ -94,12 +88,10 @@ def same_batch(one: PackedBatch, two: PackedBatch) -> bool:
 
 def same(one: OptimizerStep, two: OptimizerStep) -> bool:
     batches = zip(one.micro_batches, two.micro_batches, strict=True)
-    plain = [
-        f.name for f in fields(OptimizerStep) if f.name not in ("micro_batches", "bad_samples")
-    ]
     return (
         all(same_batch(a, b) for a, b in batches)
-        and all(getattr(one, name) == getattr(two, name) for name in plain)
+        and (one.index, one.counts, one.skipped_samples)
+        == (two.index, two.counts, two.skipped_samples)
         and [str(bad) for bad in one.bad_samples] == [str(bad) for bad in two.bad_samples]
     )
 
@@ -123,11 +115,15 @@ def test_a_step_is_the_same_from_anyone():
 
 
 def test_workers_make_the_same_steps_from_any_start():
-    data = steps(source=MixedSource(bad=(3,)))
-    sampler = range(4, data.total_steps)
-    loader = DataLoader(data, batch_size=None, sampler=sampler, num_workers=1)
-    for index, step in zip(sampler, loader, strict=True):
-        assert same(step, data[index])
+    data = steps(source=MixedSource(bad=(3,), missing=(4,)))
+    for workers, numbers in ((0, range(9)), (1, [6, 2]), (2, range(4, 9))):
+        loader = StepLoader(steps=data, step_numbers=numbers, num_workers=workers)
+        for index, step in zip(numbers, loader, strict=True):
+            planned = step.counts
+            step.load_micro_batches()
+            assert same(step, data[index])
+            lost = len(data.plan_step(index).bad_samples) < len(step.bad_samples)
+            assert lost == (planned.supervised_tokens > step.counts.supervised_tokens)
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])
@@ -136,8 +132,9 @@ def test_ranks_share_a_step(world):
     for index in range(4):
         made = [replace(whole, rank=rank, world_size=world)[index] for rank in range(world)]
         assert sorted(n for step in made for n in names(step)) == names(whole[index])
-        for name in COUNTS:
-            assert sum(getattr(step, name) for step in made) == getattr(whole[index], name)
+        for number in range(1, len(whole[index].counts)):
+            assert sum(step.counts[number] for step in made) == whole[index].counts[number]
+        assert sum(step.skipped_samples for step in made) == whole[index].skipped_samples
         assert sum(len(step.bad_samples) for step in made) == len(whole[index].bad_samples)
 
 
@@ -148,16 +145,11 @@ def test_an_epoch_meets_every_sample_once_in_rows_that_fit():
     for step in made:
         assert all(len(batch.input_ids) == 1 for batch in step.micro_batches)
         assert all(sum(batch.sample_lengths[0]) <= 250 for batch in step.micro_batches)
-        assert step.sample_count == 10 and step.image_count == sum(
-            len(b.pixels) for b in step.micro_batches
-        )
-        assert (
-            step.supervised_token_count
-            == sum(batch.supervised_token_count for batch in step.micro_batches)
-            > 0
-        )
-        whole = sum(sum(batch.sample_lengths[0]) for batch in step.micro_batches)
-        assert step.text_token_count == whole - 4 * step.image_count
+        counts, batches = step.counts, step.micro_batches
+        assert counts.samples == 10 and counts.images == sum(len(b.pixels) for b in batches)
+        assert counts.supervised_tokens == sum(int((b.labels != -100).sum()) for b in batches) > 0
+        assert counts.tokens == sum(int((b.sample_index >= 0).sum()) for b in batches)
+        assert counts == OptimizerStep(0, [], planned_rows=data.plan_step(step.index).rows).counts
 
 
 def test_bad_samples_contribute_nothing_and_are_named():
@@ -165,25 +157,25 @@ def test_bad_samples_contribute_nothing_and_are_named():
     assert sorted(bad.sample_id for bad in step.bad_samples) == ["s3", "s4"]
     assert "gone.png: does not exist" in " ".join(map(str, step.bad_samples))
     assert names(step) == sorted(f"s{n}" for n in range(12) if n not in (3, 4))
-    assert step.sample_count == 10
+    assert step.counts.samples == 10
     nothing = steps(source=MixedSource(12, bad=tuple(range(12))))[0]
     assert (
         nothing.micro_batches == []
         and len(nothing.bad_samples) == 12
-        and nothing.supervised_token_count == 0
+        and nothing.counts.supervised_tokens == 0
     )
 
 
 def test_captions_skip_samples_without_an_image():
     step = steps(source=MixedSource(12), encoder=replace(ENCODER, sample_format="caption"))[0]
-    assert (step.skipped_samples, step.sample_count, step.bad_samples) == (3, 9, [])
-    assert step.image_count == 9 and step.micro_batches[0].input_ids[0, 0] < 0
+    assert (step.skipped_samples, step.counts.samples, step.bad_samples) == (3, 9, [])
+    assert step.counts.images == 9 and step.micro_batches[0].input_ids[0, 0] < 0
 
 
 def test_an_image_is_opened_once_per_step():
     OPENED.clear()
     step = steps(source=MixedSource(12))[0]
-    assert len(OPENED) == len(set(OPENED)) < step.image_count
+    assert len(OPENED) == len(set(OPENED)) < step.counts.images
     with_images = [batch for batch in step.micro_batches if len(batch.pixels)]
     shown = {float(pixel) for batch in with_images for pixel in batch.pixels[:, 0, 8, 8]}
     assert len(shown) == len(OPENED)

@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import (
     AttentionInterface,
     DynamicCache,
@@ -22,6 +23,7 @@ from transformers import (
     LlamaModel,
     StaticCache,
 )
+from two_process_commands import group_threads
 
 from vlbench.compat import (
     fake_tensors,
@@ -149,18 +151,35 @@ def test_names_of_operations_that_checkpointing_keeps():
     wanted = (*torch_internals.MATMUL_OPERATIONS, *torch_internals.ATTENTION_OPERATIONS)
     missing = [name for name in wanted if f"aten.{name}.default" not in kept]
     assert not missing, f"torch.ops.aten no longer has {missing}"
-    import torch.nn.attention.varlen  # noqa: F401  registers its operation
-
-    kept = {str(operation) for operation in torch_internals.expensive_operations()}
     assert f"torch_attn.{torch_internals.VARLEN_OPERATION}.default" in kept
 
 
-def test_attention_of_a_cpu_is_counted():
+def test_variable_length_attention_is_registered_before_it_is_looked_for(monkeypatch):
+    """Its operation exists once its module is imported, which a step does after this."""
+    looked = []
+    find = torch_internals.find_varlen_attention
+    monkeypatch.setattr(torch_internals, "find_varlen_attention", lambda: looked.append(find()))
+    torch_internals.expensive_operations.__wrapped__()
+    assert looked and looked[0] is not None
+
+
+def test_attention_of_a_cpu_is_counted_with_grouped_heads_too():
     query = torch.rand(1, 2, 4, 8, requires_grad=True)
-    with torch_internals.make_flop_counter() as counter:
-        nn.functional.scaled_dot_product_attention(query, query, query).sum().backward()
     forward = 2 * 2 * 2 * 4 * 4 * 8  # two products of 2 heads, 4 positions, width 8
-    assert counter.get_total_flops() == 3 * forward, "attention on a CPU has another operation"
+    for key in (query, torch.rand(1, 1, 4, 8)):
+        with torch_internals.make_flop_counter() as counter:
+            nn.functional.scaled_dot_product_attention(
+                query, key, key, enable_gqa=True
+            ).sum().backward()
+        assert counter.get_total_flops() == 3 * forward, "attention on a CPU has another operation"
+
+
+def test_attention_of_a_gpu_is_counted():
+    with fake_tensors.FakeTensorMode(allow_non_fake_inputs=True):
+        query = torch.empty(1, 2, 4, 8, device="cuda", dtype=torch.bfloat16)
+        with torch_internals.make_flop_counter() as counter:
+            torch.ops.aten._scaled_dot_product_flash_attention(query, query[:, :1], query[:, :1])
+    assert counter.get_total_flops() == 2 * 2 * 2 * 4 * 4 * 8
 
 
 def test_the_note_of_the_data_loader_is_put_back():
@@ -173,6 +192,16 @@ def test_the_note_of_the_data_loader_is_put_back():
     assert signal_handling._SIGCHLD_handler_set == before
     assert signal_handling.__name__ == torch_internals.SIGCHLD_MODULE
     assert "_SIGCHLD_handler_set" in inspect.getsource(signal_handling._set_SIGCHLD_handler)
+
+
+def test_a_device_mesh_forgets_its_process_group():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    assert mesh.get_group() and group_threads()
+    distributed.destroy_process_group()
+    assert group_threads()
+    torch_internals.forget_process_groups()
+    assert not group_threads() and mesh.size() == 1
 
 
 def test_fake_tensors_have_shapes_and_addresses():
@@ -266,18 +295,6 @@ def test_sdpa_attention_and_its_mask():
     )
     torch.testing.assert_close(out, expected.transpose(1, 2))
     assert callable(make_mask)
-
-
-def is_checkpointing(model: nn.Module) -> bool:
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-
-
-def test_activation_checkpointing_is_switched():
-    model = small_llama().train()
-    transformers_internals.set_activation_checkpointing(model, {"use_reentrant": False})
-    assert is_checkpointing(model), "activation checkpointing has another switch"
-    transformers_internals.set_activation_checkpointing(model, None)
-    assert not is_checkpointing(model)
 
 
 def test_rotary_embedding_replaces_that_of_a_model_without_memory():
@@ -431,6 +448,9 @@ def test_a_trainer_has_device_precision_and_no_gradient_sync_alone():
         assert torch.is_autocast_enabled("cpu"), "precision_plugin.forward_context does no autocast"
     with lightning_internals.without_gradient_sync(trainer):
         pass
+    lightning_internals.set_autocast_context(trainer, torch.no_grad)
+    with trainer.precision_plugin.train_step_context():
+        assert not torch.is_grad_enabled(), "autocast_context_manager is called no more"
 
 
 def test_a_wrapped_model_is_asked_for_no_sync():

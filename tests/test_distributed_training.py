@@ -28,7 +28,7 @@ WAYS = {
 HALF = "bf16"
 WAYS[HALF] = ("recipe=yivl_llava", "only=chat", "precision=bf16")
 NEAR = {HALF: 0.1}  # rounding to 16 bits grows from step to step
-STEPS = 10
+STEPS = 6
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_two_processes_have_the_losses_of_one(way, how, curves):
     alone, together = curves[way, "alone"], curves[way, how]
     assert len(alone) == len(together) == STEPS
     assert len(set(alone)) == STEPS  # something is learned
-    assert together[0] == pytest.approx(alone[0], rel=1e-2 if way == HALF else 1e-9)
+    assert together[0] == pytest.approx(alone[0], rel=1e-4 if way == HALF else 1e-9)
     assert together == pytest.approx(alone, rel=NEAR.get(way, 1e-9))
 
 

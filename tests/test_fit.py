@@ -188,11 +188,11 @@ def test_a_killed_data_worker_is_one_line_and_the_run_goes_on(whole: Path, tmp_p
     dying = (
         "import os, signal, sys\n"
         "from vlbench.data import batch_sampler\n"
-        "real = batch_sampler.StepDataset.__getitem__\n"
-        "def item(self, index):\n"
-        "    if index == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return real(self, index)\n"
-        "batch_sampler.StepDataset.__getitem__ = item\n"
+        "real = batch_sampler.StepDataset.load_row\n"
+        "def load_row(self, row):\n"
+        "    if row.stream_index[0] >= 64: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(self, row)\n"
+        "batch_sampler.StepDataset.load_row = load_row\n"
         "from vlbench.__main__ import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )

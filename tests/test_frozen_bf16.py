@@ -19,7 +19,7 @@ from vlbench.model.language_model import TINY_LANGUAGE_FOLDER
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vision_encoder import EMBEDDED_ENCODERS, build_vision_encoder
 from vlbench.train import stage_runner
-from vlbench.train.checkpoint_files import named_part_weights
+from vlbench.train.checkpoint_files import named_part_weights, stored_dtype
 
 LORA = {"rank": 3, "alpha": 6.0, "dropout": 0.0, "targets": "all-linear"}
 LORA |= {"rslora": False, "dora": False, "bits": None}
@@ -71,12 +71,34 @@ def test_the_blocks_take_half_the_memory_and_norms_and_embeddings_stay():
     kept = {name for name, p in vlm.model.named_parameters() if p.dtype == torch.float32}
     assert all(one in kept for one in before if "norm" in one or "ln_" in one or "embed" in one)
     assert all(name in kept for name in before if name.startswith("connector."))
-    written = dict(named_part_weights(vlm.model, ["vision", "language"]))
+    weights = named_part_weights(vlm.model, ["vision", "language"])
+    written = {name: value.to(stored_dtype(value)) for name, value in weights}
     assert all(torch.equal(before[name], value) for name, value in written.items())
     held.restore_float32()
     for name, value in vlm.model.state_dict().items():
         assert value.dtype == before[name].dtype and torch.equal(value, before[name]), name
     assert not layer._forward_pre_hooks and not layer._forward_hooks
+
+
+def test_weights_that_do_not_fit_in_float32_beside_the_others_go_to_the_host(monkeypatch):
+    vlm = frozen()
+    before = {name: value.clone() for name, value in vlm.model.state_dict().items()}
+    held = FrozenBF16(vlm.model)
+    real, refused = torch.Tensor.float, []
+
+    def cast(tensor: torch.Tensor) -> torch.Tensor:
+        if not refused or refused[-1] is not None:
+            refused.append(None)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        refused.append(tensor)
+        return real(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "float", cast)
+    held.restore_float32()
+    monkeypatch.undo()
+    assert None in refused
+    state = vlm.model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in before.items())
 
 
 def test_what_is_trained_or_would_be_rounded_is_not_held():

@@ -124,14 +124,23 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
+def packed_zeros(length: int) -> bytes:
+    """Return what `zlib.compress(bytes(length))` would, in no time: one block again and again."""
+    packer = zlib.compressobj(1, wbits=-15)
+    block_length = 1_000_000
+    block = packer.compress(bytes(block_length)) + packer.flush(zlib.Z_FULL_FLUSH)
+    rest = packer.compress(bytes(length % block_length)) + packer.flush()
+    checksum = struct.pack(">HH", length % 65521, 1)  # Adler-32 of zeros
+    return b"\x78\x01" + block * (length // block_length) + rest + checksum
+
+
 def png(size: tuple[int, int], depth: int, colour: int, more: bytes = b"") -> Maker:
     """Make a PNG of zeros with any size, without holding its pixels."""
     bytes_per_pixel = depth // 8 * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
-    row = bytes(1 + size[0] * bytes_per_pixel)
+    length = size[1] * (1 + size[0] * bytes_per_pixel)
 
     def make(path: Path) -> None:
-        packer = zlib.compressobj(1)
-        data = b"".join(packer.compress(row) for _ in range(size[1])) + packer.flush()
+        data = packed_zeros(length)
         header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, 0))
         palette = chunk(b"PLTE", bytes(768)) if colour == 3 else b""
         parts = header + palette + more + chunk(b"IDAT", data) + chunk(b"IEND", b"")
@@ -179,8 +188,7 @@ def large_tiff(path: Path) -> None:
 
 def text_bomb(kind: bytes) -> bytes:
     """Return a chunk of text (or an ICC profile) that unpacks to 100 MB."""
-    packed = zlib.compress(bytes(100_000_000), 1)
-    return chunk(kind, b"key\0\0" + packed)
+    return chunk(kind, b"key\0\0" + packed_zeros(100_000_000))
 
 
 def tag_bomb(path: Path) -> None:
@@ -197,7 +205,7 @@ def tag_bomb(path: Path) -> None:
 def tile_bomb(path: Path) -> None:
     """Write a TIFF of 16 x 16 pixels in one tile of 65,520 x 65,520."""
     Image.new("L", (16, 16)).save(path, compression="tiff_adobe_deflate")
-    tile = zlib.compress(bytes(50_000_000), 1)
+    tile = packed_zeros(50_000_000)
     tags = [(256, 16), (257, 16), (258, 8), (259, 8), (262, 1), (277, 1)]
     tags += [(322, 65_520), (323, 65_520), (324, 8), (325, len(tile))]
     table = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)

@@ -22,6 +22,7 @@ from vlbench.data.image_processing import (
     blank_image,
     open_image,
 )
+from vlbench.data.packing import normalize_levels
 from vlbench.errors import UserError
 
 GOLDEN = Path(__file__).parent / "goldens/yi_vl/tiny_a"
@@ -50,6 +51,24 @@ def test_pixels_equal_the_reference(image):
     pixels = TRANSFORM(picture)
     assert pixels.dtype == torch.float32 and pixels.shape == (3, 56, 56)
     assert (pixels - golden(image, "pixel_values")).abs().max() <= 2e-6
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], ids=["cpu", "cuda"]
+)
+def test_levels_become_the_same_pixels_on_any_device(device):
+    """Every level of every channel, and a photograph: the bits of what the CPU normalises."""
+    values = TRANSFORM.level_values()
+    every = torch.arange(256, dtype=torch.uint8).expand(3, 256)[None, :, None]
+    on_device = normalize_levels(every.to(device), values.to(device)).cpu()
+    mean, std = (np.asarray(v, np.float32)[:, None] for v in (MEAN, STD))
+    reference = ((np.arange(256) * (1 / 255)).astype(np.float32) - mean) / std
+    assert np.array_equal(on_device[0, :, 0].numpy().view(np.int32), reference.view(np.int32))
+    image = ImageFile(GOLDEN / "images/large_rgb.png")
+    levels = TRANSFORM.load_levels(image)
+    assert levels.dtype == torch.uint8 and levels.shape == (3, 56, 56)
+    pixels = normalize_levels(levels[None].to(device), values.to(device)).cpu()
+    assert torch.equal(pixels[0], TRANSFORM.load_pixels(image))
 
 
 @pytest.mark.parametrize("name", ["large_rgb", "tall_rgb", "wide_rgb"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -21,12 +22,14 @@ from vlbench.errors import UserError
 from vlbench.model import lora_adapters
 from vlbench.model.build_vlm import build_vlm
 from vlbench.model.frozen_bf16 import FrozenBF16
+from vlbench.model.generation import decoding_state
 from vlbench.model.generation.decoding_state import (
     LENGTH_MULTIPLE,
     CompiledDecodeStep,
     StaticDecodingState,
 )
 from vlbench.model.generation.kv_cache import PrefixCache
+from vlbench.model.generation.step_graph import STEPS_BEFORE_CAPTURE
 from vlbench.model.loaded_vlm import LoadedVLM
 
 CONNECTORS = ("yivl_llava", "yivl_qformer", "yivl_flamingo", "yivl_eva")
@@ -149,6 +152,64 @@ def test_lengths_are_multiples_and_hold_all_that_is_read(monkeypatch):
             == batch.input_ids.shape[1] + new - 1
             == int(rows.attention_mask.sum())
         )
+
+
+def test_a_recorded_step_finds_all_that_changes_where_it_was(monkeypatch):
+    """A stand-in for CUDA graphs, which read and write the memory that they were recorded with."""
+    vlm, recorded = build_small_vlm(), []
+
+    def tensors_of(state: StaticDecodingState) -> list[int]:
+        changed = [state.token_ids, state.position_ids, state.attention_mask, state.image_index]
+        for layer in state.kv_cache.layers:
+            changed += [layer.keys, layer.values, layer.cumulative_length]
+        return [tensor.data_ptr() for tensor in changed]
+
+    def record(step, device):
+        assert device == vlm.device
+        recorded.append(addresses := tensors_of(step.__self__))
+
+        def replay() -> torch.Tensor:
+            assert tensors_of(step.__self__) == addresses
+            return step()
+
+        return replay
+
+    monkeypatch.setattr(decoding_state, "_can_be_captured", lambda vlm: True)
+    monkeypatch.setattr(decoding_state, "capture_cuda_graph", record)
+    for new_tokens, graph_count in ((STEPS_BEFORE_CAPTURE + 1, 0), (24, 1)):
+        assert_same(vlm, talks(vlm), max_new_tokens=new_tokens)
+        assert len(recorded) == graph_count
+
+
+def test_a_finished_answer_lets_its_cache_go(monkeypatch):
+    vlm, seen = build_small_vlm(), []
+    real = StaticDecodingState.decode_next
+    monkeypatch.setattr(
+        StaticDecodingState,
+        "decode_next",
+        lambda s, ids: seen.append(weakref.ref(s.kv_cache)) or real(s, ids),
+    )
+    batch = vlm.prepare(asks("x"))
+    vlm.generate(batch, max_new_tokens=4, compiled=True)  # the compiler holds on to what it saw
+    gc.collect()
+    gc.disable()
+    try:
+        vlm.generate(batch, max_new_tokens=4, compiled=True)
+        assert seen and seen[-1]() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("connector", ["yivl_llava", "yivl_qformer"])
+def test_graphs_of_a_gpu_answer_as_a_growing_cache_does(connector):
+    vlm = build_vlm(recipes.load_recipe([f"recipe={connector}"]), 56).eval().to("cuda")
+    for batch in (talks(vlm), talks(vlm, 0)):
+        assert_same(vlm, batch, **GREEDY)
+    first = vlm.generate(batch, compiled=True, **GREEDY)
+    with ThreadPoolExecutor(2) as threads:  # both record graphs, and the cache of neither moves
+        again = list(threads.map(lambda _: vlm.generate(batch, compiled=True, **GREEDY), "ab"))
+    assert again == [first, first]
 
 
 def test_what_was_exchanged_is_compiled_anew(graphs):

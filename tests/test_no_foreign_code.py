@@ -33,15 +33,26 @@ SAFE_LOADERS = ("SafeLoader", "BaseLoader", "CSafeLoader")
 EXECUTORS = ("eval", "exec", "__import__", "os.system", "os.popen", "torch.hub.load")
 YAML_READERS = ("load", "load_all", "unsafe_load", "full_load", "unsafe_load_all", "full_load_all")
 
+OPTIONS = ("trust_remote_code", "weights_only", "allow_pickle", "shell", "Loader")
+
 
 def unsafe_calls(source: str) -> Iterator[str]:
     """Yield every call in a source that may execute what a file holds, or lacks what forbids it."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call):
-            name = ast.unparse(node.func)
-            options = {word.arg: ast.unparse(word.value) for word in node.keywords if word.arg}
+            name = dotted_name(node.func)
+            options = {
+                word.arg: ast.unparse(word.value) for word in node.keywords if word.arg in OPTIONS
+            }
             yield from unsafe_names(name)
             yield from unsafe_options(name, options)
+
+
+def dotted_name(function: ast.expr) -> str:
+    """Return the name of what is called, as `torch.hub.load`; `.load` of what is no name."""
+    if isinstance(function, ast.Attribute):
+        return f"{dotted_name(function.value)}.{function.attr}"
+    return function.id if isinstance(function, ast.Name) else ""
 
 
 def unsafe_names(name: str) -> Iterator[str]:

@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 from random_vlm import make_batch, make_sample, small_vlm
+from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from vlbench.compat.torch_internals import find_varlen_attention, with_grouped_heads
@@ -70,6 +71,16 @@ def test_under_autocast_the_model_attends_in_one_call(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         vlm(batch)
     assert len(begins) == 3 and all(one is known.cu_seqlens for one in begins)
+
+
+def test_without_a_kernel_rows_are_joined_position_by_position():
+    """The output projection takes it as it is, and a row of contiguous pieces is cheap to join."""
+    query = torch.randn(1, 9, 4, 8).transpose(1, 2)
+    key = query[:, :2]
+    out, _ = packed_attention(nn.Module(), query, key, key, None, lengths=[[4, 3]])
+    assert out.shape == (1, 9, 4, 8)
+    assert out.is_contiguous()
+    assert not out[:, 7:].any()
 
 
 def test_without_a_gpu_there_are_no_bounds():

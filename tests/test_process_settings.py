@@ -19,8 +19,14 @@ from golden_release import CHECKPOINT
 from host_program import changed_settings, process_settings
 from PIL import Image
 
+from vlbench.__main__ import main
 from vlbench.data.image_processing import open_image
-from vlbench.process_settings import preserve_process_settings
+from vlbench.process_settings import (
+    ALLOCATOR_VARIABLES,
+    avoid_cudnn_attention,
+    preserve_process_settings,
+)
+from vlbench.verbs import VERBS
 
 HOST = Path(__file__).parent / "host_program.py"
 STEPS = ("load", "chat", "generate", "main", "export", "fit")
@@ -72,6 +78,49 @@ def test_what_is_changed_inside_is_put_back_when_the_last_thread_leaves():
     leave.set()
     thread.join()
     assert not changed_settings(before)
+
+
+def test_cudnn_attention_is_avoided_on_a_gpu_alone_and_until_the_last_thread_leaves():
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    before = enabled()
+    with avoid_cudnn_attention("cpu"):
+        assert enabled() == before
+    with ThreadPoolExecutor(1) as other:
+        inside, leave = threading.Event(), threading.Event()
+
+        def answer() -> None:
+            with avoid_cudnn_attention("cuda"):
+                inside.set()
+                leave.wait(60)
+
+        running = other.submit(answer)
+        inside.wait(60)
+        with avoid_cudnn_attention("cuda"):
+            assert not enabled()
+        assert not enabled()
+        leave.set()
+        running.result()
+    assert enabled() == before
+
+
+@pytest.mark.parametrize("name", [None, *ALLOCATOR_VARIABLES])
+def test_a_verb_lets_blocks_of_gpu_memory_grow_unless_the_user_has_said_how(name, monkeypatch):
+    for one in ALLOCATOR_VARIABLES:
+        monkeypatch.delenv(one, raising=False)
+    if name:
+        monkeypatch.setenv(name, "max_split_size_mb:64")
+    given = {one: os.environ[one] for one in ALLOCATOR_VARIABLES if one in os.environ}
+    seen = {}
+
+    def run_verb(words: list[str]) -> int:
+        seen.update({one: os.environ[one] for one in ALLOCATOR_VARIABLES if one in os.environ})
+        return 0
+
+    monkeypatch.setitem(VERBS, "list", VERBS["list"]._replace(run_verb=run_verb))
+    assert main(["list"]) == 0
+    assert seen == (given or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
+    assert {one: os.environ.get(one) for one in given} == given
+    assert name or not any(one in os.environ for one in ALLOCATOR_VARIABLES)
 
 
 def change() -> None:

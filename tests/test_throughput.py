@@ -9,27 +9,83 @@ import pytest
 import torch
 
 from vlbench.train import throughput
-from vlbench.train.throughput import ThroughputMeter, format_throughput, peak_flops
+from vlbench.train.gpu_names import peak_flops
+from vlbench.train.throughput import ThroughputMeter, format_throughput
 from vlbench.train.training_module import StepReport
 
+GIB = 2**30
+CARDS = {  # what drivers call them, GiB that they show, TFLOP/s
+    "NVIDIA H200": (139.8, 989),
+    "NVIDIA H200 NVL": (139.8, 835),
+    "NVIDIA H100 80GB HBM3": (79.1, 989),
+    "NVIDIA H100 PCIe": (79.1, 756),
+    "NVIDIA H100 NVL": (93.1, 835),
+    "NVIDIA H100 80GB HBM3 MIG 3g.40gb": (39.5, None),
+    "NVIDIA H100-2-20C": (20, None),  # of a hypervisor
+    "NVIDIA H100": (19.6, None),  # of another one
+    "NVIDIA H800": (79.1, 989),
+    "NVIDIA H20": (95.1, 148),
+    "NVIDIA GH200 480GB": (94.5, 989),
+    "NVIDIA B200": (178.4, 2250),
+    "NVIDIA A100-SXM4-80GB": (79.2, 312),
+    "NVIDIA A100-SXM4-40GB": (39.4, 312),
+    "NVIDIA A100 80GB PCIe": (79.2, 312),
+    "NVIDIA A100-PCIE-40GB": (39.4, 312),
+    "NVIDIA A100 80GB PCIe MIG 3g.40gb": (39.5, None),
+    "NVIDIA A800-SXM4-80GB": (79.2, 312),
+    "NVIDIA A800": (79.2, 312),
+    "NVIDIA A800 80GB PCIe": (79.2, 312),
+    "NVIDIA A40": (44.4, 150),
+    "NVIDIA A10": (22, 125),
+    "NVIDIA A10G": (22, None),
+    "NVIDIA A4000": (15.7, None),
+    "NVIDIA RTX A4000": (15.7, None),
+    "NVIDIA RTX A6000": (47.4, 155),
+    "NVIDIA RTX 6000 Ada Generation": (47.4, 364),
+    "Quadro RTX 6000": (23.6, None),
+    "NVIDIA L40S": (44.4, 362),
+    "NVIDIA L40": (44.4, 181),
+    "NVIDIA L4": (22, 121),
+    "Tesla T4": (14.6, 65),
+    "Tesla V100-SXM2-16GB": (15.8, 125),
+    "Tesla V100-PCIE-32GB": (31.7, 112),
+    "NVIDIA GeForce RTX 4090": (23.5, 165),
+    "NVIDIA GeForce RTX 4090 Laptop GPU": (15.6, None),
+    "NVIDIA GeForce RTX 3090 Ti": (23.5, None),
+    "AMD Instinct MI300X": (191.5, 1307),
+    "Voodoo 2": (0.01, None),
+}
 
-@pytest.mark.parametrize(
-    ("name", "tflops"),
-    [
-        ("NVIDIA H200", 989),
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA L40S", 362),
-        ("NVIDIA L4", 121),
-        ("NVIDIA GeForce RTX 4090", 165),
-        ("Voodoo 2", None),
-    ],
-)
-def test_the_peak_of_a_gpu_is_known_by_its_name(name, tflops, monkeypatch):
+
+def show_card(name: str, gib: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torch see a GPU of this name and memory."""
+    properties = SimpleNamespace(name=name, total_memory=int(gib * GIB))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_the_peak_of_a_gpu_is_known_by_its_name(name, monkeypatch):
+    gib, tflops = CARDS[name]
+    show_card(name, gib, monkeypatch)
     known = peak_flops(torch.device("cuda", 0))
     assert known == (None if tflops is None else tflops * 1e12)
+
+
+def test_a_gpu_without_a_known_peak_is_named(clock, monkeypatch, capsys):
+    show_card("NVIDIA RTX A4000", 15.7, monkeypatch)
+    seen = training(flops=SimpleNamespace(count_flops=lambda batches: 1.0))
+    seen.device = torch.device("cuda", 0)
+    ThroughputMeter().start_measuring(seen)
+    assert "MFU is not known" in (said := capsys.readouterr().out) and "RTX A4000" in said
+    show_card("NVIDIA A40", 44.4, monkeypatch)
+    ThroughputMeter().start_measuring(seen)
+    assert not capsys.readouterr().out
+
+
+def test_training_on_the_cpu_beside_a_gpu_has_the_memory_of_the_process(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert throughput.peak_memory() > 1e8  # torch alone takes more
 
 
 def test_nobody_knows_the_peak_of_a_processor():

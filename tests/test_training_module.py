@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from kept_gradients import KeptGradients
 from random_vlm import make_batch, make_sample, small_vlm
 from test_vlm import assert_same
 from torch.utils.data import DataLoader
@@ -17,8 +19,9 @@ from vlbench.__main__ import main
 from vlbench.config import recipe as recipes
 from vlbench.config.schema import PartTrainConfig
 from vlbench.connector import registry
-from vlbench.data.batch_sampler import OptimizerStep
+from vlbench.data.optimizer_step import OptimizerStep
 from vlbench.data.scene_world import make_scene
+from vlbench.errors import UserError
 from vlbench.train.lr_schedule import learning_rate_factor
 from vlbench.train.trainable_parts import freeze_untrained_parts
 from vlbench.train.training_module import VLMTrainingModule
@@ -69,12 +72,50 @@ def test_a_loss_that_is_not_counted_ahead_does_not_depend_on_the_micro_batches()
         freeze_untrained_parts(vlm.model, stage)
         step = OptimizerStep(0, [make_batch(vlm, [row]).to("cpu", torch.float64) for row in rows])
         training = VLMTrainingModule(vlm.model, stage, 1, 0, seed=3)
-        trainer = pl.Trainer(accelerator="cpu", max_steps=1, barebones=True)
+        kept = KeptGradients()
+        trainer = pl.Trainer(accelerator="cpu", max_steps=1, barebones=True, callbacks=[kept])
         trainer.fit(training, DataLoader([step], batch_size=None))
-        grads = {n: p.grad for n, p in vlm.connector.named_parameters()}
-        found.append((training.report.extra["small"], grads))
+        assert kept.gradients.keys() == {f"connector.{n}" for n in vlm.connector.state_dict()}
+        found.append((training.report.extra["small"], kept.gradients))
     assert_same(found[0], found[1], 1e-9)
     assert_same(found[0], found[2], 1e-9)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_stage_leaves_no_gradients_and_no_moments_and_moves_nothing(fails, monkeypatch) -> None:
+    """Its last checkpoint is written by then; Lightning would move everything to the host."""
+    vlm = small_vlm(registry.load_connector("linear"))
+    stage = recipes.load_recipe(["recipe=yivl_llava"]).stages["align_224"]
+    freeze_untrained_parts(vlm.model, stage)
+    steps = [OptimizerStep(n, [make_batch(vlm, [[make_sample(n)]])]) for n in range(2)]
+    training = VLMTrainingModule(vlm.model, stage, 2, 0, seed=3)
+    moves: list[str] = []
+    found: list[tuple[int, bool]] = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, *_: object) -> None:
+            if fails:
+                raise UserError("the step fails")
+
+        def on_exception(self, trainer, pl_module, exception) -> None:
+            self.on_train_end(trainer, pl_module)
+
+        def on_train_end(self, trainer, pl_module) -> None:
+            has_gradients = any(p.grad is not None for p in vlm.parameters())
+            found.append((len(trainer.optimizers[0].state), has_gradients))
+            real = torch.nn.Module._apply
+            monkeypatch.setattr(
+                torch.nn.Module,
+                "_apply",  # what `to`, `cpu`, `cuda` and the like go through
+                lambda self, *given: moves.append(type(self).__name__) or real(self, *given),
+            )
+
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, barebones=True, callbacks=[Watch()])
+    with pytest.raises(UserError) if fails else contextlib.nullcontext():
+        trainer.fit(training, DataLoader(steps, batch_size=None))
+    assert found == [(sum(p.requires_grad for p in vlm.parameters()), True)]
+    assert not trainer.optimizers[0].state and not moves
+    assert all(parameter.grad is None for parameter in vlm.parameters())
 
 
 def test_a_connectors_own_loss_does_not_depend_on_the_micro_batches(tmp_path, monkeypatch) -> None:

@@ -61,6 +61,12 @@ def run_fit_command(fit_command: FitCommand) -> int:
             return int(end.code or 0)
 
 
+def group_threads() -> list[str]:
+    """Return the names of this process's threads that belong to a process group or its store."""
+    tasks = Path("/proc/self/task").glob("*/comm")
+    return [name for task in tasks if "gloo" in (name := task.read_text()) or "tcpstore" in name]
+
+
 def _run_rank(rank: int, ports: list[int], fit_commands: list[FitCommand], answers: Queue) -> None:
     torch.set_num_threads(1)
     codes = []
@@ -74,7 +80,9 @@ def _run_rank(rank: int, ports: list[int], fit_commands: list[FitCommand], answe
             "GROUP_RANK": "0",
         }
         try:
-            codes.append(run_fit_command(job))
+            code = run_fit_command(job)
+            assert not (left := group_threads()), left
+            codes.append(code)
         except Exception:
             traceback.print_exc()
             codes.append(1)  # the other process would wait for its answer

@@ -15,7 +15,11 @@ from vlbench.command_line.parser import (
 )
 from vlbench.errors import EnvironmentFailure, UserError, suggest_name
 from vlbench.printable_streams import show_control_characters
-from vlbench.process_settings import preserve_process_settings, unwind_on_stop_signals
+from vlbench.process_settings import (
+    prefer_expandable_segments,
+    preserve_process_settings,
+    unwind_on_stop_signals,
+)
 from vlbench.system_errors import explain_system_error
 from vlbench.text_files import split_lines
 from vlbench.text_tables import format_table
@@ -153,6 +157,7 @@ def dispatch_verb(argv: list[str]) -> int:
     if any(word in HELP_FLAGS[:2] for word in argv[1:]):
         print(verb_help(argv[0]))
         return 0
+    prefer_expandable_segments()
     return VERBS[argv[0]].run_verb(argv[1:])
 
 

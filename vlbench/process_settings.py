@@ -15,11 +15,13 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 from vlbench.compat.torch_internals import sigchld_flag_restorer
 
 TERMINATION_SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # of kill, Slurm; of a closed terminal
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 RestoreFunction = Callable[[], None]
 
 
@@ -58,6 +60,26 @@ def preserve_process_settings() -> Iterator[None]:
         if threading.current_thread() is threading.main_thread():
             stack.callback(_save_signal_handlers())
         yield
+
+
+def avoid_cudnn_attention(device_type: str) -> AbstractContextManager[object]:
+    """Return a context in which attention on a GPU takes the flash or the efficient kernel.
+
+    On Hopper torch prefers cuDNN's, which makes a plan for each new length: a growing KV cache has
+    one at every token. The preference is the process's, so it is put back when the last thread
+    leaves. `device_type` other than `cuda`: nothing is changed.
+    """
+    return _CUDNN_ATTENTION_GUARD if device_type == "cuda" else contextlib.nullcontext()
+
+
+def prefer_expandable_segments() -> None:
+    """Let torch grow its blocks of GPU memory, unless the user has configured its allocator.
+
+    Rows and images differ from batch to batch: blocks of fixed sizes leave gaps that no tensor
+    fits. Must come before the first use of a GPU; processes that are started inherit it.
+    """
+    if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 
 class _TerminationRequest(SystemExit):
@@ -211,7 +233,16 @@ def _save_signal_handlers() -> RestoreFunction:
     return restore_signals
 
 
-_INTERPRETER_GUARD, _RANDOM_GUARD = (
+def _disable_cudnn_attention() -> RestoreFunction:
+    from torch.backends import cuda
+
+    was_enabled = cuda.cudnn_sdp_enabled()
+    cuda.enable_cudnn_sdp(False)
+    return lambda: cuda.enable_cudnn_sdp(was_enabled)
+
+
+_INTERPRETER_GUARD, _RANDOM_GUARD, _CUDNN_ATTENTION_GUARD = (
     _SettingsGuard(_save_interpreter_state),
     _SettingsGuard(_save_random_state),
+    _SettingsGuard(_disable_cudnn_attention),
 )

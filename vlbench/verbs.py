@@ -5,7 +5,6 @@ Modules that import torch are imported inside of the functions, after the words 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -65,9 +64,6 @@ def run_fit(words: list[str]) -> int:
         check_machine_limits(recipe, is_launched())
     if recipe.trainer.world_size > 1 and not is_launched():
         return launch_processes(["fit", *words], recipe.trainer)
-    # Threads of torch that spin for long make a machine with other work 20 times slower, and
-    # threads that sleep at once cost a quarter of the speed on an idle one (measured, two cores).
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     from vlbench import fit_command  # after the checks, as it imports torch
 
     return fit_command.fit(resolve_recipe(words))

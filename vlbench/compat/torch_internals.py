@@ -6,6 +6,7 @@ Checked with torch 2.14; 2.11 is the oldest that vlbench allows.
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import sys
 from collections.abc import Callable, Sequence
@@ -25,7 +26,6 @@ ATTENTION_OPERATIONS = (
     "_scaled_dot_product_flash_attention_for_cpu",
 )
 VARLEN_OPERATION = "_varlen_attn"
-CPU_ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 
 
 def parameter_slots(module: nn.Module) -> dict[str, nn.Parameter | Tensor | None]:
@@ -89,6 +89,18 @@ def is_compiler_error(error: BaseException) -> bool:
     return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
 
 
+def has_gpu_compiler() -> bool:
+    """Tell whether torch.compile has what it needs for a GPU: `torch.utils._triton.has_triton`.
+
+    If it goes, runs on a GPU are compiled only when they are told to be.
+    """
+    try:
+        from torch.utils._triton import has_triton
+    except ImportError:
+        return False
+    return bool(has_triton())
+
+
 def compiler_settings(**settings: Any) -> AbstractContextManager[object]:
     """Return a context in which `torch._dynamo.config` has other values.
 
@@ -137,14 +149,17 @@ def with_grouped_heads(attend: Callable[..., Any], supports_gqa: bool) -> Callab
     return attend_grouped
 
 
+@functools.cache
 def expensive_operations() -> list[Any]:
     """Return the operations whose results selective checkpointing keeps: products and attention.
 
     They are found by their names in `torch.ops.aten`. What is renamed is computed again in the
-    backward pass, so memory stays low and steps become slower.
+    backward pass, so memory stays low and steps become slower. The variable-length attention is
+    registered when its module is imported.
     """
     import torch
 
+    find_varlen_attention()
     aten = torch.ops.aten
     kept = [getattr(aten, name).default for name in MATMUL_OPERATIONS]
     kept += [getattr(aten, name).default for name in ATTENTION_OPERATIONS if hasattr(aten, name)]
@@ -155,30 +170,34 @@ def expensive_operations() -> list[Any]:
 
 
 def make_flop_counter() -> FlopCounterMode:
-    """Return torch's FLOP counter, which does not know the attention of a CPU by itself.
+    """Return torch's FLOP counter with formulas of our own for attention.
 
-    It relies on the names of two aten operations, on `custom_mapping` and on `sdpa_flop_count`.
-    If they change, FLOP of attention on a CPU, and so budgets, are missing.
+    torch does not know the attention of a CPU, and until 2.11 refuses keys with fewer heads than
+    queries. It relies on the names of aten operations and on `custom_mapping`. If they change, FLOP
+    of attention, and so budgets, are missing.
     """
     import torch
-    from torch.utils import flop_counter
-
-    sdpa_flops: Callable[..., int] = flop_counter.sdpa_flop_count
-
-    def forward_flops(query: Any, key: Any, value: Any, *args: Any, **options: Any) -> int:
-        return sdpa_flops(query, key, value)
-
-    def backward_flops(
-        gradient: Any, query: Any, key: Any, value: Any, *args: Any, **options: Any
-    ) -> int:
-        return 2 * sdpa_flops(query, key, value)  # the recomputed forward is not counted
+    from torch.utils.flop_counter import FlopCounterMode
 
     aten = torch.ops.aten
-    formulas = {
-        getattr(aten, CPU_ATTENTION): forward_flops,
-        getattr(aten, f"{CPU_ATTENTION}_backward"): backward_flops,
-    }
-    return flop_counter.FlopCounterMode(display=False, custom_mapping=formulas)
+    formulas: dict[Any, Callable[..., int]] = {}
+    for name in ATTENTION_OPERATIONS:
+        if hasattr(aten, name):
+            formulas[getattr(aten, name)] = _attention_flops
+            formulas[getattr(aten, f"{name}_backward")] = _attention_backward_flops
+    return FlopCounterMode(display=False, custom_mapping=formulas)
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Return the operations of attention between shapes `[rows, heads, positions, head width]`."""
+    rows, heads, positions, width = query
+    return int(2 * rows * heads * positions * key[2] * (width + value[3]))
+
+
+def _attention_backward_flops(
+    gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any
+) -> int:
+    return 2 * _attention_flops(query, key, value)  # the recomputed forward is not counted
 
 
 def sigchld_flag_restorer() -> Callable[[], None]:
@@ -195,3 +214,17 @@ def sigchld_flag_restorer() -> Callable[[], None]:
             sys.modules[SIGCHLD_MODULE]._SIGCHLD_handler_set = before  # type: ignore[attr-defined]
 
     return restore
+
+
+def forget_process_groups() -> None:
+    """Let every device mesh forget its process groups: `DeviceMesh._pg_registry`.
+
+    DTensor's caches (of shardings, planners, topologies) hold meshes until the process ends. If the
+    attribute goes, so do the threads of a process group that was destroyed.
+    """
+    if "torch.distributed.device_mesh" in sys.modules:
+        from torch.distributed.device_mesh import DeviceMesh
+
+        for found in gc.get_objects():
+            if type(found) is DeviceMesh:
+                found._pg_registry.clear()

@@ -24,7 +24,14 @@ from pydantic.fields import FieldInfo
 from vlbench.command_line.arguments import TemplateName
 from vlbench.config.encoder_names import EMBEDDED_ENCODERS, check_encoder_name
 from vlbench.errors import suggest_name
-from vlbench.strict_values import StrictModel, is_null, kind_label, split_union, yaml_text
+from vlbench.strict_values import (
+    StrictModel,
+    convert_value,
+    is_null,
+    kind_label,
+    split_union,
+    yaml_text,
+)
 
 PartName = Literal["vision", "connector", "language"]
 CheckpointingMode = Literal["none", "selective", "full", "auto"]
@@ -38,6 +45,8 @@ MAX_COUNT = 1_000_000_000
 """Largest number of steps, samples, tokens: three orders above what anybody trains with."""
 MAX_BATCH_SIZE = 1_000_000
 """CLIP models are trained with up to 164,000."""
+MAX_ROW_TOKENS = 1 << 20
+"""Eight times the usual longest contexts; `plan` takes half a minute for such a row."""
 MAX_DEVICES = 100_000
 STAGE_NAME_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
@@ -70,6 +79,17 @@ def check_embedded_weights(
         )
 
 
+def check_row_tokens(value: Any) -> Any:
+    """Return `auto` or a number of tokens within limits."""
+    if value == "auto":
+        return str(value)
+    try:
+        return convert_value(value, Annotated[int, Field(ge=16, le=MAX_ROW_TOKENS)])
+    except ValueError as error:
+        raise ValueError(f"{error}; auto is allowed, too") from None
+
+
+RowTokens = Annotated[int | Literal["auto"], BeforeValidator(check_row_tokens)]
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 """Text that may be a path, in which a leading `~` is the home folder."""
 StageName = Annotated[str, AfterValidator(check_stage_name)]
@@ -173,7 +193,7 @@ class DataConfig(RecipeSection):
     mix: Mixture | None = key("several weighted sources, instead of train", None)
     val: PathText | None = key("held-out samples: a file in LLaVA's format, or shards", None)
     on_bad_sample: OnBadSample = key("leave out and count, or stop; auto: stop above 1 %", "auto")
-    workers: int = key("processes that prepare batches; 0: the training process", 4, ge=0, le=256)
+    workers: int = key("processes that load images, beside one for texts; 0: none", 4, ge=0, le=256)
     decode: Literal["exact", "draft"] = key(
         "large JPEGs: decoded as the reference does, or faster and less exactly", "exact"
     )
@@ -191,8 +211,8 @@ class StageConfig(RecipeSection):
     global_batch_size: int = key(
         "samples in an optimizer step, over all devices", ge=1, le=MAX_BATCH_SIZE
     )
-    max_tokens_per_row: int = key(
-        "most tokens in a packed row; less to save memory", 4096, ge=16, le=MAX_COUNT
+    max_tokens_per_row: RowTokens = key(
+        "most tokens in a packed row; auto: up to 16384 by GPU memory, else 4096", "auto"
     )
     epochs: float | None = key("passes over the data", None, ge=0, le=MAX_COUNT)
     steps: int | None = key("optimizer steps, instead of epochs", None, ge=0, le=MAX_COUNT)
@@ -231,7 +251,13 @@ class TrainerConfig(RecipeSection):
     )
     devices: int = key("processes on each machine, a GPU each", 1, ge=1, le=MAX_DEVICES)
     num_nodes: int = key("machines", 1, ge=1, le=MAX_DEVICES)
-    compile: bool = key("compile decoder layers and encoder blocks; for long GPU runs", False)
+    shard_within_node: bool = key("fsdp2: shards in a machine, replicas between machines", False)
+    reduce_gradients: Literal["auto", "step", "micro_batch"] = key(
+        "fsdp2: once a step, whole until then, or every micro-batch; auto: by memory", "auto"
+    )
+    compile: Literal["auto", True, False] = key(
+        "compile decoder layers and encoder blocks; auto: on a GPU, if the run is long", "auto"
+    )
     checkpoint_every: float = key("seconds; more where saving takes over 5 %", 60.0, gt=0)
     keep_last_checkpoints: int = key(
         "checkpoints that are kept, beside the best", 2, ge=1, le=MAX_COUNT
@@ -246,6 +272,27 @@ class TrainerConfig(RecipeSection):
     def world_size(self) -> int:
         """How many processes train one model."""
         return self.devices * self.num_nodes
+
+    @property
+    def shard_count(self) -> int:
+        """Over how many processes fsdp2 shards a model."""
+        return self.devices if self.shard_within_node else self.world_size
+
+    @model_validator(mode="after")
+    def _check_sharding(self) -> Self:
+        given = {"shard_within_node=true": self.shard_within_node}
+        given[f"reduce_gradients={self.reduce_gradients}"] = self.reduce_gradients != "auto"
+        for setting in (name for name, is_given in given.items() if is_given):
+            if self.strategy != "fsdp2":
+                raise ValueError(
+                    f"has {setting} and strategy={self.strategy}; that needs strategy=fsdp2"
+                )
+        if self.shard_within_node and self.devices == 1:
+            raise ValueError(
+                "has shard_within_node=true and devices=1: a machine with one process has nobody "
+                "to share a model with; allowed from devices=2 on"
+            )
+        return self
 
 
 class LoggingConfig(RecipeSection):

@@ -15,6 +15,8 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 from vlbench.errors import UserError
 from vlbench.text_files import read_text
 
+MAX_OPTION = 10_000_000
+"""Largest number that an option may be; layers, widths and tokens in use are far below."""
 NAMED_KINDS = {"int": int, "float": float, "bool": bool, "str": str, "Any": Any, "None": None}
 
 
@@ -59,6 +61,16 @@ def options_in_file(file: Path) -> dict[str, ConnectorOption] | None:
         return _read_options(init.args)
     except ValueError:
         return None
+
+
+def check_option_size(value: Any) -> None:
+    """Refuse a number, also one in a list, that is no size; a ValueError says what is allowed."""
+    if isinstance(value, list | tuple):
+        for item in value:
+            check_option_size(item)
+    elif isinstance(value, int | float) and not abs(value) <= MAX_OPTION:  # NaN is not
+        limits = f"a number from {-MAX_OPTION:,} to {MAX_OPTION:,}"
+        raise ValueError(f"must be {limits}, given {value:,}")
 
 
 def infer_kind(default: Any) -> Any:

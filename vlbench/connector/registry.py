@@ -16,10 +16,16 @@ from traceback import walk_tb
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vlbench.connector.option_schema import ConnectorOption, options_in_file, options_of_class
+from vlbench.connector.option_schema import (
+    ConnectorOption,
+    check_option_size,
+    options_in_file,
+    options_of_class,
+)
 from vlbench.connector.source_files import is_kept_file, load_kept_module
 from vlbench.errors import EnvironmentFailure, UserError, one_line, suggest_name
 from vlbench.strict_values import convert_value
+from vlbench.system_errors import is_memory_error
 from vlbench.text_files import read_text
 
 if TYPE_CHECKING:
@@ -144,6 +150,7 @@ def resolve_options(name: str, given: dict[str, Any]) -> tuple[dict[str, Any], l
     for key, option in known.items():
         try:
             values[key] = convert_value(given[key], option.kind) if key in given else option.default
+            check_option_size(values[key])
         except ValueError as error:
             errors.append(f"connector.{key} {error}")
         if values.get(key) is inspect.Parameter.empty:
@@ -158,7 +165,7 @@ def check_options(name: str, given: dict[str, Any]) -> list[str]:
 
 def blame_connector_file(error: Exception) -> None:
     """Raise a UserError with file and line if an error comes from a connector's own code."""
-    if isinstance(error, UserError | EnvironmentFailure):
+    if isinstance(error, UserError | EnvironmentFailure) or is_memory_error(error):
         return
     locations = [
         f"{frame.f_code.co_filename}:{line}"

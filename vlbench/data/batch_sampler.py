@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,36 +11,15 @@ from torch.utils.data import Dataset
 
 from vlbench.data.feature_store import FeatureStore
 from vlbench.data.image_processing import ImageTransform
+from vlbench.data.optimizer_step import LoadedRow, OptimizerStep, RowPlan, StepPlan
 from vlbench.data.packing import PackedBatch, collate, pack_samples
 from vlbench.data.sample import LazyImage, Sample
 from vlbench.data.sample_encoding import EncodedSample, NoImage, SampleEncoder
 from vlbench.data.shuffle import SourceMixture
 from vlbench.errors import BadSample, UserError
 
-
-@dataclass
-class OptimizerStep:
-    """What one rank computes in one optimizer step."""
-
-    index: int
-    micro_batches: list[PackedBatch]
-    """Empty when every sample was bad."""
-    bad_samples: list[BadSample] = field(default_factory=list)
-    """Samples that are left out, with the reason."""
-    skipped_samples: int = 0
-    """Samples without an image in a caption stage."""
-    sample_count: int = 0
-    """Samples in the micro-batches."""
-    image_count: int = 0
-    """Images in the micro-batches."""
-    text_token_count: int = 0
-    """Positions that are not image positions."""
-    supervised_token_count: int = 0
-    """Positions with a label."""
-
-    def pin_memory(self) -> OptimizerStep:
-        """Return the step with its batches in page-locked memory."""
-        return replace(self, micro_batches=[batch.pin_memory() for batch in self.micro_batches])
+PixelsByImage = dict[LazyImage, "Tensor | UserError"]
+"""The uint8 pixels `[3, height, width]` of images that were opened, or why they cannot be."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -50,7 +29,7 @@ class StepDataset(Dataset[OptimizerStep]):
     Step n takes positions n * global_batch_size to (n + 1) * global_batch_size - 1 of the stream,
     of which this rank takes every `world_size`-th. It encodes them and packs them into rows of at
     most `max_tokens_per_row` tokens; every row is a micro-batch. A bad sample is left out and
-    reported in `OptimizerStep.bad_samples`.
+    reported: before packing if its text tells, out of its row if an image cannot be opened.
 
     Args:
         mixture: the stream of samples.
@@ -73,6 +52,8 @@ class StepDataset(Dataset[OptimizerStep]):
     rank: int = 0
     world_size: int = 1
     feature_store: FeatureStore | None = None
+    _planned_samples: dict[int, EncodedSample] = field(default_factory=dict, init=False, repr=False)
+    """The samples of the newest plan by position: a process that loads its rows, too, has them."""
 
     def __post_init__(self) -> None:
         self.encoder = self.encoder.with_token_cache()
@@ -81,40 +62,60 @@ class StepDataset(Dataset[OptimizerStep]):
         return self.total_steps
 
     def __getitem__(self, index: int) -> OptimizerStep:
-        """Make step `index`."""
-        if not 0 <= index < self.total_steps:
-            raise IndexError(f"step {index} of {self.total_steps}")
-        step = OptimizerStep(index, [])
-        encoded = self._encode_step(step)
-        pixel_cache = _PixelCache(self.image_transform, list(encoded.values()))
-        usable = {
-            position: sample
-            for position, sample in encoded.items()
-            if self._can_open_images(sample, pixel_cache, step)
-        }
-        positions, samples = list(usable), list(usable.values())
-        for row in pack_samples(samples, self.max_tokens_per_row):
-            batch = self._collate_row([samples[i] for i in row], pixel_cache)
-            batch = replace(batch, stream_index=[positions[i] for i in row])
-            step.micro_batches.append(batch)
-            image_positions = sum(samples[i].image_position_count for i in row)
-            step.sample_count += len(row)
-            step.image_count += len(batch.pixels)
-            step.text_token_count += sum(batch.sample_lengths[0]) - image_positions
-            step.supervised_token_count += batch.supervised_token_count
+        """Return step `index` with all of its micro-batches."""
+        plan = self.plan_step(index)
+        step = OptimizerStep(index, [], plan.bad_samples, plan.skipped_samples)
+        opened: PixelsByImage = {}
+        for row in plan.rows:
+            loaded = self.load_row(row, opened)
+            step.bad_samples += loaded.bad_samples
+            step.micro_batches += [loaded.batch] if loaded.batch else []
         return step
 
-    def _encode_step(self, step: OptimizerStep) -> dict[int, EncodedSample]:
+    def plan_step(self, index: int) -> StepPlan:
+        """Return step `index` without opening an image."""
+        if not 0 <= index < self.total_steps:
+            raise IndexError(f"step {index} of {self.total_steps}")
+        plan = StepPlan(index)
+        self._planned_samples = self._encode_step(plan)
+        positions, samples = list(self._planned_samples), list(self._planned_samples.values())
+        plan.rows = [
+            RowPlan(
+                [positions[i] for i in row],
+                [len(samples[i].input_ids) for i in row],
+                sum(len(samples[i].sample.images) for i in row),
+                sum(samples[i].supervised_token_count for i in row),
+            )
+            for row in pack_samples(samples, self.max_tokens_per_row)
+        ]
+        return plan
+
+    def load_row(self, row: RowPlan, opened: PixelsByImage | None = None) -> LoadedRow:
+        """Return a planned row with its pixels; `opened` has the pixels of other rows, if known."""
+        opened = {} if opened is None else opened
+        loaded = LoadedRow(None)
+        usable: dict[int, EncodedSample] = {}
+        for position in row.stream_index:
+            try:
+                usable[position] = self._load_sample(position, opened)
+            except BadSample as bad:
+                loaded.bad_samples.append(bad)
+        if usable:
+            batch = self._collate_row(list(usable.values()), opened)
+            loaded.batch = replace(batch, stream_index=list(usable))
+        return loaded
+
+    def _encode_step(self, plan: StepPlan) -> dict[int, EncodedSample]:
         """Encode the samples of a step, by their position in the stream; record refused ones."""
         encoded = {}
-        first = step.index * self.global_batch_size
+        first = plan.index * self.global_batch_size
         for position in range(first + self.rank, first + self.global_batch_size, self.world_size):
             try:
                 encoded[position] = self._encode_sample(self.mixture[position])
             except NoImage:
-                step.skipped_samples += 1
+                plan.skipped_samples += 1
             except BadSample as bad:
-                step.bad_samples.append(bad)
+                plan.bad_samples.append(bad)
         return encoded
 
     def _encode_sample(self, sample: Sample) -> EncodedSample:
@@ -123,61 +124,41 @@ class StepDataset(Dataset[OptimizerStep]):
         except BadSample as bad:
             raise bad.with_origin_of(sample) from bad.__cause__
 
-    def _can_open_images(
-        self, encoded: EncodedSample, pixel_cache: _PixelCache, step: OptimizerStep
-    ) -> bool:
-        """Load the pixels of a sample; tell whether all its images could be opened."""
-        try:
-            for image in encoded.sample.images:
-                if self.feature_store is None or image not in self.feature_store.locations:
-                    pixel_cache.load_pixels(image)
-        except UserError as error:
-            bad = BadSample(encoded.sample.id, str(error))
-            step.bad_samples.append(bad.with_origin_of(encoded.sample))
-            return False
-        return True
+    def _load_sample(self, position: int, opened: PixelsByImage) -> EncodedSample:
+        """Return a sample whose images are all in `opened`, or raise BadSample."""
+        encoded = self._planned_samples.pop(position, None)
+        if encoded is None:  # another process has planned the step
+            encoded = self._encode_sample(self.mixture[position])
+        for image in encoded.sample.images:
+            if self.feature_store is None or image not in self.feature_store.locations:
+                try:
+                    self._open_image(image, opened)
+                except UserError as error:
+                    bad = BadSample(encoded.sample.id, str(error))
+                    raise bad.with_origin_of(encoded.sample) from error
+        return encoded
 
-    def _collate_row(self, row: list[EncodedSample], pixel_cache: _PixelCache) -> PackedBatch:
+    def _open_image(self, image: LazyImage, opened: PixelsByImage) -> Tensor:
+        """Return the pixels of an image, which is opened once, or raise its UserError."""
+        if image not in opened:
+            try:
+                opened[image] = self.image_transform.load_levels(image)
+            except UserError as error:
+                opened[image] = error
+        pixels = opened[image]
+        if isinstance(pixels, UserError):
+            raise pixels
+        return pixels
+
+    def _collate_row(self, row: Sequence[EncodedSample], opened: PixelsByImage) -> PackedBatch:
         """Make a micro-batch of one row, with cached features if all of its images have them."""
         images = [image for encoded in row for image in encoded.sample.images]
         features = self.feature_store.load_features(images) if self.feature_store else None
         if features is None:
-            return collate([row], pixel_cache)
+            batch = collate([row], lambda image: self._open_image(image, opened))
+            return replace(batch, level_values=self.image_transform.level_values())
         return replace(collate([row], _empty_pixels), features=features)
 
 
 def _empty_pixels(_: LazyImage) -> Tensor:
     return torch.zeros(3, 0, 0)
-
-
-class _PixelCache:
-    """The pixels of a step's images: each is opened once, and released after its last use."""
-
-    def __init__(
-        self, image_transform: ImageTransform, encoded_samples: list[EncodedSample]
-    ) -> None:
-        self._image_transform = image_transform
-        self._remaining_uses = Counter(
-            image for encoded in encoded_samples for image in encoded.sample.images
-        )
-        self._loaded_pixels: dict[LazyImage, Tensor | UserError] = {}
-
-    def load_pixels(self, image: LazyImage) -> Tensor:
-        """Return the pixels `[3, height, width]` of an image; raise its UserError each time."""
-        if image not in self._loaded_pixels:
-            try:
-                self._loaded_pixels[image] = self._image_transform.load_pixels(image)
-            except UserError as error:
-                self._loaded_pixels[image] = error
-        pixels = self._loaded_pixels[image]
-        if isinstance(pixels, UserError):
-            raise pixels
-        return pixels
-
-    def __call__(self, image: LazyImage) -> Tensor:
-        """Return the pixels `[3, height, width]` of an image, for one of its uses."""
-        pixels = self.load_pixels(image)
-        self._remaining_uses[image] -= 1
-        if not self._remaining_uses[image]:
-            del self._loaded_pixels[image]
-        return pixels

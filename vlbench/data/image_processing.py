@@ -127,7 +127,8 @@ class ImageTransform:
         mean: Of each channel, subtracted from values in 0..1.
         std: Of each channel, the divisor.
         pad: Whether the image is first padded to a square in the mean colour.
-        draft: Whether large JPEGs are decoded at a smaller size, which only `load_pixels` can do.
+        draft: Whether large JPEGs are decoded at a smaller size, which only `load_pixels` and
+            `load_levels` can do.
     """
 
     size: int
@@ -147,8 +148,12 @@ class ImageTransform:
 
     def load_pixels(self, image: LazyImage) -> Tensor:
         """Open an image and return its float32 pixels `[3, crop, crop]`."""
+        return self(self._open(image))
+
+    def _open(self, image: LazyImage) -> Image.Image:
         open_draft = getattr(image, "open_draft", None) if self.draft and self.pad else None
-        return self(open_draft(self.size) if open_draft else image.open())
+        opened: Image.Image = open_draft(self.size) if open_draft else image.open()
+        return opened
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Return float32 pixels `[3, crop, crop]`; those of a ZeroImage are all 0."""
@@ -158,12 +163,31 @@ class ImageTransform:
             return torch.zeros(3, self.crop, self.crop)
         planes = self.resize_and_crop(image).transpose(2, 0, 1)
         pixels = np.empty(planes.shape, np.float32)
-        for plane, levels, channel in zip(planes, self._normalized_levels(), pixels, strict=True):
-            np.take(levels, plane, out=channel, mode="clip")  # clip: no bounds check per pixel
+        for plane, values, channel in zip(planes, self._level_values(), pixels, strict=True):
+            np.take(values, plane, out=channel, mode="clip")  # clip: no bounds check per pixel
         return torch.from_numpy(pixels)
 
-    def _normalized_levels(self) -> NDArray[np.float32]:
-        """Return the normalised value of each 8-bit level of each channel, `[3, 256]`."""
+    def load_levels(self, image: LazyImage) -> Tensor:
+        """Open an image and return its uint8 pixels `[3, crop, crop]`, before normalisation.
+
+        `level_values` has what each of them becomes. Raises a UserError for a ZeroImage, which is
+        no 8-bit image.
+        """
+        import torch
+
+        opened = self._open(image)
+        if _ZERO_MARK in opened.info:
+            raise UserError(f"image {image.name}: is absent, and can only be asked about")
+        planes = self.resize_and_crop(opened).transpose(2, 0, 1)
+        return torch.from_numpy(np.ascontiguousarray(planes))
+
+    def level_values(self) -> Tensor:
+        """Return the normalised value of each 8-bit level of each channel, float32 `[3, 256]`."""
+        import torch
+
+        return torch.from_numpy(self._level_values())
+
+    def _level_values(self) -> NDArray[np.float32]:
         levels = (np.arange(256) * (1 / 255)).astype(np.float32)  # rescaled in float64
         mean, std = (np.asarray(v, np.float32)[:, None] for v in (self.mean, self.std))
         return (levels - mean) / std

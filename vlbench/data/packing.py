@@ -48,7 +48,8 @@ class PackedBatch:
     """`[rows, length]` index into `pixels`: at an image position its image, at text the nearest
     image before it in the same sample; -1 for none."""
     pixels: Tensor
-    """`[images, 3, height, width]` in the order of the image positions."""
+    """`[images, 3, height, width]` in the order of the image positions: normalised, or the uint8
+    levels of the image, of which `level_values` has the normalised values."""
     sample_ids: list[str]
     """The unique name of each sample (`Sample.unique_name`, not its id), in the order of rows."""
     sample_lengths: list[list[int]]
@@ -61,6 +62,8 @@ class PackedBatch:
     features: Tensor | None = None
     """`[images, patches, vision_width]`, cached output of a frozen vision encoder, or None;
     `pixels` are then of size 0."""
+    level_values: Tensor | None = None
+    """`[3, 256]` float32, the normalised value of each level of each channel, for uint8 pixels."""
     captions: list[str] = field(default_factory=list)
     """The first answer of each sample, for objectives that tokenize text themselves."""
     supervised_positions: Tensor | None = None
@@ -86,11 +89,20 @@ class PackedBatch:
         dtype: torch.dtype | None = None,
         non_blocking: bool = True,
     ) -> PackedBatch:
-        """Return the batch on `device`, its pixels as `dtype`."""
+        """Return the batch on `device`, its pixels normalised and as `dtype` if that is given."""
         moved = self.locate_positions()._map_tensors(
             lambda tensor: tensor.to(device, non_blocking=non_blocking)
         )
-        return moved if dtype is None else replace(moved, pixels=moved.pixels.to(dtype))
+        if dtype is None:
+            return moved
+        return replace(moved, pixels=moved.normalized_pixels().to(dtype))
+
+    def normalized_pixels(self) -> Tensor:
+        """Return the pixels as the vision encoder takes them, on the device that they are on."""
+        if self.pixels.dtype is not torch.uint8:
+            return self.pixels
+        assert self.level_values is not None
+        return normalize_levels(self.pixels, self.level_values)
 
     def locate_positions(self) -> PackedBatch:
         """Return the batch with `supervised_positions` and `image_positions`.
@@ -110,6 +122,14 @@ class PackedBatch:
     def pin_memory(self) -> PackedBatch:
         """Return the batch in page-locked memory, from which copies to a GPU are asynchronous."""
         return self.locate_positions()._map_tensors(lambda tensor: tensor.pin_memory())
+
+    def without_tensors(self) -> PackedBatch:
+        """Return what is to be said about the batch once it is done: names, lengths and counts.
+
+        Its tensors are empty; `pixels` still has a row for each image.
+        """
+        outline = self._map_tensors(lambda tensor: tensor.new_empty(0))
+        return replace(outline, pixels=self.pixels.new_empty(len(self.pixels), 3, 0, 0))
 
     def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> PackedBatch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -192,6 +212,16 @@ def assign_image_index(input_ids: Tensor, tokens_per_image: int, first_image: in
     return torch.where(image < 0, image, image + first_image)
 
 
+def normalize_levels(levels: Tensor, level_values: Tensor) -> Tensor:
+    """Return the normalised values of uint8 pixels `[images, 3, height, width]`.
+
+    They are looked up in `level_values` `[3, 256]`: the same bits on every device, whatever its
+    arithmetic makes of a division, and a quarter of the bytes on the way to it.
+    """
+    channel_starts = torch.arange(0, level_values.numel(), 256, device=levels.device)
+    return level_values.flatten().take(levels.long() + channel_starts[:, None, None])
+
+
 def stack_pixels(pixels: list[Tensor]) -> Tensor:
     """Stack the pixels of images, `[images, 3, height, width]`; `[0, 3, 0, 0]` for none."""
     return torch.stack(pixels) if pixels else torch.zeros(0, 3, 0, 0)
@@ -215,6 +245,36 @@ def empty_batch(like: PackedBatch | None = None) -> PackedBatch:
         sample_lengths=[[1]],
         supervised_token_count=0,
     )
+
+
+def extend_row(batch: PackedBatch, length: int) -> PackedBatch:
+    """Return a micro-batch of one row, on the CPU, with text up to `length` positions.
+
+    The text is one more sample, all of it supervised. A longer row is returned unchanged.
+    """
+    added = length - batch.input_ids.shape[1]
+    if added <= 0 or batch.labels is None:
+        return batch
+
+    def append(values: Tensor, more: Tensor | int) -> Tensor:
+        return torch.cat([values, torch.zeros(1, added, dtype=torch.long) + more], dim=1)
+
+    extended = replace(
+        batch,
+        input_ids=append(batch.input_ids, 0),
+        labels=append(batch.labels, 0),
+        position_ids=append(batch.position_ids, torch.arange(added)),
+        sample_index=append(batch.sample_index, len(batch.sample_ids)),
+        image_index=append(batch.image_index, -1),
+        sample_ids=[*batch.sample_ids, "(text)"],
+        sample_lengths=[[*batch.sample_lengths[0], added]],
+        supervised_token_count=batch.supervised_token_count + added,
+        captions=[*batch.captions, ""],
+        stream_index=[],
+        supervised_positions=None,
+        image_positions=None,
+    )
+    return extended.locate_positions()
 
 
 def pack_samples(encoded: Sequence[EncodedSample], max_tokens_per_row: int) -> list[list[int]]:

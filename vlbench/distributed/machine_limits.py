@@ -8,10 +8,12 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from vlbench.config.schema import Recipe, TrainerConfig
 from vlbench.errors import UserError
 
+MEMORY_FILE, CGROUP_FOLDER = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 WORKERS_PER_CORE = 8  # more only wait for each other; below, they may wait for a disk or a server
 
 
@@ -35,6 +37,19 @@ def count_gpus() -> int:
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
         return 0
     return count.value
+
+
+def free_host_memory() -> int:
+    """Return the bytes of memory that processes of this machine, or of this container, can take."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if MEMORY_FILE.is_file():
+        amounts = dict(line.split(":") for line in MEMORY_FILE.read_text().splitlines())
+        free = int(amounts["MemAvailable"].split()[0]) * 1024
+    try:
+        most, used = ((CGROUP_FOLDER / f"memory.{name}").read_text() for name in ("max", "current"))
+    except OSError:  # no container, or one of the first version
+        return free
+    return free if most.strip() == "max" else max(0, min(free, int(most) - int(used)))
 
 
 def check_machine_limits(recipe: Recipe, already_launched: bool) -> None:

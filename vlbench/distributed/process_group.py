@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
+import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -16,6 +18,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasti
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import distributed
 
+from vlbench.compat.torch_internals import forget_process_groups
 from vlbench.config.schema import TrainerConfig
 from vlbench.distributed import collectives
 from vlbench.distributed.launcher import is_launched, is_slurm_task, silent_exit_code
@@ -52,12 +55,29 @@ def join_process_group(settings: TrainerConfig) -> Iterator[None]:
         )
     _init_process_group(settings, environment)
     with contextlib.ExitStack() as stack:
+        stack.callback(_end_group_threads)  # again: what ran within `with` is garbage by now
         stack.callback(leave_process_group)
         if not collectives.is_rank_zero():
             quiet = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(quiet))
         stack.enter_context(_exit_together(environment.local_rank()))
+        if settings.shard_within_node:
+            check_neighbours(collectives.all_gather_objects(platform.node()), settings.devices)
         yield
+
+
+def check_neighbours(hosts: Sequence[str], devices: int) -> None:
+    """Refuse an order of ranks in which neighbours are on different machines; `hosts` by rank."""
+    for first in range(0, len(hosts), devices):
+        neighbours = hosts[first : first + devices]
+        if len(set(neighbours)) > 1:
+            raise collectives.error_for_rank(
+                UserError(
+                    f"trainer.shard_within_node=true needs the ranks of a machine next to each "
+                    f"other, and ranks {first} to {first + len(neighbours) - 1} are on "
+                    f"{', '.join(sorted(set(neighbours)))}: srun --distribution=block orders them"
+                )
+            )
 
 
 @contextlib.contextmanager
@@ -95,6 +115,17 @@ def leave_process_group() -> None:
     """Leave the process group; what follows is done by this process alone."""
     if collectives.is_distributed():
         distributed.destroy_process_group()
+        _end_group_threads()
+
+
+def _end_group_threads() -> None:
+    """Drop the last references to process groups that were destroyed: their threads end with them.
+
+    Device meshes hold some, and sharded models are cycles of references. Threads that go on would
+    meet the end of the other processes, or of the interpreter, at any moment.
+    """
+    forget_process_groups()
+    gc.collect()
 
 
 def is_connection_error(error: RuntimeError) -> bool:

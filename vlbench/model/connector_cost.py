@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
+from vlbench.compat.torch_internals import make_flop_counter
 from vlbench.compat.transformers_internals import passed_through_mask
 from vlbench.config.recipe import with_random_weights
 from vlbench.config.schema import LanguageModelConfig, Recipe, VisionEncoderConfig
 from vlbench.connector.base import Connector
+from vlbench.connector.bounded_building import build_connector
 from vlbench.model.build_vlm import build_vlm
 from vlbench.model.language_model import (
     build_random_language,
@@ -66,7 +67,7 @@ def count_connector_cost(vlm: VLM) -> ConnectorCost:
         positions = torch.arange(length)[None]
     # its values are needed: connectors sort the text by the image that it belongs to
     image_index = torch.zeros(1, length, dtype=torch.long, device=real_device(vlm.device))
-    counter = FlopCounterMode(display=False)
+    counter = make_flop_counter()
     with temporarily_frozen(vlm), torch.no_grad(), counter:
         visual: Tensor = connector(features)
         hidden = vlm.run_decoder(
@@ -129,7 +130,7 @@ class ConnectorCostCounter:
             ValueError: when the options do not fit, or an image fills the whole text.
         """
         with torch.device("meta"):
-            built = connector_class(self.stage_shapes[-1], **options)
+            built = build_connector(connector_class, self.stage_shapes[-1], options)
         if built.tokens_per_image >= self.max_length:
             raise ValueError(
                 f"an image takes {built.tokens_per_image} tokens of the text, and "
@@ -142,7 +143,7 @@ class ConnectorCostCounter:
         try:
             with torch.device("meta"):
                 for shapes in dict.fromkeys(self.stage_shapes):
-                    connector_class(shapes, **options)
+                    build_connector(connector_class, shapes, options)
         except ValueError:
             return False
         return True
@@ -183,7 +184,7 @@ class ConnectorCostCounter:
             language = build_random_language(self.lm_config)
             for length in (1, 2, 3):
                 embeds = torch.zeros(1, length, self.lm_config.hidden_size)
-                counter = FlopCounterMode(display=False)
+                counter = make_flop_counter()
                 with counter:
                     hidden = language.model(
                         inputs_embeds=embeds,
@@ -201,7 +202,7 @@ class ConnectorCostCounter:
         hidden = torch.zeros(1, length, self.lm_config.hidden_size, device="meta")
         # its values are needed: connectors sort the text by the image that it belongs to
         image_index = torch.zeros(1, length, dtype=torch.long)
-        counter = FlopCounterMode(display=False)
+        counter = make_flop_counter()
         with torch.no_grad(), counter:
             visual = connector(self._empty_features(connector))
             for layer in connector.inject_layers:

@@ -157,11 +157,13 @@ class _PairFeatures:
         self._pair_order, self._all_processes = pair_order, all_processes
         self._image_inputs: list[Tensor] = []
         for batch, rows in zip(batches, pair_embeddings, strict=True):
-            image_inputs = batch.pixels if batch.features is None else batch.features
+            features = batch.features
+            image_inputs = batch.normalized_pixels() if features is None else features
             self._image_inputs += image_inputs[: _count_pairs(rows)]
         if self._first_batch.features is None:
             side = model.vision.image_size
-            self._empty_input = torch.zeros(0, 3, side, side, dtype=self._first_batch.pixels.dtype)
+            pixels = self._first_batch.normalized_pixels()
+            self._empty_input = torch.zeros(0, 3, side, side, dtype=pixels.dtype)
             self._empty_input = self._empty_input.to(model.device)
         else:
             self._empty_input = self._first_batch.features[:0].detach()

@@ -12,19 +12,33 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch import distributed, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from vlbench.model.mixed_precision import autocast_context
 from vlbench.model.replicated_parameters import GradientAverager
 from vlbench.model.vlm import VLM
 
 
+def build_shard_mesh(device_type: str, shard_count: int) -> DeviceMesh:
+    """Return a mesh of all processes: `shard_count` share a model, the next ones the same again.
+
+    With as many as there are it has one dimension, else two: replicas of the model, and shards of
+    each. Neighbouring ranks share a model, so it stays within a machine.
+    """
+    process_count = distributed.get_world_size()
+    if shard_count == process_count:
+        return init_device_mesh(device_type, (process_count,), mesh_dim_names=("shard",))
+    shape = (process_count // shard_count, shard_count)
+    return init_device_mesh(device_type, shape, mesh_dim_names=("replica", "shard"))
+
+
 def apply_fsdp(vlm: VLM, mesh: DeviceMesh, bf16: bool = False) -> VLM:
-    """Shard a model over the processes of `mesh`.
+    """Shard a model over the processes of `mesh`, that of `build_shard_mesh`.
 
     With `bf16` the blocks of vision encoder and language model are gathered in bfloat16, in which
     autocast would multiply them anyway; gradients are reduced in float32.
@@ -51,10 +65,43 @@ def apply_fsdp(vlm: VLM, mesh: DeviceMesh, bf16: bool = False) -> VLM:
     fully_shard(vlm, mesh=mesh, ignored_params=set(replicated))
     if any(parameter.dtype.itemsize < 4 for parameter in vlm.parameters()):
         vlm.to(torch.float32)  # weights left in their files have the dtype of the files
-    GradientAverager(replicated, mesh.get_group())
+    vlm.gradient_averager = GradientAverager(replicated)
     if bf16:
         _force_autocast(vlm, mesh.device_type)
     return vlm
+
+
+@contextlib.contextmanager
+def defer_gradient_reduction(vlm: VLM, keep_whole: bool) -> Iterator[None]:
+    """Let the first backward pass after `with` reduce the gradients of those in it, too.
+
+    With `keep_whole` every process keeps its whole gradients until then, 4 bytes for every trained
+    parameter, and nothing is exchanged. Without it they are reduced to shards in every pass, and
+    only what replicas of the model exchange is deferred.
+
+    What lies outside of the units is not resharded in between: it would be gathered again at once,
+    and the largest unit is computed beside it in any case.
+    """
+    averager = vlm.gradient_averager
+    assert averager is not None
+    # torch fails on units that never ran, as encoder blocks behind the layer that is used
+    units = [module for module in vlm.modules() if isinstance(module, FSDPModule)]
+    trained_units = [u for u in units if any(p.requires_grad for p in u.parameters())]
+
+    def set_deferred(is_deferred: bool) -> None:
+        for unit in trained_units:
+            if keep_whole:
+                unit.set_requires_gradient_sync(not is_deferred, recurse=False)
+            else:
+                unit.set_requires_all_reduce(not is_deferred, recurse=False)
+        cast(FSDPModule, vlm).set_reshard_after_backward(not is_deferred, recurse=False)
+        averager.is_paused = is_deferred
+
+    set_deferred(True)
+    try:
+        yield
+    finally:
+        set_deferred(False)
 
 
 def _has_dora(block: nn.Module) -> bool:
@@ -71,7 +118,7 @@ def _force_autocast(vlm: VLM, device: str) -> None:
 
     def enter_autocast(*_: Any) -> None:
         if not torch.is_autocast_enabled(device):
-            autocast.enter_context(torch.autocast(device, torch.bfloat16))
+            autocast.enter_context(autocast_context(device, bf16=True))
 
     def leave_autocast(*_: Any) -> None:
         autocast.close()

@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 
 from vlbench.connector import registry
 from vlbench.connector.base import Connector
+from vlbench.core_sharing import share_cores
 from vlbench.data.chat_template import ChatTemplate
 from vlbench.data.packing import PackedBatch
 from vlbench.data.tokenizer import Tokenizer
@@ -108,15 +109,18 @@ class LoadedVLM:
 
     def features(self, batch: PackedBatch) -> Tensor:
         """Return the vision encoder's features `[images, patches, vision_width]`."""
-        return self.model.extract_features(batch)
+        with share_cores(self.device):
+            return self.model.extract_features(batch)
 
     def visual(self, batch: PackedBatch) -> Tensor:
         """Return the visual tokens `[images, tokens, width]`."""
-        return self.model.encode_images(batch)
+        with share_cores(self.device):
+            return self.model.encode_images(batch)
 
     def __call__(self, batch: PackedBatch) -> VLMOutput:
         """Return the model's logits for a batch without labels, otherwise its losses."""
-        output: VLMOutput = self.model(batch)
+        with share_cores(self.device):
+            output: VLMOutput = self.model(batch)
         return output
 
     def generate(
@@ -133,19 +137,20 @@ class LoadedVLM:
     ) -> list[list[int]]:
         """Return the new ids of every row; for the options see `model.generation.generate`."""
         refuse_unknown_options("generate", unknown_options, GENERATE_OPTIONS)
-        return generate(
-            self.model,
-            self.processor,
-            batch,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            on_token=on_token,
-            past=past,
-            compiled=compiled,
-            decode_step=self.decode_step,
-        )
+        with share_cores(self.device):
+            return generate(
+                self.model,
+                self.processor,
+                batch,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                on_token=on_token,
+                past=past,
+                compiled=compiled,
+                decode_step=self.decode_step,
+            )
 
     def chat(
         self,

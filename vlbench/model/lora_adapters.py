@@ -123,10 +123,12 @@ def merge_adapters(part: nn.Module) -> None:
 def _merge_layer(layer: Any) -> nn.Module:
     """Return the Linear layer that computes what an adapted one computes."""
     base: nn.Linear = layer.get_base_layer()
+    device = base.weight.device
     dtype = torch.promote_types(base.weight.dtype, layer.lora_A[ADAPTER_NAME].weight.dtype)
-    layer.to(torch.promote_types(dtype, torch.float32))  # a sum in 16 bits would be rounded twice
+    # on the host, as in a run that is resumed; a sum in 16 bits would be rounded twice
+    layer.to("cpu", torch.promote_types(dtype, torch.float32))
     layer.merge()
-    return base.to(dtype)
+    return base.to(device, dtype)
 
 
 def base_state_dict(part: nn.Module) -> dict[str, Tensor]:

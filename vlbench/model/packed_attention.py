@@ -121,19 +121,31 @@ def _attend_per_sample(
         groups = query.shape[1] // key.shape[1]
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
         grouped = False
+    # positions before heads, as the projections and the kernel have them in memory: pieces of a row
+    # are contiguous then, so that neither splitting nor joining nor their gradients copy by element
+    by_position = [tensor.transpose(1, 2) for tensor in (query, key, value)]
     row_outputs = []
     for row, sample_lengths in enumerate(lengths):
-        sizes = [*sample_lengths, length - sum(sample_lengths)]
-        split = [torch.split(t[row : row + 1], sizes, dim=2) for t in (query, key, value)]
-        sample_outputs = [
+        padding_length = length - sum(sample_lengths)
+        sizes = [*sample_lengths, padding_length] if padding_length else sample_lengths
+        rows_of = by_position if rows == 1 else [tensor[row : row + 1] for tensor in by_position]
+        pieces = [torch.split(tensor, sizes, dim=1)[: len(sample_lengths)] for tensor in rows_of]
+        outputs = [
             scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=grouped
-            )
-            for q, k, v in zip(*(pieces[:-1] for pieces in split), strict=True)
+                query_piece.transpose(1, 2),
+                key_piece.transpose(1, 2),
+                value_piece.transpose(1, 2),
+                is_causal=True,
+                scale=scaling,
+                dropout_p=dropout,
+                enable_gqa=grouped,
+            ).transpose(1, 2)
+            for query_piece, key_piece, value_piece in zip(*pieces, strict=True)
         ]
-        padding = torch.zeros_like(split[0][-1])
-        row_outputs.append(torch.cat([*sample_outputs, padding], dim=2))
-    return torch.cat(row_outputs).transpose(1, 2)
+        if padding_length:
+            outputs.append(torch.zeros_like(by_position[0][:1, :padding_length]))
+        row_outputs.append(torch.cat(outputs, dim=1))
+    return row_outputs[0] if rows == 1 else torch.cat(row_outputs)
 
 
 def _attend_varlen(

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from vlbench.compat.torch_internals import scale_in_place
@@ -26,17 +25,18 @@ class GradientAverager:
     processes, so averaging it again does not change it.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], process_group: ProcessGroup) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         """Average those of `parameters` that are trained; every process has the same ones."""
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
-        self.process_group, self.average_queued = process_group, False
+        self.average_queued = self.is_paused = False
+        """While True, gradients are only added up; a later pass averages their sum."""
         parameter: Any  # torch does not annotate the method
         for parameter in self.parameters:
             parameter.register_post_accumulate_grad_hook(self._queue_average)
 
     def _queue_average(self, _: Tensor) -> None:
         """Average when this backward pass ends: the order of hooks may differ by process."""
-        if not self.average_queued:
+        if not self.average_queued and not self.is_paused:
             self.average_queued = True
             torch.autograd.Variable._execution_engine.queue_callback(self._average_gradients)
 
@@ -52,12 +52,12 @@ class GradientAverager:
             for p, grad in zip(self.parameters, grads, strict=True)
         ]
         buffer = torch.cat([*rows, is_present])  # of the widest dtype among them
-        distributed.all_reduce(buffer, group=self.process_group)
+        distributed.all_reduce(buffer)
         *sums, present_counts = torch.split(buffer, [*sizes, len(sizes)])
         is_absent = present_counts == 0 if None in grads else None
         for number, (parameter, total) in enumerate(zip(self.parameters, sums, strict=True)):
             if is_absent is None or not is_absent[number]:
-                mean = total / distributed.get_world_size(self.process_group)
+                mean = total / distributed.get_world_size()
                 parameter.grad = mean.view_as(parameter).to(parameter.dtype)
 
 

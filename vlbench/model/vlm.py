@@ -19,12 +19,14 @@ from vlbench.compat.transformers_internals import (
     replace_decoder_layer_input,
 )
 from vlbench.connector.base import Connector, Shapes, zero_like_loss
+from vlbench.connector.bounded_building import NewTensorLimit, build_connector
 from vlbench.data.packing import PackedBatch
 from vlbench.data.sample_encoding import IMAGE_TOKEN_INDEX
-from vlbench.model.activation_checkpointing import enable_activation_checkpointing
+from vlbench.model.activation_checkpointing import checkpoint_blocks
 from vlbench.model.contrastive_loss import add_own_contrast_pool, is_contrastive
 from vlbench.model.language_loss import summed_loss
 from vlbench.model.packed_attention import OpaqueLengths, sample_bounds
+from vlbench.model.replicated_parameters import GradientAverager
 from vlbench.model.vision_encoder import VisionEncoder
 from vlbench.model.weights.tensor_groups import move_and_cast
 
@@ -59,6 +61,8 @@ class VLM(nn.Module):
     """
 
     language: LlamaForCausalLM
+    gradient_averager: GradientAverager | None = None
+    """Of the parameters that FSDP2 does not shard, once it shards the others."""
 
     def __init__(
         self,
@@ -98,27 +102,40 @@ class VLM(nn.Module):
         return embedding
 
     def _build_connector(self) -> Connector:
-        connector = self._connector_class(self.shapes, **self.connector_options)
+        connector = build_connector(self._connector_class, self.shapes, self.connector_options)
         self.vision.class_token = connector.class_token
         return connector
 
     def set_image_size(self, image_size: int) -> None:
-        """Resize the vision encoder to `image_size` pixels; rebuild and adapt the connector."""
+        """Resize the vision encoder to `image_size` pixels; rebuild and adapt the connector.
+
+        It is done on the host: on a GPU numbers would be rounded otherwise, and a run that is
+        resumed, whose weights come from files, would go on with others.
+        """
+        device = self.device
+        if device.type not in ("cpu", "meta"):
+            self.vision.cpu()
+            self.connector.cpu()
         old_shapes, old_state = self.shapes, self.connector.state_dict()
         self.vision.set_image_size(image_size)
         if self.shapes != old_shapes:
             connector = self._build_connector()
-            connector.prepare_objective(self.objective)
+            with NewTensorLimit(type(connector)):
+                connector.prepare_objective(self.objective)
             connector.load_state_dict(dict(connector.adapt(old_state, old_shapes)), strict=True)
             old_tensor = next(iter(old_state.values()))
             move_and_cast(connector, old_tensor.dtype, old_tensor.device)
             self.connector = connector
+        if device.type not in ("cpu", "meta"):
+            self.vision.to(device)
+            self.connector.to(device)
 
     def set_objective(self, objective: str, fresh: bool = False) -> None:
         """Prepare the connector for a stage of `objective`; see `Connector.prepare_objective`."""
         self.objective = objective
         parameter = next(self.connector.parameters(), None)
-        self.connector.prepare_objective(objective, fresh)
+        with NewTensorLimit(type(self.connector)):
+            self.connector.prepare_objective(objective, fresh)
         if parameter is not None:
             move_and_cast(self.connector, parameter.dtype, parameter.device)
 
@@ -141,7 +158,7 @@ class VLM(nn.Module):
         """
         if batch.features is not None:
             return batch.features
-        pixels = batch.pixels
+        pixels = batch.normalized_pixels()
         if not len(pixels):
             side = self.vision.image_size
             pixels = pixels.new_zeros(1, 3, side, side)
@@ -176,8 +193,10 @@ class VLM(nn.Module):
             values = self.connector.image_embedding.expand(len(positions), -1)
         if len(values) != len(positions):
             raise AssertionError(f"{len(positions)} image positions for {len(values)} tokens")
-        merged = embeds.flatten(0, 1).index_put((positions,), values.to(embeds.dtype))
-        return merged.view_as(embeds)
+        length = embeds.shape[1]
+        places = (positions.div(length, rounding_mode="floor"), positions.remainder(length))
+        # no view of another tensor: compiled decoder layers would need a graph of its own for it
+        return embeds.index_put(places, values.to(embeds.dtype))
 
     def run_decoder(
         self, embeds: Tensor, visual: Tensor, image_index: Tensor, **kwargs: Any
@@ -214,14 +233,13 @@ class VLM(nn.Module):
 
         `mode` is one of `model.activation_checkpointing.CHECKPOINTING_MODES`.
         """
-        self._uses_checkpointing = enable_activation_checkpointing(
-            self.language, self.vision.visual, mode
-        )
+        self._uses_checkpointing = mode != "none"
+        checkpoint_blocks(self.language.model.layers, self.vision.blocks(), mode)
 
     def _with_checkpointing(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return `function`, or under activation checkpointing one that keeps its inputs alone.
 
-        By version, transformers runs the hooks of a layer outside of what it recomputes, or inside.
+        The hooks of a layer, which inject, run outside of what the layer recomputes.
         """
         if not (self._uses_checkpointing and torch.is_grad_enabled()):
             return function

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from vlbench.config import recipe as recipes
 from vlbench.errors import UserError, suggest_name
+from vlbench.train.gpu_names import GPU_TABLE_FILE
 
-GPU_TABLE_FILE = Path(__file__).parents[1] / "train" / "gpus.yaml"
 GPU_KEYS = ("tflops", "memory", "price")
 
 

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from vlbench.model.frozen_bf16 import FROZEN_DTYPE
 from vlbench.model.fsdp_wrapping import fsdp_units
 from vlbench.model.vlm import VLM
 from vlbench.planner.memory_tracker import LOGITS, WEIGHT_COPIES
 from vlbench.planner.meta_model import SampleShape, full_row_shape
 from vlbench.planner.simulate_step import BACKWARD, DepthExtrapolator
 from vlbench.train.auto_checkpointing import OPTIMIZER_BYTES_PER_PARAM
+from vlbench.train.gradient_sync import reduces_once_per_step, whole_gradient_bytes
 
 MemoryByComponent = dict[str, float]
 """Bytes of one rank at the peak of a step, by component."""
@@ -28,6 +30,20 @@ ROW_TOKENS_STEP = 256  # proposed values of max_tokens_per_row are multiples of 
 ROW_TOKENS_LIMIT = 1 << 17  # largest proposed max_tokens_per_row
 
 
+@dataclass(frozen=True)
+class Sharding:
+    """How FSDP2 divides a model, and what it keeps whole."""
+
+    world_size: int = 1
+    """Number of ranks."""
+    shard_count: int = 1
+    """Over how many of them a model is divided; the rest are replicas."""
+    reduce_gradients: str = "auto"
+    """The recipe's `trainer.reduce_gradients`."""
+    gpu_bytes: float | None = None
+    """Memory of a GPU."""
+
+
 @dataclass
 class StageMemory:
     """The memory of a stage as a function of strategy, checkpointing and row length."""
@@ -38,8 +54,8 @@ class StageMemory:
     mean_sample: SampleShape
     compute_dtype_bytes: int
     """Bytes of a number in matrix products: 2 for bf16, else 4."""
-    world_size: int
-    """Number of ranks."""
+    sharding: Sharding
+    """What FSDP2 does."""
     cached_peaks: dict[tuple[int, str], MemoryByComponent] = field(default_factory=dict)
     """Peaks of a micro-batch by (max_tokens_per_row, checkpointing mode)."""
 
@@ -54,7 +70,7 @@ class StageMemory:
             )
             self.cached_peaks[key] = self.depth_extrapolator.peak_memory(row, checkpointing_mode)
         step_memory = self.cached_peaks[key]
-        if strategy == "fsdp2" and self.world_size > 1:
+        if strategy == "fsdp2" and self.sharding.world_size > 1:
             # weights are gathered in the dtype of matrix products, so autocast copies none
             step_memory = {
                 kind: size for kind, size in step_memory.items() if kind != WEIGHT_COPIES
@@ -62,8 +78,17 @@ class StageMemory:
         memory = self._persistent_memory(strategy) | step_memory
         return {component: memory.get(component, 0) for component in MEMORY_COMPONENTS}
 
+    @property
+    def reduces_once(self) -> bool:
+        """Whether FSDP2 keeps whole gradients and reduces them once a step."""
+        return reduces_once_per_step(
+            self.sharding.reduce_gradients,
+            whole_gradient_bytes(self.vlm.parameters()),
+            self.sharding.gpu_bytes,
+        )
+
     def _persistent_memory(self, strategy: str) -> MemoryByComponent:
-        return persistent_memory(self.vlm, strategy, self.world_size, self.compute_dtype_bytes)
+        return persistent_memory(self.vlm, strategy, self.sharding, self.compute_dtype_bytes)
 
     def max_row_tokens(
         self, strategy: str, checkpointing_mode: str, first_row_tokens: int, memory_budget: float
@@ -112,29 +137,34 @@ def total_bytes(memory: MemoryByComponent) -> float:
 
 
 def persistent_memory(
-    vlm: VLM, strategy: str, world_size: int, compute_dtype_bytes: int
+    vlm: VLM, strategy: str, sharding: Sharding, compute_dtype_bytes: int
 ) -> MemoryByComponent:
     """Return the memory outside of a micro-batch: weights, gradients, optimizer, communication.
 
     Under `ddp` the gradients are views of the all-reduce buckets, so `exchange` is 0. Under `fsdp2`
-    all but `exchange` is divided among the ranks. `exchange` is what is gathered
+    all but `exchange` is divided among the ranks; so are gradients, unless they are kept whole
+    between micro-batches (`train.gradient_sync`). `exchange` is what is gathered
     (`model.fsdp_wrapping`): the parameters outside of any unit, in float32; two units, one of them
     prefetched, in `compute_dtype_bytes` for blocks of vision encoder and language model; and their
     gradients, which are reduced in float32.
     """
     trained = [parameter for parameter in vlm.parameters() if parameter.requires_grad]
-    weights = _tensor_bytes(vlm.parameters()) + _tensor_bytes(vlm.buffers())
     optimizer = OPTIMIZER_BYTES_PER_PARAM * sum(parameter.numel() for parameter in trained)
-    is_sharded = strategy == "fsdp2"
-    shards = world_size if is_sharded else 1
-    exchange = 0.0
-    if world_size > 1 and is_sharded:
-        exchange = _gathered_bytes(vlm, compute_dtype_bytes)
+    weights = _tensor_bytes(vlm.parameters()) + _tensor_bytes(vlm.buffers())
+    is_sharded = strategy == "fsdp2" and sharding.world_size > 1
+    shards = sharding.shard_count if is_sharded else 1
+    if is_sharded:  # shards need one dtype: frozen weights are not held in 16 bits
+        weights += sum(2 * p.numel() for p in vlm.parameters() if p.dtype is FROZEN_DTYPE)
+    gradients = _tensor_bytes(trained) / shards
+    if is_sharded and reduces_once_per_step(
+        sharding.reduce_gradients, whole_gradient_bytes(trained), sharding.gpu_bytes
+    ):
+        gradients = whole_gradient_bytes(trained)
     return {
         "weights": weights / shards,
-        "gradients": _tensor_bytes(trained) / shards,
+        "gradients": gradients,
         "optimizer": optimizer / shards,
-        "exchange": exchange,
+        "exchange": _gathered_bytes(vlm, compute_dtype_bytes) if is_sharded else 0.0,
     }
 
 

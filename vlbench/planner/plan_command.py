@@ -6,9 +6,10 @@ from vlbench.config import recipe as recipes
 from vlbench.config.overrides import format_override
 from vlbench.planner.memory_estimate import MEMORY_COMPONENTS, MemoryByComponent, total_bytes
 from vlbench.planner.options import PlanOptions
-from vlbench.planner.stage_workload import ASSUMED_SUPERVISED_SHARE, ASSUMED_TEXT_TOKENS
+from vlbench.planner.stage_workload import ASSUMED_SUPERVISED_SHARE
 from vlbench.planner.training_plan import TrainingPlan, make_plan
 from vlbench.text_tables import format_table
+from vlbench.train.compile_choice import ASSUMED_TEXT_TOKENS
 from vlbench.train.run_report import format_bytes, format_duration
 
 YI_VL_DAYS = {"yi-6b": 3, "yi-34b": 10}
@@ -86,7 +87,7 @@ def _workload_lines(plan: TrainingPlan) -> list[str]:
                 f"{work.steps:,}",
                 str(
                     work.count_micro_batches(
-                        stage.global_batch_size, options.world_size, stage.max_tokens_per_row
+                        stage.global_batch_size, options.world_size, plan.max_tokens_per_row[name]
                     )
                 ),
                 f"{work.total_flops('none'):.3g}",
@@ -145,7 +146,20 @@ def _strategy_lines(plan: TrainingPlan) -> list[str]:
                 f"x {estimate.total_flops / fewest_flops:.2f}",
             )
         )
-    return ["strategies and checkpointing, at the stage that needs most", *format_table(rows, "<>")]
+    title = "strategies and checkpointing, at the stage that needs most"
+    return [title, *format_table(rows, "<>"), *_sharding_lines(plan)]
+
+
+def _sharding_lines(plan: TrainingPlan) -> list[str]:
+    """Return when FSDP2 reduces the gradients of each stage, where it can be chosen."""
+    if plan.options.world_size == 1:
+        return []
+    once = [name for name, stage in plan.stage_memory.items() if stage.reduces_once]
+    often = [name for name in plan.stage_memory if name not in once]
+    whens = {"once a step, whole until then": once, "in every micro-batch": often}
+    told = "; ".join(f"{when}: {', '.join(names)}" for when, names in whens.items() if names)
+    shards = plan.options.recipe.trainer.shard_count
+    return [f"fsdp2 divides the model by {shards} and reduces gradients {told}"]
 
 
 def _recommendation_lines(plan: TrainingPlan) -> list[str]:

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 
 from vlbench.errors import UserError
 from vlbench.model.activation_checkpointing import CHECKPOINTING_MODES
+from vlbench.model.vlm import VLM
 from vlbench.planner.gpu_table import GpuSpec
-from vlbench.planner.memory_estimate import MemoryByComponent, StageMemory, total_bytes
+from vlbench.planner.memory_estimate import MemoryByComponent, Sharding, StageMemory, total_bytes
 from vlbench.planner.meta_model import build_meta_vlm
 from vlbench.planner.options import PlanOptions, stage_indices
 from vlbench.planner.simulate_step import DepthExtrapolator
 from vlbench.planner.stage_workload import StageWorkload, stage_workload
 from vlbench.train import stage_plan
 from vlbench.train.auto_checkpointing import SPARE_MEMORY_SHARE
+from vlbench.train.row_length import choose_row_tokens
 
 STRATEGIES = ("ddp", "fsdp2")
 """The one with less communication first."""
@@ -41,6 +43,8 @@ class TrainingPlan:
 
     options: PlanOptions
     stage_memory: dict[str, StageMemory]
+    max_tokens_per_row: dict[str, int]
+    """Of each stage: the recipe's, or what `auto` chooses on this GPU."""
     workloads: dict[str, StageWorkload]
     has_assumed_lengths: bool
     """Whether sample lengths are assumed, not measured."""
@@ -54,13 +58,6 @@ class TrainingPlan:
     def memory_budget(self) -> float:
         """Bytes that a rank may use."""
         return usable_memory(self.options.gpu)
-
-    @property
-    def max_tokens_per_row(self) -> dict[str, int]:
-        """The recipe's max_tokens_per_row of each stage."""
-        return {
-            name: self.options.recipe.stages[name].max_tokens_per_row for name in self.stage_memory
-        }
 
 
 def usable_memory(gpu: GpuSpec) -> float:
@@ -91,22 +88,46 @@ def make_plan(options: PlanOptions) -> TrainingPlan:
             depth_extrapolator=DepthExtrapolator(vlm.model, build_at_depth, recipe.precision),
             mean_sample=workloads[name].mean_sample,
             compute_dtype_bytes=2 if recipe.precision == "bf16" else 4,
-            world_size=options.world_size,
+            sharding=Sharding(
+                options.world_size,
+                recipe.trainer.shard_count,
+                recipe.trainer.reduce_gradients,
+                options.gpu.memory_bytes,
+            ),
         )
     if not stages:
         raise UserError("there is no stage to plan: plan counts stages that learn language")
-    row_tokens = {name: recipe.stages[name].max_tokens_per_row for name in stages}
     memory_budget = usable_memory(options.gpu)
+    row_tokens = {
+        name: stage_row_tokens(options, name, stage.vlm, memory_budget)
+        for name, stage in stages.items()
+    }
     strategies = STRATEGIES if options.world_size > 1 else STRATEGIES[:1]
     estimates = estimate_strategies(stages, workloads, row_tokens, memory_budget, strategies)
     return TrainingPlan(
         options=options,
         stage_memory=stages,
+        max_tokens_per_row=row_tokens,
         workloads=workloads,
         has_assumed_lengths=has_assumed_lengths,
         skipped_stages=skipped,
         strategy_estimates=estimates,
         cheapest_fit=cheapest_strategy(estimates, stages, row_tokens, memory_budget),
+    )
+
+
+def stage_row_tokens(options: PlanOptions, stage_name: str, vlm: VLM, memory_budget: float) -> int:
+    """Return the tokens of a packed row of a stage as training takes them."""
+    recipe = options.recipe
+    given = recipe.stages[stage_name].max_tokens_per_row
+    if given != "auto":
+        return given
+    return choose_row_tokens(
+        vlm,
+        memory_budget,
+        recipe.activation_checkpointing,
+        bf16=recipe.precision == "bf16",
+        shards=options.world_size if options.strategy == "fsdp2" else 1,
     )
 
 

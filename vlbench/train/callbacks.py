@@ -16,7 +16,7 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import torch
 
-from vlbench.data.batch_sampler import OptimizerStep
+from vlbench.data.optimizer_step import OptimizerStep
 from vlbench.data.packing import PackedBatch
 from vlbench.distributed import collectives
 from vlbench.distributed.launcher import is_launcher_gone
@@ -131,6 +131,8 @@ class GracefulStop(pl.Callback):
 class CheckpointCallback(StageCallback):
     """Write checkpoints: every 60 s or 5 % of the steps, at the end, and when asked to stop.
 
+    Weights are copied while the next step's gradients are computed, and written after that.
+
     If writing them takes more than 5 % of the time, the seconds between them become more.
     """
 
@@ -144,6 +146,7 @@ class CheckpointCallback(StageCallback):
         keep_last_checkpoints: int,
         graceful_stop: GracefulStop,
         elapsed_seconds: Callable[[], float],
+        copies_beside_training: bool = True,
     ) -> None:
         """Write the checkpoints of one stage.
 
@@ -156,7 +159,10 @@ class CheckpointCallback(StageCallback):
             keep_last_checkpoints: How many stay, beside the best and the last of each stage.
             graceful_stop: Whether the run was asked to stop.
             elapsed_seconds: Returns how many seconds the run has taken.
+            copies_beside_training: Whether nothing but the optimizer changes weights, so that they
+                may be copied until its next step; else they are copied at once.
         """
+        self.copies_beside_training = copies_beside_training
         self.vlm, self.run, self.stage_id, self.parts = vlm, run, stage_id, parts
         self.interval_seconds = interval_seconds
         self.keep_last_checkpoints = keep_last_checkpoints
@@ -202,14 +208,38 @@ class CheckpointCallback(StageCallback):
             training.trainer.optimizers[0],
             self.run.recipe_file,
         )
+        if not self.copies_beside_training:
+            self.writer.wait_until_copied()
         self.saved_at = time.monotonic()
         self.save_seconds = self.saved_at - started_at
 
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Let the weights change only when they have been copied; forward and backward ran by then.
+
+        The seconds that this takes are of the saving.
+        """
+        if self.writer:
+            started_at = time.monotonic()
+            self.writer.wait_until_copied()
+            self.save_seconds += time.monotonic() - started_at
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Finish the checkpoint that is being written: its step is done, whatever failed later.
+
+        Several processes would wait for each other, and one of them may be gone.
+        """
+        if self.writer and isinstance(exception, Exception) and not collectives.is_distributed():
+            self.finish_saving()
+
     def finish_saving(self) -> None:
         """Finish the checkpoint that is being written, and remove old ones."""
-        assert self.writer is not None
-        self.writer.finish_writing()
-        self.writer = None
+        writer, self.writer = self.writer, None
+        assert writer is not None
+        writer.finish_writing()
         collectives.call_on_rank_zero(
             lambda: checkpoint_files.prune_checkpoints(
                 self.run.checkpoints_folder, self.keep_last_checkpoints

@@ -11,8 +11,9 @@ checkpoints/2-chat-000300/
     adapters/PART/        LoRA adapters in peft's layout, if a part has them
     release/              small files of the released model that the run began with, if any
 
-More than 5 GB of tensors are several files and an index, as in transformers; where several
-processes train, each writes some of them. The format does not depend on their number.
+More than 5 GB of tensors are several files and an index, as in transformers. Where several
+processes train, each writes the rows that it has into the same files: nothing is gathered, and the
+format does not depend on their number.
 """
 
 from __future__ import annotations
@@ -21,29 +22,34 @@ import contextlib
 import errno
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from vlbench.connector.kept_source import copy_kept_source
 from vlbench.distributed import collectives
+from vlbench.distributed.machine_limits import free_host_memory
 from vlbench.errors import EnvironmentFailure, UserError, one_line
 from vlbench.model import lora_adapters
 from vlbench.model.build_vlm import LANGUAGE_FOLDER, VISION_FOLDER
 from vlbench.model.frozen_bf16 import FROZEN_DTYPE
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vlm import VLM
+from vlbench.model.weights.background_writer import BackgroundWriter, FolderWrite
+from vlbench.model.weights.own_rows import find_own_rows
 from vlbench.model.weights.release_files import write_release_files
 from vlbench.model.weights.tensor_files import LazyTensors, weight_files
-from vlbench.model.weights.tensor_writer import begin_writing_tensors
+from vlbench.model.weights.tensor_layout import TensorSpec, create_files, plan_files
 from vlbench.model.weights.weight_origin import write_origins
 from vlbench.processor import Processor
 from vlbench.system_errors import FULL_DISK_REASONS, error_number
@@ -53,6 +59,8 @@ from vlbench.train.optimizer_state import named_optimizer_state
 RELEASE_FOLDER = "release"
 ADAPTERS_FOLDER = "adapters"
 OPTIMIZER_FOLDER = "optimizer"
+HOST_MEMORY_SHARE = 0.5
+"""Share of a machine's free memory that copies may take until they are written."""
 CHECKPOINT_NAME = re.compile(r"(\d+)-([A-Za-z0-9_]+)-(\d{6,})")
 _POSITION_TYPES = {"stage": int, "name": str, "step": int}
 
@@ -80,15 +88,26 @@ class RunPosition:
 def named_part_weights(vlm: VLM, parts: list[str]) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights of `parts`, names prefixed with that of the part.
 
-    Frozen weights that a stage holds in bfloat16 are given as float32, as between stages.
+    What a forward pass may change, so every buffer, is copied.
     """
     for part in parts:
-        for key, value in lora_adapters.base_state_dict(getattr(vlm, part)).items():
-            yield f"{part}.{key}", value.float() if value.dtype is FROZEN_DTYPE else value
+        module: nn.Module = getattr(vlm, part)
+        buffers = {buffer.data_ptr() for buffer in module.buffers()}
+        for key, value in lora_adapters.base_state_dict(module).items():
+            is_buffer = not isinstance(value, DTensor) and value.data_ptr() in buffers
+            yield f"{part}.{key}", value.clone() if is_buffer else value
+
+
+def stored_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the type that a checkpoint has a tensor in.
+
+    Frozen weights that a stage holds in bfloat16 are float32 there, as between stages.
+    """
+    return torch.float32 if tensor.dtype is FROZEN_DTYPE else tensor.dtype
 
 
 class CheckpointWriter:
-    """A checkpoint that is being written by a thread while training goes on.
+    """A checkpoint that is being written by threads while training goes on.
 
     Where several processes train, all of them start and finish it together.
     """
@@ -102,7 +121,9 @@ class CheckpointWriter:
         optimizer: Optimizer | None,
         recipe_file: Path,
     ) -> None:
-        """Copy the tensors and start to write; the checkpoint counts after `finish_writing`.
+        """Start to copy and to write; the checkpoint counts after `finish_writing`.
+
+        Weights and state of the optimizer must not change before `wait_until_copied` has returned.
 
         Args:
             folder: The folder of all checkpoints of a run.
@@ -114,52 +135,45 @@ class CheckpointWriter:
         """
         self.final_path = folder / position.folder_name
         self.temp_path = folder / f".writing-{position.folder_name}"
-        self._executor = ThreadPoolExecutor(1)
-        self._write_tasks: list[Future[None]] = []
+        self._writer: BackgroundWriter | None = None
+        tensors = {self.temp_path: dict(named_part_weights(vlm.model, parts))}
+        if optimizer is not None:
+            optimizer_state = dict(named_optimizer_state(vlm.model, optimizer))
+            tensors[self.temp_path / OPTIMIZER_FOLDER] = optimizer_state
+        writes = [_plan_folder(path, named) for path, named in tensors.items()]
+        hosts = collectives.all_gather_objects(platform.node())
         with self._explain_write_errors():
-            collectives.call_on_rank_zero(
-                lambda: _make_folders(self.temp_path, optimizer is not None)
+            collectives.call_on_rank_zero(lambda: _make_folders(self.temp_path, writes))
+            self._writer = BackgroundWriter(
+                writes,
+                int(HOST_MEMORY_SHARE * free_host_memory()) // hosts.count(platform.node()),
+                vlm.model.device,
+                lock_ranges=len(set(hosts)) > 1,
             )
-            self._finish_calls = [
-                begin_writing_tensors(
-                    named_part_weights(vlm.model, parts),
-                    self.temp_path,
-                    self._submit_write,
-                    copy=True,
-                )
-            ]
-            if optimizer is not None:
-                self._finish_calls.append(
-                    begin_writing_tensors(
-                        named_optimizer_state(vlm.model, optimizer),
-                        self.temp_path / OPTIMIZER_FOLDER,
-                        self._submit_write,
-                        copy=True,
-                    )
-                )
             write_metadata(vlm, self.temp_path, recipe_file.read_text(encoding="utf-8"), position)
             collectives.call_on_rank_zero(
                 lambda: copy_kept_source(recipe_file.parent, self.temp_path)
             )
 
-    def _submit_write(self, write_call: Callable[[], None]) -> Future[None]:
-        self._write_tasks.append(self._executor.submit(write_call))
-        return self._write_tasks[-1]
-
     @property
     def is_written(self) -> bool:
-        """True when this process has written its files."""
-        return all(task.done() for task in self._write_tasks)
+        """True when this process has written what it has."""
+        assert self._writer is not None
+        return self._writer.is_written
+
+    def wait_until_copied(self) -> None:
+        """Wait until weights and state of the optimizer may change."""
+        assert self._writer is not None
+        self._writer.wait_until_copied()
 
     def finish_writing(self) -> Path:
-        """Wait for the files of all processes, name the checkpoint, and return its path."""
+        """Wait for what all processes write, name the checkpoint, and return its path."""
+        assert self._writer is not None
         with self._explain_write_errors():
-            for finish_call in self._finish_calls:
-                finish_call()
+            collectives.call_on_all_ranks(self._writer.finish)
             collectives.call_on_rank_zero(
                 lambda: _publish_checkpoint(self.temp_path, self.final_path)
             )
-        self._executor.shutdown()
         return self.final_path
 
     @contextlib.contextmanager
@@ -168,17 +182,28 @@ class CheckpointWriter:
         try:
             yield
         except (OSError, SafetensorError) as error:
-            self._executor.shutdown()
+            if self._writer is not None:
+                self._writer.close()
             shutil.rmtree(self.temp_path, ignore_errors=True)
             raise explain_write_error(error, self.temp_path.parent) from error
 
 
-def _make_folders(temp_path: Path, has_optimizer: bool) -> None:
-    """Make the folders of a new checkpoint."""
+def _plan_folder(folder: Path, tensors: Mapping[str, Tensor]) -> FolderWrite:
+    """Return which files `tensors` go to, and what this process writes of them."""
+    specs = {
+        name: TensorSpec(tuple(tensor.shape), stored_dtype(tensor))
+        for name, tensor in tensors.items()
+    }
+    dtypes = {name: spec.dtype for name, spec in specs.items()}
+    return FolderWrite(folder, plan_files(specs), dtypes, find_own_rows(tensors))
+
+
+def _make_folders(temp_path: Path, writes: list[FolderWrite]) -> None:
+    """Make the folders of a new checkpoint, and its files with no values yet."""
     shutil.rmtree(temp_path, ignore_errors=True)
-    temp_path.mkdir(parents=True)
-    if has_optimizer:
-        (temp_path / OPTIMIZER_FOLDER).mkdir()
+    for write in writes:
+        write.folder.mkdir(parents=True)
+        create_files(write.files, write.folder)
 
 
 def _publish_checkpoint(temp_path: Path, final_path: Path) -> None:

@@ -7,15 +7,14 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from vlbench.config.schema import Recipe
-from vlbench.data.batch_sampler import OptimizerStep
-from vlbench.distributed import collectives
+from vlbench.data.optimizer_step import OptimizerStep
 from vlbench.distributed.process_group import join_process_group
-from vlbench.errors import UserError
+from vlbench.errors import BadSample, UserError
 from vlbench.process_settings import preserve_process_settings
 from vlbench.train import run_report
 from vlbench.train.callbacks import StageCallback
 from vlbench.train.fit import build_or_resume_model
-from vlbench.train.lightning_trainer import quiet_lightning
+from vlbench.train.lightning_trainer import explain_stage_errors, quiet_lightning
 from vlbench.train.shape_checks import check_stage_shapes
 from vlbench.train.stage_plan import StageRun, build_stage_steps, check_data, plan_stage_runs
 from vlbench.train.stage_runner import StageRunner
@@ -82,28 +81,32 @@ def measure_stages(recipe: Recipe, stage_runs: list[StageRun]) -> Iterator[Stage
             continue
         vlm.set_image_size(stage_run.stage.image_size)
         with runner.prepare_stage(vlm.model, stage_run.stage):
+            stage_run.settled_row_tokens = runner.choose_row_tokens(vlm.model)
             steps = build_stage_steps(vlm.processor, stage_run)
-            runner.set_activation_checkpointing(vlm.model, steps)
-            candidates = [steps[n] for n in range(min(CANDIDATE_STEPS, stage_run.total_steps))]
-            longest = max(candidates, key=_count_positions)
-            _check_not_empty(stage_run.name, candidates, longest)
-            tried = [longest, *candidates[:TIMED_STEPS]]
+            with explain_stage_errors(stage_run.name, stage_run.stage):
+                runner.set_activation_checkpointing(vlm.model, steps)
+            plans = [steps.plan_step(n) for n in range(min(CANDIDATE_STEPS, stage_run.total_steps))]
+            longest = max(plans, key=lambda plan: plan.token_count)
+            tried = [longest.index, *range(len(plans))[:TIMED_STEPS]]
             clock = _StepClock()
             module = runner.train_stage(
                 vlm.model,
                 stage_run.name,
                 stage_run.stage,
-                tried,
+                steps,
                 len(tried),
+                step_numbers=tried,
                 callbacks=[*user_callbacks, clock],
             )
+        bad_samples = clock.bad_samples + [bad for plan in plans for bad in plan.bad_samples]
+        _check_not_empty(stage_run.name, len(plans), module.seen["samples"], bad_samples)
         if runner.is_sharded:  # unsharded again, as the next stage needs it
             vlm, _ = build_or_resume_model(recipe, stage_runs, None)
         yield StageMeasurement(
             stage_run.name,
             stage_run.total_steps,
-            _count_positions(longest),
-            len(longest.micro_batches),
+            longest.token_count,
+            len(longest.rows),
             module.report.loss,
             (clock.end_times[-1] - clock.end_times[0]) / (len(tried) - 1),
             peak_memory(),
@@ -111,32 +114,29 @@ def measure_stages(recipe: Recipe, stage_runs: list[StageRun]) -> Iterator[Stage
 
 
 class _StepClock(StageCallback):
-    """Note when every step ends."""
+    """Note when every step ends, and the bad samples that it met."""
 
     def __init__(self) -> None:
         self.end_times: list[float] = []
+        self.bad_samples: list[BadSample] = []
 
     def on_step_end(self, training: VLMTrainingModule, step: OptimizerStep) -> None:
-        """Note the time."""
+        """Note the time and the bad samples."""
         self.end_times.append(time.monotonic())
+        self.bad_samples += step.bad_samples
 
 
 def _check_not_empty(
-    stage_name: str, candidates: list[OptimizerStep], longest: OptimizerStep
+    stage_name: str, step_count: int, learned_samples: int, bad_samples: list[BadSample]
 ) -> None:
-    """Raise a UserError if no process has anything in the first steps of a stage."""
-    if collectives.all_gather_numbers([_count_positions(longest)]).sum():
+    """Raise a UserError if no process has learned anything from the first steps of a stage."""
+    if learned_samples:
         return
-    bad_samples = [str(bad) for step in candidates for bad in step.bad_samples[:1]]
     reason = (
-        bad_samples[0] if bad_samples else "no sample has an image, and the stage learns captions"
+        str(bad_samples[0])
+        if bad_samples
+        else "no sample has an image, and the stage learns captions"
     )
     raise UserError(
-        f"stage {stage_name}: its first {len(candidates)} steps have nothing to learn from: "
-        f"{reason}"
+        f"stage {stage_name}: its first {step_count} steps have nothing to learn from: {reason}"
     )
-
-
-def _count_positions(step: OptimizerStep) -> int:
-    """Return the positions of a step, without padding."""
-    return sum(sum(lengths) for batch in step.micro_batches for lengths in batch.sample_lengths)

@@ -6,7 +6,6 @@ any of these leads to another subfolder of the cache.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import shutil
@@ -26,11 +25,13 @@ from vlbench.compat.lightning_internals import autocast_context, trainer_device
 from vlbench.data.batch_sampler import StepDataset
 from vlbench.data.feature_store import FeatureLocations, FeatureShards, FeatureStore, content_key
 from vlbench.data.image_processing import ImageTransform
+from vlbench.data.packing import normalize_levels
 from vlbench.data.sample import LazyImage
 from vlbench.distributed.launcher import isolate_data_worker
-from vlbench.errors import BadSample, UserError
+from vlbench.errors import BadSample, EnvironmentFailure, UserError
 from vlbench.model.frozen_bf16 import FROZEN_DTYPE
 from vlbench.model.loaded_vlm import LoadedVLM
+from vlbench.system_errors import FULL_DISK_REASONS
 from vlbench.train import run_report
 
 READER_THREADS = 16  # image files that are read at once, to hash their content
@@ -70,10 +71,11 @@ def cache_features(
             shards = FeatureShards(subfolder)
             return _fill_cache(vlm, steps, shards, trainer, num_workers, should_stop)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise UserError(
-                f"the disk is full: features cannot be kept in {subfolder}. What is kept is whole, "
-                "and is used when the run goes on: make room, or leave trainer.feature_cache out"
+        if error.errno in FULL_DISK_REASONS:
+            raise EnvironmentFailure(
+                f"{FULL_DISK_REASONS[error.errno]}: features cannot be kept in {subfolder}. What "
+                "is kept is whole, and is used when the run goes on: make room, or leave "
+                "trainer.feature_cache out"
             ) from error
         raise UserError(f"trainer.feature_cache={folder}: {error.strerror}") from error
 
@@ -159,7 +161,7 @@ def _content_key_or_empty(image: LazyImage) -> bytes:
 
 @dataclass
 class _PixelDataset(Dataset[tuple[bytes, "Tensor | None"]]):
-    """Keys and pixels `[3, height, width]` of images; None for one that cannot be read."""
+    """Keys and uint8 pixels `[3, height, width]` of images; None for one that cannot be read."""
 
     transform: ImageTransform
     keyed_images: list[tuple[bytes, LazyImage]]
@@ -170,7 +172,7 @@ class _PixelDataset(Dataset[tuple[bytes, "Tensor | None"]]):
     def __getitem__(self, index: int) -> tuple[bytes, Tensor | None]:
         key, image = self.keyed_images[index]
         try:
-            return key, self.transform.load_pixels(image)
+            return key, self.transform.load_levels(image)
         except UserError:
             return key, None
 
@@ -184,7 +186,9 @@ def _compute_features(
 ) -> FeatureLocations:
     """Compute the features of images and write them, shard by shard; return where they are."""
     side = vlm.vision.image_size
-    image_bytes = _encode_pixels(vlm, torch.zeros(1, 3, side, side)).nbytes
+    level_values = vlm.processor.transform.level_values()
+    blank = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+    image_bytes = _encode_levels(vlm, blank, level_values).nbytes
     _check_disk_space(image_count * image_bytes, image_count, shards.folder)
     locations: FeatureLocations = {}
     keys: list[bytes] = []
@@ -193,7 +197,7 @@ def _compute_features(
         pixels = {key: image for key, image in chunk if image is not None}
         if pixels:
             keys += pixels
-            features.append(_encode_pixels(vlm, torch.stack(list(pixels.values()))))
+            features.append(_encode_levels(vlm, torch.stack(list(pixels.values())), level_values))
         if len(keys) * image_bytes >= SHARD_BYTES:
             locations |= shards.write_shard(keys, torch.cat(features))
             keys, features = [], []
@@ -202,10 +206,11 @@ def _compute_features(
     return locations | (shards.write_shard(keys, torch.cat(features)) if keys else {})
 
 
-def _encode_pixels(vlm: LoadedVLM, pixels: Tensor) -> Tensor:
-    """Return the encoder's features of pixels, on the CPU."""
+def _encode_levels(vlm: LoadedVLM, levels: Tensor, level_values: Tensor) -> Tensor:
+    """Return the encoder's features of uint8 pixels, on the CPU."""
     weight = next(vlm.vision.parameters())
-    features: Tensor = vlm.vision(pixels.to(weight.device, weight.dtype))
+    pixels = normalize_levels(levels.to(weight.device), level_values.to(weight.device))
+    features: Tensor = vlm.vision(pixels.to(weight.dtype))
     return features.cpu()
 
 

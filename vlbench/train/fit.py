@@ -20,7 +20,8 @@ from vlbench.model.weights.tensor_groups import move_and_cast
 from vlbench.train import checkpoint_files, run_report
 from vlbench.train.callbacks import CheckpointCallback, GracefulStop, ValidationCallback
 from vlbench.train.checkpoint_files import RunPosition
-from vlbench.train.lightning_trainer import build_loggers
+from vlbench.train.core_sharing_notice import CoreSharingNotice
+from vlbench.train.lightning_trainer import build_loggers, explain_stage_errors
 from vlbench.train.nonfinite_guard import NonFiniteGuard
 from vlbench.train.progress_logging import ProgressCallback, truncate_metrics
 from vlbench.train.quarantine import QuarantineCallback, quarantine_samples
@@ -75,6 +76,7 @@ class RunTraining:
         self.recipe, self.run, self.stage_runs = recipe, run, stage_runs
         self.graceful_stop, self.user_callbacks = graceful_stop, user_callbacks
         self.stage_runner = StageRunner.from_recipe(recipe, run.folder)
+        self.core_sharing_notice = CoreSharingNotice(run_report.print_status)
         self.seen: dict[str, int] = {}
         """Samples, images and tokens that the run has trained on."""
         self.started_at = time.monotonic()
@@ -125,11 +127,15 @@ class RunTraining:
         runner, stage = self.stage_runner, stage_run.stage
         workers = stage_run.data_config.workers
         with runner.prepare_stage(vlm.model, stage):
+            self.settle_row_tokens(vlm, stage_run)
             steps = build_stage_steps(vlm.processor, stage_run)
-            mode = runner.set_activation_checkpointing(vlm.model, steps)
+            with explain_stage_errors(stage_run.name, stage):
+                mode = runner.set_activation_checkpointing(vlm.model, steps)
             run_report.show_stage(
                 stage_run.name, stage, stage_run.total_steps, steps_done, vlm.model
             )
+            if stage.max_tokens_per_row == "auto":
+                print(f"  max_tokens_per_row=auto: {stage_run.row_tokens}")
             if runner.activation_checkpointing == "auto":
                 print(f"  activation_checkpointing=auto: {mode}")
             optimizer_state = None
@@ -160,6 +166,14 @@ class RunTraining:
             )
         self.seen = module.seen
 
+    def settle_row_tokens(self, vlm: LoadedVLM, stage_run: StageRun) -> None:
+        """Choose the length of rows if the recipe leaves it open; a run that goes on keeps it."""
+        if stage_run.stage.max_tokens_per_row == "auto":
+            chosen = self.stage_runner.choose_row_tokens(vlm.model)
+            stage_run.settled_row_tokens = collectives.call_on_rank_zero(
+                lambda: self.run.keep_row_tokens(stage_run.name, chosen)
+            )
+
     def earlier_steps(self, stage_run: StageRun) -> int:
         """Return the optimizer steps of all stages before this one."""
         return sum(earlier.total_steps for earlier in self.stage_runs[: stage_run.stage_index])
@@ -183,6 +197,7 @@ class RunTraining:
             trainer_config.keep_last_checkpoints,
             self.graceful_stop,
             self.elapsed_seconds,
+            copies_beside_training=not self.user_callbacks,
         )
         run_report.show_disk_usage(
             vlm.model, parts, trainer_config.keep_last_checkpoints, self.run.checkpoints_folder
@@ -212,6 +227,7 @@ class RunTraining:
             NonFiniteGuard(stage_run.name, max_nonfinite_steps, run_report.print_status),
             QuarantineCallback(self.run, stage_run.data_config.on_bad_sample, stage_run.data),
             progress,
+            self.core_sharing_notice,
             checkpoint_callback,
         ]
 
@@ -249,7 +265,7 @@ class RunTraining:
             ).finish_writing()
         vlm.model.requires_grad_(False)
         self.stage_runner.hold_frozen_bf16(vlm.model)  # so that it fits where training fitted
-        vlm.to(self.stage_runner.device)  # Lightning has moved it to the CPU
+        vlm.to(self.stage_runner.device)  # a sharded model was loaded anew
 
 
 def build_or_resume_model(

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from tqdm.notebook import tqdm_notebook
 
 from vlbench.connector.base import Connector
-from vlbench.data.batch_sampler import OptimizerStep
+from vlbench.data.optimizer_step import OptimizerStep
 from vlbench.errors import UserError
 from vlbench.model.fsdp_wrapping import unsharded_connector
 from vlbench.regular_files import MAX_RECORDS_BYTES

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlbench.data.batch_sampler import OptimizerStep
+from vlbench.data.optimizer_step import OptimizerStep
 from vlbench.data.shuffle import SourceMixture
 from vlbench.distributed import collectives
 from vlbench.errors import BadSample, UserError

@@ -107,6 +107,16 @@ class RunFolder:
             text = json.dumps({**versions, "weights": origins_to_json(origins)}, indent=1)
             write_atomically(self.versions_file, text)
 
+    def keep_row_tokens(self, stage_name: str, chosen_tokens: int) -> int:
+        """Return the tokens of a packed row that a stage began with; those chosen, if it begins."""
+        versions = read_json(self.versions_file) if self.versions_file.is_file() else {}
+        recorded: dict[str, int] = versions.get("max_tokens_per_row", {})
+        if stage_name not in recorded:
+            recorded = {**recorded, stage_name: chosen_tokens}
+            text = json.dumps({**versions, "max_tokens_per_row": recorded}, indent=1)
+            write_atomically(self.versions_file, text)
+        return recorded[stage_name]
+
 
 def open_run(recipe: Recipe, held_locks: contextlib.ExitStack) -> RunFolder:
     """Open the run folder of `recipe`, new or to be resumed; refuse one of another recipe.
@@ -135,6 +145,7 @@ def open_run(recipe: Recipe, held_locks: contextlib.ExitStack) -> RunFolder:
             write_atomically(run.versions_file, json.dumps(collect_versions(), indent=1))
             if not kept_source.has_kept_source(folder):
                 kept_source.keep_source(recipe.connector["name"], folder)
+                kept_source.note_own_callbacks(recipe.trainer.callbacks)
             recipes.save_recipe(recipe, run.recipe_file)
     except OSError as error:
         raise _explain_folder_error(error, folder) from error

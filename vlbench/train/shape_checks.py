@@ -11,6 +11,7 @@ from vlbench.config import recipe as recipes
 from vlbench.config.schema import Recipe, StageConfig, VisionEncoderConfig
 from vlbench.connector import registry
 from vlbench.connector.base import Shapes
+from vlbench.connector.bounded_building import NewTensorLimit, build_connector
 from vlbench.data.image_processing import ImageTransform
 from vlbench.errors import UserError
 from vlbench.model import language_model, vision_encoder
@@ -71,10 +72,13 @@ def _check_reference_shapes(recipe: Recipe, stage: StageConfig, files: list[Path
     encoder.set_image_size(stage.image_size)
     name = recipe.connector["name"]
     with torch.device("meta"):
-        connector = registry.load_connector(name)(
-            connector_shapes(encoder, language_config), **recipe_connector_options(recipe.connector)
+        connector = build_connector(
+            registry.load_connector(name),
+            connector_shapes(encoder, language_config),
+            recipe_connector_options(recipe.connector),
         )
-        connector.prepare_objective(stage.objective)
+        with NewTensorLimit(type(connector)):
+            connector.prepare_objective(stage.objective)
         file = files[0] if len(files) == 1 else files[0].parent
         load_reference_weights(
             connector, ReferenceWeights(files, on_meta=True), name, f"init={file}"
@@ -112,8 +116,8 @@ def tokens_per_image_by_stage(recipe: Recipe, stage_runs: list[StageRun]) -> lis
             shapes = connector_shapes(encoder, language_config)
             if shapes not in tokens_by_shapes:
                 with torch.device("meta"):
-                    connector = connector_class(
-                        shapes, **recipe_connector_options(recipe.connector)
+                    connector = build_connector(
+                        connector_class, shapes, recipe_connector_options(recipe.connector)
                     )
                     encoder.class_token = connector.class_token
                     if not tokens_by_shapes and encoder.class_token:  # not every encoder has one

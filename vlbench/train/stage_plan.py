@@ -24,6 +24,7 @@ from vlbench.distributed import collectives
 from vlbench.errors import BadSample, UserError
 from vlbench.processor import Processor
 from vlbench.train.quarantine import check_bad_samples
+from vlbench.train.row_length import DEFAULT_ROW_TOKENS
 from vlbench.train.run_report import print_status
 
 HELD_OUT_SAMPLES = 64  # of every held-out loss: enough for a trend, cheap to repeat
@@ -43,8 +44,16 @@ class StageRun:
     total_steps: int
     held_out: SampleSource | None = None
     """Samples that training never meets: of `data.val`, or rendered; None if there are none."""
+    settled_row_tokens: int = DEFAULT_ROW_TOKENS
+    """Tokens of a packed row where the recipe says `auto`."""
     is_recipe_end: bool = False
     """True for the last stage of the recipe, whose data the questions at the end are about."""
+
+    @property
+    def row_tokens(self) -> int:
+        """Most tokens of a packed row."""
+        given = self.stage.max_tokens_per_row
+        return self.settled_row_tokens if given == "auto" else given
 
     @property
     def val_source(self) -> SampleSource | None:
@@ -286,6 +295,6 @@ def _build_steps(
         encoder=processor.sample_encoder(stage_run.stage.sample_format),
         image_transform=processor.transform,
         global_batch_size=global_batch_size,
-        max_tokens_per_row=stage_run.stage.max_tokens_per_row,
+        max_tokens_per_row=stage_run.row_tokens,
         total_steps=total_steps,
     )

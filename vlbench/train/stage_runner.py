@@ -12,12 +12,14 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from vlbench.compat.lightning_internals import trainer_device
 from vlbench.config.schema import Recipe, StageConfig, TrainerConfig
-from vlbench.data.batch_sampler import OptimizerStep, StepDataset
-from vlbench.distributed.launcher import isolate_data_worker
+from vlbench.core_sharing import share_cores
+from vlbench.data.batch_sampler import StepDataset
+from vlbench.data.optimizer_step import StepSource
+from vlbench.data.step_loader import StepLoader
+from vlbench.distributed import collectives
 from vlbench.distributed.process_group import is_fsdp_sharded
 from vlbench.model.compile_blocks import CompiledBlocks
 from vlbench.model.frozen_bf16 import FrozenBF16
@@ -26,6 +28,7 @@ from vlbench.model.vlm import VLM
 from vlbench.train.auto_checkpointing import set_activation_checkpointing
 from vlbench.train.feature_cache import cache_features
 from vlbench.train.lightning_trainer import build_trainer, explain_stage_errors, root_device
+from vlbench.train.row_length import choose_row_tokens, gpu_memory_limit
 from vlbench.train.trainable_parts import freeze_untrained_parts
 from vlbench.train.training_module import VLMTrainingModule
 
@@ -60,6 +63,11 @@ class StageRunner:
         )
 
     @property
+    def compiles_blocks(self) -> bool:
+        """True if blocks are compiled; `auto`, which only a run settles, is not."""
+        return self.trainer_config.compile is True
+
+    @property
     def is_sharded(self) -> bool:
         """True if every process holds a shard of the model while it is trained."""
         return is_fsdp_sharded(self.trainer_config)
@@ -82,6 +90,18 @@ class StageRunner:
         yield
         frozen_weights.restore_float32()
 
+    def choose_row_tokens(self, vlm: VLM) -> int:
+        """Return the tokens of a packed row of a prepared stage, the same in all processes."""
+        shards = collectives.world_size() if self.is_sharded else 1
+        own_choice = choose_row_tokens(
+            vlm,
+            gpu_memory_limit(self.device),
+            self.activation_checkpointing,
+            bf16=self.precision == "bf16",
+            shards=shards,
+        )
+        return int(collectives.all_gather_numbers([own_choice]).min())
+
     def set_activation_checkpointing(self, vlm: VLM, steps: StepDataset) -> str:
         """Set what the backward passes of a prepared stage recompute, and return the mode."""
         return set_activation_checkpointing(
@@ -91,6 +111,7 @@ class StageRunner:
             self.activation_checkpointing,
             bf16=self.precision == "bf16",
             is_sharded=self.is_sharded,
+            is_compiled=self.compiles_blocks,
         )
 
     def cache_features(
@@ -101,17 +122,21 @@ class StageRunner:
             return
         folder = Path(self.trainer_config.feature_cache)
         trainer = build_trainer(self.trainer_config, self.precision)
-        steps.feature_store = cache_features(vlm, steps, folder, trainer, num_workers, should_stop)
+        with share_cores(self.device):
+            steps.feature_store = cache_features(
+                vlm, steps, folder, trainer, num_workers, should_stop
+            )
 
     def train_stage(
         self,
         vlm: VLM,
         stage_name: str,
         stage: StageConfig,
-        steps: Dataset[OptimizerStep] | Sequence[OptimizerStep],
+        steps: StepSource,
         total_steps: int,
         *,
         steps_done: int = 0,
+        step_numbers: Sequence[int] | None = None,
         optimizer_state: Mapping[str, Tensor] | None = None,
         seen: Mapping[str, int] | None = None,
         callbacks: Sequence[pl.Callback] = (),
@@ -127,31 +152,38 @@ class StageRunner:
             steps: The optimizer steps, by number.
             total_steps: How many the stage has.
             steps_done: How many are done already.
+            step_numbers: Which of `steps` are taken; None for those from `steps_done` on.
             optimizer_state: State of the optimizer in the checkpoint after `steps_done` steps.
             seen: Samples, images and tokens that the run has trained on by then.
             callbacks: Lightning callbacks, called in this order.
             loggers: Where Lightning logs to.
-            num_workers: Processes that prepare batches; 0 for this one.
+            num_workers: Processes that load micro-batches, beside one that plans steps; 0 for
+                this one.
 
         Returns:
             The Lightning module, which has the report of the last step.
 
         """
         module = VLMTrainingModule(
-            vlm, stage, total_steps, steps_done, self.seed, optimizer_state, seen
+            vlm,
+            stage,
+            total_steps,
+            steps_done,
+            self.seed,
+            optimizer_state,
+            seen,
+            self.trainer_config,
         )
         trainer = build_trainer(
             self.trainer_config, self.precision, loggers, callbacks, self.profile_folder
         )
-        loader: DataLoader[OptimizerStep] = DataLoader(
-            steps,  # type: ignore[arg-type]  # a list will do, too
-            sampler=range(steps_done, total_steps),
-            batch_size=None,
+        loader = StepLoader(
+            steps=steps,
+            step_numbers=step_numbers or range(steps_done, total_steps),
             num_workers=num_workers,
-            worker_init_fn=isolate_data_worker,
             pin_memory=trainer_device(trainer).type == "cuda",
         )
-        compiled = CompiledBlocks(vlm, self.trainer_config.compile)
-        with compiled, explain_stage_errors(stage_name, stage):
+        compiled = CompiledBlocks(vlm, self.compiles_blocks)
+        with compiled, explain_stage_errors(stage_name, stage), share_cores(self.device):
             trainer.fit(module, loader)
         return module

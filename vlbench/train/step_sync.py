@@ -3,51 +3,60 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 
-from vlbench.data.batch_sampler import OptimizerStep
+from vlbench.data.optimizer_step import OptimizerStep, StepCounts
 from vlbench.data.packing import PackedBatch, empty_batch
 from vlbench.distributed import collectives
 
 
-@dataclass
-class SyncedStep:
-    """An optimizer step with its counts over the global batch."""
+def sync_step(step: OptimizerStep) -> StepCounts:
+    """Return the counts of a step over all processes; `step` gets all their bad samples.
 
-    micro_batches: list[PackedBatch]
-    """The micro-batches of this process; every process has the same number."""
-    supervised_tokens: int
-    tokens: int
-    images: int
-    samples: int
-
-
-def sync_step(step: OptimizerStep) -> SyncedStep:
-    """Return a step with the counts of all processes; `step` gets all their bad samples.
-
-    Processes with fewer micro-batches get empty ones, as all take part in every exchange.
+    `micro_batches` is the largest number of them that a process has: all run as many.
     """
-    batches = step.micro_batches
     counts = collectives.all_gather_numbers(
-        [
-            len(batches),
-            len(step.bad_samples),
-            step.skipped_samples,
-            sum(batch.supervised_token_count for batch in batches),
-            sum(sum(map(sum, batch.sample_lengths)) for batch in batches),
-            sum(len(batch.pixels) for batch in batches),
-            sum(len(batch.sample_ids) for batch in batches),
-        ]
+        [step.skipped_samples, len(step.bad_samples), *step.counts]
     )
-    _, bad_count, step.skipped_samples, *totals = [int(count) for count in counts.sum(0)]
-    if bad_count and collectives.is_distributed():
-        step.bad_samples = [
-            sample for rank in collectives.all_gather_objects(step.bad_samples) for sample in rank
-        ]
-    most_batches = int(counts[:, 0].max())
-    padding = [empty_batch() for _ in range(most_batches - len(batches))]
-    return SyncedStep([*batches, *padding], *totals)
+    step.skipped_samples = int(counts[:, 0].sum())
+    _gather_bad_samples(step, 0, int(counts[:, 1].sum()))
+    return _sum_counts(counts[:, 2:].tolist())
+
+
+def sync_lost_samples(step: OptimizerStep, known_bad_samples: int) -> StepCounts | None:
+    """Return the counts of a step again if any process has lost samples on loading, else None.
+
+    `known_bad_samples` are those that `step` had before; it gets the others of all processes.
+    """
+    lost_count = len(step.bad_samples) - known_bad_samples
+    counts = collectives.all_gather_numbers([lost_count, *step.counts])
+    lost_count = int(counts[:, 0].sum())
+    if not lost_count:
+        return None
+    _gather_bad_samples(step, known_bad_samples, lost_count)
+    return _sum_counts(counts[:, 1:].tolist())
+
+
+def _gather_bad_samples(step: OptimizerStep, known_count: int, new_count: int) -> None:
+    if new_count and collectives.is_distributed():
+        own_samples = step.bad_samples[known_count:]
+        gathered = collectives.all_gather_objects(own_samples)
+        step.bad_samples[known_count:] = [sample for rank in gathered for sample in rank]
+
+
+def _sum_counts(rank_counts: list[list[float]]) -> StepCounts:
+    columns = [[int(count) for count in column] for column in zip(*rank_counts, strict=True)]
+    return StepCounts(max(columns[0]), *map(sum, columns[1:]))
+
+
+def pad_micro_batches(batches: Iterable[PackedBatch], count: int) -> Iterator[PackedBatch]:
+    """Yield micro-batches, then empty ones up to `count`, as all take part in every exchange."""
+    missing = count
+    for batch in batches:
+        yield batch
+        missing -= 1
+    for _ in range(missing):
+        yield empty_batch()
 
 
 def all_reduce_sum(value: float) -> float:

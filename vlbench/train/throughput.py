@@ -11,33 +11,21 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from vlbench.data.batch_sampler import OptimizerStep
+from vlbench.data.optimizer_step import OptimizerStep
 from vlbench.model.train_flops import StepFlops
-from vlbench.text_files import read_text
+from vlbench.train.gpu_names import peak_flops
 from vlbench.train.training_module import VLMTrainingModule
-
-GPU_TABLE_FILE = Path(__file__).with_name("gpus.yaml")
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Return the peak FLOP/s of a device in 16 bits, dense; None if it is not in the table."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    table = yaml.safe_load(read_text(GPU_TABLE_FILE))
-    return next((1e12 * gpu["tflops"] for gpu_name, gpu in table.items() if gpu_name in name), None)
 
 
 def peak_memory() -> int:
-    """Return the peak memory in bytes: of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    """Return the peak memory in bytes: of the GPU if this process uses one, else of the process."""
+    gpu_peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+    if gpu_peak:
+        return gpu_peak
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -51,9 +39,12 @@ class ThroughputMeter:
         self.device_peak_flops: float | None = None
 
     def start_measuring(self, training: VLMTrainingModule) -> None:
-        """Start the clock, and look up the peak FLOP/s of the device."""
+        """Start the clock; look up the peak FLOP/s of the device, and say if it is not known."""
         self.device_peak_flops = peak_flops(training.device)
         self.step_flops = training.flops
+        if self.step_flops is not None and self.device_peak_flops is None:
+            name = torch.cuda.get_device_name(training.device)
+            print(f"MFU is not known: the table of GPUs has no '{name}'", flush=True)
         self.started_at = time.monotonic()
         self._reset_window()
 

@@ -5,30 +5,43 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from vlbench.compat.lightning_internals import trainer_device, without_gradient_sync
-from vlbench.config.schema import StageConfig
+from vlbench.compat.lightning_internals import trainer_device
+from vlbench.config.schema import StageConfig, TrainerConfig
 from vlbench.connector.base import Connector
-from vlbench.data.batch_sampler import OptimizerStep
+from vlbench.data.optimizer_step import OptimizerStep, StepCounts
 from vlbench.data.packing import PackedBatch
 from vlbench.distributed import collectives
 from vlbench.errors import UserError
 from vlbench.model.contrastive_loss import add_contrast_pools
-from vlbench.model.fsdp_wrapping import apply_fsdp
+from vlbench.model.fsdp_wrapping import apply_fsdp, build_shard_mesh
 from vlbench.model.replicated_parameters import clip_gradients, split_by_sharding
 from vlbench.model.train_flops import StepFlops, count_step_flops
 from vlbench.model.vlm import VLM
+from vlbench.train.gradient_sync import (
+    defer_gradient_sync,
+    device_memory,
+    reduces_once_per_step,
+    whole_gradient_bytes,
+)
 from vlbench.train.lr_schedule import build_lr_scheduler
 from vlbench.train.optimizer_state import restore_optimizer_state
-from vlbench.train.step_sync import SyncedStep, all_reduce_counts, all_reduce_sum, sync_step
+from vlbench.train.step_sync import (
+    all_reduce_counts,
+    all_reduce_sum,
+    pad_micro_batches,
+    sync_lost_samples,
+    sync_step,
+)
 
 SEEN_COUNTS = ("samples", "images", "tokens")
 """The counts of a `StepReport` that are summed over the whole run."""
@@ -50,10 +63,16 @@ class StepReport:
     """Positions in packed rows: text and image positions, without padding."""
     images: int = 0
     samples: int = 0
+    supervised_tokens: int = 0
+    """Positions with a label."""
     extra: dict[str, float] = field(default_factory=dict)
     """The connector's own losses by name, each a mean over the global batch."""
     skipped: bool = False
     """True when the loss or a gradient was not finite, so no weight was changed."""
+
+    def count_step(self, counts: StepCounts) -> None:
+        """Take over the counts of a step over all processes."""
+        _, self.supervised_tokens, self.tokens, self.images, self.samples = counts
 
 
 class VLMTrainingModule(pl.LightningModule):
@@ -76,6 +95,7 @@ class VLMTrainingModule(pl.LightningModule):
         seed: int,
         optimizer_state: Mapping[str, Tensor] | None = None,
         seen: Mapping[str, int] | None = None,
+        trainer_config: TrainerConfig | None = None,
     ) -> None:
         """Prepare to train from optimizer step `steps_done` to `total_steps`.
 
@@ -87,6 +107,7 @@ class VLMTrainingModule(pl.LightningModule):
             seed: Fixes what is random inside of a step, together with the step's number.
             optimizer_state: State of the optimizer in that checkpoint, by `KEY.PARAMETER_NAME`.
             seen: Samples, images and tokens that the run has trained on by then.
+            trainer_config: How FSDP2 shards the model and when it reduces gradients.
         """
         super().__init__()
         self.automatic_optimization = False
@@ -94,6 +115,9 @@ class VLMTrainingModule(pl.LightningModule):
         self.total_steps, self.steps_done = total_steps, steps_done
         self.optimizer_state = optimizer_state
         self.seen = {name: 0 for name in SEEN_COUNTS} | dict(seen or {})
+        self.trainer_config = trainer_config or TrainerConfig()
+        self.reduces_once = True
+        """Whether a sharded model keeps whole gradients and reduces them once a step."""
         self.report = StepReport(steps_done)
         self.flops: StepFlops | None = None
         self.data_wait_seconds = 0.0
@@ -106,8 +130,18 @@ class VLMTrainingModule(pl.LightningModule):
         if on_gpu and self.stage.objective == "language":  # MFU needs a peak, which no CPU has
             self.flops = count_step_flops(self.vlm)
         if self.device_mesh is not None:
-            bf16 = self.trainer.precision == "bf16-mixed"
-            apply_fsdp(self.vlm, self.device_mesh["data_parallel"], bf16)
+            self._shard_model()
+
+    def _shard_model(self) -> None:
+        """Shard the model over the processes of the strategy."""
+        device, config = trainer_device(self.trainer), self.trainer_config
+        mesh = build_shard_mesh(device.type, config.shard_count)
+        apply_fsdp(self.vlm, mesh, bf16=self.trainer.precision == "bf16-mixed")
+        self.reduces_once = reduces_once_per_step(
+            config.reduce_gradients,
+            whole_gradient_bytes(self.vlm.parameters()),
+            device_memory(device),
+        )
 
     def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[LambdaLR]]:
         """Return AdamW and its learning-rate schedule.
@@ -154,20 +188,40 @@ class VLMTrainingModule(pl.LightningModule):
         """Start the clock again; the callbacks have run by now."""
         self._idle_since = time.monotonic()
 
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Return what Lightning calls behind the callbacks of the Trainer."""
+        return [_LeftoverState()]
+
+    def cpu(self) -> Self:
+        """Leave the model where it is: Lightning calls this after every stage.
+
+        The next stage and the questions at the end need it on the same device.
+        """
+        return self
+
     def transfer_batch_to_device(
         self, batch: OptimizerStep, device: torch.device, _: int
     ) -> OptimizerStep:
-        """Leave the step on the CPU: its micro-batches are moved one at a time."""
+        """Leave the step on the CPU: its micro-batches are loaded and moved one at a time."""
         return batch
 
     def training_step(self, step: OptimizerStep, _: int) -> None:
         """Run the micro-batches of a step, then clip gradients and update the weights once."""
         torch.manual_seed(hash((self.seed, step.index)) & 0x7FFFFFFF)
         optimizer: Any = self.optimizers()
-        synced_step = sync_step(step)
-        report = self._begin_optimizer_step(synced_step, optimizer)
-        if synced_step.supervised_tokens:
-            self._accumulate_gradients(synced_step, report)
+        if self._needs_whole_step():
+            started = time.monotonic()
+            step.load_micro_batches()
+            self.data_wait_seconds += time.monotonic() - started
+        counts = sync_step(step)
+        optimizer.zero_grad(set_to_none=True)
+        report = StepReport(
+            self.steps_done, lr=max(group["lr"] for group in optimizer.param_groups)
+        )
+        report.count_step(counts)
+        if counts.supervised_tokens:
+            self._accumulate_gradients(step, counts, report, optimizer)
+        if report.supervised_tokens:
             self._clip_and_update(optimizer, report)
         else:
             optimizer.step()  # all samples were bad: the step counts, no weight changes
@@ -178,41 +232,84 @@ class VLMTrainingModule(pl.LightningModule):
         self.seen = {name: count + getattr(report, name) for name, count in self.seen.items()}
         self.report = report
 
-    def _begin_optimizer_step(self, synced_step: SyncedStep, optimizer: Any) -> StepReport:
-        optimizer.zero_grad(set_to_none=True)
-        return StepReport(
-            self.steps_done,
-            lr=max(group["lr"] for group in optimizer.param_groups),
-            tokens=synced_step.tokens,
-            images=synced_step.images,
-            samples=synced_step.samples,
-        )
+    def _needs_whole_step(self) -> bool:
+        """Tell whether the losses of a micro-batch depend on all others of the step.
 
-    def _accumulate_gradients(self, synced_step: SyncedStep, report: StepReport) -> None:
+        The language loss needs the number of supervised tokens alone, which is known ahead.
+        """
+        connector = type(self.vlm.connector)
+        has_own_losses = connector.losses is not Connector.losses
+        counts_losses = connector.loss_counts is not Connector.loss_counts
+        return self.stage.objective != "language" or has_own_losses or counts_losses
+
+    def _measure_waiting(self, batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
+        """Yield micro-batches; add how long they were waited for to `data_wait_seconds`."""
+        while True:
+            started = time.monotonic()
+            batch = next(batches, None)
+            self.data_wait_seconds += time.monotonic() - started
+            if batch is None:
+                return
+            yield batch
+
+    def _accumulate_gradients(
+        self, step: OptimizerStep, counts: StepCounts, report: StepReport, optimizer: Any
+    ) -> None:
         """Add up the gradients of the loss per supervised token of the global batch."""
         world_size = collectives.world_size()
+        known_bad_samples = len(step.bad_samples)
         loss_sum = zero = torch.zeros((), device=self.device)
         extra: dict[str, Tensor] = {}
-        batches = add_contrast_pools(self.vlm, synced_step.micro_batches)
-        counts = self._loss_counts(batches)
+        batches: Iterable[PackedBatch] = pad_micro_batches(
+            self._measure_waiting(step.take_micro_batches()), counts.micro_batches
+        )
+        loss_counts: dict[str, int] = {}
+        if self._needs_whole_step():
+            batches = add_contrast_pools(self.vlm, list(batches))
+            loss_counts = self._loss_counts(batches)
         for index, batch in enumerate(batches):
-            with self._gradient_sync(is_last=index == len(batches) - 1):
+            is_last = index == counts.micro_batches - 1
+            with contextlib.nullcontext() if is_last else self._defer_gradient_sync():
                 out = self.vlm(batch.to(self.device))
-                if index == 0:
-                    counts |= self._forward_loss_counts(batches, set(out.extra) - set(counts))
+                if index == 0 and isinstance(batches, list):
+                    new_names = set(out.extra) - set(loss_counts)
+                    loss_counts |= self._forward_loss_counts(batches, new_names)
                 lm_loss = zero if out.loss_sum is None else out.loss_sum
-                loss = lm_loss / synced_step.supervised_tokens
+                loss = lm_loss / counts.supervised_tokens
                 for name, (value, _) in out.extra.items():
-                    mean = value / max(1, self._require_loss_count(counts, name))
+                    mean = value / max(1, self._require_loss_count(loss_counts, name))
                     loss = loss + mean
                     extra[name] = extra.get(name, 0) + mean.detach()
                 self.manual_backward(loss * world_size)  # DDP and FSDP average over ranks
             loss_sum = loss_sum + lm_loss.detach()
+        self._count_lost_samples(step, known_bad_samples, report, optimizer)
         report.extra = {name: all_reduce_sum(float(value)) for name, value in extra.items()}
         if self.stage.objective == "language":
-            report.loss = all_reduce_sum(float(loss_sum)) / synced_step.supervised_tokens
+            total = all_reduce_sum(float(loss_sum))
+            report.loss = total / report.supervised_tokens if report.supervised_tokens else math.nan
         else:
             report.loss = sum(report.extra.values())
+
+    def _count_lost_samples(
+        self, step: OptimizerStep, known_bad_samples: int, report: StepReport, optimizer: Any
+    ) -> None:
+        """Correct what was counted ahead by the samples whose images could not be opened.
+
+        The loss was divided by their supervised tokens as well; gradients are multiplied by what
+        that was too much.
+        """
+        counts = sync_lost_samples(step, known_bad_samples)
+        if counts is None:
+            return
+        planned_tokens = report.supervised_tokens
+        report.count_step(counts)
+        if not counts.supervised_tokens:
+            optimizer.zero_grad(set_to_none=True)
+            return
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(planned_tokens / counts.supervised_tokens)
 
     def _loss_counts(self, batches: Sequence[PackedBatch]) -> dict[str, int]:
         """Return the divisors of the connector's own losses that follow from the batches alone."""
@@ -261,8 +358,24 @@ class VLMTrainingModule(pl.LightningModule):
             optimizer.zero_grad(set_to_none=True)  # AdamW skips parameters without gradient
         optimizer.step()
 
-    @contextlib.contextmanager
-    def _gradient_sync(self, is_last: bool) -> Iterator[None]:
-        """Reduce gradients over the ranks in the last micro-batch of a step only."""
-        with contextlib.nullcontext() if is_last else without_gradient_sync(self.trainer):
-            yield
+    def _defer_gradient_sync(self) -> AbstractContextManager[Any]:
+        return defer_gradient_sync(self.trainer, self.vlm, self.reduces_once)
+
+
+class _LeftoverState(pl.Callback):
+    """Drops gradients and state of the optimizer when a stage ends, which nobody needs any more.
+
+    Its last checkpoint has been written by then. Lightning would move both to the host.
+    """
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Drop them at the regular end."""
+        pl_module.zero_grad(set_to_none=True)
+        for optimizer in trainer.optimizers:
+            optimizer.state.clear()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Drop them before an error is reported, which would take as long otherwise."""
+        self.on_train_end(trainer, pl_module)

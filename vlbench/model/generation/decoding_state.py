@@ -19,6 +19,11 @@ from vlbench.compat.torch_internals import (
 from vlbench.compat.transformers_internals import static_cache_position
 from vlbench.errors import UserError, one_line
 from vlbench.model.generation.kv_cache import CACHE_ARGUMENT, to_static_cache
+from vlbench.model.generation.step_graph import (
+    STEPS_BEFORE_CAPTURE,
+    DecodeStep,
+    capture_cuda_graph,
+)
 from vlbench.model.vlm import VLM
 
 LENGTH_MULTIPLE = 256
@@ -86,14 +91,28 @@ class StaticDecodingState:
         """`[rows, 1, 1, length]`: what the next token attends to; transformers uses it as it is."""
         self.attention_mask[:, 0, 0, :prefilled] = state.attention_mask.bool()
         self.kv_cache = to_static_cache(state.kv_cache, state.vlm.language.config, length)
+        self.token_ids = self.position_ids.new_zeros(rows)
+        self._steps_done = 0
+        self._replay_graph: DecodeStep | None = None
 
     def decode_next(self, token_ids: Tensor) -> Tensor:
-        """Run one more token per row, `token_ids` `[rows]`; return logits `[rows, vocabulary]`."""
+        """Run one more token per row, `token_ids` `[rows]`; return logits `[rows, vocabulary]`.
+
+        On a GPU the next call overwrites them.
+        """
+        self.token_ids.copy_(token_ids)
+        if self._steps_done == STEPS_BEFORE_CAPTURE and _can_be_captured(self.vlm):
+            self._replay_graph = capture_cuda_graph(self._run_step, self.vlm.device)
+        self._steps_done += 1
+        return self._replay_graph() if self._replay_graph else self._run_step()
+
+    def _run_step(self) -> Tensor:
+        """Run `token_ids`; all tensors are changed in place, so that a graph finds them again."""
         self.position_ids += 1
         self.attention_mask.index_fill_(3, static_cache_position(self.kv_cache), True)
         return self.decode_step(
             self.vlm,
-            token_ids,
+            self.token_ids,
             self.visual,
             self.image_index,
             self.position_ids,
@@ -136,6 +155,11 @@ class CompiledDecodeStep:
                 f"({one_line(error, max_lines=2)}). On a CPU a C++ compiler is needed; "
                 "compiled=False does without"
             ) from error
+
+
+def _can_be_captured(vlm: VLM) -> bool:
+    """Tell whether a step is a sequence of kernels of a GPU: where it is compiled."""
+    return vlm.device.type == "cuda" and not _has_layer_hooks(vlm)
 
 
 def _has_layer_hooks(vlm: VLM) -> bool:

@@ -25,6 +25,7 @@ from vlbench.model.generation.kv_cache import (
 )
 from vlbench.model.generation.sampling_options import check_sampling_options
 from vlbench.model.vlm import VLM
+from vlbench.process_settings import avoid_cudnn_attention
 from vlbench.processor import Processor
 
 NONFINITE_ID = -1
@@ -81,16 +82,17 @@ def generate(
     )
     vlm = in_eval_mode(vlm)
     try:
-        prefill, embeds = _prepare_decoding(vlm, batch, past)
-        prompt_lengths = prefill.attention_mask.sum(1)
-        room = (vlm.language.config.max_position_embeddings - prompt_lengths).tolist()
-        rows = _GeneratedRows(vlm, processor, [min(max_new_tokens, left) for left in room])
-        logits = prefill.decode_embeddings(embeds)
-        state: DecodingState | StaticDecodingState = prefill
-        if compiled:
-            new_token_count = max(rows.limits) - 1  # the last one is not run through the model
-            state = StaticDecodingState(prefill, new_token_count, decode_step)
-        _decode_rows(rows, state, logits, choose_ids, on_token)
+        with avoid_cudnn_attention(vlm.device.type):
+            prefill, embeds = _prepare_decoding(vlm, batch, past)
+            prompt_lengths = prefill.attention_mask.sum(1)
+            room = (vlm.language.config.max_position_embeddings - prompt_lengths).tolist()
+            rows = _GeneratedRows(vlm, processor, [min(max_new_tokens, left) for left in room])
+            logits = prefill.decode_embeddings(embeds)
+            state: DecodingState | StaticDecodingState = prefill
+            if compiled:
+                new_token_count = max(rows.limits) - 1  # the last one is not run through the model
+                state = StaticDecodingState(prefill, new_token_count, decode_step)
+            _decode_rows(rows, state, logits, choose_ids, on_token)
     except BaseException:
         if past:
             past.clear_cache()  # it may have been stopped between two layers

@@ -76,7 +76,7 @@ def write_hf_llava(vlm: LoadedVLM, folder: Path, dtype: torch.dtype | None) -> N
         name: cast_floating(tensor, dtype)
         for name, tensor in _build_llava_state_dict(vlm.model, vocab_size).items()
     }
-    llava_config = _build_llava_config(vlm.model, image_id, vocab_size)
+    llava_config = build_llava_config(vlm.model, image_id, vocab_size)
     llava_config.dtype = state["lm_head.weight"].dtype
     with torch.device("meta"):
         model: Any = LlavaForConditionalGeneration(llava_config)
@@ -108,7 +108,8 @@ def _hide_progress_bars() -> Iterator[None]:
         (enable_progress_bars if hub_was_enabled else disable_progress_bars)()
 
 
-def _build_llava_config(vlm: VLM, image_id: int, vocab_size: int) -> LlavaConfig:
+def build_llava_config(vlm: VLM, image_id: int, vocab_size: int) -> LlavaConfig:
+    """Return transformers' configuration of a model of LLaVA's layout."""
     depth, _ = projector_depth_and_norm(require_projector(vlm.connector, LAYOUT_NAME))
     language = {**vlm.language.config.to_dict(), "vocab_size": vocab_size}
     return LlavaConfig(
@@ -127,7 +128,7 @@ def _build_llava_state_dict(vlm: VLM, vocab_size: int) -> dict[str, Tensor]:
     """Return the weights by the names of transformers' module, with `vocab_size` embeddings."""
     parts = collect_part_states(vlm)
     with torch.device("meta"):
-        llava = LlavaForConditionalGeneration(_build_llava_config(vlm, 0, vocab_size))
+        llava = LlavaForConditionalGeneration(build_llava_config(vlm, 0, vocab_size))
     hf_names = llava.state_dict()
     vision_prefix = next(p for p in VISION_PREFIXES if any(name.startswith(p) for name in hf_names))
     state = {vision_prefix + key: tensor for key, tensor in parts["vision"].items()}
