@@ -59,14 +59,14 @@ def smallest_detectable(pair: PairUncertainty) -> float:
     def missing_power(noncentrality: float) -> float:
         return float(stats.nct.sf(critical, degrees, noncentrality)) - STATISTICAL_POWER
 
-    noncentrality = brentq(missing_power, 0.0, 10 * critical + 10)
+    noncentrality = float(brentq(missing_power, 0.0, 10 * critical + 10))
     shrinkage = math.sqrt(2 / degrees) * math.exp(gammaln((degrees + 1) / 2) - gammaln(degrees / 2))
     step = noncentrality * pair.standard_error / shrinkage
 
     def surplus(difference: float) -> float:
-        return difference - step * math.sqrt(_variance_ratio(pair, difference))
+        return float(difference - step * math.sqrt(_variance_ratio(pair, difference)))
 
-    by_t = brentq(surplus, 0.0, 1.0) if surplus(1.0) > 0 else 1.0
+    by_t = float(brentq(surplus, 0.0, 1.0)) if surplus(1.0) > 0 else 1.0
     needed = math.ceil(-math.log2(level))  # so many wins without a loss are significant
     # half of what tells rows apart is taken to be in every seed, the rest to be any seed's own
     questions = pair.question_count * (1 + pair.seed_count) / 2
