@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from vlbench.__main__ import main
 from vlbench.config import recipe as recipes
+from vlbench.data.sample import ChatTurn, Sample
+from vlbench.evaluate.heldout_questions import collect_questions, scene_questions
 
 
 def run(folder: Path, chance: float, seed: int, *words: str) -> Path:
@@ -95,6 +98,15 @@ def test_turns_about_one_picture_are_counted_once(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "300 about 30 pictures, the unit. Intervals are of 95 %, over questions alone" in said
     assert "- this run of " in said and "that run of " in said
+
+
+def test_questions_name_the_picture_that_their_conversation_is_about():
+    image = SimpleNamespace(name="a.jpg", open=lambda: None)
+    words = (("human", "<image_placeholder> one"), ("assistant", "1"), ("human", "two"))
+    turns = tuple(ChatTurn(*turn) for turn in (*words, ("assistant", "2")))
+    asked, _ = collect_questions([Sample("7", turns, (image,))], 9)
+    assert [one.picture for one in asked] == ["a.jpg", "a.jpg"]
+    assert len({one.picture for one in scene_questions("new")}) == 1200
 
 
 def test_a_seed_that_is_missing_in_a_row_is_left_out_and_said(runs, capsys):

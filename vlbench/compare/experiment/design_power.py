@@ -16,7 +16,7 @@ from vlbench.text_files import read_json
 from vlbench.train.run_folder import RunFolder
 
 ASSUMED_ACCURACY = 0.8
-ASSUMED_SPREADS = (0.01, 0.03)
+ASSUMED_SPREADS: tuple[float, ...] = (0.01, 0.03)
 """Standard deviations of accuracy over seeds: a calm and a restless training."""
 
 
