@@ -32,22 +32,16 @@ LORA_WORDS = ("stages.chat.train.language.lora.rank=64", "stages.chat.train.visi
 
 
 class DeviceTimer(StepTimer):
-    """Note when the GPU has finished every step; leave the weights where they are at the end."""
+    """Note when the GPU has finished every step."""
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Keep Lightning from copying the model to the host after training."""
+        """Keep Lightning from copying AdamW's moments to the host where memory ran out."""
         trainer.strategy.teardown = lambda: None
 
     def on_step_end(self, training: VLMTrainingModule, step: OptimizerStep) -> None:
         """Note the step."""
         synchronize_device()
         super().on_step_end(training, step)
-
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Let go of gradients and moments."""
-        for optimizer in trainer.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-            optimizer.state.clear()
 
 
 @dataclass

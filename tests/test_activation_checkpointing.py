@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -10,7 +12,11 @@ from vlbench.data.batch_sampler import StepDataset
 from vlbench.model.activation_checkpointing import CHECKPOINTING_MODES
 from vlbench.model.build_vlm import build_vlm
 from vlbench.model.loaded_vlm import LoadedVLM
-from vlbench.train.auto_checkpointing import choose_checkpointing_mode, set_activation_checkpointing
+from vlbench.train.auto_checkpointing import (
+    choose_checkpointing_mode,
+    largest_row,
+    set_activation_checkpointing,
+)
 from vlbench.train.stage_plan import build_stage_steps, plan_stage_runs
 from vlbench.train.trainable_parts import freeze_untrained_parts
 
@@ -72,6 +78,79 @@ def test_the_first_way_that_fits_is_taken():
     assert (
         choose_checkpointing_mode({"none": None, "selective": 50}.get, 60) == "selective"
     )  # out of memory
+
+
+class ScriptedMemory:
+    """A GPU that says what it is told, one peak for each mode that is measured."""
+
+    peaks: list[int] = []
+    limit = 0
+    on_release = staticmethod(lambda: None)
+
+    def __init__(self, _: torch.device) -> None:
+        self.left = list(self.peaks)
+
+    def limit_bytes(self) -> int:
+        return self.limit
+
+    def reset_peak(self) -> None:
+        pass
+
+    def peak_bytes(self) -> int:
+        return self.left.pop(0)
+
+    def release_unused(self) -> None:
+        type(self).on_release()
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    monkeypatch.setattr("vlbench.train.auto_checkpointing.DeviceMemory", ScriptedMemory)
+    return lambda **told: [monkeypatch.setattr(ScriptedMemory, *one) for one in told.items()]
+
+
+@pytest.mark.parametrize(("spare", "mode"), [(0, "none"), (-1, "selective"), (-51, "full")])
+def test_the_state_of_the_optimizer_must_fit_too(spare, mode, scripted):
+    vlm, steps = ready("yivl_llava")
+    before = {name: tensor.clone() for name, tensor in vlm.model.state_dict().items()}
+    trained = sum(p.numel() for p in vlm.parameters() if p.requires_grad)
+    scripted(peaks=[100, 50], limit=100 + 8 * trained + spare)
+    assert set_mode(vlm, steps, "cpu", "32") == mode
+    assert all(torch.equal(before[name], t) for name, t in vlm.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in vlm.parameters())
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_memory_that_runs_out_is_given_back_before_the_next_mode(number, scripted):
+    """It runs out in the first or in the second micro-batch, with an activation in its frames."""
+    vlm, steps = ready("yivl_llava")
+    alive: list[weakref.ref[torch.Tensor]] = []
+    left: list[int] = []
+
+    def run_out(module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor):
+        held = output.clone()
+        alive.append(weakref.ref(held))
+        if len(alive) == number:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    vlm.language.lm_head.register_forward_hook(run_out)
+    scripted(
+        peaks=[1],
+        limit=1 << 60,
+        on_release=lambda: left.append(sum(r() is not None for r in alive)),
+    )
+    assert set_mode(vlm, steps, "cpu", "32") == "selective"
+    assert left == [0, 0]
+
+
+def test_the_measured_row_is_as_long_as_any_may_be_and_has_most_images():
+    vlm, steps = ready("yivl_llava", "stages.chat.max_tokens_per_row=300")
+    rows = [batch for number in range(20) for batch in steps[number].micro_batches]
+    row = largest_row(vlm.model, steps)
+    assert len(row.pixels) == max(len(batch.pixels) for batch in rows)
+    longest = max(300, vlm.processor.max_length)
+    assert row.input_ids.shape == (1, longest) and sum(row.sample_lengths[0]) == longest
+    assert torch.isfinite(vlm(row).loss_sum)
 
 
 def set_mode(vlm: LoadedVLM, steps: StepDataset, device: str, precision: str) -> str:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import random
+from typing import Any
+
 import pytest
 import torch
 from random_vlm import SMALL, make_batch, make_sample, open_gates, small_vlm
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlbench.__main__ import main
 from vlbench.connector import registry
 from vlbench.data.packing import PackedBatch
 from vlbench.model import lora_adapters
+from vlbench.model.activation_checkpointing import CHECKPOINTING_MODES
 from vlbench.model.compile_blocks import CompiledBlocks
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.packed_attention import SampleBounds
@@ -63,14 +68,24 @@ def learned(vlm: LoadedVLM) -> list[Tensor]:
     return losses
 
 
-def kernel(query: Tensor, key: Tensor, value: Tensor, begins: Tensor, *_: object, **__: object):
+def kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    begins: Tensor,
+    _: Tensor,
+    longest: int,
+    *__: object,
+    **___: object,
+):
     """Attend over rows laid end to end, as a GPU's kernel does, in a way that can be compiled.
 
     What comes in 16 bits goes in 32, so that the rest of a model need not be in 16.
     """
     places = torch.arange(len(query))
     own = torch.searchsorted(begins, places, right=True, out_int32=True)
-    sees = (own[:, None] == own) & (places[:, None] >= places)
+    behind = places[:, None] - places
+    sees = (own[:, None] == own) & (behind >= 0) & (behind < longest)
     heads = (one.transpose(0, 1)[None] for one in (query, key, value))
     out = scaled_dot_product_attention(*heads, attn_mask=sees, enable_gqa=True)
     return out[0].transpose(0, 1).float()
@@ -115,7 +130,106 @@ def test_compiled_blocks_learn_the_same(name, frozen, way, one_call, graphs, mon
     assert len(vlm.generate(ask, max_new_tokens=3)[0]) and graphs() == made
     compiled.restore_forward()
     assert torch._dynamo.config.get_config_copy() == settings
+    recomputed = {block for block in vlm.model.modules() if "forward" in vars(block)}
+    blocks = {*vlm.language.model.layers, *vlm.vision.blocks()}
+    assert recomputed == (set() if way == "none" else blocks)
+    vlm.model.enable_activation_checkpointing("none")
     assert all("forward" not in vars(module) for module in vlm.model.modules())
+
+
+@pytest.fixture
+def one_call(monkeypatch):
+    """Packed attention is one operation of the graphs, as on a GPU."""
+    monkeypatch.setattr("vlbench.model.packed_attention.find_varlen_attention", lambda: kernel)
+    monkeypatch.setattr("vlbench.model.packed_attention.matmul_dtype", lambda _: torch.bfloat16)
+    monkeypatch.setattr("vlbench.model.vlm.sample_bounds", bounds)
+
+
+class CountedProducts(TorchDispatchMode):
+    """Counts matrix products and attention, in compiled code as well."""
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        self.count += "mm" in name or ("attention" in name and "backward" not in name)
+        return func(*args, **(kwargs or {}))
+
+
+def language_alone() -> LoadedVLM:
+    """Return a model whose decoder alone is trained; a trained connector is recomputed in full."""
+    vlm = model("llava_mlp", "vision")
+    vlm.model.connector.requires_grad_(False)
+    return vlm
+
+
+def backward_products(vlm: LoadedVLM, mode: str, backend: str | None) -> int:
+    """Return the number of products of a backward pass, with all that it computes again."""
+    vlm.model.enable_activation_checkpointing(mode)
+    with CompiledBlocks(vlm.model, backend is not None, backend or "eager"):
+        batch = batches(vlm)[0]
+        vlm(batch).loss_sum.backward()  # compiles both passes
+        loss = vlm(batch).loss_sum
+        with CountedProducts() as products:
+            loss.backward()
+    return products.count
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        None,
+        pytest.param("aot_eager", marks=pytest.mark.slow),
+        "aot_eager_decomp_partition",  # divides forward from backward as Inductor does
+    ],
+)
+def test_selective_computes_no_product_again(backend, graphs, one_call):
+    vlm = language_alone()
+    found = {mode: backward_products(vlm, mode, backend) for mode in CHECKPOINTING_MODES}
+    layers = len(vlm.language.model.layers)
+    assert found["selective"] == found["none"]
+    assert found["full"] >= found["none"] + 6 * layers  # the last product needs no repetition
+    assert bool(graphs()) == (backend is not None)
+
+
+@pytest.mark.slow
+def test_selective_computes_no_product_again_after_inductor(graphs, one_call):
+    """Its products are calls of kernels, which a profiler sees."""
+    vlm, found = language_alone(), {}
+    for mode in CHECKPOINTING_MODES:
+        vlm.model.enable_activation_checkpointing(mode)
+        with CompiledBlocks(vlm.model):
+            vlm(batches(vlm)[0]).loss_sum.backward()
+            loss = vlm(batches(vlm)[0]).loss_sum
+            with torch.profiler.profile() as profile:
+                loss.backward()
+        names = [event.name for event in profile.events()]
+        found[mode] = sum(name in ("aten::mm", "aten::addmm", "aten::bmm") for name in names)
+    assert found["selective"] == found["none"] < found["full"]
+
+
+def test_fifty_packings_need_no_further_graph(graphs, one_call):
+    """Two graphs for the decoder and two for the vision encoder at most: one image is a size of
+    its own."""
+    vlm = model("llava_mlp", "")
+    vlm.model.enable_activation_checkpointing("selective")
+    generator = random.Random(0)
+    with CompiledBlocks(vlm.model, backend="aot_eager"):
+        for number in range(50):
+            samples = [
+                make_sample(100 * number + k, generator.randint(0, 3), generator.randint(1, 9))
+                for k in range(generator.randint(1, 4))
+            ]
+            vlm(make_batch(vlm, [samples])).loss_sum.backward()
+            if number == 9:
+                made = graphs()
+    assert made == graphs() <= 4
 
 
 @pytest.mark.slow

@@ -28,10 +28,12 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import vlbench
 from vlbench.__main__ import main
+from vlbench.config.recipe import load_recipe
 from vlbench.data.chat_template import CHAT_TEMPLATES
 from vlbench.data.sample import IMAGE_PLACEHOLDER
 from vlbench.model.weights.export_hf_llava import IMAGE_TOKEN, to_jinja_template
 from vlbench.processor import sample_from_messages
+from vlbench.serve.model_card import _describe_training, _plain_markdown
 
 CASE = CASES["cases"][0]
 SHORT = ["stages.align_224.steps=2", "stages.align_448.steps=2", "stages.chat.steps=3"]
@@ -316,3 +318,14 @@ def test_sigterm_leaves_nothing_half_written(tmp_path):
     assert main(["export", *words]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["to"]
     assert not (tmp_path / "to/rest").exists()
+
+
+def test_nothing_in_a_model_card_acts_as_markup() -> None:
+    assert _plain_markdown("a<script>|`[x](http://y)\n# b") == (
+        "a\\<script>\\|'\\[x](http://y)\\n# b"
+    )
+    recipe = load_recipe(["recipe=yivl_llava"]).model_copy(
+        update={"recipe": "x`<b>.yaml", "init": "y <img src=z>\n# title"}
+    )
+    text = _describe_training(recipe)
+    assert "Recipe `x'<b>`," in text and "y \\<img src=z>\\n# title" in text

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from forked_command import run_command
+
+from vlbench.data import tokenizer_limits
+from vlbench.data.conversation_record import sample_from_record
+from vlbench.errors import BadSample, UserError
+from vlbench.evaluate.tasks.answer_formats import _flatten_records
+from vlbench.model.language_model import TINY_LANGUAGE_FOLDER
+from vlbench.text_files import parse_json
 
 FIT = ["fit", "recipe=yivl_llava", "dry_run=true"]
 DEEP = 5_000  # brackets
@@ -77,6 +85,47 @@ def test_sizes_of_a_connector(name: str, tmp_path: Path) -> None:
     assert expected in run_command([*FIT, f"connector={word}"], tmp_path).assert_one_line()
 
 
+@pytest.mark.parametrize(
+    "word",
+    ["language.weights=http://a/b", "language.weights=a/../b", "init=https://a/b", "init=a/b/.."]
+    + ["vision.name=hf-hub:../../x", "vision.name=http://a/b", "connector={name: ../x}"],
+)
+def test_a_name_that_is_no_repository(word: str, tmp_path: Path) -> None:
+    line = run_command(
+        [*FIT, word], tmp_path, environment={"HF_HUB_OFFLINE": "1"}
+    ).assert_one_line()
+    assert word.split("=")[0] in line
+
+
+ADDED_TOKENS = {
+    "digits": ("added_tokens.json", {"<x>": LONG}, "at most 12 digits"),
+    "many": ("added_tokens.json", {f"<{n}>": 1000 + n for n in range(30_000)}, "at most 20,000"),
+    "special": (
+        "special_tokens_map.json",
+        {"additional_special_tokens": [f"<{n}>" for n in range(100_000)]},
+        "at most 20,000",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ADDED_TOKENS)
+def test_added_tokens(name: str, tmp_path: Path) -> None:
+    file, value, expected = ADDED_TOKENS[name]
+    shutil.copytree(TINY_LANGUAGE_FOLDER, tmp_path / "model")
+    (tmp_path / "model" / file).write_text(json.dumps(value))
+    line = run_command([*FIT, "language.weights=model"], tmp_path).assert_one_line()
+    assert expected in line
+
+
+def test_a_vocabulary_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_limits, "LARGE_TOKENIZER_BYTES", 0)
+    monkeypatch.setattr(tokenizer_limits, "MAX_VOCABULARY", 100)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps({"model": {"vocab": dict.fromkeys(map(str, range(101)), 0)}}))
+    with pytest.raises(UserError, match="101 entries"):
+        tokenizer_limits.check_vocabulary_size(file)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe(name: str, tmp_path: Path) -> None:
     text, expected = RECIPES[name]
@@ -120,3 +169,13 @@ def test_answers(name: str, tmp_path: Path) -> None:
     (tmp_path / "answers.json").write_text(RECORDS[name])
     words = ["score", "task=mmmu", "answers=answers.json", "protocol=official"]
     assert "answers.json" in run_command(words, tmp_path).assert_one_line()
+
+
+def test_values_that_are_nested_deeply() -> None:
+    deep = json.loads("[" * 700 + "5" + "]" * 700)
+    assert _flatten_records(deep) == [" is not a JSON object"]
+    record = {"id": "a", "x": deep, "conversations": [{"from": "human", "value": "a"}]}
+    with pytest.raises(BadSample, match="nested too deeply"):
+        sample_from_record(record, "a", lambda name: None)  # type: ignore[arg-type, return-value]
+    with pytest.raises(ValueError, match="nested too deeply"):
+        parse_json("[" * 200_000)

@@ -164,7 +164,8 @@ def test_a_recorded_step_finds_all_that_changes_where_it_was(monkeypatch):
             changed += [layer.keys, layer.values, layer.cumulative_length]
         return [tensor.data_ptr() for tensor in changed]
 
-    def record(step):
+    def record(step, device):
+        assert device == vlm.device
         recorded.append(addresses := tensors_of(step.__self__))
 
         def replay() -> torch.Tensor:

@@ -55,21 +55,21 @@ def test_a_full_disk_ends_fit_with_one_line_and_the_run_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "kept"),
+    ("words", "kept"),
     [
-        (["check", "recipe=yivl_llava", "out=new"], 1, "new/findings.jsonl"),
-        (["report", "{run}", "out=new.html"], 2, ""),
-        (["export", "model={run}", "out=new", "format=vlbench"], 2, ""),
-        (["eval", "model={run}", "out=new"], 1, "new/settings.json"),
+        (["check", "recipe=yivl_llava", "out=new"], "new/findings.jsonl"),
+        (["report", "{run}", "out=new.html"], ""),
+        (["export", "model={run}", "out=new", "format=vlbench"], ""),
+        (["eval", "model={run}", "out=new"], "new/settings.json"),
     ],
 )
 def test_a_full_disk_leaves_no_half_written_result(
-    words: list[str], code: int, kept: str, whole_run: Path, tmp_path: Path
+    words: list[str], kept: str, whole_run: Path, tmp_path: Path
 ) -> None:
     before = files_of(whole_run)
     given = [word.format(run=whole_run) for word in words]
     prepare = limit(resource.RLIMIT_FSIZE, 250)
-    line = run_command(given, tmp_path, prepare=prepare).assert_one_line(code=code)
+    line = run_command(given, tmp_path, prepare=prepare).assert_one_line(code=1)
     assert "new" in line and ("ulimit -f" in line or "File too large" in line)
     left = {name for name, data in files_of(tmp_path).items() if not name.endswith("answers.jsonl")}
     assert left <= {kept, "new/skipped.jsonl"} and files_of(whole_run) == before

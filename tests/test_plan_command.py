@@ -33,6 +33,7 @@ from vlbench.planner.options import parse_plan_options
 from vlbench.planner.simulate_step import DepthExtrapolator, StepSimulator
 from vlbench.planner.stage_workload import StageWorkload, sample_flops, stage_workload
 from vlbench.planner.training_plan import make_plan
+from vlbench.train.auto_checkpointing import run_micro_batch
 from vlbench.train.stage_plan import build_stage_steps, plan_stage_runs
 from vlbench.train.trainable_parts import freeze_untrained_parts
 from vlbench.train.training_module import VLMTrainingModule
@@ -51,15 +52,16 @@ def one_thread():
 
 
 @functools.cache
-def planned(recipe: str, stage: str) -> tuple[StageMemory, StageWorkload]:
+def planned(recipe: str, stage: str, precision: str = "32") -> tuple[StageMemory, StageWorkload]:
     """Return a stage of a recipe as `plan` sees it."""
     resolved = recipes.load_recipe([f"recipe={recipe}"])
     vlm = build_meta_vlm(resolved, stage)
     work, _ = stage_workload(resolved, stage, vlm, None, None)
     rehearsals = DepthExtrapolator(
-        vlm.model, functools.partial(build_meta_vlm, resolved, stage), "32"
+        vlm.model, functools.partial(build_meta_vlm, resolved, stage), precision
     )
-    return StageMemory(vlm.model, rehearsals, work.mean_sample, 4, Sharding()), work
+    number_bytes = 4 if precision == "32" else 2
+    return StageMemory(vlm.model, rehearsals, work.mean_sample, number_bytes, Sharding()), work
 
 
 @functools.cache
@@ -103,7 +105,7 @@ class Living(TorchDispatchMode):
         self.bytes -= size
 
 
-def measured(recipe: str, stage: str, way: str) -> int:
+def measured(recipe: str, stage: str, way: str, precision: str = "32") -> int:
     """Return the most bytes of tensors that live at a time in a step that is not the first."""
     vlm, training, batches = ready(recipe, stage)
     vlm.model.enable_activation_checkpointing(way)
@@ -114,9 +116,7 @@ def measured(recipe: str, stage: str, way: str) -> int:
             one.detach()
         for some in (batches[:1], batches):  # in the second step the optimizer has its moments
             for batch in some:
-                out = vlm(batch)
-                parts = [out.loss_sum, *(value for value, _ in out.extra.values())]
-                torch.stack([part for part in parts if part is not None]).sum().backward()
+                run_micro_batch(vlm.model, batch, precision == "bf16")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     return living.peak
@@ -136,6 +136,14 @@ def test_memory_is_what_a_step_takes(recipe, stage, way):
     row = ready(recipe, stage)[2][-1].input_ids.numel()
     memory = planned(recipe, stage)[0].estimate_memory("ddp", way, row)
     assert total_bytes(memory) == pytest.approx(measured(recipe, stage, way), rel=0.1)
+
+
+@pytest.mark.parametrize("way", CHECKPOINTING_MODES)
+def test_memory_in_mixed_precision_is_what_a_step_takes(way):
+    row = ready("yivl_llava", "chat")[2][-1].input_ids.numel()
+    memory = planned("yivl_llava", "chat", "bf16")[0].estimate_memory("ddp", way, row)
+    found = measured("yivl_llava", "chat", way, "bf16")
+    assert total_bytes(memory) == pytest.approx(found, rel=0.1)
 
 
 @pytest.mark.parametrize("recipe", CONNECTORS[::2])
@@ -173,6 +181,16 @@ def test_a_few_layers_tell_what_many_take():
         key=lambda one: sum(one.values()),
     )
     assert shallow == pytest.approx(deep, rel=1e-6)
+
+
+def test_frozen_weights_of_files_take_two_bytes_unless_they_are_sharded():
+    words = ["recipe=yivl_llava", "size=34b", "stages.chat.train.language.lora.rank=16"]
+    words += ["stages.chat.train.vision=null"]
+    vlm = build_meta_vlm(recipes.load_recipe(words), "chat", ModelDepth(2, 2)).model
+    layers = sum(p.numel() for p in vlm.language.model.layers.parameters() if not p.requires_grad)
+    held = persistent_memory(vlm, "ddp", Sharding(2, 2), 2)["weights"]
+    sharded = persistent_memory(vlm, "fsdp2", Sharding(2, 2), 2)["weights"]
+    assert 2 * sharded - held == pytest.approx(2 * layers + 2 * 64000 * 7168, rel=1e-3)
 
 
 def test_34b_is_trained_on_128_gpus_in_shards_alone():

@@ -11,7 +11,7 @@ import pytest
 from forked_command import run_command
 
 from vlbench.errors import UserError
-from vlbench.printable_streams import PrintableStream
+from vlbench.printable_streams import PrintableStream, QuotedPieces
 from vlbench.text_tables import format_table, markdown_text
 
 HOSTILE = "x\x1b[2J\r\x9b31m\u202egnp\x07\nvlbench: all is well"
@@ -81,3 +81,16 @@ def test_lines_of_errors_tables_and_markdown_stay_lines() -> None:
     assert len(format_table([["a", HOSTILE], ["b", "c"]])) == 2
     assert not ACTING.search(markdown_text(HOSTILE)) and "\n" not in markdown_text(HOSTILE)
     assert markdown_text("a|b`c`") == "a\\|b'c'"
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_no_line_of_an_answer_in_pieces_begins_as_a_message(size: int) -> None:
+    text = "vlbench: done\nvlbench: saved\nvlb and vlbench: here\n\nvlbench:"
+    written: list[str] = []
+    shown = QuotedPieces(written.append)
+    for start in range(0, len(text), size):
+        shown(text[start : start + size])
+    shown.finish()
+    whole = "".join(written)
+    assert not any(line.startswith("vlbench:") for line in whole.splitlines())
+    assert whole.replace("\\", "") == text

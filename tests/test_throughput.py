@@ -83,6 +83,11 @@ def test_a_gpu_without_a_known_peak_is_named(clock, monkeypatch, capsys):
     assert not capsys.readouterr().out
 
 
+def test_training_on_the_cpu_beside_a_gpu_has_the_memory_of_the_process(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert throughput.peak_memory() > 1e8  # torch alone takes more
+
+
 def test_nobody_knows_the_peak_of_a_processor():
     assert peak_flops(torch.device("cpu")) is None
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from vlbench.__main__ import main
+from vlbench.config.recipe import load_recipe, save_recipe
+from vlbench.connector.kept_source import note_own_callbacks
 from vlbench.errors import UserError
 from vlbench.train.user_callbacks import build_user_callbacks
 
@@ -89,3 +91,18 @@ def test_the_command_refuses_it_before_there_is_a_run(module, tmp_path, capsys):
 def test_callbacks_of_lightning_itself_are_found():
     (monitor,) = build_user_callbacks(["lightning.pytorch.callbacks.LearningRateMonitor"])
     assert type(monitor).__name__ == "LearningRateMonitor"
+
+
+def test_callbacks_of_anothers_run_are_typed_or_trusted(tmp_path: Path) -> None:
+    saved = load_recipe(["recipe=yivl_llava", "trainer.callbacks=[theirs.Stranger]"])
+    (tmp_path / "run").mkdir()
+    save_recipe(saved, tmp_path / "run/recipe.yaml")
+    for word in (f"run={tmp_path}/run", f"recipe={tmp_path}/run/recipe.yaml"):
+        with pytest.raises(UserError, match="theirs.Stranger"):
+            load_recipe([word])
+        typed = load_recipe([word, "trainer.callbacks=[theirs.Stranger]"])
+        assert typed.trainer.callbacks == ("theirs.Stranger",)
+        load_recipe([word, "trust_connector=true"])
+        load_recipe([word, "trainer.callbacks=[]"])
+    note_own_callbacks(["theirs.Stranger"])
+    assert load_recipe([f"run={tmp_path}/run"]).trainer == saved.trainer

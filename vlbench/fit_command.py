@@ -10,8 +10,10 @@ from vlbench.distributed.launcher import final_exit_code, silent_exit_code
 from vlbench.distributed.process_group import join_process_group
 from vlbench.evaluate.run_results import write_results
 from vlbench.process_settings import preserve_process_settings
+from vlbench.strict_values import yaml_text
 from vlbench.train import run_report
 from vlbench.train.callbacks import GracefulStop
+from vlbench.train.compile_choice import choose_compile, with_compile
 from vlbench.train.dry_run import dry_run_stages
 from vlbench.train.fit import RunTraining, check_and_open_run
 from vlbench.train.lightning_trainer import quiet_lightning
@@ -53,6 +55,8 @@ def _fit_recipe(recipe: Recipe, held_locks: contextlib.ExitStack) -> tuple[int, 
     user_callbacks = collectives.call_on_all_ranks(
         lambda: build_user_callbacks(recipe.trainer.callbacks)
     )
+    choice = collectives.call_on_rank_zero(lambda: choose_compile(recipe, stage_runs))
+    recipe = with_compile(recipe, choice.compiles)
     run = collectives.call_on_rank_zero(lambda: check_and_open_run(recipe, stage_runs, held_locks))
     if run.is_finished:
         print(f"{run.folder} is finished; these are its results.")
@@ -60,6 +64,8 @@ def _fit_recipe(recipe: Recipe, held_locks: contextlib.ExitStack) -> tuple[int, 
     run_report.show_run_start(
         recipe, run, [(each.name, each.stage, each.total_steps) for each in stage_runs]
     )
+    if choice.reason:
+        print(f"trainer.compile=auto: {yaml_text(choice.compiles)} ({choice.reason})")
     with GracefulStop() as graceful_stop:
         training = RunTraining(recipe, run, stage_runs, graceful_stop, user_callbacks)
         vlm = training.train_stages()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from vlbench.command_line.arguments import ChatArguments, EvalArguments
 from vlbench.config import recipe as recipes
 from vlbench.data.chat_template import check_template_name
 from vlbench.errors import UserError, one_line, suggest_name
@@ -52,6 +53,17 @@ def load_model(
     folder = find_model_folder(path, "model")
     kind = parse_dtype(dtype) or _default_dtype(folder, device)
     return load_model_folder(folder, kind, device, template, trust_connector).eval()
+
+
+def load_chosen_model(arguments: ChatArguments | EvalArguments) -> LoadedVLM:
+    """Return the model that the words of a command choose."""
+    return load_model(
+        arguments.model,
+        arguments.dtype,
+        arguments.device,
+        arguments.template,
+        arguments.trust_connector,
+    )
 
 
 def find_model_folder(path: str | Path, key: str) -> Path:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from vlbench.errors import printable_text
 
+MESSAGE_MARK = "vlbench:"
+"""How a message of vlbench begins."""
 CURSOR_MOVES = re.compile(r"(?:\n|\x1b\[A)*")  # tqdm's, between bars that stand below each other
 
 
@@ -49,13 +51,45 @@ class PrintableStream:
             text = text[len(start) :]
             end = text[len(text.rstrip("\r")) :]
             text = text[: len(text) - len(end)]
-        return start + printable_text(text).replace("\nvlbench:", "\\nvlbench:") + end
+        shown = printable_text(text).replace(f"\n{MESSAGE_MARK}", f"\\n{MESSAGE_MARK}")
+        return start + shown + end
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stream)
+
+
+class QuotedPieces:
+    """Passes on a text that comes in pieces; no line of it begins as vlbench's own messages do.
+
+    What may become such a beginning is held back until the next piece, or `finish`.
+    """
+
+    def __init__(self, write: Callable[[str], object]) -> None:
+        """Call `write` with what may be shown; it begins a line."""
+        self._write, self._held, self._begins_line = write, "", True
+
+    def __call__(self, piece: str) -> None:
+        """Pass on a piece."""
+        text = self._held + piece
+        last_line = text[text.rfind("\n") + 1 :]
+        begins_line = self._begins_line or "\n" in text
+        self._held = last_line if begins_line and MESSAGE_MARK.startswith(last_line) else ""
+        self._show(text[: len(text) - len(self._held)])
+
+    def finish(self) -> None:
+        """Pass on what is held back."""
+        text, self._held = self._held, ""
+        self._show(text)
+
+    def _show(self, text: str) -> None:
+        if not text:
+            return
+        escape = "\\" if self._begins_line and text.startswith(MESSAGE_MARK) else ""
+        self._begins_line = text.endswith("\n")
+        self._write(escape + text.replace(f"\n{MESSAGE_MARK}", f"\n\\{MESSAGE_MARK}"))
 
 
 @contextlib.contextmanager

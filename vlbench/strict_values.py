@@ -25,6 +25,7 @@ MAX_DIGITS = 100  # of a typed whole number; Python itself refuses more than 4,3
 NULL_WORDS = ("null", "none")
 # Built at the first value: `--help` reads names, types and texts of fields alone.
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
+PYTHON_WORDS = {"True": "true", "False": "false"}
 ALLOWED_WORDS = {
     "int_type": "a whole number",
     "float_type": "a number",
@@ -169,7 +170,7 @@ def kind_label(kind: Any) -> str:
 
 def _member_label(member: Any) -> str:
     if get_origin(member) is Literal:
-        return " | ".join(str(choice) for choice in get_args(member))
+        return " | ".join(yaml_text(choice) for choice in get_args(member))
     if get_origin(member) is tuple:
         return f"[{kind_label(get_args(member)[0])}, ...]"
     if isinstance(member, type) and issubclass(member, BaseModel):
@@ -203,7 +204,8 @@ def describe_error(details: ErrorDetails) -> str:
     kind, value, context = details["type"], details["input"], details.get("ctx", {})
     if kind == "value_error":
         return str(context["error"])
-    choices = [word.strip("'") for word in re.split(", | or ", str(context.get("expected", "")))]
+    expected = re.split(", | or ", str(context.get("expected", "")))
+    choices = [PYTHON_WORDS.get(word, word.strip("'")) for word in expected]
     limits = {name: f"{x:g}" if isinstance(x, float) else x for name, x in context.items()}
     limits["choices"] = f"{'one of ' if len(choices) > 1 else ''}{', '.join(choices)}"
     hint = suggest_name(str(value), choices)

@@ -86,6 +86,18 @@ def explain_system_error(error: BaseException) -> UserError | EnvironmentFailure
     return None
 
 
+def explain_unwritable(error: BaseException, what: str) -> UserError | EnvironmentFailure:
+    """Return the error for people where a result cannot be written; `what` names it, as `out=x`.
+
+    A full disk is an EnvironmentFailure; anything else another place of writing would mend.
+    """
+    number = error_number(error)
+    if number in FULL_DISK_REASONS:
+        return _disk_failure(number, what)
+    reason = getattr(error, "strerror", None) or one_line(error)
+    return UserError(f"{what} cannot be written ({reason})")
+
+
 def _explain_errno(error: BaseException, number: int) -> UserError | EnvironmentFailure | None:
     file_name = getattr(error, "filename", None)
     name = None if file_name is None else escape_to_one_line(f"{file_name!s:.300}")

@@ -38,12 +38,20 @@ def read_text(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text; a ValueError also where it is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("its brackets are nested too deeply") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file."""
     text = read_text(path)
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(text)
+    except ValueError as error:
         raise UserError(f"{path}: is not JSON ({error})") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: is not a JSON object")
@@ -91,8 +99,8 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(data[: data.rfind(b"\n") + 1].split(b"\n")[:-1], 1):
         try:
-            record = json.loads(line.decode("utf-8-sig"))
-        except (ValueError, RecursionError) as error:
+            record = parse_json(line.decode("utf-8-sig"))
+        except ValueError as error:
             raise UserError(f"{path}: line {number} is not JSON ({error})") from error
         if not isinstance(record, dict):
             raise UserError(f"{path}: line {number} is not a JSON object")

@@ -32,8 +32,9 @@ from vlbench.data.sample import Sample, SampleSource
 from vlbench.data.sample_encoding import CachedTokenizer, SampleEncoder
 from vlbench.data.shards import WebDatasetShards
 from vlbench.data.tokenizer import Tokenizer
-from vlbench.errors import BadSample, UserError, escape_to_one_line
+from vlbench.errors import BadSample, escape_to_one_line
 from vlbench.model.language_model import tokenizer_folder
+from vlbench.system_errors import explain_unwritable
 from vlbench.text_files import format_json_lines, write_atomically
 from vlbench.train.shape_checks import image_transforms_by_stage, tokens_per_image_by_stage
 from vlbench.train.stage_plan import (
@@ -63,7 +64,7 @@ def run_check(recipe: Recipe, folder: Path) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"out={folder} cannot be written ({error.strerror})") from error
+        raise explain_unwritable(error, f"out={folder}") from error
     tokenizer = Tokenizer.load(tokenizer_folder(recipe.language.weights))
     template = CHAT_TEMPLATES[recipe.language.template].bind_eos(tokenizer.eos_token)
     workers = recipe.data.workers or os.cpu_count() or 1

@@ -6,6 +6,7 @@ Checked with lightning 2.6; 2.5 is the oldest that vlbench allows.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,18 @@ def autocast_context(trainer: Trainer) -> AbstractContextManager[Any]:
     Cached features are computed under it. If it changes, they differ from those of training.
     """
     return trainer.precision_plugin.forward_context()
+
+
+def set_autocast_context(
+    trainer: Trainer, make_context: Callable[[], AbstractContextManager[Any]]
+) -> None:
+    """Have a Trainer in mixed precision run its steps, and `autocast_context`, under another one.
+
+    `MixedPrecision.autocast_context_manager` is replaced on the object. If it is no longer called,
+    training runs under Lightning's own autocast, whose settings differ between versions.
+    """
+    plugin: Any = trainer.precision_plugin
+    plugin.autocast_context_manager = make_context
 
 
 def without_gradient_sync(trainer: Trainer) -> AbstractContextManager[Any]:

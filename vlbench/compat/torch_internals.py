@@ -89,6 +89,18 @@ def is_compiler_error(error: BaseException) -> bool:
     return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
 
 
+def has_gpu_compiler() -> bool:
+    """Tell whether torch.compile has what it needs for a GPU: `torch.utils._triton.has_triton`.
+
+    If it goes, runs on a GPU are compiled only when they are told to be.
+    """
+    try:
+        from torch.utils._triton import has_triton
+    except ImportError:
+        return False
+    return bool(has_triton())
+
+
 def compiler_settings(**settings: Any) -> AbstractContextManager[object]:
     """Return a context in which `torch._dynamo.config` has other values.
 
@@ -137,14 +149,17 @@ def with_grouped_heads(attend: Callable[..., Any], supports_gqa: bool) -> Callab
     return attend_grouped
 
 
+@functools.cache
 def expensive_operations() -> list[Any]:
     """Return the operations whose results selective checkpointing keeps: products and attention.
 
     They are found by their names in `torch.ops.aten`. What is renamed is computed again in the
-    backward pass, so memory stays low and steps become slower.
+    backward pass, so memory stays low and steps become slower. The variable-length attention is
+    registered when its module is imported.
     """
     import torch
 
+    find_varlen_attention()
     aten = torch.ops.aten
     kept = [getattr(aten, name).default for name in MATMUL_OPERATIONS]
     kept += [getattr(aten, name).default for name in ATTENTION_OPERATIONS if hasattr(aten, name)]

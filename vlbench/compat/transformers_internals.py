@@ -81,20 +81,6 @@ def passed_through_mask(device: torch.device) -> Tensor:
     return torch.empty(0, 0, 0, 0, dtype=torch.bool, device=device)
 
 
-def set_activation_checkpointing(language: Any, options: Mapping[str, Any] | None) -> None:
-    """Have the layers of a language model recompute activations; None: keep all of them.
-
-    `activation_checkpointing_enable` and `_disable`, in older versions `gradient_checkpointing_*`.
-    """
-    name = "disable" if options is None else "enable"
-    method = getattr(language, f"activation_checkpointing_{name}", None)
-    method = method or getattr(language, f"gradient_checkpointing_{name}")
-    if options is None:
-        method()
-    else:
-        method(dict(options))
-
-
 def llama_rotary_embedding(config: LlamaConfig) -> nn.Module:
     """Build `LlamaRotaryEmbedding`, whose buffers follow from the configuration.
 

@@ -210,8 +210,11 @@ def _base_layers(
     if "recipe" not in tree and "size" not in tree and "run" in tree and copy.is_file():
         saved = _read_saved(copy)
         _use_kept_connector(saved, saved, copy.parent, tree, errors)
+        _check_saved_callbacks(saved, str(copy), tree, errors)
         return saved, str(copy), {}
     base, name = _read_layer(tree.get("recipe"), "recipe", recipe_files(), errors)
+    if declared_keys(Recipe).keys() <= base.keys():  # it is the copy that a run keeps
+        _check_saved_callbacks(base, str(tree.get("recipe")), tree, errors)
     size, _ = _read_layer(tree.get("size", base.get("size", "tiny")), "size", size_files(), errors)
     for_connectors, encoders = (size.pop(key, None) or {} for key in ("connectors", "encoders"))
     written = merge_layers(base, tree)
@@ -265,6 +268,23 @@ def _use_kept_connector(
         layer["connector"] = {**layer["connector"], "name": location}
     except UserError as error:
         errors.append(str(error))
+
+
+def _check_saved_callbacks(
+    saved: dict[str, Any], source: str, typed: dict[str, Any], errors: list[str]
+) -> None:
+    """Refuse callbacks of another's run, unless they are typed or trusted: their modules run."""
+    named = mapping_in(saved, "trainer").get("callbacks")
+    is_typed = "callbacks" in mapping_in(typed, "trainer")
+    if not named or is_typed or typed.get("trust_connector") == "true":
+        return
+    paths = [str(path) for path in (named if isinstance(named, list) else [named])]
+    unknown = kept_source.unknown_callbacks(paths)
+    if unknown:
+        errors.append(
+            f"{source} names callbacks that no run of yours had ({', '.join(unknown)}); their "
+            f"modules run only with trainer.callbacks=[{','.join(paths)}] or trust_connector=true"
+        )
 
 
 def _saved_recipe_path(tree: dict[str, Any]) -> Path:

@@ -255,7 +255,9 @@ class TrainerConfig(RecipeSection):
     reduce_gradients: Literal["auto", "step", "micro_batch"] = key(
         "fsdp2: once a step, whole until then, or every micro-batch; auto: by memory", "auto"
     )
-    compile: bool = key("compile decoder layers and encoder blocks; for long GPU runs", False)
+    compile: Literal["auto", True, False] = key(
+        "compile decoder layers and encoder blocks; auto: on a GPU, if the run is long", "auto"
+    )
     checkpoint_every: float = key("seconds; more where saving takes over 5 %", 60.0, gt=0)
     keep_last_checkpoints: int = key(
         "checkpoints that are kept, beside the best", 2, ge=1, le=MAX_COUNT

@@ -48,7 +48,7 @@ class NewTensorLimit(TorchDispatchMode):
 
     def __init__(self, connector_class: type[Connector]) -> None:
         """Take the class that errors name."""
-        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here
+        super().__init__()  # type: ignore[no-untyped-call]
         self._name = connector_module_name(connector_class)
         self._tensors = self._elements = self._cpu_bytes = 0
 

@@ -8,10 +8,12 @@ Code runs from there only if this user made a run with it, or with `trust_connec
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,21 @@ def keep_source(name: str, folder: Path) -> None:
     writing.rename(folder / KEPT_FOLDER)
     if files:
         _note_own_hash(record["sha256"])
+
+
+def note_own_callbacks(class_paths: Iterable[str]) -> None:
+    """Note the callbacks of a run that this user starts, so that resuming it needs no trust."""
+    for class_path in class_paths:
+        _note_own_hash(_callback_hash(class_path))
+
+
+def unknown_callbacks(class_paths: Iterable[str]) -> list[str]:
+    """Return those of the callbacks that no run of this user had."""
+    return [path for path in class_paths if not _is_own_hash(_callback_hash(path))]
+
+
+def _callback_hash(class_path: str) -> str:
+    return hashlib.sha256(f"callback {class_path}".encode()).hexdigest()
 
 
 def copy_kept_source(source: Path, target: Path) -> None:
@@ -134,7 +151,7 @@ def _note_own_hash(digest: str) -> None:
     except (OSError, RuntimeError) as error:  # no home, or one that cannot be written
         print(
             f"vlbench: {_state_folder_text()} cannot be written ({error}): outside of this folder, "
-            "this run's connector will ask for trust_connector=true",
+            "this run's connector and callbacks will ask for trust_connector=true",
             file=sys.stderr,
         )
 

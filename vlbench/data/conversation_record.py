@@ -69,6 +69,13 @@ def sample_from_record(
     `fallback_name` is its id where it has none; `find_image` returns the image of an image name. A
     single image without a tag in the text is put before the first human turn's text.
     """
+    try:
+        return _read_record(record, fallback_name, find_image)
+    except RecursionError:
+        raise BadSample(fallback_name, "its lists or mappings are nested too deeply") from None
+
+
+def _read_record(record: Any, fallback_name: str, find_image: Callable[[str], LazyImage]) -> Sample:
     if not isinstance(record, dict):
         raise BadSample(fallback_name, f"is {describe_json_type(record)}; expected a mapping")
     name = _record_name(record, fallback_name)

@@ -247,6 +247,36 @@ def empty_batch(like: PackedBatch | None = None) -> PackedBatch:
     )
 
 
+def extend_row(batch: PackedBatch, length: int) -> PackedBatch:
+    """Return a micro-batch of one row, on the CPU, with text up to `length` positions.
+
+    The text is one more sample, all of it supervised. A longer row is returned unchanged.
+    """
+    added = length - batch.input_ids.shape[1]
+    if added <= 0 or batch.labels is None:
+        return batch
+
+    def append(values: Tensor, more: Tensor | int) -> Tensor:
+        return torch.cat([values, torch.zeros(1, added, dtype=torch.long) + more], dim=1)
+
+    extended = replace(
+        batch,
+        input_ids=append(batch.input_ids, 0),
+        labels=append(batch.labels, 0),
+        position_ids=append(batch.position_ids, torch.arange(added)),
+        sample_index=append(batch.sample_index, len(batch.sample_ids)),
+        image_index=append(batch.image_index, -1),
+        sample_ids=[*batch.sample_ids, "(text)"],
+        sample_lengths=[[*batch.sample_lengths[0], added]],
+        supervised_token_count=batch.supervised_token_count + added,
+        captions=[*batch.captions, ""],
+        stream_index=[],
+        supervised_positions=None,
+        image_positions=None,
+    )
+    return extended.locate_positions()
+
+
 def pack_samples(encoded: Sequence[EncodedSample], max_tokens_per_row: int) -> list[list[int]]:
     """Pack samples into rows by first-fit decreasing; return indices into `encoded` per row.
 

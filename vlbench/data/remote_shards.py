@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from vlbench.errors import UserError, one_line
 from vlbench.regular_files import MAX_CONFIG_BYTES, format_bytes
-from vlbench.text_files import read_json
+from vlbench.text_files import parse_json, read_json
 
 
 def is_url(path_or_url: str) -> bool:
@@ -70,7 +69,7 @@ def read_json_file(path_or_url: str) -> Any:
     if not is_url(path_or_url):
         return read_json(Path(path_or_url))
     try:
-        return json.loads(read_whole_file(path_or_url, MAX_CONFIG_BYTES))
+        return parse_json(read_whole_file(path_or_url, MAX_CONFIG_BYTES))
     except ValueError as error:
         raise UserError(f"{path_or_url}: is not JSON ({error})") from error
 

@@ -12,7 +12,6 @@ the CRC-32 of its header, by which a reader notices that the tar file was replac
 
 from __future__ import annotations
 
-import json
 import os
 import tarfile
 import uuid
@@ -25,7 +24,7 @@ from typing import IO, Any
 from vlbench.data.remote_shards import file_exists, is_url, read_whole_file, remote_file_size
 from vlbench.errors import UserError
 from vlbench.regular_files import MAX_RECORDS_BYTES, format_bytes, open_regular, read_regular_text
-from vlbench.text_files import format_json_lines, refuse_lfs_pointer, split_lines
+from vlbench.text_files import format_json_lines, parse_json, refuse_lfs_pointer, split_lines
 
 INDEX_VERSION = 2
 
@@ -139,7 +138,7 @@ def _build_index(tar: str) -> TarScan:
 
 def _parse_header(line: str) -> dict[str, Any]:
     """Return the first line of an index; ValueError for that of another version."""
-    header = json.loads(line)
+    header = parse_json(line)
     if not isinstance(header, dict) or header.get("version") != INDEX_VERSION:
         raise ValueError("is not of this version")
     return header
@@ -161,7 +160,7 @@ def _parse_index(header: dict[str, Any], content: str) -> TarScan:
 
 def _parse_entry(line: str) -> ShardEntry:
     try:
-        key, members = json.loads(line)
+        key, members = parse_json(line)
         return ShardEntry(
             key, {name: _parse_location(*numbers) for name, numbers in members.items()}
         )

@@ -13,7 +13,6 @@ byte ranges alone.
 from __future__ import annotations
 
 import functools
-import json
 import time
 import zlib
 from collections import Counter
@@ -45,6 +44,7 @@ from vlbench.data.shard_patterns import expand_shard_pattern
 from vlbench.data.shard_sampler import ShardShuffle
 from vlbench.errors import BadSample, UserError
 from vlbench.regular_files import MAX_IMAGE_BYTES, format_bytes, open_regular
+from vlbench.text_files import parse_json
 
 SHARD_LIST_FILE = "shards.json"
 MAX_SHARD_SAMPLES = 1_000_000_000  # of one tar file: more is a slip in its list
@@ -207,10 +207,10 @@ def _make_sample(tar: str, entry: ShardEntry) -> Sample:
     members = entry.members
     name = f"{Path(tar).name}/{entry.key}"
     try:
-        record = json.loads(read_member(tar, *members["json"])) if "json" in members else {}
+        record = parse_json(read_member(tar, *members["json"])) if "json" in members else {}
     except UserError as error:
         raise BadSample(name, str(error)) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise BadSample(name, f"its json cannot be read ({error})") from error
     if not isinstance(record, dict):
         raise BadSample(name, "its json is not a mapping")

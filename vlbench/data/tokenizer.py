@@ -16,6 +16,11 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
+from vlbench.data.tokenizer_limits import (
+    MAX_ADDED_TOKENS,
+    check_vocabulary_size,
+    parse_token_id,
+)
 from vlbench.errors import UserError, one_line
 from vlbench.regular_files import MAX_CONFIG_BYTES
 from vlbench.text_files import read_config_bytes, read_json, refuse_lfs_pointer
@@ -206,6 +211,7 @@ class FastTokenizer(Tokenizer):
     def __init__(self, folder: Path) -> None:
         """Read the tokenizer files of `folder`."""
         refuse_lfs_pointer(folder / "tokenizer.json", MAX_CONFIG_BYTES)
+        check_vocabulary_size(folder / "tokenizer.json")
         try:
             tokenizer = load_library_tokenizer(folder)
             # turns off the file's padding and truncation once, before threads use it
@@ -281,13 +287,19 @@ def _load_sentencepiece_tokenizer(folder: Path, id_limit: int | None) -> Sentenc
     if id_limit is not None:
         listed_special = [name for name in listed_special if added.get(name, -1) < id_limit]
         added = {name: token_id for name, token_id in added.items() if token_id < id_limit}
+    if len(added) + len(listed_special) > MAX_ADDED_TOKENS:
+        raise UserError(
+            f"{folder} adds {len(added) + len(listed_special):,} tokens to its tokenizer; at most "
+            f"{MAX_ADDED_TOKENS:,} are read"
+        )
     _check_added_ids([n for n in added.values() if n >= piece_count], piece_count, folder)
     all_added = dict(added)
+    next_free_id = max(piece_count, 1 + max(added.values(), default=0))
     for name in listed_special:
         if name not in role_tokens and name not in all_added:
             is_piece = pieces.id_to_piece(pieces.piece_to_id(name)) == name
-            next_free_id = max(piece_count, 1 + max(all_added.values(), default=0))
             all_added[name] = pieces.piece_to_id(name) if is_piece else next_free_id
+            next_free_id += not is_piece
     non_special = [n for n in all_added if n not in listed_special and n not in role_tokens]
     add_bos = bool(config.get("add_bos_token", False))
     tokenizer = SentencePieceTokenizer(model_file, role_tokens, add_bos, all_added, non_special)
@@ -337,27 +349,18 @@ def _read_added_tokens(config: dict[str, object], folder: Path, piece_count: int
     if isinstance(decoder, dict):
         file = folder / "tokenizer_config.json"
         added = {
-            _token_text(token, ""): _parse_token_id(index, file) for index, token in decoder.items()
+            _token_text(token, ""): parse_token_id(index, file) for index, token in decoder.items()
         }
     path = folder / "added_tokens.json"
     if path.is_file():
-        added |= {name: _parse_token_id(index, path) for name, index in read_json(path).items()}
+        added |= {name: parse_token_id(index, path) for name, index in read_json(path).items()}
     path = folder / "tokenizer.json"
     if not added and path.is_file():
         for token in read_json(path).get("added_tokens") or []:
-            token_id = _parse_token_id(token.get("id"), path)
+            token_id = parse_token_id(token.get("id"), path)
             if token_id >= piece_count:
                 added[_token_text(token, "")] = token_id
     return added
-
-
-def _parse_token_id(token_id: object, path: Path) -> int:
-    """Return an id, which may be written as text (keys of JSON are)."""
-    if not str(token_id).isascii() or not str(token_id).isdigit():
-        raise UserError(
-            f"{path}: the id of an added token is {token_id!r}; expected is a whole number"
-        )
-    return int(str(token_id))
 
 
 def _check_added_ids(ids: list[int], piece_count: int, folder: Path) -> None:

@@ -18,6 +18,7 @@ from vlbench.data.shard_index import IMAGE_EXTENSIONS, format_index, index_path,
 from vlbench.data.shards import SHARD_LIST_FILE
 from vlbench.errors import BadSample, UserError
 from vlbench.new_folder import write_new_folder
+from vlbench.system_errors import explain_unwritable
 from vlbench.text_files import format_json_lines, write_atomically
 
 LEFT_OUT_FILE = "left_out.jsonl"
@@ -32,7 +33,7 @@ def run_pack(arguments: PackArguments) -> int:
     try:
         shards, bad_samples = pack_dataset(source, folder, arguments.samples)
     except OSError as error:
-        raise UserError(f"out={folder} cannot be written ({error.strerror})") from error
+        raise explain_unwritable(error, f"out={folder}") from error
     packed = sum(shard["samples"] for shard in shards)
     print(f"{packed} samples in {len(shards)} shards in {folder}, every image opened once")
     if bad_samples:

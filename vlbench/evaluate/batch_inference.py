@@ -32,6 +32,7 @@ from vlbench.evaluate.tasks.benchmark_types import GenerationLimits
 from vlbench.file_lock import hold_folder
 from vlbench.model.generation.answer_text import decode_answer
 from vlbench.model.loaded_vlm import LoadedVLM
+from vlbench.system_errors import explain_unwritable
 from vlbench.text_files import (
     format_json_lines,
     name_written_file,
@@ -220,7 +221,7 @@ def open_answers_folder(
             write_atomically(file, json.dumps(task_settings, indent=1, ensure_ascii=False) + "\n")
             return
     except OSError as error:
-        raise UserError(f"out={folder} cannot be written ({error.strerror})") from error
+        raise explain_unwritable(error, f"out={folder}") from error
     stored = read_json(file)
     differences = [
         f"{key} ({stored.get(key)} before, {task_settings.get(key)} now)"

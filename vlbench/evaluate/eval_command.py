@@ -22,7 +22,7 @@ from vlbench.evaluate.tasks.benchmark_records import RECORD_READERS
 from vlbench.evaluate.tasks.benchmark_tasks import BenchmarkTask
 from vlbench.evaluate.tasks.benchmark_types import GenerationLimits
 from vlbench.evaluate.tasks.conversation_tasks import FILE_TASK, OWN_TASK, ConversationTask
-from vlbench.load_model import find_model_folder, load_model
+from vlbench.load_model import find_model_folder, load_chosen_model
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.text_files import format_json_lines, write_atomically
 from vlbench.train import checkpoint_files
@@ -74,13 +74,7 @@ def run_eval(arguments: EvalArguments) -> int:
         for name in names
     ]
     model_folder = find_model_folder(arguments.model, "model")
-    vlm = load_model(
-        arguments.model,
-        arguments.dtype,
-        arguments.device,
-        arguments.template,
-        arguments.trust_connector,
-    )
+    vlm = load_chosen_model(arguments)
     for task in tasks:
         model_settings = {"model": str(model_folder), **_chosen_settings(arguments)}
         folder = _answers_folder(task.folder_name, model_folder, arguments)

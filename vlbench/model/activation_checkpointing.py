@@ -1,14 +1,23 @@
-"""Activation checkpointing: what is kept for the backward pass, and what is recomputed."""
+"""Activation checkpointing: what is kept for the backward pass, and what is recomputed.
+
+Only the `forward` of a block is recomputed, so its hooks (of connectors that inject, of FSDP) run
+once. torch.compile is given that same `forward`: the policy is then part of what it traces, and
+decides what a compiled block keeps. Around a compiled block it would meet no operation that it
+knows, and keep nothing.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
+from types import MethodType
 from typing import Any
 
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from vlbench.compat.torch_internals import expensive_operations
-from vlbench.compat.transformers_internals import set_activation_checkpointing
 
 CHECKPOINTING_MODES = ("none", "selective", "full")
 """From most memory to least: keep all activations; keep the results of matrix products and of
@@ -16,20 +25,48 @@ attention and recompute norms, rotations and activation functions; keep only the
 layers."""
 
 
-def enable_activation_checkpointing(language: Any, visual: Any, mode: str) -> bool:
-    """Set what decoder layers and encoder blocks keep; return whether anything is recomputed.
+def checkpoint_blocks(
+    decoder_layers: Iterable[nn.Module], encoder_blocks: Iterable[nn.Module], mode: str
+) -> None:
+    """Set what decoder layers and encoder blocks recompute, one of `CHECKPOINTING_MODES`.
 
-    A vision encoder keeps all or nothing: it is recomputed in full unless `mode` is "none".
+    An encoder block keeps all or nothing: it is recomputed in full unless `mode` is "none".
     """
-    is_recomputed = mode != "none"
-    visual.set_grad_checkpointing(is_recomputed)
-    if not is_recomputed:
-        set_activation_checkpointing(language, None)
-        return False
-    options: dict[str, Any] = {"use_reentrant": False}
-    if mode == "selective":
-        options["context_fn"] = functools.partial(
-            create_selective_checkpoint_contexts, expensive_operations()
-        )
-    set_activation_checkpointing(language, options)
-    return True
+    language_forward = _selective_forward if mode == "selective" else _recomputed_forward
+    for block in decoder_layers:
+        _set_forward(block, None if mode == "none" else language_forward)
+    for block in encoder_blocks:
+        _set_forward(block, None if mode == "none" else _recomputed_forward)
+
+
+def _set_forward(block: nn.Module, forward: Any | None) -> None:
+    """Give a block another `forward`; None: that of its class."""
+    vars(block).pop("forward", None)
+    if forward is not None:
+        # a method, so that copies of the block can have it as theirs
+        block.forward = MethodType(forward, block)
+
+
+def _recomputed_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Forward of a block that keeps its inputs alone."""
+    if not torch.is_grad_enabled():
+        return type(block).forward(block, *args, **kwargs)
+    return checkpoint(
+        functools.partial(type(block).forward, block, **kwargs), *args, use_reentrant=False
+    )
+
+
+def _selective_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Forward of a block that keeps its inputs and the results of expensive operations."""
+    if not torch.is_grad_enabled():
+        return type(block).forward(block, *args, **kwargs)
+    return checkpoint(
+        functools.partial(type(block).forward, block, **kwargs),
+        *args,
+        use_reentrant=False,
+        context_fn=_selective_contexts,
+    )
+
+
+def _selective_contexts() -> Any:
+    return create_selective_checkpoint_contexts(expensive_operations())

@@ -17,18 +17,29 @@ from torch import nn
 from vlbench.compat.torch_internals import compiler_settings
 from vlbench.model.vlm import VLM
 
+MAX_GRAPHS = 32
+"""Graphs of one function in a process, those of all stages and checkpointing modes together."""
+
 
 class CompiledBlocks:
     """The blocks of a model, compiled for training until `restore_forward` or the end of `with`."""
 
     def __init__(self, vlm: VLM, enabled: bool = True, backend: str = "inductor") -> None:
-        """Compile with a backend of torch.compile if `enabled`, at the first call of a block."""
+        """Compile with a backend of torch.compile if `enabled`, at the first call of a block.
+
+        What blocks recompute is part of what is compiled: it is set before.
+        """
         self._blocks: list[nn.Module] = []
         self._dynamo_settings = contextlib.ExitStack()
         if enabled:
             self._blocks = [*vlm.language.model.layers, *vlm.vision.blocks()]
-            # it would split graphs to overlap communication, which compiling by block does anyway
-            self._dynamo_settings.enter_context(compiler_settings(optimize_ddp=False))
+            self._dynamo_settings.enter_context(
+                # it would split graphs to overlap communication, which compiling by block does;
+                # stages differ in what is trained, and checkpointing modes in what is recomputed
+                compiler_settings(optimize_ddp=False, recompile_limit=MAX_GRAPHS)
+            )
+        # that of its class, unless activation checkpointing has set another one
+        self._own_forwards = [vars(block).get("forward") for block in self._blocks]
         for block in self._blocks:
             compiled = torch.compile(block.forward, dynamic=True, backend=backend)
             block.forward = functools.partial(_forward_while_training, vlm, block.forward, compiled)
@@ -41,9 +52,11 @@ class CompiledBlocks:
 
     def restore_forward(self) -> None:
         """Restore the blocks and torch's process-wide compiler settings."""
-        for block in self._blocks:
+        for block, forward in zip(self._blocks, self._own_forwards, strict=True):
             del block.forward  # the attribute of the object; the class keeps its method
-        self._blocks = []
+            if forward is not None:
+                block.forward = forward
+        self._blocks, self._own_forwards = [], []
         self._dynamo_settings.close()
 
 

@@ -8,7 +8,7 @@ float32 while it runs, so evaluation and held-out losses are those of float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,17 +24,20 @@ FROZEN_DTYPE = torch.bfloat16
 class FrozenBF16:
     """The frozen weights of a model, held in bfloat16 until `restore_float32`."""
 
-    def __init__(self, vlm: VLM, enabled: bool = True) -> None:
+    def __init__(
+        self,
+        vlm: VLM,
+        enabled: bool = True,
+        is_exact: Callable[[nn.Parameter], bool] | None = None,
+    ) -> None:
         """Cast the frozen weights of Linear layers in encoder blocks and the language model.
 
         Nothing unless `enabled`. Connectors are left alone, since they may do anything with their
-        weights, and so are norms and embeddings, which autocast computes in float32.
+        weights, and so are norms and embeddings, which autocast computes in float32. `is_exact`
+        tells of a frozen weight without values whether bfloat16 holds it.
         """
-        self._blocks = (
-            [_FrozenBF16Block(block, owners) for block, owners in _find_frozen_weights(vlm)]
-            if enabled
-            else []
-        )
+        found = _find_frozen_weights(vlm, is_exact or _equals_in_bf16) if enabled else ()
+        self._blocks = [_FrozenBF16Block(block, owners) for block, owners in found]
 
     def restore_float32(self) -> None:
         """Cast all weights back to float32."""
@@ -94,7 +97,9 @@ def _to_float32(tensor: Tensor) -> Tensor:
         return tensor.cpu().float()
 
 
-def _find_frozen_weights(vlm: VLM) -> Iterator[tuple[nn.Module, list[tuple[nn.Module, str]]]]:
+def _find_frozen_weights(
+    vlm: VLM, is_exact: Callable[[nn.Parameter], bool]
+) -> Iterator[tuple[nn.Module, list[tuple[nn.Module, str]]]]:
     """Yield blocks with their weights to hold: (module, name of its parameter)."""
     embedding_ids = {id(m.weight) for m in vlm.language.modules() if isinstance(m, nn.Embedding)}
     for block in (*vlm.language.model.layers, vlm.language.lm_head, *vlm.vision.blocks()):
@@ -104,14 +109,15 @@ def _find_frozen_weights(vlm: VLM) -> Iterator[tuple[nn.Module, list[tuple[nn.Mo
             if type(module) is nn.Linear  # nn.MultiheadAttention bypasses its projection's forward
             and not is_adapter_name(path)  # dropout may come first
             for name, parameter in module.named_parameters(recurse=False)
-            if id(parameter) not in embedding_ids and _is_exact_in_bf16(parameter)
+            if id(parameter) not in embedding_ids
+            and not parameter.requires_grad
+            and parameter.dtype == torch.float32
+            and is_exact(parameter)
         ]
         if owners:
             yield block, owners
 
 
-def _is_exact_in_bf16(parameter: nn.Parameter) -> bool:
-    """Tell whether a parameter is frozen, float32, and exact in bfloat16."""
-    if parameter.requires_grad or parameter.dtype != torch.float32:
-        return False
+def _equals_in_bf16(parameter: nn.Parameter) -> bool:
+    """Tell whether bfloat16 holds every value of a float32 parameter."""
     return torch.equal(parameter.data.to(FROZEN_DTYPE).float(), parameter.data)

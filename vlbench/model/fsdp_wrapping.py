@@ -19,6 +19,7 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from vlbench.model.mixed_precision import autocast_context
 from vlbench.model.replicated_parameters import GradientAverager
 from vlbench.model.vlm import VLM
 
@@ -117,7 +118,7 @@ def _force_autocast(vlm: VLM, device: str) -> None:
 
     def enter_autocast(*_: Any) -> None:
         if not torch.is_autocast_enabled(device):
-            autocast.enter_context(torch.autocast(device, torch.bfloat16))
+            autocast.enter_context(autocast_context(device, bf16=True))
 
     def leave_autocast(*_: Any) -> None:
         autocast.close()

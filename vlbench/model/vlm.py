@@ -22,7 +22,7 @@ from vlbench.connector.base import Connector, Shapes, zero_like_loss
 from vlbench.connector.bounded_building import NewTensorLimit, build_connector
 from vlbench.data.packing import PackedBatch
 from vlbench.data.sample_encoding import IMAGE_TOKEN_INDEX
-from vlbench.model.activation_checkpointing import enable_activation_checkpointing
+from vlbench.model.activation_checkpointing import checkpoint_blocks
 from vlbench.model.contrastive_loss import add_own_contrast_pool, is_contrastive
 from vlbench.model.language_loss import summed_loss
 from vlbench.model.packed_attention import OpaqueLengths, sample_bounds
@@ -193,8 +193,10 @@ class VLM(nn.Module):
             values = self.connector.image_embedding.expand(len(positions), -1)
         if len(values) != len(positions):
             raise AssertionError(f"{len(positions)} image positions for {len(values)} tokens")
-        merged = embeds.flatten(0, 1).index_put((positions,), values.to(embeds.dtype))
-        return merged.view_as(embeds)
+        length = embeds.shape[1]
+        places = (positions.div(length, rounding_mode="floor"), positions.remainder(length))
+        # no view of another tensor: compiled decoder layers would need a graph of its own for it
+        return embeds.index_put(places, values.to(embeds.dtype))
 
     def run_decoder(
         self, embeds: Tensor, visual: Tensor, image_index: Tensor, **kwargs: Any
@@ -231,14 +233,13 @@ class VLM(nn.Module):
 
         `mode` is one of `model.activation_checkpointing.CHECKPOINTING_MODES`.
         """
-        self._uses_checkpointing = enable_activation_checkpointing(
-            self.language, self.vision.visual, mode
-        )
+        self._uses_checkpointing = mode != "none"
+        checkpoint_blocks(self.language.model.layers, self.vision.blocks(), mode)
 
     def _with_checkpointing(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return `function`, or under activation checkpointing one that keeps its inputs alone.
 
-        By version, transformers runs the hooks of a layer outside of what it recomputes, or inside.
+        The hooks of a layer, which inject, run outside of what the layer recomputes.
         """
         if not (self._uses_checkpointing and torch.is_grad_enabled()):
             return function

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from vlbench.model.frozen_bf16 import FROZEN_DTYPE
 from vlbench.model.fsdp_wrapping import fsdp_units
 from vlbench.model.vlm import VLM
 from vlbench.planner.memory_tracker import LOGITS, WEIGHT_COPIES
@@ -148,10 +149,12 @@ def persistent_memory(
     gradients, which are reduced in float32.
     """
     trained = [parameter for parameter in vlm.parameters() if parameter.requires_grad]
-    weights = _tensor_bytes(vlm.parameters()) + _tensor_bytes(vlm.buffers())
     optimizer = OPTIMIZER_BYTES_PER_PARAM * sum(parameter.numel() for parameter in trained)
+    weights = _tensor_bytes(vlm.parameters()) + _tensor_bytes(vlm.buffers())
     is_sharded = strategy == "fsdp2" and sharding.world_size > 1
     shards = sharding.shard_count if is_sharded else 1
+    if is_sharded:  # shards need one dtype: frozen weights are not held in 16 bits
+        weights += sum(2 * p.numel() for p in vlm.parameters() if p.dtype is FROZEN_DTYPE)
     gradients = _tensor_bytes(trained) / shards
     if is_sharded and reduces_once_per_step(
         sharding.reduce_gradients, whole_gradient_bytes(trained), sharding.gpu_bytes

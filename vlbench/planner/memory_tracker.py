@@ -34,10 +34,16 @@ class MemoryTracker(TorchDispatchMode):
     values (which positions attend to which image: `Connector.inject`).
     """
 
+    supports_higher_order_operators = True  # compiled code has some, as what saves a random state
     kind = "activations"
     """Kind of the tensors that are made from now on, except for weight copies and logits."""
     phase = ""
     """Name of the current phase; each has its own peak."""
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let blocks be compiled under this mode; what compiled code allocates is counted."""
+        return True
 
     def __init__(self, vocab_size: int) -> None:
         """Start at zero; logits are recognised by their last dimension, `vocab_size`."""
@@ -64,7 +70,8 @@ class MemoryTracker(TorchDispatchMode):
         if _runs_on_real_tensors(func, inputs, kwargs):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
-        if func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put_):
+        packet = getattr(func, "overloadpacket", None)  # higher-order operators have none
+        if packet in (torch.ops.aten.index, torch.ops.aten.index_put_):
             args = _masks_to_indices(args)
         outputs = func(*args, **kwargs)
         known = {storage_address(tensor) for tensor in inputs if isinstance(tensor, FakeTensor)}
@@ -107,7 +114,7 @@ def _runs_on_real_tensors(func: Any, inputs: list[Tensor], kwargs: dict[str, Any
         return not any(isinstance(tensor, FakeTensor) for tensor in inputs)
     dtype = kwargs.get("dtype")
     if dtype is None:
-        return func.overloadpacket in INTEGER_FACTORIES
+        return getattr(func, "overloadpacket", None) in INTEGER_FACTORIES
     return not (dtype.is_floating_point or dtype.is_complex)
 
 

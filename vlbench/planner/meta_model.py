@@ -18,9 +18,11 @@ from vlbench.data.sample_encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import UserError
 from vlbench.model.build_vlm import recipe_connector_options
+from vlbench.model.frozen_bf16 import FrozenBF16
 from vlbench.model.language_model import TINY_LANGUAGE_FOLDER, build_random_language
 from vlbench.model.loaded_vlm import LoadedVLM, assemble_vlm
 from vlbench.model.vision_encoder import VisionEncoder
+from vlbench.model.vlm import VLM
 from vlbench.train.shape_checks import meta_encoder_and_config
 from vlbench.train.trainable_parts import check_objective, freeze_untrained_parts
 
@@ -74,9 +76,23 @@ def build_meta_vlm(recipe: Recipe, stage_name: str, depth: ModelDepth | None = N
             )
             check_objective(vlm.model, stage_name, stage)
             freeze_untrained_parts(vlm.model, stage)
+        _hold_frozen_bf16(recipe, vlm.model)
     except ValueError as error:
         raise UserError(str(error)) from error
     return vlm
+
+
+def _hold_frozen_bf16(recipe: Recipe, vlm: VLM) -> None:
+    """Hold the frozen weights of a language model in bfloat16, as training in bf16 does.
+
+    That is so for weights from files in bfloat16, as Yi's; vision encoders have float32. FSDP keeps
+    float32, see `memory_estimate.persistent_memory`.
+    """
+    from_file = recipe.language.weights not in ("random", "embedded")
+    in_language = {id(parameter) for parameter in vlm.language.parameters()}
+    FrozenBF16(
+        vlm, from_file and recipe.precision == "bf16", lambda weight: id(weight) in in_language
+    )
 
 
 def _truncate_encoder(vision_encoder: VisionEncoder, block_count: int) -> None:

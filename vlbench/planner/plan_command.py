@@ -6,9 +6,10 @@ from vlbench.config import recipe as recipes
 from vlbench.config.overrides import format_override
 from vlbench.planner.memory_estimate import MEMORY_COMPONENTS, MemoryByComponent, total_bytes
 from vlbench.planner.options import PlanOptions
-from vlbench.planner.stage_workload import ASSUMED_SUPERVISED_SHARE, ASSUMED_TEXT_TOKENS
+from vlbench.planner.stage_workload import ASSUMED_SUPERVISED_SHARE
 from vlbench.planner.training_plan import TrainingPlan, make_plan
 from vlbench.text_tables import format_table
+from vlbench.train.compile_choice import ASSUMED_TEXT_TOKENS
 from vlbench.train.run_report import format_bytes, format_duration
 
 YI_VL_DAYS = {"yi-6b": 3, "yi-34b": 10}

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from vlbench.compat.fake_tensors import FakeTensorMode
 from vlbench.compat.torch_internals import buffer_slots, parameter_slots
 from vlbench.model.loaded_vlm import LoadedVLM
+from vlbench.model.mixed_precision import autocast_context
 from vlbench.model.vlm import VLM
 from vlbench.planner.memory_tracker import MemoryTracker
 from vlbench.planner.meta_model import ModelDepth, SampleShape, build_row_batch
+from vlbench.train.auto_checkpointing import total_loss
 
 BACKWARD = "backward"
 """Memory that exists only during the backward pass."""
@@ -38,7 +40,7 @@ class StepSimulator:
         self._memory_tracker = MemoryTracker(vlm.language.config.vocab_size)
         self._vlm, self._autocast_bf16 = vlm, precision == "bf16"
         with self._simulation_context():
-            _move_to_fake_cpu(vlm)
+            move_to_fake_cpu(vlm)
             for parameter in vlm.parameters():
                 if parameter.requires_grad:
                     parameter.grad = torch.empty_like(parameter)  # of earlier micro-batches
@@ -52,13 +54,10 @@ class StepSimulator:
             batch = build_row_batch(row, vlm.connector.tokens_per_image, vlm.vision.image_size)
             tracker.kind, tracker.phase = "activations", ""
             tracker.reset_counts(batch.pixels)
-            # the context of training: autocast keeps its weight copies until the step ends
-            with torch.autocast("cpu", torch.bfloat16, enabled=self._autocast_bf16):
-                output = vlm(batch)
-                losses = [output.loss_sum, *(value for value, _ in output.extra.values())]
+            with autocast_context("cpu", self._autocast_bf16):
+                loss = total_loss(vlm(batch))
                 tracker.kind = BACKWARD
-                total = torch.stack([loss.float() for loss in losses if loss is not None]).sum()
-                torch.autograd.backward(total)
+                torch.autograd.backward(loss)
         return tracker.phase_peaks
 
     def _watch_encoder_gradient(
@@ -82,7 +81,7 @@ class StepSimulator:
             torch.set_num_threads(threads)
 
 
-def _move_to_fake_cpu(model: nn.Module) -> None:
+def move_to_fake_cpu(model: nn.Module) -> None:
     """Move a model from `meta` to fake CPU tensors; shared weights stay shared.
 
     On `meta` autocast does nothing and attention takes another path. The CPU path exists on every

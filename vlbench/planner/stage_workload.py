@@ -15,13 +15,12 @@ from vlbench.model.train_flops import StepFlops, count_step_flops, temporarily_f
 from vlbench.model.vlm import VLM
 from vlbench.planner.meta_model import SampleShape
 from vlbench.processor import Processor
+from vlbench.train.compile_choice import ASSUMED_TEXT_TOKENS
 from vlbench.train.stage_plan import count_stage_steps
 
 MEASURED_SAMPLES = 256  # the mean length is taken over as many samples
 YI_VL_SAMPLE_COUNTS = {"align_224": 100_000_000, "align_448": 25_000_000, "chat": 1_000_000}
 """Samples of Yi-VL's stages, from its announcement (2024-01-22); the last two are approximate."""
-ASSUMED_TEXT_TOKENS = {"caption": 40, "chat": 250}
-"""Text tokens of a sample where there are no data; the system prompt of 100 is included."""
 ASSUMED_SUPERVISED_SHARE = {"caption": 1.0, "chat": 0.5}
 """The assumed share of text tokens that is supervised."""
 

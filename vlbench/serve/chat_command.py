@@ -16,6 +16,7 @@ from vlbench.command_line.arguments import ChatArguments
 from vlbench.data.image_download import download_image
 from vlbench.data.image_processing import open_image
 from vlbench.errors import UserError, suggest_name
+from vlbench.printable_streams import QuotedPieces
 
 if TYPE_CHECKING:
     from vlbench.model.loaded_vlm import LoadedVLM
@@ -38,16 +39,10 @@ def run_chat(arguments: ChatArguments) -> int:
         raise UserError("chat needs question=TEXT where standard input is closed")
     # before the model, which takes seconds to load
     images = [image for name in arguments.image for _, image in resolve_images(name)]
-    from vlbench.load_model import load_model  # it imports torch
+    from vlbench.load_model import load_chosen_model  # it imports torch
     from vlbench.train.model_names import folder_model_names
 
-    vlm = load_model(
-        arguments.model,
-        arguments.dtype,
-        arguments.device,
-        arguments.template,
-        arguments.trust_connector,
-    )
+    vlm = load_chosen_model(arguments)
     options = {key: getattr(arguments, key) for key in GENERATION_KEYS}
     session = ChatSession(vlm, options, compiled=arguments.compiled)
     session.pending_images = images
@@ -197,9 +192,11 @@ class ChatSession:
         messages = [*self.messages, {"role": "user", "content": content}]
         chunks: list[str] = []
 
+        shown = QuotedPieces(lambda text: print(text, end="", flush=True))
+
         def print_chunk(text: str) -> None:
             chunks.append(text)
-            print(text, end="", flush=True)
+            shown(text)
 
         self._note_missing_image(messages)
         past = None if self.compiled else self.prefix_cache
@@ -215,6 +212,7 @@ class ChatSession:
             hint = "; /reset starts a new conversation, /drop removes the waiting images"
             raise UserError(f"{error}{hint if self.is_interactive else ''}") from error
         finally:
+            shown.finish()
             print(flush=True)
             if chunks:
                 answer = {"role": "assistant", "content": "".join(chunks)}

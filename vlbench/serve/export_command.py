@@ -13,7 +13,7 @@ from vlbench.config import recipe as recipes
 from vlbench.config.overrides import format_override
 from vlbench.config.schema import Recipe
 from vlbench.connector.kept_source import copy_kept_source
-from vlbench.errors import UserError, one_line
+from vlbench.errors import UserError
 from vlbench.load_model import find_model_folder, load_model_folder, parse_dtype
 from vlbench.model import lora_adapters
 from vlbench.model.loaded_vlm import LoadedVLM
@@ -24,6 +24,7 @@ from vlbench.model.weights.tensor_files import cast_floating
 from vlbench.model.weights.tensor_writer import write_tensors
 from vlbench.new_folder import write_new_folder
 from vlbench.serve.model_card import render_model_card
+from vlbench.system_errors import explain_unwritable
 from vlbench.text_files import read_json
 from vlbench.train import checkpoint_files
 from vlbench.train.checkpoint_files import RunPosition
@@ -50,8 +51,7 @@ def run_export(arguments: ExportArguments) -> int:
             )
             (writing / "README.md").write_text(text, encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or one_line(error)
-        raise UserError(f"out={to} cannot be written ({reason})") from error
+        raise explain_unwritable(error, f"out={to}") from error
     size = sum(path.stat().st_size for path in to.rglob("*") if path.is_file())
     print(f"wrote {to} ({size / 1e6:,.1f} MB, format {layout}); README.md in it says how to use it")
     return 0

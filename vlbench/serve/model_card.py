@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from vlbench.config.overrides import format_override
 from vlbench.config.schema import Recipe
 from vlbench.data.data_sources import SCENES_SOURCE
 from vlbench.model.loaded_vlm import LoadedVLM
+from vlbench.text_tables import markdown_text
 from vlbench.version import __version__
 
 USAGE_TEXTS = {
@@ -66,7 +68,7 @@ def render_model_card(
     goes on with it. `results` may be empty.
     """
     rows = [
-        f"| {name} | {what} | {sum(p.numel() for p in module.parameters()):,} |"
+        f"| {name} | {_plain_markdown(what)} | {sum(p.numel() for p in module.parameters()):,} |"
         for (name, module), what in zip(vlm.model.named_parts(), _describe_parts(vlm), strict=True)
     ]
     transform = vlm.processor.transform
@@ -76,8 +78,9 @@ def render_model_card(
         "pipeline_tag: image-text-to-text\n"
         f"tags: [vision-language, vlbench, {layout}]\n"
         "---",
-        f"# {export_folder.name}",
-        f"A vision-language model, written by vlbench {__version__} from `{source.name}`.",
+        f"# {_plain_markdown(export_folder.name)}",
+        f"A vision-language model, written by vlbench {__version__} from "
+        f"`{markdown_text(source.name)}`.",
         "\n".join(["| part | what | parameters |", "|---|---|---|", *rows]),
         f"An image is {'padded to a square and ' if transform.pad else ''}read at "
         f"{transform.crop} x {transform.crop} pixels and takes {vlm.connector.tokens_per_image} "
@@ -133,7 +136,8 @@ def _describe_training(recipe: Recipe) -> str:
         recipe.init
         or f"{recipe.vision.weights} (vision encoder), {recipe.language.weights} (language)"
     )
-    lines = [f"Recipe `{Path(recipe.recipe).stem}`, seed {recipe.seed}; it began with {began}."]
+    name = markdown_text(Path(recipe.recipe).stem)
+    lines = [f"Recipe `{name}`, seed {recipe.seed}; it began with {_plain_markdown(str(began))}."]
     for name, stage in recipe.stages.items():
         if recipe.only is None or name in recipe.only:
             budget = f"{stage.steps} steps" if stage.steps is not None else f"{stage.epochs} epochs"
@@ -151,5 +155,11 @@ def _render_results_table(results: Mapping[str, Any]) -> list[str]:
     rows = [f"| {name} | {results[name]:.3f} |" for name in names if results.get(name) is not None]
     if not rows:
         return []
-    head = f"Exact match on {results['questions']} questions ({results['asked_of']}):"
+    asked_of = _plain_markdown(str(results["asked_of"]))
+    head = f"Exact match on {results['questions']} questions ({asked_of}):"
     return [head, "\n".join(["| figure | value |", "|---|---|", *rows])]
+
+
+def _plain_markdown(text: str) -> str:
+    """Return a text of which nothing is a link, an image, an HTML tag or code."""
+    return re.sub(r"[<\[]", r"\\\g<0>", markdown_text(text))

@@ -14,7 +14,7 @@ from vlbench.process_settings import preserve_process_settings
 from vlbench.train import run_report
 from vlbench.train.callbacks import StageCallback
 from vlbench.train.fit import build_or_resume_model
-from vlbench.train.lightning_trainer import quiet_lightning
+from vlbench.train.lightning_trainer import explain_stage_errors, quiet_lightning
 from vlbench.train.shape_checks import check_stage_shapes
 from vlbench.train.stage_plan import StageRun, build_stage_steps, check_data, plan_stage_runs
 from vlbench.train.stage_runner import StageRunner
@@ -83,7 +83,8 @@ def measure_stages(recipe: Recipe, stage_runs: list[StageRun]) -> Iterator[Stage
         with runner.prepare_stage(vlm.model, stage_run.stage):
             stage_run.settled_row_tokens = runner.choose_row_tokens(vlm.model)
             steps = build_stage_steps(vlm.processor, stage_run)
-            runner.set_activation_checkpointing(vlm.model, steps)
+            with explain_stage_errors(stage_run.name, stage_run.stage):
+                runner.set_activation_checkpointing(vlm.model, steps)
             plans = [steps.plan_step(n) for n in range(min(CANDIDATE_STEPS, stage_run.total_steps))]
             longest = max(plans, key=lambda plan: plan.token_count)
             tried = [longest.index, *range(len(plans))[:TIMED_STEPS]]

@@ -6,7 +6,6 @@ any of these leads to another subfolder of the cache.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import shutil
@@ -29,9 +28,10 @@ from vlbench.data.image_processing import ImageTransform
 from vlbench.data.packing import normalize_levels
 from vlbench.data.sample import LazyImage
 from vlbench.distributed.launcher import isolate_data_worker
-from vlbench.errors import BadSample, UserError
+from vlbench.errors import BadSample, EnvironmentFailure, UserError
 from vlbench.model.frozen_bf16 import FROZEN_DTYPE
 from vlbench.model.loaded_vlm import LoadedVLM
+from vlbench.system_errors import FULL_DISK_REASONS
 from vlbench.train import run_report
 
 READER_THREADS = 16  # image files that are read at once, to hash their content
@@ -71,10 +71,11 @@ def cache_features(
             shards = FeatureShards(subfolder)
             return _fill_cache(vlm, steps, shards, trainer, num_workers, should_stop)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise UserError(
-                f"the disk is full: features cannot be kept in {subfolder}. What is kept is whole, "
-                "and is used when the run goes on: make room, or leave trainer.feature_cache out"
+        if error.errno in FULL_DISK_REASONS:
+            raise EnvironmentFailure(
+                f"{FULL_DISK_REASONS[error.errno]}: features cannot be kept in {subfolder}. What "
+                "is kept is whole, and is used when the run goes on: make room, or leave "
+                "trainer.feature_cache out"
             ) from error
         raise UserError(f"trainer.feature_cache={folder}: {error.strerror}") from error
 

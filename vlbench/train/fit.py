@@ -21,7 +21,7 @@ from vlbench.train import checkpoint_files, run_report
 from vlbench.train.callbacks import CheckpointCallback, GracefulStop, ValidationCallback
 from vlbench.train.checkpoint_files import RunPosition
 from vlbench.train.core_sharing_notice import CoreSharingNotice
-from vlbench.train.lightning_trainer import build_loggers
+from vlbench.train.lightning_trainer import build_loggers, explain_stage_errors
 from vlbench.train.nonfinite_guard import NonFiniteGuard
 from vlbench.train.progress_logging import ProgressCallback, truncate_metrics
 from vlbench.train.quarantine import QuarantineCallback, quarantine_samples
@@ -129,7 +129,8 @@ class RunTraining:
         with runner.prepare_stage(vlm.model, stage):
             self.settle_row_tokens(vlm, stage_run)
             steps = build_stage_steps(vlm.processor, stage_run)
-            mode = runner.set_activation_checkpointing(vlm.model, steps)
+            with explain_stage_errors(stage_run.name, stage):
+                mode = runner.set_activation_checkpointing(vlm.model, steps)
             run_report.show_stage(
                 stage_run.name, stage, stage_run.total_steps, steps_done, vlm.model
             )

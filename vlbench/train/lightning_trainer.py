@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,12 +15,13 @@ import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.profilers import PyTorchProfiler
 
-from vlbench.compat.lightning_internals import trainer_device
+from vlbench.compat.lightning_internals import set_autocast_context, trainer_device
 from vlbench.compat.torch_internals import is_compiler_error
 from vlbench.config.schema import LoggingConfig, StageConfig, TrainerConfig
 from vlbench.connector import registry
 from vlbench.distributed.process_group import distributed_trainer_args, is_connection_error
 from vlbench.errors import UserError
+from vlbench.model.mixed_precision import autocast_context
 from vlbench.system_errors import is_memory_error
 from vlbench.train import run_report
 
@@ -43,7 +45,7 @@ def build_trainer(
     `precision` is `32` or `bf16`. A profiler trace of some steps is written into `profile_folder`.
     """
     with quiet_lightning():
-        return pl.Trainer(
+        trainer = pl.Trainer(
             **distributed_trainer_args(trainer_config),
             precision=LIGHTNING_PRECISION[precision],
             max_epochs=1,
@@ -56,6 +58,10 @@ def build_trainer(
             log_every_n_steps=1,
             use_distributed_sampler=False,
         )
+    if precision == "bf16":
+        device_type = trainer_device(trainer).type
+        set_autocast_context(trainer, functools.partial(autocast_context, device_type, bf16=True))
+    return trainer
 
 
 def build_loggers(log_config: LoggingConfig, run_folder: Path, last_kept_step: int) -> list[Logger]:

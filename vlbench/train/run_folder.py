@@ -145,6 +145,7 @@ def open_run(recipe: Recipe, held_locks: contextlib.ExitStack) -> RunFolder:
             write_atomically(run.versions_file, json.dumps(collect_versions(), indent=1))
             if not kept_source.has_kept_source(folder):
                 kept_source.keep_source(recipe.connector["name"], folder)
+                kept_source.note_own_callbacks(recipe.trainer.callbacks)
             recipes.save_recipe(recipe, run.recipe_file)
     except OSError as error:
         raise _explain_folder_error(error, folder) from error

@@ -63,6 +63,11 @@ class StageRunner:
         )
 
     @property
+    def compiles_blocks(self) -> bool:
+        """True if blocks are compiled; `auto`, which only a run settles, is not."""
+        return self.trainer_config.compile is True
+
+    @property
     def is_sharded(self) -> bool:
         """True if every process holds a shard of the model while it is trained."""
         return is_fsdp_sharded(self.trainer_config)
@@ -106,6 +111,7 @@ class StageRunner:
             self.activation_checkpointing,
             bf16=self.precision == "bf16",
             is_sharded=self.is_sharded,
+            is_compiled=self.compiles_blocks,
         )
 
     def cache_features(
@@ -177,7 +183,7 @@ class StageRunner:
             num_workers=num_workers,
             pin_memory=trainer_device(trainer).type == "cuda",
         )
-        compiled = CompiledBlocks(vlm, self.trainer_config.compile)
+        compiled = CompiledBlocks(vlm, self.compiles_blocks)
         with compiled, explain_stage_errors(stage_name, stage), share_cores(self.device):
             trainer.fit(module, loader)
         return module

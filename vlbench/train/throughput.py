@@ -22,9 +22,10 @@ from vlbench.train.training_module import VLMTrainingModule
 
 
 def peak_memory() -> int:
-    """Return the peak memory in bytes: of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    """Return the peak memory in bytes: of the GPU if this process uses one, else of the process."""
+    gpu_peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+    if gpu_peak:
+        return gpu_peak
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -33,8 +33,8 @@ from vlbench.compare.report.markdown_report import render_markdown
 from vlbench.compare.report.report_command import write_report
 from vlbench.distributed.launcher import ORPHAN_GRACE_SECONDS
 from vlbench.distributed.machine_limits import check_parallel_runs
-from vlbench.errors import UserError
 from vlbench.file_lock import LOCK_FILE, hold_folder, is_held_here
+from vlbench.system_errors import explain_unwritable
 from vlbench.text_files import read_json, write_atomically
 from vlbench.train.run_folder import RunFolder
 from vlbench.train.run_report import format_duration, print_status
@@ -76,7 +76,7 @@ def _hold_grid_folder(grid: ComparisonGrid) -> Iterator[None]:
         try:
             held_locks.enter_context(hold_folder(grid.folder, f"run={grid.folder}"))
         except OSError as error:
-            raise UserError(f"run={grid.folder} cannot be used ({error.strerror})") from error
+            raise explain_unwritable(error, f"run={grid.folder}") from error
         yield
 
 

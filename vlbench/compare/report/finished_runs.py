@@ -16,7 +16,7 @@ from vlbench.config import recipe as recipes
 from vlbench.config.overrides import shorten_keys
 from vlbench.errors import UserError
 from vlbench.regular_files import MAX_RECORDS_BYTES
-from vlbench.text_files import read_json, read_text, split_lines
+from vlbench.text_files import parse_json, read_json, read_text, split_lines
 
 COMPARED_SET = "accuracy"  # the question set of answers.jsonl on which arms are compared
 BUDGET_KEYS = ("steps", "epochs", "global_batch_size", "max_tokens_per_row", "warmup_ratio")
@@ -73,7 +73,7 @@ def load_finished_run(folder: Path) -> FinishedRun:
         split_lines(read_text(folder / "answers.jsonl", MAX_RECORDS_BYTES)), 1
     ):
         try:
-            answer = json.loads(line)
+            answer = parse_json(line)
             if answer["set"] == COMPARED_SET:
                 name = answer["id"]
                 if name in correct:  # several questions may have the same id

@@ -10,6 +10,7 @@ from vlbench.compare.report.analysis import ComparisonResult, analyze_runs
 from vlbench.compare.report.finished_runs import SWEEP_FOLDER, describe_sweep, load_finished_run
 from vlbench.compare.report.markdown_report import render_markdown
 from vlbench.errors import UserError
+from vlbench.system_errors import explain_unwritable
 from vlbench.text_files import write_atomically
 
 REPORT_SUFFIXES = (".md", ".html")
@@ -48,7 +49,7 @@ def write_report(findings: ComparisonResult, path: Path) -> None:
     try:
         write_atomically(path, text)
     except OSError as error:
-        raise UserError(f"out={path} cannot be written ({error.strerror})") from error
+        raise explain_unwritable(error, f"out={path}") from error
 
 
 def _find_run_folders(folders: Sequence[Path]) -> list[Path]:

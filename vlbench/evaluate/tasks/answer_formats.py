@@ -19,7 +19,7 @@ from vlbench.errors import UserError
 from vlbench.evaluate.tasks.benchmark_records import parse_literal
 from vlbench.evaluate.tasks.benchmark_types import MMMU_SUBJECTS, option_letters
 from vlbench.regular_files import MAX_RECORDS_BYTES, describe_failure, read_regular_text
-from vlbench.text_files import refuse_lfs_pointer
+from vlbench.text_files import parse_json, refuse_lfs_pointer
 
 AnswerRecord = dict[str, Any]
 OUTPUT_FILE = "output.json"
@@ -63,8 +63,8 @@ def _parse_records(path: Path, text: str) -> list[tuple[str, AnswerRecord | str]
     value: Any = None
     if text.lstrip()[:1] in ("[", "{"):
         try:
-            value = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            value = parse_json(text)
+        except ValueError as error:
             if _PRETTY_PRINTED_JSON.match(text.lstrip()):
                 raise UserError(f"{path}: is not JSON ({error})") from error
     if isinstance(value, dict) and not RECORD_KEYS & value.keys():
@@ -91,13 +91,27 @@ def _parse_line(location: str, line: str) -> list[tuple[str, AnswerRecord | str]
 
 def _flatten_records(value: Any) -> list[AnswerRecord | str]:
     """Return the records in a value: itself, those of an array, or those that it has by ids."""
-    if isinstance(value, list):
-        return [record for one in value for record in _flatten_records(one)]
+    records: list[AnswerRecord | str] = []
+    left = [value]
+    while left:  # no recursion: lists may lie in each other as deeply as JSON allows
+        one = left.pop()
+        if isinstance(one, list):
+            left += reversed(one)
+        else:
+            records += _check_records(one)
+    return records
+
+
+def _check_records(value: Any) -> list[AnswerRecord | str]:
+    """Return the records in a value that is no array."""
     if not isinstance(value, dict):
         return [" is not a JSON object"]
     by_id = not RECORD_KEYS & value.keys() and all(isinstance(v, dict) for v in value.values())
     records = [_record_of_id(*item) for item in value.items()] if by_id and value else [value]
-    checked = [_parse_json_line(json.dumps(record)) for record in records]
+    try:
+        checked = [_parse_json_line(json.dumps(record)) for record in records]
+    except RecursionError:
+        return [" is nested too deeply"]
     return [one if isinstance(one, str) else one[0] for one in checked]
 
 
@@ -119,11 +133,11 @@ def _parse_json_line(line: str) -> tuple[Any] | str:
     except UnicodeEncodeError:
         return " is not UTF-8 text"
     try:
-        value = json.loads(line)
+        value = parse_json(line)
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         return " has half of a surrogate pair in it, which is no text"
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return f" is not JSON ({error})"
     return (value,)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from vlbench.errors import UserError, one_line, suggest_name
 from vlbench.evaluate.tasks.benchmark_types import BenchmarkRecord
 from vlbench.model.weights.hub_download import fetch_hub_folder
 from vlbench.regular_files import MAX_RECORDS_BYTES, open_regular
-from vlbench.text_files import read_text, refuse_lfs_pointer
+from vlbench.text_files import parse_json, read_text, refuse_lfs_pointer
 
 SPLIT_ALIASES = {"val": "validation"}  # two names of one split
 FOLDER_DEPTHS = ("", "*/", "*/*/")  # where files are looked for below the folder
@@ -198,8 +197,8 @@ def _read_jsonl_rows(file: Path, column_pattern: re.Pattern[str]) -> Iterator[di
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise UserError(f"{file}: line {number} is not JSON ({error})") from error
         if not isinstance(row, dict):
             raise UserError(f"{file}: line {number} is no JSON object")

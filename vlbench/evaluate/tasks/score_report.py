@@ -13,13 +13,13 @@ from typing import Any
 
 import yaml
 
-from vlbench.errors import UserError
 from vlbench.evaluate.tasks.benchmark_types import (
     SUBJECT_DOMAINS,
     UNKNOWN_SUBJECT,
     ScoredItem,
     SubjectDomains,
 )
+from vlbench.system_errors import explain_unwritable
 from vlbench.text_files import format_json_lines, read_text, write_atomically
 from vlbench.text_tables import format_table
 
@@ -147,7 +147,7 @@ def write_score_files(
             folder / "scores.json", json.dumps(scores, indent=1, ensure_ascii=False) + "\n"
         )
     except OSError as error:
-        raise UserError(f"out={folder} cannot be written ({error.strerror})") from error
+        raise explain_unwritable(error, f"out={folder}") from error
 
 
 def to_json_value(prediction: Any) -> Any:

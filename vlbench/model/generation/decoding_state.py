@@ -102,7 +102,7 @@ class StaticDecodingState:
         """
         self.token_ids.copy_(token_ids)
         if self._steps_done == STEPS_BEFORE_CAPTURE and _can_be_captured(self.vlm):
-            self._replay_graph = capture_cuda_graph(self._run_step)
+            self._replay_graph = capture_cuda_graph(self._run_step, self.vlm.device)
         self._steps_done += 1
         return self._replay_graph() if self._replay_graph else self._run_step()
 

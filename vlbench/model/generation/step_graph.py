@@ -16,17 +16,16 @@ allocate and load kernels at the first one, which a capture does not allow."""
 _CAPTURE_LOCK = threading.Lock()  # the start of a capture frees memory, which another one forbids
 
 
-def capture_cuda_graph(step: DecodeStep) -> DecodeStep:
-    """Record what `step` launches, without running it; return what launches all of it again.
+def capture_cuda_graph(step: DecodeStep, device: torch.device) -> DecodeStep:
+    """Record what `step` launches on `device`, without running it; return what launches it again.
 
     The tensor that is returned is the same at every call. Other threads may use the GPU meanwhile.
     """
     graph = torch.cuda.CUDAGraph()
-    with (
-        _CAPTURE_LOCK,
-        torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"),
-    ):
-        logits = step()
+    with _CAPTURE_LOCK, torch.cuda.device(device):  # streams are those of the current device
+        stream = torch.cuda.Stream()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            logits = step()
 
     def replay_graph() -> Tensor:
         graph.replay()

@@ -1,0 +1,95 @@
+"""`trainer.compile=auto`: blocks are compiled where that pays, which a run decides once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import LlamaConfig
+
+from vlbench.compat.torch_internals import has_gpu_compiler
+from vlbench.config.recipe import load_recipe_file
+from vlbench.config.schema import Recipe
+from vlbench.train.gpu_names import peak_flops
+from vlbench.train.run_folder import RunFolder
+from vlbench.train.run_report import format_duration
+from vlbench.train.shape_checks import meta_encoder_and_config, tokens_per_image_by_stage
+from vlbench.train.stage_plan import StageRun
+
+MIN_COMPILED_SECONDS = 900.0
+"""Compiling takes one or two minutes of a run and spares about a tenth of the rest."""
+ASSUMED_MFU = 0.4
+ASSUMED_PEAK_FLOPS = 3e14  # of a GPU that gpus.yaml does not have
+ASSUMED_TEXT_TOKENS = {"caption": 40, "chat": 250}
+"""Text tokens of a sample where there are no data; the system prompt of 100 is included."""
+
+
+class CompileChoice(NamedTuple):
+    """Whether a run compiles its blocks, and why."""
+
+    compiles: bool
+    reason: str
+    """In a few words, "" where there was nothing to decide."""
+
+
+def choose_compile(recipe: Recipe, stage_runs: Sequence[StageRun]) -> CompileChoice:
+    """Return whether to compile; a run that is resumed goes on as it began.
+
+    `auto` is true on a GPU for a run of more than `MIN_COMPILED_SECONDS`, by a rough estimate.
+    """
+    chosen = recipe.trainer.compile
+    if chosen != "auto":
+        return CompileChoice(chosen, "")
+    recorded = _recorded_choice(recipe.run)
+    if recorded is not None:
+        return CompileChoice(recorded, "as the run began")
+    if recipe.trainer.accelerator not in ("auto", "gpu") or not torch.cuda.is_available():
+        return CompileChoice(False, "")
+    if not has_gpu_compiler():
+        return CompileChoice(False, "torch finds no Triton for this GPU")
+    peak = peak_flops(torch.device("cuda")) or ASSUMED_PEAK_FLOPS
+    seconds = estimate_flops(recipe, stage_runs) / (peak * ASSUMED_MFU * recipe.trainer.world_size)
+    length = format_duration(seconds)
+    return CompileChoice(seconds > MIN_COMPILED_SECONDS, f"about {length} of training")
+
+
+def with_compile(recipe: Recipe, compiles: bool) -> Recipe:
+    """Return a recipe in which it is settled whether blocks are compiled."""
+    trainer = recipe.trainer.model_copy(update={"compile": compiles})
+    return recipe.model_copy(update={"trainer": trainer})
+
+
+def estimate_flops(recipe: Recipe, stage_runs: Sequence[StageRun]) -> float:
+    """Return roughly the operations of a training: 6 for a weight of a decoder layer and position.
+
+    That is the rule of Kaplan et al. 2020 (arXiv:2001.08361); samples have one image and
+    `ASSUMED_TEXT_TOKENS`.
+    """
+    _, language_config = meta_encoder_and_config(recipe)
+    positions = sum(
+        stage_run.total_steps
+        * stage_run.stage.global_batch_size
+        * (image_tokens + ASSUMED_TEXT_TOKENS[stage_run.stage.sample_format])
+        for stage_run, image_tokens in zip(
+            stage_runs, tokens_per_image_by_stage(recipe, list(stage_runs)), strict=True
+        )
+    )
+    return 6.0 * _decoder_weights(language_config) * positions
+
+
+def _decoder_weights(config: LlamaConfig) -> int:
+    width, heads = config.hidden_size, config.num_attention_heads
+    head_width = config.head_dim or width // heads
+    attention = 2 * width * head_width * (heads + config.num_key_value_heads)
+    return int(config.num_hidden_layers * (attention + 3 * width * config.intermediate_size))
+
+
+def _recorded_choice(run: str | None) -> bool | None:
+    """Return what a run that is there has settled, None for a new one."""
+    file = RunFolder(Path(run)).recipe_file if run else None
+    if file is None or not file.is_file():
+        return None
+    recorded = load_recipe_file(file).trainer.compile
+    return None if recorded == "auto" else recorded
