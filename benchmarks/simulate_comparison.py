@@ -99,7 +99,7 @@ HEADER = [
 
 
 def measure_cell(cell: Cell, trials: int) -> Measured:
-    """Simulate families of equal rows, then families of which two rows differ by what is printed."""
+    """Simulate families of equal rows, then families where two rows differ by what is printed."""
     rng, population = cell.generator("equal"), Population(cell)
     pairs = np.array(list(itertools.combinations(range(cell.rows), 2)))
     row_hits = pair_hits = alarms = 0.0
