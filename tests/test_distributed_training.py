@@ -26,8 +26,10 @@ WAYS = {
     "frozen": ("recipe=yivl_llava", "only=align_448", "stages.align_448.sample_format=chat"),
 }
 HALF = "bf16"
-WAYS[HALF] = ("recipe=yivl_llava", "only=chat", "precision=bf16")
-NEAR = {HALF: 0.1}  # rounding to 16 bits grows from step to step
+# a sample a row in any number of processes: how many a row has changes the rounding to 16 bits
+ROWS_ALIKE = "stages.chat.max_tokens_per_row=16"
+WAYS[HALF] = ("recipe=yivl_llava", "only=chat", "precision=bf16", ROWS_ALIKE)
+NEAR = {HALF: 0.01}  # rounding to 16 bits grows from step to step
 STEPS = 6
 
 
@@ -101,7 +103,7 @@ def test_two_processes_have_the_losses_of_one(way, how, curves):
     alone, together = curves[way, "alone"], curves[way, how]
     assert len(alone) == len(together) == STEPS
     assert len(set(alone)) == STEPS  # something is learned
-    assert together[0] == pytest.approx(alone[0], rel=1e-4 if way == HALF else 1e-9)
+    assert together[0] == pytest.approx(alone[0], rel=1e-6 if way == HALF else 1e-9)
     assert together == pytest.approx(alone, rel=NEAR.get(way, 1e-9))
 
 

@@ -82,7 +82,7 @@ def estimate_flops(recipe: Recipe, stage_runs: Sequence[StageRun]) -> float:
 def _decoder_weights(config: LlamaConfig) -> int:
     width, heads = config.hidden_size, config.num_attention_heads
     head_width = config.head_dim or width // heads
-    attention = 2 * width * head_width * (heads + config.num_key_value_heads)
+    attention = 2 * width * head_width * (heads + (config.num_key_value_heads or heads))
     return int(config.num_hidden_layers * (attention + 3 * width * config.intermediate_size))
 
 
