@@ -182,18 +182,18 @@ def test_a_full_disk_is_one_line_and_earlier_checkpoints_stay(
 ) -> None:
     import errno
 
-    from vlbench.model.weights import tensor_writer
+    from vlbench.model.weights import background_writer
     from vlbench.train import checkpoint_files
 
-    whole, saves = tensor_writer.save_file, []
+    sync_whole, written = background_writer.sync_file, []
 
-    def full(state: object, path: Path, **options: object) -> None:
-        saves.append(path)
-        if len(saves) == 3:  # the weights of the second checkpoint; the first has an optimizer too
+    def sync_full(path: Path) -> None:
+        written.append(path)
+        if len(written) == 3:  # weights of the second checkpoint; the first has an optimizer too
             raise OSError(errno.ENOSPC, "No space left on device")
-        whole(state, path, **options)
+        sync_whole(path)
 
-    monkeypatch.setattr(tensor_writer, "save_file", full)
+    monkeypatch.setattr(background_writer, "sync_file", sync_full)
     steps = [
         f"stages.{n}.{k}"
         for n in ("align_224", "align_448", "chat")
