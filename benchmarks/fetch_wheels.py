@@ -58,7 +58,7 @@ def missing_packages(requirements: Iterable[str], present: set[str], python: str
 
 def read_package_list(file: Path) -> set[str]:
     """Return the names in a file, one a line; what follows # is a comment."""
-    lines = (line.split("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines())
+    lines = (line.split("#")[0].strip() for line in file.read_text(encoding="utf-8").split("\n"))
     return {canonicalize_name(re.split(r"[=<>~ ]", line)[0]) for line in lines if line}
 
 

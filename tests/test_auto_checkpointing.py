@@ -104,6 +104,7 @@ def needed_bytes(vlm: VLM, batch: PackedBatch, memory: SimulatedMemory) -> int:
 def test_auto_takes_what_fits_with_gradients_present(size, is_compiled, layers):
     needed: dict[str, int] = {}
     measured: dict[str, int] = {}
+    torch._dynamo.utils.counters.clear()  # of tests before
     with simulated(size, layers) as (vlm, batch, memory):
         for mode in CHECKPOINTING_MODES:
             vlm.enable_activation_checkpointing(mode)

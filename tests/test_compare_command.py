@@ -123,7 +123,7 @@ def test_the_plan_says_what_the_runs_will_take_and_tries_that_once(tmp_path, mon
     words[3] = "run=other"
     assert main([*words, "dry_run=true"]) == 0 and not (tmp_path / "other").exists()
     (tmp_path / "other").write_text("a file")
-    assert main(words) == 2 and "run=other cannot be used" in capfd.readouterr().err
+    assert main(words) == 2 and "run=other cannot be written" in capfd.readouterr().err
 
 
 def test_what_seeds_could_tell_is_said_before_the_runs(tmp_path, monkeypatch):

@@ -187,11 +187,13 @@ def test_a_killed_data_worker_is_one_line_and_the_run_goes_on(whole: Path, tmp_p
     words = [*SHORT, f"run={run}", "data.workers=1"]
     dying = (
         "import os, signal, sys\n"
+        "from torch.utils.data import get_worker_info\n"
         "from vlbench.data import batch_sampler\n"
         "real = batch_sampler.StepDataset.load_row\n"
-        "def load_row(self, row):\n"
-        "    if row.stream_index[0] >= 64: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return real(self, row)\n"
+        "def load_row(self, row, *opened):\n"
+        "    if get_worker_info() and row.stream_index[0] >= 8:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(self, row, *opened)\n"
         "batch_sampler.StepDataset.load_row = load_row\n"
         "from vlbench.__main__ import main\n"
         "sys.exit(main(sys.argv[1:]))\n"

@@ -110,7 +110,7 @@ def test_processes_and_their_workers_end_with_a_killed_launcher_and_save(tmp_pat
     process = start("stages.chat.steps=4000", f"run={run}", workers=1)
     wait_for(run, 3)
     ours = group_of(children(process))
-    assert len(ours) == 4  # two processes, a worker each
+    assert len(ours) == 6  # two processes; each has one that plans steps and one that loads rows
     process.kill()
     process.communicate(timeout=60)  # their pipes are closed when the last has ended
     wait_for_end(ours)
@@ -260,7 +260,13 @@ exit $highest
 """
 
 
-@pytest.mark.parametrize("told_first", [slice(None), slice(1, None)], ids=["all", "one alone"])
+@pytest.mark.parametrize(
+    "told_first",
+    [
+        pytest.param(slice(None), id="all"),
+        pytest.param(slice(1, None), id="one alone", marks=pytest.mark.slow),
+    ],
+)
 def test_the_slurm_script_trains_and_queues_what_was_stopped(told_first, tmp_path):
     (tmp_path / "bin").mkdir()
     queued = tmp_path / "queued"

@@ -43,7 +43,8 @@ def free_host_memory() -> int:
     """Return the bytes of memory that processes of this machine, or of this container, can take."""
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if MEMORY_FILE.is_file():
-        amounts = dict(line.split(":") for line in MEMORY_FILE.read_text().splitlines())
+        with MEMORY_FILE.open(encoding="ascii") as lines:
+            amounts = dict(line.split(":") for line in lines)
         free = int(amounts["MemAvailable"].split()[0]) * 1024
     try:
         most, used = ((CGROUP_FOLDER / f"memory.{name}").read_text() for name in ("max", "current"))

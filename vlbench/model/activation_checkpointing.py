@@ -24,6 +24,10 @@ CHECKPOINTING_MODES = ("none", "selective", "full")
 attention and recompute norms, rotations and activation functions; keep only the inputs of
 layers."""
 
+WEIGHT_CAST = "cast_weights"
+"""Attribute of a block whose weights are not of the type that it computes in without autocast: a
+context manager in which they are."""
+
 
 def checkpoint_blocks(
     decoder_layers: Iterable[nn.Module], encoder_blocks: Iterable[nn.Module], mode: str
@@ -52,7 +56,7 @@ def _recomputed_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return type(block).forward(block, *args, **kwargs)
     return checkpoint(
-        functools.partial(type(block).forward, block, **kwargs), *args, use_reentrant=False
+        functools.partial(_class_forward, block, **kwargs), *args, use_reentrant=False
     )
 
 
@@ -61,11 +65,21 @@ def _selective_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return type(block).forward(block, *args, **kwargs)
     return checkpoint(
-        functools.partial(type(block).forward, block, **kwargs),
+        functools.partial(_class_forward, block, **kwargs),
         *args,
         use_reentrant=False,
         context_fn=_selective_contexts,
     )
+
+
+def _class_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Forward of the class of a block; where it is recomputed no hook has cast its weights."""
+    forward = type(block).forward
+    cast_weights = vars(block).get(WEIGHT_CAST)
+    if cast_weights is None or torch.is_autocast_enabled(args[0].device.type):
+        return forward(block, *args, **kwargs)
+    with cast_weights():
+        return forward(block, *args, **kwargs)
 
 
 def _selective_contexts() -> Any:

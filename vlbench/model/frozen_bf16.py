@@ -8,6 +8,7 @@ float32 while it runs, so evaluation and held-out losses are those of float32.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from vlbench.compat.peft_internals import is_adapter_name
 from vlbench.compat.torch_internals import parameter_slots
+from vlbench.model.activation_checkpointing import WEIGHT_CAST
 from vlbench.model.vlm import VLM
 
 FROZEN_DTYPE = torch.bfloat16
@@ -55,6 +57,8 @@ class _FrozenBF16Block:
         for module, name in weight_owners:
             parameter = module.get_parameter(name)
             parameter.data = parameter.data.to(FROZEN_DTYPE)
+        self.block = block
+        setattr(block, WEIGHT_CAST, self.cast_weights)
         self.hooks = (
             block.register_forward_pre_hook(self.upcast_weights),
             block.register_forward_hook(self.put_back_weights, always_call=True),
@@ -77,7 +81,20 @@ class _FrozenBF16Block:
             parameter_slots(module)[name] = held
         self.bf16_weights = []
 
+    @contextlib.contextmanager
+    def cast_weights(self) -> Iterator[None]:
+        """Have float32 weights in `with`, as the hooks do, which a recomputation does not call."""
+        if self.bf16_weights:
+            yield
+            return
+        self.upcast_weights()
+        try:
+            yield
+        finally:
+            self.put_back_weights()
+
     def restore_float32(self) -> None:
+        delattr(self.block, WEIGHT_CAST)
         for hook in self.hooks:
             hook.remove()
         for module, name in self.weight_owners:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 
 from vlbench.text_files import read_text
+
+if TYPE_CHECKING:
+    import torch
 
 GPU_TABLE_FILE = Path(__file__).with_name("gpus.yaml")
 # makers, product lines, sockets and memory say nothing about speed; any other word may
@@ -26,6 +28,8 @@ def peak_flops(device: torch.device) -> float | None:
     """Return the peak FLOP/s of a device in 16 bits, dense; None if it is not in the table."""
     if device.type != "cuda":
         return None
+    import torch
+
     found = torch.cuda.get_device_properties(device)
     row = find_gpu_row(found.name, found.total_memory, yaml.safe_load(read_text(GPU_TABLE_FILE)))
     return None if row is None else 1e12 * row["tflops"]
