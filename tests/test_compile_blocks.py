@@ -107,7 +107,7 @@ def graphs():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("one_call", [False, True])
+@pytest.mark.parametrize("one_call", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(("name", "frozen", "way"), CASES)
 def test_compiled_blocks_learn_the_same(name, frozen, way, one_call, graphs, monkeypatch):
     """In one call packed attention is part of the graphs, otherwise it cuts them."""
