@@ -1,4 +1,4 @@
-"""The line that tells why training has become slower, or fast again."""
+"""The line that tells that other processes use the cores of a training."""
 
 from __future__ import annotations
 
@@ -11,23 +11,21 @@ from vlbench.train.training_module import VLMTrainingModule
 
 
 class CoreSharingNotice(StageCallback):
-    """Print a line when other processes begin or cease to want the cores of the training.
+    """Print one line in a run when other processes begin to want the cores of the training.
 
-    The lines come after a step, in the thread that prints everything else.
+    Data workers of the run are such processes as well, and come and go; a line for each change
+    would say little. The line comes after a step, in the thread that prints everything else.
     """
 
     def __init__(self, print_line: Callable[[str], None]) -> None:
-        """Begin with cores that are not shared; one object is for all stages of a run."""
-        self.print_line, self.is_sharing = print_line, False
+        """Begin with cores that were not shared; one object is for all stages of a run."""
+        self.print_line, self.was_sharing = print_line, False
 
     def on_step_end(self, training: VLMTrainingModule, step: OptimizerStep) -> None:
-        """Print a line if that has changed since the last step."""
-        is_sharing = process_watch().is_sharing
-        if is_sharing and not self.is_sharing:
+        """Print the line if the cores are shared for the first time."""
+        if process_watch().is_sharing and not self.was_sharing:
+            self.was_sharing = True
             self.print_line(
-                "other processes use the cores too: threads that wait now sleep, which is slower "
-                "and changes no result"
+                "other processes use the cores too (data workers of this run may be among them): "
+                "meanwhile threads sleep where they wait for each other, which changes no result"
             )
-        elif self.is_sharing and not is_sharing:
-            self.print_line("the cores are free again")
-        self.is_sharing = is_sharing
