@@ -86,7 +86,7 @@ def scene_caption(scene: RenderedScene, language: str) -> str:
 def list_questions(scene: RenderedScene, language: str) -> list[SceneQuestion]:
     """List every question about the scene in one language, in a fixed order."""
     return [
-        *_attribute_questions(scene.objects, language),
+        *list_attribute_questions(scene.objects, language),
         *_count_questions(scene.objects, language),
         *_position_questions(scene.objects, language),
         *_relation_questions(scene.objects, language),
@@ -143,7 +143,7 @@ def _parse_count_answer(answer: str) -> int:
     return words.index(answer[:-1].lower()) % 4 + 1
 
 
-def _attribute_questions(objects: Sequence[SceneObject], language: str) -> list[SceneQuestion]:
+def list_attribute_questions(objects: Sequence[SceneObject], language: str) -> list[SceneQuestion]:
     """Ask for the colour of a unique shape, and for the shape of a unique colour."""
     colours, shapes = Counter(t.colour for t in objects), Counter(t.shape for t in objects)
     zh, asked = language == "zh", []

@@ -1,18 +1,23 @@
-"""Rendered scenes: what a scene holds and how it is painted. Its texts are in `scene_text`.
+"""Rendered scenes: what a scene holds, and the scenes of the family gist, of one to four objects.
 
-A scene is a pure function of (stream, seed, index): one to four coloured shapes, each somewhere in
-its own quarter of the image, on a plain muted background. Nothing here imports torch.
+A scene is a pure function of (stream, seed, index): coloured shapes or letters, each somewhere in
+its own cell of a grid over the image, on a plain muted background. `scene_lattice` and
+`scene_letters` make the scenes of the other families, `scene_painting` paints, and texts are in the
+modules named `scene_*_text`. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-import math
 import random
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from PIL import Image, ImageDraw
+from vlbench.data.scene_painting import paint_background, paint_dot, paint_shape
 
-SCENE_VERSION = 1  # of images and texts; raise it when either changes
+if TYPE_CHECKING:
+    from PIL import Image
+
+SCENE_VERSION = 2  # of images and texts; raise it when either changes
 IMAGE_SIDE = 112  # pixels, width and height
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 38, 40),
@@ -33,21 +38,25 @@ UNSEEN_PAIRS = {
     "black": "cross",
 }
 SEEN_PAIRS = tuple((c, s) for c in COLOURS for s in SHAPES if UNSEEN_PAIRS[c] != s)
-_PAINT_SCALE = 2  # painted twice as large, then halved, for smooth edges
+QUARTERS = 2  # cells along a side of a gist scene's grid
+# Radii of objects in pixels, by the number of cells along a side: at 4 an object is about as large
+# as a patch of 14 pixels, and never touches its neighbours.
+_RADII = {2: (16.0, 25.0), 4: (9.0, 12.5)}
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One coloured shape of a scene."""
+    """One coloured shape of a scene, or one letter."""
 
     colour: str  # one of COLOURS; empty where a colour has no name (pretraining alone)
-    shape: str  # one of SHAPES
-    cell: int  # its quarter of the image: 0 top left, 1 top right, 2 and 3 below them
+    shape: str  # one of SHAPES, or a letter of `scene_letters`
+    cell: int  # its cell of the scene's grid, in raster order: 0 is at the top left
     x: float  # centre, pixels
     y: float
     radius: float  # pixels
     rotation: float  # radians
     painted_colour: tuple[int, int, int]  # the shade of `colour` that is painted
+    has_dot: bool = False  # a small dot in its middle
 
     @property
     def colour_shape(self) -> tuple[str, str]:
@@ -62,21 +71,21 @@ class RenderedScene:
     name: str
     objects: tuple[SceneObject, ...]  # in raster order
     corner_colours: tuple[tuple[int, int, int], ...]  # of the background, interpolated between
+    grid: int = QUARTERS  # cells along a side
 
     def open(self) -> Image.Image:
         """Paint the scene, 112 x 112 pixels, RGB."""
-        side = IMAGE_SIDE * _PAINT_SCALE
-        corners = Image.new("RGB", (2, 2))
-        corners.putdata(self.corner_colours)
-        canvas = corners.resize((side, side), Image.Resampling.BILINEAR)
-        draw = ImageDraw.Draw(canvas)
-        for scene_object in self.objects:
-            _paint_object(draw, scene_object)
-        return canvas.reduce(_PAINT_SCALE)
+        canvas = paint_background(self.corner_colours, IMAGE_SIDE)
+        for thing in self.objects:
+            paint_shape(canvas, thing.shape, thing.x, thing.y, thing.radius, thing.rotation,
+                        thing.painted_colour)  # fmt: skip
+            if thing.has_dot:
+                paint_dot(canvas, thing.x, thing.y, is_dark=thing.colour == "yellow")
+        return canvas.finish()
 
 
 def make_scene(stream: str, seed: int, index: int, has_unseen_pair: bool = False) -> RenderedScene:
-    """Make scene `index` of a stream.
+    """Make scene `index` of a stream: one to four objects, each in a quarter of the image.
 
     With `has_unseen_pair` exactly one object is of UNSEEN_PAIRS, otherwise none.
     """
@@ -107,20 +116,28 @@ def _draw_pairs(rng: random.Random, count: int, has_unseen_pair: bool) -> list[t
     return pairs
 
 
-def make_object(rng: random.Random, colour_shape: tuple[str, str], cell: int) -> SceneObject:
-    """Draw an object in its quarter: radius 16 to 25 pixels, any position where it fits."""
-    half = IMAGE_SIDE / 2
-    radius = rng.uniform(16.0, 25.0)
-    slack = half / 2 - radius - 0.5
-    x = half / 2 + half * (cell % 2) + rng.uniform(-slack, slack)
-    y = half / 2 + half * (cell // 2) + rng.uniform(-slack, slack)
+def make_object(
+    rng: random.Random, colour_shape: tuple[str, str], cell: int, grid: int = QUARTERS
+) -> SceneObject:
+    """Draw an object in its cell: a radius of `_RADII`, any position where it fits."""
+    side = IMAGE_SIDE / grid
+    radius = rng.uniform(*_RADII[grid])
+    slack = side / 2 - radius - 0.5
+    x = side / 2 + side * (cell % grid) + rng.uniform(-slack, slack)
+    y = side / 2 + side * (cell // grid) + rng.uniform(-slack, slack)
+    painted_colour = draw_shade(rng, colour_shape[0])
+    rotation = rng.uniform(-0.2, 0.2)
+    return SceneObject(*colour_shape, cell, x, y, radius, rotation, painted_colour)
+
+
+def draw_shade(rng: random.Random, colour: str) -> tuple[int, int, int]:
+    """Draw a shade of a named colour, RGB."""
     brightness = rng.uniform(0.86, 1.1)
     red, green, blue = (
         min(255, max(0, round(value * brightness + rng.uniform(-8, 8))))
-        for value in COLOURS[colour_shape[0]]
+        for value in COLOURS[colour]
     )
-    rotation = rng.uniform(-0.2, 0.2)
-    return SceneObject(*colour_shape, cell, x, y, radius, rotation, (red, green, blue))
+    return red, green, blue
 
 
 def make_background(rng: random.Random) -> tuple[tuple[int, int, int], ...]:
@@ -137,54 +154,3 @@ def make_background(rng: random.Random) -> tuple[tuple[int, int, int], ...]:
         red, green, blue = (min(255, max(0, round(brightness + t + shift))) for t in tint)
         corners.append((red, green, blue))
     return tuple(corners)
-
-
-def _paint_object(draw: ImageDraw.ImageDraw, scene_object: SceneObject) -> None:
-    x, y = scene_object.x * _PAINT_SCALE, scene_object.y * _PAINT_SCALE
-    radius = scene_object.radius * _PAINT_SCALE
-    if scene_object.shape == "circle":
-        size = radius * 0.9
-        draw.ellipse((x - size, y - size, x + size, y + size), fill=scene_object.painted_colour)
-        return
-    cos, sin = math.cos(scene_object.rotation) * radius, math.sin(scene_object.rotation) * radius
-    outline = [
-        (x + u * cos - v * sin, y + u * sin + v * cos) for u, v in _OUTLINES[scene_object.shape]
-    ]
-    draw.polygon(outline, fill=scene_object.painted_colour)
-
-
-def _heart_outline() -> list[tuple[float, float]]:
-    points = []
-    for step in range(36):
-        t = step * math.pi / 18
-        high = 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
-        points.append((16 * math.sin(t) ** 3 / 17, -(high + 2.5) / 17))
-    return points
-
-
-def _star_outline() -> list[tuple[float, float]]:
-    points = []
-    for step in range(10):
-        radius = 1.0 if step % 2 == 0 else 0.42
-        angle = step * math.pi / 5 - math.pi / 2
-        points.append((radius * math.cos(angle), radius * math.sin(angle) + 0.05))
-    return points
-
-
-def _cross_outline(arm: float = 0.3) -> list[tuple[float, float]]:
-    corner = [(-arm, -0.95), (arm, -0.95), (arm, -arm)]
-    points = []
-    for _ in range(4):
-        points += corner
-        corner = [(-v, u) for u, v in corner]  # a quarter turn
-    return points
-
-
-# Corners of the shapes in units of the radius, y downwards.
-_OUTLINES: dict[str, list[tuple[float, float]]] = {
-    "square": [(-0.75, -0.75), (0.75, -0.75), (0.75, 0.75), (-0.75, 0.75)],
-    "triangle": [(0.0, -0.95), (0.95, 0.75), (-0.95, 0.75)],
-    "star": _star_outline(),
-    "cross": _cross_outline(),
-    "heart": _heart_outline(),
-}

@@ -1,0 +1,60 @@
+"""Scenes of the families crowd, place and fine: 6 to 16 objects on a lattice of 4 x 4 cells.
+
+Most colours and shapes occur several times; one or two of each occur exactly once, so that "the
+star" and "the red object" name something. In a scene with a dot, one object has it.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+from vlbench.data.scene_world import (
+    COLOURS,
+    SHAPES,
+    UNSEEN_PAIRS,
+    RenderedScene,
+    make_background,
+    make_object,
+)
+
+LATTICE = 4  # cells along a side
+MIN_OBJECTS, MAX_OBJECTS = 6, LATTICE**2
+
+
+def make_lattice_scene(stream: str, seed: int, index: int, has_dot: bool = False) -> RenderedScene:
+    """Make crowded scene `index` of a stream, without unseen pairs."""
+    rng = random.Random(f"lattice/{stream}/{seed}/{index}")
+    count = rng.randint(MIN_OBJECTS, MAX_OBJECTS)
+    pairs = _draw_crowd(rng, count)
+    cells = sorted(rng.sample(range(LATTICE**2), count))
+    dotted = rng.randrange(count) if has_dot else -1
+    objects = tuple(
+        replace(make_object(rng, pair, cell, LATTICE), has_dot=number == dotted)
+        for number, (pair, cell) in enumerate(zip(pairs, cells, strict=True))
+    )
+    name = f"scene-lattice-{stream}-{seed}-{index}"
+    return RenderedScene(name, objects, make_background(rng), LATTICE)
+
+
+def _draw_crowd(rng: random.Random, count: int) -> list[tuple[str, str]]:
+    """Draw (colour, shape) pairs of which one or two shapes and colours occur exactly once."""
+    colours, shapes = rng.sample(tuple(COLOURS), len(COLOURS)), rng.sample(SHAPES, len(SHAPES))
+    single_shapes, single_colours = rng.randint(1, 2), rng.randint(1, 2)
+    common = [
+        (colour, shape)
+        for colour in colours[single_colours:]
+        for shape in shapes[single_shapes:]
+        if UNSEEN_PAIRS[colour] != shape
+    ]
+    pairs = [
+        (rng.choice([c for c in colours[single_colours:] if UNSEEN_PAIRS[c] != shape]), shape)
+        for shape in shapes[:single_shapes]
+    ]
+    pairs += [
+        (colour, rng.choice([s for s in shapes[single_shapes:] if UNSEEN_PAIRS[colour] != s]))
+        for colour in colours[:single_colours]
+    ]
+    pairs += rng.choices(common, k=count - len(pairs))
+    rng.shuffle(pairs)
+    return pairs

@@ -1,0 +1,104 @@
+"""The texts of crowded scenes: captions by coordinates, and questions of crowd, place and fine."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from vlbench.data.scene_lattice import LATTICE
+from vlbench.data.scene_text import SceneQuestion, list_attribute_questions, object_name
+from vlbench.data.scene_world import RenderedScene, SceneObject
+
+ROW_NAMES, COLUMN_NAMES = "1234", "abcd"  # of the lattice, from the top and from the left
+DOT_QUESTIONS = {"en": "Which object has a dot?", "zh": "哪个物体上有圆点？"}
+# side: name in English, name in Chinese, rows down, columns right
+_SIDES = (
+    ("to the left of", "左边", 0, -1),
+    ("to the right of", "右边", 0, 1),
+    ("above", "上边", -1, 0),
+    ("below", "下边", 1, 0),
+)
+
+
+def coordinates(x: float, y: float, image_side: float) -> tuple[str, str]:
+    """Return the names of the row and the column of a point in a square image."""
+    row, column = (min(int(v * LATTICE / image_side), LATTICE - 1) for v in (y, x))
+    return ROW_NAMES[row], COLUMN_NAMES[column]
+
+
+def lattice_caption(scene: RenderedScene, language: str) -> str:
+    """Return one sentence: every object in raster order, after its row and column: "1a red star".
+
+    The object with a dot is named at the end.
+    """
+    told = [f"{_coordinates_of(t)}{_named(t, language)}" for t in scene.objects]
+    told += [
+        f"圆点{_coordinates_of(t)}" if language == "zh" else f"dot {_coordinates_of(t)}"
+        for t in scene.objects
+        if t.has_dot
+    ]
+    return f"{'，'.join(told)}。" if language == "zh" else f"{', '.join(told)}."
+
+
+def list_lattice_questions(scene: RenderedScene, language: str) -> list[SceneQuestion]:
+    """List all questions about a crowded scene: crowd, place, and fine where it has a dot."""
+    return [
+        *list_crowd_questions(scene, language),
+        *list_place_questions(scene, language),
+        *list_fine_questions(scene, language),
+    ]
+
+
+def list_crowd_questions(scene: RenderedScene, language: str) -> list[SceneQuestion]:
+    """Ask for the colour of a shape that occurs once, and for the shape of such a colour."""
+    return [
+        SceneQuestion("crowd", language, q.text, q.answer, q.relevant_pairs)
+        for q in list_attribute_questions(scene.objects, language)
+    ]
+
+
+def list_place_questions(scene: RenderedScene, language: str) -> list[SceneQuestion]:
+    """Ask what is next to an object, on any side, whose colour and shape occur together once."""
+    counts = Counter(t.colour_shape for t in scene.objects)
+    by_cell = {t.cell: t for t in scene.objects}
+    asked = []
+    for thing in scene.objects:
+        if counts[thing.colour_shape] > 1:
+            continue
+        row, column = divmod(thing.cell, LATTICE)
+        for side_en, side_zh, down, right in _SIDES:
+            beside = by_cell.get((row + down) * LATTICE + column + right)
+            if beside is None or not 0 <= column + right < LATTICE:
+                continue
+            name = object_name(thing, language)
+            if language == "zh":
+                text, answer = f"{name}的{side_zh}是什么？", f"{object_name(beside, 'zh')}。"
+            else:
+                text, answer = f"What is {side_en} the {name}?", f"A {object_name(beside, 'en')}."
+            pairs = (thing.colour_shape, beside.colour_shape)
+            asked.append(SceneQuestion("place", language, text, answer, pairs))
+    return asked
+
+
+def list_fine_questions(scene: RenderedScene, language: str) -> list[SceneQuestion]:
+    """Ask which object has the dot, if there is one."""
+    return [
+        SceneQuestion(
+            "fine",
+            language,
+            DOT_QUESTIONS[language],
+            f"{object_name(t, 'zh')}。" if language == "zh" else f"The {object_name(t, 'en')}.",
+            (t.colour_shape,),
+        )
+        for t in scene.objects
+        if t.has_dot
+    ]
+
+
+def _named(thing: SceneObject, language: str) -> str:
+    name = object_name(thing, language)
+    return name if language == "zh" else f" {name}"
+
+
+def _coordinates_of(thing: SceneObject) -> str:
+    row, column = divmod(thing.cell, LATTICE)
+    return ROW_NAMES[row] + COLUMN_NAMES[column]
