@@ -13,7 +13,7 @@ from vlbench.config.schema import Recipe
 from vlbench.data.data_sources import SCENES_SOURCE, open_held_out, open_stage_sources
 from vlbench.data.image_processing import blank_image
 from vlbench.data.sample import IMAGE_PLACEHOLDER, LazyImage, Sample, SampleSource
-from vlbench.data.scene_dataset import held_out_questions
+from vlbench.data.scene_exam import held_out_questions
 from vlbench.data.shuffle import pick_fixed_subset
 from vlbench.errors import BadSample, UserError
 
@@ -97,7 +97,7 @@ def scene_questions(subset: str) -> list[EvalQuestion]:
             scene.answer,
             scene.type,
             scene.language,
-            picture=scene.image.name,
+            picture=scene.images[0].name,
         )
         for scene in held_out_questions(subset)
     ]
