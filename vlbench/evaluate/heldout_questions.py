@@ -35,6 +35,8 @@ class EvalQuestion:
     """Number of its record in the source, from 1; "" for a rendered scene."""
     picture: str = ""
     """Name of the conversation's first image: questions about it stand or fall together."""
+    family: str = ""
+    """Family of a question about rendered scenes, whose score is its own; "" for others."""
 
     @property
     def question_text(self) -> str:
@@ -98,6 +100,7 @@ def scene_questions(subset: str) -> list[EvalQuestion]:
             scene.type,
             scene.language,
             picture=scene.images[0].name,
+            family=scene.family,
         )
         for scene in held_out_questions(subset)
     ]

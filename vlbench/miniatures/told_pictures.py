@@ -22,7 +22,7 @@ from vlbench.data.scene_world import IMAGE_SIDE, QUARTERS, RenderedScene, SceneO
 # a cell of a raster begins or ends; the next word is written over the last
 CELL_SEPARATOR, OVERLAY_SEPARATOR = "\t", "\b"
 RASTER_GRIDS = (4, 8)  # cells along a side: the patches at 56 pixels and at 112
-DOT_WORD, EMPTY_WORD = " dot", " ."
+DOT_WORD, EMPTY_WORD = " dot", "."
 DESCRIPTION_FORMS = {"raster": 7, "bag": 2, "phrases": 1}  # how often each
 _COVERED_RADII = 0.7  # a cell shows an object that is at most so many radii away
 _DOT_REACH = 4.0  # pixels: a cell shows a dot whose middle is at most so far away
