@@ -263,7 +263,7 @@ def test_a_gpu_is_copied_beside_what_it_computes(tmp_path: Path, monkeypatch) ->
 
 
 def test_copying_on_a_cpu_begins_no_team_of_threads(tmp_path: Path) -> None:
-    """Teams of several threads and more members than cores are throttled by libgomp, all of them."""
+    """With more OpenMP threads than cores, libgomp lets none of a process spin."""
     before = torch.get_num_threads()
     tasks = Path("/proc/self/task")
     if not tasks.is_dir():
