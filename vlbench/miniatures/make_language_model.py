@@ -40,7 +40,7 @@ from vlbench.miniatures.training_text import (
 )
 
 DOCUMENTS_PER_STEP = 32  # documents in an optimizer step
-LATER_FACT_SHARE = 0.1  # share of the documents that are facts once the first steps are over
+LATER_FACT_SHARE = 0.6  # share of the documents that are facts once the first steps are over
 # share of the chats that keep the system prompt; the others save its time
 SYSTEM_PROMPT_SHARE = 0.2
 ADAMW_LR, MUON_LR = 2e-3, 0.02  # AdamW: embeddings, head, norms; Muon: matrices

@@ -21,7 +21,7 @@ from vlbench.data.scene_families import (
     picture_caption,
 )
 from vlbench.data.scene_lattice import LATTICE
-from vlbench.data.scene_lattice_text import COLUMN_NAMES, ROW_NAMES
+from vlbench.data.scene_lattice_text import COLUMN_NAMES, ROW_NAMES, list_place_questions
 from vlbench.data.scene_letters import LETTER_GRID, list_letter_questions, make_letter_scene
 from vlbench.data.scene_text import (
     CELL_NAMES,
@@ -44,12 +44,14 @@ from vlbench.miniatures.told_pictures import (
 
 TEXT_SCENE_STREAM = "words"  # stream of scenes; the images of fit come from others
 TextPiece = tuple[str, bool]  # text, and whether it is supervised
+Fact = tuple[str, str, str]  # about what, what, full stop
 FACT_WEIGHTS = {"gist": 50, "crowd": 50}  # pictures by family, in facts
 TEXT_WEIGHTS = {"gist": 38, "crowd": 38, "glyphs": 10, "many": 14}  # in everything else
 # How often each type is asked in drills of the pictures that allow it: what is hard more often.
 DRILL_WEIGHTS = {"count": 4, "position": 2, "relation": 3, "place": 4}  # any other: 1
 _WORDS_PER_DRILL, _WHOLE_RASTER_SHARE = 4, 0.25  # in drills that read letters
 _FACTS_PER_DOCUMENT, _QUESTIONS_PER_DRILL, _QUESTIONS_PER_CHAT = 14, 10, 8  # in one document
+_COUNT_REPEATS = (1, 3, 8, 16)  # how often facts say a count: larger ones are rarer in pictures
 _BLIND_CHAT_SHARE = 0.03  # chats without a description
 
 
@@ -73,7 +75,8 @@ def make_facts(seed: int, index: int, grids: Sequence[int] = RASTER_GRIDS) -> li
     pictures, language = _draw_pictures(rng, FACT_WEIGHTS, seed, index)
     known = _list_facts(pictures[0], language)
     pieces: list[TextPiece] = [(describe_pictures(rng, pictures, language, grids), False)]
-    for about, what, end in rng.choices(known, k=_FACTS_PER_DOCUMENT):
+    for _ in range(_FACTS_PER_DOCUMENT):
+        about, what, end = rng.choice(rng.choice(known))
         pieces += [(about, False), (what, True), (end, False)]
     return pieces
 
@@ -141,35 +144,54 @@ def _question_turns(question: str, answer: str) -> list[ChatTurn]:
     return [ChatTurn("human", question), ChatTurn("assistant", answer)]
 
 
-def _list_facts(scene: RenderedScene, language: str) -> list[tuple[str, str, str]]:
-    """List what can be said of the objects without doubt: (about what, what, full stop)."""
-    zh = language == "zh"
+def _list_facts(scene: RenderedScene, language: str) -> list[list[Fact]]:
+    """List what can be said of the objects without doubt, a list for each kind of fact."""
     colours = Counter(thing.colour for thing in scene.objects)
     shapes = Counter(thing.shape for thing in scene.objects)
     pairs = Counter(thing.colour_shape for thing in scene.objects)
-    verbs = {"is": "是", "at": "在", "are": "有"}
-    known = []
+    named, found, of_colour, of_shape = (list[Fact]() for _ in range(4))
     for thing in scene.objects:
         colour, shape = (
             _translate_word(thing.colour, language),
             _translate_word(thing.shape, language),
         )
         name, where = object_name(thing, language), _place_name(scene, thing.cell, language)
-        known.append((where, "is", name))
+        named.append(_state(where, "is", name, language))
         if shapes[thing.shape] == 1:
-            known += [(shape, "is", colour), (shape, "at", where)]
+            of_shape.append(_state(shape, "is", colour, language))
+            found.append(_state(shape, "at", where, language))
         if colours[thing.colour] == 1:
-            known += [(colour, "is", shape), (colour, "at", where)]
+            of_colour.append(_state(colour, "is", shape, language))
+            found.append(_state(colour, "at", where, language))
         if pairs[thing.colour_shape] == 1:
-            known.append((name, "at", where))
-    if scene.grid != LATTICE:
-        for name, number in [*colours.items(), *shapes.items()]:
-            many = NUMBER_WORDS[language][number - 1]
-            known += [(_translate_word(name, language), "are", many)] * (1 if number == 1 else 2)
-    return [
-        (f"{about}{verbs[verb]}", what, "。") if zh else (f" the {about} {verb}", f" {what}", ".")
-        for about, verb, what in known
-    ]
+            found += [_state(name, "at", where, language)] * 2
+    if scene.grid == LATTICE:
+        others = [_state_beside(question) for question in list_place_questions(scene, language)]
+    else:
+        others = [
+            _state(
+                _translate_word(name, language), "are", NUMBER_WORDS[language][number - 1], language
+            )
+            for name, number in [*colours.items(), *shapes.items()]
+            for _ in range(_COUNT_REPEATS[number - 1])
+        ]
+    # what lies beside an object, and how many there are, take longest: as often as all the rest
+    kinds = [named, found, of_colour + of_shape, others, others, others]
+    return [kind for kind in kinds if kind]
+
+
+def _state(about: str, verb: str, what: str, language: str) -> Fact:
+    if language == "zh":
+        return f"{about}{ {'is': '是', 'at': '在', 'are': '有'}[verb] }", what, "。"
+    return f" the {about} {verb}", f" {what}", "."
+
+
+def _state_beside(question: SceneQuestion) -> Fact:
+    """Turn "What is above the red star?" and its answer into a fact: "above the red star: ..."."""
+    if question.language == "zh":
+        return question.text.removesuffix("什么？"), question.answer.removesuffix("。"), "。"
+    what = question.answer.removeprefix("A ").removesuffix(".")
+    return f"{question.text.removeprefix('What is').removesuffix('?')} is", f" {what}", "."
 
 
 def _place_name(scene: RenderedScene, cell: int, language: str) -> str:
