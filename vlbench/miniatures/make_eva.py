@@ -18,13 +18,14 @@ from torch.nn.functional import layer_norm, mse_loss
 
 from vlbench.miniatures import make_vision_encoder
 from vlbench.miniatures.batch_encoding import load_pixels
-from vlbench.miniatures.training_images import single_object_scenes, whole_scenes
+from vlbench.miniatures.vision_losses import RegionBatch
 from vlbench.model.miniature_eva import EVA_MODEL_NAME
 from vlbench.model.vision_encoder import VisionEncoder
 
 DISTILLATION_STAGES = ((56, 500, 2e-3), (112, 1100, 1.5e-3), (56, 300, 5e-4))
 """Image size, steps, peak learning rate; each size has its own position embeddings, optimizer."""
-IMAGES_PER_STEP = 48  # images in an optimizer step
+# the scenes of a step by image size, 48 of them
+SCENES_PER_STEP = {56: RegionBatch(16, 0, 8, 56), 112: RegionBatch(16, 8, 6, 112)}
 FEATURE_LAYER = -2  # the block whose features recipes use
 EVA_CONFIG: dict[str, Any] = {
     "embed_dim": 128,
@@ -80,12 +81,8 @@ def distill_features(
         for group in optimizer.param_groups:
             group["lr"] = peak_lr * make_vision_encoder.cosine_lr_scale(step, steps)
         place = 500_000 + 10_000 * stage_index + step
-        scenes, _ = (
-            single_object_scenes(place)
-            if step % 4 == 0
-            else whole_scenes(place, base_scenes=IMAGES_PER_STEP // 4)
-        )
-        images = load_pixels(scenes[:IMAGES_PER_STEP], student.image_size)
+        scenes = SCENES_PER_STEP[student.image_size].make_scenes(place)
+        images = load_pixels(scenes, student.image_size)
         with torch.no_grad():
             target = _normalize_features(teacher(images))
         loss = mse_loss(_normalize_features(student(images)), target)
