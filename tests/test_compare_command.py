@@ -130,7 +130,7 @@ def test_what_seeds_could_tell_is_said_before_the_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     grid = parse_grid(["recipe=yivl_llava,yivl_qformer,yivl_eva", "seeds=4", "run=c"])
     first, *lines = describe_power(grid)
-    assert "after Holm's correction over 3 pairs, with 1,200 questions" in first
+    assert "after Holm's correction over 3 pairs, with 1,800 questions" in first
     assert re.search(r"points with 3 seeds, .* 4 seeds, .* 5 seeds, .* 10 seeds", lines[0])
     for seed, accuracy in ((0, 0.9), (1, 0.7)):
         folder = grid.run_folder(grid.rows[0], seed)

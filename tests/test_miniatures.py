@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -16,8 +17,11 @@ from transformers import LlamaForCausalLM
 
 import vlbench.miniatures
 from vlbench.data.chat_template import YI_VL
+from vlbench.data.scene_lattice import make_lattice_scene
+from vlbench.data.scene_lattice_text import COLUMN_NAMES, ROW_NAMES
+from vlbench.data.scene_painting import LETTERS
 from vlbench.data.scene_text import CHINESE_WORDS
-from vlbench.data.scene_world import COLOURS, UNSEEN_PAIRS
+from vlbench.data.scene_world import COLOURS, SHAPES, UNSEEN_PAIRS
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.miniatures import (
     make_language_model,
@@ -27,13 +31,14 @@ from vlbench.miniatures import (
 )
 from vlbench.miniatures.__main__ import PART_FOLDERS
 from vlbench.miniatures.attention_init import initialize_attention
-from vlbench.miniatures.training_text import (
+from vlbench.miniatures.told_pictures import (
     CELL_SEPARATOR,
+    DOT_WORD,
+    EMPTY_WORD,
     OVERLAY_SEPARATOR,
-    make_document,
-    make_drill,
-    make_facts,
+    describe_raster,
 )
+from vlbench.miniatures.training_text import make_document, make_drill, make_facts
 
 TINY = Path(vlbench.miniatures.__file__).parent
 MANIFEST = json.loads((TINY / "manifest.json").read_text(encoding="utf-8"))
@@ -76,6 +81,35 @@ def test_special_tokens_have_the_ids_of_yi(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode("<|im_end|>") == [7]
     assert len(tokenizer.encode("###")) == len(tokenizer.encode("\n")) == 1
     assert tokenizer.encode("12") == tokenizer.encode("1") + tokenizer.encode("2")
+
+
+def test_words_that_say_what_is_seen_are_pieces_of_their_own(tokenizer: Tokenizer) -> None:
+    """A patch's words have one id each, and letters never join in an answer."""
+    names = [*ROW_NAMES, *COLUMN_NAMES, *LETTERS, DOT_WORD, EMPTY_WORD]
+    for word in [*names, *(f" {word}" for word in (*COLOURS, *SHAPES)), *CHINESE_WORDS.values()]:
+        assert len(tokenizer.encode(word)) == 1, word
+    for first, second in itertools.permutations(LETTERS, 2):
+        ids = tokenizer.encode(f' "{first}{second}".')
+        assert [tokenizer.encode(letter)[0] for letter in (first, second)] == ids[-4:-2] or [
+            tokenizer.encode(letter)[0] for letter in (first, second)
+        ] == ids[-3:-1], first + second
+
+
+def test_a_raster_says_what_each_patch_shows() -> None:
+    for index in range(20):
+        scene = make_lattice_scene("raster", 0, index, has_dot=True)
+        cells = describe_raster(scene, 4).strip(CELL_SEPARATOR).split(CELL_SEPARATOR)
+        assert len(cells) == 16
+        for cell, text in enumerate(cells):
+            here = [t for t in scene.objects if t.cell == cell]
+            if not here:
+                assert text == EMPTY_WORD
+                continue
+            words = [f" {here[0].colour}", f" {here[0].shape}", *[DOT_WORD] * here[0].has_dot]
+            place = ROW_NAMES[cell // 4], COLUMN_NAMES[cell % 4]
+            assert text.split(OVERLAY_SEPARATOR) == [*words, *place]
+        fine = describe_raster(scene, 8)
+        assert fine.count(CELL_SEPARATOR) == 65 and 1 <= fine.count(DOT_WORD) <= 4
 
 
 def test_the_system_prompt_is_short_and_text_survives(tokenizer: Tokenizer) -> None:
@@ -139,18 +173,19 @@ def test_no_odd_colour_could_pass_for_that_of_an_unseen_pair() -> None:
 def test_words_over_one_another_stand_at_one_position(
     tokenizer: Tokenizer, language: LlamaForCausalLM
 ) -> None:
-    overlaid = OVERLAY_SEPARATOR.join((" red", " star", " top", " left"))
+    overlaid = OVERLAY_SEPARATOR.join((" red", " star", "2", "c"))
     text = f"{CELL_SEPARATOR}{overlaid}{CELL_SEPARATOR} .{CELL_SEPARATOR}\n the star is"
     ids, weights = make_language_model.encode_documents(
         tokenizer, [[(text, False), (" red", True)]]
     )
     plain = [*tokenizer.encode(" ."), *tokenizer.encode("\n the star is red")]
-    assert ids.shape == (1, 1 + len(plain), 4)
-    assert ids[0, 0].tolist() == [tokenizer.encode(f" {w}")[0] for w in "red star top left".split()]
+    assert ids.shape == (1, 1 + len(plain), make_language_model.MAX_OVERLAID_WORDS)
+    words = [tokenizer.encode(word)[0] for word in (" red", " star", "2", "c")]
+    assert ids[0, 0].tolist() == [*words, -1]
     assert ids[0, 1:, 0].tolist() == plain and (ids[0, 1:, 1:] == -1).all()
     assert weights[0, 0] == 0 and weights[0, -1] == 1
     with torch.no_grad():
-        shuffled = ids[:, :, [0, 2, 1, 3]]
+        shuffled = ids[:, :, [0, 2, 1, 3, 4]]
         assert torch.allclose(
             make_language_model.compute_logits(language, ids),
             make_language_model.compute_logits(language, shuffled),

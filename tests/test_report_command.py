@@ -106,7 +106,7 @@ def test_questions_name_the_picture_that_their_conversation_is_about():
     turns = tuple(ChatTurn(*turn) for turn in (*words, ("assistant", "2")))
     asked, _ = collect_questions([Sample("7", turns, (image,))], 9)
     assert [one.picture for one in asked] == ["a.jpg", "a.jpg"]
-    assert len({one.picture for one in scene_questions("new")}) == 1200
+    assert len({one.picture for one in scene_questions("new")}) == 1800
 
 
 def test_a_seed_that_is_missing_in_a_row_is_left_out_and_said(runs, capsys):

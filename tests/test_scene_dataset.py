@@ -1,4 +1,7 @@
-"""Rendered scenes: pure functions, balanced answers, unseen pairs, images that fit the texts."""
+"""Rendered scenes: pure functions, balanced answers, unseen pairs, images that fit the texts.
+
+This is about the family gist and the sources; `test_scene_families` is about the other families.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +10,30 @@ import random
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
-from vlbench.data.sample import IMAGE_PLACEHOLDER
-from vlbench.data.scene_dataset import (
+from vlbench.data.sample import IMAGE_PLACEHOLDER, Sample
+from vlbench.data.scene_dataset import SceneCaptions, SceneConversations
+from vlbench.data.scene_exam import (
+    QUESTIONS_PER_FAMILY,
     HeldOutSceneQuestion,
-    SceneCaptions,
-    SceneConversations,
     held_out_questions,
 )
+from vlbench.data.scene_families import FAMILIES, list_picture_questions
 from vlbench.data.scene_text import (
     LANGUAGES,
     QUESTION_TYPES,
+    SceneQuestion,
     list_questions,
-    pick_questions,
     scene_caption,
 )
 from vlbench.data.scene_world import (
     COLOURS,
     IMAGE_SIDE,
+    QUARTERS,
     SHAPES,
     UNSEEN_PAIRS,
     RenderedScene,
@@ -70,39 +76,44 @@ def test_training_never_shows_or_names_an_unseen_pair() -> None:
             text = " ".join(turn.text for turn in source[index].turns)
             assert "green star" not in text and "绿色的星形" not in text
     for question in held_out_questions("new"):
-        assert all(UNSEEN_PAIRS[t.colour] != t.shape for t in question.image.objects)
+        for scene in question.images:
+            assert all(UNSEEN_PAIRS[t.colour] != t.shape for t in scene.objects)
 
 
 def test_unseen_questions_are_about_an_unseen_pair() -> None:
     met = Counter()
     for question in held_out_questions("unseen"):
         pairs = [
-            t.colour_shape for t in question.image.objects if UNSEEN_PAIRS[t.colour] == t.shape
+            t.colour_shape for t in question.images[0].objects if UNSEEN_PAIRS[t.colour] == t.shape
         ]
         assert len(pairs) == 1
         met[pairs[0]] += 1
-        asked = list_questions(question.image, question.language)
+        asked = list_questions(question.images[0], question.language)
         [one] = [q for q in asked if q.text == question.text]
         assert one.answer == question.answer
         assert pairs[0] in one.relevant_pairs
     assert len(met) == 6 and min(met.values()) >= 40
 
 
-@pytest.mark.parametrize(("kind", "least", "each"), [("new", 1000, 150), ("unseen", 500, 100)])
-def test_held_out_sets_are_large_and_even(kind: str, least: int, each: int) -> None:
+@pytest.mark.parametrize(("kind", "size"), [("new", 6 * QUESTIONS_PER_FAMILY), ("unseen", 600)])
+def test_held_out_sets_are_large_and_even(kind: str, size: int) -> None:
     asked = held_out_questions(kind)
-    assert len(asked) >= least
-    assert len({q.id for q in asked}) == len({q.image.name for q in asked}) == len(asked)
-    for kinds in (Counter(q.type for q in asked), Counter(q.type for q in asked[:100])):
+    assert len(asked) == size
+    assert len({q.id for q in asked}) == len({q.images[0].name for q in asked}) == size
+    gist = [q for q in asked if q.family == "gist"]
+    for kinds in (Counter(q.type for q in gist), Counter(q.type for q in gist[:100])):
         assert set(kinds) == set(QUESTION_TYPES) and max(kinds.values()) == min(kinds.values())
-    assert Counter(q.type for q in asked)["count"] >= each
-    languages = Counter(q.language for q in asked)
-    assert languages["en"] == languages["zh"]
+    families = FAMILIES if kind == "new" else ("gist",)
+    for some in (asked, asked[: size // 5]):
+        counts = Counter((q.family, q.language) for q in some)
+        assert len(counts) == 2 * len(families)
+        assert max(counts.values()) - min(counts.values()) <= 10
 
 
 def test_held_out_images_are_not_in_training() -> None:
-    known = {SceneConversations(0, 2000, 1)[i].images[0].objects for i in range(2000)}
-    assert not known & {q.image.objects for q in held_out_questions("new")}
+    training = SceneConversations(0, 2000, 1)
+    known = {scene.objects for index in range(2000) for scene in training[index].images}
+    assert not known & {scene.objects for q in held_out_questions("new") for scene in q.images}
 
 
 @pytest.mark.parametrize("kind", ["new", "unseen"])
@@ -113,30 +124,34 @@ def test_a_guesser_without_images_fails(kind: str, by: str) -> None:
     def key(kind: str, language: str, text: str) -> tuple[str, ...]:
         return (kind, language) if by == "type" else (kind, language, text)
 
-    rng = random.Random(0)
     counts: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
-    for index in range(3000):
-        language = LANGUAGES[index % 2]
-        for q in pick_questions(rng, list_questions(make_scene("guesser", 0, index), language), 4):
-            counts[key(q.type, q.language, q.text)][q.answer] += 1
+    for sample, q in training_questions(3000):
+        counts[key(q.type, sample.language, q.text)][q.answer] += 1
     right, asked = Counter[str](), Counter[str]()
-    for q in held_out_questions(kind):
-        seen = counts.get(key(q.type, q.language, q.text))
-        asked[q.type] += 1
-        right[q.type] += bool(seen) and seen.most_common(1)[0][0] == q.answer
-    assert all(right[kind] / asked[kind] <= 0.36 for kind in QUESTION_TYPES), (right, asked)
+    for question in held_out_questions(kind):
+        seen = counts.get(key(question.type, question.language, question.text))
+        asked[question.type] += 1
+        right[question.type] += bool(seen) and seen.most_common(1)[0][0] == question.answer
+    assert all(right[kind] / asked[kind] <= 0.36 for kind in asked), (right, asked)
+
+
+def training_questions(sample_count: int) -> Iterator[tuple[Sample, SceneQuestion]]:
+    """Give the questions of training samples with what they were made from."""
+    source = SceneConversations(0, sample_count, 4)
+    for index in range(sample_count):
+        sample = source[index]
+        asked = {q.text: q for q in list_picture_questions(sample.images, sample.language)}
+        for human, assistant in zip(sample.turns[::2], sample.turns[1::2], strict=True):
+            q = asked[human.text.rpartition("\n")[2]]
+            assert q.answer == assistant.text
+            yield sample, q
 
 
 def test_answers_given_while_training_are_even() -> None:
     answers: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
-    for index in range(1500):
-        sample = SceneConversations(0, 1500, 4)[index]
-        asked = {q.text: q for q in list_questions(sample.images[0], sample.language)}
-        for human, assistant in zip(sample.turns[::2], sample.turns[1::2], strict=True):
-            q = asked[human.text.removeprefix(f"{IMAGE_PLACEHOLDER}\n")]
-            assert q.answer == assistant.text
-            answers[q.type, q.language][q.answer] += 1
-    assert len(answers) == 10
+    for sample, q in training_questions(2000):
+        answers[q.type, sample.language][q.answer] += 1
+    assert {kind for kind, _ in answers} == {*QUESTION_TYPES, *FAMILIES[1:]}
     for found in answers.values():
         assert found.most_common(1)[0][1] / found.total() < 0.42
 
@@ -186,12 +201,13 @@ def test_captions_name_every_object() -> None:
 
 
 def test_samples_have_the_form_that_sources_promise() -> None:
-    sample = SceneConversations(5, 10, 4)[9]
+    source = SceneConversations(5, 100, 4)
+    sample = next(source[index] for index in range(100) if source[index].images[0].grid == QUARTERS)
     assert sample.turns[0].text.startswith(f"{IMAGE_PLACEHOLDER}\n")
     assert sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in sample.turns) == 1
     assert [turn.role for turn in sample.turns] == ["human", "assistant"] * 4
     assert len({turn.text for turn in sample.turns[::2]}) == 4
-    assert SceneConversations(5, 10, 4)[9] == sample
+    assert [SceneConversations(5, 100, 4)[9]] == [source[9]]
     assert {SceneCaptions(0, 50)[index].language for index in range(50)} == set(LANGUAGES)
     one = held_out_questions("new")[0]
     assert isinstance(one, HeldOutSceneQuestion) and one.to_sample().turns[1].text == one.answer
@@ -201,5 +217,6 @@ def test_samples_have_the_form_that_sources_promise() -> None:
 
 
 def test_scenes_need_no_torch() -> None:
-    code = "import sys, vlbench.data.scene_dataset; sys.exit('torch' in sys.modules)"
+    modules = "vlbench.data.scene_exam, vlbench.data.scene_dataset"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -71,8 +71,8 @@ def _open_source(
     """
     if path == SCENES_SOURCE:
         if stage.sample_format == "caption":
-            return SceneCaptions(seed, data.samples)
-        return SceneConversations(seed, data.samples, data.questions)
+            return SceneCaptions(seed, data.samples, stage.image_size)
+        return SceneConversations(seed, data.samples, data.questions, stage.image_size)
     source_cache = {} if source_cache is None else source_cache
     key = (path, image_folder, data.allow_outside)
     if key not in source_cache:

@@ -50,7 +50,7 @@ def list_album_questions(album: Sequence[RenderedScene], language: str) -> list[
 
 def _name_picture(question: str, number: int, language: str) -> str:
     name = PICTURE_NAMES[language][number]
-    return f"{name}中{question}" if language == "zh" else f"{question[:-1]} in the {name}?"
+    return f"{name}里{question}" if language == "zh" else f"{question[:-1]} in the {name}?"
 
 
 def album_heading(picture_texts: Sequence[str], language: str) -> str:

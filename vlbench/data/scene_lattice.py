@@ -28,9 +28,9 @@ def make_lattice_scene(stream: str, seed: int, index: int, has_dot: bool = False
     count = rng.randint(MIN_OBJECTS, MAX_OBJECTS)
     pairs = _draw_crowd(rng, count)
     cells = sorted(rng.sample(range(LATTICE**2), count))
-    dotted = rng.randrange(count) if has_dot else -1
+    marked = rng.randrange(count)  # drawn in any case: with a dot or without, the rest is the same
     objects = tuple(
-        replace(make_object(rng, pair, cell, LATTICE), has_dot=number == dotted)
+        replace(make_object(rng, pair, cell, LATTICE), has_dot=has_dot and number == marked)
         for number, (pair, cell) in enumerate(zip(pairs, cells, strict=True))
     )
     name = f"scene-lattice-{stream}-{seed}-{index}"

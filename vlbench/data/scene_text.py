@@ -1,4 +1,4 @@
-"""The texts of rendered scenes, English and Chinese: captions, questions and answers.
+"""The words of the rendered world, English and Chinese, and the texts of gist scenes.
 
 Wording is regular on purpose: one word per colour, shape and position. `list_questions` lists all
 questions about a scene; `pick_questions` draws some of them with answers that cannot be guessed
@@ -50,7 +50,7 @@ _COUNT_WEIGHTS = (1.0, 2.0, 40.0, 300.0)  # of questions about some objects, by 
 class SceneQuestion:
     """One question about a scene, and its answer."""
 
-    type: str  # one of QUESTION_TYPES
+    type: str  # one of QUESTION_TYPES, or a family other than gist
     language: str  # one of LANGUAGES
     text: str
     answer: str
@@ -94,9 +94,11 @@ def list_questions(scene: RenderedScene, language: str) -> list[SceneQuestion]:
 
 
 def group_by_type(scene_questions: Sequence[SceneQuestion]) -> dict[str, list[SceneQuestion]]:
-    """Group questions by type, in the order of QUESTION_TYPES; a type without any is absent."""
-    groups = {name: [q for q in scene_questions if q.type == name] for name in QUESTION_TYPES}
-    return {name: group for name, group in groups.items() if group}
+    """Group questions by type, in the order in which types occur first."""
+    groups: dict[str, list[SceneQuestion]] = {}
+    for question in scene_questions:
+        groups.setdefault(question.type, []).append(question)
+    return groups
 
 
 def pick_questions(

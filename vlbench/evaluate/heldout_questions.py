@@ -13,7 +13,7 @@ from vlbench.config.schema import Recipe
 from vlbench.data.data_sources import SCENES_SOURCE, open_held_out, open_stage_sources
 from vlbench.data.image_processing import blank_image
 from vlbench.data.sample import IMAGE_PLACEHOLDER, LazyImage, Sample, SampleSource
-from vlbench.data.scene_dataset import held_out_questions
+from vlbench.data.scene_exam import held_out_questions
 from vlbench.data.shuffle import pick_fixed_subset
 from vlbench.errors import BadSample, UserError
 
@@ -35,6 +35,8 @@ class EvalQuestion:
     """Number of its record in the source, from 1; "" for a rendered scene."""
     picture: str = ""
     """Name of the conversation's first image: questions about it stand or fall together."""
+    family: str = ""
+    """Family of a question about rendered scenes, whose score is its own; "" for others."""
 
     @property
     def question_text(self) -> str:
@@ -97,7 +99,8 @@ def scene_questions(subset: str) -> list[EvalQuestion]:
             scene.answer,
             scene.type,
             scene.language,
-            picture=scene.image.name,
+            picture=scene.images[0].name,
+            family=scene.family,
         )
         for scene in held_out_questions(subset)
     ]

@@ -16,6 +16,7 @@ from vlbench.evaluate.attention_diagnostics import diagnose_answers
 from vlbench.evaluate.batch_inference import answer_questions
 from vlbench.evaluate.budget_card import build_budget_card
 from vlbench.evaluate.example_grid import AnsweredExample, draw_examples
+from vlbench.evaluate.family_scores import score_families
 from vlbench.evaluate.heldout_questions import (
     EvalQuestion,
     blank_images,
@@ -62,6 +63,7 @@ def write_results(
     )
     results = {
         **_accuracies(question_sets, answers),
+        "families": score_families(questions, answers["accuracy"], answers["blank_accuracy"]),
         "questions": len(questions),
         "unseen_questions": len(unseen),
         "asked_of": asked_of,
@@ -148,6 +150,7 @@ def _write_answers(
                 "set": name.removesuffix("_accuracy"),
                 "id": question.sample.id,
                 "type": question.type,
+                "family": question.family,
                 "language": question.language,
                 "picture": question.picture,
                 "truth": question.answer,

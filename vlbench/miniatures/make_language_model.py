@@ -16,17 +16,24 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from vlbench.data.chat_template import YI_VL
 from vlbench.data.sample import ChatTurn
 from vlbench.data.sample_encoding import CachedTokenizer
-from vlbench.data.scene_text import LANGUAGES, QUESTION_TYPES, draw_question, list_questions
-from vlbench.data.scene_world import make_scene
+from vlbench.data.scene_families import (
+    FAMILIES,
+    family_of,
+    list_picture_questions,
+    make_pictures,
+)
+from vlbench.data.scene_text import LANGUAGES, QUESTION_TYPES, draw_question
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.miniatures.attention_init import initialize_attention
 from vlbench.miniatures.make_tokenizer import VOCAB_SIZE
-from vlbench.miniatures.training_text import (
+from vlbench.miniatures.told_pictures import (
     CELL_SEPARATOR,
     OVERLAY_SEPARATOR,
+    describe_in_rasters,
+)
+from vlbench.miniatures.training_text import (
     TEXT_SCENE_STREAM,
     TextPiece,
-    describe_in_words,
     make_document,
     make_drill,
     make_facts,
@@ -34,7 +41,7 @@ from vlbench.miniatures.training_text import (
 
 DOCUMENTS_PER_STEP = 32  # documents in an optimizer step
 # steps whose documents are mostly these, in this order
-FACT_STEPS, DRILL_STEPS, CHAT_STEPS = 300, 1000, 800
+FACT_STEPS, DRILL_STEPS, CHAT_STEPS = 400, 1600, 600
 LATER_FACT_SHARE = 0.15  # share of the documents that are facts in the later of these steps
 # steps that repeat what is hard; share of their documents that drill
 REVIEW_STEPS, REVIEW_DRILL_SHARE = 1200, 0.6
@@ -43,7 +50,7 @@ SYSTEM_PROMPT_SHARE = 0.2
 ADAMW_LR, MUON_LR = 2e-3, 0.02  # AdamW: embeddings, head, norms; Muon: matrices
 CONTEXT_WEIGHT = 0.02  # loss weight of given tokens; those of answers weigh 1
 HELD_OUT_SEED = 1_000_000  # the seed of held-out documents
-MAX_OVERLAID_WORDS = 4  # words at one position, at most
+MAX_OVERLAID_WORDS = 5  # words at one position, at most
 _SORTED_BATCHES = 8  # batches whose documents are sorted by length together
 
 
@@ -53,7 +60,7 @@ def language_model_config() -> LlamaConfig:
         vocab_size=VOCAB_SIZE,
         hidden_size=128,
         intermediate_size=344,
-        num_hidden_layers=4,
+        num_hidden_layers=5,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=4096,
@@ -135,7 +142,7 @@ def review_document(step: int, index: int) -> list[TextPiece]:
     """Make a document of the second phase: mostly counting drills, and conversations."""
     rng = random.Random(f"again/{index}")
     if rng.random() < REVIEW_DRILL_SHARE:
-        return make_drill(1, index, count_weight=2)
+        return make_drill(1, index)
     return _drop_system_prompt(rng, make_document(1, index))
 
 
@@ -267,36 +274,45 @@ def measure_perplexity(
 
 @torch.no_grad()
 def measure_text_answers(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, chats_per_type: int = 100
+    model: LlamaForCausalLM, tokenizer: Tokenizer, chats_per_type: int = 100, grid: int = 8
 ) -> dict[str, dict[str, float]]:
-    """Measure exact match of answers about scenes described in words, and with no description."""
+    """Measure exact match of answers about pictures told in words, and with no description.
+
+    Pictures are told as rasters of `grid` x `grid` cells, one question a chat, by type of question.
+    """
     figures: dict[str, dict[str, float]] = {"text_answers": {}, "blank_answers": {}}
     for name, told in (("text_answers", True), ("blank_answers", False)):
-        for kind in QUESTION_TYPES:
-            documents = _single_question_chats(kind, chats_per_type, told)
-            ids, weights = encode_documents(tokenizer, documents)
-            right = compute_logits(model, ids[:, :-1]).argmax(-1) == ids[:, 1:, 0]
-            exact = (right | (weights[:, 1:] < 1)).all(1)
-            figures[name][kind] = round(exact.float().mean().item(), 4)
+        for kind in (*QUESTION_TYPES, *FAMILIES[1:]):
+            right = []
+            documents = _single_question_chats(kind, chats_per_type, grid if told else 0)
+            for begin_at in range(0, len(documents), DOCUMENTS_PER_STEP):
+                some = documents[begin_at : begin_at + DOCUMENTS_PER_STEP]
+                ids, weights = encode_documents(tokenizer, some)
+                hits = compute_logits(model, ids[:, :-1]).argmax(-1) == ids[:, 1:, 0]
+                right += (hits | (weights[:, 1:] < 1)).all(1).tolist()
+            figures[name][kind] = round(sum(right) / len(right), 4)
     return figures
 
 
-def _single_question_chats(
-    question_type: str, count: int, is_described: bool
-) -> list[list[TextPiece]]:
-    """Make chats of one question of a type about held-out scenes."""
+def _single_question_chats(question_type: str, count: int, grid: int) -> list[list[TextPiece]]:
+    """Make chats of one question of a type about held-out pictures; untold where `grid` is 0."""
     documents: list[list[TextPiece]] = []
     index = 0
+    family = family_of(question_type)
     while len(documents) < count:
         index += 1
         rng = random.Random(f"{question_type}/{index}")
-        one = make_scene(TEXT_SCENE_STREAM, HELD_OUT_SEED, index)
-        asked = [q for q in list_questions(one, rng.choice(LANGUAGES)) if q.type == question_type]
+        pictures = make_pictures(
+            family, TEXT_SCENE_STREAM, HELD_OUT_SEED, index, has_dot=family == "fine"
+        )
+        language = rng.choice(LANGUAGES)
+        asked = [q for q in list_picture_questions(pictures, language) if q.type == question_type]
         if asked:
             question = draw_question(rng, asked)
-            text = (
-                f"{describe_in_words(rng, one)}\n{question.text}" if is_described else question.text
-            )
-            turns = [ChatTurn("human", text), ChatTurn("assistant", question.answer)]
+            told = describe_in_rasters(pictures, language, grid) if grid else ""
+            turns = [
+                ChatTurn("human", told + question.text),
+                ChatTurn("assistant", question.answer),
+            ]
             documents.append(YI_VL.render_pieces(turns))
     return documents

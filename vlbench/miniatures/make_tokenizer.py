@@ -13,16 +13,10 @@ import sentencepiece
 
 from vlbench.data.chat_template import YI_VL
 from vlbench.data.sample import ChatTurn
+from vlbench.data.scene_albums import PICTURE_NAMES, album_heading
 from vlbench.data.scene_dataset import CAPTION_PROMPTS
-from vlbench.data.scene_text import (
-    CELL_NAMES,
-    CHINESE_WORDS,
-    LANGUAGES,
-    NUMBER_WORDS,
-    list_questions,
-    scene_caption,
-)
-from vlbench.data.scene_world import make_scene
+from vlbench.data.scene_families import list_picture_questions, make_pictures, picture_caption
+from vlbench.data.scene_text import CELL_NAMES, CHINESE_WORDS, LANGUAGES, NUMBER_WORDS
 from vlbench.data.tokenizer import Tokenizer
 
 VOCAB_SIZE = 1000
@@ -57,7 +51,9 @@ _ZH_UNITS = (
         "详细的",
         "和礼貌的回答",
     ),
-    *("图中有", "几个", "物体", "什么颜色", "什么形状", "在哪里", "哪一边", "描述这张图片"),
+    *("图中有", "几个", "物体", "图中写着", "哪些字母", "哪个物体", "上有", "圆点", "什么", "里"),
+    *PICTURE_NAMES["zh"],
+    *("什么颜色", "什么形状", "在哪里", "哪一边", "描述这张图片"),
     *("左边", "右边", "上边", "下边", "，", "。", "：", "？", "、", "的", "是", "在", "有"),
     *CELL_NAMES["zh"],
     *NUMBER_WORDS["zh"],
@@ -140,7 +136,9 @@ def _training_lines() -> Iterator[str]:
     units = re.compile(
         "(" + "|".join(sorted(map(re.escape, _ZH_UNITS), key=len, reverse=True)) + ")"
     )
+    written = re.compile(r"(?<=[\"A-Z])(?=[\"A-Z])")  # every letter of "HALO" is a piece
     for line in _scene_lines():
+        line = written.sub(_PIECE_BOUNDARY, line)
         yield units.sub(rf"{_PIECE_BOUNDARY}\1{_PIECE_BOUNDARY}", line)
     for _ in range(3000):
         yield units.sub(rf"{_PIECE_BOUNDARY}\1{_PIECE_BOUNDARY}", YI_VL.system)
@@ -155,18 +153,27 @@ def _training_lines() -> Iterator[str]:
 
 
 def _scene_lines(scene_count: int = 1500) -> Iterator[str]:
-    """Give captions and all questions with their answers, alone and as lines of conversations."""
+    """Give captions and all questions with their answers, alone and as lines of conversations.
+
+    Every fourth number has pictures of all families, as they have more questions than gist alone.
+    """
     for index in range(scene_count):
-        told = make_scene("tokenizer", 0, index)
-        for language in LANGUAGES:
-            asked = [(one.text, one.answer) for one in list_questions(told, language)]
-            for question, answer in [
-                (CAPTION_PROMPTS[language], scene_caption(told, language)),
-                *asked,
-            ]:
-                turns = ChatTurn("human", question), ChatTurn("assistant", answer)
-                yield from (question, answer)
-                yield from "".join(text for text, _ in YI_VL.render_pieces(turns)).split("\n")[2:]
+        for family in ("gist", "crowd", "glyphs", "many") if index % 4 == 0 else ("gist",):
+            pictures = make_pictures(family, "tokenizer", 0, index, has_dot=index % 8 == 0)
+            for language in LANGUAGES:
+                asked = [
+                    (one.text, one.answer) for one in list_picture_questions(pictures, language)
+                ]
+                if len(pictures) > 1:
+                    yield from album_heading([""] * len(pictures), language).split("\n")
+                else:
+                    caption = picture_caption(pictures[0], language)
+                    asked.append((CAPTION_PROMPTS[language], caption))
+                for question, answer in asked:
+                    turns = ChatTurn("human", question), ChatTurn("assistant", answer)
+                    yield from (question, answer)
+                    text = "".join(text for text, _ in YI_VL.render_pieces(turns))
+                    yield from text.split("\n")[2:]
 
 
 def _restore_newline(model: bytes) -> bytes:

@@ -144,6 +144,16 @@ def show_results(run: RunFolder) -> int:
         if results.get(key) is not None
     ]
     print("\n".join(format_table(known)))
+    families = [
+        (
+            f"  {name}",
+            f"{score['accuracy']:.3f}",
+            "{:.3f} to {:.3f}".format(*score["interval"]),
+            f"without the image {score['blank_accuracy']:.3f}",
+        )
+        for name, score in results.get("families", {}).items()
+    ]
+    print("\n".join(format_table(families)), end="\n" if families else "")
     for key in ("accuracy_by_type", "accuracy_by_language"):
         if results.get(key):
             parts = ", ".join(f"{name} {value:.3f}" for name, value in results[key].items())

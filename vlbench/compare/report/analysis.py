@@ -302,12 +302,17 @@ def _describe_design(statistics: RowStatistics) -> str:
 def _group_questions(
     rows: Sequence[RowResult], questions: Sequence[str], statistics: RowStatistics
 ) -> list[QuestionGroup]:
-    """Group the questions by type, then by language; an empty name makes no group."""
+    """Group the questions by family and type, then by language; an empty name makes no group.
+
+    A family whose questions are all of one type has the name of that type.
+    """
+    families = rows[0].runs[0].families
     types_and_languages = rows[0].runs[0].types_and_languages
     groups: dict[tuple[bool, str], list[int]] = {}
     for column, question_id in enumerate(questions):
         question_type, language = types_and_languages[question_id]
-        for is_language, name in ((False, question_type), (True, language)):
+        names = {(False, question_type), (False, families.get(question_id, "")), (True, language)}
+        for is_language, name in names:
             if name:
                 groups.setdefault((is_language, name), []).append(column)
     subsets = {key: statistics.of_questions(columns) for key, columns in sorted(groups.items())}

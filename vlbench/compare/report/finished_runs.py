@@ -50,6 +50,8 @@ class FinishedRun:
     """Question id -> whether the answer is right."""
     types_and_languages: dict[str, tuple[str, str]]
     """Question id -> its type and language."""
+    families: dict[str, str]
+    """Question id -> its family; only of questions about rendered scenes."""
     answers_and_truths: dict[str, tuple[str, str]]
     """Question id -> the answer and the true one."""
     clusters: dict[str, str]
@@ -72,6 +74,7 @@ def load_finished_run(folder: Path) -> FinishedRun:
             )
             raise UserError(f"{folder} {problem}: it has no {name}")
     correct, types_and_languages, answers_and_truths, clusters = {}, {}, {}, {}
+    families: dict[str, str] = {}
     for number, line in enumerate(
         split_lines(read_text(folder / "answers.jsonl", MAX_RECORDS_BYTES)), 1
     ):
@@ -83,6 +86,8 @@ def load_finished_run(folder: Path) -> FinishedRun:
                     name = f"{name}#{number}"
                 correct[name] = bool(answer["correct"])
                 types_and_languages[name] = (answer["type"], answer["language"])
+                if answer.get("family"):
+                    families[name] = answer["family"]
                 answers_and_truths[name] = (answer.get("answer", ""), answer.get("truth", ""))
                 clusters[name] = answer.get("picture") or conversation_of(answer["id"])
         except (ValueError, KeyError, TypeError) as error:
@@ -97,6 +102,7 @@ def load_finished_run(folder: Path) -> FinishedRun:
         results=results,
         correct=correct,
         types_and_languages=types_and_languages,
+        families=families,
         answers_and_truths=answers_and_truths,
         clusters=clusters,
         versions=_load_versions(folder, results),
