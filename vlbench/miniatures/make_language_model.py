@@ -48,7 +48,6 @@ REVIEW_STEPS, REVIEW_DRILL_SHARE = 1200, 0.6
 # share of the chats that keep the system prompt; the others save its time
 SYSTEM_PROMPT_SHARE = 0.2
 ADAMW_LR, MUON_LR = 2e-3, 0.02  # AdamW: embeddings, head, norms; Muon: matrices
-CONTEXT_WEIGHT = 0.02  # loss weight of given tokens; those of answers weigh 1
 HELD_OUT_SEED = 1_000_000  # the seed of held-out documents
 MAX_OVERLAID_WORDS = 5  # words at one position, at most
 _SORTED_BATCHES = 8  # batches whose documents are sorted by length together
@@ -80,6 +79,7 @@ def create_language_model(
     """Train the language model, write it to `folder`, and return its quality."""
     torch.manual_seed(12)
     model = LlamaForCausalLM(language_model_config())
+    model.set_attn_implementation("eager")  # on CPUs the fused kernel's backward is slower
     initialize_attention(model)
     start = time.monotonic()
     for lesson in (
@@ -168,17 +168,15 @@ def train(
                 group["lr"] = group["peak"] * stage.lr_scale(step)
         ids, weights = encode_documents(memo, documents)
         with torch.autocast("cpu", torch.bfloat16):
-            losses = _next_token_losses(model, ids)
-        loss = (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
+            loss = _answer_losses(model, ids, weights).mean()
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
         if step % 100 == 0:
-            answers = losses[weights[:, 1:] == 1].mean().item()
             log(
-                f"language step {step}/{stage.steps} loss {loss.item():.3f} answers {answers:.3f} "
+                f"language step {step}/{stage.steps} loss {loss.item():.3f} "
                 f"{time.monotonic() - start:.0f} s"
             )
 
@@ -201,10 +199,10 @@ def _build_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 def encode_documents(
     tokenizer: Tokenizer | CachedTokenizer, documents: Sequence[Sequence[TextPiece]]
 ) -> tuple[Tensor, Tensor]:
-    """Return documents as ids and loss weights, padded with weight 0.
+    """Return documents as ids and loss weights, padded.
 
     Ids are `[documents, longest, MAX_OVERLAID_WORDS]`, -1 where a position has fewer words; weights
-    are `[documents, longest]`, 0 where a position has several.
+    are `[documents, longest]`, 1 for tokens of answers and 0 for what is given.
     """
     rows = []
     for pieces in documents:
@@ -222,7 +220,7 @@ def encode_documents(
                     weights.append(0.0)
                 else:
                     ids += [[id_] for id_ in tokenizer.encode(part)]
-                    weights += [1.0 if learn else CONTEXT_WEIGHT] * (len(ids) - len(weights))
+                    weights += [float(learn)] * (len(ids) - len(weights))
         rows.append((ids, weights))
     longest = max(len(ids) for ids, _ in rows)
     ids_out = torch.full((len(rows), longest, MAX_OVERLAID_WORDS), -1)
@@ -234,8 +232,8 @@ def encode_documents(
     return ids_out, weights_out
 
 
-def compute_logits(model: LlamaForCausalLM, input_ids: Tensor) -> Tensor:
-    """Return logits `[rows, length, vocabulary]` for ids `[rows, length, MAX_OVERLAID_WORDS]`.
+def embed_words(model: LlamaForCausalLM, input_ids: Tensor) -> Tensor:
+    """Return embeddings `[rows, length, width]` of ids `[rows, length, MAX_OVERLAID_WORDS]`.
 
     Embeddings of words at one position are added and scaled to standard deviation 1, as the
     LayerNorm at the end of a connector scales visual tokens.
@@ -245,17 +243,25 @@ def compute_logits(model: LlamaForCausalLM, input_ids: Tensor) -> Tensor:
     added = words.sum(2)
     several = there.sum(2) > 1
     even = added * added.pow(2).mean(-1, keepdim=True).clamp(min=1e-6).rsqrt()
-    logits: Tensor = model(inputs_embeds=torch.where(several, even, added), use_cache=False).logits
+    return torch.where(several, even, added)
+
+
+def compute_logits(model: LlamaForCausalLM, input_ids: Tensor) -> Tensor:
+    """Return logits `[rows, length, vocabulary]` for ids `[rows, length, MAX_OVERLAID_WORDS]`."""
+    embedded = embed_words(model, input_ids)
+    logits: Tensor = model(inputs_embeds=embedded, use_cache=False).logits
     return logits.float()
 
 
-def _next_token_losses(model: LlamaForCausalLM, input_ids: Tensor) -> Tensor:
-    """Return the cross entropy of every next token, `[rows, length - 1]`."""
-    truth = input_ids[:, 1:, 0].clamp(min=0)
-    flat = torch.nn.functional.cross_entropy(
-        compute_logits(model, input_ids[:, :-1]).flatten(0, 1), truth.flatten(), reduction="none"
+def _answer_losses(model: LlamaForCausalLM, input_ids: Tensor, weights: Tensor) -> Tensor:
+    """Return the cross entropy of every token of an answer, `[tokens]`."""
+    embedded = embed_words(model, input_ids[:, :-1])
+    hidden = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+    is_answer = weights[:, 1:] == 1
+    logits = model.lm_head(hidden[is_answer]).float()
+    return torch.nn.functional.cross_entropy(
+        logits, input_ids[:, 1:, 0][is_answer], reduction="none"
     )
-    return flat.view(truth.shape)
 
 
 @torch.no_grad()
@@ -267,21 +273,27 @@ def measure_perplexity(
     for begin_at in range(0, document_count, 32):
         some = [make_document(HELD_OUT_SEED, index) for index in range(begin_at, begin_at + 32)]
         ids, weights = encode_documents(tokenizer, some)
-        losses = _next_token_losses(model, ids)[weights[:, 1:] == 1]
+        losses = _answer_losses(model, ids, weights)
         total, tokens = total + losses.sum().item(), tokens + len(losses)
     return math.exp(total / tokens)
 
 
 @torch.no_grad()
 def measure_text_answers(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, chats_per_type: int = 100, grid: int = 8
+    model: LlamaForCausalLM,
+    tokenizer: Tokenizer,
+    chats_per_type: int = 100,
+    grid: int = 8,
+    with_blank: bool = True,
 ) -> dict[str, dict[str, float]]:
     """Measure exact match of answers about pictures told in words, and with no description.
 
-    Pictures are told as rasters of `grid` x `grid` cells, one question a chat, by type of question.
+    Pictures are told as rasters of `grid` x `grid` cells (letters: of 8 x 8), one question a chat,
+    by type of question.
     """
-    figures: dict[str, dict[str, float]] = {"text_answers": {}, "blank_answers": {}}
-    for name, told in (("text_answers", True), ("blank_answers", False)):
+    figures: dict[str, dict[str, float]] = {"text_answers": {}}
+    for name, told in (("text_answers", True), ("blank_answers", False))[: 1 + with_blank]:
+        figures[name] = {}
         for kind in (*QUESTION_TYPES, *FAMILIES[1:]):
             right = []
             documents = _single_question_chats(kind, chats_per_type, grid if told else 0)
@@ -309,7 +321,8 @@ def _single_question_chats(question_type: str, count: int, grid: int) -> list[li
         asked = [q for q in list_picture_questions(pictures, language) if q.type == question_type]
         if asked:
             question = draw_question(rng, asked)
-            told = describe_in_rasters(pictures, language, grid) if grid else ""
+            cells = max(grid, pictures[0].grid) if grid else 0
+            told = describe_in_rasters(pictures, language, cells) if grid else ""
             turns = [
                 ChatTurn("human", told + question.text),
                 ChatTurn("assistant", question.answer),

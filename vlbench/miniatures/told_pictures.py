@@ -28,17 +28,23 @@ _COVERED_RADII = 0.7  # a cell shows an object that is at most so many radii awa
 _DOT_REACH = 4.0  # pixels: a cell shows a dot whose middle is at most so far away
 
 
-def describe_pictures(rng: random.Random, pictures: Sequence[RenderedScene], language: str) -> str:
-    """Tell a picture in one of the forms, or an album as rasters after their names."""
+def describe_pictures(
+    rng: random.Random, pictures: Sequence[RenderedScene], language: str, grids: Sequence[int]
+) -> str:
+    """Tell a picture in one of the forms, or an album as rasters after their names.
+
+    The cells along a side of a raster are one of `grids`; letters always have a cell each.
+    """
+    grid = rng.choice(grids)
     if len(pictures) > 1:
-        return describe_in_rasters(pictures, language, rng.choice(RASTER_GRIDS))
+        return describe_in_rasters(pictures, language, grid)
     [scene] = pictures
     if scene.grid == LETTER_GRID:
         return describe_in_rasters(pictures, language, LETTER_GRID)
     form = rng.choices(list(DESCRIPTION_FORMS), list(DESCRIPTION_FORMS.values()))[0]
     if form == "phrases" and scene.grid == QUARTERS:
         return describe_in_phrases(rng, scene) + "\n"
-    cells = _told_cells(scene, rng.choice(RASTER_GRIDS))
+    cells = _told_cells(scene, grid)
     if form == "bag":
         cells = [cell for cell in cells if cell != EMPTY_WORD or rng.random() < 0.3]
         rng.shuffle(cells)

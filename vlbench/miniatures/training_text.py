@@ -34,7 +34,7 @@ from vlbench.data.scene_text import (
     pick_questions,
 )
 from vlbench.data.scene_world import RenderedScene
-from vlbench.miniatures.told_pictures import describe_pictures
+from vlbench.miniatures.told_pictures import RASTER_GRIDS, describe_pictures
 
 TEXT_SCENE_STREAM = "words"  # stream of scenes; the images of fit come from others
 TextPiece = tuple[str, bool]  # text, and whether it is supervised
@@ -45,17 +45,17 @@ _FACTS_PER_DOCUMENT, _QUESTIONS_PER_DRILL, _QUESTIONS_PER_CHAT = 14, 10, 8  # in
 _BLIND_CHAT_SHARE = 0.03  # chats without a description
 
 
-def make_document(seed: int, index: int) -> list[TextPiece]:
+def make_document(seed: int, index: int, grids: Sequence[int] = RASTER_GRIDS) -> list[TextPiece]:
     """Make document `index`: pictures in words and their caption, or a chat about them."""
     rng = random.Random(f"document/{seed}/{index}")
     pictures, language = _draw_pictures(rng, TEXT_WEIGHTS, seed, index)
     if len(pictures) == 1 and rng.random() < 0.2:
-        told = describe_pictures(rng, pictures, language) if rng.random() < 0.95 else ""
+        told = describe_pictures(rng, pictures, language, grids) if rng.random() < 0.95 else ""
         return [(told, False), (picture_caption(pictures[0], language) + "\n", True)]
-    return make_chat(rng, pictures, language)
+    return make_chat(rng, pictures, language, grids)
 
 
-def make_facts(seed: int, index: int) -> list[TextPiece]:
+def make_facts(seed: int, index: int, grids: Sequence[int] = RASTER_GRIDS) -> list[TextPiece]:
     """Make a picture in words and a dozen short facts, each of which restates a part of it.
 
     A fact ("the star is red.") is almost all answer, so that binding (this colour with that shape)
@@ -64,24 +64,24 @@ def make_facts(seed: int, index: int) -> list[TextPiece]:
     rng = random.Random(f"facts/{seed}/{index}")
     pictures, language = _draw_pictures(rng, FACT_WEIGHTS, seed, index)
     known = _list_facts(pictures[0], language)
-    pieces: list[TextPiece] = [(describe_pictures(rng, pictures, language), False)]
+    pieces: list[TextPiece] = [(describe_pictures(rng, pictures, language, grids), False)]
     for about, what, end in rng.choices(known, k=_FACTS_PER_DOCUMENT):
         pieces += [(about, False), (what, True), (end, False)]
     return pieces
 
 
-def make_drill(seed: int, index: int) -> list[TextPiece]:
+def make_drill(seed: int, index: int, grids: Sequence[int] = RASTER_GRIDS) -> list[TextPiece]:
     """Make pictures in words and questions about them, each followed by its answer and no more."""
     rng = random.Random(f"drill/{seed}/{index}")
     pictures, language = _draw_pictures(rng, TEXT_WEIGHTS, seed, index)
-    pieces: list[TextPiece] = [(describe_pictures(rng, pictures, language), False)]
+    pieces: list[TextPiece] = [(describe_pictures(rng, pictures, language, grids), False)]
     for one in _draw_drill(rng, list_picture_questions(pictures, language)):
         pieces += [(one.text, False), (f" {one.answer}", True), ("\n", False)]
     return pieces
 
 
 def make_chat(
-    rng: random.Random, pictures: Sequence[RenderedScene], language: str
+    rng: random.Random, pictures: Sequence[RenderedScene], language: str, grids: Sequence[int]
 ) -> list[TextPiece]:
     """Make a conversation in Yi's template in which words stand for the images."""
     turns: list[ChatTurn] = []
@@ -91,7 +91,7 @@ def make_chat(
     for asked in pick_questions(rng, candidates, _QUESTIONS_PER_CHAT):
         turns += _question_turns(asked.text, asked.answer)
     if rng.random() >= _BLIND_CHAT_SHARE:
-        told = describe_pictures(rng, pictures, language)
+        told = describe_pictures(rng, pictures, language, grids)
         turns[0] = ChatTurn("human", told + turns[0].text)
     return YI_VL.render_pieces(turns)
 
