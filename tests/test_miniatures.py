@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import random
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ from vlbench.miniatures import (
 )
 from vlbench.miniatures.__main__ import PART_FOLDERS
 from vlbench.miniatures.attention_init import initialize_attention
+from vlbench.miniatures.batch_encoding import encode_patches
 from vlbench.miniatures.told_pictures import (
     CELL_SEPARATOR,
     DOT_WORD,
@@ -127,7 +129,7 @@ def test_retrieval_among_96_captions(tokenizer: Tokenizer) -> None:
 def test_patch_features_tell_every_attribute_in_every_family() -> None:
     encoder = make_vision_encoder.build_clip(TINY / "vision_encoder").eval()
     recorded = MANIFEST["quality"]["vision_encoder"]["probes"]
-    figures = measure_vision_encoder.probe_families(encoder, share=0.4)
+    figures = measure_vision_encoder.probe_families(partial(encode_patches, encoder), share=0.4)
     assert figures.keys() == recorded.keys()
     for family, attributes in figures.items():
         for name, share in attributes.items():

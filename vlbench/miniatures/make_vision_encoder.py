@@ -15,7 +15,7 @@ from typing import Any
 
 import open_clip
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.miniatures.batch_encoding import CONTEXT_LENGTH
@@ -53,16 +53,19 @@ def build_clip(folder: Path | None = None) -> open_clip.CLIP:
     """Build the CLIP, with random weights or those of `folder`."""
     model = open_clip.CLIP(**CLIP_CONFIG)
     if folder is not None:
-        from safetensors.torch import load_file
-
-        state = load_file(folder / "open_clip_model.safetensors")
-        model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+        load_clip(model, folder)
     return model
+
+
+def load_clip(model: open_clip.CLIP, folder: Path) -> None:
+    """Load the weights that `write_clip` wrote into `folder`."""
+    state = load_file(folder / "open_clip_model.safetensors")
+    model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
 
 
 def create_vision_encoder(
     folder: Path, tokenizer: Tokenizer, log: Callable[[str], None] = print
-) -> dict[str, float]:
+) -> dict[str, object]:
     """Train the CLIP, write it to `folder`, and return its quality."""
     torch.manual_seed(11)
     model = build_clip()

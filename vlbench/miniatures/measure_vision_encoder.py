@@ -1,4 +1,4 @@
-"""Measure the miniature CLIP: retrieval by captions, and linear probes of its patch features.
+"""Measure the vision miniatures: retrieval by captions, and linear probes of patch features.
 
 A probe is a linear map, fitted on the features of some scenes and asked about others: what it
 cannot tell, a connector can hardly learn from the encoder as it is.
@@ -7,6 +7,7 @@ cannot tell, a connector can hardly learn from the encoder as it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import open_clip
 import torch
@@ -26,15 +27,17 @@ from vlbench.data.scene_world import (
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.miniatures.batch_encoding import encode_patches, load_pixels, tokenize_captions
 
+PatchEncoder = Callable[[Sequence[RenderedScene], int], Tensor]
+"""Encode scenes at an image size (pixels) into features `[scenes, patches, width]`."""
 _PATCH_SIDE = 14  # pixels
 _PROBE_SCENES = {"gist": 900, "crowd": 450, "fine": 900, "glyphs": 1200}  # of each, by default
 
 
 def measure_vision_encoder(model: open_clip.CLIP, tokenizer: Tokenizer) -> dict[str, object]:
-    """Measure everything that the manifest records."""
+    """Measure everything that the manifest records of the miniature CLIP."""
     return {
         "retrieval_r1": measure_retrieval(model, tokenizer),
-        "probes": probe_families(model),
+        "probes": probe_families(partial(encode_patches, model)),
     }
 
 
@@ -64,7 +67,7 @@ def measure_retrieval(model: open_clip.CLIP, tokenizer: Tokenizer) -> float:
     return worst
 
 
-def probe_families(model: open_clip.CLIP, share: float = 1.0) -> dict[str, dict[str, float]]:
+def probe_families(encode: PatchEncoder, share: float = 1.0) -> dict[str, dict[str, float]]:
     """Probe the attributes of objects in each family at the image size of the chat stage.
 
     The gist and crowd pictures are probed at 56 pixels as well. `share` is that of the scenes
@@ -75,10 +78,10 @@ def probe_families(model: open_clip.CLIP, share: float = 1.0) -> dict[str, dict[
         for name, make in _SCENES_TO_PROBE.items()
     )
     unseen = [make_scene("probe", 0, i, has_unseen_pair=True) for i in range(len(gist) // 3)]
-    figures = {f"gist_{side}": probe_attributes(model, gist, side, unseen) for side in (56, 112)}
-    figures |= {f"crowd_{side}": probe_attributes(model, crowd, side) for side in (56, 112)}
-    figures["fine_112"] = probe_attributes(model, fine, 112)
-    figures["glyphs_112"] = probe_attributes(model, glyphs, 112)
+    figures = {f"gist_{side}": probe_attributes(encode, gist, side, unseen) for side in (56, 112)}
+    figures |= {f"crowd_{side}": probe_attributes(encode, crowd, side) for side in (56, 112)}
+    figures["fine_112"] = probe_attributes(encode, fine, 112)
+    figures["glyphs_112"] = probe_attributes(encode, glyphs, 112)
     return figures
 
 
@@ -96,7 +99,7 @@ _ATTRIBUTES: dict[str, Callable[[SceneObject], object]] = {
 
 
 def probe_attributes(
-    model: open_clip.CLIP,
+    encode: PatchEncoder,
     scenes: Sequence[RenderedScene],
     image_size: int,
     unseen: Sequence[RenderedScene] = (),
@@ -109,10 +112,10 @@ def probe_attributes(
     picture that has it.
     """
     cut = len(scenes) * 2 // 3
-    x, things = centre_features(model, scenes[:cut], image_size)
-    x_new, things_new = centre_features(model, scenes[cut:], image_size)
+    x, things = centre_features(encode, scenes[:cut], image_size)
+    x_new, things_new = centre_features(encode, scenes[cut:], image_size)
     if unseen:
-        x_unseen, all_unseen = centre_features(model, unseen, image_size)
+        x_unseen, all_unseen = centre_features(encode, unseen, image_size)
         kept = [at for at, t in enumerate(all_unseen) if UNSEEN_PAIRS[t.colour] == t.shape]
         x_unseen, things_unseen = x_unseen[kept], [all_unseen[at] for at in kept]
     figures = {}
@@ -134,7 +137,7 @@ def probe_attributes(
 
 @torch.no_grad()
 def centre_features(
-    model: open_clip.CLIP, scenes: Sequence[RenderedScene], image_size: int
+    encode: PatchEncoder, scenes: Sequence[RenderedScene], image_size: int
 ) -> tuple[Tensor, list[SceneObject]]:
     """Return layer-normed features at the objects' centres, `[objects, width + 1]`, and these.
 
@@ -143,7 +146,7 @@ def centre_features(
     grid, features = image_size // _PATCH_SIDE, []
     for begin in range(0, len(scenes), 100):
         some = scenes[begin : begin + 100]
-        for scene, patches in zip(some, encode_patches(model, some, image_size), strict=True):
+        for scene, patches in zip(some, encode(some, image_size), strict=True):
             for thing in scene.objects:
                 row, column = (int(place * grid / IMAGE_SIDE) for place in (thing.y, thing.x))
                 features.append(patches[row * grid + column])
