@@ -139,9 +139,12 @@ def test_patch_features_tell_every_attribute_in_every_family() -> None:
 
 def test_nothing_that_miniatures_learn_from_holds_an_unseen_pair() -> None:
     for step in (0, 1):
-        scenes, captions = training_images.whole_scenes(step)
-        assert len(scenes) == len(captions)
-        assert all(UNSEEN_PAIRS.get(t.colour) != t.shape for one in scenes for t in one.objects)
+        for scenes, captions in (
+            training_images.single_object_scenes(step),
+            training_images.whole_scenes(step),
+        ):
+            assert len(scenes) == len(captions)
+            assert all(UNSEEN_PAIRS.get(t.colour) != t.shape for one in scenes for t in one.objects)
         near, captions = training_images.make_close_ups(step, 36)
         assert len({*captions}) == 36 and {one.open().size for one in near} == {(56, 56)}
         things = [one.scene.objects[0] for one in near]

@@ -20,7 +20,7 @@ from vlbench.miniatures.region_words import (
     RegionWords,
     region_targets,
 )
-from vlbench.miniatures.vision_losses import PRETRAINING_ROUND, RegionBatch
+from vlbench.miniatures.vision_losses import REGION_ROUND
 
 GROUND = ((200, 200, 200),) * 4
 
@@ -66,9 +66,7 @@ def test_a_colour_without_a_name_is_not_asked_but_its_shape_is() -> None:
 
 
 def test_every_object_of_every_batch_is_told_to_a_patch() -> None:
-    for batch in PRETRAINING_ROUND:
-        if not isinstance(batch, RegionBatch):
-            continue
+    for batch in REGION_ROUND:
         scenes = replace(batch, crowded=3 * (batch.crowded > 0), letters=2, whole=1).make_scenes(5)
         targets = region_targets(scenes, batch.image_size // 14)
         shapes = REGION_WORDS["shape"]

@@ -41,39 +41,68 @@ def tokenize_captions(tokenizer: Tokenizer, captions: Sequence[str]) -> Tensor:
     return rows
 
 
-def encode_images(
-    model: open_clip.CLIP, scenes: Sequence[RenderedScene | CloseUpImage], image_size: int
-) -> Tensor:
-    """Compute `model.encode_image(pixels, normalize=True)` at an image size, `[scenes, width]`.
+def encode_single_objects(model: open_clip.CLIP, scenes: Sequence[RenderedScene]) -> Tensor:
+    """Encode scenes of one object, `[scenes, width]`, without patches of the empty quarters.
 
-    Position embeddings are resized as in `fit`, and gradients reach them.
+    That makes a step three times cheaper, and shapes need many steps.
     """
     visual = model.visual
-    hidden = visual.transformer(_embed_patches(visual, load_pixels(scenes, image_size)))
-    return normalize(visual.ln_post(hidden)[:, 1:].mean(1) @ visual.proj, dim=-1)
+    hidden = _embed_patches(visual, load_pixels(scenes))
+    cells = torch.tensor([one.objects[0].cell for one in scenes])
+    corner = cells // 2 * 8 + cells % 2 * 2  # the quarter's first patch of 4 x 4
+    kept = corner[:, None] + torch.tensor([0, 1, 4, 5])
+    return _encode_patches(
+        visual, hidden.gather(1, kept[..., None].expand(-1, -1, hidden.shape[2]))
+    )
+
+
+def encode_large_images(model: open_clip.CLIP, scenes: Sequence[RenderedScene]) -> Tensor:
+    """Encode scenes at 112 pixels, `[scenes, width]`; position embeddings resized as in `fit`.
+
+    A large encoder adapts to a doubled resolution over millions of images; this one has minutes.
+    """
+    return _encode_patches(model.visual, _embed_patches(model.visual, load_pixels(scenes, 112)))
 
 
 def encode_patches(
     model: open_clip.CLIP, scenes: Sequence[RenderedScene], image_size: int
 ) -> Tensor:
-    """Return the features before the last block, which recipes use, `[scenes, patches, width]`."""
-    hidden = _embed_patches(model.visual, load_pixels(scenes, image_size))
-    for block in model.visual.transformer.resblocks[:-1]:
+    """Return the features before the last block, which recipes use, `[scenes, patches, width]`.
+
+    Gradients reach everything, position embeddings resized to another image size among it.
+    """
+    visual = model.visual
+    hidden = _prepend_class_token(visual, _embed_patches(visual, load_pixels(scenes, image_size)))
+    hidden = visual.ln_pre(hidden)
+    for block in visual.transformer.resblocks[:-1]:
         hidden = block(hidden)
     return hidden[:, 1:]
 
 
 def _embed_patches(visual: open_clip.transformer.VisionTransformer, pixels: Tensor) -> Tensor:
-    """Embed the class token and patches with their positions, `[images, 1 + patches, width]`."""
+    """Embed patches with their positions, `[images, patches, width]`."""
     hidden = visual.conv1(pixels)
-    size, positions = hidden.shape[-2:], visual.positional_embedding
-    if size != (4, 4):
-        grid = positions[1:].float().T.reshape(1, -1, 4, 4)
+    positions = visual.positional_embedding[1:]
+    if hidden.shape[-1] != 4:
+        grid = positions.float().T.reshape(1, -1, 4, 4)
+        size = hidden.shape[-2:]
         grid = interpolate(grid, size=size, mode="bicubic", antialias=True, align_corners=False)
-        positions = torch.cat([positions[:1], grid.flatten(2)[0].T])
-    start = visual.class_embedding.expand(len(hidden), 1, -1)
-    hidden = torch.cat([start, hidden.flatten(2).transpose(1, 2)], 1) + positions
-    return visual.ln_pre(hidden)
+        positions = grid.flatten(2).transpose(1, 2)
+    return hidden.flatten(2).transpose(1, 2) + positions
+
+
+def _prepend_class_token(
+    visual: open_clip.transformer.VisionTransformer, patches: Tensor
+) -> Tensor:
+    start = visual.class_embedding + visual.positional_embedding[:1]
+    return torch.cat([start.expand(len(patches), 1, -1), patches], 1)
+
+
+def _encode_patches(visual: open_clip.transformer.VisionTransformer, patches: Tensor) -> Tensor:
+    """Apply the rest of open_clip's encoder to patches `[images, patches, width]`."""
+    hidden = visual.ln_pre(_prepend_class_token(visual, patches))
+    hidden = visual.ln_post(visual.transformer(hidden))[:, 1:].mean(1)
+    return normalize(hidden @ visual.proj, dim=-1)
 
 
 def encode_text(model: open_clip.CLIP, input_ids: Tensor, eos_id: int) -> Tensor:

@@ -1,7 +1,7 @@
-"""Train the miniature CLIP of open_clip on rendered scenes, by captions and by words of regions.
+"""Train the miniature CLIP of open_clip on rendered scenes: by captions, then by regions as well.
 
-Images of large objects are compared with their captions, as open_clip does it, and in turns patches
-of all kinds of images, of small objects, dots and letters too, with the words of what they show.
+The first stages compare images of large objects with their captions. The last adds small objects,
+dots and letters, and compares each patch with the words of what it shows.
 """
 
 from __future__ import annotations
@@ -16,15 +16,22 @@ from typing import Any
 import open_clip
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.miniatures.batch_encoding import CONTEXT_LENGTH
 from vlbench.miniatures.make_tokenizer import VOCAB_SIZE
 from vlbench.miniatures.measure_vision_encoder import measure_vision_encoder
 from vlbench.miniatures.region_words import RegionWords
-from vlbench.miniatures.vision_losses import PretrainingLosses
+from vlbench.miniatures.vision_losses import CaptionLosses, RegionLosses, StepLoss
 
-PRETRAINING_STEPS, PEAK_LR = 2600, 1.2e-3
+# steps with one object per image, then with whole scenes
+SINGLE_OBJECT_STEPS, WHOLE_SCENE_STEPS, FIRST_PEAK_LR = 400, 1000, 1.2e-3
+# steps with both image sizes, again, then mostly the larger
+MIXED_SIZE_STEPS, MORE_MIXED_SIZE_STEPS, MOSTLY_LARGE_STEPS = 500, 1000, 900
+MIXED_SIZE_PEAK_LR = 8e-4  # peak learning rate of these steps
+# steps of which three in four name regions
+REGION_STEPS, REGION_PEAK_LR = 1200, 8e-4
 CLIP_CONFIG = {
     "embed_dim": 128,
     "quick_gelu": False,
@@ -70,14 +77,43 @@ def create_vision_encoder(
     torch.manual_seed(11)
     model = build_clip()
     start = time.monotonic()
-    words = RegionWords(CLIP_CONFIG["vision_cfg"]["width"])
-    train(model, words, PretrainingLosses(model, words, tokenizer), log)
+    for modules, steps, peak_lr, compute_loss in pretraining_stages(model, tokenizer):
+        train(modules, steps, peak_lr, compute_loss, log)
+        model.half().float()  # as it is written
     seconds = time.monotonic() - start
     write_clip(model, CLIP_CONFIG, folder)
     model = build_clip(folder).eval()  # as it was written
     figures = {**measure_vision_encoder(model, tokenizer), "seconds": seconds}
     log(f"vision encoder {figures}")
     return figures
+
+
+def pretraining_stages(
+    model: open_clip.CLIP, tokenizer: Tokenizer
+) -> list[tuple[nn.ModuleList, int, float, StepLoss]]:
+    """List what is trained in each stage, its steps, peak learning rate and loss of a step.
+
+    No two stages see the same scenes.
+    """
+    captions = CaptionLosses(model, tokenizer)
+    words = RegionWords(CLIP_CONFIG["vision_cfg"]["width"])
+    regions = RegionLosses(model, words, captions)
+    only_clip, with_words = nn.ModuleList([model]), nn.ModuleList([model, words])
+
+    def first_stage(step: int) -> Tensor:
+        single = step < SINGLE_OBJECT_STEPS
+        return captions.single_objects(step) if single else captions.whole_scenes(step)
+
+    def mixed_sizes(first_step: int, small_every: int) -> StepLoss:
+        return lambda step: captions.mixed_sizes(first_step, step, small_every)
+
+    return [
+        (only_clip, SINGLE_OBJECT_STEPS + WHOLE_SCENE_STEPS, FIRST_PEAK_LR, first_stage),
+        (only_clip, MIXED_SIZE_STEPS, MIXED_SIZE_PEAK_LR, mixed_sizes(100_000, 2)),
+        (only_clip, MORE_MIXED_SIZE_STEPS, MIXED_SIZE_PEAK_LR, mixed_sizes(200_000, 2)),
+        (only_clip, MOSTLY_LARGE_STEPS, MIXED_SIZE_PEAK_LR, mixed_sizes(300_000, 4)),
+        (with_words, REGION_STEPS, REGION_PEAK_LR, lambda step: regions.mixed(400_000, step)),
+    ]
 
 
 def write_clip(model: open_clip.CLIP, config: dict[str, Any], folder: Path) -> None:
@@ -92,21 +128,22 @@ def write_clip(model: open_clip.CLIP, config: dict[str, Any], folder: Path) -> N
 
 
 def train(
-    model: open_clip.CLIP,
-    words: RegionWords,
-    losses: PretrainingLosses,
+    modules: nn.ModuleList,
+    steps: int,
+    peak_lr: float,
+    compute_loss: StepLoss,
     log: Callable[[str], None],
 ) -> None:
-    """Minimise the losses over the parameters of `model` and `words`."""
-    parameters = [*model.parameters(), *words.parameters()]
+    """Minimise `compute_loss(step)` over the parameters of `modules`, the CLIP first."""
+    parameters, [model, *_] = [*modules.parameters()], modules
     decayed, other = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": other, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.98))
     start = time.monotonic()
-    for step in range(PRETRAINING_STEPS):
+    for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = PEAK_LR * cosine_lr_scale(step, PRETRAINING_STEPS)
-        loss = losses.compute(step)
+            group["lr"] = peak_lr * cosine_lr_scale(step, steps)
+        loss = compute_loss(step)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -115,7 +152,7 @@ def train(
             model.logit_scale.clamp_(0, math.log(100))
         if step % 100 == 0:
             seconds = time.monotonic() - start
-            log(f"vision encoder step {step} loss {loss.item():.3f} {seconds:.0f} s")
+            log(f"vision encoder step {step}/{steps} loss {loss.item():.3f} {seconds:.0f} s")
 
 
 def cosine_lr_scale(step: int, steps: int, warmup: int = 60) -> float:

@@ -73,6 +73,13 @@ def make_close_ups(step: int, count: int) -> tuple[list[CloseUpImage], list[str]
     return images, [rng.choice(one.captions) for one in images]
 
 
+def single_object_scenes(step: int) -> tuple[list[RenderedScene], list[str]]:
+    """Make one image of every seen pair, and of every shape in an odd colour, in every place."""
+    rng = random.Random(f"tower/{step}")
+    scenes = [arrange_scene(rng, {cell: pair}) for cell in range(4) for pair in _COLOUR_SHAPE_PAIRS]
+    return scenes, [scene_caption(one, rng.choice(LANGUAGES)) for one in scenes]
+
+
 def whole_scenes(
     step: int, base_scenes: int = BASE_SCENES
 ) -> tuple[list[RenderedScene], list[str]]:
