@@ -62,6 +62,13 @@ def describe_raster(scene: RenderedScene, grid: int) -> str:
     return _join_cells(_told_cells(scene, grid))
 
 
+def describe_line(scene: RenderedScene) -> str:
+    """Tell the row of a letter scene where its letters are, as cells of a raster."""
+    cells = _told_cells(scene, LETTER_GRID)
+    first = scene.objects[0].cell // LETTER_GRID * LETTER_GRID
+    return _join_cells(cells[first : first + LETTER_GRID])
+
+
 def _join_cells(cells: Sequence[str]) -> str:
     return CELL_SEPARATOR + CELL_SEPARATOR.join(cells) + CELL_SEPARATOR
 

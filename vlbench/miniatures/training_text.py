@@ -22,6 +22,7 @@ from vlbench.data.scene_families import (
 )
 from vlbench.data.scene_lattice import LATTICE
 from vlbench.data.scene_lattice_text import COLUMN_NAMES, ROW_NAMES
+from vlbench.data.scene_letters import LETTER_GRID, list_letter_questions, make_letter_scene
 from vlbench.data.scene_text import (
     CELL_NAMES,
     CHINESE_WORDS,
@@ -34,13 +35,20 @@ from vlbench.data.scene_text import (
     pick_questions,
 )
 from vlbench.data.scene_world import RenderedScene
-from vlbench.miniatures.told_pictures import RASTER_GRIDS, describe_pictures
+from vlbench.miniatures.told_pictures import (
+    RASTER_GRIDS,
+    describe_line,
+    describe_pictures,
+    describe_raster,
+)
 
 TEXT_SCENE_STREAM = "words"  # stream of scenes; the images of fit come from others
 TextPiece = tuple[str, bool]  # text, and whether it is supervised
 FACT_WEIGHTS = {"gist": 50, "crowd": 50}  # pictures by family, in facts
 TEXT_WEIGHTS = {"gist": 38, "crowd": 38, "glyphs": 10, "many": 14}  # in everything else
-COUNT_WEIGHT = 4  # how much more often counts are asked in drills than another kind of gist
+# How often each type is asked in drills of the pictures that allow it: what is hard more often.
+DRILL_WEIGHTS = {"count": 4, "position": 2, "relation": 3, "place": 4}  # any other: 1
+_WORDS_PER_DRILL, _WHOLE_RASTER_SHARE = 4, 0.25  # in drills that read letters
 _FACTS_PER_DOCUMENT, _QUESTIONS_PER_DRILL, _QUESTIONS_PER_CHAT = 14, 10, 8  # in one document
 _BLIND_CHAT_SHARE = 0.03  # chats without a description
 
@@ -74,6 +82,8 @@ def make_drill(seed: int, index: int, grids: Sequence[int] = RASTER_GRIDS) -> li
     """Make pictures in words and questions about them, each followed by its answer and no more."""
     rng = random.Random(f"drill/{seed}/{index}")
     pictures, language = _draw_pictures(rng, TEXT_WEIGHTS, seed, index)
+    if pictures[0].grid == LETTER_GRID:
+        return _make_reading_drill(rng, language, seed, index)
     pieces: list[TextPiece] = [(describe_pictures(rng, pictures, language, grids), False)]
     for one in _draw_drill(rng, list_picture_questions(pictures, language)):
         pieces += [(one.text, False), (f" {one.answer}", True), ("\n", False)]
@@ -106,12 +116,25 @@ def _draw_pictures(
 
 
 def _draw_drill(rng: random.Random, candidates: Sequence[SceneQuestion]) -> list[SceneQuestion]:
-    """Draw questions of kinds in turns; of gist with more counts, and the same may come again."""
+    """Draw questions by the weights of their types; the same may come again."""
     groups = group_by_type(candidates)
-    if "count" not in groups:
-        return pick_questions(rng, candidates, _QUESTIONS_PER_DRILL)
-    kinds = [*groups] + ["count"] * (COUNT_WEIGHT - 1)
-    return [draw_question(rng, groups[rng.choice(kinds)]) for _ in range(_QUESTIONS_PER_DRILL)]
+    weights = [DRILL_WEIGHTS.get(name, 1) for name in groups]
+    kinds = rng.choices(list(groups), weights, k=_QUESTIONS_PER_DRILL)
+    return [draw_question(rng, groups[kind]) for kind in kinds]
+
+
+def _make_reading_drill(
+    rng: random.Random, language: str, seed: int, index: int
+) -> list[TextPiece]:
+    """Tell several letter scenes, most of them by their line alone, and read each."""
+    pieces: list[TextPiece] = []
+    for number in range(_WORDS_PER_DRILL):
+        scene = make_letter_scene(TEXT_SCENE_STREAM, seed, index * _WORDS_PER_DRILL + number)
+        is_whole = rng.random() < _WHOLE_RASTER_SHARE
+        told = describe_raster(scene, LETTER_GRID) if is_whole else describe_line(scene)
+        [one] = list_letter_questions(scene, language)
+        pieces += [(f"{told}\n{one.text}", False), (f" {one.answer}", True), ("\n", False)]
+    return pieces
 
 
 def _question_turns(question: str, answer: str) -> list[ChatTurn]:
