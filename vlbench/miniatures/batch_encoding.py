@@ -47,8 +47,7 @@ def encode_single_objects(model: open_clip.CLIP, scenes: Sequence[RenderedScene]
     That makes a step three times cheaper, and shapes need many steps.
     """
     visual = model.visual
-    hidden = visual.conv1(load_pixels(scenes)).flatten(2).transpose(1, 2)
-    hidden = hidden + visual.positional_embedding[1:]
+    hidden = _embed_patches(visual, load_pixels(scenes))
     cells = torch.tensor([one.objects[0].cell for one in scenes])
     corner = cells // 2 * 8 + cells % 2 * 2  # the quarter's first patch of 4 x 4
     kept = corner[:, None] + torch.tensor([0, 1, 4, 5])
@@ -62,18 +61,47 @@ def encode_large_images(model: open_clip.CLIP, scenes: Sequence[RenderedScene]) 
 
     A large encoder adapts to a doubled resolution over millions of images; this one has minutes.
     """
+    return _encode_patches(model.visual, _embed_patches(model.visual, load_pixels(scenes, 112)))
+
+
+def encode_patches(
+    model: open_clip.CLIP, scenes: Sequence[RenderedScene], image_size: int
+) -> Tensor:
+    """Return the features before the last block, which recipes use, `[scenes, patches, width]`.
+
+    Gradients reach everything, position embeddings resized to another image size among it.
+    """
     visual = model.visual
-    hidden = visual.conv1(load_pixels(scenes, 112)).flatten(2).transpose(1, 2)
-    grid = visual.positional_embedding[1:].float().T.reshape(1, -1, 4, 4)
-    grid = interpolate(grid, size=(8, 8), mode="bicubic", antialias=True, align_corners=False)
-    return _encode_patches(visual, hidden + grid.flatten(2).transpose(1, 2))
+    hidden = _prepend_class_token(visual, _embed_patches(visual, load_pixels(scenes, image_size)))
+    hidden = visual.ln_pre(hidden)
+    for block in visual.transformer.resblocks[:-1]:
+        hidden = block(hidden)
+    return hidden[:, 1:]
+
+
+def _embed_patches(visual: open_clip.transformer.VisionTransformer, pixels: Tensor) -> Tensor:
+    """Embed patches with their positions, `[images, patches, width]`."""
+    hidden = visual.conv1(pixels)
+    positions = visual.positional_embedding[1:]
+    if hidden.shape[-1] != 4:
+        grid = positions.float().T.reshape(1, -1, 4, 4)
+        size = hidden.shape[-2:]
+        grid = interpolate(grid, size=size, mode="bicubic", antialias=True, align_corners=False)
+        positions = grid.flatten(2).transpose(1, 2)
+    return hidden.flatten(2).transpose(1, 2) + positions
+
+
+def _prepend_class_token(
+    visual: open_clip.transformer.VisionTransformer, patches: Tensor
+) -> Tensor:
+    start = visual.class_embedding + visual.positional_embedding[:1]
+    return torch.cat([start.expand(len(patches), 1, -1), patches], 1)
 
 
 def _encode_patches(visual: open_clip.transformer.VisionTransformer, patches: Tensor) -> Tensor:
     """Apply the rest of open_clip's encoder to patches `[images, patches, width]`."""
-    start = visual.class_embedding + visual.positional_embedding[:1]
-    hidden = torch.cat([start.expand(len(patches), 1, -1), patches], 1)
-    hidden = visual.ln_post(visual.transformer(visual.ln_pre(hidden)))[:, 1:].mean(1)
+    hidden = visual.ln_pre(_prepend_class_token(visual, patches))
+    hidden = visual.ln_post(visual.transformer(hidden))[:, 1:].mean(1)
     return normalize(hidden @ visual.proj, dim=-1)
 
 

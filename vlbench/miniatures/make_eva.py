@@ -18,13 +18,15 @@ from torch.nn.functional import layer_norm, mse_loss
 
 from vlbench.miniatures import make_vision_encoder
 from vlbench.miniatures.batch_encoding import load_pixels
-from vlbench.miniatures.training_images import single_object_scenes, whole_scenes
+from vlbench.miniatures.measure_vision_encoder import PatchEncoder, probe_families
+from vlbench.miniatures.vision_losses import RegionBatch
 from vlbench.model.miniature_eva import EVA_MODEL_NAME
 from vlbench.model.vision_encoder import VisionEncoder
 
 DISTILLATION_STAGES = ((56, 500, 2e-3), (112, 1100, 1.5e-3), (56, 300, 5e-4))
 """Image size, steps, peak learning rate; each size has its own position embeddings, optimizer."""
-IMAGES_PER_STEP = 48  # images in an optimizer step
+# the scenes of a step by image size, 48 of them
+SCENES_PER_STEP = {56: RegionBatch(16, 0, 8, 56), 112: RegionBatch(16, 8, 6, 112)}
 FEATURE_LAYER = -2  # the block whose features recipes use
 EVA_CONFIG: dict[str, Any] = {
     "embed_dim": 128,
@@ -42,25 +44,34 @@ EVA_CONFIG: dict[str, Any] = {
 
 def create_eva_encoder(
     folder: Path, teacher_folder: Path, log: Callable[[str], None] = print
-) -> dict[str, float]:
+) -> dict[str, object]:
     """Pretrain on the encoder in `teacher_folder`, write to `folder`, and return its quality."""
     torch.manual_seed(12)
     model = open_clip.CLIP(**EVA_CONFIG)
-    student, teacher = (
-        _wrap_encoder(model),
-        _wrap_encoder(make_vision_encoder.build_clip(teacher_folder)),
-    )
-    start = time.monotonic()
-    teacher.requires_grad_(False)
-    errors = {}
+    student, start, errors = _wrap_encoder(model), time.monotonic(), {}
     for number, (side, steps, rate) in enumerate(DISTILLATION_STAGES):
+        # a teacher of its own: resizing position embeddings up and down again would change them
+        teacher = _wrap_encoder(make_vision_encoder.build_clip(teacher_folder))
+        teacher.requires_grad_(False)
         student.set_image_size(side)
         teacher.set_image_size(side)
         errors[f"feature_error_{side}"] = distill_features(
             student, teacher, number, steps, rate, log
         )
     make_vision_encoder.write_clip(model, EVA_CONFIG, folder)
-    return {**errors, "seconds": time.monotonic() - start}
+    seconds = time.monotonic() - start
+    return {**errors, "probes": probe_families(_written_encoder(folder)), "seconds": seconds}
+
+
+def _written_encoder(folder: Path) -> PatchEncoder:
+    """Return the encoder of `folder` at both image sizes."""
+    encoders = {}
+    for image_size, *_ in DISTILLATION_STAGES:
+        model = open_clip.CLIP(**EVA_CONFIG)
+        make_vision_encoder.load_clip(model, folder)
+        encoders[image_size] = _wrap_encoder(model.eval())
+        encoders[image_size].set_image_size(image_size)
+    return lambda scenes, size: encoders[size](load_pixels(scenes, size))
 
 
 def distill_features(
@@ -80,15 +91,12 @@ def distill_features(
         for group in optimizer.param_groups:
             group["lr"] = peak_lr * make_vision_encoder.cosine_lr_scale(step, steps)
         place = 500_000 + 10_000 * stage_index + step
-        scenes, _ = (
-            single_object_scenes(place)
-            if step % 4 == 0
-            else whole_scenes(place, base_scenes=IMAGES_PER_STEP // 4)
-        )
-        images = load_pixels(scenes[:IMAGES_PER_STEP], student.image_size)
-        with torch.no_grad():
-            target = _normalize_features(teacher(images))
-        loss = mse_loss(_normalize_features(student(images)), target)
+        scenes = SCENES_PER_STEP[student.image_size].make_scenes(place)
+        images = load_pixels(scenes, student.image_size)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                target = _normalize_features(teacher(images))
+            loss = mse_loss(_normalize_features(student(images)), target)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.used_parameters(), 1.0)
@@ -108,4 +116,4 @@ def _wrap_encoder(model: open_clip.CLIP) -> VisionEncoder:
 
 
 def _normalize_features(features: Tensor) -> Tensor:
-    return layer_norm(features, features.shape[-1:])
+    return layer_norm(features.float(), features.shape[-1:])

@@ -19,6 +19,7 @@ from vlbench.data.scene_text import LANGUAGES, object_name, scene_caption
 from vlbench.data.scene_world import (
     COLOURS,
     IMAGE_SIDE,
+    QUARTERS,
     SEEN_PAIRS,
     SHAPES,
     UNSEEN_PAIRS,
@@ -102,17 +103,21 @@ def whole_scenes(
     return scenes, [scene_caption(one, rng.choice(LANGUAGES)) for one in scenes]
 
 
-def arrange_scene(rng: random.Random, pairs_by_cell: dict[int, tuple[str, str]]) -> RenderedScene:
-    """Make a scene of the pairs at the given quarters, everything else at random."""
-    things = tuple(_place_object(rng, pairs_by_cell[cell], cell) for cell in sorted(pairs_by_cell))
-    return RenderedScene(IMAGE_SCENE_STREAM, things, make_background(rng))
+def arrange_scene(
+    rng: random.Random, pairs_by_cell: dict[int, tuple[str, str]], grid: int = QUARTERS
+) -> RenderedScene:
+    """Make a scene of the pairs at the given cells, everything else at random."""
+    things = tuple(
+        _place_object(rng, pairs_by_cell[cell], cell, grid) for cell in sorted(pairs_by_cell)
+    )
+    return RenderedScene(IMAGE_SCENE_STREAM, things, make_background(rng), grid)
 
 
-def _place_object(rng: random.Random, pair: tuple[str, str], cell: int) -> SceneObject:
+def _place_object(rng: random.Random, pair: tuple[str, str], cell: int, grid: int) -> SceneObject:
     if pair[0] != NAMELESS_COLOUR:
-        return make_object(rng, pair, cell)
+        return make_object(rng, pair, cell, grid)
     like = next(seen for seen in SEEN_PAIRS if seen[1] == pair[1])
-    thing = make_object(rng, like, cell)
+    thing = make_object(rng, like, cell, grid)
     return replace(thing, colour=NAMELESS_COLOUR, painted_colour=draw_odd_colour(rng, pair[1]))
 
 
