@@ -17,7 +17,7 @@ from vlbench.data.optimizer_step import OptimizerStep
 from vlbench.errors import UserError
 from vlbench.model.fsdp_wrapping import unsharded_connector
 from vlbench.regular_files import MAX_RECORDS_BYTES
-from vlbench.text_files import name_written_file, read_text, write_atomically
+from vlbench.text_files import append_text, read_text, write_atomically
 from vlbench.train.callbacks import StageCallback, ValidationCallback
 from vlbench.train.throughput import ThroughputMeter, format_throughput
 from vlbench.train.training_module import StepReport, VLMTrainingModule
@@ -172,10 +172,7 @@ class ProgressCallback(StageCallback):
         if new_columns or not rows:
             _write_metric_rows(self.metrics_file, [*columns, *new_columns], [*rows, row])
             return
-        with (
-            name_written_file(self.metrics_file),
-            self.metrics_file.open("a", newline="", encoding="utf-8") as file,
-        ):
+        with append_text(self.metrics_file) as file:
             csv.DictWriter(file, columns).writerow(row)
 
     def _show_progress(self, training: VLMTrainingModule, row: dict[str, Any]) -> None:
