@@ -11,6 +11,7 @@ from forked_command import run_command
 
 from vlbench.data import tokenizer_limits
 from vlbench.data.conversation_record import sample_from_record
+from vlbench.data.tokenizer import load_library_tokenizer
 from vlbench.errors import BadSample, UserError
 from vlbench.evaluate.tasks.answer_formats import _flatten_records
 from vlbench.model.language_model import TINY_LANGUAGE_FOLDER
@@ -118,12 +119,11 @@ def test_added_tokens(name: str, tmp_path: Path) -> None:
 
 
 def test_a_vocabulary_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer_limits, "LARGE_TOKENIZER_BYTES", 0)
     monkeypatch.setattr(tokenizer_limits, "MAX_VOCABULARY", 100)
-    file = tmp_path / "tokenizer.json"
-    file.write_text(json.dumps({"model": {"vocab": dict.fromkeys(map(str, range(101)), 0)}}))
+    said = {"model": {"vocab": dict.fromkeys(map(str, range(101)), 0)}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(said))
     with pytest.raises(UserError, match="101 entries"):
-        tokenizer_limits.check_vocabulary_size(file)
+        load_library_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("name", RECIPES)
