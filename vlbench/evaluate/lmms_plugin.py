@@ -201,7 +201,8 @@ def _print_unused_options(requests: Sequence[Instance]) -> None:
     """Print the generation options of tasks that have no effect here."""
     unused = sorted({key for request in requests for key in request.args[1]} - USED_OPTIONS)
     if unused:
-        print(f"vlbench: generation options that are not used: {escape_to_one_line(', '.join(unused))}")
+        names = escape_to_one_line(", ".join(unused))
+        print(f"vlbench: generation options that are not used: {names}")
 
 
 def _options_key(request: Instance) -> str:

@@ -155,8 +155,8 @@ def _render_results_table(results: Mapping[str, Any]) -> list[str]:
     rows = [f"| {name} | {results[name]:.3f} |" for name in names if results.get(name) is not None]
     if not rows:
         return []
-    asked_of = _plain_markdown(str(results["asked_of"]))
-    head = f"Exact match on {results['questions']} questions ({asked_of}):"
+    asked_of = _plain_markdown(str(results.get("asked_of")))
+    head = f"Exact match on {results.get('questions')} questions ({asked_of}):"
     return [head, "\n".join(["| figure | value |", "|---|---|", *rows])]
 
 

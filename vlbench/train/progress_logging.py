@@ -49,10 +49,15 @@ def truncate_metrics(path: Path, stage_names: list[str], stage_name: str, step: 
     columns, rows = _read_metric_rows(path)
     last_kept = (stage_names.index(stage_name), step)
     # a kill may have cut the last row short
-    complete = [row for row in rows if row["seconds"] and row["stage"] in stage_names]
-    kept = [
-        row for row in complete if (stage_names.index(row["stage"]), int(row["step"])) <= last_kept
-    ]
+    complete = [row for row in rows if row.get("seconds") and row.get("stage") in stage_names]
+    try:
+        kept = [
+            row
+            for row in complete
+            if (stage_names.index(row["stage"]), int(row["step"])) <= last_kept
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: has a row without the number of its step") from error
     _write_metric_rows(path, columns, kept)
 
 
