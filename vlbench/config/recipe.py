@@ -27,6 +27,7 @@ from vlbench.strict_values import StrictModel, format_value
 from vlbench.text_files import read_json, read_text, write_atomically
 from vlbench.version import __version__
 
+MAX_YAML_BYTES = 1 << 18  # fifty times a recipe; PyYAML reads 40 kB in a second
 RESUMABLE_KEYS = ("trainer", "log", "run", "dry_run", "profile", "trust_connector")
 """Keys that a run may change when it is resumed; so may `workers` of any data."""
 
@@ -177,7 +178,7 @@ def size_files() -> dict[str, Path]:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file; a UserError names the file and, if known, the line."""
-    text = io.StringIO(read_text(path))
+    text = io.StringIO(read_text(path, MAX_YAML_BYTES))
     try:
         tree = OmegaConf.to_container(OmegaConf.load(text), resolve=False)
     except YAMLError as error:
