@@ -12,6 +12,7 @@ from forked_command import run_command
 from vlbench.data import tokenizer_limits
 from vlbench.data.conversation_record import sample_from_record
 from vlbench.data.tokenizer import load_library_tokenizer
+from vlbench.data.tokenizer_patterns import pattern_refusal
 from vlbench.errors import BadSample, UserError
 from vlbench.evaluate.tasks.answer_formats import _flatten_records
 from vlbench.model.language_model import TINY_LANGUAGE_FOLDER
