@@ -132,6 +132,9 @@ def test_every_file_of_json_is_written_by_what_escapes() -> None:
 def test_what_check_and_score_write_shows_escapes(tmp_path: Path) -> None:
     words = hostile_words(tmp_path)
     run_command([*words["checked record"], "recipe=yivl_llava", "out=checked"], tmp_path)
+    good = {"id": "validation_Art_1", "answer": "7", "options": [], "question_type": "open"}
+    with (tmp_path / "answers.jsonl").open("a") as file:
+        file.write(json.dumps({**good, "response": HOSTILE}) + "\n")
     run_command([*words["answers"], "out=scored"], tmp_path)
     files = [file for name in ("checked", "scored") for file in (tmp_path / name).iterdir()]
     names = {file.name for file in files}
