@@ -131,6 +131,5 @@ def _run_task(vlm: LoadedVLM, task: EvalTask, folder: Path, arguments: EvalArgum
     lines = answer_into(ANSWERS_FILE, False)
     blank_lines = answer_into(BLANK_FILE, True) if arguments.blank else []
     report = "\n".join(task.write_scores(folder, lines, blank_lines, len(skipped)))
-    write_for_people(folder / REPORT_FILE, f"{report}
-")
+    write_for_people(folder / REPORT_FILE, f"{report}\n")
     print(f"{report}\n\nwrote {folder}")
