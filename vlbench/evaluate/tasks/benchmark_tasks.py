@@ -19,6 +19,7 @@ from vlbench.evaluate.tasks.benchmark_types import (
     BenchmarkPrompt,
     BenchmarkRecord,
     GenerationLimits,
+    RecordImage,
     ScoredItem,
     SkippedRecord,
     subject_or_category,
@@ -72,13 +73,14 @@ class BenchmarkQuestion:
     def answer_line(self) -> dict[str, Any]:
         """The line of answers.jsonl, without the response."""
         record = self.record
+        shown = [image for image in self.prompt.images if isinstance(image, RecordImage)]
         return {
             "id": record.id,
             "type": record.type,
             "subject": subject_or_category(record.task, record.subject, record.category),
             "options": list(record.options),
             "answer": record.json_answer,
-            "picture": record.picture_digest,
+            "picture": shown[0].digest if shown else "",
         }
 
 
