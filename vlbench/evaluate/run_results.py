@@ -22,6 +22,7 @@ from vlbench.evaluate.heldout_questions import (
     final_questions,
     shuffle_images,
 )
+from vlbench.evaluate.information_probes import probe_information
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.text_files import read_csv, write_atomically
 from vlbench.train.run_folder import RunFolder, git_commit
@@ -76,14 +77,23 @@ def write_results(
         "commit": git_commit(),
         "budget": build_budget_card(recipe.stages, run, vlm.model),
     }
+    # the results have time and memory of the run without its probes
+    information = probe_information(recipe, vlm, questions, should_stop)
+    if should_stop():
+        return False
+    if information:
+        _write_json(run.folder / "information.json", information)
     write_atomically(run.results_file, json.dumps(results, indent=1, ensure_ascii=False))
     # last, as it runs more of a user's own connector: the results are safe if that fails
     answered = list(zip(questions, answers["accuracy"], strict=True))
     diagnostics = diagnose_answers(vlm, pick_fixed_subset(answered, DIAGNOSED_QUESTIONS))
     if diagnostics:
-        text = json.dumps(diagnostics, ensure_ascii=False)
-        write_atomically(run.folder / "diagnostics.json", text)
+        _write_json(run.folder / "diagnostics.json", diagnostics)
     return True
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_atomically(path, json.dumps(content, ensure_ascii=False))
 
 
 def _accuracies(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vlbench.compare.report.analysis import ComparisonResult, RowResult
+from vlbench.compare.report.information_loss import find_information_loss
+from vlbench.compare.report.information_tables import information_notes, information_tables
 from vlbench.compare.report.row_costs import available_budgets
 from vlbench.text_tables import markdown_text
 
@@ -33,6 +35,7 @@ def render_markdown(findings: ComparisonResult) -> str:
             *([markdown_text(findings.design), ""] if findings.design else []),
         ]
     lines += ["## By kind of question", "", *_question_group_table(findings)]
+    lines += _information_section(findings)
     if findings.failed:
         failed = (
             f"- {markdown_text(f'{folder}: {reason}')}"
@@ -101,3 +104,22 @@ def _question_group_table(findings: ComparisonResult) -> list[str]:
             f"| {markdown_text(group.name)} ({group.question_count}) | {' | '.join(values)} |"
         )
     return lines
+
+
+def _information_section(findings: ComparisonResult) -> list[str]:
+    """Return what the connectors lose; [] where no run has information probes."""
+    information = find_information_loss(findings)
+    tables = information_tables(information)
+    lines = ["", "## What the connector loses", ""] if tables else []
+    for note in information_notes(information) if tables else ():
+        lines += [markdown_text(note), ""]
+    for table in tables:
+        lines += [
+            markdown_text(table.caption),
+            "",
+            f"| {' | '.join(table.headings)} |",
+            f"|---|{'---:|' * (len(table.headings) - 1)}",
+            *(f"| {' | '.join(map(markdown_text, line))} |" for line in table.lines),
+            "",
+        ]
+    return lines[:-1]
