@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from vlbench.__main__ import main
+from vlbench.compat.transformers_internals import decoder_layer_input
 from vlbench.config import recipe as recipes
 from vlbench.connector import registry
 from vlbench.data.picture_labels import LabelledPicture
@@ -161,7 +163,7 @@ def test_too_few_questions_or_too_large_features_are_not_probed(monkeypatch):
 def test_features_of_a_place_do_not_depend_on_the_batch(name, monkeypatch):
     vlm = open_gates(small_vlm(registry.load_connector(name), SMALL.get(name)))
     samples = [make_sample(number, images) for number, images in enumerate((1, 2, 1), 1)]
-    samples = [one.__class__(one.id, one.turns[:1], one.images) for one in samples]
+    samples = [replace(one, turns=one.turns[:1]) for one in samples]
     together = compute_place_features(vlm, samples)
     alone = [compute_place_features(vlm, [one]) for one in samples]
     for place, expected in zip(together, map(torch.cat, zip(*alone, strict=True)), strict=True):
@@ -172,16 +174,29 @@ def test_features_of_a_place_do_not_depend_on_the_batch(name, monkeypatch):
     assert compute_place_features(vlm, samples, lambda: True) is None
 
 
-def test_what_is_read_in_the_language_model_is_at_its_places():
-    vlm = small_vlm(registry.load_connector("llava_mlp"))
+@pytest.mark.parametrize("name", ["llava_mlp", "flamingo"])
+def test_what_is_read_in_the_language_model_is_at_its_places(name):
+    vlm = open_gates(small_vlm(registry.load_connector(name), SMALL.get(name)))
     sample = make_sample(1, 1)
-    sample = sample.__class__(sample.id, sample.turns[:1], sample.images)
-    batch = vlm.processor.collate_prompts([sample])
+    sample = replace(sample, turns=sample.turns[:1])
+    batch, model = vlm.processor.collate_prompts([sample]), vlm.model.eval()
+    features = compute_place_features(vlm, [sample])
     with torch.no_grad():
-        hidden = vlm.model.eval().hidden_states(batch, vlm.model.encode_images(batch))
-    expected = hidden[0][batch.input_ids[0] == IMAGE_TOKEN_INDEX]
-    found = compute_place_features(vlm, [sample])
-    assert found is not None and torch.allclose(found.language[0], expected, atol=1e-6)
+        visual = model.encode_images(batch)
+        last = model.hidden_states(batch, visual)
+        layers = model.language.model.layers
+        seen: list[Tensor] = []
+        hook = layers[len(layers) // 2].register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(decoder_layer_input(args, kwargs)),
+            with_kwargs=True,
+        )
+        assert torch.equal(model.hidden_states(batch, visual), last)
+        hook.remove()
+    at_images = batch.input_ids[0] == IMAGE_TOKEN_INDEX
+    expected = seen[0][0][at_images] if name == "llava_mlp" else last[0, -1:]
+    assert features is not None
+    assert torch.allclose(features.language[0], expected, atol=1e-6)
+    assert all(not layer._forward_pre_hooks for layer in layers) or name == "flamingo"
 
 
 def test_answers_are_read_where_the_image_has_no_position_of_its_own(monkeypatch):

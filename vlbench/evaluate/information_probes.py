@@ -49,7 +49,7 @@ def probe_information(
 
     `questions` have for each place, in the order of `places`, 1 where its probes read the evidence
     right, and the same for control probes; `labels` have the share of held-out pictures in which
-    each label is read right. `neighbours` is the overlap of neighbourhoods before and behind the
+    each label is read right, `control_labels` that of the control probes. `neighbours` is the overlap of neighbourhoods before and behind the
     connector. Where nothing can be probed, `left_out` says why; {} where the evidence of too few
     questions is known, or `should_stop` became true before the end. The model is not changed.
     """
@@ -120,17 +120,19 @@ def _read_places(
     rows_of_place = dict.fromkeys(PLACES, (picture_rows(fitted_on), picture_rows(asked)))
     if language_reads_answers:
         rows_of_place["language"] = answer_rows(fitted_on), answer_rows(asked)
-    read, control, accuracies = [], [], {}
+    read, control, accuracies, by_chance = [], [], {}, {}
     for place, fitted, seen in zip(PLACES, training, held_out, strict=True):
         training_rows, rows = rows_of_place[place]
-        values, by_chance = read_labels(fitted, training_rows.labels, seen, rows.labels)
+        values, exchanged = read_labels(fitted, training_rows.labels, seen, rows.labels)
         read.append(rows.are_read(values))
-        control.append(rows.are_read(by_chance))
+        control.append(rows.are_read(exchanged))
         accuracies[place] = label_accuracies(values, rows.labels)
+        by_chance[place] = label_accuracies(exchanged, rows.labels)
     ids = [one.sample.id for one in asked]
     return {
         "places": {place: list(one.shape[1:]) for place, one in zip(PLACES, held_out, strict=True)},
         "labels": accuracies,
+        "control_labels": by_chance,
         "questions": [
             {"id": name, "read": [*map(int, real)], "control": [*map(int, chance)]}
             for name, real, chance in zip(

@@ -1,20 +1,24 @@
 """What a model computes of pictures, at the places that a picture passes on its way to an answer.
 
 `encoder` is what the vision encoder gives, `connector` the visual tokens: those that replace image
-positions, or those that are injected, such as Flamingo's latents. `language` is what the language
-model makes of them, its last hidden states: at the image positions, where the text can look them
-up; or, where an image position holds no visual token and the text looks at injected ones instead,
-at the position from which the answer is read.
+positions, or those that are injected, such as Flamingo's latents.
+
+`language` is what the language model makes of them. At image positions these are the hidden states
+before the middle decoder layer: text looks pictures up in the middle layers (Neo et al. 2024,
+arXiv:2410.07149), and nothing ever reads the last states there. Where an image position holds no
+visual token, and the text looks at injected ones from its own positions, it is the last state of
+the position from which the answer is read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from vlbench.compat.transformers_internals import decoder_layer_input
 from vlbench.core_sharing import share_cores
 from vlbench.data.packing import PackedBatch
 from vlbench.data.sample import Sample
@@ -72,8 +76,24 @@ def compute_place_features(
 def _batch_features(model: VLM, batch: PackedBatch) -> PlaceFeatures:
     encoder = model.extract_features(batch)
     connector = model.connector(encoder.clone())  # a connector may write into its features
-    hidden = model.hidden_states(batch, connector)
+    middle, last = _hidden_states(model, batch, connector)
     if not model.connector.replaces_image_tokens:
-        return PlaceFeatures(encoder, connector, hidden[:, -1:])  # prompts are padded on the left
-    at_images = hidden[batch.input_ids == IMAGE_TOKEN_INDEX]
+        return PlaceFeatures(encoder, connector, last[:, -1:])  # prompts are padded on the left
+    at_images = middle[batch.input_ids == IMAGE_TOKEN_INDEX]
     return PlaceFeatures(encoder, connector, at_images.unflatten(0, connector.shape[:2]))
+
+
+def _hidden_states(model: VLM, batch: PackedBatch, visual: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the input of the middle decoder layer, and the last hidden states."""
+    layers = model.language.model.layers
+    inputs: list[Tensor] = []
+
+    def keep_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs.append(decoder_layer_input(args, kwargs))
+
+    hook = layers[len(layers) // 2].register_forward_pre_hook(keep_input, with_kwargs=True)
+    try:
+        last = model.hidden_states(batch, visual)
+    finally:
+        hook.remove()
+    return inputs[0], last
