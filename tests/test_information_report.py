@@ -94,7 +94,8 @@ def test_tables_are_in_both_reports(tmp_path, capsys):
     ]
     add_probes(folders[0], lambda number: [1, 1, number % 3 == 0])
     add_probes(folders[1], lambda number: [1, 0, 1], reads_answers=True)
-    assert main(["report", *map(str, folders), f"out={tmp_path / 'report.html'}"]) == 0
+    outputs = [f"out={tmp_path / name}" for name in ("report.html", "report.json")]
+    assert main(["report", *map(str, folders), *outputs]) == 0
     text, page = capsys.readouterr().out, (tmp_path / "report.html").read_text()
     for shown in (text, page):
         assert "What the connector loses" in shown and "1,000 training pictures" in shown
@@ -102,6 +103,10 @@ def test_tables_are_in_both_reports(tmp_path, capsys):
         assert "colour (150)" in shown and "0.500 (0.480 to 0.520)" in shown
     line = next(one for one in text.splitlines() if one.startswith("| linear | all (300)"))
     assert "| 0 (0.0, 0.0 to" in line and line.count("|") == 8
+    information = json.loads((tmp_path / "report.json").read_text())["information"]
+    (told,) = [row for row in information["rows"] if row["name"] == "linear"]
+    assert told["kinds"][0]["name"] == "all" and told["kinds"][0]["read"]["connector"]["share"] == 0
+    assert told["neighbours"]["kept"]["share"] == 0.5 and information["missing"] == {}
 
 
 def test_rows_without_probes_are_left_out_and_said(tmp_path, capsys):
