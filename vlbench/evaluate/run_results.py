@@ -21,6 +21,7 @@ from vlbench.evaluate.heldout_questions import (
     final_questions,
     shuffle_images,
 )
+from vlbench.evaluate.information_probes import probe_information
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.text_files import format_json, format_json_lines, read_csv, write_atomically
 from vlbench.train.run_folder import RunFolder, git_commit
@@ -75,6 +76,12 @@ def write_results(
         "commit": git_commit(),
         "budget": build_budget_card(recipe.stages, run, vlm.model),
     }
+    # the results have time and memory of the run without its probes
+    information = probe_information(recipe, vlm, questions, should_stop)
+    if should_stop():
+        return False
+    if information:
+        write_atomically(run.folder / "information.json", format_json(information))
     write_atomically(run.results_file, format_json(results, indent=1))
     # last, as it runs more of a user's own connector: the results are safe if that fails
     answered = list(zip(questions, answers["accuracy"], strict=True))
