@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vlbench.compare.report import curve_sentences
 from vlbench.compare.report.comparison_warnings import comparison_warnings
-from vlbench.compare.report.detectable_difference import (
-    SIGNIFICANCE_LEVEL,
-    describe_detectable,
-)
+from vlbench.compare.report.curve_analysis import CurveFindings, analyze_curves
+from vlbench.compare.report.curve_arms import arms_of_points, compared_groups, left_out_note
+from vlbench.compare.report.curve_plan import CurvePlan
+from vlbench.compare.report.detectable_difference import describe_detectable
 from vlbench.compare.report.finished_runs import (
     ComparisonArm,
     FinishedRun,
@@ -24,14 +24,16 @@ from vlbench.compare.report.finished_runs import (
     differing_keys,
     group_into_arms,
 )
-from vlbench.compare.report.paired_statistics import (
-    PairedDifference,
-    RowStatistics,
-    holm_correction,
-)
+from vlbench.compare.report.paired_statistics import RowStatistics
 from vlbench.compare.report.question_clusters import CorrectMatrix
-
-MAX_NAMED_ROWS = 4  # a sentence about more rows gives their number instead of names
+from vlbench.compare.report.row_pairs import (
+    MAX_NAMED_ROWS,
+    RowPair,
+    all_pairs,
+    compare_pairs,
+    format_count,
+    join_names,
+)
 
 
 @dataclass(frozen=True)
@@ -63,53 +65,6 @@ class RowResult:
         values = [run.results.get(result_key) for run in self.runs]
         known = [value for value in values if value is not None]
         return float(np.mean(known)) if known else None
-
-
-@dataclass(frozen=True)
-class RowPair:
-    """The difference of two rows of a comparison, the better one first."""
-
-    better: str
-    worse: str
-    difference: PairedDifference
-    corrected_p: float
-    """After Holm's correction over all pairs."""
-    pair_count: int
-    """The number of these pairs."""
-
-    @property
-    def is_significant(self) -> bool:
-        """Whether the interval excludes 0 and the corrected p is small enough.
-
-        With one seed that is said of two runs, not of their rows.
-        """
-        return self.difference.interval_low > 0 and self.corrected_p <= SIGNIFICANCE_LEVEL
-
-    @property
-    def corrected_p_text(self) -> str:
-        """The corrected p with a relation sign: "= 0.012" or "< 0.001"."""
-        return f"= {self.corrected_p:.3f}" if self.corrected_p >= 0.001 else "< 0.001"
-
-    def short_sentence(self) -> str:
-        """Return the difference as a sentence."""
-        caution = (
-            ", so this may be chance"
-            if self.difference.interval_low > 0 and self.corrected_p > SIGNIFICANCE_LEVEL
-            else ""
-        )
-        return (
-            f"{self.difference.describe_difference(self.better, self.worse)}; p "
-            f"{self.corrected_p_text} after Holm's "
-            f"correction over {format_count(self.pair_count, 'pair')}{caution}."
-        )
-
-    def full_sentence(self) -> str:
-        """Return the short sentence with the smallest detectable difference."""
-        smallest = 100 * self.difference.smallest_detectable
-        return (
-            f"{self.short_sentence()} Smallest detectable difference of this design: "
-            f"{smallest:.1f} points."
-        )
 
 
 class QuestionGroup(NamedTuple):
@@ -146,6 +101,8 @@ class ComparisonResult:
     """Sentences on what all rows have in common, or on how they were made."""
     failed: Mapping[Path, str]
     """Folder of a failed run -> reason."""
+    curves: CurveFindings | None = None
+    """Of a comparison whose rows are points of curves over a budget."""
 
     @property
     def recipe_differences(self) -> list[tuple[str, list[str]]]:
@@ -172,6 +129,9 @@ class ComparisonResult:
         """The question that the comparison answers, as a sentence."""
         seeds = format_count(len(self.seeds), "seed")
         questions = f"{format_count(len(self.question_ids), 'question')} about {self.asked_of}"
+        if self.curves:
+            names = join_names(self.curves.plan.curves, "and")
+            return f"How do {names} answer {questions} over {self.curves.plan.label}, with {seeds}?"
         if len(self.rows) == 1:
             return f"How well does {self.rows[0].name}, trained with {seeds}, answer {questions}?"
         if len(self.rows) > MAX_NAMED_ROWS:
@@ -183,6 +143,8 @@ class ComparisonResult:
     @property
     def verdict_sentence(self) -> str:
         """A sentence on which row is best, and over which others that is significant."""
+        if self.curves:
+            return curve_sentences.verdict_sentence(self.curves)
         best, *others = self.rows
         text = f"{best.name} answers {100 * best.accuracy:.1f} % of the questions right"
         if not others:
@@ -217,13 +179,18 @@ def analyze_runs(
     runs: Sequence[FinishedRun],
     failed: Mapping[Path, str] | None = None,
     notes: Sequence[str] = (),
+    plan: CurvePlan | None = None,
 ) -> ComparisonResult:
     """Return the comparison of finished runs.
 
-    `failed` maps folders of failed runs to the reason; `notes` are sentences on how the runs were
-    made.
+    Args:
+        runs: The runs of all rows.
+        failed: Folders of failed runs -> the reason.
+        notes: Sentences on how the runs were made.
+        plan: Of which curves the rows are points; without it every two rows are compared.
     """
-    arms = group_into_arms(runs)
+    notes = [*notes, *(left_out_note(runs, plan) if plan else [])]
+    arms, plan = arms_of_points(runs, plan) if plan else (group_into_arms(runs), None)
     seeds, questions = common_seeds_and_questions(arms)
     by_arm = {arm.name: correct_matrix(arm, seeds, questions) for arm in arms}
     arm_order = sorted(arms, key=lambda arm: -by_arm[arm.name].mean())
@@ -239,6 +206,17 @@ def analyze_runs(
         for index, arm in enumerate(arm_order)
     ]
     failed = failed or {}
+    names = [row.name for row in rows]
+    tested = plan.number_pairs(names, plan.tested_pairs()) if plan else all_pairs(len(rows))
+    pairs = compare_pairs(names, statistics, tested)
+    curves = None
+    if plan:
+        kinds = {
+            name: statistics.of_questions(columns)
+            for (_, name), columns in _columns_by_kind(rows, questions).items()
+        }
+        curves = analyze_curves(plan, names, statistics, pairs, kinds)
+        notes = [*curve_sentences.family_sentences(curves), *notes]
     return ComparisonResult(
         arms=tuple(arms),
         rows=tuple(rows),
@@ -246,12 +224,13 @@ def analyze_runs(
         question_ids=questions,
         cluster_count=statistics.cluster_count,
         asked_of=rows[0].runs[0].results.get("asked_of", "the data of the recipe"),
-        pairs=_compare_all_pairs(rows, statistics),
-        design=_describe_design(statistics),
+        pairs=pairs,
+        design=_describe_design(statistics, len(pairs)),
         question_groups=_group_questions(rows, questions, statistics),
-        warnings=comparison_warnings(arms, seeds, questions, failed),
+        warnings=comparison_warnings(arms, seeds, questions, failed, compared_groups(arms, plan)),
         notes=[*_frozen_encoder_note(arms), *notes],
         failed=failed,
+        curves=curves,
     )
 
 
@@ -262,26 +241,7 @@ def _frozen_encoder_note(arms: Sequence[ComparisonArm]) -> list[str]:
     return [] if is_trained else ["The vision encoder is frozen in every stage of every row."]
 
 
-def _compare_all_pairs(rows: Sequence[RowResult], statistics: RowStatistics) -> list[RowPair]:
-    """Return all pairs of rows, best rows first, with p-values corrected for their number."""
-    pairs = list(itertools.combinations(range(len(rows)), 2))
-    differences = [statistics.difference(better, worse) for better, worse in pairs]
-    corrected_ps = holm_correction([difference.p_value for difference in differences])
-    return [
-        RowPair(
-            better=rows[better].name,
-            worse=rows[worse].name,
-            difference=difference,
-            corrected_p=corrected_p,
-            pair_count=len(pairs),
-        )
-        for (better, worse), difference, corrected_p in zip(
-            pairs, differences, corrected_ps, strict=True
-        )
-    ]
-
-
-def _describe_design(statistics: RowStatistics) -> str:
+def _describe_design(statistics: RowStatistics, pair_count: int) -> str:
     """Return a sentence on what more seeds would find; "" for one row, or one seed."""
     spread = statistics.seed_spread
     if statistics.row_count == 1 or spread is None:
@@ -292,7 +252,7 @@ def _describe_design(statistics: RowStatistics) -> str:
         if spread
         else "The spread of seeds is less than the noise of answers"
     )
-    found = describe_detectable(statistics.planned_design(spread))
+    found = describe_detectable(statistics.planned_design(spread, pair_count))
     return (
         f"{known}. A new comparison of so many rows and questions would find in 80 of 100 cases: "
         f"{found}."
@@ -303,14 +263,8 @@ def _group_questions(
     rows: Sequence[RowResult], questions: Sequence[str], statistics: RowStatistics
 ) -> list[QuestionGroup]:
     """Group the questions by type, then by language; an empty name makes no group."""
-    types_and_languages = rows[0].runs[0].types_and_languages
-    groups: dict[tuple[bool, str], list[int]] = {}
-    for column, question_id in enumerate(questions):
-        question_type, language = types_and_languages[question_id]
-        for is_language, name in ((False, question_type), (True, language)):
-            if name:
-                groups.setdefault((is_language, name), []).append(column)
-    subsets = {key: statistics.of_questions(columns) for key, columns in sorted(groups.items())}
+    groups = _columns_by_kind(rows, questions)
+    subsets = {key: statistics.of_questions(columns) for key, columns in groups.items()}
     return [
         QuestionGroup(
             name,
@@ -322,13 +276,15 @@ def _group_questions(
     ]
 
 
-def format_count(count: int, noun: str) -> str:
-    """Return "1 seed" or "3 seeds"."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def join_names(names: Sequence[str], conjunction: str) -> str:
-    """Return "a, b and c"; "N others" for more than `MAX_NAMED_ROWS`."""
-    if len(names) > MAX_NAMED_ROWS:
-        return f"{len(names)} others"
-    return f" {conjunction} ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+def _columns_by_kind(
+    rows: Sequence[RowResult], questions: Sequence[str]
+) -> dict[tuple[bool, str], list[int]]:
+    """Return (whether it is a language, its name or a type) -> numbers of such questions."""
+    types_and_languages = rows[0].runs[0].types_and_languages
+    groups: dict[tuple[bool, str], list[int]] = {}
+    for column, question_id in enumerate(questions):
+        question_type, language = types_and_languages[question_id]
+        for is_language, name in ((False, question_type), (True, language)):
+            if name:
+                groups.setdefault((is_language, name), []).append(column)
+    return dict(sorted(groups.items()))
