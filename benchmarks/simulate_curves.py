@@ -134,7 +134,7 @@ class Judge:
         plan, statistics = self.plan, RowStatistics(correct, pictures)
         names = [point.name for point in plan.points]
         tested = compare_pairs(names, statistics, plan.number_pairs(names, plan.tested_pairs()))
-        found = analyze_curves(plan, names, statistics, tested, {})
+        found = analyze_curves(plan, names, statistics, tested, [])
         (pair,) = found.curve_pairs
         crossed = [one for one in pair.undecided if one.crossings]
         claimed = [one for one in crossed if pair.is_certain(one)]

@@ -43,7 +43,7 @@ def found_of(plan: CurvePlan, accuracies: list[float], **design: int) -> CurveFi
     statistics = RowStatistics(answers(accuracies, **design))
     names = [point.name for point in plan.points]
     tested = compare_pairs(names, statistics, plan.number_pairs(names, plan.tested_pairs()))
-    return analyze_curves(plan, names, statistics, tested, {})
+    return analyze_curves(plan, names, statistics, tested, [])
 
 
 def test_a_contrast_of_two_rows_is_their_difference():

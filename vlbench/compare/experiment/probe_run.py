@@ -22,31 +22,34 @@ from vlbench.train.throughput import peak_memory
 
 
 def run_probe(overrides: list[str]) -> int:
-    """Print `seconds` and `memory` (bytes) of a run; return the exit code of a mistake in it."""
+    """Print the cost of a run; return the exit code of a mistake in it.
+
+    It is `seconds`, `memory` (bytes), and `question_seconds`, those of one question at its end.
+    """
     try:
         recipe = recipes.load_recipe(overrides)
         stages = list(measure_stages(recipe, plan_stage_runs(recipe)))
-        seconds = sum(one.total_steps * one.step_seconds for one in stages) + evaluation_seconds(
-            recipe
-        )
-        print(json.dumps({"seconds": seconds, "memory": peak_memory()}))
+        each, count = time_questions(recipe)
+        seconds = sum(one.total_steps * one.step_seconds for one in stages) + each * count
+        cost = {"seconds": seconds, "memory": peak_memory(), "question_seconds": each}
+        print(json.dumps(cost))
     except (UserError, EnvironmentFailure) as error:
         print(f"vlbench: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     return 0
 
 
-def evaluation_seconds(recipe: Recipe) -> float:
-    """Return about how long the questions at the end take, by one batch of them."""
+def time_questions(recipe: Recipe) -> tuple[float, int]:
+    """Return about how long a question at the end takes, by one batch, and how many are asked."""
     _, questions, unseen = final_questions(recipe)
     if not questions:
-        return 0.0
+        return 0.0, 0
     vlm = build_vlm(recipe, list(recipe.stages.values())[-1].image_size)
     vlm.to(root_device(recipe.trainer))
     began = time.monotonic()
     answer_questions(vlm, questions[:QUESTIONS_PER_BATCH], "")
     each = (time.monotonic() - began) / len(questions[:QUESTIONS_PER_BATCH])
-    return each * (3 * len(questions) + len(unseen))  # asked as they are, blank, and exchanged
+    return each, 3 * len(questions) + len(unseen)  # asked as they are, blank, and exchanged
 
 
 if __name__ == "__main__":

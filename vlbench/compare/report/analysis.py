@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from vlbench.compare.report.finished_runs import (
 )
 from vlbench.compare.report.paired_statistics import RowStatistics
 from vlbench.compare.report.question_clusters import CorrectMatrix
+from vlbench.compare.report.question_kinds import QuestionGroup, group_questions
 from vlbench.compare.report.row_pairs import (
     MAX_NAMED_ROWS,
     RowPair,
@@ -34,6 +35,7 @@ from vlbench.compare.report.row_pairs import (
     format_count,
     join_names,
 )
+from vlbench.compare.report.task_comparison import TaskComparison, compare_tasks
 
 
 @dataclass(frozen=True)
@@ -67,17 +69,6 @@ class RowResult:
         return float(np.mean(known)) if known else None
 
 
-class QuestionGroup(NamedTuple):
-    """Questions of one type or in one language, with the accuracy of each row."""
-
-    name: str
-    is_language: bool
-    """True for a language, False for a type."""
-    question_count: int
-    row_accuracies: list[tuple[float, float, float]]
-    """Accuracy of each row with the ends of its interval, in the order of the rows."""
-
-
 @dataclass(frozen=True)
 class ComparisonResult:
     """A whole comparison."""
@@ -96,6 +87,10 @@ class ComparisonResult:
     design: str
     """What more seeds would find, as a sentence; "" where that cannot be said."""
     question_groups: list[QuestionGroup]
+    tasks: list[TaskComparison]
+    """What the runs were asked beside their own questions."""
+    task_remarks: list[str]
+    """Sentences on what was asked and cannot be compared."""
     warnings: list[str]
     notes: list[str]
     """Sentences on what all rows have in common, or on how they were made."""
@@ -207,16 +202,13 @@ def analyze_runs(
     ]
     failed = failed or {}
     names = [row.name for row in rows]
-    tested = plan.number_pairs(names, plan.tested_pairs()) if plan else all_pairs(len(rows))
-    pairs = compare_pairs(names, statistics, tested)
-    curves = None
-    if plan:
-        kinds = {
-            name: statistics.of_questions(columns)
-            for (_, name), columns in _columns_by_kind(rows, questions).items()
-        }
-        curves = analyze_curves(plan, names, statistics, pairs, kinds)
-        notes = [*curve_sentences.family_sentences(curves), *notes]
+    kinds = _kinds_of(rows[0].runs[0], questions)
+    tested = plan.tested_names if plan else None
+    numbers = plan.number_pairs(names, plan.tested_pairs()) if plan else all_pairs(len(rows))
+    pairs = compare_pairs(names, statistics, numbers)
+    tasks, task_remarks = compare_tasks(arms, tested)
+    curves = analyze_curves(plan, names, statistics, pairs, kinds) if plan else None
+    notes = [*(curve_sentences.family_sentences(curves) if curves else []), *notes]
     return ComparisonResult(
         arms=tuple(arms),
         rows=tuple(rows),
@@ -226,7 +218,9 @@ def analyze_runs(
         asked_of=rows[0].runs[0].results.get("asked_of", "the data of the recipe"),
         pairs=pairs,
         design=_describe_design(statistics, len(pairs)),
-        question_groups=_group_questions(rows, questions, statistics),
+        question_groups=group_questions(names, kinds, statistics, tested),
+        tasks=tasks,
+        task_remarks=task_remarks,
         warnings=comparison_warnings(arms, seeds, questions, failed, compared_groups(arms, plan)),
         notes=[*_frozen_encoder_note(arms), *notes],
         failed=failed,
@@ -259,32 +253,9 @@ def _describe_design(statistics: RowStatistics, pair_count: int) -> str:
     )
 
 
-def _group_questions(
-    rows: Sequence[RowResult], questions: Sequence[str], statistics: RowStatistics
-) -> list[QuestionGroup]:
-    """Group the questions by type, then by language; an empty name makes no group."""
-    groups = _columns_by_kind(rows, questions)
-    subsets = {key: statistics.of_questions(columns) for key, columns in groups.items()}
+def _kinds_of(run: FinishedRun, questions: Sequence[str]) -> list[dict[str, str]]:
+    """Return the type and language of each question."""
     return [
-        QuestionGroup(
-            name,
-            is_language,
-            subset.question_count,
-            [subset.accuracy_interval(index) for index in range(len(rows))],
-        )
-        for (is_language, name), subset in subsets.items()
+        dict(zip(("type", "language"), run.types_and_languages[name], strict=True))
+        for name in questions
     ]
-
-
-def _columns_by_kind(
-    rows: Sequence[RowResult], questions: Sequence[str]
-) -> dict[tuple[bool, str], list[int]]:
-    """Return (whether it is a language, its name or a type) -> numbers of such questions."""
-    types_and_languages = rows[0].runs[0].types_and_languages
-    groups: dict[tuple[bool, str], list[int]] = {}
-    for column, question_id in enumerate(questions):
-        question_type, language = types_and_languages[question_id]
-        for is_language, name in ((False, question_type), (True, language)):
-            if name:
-                groups.setdefault((is_language, name), []).append(column)
-    return dict(sorted(groups.items()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from vlbench.compare.report.curve_crossings import UndecidedRange, find_undecide
 from vlbench.compare.report.curve_frontiers import Frontier, find_frontiers
 from vlbench.compare.report.curve_plan import CurvePlan, CurvePoint, point_name
 from vlbench.compare.report.paired_statistics import PairedDifference, RowStatistics
+from vlbench.compare.report.question_kinds import KINDS, columns_by_kind
 from vlbench.compare.report.row_pairs import RowPair, compare_pairs
 
 
@@ -102,7 +104,7 @@ def analyze_curves(
     row_names: Sequence[str],
     statistics: RowStatistics,
     tested: Sequence[RowPair],
-    kinds: Mapping[str, RowStatistics],
+    question_kinds: Sequence[Mapping[str, str]],
 ) -> CurveFindings:
     """Return what was found of the curves.
 
@@ -111,8 +113,14 @@ def analyze_curves(
         row_names: Names of the rows, in the order of the statistics.
         statistics: Those of all questions.
         tested: The differences of `plan.tested_pairs()`.
-        kinds: Kind of question -> statistics of the same rows.
+        question_kinds: For every question its name by kind, as `group_questions` takes it.
     """
+    columns_of = columns_by_kind(question_kinds)
+    counts = Counter(name for _, name in columns_of)
+    kinds = {
+        name if counts[name] == 1 else f"{KINDS[rank]} {name}": statistics.of_questions(columns)
+        for (rank, name), columns in columns_of.items()
+    }
     numbers = {name: index for index, name in enumerate(row_names)}
     steps = plan.steps()
     step_pairs = compare_pairs(row_names, statistics, plan.number_pairs(row_names, steps))

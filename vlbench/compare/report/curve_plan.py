@@ -109,6 +109,11 @@ class CurvePlan:
             )
         ]
 
+    @property
+    def tested_names(self) -> frozenset[frozenset[str]]:
+        """The same by the names of the rows."""
+        return frozenset(frozenset((one.name, other.name)) for one, other in self.tested_pairs())
+
     def steps(self) -> list[tuple[CurvePoint, CurvePoint]]:
         """Return the steps of every curve, from a budget to the next one."""
         return [pair for curve in self.curves for pair in itertools.pairwise(self.points_of(curve))]

@@ -25,6 +25,11 @@ from vlbench.compare.report import (
 from vlbench.compare.report.analysis import ComparisonResult, RowResult
 from vlbench.compare.report.detectable_difference import STATISTICAL_POWER
 from vlbench.compare.report.markdown_report import format_share, format_whole
+from vlbench.compare.report.pair_families import (
+    FAMILY_SENTENCE,
+    detectable_of_all,
+    name_significant,
+)
 from vlbench.compare.report.row_pairs import MAX_NAMED_ROWS, format_count, join_names
 from vlbench.compare.report.svg_figure import legend_marker
 from vlbench.html_pages import jinja_environment
@@ -45,6 +50,7 @@ SECTION_TITLES = {
     "accuracy": "Accuracy and differences",
     "training": "Learning curves",
     "kinds": "Accuracy by kind of question",
+    "tasks": "Further tasks",
     "costs": "Cost against quality",
     "cases": "Wins and losses",
     "inside": "Diagnostics",
@@ -61,12 +67,15 @@ def render_html(findings: ComparisonResult) -> str:
         "heatmap": diagnostics.heatmap_uri,
         "exp": math.exp,
         "breakable": _breakable,
+        "significant": name_significant,
+        "detectable": detectable_of_all,
     }
     environment.globals |= {
         "format_count": format_count,
         "version": __version__,
         "statistical_power": STATISTICAL_POWER,
         "max_named_rows": MAX_NAMED_ROWS,
+        "family_sentence": FAMILY_SENTENCE,
     }
     rows = findings.rows
     labels = row_labels([row.name for row in rows])
@@ -81,6 +90,8 @@ def render_html(findings: ComparisonResult) -> str:
         "diagnostics": _diagnostics_section(rows, labels),
     }
     left_out = _left_out(findings, sections)
+    if not findings.tasks and not findings.task_remarks:
+        left_out["tasks"] = "Nothing was asked of these runs beside their own questions."
     text = environment.get_template(REPORT_TEMPLATE).render(
         **sections,
         findings=findings,
