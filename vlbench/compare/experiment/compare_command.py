@@ -16,6 +16,7 @@ from statistics import mean
 
 from vlbench.compare.experiment import cost_estimate, lr_sweep, task_jobs
 from vlbench.compare.experiment import grid as grids
+from vlbench.compare.experiment.budget_curves import expand_curves
 from vlbench.compare.experiment.grid import ComparisonGrid, GridRow
 from vlbench.compare.experiment.match_budget import match_budgets
 from vlbench.compare.experiment.run_jobs import (
@@ -29,6 +30,7 @@ from vlbench.compare.experiment.run_jobs import (
 from vlbench.compare.experiment.shared_stages import copy_shared_stages, find_shared_stages
 from vlbench.compare.experiment.task_jobs import PlannedTask
 from vlbench.compare.report.analysis import analyze_runs
+from vlbench.compare.report.curve_plan import write_curve_plan
 from vlbench.compare.report.finished_runs import describe_sweep, load_finished_run
 from vlbench.compare.report.markdown_report import render_markdown
 from vlbench.compare.report.report_command import write_report
@@ -46,14 +48,16 @@ REPORT_FILES = ("report.md", "report.html", "report.json")
 
 def run_compare(grid: ComparisonGrid) -> int:
     """Train the unfinished runs of a grid and write the reports; return the exit code."""
+    grid = expand_curves(match_budgets(grid))
     _check_machine(grid)
     tasks = task_jobs.plan_tasks(grid)
-    grid = match_budgets(grid)
     if grid.dry_run:
         cost_estimate.print_plan(grid, tasks)
         return 0
     with _hold_grid_folder(grid):
         _write_command(grid)
+        if grid.curve_plan:
+            write_curve_plan(grid.curve_plan, grid.folder)
         cost_estimate.print_plan(grid, tasks)
         if grid.jobs == "slurm":
             return _prepare_slurm(grid, tasks)
@@ -201,7 +205,8 @@ def _write_reports(grid: ComparisonGrid, failed: dict[Path, str], unasked: Seque
         load_finished_run(folder) for folder in grid.run_folders() if RunFolder(folder).is_finished
     ]
     if runs:
-        findings = analyze_runs(runs, failed, [*describe_sweep(grid.folder), *unasked])
+        notes = [*describe_sweep(grid.folder), *unasked]
+        findings = analyze_runs(runs, failed, notes, grid.curve_plan)
         paths = [grid.folder / name for name in REPORT_FILES]
         for path in paths:
             write_report(findings, path)  # before printing: stdout may be a closed pipe

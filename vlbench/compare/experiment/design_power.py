@@ -22,8 +22,8 @@ ASSUMED_SPREADS: tuple[float, ...] = (0.01, 0.03)
 
 def describe_power(grid: ComparisonGrid) -> list[str]:
     """Return lines on the smallest differences that 3, 5 and 10 seeds find; [] for one row."""
-    rows = len(grid.rows)
-    if rows == 1:
+    rows, pairs = len(grid.rows), grid.tested_pair_count
+    if not pairs:
         return []
     questions = count_final_questions(grids.load_recipe(grid.rows[0], grid.seeds[0]))
     accuracy, spreads, source = ASSUMED_ACCURACY, ASSUMED_SPREADS, "assumed"
@@ -34,14 +34,13 @@ def describe_power(grid: ComparisonGrid) -> list[str]:
         spreads = (max(0.0, mean(map(variance, by_row)) - noise) ** 0.5,)
         source = "of the finished runs"
     counts = sorted({*PLANNED_SEEDS, len(grid.seeds)} - {1})
-    pairs = rows * (rows - 1) // 2
     lines = [
         f"  smallest difference found in 80 of 100 such comparisons, after Holm's correction over "
         f"{pairs} pair{'s' if pairs > 1 else ''}, with {questions:,} questions about pictures of "
         f"their own and {100 * accuracy:.0f} % right ({source}):"
     ]
     for spread in spreads:
-        design = PlannedDesign(rows, questions, accuracy, spread)
+        design = PlannedDesign(rows, questions, accuracy, spread, pairs)
         lines.append(
             f"    if seeds spread by {100 * spread:.1f} points ({source}): "
             f"{describe_detectable(design, counts)}"

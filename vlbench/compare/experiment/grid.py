@@ -12,6 +12,8 @@ from typing import get_args
 from vlbench.command_line.arguments import BudgetName, CompareArguments, EvalArguments
 from vlbench.command_line.parser import split_arguments
 from vlbench.command_line.task_words import build_tasks, split_task_words
+from vlbench.compare.experiment.curve_request import CurveRequest, parse_curve
+from vlbench.compare.report.curve_plan import CurvePlan
 from vlbench.config import recipe as recipes
 from vlbench.config.overrides import format_override, shorten_keys
 from vlbench.config.schema import Recipe, declared_keys
@@ -56,6 +58,10 @@ class ComparisonGrid:
     folder: Path
     budget_to_match: BudgetName | None = None
     """The one of `MATCHABLE_BUDGETS` that is made equal in all rows."""
+    curve: CurveRequest | None = None
+    """The budgets at which every row is to be trained."""
+    curve_plan: CurvePlan | None = None
+    """The points of the curves, once rows are points."""
     lr_factors: tuple[float, ...] = ()
     """Factors of the connector's learning rate that every row tries before the runs."""
     jobs: str = "auto"
@@ -68,6 +74,13 @@ class ComparisonGrid:
     """What every run is asked when it has ended, as it was typed."""
     task_words: tuple[str, ...] = ()
     """`tasks.NAME.KEY=VALUE`, what one of the tasks is asked with."""
+
+    @property
+    def tested_pair_count(self) -> int:
+        """The number of pairs of rows whose difference will be tested."""
+        if self.curve_plan:
+            return len(self.curve_plan.tested_pairs())
+        return len(self.rows) * (len(self.rows) - 1) // 2
 
     def run_folders(self) -> list[Path]:
         """Return the folders of all runs."""
@@ -91,6 +104,12 @@ def parse_grid(words: list[str]) -> ComparisonGrid:
     if reserved:
         raise UserError(
             f"{reserved[0]} is not for compare: give seeds=NUMBER, and what differs in grid="
+        )
+    curve = parse_curve(arguments.curve)
+    if curve and curve.budget in MATCHABLE_BUDGETS and arguments.match:
+        raise UserError(
+            f"curve={curve.budget} sets the sizes of connectors, and so does "
+            f"match={arguments.match}: give one of them"
         )
     names = [name.strip() for name in arguments.recipe.split(",") if name.strip()]
     alternatives = _parse_alternatives(arguments.grid)
@@ -122,6 +141,8 @@ def parse_grid(words: list[str]) -> ComparisonGrid:
         seeds,
         folder,
         arguments.match,
+        curve,
+        None,
         _parse_lr_factors(arguments.sweep),
         _parse_jobs(arguments.jobs),
         arguments.dry_run,

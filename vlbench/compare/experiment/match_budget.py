@@ -64,7 +64,7 @@ def match_rows(rows: Sequence[GridRow], budget_name: str) -> list[BudgetMatch]:
     """
     candidates_by_row = [
         RowCandidates(row, counter, budget_name)
-        for row, counter in zip(rows, _cost_counters(rows), strict=True)
+        for row, counter in zip(rows, cost_counters(rows), strict=True)
     ]
     verified = False
     while not verified:
@@ -119,7 +119,7 @@ def _make_match(
     )
 
 
-def _cost_counters(rows: Sequence[GridRow]) -> list[ConnectorCostCounter]:
+def cost_counters(rows: Sequence[GridRow]) -> list[ConnectorCostCounter]:
     """Return the cost counter of each row; rows with the same shapes share one."""
     shared: dict[Any, ConnectorCostCounter] = {}
     counters = []
