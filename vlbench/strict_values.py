@@ -222,6 +222,8 @@ def describe_error(details: ErrorDetails) -> str:
     kind, value, context = details["type"], details["input"], details.get("ctx", {})
     if kind == "value_error":
         return str(context["error"])
+    if kind == "missing":
+        return "is missing"
     expected = re.split(", | or ", str(context.get("expected", "")))
     choices = [PYTHON_WORDS.get(word, word.strip("'")) for word in expected]
     limits = {name: f"{x:g}" if isinstance(x, float) else x for name, x in context.items()}
