@@ -67,7 +67,7 @@ class FileRecord(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
 
 
-def check_record(said: Any, kind: type[FileRecord], file: Path) -> Any:
+def check_record(said: dict[str, Any], kind: type[FileRecord], file: Path) -> dict[str, Any]:
     """Return what a file says, unchanged; a UserError names the key that is not of its kind."""
     try:
         kind.model_validate(said)
