@@ -87,7 +87,7 @@ WRONG_DIAGNOSTICS: dict[str, Callable[[], dict[str, Any]]] = {
     "ragged": lambda: {"maps": [{**QUESTION, "relevance": [[1.0], [1.0, 2.0]]}]},
     "empty map": lambda: {"maps": [{**QUESTION, "relevance": [[]]}]},
     "text in a map": lambda: {"maps": [{**QUESTION, "relevance": [["x"]]}]},
-    "no question": lambda: {"maps": [{"id": "1"}]},
+    "no question": lambda: {"maps": [{**QUESTION, "question": 5}]},
     "entropy": lambda: {"attention": {"entropy": 1e4, "uniform": 1.0, "maps": []}},
     "tokens": lambda: {"tokens": "abc"},
     "effective": lambda: {"effective": [1]},

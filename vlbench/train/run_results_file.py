@@ -40,7 +40,7 @@ class RunBudget(FileRecord):
 class RunResults(FileRecord):
     """The results of a run; what a version does not know it leaves alone."""
 
-    accuracy: Share | None
+    accuracy: Share | None = None
     unseen_accuracy: Share | None = None
     blank_accuracy: Share | None = None
     shuffled_accuracy: Share | None = None
