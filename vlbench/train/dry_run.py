@@ -99,7 +99,8 @@ def measure_stages(recipe: Recipe, stage_runs: list[StageRun]) -> Iterator[Stage
                 runner.set_activation_checkpointing(vlm.model, steps)
             plans = [steps.plan_step(n) for n in range(min(CANDIDATE_STEPS, stage_run.total_steps))]
             longest = max(plans, key=lambda plan: plan.token_count)
-            tried = [longest.index, *range(len(plans))[:TIMED_STEPS]]
+            timed_steps = TIMED_STEPS if tried_share == 1 else 1
+            tried = [longest.index, *range(len(plans))[:timed_steps]]
             clock = _StepClock()
             module = runner.train_stage(
                 vlm.model,

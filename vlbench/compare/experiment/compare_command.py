@@ -218,6 +218,6 @@ def _write_reports(grid: ComparisonGrid, failed: dict[Path, str], unasked: Seque
 
 def _describe_result(folder: Path) -> str:
     results = read_results(folder / "results.json")
-    accuracy = results["accuracy"]
+    accuracy = results.get("accuracy")
     share = "unknown" if accuracy is None else f"{accuracy:.3f}"
     return f"accuracy {share} in {format_duration(results.get('seconds') or 0)}"
