@@ -271,6 +271,10 @@ class PackArguments:
     )
 
 
+DEFAULT_MATCH_LIMIT = 4.0
+"""The most times that `match=` makes a size of a connector larger or smaller."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CompareArguments:
     """`compare`: train a grid of runs and report their differences."""
@@ -291,8 +295,17 @@ class CompareArguments:
     match: BudgetName | None = argument(
         "make this the same in all rows by the connectors' sizes", None, metavar="NAME"
     )
+    match_limit: float | None = argument(
+        f"with match=: the most times that a size may grow or shrink; by default "
+        f"{DEFAULT_MATCH_LIMIT:g}",
+        None,
+        metavar="N",
+        low=1,
+        high=1e6,
+    )
     sweep: str | None = argument(
-        "factors of the connector's learning rate that every row tries first, as 0.3,1,3",
+        "factors of the connector's learning rate that every row tries first, as 0.3,1,3; of "
+        "another part sweep.language= or sweep.vision=",
         None,
         metavar="F,F,...",
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,12 @@ def write_results(
     vlm: LoadedVLM,
     should_stop: Callable[[], bool],
     elapsed_seconds: Callable[[], float],
+    spent_by_stage: Mapping[str, Mapping[str, float]],
 ) -> bool:
     """Ask the questions of a run, and write answers, examples, results and diagnostics.
 
     Returns False, with no results written, if `should_stop` became true before the last answer.
-    `elapsed_seconds` returns how long the run has taken.
+    `elapsed_seconds` returns how long the run has taken; `spent_by_stage` are steps and epochs.
     """
     asked_of, questions, unseen = final_questions(recipe)
     question_sets = {
@@ -74,7 +75,7 @@ def write_results(
         "connector": registry.connector_label(recipe.connector["name"]),
         "seed": recipe.seed,
         "commit": git_commit(),
-        "budget": build_budget_card(recipe.stages, run, vlm.model),
+        "budget": build_budget_card(recipe.stages, run, vlm.model, spent_by_stage),
     }
     write_atomically(run.results_file, json.dumps(results, indent=1, ensure_ascii=False))
     # last, as it runs more of a user's own connector: the results are safe if that fails

@@ -23,6 +23,7 @@ from vlbench.compare.report.finished_runs import (
     correct_matrix,
     differing_keys,
     group_into_arms,
+    shown_values,
 )
 from vlbench.compare.report.paired_statistics import (
     PairedDifference,
@@ -30,6 +31,7 @@ from vlbench.compare.report.paired_statistics import (
     holm_correction,
 )
 from vlbench.compare.report.question_clusters import CorrectMatrix
+from vlbench.compare.report.score_limits import RowScore, floor_and_ceiling_warnings
 
 MAX_NAMED_ROWS = 4  # a sentence about more rows gives their number instead of names
 
@@ -151,7 +153,17 @@ class ComparisonResult:
     def recipe_differences(self) -> list[tuple[str, list[str]]]:
         """The keys in which recipes differ, learning rates first, with a value for each arm."""
         keys = differing_keys(self.arms)
-        return [(key, [str(arm.runs[0].recipe.get(key, "")) for arm in self.arms]) for key in keys]
+        runs = [arm.runs[0] for arm in self.arms]
+        return [
+            (
+                key,
+                [
+                    "" if value is None and key not in run.recipe else str(value)
+                    for run, value in zip(runs, shown_values(runs, key), strict=True)
+                ],
+            )
+            for key in keys
+        ]
 
     @property
     def scope_sentence(self) -> str:
@@ -239,6 +251,11 @@ def analyze_runs(
         for index, arm in enumerate(arm_order)
     ]
     failed = failed or {}
+    groups = _group_questions(rows, questions, statistics)
+    scores = [
+        RowScore(row.name, row.accuracy, row.interval_low, row.mean_result("blank_accuracy"))
+        for row in rows
+    ]
     return ComparisonResult(
         arms=tuple(arms),
         rows=tuple(rows),
@@ -248,8 +265,14 @@ def analyze_runs(
         asked_of=rows[0].runs[0].results.get("asked_of", "the data of the recipe"),
         pairs=_compare_all_pairs(rows, statistics),
         design=_describe_design(statistics),
-        question_groups=_group_questions(rows, questions, statistics),
-        warnings=comparison_warnings(arms, seeds, questions, failed),
+        question_groups=groups,
+        warnings=[
+            *comparison_warnings(arms, seeds, questions, failed),
+            *floor_and_ceiling_warnings(
+                scores,
+                [(group.name, [one for one, *_ in group.row_accuracies]) for group in groups],
+            ),
+        ],
         notes=[*_frozen_encoder_note(arms), *notes],
         failed=failed,
     )
