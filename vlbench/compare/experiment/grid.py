@@ -9,8 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
-from vlbench.command_line.arguments import DEFAULT_MATCH_LIMIT, BudgetName, CompareArguments
+from vlbench.command_line.arguments import (
+    DEFAULT_MATCH_LIMIT,
+    BudgetName,
+    CompareArguments,
+    EvalArguments,
+)
 from vlbench.command_line.parser import split_arguments
+from vlbench.command_line.task_words import build_tasks, split_task_words
 from vlbench.compare.experiment.sweep_factors import (
     LrFactors,
     check_sweep,
@@ -71,6 +77,10 @@ class ComparisonGrid:
     """Only print the plan."""
     arguments: tuple[str, ...] = ()
     """The command line."""
+    tasks: str | None = None
+    """What every run is asked when it has ended, as it was typed."""
+    task_words: tuple[str, ...] = ()
+    """`tasks.NAME.KEY=VALUE`, what one of the tasks is asked with."""
 
     def run_folders(self) -> list[Path]:
         """Return the folders of all runs."""
@@ -83,8 +93,13 @@ class ComparisonGrid:
 
 def parse_grid(words: list[str]) -> ComparisonGrid:
     """Return the grid of a command line; all errors of all recipes are raised together."""
-    factor_texts, words_of_grid = take_part_words(words)
-    arguments, common = split_arguments(CompareArguments, words_of_grid, declared_keys(Recipe))
+    factor_texts, others = take_part_words(words)
+    task_words, others = split_task_words("tasks", others)
+    arguments, common = split_arguments(CompareArguments, others, declared_keys(Recipe))
+    if task_words and arguments.tasks is None:
+        raise UserError(f"'{task_words[0]}' is for one of tasks=, which are not given")
+    if arguments.tasks is not None:
+        build_tasks("tasks", arguments.tasks, EvalArguments(model="RUN"), task_words)
     _refuse_reserved(common, RESERVED_KEYS)
     if arguments.match_limit and not arguments.match:
         raise UserError("match_limit= is of match=, which is not given")
@@ -124,6 +139,8 @@ def parse_grid(words: list[str]) -> ComparisonGrid:
         _parse_jobs(arguments.jobs),
         arguments.dry_run,
         tuple(words),
+        arguments.tasks,
+        tuple(task_words),
     )
 
 

@@ -24,8 +24,9 @@ from vlbench.train.throughput import peak_memory
 
 
 def run_probe(overrides: list[str]) -> int:
-    """Print `seconds` and `memory` (bytes) of a run; return the exit code of a mistake in it.
+    """Print the cost of a run; return the exit code of a mistake in it.
 
+    It is `seconds`, `memory` (bytes), and `question_seconds`, those of one question at its end.
     Also `cut`: by stage the samples of its first steps, how many are cut at `language.max_length`,
     and `unused_objectives` of its connector, [] where it begins with given weights.
     """
@@ -33,11 +34,13 @@ def run_probe(overrides: list[str]) -> int:
         recipe = recipes.load_recipe(overrides)
         stages = list(measure_stages(recipe, plan_stage_runs(recipe)))
         vlm = build_vlm(recipe, list(recipe.stages.values())[-1].image_size)
-        seconds = sum(one.total_steps * one.step_seconds for one in stages)
+        each, count = time_questions(recipe, vlm)
+        seconds = sum(one.total_steps * one.step_seconds for one in stages) + each * count
         ran = [recipe.stages[name] for name in recipes.stages_to_run(recipe)]
         found = {
-            "seconds": seconds + evaluation_seconds(recipe, vlm),
+            "seconds": seconds,
             "memory": peak_memory(),
+            "question_seconds": each,
             "cut": {one.stage_name: one.planned for one in stages},
             "unused_objectives": [] if recipe.init else unused_objectives(vlm.connector, ran),
         }
@@ -48,16 +51,16 @@ def run_probe(overrides: list[str]) -> int:
     return 0
 
 
-def evaluation_seconds(recipe: Recipe, vlm: LoadedVLM) -> float:
-    """Return about how long the questions at the end take, by one batch of them."""
+def time_questions(recipe: Recipe, vlm: LoadedVLM) -> tuple[float, int]:
+    """Return about how long a question at the end takes, by one batch, and how many are asked."""
     _, questions, unseen = final_questions(recipe)
     if not questions:
-        return 0.0
+        return 0.0, 0
     vlm.to(root_device(recipe.trainer))
     began = time.monotonic()
     answer_questions(vlm, questions[:QUESTIONS_PER_BATCH], "")
     each = (time.monotonic() - began) / len(questions[:QUESTIONS_PER_BATCH])
-    return each * (3 * len(questions) + len(unseen))  # asked as they are, blank, and exchanged
+    return each, 3 * len(questions) + len(unseen)  # asked as they are, blank, and exchanged
 
 
 if __name__ == "__main__":
