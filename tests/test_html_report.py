@@ -267,8 +267,8 @@ def test_the_verb_writes_both_forms(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["out=r.pdf"], "out=r.pdf is no form of a report: out=FILE.md or out=FILE.html"),
-        (["out=r.md", "out=s.md"], "out=FILE.md and out=FILE.html once each"),
+        (["out=r.pdf"], "out=r.pdf is no form of a report: out=FILE.md, out=FILE.html or"),
+        (["out=r.md", "out=s.md"], "out=FILE.html and out=FILE.json once each"),
         (["out=nowhere/r.html"], "out=nowhere/r.html cannot be written"),
     ],
 )

@@ -304,6 +304,12 @@ class CompareArguments:
         low=1,
         high=1e6,
     )
+    curve: str | None = argument(
+        "train every row at each of these budgets, visual_tokens:4,16,64, flops:1e9,4e9 or "
+        "samples:1600,6400 (of the last stage)",
+        None,
+        metavar="NAME:V,V,...",
+    )
     sweep: str | None = argument(
         "factors of the connector's learning rate that every row tries first, as 0.3,1,3; of "
         "another part sweep.language= or sweep.vision=",
@@ -346,7 +352,7 @@ class ReportArguments:
         is_positional=True,
     )
     out: tuple[str, ...] = argument(
-        "file that the report is written to, .md or .html; once each",
+        "file that the report is written to, .md, .html or .json; once each",
         (),
         metavar="FILE",
         is_path=True,

@@ -16,6 +16,7 @@ from statistics import mean
 
 from vlbench.compare.experiment import cost_estimate, lr_sweep, task_jobs
 from vlbench.compare.experiment import grid as grids
+from vlbench.compare.experiment.budget_curves import expand_curves
 from vlbench.compare.experiment.design_cautions import UNTUNED_NOTE, is_untuned
 from vlbench.compare.experiment.grid import ComparisonGrid, GridRow
 from vlbench.compare.experiment.match_budget import match_budgets
@@ -30,6 +31,7 @@ from vlbench.compare.experiment.run_jobs import (
 from vlbench.compare.experiment.shared_stages import copy_shared_stages, find_shared_stages
 from vlbench.compare.experiment.task_jobs import PlannedTask
 from vlbench.compare.report.analysis import analyze_runs
+from vlbench.compare.report.curve_plan import write_curve_plan
 from vlbench.compare.report.finished_runs import load_finished_run
 from vlbench.compare.report.markdown_report import render_markdown
 from vlbench.compare.report.report_command import write_report
@@ -40,24 +42,27 @@ from vlbench.distributed.machine_limits import check_parallel_runs
 from vlbench.errors import UserError
 from vlbench.file_lock import LOCK_FILE, hold_folder, is_held_here
 from vlbench.system_errors import explain_unwritable
-from vlbench.text_files import read_json, write_atomically
+from vlbench.text_files import write_atomically
 from vlbench.train.run_folder import RunFolder
 from vlbench.train.run_report import format_duration, print_status
+from vlbench.train.run_results_file import read_results
 
 REPORT_FILES = ("report.md", "report.html", "report.json")
 
 
 def run_compare(grid: ComparisonGrid) -> int:
     """Train the unfinished runs of a grid and write the reports; return the exit code."""
+    grid = expand_curves(match_budgets(grid))
     _check_machine(grid)
     tasks = task_jobs.plan_tasks(grid)
-    grid = match_budgets(grid)
     _refuse_other_recipes(lr_sweep.trial_jobs(grid) or _make_jobs(grid))
     if grid.dry_run:
         cost_estimate.print_plan(grid, tasks)
         return 0
     with _hold_grid_folder(grid):
         _write_command(grid)
+        if grid.curve_plan:
+            write_curve_plan(grid.curve_plan, grid.folder)
         cost_estimate.print_plan(grid, tasks)
         if grid.jobs == "slurm":
             return _prepare_slurm(grid, tasks)
@@ -230,7 +235,7 @@ def _write_reports(grid: ComparisonGrid, failed: dict[Path, str], unasked: Seque
     ]
     if runs:
         sweep = describe_sweep(grid.folder) or ([UNTUNED_NOTE] if is_untuned(grid) else [])
-        findings = analyze_runs(runs, failed, [*sweep, *unasked])
+        findings = analyze_runs(runs, failed, [*sweep, *unasked], grid.curve_plan)
         paths = [grid.folder / name for name in REPORT_FILES]
         for path in paths:
             write_report(findings, path)  # before printing: stdout may be a closed pipe
@@ -241,5 +246,7 @@ def _write_reports(grid: ComparisonGrid, failed: dict[Path, str], unasked: Seque
 
 
 def _describe_result(folder: Path) -> str:
-    results = read_json(folder / "results.json")
-    return f"accuracy {results['accuracy']:.3f} in {format_duration(results['seconds'])}"
+    results = read_results(folder / "results.json")
+    accuracy = results["accuracy"]
+    share = "unknown" if accuracy is None else f"{accuracy:.3f}"
+    return f"accuracy {share} in {format_duration(results.get('seconds') or 0)}"

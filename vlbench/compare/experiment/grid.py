@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +18,14 @@ from vlbench.command_line.arguments import (
 )
 from vlbench.command_line.parser import split_arguments
 from vlbench.command_line.task_words import build_tasks, split_task_words
+from vlbench.compare.experiment.curve_request import CurveRequest, parse_curve
 from vlbench.compare.experiment.sweep_factors import (
     LrFactors,
     check_sweep,
     parse_factors,
     take_part_words,
 )
+from vlbench.compare.report.curve_plan import CurvePlan
 from vlbench.compare.report.row_identity import row_identity
 from vlbench.config import recipe as recipes
 from vlbench.config.overrides import format_override, shorten_keys
@@ -32,6 +35,8 @@ from vlbench.strict_values import INTEGER_PATTERN, parse_flow_yaml
 
 MATCHABLE_BUDGETS: tuple[str, ...] = get_args(BudgetName)
 """What `match` can make equal in all rows; `model/connector_cost.py` counts them."""
+MAX_ROWS = 300  # each is trained with several seeds; their recipes are read in some seconds
+MAX_SEEDS = 1000
 MAX_NAME_LENGTH = 80  # of a row: its name is that of a folder
 RESERVED_KEYS = ("seed", "init", "profile")
 """Recipe keys that a comparison sets itself, or that make runs not comparable."""
@@ -69,6 +74,10 @@ class ComparisonGrid:
     """The one of `MATCHABLE_BUDGETS` that is made equal in all rows."""
     match_limit: float = DEFAULT_MATCH_LIMIT
     """The most times that an option may become larger or smaller for that."""
+    curve: CurveRequest | None = None
+    """The budgets at which every row is to be trained."""
+    curve_plan: CurvePlan | None = None
+    """The points of the curves, once rows are points."""
     lr_factors: LrFactors = field(default_factory=dict)
     """Factors of learning rates that every row tries before the runs; {} for none."""
     jobs: str = "auto"
@@ -81,6 +90,13 @@ class ComparisonGrid:
     """What every run is asked when it has ended, as it was typed."""
     task_words: tuple[str, ...] = ()
     """`tasks.NAME.KEY=VALUE`, what one of the tasks is asked with."""
+
+    @property
+    def tested_pair_count(self) -> int:
+        """The number of pairs of rows whose difference will be tested."""
+        if self.curve_plan:
+            return len(self.curve_plan.tested_pairs())
+        return len(self.rows) * (len(self.rows) - 1) // 2
 
     def run_folders(self) -> list[Path]:
         """Return the folders of all runs."""
@@ -103,9 +119,20 @@ def parse_grid(words: list[str]) -> ComparisonGrid:
     _refuse_reserved(common, RESERVED_KEYS)
     if arguments.match_limit and not arguments.match:
         raise UserError("match_limit= is of match=, which is not given")
+    curve = parse_curve(arguments.curve)
+    if curve and curve.budget in MATCHABLE_BUDGETS and arguments.match:
+        raise UserError(
+            f"curve={curve.budget} sets the sizes of connectors, and so does "
+            f"match={arguments.match}: give one of them"
+        )
     names = [name.strip() for name in arguments.recipe.split(",") if name.strip()]
     alternatives = _parse_alternatives(arguments.grid)
     _refuse_reserved([word for words in alternatives for word in words], RESERVED_GRID_KEYS)
+    if len(names) * len(alternatives) > MAX_ROWS:
+        raise UserError(
+            f"the grid has {len(names) * len(alternatives):,} rows; a comparison has at most "
+            f"{MAX_ROWS}"
+        )
     row_name = _make_row_names(names, alternatives)
     rows = [
         GridRow(
@@ -115,8 +142,7 @@ def parse_grid(words: list[str]) -> ComparisonGrid:
         for recipe in names
         for alternative in alternatives
     ]
-    row_names = [row.name for row in rows]
-    repeated = [name for name in row_names if row_names.count(name) > 1]
+    repeated = [name for name, count in Counter(row.name for row in rows).items() if count > 1]
     if repeated:
         raise UserError(f"two rows are the same: {repeated[0]}")
     seeds = _parse_seeds(arguments.seeds)
@@ -135,6 +161,8 @@ def parse_grid(words: list[str]) -> ComparisonGrid:
         folder,
         arguments.match,
         arguments.match_limit or DEFAULT_MATCH_LIMIT,
+        curve,
+        None,
         lr_factors,
         _parse_jobs(arguments.jobs),
         arguments.dry_run,
@@ -180,15 +208,16 @@ def _read_alternatives(path: Path) -> list[tuple[str, ...]]:
 def _parse_seeds(text: str) -> tuple[int, ...]:
     """Return the seeds of `seeds=3` (0, 1, 2) or `seeds=[0,5]`."""
     if INTEGER_PATTERN.fullmatch(text):
-        if not 1 <= int(text) <= 1000:
-            raise UserError(f"seeds is {text}; allowed are 1 to 1000, or a list as [0,1,5]")
+        if not 1 <= int(text[:9]) <= MAX_SEEDS or len(text) > 9:
+            raise UserError(f"seeds is {text}; allowed are 1 to {MAX_SEEDS}, or a list as [0,1,5]")
         return tuple(range(int(text)))
     values = parse_flow_yaml(text) if text.startswith("[") else None
     are_integers = isinstance(values, list) and all(
         INTEGER_PATTERN.fullmatch(str(value)) for value in values
     )
-    if not values or not are_integers:
-        raise UserError(f"seeds is '{text}'; allowed are 1 to 1000, or a list as [0,1,5]")
+    if not values or not are_integers or len(values) > MAX_SEEDS:
+        given = f"'{text}'" if len(text) < 100 else f"'{text[:40]}...' ({len(text):,} characters)"
+        raise UserError(f"seeds is {given}; allowed are 1 to {MAX_SEEDS}, or a list as [0,1,5]")
     return tuple(dict.fromkeys(int(value) for value in values))
 
 

@@ -70,7 +70,7 @@ def match_rows(
     """
     candidates_by_row = [
         RowCandidates(row, counter, budget_name, match_limit)
-        for row, counter in zip(rows, _cost_counters(rows), strict=True)
+        for row, counter in zip(rows, cost_counters(rows), strict=True)
     ]
     verified = False
     while not verified:
@@ -125,7 +125,7 @@ def _make_match(
     )
 
 
-def _cost_counters(rows: Sequence[GridRow]) -> list[ConnectorCostCounter]:
+def cost_counters(rows: Sequence[GridRow]) -> list[ConnectorCostCounter]:
     """Return the cost counter of each row; rows with the same shapes share one."""
     shared: dict[Any, ConnectorCostCounter] = {}
     counters = []

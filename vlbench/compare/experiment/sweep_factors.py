@@ -6,6 +6,7 @@ that no stage trains, held-out samples that are questions of the exam as well.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from vlbench.config import recipe as recipes
@@ -26,6 +27,7 @@ LrFactors = Mapping[str, tuple[float, ...]]
 SWEEP_SEED = 4_000_000_000  # of all trials: far from the seeds that anybody counts up
 DEFAULT_PART = "connector"  # whose rate `sweep=` means
 KEY_PREFIX = "sweep."
+MAX_LR_FACTORS = 30  # of a part, and the most trials of a row
 
 
 def take_part_words(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -53,10 +55,17 @@ def parse_factors(text: str | None, part_texts: Mapping[str, str]) -> LrFactors:
         raise UserError(f"sweep is sweep.{DEFAULT_PART}: give one of them")
     texts = {"sweep": text} if text is not None else {}
     texts |= {f"{KEY_PREFIX}{part}": one for part, one in part_texts.items()}
-    return {
+    factors = {
         DEFAULT_PART if key == "sweep" else key.removeprefix(KEY_PREFIX): _parse_numbers(key, one)
         for key, one in texts.items()
     }
+    trials = math.prod(map(len, factors.values()))
+    if trials > MAX_LR_FACTORS:
+        raise UserError(
+            f"sweep: {' x '.join(str(len(one)) for one in factors.values())} factors are {trials} "
+            f"trials of every row; allowed are {MAX_LR_FACTORS}"
+        )
+    return factors
 
 
 def _parse_numbers(key: str, text: str) -> tuple[float, ...]:
@@ -64,10 +73,12 @@ def _parse_numbers(key: str, text: str) -> tuple[float, ...]:
         factors = tuple(dict.fromkeys(float(factor) for factor in text.strip("[]").split(",")))
     except ValueError:
         factors = ()
-    if len(factors) < 2 or not all(1e-4 <= factor <= 1e4 for factor in factors):
+    if not 2 <= len(factors) <= MAX_LR_FACTORS or not all(
+        1e-4 <= factor <= 1e4 for factor in factors
+    ):
         raise UserError(
-            f"{key} is '{text}'; wanted are factors of the learning rate between 0.0001 and 10000, "
-            f"two or more, as in {key}=0.3,1,3"
+            f"{key} is '{text:.100}'; wanted are factors of the learning rate between 0.0001 and "
+            f"10000, 2 to {MAX_LR_FACTORS} of them, as in {key}=0.3,1,3"
         )
     return factors
 

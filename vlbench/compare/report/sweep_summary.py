@@ -42,7 +42,14 @@ def describe_sweep(folder: Path) -> list[str]:
             if chosen
             for sentence in (*_tell_ties(name, trials, chosen), *_tell_edges(name, factors, chosen))
         ]
-    except (AttributeError, KeyError, TypeError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        StopIteration,
+        TypeError,
+        ValueError,
+    ) as error:
         raise UserError(f"{file}: is no record of a sweep") from error
     parts = "connector's learning rate" if list(factors) == ["connector"] else SEVERAL_PARTS
     first = (
