@@ -206,7 +206,7 @@ class RowCandidates:
         row: GridRow,
         cost_counter: ConnectorCostCounter,
         budget_name: str,
-        match_limit: float,
+        match_limit: float = math.inf,
     ) -> None:
         """Count the budgets with no and one changed option; predict those with more."""
         recipe = load_recipe(row, 0)
