@@ -167,7 +167,6 @@ def drop(folder: Path, monkeypatch: pytest.MonkeyPatch, sizes: str) -> None:
     (folder / "connectors").mkdir()
     (folder / "connectors/mine.py").write_text(PLAIN.format(sizes=sizes))
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(registry, "__path__", [str(folder / "connectors"), *registry.__path__[1:]])
 
 
 GRID_OF_MINE = "grid=connector.name=mine | connector.name=eva | connector.name=qformer"

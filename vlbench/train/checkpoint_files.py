@@ -53,7 +53,7 @@ from vlbench.model.weights.tensor_layout import TensorSpec, create_files, plan_f
 from vlbench.model.weights.weight_origin import write_origins
 from vlbench.processor import Processor
 from vlbench.system_errors import FULL_DISK_REASONS, error_number
-from vlbench.text_files import read_json
+from vlbench.text_files import read_json, read_text
 from vlbench.train.optimizer_state import named_optimizer_state
 
 RELEASE_FOLDER = "release"
@@ -150,7 +150,7 @@ class CheckpointWriter:
                 vlm.model.device,
                 lock_ranges=len(set(hosts)) > 1,
             )
-            write_metadata(vlm, self.temp_path, recipe_file.read_text(encoding="utf-8"), position)
+            write_metadata(vlm, self.temp_path, read_text(recipe_file), position)
             collectives.call_on_rank_zero(
                 lambda: copy_kept_source(recipe_file.parent, self.temp_path)
             )

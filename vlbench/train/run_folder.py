@@ -144,7 +144,7 @@ def open_run(recipe: Recipe, held_locks: contextlib.ExitStack) -> RunFolder:
         if not run.recipe_file.is_file():
             write_atomically(run.versions_file, json.dumps(collect_versions(), indent=1))
             if not kept_source.has_kept_source(folder):
-                kept_source.keep_source(recipe.connector["name"], folder)
+                kept_source.keep_source(recipe.connector, folder)
                 kept_source.note_own_callbacks(recipe.trainer.callbacks)
             recipes.save_recipe(recipe, run.recipe_file)
     except OSError as error:
@@ -184,7 +184,7 @@ def _check_belongs(recipe: Recipe, run: RunFolder) -> None:
             "Name another run, or repeat the command that made this one"
         )
     if not run.is_finished:
-        difference = kept_source.describe_other_source(recipe.connector["name"], run.folder)
+        difference = kept_source.describe_other_source(recipe.connector, run.folder)
         if difference:
             raise UserError(
                 f"run={run.folder} began with another connector: {difference}. Put the kept file "

@@ -38,9 +38,10 @@ from vlbench.distributed.launcher import ORPHAN_GRACE_SECONDS
 from vlbench.distributed.machine_limits import check_parallel_runs
 from vlbench.file_lock import LOCK_FILE, hold_folder, is_held_here
 from vlbench.system_errors import explain_unwritable
-from vlbench.text_files import read_json, write_atomically
+from vlbench.text_files import write_atomically
 from vlbench.train.run_folder import RunFolder
 from vlbench.train.run_report import format_duration, print_status
+from vlbench.train.run_results_file import read_results
 
 REPORT_FILES = ("report.md", "report.html", "report.json")
 
@@ -216,5 +217,7 @@ def _write_reports(grid: ComparisonGrid, failed: dict[Path, str], unasked: Seque
 
 
 def _describe_result(folder: Path) -> str:
-    results = read_json(folder / "results.json")
-    return f"accuracy {results['accuracy']:.3f} in {format_duration(results['seconds'])}"
+    results = read_results(folder / "results.json")
+    accuracy = results["accuracy"]
+    share = "unknown" if accuracy is None else f"{accuracy:.3f}"
+    return f"accuracy {share} in {format_duration(results.get('seconds') or 0)}"

@@ -18,6 +18,7 @@ from vlbench.compare.experiment.task_jobs import PlannedTask
 from vlbench.text_files import read_json, split_lines, write_atomically
 from vlbench.train.run_folder import RunFolder
 from vlbench.train.run_report import format_bytes, format_duration, print_status
+from vlbench.train.run_results_file import read_results
 
 PROBE_FILE = "plan.json"
 
@@ -115,12 +116,12 @@ def _estimate_costs(grid: ComparisonGrid) -> Sequence[dict[str, Any] | None]:
 def _finished_run_cost(grid: ComparisonGrid, row: GridRow) -> dict[str, Any] | None:
     """Return the mean time and peak memory of a row's finished runs, None if there are none."""
     runs = [RunFolder(grid.run_folder(row, seed)) for seed in grid.seeds]
-    results = [read_json(run.results_file) for run in runs if run.is_finished]
+    results = [read_results(run.results_file) for run in runs if run.is_finished]
     if not results:
         return None
     return {
-        "seconds": mean(result["seconds"] for result in results),
-        "memory": max(result["peak_memory_bytes"] for result in results),
+        "seconds": mean(result.get("seconds") or 0 for result in results),
+        "memory": max(result.get("peak_memory_bytes") or 0 for result in results),
     }
 
 

@@ -12,8 +12,8 @@ from vlbench.compare.report.detectable_difference import (
     describe_detectable,
 )
 from vlbench.evaluate.heldout_questions import count_final_questions
-from vlbench.text_files import read_json
 from vlbench.train.run_folder import RunFolder
+from vlbench.train.run_results_file import read_results
 
 ASSUMED_ACCURACY = 0.8
 ASSUMED_SPREADS: tuple[float, ...] = (0.01, 0.03)
@@ -55,7 +55,7 @@ def _finished_accuracies(grid: ComparisonGrid) -> list[list[float]]:
     by_row = []
     for row in grid.rows:
         runs = [RunFolder(grid.run_folder(row, seed)) for seed in grid.seeds]
-        values = [read_json(run.results_file)["accuracy"] for run in runs if run.is_finished]
+        values = [read_results(run.results_file)["accuracy"] for run in runs if run.is_finished]
         if len(values) > 1 and None not in values:
             by_row.append(values)
     return by_row

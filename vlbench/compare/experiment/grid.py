@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ from vlbench.strict_values import INTEGER_PATTERN, parse_flow_yaml
 
 MATCHABLE_BUDGETS: tuple[str, ...] = get_args(BudgetName)
 """What `match` can make equal in all rows; `model/connector_cost.py` counts them."""
+MAX_ROWS = 300  # each is trained with several seeds; their recipes are read in some seconds
+MAX_SEEDS = 1000
+MAX_LR_FACTORS = 30
 MAX_NAME_LENGTH = 80  # of a row: its name is that of a folder
 RESERVED_KEYS = ("seed", "init", "profile")
 """Recipe keys that a comparison sets itself, or that make runs not comparable."""
@@ -109,6 +113,11 @@ def parse_grid(words: list[str]) -> ComparisonGrid:
         )
     names = [name.strip() for name in arguments.recipe.split(",") if name.strip()]
     alternatives = _parse_alternatives(arguments.grid)
+    if len(names) * len(alternatives) > MAX_ROWS:
+        raise UserError(
+            f"the grid has {len(names) * len(alternatives):,} rows; a comparison has at most "
+            f"{MAX_ROWS}"
+        )
     row_name = _make_row_names(names, alternatives)
     rows = [
         GridRow(
@@ -118,8 +127,7 @@ def parse_grid(words: list[str]) -> ComparisonGrid:
         for recipe in names
         for alternative in alternatives
     ]
-    row_names = [row.name for row in rows]
-    repeated = [name for name in row_names if row_names.count(name) > 1]
+    repeated = [name for name, count in Counter(row.name for row in rows).items() if count > 1]
     if repeated:
         raise UserError(f"two rows are the same: {repeated[0]}")
     seeds = _parse_seeds(arguments.seeds)
@@ -172,15 +180,16 @@ def _read_alternatives(path: Path) -> list[tuple[str, ...]]:
 def _parse_seeds(text: str) -> tuple[int, ...]:
     """Return the seeds of `seeds=3` (0, 1, 2) or `seeds=[0,5]`."""
     if INTEGER_PATTERN.fullmatch(text):
-        if not 1 <= int(text) <= 1000:
-            raise UserError(f"seeds is {text}; allowed are 1 to 1000, or a list as [0,1,5]")
+        if not 1 <= int(text[:9]) <= MAX_SEEDS or len(text) > 9:
+            raise UserError(f"seeds is {text}; allowed are 1 to {MAX_SEEDS}, or a list as [0,1,5]")
         return tuple(range(int(text)))
     values = parse_flow_yaml(text) if text.startswith("[") else None
     are_integers = isinstance(values, list) and all(
         INTEGER_PATTERN.fullmatch(str(value)) for value in values
     )
-    if not values or not are_integers:
-        raise UserError(f"seeds is '{text}'; allowed are 1 to 1000, or a list as [0,1,5]")
+    if not values or not are_integers or len(values) > MAX_SEEDS:
+        given = f"'{text}'" if len(text) < 100 else f"'{text[:40]}...' ({len(text):,} characters)"
+        raise UserError(f"seeds is {given}; allowed are 1 to {MAX_SEEDS}, or a list as [0,1,5]")
     return tuple(dict.fromkeys(int(value) for value in values))
 
 
@@ -200,10 +209,12 @@ def _parse_lr_factors(text: str | None) -> tuple[float, ...]:
         factors = tuple(dict.fromkeys(float(factor) for factor in text.strip("[]").split(",")))
     except ValueError:
         factors = ()
-    if len(factors) < 2 or not all(1e-4 <= factor <= 1e4 for factor in factors):
+    if not 2 <= len(factors) <= MAX_LR_FACTORS or not all(
+        1e-4 <= factor <= 1e4 for factor in factors
+    ):
         raise UserError(
-            f"sweep is '{text}'; wanted are factors of the learning rate between 0.0001 and 10000, "
-            "two or more, as in sweep=0.3,1,3"
+            f"sweep is '{text:.100}'; wanted are factors of the learning rate between 0.0001 and "
+            f"10000, 2 to {MAX_LR_FACTORS} of them, as in sweep=0.3,1,3"
         )
     return factors
 

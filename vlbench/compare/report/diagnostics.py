@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
+from pydantic import AfterValidator, Field
 
 from vlbench.compare.report.analysis import RowResult
 from vlbench.compare.report.svg_figure import (
@@ -21,8 +22,8 @@ from vlbench.compare.report.svg_figure import (
     row_style,
     wrap_label,
 )
-from vlbench.errors import UserError
 from vlbench.html_pages import image_data_uri
+from vlbench.strict_values import FileRecord, check_record
 from vlbench.text_files import read_json
 
 HEATMAP_COLOR = (213, 94, 0)  # Okabe and Ito's vermilion
@@ -53,6 +54,54 @@ class QuestionHeatmaps:
     row_heatmaps: list[RowHeatmap]
 
 
+def _check_map(rows: list[list[float]] | None) -> list[list[float]] | None:
+    if rows is not None and (not rows or not rows[0] or len({len(row) for row in rows}) > 1):
+        raise ValueError("must be rows of the same number of patches")
+    return rows
+
+
+def _number_up_to(largest: float) -> Any:
+    """Return the kind of a number within limits; NaN is allowed, as diverged models have it."""
+
+    def check(number: float) -> float:
+        if abs(number) > largest:
+            raise ValueError(f"must be a number from {-largest:g} to {largest:g}, given {number:g}")
+        return number
+
+    return Annotated[float, Field(allow_inf_nan=True), AfterValidator(check)]
+
+
+Number, Nats = _number_up_to(1e9), _number_up_to(100)
+CheckedMap = Annotated[list[list[Number]] | None, AfterValidator(_check_map)]
+
+
+class QuestionDiagnostics(FileRecord):
+    """A question of diagnostics.json."""
+
+    id: str
+    question: str
+    answer: str
+    truth: str
+    relevance: CheckedMap = None
+
+
+class AttentionDiagnostics(FileRecord):
+    """The attention of a connector."""
+
+    entropy: Nats
+    uniform: Nats
+    maps: list[CheckedMap] = []
+
+
+class RunDiagnostics(FileRecord):
+    """A diagnostics.json."""
+
+    maps: list[QuestionDiagnostics]
+    tokens: list[Number] | None
+    effective: Number | None
+    attention: AttentionDiagnostics | None = None
+
+
 @dataclass(frozen=True)
 class RowDiagnostics:
     """The diagnostics of a row's first run."""
@@ -78,17 +127,14 @@ def _load_row_diagnostics(row: RowResult) -> RowDiagnostics | None:
     file = row.runs[0].folder / "diagnostics.json"
     if not file.is_file():
         return None
-    content = read_json(file)
-    try:
-        return RowDiagnostics(
-            row_name=row.name,
-            question_maps=[dict(question) for question in content["maps"]],
-            token_shares=[float(share) for share in content["tokens"] or []],
-            effective_tokens=float(content["effective"] or 0),
-            attention=content.get("attention"),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: holds no diagnostics ({error})") from error
+    content = check_record(read_json(file), RunDiagnostics, file)
+    return RowDiagnostics(
+        row_name=row.name,
+        question_maps=content["maps"],
+        token_shares=content["tokens"] or [],
+        effective_tokens=content["effective"] or 0.0,
+        attention=content.get("attention"),
+    )
 
 
 def relevance_heatmaps(diagnostics: Sequence[RowDiagnostics]) -> list[QuestionHeatmaps]:
@@ -131,7 +177,7 @@ def heatmap_uri(patch_values: Sequence[Sequence[float]]) -> str:
 
     The largest value of the map has the opacity `HEATMAP_OPACITY`.
     """
-    values = np.asarray(patch_values, float)
+    values = np.nan_to_num(np.asarray(patch_values, float))
     shares = np.clip(values / max(float(values.max()), 1e-12), 0, 1)
     pixels = np.empty((*shares.shape, 4), np.uint8)
     pixels[..., :3] = HEATMAP_COLOR

@@ -17,7 +17,9 @@ from vlbench.config import recipe as recipes
 from vlbench.config.overrides import shorten_keys
 from vlbench.errors import UserError
 from vlbench.regular_files import MAX_RECORDS_BYTES
+from vlbench.strict_values import FileRecord, check_record
 from vlbench.text_files import parse_json, read_json, read_text, split_lines
+from vlbench.train.run_results_file import read_results
 
 COMPARED_SET = "accuracy"  # the question set of answers.jsonl on which arms are compared
 BUDGET_KEYS = ("steps", "epochs", "global_batch_size", "max_tokens_per_row", "warmup_ratio")
@@ -63,6 +65,18 @@ class FinishedRun:
         return int(self.recipe["seed"])
 
 
+class AnswerLine(FileRecord):
+    """A line of answers.jsonl."""
+
+    id: str
+    correct: bool
+    type: str
+    language: str
+    answer: str = ""
+    truth: str = ""
+    picture: str | None = None
+
+
 def load_finished_run(folder: Path) -> FinishedRun:
     """Return the run in `folder`; a UserError if it is no run or is not finished."""
     for name in ("recipe.yaml", "results.json", "answers.jsonl"):
@@ -78,19 +92,22 @@ def load_finished_run(folder: Path) -> FinishedRun:
         try:
             answer = parse_json(line)
             if answer["set"] == COMPARED_SET:
-                name = answer["id"]
+                name = str(answer["id"])
                 if name in correct:  # several questions may have the same id
                     name = f"{name}#{number}"
-                correct[name] = bool(answer["correct"])
+                check_record(answer, AnswerLine, folder / f"answers.jsonl, line {number}")
+                correct[name] = answer["correct"]
                 types_and_languages[name] = (answer["type"], answer["language"])
                 answers_and_truths[name] = (answer.get("answer", ""), answer.get("truth", ""))
                 clusters[name] = answer.get("picture") or conversation_of(answer["id"])
         except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, UserError):
+                raise
             raise UserError(f"{folder / 'answers.jsonl'}, line {number}: is no answer") from error
     recipe = recipes.flatten_keys(
         recipes.to_plain(recipes.load_recipe_file(folder / "recipe.yaml"))
     )
-    results = read_json(folder / "results.json")
+    results = read_results(folder / "results.json")
     return FinishedRun(
         folder=folder,
         recipe=recipe,

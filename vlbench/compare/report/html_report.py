@@ -24,6 +24,12 @@ from vlbench.compare.report import (
 )
 from vlbench.compare.report.analysis import ComparisonResult, RowResult
 from vlbench.compare.report.detectable_difference import STATISTICAL_POWER
+from vlbench.compare.report.information_loss import find_information_loss
+from vlbench.compare.report.information_tables import (
+    InformationTable,
+    information_notes,
+    information_tables,
+)
 from vlbench.compare.report.markdown_report import format_share, format_whole
 from vlbench.compare.report.pair_families import (
     FAMILY_SENTENCE,
@@ -52,6 +58,7 @@ SECTION_TITLES = {
     "kinds": "Accuracy by kind of question",
     "tasks": "Further tasks",
     "costs": "Cost against quality",
+    "information": "What the connector loses",
     "cases": "Wins and losses",
     "inside": "Diagnostics",
     "made": "How it was made",
@@ -79,6 +86,7 @@ def render_html(findings: ComparisonResult) -> str:
     }
     rows = findings.rows
     labels = row_labels([row.name for row in rows])
+    information = find_information_loss(findings)
     sections = {
         "curves": _curves_section(findings),
         "answers": _answers_section(findings, labels),
@@ -88,6 +96,10 @@ def render_html(findings: ComparisonResult) -> str:
             rows, findings.question_ids, findings.pairs if findings.curves else None
         ),
         "diagnostics": _diagnostics_section(rows, labels),
+        "information": {
+            "tables": information_tables(information),
+            "notes": list(information_notes(information)),
+        },
     }
     left_out = _left_out(findings, sections)
     if not findings.tasks and not findings.task_remarks:
@@ -147,7 +159,12 @@ def _left_out(findings: ComparisonResult, sections: dict[str, Any]) -> dict[str,
     diagnostics = sections["diagnostics"]["row_names"]
     if not diagnostics and not sections["training"]["gates"] and not sections["answers"]["drops"]:
         reasons["inside"] = "These runs have neither diagnostics.json nor answers without images."
-    return reasons
+    return reasons | _without_probes(sections["information"]["tables"])
+
+
+def _without_probes(tables: Sequence[InformationTable]) -> dict[str, str]:
+    reason = "These runs have no information.json: it needs 100 questions about rendered scenes."
+    return {} if tables else {"information": reason}
 
 
 def _breakable(key: str) -> Markup:

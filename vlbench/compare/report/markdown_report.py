@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from vlbench.compare.report import curve_sentences
 from vlbench.compare.report.analysis import ComparisonResult, RowResult
+from vlbench.compare.report.markdown_information import render_information
 from vlbench.compare.report.markdown_tasks import kinds_table, render_tasks
 from vlbench.compare.report.pair_families import FAMILY_SENTENCE
 from vlbench.compare.report.row_costs import available_budgets
@@ -41,6 +42,7 @@ def render_markdown(findings: ComparisonResult) -> str:
         ]
     lines += ["## By kind of question", "", *kinds_table(findings.question_groups, names)]
     lines += ["", *render_tasks(findings)] if findings.tasks or findings.task_remarks else []
+    lines += render_information(findings)
     if findings.failed:
         failed = (
             f"- {markdown_text(f'{folder}: {reason}')}"

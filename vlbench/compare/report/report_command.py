@@ -13,7 +13,7 @@ from vlbench.compare.report.json_report import render_json
 from vlbench.compare.report.markdown_report import render_markdown
 from vlbench.errors import UserError
 from vlbench.system_errors import explain_unwritable
-from vlbench.text_files import write_atomically
+from vlbench.text_files import write_for_people
 
 REPORT_SUFFIXES = (".md", ".html", ".json")
 
@@ -56,7 +56,7 @@ def write_report(findings: ComparisonResult, path: Path) -> None:
     else:
         text = render_markdown(findings) + "\n"
     try:
-        write_atomically(path, text)
+        write_for_people(path, text)
     except OSError as error:
         raise explain_unwritable(error, f"out={path}") from error
 
