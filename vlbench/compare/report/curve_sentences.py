@@ -38,7 +38,8 @@ def family_sentences(found: CurveFindings) -> list[str]:
     tested = " and ".join(families) or "nothing"
     return [
         f"Tested are {tested}, with Holm's correction within each of these families. Rows of "
-        "different curves at different budgets are no competitors and are not tested.",
+        "different curves at different budgets are no competitors and are not tested; on kinds of "
+        "questions and further tasks the pairs are the same.",
         *(f"{one.sentence(plan.budget)}." for one in plan.unreached),
     ]
 
