@@ -38,7 +38,8 @@ def family_sentences(found: CurveFindings) -> list[str]:
     tested = " and ".join(families) or "nothing"
     return [
         f"Tested are {tested}, with Holm's correction within each of these families. Rows of "
-        "different curves at different budgets are no competitors and are not tested.",
+        "different curves at different budgets are no competitors and are not tested; on kinds of "
+        "questions and further tasks the pairs are the same.",
         *(f"{one.sentence(plan.budget)}." for one in plan.unreached),
     ]
 
@@ -74,26 +75,22 @@ def crossing_sentences(found: CurveFindings, pair: CurvePair) -> list[str]:
         for budget, one in zip(pair.budgets, pair.pairs, strict=True)
     )
     winner, loser = (pair.first, pair.second) if gap >= 0 else (pair.second, pair.first)
-    certain = [format_budget(one) for one in pair.budgets if pair.better_at(one)]
-    where = (
-        f"by more than chance at {join_names(certain, 'and')}"
-        if certain
-        else ("nowhere by more than chance")
-    )
+    certain = [one for one in pair.budgets if pair.better_at(one)]
+    where = f"at {_list_budgets(certain)}" if certain else "nowhere"
     budgets = (
         f"at all budgets from {format_budget(pair.budgets[0])} to "
         f"{format_budget(pair.budgets[-1])} {found.plan.label}"
         if len(pair.budgets) > 1
         else f"at {format_budget(pair.budgets[0])} {found.plan.label}, the only budget of both"
     )
-    return [f"{winner} is above {loser} {budgets}, {where}."]
+    return [f"{winner} is above {loser} {budgets}, by more than chance {where}."]
 
 
 def _describe_crossing(found: CurveFindings, pair: CurvePair, crossing: UndecidedRange) -> str:
     """Return a sentence on the crossings of the means within a range."""
     low = f"{'below ' if crossing.reaches_start else ''}{format_budget(crossing.low)}"
     high = f"{'above ' if crossing.reaches_end else ''}{format_budget(crossing.high)}"
-    places = join_names([format_budget(one) for one in crossing.crossings], "and")
+    places = _list_budgets(crossing.crossings)
     if not crossing.is_overtaking:
         return (
             f"By the means {pair.first} and {pair.second} cross at {places} {found.plan.label}, "
@@ -108,6 +105,12 @@ def _describe_crossing(found: CurveFindings, pair: CurvePair, crossing: Undecide
     if crossing.is_bounded:
         return f"By the means {said}; that they cross may be chance."
     return f"By the means {said}; whether they cross at all, this comparison cannot tell."
+
+
+def _list_budgets(budgets: Sequence[float]) -> str:
+    """Return "4, 16 and 64"."""
+    texts = [format_budget(budget) for budget in budgets]
+    return " and ".join(filter(None, [", ".join(texts[:-1]), texts[-1]]))
 
 
 def step_sentence(found: CurveFindings, curve: BudgetCurve) -> str:
