@@ -13,6 +13,7 @@ from functools import cache
 from itertools import count
 from typing import Literal
 
+from vlbench.data.picture_labels import Evidence
 from vlbench.data.sample import ChatTurn, Sample
 from vlbench.data.scene_albums import image_heading
 from vlbench.data.scene_families import (
@@ -21,6 +22,7 @@ from vlbench.data.scene_families import (
     list_picture_questions,
     make_pictures,
 )
+from vlbench.data.scene_labels import question_evidence
 from vlbench.data.scene_text import (
     LANGUAGES,
     QUESTION_TYPES,
@@ -52,6 +54,13 @@ class HeldOutSceneQuestion:
     def family(self) -> str:
         """One of FAMILIES."""
         return family_of(self.type)
+
+    @property
+    def evidence(self) -> tuple[Evidence, ...]:
+        """What must be read of the image for the right answer; of gist alone, () of others."""
+        if self.family != "gist":
+            return ()
+        return question_evidence(self.images[0], self.type, self.language, self.text)
 
     def to_sample(self) -> Sample:
         """Return the question and its answer as a conversation."""

@@ -42,6 +42,7 @@ QUARTERS = 2  # cells along a side of a gist scene's grid
 # Radii of objects in pixels, by the number of cells along a side: at 4 an object is about as large
 # as a patch of 14 pixels, and never touches its neighbours.
 _RADII = {2: (16.0, 25.0), 4: (9.0, 12.5)}
+EMPTY_CELL = "none"  # the value of both labels of a cell without an object
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,15 @@ class RenderedScene:
     corner_colours: tuple[tuple[int, int, int], ...]  # of the background, interpolated between
     grid: int = QUARTERS  # cells along a side
 
+    @property
+    def labels(self) -> dict[str, str]:
+        """Colour and shape of the object in each cell, EMPTY_CELL without one."""
+        names = (colour_label, shape_label)
+        labels = {name(cell): EMPTY_CELL for cell in range(self.grid**2) for name in names}
+        for one in self.objects:
+            labels |= {colour_label(one.cell): one.colour, shape_label(one.cell): one.shape}
+        return labels
+
     def open(self) -> Image.Image:
         """Paint the scene, 112 x 112 pixels, RGB."""
         canvas = paint_background(self.corner_colours, IMAGE_SIDE)
@@ -82,6 +92,16 @@ class RenderedScene:
             if thing.has_dot:
                 paint_dot(canvas, thing.x, thing.y, is_dark=thing.colour == "yellow")
         return canvas.finish()
+
+
+def colour_label(cell: int) -> str:
+    """Return the name of the label for the colour in a cell."""
+    return f"colour of cell {cell}"
+
+
+def shape_label(cell: int) -> str:
+    """Return the name of the label for the shape in a cell."""
+    return f"shape of cell {cell}"
 
 
 def make_scene(stream: str, seed: int, index: int, has_unseen_pair: bool = False) -> RenderedScene:

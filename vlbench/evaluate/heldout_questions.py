@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from vlbench.config.schema import Recipe
 from vlbench.data.data_sources import SCENES_SOURCE, open_held_out, open_stage_sources
 from vlbench.data.image_processing import blank_image
+from vlbench.data.picture_labels import Evidence
 from vlbench.data.sample import IMAGE_PLACEHOLDER, LazyImage, Sample, SampleSource
 from vlbench.data.scene_exam import held_out_questions
 from vlbench.data.shuffle import pick_fixed_subset
@@ -37,6 +38,8 @@ class EvalQuestion:
     """Name of the conversation's first image: questions about it stand or fall together."""
     family: str = ""
     """Family of a question about rendered scenes, whose score is its own; "" for others."""
+    evidence: tuple[Evidence, ...] = ()
+    """Labels of its pictures that the answer rests on; () where they are not known."""
 
     @property
     def question_text(self) -> str:
@@ -101,6 +104,7 @@ def scene_questions(subset: str) -> list[EvalQuestion]:
             scene.language,
             picture=scene.images[0].name,
             family=scene.family,
+            evidence=scene.evidence,
         )
         for scene in held_out_questions(subset)
     ]
