@@ -24,7 +24,7 @@ from vlbench.data.scene_labels import question_evidence
 from vlbench.data.scene_text import LANGUAGES, list_questions
 from vlbench.data.scene_world import RenderedScene, make_scene
 from vlbench.evaluate import information_probes
-from vlbench.evaluate.heldout_questions import scene_questions
+from vlbench.evaluate.heldout_questions import EvalQuestion, scene_questions
 from vlbench.evaluate.information_probes import (
     label_names,
     probe_information,
@@ -34,6 +34,10 @@ from vlbench.evaluate.place_features import PlaceFeatures, compute_place_feature
 
 SCENES = [make_scene("test", 0, index) for index in range(150)]
 GIST_LABELS = {tuple(sorted(SCENES[0].labels))}
+
+
+def gist_questions() -> list[EvalQuestion]:
+    return [one for one in scene_questions("new") if one.family == "gist"]
 
 
 def has_evidence(labels, evidence) -> bool:
@@ -121,7 +125,7 @@ def read_by_type(told, questions) -> dict[str, list[float]]:
 def test_information_is_found_up_to_the_place_where_it_is_removed(monkeypatch):
     everything = ("colour", "shape")
     vlm = fake_model(monkeypatch, encoder=everything, connector=everything, language=("shape",))
-    questions = scene_questions("new")[:300]
+    questions = gist_questions()
     recipe = recipes.load_recipe(["recipe=yivl_llava"])
     told = probe_information(recipe, vlm, questions)
     shares = read_by_type(told, questions)
@@ -158,7 +162,7 @@ def test_too_few_questions_or_too_large_features_are_not_probed(monkeypatch):
     everything = ("colour", "shape")
     places = dict.fromkeys(PlaceFeatures._fields, everything)
     vlm = fake_model(monkeypatch, **places)
-    recipe, questions = recipes.load_recipe(["recipe=yivl_llava"]), scene_questions("new")
+    recipe, questions = recipes.load_recipe(["recipe=yivl_llava"]), gist_questions()
     assert probe_information(recipe, vlm, questions[:99]) == {}
     assert probe_information(recipe, vlm, questions[:100], lambda: True) == {}
     monkeypatch.setattr(information_probes, "MAX_FEATURE_BYTES", 1 << 16)
@@ -224,7 +228,7 @@ def test_answers_are_read_where_the_image_has_no_position_of_its_own(monkeypatch
         return features._replace(language=one_hot(codes, 64)[:, None].float())
 
     monkeypatch.setattr(information_probes, "compute_place_features", with_answers)
-    questions = scene_questions("new")[:200]
+    questions = gist_questions()[:200]
     recipe = recipes.load_recipe(["recipe=yivl_llava"])
     told = probe_information(recipe, vlm, questions)
     assert told["reads_answers"] and told["labels"]["language"]["answer"] > 0.95
