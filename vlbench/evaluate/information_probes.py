@@ -82,20 +82,20 @@ def probe_information(
     }
 
 
-def label_names(sample: Sample) -> set[tuple[str, ...]]:
-    """Return the names of labels that its pictures have, () for a picture without labels."""
-    return {
+def label_names(sample: Sample) -> list[tuple[str, ...]]:
+    """Return the names of labels of each of its pictures, () for a picture without labels."""
+    return [
         tuple(sorted(image.labels)) if isinstance(image, LabelledPicture) else ()
         for image in sample.images
-    }
+    ]
 
 
 def training_questions(
-    recipe: Recipe, held_out_pictures: set[str], wanted_names: set[tuple[str, ...]]
+    recipe: Recipe, held_out_pictures: set[str], wanted_names: list[tuple[str, ...]]
 ) -> list[EvalQuestion]:
     """Return the first questions of the first samples that the last stage trains on.
 
-    All of their pictures have the wanted labels, and none is one of the held-out pictures. Where
+    Their pictures have the wanted labels, picture by picture, and none is one of the held-out pictures. Where
     few do, because the data hold several families, up to SEARCHED_SAMPLES are looked through.
     """
     name, stage = list(recipe.stages.items())[-1]
