@@ -95,8 +95,8 @@ def training_questions(
 ) -> list[EvalQuestion]:
     """Return the first questions of the first samples that the last stage trains on.
 
-    Their pictures have the wanted labels, picture by picture, and none is one of the held-out pictures. Where
-    few do, because the data hold several families, up to SEARCHED_SAMPLES are looked through.
+    Their pictures have the wanted labels, one by one, and none is one of the held-out pictures.
+    Where few do, because the data hold several families, up to SEARCHED_SAMPLES are looked through.
     """
     name, stage = list(recipe.stages.items())[-1]
     mixture = open_stage_mixture(recipe.data, stage, name, recipe.seed)
