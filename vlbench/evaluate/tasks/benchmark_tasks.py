@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +33,7 @@ from vlbench.evaluate.tasks.score_report import (
 )
 from vlbench.evaluate.tasks.scoring_protocols import DEFAULT_SEED, score_items, scoring_protocol
 from vlbench.model.loaded_vlm import LoadedVLM
-from vlbench.text_files import format_json_lines, write_atomically
+from vlbench.text_files import format_json, format_json_lines, write_atomically
 
 HUB_DATASETS = {"mmmu": "MMMU/MMMU", "cmmmu": "m-a-p/CMMMU"}
 
@@ -205,7 +204,7 @@ class BenchmarkTask:
                 letter = scored.prediction if scored.item.type == MMMU_CHOICE_TYPE else None
                 # of equal ids the first counts
                 submission.setdefault(scored.item.id, letter or scored.item.response)
-            text = json.dumps(submission, ensure_ascii=False, indent=1)
+            text = format_json(submission, indent=1)
             file = folder / "submission.json"
         else:
             text = format_json_lines(
