@@ -20,6 +20,7 @@ from vlbench.compare.report.diagnostics import (
 )
 from vlbench.errors import UserError
 from vlbench.model.lora_adapters import _read_adapter_config
+from vlbench.model.weights.weight_origin import read_origins
 from vlbench.train.progress_logging import truncate_metrics
 from vlbench.train.run_results_file import read_results
 
@@ -87,7 +88,7 @@ WRONG_DIAGNOSTICS: dict[str, Callable[[], dict[str, Any]]] = {
     "ragged": lambda: {"maps": [{**QUESTION, "relevance": [[1.0], [1.0, 2.0]]}]},
     "empty map": lambda: {"maps": [{**QUESTION, "relevance": [[]]}]},
     "text in a map": lambda: {"maps": [{**QUESTION, "relevance": [["x"]]}]},
-    "no question": lambda: {"maps": [{"id": "1"}]},
+    "no question": lambda: {"maps": [{**QUESTION, "question": 5}]},
     "entropy": lambda: {"attention": {"entropy": 1e4, "uniform": 1.0, "maps": []}},
     "tokens": lambda: {"tokens": "abc"},
     "effective": lambda: {"effective": [1]},
@@ -106,6 +107,13 @@ def test_diagnostics_have_their_kinds(kind, tmp_path, monkeypatch):
     file.write_text(json.dumps({**DIAGNOSTICS, **WRONG_DIAGNOSTICS[kind]()}))
     with pytest.raises(UserError, match=r"diagnostics\.json: \w+.* must be"):
         load_diagnostics([row])
+
+
+@pytest.mark.parametrize("origin", [{"source": "a", "sha256": -1}, {"source": []}, 5, {"x": "y"}])
+def test_origins_of_weights_have_their_kinds(origin, tmp_path):
+    (tmp_path / "weights.json").write_text(json.dumps({"vision": origin}))
+    with pytest.raises(UserError, match=r"weights\.json: does not say what weights"):
+        read_origins(tmp_path / "weights.json")
 
 
 def test_a_map_without_numbers_is_drawn():

@@ -55,6 +55,9 @@ RECIPES = {
     "brackets": ("seed: " + "[" * DEEP + "]" * DEEP + "\n", "nesting"),
     "bomb": (BOMB, ""),
     "zero byte": ("seed: \0\n", "no text"),
+    "a number": ("5.5\n", "mine.yaml"),
+    "a list": ("[1, 2]\n", "is not a mapping of keys"),
+    "many keys": ("".join(f"a{n}: 1\n" for n in range(40_000)), "at most 262 kB"),
     "python": ("seed: !!python/object/apply:os.system [touch ran]\n", "python/object"),
 }
 CONFIGS = {

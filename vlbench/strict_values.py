@@ -67,14 +67,15 @@ class FileRecord(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
 
 
-def check_record(said: Any, kind: type[FileRecord], file: Path) -> Any:
+def check_record(said: dict[str, Any], kind: type[FileRecord], file: Path) -> dict[str, Any]:
     """Return what a file says, unchanged; a UserError names the key that is not of its kind."""
     try:
         kind.model_validate(said)
     except ValidationError as error:
         details = error.errors()[0]
         place = ".".join(map(str, details["loc"]))
-        raise UserError(f"{file}: {place} {describe_error(details)}".replace("  ", " ")) from error
+        problem = "is missing" if details["type"] == "missing" else describe_error(details)
+        raise UserError(f"{file}: {place} {problem}".replace("  ", " ")) from error
     return said
 
 

@@ -189,7 +189,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
     except RecursionError as error:
         raise UserError(f"{path}: its lists or mappings are nested too deeply") from error
-    except ValueError as error:  # a number of more than 4,300 digits
+    except (ValueError, OSError) as error:  # a number of 4,300 digits; a file that is one number
         raise UserError(f"{path}: {one_line(error, max_lines=1)}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: is not a mapping of keys; a recipe is KEY: VALUE lines")

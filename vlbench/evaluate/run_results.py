@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,12 @@ def write_results(
     vlm: LoadedVLM,
     should_stop: Callable[[], bool],
     elapsed_seconds: Callable[[], float],
+    spent_by_stage: Mapping[str, Mapping[str, float]],
 ) -> bool:
     """Ask the questions of a run, and write answers, examples, results and diagnostics.
 
     Returns False, with no results written, if `should_stop` became true before the last answer.
-    `elapsed_seconds` returns how long the run has taken.
+    `elapsed_seconds` returns how long the run has taken; `spent_by_stage` are steps and epochs.
     """
     asked_of, questions, unseen = final_questions(recipe)
     question_sets = {
@@ -74,7 +75,7 @@ def write_results(
         "connector": registry.connector_label(recipe.connector["name"]),
         "seed": recipe.seed,
         "commit": git_commit(),
-        "budget": build_budget_card(recipe.stages, run, vlm.model),
+        "budget": build_budget_card(recipe.stages, run, vlm.model, spent_by_stage),
     }
     # the results have time and memory of the run without its probes
     information = probe_information(recipe, vlm, questions, should_stop)

@@ -75,7 +75,8 @@ class RunPosition:
     loss: float | None = None
     """Held-out loss per supervised token, if it was measured at this step."""
     seen: dict[str, int] | None = None
-    """Samples, images and tokens (image positions included) that the run has trained on."""
+    """Samples, images, tokens (image positions included) and supervised tokens that the run has
+    trained on, and what was cut off at `language.max_length`."""
     seconds: float | None = field(default=None, compare=False)
     """Seconds that the run has taken, without the time in which it was stopped."""
 

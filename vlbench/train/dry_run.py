@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from vlbench.config.schema import Recipe
-from vlbench.data.optimizer_step import OptimizerStep
+from vlbench.data.optimizer_step import OptimizerStep, StepPlan
 from vlbench.distributed import collectives
 from vlbench.distributed.process_group import join_process_group
 from vlbench.errors import BadSample, UserError
@@ -48,6 +48,8 @@ class StageMeasurement(NamedTuple):
     """Seconds of a typical optimizer step."""
     peak_bytes: int
     """Peak memory in bytes, from the start of the process to the end of this stage."""
+    planned: Mapping[str, int]
+    """Samples, and what of them is cut off at `language.max_length`, of its first steps."""
 
 
 def dry_run(recipe: Recipe) -> int:
@@ -67,6 +69,7 @@ def dry_run_stages(recipe: Recipe, stage_runs: list[StageRun]) -> int:
             f"{measured.step_seconds:.2g} s a step, "
             f"peak memory {run_report.format_bytes(measured.peak_bytes)}"
         )
+        run_report.show_truncation(measured.stage_name, {}, measured.planned)
         total_seconds += measured.step_seconds * measured.total_steps
     print(
         "dry run done, nothing was kept; training will take about "
@@ -99,7 +102,8 @@ def measure_stages(recipe: Recipe, stage_runs: list[StageRun]) -> Iterator[Stage
                 runner.set_activation_checkpointing(vlm.model, steps)
             plans = [steps.plan_step(n) for n in range(min(CANDIDATE_STEPS, stage_run.total_steps))]
             longest = max(plans, key=lambda plan: plan.token_count)
-            tried = [longest.index, *range(len(plans))[:TIMED_STEPS]]
+            timed_steps = TIMED_STEPS if tried_share == 1 else 1
+            tried = [longest.index, *range(len(plans))[:timed_steps]]
             clock = _StepClock()
             module = runner.train_stage(
                 vlm.model,
@@ -123,7 +127,18 @@ def measure_stages(recipe: Recipe, stage_runs: list[StageRun]) -> Iterator[Stage
             module.report.loss,
             (clock.end_times[-1] - clock.end_times[0]) / (len(tried) - 1) / tried_share,
             peak_memory(),
+            _sum_plans(plans),
         )
+
+
+def _sum_plans(plans: Sequence[StepPlan]) -> dict[str, int]:
+    """Return how many samples steps have, and how many of them and of their tokens are cut."""
+    rows = [row for plan in plans for row in plan.rows]
+    return {
+        "samples": sum(len(row.stream_index) for row in rows),
+        "truncated_samples": sum(row.truncated_samples for row in rows),
+        "lost_supervised_tokens": sum(row.lost_supervised_tokens for row in rows),
+    }
 
 
 def _limit_step(stage_run: StageRun, device_type: str) -> tuple[StageRun, float]:

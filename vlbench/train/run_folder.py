@@ -9,12 +9,14 @@ import json
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from vlbench.config import recipe as recipes
 from vlbench.config.schema import Recipe
 from vlbench.connector import kept_source
+from vlbench.data.data_checksums import CHECKSUMS_KEY, checksum_sources
+from vlbench.data.sample import SampleSource
 from vlbench.errors import UserError
 from vlbench.file_lock import hold_folder
 from vlbench.model.weights.weight_origin import (
@@ -105,6 +107,14 @@ class RunFolder:
         if not recorded:
             versions = read_json(self.versions_file) if self.versions_file.is_file() else {}
             text = json.dumps({**versions, "weights": origins_to_json(origins)}, indent=1)
+            write_atomically(self.versions_file, text)
+
+    def record_data(self, sources: Iterable[SampleSource]) -> None:
+        """Record checksums of the data that a new run begins with."""
+        versions = read_json(self.versions_file) if self.versions_file.is_file() else {}
+        if CHECKSUMS_KEY not in versions:
+            checksums = checksum_sources(sources)
+            text = json.dumps({**versions, CHECKSUMS_KEY: checksums}, indent=1)
             write_atomically(self.versions_file, text)
 
     def keep_row_tokens(self, stage_name: str, chosen_tokens: int) -> int:

@@ -88,6 +88,22 @@ def show_stage(
     print("\n".join(format_table(rows, "<><")))
 
 
+def show_truncation(stage_name: str, before: Mapping[str, int], after: Mapping[str, int]) -> None:
+    """Print how many samples of a stage were cut at `language.max_length`, if any were.
+
+    `before` and `after` are the counts of the run before and after the stage.
+    """
+    cut, lost, samples = (
+        after.get(name, 0) - before.get(name, 0)
+        for name in ("truncated_samples", "lost_supervised_tokens", "samples")
+    )
+    if cut:
+        print_status(
+            f"stage {stage_name}: {cut:,} of {samples:,} samples were cut at language.max_length, "
+            f"which took {lost:,} supervised tokens"
+        )
+
+
 def show_disk_usage(vlm: VLM, parts: list[str], kept_checkpoints: int, folder: Path) -> None:
     """Print how much disk space the checkpoints of a stage will take."""
     modules = [getattr(vlm, part) for part in parts]

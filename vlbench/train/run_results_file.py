@@ -33,6 +33,12 @@ class RunBudget(FileRecord):
     samples: Amount | None = None
     images: Amount | None = None
     tokens_seen: Amount | None = None
+    supervised_tokens: Amount | None = None
+    truncated_samples: Amount | None = None
+    lost_supervised_tokens: Amount | None = None
+    steps: dict[str, Amount] | None = None
+    epochs: dict[str, Amount] | None = None
+    unused_objectives: list[str] | None = None
     parts: dict[str, PartCounts] | None = None
     step_seconds: dict[str, Amount] | None = None
 

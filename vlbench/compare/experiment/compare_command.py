@@ -17,6 +17,7 @@ from statistics import mean
 from vlbench.compare.experiment import cost_estimate, lr_sweep, task_jobs
 from vlbench.compare.experiment import grid as grids
 from vlbench.compare.experiment.budget_curves import expand_curves
+from vlbench.compare.experiment.design_cautions import UNTUNED_NOTE, is_untuned
 from vlbench.compare.experiment.grid import ComparisonGrid, GridRow
 from vlbench.compare.experiment.match_budget import match_budgets
 from vlbench.compare.experiment.run_jobs import (
@@ -31,11 +32,14 @@ from vlbench.compare.experiment.shared_stages import copy_shared_stages, find_sh
 from vlbench.compare.experiment.task_jobs import PlannedTask
 from vlbench.compare.report.analysis import analyze_runs
 from vlbench.compare.report.curve_plan import write_curve_plan
-from vlbench.compare.report.finished_runs import describe_sweep, load_finished_run
+from vlbench.compare.report.finished_runs import load_finished_run
 from vlbench.compare.report.markdown_report import render_markdown
 from vlbench.compare.report.report_command import write_report
+from vlbench.compare.report.sweep_summary import describe_sweep
+from vlbench.config import recipe as recipes
 from vlbench.distributed.launcher import ORPHAN_GRACE_SECONDS
 from vlbench.distributed.machine_limits import check_parallel_runs
+from vlbench.errors import UserError
 from vlbench.file_lock import LOCK_FILE, hold_folder, is_held_here
 from vlbench.system_errors import explain_unwritable
 from vlbench.text_files import write_atomically
@@ -51,6 +55,7 @@ def run_compare(grid: ComparisonGrid) -> int:
     grid = expand_curves(match_budgets(grid))
     _check_machine(grid)
     tasks = task_jobs.plan_tasks(grid)
+    _refuse_other_recipes(lr_sweep.trial_jobs(grid) or _make_jobs(grid))
     if grid.dry_run:
         cost_estimate.print_plan(grid, tasks)
         return 0
@@ -69,7 +74,7 @@ def _train_and_report(grid: ComparisonGrid, tasks: Sequence[PlannedTask]) -> int
     try:
         failed = _train_unfinished(grid, lr_sweep.trial_jobs(grid))
         if grid.lr_factors:
-            grid = lr_sweep.apply_best_lr(grid)
+            grid = _apply_sweep(grid)
         failed |= _train_unfinished(grid, _make_jobs(grid))
         unasked = task_jobs.ask_runs(grid, tasks)
     except ComparisonStopped:
@@ -77,6 +82,30 @@ def _train_and_report(grid: ComparisonGrid, tasks: Sequence[PlannedTask]) -> int
         print_status(f"stopped, saved. To go on: repeat the command with {again}")
         return STOPPED_EXIT_CODE
     return _write_reports(grid, failed, unasked)
+
+
+def _apply_sweep(grid: ComparisonGrid) -> ComparisonGrid:
+    """Return the grid with the rates that the trials found best; print what they found."""
+    grid = lr_sweep.apply_best_lr(grid)
+    print(*(f"  {sentence}" for sentence in describe_sweep(grid.folder)), sep="\n", flush=True)
+    _refuse_other_recipes(_make_jobs(grid))
+    return grid
+
+
+def _refuse_other_recipes(jobs: Sequence[TrainingJob]) -> None:
+    """Refuse folders of runs that were begun with another recipe: they would count as these."""
+    for job in jobs:
+        saved = RunFolder(job.folder).recipe_file
+        recipe = recipes.load_recipe(list(job.overrides))
+        if recipe.init or not saved.is_file():  # what `init` adds to a recipe is checked by fit
+            continue
+        changed = recipes.recipe_differences(recipes.load_recipe_file(saved), recipe)
+        if changed:
+            raise UserError(
+                f"{job.folder} was trained with another recipe; it differs in "
+                f"{', '.join(changed)}. Give a new folder, run=DIR, or repeat the command that "
+                "made this one"
+            )
 
 
 @contextlib.contextmanager
@@ -185,7 +214,7 @@ def _prepare_slurm(grid: ComparisonGrid, tasks: Sequence[PlannedTask]) -> int:
     """
     trials = [job for job in lr_sweep.trial_jobs(grid) if not RunFolder(job.folder).is_finished]
     if grid.lr_factors and not trials:
-        grid = lr_sweep.apply_best_lr(grid)
+        grid = _apply_sweep(grid)
     todo = trials or [job for job in _make_jobs(grid) if not RunFolder(job.folder).is_finished]
     todo = todo or task_jobs.make_eval_jobs(grid, tasks)
     if not todo:
@@ -205,8 +234,8 @@ def _write_reports(grid: ComparisonGrid, failed: dict[Path, str], unasked: Seque
         load_finished_run(folder) for folder in grid.run_folders() if RunFolder(folder).is_finished
     ]
     if runs:
-        notes = [*describe_sweep(grid.folder), *unasked]
-        findings = analyze_runs(runs, failed, notes, grid.curve_plan)
+        sweep = describe_sweep(grid.folder) or ([UNTUNED_NOTE] if is_untuned(grid) else [])
+        findings = analyze_runs(runs, failed, [*sweep, *unasked], grid.curve_plan)
         paths = [grid.folder / name for name in REPORT_FILES]
         for path in paths:
             write_report(findings, path)  # before printing: stdout may be a closed pipe
@@ -218,6 +247,6 @@ def _write_reports(grid: ComparisonGrid, failed: dict[Path, str], unasked: Seque
 
 def _describe_result(folder: Path) -> str:
     results = read_results(folder / "results.json")
-    accuracy = results["accuracy"]
+    accuracy = results.get("accuracy")
     share = "unknown" if accuracy is None else f"{accuracy:.3f}"
     return f"accuracy {share} in {format_duration(results.get('seconds') or 0)}"

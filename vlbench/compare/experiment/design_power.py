@@ -55,7 +55,7 @@ def _finished_accuracies(grid: ComparisonGrid) -> list[list[float]]:
     by_row = []
     for row in grid.rows:
         runs = [RunFolder(grid.run_folder(row, seed)) for seed in grid.seeds]
-        values = [read_results(run.results_file)["accuracy"] for run in runs if run.is_finished]
+        values = [read_results(run.results_file).get("accuracy") for run in runs if run.is_finished]
         if len(values) > 1 and None not in values:
             by_row.append(values)
     return by_row

@@ -23,6 +23,7 @@ from vlbench.compare.report.finished_runs import (
     correct_matrix,
     differing_keys,
     group_into_arms,
+    shown_values,
 )
 from vlbench.compare.report.paired_statistics import RowStatistics
 from vlbench.compare.report.question_clusters import CorrectMatrix
@@ -35,6 +36,7 @@ from vlbench.compare.report.row_pairs import (
     format_count,
     join_names,
 )
+from vlbench.compare.report.score_limits import RowScore, floor_and_ceiling_warnings
 from vlbench.compare.report.task_comparison import TaskComparison, compare_tasks
 
 
@@ -103,7 +105,17 @@ class ComparisonResult:
     def recipe_differences(self) -> list[tuple[str, list[str]]]:
         """The keys in which recipes differ, learning rates first, with a value for each arm."""
         keys = differing_keys(self.arms)
-        return [(key, [str(arm.runs[0].recipe.get(key, "")) for arm in self.arms]) for key in keys]
+        runs = [arm.runs[0] for arm in self.arms]
+        return [
+            (
+                key,
+                [
+                    "" if value is None and key not in run.recipe else str(value)
+                    for run, value in zip(runs, shown_values(runs, key), strict=True)
+                ],
+            )
+            for key in keys
+        ]
 
     @property
     def scope_sentence(self) -> str:
@@ -209,6 +221,11 @@ def analyze_runs(
     tasks, task_remarks = compare_tasks(arms, tested)
     curves = analyze_curves(plan, names, statistics, pairs, kinds) if plan else None
     notes = [*(curve_sentences.family_sentences(curves) if curves else []), *notes]
+    groups = group_questions(names, kinds, statistics, tested)
+    scores = [
+        RowScore(row.name, row.accuracy, row.interval_low, row.mean_result("blank_accuracy"))
+        for row in rows
+    ]
     return ComparisonResult(
         arms=tuple(arms),
         rows=tuple(rows),
@@ -218,10 +235,16 @@ def analyze_runs(
         asked_of=rows[0].runs[0].results.get("asked_of", "the data of the recipe"),
         pairs=pairs,
         design=_describe_design(statistics, len(pairs)),
-        question_groups=group_questions(names, kinds, statistics, tested),
+        question_groups=groups,
         tasks=tasks,
         task_remarks=task_remarks,
-        warnings=comparison_warnings(arms, seeds, questions, failed, compared_groups(arms, plan)),
+        warnings=[
+            *comparison_warnings(arms, seeds, questions, failed, compared_groups(arms, plan)),
+            *floor_and_ceiling_warnings(
+                scores,
+                [(group.name, [one for one, *_ in group.row_accuracies]) for group in groups],
+            ),
+        ],
         notes=[*_frozen_encoder_note(arms), *notes],
         failed=failed,
         curves=curves,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from vlbench.compare.report.finished_runs import (
@@ -11,6 +12,7 @@ from vlbench.compare.report.finished_runs import (
     ComparisonArm,
     FinishedRun,
 )
+from vlbench.compare.report.training_budgets import training_warnings
 
 
 def comparison_warnings(
@@ -29,12 +31,28 @@ def comparison_warnings(
         _single_seed_warning(seeds),
         _dropped_seeds_warning(arms, seeds),
         _budget_warning(compared),
+        *_training_warnings(compared, seeds),
         _questions_warning(used, questions),
         _truths_warning(used, questions),
         _versions_warning(used),
         _failed_runs_warning(failed),
     ]
     return [warning for warning in warnings if warning]
+
+
+def _training_warnings(
+    compared: Sequence[Sequence[ComparisonArm]], seeds: Sequence[int]
+) -> list[str]:
+    """Return what is unequal in the training of arms that are compared, each sentence once."""
+    told = (
+        sentence for arms in compared for sentence in training_warnings(_with_seeds(arms, seeds))
+    )
+    return list(dict.fromkeys(told))
+
+
+def _with_seeds(arms: Sequence[ComparisonArm], seeds: Sequence[int]) -> list[ComparisonArm]:
+    """Return the arms with the runs that are compared."""
+    return [replace(arm, runs=tuple(run for run in arm.runs if run.seed in seeds)) for arm in arms]
 
 
 def _single_seed_warning(seeds: Sequence[int]) -> str:

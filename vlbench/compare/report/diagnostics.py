@@ -28,6 +28,7 @@ from vlbench.text_files import read_json
 
 HEATMAP_COLOR = (213, 94, 0)  # Okabe and Ito's vermilion
 HEATMAP_OPACITY = 0.85  # of the patch with the largest value
+MAX_NUMBER = 500  # of shares and entropies, whose exp() is a number then
 PANELS_ACROSS = 3  # panels in a row of a figure
 
 PatchMap = list[list[float]]
@@ -60,18 +61,14 @@ def _check_map(rows: list[list[float]] | None) -> list[list[float]] | None:
     return rows
 
 
-def _number_up_to(largest: float) -> Any:
-    """Return the kind of a number within limits; NaN is allowed, as diverged models have it."""
-
-    def check(number: float) -> float:
-        if abs(number) > largest:
-            raise ValueError(f"must be a number from {-largest:g} to {largest:g}, given {number:g}")
-        return number
-
-    return Annotated[float, Field(allow_inf_nan=True), AfterValidator(check)]
+def _check_size(number: float) -> float:
+    """Return a number within limits, or NaN, as diverged models have it."""
+    if abs(number) > MAX_NUMBER:
+        raise ValueError(f"must be a number up to {MAX_NUMBER:,}, given {number:g}")
+    return number
 
 
-Number, Nats = _number_up_to(1e9), _number_up_to(100)
+Number = Annotated[float, Field(allow_inf_nan=True), AfterValidator(_check_size)]
 CheckedMap = Annotated[list[list[Number]] | None, AfterValidator(_check_map)]
 
 
@@ -88,8 +85,8 @@ class QuestionDiagnostics(FileRecord):
 class AttentionDiagnostics(FileRecord):
     """The attention of a connector."""
 
-    entropy: Nats
-    uniform: Nats
+    entropy: Number
+    uniform: Number
     maps: list[CheckedMap] = []
 
 
@@ -98,7 +95,7 @@ class RunDiagnostics(FileRecord):
 
     maps: list[QuestionDiagnostics]
     tokens: list[Number] | None
-    effective: Number | None
+    effective: Annotated[float, Field(allow_inf_nan=True)] | None
     attention: AttentionDiagnostics | None = None
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from vlbench.command_line.arguments import ReportArguments
 from vlbench.compare.report.analysis import ComparisonResult, analyze_runs
 from vlbench.compare.report.curve_plan import find_curve_plan
-from vlbench.compare.report.finished_runs import SWEEP_FOLDER, describe_sweep, load_finished_run
+from vlbench.compare.report.finished_runs import load_finished_run
 from vlbench.compare.report.json_report import render_json
 from vlbench.compare.report.markdown_report import render_markdown
+from vlbench.compare.report.sweep_summary import SWEEP_FOLDER, describe_sweep
 from vlbench.errors import UserError
 from vlbench.system_errors import explain_unwritable
 from vlbench.text_files import write_for_people
