@@ -7,6 +7,7 @@ import pytest
 from vlbench.__main__ import main
 from vlbench.compare.experiment import compare_command, cost_estimate
 from vlbench.compare.experiment.budget_curves import CURVE_TOLERANCE, expand_curves
+from vlbench.compare.experiment.design_cautions import describe_design_cautions
 from vlbench.compare.experiment.design_power import describe_power
 from vlbench.compare.experiment.grid import ComparisonGrid, load_recipe, parse_grid
 from vlbench.compare.report.curve_plan import load_curve_plan
@@ -72,6 +73,7 @@ def test_samples_are_steps_of_the_last_stage_that_runs():
     assert [point.reached for point in grid.curve_plan.points] == [1600, 6400, 1600, 6400]
     first, _ = grid.curve_plan.unreached
     assert (first.value, first.nearest) == (8, (16,)) and "a step of chat has 16" in first.reason
+    assert all("steps" not in caution for caution in describe_design_cautions(grid))
     grid = expanded(TWO[0], "only=align_224", "curve=samples:320,640")
     assert [load_recipe(row, 0).stages["align_224"].steps for row in grid.rows] == [10, 20]
 

@@ -7,6 +7,7 @@
                            before it, and warm-up and schedule as shares of its steps, stay as they
                            are: every point is a training of its own, not a checkpoint of a longer
 
+However far an option moves (`match_limit=` is of `match=`), what is set is printed for each point.
 A budget that a row cannot have is named, with the nearest ones, and its curve lacks the point.
 """
 
@@ -102,7 +103,8 @@ def _make_solvers(
             for row, name in zip(grid.rows, names, strict=True)
         ]
     return [
-        _size_solver(RowCandidates(row, counter, request.budget), name)
+        # no limit: the budget that was asked for may lie far from the row's own
+        _size_solver(RowCandidates(row, counter, request.budget, math.inf), name)
         for row, counter, name in zip(grid.rows, cost_counters(grid.rows), names, strict=True)
     ]
 

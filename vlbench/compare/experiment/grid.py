@@ -98,6 +98,17 @@ class ComparisonGrid:
             return len(self.curve_plan.tested_pairs())
         return len(self.rows) * (len(self.rows) - 1) // 2
 
+    def compared_rows(self) -> list[list[GridRow]]:
+        """Return the rows that are compared with one another: those of a budget, or else all."""
+        if self.curve_plan is None:
+            return [list(self.rows)]
+        by_name = {row.name: row for row in self.rows}
+        points = self.curve_plan.points
+        return [
+            [by_name[point.row] for point in points if point.value == value]
+            for value in self.curve_plan.values
+        ]
+
     def run_folders(self) -> list[Path]:
         """Return the folders of all runs."""
         return [self.run_folder(row, seed) for seed in self.seeds for row in self.rows]
