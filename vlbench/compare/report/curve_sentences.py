@@ -76,14 +76,17 @@ def crossing_sentences(found: CurveFindings, pair: CurvePair) -> list[str]:
     )
     winner, loser = (pair.first, pair.second) if gap >= 0 else (pair.second, pair.first)
     certain = [one for one in pair.budgets if pair.better_at(one)]
-    where = f"at {_list_budgets(certain)}" if certain else "nowhere"
     budgets = (
         f"at all budgets from {format_budget(pair.budgets[0])} to "
         f"{format_budget(pair.budgets[-1])} {found.plan.label}"
         if len(pair.budgets) > 1
         else f"at {format_budget(pair.budgets[0])} {found.plan.label}, the only budget of both"
     )
-    return [f"{winner} is above {loser} {budgets}, by more than chance {where}."]
+    if not certain:
+        return [f"{winner} and {loser} differ {budgets} by no more than chance."]
+    return [
+        f"{winner} is above {loser} {budgets}, by more than chance at {_list_budgets(certain)}."
+    ]
 
 
 def _describe_crossing(found: CurveFindings, pair: CurvePair, crossing: UndecidedRange) -> str:
