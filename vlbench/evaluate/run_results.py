@@ -78,10 +78,10 @@ def write_results(
         "budget": build_budget_card(recipe.stages, run, vlm.model),
     }
     # the results have time and memory of the run without its probes
-    information = probe_information(recipe, vlm, questions, should_stop)
-    if should_stop():
-        return False
-    if information:
+    if recipe.log.information_probes:
+        information = probe_information(recipe, vlm, questions, should_stop)
+        if should_stop():
+            return False
         _write_json(run.folder / "information.json", information)
     write_atomically(run.results_file, json.dumps(results, indent=1, ensure_ascii=False))
     # last, as it runs more of a user's own connector: the results are safe if that fails

@@ -144,8 +144,7 @@ def _information_kind(kind: KindInformation) -> dict[str, Any]:
         "name": kind.kind,
         "questions": kind.question_count,
         "read": {
-            place: _share_entry(share)
-            for place, share in zip(PLACE_LABELS, kind.read, strict=True)
+            place: _share_entry(share) for place, share in zip(PLACE_LABELS, kind.read, strict=True)
         },
         "chance": kind.by_chance,
         "wrong": kind.wrong_count,
