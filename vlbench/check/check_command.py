@@ -35,7 +35,7 @@ from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import BadSample, escape_to_one_line
 from vlbench.model.language_model import tokenizer_folder
 from vlbench.system_errors import explain_unwritable
-from vlbench.text_files import format_json_lines, write_atomically
+from vlbench.text_files import format_json_lines, write_atomically, write_for_people
 from vlbench.train.shape_checks import image_transforms_by_stage, tokens_per_image_by_stage
 from vlbench.train.stage_plan import (
     StageRun,
@@ -95,8 +95,8 @@ def run_check(recipe: Recipe, folder: Path) -> int:
     findings = list(dict.fromkeys(findings))
     lines += ["", *_summary_lines(findings)]
     write_atomically(folder / "findings.jsonl", format_json_lines(map(asdict, findings)))
-    write_atomically(folder / "audit.html", render_audit(audit_samples, recipe, tokenizer.decode))
-    write_atomically(folder / "report.txt", "\n".join(lines) + "\n")
+    write_for_people(folder / "audit.html", render_audit(audit_samples, recipe, tokenizer.decode))
+    write_for_people(folder / "report.txt", "\n".join(lines) + "\n")
     print("\n".join(lines))
     print(f"\nwrote {folder}: report.txt, findings.jsonl, audit.html (what the model reads)")
     _refuse_bad_data(stage_runs, findings)

@@ -21,11 +21,13 @@ from vlbench.config.overrides import open_mappings, parse_overrides
 from vlbench.config.resolve import mapping_in, merge_layers, resolve_layers
 from vlbench.config.schema import Recipe, declared_keys
 from vlbench.connector import kept_source, registry
+from vlbench.connector.folder_modules import shipped_folder
 from vlbench.errors import UserError, one_line, suggest_name
 from vlbench.strict_values import StrictModel, format_value
 from vlbench.text_files import read_json, read_text, write_atomically
 from vlbench.version import __version__
 
+MAX_YAML_BYTES = 1 << 18  # fifty times a recipe; PyYAML reads 40 kB in a second
 RESUMABLE_KEYS = ("trainer", "log", "run", "dry_run", "profile", "trust_connector")
 """Keys that a run may change when it is resumed; so may `workers` of any data."""
 
@@ -72,7 +74,7 @@ def load_model_recipe(folder: Path, trust_connector: bool) -> Recipe:
     A connector that `./connectors` lacks, or has otherwise, is the one kept in the checkpoint.
     """
     recipe = load_recipe_file(folder / "recipe.yaml")
-    name = kept_source.locate_source(recipe.connector["name"], folder, trust_connector)
+    name = kept_source.locate_source(recipe.connector, folder, trust_connector)
     return recipe.model_copy(update={"connector": {**recipe.connector, "name": name}})
 
 
@@ -163,7 +165,7 @@ def with_random_weights(recipe: Recipe, *parts: str) -> Recipe:
 def recipe_files(folder: str = ".") -> dict[str, Path]:
     """Return the recipes by name: those of `./recipes`, then the shipped ones."""
     files: dict[str, Path] = {}
-    for root in (Path("recipes"), registry.shipped_folder("recipes")):
+    for root in (Path("recipes"), shipped_folder("recipes")):
         for path in sorted((root / folder).glob("*.yaml")):
             files.setdefault(path.stem, path)
     return files
@@ -176,7 +178,7 @@ def size_files() -> dict[str, Path]:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file; a UserError names the file and, if known, the line."""
-    text = io.StringIO(read_text(path))
+    text = io.StringIO(read_text(path, MAX_YAML_BYTES))
     try:
         tree = OmegaConf.to_container(OmegaConf.load(text), resolve=False)
     except YAMLError as error:
@@ -187,7 +189,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
     except RecursionError as error:
         raise UserError(f"{path}: its lists or mappings are nested too deeply") from error
-    except ValueError as error:  # a number of more than 4,300 digits
+    except (ValueError, OSError) as error:  # a number of 4,300 digits; a file that is one number
         raise UserError(f"{path}: {one_line(error, max_lines=1)}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: is not a mapping of keys; a recipe is KEY: VALUE lines")
@@ -219,7 +221,7 @@ def _base_layers(
     for_connectors, encoders = (size.pop(key, None) or {} for key in ("connectors", "encoders"))
     written = merge_layers(base, tree)
     connector, encoder = (mapping_in(written, part).get("name") for part in ("connector", "vision"))
-    if written.get("init") and connector not in registry.find_connectors():
+    if written.get("init") and _names_kept_connector(written):
         init = Path(str(written["init"])).expanduser()
         holder = tree if "name" in mapping_in(tree, "connector") else base
         _use_kept_connector(holder, written, init, tree, errors)
@@ -247,6 +249,14 @@ def _read_saved(path: Path) -> dict[str, Any]:
     return saved
 
 
+def _names_kept_connector(written: dict[str, Any]) -> bool:
+    """Tell whether a recipe's connector, or one that its options name, is known to `init` alone."""
+    kept = Path(str(written["init"]), kept_source.KEPT_FOLDER).expanduser()
+    named = [text for text in mapping_in(written, "connector").values() if isinstance(text, str)]
+    known = registry.find_connectors()
+    return any(text not in known and (kept / f"{text}.py").is_file() for text in named)
+
+
 def _use_kept_connector(
     layer: dict[str, Any],
     written: dict[str, Any],
@@ -258,13 +268,14 @@ def _use_kept_connector(
 
     Trust is typed: a recipe that came with the folder cannot give it to itself.
     """
-    name = mapping_in(written, "connector").get("name")
+    connector = mapping_in(written, "connector")
+    name = connector.get("name")
     kept = folder / kept_source.KEPT_FOLDER / f"{name}.py"
     if not (name and kept.is_file()):
         return
     trust = typed.get("trust_connector") == "true"
     try:
-        location = kept_source.locate_source(str(name), folder, trust)
+        location = kept_source.locate_source(connector, folder, trust)
         layer["connector"] = {**layer["connector"], "name": location}
     except UserError as error:
         errors.append(str(error))

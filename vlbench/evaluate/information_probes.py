@@ -47,11 +47,12 @@ def probe_information(
 ) -> dict[str, Any]:
     """Return which place has the information for which question.
 
-    `questions` have for each place, in the order of `places`, 1 where its probes read the evidence
-    right, and the same for control probes; `labels` have the share of held-out pictures in which
-    each label is read right, `control_labels` that of the control probes. `neighbours` is the
-    overlap of neighbourhoods before and behind the connector. Where nothing can be probed, `left_out` says why; {} if `should_stop` became true
-    before the end. The model is not changed.
+    `questions` have for each place, in the order of `places`, 1 where its probes read the
+    evidence right, and the same for control probes; `labels` have the share of held-out
+    pictures in which each label is read right, `control_labels` that of the control probes.
+    `neighbours` is the overlap of neighbourhoods before and behind the connector. Where nothing
+    can be probed, `left_out` says why; {} if `should_stop` became true before the end. The
+    model is not changed.
     """
     asked = [one for one in questions if one.evidence]
     if len(asked) < MIN_QUESTIONS:

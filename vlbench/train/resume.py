@@ -136,7 +136,7 @@ def build_from_init(recipe: Recipe, stage: StageConfig, mmap_language: bool = Fa
             registry.connector_label(each.connector["name"]) for each in (init_recipe, recipe)
         )
         is_new_connector = own_name != name
-        other_source = kept_source.describe_other_source(recipe.connector["name"], folder)
+        other_source = kept_source.describe_other_source(recipe.connector, folder)
         if other_source and not is_new_connector:
             print(f"init {folder}: {other_source}; its weights go into the first one")
         recipe = _inherit_parts(init_recipe, recipe)

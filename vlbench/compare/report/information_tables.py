@@ -85,8 +85,9 @@ def information_notes(information: InformationLoss) -> Iterator[str]:
             f"Linear probes of exact labels, fitted on {count:,} training pictures, read the "
             "pictures of the questions at three places: from the features of the vision encoder, "
             "from the connector's output, and from the hidden states at the image positions before "
-            "the middle layer of the language model. A wrong answer is put down to the last place at "
-            "which they read what it rests on: the objects that the question names or asks for, each where it is."
+            "the middle layer of the language model. A wrong answer is put down to the last place "
+            "at which they read what it rests on: "
+            "the objects that the question names or asks for, each where it is."
         )
     others = [row.row_name for row in information.rows if row.reads_answers]
     if others:

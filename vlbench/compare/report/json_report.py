@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vlbench.compare.report.analysis import ComparisonResult, RowResult
+from vlbench.compare.report.curve_record import curves_record
 from vlbench.compare.report.information_loss import (
     LOSSES,
     InformationLoss,
@@ -42,6 +43,7 @@ def render_json(findings: ComparisonResult) -> str:
         "pairs": [_pair_entry(pair) for pair in findings.pairs],
         "design": findings.design,
         "kinds": [_kind_entry(group, names) for group in findings.question_groups],
+        "curves": curves_record(findings.curves) if findings.curves else None,
         "tasks": [_task_entry(task) for task in findings.tasks],
         "task_remarks": findings.task_remarks,
         "information": _information_entry(find_information_loss(findings)),

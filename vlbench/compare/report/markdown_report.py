@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vlbench.compare.report import curve_sentences
 from vlbench.compare.report.analysis import ComparisonResult, RowResult
 from vlbench.compare.report.markdown_information import render_information
 from vlbench.compare.report.markdown_tasks import kinds_table, render_tasks
@@ -20,6 +21,7 @@ def render_markdown(findings: ComparisonResult) -> str:
         lines += [f"**{markdown_text(warning)}**", ""]
     for note in findings.notes:
         lines += [markdown_text(note), ""]
+    lines += _curves_section(findings)
     lines += [
         *_differences_table(findings),
         "",
@@ -48,6 +50,23 @@ def render_markdown(findings: ComparisonResult) -> str:
         )
         lines += ["", "## Failed", "", *failed]
     return "\n".join(lines)
+
+
+def _curves_section(findings: ComparisonResult) -> list[str]:
+    """Return the sentences and tables of curves, [] without any."""
+    if findings.curves is None:
+        return []
+    lines = [f"## Curves over {findings.curves.plan.label}", ""]
+    lines += [f"- {markdown_text(one)}" for one in curve_sentences.all_sentences(findings.curves)]
+    for table in curve_sentences.curve_tables(findings.curves):
+        lines += ["", f"{markdown_text(table.title)}:", ""]
+        lines += [_table_line(table.header), f"|{'---|' * len(table.header)}"]
+        lines += map(_table_line, table.lines)
+    return [*lines, ""]
+
+
+def _table_line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(map(markdown_text, cells))} |"
 
 
 def _differences_table(findings: ComparisonResult) -> list[str]:
