@@ -306,6 +306,7 @@ class LoggingConfig(RecipeSection):
         "questions of a set asked at the end; null: all", None, ge=1, le=MAX_COUNT
     )
     examples: int = key("images in examples.png", 12, ge=0, le=100)
+    information_probes: bool = key("probe where information on scenes is lost", False)
 
 
 class Recipe(RecipeSection):
