@@ -172,7 +172,7 @@ def test_pages_and_reports_of_a_hostile_run_show_escapes(whole_run: Path, tmp_pa
     (run / "results.json").write_text(json.dumps({**results, "asked_of": HOSTILE}))
     text = (run / "recipe.yaml").read_text().replace("seed: 0", "seed: 1")
     (run / "recipe.yaml").write_text(
-        text.replace("name: llava_mlp", f"name: {json.dumps(HOSTILE)}")
+        text.replace("recipe: yivl_llava", f"recipe: {json.dumps(HOSTILE)}")
     )
     words = [str(tmp_path / "run0"), str(run), f"out={tmp_path / 'r.md'}"]
     assert main(["report", *words, f"out={tmp_path / 'r.html'}"]) == 0

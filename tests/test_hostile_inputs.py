@@ -17,6 +17,7 @@ from vlbench.errors import BadSample, UserError
 from vlbench.evaluate.tasks.answer_formats import _flatten_records
 from vlbench.model.language_model import TINY_LANGUAGE_FOLDER
 from vlbench.text_files import parse_json
+from vlbench.train import dry_run
 
 FIT = ["fit", "recipe=yivl_llava", "dry_run=true"]
 DEEP = 5_000  # brackets
@@ -229,9 +230,13 @@ def test_a_comparison_without_end(name: str, tmp_path: Path) -> None:
 def test_a_dry_run_tries_a_part_of_a_step_without_end(tmp_path: Path) -> None:
     words = ["only=chat", "stages.chat.image_size=56", "data.workers=0"]
     words += ["stages.chat.global_batch_size=1000000", "stages.chat.steps=1000000000"]
-    outcome = run_command([*FIT, *words], tmp_path, timeout=60)
+
+    def prepare() -> None:
+        dry_run.MAX_TRIED_SAMPLES["cpu"] = 4
+
+    outcome = run_command([*FIT, *words], tmp_path, timeout=60, prepare=prepare)
     assert outcome.code == 0 and not outcome.killed, outcome.words
-    assert "which is 6.4e-05 of a step" in outcome.stdout
+    assert "which is 4e-06 of a step" in outcome.stdout
 
 
 @pytest.mark.parametrize("name", RECIPES)

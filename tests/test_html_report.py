@@ -290,7 +290,9 @@ def test_a_model_that_does_not_look_at_all_is_shown_without_its_tokens(tmp_path)
 def test_diagnostics_that_are_none_are_a_mistake(tmp_path, capsys):
     diagnose(run(tmp_path / "a", 0.9, 0), tokens="all")
     assert main(["report", str(tmp_path), f"out={tmp_path / 'r.html'}"]) == 2
-    assert "diagnostics.json: holds no diagnostics" in capsys.readouterr().err
+    assert (
+        "diagnostics.json: tokens must be a list, as [a,b], given 'all'" in capsys.readouterr().err
+    )
 
 
 def test_rows_with_long_names_are_letters_with_a_legend(tmp_path):

@@ -20,6 +20,7 @@ MAX_DATA_BYTES = 1 << 36  # 69 GB: conversations in JSON, which are parsed in me
 MAX_IMAGE_BYTES = 600_000_000  # an uncompressed RGB image of 178 megapixels has 537 MB
 CHUNK_BYTES = 1 << 24  # of text read at once
 _FILE_KINDS = (
+    (stat.S_ISLNK, "a link"),
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a named pipe"),
     (stat.S_ISSOCK, "a socket"),
@@ -79,8 +80,8 @@ def open_to_append(path: str | Path) -> BufferedRandom:
 
 
 def _open_without_following(path: str, flags: int) -> int:
-    if os.path.islink(path):
-        raise UserError("is a link, not a file")
+    if os.path.lexists(path):  # first, as a pipe waits and a device acts
+        _check_status(os.lstat(path), None)
     flags |= getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
     return os.open(path, flags, 0o666)
 

@@ -36,6 +36,7 @@ ALLOWED_WORDS = {
     "model_type": "a mapping as {{KEY: VALUE}}",
     "dict_type": "a mapping as {{KEY: VALUE}}",
     "tuple_type": "a list, as [a,b] or a,b",
+    "list_type": "a list, as [a,b]",
     "too_short": "a list of at least {min_length}",
     "too_long": "a list of at most {max_length}",
     "literal_error": "{choices}",
@@ -233,5 +234,6 @@ def describe_error(details: ErrorDetails) -> str:
     hint = f".{hint}" if hint else ""
     if kind == "int_type" and isinstance(value, float) and value.is_integer():
         hint = f"; write {int(value)}"
-    allowed = ALLOWED_WORDS[kind].format_map(limits) if kind in ALLOWED_WORDS else details["msg"]
+    message = details["msg"].removeprefix("Input should be ")
+    allowed = ALLOWED_WORDS[kind].format_map(limits) if kind in ALLOWED_WORDS else message
     return f"must be {allowed}, given {format_value(value)}{hint}"

@@ -178,8 +178,8 @@ class _Parser:
         depth = 0
         while self._position < len(self._pattern):
             character = self._peek()
-            following = self._pattern[self._position + 1 : self._position + 2]
-            if depth and character == "[" and following not in ("^", ":", "\\"):
+            following = self._pattern[self._position + 1 : self._position + 3]
+            if depth and character == "[" and following.removeprefix("^").startswith("]"):
                 raise _Refused("has a bracket in a set of characters; write it as \\[")
             self._position += 2 if character == "\\" else 1
             depth += (character == "[") - (character == "]")

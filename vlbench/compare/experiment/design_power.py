@@ -56,6 +56,7 @@ def _finished_accuracies(grid: ComparisonGrid) -> list[list[float]]:
     for row in grid.rows:
         runs = [RunFolder(grid.run_folder(row, seed)) for seed in grid.seeds]
         values = [read_results(run.results_file).get("accuracy") for run in runs if run.is_finished]
-        if len(values) > 1 and None not in values:
-            by_row.append(values)
+        known = [float(value) for value in values if value is not None]
+        if len(values) > 1 and len(known) == len(values):
+            by_row.append(known)
     return by_row

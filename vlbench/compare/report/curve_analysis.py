@@ -120,6 +120,7 @@ def analyze_curves(
     kinds = {
         name if counts[name] == 1 else f"{KINDS[rank]} {name}": statistics.of_questions(columns)
         for (rank, name), columns in columns_of.items()
+        if len(columns) < statistics.question_count  # a kind of its own
     }
     numbers = {name: index for index, name in enumerate(row_names)}
     steps = plan.steps()

@@ -10,7 +10,7 @@ from vlbench.compare.report.curve_crossings import UndecidedRange
 from vlbench.compare.report.curve_frontiers import Frontier, FrontierCell
 from vlbench.compare.report.curve_plan import format_budget, point_name
 from vlbench.compare.report.paired_statistics import PairedDifference
-from vlbench.compare.report.row_pairs import format_count, join_names
+from vlbench.compare.report.row_pairs import format_count
 
 MAX_VERDICTS = 3  # sentences at the top of a report
 
@@ -76,14 +76,17 @@ def crossing_sentences(found: CurveFindings, pair: CurvePair) -> list[str]:
     )
     winner, loser = (pair.first, pair.second) if gap >= 0 else (pair.second, pair.first)
     certain = [one for one in pair.budgets if pair.better_at(one)]
-    where = f"at {_list_budgets(certain)}" if certain else "nowhere"
     budgets = (
         f"at all budgets from {format_budget(pair.budgets[0])} to "
         f"{format_budget(pair.budgets[-1])} {found.plan.label}"
         if len(pair.budgets) > 1
         else f"at {format_budget(pair.budgets[0])} {found.plan.label}, the only budget of both"
     )
-    return [f"{winner} is above {loser} {budgets}, by more than chance {where}."]
+    if not certain:
+        return [f"{winner} and {loser} differ {budgets} by no more than chance."]
+    return [
+        f"{winner} is above {loser} {budgets}, by more than chance at {_list_budgets(certain)}."
+    ]
 
 
 def _describe_crossing(found: CurveFindings, pair: CurvePair, crossing: UndecidedRange) -> str:
@@ -120,7 +123,7 @@ def step_sentence(found: CurveFindings, curve: BudgetCurve) -> str:
     how = f"does not rise over {label} at every step"
     if all(step.gain.mean > 0 for step in curve.steps):
         each = "each by more than chance"
-        some = f"by more than chance at {certain} of {count}" if certain else "maybe by chance"
+        some = f"by more than chance at {certain} of {count}" if certain else "which may be chance"
         how = f"rises over {label} at every step, {each if certain == count else some}"
     steps = ", ".join(_describe_step(step) for step in curve.steps)
     tests = _tests(curve.steps[0].pair.pair_count)
@@ -221,5 +224,5 @@ def _frontier_line(frontier: Frontier) -> list[str]:
 
 def _frontier_text(cell: FrontierCell) -> str:
     interval = f"{cell.accuracy:.3f} ({cell.interval_low:.3f} to {cell.interval_high:.3f})"
-    others = f"; or {join_names(cell.may_be_best, 'or')}" if cell.may_be_best else ""
+    others = f"; may be best too: {', '.join(cell.may_be_best)}" if cell.may_be_best else ""
     return f"{cell.best} {interval}{others}"

@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence, Set
 from vlbench.compare.report.paired_statistics import RowStatistics, holm_correction
 from vlbench.compare.report.row_pairs import RowPair, all_pairs
 
+MAX_NAMED_PAIRS = 4  # in a cell of a table
 TestedPairs = Set[frozenset[str]]
 """Names of rows of which two are compared."""
 FAMILY_SENTENCE = (
@@ -63,7 +64,8 @@ def compare_family(
 def name_significant(pairs: Sequence[RowPair], labels: Mapping[str, str]) -> str:
     """Return the pairs whose difference is more than chance, "none" without any; "" for no pair.
 
-    `labels` maps the names of rows to those of the table: "A over B by 4.1 (p = 0.003)".
+    `labels` maps the names of rows to those of the table: "A over B by 4.1 (p = 0.003)". Of many
+    pairs the first are named and the others counted; the JSON report has all.
     """
     found = [
         f"{labels[pair.better]} over {labels[pair.worse]} by {100 * pair.difference.mean:.1f} "
@@ -71,7 +73,9 @@ def name_significant(pairs: Sequence[RowPair], labels: Mapping[str, str]) -> str
         for pair in pairs
         if pair.is_significant
     ]
-    return "; ".join(found) or ("none" if pairs else "")
+    more = len(found) - MAX_NAMED_PAIRS
+    named = [*found[:MAX_NAMED_PAIRS], f"{more} more"] if more > 1 else found
+    return "; ".join(named) or ("none" if pairs else "")
 
 
 def detectable_of_all(pairs: Sequence[RowPair]) -> float | None:
