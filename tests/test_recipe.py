@@ -7,17 +7,19 @@ from pathlib import Path
 import pytest
 
 from vlbench.config import recipe as recipes
+from vlbench.config.key_table import key_rows
 from vlbench.config.recipe import (
     load_recipe,
     load_recipe_file,
-    recipe_differences,
     recipe_to_yaml,
     save_recipe,
     to_plain,
 )
-from vlbench.config.schema import Recipe, key_rows
+from vlbench.config.schema import Recipe
 from vlbench.errors import UserError
 from vlbench.listing import file_summary
+from vlbench.text_files import read_yaml
+from vlbench.train.run_folder import recipe_differences
 
 LLAVA = {"name": "llava_mlp", "depth": 2, "norm": True, "mlp_ratio": 1.0}
 OWN = """# python -m vlbench fit recipe=own
@@ -63,12 +65,10 @@ def test_every_recipe_loads_at_every_size_and_survives_its_copy(name, size, tmp_
 
 def test_every_stage_of_a_size_belongs_to_some_recipe():
     known = {
-        stage
-        for path in recipes.recipe_files().values()
-        for stage in recipes.read_yaml(path)["stages"]
+        stage for path in recipes.recipe_files().values() for stage in read_yaml(path)["stages"]
     }
     for path in recipes.size_files().values():
-        assert set(recipes.read_yaml(path).get("stages", {})) <= known, path
+        assert set(read_yaml(path).get("stages", {})) <= known, path
 
 
 def test_first_line_of_every_recipe_is_its_command_and_the_next_says_what_it_is():

@@ -11,10 +11,12 @@ from typing import get_args
 from vlbench.command_line.arguments import BudgetName, CompareArguments
 from vlbench.command_line.parser import split_arguments
 from vlbench.config import recipe as recipes
+from vlbench.config.key_table import declared_keys
 from vlbench.config.overrides import format_override, shorten_keys
-from vlbench.config.schema import Recipe, declared_keys
+from vlbench.config.schema import Recipe
 from vlbench.errors import UserError
 from vlbench.strict_values import INTEGER_PATTERN, parse_flow_yaml
+from vlbench.text_files import read_yaml
 
 MATCHABLE_BUDGETS: tuple[str, ...] = get_args(BudgetName)
 """What `match` can make equal in all rows; `model/connector_cost.py` counts them."""
@@ -71,7 +73,7 @@ class ComparisonGrid:
 
 def parse_grid(words: list[str]) -> ComparisonGrid:
     """Return the grid of a command line; all errors of all recipes are raised together."""
-    arguments, common = split_arguments(CompareArguments, words, declared_keys(Recipe))
+    arguments, common = split_arguments(CompareArguments, words, declared_keys())
     keys = [word.partition("=")[0] for word in common]
     reserved = [key for key in keys if key in RESERVED_KEYS]
     if reserved:
@@ -130,7 +132,7 @@ def _parse_alternatives(text: str | None) -> list[tuple[str, ...]]:
 
 def _read_alternatives(path: Path) -> list[tuple[str, ...]]:
     """Read alternatives from YAML: `rows: [{KEY: VALUE, ...}, ...]`."""
-    rows = recipes.read_yaml(path).get("rows")
+    rows = read_yaml(path).get("rows")
     if not isinstance(rows, list) or not all(isinstance(row, dict) and row for row in rows):
         raise UserError(f"{path}: wanted is rows, a list of mappings from keys to values")
     return [tuple(format_override(str(key), value) for key, value in row.items()) for row in rows]

@@ -41,7 +41,7 @@ def evaluation_seconds(recipe: Recipe) -> float:
     _, questions, unseen = final_questions(recipe)
     if not questions:
         return 0.0
-    vlm = build_vlm(recipe, list(recipe.stages.values())[-1].image_size)
+    vlm = build_vlm(recipe.model, list(recipe.stages.values())[-1].image_size)
     vlm.to(root_device(recipe.trainer))
     began = time.monotonic()
     answer_questions(vlm, questions[:QUESTIONS_PER_BATCH], "")
