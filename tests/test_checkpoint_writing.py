@@ -260,3 +260,31 @@ def test_a_gpu_is_copied_beside_what_it_computes(tmp_path: Path, monkeypatch) ->
     weight.zero_()
     writer.finish()
     assert torch.equal(load_file(tmp_path / "model.safetensors")["w"], expected)
+
+
+def test_copying_on_a_cpu_begins_no_team_of_threads(tmp_path: Path) -> None:
+    """With more OpenMP threads than cores, libgomp lets none of a process spin."""
+    before = torch.get_num_threads()
+    tasks = Path("/proc/self/task")
+    if not tasks.is_dir():
+        pytest.skip("threads are counted in /proc")
+    tensors = {"a": torch.rand(1 << 20), "b": torch.rand(1 << 20).to(torch.bfloat16)}
+    torch.set_num_threads(4)
+    try:
+        specs = {name: TensorSpec(tuple(t.shape), torch.float32) for name, t in tensors.items()}
+        files = plan_files(specs)
+        create_files(files, tmp_path)
+        known = {task.name for task in tasks.iterdir()}
+        writes = [
+            FolderWrite(
+                tmp_path, files, dict.fromkeys(tensors, torch.float32), find_own_rows(tensors)
+            )
+        ]
+        writer = BackgroundWriter(writes, 1 << 30, torch.device("cpu"))
+        writer.wait_until_copied()
+        assert len({task.name for task in tasks.iterdir()} - known) <= 2  # copies, writes
+        writer.finish()
+    finally:
+        torch.set_num_threads(before)
+    read = load_file(tmp_path / files[0].name)
+    assert all(read[name].equal(tensor.float()) for name, tensor in tensors.items())

@@ -133,7 +133,7 @@ def test_a_kill_while_a_checkpoint_is_written_loses_nothing(
     """Die while file `saves` is written: in a stage, between two stages, in the last one."""
     dying = (
         "import os, signal, sys, vlbench.model.weights.background_writer as c\n"
-        "whole, count = c.sync_file, 0\n"
+        "whole, count = c.fsync_path, 0\n"
         "def torn(path):\n"
         "    global count\n"
         "    count += 1\n"
@@ -141,7 +141,7 @@ def test_a_kill_while_a_checkpoint_is_written_loses_nothing(
         f"    if count == {saves}:\n"
         "        os.truncate(path, 1000)\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "c.sync_file = torn\n"
+        "c.fsync_path = torn\n"
         "from vlbench.__main__ import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )

@@ -185,7 +185,7 @@ def test_a_full_disk_is_one_line_and_earlier_checkpoints_stay(
     from vlbench.model.weights import background_writer
     from vlbench.train import checkpoint_files
 
-    sync_whole, written = background_writer.sync_file, []
+    sync_whole, written = background_writer.fsync_path, []
 
     def sync_full(path: Path) -> None:
         written.append(path)
@@ -193,7 +193,7 @@ def test_a_full_disk_is_one_line_and_earlier_checkpoints_stay(
             raise OSError(errno.ENOSPC, "No space left on device")
         sync_whole(path)
 
-    monkeypatch.setattr(background_writer, "sync_file", sync_full)
+    monkeypatch.setattr(background_writer, "fsync_path", sync_full)
     steps = [
         f"stages.{n}.{k}"
         for n in ("align_224", "align_448", "chat")

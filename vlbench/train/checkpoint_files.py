@@ -45,7 +45,7 @@ from vlbench.model.build_vlm import LANGUAGE_FOLDER, VISION_FOLDER
 from vlbench.model.frozen_bf16 import FROZEN_DTYPE
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vlm import VLM
-from vlbench.model.weights.background_writer import BackgroundWriter, FolderWrite
+from vlbench.model.weights.background_writer import BackgroundWriter, FolderWrite, fsync_path
 from vlbench.model.weights.own_rows import find_own_rows
 from vlbench.model.weights.release_files import write_release_files
 from vlbench.model.weights.tensor_files import LazyTensors, weight_files
@@ -209,10 +209,10 @@ def _make_folders(temp_path: Path, writes: list[FolderWrite]) -> None:
 def _publish_checkpoint(temp_path: Path, final_path: Path) -> None:
     """Rename a complete checkpoint to its name, when all files are on the disk."""
     for path in temp_path.rglob("*"):
-        _fsync_path(path)
+        fsync_path(path)
     shutil.rmtree(final_path, ignore_errors=True)
     temp_path.rename(final_path)
-    _fsync_path(final_path.parent)
+    fsync_path(final_path.parent)
 
 
 def write_metadata(vlm: LoadedVLM, folder: Path, recipe_text: str, position: RunPosition) -> None:
@@ -268,15 +268,6 @@ def preprocessing_json(processor: Processor) -> str:
         ensure_ascii=False,
         indent=1,
     )
-
-
-def _fsync_path(path: Path) -> None:
-    """Make the operating system write `path` to the disk, so that it survives a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def read_position(folder: Path) -> RunPosition:

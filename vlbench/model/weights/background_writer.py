@@ -24,6 +24,7 @@ from vlbench.model.weights.own_rows import OwnRows
 from vlbench.model.weights.tensor_layout import FileLayout
 
 PIECE_BYTES = 1 << 26  # copied and written at a time; PCIe and disks are at their speed by then
+SERIAL_ELEMENTS = 1 << 14  # copied by torch on one thread: half of at::internal::GRAIN_SIZE
 
 UNSUPPORTED_LOCK_ERRNOS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
@@ -123,7 +124,7 @@ class BackgroundWriter:
                             offset,
                         )
                 path = target.folder / file.name
-                self._writes.append(self._write_thread.submit(sync_file, path))
+                self._writes.append(self._write_thread.submit(fsync_path, path))
 
     def _copy_rows(self, rows: OwnRows, dtype: torch.dtype, path: Path, offset: int) -> None:
         position = offset + rows.first_element * dtype.itemsize
@@ -160,12 +161,27 @@ class _HostCopier:
     def copy(self, values: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a copy as `dtype` on the host."""
         if values.device.type != "cuda" or self._stream is None:
-            return torch.empty(values.shape, dtype=dtype).copy_(values)
+            return _copy_on_one_thread(values, dtype)
         staged = self._staging[: values.numel() * dtype.itemsize].view(dtype)
         with torch.cuda.stream(self._stream):
             staged.copy_(values, non_blocking=True)
             self._stream.synchronize()
         return staged.clone()
+
+
+def _copy_on_one_thread(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a copy of a flat tensor on the CPU as `dtype`.
+
+    A copy of more elements would begin a team of OpenMP threads that belongs to the copying thread.
+    With more of them than cores, libgomp lets no thread of the process spin, those of training
+    neither.
+    """
+    copied = torch.empty(values.shape, dtype=dtype)
+    for target, source in zip(
+        copied.split(SERIAL_ELEMENTS), values.split(SERIAL_ELEMENTS), strict=True
+    ):
+        target.copy_(source)
+    return copied
 
 
 def write_piece(path: Path, position: int, piece: Tensor, lock_range: bool = False) -> None:
@@ -184,9 +200,9 @@ def write_piece(path: Path, position: int, piece: Tensor, lock_range: bool = Fal
         os.close(handle)
 
 
-def sync_file(path: Path) -> None:
-    """Wait until what was written into a file is on the disk."""
-    handle = os.open(path, os.O_WRONLY)
+def fsync_path(path: Path) -> None:
+    """Wait until what was written into a file or folder is on the disk: it survives a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
