@@ -226,7 +226,9 @@ def test_one_wrong_value_is_one_line(word, expected):
 
 def test_a_key_is_given_once():
     assert "seed is given twice" in mistakes("seed=1", "seed=2")[0]
-    assert "as a whole and in parts" in mistakes("connector={depth: 1}", "connector.depth=2")[0]
+    whole, part = "connector={depth: 1}", "connector.depth=2"
+    for words in ((whole, part), (part, whole)):
+        assert "as a whole and in parts" in mistakes(*words)[0]
     assert "not both" in mistakes("only=chat", "from=chat")[0]
     assert "not both" in mistakes("stages.chat.steps=1", "stages.chat.epochs=1")[0]
 
@@ -372,7 +374,8 @@ def test_full_sizes_ask_for_data():
     with pytest.raises(UserError, match="size=6b needs data.train=FILE"):
         recipes.require_data(llava("size=6b"))
     recipes.require_data(llava("size=6b", "data.train=a.json"))
-    recipes.require_data(llava("size=6b", "only=chat", "stages.chat.data.train=a.json"))
+    for chosen in ("only=chat", "from=chat"):
+        recipes.require_data(llava("size=6b", chosen, "stages.chat.data.train=a.json"))
 
 
 def test_every_key_has_a_meaning_and_the_copy_has_every_key():

@@ -22,6 +22,7 @@ from vlbench.errors import suggest_name
 INTEGER_PATTERN = re.compile(r"[+-]?\d+")
 NUMBER_PATTERN = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 MAX_DIGITS = 100  # of a typed whole number; Python itself refuses more than 4,300
+MAX_BRACKETS = 1000  # of a typed list or mapping; PyYAML takes seconds for 5,000
 NULL_WORDS = ("null", "none")
 # Built at the first value: `--help` reads names, types and texts of fields alone.
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
@@ -120,6 +121,9 @@ def parse_flow_yaml(text: str) -> Any:
     """Return `{a: 1, b: {c: 2}}`, `[a, b]` or `a,b` with every scalar left as `RawText`."""
     if not text.startswith(("{", "[")):
         return [RawText(part.strip()) for part in text.split(",")]
+    brackets = text.count("[") + text.count("{")
+    if brackets > MAX_BRACKETS:
+        raise ValueError(f"has {brackets:,} brackets; at most {MAX_BRACKETS:,} are read")
     import yaml  # late, as --help needs none of it
 
     try:

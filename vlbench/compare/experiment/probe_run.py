@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 
 from vlbench.config import recipe as recipes
-from vlbench.config.schema import Recipe
 from vlbench.errors import EnvironmentFailure, UserError
 from vlbench.evaluate.batch_inference import QUESTIONS_PER_BATCH, answer_questions
-from vlbench.evaluate.heldout_questions import final_questions
+from vlbench.evaluate.heldout_questions import EvalQuestion, final_questions
 from vlbench.model.build_vlm import build_vlm
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.train.dry_run import measure_stages
 from vlbench.train.lightning_trainer import root_device
 from vlbench.train.stage_plan import plan_stage_runs
@@ -26,9 +27,13 @@ def run_probe(overrides: list[str]) -> int:
     try:
         recipe = recipes.load_recipe(overrides)
         stages = list(measure_stages(recipe, plan_stage_runs(recipe)))
-        seconds = sum(one.total_steps * one.step_seconds for one in stages) + evaluation_seconds(
-            recipe
-        )
+        seconds = sum(one.total_steps * one.step_seconds for one in stages)
+        _, questions, unseen = final_questions(recipe)
+        if questions:
+            vlm = build_vlm(recipe.model, list(recipe.stages.values())[-1].image_size)
+            vlm.to(root_device(recipe.trainer))
+            asked_count = 3 * len(questions) + len(unseen)  # as they are, blank, and exchanged
+            seconds += asked_count * seconds_per_question(vlm, questions[:QUESTIONS_PER_BATCH])
         print(json.dumps({"seconds": seconds, "memory": peak_memory()}))
     except (UserError, EnvironmentFailure) as error:
         print(f"vlbench: {error}", file=sys.stderr)
@@ -36,17 +41,11 @@ def run_probe(overrides: list[str]) -> int:
     return 0
 
 
-def evaluation_seconds(recipe: Recipe) -> float:
-    """Return about how long the questions at the end take, by one batch of them."""
-    _, questions, unseen = final_questions(recipe)
-    if not questions:
-        return 0.0
-    vlm = build_vlm(recipe.model, list(recipe.stages.values())[-1].image_size)
-    vlm.to(root_device(recipe.trainer))
+def seconds_per_question(vlm: LoadedVLM, questions: Sequence[EvalQuestion]) -> float:
+    """Return how long a question of a batch takes."""
     began = time.monotonic()
-    answer_questions(vlm, questions[:QUESTIONS_PER_BATCH], "")
-    each = (time.monotonic() - began) / len(questions[:QUESTIONS_PER_BATCH])
-    return each * (3 * len(questions) + len(unseen))  # asked as they are, blank, and exchanged
+    answer_questions(vlm, questions, "")
+    return (time.monotonic() - began) / len(questions)
 
 
 if __name__ == "__main__":
