@@ -26,6 +26,7 @@ from vlbench.command_line.parser import (
     parse_arguments,
     split_arguments,
 )
+from vlbench.command_line.task_words import parse_eval_words
 from vlbench.model.generation.sampling_options import TRANSFORMERS_HINTS
 
 if TYPE_CHECKING:
@@ -71,10 +72,10 @@ def run_fit(words: list[str]) -> int:
 
 def run_eval(words: list[str]) -> int:
     """Evaluate a model."""
-    arguments = parse_arguments(EvalArguments, words)
+    tasks = parse_eval_words(words)
     from vlbench.evaluate.eval_command import run_eval as evaluate_model
 
-    return evaluate_model(arguments)
+    return evaluate_model(tasks)
 
 
 def run_score(words: list[str]) -> int:

@@ -43,8 +43,9 @@ class EvalArguments:
 
     model: str = model_argument()
     task: str | None = argument(
-        "one or several of mmmu, cmmmu, own (the run's questions), llava_json (those of data=); "
-        "by default llava_json with data=, else own",
+        "one or several of mmmu, cmmmu, own (the run's questions), llava_json (those of data=), "
+        "FILE.json; by default llava_json with data=, else own; task.NAME.KEY=VALUE is for one of "
+        "several",
         None,
         metavar="TASK[,TASK ...]",
         other_names=("tasks", "benchmark"),
@@ -298,6 +299,13 @@ class CompareArguments:
     )
     freeze: Literal["vision"] | None = argument(
         "never train the vision encoder, and keep its features for all runs", None, metavar="vision"
+    )
+    tasks: str | None = argument(
+        "asked at the end of every run, and compared too: mmmu, cmmmu, FILE.json, own (always "
+        "asked); keys as of eval: tasks.mmmu.data=DIR",
+        None,
+        metavar="TASK[,TASK ...]",
+        other_names=("task", "benchmark"),
     )
     jobs: str = argument(
         "runs at once: 1 to 1000, auto, or slurm (write a job array)", "auto", metavar="N"

@@ -45,7 +45,7 @@ from vlbench.text_files import (
 QUESTIONS_PER_BATCH = 64
 EXTRA_TOKENS = 4  # tokens beyond the longest true answer: a longer one is wrong anyway
 ANSWERS_FILE, BLANK_FILE, SKIPPED_FILE = "answers.jsonl", "blank.jsonl", "skipped.jsonl"
-SETTINGS_FILE = "settings.json"
+SETTINGS_FILE, REPORT_FILE = "settings.json", "report.txt"
 
 
 def answer_batch(vlm: LoadedVLM, samples: Sequence[Sample], **generation_options: Any) -> list[str]:

@@ -6,14 +6,17 @@ The model is a run, a checkpoint or a release; the tasks are evaluated one after
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from vlbench.command_line.arguments import EvalArguments
-from vlbench.errors import UserError, suggest_name
+from vlbench.command_line.task_words import OWN_TASK
+from vlbench.errors import UserError
 from vlbench.evaluate.batch_inference import (
     ANSWERS_FILE,
     BLANK_FILE,
+    REPORT_FILE,
     SKIPPED_FILE,
     answer_remaining,
     open_answers_folder,
@@ -21,14 +24,12 @@ from vlbench.evaluate.batch_inference import (
 from vlbench.evaluate.tasks.benchmark_records import RECORD_READERS
 from vlbench.evaluate.tasks.benchmark_tasks import BenchmarkTask
 from vlbench.evaluate.tasks.benchmark_types import GenerationLimits
-from vlbench.evaluate.tasks.conversation_tasks import FILE_TASK, OWN_TASK, ConversationTask
+from vlbench.evaluate.tasks.conversation_tasks import ConversationTask
 from vlbench.load_model import find_model_folder, load_chosen_model
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.text_files import format_json_lines, write_atomically
 from vlbench.train import checkpoint_files
 
-BENCHMARK_KEYS = ("split", "protocol", "subjects", "seed")
-TASK_NAMES = (*RECORD_READERS, OWN_TASK, FILE_TASK)
 AnswerLines = list[dict[str, Any]]
 
 
@@ -39,6 +40,8 @@ class EvalTask(Protocol):
     """Name of the folder with a model's answers."""
     task_settings: dict[str, Any]
     """What is asked, and how: a folder never mixes answers under different settings."""
+    question_count: int
+    """Those that cannot be asked included."""
 
     def select_questions(self, vlm: LoadedVLM) -> tuple[list[Any], list[dict[str, str]]]:
         """Return the questions that can be asked, and those that cannot, with the reason."""
@@ -62,20 +65,12 @@ class EvalTask(Protocol):
         ...
 
 
-def run_eval(arguments: EvalArguments) -> int:
-    """Evaluate a model on the tasks that are named, on a file, or on a run's own questions."""
-    text = arguments.task or (FILE_TASK if arguments.data else OWN_TASK)
-    names = list(dict.fromkeys(name for name in text.split(",") if name))
-    _check_tasks(names, arguments)
-    tasks: list[EvalTask] = [
-        BenchmarkTask(name, arguments)
-        if name in RECORD_READERS
-        else ConversationTask(name, arguments)
-        for name in names
-    ]
-    model_folder = find_model_folder(arguments.model, "model")
-    vlm = load_chosen_model(arguments)
-    for task in tasks:
+def run_eval(asked: Sequence[EvalArguments]) -> int:
+    """Evaluate a model on tasks, one after the other; `asked` are the arguments of each."""
+    tasks = [open_task(arguments) for arguments in asked]
+    model_folder = find_model_folder(asked[0].model, "model")
+    vlm = load_chosen_model(asked[0])
+    for arguments, task in zip(asked, tasks, strict=True):
         model_settings = {"model": str(model_folder), **_chosen_settings(arguments)}
         folder = _answers_folder(task.folder_name, model_folder, arguments)
         settings = {**task.task_settings, "batch": arguments.batch, **model_settings}
@@ -85,33 +80,17 @@ def run_eval(arguments: EvalArguments) -> int:
     return 0
 
 
+def open_task(arguments: EvalArguments) -> EvalTask:
+    """Return the task that the arguments name, with its questions."""
+    task = arguments.task or OWN_TASK
+    is_benchmark = task in RECORD_READERS
+    return BenchmarkTask(task, arguments) if is_benchmark else ConversationTask(task, arguments)
+
+
 def _chosen_settings(arguments: EvalArguments) -> dict[str, str]:
     """Return the settings in place of the model's own, on which its answers depend."""
     chosen = {"template": arguments.template, "dtype": arguments.dtype}
     return {key: value for key, value in chosen.items() if value}
-
-
-def _check_tasks(task_names: list[str], arguments: EvalArguments) -> None:
-    """Raise a UserError for unknown tasks, and for keys that none of the tasks has."""
-    for name in task_names or [""]:
-        if name not in TASK_NAMES:
-            known = ", ".join(TASK_NAMES)
-            raise UserError(f"task is '{name}'; known are {known}.{suggest_name(name, TASK_NAMES)}")
-    if len(task_names) > 1 and (arguments.data or arguments.out):
-        raise UserError("data= and out= belong to one task; give one task=, or leave them out")
-    if FILE_TASK in task_names and not arguments.data:
-        raise UserError(f"task={FILE_TASK} needs data=FILE.json")
-    tasks_of_key = {
-        **dict.fromkeys(BENCHMARK_KEYS, tuple(RECORD_READERS)),
-        "images": (FILE_TASK,),
-        "allow_outside": (FILE_TASK,),
-        "data": (*RECORD_READERS, FILE_TASK),
-    }
-    for key, tasks in tasks_of_key.items():
-        if getattr(arguments, key) not in (None, False) and not set(task_names) & set(tasks):
-            raise UserError(
-                f"{key}= is for task={' and '.join(tasks)}, not for {', '.join(task_names)}"
-            )
 
 
 def _answers_folder(folder_name: str, model_folder: Path, arguments: EvalArguments) -> Path:
@@ -152,5 +131,5 @@ def _run_task(vlm: LoadedVLM, task: EvalTask, folder: Path, arguments: EvalArgum
     lines = answer_into(ANSWERS_FILE, False)
     blank_lines = answer_into(BLANK_FILE, True) if arguments.blank else []
     report = "\n".join(task.write_scores(folder, lines, blank_lines, len(skipped)))
-    write_atomically(folder / "report.txt", f"{report}\n")
+    write_atomically(folder / REPORT_FILE, f"{report}\n")
     print(f"{report}\n\nwrote {folder}")

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 
-from vlbench.compare.experiment import cost_estimate, lr_sweep
+from vlbench.compare.experiment import cost_estimate, lr_sweep, task_jobs
 from vlbench.compare.experiment import grid as grids
 from vlbench.compare.experiment.grid import ComparisonGrid, GridRow
 from vlbench.compare.experiment.match_budget import match_budgets
@@ -27,6 +27,7 @@ from vlbench.compare.experiment.run_jobs import (
     write_slurm_script,
 )
 from vlbench.compare.experiment.shared_stages import copy_shared_stages, find_shared_stages
+from vlbench.compare.experiment.task_jobs import PlannedTask
 from vlbench.compare.report.analysis import analyze_runs
 from vlbench.compare.report.finished_runs import describe_sweep, load_finished_run
 from vlbench.compare.report.markdown_report import render_markdown
@@ -39,34 +40,38 @@ from vlbench.text_files import read_json, write_atomically
 from vlbench.train.run_folder import RunFolder
 from vlbench.train.run_report import format_duration, print_status
 
-REPORT_FILES = ("report.md", "report.html")
+REPORT_FILES = ("report.md", "report.html", "report.json")
 
 
 def run_compare(grid: ComparisonGrid) -> int:
     """Train the unfinished runs of a grid and write the reports; return the exit code."""
     _check_machine(grid)
+    tasks = task_jobs.plan_tasks(grid)
     grid = match_budgets(grid)
     if grid.dry_run:
-        cost_estimate.print_plan(grid)
+        cost_estimate.print_plan(grid, tasks)
         return 0
     with _hold_grid_folder(grid):
         _write_command(grid)
-        cost_estimate.print_plan(grid)
-        return _prepare_slurm(grid) if grid.jobs == "slurm" else _train_and_report(grid)
+        cost_estimate.print_plan(grid, tasks)
+        if grid.jobs == "slurm":
+            return _prepare_slurm(grid, tasks)
+        return _train_and_report(grid, tasks)
 
 
-def _train_and_report(grid: ComparisonGrid) -> int:
-    """Train all unfinished runs here, and write the reports."""
+def _train_and_report(grid: ComparisonGrid, tasks: Sequence[PlannedTask]) -> int:
+    """Train all unfinished runs here, ask every run its tasks, and write the reports."""
     try:
         failed = _train_unfinished(grid, lr_sweep.trial_jobs(grid))
         if grid.lr_factors:
             grid = lr_sweep.apply_best_lr(grid)
         failed |= _train_unfinished(grid, _make_jobs(grid))
+        unasked = task_jobs.ask_runs(grid, tasks)
     except ComparisonStopped:
         again = shlex.quote(f"run={grid.folder}")
         print_status(f"stopped, saved. To go on: repeat the command with {again}")
         return STOPPED_EXIT_CODE
-    return _write_reports(grid, failed)
+    return _write_reports(grid, failed, unasked)
 
 
 @contextlib.contextmanager
@@ -168,34 +173,41 @@ def _shared_run_folder(grid: ComparisonGrid, row: GridRow, seed: int) -> Path | 
     return grid.run_folder(shared[0], seed) if shared else None
 
 
-def _prepare_slurm(grid: ComparisonGrid) -> int:
-    """Write a Slurm array script for the unfinished runs and print how to submit it."""
+def _prepare_slurm(grid: ComparisonGrid, tasks: Sequence[PlannedTask]) -> int:
+    """Write a Slurm array script for the unfinished runs and print how to submit it.
+
+    When they have ended, the next script asks them their tasks.
+    """
     trials = [job for job in lr_sweep.trial_jobs(grid) if not RunFolder(job.folder).is_finished]
     if grid.lr_factors and not trials:
         grid = lr_sweep.apply_best_lr(grid)
     todo = trials or [job for job in _make_jobs(grid) if not RunFolder(job.folder).is_finished]
+    todo = todo or task_jobs.make_eval_jobs(grid, tasks)
     if not todo:
-        return _write_reports(grid, {})
+        return _write_reports(grid, {}, [])
     script = write_slurm_script(todo, grid.folder)
     command = shlex.join(["sbatch", str(script)])
     print(f"{command}  # {len(todo)} runs, one GPU each; then repeat this command")
     return 0
 
 
-def _write_reports(grid: ComparisonGrid, failed: dict[Path, str]) -> int:
-    """Write and print the report of the finished runs; return 1 if any run failed, else 0."""
+def _write_reports(grid: ComparisonGrid, failed: dict[Path, str], unasked: Sequence[str]) -> int:
+    """Write and print the report of the finished runs; return 1 if anything failed, else 0.
+
+    `unasked` are sentences on the runs that could not be asked their tasks.
+    """
     runs = [
         load_finished_run(folder) for folder in grid.run_folders() if RunFolder(folder).is_finished
     ]
     if runs:
-        findings = analyze_runs(runs, failed, describe_sweep(grid.folder))
+        findings = analyze_runs(runs, failed, [*describe_sweep(grid.folder), *unasked])
         paths = [grid.folder / name for name in REPORT_FILES]
         for path in paths:
             write_report(findings, path)  # before printing: stdout may be a closed pipe
         print(f"\n{render_markdown(findings)}\n")
         for path in paths:
             print(f"wrote {path}")
-    return 1 if failed else 0
+    return 1 if failed or unasked else 0
 
 
 def _describe_result(folder: Path) -> str:

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
-from vlbench.compare.experiment import design_power, lr_sweep
+from vlbench.compare.experiment import design_power, lr_sweep, task_jobs
 from vlbench.compare.experiment import grid as grids
 from vlbench.compare.experiment.grid import ComparisonGrid, GridRow
 from vlbench.compare.experiment.run_jobs import count_slots, slot_environment
 from vlbench.compare.experiment.shared_stages import find_shared_stages
+from vlbench.compare.experiment.task_jobs import PlannedTask
 from vlbench.text_files import read_json, split_lines, write_atomically
 from vlbench.train.run_folder import RunFolder
 from vlbench.train.run_report import format_bytes, format_duration, print_status
@@ -21,8 +22,8 @@ from vlbench.train.run_report import format_bytes, format_duration, print_status
 PROBE_FILE = "plan.json"
 
 
-def print_plan(grid: ComparisonGrid) -> None:
-    """Print the runs, how many are finished, and what the others will take."""
+def print_plan(grid: ComparisonGrid, tasks: Sequence[PlannedTask] = ()) -> None:
+    """Print the runs, how many are finished, and what the others and their tasks will take."""
     count = len(grid.rows) * len(grid.seeds)
     done = sum(RunFolder(folder).is_finished for folder in grid.run_folders())
     print(
@@ -49,12 +50,18 @@ def print_plan(grid: ComparisonGrid) -> None:
     if shared and grid.jobs != "slurm":
         print(f"  {shared} runs begin with stages that another one has trained alike")
     print(*design_power.describe_power(grid), sep="\n", end="\n" if len(grid.rows) > 1 else "")
+    question_seconds = None
     if done < count and grid.jobs != "slurm":  # a login node must not train
-        _print_costs(grid)
+        question_seconds = _print_costs(grid)
+    for line in task_jobs.describe_tasks(tasks, grid.run_folders(), question_seconds):
+        print(line, flush=True)
 
 
-def _print_costs(grid: ComparisonGrid) -> None:
-    """Print the time and memory that the unfinished runs will take."""
+def _print_costs(grid: ComparisonGrid) -> float | None:
+    """Print the time and memory that the unfinished runs will take.
+
+    Returns the seconds that one of their own questions takes, None where that was not tried.
+    """
     print("  trying some steps of every row ...", flush=True)
     costs = _estimate_costs(grid)
     seconds, memory = 0.0, 0
@@ -78,6 +85,8 @@ def _print_costs(grid: ComparisonGrid) -> None:
         f"{format_bytes(memory)} of memory for each of {slot_count}",
         flush=True,
     )
+    tried = [cost["question_seconds"] for cost in costs if cost and cost.get("question_seconds")]
+    return mean(tried) if tried else None
 
 
 def _estimate_costs(grid: ComparisonGrid) -> Sequence[dict[str, Any] | None]:

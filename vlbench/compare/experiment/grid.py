@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from vlbench.command_line.arguments import BudgetName, CompareArguments
+from vlbench.command_line.arguments import BudgetName, CompareArguments, EvalArguments
 from vlbench.command_line.parser import split_arguments
+from vlbench.command_line.task_words import build_tasks, split_task_words
 from vlbench.config import recipe as recipes
 from vlbench.config.key_table import declared_keys
 from vlbench.config.overrides import format_override, shorten_keys
@@ -61,6 +62,10 @@ class ComparisonGrid:
     """Only print the plan."""
     arguments: tuple[str, ...] = ()
     """The command line."""
+    tasks: str | None = None
+    """What every run is asked when it has ended, as it was typed."""
+    task_words: tuple[str, ...] = ()
+    """`tasks.NAME.KEY=VALUE`, what one of the tasks is asked with."""
 
     def run_folders(self) -> list[Path]:
         """Return the folders of all runs."""
@@ -73,7 +78,12 @@ class ComparisonGrid:
 
 def parse_grid(words: list[str]) -> ComparisonGrid:
     """Return the grid of a command line; all errors of all recipes are raised together."""
-    arguments, common = split_arguments(CompareArguments, words, declared_keys())
+    task_words, others = split_task_words("tasks", words)
+    arguments, common = split_arguments(CompareArguments, others, declared_keys())
+    if task_words and arguments.tasks is None:
+        raise UserError(f"'{task_words[0]}' is for one of tasks=, which are not given")
+    if arguments.tasks is not None:
+        build_tasks("tasks", arguments.tasks, EvalArguments(model="RUN"), task_words)
     keys = [word.partition("=")[0] for word in common]
     reserved = [key for key in keys if key in RESERVED_KEYS]
     if reserved:
@@ -110,6 +120,8 @@ def parse_grid(words: list[str]) -> ComparisonGrid:
         _parse_jobs(arguments.jobs),
         arguments.dry_run,
         tuple(words),
+        arguments.tasks,
+        tuple(task_words),
     )
 
 

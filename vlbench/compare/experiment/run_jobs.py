@@ -28,12 +28,13 @@ STOPPED_EXIT_CODE = 130  # of a run that was interrupted and has saved
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """A run to train: `fit` with these overrides, in this folder."""
+    """A run to train, or to ask: `fit` or `eval` with these words, in this folder."""
 
     title: str
     overrides: tuple[str, ...]
-    """Arguments of `fit`."""
+    """Words behind the verb."""
     folder: Path
+    verb: str = "fit"
 
     @property
     def log_file(self) -> Path:
@@ -119,7 +120,7 @@ def _launch_job(job: TrainingJob, slot: int, slot_count: int) -> subprocess.Pope
     job.log_file.parent.mkdir(parents=True, exist_ok=True)
     with job.log_file.open("a", encoding="utf-8") as file:
         return subprocess.Popen(
-            [sys.executable, "-m", "vlbench", "fit", *job.overrides],
+            [sys.executable, "-m", "vlbench", job.verb, *job.overrides],
             stdout=file,
             stderr=file,
             env=slot_environment(slot, slot_count),
@@ -158,7 +159,9 @@ def _collect_stop_signals() -> Iterator[list[int]]:
 def write_slurm_script(jobs: Sequence[TrainingJob], folder: Path) -> Path:
     """Write `commands.txt` and a Slurm array script that runs its lines; return the script."""
     commands = folder / "commands.txt"
-    lines = [shlex.join([sys.executable, "-m", "vlbench", "fit", *job.overrides]) for job in jobs]
+    lines = [
+        shlex.join([sys.executable, "-m", "vlbench", job.verb, *job.overrides]) for job in jobs
+    ]
     write_atomically(commands, "\n".join(lines) + "\n")
     script = folder / "array.sh"
     write_atomically(

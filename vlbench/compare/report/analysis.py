@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from vlbench.compare.report.comparison_warnings import comparison_warnings
-from vlbench.compare.report.detectable_difference import (
-    SIGNIFICANCE_LEVEL,
-    describe_detectable,
-)
+from vlbench.compare.report.detectable_difference import describe_detectable
 from vlbench.compare.report.finished_runs import (
     ComparisonArm,
     FinishedRun,
@@ -24,14 +20,18 @@ from vlbench.compare.report.finished_runs import (
     differing_keys,
     group_into_arms,
 )
-from vlbench.compare.report.paired_statistics import (
-    PairedDifference,
-    RowStatistics,
-    holm_correction,
-)
+from vlbench.compare.report.paired_statistics import RowStatistics
 from vlbench.compare.report.question_clusters import CorrectMatrix
-
-MAX_NAMED_ROWS = 4  # a sentence about more rows gives their number instead of names
+from vlbench.compare.report.question_kinds import QuestionGroup, group_questions
+from vlbench.compare.report.row_pairs import (
+    MAX_NAMED_ROWS,
+    RowPair,
+    all_pairs,
+    compare_pairs,
+    format_count,
+    join_names,
+)
+from vlbench.compare.report.task_comparison import TaskComparison, compare_tasks
 
 
 @dataclass(frozen=True)
@@ -66,64 +66,6 @@ class RowResult:
 
 
 @dataclass(frozen=True)
-class RowPair:
-    """The difference of two rows of a comparison, the better one first."""
-
-    better: str
-    worse: str
-    difference: PairedDifference
-    corrected_p: float
-    """After Holm's correction over all pairs."""
-    pair_count: int
-    """The number of these pairs."""
-
-    @property
-    def is_significant(self) -> bool:
-        """Whether the interval excludes 0 and the corrected p is small enough.
-
-        With one seed that is said of two runs, not of their rows.
-        """
-        return self.difference.interval_low > 0 and self.corrected_p <= SIGNIFICANCE_LEVEL
-
-    @property
-    def corrected_p_text(self) -> str:
-        """The corrected p with a relation sign: "= 0.012" or "< 0.001"."""
-        return f"= {self.corrected_p:.3f}" if self.corrected_p >= 0.001 else "< 0.001"
-
-    def short_sentence(self) -> str:
-        """Return the difference as a sentence."""
-        caution = (
-            ", so this may be chance"
-            if self.difference.interval_low > 0 and self.corrected_p > SIGNIFICANCE_LEVEL
-            else ""
-        )
-        return (
-            f"{self.difference.describe_difference(self.better, self.worse)}; p "
-            f"{self.corrected_p_text} after Holm's "
-            f"correction over {format_count(self.pair_count, 'pair')}{caution}."
-        )
-
-    def full_sentence(self) -> str:
-        """Return the short sentence with the smallest detectable difference."""
-        smallest = 100 * self.difference.smallest_detectable
-        return (
-            f"{self.short_sentence()} Smallest detectable difference of this design: "
-            f"{smallest:.1f} points."
-        )
-
-
-class QuestionGroup(NamedTuple):
-    """Questions of one type or in one language, with the accuracy of each row."""
-
-    name: str
-    is_language: bool
-    """True for a language, False for a type."""
-    question_count: int
-    row_accuracies: list[tuple[float, float, float]]
-    """Accuracy of each row with the ends of its interval, in the order of the rows."""
-
-
-@dataclass(frozen=True)
 class ComparisonResult:
     """A whole comparison."""
 
@@ -141,6 +83,10 @@ class ComparisonResult:
     design: str
     """What more seeds would find, as a sentence; "" where that cannot be said."""
     question_groups: list[QuestionGroup]
+    tasks: list[TaskComparison]
+    """What the runs were asked beside their own questions."""
+    task_remarks: list[str]
+    """Sentences on what was asked and cannot be compared."""
     warnings: list[str]
     notes: list[str]
     """Sentences on what all rows have in common, or on how they were made."""
@@ -239,6 +185,7 @@ def analyze_runs(
         for index, arm in enumerate(arm_order)
     ]
     failed = failed or {}
+    tasks, task_remarks = compare_tasks(arms)
     return ComparisonResult(
         arms=tuple(arms),
         rows=tuple(rows),
@@ -246,9 +193,13 @@ def analyze_runs(
         question_ids=questions,
         cluster_count=statistics.cluster_count,
         asked_of=rows[0].runs[0].results.get("asked_of", "the data of the recipe"),
-        pairs=_compare_all_pairs(rows, statistics),
+        pairs=compare_pairs([row.name for row in rows], statistics, all_pairs(len(rows))),
         design=_describe_design(statistics),
-        question_groups=_group_questions(rows, questions, statistics),
+        question_groups=group_questions(
+            [row.name for row in rows], _kinds_of(rows[0].runs[0], questions), statistics
+        ),
+        tasks=tasks,
+        task_remarks=task_remarks,
         warnings=comparison_warnings(arms, seeds, questions, failed),
         notes=[*_frozen_encoder_note(arms), *notes],
         failed=failed,
@@ -260,25 +211,6 @@ def _frozen_encoder_note(arms: Sequence[ComparisonArm]) -> list[str]:
     keys = [key for arm in arms for key, value in arm.runs[0].recipe.items() if value is not None]
     is_trained = any(key.startswith("stages.") and ".train.vision" in key for key in keys)
     return [] if is_trained else ["The vision encoder is frozen in every stage of every row."]
-
-
-def _compare_all_pairs(rows: Sequence[RowResult], statistics: RowStatistics) -> list[RowPair]:
-    """Return all pairs of rows, best rows first, with p-values corrected for their number."""
-    pairs = list(itertools.combinations(range(len(rows)), 2))
-    differences = [statistics.difference(better, worse) for better, worse in pairs]
-    corrected_ps = holm_correction([difference.p_value for difference in differences])
-    return [
-        RowPair(
-            better=rows[better].name,
-            worse=rows[worse].name,
-            difference=difference,
-            corrected_p=corrected_p,
-            pair_count=len(pairs),
-        )
-        for (better, worse), difference, corrected_p in zip(
-            pairs, differences, corrected_ps, strict=True
-        )
-    ]
 
 
 def _describe_design(statistics: RowStatistics) -> str:
@@ -299,36 +231,9 @@ def _describe_design(statistics: RowStatistics) -> str:
     )
 
 
-def _group_questions(
-    rows: Sequence[RowResult], questions: Sequence[str], statistics: RowStatistics
-) -> list[QuestionGroup]:
-    """Group the questions by type, then by language; an empty name makes no group."""
-    types_and_languages = rows[0].runs[0].types_and_languages
-    groups: dict[tuple[bool, str], list[int]] = {}
-    for column, question_id in enumerate(questions):
-        question_type, language = types_and_languages[question_id]
-        for is_language, name in ((False, question_type), (True, language)):
-            if name:
-                groups.setdefault((is_language, name), []).append(column)
-    subsets = {key: statistics.of_questions(columns) for key, columns in sorted(groups.items())}
+def _kinds_of(run: FinishedRun, questions: Sequence[str]) -> list[dict[str, str]]:
+    """Return the type and language of each question."""
     return [
-        QuestionGroup(
-            name,
-            is_language,
-            subset.question_count,
-            [subset.accuracy_interval(index) for index in range(len(rows))],
-        )
-        for (is_language, name), subset in subsets.items()
+        dict(zip(("type", "language"), run.types_and_languages[name], strict=True))
+        for name in questions
     ]
-
-
-def format_count(count: int, noun: str) -> str:
-    """Return "1 seed" or "3 seeds"."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def join_names(names: Sequence[str], conjunction: str) -> str:
-    """Return "a, b and c"; "N others" for more than `MAX_NAMED_ROWS`."""
-    if len(names) > MAX_NAMED_ROWS:
-        return f"{len(names)} others"
-    return f" {conjunction} ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

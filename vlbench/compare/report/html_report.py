@@ -20,14 +20,15 @@ from vlbench.compare.report import (
     row_costs,
     training_curves,
 )
-from vlbench.compare.report.analysis import (
-    MAX_NAMED_ROWS,
-    ComparisonResult,
-    RowResult,
-    format_count,
-)
+from vlbench.compare.report.analysis import ComparisonResult, RowResult
 from vlbench.compare.report.detectable_difference import STATISTICAL_POWER
 from vlbench.compare.report.markdown_report import format_share, format_whole
+from vlbench.compare.report.pair_families import (
+    FAMILY_SENTENCE,
+    detectable_of_all,
+    name_significant,
+)
+from vlbench.compare.report.row_pairs import MAX_NAMED_ROWS, format_count
 from vlbench.compare.report.svg_figure import legend_marker
 from vlbench.html_pages import jinja_environment
 from vlbench.version import __version__
@@ -46,6 +47,7 @@ SECTION_TITLES = {
     "accuracy": "Accuracy and differences",
     "training": "Learning curves",
     "kinds": "Accuracy by kind of question",
+    "tasks": "Further tasks",
     "costs": "Cost against quality",
     "cases": "Wins and losses",
     "inside": "Diagnostics",
@@ -62,12 +64,15 @@ def render_html(findings: ComparisonResult) -> str:
         "heatmap": diagnostics.heatmap_uri,
         "exp": math.exp,
         "breakable": _breakable,
+        "significant": name_significant,
+        "detectable": detectable_of_all,
     }
     environment.globals |= {
         "format_count": format_count,
         "version": __version__,
         "statistical_power": STATISTICAL_POWER,
         "max_named_rows": MAX_NAMED_ROWS,
+        "family_sentence": FAMILY_SENTENCE,
     }
     rows = findings.rows
     labels = row_labels([row.name for row in rows])
@@ -79,6 +84,8 @@ def render_html(findings: ComparisonResult) -> str:
         "diagnostics": _diagnostics_section(rows, labels),
     }
     left_out = _left_out(findings, sections)
+    if not findings.tasks and not findings.task_remarks:
+        left_out["tasks"] = "Nothing was asked of these runs beside their own questions."
     text = environment.get_template(REPORT_TEMPLATE).render(
         **sections,
         findings=findings,

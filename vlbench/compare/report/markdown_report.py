@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vlbench.compare.report.analysis import ComparisonResult, RowResult
+from vlbench.compare.report.markdown_tasks import kinds_table, render_tasks
+from vlbench.compare.report.pair_families import FAMILY_SENTENCE
 from vlbench.compare.report.row_costs import available_budgets
 from vlbench.text_tables import markdown_text
 
 
 def render_markdown(findings: ComparisonResult) -> str:
     """Return the report: differing keys, accuracies, budgets, pairs, groups of questions."""
+    names = [row.name for row in findings.rows]
     lines = ["# Comparison", "", markdown_text(findings.scope_sentence), ""]
     for warning in findings.warnings:
         lines += [f"**{markdown_text(warning)}**", ""]
@@ -31,8 +34,11 @@ def render_markdown(findings: ComparisonResult) -> str:
             *(f"- {markdown_text(pair.full_sentence())}" for pair in findings.pairs),
             "",
             *([markdown_text(findings.design), ""] if findings.design else []),
+            FAMILY_SENTENCE,
+            "",
         ]
-    lines += ["## By kind of question", "", *_question_group_table(findings)]
+    lines += ["## By kind of question", "", *kinds_table(findings.question_groups, names)]
+    lines += ["", *render_tasks(findings)] if findings.tasks or findings.task_remarks else []
     if findings.failed:
         failed = (
             f"- {markdown_text(f'{folder}: {reason}')}"
@@ -90,14 +96,3 @@ def format_share(value: float | None) -> str:
 def format_whole(value: float | None) -> str:
     """Return a number without decimals, "" if it is not known."""
     return "" if value is None else f"{value:.0f}"
-
-
-def _question_group_table(findings: ComparisonResult) -> list[str]:
-    names = [markdown_text(row.name) for row in findings.rows]
-    lines = [f"| questions | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
-    for group in findings.question_groups:
-        values = [f"{accuracy:.3f}" for accuracy, _, _ in group.row_accuracies]
-        lines.append(
-            f"| {markdown_text(group.name)} ({group.question_count}) | {' | '.join(values)} |"
-        )
-    return lines

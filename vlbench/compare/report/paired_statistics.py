@@ -159,10 +159,13 @@ class RowStatistics:
             accuracy, count, quantile, found.seed_share
         )
 
-    def difference(self, first: int, second: int) -> PairedDifference:
+    def difference(
+        self, first: int, second: int, pair_count: int | None = None
+    ) -> PairedDifference:
         """Return how much better one row is than another.
 
-        Where few clusters differ at all, p is at least that of the exact sign test.
+        Where few clusters differ at all, p is at least that of the exact sign test. `pair_count`
+        is the number of pairs over which p is going to be corrected; by default all pairs of rows.
         """
         signs = np.eye(self.row_count)[first] - np.eye(self.row_count)[second]
         mean = float(self.accuracies[first] - self.accuracies[second])
@@ -184,7 +187,7 @@ class RowStatistics:
                 degrees_of_freedom=degrees,
                 accuracy=float(self.accuracies[[first, second]].mean()),
                 seed_share=found.seed_share,
-                pair_count=max(1, self.row_count * (self.row_count - 1) // 2),
+                pair_count=max(1, pair_count or self.row_count * (self.row_count - 1) // 2),
                 question_count=self.question_count,
                 seed_count=self.seed_count,
             ),

@@ -1,4 +1,4 @@
-"""`python -m vlbench report RUN...`: compare finished runs, as Markdown and HTML."""
+"""`python -m vlbench report RUN...`: compare finished runs, as Markdown, HTML and JSON."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from pathlib import Path
 from vlbench.command_line.arguments import ReportArguments
 from vlbench.compare.report.analysis import ComparisonResult, analyze_runs
 from vlbench.compare.report.finished_runs import SWEEP_FOLDER, describe_sweep, load_finished_run
+from vlbench.compare.report.json_report import render_json
 from vlbench.compare.report.markdown_report import render_markdown
 from vlbench.errors import UserError
 from vlbench.system_errors import explain_unwritable
 from vlbench.text_files import write_atomically
 
-REPORT_SUFFIXES = (".md", ".html")
+REPORT_SUFFIXES = (".md", ".html", ".json")
 
 
 def run_report(arguments: ReportArguments) -> int:
@@ -23,9 +24,11 @@ def run_report(arguments: ReportArguments) -> int:
     suffixes = [file.suffix for file in files]
     wrong = [file for file in files if file.suffix not in REPORT_SUFFIXES]
     if wrong:
-        raise UserError(f"out={wrong[0]} is no form of a report: out=FILE.md or out=FILE.html")
+        raise UserError(
+            f"out={wrong[0]} is no form of a report: out=FILE.md, out=FILE.html or out=FILE.json"
+        )
     if len(set(suffixes)) < len(suffixes):
-        raise UserError("report takes out=FILE.md and out=FILE.html once each")
+        raise UserError("report takes out=FILE.md, out=FILE.html and out=FILE.json once each")
     notes = [note for folder in folders for note in describe_sweep(folder)]
     findings = analyze_runs(
         [load_finished_run(folder) for folder in _find_run_folders(folders)], notes=notes
@@ -39,11 +42,13 @@ def run_report(arguments: ReportArguments) -> int:
 
 
 def write_report(findings: ComparisonResult, path: Path) -> None:
-    """Write the report as HTML or Markdown, by the suffix of the file."""
+    """Write the report as HTML, JSON or Markdown, by the suffix of the file."""
     if path.suffix == ".html":
         from vlbench.compare.report.html_report import render_html  # imports matplotlib
 
         text = render_html(findings)
+    elif path.suffix == ".json":
+        text = render_json(findings) + "\n"
     else:
         text = render_markdown(findings) + "\n"
     try:

@@ -9,8 +9,10 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
-from vlbench.compare.report.analysis import QuestionGroup, RowPair, RowResult
+from vlbench.compare.report.analysis import RowResult
+from vlbench.compare.report.question_kinds import QuestionGroup
 from vlbench.compare.report.row_costs import pareto_frontier
+from vlbench.compare.report.row_pairs import RowPair
 from vlbench.compare.report.svg_figure import (
     GRID_COLOR,
     MUTED_COLOR,

@@ -79,6 +79,7 @@ class BenchmarkQuestion:
             "subject": subject_or_category(record.task, record.subject, record.category),
             "options": list(record.options),
             "answer": record.json_answer,
+            "picture": record.picture_digest,
         }
 
 
@@ -98,7 +99,7 @@ class BenchmarkTask:
         limit = arguments.limit or len(records)
         if limit < len(records):  # spread over the data, which come subject by subject
             records = [records[index * len(records) // limit] for index in range(limit)]
-        self.records = records
+        self.records, self.question_count = records, len(records)
         self.folder_name = f"{task}-{split}-{name}"
         self.task_settings = {
             "task": task,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import string
 from collections.abc import Mapping, Sequence
@@ -114,6 +115,12 @@ class BenchmarkRecord:
     def json_answer(self) -> str | list[str] | None:
         """The right answer as JSON holds it: several are a list."""
         return list(self.answer) if isinstance(self.answer, tuple) else self.answer
+
+    @property
+    def picture_digest(self) -> str:
+        """A name of the first image by its content, "" without one: several records may show it."""
+        content = next((image.image_bytes for image in self.images.values()), b"")
+        return hashlib.sha256(content).hexdigest()[:16] if content else ""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlbench.command_line.arguments import EvalArguments
+from vlbench.command_line.task_words import FILE_TASK
 from vlbench.config import recipe as recipes
 from vlbench.data.conversation_files import LlavaJson
 from vlbench.data.conversation_record import ROLE_ALIASES
@@ -34,7 +35,6 @@ from vlbench.text_files import format_json_lines, write_atomically
 from vlbench.train import checkpoint_files
 from vlbench.train.resume import find_released_model
 
-OWN_TASK, FILE_TASK = "own", "llava_json"
 AnswerLine = dict[str, Any]
 HumanAnswers = dict[tuple[str, int], tuple[str, ...]]
 """Answers by record number and turn."""
@@ -63,6 +63,7 @@ class ConversationQuestion:
             "set": self.set_name,
             "type": self.question.type,
             "language": self.question.language,
+            "picture": self.question.picture,
             "answer": list(self.true_answers),
         }
 
@@ -142,6 +143,7 @@ class ConversationTask:
         """Read the questions that the arguments of `eval` ask for."""
         questions, self.left_out_records = _load_questions(task, arguments)
         self.all_questions = pick_fixed_subset(questions, arguments.limit)
+        self.question_count = len(self.all_questions)
         self.folder_name = f"{task}-{Path(arguments.data).stem}" if arguments.data else task
         texts = [
             (one.sample.id, one.question.question_text, one.true_answers)

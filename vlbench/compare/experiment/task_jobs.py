@@ -1,0 +1,112 @@
+"""`compare tasks=mmmu,vqa.json`: what every run is asked when all have ended, by `eval`.
+
+The answers lie in the run (RUN/eval/CHECKPOINT/TASK/), where `report` finds them. What was asked is
+not asked again, and what was interrupted goes on. `own` are the questions that `fit` asks anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlbench.command_line.arguments import EvalArguments
+from vlbench.command_line.task_words import OWN_TASK, build_tasks
+from vlbench.compare.experiment.grid import ComparisonGrid
+from vlbench.compare.experiment.run_jobs import TrainingJob, count_slots, train_jobs
+from vlbench.compare.report.task_answers import EVAL_FOLDER
+from vlbench.evaluate.batch_inference import REPORT_FILE, SETTINGS_FILE
+from vlbench.evaluate.eval_command import open_task
+from vlbench.text_files import read_json
+from vlbench.train.run_folder import RunFolder
+from vlbench.train.run_report import format_duration, print_status
+
+
+@dataclass(frozen=True)
+class PlannedTask:
+    """A task that every run is asked: the folder of its answers, what is asked, and how much."""
+
+    folder_name: str
+    settings: dict[str, Any]
+    question_count: int
+
+    def is_asked(self, run_folder: Path) -> bool:
+        """Return whether a run has answered all of it."""
+        reports = (run_folder / EVAL_FOLDER).glob(f"*/{self.folder_name}/{REPORT_FILE}")
+        return any(self._is_same(read_json(file.with_name(SETTINGS_FILE))) for file in reports)
+
+    def _is_same(self, stored: dict[str, Any]) -> bool:
+        return all(stored.get(key) == value for key, value in self.settings.items())
+
+
+def plan_tasks(grid: ComparisonGrid) -> list[PlannedTask]:
+    """Return the tasks of `tasks=` without `own`; their data are read, and mistakes are told."""
+    if grid.tasks is None:
+        return []
+    asked = build_tasks("tasks", grid.tasks, EvalArguments(model="RUN"), grid.task_words)
+    opened = [open_task(arguments) for arguments in asked if arguments.task != OWN_TASK]
+    return [
+        PlannedTask(task.folder_name, task.task_settings, task.question_count) for task in opened
+    ]
+
+
+def make_eval_jobs(grid: ComparisonGrid, tasks: Sequence[PlannedTask]) -> list[TrainingJob]:
+    """Return the jobs that ask finished runs what they have not answered, one for each run."""
+    items = [item.strip() for item in (grid.tasks or "").split(",")]
+    asked = ",".join(item for item in items if item and item != OWN_TASK)
+    own_words = [word.replace("tasks.", "task.", 1) for word in grid.task_words]
+    return [
+        TrainingJob(
+            f"{row.name}, seed {seed}, tasks",
+            (f"model={folder}", f"task={asked}", *own_words),
+            folder / EVAL_FOLDER,
+            verb="eval",
+        )
+        for seed in grid.seeds
+        for row in grid.rows
+        for folder in [grid.run_folder(row, seed)]
+        if RunFolder(folder).is_finished and not all(task.is_asked(folder) for task in tasks)
+    ]
+
+
+def ask_runs(grid: ComparisonGrid, tasks: Sequence[PlannedTask]) -> list[str]:
+    """Ask every finished run the tasks that it has not answered; return what failed, in sentences.
+
+    Raises `ComparisonStopped` as `train_jobs` does; answers are kept, batch by batch.
+    """
+    failures = []
+
+    def start_job(job: TrainingJob) -> None:
+        print(f"{job.title}: asks, log in {job.log_file}", flush=True)
+
+    def finish_job(job: TrainingJob, exit_code: int) -> None:
+        if exit_code:
+            failures.append(f"{job.title}: not asked ({job.last_log_line}).")
+            print_status(failures[-1])
+        else:
+            print(f"{job.title}: asked", flush=True)
+
+    jobs = make_eval_jobs(grid, tasks)
+    train_jobs(jobs, count_slots(grid.jobs), lambda _: True, start_job, finish_job)
+    return failures
+
+
+def describe_tasks(
+    tasks: Sequence[PlannedTask], run_folders: Sequence[Path], question_seconds: float | None
+) -> list[str]:
+    """Return a line on what the tasks will cost, [] without tasks.
+
+    `question_seconds` is what one of the runs' own questions takes, None where that is not known.
+    """
+    if not tasks:
+        return []
+    named = ", ".join(f"{task.folder_name} ({task.question_count:,})" for task in tasks)
+    left = sum(
+        task.question_count for folder in run_folders for task in tasks if not task.is_asked(folder)
+    )
+    cost = ""
+    if question_seconds is not None and left:
+        cost = f", about {format_duration(question_seconds * left)} in all if their answers are "
+        cost += "as short as those of the runs' own questions"
+    return [f"  every run is then asked {named}: {left:,} questions to go{cost}"]

@@ -1,0 +1,110 @@
+"""The report of a comparison as JSON, for other programs: every figure of the page, unrounded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from vlbench.compare.report.analysis import ComparisonResult, RowResult
+from vlbench.compare.report.pair_families import FAMILY_SENTENCE
+from vlbench.compare.report.question_kinds import QuestionGroup
+from vlbench.compare.report.row_pairs import RowPair
+from vlbench.compare.report.task_comparison import TaskComparison
+from vlbench.version import __version__
+
+
+def render_json(findings: ComparisonResult) -> str:
+    """Return the report as JSON: shares from 0 to 1, differences as well, intervals of 95 %."""
+    names = [row.name for row in findings.rows]
+    report = {
+        "vlbench": __version__,
+        "question": findings.question_sentence,
+        "verdict": findings.verdict_sentence,
+        "asked_of": findings.asked_of,
+        "seeds": findings.seeds,
+        "questions": len(findings.question_ids),
+        "pictures": findings.cluster_count,
+        "recipe_differences": {
+            key: dict(zip([arm.name for arm in findings.arms], values, strict=True))
+            for key, values in findings.recipe_differences
+        },
+        "rows": [_row_entry(row) for row in findings.rows],
+        "families": FAMILY_SENTENCE,
+        "pairs": [_pair_entry(pair) for pair in findings.pairs],
+        "design": findings.design,
+        "kinds": [_kind_entry(group, names) for group in findings.question_groups],
+        "tasks": [_task_entry(task) for task in findings.tasks],
+        "task_remarks": findings.task_remarks,
+        "warnings": findings.warnings,
+        "notes": findings.notes,
+        "failed": {str(folder): reason for folder, reason in findings.failed.items()},
+    }
+    return json.dumps(report, indent=1)
+
+
+def _row_entry(row: RowResult) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "accuracy": row.accuracy,
+        "interval": [row.interval_low, row.interval_high],
+        "runs": [
+            {"folder": str(run.folder), "seed": run.seed, "accuracy": float(correct.mean())}
+            for run, correct in zip(row.runs, row.correct, strict=True)
+        ],
+        **{
+            key: row.mean_result(key)
+            for key in ("unseen_accuracy", "blank_accuracy", "shuffled_accuracy", "seconds")
+        },
+        "budget": row.budget,
+    }
+
+
+def _pair_entry(pair: RowPair) -> dict[str, Any]:
+    difference = pair.difference
+    return {
+        "better": pair.better,
+        "worse": pair.worse,
+        "difference": difference.mean,
+        "interval": [difference.interval_low, difference.interval_high],
+        "p": difference.p_value,
+        "p_corrected": pair.corrected_p,
+        "tests_in_family": pair.pair_count,
+        "more_than_chance": pair.is_significant,
+        "smallest_detectable": difference.smallest_detectable,
+    }
+
+
+def _kind_entry(group: QuestionGroup, row_names: Sequence[str]) -> dict[str, Any]:
+    return {
+        "kind": group.kind,
+        "name": group.name,
+        "questions": group.question_count,
+        "rows": {
+            name: {"accuracy": accuracy, "interval": [low, high]}
+            for name, (accuracy, low, high) in zip(row_names, group.row_accuracies, strict=True)
+        },
+        "pairs": [_pair_entry(pair) for pair in group.pairs],
+    }
+
+
+def _task_entry(task: TaskComparison) -> dict[str, Any]:
+    return {
+        "task": task.title,
+        "settings": dict(task.matched.settings),
+        "seeds": task.matched.seeds,
+        "questions": len(task.matched.questions),
+        "pictures": task.cluster_count,
+        "rows": [
+            {
+                "name": row.name,
+                "score": row.score,
+                "interval": [row.interval_low, row.interval_high],
+                "by_seed": row.seed_scores,
+            }
+            for row in task.rows
+        ],
+        "pairs": [_pair_entry(pair) for pair in task.pairs],
+        "kinds": [_kind_entry(group, [row.name for row in task.rows]) for group in task.groups],
+        "remarks": task.matched.remarks,
+    }
