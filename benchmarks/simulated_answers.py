@@ -9,6 +9,7 @@ that is asked for.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,11 +79,13 @@ def effects_of(kind: str) -> Effects:
 class Population:
     """All questions and seeds of a cell; `draw` takes a sample of them."""
 
-    def __init__(self, cell: Cell, difference: float = 0.0):
+    def __init__(
+        self, cell: Cell, difference: float = 0.0, accuracies: Sequence[float] | None = None
+    ):
         """Let the first two rows differ, around the accuracy of the others.
 
         Each has half of the difference, but the one that would come nearer to 0 or 1 than half of
-        the way has less of it.
+        the way has less of it. `accuracies` of all rows may be given instead.
         """
         self.cell, self.effects = cell, effects_of(cell.kind)
         self.true = np.full(cell.rows, cell.accuracy)
@@ -90,6 +93,8 @@ class Population:
         up = half if cell.accuracy > 0.5 else difference - half
         self.true[0] += up
         self.true[1] -= difference - up
+        if accuracies is not None:
+            self.true = np.array(accuracies)
         self.sds = np.full(cell.rows, cell.seed_sd)
         if cell.kind == "noisy":
             self.sds[-1] *= 3

@@ -229,7 +229,7 @@ ROWS_6B = (
     ),
     HubCommand(
         "python -m vlbench compare recipe=yivl_llava,yivl_qformer,yivl_flamingo,yivl_eva size=6b "
-        "match=params data.train=FILE.json",
+        "match=params match_limit=8 data.train=FILE.json",
         f"data.images=FOLDER jobs=1 dry_run=true {SHORT} {LOW}",
         ENCODER | CHAT,
         check_output("yivl_llava", "yivl_qformer", "yivl_flamingo", "yivl_eva"),

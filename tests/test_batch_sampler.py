@@ -166,6 +166,21 @@ def test_bad_samples_contribute_nothing_and_are_named():
     )
 
 
+def test_what_max_length_cuts_off_is_counted_as_planned_and_as_loaded():
+    whole = steps()
+    lengths = [n for row in whole.plan_step(0).rows for n in row.sample_lengths]
+    limit = max(lengths) - 2
+    cut = steps(encoder=replace(ENCODER, max_length=limit))
+    plan, loaded = cut.plan_step(0), cut[0]
+    counts, before = loaded.counts, whole[0].counts
+    assert counts.truncated_samples == sum(n > limit for n in lengths) > 0
+    lost = before.supervised_tokens - counts.supervised_tokens
+    assert counts.lost_supervised_tokens == lost > 0
+    assert before.truncated_samples == before.lost_supervised_tokens == 0
+    for name in ("truncated_samples", "lost_supervised_tokens"):
+        assert sum(getattr(row, name) for row in plan.rows) == getattr(counts, name)
+
+
 def test_captions_skip_samples_without_an_image():
     step = steps(source=MixedSource(12), encoder=replace(ENCODER, sample_format="caption"))[0]
     assert (step.skipped_samples, step.counts.samples, step.bad_samples) == (3, 9, [])

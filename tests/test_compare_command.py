@@ -65,9 +65,32 @@ def test_a_grid_may_be_a_file(tmp_path):
         (["recipe=yivl_llava", "seeds=two"], "seeds is 'two'"),
         (["recipe=yivl_llava", "seed=1"], "seed is not for compare"),
         (["recipe=yivl_llava", "init=x"], "init is not for compare"),
+        (["recipe=yivl_llava", "grid=seed=1 | seed=2"], "seed is not for compare"),
+        (["recipe=yivl_llava", "grid=run=a | connector.depth=1"], "run is not for compare"),
         (["recipe=yivl_llava", "jobs=0"], "jobs is '0'; allowed are 1 to 1000, auto"),
         (["recipe=yivl_llava", "sweep=2"], "sweep is '2'; wanted are factors"),
         (["recipe=yivl_llava", "sweep=1,x"], "sweep is '1,x'; wanted are factors"),
+        (["recipe=yivl_llava", "sweep.langage=1,2"], "Did you mean 'language'?"),
+        (["recipe=yivl_llava", "sweep.language=1"], "sweep.language is '1'; wanted are factors"),
+        (["recipe=yivl_llava", "sweep=1,2", "sweep.connector=1,3"], "sweep is sweep.connector"),
+        (["recipe=yivl_llava", "sweep.vision=1,2", "sweep.vision=1,3"], "is given twice, as '1,2'"),
+        (
+            ["recipe=yivl_llava", "sweep=1,2", "seeds=[4000000000]"],
+            "belongs to the trials of sweep",
+        ),
+        (
+            ["recipe=yivl_llava", "freeze=vision", "sweep.vision=1,2"],
+            "row yivl_llava: no stage trains the vision",
+        ),
+        (["recipe=yivl_llava", "match_limit=8"], "match_limit= is of match=, which is not given"),
+        (
+            ["recipe=yivl_llava", "grid=connector.depth=2 | connector.norm=true"],
+            "are the same experiment: their recipes are equal in every key",
+        ),
+        (
+            ["recipe=yivl_llava", "grid=trainer.devices=1 | trainer.devices=2 + log.wandb=x"],
+            "the same experiment: what differs (trainer.devices, log.wandb) is how a run is made",
+        ),
         (["recipe=yivl_llava", "freeze=language"], "freeze must be vision"),
         (["recipe=yivl_llava", "dry_run=yes"], "dry_run must be true or false, given 'yes'"),
         (["recipe=yivl_llava", "grid=connector.dept=1 | connector.depth=2"], "'depth'"),
@@ -97,6 +120,11 @@ def test_stages_are_alike_until_something_differs():
     )
     for word in ("connector.depth=1", "seed=1", "precision=bf16", "vision.layer=-1"):
         assert common_stages(one(), one(word)) == []
+    assert common_stages(one(), one("activation_checkpointing=full")) == []  # other last bits
+    assert common_stages(one("only=chat"), one()) == []
+    assert common_stages(one("only=[align_224,chat]"), one()) == ["align_224"]
+    assert common_stages(one(), one("only=align_224")) == ["align_224"]
+    assert common_stages(one("from=align_448"), one("only=[align_448,chat]")) == ["align_448"]
 
 
 @pytest.fixture
@@ -108,13 +136,14 @@ def no_probe(monkeypatch):
 def test_the_plan_says_what_the_runs_will_take_and_tries_that_once(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     words = ["compare", "recipe=yivl_llava", "seeds=2", "run=c", *SHORT]
-    words += ["grid=connector.depth=2 | trainer.accelerator=mps"]
+    words += ["grid=connector.depth=2 | connector.depth=1 + trainer.accelerator=mps"]
     monkeypatch.setattr(compare_command, "_train_unfinished", lambda *_: {})
     assert main(words) == 0
     said = capfd.readouterr()
     cost = r"connector.depth=2: 2 runs to go, \d+ s and [\d.]+ GB each"
     assert re.search(cost, said.out) and re.search(r"about \d+ s in all with jobs=\d", said.out)
     assert "trainer.accelerator=mps: cannot be run: " in said.err
+    assert "a seed changes which scenes are rendered" in said.out
     assert {path.name for path in (tmp_path / "c").iterdir()} == {"plan.json", "command.txt"}
     assert "'grid=connector.depth=2 |" in (tmp_path / "c/command.txt").read_text()
     monkeypatch.setattr(cost_estimate, "_probe_run", lambda *_: pytest.fail("tried again"))

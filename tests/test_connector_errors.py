@@ -38,7 +38,6 @@ def test_a_mistake_is_one_line(mistake, tmp_path, monkeypatch, capsys):
     (tmp_path / "connectors").mkdir()
     (tmp_path / "connectors/mine.py").write_text(FILE.replace(right, wrong))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("vlbench.connector.registry.__path__", [str(tmp_path / "connectors")])
     words = [
         "connector.name=mine",
         "only=chat",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from vlbench.train import checkpoint_files, lightning_trainer
 from vlbench.train.lightning_trainer import build_trainer
 from vlbench.train.progress_logging import METRIC_COLUMNS, truncate_metrics
 from vlbench.train.stage_runner import StageRunner
+from vlbench.train.training_module import SEEN_COUNTS
 
 STEPS = {"align_224": 3, "align_448": 2, "chat": 4}
 SHORT = [
@@ -69,6 +71,31 @@ def log_of(run: Path) -> list[list[str]]:
     """Return stage, step and losses of every line of metrics.csv; times differ."""
     lines = (run / "metrics.csv").read_text().splitlines()
     return [line.split(",")[:6] for line in lines]
+
+
+def test_a_run_records_what_it_was_trained_with(whole: Path) -> None:
+    budget = json.loads((whole / "results.json").read_text())["budget"]
+    assert budget["steps"] == STEPS and budget["samples"] == 4 * sum(STEPS.values())
+    assert budget["epochs"]["chat"] == 4 * STEPS["chat"] / 100000
+    assert budget["truncated_samples"] == budget["lost_supervised_tokens"] == 0
+    assert budget["unused_objectives"] == [] and budget["supervised_tokens"] > 0
+
+
+def test_truncation_is_counted_kept_when_a_run_goes_on_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [*SHORT, "only=chat", "language.max_length=190", "run=r"]
+    assert main(words) == 0
+    said = capsys.readouterr().err
+    budget = json.loads((tmp_path / "r/results.json").read_text())["budget"]
+    told = re.search(r"stage chat: (\d+) of 16 samples were cut .* took ([\d,]+) supervised", said)
+    assert told and int(told[1]) == budget["truncated_samples"] > 0
+    assert int(told[2].replace(",", "")) == budget["lost_supervised_tokens"] > 0
+    assert budget["steps"] == {"chat": 4} and budget["samples"] == 16
+    first = sorted((tmp_path / "r/checkpoints").iterdir())[0]
+    position = json.loads((first / "position.json").read_text())
+    assert set(position["seen"]) == set(SEEN_COUNTS)
 
 
 def test_a_run_describes_itself(whole: Path) -> None:

@@ -20,6 +20,7 @@ from vlbench.compare.report.finished_runs import load_finished_run
 from vlbench.compare.report.html_report import render_html
 from vlbench.compare.report.json_report import render_json
 from vlbench.compare.report.markdown_report import render_markdown
+from vlbench.compare.report.pair_families import name_significant
 from vlbench.compare.report.paired_statistics import RowStatistics, holm_correction
 from vlbench.text_files import format_json_lines
 
@@ -147,6 +148,15 @@ def test_all_forms_of_the_report_hold_the_tasks(findings):
     assert task["rows"][0]["score"] == findings.tasks[1].rows[0].score
     assert made["pairs"][0]["p_corrected"] == findings.pairs[0].corrected_p
     assert {kind["name"] for kind in made["kinds"]} == {"shape", "colour", "en", "zh"}
+
+
+def test_a_cell_names_few_pairs_and_counts_the_others(findings):
+    (pair,) = findings.tasks[1].pairs
+    labels = {"llava_mlp": "A", "linear": "B"}
+    one = name_significant([pair], labels)
+    assert one.startswith("A over B by ") and name_significant([pair] * 5, labels).count(one) == 5
+    assert name_significant([pair] * 9, labels).endswith(f"{one}; 5 more")
+    assert name_significant(findings.tasks[0].pairs, labels) == "none"
 
 
 def test_the_verb_writes_json(tmp_path, capsys):

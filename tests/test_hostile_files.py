@@ -96,7 +96,7 @@ LARGE = {
     "more than any data": ("pack", sparse(b"[", MAX_DATA_BYTES + 1), "has 69 GB; at most 69 GB"),
     "zeros as JSON": ("pack", sparse(b"", 20 << 30), "is no text: its byte 1 is 0"),
     "a list and zeros": ("pack", sparse(b"[{", 20 << 30), "is no text: its byte 3 is 0"),
-    "a large recipe": ("recipe", sparse(b"seed: 1\n", 1 << 40), "has 1100 GB; at most 268 MB"),
+    "a large recipe": ("recipe", sparse(b"seed: 1\n", 1 << 40), "has 1100 GB; at most 262 kB"),
     "zeros as answers": ("score", sparse(b"[{", 8 << 30), "is no text: its byte 3 is 0"),
     "many answers": ("score", sparse(b"[{", 100 << 30), "has 107 GB; at most 8.6 GB"),
 }

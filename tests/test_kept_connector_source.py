@@ -58,7 +58,6 @@ def trained(tmp_path_factory):
     marker = folder / "marker"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("vlbench.connector.registry.__path__", [str(folder / "connectors")])
         write_connector(folder, marker)
         words = ["recipe=yivl_llava", "connector.name=mine", f"run={folder / 'run'}"]
         assert main(["fit", *words, *SHORT]) == 0
@@ -70,7 +69,7 @@ def elsewhere(trained, tmp_path, monkeypatch):
     """The run's copy in a folder without `./connectors`, of a user who did not make it."""
     shutil.copytree(trained[0], tmp_path / "run")
     trained[1].write_text("")
-    for name in [name for name in sys.modules if ".registry.kept_" in name]:
+    for name in [name for name in sys.modules if ".connector.kept_" in name]:
         monkeypatch.delitem(sys.modules, name)  # else what ran before does not run again
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))

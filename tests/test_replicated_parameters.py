@@ -60,7 +60,6 @@ def folder(tmp_path_factory):
     (path / "connectors/gated.py").write_text(CONNECTOR)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
-        patch.setattr("vlbench.connector.registry.__path__", [str(path / "connectors")])
         yield path
 
 

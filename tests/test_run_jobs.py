@@ -18,6 +18,7 @@ from vlbench.__main__ import main
 from vlbench.compare.experiment import grid as grids
 from vlbench.compare.experiment import lr_sweep, run_jobs
 from vlbench.compare.experiment.run_jobs import ComparisonStopped, TrainingJob, train_jobs
+from vlbench.compare.experiment.sweep_factors import SWEEP_SEED
 
 SLEEPS = "import time, sys; time.sleep(0.6); print('the end'); sys.exit(int(sys.argv[1]))"
 SAVES = """
@@ -152,7 +153,7 @@ def test_a_sweep_multiplies_the_rate_of_every_stage(tmp_path, monkeypatch):
     assert "stages.chat.train.connector.lr=0.0005" in trials[0].overrides
     assert "stages.align_224.train.connector.lr=0.004" in trials[2].overrides
     assert "stages.chat.train.connector.lr=1e-3" not in trials[0].overrides
-    assert "seed=5" in trials[0].overrides  # no run of the comparison has it
+    assert f"seed={SWEEP_SEED}" in trials[0].overrides  # no run of a comparison ever has it
 
 
 def grid_names(grid: grids.ComparisonGrid) -> list[str]:
@@ -172,15 +173,16 @@ def test_the_lowest_held_out_loss_is_chosen_row_by_row(tmp_path, monkeypatch):
     llava, qformer, eva = grid.rows
     for factor, losses in {0.5: ("0.3", "0.2"), 1: ("0.1", "nan"), 2: ("0.2", "0.1")}.items():
         for row, loss in zip((llava, qformer), losses, strict=True):
-            finish(lr_sweep.trial_folder(grid, row, factor), loss)
+            finish(lr_sweep.trial_folder(grid, row, {"connector": factor}), loss)
     after = lr_sweep.apply_best_lr(grid)
     rates = [
         grids.load_recipe(row, 0).stages["chat"].trained_parts["connector"].lr for row in after.rows
     ]
     assert rates == [4e-4, 8e-4, 4e-4]  # nothing is known of the last row, so it stays
     written = json.loads((tmp_path / "c/sweep.json").read_text())["rows"]
-    assert written["yivl_qformer"] == {"losses": {"0.5": 0.2, "1": None, "2": 0.1}, "chosen": 2.0}
-    assert written["yivl_eva"]["losses"] == {"0.5": None, "1": None, "2": None}
+    assert written["yivl_qformer"]["chosen"] == {"connector": 2.0}
+    assert [trial["loss"] for trial in written["yivl_qformer"]["trials"]] == [0.2, None, 0.1]
+    assert [trial["loss"] for trial in written["yivl_eva"]["trials"]] == [None] * 3
     assert written["yivl_eva"]["chosen"] is None
 
 

@@ -137,6 +137,9 @@ def test_long_text_is_cut_at_the_end():
     assert short.input_ids == whole.input_ids[:second]
     assert short.labels == whole.labels[: second - 1] + [IGNORE_INDEX]
     assert len(short.sample.images) == 1
+    lost = whole.supervised_token_count - short.supervised_token_count
+    assert short.is_truncated and short.lost_supervised_tokens == lost > 0
+    assert not whole.is_truncated and whole.lost_supervised_tokens == 0
     with pytest.raises(BadSample, match=f"max_length={second + 2} cuts through image 2"):
         encoded(sample, max_length=second + 2)
     with pytest.raises(BadSample, match="nothing to learn within max_length=20"):

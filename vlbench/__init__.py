@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vlbench.printable_streams import show_control_characters
 from vlbench.process_settings import preserve_process_settings
 from vlbench.version import __version__
 
@@ -34,7 +35,7 @@ def load(
     `vlbench.load_model.load_model`.
     Several threads may use one model at once, and settings of the process stay as they are.
     """
-    with preserve_process_settings():
+    with preserve_process_settings(), show_control_characters():
         from vlbench.load_model import load_model as load_now  # here: it imports torch
 
         return load_now(path, dtype, device, template, trust_connector)
@@ -49,7 +50,7 @@ def fit(recipe: str | Path, **keys: Any) -> TrainedRun | None:
     the command prints a line. Settings of the process (logging, warnings, signals, random numbers)
     are as before when it returns.
     """
-    with preserve_process_settings():
+    with preserve_process_settings(), show_control_characters():
         from vlbench.python_fit import fit_keys  # here: it imports torch in the end
 
         return fit_keys({"recipe": recipe, **keys})

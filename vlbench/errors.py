@@ -134,8 +134,18 @@ def escape_to_one_line(text: str) -> str:
 
 
 def printable_text(text: str) -> str:
-    """Return a text that can be shown on a terminal: control characters but line feeds escaped."""
+    """Return a text that can be shown to people: control characters but line feeds escaped."""
     return LINE_CONTROLS.sub(lambda match: repr(match[0])[1:-1], text)
+
+
+def escape_in_json(text: str) -> str:
+    """Return a JSON text that means the same and can be shown: control characters are escaped.
+
+    JSON's own escapes leave out DEL, the second row of control characters, and those that reorder
+    what is shown. Halves of surrogate pairs are escaped too.
+    """
+    shown = LINE_CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+    return escape_surrogates(shown)
 
 
 def one_line(error: BaseException | str, max_lines: int | None = None) -> str:

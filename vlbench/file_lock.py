@@ -18,9 +18,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vlbench.errors import CONTROL_CHARACTERS, EnvironmentFailure, UserError, escape_to_one_line
+from vlbench.regular_files import read_regular_text
 
 LOCK_FILE = ".lock"
 HEARTBEAT_SECONDS = 30.0
+MAX_LOCK_BYTES, MAX_PID = 1 << 16, 1 << 31
 STALE_MINUTES = 5  # without a heartbeat; NFS shows a new time after a minute at the latest
 PROCESS_FOLDER = Path("/proc")
 
@@ -213,18 +215,28 @@ def _advise(holder: LockHolder | None, lock_file: Path) -> str:
 
 
 def _read_text(file: Path) -> str | None:
-    """Return the text of a lock file, None if there is none."""
+    """Return the text of a lock file, None if there is none.
+
+    Raises a UserError where something else has its name, which no process of vlbench has made.
+    """
     try:
-        return file.read_text(encoding="utf-8", errors="replace")
+        return read_regular_text(file, MAX_LOCK_BYTES, errors="replace")
     except FileNotFoundError:
+        if file.is_symlink():
+            raise UserError(f"{file}: is a link to nothing; remove it") from None
         return None
+    except UserError as error:
+        raise UserError(f"{file}: {error}; remove it") from error
 
 
 def _parse_holder(text: str | None) -> LockHolder | None:
     try:
-        return LockHolder(**json.loads(text or ""))
-    except (ValueError, TypeError):  # cut short by a full disk, or of another version
+        holder = LockHolder(**json.loads(text or ""))
+    except (ValueError, TypeError, RecursionError):  # cut short by a full disk, another version's
         return None
+    kinds = {"pid": int, "restarts": int}
+    is_typed = all(type(said) is kinds.get(key, str) for key, said in vars(holder).items())
+    return holder if is_typed and 0 < holder.pid < MAX_PID else None
 
 
 def _beat(lock_file: Path, has_ended: threading.Event) -> None:

@@ -78,7 +78,12 @@ def _fit_recipe(recipe: Recipe, held_locks: contextlib.ExitStack) -> tuple[int, 
             return 0, run
         training.finish_training(vlm)
         is_complete = write_results(
-            recipe, run, vlm, graceful_stop.is_stop_requested, training.elapsed_seconds
+            recipe,
+            run,
+            vlm,
+            graceful_stop.is_stop_requested,
+            training.elapsed_seconds,
+            training.spent_by_stage(),
         )
         if not is_complete:
             return run_report.show_interrupted(run, graceful_stop.stop_reason), run

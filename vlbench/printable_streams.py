@@ -6,13 +6,14 @@ prints, warnings, log handlers, progress bars. All of them end at these two stre
 
 from __future__ import annotations
 
-import contextlib
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 from vlbench.errors import printable_text
+from vlbench.process_settings import RestoreFunction, SettingsGuard
 
 MESSAGE_MARK = "vlbench:"
 """How a message of vlbench begins."""
@@ -92,14 +93,24 @@ class QuotedPieces:
         self._write(escape + text.replace(f"\n{MESSAGE_MARK}", f"\n\\{MESSAGE_MARK}"))
 
 
-@contextlib.contextmanager
-def show_control_characters() -> Iterator[None]:
-    """Let everything written on standard output and error be printable."""
+def show_control_characters() -> AbstractContextManager[None]:
+    """Let everything written on standard output and error be printable.
+
+    Of threads that overlap, the last one to leave puts the streams back.
+    """
+    return _STREAMS_GUARD
+
+
+def _replace_streams() -> RestoreFunction:
     before = sys.stdout, sys.stderr
     # None where a stream is closed
     sys.stdout = PrintableStream(sys.stdout, False) if sys.stdout else sys.stdout
     sys.stderr = PrintableStream(sys.stderr, True) if sys.stderr else sys.stderr
-    try:
-        yield
-    finally:
+
+    def restore_streams() -> None:
         sys.stdout, sys.stderr = before
+
+    return restore_streams
+
+
+_STREAMS_GUARD = SettingsGuard(_replace_streams)

@@ -25,7 +25,7 @@ ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH
 RestoreFunction = Callable[[], None]
 
 
-class _SettingsGuard:
+class SettingsGuard:
     """Settings saved when the first of several threads enters, restored when the last leaves."""
 
     def __init__(self, save_settings: Callable[[], RestoreFunction]) -> None:
@@ -242,7 +242,7 @@ def _disable_cudnn_attention() -> RestoreFunction:
 
 
 _INTERPRETER_GUARD, _RANDOM_GUARD, _CUDNN_ATTENTION_GUARD = (
-    _SettingsGuard(_save_interpreter_state),
-    _SettingsGuard(_save_random_state),
-    _SettingsGuard(_disable_cudnn_attention),
+    SettingsGuard(_save_interpreter_state),
+    SettingsGuard(_save_random_state),
+    SettingsGuard(_disable_cudnn_attention),
 )

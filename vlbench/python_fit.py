@@ -12,7 +12,7 @@ from vlbench.config.overrides import format_override
 from vlbench.distributed.launcher import is_launched
 from vlbench.distributed.machine_limits import check_machine_limits
 from vlbench.errors import UserError
-from vlbench.text_files import read_json
+from vlbench.train.run_results_file import read_results
 from vlbench.verbs import resolve_recipe
 
 
@@ -46,7 +46,7 @@ def fit_keys(keys: Mapping[str, Any]) -> TrainedRun | None:
         return None
     if not run.is_finished:
         raise KeyboardInterrupt(f"{run.folder} was stopped and has saved; run= goes on with it")
-    return TrainedRun(run.folder, read_json(run.results_file))
+    return TrainedRun(run.folder, read_results(run.results_file))
 
 
 def _override_words(keys: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The one way to open a file that a user or a data set names: a regular file, of a limited size.
+"""The one way to open a file that was there before: a regular file, of a limited size.
 
 A device such as /dev/zero never ends, a named pipe waits for a writer, and a file in /proc has no
 size: opening or reading them fills the memory or hangs. So they are refused before they are read,
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
-from io import BufferedReader
+from io import BufferedRandom, BufferedReader
 from pathlib import Path
 
 from vlbench.errors import UserError, one_line
@@ -20,6 +20,7 @@ MAX_DATA_BYTES = 1 << 36  # 69 GB: conversations in JSON, which are parsed in me
 MAX_IMAGE_BYTES = 600_000_000  # an uncompressed RGB image of 178 megapixels has 537 MB
 CHUNK_BYTES = 1 << 24  # of text read at once
 _FILE_KINDS = (
+    (stat.S_ISLNK, "a link"),
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a named pipe"),
     (stat.S_ISSOCK, "a socket"),
@@ -63,6 +64,28 @@ def _check_status(status: os.stat_result, max_bytes: int | None) -> None:
         raise UserError(f"has {size}; at most {format_bytes(max_bytes)} are read")
 
 
+def open_to_append(path: str | Path) -> BufferedRandom:
+    """Open a regular file for reading and appending; it is made if it is not there.
+
+    Raises as `open_regular` does, also for a link: in a folder that came from others it could lead
+    to any file of the user's.
+    """
+    file = open(path, "ab+", opener=_open_without_following)
+    try:
+        _check_status(os.fstat(file.fileno()), None)
+    except UserError:
+        file.close()
+        raise
+    return file
+
+
+def _open_without_following(path: str, flags: int) -> int:
+    if os.path.lexists(path):  # first, as a pipe waits and a device acts
+        _check_status(os.lstat(path), None)
+    flags |= getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
+    return os.open(path, flags, 0o666)
+
+
 def read_regular(path: str | Path, max_bytes: int) -> bytes:
     """Return the bytes of a regular file; raises as `open_regular` does."""
     with open_regular(path, max_bytes) as file:
@@ -75,6 +98,15 @@ def read_regular_text(path: str | Path, max_bytes: int, errors: str = "strict") 
     No text has a byte 0: what follows one is not read, so that a sparse file takes no memory.
     Raises UnicodeDecodeError for what is not UTF-8, unless `errors` (of `bytes.decode`) allows it.
     """
+    data, has_zero = read_until_zero(path, max_bytes)
+    text = data.decode("utf-8-sig", errors)
+    if has_zero:
+        raise UserError(f"is no text: its byte {len(data) + 1} is 0")
+    return text
+
+
+def read_until_zero(path: str | Path, max_bytes: int) -> tuple[bytearray, bool]:
+    """Return the bytes before the first 0, and whether there is one; raises as `open_regular`."""
     data, zero = bytearray(), b""
     with open_regular(path, max_bytes) as file:
         bytes_left = os.fstat(file.fileno()).st_size
@@ -84,10 +116,7 @@ def read_regular_text(path: str | Path, max_bytes: int, errors: str = "strict") 
             data += before_zero
             if zero:
                 break
-    text = data.decode("utf-8-sig", errors)
-    if zero:
-        raise UserError(f"is no text: its byte {len(data) + 1} is 0")
-    return text
+    return data, bool(zero)
 
 
 def describe_failure(error: OSError | ValueError) -> str:

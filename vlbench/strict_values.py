@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
 
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, Valida
 from pydantic import field_validator as validator_of_fields
 from pydantic_core import ErrorDetails
 
-from vlbench.errors import suggest_name
+from vlbench.errors import UserError, suggest_name
 
 INTEGER_PATTERN = re.compile(r"[+-]?\d+")
 NUMBER_PATTERN = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
@@ -36,6 +37,7 @@ ALLOWED_WORDS = {
     "model_type": "a mapping as {{KEY: VALUE}}",
     "dict_type": "a mapping as {{KEY: VALUE}}",
     "tuple_type": "a list, as [a,b] or a,b",
+    "list_type": "a list, as [a,b]",
     "too_short": "a list of at least {min_length}",
     "too_long": "a list of at most {max_length}",
     "literal_error": "{choices}",
@@ -59,6 +61,24 @@ class StrictModel(BaseModel):
     @classmethod
     def _read_value(cls, value: object, info: ValidationInfo) -> object:
         return read_value(value, cls.model_fields[str(info.field_name)].annotation)
+
+
+class FileRecord(BaseModel):
+    """A mapping of a file that another version may have written: declared keys have their kinds."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def check_record(said: dict[str, Any], kind: type[FileRecord], file: Path) -> dict[str, Any]:
+    """Return what a file says, unchanged; a UserError names the key that is not of its kind."""
+    try:
+        kind.model_validate(said)
+    except ValidationError as error:
+        details = error.errors()[0]
+        place = ".".join(map(str, details["loc"]))
+        problem = "is missing" if details["type"] == "missing" else describe_error(details)
+        raise UserError(f"{file}: {place} {problem}".replace("  ", " ")) from error
+    return said
 
 
 def convert_value(value: object, kind: Any) -> Any:
@@ -213,6 +233,8 @@ def describe_error(details: ErrorDetails) -> str:
     kind, value, context = details["type"], details["input"], details.get("ctx", {})
     if kind == "value_error":
         return str(context["error"])
+    if kind == "missing":
+        return "is missing"
     expected = re.split(", | or ", str(context.get("expected", "")))
     choices = [PYTHON_WORDS.get(word, word.strip("'")) for word in expected]
     limits = {name: f"{x:g}" if isinstance(x, float) else x for name, x in context.items()}
@@ -221,5 +243,6 @@ def describe_error(details: ErrorDetails) -> str:
     hint = f".{hint}" if hint else ""
     if kind == "int_type" and isinstance(value, float) and value.is_integer():
         hint = f"; write {int(value)}"
-    allowed = ALLOWED_WORDS[kind].format_map(limits) if kind in ALLOWED_WORDS else details["msg"]
+    message = details["msg"].removeprefix("Input should be ")
+    allowed = ALLOWED_WORDS[kind].format_map(limits) if kind in ALLOWED_WORDS else message
     return f"must be {allowed}, given {format_value(value)}{hint}"

@@ -9,19 +9,25 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator
+from io import BufferedRandom
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from vlbench.errors import UserError, one_line
+from vlbench.errors import UserError, escape_in_json, escape_surrogates, one_line, printable_text
 from vlbench.regular_files import (
+    CHUNK_BYTES,
     MAX_CONFIG_BYTES,
     MAX_RECORDS_BYTES,
+    irregular_kind,
     open_regular,
+    open_to_append,
     read_regular,
     read_regular_text,
+    read_until_zero,
 )
 
 LFS_POINTER = b"version https://git-lfs"
+MAX_YAML_BYTES = 1 << 18  # fifty times a recipe; PyYAML reads 40 kB in a second
 
 
 def read_text(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> str:
@@ -64,12 +70,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    text = io.StringIO(read_text(path))
+    text = io.StringIO(read_text(path, MAX_YAML_BYTES))
     try:
         tree = OmegaConf.to_container(OmegaConf.load(text), resolve=False)
     except RecursionError as error:
         raise UserError(f"{path}: its lists or mappings are nested too deeply") from error
-    except (YAMLError, OmegaConfBaseException, ValueError) as error:  # of a number's many digits
+    except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:  # or of a number
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or one_line(error, max_lines=1)
@@ -108,21 +114,26 @@ def split_lines(text: str) -> list[str]:
     return [line.removesuffix("\r") for line in lines]
 
 
+def format_json(value: object, indent: int | None = None) -> str:
+    """Return a value as JSON that can be shown: all scripts as they are, control characters not."""
+    return escape_in_json(json.dumps(value, ensure_ascii=False, indent=indent))
+
+
 def format_json_lines(records: Iterable[object]) -> str:
-    """Return records as JSON, one to a line; half of a surrogate pair (no text) is escaped."""
-    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    """Return records as JSON, one to a line, each as `format_json` writes it."""
+    return "".join(f"{format_json(record)}\n" for record in records)
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a file written by `format_json_lines`, [] if there is no such file.
 
-    A last line that a kill has cut short is left out. Any other broken line is a UserError.
+    A last line that a kill has cut short is left out, and so are the zeros that some file systems
+    leave after a crash. Any other broken line is a UserError.
     """
     if not path.is_file():
         return []
     try:
-        data = read_regular(path, MAX_RECORDS_BYTES)
+        data, _ = read_until_zero(path, MAX_RECORDS_BYTES)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     records = []
@@ -139,10 +150,48 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 def append_json_lines(path: Path, records: Iterable[object]) -> None:
     """Append records to a file of `format_json_lines`; a last line that a kill cut is removed."""
-    with name_written_file(path), path.open("ab+") as file:
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
+    with name_written_file(path), _open_to_append(path) as file:
+        file.truncate(_end_of_last_line(file))
         file.write(format_json_lines(records).encode("utf-8"))
+
+
+def _end_of_last_line(file: BufferedRandom) -> int:
+    """Return the position after the last line feed of a file, 0 where it has none."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - CHUNK_BYTES)
+        file.seek(start)
+        position = file.read(end - start).rfind(b"\n")
+        if position >= 0:
+            return start + position + 1
+        end = start
+    return 0
+
+
+@contextlib.contextmanager
+def append_text(path: Path) -> Iterator[TextIO]:
+    """Open a text for appending until the end of `with`; line ends are written as they are.
+
+    A UserError for what is no regular file, a link among them.
+    """
+    with (
+        name_written_file(path),
+        _open_to_append(path) as file,
+        io.TextIOWrapper(file, encoding="utf-8", newline="") as text,
+    ):
+        yield text
+
+
+def _open_to_append(path: Path) -> BufferedRandom:
+    try:
+        return open_to_append(path)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def write_for_people(path: Path, text: str) -> None:
+    """Write a text that is read on a terminal: control characters but line feeds are escaped."""
+    write_atomically(path, printable_text(escape_surrogates(text)))
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -158,10 +207,12 @@ def replace_when_written(path: Path) -> Iterator[Path]:
     What cannot be written whole is removed; the OSError names `path`.
     """
     if path.exists() and not (path.is_file() or path.is_dir()):
-        raise OSError(errno.EINVAL, "is a device and not a file", str(path))
+        kind = irregular_kind(path.stat())
+        raise OSError(errno.EINVAL, f"is {kind} and not a file", str(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with name_written_file(path, temporary):
         try:
+            temporary.unlink(missing_ok=True)  # else a link or a pipe of that name would be written
             yield temporary
             os.replace(temporary, path)
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from vlbench.errors import escape_to_one_line
@@ -27,5 +28,9 @@ def format_table(rows: Sequence[Sequence[str]], alignment: str = "<") -> list[st
 
 
 def markdown_text(text: str) -> str:
-    """Return a text as one line of Markdown, in a cell or in code: no bar or backtick acts."""
-    return escape_to_one_line(text).replace("|", "\\|").replace("`", "'")
+    """Return a text as one line of Markdown, in a cell or in code.
+
+    No bar or backtick acts, no tag of HTML begins and no link.
+    """
+    line = escape_to_one_line(text).replace("|", "\\|").replace("`", "'")
+    return re.sub(r"<(?=[A-Za-z/!?])|(?<=\])\(", r"\\\g<0>", line)

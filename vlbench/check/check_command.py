@@ -34,7 +34,7 @@ from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import BadSample, escape_to_one_line
 from vlbench.model.language_model import tokenizer_folder
 from vlbench.system_errors import explain_unwritable
-from vlbench.text_files import format_json_lines, write_atomically
+from vlbench.text_files import format_json_lines, write_atomically, write_for_people
 from vlbench.train.run_report import stage_label
 from vlbench.train.shape_checks import image_transforms_by_stage, tokens_per_image_by_stage
 from vlbench.train.stage_plan import (
@@ -97,11 +97,9 @@ def run_check(recipe: Recipe, folder: Path) -> int:
     template_name = recipe.language.template
     settings = f"Recipe {recipe.recipe}, size {recipe.size}, template {template_name}"
     write_atomically(folder / "findings.jsonl", format_json_lines(map(asdict, findings)))
-    write_atomically(
-        folder / "audit.html",
-        render_audit(audit_samples, recipe.recipe, settings, tokenizer.decode),
-    )
-    write_atomically(folder / "report.txt", "\n".join(lines) + "\n")
+    page = render_audit(audit_samples, recipe.recipe, settings, tokenizer.decode)
+    write_for_people(folder / "audit.html", page)
+    write_for_people(folder / "report.txt", "\n".join(lines) + "\n")
     print("\n".join(lines))
     print(f"\nwrote {folder}: report.txt, findings.jsonl, audit.html (what the model reads)")
     _refuse_bad_data(stage_runs, findings)

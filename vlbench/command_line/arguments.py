@@ -272,6 +272,10 @@ class PackArguments:
     )
 
 
+DEFAULT_MATCH_LIMIT = 4.0
+"""The most times that `match=` makes a size of a connector larger or smaller."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CompareArguments:
     """`compare`: train a grid of runs and report their differences."""
@@ -292,8 +296,23 @@ class CompareArguments:
     match: BudgetName | None = argument(
         "make this the same in all rows by the connectors' sizes", None, metavar="NAME"
     )
+    match_limit: float | None = argument(
+        f"with match=: the most times that a size may grow or shrink; by default "
+        f"{DEFAULT_MATCH_LIMIT:g}",
+        None,
+        metavar="N",
+        low=1,
+        high=1e6,
+    )
+    curve: str | None = argument(
+        "train every row at each of these budgets, visual_tokens:4,16,64, flops:1e9,4e9 or "
+        "samples:1600,6400 (of the last stage)",
+        None,
+        metavar="NAME:V,V,...",
+    )
     sweep: str | None = argument(
-        "factors of the connector's learning rate that every row tries first, as 0.3,1,3",
+        "factors of the connector's learning rate that every row tries first, as 0.3,1,3; of "
+        "another part sweep.language= or sweep.vision=",
         None,
         metavar="F,F,...",
     )
@@ -333,7 +352,7 @@ class ReportArguments:
         is_positional=True,
     )
     out: tuple[str, ...] = argument(
-        "file that the report is written to, .md or .html; once each",
+        "file that the report is written to, .md, .html or .json; once each",
         (),
         metavar="FILE",
         is_path=True,

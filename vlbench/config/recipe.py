@@ -19,6 +19,7 @@ from vlbench.config.overrides import parse_overrides
 from vlbench.config.resolve import mapping_in, merge_layers, resolve_layers
 from vlbench.config.schema import Recipe
 from vlbench.connector import kept_source, registry
+from vlbench.connector.folder_modules import shipped_folder
 from vlbench.errors import UserError, suggest_name
 from vlbench.strict_values import StrictModel
 from vlbench.text_files import read_json, read_yaml, write_atomically
@@ -92,7 +93,7 @@ def load_model_recipe(folder: Path, trust_connector: bool) -> Recipe:
     A connector that `./connectors` lacks, or has otherwise, is the one kept in the checkpoint.
     """
     recipe = load_recipe_file(folder / "recipe.yaml")
-    name = kept_source.locate_source(recipe.connector["name"], folder, trust_connector)
+    name = kept_source.locate_source(recipe.connector, folder, trust_connector)
     return recipe.model_copy(update={"connector": {**recipe.connector, "name": name}})
 
 
@@ -145,7 +146,7 @@ def require_data(recipe: Recipe) -> None:
 def recipe_files(folder: str = ".") -> dict[str, Path]:
     """Return the recipes by name: those of `./recipes`, then the shipped ones."""
     files: dict[str, Path] = {}
-    for root in (Path("recipes"), registry.shipped_folder("recipes")):
+    for root in (Path("recipes"), shipped_folder("recipes")):
         for path in sorted((root / folder).glob("*.yaml")):
             files.setdefault(path.stem, path)
     return files
@@ -202,17 +203,26 @@ def _read_saved(path: Path) -> dict[str, Any]:
     return saved
 
 
+def _names_kept_connector(written: dict[str, Any]) -> bool:
+    """Tell whether a recipe's connector, or one that its options name, is known to `init` alone."""
+    kept = Path(str(written["init"]), kept_source.KEPT_FOLDER).expanduser()
+    named = [text for text in mapping_in(written, "connector").values() if isinstance(text, str)]
+    known = registry.find_connectors()
+    return any(text not in known and (kept / f"{text}.py").is_file() for text in named)
+
+
 def _use_kept_connector(
     base: dict[str, Any], typed: dict[str, Any], run_folder: Path | None
 ) -> None:
     """Let the layers name the file of their connector that the run, or else `init`, keeps."""
     written = merge_layers(base, typed)
     name, folder = _part_name(written, "connector"), run_folder
-    if folder is None and written.get("init") and name not in registry.find_connectors():
+    if folder is None and written.get("init") and _names_kept_connector(written):
         folder = Path(str(written["init"])).expanduser()
     if folder is None or not (folder / kept_source.KEPT_FOLDER / f"{name}.py").is_file():
         return
-    location = kept_source.locate_source(name, folder, _is_trusted(typed))
+    connector = mapping_in(written, "connector")
+    location = kept_source.locate_source(connector, folder, _is_trusted(typed))
     for layer in (base, typed):
         if _part_name(layer, "connector") == name:
             layer["connector"]["name"] = location

@@ -144,15 +144,24 @@ class ModelConfig:
 
     vision: VisionEncoderConfig
     language: LanguageModelConfig
-    connector_name: str
-    """A name, or a file."""
-    connector_options: dict[str, Any]
+    connector: dict[str, Any]
+    """Its name, or a file, and its options."""
     init: str | None
     """What it begins with: a run, a checkpoint, a released model, a file of weights."""
     seed: int
     """Of weights that are random at first."""
     draft_decoding: bool
     """Whether large JPEGs are decoded faster and less exactly."""
+
+    @property
+    def connector_name(self) -> str:
+        """The connector's name, or a file."""
+        return str(self.connector["name"])
+
+    @property
+    def connector_options(self) -> dict[str, Any]:
+        """The connector's options."""
+        return {key: value for key, value in self.connector.items() if key != "name"}
 
     def with_random_weights(self) -> ModelConfig:
         """Return it with random weights of vision encoder and language model."""
@@ -336,12 +345,10 @@ class Recipe(RecipeSection):
     @property
     def model(self) -> ModelConfig:
         """What the model is built from."""
-        options = {name: value for name, value in self.connector.items() if name != "name"}
         return ModelConfig(
             vision=self.vision,
             language=self.language,
-            connector_name=self.connector["name"],
-            connector_options=options,
+            connector=self.connector,
             init=self.init,
             seed=self.seed,
             draft_decoding=self.data.decode == "draft",

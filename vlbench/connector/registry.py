@@ -6,23 +6,27 @@ asked for is imported; a name that is defined twice is refused.
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
-import importlib.util
 import inspect
 import sys
-import threading
 from pathlib import Path
 from traceback import walk_tb
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vlbench.connector.folder_modules import (
+    calling_kept_folder,
+    import_connector_file,
+    is_connector_module,
+    shipped_folder,
+)
 from vlbench.connector.option_schema import (
     ConnectorOption,
     check_option_size,
     options_in_file,
     options_of_class,
 )
-from vlbench.connector.source_files import is_kept_file, load_kept_module
 from vlbench.errors import EnvironmentFailure, UserError, one_line, suggest_name
 from vlbench.strict_values import convert_value
 from vlbench.system_errors import is_memory_error
@@ -32,7 +36,6 @@ if TYPE_CHECKING:
     from vlbench.connector.base import Connector
 
 ENTRY_POINT_GROUP = "vlbench.connectors"
-_LOADING_LOCK = threading.RLock()  # else another thread sees a module that is half executed
 
 
 class ConnectorSource(NamedTuple):
@@ -43,23 +46,20 @@ class ConnectorSource(NamedTuple):
     entry_point: importlib.metadata.EntryPoint | None
 
 
-def shipped_folder(folder_name: str) -> Path:
-    """Return the shipped folder `connectors` or `recipes`: in a wheel, or beside the package."""
-    inside = Path(__file__).resolve().parents[1] / folder_name
-    return inside if inside.is_dir() else inside.parent.parent / folder_name
-
-
-# Drop-in files are submodules of this one, so that another process can unpickle their classes.
-__path__: list[str] = [str(Path("connectors").absolute()), str(shipped_folder("connectors"))]
+# Shipped files are submodules of this one, so that another process can unpickle their classes.
+__path__: list[str] = [str(shipped_folder("connectors"))]
 
 
 def find_connectors() -> dict[str, list[ConnectorSource]]:
-    """Return the sources of every connector by name; nothing is imported."""
+    """Return the sources of every connector by name; nothing is imported.
+
+    For the code of a kept source its own files come first: it is used with what it was trained
+    with.
+    """
     names: dict[str, list[ConnectorSource]] = {}
-    for folder in dict.fromkeys(
-        [Path("connectors").resolve(), shipped_folder("connectors").resolve()]
-    ):
-        for file in sorted(folder.glob("[!_.]*.py")):
+    shipped = shipped_folder("connectors").resolve()
+    for folder in dict.fromkeys([shipped, Path("connectors").resolve()]):
+        for file in _connector_files(folder):
             # an installed package that runs inside a checkout finds its own files twice
             if not any(_has_same_text(source, file) for source in names.get(file.stem, [])):
                 names.setdefault(file.stem, []).append(ConnectorSource(str(file), file, None))
@@ -67,7 +67,20 @@ def find_connectors() -> dict[str, list[ConnectorSource]]:
         package = f" of {entry.dist.name}" if entry.dist else ""
         source = ConnectorSource(f"entry point {entry.value}{package}", None, entry)
         names.setdefault(entry.name, []).append(source)
+    kept_folder = calling_kept_folder()
+    for file in _connector_files(kept_folder) if kept_folder else ():
+        names[file.stem] = [ConnectorSource(str(file), file, None)]
     return dict(sorted(names.items()))
+
+
+def _connector_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("[!_.]*.py"))
+
+
+def is_shipped(source: ConnectorSource) -> bool:
+    """Tell whether a connector comes with vlbench."""
+    shipped = shipped_folder("connectors")
+    return source.file is not None and source.file.resolve().parent == shipped.resolve()
 
 
 def connector_locations() -> dict[str, str]:
@@ -108,8 +121,7 @@ def load_connector(name: str) -> type[Connector]:
     """Import a connector and return its class; a UserError when that fails."""
     source = find_connector(name)
     if source.file is not None:
-        with _LOADING_LOCK:
-            return _load_from_file(connector_label(name), source.file)
+        return _load_from_file(source, source.file)
     assert source.entry_point is not None
     try:
         cls = source.entry_point.load()
@@ -170,7 +182,7 @@ def blame_connector_file(error: Exception) -> None:
     locations = [
         f"{frame.f_code.co_filename}:{line}"
         for frame, line in walk_tb(error.__traceback__)
-        if frame.f_globals.get("__name__", "").startswith(f"{__name__}.")
+        if is_connector_module(frame.f_globals.get("__name__") or "")
     ]
     if locations:
         raise UserError(f"{locations[-1]}: {_typed_line(error)}") from error
@@ -188,9 +200,13 @@ def _has_same_text(source: ConnectorSource, file: Path) -> bool:
     return source.file is not None and read_text(source.file) == read_text(file)
 
 
-def _load_from_file(name: str, file: Path) -> type[Connector]:
+def _load_from_file(source: ConnectorSource, file: Path) -> type[Connector]:
     try:
-        module = _kept_module(file) if is_kept_file(file) else _drop_in_module(name, file)
+        module: ModuleType = (
+            importlib.import_module(f"{__name__}.{file.stem}")
+            if is_shipped(source)
+            else import_connector_file(file)
+        )
     except UserError:
         raise
     except Exception as error:
@@ -203,27 +219,6 @@ def _load_from_file(name: str, file: Path) -> type[Connector]:
         names = ", ".join(cls.__name__ for cls in own) or "none"
         raise UserError(f"{file} must define exactly one subclass of Connector, found {names}")
     return own[0]  # type: ignore[no-any-return]
-
-
-def _kept_module(file: Path) -> ModuleType:
-    return load_kept_module(file, __name__, shipped_folder("connectors"))
-
-
-def _drop_in_module(name: str, file: Path) -> ModuleType:
-    """Run a file of `./connectors`, a shipped one, or one that was named, unless it has been."""
-    module_name = f"{__name__}.{connector_label(name)}"
-    module = sys.modules.get(module_name)
-    if module is None or module.__file__ != str(file):
-        spec = importlib.util.spec_from_file_location(module_name, file)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module  # before it runs: dataclasses and pickle look it up there
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[module_name]
-            raise
-    return module
 
 
 def _is_connector(value: object) -> bool:
@@ -241,5 +236,5 @@ def _line_suffix(error: Exception, file: Path) -> str:
     if isinstance(error, SyntaxError):
         return ""  # its message names the line
     frames = walk_tb(error.__traceback__)
-    lines = [line for frame, line in frames if frame.f_code.co_filename == str(file)]
+    lines = [line for frame, line in frames if frame.f_code.co_filename == str(file.absolute())]
     return f":{lines[-1]}" if lines else ""

@@ -12,6 +12,7 @@ import torch
 
 from vlbench.connector import registry
 from vlbench.connector.base import Connector
+from vlbench.connector.folder_modules import is_connector_module
 from vlbench.contract_checks.contract_table import CONTRACT, ContractCheck
 from vlbench.contract_checks.small_model import SMALL_OPTIONS, build_small_vlm, open_gates
 from vlbench.contract_checks.violations import ContractViolation
@@ -54,9 +55,7 @@ def run_contract(name: str, given: Mapping[str, Any]) -> Iterator[CheckOutcome]:
 
 def small_options(name: str) -> dict[str, Any]:
     """Return the options with which a shipped connector fits the small model."""
-    file = registry.find_connector(name).file
-    shipped = registry.shipped_folder("connectors").resolve()
-    is_shipped = file is not None and file.resolve().parent == shipped
+    is_shipped = registry.is_shipped(registry.find_connector(name))
     return SMALL_OPTIONS.get(Path(name).stem, {}) if is_shipped else {}
 
 
@@ -103,7 +102,7 @@ def connector_frames(error: BaseException, connector: type[Connector]) -> list[s
     stack = traceback.extract_tb(error.__traceback__)
     for (frame, _), summary in zip(walk_tb(error.__traceback__), stack, strict=True):
         module = frame.f_globals.get("__name__", "")
-        is_own = module.startswith(f"{registry.__name__}.")
+        is_own = is_connector_module(module)
         if is_own or (package != "vlbench" and module.partition(".")[0] == package):
             place = f"{summary.filename}:{summary.lineno} in {summary.name}"
             frames.append(escape_to_one_line(f"{place}: {summary.line}"))

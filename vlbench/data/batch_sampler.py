@@ -85,6 +85,8 @@ class StepDataset(Dataset[OptimizerStep]):
                 [len(samples[i].input_ids) for i in row],
                 sum(len(samples[i].sample.images) for i in row),
                 sum(samples[i].supervised_token_count for i in row),
+                sum(samples[i].is_truncated for i in row),
+                sum(samples[i].lost_supervised_tokens for i in row),
             )
             for row in pack_samples(samples, self.max_tokens_per_row)
         ]

@@ -29,6 +29,8 @@ class RowPlan(NamedTuple):
     sample_lengths: list[int]
     image_count: int
     supervised_token_count: int
+    truncated_samples: int = 0
+    lost_supervised_tokens: int = 0
 
 
 @dataclass
@@ -86,6 +88,10 @@ class StepCounts(NamedTuple):
     """Positions without padding."""
     images: int
     samples: int
+    truncated_samples: int = 0
+    """Samples whose end was cut off at `language.max_length`."""
+    lost_supervised_tokens: int = 0
+    """Supervised tokens of these ends."""
 
 
 @dataclass
@@ -117,6 +123,10 @@ class OptimizerStep:
             sum(len(batch.pixels) for batch in batches) + sum(row.image_count for row in rows),
             sum(len(batch.sample_ids) for batch in batches)
             + sum(len(row.stream_index) for row in rows),
+            *(
+                sum(getattr(each, name) for each in (*batches, *rows))
+                for name in ("truncated_samples", "lost_supervised_tokens")
+            ),
         )
 
     def take_micro_batches(self) -> Iterator[PackedBatch]:

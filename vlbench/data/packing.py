@@ -71,6 +71,10 @@ class PackedBatch:
     before the batch moves to a GPU, where counting would synchronize. None: not computed yet."""
     image_positions: Tensor | None = None
     """The image positions in the flattened `input_ids`, likewise."""
+    truncated_samples: int = 0
+    """Samples whose end was cut off at `language.max_length`."""
+    lost_supervised_tokens: int = 0
+    """Supervised tokens of these ends."""
     stream_index: list[int] = field(default_factory=list)
     """The position of each sample in the stream of its stage: unique even where ids repeat."""
     contrast_pool: ContrastPool | None = None
@@ -188,6 +192,8 @@ def collate(
         supervised_token_count=int((labels != IGNORE_INDEX).sum()),
         image_ids=image_ids,
         captions=captions,
+        truncated_samples=sum(encoded.is_truncated for row in rows for encoded in row),
+        lost_supervised_tokens=sum(e.lost_supervised_tokens for row in rows for e in row),
     )
 
 

@@ -66,6 +66,10 @@ class EncodedSample:
     sample: Sample
     """Its `images` are exactly those whose image positions are in `input_ids`, in that order."""
     tokens_per_image: int
+    is_truncated: bool = False
+    """Whether it was longer than `max_length`, and its end is cut off."""
+    lost_supervised_tokens: int = 0
+    """Supervised tokens of that end."""
 
     @property
     def image_position_count(self) -> int:
@@ -123,7 +127,7 @@ class SampleEncoder:
             self.tokenizer.check_token_ids(input_ids)
         except UserError as error:
             raise BadSample(sample.id, str(error)) from error
-        full_length = len(input_ids)
+        full_length, lost_tokens = len(input_ids), sum(supervised[self.max_length :])
         input_ids, supervised = input_ids[: self.max_length], supervised[: self.max_length]
         images = self._uncut_images(sample, input_ids)
         labels = _next_token_labels(input_ids, supervised)
@@ -133,7 +137,12 @@ class SampleEncoder:
             reason = f"has nothing to learn{limit if is_cut else ''}: no token of an answer"
             raise BadSample(sample.id, reason)
         return EncodedSample(
-            input_ids, labels, replace(sample, images=images), self.tokens_per_image
+            input_ids,
+            labels,
+            replace(sample, images=images),
+            self.tokens_per_image,
+            is_truncated=full_length > len(input_ids),
+            lost_supervised_tokens=lost_tokens,
         )
 
     def _uncut_images(self, sample: Sample, input_ids: list[int]) -> tuple[LazyImage, ...]:

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
+from vlbench.data.picture_labels import Evidence
 from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
+from vlbench.data.scene_labels import question_evidence
 from vlbench.data.scene_text import (
     LANGUAGES,
     QUESTION_TYPES,
@@ -41,6 +43,11 @@ class HeldOutSceneQuestion:
     answer: str
     type: str
     language: str
+
+    @property
+    def evidence(self) -> tuple[Evidence, ...]:
+        """What must be read of the image for the right answer."""
+        return question_evidence(self.image, self.type, self.language, self.text)
 
     def to_sample(self) -> Sample:
         """Return the question and its answer as a conversation."""

@@ -33,6 +33,8 @@ UNSEEN_PAIRS = {
     "black": "cross",
 }
 SEEN_PAIRS = tuple((c, s) for c in COLOURS for s in SHAPES if UNSEEN_PAIRS[c] != s)
+CELL_COUNT = 4  # quarters of an image
+EMPTY_CELL = "none"  # the value of both labels of a quarter without an object
 _PAINT_SCALE = 2  # painted twice as large, then halved, for smooth edges
 
 
@@ -63,6 +65,15 @@ class RenderedScene:
     objects: tuple[SceneObject, ...]  # in raster order
     corner_colours: tuple[tuple[int, int, int], ...]  # of the background, interpolated between
 
+    @property
+    def labels(self) -> dict[str, str]:
+        """Colour and shape of the object in each quarter, EMPTY_CELL without one."""
+        names = (colour_label, shape_label)
+        labels = {name(cell): EMPTY_CELL for cell in range(CELL_COUNT) for name in names}
+        for one in self.objects:
+            labels |= {colour_label(one.cell): one.colour, shape_label(one.cell): one.shape}
+        return labels
+
     def open(self) -> Image.Image:
         """Paint the scene, 112 x 112 pixels, RGB."""
         side = IMAGE_SIDE * _PAINT_SCALE
@@ -73,6 +84,16 @@ class RenderedScene:
         for scene_object in self.objects:
             _paint_object(draw, scene_object)
         return canvas.reduce(_PAINT_SCALE)
+
+
+def colour_label(cell: int) -> str:
+    """Return the name of the label for the colour in a quarter."""
+    return f"colour of cell {cell}"
+
+
+def shape_label(cell: int) -> str:
+    """Return the name of the label for the shape in a quarter."""
+    return f"shape of cell {cell}"
 
 
 def make_scene(stream: str, seed: int, index: int, has_unseen_pair: bool = False) -> RenderedScene:

@@ -32,6 +32,7 @@ FileStamp = tuple[int, int | None]
 """Size in bytes, and time of modification in ns or None for any."""
 
 MAX_PADDING_BYTES = 1 << 26  # of zeros at the end of a tar file; tar writes at most some MB
+MAX_SHARD_SAMPLES = 1_000_000_000  # of one tar file: more is a slip in its list or index
 MAX_HEADER_BYTES = 1 << 16  # of the first line of an index
 BLOCK_BYTES = 512  # of a block of a tar file; a member's header is one block
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jp2", "avif")
@@ -141,6 +142,13 @@ def _parse_header(line: str) -> dict[str, Any]:
     header = parse_json(line)
     if not isinstance(header, dict) or header.get("version") != INDEX_VERSION:
         raise ValueError("is not of this version")
+    numbers = [header.get("size"), header.get("samples"), header.get("mtime") or 0]
+    left_out = header.get("left_out")
+    counts = left_out.values() if isinstance(left_out, dict) else [None]
+    is_counted = all(type(number) is int and number >= 0 for number in (*numbers, *counts))
+    is_typed = is_counted and type(header.get("fault")) is str
+    if not is_typed or header["samples"] > MAX_SHARD_SAMPLES:
+        raise ValueError("has a first line that none has")
     return header
 
 
@@ -169,6 +177,8 @@ def _parse_entry(line: str) -> ShardEntry:
 
 
 def _parse_location(offset: int, size: int, header_crc: int | None = None) -> MemberLocation:
+    if any(type(number) is not int for number in (offset, size, header_crc or 0)):
+        raise TypeError("members have numbers")
     return offset, size, header_crc
 
 

@@ -32,6 +32,7 @@ from vlbench.data.shard_index import (
     BLOCK_BYTES,
     CAPTION_NAMES,
     IMAGE_EXTENSIONS,
+    MAX_SHARD_SAMPLES,
     FileStamp,
     ShardEntry,
     TarScan,
@@ -47,7 +48,6 @@ from vlbench.regular_files import MAX_IMAGE_BYTES, format_bytes, open_regular
 from vlbench.text_files import parse_json
 
 SHARD_LIST_FILE = "shards.json"
-MAX_SHARD_SAMPLES = 1_000_000_000  # of one tar file: more is a slip in its list
 CACHED_INDEXES = 64  # indexes in memory: of about as many shards as are read alternately
 READ_TRIES = 3  # attempts to read a shard
 RETRY_SECONDS = 1.0  # between two attempts
@@ -197,6 +197,7 @@ def _is_shard(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and isinstance(value.get("file"), str)
+        and ".." not in Path(value["file"]).parts
         and type(value.get("samples")) is int
         and 0 < value["samples"] <= MAX_SHARD_SAMPLES
     )

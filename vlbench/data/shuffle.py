@@ -125,3 +125,19 @@ class SourceMixture:
         own_order: Callable[[str], Callable[[int], int]] | None
         own_order = getattr(source, "pass_order", None)
         return own_order(shuffle_key) if own_order else _cached_shuffle(len(source), shuffle_key)
+
+
+class SourceTail(SourceMixture):
+    """The samples of one source from number `start` on, shuffled; each once in an epoch."""
+
+    def __init__(self, source: SampleSource, start: int, seed: int) -> None:
+        """Leave out the samples before `start` (from 0), fewer than the source has."""
+        super().__init__([(source, 1.0)], seed)
+        self.start = start
+        self.epoch_samples = len(source) - start
+
+    def locate_sample(self, position: int) -> tuple[int, int]:
+        """Return 0, the only source, and the index in it at `position` of the stream."""
+        epoch, epoch_position = divmod(position, self.epoch_samples)
+        order = _cached_shuffle(self.epoch_samples, f"{self.seed}/tail {self.start}/{epoch}")
+        return 0, self.start + order(epoch_position)

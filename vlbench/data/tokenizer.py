@@ -18,7 +18,7 @@ from sentencepiece import SentencePieceProcessor
 
 from vlbench.data.tokenizer_limits import (
     MAX_ADDED_TOKENS,
-    check_vocabulary_size,
+    check_library_files,
     parse_token_id,
 )
 from vlbench.errors import UserError, one_line
@@ -210,8 +210,6 @@ class FastTokenizer(Tokenizer):
 
     def __init__(self, folder: Path) -> None:
         """Read the tokenizer files of `folder`."""
-        refuse_lfs_pointer(folder / "tokenizer.json", MAX_CONFIG_BYTES)
-        check_vocabulary_size(folder / "tokenizer.json")
         try:
             tokenizer = load_library_tokenizer(folder)
             # turns off the file's padding and truncation once, before threads use it
@@ -255,6 +253,7 @@ def load_library_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer  # slow to import
 
+    check_library_files(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # nosec B615: local
     except ValueError as error:

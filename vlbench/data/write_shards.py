@@ -19,7 +19,7 @@ from vlbench.data.shards import SHARD_LIST_FILE
 from vlbench.errors import BadSample, UserError
 from vlbench.new_folder import write_new_folder
 from vlbench.system_errors import explain_unwritable
-from vlbench.text_files import format_json_lines, write_atomically
+from vlbench.text_files import format_json, format_json_lines, write_atomically
 
 LEFT_OUT_FILE = "left_out.jsonl"
 
@@ -115,7 +115,7 @@ def _sample_members(source: LlavaJson, bad_samples: list[BadSample]) -> Iterator
             continue
         unread = {key: source.records[index].get(key) for key in sample.unread_keys}
         record = {**unread, **record_from_sample(sample, image_names)}
-        members["json"] = json.dumps(record, ensure_ascii=False).encode()
+        members["json"] = format_json(record).encode()
         yield members
 
 

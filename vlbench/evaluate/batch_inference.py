@@ -15,7 +15,6 @@ of an uninterrupted one.
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -34,8 +33,9 @@ from vlbench.model.generation.answer_text import decode_answer
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.system_errors import explain_unwritable
 from vlbench.text_files import (
+    append_text,
+    format_json,
     format_json_lines,
-    name_written_file,
     read_json,
     read_json_lines,
     write_atomically,
@@ -142,8 +142,7 @@ def answer_remaining(
             unit="question",
             disable=None,
         ) as bar,
-        name_written_file(answers_file),
-        answers_file.open("a", encoding="utf-8") as stream,
+        append_text(answers_file) as stream,
     ):
         for start in range(done, len(questions), batch_size):
             batch = questions[start : start + batch_size]
@@ -218,7 +217,7 @@ def open_answers_folder(
     try:
         held_locks.enter_context(hold_folder(folder, f"out={folder}"))
         if not file.is_file():
-            write_atomically(file, json.dumps(task_settings, indent=1, ensure_ascii=False) + "\n")
+            write_atomically(file, format_json(task_settings, indent=1) + "\n")
             return
     except OSError as error:
         raise explain_unwritable(error, f"out={folder}") from error

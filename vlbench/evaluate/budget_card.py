@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from vlbench.config.schema import StageConfig
+from vlbench.connector.base import Connector
 from vlbench.model.connector_cost import count_connector_cost
 from vlbench.model.vlm import VLM
 from vlbench.text_files import read_csv
@@ -16,15 +17,24 @@ from vlbench.train.trainable_parts import trained_parameters
 
 
 def build_budget_card(
-    stages: Mapping[str, StageConfig], run: RunFolder, vlm: VLM
+    stages: Mapping[str, StageConfig],
+    run: RunFolder,
+    vlm: VLM,
+    spent_by_stage: Mapping[str, Mapping[str, float]],
 ) -> dict[str, Any]:
     """Return the fields of `ConnectorCost`, and beside them what was spent.
 
     - `parts`: of each part the `total` parameters, and those `trained` in any stage
     - `step_seconds`: of each stage the median time of an optimizer step
-    - `samples`, `images`, `tokens_seen` (image positions included): what was trained on; absent in
-      a run of a version that did not count them
+    - `steps`, `epochs`: of each stage that was run; epochs are passes over its data
+    - `samples`, `images`, `tokens_seen` (image positions included), `supervised_tokens`: what was
+      trained on; `truncated_samples`, `lost_supervised_tokens`: what was cut off at
+      `language.max_length`. Absent in a run of a version that did not count them
+    - `unused_objectives`: those that the connector offers and no stage trained
+
+    `spent_by_stage` are steps and epochs.
     """
+    ran = {name: stages[name] for name in spent_by_stage["steps"]}
     seen = dict((run.latest_position.seen if run.latest_position else None) or {})
     if seen:
         seen["tokens_seen"] = seen.pop("tokens")
@@ -33,13 +43,21 @@ def build_budget_card(
         "parts": {
             name: {
                 "total": sum(parameter.numel() for parameter in part.parameters()),
-                "trained": _count_trained(stages, vlm, name),
+                "trained": _count_trained(ran, vlm, name),
             }
             for name, part in vlm.named_parts()
         },
         "step_seconds": median_step_seconds(run.folder / "metrics.csv"),
         **seen,
+        **spent_by_stage,
+        "unused_objectives": unused_objectives(vlm.connector, ran.values()),
     }
+
+
+def unused_objectives(connector: Connector, stages: Iterable[StageConfig]) -> list[str]:
+    """Return the objectives that a connector offers and none of the stages trains."""
+    trained = {stage.objective for stage in stages}
+    return [name for name in connector.objectives() if name not in trained]
 
 
 def _count_trained(stages: Mapping[str, StageConfig], vlm: VLM, part_name: str) -> int:

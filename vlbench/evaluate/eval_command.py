@@ -27,7 +27,7 @@ from vlbench.evaluate.tasks.benchmark_types import GenerationLimits
 from vlbench.evaluate.tasks.conversation_tasks import ConversationTask
 from vlbench.load_model import find_model_folder, load_chosen_model
 from vlbench.model.loaded_vlm import LoadedVLM
-from vlbench.text_files import format_json_lines, write_atomically
+from vlbench.text_files import format_json_lines, write_atomically, write_for_people
 from vlbench.train import checkpoint_files
 
 AnswerLines = list[dict[str, Any]]
@@ -131,5 +131,5 @@ def _run_task(vlm: LoadedVLM, task: EvalTask, folder: Path, arguments: EvalArgum
     lines = answer_into(ANSWERS_FILE, False)
     blank_lines = answer_into(BLANK_FILE, True) if arguments.blank else []
     report = "\n".join(task.write_scores(folder, lines, blank_lines, len(skipped)))
-    write_atomically(folder / REPORT_FILE, f"{report}\n")
+    write_for_people(folder / REPORT_FILE, f"{report}\n")
     print(f"{report}\n\nwrote {folder}")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from vlbench.config.schema import DataConfig, Recipe
 from vlbench.data.data_sources import SCENES_SOURCE, open_held_out, open_stage_sources
 from vlbench.data.image_processing import blank_image
+from vlbench.data.picture_labels import Evidence
 from vlbench.data.sample import IMAGE_PLACEHOLDER, LazyImage, Sample, SampleSource
 from vlbench.data.scene_dataset import held_out_questions
 from vlbench.data.shuffle import pick_fixed_subset
@@ -35,6 +36,8 @@ class EvalQuestion:
     """Number of its record in the source, from 1; "" for a rendered scene."""
     picture: str = ""
     """Name of the conversation's first image: questions about it stand or fall together."""
+    evidence: tuple[Evidence, ...] = ()
+    """Labels of its pictures that the answer rests on; () where they are not known."""
 
     @property
     def question_text(self) -> str:
@@ -99,6 +102,7 @@ def scene_questions(subset: str) -> list[EvalQuestion]:
             scene.type,
             scene.language,
             picture=scene.image.name,
+            evidence=scene.evidence,
         )
         for scene in held_out_questions(subset)
     ]

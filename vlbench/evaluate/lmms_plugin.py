@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from vlbench.data.sample import Sample
-from vlbench.errors import UserError, suggest_name
+from vlbench.errors import UserError, escape_to_one_line, suggest_name
 from vlbench.evaluate.batch_inference import answer_batch
 from vlbench.evaluate.tasks.benchmark_types import BenchmarkPrompt
 from vlbench.load_model import load_model
@@ -113,7 +113,7 @@ class VlbenchModel(lmms):  # type: ignore[misc]
         bar.close()
         _print_unused_options(requests)
         if skipped:
-            shown = "\n".join(skipped[:MAX_SHOWN_SKIPPED])
+            shown = "\n".join(map(escape_to_one_line, skipped[:MAX_SHOWN_SKIPPED]))
             print(f"vlbench: {len(skipped)} of {len(requests)} questions not asked:\n{shown}")
         return answers
 
@@ -201,7 +201,8 @@ def _print_unused_options(requests: Sequence[Instance]) -> None:
     """Print the generation options of tasks that have no effect here."""
     unused = sorted({key for request in requests for key in request.args[1]} - USED_OPTIONS)
     if unused:
-        print(f"vlbench: generation options that are not used: {', '.join(unused)}")
+        names = escape_to_one_line(", ".join(unused))
+        print(f"vlbench: generation options that are not used: {names}")
 
 
 def _options_key(request: Instance) -> str:

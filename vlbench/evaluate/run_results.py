@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,9 @@ from vlbench.evaluate.heldout_questions import (
     final_questions,
     shuffle_images,
 )
+from vlbench.evaluate.information_probes import probe_information
 from vlbench.model.loaded_vlm import LoadedVLM
-from vlbench.text_files import read_csv, write_atomically
+from vlbench.text_files import format_json, format_json_lines, read_csv, write_atomically
 from vlbench.train.run_folder import RunFolder, git_commit
 from vlbench.train.throughput import peak_memory
 
@@ -36,11 +36,12 @@ def write_results(
     vlm: LoadedVLM,
     should_stop: Callable[[], bool],
     elapsed_seconds: Callable[[], float],
+    spent_by_stage: Mapping[str, Mapping[str, float]],
 ) -> bool:
     """Ask the questions of a run, and write answers, examples, results and diagnostics.
 
     Returns False, with no results written, if `should_stop` became true before the last answer.
-    `elapsed_seconds` returns how long the run has taken.
+    `elapsed_seconds` returns how long the run has taken; `spent_by_stage` are steps and epochs.
     """
     asked_of, questions, unseen = final_questions(recipe)
     question_sets = {
@@ -74,15 +75,20 @@ def write_results(
         "connector": registry.connector_label(recipe.connector["name"]),
         "seed": recipe.seed,
         "commit": git_commit(),
-        "budget": build_budget_card(recipe.stages, run, vlm.model),
+        "budget": build_budget_card(recipe.stages, run, vlm.model, spent_by_stage),
     }
-    write_atomically(run.results_file, json.dumps(results, indent=1, ensure_ascii=False))
+    # the results have time and memory of the run without its probes
+    information = probe_information(recipe, vlm, questions, should_stop)
+    if should_stop():
+        return False
+    if information:
+        write_atomically(run.folder / "information.json", format_json(information))
+    write_atomically(run.results_file, format_json(results, indent=1))
     # last, as it runs more of a user's own connector: the results are safe if that fails
     answered = list(zip(questions, answers["accuracy"], strict=True))
     diagnostics = diagnose_answers(vlm, pick_fixed_subset(answered, DIAGNOSED_QUESTIONS))
     if diagnostics:
-        text = json.dumps(diagnostics, ensure_ascii=False)
-        write_atomically(run.folder / "diagnostics.json", text)
+        write_atomically(run.folder / "diagnostics.json", format_json(diagnostics))
     return True
 
 
@@ -142,24 +148,21 @@ def pick_examples(
 def _write_answers(
     path: Path, question_sets: dict[str, list[EvalQuestion]], answers: dict[str, list[str]]
 ) -> None:
-    lines = [
-        json.dumps(
-            {
-                "set": name.removesuffix("_accuracy"),
-                "id": question.sample.id,
-                "type": question.type,
-                "language": question.language,
-                "picture": question.picture,
-                "truth": question.answer,
-                "answer": answer,
-                "correct": answer == question.answer,
-            },
-            ensure_ascii=False,
-        )
+    lines = (
+        {
+            "set": name.removesuffix("_accuracy"),
+            "id": question.sample.id,
+            "type": question.type,
+            "language": question.language,
+            "picture": question.picture,
+            "truth": question.answer,
+            "answer": answer,
+            "correct": answer == question.answer,
+        }
         for name, questions in question_sets.items()
         for question, answer in zip(questions, answers[name], strict=True)
-    ]
-    write_atomically(path, "\n".join(lines) + "\n")
+    )
+    write_atomically(path, format_json_lines(lines))
 
 
 def mean_tokens_per_second(metrics_file: Path) -> float | None:

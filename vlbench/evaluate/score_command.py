@@ -18,7 +18,7 @@ from vlbench.evaluate.tasks.score_report import (
     write_score_files,
 )
 from vlbench.evaluate.tasks.scoring_protocols import score_items, scoring_protocol
-from vlbench.text_files import write_atomically
+from vlbench.text_files import write_for_people
 
 
 def run_score(arguments: ScoreArguments) -> int:
@@ -45,7 +45,7 @@ def run_score(arguments: ScoreArguments) -> int:
     if errors:
         scores["bad"] = len(errors)
     write_score_files(out, scores, records, scored)
-    write_atomically(out / "bad.txt", "".join(f"{line}\n" for line in errors))
+    write_for_people(out / "bad.txt", "".join(f"{line}\n" for line in errors))
     for line in first_errors(errors):
         print(f"vlbench: left out: {line}", file=sys.stderr)
     lines = []

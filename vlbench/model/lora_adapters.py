@@ -14,9 +14,10 @@ import copy
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -32,10 +33,22 @@ from vlbench.model.multihead_attention import SplitAttention, pack_attention_sta
 from vlbench.model.vision_encoder import VisionEncoder
 from vlbench.model.weights.tensor_writer import unshare_tensors
 from vlbench.state_dicts import check_state
+from vlbench.strict_values import convert_value
+from vlbench.text_files import read_json
 
 ALL_LINEAR = "all-linear"
 ADAPTER_NAME = "default"  # peft's name of a single adapter
 PEFT_PREFIX = "base_model.model."  # before all names in an adapter's file
+ADAPTER_NUMBERS: dict[str, Any] = {
+    "r": Annotated[int, Field(ge=1, le=65536)],
+    "lora_alpha": Annotated[float, Field(gt=0, le=1e9)],
+    "lora_dropout": Annotated[float, Field(ge=0, le=0.99)],
+    "use_rslora": bool,
+    "use_dora": bool,
+}
+"""What adapters have beside the names of their layers, with its kind and limits."""
+ADAPTER_LABELS = {"peft_version", "inference_mode"}
+"""What peft writes beside it, and what does not matter here."""
 ADAPTER_WEIGHTS_FILE, ADAPTER_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -174,18 +187,44 @@ def load_adapters(part: nn.Module, folder: Path) -> None:
 
     Raises:
         WeightMismatch: names the tensor that does not fit.
+        UserError: the configuration has what no adapters of vlbench have.
     """
     if not (folder / ADAPTER_CONFIG_FILE).is_file():
         return
-    from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
+    from peft import load_peft_weights, set_peft_model_state_dict
 
+    config = _read_adapter_config(folder / ADAPTER_CONFIG_FILE)
     root = _adapted_root(part)
     _split_attention(root)
-    _inject_adapters(root, LoraConfig.from_pretrained(str(folder)))
+    _inject_adapters(root, config)
     stored = load_peft_weights(str(folder), device="cpu")
     state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in stored.items()}
     check_state(_adapter_state(root), state, str(folder / ADAPTER_WEIGHTS_FILE))
     set_peft_model_state_dict(root, state, ADAPTER_NAME)
+
+
+def _read_adapter_config(file: Path) -> Any:
+    """Return peft's configuration from a file that `save_adapters` wrote.
+
+    peft would take patterns of names, which can hang, and starts that decompose every matrix.
+    """
+    from peft import LoraConfig
+
+    said, defaults = read_json(file), LoraConfig().to_dict()
+    names = said.get("target_modules")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{file}: target_modules is {names!r:.80}; it must be a list of names")
+    for key, kind in ADAPTER_NUMBERS.items():
+        try:
+            convert_value(said.get(key), kind)
+        except ValueError as error:
+            raise UserError(f"{file}: {key} {error}") from error
+    for key in (defaults.keys() & said.keys()) - ADAPTER_NUMBERS.keys() - ADAPTER_LABELS:
+        if key != "target_modules" and said[key] != defaults[key]:
+            raise UserError(
+                f"{file}: {key} is {said[key]!r:.80}, which adapters of vlbench do not have"
+            )
+    return LoraConfig(target_modules=names, **{key: said[key] for key in ADAPTER_NUMBERS})
 
 
 def _adapter_config(root: nn.Module) -> Any:

@@ -28,6 +28,7 @@ from vlbench.system_errors import explain_unwritable
 from vlbench.text_files import read_json
 from vlbench.train import checkpoint_files
 from vlbench.train.checkpoint_files import RunPosition
+from vlbench.train.run_results_file import read_results
 
 
 def run_export(arguments: ExportArguments) -> int:
@@ -141,6 +142,5 @@ def _load_source_recipe(source: Path, vlm: LoadedVLM) -> Recipe:
 def _load_run_results(source: Path) -> dict[str, Any]:
     """Return the results of the run that a checkpoint lies in, {} when there are none."""
     file = source.parent.parent / "results.json"
-    return (
-        read_json(file) if checkpoint_files.is_run_or_checkpoint(source) and file.is_file() else {}
-    )
+    is_run = checkpoint_files.is_run_or_checkpoint(source) and file.is_file()
+    return read_results(file) if is_run else {}

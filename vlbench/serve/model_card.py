@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from vlbench.config.overrides import format_override
 from vlbench.config.schema import Recipe
 from vlbench.data.data_sources import SCENES_SOURCE
 from vlbench.model.loaded_vlm import LoadedVLM
+from vlbench.text_files import format_json
 from vlbench.text_tables import markdown_text
 from vlbench.version import __version__
 
@@ -93,7 +93,7 @@ def render_model_card(
         "## Use",
         USAGE_TEXTS[layout]
         .format(
-            to_text=json.dumps(str(export_folder), ensure_ascii=False),
+            to_text=format_json(str(export_folder)),
             model_word=shlex.quote(f"model={export_folder}"),
             stop=vlm.processor.template.stop,
             again=_training_command(recipe, export_folder),
@@ -153,8 +153,8 @@ def _render_results_table(results: Mapping[str, Any]) -> list[str]:
     rows = [f"| {name} | {results[name]:.3f} |" for name in names if results.get(name) is not None]
     if not rows:
         return []
-    asked_of = _plain_markdown(str(results["asked_of"]))
-    head = f"Exact match on {results['questions']} questions ({asked_of}):"
+    asked_of = _plain_markdown(str(results.get("asked_of")))
+    head = f"Exact match on {results.get('questions')} questions ({asked_of}):"
     return [head, "\n".join(["| figure | value |", "|---|---|", *rows])]
 
 

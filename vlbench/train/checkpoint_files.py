@@ -53,7 +53,7 @@ from vlbench.model.weights.tensor_layout import TensorSpec, create_files, plan_f
 from vlbench.model.weights.weight_origin import write_origins
 from vlbench.processor import Processor
 from vlbench.system_errors import FULL_DISK_REASONS, error_number
-from vlbench.text_files import read_json
+from vlbench.text_files import read_json, read_text
 from vlbench.train.optimizer_state import named_optimizer_state
 
 RELEASE_FOLDER = "release"
@@ -75,7 +75,8 @@ class RunPosition:
     loss: float | None = None
     """Held-out loss per supervised token, if it was measured at this step."""
     seen: dict[str, int] | None = None
-    """Samples, images and tokens (image positions included) that the run has trained on."""
+    """Samples, images, tokens (image positions included) and supervised tokens that the run has
+    trained on, and what was cut off at `language.max_length`."""
     seconds: float | None = field(default=None, compare=False)
     """Seconds that the run has taken, without the time in which it was stopped."""
 
@@ -150,7 +151,7 @@ class CheckpointWriter:
                 vlm.model.device,
                 lock_ranges=len(set(hosts)) > 1,
             )
-            write_metadata(vlm, self.temp_path, recipe_file.read_text(encoding="utf-8"), position)
+            write_metadata(vlm, self.temp_path, read_text(recipe_file), position)
             collectives.call_on_rank_zero(
                 lambda: copy_kept_source(recipe_file.parent, self.temp_path)
             )

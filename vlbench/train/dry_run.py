@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from vlbench.config.schema import Recipe
-from vlbench.data.optimizer_step import OptimizerStep
+from vlbench.data.optimizer_step import OptimizerStep, StepPlan
+from vlbench.distributed import collectives
 from vlbench.distributed.process_group import join_process_group
 from vlbench.errors import BadSample, UserError
 from vlbench.process_settings import preserve_process_settings
@@ -23,6 +25,8 @@ from vlbench.train.training_module import VLMTrainingModule
 from vlbench.train.user_callbacks import build_user_callbacks
 
 CANDIDATE_STEPS = 16  # steps of a stage among which the longest is taken
+MAX_TRIED_SAMPLES = {"cpu": 64, "cuda": 1024}
+"""Of a step, in each process: of a larger batch a part is tried, and the time is told for all."""
 TIMED_STEPS = 2  # steps after the longest, which comes first and is slower than those to come
 
 
@@ -36,12 +40,16 @@ class StageMeasurement(NamedTuple):
     """Positions of the longest step."""
     micro_batches: int
     """Micro-batches of that step."""
+    tried_share: float
+    """Share of a step's samples that was tried: 1, or less for a very large batch."""
     loss: float
     """Loss of the last step that was tried."""
     step_seconds: float
     """Seconds of a typical optimizer step."""
     peak_bytes: int
     """Peak memory in bytes, from the start of the process to the end of this stage."""
+    planned: Mapping[str, int]
+    """Samples, and what of them is cut off at `language.max_length`, of its first steps."""
 
 
 def dry_run(recipe: Recipe) -> int:
@@ -56,16 +64,22 @@ def dry_run_stages(recipe: Recipe, stage_runs: list[StageRun]) -> int:
     for measured in measure_stages(recipe, stage_runs):
         print(
             f"{measured.stage_name}: {measured.longest_tokens} tokens in "
-            f"{measured.micro_batches} micro-batches, loss {measured.loss:.3f}, "
+            f"{measured.micro_batches} micro-batches, {_describe_share(measured.tried_share)}"
+            f"loss {measured.loss:.3f}, "
             f"{measured.step_seconds:.2g} s a step, "
             f"peak memory {run_report.format_bytes(measured.peak_bytes)}"
         )
+        run_report.show_truncation(measured.stage_name, {}, measured.planned)
         total_seconds += measured.step_seconds * measured.total_steps
     print(
         "dry run done, nothing was kept; training will take about "
         f"{run_report.format_duration(total_seconds)}"
     )
     return 0
+
+
+def _describe_share(tried_share: float) -> str:
+    return "" if tried_share == 1 else f"which is {tried_share:.2g} of a step, "
 
 
 def measure_stages(recipe: Recipe, stage_runs: list[StageRun]) -> Iterator[StageMeasurement]:
@@ -79,6 +93,7 @@ def measure_stages(recipe: Recipe, stage_runs: list[StageRun]) -> Iterator[Stage
     for stage_run in stage_runs:
         if not stage_run.total_steps:
             continue
+        stage_run, tried_share = _limit_step(stage_run, vlm.model.device.type)
         vlm.set_image_size(stage_run.stage.image_size)
         with runner.prepare_stage(vlm.model, stage_run.stage):
             stage_run.settled_row_tokens = runner.choose_row_tokens(vlm.model)
@@ -87,7 +102,8 @@ def measure_stages(recipe: Recipe, stage_runs: list[StageRun]) -> Iterator[Stage
                 runner.set_activation_checkpointing(vlm.model, steps)
             plans = [steps.plan_step(n) for n in range(min(CANDIDATE_STEPS, stage_run.total_steps))]
             longest = max(plans, key=lambda plan: plan.token_count)
-            tried = [longest.index, *range(len(plans))[:TIMED_STEPS]]
+            timed_steps = TIMED_STEPS if tried_share == 1 else 1
+            tried = [longest.index, *range(len(plans))[:timed_steps]]
             clock = _StepClock()
             module = runner.train_stage(
                 vlm.model,
@@ -107,10 +123,32 @@ def measure_stages(recipe: Recipe, stage_runs: list[StageRun]) -> Iterator[Stage
             stage_run.total_steps,
             longest.token_count,
             len(longest.rows),
+            tried_share,
             module.report.loss,
-            (clock.end_times[-1] - clock.end_times[0]) / (len(tried) - 1),
+            (clock.end_times[-1] - clock.end_times[0]) / (len(tried) - 1) / tried_share,
             peak_memory(),
+            _sum_plans(plans),
         )
+
+
+def _sum_plans(plans: Sequence[StepPlan]) -> dict[str, int]:
+    """Return how many samples steps have, and how many of them and of their tokens are cut."""
+    rows = [row for plan in plans for row in plan.rows]
+    return {
+        "samples": sum(len(row.stream_index) for row in rows),
+        "truncated_samples": sum(row.truncated_samples for row in rows),
+        "lost_supervised_tokens": sum(row.lost_supervised_tokens for row in rows),
+    }
+
+
+def _limit_step(stage_run: StageRun, device_type: str) -> tuple[StageRun, float]:
+    """Return a stage whose steps are not too large to be tried, and the share that they are."""
+    size = stage_run.stage.global_batch_size
+    most = MAX_TRIED_SAMPLES.get(device_type, MAX_TRIED_SAMPLES["cpu"]) * collectives.world_size()
+    if size <= most:
+        return stage_run, 1.0
+    stage = stage_run.stage.model_copy(update={"global_batch_size": most})
+    return replace(stage_run, stage=stage), most / size
 
 
 class _StepClock(StageCallback):

@@ -57,6 +57,8 @@ def check_and_open_run(
         check_stage_shapes(recipe.model, stage_runs)
         check_init_weights(recipe.model, stage_runs[0].stage)
     run = run or open_run(recipe, held_locks)  # a new one: after the checks
+    if not run.is_finished:
+        run.record_data(source for one in stage_runs for source in one.all_sources)
     quarantine_samples(run, bad_samples)
     return run
 
@@ -78,7 +80,7 @@ class RunTraining:
         self.stage_runner = StageRunner.from_recipe(recipe, run.folder)
         self.core_sharing_notice = CoreSharingNotice(run_report.print_status)
         self.seen: dict[str, int] = {}
-        """Samples, images and tokens that the run has trained on."""
+        """The `SEEN_COUNTS` of what the run has trained on."""
         self.started_at = time.monotonic()
         self.earlier_seconds = 0.0
         """Seconds that the run had taken when it was stopped."""
@@ -166,6 +168,7 @@ class RunTraining:
                 loggers=loggers,
                 num_workers=workers,
             )
+        run_report.show_truncation(stage_run.name, self.seen, module.seen)
         self.seen = module.seen
 
     def settle_row_tokens(self, vlm: LoadedVLM, stage_run: StageRun) -> None:
@@ -245,6 +248,16 @@ class RunTraining:
                 always_saved.append(part)
         stages = [other.stage for other in self.stage_runs[: stage_run.stage_index + 1]]
         return parts_to_save(stages, always_saved)
+
+    def spent_by_stage(self) -> dict[str, dict[str, float]]:
+        """Return the optimizer steps of each stage, and the epochs: passes over its data."""
+        return {
+            "steps": {one.name: one.total_steps for one in self.stage_runs},
+            "epochs": {
+                one.name: one.total_steps * one.stage.global_batch_size / len(one.data)
+                for one in self.stage_runs
+            },
+        }
 
     def finish_training(self, vlm: LoadedVLM) -> None:
         """Leave the other processes, and put the model where questions can be asked.

@@ -17,7 +17,7 @@ from vlbench.data.optimizer_step import OptimizerStep
 from vlbench.errors import UserError
 from vlbench.model.fsdp_wrapping import unsharded_connector
 from vlbench.regular_files import MAX_RECORDS_BYTES
-from vlbench.text_files import name_written_file, read_text, write_atomically
+from vlbench.text_files import append_text, read_text, write_atomically
 from vlbench.train.callbacks import StageCallback, ValidationCallback
 from vlbench.train.throughput import ThroughputMeter, format_throughput
 from vlbench.train.training_module import StepReport, VLMTrainingModule
@@ -49,10 +49,15 @@ def truncate_metrics(path: Path, stage_names: list[str], stage_name: str, step: 
     columns, rows = _read_metric_rows(path)
     last_kept = (stage_names.index(stage_name), step)
     # a kill may have cut the last row short
-    complete = [row for row in rows if row["seconds"] and row["stage"] in stage_names]
-    kept = [
-        row for row in complete if (stage_names.index(row["stage"]), int(row["step"])) <= last_kept
-    ]
+    complete = [row for row in rows if row.get("seconds") and row.get("stage") in stage_names]
+    try:
+        kept = [
+            row
+            for row in complete
+            if (stage_names.index(row["stage"]), int(row["step"])) <= last_kept
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: has a row without the number of its step") from error
     _write_metric_rows(path, columns, kept)
 
 
@@ -172,10 +177,7 @@ class ProgressCallback(StageCallback):
         if new_columns or not rows:
             _write_metric_rows(self.metrics_file, [*columns, *new_columns], [*rows, row])
             return
-        with (
-            name_written_file(self.metrics_file),
-            self.metrics_file.open("a", newline="", encoding="utf-8") as file,
-        ):
+        with append_text(self.metrics_file) as file:
             csv.DictWriter(file, columns).writerow(row)
 
     def _show_progress(self, training: VLMTrainingModule, row: dict[str, Any]) -> None:

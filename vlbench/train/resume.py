@@ -137,7 +137,7 @@ def build_from_init(
         folder = checkpoint_files.find_checkpoint(Path(source))
         init_config = recipes.load_recipe_file(folder / "recipe.yaml").model
         is_new_connector = registry.connector_label(init_config.connector_name) != name
-        other_source = kept_source.describe_other_source(config.connector_name, folder)
+        other_source = kept_source.describe_other_source(config.connector, folder)
         if other_source and not is_new_connector:
             print(f"init {folder}: {other_source}; its weights go into the first one")
         config = _inherit_parts(init_config, config)

@@ -9,12 +9,14 @@ import json
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from vlbench.config import recipe as recipes
 from vlbench.config.schema import Recipe
 from vlbench.connector import kept_source
+from vlbench.data.data_checksums import CHECKSUMS_KEY, checksum_sources
+from vlbench.data.sample import SampleSource
 from vlbench.errors import UserError
 from vlbench.file_lock import hold_folder
 from vlbench.model.weights.weight_origin import (
@@ -111,6 +113,14 @@ class RunFolder:
             text = json.dumps({**versions, "weights": origins_to_json(origins)}, indent=1)
             write_atomically(self.versions_file, text)
 
+    def record_data(self, sources: Iterable[SampleSource]) -> None:
+        """Record checksums of the data that a new run begins with."""
+        versions = read_json(self.versions_file) if self.versions_file.is_file() else {}
+        if CHECKSUMS_KEY not in versions:
+            checksums = checksum_sources(sources)
+            text = json.dumps({**versions, CHECKSUMS_KEY: checksums}, indent=1)
+            write_atomically(self.versions_file, text)
+
     def keep_row_tokens(self, stage_name: str, chosen_tokens: int) -> int:
         """Return the tokens of a packed row that a stage began with; those chosen, if it begins."""
         versions = read_json(self.versions_file) if self.versions_file.is_file() else {}
@@ -148,7 +158,7 @@ def open_run(recipe: Recipe, held_locks: contextlib.ExitStack) -> RunFolder:
         if not run.recipe_file.is_file():
             write_atomically(run.versions_file, json.dumps(collect_versions(), indent=1))
             if not kept_source.has_kept_source(folder):
-                kept_source.keep_source(recipe.connector["name"], folder)
+                kept_source.keep_source(recipe.connector, folder)
                 kept_source.note_own_callbacks(recipe.trainer.callbacks)
             recipes.save_recipe(recipe, run.recipe_file)
     except OSError as error:
@@ -188,7 +198,7 @@ def _check_belongs(recipe: Recipe, run: RunFolder) -> None:
             "Name another run, or repeat the command that made this one"
         )
     if not run.is_finished:
-        difference = kept_source.describe_other_source(recipe.connector["name"], run.folder)
+        difference = kept_source.describe_other_source(recipe.connector, run.folder)
         if difference:
             raise UserError(
                 f"run={run.folder} began with another connector: {difference}. Put the kept file "

@@ -19,10 +19,11 @@ from vlbench.distributed import collectives
 from vlbench.errors import EnvironmentFailure, UserError, one_line
 from vlbench.model.vlm import VLM
 from vlbench.model.weights.weight_origin import WeightOrigin
-from vlbench.text_files import read_json, read_json_lines
+from vlbench.text_files import read_json_lines
 from vlbench.text_tables import format_table
 from vlbench.train.model_names import MINIATURE_HINT, find_model_names, has_foreign_data
 from vlbench.train.run_folder import RunFolder
+from vlbench.train.run_results_file import read_results
 
 HARDLY_LEARNED_LOSS = 2.0  # nats a token: the right one has a probability of 0.135
 
@@ -95,6 +96,22 @@ def show_stage(
     print("\n".join(format_table(rows, "<><")))
 
 
+def show_truncation(stage_name: str, before: Mapping[str, int], after: Mapping[str, int]) -> None:
+    """Print how many samples of a stage were cut at `language.max_length`, if any were.
+
+    `before` and `after` are the counts of the run before and after the stage.
+    """
+    cut, lost, samples = (
+        after.get(name, 0) - before.get(name, 0)
+        for name in ("truncated_samples", "lost_supervised_tokens", "samples")
+    )
+    if cut:
+        print_status(
+            f"stage {stage_name}: {cut:,} of {samples:,} samples were cut at language.max_length, "
+            f"which took {lost:,} supervised tokens"
+        )
+
+
 def show_disk_usage(vlm: VLM, parts: list[str], kept_checkpoints: int, folder: Path) -> None:
     """Print how much disk space the checkpoints of a stage will take."""
     modules = [getattr(vlm, part) for part in parts]
@@ -138,8 +155,9 @@ def show_interrupted(run: RunFolder, stop_reason: str) -> int:
 
 def show_results(run: RunFolder) -> int:
     """Print the results of a finished run and what to try next; return the exit code."""
-    results = read_json(run.results_file)
-    print(f"\nresults of {run.folder} ({results['questions']} questions, {results['asked_of']})")
+    results = read_results(run.results_file)
+    asked = f"{results.get('questions')} questions, {results.get('asked_of')}"
+    print(f"\nresults of {run.folder} ({asked})")
     rows = (
         ("accuracy", "exact match"),
         ("unseen_accuracy", "on attribute pairs never met in training"),
@@ -158,10 +176,11 @@ def show_results(run: RunFolder) -> int:
             print(f"  {key}: {parts}")
     if results.get("loss") is not None:
         print(f"  {_describe_loss(run, results['loss'])}")
-    print(f"  {results['seconds']:.0f} s, peak memory {format_bytes(results['peak_memory_bytes'])}")
+    seconds, peak_bytes = (results.get(key) or 0 for key in ("seconds", "peak_memory_bytes"))
+    print(f"  {seconds:.0f} s, peak memory {format_bytes(peak_bytes)}")
     if run.quarantine_file.is_file():
         lines = read_json_lines(run.quarantine_file)
-        named = "; ".join(f"{line['id']}: {line['reason']}" for line in lines[:5])
+        named = "; ".join(f"{line.get('id')}: {line.get('reason')}" for line in lines[:5])
         print(f"  {len(lines)} bad samples left out ({named}), all in {run.quarantine_file}")
     print("next:")
     picture, folder = shlex.quote(str(run.folder / "examples.png")), shlex.quote(str(run.folder))

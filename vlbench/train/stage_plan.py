@@ -18,7 +18,7 @@ from vlbench.data.packing import PackedBatch
 from vlbench.data.preflight import PreflightReport, has_images, inspect_source, probe_shards
 from vlbench.data.sample import SampleSource
 from vlbench.data.shards import WebDatasetShards
-from vlbench.data.shuffle import SourceMixture
+from vlbench.data.shuffle import SourceMixture, SourceTail
 from vlbench.distributed import collectives
 from vlbench.errors import BadSample, UserError
 from vlbench.processor import Processor
@@ -26,6 +26,7 @@ from vlbench.train.quarantine import check_bad_samples
 from vlbench.train.row_length import DEFAULT_ROW_TOKENS
 from vlbench.train.run_report import print_status
 
+EXAM_SAMPLES = 1000  # of data.val that are kept for the questions at the end, if it has as many
 HELD_OUT_SAMPLES = 64  # of every held-out loss: enough for a trend, cheap to repeat
 
 
@@ -254,13 +255,27 @@ def build_stage_steps(processor: Processor, stage_run: StageRun) -> StepDataset:
     )
 
 
+def first_loss_sample(sample_count: int) -> int:
+    """Return the number (from 0) of the first sample of `data.val` that held-out losses are of.
+
+    The questions at the end are about the first ones: what a loss chooses, as the best checkpoint
+    or a learning rate, is not chosen on the exam. Of few samples it is the second half.
+    """
+    return min(EXAM_SAMPLES, sample_count // 2)
+
+
 def held_out_batches(processor: Processor, stage_run: StageRun, seed: int) -> list[PackedBatch]:
     """Return encoded samples that training never meets, [] when the data have none."""
     source = stage_run.held_out
     if source is None:
         return []
-    data = SourceMixture([(source, 1.0)], seed)
-    step = _build_steps(processor, stage_run, data, min(HELD_OUT_SAMPLES, len(source)), 1)[0]
+    is_rendered = stage_run.val_source is None  # scenes: questions at the end are others anyway
+    data = (
+        SourceMixture([(source, 1.0)], seed)
+        if is_rendered
+        else SourceTail(source, first_loss_sample(len(source)), seed)
+    )
+    step = _build_steps(processor, stage_run, data, min(HELD_OUT_SAMPLES, len(data)), 1)[0]
     if step.bad_samples:
         print_status(
             f"held-out {source.name}: {len(step.bad_samples)} bad samples left out, first "

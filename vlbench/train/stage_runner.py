@@ -154,7 +154,7 @@ class StageRunner:
             steps_done: How many are done already.
             step_numbers: Which of `steps` are taken; None for those from `steps_done` on.
             optimizer_state: State of the optimizer in the checkpoint after `steps_done` steps.
-            seen: Samples, images and tokens that the run has trained on by then.
+            seen: The `SEEN_COUNTS` of what the run has trained on by then.
             callbacks: Lightning callbacks, called in this order.
             loggers: Where Lightning logs to.
             num_workers: Processes that load micro-batches, beside one that plans steps; 0 for

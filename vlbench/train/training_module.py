@@ -43,7 +43,14 @@ from vlbench.train.step_sync import (
     sync_step,
 )
 
-SEEN_COUNTS = ("samples", "images", "tokens")
+SEEN_COUNTS = (
+    "samples",
+    "images",
+    "tokens",
+    "supervised_tokens",
+    "truncated_samples",
+    "lost_supervised_tokens",
+)
 """The counts of a `StepReport` that are summed over the whole run."""
 
 
@@ -65,6 +72,10 @@ class StepReport:
     samples: int = 0
     supervised_tokens: int = 0
     """Positions with a label."""
+    truncated_samples: int = 0
+    """Samples whose end was cut off at `language.max_length`."""
+    lost_supervised_tokens: int = 0
+    """Supervised tokens of these ends."""
     extra: dict[str, float] = field(default_factory=dict)
     """The connector's own losses by name, each a mean over the global batch."""
     skipped: bool = False
@@ -72,7 +83,8 @@ class StepReport:
 
     def count_step(self, counts: StepCounts) -> None:
         """Take over the counts of a step over all processes."""
-        _, self.supervised_tokens, self.tokens, self.images, self.samples = counts
+        for name in SEEN_COUNTS:
+            setattr(self, name, getattr(counts, name))
 
 
 class VLMTrainingModule(pl.LightningModule):
@@ -106,7 +118,7 @@ class VLMTrainingModule(pl.LightningModule):
             steps_done: Optimizer steps of the stage that a checkpoint has already.
             seed: Fixes what is random inside of a step, together with the step's number.
             optimizer_state: State of the optimizer in that checkpoint, by `KEY.PARAMETER_NAME`.
-            seen: Samples, images and tokens that the run has trained on by then.
+            seen: The `SEEN_COUNTS` of what the run has trained on by then.
             trainer_config: How FSDP2 shards the model and when it reduces gradients.
         """
         super().__init__()
@@ -114,7 +126,8 @@ class VLMTrainingModule(pl.LightningModule):
         self.vlm, self.stage, self.seed = vlm, stage, seed
         self.total_steps, self.steps_done = total_steps, steps_done
         self.optimizer_state = optimizer_state
-        self.seen = {name: 0 for name in SEEN_COUNTS} | dict(seen or {})
+        # a checkpoint of a version that counted less goes on with what it has
+        self.seen = dict(seen) if seen else dict.fromkeys(SEEN_COUNTS, 0)
         self.trainer_config = trainer_config or TrainerConfig()
         self.reduces_once = True
         """Whether a sharded model keeps whole gradients and reduces them once a step."""

@@ -16,6 +16,8 @@ from statistics import mean
 
 from vlbench.compare.experiment import cost_estimate, lr_sweep, task_jobs
 from vlbench.compare.experiment import grid as grids
+from vlbench.compare.experiment.budget_curves import expand_curves
+from vlbench.compare.experiment.design_cautions import UNTUNED_NOTE, is_untuned
 from vlbench.compare.experiment.grid import ComparisonGrid, GridRow
 from vlbench.compare.experiment.match_budget import match_budgets
 from vlbench.compare.experiment.run_jobs import (
@@ -29,30 +31,38 @@ from vlbench.compare.experiment.run_jobs import (
 from vlbench.compare.experiment.shared_stages import copy_shared_stages, find_shared_stages
 from vlbench.compare.experiment.task_jobs import PlannedTask
 from vlbench.compare.report.analysis import analyze_runs
-from vlbench.compare.report.finished_runs import describe_sweep, load_finished_run
+from vlbench.compare.report.curve_plan import write_curve_plan
+from vlbench.compare.report.finished_runs import load_finished_run
 from vlbench.compare.report.markdown_report import render_markdown
 from vlbench.compare.report.report_command import write_report
+from vlbench.compare.report.sweep_summary import describe_sweep
+from vlbench.config import recipe as recipes
 from vlbench.distributed.launcher import ORPHAN_GRACE_SECONDS
 from vlbench.distributed.machine_limits import check_parallel_runs
+from vlbench.errors import UserError
 from vlbench.file_lock import LOCK_FILE, hold_folder, is_held_here
 from vlbench.system_errors import explain_unwritable
-from vlbench.text_files import read_json, write_atomically
-from vlbench.train.run_folder import RunFolder
+from vlbench.text_files import write_atomically
+from vlbench.train.run_folder import RunFolder, recipe_differences
 from vlbench.train.run_report import format_duration, print_status
+from vlbench.train.run_results_file import read_results
 
 REPORT_FILES = ("report.md", "report.html", "report.json")
 
 
 def run_compare(grid: ComparisonGrid) -> int:
     """Train the unfinished runs of a grid and write the reports; return the exit code."""
+    grid = expand_curves(match_budgets(grid))
     _check_machine(grid)
     tasks = task_jobs.plan_tasks(grid)
-    grid = match_budgets(grid)
+    _refuse_other_recipes(lr_sweep.trial_jobs(grid) or _make_jobs(grid))
     if grid.dry_run:
         cost_estimate.print_plan(grid, tasks)
         return 0
     with _hold_grid_folder(grid):
         _write_command(grid)
+        if grid.curve_plan:
+            write_curve_plan(grid.curve_plan, grid.folder)
         cost_estimate.print_plan(grid, tasks)
         if grid.jobs == "slurm":
             return _prepare_slurm(grid, tasks)
@@ -64,7 +74,7 @@ def _train_and_report(grid: ComparisonGrid, tasks: Sequence[PlannedTask]) -> int
     try:
         failed = _train_unfinished(grid, lr_sweep.trial_jobs(grid))
         if grid.lr_factors:
-            grid = lr_sweep.apply_best_lr(grid)
+            grid = _apply_sweep(grid)
         failed |= _train_unfinished(grid, _make_jobs(grid))
         unasked = task_jobs.ask_runs(grid, tasks)
     except ComparisonStopped:
@@ -72,6 +82,30 @@ def _train_and_report(grid: ComparisonGrid, tasks: Sequence[PlannedTask]) -> int
         print_status(f"stopped, saved. To go on: repeat the command with {again}")
         return STOPPED_EXIT_CODE
     return _write_reports(grid, failed, unasked)
+
+
+def _apply_sweep(grid: ComparisonGrid) -> ComparisonGrid:
+    """Return the grid with the rates that the trials found best; print what they found."""
+    grid = lr_sweep.apply_best_lr(grid)
+    print(*(f"  {sentence}" for sentence in describe_sweep(grid.folder)), sep="\n", flush=True)
+    _refuse_other_recipes(_make_jobs(grid))
+    return grid
+
+
+def _refuse_other_recipes(jobs: Sequence[TrainingJob]) -> None:
+    """Refuse folders of runs that were begun with another recipe: they would count as these."""
+    for job in jobs:
+        saved = RunFolder(job.folder).recipe_file
+        recipe = recipes.load_recipe(list(job.overrides))
+        if recipe.init or not saved.is_file():  # what `init` adds to a recipe is checked by fit
+            continue
+        changed = recipe_differences(recipes.load_recipe_file(saved), recipe)
+        if changed:
+            raise UserError(
+                f"{job.folder} was trained with another recipe; it differs in "
+                f"{', '.join(changed)}. Give a new folder, run=DIR, or repeat the command that "
+                "made this one"
+            )
 
 
 @contextlib.contextmanager
@@ -180,7 +214,7 @@ def _prepare_slurm(grid: ComparisonGrid, tasks: Sequence[PlannedTask]) -> int:
     """
     trials = [job for job in lr_sweep.trial_jobs(grid) if not RunFolder(job.folder).is_finished]
     if grid.lr_factors and not trials:
-        grid = lr_sweep.apply_best_lr(grid)
+        grid = _apply_sweep(grid)
     todo = trials or [job for job in _make_jobs(grid) if not RunFolder(job.folder).is_finished]
     todo = todo or task_jobs.make_eval_jobs(grid, tasks)
     if not todo:
@@ -200,7 +234,8 @@ def _write_reports(grid: ComparisonGrid, failed: dict[Path, str], unasked: Seque
         load_finished_run(folder) for folder in grid.run_folders() if RunFolder(folder).is_finished
     ]
     if runs:
-        findings = analyze_runs(runs, failed, [*describe_sweep(grid.folder), *unasked])
+        sweep = describe_sweep(grid.folder) or ([UNTUNED_NOTE] if is_untuned(grid) else [])
+        findings = analyze_runs(runs, failed, [*sweep, *unasked], grid.curve_plan)
         paths = [grid.folder / name for name in REPORT_FILES]
         for path in paths:
             write_report(findings, path)  # before printing: stdout may be a closed pipe
@@ -211,5 +246,7 @@ def _write_reports(grid: ComparisonGrid, failed: dict[Path, str], unasked: Seque
 
 
 def _describe_result(folder: Path) -> str:
-    results = read_json(folder / "results.json")
-    return f"accuracy {results['accuracy']:.3f} in {format_duration(results['seconds'])}"
+    results = read_results(folder / "results.json")
+    accuracy = results.get("accuracy")
+    share = "unknown" if accuracy is None else f"{accuracy:.3f}"
+    return f"accuracy {share} in {format_duration(results.get('seconds') or 0)}"

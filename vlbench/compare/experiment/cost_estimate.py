@@ -11,13 +11,20 @@ from typing import Any
 
 from vlbench.compare.experiment import design_power, lr_sweep, task_jobs
 from vlbench.compare.experiment import grid as grids
+from vlbench.compare.experiment.design_cautions import (
+    describe_design_cautions,
+    describe_probe_cautions,
+    describe_seeds,
+)
 from vlbench.compare.experiment.grid import ComparisonGrid, GridRow
 from vlbench.compare.experiment.run_jobs import count_slots, slot_environment
 from vlbench.compare.experiment.shared_stages import find_shared_stages
+from vlbench.compare.experiment.sweep_factors import SWEEP_SEED
 from vlbench.compare.experiment.task_jobs import PlannedTask
 from vlbench.text_files import read_json, split_lines, write_atomically
 from vlbench.train.run_folder import RunFolder
 from vlbench.train.run_report import format_bytes, format_duration, print_status
+from vlbench.train.run_results_file import read_results
 
 PROBE_FILE = "plan.json"
 
@@ -37,18 +44,24 @@ def print_plan(grid: ComparisonGrid, tasks: Sequence[PlannedTask] = ()) -> None:
             for name, stage in recipe.stages.items()
         )
         print(f"  {row.name}: connector {recipe.connector['name']}; steps: {steps}")
-    if grid.lr_factors:
-        factors = ", ".join(f"{factor:g}" for factor in grid.lr_factors)
+    trials = lr_sweep.list_trials(grid)
+    if trials:
+        tried = " and ".join(
+            f"its {part}'s learning rate x {', '.join(f'{factor:g}' for factor in factors)}"
+            for part, factors in grid.lr_factors.items()
+        )
         print(
-            f"  before them {len(grid.rows) * len(grid.lr_factors)} runs with seed "
-            f"{lr_sweep.trial_seed(grid)}: "
-            f"every row tries its connector's learning rate x {factors}"
+            f"  before them {len(grid.rows) * len(trials)} runs with seed {SWEEP_SEED}: every row "
+            f"tries {tried}"
         )
     shared = sum(
         find_shared_stages(grid, row, seed) is not None for seed in grid.seeds for row in grid.rows
     )
     if shared and grid.jobs != "slurm":
         print(f"  {shared} runs begin with stages that another one has trained alike")
+    print(f"  {describe_seeds(grid)}")
+    for caution in describe_design_cautions(grid):
+        print(f"  caution: {caution}")
     print(*design_power.describe_power(grid), sep="\n", end="\n" if len(grid.rows) > 1 else "")
     question_seconds = None
     if done < count and grid.jobs != "slurm":  # a login node must not train
@@ -70,8 +83,8 @@ def _print_costs(grid: ComparisonGrid) -> float | None:
             continue
         left = sum(not RunFolder(grid.run_folder(row, seed)).is_finished for seed in grid.seeds)
         left += sum(
-            not RunFolder(lr_sweep.trial_folder(grid, row, factor)).is_finished
-            for factor in grid.lr_factors
+            not RunFolder(lr_sweep.trial_folder(grid, row, factors)).is_finished
+            for factors in lr_sweep.list_trials(grid)
         )
         seconds += left * cost["seconds"]
         memory = max(memory, cost["memory"])
@@ -79,6 +92,8 @@ def _print_costs(grid: ComparisonGrid) -> float | None:
             f"  {row.name}: {left} runs to go, {format_duration(cost['seconds'])} and "
             f"{format_bytes(cost['memory'])} each"
         )
+        for caution in describe_probe_cautions(row.name, cost):
+            print(f"  caution: {caution}")
     slot_count = count_slots(grid.jobs)
     print(
         f"  about {format_duration(seconds / slot_count)} in all with jobs={slot_count}, at most "
@@ -115,12 +130,12 @@ def _estimate_costs(grid: ComparisonGrid) -> Sequence[dict[str, Any] | None]:
 def _finished_run_cost(grid: ComparisonGrid, row: GridRow) -> dict[str, Any] | None:
     """Return the mean time and peak memory of a row's finished runs, None if there are none."""
     runs = [RunFolder(grid.run_folder(row, seed)) for seed in grid.seeds]
-    results = [read_json(run.results_file) for run in runs if run.is_finished]
+    results = [read_results(run.results_file) for run in runs if run.is_finished]
     if not results:
         return None
     return {
-        "seconds": mean(result["seconds"] for result in results),
-        "memory": max(result["peak_memory_bytes"] for result in results),
+        "seconds": mean(result.get("seconds") or 0 for result in results),
+        "memory": max(result.get("peak_memory_bytes") or 0 for result in results),
     }
 
 

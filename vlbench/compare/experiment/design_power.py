@@ -12,8 +12,8 @@ from vlbench.compare.report.detectable_difference import (
     describe_detectable,
 )
 from vlbench.evaluate.heldout_questions import count_final_questions
-from vlbench.text_files import read_json
 from vlbench.train.run_folder import RunFolder
+from vlbench.train.run_results_file import read_results
 
 ASSUMED_ACCURACY = 0.8
 ASSUMED_SPREADS: tuple[float, ...] = (0.01, 0.03)
@@ -22,8 +22,8 @@ ASSUMED_SPREADS: tuple[float, ...] = (0.01, 0.03)
 
 def describe_power(grid: ComparisonGrid) -> list[str]:
     """Return lines on the smallest differences that 3, 5 and 10 seeds find; [] for one row."""
-    rows = len(grid.rows)
-    if rows == 1:
+    rows, pairs = len(grid.rows), grid.tested_pair_count
+    if not pairs:
         return []
     recipe = grids.load_recipe(grid.rows[0], grid.seeds[0])
     last_stage = list(recipe.stages.values())[-1]
@@ -36,14 +36,13 @@ def describe_power(grid: ComparisonGrid) -> list[str]:
         spreads = (max(0.0, mean(map(variance, by_row)) - noise) ** 0.5,)
         source = "of the finished runs"
     counts = sorted({*PLANNED_SEEDS, len(grid.seeds)} - {1})
-    pairs = rows * (rows - 1) // 2
     lines = [
         f"  smallest difference found in 80 of 100 such comparisons, after Holm's correction over "
         f"{pairs} pair{'s' if pairs > 1 else ''}, with {questions:,} questions about pictures of "
         f"their own and {100 * accuracy:.0f} % right ({source}):"
     ]
     for spread in spreads:
-        design = PlannedDesign(rows, questions, accuracy, spread)
+        design = PlannedDesign(rows, questions, accuracy, spread, pairs)
         lines.append(
             f"    if seeds spread by {100 * spread:.1f} points ({source}): "
             f"{describe_detectable(design, counts)}"
@@ -58,7 +57,8 @@ def _finished_accuracies(grid: ComparisonGrid) -> list[list[float]]:
     by_row = []
     for row in grid.rows:
         runs = [RunFolder(grid.run_folder(row, seed)) for seed in grid.seeds]
-        values = [read_json(run.results_file)["accuracy"] for run in runs if run.is_finished]
-        if len(values) > 1 and None not in values:
-            by_row.append(values)
+        values = [read_results(run.results_file).get("accuracy") for run in runs if run.is_finished]
+        known = [float(value) for value in values if value is not None]
+        if len(values) > 1 and len(known) == len(values):
+            by_row.append(known)
     return by_row

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
-from vlbench.command_line.arguments import BudgetName, CompareArguments, EvalArguments
+from vlbench.command_line.arguments import (
+    DEFAULT_MATCH_LIMIT,
+    BudgetName,
+    CompareArguments,
+    EvalArguments,
+)
 from vlbench.command_line.parser import split_arguments
 from vlbench.command_line.task_words import build_tasks, split_task_words
+from vlbench.compare.experiment.curve_request import CurveRequest, parse_curve
+from vlbench.compare.experiment.sweep_factors import (
+    LrFactors,
+    check_sweep,
+    parse_factors,
+    take_part_words,
+)
+from vlbench.compare.report.curve_plan import CurvePlan
+from vlbench.compare.report.row_identity import row_identity
 from vlbench.config import recipe as recipes
 from vlbench.config.key_table import declared_keys
 from vlbench.config.overrides import format_override, shorten_keys
@@ -21,9 +37,13 @@ from vlbench.text_files import read_yaml
 
 MATCHABLE_BUDGETS: tuple[str, ...] = get_args(BudgetName)
 """What `match` can make equal in all rows; `model/connector_cost.py` counts them."""
+MAX_ROWS = 300  # each is trained with several seeds; their recipes are read in some seconds
+MAX_SEEDS = 1000
 MAX_NAME_LENGTH = 80  # of a row: its name is that of a folder
 RESERVED_KEYS = ("seed", "init", "profile")
 """Recipe keys that a comparison sets itself, or that make runs not comparable."""
+RESERVED_GRID_KEYS = ("seed", "run", "profile", "dry_run")
+"""Those that no row may have of its own; `init` may be what rows differ in."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +74,14 @@ class ComparisonGrid:
     folder: Path
     budget_to_match: BudgetName | None = None
     """The one of `MATCHABLE_BUDGETS` that is made equal in all rows."""
-    lr_factors: tuple[float, ...] = ()
-    """Factors of the connector's learning rate that every row tries before the runs."""
+    match_limit: float = DEFAULT_MATCH_LIMIT
+    """The most times that an option may become larger or smaller for that."""
+    curve: CurveRequest | None = None
+    """The budgets at which every row is to be trained."""
+    curve_plan: CurvePlan | None = None
+    """The points of the curves, once rows are points."""
+    lr_factors: LrFactors = field(default_factory=dict)
+    """Factors of learning rates that every row tries before the runs; {} for none."""
     jobs: str = "auto"
     """How many runs are trained in parallel: a number, `auto` or `slurm`."""
     dry_run: bool = False
@@ -66,6 +92,13 @@ class ComparisonGrid:
     """What every run is asked when it has ended, as it was typed."""
     task_words: tuple[str, ...] = ()
     """`tasks.NAME.KEY=VALUE`, what one of the tasks is asked with."""
+
+    @property
+    def tested_pair_count(self) -> int:
+        """The number of pairs of rows whose difference will be tested."""
+        if self.curve_plan:
+            return len(self.curve_plan.tested_pairs())
+        return len(self.rows) * (len(self.rows) - 1) // 2
 
     def run_folders(self) -> list[Path]:
         """Return the folders of all runs."""
@@ -78,20 +111,30 @@ class ComparisonGrid:
 
 def parse_grid(words: list[str]) -> ComparisonGrid:
     """Return the grid of a command line; all errors of all recipes are raised together."""
-    task_words, others = split_task_words("tasks", words)
+    factor_texts, others = take_part_words(words)
+    task_words, others = split_task_words("tasks", others)
     arguments, common = split_arguments(CompareArguments, others, declared_keys())
     if task_words and arguments.tasks is None:
         raise UserError(f"'{task_words[0]}' is for one of tasks=, which are not given")
     if arguments.tasks is not None:
         build_tasks("tasks", arguments.tasks, EvalArguments(model="RUN"), task_words)
-    keys = [word.partition("=")[0] for word in common]
-    reserved = [key for key in keys if key in RESERVED_KEYS]
-    if reserved:
+    _refuse_reserved(common, RESERVED_KEYS)
+    if arguments.match_limit and not arguments.match:
+        raise UserError("match_limit= is of match=, which is not given")
+    curve = parse_curve(arguments.curve)
+    if curve and curve.budget in MATCHABLE_BUDGETS and arguments.match:
         raise UserError(
-            f"{reserved[0]} is not for compare: give seeds=NUMBER, and what differs in grid="
+            f"curve={curve.budget} sets the sizes of connectors, and so does "
+            f"match={arguments.match}: give one of them"
         )
     names = [name.strip() for name in arguments.recipe.split(",") if name.strip()]
     alternatives = _parse_alternatives(arguments.grid)
+    _refuse_reserved([word for words in alternatives for word in words], RESERVED_GRID_KEYS)
+    if len(names) * len(alternatives) > MAX_ROWS:
+        raise UserError(
+            f"the grid has {len(names) * len(alternatives):,} rows; a comparison has at most "
+            f"{MAX_ROWS}"
+        )
     row_name = _make_row_names(names, alternatives)
     rows = [
         GridRow(
@@ -101,28 +144,42 @@ def parse_grid(words: list[str]) -> ComparisonGrid:
         for recipe in names
         for alternative in alternatives
     ]
-    row_names = [row.name for row in rows]
-    repeated = [name for name in row_names if row_names.count(name) > 1]
+    repeated = [name for name, count in Counter(row.name for row in rows).items() if count > 1]
     if repeated:
         raise UserError(f"two rows are the same: {repeated[0]}")
     seeds = _parse_seeds(arguments.seeds)
+    lr_factors = parse_factors(arguments.sweep, factor_texts)
     _check_recipes(rows, seeds[0])
     folder = Path(arguments.run or _next_folder())
     if arguments.freeze:
         rows = [_freeze_encoder(row, folder) for row in rows]
         _check_recipes(rows, seeds[0])
+    recipes_by_row = {row.name: load_recipe(row, seeds[0]) for row in rows}
+    _refuse_equal_rows(recipes_by_row)
+    check_sweep(lr_factors, recipes_by_row, seeds)
     return ComparisonGrid(
         tuple(rows),
         seeds,
         folder,
         arguments.match,
-        _parse_lr_factors(arguments.sweep),
+        arguments.match_limit or DEFAULT_MATCH_LIMIT,
+        curve,
+        None,
+        lr_factors,
         _parse_jobs(arguments.jobs),
         arguments.dry_run,
         tuple(words),
         arguments.tasks,
         tuple(task_words),
     )
+
+
+def _refuse_reserved(words: Sequence[str], reserved_keys: Sequence[str]) -> None:
+    reserved = [key for word in words if (key := word.partition("=")[0]) in reserved_keys]
+    if reserved:
+        raise UserError(
+            f"{reserved[0]} is not for compare: give seeds=NUMBER, and what differs in grid="
+        )
 
 
 def _parse_alternatives(text: str | None) -> list[tuple[str, ...]]:
@@ -153,15 +210,16 @@ def _read_alternatives(path: Path) -> list[tuple[str, ...]]:
 def _parse_seeds(text: str) -> tuple[int, ...]:
     """Return the seeds of `seeds=3` (0, 1, 2) or `seeds=[0,5]`."""
     if INTEGER_PATTERN.fullmatch(text):
-        if not 1 <= int(text) <= 1000:
-            raise UserError(f"seeds is {text}; allowed are 1 to 1000, or a list as [0,1,5]")
+        if not 1 <= int(text[:9]) <= MAX_SEEDS or len(text) > 9:
+            raise UserError(f"seeds is {text}; allowed are 1 to {MAX_SEEDS}, or a list as [0,1,5]")
         return tuple(range(int(text)))
     values = parse_flow_yaml(text) if text.startswith("[") else None
     are_integers = isinstance(values, list) and all(
         INTEGER_PATTERN.fullmatch(str(value)) for value in values
     )
-    if not values or not are_integers:
-        raise UserError(f"seeds is '{text}'; allowed are 1 to 1000, or a list as [0,1,5]")
+    if not values or not are_integers or len(values) > MAX_SEEDS:
+        given = f"'{text}'" if len(text) < 100 else f"'{text[:40]}...' ({len(text):,} characters)"
+        raise UserError(f"seeds is {given}; allowed are 1 to {MAX_SEEDS}, or a list as [0,1,5]")
     return tuple(dict.fromkeys(int(value) for value in values))
 
 
@@ -171,22 +229,6 @@ def _freeze_encoder(row: GridRow, folder: Path) -> GridRow:
     trained = [name for name, stage in stages.items() if "vision" in stage.trained_parts]
     frozen = {f"stages.{name}.train.vision": "null" for name in trained}
     return row.with_overrides({**frozen, "trainer.feature_cache": folder / "features"})
-
-
-def _parse_lr_factors(text: str | None) -> tuple[float, ...]:
-    """Return the factors of `sweep=0.3,1,3`."""
-    if text is None:
-        return ()
-    try:
-        factors = tuple(dict.fromkeys(float(factor) for factor in text.strip("[]").split(",")))
-    except ValueError:
-        factors = ()
-    if len(factors) < 2 or not all(1e-4 <= factor <= 1e4 for factor in factors):
-        raise UserError(
-            f"sweep is '{text}'; wanted are factors of the learning rate between 0.0001 and 10000, "
-            "two or more, as in sweep=0.3,1,3"
-        )
-    return factors
 
 
 def _parse_jobs(text: str) -> str:
@@ -208,6 +250,25 @@ def _check_recipes(rows: Sequence[GridRow], seed: int) -> None:
             lines += [f"{prefix}{line}" for line in error.lines]
     if lines:
         raise UserError(*dict.fromkeys(lines))
+
+
+def _refuse_equal_rows(recipes_by_row: Mapping[str, Recipe]) -> None:
+    """Refuse rows that train the same: a report could only count them as one."""
+    rows_by_identity: dict[str, str] = {}
+    for name, recipe in recipes_by_row.items():
+        flat = recipes.flatten_keys(recipes.to_plain(recipe))
+        identity = json.dumps(row_identity(flat, {}), sort_keys=True)
+        other = rows_by_identity.setdefault(identity, name)
+        if other == name:
+            continue
+        before = recipes.flatten_keys(recipes.to_plain(recipes_by_row[other]))
+        changed = [key for key in flat if flat[key] != before.get(key) and key != "recipe"]
+        difference = (
+            f"what differs ({', '.join(changed)}) is how a run is made, not what it trains"
+            if changed
+            else "their recipes are equal in every key, defaults included"
+        )
+        raise UserError(f"rows {other} and {name} are the same experiment: {difference}")
 
 
 def load_recipe(row: GridRow, seed: int) -> Recipe:

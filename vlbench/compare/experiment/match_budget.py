@@ -2,7 +2,9 @@
 
 Every connector declares the options that make it larger or smaller (`Connector.size_options`). In
 each row at most `MAX_CHANGED_OPTIONS` of them change, and as little as possible: the distance is
-the sum of the absolute log ratios of the options and of the budget.
+the sum of the absolute log ratios of the options and of the budget. No option becomes more than
+`match_limit=` times what it was, or less than that part of it: a Flamingo with one gated layer in
+32 has the parameters of an MLP, and is no Flamingo.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vlbench.command_line.arguments import DEFAULT_MATCH_LIMIT
 from vlbench.compare.experiment.grid import ComparisonGrid, GridRow, load_recipe
 from vlbench.compare.report.finished_runs import MATCH_TOLERANCE
 from vlbench.config.overrides import format_override
@@ -49,21 +52,24 @@ def match_budgets(grid: ComparisonGrid) -> ComparisonGrid:
     if grid.budget_to_match is None:
         return grid
     print(f"match={grid.budget_to_match}: trying sizes of {len(grid.rows)} connectors", flush=True)
-    matches = match_rows(grid.rows, grid.budget_to_match)
+    matches = match_rows(grid.rows, grid.budget_to_match, grid.match_limit)
     print("\n".join(f"  {line}" for line in format_match_table(matches, grid.budget_to_match)))
     return replace(grid, rows=tuple(match.row for match in matches))
 
 
-def match_rows(rows: Sequence[GridRow], budget_name: str) -> list[BudgetMatch]:
+def match_rows(
+    rows: Sequence[GridRow], budget_name: str, match_limit: float = DEFAULT_MATCH_LIMIT
+) -> list[BudgetMatch]:
     """Return the changes that give `rows` the same budget within `MATCH_TOLERANCE`.
 
-    `budget_name` is one of `grid.MATCHABLE_BUDGETS`. The result is a pure function of the rows.
+    `budget_name` is one of `grid.MATCHABLE_BUDGETS`, `match_limit` the largest ratio of an option's
+    new value to its own, either way. The result is a pure function of them and the rows.
     Where no budget suits all rows, it is one that suits the most; the others come as near as they
     can.
     """
     candidates_by_row = [
-        RowCandidates(row, counter, budget_name)
-        for row, counter in zip(rows, _cost_counters(rows), strict=True)
+        RowCandidates(row, counter, budget_name, match_limit)
+        for row, counter in zip(rows, cost_counters(rows), strict=True)
     ]
     verified = False
     while not verified:
@@ -118,7 +124,7 @@ def _make_match(
     )
 
 
-def _cost_counters(rows: Sequence[GridRow]) -> list[ConnectorCostCounter]:
+def cost_counters(rows: Sequence[GridRow]) -> list[ConnectorCostCounter]:
     """Return the cost counter of each row; rows with the same shapes share one."""
     shared: dict[Any, ConnectorCostCounter] = {}
     counters = []
@@ -194,10 +200,16 @@ class SizeCandidate:
 class RowCandidates:
     """The candidates of a row, sorted by budget."""
 
-    def __init__(self, row: GridRow, cost_counter: ConnectorCostCounter, budget_name: str) -> None:
+    def __init__(
+        self,
+        row: GridRow,
+        cost_counter: ConnectorCostCounter,
+        budget_name: str,
+        match_limit: float = math.inf,
+    ) -> None:
         """Count the budgets with no and one changed option; predict those with more."""
         recipe = load_recipe(row, 0)
-        self.row = row
+        self.row, self.match_limit = row, match_limit
         self.connector_name: str = recipe.connector["name"]
         self.own_options = recipe.model.connector_options
         self._cost_counter, self._count_budget = cost_counter, BUDGET_COUNTS[budget_name]
@@ -214,8 +226,8 @@ class RowCandidates:
                 f"row {row.name}: connector {self.connector_name} has no {budget_name} to match"
             )
         singles = [
-            self._single_changes(option, values)
-            for option, values in self._changeable_options().items()
+            self._single_changes(option, self._near_values(option))
+            for option in self._changeable_options()
         ]
         # one list per option; options that move no budget take no part
         useful = [changes for changes in singles if any(map(self._has_new_budget, changes))]
@@ -263,6 +275,12 @@ class RowCandidates:
             if name not in self._changeable_options()
         ]
         condition = f" with {', '.join(fixed)} as given" if fixed else ""
+        changeable = self._changeable_options()
+        if any(len(self._near_values(name)) < len(changeable[name]) for name in changeable):
+            condition += (
+                f" within {self.match_limit:g} times what it is, either way; "
+                f"match_limit={2 * self.match_limit:g} tries more"
+            )
         return f"no sizes of connector {self.connector_name} come nearer{condition}"
 
     def _changeable_options(self) -> dict[str, Sequence[Any]]:
@@ -282,6 +300,12 @@ class RowCandidates:
             for name, values in self._connector_class.size_options.items()
             if f"connector.{name}" not in given
         }
+
+    def _near_values(self, option: str) -> list[Any]:
+        """Return the values of a size option within `match_limit` times its own, either way."""
+        own = self.own_options[option]
+        values = self._changeable_options()[option]
+        return [value for value in values if _ratio(own, value) <= self.match_limit + 1e-9]
 
     def _single_changes(self, option: str, values: Sequence[Any]) -> list[SizeCandidate]:
         candidates = [
@@ -321,7 +345,15 @@ class RowCandidates:
         self.candidates.sort(key=lambda candidate: (candidate.budget, candidate.log_change))
 
 
+def _ratio(first: Any, second: Any) -> float:
+    """Return how many times the larger of two positive numbers is the smaller; 1 for others."""
+    return math.exp(_log_distance(first, second)) if _are_sizes(first, second) else 1.0
+
+
 def _log_distance(first: Any, second: Any) -> float:
     """Return the absolute log ratio of two positive numbers; 0 or 1 for other values."""
-    are_numbers = all(isinstance(value, int | float) and value > 0 for value in (first, second))
-    return abs(math.log(second / first)) if are_numbers else float(first != second)
+    return abs(math.log(second / first)) if _are_sizes(first, second) else float(first != second)
+
+
+def _are_sizes(*values: Any) -> bool:
+    return all(isinstance(value, int | float) and value > 0 for value in values)

@@ -18,10 +18,12 @@ import torch
 
 from vlbench.distributed.machine_limits import count_cpu_cores
 from vlbench.process_settings import handle_stop_signals
-from vlbench.text_files import split_lines, write_atomically
+from vlbench.regular_files import open_regular
+from vlbench.text_files import append_text, split_lines, write_atomically
 
 PR_SET_PDEATHSIG = 1  # option of prctl(2): the signal sent when the parent process dies
 MAX_CPU_RUNS = 4  # parallel runs of jobs=auto on CPU: there may be no memory for more
+LOG_TAIL_BYTES = 1 << 16  # at the end of a log, in which its last line is
 POLL_SECONDS = 0.2  # between checks of the processes
 STOPPED_EXIT_CODE = 130  # of a run that was interrupted and has saved
 
@@ -44,7 +46,9 @@ class TrainingJob:
     @property
     def last_log_line(self) -> str:
         """The last line of the log, without the prefix `vlbench: `."""
-        lines = split_lines(self.log_file.read_text(encoding="utf-8", errors="replace").strip())
+        with open_regular(self.log_file) as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - LOG_TAIL_BYTES))
+            lines = split_lines(file.read(LOG_TAIL_BYTES).decode("utf-8", "replace").strip())
         return lines[-1].removeprefix("vlbench: ") if lines else "no output"
 
 
@@ -118,7 +122,7 @@ def _forward_signals(stop_signals: list[int], processes: list[subprocess.Popen[b
 def _launch_job(job: TrainingJob, slot: int, slot_count: int) -> subprocess.Popen[bytes]:
     """Start a run in a new process whose output is appended to its log."""
     job.log_file.parent.mkdir(parents=True, exist_ok=True)
-    with job.log_file.open("a", encoding="utf-8") as file:
+    with append_text(job.log_file) as file:
         return subprocess.Popen(
             [sys.executable, "-m", "vlbench", job.verb, *job.overrides],
             stdout=file,

@@ -8,13 +8,11 @@ from typing import Any
 
 from vlbench.compare.experiment import grid as grids
 from vlbench.compare.experiment.grid import ComparisonGrid, GridRow
+from vlbench.compare.report.row_identity import STAGES_KEY, row_identity, stages_that_ran
 from vlbench.config import recipe as recipes
 from vlbench.config.schema import Recipe
 from vlbench.file_lock import LOCK_FILE, is_held_here
 from vlbench.train.run_folder import RunFolder, open_run
-
-STAGE_IGNORED_KEYS = ("run", "trainer", "log", "only", "from", "dry_run", "profile", "recipe")
-"""Top-level recipe keys that do not change what a stage learns."""
 
 
 def find_shared_stages(
@@ -30,28 +28,29 @@ def find_shared_stages(
 
 
 def common_stages(first: Recipe, second: Recipe) -> list[str]:
-    """Return the names of the leading stages that two recipes train alike; never all stages."""
-    first_keys = recipes.flatten_keys(recipes.to_plain(first))
-    second_keys = recipes.flatten_keys(recipes.to_plain(second))
+    """Return the names of the leading stages that two recipes train alike; never all of `first`.
 
-    def keys_outside_stages(recipe: dict[str, Any]) -> dict[str, Any]:
-        ignored = (*STAGE_IGNORED_KEYS, "stages")
-        return {key: value for key, value in recipe.items() if key.split(".")[0] not in ignored}
-
-    def keys_of_stage(recipe: dict[str, Any], stage: str) -> dict[str, Any]:
-        return {k: v for k, v in recipe.items() if k.startswith(f"stages.{stage}.")}
-
-    names = list(first.stages)
-    if names != list(second.stages):
-        return []
-    if keys_outside_stages(first_keys) != keys_outside_stages(second_keys):
+    They are alike to the last bit, so that what else changes rounding is the same, too.
+    """
+    own, other = (recipes.flatten_keys(recipes.to_plain(recipe)) for recipe in (first, second))
+    if _keys_outside_stages(own) != _keys_outside_stages(other):
         return []
     common: list[str] = []
-    for name in names[:-1]:
-        if keys_of_stage(first_keys, name) != keys_of_stage(second_keys, name):
+    for name, other_name in zip(stages_that_ran(own)[:-1], stages_that_ran(other), strict=False):
+        if name != other_name or _keys_of_stage(own, name) != _keys_of_stage(other, name):
             break
         common.append(name)
     return common
+
+
+def _keys_outside_stages(recipe: dict[str, Any]) -> dict[str, Any]:
+    identity = row_identity(recipe, {}).items()
+    rounding = {key: recipe[key] for key in ("seed", "activation_checkpointing")}
+    return {k: v for k, v in identity if k.split(".")[0] not in ("stages", STAGES_KEY)} | rounding
+
+
+def _keys_of_stage(recipe: dict[str, Any], stage: str) -> dict[str, Any]:
+    return {k: v for k, v in recipe.items() if k.startswith(f"stages.{stage}.")}
 
 
 def copy_shared_stages(grid: ComparisonGrid, row: GridRow, seed: int) -> str:

@@ -9,7 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from vlbench.compare.report import curve_sentences
 from vlbench.compare.report.comparison_warnings import comparison_warnings
+from vlbench.compare.report.curve_analysis import CurveFindings, analyze_curves
+from vlbench.compare.report.curve_arms import arms_of_points, compared_groups, left_out_note
+from vlbench.compare.report.curve_plan import CurvePlan
 from vlbench.compare.report.detectable_difference import describe_detectable
 from vlbench.compare.report.finished_runs import (
     ComparisonArm,
@@ -19,6 +23,7 @@ from vlbench.compare.report.finished_runs import (
     correct_matrix,
     differing_keys,
     group_into_arms,
+    shown_values,
 )
 from vlbench.compare.report.paired_statistics import RowStatistics
 from vlbench.compare.report.question_clusters import CorrectMatrix
@@ -31,6 +36,7 @@ from vlbench.compare.report.row_pairs import (
     format_count,
     join_names,
 )
+from vlbench.compare.report.score_limits import RowScore, floor_and_ceiling_warnings
 from vlbench.compare.report.task_comparison import TaskComparison, compare_tasks
 
 
@@ -92,12 +98,24 @@ class ComparisonResult:
     """Sentences on what all rows have in common, or on how they were made."""
     failed: Mapping[Path, str]
     """Folder of a failed run -> reason."""
+    curves: CurveFindings | None = None
+    """Of a comparison whose rows are points of curves over a budget."""
 
     @property
     def recipe_differences(self) -> list[tuple[str, list[str]]]:
         """The keys in which recipes differ, learning rates first, with a value for each arm."""
         keys = differing_keys(self.arms)
-        return [(key, [str(arm.runs[0].recipe.get(key, "")) for arm in self.arms]) for key in keys]
+        runs = [arm.runs[0] for arm in self.arms]
+        return [
+            (
+                key,
+                [
+                    "" if value is None and key not in run.recipe else str(value)
+                    for run, value in zip(runs, shown_values(runs, key), strict=True)
+                ],
+            )
+            for key in keys
+        ]
 
     @property
     def scope_sentence(self) -> str:
@@ -118,6 +136,9 @@ class ComparisonResult:
         """The question that the comparison answers, as a sentence."""
         seeds = format_count(len(self.seeds), "seed")
         questions = f"{format_count(len(self.question_ids), 'question')} about {self.asked_of}"
+        if self.curves:
+            names = join_names(self.curves.plan.curves, "and")
+            return f"How do {names} answer {questions} over {self.curves.plan.label}, with {seeds}?"
         if len(self.rows) == 1:
             return f"How well does {self.rows[0].name}, trained with {seeds}, answer {questions}?"
         if len(self.rows) > MAX_NAMED_ROWS:
@@ -129,6 +150,8 @@ class ComparisonResult:
     @property
     def verdict_sentence(self) -> str:
         """A sentence on which row is best, and over which others that is significant."""
+        if self.curves:
+            return curve_sentences.verdict_sentence(self.curves)
         best, *others = self.rows
         text = f"{best.name} answers {100 * best.accuracy:.1f} % of the questions right"
         if not others:
@@ -163,13 +186,18 @@ def analyze_runs(
     runs: Sequence[FinishedRun],
     failed: Mapping[Path, str] | None = None,
     notes: Sequence[str] = (),
+    plan: CurvePlan | None = None,
 ) -> ComparisonResult:
     """Return the comparison of finished runs.
 
-    `failed` maps folders of failed runs to the reason; `notes` are sentences on how the runs were
-    made.
+    Args:
+        runs: The runs of all rows.
+        failed: Folders of failed runs -> the reason.
+        notes: Sentences on how the runs were made.
+        plan: Of which curves the rows are points; without it every two rows are compared.
     """
-    arms = group_into_arms(runs)
+    notes = [*notes, *(left_out_note(runs, plan) if plan else [])]
+    arms, plan = arms_of_points(runs, plan) if plan else (group_into_arms(runs), None)
     seeds, questions = common_seeds_and_questions(arms)
     by_arm = {arm.name: correct_matrix(arm, seeds, questions) for arm in arms}
     arm_order = sorted(arms, key=lambda arm: -by_arm[arm.name].mean())
@@ -185,7 +213,19 @@ def analyze_runs(
         for index, arm in enumerate(arm_order)
     ]
     failed = failed or {}
-    tasks, task_remarks = compare_tasks(arms)
+    names = [row.name for row in rows]
+    kinds = _kinds_of(rows[0].runs[0], questions)
+    tested = plan.tested_names if plan else None
+    numbers = plan.number_pairs(names, plan.tested_pairs()) if plan else all_pairs(len(rows))
+    pairs = compare_pairs(names, statistics, numbers)
+    tasks, task_remarks = compare_tasks(arms, tested)
+    curves = analyze_curves(plan, names, statistics, pairs, kinds) if plan else None
+    notes = [*(curve_sentences.family_sentences(curves) if curves else []), *notes]
+    groups = group_questions(names, kinds, statistics, tested)
+    scores = [
+        RowScore(row.name, row.accuracy, row.interval_low, row.mean_result("blank_accuracy"))
+        for row in rows
+    ]
     return ComparisonResult(
         arms=tuple(arms),
         rows=tuple(rows),
@@ -193,16 +233,21 @@ def analyze_runs(
         question_ids=questions,
         cluster_count=statistics.cluster_count,
         asked_of=rows[0].runs[0].results.get("asked_of", "the data of the recipe"),
-        pairs=compare_pairs([row.name for row in rows], statistics, all_pairs(len(rows))),
-        design=_describe_design(statistics),
-        question_groups=group_questions(
-            [row.name for row in rows], _kinds_of(rows[0].runs[0], questions), statistics
-        ),
+        pairs=pairs,
+        design=_describe_design(statistics, len(pairs)),
+        question_groups=groups,
         tasks=tasks,
         task_remarks=task_remarks,
-        warnings=comparison_warnings(arms, seeds, questions, failed),
+        warnings=[
+            *comparison_warnings(arms, seeds, questions, failed, compared_groups(arms, plan)),
+            *floor_and_ceiling_warnings(
+                scores,
+                [(group.name, [one for one, *_ in group.row_accuracies]) for group in groups],
+            ),
+        ],
         notes=[*_frozen_encoder_note(arms), *notes],
         failed=failed,
+        curves=curves,
     )
 
 
@@ -213,7 +258,7 @@ def _frozen_encoder_note(arms: Sequence[ComparisonArm]) -> list[str]:
     return [] if is_trained else ["The vision encoder is frozen in every stage of every row."]
 
 
-def _describe_design(statistics: RowStatistics) -> str:
+def _describe_design(statistics: RowStatistics, pair_count: int) -> str:
     """Return a sentence on what more seeds would find; "" for one row, or one seed."""
     spread = statistics.seed_spread
     if statistics.row_count == 1 or spread is None:
@@ -224,7 +269,7 @@ def _describe_design(statistics: RowStatistics) -> str:
         if spread
         else "The spread of seeds is less than the noise of answers"
     )
-    found = describe_detectable(statistics.planned_design(spread))
+    found = describe_detectable(statistics.planned_design(spread, pair_count))
     return (
         f"{known}. A new comparison of so many rows and questions would find in 80 of 100 cases: "
         f"{found}."

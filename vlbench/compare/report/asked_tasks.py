@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vlbench.compare.report.finished_runs import COMPARED_SET
+from vlbench.compare.report.finished_runs import COMPARED_SET, AnswerLine
 from vlbench.compare.report.task_answers import (
     EVAL_FOLDER,
     EXACT_MATCH,
@@ -21,6 +21,7 @@ from vlbench.compare.report.task_answers import (
 )
 from vlbench.errors import UserError
 from vlbench.regular_files import MAX_RECORDS_BYTES
+from vlbench.strict_values import check_record
 from vlbench.text_files import parse_json, read_text, split_lines
 
 CONTROL_SETS = ("blank", "shuffled")  # of answers.jsonl: the same questions with other images
@@ -50,10 +51,13 @@ def _read_own_sets(file: Path) -> list[TaskAnswers]:
     try:
         for line in map(parse_json, split_lines(read_text(file, MAX_RECORDS_BYTES))):
             if line["set"] not in (COMPARED_SET, *CONTROL_SETS):
+                check_record(line, AnswerLine, file)
                 sets.setdefault(str(line["set"]), []).append(line)
         return [
             conversation_answers(SET_TITLES.get(name, name), {"score": EXACT_MATCH}, lines)
             for name, lines in sets.items()
         ]
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file}: holds a line that is no answer") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from vlbench.compare.report.finished_runs import (
@@ -11,6 +12,7 @@ from vlbench.compare.report.finished_runs import (
     ComparisonArm,
     FinishedRun,
 )
+from vlbench.compare.report.training_budgets import training_warnings
 
 
 def comparison_warnings(
@@ -18,19 +20,39 @@ def comparison_warnings(
     seeds: Sequence[int],
     questions: Sequence[str],
     failed: Mapping[Path, str],
+    compared: Sequence[Sequence[ComparisonArm]],
 ) -> list[str]:
-    """Return a sentence for everything that makes the comparison unfair or incomplete."""
+    """Return a sentence for everything that makes the comparison unfair or incomplete.
+
+    `compared` are the groups of arms within which arms are compared: all, or those of a budget.
+    """
     used = [run for arm in arms for run in arm.runs if run.seed in seeds]
     warnings = [
         _single_seed_warning(seeds),
         _dropped_seeds_warning(arms, seeds),
-        _budget_warning(arms),
+        _budget_warning(compared),
+        *_training_warnings(compared, seeds),
         _questions_warning(used, questions),
         _truths_warning(used, questions),
         _versions_warning(used),
         _failed_runs_warning(failed),
     ]
     return [warning for warning in warnings if warning]
+
+
+def _training_warnings(
+    compared: Sequence[Sequence[ComparisonArm]], seeds: Sequence[int]
+) -> list[str]:
+    """Return what is unequal in the training of arms that are compared, each sentence once."""
+    told = (
+        sentence for arms in compared for sentence in training_warnings(_with_seeds(arms, seeds))
+    )
+    return list(dict.fromkeys(told))
+
+
+def _with_seeds(arms: Sequence[ComparisonArm], seeds: Sequence[int]) -> list[ComparisonArm]:
+    """Return the arms with the runs that are compared."""
+    return [replace(arm, runs=tuple(run for run in arm.runs if run.seed in seeds)) for arm in arms]
 
 
 def _single_seed_warning(seeds: Sequence[int]) -> str:
@@ -48,15 +70,16 @@ def _dropped_seeds_warning(arms: Sequence[ComparisonArm], seeds: Sequence[int]) 
     return f"Left out, because not every row has the seed: {', '.join(dropped)}."
 
 
-def _budget_warning(arms: Sequence[ComparisonArm]) -> str:
+def _budget_warning(compared: Sequence[Sequence[ComparisonArm]]) -> str:
+    unmatched = [key for arms in compared for key in _unmatched_keys(arms)]
+    labels = [label for key, label in BUDGET_LABELS.items() if key in unmatched]
+    return f"Not matched within {MATCH_TOLERANCE:.0%}: {', '.join(labels)}." if labels else ""
+
+
+def _unmatched_keys(arms: Sequence[ComparisonArm]) -> list[str]:
     budgets = [arm.runs[0].results.get("budget") or {} for arm in arms]
     values_by_key = {key: [budget.get(key) for budget in budgets] for key in BUDGET_LABELS}
-    labels = [
-        BUDGET_LABELS[key]
-        for key, values in values_by_key.items()
-        if any(values) and _is_unmatched(values)
-    ]
-    return f"Not matched within {MATCH_TOLERANCE:.0%}: {', '.join(labels)}." if labels else ""
+    return [key for key, values in values_by_key.items() if any(values) and _is_unmatched(values)]
 
 
 def _is_unmatched(values: Sequence[int | None]) -> bool:

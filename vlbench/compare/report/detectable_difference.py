@@ -103,6 +103,8 @@ class PlannedDesign:
     """Of every row."""
     seed_spread: float
     """Standard deviation of a row's accuracy over seeds, of infinitely many questions."""
+    pair_count: int | None = None
+    """Of rows that are tested against each other; None for all."""
 
     def detectable_with(self, seed_count: int) -> float:
         """Return the smallest detectable difference with some seeds.
@@ -129,7 +131,7 @@ class PlannedDesign:
                 degrees_of_freedom=found.degrees_of_freedom,
                 accuracy=self.accuracy,
                 seed_share=found.seed_share,
-                pair_count=self.row_count * (self.row_count - 1) // 2,
+                pair_count=self.pair_count or self.row_count * (self.row_count - 1) // 2,
                 question_count=questions,
                 seed_count=seed_count,
             )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
+from pydantic import AfterValidator, Field
 
 from vlbench.compare.report.analysis import RowResult
 from vlbench.compare.report.svg_figure import (
@@ -21,12 +22,13 @@ from vlbench.compare.report.svg_figure import (
     row_style,
     wrap_label,
 )
-from vlbench.errors import UserError
 from vlbench.html_pages import image_data_uri
+from vlbench.strict_values import FileRecord, check_record
 from vlbench.text_files import read_json
 
 HEATMAP_COLOR = (213, 94, 0)  # Okabe and Ito's vermilion
 HEATMAP_OPACITY = 0.85  # of the patch with the largest value
+MAX_NUMBER = 500  # of shares and entropies, whose exp() is a number then
 PANELS_ACROSS = 3  # panels in a row of a figure
 
 PatchMap = list[list[float]]
@@ -51,6 +53,50 @@ class QuestionHeatmaps:
     question: str
     truth: str
     row_heatmaps: list[RowHeatmap]
+
+
+def _check_map(rows: list[list[float]] | None) -> list[list[float]] | None:
+    if rows is not None and (not rows or not rows[0] or len({len(row) for row in rows}) > 1):
+        raise ValueError("must be rows of the same number of patches")
+    return rows
+
+
+def _check_size(number: float) -> float:
+    """Return a number within limits, or NaN, as diverged models have it."""
+    if abs(number) > MAX_NUMBER:
+        raise ValueError(f"must be a number up to {MAX_NUMBER:,}, given {number:g}")
+    return number
+
+
+Number = Annotated[float, Field(allow_inf_nan=True), AfterValidator(_check_size)]
+CheckedMap = Annotated[list[list[Number]] | None, AfterValidator(_check_map)]
+
+
+class QuestionDiagnostics(FileRecord):
+    """A question of diagnostics.json."""
+
+    id: str
+    question: str
+    answer: str
+    truth: str
+    relevance: CheckedMap = None
+
+
+class AttentionDiagnostics(FileRecord):
+    """The attention of a connector."""
+
+    entropy: Number
+    uniform: Number
+    maps: list[CheckedMap] = []
+
+
+class RunDiagnostics(FileRecord):
+    """A diagnostics.json."""
+
+    maps: list[QuestionDiagnostics]
+    tokens: list[Number] | None
+    effective: Annotated[float, Field(allow_inf_nan=True)] | None
+    attention: AttentionDiagnostics | None = None
 
 
 @dataclass(frozen=True)
@@ -78,17 +124,14 @@ def _load_row_diagnostics(row: RowResult) -> RowDiagnostics | None:
     file = row.runs[0].folder / "diagnostics.json"
     if not file.is_file():
         return None
-    content = read_json(file)
-    try:
-        return RowDiagnostics(
-            row_name=row.name,
-            question_maps=[dict(question) for question in content["maps"]],
-            token_shares=[float(share) for share in content["tokens"] or []],
-            effective_tokens=float(content["effective"] or 0),
-            attention=content.get("attention"),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: holds no diagnostics ({error})") from error
+    content = check_record(read_json(file), RunDiagnostics, file)
+    return RowDiagnostics(
+        row_name=row.name,
+        question_maps=content["maps"],
+        token_shares=content["tokens"] or [],
+        effective_tokens=content["effective"] or 0.0,
+        attention=content.get("attention"),
+    )
 
 
 def relevance_heatmaps(diagnostics: Sequence[RowDiagnostics]) -> list[QuestionHeatmaps]:
@@ -131,7 +174,7 @@ def heatmap_uri(patch_values: Sequence[Sequence[float]]) -> str:
 
     The largest value of the map has the opacity `HEATMAP_OPACITY`.
     """
-    values = np.asarray(patch_values, float)
+    values = np.nan_to_num(np.asarray(patch_values, float))
     shares = np.clip(values / max(float(values.max()), 1e-12), 0, 1)
     pixels = np.empty((*shares.shape, 4), np.uint8)
     pixels[..., :3] = HEATMAP_COLOR

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlbench.compare.report.question_clusters import CorrectMatrix, number_clusters
+from vlbench.compare.report.row_identity import STAGES_KEY, row_identity
 from vlbench.config import recipe as recipes
 from vlbench.config.overrides import shorten_keys
+from vlbench.connector.kept_source import KEPT_FOLDER
+from vlbench.connector.source_files import RECORD_FILE
+from vlbench.data.data_checksums import data_checksums
 from vlbench.errors import UserError
 from vlbench.regular_files import MAX_RECORDS_BYTES
+from vlbench.strict_values import FileRecord, check_record
 from vlbench.text_files import parse_json, read_json, read_text, split_lines
+from vlbench.train.run_results_file import read_results
 
+MAX_INITS = 10  # runs that begin with one another, each with the one before
 COMPARED_SET = "accuracy"  # the question set of answers.jsonl on which arms are compared
 BUDGET_KEYS = ("steps", "epochs", "global_batch_size", "max_tokens_per_row", "warmup_ratio")
-ARM_IGNORED_KEYS = ("seed", "run", "recipe", "only", "from", "dry_run", "profile", "trainer", "log")
-"""Top-level recipe keys in which the runs of one arm may differ."""
-
-
-SWEEP_FILE = "sweep.json"  # in the folder of a comparison: losses of the learning rates tried
-SWEEP_FOLDER = "sweep"  # where the runs that tried them are
 MATCH_TOLERANCE = 0.05  # budgets match within this relative difference
 BUDGET_LABELS = {
     "parameters": "connector's parameters",
@@ -56,11 +58,25 @@ class FinishedRun:
     """Question id -> its picture, or else its conversation: what questions have in common."""
     versions: dict[str, str]
     """Versions of libraries, of initial weights and of the code (`commit`)."""
+    contents: dict[str, str] = field(default_factory=dict)
+    """Path of data, or `connector.name` -> checksum of what it held when the run began."""
 
     @property
     def seed(self) -> int:
         """The seed of the run."""
         return int(self.recipe["seed"])
+
+
+class AnswerLine(FileRecord):
+    """A line of answers.jsonl."""
+
+    id: str
+    correct: bool
+    type: str
+    language: str
+    answer: str = ""
+    truth: str = ""
+    picture: str | None = None
 
 
 def load_finished_run(folder: Path) -> FinishedRun:
@@ -78,19 +94,20 @@ def load_finished_run(folder: Path) -> FinishedRun:
         try:
             answer = parse_json(line)
             if answer["set"] == COMPARED_SET:
-                name = answer["id"]
+                name = str(answer["id"])
                 if name in correct:  # several questions may have the same id
                     name = f"{name}#{number}"
-                correct[name] = bool(answer["correct"])
+                check_record(answer, AnswerLine, folder / f"answers.jsonl, line {number}")
+                correct[name] = answer["correct"]
                 types_and_languages[name] = (answer["type"], answer["language"])
                 answers_and_truths[name] = (answer.get("answer", ""), answer.get("truth", ""))
                 clusters[name] = answer.get("picture") or conversation_of(answer["id"])
         except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, UserError):
+                raise
             raise UserError(f"{folder / 'answers.jsonl'}, line {number}: is no answer") from error
-    recipe = recipes.flatten_keys(
-        recipes.to_plain(recipes.load_recipe_file(folder / "recipe.yaml"))
-    )
-    results = read_json(folder / "results.json")
+    recipe = load_flat_recipe(folder)
+    results = read_results(folder / "results.json")
     return FinishedRun(
         folder=folder,
         recipe=recipe,
@@ -100,6 +117,7 @@ def load_finished_run(folder: Path) -> FinishedRun:
         answers_and_truths=answers_and_truths,
         clusters=clusters,
         versions=_load_versions(folder, results),
+        contents=_load_contents(folder, recipe),
     )
 
 
@@ -123,11 +141,45 @@ def _load_versions(folder: Path, results: dict[str, Any]) -> dict[str, str]:
     file = folder / "versions.json"
     versions = read_json(file) if file.is_file() else {}
     weights = versions.pop("weights", None)
+    for key in ("data", "max_tokens_per_row"):
+        versions.pop(key, None)
     for part in ("vision", "language"):
         if isinstance(weights, dict) and isinstance(weights.get(part), dict):
             versions[f"weights of {part}"] = weights[part].get("sha256")
     versions |= {"commit": results["commit"]} if results.get("commit") else {}
     return {name: str(value) for name, value in versions.items()}
+
+
+def _load_contents(
+    folder: Path, recipe: Mapping[str, Any], followed_inits: int = 0
+) -> dict[str, str]:
+    """Return checksums of a run's data, of its own connector, and of what its `init` trained.
+
+    Of runs that begin with each other `MAX_INITS` are followed.
+    """
+    contents = data_checksums(folder / "versions.json")
+    source = folder / KEPT_FOLDER / RECORD_FILE
+    if source.is_file():
+        record = read_json(source)
+        contents["connector.name"] = str(record.get("sha256") or record.get("version"))
+    init = recipe.get("init")
+    if init and followed_inits < MAX_INITS and (Path(init) / "recipe.yaml").is_file():
+        contents[init] = _checksum_trained(Path(init), followed_inits + 1)
+    return contents
+
+
+def _checksum_trained(folder: Path, followed_inits: int) -> str:
+    """Return a checksum of what a run or checkpoint trained; its seed does not count."""
+    recipe = load_flat_recipe(folder)
+    checkpoint = folder.name if (folder / "position.json").is_file() else ""
+    contents = _load_contents(folder, recipe, followed_inits)
+    identity = {**_identity(recipe, contents), "checkpoint": checkpoint}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def load_flat_recipe(folder: Path) -> dict[str, Any]:
+    """Return the resolved recipe of a run or checkpoint with one key for every value."""
+    return recipes.flatten_keys(recipes.load_recipe_file(folder / "recipe.yaml"))
 
 
 @dataclass(frozen=True)
@@ -166,11 +218,36 @@ def group_into_arms(runs: Sequence[FinishedRun]) -> list[ComparisonArm]:
 def differing_keys(arms: Sequence[ComparisonArm]) -> list[str]:
     """Return the keys in which arms differ, learning rates first."""
     identities = [_recipe_identity(arm.runs[0]) for arm in arms]
-    keys = dict.fromkeys(key for identity in identities for key in identity)
     differing = [
-        key for key in keys if len({json.dumps(identity.get(key)) for identity in identities}) > 1
+        key
+        for key in _keys_of_all_stages(identities)
+        if len({json.dumps(identity.get(key)) for identity in identities}) > 1
     ]
     return sorted(differing, key=lambda key: not key.endswith(".lr"))
+
+
+def shown_values(runs: Sequence[FinishedRun], key: str) -> list[Any]:
+    """Return the values of a key as recipes have them, or else what tells them apart.
+
+    A recipe's text is not enough where the file that it names was another one.
+    """
+    values = [_recipe_identity(run).get(key) for run in runs]
+    if key == STAGES_KEY:
+        return ["all stages" if value is None else ",".join(value) for value in values]
+    typed = [run.recipe.get(key, value) for run, value in zip(runs, values, strict=True)]
+    pairs = [json.dumps(pair) for pair in zip(typed, values, strict=True)]
+    return typed if len({*map(json.dumps, typed)}) == len({*pairs}) else values
+
+
+def _keys_of_all_stages(identities: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the keys of rows, in order, without those of stages that some of them did not run.
+
+    That such a stage was left out says it all.
+    """
+    stages = [{key.split(".")[1] for key in one if key.startswith("stages.")} for one in identities]
+    common = set.intersection(*stages)
+    keys = dict.fromkeys(key for identity in identities for key in identity)
+    return [key for key in keys if not key.startswith("stages.") or key.split(".")[1] in common]
 
 
 def correct_matrix(
@@ -199,10 +276,14 @@ def common_seeds_and_questions(arms: Sequence[ComparisonArm]) -> tuple[list[int]
 
 
 def _recipe_identity(run: FinishedRun) -> dict[str, Any]:
-    """Return the recipe without the keys in which runs of one arm may differ."""
-    return {
-        key: value for key, value in run.recipe.items() if key.split(".")[0] not in ARM_IGNORED_KEYS
-    }
+    return _identity(run.recipe, run.contents)
+
+
+def _identity(recipe: Mapping[str, Any], contents: Mapping[str, str]) -> dict[str, Any]:
+    """Return what was trained, a connector that is not shipped told by its source."""
+    identity = row_identity(recipe, contents)
+    source = contents.get("connector.name")
+    return identity if source is None else {**identity, "connector source": source[:12]}
 
 
 def _arm_names(runs: Sequence[FinishedRun]) -> list[str]:
@@ -214,17 +295,17 @@ def _arm_names(runs: Sequence[FinishedRun]) -> list[str]:
     def count_distinct(keys: Sequence[str]) -> int:
         return len({json.dumps([identity.get(key) for key in keys]) for identity in identities})
 
-    keys = dict.fromkeys(key for identity in identities for key in identity)
+    keys = _keys_of_all_stages(identities)
     order = sorted(keys, key=lambda key: (_meaning_rank(key), -count_distinct([key])))
     chosen: list[str] = []
     for key in order:
         if count_distinct([*chosen, key]) > count_distinct(chosen):
             chosen.append(key)
     short = shorten_keys(chosen)
-    return [
-        " ".join(_format_setting(short[key], identity.get(key)) for key in chosen)
-        for identity in identities
+    columns = [
+        [_format_setting(short[key], value) for value in shown_values(runs, key)] for key in chosen
     ]
+    return [" ".join(words) for words in zip(*columns, strict=True)]
 
 
 def _meaning_rank(key: str) -> int:
@@ -237,36 +318,20 @@ def _meaning_rank(key: str) -> int:
         return 0
     if key.startswith("connector."):
         return 1
+    if key == STAGES_KEY:
+        return 2
     if ".lora." in key:
-        return 2 if key.endswith(".rank") else 3
+        return 3 if key.endswith(".rank") else 4
     if key.startswith(("vision.", "language.", "size", "init")):
-        return 4
+        return 5
     last = key.rsplit(".", 1)[-1]
-    return {"lr": 7, **dict.fromkeys(BUDGET_KEYS, 6)}.get(last, 5)
+    return {"lr": 8, **dict.fromkeys(BUDGET_KEYS, 7)}.get(last, 6)
 
 
 def _format_setting(key: str, value: Any) -> str:
     """Return `qformer` for a connector's name, `lora.rank=4` for any other key."""
     if key == "connector.name":
         return str(value)
+    if key == STAGES_KEY and value == "all stages":
+        return str(value)
     return f"{key.removeprefix('connector.')}={'null' if value is None else value}"
-
-
-def describe_sweep(folder: Path) -> list[str]:
-    """Return a sentence on the learning rates that were tried and chosen; [] without a sweep."""
-    file = folder / SWEEP_FILE
-    if not file.is_file():
-        return []
-    sweep = read_json(file)
-    rows = []
-    for name, row in sweep["rows"].items():
-        losses = ", ".join(
-            f"x {factor} {'failed' if loss is None else f'{loss:.4f}'}"
-            for factor, loss in row["losses"].items()
-        )
-        chosen = "none" if row["chosen"] is None else f"x {row['chosen']:g}"
-        rows.append(f"{name} {losses}: {chosen} is taken")
-    return [
-        f"Every row tried its connector's learning rate times some factors, with seed "
-        f"{sweep['seed']}; the lowest held-out loss decides. {'; '.join(rows)}."
-    ]

@@ -14,6 +14,8 @@ from typing import Any
 from markupsafe import Markup
 
 from vlbench.compare.report import (
+    curve_plots,
+    curve_sentences,
     diagnostics,
     question_examples,
     result_plots,
@@ -22,13 +24,19 @@ from vlbench.compare.report import (
 )
 from vlbench.compare.report.analysis import ComparisonResult, RowResult
 from vlbench.compare.report.detectable_difference import STATISTICAL_POWER
+from vlbench.compare.report.information_loss import find_information_loss
+from vlbench.compare.report.information_tables import (
+    InformationTable,
+    information_notes,
+    information_tables,
+)
 from vlbench.compare.report.markdown_report import format_share, format_whole
 from vlbench.compare.report.pair_families import (
     FAMILY_SENTENCE,
     detectable_of_all,
     name_significant,
 )
-from vlbench.compare.report.row_pairs import MAX_NAMED_ROWS, format_count
+from vlbench.compare.report.row_pairs import MAX_NAMED_ROWS, format_count, join_names
 from vlbench.compare.report.svg_figure import legend_marker
 from vlbench.html_pages import jinja_environment
 from vlbench.version import __version__
@@ -43,12 +51,14 @@ MEAN_COLUMNS = {
 }
 """Keys of results.json -> columns of the table of accuracies; those without values are left out."""
 SECTION_TITLES = {
+    "curves": "Curves over the budget",
     "differs": "What differs between the rows",
     "accuracy": "Accuracy and differences",
     "training": "Learning curves",
     "kinds": "Accuracy by kind of question",
     "tasks": "Further tasks",
     "costs": "Cost against quality",
+    "information": "What the connector loses",
     "cases": "Wins and losses",
     "inside": "Diagnostics",
     "made": "How it was made",
@@ -76,12 +86,20 @@ def render_html(findings: ComparisonResult) -> str:
     }
     rows = findings.rows
     labels = row_labels([row.name for row in rows])
+    information = find_information_loss(findings)
     sections = {
+        "curves": _curves_section(findings),
         "answers": _answers_section(findings, labels),
         "training": _training_section(rows, labels),
         "costs": _costs_section(rows),
-        "disagreements": question_examples.wins_and_losses(rows, findings.question_ids),
+        "disagreements": question_examples.wins_and_losses(
+            rows, findings.question_ids, findings.pairs if findings.curves else None
+        ),
         "diagnostics": _diagnostics_section(rows, labels),
+        "information": {
+            "tables": information_tables(information),
+            "notes": list(information_notes(information)),
+        },
     }
     left_out = _left_out(findings, sections)
     if not findings.tasks and not findings.task_remarks:
@@ -89,11 +107,15 @@ def render_html(findings: ComparisonResult) -> str:
     text = environment.get_template(REPORT_TEMPLATE).render(
         **sections,
         findings=findings,
-        title=_page_title(rows),
+        title=_page_title(findings),
         labels=labels,
         row_indices={row.name: index for index, row in enumerate(rows)},
         legend_markers=[legend_marker(index) for index in range(len(rows))],
-        titles={key: title for key, title in SECTION_TITLES.items() if key not in left_out},
+        titles={
+            key: title
+            for key, title in SECTION_TITLES.items()
+            if key not in left_out and (findings.curves or key != "curves")
+        },
         left_out=left_out,
         mean_columns={
             key: heading
@@ -137,7 +159,12 @@ def _left_out(findings: ComparisonResult, sections: dict[str, Any]) -> dict[str,
     diagnostics = sections["diagnostics"]["row_names"]
     if not diagnostics and not sections["training"]["gates"] and not sections["answers"]["drops"]:
         reasons["inside"] = "These runs have neither diagnostics.json nor answers without images."
-    return reasons
+    return reasons | _without_probes(sections["information"]["tables"])
+
+
+def _without_probes(tables: Sequence[InformationTable]) -> dict[str, str]:
+    reason = "These runs have no information.json: it needs 100 questions about rendered scenes."
+    return {} if tables else {"information": reason}
 
 
 def _breakable(key: str) -> Markup:
@@ -145,10 +172,13 @@ def _breakable(key: str) -> Markup:
     return Markup("<wbr>").join(re.findall(r"[^.]*\.?", key))
 
 
-def _page_title(rows: Sequence[RowResult]) -> str:
-    if len(rows) > MAX_NAMED_ROWS:
-        return f"{len(rows)} rows compared"
-    return " / ".join(row.name for row in rows)
+def _page_title(findings: ComparisonResult) -> str:
+    if findings.curves:
+        plan = findings.curves.plan
+        return f"{join_names(plan.curves, 'and')} over {plan.label}"
+    if len(findings.rows) > MAX_NAMED_ROWS:
+        return f"{len(findings.rows)} rows compared"
+    return " / ".join(row.name for row in findings.rows)
 
 
 def _answers_section(findings: ComparisonResult, labels: dict[str, str]) -> dict[str, Any]:
@@ -168,6 +198,22 @@ def _answers_section(findings: ComparisonResult, labels: dict[str, str]) -> dict
         "question_groups": result_plots.plot_question_groups(groups, rows) if groups else None,
         "group_intervals": result_plots.group_intervals_drawn(groups),
         "drops": result_plots.plot_accuracy_drops(rows, labels) if has_drops else None,
+    }
+
+
+def _curves_section(findings: ComparisonResult) -> dict[str, Any] | None:
+    """Return the plots, sentences and tables of curves; None without any."""
+    found = findings.curves
+    if found is None:
+        return None
+    return {
+        "names": found.plan.curves,
+        "plot": curve_plots.plot_curves(found),
+        "has_bands": curve_plots.bands_drawn(found.curves),
+        "has_crossings": any(one.crossings for pair in found.curve_pairs for one in pair.undecided),
+        "kinds_plot": curve_plots.plot_curves_by_kind(found),
+        "sentences": curve_sentences.all_sentences(found),
+        "tables": curve_sentences.curve_tables(found),
     }
 
 

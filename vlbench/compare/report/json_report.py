@@ -7,9 +7,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from vlbench.compare.report.analysis import ComparisonResult, RowResult
+from vlbench.compare.report.curve_record import curves_record
+from vlbench.compare.report.information_loss import (
+    LOSSES,
+    InformationLoss,
+    KindInformation,
+    ShareEstimate,
+    find_information_loss,
+)
 from vlbench.compare.report.pair_families import FAMILY_SENTENCE
 from vlbench.compare.report.question_kinds import QuestionGroup
 from vlbench.compare.report.row_pairs import RowPair
+from vlbench.compare.report.run_probes import PLACE_LABELS
 from vlbench.compare.report.task_comparison import TaskComparison
 from vlbench.version import __version__
 
@@ -34,8 +43,10 @@ def render_json(findings: ComparisonResult) -> str:
         "pairs": [_pair_entry(pair) for pair in findings.pairs],
         "design": findings.design,
         "kinds": [_kind_entry(group, names) for group in findings.question_groups],
+        "curves": curves_record(findings.curves) if findings.curves else None,
         "tasks": [_task_entry(task) for task in findings.tasks],
         "task_remarks": findings.task_remarks,
+        "information": _information_entry(find_information_loss(findings)),
         "warnings": findings.warnings,
         "notes": findings.notes,
         "failed": {str(folder): reason for folder, reason in findings.failed.items()},
@@ -108,3 +119,43 @@ def _task_entry(task: TaskComparison) -> dict[str, Any]:
         "kinds": [_kind_entry(group, [row.name for row in task.rows]) for group in task.groups],
         "remarks": task.matched.remarks,
     }
+
+
+def _information_entry(information: InformationLoss) -> dict[str, Any]:
+    return {
+        "rows": [
+            {
+                "name": row.row_name,
+                "training_pictures": row.training_pictures,
+                "reads_answers": row.reads_answers,
+                "kinds": [_information_kind(kind) for kind in row.kinds],
+                "neighbours": {
+                    "count": row.neighbour_count,
+                    "kept": _share_entry(row.neighbours),
+                    "chance": row.neighbours_by_chance,
+                },
+            }
+            for row in information.rows
+        ],
+        "missing": information.missing,
+    }
+
+
+def _information_kind(kind: KindInformation) -> dict[str, Any]:
+    return {
+        "name": kind.kind,
+        "questions": kind.question_count,
+        "read": {
+            place: _share_entry(share) for place, share in zip(PLACE_LABELS, kind.read, strict=True)
+        },
+        "chance": kind.by_chance,
+        "wrong": kind.wrong_count,
+        "losses": {
+            name: {"count": loss.count, "of_questions": _share_entry(loss.of_questions)}
+            for name, loss in zip(LOSSES, kind.losses, strict=True)
+        },
+    }
+
+
+def _share_entry(estimate: ShareEstimate) -> dict[str, Any]:
+    return {"share": estimate.share, "interval": [estimate.low, estimate.high]}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vlbench.compare.report import curve_sentences
 from vlbench.compare.report.analysis import ComparisonResult, RowResult
+from vlbench.compare.report.markdown_information import render_information
 from vlbench.compare.report.markdown_tasks import kinds_table, render_tasks
 from vlbench.compare.report.pair_families import FAMILY_SENTENCE
 from vlbench.compare.report.row_costs import available_budgets
@@ -19,6 +21,7 @@ def render_markdown(findings: ComparisonResult) -> str:
         lines += [f"**{markdown_text(warning)}**", ""]
     for note in findings.notes:
         lines += [markdown_text(note), ""]
+    lines += _curves_section(findings)
     lines += [
         *_differences_table(findings),
         "",
@@ -39,6 +42,7 @@ def render_markdown(findings: ComparisonResult) -> str:
         ]
     lines += ["## By kind of question", "", *kinds_table(findings.question_groups, names)]
     lines += ["", *render_tasks(findings)] if findings.tasks or findings.task_remarks else []
+    lines += render_information(findings)
     if findings.failed:
         failed = (
             f"- {markdown_text(f'{folder}: {reason}')}"
@@ -46,6 +50,23 @@ def render_markdown(findings: ComparisonResult) -> str:
         )
         lines += ["", "## Failed", "", *failed]
     return "\n".join(lines)
+
+
+def _curves_section(findings: ComparisonResult) -> list[str]:
+    """Return the sentences and tables of curves, [] without any."""
+    if findings.curves is None:
+        return []
+    lines = [f"## Curves over {findings.curves.plan.label}", ""]
+    lines += [f"- {markdown_text(one)}" for one in curve_sentences.all_sentences(findings.curves)]
+    for table in curve_sentences.curve_tables(findings.curves):
+        lines += ["", f"{markdown_text(table.title)}:", ""]
+        lines += [_table_line(table.header), f"|{'---|' * len(table.header)}"]
+        lines += map(_table_line, table.lines)
+    return [*lines, ""]
+
+
+def _table_line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(map(markdown_text, cells))} |"
 
 
 def _differences_table(findings: ComparisonResult) -> list[str]:

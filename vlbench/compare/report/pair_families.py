@@ -16,11 +16,14 @@ Multiple Endpoints in Clinical Trials: Guidance for Industry).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 from vlbench.compare.report.paired_statistics import RowStatistics, holm_correction
 from vlbench.compare.report.row_pairs import RowPair, all_pairs
 
+MAX_NAMED_PAIRS = 4  # in a cell of a table
+TestedPairs = Set[frozenset[str]]
+"""Names of rows of which two are compared."""
 FAMILY_SENTENCE = (
     "Holm's correction is over one family of tests at a time, and in each of them the chance of "
     "any false claim is at most 5 %: the pairs of rows on the runs' own questions, which are the "
@@ -29,14 +32,20 @@ FAMILY_SENTENCE = (
 )
 
 
-def compare_family(tables: Sequence[tuple[Sequence[str], RowStatistics]]) -> list[list[RowPair]]:
-    """Return the differences of all pairs of rows, for each of several sets of questions.
+def compare_family(
+    tables: Sequence[tuple[Sequence[str], RowStatistics]], tested: TestedPairs | None = None
+) -> list[list[RowPair]]:
+    """Return the differences of pairs of rows, for each of several sets of questions.
 
-    A table is the names of the rows, in the order of their statistics, and the statistics. p-values
-    and detectable differences are those of one family: all pairs of all tables.
+    A table is the names of the rows, in the order of their statistics, and the statistics. All
+    pairs are `tested`, or those of these names. p-values and detectable differences are those of
+    one family: these pairs of all tables.
     """
     tests = [
-        (table, pair) for table, (names, _) in enumerate(tables) for pair in all_pairs(len(names))
+        (table, pair)
+        for table, (names, _) in enumerate(tables)
+        for pair in all_pairs(len(names))
+        if tested is None or frozenset(names[row] for row in pair) in tested
     ]
     pairs_of_table: list[list[RowPair]] = [[] for _ in tables]
     found = []
@@ -55,7 +64,8 @@ def compare_family(tables: Sequence[tuple[Sequence[str], RowStatistics]]) -> lis
 def name_significant(pairs: Sequence[RowPair], labels: Mapping[str, str]) -> str:
     """Return the pairs whose difference is more than chance, "none" without any; "" for no pair.
 
-    `labels` maps the names of rows to those of the table: "A over B by 4.1 (p = 0.003)".
+    `labels` maps the names of rows to those of the table: "A over B by 4.1 (p = 0.003)". Of many
+    pairs the first are named and the others counted; the JSON report has all.
     """
     found = [
         f"{labels[pair.better]} over {labels[pair.worse]} by {100 * pair.difference.mean:.1f} "
@@ -63,7 +73,9 @@ def name_significant(pairs: Sequence[RowPair], labels: Mapping[str, str]) -> str
         for pair in pairs
         if pair.is_significant
     ]
-    return "; ".join(found) or ("none" if pairs else "")
+    more = len(found) - MAX_NAMED_PAIRS
+    named = [*found[:MAX_NAMED_PAIRS], f"{more} more"] if more > 1 else found
+    return "; ".join(named) or ("none" if pairs else "")
 
 
 def detectable_of_all(pairs: Sequence[RowPair]) -> float | None:

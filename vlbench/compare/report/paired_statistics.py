@@ -116,10 +116,10 @@ class RowStatistics:
         excess = float((variances.between_seeds - variances.noise).mean()) / self.cluster_count
         return math.sqrt(max(0.0, excess))
 
-    def planned_design(self, seed_spread: float) -> PlannedDesign:
+    def planned_design(self, seed_spread: float, pair_count: int) -> PlannedDesign:
         """Return the design with these rows, pictures and accuracies, and some spread of seeds."""
         accuracy = float(self.accuracies.mean())
-        return PlannedDesign(self.row_count, self.cluster_count, accuracy, seed_spread)
+        return PlannedDesign(self.row_count, self.cluster_count, accuracy, seed_spread, pair_count)
 
     def of_questions(self, columns: Sequence[int]) -> RowStatistics:
         """Return the statistics of some of the questions."""
@@ -127,7 +127,10 @@ class RowStatistics:
         return RowStatistics(self.correct[:, :, list(columns)], clusters)
 
     def _variance_of_mean(self, signs: NDArray[np.float64], extra: float) -> UncertainVariance:
-        """Return the variance of a row's accuracy, or of a difference, by its `signs` `[rows]`."""
+        """Return the variance of a row's accuracy, or of a difference, by its `signs` `[rows]`.
+
+        These may be any weights.
+        """
         clusters_known = max(1, self.cluster_count - 1)
         between = float(signs @ self._between @ signs)
         if self.seed_count == 1:
@@ -136,7 +139,10 @@ class RowStatistics:
         # the expectation of the mean square of clusters has that of the residual in it
         known = max(0.0, between - float(signs @ self._noise @ signs)) / cells + extra
         rows = np.flatnonzero(signs).tolist()
-        found = self._seed_variances.variance_of_sum(rows, known)
+        if set(np.abs(signs[rows])) == {1.0} and len(rows) <= 2:
+            found = self._seed_variances.variance_of_sum(rows, known)
+        else:
+            found = self._seed_variances.variance_of_contrast(signs, known)
         share = 1 - found.seed_share
         degrees = 1 / (1 / found.degrees_of_freedom + share**2 / clusters_known)
         return replace(found, degrees_of_freedom=max(1.0, degrees))
@@ -192,6 +198,16 @@ class RowStatistics:
                 seed_count=self.seed_count,
             ),
         )
+
+    def contrast(self, weights: NDArray[np.float64]) -> tuple[float, float]:
+        """Return a sum of accuracies times `weights` `[rows]`, and half its 95 % interval's width.
+
+        Weights that sum to 0, half of them positive, are a difference of interpolated rows.
+        """
+        extra = self._one_answer * float(weights @ weights) / 2
+        found = self._variance_of_mean(weights, extra)
+        quantile = float(stdtrit(found.degrees_of_freedom, (1 + CONFIDENCE_LEVEL) / 2))
+        return float(weights @ self.accuracies), quantile * math.sqrt(found.variance)
 
 
 def _mean_products(values: NDArray[np.float64]) -> tuple[CorrectMatrix, CorrectMatrix]:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from vlbench.compare.report.analysis import RowResult
 from vlbench.compare.report.finished_runs import FinishedRun
+from vlbench.compare.report.row_pairs import RowPair
 from vlbench.config import recipe as recipes
 from vlbench.data.image_folder import page_refusal
 from vlbench.data.image_processing import ImageTransform
@@ -59,13 +60,22 @@ class RowDisagreements:
     shown: list[QuestionDisagreement]
 
 
-def wins_and_losses(rows: Sequence[RowResult], questions: Sequence[str]) -> list[RowDisagreements]:
-    """Return the disagreements of the best row with each of the next ones, in both directions."""
-    best = rows[0]
+def wins_and_losses(
+    rows: Sequence[RowResult], questions: Sequence[str], tested: Sequence[RowPair] | None = None
+) -> list[RowDisagreements]:
+    """Return the disagreements of the best row with each of the next ones, in both directions.
+
+    Where only some pairs are `tested`, they are those of the pairs that differ most.
+    """
+    opponents = [(rows[0], opponent) for opponent in rows[1 : 1 + MAX_OPPONENTS]]
+    if tested is not None:
+        by_name = {row.name: row for row in rows}
+        largest = sorted(tested, key=lambda pair: -pair.difference.mean)[:MAX_OPPONENTS]
+        opponents = [(by_name[pair.better], by_name[pair.worse]) for pair in largest]
     return [
         find_disagreements(winner, loser, questions)
-        for opponent in rows[1 : 1 + MAX_OPPONENTS]
-        for winner, loser in ((best, opponent), (opponent, best))
+        for better, worse in opponents
+        for winner, loser in ((better, worse), (worse, better))
     ]
 
 

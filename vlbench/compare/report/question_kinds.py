@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from vlbench.compare.report.pair_families import compare_family
+from vlbench.compare.report.pair_families import TestedPairs, compare_family
 from vlbench.compare.report.paired_statistics import RowStatistics
 from vlbench.compare.report.row_pairs import RowPair
 
@@ -36,19 +36,17 @@ def group_questions(
     row_names: Sequence[str],
     question_kinds: Sequence[Mapping[str, str]],
     statistics: RowStatistics,
+    tested: TestedPairs | None = None,
 ) -> list[QuestionGroup]:
     """Group the questions by each of `KINDS`; an empty name makes no group.
 
-    `question_kinds` has, for every question, its name by kind: type -> colour.
+    `question_kinds` has, for every question, its name by kind: type -> colour. `tested` are the
+    pairs of rows that are compared, by default all.
     """
-    columns_of: dict[tuple[int, str], list[int]] = {}
-    for column, names in enumerate(question_kinds):
-        for rank, kind in enumerate(KINDS):
-            if names.get(kind):
-                columns_of.setdefault((rank, names[kind]), []).append(column)
-    groups = sorted(columns_of)
-    subsets = [statistics.of_questions(columns_of[group]) for group in groups]
-    pairs = compare_family([(row_names, subset) for subset in subsets])
+    columns_of = columns_by_kind(question_kinds)
+    groups = list(columns_of)
+    subsets = [statistics.of_questions(columns) for columns in columns_of.values()]
+    pairs = compare_family([(row_names, subset) for subset in subsets], tested)
     return [
         QuestionGroup(
             name,
@@ -59,3 +57,15 @@ def group_questions(
         )
         for (rank, name), subset, pairs_of_group in zip(groups, subsets, pairs, strict=True)
     ]
+
+
+def columns_by_kind(
+    question_kinds: Sequence[Mapping[str, str]],
+) -> dict[tuple[int, str], list[int]]:
+    """Return (rank in `KINDS`, name) -> numbers of these questions, in the order of tables."""
+    columns_of: dict[tuple[int, str], list[int]] = {}
+    for column, names in enumerate(question_kinds):
+        for rank, kind in enumerate(KINDS):
+            if names.get(kind):
+                columns_of.setdefault((rank, names[kind]), []).append(column)
+    return dict(sorted(columns_of.items()))

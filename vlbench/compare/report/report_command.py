@@ -7,12 +7,14 @@ from pathlib import Path
 
 from vlbench.command_line.arguments import ReportArguments
 from vlbench.compare.report.analysis import ComparisonResult, analyze_runs
-from vlbench.compare.report.finished_runs import SWEEP_FOLDER, describe_sweep, load_finished_run
+from vlbench.compare.report.curve_plan import find_curve_plan
+from vlbench.compare.report.finished_runs import load_finished_run
 from vlbench.compare.report.json_report import render_json
 from vlbench.compare.report.markdown_report import render_markdown
+from vlbench.compare.report.sweep_summary import SWEEP_FOLDER, describe_sweep
 from vlbench.errors import UserError
 from vlbench.system_errors import explain_unwritable
-from vlbench.text_files import write_atomically
+from vlbench.text_files import write_for_people
 
 REPORT_SUFFIXES = (".md", ".html", ".json")
 
@@ -30,8 +32,11 @@ def run_report(arguments: ReportArguments) -> int:
     if len(set(suffixes)) < len(suffixes):
         raise UserError("report takes out=FILE.md, out=FILE.html and out=FILE.json once each")
     notes = [note for folder in folders for note in describe_sweep(folder)]
+    run_folders = _find_run_folders(folders)
     findings = analyze_runs(
-        [load_finished_run(folder) for folder in _find_run_folders(folders)], notes=notes
+        [load_finished_run(folder) for folder in run_folders],
+        notes=notes,
+        plan=find_curve_plan(run_folders),
     )
     for file in files:
         write_report(findings, file)
@@ -52,7 +57,7 @@ def write_report(findings: ComparisonResult, path: Path) -> None:
     else:
         text = render_markdown(findings) + "\n"
     try:
-        write_atomically(path, text)
+        write_for_people(path, text)
     except OSError as error:
         raise explain_unwritable(error, f"out={path}") from error
 

@@ -11,6 +11,9 @@ TRAINING_LABELS = {
     "samples": "samples seen in training",
     "images": "images seen in training",
     "tokens_seen": "tokens seen in training",
+    "supervised_tokens": "supervised tokens in training",
+    "truncated_samples": "samples cut at max_length",
+    "lost_supervised_tokens": "supervised tokens lost by that",
 }
 """Further keys of `budget` in results.json -> labels; not every run has them."""
 

@@ -114,11 +114,45 @@ class SeedVariances:
         axes = tuple(range(2, logs.ndim))
         mean = float((joint * weighted.sum(axis=axes)).sum())
         spread = float((joint * (weighted * logs).sum(axis=axes)).sum()) - mean**2
-        degrees = 2 * inverse_trigamma(max(spread, 1e-6))
-        scale = np.exp(mean - np.log(degrees / 2) + digamma(degrees / 2))
         noise = known + float(self.noise[list(rows)].sum()) / (self.seed_count * self.cluster_count)
-        share = min(1.0, noise / scale)
-        return UncertainVariance(float(scale), degrees, 1 - share)
+        return _match_student(mean, spread, noise)
+
+    @cached_property
+    def _row_moments(self) -> tuple[Floats, Floats]:
+        """Mean and variance of rows' variances, each `[rows, levels, spreads]`."""
+        nodes, _ = self._node_weights
+        totals = np.stack([self._variances_of_mean(row) for row in range(len(self.noise))])
+        means = (nodes * totals).sum(axis=3)
+        spread = (nodes * (totals - means[..., None]) ** 2).sum(axis=3)
+        return means, spread
+
+    def variance_of_contrast(self, weights: Floats, known: float) -> UncertainVariance:
+        """Return the variance of a sum of rows' means times `weights` `[rows]`, plus `known`.
+
+        As `variance_of_sum`, for any number of rows: given level and spread, the sum of the rows'
+        variances is taken as log-normal with its own mean and variance (Fenton 1960,
+        doi:10.1109/TCOM.1960.1097606), which spares the nodes of all rows together.
+        """
+        means, variances = self._row_moments
+        _, joint = self._node_weights
+        squares = weights**2
+        mean = known + np.tensordot(squares, means, 1)
+        log_spread = np.log1p(np.tensordot(squares**2, variances, 1) / mean**2)
+        log_mean = np.log(mean) - log_spread / 2
+        middle = float((joint * log_mean).sum())
+        spread = float((joint * (log_spread + log_mean**2)).sum()) - middle**2
+        noise = known + float(squares @ self.noise) / (self.seed_count * self.cluster_count)
+        return _match_student(middle, spread, noise)
+
+
+def _match_student(log_mean: float, log_spread: float, noise: float) -> UncertainVariance:
+    """Return the variance whose log, by its estimate, has this mean and this variance.
+
+    `noise` is the part of it that does not come from seeds.
+    """
+    degrees = 2 * inverse_trigamma(max(log_spread, 1e-6))
+    scale = np.exp(log_mean - np.log(degrees / 2) + digamma(degrees / 2))
+    return UncertainVariance(float(scale), degrees, 1 - min(1.0, noise / scale))
 
 
 def inverse_trigamma(value: float) -> float:

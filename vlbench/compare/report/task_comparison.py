@@ -9,7 +9,7 @@ import numpy as np
 
 from vlbench.compare.report.asked_tasks import read_task_answers
 from vlbench.compare.report.finished_runs import ComparisonArm
-from vlbench.compare.report.pair_families import compare_family
+from vlbench.compare.report.pair_families import TestedPairs, compare_family
 from vlbench.compare.report.paired_statistics import RowStatistics
 from vlbench.compare.report.question_clusters import number_clusters
 from vlbench.compare.report.question_kinds import QuestionGroup, group_questions
@@ -73,10 +73,13 @@ class TaskComparison:
         return {row.name: row.score for row in self.rows}
 
 
-def compare_tasks(arms: Sequence[ComparisonArm]) -> tuple[list[TaskComparison], list[str]]:
+def compare_tasks(
+    arms: Sequence[ComparisonArm], tested: TestedPairs | None = None
+) -> tuple[list[TaskComparison], list[str]]:
     """Return the rows' comparison on everything that they were asked beside the main outcome.
 
-    Also returned are sentences on what was asked and cannot be compared.
+    Also returned are sentences on what was asked and cannot be compared. `tested` are the pairs of
+    rows that are compared, by default all.
     """
     remarks: list[str] = []
     answers_by_row = {}
@@ -88,9 +91,9 @@ def compare_tasks(arms: Sequence[ComparisonArm]) -> tuple[list[TaskComparison], 
         answers_by_row[arm.name] = by_seed
     matched, mismatches = match_tasks(answers_by_row)
     tables = [_rows_and_statistics(task) for task in matched]
-    pairs = compare_family([(names, statistics) for names, statistics in tables])
+    pairs = compare_family([(names, statistics) for names, statistics in tables], tested)
     compared = [
-        _describe_task(task, names, statistics, task_pairs)
+        _describe_task(task, names, statistics, task_pairs, tested)
         for task, (names, statistics), task_pairs in zip(matched, tables, pairs, strict=True)
     ]
     return compared, list(dict.fromkeys([*remarks, *mismatches]))
@@ -116,9 +119,13 @@ def _clusters_of(task: MatchedTask) -> Mapping[str, str]:
 
 
 def _describe_task(
-    task: MatchedTask, names: Sequence[str], statistics: RowStatistics, pairs: list[RowPair]
+    task: MatchedTask,
+    names: Sequence[str],
+    statistics: RowStatistics,
+    pairs: list[RowPair],
+    tested: TestedPairs | None,
 ) -> TaskComparison:
-    groups = group_questions(names, _telling_kinds(task), statistics)
+    groups = group_questions(names, _telling_kinds(task), statistics, tested)
     return TaskComparison(
         matched=task,
         rows=[

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from vlbench.evaluate.tasks.benchmark_types import (
     BenchmarkPrompt,
     BenchmarkRecord,
     GenerationLimits,
+    RecordImage,
     ScoredItem,
     SkippedRecord,
     subject_or_category,
@@ -33,7 +33,7 @@ from vlbench.evaluate.tasks.score_report import (
 )
 from vlbench.evaluate.tasks.scoring_protocols import DEFAULT_SEED, score_items, scoring_protocol
 from vlbench.model.loaded_vlm import LoadedVLM
-from vlbench.text_files import format_json_lines, write_atomically
+from vlbench.text_files import format_json, format_json_lines, write_atomically
 
 HUB_DATASETS = {"mmmu": "MMMU/MMMU", "cmmmu": "m-a-p/CMMMU"}
 
@@ -73,13 +73,14 @@ class BenchmarkQuestion:
     def answer_line(self) -> dict[str, Any]:
         """The line of answers.jsonl, without the response."""
         record = self.record
+        shown = [image for image in self.prompt.images if isinstance(image, RecordImage)]
         return {
             "id": record.id,
             "type": record.type,
             "subject": subject_or_category(record.task, record.subject, record.category),
             "options": list(record.options),
             "answer": record.json_answer,
-            "picture": record.picture_digest,
+            "picture": shown[0].digest if shown else "",
         }
 
 
@@ -203,7 +204,7 @@ class BenchmarkTask:
                 letter = scored.prediction if scored.item.type == MMMU_CHOICE_TYPE else None
                 # of equal ids the first counts
                 submission.setdefault(scored.item.id, letter or scored.item.response)
-            text = json.dumps(submission, ensure_ascii=False, indent=1)
+            text = format_json(submission, indent=1)
             file = folder / "submission.json"
         else:
             text = format_json_lines(

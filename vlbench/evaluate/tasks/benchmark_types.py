@@ -80,6 +80,11 @@ class RecordImage:
         """Name record and file."""
         return f"record {self.record_id}: image {self.file_name}"
 
+    @property
+    def digest(self) -> str:
+        """A name by its content: several records may show the same image."""
+        return hashlib.sha256(self.image_bytes).hexdigest()[:16]
+
     def open(self) -> Image.Image:
         """Return the image in RGB, or raise a UserError that names record and file."""
         return open_image_bytes(self.image_bytes, self.name)
@@ -115,12 +120,6 @@ class BenchmarkRecord:
     def json_answer(self) -> str | list[str] | None:
         """The right answer as JSON holds it: several are a list."""
         return list(self.answer) if isinstance(self.answer, tuple) else self.answer
-
-    @property
-    def picture_digest(self) -> str:
-        """A name of the first image by its content, "" without one: several records may show it."""
-        content = next((image.image_bytes for image in self.images.values()), b"")
-        return hashlib.sha256(content).hexdigest()[:16] if content else ""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from vlbench.evaluate.heldout_questions import (
 from vlbench.evaluate.tasks.benchmark_types import GenerationLimits
 from vlbench.evaluate.tasks.score_report import wilson_interval
 from vlbench.model.loaded_vlm import LoadedVLM
-from vlbench.text_files import format_json_lines, write_atomically
+from vlbench.text_files import format_json, format_json_lines, write_atomically
 from vlbench.train import checkpoint_files
 from vlbench.train.resume import find_released_model
 
@@ -206,8 +206,7 @@ class ConversationTask:
             shares = (f"{name} {scored['accuracy']:.3f}" for name, scored in blank_sets.items())
             report.append(f"with blank images: {', '.join(shares)}")
         write_atomically(folder / "scored.jsonl", format_json_lines(judged_lines))
-        text = json.dumps(scores, indent=1, ensure_ascii=False)
-        write_atomically(folder / "scores.json", f"{text}\n")
+        write_atomically(folder / "scores.json", format_json(scores, indent=1) + "\n")
         return report
 
     def _describe_skipped(self, skipped_count: int) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +19,7 @@ from vlbench.evaluate.tasks.benchmark_types import (
     SubjectDomains,
 )
 from vlbench.system_errors import explain_unwritable
-from vlbench.text_files import format_json_lines, read_text, write_atomically
+from vlbench.text_files import format_json, format_json_lines, read_text, write_atomically
 from vlbench.text_tables import format_table
 
 PUBLISHED_FILE = Path(__file__).with_name("published.yaml")
@@ -143,9 +142,7 @@ def write_score_files(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "scored.jsonl", lines)
-        write_atomically(
-            folder / "scores.json", json.dumps(scores, indent=1, ensure_ascii=False) + "\n"
-        )
+        write_atomically(folder / "scores.json", format_json(scores, indent=1) + "\n")
     except OSError as error:
         raise explain_unwritable(error, f"out={folder}") from error
 

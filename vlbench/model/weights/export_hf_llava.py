@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ from vlbench.model.weights.hf_llava_layout import LINEAR_ACTIVATION, VISION_PREF
 from vlbench.model.weights.llava_projector import projector_depth_and_norm, require_projector
 from vlbench.model.weights.release_files import collect_part_states
 from vlbench.model.weights.tensor_files import cast_floating
-from vlbench.text_files import read_json
+from vlbench.text_files import format_json, read_config_bytes, read_json
 
 LAYOUT_NAME = "transformers' LLaVA"
 IMAGE_TOKEN = "<image>"
@@ -65,12 +64,12 @@ def write_hf_llava(vlm: LoadedVLM, folder: Path, dtype: torch.dtype | None) -> N
     processor.save_pretrained(folder)
     sentencepiece_file = vlm.tokenizer.folder / "tokenizer.model"
     if sentencepiece_file.is_file():  # an import of this folder then has the same tokenizer
-        (folder / sentencepiece_file.name).write_bytes(sentencepiece_file.read_bytes())
+        (folder / sentencepiece_file.name).write_bytes(read_config_bytes(sentencepiece_file))
         file = folder / "tokenizer_config.json"  # transformers 5 leaves add_bos_token out
         config = read_json(file) | {"add_bos_token": vlm.tokenizer.add_bos_token}
-        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        file.write_text(format_json(config, indent=2) + "\n", encoding="utf-8")
         added_tokens = learned_added_tokens(vlm.tokenizer) | {IMAGE_TOKEN: image_id}
-        text = json.dumps(added_tokens, indent=2, ensure_ascii=False)
+        text = format_json(added_tokens, indent=2)
         (folder / "added_tokens.json").write_text(text + "\n", encoding="utf-8")
     state = {
         name: cast_floating(tensor, dtype)

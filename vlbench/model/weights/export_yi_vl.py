@@ -26,7 +26,7 @@ from vlbench.model.weights.release_files import (
 from vlbench.model.weights.tensor_files import cast_floating
 from vlbench.model.weights.tensor_groups import TensorGroup, read_unused_tensors
 from vlbench.model.weights.tensor_writer import write_tensors
-from vlbench.text_files import read_json
+from vlbench.text_files import format_json, read_json
 
 LAYOUT_NAME = "Yi-VL's layout"
 
@@ -142,7 +142,7 @@ def _update_json_file(file: Path, changes: Mapping[str, Any]) -> None:
         changes = {"dtype" if k == "torch_dtype" else k: v for k, v in changes.items()}
     if any(inner.get(key) != value for key, value in changes.items()):
         inner |= changes
-        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        file.write_text(format_json(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _create_release_files(vlm: LoadedVLM, folder: Path) -> None:

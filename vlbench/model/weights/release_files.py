@@ -27,7 +27,7 @@ from vlbench.model.weights.tensor_groups import (
     load_tensor_groups,
     move_and_cast,
 )
-from vlbench.text_files import refuse_lfs_pointer
+from vlbench.text_files import read_config_bytes, refuse_lfs_pointer
 
 MAX_SMALL_FILE_BYTES = 64_000_000  # a tokenizer.json has some megabytes, weights have more
 KEPT_FILE_PATTERNS = ("*.json", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
@@ -78,7 +78,7 @@ def read_small_files(folder: Path, prefix: str = "") -> dict[str, bytes]:
         is_index = path.name.endswith(".index.json")  # of shards, which an export writes anew
         if path.is_file() and not is_index and path.stat().st_size < MAX_SMALL_FILE_BYTES:
             refuse_lfs_pointer(path)
-            contents[prefix + path.name] = path.read_bytes()
+            contents[prefix + path.name] = read_config_bytes(path)
     return contents
 
 

@@ -92,6 +92,9 @@ def read_origins(file: Path, key: str | None = None) -> dict[str, WeightOrigin]:
     content = read_json(file) if file.is_file() else {}
     origins = content.get(key, {}) if key else content
     try:
+        for origin in origins.values():
+            if not all(isinstance(value, str) for value in origin.values()):
+                raise TypeError("its values are text")
         return {part: WeightOrigin(**origin) for part, origin in origins.items()}
     except (AttributeError, TypeError) as error:
         raise UserError(f"{file}: does not say what weights a run began with") from error

@@ -10,7 +10,6 @@ vit/NAME/                          the vision encoder, a CLIPVisionModel: config
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -30,7 +29,7 @@ from vlbench.model.weights.release_files import (
 )
 from vlbench.model.weights.tensor_files import read_tensor_shapes, weight_files
 from vlbench.model.weights.tensor_groups import BUFFER_PATTERN, TensorGroup, missing_tied_keys
-from vlbench.text_files import read_json
+from vlbench.text_files import format_json, read_json
 
 PROJECTOR_PREFIX = "model.mm_projector."
 IGNORED_TENSORS = rf"model\.vision_tower\..*|{BUFFER_PATTERN}"
@@ -94,7 +93,7 @@ def read_release_files(folder: Path) -> dict[str, bytes]:
         prefix = f"{encoder_folder.relative_to(root).as_posix()}/"
         return read_small_files(folder) | read_small_files(encoder_folder, prefix)
     path = f"vit/{encoder_folder.name}"
-    moved = json.dumps({**config, "mm_vision_tower": f"./{path}"}, indent=2, ensure_ascii=False)
+    moved = format_json({**config, "mm_vision_tower": f"./{path}"}, indent=2)
     return {
         **read_small_files(folder),
         **read_small_files(encoder_folder, f"{path}/"),

@@ -1,0 +1,237 @@
+"""Where information goes: labels, evidence, features of places, and what probes make of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from random_vlm import SMALL, make_sample, open_gates, small_vlm
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from vlbench.__main__ import main
+from vlbench.compat.transformers_internals import decoder_layer_input
+from vlbench.config import recipe as recipes
+from vlbench.connector import registry
+from vlbench.data.picture_labels import LabelledPicture
+from vlbench.data.sample_encoding import IMAGE_TOKEN_INDEX
+from vlbench.data.scene_labels import question_evidence
+from vlbench.data.scene_text import LANGUAGES, list_questions
+from vlbench.data.scene_world import RenderedScene, make_scene
+from vlbench.evaluate import information_probes
+from vlbench.evaluate.heldout_questions import scene_questions
+from vlbench.evaluate.information_probes import probe_information, training_questions
+from vlbench.evaluate.place_features import PlaceFeatures, compute_place_features
+
+SCENES = [make_scene("test", 0, index) for index in range(150)]
+
+
+def has_evidence(labels, evidence) -> bool:
+    return all(labels[one.label] in one.values for one in evidence)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_evidence_decides_the_answer(language):
+    """Another scene that has the evidence has the answer, if the question can be asked there."""
+    for scene, other in pairwise(SCENES):
+        asked_there = {(one.type, one.text): one.answer for one in list_questions(other, language)}
+        for one in list_questions(scene, language):
+            evidence = question_evidence(scene, one.type, language, one.text)
+            assert evidence and has_evidence(scene.labels, evidence)
+            if has_evidence(other.labels, evidence):
+                assert asked_there.get((one.type, one.text), one.answer) == one.answer
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"), [("colour", 2), ("shape", 2), ("count", 4), ("relation", 4)]
+)
+def test_evidence_is_what_a_question_names_and_asks_for(kind, count):
+    for scene in SCENES:
+        for one in list_questions(scene, "en"):
+            if one.type == kind:
+                assert len(question_evidence(scene, kind, "en", one.text)) == count
+
+
+def test_a_text_that_is_no_question_about_a_scene_has_no_evidence():
+    assert question_evidence(SCENES[0], "colour", "en", "What is it?") == ()
+    assert isinstance(SCENES[0], LabelledPicture)
+    assert not isinstance(SimpleNamespace(name="a.jpg", open=None), LabelledPicture)
+
+
+def test_probes_are_fitted_on_training_pictures_that_no_question_is_about():
+    recipe = recipes.load_recipe(["recipe=yivl_llava", "seed=3", "data.samples=50"])
+    fitted_on = training_questions(recipe, set())
+    names = [one.sample.images[0].name for one in fitted_on]
+    assert len(names) == 50 and all(name.startswith("scene-conversations-3-") for name in names)
+    assert not set(names) & {one.picture for one in scene_questions("new")}
+    assert len(training_questions(recipe, set(names[:7]))) == 43
+    assert all(one.sample.turns[-1].role == "human" and one.answer for one in fitted_on)
+
+
+def written_labels(scene: RenderedScene, kept: tuple[str, ...]) -> Tensor:
+    """Return features of a picture in which the labels of these names are written."""
+    values = sorted({value for other in SCENES for value in other.labels.values()})
+    codes = [
+        one_hot(torch.tensor(values.index(value)), len(values)).float() * name.startswith(kept)
+        for name, value in scene.labels.items()
+    ]
+    return torch.cat(codes)
+
+
+def fake_model(monkeypatch, **kept: tuple[str, ...]) -> SimpleNamespace:
+    """Let features of each place be known labels and noise, and return a stand-in of the model."""
+    generator = torch.Generator().manual_seed(0)
+    turns = torch.randn(13 * 8, 3 * 40, generator=generator)
+
+    def compute(vlm, samples, should_stop=lambda: False) -> PlaceFeatures | None:
+        def at(place: str) -> Tensor:
+            written = torch.stack([written_labels(one.images[0], kept[place]) for one in samples])
+            noise = torch.randn(len(samples), 3 * 40, generator=generator)
+            return (written @ turns + noise).unflatten(1, (3, 40))
+
+        return None if should_stop() else PlaceFeatures(*map(at, PlaceFeatures._fields))
+
+    monkeypatch.setattr(information_probes, "compute_place_features", compute)
+    monkeypatch.setattr(information_probes, "TRAINING_PICTURES", 500)
+    return SimpleNamespace(connector=SimpleNamespace(replaces_image_tokens=True))
+
+
+def read_by_type(told, questions) -> dict[str, list[float]]:
+    """Return for each type of question the share that is read at each place."""
+    read = {one["id"]: one["read"] for one in told["questions"]}
+    shares = {}
+    for kind in ("colour", "shape", "count", "position", "relation"):
+        rows = [read[one.sample.id] for one in questions if one.type == kind]
+        shares[kind] = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+    return shares
+
+
+def test_information_is_found_up_to_the_place_where_it_is_removed(monkeypatch):
+    everything = ("colour", "shape")
+    vlm = fake_model(monkeypatch, encoder=everything, connector=everything, language=("shape",))
+    questions = scene_questions("new")[:300]
+    recipe = recipes.load_recipe(["recipe=yivl_llava"])
+    told = probe_information(recipe, vlm, questions)
+    shares = read_by_type(told, questions)
+    for kind in ("colour", "shape", "relation"):
+        assert shares[kind][0] > 0.9 and shares[kind][1] > 0.9 and shares[kind][2] < 0.35
+    assert told["labels"]["language"]["shape of cell 2"] > 0.9
+    assert told["labels"]["connector"]["colour of cell 2"] > 0.9
+    assert told["labels"]["language"]["colour of cell 2"] < 0.5
+    control = torch.tensor([one["control"] for one in told["questions"]]).double()
+    assert float(control.mean(0).max()) < 0.25
+    assert told["places"] == {"encoder": [3, 40], "connector": [3, 40], "language": [3, 40]}
+    assert told["training_pictures"] == 500 and told["neighbours"]["pictures"] == 300
+
+
+def test_a_position_that_the_connector_forgets_is_lost_there(monkeypatch):
+    """Behind the connector, only the quarters above are left."""
+    above = ("colour of cell 0", "colour of cell 1", "shape of cell 0", "shape of cell 1")
+    everything = ("colour", "shape")
+    vlm = fake_model(monkeypatch, encoder=everything, connector=above, language=above)
+    questions = [one for one in scene_questions("new") if one.type == "position"]
+    told = probe_information(recipes.load_recipe(["recipe=yivl_llava"]), vlm, questions)
+    read = {one["id"]: one["read"] for one in told["questions"]}
+    is_above = ["top" in one.answer or "上" in one.answer for one in questions]
+    for expected, where in ((0.9, True), (0.35, False)):
+        rows = [
+            read[q.sample.id] for q, one in zip(questions, is_above, strict=True) if one is where
+        ]
+        kept = sum(row[1] for row in rows) / len(rows)
+        assert kept > expected if where else kept < expected
+        assert sum(row[0] for row in rows) / len(rows) > 0.9
+
+
+def test_too_few_questions_or_too_large_features_are_not_probed(monkeypatch):
+    everything = ("colour", "shape")
+    places = dict.fromkeys(PlaceFeatures._fields, everything)
+    vlm = fake_model(monkeypatch, **places)
+    recipe, questions = recipes.load_recipe(["recipe=yivl_llava"]), scene_questions("new")
+    assert probe_information(recipe, vlm, questions[:99]) == {}
+    assert probe_information(recipe, vlm, questions[:100], lambda: True) == {}
+    monkeypatch.setattr(information_probes, "MAX_FEATURE_BYTES", 1 << 16)
+    told = probe_information(recipe, vlm, questions[:100])
+    assert told["left_out"].startswith("the features of 600 pictures take more than")
+
+
+@pytest.mark.parametrize("name", ["llava_mlp", "flamingo", "mixed"])
+def test_features_of_a_place_do_not_depend_on_the_batch(name, monkeypatch):
+    vlm = open_gates(small_vlm(registry.load_connector(name), SMALL.get(name)))
+    samples = [make_sample(number, images) for number, images in enumerate((1, 2, 1), 1)]
+    samples = [replace(one, turns=one.turns[:1]) for one in samples]
+    together = compute_place_features(vlm, samples)
+    alone = [compute_place_features(vlm, [one]) for one in samples]
+    for place, expected in zip(together, map(torch.cat, zip(*alone, strict=True)), strict=True):
+        assert torch.allclose(place, expected, atol=1e-5)
+    injects = not vlm.connector.replaces_image_tokens
+    assert len(together.encoder) == len(together.connector) == 4
+    assert together.language.shape[:2] == ((3, 1) if injects else together.connector.shape[:2])
+    assert compute_place_features(vlm, samples, lambda: True) is None
+
+
+@pytest.mark.parametrize("name", ["llava_mlp", "flamingo"])
+def test_what_is_read_in_the_language_model_is_at_its_places(name):
+    vlm = open_gates(small_vlm(registry.load_connector(name), SMALL.get(name)))
+    sample = make_sample(1, 1)
+    sample = replace(sample, turns=sample.turns[:1])
+    batch, model = vlm.processor.collate_prompts([sample]), vlm.model.eval()
+    features = compute_place_features(vlm, [sample])
+    with torch.no_grad():
+        visual = model.encode_images(batch)
+        last = model.hidden_states(batch, visual)
+        layers = model.language.model.layers
+        seen: list[Tensor] = []
+        hook = layers[len(layers) // 2].register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(decoder_layer_input(args, kwargs)),
+            with_kwargs=True,
+        )
+        assert torch.equal(model.hidden_states(batch, visual), last)
+        hook.remove()
+    at_images = batch.input_ids[0] == IMAGE_TOKEN_INDEX
+    expected = seen[0][0][at_images] if name == "llava_mlp" else last[0, -1:]
+    assert features is not None
+    assert torch.allclose(features.language[0], expected, atol=1e-6)
+    assert all(not layer._forward_pre_hooks for layer in layers) or name == "flamingo"
+
+
+def test_answers_are_read_where_the_image_has_no_position_of_its_own(monkeypatch):
+    """The label is then the answer: it is read if it can be told from the last position alone."""
+    vlm = fake_model(monkeypatch, encoder=(), connector=(), language=())
+    vlm.connector.replaces_image_tokens = False
+    answers: list[str] = []
+    compute = information_probes.compute_place_features
+
+    def with_answers(vlm, samples, should_stop=lambda: False):
+        features = compute(vlm, samples)
+        truth = {q.sample.id: q.answer for q in [*questions, *training_questions(recipe, set())]}
+        answers.extend(sorted(set(truth.values()) - set(answers)))
+        codes = torch.tensor([answers.index(truth[one.id]) for one in samples])
+        return features._replace(language=one_hot(codes, 64)[:, None].float())
+
+    monkeypatch.setattr(information_probes, "compute_place_features", with_answers)
+    questions = scene_questions("new")[:200]
+    recipe = recipes.load_recipe(["recipe=yivl_llava"])
+    told = probe_information(recipe, vlm, questions)
+    assert told["reads_answers"] and told["labels"]["language"]["answer"] > 0.95
+    assert sum(one["read"][2] for one in told["questions"]) > 190
+    assert sum(one["read"][1] for one in told["questions"]) < 60
+
+
+def test_a_run_holds_what_its_probes_found(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(information_probes, "TRAINING_PICTURES", 120)
+    words = [
+        "fit",
+        "recipe=yivl_llava",
+        "only=chat",
+        "stages.chat.steps=0",
+        "log.tensorboard=false",
+    ]
+    assert main([*words, "log.questions=100", f"run={tmp_path / 'run'}"]) == 0
+    told = json.loads((tmp_path / "run/information.json").read_text(encoding="utf-8"))
+    assert len(told["questions"]) == 100 and set(told["places"]) == set(told["labels"])
+    assert told["neighbours"]["chance"] == pytest.approx(10 / 99, abs=1e-4)

@@ -1,0 +1,76 @@
+"""What makes a comparison unfair by its design, told before its runs; and what its seeds change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlbench.compare.experiment import grid as grids
+from vlbench.compare.experiment.grid import ComparisonGrid
+from vlbench.compare.report.training_budgets import (
+    budgets_warning,
+    parts_warning,
+    unprepared_warning,
+)
+from vlbench.config import recipe as recipes
+from vlbench.data.data_sources import SCENES_SOURCE, stage_data
+
+UNTUNED_NOTE = (
+    "No learning rate was tuned: a rate that suits one connector may cost another several points "
+    "(sweep=0.3,1,3 lets every row try)."
+)
+"""For a report of several connectors without a sweep."""
+
+
+def describe_seeds(grid: ComparisonGrid) -> str:
+    """Return what differs from seed to seed of a row, and what does not."""
+    recipe = grids.load_recipe(grid.rows[0], grid.seeds[0])
+    sources = [stage_data(recipe.data, stage) for stage in recipe.stages.values()]
+    is_rendered = any(data.train == SCENES_SOURCE and not data.mix for data in sources)
+    data = "which scenes are rendered, " if is_rendered else "the order of the samples, "
+    same = "" if is_rendered else "the samples themselves, "
+    return (
+        f"a seed changes {data}the first weights of what begins at random (connectors, adapters) "
+        f"and what is random in a step; the same in all: {same}pretrained weights and the "
+        "questions at the end"
+    )
+
+
+def describe_design_cautions(grid: ComparisonGrid) -> list[str]:
+    """Return a sentence for everything in the recipes that makes rows unequal."""
+    flat = {row.name: grids.load_recipe(row, grid.seeds[0]) for row in grid.rows}
+    counts: dict[str, dict[str, float]] = {"optimizer steps": {}, "samples": {}}
+    for name, recipe in flat.items():
+        stages = list(recipe.selected_stages.values())
+        steps = [stage.steps for stage in stages]
+        if None in steps:  # epochs: how many steps they are is known once the data are open
+            continue
+        counts["optimizer steps"][name] = sum(step or 0 for step in steps)
+        counts["samples"][name] = sum(
+            (stage.steps or 0) * stage.global_batch_size for stage in stages
+        )
+    plain = {name: recipes.flatten_keys(recipes.to_plain(one)) for name, one in flat.items()}
+    warnings = [budgets_warning(counts), parts_warning(plain)]
+    if is_untuned(grid):
+        runs = 3 * len(grid.rows)
+        warnings.append(f"{UNTUNED_NOTE[:-1]}, for {runs} more runs.")
+    return [warning for warning in warnings if warning]
+
+
+def is_untuned(grid: ComparisonGrid) -> bool:
+    """Tell whether several connectors are compared at rates that none of them has tried."""
+    names = {grids.load_recipe(row, grid.seeds[0]).connector["name"] for row in grid.rows}
+    return len(names) > 1 and not grid.lr_factors
+
+
+def describe_probe_cautions(row_name: str, probe: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for everything that trying some steps of a row has shown."""
+    warnings = [
+        f"{row_name}: language.max_length cuts {cut['truncated_samples']:,} of the first "
+        f"{cut['samples']:,} samples of {stage}, which takes {cut['lost_supervised_tokens']:,} "
+        "supervised tokens."
+        for stage, cut in (probe.get("cut") or {}).items()
+        if cut["truncated_samples"]
+    ]
+    unused = probe.get("unused_objectives")
+    return [*warnings, unprepared_warning(row_name, unused)] if unused else warnings

@@ -1,0 +1,112 @@
+"""The tables on where information goes, cell by cell, for the Markdown and the HTML report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from vlbench.compare.report.information_loss import (
+    LOSSES,
+    InformationLoss,
+    ShareEstimate,
+)
+from vlbench.compare.report.run_probes import PLACE_LABELS
+
+
+class InformationTable(NamedTuple):
+    """A table: what it says, its headings, and its lines; the first cell of a line is a row."""
+
+    caption: str
+    headings: list[str]
+    lines: list[list[str]]
+
+
+def information_tables(information: InformationLoss) -> list[InformationTable]:
+    """Return the tables of wrong answers, of what probes read, and of neighbourhoods."""
+    if not information.rows:
+        return []
+    return [_wrong_answers(information), _readings(information), _neighbours(information)]
+
+
+def _wrong_answers(information: InformationLoss) -> InformationTable:
+    return InformationTable(
+        "Wrong answers of all seeds, by the last place that still has what the answer rests on; in "
+        "brackets per cent of all questions, with 95 % intervals.",
+        ["row", "questions", "wrong", *LOSSES],
+        [
+            [
+                row.row_name,
+                f"{kind.kind} ({kind.question_count:,})",
+                f"{kind.wrong_count:,}",
+                *(f"{loss.count:,} ({_percent(loss.of_questions)})" for loss in kind.losses),
+            ]
+            for row in information.rows
+            for kind in row.kinds
+        ],
+    )
+
+
+def _readings(information: InformationLoss) -> InformationTable:
+    return InformationTable(
+        "Share of questions of which linear probes read all that the answer rests on, with 95 % "
+        "intervals; chance: probes that were fitted on exchanged labels.",
+        ["row", "questions", *PLACE_LABELS.values(), "chance"],
+        [
+            [
+                row.row_name,
+                f"{kind.kind} ({kind.question_count:,})",
+                *(_share(one) for one in kind.read),
+                f"{kind.by_chance:.3f}",
+            ]
+            for row in information.rows
+            for kind in row.kinds
+        ],
+    )
+
+
+def _neighbours(information: InformationLoss) -> InformationTable:
+    return InformationTable(
+        f"Share of the {information.rows[0].neighbour_count} nearest pictures in the encoder that "
+        "are the nearest behind the connector too (arXiv:2509.11986); chance: of two unrelated "
+        "spaces.",
+        ["row", "neighbours kept", "chance"],
+        [
+            [row.row_name, _share(row.neighbours), f"{row.neighbours_by_chance:.3f}"]
+            for row in information.rows
+        ],
+    )
+
+
+def information_notes(information: InformationLoss) -> Iterator[str]:
+    """Yield sentences on how the probes were made, and on rows that have none."""
+    if information.rows:
+        count = max(row.training_pictures for row in information.rows)
+        yield (
+            f"Linear probes of exact labels, fitted on {count:,} training pictures, read the "
+            "pictures of the questions at three places: from the features of the vision encoder, "
+            "from the connector's output, and from the hidden states at the image positions before "
+            "the middle layer of the language model. A wrong answer is put down to the last place "
+            "at which they read what it rests on: "
+            "the objects that the question names or asks for, each where it is."
+        )
+    others = [row.row_name for row in information.rows if row.reads_answers]
+    if others:
+        yield (
+            f"{_names(others)}: image positions hold no visual tokens, so what is read in the "
+            "language model is the right answer itself, at the last position of the question."
+        )
+    for name, reason in information.missing.items():
+        yield f"{name} has no information probes: {reason}."
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(names)
+
+
+def _share(estimate: ShareEstimate) -> str:
+    return f"{estimate.share:.3f} ({estimate.low:.3f} to {estimate.high:.3f})"
+
+
+def _percent(estimate: ShareEstimate) -> str:
+    share, low, high = (100 * value for value in estimate)
+    return f"{share:.1f}, {low:.1f} to {high:.1f}"

@@ -1,0 +1,56 @@
+"""Reading what the information probes of a finished run found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from vlbench.compare.report.finished_runs import FinishedRun
+from vlbench.errors import UserError
+from vlbench.text_files import read_json
+
+INFORMATION_FILE = "information.json"
+PLACE_LABELS = {
+    "encoder": "in the encoder",
+    "connector": "behind the connector",
+    "language": "in the language model",
+}
+"""Places of the probes, in the order that a picture passes them -> what a table calls them."""
+
+
+class RunProbes(NamedTuple):
+    """The content of a run's information.json."""
+
+    read: dict[str, list[bool]]
+    """Question id -> for each place, whether its probes read the evidence right."""
+    control: dict[str, list[bool]]
+    neighbours: Mapping[str, float]
+    training_pictures: int
+    reads_answers: bool
+
+
+def load_run_probes(run: FinishedRun) -> RunProbes | str:
+    """Return the probes of a run, or why it has none."""
+    file = run.folder / INFORMATION_FILE
+    if not file.is_file():
+        return f"no {INFORMATION_FILE}"
+    content = read_json(file)
+    try:
+        if "left_out" in content:
+            return str(content["left_out"])
+        return RunProbes(
+            read={one["id"]: _read_flags(one["read"]) for one in content["questions"]},
+            control={one["id"]: _read_flags(one["control"]) for one in content["questions"]},
+            neighbours={name: float(value) for name, value in content["neighbours"].items()},
+            training_pictures=int(content["training_pictures"]),
+            reads_answers=bool(content["reads_answers"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{file}: holds no information probes ({error})") from error
+
+
+def _read_flags(values: list[int]) -> list[bool]:
+    """Return a flag for each place; a ValueError where there is another number of them."""
+    if len(values) != len(PLACE_LABELS):
+        raise ValueError(f"{len(values)} places instead of {len(PLACE_LABELS)}")
+    return [bool(value) for value in values]

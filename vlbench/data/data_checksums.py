@@ -1,0 +1,46 @@
+"""What the data of a run held, as checksums: the same path may hold other records tomorrow."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from vlbench.data.conversation_files import LlavaJson
+from vlbench.data.sample import SampleSource
+from vlbench.data.shards import WebDatasetShards
+from vlbench.errors import UserError
+from vlbench.regular_files import open_regular
+from vlbench.text_files import read_json
+
+CHECKSUMS_KEY = "data"  # of versions.json: path of data -> checksum
+
+
+def checksum_sources(sources: Iterable[SampleSource]) -> dict[str, str]:
+    """Return path -> checksum of sources that are read from files, images left out.
+
+    Of shards, which may hold terabytes, names and numbers of samples are what is summed.
+    """
+    return {
+        source.name: _checksum_source(source)
+        for source in sources
+        if isinstance(source, LlavaJson | WebDatasetShards)
+    }
+
+
+def _checksum_source(source: LlavaJson | WebDatasetShards) -> str:
+    if isinstance(source, LlavaJson):
+        with open_regular(Path(source.name)) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    names = [str(tar).rpartition("/")[2] for tar in source.tars]
+    listed = json.dumps([names, [int(count) for count in source.sample_counts]])
+    return hashlib.sha256(listed.encode()).hexdigest()
+
+
+def data_checksums(versions_file: Path) -> dict[str, str]:
+    """Return the checksums that a run recorded, {} where it has none."""
+    recorded = read_json(versions_file).get(CHECKSUMS_KEY, {}) if versions_file.is_file() else {}
+    if not isinstance(recorded, dict):
+        raise UserError(f"{versions_file}: {CHECKSUMS_KEY} is no mapping of paths to checksums")
+    return {str(path): str(checksum) for path, checksum in recorded.items()}
