@@ -138,14 +138,12 @@ def _describe_training(recipe: Recipe) -> str:
     )
     name = markdown_text(Path(recipe.recipe).stem)
     lines = [f"Recipe `{name}`, seed {recipe.seed}; it began with {_plain_markdown(str(began))}."]
-    for name, stage in recipe.stages.items():
-        if recipe.only is None or name in recipe.only:
-            budget = f"{stage.steps} steps" if stage.steps is not None else f"{stage.epochs} epochs"
-            lines.append(
-                f"- {name}: {budget} of batch {stage.global_batch_size} at {stage.image_size} "
-                "pixels, trains "
-                f"{', '.join(stage.trained_parts)}"
-            )
+    for name, stage in recipe.selected_stages.items():
+        budget = f"{stage.steps} steps" if stage.steps is not None else f"{stage.epochs} epochs"
+        lines.append(
+            f"- {name}: {budget} of batch {stage.global_batch_size} at {stage.image_size} pixels, "
+            f"trains {', '.join(stage.trained_parts)}"
+        )
     return "\n".join(lines)
 
 

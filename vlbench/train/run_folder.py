@@ -25,6 +25,7 @@ from vlbench.model.weights.weight_origin import (
     origins_to_json,
     read_origins,
 )
+from vlbench.strict_values import format_value
 from vlbench.system_errors import FULL_DISK_REASONS
 from vlbench.text_files import read_json, write_atomically
 from vlbench.train import checkpoint_files
@@ -41,6 +42,9 @@ RECORDED_PACKAGES = (
     "peft",
     "omegaconf",
 )
+
+RESUMABLE_KEYS = ("trainer", "log", "run", "dry_run", "profile", "trust_connector")
+"""Keys that a run may change when it is resumed; so may `workers` of any data."""
 
 
 class RunFolder:
@@ -187,7 +191,7 @@ def _check_belongs(recipe: Recipe, run: RunFolder) -> None:
         if run.folder.is_dir() and not run.is_described_only:
             raise UserError(f"run={run.folder} is a folder with other things in it; name a new one")
         return
-    changed = recipes.recipe_differences(recipes.load_recipe_file(run.recipe_file), recipe)
+    changed = recipe_differences(recipes.load_recipe_file(run.recipe_file), recipe)
     if changed:
         raise UserError(
             f"run={run.folder} belongs to another recipe; it differs in {', '.join(changed)}. "
@@ -200,6 +204,18 @@ def _check_belongs(recipe: Recipe, run: RunFolder) -> None:
                 f"run={run.folder} began with another connector: {difference}. Put the kept file "
                 "back to go on, or begin a new run"
             )
+
+
+def recipe_differences(before: Recipe, now: Recipe) -> list[str]:
+    """Return keys that differ, as "seed (0 before, 1 now)"; not those a resume may change."""
+    old, new = (recipes.flatten_keys(recipes.to_plain(recipe)) for recipe in (before, now))
+    return [
+        f"{key} ({format_value(old.get(key))} before, {format_value(new.get(key))} now)"
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key) != new.get(key)
+        and key.split(".")[0] not in RESUMABLE_KEYS
+        and not key.endswith("data.workers")
+    ]
 
 
 def collect_versions() -> dict[str, str]:

@@ -24,7 +24,6 @@ from vlbench.compare.experiment.grid import ComparisonGrid, GridRow, load_recipe
 from vlbench.compare.experiment.match_budget import RowCandidates, SizeCandidate, cost_counters
 from vlbench.compare.report.curve_plan import CurvePlan, CurvePoint, UnreachedBudget
 from vlbench.compare.report.finished_runs import MATCH_TOLERANCE
-from vlbench.config import recipe as recipes
 from vlbench.config.overrides import format_override
 from vlbench.errors import UserError
 from vlbench.text_tables import format_table
@@ -112,7 +111,7 @@ def _make_solvers(
 def _samples_solver(row: GridRow, name: str, seed: int) -> BudgetSolver:
     """Return what finds the steps of the row's last stage for a number of samples."""
     recipe = load_recipe(row, seed)
-    stage = recipes.stages_to_run(recipe)[-1]
+    stage = list(recipe.selected_stages)[-1]
     batch = recipe.stages[stage].global_batch_size
     keys = [f"stages.{stage}.{key}" for key in ("steps", "epochs")]
     typed = [word for word in row.overrides if word.partition("=")[0] in keys]

@@ -43,7 +43,7 @@ from vlbench.errors import UserError
 from vlbench.file_lock import LOCK_FILE, hold_folder, is_held_here
 from vlbench.system_errors import explain_unwritable
 from vlbench.text_files import write_atomically
-from vlbench.train.run_folder import RunFolder
+from vlbench.train.run_folder import RunFolder, recipe_differences
 from vlbench.train.run_report import format_duration, print_status
 from vlbench.train.run_results_file import read_results
 
@@ -99,7 +99,7 @@ def _refuse_other_recipes(jobs: Sequence[TrainingJob]) -> None:
         recipe = recipes.load_recipe(list(job.overrides))
         if recipe.init or not saved.is_file():  # what `init` adds to a recipe is checked by fit
             continue
-        changed = recipes.recipe_differences(recipes.load_recipe_file(saved), recipe)
+        changed = recipe_differences(recipes.load_recipe_file(saved), recipe)
         if changed:
             raise UserError(
                 f"{job.folder} was trained with another recipe; it differs in "

@@ -56,7 +56,7 @@ def _unequal_training(recipe_by_row: Mapping[str, Recipe]) -> list[str]:
     """Return what is unequal in the training of rows that are compared with one another."""
     counts: dict[str, dict[str, float]] = {"optimizer steps": {}, "samples": {}}
     for name, recipe in recipe_by_row.items():
-        stages = [recipe.stages[stage] for stage in recipes.stages_to_run(recipe)]
+        stages = list(recipe.selected_stages.values())
         steps = [stage.steps for stage in stages]
         if None in steps:  # epochs: how many steps they are is known once the data are open
             continue

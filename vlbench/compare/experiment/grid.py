@@ -28,10 +28,12 @@ from vlbench.compare.experiment.sweep_factors import (
 from vlbench.compare.report.curve_plan import CurvePlan
 from vlbench.compare.report.row_identity import row_identity
 from vlbench.config import recipe as recipes
+from vlbench.config.key_table import declared_keys
 from vlbench.config.overrides import format_override, shorten_keys
-from vlbench.config.schema import Recipe, declared_keys
+from vlbench.config.schema import Recipe
 from vlbench.errors import UserError
 from vlbench.strict_values import INTEGER_PATTERN, parse_flow_yaml
+from vlbench.text_files import read_yaml
 
 MATCHABLE_BUDGETS: tuple[str, ...] = get_args(BudgetName)
 """What `match` can make equal in all rows; `model/connector_cost.py` counts them."""
@@ -122,7 +124,7 @@ def parse_grid(words: list[str]) -> ComparisonGrid:
     """Return the grid of a command line; all errors of all recipes are raised together."""
     factor_texts, others = take_part_words(words)
     task_words, others = split_task_words("tasks", others)
-    arguments, common = split_arguments(CompareArguments, others, declared_keys(Recipe))
+    arguments, common = split_arguments(CompareArguments, others, declared_keys())
     if task_words and arguments.tasks is None:
         raise UserError(f"'{task_words[0]}' is for one of tasks=, which are not given")
     if arguments.tasks is not None:
@@ -210,7 +212,7 @@ def _parse_alternatives(text: str | None) -> list[tuple[str, ...]]:
 
 def _read_alternatives(path: Path) -> list[tuple[str, ...]]:
     """Read alternatives from YAML: `rows: [{KEY: VALUE, ...}, ...]`."""
-    rows = recipes.read_yaml(path).get("rows")
+    rows = read_yaml(path).get("rows")
     if not isinstance(rows, list) or not all(isinstance(row, dict) and row for row in rows):
         raise UserError(f"{path}: wanted is rows, a list of mappings from keys to values")
     return [tuple(format_override(str(key), value) for key, value in row.items()) for row in rows]

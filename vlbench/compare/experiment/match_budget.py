@@ -21,10 +21,9 @@ from numpy.typing import NDArray
 from vlbench.command_line.arguments import DEFAULT_MATCH_LIMIT
 from vlbench.compare.experiment.grid import ComparisonGrid, GridRow, load_recipe
 from vlbench.compare.report.finished_runs import MATCH_TOLERANCE
-from vlbench.config.overrides import format_override, parse_overrides
+from vlbench.config.overrides import format_override
 from vlbench.connector import registry
 from vlbench.errors import UserError, suggest_name
-from vlbench.model.build_vlm import recipe_connector_options
 from vlbench.model.connector_cost import BUDGET_COUNTS, ConnectorCostCounter
 from vlbench.text_tables import format_table
 
@@ -212,7 +211,7 @@ class RowCandidates:
         recipe = load_recipe(row, 0)
         self.row, self.match_limit = row, match_limit
         self.connector_name: str = recipe.connector["name"]
-        self.own_options = recipe_connector_options(recipe.connector)
+        self.own_options = recipe.model.connector_options
         self._cost_counter, self._count_budget = cost_counter, BUDGET_COUNTS[budget_name]
         self._connector_class = registry.load_connector(self.connector_name)
         self._verified_options: set[str] = set()
@@ -293,13 +292,13 @@ class RowCandidates:
                     "option of it; it "
                     f"takes: {', '.join(self.own_options)}.{suggest_name(option, self.own_options)}"
                 )
-        given = parse_overrides(list(self.row.overrides))[0].get("connector", {})
-        if not isinstance(given, dict):  # connector={...}: all options are set
+        given = [word.partition("=")[0] for word in self.row.overrides]
+        if "connector" in given:  # connector={...}: all options are set
             return {}
         return {
             name: values
             for name, values in self._connector_class.size_options.items()
-            if name not in given
+            if f"connector.{name}" not in given
         }
 
     def _near_values(self, option: str) -> list[Any]:
