@@ -70,7 +70,7 @@ def test_wrong_answers_are_counted_by_row_and_kind(tmp_path):
     information = find_information_loss(of_folders(*folders))
     rows = {row.row_name: row for row in information.rows}
     counts = {
-        (name, kind.kind): [loss.count for loss in kind.losses]
+        (name, kind.kind): [loss.answers for loss in kind.losses]
         for name, row in rows.items()
         for kind in row.kinds
     }

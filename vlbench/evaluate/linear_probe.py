@@ -103,4 +103,5 @@ class ProbeSpace:
         leverage = self._eigenvectors.square() @ shrinkage + 1 / len(one_hot)
         fit = one_hot.mean(0) + self._eigenvectors @ (shrinkage[:, None] * rotated)
         leverage = leverage[:, None]
-        return (fit - leverage * one_hot) / (1 - leverage).clamp(min=1e-9)
+        scores: Tensor = (fit - leverage * one_hot) / (1 - leverage).clamp(min=1e-9)
+        return scores

@@ -38,7 +38,7 @@ def _wrong_answers(information: InformationLoss) -> InformationTable:
                 row.row_name,
                 f"{kind.kind} ({kind.question_count:,})",
                 f"{kind.wrong_count:,}",
-                *(f"{loss.count:,} ({_percent(loss.of_questions)})" for loss in kind.losses),
+                *(f"{loss.answers:,} ({_percent(loss.of_questions)})" for loss in kind.losses),
             ]
             for row in information.rows
             for kind in row.kinds
