@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -160,4 +159,4 @@ def _render_results_table(results: Mapping[str, Any]) -> list[str]:
 
 def _plain_markdown(text: str) -> str:
     """Return a text of which nothing is a link, an image, an HTML tag or code."""
-    return re.sub(r"[<\[]", r"\\\g<0>", markdown_text(text))
+    return markdown_text(text).replace("[", "\\[")  # tags and code are escaped by then

@@ -52,8 +52,8 @@ REPORT_FILES = ("report.md", "report.html", "report.json")
 
 def run_compare(grid: ComparisonGrid) -> int:
     """Train the unfinished runs of a grid and write the reports; return the exit code."""
+    _check_machine(grid)  # before sizes are solved, which takes seconds
     grid = expand_curves(match_budgets(grid))
-    _check_machine(grid)
     tasks = task_jobs.plan_tasks(grid)
     _refuse_other_recipes(lr_sweep.trial_jobs(grid) or _make_jobs(grid))
     if grid.dry_run:
