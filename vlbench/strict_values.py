@@ -76,8 +76,7 @@ def check_record(said: dict[str, Any], kind: type[FileRecord], file: Path) -> di
     except ValidationError as error:
         details = error.errors()[0]
         place = ".".join(map(str, details["loc"]))
-        problem = "is missing" if details["type"] == "missing" else describe_error(details)
-        raise UserError(f"{file}: {place} {problem}".replace("  ", " ")) from error
+        raise UserError(f"{file}: {place} {describe_error(details)}".replace("  ", " ")) from error
     return said
 
 

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from vlbench.config import recipe as recipes
 from vlbench.config.schema import Recipe
@@ -109,27 +110,28 @@ class RunFolder:
         for part, origin in origins.items():
             check_same_origin(part, recorded.get(part), origin, str(self.folder))
         if not recorded:
-            versions = read_json(self.versions_file) if self.versions_file.is_file() else {}
-            text = json.dumps({**versions, "weights": origins_to_json(origins)}, indent=1)
-            write_atomically(self.versions_file, text)
+            self._record_version("weights", origins_to_json(origins))
 
     def record_data(self, sources: Iterable[SampleSource]) -> None:
         """Record checksums of the data that a new run begins with."""
-        versions = read_json(self.versions_file) if self.versions_file.is_file() else {}
-        if CHECKSUMS_KEY not in versions:
-            checksums = checksum_sources(sources)
-            text = json.dumps({**versions, CHECKSUMS_KEY: checksums}, indent=1)
-            write_atomically(self.versions_file, text)
+        if CHECKSUMS_KEY not in self._read_versions():
+            self._record_version(CHECKSUMS_KEY, checksum_sources(sources))
 
     def keep_row_tokens(self, stage_name: str, chosen_tokens: int) -> int:
         """Return the tokens of a packed row that a stage began with; those chosen, if it begins."""
-        versions = read_json(self.versions_file) if self.versions_file.is_file() else {}
-        recorded: dict[str, int] = versions.get("max_tokens_per_row", {})
+        recorded: dict[str, int] = self._read_versions().get("max_tokens_per_row", {})
         if stage_name not in recorded:
             recorded = {**recorded, stage_name: chosen_tokens}
-            text = json.dumps({**versions, "max_tokens_per_row": recorded}, indent=1)
-            write_atomically(self.versions_file, text)
+            self._record_version("max_tokens_per_row", recorded)
         return recorded[stage_name]
+
+    def _read_versions(self) -> dict[str, Any]:
+        return read_json(self.versions_file) if self.versions_file.is_file() else {}
+
+    def _record_version(self, key: str, value: object) -> None:
+        """Set a key of versions.json; the others stay."""
+        text = json.dumps({**self._read_versions(), key: value}, indent=1)
+        write_atomically(self.versions_file, text)
 
 
 def open_run(recipe: Recipe, held_locks: contextlib.ExitStack) -> RunFolder:

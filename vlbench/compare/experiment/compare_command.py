@@ -96,8 +96,10 @@ def _refuse_other_recipes(jobs: Sequence[TrainingJob]) -> None:
     """Refuse folders of runs that were begun with another recipe: they would count as these."""
     for job in jobs:
         saved = RunFolder(job.folder).recipe_file
+        if not saved.is_file():
+            continue
         recipe = recipes.load_recipe(list(job.overrides))
-        if recipe.init or not saved.is_file():  # what `init` adds to a recipe is checked by fit
+        if recipe.init:  # what it adds to a recipe is checked by fit
             continue
         changed = recipe_differences(recipes.load_recipe_file(saved), recipe)
         if changed:

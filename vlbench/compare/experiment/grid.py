@@ -105,11 +105,8 @@ class ComparisonGrid:
         if self.curve_plan is None:
             return [list(self.rows)]
         by_name = {row.name: row for row in self.rows}
-        points = self.curve_plan.points
-        return [
-            [by_name[point.row] for point in points if point.value == value]
-            for value in self.curve_plan.values
-        ]
+        groups = self.curve_plan.points_by_budget()
+        return [[by_name[point.row] for point in points] for points in groups]
 
     def run_folders(self) -> list[Path]:
         """Return the folders of all runs."""
@@ -160,12 +157,11 @@ def parse_grid(words: list[str]) -> ComparisonGrid:
         raise UserError(f"two rows are the same: {repeated[0]}")
     seeds = _parse_seeds(arguments.seeds)
     lr_factors = parse_factors(arguments.sweep, factor_texts)
-    _check_recipes(rows, seeds[0])
+    recipes_by_row = _load_recipes(rows, seeds[0])
     folder = Path(arguments.run or _next_folder())
     if arguments.freeze:
         rows = [_freeze_encoder(row, folder) for row in rows]
-        _check_recipes(rows, seeds[0])
-    recipes_by_row = {row.name: load_recipe(row, seeds[0]) for row in rows}
+        recipes_by_row = _load_recipes(rows, seeds[0])
     _refuse_equal_rows(recipes_by_row)
     check_sweep(lr_factors, recipes_by_row, seeds)
     return ComparisonGrid(
@@ -250,17 +246,20 @@ def _parse_jobs(text: str) -> str:
     return text
 
 
-def _check_recipes(rows: Sequence[GridRow], seed: int) -> None:
-    """Load every row's recipe; all errors are raised together, each with its row."""
+def _load_recipes(rows: Sequence[GridRow], seed: int) -> dict[str, Recipe]:
+    """Return every row's recipe, with data; all errors are raised together, each with its row."""
     lines: list[str] = []
+    loaded: dict[str, Recipe] = {}
     for row in rows:
         try:
-            recipes.require_data(load_recipe(row, seed))
+            loaded[row.name] = load_recipe(row, seed)
+            recipes.require_data(loaded[row.name])
         except UserError as error:
             prefix = f"row {row.name}: " if len(rows) > 1 else ""
             lines += [f"{prefix}{line}" for line in error.lines]
     if lines:
         raise UserError(*dict.fromkeys(lines))
+    return loaded
 
 
 def _refuse_equal_rows(recipes_by_row: Mapping[str, Recipe]) -> None:

@@ -52,7 +52,4 @@ def compared_groups(
     if plan is None:
         return [list(arms)]
     by_name = {arm.name: arm for arm in arms}
-    return [
-        [by_name[point.name] for point in plan.points if point.value == value]
-        for value in plan.values
-    ]
+    return [[by_name[point.name] for point in points] for points in plan.points_by_budget()]

@@ -10,7 +10,7 @@ from vlbench.compare.report.curve_crossings import UndecidedRange
 from vlbench.compare.report.curve_frontiers import Frontier, FrontierCell
 from vlbench.compare.report.curve_plan import format_budget, point_name
 from vlbench.compare.report.paired_statistics import PairedDifference
-from vlbench.compare.report.row_pairs import format_count
+from vlbench.compare.report.row_pairs import format_count, join_words
 
 MAX_VERDICTS = 3  # sentences at the top of a report
 
@@ -112,8 +112,7 @@ def _describe_crossing(found: CurveFindings, pair: CurvePair, crossing: Undecide
 
 def _list_budgets(budgets: Sequence[float]) -> str:
     """Return "4, 16 and 64"."""
-    texts = [format_budget(budget) for budget in budgets]
-    return " and ".join(filter(None, [", ".join(texts[:-1]), texts[-1]]))
+    return join_words([format_budget(budget) for budget in budgets], "and")
 
 
 def step_sentence(found: CurveFindings, curve: BudgetCurve) -> str:
