@@ -67,7 +67,7 @@ def median_seconds(*works: Callable[[], torch.Tensor]) -> list[float]:
 
 def main() -> None:
     """Print the two ratios."""
-    vlm = build_vlm(recipes.load_recipe(["recipe=yivl_flamingo"]), 112)
+    vlm = build_vlm(recipes.load_recipe(["recipe=yivl_flamingo"]).model, 112)
     few, many = make_conversation(vlm, 2), make_conversation(vlm, 8)
     print(f"positions: {few.input_ids.shape[1]} with 2 images, {many.input_ids.shape[1]} with 8")
     for name, works in (

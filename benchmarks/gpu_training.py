@@ -14,7 +14,6 @@ from gpu_rows import DEVICE, ON_GPU, RunLog, release_memory, synchronize_device
 from measure_training import StepTimer
 
 from vlbench.config import recipe as recipes
-from vlbench.config.recipe import with_random_weights
 from vlbench.config.schema import Recipe, StageConfig
 from vlbench.data.optimizer_step import OptimizerStep
 from vlbench.errors import EnvironmentFailure, UserError
@@ -59,12 +58,11 @@ def build_stage(
 ) -> StageUnderTest:
     """Build a recipe's model where it is trained; weights as those of files in bf16, if wanted."""
     recipe = recipes.load_recipe([*words, f"size={size}", "precision=bf16", "data.train=scenes"])
-    recipe = with_random_weights(recipe)
     stage = recipe.stages[stage_name].model_copy(
         update={"global_batch_size": BATCH, "warmup_ratio": 0.0, "schedule": "constant"}
     )
     with DEVICE:
-        vlm = build_vlm(recipe, stage.image_size)
+        vlm = build_vlm(recipe.model.with_random_weights(), stage.image_size)
     if is_exact_in_bf16:
         for parameter in vlm.parameters():
             parameter.data = parameter.data.bfloat16().float()

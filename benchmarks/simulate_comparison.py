@@ -8,19 +8,17 @@ Every cell is a design (rows, seeds, questions) in a world (accuracy, spread of 
 questions: `simulated_answers.py`). Printed per cell: how often 95 % intervals of rows and of
 differences hold the truth; how often a family of equal rows has a significant pair; the printed
 smallest detectable difference; and how often a pair that differs by it is found, with all pairs
-corrected by Holm. With one seed the truth is that of the runs drawn. `write=true` puts a summary
-and the cells that miss a bar into RESULTS.md.
+corrected by Holm. With one seed the truth is that of the runs drawn.
 """
 
 from __future__ import annotations
 
 import itertools
-import sys
 import time
 from dataclasses import dataclass
 
 import numpy as np
-from simulated_answers import Cell, Population
+from simulated_answers import Cell, Population, choose_cells
 
 COVERAGE_BAR, ALARM_BAR, POWER_BAR = (0.93, 0.99), 0.06, (0.75, 0.90)
 SIGNIFICANT = 0.05
@@ -160,15 +158,7 @@ def list_cells(short: bool) -> list[Cell]:
 
 def main() -> None:
     """Measure the chosen cells and print the table."""
-    words = dict(word.split("=", 1) for word in sys.argv[1:])
-    short = words.get("short") == "true"
-    trials = int(words.get("trials", 400 if short else 2000))
-    wanted = words.get("only", "").split()
-    cells = [cell for cell in list_cells(short) if set(wanted) <= set(cell.name.split())]
-    if not cells:
-        sys.exit(
-            f"only='{words['only']}' selects no cell; names are as '{list_cells(True)[0].name}'"
-        )
+    cells, trials = choose_cells(list_cells, 400, 2000)
     print(*HEADER, sep="\n", flush=True)
     started = time.monotonic()
     for cell in cells:

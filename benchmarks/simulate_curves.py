@@ -22,12 +22,11 @@ shares nothing with the statistics. Printed per cell:
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass
 
 import numpy as np
-from simulated_answers import Cell, Population
+from simulated_answers import Cell, Population, choose_cells
 
 
 @dataclass(frozen=True)
@@ -226,15 +225,7 @@ def list_cells(short: bool) -> list[CurveCell]:
 
 def main() -> None:
     """Measure the chosen cells and print the table."""
-    words = dict(word.split("=", 1) for word in sys.argv[1:])
-    short = words.get("short") == "true"
-    trials = int(words.get("trials", 200 if short else 1000))
-    wanted = words.get("only", "").split()
-    cells = [cell for cell in list_cells(short) if set(wanted) <= set(cell.name.split())]
-    if not cells:
-        sys.exit(
-            f"only='{words['only']}' selects no cell; names are as '{list_cells(True)[0].name}'"
-        )
+    cells, trials = choose_cells(list_cells, 200, 1000)
     heads = ["world", "true crossing", "kind", "seeds", "seeds' sd", "questions", *COLUMNS.values()]
     print(f"| {' | '.join(heads)} |", f"|---|---:|---|{'---:|' * 11}", sep="\n", flush=True)
     started = time.monotonic()

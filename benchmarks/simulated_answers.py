@@ -8,9 +8,11 @@ that is asked for.
 
 from __future__ import annotations
 
+import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -157,3 +159,29 @@ class Population:
         if seeds == 1:
             truths = np.array([self.mean(level, 0.0) for level in of_run[:, 0]])
         return correct, pictures, truths
+
+
+class NamedCell(Protocol):
+    """A line of a table that `only=` can select."""
+
+    @property
+    def name(self) -> str:
+        """The words by which it is selected."""
+
+
+ChosenCell = TypeVar("ChosenCell", bound=NamedCell)
+
+
+def choose_cells(
+    list_cells: Callable[[bool], list[ChosenCell]], short_trials: int, trials: int
+) -> tuple[list[ChosenCell], int]:
+    """Return the cells and the number of trials that `short=`, `only=` and `trials=` ask for."""
+    words = dict(word.split("=", 1) for word in sys.argv[1:])
+    is_short = words.get("short") == "true"
+    wanted = set(words.get("only", "").split())
+    cells = [cell for cell in list_cells(is_short) if wanted <= set(cell.name.split())]
+    if not cells:
+        sys.exit(
+            f"only='{words['only']}' selects no cell; names are as '{list_cells(True)[0].name}'"
+        )
+    return cells, int(words.get("trials", short_trials if is_short else trials))

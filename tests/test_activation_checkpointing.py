@@ -27,7 +27,7 @@ def ready(recipe: str, *words: str) -> tuple[LoadedVLM, StepDataset]:
     """Return the miniature before its last stage, and the steps of the stage."""
     resolved = recipes.load_recipe([f"recipe={recipe}", "stages.chat.global_batch_size=3", *words])
     leg = plan_stage_runs(resolved)[-1]
-    vlm = build_vlm(resolved, leg.stage.image_size)
+    vlm = build_vlm(resolved.model, leg.stage.image_size)
     freeze_untrained_parts(vlm.model, leg.stage)
     return vlm, build_stage_steps(vlm.processor, leg)
 

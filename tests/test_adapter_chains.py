@@ -113,6 +113,7 @@ def compare(folder: Path, other: Path, precision: str) -> None:
                 assert apart <= share * float(theirs[name].norm()), (file, name)
 
 
+@pytest.mark.slow
 def test_a_chain_of_adapters_in_16_bits(tmp_path):
     check(tmp_path, *FAST)
 

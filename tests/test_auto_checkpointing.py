@@ -79,7 +79,8 @@ def simulated(size: str, layers: int | None) -> Iterator[tuple[VLM, PackedBatch,
     """Yield a model in its chat stage, a row, and the memory that both take."""
     recipe = recipes.load_recipe(["recipe=yivl_llava", "only=chat", "data.train=x", *STAGES[size]])
     depth = None if layers is None else ModelDepth(layers, layers)
-    vlm = build_meta_vlm(recipe, "chat", depth).model
+    stage = recipe.stages["chat"]
+    vlm = build_meta_vlm(recipe.model, "chat", stage, recipe.precision, depth).model
     memory = SimulatedMemory(vlm.language.config.vocab_size)
     with FakeTensorMode(allow_non_fake_inputs=True), memory:
         move_to_fake_cpu(vlm)

@@ -32,6 +32,7 @@ def test_both_sides_learn_the_same_from_the_same_tokens():
     assert ours["losses"] == pytest.approx(theirs["losses"], abs=2e-3)
 
 
+@pytest.mark.slow
 def test_the_script_for_gpus_works_on_the_miniatures(tmp_path):
     words = ("size=tiny", "lora_size=tiny", f"out={tmp_path}", f"results={tmp_path / 'results.md'}")
     said = run("h200.py", *words, "parts=kernels,chat_full,peer", "budget_s=110")

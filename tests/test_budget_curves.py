@@ -7,14 +7,20 @@ import pytest
 from vlbench.__main__ import main
 from vlbench.compare.experiment import compare_command, cost_estimate
 from vlbench.compare.experiment.budget_curves import CURVE_TOLERANCE, expand_curves
+from vlbench.compare.experiment.design_cautions import describe_design_cautions
 from vlbench.compare.experiment.design_power import describe_power
 from vlbench.compare.experiment.grid import ComparisonGrid, load_recipe, parse_grid
 from vlbench.compare.report.curve_plan import load_curve_plan
+from vlbench.config.schema import Recipe
 from vlbench.errors import UserError
-from vlbench.model.connector_cost import count_recipe_cost
+from vlbench.model.connector_cost import ConnectorCost, count_model_cost
 
 LADDER = ["recipe=yivl_llava", "connector.name=avgpool", "curve=visual_tokens:4,16,64"]
 TWO = ["recipe=yivl_llava", "grid=connector.name=avgpool | connector.name=qformer"]
+
+
+def last_stage_cost(recipe: Recipe) -> ConnectorCost:
+    return count_model_cost(recipe.model, list(recipe.stages.values())[-1].image_size)
 
 
 def expanded(*words: str) -> ComparisonGrid:
@@ -28,7 +34,7 @@ def test_a_ladder_of_one_recipe_changes_what_makes_tokens():
     ]
     recipes = [load_recipe(row, 0) for row in grid.rows]
     assert [recipe.connector["pool"] for recipe in recipes] == [4, 2, 1]
-    assert [count_recipe_cost(recipe).tokens for recipe in recipes] == [4, 16, 64]
+    assert [last_stage_cost(recipe).tokens for recipe in recipes] == [4, 16, 64]
     assert grid.curve_plan.curves == ["avgpool"] and len(grid.run_folders()) == 6
     assert [point.reached for point in grid.curve_plan.points] == [4, 16, 64]
 
@@ -61,7 +67,7 @@ def test_flops_are_met_within_half_of_the_tolerance_of_matching():
     grid = expanded(*LADDER[:2], "curve=flops:1.1e8,2.2e8")
     for row, point in zip(grid.rows, grid.curve_plan.points, strict=True):
         assert 0 < abs(point.reached / point.value - 1) <= CURVE_TOLERANCE
-        assert count_recipe_cost(load_recipe(row, 0)).flops == point.reached
+        assert last_stage_cost(load_recipe(row, 0)).flops == point.reached
 
 
 def test_samples_are_steps_of_the_last_stage_that_runs():
@@ -72,6 +78,7 @@ def test_samples_are_steps_of_the_last_stage_that_runs():
     assert [point.reached for point in grid.curve_plan.points] == [1600, 6400, 1600, 6400]
     first, _ = grid.curve_plan.unreached
     assert (first.value, first.nearest) == (8, (16,)) and "a step of chat has 16" in first.reason
+    assert all("steps" not in caution for caution in describe_design_cautions(grid))
     grid = expanded(TWO[0], "only=align_224", "curve=samples:320,640")
     assert [load_recipe(row, 0).stages["align_224"].steps for row in grid.rows] == [10, 20]
 

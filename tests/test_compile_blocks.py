@@ -27,7 +27,7 @@ CASES = [  # connector, what is frozen, what is kept for the backward pass
     ("llava_mlp", "", "none"),
     pytest.param("llava_mlp", "vision", "full", marks=pytest.mark.slow),
     pytest.param("llava_mlp", "lora", "full", marks=pytest.mark.slow),
-    ("flamingo", "language", "selective"),
+    pytest.param("flamingo", "language", "selective", marks=pytest.mark.slow),
 ]
 
 
@@ -186,7 +186,8 @@ def backward_products(vlm: LoadedVLM, mode: str, backend: str | None) -> int:
     [
         None,
         pytest.param("aot_eager", marks=pytest.mark.slow),
-        "aot_eager_decomp_partition",  # divides forward from backward as Inductor does
+        # divides forward from backward as Inductor does
+        pytest.param("aot_eager_decomp_partition", marks=pytest.mark.slow),
     ],
 )
 def test_selective_computes_no_product_again(backend, graphs, one_call):

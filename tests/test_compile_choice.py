@@ -9,7 +9,7 @@ import pytest
 from vlbench.__main__ import main
 from vlbench.config import recipe as recipes
 from vlbench.train import compile_choice
-from vlbench.train.compile_choice import choose_compile, with_compile
+from vlbench.train.compile_choice import choose_compile
 from vlbench.train.stage_plan import plan_stage_runs
 
 TINY = ("recipe=yivl_llava", "only=chat")
@@ -20,7 +20,8 @@ def choice(*words: str, steps: int | None = None) -> tuple[bool, str]:
     stage_runs = plan_stage_runs(recipes.load_recipe([*TINY]))
     if steps is not None:
         stage_runs = [dataclasses.replace(one, total_steps=steps) for one in stage_runs]
-    return choose_compile(recipes.load_recipe([*TINY, *words]), stage_runs)
+    recipe = recipes.load_recipe([*TINY, *words])
+    return choose_compile(recipe.trainer, recipe.run, recipe.model, stage_runs)
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_without_triton_nothing_is_compiled(gpu, monkeypatch):
 
 @pytest.mark.parametrize("recorded", [True, False])
 def test_a_run_goes_on_as_it_began(recorded, gpu, tmp_path):
-    recipe = with_compile(recipes.load_recipe([*TINY]), recorded)
+    recipe = recipes.load_recipe([*TINY, f"trainer.compile={str(recorded).lower()}"])
     recipes.save_recipe(recipe, tmp_path / "recipe.yaml")
     found = choice(f"run={tmp_path}", steps=1 if recorded else 10**9)
     assert found == (recorded, "as the run began")

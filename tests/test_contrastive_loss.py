@@ -251,6 +251,7 @@ def curves(tmp_path_factory) -> dict[str, list[dict[str, float]]]:
     return {way: told(run) for way, run in runs.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [way for way in WAYS if not way.startswith("alone")])
 def test_runs_tell_the_same_whatever_computes_them(way, curves):
     expected = curves["alone, trained encoder" if "trained encoder" in way else "alone"]

@@ -322,10 +322,10 @@ def test_sigterm_leaves_nothing_half_written(tmp_path):
 
 def test_nothing_in_a_model_card_acts_as_markup() -> None:
     assert _plain_markdown("a<script>|`[x](http://y)\n# b") == (
-        "a\\<script>\\|'\\[x](http://y)\\n# b"
+        "a\\<script>\\|'\\[x]\\(http://y)\\n# b"
     )
     recipe = load_recipe(["recipe=yivl_llava"]).model_copy(
         update={"recipe": "x`<b>.yaml", "init": "y <img src=z>\n# title"}
     )
     text = _describe_training(recipe)
-    assert "Recipe `x'<b>`," in text and "y \\<img src=z>\\n# title" in text
+    assert "Recipe `x'\\<b>`," in text and "y \\<img src=z>\\n# title" in text

@@ -153,7 +153,7 @@ def test_a_checkpoint_without_its_optimizer_is_named(
     assert f"optimizer is {'torn' if torn else 'missing'}" in said and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("saves", [3, 6, 14])
+@pytest.mark.parametrize("saves", [*(pytest.param(n, marks=pytest.mark.slow) for n in (3, 14)), 6])
 def test_a_kill_while_a_checkpoint_is_written_loses_nothing(
     whole: Path, tmp_path: Path, saves: int
 ) -> None:
@@ -163,9 +163,9 @@ def test_a_kill_while_a_checkpoint_is_written_loses_nothing(
         "whole, count = c.fsync_path, 0\n"
         "def torn(path):\n"
         "    global count\n"
-        "    count += 1\n"
+        "    count += path.suffix == '.safetensors'\n"
         "    whole(path)\n"
-        f"    if count == {saves}:\n"
+        f"    if count == {saves} and path.is_file():\n"
         "        os.truncate(path, 1000)\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "c.fsync_path = torn\n"

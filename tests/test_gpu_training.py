@@ -41,7 +41,7 @@ def train(*words: str, precision: str = "bf16") -> LossNotes:
     """Train some steps of the last stage on the miniatures."""
     recipe = recipes.load_recipe([*WORDS, f"precision={precision}", *words])
     stage_run = plan_stage_runs(recipe)[-1]
-    vlm = build_vlm(recipe, stage_run.stage.image_size)
+    vlm = build_vlm(recipe.model, stage_run.stage.image_size)
     steps, notes = build_stage_steps(vlm.processor, stage_run), LossNotes()
     runner = StageRunner.from_recipe(recipe)
     with runner.prepare_stage(vlm.model, stage_run.stage):

@@ -108,7 +108,7 @@ def fake_model(monkeypatch, **kept: tuple[str, ...]) -> SimpleNamespace:
         return None if should_stop() else PlaceFeatures(*map(at, PlaceFeatures._fields))
 
     monkeypatch.setattr(information_probes, "compute_place_features", compute)
-    monkeypatch.setattr(information_probes, "TRAINING_PICTURES", 500)
+    monkeypatch.setattr(information_probes, "TRAINING_PICTURES", 300)
     return SimpleNamespace(connector=SimpleNamespace(replaces_image_tokens=True))
 
 
@@ -130,14 +130,14 @@ def test_information_is_found_up_to_the_place_where_it_is_removed(monkeypatch):
     told = probe_information(recipe, vlm, questions)
     shares = read_by_type(told, questions)
     for kind in ("colour", "shape", "relation"):
-        assert shares[kind][0] > 0.9 and shares[kind][1] > 0.9 and shares[kind][2] < 0.35
+        assert shares[kind][0] > 0.9 and shares[kind][1] > 0.9 and shares[kind][2] < 0.5
     assert told["labels"]["language"]["shape of cell 2"] > 0.9
     assert told["labels"]["connector"]["colour of cell 2"] > 0.9
     assert told["labels"]["language"]["colour of cell 2"] < 0.5
     control = torch.tensor([one["control"] for one in told["questions"]]).double()
     assert float(control.mean(0).max()) < 0.25
     assert told["places"] == {"encoder": [3, 40], "connector": [3, 40], "language": [3, 40]}
-    assert told["training_pictures"] == 500 and told["neighbours"]["pictures"] == 300
+    assert told["training_pictures"] == 300 and told["neighbours"]["pictures"] == 300
 
 
 def test_a_position_that_the_connector_forgets_is_lost_there(monkeypatch):
@@ -145,8 +145,8 @@ def test_a_position_that_the_connector_forgets_is_lost_there(monkeypatch):
     above = ("colour of cell 0", "colour of cell 1", "shape of cell 0", "shape of cell 1")
     everything = ("colour", "shape")
     vlm = fake_model(monkeypatch, encoder=everything, connector=above, language=above)
-    told = probe_information(recipes.load_recipe(["recipe=yivl_llava"]), vlm, gist_questions())
-    questions = [one for one in gist_questions() if one.type == "position"]
+    questions = [one for one in gist_questions() if one.type == "position"][:120]
+    told = probe_information(recipes.load_recipe(["recipe=yivl_llava"]), vlm, questions)
     read = {one["id"]: one["read"] for one in told["questions"]}
     is_above = ["top" in one.answer or "上" in one.answer for one in questions]
     for expected, where in ((0.9, True), (0.35, False)):
@@ -163,11 +163,12 @@ def test_too_few_questions_or_too_large_features_are_not_probed(monkeypatch):
     places = dict.fromkeys(PlaceFeatures._fields, everything)
     vlm = fake_model(monkeypatch, **places)
     recipe, questions = recipes.load_recipe(["recipe=yivl_llava"]), gist_questions()
-    assert probe_information(recipe, vlm, questions[:99]) == {}
+    told = probe_information(recipe, vlm, questions[:99])
+    assert told == {"left_out": "99 questions are about rendered scenes, 100 needed"}
     assert probe_information(recipe, vlm, questions[:100], lambda: True) == {}
     monkeypatch.setattr(information_probes, "MAX_FEATURE_BYTES", 1 << 16)
     told = probe_information(recipe, vlm, questions[:100])
-    assert told["left_out"].startswith("the features of 600 pictures take more than")
+    assert told["left_out"].startswith("the features of 400 pictures take more than")
 
 
 @pytest.mark.parametrize("name", ["llava_mlp", "flamingo", "mixed"])
@@ -236,6 +237,7 @@ def test_answers_are_read_where_the_image_has_no_position_of_its_own(monkeypatch
     assert sum(one["read"][1] for one in told["questions"]) < 60
 
 
+@pytest.mark.slow
 def test_a_run_holds_what_its_probes_found(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(information_probes, "TRAINING_PICTURES", 120)
     monkeypatch.setattr(information_probes, "MIN_QUESTIONS", 12)
@@ -246,7 +248,12 @@ def test_a_run_holds_what_its_probes_found(tmp_path: Path, monkeypatch) -> None:
         "stages.chat.steps=0",
         "log.tensorboard=false",
     ]
-    assert main([*words, "log.questions=100", f"run={tmp_path / 'run'}"]) == 0
+    assert (
+        main(
+            [*words, "log.questions=100", "log.information_probes=true", f"run={tmp_path / 'run'}"]
+        )
+        == 0
+    )
     told = json.loads((tmp_path / "run/information.json").read_text(encoding="utf-8"))
     count = len(told["questions"])  # those of the family gist, about a sixth
     assert 12 <= count <= 25 and set(told["places"]) == set(told["labels"])

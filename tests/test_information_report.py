@@ -70,7 +70,7 @@ def test_wrong_answers_are_counted_by_row_and_kind(tmp_path):
     information = find_information_loss(of_folders(*folders))
     rows = {row.row_name: row for row in information.rows}
     counts = {
-        (name, kind.kind): [loss.count for loss in kind.losses]
+        (name, kind.kind): [loss.answers for loss in kind.losses]
         for name, row in rows.items()
         for kind in row.kinds
     }
@@ -115,7 +115,7 @@ def test_rows_without_probes_are_left_out_and_said(tmp_path, capsys):
         run(tmp_path / "linear", 0.2, 0, "connector.name=linear"),
     ]
     assert "What the connector loses" not in render_html(of_folders(*folders))
-    assert "it needs 100 questions about rendered scenes" in render_html(of_folders(*folders))
+    assert "log.information_probes=true writes it" in render_html(of_folders(*folders))
     add_probes(folders[0], lambda number: [1, 1, 1])
     assert "linear has no information probes: no information.json" in render_html(
         of_folders(*folders)

@@ -15,7 +15,6 @@ import vlbench
 from vlbench.__main__ import main
 from vlbench.config import recipe as recipes
 from vlbench.connector import registry
-from vlbench.model.build_vlm import recipe_connector_options
 from vlbench.model.vlm import connector_shapes
 from vlbench.train.shape_checks import meta_encoder_and_config
 
@@ -149,10 +148,10 @@ def test_llavas_projector_is_where_training_begins(said, name, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     words = ["fit", "recipe=yivl_llava", "only=chat", "stages.chat.steps=0", *FIT[5:]]
     recipe = recipes.load_recipe([*words[1:3], *said])
-    encoder, config = meta_encoder_and_config(recipe)
+    encoder, config = meta_encoder_and_config(recipe.model)
     encoder.set_image_size(recipe.stages["chat"].image_size)
     made = registry.load_connector(recipe.connector["name"])(
-        connector_shapes(encoder, config), **recipe_connector_options(recipe.connector)
+        connector_shapes(encoder, config), **recipe.model.connector_options
     )
     single = "0." if "linear" in said[0] else ""
     start = (

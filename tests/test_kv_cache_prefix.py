@@ -19,7 +19,7 @@ CONNECTORS = ("yivl_llava", "yivl_qformer", "yivl_flamingo", "yivl_eva")
 
 @pytest.fixture(scope="module", params=CONNECTORS)
 def vlm(request) -> LoadedVLM:
-    return build_vlm(recipes.load_recipe([f"recipe={request.param}"]), 56).eval()
+    return build_vlm(recipes.load_recipe([f"recipe={request.param}"]).model, 56).eval()
 
 
 def asks(text: str, image: Image.Image | None = None) -> dict[str, Any]:

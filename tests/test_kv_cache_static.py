@@ -50,7 +50,7 @@ def graphs():
 
 @pytest.fixture(scope="module", params=CONNECTORS)
 def tiny(request) -> LoadedVLM:
-    return build_vlm(recipes.load_recipe([f"recipe={request.param}"]), 56).eval()
+    return build_vlm(recipes.load_recipe([f"recipe={request.param}"]).model, 56).eval()
 
 
 def build_small_vlm(name: str = "llava_mlp") -> LoadedVLM:
@@ -203,7 +203,7 @@ def test_a_finished_answer_lets_its_cache_go(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("connector", ["yivl_llava", "yivl_qformer"])
 def test_graphs_of_a_gpu_answer_as_a_growing_cache_does(connector):
-    vlm = build_vlm(recipes.load_recipe([f"recipe={connector}"]), 56).eval().to("cuda")
+    vlm = build_vlm(recipes.load_recipe([f"recipe={connector}"]).model, 56).eval().to("cuda")
     for batch in (talks(vlm), talks(vlm, 0)):
         assert_same(vlm, batch, **GREEDY)
     first = vlm.generate(batch, compiled=True, **GREEDY)

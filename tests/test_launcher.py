@@ -210,6 +210,7 @@ def test_a_second_ctrl_c_ends_what_hangs(tmp_path, monkeypatch):
     assert launcher._report_exit([-signal.SIGKILL] * 2, bad, asked) == 130
 
 
+@pytest.mark.slow
 def test_a_mistake_of_the_data_is_told_once(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]
@@ -263,7 +264,7 @@ exit $highest
 @pytest.mark.parametrize(
     "told_first",
     [
-        pytest.param(slice(None), id="all"),
+        pytest.param(slice(None), id="all", marks=pytest.mark.slow),
         pytest.param(slice(1, None), id="one alone", marks=pytest.mark.slow),
     ],
 )

@@ -16,7 +16,7 @@ import pytest
 from vlbench import __version__
 from vlbench.__main__ import main
 from vlbench.command_line.parser import declared_arguments, parse_arguments, split_arguments
-from vlbench.config import schema
+from vlbench.config import key_table
 from vlbench.config.recipe import load_recipe
 from vlbench.errors import BadSample, EnvironmentFailure, UserError, suggest_name
 from vlbench.verbs import VERBS, recipe_key_names
@@ -65,7 +65,7 @@ def test_help_names_every_verb_and_every_key(capsys):
     assert all(f"\n  {name}" in overview for name in VERBS)
     assert main(["fit", "--help"]) == 0
     table = capsys.readouterr().out
-    assert all(row.name in table and row.help in table for row in schema.key_rows())
+    assert all(row.name in table and row.help in table for row in key_table.key_rows())
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -77,7 +77,7 @@ def test_every_verb_has_help(verb, capsys):
     for spec in declared_arguments(declaration).values() if declaration else []:
         assert spec.help in text and f"\n{spec.help_row()[0]} " in text
     if VERBS[verb].takes_recipe_keys:
-        assert all(row.help in text for row in schema.key_rows())
+        assert all(row.help in text for row in key_table.key_rows())
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -17,7 +17,7 @@ from vlbench.model.connector_cost import (
     BUDGET_COUNTS,
     ConnectorCost,
     ConnectorCostCounter,
-    count_recipe_cost,
+    count_model_cost,
 )
 
 DOCS = Path(__file__).parent.parent / "docs/connectors.md"
@@ -45,7 +45,11 @@ def matched(words: list[str], by: str, limit: float = 100) -> list[BudgetMatch]:
 
 
 def costs(found: list[BudgetMatch]) -> list[ConnectorCost]:
-    return [count_recipe_cost(recipes.load_recipe(list(one.row.overrides))) for one in found]
+    loaded = [recipes.load_recipe(list(one.row.overrides)) for one in found]
+    sizes = [list(recipe.stages.values())[-1].image_size for recipe in loaded]
+    return [
+        count_model_cost(recipe.model, size) for recipe, size in zip(loaded, sizes, strict=True)
+    ]
 
 
 def within(values: list[int]) -> bool:
@@ -125,8 +129,8 @@ def test_counts_are_those_of_the_whole_model(name):
     recipe = recipes.load_recipe(["recipe=yivl_llava", f"connector.name={name}"])
     sizes = [stage.image_size for stage in recipe.stages.values()]
     counter = ConnectorCostCounter(recipe.vision, recipe.language, sizes)
-    whole = count_recipe_cost(recipe)
-    options = {key: value for key, value in recipe.connector.items() if key != "name"}
+    whole = count_model_cost(recipe.model, sizes[-1])
+    options = recipe.model.connector_options
     built = counter.build_connector(registry.load_connector(name), options)
     counted = {by: count(counter, built) for by, count in BUDGET_COUNTS.items()}
     tokens = {"flamingo": whole.latents, "mixed": whole.tokens + whole.latents}

@@ -50,7 +50,7 @@ def test_real_sizes_have_the_published_numbers_of_parameters(size, language, pro
     words = ["recipe=yivl_llava", f"size={size}"]
     recipe = recipes.load_recipe([*words, "vision.weights=random", "language.weights=random"])
     with torch.device("meta"):  # no memory is taken
-        vlm = build_vlm(recipe, 224)
+        vlm = build_vlm(recipe.model, 224)
         encoder = count(vlm.vision)
         vlm.set_image_size(448)
     assert count(vlm.language) == language and count(vlm.connector) == projector

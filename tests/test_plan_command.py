@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from vlbench.__main__ import main
 from vlbench.config import recipe as recipes
+from vlbench.config.schema import Recipe
 from vlbench.data.packing import PackedBatch
 from vlbench.model.activation_checkpointing import CHECKPOINTING_MODES
 from vlbench.model.build_vlm import build_vlm
@@ -51,14 +52,19 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+def meta_vlm(recipe: Recipe, stage: str, depth: ModelDepth | None = None) -> LoadedVLM:
+    """Return the model of a recipe's stage as `plan` builds it."""
+    return build_meta_vlm(recipe.model, stage, recipe.stages[stage], recipe.precision, depth)
+
+
 @functools.cache
 def planned(recipe: str, stage: str, precision: str = "32") -> tuple[StageMemory, StageWorkload]:
     """Return a stage of a recipe as `plan` sees it."""
     resolved = recipes.load_recipe([f"recipe={recipe}"])
-    vlm = build_meta_vlm(resolved, stage)
+    vlm = meta_vlm(resolved, stage)
     work, _ = stage_workload(resolved, stage, vlm, None, None)
     rehearsals = DepthExtrapolator(
-        vlm.model, functools.partial(build_meta_vlm, resolved, stage), precision
+        vlm.model, functools.partial(meta_vlm, resolved, stage), precision
     )
     number_bytes = 4 if precision == "32" else 2
     return StageMemory(vlm.model, rehearsals, work.mean_sample, number_bytes, Sharding()), work
@@ -70,7 +76,7 @@ def ready(recipe: str, stage: str) -> tuple[LoadedVLM, VLMTrainingModule, list[P
     small = [f"stages.{stage}.global_batch_size=40", f"stages.{stage}.max_tokens_per_row=1000"]
     resolved = recipes.load_recipe([f"recipe={recipe}", *small])
     stage_run = next(run for run in plan_stage_runs(resolved) if run.name == stage)
-    vlm = build_vlm(resolved, stage_run.stage.image_size)
+    vlm = build_vlm(resolved.model, stage_run.stage.image_size)
     freeze_untrained_parts(vlm.model, stage_run.stage)
     batches = sorted(
         build_stage_steps(vlm.processor, stage_run)[0].micro_batches,
@@ -157,7 +163,7 @@ def test_operations_are_those_of_a_counted_step(recipe, stage):
         sum(b.supervised_token_count for b in batches),
     )
     sample = SampleShape(*(one / len(lengths) for one in (sum(lengths), images, learned)))
-    flops = count_step_flops(build_meta_vlm(recipes.load_recipe([f"recipe={recipe}"]), stage).model)
+    flops = count_step_flops(meta_vlm(recipes.load_recipe([f"recipe={recipe}"]), stage).model)
     spared = flops.per_attended_pair * sum(
         n * (n - 1) / 2 for n in lengths
     )  # torch counts all pairs
@@ -169,9 +175,9 @@ def test_a_few_layers_tell_what_many_take():
     words = ["recipe=yivl_flamingo", "size=6b", "connector.every=1", "connector.depth=1"]
     resolved = recipes.load_recipe(words)
     many = ModelDepth(8, 8)
-    vlm = build_meta_vlm(resolved, "chat", many)
+    vlm = meta_vlm(resolved, "chat", many)
     rehearsals = DepthExtrapolator(
-        vlm.model, lambda few: build_meta_vlm(resolved, "chat", few or many), "bf16"
+        vlm.model, lambda few: meta_vlm(resolved, "chat", few or many), "bf16"
     )
     assert len(rehearsals.simulated_depths) == 3
     row = SampleShape(300, 2, 100)
@@ -186,7 +192,7 @@ def test_a_few_layers_tell_what_many_take():
 def test_frozen_weights_of_files_take_two_bytes_unless_they_are_sharded():
     words = ["recipe=yivl_llava", "size=34b", "stages.chat.train.language.lora.rank=16"]
     words += ["stages.chat.train.vision=null"]
-    vlm = build_meta_vlm(recipes.load_recipe(words), "chat", ModelDepth(2, 2)).model
+    vlm = meta_vlm(recipes.load_recipe(words), "chat", ModelDepth(2, 2)).model
     layers = sum(p.numel() for p in vlm.language.model.layers.parameters() if not p.requires_grad)
     held = persistent_memory(vlm, "ddp", Sharding(2, 2), 2)["weights"]
     sharded = persistent_memory(vlm, "fsdp2", Sharding(2, 2), 2)["weights"]
@@ -306,7 +312,7 @@ def test_a_probe_tries_a_step(no_rehearsals, capsys):
 def test_the_plan_knows_what_fsdp2_keeps_whole():
     words = ["recipe=yivl_llava", "size=6b", "only=chat", "trainer.strategy=fsdp2"]
     words += ["trainer.devices=8", "trainer.num_nodes=2"]
-    vlm = build_meta_vlm(recipes.load_recipe(words), "chat").model
+    vlm = meta_vlm(recipes.load_recipe(words), "chat").model
     freeze_untrained_parts(vlm, recipes.load_recipe(words).stages["chat"])
     trained = 4 * sum(p.numel() for p in vlm.parameters() if p.requires_grad)
 

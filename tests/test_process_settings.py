@@ -54,6 +54,7 @@ def test_a_program_that_has_imported_nothing_finds_all_as_it_was(tmp_path):
     assert run(tmp_path, "light") == {"import": [], "load": [], "chat": [], "generate": []}
 
 
+@pytest.mark.slow
 def test_training_from_a_program_that_has_imported_nothing_leaves_all_as_it_was(tmp_path):
     assert run(tmp_path, "cold") == {"import": [], "fit": []}
 

@@ -7,17 +7,19 @@ from pathlib import Path
 import pytest
 
 from vlbench.config import recipe as recipes
+from vlbench.config.key_table import key_rows
 from vlbench.config.recipe import (
     load_recipe,
     load_recipe_file,
-    recipe_differences,
     recipe_to_yaml,
     save_recipe,
     to_plain,
 )
-from vlbench.config.schema import Recipe, key_rows
+from vlbench.config.schema import Recipe
 from vlbench.errors import UserError
 from vlbench.listing import file_summary
+from vlbench.text_files import read_yaml
+from vlbench.train.run_folder import recipe_differences
 
 LLAVA = {"name": "llava_mlp", "depth": 2, "norm": True, "mlp_ratio": 1.0}
 OWN = """# python -m vlbench fit recipe=own
@@ -63,12 +65,10 @@ def test_every_recipe_loads_at_every_size_and_survives_its_copy(name, size, tmp_
 
 def test_every_stage_of_a_size_belongs_to_some_recipe():
     known = {
-        stage
-        for path in recipes.recipe_files().values()
-        for stage in recipes.read_yaml(path)["stages"]
+        stage for path in recipes.recipe_files().values() for stage in read_yaml(path)["stages"]
     }
     for path in recipes.size_files().values():
-        assert set(recipes.read_yaml(path).get("stages", {})) <= known, path
+        assert set(read_yaml(path).get("stages", {})) <= known, path
 
 
 def test_first_line_of_every_recipe_is_its_command_and_the_next_says_what_it_is():
@@ -226,7 +226,9 @@ def test_one_wrong_value_is_one_line(word, expected):
 
 def test_a_key_is_given_once():
     assert "seed is given twice" in mistakes("seed=1", "seed=2")[0]
-    assert "as a whole and in parts" in mistakes("connector={depth: 1}", "connector.depth=2")[0]
+    whole, part = "connector={depth: 1}", "connector.depth=2"
+    for words in ((whole, part), (part, whole)):
+        assert "as a whole and in parts" in mistakes(*words)[0]
     assert "not both" in mistakes("only=chat", "from=chat")[0]
     assert "not both" in mistakes("stages.chat.steps=1", "stages.chat.epochs=1")[0]
 
@@ -372,7 +374,8 @@ def test_full_sizes_ask_for_data():
     with pytest.raises(UserError, match="size=6b needs data.train=FILE"):
         recipes.require_data(llava("size=6b"))
     recipes.require_data(llava("size=6b", "data.train=a.json"))
-    recipes.require_data(llava("size=6b", "only=chat", "stages.chat.data.train=a.json"))
+    for chosen in ("only=chat", "from=chat"):
+        recipes.require_data(llava("size=6b", chosen, "stages.chat.data.train=a.json"))
 
 
 def test_every_key_has_a_meaning_and_the_copy_has_every_key():

@@ -117,6 +117,7 @@ def trained(folder):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
 def test_scalars_learn_as_in_one_process(way, trained):
     for name in ("loss", "grad_norm"):
@@ -131,6 +132,7 @@ def test_scalars_learn_as_in_one_process(way, trained):
         torch.testing.assert_close(together[name], value, rtol=1e-7, atol=1e-10, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES[:-1], ids=" to ".join)
 def test_a_run_with_scalars_goes_on(change, trained):
     alone, other = trained / "alone-alone", trained / "-".join(change)

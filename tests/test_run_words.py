@@ -30,15 +30,15 @@ def start_of(recipe, capsys) -> str:
 
 
 def test_the_pixels_that_are_trained_stand_beside_a_name_that_says_others() -> None:
-    assert recipes.stage_label("align_224", 56) == "align_224 (here 56 pixels)"
-    assert [recipes.stage_label(*one) for one in (("align_224", 224), ("chat", 56))] == [
+    assert run_report.stage_label("align_224", 56) == "align_224 (here 56 pixels)"
+    assert [run_report.stage_label(*one) for one in (("align_224", 224), ("chat", 56))] == [
         "align_224",
         "chat",
     ]
 
 
 def test_the_parts_that_are_loaded_are_named(tmp_path, capsys) -> None:
-    assert find_model_names(load("size=6b", PHOTOS))[:2] == (
+    assert find_model_names(load("size=6b", PHOTOS).model)[:2] == (
         "ViT-H-14 (laion2b_s32b_b79k)",
         "01-ai/Yi-6B-Chat",
     )

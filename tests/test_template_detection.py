@@ -125,11 +125,11 @@ def test_transformers_folders_are_asked_with_what_their_own_template_is_like(
         assert vlbench.load(hugging_face, template="chatml").processor.template.name == "chatml"
         recipe = recipes.load_recipe(["recipe=yivl_llava", f"init={hugging_face}"])
         with pytest.raises(UserError, match=r"say language.template="):
-            inherited_keys(recipe)
+            inherited_keys(recipe.model, None)
         recipe = recipes.load_recipe(
             ["recipe=yivl_llava", f"init={hugging_face}", "language.template=chatml"]
         )
-        assert "language" not in inherited_keys(recipe)
+        assert "language" not in inherited_keys(recipe.model, None)
         jinja.unlink()
         assert vlbench.load(hugging_face).processor.template.name == "llava_v1"
         assert "has no chat template" in said(capsys)[-1]
@@ -139,7 +139,7 @@ def test_transformers_folders_are_asked_with_what_their_own_template_is_like(
 
 def test_a_run_begun_with_llava_has_its_template(llava, capsys):
     recipe = recipes.load_recipe(["recipe=yivl_llava", f"init={llava}"])
-    assert inherited_keys(recipe)["language"] == {"template": "llava_v1"}
+    assert inherited_keys(recipe.model, None)["language"] == {"template": "llava_v1"}
     assert "language.template= chooses another" in said(capsys)[0]
 
 

@@ -105,7 +105,10 @@ def at_once(vlm: LoadedVLM, works: list[Work]) -> list[Any]:
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
-@pytest.mark.parametrize("name", ["llava_mlp", "qformer", "flamingo"])
+@pytest.mark.parametrize(
+    "name",
+    ["llava_mlp", *(pytest.param(n, marks=pytest.mark.slow) for n in ("qformer", "flamingo"))],
+)
 def test_four_threads_get_the_answers_of_one(name, mode):
     vlm = model(name).train(mode == "train")
     number = ANSWERS if mode == "eval" else ANSWERS // 5

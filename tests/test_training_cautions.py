@@ -77,11 +77,11 @@ def test_truncation_is_told_row_by_row(tmp_path):
     cut = {"truncated_samples": 4800, "lost_supervised_tokens": 1000}
     said = cautions(*pair(tmp_path / "one", **cut, supervised_tokens=4000))
     assert (
-        "From rows unequally language.max_length cut off: nothing (llava_mlp), 50.0% of samples "
+        "Cut off at language.max_length, unequally: nothing (llava_mlp), 50.0% of samples "
         "and 20.0% of supervised tokens (linear)." in said
     )
     first, other = pair(tmp_path / "both", **cut)
-    assert "From all rows alike language.max_length cut off: 50.0%" in cautions(
+    assert "Cut off at language.max_length, in all rows alike: 50.0%" in cautions(
         spent(first, **cut), other
     )
 

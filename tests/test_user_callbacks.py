@@ -104,5 +104,9 @@ def test_callbacks_of_anothers_run_are_typed_or_trusted(tmp_path: Path) -> None:
         assert typed.trainer.callbacks == ("theirs.Stranger",)
         load_recipe([word, "trust_connector=true"])
         load_recipe([word, "trainer.callbacks=[]"])
+    copy = (tmp_path / "run/recipe.yaml").read_text()
+    (tmp_path / "run/recipe.yaml").write_text(copy.replace("profile: false\n", ""))
+    with pytest.raises(UserError, match="theirs.Stranger"):  # a copy with a key less is one, too
+        load_recipe([f"run={tmp_path}/run"])
     note_own_callbacks(["theirs.Stranger"])
     assert load_recipe([f"run={tmp_path}/run"]).trainer == saved.trainer

@@ -199,7 +199,7 @@ def verb_help(verb_name: str) -> str:
     if specs:
         lines += ["", *format_table([headings, *(spec.help_row() for spec in specs)])]
     if verb.takes_recipe_keys:
-        from vlbench.config.schema import key_rows
+        from vlbench.config.key_table import key_rows
 
         title = f"Keys of recipes, which {verb_name} takes too:" if specs else "Keys of recipes:"
         lines += ["", title, "", *format_table([headings, *key_rows()])]

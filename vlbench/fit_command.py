@@ -13,7 +13,7 @@ from vlbench.process_settings import preserve_process_settings
 from vlbench.strict_values import yaml_text
 from vlbench.train import run_report
 from vlbench.train.callbacks import GracefulStop
-from vlbench.train.compile_choice import choose_compile, with_compile
+from vlbench.train.compile_choice import choose_compile
 from vlbench.train.dry_run import dry_run_stages
 from vlbench.train.fit import RunTraining, check_and_open_run
 from vlbench.train.lightning_trainer import quiet_lightning
@@ -55,8 +55,11 @@ def _fit_recipe(recipe: Recipe, held_locks: contextlib.ExitStack) -> tuple[int, 
     user_callbacks = collectives.call_on_all_ranks(
         lambda: build_user_callbacks(recipe.trainer.callbacks)
     )
-    choice = collectives.call_on_rank_zero(lambda: choose_compile(recipe, stage_runs))
-    recipe = with_compile(recipe, choice.compiles)
+    choice = collectives.call_on_rank_zero(
+        lambda: choose_compile(recipe.trainer, recipe.run, recipe.model, stage_runs)
+    )
+    trainer = recipe.trainer.model_copy(update={"compile": choice.compiles})
+    recipe = recipe.model_copy(update={"trainer": trainer})
     run = collectives.call_on_rank_zero(lambda: check_and_open_run(recipe, stage_runs, held_locks))
     if run.is_finished:
         print(f"{run.folder} is finished; these are its results.")

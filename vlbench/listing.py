@@ -41,15 +41,15 @@ def connector_cost_lines(size: str) -> list[str]:
     known = {
         name: recipe.load_recipe(["recipe=yivl_llava", *words]) for name, words in recipes.items()
     }
-    from vlbench.model.connector_cost import QUESTION_TOKENS, count_recipe_cost
+    from vlbench.model.connector_cost import QUESTION_TOKENS, count_model_cost
 
     rows = [("connector", "parameters", "tokens", "latents", "prefill TFLOPs")]
     for name, one in known.items():
-        count = count_recipe_cost(one)
+        side = list(one.stages.values())[-1].image_size
+        count = count_model_cost(one.model, side)
         flops = f"{count.flops / 1e12:.3g}"
         numbers = (f"{count.parameters:,}", str(count.tokens), str(count.latents), flops)
         rows.append((name, *numbers))
-    side = list(next(iter(known.values())).stages.values())[-1].image_size
     return [
         *format_table(rows, "<>"),
         "",

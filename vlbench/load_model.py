@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -89,11 +90,11 @@ def load_model_folder(
     """
     if not checkpoint_files.is_run_or_checkpoint(folder):
         return load_release(folder, dtype, device, ReleaseOverrides(template_name=template))
-    recipe = recipes.load_model_recipe(folder, trust_connector)
+    config = recipes.load_model_recipe(folder, trust_connector).model
     if template:
-        language = recipe.language.model_copy(update={"template": template})
-        recipe = recipe.model_copy(update={"language": language})
-    vlm = load_checkpoint(folder, recipe, dtype, device)
+        language = config.language.model_copy(update={"template": template})
+        config = replace(config, language=language)
+    vlm = load_checkpoint(folder, config, dtype, device)
     _, before = checkpoint_files.read_preprocessing(folder)
     transform_hash = vlm.processor.transform.transform_hash()
     if before != transform_hash:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, ValidationInfo
 from pydantic import field_validator as validator_of_fields
@@ -23,6 +23,7 @@ from vlbench.errors import UserError, suggest_name
 INTEGER_PATTERN = re.compile(r"[+-]?\d+")
 NUMBER_PATTERN = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 MAX_DIGITS = 100  # of a typed whole number; Python itself refuses more than 4,300
+MAX_BRACKETS = 1000  # of a typed list or mapping; PyYAML takes seconds for 5,000
 NULL_WORDS = ("null", "none")
 # Built at the first value: `--help` reads names, types and texts of fields alone.
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
@@ -75,8 +76,7 @@ def check_record(said: dict[str, Any], kind: type[FileRecord], file: Path) -> di
     except ValidationError as error:
         details = error.errors()[0]
         place = ".".join(map(str, details["loc"]))
-        problem = "is missing" if details["type"] == "missing" else describe_error(details)
-        raise UserError(f"{file}: {place} {problem}".replace("  ", " ")) from error
+        raise UserError(f"{file}: {place} {describe_error(details)}".replace("  ", " ")) from error
     return said
 
 
@@ -110,7 +110,7 @@ def read_value(value: Any, kind: Any) -> Any:
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(read_value(item, args[0]) for item in value)
     if origin is dict and isinstance(value, dict):
-        return {str(name): read_value(item, args[1]) for name, item in value.items()}
+        return {name: read_value(item, args[1]) for name, item in value.items()}
     if origin is Literal and type(value) in (int, float):
         # a choice such as precision "32" may stand in YAML without quotes
         return next((choice for choice in args if str(choice) == str(value)), value)
@@ -140,6 +140,9 @@ def parse_flow_yaml(text: str) -> Any:
     """Return `{a: 1, b: {c: 2}}`, `[a, b]` or `a,b` with every scalar left as `RawText`."""
     if not text.startswith(("{", "[")):
         return [RawText(part.strip()) for part in text.split(",")]
+    brackets = text.count("[") + text.count("{")
+    if brackets > MAX_BRACKETS:
+        raise ValueError(f"has {brackets:,} brackets; at most {MAX_BRACKETS:,} are read")
     import yaml  # late, as --help needs none of it
 
     try:
@@ -183,6 +186,11 @@ def split_union(kind: Any) -> list[Any]:
     return sorted(members, key=lambda member: member is NoneType)
 
 
+def is_section(kind: Any) -> TypeGuard[type[BaseModel]]:
+    """Tell whether a declared type is a mapping with keys of its own."""
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
 def kind_label(kind: Any) -> str:
     """Return a type in a word or two, for tables."""
     return " | ".join(_member_label(member) for member in split_union(kind))
@@ -193,7 +201,7 @@ def _member_label(member: Any) -> str:
         return " | ".join(yaml_text(choice) for choice in get_args(member))
     if get_origin(member) is tuple:
         return f"[{kind_label(get_args(member)[0])}, ...]"
-    if isinstance(member, type) and issubclass(member, BaseModel):
+    if is_section(member):
         return f"{{{', '.join(member.model_fields)}}}"
     return {NoneType: "null", Any: "any"}.get(member) or str(member.__name__)
 

@@ -13,7 +13,7 @@ from io import BufferedRandom
 from pathlib import Path
 from typing import Any, TextIO
 
-from vlbench.errors import UserError, escape_in_json, escape_surrogates, printable_text
+from vlbench.errors import UserError, escape_in_json, escape_surrogates, one_line, printable_text
 from vlbench.regular_files import (
     CHUNK_BYTES,
     MAX_CONFIG_BYTES,
@@ -27,6 +27,7 @@ from vlbench.regular_files import (
 )
 
 LFS_POINTER = b"version https://git-lfs"
+MAX_YAML_BYTES = 1 << 18  # fifty times a recipe; PyYAML reads 40 kB in a second
 
 
 def read_text(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> str:
@@ -61,6 +62,35 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: is not a JSON object")
     return value
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file; a UserError names the file and, if known, the line."""
+    from omegaconf import OmegaConf  # here, as few need it and it takes a while
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    text = io.StringIO(read_text(path, MAX_YAML_BYTES))
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(text), resolve=False)
+    except RecursionError as error:
+        raise UserError(f"{path}: its lists or mappings are nested too deeply") from error
+    except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:  # or of a number
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or one_line(error, max_lines=1)
+        raise UserError(f"{path}{line}: {problem}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: is not a mapping of keys, KEY: VALUE lines")
+    return _with_text_keys(tree)
+
+
+def _with_text_keys(tree: dict[Any, Any]) -> dict[str, Any]:
+    """Return a tree of YAML in which a key such as 1 or true is text."""
+    return {
+        str(key): _with_text_keys(value) if isinstance(value, dict) else value
+        for key, value in tree.items()
+    }
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

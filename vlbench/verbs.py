@@ -186,14 +186,14 @@ def resolve_recipe(words: list[str]) -> Recipe:
         return recipe
     from vlbench.train.resume import inherited_keys  # it imports torch
 
-    return recipes.load_recipe(words, inherited_keys(recipe))
+    return recipes.load_recipe(words, inherited_keys(recipe.model, recipe.run))
 
 
 def recipe_key_names() -> Collection[str]:
     """Return the top-level keys of recipes."""
-    from vlbench.config.schema import Recipe, declared_keys
+    from vlbench.config.key_table import declared_keys
 
-    return declared_keys(Recipe)
+    return declared_keys()
 
 
 VERBS = {

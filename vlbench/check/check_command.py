@@ -23,7 +23,6 @@ from vlbench.check.sample_checks import (
     reading_notes,
 )
 from vlbench.check.supervision_audit import AuditSample, choose_samples, render_audit
-from vlbench.config.recipe import stage_label
 from vlbench.config.schema import Recipe
 from vlbench.data.chat_template import CHAT_TEMPLATES, ChatTemplate
 from vlbench.data.conversation_files import LlavaJson
@@ -36,6 +35,7 @@ from vlbench.errors import BadSample, escape_to_one_line
 from vlbench.model.language_model import tokenizer_folder
 from vlbench.system_errors import explain_unwritable
 from vlbench.text_files import format_json_lines, write_atomically, write_for_people
+from vlbench.train.run_report import stage_label
 from vlbench.train.shape_checks import image_transforms_by_stage, tokens_per_image_by_stage
 from vlbench.train.stage_plan import (
     StageRun,
@@ -60,7 +60,7 @@ def run_check(recipe: Recipe, folder: Path) -> int:
         UserError: training would not start with these data, or `folder` cannot be written.
     """
     stage_runs = plan_stage_runs(recipe)
-    tokens_per_image = tokens_per_image_by_stage(recipe, stage_runs)
+    tokens_per_image = tokens_per_image_by_stage(recipe.model, stage_runs)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -75,7 +75,7 @@ def run_check(recipe: Recipe, folder: Path) -> int:
     lines = [line for checked in checked_sources for line in _source_lines(checked)]
     audit_samples: list[AuditSample] = []
     cached_tokenizer = CachedTokenizer(tokenizer)
-    transforms = image_transforms_by_stage(recipe, stage_runs)
+    transforms = image_transforms_by_stage(recipe.model, stage_runs)
     for stage_run, stage_tokens_per_image, transform in zip(
         stage_runs, tokens_per_image, transforms, strict=True
     ):
@@ -94,8 +94,11 @@ def run_check(recipe: Recipe, folder: Path) -> int:
         audit_samples += stage_samples
     findings = list(dict.fromkeys(findings))
     lines += ["", *_summary_lines(findings)]
+    template_name = recipe.language.template
+    settings = f"Recipe {recipe.recipe}, size {recipe.size}, template {template_name}"
     write_atomically(folder / "findings.jsonl", format_json_lines(map(asdict, findings)))
-    write_for_people(folder / "audit.html", render_audit(audit_samples, recipe, tokenizer.decode))
+    page = render_audit(audit_samples, recipe.recipe, settings, tokenizer.decode)
+    write_for_people(folder / "audit.html", page)
     write_for_people(folder / "report.txt", "\n".join(lines) + "\n")
     print("\n".join(lines))
     print(f"\nwrote {folder}: report.txt, findings.jsonl, audit.html (what the model reads)")

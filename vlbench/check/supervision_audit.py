@@ -10,7 +10,6 @@ from typing import Any
 
 from PIL import Image
 
-from vlbench.config.schema import Recipe
 from vlbench.data.image_folder import page_refusal
 from vlbench.data.image_processing import ImageTransform
 from vlbench.data.sample import LazyImage, Sample
@@ -54,7 +53,7 @@ class SampleSpan:
 
 
 def render_audit(
-    audit_samples: list[AuditSample], recipe: Recipe, decode: Callable[..., str]
+    audit_samples: list[AuditSample], title: str, settings: str, decode: Callable[..., str]
 ) -> str:
     """Return the page, self-contained HTML; `decode` is the tokenizer's."""
     stages = [
@@ -62,7 +61,7 @@ def render_audit(
         for name, samples in groupby(audit_samples, key=lambda sample: sample.stage)
     ]
     page = jinja_environment(Path(__file__).parent).get_template("audit.html.jinja")
-    return page.render(stages=stages, recipe=recipe, version=__version__)
+    return page.render(stages=stages, title=title, settings=settings, version=__version__)
 
 
 def _describe_sample(audit_sample: AuditSample, decode: Callable[..., str]) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from typing import Any
 from vlbench.strict_values import RawText, parse_flow_yaml, yaml_text
 
 
-def parse_overrides(overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
+def parse_overrides(overrides: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
     """Return `a.b=c` words as nested mappings of `RawText`, and what is wrong with them."""
-    result: dict[str, Any] = {}
+    tree: dict[str, Any] = {}
     errors: list[str] = []
+    given: list[str] = []
     for word in overrides:
         key, equals, value = word.partition("=")
         if word.encode(errors="replace").decode() != word:
@@ -22,33 +23,24 @@ def parse_overrides(overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
             errors.append(f"'{word}' is not KEY=VALUE, as in stages.chat.steps=10")
         elif not value:
             errors.append(f"{key} has no value; write {key}=VALUE, or {key}=null for none")
-        elif conflict := _set_leaf(result, key.split("."), RawText(value)):
-            errors.append(f"{key} is given {conflict}")
-    return result, errors
+        elif key in given:
+            errors.append(f"{key} is given twice")
+        elif any(one.startswith(f"{key}.") or key.startswith(f"{one}.") for one in given):
+            errors.append(f"{key} is given as a whole and in parts; give one of them")
+        else:
+            _set_leaf(tree, key.split("."), value)
+            given.append(key)
+    return tree, errors
 
 
-def _set_leaf(node: dict[str, Any], path: list[str], value: RawText) -> str:
-    """Set a value; return how it conflicts with one that was given before, or ""."""
+def _set_leaf(node: dict[str, Any], path: list[str], text: str) -> None:
+    """Set a value; a typed `{a: 1}` is a mapping, and one that cannot be read stays text."""
     for name in path[:-1]:
         node = node.setdefault(name, {})
-        if not isinstance(node, dict):
-            return "as a whole and in parts; give one of them"
-    if path[-1] in node:
-        again = not isinstance(node[path[-1]], dict)
-        return "twice" if again else "as a whole and in parts; give one of them"
-    node[path[-1]] = value
-    return ""
-
-
-def open_mappings(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return a tree in which a typed `{a: 1}` is a mapping; what cannot be read stays text."""
-    result = dict(tree)
-    for name, value in tree.items():
-        if isinstance(value, RawText) and value.startswith("{"):
-            with contextlib.suppress(ValueError):
-                value = parse_flow_yaml(value)
-        result[name] = open_mappings(value) if isinstance(value, dict) else value
-    return result
+    node[path[-1]] = RawText(text)
+    if text.startswith("{"):
+        with contextlib.suppress(ValueError):
+            node[path[-1]] = parse_flow_yaml(text)
 
 
 def format_override(key: str, value: object) -> str:

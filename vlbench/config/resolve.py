@@ -8,10 +8,11 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from vlbench.config.schema import EXCLUSIVE_KEYS, Recipe, declared_keys, key_rows, section_at
+from vlbench.config.key_table import declared_keys, key_rows, section_at
+from vlbench.config.schema import EXCLUSIVE_KEYS, Recipe
 from vlbench.connector import registry
 from vlbench.errors import UserError, suggest_name
-from vlbench.strict_values import describe_error, format_value, is_null, join_path
+from vlbench.strict_values import describe_error, is_null, join_path
 
 RecipeLayer = tuple[str, dict[str, Any]]
 """A layer's name in messages ("" for the command line), and its tree of keys."""
@@ -39,11 +40,11 @@ def resolve_layers(
         merged = merge_layers(merged, layer)
     option_errors: list[str] = []
     if not has_all_options:
-        given = merged.get("connector")
+        given = merged.get("connector", {})
         merged["connector"], option_errors = _resolve_connector(given, is_complete)
     names = list(stage_names) or list(mapping_in(merged, "stages"))
     try:
-        recipe = Recipe.model_validate(fill_stage_data(merged), context={"stage_names": names})
+        recipe = Recipe.model_validate(_fill_stage_data(merged), context={"stage_names": names})
     except ValidationError as error:
         errors += _error_lines(error.errors(), layers, is_complete)
     errors += option_errors
@@ -69,19 +70,14 @@ def merge_layers(base: dict[str, Any], override: dict[str, Any], path: str = "")
         result = {}
     for pair in EXCLUSIVE_KEYS:
         for key, rival in (pair, pair[::-1]):
-            if _has_value(override, key) and is_null(override.get(rival)):
-                result |= {rival: None} if _has_value(base, rival) else {}
+            if rival in result and not is_null(override.get(key)):
+                result[rival] = None
     for name, value in override.items():
         below = result.get(name)
         if isinstance(value, dict) and isinstance(below, dict):
             value = merge_layers(below, value, f"{path}.{name}" if path else name)
         result[name] = value
     return result
-
-
-def _has_value(tree: dict[str, Any], key: str) -> bool:
-    # `train` is also the name of a stage's mapping of parts, which excludes nothing.
-    return not is_null(tree.get(key)) and not isinstance(tree[key], dict)
 
 
 def _drop_replaced_data(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
@@ -93,7 +89,7 @@ def _drop_replaced_data(base: dict[str, Any], override: dict[str, Any]) -> dict[
     return _update_stages(base, lambda name, stage: {} if name in kept else {"data": None})
 
 
-def fill_stage_data(tree: dict[str, Any]) -> dict[str, Any]:
+def _fill_stage_data(tree: dict[str, Any]) -> dict[str, Any]:
     """Return a merged tree in which the `data` of a stage has every key of the common `data`."""
     common = mapping_in(tree, "data")
 
@@ -119,15 +115,15 @@ def mapping_in(tree: dict[str, Any], key: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _resolve_connector(given: object, is_complete: bool) -> tuple[dict[str, Any], list[str]]:
+def _resolve_connector(given: Any, is_complete: bool) -> tuple[Any, list[str]]:
     """Return the connector's name with all its options, and what is wrong with them."""
-    if given is not None and not isinstance(given, dict):
-        return {}, [f"connector must be a mapping as {{name: NAME}}, given {format_value(given)}"]
-    options = dict(given or {})
-    if "name" not in options:
+    if not isinstance(given, dict):
+        return given, []  # the schema refuses it
+    if "name" not in given:
         known = ", ".join(registry.connector_locations())
         return {}, [f"connector.name is missing; known: {known}"] * is_complete
-    name = str(options.pop("name"))
+    name = str(given["name"])
+    options = {key: value for key, value in given.items() if key != "name"}
     values, errors = registry.resolve_options(name, options)
     return {"name": name, **values}, errors
 
@@ -137,17 +133,16 @@ def _error_lines(
 ) -> list[str]:
     """Return a line for each of pydantic's errors, with the name of the layer that it is in."""
     paths = [error["loc"] for error in errors]
-    unknown_names = [path[:-1] for path in paths if path[-1:] == ("[key]",)]
+    above = {path[:length] for path in paths for length in range(len(path))}
+    wrong_names = {path[:-1] for path in paths if path[-1:] == ("[key]",)}
     lines = []
     for error, path in zip(errors, paths, strict=True):
-        if error["type"] == "missing":
-            if is_complete and not any(path[: len(name)] == name for name in unknown_names):
-                lines.append(_missing_line(path))
-            continue
-        if error["type"] == "too_short" and any(
-            other[: len(path)] == path != other for other in paths
-        ):
+        if error["type"] == "too_short" and path in above:
             continue  # it has items, and what is wrong with them is said
+        if error["type"] == "missing":
+            if is_complete and not any(path[: len(name)] == name for name in wrong_names):
+                lines.append(_error_line(error))
+            continue
         path = path[:-1] if path[-1:] == ("[key]",) else path
         source = next((name for name, tree in reversed(layers) if _has_path(tree, path)), None)
         if source is not None:  # else a stage has it from the common `data`, where it is told
@@ -157,22 +152,20 @@ def _error_lines(
 
 def _error_line(error: ErrorDetails) -> str:
     *parents, key = error["loc"] or ("",)
-    if error["type"] != "extra_forbidden":
-        is_name = key == "[key]"
-        name = f"a key of {join_path(parents[:-1])}" if is_name else join_path(error["loc"])
-        return f"{name or 'the recipe'} {describe_error(error)}"
-    declared = declared_keys(section_at(parents))
-    elsewhere = [row.name for row in key_rows() if row.name.endswith(f".{key}")]
-    close = f" Did you mean '{elsewhere[0]}'?" if elsewhere else suggest_name(str(key), declared)
-    takes = f"{join_path(parents)} takes" if parents else "keys are"
-    return f"unknown key '{join_path(error['loc'])}'; {takes}: {', '.join(declared)}.{close}"
-
-
-def _missing_line(path: Sequence[int | str]) -> str:
-    if isinstance(path[-1], int):
-        return f"{join_path(path[:-1])} has only {path[-1]} of its values"
-    meaning = declared_keys(section_at(path[:-1]))[path[-1]].description
-    return f"{join_path(path)} is missing: {meaning}"
+    name, parent = join_path(error["loc"]), join_path(parents)
+    if error["type"] == "missing" and isinstance(key, int):
+        return f"{parent} has only {key} of its values"
+    if error["type"] == "missing":
+        return f"{name} is missing: {declared_keys(section_at(parents))[str(key)].description}"
+    if error["type"] == "extra_forbidden":
+        declared = declared_keys(section_at(parents))
+        others = [row.name for row in key_rows() if row.name.endswith(f".{key}")]
+        close = f" Did you mean '{others[0]}'?" if others else suggest_name(str(key), declared)
+        takes = f"{parent} takes" if parents else "keys are"
+        return f"unknown key '{name}'; {takes}: {', '.join(declared)}.{close}"
+    if key == "[key]":
+        name = f"a key of {join_path(parents[:-1])}"
+    return f"{name or 'the recipe'} {describe_error(error)}"
 
 
 def _has_path(tree: object, path: Sequence[int | str]) -> bool:

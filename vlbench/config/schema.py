@@ -8,30 +8,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Literal, NamedTuple, Self, get_args, get_origin
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    Field,
-    ValidationInfo,
-    model_validator,
-)
-from pydantic.fields import FieldInfo
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
 from vlbench.command_line.arguments import TemplateName
 from vlbench.config.encoder_names import EMBEDDED_ENCODERS, check_encoder_name
 from vlbench.errors import suggest_name
-from vlbench.strict_values import (
-    StrictModel,
-    convert_value,
-    is_null,
-    kind_label,
-    split_union,
-    yaml_text,
-)
+from vlbench.strict_values import StrictModel, convert_value, is_null, yaml_text
 
 PartName = Literal["vision", "connector", "language"]
 CheckpointingMode = Literal["none", "selective", "full", "auto"]
@@ -67,18 +53,6 @@ def drop_frozen_parts(parts: Any) -> Any:
     return {p: v for p, v in parts.items() if not is_null(v)} if isinstance(parts, dict) else parts
 
 
-def check_embedded_weights(
-    part: str, name: str, weights: str, embedded_names: Iterable[str]
-) -> None:
-    """Raise a ValueError for embedded weights of an encoder or model that has none."""
-    if weights == "embedded" and name not in embedded_names:
-        known = " and ".join(f"{part}.name={embedded}" for embedded in embedded_names)
-        raise ValueError(
-            f"has weights 'embedded', which only {known} can have; say which weights "
-            f"{part}.name={name} takes, or {part}.weights=random"
-        )
-
-
 def check_row_tokens(value: Any) -> Any:
     """Return `auto` or a number of tokens within limits."""
     if value == "auto":
@@ -89,6 +63,7 @@ def check_row_tokens(value: Any) -> Any:
         raise ValueError(f"{error}; auto is allowed, too") from None
 
 
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 RowTokens = Annotated[int | Literal["auto"], BeforeValidator(check_row_tokens)]
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 """Text that may be a path, in which a leading `~` is the home folder."""
@@ -103,11 +78,6 @@ def key(meaning: str, default: Any = ..., **limits: Any) -> Any:
     return Field(default, description=meaning, **limits)
 
 
-def section_key(meaning: str, section: type[BaseModel]) -> Any:
-    """Declare a mapping of keys; a default is made when a recipe is, so that help needs none."""
-    return Field(default_factory=section, description=meaning)
-
-
 class RecipeSection(StrictModel):
     """A mapping of a recipe, in which only one of two exclusive keys has a value."""
 
@@ -120,22 +90,45 @@ class RecipeSection(StrictModel):
         return self
 
 
-class VisionEncoderConfig(RecipeSection):
+class PretrainedPartConfig(RecipeSection):
+    """A part with weights, embedded in this package or from elsewhere."""
+
+    part: ClassVar[str]
+    embedded_names: ClassVar[Collection[str]]
+    """The names that have embedded weights."""
+    name: str
+    weights: str
+
+    @model_validator(mode="after")
+    def _check_embedded_weights(self) -> Self:
+        if self.weights == "embedded" and self.name not in self.embedded_names:
+            known = " and ".join(f"{self.part}.name={name}" for name in self.embedded_names)
+            raise ValueError(
+                f"has weights 'embedded', which only {known} can have; say which weights "
+                f"{self.part}.name={self.name} takes, or {self.part}.weights=random"
+            )
+        return self
+
+    def with_random_weights(self) -> Self:
+        """Return it with random weights."""
+        return self.model_copy(update={"weights": "random"})
+
+
+class VisionEncoderConfig(PretrainedPartConfig):
     """The vision encoder."""
+
+    part, embedded_names = "vision", EMBEDDED_ENCODERS
 
     name: EncoderName = key("ViT or EVA of open_clip, tiny, tiny_eva (see list), folder", "tiny")
     weights: PathText = key("embedded (tiny, tiny_eva), random, a tag, file or folder", "embedded")
     layer: int = key("block whose output the connector gets; -1 is the last", -2, ge=-100, le=99)
     norm: bool = key("apply the encoder's final LayerNorm to its features", False)
 
-    @model_validator(mode="after")
-    def _check_weights(self) -> Self:
-        check_embedded_weights("vision", self.name, self.weights, EMBEDDED_ENCODERS)
-        return self
 
-
-class LanguageModelConfig(RecipeSection):
+class LanguageModelConfig(PretrainedPartConfig):
     """The language model."""
+
+    part, embedded_names = "language", ("tiny",)
 
     name: Literal["tiny", "yi-6b", "yi-34b"] = key("architecture, if not of `weights`", "tiny")
     weights: PathText = key("embedded (tiny only), random, a Llama folder or hub id", "embedded")
@@ -144,10 +137,36 @@ class LanguageModelConfig(RecipeSection):
         "most tokens of a conversation, image positions included", 4096, ge=16, le=MAX_COUNT
     )
 
-    @model_validator(mode="after")
-    def _check_weights(self) -> Self:
-        check_embedded_weights("language", self.name, self.weights, ["tiny"])
-        return self
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a recipe says of its model."""
+
+    vision: VisionEncoderConfig
+    language: LanguageModelConfig
+    connector: dict[str, Any]
+    """Its name, or a file, and its options."""
+    init: str | None
+    """What it begins with: a run, a checkpoint, a released model, a file of weights."""
+    seed: int
+    """Of weights that are random at first."""
+    draft_decoding: bool
+    """Whether large JPEGs are decoded faster and less exactly."""
+
+    @property
+    def connector_name(self) -> str:
+        """The connector's name, or a file."""
+        return str(self.connector["name"])
+
+    @property
+    def connector_options(self) -> dict[str, Any]:
+        """The connector's options."""
+        return {key: value for key, value in self.connector.items() if key != "name"}
+
+    def with_random_weights(self) -> ModelConfig:
+        """Return it with random weights of vision encoder and language model."""
+        vision, language = self.vision.with_random_weights(), self.language.with_random_weights()
+        return replace(self, vision=vision, language=language)
 
 
 class LoraAdapterConfig(RecipeSection):
@@ -197,8 +216,8 @@ class DataConfig(RecipeSection):
     decode: Literal["exact", "draft"] = key(
         "large JPEGs: decoded as the reference does, or faster and less exactly", "exact"
     )
-    samples: int = key("scenes: images in an epoch", 10000, ge=1, le=MAX_COUNT)
-    questions: int = key("scenes: questions per image, in one conversation", 3, ge=1, le=MAX_COUNT)
+    samples: Count = key("scenes: images in an epoch", 10000)
+    questions: Count = key("scenes: questions per image, in one conversation", 3)
 
 
 class StageConfig(RecipeSection):
@@ -232,13 +251,11 @@ class StageConfig(RecipeSection):
     def _check_budget_and_adapters(self) -> Self:
         if self.epochs is None and self.steps is None:
             raise ValueError("needs epochs or steps")
-        for part, settings in self.train.items():
-            if settings.lora is not None and part == "connector":
-                raise ValueError("has train.connector.lora; a connector is trained whole")
-            if settings.lora is not None and settings.lora.bits and part != "language":
-                raise ValueError(
-                    f"has train.{part}.lora.bits=4, allowed for the language model only"
-                )
+        adapters = {part: how.lora for part, how in self.train.items() if how.lora is not None}
+        if "connector" in adapters:
+            raise ValueError("has train.connector.lora; a connector is trained whole")
+        if "vision" in adapters and adapters["vision"].bits:
+            raise ValueError("has train.vision.lora.bits=4, allowed for the language model only")
         return self
 
 
@@ -259,13 +276,9 @@ class TrainerConfig(RecipeSection):
         "compile decoder layers and encoder blocks; auto: on a GPU, if the run is long", "auto"
     )
     checkpoint_every: float = key("seconds; more where saving takes over 5 %", 60.0, gt=0)
-    keep_last_checkpoints: int = key(
-        "checkpoints that are kept, beside the best", 2, ge=1, le=MAX_COUNT
-    )
+    keep_last_checkpoints: Count = key("checkpoints that are kept, beside the best", 2)
     feature_cache: PathText | None = key("folder of features of frozen encoders", None)
-    max_nonfinite_steps: int = key(
-        "stop after this many NaN or infinite losses in a row", 5, ge=1, le=MAX_COUNT
-    )
+    max_nonfinite_steps: Count = key("stop after this many NaN or infinite losses in a row", 5)
     callbacks: tuple[str, ...] = key("Lightning callbacks, as [my_callbacks.Printer]", ())
 
     @property
@@ -280,13 +293,11 @@ class TrainerConfig(RecipeSection):
 
     @model_validator(mode="after")
     def _check_sharding(self) -> Self:
-        given = {"shard_within_node=true": self.shard_within_node}
-        given[f"reduce_gradients={self.reduce_gradients}"] = self.reduce_gradients != "auto"
-        for setting in (name for name, is_given in given.items() if is_given):
-            if self.strategy != "fsdp2":
-                raise ValueError(
-                    f"has {setting} and strategy={self.strategy}; that needs strategy=fsdp2"
-                )
+        for name in ("shard_within_node", "reduce_gradients"):
+            value = getattr(self, name)
+            if self.strategy != "fsdp2" and value not in (False, "auto"):
+                setting = f"{name}={yaml_text(value)} and strategy={self.strategy}"
+                raise ValueError(f"has {setting}; that needs strategy=fsdp2")
         if self.shard_within_node and self.devices == 1:
             raise ValueError(
                 "has shard_within_node=true and devices=1: a machine with one process has nobody "
@@ -298,14 +309,13 @@ class TrainerConfig(RecipeSection):
 class LoggingConfig(RecipeSection):
     """Logs and evaluations during training."""
 
-    every_n_steps: int = key("steps between lines of the log", 10, ge=1, le=MAX_COUNT)
-    evaluate_every: int = key("steps between held-out evaluations", 200, ge=1, le=MAX_COUNT)
+    every_n_steps: Count = key("steps between lines of the log", 10)
+    evaluate_every: Count = key("steps between held-out evaluations", 200)
     tensorboard: bool = key("write TensorBoard logs", True)
     wandb: str | None = key("project of Weights & Biases to log to", None)
-    questions: int | None = key(
-        "questions of a set asked at the end; null: all", None, ge=1, le=MAX_COUNT
-    )
+    questions: Count | None = key("questions of a set asked at the end; null: all", None)
     examples: int = key("images in examples.png", 12, ge=0, le=100)
+    information_probes: bool = key("probe where information on scenes is lost", False)
 
 
 class Recipe(RecipeSection):
@@ -325,13 +335,32 @@ class Recipe(RecipeSection):
     dry_run: bool = key("one step of every stage, longest batch first, then stop", False)
     trust_connector: bool = key("run connector code of another's init= or run=; to be typed", False)
     profile: bool = key("write a profiler trace of some steps into the run", False)
-    vision: VisionEncoderConfig = section_key("the vision encoder", VisionEncoderConfig)
-    language: LanguageModelConfig = section_key("the language model", LanguageModelConfig)
+    vision: VisionEncoderConfig = Field(default_factory=VisionEncoderConfig)
+    language: LanguageModelConfig = Field(default_factory=LanguageModelConfig)
     connector: dict[str, Any] = key("name, and the options of that connector (see list)")
-    data: DataConfig = section_key("training and held-out data", DataConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
     stages: dict[StageName, StageConfig] = key("the stages of training, in order")
-    trainer: TrainerConfig = section_key("devices and checkpoints", TrainerConfig)
-    log: LoggingConfig = section_key("logs and evaluations", LoggingConfig)
+    trainer: TrainerConfig = Field(default_factory=TrainerConfig)
+    log: LoggingConfig = Field(default_factory=LoggingConfig)
+
+    @property
+    def model(self) -> ModelConfig:
+        """What the model is built from."""
+        return ModelConfig(
+            vision=self.vision,
+            language=self.language,
+            connector=self.connector,
+            init=self.init,
+            seed=self.seed,
+            draft_decoding=self.data.decode == "draft",
+        )
+
+    @property
+    def selected_stages(self) -> dict[str, StageConfig]:
+        """The stages that `from` and `only` select, in order."""
+        names = list(self.stages)
+        later = names[names.index(self.from_) :] if self.from_ else names
+        return {name: self.stages[name] for name in later if not self.only or name in self.only}
 
     @model_validator(mode="after")
     def _check_decoding(self) -> Self:
@@ -343,56 +372,3 @@ class Recipe(RecipeSection):
                     "after it; give data.decode"
                 )
         return self
-
-
-class KeyRow(NamedTuple):
-    """One line of the table of keys."""
-
-    name: str
-    type: str
-    default: str
-    help: str
-
-
-def declared_keys(section: type[BaseModel]) -> dict[str, FieldInfo]:
-    """Return the keys of a mapping as they are spelled in YAML."""
-    return {field.alias or name: field for name, field in section.model_fields.items()}
-
-
-def section_at(path: Sequence[int | str]) -> type[BaseModel]:
-    """Return the model of the mapping at a path of keys and list indices."""
-    kind: Any = Recipe
-    for part in path:
-        if is_section(kind):
-            kind = declared_keys(kind)[str(part)].annotation
-        else:  # the type of the items of a list or of a mapping with names of its own
-            kind = get_args(kind)[get_origin(kind) is dict]
-        kind = split_union(kind)[0]
-    assert is_section(kind)
-    return kind  # type: ignore[no-any-return]
-
-
-def is_section(kind: Any) -> bool:
-    """Tell whether a declared type is a mapping with keys of its own."""
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
-
-
-def key_rows(section: type[BaseModel] = Recipe, prefix: str = "") -> list[KeyRow]:
-    """Return the table of all keys in the order of this file, connector options left out."""
-    table: list[KeyRow] = []
-    for name, field in declared_keys(section).items():
-        kind, path, meaning = split_union(field.annotation)[0], prefix + name, field.description
-        if path == "connector":
-            table.append(KeyRow("connector.name", "str", "", "name of a connector (see list)"))
-            table.append(KeyRow("connector.OPTION", "", "", "option of that connector (see list)"))
-        elif prefix and name == "data":
-            table.append(KeyRow(f"{path}.KEY", "", "null", str(meaning)))
-        elif is_section(kind):
-            table += key_rows(kind, f"{path}.")
-        elif get_origin(kind) is dict:
-            holder = "PART" if get_args(kind)[0] is PartName else "NAME"
-            table += key_rows(get_args(kind)[1], f"{path}.{holder}.")
-        else:
-            default = "(needed)" if field.is_required() else yaml_text(field.default)
-            table.append(KeyRow(path, kind_label(field.annotation), default, str(meaning)))
-    return table

@@ -110,9 +110,15 @@ def note_own_callbacks(class_paths: Iterable[str]) -> None:
         _note_own_hash(_callback_hash(class_path))
 
 
-def unknown_callbacks(class_paths: Iterable[str]) -> list[str]:
-    """Return those of the callbacks that no run of this user had."""
-    return [path for path in class_paths if not _is_own_hash(_callback_hash(path))]
+def check_callbacks(class_paths: Iterable[object], source: str) -> None:
+    """Raise a UserError for callbacks in the recipe `source` that no run of this user had."""
+    paths = [str(path) for path in class_paths]
+    unknown = [path for path in paths if not _is_own_hash(_callback_hash(path))]
+    if unknown:
+        raise UserError(
+            f"{source} names callbacks that no run of yours had ({', '.join(unknown)}); their "
+            f"modules run only with trainer.callbacks=[{','.join(paths)}] or trust_connector=true"
+        )
 
 
 def _callback_hash(class_path: str) -> str:

@@ -10,14 +10,17 @@ import ast
 import inspect
 import types
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Optional, Union, get_args, get_origin, get_type_hints
 
 from vlbench.errors import UserError
 from vlbench.text_files import read_text
 
 MAX_OPTION = 10_000_000
 """Largest number that an option may be; layers, widths and tokens in use are far below."""
-NAMED_KINDS = {"int": int, "float": float, "bool": bool, "str": str, "Any": Any, "None": None}
+NAMED_KINDS: dict[str, Any] = {"Any": Any, "Optional": Optional, "Union": Union}
+NAMED_KINDS |= {kind.__name__: kind for kind in (int, float, bool, str, tuple, list)}
+OTHER_BASES = {"Module", "NamedTuple", "Function", "Enum"}
+"""Base classes that make no connector."""
 
 
 class ConnectorOption(NamedTuple):
@@ -38,11 +41,10 @@ def options_of_class(cls: type) -> dict[str, ConnectorOption]:
     result: dict[str, ConnectorOption] = {}
     for name, parameter in list(inspect.signature(cls.__init__).parameters.items())[2:]:  # type: ignore[misc]
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
-            stars = "**" if parameter.kind == parameter.VAR_KEYWORD else "*"
             raise UserError(
-                f"connector {cls.__name__} takes {stars}{name}; its options must be named"
+                f"connector {cls.__name__} takes {parameter}; its options must be named"
             )
-        kind = supported_kind(hints.get(name)) if name in hints else infer_kind(parameter.default)
+        kind = supported_kind(hints[name]) if name in hints else infer_kind(parameter.default)
         result[name] = ConnectorOption(kind, parameter.default)
     return result
 
@@ -53,13 +55,13 @@ def options_in_file(file: Path) -> dict[str, ConnectorOption] | None:
         tree = ast.parse(read_text(file), str(file))
     except (SyntaxError, ValueError, OSError) as error:
         raise UserError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
-    cls = _connector_class(tree)
-    init = _find_init(cls) if cls is not None else None
-    if init is None or init.args.vararg or init.args.kwarg or init.args.posonlyargs:
+    functions = [node for node in _connector_body(tree) if isinstance(node, ast.FunctionDef)]
+    init = next((function.args for function in functions if function.name == "__init__"), None)
+    if init is None or init.vararg or init.kwarg or init.posonlyargs:
         return None
     try:
-        return _read_options(init.args)
-    except ValueError:
+        return _read_options(init)
+    except (ValueError, TypeError):
         return None
 
 
@@ -90,70 +92,47 @@ def supported_kind(kind: Any) -> Any:
     return kind if plain else Any
 
 
-def _connector_class(tree: ast.Module) -> ast.ClassDef | None:
+def _connector_body(tree: ast.Module) -> list[ast.stmt]:
+    """Return the body of the class that is the connector; [] where the text leaves it open."""
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-    direct = [c for c in classes if any(_node_name(base) == "Connector" for base in c.bases)]
     # a class with another base may be a connector too, by a base class of another file
-    unclear = [c for c in classes if c not in direct and c.bases and not _has_known_bases(c)]
-    return direct[0] if len(direct) == 1 and not unclear else None
+    possible = [cls for cls in classes if not set(map(_last_name, cls.bases)) <= OTHER_BASES]
+    if len(possible) == 1 and "Connector" in map(_last_name, possible[0].bases):
+        return possible[0].body
+    return []
 
 
-def _has_known_bases(cls: ast.ClassDef) -> bool:
-    return all(
-        _node_name(base) in ("Module", "NamedTuple", "Function", "Enum") for base in cls.bases
-    )
-
-
-def _node_name(node: ast.expr) -> str:
+def _last_name(node: ast.expr) -> str:
     return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
 
 
-def _find_init(cls: ast.ClassDef) -> ast.FunctionDef | None:
-    functions = [node for node in cls.body if isinstance(node, ast.FunctionDef)]
-    return next((node for node in functions if node.name == "__init__"), None)
-
-
-def _read_options(args: ast.arguments) -> dict[str, ConnectorOption]:
+def _read_options(init: ast.arguments) -> dict[str, ConnectorOption]:
     """Return the options of `__init__(self, shapes, ...)`; a ValueError if they are computed."""
-    empty: Any = inspect.Parameter.empty
-    required = len(args.args) - len(args.defaults)
-    pairs = [
-        (arg, args.defaults[i - required] if i >= required else None)
-        for i, arg in enumerate(args.args)
-    ]
-    pairs = pairs[2:] + list(zip(args.kwonlyargs, args.kw_defaults, strict=True))
+    defaults = [None] * (len(init.args) - len(init.defaults)) + init.defaults
+    pairs = list(zip(init.args, defaults, strict=True))[2:]
+    pairs += zip(init.kwonlyargs, init.kw_defaults, strict=True)
     result: dict[str, ConnectorOption] = {}
-    for arg, node in pairs:
-        default = empty if node is None else ast.literal_eval(node)
-        kind = (
-            infer_kind(default)
-            if arg.annotation is None
-            else supported_kind(_read_annotation(arg.annotation))
-        )
-        result[arg.arg] = ConnectorOption(kind, default)
+    for argument, node in pairs:
+        default = inspect.Parameter.empty if node is None else ast.literal_eval(node)
+        annotation = argument.annotation
+        kind = supported_kind(_read_annotation(annotation)) if annotation else infer_kind(default)
+        result[argument.arg] = ConnectorOption(kind, default)
     return result
 
 
 def _read_annotation(node: ast.expr) -> Any:
     """Return the type that an annotation names; a ValueError for one that is not known here."""
-    if isinstance(node, ast.Constant) and (node.value is None or node.value is Ellipsis):
-        return node.value
-    if isinstance(node, ast.Name) and node.id in NAMED_KINDS:
-        return NAMED_KINDS[node.id]
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        return Union[_read_annotation(node.left), _read_annotation(node.right)]  # noqa: UP007
-    if isinstance(node, ast.Subscript):
-        return _read_subscript(_node_name(node.value), node.slice)
+    match node:
+        case ast.Constant(value=None | types.EllipsisType()):
+            return node.value
+        case ast.Name() if node.id in NAMED_KINDS:
+            return NAMED_KINDS[node.id]
+        case ast.Tuple():
+            return tuple(map(_read_annotation, node.elts))
+        case ast.BinOp(op=ast.BitOr()):
+            return Union[_read_annotation(node.left), _read_annotation(node.right)]  # noqa: UP007
+        case ast.Subscript() if _last_name(node.value) == "Literal":
+            return Literal[ast.literal_eval(node.slice)]
+        case ast.Subscript() if _last_name(node.value) in NAMED_KINDS:
+            return NAMED_KINDS[_last_name(node.value)][_read_annotation(node.slice)]
     raise ValueError(ast.unparse(node))
-
-
-def _read_subscript(name: str, slice_node: ast.expr) -> Any:
-    items = slice_node.elts if isinstance(slice_node, ast.Tuple) else [slice_node]
-    if name == "Literal":
-        return Literal[tuple(ast.literal_eval(item) for item in items)]
-    kinds = tuple(_read_annotation(item) for item in items)
-    if name == "Optional":
-        return Union[kinds[0], None]  # noqa: UP007
-    if name in ("tuple", "list"):
-        return tuple[kinds] if name == "tuple" else tuple[kinds[0], ...]  # type: ignore[valid-type]
-    raise ValueError(name)

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from vlbench.config.schema import Recipe
+from vlbench.config.schema import DataConfig, Recipe
 from vlbench.data.data_sources import SCENES_SOURCE, open_held_out, open_stage_sources
 from vlbench.data.image_processing import blank_image
 from vlbench.data.picture_labels import Evidence
@@ -84,10 +84,11 @@ def final_questions(recipe: Recipe) -> tuple[str, list[EvalQuestion], list[EvalQ
     return "the training conversations (no data.val was given)", make_ids_unique(questions), []
 
 
-def count_final_questions(recipe: Recipe) -> int:
-    """Return how many questions a run is asked at its end; of a user's data, at most so many."""
-    stage = list(recipe.stages.values())[-1]
-    data, limit = stage.data or recipe.data, recipe.log.questions
+def count_final_questions(data: DataConfig, limit: int | None) -> int:
+    """Return how many questions a run is asked at its end; of a user's data, at most so many.
+
+    `data` are those of the last stage, and `limit` is `log.questions`.
+    """
     if data.train == SCENES_SOURCE and not data.mix and not data.val:
         count = len(held_out_questions("new"))
         return min(limit or count, count)

@@ -53,12 +53,14 @@ def probe_information(
     evidence right, and the same for control probes; `labels` have the share of held-out
     pictures in which each label is read right, `control_labels` that of the control probes.
     `neighbours` is the overlap of neighbourhoods before and behind the connector. Where nothing
-    can be probed, `left_out` says why; {} where the evidence of too few questions is known, or
-    `should_stop` became true before the end. The model is not changed.
+    can be probed, `left_out` says why; {} if `should_stop` became true before the end. The
+    model is not changed.
     """
     asked = [one for one in questions if one.evidence]
     if len(asked) < MIN_QUESTIONS:
-        return {}
+        return {
+            "left_out": f"{len(asked)} questions are about rendered scenes, {MIN_QUESTIONS} needed"
+        }
     held_out_pictures = {image.name for one in asked for image in one.sample.images}
     fitted_on = training_questions(recipe, held_out_pictures, label_names(asked[0].sample))
     picture_count = sum(len(one.sample.images) for one in (*fitted_on, *asked))

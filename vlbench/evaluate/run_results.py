@@ -80,10 +80,10 @@ def write_results(
         "budget": build_budget_card(recipe.stages, run, vlm.model, spent_by_stage),
     }
     # the results have time and memory of the run without its probes
-    information = probe_information(recipe, vlm, questions, should_stop)
-    if should_stop():
-        return False
-    if information:
+    if recipe.log.information_probes:
+        information = probe_information(recipe, vlm, questions, should_stop)
+        if should_stop():
+            return False
         write_atomically(run.folder / "information.json", format_json(information))
     write_atomically(run.results_file, format_json(results, indent=1))
     # last, as it runs more of a user's own connector: the results are safe if that fails

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vlbench.config.schema import Recipe, VisionEncoderConfig
+from vlbench.config.schema import ModelConfig, VisionEncoderConfig
 from vlbench.connector import registry
 from vlbench.data.chat_template import CHAT_TEMPLATES
 from vlbench.data.tokenizer import Tokenizer
@@ -40,31 +40,29 @@ VISION_FOLDER = "vision"  # in a checkpoint: the configuration of its vision enc
 
 
 def build_vlm(
-    recipe: Recipe, image_size: int, objective: str = "language", mmap_language: bool = False
+    config: ModelConfig, image_size: int, objective: str = "language", mmap_language: bool = False
 ) -> LoadedVLM:
-    """Build the model of `recipe` with its pretrained weights, at `image_size` pixels.
+    """Build a recipe's model with its pretrained weights, at `image_size` pixels.
 
     `objective` is that of the first stage. With `mmap_language` the weights of the language model
     stay in their files, for a model that will be sharded.
     """
-    torch.manual_seed(recipe.seed)  # for parts without pretrained weights
-    encoder, origin = _build_pretrained_encoder(recipe.vision, [image_size])
-    language = build_language_model(
-        recipe.language.name, recipe.language.weights, mmap_weights=mmap_language
-    )
-    tokenizer = Tokenizer.load(language_folder(recipe.language.weights))
-    vlm = _assemble_vlm(recipe, encoder, language, tokenizer)
+    torch.manual_seed(config.seed)  # for parts without pretrained weights
+    encoder, origin = _build_pretrained_encoder(config.vision, [image_size])
+    name, weights = config.language.name, config.language.weights
+    language = build_language_model(name, weights, mmap_weights=mmap_language)
+    vlm = _assemble_vlm(config, encoder, language, Tokenizer.load(language_folder(weights)))
     vlm.model.set_objective(objective, fresh=True)
     vlm.weight_origins = {
         "vision": origin,
         "connector": make_weight_origin(vlm.connector.weights_source, vlm.connector),
-        "language": make_weight_origin(recipe.language.weights, language),
+        "language": make_weight_origin(weights, language),
     }
     return vlm
 
 
 def build_checkpoint_vlm(
-    recipe: Recipe,
+    config: ModelConfig,
     image_sizes: Sequence[int],
     folder: Path,
     checkpoint_parts: Collection[str],
@@ -73,7 +71,7 @@ def build_checkpoint_vlm(
     """Build the model of a checkpoint; the weights that the checkpoint holds are not loaded.
 
     Args:
-        recipe: The recipe of the checkpoint.
+        config: What the recipe of the checkpoint says of its model.
         image_sizes: The image sizes in pixels of the stages up to that of the checkpoint, in order:
             position embeddings that are resized twice differ from those that are resized once.
         folder: The checkpoint.
@@ -83,41 +81,35 @@ def build_checkpoint_vlm(
     """
     origins = read_origins(folder / ORIGINS_FILE)
     if "vision" in checkpoint_parts:
-        encoder = build_checkpoint_encoder(recipe.vision, folder)
+        encoder = build_checkpoint_encoder(config.vision, folder)
         encoder.set_image_size(image_sizes[-1])
     else:
-        encoder, origin = _build_pretrained_encoder(recipe.vision, image_sizes)
+        encoder, origin = _build_pretrained_encoder(config.vision, image_sizes)
         check_same_origin("vision", origins.get("vision"), origin, str(folder))
     if "language" in checkpoint_parts:
-        config = read_language_config(folder / LANGUAGE_FOLDER)
-        language: Any = build_empty_language(config)
+        llama_config = read_language_config(folder / LANGUAGE_FOLDER)
+        language: Any = build_empty_language(llama_config)
         language.generation_config.eos_token_id = read_eos_token_ids(
-            folder / LANGUAGE_FOLDER, config
+            folder / LANGUAGE_FOLDER, llama_config
         )
     else:
-        language = build_language_model(
-            recipe.language.name, recipe.language.weights, mmap_weights=mmap_language
-        )
-        origin = make_weight_origin(recipe.language.weights, language)
+        name, weights = config.language.name, config.language.weights
+        language = build_language_model(name, weights, mmap_weights=mmap_language)
+        origin = make_weight_origin(weights, language)
         check_same_origin("language", origins.get("language"), origin, str(folder))
-    return _assemble_vlm(recipe, encoder, language, Tokenizer.load(folder))
+    return _assemble_vlm(config, encoder, language, Tokenizer.load(folder))
 
 
-def release_overrides(recipe: Recipe) -> ReleaseOverrides:
-    """Return what `recipe` changes of a released model that it starts from."""
+def release_overrides(config: ModelConfig) -> ReleaseOverrides:
+    """Return what a recipe changes of the released model that it starts from."""
     return ReleaseOverrides(
-        connector_name=recipe.connector["name"],
-        connector_options=recipe_connector_options(recipe.connector),
-        vision_layer=recipe.vision.layer,
-        vision_norm=recipe.vision.norm,
-        template_name=recipe.language.template,
-        max_length=recipe.language.max_length,
+        connector_name=config.connector_name,
+        connector_options=config.connector_options,
+        vision_layer=config.vision.layer,
+        vision_norm=config.vision.norm,
+        template_name=config.language.template,
+        max_length=config.language.max_length,
     )
-
-
-def recipe_connector_options(connector: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options in a recipe's `connector`, which has its name, too."""
-    return {key: value for key, value in connector.items() if key != "name"}
 
 
 def _build_pretrained_encoder(
@@ -145,16 +137,16 @@ def build_checkpoint_encoder(vision: VisionEncoderConfig, folder: Path) -> Visio
 
 
 def _assemble_vlm(
-    recipe: Recipe, vision_encoder: VisionEncoder, language: Any, tokenizer: Tokenizer
+    config: ModelConfig, vision_encoder: VisionEncoder, language: Any, tokenizer: Tokenizer
 ) -> LoadedVLM:
     # the connector's initial weights do not depend on the other parts
-    torch.manual_seed(recipe.seed)
+    torch.manual_seed(config.seed)
     return assemble_vlm(
         vision_encoder,
-        registry.load_connector(recipe.connector["name"]),
-        recipe_connector_options(recipe.connector),
+        registry.load_connector(config.connector_name),
+        config.connector_options,
         language,
         tokenizer,
-        CHAT_TEMPLATES[recipe.language.template],
-        recipe.language.max_length,
+        CHAT_TEMPLATES[config.language.template],
+        config.language.max_length,
     )

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from vlbench.compat.torch_internals import make_flop_counter
 from vlbench.compat.transformers_internals import passed_through_mask
-from vlbench.config.recipe import with_random_weights
-from vlbench.config.schema import LanguageModelConfig, Recipe, VisionEncoderConfig
+from vlbench.config.schema import LanguageModelConfig, ModelConfig, VisionEncoderConfig
 from vlbench.connector.base import Connector
 from vlbench.connector.bounded_building import build_connector
 from vlbench.model.build_vlm import build_vlm
@@ -48,11 +47,10 @@ class ConnectorCost(NamedTuple):
     """Bytes of the KV cache that the image takes in 16 bits, latents included."""
 
 
-def count_recipe_cost(recipe: Recipe) -> ConnectorCost:
-    """Count the cost of the recipe's connector at the image size of its last stage."""
-    image_size = list(recipe.stages.values())[-1].image_size
+def count_model_cost(config: ModelConfig, image_size: int) -> ConnectorCost:
+    """Count the cost of a connector in the model that it is for, at an image size in pixels."""
     with torch.device("meta"):
-        return count_connector_cost(build_vlm(with_random_weights(recipe), image_size).model)
+        return count_connector_cost(build_vlm(config.with_random_weights(), image_size).model)
 
 
 def count_connector_cost(vlm: VLM) -> ConnectorCost:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlbench.config import recipe as recipes
 from vlbench.errors import UserError, suggest_name
+from vlbench.text_files import read_yaml
 from vlbench.train.gpu_names import GPU_TABLE_FILE
 
 GPU_KEYS = ("tflops", "memory", "price")
@@ -29,12 +29,10 @@ def find_gpu(name: str, table_file: str | None = None) -> GpuSpec:
     A table is YAML, as `H100: {tflops: 989, memory: 79, price: 2.5}`: TFLOP/s of dense matrix
     products in 16 bits, memory in GiB, and optionally US dollars per hour.
     """
-    table = recipes.read_yaml(GPU_TABLE_FILE)
+    table = read_yaml(GPU_TABLE_FILE)
     if table_file is not None:
         path = Path(table_file).expanduser()
-        table |= {
-            key: _validate_gpu(path, key, row) for key, row in recipes.read_yaml(path).items()
-        }
+        table |= {key: _validate_gpu(path, key, row) for key, row in read_yaml(path).items()}
     by_lower = {key.lower(): key for key in table}
     key = by_lower.get(name.lower())
     if key is None:

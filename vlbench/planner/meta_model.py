@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from vlbench.compat.vision_internals import keep_encoder_blocks
-from vlbench.config.recipe import with_random_weights
-from vlbench.config.schema import Recipe
+from vlbench.config.schema import ModelConfig, StageConfig
 from vlbench.connector import registry
 from vlbench.data.chat_template import CHAT_TEMPLATES
 from vlbench.data.packing import PackedBatch, assign_image_index
 from vlbench.data.sample_encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import UserError
-from vlbench.model.build_vlm import recipe_connector_options
 from vlbench.model.frozen_bf16 import FrozenBF16
 from vlbench.model.language_model import TINY_LANGUAGE_FOLDER, build_random_language
 from vlbench.model.loaded_vlm import LoadedVLM, assemble_vlm
@@ -46,53 +45,54 @@ class ModelDepth(NamedTuple):
     """Blocks of the vision encoder that are computed."""
 
 
-def build_meta_vlm(recipe: Recipe, stage_name: str, depth: ModelDepth | None = None) -> LoadedVLM:
+def build_meta_vlm(
+    config: ModelConfig,
+    stage_name: str,
+    stage: StageConfig,
+    precision: str,
+    depth: ModelDepth | None = None,
+) -> LoadedVLM:
     """Return the model of a stage on `meta`, at its image size, with untrained parts frozen.
 
     `depth` replaces the numbers of layers. Nothing is downloaded: weights of a hub id are taken to
     have the architecture of `language.name`.
     """
-    stage = recipe.stages[stage_name]
-    local = Path(recipe.language.weights).expanduser().is_dir()
-    encoder, config = meta_encoder_and_config(
-        recipe if local else with_random_weights(recipe, "language")
-    )
+    folder = Path(config.language.weights).expanduser()
+    local = folder.is_dir()
+    language = config.language if local else config.language.with_random_weights()
+    encoder, language_config = meta_encoder_and_config(replace(config, language=language))
     encoder.set_image_size(stage.image_size)
     if depth is not None:
-        config.num_hidden_layers = depth.decoder_layers
+        language_config.num_hidden_layers = depth.decoder_layers
         _truncate_encoder(encoder, depth.encoder_blocks)
     try:
         with torch.device("meta"):
             vlm = assemble_vlm(
                 encoder,
-                registry.load_connector(recipe.connector["name"]),
-                recipe_connector_options(recipe.connector),
-                build_random_language(config),
-                Tokenizer.load(
-                    Path(recipe.language.weights).expanduser() if local else TINY_LANGUAGE_FOLDER
-                ),
-                CHAT_TEMPLATES[recipe.language.template],
-                recipe.language.max_length,
+                registry.load_connector(config.connector_name),
+                config.connector_options,
+                build_random_language(language_config),
+                Tokenizer.load(folder if local else TINY_LANGUAGE_FOLDER),
+                CHAT_TEMPLATES[config.language.template],
+                config.language.max_length,
             )
             check_objective(vlm.model, stage_name, stage)
             freeze_untrained_parts(vlm.model, stage)
-        _hold_frozen_bf16(recipe, vlm.model)
+        from_file = config.language.weights not in ("random", "embedded")
+        _hold_frozen_language(vlm.model, from_file and precision == "bf16")
     except ValueError as error:
         raise UserError(str(error)) from error
     return vlm
 
 
-def _hold_frozen_bf16(recipe: Recipe, vlm: VLM) -> None:
+def _hold_frozen_language(vlm: VLM, in_bf16: bool) -> None:
     """Hold the frozen weights of a language model in bfloat16, as training in bf16 does.
 
     That is so for weights from files in bfloat16, as Yi's; vision encoders have float32. FSDP keeps
     float32, see `memory_estimate.persistent_memory`.
     """
-    from_file = recipe.language.weights not in ("random", "embedded")
     in_language = {id(parameter) for parameter in vlm.language.parameters()}
-    FrozenBF16(
-        vlm, from_file and recipe.precision == "bf16", lambda weight: id(weight) in in_language
-    )
+    FrozenBF16(vlm, in_bf16, lambda weight: id(weight) in in_language)
 
 
 def _truncate_encoder(vision_encoder: VisionEncoder, block_count: int) -> None:

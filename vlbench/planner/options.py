@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from vlbench.command_line.arguments import PlanArguments
 from vlbench.command_line.parser import split_arguments
 from vlbench.config import recipe as recipes
-from vlbench.config.schema import Recipe, declared_keys
+from vlbench.config.key_table import declared_keys
+from vlbench.config.schema import Recipe
 from vlbench.errors import UserError
 from vlbench.planner.gpu_table import GpuSpec, find_gpu
 
@@ -39,12 +40,12 @@ class PlanOptions:
 
 def parse_plan_options(words: list[str]) -> PlanOptions:
     """Return the options of a command line; a UserError for anything wrong in it."""
-    arguments, recipe_words = split_arguments(PlanArguments, words, declared_keys(Recipe))
+    arguments, recipe_words = split_arguments(PlanArguments, words, declared_keys())
     recipe = recipes.load_recipe(recipe_words)
     gpu = find_gpu(arguments.gpu, arguments.gpus)
     if arguments.price is not None:
         gpu = gpu._replace(price_per_hour=arguments.price)
-    names = list(stage_indices(recipe))
+    names = list(recipe.selected_stages)
     samples = _numbers_per_stage("samples", arguments.samples, names, 1e12)
     return PlanOptions(
         recipe,
@@ -73,8 +74,3 @@ def _numbers_per_stage(
             f"{key} is '{text}'; allowed is one number, or one for each of {', '.join(stage_names)}"
         )
     return numbers * (len(stage_names) if len(numbers) == 1 else 1)
-
-
-def stage_indices(recipe: Recipe) -> dict[str, int]:
-    """Return the names of the stages that run, with their index among these."""
-    return {name: number for number, name in enumerate(recipes.stages_to_run(recipe))}

@@ -12,7 +12,7 @@ from vlbench.model.vlm import VLM
 from vlbench.planner.gpu_table import GpuSpec
 from vlbench.planner.memory_estimate import MemoryByComponent, Sharding, StageMemory, total_bytes
 from vlbench.planner.meta_model import build_meta_vlm
-from vlbench.planner.options import PlanOptions, stage_indices
+from vlbench.planner.options import PlanOptions
 from vlbench.planner.simulate_step import DepthExtrapolator
 from vlbench.planner.stage_workload import StageWorkload, stage_workload
 from vlbench.train import stage_plan
@@ -72,17 +72,18 @@ def make_plan(options: PlanOptions) -> TrainingPlan:
     stages: dict[str, StageMemory] = {}
     workloads: dict[str, StageWorkload] = {}
     skipped, has_assumed_lengths = [], False
-    for name, index in stage_indices(recipe).items():
-        stage = recipe.stages[name]
+    for index, (name, stage) in enumerate(recipe.selected_stages.items()):
         if stage.objective != "language":
             skipped.append(name)
             continue
-        vlm = build_meta_vlm(recipe, name)
+        build_at_depth = functools.partial(
+            build_meta_vlm, recipe.model, name, stage, recipe.precision
+        )
+        vlm = build_at_depth()
         sample_count = options.sample_counts[index] if options.sample_counts else None
         text_tokens = options.text_tokens[index] if options.text_tokens else None
         workloads[name], assumed = stage_workload(recipe, name, vlm, sample_count, text_tokens)
         has_assumed_lengths |= assumed
-        build_at_depth = functools.partial(build_meta_vlm, recipe, name)
         stages[name] = StageMemory(
             vlm=vlm.model,
             depth_extrapolator=DepthExtrapolator(vlm.model, build_at_depth, recipe.precision),

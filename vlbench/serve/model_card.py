@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -138,14 +137,12 @@ def _describe_training(recipe: Recipe) -> str:
     )
     name = markdown_text(Path(recipe.recipe).stem)
     lines = [f"Recipe `{name}`, seed {recipe.seed}; it began with {_plain_markdown(str(began))}."]
-    for name, stage in recipe.stages.items():
-        if recipe.only is None or name in recipe.only:
-            budget = f"{stage.steps} steps" if stage.steps is not None else f"{stage.epochs} epochs"
-            lines.append(
-                f"- {name}: {budget} of batch {stage.global_batch_size} at {stage.image_size} "
-                "pixels, trains "
-                f"{', '.join(stage.trained_parts)}"
-            )
+    for name, stage in recipe.selected_stages.items():
+        budget = f"{stage.steps} steps" if stage.steps is not None else f"{stage.epochs} epochs"
+        lines.append(
+            f"- {name}: {budget} of batch {stage.global_batch_size} at {stage.image_size} pixels, "
+            f"trains {', '.join(stage.trained_parts)}"
+        )
     return "\n".join(lines)
 
 
@@ -162,4 +159,4 @@ def _render_results_table(results: Mapping[str, Any]) -> list[str]:
 
 def _plain_markdown(text: str) -> str:
     """Return a text of which nothing is a link, an image, an HTML tag or code."""
-    return re.sub(r"[<\[]", r"\\\g<0>", markdown_text(text))
+    return markdown_text(text).replace("[", "\\[")  # tags and code are escaped by then

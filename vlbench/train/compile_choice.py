@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from vlbench.compat.torch_internals import has_gpu_compiler
 from vlbench.config.recipe import load_recipe_file
-from vlbench.config.schema import Recipe
+from vlbench.config.schema import ModelConfig, TrainerConfig
 from vlbench.train.gpu_names import peak_flops
 from vlbench.train.run_folder import RunFolder
 from vlbench.train.run_report import format_duration
@@ -34,46 +34,41 @@ class CompileChoice(NamedTuple):
     """In a few words, "" where there was nothing to decide."""
 
 
-def choose_compile(recipe: Recipe, stage_runs: Sequence[StageRun]) -> CompileChoice:
+def choose_compile(
+    trainer: TrainerConfig, run: str | None, config: ModelConfig, stage_runs: Sequence[StageRun]
+) -> CompileChoice:
     """Return whether to compile; a run that is resumed goes on as it began.
 
     `auto` is true on a GPU for a run of more than `MIN_COMPILED_SECONDS`, by a rough estimate.
     """
-    chosen = recipe.trainer.compile
-    if chosen != "auto":
-        return CompileChoice(chosen, "")
-    recorded = _recorded_choice(recipe.run)
+    if trainer.compile != "auto":
+        return CompileChoice(trainer.compile, "")
+    recorded = _recorded_choice(run)
     if recorded is not None:
         return CompileChoice(recorded, "as the run began")
-    if recipe.trainer.accelerator not in ("auto", "gpu") or not torch.cuda.is_available():
+    if trainer.accelerator not in ("auto", "gpu") or not torch.cuda.is_available():
         return CompileChoice(False, "")
     if not has_gpu_compiler():
         return CompileChoice(False, "torch finds no Triton for this GPU")
     peak = peak_flops(torch.device("cuda")) or ASSUMED_PEAK_FLOPS
-    seconds = estimate_flops(recipe, stage_runs) / (peak * ASSUMED_MFU * recipe.trainer.world_size)
+    seconds = estimate_flops(config, stage_runs) / (peak * ASSUMED_MFU * trainer.world_size)
     length = format_duration(seconds)
     return CompileChoice(seconds > MIN_COMPILED_SECONDS, f"about {length} of training")
 
 
-def with_compile(recipe: Recipe, compiles: bool) -> Recipe:
-    """Return a recipe in which it is settled whether blocks are compiled."""
-    trainer = recipe.trainer.model_copy(update={"compile": compiles})
-    return recipe.model_copy(update={"trainer": trainer})
-
-
-def estimate_flops(recipe: Recipe, stage_runs: Sequence[StageRun]) -> float:
+def estimate_flops(config: ModelConfig, stage_runs: Sequence[StageRun]) -> float:
     """Return roughly the operations of a training: 6 for a weight of a decoder layer and position.
 
     That is the rule of Kaplan et al. 2020 (arXiv:2001.08361); samples have one image and
     `ASSUMED_TEXT_TOKENS`.
     """
-    _, language_config = meta_encoder_and_config(recipe)
+    _, language_config = meta_encoder_and_config(config)
     positions = sum(
         stage_run.total_steps
         * stage_run.stage.global_batch_size
         * (image_tokens + ASSUMED_TEXT_TOKENS[stage_run.stage.sample_format])
         for stage_run, image_tokens in zip(
-            stage_runs, tokens_per_image_by_stage(recipe, list(stage_runs)), strict=True
+            stage_runs, tokens_per_image_by_stage(config, list(stage_runs)), strict=True
         )
     )
     return 6.0 * _decoder_weights(language_config) * positions

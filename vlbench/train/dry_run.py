@@ -85,11 +85,11 @@ def _describe_share(tried_share: float) -> str:
 def measure_stages(recipe: Recipe, stage_runs: list[StageRun]) -> Iterator[StageMeasurement]:
     """Try every stage: its longest step, then two as they come."""
     check_data(stage_runs)
-    check_stage_shapes(recipe, stage_runs)
+    check_stage_shapes(recipe.model, stage_runs)
     user_callbacks = build_user_callbacks(recipe.trainer.callbacks)
-    vlm, _ = build_or_resume_model(recipe, stage_runs, None)
-    run_report.show_weight_origins(vlm.weight_origins, recipe.seed)
     runner = StageRunner.from_recipe(recipe)
+    vlm, _ = build_or_resume_model(recipe.model, stage_runs, None, runner.is_sharded)
+    run_report.show_weight_origins(vlm.weight_origins, recipe.seed)
     for stage_run in stage_runs:
         if not stage_run.total_steps:
             continue
@@ -117,7 +117,7 @@ def measure_stages(recipe: Recipe, stage_runs: list[StageRun]) -> Iterator[Stage
         bad_samples = clock.bad_samples + [bad for plan in plans for bad in plan.bad_samples]
         _check_not_empty(stage_run.name, len(plans), module.seen["samples"], bad_samples)
         if runner.is_sharded:  # unsharded again, as the next stage needs it
-            vlm, _ = build_or_resume_model(recipe, stage_runs, None)
+            vlm, _ = build_or_resume_model(recipe.model, stage_runs, None, runner.is_sharded)
         yield StageMeasurement(
             stage_run.name,
             stage_run.total_steps,

@@ -10,9 +10,9 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 
-from vlbench.config.schema import Recipe
+from vlbench.config.schema import ModelConfig, Recipe
 from vlbench.distributed import collectives
-from vlbench.distributed.process_group import is_fsdp_sharded, leave_process_group
+from vlbench.distributed.process_group import leave_process_group
 from vlbench.errors import BadSample, UserError
 from vlbench.model.build_vlm import build_vlm
 from vlbench.model.loaded_vlm import LoadedVLM
@@ -54,8 +54,8 @@ def check_and_open_run(
     if not (recipe.run and RunFolder(Path(recipe.run)).is_finished):
         bad_samples = check_data(stage_runs)  # before there is a folder
     if not (recipe.run and RunFolder(Path(recipe.run)).latest_position):
-        check_stage_shapes(recipe, stage_runs)
-        check_init_weights(recipe, stage_runs[0].stage)
+        check_stage_shapes(recipe.model, stage_runs)
+        check_init_weights(recipe.model, stage_runs[0].stage)
     run = run or open_run(recipe, held_locks)  # a new one: after the checks
     if not run.is_finished:
         run.record_data(source for one in stage_runs for source in one.all_sources)
@@ -93,7 +93,9 @@ class RunTraining:
         """Train the stages that are left; return the model, or None if training was stopped."""
         try:
             vlm, position = collectives.call_on_all_ranks(
-                lambda: build_or_resume_model(self.recipe, self.stage_runs, self.run)
+                lambda: build_or_resume_model(
+                    self.recipe.model, self.stage_runs, self.run, self.stage_runner.is_sharded
+                )
             )
             collectives.call_on_rank_zero(
                 lambda: self.run.record_weight_origins(vlm.weight_origins)
@@ -120,7 +122,7 @@ class RunTraining:
         assert self.run.latest_position is not None
         return load_checkpoint(
             self.run.checkpoint_path(self.run.latest_position),
-            self.recipe,
+            self.recipe.model,
             mmap_language=self.stage_runner.is_sharded,
         )
 
@@ -282,21 +284,20 @@ class RunTraining:
 
 
 def build_or_resume_model(
-    recipe: Recipe, stage_runs: list[StageRun], run: RunFolder | None
+    config: ModelConfig, stage_runs: list[StageRun], run: RunFolder | None, is_sharded: bool
 ) -> tuple[LoadedVLM, RunPosition]:
     """Build the model where training begins or goes on, with the newest weights of the run."""
-    is_sharded = is_fsdp_sharded(recipe.trainer)
     latest = run.latest_position if run else None
     position = latest or RunPosition(0, stage_runs[0].name, 0)
     stage = stage_runs[position.stage].stage
     if run and latest:
-        vlm = load_checkpoint(run.checkpoint_path(latest), recipe, mmap_language=is_sharded)
+        vlm = load_checkpoint(run.checkpoint_path(latest), config, mmap_language=is_sharded)
         print(f"resuming {run.folder} after step {latest.step} of {latest.name}")
-    elif recipe.init:
-        vlm = build_from_init(recipe, stage, is_sharded)
+    elif config.init:
+        vlm = build_from_init(config, stage, is_sharded)
     else:
-        vlm = build_vlm(recipe, stage.image_size, stage.objective, is_sharded)
-    vlm.processor = vlm.processor.with_draft_decoding(recipe.data.decode == "draft")
+        vlm = build_vlm(config, stage.image_size, stage.objective, is_sharded)
+    vlm.processor = vlm.processor.with_draft_decoding(config.draft_decoding)
     for stage_run in stage_runs:
         check_trainable_stage(vlm.model, stage_run.name, stage_run.stage, stage_run.total_steps)
     return vlm, position

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vlbench.config import recipe as recipes
-from vlbench.config.schema import LanguageModelConfig, Recipe, VisionEncoderConfig
+from vlbench.config.schema import LanguageModelConfig, ModelConfig, Recipe, VisionEncoderConfig
 from vlbench.data.data_sources import SCENES_SOURCE, stage_data
 from vlbench.train import checkpoint_files
 
@@ -25,18 +25,14 @@ class ModelNames(NamedTuple):
     """True for the embedded language model, which has read of coloured shapes alone."""
 
 
-def find_model_names(recipe: Recipe) -> ModelNames:
-    """Return the names of the parts of a recipe, those of the run that `init` names included."""
-    init = Path(str(recipe.init))
-    if recipe.init and checkpoint_files.is_run_or_checkpoint(init):
-        folder = checkpoint_files.find_checkpoint(init)
-        return find_model_names(recipes.load_recipe_file(folder / "recipe.yaml"))
-    if recipe.init and not init.is_file():
-        return ModelNames(str(recipe.init), str(recipe.init))
+def find_model_names(config: ModelConfig) -> ModelNames:
+    """Return the names of the parts of a model, those of what `init` names included."""
+    if config.init and not Path(config.init).is_file():
+        return folder_model_names(config.init)
     return ModelNames(
-        _part_name(recipe.vision, recipe.vision.name),
-        _part_name(recipe.language, str(recipe.language.weights)),
-        recipe.language.weights == "embedded",
+        _part_name(config.vision, config.vision.name),
+        _part_name(config.language, config.language.weights),
+        config.language.weights == "embedded",
     )
 
 
@@ -54,15 +50,14 @@ def folder_model_names(model: str) -> ModelNames:
     if not checkpoint_files.is_run_or_checkpoint(path):
         return ModelNames(model, model)
     folder = checkpoint_files.find_checkpoint(path)
-    return find_model_names(recipes.load_recipe_file(folder / "recipe.yaml"))
+    return find_model_names(recipes.load_recipe_file(folder / "recipe.yaml").model)
 
 
 def has_foreign_data(recipe: Recipe) -> bool:
     """Tell whether the embedded language model trains on anything but rendered scenes."""
-    if not find_model_names(recipe).has_miniature_language:
+    if not find_model_names(recipe.model).has_miniature_language:
         return False
-    stages = [recipe.stages[name] for name in recipes.stages_to_run(recipe)]
-    configs = [stage_data(recipe.data, stage) for stage in stages]
+    configs = [stage_data(recipe.data, stage) for stage in recipe.selected_stages.values()]
     trained_on = [
         source
         for config in configs

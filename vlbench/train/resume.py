@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from vlbench.config import recipe as recipes
 from vlbench.config.overrides import format_override
-from vlbench.config.schema import LanguageModelConfig, Recipe, StageConfig
+from vlbench.config.schema import LanguageModelConfig, ModelConfig, StageConfig
 from vlbench.connector import kept_source, registry
 from vlbench.errors import UserError
 from vlbench.model import lora_adapters
@@ -46,7 +47,7 @@ ACCEPTED_SOURCES = "run folder, checkpoint or released model"
 
 def load_checkpoint(
     folder: Path,
-    recipe: Recipe,
+    config: ModelConfig,
     dtype: torch.dtype | None = FLOAT32,
     device: torch.device | str = "cpu",
     skip_parts: tuple[str, ...] = (),
@@ -56,7 +57,7 @@ def load_checkpoint(
 
     Args:
         folder: The checkpoint.
-        recipe: Describes the model.
+        config: Describes the model.
         dtype: Of the weights; None keeps every tensor as it is stored.
         device: Where the weights are loaded to.
         skip_parts: Parts that keep their fresh weights.
@@ -68,27 +69,27 @@ def load_checkpoint(
     }
     image_size, _ = checkpoint_files.read_preprocessing(folder)
     if (folder / RELEASE_FOLDER).is_dir():
-        vlm = build_released_vlm(folder / RELEASE_FOLDER, release_overrides(recipe))
+        vlm = build_released_vlm(folder / RELEASE_FOLDER, release_overrides(config))
         vlm.set_image_size(image_size)
     else:
         vlm = build_checkpoint_vlm(
-            recipe, [*_earlier_image_sizes(folder), image_size], folder, stored_parts, mmap_language
+            config, [*_earlier_image_sizes(folder), image_size], folder, stored_parts, mmap_language
         )
     if "connector" not in skip_parts:
         vlm.model.set_objective(read_objective(folder))
     load_checkpoint_weights(folder, vlm.model, dtype, device, skip_parts, mmap_language)
-    vlm.processor = vlm.processor.with_draft_decoding(recipe.data.decode == "draft")
+    vlm.processor = vlm.processor.with_draft_decoding(config.draft_decoding)
     vlm.weight_origins = read_origins(folder / ORIGINS_FILE)
     return vlm
 
 
-def inherited_keys(recipe: Recipe) -> dict[str, Any]:
+def inherited_keys(config: ModelConfig, run: str | None) -> dict[str, Any]:
     """Return keys that a recipe takes from its `init` unless it sets them, as nested dicts.
 
-    They are what the weights were trained with. A run that is resumed has them in its own folder,
+    They are what the weights were trained with. A `run` that is resumed has them in its own folder,
     so its `init` may be gone.
     """
-    source, own_recipe = Path(str(recipe.init)), Path(str(recipe.run), "recipe.yaml")
+    source, own_recipe = Path(str(config.init)), Path(str(run), "recipe.yaml")
     if source.is_file():
         return {}
     if own_recipe.is_file() or checkpoint_files.is_run_or_checkpoint(source):
@@ -112,12 +113,14 @@ def inherited_keys(recipe: Recipe) -> dict[str, Any]:
     spec = find_layout_module(folder).read_release_spec(folder)
     keys: dict[str, Any] = {"vision": {"layer": spec.vision_layer}}
     default = LanguageModelConfig.model_fields["template"].default
-    if recipe.language.template == default:  # else the recipe chose another
+    if config.language.template == default:  # else the recipe chose another
         keys["language"] = {"template": resolve_template_name(folder, spec, "language.template")}
     return keys
 
 
-def build_from_init(recipe: Recipe, stage: StageConfig, mmap_language: bool = False) -> LoadedVLM:
+def build_from_init(
+    config: ModelConfig, stage: StageConfig, mmap_language: bool = False
+) -> LoadedVLM:
     """Return the model of `init` for `stage`: of a run, a checkpoint, a release or a file.
 
     Vision encoder, language model and tokenizer are those of `init`. So is the connector, unless
@@ -126,37 +129,35 @@ def build_from_init(recipe: Recipe, stage: StageConfig, mmap_language: bool = Fa
     A file, or a folder with a BLIP-2, has the weights of a connector alone, in the layout of its
     reference implementation.
     """
-    source, unused_tensors = str(recipe.init), ""
+    source, unused_tensors = str(config.init), ""
+    name = registry.connector_label(config.connector_name)
     if Path(source).is_file():
-        return _build_with_reference(recipe, stage, [Path(source)])
+        return _build_with_reference(config, stage, [Path(source)])
     if checkpoint_files.is_run_or_checkpoint(Path(source)):
         folder = checkpoint_files.find_checkpoint(Path(source))
-        init_recipe = recipes.load_recipe_file(folder / "recipe.yaml")
-        own_name, name = (
-            registry.connector_label(each.connector["name"]) for each in (init_recipe, recipe)
-        )
-        is_new_connector = own_name != name
-        other_source = kept_source.describe_other_source(recipe.connector, folder)
+        init_config = recipes.load_recipe_file(folder / "recipe.yaml").model
+        is_new_connector = registry.connector_label(init_config.connector_name) != name
+        other_source = kept_source.describe_other_source(config.connector, folder)
         if other_source and not is_new_connector:
             print(f"init {folder}: {other_source}; its weights go into the first one")
-        recipe = _inherit_parts(init_recipe, recipe)
+        config = _inherit_parts(init_config, config)
         try:
             vlm = load_checkpoint(
                 folder,
-                recipe,
+                config,
                 skip_parts=("connector",) if is_new_connector else (),
                 mmap_language=mmap_language,
             )
         except WeightMismatch as mismatch:
-            raise _explain_mismatch(mismatch, init_recipe, recipe) from mismatch
+            raise _explain_mismatch(mismatch, init_config, config) from mismatch
     else:
         folder = fetch_hub_folder(source, "init", hub_download.RELEASE_CONTENTS, ACCEPTED_SOURCES)
         if is_blip2_folder(folder):
-            return _build_with_reference(recipe, stage, weight_files(folder))
+            return _build_with_reference(config, stage, weight_files(folder))
         folder = find_released_model(source, "init")
-        torch.manual_seed(recipe.seed)
+        torch.manual_seed(config.seed)
         vlm = load_release(
-            folder, FLOAT32, overrides=release_overrides(recipe), mmap_language=mmap_language
+            folder, FLOAT32, overrides=release_overrides(config), mmap_language=mmap_language
         )
         is_new_connector = vlm.connector.released_projector() is None
         unused_tensors = summarize_unused_tensors(
@@ -171,47 +172,43 @@ def build_from_init(recipe: Recipe, stage: StageConfig, mmap_language: bool = Fa
         ),
         "language": make_weight_origin(source, vlm.language),
     }
-    config, blocks = vlm.language.config, len(vlm.vision.blocks())
+    llama, blocks = vlm.language.config, len(vlm.vision.blocks())
     print(
         f"init {folder}: vision encoder of {blocks} blocks, {vlm.vision.feature_width} wide; "
-        f"language model of {config.num_hidden_layers} layers, {config.hidden_size} wide"
-        + (
-            f"; connector {registry.connector_label(recipe.connector['name'])} starts anew"
-            if is_new_connector
-            else ""
-        )
+        f"language model of {llama.num_hidden_layers} layers, {llama.hidden_size} wide"
+        + (f"; connector {name} starts anew" if is_new_connector else "")
         + (f"; left out of its files: {unused_tensors}" if unused_tensors else "")
     )
     return vlm
 
 
-def _explain_mismatch(mismatch: WeightMismatch, init_recipe: Recipe, recipe: Recipe) -> UserError:
+def _explain_mismatch(
+    mismatch: WeightMismatch, init_config: ModelConfig, config: ModelConfig
+) -> UserError:
     """Return an error that names the connector options in which `init` differs, if any."""
-    changed = {k: v for k, v in init_recipe.connector.items() if recipe.connector.get(k) != v}
-    if not changed or "name" in changed:
+    options = config.connector_options
+    changed = {k: v for k, v in init_config.connector_options.items() if options.get(k) != v}
+    if not changed or init_config.connector_name != config.connector_name:
         return mismatch
     words = " ".join(format_override(f"connector.{key}", value) for key, value in changed.items())
-    return UserError(f"init={recipe.init} has another connector: say {words} ({mismatch})")
+    return UserError(f"init={config.init} has another connector: say {words} ({mismatch})")
 
 
-def _inherit_parts(init_recipe: Recipe, recipe: Recipe) -> Recipe:
-    """Return `recipe` with the parts of `init`: its checkpoint lacks those it never trained."""
-    parts = {
-        part: getattr(recipe, part).model_copy(
-            update={"name": config.name, "weights": config.weights}
-        )
-        for part, config in (("vision", init_recipe.vision), ("language", init_recipe.language))
-    }
-    return recipe.model_copy(update=parts)
+def _inherit_parts(init_config: ModelConfig, config: ModelConfig) -> ModelConfig:
+    """Return `config` with the parts of `init`: its checkpoint lacks those it never trained."""
+    origin = {"name", "weights"}
+    vision = config.vision.model_copy(update=init_config.vision.model_dump(include=origin))
+    language = config.language.model_copy(update=init_config.language.model_dump(include=origin))
+    return replace(config, vision=vision, language=language)
 
 
-def _build_with_reference(recipe: Recipe, stage: StageConfig, files: list[Path]) -> LoadedVLM:
+def _build_with_reference(config: ModelConfig, stage: StageConfig, files: list[Path]) -> LoadedVLM:
     """Return the recipe's model, its connector with the weights of a reference implementation."""
-    vlm = build_vlm(recipe, stage.image_size, stage.objective)
+    vlm = build_vlm(config, stage.image_size, stage.objective)
     file = files[0] if len(files) == 1 else files[0].parent
-    name = registry.connector_label(recipe.connector["name"])
+    name = registry.connector_label(config.connector_name)
     summary = load_reference_weights(vlm.connector, ReferenceWeights(files), name, f"init={file}")
-    vlm.weight_origins["connector"] = make_weight_origin(str(recipe.init), vlm.connector)
+    vlm.weight_origins["connector"] = make_weight_origin(str(config.init), vlm.connector)
     print(f"init {file}: weights of connector {name}: {summary}")
     return vlm
 
@@ -306,9 +303,8 @@ def _earlier_image_sizes(folder: Path) -> list[int]:
     """Return the image sizes of the stages that came before that of a checkpoint, in order."""
     recipe = recipes.load_recipe_file(folder / "recipe.yaml")
     name = checkpoint_files.read_position(folder).name
-    names = recipes.stages_to_run(recipe)
-    earlier_names = names[: names.index(name)] if name in names else []
-    return [recipe.stages[earlier].image_size for earlier in earlier_names]
+    sizes = {stage: config.image_size for stage, config in recipe.selected_stages.items()}
+    return list(sizes.values())[: list(sizes).index(name)] if name in sizes else []
 
 
 def read_objective(folder: Path) -> str:

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from vlbench.config import recipe as recipes
 from vlbench.config.schema import Recipe
@@ -25,6 +26,7 @@ from vlbench.model.weights.weight_origin import (
     origins_to_json,
     read_origins,
 )
+from vlbench.strict_values import format_value
 from vlbench.system_errors import FULL_DISK_REASONS
 from vlbench.text_files import read_json, write_atomically
 from vlbench.train import checkpoint_files
@@ -41,6 +43,9 @@ RECORDED_PACKAGES = (
     "peft",
     "omegaconf",
 )
+
+RESUMABLE_KEYS = ("trainer", "log", "run", "dry_run", "profile", "trust_connector")
+"""Keys that a run may change when it is resumed; so may `workers` of any data."""
 
 
 class RunFolder:
@@ -105,27 +110,28 @@ class RunFolder:
         for part, origin in origins.items():
             check_same_origin(part, recorded.get(part), origin, str(self.folder))
         if not recorded:
-            versions = read_json(self.versions_file) if self.versions_file.is_file() else {}
-            text = json.dumps({**versions, "weights": origins_to_json(origins)}, indent=1)
-            write_atomically(self.versions_file, text)
+            self._record_version("weights", origins_to_json(origins))
 
     def record_data(self, sources: Iterable[SampleSource]) -> None:
         """Record checksums of the data that a new run begins with."""
-        versions = read_json(self.versions_file) if self.versions_file.is_file() else {}
-        if CHECKSUMS_KEY not in versions:
-            checksums = checksum_sources(sources)
-            text = json.dumps({**versions, CHECKSUMS_KEY: checksums}, indent=1)
-            write_atomically(self.versions_file, text)
+        if CHECKSUMS_KEY not in self._read_versions():
+            self._record_version(CHECKSUMS_KEY, checksum_sources(sources))
 
     def keep_row_tokens(self, stage_name: str, chosen_tokens: int) -> int:
         """Return the tokens of a packed row that a stage began with; those chosen, if it begins."""
-        versions = read_json(self.versions_file) if self.versions_file.is_file() else {}
-        recorded: dict[str, int] = versions.get("max_tokens_per_row", {})
+        recorded: dict[str, int] = self._read_versions().get("max_tokens_per_row", {})
         if stage_name not in recorded:
             recorded = {**recorded, stage_name: chosen_tokens}
-            text = json.dumps({**versions, "max_tokens_per_row": recorded}, indent=1)
-            write_atomically(self.versions_file, text)
+            self._record_version("max_tokens_per_row", recorded)
         return recorded[stage_name]
+
+    def _read_versions(self) -> dict[str, Any]:
+        return read_json(self.versions_file) if self.versions_file.is_file() else {}
+
+    def _record_version(self, key: str, value: object) -> None:
+        """Set a key of versions.json; the others stay."""
+        text = json.dumps({**self._read_versions(), key: value}, indent=1)
+        write_atomically(self.versions_file, text)
 
 
 def open_run(recipe: Recipe, held_locks: contextlib.ExitStack) -> RunFolder:
@@ -187,7 +193,7 @@ def _check_belongs(recipe: Recipe, run: RunFolder) -> None:
         if run.folder.is_dir() and not run.is_described_only:
             raise UserError(f"run={run.folder} is a folder with other things in it; name a new one")
         return
-    changed = recipes.recipe_differences(recipes.load_recipe_file(run.recipe_file), recipe)
+    changed = recipe_differences(recipes.load_recipe_file(run.recipe_file), recipe)
     if changed:
         raise UserError(
             f"run={run.folder} belongs to another recipe; it differs in {', '.join(changed)}. "
@@ -200,6 +206,18 @@ def _check_belongs(recipe: Recipe, run: RunFolder) -> None:
                 f"run={run.folder} began with another connector: {difference}. Put the kept file "
                 "back to go on, or begin a new run"
             )
+
+
+def recipe_differences(before: Recipe, now: Recipe) -> list[str]:
+    """Return keys that differ, as "seed (0 before, 1 now)"; not those a resume may change."""
+    old, new = (recipes.flatten_keys(recipes.to_plain(recipe)) for recipe in (before, now))
+    return [
+        f"{key} ({format_value(old.get(key))} before, {format_value(new.get(key))} now)"
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key) != new.get(key)
+        and key.split(".")[0] not in RESUMABLE_KEYS
+        and not key.endswith("data.workers")
+    ]
 
 
 def collect_versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from vlbench.config.recipe import load_recipe_file, stage_label
+from vlbench.config.recipe import load_recipe_file
 from vlbench.config.schema import Recipe, StageConfig
 from vlbench.connector import registry
 from vlbench.distributed import collectives
@@ -34,6 +34,14 @@ def print_status(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def stage_label(name: str, image_size: int) -> str:
+    """Return the name of a stage; with the pixels, where its name says others."""
+    named_size = re.search(r"_(\d{2,})$", name)
+    if named_size is None or int(named_size[1]) == image_size:
+        return name
+    return f"{name} (here {image_size} pixels)"
+
+
 def show_run_start(
     recipe: Recipe, run: RunFolder, stage_runs: list[tuple[str, StageConfig, int]]
 ) -> None:
@@ -42,7 +50,7 @@ def show_run_start(
     strategy = recipe.trainer.strategy
     if strategy != "auto" and recipe.trainer.world_size == 1:
         print(f"trainer.strategy={strategy} changes nothing in one process: trainer.devices is 1")
-    names = find_model_names(recipe)
+    names = find_model_names(recipe.model)
     if recipe.init:
         print(f"begins with init={recipe.init}")
     elif names.has_miniature_language:

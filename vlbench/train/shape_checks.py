@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig
 
 from vlbench.config import recipe as recipes
-from vlbench.config.schema import Recipe, StageConfig, VisionEncoderConfig
+from vlbench.config.schema import ModelConfig, StageConfig, VisionEncoderConfig
 from vlbench.connector import registry
 from vlbench.connector.base import Shapes
 from vlbench.connector.bounded_building import NewTensorLimit, build_connector
@@ -18,7 +18,6 @@ from vlbench.model import language_model, vision_encoder
 from vlbench.model.build_vlm import (
     LANGUAGE_FOLDER,
     build_checkpoint_encoder,
-    recipe_connector_options,
     release_overrides,
 )
 from vlbench.model.language_model import named_language_config, read_language_config
@@ -34,48 +33,48 @@ from vlbench.train.resume import ACCEPTED_SOURCES, is_blip2_folder
 from vlbench.train.stage_plan import StageRun
 
 
-def check_stage_shapes(recipe: Recipe, stage_runs: list[StageRun]) -> None:
+def check_stage_shapes(config: ModelConfig, stage_runs: list[StageRun]) -> None:
     """Refuse texts that are too long for the language model, and image sizes that do not fit.
 
     A vision encoder on the meta device is resized through all stages, and the connector is built
     at each new size.
     """
-    tokens_per_image_by_stage(recipe, stage_runs)
+    tokens_per_image_by_stage(config, stage_runs)
 
 
-def check_init_weights(recipe: Recipe, stage: StageConfig) -> None:
+def check_init_weights(config: ModelConfig, stage: StageConfig) -> None:
     """Compare names and shapes in all files of weights that training begins with.
 
     `stage` is the first one. Files on a hub are downloaded. A checkpoint in `init` is compared when
     it is loaded.
     """
-    source = str(recipe.init)
-    if recipe.init and checkpoint_files.is_run_or_checkpoint(Path(source)):
+    source = str(config.init)
+    if config.init and checkpoint_files.is_run_or_checkpoint(Path(source)):
         return
-    if recipe.init and Path(source).is_file():
-        _check_reference_shapes(recipe, stage, [Path(source)])
-    elif recipe.init:
+    if config.init and Path(source).is_file():
+        _check_reference_shapes(config, stage, [Path(source)])
+    elif config.init:
         folder = hub_download.fetch_hub_folder(
             source, "init", hub_download.RELEASE_CONTENTS, ACCEPTED_SOURCES
         )
         if not is_blip2_folder(folder):
-            check_release(folder, release_overrides(recipe))
+            check_release(folder, release_overrides(config))
             return
-        _check_reference_shapes(recipe, stage, weight_files(folder))
-    vision_encoder.check_vision_weights(recipe.vision.name, recipe.vision.weights)
-    language_model.check_language_weights(recipe.language.weights)
+        _check_reference_shapes(config, stage, weight_files(folder))
+    vision_encoder.check_vision_weights(config.vision.name, config.vision.weights)
+    language_model.check_language_weights(config.language.weights)
 
 
-def _check_reference_shapes(recipe: Recipe, stage: StageConfig, files: list[Path]) -> None:
+def _check_reference_shapes(config: ModelConfig, stage: StageConfig, files: list[Path]) -> None:
     """Load the weights of a reference implementation into a connector on the meta device."""
-    encoder, language_config = meta_encoder_and_config(recipe)
+    encoder, language_config = meta_encoder_and_config(config)
     encoder.set_image_size(stage.image_size)
-    name = recipe.connector["name"]
+    name = config.connector_name
     with torch.device("meta"):
         connector = build_connector(
             registry.load_connector(name),
             connector_shapes(encoder, language_config),
-            recipe_connector_options(recipe.connector),
+            config.connector_options,
         )
         with NewTensorLimit(type(connector)):
             connector.prepare_objective(stage.objective)
@@ -85,9 +84,11 @@ def _check_reference_shapes(recipe: Recipe, stage: StageConfig, files: list[Path
         )
 
 
-def image_transforms_by_stage(recipe: Recipe, stage_runs: list[StageRun]) -> list[ImageTransform]:
+def image_transforms_by_stage(
+    config: ModelConfig, stage_runs: list[StageRun]
+) -> list[ImageTransform]:
     """Return what is done to an image before the vision encoder sees it, stage by stage."""
-    encoder, _ = meta_encoder_and_config(recipe)
+    encoder, _ = meta_encoder_and_config(config)
     transforms = []
     for stage_run in stage_runs:
         encoder.set_image_size(stage_run.stage.image_size)
@@ -95,19 +96,19 @@ def image_transforms_by_stage(recipe: Recipe, stage_runs: list[StageRun]) -> lis
     return transforms
 
 
-def tokens_per_image_by_stage(recipe: Recipe, stage_runs: list[StageRun]) -> list[int]:
+def tokens_per_image_by_stage(config: ModelConfig, stage_runs: list[StageRun]) -> list[int]:
     """Return the positions that an image takes in the text, stage by stage.
 
     Raises a UserError for what `check_stage_shapes` refuses.
     """
-    encoder, language_config = meta_encoder_and_config(recipe)
-    if recipe.language.max_length > language_config.max_position_embeddings:
+    encoder, language_config = meta_encoder_and_config(config)
+    if config.language.max_length > language_config.max_position_embeddings:
         raise UserError(
-            f"language.max_length is {recipe.language.max_length}, but the language model has "
+            f"language.max_length is {config.language.max_length}, but the language model has "
             f"{language_config.max_position_embeddings} positions: say "
             f"language.max_length={language_config.max_position_embeddings}"
         )
-    connector_class = registry.load_connector(recipe.connector["name"])
+    connector_class = registry.load_connector(config.connector_name)
     tokens_by_shapes: dict[Shapes, int] = {}
     tokens_by_stage: list[int] = []
     for stage_run in stage_runs:
@@ -116,14 +117,12 @@ def tokens_per_image_by_stage(recipe: Recipe, stage_runs: list[StageRun]) -> lis
             shapes = connector_shapes(encoder, language_config)
             if shapes not in tokens_by_shapes:
                 with torch.device("meta"):
-                    connector = build_connector(
-                        connector_class, shapes, recipe_connector_options(recipe.connector)
-                    )
+                    connector = build_connector(connector_class, shapes, config.connector_options)
                     encoder.class_token = connector.class_token
                     if not tokens_by_shapes and encoder.class_token:  # not every encoder has one
                         encoder(torch.empty(1, 3, encoder.image_size, encoder.image_size))
                 tokens_by_shapes[shapes] = connector.tokens_per_image
-                _check_image_fits(connector.tokens_per_image, recipe.language.max_length)
+                _check_image_fits(connector.tokens_per_image, config.language.max_length)
             tokens_by_stage.append(tokens_by_shapes[shapes])
         except ValueError as error:
             raise UserError(f"stages.{stage_run.name}.image_size: {error}") from error
@@ -142,19 +141,18 @@ def _check_image_fits(tokens_per_image: int, max_length: int) -> None:
         )
 
 
-def meta_encoder_and_config(recipe: Recipe) -> tuple[VisionEncoder, LlamaConfig]:
+def meta_encoder_and_config(config: ModelConfig) -> tuple[VisionEncoder, LlamaConfig]:
     """Return the encoder that training begins with, on the meta device, and the LM's config."""
-    source = Path(str(recipe.init))
-    if recipe.init and checkpoint_files.is_run_or_checkpoint(source):
+    source = Path(str(config.init))
+    if config.init and checkpoint_files.is_run_or_checkpoint(source):
         folder = checkpoint_files.find_checkpoint(source)
-        config = read_language_config(folder / LANGUAGE_FOLDER)
+        language_config = read_language_config(folder / LANGUAGE_FOLDER)
         if (folder / RELEASE_FOLDER).is_dir():
-            return _released_vision_encoder(folder / RELEASE_FOLDER), config
+            return _released_vision_encoder(folder / RELEASE_FOLDER), language_config
+        vision = recipes.load_recipe_file(folder / "recipe.yaml").vision
         with torch.device("meta"):
-            return build_checkpoint_encoder(
-                recipes.load_recipe_file(folder / "recipe.yaml").vision, folder
-            ), config
-    if recipe.init and not source.is_file():
+            return build_checkpoint_encoder(vision, folder), language_config
+    if config.init and not source.is_file():
         folder = hub_download.fetch_hub_folder(
             str(source),
             "init",
@@ -166,11 +164,11 @@ def meta_encoder_and_config(recipe: Recipe) -> tuple[VisionEncoder, LlamaConfig]
             return _released_vision_encoder(folder), find_layout_module(folder).read_release_spec(
                 folder
             ).language_config
-    weights = recipe.language.weights
+    weights = config.language.weights
     if weights in ("embedded", "random"):
-        return _configured_encoder(recipe.vision), named_language_config(recipe.language.name)
+        return _configured_encoder(config.vision), named_language_config(config.language.name)
     folder = language_model.tokenizer_folder(weights)
-    return _configured_encoder(recipe.vision), read_language_config(folder)
+    return _configured_encoder(config.vision), read_language_config(folder)
 
 
 def _released_vision_encoder(folder: Path) -> VisionEncoder:

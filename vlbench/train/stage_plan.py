@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from vlbench.config.recipe import stages_to_run
 from vlbench.config.schema import PART_NAMES, DataConfig, Recipe, StageConfig
 from vlbench.data.batch_sampler import StepDataset
 from vlbench.data.data_sources import (
@@ -76,8 +75,7 @@ def plan_stage_runs(recipe: Recipe, skip_without_data: bool = False) -> list[Sta
     stage_runs = []
     open_sources: SourceCache = {}
     last_name = list(recipe.stages)[-1]
-    for index, name in enumerate(stages_to_run(recipe)):
-        stage = recipe.stages[name]
+    for index, (name, stage) in enumerate(recipe.selected_stages.items()):
         check_trained_parts(name, stage)
         data_config = stage_data(recipe.data, stage)
         if skip_without_data and data_config.train is None and not data_config.mix:
@@ -95,8 +93,10 @@ def plan_stage_runs(recipe: Recipe, skip_without_data: bool = False) -> list[Sta
                 is_recipe_end=name == last_name,
             )
         )
-    if not skip_without_data:
-        question_sources(recipe, open_sources)
+    if not skip_without_data:  # what the questions at the end are about, also if it is not run
+        last_stage = recipe.stages[last_name]
+        if open_held_out(recipe.data, last_stage, recipe.seed, open_sources) is None:
+            open_stage_sources(recipe.data, last_stage, last_name, recipe.seed, open_sources)
     return stage_runs
 
 
@@ -109,20 +109,6 @@ def check_trained_parts(name: str, stage: StageConfig) -> None:
             f"{', '.join(PART_NAMES)} a learning rate, as "
             f"stages.{name}.train.connector.lr=1e-4, or leave the stage out"
         )
-
-
-def question_sources(recipe: Recipe, open_sources: SourceCache | None = None) -> list[SampleSource]:
-    """Return the sources of the questions at the end: those of the recipe's last stage.
-
-    They are its held-out samples if there are any, otherwise its training data, also when that
-    stage is not run.
-    """
-    name, stage = list(recipe.stages.items())[-1]
-    held_out = open_held_out(recipe.data, stage, recipe.seed, open_sources)
-    if held_out is not None:
-        return [held_out]
-    weighted = open_stage_sources(recipe.data, stage, name, recipe.seed, open_sources)
-    return [source for source, _ in weighted]
 
 
 def count_stage_steps(stage: StageConfig, sample_count: int) -> int:

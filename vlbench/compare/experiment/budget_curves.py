@@ -7,6 +7,7 @@
                            before it, and warm-up and schedule as shares of its steps, stay as they
                            are: every point is a training of its own, not a checkpoint of a longer
 
+However far an option moves (`match_limit=` is of `match=`), what is set is printed for each point.
 A budget that a row cannot have is named, with the nearest ones, and its curve lacks the point.
 """
 
@@ -23,7 +24,6 @@ from vlbench.compare.experiment.grid import ComparisonGrid, GridRow, load_recipe
 from vlbench.compare.experiment.match_budget import RowCandidates, SizeCandidate, cost_counters
 from vlbench.compare.report.curve_plan import CurvePlan, CurvePoint, UnreachedBudget
 from vlbench.compare.report.finished_runs import MATCH_TOLERANCE
-from vlbench.config import recipe as recipes
 from vlbench.config.overrides import format_override
 from vlbench.errors import UserError
 from vlbench.text_tables import format_table
@@ -102,7 +102,8 @@ def _make_solvers(
             for row, name in zip(grid.rows, names, strict=True)
         ]
     return [
-        _size_solver(RowCandidates(row, counter, request.budget), name)
+        # no limit: the budget that was asked for may lie far from the row's own
+        _size_solver(RowCandidates(row, counter, request.budget, math.inf), name)
         for row, counter, name in zip(grid.rows, cost_counters(grid.rows), names, strict=True)
     ]
 
@@ -110,7 +111,7 @@ def _make_solvers(
 def _samples_solver(row: GridRow, name: str, seed: int) -> BudgetSolver:
     """Return what finds the steps of the row's last stage for a number of samples."""
     recipe = load_recipe(row, seed)
-    stage = recipes.stages_to_run(recipe)[-1]
+    stage = list(recipe.selected_stages)[-1]
     batch = recipe.stages[stage].global_batch_size
     keys = [f"stages.{stage}.{key}" for key in ("steps", "epochs")]
     typed = [word for word in row.overrides if word.partition("=")[0] in keys]

@@ -43,7 +43,7 @@ from vlbench.errors import UserError
 from vlbench.file_lock import LOCK_FILE, hold_folder, is_held_here
 from vlbench.system_errors import explain_unwritable
 from vlbench.text_files import write_atomically
-from vlbench.train.run_folder import RunFolder
+from vlbench.train.run_folder import RunFolder, recipe_differences
 from vlbench.train.run_report import format_duration, print_status
 from vlbench.train.run_results_file import read_results
 
@@ -52,8 +52,8 @@ REPORT_FILES = ("report.md", "report.html", "report.json")
 
 def run_compare(grid: ComparisonGrid) -> int:
     """Train the unfinished runs of a grid and write the reports; return the exit code."""
+    _check_machine(grid)  # before sizes are solved, which takes seconds
     grid = expand_curves(match_budgets(grid))
-    _check_machine(grid)
     tasks = task_jobs.plan_tasks(grid)
     _refuse_other_recipes(lr_sweep.trial_jobs(grid) or _make_jobs(grid))
     if grid.dry_run:
@@ -96,10 +96,12 @@ def _refuse_other_recipes(jobs: Sequence[TrainingJob]) -> None:
     """Refuse folders of runs that were begun with another recipe: they would count as these."""
     for job in jobs:
         saved = RunFolder(job.folder).recipe_file
-        recipe = recipes.load_recipe(list(job.overrides))
-        if recipe.init or not saved.is_file():  # what `init` adds to a recipe is checked by fit
+        if not saved.is_file():
             continue
-        changed = recipes.recipe_differences(recipes.load_recipe_file(saved), recipe)
+        recipe = recipes.load_recipe(list(job.overrides))
+        if recipe.init:  # what it adds to a recipe is checked by fit
+            continue
+        changed = recipe_differences(recipes.load_recipe_file(saved), recipe)
         if changed:
             raise UserError(
                 f"{job.folder} was trained with another recipe; it differs in "

@@ -13,6 +13,7 @@ from vlbench.compare.report.training_budgets import (
     unprepared_warning,
 )
 from vlbench.config import recipe as recipes
+from vlbench.config.schema import Recipe
 from vlbench.data.data_sources import SCENES_SOURCE, stage_data
 
 UNTUNED_NOTE = (
@@ -38,10 +39,24 @@ def describe_seeds(grid: ComparisonGrid) -> str:
 
 def describe_design_cautions(grid: ComparisonGrid) -> list[str]:
     """Return a sentence for everything in the recipes that makes rows unequal."""
-    flat = {row.name: grids.load_recipe(row, grid.seeds[0]) for row in grid.rows}
+    warnings = [
+        sentence
+        for rows in grid.compared_rows()
+        for sentence in _unequal_training(
+            {row.name: grids.load_recipe(row, grid.seeds[0]) for row in rows}
+        )
+    ]
+    if is_untuned(grid):
+        runs = 3 * len(grid.rows)
+        warnings.append(f"{UNTUNED_NOTE[:-1]}, for {runs} more runs.")
+    return list(dict.fromkeys(warnings))
+
+
+def _unequal_training(recipe_by_row: Mapping[str, Recipe]) -> list[str]:
+    """Return what is unequal in the training of rows that are compared with one another."""
     counts: dict[str, dict[str, float]] = {"optimizer steps": {}, "samples": {}}
-    for name, recipe in flat.items():
-        stages = [recipe.stages[stage] for stage in recipes.stages_to_run(recipe)]
+    for name, recipe in recipe_by_row.items():
+        stages = list(recipe.selected_stages.values())
         steps = [stage.steps for stage in stages]
         if None in steps:  # epochs: how many steps they are is known once the data are open
             continue
@@ -49,12 +64,10 @@ def describe_design_cautions(grid: ComparisonGrid) -> list[str]:
         counts["samples"][name] = sum(
             (stage.steps or 0) * stage.global_batch_size for stage in stages
         )
-    plain = {name: recipes.flatten_keys(recipes.to_plain(one)) for name, one in flat.items()}
-    warnings = [budgets_warning(counts), parts_warning(plain)]
-    if is_untuned(grid):
-        runs = 3 * len(grid.rows)
-        warnings.append(f"{UNTUNED_NOTE[:-1]}, for {runs} more runs.")
-    return [warning for warning in warnings if warning]
+    plain = {
+        name: recipes.flatten_keys(recipes.to_plain(one)) for name, one in recipe_by_row.items()
+    }
+    return [warning for warning in (budgets_warning(counts), parts_warning(plain)) if warning]
 
 
 def is_untuned(grid: ComparisonGrid) -> bool:

@@ -25,7 +25,9 @@ def describe_power(grid: ComparisonGrid) -> list[str]:
     rows, pairs = len(grid.rows), grid.tested_pair_count
     if not pairs:
         return []
-    questions = count_final_questions(grids.load_recipe(grid.rows[0], grid.seeds[0]))
+    recipe = grids.load_recipe(grid.rows[0], grid.seeds[0])
+    last_stage = list(recipe.stages.values())[-1]
+    questions = count_final_questions(last_stage.data or recipe.data, recipe.log.questions)
     accuracy, spreads, source = ASSUMED_ACCURACY, ASSUMED_SPREADS, "assumed"
     by_row = _finished_accuracies(grid)
     if by_row:

@@ -28,10 +28,12 @@ from vlbench.compare.experiment.sweep_factors import (
 from vlbench.compare.report.curve_plan import CurvePlan
 from vlbench.compare.report.row_identity import row_identity
 from vlbench.config import recipe as recipes
+from vlbench.config.key_table import declared_keys
 from vlbench.config.overrides import format_override, shorten_keys
-from vlbench.config.schema import Recipe, declared_keys
+from vlbench.config.schema import Recipe
 from vlbench.errors import UserError
 from vlbench.strict_values import INTEGER_PATTERN, parse_flow_yaml
+from vlbench.text_files import read_yaml
 
 MATCHABLE_BUDGETS: tuple[str, ...] = get_args(BudgetName)
 """What `match` can make equal in all rows; `model/connector_cost.py` counts them."""
@@ -98,6 +100,14 @@ class ComparisonGrid:
             return len(self.curve_plan.tested_pairs())
         return len(self.rows) * (len(self.rows) - 1) // 2
 
+    def compared_rows(self) -> list[list[GridRow]]:
+        """Return the rows that are compared with one another: those of a budget, or else all."""
+        if self.curve_plan is None:
+            return [list(self.rows)]
+        by_name = {row.name: row for row in self.rows}
+        groups = self.curve_plan.points_by_budget()
+        return [[by_name[point.row] for point in points] for points in groups]
+
     def run_folders(self) -> list[Path]:
         """Return the folders of all runs."""
         return [self.run_folder(row, seed) for seed in self.seeds for row in self.rows]
@@ -111,7 +121,7 @@ def parse_grid(words: list[str]) -> ComparisonGrid:
     """Return the grid of a command line; all errors of all recipes are raised together."""
     factor_texts, others = take_part_words(words)
     task_words, others = split_task_words("tasks", others)
-    arguments, common = split_arguments(CompareArguments, others, declared_keys(Recipe))
+    arguments, common = split_arguments(CompareArguments, others, declared_keys())
     if task_words and arguments.tasks is None:
         raise UserError(f"'{task_words[0]}' is for one of tasks=, which are not given")
     if arguments.tasks is not None:
@@ -147,12 +157,11 @@ def parse_grid(words: list[str]) -> ComparisonGrid:
         raise UserError(f"two rows are the same: {repeated[0]}")
     seeds = _parse_seeds(arguments.seeds)
     lr_factors = parse_factors(arguments.sweep, factor_texts)
-    _check_recipes(rows, seeds[0])
+    recipes_by_row = _load_recipes(rows, seeds[0])
     folder = Path(arguments.run or _next_folder())
     if arguments.freeze:
         rows = [_freeze_encoder(row, folder) for row in rows]
-        _check_recipes(rows, seeds[0])
-    recipes_by_row = {row.name: load_recipe(row, seeds[0]) for row in rows}
+        recipes_by_row = _load_recipes(rows, seeds[0])
     _refuse_equal_rows(recipes_by_row)
     check_sweep(lr_factors, recipes_by_row, seeds)
     return ComparisonGrid(
@@ -199,7 +208,7 @@ def _parse_alternatives(text: str | None) -> list[tuple[str, ...]]:
 
 def _read_alternatives(path: Path) -> list[tuple[str, ...]]:
     """Read alternatives from YAML: `rows: [{KEY: VALUE, ...}, ...]`."""
-    rows = recipes.read_yaml(path).get("rows")
+    rows = read_yaml(path).get("rows")
     if not isinstance(rows, list) or not all(isinstance(row, dict) and row for row in rows):
         raise UserError(f"{path}: wanted is rows, a list of mappings from keys to values")
     return [tuple(format_override(str(key), value) for key, value in row.items()) for row in rows]
@@ -237,17 +246,20 @@ def _parse_jobs(text: str) -> str:
     return text
 
 
-def _check_recipes(rows: Sequence[GridRow], seed: int) -> None:
-    """Load every row's recipe; all errors are raised together, each with its row."""
+def _load_recipes(rows: Sequence[GridRow], seed: int) -> dict[str, Recipe]:
+    """Return every row's recipe, with data; all errors are raised together, each with its row."""
     lines: list[str] = []
+    loaded: dict[str, Recipe] = {}
     for row in rows:
         try:
-            recipes.require_data(load_recipe(row, seed))
+            loaded[row.name] = load_recipe(row, seed)
+            recipes.require_data(loaded[row.name])
         except UserError as error:
             prefix = f"row {row.name}: " if len(rows) > 1 else ""
             lines += [f"{prefix}{line}" for line in error.lines]
     if lines:
         raise UserError(*dict.fromkeys(lines))
+    return loaded
 
 
 def _refuse_equal_rows(recipes_by_row: Mapping[str, Recipe]) -> None:

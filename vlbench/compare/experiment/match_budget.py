@@ -21,10 +21,9 @@ from numpy.typing import NDArray
 from vlbench.command_line.arguments import DEFAULT_MATCH_LIMIT
 from vlbench.compare.experiment.grid import ComparisonGrid, GridRow, load_recipe
 from vlbench.compare.report.finished_runs import MATCH_TOLERANCE
-from vlbench.config.overrides import format_override, parse_overrides
+from vlbench.config.overrides import format_override
 from vlbench.connector import registry
 from vlbench.errors import UserError, suggest_name
-from vlbench.model.build_vlm import recipe_connector_options
 from vlbench.model.connector_cost import BUDGET_COUNTS, ConnectorCostCounter
 from vlbench.text_tables import format_table
 
@@ -212,7 +211,7 @@ class RowCandidates:
         recipe = load_recipe(row, 0)
         self.row, self.match_limit = row, match_limit
         self.connector_name: str = recipe.connector["name"]
-        self.own_options = recipe_connector_options(recipe.connector)
+        self.own_options = recipe.model.connector_options
         self._cost_counter, self._count_budget = cost_counter, BUDGET_COUNTS[budget_name]
         self._connector_class = registry.load_connector(self.connector_name)
         self._verified_options: set[str] = set()
@@ -226,10 +225,12 @@ class RowCandidates:
             raise UserError(
                 f"row {row.name}: connector {self.connector_name} has no {budget_name} to match"
             )
-        singles = [
-            self._single_changes(option, self._near_values(option))
-            for option in self._changeable_options()
-        ]
+        self._size_values = self._changeable_options()
+        self._near_values = {
+            option: [value for value in values if self._is_near(option, value)]
+            for option, values in self._size_values.items()
+        }
+        singles = [self._single_changes(*option) for option in self._near_values.items()]
         # one list per option; options that move no budget take no part
         useful = [changes for changes in singles if any(map(self._has_new_budget, changes))]
         self.candidates = [SizeCandidate({}, self.own_budget, 0.0), *itertools.chain(*useful)]
@@ -271,13 +272,10 @@ class RowCandidates:
         if not self._connector_class.size_options:
             return f"connector {self.connector_name} names no sizes"
         fixed = [
-            name
-            for name in self._connector_class.size_options
-            if name not in self._changeable_options()
+            name for name in self._connector_class.size_options if name not in self._size_values
         ]
         condition = f" with {', '.join(fixed)} as given" if fixed else ""
-        changeable = self._changeable_options()
-        if any(len(self._near_values(name)) < len(changeable[name]) for name in changeable):
+        if any(len(self._near_values[k]) < len(values) for k, values in self._size_values.items()):
             condition += (
                 f" within {self.match_limit:g} times what it is, either way; "
                 f"match_limit={2 * self.match_limit:g} tries more"
@@ -293,20 +291,18 @@ class RowCandidates:
                     "option of it; it "
                     f"takes: {', '.join(self.own_options)}.{suggest_name(option, self.own_options)}"
                 )
-        given = parse_overrides(list(self.row.overrides))[0].get("connector", {})
-        if not isinstance(given, dict):  # connector={...}: all options are set
+        given = [word.partition("=")[0] for word in self.row.overrides]
+        if "connector" in given:  # connector={...}: all options are set
             return {}
         return {
             name: values
             for name, values in self._connector_class.size_options.items()
-            if name not in given
+            if f"connector.{name}" not in given
         }
 
-    def _near_values(self, option: str) -> list[Any]:
-        """Return the values of a size option within `match_limit` times its own, either way."""
-        own = self.own_options[option]
-        values = self._changeable_options()[option]
-        return [value for value in values if _ratio(own, value) <= self.match_limit + 1e-9]
+    def _is_near(self, option: str, value: Any) -> bool:
+        """Tell whether a value is within `match_limit` times the option's own, either way."""
+        return _ratio(self.own_options[option], value) <= self.match_limit + 1e-9
 
     def _single_changes(self, option: str, values: Sequence[Any]) -> list[SizeCandidate]:
         candidates = [

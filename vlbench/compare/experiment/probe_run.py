@@ -33,10 +33,10 @@ def run_probe(overrides: list[str]) -> int:
     try:
         recipe = recipes.load_recipe(overrides)
         stages = list(measure_stages(recipe, plan_stage_runs(recipe)))
-        vlm = build_vlm(recipe, list(recipe.stages.values())[-1].image_size)
+        vlm = build_vlm(recipe.model, list(recipe.stages.values())[-1].image_size)
         each, count = time_questions(recipe, vlm)
         seconds = sum(one.total_steps * one.step_seconds for one in stages) + each * count
-        ran = [recipe.stages[name] for name in recipes.stages_to_run(recipe)]
+        ran = list(recipe.selected_stages.values())
         found = {
             "seconds": seconds,
             "memory": peak_memory(),

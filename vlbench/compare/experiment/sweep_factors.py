@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from vlbench.config import recipe as recipes
 from vlbench.config.schema import PART_NAMES, Recipe, StageConfig
 from vlbench.data.data_sources import (
     HELD_OUT_SEED_OFFSET,
@@ -104,7 +103,7 @@ def check_sweep(
 
 
 def _check_rates(lr_factors: LrFactors, row_name: str, recipe: Recipe) -> None:
-    stages = [recipe.stages[name] for name in recipes.stages_to_run(recipe)]
+    stages = list(recipe.selected_stages.values())
     for part in lr_factors:
         if not any(part in stage.trained_parts and _has_steps(stage) for stage in stages):
             raise UserError(
@@ -119,7 +118,7 @@ def _has_steps(stage: StageConfig) -> bool:
 
 def _check_held_out(row_name: str, recipe: Recipe, open_sources: SourceCache) -> None:
     """Refuse a row without held-out samples, or whose held-out samples are asked at the end."""
-    name = [one for one in recipes.stages_to_run(recipe) if _has_steps(recipe.stages[one])][-1]
+    name = [one for one, stage in recipe.selected_stages.items() if _has_steps(stage)][-1]
     stage, last = recipe.stages[name], list(recipe.stages.values())[-1]
     data = stage_data(recipe.data, stage)
     source = open_held_out(recipe.data, stage, recipe.seed, open_sources)

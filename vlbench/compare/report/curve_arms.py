@@ -52,8 +52,4 @@ def compared_groups(
     if plan is None:
         return [list(arms)]
     by_name = {arm.name: arm for arm in arms}
-    groups = [
-        [by_name[point.name] for point in plan.points if point.value == value]
-        for value in plan.values
-    ]
-    return [group for group in groups if len(group) > 1]
+    return [[by_name[point.name] for point in points] for points in plan.points_by_budget()]

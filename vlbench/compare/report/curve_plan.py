@@ -94,6 +94,10 @@ class CurvePlan:
         points = [point for point in self.points if point.curve == curve]
         return sorted(points, key=lambda point: point.value)
 
+    def points_by_budget(self) -> list[list[CurvePoint]]:
+        """Return the points that have each budget, in rising order of the budgets."""
+        return [[point for point in self.points if point.value == value] for value in self.values]
+
     def tested_pairs(self) -> list[tuple[CurvePoint, CurvePoint]]:
         """Return what is tested: at each budget every two rows that have it.
 
@@ -102,11 +106,7 @@ class CurvePlan:
         if len(self.curves) == 1:
             return self.steps()
         return [
-            pair
-            for value in self.values
-            for pair in itertools.combinations(
-                [point for point in self.points if point.value == value], 2
-            )
+            pair for points in self.points_by_budget() for pair in itertools.combinations(points, 2)
         ]
 
     @property

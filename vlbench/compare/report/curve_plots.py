@@ -38,8 +38,9 @@ def bands_drawn(curves: Sequence[BudgetCurve]) -> bool:
 def plot_curves(found: CurveFindings) -> Markup:
     """Draw every curve with its band, and a bar for the interval of every crossing."""
     figure, ((axes,),) = make_subplots(3.6)
+    has_bands = bands_drawn(found.curves)
     for index, curve in enumerate(found.curves):
-        _draw_curve(axes, curve.points, index, bands_drawn(found.curves))
+        _draw_curve(axes, curve.points, index, has_bands)
     crossings = [one for pair in found.curve_pairs for one in pair.undecided if one.crossings]
     _scale_axes(axes, found)
     for index, crossing in enumerate(crossings):

@@ -10,7 +10,7 @@ from vlbench.compare.report.curve_crossings import UndecidedRange
 from vlbench.compare.report.curve_frontiers import Frontier, FrontierCell
 from vlbench.compare.report.curve_plan import format_budget, point_name
 from vlbench.compare.report.paired_statistics import PairedDifference
-from vlbench.compare.report.row_pairs import format_count
+from vlbench.compare.report.row_pairs import format_count, join_words
 
 MAX_VERDICTS = 3  # sentences at the top of a report
 
@@ -76,14 +76,17 @@ def crossing_sentences(found: CurveFindings, pair: CurvePair) -> list[str]:
     )
     winner, loser = (pair.first, pair.second) if gap >= 0 else (pair.second, pair.first)
     certain = [one for one in pair.budgets if pair.better_at(one)]
-    where = f"at {_list_budgets(certain)}" if certain else "nowhere"
     budgets = (
         f"at all budgets from {format_budget(pair.budgets[0])} to "
         f"{format_budget(pair.budgets[-1])} {found.plan.label}"
         if len(pair.budgets) > 1
         else f"at {format_budget(pair.budgets[0])} {found.plan.label}, the only budget of both"
     )
-    return [f"{winner} is above {loser} {budgets}, by more than chance {where}."]
+    if not certain:
+        return [f"{winner} and {loser} differ {budgets} by no more than chance."]
+    return [
+        f"{winner} is above {loser} {budgets}, by more than chance at {_list_budgets(certain)}."
+    ]
 
 
 def _describe_crossing(found: CurveFindings, pair: CurvePair, crossing: UndecidedRange) -> str:
@@ -109,8 +112,7 @@ def _describe_crossing(found: CurveFindings, pair: CurvePair, crossing: Undecide
 
 def _list_budgets(budgets: Sequence[float]) -> str:
     """Return "4, 16 and 64"."""
-    texts = [format_budget(budget) for budget in budgets]
-    return " and ".join(filter(None, [", ".join(texts[:-1]), texts[-1]]))
+    return join_words([format_budget(budget) for budget in budgets], "and")
 
 
 def step_sentence(found: CurveFindings, curve: BudgetCurve) -> str:

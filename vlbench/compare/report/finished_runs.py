@@ -184,7 +184,7 @@ def _checksum_trained(folder: Path, followed_inits: int) -> str:
 
 def load_flat_recipe(folder: Path) -> dict[str, Any]:
     """Return the resolved recipe of a run or checkpoint with one key for every value."""
-    return recipes.flatten_keys(recipes.load_recipe_file(folder / "recipe.yaml"))
+    return recipes.flatten_keys(recipes.to_plain(recipes.load_recipe_file(folder / "recipe.yaml")))
 
 
 @dataclass(frozen=True)

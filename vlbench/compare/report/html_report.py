@@ -163,7 +163,7 @@ def _left_out(findings: ComparisonResult, sections: dict[str, Any]) -> dict[str,
 
 
 def _without_probes(tables: Sequence[InformationTable]) -> dict[str, str]:
-    reason = "These runs have no information.json: it needs 100 questions about rendered scenes."
+    reason = "These runs have no information.json; log.information_probes=true writes it."
     return {} if tables else {"information": reason}
 
 

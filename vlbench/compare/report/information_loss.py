@@ -41,7 +41,7 @@ class ShareEstimate(NamedTuple):
 class LossCount(NamedTuple):
     """How many wrong answers are put down to one loss."""
 
-    count: int
+    answers: int
     """Of all seeds."""
     of_questions: ShareEstimate
     """Their share of all questions."""

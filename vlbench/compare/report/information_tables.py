@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from vlbench.compare.report.information_loss import (
     LOSSES,
     InformationLoss,
+    KindInformation,
     ShareEstimate,
 )
 from vlbench.compare.report.run_probes import PLACE_LABELS
@@ -33,16 +34,13 @@ def _wrong_answers(information: InformationLoss) -> InformationTable:
         "Wrong answers of all seeds, by the last place that still has what the answer rests on; in "
         "brackets per cent of all questions, with 95 % intervals.",
         ["row", "questions", "wrong", *LOSSES],
-        [
-            [
-                row.row_name,
-                f"{kind.kind} ({kind.question_count:,})",
+        _lines_by_kind(
+            information,
+            lambda kind: [
                 f"{kind.wrong_count:,}",
-                *(f"{loss.count:,} ({_percent(loss.of_questions)})" for loss in kind.losses),
-            ]
-            for row in information.rows
-            for kind in row.kinds
-        ],
+                *(f"{loss.answers:,} ({_percent(loss.of_questions)})" for loss in kind.losses),
+            ],
+        ),
     )
 
 
@@ -51,17 +49,22 @@ def _readings(information: InformationLoss) -> InformationTable:
         "Share of questions of which linear probes read all that the answer rests on, with 95 % "
         "intervals; chance: probes that were fitted on exchanged labels.",
         ["row", "questions", *PLACE_LABELS.values(), "chance"],
-        [
-            [
-                row.row_name,
-                f"{kind.kind} ({kind.question_count:,})",
-                *(_share(one) for one in kind.read),
-                f"{kind.by_chance:.3f}",
-            ]
-            for row in information.rows
-            for kind in row.kinds
-        ],
+        _lines_by_kind(
+            information,
+            lambda kind: [*(_share(one) for one in kind.read), f"{kind.by_chance:.3f}"],
+        ),
     )
+
+
+def _lines_by_kind(
+    information: InformationLoss, describe: Callable[[KindInformation], list[str]]
+) -> list[list[str]]:
+    """Return a line for each kind of question of each row; `describe` gives its further cells."""
+    return [
+        [row.row_name, f"{kind.kind} ({kind.question_count:,})", *describe(kind)]
+        for row in information.rows
+        for kind in row.kinds
+    ]
 
 
 def _neighbours(information: InformationLoss) -> InformationTable:

@@ -151,7 +151,7 @@ def _information_kind(kind: KindInformation) -> dict[str, Any]:
         "chance": kind.by_chance,
         "wrong": kind.wrong_count,
         "losses": {
-            name: {"count": loss.count, "of_questions": _share_entry(loss.of_questions)}
+            name: {"count": loss.answers, "of_questions": _share_entry(loss.of_questions)}
             for name, loss in zip(LOSSES, kind.losses, strict=True)
         },
     }

@@ -22,6 +22,7 @@ from vlbench.text_files import read_csv
 FITTED_SHARE = 0.6
 """Of a stage's steps, those at its end that the line is fitted to."""
 MIN_POINTS = 3  # of a run's curve
+MIN_SEEDS = 3  # for a t test over runs
 NOTABLE_FALL = 0.15
 """Of the loss, over the last third of the steps. A cosine schedule that ends at 0 gives about 0.13
 to a run that more steps do not help (the tiny yivl_llava)."""
@@ -54,7 +55,7 @@ def find_fall(curves: Sequence[LossCurve]) -> float | None:
     fall = 1 - 1.5**mean_slope  # from two thirds of the steps to all of them
     if fall < NOTABLE_FALL:
         return None
-    if len(slopes) > MIN_POINTS - 1:
+    if len(slopes) >= MIN_SEEDS:
         degrees, error = len(slopes) - 1, float(slopes.std(ddof=1)) / math.sqrt(len(slopes))
     else:
         degrees = sum(fit.point_count - 2 for fit in known)

@@ -100,4 +100,9 @@ def join_names(names: Sequence[str], conjunction: str) -> str:
     """Return "a, b and c"; "N others" for more than `MAX_NAMED_ROWS`."""
     if len(names) > MAX_NAMED_ROWS:
         return f"{len(names)} others"
-    return f" {conjunction} ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    return join_words(names, conjunction)
+
+
+def join_words(words: Sequence[str], conjunction: str) -> str:
+    """Return "a, b and c"."""
+    return f" {conjunction} ".join(filter(None, [", ".join(words[:-1]), words[-1]]))

@@ -108,7 +108,8 @@ def _rows_and_statistics(task: MatchedTask) -> tuple[list[str], RowStatistics]:
         for row, by_seed in task.answers.items()
     }
     names = sorted(scores, key=lambda row: -scores[row].mean())
-    numbers = number_clusters([_clusters_of(task)[name] for name in task.questions])
+    clusters = _clusters_of(task)
+    numbers = number_clusters([clusters[name] for name in task.questions])
     return names, RowStatistics(np.stack([scores[name] for name in names]), numbers)
 
 

@@ -124,10 +124,11 @@ def _truncation_warning(rows: Sequence[ComparisonArm]) -> str:
         )
     if not set(told.values()) - {"nothing"}:
         return ""
-    is_alike = len(set(told.values())) == 1 and len(told) > 1
-    which = "From all rows alike" if is_alike else "From rows unequally" if told else ""
-    whom = next(iter(told.values())) if is_alike else _group_names(told)
-    return f"{which if len(rows) > 1 else ''} language.max_length cut off: {whom}.".strip()
+    values = set(told.values())
+    if len(told) > 1 and len(values) == 1:
+        return f"Cut off at language.max_length, in all rows alike: {values.pop()}."
+    unequally = ", unequally" if len(told) > 1 else ""
+    return f"Cut off at language.max_length{unequally}: {_group_names(told)}."
 
 
 def _first_weights_warnings(rows: Sequence[ComparisonArm]) -> Iterable[str]:

@@ -1,0 +1,60 @@
+"""The keys of recipes as a table for help, and the mapping of keys at a path for messages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from vlbench.config.schema import PartName, Recipe
+from vlbench.strict_values import is_section, kind_label, split_union, yaml_text
+
+
+class KeyRow(NamedTuple):
+    """One line of the table of keys."""
+
+    name: str
+    type: str
+    default: str
+    help: str
+
+
+def declared_keys(section: type[BaseModel] = Recipe) -> dict[str, FieldInfo]:
+    """Return the keys of a mapping as they are spelled in YAML."""
+    return {field.alias or name: field for name, field in section.model_fields.items()}
+
+
+def section_at(path: Sequence[int | str]) -> type[BaseModel]:
+    """Return the model of the mapping at a path of keys and list indices."""
+    kind: Any = Recipe
+    for part in path:
+        if is_section(kind):
+            kind = declared_keys(kind)[str(part)].annotation
+        else:  # the type of the items of a list or of a mapping with names of its own
+            kind = get_args(kind)[get_origin(kind) is dict]
+        kind = split_union(kind)[0]
+    assert is_section(kind)
+    return kind
+
+
+def key_rows(section: type[BaseModel] = Recipe, prefix: str = "") -> list[KeyRow]:
+    """Return the table of all keys in the order of this file, connector options left out."""
+    table: list[KeyRow] = []
+    for name, field in declared_keys(section).items():
+        kind, path, meaning = split_union(field.annotation)[0], prefix + name, field.description
+        if path == "connector":
+            table.append(KeyRow("connector.name", "str", "", "name of a connector (see list)"))
+            table.append(KeyRow("connector.OPTION", "", "", "option of that connector (see list)"))
+        elif prefix and name == "data":
+            table.append(KeyRow(f"{path}.KEY", "", "null", str(meaning)))
+        elif is_section(kind):
+            table += key_rows(kind, f"{path}.")
+        elif get_origin(kind) is dict:
+            holder = "PART" if get_args(kind)[0] is PartName else "NAME"
+            table += key_rows(get_args(kind)[1], f"{path}.{holder}.")
+        else:
+            default = "(needed)" if field.is_required() else yaml_text(field.default)
+            table.append(KeyRow(path, kind_label(field.annotation), default, str(meaning)))
+    return table
