@@ -21,19 +21,21 @@ from vlbench.data.chat_template import YI_VL
 from vlbench.data.scene_lattice import make_lattice_scene
 from vlbench.data.scene_lattice_text import COLUMN_NAMES, ROW_NAMES
 from vlbench.data.scene_painting import LETTERS
-from vlbench.data.scene_text import CHINESE_WORDS
+from vlbench.data.scene_text import CHINESE_WORDS, LANGUAGES
 from vlbench.data.scene_world import COLOURS, SHAPES, UNSEEN_PAIRS
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.miniatures import (
-    make_language_model,
     make_tokenizer,
     make_vision_encoder,
+    measure_language_model,
     measure_vision_encoder,
     training_images,
 )
 from vlbench.miniatures.__main__ import PART_FOLDERS
 from vlbench.miniatures.attention_init import initialize_attention
 from vlbench.miniatures.batch_encoding import encode_patches
+from vlbench.miniatures.text_encoding import MAX_OVERLAID_WORDS, compute_logits, encode_documents
+from vlbench.miniatures.text_skills import ANSWERS_PER_DOCUMENT, Skill, make_skill_document
 from vlbench.miniatures.told_pictures import (
     CELL_SEPARATOR,
     DOT_WORD,
@@ -41,7 +43,7 @@ from vlbench.miniatures.told_pictures import (
     OVERLAY_SEPARATOR,
     describe_raster,
 )
-from vlbench.miniatures.training_text import make_document, make_drill, make_facts
+from vlbench.miniatures.training_text import make_chat
 
 TINY = Path(vlbench.miniatures.__file__).parent
 MANIFEST = json.loads((TINY / "manifest.json").read_text(encoding="utf-8"))
@@ -149,11 +151,11 @@ def test_nothing_that_miniatures_learn_from_holds_an_unseen_pair() -> None:
         assert len({*captions}) == 36 and {one.open().size for one in near} == {(56, 56)}
         things = [one.scene.objects[0] for one in near]
         assert all(UNSEEN_PAIRS.get(t.colour) != t.shape for t in things)
+    skills = [Skill(name, language) for name in ANSWERS_PER_DOCUMENT for language in LANGUAGES]
     told = [
-        "".join(text for text, _ in make(seed, index)).replace(OVERLAY_SEPARATOR, "")
-        for make in (make_document, make_drill, make_facts)
-        for seed in (0, 1)
-        for index in range(150)
+        "".join(text for text, _ in make((4, 8), 0, index)).replace(OVERLAY_SEPARATOR, "")
+        for make in (make_chat, *(partial(make_skill_document, skill) for skill in skills))
+        for index in range(300 if make is make_chat else 15)
     ]
     assert sum("red star" in text for text in told) > 5
     for colour, shape in UNSEEN_PAIRS.items():
@@ -180,11 +182,9 @@ def test_words_over_one_another_stand_at_one_position(
 ) -> None:
     overlaid = OVERLAY_SEPARATOR.join((" red", " star", "2", "c"))
     text = f"{CELL_SEPARATOR}{overlaid}{CELL_SEPARATOR} .{CELL_SEPARATOR}\n the star is"
-    ids, weights = make_language_model.encode_documents(
-        tokenizer, [[(text, False), (" red", True)]]
-    )
+    ids, weights = encode_documents(tokenizer, [[(text, False), (" red", True)]])
     plain = [*tokenizer.encode(" ."), *tokenizer.encode("\n the star is red")]
-    assert ids.shape == (1, 1 + len(plain), make_language_model.MAX_OVERLAID_WORDS)
+    assert ids.shape == (1, 1 + len(plain), MAX_OVERLAID_WORDS)
     words = [tokenizer.encode(word)[0] for word in (" red", " star", "2", "c")]
     assert ids[0, 0].tolist() == [*words, -1]
     assert ids[0, 1:, 0].tolist() == plain and (ids[0, 1:, 1:] == -1).all()
@@ -192,21 +192,21 @@ def test_words_over_one_another_stand_at_one_position(
     with torch.no_grad():
         shuffled = ids[:, :, [0, 2, 1, 3, 4]]
         assert torch.allclose(
-            make_language_model.compute_logits(language, ids),
-            make_language_model.compute_logits(language, shuffled),
+            compute_logits(language, ids),
+            compute_logits(language, shuffled),
             atol=1e-5,
         )
 
 
 def test_perplexity(tokenizer: Tokenizer, language: LlamaForCausalLM) -> None:
-    measured = make_language_model.measure_perplexity(language, tokenizer)
+    measured = measure_language_model.measure_perplexity(language, tokenizer)
     assert measured <= 1.05 * MANIFEST["quality"]["language"]["perplexity"]
 
 
 def test_answers_about_scenes_told_in_words(
     tokenizer: Tokenizer, language: LlamaForCausalLM
 ) -> None:
-    figures = make_language_model.measure_text_answers(language, tokenizer, chats_per_type=100)
+    figures = measure_language_model.measure_text_answers(language, tokenizer, chats_per_type=100)
     recorded = MANIFEST["quality"]["language"]["text_answers"]
     for kind, share in figures["text_answers"].items():
         assert share >= recorded[kind] - 0.02, kind

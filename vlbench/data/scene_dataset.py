@@ -10,6 +10,7 @@ import random
 from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
 from vlbench.data.scene_albums import image_heading
 from vlbench.data.scene_families import (
+    CAPTION_WEIGHTS,
     DOT_SHARE,
     FAMILY_WEIGHTS,
     draw_family,
@@ -21,7 +22,6 @@ from vlbench.data.scene_text import LANGUAGES, pick_questions
 from vlbench.data.scene_world import IMAGE_SIDE
 
 CAPTION_PROMPTS = {"en": "Describe the picture.", "zh": "描述这张图片。"}
-CAPTION_WEIGHTS = {"gist": 30, "crowd": 50, "glyphs": 20}  # pictures by family
 SMALL_IMAGE_WEIGHTS = {"gist": 1}  # at fewer pixels than IMAGE_SIDE the rest cannot be seen
 
 

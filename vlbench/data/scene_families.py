@@ -4,7 +4,7 @@
 |---|---|---|
 | gist | one, with 1 to 4 large objects | colour, shape, count, position, relation |
 | crowd | one, with 6 to 16 objects | the colour of the star, the shape of what is red |
-| place | the same | what is right of the red star |
+| place | the same | what is right of the red star, with its row and column |
 | fine | the same, one object has a dot | which object |
 | glyphs | one, with 2 to 6 letters | which letters |
 | many | 2 to 4 of gist | colour, shape, position in one of them |
@@ -32,6 +32,7 @@ LATTICE_FAMILIES = ("crowd", "place", "fine")  # asked about the same pictures
 DOT_SHARE = 0.5  # share of the crowded training pictures in which an object has a dot
 # Training pictures by what is asked; "crowd" stands for the three families of the lattice.
 FAMILY_WEIGHTS = {"gist": 36, "crowd": 40, "glyphs": 12, "many": 12}
+CAPTION_WEIGHTS = {"gist": 30, "crowd": 50, "glyphs": 20}  # the same, of captions
 
 
 def family_of(question_type: str) -> str:

@@ -25,14 +25,20 @@ def coordinates(x: float, y: float, image_side: float) -> tuple[str, str]:
     return ROW_NAMES[row], COLUMN_NAMES[column]
 
 
+def coordinate_name(cell: int) -> str:
+    """Return the row and the column of a cell of the lattice: "3d"."""
+    row, column = divmod(cell, LATTICE)
+    return ROW_NAMES[row] + COLUMN_NAMES[column]
+
+
 def lattice_caption(scene: RenderedScene, language: str) -> str:
     """Return one sentence: every object in raster order, after its row and column: "1a red star".
 
     The object with a dot is named at the end.
     """
-    told = [f"{_coordinates_of(t)}{_named(t, language)}" for t in scene.objects]
+    told = [f"{coordinate_name(t.cell)}{_named(t, language)}" for t in scene.objects]
     told += [
-        f"圆点{_coordinates_of(t)}" if language == "zh" else f"dot {_coordinates_of(t)}"
+        f"圆点{coordinate_name(t.cell)}" if language == "zh" else f"dot {coordinate_name(t.cell)}"
         for t in scene.objects
         if t.has_dot
     ]
@@ -57,26 +63,39 @@ def list_crowd_questions(scene: RenderedScene, language: str) -> list[SceneQuest
 
 
 def list_place_questions(scene: RenderedScene, language: str) -> list[SceneQuestion]:
-    """Ask what is next to an object, on any side, whose colour and shape occur together once."""
+    """Ask what is next to an object, on any side, whose colour and shape occur together once.
+
+    The answer gives the neighbour's row and column and its name, as captions do: "3d blue heart".
+    """
     counts = Counter(t.colour_shape for t in scene.objects)
-    by_cell = {t.cell: t for t in scene.objects}
     asked = []
     for thing in scene.objects:
         if counts[thing.colour_shape] > 1:
             continue
-        row, column = divmod(thing.cell, LATTICE)
-        for side_en, side_zh, down, right in _SIDES:
-            beside = by_cell.get((row + down) * LATTICE + column + right)
-            if beside is None or not 0 <= column + right < LATTICE:
-                continue
-            name = object_name(thing, language)
+        name = object_name(thing, language)
+        for side, beside in list_neighbours(scene, thing, language):
+            told = f"{coordinate_name(beside.cell)}{_named(beside, language)}"
             if language == "zh":
-                text, answer = f"{name}的{side_zh}是什么？", f"{object_name(beside, 'zh')}。"
+                text, answer = f"{name}的{side}是什么？", f"{told}。"
             else:
-                text, answer = f"What is {side_en} the {name}?", f"A {object_name(beside, 'en')}."
+                text, answer = f"What is {side} the {name}?", f"{told}."
             pairs = (thing.colour_shape, beside.colour_shape)
             asked.append(SceneQuestion("place", language, text, answer, pairs))
     return asked
+
+
+def list_neighbours(
+    scene: RenderedScene, thing: SceneObject, language: str
+) -> list[tuple[str, SceneObject]]:
+    """List the objects next to one, each after the name of its side: "to the left of"."""
+    by_cell = {t.cell: t for t in scene.objects}
+    row, column = divmod(thing.cell, LATTICE)
+    return [
+        (side_zh if language == "zh" else side_en, by_cell[cell])
+        for side_en, side_zh, down, right in _SIDES
+        if 0 <= column + right < LATTICE
+        and (cell := (row + down) * LATTICE + column + right) in by_cell
+    ]
 
 
 def list_fine_questions(scene: RenderedScene, language: str) -> list[SceneQuestion]:
@@ -97,8 +116,3 @@ def list_fine_questions(scene: RenderedScene, language: str) -> list[SceneQuesti
 def _named(thing: SceneObject, language: str) -> str:
     name = object_name(thing, language)
     return name if language == "zh" else f" {name}"
-
-
-def _coordinates_of(thing: SceneObject) -> str:
-    row, column = divmod(thing.cell, LATTICE)
-    return ROW_NAMES[row] + COLUMN_NAMES[column]
