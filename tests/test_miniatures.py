@@ -25,6 +25,7 @@ from vlbench.data.scene_text import CHINESE_WORDS, LANGUAGES
 from vlbench.data.scene_world import COLOURS, SHAPES, UNSEEN_PAIRS
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.miniatures import (
+    make_language_model,
     make_tokenizer,
     make_vision_encoder,
     measure_language_model,

@@ -95,7 +95,9 @@ def test_what_is_beside_an_object_follows_from_positions() -> None:
             side, colour, shape = re.fullmatch(r"What is (.*) the (\w+) (\w+)\?", q.text).groups()
             [(x, y)] = [at for at, pair in grid.items() if pair == (colour, shape)]
             across, down = steps[side]
-            assert q.answer == f"A {' '.join(grid[x + across, y + down])}."
+            there = x + across, y + down
+            name = f"{there[1] + 1}{'abcd'[there[0]]} {' '.join(grid[there])}"
+            assert q.answer == f"{name}."
             met[side] += 1
     assert min(met.values()) > 0.2 * max(met.values()) and len(met) == 4
 

@@ -3,7 +3,7 @@
 With random weights a small transformer soon learns which words occur in a text, and then needs
 thousands of steps to learn which of them belong together. Here the attention begins with the
 structure of trained models ("mimetic" initialisation: Trockman & Kolter, 2023, arXiv:2305.09828):
-heads of the first layer attend one to four tokens back, heads of later layers attend to
+heads of the first layer attend one, two and three tokens back, heads of later layers attend to
 tokens with similar hidden states, and values are copied to the output. All of it is then trained.
 """
 
@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 EMBEDDING_STD, SHARED_SCALE = 0.5, 0.25
 # scale of the query-key product that favours similar states, and of the value-output copy
 SIMILARITY_STRENGTH, COPY_STRENGTH = 1.0, 0.7
-LOOK_BACK_DISTANCES = (1, 2, 3, 4)  # tokens back, for the heads of the first layer
+LOOK_BACK_DISTANCES = (1, 2, 3)  # tokens back, for the first heads of the first layer
 # rotary pairs that distinguish neighbouring positions; pairs from the second number on are nearly
 # constant over a context
 FAST_ROTARY_PAIRS, FIRST_SLOW_PAIR = 4, 5

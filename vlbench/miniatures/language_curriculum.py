@@ -32,7 +32,7 @@ ADAMW_LR, MUON_LR = 2e-3, 0.02  # peaks; AdamW: embeddings, head, norms; Muon: m
 MASTERY = 0.95  # share of right answers at which a lesson ends
 NEW_SHARE = 0.5  # of the documents of a step, for the skills of the lesson
 LEAST_WEIGHT = 0.03  # of a skill without mistakes, when known ones are repeated
-WARM_UP_STEPS, LAST_LR_SCALE = 30, 0.01
+LAST_LR_SCALE = 0.01  # at the end of a decay
 _ANSWERS_OF_MEAN = 400  # answers that the running share of right ones looks back on
 
 
@@ -45,11 +45,12 @@ class Lesson:
     grids: tuple[int, ...] = (4,)  # cells along a side of rasters, each as often
     lr_scale: float = 1.0  # share of the peak learning rates
     chat_share: float = 0.0  # of the documents
+    warm_up_steps: int = 0
     decay_share: float = 0.0  # of the steps, at the end, over which the learning rate falls
 
     def lr_factor(self, step: int) -> float:
         """Return the learning rate at a step, relative to its peak."""
-        warm = min(1.0, (step + 1) / WARM_UP_STEPS)
+        warm = min(1.0, (step + 1) / self.warm_up_steps) if self.warm_up_steps else 1.0
         decay_steps = self.decay_share * self.max_steps
         fallen = max(0.0, step - self.max_steps + decay_steps) / decay_steps if decay_steps else 0.0
         wave = LAST_LR_SCALE + (1 - LAST_LR_SCALE) * (0.5 + 0.5 * math.cos(math.pi * fallen))
@@ -61,10 +62,10 @@ def _single_lessons(language: str, steps: dict[str, int]) -> list[Lesson]:
 
 
 CURRICULUM = (
+    Lesson((Skill("what", "en"),), 200, warm_up_steps=50),
     *_single_lessons(
         "en",
         {
-            "what": 200,
             "where": 400,
             "crowd": 400,
             "beside": 400,
@@ -104,6 +105,7 @@ class SkillScores:
 
 def teach_lesson(
     model: LlamaForCausalLM,
+    optimizers: Sequence[torch.optim.Optimizer],
     tokenizer: CachedTokenizer,
     lesson: Lesson,
     number: int,
@@ -114,13 +116,13 @@ def teach_lesson(
 
     Args:
         model: Trained in place.
+        optimizers: Those of `build_optimizers`; they go on from lesson to lesson.
         tokenizer: Of the documents.
         lesson: What is taught.
         number: Of the lesson; with the step it determines the documents.
         scores: Of the skills known so far; those of the lesson are added.
         log: Takes lines of progress.
     """
-    optimizers = _build_optimizers(model)
     known, start = list(scores.shares), time.monotonic()
     scores.shares.update(dict.fromkeys(lesson.skills, 0.0))
     for step in range(lesson.max_steps):
@@ -132,9 +134,8 @@ def teach_lesson(
             _make_document(skill, lesson, number, step * DOCUMENTS_PER_STEP + place)
             for place, skill in enumerate(skills)
         ]
-        loss, answered = _train_step(
-            model, tokenizer, optimizers, lesson.lr_factor(step), documents
-        )
+        _set_learning_rates(optimizers, lesson.lr_factor(step))
+        loss, answered = _train_step(model, tokenizer, optimizers, documents)
         for skill, answers in zip(skills, answered, strict=True):
             if skill and answers:
                 scores.update(skill, sum(answers), len(answers))
@@ -208,7 +209,7 @@ def _right_answers(is_answer: Tensor, is_right: Tensor) -> list[list[bool]]:
     return found
 
 
-def _build_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     """Return Muon (Jordan et al., 2024) for the layers' matrices and AdamW for the rest."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}

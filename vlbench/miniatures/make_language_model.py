@@ -12,7 +12,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from vlbench.data.sample_encoding import CachedTokenizer
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.miniatures.attention_init import initialize_attention
-from vlbench.miniatures.language_curriculum import CURRICULUM, SkillScores, teach_lesson
+from vlbench.miniatures.language_curriculum import (
+    CURRICULUM,
+    SkillScores,
+    build_optimizers,
+    teach_lesson,
+)
 from vlbench.miniatures.make_tokenizer import VOCAB_SIZE
 from vlbench.miniatures.measure_language_model import measure_perplexity, measure_text_answers
 
@@ -46,8 +51,9 @@ def create_language_model(
     model.set_attn_implementation("eager")  # on CPUs the fused kernel's backward is slower
     initialize_attention(model)
     start, scores, memo = time.monotonic(), SkillScores(), CachedTokenizer(tokenizer)
+    optimizers = build_optimizers(model)
     for number, lesson in enumerate(CURRICULUM):
-        teach_lesson(model, memo, lesson, number, scores, log)
+        teach_lesson(model, optimizers, memo, lesson, number, scores, log)
     seconds = time.monotonic() - start
     model.half().save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)

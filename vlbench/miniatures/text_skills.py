@@ -39,11 +39,11 @@ class Skill(NamedTuple):
 
 
 ANSWERS_PER_DOCUMENT = {
-    "what": 16,
-    "where": 16,
+    "what": 12,
+    "where": 12,
     "beside": 12,
     "caption": 2,
-    "crowd": 14,
+    "crowd": 12,
     "place": 7,
     "fine": 5,
     "position": 12,
@@ -54,7 +54,7 @@ ANSWERS_PER_DOCUMENT = {
     "glyphs": 6,
     "many": 8,
 }
-"""All skills; so many answers make documents about 150 tokens long, which are batched together."""
+"""All skills; so many answers make documents about 130 tokens long, which are batched together."""
 
 FACT_SKILLS = ("what", "where", "beside")
 _SEVERAL_PICTURES = ("fine", "glyphs", "caption")  # one answer a picture
