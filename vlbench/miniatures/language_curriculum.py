@@ -27,7 +27,7 @@ from vlbench.miniatures.text_skills import (
 )
 from vlbench.miniatures.training_text import make_chat
 
-DOCUMENTS_PER_STEP = 32  # documents in an optimizer step
+DOCUMENTS_PER_STEP = 80  # documents in an optimizer step
 ADAMW_LR, MUON_LR = 2e-3, 0.02  # peaks; AdamW: embeddings, head, norms; Muon: matrices
 MASTERY = 0.95  # share of right answers at which a lesson ends
 NEW_SHARE = 0.5  # of the documents of a step, for the skills of the lesson

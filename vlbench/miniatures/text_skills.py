@@ -1,8 +1,7 @@
 """Skills that the miniature language model learns from text, each from documents of its own.
 
-A document of a skill is one or several pictures told in words and many short answers about them:
-either facts ("the red star at 3c.") or the questions that are asked of images. Almost all of what
-is read back is answer, so a single skill is learned in a few hundred steps.
+A document of a skill is one picture, or an album, told in words and a few short answers about it:
+either facts ("the red star at 3c.") or the questions that are asked of images.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from vlbench.data.scene_families import (
     picture_caption,
 )
 from vlbench.data.scene_lattice_text import coordinate_name, list_neighbours
-from vlbench.data.scene_letters import LETTER_GRID, list_letter_questions, make_letter_scene
-from vlbench.data.scene_text import SceneQuestion, draw_question, object_name
+from vlbench.data.scene_letters import LETTER_GRID
+from vlbench.data.scene_text import draw_question, object_name
 from vlbench.data.scene_world import RenderedScene
-from vlbench.miniatures.told_pictures import describe_in_rasters, describe_line, describe_raster
+from vlbench.miniatures.told_pictures import describe_in_rasters, describe_line
 
 TEXT_SCENE_STREAM = "words"  # stream of scenes; the images of fit come from others
 TextPiece = tuple[str, bool]  # text, and whether it is supervised
@@ -39,25 +38,26 @@ class Skill(NamedTuple):
 
 
 ANSWERS_PER_DOCUMENT = {
-    "what": 12,
-    "where": 12,
-    "beside": 12,
-    "caption": 2,
-    "crowd": 12,
-    "place": 7,
-    "fine": 5,
-    "position": 12,
-    "colour": 14,
-    "shape": 14,
-    "relation": 9,
-    "count": 13,
-    "glyphs": 6,
-    "many": 8,
+    "what": 5,
+    "where": 5,
+    "beside": 5,
+    "crowd": 4,
+    "place": 4,
+    "position": 4,
+    "colour": 4,
+    "shape": 4,
+    "relation": 4,
+    "count": 4,
+    "fine": 1,
+    "caption": 1,
+    "glyphs": 1,
+    "many": 4,
 }
-"""All skills; so many answers make documents about 130 tokens long, which are batched together."""
+"""All skills. At most so many answers about a picture, all different: if questions come again, a
+language model learns to repeat the answer, and reads no picture."""
 
 FACT_SKILLS = ("what", "where", "beside")
-_SEVERAL_PICTURES = ("fine", "glyphs", "caption")  # one answer a picture
+_LATTICE_SKILLS = (*FACT_SKILLS, "crowd", "place", "fine")
 _SEARCH_STRIDE = 10_000_019  # to the next picture where one cannot be asked about
 
 
@@ -66,71 +66,58 @@ def make_skill_document(
 ) -> list[TextPiece]:
     """Make document `index` of a skill; rasters have one of `grids` cells along a side."""
     rng = random.Random(f"{skill.name}/{skill.language}/{seed}/{index}")
-    grid, count = rng.choice(grids), ANSWERS_PER_DOCUMENT[skill.name]
-    if skill.name in _SEVERAL_PICTURES:
-        return [
-            piece
-            for number in range(count)
-            for piece in _one_answer(rng, skill, grid, seed, index * count + number)
-        ]
+    grid = rng.choice(grids)
     while True:
-        family = _picture_family(skill.name)
-        has_dot = rng.random() < DOT_SHARE
+        has_dot = skill.name == "fine" or rng.random() < DOT_SHARE
+        family = _picture_family(rng, skill.name)
         pictures = make_pictures(family, TEXT_SCENE_STREAM, seed, index, has_dot)
-        answers = _list_answers(rng, pictures, skill, count)
+        answers = _draw_answers(rng, pictures, skill)
         if answers:
-            told = describe_in_rasters(pictures, skill.language, grid)
-            return [(told, False), *answers]
+            return [(_describe(rng, pictures, skill, grid), False), *answers]
         index += _SEARCH_STRIDE
 
 
-def _picture_family(skill_name: str) -> str:
-    if skill_name in (*FACT_SKILLS, "crowd", "place"):
+def _picture_family(rng: random.Random, skill_name: str) -> str:
+    if skill_name == "caption":
+        return draw_family(rng, CAPTION_WEIGHTS)
+    if skill_name in _LATTICE_SKILLS:
         return "crowd"
-    return "many" if skill_name == "many" else "gist"
+    return skill_name if skill_name in ("glyphs", "many") else "gist"
 
 
-def _list_answers(
-    rng: random.Random, pictures: Sequence[RenderedScene], skill: Skill, count: int
+def _describe(
+    rng: random.Random, pictures: Sequence[RenderedScene], skill: Skill, grid: int
+) -> str:
+    """Tell pictures as rasters; of letters, which have a cell each, often only their line."""
+    if pictures[0].grid != LETTER_GRID:
+        return describe_in_rasters(pictures, skill.language, grid)
+    if rng.random() < WHOLE_RASTER_SHARE:
+        return describe_in_rasters(pictures, skill.language, LETTER_GRID)
+    return describe_line(pictures[0]) + "\n"
+
+
+def _draw_answers(
+    rng: random.Random, pictures: Sequence[RenderedScene], skill: Skill
 ) -> list[TextPiece]:
-    """Draw `count` answers about the pictures, with repeats; none if the skill does not apply."""
+    """Draw different answers about the pictures; none if the skill does not apply to them."""
+    count = ANSWERS_PER_DOCUMENT[skill.name]
+    if skill.name == "caption":
+        return [(picture_caption(pictures[0], skill.language) + "\n", True)]
     if skill.name in FACT_SKILLS:
         facts = list_facts(pictures[0], skill)
-        drawn = rng.choices(facts, k=count) if facts else []
+        end = "。" if skill.language == "zh" else "."
         return [
             piece
-            for about, told in drawn
-            for piece in ((about, False), (told, True), (_full_stop(skill.language), False))
+            for about, told in rng.sample(facts, min(count, len(facts)))
+            for piece in ((about, False), (told, True), (end, False))
         ]
-    asked = [q for q in list_picture_questions(pictures, skill.language) if q.type == skill.name]
-    if not asked:
-        return []
-    return [piece for _ in range(count) for piece in _question_pieces(draw_question(rng, asked))]
-
-
-def _one_answer(
-    rng: random.Random, skill: Skill, grid: int, seed: int, index: int
-) -> list[TextPiece]:
-    """Tell one picture and its only answer: its caption, its letters, or what has a dot."""
-    if skill.name == "glyphs":
-        scene = make_letter_scene(TEXT_SCENE_STREAM, seed, index)
-        is_whole = rng.random() < WHOLE_RASTER_SHARE
-        told = describe_raster(scene, LETTER_GRID) if is_whole else describe_line(scene)
-        [asked] = list_letter_questions(scene, skill.language)
-        return [(f"{told}\n", False), *_question_pieces(asked)]
-    is_caption = skill.name == "caption"
-    family = draw_family(rng, CAPTION_WEIGHTS) if is_caption else "fine"
-    has_dot = not is_caption or rng.random() < DOT_SHARE
-    pictures = make_pictures(family, TEXT_SCENE_STREAM, seed, index, has_dot)
-    told = describe_in_rasters(pictures, skill.language, max(grid, pictures[0].grid))
-    if is_caption:
-        return [(told, False), (picture_caption(pictures[0], skill.language) + "\n", True)]
-    [asked] = [q for q in list_picture_questions(pictures, skill.language) if q.type == skill.name]
-    return [(told, False), *_question_pieces(asked)]
-
-
-def _question_pieces(asked: SceneQuestion) -> list[TextPiece]:
-    return [(asked.text, False), (f" {asked.answer}", True), ("\n", False)]
+    left = [q for q in list_picture_questions(pictures, skill.language) if q.type == skill.name]
+    pieces = list[TextPiece]()
+    for _ in range(min(count, len(left))):
+        asked = draw_question(rng, left)
+        left.remove(asked)
+        pieces += [(asked.text, False), (f" {asked.answer}", True), ("\n", False)]
+    return pieces
 
 
 def list_facts(scene: RenderedScene, skill: Skill) -> list[tuple[str, str]]:
@@ -169,7 +156,3 @@ def list_facts(scene: RenderedScene, skill: Skill) -> list[tuple[str, str]]:
 
 def _told(text: str, is_chinese: bool) -> str:
     return text if is_chinese else f" {text}"
-
-
-def _full_stop(language: str) -> str:
-    return "。" if language == "zh" else "."
