@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import random
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from transformers import LlamaForCausalLM
 
 import vlbench.miniatures
 from vlbench.data.chat_template import YI_VL
+from vlbench.data.sample_encoding import CachedTokenizer
 from vlbench.data.scene_lattice import make_lattice_scene
 from vlbench.data.scene_lattice_text import COLUMN_NAMES, ROW_NAMES
 from vlbench.data.scene_painting import LETTERS
@@ -25,6 +27,7 @@ from vlbench.data.scene_text import CHINESE_WORDS, LANGUAGES
 from vlbench.data.scene_world import COLOURS, SHAPES, UNSEEN_PAIRS
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.miniatures import (
+    language_curriculum,
     make_language_model,
     make_tokenizer,
     make_vision_encoder,
@@ -166,6 +169,48 @@ def test_nothing_that_miniatures_learn_from_holds_an_unseen_pair() -> None:
             f"{CHINESE_WORDS[colour]}{CHINESE_WORDS[shape]}",
         )
         assert not any(pair in text for pair in pairs for text in told)
+
+
+def test_no_answer_of_a_document_can_be_copied_from_an_earlier_one() -> None:
+    for name, most in ANSWERS_PER_DOCUMENT.items():
+        for language_name in LANGUAGES:
+            skill = Skill(name, language_name)
+            for index in range(20):
+                [_, *pieces] = make_skill_document(skill, (4,), 0, index)
+                asked = [
+                    about
+                    for (about, is_given), (_, is_told) in itertools.pairwise(
+                        [("", False), *pieces]
+                    )
+                    if is_told and not is_given
+                ]
+                assert 1 <= len(asked) <= most and len({*asked}) == len(asked), skill
+
+
+def test_a_lesson_ends_when_its_skills_are_known(tokenizer: Tokenizer, monkeypatch) -> None:
+    scores, told = language_curriculum.SkillScores(), []
+    old, new = Skill("colour", "en"), Skill("shape", "en")
+    scores.shares[old] = 0.9
+    met = Counter[Skill]()
+
+    def make_document(skill: Skill, *_: object) -> list[tuple[str, bool]]:
+        met[skill] += 1
+        return [("the star is", False), (" red", True)]
+
+    monkeypatch.setattr(language_curriculum, "make_skill_document", make_document)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(make_language_model.language_model_config())
+    language_curriculum.teach_lesson(
+        model,
+        language_curriculum.build_optimizers(model),
+        CachedTokenizer(tokenizer),
+        language_curriculum.Lesson((new,), 200),
+        0,
+        scores,
+        told.append,
+    )
+    assert 0.95 <= scores.shares[new] <= 1 and int(told[-1].split()[3]) < 100
+    assert met[new] == met[old]  # half of the documents are for what is new
 
 
 def test_no_odd_colour_could_pass_for_that_of_an_unseen_pair() -> None:
