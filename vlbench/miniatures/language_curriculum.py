@@ -29,10 +29,12 @@ from vlbench.miniatures.training_text import make_chat
 
 DOCUMENTS_PER_STEP = 80  # documents in an optimizer step
 ADAMW_LR, MUON_LR = 2e-3, 0.02  # peaks; AdamW: embeddings, head, norms; Muon: matrices
+MUON_WEIGHT_DECAY = 0.1  # as in Moonlight (arXiv:2502.16982): later lessons are learned more easily
 MASTERY = 0.95  # share of right answers at which a lesson ends
 NEW_SHARE = 0.5  # of the documents of a step, for the skills of the lesson
 LEAST_WEIGHT = 0.03  # of a skill without mistakes, when known ones are repeated
 LAST_LR_SCALE = 0.01  # at the end of a decay
+_DOCUMENTS_PER_BATCH = 16  # that are computed at once
 _ANSWERS_OF_MEAN = 400  # answers that the running share of right ones looks back on
 
 
@@ -172,16 +174,28 @@ def _train_step(
     documents: Sequence[Sequence[TextPiece]],
 ) -> tuple[float, list[list[bool]]]:
     """Return the loss, and for each document which of its answers were right to the last token."""
-    ids, weights = encode_documents(tokenizer, documents)
-    with torch.autocast("cpu", torch.bfloat16):
-        is_answer, logits, answers = answer_logits(model, ids, weights)
-        loss = torch.nn.functional.cross_entropy(logits, answers)
+    order = sorted(range(len(documents)), key=lambda at: sum(len(t) for t, _ in documents[at]))
+    answered: list[list[bool]] = [[] for _ in documents]
+    loss_sum, token_count = 0.0, 0
     model.zero_grad()
-    loss.backward()
+    for first in range(0, len(order), _DOCUMENTS_PER_BATCH):  # of about the same length
+        chosen = order[first : first + _DOCUMENTS_PER_BATCH]
+        ids, weights = encode_documents(tokenizer, [documents[at] for at in chosen])
+        with torch.autocast("cpu", torch.bfloat16):
+            is_answer, logits, answers = answer_logits(model, ids, weights)
+            loss = torch.nn.functional.cross_entropy(logits, answers, reduction="sum")
+        loss.backward()
+        loss_sum, token_count = loss_sum + loss.item(), token_count + len(answers)
+        right = _right_answers(is_answer, logits.argmax(-1) == answers)
+        for at, runs in zip(chosen, right, strict=True):
+            answered[at] = runs
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        parameter.grad /= token_count
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         optimizer.step()
-    return loss.item(), _right_answers(is_answer, logits.argmax(-1) == answers)
+    return loss_sum / token_count, answered
 
 
 def _set_learning_rates(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> None:
@@ -215,7 +229,7 @@ def build_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
     optimizers = [
-        torch.optim.Muon(matrices, lr=MUON_LR, weight_decay=0.01),
+        torch.optim.Muon(matrices, lr=MUON_LR, weight_decay=MUON_WEIGHT_DECAY),
         torch.optim.AdamW(others, lr=ADAMW_LR, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     for optimizer in optimizers:
