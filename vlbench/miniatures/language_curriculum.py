@@ -1,8 +1,7 @@
-"""The curriculum of the language miniature: one new skill at a time, mastered before the next.
+"""The curriculum of the language miniature: answers to all kinds of questions, then conversations.
 
-A mixture of everything is learned slowly, because each skill is then a small share of a step: with
-half of each step for one new skill, and the rest for those that are known, by how often they still
-fail, a skill takes 100 to 300 steps. A last lesson mixes all with conversations.
+Each document asks about one skill (`text_skills`). How often a skill comes follows how often its
+answers are still wrong: easy ones are soon rare.
 """
 
 from __future__ import annotations
@@ -59,34 +58,20 @@ class Lesson:
         return self.lr_scale * warm * wave
 
 
-def _single_lessons(language: str, steps: dict[str, int]) -> list[Lesson]:
-    return [Lesson((Skill(name, language),), most) for name, most in steps.items()]
-
-
-CURRICULUM = (
-    Lesson((Skill("what", "en"),), 200, warm_up_steps=50),
-    *_single_lessons(
-        "en",
-        {
-            "where": 400,
-            "crowd": 400,
-            "beside": 400,
-            "place": 400,
-            "position": 300,
-            "colour": 200,
-            "shape": 200,
-            "relation": 400,
-            "count": 500,
-            "fine": 200,
-            "caption": 300,
-            "glyphs": 500,
-            "many": 400,
-        },
-    ),
-    Lesson(tuple(Skill(name, "zh") for name in ANSWERS_PER_DOCUMENT), 1200),
-    Lesson((), 900, grids=(4, 8), chat_share=0.3, decay_share=0.7),
+CAPTIONS = tuple(Skill("caption", language) for language in LANGUAGES)
+ANSWERS = tuple(
+    Skill(name, language)
+    for language in LANGUAGES
+    for name in ANSWERS_PER_DOCUMENT
+    if name != "caption"
 )
-"""Small rasters first: they are read in a quarter of the time."""
+CURRICULUM = (
+    Lesson(ANSWERS, 1600, warm_up_steps=50),
+    Lesson(CAPTIONS, 100),
+    Lesson((), 400, grids=(4, 8), chat_share=0.3, decay_share=0.7),
+)
+"""Small rasters first: they are read in a quarter of the time. All answers are learned at once, from
+the beginning: what comes after some hundred steps of other skills is learned many times more slowly."""
 
 
 @dataclass
