@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from vlbench.data.sample_encoding import CachedTokenizer
+from vlbench.data.scene_text import LANGUAGES
 from vlbench.miniatures.text_encoding import answer_logits, encode_documents
 from vlbench.miniatures.text_skills import (
     ANSWERS_PER_DOCUMENT,
@@ -70,8 +71,8 @@ CURRICULUM = (
     Lesson(CAPTIONS, 100),
     Lesson((), 400, grids=(4, 8), chat_share=0.3, decay_share=0.7),
 )
-"""Small rasters first: they are read in a quarter of the time. All answers are learned at once, from
-the beginning: what comes after some hundred steps of other skills is learned many times more slowly."""
+"""Small rasters first: they are read in a quarter of the time. All answers are learned at once and
+from the beginning: after some hundred steps of other skills, new ones take many times longer."""
 
 
 @dataclass
