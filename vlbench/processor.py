@@ -102,7 +102,12 @@ class Processor:
                 f"{text.count(IMAGE_PLACEHOLDER)} image placeholders for {len(sample.images)} "
                 "images"
             )
-        pieces = tokenize_pieces([(text, False)], self.tokenizer, self.tokens_per_image)
+        pieces = tokenize_pieces(
+            [(text, False)],
+            self.tokenizer,
+            self.tokens_per_image,
+            self.template.has_all_tokens,
+        )
         input_ids = [token_id for piece_ids, _ in pieces for token_id in piece_ids]
         if len(input_ids) >= self.max_positions:
             raise ConversationTooLong(

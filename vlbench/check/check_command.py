@@ -24,9 +24,10 @@ from vlbench.check.sample_checks import (
 )
 from vlbench.check.supervision_audit import AuditSample, choose_samples, render_audit
 from vlbench.config.schema import Recipe
-from vlbench.data.chat_template import CHAT_TEMPLATES, ChatTemplate
+from vlbench.data.chat_template import ChatTemplate
 from vlbench.data.conversation_files import LlavaJson
 from vlbench.data.image_processing import ImageTransform
+from vlbench.data.own_template import bind_template
 from vlbench.data.sample import Sample, SampleSource
 from vlbench.data.sample_encoding import CachedTokenizer, SampleEncoder
 from vlbench.data.shards import WebDatasetShards
@@ -66,7 +67,7 @@ def run_check(recipe: Recipe, folder: Path) -> int:
     except OSError as error:
         raise explain_unwritable(error, f"out={folder}") from error
     tokenizer = Tokenizer.load(tokenizer_folder(recipe.language.weights))
-    template = CHAT_TEMPLATES[recipe.language.template].bind_eos(tokenizer.eos_token)
+    template = bind_template(recipe.language.template, tokenizer)
     workers = recipe.data.workers or os.cpu_count() or 1
     checked_sources = [
         _check_source(source, workers, template) for source in _unique_sources(stage_runs)

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig
 
 from vlbench.compat.torch_internals import make_flop_counter
 from vlbench.data.packing import PackedBatch
+from vlbench.model.decoder_families import DecoderConfig
 from vlbench.model.vlm import VLM
 
 PROBE_POSITIONS = 64  # positions over which an injected layer is counted
@@ -79,9 +79,11 @@ def count_step_flops(vlm: VLM) -> StepFlops:
     )
 
 
-def head_width(config: LlamaConfig) -> int:
+def head_width(config: DecoderConfig) -> int:
     """Return the width of an attention head of a language model."""
-    width: int = config.head_dim or config.hidden_size // config.num_attention_heads
+    width: int = (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
     return width
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from vlbench.config.overrides import format_override
 from vlbench.config.schema import Recipe
 from vlbench.data.data_sources import SCENES_SOURCE
+from vlbench.model.decoder_families import family_label
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.text_files import format_json
 from vlbench.text_tables import markdown_text
@@ -126,7 +127,7 @@ def _describe_parts(vlm: LoadedVLM) -> list[str]:
         f"ViT, {len(vlm.vision.blocks())} blocks, {vlm.vision.feature_width} wide; output of block "
         f"{vlm.vision.layer}",
         f"{type(vlm.connector).__name__}, {options}" if options else type(vlm.connector).__name__,
-        f"Llama, {config.num_hidden_layers} layers, {config.hidden_size} wide",
+        f"{family_label(config)}, {config.num_hidden_layers} layers, {config.hidden_size} wide",
     ]
 
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
     GenerationConfig,
-    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -26,21 +25,24 @@ from transformers import (
 from transformers.utils import logging
 
 from vlbench.compat.transformers_internals import pil_llava_image_processor
-from vlbench.data.chat_template import ChatTemplate
 from vlbench.data.sample import ChatTurn
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import UserError
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import clip_layouts
-from vlbench.model.weights.hf_llava_layout import LINEAR_ACTIVATION, VISION_PREFIXES
+from vlbench.model.weights.exported_template import IMAGE_TOKEN, to_jinja_template
+from vlbench.model.weights.hf_llava_layout import (
+    LINEAR_ACTIVATION,
+    VISION_PREFIXES,
+    refuse_divided_logits,
+)
 from vlbench.model.weights.llava_projector import projector_depth_and_norm, require_projector
 from vlbench.model.weights.release_files import collect_part_states
 from vlbench.model.weights.tensor_files import cast_floating
 from vlbench.text_files import format_json, read_config_bytes, read_json
 
 LAYOUT_NAME = "transformers' LLaVA"
-IMAGE_TOKEN = "<image>"
 
 
 def write_hf_llava(vlm: LoadedVLM, folder: Path, dtype: torch.dtype | None) -> None:
@@ -58,6 +60,7 @@ def write_hf_llava(vlm: LoadedVLM, folder: Path, dtype: torch.dtype | None) -> N
         )
     if vlm.vision.norm:
         raise UserError("vision.norm is true, which this layout cannot say; use format=vlbench")
+    refuse_divided_logits(vlm.language.config, "the language model")
     processor = build_llava_processor(vlm)
     image_id = processor.image_token_id
     vocab_size = max(image_id + 1, vlm.language.config.vocab_size)
@@ -113,7 +116,7 @@ def build_llava_config(vlm: VLM, image_id: int, vocab_size: int) -> LlavaConfig:
     language = {**vlm.language.config.to_dict(), "vocab_size": vocab_size}
     return LlavaConfig(
         vision_config=CLIPVisionConfig(**clip_layouts.to_hf_vision_config(vlm.vision.visual)),
-        text_config=LlamaConfig(**language),
+        text_config=type(vlm.language.config)(**language),
         image_token_index=image_id,
         image_seq_length=vlm.shapes.patches,
         projector_hidden_act="gelu" if depth == 2 else LINEAR_ACTIVATION,
@@ -209,35 +212,3 @@ def _set_left_padding(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> No
     pad = tokenizer.pad_token_id
     if pad is None or pad >= vocab_size:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-
-
-def to_jinja_template(template: ChatTemplate) -> str:
-    """Return a Jinja chat template that writes what `ChatTemplate` writes."""
-    text = (
-        "{%- macro text(content) -%}"
-        "{%- if content is string -%}{{ content }}{%- else -%}"
-        "{%- for part in content -%}"
-        "{%- if not loop.first and not (part['type'] == 'image' and "
-        "loop.previtem['type'] == 'image') -%}{{ '\\n' }}{%- endif -%}"
-        f"{{{{ {IMAGE_TOKEN!r} if part['type'] == 'image' else part['text'] }}}}"
-        "{%- endfor -%}{%- endif -%}"
-        "{%- endmacro -%}"
-        "{%- if messages[0]['role'] == 'system' -%}"
-        "{%- set system = text(messages[0]['content']) -%}{%- set turns = messages[1:] -%}"
-        "{%- else -%}"
-        f"{{%- set system = {template.system!r} -%}}{{%- set turns = messages -%}}"
-        "{%- endif -%}"
-    )
-    head = f"{{{{ {template.before_system!r} + system + {template.after_system!r} }}}}"
-    text += f"{{%- if system -%}}{head}{{%- endif -%}}" if template.before_system else head
-    return text + (
-        "{%- for turn in turns -%}"
-        "{%- if turn['role'] == 'user' -%}"
-        f"{{{{ {template.before_human!r} + text(turn['content']) + {template.before_answer!r} }}}}"
-        "{%- else -%}"
-        f"{{{{ {template.answer_start!r} + text(turn['content']) | trim + "
-        f"{template.answer_end!r} }}}}"
-        f"{{%- if not loop.last -%}}{{{{ {template.after_answer!r} }}}}{{%- endif -%}}"
-        "{%- endif -%}"
-        "{%- endfor -%}"
-    )

@@ -13,6 +13,7 @@ from torch import nn
 
 from vlbench.data.image_processing import ImageTransform
 from vlbench.errors import UserError
+from vlbench.model.decoder_families import family_label
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.weights import clip_layouts, template_detection, yi_vl_layout
 from vlbench.model.weights.llava_projector import projector_depth_and_norm, require_projector
@@ -81,6 +82,11 @@ def _check_exportable(vlm: LoadedVLM) -> None:
             f"language.template is {vlm.processor.template.name}, and the authors' code knows "
             "yi_vl alone; "
             "format=hf_llava carries the template, format=vlbench everything"
+        )
+    if vlm.language.config.model_type != "llama":
+        raise UserError(
+            f"the language model is of the family {family_label(vlm.language.config)}, and the "
+            "authors' code knows Llama's alone; format=hf_llava or format=vlbench hold it"
         )
     if vlm.vision.norm:
         raise UserError("vision.norm is true, which this layout cannot say; use format=vlbench")

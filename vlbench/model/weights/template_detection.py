@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vlbench.model.weights.exported_template import OWN_TEMPLATE_MARK
 from vlbench.text_files import read_json, read_text
 
 TEMPLATE_MARKERS = {"### Assistant:": "yi_vl", "<|im_start|>": "chatml", "ASSISTANT:": "llava_v1"}
@@ -72,6 +73,8 @@ def read_jinja_template(folder: Path) -> str:
 def detect_hf_llava_template(folder: Path) -> tuple[str, str]:
     """Return the chat template of a folder of transformers' LLaVA, and why it is that one."""
     jinja_text = read_jinja_template(folder)
+    if jinja_text.startswith(OWN_TEMPLATE_MARK):
+        return "auto", ""
     if jinja_text:
         return match_jinja_template(jinja_text)
     return "llava_v1", "it is LLaVA and has no chat template of its own"
