@@ -42,7 +42,6 @@ GRANITE = {
     "residual_multiplier": 0.22,
     "attention_multiplier": 0.0625,
     "logits_scaling": 6.0,
-    "tie_word_embeddings": True,
 }
 FAMILY_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -59,10 +58,10 @@ FAMILY_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
 """Name -> model_type and what is special in its configuration."""
 
 
-def write_language_folder(name: str, folder: Path) -> Path:
+def write_language_folder(name: str, folder: Path, **more: Any) -> Path:
     """Write the family `name` of FAMILY_OPTIONS with the golden tokenizer; norms are not ones."""
     kind, options = FAMILY_OPTIONS[name]
-    config = CONFIG_MAPPING[kind](**SMALL | options)
+    config = CONFIG_MAPPING[kind](**SMALL | options | more)
     torch.manual_seed(3)
     model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     with torch.no_grad():

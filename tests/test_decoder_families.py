@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -269,5 +270,8 @@ def test_dropout_of_attention_is_left_out(folders, tmp_path):
     assert read_language_config(tmp_path).attention_dropout == 0.0
 
 
-def test_every_family_was_compared():
+def test_every_family_was_compared_and_is_told_of():
+    page = (Path(__file__).parents[1] / "docs/reference/language_models.md").read_text()
+    told = set(re.findall(r"^\| `(\w+)` \|.*\|.*\|$", page.partition("## Chat templates")[0], re.M))
+    assert told == set(DECODER_FAMILIES)
     assert {kind for kind, _ in FAMILY_OPTIONS.values()} == set(DECODER_FAMILIES) == set(PLAIN)

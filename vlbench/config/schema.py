@@ -131,8 +131,8 @@ class LanguageModelConfig(PretrainedPartConfig):
     part, embedded_names = "language", ("tiny",)
 
     name: Literal["tiny", "yi-6b", "yi-34b"] = key("architecture, if not of `weights`", "tiny")
-    weights: PathText = key("embedded (tiny only), random, a Llama folder or hub id", "embedded")
-    template: TemplateName = key("chat template", "yi_vl")
+    weights: PathText = key("embedded (tiny only), random, a folder or hub id", "embedded")
+    template: TemplateName = key("chat template; auto: the tokenizer's own", "yi_vl")
     max_length: int = key(
         "most tokens of a conversation, image positions included", 4096, ge=16, le=MAX_COUNT
     )
