@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
     from transformers import DynamicCache, PreTrainedConfig, StaticCache
+
+
+_TRACKER_LOCK = threading.Lock()
 
 
 @functools.cache
@@ -169,20 +173,18 @@ def compile_chat_template(text: str) -> Any:
     return _compile_jinja_template(text)
 
 
-def render_marked_template(
-    template: Any, variables: Mapping[str, Any]
-) -> tuple[str, list[tuple[int, int]]]:
-    """Return the text of a compiled chat template, and where its `{% generation %}` marks lie.
+def template_marks(template: Any, variables: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Return where the `{% generation %}` marks of a compiled chat template lie in its text.
 
-    The extension of transformers' sandbox that keeps them is `activate_tracker`; characters from
-    and to.
+    The extension of transformers' sandbox that finds them is `activate_tracker`; characters from
+    and to. One thread at a time: in transformers 5.17 the extension itself holds what it finds.
     """
     blocks: list[str] = []
     spans: list[tuple[int, int]] = []
-    with template.environment.activate_tracker(blocks, spans):
+    with _TRACKER_LOCK, template.environment.activate_tracker(blocks, spans):
         for block in template.generate(**variables):
             blocks.append(block)  # noqa: PERF402  # the extension reads the list while it grows
-    return "".join(blocks), spans
+    return spans
 
 
 def blip2_text_embeddings(config: PreTrainedConfig) -> nn.Module:

@@ -151,7 +151,7 @@ class OwnTemplate(ChatTemplate):
         """
         begin_of_thinking = self.renderer.render(messages[:number], is_prompt=True, thinking=True)
         earliest = len(begin_of_thinking) if whole.startswith(begin_of_thinking) else 0
-        _, marks = self.renderer.render_marked(messages, messages[-1]["role"] == "user")
+        marks = self.renderer.find_marks(messages, messages[-1]["role"] == "user")
         answer_count = sum(message["role"] == "assistant" for message in messages)
         if len(marks) == answer_count:
             place = sum(message["role"] == "assistant" for message in messages[:number])

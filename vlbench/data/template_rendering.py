@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlbench.compat.transformers_internals import compile_chat_template, render_marked_template
+from vlbench.compat.transformers_internals import compile_chat_template, template_marks
 from vlbench.errors import UserError, one_line
 from vlbench.text_files import read_json, read_text
 
@@ -50,16 +50,24 @@ class TemplateRenderer:
         Raises:
             TemplateRefusal: says what the template raised.
         """
-        return self.render_marked(messages, is_prompt, thinking)[0]
+        variables = self._variables(messages, is_prompt, thinking)
+        try:
+            return str(compile_chat_template(self.text).render(**variables))
+        except Exception as error:  # of the template: whatever its author raises or left out
+            raise TemplateRefusal(f"it says: {one_line(error, max_lines=1)}") from error
 
-    def render_marked(
-        self,
-        messages: Sequence[TemplateMessage],
-        is_prompt: bool = False,
-        thinking: bool = False,
-    ) -> tuple[str, list[tuple[int, int]]]:
-        """Return the text, and the spans of its `{% generation %}` marks."""
-        variables: dict[str, Any] = {
+    def find_marks(
+        self, messages: Sequence[TemplateMessage], is_prompt: bool
+    ) -> list[tuple[int, int]]:
+        """Return the spans of `{% generation %}` marks in a text that `render` has returned."""
+        return template_marks(
+            compile_chat_template(self.text), self._variables(messages, is_prompt, False)
+        )
+
+    def _variables(
+        self, messages: Sequence[TemplateMessage], is_prompt: bool, thinking: bool
+    ) -> dict[str, Any]:
+        return {
             "messages": [dict(message) for message in messages],
             "tools": None,
             "documents": None,
@@ -69,10 +77,6 @@ class TemplateRenderer:
             "range": _short_range,
             **dict(self.token_texts),
         }
-        try:
-            return render_marked_template(compile_chat_template(self.text), variables)
-        except Exception as error:  # of the template: whatever its author raises or left out
-            raise TemplateRefusal(f"it says: {one_line(error, max_lines=1)}") from error
 
     def check_form(self) -> None:
         """Refuse a template that is too long, or could count without end, before it is run."""
