@@ -64,35 +64,39 @@ def parse_graft_options(words: list[str]) -> GraftOptions:
 
 def _part_words(arguments: GraftArguments, typed: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Return the recipe's words for the three names, and what is wrong with the names."""
-    mistakes: list[str] = []
     vision, language = arguments.vision, arguments.language
-    try:
-        check_encoder_name(vision)
-    except ValueError as error:
-        if vision not in dict(_size_parts("encoders")):
-            mistakes.append(f"vision {error}")
-    words = [f"connector.name={arguments.connector}"]
-    words += [f"vision.name={vision}"]
+    mistakes = [*_vision_mistakes(vision), *_language_mistakes(language)]
+    words = [f"connector.name={arguments.connector}", f"vision.name={vision}"]
     if "weights" not in mapping_in(typed, "vision") and not mistakes:
         words += _vision_weights(vision, mistakes)
     if language in LANGUAGE_NAMES:
         words.append(f"language.name={language}")
-        own = _weights_of("language", language)
-    else:
-        own = language
-        if "/" not in language and not Path(language).is_dir():
-            mistakes.append(
-                f"language is '{language}'; known are {', '.join(LANGUAGE_NAMES)}, or a folder or "
-                f"hub id (OWNER/NAME) of a language model.{suggest_name(language, LANGUAGE_NAMES)}"
-            )
     if "weights" not in mapping_in(typed, "language"):
-        words.append(f"language.weights={own}")
+        words.append(f"language.weights={_weights_of('language', language) or language}")
     if "recipe" not in typed:
         words.append(f"recipe={BASE_RECIPE}")
     is_miniature = language == "tiny" and vision in EMBEDDED_ENCODERS
     if "size" not in typed:
         words.append("size=tiny" if is_miniature else "size=6b")
     return words, mistakes
+
+
+def _vision_mistakes(name: str) -> Iterator[str]:
+    """Yield what is wrong with `vision=NAME`."""
+    try:
+        check_encoder_name(name)
+    except ValueError as error:
+        if name not in dict(_size_parts("encoders")):
+            yield f"vision {error}"
+
+
+def _language_mistakes(name: str) -> Iterator[str]:
+    """Yield what is wrong with `language=NAME`: no known name, no folder, no hub id."""
+    if name not in LANGUAGE_NAMES and "/" not in name and not Path(name).is_dir():
+        yield (
+            f"language is '{name}'; known are {', '.join(LANGUAGE_NAMES)}, or a folder or hub id "
+            f"(OWNER/NAME) of a language model.{suggest_name(name, LANGUAGE_NAMES)}"
+        )
 
 
 def _vision_weights(name: str, mistakes: list[str]) -> list[str]:

@@ -80,10 +80,11 @@ class StageNeed:
 def memory_lines(options: PlanOptions, gpu_note: str) -> list[str]:
     """Return a table of the memory of a GPU at the peak of each stage that learns language."""
     budget = usable_memory(options.gpu)
+    stages = options.recipe.selected_stages
     needs = [
         _stage_need(options, index, name, stage, budget)
-        for index, (name, stage) in enumerate(options.recipe.selected_stages.items())
-        if stage.objective == "language"
+        for index, (name, stage) in enumerate(stages.items())
+        if stage.objective == "language" and not _larger_stage(stage, stages)
     ]
     rows = [("stage", "tokens per row", "checkpointing", *MEMORY_COLUMNS, "sum", "")]
     for need in needs:
@@ -106,10 +107,26 @@ def memory_lines(options: PlanOptions, gpu_note: str) -> list[str]:
         f"memory at the peak on one {options.gpu.name} ({format_bytes(options.gpu.memory_bytes)}, "
         f"{budget / 1e9:.1f} GB usable; {gpu_note}), in GB"
     )
-    return [title, *format_table(rows, "<>")]
+    larger = {name: _larger_stage(stage, stages) for name, stage in stages.items()}
+    notes = [f"{name} needs no more than {other}" for name, other in larger.items() if other]
+    return [title, *format_table(rows, "<>"), *notes]
 
 
 MEMORY_COLUMNS = ("weights", "gradients", "optimizer", "step")
+
+
+def _larger_stage(stage: StageConfig, stages: Mapping[str, StageConfig]) -> str:
+    """Return a stage that needs more than `stage`: all is the same but larger images; "": none.
+
+    A full row has more patches the larger an image is, as there is less text between the images.
+    """
+    same = ("sample_format", "train", "max_tokens_per_row", "objective")
+    for name, other in stages.items():
+        if other.image_size > stage.image_size and all(
+            getattr(other, key) == getattr(stage, key) for key in same
+        ):
+            return name
+    return ""
 
 
 def _stage_need(

@@ -20,7 +20,7 @@ CONVERSATIONS: dict[str, tuple[tuple[str, str], ...]] = {
     "en": (
         (
             "What is in the picture?",
-            "Two dogs, 3 red balls and a sign that says 'Closed at 17:30'.",
+            "Two dogs, 3 red balls and a sign: 'Closed at 17:30'.",
         ),
         ("And how many people?", "None."),
     ),
@@ -111,8 +111,8 @@ def text_lines(processor: Processor, trips: list[RoundTrip]) -> list[str]:
         rows.append((trip.language, *counts, back, "yes" if trip.learns_stop else "no"))
     tokenizer, stop = processor.tokenizer, escape_to_one_line(processor.template.stop)
     title = (
-        f"text: template {processor.template.name}, answers end at '{stop}'; {tokenizer.vocab_size:,} "
-        "tokens"
+        f"text: template {processor.template.name}, answers end at '{stop}'; "
+        f"{tokenizer.vocab_size:,} tokens"
     )
     return [title, *format_table(rows, "<>><")]
 
