@@ -139,7 +139,10 @@ SIGLIP = ["vision=ViT-B-16-SigLIP", "vision.weights=random", "size=6b"]
 WRONG_GRAFTS = {
     "no class token": ([*SIGLIP, "connector=qformer"], "class token, and this vision encoder has"),
     "a grid that does not divide": (["connector.pool=3"], "pool is 3, which must divide the grid"),
-    "pixels that do not divide": (["stages.chat.image_size=100"], "needs a multiple of 14, for example 98"),
+    "pixels that do not divide": (
+        ["stages.chat.image_size=100"],
+        "needs a multiple of 14, for example 98",
+    ),
     "an encoder-decoder": (["language=t5"], "model_type is 't5'"),
     "a mixture of experts": (["language=moe"], "model_type is 'mixtral'"),
     "a hybrid encoder": (["vision=MobileCLIP-S1"], "MobileCLIP-S1"),

@@ -120,13 +120,16 @@ def _larger_stage(stage: StageConfig, stages: Mapping[str, StageConfig]) -> str:
 
     A full row has more patches the larger an image is, as there is less text between the images.
     """
-    same = ("sample_format", "train", "max_tokens_per_row", "objective")
     for name, other in stages.items():
-        if other.image_size > stage.image_size and all(
-            getattr(other, key) == getattr(stage, key) for key in same
-        ):
+        if other.image_size > stage.image_size and _memory_keys(other) == _memory_keys(stage):
             return name
     return ""
+
+
+def _memory_keys(stage: StageConfig) -> tuple[object, ...]:
+    """Return what memory depends on beside the image size."""
+    adapters = {part: how.lora for part, how in stage.trained_parts.items()}
+    return stage.sample_format, stage.max_tokens_per_row, stage.objective, adapters
 
 
 def _stage_need(
