@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vlbench.compat.torch_internals import make_flop_counter
 from vlbench.compat.transformers_internals import passed_through_mask
 from vlbench.config.schema import LanguageModelConfig, ModelConfig, VisionEncoderConfig
 from vlbench.connector.base import Connector, blank_features
@@ -25,7 +24,7 @@ from vlbench.model.language_model import (
     named_language_config,
     read_language_config,
 )
-from vlbench.model.train_flops import head_width, temporarily_frozen, text_places
+from vlbench.model.train_flops import counted_flops, head_width, temporarily_frozen, text_places
 from vlbench.model.vision_encoder import build_vision_encoder
 from vlbench.model.vlm import VLM, connector_shapes
 
@@ -62,8 +61,7 @@ def count_connector_cost(vlm: VLM) -> ConnectorCost:
         embeds = torch.zeros(1, length, config.hidden_size, dtype=vlm.token_embedding.weight.dtype)
         positions = torch.arange(length)[None]
     where = text_places(length, vlm.device) if connector.inject_layers else None
-    counter = make_flop_counter()
-    with temporarily_frozen(vlm), torch.no_grad(), counter:
+    with temporarily_frozen(vlm), torch.no_grad(), counted_flops() as counter:
         visual: Levels = connector(features)
         hidden = vlm.run_decoder(
             embeds,
@@ -180,8 +178,7 @@ class ConnectorCostCounter:
             language = build_random_language(self.lm_config)
             for length in (1, 2, 3):
                 embeds = torch.zeros(1, length, self.lm_config.hidden_size)
-                counter = make_flop_counter()
-                with counter:
+                with counted_flops() as counter:
                     hidden = language.model(
                         inputs_embeds=embeds,
                         position_ids=torch.arange(length)[None],
@@ -197,8 +194,7 @@ class ConnectorCostCounter:
         length = connector.tokens_per_image + QUESTION_TOKENS
         hidden = torch.zeros(1, length, self.lm_config.hidden_size, device="meta")
         where = text_places(length, hidden.device)
-        counter = make_flop_counter()
-        with torch.no_grad(), counter:
+        with torch.no_grad(), counted_flops() as counter:
             visual = connector(self._empty_features(connector))
             for layer in connector.inject_layers:
                 connector.inject(layer, hidden, visual, where)

@@ -15,7 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
 from vlbench.compat.torch_internals import make_flop_counter
@@ -135,6 +138,30 @@ def _injection_flops(vlm: VLM, layer: int, input_needs_grad: bool) -> float:
     )
 
 
+class RealIndices(TorchDispatchMode):
+    """Lets tensors whose values are needed meet tensors on `meta`: they join them there.
+
+    So an `inject` may multiply by a mask of its places, as it does where everything is on a device.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if len({tensor.is_meta for tensor in tensors}) == 2:
+            args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def counted_flops() -> Iterator[FlopCounterMode]:
+    """Count the operations inside of `with`, on `meta` as well."""
+    counter = make_flop_counter()
+    with RealIndices(), counter:  # type: ignore[no-untyped-call]
+        yield counter
+
+
 def _blank_features(vlm: VLM) -> Levels:
     parameter = next(vlm.connector.parameters(), None)
     dtype = torch.float32 if parameter is None else parameter.dtype
@@ -158,8 +185,7 @@ def _count_matmul_passes(vlm: VLM, input_needs_grad: bool) -> int:
 
 
 def _count_run_flops(connector: nn.Module, run: Any) -> float:
-    counting = make_flop_counter()
-    with temporarily_frozen(connector), torch.no_grad(), counting:
+    with temporarily_frozen(connector), torch.no_grad(), counted_flops() as counting:
         run()
     return float(counting.get_total_flops())
 
