@@ -25,7 +25,7 @@ from vlbench.check.sample_checks import (
 from vlbench.check.supervision_audit import AuditSample, choose_samples, render_audit
 from vlbench.config.schema import Recipe
 from vlbench.data.chat_template import CHAT_TEMPLATES, ChatTemplate
-from vlbench.data.conversation_files import LlavaJson
+from vlbench.data.conversation_files import ConversationFiles
 from vlbench.data.image_processing import ImageTransform
 from vlbench.data.sample import Sample, SampleSource
 from vlbench.data.sample_encoding import CachedTokenizer, SampleEncoder
@@ -44,7 +44,7 @@ from vlbench.train.stage_plan import (
     plan_stage_runs,
 )
 
-FILE_SOURCES = (LlavaJson, WebDatasetShards)  # sources that read files; scenes are rendered
+FILE_SOURCES = (ConversationFiles, WebDatasetShards)  # sources that read files; scenes are rendered
 MAX_FINDINGS_PRINTED = 5  # of each kind; all are in findings.jsonl
 MAX_SAMPLES_SHOWN = 6  # on the audit page, of each source in each stage
 MAX_RENDERED_SAMPLES = 1000  # of a source of rendered scenes
