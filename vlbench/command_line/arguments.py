@@ -293,7 +293,11 @@ class PackArguments:
 
     verb: ClassVar[str] = "pack"
 
-    data: str = argument("conversations in LLaVA's format", metavar="FILE.json", is_path=True)
+    data: str = argument(
+        "JSON, JSONL, CSV, TSV or Parquet; a folder or data set of the hub with Parquet files",
+        metavar="DATA",
+        is_path=True,
+    )
     images: str | None = argument(
         "folder of the images; by default beside the file", None, metavar="FOLDER", is_path=True
     )
