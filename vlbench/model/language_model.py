@@ -11,12 +11,14 @@ from torch import nn
 from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 
+from vlbench import hub_download
 from vlbench.compat.transformers_internals import (
     decoder_classes,
     rotary_embedding,
     set_attention,
 )
 from vlbench.errors import UserError, one_line, suggest_name
+from vlbench.hub_download import fetch_hub_folder
 from vlbench.model.config_limits import check_config_number
 from vlbench.model.decoder_families import (
     DecoderConfig,
@@ -25,8 +27,6 @@ from vlbench.model.decoder_families import (
     settle_attention,
 )
 from vlbench.model.packed_attention import PACKED_ATTENTION
-from vlbench.model.weights import hub_download
-from vlbench.model.weights.hub_download import fetch_hub_folder
 from vlbench.model.weights.quantized_weights import refuse_quantized_folder
 from vlbench.model.weights.tensor_files import read_tensor_shapes, weight_files
 from vlbench.model.weights.tensor_groups import (
