@@ -13,9 +13,15 @@ from transformers import AutoTokenizer
 from vlbench.data.chat_template import ChatTemplate
 from vlbench.data.own_template import bind_template
 from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
-from vlbench.data.sample_encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX, SampleEncoder
+from vlbench.data.sample_encoding import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN_INDEX,
+    SampleEncoder,
+    tokenize_pieces,
+)
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import BadSample, UserError
+from vlbench.model.weights.exported_template import to_jinja_template
 
 ENDS = {"chatml": "<|im_end|>", "llama 3": "<|eot_id|>", "mistral v0.3": "</s>"}
 ENDS |= {"olmo 2": "<|endoftext|>", "granite": "<|end_of_text|>"}
@@ -80,6 +86,28 @@ def test_ids_are_those_of_transformers(name, tokenizers):
         assert encoded.input_ids.count(tokenizer.named_tokens[TOKENS[name][0]]) == 1
 
 
+@pytest.mark.parametrize("name", OWN_TEMPLATES)
+def test_what_an_export_writes_gives_the_same_ids(name, tokenizers, tmp_path):
+    """With one begin of text, whether the template or the tokenizer writes it; with our date."""
+    tokenizer, theirs = tokenizers[name], AutoTokenizer.from_pretrained(tokenizers[name].folder)
+    adds_bos = name in ("llama 3", "mistral v0.3")
+    template = bind_template("auto", tokenizer)
+    jinja = to_jinja_template(template, adds_bos)
+    for turns in (TEXTS[:1], TEXTS[:3]):
+        text = theirs.apply_chat_template(messages(turns), chat_template=jinja, tokenize=False)
+        assert theirs(text).input_ids == prompt_ids(template, tokenizer, turns)
+    assert to_jinja_template(load_template(tmp_path, jinja, name), adds_bos) == jinja
+    back = Tokenizer.load(tmp_path)
+    ids = prompt_ids(bind_template("auto", back), back, TEXTS[:3])
+    assert ids == prompt_ids(template, tokenizer, TEXTS[:3])
+
+
+def prompt_ids(template: ChatTemplate, tokenizer: Tokenizer, turns: tuple[ChatTurn, ...]) -> list:
+    text = template.render_prompt(turns)
+    pieces = tokenize_pieces([(text, False)], tokenizer, 1, template.has_all_tokens)
+    return [token_id for ids, _ in pieces for token_id in ids]
+
+
 def test_images_stay_where_they_belong(tokenizers):
     encoder = SampleEncoder(
         tokenizers["llama 3"], bind_template("auto", tokenizers["llama 3"]), 3, 4096
@@ -141,10 +169,12 @@ def test_a_system_prompt_that_a_template_leaves_out_is_no_sample(tokenizers, tmp
     """Mistral's writes it into a last question, so not where a conversation ends in an answer."""
     tokenizer = tokenizers["mistral v0.3"]
     template = bind_template("auto", tokenizer)
-    with pytest.raises(BadSample, match=r"leaves out the text of turn 1 \('system'\)"):
+    with pytest.raises(BadSample, match="leaves out the text of turn 1"):
         SampleEncoder(tokenizer, template, 3, 4096).encode(Sample("s", (SYSTEM, *TEXTS)))
     prompt = template.render_prompt((SYSTEM, CONVERSATION[2]))
     assert prompt == "<s>[INST] Be brief.\n\n它有多大？[/INST]"
+    later = template.render_prompt((SYSTEM, *TEXTS[:3]))
+    assert later.endswith("很大。</s>[INST] Be brief.\n\nSure?[/INST]")
     refusing = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('No system role!') }}{% endif %}"
     )
@@ -171,7 +201,7 @@ REFUSED = {
     "no end": ("{% for m in messages %}{{ m.content + '\n' }}{% endfor %}", "nothing behind"),
     "no answers": (
         "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
-        r"leaves out the text of turn 2 \('assistant'\)",
+        "leaves out the text of turn 2",
     ),
     "only the last turn": ("{{ messages[-1].content }}</s>", "leaves out the text of turn 1"),
     "twice": (

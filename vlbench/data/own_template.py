@@ -29,6 +29,8 @@ from vlbench.errors import UserError
 MESSAGE_ROLES = {"system": "system", "human": "user", "assistant": "assistant"}
 PROBED_ROLES = (("user", "assistant"), ("user", "assistant") * 3)
 """Conversations that every template must be able to write."""
+BOS_LEFT_OUT = "{#- the tokenizer puts the begin of text before it -#}"
+"""In a template that an export has written: what it does not write itself."""
 PRIVATE_CHARACTERS = range(0xE000, 0xF8FF)  # of Unicode: no text means anything by them
 
 
@@ -74,7 +76,8 @@ def read_own_template(tokenizer: Tokenizer) -> OwnTemplate:
             f"the chat template of the tokenizer of {tokenizer.folder} cannot be used: {refusal}; "
             f"{choices}"
         ) from refusal
-    return OwnTemplate(renderer, end_marks, header, ends[0].strip())
+    has_all_tokens = BOS_LEFT_OUT not in renderer.text
+    return OwnTemplate(renderer, end_marks, header, ends[0].strip(), has_all_tokens=has_all_tokens)
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,9 @@ def _find_borders(
         {"role": role, "content": text} for role, text in zip(roles, stand_ins, strict=True)
     ]
     whole = _render(renderer, messages, header)
-    _split_at(whole, stand_ins, roles)
+    first = int(roles[0] == "system")  # its text may stand anywhere, as in Mistral's last question
+    _split_at(whole, stand_ins[:first])
+    _split_at(whole, stand_ins[first:], first)
     borders = []
     for number, (role, text) in enumerate(zip(roles, stand_ins, strict=True)):
         if role != "assistant":
@@ -267,14 +272,13 @@ def _make_stand_ins(messages: Sequence[TemplateMessage]) -> list[str]:
     return [f"{mark}{number}{mark}" for number in range(len(messages))]
 
 
-def _split_at(whole: str, stand_ins: Sequence[str], roles: Sequence[str] = ()) -> list[str]:
+def _split_at(whole: str, stand_ins: Sequence[str], first_turn: int = 0) -> list[str]:
     """Return the texts between stand-ins, each of which must be there once and in order."""
     parts, rest = [], whole
-    for number, stand_in in enumerate(stand_ins):
+    for number, stand_in in enumerate(stand_ins, start=first_turn + 1):
         if whole.count(stand_in) != 1 or stand_in not in rest:
             what = "leaves out" if stand_in not in whole else "repeats or moves"
-            role = f" ({roles[number]!r})" if roles else ""
-            raise TemplateRefusal(f"it {what} the text of turn {number + 1}{role}")
+            raise TemplateRefusal(f"it {what} the text of turn {number}")
         before, _, rest = rest.partition(stand_in)
         parts.append(before)
     return [*parts, rest]

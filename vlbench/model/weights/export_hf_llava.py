@@ -83,7 +83,8 @@ def write_hf_llava(
     vocab_size = max(image_id + 1, vlm.language.config.vocab_size)
     processor.save_pretrained(folder)
     sentencepiece_file = vlm.tokenizer.folder / "tokenizer.model"
-    if sentencepiece_file.is_file():  # an import of this folder then has the same tokenizer
+    if sentencepiece_file.name in vlm.tokenizer.file_contents:
+        # an import of this folder then has the same tokenizer
         (folder / sentencepiece_file.name).write_bytes(read_config_bytes(sentencepiece_file))
         file = folder / "tokenizer_config.json"  # transformers 5 leaves add_bos_token out
         config = read_json(file) | {"add_bos_token": vlm.tokenizer.add_bos_token}
@@ -219,6 +220,7 @@ def build_llava_processor(vlm: LoadedVLM) -> LlavaProcessor:
             f"{tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)}), and "
             f"{LAYOUT_NAME} uses it for images; use format=vlbench"
         )
+    adds_bos = vlm.tokenizer.encode("a") != vlm.tokenizer.encode("a", add_bos=False)
     transform = vlm.processor.transform
     image_processor = pil_llava_image_processor()(
         do_pad=transform.pad,
@@ -236,7 +238,7 @@ def build_llava_processor(vlm: LoadedVLM) -> LlavaProcessor:
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,  # the class token, which LLaVA drops again
         image_token=IMAGE_TOKEN,
-        chat_template=to_jinja_template(vlm.processor.template),
+        chat_template=to_jinja_template(vlm.processor.template, adds_bos),
     )
 
 

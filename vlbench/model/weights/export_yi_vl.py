@@ -153,7 +153,7 @@ def _update_json_file(file: Path, changes: Mapping[str, Any]) -> None:
 
 def _create_release_files(vlm: LoadedVLM, folder: Path) -> None:
     """Write the small files of a model that was not loaded from a released Yi-VL."""
-    if not (vlm.tokenizer.folder / "tokenizer.model").is_file():
+    if "tokenizer.model" not in vlm.tokenizer.file_contents:
         raise UserError(
             "the tokenizer has no tokenizer.model, which the authors' code needs; use "
             "format=hf_llava or format=vlbench"

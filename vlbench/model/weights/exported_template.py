@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from vlbench.data.chat_template import ChatTemplate, FixedTemplate
-from vlbench.data.own_template import OwnTemplate
+from vlbench.data.own_template import BOS_LEFT_OUT, OwnTemplate
 from vlbench.data.template_rendering import TEMPLATE_DATE
 from vlbench.errors import UserError
 
@@ -25,16 +25,20 @@ TEXT_OF_PARTS = (
 """The macro `text`: the content of a message with IMAGE_TOKEN in place of its images."""
 
 
-def to_jinja_template(template: ChatTemplate) -> str:
-    """Return a Jinja chat template that writes what a `ChatTemplate` writes."""
+def to_jinja_template(template: ChatTemplate, adds_bos: bool = False) -> str:
+    """Return a Jinja chat template that writes what a `ChatTemplate` writes.
+
+    With `adds_bos` the tokenizer puts its begin of text before every text, so that a template of
+    its own must not.
+    """
     if isinstance(template, FixedTemplate):
         return _from_fixed_template(template)
     if isinstance(template, OwnTemplate):
-        return _from_own_template(template)
+        return _from_own_template(template, adds_bos)
     raise UserError(f"the chat template {template.name} cannot be exported; use format=vlbench")
 
 
-def _from_own_template(template: OwnTemplate) -> str:
+def _from_own_template(template: OwnTemplate, adds_bos: bool) -> str:
     """Return a tokenizer's own template behind what makes its messages and options ours."""
     own = template.renderer.text
     if own.startswith(OWN_TEMPLATE_MARK):
@@ -46,8 +50,9 @@ def _from_own_template(template: OwnTemplate) -> str:
         )
     formats = dict.fromkeys(re.findall(r"strftime_now\(\s*['\"]([^'\"]+)['\"]\s*\)", own))
     dates = {text: TEMPLATE_DATE.strftime(text) for text in formats}
+    bos = BOS_LEFT_OUT + "{%- set bos_token = '' -%}" if adds_bos else ""
     return (
-        f"{OWN_TEMPLATE_MARK}{TEXT_OF_PARTS}"
+        f"{OWN_TEMPLATE_MARK}{TEXT_OF_PARTS}{bos}"
         f"{{%- macro strftime_now(format) -%}}{{{{ {dates!r}[format] }}}}{{%- endmacro -%}}"
         "{%- set flat = namespace(messages=[]) -%}"
         "{%- for message in messages -%}"
