@@ -11,7 +11,7 @@ BenchmarkName = Literal["mmmu", "cmmmu"]
 ProtocolName = Literal["yi", "official", "lmms", "strict", "raw"]
 TemplateName = Literal["yi_vl", "chatml", "llava_v1"]
 DtypeName = Literal["float32", "bf16", "bfloat16", "fp16", "float16"]
-ExportFormat = Literal["yi_vl", "hf_llava", "vlbench"]
+ExportFormat = Literal["yi_vl", "hf_llava", "yi_vl_hf", "vlbench"]
 BudgetName = Literal["params", "visual_tokens", "flops"]
 ListedKind = Literal["recipes", "sizes", "connectors", "encoders"]
 MAX_SEED = 2**32 - 1
@@ -245,6 +245,46 @@ class PlanArguments:
         metavar="N[,N ...]",
     )
     probe: bool = argument("also run one step of every stage here", False, metavar="true")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraftArguments:
+    """`graft`: whether three parts fit, and the recipe that trains them."""
+
+    verb: ClassVar[str] = "graft"
+
+    vision: str = argument(
+        "the vision encoder: a name that `list encoders` shows, or a folder",
+        metavar="NAME",
+        is_path=True,
+    )
+    language: str = argument(
+        "the language model: tiny, yi-6b, yi-34b, a folder or a hub id",
+        metavar="NAME",
+        is_path=True,
+    )
+    connector: str = argument(
+        "the connector: a name that `list connectors` shows; its options are typed "
+        "connector.OPTION=VALUE",
+        metavar="NAME",
+    )
+    gpu: str | None = argument(
+        "the GPU whose memory is told; by default the one of this machine, or A800",
+        None,
+        metavar="NAME",
+    )
+    out: str | None = argument(
+        "the recipe to be written, a new file; by default recipes/graft-N.yaml",
+        None,
+        metavar="FILE.yaml",
+        is_path=True,
+        other_names=("to", "output"),
+    )
+    try_: bool = argument(
+        "train it for some minutes on rendered scenes, and say whether it sees",
+        False,
+        metavar="true",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,8 @@
 
 A folder has shards, safetensors files with
 
-    features   [images, patches, width], in the vision encoder's dtype
+    features   [images, patches, width], in the vision encoder's dtype; of a connector that reads
+               several blocks [images, blocks, patches, width]
     keys       [images, 16] uint8, a hash of each image's content
     sums       [images] int64, a checksum of each image's features
 
