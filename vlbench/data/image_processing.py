@@ -2,9 +2,9 @@
 
 One transform serves training, evaluation and chat: pad to a square in the mean colour, resize the
 shortest edge (bicubic), crop the centre, rescale, normalise. Alpha is dropped and EXIF orientation
-is not applied, as in the Yi-VL reference, unless `exif` asks for it. JPEGs are decoded at full size,
-unless `draft` asks for the decoder's own downscaling of large ones, which is faster and changes
-pixels slightly.
+is not applied, as in the Yi-VL reference, unless `exif` asks for it. JPEGs are decoded at full
+size, unless `draft` asks for the decoder's own downscaling of large ones, which is faster and
+changes pixels slightly.
 """
 
 from __future__ import annotations
