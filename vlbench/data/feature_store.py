@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlbench.data.image_processing import ImageFile
+from vlbench.data.record_images import EmbeddedImage
 from vlbench.data.sample import LazyImage
 
 FeatureLocations = dict[bytes, tuple[str, int]]
@@ -40,7 +41,7 @@ def content_key(lazy_image: LazyImage) -> bytes:
 
     Raises a UserError that names an image that cannot be read.
     """
-    if isinstance(lazy_image, ImageFile):
+    if isinstance(lazy_image, ImageFile | EmbeddedImage):
         content = lazy_image.read_bytes()
     else:
         image = lazy_image.open()

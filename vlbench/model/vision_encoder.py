@@ -10,6 +10,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
+from vlbench import hub_download
 from vlbench.compat.vision_internals import (
     encoder_blocks,
     encoder_grid,
@@ -29,7 +30,7 @@ from vlbench.model.vision_config import (
     named_encoder_folder,
     resolve_vision_config,
 )
-from vlbench.model.weights import clip_layouts, hub_download
+from vlbench.model.weights import clip_layouts
 from vlbench.model.weights import open_clip_files as open_clip_files
 from vlbench.model.weights.tensor_groups import check_tensor_groups
 from vlbench.state_dicts import check_names

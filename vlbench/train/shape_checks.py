@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig
 
+from vlbench import hub_download
 from vlbench.config import recipe as recipes
 from vlbench.config.schema import ModelConfig, StageConfig, VisionEncoderConfig
 from vlbench.connector import registry
@@ -23,7 +24,6 @@ from vlbench.model.build_vlm import (
 from vlbench.model.language_model import named_language_config, read_language_config
 from vlbench.model.vision_encoder import VisionEncoder, build_vision_encoder
 from vlbench.model.vlm import connector_shapes
-from vlbench.model.weights import hub_download
 from vlbench.model.weights.connector_reference import ReferenceWeights, load_reference_weights
 from vlbench.model.weights.load_release import build_meta_encoder, check_release, find_layout_module
 from vlbench.model.weights.tensor_files import weight_files
