@@ -29,6 +29,7 @@ from vlbench.model.decoder_families import DECODER_FAMILIES
 from vlbench.model.fsdp_wrapping import apply_fsdp
 from vlbench.model.language_model import load_language_model, read_language_config
 from vlbench.model.loaded_vlm import LoadedVLM
+from vlbench.model.weights.hf_llava_layout import refuse_divided_logits
 from vlbench.model.weights.tensor_groups import EMBEDDING_KEY
 
 PLAIN = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "granite", "smollm3")
@@ -279,6 +280,13 @@ def test_dropout_of_attention_is_left_out(folders, tmp_path):
     said = json.loads((folders["granite"] / "config.json").read_text()) | {"attention_dropout": 0.1}
     (tmp_path / "config.json").write_text(json.dumps(said))
     assert read_language_config(tmp_path).attention_dropout == 0.0
+
+
+def test_llavas_layout_does_not_hold_logits_that_are_divided(folders):
+    config = read_language_config(folders["granite"])
+    with pytest.raises(UserError, match="the language model has logits_scaling 6, by which"):
+        refuse_divided_logits(config, "the language model")
+    refuse_divided_logits(read_language_config(folders["qwen3"]), "the language model")
 
 
 def test_every_family_was_compared_and_is_told_of():
