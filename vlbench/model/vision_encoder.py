@@ -113,7 +113,12 @@ class VisionEncoder(nn.Module):
     @property
     def used_block_count(self) -> int:
         """How many blocks are computed: those up to the last one that is read."""
-        return 1 + max(self._read_blocks or (self.block_index,))
+        return 1 + max(self.output_blocks)
+
+    @property
+    def output_blocks(self) -> tuple[int, ...]:
+        """The blocks, counted from 0, whose outputs are the features."""
+        return self._read_blocks or (self.block_index,)
 
     @property
     def feature_source(self) -> int | list[int]:
@@ -153,7 +158,7 @@ class VisionEncoder(nn.Module):
         With `class_token` the encoder's class token comes first: `[images, 1 + patches, width]`.
         With `read_blocks` they are a tuple, an entry for each of the blocks.
         """
-        blocks = sorted(set(self._read_blocks)) or [self.block_index]
+        blocks = sorted(set(self.output_blocks))
         out = self.visual.forward_intermediates(
             pixels,
             indices=blocks,
