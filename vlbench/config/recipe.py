@@ -14,6 +14,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from vlbench.config.encoder_names import is_hub_name
 from vlbench.config.key_table import declared_keys
 from vlbench.config.overrides import parse_overrides
 from vlbench.config.resolve import mapping_in, merge_layers, resolve_layers
@@ -182,6 +183,8 @@ def _read_size(base: dict[str, Any], typed: dict[str, Any]) -> dict[str, Any]:
         size["vision"] = encoders[encoder]
         if _part_name(typed, "vision"):
             typed["vision"]["name"] = encoders[encoder]["name"]
+    if is_hub_name(encoder):  # it brings its own weights
+        size.pop("vision", None)
     if known := mapping_in(base, "stages"):
         size["stages"] = {name: stage for name, stage in stages.items() if name in known}
     return size

@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
 from vlbench.command_line.arguments import TemplateName
-from vlbench.config.encoder_names import EMBEDDED_ENCODERS, check_encoder_name
+from vlbench.config.encoder_names import EMBEDDED_ENCODERS, check_encoder_name, is_hub_name
 from vlbench.errors import suggest_name
 from vlbench.strict_values import StrictModel, convert_value, is_null, yaml_text
 
@@ -119,10 +119,23 @@ class VisionEncoderConfig(PretrainedPartConfig):
 
     part, embedded_names = "vision", EMBEDDED_ENCODERS
 
-    name: EncoderName = key("ViT or EVA of open_clip, tiny, tiny_eva (see list), folder", "tiny")
-    weights: PathText = key("embedded (tiny, tiny_eva), random, a tag, file or folder", "embedded")
+    name: EncoderName = key(
+        "ViT of open_clip, OWNER/NAME of timm's, tiny (see list), folder", "tiny"
+    )
+    weights: PathText = key(
+        "embedded (tiny, tiny_eva), random, a tag, file or folder; OWNER/NAME: its own", "embedded"
+    )
     layer: int = key("block whose output the connector gets; -1 is the last", -2, ge=-100, le=99)
     norm: bool = key("apply the encoder's final LayerNorm to its features", False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_own_weights(cls, given: Any) -> Any:
+        """Let OWNER/NAME on a hub have the weights that are there, unless others are given."""
+        if isinstance(given, dict) and is_hub_name(str(given.get("name", ""))):
+            own = given.get("weights", "embedded") == "embedded"
+            return {**given, "weights": given["name"]} if own else given
+        return given
 
 
 class LanguageModelConfig(PretrainedPartConfig):

@@ -35,6 +35,8 @@ class Shapes:
     """Width of the language model's embeddings and hidden states."""
     lm_layers: int
     """Number of decoder layers of the language model."""
+    has_class_token: bool = True
+    """Whether the vision encoder has a class token, which a connector may then ask for."""
 
 
 class Connector(nn.Module):

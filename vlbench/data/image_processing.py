@@ -1,7 +1,7 @@
 """Image preprocessing: from a file to the vision encoder's pixels. Imports torch lazily.
 
-One transform serves training, evaluation and chat: pad to a square in the mean colour, resize the
-shortest edge (bicubic), crop the centre, rescale, normalise. EXIF orientation is not applied and
+One transform serves training, evaluation and chat: make a square (pad it in the mean colour, crop
+its centre, or squash it), resize, rescale, normalise. EXIF orientation is not applied and
 alpha is dropped, as in the Yi-VL reference. JPEGs are decoded at full size, unless `draft` asks for
 the decoder's own downscaling of large ones, which is faster and changes pixels slightly.
 """
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 MAX_SIDE = 8000  # pixels, longest side of a square canvas (64 megapixels) and of its content
 MAX_RESIZED_SIDE = 2 * MAX_IMAGE_SIZE  # pixels, shortest edge; a release resizes to 1.15 crops
+INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "nearest")
 LFS_MESSAGE = "is a Git-LFS pointer and not the image; run git lfs pull"
 _ZERO_MARK = "vlbench: zero"  # a key in the `info` of the image of a ZeroImage
 _TRANSFORM_RULES = (
@@ -129,6 +130,8 @@ class ImageTransform:
         pad: Whether the image is first padded to a square in the mean colour.
         draft: Whether large JPEGs are decoded at a smaller size, which only `load_pixels` and
             `load_levels` can do.
+        squash: Whether the image is resized to a square whatever its sides, and nothing is padded.
+        interpolation: Of the resize, one of INTERPOLATIONS.
     """
 
     size: int
@@ -137,6 +140,8 @@ class ImageTransform:
     std: tuple[float, float, float]
     pad: bool = True
     draft: bool = False
+    squash: bool = False
+    interpolation: str = "bicubic"
 
     def __post_init__(self) -> None:
         if not 0 < self.crop <= self.size:
@@ -195,6 +200,9 @@ class ImageTransform:
     def resize_and_crop(self, image: Image.Image) -> NDArray[np.uint8]:
         """Return the uint8 image `[crop, crop, 3]` before normalisation."""
         image = image if image.mode == "RGB" else image.convert("RGB")
+        resample = Image.Resampling[self.interpolation.upper()]
+        if self.squash:
+            return np.asarray(image.resize((self.crop, self.crop), resample))
         if self.pad and image.width != image.height:
             image = _pad_square(image, mean_colour(self.mean))
         elif not self.pad:
@@ -202,15 +210,24 @@ class ImageTransform:
         width, height = image.size
         short, long = min(width, height), int(self.size * max(width, height) / min(width, height))
         edges = (self.size, long) if width == short else (long, self.size)
-        image = image.resize(edges, Image.Resampling.BICUBIC)
+        image = image.resize(edges, resample)
         left, top = ((edge - self.crop) // 2 for edge in edges)
         return np.asarray(image.crop((left, top, left + self.crop, top + self.crop)))
+
+    def describe(self) -> str:
+        """Return in words what becomes of an image, as people read it in a run's report."""
+        mean, std = (" ".join(f"{value:.4g}" for value in stats) for stats in (self.mean, self.std))
+        square = "squashed to" if self.squash else "padded to" if self.pad else "cropped to"
+        if not self.squash and self.size != self.crop:
+            square = f"resized to {self.size} and {square}"
+        return f"{square} {self.crop} x {self.crop}, {self.interpolation}, mean {mean}, std {std}"
 
     def transform_hash(self) -> str:
         """Return a hash of 16 characters over everything that determines the result."""
         settings = {**asdict(self), "rules": _TRANSFORM_RULES}
-        if not self.draft:
-            del settings["draft"]  # keeps the hash of runs that are older than the option
+        for name in ("draft", "squash", "interpolation"):  # runs that are older keep their hash
+            if settings[name] == type(self).__dataclass_fields__[name].default:
+                del settings[name]
         text = json.dumps(settings, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -20,7 +20,7 @@ from vlbench.model.language_model import (
     read_language_config,
 )
 from vlbench.model.loaded_vlm import LoadedVLM, assemble_vlm
-from vlbench.model.vision_config import OPEN_CLIP_CONFIG, read_vision_config
+from vlbench.model.named_encoder import read_encoder_config
 from vlbench.model.vision_encoder import (
     VisionEncoder,
     build_encoder_from_config,
@@ -128,8 +128,8 @@ def build_checkpoint_encoder(vision: VisionEncoderConfig, folder: Path) -> Visio
 
     `vision` is that of the checkpoint's recipe.
     """
-    if (folder / VISION_FOLDER / OPEN_CLIP_CONFIG).is_file():
-        config = read_vision_config(folder / VISION_FOLDER)
+    if (folder / VISION_FOLDER).is_dir():
+        config = read_encoder_config(folder / VISION_FOLDER)
         return build_encoder_from_config(config, vision.name, vision.layer, vision.norm)
     return build_vision_encoder(
         vision.name, vision.weights, vision.layer, vision.norm, load_weights=False

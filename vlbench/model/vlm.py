@@ -302,4 +302,5 @@ def connector_shapes(vision_encoder: VisionEncoder, lm_config: LlamaConfig) -> S
         vision_width=vision_encoder.feature_width,
         lm_width=lm_config.hidden_size,
         lm_layers=lm_config.num_hidden_layers,
+        has_class_token=vision_encoder.has_class_token,
     )

@@ -118,9 +118,6 @@ def tokens_per_image_by_stage(config: ModelConfig, stage_runs: list[StageRun]) -
             if shapes not in tokens_by_shapes:
                 with torch.device("meta"):
                     connector = build_connector(connector_class, shapes, config.connector_options)
-                    encoder.class_token = connector.class_token
-                    if not tokens_by_shapes and encoder.class_token:  # not every encoder has one
-                        encoder(torch.empty(1, 3, encoder.image_size, encoder.image_size))
                 tokens_by_shapes[shapes] = connector.tokens_per_image
                 _check_image_fits(connector.tokens_per_image, config.language.max_length)
             tokens_by_stage.append(tokens_by_shapes[shapes])
