@@ -253,6 +253,6 @@ def _conflicts_with_init(*layers: dict[str, Any]) -> list[str]:
         # the resolved copy of a run has every key, defaults included
         if not declared_keys().keys() <= layer.keys()
         for part, label in (("vision", "vision encoder"), ("language", "language model"))
-        for key in ("name", "weights")
+        for key in ("name", "weights", "second")
         if key in mapping_in(layer, part)
     ]

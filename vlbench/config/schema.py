@@ -19,7 +19,7 @@ from vlbench.config.encoder_names import EMBEDDED_ENCODERS, check_encoder_name, 
 from vlbench.errors import suggest_name
 from vlbench.strict_values import StrictModel, convert_value, is_null, yaml_text
 
-PartName = Literal["vision", "connector", "language"]
+PartName = Literal["vision", "second_vision", "connector", "language"]
 CheckpointingMode = Literal["none", "selective", "full", "auto"]
 SampleFormat = Literal["caption", "chat"]
 OnBadSample = Literal["auto", "quarantine", "stop"]
@@ -114,19 +114,10 @@ class PretrainedPartConfig(RecipeSection):
         return self.model_copy(update={"weights": "random"})
 
 
-class VisionEncoderConfig(PretrainedPartConfig):
-    """The vision encoder."""
+class NamedEncoderConfig(PretrainedPartConfig):
+    """A vision encoder, which may be OWNER/NAME on a hub and then has its own weights."""
 
-    part, embedded_names = "vision", EMBEDDED_ENCODERS
-
-    name: EncoderName = key(
-        "ViT of open_clip, OWNER/NAME of timm's, tiny (see list), folder", "tiny"
-    )
-    weights: PathText = key(
-        "embedded (tiny, tiny_eva), random, a tag, file or folder; OWNER/NAME: its own", "embedded"
-    )
-    layer: int = key("block whose output the connector gets; -1 is the last", -2, ge=-100, le=99)
-    norm: bool = key("apply the encoder's final LayerNorm to its features", False)
+    embedded_names = EMBEDDED_ENCODERS
 
     @model_validator(mode="before")
     @classmethod
@@ -136,6 +127,44 @@ class VisionEncoderConfig(PretrainedPartConfig):
             own = given.get("weights", "embedded") == "embedded"
             return {**given, "weights": given["name"]} if own else given
         return given
+
+
+class SecondEncoderConfig(NamedEncoderConfig):
+    """A second vision encoder, which sees the same image; features are joined by channel."""
+
+    part = "vision.second"
+
+    name: EncoderName = key("as vision.name; features of both are joined by channel")
+    weights: PathText = key("as vision.weights", "embedded")
+    layer: int = key("as vision.layer", -2, ge=-100, le=99)
+    norm: bool = key("as vision.norm", False)
+    image_size: int | None = key(
+        "side of its images in pixels; null: as many patches as the first",
+        None,
+        ge=8,
+        le=MAX_IMAGE_SIZE,
+    )
+
+
+class VisionEncoderConfig(NamedEncoderConfig):
+    """The vision encoder."""
+
+    part = "vision"
+
+    name: EncoderName = key(
+        "ViT of open_clip, OWNER/NAME of timm's, tiny (see list), folder", "tiny"
+    )
+    weights: PathText = key(
+        "embedded (tiny, tiny_eva), random, a tag, file or folder; OWNER/NAME: its own", "embedded"
+    )
+    layer: int = key("block whose output the connector gets; -1 is the last", -2, ge=-100, le=99)
+    norm: bool = key("apply the encoder's final LayerNorm to its features", False)
+    second: SecondEncoderConfig | None = key("a second vision encoder; null: none", None)
+
+    def with_random_weights(self) -> Self:
+        """Return it with random weights, those of the second too."""
+        second = self.second and self.second.with_random_weights()
+        return self.model_copy(update={"weights": "random", "second": second})
 
 
 class LanguageModelConfig(PretrainedPartConfig):
@@ -267,8 +296,9 @@ class StageConfig(RecipeSection):
         adapters = {part: how.lora for part, how in self.train.items() if how.lora is not None}
         if "connector" in adapters:
             raise ValueError("has train.connector.lora; a connector is trained whole")
-        if "vision" in adapters and adapters["vision"].bits:
-            raise ValueError("has train.vision.lora.bits=4, allowed for the language model only")
+        for part in adapters.keys() & {"vision", "second_vision"}:
+            if adapters[part].bits:
+                raise ValueError(f"has train.{part}.lora.bits=4, allowed for the language only")
         return self
 
 
@@ -374,6 +404,16 @@ class Recipe(RecipeSection):
         names = list(self.stages)
         later = names[names.index(self.from_) :] if self.from_ else names
         return {name: self.stages[name] for name in later if not self.only or name in self.only}
+
+    @model_validator(mode="after")
+    def _check_second_encoder(self) -> Self:
+        for name, stage in self.stages.items():
+            if "second_vision" in stage.train and self.vision.second is None:
+                raise ValueError(
+                    f"has stages.{name}.train.second_vision and no second vision encoder: give "
+                    "vision.second.name"
+                )
+        return self
 
     @model_validator(mode="after")
     def _check_decoding(self) -> Self:

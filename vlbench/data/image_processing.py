@@ -132,6 +132,8 @@ class ImageTransform:
             `load_levels` can do.
         squash: Whether the image is resized to a square whatever its sides, and nothing is padded.
         interpolation: Of the resize, one of INTERPOLATIONS.
+        second: What a second vision encoder sees of the same image: three further channels. Of two
+            sizes the smaller is in the top left corner, with zeros beside it.
     """
 
     size: int
@@ -142,6 +144,7 @@ class ImageTransform:
     draft: bool = False
     squash: bool = False
     interpolation: str = "bicubic"
+    second: ImageTransform | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.crop <= self.size:
@@ -151,17 +154,27 @@ class ImageTransform:
                 f"image transform: size={self.size} pixels; at most {MAX_RESIZED_SIDE} are allowed"
             )
 
+    @property
+    def channels(self) -> int:
+        """Channels of the pixels: 3, and 3 more for a second vision encoder."""
+        return 3 if self.second is None else 6
+
     def load_pixels(self, image: LazyImage) -> Tensor:
-        """Open an image and return its float32 pixels `[3, crop, crop]`."""
+        """Open an image and return its float32 pixels `[channels, crop, crop]`."""
         return self(self._open(image))
 
     def _open(self, image: LazyImage) -> Image.Image:
         open_draft = getattr(image, "open_draft", None) if self.draft and self.pad else None
-        opened: Image.Image = open_draft(self.size) if open_draft else image.open()
+        side = max(self.size, self.second.size if self.second else 0)
+        opened: Image.Image = open_draft(side) if open_draft else image.open()
         return opened
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Return float32 pixels `[3, crop, crop]`; those of a ZeroImage are all 0."""
+        """Return float32 pixels `[channels, crop, crop]`; those of a ZeroImage are all 0."""
+        own = self._pixels(image)
+        return own if self.second is None else _stack_channels(own, self.second(image))
+
+    def _pixels(self, image: Image.Image) -> Tensor:
         import torch
 
         if _ZERO_MARK in image.info:
@@ -173,24 +186,29 @@ class ImageTransform:
         return torch.from_numpy(pixels)
 
     def load_levels(self, image: LazyImage) -> Tensor:
-        """Open an image and return its uint8 pixels `[3, crop, crop]`, before normalisation.
+        """Open an image and return its uint8 pixels `[channels, crop, crop]`, not normalised.
 
         `level_values` has what each of them becomes. Raises a UserError for a ZeroImage, which is
         no 8-bit image.
         """
-        import torch
-
         opened = self._open(image)
         if _ZERO_MARK in opened.info:
             raise UserError(f"image {image.name}: is absent, and can only be asked about")
-        planes = self.resize_and_crop(opened).transpose(2, 0, 1)
+        own = self._levels(opened)
+        return own if self.second is None else _stack_channels(own, self.second._levels(opened))
+
+    def _levels(self, image: Image.Image) -> Tensor:
+        import torch
+
+        planes = self.resize_and_crop(image).transpose(2, 0, 1)
         return torch.from_numpy(np.ascontiguousarray(planes))
 
     def level_values(self) -> Tensor:
-        """Return the normalised value of each 8-bit level of each channel, float32 `[3, 256]`."""
+        """Return the normalised value of each level of each channel, float32 `[channels, 256]`."""
         import torch
 
-        return torch.from_numpy(self._level_values())
+        own = torch.from_numpy(self._level_values())
+        return own if self.second is None else torch.cat([own, self.second.level_values()])
 
     def _level_values(self) -> NDArray[np.float32]:
         levels = (np.arange(256) * (1 / 255)).astype(np.float32)  # rescaled in float64
@@ -220,16 +238,31 @@ class ImageTransform:
         square = "squashed to" if self.squash else "padded to" if self.pad else "cropped to"
         if not self.squash and self.size != self.crop:
             square = f"resized to {self.size} and {square}"
-        return f"{square} {self.crop} x {self.crop}, {self.interpolation}, mean {mean}, std {std}"
+        text = f"{square} {self.crop} x {self.crop}, {self.interpolation}, mean {mean}, std {std}"
+        return text if self.second is None else f"{text}; and {self.second.describe()}"
 
     def transform_hash(self) -> str:
         """Return a hash of 16 characters over everything that determines the result."""
         settings = {**asdict(self), "rules": _TRANSFORM_RULES}
-        for name in ("draft", "squash", "interpolation"):  # runs that are older keep their hash
+        for name in (
+            "draft",
+            "squash",
+            "interpolation",
+            "second",
+        ):  # runs that are older keep their hash
             if settings[name] == type(self).__dataclass_fields__[name].default:
                 del settings[name]
         text = json.dumps(settings, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _stack_channels(first: Tensor, second: Tensor) -> Tensor:
+    """Return pixels `[3, side, side]` of two sizes as `[6, larger, larger]`, zeros beside them."""
+    side = max(first.shape[1], second.shape[1])
+    both = first.new_zeros(6, side, side)
+    for channel, pixels in ((0, first), (3, second)):
+        both[channel : channel + 3, : pixels.shape[1], : pixels.shape[2]] = pixels
+    return both
 
 
 def mean_colour(mean: tuple[float, float, float]) -> tuple[int, int, int]:

@@ -154,6 +154,15 @@ class VisionEncoder(nn.Module):
             features = torch.cat([first[0][:, :1], features], dim=1)
         return features
 
+    @property
+    def pixel_shape(self) -> tuple[int, int, int]:
+        """Channels, rows and columns of the pixels of an image."""
+        return 3, self.image_size, self.image_size
+
+    def encoders(self) -> list[VisionEncoder]:
+        """Return the vision encoders that compute as one: this one alone, see `PairedEncoder`."""
+        return [self]
+
     def set_image_size(self, image_size: int) -> None:
         """Change the input to `image_size` pixels; open_clip resizes the position embeddings."""
         patch = self.image_size // self.grid[0]

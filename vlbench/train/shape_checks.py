@@ -21,6 +21,7 @@ from vlbench.model.build_vlm import (
     release_overrides,
 )
 from vlbench.model.language_model import named_language_config, read_language_config
+from vlbench.model.paired_encoder import build_encoders
 from vlbench.model.vision_encoder import VisionEncoder, build_vision_encoder
 from vlbench.model.vlm import connector_shapes
 from vlbench.model.weights import hub_download
@@ -61,7 +62,8 @@ def check_init_weights(config: ModelConfig, stage: StageConfig) -> None:
             check_release(folder, release_overrides(config))
             return
         _check_reference_shapes(config, stage, weight_files(folder))
-    vision_encoder.check_vision_weights(config.vision.name, config.vision.weights)
+    for one in filter(None, (config.vision, config.vision.second)):
+        vision_encoder.check_vision_weights(one.name, one.weights)
     language_model.check_language_weights(config.language.weights)
 
 
@@ -177,6 +179,9 @@ def _released_vision_encoder(folder: Path) -> VisionEncoder:
 def _configured_encoder(vision: VisionEncoderConfig) -> VisionEncoder:
     """Return the vision encoder of a recipe on the meta device."""
     with torch.device("meta"):
-        return build_vision_encoder(
-            vision.name, vision.weights, vision.layer, vision.norm, load_weights=False
+        return build_encoders(
+            vision,
+            lambda _, one: build_vision_encoder(
+                one.name, one.weights, one.layer, one.norm, load_weights=False
+            ),
         )
