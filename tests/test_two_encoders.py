@@ -39,15 +39,29 @@ def tiny_pair(second_size: int | None = None) -> PairedEncoder:
 def alone(name: str, side: int, class_token: bool) -> torch.nn.Module:
     encoder = build_vision_encoder(name, "embedded").eval()
     encoder.set_image_size(side)
-    encoder.class_token = class_token
+    encoder.read_blocks((), class_token)
     return encoder
+
+
+def test_a_connector_that_reads_several_blocks_has_them_of_both():
+    pair, pixels = tiny_pair(), torch.randn(1, 6, 56, 56)
+    pair.set_image_size(56)
+    pair.read_blocks((0, -1), False)
+    with torch.no_grad():
+        levels = pair(pixels)
+        for place, level in zip((0, -1), levels, strict=True):
+            for number, name in enumerate(("tiny", "tiny_eva")):
+                one = alone(name, 56, False)
+                one.read_blocks((place,), False)
+                half = one(pixels[:, 3 * number : 3 * number + 3])[0]
+                assert half.equal(level.chunk(2, dim=-1)[number])
 
 
 @pytest.mark.parametrize("class_token", [False, True])
 def test_features_are_those_of_each_encoder_joined_by_channel(class_token):
     pair = tiny_pair()
     pair.set_image_size(112)
-    pair.class_token = class_token
+    pair.read_blocks((), class_token)
     pixels = torch.randn(2, 6, 112, 112)
     with torch.no_grad():
         first = alone("tiny", 112, class_token)(pixels[:, :3])
@@ -151,6 +165,7 @@ def test_a_resumed_run_is_the_run_bit_for_bit(trained, tmp_path):
     assert all(again[key].equal(whole[key]) for key in whole)
 
 
+@pytest.mark.slow
 def test_what_is_frozen_is_in_no_checkpoint_and_may_be_kept_as_features(tmp_path, capsys):
     # an EVA's features depend on which images are computed together, by the last bit
     words = [*NONE, "vision.second.name=tiny", "vision.second.image_size=84"]
@@ -164,6 +179,7 @@ def test_what_is_frozen_is_in_no_checkpoint_and_may_be_kept_as_features(tmp_path
     assert [name for name, _ in vlm.model.named_parts()][1] == "second_vision"
 
 
+@pytest.mark.slow
 def test_a_run_that_begins_with_one_has_both(trained, tmp_path, capsys):
     words = [*SHORT, f"init={trained}", "stages.chat.steps=0"]
     assert main([*words, f"run={tmp_path / 'next'}"]) == 0

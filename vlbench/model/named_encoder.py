@@ -7,6 +7,7 @@ from pathlib import Path
 from vlbench.compat.vision_internals import timm_pretrained_names
 from vlbench.config.encoder_names import is_hub_name
 from vlbench.errors import UserError, suggest_name
+from vlbench.hub_download import fetch_hub_file
 from vlbench.model.timm_config import (
     TIMM_CONFIG,
     TIMM_FILES,
@@ -22,7 +23,6 @@ from vlbench.model.vision_config import (
     read_vision_config,
     resolve_vision_config,
 )
-from vlbench.model.weights.hub_download import fetch_hub_file
 
 EncoderConfig = VisionConfig | TimmConfig
 

@@ -7,15 +7,15 @@ first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from vlbench.config.schema import SecondEncoderConfig, VisionEncoderConfig
+from vlbench.connector.levels import Levels
 from vlbench.data.image_processing import ImageTransform
 from vlbench.errors import UserError
 from vlbench.model.vision_encoder import VisionEncoder
@@ -111,18 +111,31 @@ class PairedEncoder(VisionEncoder):
         super().set_image_size(image_size)
         self._match_second()
 
-    def forward(self, pixels: Tensor) -> Any:
-        """Turn pixels `[images, 6, side, side]` into features `[images, patches, both widths]`."""
+    def read_blocks(self, layers: Sequence[int], class_token: bool) -> None:
+        """Let `forward` return what a connector reads, of the second as far from its last block."""
+        super().read_blocks(layers, class_token)
+        count = len(self.blocks())
+        try:
+            self.second.read_blocks([layer % count - count for layer in layers], class_token)
+        except UserError as error:
+            raise UserError(f"vision.second: {error}") from error
+
+    def forward(self, pixels: Tensor) -> Levels:
+        """Turn pixels `[images, 6, side, side]` into features `[images, patches, both widths]`.
+
+        Only the encoders that are trained keep what a backward pass needs.
+        """
         sides = (self.image_size, self.second.image_size)
         halves = [pixels[:, 3 * i : 3 * i + 3, :side, :side] for i, side in enumerate(sides)]
-        self.second.class_token = self.class_token
         trained = any(parameter.requires_grad for parameter in self.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             own = super().forward(halves[0].contiguous())
         trained = any(parameter.requires_grad for parameter in self.second.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             other = self.second(halves[1].to(self.second.dtype).contiguous())
-        return self._join_features(own, other)
+        if isinstance(own, Tensor):
+            return self._join_features(own, other)
+        return tuple(self._join_features(*pair) for pair in zip(own, other, strict=True))
 
     def _join_features(self, own: Tensor, other: Tensor) -> Tensor:
         """Concatenate by channel, the second's patches on the grid of the first."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig
 
+from vlbench import hub_download
 from vlbench.config import recipe as recipes
 from vlbench.config.schema import ModelConfig, StageConfig, VisionEncoderConfig
 from vlbench.connector import registry
@@ -24,7 +25,6 @@ from vlbench.model.language_model import named_language_config, read_language_co
 from vlbench.model.paired_encoder import build_encoders
 from vlbench.model.vision_encoder import VisionEncoder, build_vision_encoder
 from vlbench.model.vlm import connector_shapes
-from vlbench.model.weights import hub_download
 from vlbench.model.weights.connector_reference import ReferenceWeights, load_reference_weights
 from vlbench.model.weights.load_release import build_meta_encoder, check_release, find_layout_module
 from vlbench.model.weights.tensor_files import weight_files
@@ -120,6 +120,7 @@ def tokens_per_image_by_stage(config: ModelConfig, stage_runs: list[StageRun]) -
             if shapes not in tokens_by_shapes:
                 with torch.device("meta"):
                     connector = build_connector(connector_class, shapes, config.connector_options)
+                    encoder.read_blocks(connector.vision_layers, connector.class_token)
                 tokens_by_shapes[shapes] = connector.tokens_per_image
                 _check_image_fits(connector.tokens_per_image, config.language.max_length)
             tokens_by_stage.append(tokens_by_shapes[shapes])
