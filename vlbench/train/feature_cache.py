@@ -99,7 +99,8 @@ def encoder_fingerprint(vlm: LoadedVLM, arithmetic: str) -> str:
     for name, value in _sorted_weights(vlm):
         digest.update(name.encode())
         value = value.float() if value.dtype is FROZEN_DTYPE else value  # the same numbers
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        numbers = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        digest.update(numbers)  # type: ignore[arg-type]
     return digest.hexdigest()
 
 
