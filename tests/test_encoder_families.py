@@ -242,3 +242,21 @@ def test_a_connector_that_needs_a_class_token_is_refused_in_one_line(hub, tmp_pa
     assert main([*SHORT, *words, "connector.name=reader"]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and "reads the class token, and this vision encoder has none" in lines[0]
+
+
+def test_a_run_of_before_goes_on_with_its_own_pixels(hub, tmp_path, capsys):
+    """Versions before padded every image, and checkpoints keep what was done to images."""
+    words = [f"vision.name={OPEN_CLIP}", "stages.chat.image_size=56", "run=run"]
+    words += ["stages.chat.train.vision=null"]
+    assert main([*SHORT, *words]) == 0
+    assert "an image is squashed to 56 x 56, bilinear" in capsys.readouterr().out
+    checkpoint = checkpoint_files.find_checkpoint(Path("run"))
+    file = checkpoint / "vision/open_clip_config.json"
+    said = json.loads(file.read_text())
+    said["preprocess_cfg"] = {key: said["preprocess_cfg"][key] for key in ("mean", "std")}
+    file.write_text(json.dumps(said))
+    with pytest.raises(UserError, match="other image preprocessing"):
+        vlbench.load("run")  # the hash in this checkpoint is that of squashed images
+    Path("run/results.json").unlink()
+    assert main([*SHORT, *words]) == 0
+    assert "an image is padded to 56 x 56, bicubic" in capsys.readouterr().out

@@ -113,19 +113,22 @@ def release_overrides(config: ModelConfig) -> ReleaseOverrides:
 
 
 def _build_pretrained_encoder(
-    vision: VisionEncoderConfig, folder: Path = Path(), checkpoint_parts: Collection[str] = ()
+    vision: VisionEncoderConfig, folder: Path | None = None, checkpoint_parts: Collection[str] = ()
 ) -> tuple[VisionEncoder, dict[str, WeightOrigin]]:
     """Return the encoder, or the pair, and the origins of weights by part.
 
-    Those of `checkpoint_parts` are built as the checkpoint in `folder` says, without weights.
+    Those of `checkpoint_parts` are built as the checkpoint in `folder` says, without weights; of
+    the others it says what is done to images, which other versions may do otherwise.
     """
     origins: dict[str, WeightOrigin] = {}
 
     def build_one(part: str, config: VisionEncoderConfig | SecondEncoderConfig) -> VisionEncoder:
-        if part in checkpoint_parts:
+        if folder is not None and part in checkpoint_parts:
             return _build_saved_encoder(config, folder / part)
         encoder = build_vision_encoder(config.name, config.weights, config.layer, config.norm)
         origins[part] = make_weight_origin(config.weights, encoder.visual)
+        if folder is not None and (folder / part).is_dir():
+            encoder.set_preprocessing(read_encoder_config(folder / part))
         return encoder
 
     return build_encoders(vision, build_one), origins

@@ -74,13 +74,7 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.visual, self.config = visual, config
         self.layer, self.norm, self.class_token = layer, norm, False
-        self.mean: RGBStats = tuple(preprocess["mean"])
-        self.std: RGBStats = tuple(preprocess["std"])
-        # `pad` is what releases say
-        self.fit: str = preprocess.get("fit") or ("pad" if preprocess.get("pad", True) else "crop")
-        self.interpolation: str = preprocess.get("interpolation", "bicubic")
-        # a release may resize to more than it crops; at other image sizes the ratio stays
-        self.resize_ratio = preprocess.get("resize", 1) / preprocess.get("crop", 1)
+        self._read_preprocess(preprocess)
         blocks = self.blocks()
         if not -len(blocks) <= layer < len(blocks):
             raise UserError(
@@ -94,6 +88,20 @@ class VisionEncoder(nn.Module):
                 "vision.norm is true; this vision encoder has no norm after its last block: leave "
                 "vision.norm out"
             )
+
+    def _read_preprocess(self, preprocess: dict[str, Any]) -> None:
+        self.mean: RGBStats = tuple(preprocess["mean"])
+        self.std: RGBStats = tuple(preprocess["std"])
+        # `pad` is what releases say
+        self.fit: str = preprocess.get("fit") or ("pad" if preprocess.get("pad", True) else "crop")
+        self.interpolation: str = preprocess.get("interpolation", "bicubic")
+        # a release may resize to more than it crops; at other image sizes the ratio stays
+        self.resize_ratio = preprocess.get("resize", 1) / preprocess.get("crop", 1)
+
+    def set_preprocessing(self, config: EncoderConfig) -> None:
+        """Do to images what `config`, which a checkpoint keeps of the same encoder, says."""
+        self._read_preprocess(config.preprocess())
+        self.config = config
 
     def blocks(self) -> nn.ModuleList:
         """Return the transformer blocks, first to last."""
