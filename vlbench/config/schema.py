@@ -7,17 +7,16 @@ command line; a recipe is frozen, and `recipe.model_copy(update={...})` gives a 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from vlbench.command_line.arguments import TemplateName
 from vlbench.config.encoder_names import EMBEDDED_ENCODERS, check_encoder_name, is_hub_name
-from vlbench.errors import suggest_name
-from vlbench.strict_values import StrictModel, convert_value, is_null, yaml_text
+from vlbench.config.value_checks import check_row_tokens, check_stage_name, drop_frozen_parts
+from vlbench.strict_values import StrictModel, yaml_text
 
 PartName = Literal["vision", "second_vision", "connector", "language"]
 CheckpointingMode = Literal["none", "selective", "full", "auto"]
@@ -31,36 +30,7 @@ MAX_COUNT = 1_000_000_000
 """Largest number of steps, samples, tokens: three orders above what anybody trains with."""
 MAX_BATCH_SIZE = 1_000_000
 """CLIP models are trained with up to 164,000."""
-MAX_ROW_TOKENS = 1 << 20
-"""Eight times the usual longest contexts; `plan` takes half a minute for such a row."""
 MAX_DEVICES = 100_000
-STAGE_NAME_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
-
-
-def check_stage_name(name: str, info: ValidationInfo) -> str:
-    """Return the name of a stage that the recipe has; a recipe's file may have any."""
-    names = (info.context or {}).get("stage_names") or [name]
-    if name not in names:
-        close = suggest_name(name, names)
-        raise ValueError(f"must be a stage, {', '.join(names)}, given '{name}'.{close}")
-    if not STAGE_NAME_PATTERN.fullmatch(name):
-        raise ValueError(f"must be letters, digits and _, given '{name}'")
-    return name
-
-
-def drop_frozen_parts(parts: Any) -> Any:
-    """Return the parts of `train` without those that are null: they are frozen."""
-    return {p: v for p, v in parts.items() if not is_null(v)} if isinstance(parts, dict) else parts
-
-
-def check_row_tokens(value: Any) -> Any:
-    """Return `auto` or a number of tokens within limits."""
-    if value == "auto":
-        return str(value)
-    try:
-        return convert_value(value, Annotated[int, Field(ge=16, le=MAX_ROW_TOKENS)])
-    except ValueError as error:
-        raise ValueError(f"{error}; auto is allowed, too") from None
 
 
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
