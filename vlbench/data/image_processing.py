@@ -1,9 +1,10 @@
 """Image preprocessing: from a file to the vision encoder's pixels. Imports torch lazily.
 
 One transform serves training, evaluation and chat: make a square (pad it in the mean colour, crop
-its centre, or squash it), resize, rescale, normalise. EXIF orientation is not applied and
-alpha is dropped, as in the Yi-VL reference. JPEGs are decoded at full size, unless `draft` asks for
-the decoder's own downscaling of large ones, which is faster and changes pixels slightly.
+its centre, or squash it), resize, rescale, normalise. Alpha is dropped and EXIF orientation is not
+applied, as in the Yi-VL reference, unless `exif` asks for it. JPEGs are decoded at full size,
+unless `draft` asks for the decoder's own downscaling of large ones, which is faster and changes
+pixels slightly.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from vlbench.config.schema import MAX_IMAGE_SIZE
 from vlbench.data.image_decoding import decode_rgb
 from vlbench.data.image_folder import is_inside, outside_message
 from vlbench.data.sample import LazyImage
-from vlbench.errors import UserError
+from vlbench.errors import UserError, one_line
 from vlbench.regular_files import MAX_IMAGE_BYTES, describe_failure, open_regular, read_regular
 from vlbench.text_files import LFS_POINTER
 
@@ -130,6 +131,7 @@ class ImageTransform:
         pad: Whether the image is first padded to a square in the mean colour.
         draft: Whether large JPEGs are decoded at a smaller size, which only `load_pixels` and
             `load_levels` can do.
+        exif: Whether an image is turned as its EXIF orientation says, once it is opened.
         squash: Whether the image is resized to a square whatever its sides, and nothing is padded.
         interpolation: Of the resize, one of INTERPOLATIONS.
         second: What a second vision encoder sees of the same image: three further channels. Of two
@@ -142,6 +144,7 @@ class ImageTransform:
     std: tuple[float, float, float]
     pad: bool = True
     draft: bool = False
+    exif: bool = False
     squash: bool = False
     interpolation: str = "bicubic"
     second: ImageTransform | None = None
@@ -161,13 +164,14 @@ class ImageTransform:
 
     def load_pixels(self, image: LazyImage) -> Tensor:
         """Open an image and return its float32 pixels `[channels, crop, crop]`."""
-        return self(self._open(image))
+        return self(self.open_image(image))
 
-    def _open(self, image: LazyImage) -> Image.Image:
+    def open_image(self, image: LazyImage) -> Image.Image:
+        """Open an image in RGB, at the size and in the orientation in which it is transformed."""
         open_draft = getattr(image, "open_draft", None) if self.draft and self.pad else None
         side = max(self.size, self.second.size if self.second else 0)
         opened: Image.Image = open_draft(side) if open_draft else image.open()
-        return opened
+        return _turn_upright(opened, image.name) if self.exif else opened
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Return float32 pixels `[channels, crop, crop]`; those of a ZeroImage are all 0."""
@@ -191,7 +195,7 @@ class ImageTransform:
         `level_values` has what each of them becomes. Raises a UserError for a ZeroImage, which is
         no 8-bit image.
         """
-        opened = self._open(image)
+        opened = self.open_image(image)
         if _ZERO_MARK in opened.info:
             raise UserError(f"image {image.name}: is absent, and can only be asked about")
         own = self._levels(opened)
@@ -244,14 +248,9 @@ class ImageTransform:
     def transform_hash(self) -> str:
         """Return a hash of 16 characters over everything that determines the result."""
         settings = {**asdict(self), "rules": _TRANSFORM_RULES}
-        for name in (
-            "draft",
-            "squash",
-            "interpolation",
-            "second",
-        ):  # runs that are older keep their hash
+        for name in ("draft", "exif", "squash", "interpolation", "second"):
             if settings[name] == type(self).__dataclass_fields__[name].default:
-                del settings[name]
+                del settings[name]  # keeps the hash of runs that are older than the option
         text = json.dumps(settings, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -263,6 +262,17 @@ def _stack_channels(first: Tensor, second: Tensor) -> Tensor:
     for channel, pixels in ((0, first), (3, second)):
         both[channel : channel + 3, : pixels.shape[1], : pixels.shape[2]] = pixels
     return both
+
+
+def _turn_upright(image: Image.Image, name: str) -> Image.Image:
+    """Return an image turned as its EXIF orientation says; a UserError if that cannot be read."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception as error:  # a parser of EXIF may raise anything on broken bytes
+        reason = one_line(error, max_lines=1)
+        raise UserError(
+            f"image {name}: its EXIF cannot be read ({reason}); data.exif=ignore leaves it alone"
+        ) from error
 
 
 def mean_colour(mean: tuple[float, float, float]) -> tuple[int, int, int]:
