@@ -14,6 +14,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from vlbench.config.encoder_names import is_hub_name
 from vlbench.config.key_table import declared_keys
 from vlbench.config.overrides import parse_overrides
 from vlbench.config.resolve import mapping_in, merge_layers, resolve_layers
@@ -182,6 +183,8 @@ def _read_size(base: dict[str, Any], typed: dict[str, Any]) -> dict[str, Any]:
         size["vision"] = encoders[encoder]
         if _part_name(typed, "vision"):
             typed["vision"]["name"] = encoders[encoder]["name"]
+    if is_hub_name(encoder):  # it brings its own weights
+        size.pop("vision", None)
     if known := mapping_in(base, "stages"):
         size["stages"] = {name: stage for name, stage in stages.items() if name in known}
     return size
@@ -250,6 +253,6 @@ def _conflicts_with_init(*layers: dict[str, Any]) -> list[str]:
         # the resolved copy of a run has every key, defaults included
         if not declared_keys().keys() <= layer.keys()
         for part, label in (("vision", "vision encoder"), ("language", "language model"))
-        for key in ("name", "weights")
+        for key in ("name", "weights", "second")
         if key in mapping_in(layer, part)
     ]

@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from vlbench.config.key_table import declared_keys, key_rows, section_at
-from vlbench.config.schema import EXCLUSIVE_KEYS, Recipe
+from vlbench.config.recipe_section import EXCLUSIVE_KEYS
+from vlbench.config.schema import Recipe
 from vlbench.connector import registry
 from vlbench.errors import UserError, suggest_name
 from vlbench.strict_values import describe_error, is_null, join_path
