@@ -27,12 +27,9 @@ PART_NAMES: tuple[str, ...] = get_args(PartName)
 EXCLUSIVE_KEYS = (("epochs", "steps"), ("train", "mix"), ("only", "from"))
 """Pairs of keys of one mapping of which one at most has a value."""
 MAX_IMAGE_SIZE = 4096  # pixels of a vision encoder's side; those in use have 224 to 1024
-MAX_COUNT = 1_000_000_000
-"""Largest number of steps, samples, tokens: three orders above what anybody trains with."""
-MAX_BATCH_SIZE = 1_000_000
-"""CLIP models are trained with up to 164,000."""
-MAX_ROW_TOKENS = 1 << 20
-"""Eight times the usual longest contexts; `plan` takes half a minute for such a row."""
+MAX_COUNT = 1_000_000_000  # steps, samples, tokens: three orders above what anybody trains with
+MAX_BATCH_SIZE = 1_000_000  # CLIP models are trained with up to 164,000
+MAX_ROW_TOKENS = 1 << 20  # eight times the usual longest contexts; `plan` takes half a minute
 MAX_DEVICES = 100_000
 STAGE_NAME_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
@@ -259,6 +256,18 @@ class StageConfig(RecipeSection):
         return self
 
 
+@dataclass(frozen=True)
+class StageData:
+    """What a recipe says of the data of one stage."""
+
+    stage_name: str
+    stage: StageConfig
+    config: DataConfig
+    """The stage's own, or that of the recipe."""
+    seed: int
+    """Of the order of samples, and of rendered scenes."""
+
+
 class TrainerConfig(RecipeSection):
     """Devices, processes and checkpoints; a run may be resumed with other values."""
 
@@ -361,6 +370,16 @@ class Recipe(RecipeSection):
         names = list(self.stages)
         later = names[names.index(self.from_) :] if self.from_ else names
         return {name: self.stages[name] for name in later if not self.only or name in self.only}
+
+    @property
+    def last_stage_data(self) -> StageData:
+        """The data of the last stage, which the questions at the end are about."""
+        return self.stage_data(list(self.stages)[-1])
+
+    def stage_data(self, name: str) -> StageData:
+        """Return what is said of the data of a stage."""
+        stage = self.stages[name]
+        return StageData(name, stage, stage.data or self.data, self.seed)
 
     @model_validator(mode="after")
     def _check_decoding(self) -> Self:

@@ -82,7 +82,8 @@ def make_plan(options: PlanOptions) -> TrainingPlan:
         vlm = build_at_depth()
         sample_count = options.sample_counts[index] if options.sample_counts else None
         text_tokens = options.text_tokens[index] if options.text_tokens else None
-        workloads[name], assumed = stage_workload(recipe, name, vlm, sample_count, text_tokens)
+        stage_data = recipe.stage_data(name)
+        workloads[name], assumed = stage_workload(stage_data, vlm, sample_count, text_tokens)
         has_assumed_lengths |= assumed
         stages[name] = StageMemory(
             vlm=vlm.model,
