@@ -14,8 +14,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, ValidationInfo
-from pydantic import field_validator as validator_of_fields
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from vlbench.errors import UserError, suggest_name
@@ -50,17 +49,6 @@ ALLOWED_WORDS = {
 
 class RawText(str):
     """A value as it was typed on the command line, to be read as the type of its key."""
-
-
-class StrictModel(BaseModel):
-    """A frozen mapping of declared keys: no other key, and no value of another type."""
-
-    model_config = STRICT
-
-    @validator_of_fields("*", mode="before")
-    @classmethod
-    def _read_value(cls, value: object, info: ValidationInfo) -> object:
-        return read_value(value, cls.model_fields[str(info.field_name)].annotation)
 
 
 class FileRecord(BaseModel):

@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from vlbench.config.key_table import declared_keys, key_rows, section_at
-from vlbench.config.schema import EXCLUSIVE_KEYS, Recipe
+from vlbench.config.key_types import EXCLUSIVE_KEYS
+from vlbench.config.schema import Recipe
 from vlbench.connector import registry
 from vlbench.errors import UserError, suggest_name
 from vlbench.strict_values import describe_error, is_null, join_path
@@ -154,10 +155,6 @@ def _error_line(error: ErrorDetails) -> str:
 
 def _has_path(tree: object, path: Sequence[int | str]) -> bool:
     """Tell whether a layer has the key at `path`, or a value above it that is no mapping."""
-    for part in path:
-        if not isinstance(tree, dict):
-            return tree is not None
-        if part not in tree:
-            return False
-        tree = tree[part]
-    return True
+    if path and isinstance(tree, dict):
+        return path[0] in tree and _has_path(tree[path[0]], path[1:])
+    return not path or tree is not None

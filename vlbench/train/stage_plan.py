@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from vlbench.config.schema import PART_NAMES, DataConfig, Recipe, StageConfig
+from vlbench.config.key_types import PART_NAMES
+from vlbench.config.schema import DataConfig, Recipe, StageConfig
 from vlbench.data.batch_sampler import StepDataset
 from vlbench.data.data_sources import (
     SourceCache,

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from vlbench.config.schema import PART_NAMES, Recipe, StageConfig, StageData
+from vlbench.config.key_types import PART_NAMES
+from vlbench.config.schema import Recipe, StageConfig, StageData
 from vlbench.data.data_sources import (
     HELD_OUT_SEED_OFFSET,
     SourceCache,
