@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import cache
+from itertools import chain, repeat
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
@@ -96,7 +97,8 @@ def read_value(value: Any, kind: Any) -> Any:
     if origin is tuple and isinstance(value, str) and str in split_union(args[0]):
         value = [value]  # one name where several may stand
     if origin is tuple and isinstance(value, list | tuple):
-        return tuple(read_value(item, args[0]) for item in value)
+        kinds = chain(args if ... not in args else (), repeat(args[0]))
+        return tuple(map(read_value, value, kinds))
     if origin is dict and isinstance(value, dict):
         return {name: read_value(item, args[1]) for name, item in value.items()}
     if origin is Literal and type(value) in (int, float):
