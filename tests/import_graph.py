@@ -26,6 +26,7 @@ LAYERS = (
         "process_settings",
         "core_sharing",
         "new_folder",
+        "hub_download",
     ),
     ("printable_streams",),
     ("command_line",),

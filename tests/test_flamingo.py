@@ -78,6 +78,13 @@ class Recorded(nn.Module):
 
     grid, feature_width, class_token, image_size, dtype = (2, 3), 16, False, 1, torch.float32
     transform = None  # no image is opened
+    block_index = 0
+
+    def blocks(self) -> list[nn.Module]:
+        return [self]
+
+    def read_blocks(self, layers: tuple[int, ...], class_token: bool) -> None:
+        assert not layers and not class_token
 
     def forward(self, pixels: Tensor) -> Tensor:
         return pixels

@@ -19,7 +19,7 @@ from hub.model_repositories import make_repositories
 from hub.server import FakeHub, serve_hub
 
 from vlbench.errors import UserError
-from vlbench.model.weights.hub_download import LANGUAGE_CONTENTS, fetch_hub_folder
+from vlbench.hub_download import LANGUAGE_CONTENTS, fetch_hub_folder
 from vlbench.text_files import refuse_lfs_pointer
 
 YI = "01-ai/Yi-6B-Chat"
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 CODE = (
     "import sys\n"
     "from vlbench.errors import UserError\n"
-    "from vlbench.model.weights.hub_download import LANGUAGE_CONTENTS, fetch_hub_folder\n"
+    "from vlbench.hub_download import LANGUAGE_CONTENTS, fetch_hub_folder\n"
     "try:\n"
     f"    print(fetch_hub_folder('{YI}', 'language.weights', LANGUAGE_CONTENTS))\n"
     "except UserError as mistake:\n"

@@ -84,8 +84,8 @@ def supported_kind(kind: Any) -> Any:
     """Return an annotation as a type that values are checked for; a list is a tuple."""
     origin, args = get_origin(kind), get_args(kind)
     if origin in (list, tuple) and args:
-        items = tuple(item if item is ... else supported_kind(item) for item in args)
-        return tuple[(*items, ...)] if origin is list else tuple[items]  # type: ignore[misc]
+        items = [item if item is ... else supported_kind(item) for item in args]
+        return tuple[(*items, ...) if origin is list else tuple(items)]  # type: ignore[misc]
     if origin in (Union, types.UnionType):
         members = [supported_kind(member) for member in args]
         return Any if Any in members else Union[tuple(members)]  # noqa: UP007

@@ -131,6 +131,7 @@ def load_connector(name: str) -> type[Connector]:
         ) from error
     if not _is_connector(cls):
         raise UserError(f"connector '{name}' ({source.location}) is not a subclass of Connector")
+    _check_inject_arguments(cls, source.location)
     return cls  # type: ignore[no-any-return]
 
 
@@ -213,6 +214,7 @@ def _load_from_file(source: ConnectorSource, file: Path) -> type[Connector]:
     if len(own) != 1:
         names = ", ".join(cls.__name__ for cls in own) or "none"
         raise UserError(f"{file} must define exactly one subclass of Connector, found {names}")
+    _check_inject_arguments(own[0], str(file))
     return own[0]  # type: ignore[no-any-return]
 
 
@@ -220,6 +222,15 @@ def _is_connector(value: object) -> bool:
     from vlbench.connector.base import Connector
 
     return isinstance(value, type) and issubclass(value, Connector) and value is not Connector
+
+
+def _check_inject_arguments(cls: type[Connector], location: str) -> None:
+    """Raise a UserError for a connector that was written for the contract before `where`."""
+    if "image_index" in inspect.signature(cls.inject).parameters:
+        raise UserError(
+            f"{location}: inject of {cls.__name__} takes image_index; its arguments are layer, "
+            "hidden, visual, where: write where.image_index for image_index"
+        )
 
 
 def _typed_line(error: Exception) -> str:

@@ -41,6 +41,9 @@ SMALL_OPTIONS: Mapping[str, dict[str, Any]] = {
     "resampler": {"side": 2, "heads": 2},
     "mixed": {"tokens": "avgpool", "every": 1, "heads": 2, "head_width": 8},
     "c_abstractor": {"side": 1, "depth": 1, "width": 16},
+    "deepstack": {"levels": 2, "blocks": (-1, 0)},
+    "dense": {"groups": 1},
+    "cross_attention": {"every": 1, "heads": 2, "kv_heads": 1, "head_width": 8, "blocks": (0,)},
 }
 """Options of shipped connectors whose defaults are too large for an image of 2 x 2 patches."""
 

@@ -6,11 +6,11 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 from vlbench.config.schema import StageData
-from vlbench.data.conversation_files import LlavaJson
+from vlbench.data.conversation_files import ConversationFiles
 from vlbench.data.remote_shards import is_url
 from vlbench.data.sample import SampleSource
 from vlbench.data.scene_dataset import SceneCaptions, SceneConversations
-from vlbench.data.shards import WebDatasetShards, is_tar
+from vlbench.data.shards import SHARD_LIST_FILE, WebDatasetShards, is_tar
 from vlbench.data.shuffle import SourceMixture
 from vlbench.errors import UserError
 
@@ -67,9 +67,17 @@ def _open_source(
     source_cache = {} if source_cache is None else source_cache
     key = (path, image_folder, data.allow_outside)
     if key not in source_cache:
-        is_shards = is_url(path) or is_tar(path) or Path(path).is_dir()
-        source_cache[key] = WebDatasetShards(path) if is_shards else LlavaJson(Path(path), *key[1:])
+        source_cache[key] = WebDatasetShards(path) if _is_shards(path) else ConversationFiles(*key)
     return source_cache[key]
+
+
+def _is_shards(path: str) -> bool:
+    """Tell whether a path is that of tar files, or of a folder that should have a list of them."""
+    folder = Path(path)
+    if is_url(path) or is_tar(path):
+        return True
+    is_listed = (folder / SHARD_LIST_FILE).exists()
+    return folder.is_dir() and (is_listed or next(folder.rglob("*.parquet"), None) is None)
 
 
 def open_stage_mixture(

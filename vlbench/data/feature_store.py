@@ -2,7 +2,8 @@
 
 A folder has shards, safetensors files with
 
-    features   [images, patches, width], in the vision encoder's dtype
+    features   [images, patches, width], in the vision encoder's dtype; of a connector that reads
+               several blocks [images, blocks, patches, width]
     keys       [images, 16] uint8, a hash of each image's content
     sums       [images] int64, a checksum of each image's features
 
@@ -27,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlbench.data.image_processing import ImageFile
+from vlbench.data.record_images import EmbeddedImage
 from vlbench.data.sample import LazyImage
 
 FeatureLocations = dict[bytes, tuple[str, int]]
@@ -39,7 +41,7 @@ def content_key(lazy_image: LazyImage) -> bytes:
 
     Raises a UserError that names an image that cannot be read.
     """
-    if isinstance(lazy_image, ImageFile):
+    if isinstance(lazy_image, ImageFile | EmbeddedImage):
         content = lazy_image.read_bytes()
     else:
         image = lazy_image.open()

@@ -11,9 +11,10 @@ from tqdm import tqdm
 from webdataset import TarWriter
 
 from vlbench.command_line.arguments import PackArguments
-from vlbench.data.conversation_files import LlavaJson
+from vlbench.data.conversation_files import ConversationFiles
 from vlbench.data.conversation_record import record_from_sample
 from vlbench.data.image_processing import ImageFile, open_image_bytes
+from vlbench.data.record_images import EmbeddedImage
 from vlbench.data.shard_index import IMAGE_EXTENSIONS, format_index, index_path, scan_tar
 from vlbench.data.shards import SHARD_LIST_FILE
 from vlbench.errors import BadSample, UserError
@@ -26,7 +27,7 @@ LEFT_OUT_FILE = "left_out.jsonl"
 
 def run_pack(arguments: PackArguments) -> int:
     """Write the shards of a file, and print what was left out; return the exit code."""
-    source = LlavaJson(Path(arguments.data), arguments.images, arguments.allow_outside)
+    source = ConversationFiles(arguments.data, arguments.images, arguments.allow_outside)
     folder = Path(arguments.out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"out={folder} exists and is not empty; name a new folder")
@@ -43,7 +44,7 @@ def run_pack(arguments: PackArguments) -> int:
 
 
 def pack_dataset(
-    source: LlavaJson, folder: Path, samples_per_shard: int
+    source: ConversationFiles, folder: Path, samples_per_shard: int
 ) -> tuple[list[dict[str, Any]], list[BadSample]]:
     """Write the shards of a source; return the list of shards, and the bad samples.
 
@@ -54,7 +55,7 @@ def pack_dataset(
 
 
 def _write_all_shards(
-    folder: Path, source: LlavaJson, samples_per_shard: int
+    folder: Path, source: ConversationFiles, samples_per_shard: int
 ) -> tuple[list[dict[str, Any]], list[BadSample]]:
     """Write all shards, their indexes, the list of shards and the list of bad samples."""
     bad_samples: list[BadSample] = []
@@ -94,7 +95,9 @@ def _write_tar(tar: Path, sample_members: Iterator[dict[str, Any]], samples_per_
     return count
 
 
-def _sample_members(source: LlavaJson, bad_samples: list[BadSample]) -> Iterator[dict[str, Any]]:
+def _sample_members(
+    source: ConversationFiles, bad_samples: list[BadSample]
+) -> Iterator[dict[str, Any]]:
     """Yield the members of each sample: its record and the bytes of its images."""
     for index in tqdm(range(len(source)), desc="pack", unit="sample", disable=None):
         try:
@@ -102,7 +105,7 @@ def _sample_members(source: LlavaJson, bad_samples: list[BadSample]) -> Iterator
             members: dict[str, Any] = {"__key__": f"{index:09d}"}
             image_names = []
             for number, image in enumerate(sample.images):
-                assert isinstance(image, ImageFile), "LlavaJson has files"
+                assert isinstance(image, ImageFile | EmbeddedImage), "shards hold files"
                 data = image.read_bytes()
                 open_image_bytes(data, f"image {image.name}")
                 image_names.append(f"{number}.{_image_extension(image.name)}")
@@ -113,7 +116,8 @@ def _sample_members(source: LlavaJson, bad_samples: list[BadSample]) -> Iterator
         except UserError as error:
             bad_samples.append(BadSample(sample.id, str(error)))
             continue
-        unread = {key: source.records[index].get(key) for key in sample.unread_keys}
+        original = source.read_record(index)
+        unread = {key: original.get(key) for key in sample.unread_keys}
         record = {**unread, **record_from_sample(sample, image_names)}
         members["json"] = format_json(record).encode()
         yield members

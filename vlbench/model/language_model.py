@@ -10,12 +10,12 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.activations import ACT2FN
 
+from vlbench import hub_download
 from vlbench.compat.transformers_internals import llama_rotary_embedding, set_attention
 from vlbench.errors import UserError, one_line, suggest_name
+from vlbench.hub_download import fetch_hub_folder
 from vlbench.model.config_limits import check_config_number
 from vlbench.model.packed_attention import PACKED_ATTENTION
-from vlbench.model.weights import hub_download
-from vlbench.model.weights.hub_download import fetch_hub_folder
 from vlbench.model.weights.quantized_weights import refuse_quantized_folder
 from vlbench.model.weights.tensor_files import read_tensor_shapes, weight_files
 from vlbench.model.weights.tensor_groups import (

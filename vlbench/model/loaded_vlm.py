@@ -7,11 +7,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlamaForCausalLM
 
 from vlbench.connector import registry
 from vlbench.connector.base import Connector
+from vlbench.connector.levels import Levels
 from vlbench.core_sharing import share_cores
 from vlbench.data.chat_template import ChatTemplate
 from vlbench.data.packing import PackedBatch
@@ -107,13 +108,16 @@ class LoadedVLM:
         """Return the batch of one conversation, or of several, ready for `generate`."""
         return self.processor.prepare(messages).to(self.device)
 
-    def features(self, batch: PackedBatch) -> Tensor:
-        """Return the vision encoder's features `[images, patches, vision_width]`."""
+    def features(self, batch: PackedBatch) -> Levels:
+        """Return the vision encoder's features `[images, patches, vision_width]`.
+
+        They are a tuple where the connector reads several blocks (`Connector.vision_layers`).
+        """
         with share_cores(self.device):
             return self.model.extract_features(batch)
 
-    def visual(self, batch: PackedBatch) -> Tensor:
-        """Return the visual tokens `[images, tokens, width]`."""
+    def visual(self, batch: PackedBatch) -> Levels:
+        """Return the visual tokens `[images, tokens, width]`, or the connector's levels of them."""
         with share_cores(self.device):
             return self.model.encode_images(batch)
 

@@ -16,9 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
 from vlbench.compat.torch_internals import make_flop_counter
+from vlbench.connector.base import ImagePlaces, blank_features
+from vlbench.connector.levels import Levels, first_level
 from vlbench.data.packing import PackedBatch
 from vlbench.model.vlm import VLM
 
@@ -95,11 +100,11 @@ def _matmul_flops(module: nn.Module, input_needs_grad: bool) -> float:
 
 
 def _vision_encoder_flops(vlm: VLM) -> float:
-    """Return the operations of the vision encoder for one image, up to the block that is used."""
+    """Return the operations of the vision encoder for one image, up to the last block read."""
     encoder, trained = vlm.vision, _has_trained_parameters(vlm.vision)
     length = vlm.shapes.patches + 1
     total = 0.0
-    for block in encoder.blocks()[: encoder.block_index + 1]:
+    for block in encoder.blocks()[: encoder.used_block_count]:
         total += length * _matmul_flops(block, trained)
         total += 4 * length**2 * encoder.feature_width * (3 if trained else 1)
     visual = getattr(encoder.visual, "trunk", encoder.visual)
@@ -110,11 +115,7 @@ def _vision_encoder_flops(vlm: VLM) -> float:
 
 def _connector_flops(vlm: VLM, input_needs_grad: bool) -> float:
     """Return the operations of the connector for one image, counted by running it on zeros."""
-    shapes = vlm.shapes
-    parameter = next(vlm.connector.parameters(), None)
-    dtype = torch.float32 if parameter is None else parameter.dtype
-    length = shapes.patches + vlm.connector.class_token
-    features = torch.zeros(1, length, shapes.vision_width, dtype=dtype, device=vlm.device)
+    features = _blank_features(vlm)
     return _count_run_flops(vlm.connector, lambda: vlm.connector(features)) * _count_matmul_passes(
         vlm, input_needs_grad
     )
@@ -123,15 +124,13 @@ def _connector_flops(vlm: VLM, input_needs_grad: bool) -> float:
 def _injection_flops(vlm: VLM, layer: int, input_needs_grad: bool) -> float:
     """Return the operations for one position of what the connector does before a decoder layer."""
     shapes, device = vlm.shapes, vlm.device
-    parameter = next(vlm.connector.parameters())
-    length = shapes.patches + vlm.connector.class_token
-    features = torch.zeros(1, length, shapes.vision_width, dtype=parameter.dtype, device=device)
-    hidden = torch.zeros(1, PROBE_POSITIONS, shapes.lm_width, dtype=parameter.dtype, device=device)
-    # its values are needed: connectors sort the text by the image that it belongs to
-    image_index = torch.zeros(1, PROBE_POSITIONS, dtype=torch.long, device=real_device(device))
+    features = _blank_features(vlm)
+    dtype = first_level(features).dtype
+    hidden = torch.zeros(1, PROBE_POSITIONS, shapes.lm_width, dtype=dtype, device=device)
     with torch.no_grad():
-        visual: Tensor = vlm.connector(features)
-    inject = functools.partial(vlm.connector.inject, layer, hidden, visual, image_index)
+        visual: Levels = vlm.connector(features)
+    where = text_places(PROBE_POSITIONS, device)
+    inject = functools.partial(vlm.connector.inject, layer, hidden, visual, where)
     return (
         _count_run_flops(vlm.connector, inject)
         * _count_matmul_passes(vlm, input_needs_grad)
@@ -139,9 +138,45 @@ def _injection_flops(vlm: VLM, layer: int, input_needs_grad: bool) -> float:
     )
 
 
-def real_device(device: torch.device) -> torch.device:
-    """Return a device for tensors whose values are needed while others are on `meta`."""
-    return torch.device("cpu") if device.type == "meta" else device
+class RealIndices(TorchDispatchMode):
+    """Lets tensors whose values are needed meet tensors on `meta`: they join them there.
+
+    So an `inject` may multiply by a mask of its places, as it does where everything is on a device.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if len({tensor.is_meta for tensor in tensors}) == 2:
+            args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def counted_flops() -> Iterator[FlopCounterMode]:
+    """Count the operations inside of `with`, on `meta` as well."""
+    counter = make_flop_counter()
+    with RealIndices(), counter:  # type: ignore[no-untyped-call]
+        yield counter
+
+
+def _blank_features(vlm: VLM) -> Levels:
+    parameter = next(vlm.connector.parameters(), None)
+    dtype = torch.float32 if parameter is None else parameter.dtype
+    return blank_features(vlm.connector, vlm.shapes, dtype, vlm.device)
+
+
+def text_places(length: int, device: torch.device) -> ImagePlaces:
+    """Return the places of text that follows one image, to count what injection costs there.
+
+    Their values are needed while other tensors are on `meta`: connectors sort the text by the image
+    that it belongs to.
+    """
+    device = torch.device("cpu") if device.type == "meta" else device
+    image_index = torch.zeros(1, length, dtype=torch.long, device=device)
+    return ImagePlaces(image_index, image_index - 1)
 
 
 def _count_matmul_passes(vlm: VLM, input_needs_grad: bool) -> int:
@@ -150,8 +185,7 @@ def _count_matmul_passes(vlm: VLM, input_needs_grad: bool) -> int:
 
 
 def _count_run_flops(connector: nn.Module, run: Any) -> float:
-    counting = make_flop_counter()
-    with temporarily_frozen(connector), torch.no_grad(), counting:
+    with temporarily_frozen(connector), torch.no_grad(), counted_flops() as counting:
         run()
     return float(counting.get_total_flops())
 

@@ -1,7 +1,8 @@
-"""The vision encoder: any ViT of open_clip by name, up to the block whose output is used."""
+"""The vision encoder: any ViT of open_clip by name, up to the last block whose output is used."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -9,6 +10,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
+from vlbench import hub_download
 from vlbench.compat.vision_internals import (
     encoder_blocks,
     encoder_grid,
@@ -17,6 +19,7 @@ from vlbench.compat.vision_internals import (
     has_encoder_blocks,
     set_encoder_image_size,
 )
+from vlbench.connector.levels import Levels
 from vlbench.data.image_processing import ImageTransform
 from vlbench.errors import UserError, one_line, suggest_name
 from vlbench.model.vision_config import (
@@ -27,7 +30,7 @@ from vlbench.model.vision_config import (
     named_encoder_folder,
     resolve_vision_config,
 )
-from vlbench.model.weights import clip_layouts, hub_download
+from vlbench.model.weights import clip_layouts
 from vlbench.model.weights import open_clip_files as open_clip_files
 from vlbench.model.weights.tensor_groups import check_tensor_groups
 from vlbench.state_dicts import check_names
@@ -37,7 +40,7 @@ RGBStats = tuple[float, float, float]
 
 
 class VisionEncoder(nn.Module):
-    """A vision encoder, computed up to one of its blocks.
+    """A vision encoder, computed up to the last of its blocks that is read.
 
     Blocks and norms after that one are kept for exports, but never computed and never trained.
     `visual` is open_clip's own module, so its state-dict keys are those of open_clip.
@@ -57,7 +60,8 @@ class VisionEncoder(nn.Module):
 
         Args:
             visual: The module.
-            layer: Block whose output is used; -2 is the last but one.
+            layer: Block whose output is used, unless `read_blocks` names others; -2 is the last
+                but one.
             norm: Whether the final norm is applied to the features.
             preprocess: Has `mean` and `std`, and may have `resize` and `crop` (pixels) and `pad`
                 (to a square).
@@ -79,10 +83,42 @@ class VisionEncoder(nn.Module):
                 f"so {-len(blocks)} to {len(blocks) - 1} are allowed"
             )
         self.block_index = layer % len(blocks)
+        self._read_blocks: tuple[int, ...] = ()
 
     def blocks(self) -> nn.ModuleList:
         """Return the transformer blocks, first to last."""
         return encoder_blocks(self.visual)
+
+    def read_blocks(self, layers: Sequence[int], class_token: bool) -> None:
+        """Let `forward` return what a connector reads.
+
+        Args:
+            layers: Blocks, counted from 0 or from -1, the last one; features are then a tuple. None
+                of them: features are one tensor, of the block `layer`.
+            class_token: Whether the class token stands before the patches.
+
+        Raises:
+            UserError: for a block that this encoder does not have.
+        """
+        count = len(self.blocks())
+        wrong = [layer for layer in layers if not -count <= layer < count]
+        if wrong:
+            raise UserError(
+                f"the connector reads block {wrong[0]} of the vision encoder (vision_layers), and "
+                f"this one has {count} blocks, so {-count} to {count - 1} are allowed"
+            )
+        self._read_blocks = tuple(layer % count for layer in layers)
+        self.class_token = class_token
+
+    @property
+    def used_block_count(self) -> int:
+        """How many blocks are computed: those up to the last one that is read."""
+        return 1 + max(self._read_blocks or (self.block_index,))
+
+    @property
+    def feature_source(self) -> int | list[int]:
+        """What of the encoder features are, for caches: `layer`, or the blocks of a tuple."""
+        return list(self._read_blocks) or self.layer
 
     @property
     def feature_width(self) -> int:
@@ -111,21 +147,23 @@ class VisionEncoder(nn.Module):
         """Dtype of the weights, and so of the pixels."""
         return next(self.parameters()).dtype
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor) -> Levels:
         """Turn pixels `[images, 3, height, width]` into features `[images, patches, width]`.
 
         With `class_token` the encoder's class token comes first: `[images, 1 + patches, width]`.
+        With `read_blocks` they are a tuple, an entry for each of the blocks.
         """
+        blocks = sorted(set(self._read_blocks)) or [self.block_index]
         out = self.visual.forward_intermediates(
             pixels,
-            indices=[self.block_index],
+            indices=blocks,
             stop_early=True,
             normalize_intermediates=self.norm,
             intermediates_only=True,
             output_fmt="NLC",
             output_extra_tokens=self.class_token,
         )
-        features: Tensor = out["image_intermediates"][0]
+        features: list[Tensor] = out["image_intermediates"]
         if self.class_token:
             first = out.get("image_intermediates_prefix")
             if first is None or not first[0].shape[1]:
@@ -133,8 +171,11 @@ class VisionEncoder(nn.Module):
                     "this connector reads the class token, and this vision encoder has none: name "
                     "another vision encoder or another connector"
                 )
-            features = torch.cat([first[0][:, :1], features], dim=1)
-        return features
+            pairs = zip(first, features, strict=True)
+            features = [torch.cat([extra[:, :1], patches], dim=1) for extra, patches in pairs]
+        if not self._read_blocks:
+            return features[0]
+        return tuple(features[blocks.index(block)] for block in self._read_blocks)
 
     def set_image_size(self, image_size: int) -> None:
         """Change the input to `image_size` pixels; open_clip resizes the position embeddings."""
@@ -150,7 +191,7 @@ class VisionEncoder(nn.Module):
     def used_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that the features depend on; the others must not be trained."""
         unused = set()
-        for block in self.blocks()[self.block_index + 1 :]:
+        for block in self.blocks()[self.used_block_count :]:
             unused |= {id(p) for p in block.parameters()}
         unused |= {
             id(p) for name, p in self.visual.named_parameters() if self._is_after_blocks(name)

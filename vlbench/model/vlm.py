@@ -18,10 +18,10 @@ from vlbench.compat.transformers_internals import (
     passed_through_mask,
     replace_decoder_layer_input,
 )
-from vlbench.connector.base import Connector, Shapes, zero_like_loss
+from vlbench.connector.base import Connector, ImagePlaces, Shapes, zero_like_loss
 from vlbench.connector.bounded_building import NewTensorLimit, build_connector
-from vlbench.data.packing import PackedBatch
-from vlbench.data.sample_encoding import IMAGE_TOKEN_INDEX
+from vlbench.connector.levels import Levels, first_level, unstack_levels
+from vlbench.data.packing import PackedBatch, number_image_tokens
 from vlbench.model.activation_checkpointing import checkpoint_blocks
 from vlbench.model.contrastive_loss import add_own_contrast_pool, is_contrastive
 from vlbench.model.language_loss import summed_loss
@@ -45,7 +45,7 @@ class VLMOutput:
     """Number of supervised positions."""
     extra: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """The connector's own losses, `{name: (sum, count)}`."""
-    features: Tensor | None = None
+    features: Levels | None = None
     """Features of the vision encoder; only with `embed_pairs`."""
     contrast_embeddings: dict[str, Tensor] = field(default_factory=dict)
     """Embeddings of image-caption pairs, see `Connector.contrast_embeddings`; only with
@@ -103,7 +103,7 @@ class VLM(nn.Module):
 
     def _build_connector(self) -> Connector:
         connector = build_connector(self._connector_class, self.shapes, self.connector_options)
-        self.vision.class_token = connector.class_token
+        self.vision.read_blocks(connector.vision_layers, connector.class_token)
         return connector
 
     def set_image_size(self, image_size: int) -> None:
@@ -150,28 +150,36 @@ class VLM(nn.Module):
         """Tell whether any weight of the vision encoder is trained."""
         return any(parameter.requires_grad for parameter in self.vision.parameters())
 
-    def extract_features(self, batch: PackedBatch) -> Tensor:
+    def extract_features(self, batch: PackedBatch) -> Levels:
         """Return the vision encoder's features `[images, patches, vision_width]`.
 
+        They are a tuple with an entry for each of the connector's `vision_layers`, if it names any.
         They carry no gradient while the encoder is frozen. A batch without images gives the
         features of one blank image, so that every part runs and every gradient exists.
         """
         if batch.features is not None:
-            return batch.features
+            return unstack_levels(batch.features)
         pixels = batch.normalized_pixels()
         if not len(pixels):
             side = self.vision.image_size
             pixels = pixels.new_zeros(1, 3, side, side)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.is_vision_trained()):
-            features: Tensor = self.vision(pixels.to(self.vision.dtype))
+            features: Levels = self.vision(pixels.to(self.vision.dtype))
             return features
 
-    def encode_images(self, batch: PackedBatch) -> Tensor:
-        """Return the visual tokens `[images, tokens, width]` of a batch."""
-        visual: Tensor = self.connector(self.extract_features(batch))
+    def encode_images(self, batch: PackedBatch) -> Levels:
+        """Return the visual tokens `[images, tokens, width]` of a batch, or their levels."""
+        visual: Levels = self.connector(self.extract_features(batch))
         return visual
 
-    def merge_embeddings(self, batch: PackedBatch, visual: Tensor) -> Tensor:
+    def image_places(self, batch: PackedBatch) -> ImagePlaces | None:
+        """Return image and visual token of each position; None if the connector never injects."""
+        if not self.connector.inject_layers:
+            return None
+        token_index = number_image_tokens(batch, self.connector.tokens_per_image)
+        return ImagePlaces(batch.image_index, token_index)
+
+    def merge_embeddings(self, batch: PackedBatch, visual: Levels) -> Tensor:
         """Return embeddings `[rows, length, lm_width]`, visual tokens at the image positions."""
         embeds: Tensor = self.token_embedding(batch.input_ids.clamp(min=0))
         if not len(batch.pixels):
@@ -183,12 +191,10 @@ class VLM(nn.Module):
             for tensor in unused:
                 embeds = embeds + zero_like_loss(tensor).to(embeds.dtype)
             return embeds
-        positions = batch.image_positions
-        if positions is None:
-            positions = (batch.input_ids.flatten() == IMAGE_TOKEN_INDEX).nonzero()[:, 0]
+        positions = batch.find_image_positions()
         if self.connector.replaces_image_tokens:
             self.connector.check_output(visual, len(batch.pixels), embeds.shape[-1])
-            values = visual.flatten(0, 1)
+            values = first_level(visual).flatten(0, 1)
         else:
             values = self.connector.image_embedding.expand(len(positions), -1)
         if len(values) != len(positions):
@@ -199,24 +205,32 @@ class VLM(nn.Module):
         return embeds.index_put(places, values.to(embeds.dtype))
 
     def run_decoder(
-        self, embeds: Tensor, visual: Tensor, image_index: Tensor, **kwargs: Any
+        self, embeds: Tensor, visual: Levels, where: ImagePlaces | None, **kwargs: Any
     ) -> BaseModelOutputWithPast:
-        """Run the decoder layers over `embeds`; `kwargs` go to the language model's forward."""
-        if self.connector.inject_layers:
-            kwargs |= {"visual": visual, "image_index": image_index}
+        """Run the decoder layers over `embeds`; `kwargs` go to the language model's forward.
+
+        `where` are the `image_places` of the positions.
+        """
+        if where is not None:
+            kwargs |= {
+                "visual": visual,
+                "image_index": where.image_index,
+                "token_index": where.token_index,
+            }
         output: BaseModelOutputWithPast = self.language.model(inputs_embeds=embeds, **kwargs)
         return output
 
-    def hidden_states(self, batch: PackedBatch, visual: Tensor) -> Tensor:
+    def hidden_states(self, batch: PackedBatch, visual: Levels) -> Tensor:
         """Return the last hidden states `[rows, length, lm_width]` of a batch, without KV cache."""
+        device = first_level(visual).device
         hidden = self.run_decoder(
             self.merge_embeddings(batch, visual),
             visual,
-            batch.image_index,
+            self.image_places(batch),
             position_ids=batch.position_ids,
-            attention_mask=passed_through_mask(visual.device),
+            attention_mask=passed_through_mask(device),
             lengths=OpaqueLengths(batch.sample_lengths),
-            bounds=sample_bounds(batch.sample_lengths, batch.input_ids.shape[1], visual.device),
+            bounds=sample_bounds(batch.sample_lengths, batch.input_ids.shape[1], device),
             use_cache=False,
         ).last_hidden_state
         assert hidden is not None
@@ -289,7 +303,8 @@ def _inject_before_layer(
     """
     hidden = decoder_layer_input(args, kwargs)
     inject = vlm._with_checkpointing(vlm.connector.inject)
-    hidden = inject(layer_index, hidden, kwargs["visual"], kwargs["image_index"])
+    where = ImagePlaces(kwargs["image_index"], kwargs["token_index"])
+    hidden = inject(layer_index, hidden, kwargs["visual"], where)
     return replace_decoder_layer_input(args, kwargs, hidden)
 
 
@@ -302,4 +317,6 @@ def connector_shapes(vision_encoder: VisionEncoder, lm_config: LlamaConfig) -> S
         vision_width=vision_encoder.feature_width,
         lm_width=lm_config.hidden_size,
         lm_layers=lm_config.num_hidden_layers,
+        vision_blocks=len(vision_encoder.blocks()),
+        vision_layer=vision_encoder.block_index,
     )

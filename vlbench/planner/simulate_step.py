@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vlbench.compat.fake_tensors import FakeTensorMode
 from vlbench.compat.torch_internals import buffer_slots, parameter_slots
+from vlbench.connector.levels import Levels, as_levels
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.mixed_precision import autocast_context
 from vlbench.model.vlm import VLM
@@ -61,13 +62,14 @@ class StepSimulator:
         return tracker.phase_peaks
 
     def _watch_encoder_gradient(
-        self, vision_encoder: nn.Module, inputs: object, features: Tensor
+        self, vision_encoder: nn.Module, inputs: object, features: Levels
     ) -> None:
-        """Begin the vision encoder's phase when the gradient of its features is computed."""
-        if features.requires_grad:
-            features.register_hook(
-                lambda gradient: setattr(self._memory_tracker, "phase", ENCODER_BACKWARD)
-            )
+        """Begin the vision encoder's phase when a gradient of its features is computed."""
+        for level in as_levels(features):
+            if level.requires_grad:
+                level.register_hook(
+                    lambda gradient: setattr(self._memory_tracker, "phase", ENCODER_BACKWARD)
+                )
 
     @contextlib.contextmanager
     def _simulation_context(self) -> Iterator[None]:
@@ -156,17 +158,19 @@ class DepthExtrapolator:
 
 def model_depth(vlm: VLM) -> ModelDepth:
     """Return the depth of a model."""
-    return ModelDepth(len(vlm.language.model.layers), vlm.vision.block_index + 1)
+    return ModelDepth(len(vlm.language.model.layers), vlm.vision.used_block_count)
 
 
 def simulation_depths(vlm: VLM) -> list[ModelDepth]:
-    """Return the depths at which a model is simulated: its own alone, or three shallow ones."""
-    full, inject_layers = model_depth(vlm), vlm.connector.inject_layers
-    if len(inject_layers) > 1:
-        interval = inject_layers[1] - inject_layers[0]
-    else:
-        interval = inject_layers[0] + 1 if inject_layers else 1
-    base = ModelDepth(max(MIN_DEPTH, interval), MIN_DEPTH)
+    """Return the depths at which a model is simulated: its own alone, or three shallow ones.
+
+    Its own where the connector names encoder blocks: another encoder would not have them.
+    """
+    full = model_depth(vlm)
+    if vlm.connector.vision_layers:
+        return [full]
+    shallowest, interval = _injection_interval(vlm)
+    base = ModelDepth(max(MIN_DEPTH, shallowest), MIN_DEPTH)
     deeper = [
         ModelDepth(base.decoder_layers + interval, base.encoder_blocks),
         ModelDepth(base.decoder_layers, base.encoder_blocks + 1),
@@ -177,6 +181,21 @@ def simulation_depths(vlm: VLM) -> list[ModelDepth]:
     ):
         return [full]
     return [base, *deeper]
+
+
+def _injection_interval(vlm: VLM) -> tuple[int, int]:
+    """Return the decoder layers of the shallowest copy, and how many are added to it.
+
+    Where a connector injects at equal distances to the end, one more injection comes with each
+    interval; otherwise, as where it injects in the first layers alone, all are in the copy.
+    """
+    layers, count = vlm.connector.inject_layers, len(vlm.language.model.layers)
+    if not layers:
+        return 1, 1
+    interval = layers[1] - layers[0] if len(layers) > 1 else layers[0] + 1
+    if layers[-1] + interval >= count and set(layers) == set(range(layers[0], count, interval)):
+        return interval, interval
+    return layers[-1] + 1, 1
 
 
 def _is_linear_in_depth(

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vlbench.compat.lightning_internals import autocast_context, trainer_device
+from vlbench.connector.levels import stack_levels
 from vlbench.data.batch_sampler import StepDataset
 from vlbench.data.feature_store import FeatureLocations, FeatureShards, FeatureStore, content_key
 from vlbench.data.image_processing import ImageTransform
@@ -87,7 +88,7 @@ def encoder_fingerprint(vlm: LoadedVLM, arithmetic: str) -> str:
     """
     encoder = vlm.vision
     settings = [
-        encoder.layer,
+        encoder.feature_source,
         encoder.norm,
         encoder.class_token,
         vlm.processor.transform.transform_hash(),
@@ -207,11 +208,10 @@ def _compute_features(
 
 
 def _encode_levels(vlm: LoadedVLM, levels: Tensor, level_values: Tensor) -> Tensor:
-    """Return the encoder's features of uint8 pixels, on the CPU."""
+    """Return the encoder's features of uint8 pixels, on the CPU, levels of an image stacked."""
     weight = next(vlm.vision.parameters())
     pixels = normalize_levels(levels.to(weight.device), level_values.to(weight.device))
-    features: Tensor = vlm.vision(pixels.to(weight.dtype))
-    return features.cpu()
+    return stack_levels(vlm.vision(pixels.to(weight.dtype))).cpu()
 
 
 def _check_disk_space(needed_bytes: int, image_count: int, folder: Path) -> None:

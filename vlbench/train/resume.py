@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlbench import hub_download
 from vlbench.config import recipe as recipes
 from vlbench.config.overrides import format_override
 from vlbench.config.schema import LanguageModelConfig, ModelConfig, StageConfig
 from vlbench.connector import kept_source, registry
 from vlbench.errors import UserError
+from vlbench.hub_download import fetch_hub_folder
 from vlbench.model import lora_adapters
 from vlbench.model.build_vlm import build_checkpoint_vlm, build_vlm, release_overrides
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vlm import MODEL_PARTS, VLM
-from vlbench.model.weights import hub_download
 from vlbench.model.weights.connector_reference import ReferenceWeights, load_reference_weights
-from vlbench.model.weights.hub_download import fetch_hub_folder
 from vlbench.model.weights.load_release import (
     build_released_vlm,
     find_layout_module,

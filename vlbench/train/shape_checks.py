@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig
 
+from vlbench import hub_download
 from vlbench.config import recipe as recipes
 from vlbench.config.schema import ModelConfig, StageConfig, VisionEncoderConfig
 from vlbench.connector import registry
@@ -23,7 +24,6 @@ from vlbench.model.build_vlm import (
 from vlbench.model.language_model import named_language_config, read_language_config
 from vlbench.model.vision_encoder import VisionEncoder, build_vision_encoder
 from vlbench.model.vlm import connector_shapes
-from vlbench.model.weights import hub_download
 from vlbench.model.weights.connector_reference import ReferenceWeights, load_reference_weights
 from vlbench.model.weights.load_release import build_meta_encoder, check_release, find_layout_module
 from vlbench.model.weights.tensor_files import weight_files
@@ -118,7 +118,7 @@ def tokens_per_image_by_stage(config: ModelConfig, stage_runs: list[StageRun]) -
             if shapes not in tokens_by_shapes:
                 with torch.device("meta"):
                     connector = build_connector(connector_class, shapes, config.connector_options)
-                    encoder.class_token = connector.class_token
+                    encoder.read_blocks(connector.vision_layers, connector.class_token)
                     if not tokens_by_shapes and encoder.class_token:  # not every encoder has one
                         encoder(torch.empty(1, 3, encoder.image_size, encoder.image_size))
                 tokens_by_shapes[shapes] = connector.tokens_per_image

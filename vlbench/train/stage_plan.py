@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 from vlbench.config.key_types import PART_NAMES
 from vlbench.config.schema import DataConfig, Recipe, StageConfig
@@ -233,6 +234,11 @@ def check_caption_images(stage_run: StageRun, bad_samples: list[BadSample]) -> N
     for source in stage_run.data.sources:
         if has_images(source, bad_samples_of_source(source, bad_samples)):
             return
+    refuse_missing_images(stage_run)
+
+
+def refuse_missing_images(stage_run: StageRun) -> NoReturn:
+    """Raise the UserError for a stage of captions whose data have no image."""
     raise UserError(
         f"stage {stage_run.name} learns captions of images (sample_format=caption), and the "
         f"data have no image: {stage_run.data.name}. Leave the stage out (only=...), or give "

@@ -6,15 +6,16 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vlbench.command_line.arguments import EvalArguments
 from vlbench.command_line.task_words import FILE_TASK
 from vlbench.config import recipe as recipes
-from vlbench.data.conversation_files import LlavaJson
+from vlbench.data.conversation_files import ConversationFiles
 from vlbench.data.conversation_record import ROLE_ALIASES
+from vlbench.data.record_files import RecordFile
 from vlbench.data.sample import Sample
 from vlbench.data.shuffle import pick_fixed_subset
 from vlbench.errors import BadSample, UserError
@@ -77,7 +78,7 @@ def _load_questions(
     if task == FILE_TASK:
         if arguments.data is None:
             raise UserError(f"task={FILE_TASK} needs data=FILE.json")
-        source = LlavaJson(arguments.data, arguments.images, arguments.allow_outside)
+        source = ConversationFiles(arguments.data, arguments.images, arguments.allow_outside)
         human_answers = _collect_human_answers(source)
         questions, left_out = collect_questions(source, 100 * len(source))
         sets = {source.name: make_ids_unique(questions)}
@@ -107,14 +108,43 @@ def _true_answers(question: EvalQuestion, human_answers: HumanAnswers) -> tuple[
     return human_answers.get((question.record_number, turn), (question.answer,))
 
 
-def _collect_human_answers(source: LlavaJson) -> HumanAnswers:
+@dataclass
+class CompletedRecords:
+    """Records of which some have a last turn more than their file."""
+
+    records: RecordFile
+    last_turns: dict[int, dict[str, str]] = field(default_factory=dict)
+    """The added turns, by the number of the record (from 0)."""
+
+    def __post_init__(self) -> None:
+        self.name, self.folder = self.records.name, self.records.folder
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def pass_order(self, shuffle_key: str) -> Callable[[int], int] | None:
+        """Return the order of a pass over the records."""
+        return self.records.pass_order(shuffle_key)
+
+    def read_record(self, index: int, with_images: bool = True) -> Any:
+        """Return record `index` (from 0) with the turn that was added to it."""
+        record = self.records.read_record(index, with_images)
+        if index not in self.last_turns:
+            return record
+        return {**record, "conversations": [*record["conversations"], self.last_turns[index]]}
+
+
+def _collect_human_answers(source: ConversationFiles) -> HumanAnswers:
     """Return what several people answered: the `answers` of those records that have them.
 
     VQAv2 gives ten, as texts or as `{"answer": text}`. They belong to a record's last question;
     where no assistant turn answers it, the most frequent answer is added as that turn.
     """
     human_answers = {}
-    for index, record in enumerate(source.records):
+    completed = CompletedRecords(source.records)
+    source.records = completed
+    for index in range(len(source)):
+        record = source.read_record(index)
         if not isinstance(record, dict) or "answers" not in record:
             continue
         entries = record["answers"] if isinstance(record["answers"], list) else []
@@ -127,7 +157,7 @@ def _collect_human_answers(source: LlavaJson) -> HumanAnswers:
         last = turns[-1] if isinstance(turns, list) and turns else None
         if isinstance(last, dict) and ROLE_ALIASES.get(last.get("from", "")) == "human":
             answer = {"from": "gpt", "value": Counter(texts).most_common(1)[0][0]}
-            source.records[index] = {**record, "conversations": [*turns, answer]}
+            completed.last_turns[index] = answer
         try:
             sample = source[index]
         except BadSample:

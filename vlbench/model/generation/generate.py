@@ -127,6 +127,7 @@ def _prepare_decoding(
     else:
         prefix_length = common_prefix_length(batch)
         cache = prefill_common_prefix(vlm, batch, visual, embeds, prefix_length)
+    where = vlm.image_places(batch)
     mask = (batch.sample_index >= 0).long()
     # the padding of a row now stands behind the common prefix
     mask = torch.cat(
@@ -135,7 +136,7 @@ def _prepare_decoding(
     state = DecodingState(
         vlm,
         visual,
-        batch.image_index[:, prefix_length:],
+        where and where.select(slice(None), slice(prefix_length, None)),
         batch.position_ids[:, prefix_length:],
         mask,
         cache,

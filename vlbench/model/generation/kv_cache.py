@@ -14,6 +14,7 @@ from vlbench.compat.transformers_internals import (
     kv_cache_layers,
     repeat_kv_cache,
 )
+from vlbench.connector.levels import Levels, concat_images, map_levels
 from vlbench.data.packing import PackedBatch
 from vlbench.data.sample_encoding import IMAGE_TOKEN_INDEX
 from vlbench.model.vlm import VLM
@@ -37,14 +38,14 @@ class PrefixCache:
         self.kv_cache: DynamicCache | None = None
         self._input_ids: list[int] = []
         self._pixels: Tensor | None = None
-        self._visual_tokens: Tensor | None = None
+        self._visual_tokens: Levels | None = None
 
     @property
     def position_count(self) -> int:
         """Positions that the conversation takes, its last token included; 0 at the start."""
         return len(self._input_ids) + 1 if self._input_ids else 0
 
-    def encode_images(self, vlm: VLM, batch: PackedBatch) -> Tensor:
+    def encode_images(self, vlm: VLM, batch: PackedBatch) -> Levels:
         """Return the visual tokens of a batch of one conversation `[images, tokens, width]`."""
         known = self._count_known_images(batch)
         if not known:
@@ -52,11 +53,11 @@ class PrefixCache:
             visual = vlm.encode_images(batch)
         elif known == len(batch.pixels):
             assert self._visual_tokens is not None
-            visual = self._visual_tokens[:known]
+            visual = map_levels(lambda level: level[:known], self._visual_tokens)
         else:
             assert self._visual_tokens is not None
             new = vlm.encode_images(replace(batch, pixels=batch.pixels[known:]))
-            visual = torch.cat([self._visual_tokens, new])
+            visual = concat_images(self._visual_tokens, new)
         self._pixels, self._visual_tokens = batch.pixels, visual
         return visual
 
@@ -112,7 +113,7 @@ def common_prefix_length(batch: PackedBatch) -> int:
 
 
 def prefill_common_prefix(
-    vlm: VLM, batch: PackedBatch, visual: Tensor, embeds: Tensor, prefix_length: int
+    vlm: VLM, batch: PackedBatch, visual: Levels, embeds: Tensor, prefix_length: int
 ) -> DynamicCache:
     """Return the cache after the tokens that all prompts begin with, run once for all rows.
 
@@ -122,10 +123,11 @@ def prefill_common_prefix(
     if prefix_length:
         padding = embeds.shape[1] - batch.sample_lengths[0][-1]
         prefix = (slice(1), slice(padding, padding + prefix_length))
+        where = vlm.image_places(batch)
         vlm.run_decoder(
             embeds[prefix],
             visual,
-            batch.image_index[prefix],
+            where and where.select(*prefix),
             position_ids=batch.position_ids[prefix],
             use_cache=True,
             **{CACHE_ARGUMENT: cache},
