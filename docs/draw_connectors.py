@@ -16,8 +16,8 @@ ROWS |= {top + 12: "gated cross-" for top in GATED} | {top + 29: "attention, sum
 PANELS = (
     "(a) one token per patch|llava_mlp, linear,|glu, eva, dense"
     "|The text holds a place|for every patch.",
-    "(b) fewer tokens|qformer, resampler, avgpool,|pixel_shuffle, c_abstractor"
-    "|The text stays shorter: every|decoder layer has less to do.",
+    "(b) fewer tokens|qformer, resampler, avgpool,|pixel_shuffle, c_abstractor,"
+    "|attention_pool, token_packer|The text stays shorter: every|decoder layer has less to do.",
     "(c) inside the decoder|flamingo, cross_attention|"
     "|One place per image; each stretch|of text looks at its own.",
     "(d) both|mixed||The tokens stand in the text,|which looks at them again.",
@@ -150,8 +150,9 @@ def draw_page() -> str:
         title, *lines = words.split("|")
         parts += [draw_box(middle - 146, 8, 292, 756, "#fafafa", ' stroke="#cccccc"')]
         parts += [draw_text(middle, 40, title, kind="title")]
-        for y, line in zip((68, 90, 718, 740), lines, strict=True):
-            parts += [draw_text(middle, y, line, FIRST if y < 100 else INK)]
+        tops = (68, 90) if len(lines) == 4 else (62, 82, 102)
+        for y, line in zip((*tops, 718, 740), lines, strict=True):
+            parts += [draw_text(middle, y, line, FIRST if y in tops else INK)]
     parts += [draw_image_to_text(a - 10, 9, "one for one"), draw_image_to_text(b - 10, 4, "merge")]
     parts += [draw_flamingo(c), draw_image_to_text(d - 10, 9, "one of (a) or (b)")]
     parts += [

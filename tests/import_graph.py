@@ -43,6 +43,7 @@ LAYERS = (
     ("evaluate",),
     ("contract_checks",),
     ("compare", "serve", "fit_command"),
+    ("graft",),
     ("listing",),
     ("verbs",),
     ("python_fit",),

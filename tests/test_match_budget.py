@@ -124,7 +124,7 @@ def test_two_do_as_many_operations():
     assert within([one.matched_budget for one in found])
 
 
-@pytest.mark.parametrize("name", ["glu", "flamingo", "mixed", "c_abstractor"])
+@pytest.mark.parametrize("name", ["glu", "flamingo", "mixed", "c_abstractor", "token_packer"])
 def test_counts_are_those_of_the_whole_model(name):
     recipe = recipes.load_recipe(["recipe=yivl_llava", f"connector.name={name}"])
     sizes = [stage.image_size for stage in recipe.stages.values()]

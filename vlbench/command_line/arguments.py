@@ -11,7 +11,7 @@ BenchmarkName = Literal["mmmu", "cmmmu"]
 ProtocolName = Literal["yi", "official", "lmms", "strict", "raw"]
 TemplateName = Literal["yi_vl", "chatml", "llava_v1"]
 DtypeName = Literal["float32", "bf16", "bfloat16", "fp16", "float16"]
-ExportFormat = Literal["yi_vl", "hf_llava", "vlbench"]
+ExportFormat = Literal["yi_vl", "hf_llava", "yi_vl_hf", "vlbench"]
 BudgetName = Literal["params", "visual_tokens", "flops"]
 ListedKind = Literal["recipes", "sizes", "connectors", "encoders"]
 MAX_SEED = 2**32 - 1
@@ -248,12 +248,56 @@ class PlanArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GraftArguments:
+    """`graft`: whether three parts fit, and the recipe that trains them."""
+
+    verb: ClassVar[str] = "graft"
+
+    vision: str = argument(
+        "the vision encoder: a name that `list encoders` shows, or a folder",
+        metavar="NAME",
+        is_path=True,
+    )
+    language: str = argument(
+        "the language model: tiny, yi-6b, yi-34b, a folder or a hub id",
+        metavar="NAME",
+        is_path=True,
+    )
+    connector: str = argument(
+        "the connector: a name that `list connectors` shows; its options are typed "
+        "connector.OPTION=VALUE",
+        metavar="NAME",
+    )
+    gpu: str | None = argument(
+        "the GPU whose memory is told; by default the one of this machine, or A800",
+        None,
+        metavar="NAME",
+    )
+    out: str | None = argument(
+        "the recipe to be written, a new file; by default recipes/graft-N.yaml",
+        None,
+        metavar="FILE.yaml",
+        is_path=True,
+        other_names=("to", "output"),
+    )
+    try_: bool = argument(
+        "train it for some minutes on rendered scenes, and say whether it sees",
+        False,
+        metavar="true",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PackArguments:
     """`pack`: write a data set as shards."""
 
     verb: ClassVar[str] = "pack"
 
-    data: str = argument("conversations in LLaVA's format", metavar="FILE.json", is_path=True)
+    data: str = argument(
+        "JSON, JSONL, CSV, TSV or Parquet; a folder or data set of the hub with Parquet files",
+        metavar="DATA",
+        is_path=True,
+    )
     images: str | None = argument(
         "folder of the images; by default beside the file", None, metavar="FOLDER", is_path=True
     )

@@ -132,9 +132,8 @@ def declared_arguments(declaration: type[VerbDeclaration]) -> dict[str, Argument
         kind = kinds[field.name]
         may_repeat = get_origin(kind) is tuple
         value_type = get_args(kind)[0] if may_repeat else split_union(kind)[0]
-        specs[field.name] = ArgumentSpec(
-            field.name, value_type, may_repeat, field.default, **field.metadata
-        )
+        name = field.name.rstrip("_")  # try_ is typed try, which is no name in Python
+        specs[name] = ArgumentSpec(name, value_type, may_repeat, field.default, **field.metadata)
     return specs
 
 
@@ -225,7 +224,8 @@ def _build_arguments(
         mistakes = [f"{declaration.verb} needs {spec.usage}: {spec.help}" for spec in missing]
     if mistakes:
         raise UserError(*mistakes)
-    return declaration(**values)
+    fields = {field.name.rstrip("_"): field.name for field in dataclasses.fields(declaration)}
+    return declaration(**{fields[name]: value for name, value in values.items()})
 
 
 def _read_values(spec: ArgumentSpec, texts: Sequence[str]) -> Any:

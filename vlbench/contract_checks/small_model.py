@@ -40,6 +40,8 @@ SMALL_OPTIONS: Mapping[str, dict[str, Any]] = {
     "eva": {"layers": 1, "head_width": 8},
     "resampler": {"side": 2, "heads": 2},
     "mixed": {"tokens": "avgpool", "every": 1, "heads": 2, "head_width": 8},
+    "attention_pool": {"head_width": 8},
+    "token_packer": {"width": 16, "head_width": 8},
     "c_abstractor": {"side": 1, "depth": 1, "width": 16},
     "deepstack": {"levels": 2, "blocks": (-1, 0)},
     "dense": {"groups": 1},

@@ -22,6 +22,7 @@ class JsonRecords:
         """Find the records; raises OSError, and a UserError with line and column."""
         self.name, self.folder = str(file), file.parent
         self.offsets = find_offsets(file, "json", scan_json)
+        self.stamps = [self.offsets.stamp]
 
     def __len__(self) -> int:
         return len(self.offsets)

@@ -54,6 +54,7 @@ class ParquetRecords:
         self.name, self.folder = name, files[0].parent
         self.files = list(files)
         self.blocks = [block for file in files for block in _find_blocks(file)]
+        self.stamps = [file_stamp(file) for file in files]
         if not self.blocks:
             raise UserError("its Parquet files hold no rows")
         self.block_rows = [block.row_count for block in self.blocks]

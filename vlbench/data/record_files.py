@@ -21,6 +21,8 @@ class RecordFile(Protocol):
     """What the user named."""
     folder: Path
     """Where relative names of images are looked up if the user names no folder."""
+    stamps: list[FileStamp]
+    """Of its files."""
 
     def __len__(self) -> int: ...
 

@@ -40,6 +40,7 @@ class TableRecords:
                 "image, question and answer, named in its first line"
             )
         self.offsets = find_offsets(file, f"table {self.delimiter!r}", self._scan)
+        self.stamps = [self.offsets.stamp]
 
     def __len__(self) -> int:
         return len(self.offsets)

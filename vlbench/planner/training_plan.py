@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from vlbench.config.schema import StageConfig
 from vlbench.errors import UserError
 from vlbench.model.activation_checkpointing import CHECKPOINTING_MODES
 from vlbench.model.vlm import VLM
@@ -76,27 +78,9 @@ def make_plan(options: PlanOptions) -> TrainingPlan:
         if stage.objective != "language":
             skipped.append(name)
             continue
-        build_at_depth = functools.partial(
-            build_meta_vlm, recipe.model, name, stage, recipe.precision
-        )
-        vlm = build_at_depth()
-        sample_count = options.sample_counts[index] if options.sample_counts else None
-        text_tokens = options.text_tokens[index] if options.text_tokens else None
-        stage_data = recipe.stage_data(name)
-        workloads[name], assumed = stage_workload(stage_data, vlm, sample_count, text_tokens)
-        has_assumed_lengths |= assumed
-        stages[name] = StageMemory(
-            vlm=vlm.model,
-            depth_extrapolator=DepthExtrapolator(vlm.model, build_at_depth, recipe.precision),
-            mean_sample=workloads[name].mean_sample,
-            compute_dtype_bytes=2 if recipe.precision == "bf16" else 4,
-            sharding=Sharding(
-                options.world_size,
-                recipe.trainer.shard_count,
-                recipe.trainer.reduce_gradients,
-                options.gpu.memory_bytes,
-            ),
-        )
+        measured = measure_stage(options, index, name, stage)
+        stages[name], workloads[name] = measured.memory, measured.workload
+        has_assumed_lengths |= measured.has_assumed_lengths
     if not stages:
         raise UserError("there is no stage to plan: plan counts stages that learn language")
     memory_budget = usable_memory(options.gpu)
@@ -116,6 +100,38 @@ def make_plan(options: PlanOptions) -> TrainingPlan:
         strategy_estimates=estimates,
         cheapest_fit=cheapest_strategy(estimates, stages, row_tokens, memory_budget),
     )
+
+
+class MeasuredStage(NamedTuple):
+    """What of a stage does not depend on strategy and checkpointing."""
+
+    memory: StageMemory
+    workload: StageWorkload
+    has_assumed_lengths: bool
+
+
+def measure_stage(options: PlanOptions, index: int, name: str, stage: StageConfig) -> MeasuredStage:
+    """Build a stage that learns language on shapes; `index` is its number among those that run."""
+    recipe = options.recipe
+    build_at_depth = functools.partial(build_meta_vlm, recipe.model, name, stage, recipe.precision)
+    vlm = build_at_depth()
+    sample_count = options.sample_counts[index] if options.sample_counts else None
+    text_tokens = options.text_tokens[index] if options.text_tokens else None
+    stage_data = recipe.stage_data(name)
+    workload, assumed = stage_workload(stage_data, vlm, sample_count, text_tokens)
+    memory = StageMemory(
+        vlm=vlm.model,
+        depth_extrapolator=DepthExtrapolator(vlm.model, build_at_depth, recipe.precision),
+        mean_sample=workload.mean_sample,
+        compute_dtype_bytes=2 if recipe.precision == "bf16" else 4,
+        sharding=Sharding(
+            options.world_size,
+            recipe.trainer.shard_count,
+            recipe.trainer.reduce_gradients,
+            options.gpu.memory_bytes,
+        ),
+    )
+    return MeasuredStage(memory, workload, assumed)
 
 
 def stage_row_tokens(options: PlanOptions, stage_name: str, vlm: VLM, memory_budget: float) -> int:

@@ -85,8 +85,8 @@ def _write_export(
 ) -> None:
     if layout == "yi_vl":
         write_yi_vl(vlm, folder, dtype, source if _is_yi_vl_release(source) else None)
-    elif layout == "hf_llava":
-        write_hf_llava(vlm, folder, dtype)
+    elif layout in ("hf_llava", "yi_vl_hf"):
+        write_hf_llava(vlm, folder, dtype, has_norms=layout == "yi_vl_hf")
     else:
         tensors = (
             (f"{part}.{key}", cast_floating(value, dtype))

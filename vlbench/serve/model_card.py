@@ -43,6 +43,15 @@ This is transformers' LLaVA:
 which moves logits in the first decimal. Several questions at once: give lists to `images` and
 `text`, and `padding=True`; prompts are filled on the left, where answers do not suffer.
 """,
+    "yi_vl_hf": """\
+This is Yi-VL as LLaMA-Factory takes it, transformers' LLaVA with LayerNorms in its projector:
+
+    llamafactory-cli chat --model_name_or_path {to_word} --template yi_vl
+
+transformers alone does not know the LayerNorms. vlbench reads it too:
+
+    python -m vlbench chat {model_word}
+""",
     "vlbench": """\
 This is a checkpoint of vlbench, with every weight, and stands alone:
 
@@ -73,7 +82,7 @@ def render_model_card(
     transform = vlm.processor.transform
     paragraphs = [
         "---\n"
-        f"library_name: {'transformers' if layout == 'hf_llava' else 'vlbench'}\n"
+        f"library_name: {'transformers' if layout in ('hf_llava', 'yi_vl_hf') else 'vlbench'}\n"
         "pipeline_tag: image-text-to-text\n"
         f"tags: [vision-language, vlbench, {layout}]\n"
         "---",
@@ -93,6 +102,7 @@ def render_model_card(
         USAGE_TEXTS[layout]
         .format(
             to_text=format_json(str(export_folder)),
+            to_word=shlex.quote(str(export_folder)),
             model_word=shlex.quote(f"model={export_folder}"),
             stop=vlm.processor.template.stop,
             again=_training_command(recipe, export_folder),

@@ -118,6 +118,7 @@ class CompletedRecords:
 
     def __post_init__(self) -> None:
         self.name, self.folder = self.records.name, self.records.folder
+        self.stamps = self.records.stamps
 
     def __len__(self) -> int:
         return len(self.records)

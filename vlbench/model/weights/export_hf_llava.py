@@ -13,7 +13,7 @@ from huggingface_hub.utils import (
     disable_progress_bars,
     enable_progress_bars,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
     GenerationConfig,
@@ -33,29 +33,49 @@ from vlbench.errors import UserError
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import clip_layouts
-from vlbench.model.weights.hf_llava_layout import LINEAR_ACTIVATION, VISION_PREFIXES
+from vlbench.model.weights.hf_llava_layout import (
+    LINEAR_ACTIVATION,
+    VISION_PREFIXES,
+    YI_VL_KEY,
+    projector_tensor_name,
+)
 from vlbench.model.weights.llava_projector import projector_depth_and_norm, require_projector
 from vlbench.model.weights.release_files import collect_part_states
 from vlbench.model.weights.tensor_files import cast_floating
 from vlbench.text_files import format_json, read_config_bytes, read_json
 
 LAYOUT_NAME = "transformers' LLaVA"
+YI_VL_LAYOUT_NAME = "LLaMA-Factory's Yi-VL"
 IMAGE_TOKEN = "<image>"
 
 
-def write_hf_llava(vlm: LoadedVLM, folder: Path, dtype: torch.dtype | None) -> None:
-    """Write `vlm` into the empty `folder`; `dtype` None keeps the type of every tensor.
+class YiVLProjector(nn.Module):
+    """Yi-VL's projector by the names that LLaMA-Factory's module has; a holder of weights."""
+
+    def __init__(self, config: LlavaConfig) -> None:
+        """Build the layers; two are LayerNorms, in spite of their names."""
+        super().__init__()
+        width = config.text_config.hidden_size
+        self.linear_1 = nn.Linear(config.vision_config.hidden_size, width)
+        self.linear_2, self.linear_4 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.linear_3 = nn.Linear(width, width)
+
+
+def write_hf_llava(
+    vlm: LoadedVLM, folder: Path, dtype: torch.dtype | None, has_norms: bool = False
+) -> None:
+    """Write `vlm` into the empty `folder`.
+
+    Args:
+        vlm: The model.
+        folder: Where to.
+        dtype: None keeps the type of every tensor.
+        has_norms: Whether the layout is LLaMA-Factory's for Yi-VL, whose projector has LayerNorms.
 
     Raises:
-        UserError: when transformers' LLaVA cannot express the connector, encoder or tokenizer.
+        UserError: when the layout cannot express the connector, encoder or tokenizer.
     """
-    depth, norm = projector_depth_and_norm(require_projector(vlm.model.connector, LAYOUT_NAME))
-    if norm or depth > 2:
-        raise UserError(
-            f"the connector is an MLP of depth {depth}{' with LayerNorms' if norm else ''}, and "
-            f"{LAYOUT_NAME} holds one or two Linear layers without; format=yi_vl holds this one, "
-            "format=vlbench every connector"
-        )
+    _check_projector(vlm, has_norms)
     if vlm.vision.norm:
         raise UserError("vision.norm is true, which this layout cannot say; use format=vlbench")
     processor = build_llava_processor(vlm)
@@ -78,7 +98,7 @@ def write_hf_llava(vlm: LoadedVLM, folder: Path, dtype: torch.dtype | None) -> N
     llava_config = build_llava_config(vlm.model, image_id, vocab_size)
     llava_config.dtype = state["lm_head.weight"].dtype
     with torch.device("meta"):
-        model: Any = LlavaForConditionalGeneration(llava_config)
+        model = _build_holder(llava_config, has_norms)
     model.load_state_dict(state, assign=True)
     model.generation_config = GenerationConfig(
         bos_token_id=vlm.tokenizer.bos_token_id,
@@ -89,6 +109,34 @@ def write_hf_llava(vlm: LoadedVLM, folder: Path, dtype: torch.dtype | None) -> N
     )
     with _hide_progress_bars():
         model.save_pretrained(folder)
+
+
+def _check_projector(vlm: LoadedVLM, has_norms: bool) -> None:
+    """Refuse a connector that the layout cannot hold."""
+    name = YI_VL_LAYOUT_NAME if has_norms else LAYOUT_NAME
+    depth, norm = projector_depth_and_norm(require_projector(vlm.model.connector, name))
+    if has_norms and (depth, norm) != (2, True):
+        raise UserError(
+            f"the connector is an MLP of depth {depth}{' with LayerNorms' if norm else ''}, and "
+            f"{name} holds two Linear layers with LayerNorms; format=hf_llava or format=yi_vl "
+            "may hold this one, format=vlbench every connector"
+        )
+    if not has_norms and (norm or depth > 2):
+        other = "yi_vl or format=yi_vl_hf" if depth == 2 else "yi_vl"
+        raise UserError(
+            f"the connector is an MLP of depth {depth}{' with LayerNorms' if norm else ''}, and "
+            f"{LAYOUT_NAME} holds one or two Linear layers without; format={other} holds this "
+            "one, format=vlbench every connector"
+        )
+
+
+def _build_holder(config: LlavaConfig, has_norms: bool) -> Any:
+    """Return transformers' module, which names the tensors and writes them."""
+    model: Any = LlavaForConditionalGeneration(config)
+    if has_norms:
+        model.model.multi_modal_projector = YiVLProjector(config)
+        setattr(model.config, YI_VL_KEY, True)
+    return model
 
 
 @contextlib.contextmanager
@@ -116,7 +164,7 @@ def build_llava_config(vlm: VLM, image_id: int, vocab_size: int) -> LlavaConfig:
         text_config=LlamaConfig(**language),
         image_token_index=image_id,
         image_seq_length=vlm.shapes.patches,
-        projector_hidden_act="gelu" if depth == 2 else LINEAR_ACTIVATION,
+        projector_hidden_act="gelu" if depth > 1 else LINEAR_ACTIVATION,
         vision_feature_layer=vlm.vision.block_index - len(vlm.vision.blocks()),
         vision_feature_select_strategy="default",
         tie_word_embeddings=vlm.language.config.tie_word_embeddings,
@@ -137,12 +185,13 @@ def _build_llava_state_dict(vlm: VLM, vocab_size: int) -> dict[str, Tensor]:
         new_rows = state[name].new_zeros(vocab_size - len(state[name]), state[name].shape[1])
         state[name] = torch.cat([state[name], new_rows]) if len(new_rows) else state[name]
     projector, prefix = parts["connector"], "model.multi_modal_projector."
-    weight = projector["0.weight"]
-    width = len(weight)
-    identity = {"weight": torch.eye(width).to(weight), "bias": torch.zeros(width).to(weight)}
-    for kind in ("weight", "bias"):
-        state[f"{prefix}linear_1.{kind}"] = projector[f"0.{kind}"]
-        state[f"{prefix}linear_2.{kind}"] = projector.get(f"2.{kind}", identity[kind])
+    layers = require_projector(vlm.connector, LAYOUT_NAME)
+    for key, tensor in projector.items():
+        state[prefix + projector_tensor_name(key, layers)] = tensor
+    if len(layers) == 1:
+        weight = projector["0.weight"]
+        state[f"{prefix}linear_2.weight"] = torch.eye(len(weight)).to(weight)
+        state[f"{prefix}linear_2.bias"] = torch.zeros(len(weight)).to(weight)
     return state
 
 

@@ -2,6 +2,9 @@
 
 Its projector is Linear, activation, Linear. A single Linear layer is stored with a linear
 activation and an identity as the second layer.
+
+LLaMA-Factory has a variant of it for Yi-VL (`BUAADreamer/Yi-VL-6B-hf`): a key of config.json says
+that a LayerNorm follows each Linear layer, and the four are `linear_1` to `linear_4`.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from vlbench.errors import UserError
 from vlbench.model.vlm import VLM
@@ -35,6 +39,12 @@ VISION_PREFIXES = (
 )
 LANGUAGE_PREFIXES = ("language_model.model.", "model.language_model.")
 HEAD_PREFIXES = ("language_model.lm_head.", "lm_head.")
+YI_VL_KEY = "is_yi_vl_derived_model"
+"""LLaMA-Factory's key in config.json: the projector has Yi-VL's LayerNorms."""
+PLAIN_LAYER_NAMES = {0: "linear_1", 2: "linear_2"}
+"""Index in LLaVA's `nn.Sequential` -> name of the layer in files."""
+YI_VL_LAYER_NAMES = {0: "linear_1", 1: "linear_2", 3: "linear_3", 4: "linear_4"}
+"""The same with LayerNorms, which LLaMA-Factory numbers among the Linear layers."""
 PROJECTOR_PREFIXES = ("multi_modal_projector.", "model.multi_modal_projector.")
 
 
@@ -62,7 +72,13 @@ def read_release_spec(folder: Path) -> ReleaseSpec:
             f"{file}: projector_hidden_act is {activation!r}; known are gelu and "
             f"{LINEAR_ACTIVATION}"
         )
-    template_name, template_reason = template_detection.detect_hf_llava_template(folder)
+    has_norms = bool(config.get(YI_VL_KEY))
+    if has_norms and activation != "gelu":
+        raise UserError(
+            f"{file}: {YI_VL_KEY} is true and projector_hidden_act is {activation!r}; Yi-VL's is "
+            "gelu"
+        )
+    template_name, template_reason = template_detection.detect_hf_llava_template(folder, has_norms)
     text = config["text_config"]
     tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
     preprocess = _read_image_processor(folder)
@@ -73,7 +89,7 @@ def read_release_spec(folder: Path) -> ReleaseSpec:
         vision_layer=layer,
         preprocess=preprocess,
         projector_depth=1 if activation == LINEAR_ACTIVATION else 2,
-        projector_norm=False,
+        projector_norm=has_norms,
         template_name=template_name,
         template_reason=template_reason,
         id_limit=_find_id_limit(folder, config["image_token_index"]),
@@ -150,14 +166,20 @@ def build_tensor_groups(folder: Path, vlm: VLM) -> list[TensorGroup]:
     if projector is None:
         ignored = rf"{ignored}|{prefix}.*"
     else:
-        layer_names = {0: f"{prefix}linear_1.", 2: f"{prefix}linear_2."}
         for key in projector.state_dict():
-            index, kind = key.split(".")
-            targets[layer_names[int(index)] + kind] = ("connector", key)
+            targets[prefix + projector_tensor_name(key, projector)] = ("connector", key)
         if len(projector) == 1:
-            _check_identity_layer(files, layer_names[2])
-            ignored = rf"{ignored}|{layer_names[2]}.*"
+            identity = f"{prefix}{PLAIN_LAYER_NAMES[2]}."
+            _check_identity_layer(files, identity)
+            ignored = rf"{ignored}|{identity}.*"
     return [TensorGroup(files, targets, ignored)]
+
+
+def projector_tensor_name(key: str, projector: nn.Sequential) -> str:
+    """Return the name in files, behind the prefix, of the tensor `key` of a projector."""
+    index, kind = key.split(".")
+    has_norms = any(isinstance(layer, nn.LayerNorm) for layer in projector)
+    return f"{(YI_VL_LAYER_NAMES if has_norms else PLAIN_LAYER_NAMES)[int(index)]}.{kind}"
 
 
 def _language_tensor_name(key: str, file_names: Collection[str]) -> str:
