@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer
 
+from vlbench import listing
 from vlbench.connector import registry
 from vlbench.connector.base import ImagePlaces, Shapes
 from vlbench.contract_checks.run_contract import open_gates
@@ -193,3 +194,20 @@ def test_images_in_the_second_and_third_turn_are_cached_as_they_are_computed(nam
         cached = vlm.generate(batch, max_new_tokens=5, past=past)
         assert cached == vlm.generate(batch, max_new_tokens=5)
         messages.append({"role": "assistant", "content": "it is"})
+
+
+def test_a_listing_says_which_connector_does_not_fit(tmp_path, monkeypatch):
+    """A user's own may read a block that the encoder of this size does not have."""
+    (tmp_path / "connectors").mkdir()
+    (tmp_path / "connectors" / "far.py").write_text(
+        "from vlbench.connector import Connector\n"
+        "class Far(Connector):\n"
+        "    vision_layers = (20,)\n"
+        "    def __init__(self, shapes):\n"
+        "        super().__init__()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(listing, "_usable_connectors", lambda: ["far", "linear"])
+    lines = listing.connector_cost_lines("tiny")
+    assert lines[1].split() == ["far", "-", "-", "-", "-"] and lines[2].startswith("linear")
+    assert lines[3].startswith("far does not fit: the connector reads block 20 ")

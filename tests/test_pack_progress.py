@@ -83,7 +83,9 @@ def test_a_pack_that_is_killed_goes_on(folder):
 
         write_shards._write_tar = write
 
-    assert run_command(WORDS, folder, prepare=prepare).code == -signal.SIGKILL
+    outcome = run_command(WORDS, folder, prepare=prepare)
+    assert outcome.code == -signal.SIGKILL and not outcome.killed
+    assert len(list(Path(".writing-shards").glob("*.index"))) == 2
     assert main(WORDS) == 0
     assert_whole(folder)
 

@@ -134,6 +134,7 @@ MEASURED = [
     ("yivl_flamingo", "align_448", "full"),
     ("yivl_flamingo", "chat", "none"),
     ("yivl_eva", "align_448", "full"),
+    ("yivl_deepstack", "chat", "selective"),
 ]
 
 

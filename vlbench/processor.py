@@ -68,12 +68,15 @@ class Processor:
 
     def with_image_inputs(self, transform: ImageTransform, tokens_per_image: int) -> Processor:
         """Return the processor for another image size; how images are decoded stays."""
-        transform = replace(transform, draft=self.transform.draft)
+        transform = replace(transform, draft=self.transform.draft, exif=self.transform.exif)
         return replace(self, transform=transform, tokens_per_image=tokens_per_image)
 
-    def with_draft_decoding(self, draft: bool) -> Processor:
-        """Return the processor that decodes large JPEGs at a reduced size if `draft`."""
-        return replace(self, transform=replace(self.transform, draft=draft))
+    def with_decoding(self, draft: bool, exif: bool) -> Processor:
+        """Return the processor that decodes large JPEGs at a reduced size if `draft`.
+
+        With `exif` it turns photographs as their EXIF orientation says.
+        """
+        return replace(self, transform=replace(self.transform, draft=draft, exif=exif))
 
     def prompt(self, messages: list[ChatMessage]) -> str:
         """Return the exact text that a conversation in the chat-message format becomes."""

@@ -48,17 +48,17 @@ class RepeatedSamples:
         An id is only a label, so that there is one finding for all repeated ones.
         """
         first_content = _first_places(self._contents)
-        for place in np.flatnonzero(first_content != np.arange(len(first_content))):
+        for place in np.flatnonzero(first_content != np.arange(len(first_content))).tolist():
             sample, index = self._sample_at(self._indices, place)
-            first, first_index = self._sample_at(self._indices, first_content[place])
+            first, first_index = self._sample_at(self._indices, int(first_content[place]))
             original = f"record {first_index + 1} ({first.id})"
             problem = f"record {index + 1} has the images and turns of {original}"
             yield make_finding(sample, TWICE, self.source.name, problem)
         yield from self._repeated_ids(first_content)
         first_image = _first_places(self._image_contents)
-        for place in np.flatnonzero(first_image != np.arange(len(first_image))):
+        for place in np.flatnonzero(first_image != np.arange(len(first_image))).tolist():
             sample, _ = self._sample_at(self._image_indices, place)
-            first, _ = self._sample_at(self._image_indices, first_image[place])
+            first, _ = self._sample_at(self._image_indices, int(first_image[place]))
             image = sample.images[self._image_numbers[place]]
             original = first.images[self._image_numbers[first_image[place]]].name
             problem = f"image {image.name} has the same content as {original}"
@@ -67,8 +67,8 @@ class RepeatedSamples:
     def _repeated_ids(self, first_content: NDArray[np.int64]) -> Iterator[DataFinding]:
         places = np.arange(len(first_content))
         is_repeated = (_first_places(self._ids) != places) & (first_content == places)
-        repeated = np.flatnonzero(is_repeated)
-        if len(repeated):
+        repeated = np.flatnonzero(is_repeated).tolist()
+        if repeated:
             sample, index = self._sample_at(self._indices, repeated[0])
             others = f", as {len(repeated) - 1} others do" if len(repeated) > 1 else ""
             problem = (
@@ -78,7 +78,7 @@ class RepeatedSamples:
 
     def _sample_at(self, indices: array[int], place: int) -> tuple[Sample, int]:
         """Return a sample, which is read again, and its index in the source."""
-        index = indices[int(place)]
+        index = indices[place]
         return sample_at(self.source, index), index
 
 

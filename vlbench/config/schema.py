@@ -99,6 +99,8 @@ class ModelConfig:
     """Of weights that are random at first."""
     draft_decoding: bool
     """Whether large JPEGs are decoded faster and less exactly."""
+    apply_exif: bool
+    """Whether photographs are turned as their EXIF orientation says."""
 
     @property
     def connector_name(self) -> str:
@@ -142,7 +144,7 @@ TrainedParts = Annotated[dict[PartName, PartTrainConfig], BeforeValidator(drop_f
 class MixtureSource(RecipeSection):
     """One source of a mixture."""
 
-    train: PathText = key("scenes, or a file in LLaVA's format")
+    train: PathText = key("scenes, or data as data.train takes them")
     images: PathText | None = key("folder of its images; null: beside the file", None)
     weight: float = key("how often an epoch takes each sample", 1.0, gt=0)
 
@@ -153,15 +155,18 @@ Mixture = Annotated[tuple[MixtureSource, ...], Field(min_length=1)]
 class DataConfig(RecipeSection):
     """Training and held-out data."""
 
-    train: PathText | None = key("scenes, a file in LLaVA's format, or shards", None)
+    train: PathText | None = key("scenes; JSON, JSONL, CSV or Parquet; a hub id; shards", None)
     images: PathText | None = key("folder of images; null: beside the file", None)
     allow_outside: bool = key("read images that lie outside of the folder `images`", False)
     mix: Mixture | None = key("several weighted sources, instead of train", None)
-    val: PathText | None = key("held-out samples: a file in LLaVA's format, or shards", None)
+    val: PathText | None = key("held-out samples, as data.train takes them", None)
     on_bad_sample: OnBadSample = key("leave out and count, or stop; auto: stop above 1 %", "auto")
     workers: int = key("processes that load images, beside one for texts; 0: none", 4, ge=0, le=256)
     decode: Literal["exact", "draft"] = key(
         "large JPEGs: decoded as the reference does, or faster and less exactly", "exact"
+    )
+    exif: Literal["ignore", "apply"] = key(
+        "EXIF orientation of photographs: ignored, as the reference does, or applied", "ignore"
     )
     samples: Count = key("scenes: images in an epoch", 10000)
     questions: Count = key("scenes: questions per image, in one conversation", 3)
@@ -312,6 +317,7 @@ class Recipe(RecipeSection):
             init=self.init,
             seed=self.seed,
             draft_decoding=self.data.decode == "draft",
+            apply_exif=self.data.exif == "apply",
         )
 
     @property
@@ -334,10 +340,12 @@ class Recipe(RecipeSection):
     @model_validator(mode="after")
     def _check_decoding(self) -> Self:
         for name, stage in self.stages.items():
-            if stage.data and stage.data.decode != self.data.decode:
-                raise ValueError(
-                    f"has stages.{name}.data.decode={stage.data.decode} and data.decode="
-                    f"{self.data.decode}: a run decodes images in one way, in training and "
-                    "after it; give data.decode"
-                )
+            for option in ("decode", "exif"):
+                of_run, of_stage = getattr(self.data, option), getattr(stage.data, option, None)
+                if of_stage not in (None, of_run):
+                    raise ValueError(
+                        f"has stages.{name}.data.{option}={of_stage} and data.{option}={of_run}: "
+                        "a run decodes images in one way, in training and after it; give "
+                        f"data.{option}"
+                    )
         return self

@@ -1,9 +1,10 @@
 """Image preprocessing: from a file to the vision encoder's pixels. Imports torch lazily.
 
 One transform serves training, evaluation and chat: pad to a square in the mean colour, resize the
-shortest edge (bicubic), crop the centre, rescale, normalise. EXIF orientation is not applied and
-alpha is dropped, as in the Yi-VL reference. JPEGs are decoded at full size, unless `draft` asks for
-the decoder's own downscaling of large ones, which is faster and changes pixels slightly.
+shortest edge (bicubic), crop the centre, rescale, normalise. Alpha is dropped and EXIF orientation
+is not applied, as in the Yi-VL reference, unless `exif` asks for it. JPEGs are decoded at full
+size, unless `draft` asks for the decoder's own downscaling of large ones, which is faster and
+changes pixels slightly.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from vlbench.config.key_types import MAX_IMAGE_SIZE
 from vlbench.data.image_decoding import decode_rgb
 from vlbench.data.image_folder import is_inside, outside_message
 from vlbench.data.sample import LazyImage
-from vlbench.errors import UserError
+from vlbench.errors import UserError, one_line
 from vlbench.regular_files import MAX_IMAGE_BYTES, describe_failure, open_regular, read_regular
 from vlbench.text_files import LFS_POINTER
 
@@ -129,6 +130,7 @@ class ImageTransform:
         pad: Whether the image is first padded to a square in the mean colour.
         draft: Whether large JPEGs are decoded at a smaller size, which only `load_pixels` and
             `load_levels` can do.
+        exif: Whether an image is turned as its EXIF orientation says, once it is opened.
     """
 
     size: int
@@ -137,6 +139,7 @@ class ImageTransform:
     std: tuple[float, float, float]
     pad: bool = True
     draft: bool = False
+    exif: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.crop <= self.size:
@@ -148,12 +151,13 @@ class ImageTransform:
 
     def load_pixels(self, image: LazyImage) -> Tensor:
         """Open an image and return its float32 pixels `[3, crop, crop]`."""
-        return self(self._open(image))
+        return self(self.open_image(image))
 
-    def _open(self, image: LazyImage) -> Image.Image:
+    def open_image(self, image: LazyImage) -> Image.Image:
+        """Open an image in RGB, at the size and in the orientation in which it is transformed."""
         open_draft = getattr(image, "open_draft", None) if self.draft and self.pad else None
         opened: Image.Image = open_draft(self.size) if open_draft else image.open()
-        return opened
+        return _turn_upright(opened, image.name) if self.exif else opened
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Return float32 pixels `[3, crop, crop]`; those of a ZeroImage are all 0."""
@@ -175,7 +179,7 @@ class ImageTransform:
         """
         import torch
 
-        opened = self._open(image)
+        opened = self.open_image(image)
         if _ZERO_MARK in opened.info:
             raise UserError(f"image {image.name}: is absent, and can only be asked about")
         planes = self.resize_and_crop(opened).transpose(2, 0, 1)
@@ -209,10 +213,22 @@ class ImageTransform:
     def transform_hash(self) -> str:
         """Return a hash of 16 characters over everything that determines the result."""
         settings = {**asdict(self), "rules": _TRANSFORM_RULES}
-        if not self.draft:
-            del settings["draft"]  # keeps the hash of runs that are older than the option
+        for name in ("draft", "exif"):
+            if not settings[name]:
+                del settings[name]  # keeps the hash of runs that are older than the option
         text = json.dumps(settings, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _turn_upright(image: Image.Image, name: str) -> Image.Image:
+    """Return an image turned as its EXIF orientation says; a UserError if that cannot be read."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception as error:  # a parser of EXIF may raise anything on broken bytes
+        reason = one_line(error, max_lines=1)
+        raise UserError(
+            f"image {name}: its EXIF cannot be read ({reason}); data.exif=ignore leaves it alone"
+        ) from error
 
 
 def mean_colour(mean: tuple[float, float, float]) -> tuple[int, int, int]:

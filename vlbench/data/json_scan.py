@@ -57,7 +57,8 @@ class _JsonScan:
     def iterate_starts(self) -> Iterator[int]:
         """Yield the first byte of each record."""
         with open_regular(self.file, MAX_DATA_BYTES) as self._stream:
-            self._read_more()
+            while len(self.window) < len(_BOM) and self._read_more():
+                pass
             self.position = len(_BOM) if self.window.startswith(_BOM) else 0
             first = self._next_character()
             if not first:
@@ -189,7 +190,7 @@ class _JsonScan:
             if not in_characters:
                 return line, offset - line_start + 1
             opened.seek(line_start)
-            before = opened.read(min(offset - line_start, CHUNK_BYTES))
+            before = opened.read(min(offset - line_start, MAX_RECORD_BYTES))
         return line, len(before.decode("utf-8-sig" if line == 1 else "utf-8", "replace")) + 1
 
 

@@ -84,9 +84,9 @@ def _read_finished(folder: Path) -> list[dict[str, Any]]:
     """Return the lines of the progress whose shards are whole."""
     lines = _read_lines(folder / PROGRESS_FILE)
     for number, line in enumerate(lines[1:], start=1):
-        shard = line.get("shard")
-        file = folder / str(shard["file"]) if isinstance(shard, dict) else folder
-        if not file.is_file() or file.stat().st_size != shard["bytes"]:
+        shard: dict[str, Any] = line.get("shard") or {}
+        file = folder / str(shard.get("file"))
+        if not file.is_file() or file.stat().st_size != shard.get("bytes"):
             return lines[:number]
     return lines
 

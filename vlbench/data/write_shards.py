@@ -16,7 +16,7 @@ from vlbench.data.conversation_record import record_from_sample
 from vlbench.data.image_processing import ImageFile, open_image_bytes
 from vlbench.data.pack_progress import LEFT_OUT_FILE, PackProgress, holds_finished_shards
 from vlbench.data.record_images import EmbeddedImage
-from vlbench.data.sample import LazyImage
+from vlbench.data.sample import LazyImage, Sample
 from vlbench.data.shard_index import IMAGE_EXTENSIONS, format_index, index_path, scan_tar
 from vlbench.data.shards import SHARD_LIST_FILE
 from vlbench.errors import BadSample, UserError
@@ -136,11 +136,20 @@ def _sample_members(
         except UserError as error:
             bad_samples.append(BadSample(sample.id, str(error)))
             continue
-        original = source.read_record(index)
-        unread = {key: original.get(key) for key in sample.unread_keys}
+        unread = _unread_values(source, index, sample)
         record = {**unread, **record_from_sample(sample, image_names)}
         members["json"] = format_json(record).encode()
         yield index, members
+
+
+def _unread_values(source: ConversationFiles, index: int, sample: Sample) -> dict[str, Any]:
+    """Return the keys of a record that are not read, with their values as JSON has them."""
+    if not sample.unread_keys:
+        return {}
+    original = source.read_record(index)
+    values = {key: original.get(key) for key in sample.unread_keys}
+    unread: dict[str, Any] = json.loads(json.dumps(values, default=str))  # dates of Parquet files
+    return unread
 
 
 def _image_extension(image: LazyImage) -> str:

@@ -297,7 +297,7 @@ def build_or_resume_model(
         vlm = build_from_init(config, stage, is_sharded)
     else:
         vlm = build_vlm(config, stage.image_size, stage.objective, is_sharded)
-    vlm.processor = vlm.processor.with_draft_decoding(config.draft_decoding)
+    vlm.processor = vlm.processor.with_decoding(config.draft_decoding, config.apply_exif)
     for stage_run in stage_runs:
         check_trainable_stage(vlm.model, stage_run.name, stage_run.stage, stage_run.total_steps)
     return vlm, position

@@ -78,7 +78,7 @@ def load_checkpoint(
     if "connector" not in skip_parts:
         vlm.model.set_objective(read_objective(folder))
     load_checkpoint_weights(folder, vlm.model, dtype, device, skip_parts, mmap_language)
-    vlm.processor = vlm.processor.with_draft_decoding(config.draft_decoding)
+    vlm.processor = vlm.processor.with_decoding(config.draft_decoding, config.apply_exif)
     vlm.weight_origins = read_origins(folder / ORIGINS_FILE)
     return vlm
 
