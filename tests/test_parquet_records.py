@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from accidental_runs import call_at_step, newest_weights
+from forked_command import run_command
 from PIL import Image
 
 from vlbench.data import parquet_records
@@ -27,6 +30,7 @@ from vlbench.data.shuffle import SourceMixture
 from vlbench.data.step_loader import StepLoader
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import BadSample, UserError
+from vlbench.train import checkpoint_files
 
 TINY = Path(__file__).parent / "goldens/yi_vl/tiny_a/checkpoint"
 TRANSFORM = ImageTransform(28, 28, (0.5,) * 3, (0.25,) * 3)
@@ -160,7 +164,7 @@ def assert_equal(ours: list[list[torch.Tensor]], theirs: list[list[torch.Tensor]
 def test_a_run_that_stops_in_the_middle_goes_on_with_the_same_bits(folder, world_size):
     for rank in range(world_size):
         whole = Steps(folder, rank, world_size).run(0, STEPS, 0)
-        for workers in (0, 1, 3):
+        for workers in (0, 1, 3) if rank == world_size - 1 else (0,):
             rest = Steps(folder, rank, world_size).run(3, STEPS, workers)
             assert_equal(rest, whole[3:])
 
@@ -219,3 +223,29 @@ def test_a_file_that_changes_is_a_bad_sample(tmp_path):
     os.utime(tmp_path / "x.parquet", (1, 1))
     with pytest.raises(BadSample, match="is another file than it was"):
         source[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_a_run_that_is_killed_ends_with_the_weights_of_one_that_is_not(
+    folder, tmp_path, workers, processes
+):
+    def kill() -> None:
+        call_at_step(4, lambda: os.kill(os.getpid(), signal.SIGKILL))()
+
+    words = ["fit", "recipe=yivl_llava", "only=chat", f"data.train={folder}"]
+    words += ["stages.chat.steps=6", "stages.chat.global_batch_size=6", "log.questions=1"]
+    words += ["log.examples=0", "log.tensorboard=false", "log.every_n_steps=1"]
+    words += ["trainer.checkpoint_every=0.001", f"trainer.devices={processes}"]
+    whole = run_command([*words, "data.workers=0", "run=whole"], tmp_path, timeout=300)
+    assert whole.code == 0, whole.words
+    killed = run_command(
+        [*words, f"data.workers={workers}", "run=killed"], tmp_path, prepare=kill, timeout=300
+    )
+    assert killed.code != 0 and not (tmp_path / "killed/results.json").exists()
+    assert checkpoint_files.list_positions(tmp_path / "killed/checkpoints")[-1].step in (2, 3)
+    rest = run_command([*words, f"data.workers={workers}", "run=killed"], tmp_path, timeout=300)
+    assert rest.code == 0, rest.words
+    ours, theirs = newest_weights(tmp_path / "killed"), newest_weights(tmp_path / "whole")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,16 @@ def test_a_table_has_the_tokens_of_llava(folder, encoder, delimiter, image, capt
 
 def turns_of(asked: str, answered: str) -> Rows:
     return [{"from": "human", "value": asked}, {"from": "gpt", "value": answered}]
+
+
+def test_the_examples_of_the_documentation_are_read(folder, encoder):
+    page = (Path(__file__).parent.parent / "docs/reference/data_formats.md").read_text()
+    examples = [json.loads(text) for text in re.findall(r"^\| .* \| `({.*})` \|$", page, re.M)]
+    (folder / "page.json").write_text(json.dumps(examples))
+    source = ConversationFiles(folder / "page.json")
+    assert len(examples) == 14 and source.find_bad_samples() == []
+    lengths = [len(encoder.encode(source[n]).input_ids) for n in range(13)]
+    assert len(set(lengths)) == 1 and source[13].caption_text == "A red block."
 
 
 def test_several_images_without_tags_come_first_where_a_dialect_has_no_tags(folder, encoder):

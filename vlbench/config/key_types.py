@@ -20,8 +20,7 @@ from vlbench.config.encoder_names import check_encoder_name
 from vlbench.errors import suggest_name
 from vlbench.strict_values import STRICT, convert_value, is_null, read_value
 
-PartName = Literal["vision", "connector", "language"]
-CheckpointingMode = Literal["none", "selective", "full", "auto"]
+PartName = Literal["vision", "second_vision", "connector", "language"]
 SampleFormat = Literal["caption", "chat"]
 OnBadSample = Literal["auto", "quarantine", "stop"]
 PART_NAMES: tuple[str, ...] = get_args(PartName)
@@ -62,6 +61,7 @@ def check_row_tokens(value: Any) -> Any:
 
 
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+BatchSize = Annotated[int, Field(ge=1, le=MAX_BATCH_SIZE)]
 RowTokens = Annotated[int | Literal["auto"], BeforeValidator(check_row_tokens)]
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 """Text that may be a path, in which a leading `~` is the home folder."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from vlbench.config.encoder_names import is_hub_name
 from vlbench.config.key_table import declared_keys
 from vlbench.config.key_types import RecipeSection
 from vlbench.config.overrides import parse_overrides
@@ -178,6 +179,8 @@ def _read_size(base: dict[str, Any], typed: dict[str, Any]) -> dict[str, Any]:
             size[part] = {"name": name, **variants[name]}
             if _part_name(typed, part):  # a kind of encoder, such as eva: its model at this size
                 typed[part]["name"] = size[part]["name"]
+    if is_hub_name(_part_name(written, "vision")):  # it brings its own weights
+        size.pop("vision", None)
     if known := mapping_in(base, "stages"):
         size["stages"] = {name: stage for name, stage in stages.items() if name in known}
     return size
@@ -245,7 +248,7 @@ def _conflicts_with_init(*layers: dict[str, Any]) -> list[str]:
         for layer in layers
         if not _is_resolved(layer)
         for part, label in (("vision", "vision encoder"), ("language", "language model"))
-        for key in ("name", "weights")
+        for key in ("name", "weights", "second")
         if key in mapping_in(layer, part)
     ]
 

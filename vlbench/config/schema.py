@@ -13,14 +13,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from vlbench.command_line.arguments import TemplateName
-from vlbench.config.encoder_names import EMBEDDED_ENCODERS
+from vlbench.config.encoder_names import EMBEDDED_ENCODERS, is_hub_name
 from vlbench.config.key_types import (
-    MAX_BATCH_SIZE,
     MAX_COUNT,
     MAX_DEVICES,
     MAX_IMAGE_SIZE,
+    BatchSize,
     BetaNumber,
-    CheckpointingMode,
     Count,
     EncoderName,
     OnBadSample,
@@ -61,15 +60,57 @@ class PretrainedPartConfig(RecipeSection):
         return self.model_copy(update={"weights": "random"})
 
 
-class VisionEncoderConfig(PretrainedPartConfig):
+class NamedEncoderConfig(PretrainedPartConfig):
+    """A vision encoder, which may be OWNER/NAME on a hub and then has its own weights."""
+
+    embedded_names = EMBEDDED_ENCODERS
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_own_weights(cls, given: Any) -> Any:
+        """Let OWNER/NAME on a hub have the weights that are there, unless others are given."""
+        if isinstance(given, dict) and is_hub_name(str(given.get("name", ""))):
+            own = given.get("weights", "embedded") == "embedded"
+            return {**given, "weights": given["name"]} if own else given
+        return given
+
+
+class SecondEncoderConfig(NamedEncoderConfig):
+    """A second vision encoder, which sees the same image; features are joined by channel."""
+
+    part = "vision.second"
+
+    name: EncoderName = key("as vision.name; features of both are joined by channel")
+    weights: PathText = key("as vision.weights", "embedded")
+    layer: int = key("as vision.layer", -2, ge=-100, le=99)
+    norm: bool = key("as vision.norm", False)
+    image_size: int | None = key(
+        "side of its images in pixels; null: as many patches as the first",
+        None,
+        ge=8,
+        le=MAX_IMAGE_SIZE,
+    )
+
+
+class VisionEncoderConfig(NamedEncoderConfig):
     """The vision encoder."""
 
-    part, embedded_names = "vision", EMBEDDED_ENCODERS
+    part = "vision"
 
-    name: EncoderName = key("ViT or EVA of open_clip, tiny, tiny_eva (see list), folder", "tiny")
-    weights: PathText = key("embedded (tiny, tiny_eva), random, a tag, file or folder", "embedded")
+    name: EncoderName = key(
+        "ViT of open_clip, OWNER/NAME of timm's, tiny (see list), folder", "tiny"
+    )
+    weights: PathText = key(
+        "embedded (tiny, tiny_eva), random, a tag, file or folder; OWNER/NAME: its own", "embedded"
+    )
     layer: int = key("block whose output the connector gets; -1 is the last", -2, ge=-100, le=99)
     norm: bool = key("apply the encoder's final LayerNorm to its features", False)
+    second: SecondEncoderConfig | None = key("a second vision encoder; null: none", None)
+
+    def with_random_weights(self) -> Self:
+        """Return it with random weights, those of the second too."""
+        second = self.second and self.second.with_random_weights()
+        return self.model_copy(update={"weights": "random", "second": second})
 
 
 class LanguageModelConfig(PretrainedPartConfig):
@@ -179,9 +220,7 @@ class StageConfig(RecipeSection):
     sample_format: SampleFormat = key("plain captions of images, or conversations")
     objective: str = key("language, or an objective that the connector offers", "language")
     train: TrainedParts = key("which parts are trained, and how")
-    global_batch_size: int = key(
-        "samples in an optimizer step, over all devices", ge=1, le=MAX_BATCH_SIZE
-    )
+    global_batch_size: BatchSize = key("samples in an optimizer step, over all devices")
     max_tokens_per_row: RowTokens = key(
         "most tokens in a packed row; auto: up to 16384 by GPU memory, else 4096", "auto"
     )
@@ -206,21 +245,20 @@ class StageConfig(RecipeSection):
         adapters = {part: how.lora for part, how in self.train.items() if how.lora is not None}
         if "connector" in adapters:
             raise ValueError("has train.connector.lora; a connector is trained whole")
-        if "vision" in adapters and adapters["vision"].bits:
-            raise ValueError("has train.vision.lora.bits=4, allowed for the language model only")
+        for part in adapters.keys() & {"vision", "second_vision"}:
+            if adapters[part].bits:
+                raise ValueError(f"has train.{part}.lora.bits=4, allowed for the language only")
         return self
 
 
 @dataclass(frozen=True)
 class StageData:
-    """What a recipe says of the data of one stage."""
+    """What a recipe says of the data of a stage: its own or the common `config`, and `seed`."""
 
     stage_name: str
     stage: StageConfig
     config: DataConfig
-    """The stage's own, or that of the recipe."""
     seed: int
-    """Of the order of samples, and of rendered scenes."""
 
 
 class TrainerConfig(RecipeSection):
@@ -293,7 +331,7 @@ class Recipe(RecipeSection):
     only: StageNames | None = key("stages to run, as chat or [align_224,chat]", None)
     from_: StageName | None = key("stage to start from", None, alias="from")
     precision: Literal["32", "bf16"] = key("precision of the arithmetic", "32")
-    activation_checkpointing: CheckpointingMode = key(
+    activation_checkpointing: Literal["none", "selective", "full", "auto"] = key(
         "recompute nothing, what is cheap, or all; auto: what memory asks for", "none"
     )
     dry_run: bool = key("one step of every stage, longest batch first, then stop", False)
@@ -336,6 +374,16 @@ class Recipe(RecipeSection):
         """Return what is said of the data of a stage."""
         stage = self.stages[name]
         return StageData(name, stage, stage.data or self.data, self.seed)
+
+    @model_validator(mode="after")
+    def _check_second_encoder(self) -> Self:
+        for name, stage in self.stages.items():
+            if "second_vision" in stage.train and self.vision.second is None:
+                raise ValueError(
+                    f"has stages.{name}.train.second_vision and no second vision encoder: give "
+                    "vision.second.name"
+                )
+        return self
 
     @model_validator(mode="after")
     def _check_decoding(self) -> Self:

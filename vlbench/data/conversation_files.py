@@ -62,7 +62,7 @@ class ConversationFiles:
         self.name = str(location)
         if image_folder is not None and not Path(image_folder).is_dir():
             raise UserError(f"images: there is no folder {image_folder}")
-        self.records = open_record_file(Path(location))
+        self.records = open_record_file(str(location))
         self.image_folder = self.records.folder if image_folder is None else Path(image_folder)
         self.allow_outside = allow_outside
 
@@ -143,20 +143,21 @@ def _find_problem(image: LazyImage) -> str:
     return ""
 
 
-def open_record_file(location: Path) -> RecordFile:
+def open_record_file(location: str) -> RecordFile:
     """Open records by what their file or folder is; raises a UserError that names it."""
+    file = Path(location)
     try:
-        parquet_files = find_parquet_files(str(location))
+        parquet_files = find_parquet_files(location)
         if parquet_files:
-            return ParquetRecords(str(location), parquet_files)
-        beginning = _read_beginning(location)
+            return ParquetRecords(location, parquet_files)
+        beginning = _read_beginning(file)
         if beginning.startswith(PARQUET_SIGNATURE):
-            return ParquetRecords(str(location), [location])
+            return ParquetRecords(location, [file])
         if beginning[:1] not in (b"[", b"{") and is_table(beginning):
-            return TableRecords(location)
-        return JsonRecords(location)
+            return TableRecords(file)
+        return JsonRecords(file)
     except FileNotFoundError:
-        raise missing_file_error(location) from None
+        raise missing_file_error(file) from None
     except OSError as error:
         raise UserError(f"data {location}: cannot be read ({error.strerror})") from None
     except UserError as error:

@@ -14,8 +14,9 @@ from typing import TypeVar
 
 from vlbench.errors import UserError, one_line, suggest_name
 from vlbench.hub_download import explain_hub_error
+from vlbench.text_files import read_text
 
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w./-]+)?(:[\w.-]+)?")
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(/\w[\w./-]*)?(:[\w.-]+)?")
 """OWNER/NAME, OWNER/NAME/SUBSET, and either with :SPLIT."""
 FILE_NAME = re.compile(r".*\.(jsonl?|ndjson|csv|tsv|txt|parquet|arrow|tar|gz|zip|ya?ml)", re.I)
 """Names of files, which are no names on the hub."""
@@ -123,46 +124,47 @@ def refuse_missing_files(files: Sequence[Path]) -> None:
 
 
 def _download_split(location: str) -> list[Path]:
-    """Download the files of a split of a data set on the hub; return their paths."""
-    from huggingface_hub import snapshot_download
+    """Download the files of a split of a data set on the hub; return their paths.
+
+    Where the hub cannot be asked, it is what was downloaded before.
+    """
+    from huggingface_hub import HfApi, snapshot_download
 
     name, _, split = location.partition(":")
     owner, repository, *subset = name.split("/")
     repo_id, folder = f"{owner}/{repository}", "/".join(subset)
-    listed = _list_hub_files(repo_id)
-    if listed is None:  # offline: what was downloaded before
-        listed, patterns = [], [f"{folder}/*" if folder else "*"]
-    else:
-        patterns = listed = _choose_hub_files(location, listed, folder, split)
+    try:
+        listed = HfApi().list_repo_files(repo_id, repo_type="dataset")
+    except Exception as error:  # of network, disk and permission
+        snapshot = _cached_snapshot(repo_id)
+        if snapshot is not None:
+            return find_parquet_files(f"{snapshot / folder}{f':{split}' if split else ''}")
+        raise UserError(
+            "there is no such file or folder, and no such data set on the hub "
+            f"({explain_hub_error(error, repo_id)})"
+        ) from error
+    files = sorted(file for file in listed if file.endswith(".parquet"))
+    chosen = _choose_hub_files(location, files, folder, split)
     try:
         # nosec B615 below: the user names a data set, whose newest commit it is
         snapshot = Path(
-            snapshot_download(repo_id, repo_type="dataset", allow_patterns=patterns)  # nosec B615
+            snapshot_download(repo_id, repo_type="dataset", allow_patterns=chosen)  # nosec B615
         )
     except Exception as error:  # of network, disk and permission
         raise UserError(f"the hub cannot give it ({explain_hub_error(error, repo_id)})") from error
-    if listed:
-        return [snapshot / file for file in listed]
-    return find_parquet_files(f"{snapshot / folder}{f':{split}' if split else ''}")
+    return [snapshot / file for file in chosen]
 
 
-def _list_hub_files(repo_id: str) -> list[str] | None:
-    """Return the Parquet files of a data set on the hub; None where the hub is not asked."""
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import OfflineModeIsEnabled
+def _cached_snapshot(repo_id: str) -> Path | None:
+    """Return the folder of a data set that was downloaded before, None for none."""
+    from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE:
+    cache = Path(constants.HF_HUB_CACHE) / f"datasets--{repo_id.replace('/', '--')}"
+    reference = cache / "refs/main"
+    if not reference.is_file():
         return None
-    try:
-        files = HfApi().list_repo_files(repo_id, repo_type="dataset")
-    except OfflineModeIsEnabled:
-        return None
-    except Exception as error:  # of network, disk and permission
-        raise UserError(
-            f"there is no such file or folder, and no such data set on the hub "
-            f"({explain_hub_error(error, repo_id)})"
-        ) from error
-    return sorted(file for file in files if file.endswith(".parquet"))
+    snapshot = cache / "snapshots" / read_text(reference).strip()
+    return snapshot if snapshot.is_dir() else None
 
 
 def _choose_hub_files(location: str, files: list[str], folder: str, split: str) -> list[str]:

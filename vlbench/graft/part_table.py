@@ -49,7 +49,8 @@ def parameter_lines(recipe: Recipe, vlm: LoadedVLM) -> list[str]:
     """Return a table of the parts with their parameters and the stages that train them."""
     encoder, config = vlm.vision, vlm.language.config
     names = find_model_names(recipe.model)
-    blocks = f"block {encoder.block_index + 1} of {len(encoder.blocks())}"
+    numbers = ", ".join(str(block + 1) for block in encoder.output_blocks)
+    blocks = f"block{'s' * (',' in numbers)} {numbers} of {len(encoder.blocks())}"
     connector = registry.connector_label(recipe.connector["name"])
     inside = vlm.connector.inject_layers
     told = {

@@ -120,7 +120,9 @@ def full_row_shape(
     )
 
 
-def build_row_batch(row: SampleShape, tokens_per_image: int, image_size: int) -> PackedBatch:
+def build_row_batch(
+    row: SampleShape, tokens_per_image: int, pixel_shape: tuple[int, int, int]
+) -> PackedBatch:
     """Return a micro-batch of one row: the images, then the text, whose end is supervised.
 
     Call it under a FakeTensorMode and a MemoryTracker: integer tensors are real, pixels are fake.
@@ -136,7 +138,7 @@ def build_row_batch(row: SampleShape, tokens_per_image: int, image_size: int) ->
         position_ids=torch.arange(length)[None],
         sample_index=torch.zeros(1, length, dtype=torch.long),
         image_index=assign_image_index(ids, tokens_per_image, 0)[None],
-        pixels=torch.zeros(images, 3, image_size, image_size),
+        pixels=torch.zeros(images, *pixel_shape),
         sample_ids=["row"],
         sample_lengths=[[length]],
         supervised_token_count=supervised,

@@ -145,7 +145,7 @@ def _recompute_flops(vlm: VLM, sample: SampleShape) -> dict[str, float]:
     `selective` saves the matrix products of decoder layers; vision encoder and connector are
     recomputed in full or not at all.
     """
-    trains_vision = any(parameter.requires_grad for parameter in vlm.vision.parameters())
+    trains_vision = vlm.is_vision_trained()
     with temporarily_frozen(vlm):
         forward = count_step_flops(vlm)
     per_image = forward.per_image - (0 if trains_vision else forward.per_image_encoding)
