@@ -52,11 +52,10 @@ IMAGE_TOKEN = "<image>"
 class YiVLProjector(nn.Module):
     """Yi-VL's projector by the names that LLaMA-Factory's module has; a holder of weights."""
 
-    def __init__(self, config: LlavaConfig) -> None:
+    def __init__(self, vision_width: int, width: int) -> None:
         """Build the layers; two are LayerNorms, in spite of their names."""
         super().__init__()
-        width = config.text_config.hidden_size
-        self.linear_1 = nn.Linear(config.vision_config.hidden_size, width)
+        self.linear_1 = nn.Linear(vision_width, width)
         self.linear_2, self.linear_4 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.linear_3 = nn.Linear(width, width)
 
@@ -134,7 +133,8 @@ def _build_holder(config: LlavaConfig, has_norms: bool) -> Any:
     """Return transformers' module, which names the tensors and writes them."""
     model: Any = LlavaForConditionalGeneration(config)
     if has_norms:
-        model.model.multi_modal_projector = YiVLProjector(config)
+        first = model.model.multi_modal_projector.linear_1
+        model.model.multi_modal_projector = YiVLProjector(first.in_features, first.out_features)
         setattr(model.config, YI_VL_KEY, True)
     return model
 
