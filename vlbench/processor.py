@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vlbench.config.schema import SampleFormat
+from vlbench.config.key_types import SampleFormat
 from vlbench.data.chat_template import ChatTemplate
 from vlbench.data.image_decoding import to_rgb_image
 from vlbench.data.image_processing import ImageFile, ImageTransform

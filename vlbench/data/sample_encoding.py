@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from vlbench.config.schema import SampleFormat
+from vlbench.config.key_types import SampleFormat
 from vlbench.data.chat_template import ChatTemplate, TextPiece
 from vlbench.data.sample import IMAGE_PLACEHOLDER, LazyImage, Sample, check_sample
 from vlbench.errors import BadSample, UserError
