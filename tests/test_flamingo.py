@@ -76,11 +76,14 @@ def test_a_gated_block_equals_the_reference():
 class Recorded(nn.Module):
     """A vision encoder whose features are its pixels."""
 
-    grid, feature_width, class_token, image_size, dtype = (2, 3), 16, False, 1, torch.float32
+    grid, feature_width, has_class_token, image_size, dtype = (2, 3), 16, False, 1, torch.float32
     transform = None  # no image is opened
     block_index = 0
 
     def blocks(self) -> list[nn.Module]:
+        return [self]
+
+    def encoders(self) -> list[nn.Module]:
         return [self]
 
     def read_blocks(self, layers: tuple[int, ...], class_token: bool) -> None:

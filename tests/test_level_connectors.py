@@ -182,6 +182,18 @@ def test_keys_and_values_are_made_once_for_an_answer_of_any_length():
 
 
 @pytest.mark.parametrize("name", ["deepstack", "cross_attention"])
+def test_a_static_cache_gives_the_same_answers_as_a_growing_one(name):
+    vlm = open_gates(build_small_vlm(load(name), SMALL[name])).to(torch.float64)
+    vlm.model.eval()
+    asked = [make_question(1), make_question(2, images=2, words=9), make_question(3, images=0)]
+    batch = vlm.processor.collate_prompts(asked)
+    growing, static = (
+        vlm.generate(batch, max_new_tokens=5, compiled=compiled) for compiled in (False, True)
+    )
+    assert static == growing
+
+
+@pytest.mark.parametrize("name", ["deepstack", "cross_attention"])
 def test_images_in_the_second_and_third_turn_are_cached_as_they_are_computed(name):
     vlm = open_gates(build_small_vlm(load(name), SMALL[name])).to(torch.float64)
     vlm.model.eval()

@@ -40,6 +40,8 @@ class Shapes:
     """Number of blocks of the vision encoder."""
     vision_layer: int = 0
     """The block, counted from 0, that the recipe's `vision.layer` names."""
+    has_class_token: bool = True
+    """Whether the vision encoder has a class token, which a connector may then ask for."""
 
 
 @dataclass(frozen=True)

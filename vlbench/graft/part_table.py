@@ -49,7 +49,8 @@ def parameter_lines(recipe: Recipe, vlm: LoadedVLM) -> list[str]:
     """Return a table of the parts with their parameters and the stages that train them."""
     encoder, config = vlm.vision, vlm.language.config
     names = find_model_names(recipe.model)
-    blocks = f"block {encoder.block_index + 1} of {len(encoder.blocks())}"
+    numbers = ", ".join(str(block + 1) for block in encoder.output_blocks)
+    blocks = f"block{'s' * (',' in numbers)} {numbers} of {len(encoder.blocks())}"
     connector = registry.connector_label(recipe.connector["name"])
     inside = vlm.connector.inject_layers
     told = {
@@ -86,7 +87,9 @@ def memory_lines(options: PlanOptions, gpu_note: str) -> list[str]:
         for index, (name, stage) in enumerate(stages.items())
         if stage.objective == "language" and not _larger_stage(stage, stages)
     ]
-    rows = [("stage", "tokens per row", "checkpointing", *MEMORY_COLUMNS, "sum", "")]
+    rows: list[tuple[str, ...]] = [
+        ("stage", "tokens per row", "checkpointing", *MEMORY_COLUMNS, "sum", "")
+    ]
     for need in needs:
         weights, gradients, optimizer = (
             need.memory[part] for part in ("weights", "gradients", "optimizer")

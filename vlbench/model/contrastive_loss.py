@@ -164,9 +164,8 @@ class _PairFeatures:
             image_inputs = batch.normalized_pixels() if features is None else features
             self._image_inputs += image_inputs[: _count_pairs(rows)]
         if self._first_batch.features is None:
-            side = model.vision.image_size
             pixels = self._first_batch.normalized_pixels()
-            self._empty_input = torch.zeros(0, 3, side, side, dtype=pixels.dtype)
+            self._empty_input = torch.zeros(0, *model.vision.pixel_shape, dtype=pixels.dtype)
             self._empty_input = self._empty_input.to(model.device)
         else:
             self._empty_input = self._first_batch.features[:0].detach()

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig
 
 from vlbench.compat.torch_internals import make_flop_counter
+from vlbench.compat.vision_internals import encoder_width
 from vlbench.connector.base import ImagePlaces, blank_features
 from vlbench.connector.levels import Levels, first_level
 from vlbench.data.packing import PackedBatch
+from vlbench.model.decoder_families import DecoderConfig
+from vlbench.model.vision_encoder import VisionEncoder
 from vlbench.model.vlm import VLM
 
 PROBE_POSITIONS = 64  # positions over which an injected layer is counted
@@ -84,9 +86,11 @@ def count_step_flops(vlm: VLM) -> StepFlops:
     )
 
 
-def head_width(config: LlamaConfig) -> int:
+def head_width(config: DecoderConfig) -> int:
     """Return the width of an attention head of a language model."""
-    width: int = config.head_dim or config.hidden_size // config.num_attention_heads
+    width: int = (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
     return width
 
 
@@ -100,17 +104,22 @@ def _matmul_flops(module: nn.Module, input_needs_grad: bool) -> float:
 
 
 def _vision_encoder_flops(vlm: VLM) -> float:
-    """Return the operations of the vision encoder for one image, up to the last block read."""
-    encoder, trained = vlm.vision, _has_trained_parameters(vlm.vision)
-    length = vlm.shapes.patches + 1
+    """Return the operations of all vision encoders for one image, up to the blocks in use."""
+    return sum(_encoder_flops(encoder) for encoder in vlm.vision.encoders())
+
+
+def _encoder_flops(encoder: VisionEncoder) -> float:
+    trained, width = _has_trained_parameters(encoder), encoder_width(encoder.visual)
+    patches = encoder.grid[0] * encoder.grid[1]
+    length = patches + 1
     total = 0.0
     for block in encoder.blocks()[: encoder.used_block_count]:
         total += length * _matmul_flops(block, trained)
-        total += 4 * length**2 * encoder.feature_width * (3 if trained else 1)
+        total += 4 * length**2 * width * (3 if trained else 1)
     visual = getattr(encoder.visual, "trunk", encoder.visual)
     patchify = visual.patch_embed.proj if hasattr(visual, "patch_embed") else visual.conv1
     kernel_size: int = patchify.weight.numel()
-    return total + vlm.shapes.patches * 2 * kernel_size * (1 + trained)
+    return total + patches * 2 * kernel_size * (1 + trained)
 
 
 def _connector_flops(vlm: VLM, input_needs_grad: bool) -> float:

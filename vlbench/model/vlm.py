@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from vlbench.compat.transformers_internals import (
@@ -24,13 +23,16 @@ from vlbench.connector.levels import Levels, first_level, unstack_levels
 from vlbench.data.packing import PackedBatch, number_image_tokens
 from vlbench.model.activation_checkpointing import checkpoint_blocks
 from vlbench.model.contrastive_loss import add_own_contrast_pool, is_contrastive
+from vlbench.model.decoder_families import DecoderConfig, DecoderModel, logit_divisor
 from vlbench.model.language_loss import summed_loss
 from vlbench.model.packed_attention import OpaqueLengths, sample_bounds
 from vlbench.model.replicated_parameters import GradientAverager
 from vlbench.model.vision_encoder import VisionEncoder
 from vlbench.model.weights.tensor_groups import move_and_cast
 
-MODEL_PARTS = ("vision", "connector", "language")
+MODEL_PARTS = ("vision", "second_vision", "connector", "language")
+"""In the order of their tensors in files; a model of one vision encoder has no `second_vision`."""
+ENCODER_PARTS = MODEL_PARTS[:2]
 
 
 @dataclass
@@ -60,7 +62,7 @@ class VLM(nn.Module):
     one thread.
     """
 
-    language: LlamaForCausalLM
+    language: DecoderModel
     gradient_averager: GradientAverager | None = None
     """Of the parameters that FSDP2 does not shard, once it shards the others."""
 
@@ -69,11 +71,13 @@ class VLM(nn.Module):
         vision: VisionEncoder,
         connector_class: type[Connector],
         connector_options: dict[str, Any],
-        language: LlamaForCausalLM,
+        language: DecoderModel,
     ) -> None:
         """Build a connector of `connector_class` between `vision` and `language`."""
         super().__init__()
         self.vision, self.language = vision, language
+        if len(vision.encoders()) > 1:
+            self.second_vision = vision.encoders()[1]
         self._connector_class, self.connector_options = connector_class, connector_options
         self.objective, self._uses_checkpointing = "language", False
         self.connector = self._build_connector()
@@ -114,7 +118,8 @@ class VLM(nn.Module):
         """
         device = self.device
         if device.type not in ("cpu", "meta"):
-            self.vision.cpu()
+            for encoder in self.vision.encoders():
+                encoder.cpu()
             self.connector.cpu()
         old_shapes, old_state = self.shapes, self.connector.state_dict()
         self.vision.set_image_size(image_size)
@@ -127,7 +132,8 @@ class VLM(nn.Module):
             move_and_cast(connector, old_tensor.dtype, old_tensor.device)
             self.connector = connector
         if device.type not in ("cpu", "meta"):
-            self.vision.to(device)
+            for encoder in self.vision.encoders():
+                encoder.to(device)
             self.connector.to(device)
 
     def set_objective(self, objective: str, fresh: bool = False) -> None:
@@ -142,13 +148,18 @@ class VLM(nn.Module):
     def train(self, mode: bool = True) -> VLM:
         """Set training mode; a frozen vision encoder always stays in evaluation mode."""
         super().train(mode)
-        if not self.is_vision_trained():
-            self.vision.eval()
+        for encoder in self.vision.encoders():
+            if not _is_trained(encoder):
+                encoder.eval()
         return self
 
     def is_vision_trained(self) -> bool:
-        """Tell whether any weight of the vision encoder is trained."""
-        return any(parameter.requires_grad for parameter in self.vision.parameters())
+        """Tell whether any weight of a vision encoder is trained."""
+        return any(_is_trained(encoder) for encoder in self.vision.encoders())
+
+    def encoder_blocks(self) -> list[nn.Module]:
+        """Return the transformer blocks of all vision encoders."""
+        return [block for encoder in self.vision.encoders() for block in encoder.blocks()]
 
     def extract_features(self, batch: PackedBatch) -> Levels:
         """Return the vision encoder's features `[images, patches, vision_width]`.
@@ -161,8 +172,7 @@ class VLM(nn.Module):
             return unstack_levels(batch.features)
         pixels = batch.normalized_pixels()
         if not len(pixels):
-            side = self.vision.image_size
-            pixels = pixels.new_zeros(1, 3, side, side)
+            pixels = pixels.new_zeros(1, *self.vision.pixel_shape)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.is_vision_trained()):
             features: Levels = self.vision(pixels.to(self.vision.dtype))
             return features
@@ -240,7 +250,18 @@ class VLM(nn.Module):
         self, hidden: Tensor, labels: Tensor, supervised_positions: Tensor | None = None
     ) -> Tensor:
         """Return the cross entropy of `labels`, summed over the supervised positions."""
+        hidden = self._divide_logits(hidden)
         return summed_loss(self.language.lm_head, hidden, labels, supervised_positions)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits `[..., vocabulary]` of last hidden states `[..., lm_width]`."""
+        logits: Tensor = self.language.lm_head(self._divide_logits(hidden))
+        return logits
+
+    def _divide_logits(self, hidden: Tensor) -> Tensor:
+        """Return what `lm_head` makes the logits of, which some families divide by a number."""
+        divisor = logit_divisor(self.language.config)
+        return hidden if divisor == 1 else hidden / divisor
 
     def enable_activation_checkpointing(self, mode: str) -> None:
         """Recompute activations in the backward pass instead of keeping them in memory.
@@ -248,7 +269,7 @@ class VLM(nn.Module):
         `mode` is one of `model.activation_checkpointing.CHECKPOINTING_MODES`.
         """
         self._uses_checkpointing = mode != "none"
-        checkpoint_blocks(self.language.model.layers, self.vision.blocks(), mode)
+        checkpoint_blocks(self.language.model.layers, self.encoder_blocks(), mode)
 
     def _with_checkpointing(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return `function`, or under activation checkpointing one that keeps its inputs alone.
@@ -279,15 +300,20 @@ class VLM(nn.Module):
         visual = self._with_checkpointing(self.connector)(features)
         hidden = self.hidden_states(batch, visual)
         if batch.labels is None:
-            return VLMOutput(logits=self.language.lm_head(hidden))
+            return VLMOutput(logits=self.logits(hidden))
         loss = self.language_loss(hidden, batch.labels, batch.supervised_positions)
         extra = self.connector.losses(features, visual, batch)
         return VLMOutput(loss_sum=loss, tokens=batch.supervised_token_count, extra=extra)
 
     def named_parts(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yield the three parts with their names."""
+        """Yield the parts of this model with their names."""
         for name in MODEL_PARTS:
-            yield name, getattr(self, name)
+            if hasattr(self, name):
+                yield name, getattr(self, name)
+
+
+def _is_trained(part: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in part.parameters())
 
 
 def _inject_before_layer(
@@ -308,7 +334,7 @@ def _inject_before_layer(
     return replace_decoder_layer_input(args, kwargs, hidden)
 
 
-def connector_shapes(vision_encoder: VisionEncoder, lm_config: LlamaConfig) -> Shapes:
+def connector_shapes(vision_encoder: VisionEncoder, lm_config: DecoderConfig) -> Shapes:
     """Return the shapes between a vision encoder and a language model of a configuration."""
     rows, columns = vision_encoder.grid
     return Shapes(
@@ -317,6 +343,7 @@ def connector_shapes(vision_encoder: VisionEncoder, lm_config: LlamaConfig) -> S
         vision_width=vision_encoder.feature_width,
         lm_width=lm_config.hidden_size,
         lm_layers=lm_config.num_hidden_layers,
+        has_class_token=vision_encoder.has_class_token,
         vision_blocks=len(vision_encoder.blocks()),
         vision_layer=vision_encoder.block_index,
     )

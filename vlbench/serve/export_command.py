@@ -62,12 +62,17 @@ def _merge_or_refuse_lora(
     vlm: LoadedVLM, layout: ExportFormat, merge_lora: bool, source: Path
 ) -> None:
     """Merge LoRA adapters into the weights if that is wanted; released layouts have none."""
+    if len(vlm.vision.encoders()) > 1 and layout != "vlbench":
+        raise UserError(
+            f"{source} has two vision encoders, which format={layout} cannot hold: say "
+            "format=vlbench"
+        )
     adapted = [
         name for name, part in vlm.model.named_parts() if lora_adapters.adapter_parameters(part)
     ]
     if merge_lora:
         for name in adapted:
-            lora_adapters.merge_adapters(getattr(vlm, name))
+            lora_adapters.merge_adapters(dict(vlm.model.named_parts())[name])
     elif adapted and layout != "vlbench":
         raise UserError(
             f"{source} has LoRA adapters ({', '.join(adapted)}), which format={layout} cannot "

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vlbench.compat.vision_internals import encoder_width
 from vlbench.config.overrides import format_override
 from vlbench.config.schema import Recipe
 from vlbench.data.data_sources import SCENES_SOURCE
+from vlbench.model.decoder_families import family_label
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.text_files import format_json
 from vlbench.text_tables import markdown_text
@@ -90,8 +92,7 @@ def render_model_card(
         f"A vision-language model, written by vlbench {__version__} from "
         f"`{markdown_text(source.name)}`.",
         "\n".join(["| part | what | parameters |", "|---|---|---|", *rows]),
-        f"An image is {'padded to a square and ' if transform.pad else ''}read at "
-        f"{transform.crop} x {transform.crop} pixels and takes {vlm.connector.tokens_per_image} "
+        f"An image is {transform.describe()}, and takes {vlm.connector.tokens_per_image} "
         f"tokens. Conversations are written with the chat template {vlm.processor.template.name}.",
         "## Training",
         _describe_training(recipe)
@@ -132,11 +133,15 @@ def _training_command(recipe: Recipe, export_folder: Path) -> str:
 def _describe_parts(vlm: LoadedVLM) -> list[str]:
     config = vlm.language.config
     options = ", ".join(f"{key} {value}" for key, value in vlm.model.connector_options.items())
+    encoders = [
+        f"ViT, {len(one.blocks())} blocks, {encoder_width(one.visual)} wide; output of block "
+        f"{one.layer}"
+        for one in vlm.vision.encoders()
+    ]
     return [
-        f"ViT, {len(vlm.vision.blocks())} blocks, {vlm.vision.feature_width} wide; output of block "
-        f"{vlm.vision.layer}",
+        *encoders,
         f"{type(vlm.connector).__name__}, {options}" if options else type(vlm.connector).__name__,
-        f"Llama, {config.num_hidden_layers} layers, {config.hidden_size} wide",
+        f"{family_label(config)}, {config.num_hidden_layers} layers, {config.hidden_size} wide",
     ]
 
 

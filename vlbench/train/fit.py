@@ -16,6 +16,7 @@ from vlbench.distributed.process_group import leave_process_group
 from vlbench.errors import BadSample, UserError
 from vlbench.model.build_vlm import build_vlm
 from vlbench.model.loaded_vlm import LoadedVLM
+from vlbench.model.vlm import ENCODER_PARTS
 from vlbench.model.weights.tensor_groups import move_and_cast
 from vlbench.train import checkpoint_files, run_report
 from vlbench.train.callbacks import CheckpointCallback, GracefulStop, ValidationCallback
@@ -104,6 +105,7 @@ class RunTraining:
             self.run.discard_if_empty()  # so that the command can be repeated when it is mended
             raise
         run_report.show_weight_origins(vlm.weight_origins, self.recipe.seed)
+        print(f"an image is {vlm.processor.transform.describe()}")
         self.seen, self.earlier_seconds = position.seen or {}, position.seconds or 0.0
         for stage_run in self.stage_runs[position.stage :]:
             steps_done = position.step if stage_run.stage_index == position.stage else 0
@@ -152,7 +154,7 @@ class RunTraining:
             if collectives.is_rank_zero():
                 last_kept_step = self.earlier_steps(stage_run) + steps_done
                 loggers = build_loggers(self.recipe.log, self.run.folder, last_kept_step)
-            if "vision" not in stage.trained_parts:
+            if not stage.trained_parts.keys() & set(ENCODER_PARTS):
                 should_stop = self.graceful_stop.is_stop_requested
                 runner.cache_features(vlm, steps, workers, should_stop)
             module = runner.train_stage(
@@ -243,8 +245,13 @@ class RunTraining:
         random weights. Of a model that began with `init` that is everything.
         """
         always_saved = ["connector"]
-        for part in ("vision", "language"):
-            if self.recipe.init or getattr(self.recipe, part).weights == "random":
+        sources = {
+            "vision": self.recipe.vision,
+            "second_vision": self.recipe.vision.second,
+            "language": self.recipe.language,
+        }
+        for part, source in sources.items():
+            if source and (self.recipe.init or source.weights == "random"):
                 always_saved.append(part)
         stages = [other.stage for other in self.stage_runs[: stage_run.stage_index + 1]]
         return parts_to_save(stages, always_saved)

@@ -9,6 +9,7 @@ from torch import nn
 from vlbench.config.schema import PartTrainConfig, StageConfig
 from vlbench.errors import UserError, suggest_name
 from vlbench.model import lora_adapters
+from vlbench.model.vision_encoder import VisionEncoder
 from vlbench.model.vlm import MODEL_PARTS, VLM
 
 
@@ -37,7 +38,8 @@ def trained_parameters(
     if train_config is None:
         return []
     part = getattr(vlm, part_name)
-    used = vlm.vision.used_parameters() if part_name == "vision" else list(part.parameters())
+    is_encoder = isinstance(part, VisionEncoder)
+    used = part.used_parameters() if is_encoder else list(part.parameters())
     if train_config.lora is None:
         return used
     adapters = {id(parameter) for parameter in lora_adapters.adapter_parameters(part).values()}

@@ -233,8 +233,12 @@ def _parse_seeds(text: str) -> tuple[int, ...]:
 def _freeze_encoder(row: GridRow, folder: Path) -> GridRow:
     """Return the row with a frozen vision encoder whose features are cached for all runs."""
     stages = load_recipe(row, 0).stages
-    trained = [name for name, stage in stages.items() if "vision" in stage.trained_parts]
-    frozen = {f"stages.{name}.train.vision": "null" for name in trained}
+    frozen = {
+        f"stages.{name}.train.{part}": "null"
+        for name, stage in stages.items()
+        for part in ("vision", "second_vision")
+        if part in stage.trained_parts
+    }
     return row.with_overrides({**frozen, "trainer.feature_cache": folder / "features"})
 
 

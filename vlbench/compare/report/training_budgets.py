@@ -98,7 +98,7 @@ def _trained_parts(recipe: Mapping[str, Any], stage: str) -> str:
         return "not run"
     parts = {
         part: recipe.get(f"stages.{stage}.train.{part}.lr")
-        for part in ("vision", "connector", "language")
+        for part in ("vision", "second_vision", "connector", "language")
     }
     named = [
         f"{part} as LoRA" if recipe.get(f"stages.{stage}.train.{part}.lora.rank") else part
