@@ -188,6 +188,7 @@ WRONG_GRAFTS = {
     "half the files": (["language=half"], "names model-2.safetensors, which half does not have"),
     "weights of another model": (["language=wide"], "shape"),
     "quantized weights": (["language=quantized"], "the weights are quantized (gptq)"),
+    "a tokenizer without a template": (["language.template=auto"], "no chat template of its own"),
     "no tokenizer": (["language=silent"], "there is no tokenizer file"),
     "no configuration": (["language=empty"], "a folder without config.json"),
     "a text longer than the model": (["language.max_length=9000"], "has 4096 positions"),
