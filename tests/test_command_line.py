@@ -14,6 +14,8 @@ from vlbench.command_line.arguments import (
     EvalArguments,
     ListArguments,
     PlanArguments,
+)
+from vlbench.command_line.compare_arguments import (
     ReportArguments,
 )
 from vlbench.command_line.parser import parse_arguments, split_arguments

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from vlbench.command_line.arguments import (
     ChatArguments,
     CheckArguments,
-    CompareArguments,
     ConnectorTestArguments,
     EvalArguments,
     ExportArguments,
@@ -19,8 +18,11 @@ from vlbench.command_line.arguments import (
     ListArguments,
     PackArguments,
     PlanArguments,
-    ReportArguments,
     ScoreArguments,
+)
+from vlbench.command_line.compare_arguments import (
+    CompareArguments,
+    ReportArguments,
 )
 from vlbench.command_line.parser import (
     VerbDeclaration,

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import get_args
 
 from vlbench.command_line.arguments import (
-    DEFAULT_MATCH_LIMIT,
     BudgetName,
-    CompareArguments,
     EvalArguments,
+)
+from vlbench.command_line.compare_arguments import (
+    DEFAULT_MATCH_LIMIT,
+    CompareArguments,
 )
 from vlbench.command_line.parser import split_arguments
 from vlbench.command_line.task_words import build_tasks, split_task_words
