@@ -20,10 +20,12 @@ from vlbench.contract_checks.small_model import build_small_vlm
 from vlbench.graft import missing_files
 from vlbench.graft.graft_options import parse_graft_options
 from vlbench.graft.graft_recipe import fit_command, write_recipe
+from vlbench.graft.part_table import parameter_lines
 from vlbench.graft.sight_trial import LAST_STEPS, sight_lines, trial_recipe
 from vlbench.graft.text_checks import trip_conversations
 from vlbench.model.language_model import TINY_LANGUAGE_FOLDER
 from vlbench.planner.gpu_table import local_gpu
+from vlbench.planner.meta_model import build_meta_vlm
 from vlbench.text_files import read_json
 
 TINY = ["graft", "vision=tiny", "language=tiny", "connector=avgpool"]
@@ -52,6 +54,22 @@ def test_what_fits_gets_a_recipe_that_trains(tmp_path, monkeypatch, capsys):
     found = load_recipe(words[1:])
     assert (found.connector, found.seed) == ({"name": "avgpool", "pool": 4}, 7)
     assert main([*words, "dry_run=true", "only=chat"]) == 0
+
+
+def test_two_encoders_and_several_blocks_are_told_apart():
+    recipe = load_recipe(
+        ["recipe=yivl_llava", "connector.name=dense", "vision.second.name=tiny_eva"]
+    )
+    vlm = build_meta_vlm(recipe.model, "chat", recipe.stages["chat"], recipe.precision)
+    _, first, second, *_ = parameter_lines(recipe, vlm)
+    assert first.startswith("vision ") and second.startswith("second_vision ")
+    assert "tiny (an embedded" in first and "tiny_eva (an embedded" in second
+    blocks = [str(block + 1) for block in vlm.vision.output_blocks]
+    assert len(blocks) > 1 and f"features of blocks {', '.join(blocks)} of 5" in first
+    counts = {part: 1 for part, _ in vlm.model.named_parts()}
+    local = missing_files.LocalLanguage(recipe.language, "")
+    found = missing_files.file_lines(recipe, local, counts)
+    assert [line.partition(":")[0] for line in found] == ["vision", "vision.second", "language"]
 
 
 def test_nothing_is_overwritten(tmp_path, monkeypatch, capsys):
@@ -170,6 +188,7 @@ WRONG_GRAFTS = {
     "half the files": (["language=half"], "names model-2.safetensors, which half does not have"),
     "weights of another model": (["language=wide"], "shape"),
     "quantized weights": (["language=quantized"], "the weights are quantized (gptq)"),
+    "a tokenizer without a template": (["language.template=auto"], "no chat template of its own"),
     "no tokenizer": (["language=silent"], "there is no tokenizer file"),
     "no configuration": (["language=empty"], "a folder without config.json"),
     "a text longer than the model": (["language.max_length=9000"], "has 4096 positions"),

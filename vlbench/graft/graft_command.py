@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
+from vlbench.data.own_template import bind_template
+from vlbench.data.tokenizer import Tokenizer
 from vlbench.graft.graft_options import GraftOptions, page_path
 from vlbench.graft.graft_recipe import fit_command, write_recipe
 from vlbench.graft.missing_files import file_lines, find_local_language
 from vlbench.graft.part_table import choose_gpu, memory_lines, parameter_lines, shape_lines
 from vlbench.graft.text_checks import render_page, text_lines, trip_conversations
+from vlbench.model.language_model import tokenizer_folder
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.planner.meta_model import build_meta_vlm
 from vlbench.system_errors import explain_unwritable
@@ -31,6 +34,8 @@ def run_graft(options: GraftOptions) -> int:
         stage_runs = plan_stage_runs(known)
         check_data(stage_runs)
         check_stage_shapes(known.model, stage_runs)
+        tokenizer = Tokenizer.load(tokenizer_folder(known.language.weights))
+        bind_template(recipe.language.template, tokenizer)  # refuses what the tokenizer lacks
     models = {
         name: build_meta_vlm(known.model, name, stage, recipe.precision)
         for name, stage in recipe.selected_stages.items()

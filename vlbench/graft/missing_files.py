@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from vlbench.config.schema import LanguageModelConfig, Recipe, VisionEncoderConfig
+from vlbench.config.schema import LanguageModelConfig, NamedEncoderConfig, Recipe
 from vlbench.errors import UserError
 from vlbench.model.language_model import check_language_weights, tokenizer_folder
 from vlbench.model.vision_encoder import check_vision_weights
@@ -62,10 +62,14 @@ def file_lines(recipe: Recipe, local: LocalLanguage, parameters: dict[str, int])
         UserError: files that are here are not whole, or are those of another model.
     """
     language = _language_line(recipe.language, local, parameters["language"])
-    return [f"vision: {_vision_place(recipe.vision, parameters['vision'])}", language]
+    lines = [f"vision: {_vision_place(recipe.vision, parameters['vision'])}"]
+    if recipe.vision.second:
+        place = _vision_place(recipe.vision.second, parameters["second_vision"])
+        lines.append(f"vision.second: {place}")
+    return [*lines, language]
 
 
-def _vision_place(config: VisionEncoderConfig, parameters: int) -> str:
+def _vision_place(config: NamedEncoderConfig, parameters: int) -> str:
     if config.weights in NO_FILES:
         return _describe_no_files(config.weights)
     if Path(config.weights).exists():
@@ -104,7 +108,7 @@ def _download_note(repository: str, byte_count: int) -> str:
     return f"fit downloads about {byte_count / 1e9:.1f} GB from {repository}"
 
 
-def _published_files(config: VisionEncoderConfig) -> tuple[str, tuple[str, ...]]:
+def _published_files(config: NamedEncoderConfig) -> tuple[str, tuple[str, ...]]:
     """Return the repository of published weights, and the names of its file, if that is known."""
     import open_clip
 

@@ -12,6 +12,7 @@ from vlbench.config.schema import Recipe, StageConfig
 from vlbench.connector import registry
 from vlbench.model.activation_checkpointing import CHECKPOINTING_MODES
 from vlbench.model.loaded_vlm import LoadedVLM
+from vlbench.model.vlm import ENCODER_PARTS
 from vlbench.planner.gpu_table import GpuSpec, find_gpu, local_gpu
 from vlbench.planner.memory_estimate import MemoryByComponent, total_bytes
 from vlbench.planner.options import PlanOptions
@@ -47,14 +48,12 @@ def shape_lines(recipe: Recipe, models: StageModels) -> list[str]:
 
 def parameter_lines(recipe: Recipe, vlm: LoadedVLM) -> list[str]:
     """Return a table of the parts with their parameters and the stages that train them."""
-    encoder, config = vlm.vision, vlm.language.config
+    config = vlm.language.config
     names = find_model_names(recipe.model)
-    numbers = ", ".join(str(block + 1) for block in encoder.output_blocks)
-    blocks = f"block{'s' * (',' in numbers)} {numbers} of {len(encoder.blocks())}"
     connector = registry.connector_label(recipe.connector["name"])
     inside = vlm.connector.inject_layers
     told = {
-        "vision": f"{names.vision}, features of {blocks}",
+        **_encoder_texts(names.vision, vlm),
         "connector": connector + (f", in {len(inside)} decoder layers" if inside else ""),
         "language": f"{names.language}, {config.num_hidden_layers} layers, "
         f"{config.hidden_size} wide",
@@ -65,6 +64,17 @@ def parameter_lines(recipe: Recipe, vlm: LoadedVLM) -> list[str]:
         stages = [name for name, one in recipe.selected_stages.items() if part in one.trained_parts]
         rows.append((part, told[part], f"{count:,}", ", ".join(stages) or "none (frozen)"))
     return format_table(rows, "<<><")
+
+
+def _encoder_texts(names: str, vlm: LoadedVLM) -> dict[str, str]:
+    """Return for each vision encoder what it is, and which of its blocks the connector reads."""
+    texts = {}
+    encoders = vlm.vision.encoders()
+    for part, name, encoder in zip(ENCODER_PARTS, names.split(" + "), encoders, strict=False):
+        numbers = ", ".join(str(block + 1) for block in encoder.output_blocks)
+        blocks = f"block{'s' * (',' in numbers)} {numbers} of {len(encoder.blocks())}"
+        texts[part] = f"{name}, features of {blocks}"
+    return texts
 
 
 @dataclass(frozen=True)
