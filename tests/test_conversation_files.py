@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from vlbench.data.conversation_files import ConversationFiles
-from vlbench.data.preflight import preflight_bad_samples
+from vlbench.data.preflight import inspect_source
 from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
 from vlbench.errors import BadSample, UserError
 
@@ -70,7 +70,7 @@ def test_none_one_and_several_images(folder):
     )  # one image, no tag: it comes first
     assert [Path(picture.name).name for picture in data[3].images] == ["a.png", "b.png"]
     assert data[4].turns[0].role == "system" and data[4].turns[1].text.startswith(IMAGE_PLACEHOLDER)
-    assert data.find_bad_samples() == [] and preflight_bad_samples(data) == []
+    assert data.find_bad_samples() == [] and inspect_source(data).bad_samples == []
 
 
 def test_jsonl_and_an_image_folder(folder):
@@ -113,7 +113,7 @@ BAD_RECORDS = {
 def test_bad_records_are_found_and_named(folder, bad, name, words):
     data = source(folder, bad, record(id="sound"))
     (fault,) = data.find_bad_samples()
-    (same,) = preflight_bad_samples(data)
+    (same,) = inspect_source(data).bad_samples
     with pytest.raises(BadSample, match=words) as caught:
         raise fault
     assert fault.sample_id == same.sample_id == name and fault.reason == same.reason
@@ -124,9 +124,9 @@ def test_bad_records_are_found_and_named(folder, bad, name, words):
 def test_preflight_opens_images_only_while_they_are_few(folder):
     (folder / "b.png").write_bytes(b"")
     data = source(folder, record(), record(image="b.png", id="r2"), record(image="b.png", id="r3"))
-    assert [fault.sample_id for fault in preflight_bad_samples(data)] == ["r2", "r3"]
-    assert "is empty (0 bytes)" in str(preflight_bad_samples(data)[0])
-    assert preflight_bad_samples(data, max_opened_images=1) == []
+    assert [fault.sample_id for fault in inspect_source(data).bad_samples] == ["r2", "r3"]
+    assert "is empty (0 bytes)" in str(inspect_source(data).bad_samples[0])
+    assert inspect_source(data, max_opened_images=1).bad_samples == []
 
 
 def test_preflight_leaves_rendered_sources_alone():
@@ -139,7 +139,7 @@ def test_preflight_leaves_rendered_sources_alone():
         def __getitem__(self, index: int) -> Sample:
             raise AssertionError
 
-    assert preflight_bad_samples(Rendered()) == []
+    assert inspect_source(Rendered()).bad_samples == []
 
 
 BAD_FILES = {

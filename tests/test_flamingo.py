@@ -83,6 +83,9 @@ class Recorded(nn.Module):
     def blocks(self) -> list[nn.Module]:
         return [self]
 
+    def encoders(self) -> list[nn.Module]:
+        return [self]
+
     def read_blocks(self, layers: tuple[int, ...], class_token: bool) -> None:
         assert not layers and not class_token
 

@@ -6,6 +6,9 @@ import io
 import os
 import pickle
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from accidental_runs import call_at_step, newest_weights
+from accidental_runs import newest_weights
 from forked_command import run_command
 from PIL import Image
 
@@ -225,27 +228,35 @@ def test_a_file_that_changes_is_a_bad_sample(tmp_path):
         source[0]
 
 
+def family(pid: int) -> list[int]:
+    """Return a process and all that it has started, which may be in sessions of their own."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(one for child in children for one in family(int(child)))]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_a_run_that_is_killed_ends_with_the_weights_of_one_that_is_not(
     folder, tmp_path, workers, processes
 ):
-    def kill() -> None:
-        call_at_step(4, lambda: os.kill(os.getpid(), signal.SIGKILL))()
-
     words = ["fit", "recipe=yivl_llava", "only=chat", f"data.train={folder}"]
-    words += ["stages.chat.steps=6", "stages.chat.global_batch_size=6", "log.questions=1"]
+    words += ["stages.chat.steps=12", "stages.chat.global_batch_size=6", "log.questions=1"]
     words += ["log.examples=0", "log.tensorboard=false", "log.every_n_steps=1"]
     words += ["trainer.checkpoint_every=0.001", f"trainer.devices={processes}"]
-    whole = run_command([*words, "data.workers=0", "run=whole"], tmp_path, timeout=300)
-    assert whole.code == 0, whole.words
-    killed = run_command(
-        [*words, f"data.workers={workers}", "run=killed"], tmp_path, prepare=kill, timeout=300
+    run = tmp_path / "killed"
+    rest = [*words, f"data.workers={workers}", "run=killed"]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "vlbench", *rest], cwd=tmp_path, start_new_session=True
     )
-    assert killed.code != 0 and not (tmp_path / "killed/results.json").exists()
-    assert checkpoint_files.list_positions(tmp_path / "killed/checkpoints")[-1].step in (2, 3)
-    rest = run_command([*words, f"data.workers={workers}", "run=killed"], tmp_path, timeout=300)
-    assert rest.code == 0, rest.words
-    ours, theirs = newest_weights(tmp_path / "killed"), newest_weights(tmp_path / "whole")
+    while child.poll() is None and not list(run.glob("checkpoints/*-chat-00000[2-9]")):
+        time.sleep(0.01)
+    for pid in family(child.pid):
+        os.kill(pid, signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL and not (run / "results.json").exists()
+    assert 1 <= checkpoint_files.list_positions(run / "checkpoints")[-1].step < 12
+    for last in (rest, [*words, "data.workers=0", "run=whole"]):
+        done = run_command(last, tmp_path, timeout=300)
+        assert done.code == 0, done.words
+    ours, theirs = newest_weights(run), newest_weights(tmp_path / "whole")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

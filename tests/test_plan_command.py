@@ -62,7 +62,7 @@ def planned(recipe: str, stage: str, precision: str = "32") -> tuple[StageMemory
     """Return a stage of a recipe as `plan` sees it."""
     resolved = recipes.load_recipe([f"recipe={recipe}"])
     vlm = meta_vlm(resolved, stage)
-    work, _ = stage_workload(resolved, stage, vlm, None, None)
+    work, _ = stage_workload(resolved.stage_data(stage), vlm, None, None)
     rehearsals = DepthExtrapolator(
         vlm.model, functools.partial(meta_vlm, resolved, stage), precision
     )

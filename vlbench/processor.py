@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vlbench.config.schema import SampleFormat
+from vlbench.config.key_types import SampleFormat
 from vlbench.data.chat_template import ChatTemplate
 from vlbench.data.image_decoding import to_rgb_image
 from vlbench.data.image_processing import ImageFile, ImageTransform
@@ -105,7 +105,12 @@ class Processor:
                 f"{text.count(IMAGE_PLACEHOLDER)} image placeholders for {len(sample.images)} "
                 "images"
             )
-        pieces = tokenize_pieces([(text, False)], self.tokenizer, self.tokens_per_image)
+        pieces = tokenize_pieces(
+            [(text, False)],
+            self.tokenizer,
+            self.tokens_per_image,
+            self.template.has_all_tokens,
+        )
         input_ids = [token_id for piece_ids, _ in pieces for token_id in piece_ids]
         if len(input_ids) >= self.max_positions:
             raise ConversationTooLong(

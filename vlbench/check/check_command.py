@@ -12,8 +12,9 @@ from vlbench.check.sample_checks import StageCheck
 from vlbench.check.source_pass import GoodSamples, SourcePass, SourceSummary
 from vlbench.check.supervision_audit import AuditSample, choose_samples, render_audit
 from vlbench.config.schema import Recipe
-from vlbench.data.chat_template import CHAT_TEMPLATES, ChatTemplate
+from vlbench.data.chat_template import ChatTemplate
 from vlbench.data.conversation_files import ConversationFiles
+from vlbench.data.own_template import bind_template
 from vlbench.data.sample import SampleSource
 from vlbench.data.sample_encoding import CachedTokenizer, SampleEncoder
 from vlbench.data.shards import WebDatasetShards
@@ -56,7 +57,7 @@ def run_check(recipe: Recipe, folder: Path) -> int:
     except OSError as error:
         raise explain_unwritable(error, f"out={folder}") from error
     tokenizer = Tokenizer.load(tokenizer_folder(recipe.language.weights))
-    template = CHAT_TEMPLATES[recipe.language.template].bind_eos(tokenizer.eos_token)
+    template = bind_template(recipe.language.template, tokenizer)
     cached_tokenizer = CachedTokenizer(tokenizer)
     encoders = [
         SampleEncoder(

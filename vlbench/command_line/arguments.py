@@ -9,7 +9,7 @@ from vlbench.command_line.parser import argument
 
 BenchmarkName = Literal["mmmu", "cmmmu"]
 ProtocolName = Literal["yi", "official", "lmms", "strict", "raw"]
-TemplateName = Literal["yi_vl", "chatml", "llava_v1"]
+TemplateName = Literal["auto", "yi_vl", "chatml", "llava_v1"]
 DtypeName = Literal["float32", "bf16", "bfloat16", "fp16", "float16"]
 ExportFormat = Literal["yi_vl", "hf_llava", "yi_vl_hf", "vlbench"]
 BudgetName = Literal["params", "visual_tokens", "flops"]

@@ -6,40 +6,34 @@ command line; a recipe is frozen, and `recipe.model_copy(update={...})` gives a 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from vlbench.command_line.arguments import TemplateName
-from vlbench.config.encoder_names import EMBEDDED_ENCODERS, check_encoder_name, is_hub_name
-from vlbench.config.recipe_section import RecipeSection, key
-from vlbench.config.value_checks import check_row_tokens, check_stage_name, drop_frozen_parts
+from vlbench.config.encoder_names import EMBEDDED_ENCODERS, is_hub_name
+from vlbench.config.key_types import (
+    MAX_COUNT,
+    MAX_DEVICES,
+    MAX_IMAGE_SIZE,
+    BatchSize,
+    BetaNumber,
+    Count,
+    EncoderName,
+    OnBadSample,
+    PartName,
+    PathText,
+    RecipeSection,
+    RowTokens,
+    SampleFormat,
+    StageName,
+    StageNames,
+    drop_frozen_parts,
+    key,
+)
 from vlbench.strict_values import yaml_text
-
-PartName = Literal["vision", "second_vision", "connector", "language"]
-CheckpointingMode = Literal["none", "selective", "full", "auto"]
-SampleFormat = Literal["caption", "chat"]
-OnBadSample = Literal["auto", "quarantine", "stop"]
-PART_NAMES: tuple[str, ...] = get_args(PartName)
-MAX_IMAGE_SIZE = 4096  # pixels of a vision encoder's side; those in use have 224 to 1024
-MAX_COUNT = 1_000_000_000
-"""Largest number of steps, samples, tokens: three orders above what anybody trains with."""
-MAX_BATCH_SIZE = 1_000_000
-"""CLIP models are trained with up to 164,000."""
-MAX_DEVICES = 100_000
-
-
-Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
-RowTokens = Annotated[int | Literal["auto"], BeforeValidator(check_row_tokens)]
-PathText = Annotated[str, AfterValidator(os.path.expanduser)]
-"""Text that may be a path, in which a leading `~` is the home folder."""
-StageName = Annotated[str, AfterValidator(check_stage_name)]
-StageNames = Annotated[tuple[StageName, ...], Field(min_length=1)]
-EncoderName = Annotated[PathText, AfterValidator(check_encoder_name)]
-BetaNumber = Annotated[float, Field(ge=0, le=0.999999)]
 
 
 class PretrainedPartConfig(RecipeSection):
@@ -125,8 +119,8 @@ class LanguageModelConfig(PretrainedPartConfig):
     part, embedded_names = "language", ("tiny",)
 
     name: Literal["tiny", "yi-6b", "yi-34b"] = key("architecture, if not of `weights`", "tiny")
-    weights: PathText = key("embedded (tiny only), random, a Llama folder or hub id", "embedded")
-    template: TemplateName = key("chat template", "yi_vl")
+    weights: PathText = key("embedded (tiny only), random, a folder or hub id", "embedded")
+    template: TemplateName = key("chat template; auto: the tokenizer's own", "yi_vl")
     max_length: int = key(
         "most tokens of a conversation, image positions included", 4096, ge=16, le=MAX_COUNT
     )
@@ -226,9 +220,7 @@ class StageConfig(RecipeSection):
     sample_format: SampleFormat = key("plain captions of images, or conversations")
     objective: str = key("language, or an objective that the connector offers", "language")
     train: TrainedParts = key("which parts are trained, and how")
-    global_batch_size: int = key(
-        "samples in an optimizer step, over all devices", ge=1, le=MAX_BATCH_SIZE
-    )
+    global_batch_size: BatchSize = key("samples in an optimizer step, over all devices")
     max_tokens_per_row: RowTokens = key(
         "most tokens in a packed row; auto: up to 16384 by GPU memory, else 4096", "auto"
     )
@@ -257,6 +249,16 @@ class StageConfig(RecipeSection):
             if adapters[part].bits:
                 raise ValueError(f"has train.{part}.lora.bits=4, allowed for the language only")
         return self
+
+
+@dataclass(frozen=True)
+class StageData:
+    """What a recipe says of the data of a stage: its own or the common `config`, and `seed`."""
+
+    stage_name: str
+    stage: StageConfig
+    config: DataConfig
+    seed: int
 
 
 class TrainerConfig(RecipeSection):
@@ -329,7 +331,7 @@ class Recipe(RecipeSection):
     only: StageNames | None = key("stages to run, as chat or [align_224,chat]", None)
     from_: StageName | None = key("stage to start from", None, alias="from")
     precision: Literal["32", "bf16"] = key("precision of the arithmetic", "32")
-    activation_checkpointing: CheckpointingMode = key(
+    activation_checkpointing: Literal["none", "selective", "full", "auto"] = key(
         "recompute nothing, what is cheap, or all; auto: what memory asks for", "none"
     )
     dry_run: bool = key("one step of every stage, longest batch first, then stop", False)
@@ -362,6 +364,16 @@ class Recipe(RecipeSection):
         names = list(self.stages)
         later = names[names.index(self.from_) :] if self.from_ else names
         return {name: self.stages[name] for name in later if not self.only or name in self.only}
+
+    @property
+    def last_stage_data(self) -> StageData:
+        """The data of the last stage, which the questions at the end are about."""
+        return self.stage_data(list(self.stages)[-1])
+
+    def stage_data(self, name: str) -> StageData:
+        """Return what is said of the data of a stage."""
+        stage = self.stages[name]
+        return StageData(name, stage, stage.data or self.data, self.seed)
 
     @model_validator(mode="after")
     def _check_second_encoder(self) -> Self:

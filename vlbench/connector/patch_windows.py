@@ -21,7 +21,7 @@ def split_windows(features: Tensor, grid: tuple[int, int], side: int) -> Tensor:
     Windows, and the patches inside of one, are in reading order.
     """
     rows, columns = grid
-    squares = features.unflatten(1, (rows // side, side, columns // side, side))
+    squares: Tensor = features.unflatten(1, (rows // side, side, columns // side, side))
     return squares.transpose(2, 3).flatten(3, 4).flatten(0, 2)
 
 
@@ -37,9 +37,15 @@ def attend_in_windows(queries: Tensor, keys: Tensor, values: Tensor, heads: int)
         values: Likewise.
         heads: Number of heads, which divides the width.
     """
-    q, k, v = (tensor.unflatten(-1, (heads, -1)) for tensor in (queries, keys, values))
+    q, k, v = (_split_heads(tensor, heads) for tensor in (queries, keys, values))
     scores = (q * k).sum(-1, keepdim=True) * q.shape[-1] ** -0.5
-    return (scores.softmax(1) * v).sum(1, keepdim=True).flatten(2).to(values.dtype)
+    found: Tensor = (scores.softmax(1) * v).sum(1, keepdim=True).flatten(2)
+    return found.to(values.dtype)
+
+
+def _split_heads(tensor: Tensor, heads: int) -> Tensor:
+    split: Tensor = tensor.unflatten(-1, (heads, -1))
+    return split
 
 
 def spread_shares(shares: Tensor, grid: tuple[int, int], side: int) -> Tensor:
@@ -48,7 +54,7 @@ def spread_shares(shares: Tensor, grid: tuple[int, int], side: int) -> Tensor:
     `shares` is `[images x windows, 1, side^2]`, in the order of `split_windows`.
     """
     rows, columns = grid[0] // side, grid[1] // side
-    of_image = shares.unflatten(0, (-1, rows, columns)).reshape(-1, rows, columns, side, side)
+    of_image = shares.reshape(-1, rows, columns, side, side)
     spread = of_image.new_zeros(len(of_image), rows, columns, rows, side, columns, side)
     for row in range(rows):
         for column in range(columns):

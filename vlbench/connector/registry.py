@@ -171,11 +171,6 @@ def resolve_options(name: str, given: dict[str, Any]) -> tuple[dict[str, Any], l
     return values, errors
 
 
-def check_options(name: str, given: dict[str, Any]) -> list[str]:
-    """Return what is wrong with options of a connector, one line for each error."""
-    return resolve_options(name, given)[1]
-
-
 def blame_connector_file(error: Exception) -> None:
     """Raise a UserError with file and line if an error comes from a connector's own code."""
     if isinstance(error, UserError | EnvironmentFailure) or is_memory_error(error):

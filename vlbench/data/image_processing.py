@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from vlbench.config.schema import MAX_IMAGE_SIZE
+from vlbench.config.key_types import MAX_IMAGE_SIZE
 from vlbench.data.image_decoding import decode_rgb
 from vlbench.data.image_folder import is_inside, outside_message
 from vlbench.data.sample import LazyImage

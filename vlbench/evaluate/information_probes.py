@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from vlbench.config.schema import Recipe
+from vlbench.config.schema import StageData
 from vlbench.data.data_sources import open_stage_mixture
 from vlbench.data.picture_labels import LabelledPicture
 from vlbench.data.sample import Sample
@@ -40,13 +40,14 @@ MAX_FEATURE_BYTES = 1 << 30  # of one place
 
 
 def probe_information(
-    recipe: Recipe,
+    stage_data: StageData,
     vlm: LoadedVLM,
     questions: Sequence[EvalQuestion],
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Return which place has the information for which question.
 
+    `stage_data` are of the last stage, on whose samples probes are fitted.
     `questions` have for each place, in the order of `places`, 1 where its probes read the
     evidence right, and the same for control probes; `labels` have the share of held-out
     pictures in which each label is read right, `control_labels` that of the control probes.
@@ -60,7 +61,7 @@ def probe_information(
             "left_out": f"{len(asked)} questions are about rendered scenes, {MIN_QUESTIONS} needed"
         }
     fitted_on = training_questions(
-        recipe, {image.name for one in asked for image in one.sample.images}
+        stage_data, {image.name for one in asked for image in one.sample.images}
     )
     picture_count = sum(len(one.sample.images) for one in (*fitted_on, *asked))
     if _picture_bytes(vlm, asked[0].sample) * picture_count > MAX_FEATURE_BYTES:
@@ -83,13 +84,12 @@ def probe_information(
     }
 
 
-def training_questions(recipe: Recipe, held_out_pictures: set[str]) -> list[EvalQuestion]:
-    """Return the first questions of the first samples that the last stage trains on.
+def training_questions(stage_data: StageData, held_out_pictures: set[str]) -> list[EvalQuestion]:
+    """Return the first questions of the first samples that a stage trains on.
 
     All of their pictures have labels, and none is one of the held-out pictures.
     """
-    name, stage = list(recipe.stages.items())[-1]
-    mixture = open_stage_mixture(recipe.data, stage, name, recipe.seed)
+    mixture = open_stage_mixture(stage_data)
     samples = (mixture[position] for position in range(min(len(mixture), TRAINING_PICTURES)))
     return [
         _first_question(sample)

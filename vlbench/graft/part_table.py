@@ -87,7 +87,9 @@ def memory_lines(options: PlanOptions, gpu_note: str) -> list[str]:
         for index, (name, stage) in enumerate(stages.items())
         if stage.objective == "language" and not _larger_stage(stage, stages)
     ]
-    rows = [("stage", "tokens per row", "checkpointing", *MEMORY_COLUMNS, "sum", "")]
+    rows: list[tuple[str, ...]] = [
+        ("stage", "tokens per row", "checkpointing", *MEMORY_COLUMNS, "sum", "")
+    ]
     for need in needs:
         weights, gradients, optimizer = (
             need.memory[part] for part in ("weights", "gradients", "optimizer")

@@ -10,7 +10,7 @@ import torch
 
 from vlbench.config.schema import ModelConfig, SecondEncoderConfig, VisionEncoderConfig
 from vlbench.connector import registry
-from vlbench.data.chat_template import CHAT_TEMPLATES
+from vlbench.data.own_template import bind_template
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.model.language_model import (
     build_empty_language,
@@ -165,6 +165,6 @@ def _assemble_vlm(
         config.connector_options,
         language,
         tokenizer,
-        CHAT_TEMPLATES[config.language.template],
+        bind_template(config.language.template, tokenizer),
         config.language.max_length,
     )

@@ -73,7 +73,7 @@ def count_connector_cost(vlm: VLM) -> ConnectorCost:
             use_cache=False,
         ).last_hidden_state
         assert hidden is not None
-        vlm.language.lm_head(hidden[:, -1])
+        vlm.logits(hidden[:, -1])
     kv_heads = config.num_key_value_heads or config.num_attention_heads
     numbers_per_token = 2 * kv_heads * head_width(config) * config.num_hidden_layers
     latents = connector.count_latents(visual)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
 
 from vlbench.connector import registry
 from vlbench.connector.base import Connector
@@ -18,6 +17,7 @@ from vlbench.data.chat_template import ChatTemplate
 from vlbench.data.packing import PackedBatch
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import UserError
+from vlbench.model.decoder_families import DecoderModel
 from vlbench.model.generation.answer_text import AnswerStream
 from vlbench.model.generation.decoding_state import CompiledDecodeStep
 from vlbench.model.generation.generate import TokenCallback, generate
@@ -61,7 +61,7 @@ class LoadedVLM:
         return self.model.connector
 
     @property
-    def language(self) -> LlamaForCausalLM:
+    def language(self) -> DecoderModel:
         """The language model."""
         return self.model.language
 
@@ -206,7 +206,7 @@ def assemble_vlm(
     vision: VisionEncoder,
     connector_class: type[Connector],
     connector_options: dict[str, Any],
-    language: LlamaForCausalLM,
+    language: DecoderModel,
     tokenizer: Tokenizer,
     template: ChatTemplate,
     max_length: int,

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig
 
 from vlbench.compat.torch_internals import make_flop_counter
 from vlbench.compat.vision_internals import encoder_width
 from vlbench.connector.base import ImagePlaces, blank_features
 from vlbench.connector.levels import Levels, first_level
 from vlbench.data.packing import PackedBatch
+from vlbench.model.decoder_families import DecoderConfig
 from vlbench.model.vision_encoder import VisionEncoder
 from vlbench.model.vlm import VLM
 
@@ -86,9 +86,11 @@ def count_step_flops(vlm: VLM) -> StepFlops:
     )
 
 
-def head_width(config: LlamaConfig) -> int:
+def head_width(config: DecoderConfig) -> int:
     """Return the width of an attention head of a language model."""
-    width: int = config.head_dim or config.hidden_size // config.num_attention_heads
+    width: int = (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
     return width
 
 

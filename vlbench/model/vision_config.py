@@ -18,7 +18,7 @@ from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_mod
 from torch import nn
 
 from vlbench.compat.vision_internals import build_open_clip_encoder
-from vlbench.config.schema import MAX_IMAGE_SIZE
+from vlbench.config.key_types import MAX_IMAGE_SIZE
 from vlbench.data.image_processing import INTERPOLATIONS
 from vlbench.errors import UserError, suggest_name
 from vlbench.text_files import read_json, write_atomically

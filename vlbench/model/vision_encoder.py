@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import open_clip
 import torch
 from torch import Tensor, nn
 
-from vlbench import hub_download
 from vlbench.compat.vision_internals import (
     encoder_blocks,
     encoder_grid,
@@ -21,18 +19,15 @@ from vlbench.compat.vision_internals import (
     has_final_norm,
     set_encoder_image_size,
 )
-from vlbench.config.encoder_names import is_hub_name
 from vlbench.connector.levels import Levels
 from vlbench.data.image_processing import ImageTransform
-from vlbench.errors import UserError, one_line, suggest_name
+from vlbench.errors import UserError, one_line
+from vlbench.model.encoder_files import check_weights_choice, find_weight_file
 from vlbench.model.named_encoder import (
     EncoderConfig,
-    encoder_weight_names,
-    named_encoder_folder,
     resolve_encoder_config,
 )
 from vlbench.model.timm_config import TimmConfig
-from vlbench.model.vision_config import EMBEDDED_ENCODERS, OPEN_CLIP_FILES, find_open_clip_file
 from vlbench.model.weights import clip_layouts, timm_files
 from vlbench.model.weights import open_clip_files as open_clip_files
 from vlbench.model.weights.tensor_groups import check_tensor_groups
@@ -264,7 +259,7 @@ def build_vision_encoder(
         UserError: when a name is unknown, or a file is not exactly the encoder's weights.
     """
     config = resolve_encoder_config(name, weights)
-    _check_weights_choice(name, weights)
+    check_weights_choice(name, weights)
     encoder = build_encoder_from_config(config, name, layer, norm)
     if load_weights and weights != "random":
         _load_weights(encoder, name, weights)
@@ -330,7 +325,7 @@ def _load_weights(
     encoder: VisionEncoder, name: str, weights: str, load_values: bool = True
 ) -> None:
     """Load every tensor of what `weights` means; without `load_values` compare shapes only."""
-    file = _find_weight_file(name, weights)
+    file = find_weight_file(name, weights)
     if file is None:
         loaded = load_clip_folder(encoder, Path(weights), load_values)
     elif isinstance(encoder.config, TimmConfig):
@@ -348,56 +343,3 @@ def _load_weights(
             )
     if load_values:
         check_names(encoder.visual.state_dict(), loaded, f"vision.weights={weights}")
-
-
-def _check_weights_choice(name: str, weights: str) -> None:
-    """Raise a UserError for weights that do not go with `vision.name`."""
-    folder = named_encoder_folder(name)
-    own = ("embedded", "random", *([name] if name not in EMBEDDED_ENCODERS else []))
-    if folder is not None and weights not in own:
-        allowed = f"{name} and random" if is_hub_name(name) else "'embedded' and 'random'"
-        raise UserError(
-            f"vision.weights is '{weights}'; vision.name={name} has its own weights, so only "
-            f"{allowed} are allowed"
-        )
-
-
-def _find_weight_file(name: str, weights: str) -> Path | None:
-    """Return the file of open_clip that `weights` is; None for a CLIP in Hugging Face's layout."""
-    folder = named_encoder_folder(name)
-    if folder is not None:
-        known = encoder_weight_names(folder)
-        if is_hub_name(name):
-            return hub_download.fetch_hub_file(name, known, f"vision.weights={weights}")
-        files = (folder / file for file in known)
-        return next((file for file in files if file.is_file()), None) or _raise_missing_weights(
-            folder, known
-        )
-    path = Path(weights)
-    if path.is_dir():
-        file_in_folder = find_open_clip_file(path)
-        if file_in_folder is None and not (path / "config.json").is_file():
-            _raise_missing_weights(path)
-        return file_in_folder
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if weights in tags:
-        source = open_clip.get_pretrained_cfg(name, weights)["hf_hub"]
-        owner, repository, file = [*source.split("/"), ""][:3]
-        names = (file,) if file else OPEN_CLIP_FILES
-        return hub_download.fetch_hub_file(
-            f"{owner}/{repository}", names, f"vision.weights={weights}"
-        )
-    if path.is_file():
-        return path
-    raise UserError(
-        f"vision.weights is '{weights}'; for {name} allowed are 'random', a file, a folder with "
-        f"{OPEN_CLIP_FILES[0]} or with config.json of a CLIP, or one of "
-        f"{', '.join(tags) or '(no tags)'}.{suggest_name(weights, tags)}"
-    )
-
-
-def _raise_missing_weights(folder: Path, names: tuple[str, ...] = OPEN_CLIP_FILES) -> NoReturn:
-    raise UserError(
-        f"{folder} has no weights of a vision encoder; wanted is {' or '.join(names)}, "
-        "or config.json and weights of a CLIP in Hugging Face's layout"
-    )

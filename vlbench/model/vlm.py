@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from vlbench.compat.transformers_internals import (
@@ -24,6 +23,7 @@ from vlbench.connector.levels import Levels, first_level, unstack_levels
 from vlbench.data.packing import PackedBatch, number_image_tokens
 from vlbench.model.activation_checkpointing import checkpoint_blocks
 from vlbench.model.contrastive_loss import add_own_contrast_pool, is_contrastive
+from vlbench.model.decoder_families import DecoderConfig, DecoderModel, logit_divisor
 from vlbench.model.language_loss import summed_loss
 from vlbench.model.packed_attention import OpaqueLengths, sample_bounds
 from vlbench.model.replicated_parameters import GradientAverager
@@ -62,7 +62,7 @@ class VLM(nn.Module):
     one thread.
     """
 
-    language: LlamaForCausalLM
+    language: DecoderModel
     gradient_averager: GradientAverager | None = None
     """Of the parameters that FSDP2 does not shard, once it shards the others."""
 
@@ -71,7 +71,7 @@ class VLM(nn.Module):
         vision: VisionEncoder,
         connector_class: type[Connector],
         connector_options: dict[str, Any],
-        language: LlamaForCausalLM,
+        language: DecoderModel,
     ) -> None:
         """Build a connector of `connector_class` between `vision` and `language`."""
         super().__init__()
@@ -250,7 +250,18 @@ class VLM(nn.Module):
         self, hidden: Tensor, labels: Tensor, supervised_positions: Tensor | None = None
     ) -> Tensor:
         """Return the cross entropy of `labels`, summed over the supervised positions."""
+        hidden = self._divide_logits(hidden)
         return summed_loss(self.language.lm_head, hidden, labels, supervised_positions)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits `[..., vocabulary]` of last hidden states `[..., lm_width]`."""
+        logits: Tensor = self.language.lm_head(self._divide_logits(hidden))
+        return logits
+
+    def _divide_logits(self, hidden: Tensor) -> Tensor:
+        """Return what `lm_head` makes the logits of, which some families divide by a number."""
+        divisor = logit_divisor(self.language.config)
+        return hidden if divisor == 1 else hidden / divisor
 
     def enable_activation_checkpointing(self, mode: str) -> None:
         """Recompute activations in the backward pass instead of keeping them in memory.
@@ -289,7 +300,7 @@ class VLM(nn.Module):
         visual = self._with_checkpointing(self.connector)(features)
         hidden = self.hidden_states(batch, visual)
         if batch.labels is None:
-            return VLMOutput(logits=self.language.lm_head(hidden))
+            return VLMOutput(logits=self.logits(hidden))
         loss = self.language_loss(hidden, batch.labels, batch.supervised_positions)
         extra = self.connector.losses(features, visual, batch)
         return VLMOutput(loss_sum=loss, tokens=batch.supervised_token_count, extra=extra)
@@ -323,7 +334,7 @@ def _inject_before_layer(
     return replace_decoder_layer_input(args, kwargs, hidden)
 
 
-def connector_shapes(vision_encoder: VisionEncoder, lm_config: LlamaConfig) -> Shapes:
+def connector_shapes(vision_encoder: VisionEncoder, lm_config: DecoderConfig) -> Shapes:
     """Return the shapes between a vision encoder and a language model of a configuration."""
     rows, columns = vision_encoder.grid
     return Shapes(

@@ -12,7 +12,7 @@ import torch
 from vlbench.compat.vision_internals import keep_encoder_blocks
 from vlbench.config.schema import ModelConfig, StageConfig
 from vlbench.connector import registry
-from vlbench.data.chat_template import CHAT_TEMPLATES
+from vlbench.data.own_template import bind_template
 from vlbench.data.packing import PackedBatch, assign_image_index
 from vlbench.data.sample_encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from vlbench.data.tokenizer import Tokenizer
@@ -65,6 +65,10 @@ def build_meta_vlm(
     if depth is not None:
         language_config.num_hidden_layers = depth.decoder_layers
         _truncate_encoder(encoder, depth.encoder_blocks)
+    tokenizer = Tokenizer.load(folder if local else TINY_LANGUAGE_FOLDER)
+    template_name = config.language.template
+    if template_name == "auto" and not tokenizer.chat_template:
+        template_name = "chatml"  # that of a hub's tokenizer is not known, and matters to no shape
     try:
         with torch.device("meta"):
             vlm = assemble_vlm(
@@ -72,8 +76,8 @@ def build_meta_vlm(
                 registry.load_connector(config.connector_name),
                 config.connector_options,
                 build_random_language(language_config),
-                Tokenizer.load(folder if local else TINY_LANGUAGE_FOLDER),
-                CHAT_TEMPLATES[config.language.template],
+                tokenizer,
+                bind_template(template_name, tokenizer),
                 config.language.max_length,
             )
             check_objective(vlm.model, stage_name, stage)

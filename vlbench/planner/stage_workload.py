@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import mean
 
-from vlbench.config.schema import Recipe, StageConfig
-from vlbench.data.data_sources import open_stage_mixture, stage_data
+from vlbench.config.schema import StageConfig, StageData
+from vlbench.data.data_sources import open_stage_mixture
 from vlbench.data.shuffle import SourceMixture
 from vlbench.errors import BadSample, UserError
 from vlbench.model.loaded_vlm import LoadedVLM
@@ -56,8 +56,7 @@ class StageWorkload:
 
 
 def stage_workload(
-    recipe: Recipe,
-    stage_name: str,
+    stage_data: StageData,
     vlm: LoadedVLM,
     sample_count: int | None,
     text_tokens: float | None,
@@ -67,14 +66,10 @@ def stage_workload(
     `vlm` is on `meta`, prepared for the stage. `sample_count` and `text_tokens` (per sample) take
     the place of what the data say; None leaves it to the data.
     """
-    stage = recipe.stages[stage_name]
-    data_config = stage_data(recipe.data, stage)
-    has_data = data_config.train is not None or data_config.mix is not None
-    data = (
-        open_stage_mixture(recipe.data, stage, stage_name, recipe.seed)
-        if has_data and not (sample_count and text_tokens)
-        else None
-    )
+    stage, stage_name = stage_data.stage, stage_data.stage_name
+    has_data = stage_data.config.train is not None or stage_data.config.mix is not None
+    is_read = has_data and not (sample_count and text_tokens)
+    data = open_stage_mixture(stage_data) if is_read else None
     if sample_count is None:
         sample_count = len(data) if data is not None else YI_VL_SAMPLE_COUNTS.get(stage_name)
     if sample_count is None and stage.steps is None:

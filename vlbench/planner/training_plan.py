@@ -117,7 +117,8 @@ def measure_stage(options: PlanOptions, index: int, name: str, stage: StageConfi
     vlm = build_at_depth()
     sample_count = options.sample_counts[index] if options.sample_counts else None
     text_tokens = options.text_tokens[index] if options.text_tokens else None
-    workload, assumed = stage_workload(recipe, name, vlm, sample_count, text_tokens)
+    stage_data = recipe.stage_data(name)
+    workload, assumed = stage_workload(stage_data, vlm, sample_count, text_tokens)
     memory = StageMemory(
         vlm=vlm.model,
         depth_extrapolator=DepthExtrapolator(vlm.model, build_at_depth, recipe.precision),

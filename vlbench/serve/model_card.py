@@ -11,6 +11,7 @@ from vlbench.compat.vision_internals import encoder_width
 from vlbench.config.overrides import format_override
 from vlbench.config.schema import Recipe
 from vlbench.data.data_sources import SCENES_SOURCE
+from vlbench.model.decoder_families import family_label
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.text_files import format_json
 from vlbench.text_tables import markdown_text
@@ -140,7 +141,7 @@ def _describe_parts(vlm: LoadedVLM) -> list[str]:
     return [
         *encoders,
         f"{type(vlm.connector).__name__}, {options}" if options else type(vlm.connector).__name__,
-        f"Llama, {config.num_hidden_layers} layers, {config.hidden_size} wide",
+        f"{family_label(config)}, {config.num_hidden_layers} layers, {config.hidden_size} wide",
     ]
 
 

@@ -30,6 +30,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -265,7 +266,7 @@ def preprocessing_json(processor: Processor) -> str:
         {
             "transform": asdict(processor.transform),
             "transform_hash": processor.transform.transform_hash(),
-            "template": asdict(processor.template),
+            "template": asdict(cast(Any, processor.template)),
             "tokens_per_image": processor.tokens_per_image,
         },
         ensure_ascii=False,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from vlbench.config import recipe as recipes
 from vlbench.config.schema import LanguageModelConfig, ModelConfig, NamedEncoderConfig, Recipe
-from vlbench.data.data_sources import SCENES_SOURCE, stage_data
+from vlbench.data.data_sources import SCENES_SOURCE
 from vlbench.train import checkpoint_files
 
 MINIATURE_HINT = (
@@ -59,7 +59,7 @@ def has_foreign_data(recipe: Recipe) -> bool:
     """Tell whether the embedded language model trains on anything but rendered scenes."""
     if not find_model_names(recipe.model).has_miniature_language:
         return False
-    configs = [stage_data(recipe.data, stage) for stage in recipe.selected_stages.values()]
+    configs = [stage.data or recipe.data for stage in recipe.selected_stages.values()]
     trained_on = [
         source
         for config in configs

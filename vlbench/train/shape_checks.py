@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig
 
 from vlbench import hub_download
 from vlbench.config import recipe as recipes
@@ -21,6 +20,7 @@ from vlbench.model.build_vlm import (
     build_checkpoint_encoder,
     release_overrides,
 )
+from vlbench.model.decoder_families import DecoderConfig
 from vlbench.model.language_model import named_language_config, read_language_config
 from vlbench.model.paired_encoder import build_encoders
 from vlbench.model.vision_encoder import VisionEncoder, build_vision_encoder
@@ -141,7 +141,7 @@ def _check_image_fits(tokens_per_image: int, max_length: int) -> None:
         )
 
 
-def meta_encoder_and_config(config: ModelConfig) -> tuple[VisionEncoder, LlamaConfig]:
+def meta_encoder_and_config(config: ModelConfig) -> tuple[VisionEncoder, DecoderConfig]:
     """Return the encoder that training begins with, on the meta device, and the LM's config."""
     source = Path(str(config.init))
     if config.init and checkpoint_files.is_run_or_checkpoint(source):

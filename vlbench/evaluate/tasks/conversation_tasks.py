@@ -88,7 +88,7 @@ def _load_questions(
             find_released_model(arguments.model, "model")
             raise UserError(f"{run} is no run: eval needs data=FILE.json (images=FOLDER)")
         recipe = recipes.load_recipe_file(checkpoint_files.find_checkpoint(run) / "recipe.yaml")
-        name, questions, unseen = final_questions(recipe)
+        name, questions, unseen = final_questions(recipe.last_stage_data, recipe.log.questions)
         sets = {name: questions, "unseen pairs": unseen}
     first_set = next(iter(sets))
     if not sets[first_set]:

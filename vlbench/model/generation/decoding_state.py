@@ -199,8 +199,7 @@ def _last_logits(
         **{CACHE_ARGUMENT: kv_cache},
     ).last_hidden_state
     assert hidden is not None
-    logits: Tensor = vlm.language.lm_head(hidden[:, -1])
-    return logits
+    return vlm.logits(hidden[:, -1])
 
 
 def _decode_step(vlm: VLM, token_ids: Tensor, *step_inputs: Any) -> Tensor:

@@ -188,11 +188,13 @@ class _GeneratedRows:
 
 
 def eos_token_ids(vlm: VLM, processor: Processor) -> set[int]:
-    """Return the ids that end an answer: the tokenizer's, and those of the language model."""
+    """Return the ids that end an answer: those of the tokenizer, language model and template."""
     eos_of_language = vlm.language.generation_config.eos_token_id
     if isinstance(eos_of_language, int):
         eos_of_language = [eos_of_language]
-    return {processor.tokenizer.eos_token_id, *(eos_of_language or [])}
+    stop_id = processor.tokenizer.named_tokens.get(processor.template.stop)
+    ends = {processor.tokenizer.eos_token_id, *(eos_of_language or [])}
+    return ends if stop_id is None else {*ends, stop_id}
 
 
 def sample_next_ids(

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, StaticCache
+from transformers import DynamicCache, StaticCache
 
 from vlbench.compat.transformers_internals import (
     cache_argument_name,
@@ -17,6 +17,7 @@ from vlbench.compat.transformers_internals import (
 from vlbench.connector.levels import Levels, concat_images, map_levels
 from vlbench.data.packing import PackedBatch
 from vlbench.data.sample_encoding import IMAGE_TOKEN_INDEX
+from vlbench.model.decoder_families import DecoderConfig
 from vlbench.model.vlm import VLM
 
 CACHE_ARGUMENT = cache_argument_name()
@@ -136,7 +137,7 @@ def prefill_common_prefix(
     return cache
 
 
-def to_static_cache(cache: DynamicCache, config: LlamaConfig, max_length: int) -> StaticCache:
+def to_static_cache(cache: DynamicCache, config: DecoderConfig, max_length: int) -> StaticCache:
     """Copy a growing cache into a cache of `max_length` positions, allocated as a whole.
 
     The growing cache is emptied layer by layer, so that there are never two whole caches at once.

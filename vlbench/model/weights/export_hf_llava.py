@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
     GenerationConfig,
-    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -26,18 +25,19 @@ from transformers import (
 from transformers.utils import logging
 
 from vlbench.compat.transformers_internals import pil_llava_image_processor
-from vlbench.data.chat_template import ChatTemplate
 from vlbench.data.sample import ChatTurn
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import UserError
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import clip_layouts
+from vlbench.model.weights.exported_template import IMAGE_TOKEN, to_jinja_template
 from vlbench.model.weights.hf_llava_layout import (
     LINEAR_ACTIVATION,
     VISION_PREFIXES,
     YI_VL_KEY,
     projector_tensor_name,
+    refuse_divided_logits,
 )
 from vlbench.model.weights.llava_projector import projector_depth_and_norm, require_projector
 from vlbench.model.weights.release_files import collect_part_states
@@ -46,17 +46,15 @@ from vlbench.text_files import format_json, read_config_bytes, read_json
 
 LAYOUT_NAME = "transformers' LLaVA"
 YI_VL_LAYOUT_NAME = "LLaMA-Factory's Yi-VL"
-IMAGE_TOKEN = "<image>"
 
 
 class YiVLProjector(nn.Module):
     """Yi-VL's projector by the names that LLaMA-Factory's module has; a holder of weights."""
 
-    def __init__(self, config: LlavaConfig) -> None:
+    def __init__(self, vision_width: int, width: int) -> None:
         """Build the layers; two are LayerNorms, in spite of their names."""
         super().__init__()
-        width = config.text_config.hidden_size
-        self.linear_1 = nn.Linear(config.vision_config.hidden_size, width)
+        self.linear_1 = nn.Linear(vision_width, width)
         self.linear_2, self.linear_4 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.linear_3 = nn.Linear(width, width)
 
@@ -78,12 +76,14 @@ def write_hf_llava(
     _check_projector(vlm, has_norms)
     if vlm.vision.norm:
         raise UserError("vision.norm is true, which this layout cannot say; use format=vlbench")
+    refuse_divided_logits(vlm.language.config, "the language model")
     processor = build_llava_processor(vlm)
     image_id = processor.image_token_id
     vocab_size = max(image_id + 1, vlm.language.config.vocab_size)
     processor.save_pretrained(folder)
     sentencepiece_file = vlm.tokenizer.folder / "tokenizer.model"
-    if sentencepiece_file.is_file():  # an import of this folder then has the same tokenizer
+    if sentencepiece_file.name in vlm.tokenizer.file_contents:
+        # an import of this folder then has the same tokenizer
         (folder / sentencepiece_file.name).write_bytes(read_config_bytes(sentencepiece_file))
         file = folder / "tokenizer_config.json"  # transformers 5 leaves add_bos_token out
         config = read_json(file) | {"add_bos_token": vlm.tokenizer.add_bos_token}
@@ -134,7 +134,8 @@ def _build_holder(config: LlavaConfig, has_norms: bool) -> Any:
     """Return transformers' module, which names the tensors and writes them."""
     model: Any = LlavaForConditionalGeneration(config)
     if has_norms:
-        model.model.multi_modal_projector = YiVLProjector(config)
+        first = model.model.multi_modal_projector.linear_1
+        model.model.multi_modal_projector = YiVLProjector(first.in_features, first.out_features)
         setattr(model.config, YI_VL_KEY, True)
     return model
 
@@ -161,7 +162,7 @@ def build_llava_config(vlm: VLM, image_id: int, vocab_size: int) -> LlavaConfig:
     language = {**vlm.language.config.to_dict(), "vocab_size": vocab_size}
     return LlavaConfig(
         vision_config=CLIPVisionConfig(**clip_layouts.to_hf_vision_config(vlm.vision.visual)),
-        text_config=LlamaConfig(**language),
+        text_config=type(vlm.language.config)(**language),
         image_token_index=image_id,
         image_seq_length=vlm.shapes.patches,
         projector_hidden_act="gelu" if depth > 1 else LINEAR_ACTIVATION,
@@ -219,6 +220,7 @@ def build_llava_processor(vlm: LoadedVLM) -> LlavaProcessor:
             f"{tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)}), and "
             f"{LAYOUT_NAME} uses it for images; use format=vlbench"
         )
+    adds_bos = vlm.tokenizer.encode("a") != vlm.tokenizer.encode("a", add_bos=False)
     transform = vlm.processor.transform
     image_processor = pil_llava_image_processor()(
         do_pad=transform.pad,
@@ -236,7 +238,7 @@ def build_llava_processor(vlm: LoadedVLM) -> LlavaProcessor:
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,  # the class token, which LLaVA drops again
         image_token=IMAGE_TOKEN,
-        chat_template=to_jinja_template(vlm.processor.template),
+        chat_template=to_jinja_template(vlm.processor.template, adds_bos),
     )
 
 
@@ -258,35 +260,3 @@ def _set_left_padding(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> No
     pad = tokenizer.pad_token_id
     if pad is None or pad >= vocab_size:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-
-
-def to_jinja_template(template: ChatTemplate) -> str:
-    """Return a Jinja chat template that writes what `ChatTemplate` writes."""
-    text = (
-        "{%- macro text(content) -%}"
-        "{%- if content is string -%}{{ content }}{%- else -%}"
-        "{%- for part in content -%}"
-        "{%- if not loop.first and not (part['type'] == 'image' and "
-        "loop.previtem['type'] == 'image') -%}{{ '\\n' }}{%- endif -%}"
-        f"{{{{ {IMAGE_TOKEN!r} if part['type'] == 'image' else part['text'] }}}}"
-        "{%- endfor -%}{%- endif -%}"
-        "{%- endmacro -%}"
-        "{%- if messages[0]['role'] == 'system' -%}"
-        "{%- set system = text(messages[0]['content']) -%}{%- set turns = messages[1:] -%}"
-        "{%- else -%}"
-        f"{{%- set system = {template.system!r} -%}}{{%- set turns = messages -%}}"
-        "{%- endif -%}"
-    )
-    head = f"{{{{ {template.before_system!r} + system + {template.after_system!r} }}}}"
-    text += f"{{%- if system -%}}{head}{{%- endif -%}}" if template.before_system else head
-    return text + (
-        "{%- for turn in turns -%}"
-        "{%- if turn['role'] == 'user' -%}"
-        f"{{{{ {template.before_human!r} + text(turn['content']) + {template.before_answer!r} }}}}"
-        "{%- else -%}"
-        f"{{{{ {template.answer_start!r} + text(turn['content']) | trim + "
-        f"{template.answer_end!r} }}}}"
-        f"{{%- if not loop.last -%}}{{{{ {template.after_answer!r} }}}}{{%- endif -%}}"
-        "{%- endif -%}"
-        "{%- endfor -%}"
-    )

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 from vlbench.errors import UserError
+from vlbench.model.decoder_families import DecoderConfig, logit_divisor
+from vlbench.model.language_model import parse_language_config
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import clip_layouts, template_detection
 from vlbench.model.weights.release_files import (
@@ -84,7 +86,7 @@ def read_release_spec(folder: Path) -> ReleaseSpec:
     preprocess = _read_image_processor(folder)
     check_crop_size(preprocess, vision, folder)
     return ReleaseSpec(
-        language_config=parse_llama_config({**text, "tie_word_embeddings": tied}, file),
+        language_config=_parse_text_config({**text, "tie_word_embeddings": tied}, file),
         vision_config=vision,
         vision_layer=layer,
         preprocess=preprocess,
@@ -97,7 +99,7 @@ def read_release_spec(folder: Path) -> ReleaseSpec:
 
 
 def _check_part_configs(config: dict[str, Any], file: Path) -> None:
-    """Refuse a configuration whose parts are no mappings, or whose language model is no Llama."""
+    """Refuse a configuration whose parts are no mappings, or whose projector has no biases."""
     for key in ("text_config", "vision_config"):
         if not isinstance(config[key], dict):
             raise UserError(f"{file}: {key} is {config[key]!r}; wanted is a mapping")
@@ -107,10 +109,24 @@ def _check_part_configs(config: dict[str, Any], file: Path) -> None:
         )
     if config.get("multimodal_projector_bias") is False:
         raise UserError(f"{file}: multimodal_projector_bias is False; only True can be done here")
-    kind = config["text_config"].get("model_type", "llama")  # transformers' default
-    if kind != "llama":
+
+
+def _parse_text_config(text: dict[str, Any], file: Path) -> DecoderConfig:
+    """Return the language model that `text_config` describes."""
+    kind = text.get("model_type", "llama")  # transformers' default
+    if kind == "llama":
+        return parse_llama_config(text, file)
+    config = parse_language_config(text, file)
+    refuse_divided_logits(config, f"{file}: text_config")
+    return config
+
+
+def refuse_divided_logits(config: DecoderConfig, name: str) -> None:
+    """Refuse a language model, called `name`, whose logits transformers' LLaVA would not divide."""
+    if logit_divisor(config) != 1:
         raise UserError(
-            f"{file}: the language model is no Llama (model_type of text_config is {kind!r})"
+            f"{name} has logits_scaling {logit_divisor(config):g}, by which transformers' LLaVA "
+            "does not divide; format=vlbench holds this model"
         )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vlbench.model.weights.exported_template import OWN_TEMPLATE_MARK
 from vlbench.text_files import read_json, read_text
 
 TEMPLATE_MARKERS = {"### Assistant:": "yi_vl", "<|im_start|>": "chatml", "ASSISTANT:": "llava_v1"}
@@ -80,6 +81,8 @@ def detect_hf_llava_template(folder: Path, has_layer_norms: bool = False) -> tup
     A projector with LayerNorms is Yi-VL's, whatever template its language model brought.
     """
     jinja_text = read_jinja_template(folder)
+    if jinja_text.startswith(OWN_TEMPLATE_MARK):
+        return "auto", ""
     if has_layer_norms:
         return _describe_yi_vl(_find_template_name(jinja_text))
     if jinja_text:
