@@ -190,6 +190,21 @@ def test_a_few_layers_tell_what_many_take():
     assert shallow == pytest.approx(deep, rel=1e-6)
 
 
+def test_a_few_decoder_layers_tell_what_many_take_where_encoder_blocks_are_named():
+    resolved = recipes.load_recipe(["recipe=yivl_deepstack", "connector.blocks=[-1,0,1]"])
+    many = ModelDepth(12, 5)
+    vlm = meta_vlm(resolved, "chat", many)
+    assert vlm.connector.vision_layers == (3, -1, 0, 1)
+    rehearsals = DepthExtrapolator(
+        vlm.model, lambda few: meta_vlm(resolved, "chat", few or many), "bf16"
+    )
+    assert rehearsals.simulated_depths == [ModelDepth(4, 5), ModelDepth(5, 5)]
+    row = SampleShape(300, 2, 100)
+    deep = StepSimulator(vlm.model, "bf16").simulate_step(row, "full").values()
+    deepest = max(deep, key=lambda one: sum(one.values()))
+    assert rehearsals.peak_memory(row, "full") == pytest.approx(deepest, rel=1e-6)
+
+
 def test_frozen_weights_of_files_take_two_bytes_unless_they_are_sharded():
     words = ["recipe=yivl_llava", "size=34b", "stages.chat.train.language.lora.rank=16"]
     words += ["stages.chat.train.vision=null"]

@@ -100,7 +100,12 @@ def _hold_frozen_language(vlm: VLM, in_bf16: bool) -> None:
 
 
 def _truncate_encoder(vision_encoder: VisionEncoder, block_count: int) -> None:
-    """Cut a vision encoder to its first blocks; the features are those of the last one left."""
+    """Cut a vision encoder to its first blocks; the features are those of the last one left.
+
+    With as many blocks as it has, it stays as it is.
+    """
+    if block_count >= len(vision_encoder.blocks()):
+        return
     keep_encoder_blocks(vision_encoder.visual, block_count)
     vision_encoder.block_index = block_count - 1
 

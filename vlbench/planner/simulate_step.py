@@ -164,13 +164,18 @@ def model_depth(vlm: VLM) -> ModelDepth:
 def simulation_depths(vlm: VLM) -> list[ModelDepth]:
     """Return the depths at which a model is simulated: its own alone, or three shallow ones.
 
-    Its own where the connector names encoder blocks: another encoder would not have them.
+    The encoder is whole where the connector names blocks, which a shallow one would not have: then
+    there are two.
     """
     full = model_depth(vlm)
-    if vlm.connector.vision_layers:
-        return [full]
     shallowest, interval = _injection_interval(vlm)
     base = ModelDepth(max(MIN_DEPTH, shallowest), MIN_DEPTH)
+    if vlm.connector.vision_layers:
+        whole = len(vlm.vision.blocks())
+        deep = base.decoder_layers + interval
+        if full.decoder_layers <= 2 * deep:
+            return [ModelDepth(full.decoder_layers, whole)]
+        return [ModelDepth(base.decoder_layers, whole), ModelDepth(deep, whole)]
     deeper = [
         ModelDepth(base.decoder_layers + interval, base.encoder_blocks),
         ModelDepth(base.decoder_layers, base.encoder_blocks + 1),
@@ -210,7 +215,7 @@ def _is_linear_in_depth(
     )
     expected = sizes[0] + steps * (sizes[1] - sizes[0])
     full_size = _connector_size(full_vlm)
-    return abs(expected - full_size) <= 0.02 * full_size and sizes[2] == sizes[0]
+    return abs(expected - full_size) <= 0.02 * full_size and {*sizes[2:]} <= {sizes[0]}
 
 
 def _connector_size(vlm: VLM) -> int:
