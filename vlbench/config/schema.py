@@ -247,7 +247,7 @@ class StageConfig(RecipeSection):
             raise ValueError("has train.connector.lora; a connector is trained whole")
         for part in adapters.keys() & {"vision", "second_vision"}:
             if adapters[part].bits:
-                raise ValueError(f"has train.{part}.lora.bits=4, allowed for the language only")
+                raise ValueError(f"has train.{part}.lora.bits=4; only train.language takes it")
         return self
 
 
