@@ -48,7 +48,9 @@ def small_vlm(folder: Path, connector: str = "linear", **options: Any) -> Loaded
 
 
 def theirs(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False
+    ).eval()
 
 
 def packed_batch(vlm: LoadedVLM) -> PackedBatch:
@@ -269,7 +271,8 @@ def test_what_is_missing_is_said_in_one_line(name, folders, tmp_path):
 @pytest.mark.parametrize("name", PUBLISHED_CONFIGS)
 def test_published_configurations_are_read_as_transformers_reads_them(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(PUBLISHED_CONFIGS[name]))
-    ours, reference = read_language_config(tmp_path), AutoConfig.from_pretrained(tmp_path)
+    ours = read_language_config(tmp_path)
+    reference = AutoConfig.from_pretrained(tmp_path, trust_remote_code=False)
     apart = {"sliding_window", "_name_or_path", "transformers_version"}
     expected = {k: v for k, v in reference.to_dict().items() if k not in apart}
     assert {k: v for k, v in ours.to_dict().items() if k not in apart} == expected

@@ -72,7 +72,7 @@ def test_ids_are_those_of_transformers(name, tokenizers):
     """Of whole conversations, begin of text and dates included; and labels are the answers."""
     tokenizer = tokenizers[name]
     template = bind_template("auto", tokenizer)
-    theirs = AutoTokenizer.from_pretrained(tokenizer.folder)
+    theirs = AutoTokenizer.from_pretrained(tokenizer.folder, trust_remote_code=False)
     options = {"enable_thinking": False, "date_string": "26 Jul 2024"}
     encoder = SampleEncoder(tokenizer, template, 3, 4096)
     encoded = encoder.encode(Sample("s", TEXTS))
@@ -89,7 +89,8 @@ def test_ids_are_those_of_transformers(name, tokenizers):
 @pytest.mark.parametrize("name", OWN_TEMPLATES)
 def test_what_an_export_writes_gives_the_same_ids(name, tokenizers, tmp_path):
     """With one begin of text, whether the template or the tokenizer writes it; with our date."""
-    tokenizer, theirs = tokenizers[name], AutoTokenizer.from_pretrained(tokenizers[name].folder)
+    tokenizer = tokenizers[name]
+    theirs = AutoTokenizer.from_pretrained(tokenizer.folder, trust_remote_code=False)
     adds_bos = name in ("llama 3", "mistral v0.3")
     template = bind_template("auto", tokenizer)
     jinja = to_jinja_template(template, adds_bos)
