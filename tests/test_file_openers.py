@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -137,9 +138,11 @@ def test_a_link_to_a_file_of_the_user_is_not_written(way, tmp_path):
     assert (tmp_path / "own").read_text() == "mine\n"
 
 
-def test_what_lies_where_a_temporary_file_is_written(tmp_path):
+def test_what_lies_where_a_temporary_file_is_written(tmp_path, monkeypatch):
+    unique = uuid.UUID(int=7)
+    monkeypatch.setattr(uuid, "uuid4", lambda: unique)
     (tmp_path / "own").write_text("mine")
-    temporary = tmp_path / f".a.json.{os.getpid()}"
+    temporary = tmp_path / f".a.json.{unique.hex}"
     for make in (lambda: os.mkfifo(temporary), lambda: temporary.symlink_to("own")):
         make()
         write_atomically(tmp_path / "a.json", "new")

@@ -38,8 +38,8 @@ class RecordFile(Protocol):
         ...
 
 
-def file_stamp(file: str | Path) -> FileStamp:
-    """Return what tells a file from another one of that name; raises OSError."""
+def file_stamp(file: str | Path | int) -> FileStamp:
+    """Return what tells a file, or an open one by its number, from another one; raises OSError."""
     status = os.stat(file)
     return status.st_size, status.st_mtime_ns
 
@@ -48,8 +48,7 @@ def read_range(file: str, stamp: FileStamp, start: int, end: int) -> bytes:
     """Return bytes of a file that had `stamp` when it was opened first; UserError if not."""
     try:
         with open_regular(file, MAX_DATA_BYTES) as opened:
-            status = os.fstat(opened.fileno())
-            if (status.st_size, status.st_mtime_ns) != stamp:
+            if file_stamp(opened.fileno()) != stamp:
                 raise UserError("is another file than it was when it was opened")
             opened.seek(start)
             return opened.read(end - start)
@@ -59,7 +58,7 @@ def read_range(file: str, stamp: FileStamp, start: int, end: int) -> bytes:
         raise UserError(f"{file}: {error}") from error
 
 
-def missing_file_error(file: Path, pattern: str = "*.json*") -> UserError:
+def missing_file_error(file: Path) -> UserError:
     """Return the error for a file that is not there, with the name most like it."""
-    suggestion = suggest_name(file.name, [path.name for path in file.parent.glob(pattern)])
+    suggestion = suggest_name(file.name, [path.name for path in file.parent.glob("*.json*")])
     return UserError(f"data {file}: there is no such file.{suggestion}")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 
 from vlbench.data.record_files import FileStamp, file_stamp
 from vlbench.regular_files import open_regular
-from vlbench.text_files import parse_json
+from vlbench.text_files import parse_json, replace_when_written
 
 INDEX_VERSION = 1
 MIN_INDEXED_BYTES = 1 << 26  # 67 MB: a smaller file is searched in less than a second
@@ -95,10 +94,5 @@ def _read_index(index_file: str, stamp: FileStamp, reader: str = "") -> RecordOf
 
 def _write_index(index_file: Path, offsets: NDArray[np.int64], about: dict[str, Any]) -> None:
     header = json.dumps({"version": INDEX_VERSION, "records": len(offsets) - 1, **about}).encode()
-    # a unique name, as other processes may find the same at the same time
-    temporary = index_file.with_name(f".{index_file.name}.{uuid.uuid4().hex}")
-    try:
+    with replace_when_written(index_file) as temporary:
         temporary.write_bytes(header.ljust(HEADER_BYTES) + offsets.astype(OFFSET_TYPE).tobytes())
-        os.replace(temporary, index_file)
-    finally:
-        temporary.unlink(missing_ok=True)
