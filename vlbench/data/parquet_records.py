@@ -52,9 +52,12 @@ class ParquetRecords:
     def __init__(self, name: str, files: Sequence[Path]) -> None:
         """Read the files' footers; raises OSError, and a UserError that names a damaged file."""
         self.name, self.folder = name, files[0].parent
-        self.files = list(files)
-        self.blocks = [block for file in files for block in _find_blocks(file)]
         self.stamps = [file_stamp(file) for file in files]
+        self.blocks = [
+            block
+            for file, stamp in zip(files, self.stamps, strict=True)
+            for block in _find_blocks(file, stamp)
+        ]
         if not self.blocks:
             raise UserError("its Parquet files hold no rows")
         self.block_rows = [block.row_count for block in self.blocks]
@@ -126,8 +129,9 @@ def _mark_omitted(value: Any, names: list[str]) -> None:
         value["bytes"] = OMITTED_BYTES
 
 
-def _find_blocks(file: Path) -> Iterator[RowBlock]:
-    stamp = file_stamp(file)
+def _find_blocks(file: Path, stamp: FileStamp) -> Iterator[RowBlock]:
+    """Yield the blocks of a file; raises OSError, and a UserError for what is no Parquet file."""
+    refuse_lfs_pointer(file)
     with _open_parquet(file) as opened:
         for number in range(opened.metadata.num_row_groups):
             group = opened.metadata.row_group(number)
@@ -143,7 +147,6 @@ def _open_parquet(file: Path) -> ParquetFile:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
-    refuse_lfs_pointer(file)
     try:
         # read in small pieces: a column of a row group may be larger than the memory
         return ParquetFile(file, buffer_size=1 << 20)
@@ -164,10 +167,7 @@ def _read_block(block: RowBlock, with_images: bool) -> _LoadedBlock:
         if file_stamp(block.file) != block.stamp:
             raise UserError(f"{block.file}: is another file than it was when it was opened")
         with _open_parquet(block.file) as opened:
-            texts: tuple[list[str], list[list[str]]] = ([], [])
-            if not with_images:
-                texts = _text_columns(opened, block.row_group)
-            columns, omitted = texts
+            columns, omitted = (None, []) if with_images else _text_columns(opened, block.row_group)
             batches = list(_read_batches(opened, block, columns or None))
         return _LoadedBlock(Table.from_batches(batches), omitted)
     except (ArrowException, OSError) as error:
