@@ -64,7 +64,7 @@ class FindingLog:
         """Number of findings of each kind."""
         self.first_ones: defaultdict[str, list[DataFinding]] = defaultdict(list)
         """The first findings of each kind."""
-        self._refused: defaultdict[tuple[str, str], list[DataFinding]] = defaultdict(list)
+        self._first_refused: dict[tuple[str, str], BadSample] = {}
         self._refused_counts: Counter[tuple[str, str]] = Counter()
 
     def add(self, finding: DataFinding) -> None:
@@ -76,12 +76,11 @@ class FindingLog:
         if finding.kind == REFUSED:
             key = (finding.source, finding.stage)
             self._refused_counts[key] += 1
-            if self._refused_counts[key] == 1:
-                self._refused[key].append(finding)
+            self._first_refused.setdefault(key, finding.as_bad_sample())
 
     def refused_samples(self, source_name: str, stage: str) -> tuple[list[BadSample], int]:
         """Return the first of the samples that a stage refuses of a source, and their number."""
         keys = [(source_name, ""), (source_name, stage)]
-        first = [finding.as_bad_sample() for key in keys for finding in self._refused.get(key, [])]
+        first = [self._first_refused[key] for key in keys if key in self._first_refused]
         first.sort(key=lambda bad: bad.record_number or 0)
         return first[:1], sum(self._refused_counts[key] for key in keys)

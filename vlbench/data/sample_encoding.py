@@ -148,9 +148,10 @@ class SampleEncoder:
         """Return the sample as the stage learns it, and its (ids, supervised) pieces."""
         if self.sample_format == "caption":
             sample, pieces = _reduce_to_caption(sample)
-            return sample, tokenize_pieces(pieces, self.tokenizer, self.tokens_per_image)
-        pieces = self.chat_template.render_pieces(sample.turns)
-        has_all_tokens = self.chat_template.has_all_tokens
+            has_all_tokens = False
+        else:
+            pieces = self.chat_template.render_pieces(sample.turns)
+            has_all_tokens = self.chat_template.has_all_tokens
         return sample, tokenize_pieces(
             pieces, self.tokenizer, self.tokens_per_image, has_all_tokens
         )
