@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from hub.client import use_hub
+from hub.client import visit_hub
 from hub.server import FakeHub, serve_hub
 from hub.small_encoders import FAMILIES, HYBRIDS, small_encoder_repositories
 from hub.weight_comparison import load_tensors
@@ -41,10 +41,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
 @pytest.fixture
 def hub(served: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     """The hub, from which nothing has been fetched yet."""
-    served.forget()
-    use_hub(monkeypatch, served, tmp_path / "home")
-    monkeypatch.chdir(tmp_path)
-    return served
+    return visit_hub(monkeypatch, served, tmp_path)
 
 
 def timm_features(model: nn.Module, pixels: Tensor, block: int) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub.client import go_offline, use_hub
+from hub.client import go_offline, use_hub, visit_hub
 from hub.model_repositories import make_repositories
 from hub.server import FakeHub, serve_hub
 
@@ -47,10 +47,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
 @pytest.fixture
 def hub(served: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """The hub with nothing wrong, and a client that has fetched nothing yet."""
-    served.forget()
-    use_hub(monkeypatch, served, tmp_path / "home")
-    monkeypatch.chdir(tmp_path)
-    yield served
+    yield visit_hub(monkeypatch, served, tmp_path)
     served[YI].gated, served.page = False, 1000
     served.tokens.clear()
     served.forget()

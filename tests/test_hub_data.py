@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub.client import go_offline, use_hub
+from hub.client import go_offline, visit_hub
 from hub.repository import HubRepository
 from hub.server import FakeHub, serve_hub
 from test_parquet_records import row, write_rows
@@ -44,10 +44,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
 
 @pytest.fixture
 def hub(served: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
-    served.forget()
-    use_hub(monkeypatch, served, tmp_path / "home")
-    monkeypatch.chdir(tmp_path)
-    return served
+    return visit_hub(monkeypatch, served, tmp_path)
 
 
 def ids(location: str) -> list[str]:
