@@ -13,7 +13,7 @@ from forked_command import run_command
 from PIL import Image
 
 from vlbench.__main__ import main
-from vlbench.data import write_shards
+from vlbench.data import pack_progress, write_shards
 from vlbench.data.shards import WebDatasetShards
 
 RECORDS = 23
@@ -69,6 +69,17 @@ def test_a_pack_that_is_stopped_goes_on(folder, monkeypatch, capsys, number):
     told = capsys.readouterr().out
     assert f"going on after {number} shards, at record" in told
     assert "20 samples in 5 shards" in told and "3 left out" in told and "sample r2: " in told
+    assert_whole(folder)
+
+
+def test_a_pack_that_is_stopped_while_it_reads_how_far_it_is_goes_on(folder, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        stop_in_shard(patched, 2)
+        assert main(WORDS) == 130
+    with monkeypatch.context() as patched:
+        patched.setattr(pack_progress, "write_atomically", lambda *_: signal.raise_signal(2))
+        assert main(WORDS) == 130
+    assert main(WORDS) == 0 and "going on after 2 shards" in capsys.readouterr().out
     assert_whole(folder)
 
 

@@ -133,9 +133,11 @@ class OwnTemplate(ChatTemplate):
         )
         texts = [messages[n]["content"] for n in answers]
         if whole != "".join(itertools.chain(*zip(fixed, [*texts, ""], strict=True))):
+            marks = self.renderer.find_marks(messages, messages[-1]["role"] == "user")
+            spans_of_marks = marks if len(marks) == len(answers) else [None] * len(answers)
             return [
-                self._find_rewritten_answer(messages, whole, number, border)
-                for number, border in zip(answers, borders, strict=True)
+                self._find_rewritten_answer(messages, whole, *answer)
+                for answer in zip(answers, borders, spans_of_marks, strict=True)
             ]
         spans, position = [], 0
         for before, text, border in zip(fixed, texts, borders, strict=False):
@@ -145,20 +147,22 @@ class OwnTemplate(ChatTemplate):
         return spans
 
     def _find_rewritten_answer(
-        self, messages: list[TemplateMessage], whole: str, number: int, border: AnswerBorder
+        self,
+        messages: list[TemplateMessage],
+        whole: str,
+        number: int,
+        border: AnswerBorder,
+        mark: tuple[int, int] | None,
     ) -> tuple[int, int]:
         """Return where the answer of message `number` lies that the template writes otherwise.
 
-        As Qwen3's does with thinking. Marks of the template say it, else the difference to the
+        As Qwen3's does with thinking. The template's `mark` says it, else the difference to the
         conversation with a stand-in for this one answer, from where the model would begin to think.
         """
         begin_of_thinking = self.renderer.render(messages[:number], is_prompt=True, thinking=True)
         earliest = len(begin_of_thinking) if whole.startswith(begin_of_thinking) else 0
-        marks = self.renderer.find_marks(messages, messages[-1]["role"] == "user")
-        answer_count = sum(message["role"] == "assistant" for message in messages)
-        if len(marks) == answer_count:
-            place = sum(message["role"] == "assistant" for message in messages[:number])
-            begin, end = marks[place]
+        if mark is not None:
+            begin, end = mark
             end = begin + len(whole[begin:end].rstrip())
             if not whole[begin:end].endswith(border.end) and whole.startswith(border.end, end):
                 end += len(border.end)

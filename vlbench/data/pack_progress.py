@@ -41,7 +41,7 @@ class PackProgress:
                 self._take_line(line)
         left_out = _read_lines(folder / LEFT_OUT_FILE)[: self.left_out_count]
         self._note_first([BadSample(str(bad["id"]), str(bad["reason"])) for bad in left_out[:1]])
-        known = {str(shard["file"]) for shard in self.shards}
+        known = {str(shard["file"]) for shard in self.shards} | {PROGRESS_FILE, LEFT_OUT_FILE}
         for file in folder.iterdir():
             if file.name.removesuffix(".index") not in known:
                 file.unlink()
