@@ -21,7 +21,7 @@ SPLIT_ALIASES = {"val": "validation"}  # two names of one split
 FOLDER_DEPTHS = ("", "*/", "*/*/")  # where files are looked for below the folder
 ROWS_IN_MEMORY = 64  # rows in memory at once, besides the records: images are large
 # hub: [subject or data/]validation-00000-of-00002.parquet
-_PARQUET_NAME = re.compile(r"([A-Za-z_]+)(?:-(\d+)-of-(\d+).*)?\.parquet")
+_PARQUET_NAME = re.compile(r"([A-Za-z_]+)(?:-\d+-of-\d+.*)?\.parquet")
 # CMMMU on GitHub: cmmmu-data-val/art_and_design/art_and_design.jsonl
 _GITHUB_FOLDER = re.compile(r"cmmmu-data-([A-Za-z]+)")
 
