@@ -340,6 +340,29 @@ def test_what_is_wrong_is_one_line_with_the_record_and_the_key(folder, name):
     assert said.startswith("sample record 2: ") and "\n" not in said and len(said) < 500
 
 
+def test_the_address_of_an_image_whose_bytes_are_there_is_metadata(folder):
+    """As of an image that is a file: web-scale tables and COCO's have it."""
+    page, jpeg = "https://x/a.jpg", (folder / "a.jpg").read_bytes()
+    part = {"type": "image", "image": {"bytes": jpeg, "path": None}, "url": page}
+    kinds = {"image": IMAGE_STRUCT}
+    rows: list[tuple[dict[str, Any], dict[str, pa.DataType]]] = [
+        (
+            {"image": stored(folder / "a.jpg"), "url": page, "caption": "red"},
+            {"image": IMAGE_STRUCT},
+        ),
+        ({"image": jpeg, "coco_url": page, **_as_texts()}, {}),
+        ({"image": {"bytes": jpeg, "path": "a.jpg"}, "picture": "/x/a.jpg", **_as_texts()}, {}),
+        ({"messages": messages(part, image=None, url=None)}, {}),
+    ]
+    for row, types in rows:
+        source = ConversationFiles(write_parquet(folder / "address.parquet", [row], types))
+        assert source.find_bad_samples() == []
+    other = {"image": jpeg, "picture": "b.jpg", **_as_texts()}
+    source = ConversationFiles(write_parquet(folder / "address.parquet", [other], {}))
+    with pytest.raises(BadSample, match="'picture' is not read"):
+        source[0]
+
+
 def test_an_image_in_a_record_that_is_none_is_named(folder):
     records = [
         {"image": f"data:image/png;base64,{text}", **_as_texts()} for text in ("####", "aGk=")

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from vlbench.data.record_images import image_name
 from vlbench.data.record_keys import EMPTY_VALUES, find_unread_keys
 from vlbench.data.sample import IMAGE_PLACEHOLDER
 from vlbench.errors import BadSample, describe_json_type
@@ -122,9 +123,8 @@ def _note_unread_keys(
     refuse_turn: Callable[[str], BadSample],
 ) -> None:
     """Record the keys of a part that are not read; refuse those with content."""
-    known_images = [value for value in content.image_values if isinstance(value, str)]
     try:
-        keys = find_unread_keys(name, part, used, known_images)
+        keys = find_unread_keys(name, part, used, [image_name(one) for one in content.image_values])
     except BadSample as bad:
         raise refuse_turn(f"in a part of 'content' {bad.reason}") from bad
     content.unread_keys += [f"turn {key}" for key in keys]

@@ -15,7 +15,7 @@ from typing import Any
 
 from vlbench.data.content_parts import read_content_parts
 from vlbench.data.record_dialects import IMAGE_KEYS, TURN_KEYS, unify_record
-from vlbench.data.record_images import is_embedded, plain_value
+from vlbench.data.record_images import image_name, is_embedded, plain_value
 from vlbench.data.record_keys import EMPTY_VALUES, URL_PREFIX, find_unread_keys
 from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, LazyImage, Sample, check_sample
 from vlbench.errors import BadSample, describe_json_type, escape_surrogates, suggest_name
@@ -78,8 +78,8 @@ class _PartialRecord:
 
     @property
     def image_names(self) -> list[str]:
-        """The names of images that are files."""
-        return [value for value in self.image_values if isinstance(value, str)]
+        """The file names of the images, "" for one whose bytes have none."""
+        return [image_name(value) for value in self.image_values]
 
 
 def sample_from_record(

@@ -83,6 +83,12 @@ def is_embedded(value: Any) -> bool:
     return isinstance(value, bytes)
 
 
+def image_name(value: Any) -> str:
+    """Return the file name of an image of a record, "" where its bytes have none."""
+    name = value.get("path") if isinstance(value, dict) else value
+    return name if isinstance(name, str) else ""
+
+
 def image_bytes(value: Any) -> bytes:
     """Return the bytes of an image that `is_embedded`; BadSample where the text is no base64."""
     value = value["bytes"] if isinstance(value, dict) else value
