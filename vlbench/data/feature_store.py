@@ -13,7 +13,6 @@ A shard is written atomically, so a run that is stopped loses at most the one it
 from __future__ import annotations
 
 import hashlib
-import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from torch import Tensor
 from vlbench.data.image_processing import ImageFile
 from vlbench.data.record_images import EmbeddedImage
 from vlbench.data.sample import LazyImage
+from vlbench.text_files import replace_when_written
 
 FeatureLocations = dict[bytes, tuple[str, int]]
 """Shard and row of each image, by its key."""
@@ -102,12 +102,8 @@ class FeatureShards:
             "sums": torch.tensor([feature_checksum(row) for row in features]),
         }
         name = hashlib.blake2b(all_keys, digest_size=KEY_BYTES).hexdigest() + ".safetensors"
-        temporary = self.folder / f".{name}-{os.getpid()}"
-        try:
+        with replace_when_written(self.folder / name) as temporary:
             save_file(tensors, temporary)
-            temporary.replace(self.folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
         self._open.pop(name, None)
         return {key: (name, row) for row, key in enumerate(keys)}
 
