@@ -346,10 +346,7 @@ def test_the_address_of_an_image_whose_bytes_are_there_is_metadata(folder):
     part = {"type": "image", "image": {"bytes": jpeg, "path": None}, "url": page}
     kinds = {"image": IMAGE_STRUCT}
     rows: list[tuple[dict[str, Any], dict[str, pa.DataType]]] = [
-        (
-            {"image": stored(folder / "a.jpg"), "url": page, "caption": "red"},
-            {"image": IMAGE_STRUCT},
-        ),
+        ({"image": stored(folder / "a.jpg"), "url": page, "caption": "red"}, kinds),
         ({"image": jpeg, "coco_url": page, **_as_texts()}, {}),
         ({"image": {"bytes": jpeg, "path": "a.jpg"}, "picture": "/x/a.jpg", **_as_texts()}, {}),
         ({"messages": messages(part, image=None, url=None)}, {}),
