@@ -241,6 +241,11 @@ class VisionEncoder(nn.Module):
         return parts[0] in heads or (parts[0] in norms and not self.norm)
 
 
+def has_trained_parameters(module: nn.Module) -> bool:
+    """Tell whether any weight of an encoder, or of another module, is trained."""
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
 def build_vision_encoder(
     name: str, weights: str, layer: int = -2, norm: bool = False, load_weights: bool = True
 ) -> VisionEncoder:

@@ -27,7 +27,7 @@ from vlbench.model.decoder_families import DecoderConfig, DecoderModel, logit_di
 from vlbench.model.language_loss import summed_loss
 from vlbench.model.packed_attention import OpaqueLengths, sample_bounds
 from vlbench.model.replicated_parameters import GradientAverager
-from vlbench.model.vision_encoder import VisionEncoder
+from vlbench.model.vision_encoder import VisionEncoder, has_trained_parameters
 from vlbench.model.weights.tensor_groups import move_and_cast
 
 MODEL_PARTS = ("vision", "second_vision", "connector", "language")
@@ -149,13 +149,13 @@ class VLM(nn.Module):
         """Set training mode; a frozen vision encoder always stays in evaluation mode."""
         super().train(mode)
         for encoder in self.vision.encoders():
-            if not _is_trained(encoder):
+            if not has_trained_parameters(encoder):
                 encoder.eval()
         return self
 
     def is_vision_trained(self) -> bool:
         """Tell whether any weight of a vision encoder is trained."""
-        return any(_is_trained(encoder) for encoder in self.vision.encoders())
+        return any(has_trained_parameters(encoder) for encoder in self.vision.encoders())
 
     def encoder_blocks(self) -> list[nn.Module]:
         """Return the transformer blocks of all vision encoders."""
@@ -310,10 +310,6 @@ class VLM(nn.Module):
         for name in MODEL_PARTS:
             if hasattr(self, name):
                 yield name, getattr(self, name)
-
-
-def _is_trained(part: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in part.parameters())
 
 
 def _inject_before_layer(
