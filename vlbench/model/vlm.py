@@ -76,6 +76,8 @@ class VLM(nn.Module):
         """Build a connector of `connector_class` between `vision` and `language`."""
         super().__init__()
         self.vision, self.language = vision, language
+        # once: transformers looks an attribute of a configuration up slowly, for each token
+        self._logit_divisor = logit_divisor(language.config)
         if len(vision.encoders()) > 1:
             self.second_vision = vision.encoders()[1]
         self._connector_class, self.connector_options = connector_class, connector_options
@@ -260,8 +262,7 @@ class VLM(nn.Module):
 
     def _divide_logits(self, hidden: Tensor) -> Tensor:
         """Return what `lm_head` makes the logits of, which some families divide by a number."""
-        divisor = logit_divisor(self.language.config)
-        return hidden if divisor == 1 else hidden / divisor
+        return hidden if self._logit_divisor == 1 else hidden / self._logit_divisor
 
     def enable_activation_checkpointing(self, mode: str) -> None:
         """Recompute activations in the backward pass instead of keeping them in memory.
