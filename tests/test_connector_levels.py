@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_vlm import make_batch, make_sample, small_vlm
+from random_vlm import assert_later_images_are_cached, make_batch, make_sample, small_vlm
 from test_vision_encoder import eva_encoder
 from torch import Tensor, nn
 
@@ -21,7 +21,6 @@ from vlbench.data.packing import number_image_tokens
 from vlbench.errors import UserError
 from vlbench.model.contrastive_loss import add_contrast_pools
 from vlbench.model.fsdp_wrapping import fsdp_units
-from vlbench.model.generation.kv_cache import PrefixCache
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.train.feature_cache import _encode_levels, encoder_fingerprint
 
@@ -127,17 +126,7 @@ def test_three_vision_layers_keep_the_contract(check):
 
 
 def test_a_conversation_with_images_in_later_turns_equals_recomputation():
-    vlm = build_small_vlm(Stacked).to(torch.float64)
-    vlm.model.eval()
-    past, messages = PrefixCache(), []
-    for turn, images in enumerate((0, 1, 2)):
-        question = make_question(turn, images=images)
-        content = [{"type": "image", "image": image.open()} for image in question.images]
-        messages.append({"role": "user", "content": [*content, {"type": "text", "text": "what?"}]})
-        batch = vlm.prepare(messages)
-        cached = vlm.generate(batch, max_new_tokens=5, past=past)
-        assert cached == vlm.generate(batch, max_new_tokens=5)
-        messages.append({"role": "assistant", "content": "it is"})
+    assert_later_images_are_cached(build_small_vlm(Stacked).to(torch.float64))
 
 
 def test_stored_features_give_the_same_loss_bit_for_bit():

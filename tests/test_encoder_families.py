@@ -56,6 +56,12 @@ def timm_features(model: nn.Module, pixels: Tensor, block: int) -> tuple[Tensor,
     )
 
 
+def test_a_repository_is_asked_for_each_file_once(hub):
+    build_vision_encoder(next(iter(FAMILIES)), next(iter(FAMILIES)))
+    asked = [one.path.rpartition("/")[2] for one in hub.log if one.method == "HEAD"]
+    assert asked == ["open_clip_config.json", "config.json", "model.safetensors"]
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_of_timm_is_loaded_whole_and_gives_timms_features(name, hub):
     folder = hub[name].folder

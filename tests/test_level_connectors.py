@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from random_vlm import SMALL, make_batch, make_sample, small_vlm
+from random_vlm import (
+    SMALL,
+    assert_later_images_are_cached,
+    assert_plain_logits,
+    make_batch,
+    make_sample,
+    small_vlm,
+)
 from torch import Tensor
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer
@@ -14,7 +21,6 @@ from vlbench.connector import registry
 from vlbench.connector.base import ImagePlaces, Shapes
 from vlbench.contract_checks.run_contract import open_gates
 from vlbench.contract_checks.small_model import build_small_vlm, make_question
-from vlbench.model.generation.kv_cache import PrefixCache
 
 DeepStack = registry.load_connector("deepstack")
 Dense = registry.load_connector("dense")
@@ -103,17 +109,7 @@ def test_dense_puts_the_last_block_and_means_of_groups_side_by_side():
 
 def test_closed_gates_equal_the_plain_language_model_bit_for_bit():
     vlm = small_vlm(CrossAttention, SMALL["cross_attention"])
-    batch = three_images(vlm)
-    batch.labels = None
-    with torch.no_grad():
-        ours = vlm(batch).logits
-        embeds = vlm.model.merge_embeddings(batch, vlm.visual(batch))
-        for hook in vlm.model._inject_hooks:
-            hook.remove()
-        plain = vlm.language.model(
-            inputs_embeds=embeds, position_ids=batch.position_ids, lengths=batch.sample_lengths
-        )
-        assert ours.equal(vlm.language.lm_head(plain.last_hidden_state))
+    assert_plain_logits(vlm, three_images(vlm))
 
 
 def test_a_gated_layer_equals_that_of_llama_3():
@@ -196,16 +192,7 @@ def test_a_static_cache_gives_the_same_answers_as_a_growing_one(name):
 @pytest.mark.parametrize("name", ["deepstack", "cross_attention"])
 def test_images_in_the_second_and_third_turn_are_cached_as_they_are_computed(name):
     vlm = open_gates(build_small_vlm(load(name), SMALL[name])).to(torch.float64)
-    vlm.model.eval()
-    past, messages = PrefixCache(), []
-    for turn, images in enumerate((0, 1, 2)):
-        question = make_question(turn, images=images)
-        content = [{"type": "image", "image": image.open()} for image in question.images]
-        messages.append({"role": "user", "content": [*content, {"type": "text", "text": "what?"}]})
-        batch = vlm.prepare(messages)
-        cached = vlm.generate(batch, max_new_tokens=5, past=past)
-        assert cached == vlm.generate(batch, max_new_tokens=5)
-        messages.append({"role": "assistant", "content": "it is"})
+    assert_later_images_are_cached(vlm)
 
 
 def test_a_listing_says_which_connector_does_not_fit(tmp_path, monkeypatch):

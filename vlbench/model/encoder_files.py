@@ -10,13 +10,12 @@ import open_clip
 from vlbench import hub_download
 from vlbench.config.encoder_names import is_hub_name
 from vlbench.errors import UserError, suggest_name
-from vlbench.model.named_encoder import encoder_weight_names, named_encoder_folder
+from vlbench.model.named_encoder import encoder_weight_names
 from vlbench.model.vision_config import EMBEDDED_ENCODERS, OPEN_CLIP_FILES, find_open_clip_file
 
 
-def check_weights_choice(name: str, weights: str) -> None:
-    """Raise a UserError for weights that do not go with `vision.name`."""
-    folder = named_encoder_folder(name)
+def check_weights_choice(name: str, weights: str, folder: Path | None) -> None:
+    """Raise a UserError for weights that do not go with `vision.name`, which `folder` describes."""
     own = ("embedded", "random", *([name] if name not in EMBEDDED_ENCODERS else []))
     if folder is not None and weights not in own:
         allowed = f"{name} and random" if is_hub_name(name) else "'embedded' and 'random'"
@@ -26,9 +25,11 @@ def check_weights_choice(name: str, weights: str) -> None:
         )
 
 
-def find_weight_file(name: str, weights: str) -> Path | None:
-    """Return the file of open_clip that `weights` is; None for a CLIP in Hugging Face's layout."""
-    folder = named_encoder_folder(name)
+def find_weight_file(name: str, weights: str, folder: Path | None) -> Path | None:
+    """Return the file of open_clip or timm that `weights` is; None for a CLIP of transformers.
+
+    `folder` is that of `named_encoder_folder`.
+    """
     if folder is not None:
         known = encoder_weight_names(folder)
         if is_hub_name(name):

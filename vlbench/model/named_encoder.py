@@ -30,7 +30,8 @@ EncoderConfig = VisionConfig | TimmConfig
 def named_encoder_folder(name: str) -> Path | None:
     """Return the folder that describes `vision.name` itself; None for a name of open_clip.
 
-    Of a repository on a hub it is the local copy, of which the small file alone is fetched.
+    Of a repository on a hub it is the local copy, of which the small file alone is fetched: the hub
+    is asked, so it is looked for once and handed on.
     """
     if name in EMBEDDED_ENCODERS:
         return EMBEDDED_ENCODERS[name]
@@ -41,23 +42,24 @@ def named_encoder_folder(name: str) -> Path | None:
     return folder if is_described else None
 
 
-def resolve_encoder_config(name: str, weights: str) -> EncoderConfig:
+def resolve_encoder_config(name: str, weights: str, folder: Path | None) -> EncoderConfig:
     """Return what `vision.name` is with `vision.weights`, of which small files alone are read.
+
+    `folder` is that of `named_encoder_folder`.
 
     Raises:
         UserError: for an unknown name, for what is no plain ViT, and for weights that were trained
             as something else.
     """
-    if name in EMBEDDED_ENCODERS:
-        return resolve_vision_config(name, weights)
-    folder = named_encoder_folder(name)
-    if folder is None and (Path(name) / TIMM_CONFIG).is_file():
+    if folder is not None:
+        return read_encoder_config(folder)
+    if (Path(name) / TIMM_CONFIG).is_file():
         raise UserError(
             f"vision.name is '{name}', a folder with neither {OPEN_CLIP_CONFIG} nor a "
             f"{TIMM_CONFIG} of timm (which has an architecture); a CLIP in Hugging Face's layout "
             f"is given by vision.weights={name}, and vision.name says which it is"
         )
-    return resolve_vision_config(name, weights) if folder is None else read_encoder_config(folder)
+    return resolve_vision_config(name, weights)
 
 
 def read_encoder_config(folder: Path) -> EncoderConfig:

@@ -18,7 +18,7 @@ from vlbench.config.schema import SecondEncoderConfig, VisionEncoderConfig
 from vlbench.connector.levels import Levels
 from vlbench.data.image_processing import ImageTransform
 from vlbench.errors import UserError
-from vlbench.model.vision_encoder import VisionEncoder
+from vlbench.model.vision_encoder import VisionEncoder, has_trained_parameters
 
 EncoderBuilder = Callable[[str, VisionEncoderConfig | SecondEncoderConfig], VisionEncoder]
 """Takes the name of a part and what a recipe says of it, and returns its encoder."""
@@ -127,11 +127,10 @@ class PairedEncoder(VisionEncoder):
         """
         sides = (self.image_size, self.second.image_size)
         halves = [pixels[:, 3 * i : 3 * i + 3, :side, :side] for i, side in enumerate(sides)]
-        trained = any(parameter.requires_grad for parameter in self.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+        wanted = torch.is_grad_enabled()
+        with torch.set_grad_enabled(wanted and has_trained_parameters(self)):
             own = super().forward(halves[0].contiguous())
-        trained = any(parameter.requires_grad for parameter in self.second.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+        with torch.set_grad_enabled(wanted and has_trained_parameters(self.second)):
             other = self.second(halves[1].to(self.second.dtype).contiguous())
         if isinstance(own, Tensor):
             return self._join_features(own, other)

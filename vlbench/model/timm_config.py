@@ -21,9 +21,8 @@ from vlbench.compat.vision_internals import (
     timm_module_name,
 )
 from vlbench.config.encoder_names import hybrid_reason
-from vlbench.data.image_processing import INTERPOLATIONS
 from vlbench.errors import UserError, suggest_name
-from vlbench.model.vision_config import check_image_grid, parse_rgb_stats
+from vlbench.model.vision_config import check_image_grid, parse_interpolation, parse_rgb_stats
 from vlbench.text_files import read_json, write_atomically
 
 TIMM_CONFIG = "config.json"
@@ -113,10 +112,6 @@ def read_timm_config(folder: Path) -> TimmConfig:
     crop_mode = pixels.get("crop_mode") or "center"
     if crop_mode not in CROP_MODES:
         raise UserError(f"{file}: crop_mode is {crop_mode!r}; known are {', '.join(CROP_MODES)}")
-    interpolation = pixels.get("interpolation") or "bicubic"
-    if interpolation not in INTERPOLATIONS:
-        known = ", ".join(INTERPOLATIONS)
-        raise UserError(f"{file}: interpolation is {interpolation!r}; known are {known}")
     share = pixels.get("crop_pct") or 1.0
     if not isinstance(share, int | float) or not 0.1 <= share <= 1:
         raise UserError(f"{file}: crop_pct is {share!r}; wanted is a number from 0.1 to 1")
@@ -127,7 +122,7 @@ def read_timm_config(folder: Path) -> TimmConfig:
         parse_rgb_stats(pixels.get("mean"), "mean", file),
         parse_rgb_stats(pixels.get("std"), "std", file),
         CROP_MODES[crop_mode],
-        interpolation,
+        parse_interpolation(pixels, file),
         float(share),
     )
 

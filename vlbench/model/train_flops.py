@@ -26,7 +26,7 @@ from vlbench.connector.base import ImagePlaces, blank_features
 from vlbench.connector.levels import Levels, first_level
 from vlbench.data.packing import PackedBatch
 from vlbench.model.decoder_families import DecoderConfig
-from vlbench.model.vision_encoder import VisionEncoder
+from vlbench.model.vision_encoder import VisionEncoder, has_trained_parameters
 from vlbench.model.vlm import VLM
 
 PROBE_POSITIONS = 64  # positions over which an injected layer is counted
@@ -64,9 +64,9 @@ class StepFlops:
 def count_step_flops(vlm: VLM) -> StepFlops:
     """Count for the parts that require gradients now."""
     encoder_flops = _vision_encoder_flops(vlm)
-    is_vision_trained = _has_trained_parameters(vlm.vision)
+    is_vision_trained = vlm.is_vision_trained()
     connector_flops = _connector_flops(vlm, is_vision_trained)
-    needs_grad = is_vision_trained or _has_trained_parameters(vlm.connector)
+    needs_grad = is_vision_trained or has_trained_parameters(vlm.connector)
     language = vlm.language.model
     needs_grad = needs_grad or language.embed_tokens.weight.requires_grad
     position_flops = pair_flops = 0.0
@@ -75,7 +75,7 @@ def count_step_flops(vlm: VLM) -> StepFlops:
         if number in vlm.connector.inject_layers:
             position_flops += _injection_flops(vlm, number, needs_grad)
         position_flops += _matmul_flops(layer, needs_grad)
-        needs_grad = needs_grad or _has_trained_parameters(layer)
+        needs_grad = needs_grad or has_trained_parameters(layer)
         pair_flops += 4 * width * (3 if needs_grad else 1)
     return StepFlops(
         per_position=position_flops,
@@ -109,7 +109,7 @@ def _vision_encoder_flops(vlm: VLM) -> float:
 
 
 def _encoder_flops(encoder: VisionEncoder) -> float:
-    trained, width = _has_trained_parameters(encoder), encoder_width(encoder.visual)
+    trained, width = has_trained_parameters(encoder), encoder_width(encoder.visual)
     patches = encoder.grid[0] * encoder.grid[1]
     length = patches + 1
     total = 0.0
@@ -190,7 +190,7 @@ def text_places(length: int, device: torch.device) -> ImagePlaces:
 
 def _count_matmul_passes(vlm: VLM, input_needs_grad: bool) -> int:
     """Return how often the connector's products are computed: forward, for inputs, for weights."""
-    return 1 + input_needs_grad + _has_trained_parameters(vlm.connector)
+    return 1 + input_needs_grad + has_trained_parameters(vlm.connector)
 
 
 def _count_run_flops(connector: nn.Module, run: Any) -> float:
@@ -207,7 +207,3 @@ def temporarily_frozen(module: nn.Module) -> Iterator[None]:
     yield
     for parameter in trained:
         parameter.requires_grad_(True)
-
-
-def _has_trained_parameters(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())

@@ -149,17 +149,14 @@ def check_image_grid(image_size: Any, patch_size: Any, file: Path) -> None:
 
 
 def resolve_vision_config(name: str, weights: str) -> VisionConfig:
-    """Return what `vision.name` is with `vision.weights`, of which small files alone are read.
+    """Return what a model of open_clip is with `vision.weights`, of which small files are read.
 
-    `name` is a model of open_clip, one of EMBEDDED or a folder with open_clip_config.json.
     Pixel statistics are those of the tag or folder in `weights`, else those that all tags of the
     architecture share.
 
     Raises:
-        Mistake: for an unknown name, and for weights that were trained as something else.
+        UserError: for an unknown name, and for weights that were trained as something else.
     """
-    if (folder := named_encoder_folder(name)) is not None:
-        return read_vision_config(folder)
     found = open_clip.get_model_config(name) if name in open_clip.list_models() else None
     if found is None:
         raise UserError(
@@ -184,13 +181,6 @@ def resolve_vision_config(name: str, weights: str) -> VisionConfig:
             f"{name} has GELU: say vision.name={name}-quickgelu"
         )
     return _merge_folder_config(named, name, Path(weights))
-
-
-def named_encoder_folder(name: str) -> Path | None:
-    """Return the folder that describes `vision.name` itself; None for a name of open_clip."""
-    if name in EMBEDDED_ENCODERS:
-        return EMBEDDED_ENCODERS[name]
-    return Path(name) if (Path(name) / OPEN_CLIP_CONFIG).is_file() else None
 
 
 def _merge_folder_config(named_config: VisionConfig, name: str, folder: Path) -> VisionConfig:
@@ -284,11 +274,17 @@ def _default_pixel_stats(name: str) -> Mapping[str, Any]:
 
 def _read_resize(pixels: Mapping[str, Any], file: Path) -> tuple[str, str]:
     """Return `fit` and `interpolation` of open_clip's `preprocess_cfg`, or of one of its tags."""
-    interpolation = pixels.get("interpolation") or "bicubic"
+    fit = "squash" if pixels.get("resize_mode") == "squash" else "pad"
+    return fit, parse_interpolation(pixels, file)
+
+
+def parse_interpolation(pixels: Mapping[str, Any], file: Path) -> str:
+    """Return the `interpolation` that open_clip's or timm's preprocessing in `file` says."""
+    interpolation: Any = pixels.get("interpolation") or "bicubic"
     if interpolation not in INTERPOLATIONS:
         known = ", ".join(INTERPOLATIONS)
         raise UserError(f"{file}: interpolation is {interpolation!r}; known are {known}")
-    return ("squash" if pixels.get("resize_mode") == "squash" else "pad"), interpolation
+    return str(interpolation)
 
 
 def parse_rgb_stats(value: Any, key: str, file: Path) -> tuple[float, ...]:

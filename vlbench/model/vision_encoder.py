@@ -25,6 +25,7 @@ from vlbench.errors import UserError, one_line
 from vlbench.model.encoder_files import check_weights_choice, find_weight_file
 from vlbench.model.named_encoder import (
     EncoderConfig,
+    named_encoder_folder,
     resolve_encoder_config,
 )
 from vlbench.model.timm_config import TimmConfig
@@ -240,6 +241,11 @@ class VisionEncoder(nn.Module):
         return parts[0] in heads or (parts[0] in norms and not self.norm)
 
 
+def has_trained_parameters(module: nn.Module) -> bool:
+    """Tell whether any weight of an encoder, or of another module, is trained."""
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
 def build_vision_encoder(
     name: str, weights: str, layer: int = -2, norm: bool = False, load_weights: bool = True
 ) -> VisionEncoder:
@@ -258,12 +264,19 @@ def build_vision_encoder(
     Raises:
         UserError: when a name is unknown, or a file is not exactly the encoder's weights.
     """
-    config = resolve_encoder_config(name, weights)
-    check_weights_choice(name, weights)
-    encoder = build_encoder_from_config(config, name, layer, norm)
+    folder = named_encoder_folder(name)
+    encoder = _build_unloaded(name, weights, folder, layer, norm)
     if load_weights and weights != "random":
-        _load_weights(encoder, name, weights)
+        _load_weights(encoder, name, weights, folder)
     return encoder
+
+
+def _build_unloaded(
+    name: str, weights: str, folder: Path | None, layer: int = -2, norm: bool = False
+) -> VisionEncoder:
+    config = resolve_encoder_config(name, weights, folder)
+    check_weights_choice(name, weights, folder)
+    return build_encoder_from_config(config, name, layer, norm)
 
 
 def build_encoder_from_config(
@@ -289,10 +302,11 @@ def check_vision_weights(name: str, weights: str) -> None:
 
     Files of a hub are downloaded; no tensor is read.
     """
+    folder = named_encoder_folder(name)
     with torch.device("meta"):
-        encoder = build_vision_encoder(name, weights, load_weights=False)
+        encoder = _build_unloaded(name, weights, folder)
         if weights != "random":
-            _load_weights(encoder, name, weights, load_values=False)
+            _load_weights(encoder, name, weights, folder, load_values=False)
 
 
 def load_clip_folder(encoder: VisionEncoder, folder: Path, load_values: bool = True) -> set[str]:
@@ -322,10 +336,14 @@ def load_clip_folder(encoder: VisionEncoder, folder: Path, load_values: bool = T
 
 
 def _load_weights(
-    encoder: VisionEncoder, name: str, weights: str, load_values: bool = True
+    encoder: VisionEncoder,
+    name: str,
+    weights: str,
+    folder: Path | None,
+    load_values: bool = True,
 ) -> None:
     """Load every tensor of what `weights` means; without `load_values` compare shapes only."""
-    file = find_weight_file(name, weights)
+    file = find_weight_file(name, weights, folder)
     if file is None:
         loaded = load_clip_folder(encoder, Path(weights), load_values)
     elif isinstance(encoder.config, TimmConfig):

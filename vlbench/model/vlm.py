@@ -27,7 +27,7 @@ from vlbench.model.decoder_families import DecoderConfig, DecoderModel, logit_di
 from vlbench.model.language_loss import summed_loss
 from vlbench.model.packed_attention import OpaqueLengths, sample_bounds
 from vlbench.model.replicated_parameters import GradientAverager
-from vlbench.model.vision_encoder import VisionEncoder
+from vlbench.model.vision_encoder import VisionEncoder, has_trained_parameters
 from vlbench.model.weights.tensor_groups import move_and_cast
 
 MODEL_PARTS = ("vision", "second_vision", "connector", "language")
@@ -76,6 +76,8 @@ class VLM(nn.Module):
         """Build a connector of `connector_class` between `vision` and `language`."""
         super().__init__()
         self.vision, self.language = vision, language
+        # once: transformers looks an attribute of a configuration up slowly, for each token
+        self._logit_divisor = logit_divisor(language.config)
         if len(vision.encoders()) > 1:
             self.second_vision = vision.encoders()[1]
         self._connector_class, self.connector_options = connector_class, connector_options
@@ -149,13 +151,13 @@ class VLM(nn.Module):
         """Set training mode; a frozen vision encoder always stays in evaluation mode."""
         super().train(mode)
         for encoder in self.vision.encoders():
-            if not _is_trained(encoder):
+            if not has_trained_parameters(encoder):
                 encoder.eval()
         return self
 
     def is_vision_trained(self) -> bool:
         """Tell whether any weight of a vision encoder is trained."""
-        return any(_is_trained(encoder) for encoder in self.vision.encoders())
+        return any(has_trained_parameters(encoder) for encoder in self.vision.encoders())
 
     def encoder_blocks(self) -> list[nn.Module]:
         """Return the transformer blocks of all vision encoders."""
@@ -260,8 +262,7 @@ class VLM(nn.Module):
 
     def _divide_logits(self, hidden: Tensor) -> Tensor:
         """Return what `lm_head` makes the logits of, which some families divide by a number."""
-        divisor = logit_divisor(self.language.config)
-        return hidden if divisor == 1 else hidden / divisor
+        return hidden if self._logit_divisor == 1 else hidden / self._logit_divisor
 
     def enable_activation_checkpointing(self, mode: str) -> None:
         """Recompute activations in the backward pass instead of keeping them in memory.
@@ -310,10 +311,6 @@ class VLM(nn.Module):
         for name in MODEL_PARTS:
             if hasattr(self, name):
                 yield name, getattr(self, name)
-
-
-def _is_trained(part: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in part.parameters())
 
 
 def _inject_before_layer(

@@ -51,6 +51,11 @@ class DecodingState:
     kv_cache: DynamicCache
     """Keys and values of the positions before."""
 
+    @functools.cached_property
+    def text_places(self) -> ImagePlaces | None:
+        """Places `[rows, 1]` of what is decoded, the same for every token: it follows the rows."""
+        return self.where and self.where.next_text()
+
     def decode_embeddings(self, embeds: Tensor) -> Tensor:
         """Run `embeds` `[rows, length, lm_width]`; return the last logits `[rows, vocabulary]`."""
         return _last_logits(
@@ -65,7 +70,7 @@ class DecodingState:
 
     def decode_next(self, token_ids: Tensor) -> Tensor:
         """Run one more token per row, `token_ids` `[rows]`; return logits `[rows, vocabulary]`."""
-        self.where = self.where and self.where.next_text()
+        self.where = self.text_places
         self.position_ids = self.position_ids[:, -1:] + 1
         self.attention_mask = torch.cat(
             [self.attention_mask, self.attention_mask.new_ones(len(token_ids), 1)], dim=1
@@ -87,7 +92,7 @@ class StaticDecodingState:
         length = -(-(prefilled + new_token_count) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
         self.vlm, self.visual = state.vlm, state.visual
         self.decode_step = decode_step or CompiledDecodeStep()
-        self.where = state.where and state.where.next_text()
+        self.where = state.text_places
         self.position_ids = state.position_ids[:, -1:].clone()
         self.attention_mask = state.attention_mask.new_zeros(rows, 1, 1, length, dtype=torch.bool)
         """`[rows, 1, 1, length]`: what the next token attends to; transformers uses it as it is."""

@@ -122,12 +122,12 @@ def _prepare_decoding(
     """Return rows whose known or common prefix is in the cache, and the embeddings of the rest."""
     visual = past.encode_images(vlm, batch) if past else vlm.encode_images(batch)
     embeds = vlm.merge_embeddings(batch, visual)
+    where = vlm.image_places(batch)
     if past:
         cache, prefix_length = past.reuse_prefix(vlm, batch)
     else:
         prefix_length = common_prefix_length(batch)
-        cache = prefill_common_prefix(vlm, batch, visual, embeds, prefix_length)
-    where = vlm.image_places(batch)
+        cache = prefill_common_prefix(vlm, batch, visual, embeds, where, prefix_length)
     mask = (batch.sample_index >= 0).long()
     # the padding of a row now stands behind the common prefix
     mask = torch.cat(

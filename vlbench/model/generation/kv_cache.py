@@ -14,6 +14,7 @@ from vlbench.compat.transformers_internals import (
     kv_cache_layers,
     repeat_kv_cache,
 )
+from vlbench.connector.base import ImagePlaces
 from vlbench.connector.levels import Levels, concat_images, map_levels
 from vlbench.data.packing import PackedBatch
 from vlbench.data.sample_encoding import IMAGE_TOKEN_INDEX
@@ -114,17 +115,29 @@ def common_prefix_length(batch: PackedBatch) -> int:
 
 
 def prefill_common_prefix(
-    vlm: VLM, batch: PackedBatch, visual: Levels, embeds: Tensor, prefix_length: int
+    vlm: VLM,
+    batch: PackedBatch,
+    visual: Levels,
+    embeds: Tensor,
+    where: ImagePlaces | None,
+    prefix_length: int,
 ) -> DynamicCache:
     """Return the cache after the tokens that all prompts begin with, run once for all rows.
 
     They stand at the left of every row, before its padding.
+
+    Args:
+        vlm: The model.
+        batch: Prompts, padded on the left.
+        visual: Their visual tokens, or levels of them.
+        embeds: Their embeddings `[rows, length, lm_width]`.
+        where: Their places `[rows, length]`; None if nothing is injected.
+        prefix_length: Positions of what the prompts have in common.
     """
     cache = DynamicCache(config=vlm.language.config)
     if prefix_length:
         padding = embeds.shape[1] - batch.sample_lengths[0][-1]
         prefix = (slice(1), slice(padding, padding + prefix_length))
-        where = vlm.image_places(batch)
         vlm.run_decoder(
             embeds[prefix],
             visual,

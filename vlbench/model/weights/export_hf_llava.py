@@ -36,10 +36,13 @@ from vlbench.model.weights.hf_llava_layout import (
     LINEAR_ACTIVATION,
     VISION_PREFIXES,
     YI_VL_KEY,
-    projector_tensor_name,
     refuse_divided_logits,
 )
-from vlbench.model.weights.llava_projector import projector_depth_and_norm, require_projector
+from vlbench.model.weights.llava_projector import (
+    projector_depth_and_norm,
+    projector_tensor_name,
+    require_projector,
+)
 from vlbench.model.weights.release_files import collect_part_states
 from vlbench.model.weights.tensor_files import cast_floating
 from vlbench.text_files import format_json, read_config_bytes, read_json

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from vlbench.errors import UserError
 from vlbench.model.decoder_families import DecoderConfig, logit_divisor
 from vlbench.model.language_model import parse_language_config
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import clip_layouts, template_detection
+from vlbench.model.weights.llava_projector import projector_tensor_name
 from vlbench.model.weights.release_files import (
     ReleaseSpec,
     check_crop_size,
@@ -43,10 +43,6 @@ LANGUAGE_PREFIXES = ("language_model.model.", "model.language_model.")
 HEAD_PREFIXES = ("language_model.lm_head.", "lm_head.")
 YI_VL_KEY = "is_yi_vl_derived_model"
 """LLaMA-Factory's key in config.json: the projector has Yi-VL's LayerNorms."""
-PLAIN_LAYER_NAMES = {0: "linear_1", 2: "linear_2"}
-"""Index in LLaVA's `nn.Sequential` -> name of the layer in files."""
-YI_VL_LAYER_NAMES = {0: "linear_1", 1: "linear_2", 3: "linear_3", 4: "linear_4"}
-"""The same with LayerNorms, which LLaMA-Factory numbers among the Linear layers."""
 PROJECTOR_PREFIXES = ("multi_modal_projector.", "model.multi_modal_projector.")
 
 
@@ -185,17 +181,10 @@ def build_tensor_groups(folder: Path, vlm: VLM) -> list[TensorGroup]:
         for key in projector.state_dict():
             targets[prefix + projector_tensor_name(key, projector)] = ("connector", key)
         if len(projector) == 1:
-            identity = f"{prefix}{PLAIN_LAYER_NAMES[2]}."
+            identity = f"{prefix}linear_2."
             _check_identity_layer(files, identity)
             ignored = rf"{ignored}|{identity}.*"
     return [TensorGroup(files, targets, ignored)]
-
-
-def projector_tensor_name(key: str, projector: nn.Sequential) -> str:
-    """Return the name in files, behind the prefix, of the tensor `key` of a projector."""
-    index, kind = key.split(".")
-    has_norms = any(isinstance(layer, nn.LayerNorm) for layer in projector)
-    return f"{(YI_VL_LAYER_NAMES if has_norms else PLAIN_LAYER_NAMES)[int(index)]}.{kind}"
 
 
 def _language_tensor_name(key: str, file_names: Collection[str]) -> str:

@@ -114,3 +114,15 @@ def projector_depth_and_norm(projector: nn.Sequential) -> tuple[int, bool]:
     """Return the number of Linear layers, and whether a LayerNorm follows each of them."""
     depth = sum(isinstance(layer, nn.Linear) for layer in projector)
     return depth, any(isinstance(layer, nn.LayerNorm) for layer in projector)
+
+
+def projector_tensor_name(key: str, projector: nn.Sequential) -> str:
+    """Return transformers' name of the tensor `key` of a projector, behind the prefix.
+
+    With LayerNorms it is LLaMA-Factory's.
+    """
+    number, kind = key.split(".")
+    _, has_norms = projector_depth_and_norm(projector)
+    layer_numbers = YI_VL_LAYER_NUMBERS if has_norms else HF_LAYER_NUMBERS
+    names = {number: name for name, number in layer_numbers.items()}
+    return f"{names[number]}.{kind}"
