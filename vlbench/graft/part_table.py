@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from vlbench.command_line.arguments import DEFAULT_GPU
+from vlbench.config.key_types import ENCODER_PARTS
 from vlbench.config.schema import Recipe, StageConfig
 from vlbench.connector import registry
 from vlbench.model.activation_checkpointing import CHECKPOINTING_MODES
 from vlbench.model.loaded_vlm import LoadedVLM
-from vlbench.model.vlm import ENCODER_PARTS
 from vlbench.planner.gpu_table import GpuSpec, find_gpu, local_gpu
 from vlbench.planner.memory_estimate import MemoryByComponent, total_bytes
 from vlbench.planner.options import PlanOptions
@@ -59,11 +59,18 @@ def parameter_lines(recipe: Recipe, vlm: LoadedVLM) -> list[str]:
         f"{config.hidden_size} wide",
     }
     rows = [("part", "what", "parameters", "trained in")]
-    for part, module in vlm.model.named_parts():
-        count = sum(parameter.numel() for parameter in module.parameters())
+    for part, count in count_parameters(vlm).items():
         stages = [name for name, one in recipe.selected_stages.items() if part in one.trained_parts]
         rows.append((part, told[part], f"{count:,}", ", ".join(stages) or "none (frozen)"))
     return format_table(rows, "<<><")
+
+
+def count_parameters(vlm: LoadedVLM) -> dict[str, int]:
+    """Return the number of parameters of each part."""
+    return {
+        part: sum(parameter.numel() for parameter in module.parameters())
+        for part, module in vlm.model.named_parts()
+    }
 
 
 def _encoder_texts(names: str, vlm: LoadedVLM) -> dict[str, str]:
@@ -92,10 +99,11 @@ def memory_lines(options: PlanOptions, gpu_note: str) -> list[str]:
     """Return a table of the memory of a GPU at the peak of each stage that learns language."""
     budget = usable_memory(options.gpu)
     stages = options.recipe.selected_stages
+    larger = {name: _larger_stage(stage, stages) for name, stage in stages.items()}
     needs = [
         _stage_need(options, index, name, stage, budget)
         for index, (name, stage) in enumerate(stages.items())
-        if stage.objective == "language" and not _larger_stage(stage, stages)
+        if stage.objective == "language" and not larger[name]
     ]
     rows: list[tuple[str, ...]] = [
         ("stage", "tokens per row", "checkpointing", *MEMORY_COLUMNS, "sum", "")
@@ -120,7 +128,6 @@ def memory_lines(options: PlanOptions, gpu_note: str) -> list[str]:
         f"memory at the peak on one {options.gpu.name} ({format_bytes(options.gpu.memory_bytes)}, "
         f"{budget / 1e9:.1f} GB usable; {gpu_note}), in GB"
     )
-    larger = {name: _larger_stage(stage, stages) for name, stage in stages.items()}
     notes = [f"{name} needs no more than {other}" for name, other in larger.items() if other]
     return [title, *format_table(rows, "<>"), *notes]
 

@@ -10,14 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
-from vlbench.command_line.arguments import (
-    BudgetName,
-    EvalArguments,
-)
-from vlbench.command_line.compare_arguments import (
-    DEFAULT_MATCH_LIMIT,
-    CompareArguments,
-)
+from vlbench.command_line.arguments import BudgetName, EvalArguments
+from vlbench.command_line.compare_arguments import DEFAULT_MATCH_LIMIT, CompareArguments
 from vlbench.command_line.parser import split_arguments
 from vlbench.command_line.task_words import build_tasks, split_task_words
 from vlbench.compare.experiment.curve_request import CurveRequest, parse_curve
@@ -31,6 +25,7 @@ from vlbench.compare.report.curve_plan import CurvePlan
 from vlbench.compare.report.row_identity import row_identity
 from vlbench.config import recipe as recipes
 from vlbench.config.key_table import declared_keys
+from vlbench.config.key_types import ENCODER_PARTS
 from vlbench.config.overrides import format_override, shorten_keys
 from vlbench.config.schema import Recipe
 from vlbench.errors import UserError
@@ -238,7 +233,7 @@ def _freeze_encoder(row: GridRow, folder: Path) -> GridRow:
     frozen = {
         f"stages.{name}.train.{part}": "null"
         for name, stage in stages.items()
-        for part in ("vision", "second_vision")
+        for part in ENCODER_PARTS
         if part in stage.trained_parts
     }
     return row.with_overrides({**frozen, "trainer.feature_cache": folder / "features"})
