@@ -18,6 +18,7 @@ from vlbench.config.schema import LanguageModelConfig, Recipe
 from vlbench.data.data_sources import SCENES_SOURCE
 from vlbench.errors import UserError, suggest_name
 from vlbench.graft.size_parts import size_parts, size_weights
+from vlbench.new_folder import first_free_path
 from vlbench.planner.gpu_table import GpuSpec, find_gpu
 from vlbench.planner.options import PlanOptions
 
@@ -49,7 +50,7 @@ def parse_graft_options(words: list[str]) -> GraftOptions:
     arguments, recipe_words = split_arguments(GraftArguments, words, declared_keys())
     typed, _ = parse_overrides(recipe_words)  # what is wrong in it, load_recipe tells
     part_words, mistakes = _part_words(arguments, typed)
-    out = Path(arguments.out or _free_name())
+    out = Path(arguments.out) if arguments.out else first_free_path("recipes/graft-{}.yaml")
     mistakes += _out_mistakes(out)
     gpu = find_gpu(arguments.gpu) if arguments.gpu else None
     if mistakes:
@@ -116,11 +117,6 @@ def _vision_weights(name: str, mistakes: list[str]) -> list[str]:
     if known is None and "/" not in name:
         mistakes.append(f"vision.weights=FILE is needed: nobody has published weights of {name}")
     return [] if known is None else [f"vision.weights={known}"]
-
-
-def _free_name() -> str:
-    number = next(n for n in range(1, 10**6) if not Path(f"recipes/graft-{n}.yaml").exists())
-    return f"recipes/graft-{number}.yaml"
 
 
 def _out_mistakes(out: Path) -> list[str]:

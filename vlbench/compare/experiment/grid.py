@@ -29,6 +29,7 @@ from vlbench.config.key_types import ENCODER_PARTS
 from vlbench.config.overrides import format_override, shorten_keys
 from vlbench.config.schema import Recipe
 from vlbench.errors import UserError
+from vlbench.new_folder import first_free_path
 from vlbench.strict_values import INTEGER_PATTERN, parse_flow_yaml
 from vlbench.text_files import read_yaml
 
@@ -155,7 +156,7 @@ def parse_grid(words: list[str]) -> ComparisonGrid:
     seeds = _parse_seeds(arguments.seeds)
     lr_factors = parse_factors(arguments.sweep, factor_texts)
     recipes_by_row = _load_recipes(rows, seeds[0])
-    folder = Path(arguments.run or _next_folder())
+    folder = Path(arguments.run) if arguments.run else first_free_path("runs/compare-{}")
     if arguments.freeze:
         rows = [_freeze_encoder(row, folder) for row in rows]
         recipes_by_row = _load_recipes(rows, seeds[0])
@@ -324,10 +325,3 @@ def _cut_names(
             number += 1
         cut[row] = name
     return cut
-
-
-def _next_folder() -> str:
-    number = 1
-    while (folder := Path("runs") / f"compare-{number}").exists():
-        number += 1
-    return str(folder)
