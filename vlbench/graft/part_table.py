@@ -18,7 +18,7 @@ from vlbench.planner.memory_estimate import MemoryByComponent, total_bytes
 from vlbench.planner.options import PlanOptions
 from vlbench.planner.training_plan import measure_stage, stage_row_tokens, usable_memory
 from vlbench.text_tables import format_table
-from vlbench.train.model_names import find_model_names
+from vlbench.train.model_names import find_model_names, name_encoders
 from vlbench.train.run_report import format_bytes
 
 StageModels = Mapping[str, LoadedVLM]
@@ -49,14 +49,13 @@ def shape_lines(recipe: Recipe, models: StageModels) -> list[str]:
 def parameter_lines(recipe: Recipe, vlm: LoadedVLM) -> list[str]:
     """Return a table of the parts with their parameters and the stages that train them."""
     config = vlm.language.config
-    names = find_model_names(recipe.model)
+    language = find_model_names(recipe.model).language
     connector = registry.connector_label(recipe.connector["name"])
     inside = vlm.connector.inject_layers
     told = {
-        **_encoder_texts(names.vision, vlm),
+        **_encoder_texts(name_encoders(recipe.model), vlm),
         "connector": connector + (f", in {len(inside)} decoder layers" if inside else ""),
-        "language": f"{names.language}, {config.num_hidden_layers} layers, "
-        f"{config.hidden_size} wide",
+        "language": f"{language}, {config.num_hidden_layers} layers, {config.hidden_size} wide",
     }
     rows = [("part", "what", "parameters", "trained in")]
     for part, count in count_parameters(vlm).items():
@@ -73,11 +72,11 @@ def count_parameters(vlm: LoadedVLM) -> dict[str, int]:
     }
 
 
-def _encoder_texts(names: str, vlm: LoadedVLM) -> dict[str, str]:
+def _encoder_texts(names: Sequence[str], vlm: LoadedVLM) -> dict[str, str]:
     """Return for each vision encoder what it is, and which of its blocks the connector reads."""
     texts = {}
     encoders = vlm.vision.encoders()
-    for part, name, encoder in zip(ENCODER_PARTS, names.split(" + "), encoders, strict=False):
+    for part, name, encoder in zip(ENCODER_PARTS, names, encoders, strict=False):
         numbers = ", ".join(str(block + 1) for block in encoder.output_blocks)
         blocks = f"block{'s' * (',' in numbers)} {numbers} of {len(encoder.blocks())}"
         texts[part] = f"{name}, features of {blocks}"
