@@ -15,7 +15,6 @@ from pydantic import BeforeValidator, Field, model_validator
 from vlbench.command_line.arguments import TemplateName
 from vlbench.config.encoder_names import EMBEDDED_ENCODERS, is_hub_name
 from vlbench.config.key_types import (
-    ENCODER_PARTS,
     MAX_COUNT,
     MAX_DEVICES,
     MAX_IMAGE_SIZE,
@@ -246,7 +245,7 @@ class StageConfig(RecipeSection):
         adapters = {part: how.lora for part, how in self.train.items() if how.lora is not None}
         if "connector" in adapters:
             raise ValueError("has train.connector.lora; a connector is trained whole")
-        for part in adapters.keys() & set(ENCODER_PARTS):
+        for part in adapters.keys() - {"language"}:
             if adapters[part].bits:
                 raise ValueError(f"has train.{part}.lora.bits=4; only train.language takes it")
         return self
