@@ -66,6 +66,9 @@ def test_two_encoders_and_several_blocks_are_told_apart():
     assert "tiny (an embedded" in first and "tiny_eva (an embedded" in second
     blocks = [str(block + 1) for block in vlm.vision.output_blocks]
     assert len(blocks) > 1 and f"features of blocks {', '.join(blocks)} of 5" in first
+    odd = recipe.vision.model_copy(update={"name": "a + b"})  # as a folder may be called
+    _, first, second, *_ = parameter_lines(recipe.model_copy(update={"vision": odd}), vlm)
+    assert "a + b (an embedded" in first and "tiny_eva (an embedded" in second
     counts = {part: 1 for part, _ in vlm.model.named_parts()}
     local = missing_files.LocalLanguage(recipe.language, "")
     found = missing_files.file_lines(recipe, local, counts)

@@ -32,7 +32,12 @@ from vlbench.planner.memory_estimate import (
 from vlbench.planner.meta_model import ModelDepth, SampleShape, build_meta_vlm
 from vlbench.planner.options import parse_plan_options
 from vlbench.planner.simulate_step import DepthExtrapolator, StepSimulator
-from vlbench.planner.stage_workload import StageWorkload, sample_flops, stage_workload
+from vlbench.planner.stage_workload import (
+    StageWorkload,
+    sample_flops,
+    stage_samples,
+    stage_workload,
+)
 from vlbench.planner.training_plan import make_plan
 from vlbench.train.auto_checkpointing import run_micro_batch
 from vlbench.train.stage_plan import build_stage_steps, plan_stage_runs
@@ -62,7 +67,8 @@ def planned(recipe: str, stage: str, precision: str = "32") -> tuple[StageMemory
     """Return a stage of a recipe as `plan` sees it."""
     resolved = recipes.load_recipe([f"recipe={recipe}"])
     vlm = meta_vlm(resolved, stage)
-    work, _ = stage_workload(resolved.stage_data(stage), vlm, None, None)
+    samples = stage_samples(resolved.stage_data(stage), vlm.processor, None, None)
+    work = stage_workload(stage, resolved.stages[stage], vlm.model, samples)
     rehearsals = DepthExtrapolator(
         vlm.model, functools.partial(meta_vlm, resolved, stage), precision
     )

@@ -1,13 +1,20 @@
-"""A new folder that is never seen half-written."""
+"""A new folder that is never seen half-written, and names that are free."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vlbench.file_lock import hold_lock
+
+
+def first_free_path(form: str) -> Path:
+    """Return the first path of a form, such as "runs/compare-{}", that is not there, from 1 on."""
+    paths = (Path(form.format(number)) for number in itertools.count(1))
+    return next(path for path in paths if not path.exists())
 
 
 @contextlib.contextmanager

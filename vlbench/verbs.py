@@ -20,10 +20,7 @@ from vlbench.command_line.arguments import (
     PlanArguments,
     ScoreArguments,
 )
-from vlbench.command_line.compare_arguments import (
-    CompareArguments,
-    ReportArguments,
-)
+from vlbench.command_line.compare_arguments import CompareArguments, ReportArguments
 from vlbench.command_line.parser import (
     VerbDeclaration,
     parse_arguments,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from vlbench.command_line.parser import argument
 
@@ -31,6 +31,19 @@ def model_argument() -> str:
         metavar="PATH",
         is_path=True,
         other_names=("run", "path", "checkpoint", "pretrained"),
+    )
+    return name
+
+
+def out_argument(help: str, default: Any = None, metavar: str = "DIR") -> Any:
+    """Declare `out=`, where a verb writes; it may be left out."""
+    return argument(help, default, metavar=metavar, is_path=True, other_names=("to", "output"))
+
+
+def new_folder_argument() -> str:
+    """Declare `out=`, the folder that a verb makes; it must be given."""
+    name: str = argument(
+        "a new folder", metavar="DIR", is_path=True, other_names=("to", "output", "folder")
     )
     return name
 
@@ -90,12 +103,8 @@ class EvalArguments:
     dtype: DtypeName | None = argument(DTYPE_HELP, None, metavar="NAME")
     device: str | None = argument(DEVICE_HELP, None, metavar="NAME")
     compiled: bool = argument(COMPILED_HELP, False, metavar="true")
-    out: str | None = argument(
-        "folder of answers and scores; by default RUN/eval/CHECKPOINT/TASK, or evals/MODEL/TASK",
-        None,
-        metavar="DIR",
-        is_path=True,
-        other_names=("to", "output"),
+    out: str | None = out_argument(
+        "folder of answers and scores; by default RUN/eval/CHECKPOINT/TASK, or evals/MODEL/TASK"
     )
 
 
@@ -122,13 +131,7 @@ class ScoreArguments:
         low=0,
         high=MAX_SEED,
     )
-    out: str | None = argument(
-        "folder of the scores; by default FILE.scores beside the file",
-        None,
-        metavar="DIR",
-        is_path=True,
-        other_names=("to", "output"),
-    )
+    out: str | None = out_argument("folder of the scores; by default FILE.scores beside the file")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,9 +182,7 @@ class ExportArguments:
     verb: ClassVar[str] = "export"
 
     model: str = model_argument()
-    out: str = argument(
-        "a new folder", metavar="DIR", is_path=True, other_names=("to", "output", "folder")
-    )
+    out: str = new_folder_argument()
     format: ExportFormat = argument(
         "the released layout of Yi-VL, that of transformers' LLaVA, or a checkpoint",
         metavar="NAME",
@@ -199,13 +200,7 @@ class CheckArguments:
 
     verb: ClassVar[str] = "check"
 
-    out: str | None = argument(
-        "folder of the report; by default checks/RECIPE-SIZE",
-        None,
-        metavar="DIR",
-        is_path=True,
-        other_names=("to", "output"),
-    )
+    out: str | None = out_argument("folder of the report; by default checks/RECIPE-SIZE")
 
 
 DEFAULT_GPU = "A800"  # Yi-VL was trained on it
@@ -273,12 +268,8 @@ class GraftArguments:
         None,
         metavar="NAME",
     )
-    out: str | None = argument(
-        "the recipe to be written, a new file; by default recipes/graft-N.yaml",
-        None,
-        metavar="FILE.yaml",
-        is_path=True,
-        other_names=("to", "output"),
+    out: str | None = out_argument(
+        "the recipe to be written, a new file; by default recipes/graft-N.yaml", metavar="FILE.yaml"
     )
     try_: bool = argument(
         "train it for some minutes on rendered scenes, and say whether it sees",
@@ -301,9 +292,7 @@ class PackArguments:
     images: str | None = argument(
         "folder of the images; by default beside the file", None, metavar="FOLDER", is_path=True
     )
-    out: str = argument(
-        "a new folder", metavar="DIR", is_path=True, other_names=("to", "output", "folder")
-    )
+    out: str = new_folder_argument()
     samples: int = argument(
         "samples of a shard; 10,000 take about a gigabyte at 448 pixels",
         10_000,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from vlbench.command_line.arguments import BudgetName
+from vlbench.command_line.arguments import BudgetName, out_argument
 from vlbench.command_line.parser import argument
 
 DEFAULT_MATCH_LIMIT = 4.0
@@ -87,10 +87,6 @@ class ReportArguments:
         is_path=True,
         is_positional=True,
     )
-    out: tuple[str, ...] = argument(
-        "file that the report is written to, .md, .html or .json; once each",
-        (),
-        metavar="FILE",
-        is_path=True,
-        other_names=("to", "output"),
+    out: tuple[str, ...] = out_argument(
+        "file that the report is written to, .md, .html or .json; once each", (), metavar="FILE"
     )

@@ -76,7 +76,8 @@ def argument(
 class ArgumentSpec(NamedTuple):
     """A declared key: its name, the type of one value, and what `argument` was given."""
 
-    name: str
+    field_name: str
+    """Of the declaration: the key, or `try_` for a key `try`, which is no name in Python."""
     value_type: Any
     may_repeat: bool
     default: Any
@@ -87,6 +88,11 @@ class ArgumentSpec(NamedTuple):
     other_names: tuple[str, ...]
     is_path: bool
     is_positional: bool
+
+    @property
+    def name(self) -> str:
+        """The key."""
+        return self.field_name.rstrip("_")
 
     @property
     def is_required(self) -> bool:
@@ -127,14 +133,15 @@ class ArgumentSpec(NamedTuple):
 def declared_arguments(declaration: type[VerbDeclaration]) -> dict[str, ArgumentSpec]:
     """Return the keys that a declaration has, by name and in their order."""
     kinds = get_type_hints(declaration)
-    specs = {}
+    specs = []
     for field in dataclasses.fields(declaration):
         kind = kinds[field.name]
         may_repeat = get_origin(kind) is tuple
         value_type = get_args(kind)[0] if may_repeat else split_union(kind)[0]
-        name = field.name.rstrip("_")  # try_ is typed try, which is no name in Python
-        specs[name] = ArgumentSpec(name, value_type, may_repeat, field.default, **field.metadata)
-    return specs
+        specs.append(
+            ArgumentSpec(field.name, value_type, may_repeat, field.default, **field.metadata)
+        )
+    return {spec.name: spec for spec in specs}
 
 
 def parse_arguments(
@@ -224,8 +231,7 @@ def _build_arguments(
         mistakes = [f"{declaration.verb} needs {spec.usage}: {spec.help}" for spec in missing]
     if mistakes:
         raise UserError(*mistakes)
-    fields = {field.name.rstrip("_"): field.name for field in dataclasses.fields(declaration)}
-    return declaration(**{fields[name]: value for name, value in values.items()})
+    return declaration(**{specs[name].field_name: value for name, value in values.items()})
 
 
 def _read_values(spec: ArgumentSpec, texts: Sequence[str]) -> Any:

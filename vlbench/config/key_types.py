@@ -24,6 +24,8 @@ PartName = Literal["vision", "second_vision", "connector", "language"]
 SampleFormat = Literal["caption", "chat"]
 OnBadSample = Literal["auto", "quarantine", "stop"]
 PART_NAMES: tuple[str, ...] = get_args(PartName)
+"""In the order of their tensors in files; a model of one vision encoder has no `second_vision`."""
+ENCODER_PARTS = PART_NAMES[:2]
 EXCLUSIVE_KEYS = (("epochs", "steps"), ("train", "mix"), ("only", "from"))
 """Pairs of keys of one mapping of which one at most has a value."""
 MAX_IMAGE_SIZE = 4096  # pixels of a vision encoder's side; those in use have 224 to 1024

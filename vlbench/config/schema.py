@@ -245,7 +245,7 @@ class StageConfig(RecipeSection):
         adapters = {part: how.lora for part, how in self.train.items() if how.lora is not None}
         if "connector" in adapters:
             raise ValueError("has train.connector.lora; a connector is trained whole")
-        for part in adapters.keys() & {"vision", "second_vision"}:
+        for part in adapters.keys() - {"language"}:
             if adapters[part].bits:
                 raise ValueError(f"has train.{part}.lora.bits=4; only train.language takes it")
         return self

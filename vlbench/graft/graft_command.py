@@ -10,7 +10,13 @@ from vlbench.data.tokenizer import Tokenizer
 from vlbench.graft.graft_options import GraftOptions, page_path
 from vlbench.graft.graft_recipe import fit_command, write_recipe
 from vlbench.graft.missing_files import file_lines, find_local_language
-from vlbench.graft.part_table import choose_gpu, memory_lines, parameter_lines, shape_lines
+from vlbench.graft.part_table import (
+    choose_gpu,
+    count_parameters,
+    memory_lines,
+    parameter_lines,
+    shape_lines,
+)
 from vlbench.graft.text_checks import render_page, text_lines, trip_conversations
 from vlbench.model.language_model import tokenizer_folder
 from vlbench.model.loaded_vlm import LoadedVLM
@@ -41,11 +47,7 @@ def run_graft(options: GraftOptions) -> int:
         for name, stage in recipe.selected_stages.items()
     }
     last = list(models.values())[-1]
-    counts = {
-        part: sum(parameter.numel() for parameter in module.parameters())
-        for part, module in last.model.named_parts()
-    }
-    files = file_lines(recipe, local, counts)
+    files = file_lines(recipe, local, count_parameters(last))
     _print_block(shape_lines(recipe, models))
     _print_block(parameter_lines(recipe, last))
     gpu, gpu_note = choose_gpu(options.gpu)

@@ -17,9 +17,10 @@ from vlbench.config.resolve import mapping_in
 from vlbench.config.schema import LanguageModelConfig, Recipe
 from vlbench.data.data_sources import SCENES_SOURCE
 from vlbench.errors import UserError, suggest_name
+from vlbench.graft.size_parts import size_parts, size_weights
+from vlbench.new_folder import first_free_path
 from vlbench.planner.gpu_table import GpuSpec, find_gpu
 from vlbench.planner.options import PlanOptions
-from vlbench.text_files import read_yaml
 
 BASE_RECIPE = "yivl_llava"
 """The stages of a graft, unless `recipe=` names others."""
@@ -49,7 +50,7 @@ def parse_graft_options(words: list[str]) -> GraftOptions:
     arguments, recipe_words = split_arguments(GraftArguments, words, declared_keys())
     typed, _ = parse_overrides(recipe_words)  # what is wrong in it, load_recipe tells
     part_words, mistakes = _part_words(arguments, typed)
-    out = Path(arguments.out or _free_name())
+    out = Path(arguments.out) if arguments.out else first_free_path("recipes/graft-{}.yaml")
     mistakes += _out_mistakes(out)
     gpu = find_gpu(arguments.gpu) if arguments.gpu else None
     if mistakes:
@@ -72,7 +73,7 @@ def _part_words(arguments: GraftArguments, typed: dict[str, Any]) -> tuple[list[
     if language in LANGUAGE_NAMES:
         words.append(f"language.name={language}")
     if "weights" not in mapping_in(typed, "language"):
-        words.append(f"language.weights={_weights_of('language', language) or language}")
+        words.append(f"language.weights={size_weights('language', language) or language}")
     if "recipe" not in typed:
         words.append(f"recipe={BASE_RECIPE}")
     is_miniature = language == "tiny" and vision in EMBEDDED_ENCODERS
@@ -86,7 +87,7 @@ def _vision_mistakes(name: str) -> Iterator[str]:
     try:
         check_encoder_name(name)
     except ValueError as error:
-        if name not in dict(_size_parts("encoders")):
+        if name not in dict(size_parts("encoders")):
             yield f"vision {error}"
 
 
@@ -105,9 +106,9 @@ def _vision_weights(name: str, mistakes: list[str]) -> list[str]:
         return ["vision.weights=embedded"]
     if Path(name).is_dir():
         return [f"vision.weights={name}"]
-    if name in dict(_size_parts("encoders")):  # the size says which it is, weights included
+    if name in dict(size_parts("encoders")):  # the size says which it is, weights included
         return []
-    known = _weights_of("vision", name)
+    known = size_weights("vision", name)
     if known is None:
         import open_clip  # slow, and many names need it not
 
@@ -116,27 +117,6 @@ def _vision_weights(name: str, mistakes: list[str]) -> list[str]:
     if known is None and "/" not in name:
         mistakes.append(f"vision.weights=FILE is needed: nobody has published weights of {name}")
     return [] if known is None else [f"vision.weights={known}"]
-
-
-def _weights_of(part: str, name: str) -> str | None:
-    """Return the weights that a size gives to the part `name`, None where no size has it."""
-    sections = [section for key in (part, "encoders") for _, section in _size_parts(key)]
-    return next((str(one["weights"]) for one in sections if one.get("name") == name), None)
-
-
-def _size_parts(key: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the sections of a part in all sizes; of `encoders` each kind with its section."""
-    for path in recipes.size_files().values():
-        section = mapping_in(read_yaml(path), key)
-        if key == "encoders":
-            yield from section.items()
-        elif section:
-            yield key, section
-
-
-def _free_name() -> str:
-    number = next(n for n in range(1, 10**6) if not Path(f"recipes/graft-{n}.yaml").exists())
-    return f"recipes/graft-{number}.yaml"
 
 
 def _out_mistakes(out: Path) -> list[str]:

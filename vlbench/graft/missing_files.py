@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from vlbench.config.schema import LanguageModelConfig, NamedEncoderConfig, Recipe
 from vlbench.errors import UserError
+from vlbench.graft.size_parts import size_parts
 from vlbench.model.language_model import check_language_weights, tokenizer_folder
 from vlbench.model.vision_encoder import check_vision_weights
 from vlbench.model.weights.tensor_files import WEIGHT_SUFFIXES, weight_files
@@ -37,20 +38,10 @@ def find_local_language(config: LanguageModelConfig) -> LocalLanguage:
     try:
         folder = tokenizer_folder(config.weights)
     except UserError as error:
-        if config.weights in _weights_of_sizes():
+        if config.weights in {part.get("weights") for _, part in size_parts("language")}:
             return LocalLanguage(config, str(error))
         raise
     return LocalLanguage(config.model_copy(update={"weights": str(folder)}), "")
-
-
-def _weights_of_sizes() -> set[str]:
-    """Return the weights whose architecture `language.name` says: those of the shipped sizes."""
-    from vlbench.config import recipe as recipes
-    from vlbench.config.resolve import mapping_in
-    from vlbench.text_files import read_yaml
-
-    parts = (mapping_in(read_yaml(path), "language") for path in recipes.size_files().values())
-    return {str(part["weights"]) for part in parts if "weights" in part}
 
 
 def file_lines(recipe: Recipe, local: LocalLanguage, parameters: dict[str, int]) -> list[str]:

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import torch
 
 from vlbench.command_line.arguments import DEFAULT_GPU
+from vlbench.config.key_types import ENCODER_PARTS
 from vlbench.config.schema import Recipe, StageConfig
 from vlbench.connector import registry
 from vlbench.model.activation_checkpointing import CHECKPOINTING_MODES
 from vlbench.model.loaded_vlm import LoadedVLM
-from vlbench.model.vlm import ENCODER_PARTS
 from vlbench.planner.gpu_table import GpuSpec, find_gpu, local_gpu
 from vlbench.planner.memory_estimate import MemoryByComponent, total_bytes
 from vlbench.planner.options import PlanOptions
 from vlbench.planner.training_plan import measure_stage, stage_row_tokens, usable_memory
 from vlbench.text_tables import format_table
-from vlbench.train.model_names import find_model_names
+from vlbench.train.model_names import find_model_names, name_encoders
 from vlbench.train.run_report import format_bytes
 
 StageModels = Mapping[str, LoadedVLM]
@@ -49,28 +49,34 @@ def shape_lines(recipe: Recipe, models: StageModels) -> list[str]:
 def parameter_lines(recipe: Recipe, vlm: LoadedVLM) -> list[str]:
     """Return a table of the parts with their parameters and the stages that train them."""
     config = vlm.language.config
-    names = find_model_names(recipe.model)
+    language = find_model_names(recipe.model).language
     connector = registry.connector_label(recipe.connector["name"])
     inside = vlm.connector.inject_layers
     told = {
-        **_encoder_texts(names.vision, vlm),
+        **_encoder_texts(name_encoders(recipe.model), vlm),
         "connector": connector + (f", in {len(inside)} decoder layers" if inside else ""),
-        "language": f"{names.language}, {config.num_hidden_layers} layers, "
-        f"{config.hidden_size} wide",
+        "language": f"{language}, {config.num_hidden_layers} layers, {config.hidden_size} wide",
     }
     rows = [("part", "what", "parameters", "trained in")]
-    for part, module in vlm.model.named_parts():
-        count = sum(parameter.numel() for parameter in module.parameters())
+    for part, count in count_parameters(vlm).items():
         stages = [name for name, one in recipe.selected_stages.items() if part in one.trained_parts]
         rows.append((part, told[part], f"{count:,}", ", ".join(stages) or "none (frozen)"))
     return format_table(rows, "<<><")
 
 
-def _encoder_texts(names: str, vlm: LoadedVLM) -> dict[str, str]:
+def count_parameters(vlm: LoadedVLM) -> dict[str, int]:
+    """Return the number of parameters of each part."""
+    return {
+        part: sum(parameter.numel() for parameter in module.parameters())
+        for part, module in vlm.model.named_parts()
+    }
+
+
+def _encoder_texts(names: Sequence[str], vlm: LoadedVLM) -> dict[str, str]:
     """Return for each vision encoder what it is, and which of its blocks the connector reads."""
     texts = {}
     encoders = vlm.vision.encoders()
-    for part, name, encoder in zip(ENCODER_PARTS, names.split(" + "), encoders, strict=False):
+    for part, name, encoder in zip(ENCODER_PARTS, names, encoders, strict=False):
         numbers = ", ".join(str(block + 1) for block in encoder.output_blocks)
         blocks = f"block{'s' * (',' in numbers)} {numbers} of {len(encoder.blocks())}"
         texts[part] = f"{name}, features of {blocks}"
@@ -92,10 +98,11 @@ def memory_lines(options: PlanOptions, gpu_note: str) -> list[str]:
     """Return a table of the memory of a GPU at the peak of each stage that learns language."""
     budget = usable_memory(options.gpu)
     stages = options.recipe.selected_stages
+    larger = {name: _larger_stage(stage, stages) for name, stage in stages.items()}
     needs = [
         _stage_need(options, index, name, stage, budget)
         for index, (name, stage) in enumerate(stages.items())
-        if stage.objective == "language" and not _larger_stage(stage, stages)
+        if stage.objective == "language" and not larger[name]
     ]
     rows: list[tuple[str, ...]] = [
         ("stage", "tokens per row", "checkpointing", *MEMORY_COLUMNS, "sum", "")
@@ -120,7 +127,6 @@ def memory_lines(options: PlanOptions, gpu_note: str) -> list[str]:
         f"memory at the peak on one {options.gpu.name} ({format_bytes(options.gpu.memory_bytes)}, "
         f"{budget / 1e9:.1f} GB usable; {gpu_note}), in GB"
     )
-    larger = {name: _larger_stage(stage, stages) for name, stage in stages.items()}
     notes = [f"{name} needs no more than {other}" for name, other in larger.items() if other]
     return [title, *format_table(rows, "<>"), *notes]
 

@@ -17,6 +17,7 @@ from vlbench.compat.transformers_internals import (
     passed_through_mask,
     replace_decoder_layer_input,
 )
+from vlbench.config.key_types import PART_NAMES
 from vlbench.connector.base import Connector, ImagePlaces, Shapes, zero_like_loss
 from vlbench.connector.bounded_building import NewTensorLimit, build_connector
 from vlbench.connector.levels import Levels, first_level, unstack_levels
@@ -29,10 +30,6 @@ from vlbench.model.packed_attention import OpaqueLengths, sample_bounds
 from vlbench.model.replicated_parameters import GradientAverager
 from vlbench.model.vision_encoder import VisionEncoder, has_trained_parameters
 from vlbench.model.weights.tensor_groups import move_and_cast
-
-MODEL_PARTS = ("vision", "second_vision", "connector", "language")
-"""In the order of their tensors in files; a model of one vision encoder has no `second_vision`."""
-ENCODER_PARTS = MODEL_PARTS[:2]
 
 
 @dataclass
@@ -308,7 +305,7 @@ class VLM(nn.Module):
 
     def named_parts(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield the parts of this model with their names."""
-        for name in MODEL_PARTS:
+        for name in PART_NAMES:
             if hasattr(self, name):
                 yield name, getattr(self, name)
 

@@ -16,7 +16,12 @@ from vlbench.planner.memory_estimate import MemoryByComponent, Sharding, StageMe
 from vlbench.planner.meta_model import build_meta_vlm
 from vlbench.planner.options import PlanOptions
 from vlbench.planner.simulate_step import DepthExtrapolator
-from vlbench.planner.stage_workload import StageWorkload, stage_workload
+from vlbench.planner.stage_workload import (
+    StageSamples,
+    StageWorkload,
+    stage_samples,
+    stage_workload,
+)
 from vlbench.train import stage_plan
 from vlbench.train.auto_checkpointing import SPARE_MEMORY_SHARE
 from vlbench.train.row_length import choose_row_tokens
@@ -79,8 +84,9 @@ def make_plan(options: PlanOptions) -> TrainingPlan:
             skipped.append(name)
             continue
         measured = measure_stage(options, index, name, stage)
-        stages[name], workloads[name] = measured.memory, measured.workload
-        has_assumed_lengths |= measured.has_assumed_lengths
+        stages[name] = measured.memory
+        workloads[name] = stage_workload(name, stage, measured.memory.vlm, measured.samples)
+        has_assumed_lengths |= measured.samples.are_assumed
     if not stages:
         raise UserError("there is no stage to plan: plan counts stages that learn language")
     memory_budget = usable_memory(options.gpu)
@@ -106,8 +112,7 @@ class MeasuredStage(NamedTuple):
     """What of a stage does not depend on strategy and checkpointing."""
 
     memory: StageMemory
-    workload: StageWorkload
-    has_assumed_lengths: bool
+    samples: StageSamples
 
 
 def measure_stage(options: PlanOptions, index: int, name: str, stage: StageConfig) -> MeasuredStage:
@@ -117,12 +122,11 @@ def measure_stage(options: PlanOptions, index: int, name: str, stage: StageConfi
     vlm = build_at_depth()
     sample_count = options.sample_counts[index] if options.sample_counts else None
     text_tokens = options.text_tokens[index] if options.text_tokens else None
-    stage_data = recipe.stage_data(name)
-    workload, assumed = stage_workload(stage_data, vlm, sample_count, text_tokens)
+    samples = stage_samples(recipe.stage_data(name), vlm.processor, sample_count, text_tokens)
     memory = StageMemory(
         vlm=vlm.model,
         depth_extrapolator=DepthExtrapolator(vlm.model, build_at_depth, recipe.precision),
-        mean_sample=workload.mean_sample,
+        mean_sample=samples.mean_sample,
         compute_dtype_bytes=2 if recipe.precision == "bf16" else 4,
         sharding=Sharding(
             options.world_size,
@@ -131,7 +135,7 @@ def measure_stage(options: PlanOptions, index: int, name: str, stage: StageConfi
             options.gpu.memory_bytes,
         ),
     )
-    return MeasuredStage(memory, workload, assumed)
+    return MeasuredStage(memory, samples)
 
 
 def stage_row_tokens(options: PlanOptions, stage_name: str, vlm: VLM, memory_budget: float) -> int:

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from vlbench.config.key_types import ENCODER_PARTS
 from vlbench.connector.kept_source import copy_kept_source
 from vlbench.distributed import collectives
 from vlbench.distributed.machine_limits import free_host_memory
@@ -46,7 +47,7 @@ from vlbench.model import lora_adapters
 from vlbench.model.build_vlm import LANGUAGE_FOLDER
 from vlbench.model.frozen_bf16 import FROZEN_DTYPE
 from vlbench.model.loaded_vlm import LoadedVLM
-from vlbench.model.vlm import ENCODER_PARTS, VLM
+from vlbench.model.vlm import VLM
 from vlbench.model.weights.background_writer import BackgroundWriter, FolderWrite, fsync_path
 from vlbench.model.weights.own_rows import find_own_rows
 from vlbench.model.weights.release_files import write_release_files

@@ -10,13 +10,13 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 
+from vlbench.config.key_types import ENCODER_PARTS
 from vlbench.config.schema import ModelConfig, Recipe
 from vlbench.distributed import collectives
 from vlbench.distributed.process_group import leave_process_group
 from vlbench.errors import BadSample, UserError
 from vlbench.model.build_vlm import build_vlm
 from vlbench.model.loaded_vlm import LoadedVLM
-from vlbench.model.vlm import ENCODER_PARTS
 from vlbench.model.weights.tensor_groups import move_and_cast
 from vlbench.train import checkpoint_files, run_report
 from vlbench.train.callbacks import CheckpointCallback, GracefulStop, ValidationCallback

@@ -30,12 +30,15 @@ def find_model_names(config: ModelConfig) -> ModelNames:
     if config.init and not Path(config.init).is_file():
         return folder_model_names(config.init)
     return ModelNames(
-        " + ".join(
-            _part_name(one, one.name) for one in (config.vision, config.vision.second) if one
-        ),
+        " + ".join(name_encoders(config)),
         _part_name(config.language, config.language.weights),
         config.language.weights == "embedded",
     )
+
+
+def name_encoders(config: ModelConfig) -> list[str]:
+    """Return the names of a model's vision encoders, without those of what `init` names."""
+    return [_part_name(one, one.name) for one in (config.vision, config.vision.second) if one]
 
 
 def _part_name(part: NamedEncoderConfig | LanguageModelConfig, name_of_weights: str) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vlbench import hub_download
 from vlbench.config import recipe as recipes
+from vlbench.config.key_types import ENCODER_PARTS, PART_NAMES
 from vlbench.config.overrides import format_override
 from vlbench.config.schema import LanguageModelConfig, ModelConfig, StageConfig
 from vlbench.connector import kept_source, registry
@@ -19,7 +20,7 @@ from vlbench.hub_download import fetch_hub_folder
 from vlbench.model import lora_adapters
 from vlbench.model.build_vlm import build_checkpoint_vlm, build_vlm, release_overrides
 from vlbench.model.loaded_vlm import LoadedVLM
-from vlbench.model.vlm import ENCODER_PARTS, MODEL_PARTS, VLM
+from vlbench.model.vlm import VLM
 from vlbench.model.weights.connector_reference import ReferenceWeights, load_reference_weights
 from vlbench.model.weights.load_release import (
     build_released_vlm,
@@ -288,10 +289,8 @@ def _read_part_tensors(
         }
         for name, tensor in read_tensors(file, mmap_names=mapped_names):
             part, _, key = name.partition(".")
-            if part not in MODEL_PARTS:
-                raise UserError(
-                    f"{file}: tensor {name} belongs to none of {', '.join(MODEL_PARTS)}"
-                )
+            if part not in PART_NAMES:
+                raise UserError(f"{file}: tensor {name} belongs to none of {', '.join(PART_NAMES)}")
             target_dtype = tensor.dtype
             if dtype and tensor.is_floating_point() and name not in mapped_names:
                 target_dtype = dtype

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from vlbench.config.key_types import PART_NAMES
 from vlbench.config.schema import PartTrainConfig, StageConfig
 from vlbench.errors import UserError, suggest_name
 from vlbench.model import lora_adapters
 from vlbench.model.vision_encoder import VisionEncoder
-from vlbench.model.vlm import MODEL_PARTS, VLM
+from vlbench.model.vlm import VLM
 
 
 def freeze_untrained_parts(vlm: VLM, stage: StageConfig) -> None:
@@ -101,7 +102,7 @@ def parts_to_save(stages: Sequence[StageConfig], always_saved: Sequence[str]) ->
     These are the parts whose weights the stages changed, and `always_saved`: parts whose first
     weights are in no file that the recipe names.
     """
-    return [part for part in MODEL_PARTS if part in always_saved or _is_part_changed(part, stages)]
+    return [part for part in PART_NAMES if part in always_saved or _is_part_changed(part, stages)]
 
 
 def _is_part_changed(part: str, stages: Sequence[StageConfig]) -> bool:
