@@ -42,13 +42,13 @@ def make_conversation(vlm: LoadedVLM, images: int) -> PackedBatch:
 
 def injection_pass(vlm: LoadedVLM, batch: PackedBatch) -> Callable[[], torch.Tensor]:
     """Return the gated layers alone, over the same hidden states."""
-    visual = vlm.visual(batch).detach()
+    visual, where = vlm.visual(batch).detach(), vlm.model.image_places(batch)
     hidden = torch.randn(*batch.input_ids.shape, vlm.model.shapes.lm_width, requires_grad=True)
 
     def run_injection() -> torch.Tensor:
         out = hidden
         for layer in vlm.connector.inject_layers:
-            out = vlm.connector.inject(layer, out, visual, batch.image_index)
+            out = vlm.connector.inject(layer, out, visual, where)
         return out.sum()
 
     return run_injection

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
 from vlbench.connector.base import Connector, Shapes
+from vlbench.connector.patch_windows import check_window
 
 
 class AvgPoolConnector(Connector):
@@ -18,12 +19,8 @@ class AvgPoolConnector(Connector):
     def __init__(self, shapes: Shapes, pool: int = 2) -> None:
         """Build the MLP; `pool` must divide rows and columns of the grid of patches."""
         super().__init__()
-        rows, columns = self.grid = shapes.grid
-        if pool < 1 or rows % pool or columns % pool:
-            raise ValueError(
-                f"connector avgpool: pool is {pool}, which must divide the grid of patches, "
-                f"{rows} x {columns}"
-            )
+        check_window("avgpool", "pool", pool, shapes.grid)
+        self.grid = shapes.grid
         self.pool = pool
         self.tokens_per_image = shapes.patches // pool**2
         self.layers = nn.Sequential(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from vlbench.connector.base import Connector, Shapes, attention_shares
+from vlbench.connector.base import Connector, ImagePlaces, Shapes, attention_shares
 from vlbench.model.cross_attention import attend_to_images
 
 GATED_BLOCK_KEY = re.compile(r".*\.(\d+)\.gated_cross_attn_layer\.(.+)")
@@ -184,9 +184,9 @@ class FlamingoConnector(Connector):
         """Turn features `[images, patches, width]` into `[images, latents, width]`."""
         return self.perceiver(features)
 
-    def inject(self, layer: int, hidden: Tensor, visual: Tensor, image_index: Tensor) -> Tensor:
+    def inject(self, layer: int, hidden: Tensor, visual: Tensor, where: ImagePlaces) -> Tensor:
         """Add gated cross-attention to the nearest image before decoder layer `layer`."""
-        return self.blocks[str(layer)](hidden, visual, image_index)
+        return self.blocks[str(layer)](hidden, visual, where.image_index)
 
     def metrics(self) -> dict[str, float]:
         """Return `gate_attn_L` and `gate_ff_L`: tanh of the gates before decoder layer L.

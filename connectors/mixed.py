@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from vlbench.connector import registry
-from vlbench.connector.base import Connector, Shapes
+from vlbench.connector.base import Connector, ImagePlaces, Shapes
+from vlbench.connector.levels import Levels
 from vlbench.errors import suggest_name
 from vlbench.strict_values import RawText
 
@@ -64,6 +65,7 @@ class MixedConnector(Connector):
                 raise ValueError(f"connector mixed: {name} is {value}; allowed are 1 to {most}")
         self.tokens_per_image = self.inner.tokens_per_image
         self.class_token = self.inner.class_token
+        self.vision_layers = self.inner.vision_layers
         self.inject_layers = tuple(i for i in range(shapes.lm_layers) if (i + 1) % every == 0)
         block = registry.connector_module("flamingo").GatedBlock
         width = shapes.lm_width
@@ -71,13 +73,13 @@ class MixedConnector(Connector):
             {str(i): block(width, width, heads, head_width, ff_mult) for i in self.inject_layers}
         )
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Levels) -> Tensor:
         """Return the tokens `[images, tokens, lm_width]` of the other connector."""
         return self.inner(features)
 
-    def inject(self, layer: int, hidden: Tensor, visual: Tensor, image_index: Tensor) -> Tensor:
+    def inject(self, layer: int, hidden: Tensor, visual: Tensor, where: ImagePlaces) -> Tensor:
         """Add gated cross-attention to the nearest image before decoder layer `layer`."""
-        return self.blocks[str(layer)](hidden, visual, image_index)
+        return self.blocks[str(layer)](hidden, visual, where.image_index)
 
     def metrics(self) -> dict[str, float]:
         """Return the other connector's metrics, and tanh of every gate."""
@@ -85,13 +87,11 @@ class MixedConnector(Connector):
             self.blocks
         )
 
-    def patch_attention(self, features: Tensor) -> Tensor | None:
+    def patch_attention(self, features: Levels) -> Tensor | None:
         """Return the attention weights of the other connector."""
         return self.inner.patch_attention(features)
 
-    def losses(
-        self, features: Tensor, visual: Tensor, batch: Any
-    ) -> dict[str, tuple[Tensor, Tensor]]:
+    def losses(self, features: Levels, visual: Any, batch: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the other connector's own losses."""
         return self.inner.losses(features, visual, batch)
 
@@ -108,12 +108,12 @@ class MixedConnector(Connector):
         self.inner.prepare_objective(objective, fresh)
 
     def objective(
-        self, name: str, features: Tensor, batch: Any
+        self, name: str, features: Levels, batch: Any
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the losses of the other connector's objective."""
         return self.inner.objective(name, features, batch)
 
-    def contrast_embeddings(self, name: str, features: Tensor, batch: Any) -> dict[str, Tensor]:
+    def contrast_embeddings(self, name: str, features: Levels, batch: Any) -> dict[str, Tensor]:
         """Return the embeddings that the other connector's objective contrasts."""
         return self.inner.contrast_embeddings(name, features, batch)
 

@@ -8,6 +8,7 @@ model's width.
 from torch import Tensor, nn
 
 from vlbench.connector.base import Connector, Shapes
+from vlbench.connector.patch_windows import check_window, split_windows
 
 
 class PixelShuffleConnector(Connector):
@@ -18,12 +19,8 @@ class PixelShuffleConnector(Connector):
     def __init__(self, shapes: Shapes, shuffle: int = 2) -> None:
         """Build the MLP; `shuffle` must divide rows and columns of the grid of patches."""
         super().__init__()
-        rows, columns = self.grid = shapes.grid
-        if shuffle < 1 or rows % shuffle or columns % shuffle:
-            raise ValueError(
-                f"connector pixel_shuffle: shuffle is {shuffle}, which must divide the grid of "
-                f"patches, {rows} x {columns}"
-            )
+        check_window("pixel_shuffle", "shuffle", shuffle, shapes.grid)
+        self.grid = shapes.grid
         self.shuffle_factor = shuffle
         self.tokens_per_image = shapes.patches // shuffle**2
         width = shapes.vision_width * shuffle**2
@@ -36,7 +33,5 @@ class PixelShuffleConnector(Connector):
 
     def forward(self, features: Tensor) -> Tensor:
         """Turn `[images, patches, vision_width]` into `[images, patches / shuffle^2, lm_width]`."""
-        rows, columns = self.grid
-        side = self.shuffle_factor
-        squares = features.unflatten(1, (rows // side, side, columns // side, side))
-        return self.layers(squares.transpose(2, 3).flatten(3).flatten(1, 2))
+        windows = split_windows(features, self.grid, self.shuffle_factor).flatten(1)
+        return self.layers(windows.unflatten(0, (-1, self.tokens_per_image)))

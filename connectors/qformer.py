@@ -69,7 +69,6 @@ TEXT_KEYS = re.compile(r"text\.|.*\.layer\.\d+\.(intermediate|output)\.")
 class QFormer(Connector):
     """`queries` tokens per image, from a BERT of `layers` layers and width `width`."""
 
-    class_token = True
     ignored_reference_keys = IGNORED_KEYS
     size_options = {
         "queries": [side**2 for side in range(2, 33)],
@@ -107,6 +106,7 @@ class QFormer(Connector):
             itc_width: For `objective: blip2`: width of the embeddings for ITC.
         """
         super().__init__()
+        self.class_token = shapes.has_class_token  # where there is none, the patches are enough
         least = {"queries": 1, "layers": 1, "ffn_width": 1, "text_length": 3, "itc_width": 1}
         for name, low in least.items():
             value = locals()[name]
@@ -158,7 +158,9 @@ class QFormer(Connector):
         attentions = [b.crossattention.attention for b in blocks if b.has_cross_attention]
         layers = [(attention.query, attention.key) for attention in attentions]
         heads = self.qformer.config.num_attention_heads
-        return attention_shares(layers, heads, lambda: self(features), slice(1, None))
+        return attention_shares(
+            layers, heads, lambda: self(features), slice(int(self.class_token), None)
+        )
 
     def objectives(self) -> tuple[str, ...]:
         """Name the objective of BLIP-2's first stage."""

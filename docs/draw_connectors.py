@@ -1,24 +1,27 @@
-"""Draw connectors.svg, four ways from an image into the text: python docs/draw_connectors.py."""
+"""Draw connectors.svg, five ways from an image into the text: python docs/draw_connectors.py."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 FILE = Path(__file__).with_name("connectors.svg")
-GUTTER, PANEL, WIDTH, HEIGHT, PITCH = 134, 300, 1338, 808, 20  # PITCH: from place to place
+GUTTER, PANEL, WIDTH, HEIGHT, PITCH = 134, 300, 1638, 808, 20  # PITCH: from place to place
 Points = list[tuple[int, int]]
 VISION, LANGUAGE, INK, DAY, DUSK = "#2f6fb3", "#2a8a66", "#222222", "#cfe3f6", "#f6cfc0"
 FIRST, SECOND = "#c06c00", "#7c300c"  # the connector; what is of a second image is darker
 LAYERS, GATED = (440, 520, 562, 642), (480, 602)  # tops of decoder layers and of what is before two
 ROWS = {150: "image", 218: "vision encoder", 258: "patches", 322: "connector", 401: "text"}
 ROWS |= {top + 21: f"decoder layer {i}" for i, top in enumerate(LAYERS)}
-ROWS |= {top + 12: "gated cross-" for top in GATED} | {top + 29: "attention" for top in GATED}
+ROWS |= {top + 12: "gated cross-" for top in GATED} | {top + 29: "attention, sum" for top in GATED}
 PANELS = (
-    "(a) one token per patch|llava_mlp, linear,|glu, eva|The text holds a place|for every patch.",
-    "(b) fewer tokens|qformer, resampler, avgpool,|pixel_shuffle, c_abstractor"
-    "|The text stays shorter: every|decoder layer has less to do.",
-    "(c) inside the decoder|flamingo||One place per image; each stretch|of text looks at its own.",
+    "(a) one token per patch|llava_mlp, linear,|glu, eva, dense"
+    "|The text holds a place|for every patch.",
+    "(b) fewer tokens|qformer, resampler, avgpool,|pixel_shuffle, c_abstractor,"
+    "|attention_pool, token_packer|The text stays shorter: every|decoder layer has less to do.",
+    "(c) inside the decoder|flamingo, cross_attention|"
+    "|One place per image; each stretch|of text looks at its own.",
     "(d) both|mixed||The tokens stand in the text,|which looks at them again.",
+    "(e) levels|deepstack||To the tokens in the text more is|added: what earlier blocks saw.",
 )
 STYLE = """text{font:16px Helvetica,Arial,sans-serif;text-anchor:middle}
 .title{font-size:21px;font-weight:bold}.row{text-anchor:end}.key{text-anchor:start}"""
@@ -140,19 +143,22 @@ def draw_flamingo(middle: int) -> str:
 
 def draw_page() -> str:
     """Return the figure of the page docs/connectors.md as SVG."""
-    a, b, c, d = middles = [GUTTER + PANEL * i + PANEL // 2 for i in range(4)]
+    a, b, c, d, e = middles = [GUTTER + PANEL * i + PANEL // 2 for i in range(5)]
     parts = [f"<style>{STYLE}</style>", draw_box(0, 0, WIDTH, HEIGHT, "white")]
     parts += [draw_text(GUTTER - 6, y, words, kind="row") for y, words in ROWS.items()]
     for middle, words in zip(middles, PANELS, strict=True):
         title, *lines = words.split("|")
         parts += [draw_box(middle - 146, 8, 292, 756, "#fafafa", ' stroke="#cccccc"')]
         parts += [draw_text(middle, 40, title, kind="title")]
-        for y, line in zip((68, 90, 718, 740), lines, strict=True):
-            parts += [draw_text(middle, y, line, FIRST if y < 100 else INK)]
+        tops = (68, 90) if len(lines) == 4 else (62, 82, 102)
+        for y, line in zip((*tops, 718, 740), lines, strict=True):
+            parts += [draw_text(middle, y, line, FIRST if y in tops else INK)]
     parts += [draw_image_to_text(a - 10, 9, "one for one"), draw_image_to_text(b - 10, 4, "merge")]
     parts += [draw_flamingo(c), draw_image_to_text(d - 10, 9, "one of (a) or (b)")]
     parts += [
-        draw_attention(d - 100, 11, "the image's tokens", FIRST, [(d + 78, 317), (d + 138, 317)])
+        draw_attention(d - 100, 11, "the image's tokens", FIRST, [(d + 78, 317), (d + 138, 317)]),
+        draw_image_to_text(e - 10, 9, "one for one"),
+        draw_attention(e - 100, 9, "earlier blocks", SECOND, [(e + 78, 213), (e + 138, 213)]),
     ]
     legend = ((420, VISION, "vision"), (600, FIRST, "connector"), (800, LANGUAGE, "language model"))
     for x, colour, words in legend:

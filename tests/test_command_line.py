@@ -14,6 +14,8 @@ from vlbench.command_line.arguments import (
     EvalArguments,
     ListArguments,
     PlanArguments,
+)
+from vlbench.command_line.compare_arguments import (
     ReportArguments,
 )
 from vlbench.command_line.parser import parse_arguments, split_arguments
@@ -57,7 +59,7 @@ def test_values_have_the_declared_types() -> None:
 
 
 def test_the_names_are_those_of_the_tables_behind_them() -> None:
-    assert get_args(arguments.TemplateName) == tuple(CHAT_TEMPLATES)
+    assert get_args(arguments.TemplateName) == ("auto", *CHAT_TEMPLATES)
     assert get_args(arguments.DtypeName) == tuple(DTYPE_NAMES)
     assert get_args(arguments.BenchmarkName) == tuple(RECORD_READERS) == tuple(SCORING_PROTOCOLS)
     assert get_args(arguments.ProtocolName) == tuple(EVAL_PROTOCOLS)

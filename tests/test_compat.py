@@ -302,7 +302,7 @@ def test_rotary_embedding_replaces_that_of_a_model_without_memory():
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     assert model.model.rotary_emb.inv_freq.is_meta, "rotary_emb is no part of LlamaModel any more"
-    model.model.rotary_emb = transformers_internals.llama_rotary_embedding(config)
+    model.model.rotary_emb = transformers_internals.rotary_embedding(config)
     assert not any(buffer.is_meta for buffer in model.buffers()), "there are other buffers"
 
 

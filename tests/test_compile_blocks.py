@@ -28,6 +28,7 @@ CASES = [  # connector, what is frozen, what is kept for the backward pass
     pytest.param("llava_mlp", "vision", "full", marks=pytest.mark.slow),
     pytest.param("llava_mlp", "lora", "full", marks=pytest.mark.slow),
     pytest.param("flamingo", "language", "selective", marks=pytest.mark.slow),
+    pytest.param("deepstack", "vision", "none", marks=pytest.mark.slow),
 ]
 
 

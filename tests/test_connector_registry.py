@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 import pytest
 
+from vlbench.config.recipe import load_recipe
 from vlbench.connector import registry
 from vlbench.connector.base import Connector
 from vlbench.errors import UserError
@@ -179,7 +180,7 @@ def test_private_classes_and_imported_connectors_do_not_count(drop):
         "deep",
     )
     assert registry.connector_options("deep") == {"depth": (int, 4)}
-    assert registry.check_options("deep", {"depth": 2}) == []
+    assert registry.resolve_options("deep", {"depth": 2})[1] == []
 
 
 def test_a_dataclass_beside_the_connector(drop):
@@ -211,6 +212,26 @@ def test_text_and_class_tell_the_same_signature(drop):
     assert set(get_args(from_text["b"].kind)) == {float, type(None)}
 
 
+@pytest.mark.parametrize(
+    ("annotation", "typed", "value"),
+    [
+        ("list[list[int]]", "[[1,2],[3]]", ((1, 2), (3,))),
+        ("tuple[int, str]", "[1,2]", (1, "2")),
+        ("tuple[Part, ...]", "[x]", ("x",)),
+        ("list[nn.Module]", "[x]", ("x",)),
+        ("tuple[()]", "[x]", "[x]"),
+        ("Part.Missing", "3", 3),
+    ],
+)
+def test_nested_and_unknown_annotations(drop, annotation, typed, value):
+    drop(
+        "from __future__ import annotations\nfrom torch import nn\nclass Part: pass\n"
+        + SIGNATURE.replace("a: int", f"a: {annotation} = 1")
+    )
+    words = ["recipe=yivl_llava", "connector.name=mine", f"connector.a={typed}"]
+    assert load_recipe(words).connector["a"] == value
+
+
 def test_a_computed_default_is_asked_of_the_class(drop):
     drop("WIDTH = 4 * 8\n" + MINE.replace("bias=True", "width: int = WIDTH"))
     assert registry.connector_options("mine") == {"width": (int, 32)}
@@ -218,10 +239,12 @@ def test_a_computed_default_is_asked_of_the_class(drop):
 
 def test_options_are_checked(drop):
     drop(SIGNATURE)
-    assert registry.check_options("mine", {"a": 1, "b": 2, "d": [4, 5], "e": "y", "f": 3}) == []
+    assert (
+        registry.resolve_options("mine", {"a": 1, "b": 2, "d": [4, 5], "e": "y", "f": 3})[1] == []
+    )
     values, _ = registry.resolve_options("mine", {"a": 1, "b": 2, "d": [4]})
     assert values == {"a": 1, "b": 2.0, "c": None, "d": (4,), "e": "x", "f": None}
-    lines = registry.check_options("mine", {"b": "2", "d": [True], "e": "z", "cc": 1})
+    lines = registry.resolve_options("mine", {"b": "2", "d": [True], "e": "z", "cc": 1})[1]
     expected = ("has no option 'cc'", "connector.a is missing", "connector.b must be a number")
     for words in (*expected, "connector.d must be a whole number, given true", "one of x, y"):
         assert any(words in line for line in lines), (words, lines)
@@ -232,7 +255,7 @@ def test_looking_does_not_import_torch(drop):
     drop(MINE)
     program = (
         "import sys; from vlbench.connector import registry\n"
-        "assert registry.check_options('mine', {'bais': 1})\n"
+        "assert registry.resolve_options('mine', {'bais': 1})[1]\n"
         "registry.connector_options('llava_mlp')\n"
         "assert 'torch' not in sys.modules"
     )

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vlbench.data.conversation_files import LlavaJson
-from vlbench.data.preflight import preflight_bad_samples
+from vlbench.data.conversation_files import ConversationFiles
+from vlbench.data.preflight import inspect_source
 from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
 from vlbench.errors import BadSample, UserError
 
@@ -26,9 +26,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def source(folder: Path, *records: Any) -> LlavaJson:
+def source(folder: Path, *records: Any) -> ConversationFiles:
     (folder / "data.json").write_text(json.dumps(records), encoding="utf-8")
-    return LlavaJson(folder / "data.json")
+    return ConversationFiles(folder / "data.json")
 
 
 def record(*turns: Any, **keys: Any) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def test_none_one_and_several_images(folder):
     )  # one image, no tag: it comes first
     assert [Path(picture.name).name for picture in data[3].images] == ["a.png", "b.png"]
     assert data[4].turns[0].role == "system" and data[4].turns[1].text.startswith(IMAGE_PLACEHOLDER)
-    assert data.find_bad_samples() == [] and preflight_bad_samples(data) == []
+    assert data.find_bad_samples() == [] and inspect_source(data).bad_samples == []
 
 
 def test_jsonl_and_an_image_folder(folder):
@@ -78,7 +78,7 @@ def test_jsonl_and_an_image_folder(folder):
     (folder / "json").mkdir()
     file = folder / "json" / "data.jsonl"
     file.write_text("\ufeff" + "\n\n".join(lines) + "\n", encoding="utf-8")
-    data = LlavaJson(file, folder)
+    data = ConversationFiles(file, folder)
     assert [data[index].id for index in range(2)] == ["一", "二"] and data.find_bad_samples() == []
     assert pickle.loads(pickle.dumps(data))[1] == data[1]
 
@@ -104,7 +104,7 @@ BAD_RECORDS = {
     "more tags": (record(image=None), "r1", "1 image tag in the text but 0 images"),
     "more images": (record(image=["a.png", "b.png"]), "r1", "1 image tag .* but 2 images"),
     "image a number": (record(image=5), "r1", "'image' is a number"),
-    "image empty": (record(image=""), "r1", "'image' is a text"),
+    "image empty": (record(image=""), "r1", "1 image tag in the text but 0 images"),
     "missing image": (record(image="gone.png"), "r1", r"gone\.png: does not exist"),
 }
 
@@ -113,7 +113,7 @@ BAD_RECORDS = {
 def test_bad_records_are_found_and_named(folder, bad, name, words):
     data = source(folder, bad, record(id="sound"))
     (fault,) = data.find_bad_samples()
-    (same,) = preflight_bad_samples(data)
+    (same,) = inspect_source(data).bad_samples
     with pytest.raises(BadSample, match=words) as caught:
         raise fault
     assert fault.sample_id == same.sample_id == name and fault.reason == same.reason
@@ -124,9 +124,9 @@ def test_bad_records_are_found_and_named(folder, bad, name, words):
 def test_preflight_opens_images_only_while_they_are_few(folder):
     (folder / "b.png").write_bytes(b"")
     data = source(folder, record(), record(image="b.png", id="r2"), record(image="b.png", id="r3"))
-    assert [fault.sample_id for fault in preflight_bad_samples(data)] == ["r2", "r3"]
-    assert "is empty (0 bytes)" in str(preflight_bad_samples(data)[0])
-    assert preflight_bad_samples(data, max_opened_images=1) == []
+    assert [fault.sample_id for fault in inspect_source(data).bad_samples] == ["r2", "r3"]
+    assert "is empty (0 bytes)" in str(inspect_source(data).bad_samples[0])
+    assert inspect_source(data, max_opened_images=1).bad_samples == []
 
 
 def test_preflight_leaves_rendered_sources_alone():
@@ -139,7 +139,7 @@ def test_preflight_leaves_rendered_sources_alone():
         def __getitem__(self, index: int) -> Sample:
             raise AssertionError
 
-    assert preflight_bad_samples(Rendered()) == []
+    assert inspect_source(Rendered()).bad_samples == []
 
 
 BAD_FILES = {
@@ -148,7 +148,7 @@ BAD_FILES = {
     "a mapping.json": (b'{"data": []}', "line 1 holds a mapping .*expected a list of records"),
     "a comma.json": (b'[\n {"id": 1},\n]', "line [23], column 1"),
     "cut off.json": (b'[{"id": "a', "line 1, column 9: unterminated string"),
-    "lines.json": (b'{"id": 1}\n{"id": 2}\n', r"line 2, column 1: .*name the file \.jsonl"),
+    "a tail.json": (b'[{"id": 1}]\n{"id": 2}\n', "line 2, column 1: extra data"),
     "bad.jsonl": (b'{"id": 1}\n{"id" 2}\n', "line 2, column 7: expecting ':'"),
     "latin.json": (b'[{"id":\n "caf\xe9"}]', "line 2, byte 6: not UTF-8"),
     "deep.json": (b"[" * 200_000, "nested too deeply|line 1"),
@@ -160,15 +160,15 @@ def test_bad_files_are_named_with_line_and_column(tmp_path, name):
     content, words = BAD_FILES[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=words) as caught:
-        LlavaJson(tmp_path / name)
+        ConversationFiles(tmp_path / name)
     assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_missing_files_and_folders(folder):
     source(folder, record())
     with pytest.raises(UserError, match=r"no such file.*Did you mean 'data\.json'"):
-        LlavaJson(folder / "dada.json")
+        ConversationFiles(folder / "dada.json")
     with pytest.raises(UserError, match="is a folder"):
-        LlavaJson(folder)
+        ConversationFiles(folder)
     with pytest.raises(UserError, match="no folder .*pictures"):
-        LlavaJson(folder / "data.json", folder / "pictures")
+        ConversationFiles(folder / "data.json", folder / "pictures")

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from vlbench.__main__ import main
-from vlbench.data.conversation_files import LlavaJson
+from vlbench.data.conversation_files import ConversationFiles
 from vlbench.data.conversation_record import record_from_sample, sample_from_record
 from vlbench.data.preflight import inspect_source
 from vlbench.data.record_keys import is_metadata_key
@@ -267,9 +267,9 @@ REFUSED: dict[str, tuple[Record, str]] = {
         {"images": ["a.jpg", "b.png"], "conversations": PLAIN},
         "0 image tags in the text but 2 images; write <image>",
     ),
-    "another key of turns": ({"conversation": PLAIN}, "no 'conversations'.*mean 'conversations'"),
-    "question and answer": (
-        {"image": "a.jpg", "question": "Q", "answer": "A"},
+    "another key of turns": ({"conversatoin": PLAIN}, "no 'conversations'.*mean 'conversations'"),
+    "question and answers of several people": (
+        {"image": "a.jpg", "question": "Q", "answers": ["A", "B"]},
         'no \'conversations\'; .*expected "conversations": .*"from": "human"',
     ),
     **{
@@ -308,7 +308,7 @@ def test_a_key_that_may_hold_something_is_told_once_with_a_count(folder, capsys)
     more = {"caption": "red", "width": 8, "conversations": [TAGGED[0], {**ANSWER, "why": "?"}]}
     records = [{"id": n, "image": "a.jpg", **more, "texts": n} for n in range(3)]
     (folder / "data.json").write_text(json.dumps(records))
-    found = inspect_source(LlavaJson(folder / "data.json"))
+    found = inspect_source(ConversationFiles(folder / "data.json"))
     assert found.bad_samples == [] and found.unread_key_counts["width"] == 3
     assert (
         found.describe_unread_keys()
@@ -347,7 +347,7 @@ def test_a_record_with_images_is_packed_with_them(folder):
     records += [{"id": 2, "messages": HF, "topic": "colour"}]
     (folder / "data.json").write_text(json.dumps(records))
     assert main(["pack", f"data={folder / 'data.json'}", f"out={folder / 'shards'}"]) == 0
-    source, shards = LlavaJson(folder / "data.json"), WebDatasetShards(folder / "shards")
+    source, shards = ConversationFiles(folder / "data.json"), WebDatasetShards(folder / "shards")
     for number in range(2):
         ours, theirs = shards[number], source[number]
         assert (ours.id, ours.turns, ours.unread_keys) == (
@@ -438,8 +438,8 @@ def test_which_keys_have_nothing_to_learn(key, expected):
 
 
 OTHER_FILES = {
-    "rows.json": (b"PAR1\x15\x04", "is a Parquet file"),
-    "rows.parquet": (b"PAR1\x15\x04", "is a Parquet file"),
+    "rows.json": (b"PAR1\x15\x04", "is damaged or cut off, or no Parquet"),
+    "rows.parquet": (b"PAR1\x15\x04", "is damaged or cut off, or no Parquet"),
     "small.json": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
     "table.csv": (b"image,question\na.jpg,What?\n", "a table"),
     "named.json": (b"image,question\na.jpg,What?\n", "a table"),
@@ -450,7 +450,6 @@ OTHER_FILES = {
     "rows.arrow": (b"ARROW1\0\0", "an Arrow file"),
     "data.json.zst": (b"\x28\xb5\x2f\xfd\0", "zstd.; decompress it"),
     "coco.json": (b'{"info": {}, "annotations": [{"id": 1}]}', "'annotations' holds a list of 1"),
-    "one.json": (json.dumps({"conversations": PLAIN}).encode(), "is this one record"),
     "long.json": (b'[{"id": ' + b"1" * 5000 + b"}]", "cannot be read as JSON"),
     "data.zip": (b"PK\x03\x04", "unpack it"),
 }
@@ -461,7 +460,7 @@ def test_a_file_that_is_no_json_is_called_what_it_is(name, tmp_path):
     content, words = OTHER_FILES[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=words) as caught:
-        LlavaJson(tmp_path / name)
+        ConversationFiles(tmp_path / name)
     assert name in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 from vlbench.__main__ import main
+from vlbench.command_line.arguments import EvalArguments
+from vlbench.evaluate.tasks.conversation_tasks import ConversationTask
 from vlbench.train import checkpoint_files
 
 
@@ -52,6 +54,16 @@ def data(tmp_path) -> Path:
 
 def lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_row_that_cannot_be_read_is_left_out_and_named(tmp_path):
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "a.png")
+    file = tmp_path / "questions.csv"
+    file.write_text("image,question,answer\na.png,Colour?\na.png,Colour?,red\n")
+    task = ConversationTask("llava_json", EvalArguments(model="run", data=str(file)))
+    assert [one.question.answer for one in task.all_questions] == ["red"]
+    (left_out,) = task.left_out_records
+    assert left_out.reason == "has 2 cells; the table has 3 columns"
 
 
 def test_a_run_is_asked_its_own_questions_and_the_answers_are_those_of_its_end(run, capsys):

@@ -14,7 +14,8 @@ from test_vlm import assert_same
 
 from vlbench.config import recipe as recipes
 from vlbench.connector import registry
-from vlbench.connector.base import Shapes
+from vlbench.connector.base import Shapes, blank_features
+from vlbench.connector.levels import first_level
 from vlbench.contract_checks.gradient_comparison import objective_gradients
 from vlbench.verbs import VERBS
 
@@ -53,13 +54,12 @@ def test_options_and_defaults_are_those_of_the_signature(name: str) -> None:
 
 def test_the_costs_are_those_at_6b() -> None:
     told = {row[0].strip("`"): row[1:4] for row in cells(PAGE.partition("### On two cores")[0])}
-    shapes = Shapes(1024, (32, 32), 1280, 4096, 32)
+    shapes = Shapes(1024, (32, 32), 1280, 4096, 32, vision_blocks=32, vision_layer=30)
     known = {}
     for name in SHIPPED:
         with torch.device("meta"):
             one = registry.load_connector(name)(shapes)
-            seen = one(torch.empty(1, 1024 + one.class_token, 1280))
-        latents = seen.shape[1] if one.inject_layers else 0
+            latents = one.count_latents(one(blank_features(one, shapes)))
         count = sum(parameter.numel() for parameter in one.parameters())
         known[name] = [f"{count:,}", str(one.tokens_per_image), str(latents)]
     assert told == known
@@ -88,7 +88,9 @@ def place(folder: Path, monkeypatch: pytest.MonkeyPatch, page: str = PAGE) -> No
     monkeypatch.chdir(folder)
 
 
-@pytest.mark.parametrize(("name", "places", "tokens"), [("mine", 2, 2), ("deep", 1, 1)])
+@pytest.mark.parametrize(
+    ("name", "places", "tokens"), [("mine", 2, 2), ("deep", 1, 1), ("two", 4, 4)]
+)
 def test_the_connectors_of_the_page_see(
     name: str, places: int, tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,7 +98,7 @@ def test_the_connectors_of_the_page_see(
     vlm = open_gates(small_vlm(registry.load_connector(name)))
     batch = make_batch(vlm, [[make_sample(1, images=2), make_sample(2)]])
     assert vlm.connector.tokens_per_image == places
-    assert vlm.visual(batch).shape == (3, tokens, vlm.model.shapes.lm_width)
+    assert first_level(vlm.visual(batch)).shape == (3, tokens, vlm.model.shapes.lm_width)
     with torch.no_grad():
         seen, counted = (
             vlm(batch).loss_sum,
@@ -107,9 +109,9 @@ def test_the_connectors_of_the_page_see(
         assert seen.isfinite() and not seen.equal(vlm(batch).loss_sum)
 
 
-def test_the_page_has_two_connectors() -> None:
-    assert sorted(BLOCKS) == ["deep", "mine"]
-    assert PAGE.count("```python") == 2
+def test_the_page_has_three_connectors() -> None:
+    assert sorted(BLOCKS) == ["deep", "mine", "two"]
+    assert PAGE.count("```python") == 3
 
 
 def test_the_figure_is_what_its_script_draws() -> None:

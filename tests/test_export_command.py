@@ -31,7 +31,7 @@ from vlbench.__main__ import main
 from vlbench.config.recipe import load_recipe
 from vlbench.data.chat_template import CHAT_TEMPLATES
 from vlbench.data.sample import IMAGE_PLACEHOLDER
-from vlbench.model.weights.export_hf_llava import IMAGE_TOKEN, to_jinja_template
+from vlbench.model.weights.exported_template import IMAGE_TOKEN, to_jinja_template
 from vlbench.processor import sample_from_messages
 from vlbench.serve.model_card import _describe_training, _plain_markdown
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from golden_release import CHECKPOINT
-from random_vlm import NoiseImage, make_sample, small_vlm
+from random_vlm import NoiseImage, assert_plain_logits, make_sample, small_vlm
 from random_vlm import make_batch as small_batch
 from reference_records import (
     GOLDENS,
@@ -76,8 +76,18 @@ def test_a_gated_block_equals_the_reference():
 class Recorded(nn.Module):
     """A vision encoder whose features are its pixels."""
 
-    grid, feature_width, class_token, image_size, dtype = (2, 3), 16, False, 1, torch.float32
+    grid, feature_width, has_class_token, image_size, dtype = (2, 3), 16, False, 1, torch.float32
     transform = None  # no image is opened
+    block_index = 0
+
+    def blocks(self) -> list[nn.Module]:
+        return [self]
+
+    def encoders(self) -> list[nn.Module]:
+        return [self]
+
+    def read_blocks(self, layers: tuple[int, ...], class_token: bool) -> None:
+        assert not layers and not class_token
 
     def forward(self, pixels: Tensor) -> Tensor:
         return pixels
@@ -192,16 +202,7 @@ def test_the_default_shapes_have_the_references_parameters():
 def test_closed_gates_equal_the_plain_language_model_bit_for_bit():
     vlm = small_vlm(Flamingo, {"every": 1, "latents": 3, "depth": 1, "heads": 2, "head_width": 8})
     batch = small_batch(vlm, [[make_sample(1), make_sample(2, images=2), make_sample(3, images=0)]])
-    batch.labels = None
-    with torch.no_grad():
-        ours = vlm(batch).logits
-        embeds = vlm.model.merge_embeddings(batch, vlm.visual(batch))
-        for hook in vlm.model._inject_hooks:
-            hook.remove()
-        plain = vlm.language.model(
-            inputs_embeds=embeds, position_ids=batch.position_ids, lengths=batch.sample_lengths
-        )
-        assert torch.equal(ours, vlm.language.lm_head(plain.last_hidden_state))
+    assert_plain_logits(vlm, batch)
 
 
 def test_recomputing_keeps_nothing_of_the_gated_blocks():

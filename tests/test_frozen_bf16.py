@@ -17,7 +17,8 @@ from vlbench.model import lora_adapters
 from vlbench.model.frozen_bf16 import FROZEN_DTYPE, FrozenBF16
 from vlbench.model.language_model import TINY_LANGUAGE_FOLDER
 from vlbench.model.loaded_vlm import LoadedVLM
-from vlbench.model.vision_encoder import EMBEDDED_ENCODERS, build_vision_encoder
+from vlbench.model.vision_config import EMBEDDED_ENCODERS
+from vlbench.model.vision_encoder import build_vision_encoder
 from vlbench.train import stage_runner
 from vlbench.train.checkpoint_files import named_part_weights, stored_dtype
 
@@ -113,7 +114,7 @@ def test_what_is_trained_or_would_be_rounded_is_not_held():
     assert all(layer.mlp.down_proj.weight.dtype == FROZEN_DTYPE for layer in layers)
     tied = frozen()
     tied.language.lm_head.weight = tied.language.get_input_embeddings().weight
-    FrozenBF16(tied)
+    FrozenBF16(tied.model)
     assert tied.language.lm_head.weight.dtype == torch.float32
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 
 from vlbench.config.recipe import load_recipe
 from vlbench.data import image_decoding, image_download
-from vlbench.data.conversation_files import LlavaJson
+from vlbench.data.conversation_files import ConversationFiles
 from vlbench.data.feature_store import content_key
 from vlbench.data.image_processing import ImageFile, ImageTransform, open_image
 from vlbench.data.preflight import inspect_source
@@ -344,7 +344,7 @@ def write_records(folder: Path, names: tuple[str, ...]) -> Path:
 @pytest.mark.parametrize("name", INSIDE)
 def test_images_inside_are_read_however_they_are_named(data_set, name):
     for images in ("images", "beside"):
-        source = LlavaJson(write_records(data_set, (name,)), data_set / images)
+        source = ConversationFiles(write_records(data_set, (name,)), data_set / images)
         assert inspect_source(source).bad_samples == []
         assert not source[0].images[0].is_outside
 
@@ -353,15 +353,15 @@ def test_images_inside_are_read_however_they_are_named(data_set, name):
 def test_images_outside_are_bad_samples_unless_they_are_allowed(data_set, name):
     file, images = write_records(data_set, ("in.png", name)), data_set / "images"
     for opened_images in (0, 500):
-        bad = inspect_source(LlavaJson(file, images), opened_images).bad_samples
+        bad = inspect_source(ConversationFiles(file, images), opened_images).bad_samples
         assert len(bad) == 1 and bad[0].record_number == 2
         assert "lies outside of the images' folder" in str(bad[0])
         assert "data.allow_outside=true" in str(bad[0])
-    image = LlavaJson(file, images)[1].images[0]
+    image = ConversationFiles(file, images)[1].images[0]
     for read in (ImageFile.open, lambda one: one.open_draft(8), content_key):
         with pytest.raises(UserError, match="lies outside"):
             read(image)
-    allowed = LlavaJson(file, images, allow_outside=True)[1].images[0]
+    allowed = ConversationFiles(file, images, allow_outside=True)[1].images[0]
     assert allowed.is_outside
     if "secret" in name:
         assert allowed.open().getpixel((0, 0)) == (0, 0, 255)
@@ -377,7 +377,7 @@ def test_the_cache_of_the_hub_counts_as_inside_of_its_repository(tmp_path):
     (images / "a.png").symlink_to("../../../blobs/123")
     (images / "b.png").symlink_to(tmp_path / "secret.png")
     write_records(images.parent, ("a.png", "b.png"))
-    bad = inspect_source(LlavaJson(images.parent / "data.json", images)).bad_samples
+    bad = inspect_source(ConversationFiles(images.parent / "data.json", images)).bad_samples
     assert [one.record_number for one in bad] == [2]
 
 

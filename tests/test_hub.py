@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub.client import go_offline, use_hub
+from hub.client import go_offline, use_hub, visit_hub
 from hub.model_repositories import make_repositories
 from hub.server import FakeHub, serve_hub
 
 from vlbench.errors import UserError
-from vlbench.model.weights.hub_download import LANGUAGE_CONTENTS, fetch_hub_folder
+from vlbench.hub_download import LANGUAGE_CONTENTS, fetch_hub_folder
 from vlbench.text_files import refuse_lfs_pointer
 
 YI = "01-ai/Yi-6B-Chat"
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 CODE = (
     "import sys\n"
     "from vlbench.errors import UserError\n"
-    "from vlbench.model.weights.hub_download import LANGUAGE_CONTENTS, fetch_hub_folder\n"
+    "from vlbench.hub_download import LANGUAGE_CONTENTS, fetch_hub_folder\n"
     "try:\n"
     f"    print(fetch_hub_folder('{YI}', 'language.weights', LANGUAGE_CONTENTS))\n"
     "except UserError as mistake:\n"
@@ -47,10 +47,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
 @pytest.fixture
 def hub(served: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """The hub with nothing wrong, and a client that has fetched nothing yet."""
-    served.forget()
-    use_hub(monkeypatch, served, tmp_path / "home")
-    monkeypatch.chdir(tmp_path)
-    yield served
+    yield visit_hub(monkeypatch, served, tmp_path)
     served[YI].gated, served.page = False, 1000
     served.tokens.clear()
     served.forget()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub import reference_weights
-from hub.client import go_offline, use_hub
+from hub.client import go_offline, visit_hub
 from hub.model_repositories import build_open_clip, make_repositories
 from hub.random_weights import write_weights
 from hub.server import FakeHub, serve_hub
@@ -58,9 +58,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
 @pytest.fixture
 def hub(served: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     """The hub, from which nothing has been fetched yet."""
-    served.forget()
-    use_hub(monkeypatch, served, tmp_path / "home")
-    return served
+    return visit_hub(monkeypatch, served, tmp_path)
 
 
 @pytest.mark.parametrize(("name", "tag"), TAGS)

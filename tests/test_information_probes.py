@@ -73,13 +73,15 @@ def test_a_text_that_is_no_question_about_a_scene_has_no_evidence():
 
 
 def test_probes_are_fitted_on_training_pictures_that_no_question_is_about():
-    recipe = recipes.load_recipe(["recipe=yivl_llava", "seed=3", "data.samples=100"])
-    fitted_on = training_questions(recipe, set(), GIST_LABELS)
+    stage_data = recipes.load_recipe(
+        ["recipe=yivl_llava", "seed=3", "data.samples=100"]
+    ).last_stage_data
+    fitted_on = training_questions(stage_data, set(), GIST_LABELS)
     names = [one.sample.images[0].name for one in fitted_on]
     assert 20 <= len(fitted_on) < 100 and all("conversations-3-" in name for name in names)
     assert all(label_names(one.sample) == GIST_LABELS for one in fitted_on)
     assert not set(names) & {one.picture for one in scene_questions("new")}
-    left = training_questions(recipe, set(names[:1]), GIST_LABELS)
+    left = training_questions(stage_data, set(names[:1]), GIST_LABELS)
     assert [one.sample.id for one in left] == [one.sample.id for one in fitted_on[1:]]
     assert all(one.sample.turns[-1].role == "human" and one.answer for one in fitted_on)
 
@@ -127,7 +129,7 @@ def test_information_is_found_up_to_the_place_where_it_is_removed(monkeypatch):
     vlm = fake_model(monkeypatch, encoder=everything, connector=everything, language=("shape",))
     questions = gist_questions()
     recipe = recipes.load_recipe(["recipe=yivl_llava"])
-    told = probe_information(recipe, vlm, questions)
+    told = probe_information(recipe.last_stage_data, vlm, questions)
     shares = read_by_type(told, questions)
     for kind in ("colour", "shape", "relation"):
         assert shares[kind][0] > 0.9 and shares[kind][1] > 0.9 and shares[kind][2] < 0.5
@@ -146,7 +148,9 @@ def test_a_position_that_the_connector_forgets_is_lost_there(monkeypatch):
     everything = ("colour", "shape")
     vlm = fake_model(monkeypatch, encoder=everything, connector=above, language=above)
     questions = [one for one in gist_questions() if one.type == "position"][:120]
-    told = probe_information(recipes.load_recipe(["recipe=yivl_llava"]), vlm, questions)
+    told = probe_information(
+        recipes.load_recipe(["recipe=yivl_llava"]).last_stage_data, vlm, questions
+    )
     read = {one["id"]: one["read"] for one in told["questions"]}
     is_above = ["top" in one.answer or "上" in one.answer for one in questions]
     for expected, where in ((0.9, True), (0.35, False)):
@@ -163,11 +167,11 @@ def test_too_few_questions_or_too_large_features_are_not_probed(monkeypatch):
     places = dict.fromkeys(PlaceFeatures._fields, everything)
     vlm = fake_model(monkeypatch, **places)
     recipe, questions = recipes.load_recipe(["recipe=yivl_llava"]), gist_questions()
-    told = probe_information(recipe, vlm, questions[:99])
+    told = probe_information(recipe.last_stage_data, vlm, questions[:99])
     assert told == {"left_out": "99 questions are about rendered scenes, 100 needed"}
-    assert probe_information(recipe, vlm, questions[:100], lambda: True) == {}
+    assert probe_information(recipe.last_stage_data, vlm, questions[:100], lambda: True) == {}
     monkeypatch.setattr(information_probes, "MAX_FEATURE_BYTES", 1 << 16)
-    told = probe_information(recipe, vlm, questions[:100])
+    told = probe_information(recipe.last_stage_data, vlm, questions[:100])
     assert told["left_out"].startswith("the features of 400 pictures take more than")
 
 
@@ -222,7 +226,10 @@ def test_answers_are_read_where_the_image_has_no_position_of_its_own(monkeypatch
         features = compute(vlm, samples)
         truth = {
             q.sample.id: q.answer
-            for q in [*questions, *training_questions(recipe, set(), GIST_LABELS)]
+            for q in [
+                *questions,
+                *training_questions(recipe.last_stage_data, set(), GIST_LABELS),
+            ]
         }
         answers.extend(sorted(set(truth.values()) - set(answers)))
         codes = torch.tensor([answers.index(truth[one.id]) for one in samples])
@@ -231,7 +238,7 @@ def test_answers_are_read_where_the_image_has_no_position_of_its_own(monkeypatch
     monkeypatch.setattr(information_probes, "compute_place_features", with_answers)
     questions = gist_questions()[:200]
     recipe = recipes.load_recipe(["recipe=yivl_llava"])
-    told = probe_information(recipe, vlm, questions)
+    told = probe_information(recipe.last_stage_data, vlm, questions)
     assert told["reads_answers"] and told["labels"]["language"]["answer"] > 0.95
     assert sum(one["read"][2] for one in told["questions"]) > 190
     assert sum(one["read"][1] for one in told["questions"]) < 60

@@ -159,7 +159,7 @@ def test_a_recorded_step_finds_all_that_changes_where_it_was(monkeypatch):
     vlm, recorded = build_small_vlm(), []
 
     def tensors_of(state: StaticDecodingState) -> list[int]:
-        changed = [state.token_ids, state.position_ids, state.attention_mask, state.image_index]
+        changed = [state.token_ids, state.position_ids, state.attention_mask]
         for layer in state.kv_cache.layers:
             changed += [layer.keys, layer.values, layer.cumulative_length]
         return [tensor.data_ptr() for tensor in changed]

@@ -96,7 +96,7 @@ def test_the_model_is_called_as_lmms_eval_calls_it(name, plugin):
         ({"model": "a", "batch_size": 0}, "batch_size is '0'"),
         ({"run": "a", "model": "b"}, "model_args has run.*Did you mean 'model'"),
         ({"model": "a", "dtpe": "bf16"}, "model_args has dtpe.*Did you mean 'dtype'"),
-        ({"model": "a", "template": "vicuna"}, "template is 'vicuna'; known are yi_vl"),
+        ({"model": "a", "template": "vicuna"}, "template is 'vicuna'; known are auto, yi_vl"),
     ],
 )
 def test_mistakes_are_one_line(args, message, plugin):

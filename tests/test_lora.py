@@ -227,7 +227,7 @@ def test_the_next_stage_trains_on_merged_weights(run, tmp_path, monkeypatch):
         ("stages.chat.train.connector.lora.rank=4", "a connector is trained whole"),
         (
             "stages.chat.train.vision.lora.bits=4",
-            "lora.bits=4, allowed for the language model only",
+            "train.vision.lora.bits=4; only train.language takes it",
         ),
         ("stages.chat.train.language.lora.bits=8", "lora.bits must be 4, given 8"),
         ("stages.chat.train.language.lora.rank=0", "must be at least 1"),

@@ -62,11 +62,12 @@ def test_held_out_losses_are_of_samples_that_nothing_is_asked_about(home):
     write("val.json", 20)
     words = ["recipe=yivl_llava", "data.train=train.json", "data.val=val.json", "log.questions=10"]
     grids.parse_grid([*words, "sweep=0.3,1"])
-    _, questions, _ = final_questions(recipes.load_recipe(words))
+    recipe = recipes.load_recipe(words)
+    _, questions, _ = final_questions(recipe.last_stage_data, recipe.log.questions)
     asked = {int(one.record_number) - 1 for one in questions}
-    from vlbench.data.conversation_files import LlavaJson
+    from vlbench.data.conversation_files import ConversationFiles
 
-    source = LlavaJson("val.json")
+    source = ConversationFiles("val.json")
     tail = SourceTail(source, first_loss_sample(len(source)), SWEEP_SEED)
     learned = [tail.locate_sample(position)[1] for position in range(2 * len(tail))]
     assert sorted(learned[:10]) == sorted(learned[10:]) == list(range(10, 20))

@@ -124,7 +124,10 @@ def test_two_do_as_many_operations():
     assert within([one.matched_budget for one in found])
 
 
-@pytest.mark.parametrize("name", ["glu", "flamingo", "mixed", "c_abstractor"])
+@pytest.mark.parametrize(
+    "name",
+    ["glu", "flamingo", "mixed", "c_abstractor", "token_packer", "deepstack", "cross_attention"],
+)
 def test_counts_are_those_of_the_whole_model(name):
     recipe = recipes.load_recipe(["recipe=yivl_llava", f"connector.name={name}"])
     sizes = [stage.image_size for stage in recipe.stages.values()]
@@ -134,6 +137,7 @@ def test_counts_are_those_of_the_whole_model(name):
     built = counter.build_connector(registry.load_connector(name), options)
     counted = {by: count(counter, built) for by, count in BUDGET_COUNTS.items()}
     tokens = {"flamingo": whole.latents, "mixed": whole.tokens + whole.latents}
+    tokens["cross_attention"] = whole.latents
     assert tuple(counted) == MATCHABLE_BUDGETS
     assert counted == {
         "params": whole.parameters,

@@ -116,8 +116,8 @@ def test_a_tied_language_model_trains_and_is_exported(tmp_path, monkeypatch):
 
 def test_another_architecture_is_refused(tmp_path):
     llama(tmp_path)
-    edit_json(tmp_path / "config.json", model_type="qwen2")
-    with pytest.raises(UserError, match="model_type is 'qwen2'.*Yi-1.5"):
+    edit_json(tmp_path / "config.json", model_type="gemma2")
+    with pytest.raises(UserError, match="model_type is 'gemma2'.*Yi-1.5"):
         build_language_model("yi-6b", str(tmp_path))
 
 

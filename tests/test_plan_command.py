@@ -32,7 +32,12 @@ from vlbench.planner.memory_estimate import (
 from vlbench.planner.meta_model import ModelDepth, SampleShape, build_meta_vlm
 from vlbench.planner.options import parse_plan_options
 from vlbench.planner.simulate_step import DepthExtrapolator, StepSimulator
-from vlbench.planner.stage_workload import StageWorkload, sample_flops, stage_workload
+from vlbench.planner.stage_workload import (
+    StageWorkload,
+    sample_flops,
+    stage_samples,
+    stage_workload,
+)
 from vlbench.planner.training_plan import make_plan
 from vlbench.train.auto_checkpointing import run_micro_batch
 from vlbench.train.stage_plan import build_stage_steps, plan_stage_runs
@@ -62,7 +67,8 @@ def planned(recipe: str, stage: str, precision: str = "32") -> tuple[StageMemory
     """Return a stage of a recipe as `plan` sees it."""
     resolved = recipes.load_recipe([f"recipe={recipe}"])
     vlm = meta_vlm(resolved, stage)
-    work, _ = stage_workload(resolved, stage, vlm, None, None)
+    samples = stage_samples(resolved.stage_data(stage), vlm.processor, None, None)
+    work = stage_workload(stage, resolved.stages[stage], vlm.model, samples)
     rehearsals = DepthExtrapolator(
         vlm.model, functools.partial(meta_vlm, resolved, stage), precision
     )
@@ -134,6 +140,7 @@ MEASURED = [
     ("yivl_flamingo", "align_448", "full"),
     ("yivl_flamingo", "chat", "none"),
     ("yivl_eva", "align_448", "full"),
+    ("yivl_deepstack", "chat", "selective"),
 ]
 
 
@@ -187,6 +194,21 @@ def test_a_few_layers_tell_what_many_take():
         key=lambda one: sum(one.values()),
     )
     assert shallow == pytest.approx(deep, rel=1e-6)
+
+
+def test_a_few_decoder_layers_tell_what_many_take_where_encoder_blocks_are_named():
+    resolved = recipes.load_recipe(["recipe=yivl_deepstack", "connector.blocks=[-1,0,1]"])
+    many = ModelDepth(12, 5)
+    vlm = meta_vlm(resolved, "chat", many)
+    assert vlm.connector.vision_layers == (3, -1, 0, 1)
+    rehearsals = DepthExtrapolator(
+        vlm.model, lambda few: meta_vlm(resolved, "chat", few or many), "bf16"
+    )
+    assert rehearsals.simulated_depths == [ModelDepth(4, 5), ModelDepth(5, 5)]
+    row = SampleShape(300, 2, 100)
+    deep = StepSimulator(vlm.model, "bf16").simulate_step(row, "full").values()
+    deepest = max(deep, key=lambda one: sum(one.values()))
+    assert rehearsals.peak_memory(row, "full") == pytest.approx(deepest, rel=1e-6)
 
 
 def test_frozen_weights_of_files_take_two_bytes_unless_they_are_sharded():

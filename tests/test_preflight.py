@@ -18,7 +18,7 @@ from vlbench.__main__ import main
 from vlbench.config import recipe as recipes
 from vlbench.data.batch_sampler import StepDataset
 from vlbench.data.chat_template import YI_VL
-from vlbench.data.conversation_files import LlavaJson
+from vlbench.data.conversation_files import ConversationFiles
 from vlbench.data.image_processing import ImageTransform
 from vlbench.data.sample_encoding import SampleEncoder
 from vlbench.data.shuffle import SourceMixture
@@ -251,7 +251,7 @@ def test_samples_with_equal_ids_have_names_of_their_own_in_a_batch(folder):
     """What is random in a connector follows from these names."""
     for name in ("one.json", "two.json"):
         write(folder, name, *(record(id="same") for _ in range(3)))
-    sources = [(LlavaJson(folder / name, folder), 1.0) for name in ("one.json", "two.json")]
+    sources = [(ConversationFiles(folder / name, folder), 1.0) for name in ("one.json", "two.json")]
     steps = StepDataset(
         mixture=SourceMixture(sources, 0),
         encoder=SampleEncoder(Tokenizer.load(TINY), YI_VL, tokens_per_image=4, max_length=512),
@@ -278,7 +278,7 @@ def test_bad_samples_name_their_record_also_when_their_images_are_broken(folder)
         record(id="x") | {"image": ""},
     )
     steps = StepDataset(
-        mixture=SourceMixture([(LlavaJson("equal.json"), 1.0)], 0),
+        mixture=SourceMixture([(ConversationFiles("equal.json"), 1.0)], 0),
         encoder=SampleEncoder(Tokenizer.load(TINY), YI_VL, tokens_per_image=4, max_length=512),
         image_transform=ImageTransform(8, 8, (0.5,) * 3, (0.5,) * 3),
         global_batch_size=3,

@@ -395,6 +395,8 @@ def test_recipes_differ_in_what_their_papers_say_and_in_nothing_else():
     allowed = {
         "yivl_qformer": set(),
         "yivl_flamingo": set(),
+        "yivl_deepstack": set(),
+        "yivl_cross_attention": set(),
         "yivl_eva": set(),
         "yivl_eva_tower": {"vision"},
         "yivl_blip2": {"stages"},

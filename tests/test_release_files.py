@@ -221,7 +221,7 @@ ODD: dict[str, tuple[Change, str]] = {
     "no text_config": (config_change(text_config=None), "config.json has no text_config"),
     "text_config a list": (config_change(text_config=[1]), "text_config is .*wanted is a mapping"),
     "vision_config a text": (config_change(vision_config="clip"), "vision_config is 'clip'"),
-    "Mistral": (config_change(part="text_config", model_type="mistral"), "is 'mistral'"),
+    "Mixtral": (config_change(part="text_config", model_type="mixtral"), "is .mixtral."),
     "an id that is none": (config_change(image_token_index="x"), "image_token_index is 'x'"),
     "a negative id": (config_change(image_token_index=-1), "image_token_index is -1"),
     "several layers": (config_change(vision_feature_layer=[-2, -3]), "vision_feature_layer is"),

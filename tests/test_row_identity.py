@@ -87,7 +87,7 @@ def test_data_are_what_the_file_held_and_not_its_path(tmp_path, monkeypatch):
         words = [f"data.train={path}", f"data.images={('images', tmp_path / 'images')[number % 2]}"]
         folder = run(tmp_path / f"r{number}", 0.8, number, *words)
         recipe = recipes.load_recipe_file(folder / "recipe.yaml")
-        ((source, _),) = open_stage_sources(recipe.data, recipe.stages["chat"], "chat", 0)
+        ((source, _),) = open_stage_sources(recipe.stage_data("chat"))
         record(folder, data=checksum_sources([source]))
     rows = rows_of(*(tmp_path / f"r{number}" for number in range(3)))
     assert [row.seeds for row in rows] == [(0, 1), (2,)]

@@ -90,7 +90,8 @@ def test_an_exam_from_before_records_were_numbered_goes_on(write, model, tmp_pat
 def test_a_run_asks_equal_ids_of_all_its_sources_apart(write):
     first, second = (write([record(n) for n in range(2)], name) for name in ("a.json", "b.json"))
     mix = f"data.mix=[{{train: {first}}}, {{train: {second}}}]"
-    asked = final_questions(recipes.load_recipe(["recipe=yivl_llava", mix]))[1]
+    recipe = recipes.load_recipe(["recipe=yivl_llava", mix])
+    asked = final_questions(recipe.last_stage_data, recipe.log.questions)[1]
     ids = [one.sample.id for one in asked]
     assert len(ids) == len(set(ids)) == 4
 

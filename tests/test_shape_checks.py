@@ -53,11 +53,6 @@ def test_texts_longer_than_the_language_model_reads_are_refused(tmp_path, monkey
     [
         (["connector.name=resampler", "connector.side=60"], "an image takes 3600 tokens"),
         (["connector.name=c_abstractor", "connector.side=5"], "at most 4 is allowed"),
-        (
-            ["connector.name=qformer", "vision.name=ViT-B-16-SigLIP", "vision.weights=random"]
-            + ["stages.align_224.image_size=32"],
-            "reads the class token, and this vision encoder has none",
-        ),
     ],
 )
 def test_what_does_not_go_together_is_told_before_there_is_a_run(

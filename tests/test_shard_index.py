@@ -15,7 +15,7 @@ import pytest
 
 from vlbench.__main__ import main
 from vlbench.data import shards as shards_module
-from vlbench.data.preflight import preflight_bad_samples
+from vlbench.data.preflight import inspect_source
 from vlbench.data.sample import sample_at
 from vlbench.data.scene_world import make_scene
 from vlbench.data.shard_index import index_path, load_shard_index
@@ -132,7 +132,7 @@ def test_a_truncated_tar_is_named_and_read_anew_when_it_is_whole(
         assert found[:whole] == SIX[:whole] and len(found) == whole + 1
         assert "x.tar: is truncated: it ends at byte" in found[-1]
         assert f"; {whole} samples before that can be read" in found[-1]
-        (known,) = preflight_bad_samples(shards)
+        (known,) = inspect_source(shards).bad_samples
         with pytest.raises(BadSample) as met:
             sample_at(shards, whole)
         assert (known.record_identity, str(known)) == (met.value.record_identity, str(met.value))
@@ -143,8 +143,9 @@ def test_a_truncated_tar_is_named_and_read_anew_when_it_is_whole(
         "is truncated" in said and len(said.splitlines()) == 1 and not (tmp_path / "run").exists()
     )
     tar.write_bytes(content)
-    assert captions(WebDatasetShards(tar)) == SIX and not preflight_bad_samples(
-        WebDatasetShards(tar)
+    assert (
+        captions(WebDatasetShards(tar)) == SIX
+        and not inspect_source(WebDatasetShards(tar)).bad_samples
     )
 
 

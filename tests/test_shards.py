@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlbench.__main__ import main
 from vlbench.data import shards as shards_module
-from vlbench.data.conversation_files import LlavaJson
+from vlbench.data.conversation_files import ConversationFiles
 from vlbench.data.image_processing import ImageTransform
 from vlbench.data.scene_world import make_scene
 from vlbench.data.shard_index import index_path, load_shard_index
@@ -70,7 +70,7 @@ def packed(data, tmp_path_factory) -> Path:
 
 
 def test_what_is_packed_is_read_back_the_same(data, packed):
-    source, shards = LlavaJson(data / "data.json"), WebDatasetShards(packed)
+    source, shards = ConversationFiles(data / "data.json"), WebDatasetShards(packed)
     assert len(shards) == SAMPLES - 2
     good = [source[n] for n in range(SAMPLES) if n not in (10, 11)]
     for number, expected in enumerate(good):

@@ -155,7 +155,7 @@ def test_a_template_that_does_not_exist_is_refused_before_loading(verb, capsys):
     assert main([verb, "model=nowhere", "template=chatlm"]) == 2
     lines = said(capsys)
     assert len(lines) == 1
-    assert "template must be one of yi_vl, chatml, llava_v1, given 'chatlm'" in lines[0]
+    assert "template must be one of auto, yi_vl, chatml, llava_v1, given 'chatlm'" in lines[0]
     assert "Did you mean 'chatml'?" in lines[0]
     with pytest.raises(UserError, match="Did you mean 'llava_v1'"):
         vlbench.load(CHECKPOINT, template="llava")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -40,8 +41,14 @@ def counted(vlm: LoadedVLM, batches: list[PackedBatch]) -> float:
     return counting.get_total_flops()
 
 
-@pytest.mark.parametrize("recipe", CONNECTORS)
-@pytest.mark.parametrize("stage", ["align_448", "chat"])
+@pytest.mark.parametrize(
+    ("recipe", "stage"),
+    [
+        *itertools.product(CONNECTORS, ["align_448", "chat"]),
+        ("yivl_deepstack", "chat"),
+        ("yivl_cross_attention", "align_448"),
+    ],
+)
 def test_a_step_takes_what_torch_counts(recipe, stage):
     vlm, batches = ready(recipe, stage)
     ours = count_step_flops(vlm.model).count_flops(batches, causal=False)

@@ -17,6 +17,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 import vlbench
 from vlbench.__main__ import main
 from vlbench.errors import UserError
+from vlbench.model.named_encoder import named_encoder_folder, resolve_encoder_config
 from vlbench.model.vision_config import read_vision_config, resolve_vision_config
 from vlbench.model.vision_encoder import VisionEncoder, build_vision_encoder, check_vision_weights
 from vlbench.model.weights.weight_origin import hash_named_tensors
@@ -323,7 +324,8 @@ def test_a_clip_folder_has_no_random_part(tmp_path):
 
 def test_a_config_is_written_as_open_clip_reads_it(tmp_path):
     for name in (NAME, "tiny_eva", SIGLIP):
-        config = resolve_vision_config(name, "random" if name != "tiny_eva" else "embedded")
+        weights = "random" if name != "tiny_eva" else "embedded"
+        config = resolve_encoder_config(name, weights, named_encoder_folder(name))
         config.save(tmp_path)
         assert read_vision_config(tmp_path) == config
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import vlbench
 from vlbench.connector import registry
-from vlbench.connector.base import Connector, Shapes
+from vlbench.connector.base import Connector, ImagePlaces, Shapes
 from vlbench.contract_checks.gradient_comparison import find_differences, language_gradients
 from vlbench.contract_checks.small_model import extend_prompt
 from vlbench.errors import UserError
@@ -36,7 +36,8 @@ class Gated(Connector):
     def forward(self, features: Tensor) -> Tensor:
         return self.proj(features)
 
-    def inject(self, layer: int, hidden: Tensor, visual: Tensor, sees: Tensor) -> Tensor:
+    def inject(self, layer: int, hidden: Tensor, visual: Tensor, where: ImagePlaces) -> Tensor:
+        sees = where.image_index
         seen = visual.mean(1)[sees.clamp(min=0)] * (sees >= 0).unsqueeze(-1)
         return hidden + torch.tanh(self.gate[layer]) * seen
 
@@ -101,6 +102,7 @@ def test_closed_gates_equal_the_plain_language_model_bit_for_bit() -> None:
             lengths=batch.sample_lengths,
             visual=vlm.visual(batch),
             image_index=batch.image_index,
+            token_index=batch.image_index,
         ).last_hidden_state
         for hook in vlm.model._inject_hooks:
             hook.remove()

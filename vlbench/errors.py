@@ -168,7 +168,9 @@ def describe_json_type(value: Any) -> str:
     kinds = {dict: "a mapping", list: "a list", str: "a text", bool: "a truth value"}
     if value is None:
         return "null"
-    text = json.dumps(value, ensure_ascii=False)
+    if isinstance(value, bytes):
+        return f"{len(value):,} bytes"
+    text = json.dumps(value, ensure_ascii=False, default=repr)
     return f"{kinds.get(type(value), 'a number')} ({text[:40]}{'...' if len(text) > 40 else ''})"
 
 

@@ -19,6 +19,7 @@ from vlbench.train.fit import RunTraining, check_and_open_run
 from vlbench.train.lightning_trainer import quiet_lightning
 from vlbench.train.run_folder import RunFolder
 from vlbench.train.stage_plan import plan_stage_runs
+from vlbench.train.stage_runner import StageRunner
 from vlbench.train.user_callbacks import build_user_callbacks
 
 
@@ -51,7 +52,7 @@ def train_and_evaluate(recipe: Recipe) -> tuple[int, RunFolder | None]:
 def _fit_recipe(recipe: Recipe, held_locks: contextlib.ExitStack) -> tuple[int, RunFolder | None]:
     stage_runs = collectives.call_on_all_ranks(lambda: plan_stage_runs(recipe))
     if recipe.dry_run:
-        return dry_run_stages(recipe, stage_runs), None
+        return dry_run_stages(StageRunner.from_recipe(recipe), recipe.model, stage_runs), None
     user_callbacks = collectives.call_on_all_ranks(
         lambda: build_user_callbacks(recipe.trainer.callbacks)
     )

@@ -11,7 +11,7 @@ from vlbench.command_line.arguments import ListArguments, ListedKind
 from vlbench.config import encoder_names, recipe
 from vlbench.connector import registry
 from vlbench.connector.option_schema import ConnectorOption
-from vlbench.errors import UserError
+from vlbench.errors import UserError, one_line
 from vlbench.strict_values import kind_label, yaml_text
 from vlbench.text_files import read_text, split_lines
 from vlbench.text_tables import format_table
@@ -35,7 +35,10 @@ def listing_lines(arguments: ListArguments) -> list[str]:
 
 
 def connector_cost_lines(size: str) -> list[str]:
-    """Return a table of what each connector costs at `size`, counted without taking memory."""
+    """Return a table of what each connector costs at `size`, counted without taking memory.
+
+    Below it stands why a connector does not fit, where one does not.
+    """
     recipes = {name: [f"size={size}", f"connector.name={name}"] for name in _usable_connectors()}
     # first, as a mistake in the size needs no torch
     known = {
@@ -44,14 +47,21 @@ def connector_cost_lines(size: str) -> list[str]:
     from vlbench.model.connector_cost import QUESTION_TOKENS, count_model_cost
 
     rows = [("connector", "parameters", "tokens", "latents", "prefill TFLOPs")]
+    unfit: list[str] = []
     for name, one in known.items():
         side = list(one.stages.values())[-1].image_size
-        count = count_model_cost(one.model, side)
+        try:
+            count = count_model_cost(one.model, side)
+        except ValueError as error:  # of its options, for an encoder or language model of this size
+            rows.append((name, "-", "-", "-", "-"))
+            unfit.append(one_line(f"{name} does not fit: {error}"))
+            continue
         flops = f"{count.flops / 1e12:.3g}"
         numbers = (f"{count.parameters:,}", str(count.tokens), str(count.latents), flops)
         rows.append((name, *numbers))
     return [
         *format_table(rows, "<>"),
+        *unfit,
         "",
         f"An image at {side} pixels takes so many tokens of the text; latents are attended to",
         "inside the language model. Prefill: connector and language model, an image and "

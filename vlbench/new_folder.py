@@ -1,31 +1,42 @@
-"""A new folder that is never seen half-written."""
+"""A new folder that is never seen half-written, and names that are free."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vlbench.file_lock import hold_lock
 
 
-@contextlib.contextmanager
-def write_new_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `folder` that gets its name at the end of `with`.
+def first_free_path(form: str) -> Path:
+    """Return the first path of a form, such as "runs/compare-{}", that is not there, from 1 on."""
+    paths = (Path(form.format(number)) for number in itertools.count(1))
+    return next(path for path in paths if not path.exists())
 
-    One process at a time writes it; what is left half-written is removed. `folder` must not exist,
-    or be empty.
+
+@contextlib.contextmanager
+def write_new_folder(
+    folder: Path, is_worth_keeping: Callable[[Path], bool] = lambda _: False
+) -> Iterator[Path]:
+    """Yield a folder beside `folder` that gets its name at the end of `with`.
+
+    It is empty, unless one that was left half-written `is_worth_keeping`; others are removed. One
+    process at a time writes it. `folder` must not exist, or be empty.
     """
     writing = folder.with_name(f".writing-{folder.name}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with hold_lock(writing.with_name(f"{writing.name}.lock"), f"out={folder}"):
-        shutil.rmtree(writing, ignore_errors=True)
+        if not is_worth_keeping(writing):
+            shutil.rmtree(writing, ignore_errors=True)
         try:
-            writing.mkdir()
+            writing.mkdir(exist_ok=True)
             yield writing
             if folder.exists():
                 folder.rmdir()
             writing.rename(folder)
         finally:
-            shutil.rmtree(writing, ignore_errors=True)
+            if not is_worth_keeping(writing):
+                shutil.rmtree(writing, ignore_errors=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vlbench.config.schema import SampleFormat
+from vlbench.config.key_types import SampleFormat
 from vlbench.data.chat_template import ChatTemplate
 from vlbench.data.image_decoding import to_rgb_image
 from vlbench.data.image_processing import ImageFile, ImageTransform
@@ -68,12 +68,15 @@ class Processor:
 
     def with_image_inputs(self, transform: ImageTransform, tokens_per_image: int) -> Processor:
         """Return the processor for another image size; how images are decoded stays."""
-        transform = replace(transform, draft=self.transform.draft)
+        transform = replace(transform, draft=self.transform.draft, exif=self.transform.exif)
         return replace(self, transform=transform, tokens_per_image=tokens_per_image)
 
-    def with_draft_decoding(self, draft: bool) -> Processor:
-        """Return the processor that decodes large JPEGs at a reduced size if `draft`."""
-        return replace(self, transform=replace(self.transform, draft=draft))
+    def with_decoding(self, draft: bool, exif: bool) -> Processor:
+        """Return the processor that decodes large JPEGs at a reduced size if `draft`.
+
+        With `exif` it turns photographs as their EXIF orientation says.
+        """
+        return replace(self, transform=replace(self.transform, draft=draft, exif=exif))
 
     def prompt(self, messages: list[ChatMessage]) -> str:
         """Return the exact text that a conversation in the chat-message format becomes."""
@@ -102,7 +105,12 @@ class Processor:
                 f"{text.count(IMAGE_PLACEHOLDER)} image placeholders for {len(sample.images)} "
                 "images"
             )
-        pieces = tokenize_pieces([(text, False)], self.tokenizer, self.tokens_per_image)
+        pieces = tokenize_pieces(
+            [(text, False)],
+            self.tokenizer,
+            self.tokens_per_image,
+            self.template.has_all_tokens,
+        )
         input_ids = [token_id for piece_ids, _ in pieces for token_id in piece_ids]
         if len(input_ids) >= self.max_positions:
             raise ConversationTooLong(

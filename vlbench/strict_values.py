@@ -10,12 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import cache
+from itertools import chain, repeat
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, ValidationInfo
-from pydantic import field_validator as validator_of_fields
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from vlbench.errors import UserError, suggest_name
@@ -50,17 +50,6 @@ ALLOWED_WORDS = {
 
 class RawText(str):
     """A value as it was typed on the command line, to be read as the type of its key."""
-
-
-class StrictModel(BaseModel):
-    """A frozen mapping of declared keys: no other key, and no value of another type."""
-
-    model_config = STRICT
-
-    @validator_of_fields("*", mode="before")
-    @classmethod
-    def _read_value(cls, value: object, info: ValidationInfo) -> object:
-        return read_value(value, cls.model_fields[str(info.field_name)].annotation)
 
 
 class FileRecord(BaseModel):
@@ -108,7 +97,8 @@ def read_value(value: Any, kind: Any) -> Any:
     if origin is tuple and isinstance(value, str) and str in split_union(args[0]):
         value = [value]  # one name where several may stand
     if origin is tuple and isinstance(value, list | tuple):
-        return tuple(read_value(item, args[0]) for item in value)
+        kinds = chain(args if ... not in args else (), repeat(args[0]))
+        return tuple(map(read_value, value, kinds))
     if origin is dict and isinstance(value, dict):
         return {name: read_value(item, args[1]) for name, item in value.items()}
     if origin is Literal and type(value) in (int, float):

@@ -8,6 +8,7 @@ import errno
 import io
 import json
 import os
+import uuid
 from collections.abc import Iterable, Iterator
 from io import BufferedRandom
 from pathlib import Path
@@ -204,12 +205,13 @@ def write_atomically(path: Path, text: str) -> None:
 def replace_when_written(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, which takes its place at the end of `with`.
 
-    What cannot be written whole is removed; the OSError names `path`.
+    Several processes, also of several machines, may write the same at the same time. What cannot be
+    written whole is removed; the OSError names `path`.
     """
     if path.exists() and not (path.is_file() or path.is_dir()):
         kind = irregular_kind(path.stat())
         raise OSError(errno.EINVAL, f"is {kind} and not a file", str(path))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     with name_written_file(path, temporary):
         try:
             temporary.unlink(missing_ok=True)  # else a link or a pipe of that name would be written

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, NamedTuple
 from vlbench.command_line.arguments import (
     ChatArguments,
     CheckArguments,
-    CompareArguments,
     ConnectorTestArguments,
     EvalArguments,
     ExportArguments,
+    GraftArguments,
     ListArguments,
     PackArguments,
     PlanArguments,
-    ReportArguments,
     ScoreArguments,
 )
+from vlbench.command_line.compare_arguments import CompareArguments, ReportArguments
 from vlbench.command_line.parser import (
     VerbDeclaration,
     parse_arguments,
@@ -144,6 +144,16 @@ def run_plan(words: list[str]) -> int:
     return plan_training(options)
 
 
+def run_graft(words: list[str]) -> int:
+    """Say whether three parts fit, and write the recipe that trains them."""
+    from vlbench.graft.graft_options import parse_graft_options
+
+    options = parse_graft_options(words)
+    from vlbench.graft.graft_command import run_graft as graft_parts
+
+    return graft_parts(options)
+
+
 def run_report(words: list[str]) -> int:
     """Compare finished runs."""
     arguments = parse_arguments(ReportArguments, words)
@@ -239,6 +249,13 @@ VERBS = {
         run_plan,
         "recipe=yivl_llava size=34b trainer.devices=8 trainer.num_nodes=16 price=2",
         PlanArguments,
+        takes_recipe_keys=True,
+    ),
+    "graft": VerbEntry(
+        "say whether a vision encoder, a connector and a language model fit; write their recipe",
+        run_graft,
+        "vision=ViT-L-14 language=yi-6b connector=qformer gpu=H200 out=recipes/mine.yaml",
+        GraftArguments,
         takes_recipe_keys=True,
     ),
     "pack": VerbEntry(

@@ -39,6 +39,14 @@ def use_hub(monkeypatch: pytest.MonkeyPatch, hub: FakeHub, home: Path) -> Path:
     return cache
 
 
+def visit_hub(monkeypatch: pytest.MonkeyPatch, hub: FakeHub, folder: Path) -> FakeHub:
+    """Return a hub of several tests as if it was new, with `folder` to work and download in."""
+    hub.forget()
+    use_hub(monkeypatch, hub, folder / "home")
+    monkeypatch.chdir(folder)
+    return hub
+
+
 def go_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let nothing be fetched, as HF_HUB_OFFLINE=1 does."""
     from huggingface_hub import constants

@@ -128,6 +128,6 @@ def split_into_spans(
 
 
 def _thumbnail_uri(lazy_image: LazyImage, transform: ImageTransform) -> str:
-    image = Image.fromarray(transform.resize_and_crop(lazy_image.open()))
+    image = Image.fromarray(transform.resize_and_crop(transform.open_image(lazy_image)))
     image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.LANCZOS)
     return image_data_uri(image, "JPEG", quality=80)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from vlbench.command_line.parser import argument
 
 BenchmarkName = Literal["mmmu", "cmmmu"]
 ProtocolName = Literal["yi", "official", "lmms", "strict", "raw"]
-TemplateName = Literal["yi_vl", "chatml", "llava_v1"]
+TemplateName = Literal["auto", "yi_vl", "chatml", "llava_v1"]
 DtypeName = Literal["float32", "bf16", "bfloat16", "fp16", "float16"]
-ExportFormat = Literal["yi_vl", "hf_llava", "vlbench"]
+ExportFormat = Literal["yi_vl", "hf_llava", "yi_vl_hf", "vlbench"]
 BudgetName = Literal["params", "visual_tokens", "flops"]
 ListedKind = Literal["recipes", "sizes", "connectors", "encoders"]
 MAX_SEED = 2**32 - 1
@@ -31,6 +31,19 @@ def model_argument() -> str:
         metavar="PATH",
         is_path=True,
         other_names=("run", "path", "checkpoint", "pretrained"),
+    )
+    return name
+
+
+def out_argument(help: str, default: Any = None, metavar: str = "DIR") -> Any:
+    """Declare `out=`, where a verb writes; it may be left out."""
+    return argument(help, default, metavar=metavar, is_path=True, other_names=("to", "output"))
+
+
+def new_folder_argument() -> str:
+    """Declare `out=`, the folder that a verb makes; it must be given."""
+    name: str = argument(
+        "a new folder", metavar="DIR", is_path=True, other_names=("to", "output", "folder")
     )
     return name
 
@@ -90,12 +103,8 @@ class EvalArguments:
     dtype: DtypeName | None = argument(DTYPE_HELP, None, metavar="NAME")
     device: str | None = argument(DEVICE_HELP, None, metavar="NAME")
     compiled: bool = argument(COMPILED_HELP, False, metavar="true")
-    out: str | None = argument(
-        "folder of answers and scores; by default RUN/eval/CHECKPOINT/TASK, or evals/MODEL/TASK",
-        None,
-        metavar="DIR",
-        is_path=True,
-        other_names=("to", "output"),
+    out: str | None = out_argument(
+        "folder of answers and scores; by default RUN/eval/CHECKPOINT/TASK, or evals/MODEL/TASK"
     )
 
 
@@ -122,13 +131,7 @@ class ScoreArguments:
         low=0,
         high=MAX_SEED,
     )
-    out: str | None = argument(
-        "folder of the scores; by default FILE.scores beside the file",
-        None,
-        metavar="DIR",
-        is_path=True,
-        other_names=("to", "output"),
-    )
+    out: str | None = out_argument("folder of the scores; by default FILE.scores beside the file")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,9 +182,7 @@ class ExportArguments:
     verb: ClassVar[str] = "export"
 
     model: str = model_argument()
-    out: str = argument(
-        "a new folder", metavar="DIR", is_path=True, other_names=("to", "output", "folder")
-    )
+    out: str = new_folder_argument()
     format: ExportFormat = argument(
         "the released layout of Yi-VL, that of transformers' LLaVA, or a checkpoint",
         metavar="NAME",
@@ -199,13 +200,7 @@ class CheckArguments:
 
     verb: ClassVar[str] = "check"
 
-    out: str | None = argument(
-        "folder of the report; by default checks/RECIPE-SIZE",
-        None,
-        metavar="DIR",
-        is_path=True,
-        other_names=("to", "output"),
-    )
+    out: str | None = out_argument("folder of the report; by default checks/RECIPE-SIZE")
 
 
 DEFAULT_GPU = "A800"  # Yi-VL was trained on it
@@ -248,18 +243,56 @@ class PlanArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GraftArguments:
+    """`graft`: whether three parts fit, and the recipe that trains them."""
+
+    verb: ClassVar[str] = "graft"
+
+    vision: str = argument(
+        "the vision encoder: a name that `list encoders` shows, or a folder",
+        metavar="NAME",
+        is_path=True,
+    )
+    language: str = argument(
+        "the language model: tiny, yi-6b, yi-34b, a folder or a hub id",
+        metavar="NAME",
+        is_path=True,
+    )
+    connector: str = argument(
+        "the connector: a name that `list connectors` shows; its options are typed "
+        "connector.OPTION=VALUE",
+        metavar="NAME",
+    )
+    gpu: str | None = argument(
+        "the GPU whose memory is told; by default the one of this machine, or A800",
+        None,
+        metavar="NAME",
+    )
+    out: str | None = out_argument(
+        "the recipe to be written, a new file; by default recipes/graft-N.yaml", metavar="FILE.yaml"
+    )
+    try_: bool = argument(
+        "train it for some minutes on rendered scenes, and say whether it sees",
+        False,
+        metavar="true",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PackArguments:
     """`pack`: write a data set as shards."""
 
     verb: ClassVar[str] = "pack"
 
-    data: str = argument("conversations in LLaVA's format", metavar="FILE.json", is_path=True)
+    data: str = argument(
+        "JSON, JSONL, CSV, TSV or Parquet; a folder or data set of the hub with Parquet files",
+        metavar="DATA",
+        is_path=True,
+    )
     images: str | None = argument(
         "folder of the images; by default beside the file", None, metavar="FOLDER", is_path=True
     )
-    out: str = argument(
-        "a new folder", metavar="DIR", is_path=True, other_names=("to", "output", "folder")
-    )
+    out: str = new_folder_argument()
     samples: int = argument(
         "samples of a shard; 10,000 take about a gigabyte at 448 pixels",
         10_000,
@@ -269,94 +302,6 @@ class PackArguments:
     )
     allow_outside: bool = argument(
         "read images that lie outside of the folder images=", False, metavar="true"
-    )
-
-
-DEFAULT_MATCH_LIMIT = 4.0
-"""The most times that `match=` makes a size of a connector larger or smaller."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompareArguments:
-    """`compare`: train a grid of runs and report their differences."""
-
-    verb: ClassVar[str] = "compare"
-
-    recipe: str = argument(
-        "one recipe or several, as yivl_llava,yivl_qformer",
-        metavar="NAME[,NAME ...]",
-        other_names=("recipes",),
-    )
-    seeds: str = argument("number of seeds, 1 to 1000, or a list as [0,1,5]", "3", metavar="N")
-    grid: str | None = argument(
-        "changes that make a row each, 'K=V + K=V | K=V', or a YAML file with rows: [{K: V}, ...]",
-        None,
-        metavar="'K=V | K=V'",
-    )
-    match: BudgetName | None = argument(
-        "make this the same in all rows by the connectors' sizes", None, metavar="NAME"
-    )
-    match_limit: float | None = argument(
-        f"with match=: the most times that a size may grow or shrink; by default "
-        f"{DEFAULT_MATCH_LIMIT:g}",
-        None,
-        metavar="N",
-        low=1,
-        high=1e6,
-    )
-    curve: str | None = argument(
-        "train every row at each of these budgets, visual_tokens:4,16,64, flops:1e9,4e9 or "
-        "samples:1600,6400 (of the last stage)",
-        None,
-        metavar="NAME:V,V,...",
-    )
-    sweep: str | None = argument(
-        "factors of the connector's learning rate that every row tries first, as 0.3,1,3; of "
-        "another part sweep.language= or sweep.vision=",
-        None,
-        metavar="F,F,...",
-    )
-    freeze: Literal["vision"] | None = argument(
-        "never train the vision encoder, and keep its features for all runs", None, metavar="vision"
-    )
-    tasks: str | None = argument(
-        "asked at the end of every run, and compared too: mmmu, cmmmu, FILE.json, own (always "
-        "asked); keys as of eval: tasks.mmmu.data=DIR",
-        None,
-        metavar="TASK[,TASK ...]",
-        other_names=("task", "benchmark"),
-    )
-    jobs: str = argument(
-        "runs at once: 1 to 1000, auto, or slurm (write a job array)", "auto", metavar="N"
-    )
-    dry_run: bool = argument("print the plan alone", False, metavar="true")
-    run: str | None = argument(
-        "folder of the comparison; by default a new one, runs/compare-N",
-        None,
-        metavar="DIR",
-        is_path=True,
-        other_names=("out", "to"),
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportArguments:
-    """`report`: compare finished runs."""
-
-    verb: ClassVar[str] = "report"
-
-    runs: tuple[str, ...] = argument(
-        "folders of runs, or folders that hold them",
-        metavar="RUN...",
-        is_path=True,
-        is_positional=True,
-    )
-    out: tuple[str, ...] = argument(
-        "file that the report is written to, .md, .html or .json; once each",
-        (),
-        metavar="FILE",
-        is_path=True,
-        other_names=("to", "output"),
     )
 
 

@@ -76,7 +76,8 @@ def argument(
 class ArgumentSpec(NamedTuple):
     """A declared key: its name, the type of one value, and what `argument` was given."""
 
-    name: str
+    field_name: str
+    """Of the declaration: the key, or `try_` for a key `try`, which is no name in Python."""
     value_type: Any
     may_repeat: bool
     default: Any
@@ -87,6 +88,11 @@ class ArgumentSpec(NamedTuple):
     other_names: tuple[str, ...]
     is_path: bool
     is_positional: bool
+
+    @property
+    def name(self) -> str:
+        """The key."""
+        return self.field_name.rstrip("_")
 
     @property
     def is_required(self) -> bool:
@@ -127,15 +133,15 @@ class ArgumentSpec(NamedTuple):
 def declared_arguments(declaration: type[VerbDeclaration]) -> dict[str, ArgumentSpec]:
     """Return the keys that a declaration has, by name and in their order."""
     kinds = get_type_hints(declaration)
-    specs = {}
+    specs = []
     for field in dataclasses.fields(declaration):
         kind = kinds[field.name]
         may_repeat = get_origin(kind) is tuple
         value_type = get_args(kind)[0] if may_repeat else split_union(kind)[0]
-        specs[field.name] = ArgumentSpec(
-            field.name, value_type, may_repeat, field.default, **field.metadata
+        specs.append(
+            ArgumentSpec(field.name, value_type, may_repeat, field.default, **field.metadata)
         )
-    return specs
+    return {spec.name: spec for spec in specs}
 
 
 def parse_arguments(
@@ -225,7 +231,7 @@ def _build_arguments(
         mistakes = [f"{declaration.verb} needs {spec.usage}: {spec.help}" for spec in missing]
     if mistakes:
         raise UserError(*mistakes)
-    return declaration(**values)
+    return declaration(**{specs[name].field_name: value for name, value in values.items()})
 
 
 def _read_values(spec: ArgumentSpec, texts: Sequence[str]) -> Any:

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
+import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-    from transformers import DynamicCache, LlamaConfig, PretrainedConfig, StaticCache
+    from transformers import DynamicCache, PreTrainedConfig, StaticCache
+
+
+_TRACKER_LOCK = threading.Lock()
 
 
 @functools.cache
@@ -48,7 +53,7 @@ def replace_decoder_layer_input(
     return args, {**kwargs, "hidden_states": hidden}
 
 
-def set_attention(config: PretrainedConfig, name: str) -> None:
+def set_attention(config: PreTrainedConfig, name: str) -> None:
     """Choose the attention function of a model that is built from `config` by its name.
 
     `_attn_implementation` takes names that `AttentionInterface` knows. If it changes, packed rows
@@ -81,15 +86,36 @@ def passed_through_mask(device: torch.device) -> Tensor:
     return torch.empty(0, 0, 0, 0, dtype=torch.bool, device=device)
 
 
-def llama_rotary_embedding(config: LlamaConfig) -> nn.Module:
-    """Build `LlamaRotaryEmbedding`, whose buffers follow from the configuration.
+def decoder_classes(model_type: str) -> tuple[type[Any], type[Any]]:
+    """Return the classes of configuration and language model of an architecture of transformers.
 
-    It is put into a model that was built on `meta` (as `model.rotary_emb`), and checks the
-    configuration's numbers. If the class or the attribute goes, no language model can be loaded.
+    `MODEL_FOR_CAUSAL_LM_MAPPING` has the one for texts, by the class of its configuration.
     """
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    return LlamaRotaryEmbedding(config)
+    config_class = known_model_types()[model_type]
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    return config_class, model_class
+
+
+def known_model_types() -> Mapping[str, type[Any]]:
+    """Return transformers' classes of configurations by `model_type`."""
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING
+
+
+def rotary_embedding(config: PreTrainedConfig) -> nn.Module:
+    """Build the rotary positions of a decoder, whose buffers follow from the configuration.
+
+    They are put into a model that was built on `meta` (as `model.rotary_emb`), and check the
+    configuration's numbers. The class stands beside the model's, as `LlamaRotaryEmbedding` beside
+    `LlamaForCausalLM`. If it or the attribute goes, no language model can be loaded.
+    """
+    _, model_class = decoder_classes(config.model_type)
+    name = model_class.__name__.removesuffix("ForCausalLM") + "RotaryEmbedding"
+    rotary_class = getattr(sys.modules[model_class.__module__], name)
+    return rotary_class(config=config)  # type: ignore[no-any-return]
 
 
 def crop_kv_cache(cache: DynamicCache, position_count: int) -> None:
@@ -136,7 +162,32 @@ def pil_llava_image_processor() -> type[Any]:
     return LlavaImageProcessorPil
 
 
-def blip2_text_embeddings(config: PretrainedConfig) -> nn.Module:
+def compile_chat_template(text: str) -> Any:
+    """Compile a Jinja chat template in the sandbox in which transformers renders them.
+
+    `utils.chat_template_utils._compile_jinja_template`, which keeps what it has compiled; code in a
+    template cannot reach files or the interpreter. If it moves, `language.template=auto` breaks.
+    """
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    return _compile_jinja_template(text)
+
+
+def template_marks(template: Any, variables: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Return where the `{% generation %}` marks of a compiled chat template lie in its text.
+
+    The extension of transformers' sandbox that finds them is `activate_tracker`; characters from
+    and to. One thread at a time: in transformers 5.17 the extension itself holds what it finds.
+    """
+    blocks: list[str] = []
+    spans: list[tuple[int, int]] = []
+    with _TRACKER_LOCK, template.environment.activate_tracker(blocks, spans):
+        for block in template.generate(**variables):
+            blocks.append(block)  # noqa: PERF402  # the extension reads the list while it grows
+    return spans
+
+
+def blip2_text_embeddings(config: PreTrainedConfig) -> nn.Module:
     """Build the word and position embeddings of BLIP-2's Q-Former, which its model leaves out.
 
     `models.blip_2.modeling_blip_2.Blip2TextEmbeddings`, called with `input_ids`. If it moves, the

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 def build_open_clip_encoder(
@@ -25,6 +25,88 @@ def build_open_clip_encoder(
 
     visual: nn.Module = _build_vision_tower(embed_dim, vision_config, quick_gelu)
     return visual
+
+
+def build_timm_encoder(architecture: str, model_args: dict[str, Any], image_size: int) -> nn.Module:
+    """Build a model of timm with random weights and no classifier, as open_clip holds one.
+
+    `model_args` are those of timm's own config.json. open_clip's `TimmModel.__init__` takes no
+    arguments of the model and decides on its pooling, and so on tensors: its methods are used, with
+    a trunk as timm builds it.
+    """
+    import timm
+    from open_clip.timm_model import TimmModel
+    from torch import nn
+
+    own = {**model_args, "img_size": image_size, "num_classes": 0, "pretrained": False}
+    visual: Any = TimmModel.__new__(TimmModel)
+    nn.Module.__init__(visual)
+    visual.trunk = timm.create_model(architecture, **own)
+    visual.head = nn.Sequential()
+    visual.image_size = (image_size, image_size)
+    module: nn.Module = visual
+    return module
+
+
+def timm_module_name(architecture: str) -> str | None:
+    """Return which file of timm builds an architecture ("eva", "fastvit"), None if none does."""
+    from timm.models import is_model, model_entrypoint
+
+    return (
+        model_entrypoint(architecture).__module__.split(".")[-1] if is_model(architecture) else None
+    )
+
+
+def timm_architecture_names() -> list[str]:
+    """Return the names of all architectures of the installed timm."""
+    from timm.models import list_models
+
+    return list(list_models())
+
+
+def timm_pretrained_names() -> list[str]:
+    """Return the names ARCHITECTURE.TAG of all weights that the installed timm knows of."""
+    from timm.models import list_pretrained
+
+    return list(list_pretrained())
+
+
+def has_class_token(visual: Any) -> bool:
+    """Tell whether a vision encoder has a class token: `cls_token` of timm, `class_embedding`.
+
+    Registers are no class token: models of timm may have registers alone.
+    """
+    if has_timm_trunk(visual):
+        return getattr(visual.trunk, "cls_token", None) is not None
+    return getattr(visual, "class_embedding", None) is not None
+
+
+def has_final_norm(visual: Any) -> bool:
+    """Tell whether a vision encoder has a norm after its last block, that of all its tokens."""
+    from torch import nn
+
+    norm = visual.trunk.norm if has_timm_trunk(visual) else visual.ln_post
+    return not isinstance(norm, nn.Identity)
+
+
+def resample_radio_positions(positions: Tensor, visual: Any, architecture: str) -> Tensor:
+    """Return RADIO's position embeddings `[1, patches, width]` for the grid of `visual`.
+
+    C-RADIO's files hold a grid of 128 x 128; timm makes a model's grid of it as it loads them.
+    """
+    from timm.layers import resample_abs_pos_embed
+    from timm.models import vision_transformer
+
+    names: tuple[str, ...] = vision_transformer._RADIO_ALIGN_CORNERS
+    resampled: Tensor = resample_abs_pos_embed(
+        positions,
+        new_size=encoder_grid(visual),
+        num_prefix_tokens=0,
+        interpolation="bilinear",
+        antialias=False,
+        align_corners=any(name in architecture for name in names),
+    )
+    return resampled
 
 
 def has_timm_trunk(visual: nn.Module) -> bool:

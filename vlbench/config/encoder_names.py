@@ -1,9 +1,10 @@
-"""The names of the vision encoders that can be used, read without importing open_clip."""
+"""The names of the vision encoders that can be used, read without importing open_clip or timm."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,13 @@ EMBEDDED_ENCODERS = {
     "tiny_eva": "the embedded miniature of an EVA-02 vision encoder",
 }
 CURATED_ENCODERS = (
+    "ViT-SO400M-16-SigLIP2-384",
+    "ViT-B-16-SigLIP2-256",
+    "PE-Core-L-14-336",
+    "timm/vit_large_patch16_dinov3.lvd1689m",
+    "timm/vit_large_patch14_reg4_dinov2.lvd142m",
+    "timm/aimv2_large_patch14_336.apple_pt",
+    "timm/vit_large_patch16_radio_v3.c_radio",
     "ViT-B-32",
     "ViT-B-16",
     "ViT-L-14",
@@ -22,7 +30,6 @@ CURATED_ENCODERS = (
     "ViT-H-14",
     "ViT-g-14",
     "ViT-bigG-14",
-    "ViT-B-16-SigLIP",
     "ViT-SO400M-14-SigLIP-384",
     "EVA01-g-14",
     "EVA02-B-16",
@@ -30,7 +37,31 @@ CURATED_ENCODERS = (
     "EVA02-L-14-336",
     "EVA02-E-14",
 )
-"""Encoders in common use; `vision_encoder_names()` has all."""
+"""Encoders in common use, those that are asked for most first; OWNER/NAME is on a hub.
+
+`vision_encoder_names()` has all of open_clip."""
+HYBRID_FAMILIES = {
+    r"fastvit|mobileclip-|mobileclip2-|vit_base_mci": "a FastViT or MobileCLIP, with "
+    "convolutions and BatchNorm around its blocks, so that a step would depend on its packing",
+    r"convnext|resnet|^rn\d|_r\d+_s\d+|_r_s\d+|_resnet": "a convolutional network, or a ViT behind "
+    "one",
+    r"swin|hiera|nextvit|vitamin|mvitv2|pvt_|davit": "a network of stages, whose grid of patches "
+    "shrinks from one to the next",
+    r"naflex": "a NaFlexViT, which takes patches of any picture shape and no square of pixels",
+}
+"""Patterns of names of timm and open_clip, and why such a vision encoder is no plain ViT."""
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""OWNER/NAME, a repository of a hub."""
+
+
+def is_hub_name(name: str) -> bool:
+    """Tell whether a vision encoder's name is a repository of a hub, and no folder that is here."""
+    return HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+
+
+def hybrid_reason(name: str) -> str | None:
+    """Return why a model of timm or open_clip is no plain ViT, as far as its name tells."""
+    return next((why for form, why in HYBRID_FAMILIES.items() if re.search(form, name, re.I)), None)
 
 
 @cache
@@ -48,18 +79,28 @@ def _is_supported_vit(config: dict[str, Any]) -> bool:
     vision = config.get("vision_cfg", {})
     timm = vision.get("timm_model_name")
     if timm:
-        return str(timm).startswith(("vit_", "eva"))
+        return str(timm).startswith(("vit_", "eva")) and hybrid_reason(str(timm)) is None
     return isinstance(vision.get("layers"), int) and "patch_size" in vision
 
 
 def check_encoder_name(name: str) -> str:
-    """Return `name` if it is a vision encoder or a folder with one; a ValueError lists some."""
-    if name in EMBEDDED_ENCODERS or name in vision_encoder_names():
+    """Return `name` if it is a vision encoder, a folder with one, or a repository of a hub.
+
+    A ValueError says why a name of open_clip is none that can be used, or lists some that can.
+    """
+    if name in EMBEDDED_ENCODERS or name in vision_encoder_names() or is_hub_name(name):
         return name
-    if Path(name, "open_clip_config.json").is_file():
+    if any(Path(name, file).is_file() for file in ("open_clip_config.json", "config.json")):
         return name
+    reason = hybrid_reason(name)
+    if reason is not None:
+        raise ValueError(
+            f"is '{name}', {reason}; a plain ViT is needed, equal blocks over one grid of patches, "
+            f"for example {CURATED_ENCODERS[0]}"
+        )
     some = ", ".join((*EMBEDDED_ENCODERS, *CURATED_ENCODERS))
     raise ValueError(
-        f"must be a ViT or EVA of open_clip, given '{name}'; some are: {some}; "
+        f"must be a ViT or EVA of open_clip, or OWNER/NAME of timm's on a hub, given '{name}'; "
+        f"some are: {some}; "
         f"`python -m vlbench list encoders` has all.{suggest_name(name, vision_encoder_names())}"
     )

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from vlbench.config.schema import PartName, Recipe
+from vlbench.config.key_types import PartName
+from vlbench.config.schema import Recipe
 from vlbench.strict_values import is_section, kind_label, split_union, yaml_text
 
 

@@ -14,14 +14,15 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from vlbench.config.encoder_names import is_hub_name
 from vlbench.config.key_table import declared_keys
+from vlbench.config.key_types import RecipeSection
 from vlbench.config.overrides import parse_overrides
 from vlbench.config.resolve import mapping_in, merge_layers, resolve_layers
 from vlbench.config.schema import Recipe
 from vlbench.connector import kept_source, registry
 from vlbench.connector.folder_modules import shipped_folder
 from vlbench.errors import UserError, suggest_name
-from vlbench.strict_values import StrictModel
 from vlbench.text_files import read_json, read_yaml, write_atomically
 from vlbench.version import __version__
 
@@ -50,7 +51,7 @@ def load_recipe(
             size = _read_size(base, typed)
     with _collect_errors(errors):
         _use_kept_connector(base, typed, run_copy.parent if is_named_by_run else None)
-    if is_named_by_run or declared_keys().keys() <= base.keys():  # a copy that a run keeps
+    if is_named_by_run or _is_resolved(base):
         with _collect_errors(errors):
             _check_saved_callbacks(base, typed, source)
     if inherited_keys and not is_resumed:  # a resumed run was checked
@@ -115,7 +116,7 @@ def recipe_to_yaml(recipe: Recipe) -> str:
     return str(OmegaConf.to_yaml(OmegaConf.create(to_plain(recipe))))
 
 
-def to_plain(section: StrictModel) -> dict[str, Any]:
+def to_plain(section: RecipeSection) -> dict[str, Any]:
     """Return a recipe, or a part of one, as nested dicts and lists with the keys of YAML."""
     tree = section.model_dump(mode="json", by_alias=True)
     if isinstance(section, Recipe):  # the file that a connector is loaded from is kept by the run
@@ -171,17 +172,15 @@ def _read_layer(key: str, given: object, known: Mapping[str, Path]) -> tuple[dic
 def _read_size(base: dict[str, Any], typed: dict[str, Any]) -> dict[str, Any]:
     """Return the layer of the size: how the recipe's stages, connector and encoder look at it."""
     size, _ = _read_layer("size", typed.get("size", base.get("size", "tiny")), size_files())
-    stages, connectors, encoders = (
-        size.pop(key, None) or {} for key in ("stages", "connectors", "encoders")
-    )
-    written = merge_layers(base, typed)
-    connector, encoder = _part_name(written, "connector"), _part_name(written, "vision")
-    if connector in connectors:
-        size["connector"] = {"name": connector, **connectors[connector]}
-    if encoder in encoders:  # a kind of vision encoder, such as eva: its model at this size
-        size["vision"] = encoders[encoder]
-        if _part_name(typed, "vision"):
-            typed["vision"]["name"] = encoders[encoder]["name"]
+    written, stages = merge_layers(base, typed), size.pop("stages", None) or {}
+    for part, key in (("connector", "connectors"), ("vision", "encoders")):
+        name, variants = _part_name(written, part), size.pop(key, None) or {}
+        if name in variants:
+            size[part] = {"name": name, **variants[name]}
+            if _part_name(typed, part):  # a kind of encoder, such as eva: its model at this size
+                typed[part]["name"] = size[part]["name"]
+    if is_hub_name(_part_name(written, "vision")):  # it brings its own weights
+        size.pop("vision", None)
     if known := mapping_in(base, "stages"):
         size["stages"] = {name: stage for name, stage in stages.items() if name in known}
     return size
@@ -242,14 +241,18 @@ def _is_trusted(typed: dict[str, Any]) -> bool:
 
 def _conflicts_with_init(*layers: dict[str, Any]) -> list[str]:
     """Return errors for keys that choose a part which comes with the model of `init`."""
-    init = next((layer["init"] for layer in reversed(layers) if "init" in layer), None)
+    init = merge_layers(*layers).get("init")
     return [
         f"{part}.{key} is '{mapping_in(layer, part)[key]}', but init={init} brings its own "
         f"{label}; leave {part}.{key} out"
         for layer in layers
-        # the resolved copy of a run has every key, defaults included
-        if not declared_keys().keys() <= layer.keys()
+        if not _is_resolved(layer)
         for part, label in (("vision", "vision encoder"), ("language", "language model"))
-        for key in ("name", "weights")
+        for key in ("name", "weights", "second")
         if key in mapping_in(layer, part)
     ]
+
+
+def _is_resolved(layer: dict[str, Any]) -> bool:
+    """Tell whether a layer is the copy that a run keeps: it has every key, defaults included."""
+    return declared_keys().keys() <= layer.keys()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from vlbench.config.key_table import declared_keys, key_rows, section_at
-from vlbench.config.schema import EXCLUSIVE_KEYS, Recipe
+from vlbench.config.key_types import EXCLUSIVE_KEYS
+from vlbench.config.schema import Recipe
 from vlbench.connector import registry
 from vlbench.errors import UserError, suggest_name
 from vlbench.strict_values import describe_error, is_null, join_path
@@ -35,16 +36,17 @@ def resolve_layers(
             its source is not looked at then.
     """
     is_complete = not errors
-    merged: dict[str, Any] = {}
-    for _, layer in layers:
-        merged = merge_layers(merged, layer)
+    merged = merge_layers(*(tree for _, tree in layers))
     option_errors: list[str] = []
     if not has_all_options:
         given = merged.get("connector", {})
         merged["connector"], option_errors = _resolve_connector(given, is_complete)
     names = list(stage_names) or list(mapping_in(merged, "stages"))
+    for stage in _stages_in(merged).values():
+        if own := mapping_in(stage, "data"):  # what the stage leaves out is as for all
+            stage["data"] = _merge_into(_merge_into({}, mapping_in(merged, "data")), own)
     try:
-        recipe = Recipe.model_validate(_fill_stage_data(merged), context={"stage_names": names})
+        recipe = Recipe.model_validate(merged, context={"stage_names": names})
     except ValidationError as error:
         errors += _error_lines(error.errors(), layers, is_complete)
     errors += option_errors
@@ -53,60 +55,43 @@ def resolve_layers(
     return recipe
 
 
-def merge_layers(base: dict[str, Any], override: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """Return `base` with the values of `override`, mapping by mapping.
+def merge_layers(*layers: dict[str, Any]) -> dict[str, Any]:
+    """Return a new tree with the values of all layers, mapping by mapping; a later layer wins.
 
     A key replaces the one that excludes it (`epochs` the `steps` of a lower layer), another
     connector drops the options of the first, and new data replace those of every stage. These rules
-    hold at every depth, which `OmegaConf.merge` cannot express; it also interprets `${`.
-
-    Args:
-        base: The lower layer.
-        override: The higher layer.
-        path: Where in the recipe both are; "" for the whole.
+    are beyond `OmegaConf.merge`, which also interprets `${`.
     """
-    result = dict(base) if path else _drop_replaced_data(base, override)
-    if path == "connector" and override.get("name") not in (None, base.get("name")):
-        result = {}
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        connector, data = mapping_in(layer, "connector"), mapping_in(layer, "data")
+        if connector.get("name") not in (None, mapping_in(merged, "connector").get("name")):
+            merged["connector"] = {}
+        if not is_null(data.get("train", data.get("mix"))):
+            given = _stages_in(layer)
+            for name, stage in _stages_in(merged).items():
+                if not mapping_in(given.get(name, {}), "data"):
+                    stage["data"] = None
+        _merge_into(merged, layer)
+    return merged
+
+
+def _merge_into(target: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:
+    """Change `target` to have the values of `layer`, whose mappings are copied; return it."""
     for pair in EXCLUSIVE_KEYS:
         for key, rival in (pair, pair[::-1]):
-            if rival in result and not is_null(override.get(key)):
-                result[rival] = None
-    for name, value in override.items():
-        below = result.get(name)
-        if isinstance(value, dict) and isinstance(below, dict):
-            value = merge_layers(below, value, f"{path}.{name}" if path else name)
-        result[name] = value
-    return result
+            if rival in target and not is_null(layer.get(key)):
+                target[rival] = None
+    for name, value in layer.items():
+        is_mapping = isinstance(value, dict)
+        target[name] = _merge_into(dict(mapping_in(target, name)), value) if is_mapping else value
+    return target
 
 
-def _drop_replaced_data(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
-    """Return `base` without the data of stages, where `override` gives all stages new data."""
-    data, given = mapping_in(override, "data"), mapping_in(override, "stages")
-    if is_null(data.get("train", data.get("mix"))):
-        return dict(base)
-    kept = [name for name in given if mapping_in(given, name).get("data")]
-    return _update_stages(base, lambda name, stage: {} if name in kept else {"data": None})
-
-
-def _fill_stage_data(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return a merged tree in which the `data` of a stage has every key of the common `data`."""
-    common = mapping_in(tree, "data")
-
-    def filled(_: str, stage: dict[str, Any]) -> dict[str, Any]:
-        own = mapping_in(stage, "data")
-        return {"data": merge_layers(common, own, "stages.data")} if own else {}
-
-    return _update_stages(tree, filled)
-
-
-def _update_stages(
-    tree: dict[str, Any], changes: Callable[[str, dict[str, Any]], dict[str, Any]]
-) -> dict[str, Any]:
+def _stages_in(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the stages of a tree that is not checked yet, without those that are no mappings."""
     stages = mapping_in(tree, "stages")
-    mappings = {name: stage for name, stage in stages.items() if isinstance(stage, dict)}
-    changed = {name: stage | changes(name, stage) for name, stage in mappings.items()}
-    return tree | ({"stages": stages | changed} if changed else {})
+    return {name: stage for name, stage in stages.items() if isinstance(stage, dict)}
 
 
 def mapping_in(tree: dict[str, Any], key: str) -> dict[str, Any]:
@@ -170,10 +155,6 @@ def _error_line(error: ErrorDetails) -> str:
 
 def _has_path(tree: object, path: Sequence[int | str]) -> bool:
     """Tell whether a layer has the key at `path`, or a value above it that is no mapping."""
-    for part in path:
-        if not isinstance(tree, dict):
-            return tree is not None
-        if part not in tree:
-            return False
-        tree = tree[part]
-    return True
+    if path and isinstance(tree, dict):
+        return path[0] in tree and _has_path(tree[path[0]], path[1:])
+    return not path or tree is not None

@@ -6,88 +6,34 @@ command line; a recipe is frozen, and `recipe.model_copy(update={...})` gives a 
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from vlbench.command_line.arguments import TemplateName
-from vlbench.config.encoder_names import EMBEDDED_ENCODERS, check_encoder_name
-from vlbench.errors import suggest_name
-from vlbench.strict_values import StrictModel, convert_value, is_null, yaml_text
-
-PartName = Literal["vision", "connector", "language"]
-CheckpointingMode = Literal["none", "selective", "full", "auto"]
-SampleFormat = Literal["caption", "chat"]
-OnBadSample = Literal["auto", "quarantine", "stop"]
-PART_NAMES: tuple[str, ...] = get_args(PartName)
-EXCLUSIVE_KEYS = (("epochs", "steps"), ("train", "mix"), ("only", "from"))
-"""Pairs of keys of one mapping of which one at most has a value."""
-MAX_IMAGE_SIZE = 4096  # pixels of a vision encoder's side; those in use have 224 to 1024
-MAX_COUNT = 1_000_000_000
-"""Largest number of steps, samples, tokens: three orders above what anybody trains with."""
-MAX_BATCH_SIZE = 1_000_000
-"""CLIP models are trained with up to 164,000."""
-MAX_ROW_TOKENS = 1 << 20
-"""Eight times the usual longest contexts; `plan` takes half a minute for such a row."""
-MAX_DEVICES = 100_000
-STAGE_NAME_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
-
-
-def check_stage_name(name: str, info: ValidationInfo) -> str:
-    """Return the name of a stage that the recipe has; a recipe's file may have any."""
-    names = (info.context or {}).get("stage_names") or [name]
-    if name not in names:
-        close = suggest_name(name, names)
-        raise ValueError(f"must be a stage, {', '.join(names)}, given '{name}'.{close}")
-    if not STAGE_NAME_PATTERN.fullmatch(name):
-        raise ValueError(f"must be letters, digits and _, given '{name}'")
-    return name
-
-
-def drop_frozen_parts(parts: Any) -> Any:
-    """Return the parts of `train` without those that are null: they are frozen."""
-    return {p: v for p, v in parts.items() if not is_null(v)} if isinstance(parts, dict) else parts
-
-
-def check_row_tokens(value: Any) -> Any:
-    """Return `auto` or a number of tokens within limits."""
-    if value == "auto":
-        return str(value)
-    try:
-        return convert_value(value, Annotated[int, Field(ge=16, le=MAX_ROW_TOKENS)])
-    except ValueError as error:
-        raise ValueError(f"{error}; auto is allowed, too") from None
-
-
-Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
-RowTokens = Annotated[int | Literal["auto"], BeforeValidator(check_row_tokens)]
-PathText = Annotated[str, AfterValidator(os.path.expanduser)]
-"""Text that may be a path, in which a leading `~` is the home folder."""
-StageName = Annotated[str, AfterValidator(check_stage_name)]
-StageNames = Annotated[tuple[StageName, ...], Field(min_length=1)]
-EncoderName = Annotated[PathText, AfterValidator(check_encoder_name)]
-BetaNumber = Annotated[float, Field(ge=0, le=0.999999)]
-
-
-def key(meaning: str, default: Any = ..., **limits: Any) -> Any:
-    """Declare a key: its meaning, its default (none: it must be given) and pydantic's limits."""
-    return Field(default, description=meaning, **limits)
-
-
-class RecipeSection(StrictModel):
-    """A mapping of a recipe, in which only one of two exclusive keys has a value."""
-
-    @model_validator(mode="after")
-    def _check_exclusive_keys(self) -> Self:
-        given = {name.rstrip("_") for name, value in self if value is not None}
-        for pair in EXCLUSIVE_KEYS:
-            if given.issuperset(pair):
-                raise ValueError(f"takes {pair[0]} or {pair[1]}, not both")
-        return self
+from vlbench.config.encoder_names import EMBEDDED_ENCODERS, is_hub_name
+from vlbench.config.key_types import (
+    MAX_COUNT,
+    MAX_DEVICES,
+    MAX_IMAGE_SIZE,
+    BatchSize,
+    BetaNumber,
+    Count,
+    EncoderName,
+    OnBadSample,
+    PartName,
+    PathText,
+    RecipeSection,
+    RowTokens,
+    SampleFormat,
+    StageName,
+    StageNames,
+    drop_frozen_parts,
+    key,
+)
+from vlbench.strict_values import yaml_text
 
 
 class PretrainedPartConfig(RecipeSection):
@@ -114,15 +60,57 @@ class PretrainedPartConfig(RecipeSection):
         return self.model_copy(update={"weights": "random"})
 
 
-class VisionEncoderConfig(PretrainedPartConfig):
+class NamedEncoderConfig(PretrainedPartConfig):
+    """A vision encoder, which may be OWNER/NAME on a hub and then has its own weights."""
+
+    embedded_names = EMBEDDED_ENCODERS
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_own_weights(cls, given: Any) -> Any:
+        """Let OWNER/NAME on a hub have the weights that are there, unless others are given."""
+        if isinstance(given, dict) and is_hub_name(str(given.get("name", ""))):
+            own = given.get("weights", "embedded") == "embedded"
+            return {**given, "weights": given["name"]} if own else given
+        return given
+
+
+class SecondEncoderConfig(NamedEncoderConfig):
+    """A second vision encoder, which sees the same image; features are joined by channel."""
+
+    part = "vision.second"
+
+    name: EncoderName = key("as vision.name; features of both are joined by channel")
+    weights: PathText = key("as vision.weights", "embedded")
+    layer: int = key("as vision.layer", -2, ge=-100, le=99)
+    norm: bool = key("as vision.norm", False)
+    image_size: int | None = key(
+        "side of its images in pixels; null: as many patches as the first",
+        None,
+        ge=8,
+        le=MAX_IMAGE_SIZE,
+    )
+
+
+class VisionEncoderConfig(NamedEncoderConfig):
     """The vision encoder."""
 
-    part, embedded_names = "vision", EMBEDDED_ENCODERS
+    part = "vision"
 
-    name: EncoderName = key("ViT or EVA of open_clip, tiny, tiny_eva (see list), folder", "tiny")
-    weights: PathText = key("embedded (tiny, tiny_eva), random, a tag, file or folder", "embedded")
+    name: EncoderName = key(
+        "ViT of open_clip, OWNER/NAME of timm's, tiny (see list), folder", "tiny"
+    )
+    weights: PathText = key(
+        "embedded (tiny, tiny_eva), random, a tag, file or folder; OWNER/NAME: its own", "embedded"
+    )
     layer: int = key("block whose output the connector gets; -1 is the last", -2, ge=-100, le=99)
     norm: bool = key("apply the encoder's final LayerNorm to its features", False)
+    second: SecondEncoderConfig | None = key("a second vision encoder; null: none", None)
+
+    def with_random_weights(self) -> Self:
+        """Return it with random weights, those of the second too."""
+        second = self.second and self.second.with_random_weights()
+        return self.model_copy(update={"weights": "random", "second": second})
 
 
 class LanguageModelConfig(PretrainedPartConfig):
@@ -131,8 +119,8 @@ class LanguageModelConfig(PretrainedPartConfig):
     part, embedded_names = "language", ("tiny",)
 
     name: Literal["tiny", "yi-6b", "yi-34b"] = key("architecture, if not of `weights`", "tiny")
-    weights: PathText = key("embedded (tiny only), random, a Llama folder or hub id", "embedded")
-    template: TemplateName = key("chat template", "yi_vl")
+    weights: PathText = key("embedded (tiny only), random, a folder or hub id", "embedded")
+    template: TemplateName = key("chat template; auto: the tokenizer's own", "yi_vl")
     max_length: int = key(
         "most tokens of a conversation, image positions included", 4096, ge=16, le=MAX_COUNT
     )
@@ -152,6 +140,8 @@ class ModelConfig:
     """Of weights that are random at first."""
     draft_decoding: bool
     """Whether large JPEGs are decoded faster and less exactly."""
+    apply_exif: bool
+    """Whether photographs are turned as their EXIF orientation says."""
 
     @property
     def connector_name(self) -> str:
@@ -195,7 +185,7 @@ TrainedParts = Annotated[dict[PartName, PartTrainConfig], BeforeValidator(drop_f
 class MixtureSource(RecipeSection):
     """One source of a mixture."""
 
-    train: PathText = key("scenes, or a file in LLaVA's format")
+    train: PathText = key("scenes, or data as data.train takes them")
     images: PathText | None = key("folder of its images; null: beside the file", None)
     weight: float = key("how often an epoch takes each sample", 1.0, gt=0)
 
@@ -206,15 +196,18 @@ Mixture = Annotated[tuple[MixtureSource, ...], Field(min_length=1)]
 class DataConfig(RecipeSection):
     """Training and held-out data."""
 
-    train: PathText | None = key("scenes, a file in LLaVA's format, or shards", None)
+    train: PathText | None = key("scenes; JSON, JSONL, CSV or Parquet; a hub id; shards", None)
     images: PathText | None = key("folder of images; null: beside the file", None)
     allow_outside: bool = key("read images that lie outside of the folder `images`", False)
     mix: Mixture | None = key("several weighted sources, instead of train", None)
-    val: PathText | None = key("held-out samples: a file in LLaVA's format, or shards", None)
+    val: PathText | None = key("held-out samples, as data.train takes them", None)
     on_bad_sample: OnBadSample = key("leave out and count, or stop; auto: stop above 1 %", "auto")
     workers: int = key("processes that load images, beside one for texts; 0: none", 4, ge=0, le=256)
     decode: Literal["exact", "draft"] = key(
         "large JPEGs: decoded as the reference does, or faster and less exactly", "exact"
+    )
+    exif: Literal["ignore", "apply"] = key(
+        "EXIF orientation of photographs: ignored, as the reference does, or applied", "ignore"
     )
     samples: Count = key("scenes: images in an epoch", 10000)
     questions: Count = key("scenes: questions per image, in one conversation", 3)
@@ -227,9 +220,7 @@ class StageConfig(RecipeSection):
     sample_format: SampleFormat = key("plain captions of images, or conversations")
     objective: str = key("language, or an objective that the connector offers", "language")
     train: TrainedParts = key("which parts are trained, and how")
-    global_batch_size: int = key(
-        "samples in an optimizer step, over all devices", ge=1, le=MAX_BATCH_SIZE
-    )
+    global_batch_size: BatchSize = key("samples in an optimizer step, over all devices")
     max_tokens_per_row: RowTokens = key(
         "most tokens in a packed row; auto: up to 16384 by GPU memory, else 4096", "auto"
     )
@@ -254,9 +245,20 @@ class StageConfig(RecipeSection):
         adapters = {part: how.lora for part, how in self.train.items() if how.lora is not None}
         if "connector" in adapters:
             raise ValueError("has train.connector.lora; a connector is trained whole")
-        if "vision" in adapters and adapters["vision"].bits:
-            raise ValueError("has train.vision.lora.bits=4, allowed for the language model only")
+        for part in adapters.keys() - {"language"}:
+            if adapters[part].bits:
+                raise ValueError(f"has train.{part}.lora.bits=4; only train.language takes it")
         return self
+
+
+@dataclass(frozen=True)
+class StageData:
+    """What a recipe says of the data of a stage: its own or the common `config`, and `seed`."""
+
+    stage_name: str
+    stage: StageConfig
+    config: DataConfig
+    seed: int
 
 
 class TrainerConfig(RecipeSection):
@@ -329,7 +331,7 @@ class Recipe(RecipeSection):
     only: StageNames | None = key("stages to run, as chat or [align_224,chat]", None)
     from_: StageName | None = key("stage to start from", None, alias="from")
     precision: Literal["32", "bf16"] = key("precision of the arithmetic", "32")
-    activation_checkpointing: CheckpointingMode = key(
+    activation_checkpointing: Literal["none", "selective", "full", "auto"] = key(
         "recompute nothing, what is cheap, or all; auto: what memory asks for", "none"
     )
     dry_run: bool = key("one step of every stage, longest batch first, then stop", False)
@@ -353,6 +355,7 @@ class Recipe(RecipeSection):
             init=self.init,
             seed=self.seed,
             draft_decoding=self.data.decode == "draft",
+            apply_exif=self.data.exif == "apply",
         )
 
     @property
@@ -362,13 +365,35 @@ class Recipe(RecipeSection):
         later = names[names.index(self.from_) :] if self.from_ else names
         return {name: self.stages[name] for name in later if not self.only or name in self.only}
 
+    @property
+    def last_stage_data(self) -> StageData:
+        """The data of the last stage, which the questions at the end are about."""
+        return self.stage_data(list(self.stages)[-1])
+
+    def stage_data(self, name: str) -> StageData:
+        """Return what is said of the data of a stage."""
+        stage = self.stages[name]
+        return StageData(name, stage, stage.data or self.data, self.seed)
+
+    @model_validator(mode="after")
+    def _check_second_encoder(self) -> Self:
+        for name, stage in self.stages.items():
+            if "second_vision" in stage.train and self.vision.second is None:
+                raise ValueError(
+                    f"has stages.{name}.train.second_vision and no second vision encoder: give "
+                    "vision.second.name"
+                )
+        return self
+
     @model_validator(mode="after")
     def _check_decoding(self) -> Self:
         for name, stage in self.stages.items():
-            if stage.data and stage.data.decode != self.data.decode:
-                raise ValueError(
-                    f"has stages.{name}.data.decode={stage.data.decode} and data.decode="
-                    f"{self.data.decode}: a run decodes images in one way, in training and "
-                    "after it; give data.decode"
-                )
+            for option in ("decode", "exif"):
+                of_run, of_stage = getattr(self.data, option), getattr(stage.data, option, None)
+                if of_stage not in (None, of_run):
+                    raise ValueError(
+                        f"has stages.{name}.data.{option}={of_stage} and data.{option}={of_run}: "
+                        "a run decodes images in one way, in training and after it; give "
+                        f"data.{option}"
+                    )
         return self

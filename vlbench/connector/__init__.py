@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from vlbench.connector.folder_modules import FolderFinder
 
 if TYPE_CHECKING:
-    from vlbench.connector.base import Connector, Shapes, zero_like_loss
+    from vlbench.connector.base import Connector, ImagePlaces, Shapes, zero_like_loss
 
-__all__ = ["Connector", "Shapes", "zero_like_loss"]
+__all__ = ["Connector", "ImagePlaces", "Shapes", "zero_like_loss"]
 
 sys.meta_path.insert(0, FolderFinder())  # it answers for names below this package alone
 

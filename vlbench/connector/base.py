@@ -2,8 +2,8 @@
 
 A connector is one file with one subclass of `Connector`. Two families share the contract: those
 whose output replaces tokens of the sequence (LLaVA MLP, Q-Former, EVA), and those that change the
-input of decoder layers (Flamingo); a connector may also do both. The core uses a connector through
-this class alone.
+input of decoder layers (Flamingo); a connector may also do both (DeepStack). The core uses a
+connector through this class alone.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from vlbench.connector.levels import Levels, as_levels, first_level
 from vlbench.errors import UserError
 from vlbench.state_dicts import load_strict
 
@@ -35,10 +36,40 @@ class Shapes:
     """Width of the language model's embeddings and hidden states."""
     lm_layers: int
     """Number of decoder layers of the language model."""
+    vision_blocks: int = 1
+    """Number of blocks of the vision encoder."""
+    vision_layer: int = 0
+    """The block, counted from 0, that the recipe's `vision.layer` names."""
+    has_class_token: bool = True
+    """Whether the vision encoder has a class token, which a connector may then ask for."""
+
+
+@dataclass(frozen=True)
+class ImagePlaces:
+    """Which image each of some positions belongs to, and which visual token it holds."""
+
+    image_index: Tensor
+    """`[rows, length]` int64, the index among the images of the batch of the nearest image before a
+    position in the same sample, or of its own image at an image position; -1 for none."""
+    token_index: Tensor
+    """`[rows, length]` int64, at an image position its number among those of its image, from 0 to
+    `tokens_per_image` - 1; -1 at text and padding."""
+
+    def select(self, rows: slice, columns: slice) -> ImagePlaces:
+        """Return the places of some rows and columns."""
+        return ImagePlaces(self.image_index[rows, columns], self.token_index[rows, columns])
+
+    def next_text(self) -> ImagePlaces:
+        """Return the places `[rows, 1]` of the text that follows the last column."""
+        last = self.image_index[:, -1:].clone()
+        return ImagePlaces(last, torch.full_like(last, -1))
 
 
 class Connector(nn.Module):
     """Base class of every connector.
+
+    Features and visual tokens, `Any` below, are one tensor, or a tuple of levels (`levels.Levels`)
+    where the connector says so: each knows which.
 
     A subclass takes `Shapes` first and then flat, typed keyword options: its signature is the
     schema of `connector:` in a recipe. The attributes below are set on the class or in `__init__`.
@@ -57,8 +88,13 @@ class Connector(nn.Module):
     `image_embedding`."""
     inject_layers: tuple[int, ...] = ()
     """Decoder layers, counted from 0, whose input is first passed to `inject`."""
+    vision_layers: tuple[int, ...] = ()
+    """Blocks of the vision encoder that `forward` reads, counted from 0, or from -1, the last one.
+    Its features are then a tuple with an entry for each, in this order; (): they are one tensor, of
+    the block that the recipe's `vision.layer` names. The encoder runs once, to the last of them."""
     class_token: bool = False
-    """True: `features[:, 0]` is the vision encoder's class token, and the patches follow."""
+    """True: `features[:, 0]` is the vision encoder's class token, and the patches follow; in each
+    entry, where features are a tuple."""
     image_embedding: nn.Parameter
     """`[lm_width]`, the embedding of an image position when `replaces_image_tokens` is False; a
     parameter of the connector."""
@@ -69,15 +105,17 @@ class Connector(nn.Module):
     """Regular expression for the names of other parts (vision encoder, language model) in reference
     weights. They are counted and skipped; any other name is refused."""
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Any) -> Levels:
         """Turn features `[images, patches, vision_width]` into visual tokens.
 
         The result is `[images, tokens_per_image, lm_width]` if `replaces_image_tokens`, otherwise
-        `[images, tokens, own width]`, which only `inject` uses.
+        `[images, tokens, own width]`, which only `inject` uses. It may be a tuple of levels for
+        `inject`, each with an entry for each image; then the first one is written to the image
+        positions. `features` are a tuple with an entry for each of `vision_layers`, if it has any.
         """
         raise NotImplementedError
 
-    def inject(self, layer: int, hidden: Tensor, visual: Tensor, image_index: Tensor) -> Tensor:
+    def inject(self, layer: int, hidden: Tensor, visual: Any, where: ImagePlaces) -> Tensor:
         """Return the new input `[rows, length, lm_width]` of decoder layer `layer`.
 
         It must have no side effects: activation checkpointing runs it more than once per step.
@@ -87,24 +125,30 @@ class Connector(nn.Module):
             hidden: Input of the layer, `[rows, length, lm_width]`. With a KV cache, `length` is
                 the number of new positions.
             visual: What `forward` returned.
-            image_index: `[rows, length]` int64: for each position the index into `visual` of the
-                nearest image before it in the same sample, -1 for none.
+            where: Image and visual token of each position. `image_index` serves text that looks at
+                its image (Flamingo), `token_index` what happens at image positions (DeepStack).
         """
         raise NotImplementedError
 
-    def check_output(self, visual: Tensor, image_count: int, width: int) -> None:
-        """Raise a UserError when `visual` is not `[images, tokens_per_image, width]`."""
+    def check_output(self, visual: Levels, image_count: int, width: int) -> None:
+        """Raise a UserError when what fills the image positions has another shape than promised."""
         promised = (image_count, self.tokens_per_image, width)
-        if visual.shape != promised:
+        given = first_level(visual).shape
+        if given != promised:
             raise UserError(
-                f"connector {type(self).__name__}: forward gave {list(visual.shape)} for "
+                f"connector {type(self).__name__}: forward gave {list(given)} for "
                 f"{image_count} images; promised is {list(promised)}: images, tokens_per_image, "
                 "lm_width"
             )
 
-    def losses(
-        self, features: Tensor, visual: Tensor, batch: Any
-    ) -> dict[str, tuple[Tensor, Tensor]]:
+    def count_latents(self, visual: Any) -> int:
+        """Return how many visual tokens of an image decoder layers attend to by `inject`.
+
+        They are part of a connector's cost. By default those of the first level, if it injects.
+        """
+        return first_level(visual).shape[1] if self.inject_layers else 0
+
+    def losses(self, features: Any, visual: Any, batch: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """Return losses to add to the language loss as `{name: (sum, count)}`; none by default.
 
         The core divides sums by counts, both over the global batch.
@@ -133,9 +177,7 @@ class Connector(nn.Module):
         loaded. `fresh`: no weights are loaded otherwise, so pretrained ones may be used.
         """
 
-    def objective(
-        self, name: str, features: Tensor, batch: Any
-    ) -> dict[str, tuple[Tensor, Tensor]]:
+    def objective(self, name: str, features: Any, batch: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the losses of objective `name`, one of `objectives()`, as `{name: (sum, count)}`.
 
         Called for each micro-batch. The number of samples in one depends on `max_tokens_per_row`
@@ -144,7 +186,7 @@ class Connector(nn.Module):
         """
         raise NotImplementedError
 
-    def contrast_embeddings(self, name: str, features: Tensor, batch: Any) -> dict[str, Tensor]:
+    def contrast_embeddings(self, name: str, features: Any, batch: Any) -> dict[str, Tensor]:
         """Return the embeddings that objective `name` contrasts, `{name: [pairs, ...]}`.
 
         A pair is an image of `batch` and its caption; the blank image of a batch without images
@@ -178,7 +220,7 @@ class Connector(nn.Module):
         """
         return {}
 
-    def patch_attention(self, features: Tensor) -> Tensor | None:
+    def patch_attention(self, features: Any) -> Tensor | None:
         """Return how much each visual token attends to each patch; None without attention.
 
         The result is `[images, visual tokens, patches]`, the mean over heads and layers of
@@ -207,12 +249,31 @@ class Connector(nn.Module):
         return load_strict(self, state)
 
 
-def zero_like_loss(visual: Tensor) -> Tensor:
+def zero_like_loss(visual: Levels) -> Tensor:
     """Return a zero that depends on `visual`, so that its parameters get (zero) gradients.
 
     Added to the loss of a batch without images: DDP needs a gradient for every trained parameter.
     """
-    return torch.zeros((), dtype=visual.dtype, device=visual.device) * visual.float().sum()
+    first, *more = (
+        torch.zeros((), dtype=level.dtype, device=level.device) * level.float().sum()
+        for level in as_levels(visual)
+    )
+    return sum(more, start=first)
+
+
+def blank_features(
+    connector: Connector,
+    shapes: Shapes,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "meta",
+) -> Levels:
+    """Return zeros as the features of one image that `connector` reads."""
+    length = shapes.patches + connector.class_token
+    levels = tuple(
+        torch.zeros(1, length, shapes.vision_width, dtype=dtype, device=device)
+        for _ in connector.vision_layers or (None,)
+    )
+    return levels if connector.vision_layers else levels[0]
 
 
 def attention_shares(

@@ -30,8 +30,8 @@ def build_connector(
 
     Raises:
         ValueError: when an option is a number that is no size, when the connector would have more
-            tensors than any has, or more bytes than this machine has memory; and whatever
-            `__init__` raises.
+            tensors than any has, or more bytes than this machine has memory; when it reads a class
+            token and there is none; and whatever `__init__` raises.
     """
     name = connector_module_name(connector_class)
     for key, value in options.items():
@@ -40,7 +40,13 @@ def build_connector(
         except ValueError as error:
             raise ValueError(f"connector {name}: {key} {error}") from None
     with NewTensorLimit(connector_class):
-        return connector_class(shapes, **options)
+        connector = connector_class(shapes, **options)
+    if connector.class_token and not shapes.has_class_token:
+        raise ValueError(
+            f"connector {name} reads the class token, and this vision encoder has none: name "
+            "another vision encoder or another connector"
+        )
+    return connector
 
 
 class NewTensorLimit(TorchDispatchMode):

@@ -36,7 +36,7 @@ def options_of_class(cls: type) -> dict[str, ConnectorOption]:
     """Return the options of a loaded class."""
     try:
         hints = get_type_hints(cls.__init__)  # type: ignore[misc]
-    except NameError:
+    except (NameError, AttributeError, TypeError, SyntaxError):  # as names for type checkers alone
         hints = {}
     result: dict[str, ConnectorOption] = {}
     for name, parameter in list(inspect.signature(cls.__init__).parameters.items())[2:]:  # type: ignore[misc]
@@ -82,14 +82,15 @@ def infer_kind(default: Any) -> Any:
 
 def supported_kind(kind: Any) -> Any:
     """Return an annotation as a type that values are checked for; a list is a tuple."""
-    origin = get_origin(kind)
-    if origin is list:
-        return tuple[(*get_args(kind), ...)]  # type: ignore[misc]
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (list, tuple) and args:
+        items = [item if item is ... else supported_kind(item) for item in args]
+        return tuple[(*items, ...) if origin is list else tuple(items)]  # type: ignore[misc]
     if origin in (Union, types.UnionType):
-        members = [supported_kind(member) for member in get_args(kind)]
+        members = [supported_kind(member) for member in args]
         return Any if Any in members else Union[tuple(members)]  # noqa: UP007
-    plain = origin in (Literal, tuple) or kind in (int, float, bool, str, None, type(None))
-    return kind if plain else Any
+    is_plain = origin is Literal or kind in (int, float, bool, str, None, type(None))
+    return kind if is_plain else Any
 
 
 def _connector_body(tree: ast.Module) -> list[ast.stmt]:

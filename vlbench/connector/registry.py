@@ -131,6 +131,7 @@ def load_connector(name: str) -> type[Connector]:
         ) from error
     if not _is_connector(cls):
         raise UserError(f"connector '{name}' ({source.location}) is not a subclass of Connector")
+    _check_inject_arguments(cls, source.location)
     return cls  # type: ignore[no-any-return]
 
 
@@ -168,11 +169,6 @@ def resolve_options(name: str, given: dict[str, Any]) -> tuple[dict[str, Any], l
         if values.get(key) is inspect.Parameter.empty:
             errors.append(f"connector.{key} is missing; connector '{name}' needs it")
     return values, errors
-
-
-def check_options(name: str, given: dict[str, Any]) -> list[str]:
-    """Return what is wrong with options of a connector, one line for each error."""
-    return resolve_options(name, given)[1]
 
 
 def blame_connector_file(error: Exception) -> None:
@@ -218,6 +214,7 @@ def _load_from_file(source: ConnectorSource, file: Path) -> type[Connector]:
     if len(own) != 1:
         names = ", ".join(cls.__name__ for cls in own) or "none"
         raise UserError(f"{file} must define exactly one subclass of Connector, found {names}")
+    _check_inject_arguments(own[0], str(file))
     return own[0]  # type: ignore[no-any-return]
 
 
@@ -225,6 +222,15 @@ def _is_connector(value: object) -> bool:
     from vlbench.connector.base import Connector
 
     return isinstance(value, type) and issubclass(value, Connector) and value is not Connector
+
+
+def _check_inject_arguments(cls: type[Connector], location: str) -> None:
+    """Raise a UserError for a connector that was written for the contract before `where`."""
+    if "image_index" in inspect.signature(cls.inject).parameters:
+        raise UserError(
+            f"{location}: inject of {cls.__name__} takes image_index; its arguments are layer, "
+            "hidden, visual, where: write where.image_index for image_index"
+        )
 
 
 def _typed_line(error: Exception) -> str:

@@ -38,7 +38,7 @@ CONTRACT = (
     ),
     ContractCheck(
         "shapes",
-        "forward gives [images, tokens_per_image, lm_width], or one row an image for inject",
+        "forward gives [images, tokens_per_image, lm_width], or a row or levels for inject",
         "set tokens_per_image to the number of tokens that forward returns",
         output_checks.check_shapes,
         is_basic=True,
@@ -82,7 +82,7 @@ CONTRACT = (
         "neighbours",
         "a sample does not notice its neighbours in a packed row",
         "no statistics over the images of a batch (BatchNorm, a mean over all); in inject, let "
-        "image_index say which image a position may see",
+        "where.image_index say which image a position may see",
         training_checks.check_neighbours,
     ),
     ContractCheck(

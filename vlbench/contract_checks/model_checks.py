@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from vlbench.connector.levels import first_level
 from vlbench.contract_checks.gradient_comparison import language_loss, step_loss
 from vlbench.contract_checks.small_model import (
     IMAGE_SIDE,
@@ -90,7 +91,7 @@ def check_diagnostics(vlm: LoadedVLM) -> None:
     require(is_share, "relevance is not shares with the sum 1")
     used = told["effective"]
     require(
-        len(tokens) == vlm.visual(rows).shape[1] and 1 <= used <= len(tokens) + 1e-4,
+        len(tokens) == first_level(vlm.visual(rows)).shape[1] and 1 <= used <= len(tokens) + 1e-4,
         f"{used} of {len(tokens)} visual tokens are said to be used",
     )
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
+
 import torch
 
 from vlbench.connector import registry
+from vlbench.connector.levels import Levels, as_levels, first_level, map_levels
 from vlbench.contract_checks.gradient_comparison import language_loss
 from vlbench.contract_checks.small_model import make_double_batch, make_sample
 from vlbench.contract_checks.violations import require
@@ -17,10 +20,10 @@ def check_shapes(vlm: LoadedVLM) -> None:
     """Two images give two rows of the shape that the class declares."""
     connector, width = vlm.connector, vlm.model.shapes.lm_width
     visual = vlm.visual(make_double_batch(vlm, [[make_sample(1, images=2)]]))
-    require(
-        visual.dim() == 3 and len(visual) == 2,
-        f"forward gave {list(visual.shape)} for 2 images",
-    )
+    for level in as_levels(visual):
+        require(
+            level.dim() == 3 and len(level) == 2, f"forward gave {list(level.shape)} for 2 images"
+        )
     if connector.replaces_image_tokens:
         connector.check_output(visual, 2, width)
         return
@@ -33,9 +36,11 @@ def check_shapes(vlm: LoadedVLM) -> None:
 def check_finite(vlm: LoadedVLM) -> None:
     """Visual tokens and the loss are finite numbers."""
     batch = make_double_batch(vlm, [[make_sample(1, images=2)]])
-    visual = vlm.visual(batch)
-    wrong = int((~visual.isfinite()).sum())
-    require(not wrong, f"{wrong} of {visual.numel()} numbers that forward gave are NaN or infinite")
+    for level in as_levels(vlm.visual(batch)):
+        wrong = int((~level.isfinite()).sum())
+        require(
+            not wrong, f"{wrong} of {level.numel()} numbers that forward gave are NaN or infinite"
+        )
     out = vlm(batch)
     losses = {"language": out.loss_sum, **{name: value for name, (value, _) in out.extra.items()}}
     bad = [name for name, value in losses.items() if value is None or not value.isfinite()]
@@ -54,7 +59,8 @@ def check_determinism(vlm: LoadedVLM) -> None:
                 found.append((vlm.visual(batch), language_loss(vlm, batch)))
         (visual, loss), (visual_again, loss_again) = found
         require(
-            visual.equal(visual_again), f"forward gave two results for the same images in {mode}"
+            _equal_levels(visual, visual_again),
+            f"forward gave two results for the same images in {mode}",
         )
         require(loss.equal(loss_again), f"the same samples gave two losses in {mode}")
 
@@ -64,7 +70,10 @@ def check_image_use(vlm: LoadedVLM) -> None:
     batch = make_double_batch(vlm, [[make_sample(1, images=2)]])
     with torch.no_grad():
         visual, loss = vlm.visual(batch), language_loss(vlm, batch)
-        require(not visual[0].equal(visual[1]), "two different images gave the same visual tokens")
+        first, second = (map_levels(itemgetter(image), visual) for image in (0, 1))
+        require(
+            not _equal_levels(first, second), "two different images gave the same visual tokens"
+        )
         batch.pixels = batch.pixels.flip(0)
         require(not loss.equal(language_loss(vlm, batch)), "the loss does not depend on the images")
 
@@ -113,11 +122,11 @@ def check_saved_state(vlm: LoadedVLM) -> None:
 def check_attention(vlm: LoadedVLM) -> None:
     """Attention, if there is any, has a share for each patch; computing it changes nothing."""
     batch = make_double_batch(vlm, [[make_sample(2, images=2)]])
-    features = vlm.features(batch).detach()
+    features = map_levels(torch.Tensor.detach, vlm.features(batch))
     visual = vlm.connector(features)
     shares = vlm.connector.patch_attention(features)
     if shares is not None:
-        expected = (*visual.shape[:2], vlm.model.shapes.patches)
+        expected = (*first_level(visual).shape[:2], vlm.model.shapes.patches)
         require(
             shares.shape == expected,
             f"patch_attention gave {list(shares.shape)}, not {list(expected)}",
@@ -125,7 +134,13 @@ def check_attention(vlm: LoadedVLM) -> None:
         sums = shares.sum(-1)
         is_share = bool(shares.min() >= 0) and torch.allclose(sums, torch.ones_like(sums))
         require(is_share, "a row of patch_attention is not shares with the sum 1")
-    require(vlm.connector(features).equal(visual), "forward gives another result after it")
+    again = vlm.connector(features)
+    require(_equal_levels(again, visual), "forward gives another result after it")
+
+
+def _equal_levels(ours: Levels, theirs: Levels) -> bool:
+    pairs = zip(as_levels(ours), as_levels(theirs), strict=True)
+    return all(level.equal(other) for level, other in pairs)
 
 
 def check_metrics(vlm: LoadedVLM) -> None:

@@ -20,6 +20,7 @@ from vlbench.data.chat_template import CHAT_TEMPLATES
 from vlbench.data.packing import PackedBatch, collate
 from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
 from vlbench.data.tokenizer import Tokenizer
+from vlbench.model.decoder_families import DecoderModel
 from vlbench.model.language_model import TINY_LANGUAGE_FOLDER
 from vlbench.model.loaded_vlm import LoadedVLM, assemble_vlm
 from vlbench.model.packed_attention import PACKED_ATTENTION
@@ -40,7 +41,12 @@ SMALL_OPTIONS: Mapping[str, dict[str, Any]] = {
     "eva": {"layers": 1, "head_width": 8},
     "resampler": {"side": 2, "heads": 2},
     "mixed": {"tokens": "avgpool", "every": 1, "heads": 2, "head_width": 8},
+    "attention_pool": {"head_width": 8},
+    "token_packer": {"width": 16, "head_width": 8},
     "c_abstractor": {"side": 1, "depth": 1, "width": 16},
+    "deepstack": {"levels": 2, "blocks": (-1, 0)},
+    "dense": {"groups": 1},
+    "cross_attention": {"every": 1, "heads": 2, "kv_heads": 1, "head_width": 8, "blocks": (0,)},
 }
 """Options of shipped connectors whose defaults are too large for an image of 2 x 2 patches."""
 
@@ -67,15 +73,20 @@ def build_small_vlm(
     connector: type[Connector],
     options: Mapping[str, Any] | None = None,
     tokenizer_folder: Path = TINY_LANGUAGE_FOLDER,
+    language: DecoderModel | None = None,
 ) -> LoadedVLM:
-    """Build the model with `connector`, always the same, in training mode."""
+    """Build the model with `connector`, always the same, in training mode.
+
+    `language` is another language model, 32 wide, than that of `build_small_language`.
+    """
     torch.manual_seed(0)
     blocks, heads = 3, 2
     visual = VisionTransformer(
         IMAGE_SIDE, PATCH_SIDE, WIDTH, blocks, heads, mlp_ratio=2.0, output_dim=16
     )
     tokenizer = Tokenizer.load(tokenizer_folder)
-    language = build_small_language(tokenizer.embedding_rows)
+    if language is None:
+        language = build_small_language(tokenizer.embedding_rows)
     vlm = assemble_vlm(
         VisionEncoder(visual, -2, False, PIXEL_STATISTICS),
         connector,
@@ -88,7 +99,7 @@ def build_small_vlm(
     return vlm.train()
 
 
-def build_small_language(vocabulary: int = 1000) -> LlamaForCausalLM:
+def build_small_language(vocabulary: int = 1000) -> DecoderModel:
     """Build the language model, three decoder layers, from the current random state."""
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -99,7 +110,7 @@ def build_small_language(vocabulary: int = 1000) -> LlamaForCausalLM:
         num_key_value_heads=2,
         eos_token_id=2,
     )
-    language: LlamaForCausalLM = LlamaForCausalLM._from_config(
+    language: DecoderModel = LlamaForCausalLM._from_config(
         config, attn_implementation=PACKED_ATTENTION
     )
     return language

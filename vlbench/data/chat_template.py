@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
 from vlbench.command_line.arguments import TemplateName
 from vlbench.data.sample import ChatTurn
@@ -15,8 +17,42 @@ TextPiece = tuple[str, bool]
 """A text, and whether it is supervised."""
 
 
+class ChatTemplate(ABC):
+    """How the turns of a conversation become text, and which of it is supervised."""
+
+    name: TemplateName
+    stop: str
+    """Generation ends when this text appears."""
+    stops_late: bool = False
+    """Whether a stop text is ignored while it is the only token of an answer."""
+    has_all_tokens: bool = False
+    """Whether its texts have all special tokens, so that a tokenizer puts none before them."""
+
+    @abstractmethod
+    def render_pieces(self, turns: Sequence[ChatTurn]) -> list[TextPiece]:
+        """Return (text, supervised) pieces; their texts concatenate to the whole conversation.
+
+        Answers and their ends are the supervised pieces; everything between two of them is one
+        piece. After a last human turn the text ends where the answer would begin.
+        """
+
+    def render_prompt(self, turns: Sequence[ChatTurn]) -> str:
+        """Return the text that ends where the model's answer begins.
+
+        Raises a UserError unless the last turn is the human's.
+        """
+        if not turns or turns[-1].role != "human":
+            last = f"of {turns[-1].role!r}" if turns else "missing"
+            raise UserError(f"a prompt ends with a turn of 'human', but the last turn is {last}")
+        return "".join(text for text, _ in self.render_pieces(turns))
+
+    def bind_eos(self, eos_token: str) -> ChatTemplate:
+        """Return the template for a tokenizer whose end-of-text token is `eos_token`."""
+        return self
+
+
 @dataclass(frozen=True)
-class ChatTemplate:
+class FixedTemplate(ChatTemplate):
     """The texts around the turns of a conversation.
 
     A conversation is `before_system`, the system prompt, `after_system`, and for every exchange
@@ -41,7 +77,7 @@ class ChatTemplate:
     stops_late: bool = False
     """Whether a stop text is ignored while it is the only token of an answer."""
 
-    def bind_eos(self, eos_token: str) -> ChatTemplate:
+    def bind_eos(self, eos_token: str) -> FixedTemplate:
         """Return the template for a tokenizer whose end-of-text token is `eos_token`."""
         return replace(
             self,
@@ -50,11 +86,7 @@ class ChatTemplate:
         )
 
     def render_pieces(self, turns: Sequence[ChatTurn]) -> list[TextPiece]:
-        """Return (text, supervised) pieces; their texts concatenate to the whole conversation.
-
-        Answers are the supervised pieces; everything between two of them is one piece. After a
-        last human turn the text ends where the answer would begin.
-        """
+        """Return (text, supervised) pieces; see `ChatTemplate.render_pieces`."""
         pieces: list[TextPiece] = []
         system_prompt, dialogue = self.system, list(turns)
         if dialogue and dialogue[0].role == "system":
@@ -70,25 +102,12 @@ class ChatTemplate:
                 pieces += [(context, False), (answer, True)]
                 context = self.after_answer
             else:
-                raise UserError(
-                    f"a turn of {turn.role!r} inside a conversation; only the first turn may be "
-                    "'system', the others are 'human' or 'assistant'"
-                )
+                raise misplaced_turn(turn)
         ends_with_answer = dialogue and dialogue[-1].role == "assistant"
         return pieces if ends_with_answer else [*pieces, (context, False)]
 
-    def render_prompt(self, turns: Sequence[ChatTurn]) -> str:
-        """Return the text that ends where the model's answer begins.
 
-        Raises a UserError unless the last turn is the human's.
-        """
-        if not turns or turns[-1].role != "human":
-            last = f"of {turns[-1].role!r}" if turns else "missing"
-            raise UserError(f"a prompt ends with a turn of 'human', but the last turn is {last}")
-        return "".join(text for text, _ in self.render_pieces(turns))
-
-
-YI_VL = ChatTemplate(
+YI_VL = FixedTemplate(
     name="yi_vl",
     system=(
         "This is a chat between an inquisitive human and an AI assistant. Assume the role of the "
@@ -107,7 +126,7 @@ YI_VL = ChatTemplate(
 )
 
 # The chat_template of Yi-6B-Chat and Yi-1.5-Chat: no system prompt unless a conversation has one.
-CHATML = ChatTemplate(
+CHATML = FixedTemplate(
     name="chatml",
     system="",
     before_system="<|im_start|>system\n",
@@ -121,7 +140,7 @@ CHATML = ChatTemplate(
 )
 
 # LLaVA's conversation "llava_v1", the prompt of LLaVA-1.5 in its scripts (arXiv:2310.03744).
-LLAVA_V1 = ChatTemplate(
+LLAVA_V1 = FixedTemplate(
     name="llava_v1",
     system=(
         "A chat between a curious human and an artificial intelligence assistant. "
@@ -135,17 +154,24 @@ LLAVA_V1 = ChatTemplate(
     stop=EOS_MARK,
 )
 
-CHAT_TEMPLATES: dict[str, ChatTemplate] = {
+CHAT_TEMPLATES: dict[str, FixedTemplate] = {
     template.name: template for template in (YI_VL, CHATML, LLAVA_V1)
 }
-"""The template of every `TemplateName`."""
+"""The templates of vlbench by name; `auto`, the tokenizer's own, is made by `own_template`."""
 
 
 def check_template_name(name: str | None, key: str = "template") -> str | None:
-    """Return a name of CHAT_TEMPLATES, or None for None; a UserError calls it `key`."""
-    if name is not None and name not in CHAT_TEMPLATES:
-        known = ", ".join(CHAT_TEMPLATES)
-        raise UserError(
-            f"{key} is '{name}'; known are {known}.{suggest_name(str(name), CHAT_TEMPLATES)}"
-        )
+    """Return a `TemplateName`, or None for None; a UserError calls it `key`."""
+    names = get_args(TemplateName)
+    if name is not None and name not in names:
+        known = ", ".join(names)
+        raise UserError(f"{key} is '{name}'; known are {known}.{suggest_name(str(name), names)}")
     return name
+
+
+def misplaced_turn(turn: ChatTurn) -> UserError:
+    """Return the error for a turn of a role that may not stand where it is."""
+    return UserError(
+        f"a turn of {turn.role!r} inside a conversation; only the first turn may be 'system', the "
+        "others are 'human' or 'assistant'"
+    )

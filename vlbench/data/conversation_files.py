@@ -1,26 +1,30 @@
-"""Conversations in JSON files: a list of records, or a record per line. Imports no torch."""
+"""Conversations in files: JSON, tables and Parquet, told apart by what they hold."""
 
 from __future__ import annotations
 
-import json
 import os
 from codecs import BOM_UTF8
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vlbench.data.conversation_record import TURN_KEYS, sample_from_record
+from vlbench.data.conversation_record import find_image_value, sample_from_record
 from vlbench.data.image_processing import ImageFile
+from vlbench.data.json_records import JsonRecords
+from vlbench.data.parquet_files import find_parquet_files
+from vlbench.data.parquet_records import ParquetRecords
+from vlbench.data.record_files import RecordFile, missing_file_error
+from vlbench.data.record_images import EmbeddedImage, image_bytes
 from vlbench.data.sample import LazyImage, Sample, sample_at
-from vlbench.errors import BadSample, UserError, describe_json_type, suggest_name
-from vlbench.regular_files import MAX_DATA_BYTES, open_regular, read_regular_text
+from vlbench.data.table_records import TableRecords, is_table
+from vlbench.errors import BadSample, UserError
+from vlbench.regular_files import open_regular
 from vlbench.text_files import LFS_POINTER
 
 MAX_FILE_CHECKS = 100_000  # image files whose existence is checked
 SIGNATURE_BYTES = 1 << 16  # of the beginning, in which a foreign format is looked for
-JSONL_SUFFIXES = (".jsonl", ".ndjson")  # endings of files with one record per line
+PARQUET_SIGNATURE = b"PAR1"
 FOREIGN_SIGNATURES = {
-    b"PAR1": "is a Parquet file; write its rows as JSON records first (pandas.read_parquet)",
     b"\x1f\x8b": "is compressed (gzip); decompress it first",
     b"PK\x03\x04": "is a zip file; unpack it first",
     b"ARROW1": "is an Arrow file; write its rows as JSON records first (pandas.read_feather)",
@@ -36,30 +40,31 @@ FOREIGN_SIGNATURES = {
 """How files that are not JSON begin."""
 
 
-class LlavaJson:
-    """The samples of a file in LLaVA's format (JSON, or JSONL with one record per line).
+class ConversationFiles:
+    """The samples of files with a record each, in any dialect (`record_dialects`).
 
-    Records stay as they were parsed; a record is converted when its sample is requested. Reports
-    count records from 1. `<image>` in a human turn becomes IMAGE_PLACEHOLDER.
+    A record is read and converted when its sample is requested, so that a file takes no memory.
+    Reports count records from 1. `<image>` in a human turn becomes IMAGE_PLACEHOLDER.
     """
 
     def __init__(
         self,
-        file: str | Path,
+        location: str | Path,
         image_folder: str | Path | None = None,
         allow_outside: bool = False,
     ) -> None:
-        """Read `file`; its image names are looked up in `image_folder` (default: its own folder).
+        """Open a file, or a folder of Parquet files; image names are looked up in `image_folder`.
 
-        Images outside of that folder are bad, unless `allow_outside`; see `image_folder.is_inside`.
-        Raises a UserError when the file is missing, malformed or without records.
+        That is by default the file's own folder. Images outside of it are bad, unless
+        `allow_outside`; see `image_folder.is_inside`. Raises a UserError when the file is missing,
+        malformed or without records.
         """
-        self.name = str(file)
-        self.image_folder = Path(image_folder) if image_folder is not None else Path(file).parent
-        if not self.image_folder.is_dir():
-            raise UserError(f"images: there is no folder {self.image_folder}")
+        self.name = str(location)
+        if image_folder is not None and not Path(image_folder).is_dir():
+            raise UserError(f"images: there is no folder {image_folder}")
+        self.records = open_record_file(str(location))
+        self.image_folder = self.records.folder if image_folder is None else Path(image_folder)
         self.allow_outside = allow_outside
-        self.records = read_records(Path(file))
 
     def __len__(self) -> int:
         return len(self.records)
@@ -67,10 +72,32 @@ class LlavaJson:
     def __getitem__(self, index: int) -> Sample:
         """Return the sample of record `index` (from 0), or raise BadSample."""
         return sample_from_record(
-            self.records[index],
+            self.read_record(index),
             f"record {index + 1}",
             self._find_image,
+            lambda number: EmbeddedImage(self, index, number),
         )
+
+    def pass_order(self, shuffle_key: str) -> Callable[[int], int] | None:
+        """Return the order of a pass over the samples; None where any order is as fast."""
+        return self.records.pass_order(shuffle_key)
+
+    def read_record(self, index: int, with_images: bool = False) -> Any:
+        """Return record `index` (from 0) as it is written, or raise BadSample.
+
+        Without images their bytes may be left out, where they are columns of a Parquet file.
+        """
+        try:
+            return self.records.read_record(index, with_images)
+        except BadSample:
+            raise
+        except UserError as error:
+            raise BadSample(f"record {index + 1}", str(error)) from error
+
+    def read_image(self, index: int, number: int) -> bytes:
+        """Return the file of image `number` (from 0), which is in record `index`; UserError."""
+        value = find_image_value(self.read_record(index, with_images=True), number)
+        return image_bytes(value)
 
     def _find_image(self, name: str) -> ImageFile:
         path = str(self.image_folder / name)
@@ -112,89 +139,36 @@ def _find_problem(image: LazyImage) -> str:
             image.refuse_outside()
         except UserError as error:
             return str(error)
-    return "" if os.path.exists(image.name) else f"image {image.name}: does not exist"
+        return "" if os.path.exists(image.name) else f"image {image.name}: does not exist"
+    return ""
 
 
-def read_records(file: Path) -> list[Any]:
-    """Parse a JSON list, or JSONL when the file's name ends in .jsonl.
-
-    Raises a UserError with file, line and column.
-    """
-    text = _read_text(file)
-    if not text.strip():
-        raise UserError(f"data {file}: the file is empty; expected a JSON list of records")
-    if file.suffix.lower() in JSONL_SUFFIXES:
-        lines = enumerate(text.split("\n"), start=1)
-        return [_parse_json(line, file, number) for number, line in lines if line.strip()]
-    records = _parse_json(text, file)
-    if not isinstance(records, list):
-        raise UserError(
-            f"data {file}: line 1 holds {describe_json_type(records)}; expected a list of "
-            f"records{_suggest_record_list(records)}"
-        )
-    if not records:
-        raise UserError(f"data {file}: the list holds no records")
-    return records
-
-
-def _suggest_record_list(value: Any) -> str:
-    """Suggest where the list of records may be in a mapping, or return an empty text."""
-    if not isinstance(value, dict):
-        return ""
-    if any(key in value for key in TURN_KEYS):
-        return "; is this one record? then write [ before it and ] behind it"
-    list_keys = [key for key, entry in value.items() if isinstance(entry, list) and entry]
-    record_keys = [key for key in list_keys if isinstance(value[key][0], dict)]
-    if not record_keys:
-        return ""
-    longest = max(record_keys, key=lambda key: len(value[key]))
-    return f"; {longest!r} holds a list of {len(value[longest])} mappings: save that list alone"
-
-
-def _read_text(file: Path) -> str:
+def open_record_file(location: str) -> RecordFile:
+    """Open records by what their file or folder is; raises a UserError that names it."""
+    file = Path(location)
     try:
-        with open_regular(file) as opened:
-            beginning = opened.read(SIGNATURE_BYTES).removeprefix(BOM_UTF8).lstrip()
-        for signature, problem in FOREIGN_SIGNATURES.items():
-            if beginning.startswith(signature):
-                raise UserError(problem)
-        return read_regular_text(file, MAX_DATA_BYTES)
+        parquet_files = find_parquet_files(location)
+        if parquet_files:
+            return ParquetRecords(location, parquet_files)
+        beginning = _read_beginning(file)
+        if beginning.startswith(PARQUET_SIGNATURE):
+            return ParquetRecords(location, [file])
+        if beginning[:1] not in (b"[", b"{") and is_table(beginning):
+            return TableRecords(file)
+        return JsonRecords(file)
     except FileNotFoundError:
-        suggestion = suggest_name(file.name, [p.name for p in file.parent.glob("*.json*")])
-        raise UserError(f"data {file}: there is no such file.{suggestion}") from None
+        raise missing_file_error(file) from None
     except OSError as error:
-        raise UserError(f"data {file}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        start = error.object.rfind(b"\n", 0, error.start) + 1
-        line = error.object.count(b"\n", 0, error.start) + 1
-        where = f"line {line}, byte {error.start - start + 1}"
-        raise UserError(f"data {file}: {where}: not UTF-8; save the file as UTF-8") from None
+        raise UserError(f"data {location}: cannot be read ({error.strerror})") from None
     except UserError as error:
-        raise UserError(f"data {file}: {error}") from None
+        raise UserError(f"data {location}: {str(error).removeprefix(f'{location}: ')}") from None
 
 
-def _parse_json(text: str, file: Path, line_number: int | None = None) -> Any:
-    """Parse JSON text; of a JSONL file it is the line `line_number`."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"line {line_number or error.lineno}, column {error.colno}"
-        reason = error.msg[:1].lower() + error.msg[1:]
-        raise UserError(f"data {file}: {where}: {reason}{_format_hint(error, file)}") from None
-    except ValueError as error:  # a number of more digits than Python converts
-        raise UserError(f"data {file}: cannot be read as JSON ({error})") from None
-    except RecursionError:
-        raise UserError(f"data {file}: lists are nested too deeply; expected records") from None
-
-
-def _format_hint(error: json.JSONDecodeError, file: Path) -> str:
-    """Guess the format of a text that is not JSON, as the end of a message."""
-    first_line = error.doc.lstrip().partition("\n")[0]
-    if error.msg == "Extra data" and first_line.startswith("{"):
-        return "; one record per line? then name the file .jsonl"
-    is_table = file.suffix.lower() in (".csv", ".tsv") or (
-        error.pos == error.doc.find(first_line)
-        and first_line[:1].isalpha()
-        and ("," in first_line or "\t" in first_line)
-    )
-    return "; a table (CSV)? write its rows as JSON records" if is_table else ""
+def _read_beginning(file: Path) -> bytes:
+    """Return how a file begins; a UserError where it is of a format that is not read."""
+    with open_regular(file) as opened:
+        beginning = opened.read(SIGNATURE_BYTES).removeprefix(BOM_UTF8).lstrip()
+    for signature, problem in FOREIGN_SIGNATURES.items():
+        if beginning.startswith(signature):
+            raise UserError(problem)
+    return beginning

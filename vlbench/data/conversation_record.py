@@ -1,32 +1,43 @@
 """A record of a conversation becomes a sample. Imports no torch.
 
-Two formats are read: LLaVA's `conversations` of turns with `from` and `value`, and `messages` with
-`role` and `content`. Images come from `image` or `images`, or from parts of a content; a system
-prompt may be in `system`. Other keys of a record are listed in `Sample.unread_keys`, or refused
-(`record_keys.py`).
+All dialects become LLaVA's `conversations` of turns with `from` and `value`, or `messages` with
+`role` and `content` (`record_dialects.py`). Images come from `image` or `images`, or from parts of
+a content; a system prompt may be in `system`. Other keys of a record are listed in
+`Sample.unread_keys`, or refused (`record_keys.py`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from vlbench.data.record_keys import DATA_URI, EMPTY_VALUES, URL_PREFIX, find_unread_keys
+from vlbench.data.content_parts import read_content_parts
+from vlbench.data.record_dialects import IMAGE_KEYS, TURN_KEYS, unify_record
+from vlbench.data.record_images import image_name, is_embedded, plain_value
+from vlbench.data.record_keys import EMPTY_VALUES, URL_PREFIX, find_unread_keys
 from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, LazyImage, Sample, check_sample
 from vlbench.errors import BadSample, describe_json_type, escape_surrogates, suggest_name
 
 ROLE_ALIASES = {
     "human": "human",
     "user": "human",
+    "prompter": "human",
     "gpt": "assistant",
     "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "claude": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
     "system": "system",
+    "developer": "system",
 }
 """Role names are compared in lower case."""
-TURN_KEYS = ("conversations", "messages")
-IMAGE_KEYS = ("image", "images")
+TEXT_KEYS = {"from": ("value", "content", "text"), "role": ("content", "value", "text")}
+"""Where the text of a turn is, by the key of its role."""
 USED_KEYS = ("id", "system", *TURN_KEYS, *IMAGE_KEYS)
 IMAGE_TAG = "<image>"  # LLaVA's spelling of IMAGE_PLACEHOLDER
 EXPECTED_RECORD = (
@@ -46,9 +57,8 @@ MEDIA_TAG = re.compile(
 )
 """Tags of other programs for images, videos and sound; `<image>` is replaced before."""
 
-BASE64_TEXT = re.compile(r"[A-Za-z0-9+/=\s]{200,}")  # a path of that length has other characters
-"""The bytes of an image as base64 text."""
 MAX_PATH_LENGTH = 4096  # characters, as on Linux
+_EMBEDDED_REMEDY = ", an image as text; write it to a file and give its name"
 
 
 @dataclass
@@ -56,57 +66,98 @@ class _PartialRecord:
     """What has been read of a record so far."""
 
     name: str
-    turns: list[ChatTurn]
-    image_names: list[str]
-    unread_keys: list[str]
+    may_embed: bool
+    """Whether images may be there with their bytes."""
+    turns: list[ChatTurn] = field(default_factory=list)
+    image_values: list[Any] = field(default_factory=list)
+    """A name, or what `record_images.is_embedded` knows."""
+    unread_keys: list[str] = field(default_factory=list)
+    placeholder_parts: int = 0
+    """Parts of a content that are the place of an image of the record's own key."""
+    are_images_first: bool = False
+
+    @property
+    def image_names(self) -> list[str]:
+        """The file names of the images, "" for one whose bytes have none."""
+        return [image_name(value) for value in self.image_values]
 
 
 def sample_from_record(
-    record: Any, fallback_name: str, find_image: Callable[[str], LazyImage]
+    record: Any,
+    fallback_name: str,
+    find_image: Callable[[str], LazyImage],
+    find_embedded: Callable[[int], LazyImage] | None = None,
 ) -> Sample:
     """Return the sample of a record, or raise BadSample.
 
-    `fallback_name` is its id where it has none; `find_image` returns the image of an image name. A
-    single image without a tag in the text is put before the first human turn's text.
+    Images without a tag in the text are put before the first human turn's text: a single one, and
+    several in the dialects that have no tags.
+
+    Args:
+        record: The record, in any dialect.
+        fallback_name: The sample's id where the record has none.
+        find_image: Returns the image of a name.
+        find_embedded: Returns the image that is number N (from 0) of the record and is in the
+            record itself; None where records cannot hold images.
     """
+    partial = _parse_record(record, fallback_name, find_embedded is not None)
+    images = tuple(
+        find_embedded(number) if find_embedded and is_embedded(value) else find_image(value)
+        for number, value in enumerate(partial.image_values)
+    )
+    has_tag = any(IMAGE_PLACEHOLDER in turn.text for turn in partial.turns)
+    is_untagged = bool(images) and not has_tag
+    turns = partial.turns
+    if is_untagged and (len(images) == 1 or partial.are_images_first):
+        turns = _insert_image_tags(turns, len(images))
+    sample = Sample(
+        partial.name,
+        tuple(turns),
+        images,
+        _detect_language(turns),
+        unread_keys=tuple(dict.fromkeys(partial.unread_keys)),
+        is_untagged=is_untagged and len(images) == 1,
+    )
+    check_sample(sample)
+    return sample
+
+
+def find_image_value(record: Any, number: int) -> Any:
+    """Return the value of image `number` (from 0) of a record; BadSample where it has none."""
+    values = _parse_record(record, "record", may_embed=True).image_values
+    if number >= len(values):
+        raise BadSample("record", f"has {len(values)} images")
+    return values[number]
+
+
+def _parse_record(record: Any, fallback_name: str, may_embed: bool) -> _PartialRecord:
+    """Read turns, images and unread keys of a record."""
     try:
-        return _read_record(record, fallback_name, find_image)
+        return _read_record(record, fallback_name, may_embed)
     except RecursionError:
         raise BadSample(fallback_name, "its lists or mappings are nested too deeply") from None
 
 
-def _read_record(record: Any, fallback_name: str, find_image: Callable[[str], LazyImage]) -> Sample:
+def _read_record(record: Any, fallback_name: str, may_embed: bool) -> _PartialRecord:
     if not isinstance(record, dict):
         raise BadSample(fallback_name, f"is {describe_json_type(record)}; expected a mapping")
     name = _record_name(record, fallback_name)
+    unified = unify_record(record)
+    record = unified.record
     turns_key = _turns_key(name, record)
-    partial = _PartialRecord(name, [], _image_names(name, record), [])
-    listed_images = len(partial.image_names)
+    partial = _PartialRecord(name, may_embed, are_images_first=unified.are_images_first)
+    partial.image_values = _image_values(partial, record)
+    listed_images = len(partial.image_values)
     for number, turn in enumerate(record[turns_key], start=1):
         _add_turn(partial, turn, number)
-    if 0 < listed_images < len(partial.image_names):
+    if 0 < listed_images < len(partial.image_values):
         raise BadSample(
             name, f"has images in 'image' and in parts of {turns_key!r}; expected one way"
         )
     partial.unread_keys[:0] = find_unread_keys(name, record, USED_KEYS, partial.image_names)
     _add_system_turn(partial, record.get("system"))
-    images = tuple(find_image(image_name) for image_name in partial.image_names)
-    has_tag = any(IMAGE_PLACEHOLDER in turn.text for turn in partial.turns)
-    is_untagged = bool(images) and not has_tag
     _refuse_media_tags(partial)
-    turns = partial.turns
-    if is_untagged and len(images) == 1:
-        turns = _insert_image_tag(turns)
-    sample = Sample(
-        name,
-        tuple(turns),
-        images,
-        _detect_language(turns),
-        unread_keys=tuple(dict.fromkeys(partial.unread_keys)),
-        is_untagged=is_untagged,
-    )
-    check_sample(sample)
-    return sample
+    return partial
 
 
 def _record_name(record: dict[str, Any], fallback_name: str) -> str:
@@ -128,7 +179,7 @@ def record_from_sample(sample: Sample, image_names: list[str]) -> dict[str, Any]
     }
 
 
-def _turns_key(name: str, record: dict[str, Any]) -> str:
+def _turns_key(name: str, record: Mapping[str, Any]) -> str:
     """Return the key of the turns."""
     present = [key for key in TURN_KEYS if record.get(key) is not None]
     present = [key for key in present if record[key] not in EMPTY_VALUES] or present[:1]
@@ -151,34 +202,36 @@ def _turns_key(name: str, record: dict[str, Any]) -> str:
     return key
 
 
-def _image_names(name: str, record: dict[str, Any]) -> list[str]:
-    """Return the image names of a record: a text, a list of texts, null or absent."""
-    image_names: list[str] = []
+def _image_values(partial: _PartialRecord, record: Mapping[str, Any]) -> list[Any]:
+    """Return the images of a record: one, or a list; null, "" and lists of them are none."""
+    image_values: list[Any] = []
     for key in IMAGE_KEYS:
         value = record.get(key)
-        listed = [] if value is None else value if isinstance(value, list) else [value]
-        for image_name in listed:
-            _check_image_name(name, image_name, f"{key!r} is {describe_json_type(value)}")
-        if image_names and listed and listed != image_names:
-            raise BadSample(name, "has other images in 'image' than in 'images'; expected one")
-        image_names = listed or image_names
-    return image_names
+        listed = [plain_value(one) for one in (value if isinstance(value, list) else [value])]
+        listed = [] if all(one in EMPTY_VALUES for one in listed) else listed
+        for image_value in listed:
+            _check_image_value(partial, image_value, repr(key), value)
+        if image_values and listed and listed != image_values:
+            raise BadSample(
+                partial.name, "has other images in 'image' than in 'images'; expected one"
+            )
+        image_values = listed or image_values
+    return image_values
 
 
-def _check_image_name(name: str, image_name: Any, described: str) -> None:
-    """Raise BadSample for what is not a file name; `described` says what was given."""
-    if not isinstance(image_name, str) or not image_name.strip() or "\0" in image_name:
-        raise BadSample(name, f"{described}; expected a file name or a list")
-    if (
-        DATA_URI.match(image_name[:20])
-        or BASE64_TEXT.fullmatch(image_name)
-        or len(image_name) > MAX_PATH_LENGTH
-    ):
-        raise BadSample(
-            name, f"{described}, an image as text; write it to a file and give its name"
-        )
-    if URL_PREFIX.match(image_name):
-        raise BadSample(name, f"{described}, a URL; download it into data.images and give its name")
+def _check_image_value(partial: _PartialRecord, value: Any, place: str, given: Any) -> None:
+    """Raise BadSample for what is no file name and no image; at `place` stands `given`."""
+    if is_embedded(value):
+        problem = "" if partial.may_embed else _EMBEDDED_REMEDY
+    elif not isinstance(value, str) or not value.strip() or "\0" in value:
+        problem = "; expected a file name or a list"
+    elif len(value) > MAX_PATH_LENGTH:
+        problem = _EMBEDDED_REMEDY
+    else:
+        is_url = URL_PREFIX.match(value)
+        problem = ", a URL; download it into data.images and give its name" if is_url else ""
+    if problem:
+        raise BadSample(partial.name, f"{place} is {describe_json_type(given)}{problem}")
 
 
 def _add_turn(partial: _PartialRecord, turn: Any, number: int) -> None:
@@ -191,8 +244,9 @@ def _add_turn(partial: _PartialRecord, turn: Any, number: int) -> None:
         raise refuse_turn(
             f"is {describe_json_type(turn)}; expected a mapping with 'from' and 'value'"
         )
-    is_message = "role" in turn and "from" not in turn
-    role_key, text_key = ("role", "content") if is_message else ("from", "value")
+    role_key = "role" if "role" in turn and "from" not in turn else "from"
+    text_keys = TEXT_KEYS[role_key]
+    text_key = next((key for key in text_keys if key in turn), text_keys[0])
     for key in (role_key, text_key):
         if key not in turn:
             raise refuse_turn(
@@ -234,54 +288,17 @@ def _parse_turn_text(
     partial: _PartialRecord, content: Any, key: str, refuse_turn: Callable[[str], BadSample]
 ) -> str:
     if key == "content" and isinstance(content, list):
-        return _join_content_parts(partial, content, refuse_turn)
+        parts = read_content_parts(partial.name, content, partial.placeholder_parts, refuse_turn)
+        values = [plain_value(value) for value in parts.image_values]
+        for value in values:
+            _check_image_value(partial, value, "an image of 'content'", value)
+        partial.image_values += values
+        partial.placeholder_parts += parts.listed_images
+        partial.unread_keys += parts.unread_keys
+        return parts.join_texts()
     if not isinstance(content, str):
         raise refuse_turn(f"{key!r} is {describe_json_type(content)}; expected a text")
     return content
-
-
-def _join_content_parts(
-    partial: _PartialRecord, parts: list[Any], refuse_turn: Callable[[str], BadSample]
-) -> str:
-    """Return the text of a content in parts (transformers' chat format); add its images.
-
-    An image and a text are joined by a newline, two images by nothing.
-    """
-    texts: list[str] = []
-    for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else None
-        value = part.get(kind, part.get("path")) if kind in ("text", "image") else None
-        if kind is None or not isinstance(value, str):
-            raise refuse_turn(
-                f"a part of 'content' is {describe_json_type(part)}; expected "
-                '{"type": "text", "text": TEXT} or {"type": "image", "image": FILE}'
-            )
-        _note_unread_keys(partial, part, kind, value, refuse_turn)
-        if kind == "image":
-            _check_image_name(
-                partial.name, value, f"an image of 'content' is {describe_json_type(value)}"
-            )
-            partial.image_names.append(value)
-        if texts and not (kind == "image" and texts[-1] == IMAGE_PLACEHOLDER):
-            texts.append("\n")
-        texts.append(IMAGE_PLACEHOLDER if kind == "image" else value)
-    return "".join(texts)
-
-
-def _note_unread_keys(
-    partial: _PartialRecord,
-    part: dict[str, Any],
-    kind: str,
-    value: str,
-    refuse_turn: Callable[[str], BadSample],
-) -> None:
-    """Record the keys of a content part that are not read; refuse those with content."""
-    used = ("type", kind if kind in part else "path")
-    try:
-        keys = find_unread_keys(partial.name, part, used, [value])
-    except BadSample as bad:
-        raise refuse_turn(f"in a part of 'content' {bad.reason}") from bad
-    partial.unread_keys += [f"turn {key}" for key in keys]
 
 
 def _add_system_turn(partial: _PartialRecord, system_prompt: Any) -> None:
@@ -317,12 +334,12 @@ def _refuse_media_tags(partial: _PartialRecord) -> None:
         raise BadSample(partial.name, f"turn {number}: {tag!r} shows nothing here; {remedy}")
 
 
-def _insert_image_tag(turns: list[ChatTurn]) -> list[ChatTurn]:
-    """Put the tag of the only image before the first human text."""
+def _insert_image_tags(turns: list[ChatTurn], count: int) -> list[ChatTurn]:
+    """Put the tags of all images before the first human text."""
     first = next((n for n, turn in enumerate(turns) if turn.role == "human"), None)
     if first is None:
         return turns
-    tagged = ChatTurn("human", f"{IMAGE_PLACEHOLDER}\n{turns[first].text}")
+    tagged = ChatTurn("human", f"{IMAGE_PLACEHOLDER * count}\n{turns[first].text}")
     return [*turns[:first], tagged, *turns[first + 1 :]]
 
 

@@ -6,8 +6,10 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from vlbench.data.conversation_files import LlavaJson
+from vlbench.data.conversation_files import ConversationFiles
+from vlbench.data.parquet_records import ParquetRecords
 from vlbench.data.sample import SampleSource
 from vlbench.data.shards import WebDatasetShards
 from vlbench.errors import UserError
@@ -20,22 +22,31 @@ CHECKSUMS_KEY = "data"  # of versions.json: path of data -> checksum
 def checksum_sources(sources: Iterable[SampleSource]) -> dict[str, str]:
     """Return path -> checksum of sources that are read from files, images left out.
 
-    Of shards, which may hold terabytes, names and numbers of samples are what is summed.
+    Of shards and Parquet files, which may hold terabytes, names and numbers of samples are what is
+    summed.
     """
     return {
         source.name: _checksum_source(source)
         for source in sources
-        if isinstance(source, LlavaJson | WebDatasetShards)
+        if isinstance(source, ConversationFiles | WebDatasetShards)
     }
 
 
-def _checksum_source(source: LlavaJson | WebDatasetShards) -> str:
-    if isinstance(source, LlavaJson):
-        with open_regular(Path(source.name)) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    names = [str(tar).rpartition("/")[2] for tar in source.tars]
-    listed = json.dumps([names, [int(count) for count in source.sample_counts]])
-    return hashlib.sha256(listed.encode()).hexdigest()
+def _checksum_source(source: ConversationFiles | WebDatasetShards) -> str:
+    if isinstance(source, WebDatasetShards):
+        names = [str(tar).rpartition("/")[2] for tar in source.tars]
+        return _checksum_list([names, [int(count) for count in source.sample_counts]])
+    if isinstance(source.records, ParquetRecords):
+        blocks = source.records.blocks
+        return _checksum_list(
+            [[block.file.name, block.stamp[0], block.row_count] for block in blocks]
+        )
+    with open_regular(Path(source.records.name)) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checksum_list(values: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def data_checksums(versions_file: Path) -> dict[str, str]:

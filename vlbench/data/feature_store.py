@@ -2,7 +2,8 @@
 
 A folder has shards, safetensors files with
 
-    features   [images, patches, width], in the vision encoder's dtype
+    features   [images, patches, width], in the vision encoder's dtype; of a connector that reads
+               several blocks [images, blocks, patches, width]
     keys       [images, 16] uint8, a hash of each image's content
     sums       [images] int64, a checksum of each image's features
 
@@ -12,7 +13,6 @@ A shard is written atomically, so a run that is stopped loses at most the one it
 from __future__ import annotations
 
 import hashlib
-import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,7 +27,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlbench.data.image_processing import ImageFile
+from vlbench.data.record_images import EmbeddedImage
 from vlbench.data.sample import LazyImage
+from vlbench.text_files import replace_when_written
 
 FeatureLocations = dict[bytes, tuple[str, int]]
 """Shard and row of each image, by its key."""
@@ -39,7 +41,7 @@ def content_key(lazy_image: LazyImage) -> bytes:
 
     Raises a UserError that names an image that cannot be read.
     """
-    if isinstance(lazy_image, ImageFile):
+    if isinstance(lazy_image, ImageFile | EmbeddedImage):
         content = lazy_image.read_bytes()
     else:
         image = lazy_image.open()
@@ -100,12 +102,8 @@ class FeatureShards:
             "sums": torch.tensor([feature_checksum(row) for row in features]),
         }
         name = hashlib.blake2b(all_keys, digest_size=KEY_BYTES).hexdigest() + ".safetensors"
-        temporary = self.folder / f".{name}-{os.getpid()}"
-        try:
+        with replace_when_written(self.folder / name) as temporary:
             save_file(tensors, temporary)
-            temporary.replace(self.folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
         self._open.pop(name, None)
         return {key: (name, row) for row, key in enumerate(keys)}
 

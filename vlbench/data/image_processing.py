@@ -1,9 +1,10 @@
 """Image preprocessing: from a file to the vision encoder's pixels. Imports torch lazily.
 
-One transform serves training, evaluation and chat: pad to a square in the mean colour, resize the
-shortest edge (bicubic), crop the centre, rescale, normalise. EXIF orientation is not applied and
-alpha is dropped, as in the Yi-VL reference. JPEGs are decoded at full size, unless `draft` asks for
-the decoder's own downscaling of large ones, which is faster and changes pixels slightly.
+One transform serves training, evaluation and chat: make a square (pad it in the mean colour, crop
+its centre, or squash it), resize, rescale, normalise. Alpha is dropped and EXIF orientation is not
+applied, as in the Yi-VL reference, unless `exif` asks for it. JPEGs are decoded at full size,
+unless `draft` asks for the decoder's own downscaling of large ones, which is faster and changes
+pixels slightly.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
-from vlbench.config.schema import MAX_IMAGE_SIZE
+from vlbench.config.key_types import MAX_IMAGE_SIZE
 from vlbench.data.image_decoding import decode_rgb
 from vlbench.data.image_folder import is_inside, outside_message
 from vlbench.data.sample import LazyImage
-from vlbench.errors import UserError
+from vlbench.errors import UserError, one_line
 from vlbench.regular_files import MAX_IMAGE_BYTES, describe_failure, open_regular, read_regular
 from vlbench.text_files import LFS_POINTER
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 MAX_SIDE = 8000  # pixels, longest side of a square canvas (64 megapixels) and of its content
 MAX_RESIZED_SIDE = 2 * MAX_IMAGE_SIZE  # pixels, shortest edge; a release resizes to 1.15 crops
+INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "nearest")
 LFS_MESSAGE = "is a Git-LFS pointer and not the image; run git lfs pull"
 _ZERO_MARK = "vlbench: zero"  # a key in the `info` of the image of a ZeroImage
 _TRANSFORM_RULES = (
@@ -129,6 +131,11 @@ class ImageTransform:
         pad: Whether the image is first padded to a square in the mean colour.
         draft: Whether large JPEGs are decoded at a smaller size, which only `load_pixels` and
             `load_levels` can do.
+        exif: Whether an image is turned as its EXIF orientation says, once it is opened.
+        squash: Whether the image is resized to a square whatever its sides, and nothing is padded.
+        interpolation: Of the resize, one of INTERPOLATIONS.
+        second: What a second vision encoder sees of the same image: three further channels. Of two
+            sizes the smaller is in the top left corner, with zeros beside it.
     """
 
     size: int
@@ -137,6 +144,10 @@ class ImageTransform:
     std: tuple[float, float, float]
     pad: bool = True
     draft: bool = False
+    exif: bool = False
+    squash: bool = False
+    interpolation: str = "bicubic"
+    second: ImageTransform | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.crop <= self.size:
@@ -146,17 +157,28 @@ class ImageTransform:
                 f"image transform: size={self.size} pixels; at most {MAX_RESIZED_SIDE} are allowed"
             )
 
-    def load_pixels(self, image: LazyImage) -> Tensor:
-        """Open an image and return its float32 pixels `[3, crop, crop]`."""
-        return self(self._open(image))
+    @property
+    def channels(self) -> int:
+        """Channels of the pixels: 3, and 3 more for a second vision encoder."""
+        return 3 if self.second is None else 6
 
-    def _open(self, image: LazyImage) -> Image.Image:
+    def load_pixels(self, image: LazyImage) -> Tensor:
+        """Open an image and return its float32 pixels `[channels, crop, crop]`."""
+        return self(self.open_image(image))
+
+    def open_image(self, image: LazyImage) -> Image.Image:
+        """Open an image in RGB, at the size and in the orientation in which it is transformed."""
         open_draft = getattr(image, "open_draft", None) if self.draft and self.pad else None
-        opened: Image.Image = open_draft(self.size) if open_draft else image.open()
-        return opened
+        side = max(self.size, self.second.size if self.second else 0)
+        opened: Image.Image = open_draft(side) if open_draft else image.open()
+        return _turn_upright(opened, image.name) if self.exif else opened
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Return float32 pixels `[3, crop, crop]`; those of a ZeroImage are all 0."""
+        """Return float32 pixels `[channels, crop, crop]`; those of a ZeroImage are all 0."""
+        own = self._pixels(image)
+        return own if self.second is None else _stack_channels(own, self.second(image))
+
+    def _pixels(self, image: Image.Image) -> Tensor:
         import torch
 
         if _ZERO_MARK in image.info:
@@ -168,24 +190,29 @@ class ImageTransform:
         return torch.from_numpy(pixels)
 
     def load_levels(self, image: LazyImage) -> Tensor:
-        """Open an image and return its uint8 pixels `[3, crop, crop]`, before normalisation.
+        """Open an image and return its uint8 pixels `[channels, crop, crop]`, not normalised.
 
         `level_values` has what each of them becomes. Raises a UserError for a ZeroImage, which is
         no 8-bit image.
         """
-        import torch
-
-        opened = self._open(image)
+        opened = self.open_image(image)
         if _ZERO_MARK in opened.info:
             raise UserError(f"image {image.name}: is absent, and can only be asked about")
-        planes = self.resize_and_crop(opened).transpose(2, 0, 1)
+        own = self._levels(opened)
+        return own if self.second is None else _stack_channels(own, self.second._levels(opened))
+
+    def _levels(self, image: Image.Image) -> Tensor:
+        import torch
+
+        planes = self.resize_and_crop(image).transpose(2, 0, 1)
         return torch.from_numpy(np.ascontiguousarray(planes))
 
     def level_values(self) -> Tensor:
-        """Return the normalised value of each 8-bit level of each channel, float32 `[3, 256]`."""
+        """Return the normalised value of each level of each channel, float32 `[channels, 256]`."""
         import torch
 
-        return torch.from_numpy(self._level_values())
+        own = torch.from_numpy(self._level_values())
+        return own if self.second is None else torch.cat([own, self.second.level_values()])
 
     def _level_values(self) -> NDArray[np.float32]:
         levels = (np.arange(256) * (1 / 255)).astype(np.float32)  # rescaled in float64
@@ -195,6 +222,9 @@ class ImageTransform:
     def resize_and_crop(self, image: Image.Image) -> NDArray[np.uint8]:
         """Return the uint8 image `[crop, crop, 3]` before normalisation."""
         image = image if image.mode == "RGB" else image.convert("RGB")
+        resample = Image.Resampling[self.interpolation.upper()]
+        if self.squash:
+            return np.asarray(image.resize((self.crop, self.crop), resample))
         if self.pad and image.width != image.height:
             image = _pad_square(image, mean_colour(self.mean))
         elif not self.pad:
@@ -202,17 +232,47 @@ class ImageTransform:
         width, height = image.size
         short, long = min(width, height), int(self.size * max(width, height) / min(width, height))
         edges = (self.size, long) if width == short else (long, self.size)
-        image = image.resize(edges, Image.Resampling.BICUBIC)
+        image = image.resize(edges, resample)
         left, top = ((edge - self.crop) // 2 for edge in edges)
         return np.asarray(image.crop((left, top, left + self.crop, top + self.crop)))
+
+    def describe(self) -> str:
+        """Return in words what becomes of an image, as people read it in a run's report."""
+        mean, std = (" ".join(f"{value:.4g}" for value in stats) for stats in (self.mean, self.std))
+        square = "squashed to" if self.squash else "padded to" if self.pad else "cropped to"
+        if not self.squash and self.size != self.crop:
+            square = f"resized to {self.size} and {square}"
+        text = f"{square} {self.crop} x {self.crop}, {self.interpolation}, mean {mean}, std {std}"
+        return text if self.second is None else f"{text}; and {self.second.describe()}"
 
     def transform_hash(self) -> str:
         """Return a hash of 16 characters over everything that determines the result."""
         settings = {**asdict(self), "rules": _TRANSFORM_RULES}
-        if not self.draft:
-            del settings["draft"]  # keeps the hash of runs that are older than the option
+        for name in ("draft", "exif", "squash", "interpolation", "second"):
+            if settings[name] == type(self).__dataclass_fields__[name].default:
+                del settings[name]  # keeps the hash of runs that are older than the option
         text = json.dumps(settings, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _stack_channels(first: Tensor, second: Tensor) -> Tensor:
+    """Return pixels `[3, side, side]` of two sizes as `[6, larger, larger]`, zeros beside them."""
+    side = max(first.shape[1], second.shape[1])
+    both = first.new_zeros(6, side, side)
+    for channel, pixels in ((0, first), (3, second)):
+        both[channel : channel + 3, : pixels.shape[1], : pixels.shape[2]] = pixels
+    return both
+
+
+def _turn_upright(image: Image.Image, name: str) -> Image.Image:
+    """Return an image turned as its EXIF orientation says; a UserError if that cannot be read."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception as error:  # a parser of EXIF may raise anything on broken bytes
+        reason = one_line(error, max_lines=1)
+        raise UserError(
+            f"image {name}: its EXIF cannot be read ({reason}); data.exif=ignore leaves it alone"
+        ) from error
 
 
 def mean_colour(mean: tuple[float, float, float]) -> tuple[int, int, int]:

@@ -27,9 +27,10 @@ class ContrastPool:
     """`[pairs]` int64, which of all pairs are those of the micro-batch."""
     pair_keys: list[str]
     """The unique key of each pair of the micro-batch; random seeds are derived from it."""
-    gather_features: Callable[[Tensor], Tensor]
+    gather_features: Callable[[Tensor], Any]
     """Takes indices of pairs `[wanted]`, returns the features of their images `[wanted, patches,
-    vision_width]`. A collective: every process must call it equally often, if only for no pair."""
+    vision_width]`, as the connector reads them. A collective: every process must call it equally
+    often, if only for no pair."""
 
 
 @dataclass
@@ -61,7 +62,8 @@ class PackedBatch:
     """The unique name of each image of `pixels`: its sample and its number there."""
     features: Tensor | None = None
     """`[images, patches, vision_width]`, cached output of a frozen vision encoder, or None;
-    `pixels` are then of size 0."""
+    `pixels` are then of size 0. Of several levels it is `[images, levels, patches, vision_width]`
+    (`vlbench.connector.levels.stack_levels`)."""
     level_values: Tensor | None = None
     """`[3, 256]` float32, the normalised value of each level of each channel, for uint8 pixels."""
     captions: list[str] = field(default_factory=list)
@@ -118,10 +120,15 @@ class PackedBatch:
         supervised, labels = self.supervised_positions, self.labels
         if supervised is None and labels is not None:
             supervised = (labels.flatten() != IGNORE_INDEX).nonzero()[:, 0]
-        image_positions = self.image_positions
-        if image_positions is None:
-            image_positions = (self.input_ids.flatten() == IMAGE_TOKEN_INDEX).nonzero()[:, 0]
-        return replace(self, supervised_positions=supervised, image_positions=image_positions)
+        return replace(
+            self, supervised_positions=supervised, image_positions=self.find_image_positions()
+        )
+
+    def find_image_positions(self) -> Tensor:
+        """Return the image positions in the flattened `input_ids`, looked for if not yet known."""
+        if self.image_positions is not None:
+            return self.image_positions
+        return (self.input_ids.flatten() == IMAGE_TOKEN_INDEX).nonzero()[:, 0]
 
     def pin_memory(self) -> PackedBatch:
         """Return the batch in page-locked memory, from which copies to a GPU are asynchronous."""
@@ -216,6 +223,15 @@ def assign_image_index(input_ids: Tensor, tokens_per_image: int, first_image: in
     count = (input_ids == IMAGE_TOKEN_INDEX).long().cumsum(0)
     image = (count + tokens_per_image - 1) // tokens_per_image - 1
     return torch.where(image < 0, image, image + first_image)
+
+
+def number_image_tokens(batch: PackedBatch, tokens_per_image: int) -> Tensor:
+    """Return `[rows, length]`: at an image position its number within its image, elsewhere -1."""
+    positions = batch.find_image_positions()
+    numbers = torch.arange(len(positions), device=positions.device) % tokens_per_image
+    token_index = batch.input_ids.new_full((batch.input_ids.numel(),), -1)
+    token_index[positions] = numbers
+    return token_index.view(batch.input_ids.shape)
 
 
 def normalize_levels(levels: Tensor, level_values: Tensor) -> Tensor:

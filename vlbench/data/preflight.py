@@ -57,13 +57,6 @@ class PreflightReport:
         )
 
 
-def preflight_bad_samples(
-    source: SampleSource, max_opened_images: int = MAX_OPENED_IMAGES
-) -> list[BadSample]:
-    """Return the bad samples of a source; see `inspect_source`."""
-    return inspect_source(source, max_opened_images).bad_samples
-
-
 def inspect_source(
     source: SampleSource, max_opened_images: int = MAX_OPENED_IMAGES
 ) -> PreflightReport:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from vlbench.config.schema import SampleFormat
+from vlbench.config.key_types import SampleFormat
 from vlbench.data.chat_template import ChatTemplate, TextPiece
 from vlbench.data.sample import IMAGE_PLACEHOLDER, LazyImage, Sample, check_sample
 from vlbench.errors import BadSample, UserError
@@ -22,7 +22,7 @@ class TokenEncoder(Protocol):
     @property
     def bos_token_id(self) -> int: ...
 
-    def encode(self, text: str) -> Sequence[int]: ...
+    def encode(self, text: str, add_bos: bool = True) -> Sequence[int]: ...
 
     def check_token_ids(self, ids: Sequence[int]) -> None: ...
 
@@ -36,16 +36,16 @@ class CachedTokenizer:
         self.bos_token_id = tokenizer.bos_token_id
         self._cached_encode = functools.lru_cache(maxsize=4096)(self._encode_tuple)
 
-    def encode(self, text: str) -> Sequence[int]:
+    def encode(self, text: str, add_bos: bool = True) -> Sequence[int]:
         """Return the ids of a text."""
-        return self._cached_encode(text)
+        return self._cached_encode(text, add_bos)
 
     def check_token_ids(self, ids: Sequence[int]) -> None:
         """Raise a UserError for an id that the model has no embedding for."""
         self.tokenizer.check_token_ids(ids)
 
-    def _encode_tuple(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(text))
+    def _encode_tuple(self, text: str, add_bos: bool) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text, add_bos))
 
     def __reduce__(self) -> tuple[Any, ...]:  # the cache itself cannot be pickled for a worker
         return CachedTokenizer, (self.tokenizer,)
@@ -114,17 +114,16 @@ class SampleEncoder:
             NoImage: a caption without an image.
         """
         check_sample(sample)
-        if self.sample_format == "caption":
-            sample, pieces = _reduce_to_caption(sample)
-        else:
-            pieces = self.chat_template.render_pieces(sample.turns)
         input_ids: list[int] = []
         supervised: list[bool] = []
-        for piece_ids, is_answer in tokenize_pieces(pieces, self.tokenizer, self.tokens_per_image):
-            input_ids += piece_ids
-            supervised += [is_answer] * len(piece_ids)
         try:
+            sample, pieces = self._render_pieces(sample)
+            for piece_ids, is_answer in pieces:
+                input_ids += piece_ids
+                supervised += [is_answer] * len(piece_ids)
             self.tokenizer.check_token_ids(input_ids)
+        except BadSample:
+            raise
         except UserError as error:
             raise BadSample(sample.id, str(error)) from error
         full_length, lost_tokens = len(input_ids), sum(supervised[self.max_length :])
@@ -145,6 +144,18 @@ class SampleEncoder:
             lost_supervised_tokens=lost_tokens,
         )
 
+    def _render_pieces(self, sample: Sample) -> tuple[Sample, Iterator[tuple[list[int], bool]]]:
+        """Return the sample as the stage learns it, and its (ids, supervised) pieces."""
+        if self.sample_format == "caption":
+            sample, pieces = _reduce_to_caption(sample)
+            has_all_tokens = False
+        else:
+            pieces = self.chat_template.render_pieces(sample.turns)
+            has_all_tokens = self.chat_template.has_all_tokens
+        return sample, tokenize_pieces(
+            pieces, self.tokenizer, self.tokens_per_image, has_all_tokens
+        )
+
     def _uncut_images(self, sample: Sample, input_ids: list[int]) -> tuple[LazyImage, ...]:
         """Return the images whose image positions are left after the cut to `max_length`."""
         count, rest = divmod(input_ids.count(IMAGE_TOKEN_INDEX), self.tokens_per_image)
@@ -158,11 +169,15 @@ class SampleEncoder:
 
 
 def tokenize_pieces(
-    pieces: Sequence[TextPiece], tokenizer: TokenEncoder, tokens_per_image: int
+    pieces: Sequence[TextPiece],
+    tokenizer: TokenEncoder,
+    tokens_per_image: int,
+    has_all_tokens: bool = False,
 ) -> Iterator[tuple[list[int], bool]]:
     """Tokenize (text, supervised) pieces one by one; a placeholder becomes its image positions.
 
-    A BOS that the tokenizer puts before every text is kept at the very beginning only.
+    A BOS that the tokenizer puts before every text is kept at the very beginning only, and not
+    there either with `has_all_tokens`, see `ChatTemplate`.
     """
     is_first, starts_with_bos = True, False
     for text, supervised in pieces:
@@ -170,6 +185,9 @@ def tokenize_pieces(
         for number, chunk in enumerate(chunks):
             if number:
                 yield [IMAGE_TOKEN_INDEX] * tokens_per_image, False
+            if has_all_tokens:
+                yield list(tokenizer.encode(chunk, False)), supervised
+                continue
             ids = list(tokenizer.encode(chunk))
             has_bos = bool(ids) and ids[0] == tokenizer.bos_token_id
             yield (ids[1:] if has_bos and starts_with_bos else ids), supervised

@@ -12,19 +12,26 @@ the CRC-32 of its header, by which a reader notices that the tar file was replac
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tarfile
-import uuid
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from vlbench.data import record_files
 from vlbench.data.remote_shards import file_exists, is_url, read_whole_file, remote_file_size
 from vlbench.errors import UserError
 from vlbench.regular_files import MAX_RECORDS_BYTES, format_bytes, open_regular, read_regular_text
-from vlbench.text_files import format_json_lines, parse_json, refuse_lfs_pointer, split_lines
+from vlbench.text_files import (
+    format_json_lines,
+    parse_json,
+    refuse_lfs_pointer,
+    split_lines,
+    write_atomically,
+)
 
 INDEX_VERSION = 2
 
@@ -64,10 +71,9 @@ def file_stamp(tar: str) -> FileStamp | None:
     if is_url(tar):
         return None
     try:
-        status = os.stat(tar)
+        return record_files.file_stamp(tar)
     except OSError:
         return None
-    return status.st_size, status.st_mtime_ns
 
 
 def load_shard_index(tar: str) -> TarScan:
@@ -126,14 +132,8 @@ def _build_index(tar: str) -> TarScan:
     scan = scan_tar(tar)
     if stamp is None:  # it appeared only now
         return scan
-    file = Path(index_path(tar))
-    # a unique name, as other processes may build the index at the same time
-    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-    try:
-        temporary.write_text(format_index(scan, stamp), encoding="utf-8", newline="\n")
-        os.replace(temporary, file)
-    except OSError:  # the folder is not writable: every process builds the index for itself
-        temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # the folder is not writable: every process builds its own
+        write_atomically(Path(index_path(tar)), format_index(scan, stamp))
     return scan
 
 

@@ -23,7 +23,11 @@ class ShardShuffle:
     """A permutation of 0..total_samples-1, where samples are numbered shard by shard."""
 
     def __init__(
-        self, sample_counts: Sequence[int], shuffle_key: str, window_shards: int = WINDOW_SHARDS
+        self,
+        sample_counts: Sequence[int],
+        shuffle_key: str,
+        window_shards: int = WINDOW_SHARDS,
+        max_lanes: int = MAX_LANES,
     ) -> None:
         """Shuffle shards of `sample_counts` samples by `shuffle_key` and deal them to the lanes."""
         self.sample_counts = np.asarray(sample_counts, np.int64)
@@ -32,7 +36,7 @@ class ShardShuffle:
         self.shuffle_key, self.window_shards = shuffle_key, window_shards
         shuffle = FeistelShuffle(len(sample_counts), f"{shuffle_key}/shards")
         self.lane_count = 1
-        while self.lane_count * 2 <= min(MAX_LANES, len(sample_counts)):
+        while self.lane_count * 2 <= min(max_lanes, len(sample_counts)):
             self.lane_count *= 2
         dealt = np.fromiter(map(shuffle, range(len(sample_counts))), np.int64, len(sample_counts))
         self._lane_shards = [dealt[lane :: self.lane_count] for lane in range(self.lane_count)]

@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlbench.data.conversation_record import IMAGE_KEYS, TURN_KEYS, sample_from_record
+from vlbench.data.conversation_record import sample_from_record
 from vlbench.data.image_processing import open_image_bytes
+from vlbench.data.record_dialects import IMAGE_KEYS, TURN_KEYS
 from vlbench.data.remote_shards import file_exists, is_url, read_byte_range, read_json_file
 from vlbench.data.sample import Sample
 from vlbench.data.shard_index import (

@@ -122,9 +122,10 @@ class SourceMixture:
     @staticmethod
     def _pass_order(source: SampleSource, shuffle_key: str) -> Callable[[int], int]:
         """Return the order of one pass over a source: its own where it has one, as shards do."""
-        own_order: Callable[[str], Callable[[int], int]] | None
+        own_order: Callable[[str], Callable[[int], int] | None] | None
         own_order = getattr(source, "pass_order", None)
-        return own_order(shuffle_key) if own_order else _cached_shuffle(len(source), shuffle_key)
+        order = own_order(shuffle_key) if own_order else None
+        return order or _cached_shuffle(len(source), shuffle_key)
 
 
 class SourceTail(SourceMixture):

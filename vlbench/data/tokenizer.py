@@ -16,10 +16,16 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
+from vlbench.data.added_tokens import (
+    check_added_ids,
+    listed_special_tokens,
+    read_added_tokens,
+    token_text,
+)
+from vlbench.data.template_rendering import TEMPLATE_FILE, read_template_text
 from vlbench.data.tokenizer_limits import (
     MAX_ADDED_TOKENS,
     check_library_files,
-    parse_token_id,
 )
 from vlbench.errors import UserError, one_line
 from vlbench.regular_files import MAX_CONFIG_BYTES
@@ -31,8 +37,9 @@ SENTENCEPIECE_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    TEMPLATE_FILE,
 )
-FAST_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+FAST_TOKENIZER_FILES = ("tokenizer.json", *SENTENCEPIECE_FILES[1:])
 _PIECE_SPACE = "\u2581"  # how sentencepiece writes a space
 
 
@@ -59,6 +66,8 @@ class Tokenizer(ABC):
     """Those of the special tokens that are not bos, eos or unk."""
     _token_names: dict[int, str]
     """The texts of special and added tokens by id."""
+    chat_template: str = ""
+    """Its own chat template as Jinja; "" for none."""
 
     @classmethod
     def load(cls, folder: str | Path, id_limit: int | None = None) -> Tokenizer:
@@ -68,13 +77,20 @@ class Tokenizer(ABC):
         strings are ordinary text.
         """
         folder = Path(folder)
-        if not (folder / "tokenizer.model").is_file() and (folder / "tokenizer.json").is_file():
-            return FastTokenizer(folder)
-        return _load_sentencepiece_tokenizer(folder, id_limit)
+        tokenizer = (
+            FastTokenizer(folder)
+            if _is_fast(folder)
+            else _load_sentencepiece_tokenizer(folder, id_limit)
+        )
+        tokenizer.chat_template = read_template_text(folder)
+        return tokenizer
 
     @abstractmethod
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text; strings of special tokens become their ids."""
+    def encode(self, text: str, add_bos: bool = True) -> list[int]:
+        """Return the ids of a text; strings of special tokens become their ids.
+
+        Without `add_bos` nothing stands before them that the text does not have.
+        """
 
     @abstractmethod
     def decode(self, ids: Iterable[int], keep_special: bool = False) -> str:
@@ -98,6 +114,18 @@ class Tokenizer(ABC):
     def eos_token(self) -> str:
         """The text of the end-of-text token."""
         return self._token_names[self.eos_token_id]
+
+    @property
+    def named_tokens(self) -> dict[str, int]:
+        """The texts of special and added tokens, which are cut out of a text, with their ids."""
+        return {name: token_id for token_id, name in self._token_names.items()}
+
+    @property
+    def role_tokens(self) -> dict[str, str]:
+        """The texts of bos, eos and unk as chat templates call them, of those that it has."""
+        ids = {"bos_token": self.bos_token_id, "eos_token": self.eos_token_id}
+        ids |= {"unk_token": self.unk_token_id}
+        return {role: self._token_names[n] for role, n in ids.items() if n in self._token_names}
 
     def save(self, folder: Path) -> None:
         """Write the files that `load` has read into `folder`."""
@@ -152,9 +180,9 @@ class SentencePieceTokenizer(Tokenizer):
         # Where all tokens begin with "<", a text without it needs no cutting.
         self._token_prefix = "<" if all(name.startswith("<") for name in self._token_ids) else ""
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_bos: bool = True) -> list[int]:
         """Return the ids of a text; strings of special tokens become their ids."""
-        ids = [self.bos_token_id] if self.add_bos_token else []
+        ids = [self.bos_token_id] if self.add_bos_token and add_bos else []
         parts = self._token_pattern.split(text) if self._token_prefix in text else [text]
         for part in parts:
             special_id = self._token_ids.get(part)
@@ -232,18 +260,33 @@ class FastTokenizer(Tokenizer):
             token_id: name for name, token_id in tokenizer.get_added_vocab().items()
         }
         self._token_names[self.eos_token_id] = tokenizer.eos_token
+        if self.bos_token_id >= 0:
+            self._token_names[self.bos_token_id] = tokenizer.bos_token
         roles = [role for role in tokenizer.special_tokens_map.values() if isinstance(role, str)]
         self.added_special_tokens = [
             name for name in tokenizer.all_special_tokens if name not in roles
         ]
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_bos: bool = True) -> list[int]:
         """Return the ids of a text; what the tokenizer puts before every text is included."""
-        return list(self._hf_tokenizer.encode(text))
+        return list(self._hf_tokenizer.encode(text, add_special_tokens=add_bos))
 
     def decode(self, ids: Iterable[int], keep_special: bool = False) -> str:
         """Return the text of ids, without special tokens unless they are kept."""
         return str(self._hf_tokenizer.decode(list(ids), skip_special_tokens=not keep_special))
+
+
+def _is_fast(folder: Path) -> bool:
+    """Tell whether a folder's tokenizer is its `tokenizer.json`.
+
+    A sentencepiece model beside it comes first, unless its configuration says `legacy: false`: then
+    texts behind special tokens are not encoded as the slow Llama tokenizer did.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        return False
+    file = folder / "tokenizer_config.json"
+    is_new = file.is_file() and read_json(file).get("legacy") is False
+    return is_new or not (folder / "tokenizer.model").is_file()
 
 
 def load_library_tokenizer(folder: Path) -> Any:
@@ -277,12 +320,12 @@ def _load_sentencepiece_tokenizer(folder: Path, id_limit: int | None) -> Sentenc
     for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
         config |= read_json(path) if path.is_file() else {}
     roles = zip(("bos_token", "eos_token", "unk_token"), SPECIAL_TOKENS, strict=True)
-    role_tokens = [_token_text(config.get(role), default) for role, default in roles]
+    role_tokens = [token_text(config.get(role), default) for role, default in roles]
     model_file = folder / "tokenizer.model"
     pieces = _load_sentencepiece(model_file)
     piece_count = pieces.get_piece_size()
-    listed_special = _listed_special_tokens(config)
-    added = _read_added_tokens(config, folder, piece_count)
+    listed_special = listed_special_tokens(config)
+    added = read_added_tokens(config, folder, piece_count)
     if id_limit is not None:
         listed_special = [name for name in listed_special if added.get(name, -1) < id_limit]
         added = {name: token_id for name, token_id in added.items() if token_id < id_limit}
@@ -291,7 +334,7 @@ def _load_sentencepiece_tokenizer(folder: Path, id_limit: int | None) -> Sentenc
             f"{folder} adds {len(added) + len(listed_special):,} tokens to its tokenizer; at most "
             f"{MAX_ADDED_TOKENS:,} are read"
         )
-    _check_added_ids([n for n in added.values() if n >= piece_count], piece_count, folder)
+    check_added_ids([n for n in added.values() if n >= piece_count], piece_count, folder)
     all_added = dict(added)
     next_free_id = max(piece_count, 1 + max(added.values(), default=0))
     for name in listed_special:
@@ -318,55 +361,6 @@ def _load_sentencepiece(path: Path) -> SentencePieceProcessor:
         return SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
         raise UserError(f"{path} is not a sentencepiece model: {error}") from None
-
-
-def _token_text(token: object, default: str) -> str:
-    """Return the text of a token, which may be written as an object with `content`."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else default
-
-
-def _listed_special_tokens(config: dict[str, object]) -> list[str]:
-    """Return the texts of the special tokens beside bos, eos and unk."""
-    tokens = [config.get("pad_token")]
-    # transformers 4 writes the first key, transformers 5 the second
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-        listed = config.get(key)
-        tokens += listed if isinstance(listed, list) else []
-    return [name for name in (_token_text(token, "") for token in tokens) if name]
-
-
-def _read_added_tokens(config: dict[str, object], folder: Path, piece_count: int) -> dict[str, int]:
-    """Return the tokens that a checkpoint adds to its sentencepiece model, with their ids.
-
-    transformers 5 writes them into tokenizer.json alone, in some versions together with pieces of
-    the model: only ids from `piece_count` on are taken from there.
-    """
-    added: dict[str, int] = {}
-    decoder = config.get("added_tokens_decoder")
-    if isinstance(decoder, dict):
-        file = folder / "tokenizer_config.json"
-        added = {
-            _token_text(token, ""): parse_token_id(index, file) for index, token in decoder.items()
-        }
-    path = folder / "added_tokens.json"
-    if path.is_file():
-        added |= {name: parse_token_id(index, path) for name, index in read_json(path).items()}
-    path = folder / "tokenizer.json"
-    if not added and path.is_file():
-        for token in read_json(path).get("added_tokens") or []:
-            token_id = parse_token_id(token.get("id"), path)
-            if token_id >= piece_count:
-                added[_token_text(token, "")] = token_id
-    return added
-
-
-def _check_added_ids(ids: list[int], piece_count: int, folder: Path) -> None:
-    if sorted(ids) != list(range(piece_count, piece_count + len(ids))):
-        raise UserError(
-            f"the added tokens of {folder} do not follow its {piece_count} pieces: {ids}"
-        )
 
 
 def _find_token_id(

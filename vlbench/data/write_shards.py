@@ -11,101 +11,124 @@ from tqdm import tqdm
 from webdataset import TarWriter
 
 from vlbench.command_line.arguments import PackArguments
-from vlbench.data.conversation_files import LlavaJson
+from vlbench.data.conversation_files import ConversationFiles
 from vlbench.data.conversation_record import record_from_sample
 from vlbench.data.image_processing import ImageFile, open_image_bytes
+from vlbench.data.pack_progress import LEFT_OUT_FILE, PackProgress, holds_finished_shards
+from vlbench.data.record_images import EmbeddedImage
+from vlbench.data.sample import LazyImage, Sample
 from vlbench.data.shard_index import IMAGE_EXTENSIONS, format_index, index_path, scan_tar
 from vlbench.data.shards import SHARD_LIST_FILE
 from vlbench.errors import BadSample, UserError
 from vlbench.new_folder import write_new_folder
 from vlbench.system_errors import explain_unwritable
-from vlbench.text_files import format_json, format_json_lines, write_atomically
-
-LEFT_OUT_FILE = "left_out.jsonl"
+from vlbench.text_files import format_json, write_atomically
 
 
 def run_pack(arguments: PackArguments) -> int:
     """Write the shards of a file, and print what was left out; return the exit code."""
-    source = LlavaJson(Path(arguments.data), arguments.images, arguments.allow_outside)
+    source = ConversationFiles(arguments.data, arguments.images, arguments.allow_outside)
     folder = Path(arguments.out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"out={folder} exists and is not empty; name a new folder")
     try:
-        shards, bad_samples = pack_dataset(source, folder, arguments.samples)
+        progress = pack_dataset(source, folder, arguments.samples)
     except OSError as error:
         raise explain_unwritable(error, f"out={folder}") from error
-    packed = sum(shard["samples"] for shard in shards)
-    print(f"{packed} samples in {len(shards)} shards in {folder}, every image opened once")
-    if bad_samples:
-        left_out = f"{len(bad_samples)} left out ({folder / LEFT_OUT_FILE})"
-        print(f"{left_out}, the first: {bad_samples[0]}")
+    packed = sum(shard["samples"] for shard in progress.shards)
+    print(f"{packed} samples in {len(progress.shards)} shards in {folder}, every image opened once")
+    if progress.left_out_count:
+        left_out = f"{progress.left_out_count} left out ({folder / LEFT_OUT_FILE})"
+        print(f"{left_out}, the first: {progress.first_left_out}")
     return 0
 
 
-def pack_dataset(
-    source: LlavaJson, folder: Path, samples_per_shard: int
-) -> tuple[list[dict[str, Any]], list[BadSample]]:
-    """Write the shards of a source; return the list of shards, and the bad samples.
+def pack_dataset(source: ConversationFiles, folder: Path, samples_per_shard: int) -> PackProgress:
+    """Write the shards of a source; return what was written and left out.
 
-    The folder appears complete: it is written under a temporary name and then renamed.
+    The folder appears complete: it is written under a temporary name and then renamed. Shards that
+    were finished when an earlier `pack` of the same data was stopped are kept.
     """
-    with write_new_folder(folder) as writing:
+    with write_new_folder(folder, holds_finished_shards) as writing:
         return _write_all_shards(writing, source, samples_per_shard)
 
 
 def _write_all_shards(
-    folder: Path, source: LlavaJson, samples_per_shard: int
-) -> tuple[list[dict[str, Any]], list[BadSample]]:
+    folder: Path, source: ConversationFiles, samples_per_shard: int
+) -> PackProgress:
     """Write all shards, their indexes, the list of shards and the list of bad samples."""
+    progress = PackProgress(folder, _describe_job(source, samples_per_shard))
+    shards = progress.shards
+    if shards:
+        print(f"going on after {len(shards)} shards, at record {progress.next_index + 1}")
     bad_samples: list[BadSample] = []
-    members = _sample_members(source, bad_samples)
-    shards: list[dict[str, Any]] = []
+    members = _sample_members(source, progress.next_index, bad_samples)
     while True:
         tar = folder / f"{len(shards):06d}.tar"
-        count = _write_tar(tar, members, samples_per_shard)
+        count, last_index = _write_tar(tar, members, samples_per_shard)
+        progress.add_left_out(bad_samples)
+        bad_samples.clear()
         if not count:
             tar.unlink()
             break
         scan, size = scan_tar(str(tar)), tar.stat().st_size  # read back, as a check
         assert len(scan) == count and not scan.fault, f"{tar}: wrote {count}, read {scan}"
         write_atomically(Path(index_path(str(tar))), format_index(scan, (size, None)))
-        shards.append({"file": tar.name, "samples": count, "bytes": size})
+        progress.add_shard({"file": tar.name, "samples": count, "bytes": size}, last_index + 1)
     if not shards:
         raise UserError(
-            f"{source.name}: holds no sample that can be packed; the first: {bad_samples[0]}"
+            f"{source.name}: holds no sample that can be packed; the first: "
+            f"{progress.first_left_out}"
         )
     shard_list = json.dumps({"version": 1, "shards": shards}, indent=1) + "\n"
     write_atomically(folder / SHARD_LIST_FILE, shard_list)
-    lines = format_json_lines({"id": bad.sample_id, "reason": bad.reason} for bad in bad_samples)
-    write_atomically(folder / LEFT_OUT_FILE, lines)
-    return shards, bad_samples
+    progress.finish()
+    return progress
 
 
-def _write_tar(tar: Path, sample_members: Iterator[dict[str, Any]], samples_per_shard: int) -> int:
-    """Write the next samples into a tar file, and return how many there were."""
-    count = 0
+def _describe_job(source: ConversationFiles, samples_per_shard: int) -> dict[str, Any]:
+    """Return what is equal only for a `pack` that would write the same shards."""
+    return {
+        "version": 1,
+        "data": source.name,
+        "stamps": [list(stamp) for stamp in source.records.stamps],
+        "images": str(source.image_folder),
+        "allow_outside": source.allow_outside,
+        "samples": samples_per_shard,
+    }
+
+
+def _write_tar(
+    tar: Path, sample_members: Iterator[tuple[int, dict[str, Any]]], samples_per_shard: int
+) -> tuple[int, int]:
+    """Write the next samples into a tar file; return their number, and the last one's record."""
+    count, index = 0, -1
     with TarWriter(str(tar), encoder=False, mtime=0, user="", group="") as writer:
         while count < samples_per_shard:
-            members = next(sample_members, None)
-            if members is None:
+            found = next(sample_members, None)
+            if found is None:
                 break
+            index, members = found
             writer.write(members)
             count += 1
-    return count
+    return count, index
 
 
-def _sample_members(source: LlavaJson, bad_samples: list[BadSample]) -> Iterator[dict[str, Any]]:
-    """Yield the members of each sample: its record and the bytes of its images."""
-    for index in tqdm(range(len(source)), desc="pack", unit="sample", disable=None):
+def _sample_members(
+    source: ConversationFiles, start: int, bad_samples: list[BadSample]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield each sample's record number and members: its record, and the bytes of its images."""
+    numbers = range(start, len(source))
+    for index in tqdm(numbers, "pack", len(source), initial=start, unit="sample", disable=None):
         try:
             sample = source[index]
             members: dict[str, Any] = {"__key__": f"{index:09d}"}
             image_names = []
             for number, image in enumerate(sample.images):
-                assert isinstance(image, ImageFile), "LlavaJson has files"
+                assert isinstance(image, ImageFile | EmbeddedImage), "shards hold files"
                 data = image.read_bytes()
                 open_image_bytes(data, f"image {image.name}")
-                image_names.append(f"{number}.{_image_extension(image.name)}")
+                image_names.append(f"{number}.{_image_extension(image)}")
                 members[image_names[-1]] = data
         except BadSample as bad:
             bad_samples.append(bad)
@@ -113,16 +136,26 @@ def _sample_members(source: LlavaJson, bad_samples: list[BadSample]) -> Iterator
         except UserError as error:
             bad_samples.append(BadSample(sample.id, str(error)))
             continue
-        unread = {key: source.records[index].get(key) for key in sample.unread_keys}
+        unread = _unread_values(source, index, sample)
         record = {**unread, **record_from_sample(sample, image_names)}
         members["json"] = format_json(record).encode()
-        yield members
+        yield index, members
 
 
-def _image_extension(file_name: str) -> str:
+def _unread_values(source: ConversationFiles, index: int, sample: Sample) -> dict[str, Any]:
+    """Return the keys of a record that are not read, with their values as JSON has them."""
+    if not sample.unread_keys:
+        return {}
+    original = source.read_record(index)
+    values = {key: original.get(key) for key in sample.unread_keys}
+    unread: dict[str, Any] = json.loads(json.dumps(values, default=str))  # dates of Parquet files
+    return unread
+
+
+def _image_extension(image: LazyImage) -> str:
     """Return the extension of an image in a tar file, `jpg` for one that readers do not know.
 
     Readers detect the format by content.
     """
-    extension = Path(file_name).suffix.removeprefix(".").lower()
+    extension = Path(image.name).suffix.removeprefix(".").lower()
     return extension if extension in IMAGE_EXTENSIONS else "jpg"

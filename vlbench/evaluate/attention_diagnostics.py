@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vlbench.connector.base import zero_like_loss
+from vlbench.connector.levels import as_levels, concat_channels, first_level, map_levels
 from vlbench.data.packing import PackedBatch, collate
 from vlbench.data.sample import ChatTurn
 from vlbench.data.sample_encoding import IGNORE_INDEX
@@ -97,22 +98,31 @@ def measure_relevance(vlm: VLM, batch: PackedBatch) -> AnswerRelevance:
     assert batch.labels is not None
     with torch.no_grad():
         features = vlm.extract_features(batch)
-        attention = vlm.connector.patch_attention(features.clone())
+        attention = vlm.connector.patch_attention(map_levels(Tensor.clone, features))
     with torch.enable_grad():
-        features = features.detach().requires_grad_()
+        features = map_levels(lambda level: level.detach().requires_grad_(), features)
         # clone, as a connector may write into its features; zero loss, as it may not use them all
-        visual = vlm.connector(features.clone()) + zero_like_loss(features)
+        zero = zero_like_loss(features)
+        visual = map_levels(
+            lambda level: level + zero, vlm.connector(map_levels(Tensor.clone, features))
+        )
         hidden = vlm.hidden_states(batch, visual)
         loss = vlm.language_loss(hidden, batch.labels) + zero_like_loss(visual)
-        feature_grads, visual_grads = torch.autograd.grad(loss, (features, visual))
+        feature_levels, visual_levels = as_levels(features), as_levels(visual)
+        grads = torch.autograd.grad(loss, (*feature_levels, *visual_levels))
+    feature_grads, visual_grads = grads[: len(feature_levels)], grads[len(feature_levels) :]
     if attention is not None:
-        _check_attention(vlm, attention, (*visual.shape[:2], vlm.shapes.patches))
+        shape = (*first_level(visual).shape[:2], vlm.shapes.patches)
+        _check_attention(vlm, attention, shape)
     first_patch = int(vlm.connector.class_token)  # after the class token
     return AnswerRelevance(
         patch_relevance=_relevance_shares(
-            features[0, first_patch:], feature_grads[0, first_patch:]
+            concat_channels(feature_levels)[0, first_patch:],
+            concat_channels(feature_grads)[0, first_patch:],
         ),
-        token_relevance=_relevance_shares(visual[0], visual_grads[0]),
+        token_relevance=_relevance_shares(
+            concat_channels(visual_levels)[0], concat_channels(visual_grads)[0]
+        ),
         connector_attention=None if attention is None else attention[0].cpu().double(),
     )
 

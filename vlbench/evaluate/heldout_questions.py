@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from vlbench.config.schema import DataConfig, Recipe
+from vlbench.config.schema import DataConfig, StageData
 from vlbench.data.data_sources import SCENES_SOURCE, open_held_out, open_stage_sources
 from vlbench.data.image_processing import blank_image
 from vlbench.data.picture_labels import Evidence
@@ -62,19 +62,23 @@ class LeftOutRecord:
         return f"{number if self.id == number else f'{number} ({self.id})'}: {self.reason}"
 
 
-def final_questions(recipe: Recipe) -> tuple[str, list[EvalQuestion], list[EvalQuestion]]:
-    """Return what a run is asked at its end: (about what, questions, questions on unseen pairs)."""
-    name, stage = list(recipe.stages.items())[-1]
-    data, limit = stage.data or recipe.data, recipe.log.questions
+def final_questions(
+    stage_data: StageData, limit: int | None
+) -> tuple[str, list[EvalQuestion], list[EvalQuestion]]:
+    """Return what a run is asked at its end: (about what, questions, questions on unseen pairs).
+
+    `stage_data` are those of the last stage, and `limit` is `log.questions`.
+    """
+    data = stage_data.config
     if data.train == SCENES_SOURCE and not data.mix and not data.val:
         new, unseen = scene_questions("new"), scene_questions("unseen")
         return "new images", pick_fixed_subset(new, limit), pick_fixed_subset(unseen, limit)
-    held_out = open_held_out(recipe.data, stage, recipe.seed)
+    held_out = open_held_out(stage_data)
     if held_out is not None:
         questions = source_questions(held_out, limit or MAX_OWN_QUESTIONS)
         return f"held-out {held_out.name}", questions, []
     questions = []
-    sources = open_stage_sources(recipe.data, stage, name, recipe.seed)
+    sources = open_stage_sources(stage_data)
     for number, (source, _) in enumerate(sources, 1):
         prefix = f"{number}." if len(sources) > 1 else ""
         questions += [

@@ -15,7 +15,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-from vlbench.config.schema import Recipe
+from vlbench.config.schema import StageData
 from vlbench.data.data_sources import open_stage_mixture
 from vlbench.data.picture_labels import LabelledPicture
 from vlbench.data.sample import Sample
@@ -42,13 +42,14 @@ MAX_FEATURE_BYTES = 1 << 30  # of one place
 
 
 def probe_information(
-    recipe: Recipe,
+    stage_data: StageData,
     vlm: LoadedVLM,
     questions: Sequence[EvalQuestion],
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Return which place has the information for which question.
 
+    `stage_data` are of the last stage, on whose samples probes are fitted.
     `questions` have for each place, in the order of `places`, 1 where its probes read the
     evidence right, and the same for control probes; `labels` have the share of held-out
     pictures in which each label is read right, `control_labels` that of the control probes.
@@ -62,7 +63,7 @@ def probe_information(
             "left_out": f"{len(asked)} questions are about rendered scenes, {MIN_QUESTIONS} needed"
         }
     held_out_pictures = {image.name for one in asked for image in one.sample.images}
-    fitted_on = training_questions(recipe, held_out_pictures, label_names(asked[0].sample))
+    fitted_on = training_questions(stage_data, held_out_pictures, label_names(asked[0].sample))
     picture_count = sum(len(one.sample.images) for one in (*fitted_on, *asked))
     if _picture_bytes(vlm, asked[0].sample) * picture_count > MAX_FEATURE_BYTES:
         limit = f"{MAX_FEATURE_BYTES / (1 << 30):g} GiB"
@@ -93,15 +94,14 @@ def label_names(sample: Sample) -> list[tuple[str, ...]]:
 
 
 def training_questions(
-    recipe: Recipe, held_out_pictures: set[str], wanted_names: list[tuple[str, ...]]
+    stage_data: StageData, held_out_pictures: set[str], wanted_names: list[tuple[str, ...]]
 ) -> list[EvalQuestion]:
-    """Return the first questions of the first samples that the last stage trains on.
+    """Return the first questions of the first samples that a stage trains on.
 
     Their pictures have the wanted labels, one by one, and none is one of the held-out pictures.
     Where few do, because the data hold several families, up to SEARCHED_SAMPLES are looked through.
     """
-    name, stage = list(recipe.stages.items())[-1]
-    mixture = open_stage_mixture(recipe.data, stage, name, recipe.seed)
+    mixture = open_stage_mixture(stage_data)
     samples = (mixture[position] for position in range(min(len(mixture), SEARCHED_SAMPLES)))
     found = (
         _first_question(sample)

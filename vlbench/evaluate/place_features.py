@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vlbench.compat.transformers_internals import decoder_layer_input
+from vlbench.connector.levels import Levels, concat_channels, first_level, map_levels
 from vlbench.core_sharing import share_cores
 from vlbench.data.packing import PackedBatch
 from vlbench.data.sample import Sample
@@ -35,9 +36,9 @@ class PlaceFeatures(NamedTuple):
     """Features of the pictures of some samples, one picture after the other, on the CPU."""
 
     encoder: Tensor
-    """`[pictures, patches, vision_width]`"""
+    """`[pictures, patches, vision_width]`, all blocks that the connector reads side by side"""
     connector: Tensor
-    """`[pictures, visual tokens, width]`"""
+    """`[pictures, visual tokens, width]`, all levels side by side"""
     language: Tensor
     """`[pictures, visual tokens, lm_width]` at the image positions, else `[samples, 1, lm_width]`
     of the last positions; see `reads_answers`."""
@@ -74,16 +75,19 @@ def compute_place_features(
 
 
 def _batch_features(model: VLM, batch: PackedBatch) -> PlaceFeatures:
-    encoder = model.extract_features(batch)
-    connector = model.connector(encoder.clone())  # a connector may write into its features
-    middle, last = _hidden_states(model, batch, connector)
+    features = model.extract_features(batch)
+    # a connector may write into its features
+    visual = model.connector(map_levels(Tensor.clone, features))
+    middle, last = _hidden_states(model, batch, visual)
+    encoder, connector = concat_channels(features), concat_channels(visual)
     if not model.connector.replaces_image_tokens:
         return PlaceFeatures(encoder, connector, last[:, -1:])  # prompts are padded on the left
     at_images = middle[batch.input_ids == IMAGE_TOKEN_INDEX]
-    return PlaceFeatures(encoder, connector, at_images.unflatten(0, connector.shape[:2]))
+    shape = first_level(visual).shape[:2]
+    return PlaceFeatures(encoder, connector, at_images.unflatten(0, shape))
 
 
-def _hidden_states(model: VLM, batch: PackedBatch, visual: Tensor) -> tuple[Tensor, Tensor]:
+def _hidden_states(model: VLM, batch: PackedBatch, visual: Levels) -> tuple[Tensor, Tensor]:
     """Return the input of the middle decoder layer, and the last hidden states."""
     layers = model.language.model.layers
     inputs: list[Tensor] = []

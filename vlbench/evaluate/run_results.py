@@ -44,7 +44,7 @@ def write_results(
     Returns False, with no results written, if `should_stop` became true before the last answer.
     `elapsed_seconds` returns how long the run has taken; `spent_by_stage` are steps and epochs.
     """
-    asked_of, questions, unseen = final_questions(recipe)
+    asked_of, questions, unseen = final_questions(recipe.last_stage_data, recipe.log.questions)
     question_sets = {
         "accuracy": questions,
         "unseen_accuracy": unseen,
@@ -81,7 +81,7 @@ def write_results(
     }
     # the results have time and memory of the run without its probes
     if recipe.log.information_probes:
-        information = probe_information(recipe, vlm, questions, should_stop)
+        information = probe_information(recipe.last_stage_data, vlm, questions, should_stop)
         if should_stop():
             return False
         write_atomically(run.folder / "information.json", format_json(information))

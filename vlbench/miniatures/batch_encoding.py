@@ -72,8 +72,8 @@ def encode_patches(
     Gradients reach everything, position embeddings resized to another image size among it.
     """
     visual = model.visual
-    hidden = _prepend_class_token(visual, _embed_patches(visual, load_pixels(scenes, image_size)))
-    hidden = visual.ln_pre(hidden)
+    patches = _embed_patches(visual, load_pixels(scenes, image_size))
+    hidden: Tensor = visual.ln_pre(_prepend_class_token(visual, patches))
     for block in visual.transformer.resblocks[:-1]:
         hidden = block(hidden)
     return hidden[:, 1:]
@@ -81,7 +81,7 @@ def encode_patches(
 
 def _embed_patches(visual: open_clip.transformer.VisionTransformer, pixels: Tensor) -> Tensor:
     """Embed patches with their positions, `[images, patches, width]`."""
-    hidden = visual.conv1(pixels)
+    hidden: Tensor = visual.conv1(pixels)
     positions = visual.positional_embedding[1:]
     if hidden.shape[-1] != 4:
         grid = positions.float().T.reshape(1, -1, 4, 4)

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import open_clip
 import torch
@@ -32,7 +32,7 @@ MIXED_SIZE_STEPS, MORE_MIXED_SIZE_STEPS, MOSTLY_LARGE_STEPS = 500, 1000, 900
 MIXED_SIZE_PEAK_LR = 8e-4  # peak learning rate of these steps
 # steps of which three in four name regions
 REGION_STEPS, REGION_PEAK_LR = 1200, 8e-4
-CLIP_CONFIG = {
+CLIP_CONFIG: dict[str, Any] = {
     "embed_dim": 128,
     "quick_gelu": False,
     "vision_cfg": {
@@ -135,7 +135,7 @@ def train(
     log: Callable[[str], None],
 ) -> None:
     """Minimise `compute_loss(step)` over the parameters of `modules`, the CLIP first."""
-    parameters, [model, *_] = [*modules.parameters()], modules
+    parameters, model = [*modules.parameters()], cast(open_clip.CLIP, modules[0])
     decayed, other = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": other, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.98))

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from vlbench.config.schema import ModelConfig, VisionEncoderConfig
+from vlbench.config.schema import ModelConfig, SecondEncoderConfig, VisionEncoderConfig
 from vlbench.connector import registry
-from vlbench.data.chat_template import CHAT_TEMPLATES
+from vlbench.data.own_template import bind_template
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.model.language_model import (
     build_empty_language,
@@ -20,7 +20,8 @@ from vlbench.model.language_model import (
     read_language_config,
 )
 from vlbench.model.loaded_vlm import LoadedVLM, assemble_vlm
-from vlbench.model.vision_config import OPEN_CLIP_CONFIG, read_vision_config
+from vlbench.model.named_encoder import read_encoder_config
+from vlbench.model.paired_encoder import build_encoders
 from vlbench.model.vision_encoder import (
     VisionEncoder,
     build_encoder_from_config,
@@ -36,7 +37,6 @@ from vlbench.model.weights.weight_origin import (
 )
 
 LANGUAGE_FOLDER = "language"  # in a checkpoint: the configuration of its language model
-VISION_FOLDER = "vision"  # in a checkpoint: the configuration of its vision encoder
 
 
 def build_vlm(
@@ -48,13 +48,14 @@ def build_vlm(
     stay in their files, for a model that will be sharded.
     """
     torch.manual_seed(config.seed)  # for parts without pretrained weights
-    encoder, origin = _build_pretrained_encoder(config.vision, [image_size])
+    encoder, origins = _build_pretrained_encoder(config.vision)
+    encoder.set_image_size(image_size)
     name, weights = config.language.name, config.language.weights
     language = build_language_model(name, weights, mmap_weights=mmap_language)
     vlm = _assemble_vlm(config, encoder, language, Tokenizer.load(language_folder(weights)))
     vlm.model.set_objective(objective, fresh=True)
     vlm.weight_origins = {
-        "vision": origin,
+        **origins,
         "connector": make_weight_origin(vlm.connector.weights_source, vlm.connector),
         "language": make_weight_origin(weights, language),
     }
@@ -80,12 +81,11 @@ def build_checkpoint_vlm(
         mmap_language: Leave the weights of the language model in their files.
     """
     origins = read_origins(folder / ORIGINS_FILE)
-    if "vision" in checkpoint_parts:
-        encoder = build_checkpoint_encoder(config.vision, folder)
-        encoder.set_image_size(image_sizes[-1])
-    else:
-        encoder, origin = _build_pretrained_encoder(config.vision, image_sizes)
-        check_same_origin("vision", origins.get("vision"), origin, str(folder))
+    encoder, encoder_origins = _build_pretrained_encoder(config.vision, folder, checkpoint_parts)
+    for part, origin in encoder_origins.items():
+        check_same_origin(part, origins.get(part), origin, str(folder))
+    for image_size in image_sizes if encoder_origins else image_sizes[-1:]:
+        encoder.set_image_size(image_size)
     if "language" in checkpoint_parts:
         llama_config = read_language_config(folder / LANGUAGE_FOLDER)
         language: Any = build_empty_language(llama_config)
@@ -113,26 +113,44 @@ def release_overrides(config: ModelConfig) -> ReleaseOverrides:
 
 
 def _build_pretrained_encoder(
-    vision: VisionEncoderConfig, image_sizes: Sequence[int]
-) -> tuple[VisionEncoder, WeightOrigin]:
-    """Return the encoder, resized to each size in order, and the origin of its weights."""
-    encoder = build_vision_encoder(vision.name, vision.weights, vision.layer, vision.norm)
-    origin = make_weight_origin(vision.weights, encoder.visual)
-    for image_size in image_sizes:
-        encoder.set_image_size(image_size)
-    return encoder, origin
+    vision: VisionEncoderConfig, folder: Path | None = None, checkpoint_parts: Collection[str] = ()
+) -> tuple[VisionEncoder, dict[str, WeightOrigin]]:
+    """Return the encoder, or the pair, and the origins of weights by part.
+
+    Those of `checkpoint_parts` are built as the checkpoint in `folder` says, without weights; of
+    the others it says what is done to images, which other versions may do otherwise.
+    """
+    origins: dict[str, WeightOrigin] = {}
+
+    def build_one(part: str, config: VisionEncoderConfig | SecondEncoderConfig) -> VisionEncoder:
+        if folder is not None and part in checkpoint_parts:
+            return _build_saved_encoder(config, folder / part)
+        encoder = build_vision_encoder(config.name, config.weights, config.layer, config.norm)
+        origins[part] = make_weight_origin(config.weights, encoder.visual)
+        if folder is not None and (folder / part).is_dir():
+            encoder.set_preprocessing(read_encoder_config(folder / part))
+        return encoder
+
+    return build_encoders(vision, build_one), origins
 
 
 def build_checkpoint_encoder(vision: VisionEncoderConfig, folder: Path) -> VisionEncoder:
-    """Return the vision encoder of the checkpoint in `folder`; its weights are not loaded.
+    """Return the vision encoder, or the pair, of the checkpoint in `folder`, without its weights.
 
     `vision` is that of the checkpoint's recipe.
     """
-    if (folder / VISION_FOLDER / OPEN_CLIP_CONFIG).is_file():
-        config = read_vision_config(folder / VISION_FOLDER)
-        return build_encoder_from_config(config, vision.name, vision.layer, vision.norm)
+    return build_encoders(vision, lambda part, one: _build_saved_encoder(one, folder / part))
+
+
+def _build_saved_encoder(
+    config: VisionEncoderConfig | SecondEncoderConfig, folder: Path
+) -> VisionEncoder:
+    """Return one encoder of a checkpoint, described in its sub-folder, without weights."""
+    if folder.is_dir():
+        saved = read_encoder_config(folder)
+        return build_encoder_from_config(saved, config.name, config.layer, config.norm)
     return build_vision_encoder(
-        vision.name, vision.weights, vision.layer, vision.norm, load_weights=False
+        config.name, config.weights, config.layer, config.norm, load_weights=False
     )
 
 
@@ -147,6 +165,6 @@ def _assemble_vlm(
         config.connector_options,
         language,
         tokenizer,
-        CHAT_TEMPLATES[config.language.template],
+        bind_template(config.language.template, tokenizer),
         config.language.max_length,
     )

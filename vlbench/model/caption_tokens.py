@@ -11,8 +11,8 @@ from torch import Tensor
 
 from vlbench.data.tokenizer import Tokenizer, load_library_tokenizer
 from vlbench.errors import UserError, one_line
+from vlbench.hub_download import fetch_hub_folder
 from vlbench.model.language_model import TINY_LANGUAGE_FOLDER
-from vlbench.model.weights.hub_download import fetch_hub_folder
 
 EMBEDDED = "embedded"
 BERT_FILES_WANTED = "tokenizer.json or vocab.txt of a BERT"

@@ -32,7 +32,7 @@ class CompiledBlocks:
         self._blocks: list[nn.Module] = []
         self._dynamo_settings = contextlib.ExitStack()
         if enabled:
-            self._blocks = [*vlm.language.model.layers, *vlm.vision.blocks()]
+            self._blocks = [*vlm.language.model.layers, *vlm.encoder_blocks()]
             self._dynamo_settings.enter_context(
                 # it would split graphs to overlap communication, which compiling by block does;
                 # stages differ in what is trained, and checkpointing modes in what is recomputed

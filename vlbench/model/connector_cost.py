@@ -12,20 +12,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from vlbench.compat.torch_internals import make_flop_counter
 from vlbench.compat.transformers_internals import passed_through_mask
 from vlbench.config.schema import LanguageModelConfig, ModelConfig, VisionEncoderConfig
-from vlbench.connector.base import Connector
+from vlbench.connector.base import Connector, blank_features
 from vlbench.connector.bounded_building import build_connector
+from vlbench.connector.levels import Levels, as_levels
 from vlbench.model.build_vlm import build_vlm
 from vlbench.model.language_model import (
     build_random_language,
     named_language_config,
     read_language_config,
 )
-from vlbench.model.train_flops import head_width, real_device, temporarily_frozen
+from vlbench.model.train_flops import counted_flops, head_width, temporarily_frozen, text_places
 from vlbench.model.vision_encoder import build_vision_encoder
 from vlbench.model.vlm import VLM, connector_shapes
 
@@ -55,39 +54,36 @@ def count_model_cost(config: ModelConfig, image_size: int) -> ConnectorCost:
 
 def count_connector_cost(vlm: VLM) -> ConnectorCost:
     """Count the cost of a model's connector at its image size; on `meta` nothing is computed."""
-    shapes, connector, config = vlm.shapes, vlm.connector, vlm.language.config
-    embedding_dtype = vlm.token_embedding.weight.dtype
+    connector, config = vlm.connector, vlm.language.config
     length = connector.tokens_per_image + QUESTION_TOKENS
-    patches = shapes.patches + connector.class_token
+    features = blank_features(connector, vlm.shapes, vlm.vision.dtype, vlm.device)
     with vlm.device:
-        features = torch.zeros(1, patches, shapes.vision_width, dtype=vlm.vision.dtype)
-        embeds = torch.zeros(1, length, shapes.lm_width, dtype=embedding_dtype)
+        embeds = torch.zeros(1, length, config.hidden_size, dtype=vlm.token_embedding.weight.dtype)
         positions = torch.arange(length)[None]
-    # its values are needed: connectors sort the text by the image that it belongs to
-    image_index = torch.zeros(1, length, dtype=torch.long, device=real_device(vlm.device))
-    counter = make_flop_counter()
-    with temporarily_frozen(vlm), torch.no_grad(), counter:
-        visual: Tensor = connector(features)
+    where = text_places(length, vlm.device) if connector.inject_layers else None
+    with temporarily_frozen(vlm), torch.no_grad(), counted_flops() as counter:
+        visual: Levels = connector(features)
         hidden = vlm.run_decoder(
             embeds,
             visual,
-            image_index,
+            where,
             position_ids=positions,
             attention_mask=passed_through_mask(vlm.device),
             lengths=[[length]],
             use_cache=False,
         ).last_hidden_state
         assert hidden is not None
-        vlm.language.lm_head(hidden[:, -1])
+        vlm.logits(hidden[:, -1])
     kv_heads = config.num_key_value_heads or config.num_attention_heads
     numbers_per_token = 2 * kv_heads * head_width(config) * config.num_hidden_layers
-    latents = visual.shape[1] if connector.inject_layers else 0
+    latents = connector.count_latents(visual)
+    latent_width = sum(level.shape[2] for level in as_levels(visual))
     return ConnectorCost(
         parameters=sum(parameter.numel() for parameter in connector.parameters()),
         tokens=connector.tokens_per_image,
         latents=latents,
         flops=counter.get_total_flops(),
-        cache=2 * (numbers_per_token * connector.tokens_per_image + latents * visual.shape[2]),
+        cache=2 * (numbers_per_token * connector.tokens_per_image + latents * latent_width),
     )
 
 
@@ -161,8 +157,8 @@ class ConnectorCostCounter:
         if not connector.inject_layers:
             return positions
         with torch.no_grad():
-            visual: Tensor = connector(self._empty_features(connector))
-        return positions + visual.shape[1]
+            visual: Levels = connector(self._empty_features(connector))
+        return positions + connector.count_latents(visual)
 
     def count_flops(self, connector: Connector) -> int:
         """Count the operations of connector and language model, as `count_connector_cost` does."""
@@ -182,8 +178,7 @@ class ConnectorCostCounter:
             language = build_random_language(self.lm_config)
             for length in (1, 2, 3):
                 embeds = torch.zeros(1, length, self.lm_config.hidden_size)
-                counter = make_flop_counter()
-                with counter:
+                with counted_flops() as counter:
                     hidden = language.model(
                         inputs_embeds=embeds,
                         position_ids=torch.arange(length)[None],
@@ -198,20 +193,16 @@ class ConnectorCostCounter:
     def _connector_flops(self, connector: Connector) -> int:
         length = connector.tokens_per_image + QUESTION_TOKENS
         hidden = torch.zeros(1, length, self.lm_config.hidden_size, device="meta")
-        # its values are needed: connectors sort the text by the image that it belongs to
-        image_index = torch.zeros(1, length, dtype=torch.long)
-        counter = make_flop_counter()
-        with torch.no_grad(), counter:
+        where = text_places(length, hidden.device)
+        with torch.no_grad(), counted_flops() as counter:
             visual = connector(self._empty_features(connector))
             for layer in connector.inject_layers:
-                connector.inject(layer, hidden, visual, image_index)
+                connector.inject(layer, hidden, visual, where)
         return counter.get_total_flops()
 
-    def _empty_features(self, connector: Connector) -> Tensor:
-        """Return features of one image `[1, patches, vision_width]`, on `meta`."""
-        shapes = self.stage_shapes[-1]
-        patches = shapes.patches + connector.class_token
-        return torch.zeros(1, patches, shapes.vision_width, device="meta")
+    def _empty_features(self, connector: Connector) -> Levels:
+        """Return features of one image, on `meta`."""
+        return blank_features(connector, self.stage_shapes[-1])
 
 
 BUDGET_COUNTS: dict[str, Callable[[ConnectorCostCounter, Connector], int]] = {

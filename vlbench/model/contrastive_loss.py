@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from vlbench.connector.base import Connector
+from vlbench.connector.levels import Levels, map_levels, stack_levels, unstack_levels
 from vlbench.data.packing import ContrastPool, PackedBatch
 from vlbench.distributed import collectives
 
@@ -46,7 +47,7 @@ class ContrastEncoder(Protocol):
 
     def is_vision_trained(self) -> bool: ...
 
-    def extract_features(self, batch: PackedBatch) -> Tensor: ...
+    def extract_features(self, batch: PackedBatch) -> Levels: ...
 
     def __call__(self, batch: PackedBatch, embed_pairs: bool) -> Any: ...
 
@@ -81,24 +82,26 @@ def add_contrast_pools(
 
 
 def add_own_contrast_pool(
-    model: ContrastEncoder, batch: PackedBatch, features: Tensor
+    model: ContrastEncoder, batch: PackedBatch, features: Levels
 ) -> PackedBatch:
     """Return a micro-batch that is a step of its own, with its pool over all processes.
 
     `features` are those of its images. For use inside of the model's forward.
     """
     with torch.no_grad():
-        embeddings = model.connector.contrast_embeddings(model.objective, features.detach(), batch)
+        embeddings = model.connector.contrast_embeddings(
+            model.objective, map_levels(Tensor.detach, features), batch
+        )
     torch.clear_autocast_cache()
     return _attach_pools(model, [_replace_pixels(model, batch, features)], [embeddings], True)[0]
 
 
-def _replace_pixels(model: ContrastEncoder, batch: PackedBatch, features: Tensor) -> PackedBatch:
+def _replace_pixels(model: ContrastEncoder, batch: PackedBatch, features: Levels) -> PackedBatch:
     """Return a batch with features instead of pixels, unless the vision encoder is trained."""
     if torch.is_grad_enabled() and model.is_vision_trained():
         return batch
     no_pixels = batch.pixels.new_zeros(len(batch.pixels), 3, 0, 0)
-    return replace(batch, features=features, pixels=no_pixels)
+    return replace(batch, features=stack_levels(features), pixels=no_pixels)
 
 
 def _attach_pools(
@@ -161,18 +164,18 @@ class _PairFeatures:
             image_inputs = batch.normalized_pixels() if features is None else features
             self._image_inputs += image_inputs[: _count_pairs(rows)]
         if self._first_batch.features is None:
-            side = model.vision.image_size
             pixels = self._first_batch.normalized_pixels()
-            self._empty_input = torch.zeros(0, 3, side, side, dtype=pixels.dtype)
+            self._empty_input = torch.zeros(0, *model.vision.pixel_shape, dtype=pixels.dtype)
             self._empty_input = self._empty_input.to(model.device)
         else:
             self._empty_input = self._first_batch.features[:0].detach()
 
-    def __call__(self, pair_numbers: Tensor) -> Tensor:
-        """Return `[pairs, patches, vision_width]` for the numbers of pairs in the pool."""
+    def __call__(self, pair_numbers: Tensor) -> Levels:
+        """Return features `[pairs, patches, vision_width]` for the numbers of pairs in the pool."""
         numbers = self._pair_order[pair_numbers.cpu()].tolist()
         fetch = collectives.fetch_rows if self._all_processes else collectives.select_rows
         rows = fetch(self._image_inputs, numbers, self._empty_input)
         if self._first_batch.features is not None:
-            return rows
-        return self._model.extract_features(replace(self._first_batch, pixels=rows))[: len(rows)]
+            return unstack_levels(rows)
+        features = self._model.extract_features(replace(self._first_batch, pixels=rows))
+        return map_levels(lambda level: level[: len(rows)], features)

@@ -64,9 +64,13 @@ def attend_to_images(query: Tensor, key: Tensor, value: Tensor, image_index: Ten
     """Let every position attend to the visual tokens of its image.
 
     `query` is `[rows, length, heads, head width]`, `key` and `value` are `[images, tokens, heads,
-    head width]`, `image_index` is `[rows, length]`. Returns the shape of `query`, exactly zero
-    where `image_index` is -1.
+    head width]`, `image_index` is `[rows, length]`. Keys and values may have fewer heads, each for
+    as many heads of the query. Returns the shape of `query`, exactly zero where `image_index` is
+    -1.
     """
+    group = query.shape[2] // key.shape[2]
+    if group > 1:
+        key, value = (tensor.repeat_interleave(group, dim=2) for tensor in (key, value))
     segments = find_segments(image_index, len(key))
     sorted_query = query.flatten(0, 1)[segments.sorted_order]
     attend = _attend_images_varlen if _has_kernel(query) else _attend_per_image

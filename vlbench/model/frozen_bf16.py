@@ -119,7 +119,7 @@ def _find_frozen_weights(
 ) -> Iterator[tuple[nn.Module, list[tuple[nn.Module, str]]]]:
     """Yield blocks with their weights to hold: (module, name of its parameter)."""
     embedding_ids = {id(m.weight) for m in vlm.language.modules() if isinstance(m, nn.Embedding)}
-    for block in (*vlm.language.model.layers, vlm.language.lm_head, *vlm.vision.blocks()):
+    for block in (*vlm.language.model.layers, vlm.language.lm_head, *vlm.encoder_blocks()):
         owners: list[tuple[nn.Module, str]] = [
             (module, name)
             for path, module in block.named_modules()

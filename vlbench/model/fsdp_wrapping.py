@@ -148,7 +148,7 @@ def unsharded_connector(vlm: VLM) -> Iterator[None]:
 def fsdp_units(vlm: VLM) -> Iterator[nn.Module]:
     """Yield the blocks of all parts; those of a connector are in its module lists."""
     yield from vlm.language.model.layers
-    yield from vlm.vision.blocks()
+    yield from vlm.encoder_blocks()
     yield from dict.fromkeys(_listed_blocks(vlm.connector.children()))
 
 

@@ -1,21 +1,32 @@
-"""The language model: Yi, or any folder of the same (Llama) architecture, with transformers."""
+"""The language model: Yi, or a folder of another family of decoders, with transformers."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 
-from vlbench.compat.transformers_internals import llama_rotary_embedding, set_attention
+from vlbench import hub_download
+from vlbench.compat.transformers_internals import (
+    decoder_classes,
+    rotary_embedding,
+    set_attention,
+)
 from vlbench.errors import UserError, one_line, suggest_name
+from vlbench.hub_download import fetch_hub_folder
 from vlbench.model.config_limits import check_config_number
+from vlbench.model.decoder_families import (
+    DecoderConfig,
+    DecoderModel,
+    find_config_class,
+    settle_attention,
+)
 from vlbench.model.packed_attention import PACKED_ATTENTION
-from vlbench.model.weights import hub_download
-from vlbench.model.weights.hub_download import fetch_hub_folder
 from vlbench.model.weights.quantized_weights import refuse_quantized_folder
 from vlbench.model.weights.tensor_files import read_tensor_shapes, weight_files
 from vlbench.model.weights.tensor_groups import (
@@ -67,10 +78,11 @@ POSITIVE_KEYS = (
 
 def build_language_model(
     name: str, weights: str, dtype: torch.dtype = torch.float32, mmap_weights: bool = False
-) -> LlamaForCausalLM:
+) -> DecoderModel:
     """Build a language model: `name` with "random" or "embedded" weights, else what `weights` is.
 
-    `weights` may be a folder or hub id of Llama's architecture in the Hugging Face layout. With
+    `weights` may be a folder or hub id in the Hugging Face layout, of a family that
+    `model.decoder_families` has. With
     `mmap_weights` its weights stay in its files, as they are stored.
     """
     if weights == "random":
@@ -107,10 +119,11 @@ def _find_language_folder(
     return folder
 
 
-def named_language_config(name: str) -> LlamaConfig:
+def named_language_config(name: str) -> DecoderConfig:
     """Return the architecture `name`: "tiny", "yi-6b" or "yi-34b"."""
     if name in YI_CONFIGS:
-        return LlamaConfig(**YI_CONFIGS[name], **SHARED_YI_CONFIG)
+        config: Any = LlamaConfig(**YI_CONFIGS[name], **SHARED_YI_CONFIG)
+        return cast(DecoderConfig, config)
     if name != "tiny":
         known = ["tiny", *YI_CONFIGS]
         raise UserError(
@@ -119,66 +132,73 @@ def named_language_config(name: str) -> LlamaConfig:
     return read_language_config(TINY_LANGUAGE_FOLDER)
 
 
-def read_language_config(folder: Path) -> LlamaConfig:
-    """Return the architecture that a folder's config.json describes, which must be Llama's."""
+def read_language_config(folder: Path) -> DecoderConfig:
+    """Return the architecture that a folder's config.json describes, of one of the families."""
     refuse_quantized_folder(folder)
     file = folder / "config.json"
-    kind = read_json(file).get("model_type")
-    if kind != "llama":
-        raise UserError(
-            f"{file}: model_type is {kind!r}; language models that work here have Llama's "
-            "architecture (Yi, Yi-1.5, Yi-200K, Llama)"
-        )
+    return parse_language_config(read_json(file), file)
+
+
+def parse_language_config(said: Mapping[str, Any], file: Path) -> DecoderConfig:
+    """Return the architecture that a configuration, read from `file`, describes."""
+    config_class = find_config_class(said, file)
     try:
-        found = LlamaConfig(**{k: v for k, v in read_json(file).items() if k != "model_type"})
+        found = config_class(**{key: said[key] for key in said if key != "model_type"})
     except Exception as error:  # the library's own checks, of types and of widths that divide
         raise UserError(f"{file}: {one_line(error)}") from error
     return check_language_config(found, file)
 
 
-def check_language_config(config: LlamaConfig, file: Path) -> LlamaConfig:
+def check_language_config(config: DecoderConfig, file: Path) -> DecoderConfig:
     """Return a configuration, read from `file`, of which a model can be built."""
     for key in POSITIVE_KEYS:
-        check_config_number(key, getattr(config, key), file)
+        if key != "head_dim" or getattr(config, key, None) is not None:  # not all families have it
+            check_config_number(key, getattr(config, key), file)
     if config.hidden_act not in ACT2FN:
         close = suggest_name(config.hidden_act, ACT2FN)
         raise UserError(
             f"{file}: hidden_act is '{config.hidden_act}', an unknown activation.{close}"
         )
     try:
-        llama_rotary_embedding(config)
+        rotary_embedding(config)
     except Exception as error:  # an unknown rope_type, or values of a wrong type
         raise UserError(
             f"{file}: its rotary positions cannot be built from {config.rope_parameters} "
             f"({type(error).__name__}: {error})"
         ) from error
+    settle_attention(config, file)
     return config
 
 
-def build_empty_language(config: LlamaConfig) -> LlamaForCausalLM:
+def build_empty_language(config: DecoderConfig) -> DecoderModel:
     """Build the architecture without memory for its weights, which are to be loaded.
 
     It attends over packed rows (model/packed_attention.py).
     """
     set_attention(config, PACKED_ATTENTION)
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    model.model.rotary_emb = llama_rotary_embedding(config)  # follows from the configuration
+        model = _new_model(config)
+    model.model.rotary_emb = rotary_embedding(config)  # follows from the configuration
     model.train()  # there is no dropout; in eval mode checkpointing would silently be off
     return model
 
 
-def build_random_language(config: LlamaConfig) -> LlamaForCausalLM:
+def build_random_language(config: DecoderConfig) -> DecoderModel:
     """Build the architecture with fresh weights."""
     set_attention(config, PACKED_ATTENTION)
-    model = LlamaForCausalLM(config)
+    model = _new_model(config)
     model.train()
+    return model
+
+
+def _new_model(config: DecoderConfig) -> DecoderModel:
+    model: DecoderModel = decoder_classes(config.model_type)[1](config)
     return model
 
 
 def load_language_model(
     folder: Path, dtype: torch.dtype | None, mmap_weights: bool = False
-) -> LlamaForCausalLM:
+) -> DecoderModel:
     """Load a folder in the Hugging Face layout, file by file; `dtype` None keeps each its own."""
     model = build_empty_language(read_language_config(folder))
     state = model.state_dict()
@@ -204,7 +224,7 @@ def check_language_weights(weights: str) -> None:
         check_tensor_groups([_tensor_group(folder, model)], {"language": model.state_dict()})
 
 
-def _tensor_group(folder: Path, model: LlamaForCausalLM) -> TensorGroup:
+def _tensor_group(folder: Path, model: DecoderModel) -> TensorGroup:
     """Return the tensors to read from a folder: all of `model`, tied weights excepted."""
     files = weight_files(folder)
     spared = missing_tied_keys(model, [name for file in files for name in read_tensor_shapes(file)])
@@ -212,7 +232,7 @@ def _tensor_group(folder: Path, model: LlamaForCausalLM) -> TensorGroup:
     return TensorGroup(files, wanted, BUFFER_PATTERN)
 
 
-def read_eos_token_ids(folder: Path, config: LlamaConfig) -> list[int]:
+def read_eos_token_ids(folder: Path, config: DecoderConfig) -> list[int]:
     """Return the ids that end an answer: of generation_config.json, else of the configuration."""
     file = folder / "generation_config.json"
     given = read_json(file).get("eos_token_id") if file.is_file() else None

@@ -7,16 +7,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from torch import nn
 
 from vlbench.connector import registry
 from vlbench.connector.base import Connector
+from vlbench.connector.levels import Levels
 from vlbench.core_sharing import share_cores
 from vlbench.data.chat_template import ChatTemplate
 from vlbench.data.packing import PackedBatch
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import UserError
+from vlbench.model.decoder_families import DecoderModel
 from vlbench.model.generation.answer_text import AnswerStream
 from vlbench.model.generation.decoding_state import CompiledDecodeStep
 from vlbench.model.generation.generate import TokenCallback, generate
@@ -60,7 +61,7 @@ class LoadedVLM:
         return self.model.connector
 
     @property
-    def language(self) -> LlamaForCausalLM:
+    def language(self) -> DecoderModel:
         """The language model."""
         return self.model.language
 
@@ -107,13 +108,16 @@ class LoadedVLM:
         """Return the batch of one conversation, or of several, ready for `generate`."""
         return self.processor.prepare(messages).to(self.device)
 
-    def features(self, batch: PackedBatch) -> Tensor:
-        """Return the vision encoder's features `[images, patches, vision_width]`."""
+    def features(self, batch: PackedBatch) -> Levels:
+        """Return the vision encoder's features `[images, patches, vision_width]`.
+
+        They are a tuple where the connector reads several blocks (`Connector.vision_layers`).
+        """
         with share_cores(self.device):
             return self.model.extract_features(batch)
 
-    def visual(self, batch: PackedBatch) -> Tensor:
-        """Return the visual tokens `[images, tokens, width]`."""
+    def visual(self, batch: PackedBatch) -> Levels:
+        """Return the visual tokens `[images, tokens, width]`, or the connector's levels of them."""
         with share_cores(self.device):
             return self.model.encode_images(batch)
 
@@ -202,7 +206,7 @@ def assemble_vlm(
     vision: VisionEncoder,
     connector_class: type[Connector],
     connector_options: dict[str, Any],
-    language: LlamaForCausalLM,
+    language: DecoderModel,
     tokenizer: Tokenizer,
     template: ChatTemplate,
     max_length: int,

@@ -300,7 +300,7 @@ def _target_modules(part: nn.Module, requested: str, key: str) -> list[str]:
 def _linear_layer_names(part: Any) -> Iterator[str]:
     """Yield the names of Linear layers, adapted or not, in the blocks that a part uses."""
     is_encoder = isinstance(part, VisionEncoder)
-    blocks = part.blocks()[: part.block_index + 1] if is_encoder else part.model.layers
+    blocks = part.blocks()[: part.used_block_count] if is_encoder else part.model.layers
     used = {id(block) for block in blocks}
     root = _adapted_root(part)
     for path, block in root.named_modules():

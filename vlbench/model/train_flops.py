@@ -16,10 +16,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
 
 from vlbench.compat.torch_internals import make_flop_counter
+from vlbench.compat.vision_internals import encoder_width
+from vlbench.connector.base import ImagePlaces, blank_features
+from vlbench.connector.levels import Levels, first_level
 from vlbench.data.packing import PackedBatch
+from vlbench.model.decoder_families import DecoderConfig
+from vlbench.model.vision_encoder import VisionEncoder, has_trained_parameters
 from vlbench.model.vlm import VLM
 
 PROBE_POSITIONS = 64  # positions over which an injected layer is counted
@@ -57,9 +64,9 @@ class StepFlops:
 def count_step_flops(vlm: VLM) -> StepFlops:
     """Count for the parts that require gradients now."""
     encoder_flops = _vision_encoder_flops(vlm)
-    is_vision_trained = _has_trained_parameters(vlm.vision)
+    is_vision_trained = vlm.is_vision_trained()
     connector_flops = _connector_flops(vlm, is_vision_trained)
-    needs_grad = is_vision_trained or _has_trained_parameters(vlm.connector)
+    needs_grad = is_vision_trained or has_trained_parameters(vlm.connector)
     language = vlm.language.model
     needs_grad = needs_grad or language.embed_tokens.weight.requires_grad
     position_flops = pair_flops = 0.0
@@ -68,7 +75,7 @@ def count_step_flops(vlm: VLM) -> StepFlops:
         if number in vlm.connector.inject_layers:
             position_flops += _injection_flops(vlm, number, needs_grad)
         position_flops += _matmul_flops(layer, needs_grad)
-        needs_grad = needs_grad or _has_trained_parameters(layer)
+        needs_grad = needs_grad or has_trained_parameters(layer)
         pair_flops += 4 * width * (3 if needs_grad else 1)
     return StepFlops(
         per_position=position_flops,
@@ -79,9 +86,11 @@ def count_step_flops(vlm: VLM) -> StepFlops:
     )
 
 
-def head_width(config: LlamaConfig) -> int:
+def head_width(config: DecoderConfig) -> int:
     """Return the width of an attention head of a language model."""
-    width: int = config.head_dim or config.hidden_size // config.num_attention_heads
+    width: int = (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
     return width
 
 
@@ -95,26 +104,27 @@ def _matmul_flops(module: nn.Module, input_needs_grad: bool) -> float:
 
 
 def _vision_encoder_flops(vlm: VLM) -> float:
-    """Return the operations of the vision encoder for one image, up to the block that is used."""
-    encoder, trained = vlm.vision, _has_trained_parameters(vlm.vision)
-    length = vlm.shapes.patches + 1
+    """Return the operations of all vision encoders for one image, up to the blocks in use."""
+    return sum(_encoder_flops(encoder) for encoder in vlm.vision.encoders())
+
+
+def _encoder_flops(encoder: VisionEncoder) -> float:
+    trained, width = has_trained_parameters(encoder), encoder_width(encoder.visual)
+    patches = encoder.grid[0] * encoder.grid[1]
+    length = patches + 1
     total = 0.0
-    for block in encoder.blocks()[: encoder.block_index + 1]:
+    for block in encoder.blocks()[: encoder.used_block_count]:
         total += length * _matmul_flops(block, trained)
-        total += 4 * length**2 * encoder.feature_width * (3 if trained else 1)
+        total += 4 * length**2 * width * (3 if trained else 1)
     visual = getattr(encoder.visual, "trunk", encoder.visual)
     patchify = visual.patch_embed.proj if hasattr(visual, "patch_embed") else visual.conv1
     kernel_size: int = patchify.weight.numel()
-    return total + vlm.shapes.patches * 2 * kernel_size * (1 + trained)
+    return total + patches * 2 * kernel_size * (1 + trained)
 
 
 def _connector_flops(vlm: VLM, input_needs_grad: bool) -> float:
     """Return the operations of the connector for one image, counted by running it on zeros."""
-    shapes = vlm.shapes
-    parameter = next(vlm.connector.parameters(), None)
-    dtype = torch.float32 if parameter is None else parameter.dtype
-    length = shapes.patches + vlm.connector.class_token
-    features = torch.zeros(1, length, shapes.vision_width, dtype=dtype, device=vlm.device)
+    features = _blank_features(vlm)
     return _count_run_flops(vlm.connector, lambda: vlm.connector(features)) * _count_matmul_passes(
         vlm, input_needs_grad
     )
@@ -123,15 +133,13 @@ def _connector_flops(vlm: VLM, input_needs_grad: bool) -> float:
 def _injection_flops(vlm: VLM, layer: int, input_needs_grad: bool) -> float:
     """Return the operations for one position of what the connector does before a decoder layer."""
     shapes, device = vlm.shapes, vlm.device
-    parameter = next(vlm.connector.parameters())
-    length = shapes.patches + vlm.connector.class_token
-    features = torch.zeros(1, length, shapes.vision_width, dtype=parameter.dtype, device=device)
-    hidden = torch.zeros(1, PROBE_POSITIONS, shapes.lm_width, dtype=parameter.dtype, device=device)
-    # its values are needed: connectors sort the text by the image that it belongs to
-    image_index = torch.zeros(1, PROBE_POSITIONS, dtype=torch.long, device=real_device(device))
+    features = _blank_features(vlm)
+    dtype = first_level(features).dtype
+    hidden = torch.zeros(1, PROBE_POSITIONS, shapes.lm_width, dtype=dtype, device=device)
     with torch.no_grad():
-        visual: Tensor = vlm.connector(features)
-    inject = functools.partial(vlm.connector.inject, layer, hidden, visual, image_index)
+        visual: Levels = vlm.connector(features)
+    where = text_places(PROBE_POSITIONS, device)
+    inject = functools.partial(vlm.connector.inject, layer, hidden, visual, where)
     return (
         _count_run_flops(vlm.connector, inject)
         * _count_matmul_passes(vlm, input_needs_grad)
@@ -139,19 +147,54 @@ def _injection_flops(vlm: VLM, layer: int, input_needs_grad: bool) -> float:
     )
 
 
-def real_device(device: torch.device) -> torch.device:
-    """Return a device for tensors whose values are needed while others are on `meta`."""
-    return torch.device("cpu") if device.type == "meta" else device
+class RealIndices(TorchDispatchMode):
+    """Lets tensors whose values are needed meet tensors on `meta`: they join them there.
+
+    So an `inject` may multiply by a mask of its places, as it does where everything is on a device.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if len({tensor.is_meta for tensor in tensors}) == 2:
+            args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def counted_flops() -> Iterator[FlopCounterMode]:
+    """Count the operations inside of `with`, on `meta` as well."""
+    counter = make_flop_counter()
+    with RealIndices(), counter:  # type: ignore[no-untyped-call]
+        yield counter
+
+
+def _blank_features(vlm: VLM) -> Levels:
+    parameter = next(vlm.connector.parameters(), None)
+    dtype = torch.float32 if parameter is None else parameter.dtype
+    return blank_features(vlm.connector, vlm.shapes, dtype, vlm.device)
+
+
+def text_places(length: int, device: torch.device) -> ImagePlaces:
+    """Return the places of text that follows one image, to count what injection costs there.
+
+    Their values are needed while other tensors are on `meta`: connectors sort the text by the image
+    that it belongs to.
+    """
+    device = torch.device("cpu") if device.type == "meta" else device
+    image_index = torch.zeros(1, length, dtype=torch.long, device=device)
+    return ImagePlaces(image_index, image_index - 1)
 
 
 def _count_matmul_passes(vlm: VLM, input_needs_grad: bool) -> int:
     """Return how often the connector's products are computed: forward, for inputs, for weights."""
-    return 1 + input_needs_grad + _has_trained_parameters(vlm.connector)
+    return 1 + input_needs_grad + has_trained_parameters(vlm.connector)
 
 
 def _count_run_flops(connector: nn.Module, run: Any) -> float:
-    counting = make_flop_counter()
-    with temporarily_frozen(connector), torch.no_grad(), counting:
+    with temporarily_frozen(connector), torch.no_grad(), counted_flops() as counting:
         run()
     return float(counting.get_total_flops())
 
@@ -164,7 +207,3 @@ def temporarily_frozen(module: nn.Module) -> Iterator[None]:
     yield
     for parameter in trained:
         parameter.requires_grad_(True)
-
-
-def _has_trained_parameters(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())

@@ -18,7 +18,8 @@ from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_mod
 from torch import nn
 
 from vlbench.compat.vision_internals import build_open_clip_encoder
-from vlbench.config.schema import MAX_IMAGE_SIZE
+from vlbench.config.key_types import MAX_IMAGE_SIZE
+from vlbench.data.image_processing import INTERPOLATIONS
 from vlbench.errors import UserError, suggest_name
 from vlbench.text_files import read_json, write_atomically
 
@@ -34,6 +35,8 @@ OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 MAX_PATCHES = 1 << 16  # of an image: 256 x 256; encoders in use have 256 to 4,096
 ARCHITECTURE_KEYS = ("embed_dim", "quick_gelu", "vision_cfg")
 """Keys of open_clip's `model_cfg` that say what its vision encoder is."""
+RESIZE_KEYS = ("interpolation", "resize_mode")
+"""Keys of open_clip's `preprocess_cfg` that say how an image is resized."""
 WEIGHT_NEUTRAL_KEYS = ("image_size", "patch_dropout")
 """Keys of `vision_cfg` that say nothing about the weights' meaning."""
 
@@ -53,6 +56,11 @@ class VisionConfig:
     std: tuple[float, ...]
     projection: bool = True
     """False: without the contrastive projection, which Hugging Face's vision models do not have."""
+    fit: str = "pad"
+    """How an image becomes a square: "squash" where the encoder's authors did so; else "pad", as
+    LLaVA and Yi-VL do also with encoders whose authors cropped."""
+    interpolation: str = "bicubic"
+    """Of the resize of images."""
 
     def build_module(self) -> nn.Module:
         """Return open_clip's module with random weights, on torch's default device."""
@@ -66,11 +74,23 @@ class VisionConfig:
         module: nn.Module = visual
         return module
 
+    def preprocess(self) -> dict[str, Any]:
+        """Return what is done to an image, as `VisionEncoder` takes it."""
+        return {
+            "mean": self.mean,
+            "std": self.std,
+            "fit": self.fit,
+            "interpolation": self.interpolation,
+        }
+
     def save(self, folder: Path) -> None:
         """Write it into `folder`, in open_clip's format."""
         known = asdict(self)
         model = {key: known[key] for key in (*ARCHITECTURE_KEYS, "projection")}
-        pixels = {"mean": list(self.mean), "std": list(self.std)}
+        pixels: dict[str, Any] = {"mean": list(self.mean), "std": list(self.std)}
+        if (self.fit, self.interpolation) != ("pad", "bicubic"):
+            resize_mode = "squash" if self.fit == "squash" else "shortest"
+            pixels |= {"interpolation": self.interpolation, "resize_mode": resize_mode}
         text = json.dumps({"model_cfg": model, "preprocess_cfg": pixels}, indent=1)
         write_atomically(folder / OPEN_CLIP_CONFIG, text + "\n")
 
@@ -96,6 +116,7 @@ def read_vision_config(folder: Path) -> VisionConfig:
             parse_rgb_stats(pixels.get("mean", default["mean"]), "mean", file),
             parse_rgb_stats(pixels.get("std", default["std"]), "std", file),
             bool(model.get("projection", True)),
+            *_read_resize(pixels, file),
         )
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
@@ -128,17 +149,14 @@ def check_image_grid(image_size: Any, patch_size: Any, file: Path) -> None:
 
 
 def resolve_vision_config(name: str, weights: str) -> VisionConfig:
-    """Return what `vision.name` is with `vision.weights`, of which small files alone are read.
+    """Return what a model of open_clip is with `vision.weights`, of which small files are read.
 
-    `name` is a model of open_clip, one of EMBEDDED or a folder with open_clip_config.json.
     Pixel statistics are those of the tag or folder in `weights`, else those that all tags of the
     architecture share.
 
     Raises:
-        Mistake: for an unknown name, and for weights that were trained as something else.
+        UserError: for an unknown name, and for weights that were trained as something else.
     """
-    if (folder := named_encoder_folder(name)) is not None:
-        return read_vision_config(folder)
     found = open_clip.get_model_config(name) if name in open_clip.list_models() else None
     if found is None:
         raise UserError(
@@ -154,6 +172,8 @@ def resolve_vision_config(name: str, weights: str) -> VisionConfig:
         bool(found.get("quick_gelu", False)),
         tuple(pixels["mean"]),
         tuple(pixels["std"]),
+        True,
+        *_read_resize(pixels, Path(name)),
     )
     if tag.get("quick_gelu") and not named.quick_gelu:
         raise UserError(
@@ -163,19 +183,18 @@ def resolve_vision_config(name: str, weights: str) -> VisionConfig:
     return _merge_folder_config(named, name, Path(weights))
 
 
-def named_encoder_folder(name: str) -> Path | None:
-    """Return the folder that describes `vision.name` itself; None for a name of open_clip."""
-    if name in EMBEDDED_ENCODERS:
-        return EMBEDDED_ENCODERS[name]
-    return Path(name) if (Path(name) / OPEN_CLIP_CONFIG).is_file() else None
-
-
 def _merge_folder_config(named_config: VisionConfig, name: str, folder: Path) -> VisionConfig:
     """Return `named` with what a folder of weights says of itself; refuse another architecture."""
     if (folder / OPEN_CLIP_CONFIG).is_file():
         theirs = read_vision_config(folder)
         _check_same_architecture(named_config, theirs, name, folder)
-        named_config = replace(named_config, mean=theirs.mean, std=theirs.std)
+        named_config = replace(
+            named_config,
+            mean=theirs.mean,
+            std=theirs.std,
+            fit=theirs.fit,
+            interpolation=theirs.interpolation,
+        )
     if find_open_clip_file(folder) or not (folder / "config.json").is_file():
         return named_config
     said, file = _read_processor_config(folder)
@@ -237,14 +256,35 @@ def _architecture_fields(config: VisionConfig) -> dict[str, Any]:
 
 
 def _default_pixel_stats(name: str) -> Mapping[str, Any]:
-    """Return mean and std that all tags of `name` share, else open_clip's default (CLIP's own)."""
+    """Return the preprocessing that all tags of `name` share, else open_clip's default (CLIP's)."""
     tags = [get_pretrained_cfg(name, tag) for tag in list_pretrained_tags_by_model(name)]
     usual = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
     found = {(tuple(tag["mean"]), tuple(tag["std"])) for tag in tags}
+    resizes = {_read_resize(tag, Path(name)) for tag in tags}
     if len(found) != 1:
         return usual
     mean, std = found.pop()
-    return {"mean": mean, "std": std}
+    same = len(resizes) == 1
+    return {
+        **({key: tags[0].get(key) for key in RESIZE_KEYS} if same else {}),
+        "mean": mean,
+        "std": std,
+    }
+
+
+def _read_resize(pixels: Mapping[str, Any], file: Path) -> tuple[str, str]:
+    """Return `fit` and `interpolation` of open_clip's `preprocess_cfg`, or of one of its tags."""
+    fit = "squash" if pixels.get("resize_mode") == "squash" else "pad"
+    return fit, parse_interpolation(pixels, file)
+
+
+def parse_interpolation(pixels: Mapping[str, Any], file: Path) -> str:
+    """Return the `interpolation` that open_clip's or timm's preprocessing in `file` says."""
+    interpolation: Any = pixels.get("interpolation") or "bicubic"
+    if interpolation not in INTERPOLATIONS:
+        known = ", ".join(INTERPOLATIONS)
+        raise UserError(f"{file}: interpolation is {interpolation!r}; known are {known}")
+    return str(interpolation)
 
 
 def parse_rgb_stats(value: Any, key: str, file: Path) -> tuple[float, ...]:

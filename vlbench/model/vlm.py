@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from vlbench.compat.transformers_internals import (
@@ -18,19 +17,19 @@ from vlbench.compat.transformers_internals import (
     passed_through_mask,
     replace_decoder_layer_input,
 )
-from vlbench.connector.base import Connector, Shapes, zero_like_loss
+from vlbench.config.key_types import PART_NAMES
+from vlbench.connector.base import Connector, ImagePlaces, Shapes, zero_like_loss
 from vlbench.connector.bounded_building import NewTensorLimit, build_connector
-from vlbench.data.packing import PackedBatch
-from vlbench.data.sample_encoding import IMAGE_TOKEN_INDEX
+from vlbench.connector.levels import Levels, first_level, unstack_levels
+from vlbench.data.packing import PackedBatch, number_image_tokens
 from vlbench.model.activation_checkpointing import checkpoint_blocks
 from vlbench.model.contrastive_loss import add_own_contrast_pool, is_contrastive
+from vlbench.model.decoder_families import DecoderConfig, DecoderModel, logit_divisor
 from vlbench.model.language_loss import summed_loss
 from vlbench.model.packed_attention import OpaqueLengths, sample_bounds
 from vlbench.model.replicated_parameters import GradientAverager
-from vlbench.model.vision_encoder import VisionEncoder
+from vlbench.model.vision_encoder import VisionEncoder, has_trained_parameters
 from vlbench.model.weights.tensor_groups import move_and_cast
-
-MODEL_PARTS = ("vision", "connector", "language")
 
 
 @dataclass
@@ -45,7 +44,7 @@ class VLMOutput:
     """Number of supervised positions."""
     extra: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """The connector's own losses, `{name: (sum, count)}`."""
-    features: Tensor | None = None
+    features: Levels | None = None
     """Features of the vision encoder; only with `embed_pairs`."""
     contrast_embeddings: dict[str, Tensor] = field(default_factory=dict)
     """Embeddings of image-caption pairs, see `Connector.contrast_embeddings`; only with
@@ -60,7 +59,7 @@ class VLM(nn.Module):
     one thread.
     """
 
-    language: LlamaForCausalLM
+    language: DecoderModel
     gradient_averager: GradientAverager | None = None
     """Of the parameters that FSDP2 does not shard, once it shards the others."""
 
@@ -69,11 +68,15 @@ class VLM(nn.Module):
         vision: VisionEncoder,
         connector_class: type[Connector],
         connector_options: dict[str, Any],
-        language: LlamaForCausalLM,
+        language: DecoderModel,
     ) -> None:
         """Build a connector of `connector_class` between `vision` and `language`."""
         super().__init__()
         self.vision, self.language = vision, language
+        # once: transformers looks an attribute of a configuration up slowly, for each token
+        self._logit_divisor = logit_divisor(language.config)
+        if len(vision.encoders()) > 1:
+            self.second_vision = vision.encoders()[1]
         self._connector_class, self.connector_options = connector_class, connector_options
         self.objective, self._uses_checkpointing = "language", False
         self.connector = self._build_connector()
@@ -103,7 +106,7 @@ class VLM(nn.Module):
 
     def _build_connector(self) -> Connector:
         connector = build_connector(self._connector_class, self.shapes, self.connector_options)
-        self.vision.class_token = connector.class_token
+        self.vision.read_blocks(connector.vision_layers, connector.class_token)
         return connector
 
     def set_image_size(self, image_size: int) -> None:
@@ -114,7 +117,8 @@ class VLM(nn.Module):
         """
         device = self.device
         if device.type not in ("cpu", "meta"):
-            self.vision.cpu()
+            for encoder in self.vision.encoders():
+                encoder.cpu()
             self.connector.cpu()
         old_shapes, old_state = self.shapes, self.connector.state_dict()
         self.vision.set_image_size(image_size)
@@ -127,7 +131,8 @@ class VLM(nn.Module):
             move_and_cast(connector, old_tensor.dtype, old_tensor.device)
             self.connector = connector
         if device.type not in ("cpu", "meta"):
-            self.vision.to(device)
+            for encoder in self.vision.encoders():
+                encoder.to(device)
             self.connector.to(device)
 
     def set_objective(self, objective: str, fresh: bool = False) -> None:
@@ -142,36 +147,48 @@ class VLM(nn.Module):
     def train(self, mode: bool = True) -> VLM:
         """Set training mode; a frozen vision encoder always stays in evaluation mode."""
         super().train(mode)
-        if not self.is_vision_trained():
-            self.vision.eval()
+        for encoder in self.vision.encoders():
+            if not has_trained_parameters(encoder):
+                encoder.eval()
         return self
 
     def is_vision_trained(self) -> bool:
-        """Tell whether any weight of the vision encoder is trained."""
-        return any(parameter.requires_grad for parameter in self.vision.parameters())
+        """Tell whether any weight of a vision encoder is trained."""
+        return any(has_trained_parameters(encoder) for encoder in self.vision.encoders())
 
-    def extract_features(self, batch: PackedBatch) -> Tensor:
+    def encoder_blocks(self) -> list[nn.Module]:
+        """Return the transformer blocks of all vision encoders."""
+        return [block for encoder in self.vision.encoders() for block in encoder.blocks()]
+
+    def extract_features(self, batch: PackedBatch) -> Levels:
         """Return the vision encoder's features `[images, patches, vision_width]`.
 
+        They are a tuple with an entry for each of the connector's `vision_layers`, if it names any.
         They carry no gradient while the encoder is frozen. A batch without images gives the
         features of one blank image, so that every part runs and every gradient exists.
         """
         if batch.features is not None:
-            return batch.features
+            return unstack_levels(batch.features)
         pixels = batch.normalized_pixels()
         if not len(pixels):
-            side = self.vision.image_size
-            pixels = pixels.new_zeros(1, 3, side, side)
+            pixels = pixels.new_zeros(1, *self.vision.pixel_shape)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.is_vision_trained()):
-            features: Tensor = self.vision(pixels.to(self.vision.dtype))
+            features: Levels = self.vision(pixels.to(self.vision.dtype))
             return features
 
-    def encode_images(self, batch: PackedBatch) -> Tensor:
-        """Return the visual tokens `[images, tokens, width]` of a batch."""
-        visual: Tensor = self.connector(self.extract_features(batch))
+    def encode_images(self, batch: PackedBatch) -> Levels:
+        """Return the visual tokens `[images, tokens, width]` of a batch, or their levels."""
+        visual: Levels = self.connector(self.extract_features(batch))
         return visual
 
-    def merge_embeddings(self, batch: PackedBatch, visual: Tensor) -> Tensor:
+    def image_places(self, batch: PackedBatch) -> ImagePlaces | None:
+        """Return image and visual token of each position; None if the connector never injects."""
+        if not self.connector.inject_layers:
+            return None
+        token_index = number_image_tokens(batch, self.connector.tokens_per_image)
+        return ImagePlaces(batch.image_index, token_index)
+
+    def merge_embeddings(self, batch: PackedBatch, visual: Levels) -> Tensor:
         """Return embeddings `[rows, length, lm_width]`, visual tokens at the image positions."""
         embeds: Tensor = self.token_embedding(batch.input_ids.clamp(min=0))
         if not len(batch.pixels):
@@ -183,12 +200,10 @@ class VLM(nn.Module):
             for tensor in unused:
                 embeds = embeds + zero_like_loss(tensor).to(embeds.dtype)
             return embeds
-        positions = batch.image_positions
-        if positions is None:
-            positions = (batch.input_ids.flatten() == IMAGE_TOKEN_INDEX).nonzero()[:, 0]
+        positions = batch.find_image_positions()
         if self.connector.replaces_image_tokens:
             self.connector.check_output(visual, len(batch.pixels), embeds.shape[-1])
-            values = visual.flatten(0, 1)
+            values = first_level(visual).flatten(0, 1)
         else:
             values = self.connector.image_embedding.expand(len(positions), -1)
         if len(values) != len(positions):
@@ -199,24 +214,32 @@ class VLM(nn.Module):
         return embeds.index_put(places, values.to(embeds.dtype))
 
     def run_decoder(
-        self, embeds: Tensor, visual: Tensor, image_index: Tensor, **kwargs: Any
+        self, embeds: Tensor, visual: Levels, where: ImagePlaces | None, **kwargs: Any
     ) -> BaseModelOutputWithPast:
-        """Run the decoder layers over `embeds`; `kwargs` go to the language model's forward."""
-        if self.connector.inject_layers:
-            kwargs |= {"visual": visual, "image_index": image_index}
+        """Run the decoder layers over `embeds`; `kwargs` go to the language model's forward.
+
+        `where` are the `image_places` of the positions.
+        """
+        if where is not None:
+            kwargs |= {
+                "visual": visual,
+                "image_index": where.image_index,
+                "token_index": where.token_index,
+            }
         output: BaseModelOutputWithPast = self.language.model(inputs_embeds=embeds, **kwargs)
         return output
 
-    def hidden_states(self, batch: PackedBatch, visual: Tensor) -> Tensor:
+    def hidden_states(self, batch: PackedBatch, visual: Levels) -> Tensor:
         """Return the last hidden states `[rows, length, lm_width]` of a batch, without KV cache."""
+        device = first_level(visual).device
         hidden = self.run_decoder(
             self.merge_embeddings(batch, visual),
             visual,
-            batch.image_index,
+            self.image_places(batch),
             position_ids=batch.position_ids,
-            attention_mask=passed_through_mask(visual.device),
+            attention_mask=passed_through_mask(device),
             lengths=OpaqueLengths(batch.sample_lengths),
-            bounds=sample_bounds(batch.sample_lengths, batch.input_ids.shape[1], visual.device),
+            bounds=sample_bounds(batch.sample_lengths, batch.input_ids.shape[1], device),
             use_cache=False,
         ).last_hidden_state
         assert hidden is not None
@@ -226,7 +249,17 @@ class VLM(nn.Module):
         self, hidden: Tensor, labels: Tensor, supervised_positions: Tensor | None = None
     ) -> Tensor:
         """Return the cross entropy of `labels`, summed over the supervised positions."""
+        hidden = self._divide_logits(hidden)
         return summed_loss(self.language.lm_head, hidden, labels, supervised_positions)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits `[..., vocabulary]` of last hidden states `[..., lm_width]`."""
+        logits: Tensor = self.language.lm_head(self._divide_logits(hidden))
+        return logits
+
+    def _divide_logits(self, hidden: Tensor) -> Tensor:
+        """Return what `lm_head` makes the logits of, which some families divide by a number."""
+        return hidden if self._logit_divisor == 1 else hidden / self._logit_divisor
 
     def enable_activation_checkpointing(self, mode: str) -> None:
         """Recompute activations in the backward pass instead of keeping them in memory.
@@ -234,7 +267,7 @@ class VLM(nn.Module):
         `mode` is one of `model.activation_checkpointing.CHECKPOINTING_MODES`.
         """
         self._uses_checkpointing = mode != "none"
-        checkpoint_blocks(self.language.model.layers, self.vision.blocks(), mode)
+        checkpoint_blocks(self.language.model.layers, self.encoder_blocks(), mode)
 
     def _with_checkpointing(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return `function`, or under activation checkpointing one that keeps its inputs alone.
@@ -265,15 +298,16 @@ class VLM(nn.Module):
         visual = self._with_checkpointing(self.connector)(features)
         hidden = self.hidden_states(batch, visual)
         if batch.labels is None:
-            return VLMOutput(logits=self.language.lm_head(hidden))
+            return VLMOutput(logits=self.logits(hidden))
         loss = self.language_loss(hidden, batch.labels, batch.supervised_positions)
         extra = self.connector.losses(features, visual, batch)
         return VLMOutput(loss_sum=loss, tokens=batch.supervised_token_count, extra=extra)
 
     def named_parts(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yield the three parts with their names."""
-        for name in MODEL_PARTS:
-            yield name, getattr(self, name)
+        """Yield the parts of this model with their names."""
+        for name in PART_NAMES:
+            if hasattr(self, name):
+                yield name, getattr(self, name)
 
 
 def _inject_before_layer(
@@ -289,11 +323,12 @@ def _inject_before_layer(
     """
     hidden = decoder_layer_input(args, kwargs)
     inject = vlm._with_checkpointing(vlm.connector.inject)
-    hidden = inject(layer_index, hidden, kwargs["visual"], kwargs["image_index"])
+    where = ImagePlaces(kwargs["image_index"], kwargs["token_index"])
+    hidden = inject(layer_index, hidden, kwargs["visual"], where)
     return replace_decoder_layer_input(args, kwargs, hidden)
 
 
-def connector_shapes(vision_encoder: VisionEncoder, lm_config: LlamaConfig) -> Shapes:
+def connector_shapes(vision_encoder: VisionEncoder, lm_config: DecoderConfig) -> Shapes:
     """Return the shapes between a vision encoder and a language model of a configuration."""
     rows, columns = vision_encoder.grid
     return Shapes(
@@ -302,4 +337,7 @@ def connector_shapes(vision_encoder: VisionEncoder, lm_config: LlamaConfig) -> S
         vision_width=vision_encoder.feature_width,
         lm_width=lm_config.hidden_size,
         lm_layers=lm_config.num_hidden_layers,
+        has_class_token=vision_encoder.has_class_token,
+        vision_blocks=len(vision_encoder.blocks()),
+        vision_layer=vision_encoder.block_index,
     )

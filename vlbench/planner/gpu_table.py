@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from vlbench.errors import UserError, suggest_name
 from vlbench.text_files import read_yaml
-from vlbench.train.gpu_names import GPU_TABLE_FILE
+from vlbench.train.gpu_names import GPU_TABLE_FILE, find_gpu_row
 
 GPU_KEYS = ("tflops", "memory", "price")
 
@@ -40,6 +40,18 @@ def find_gpu(name: str, table_file: str | None = None) -> GpuSpec:
         raise UserError(f"gpu is '{name}'; known are {known}, and those of gpus=FILE.yaml.{close}")
     row = table[key]
     return GpuSpec(key, 1e12 * row["tflops"], 2**30 * row["memory"], row.get("price"))
+
+
+def local_gpu() -> GpuSpec:
+    """Return the first GPU of this machine, with the memory that it has; there must be one.
+
+    Its speed is that of the table, 0 where the table does not know it.
+    """
+    import torch
+
+    found = torch.cuda.get_device_properties(0)
+    row = find_gpu_row(found.name, found.total_memory, read_yaml(GPU_TABLE_FILE)) or {}
+    return GpuSpec(found.name, 1e12 * row.get("tflops", 0.0), found.total_memory, row.get("price"))
 
 
 def _validate_gpu(path: Path, name: str, row: Any) -> dict[str, float]:

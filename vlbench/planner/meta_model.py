@@ -12,7 +12,7 @@ import torch
 from vlbench.compat.vision_internals import keep_encoder_blocks
 from vlbench.config.schema import ModelConfig, StageConfig
 from vlbench.connector import registry
-from vlbench.data.chat_template import CHAT_TEMPLATES
+from vlbench.data.own_template import bind_template
 from vlbench.data.packing import PackedBatch, assign_image_index
 from vlbench.data.sample_encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from vlbench.data.tokenizer import Tokenizer
@@ -65,6 +65,10 @@ def build_meta_vlm(
     if depth is not None:
         language_config.num_hidden_layers = depth.decoder_layers
         _truncate_encoder(encoder, depth.encoder_blocks)
+    tokenizer = Tokenizer.load(folder if local else TINY_LANGUAGE_FOLDER)
+    template_name = config.language.template
+    if template_name == "auto" and not tokenizer.chat_template:
+        template_name = "chatml"  # that of a hub's tokenizer is not known, and matters to no shape
     try:
         with torch.device("meta"):
             vlm = assemble_vlm(
@@ -72,8 +76,8 @@ def build_meta_vlm(
                 registry.load_connector(config.connector_name),
                 config.connector_options,
                 build_random_language(language_config),
-                Tokenizer.load(folder if local else TINY_LANGUAGE_FOLDER),
-                CHAT_TEMPLATES[config.language.template],
+                tokenizer,
+                bind_template(template_name, tokenizer),
                 config.language.max_length,
             )
             check_objective(vlm.model, stage_name, stage)
@@ -96,7 +100,12 @@ def _hold_frozen_language(vlm: VLM, in_bf16: bool) -> None:
 
 
 def _truncate_encoder(vision_encoder: VisionEncoder, block_count: int) -> None:
-    """Cut a vision encoder to its first blocks; the features are those of the last one left."""
+    """Cut a vision encoder to its first blocks; the features are those of the last one left.
+
+    With as many blocks as it has, it stays as it is.
+    """
+    if block_count >= len(vision_encoder.blocks()):
+        return
     keep_encoder_blocks(vision_encoder.visual, block_count)
     vision_encoder.block_index = block_count - 1
 
@@ -120,7 +129,9 @@ def full_row_shape(
     )
 
 
-def build_row_batch(row: SampleShape, tokens_per_image: int, image_size: int) -> PackedBatch:
+def build_row_batch(
+    row: SampleShape, tokens_per_image: int, pixel_shape: tuple[int, int, int]
+) -> PackedBatch:
     """Return a micro-batch of one row: the images, then the text, whose end is supervised.
 
     Call it under a FakeTensorMode and a MemoryTracker: integer tensors are real, pixels are fake.
@@ -136,7 +147,7 @@ def build_row_batch(row: SampleShape, tokens_per_image: int, image_size: int) ->
         position_ids=torch.arange(length)[None],
         sample_index=torch.zeros(1, length, dtype=torch.long),
         image_index=assign_image_index(ids, tokens_per_image, 0)[None],
-        pixels=torch.zeros(images, 3, image_size, image_size),
+        pixels=torch.zeros(images, *pixel_shape),
         sample_ids=["row"],
         sample_lengths=[[length]],
         supervised_token_count=supervised,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vlbench.compat.fake_tensors import FakeTensorMode
 from vlbench.compat.torch_internals import buffer_slots, parameter_slots
+from vlbench.connector.levels import Levels, as_levels
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.mixed_precision import autocast_context
 from vlbench.model.vlm import VLM
@@ -51,7 +52,7 @@ class StepSimulator:
         vlm, tracker = self._vlm, self._memory_tracker
         vlm.enable_activation_checkpointing(checkpointing_mode)
         with self._simulation_context():
-            batch = build_row_batch(row, vlm.connector.tokens_per_image, vlm.vision.image_size)
+            batch = build_row_batch(row, vlm.connector.tokens_per_image, vlm.vision.pixel_shape)
             tracker.kind, tracker.phase = "activations", ""
             tracker.reset_counts(batch.pixels)
             with autocast_context("cpu", self._autocast_bf16):
@@ -61,13 +62,14 @@ class StepSimulator:
         return tracker.phase_peaks
 
     def _watch_encoder_gradient(
-        self, vision_encoder: nn.Module, inputs: object, features: Tensor
+        self, vision_encoder: nn.Module, inputs: object, features: Levels
     ) -> None:
-        """Begin the vision encoder's phase when the gradient of its features is computed."""
-        if features.requires_grad:
-            features.register_hook(
-                lambda gradient: setattr(self._memory_tracker, "phase", ENCODER_BACKWARD)
-            )
+        """Begin the vision encoder's phase when a gradient of its features is computed."""
+        for level in as_levels(features):
+            if level.requires_grad:
+                level.register_hook(
+                    lambda gradient: setattr(self._memory_tracker, "phase", ENCODER_BACKWARD)
+                )
 
     @contextlib.contextmanager
     def _simulation_context(self) -> Iterator[None]:
@@ -156,17 +158,24 @@ class DepthExtrapolator:
 
 def model_depth(vlm: VLM) -> ModelDepth:
     """Return the depth of a model."""
-    return ModelDepth(len(vlm.language.model.layers), vlm.vision.block_index + 1)
+    return ModelDepth(len(vlm.language.model.layers), vlm.vision.used_block_count)
 
 
 def simulation_depths(vlm: VLM) -> list[ModelDepth]:
-    """Return the depths at which a model is simulated: its own alone, or three shallow ones."""
-    full, inject_layers = model_depth(vlm), vlm.connector.inject_layers
-    if len(inject_layers) > 1:
-        interval = inject_layers[1] - inject_layers[0]
-    else:
-        interval = inject_layers[0] + 1 if inject_layers else 1
-    base = ModelDepth(max(MIN_DEPTH, interval), MIN_DEPTH)
+    """Return the depths at which a model is simulated: its own alone, or three shallow ones.
+
+    The encoder is whole where the connector names blocks, which a shallow one would not have: then
+    there are two.
+    """
+    full = model_depth(vlm)
+    shallowest, interval = _injection_interval(vlm)
+    base = ModelDepth(max(MIN_DEPTH, shallowest), MIN_DEPTH)
+    if vlm.connector.vision_layers:
+        whole = len(vlm.vision.blocks())
+        deep = base.decoder_layers + interval
+        if full.decoder_layers <= 2 * deep:
+            return [ModelDepth(full.decoder_layers, whole)]
+        return [ModelDepth(base.decoder_layers, whole), ModelDepth(deep, whole)]
     deeper = [
         ModelDepth(base.decoder_layers + interval, base.encoder_blocks),
         ModelDepth(base.decoder_layers, base.encoder_blocks + 1),
@@ -177,6 +186,21 @@ def simulation_depths(vlm: VLM) -> list[ModelDepth]:
     ):
         return [full]
     return [base, *deeper]
+
+
+def _injection_interval(vlm: VLM) -> tuple[int, int]:
+    """Return the decoder layers of the shallowest copy, and how many are added to it.
+
+    Where a connector injects at equal distances to the end, one more injection comes with each
+    interval; otherwise, as where it injects in the first layers alone, all are in the copy.
+    """
+    layers, count = vlm.connector.inject_layers, len(vlm.language.model.layers)
+    if not layers:
+        return 1, 1
+    interval = layers[1] - layers[0] if len(layers) > 1 else layers[0] + 1
+    if layers[-1] + interval >= count and set(layers) == set(range(layers[0], count, interval)):
+        return interval, interval
+    return layers[-1] + 1, 1
 
 
 def _is_linear_in_depth(
@@ -191,7 +215,7 @@ def _is_linear_in_depth(
     )
     expected = sizes[0] + steps * (sizes[1] - sizes[0])
     full_size = _connector_size(full_vlm)
-    return abs(expected - full_size) <= 0.02 * full_size and sizes[2] == sizes[0]
+    return abs(expected - full_size) <= 0.02 * full_size and {*sizes[2:]} <= {sizes[0]}
 
 
 def _connector_size(vlm: VLM) -> int:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import mean
+from typing import NamedTuple
 
-from vlbench.config.schema import Recipe, StageConfig
-from vlbench.data.data_sources import open_stage_mixture, stage_data
+from vlbench.config.schema import StageConfig, StageData
+from vlbench.data.data_sources import open_stage_mixture
 from vlbench.data.shuffle import SourceMixture
 from vlbench.errors import BadSample, UserError
-from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.train_flops import StepFlops, count_step_flops, temporarily_frozen
 from vlbench.model.vlm import VLM
 from vlbench.planner.meta_model import SampleShape
@@ -55,26 +55,30 @@ class StageWorkload:
         )
 
 
-def stage_workload(
-    recipe: Recipe,
-    stage_name: str,
-    vlm: LoadedVLM,
+class StageSamples(NamedTuple):
+    """What a stage is trained on."""
+
+    mean_sample: SampleShape
+    steps: int
+    are_assumed: bool
+    """Whether the lengths are assumed."""
+
+
+def stage_samples(
+    stage_data: StageData,
+    processor: Processor,
     sample_count: int | None,
     text_tokens: float | None,
-) -> tuple[StageWorkload, bool]:
-    """Return the work of a stage, and whether its lengths are assumed.
+) -> StageSamples:
+    """Return the steps of a stage and its mean sample.
 
-    `vlm` is on `meta`, prepared for the stage. `sample_count` and `text_tokens` (per sample) take
-    the place of what the data say; None leaves it to the data.
+    `processor` is that of the stage. `sample_count` and `text_tokens` (per sample) take the place
+    of what the data say; None leaves it to the data.
     """
-    stage = recipe.stages[stage_name]
-    data_config = stage_data(recipe.data, stage)
-    has_data = data_config.train is not None or data_config.mix is not None
-    data = (
-        open_stage_mixture(recipe.data, stage, stage_name, recipe.seed)
-        if has_data and not (sample_count and text_tokens)
-        else None
-    )
+    stage, stage_name = stage_data.stage, stage_data.stage_name
+    has_data = stage_data.config.train is not None or stage_data.config.mix is not None
+    is_read = has_data and not (sample_count and text_tokens)
+    data = open_stage_mixture(stage_data) if is_read else None
     if sample_count is None:
         sample_count = len(data) if data is not None else YI_VL_SAMPLE_COUNTS.get(stage_name)
     if sample_count is None and stage.steps is None:
@@ -83,19 +87,24 @@ def stage_workload(
         )
     steps = count_stage_steps(stage, sample_count or 0)
     if data is not None and text_tokens is None:
-        sample = _mean_sample(_measure_samples(vlm.processor, stage, data), stage_name)
+        sample = _mean_sample(_measure_samples(processor, stage, data), stage_name)
     else:
-        sample = assumed_sample(vlm.processor, stage, text_tokens)
-    flops = count_step_flops(vlm.model)
-    work = StageWorkload(
+        sample = assumed_sample(processor, stage, text_tokens)
+    return StageSamples(sample, steps, data is None or text_tokens is not None)
+
+
+def stage_workload(
+    stage_name: str, stage: StageConfig, vlm: VLM, samples: StageSamples
+) -> StageWorkload:
+    """Return the work of a stage; `vlm` is on `meta`, prepared for the stage."""
+    return StageWorkload(
         stage_name=stage_name,
-        mean_sample=sample,
-        sample_count=steps * stage.global_batch_size,
-        steps=steps,
-        flops_per_sample=sample_flops(flops, sample),
-        recompute_flops=_recompute_flops(vlm.model, sample),
+        mean_sample=samples.mean_sample,
+        sample_count=samples.steps * stage.global_batch_size,
+        steps=samples.steps,
+        flops_per_sample=sample_flops(count_step_flops(vlm), samples.mean_sample),
+        recompute_flops=_recompute_flops(vlm, samples.mean_sample),
     )
-    return work, data is None or text_tokens is not None
 
 
 def assumed_sample(
@@ -150,7 +159,7 @@ def _recompute_flops(vlm: VLM, sample: SampleShape) -> dict[str, float]:
     `selective` saves the matrix products of decoder layers; vision encoder and connector are
     recomputed in full or not at all.
     """
-    trains_vision = any(parameter.requires_grad for parameter in vlm.vision.parameters())
+    trains_vision = vlm.is_vision_trained()
     with temporarily_frozen(vlm):
         forward = count_step_flops(vlm)
     per_image = forward.per_image - (0 if trains_vision else forward.per_image_encoding)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from vlbench.config.schema import StageConfig
 from vlbench.errors import UserError
 from vlbench.model.activation_checkpointing import CHECKPOINTING_MODES
 from vlbench.model.vlm import VLM
@@ -14,7 +16,12 @@ from vlbench.planner.memory_estimate import MemoryByComponent, Sharding, StageMe
 from vlbench.planner.meta_model import build_meta_vlm
 from vlbench.planner.options import PlanOptions
 from vlbench.planner.simulate_step import DepthExtrapolator
-from vlbench.planner.stage_workload import StageWorkload, stage_workload
+from vlbench.planner.stage_workload import (
+    StageSamples,
+    StageWorkload,
+    stage_samples,
+    stage_workload,
+)
 from vlbench.train import stage_plan
 from vlbench.train.auto_checkpointing import SPARE_MEMORY_SHARE
 from vlbench.train.row_length import choose_row_tokens
@@ -76,26 +83,10 @@ def make_plan(options: PlanOptions) -> TrainingPlan:
         if stage.objective != "language":
             skipped.append(name)
             continue
-        build_at_depth = functools.partial(
-            build_meta_vlm, recipe.model, name, stage, recipe.precision
-        )
-        vlm = build_at_depth()
-        sample_count = options.sample_counts[index] if options.sample_counts else None
-        text_tokens = options.text_tokens[index] if options.text_tokens else None
-        workloads[name], assumed = stage_workload(recipe, name, vlm, sample_count, text_tokens)
-        has_assumed_lengths |= assumed
-        stages[name] = StageMemory(
-            vlm=vlm.model,
-            depth_extrapolator=DepthExtrapolator(vlm.model, build_at_depth, recipe.precision),
-            mean_sample=workloads[name].mean_sample,
-            compute_dtype_bytes=2 if recipe.precision == "bf16" else 4,
-            sharding=Sharding(
-                options.world_size,
-                recipe.trainer.shard_count,
-                recipe.trainer.reduce_gradients,
-                options.gpu.memory_bytes,
-            ),
-        )
+        measured = measure_stage(options, index, name, stage)
+        stages[name] = measured.memory
+        workloads[name] = stage_workload(name, stage, measured.memory.vlm, measured.samples)
+        has_assumed_lengths |= measured.samples.are_assumed
     if not stages:
         raise UserError("there is no stage to plan: plan counts stages that learn language")
     memory_budget = usable_memory(options.gpu)
@@ -115,6 +106,36 @@ def make_plan(options: PlanOptions) -> TrainingPlan:
         strategy_estimates=estimates,
         cheapest_fit=cheapest_strategy(estimates, stages, row_tokens, memory_budget),
     )
+
+
+class MeasuredStage(NamedTuple):
+    """What of a stage does not depend on strategy and checkpointing."""
+
+    memory: StageMemory
+    samples: StageSamples
+
+
+def measure_stage(options: PlanOptions, index: int, name: str, stage: StageConfig) -> MeasuredStage:
+    """Build a stage that learns language on shapes; `index` is its number among those that run."""
+    recipe = options.recipe
+    build_at_depth = functools.partial(build_meta_vlm, recipe.model, name, stage, recipe.precision)
+    vlm = build_at_depth()
+    sample_count = options.sample_counts[index] if options.sample_counts else None
+    text_tokens = options.text_tokens[index] if options.text_tokens else None
+    samples = stage_samples(recipe.stage_data(name), vlm.processor, sample_count, text_tokens)
+    memory = StageMemory(
+        vlm=vlm.model,
+        depth_extrapolator=DepthExtrapolator(vlm.model, build_at_depth, recipe.precision),
+        mean_sample=samples.mean_sample,
+        compute_dtype_bytes=2 if recipe.precision == "bf16" else 4,
+        sharding=Sharding(
+            options.world_size,
+            recipe.trainer.shard_count,
+            recipe.trainer.reduce_gradients,
+            options.gpu.memory_bytes,
+        ),
+    )
+    return MeasuredStage(memory, samples)
 
 
 def stage_row_tokens(options: PlanOptions, stage_name: str, vlm: VLM, memory_budget: float) -> int:

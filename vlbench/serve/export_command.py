@@ -41,6 +41,7 @@ def run_export(arguments: ExportArguments) -> int:
     vlm = load_model_folder(
         source, None, template=arguments.template, trust_connector=arguments.trust_connector
     )
+    _refuse_second_encoder(vlm, layout, source)
     _merge_or_refuse_lora(vlm, layout, arguments.merge_lora, source)
     recipe = _load_source_recipe(source, vlm)
     try:
@@ -58,16 +59,27 @@ def run_export(arguments: ExportArguments) -> int:
     return 0
 
 
+def _refuse_second_encoder(vlm: LoadedVLM, layout: ExportFormat, source: Path) -> None:
+    """Refuse to write two vision encoders in a released layout, which has one."""
+    if len(vlm.vision.encoders()) > 1 and layout != "vlbench":
+        raise UserError(
+            f"{source} has two vision encoders, which format={layout} cannot hold: say "
+            "format=vlbench"
+        )
+
+
 def _merge_or_refuse_lora(
     vlm: LoadedVLM, layout: ExportFormat, merge_lora: bool, source: Path
 ) -> None:
     """Merge LoRA adapters into the weights if that is wanted; released layouts have none."""
-    adapted = [
-        name for name, part in vlm.model.named_parts() if lora_adapters.adapter_parameters(part)
-    ]
+    adapted = {
+        name: part
+        for name, part in vlm.model.named_parts()
+        if lora_adapters.adapter_parameters(part)
+    }
     if merge_lora:
-        for name in adapted:
-            lora_adapters.merge_adapters(getattr(vlm, name))
+        for part in adapted.values():
+            lora_adapters.merge_adapters(part)
     elif adapted and layout != "vlbench":
         raise UserError(
             f"{source} has LoRA adapters ({', '.join(adapted)}), which format={layout} cannot "
@@ -85,8 +97,8 @@ def _write_export(
 ) -> None:
     if layout == "yi_vl":
         write_yi_vl(vlm, folder, dtype, source if _is_yi_vl_release(source) else None)
-    elif layout == "hf_llava":
-        write_hf_llava(vlm, folder, dtype)
+    elif layout in ("hf_llava", "yi_vl_hf"):
+        write_hf_llava(vlm, folder, dtype, has_norms=layout == "yi_vl_hf")
     else:
         tensors = (
             (f"{part}.{key}", cast_floating(value, dtype))

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vlbench.compat.vision_internals import encoder_width
 from vlbench.config.overrides import format_override
 from vlbench.config.schema import Recipe
 from vlbench.data.data_sources import SCENES_SOURCE
+from vlbench.model.decoder_families import family_label
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.text_files import format_json
 from vlbench.text_tables import markdown_text
@@ -43,6 +45,15 @@ This is transformers' LLaVA:
 which moves logits in the first decimal. Several questions at once: give lists to `images` and
 `text`, and `padding=True`; prompts are filled on the left, where answers do not suffer.
 """,
+    "yi_vl_hf": """\
+This is Yi-VL as LLaMA-Factory takes it, transformers' LLaVA with LayerNorms in its projector:
+
+    llamafactory-cli chat --model_name_or_path {to_word} --template yi_vl
+
+transformers alone does not know the LayerNorms. vlbench reads it too:
+
+    python -m vlbench chat {model_word}
+""",
     "vlbench": """\
 This is a checkpoint of vlbench, with every weight, and stands alone:
 
@@ -73,7 +84,7 @@ def render_model_card(
     transform = vlm.processor.transform
     paragraphs = [
         "---\n"
-        f"library_name: {'transformers' if layout == 'hf_llava' else 'vlbench'}\n"
+        f"library_name: {'transformers' if layout in ('hf_llava', 'yi_vl_hf') else 'vlbench'}\n"
         "pipeline_tag: image-text-to-text\n"
         f"tags: [vision-language, vlbench, {layout}]\n"
         "---",
@@ -81,8 +92,7 @@ def render_model_card(
         f"A vision-language model, written by vlbench {__version__} from "
         f"`{markdown_text(source.name)}`.",
         "\n".join(["| part | what | parameters |", "|---|---|---|", *rows]),
-        f"An image is {'padded to a square and ' if transform.pad else ''}read at "
-        f"{transform.crop} x {transform.crop} pixels and takes {vlm.connector.tokens_per_image} "
+        f"An image is {transform.describe()}, and takes {vlm.connector.tokens_per_image} "
         f"tokens. Conversations are written with the chat template {vlm.processor.template.name}.",
         "## Training",
         _describe_training(recipe)
@@ -93,6 +103,7 @@ def render_model_card(
         USAGE_TEXTS[layout]
         .format(
             to_text=format_json(str(export_folder)),
+            to_word=shlex.quote(str(export_folder)),
             model_word=shlex.quote(f"model={export_folder}"),
             stop=vlm.processor.template.stop,
             again=_training_command(recipe, export_folder),
@@ -122,11 +133,15 @@ def _training_command(recipe: Recipe, export_folder: Path) -> str:
 def _describe_parts(vlm: LoadedVLM) -> list[str]:
     config = vlm.language.config
     options = ", ".join(f"{key} {value}" for key, value in vlm.model.connector_options.items())
+    encoders = [
+        f"ViT, {len(one.blocks())} blocks, {encoder_width(one.visual)} wide; output of block "
+        f"{one.layer}"
+        for one in vlm.vision.encoders()
+    ]
     return [
-        f"ViT, {len(vlm.vision.blocks())} blocks, {vlm.vision.feature_width} wide; output of block "
-        f"{vlm.vision.layer}",
+        *encoders,
         f"{type(vlm.connector).__name__}, {options}" if options else type(vlm.connector).__name__,
-        f"Llama, {config.num_hidden_layers} layers, {config.hidden_size} wide",
+        f"{family_label(config)}, {config.num_hidden_layers} layers, {config.hidden_size} wide",
     ]
 
 

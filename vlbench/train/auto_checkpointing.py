@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from vlbench.connector.base import blank_features
+from vlbench.connector.levels import as_levels
 from vlbench.data.batch_sampler import StepDataset
 from vlbench.data.packing import PackedBatch, empty_batch, extend_row
 from vlbench.distributed import collectives
@@ -220,6 +222,5 @@ def _pooled_feature_bytes(vlm: VLM, row: PackedBatch, steps: StepDataset) -> int
     if not is_contrastive(vlm) or vlm.is_vision_trained():
         return 0
     pairs = -(-steps.global_batch_size // steps.world_size) - len(row.pixels)
-    shapes = vlm.shapes
-    length = shapes.patches + vlm.connector.class_token
-    return max(0, pairs) * length * shapes.vision_width * vlm.vision.dtype.itemsize
+    levels = as_levels(blank_features(vlm.connector, vlm.shapes, vlm.vision.dtype))
+    return max(0, pairs) * sum(level.nbytes for level in levels)

@@ -6,7 +6,8 @@ checkpoints/2-chat-000300/
     position.json         stage, step, held-out loss
     recipe.yaml preprocess.json tokenizer.model tokenizer_config.json
     language/             config of the language model, if its weights are in model.safetensors
-    vision/               config of the vision encoder, in open_clip's format
+    vision/               config of the vision encoder, in open_clip's or timm's format
+    second_vision/        and of a second one
     weights.json          the source of each part's first weights, and their checksum
     adapters/PART/        LoRA adapters in peft's layout, if a part has them
     release/              small files of the released model that the run began with, if any
@@ -29,6 +30,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -36,12 +38,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from vlbench.config.key_types import ENCODER_PARTS
 from vlbench.connector.kept_source import copy_kept_source
 from vlbench.distributed import collectives
 from vlbench.distributed.machine_limits import free_host_memory
 from vlbench.errors import EnvironmentFailure, UserError, one_line
 from vlbench.model import lora_adapters
-from vlbench.model.build_vlm import LANGUAGE_FOLDER, VISION_FOLDER
+from vlbench.model.build_vlm import LANGUAGE_FOLDER
 from vlbench.model.frozen_bf16 import FROZEN_DTYPE
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vlm import VLM
@@ -227,9 +230,10 @@ def write_metadata(vlm: LoadedVLM, folder: Path, recipe_text: str, position: Run
     vlm.tokenizer.save(folder)
     write_release_files(vlm.release_files, folder / RELEASE_FOLDER)
     write_origins(vlm.weight_origins, folder)
-    if vlm.vision.config is not None:
-        (folder / VISION_FOLDER).mkdir()
-        vlm.vision.config.save(folder / VISION_FOLDER)
+    for part, encoder in zip(ENCODER_PARTS, vlm.vision.encoders(), strict=False):
+        if encoder.config is not None:
+            (folder / part).mkdir()
+            encoder.config.save(folder / part)
     config = vlm.language.config.to_dict()
     ends = {"eos_token_id": vlm.language.generation_config.eos_token_id}
     (folder / LANGUAGE_FOLDER).mkdir()
@@ -263,7 +267,7 @@ def preprocessing_json(processor: Processor) -> str:
         {
             "transform": asdict(processor.transform),
             "transform_hash": processor.transform.transform_hash(),
-            "template": asdict(processor.template),
+            "template": asdict(cast(Any, processor.template)),
             "tokens_per_image": processor.tokens_per_image,
         },
         ensure_ascii=False,

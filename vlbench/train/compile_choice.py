@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import LlamaConfig
 
 from vlbench.compat.torch_internals import has_gpu_compiler
 from vlbench.config.recipe import load_recipe_file
 from vlbench.config.schema import ModelConfig, TrainerConfig
+from vlbench.model.decoder_families import DecoderConfig
+from vlbench.model.train_flops import head_width
 from vlbench.train.gpu_names import peak_flops
 from vlbench.train.run_folder import RunFolder
 from vlbench.train.run_report import format_duration
@@ -74,10 +75,9 @@ def estimate_flops(config: ModelConfig, stage_runs: Sequence[StageRun]) -> float
     return 6.0 * _decoder_weights(language_config) * positions
 
 
-def _decoder_weights(config: LlamaConfig) -> int:
+def _decoder_weights(config: DecoderConfig) -> int:
     width, heads = config.hidden_size, config.num_attention_heads
-    head_width = config.head_dim or width // heads
-    attention = 2 * width * head_width * (heads + (config.num_key_value_heads or heads))
+    attention = 2 * width * head_width(config) * (heads + (config.num_key_value_heads or heads))
     return int(config.num_hidden_layers * (attention + 3 * width * config.intermediate_size))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from vlbench.config.schema import Recipe
+from vlbench.config.schema import ModelConfig, Recipe
 from vlbench.data.optimizer_step import OptimizerStep, StepPlan
 from vlbench.distributed import collectives
 from vlbench.distributed.process_group import join_process_group
@@ -55,13 +55,14 @@ class StageMeasurement(NamedTuple):
 def dry_run(recipe: Recipe) -> int:
     """Do a few optimizer steps per stage in this process, keep nothing; return the exit code."""
     with preserve_process_settings(), quiet_lightning(), join_process_group(recipe.trainer):
-        return dry_run_stages(recipe, plan_stage_runs(recipe))
+        runner = StageRunner.from_recipe(recipe)
+        return dry_run_stages(runner, recipe.model, plan_stage_runs(recipe))
 
 
-def dry_run_stages(recipe: Recipe, stage_runs: list[StageRun]) -> int:
+def dry_run_stages(runner: StageRunner, model: ModelConfig, stage_runs: list[StageRun]) -> int:
     """Do a few optimizer steps per stage and print what they took; return the exit code."""
     total_seconds = 0.0
-    for measured in measure_stages(recipe, stage_runs):
+    for measured in measure_stages(runner, model, stage_runs):
         print(
             f"{measured.stage_name}: {measured.longest_tokens} tokens in "
             f"{measured.micro_batches} micro-batches, {_describe_share(measured.tried_share)}"
@@ -82,14 +83,15 @@ def _describe_share(tried_share: float) -> str:
     return "" if tried_share == 1 else f"which is {tried_share:.2g} of a step, "
 
 
-def measure_stages(recipe: Recipe, stage_runs: list[StageRun]) -> Iterator[StageMeasurement]:
+def measure_stages(
+    runner: StageRunner, model: ModelConfig, stage_runs: list[StageRun]
+) -> Iterator[StageMeasurement]:
     """Try every stage: its longest step, then two as they come."""
     check_data(stage_runs)
-    check_stage_shapes(recipe.model, stage_runs)
-    user_callbacks = build_user_callbacks(recipe.trainer.callbacks)
-    runner = StageRunner.from_recipe(recipe)
-    vlm, _ = build_or_resume_model(recipe.model, stage_runs, None, runner.is_sharded)
-    run_report.show_weight_origins(vlm.weight_origins, recipe.seed)
+    check_stage_shapes(model, stage_runs)
+    user_callbacks = build_user_callbacks(runner.trainer_config.callbacks)
+    vlm, _ = build_or_resume_model(model, stage_runs, None, runner.is_sharded)
+    run_report.show_weight_origins(vlm.weight_origins, runner.seed)
     for stage_run in stage_runs:
         if not stage_run.total_steps:
             continue
@@ -117,7 +119,7 @@ def measure_stages(recipe: Recipe, stage_runs: list[StageRun]) -> Iterator[Stage
         bad_samples = clock.bad_samples + [bad for plan in plans for bad in plan.bad_samples]
         _check_not_empty(stage_run.name, len(plans), module.seen["samples"], bad_samples)
         if runner.is_sharded:  # unsharded again, as the next stage needs it
-            vlm, _ = build_or_resume_model(recipe.model, stage_runs, None, runner.is_sharded)
+            vlm, _ = build_or_resume_model(model, stage_runs, None, runner.is_sharded)
         yield StageMeasurement(
             stage_run.name,
             stage_run.total_steps,

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vlbench.compat.lightning_internals import autocast_context, trainer_device
+from vlbench.connector.levels import stack_levels
 from vlbench.data.batch_sampler import StepDataset
 from vlbench.data.feature_store import FeatureLocations, FeatureShards, FeatureStore, content_key
 from vlbench.data.image_processing import ImageTransform
@@ -66,7 +67,8 @@ def cache_features(
     subfolder = folder / encoder_fingerprint(vlm, f"{device.type} {trainer.precision}")
     try:
         subfolder.mkdir(parents=True, exist_ok=True)
-        vlm.vision.to(device)
+        for encoder in vlm.vision.encoders():
+            encoder.to(device)
         with FileLock(subfolder / ".lock"):  # runs side by side would compute the same
             shards = FeatureShards(subfolder)
             return _fill_cache(vlm, steps, shards, trainer, num_workers, should_stop)
@@ -87,18 +89,28 @@ def encoder_fingerprint(vlm: LoadedVLM, arithmetic: str) -> str:
     """
     encoder = vlm.vision
     settings = [
-        encoder.layer,
+        encoder.feature_source,
         encoder.norm,
         encoder.class_token,
         vlm.processor.transform.transform_hash(),
         arithmetic,
     ]
     digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=8)
-    for name, value in sorted(encoder.state_dict().items()):
+    for name, value in _sorted_weights(vlm):
         digest.update(name.encode())
         value = value.float() if value.dtype is FROZEN_DTYPE else value  # the same numbers
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        numbers = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        digest.update(numbers)  # type: ignore[arg-type]
     return digest.hexdigest()
+
+
+def _sorted_weights(vlm: LoadedVLM) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights of the vision encoder by name, then those of a second one."""
+    for number, encoder in enumerate(vlm.vision.encoders()):
+        if number:
+            settings = [encoder.feature_source, encoder.norm]
+            yield json.dumps(settings), torch.zeros(0)
+        yield from sorted(encoder.state_dict().items())
 
 
 def _fill_cache(
@@ -185,9 +197,8 @@ def _compute_features(
     should_stop: Callable[[], bool],
 ) -> FeatureLocations:
     """Compute the features of images and write them, shard by shard; return where they are."""
-    side = vlm.vision.image_size
     level_values = vlm.processor.transform.level_values()
-    blank = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+    blank = torch.zeros(1, *vlm.vision.pixel_shape, dtype=torch.uint8)
     image_bytes = _encode_levels(vlm, blank, level_values).nbytes
     _check_disk_space(image_count * image_bytes, image_count, shards.folder)
     locations: FeatureLocations = {}
@@ -207,11 +218,10 @@ def _compute_features(
 
 
 def _encode_levels(vlm: LoadedVLM, levels: Tensor, level_values: Tensor) -> Tensor:
-    """Return the encoder's features of uint8 pixels, on the CPU."""
+    """Return the encoder's features of uint8 pixels, on the CPU, levels of an image stacked."""
     weight = next(vlm.vision.parameters())
     pixels = normalize_levels(levels.to(weight.device), level_values.to(weight.device))
-    features: Tensor = vlm.vision(pixels.to(weight.dtype))
-    return features.cpu()
+    return stack_levels(vlm.vision(pixels.to(weight.dtype))).cpu()
 
 
 def _check_disk_space(needed_bytes: int, image_count: int, folder: Path) -> None:

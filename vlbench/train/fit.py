@@ -10,6 +10,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 
+from vlbench.config.key_types import ENCODER_PARTS
 from vlbench.config.schema import ModelConfig, Recipe
 from vlbench.distributed import collectives
 from vlbench.distributed.process_group import leave_process_group
@@ -104,6 +105,7 @@ class RunTraining:
             self.run.discard_if_empty()  # so that the command can be repeated when it is mended
             raise
         run_report.show_weight_origins(vlm.weight_origins, self.recipe.seed)
+        print(f"an image is {vlm.processor.transform.describe()}")
         self.seen, self.earlier_seconds = position.seen or {}, position.seconds or 0.0
         for stage_run in self.stage_runs[position.stage :]:
             steps_done = position.step if stage_run.stage_index == position.stage else 0
@@ -152,7 +154,7 @@ class RunTraining:
             if collectives.is_rank_zero():
                 last_kept_step = self.earlier_steps(stage_run) + steps_done
                 loggers = build_loggers(self.recipe.log, self.run.folder, last_kept_step)
-            if "vision" not in stage.trained_parts:
+            if not stage.trained_parts.keys() & set(ENCODER_PARTS):
                 should_stop = self.graceful_stop.is_stop_requested
                 runner.cache_features(vlm, steps, workers, should_stop)
             module = runner.train_stage(
@@ -243,8 +245,13 @@ class RunTraining:
         random weights. Of a model that began with `init` that is everything.
         """
         always_saved = ["connector"]
-        for part in ("vision", "language"):
-            if self.recipe.init or getattr(self.recipe, part).weights == "random":
+        sources = {
+            "vision": self.recipe.vision,
+            "second_vision": self.recipe.vision.second,
+            "language": self.recipe.language,
+        }
+        for part, source in sources.items():
+            if source and (self.recipe.init or source.weights == "random"):
                 always_saved.append(part)
         stages = [other.stage for other in self.stage_runs[: stage_run.stage_index + 1]]
         return parts_to_save(stages, always_saved)
@@ -297,7 +304,7 @@ def build_or_resume_model(
         vlm = build_from_init(config, stage, is_sharded)
     else:
         vlm = build_vlm(config, stage.image_size, stage.objective, is_sharded)
-    vlm.processor = vlm.processor.with_draft_decoding(config.draft_decoding)
+    vlm.processor = vlm.processor.with_decoding(config.draft_decoding, config.apply_exif)
     for stage_run in stage_runs:
         check_trainable_stage(vlm.model, stage_run.name, stage_run.stage, stage_run.total_steps)
     return vlm, position

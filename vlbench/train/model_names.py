@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vlbench.config import recipe as recipes
-from vlbench.config.schema import LanguageModelConfig, ModelConfig, Recipe, VisionEncoderConfig
-from vlbench.data.data_sources import SCENES_SOURCE, stage_data
+from vlbench.config.schema import LanguageModelConfig, ModelConfig, NamedEncoderConfig, Recipe
+from vlbench.data.data_sources import SCENES_SOURCE
 from vlbench.train import checkpoint_files
 
 MINIATURE_HINT = (
@@ -30,13 +30,18 @@ def find_model_names(config: ModelConfig) -> ModelNames:
     if config.init and not Path(config.init).is_file():
         return folder_model_names(config.init)
     return ModelNames(
-        _part_name(config.vision, config.vision.name),
+        " + ".join(name_encoders(config)),
         _part_name(config.language, config.language.weights),
         config.language.weights == "embedded",
     )
 
 
-def _part_name(part: VisionEncoderConfig | LanguageModelConfig, name_of_weights: str) -> str:
+def name_encoders(config: ModelConfig) -> list[str]:
+    """Return the names of a model's vision encoders, without those of what `init` names."""
+    return [_part_name(one, one.name) for one in (config.vision, config.vision.second) if one]
+
+
+def _part_name(part: NamedEncoderConfig | LanguageModelConfig, name_of_weights: str) -> str:
     if part.weights == "embedded":
         return f"{part.name} (an embedded miniature)"
     if part.weights == "random":
@@ -57,7 +62,7 @@ def has_foreign_data(recipe: Recipe) -> bool:
     """Tell whether the embedded language model trains on anything but rendered scenes."""
     if not find_model_names(recipe.model).has_miniature_language:
         return False
-    configs = [stage_data(recipe.data, stage) for stage in recipe.selected_stages.values()]
+    configs = [stage.data or recipe.data for stage in recipe.selected_stages.values()]
     trained_on = [
         source
         for config in configs

@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlbench import hub_download
 from vlbench.config import recipe as recipes
+from vlbench.config.key_types import ENCODER_PARTS, PART_NAMES
 from vlbench.config.overrides import format_override
 from vlbench.config.schema import LanguageModelConfig, ModelConfig, StageConfig
 from vlbench.connector import kept_source, registry
 from vlbench.errors import UserError
+from vlbench.hub_download import fetch_hub_folder
 from vlbench.model import lora_adapters
 from vlbench.model.build_vlm import build_checkpoint_vlm, build_vlm, release_overrides
 from vlbench.model.loaded_vlm import LoadedVLM
-from vlbench.model.vlm import MODEL_PARTS, VLM
-from vlbench.model.weights import hub_download
+from vlbench.model.vlm import VLM
 from vlbench.model.weights.connector_reference import ReferenceWeights, load_reference_weights
-from vlbench.model.weights.hub_download import fetch_hub_folder
 from vlbench.model.weights.load_release import (
     build_released_vlm,
     find_layout_module,
@@ -78,7 +79,7 @@ def load_checkpoint(
     if "connector" not in skip_parts:
         vlm.model.set_objective(read_objective(folder))
     load_checkpoint_weights(folder, vlm.model, dtype, device, skip_parts, mmap_language)
-    vlm.processor = vlm.processor.with_draft_decoding(config.draft_decoding)
+    vlm.processor = vlm.processor.with_decoding(config.draft_decoding, config.apply_exif)
     vlm.weight_origins = read_origins(folder / ORIGINS_FILE)
     return vlm
 
@@ -98,7 +99,12 @@ def inherited_keys(config: ModelConfig, run: str | None) -> dict[str, Any]:
             if own_recipe.is_file()
             else checkpoint_files.find_checkpoint(source) / "recipe.yaml"
         )
-        vision = {"layer": init_recipe.vision.layer, "norm": init_recipe.vision.norm}
+        vision: dict[str, Any] = {
+            "layer": init_recipe.vision.layer,
+            "norm": init_recipe.vision.norm,
+        }
+        if init_recipe.vision.second is not None:
+            vision["second"] = recipes.to_plain(init_recipe.vision.second)
         return {"vision": vision, "language": {"template": init_recipe.language.template}}
     folder = fetch_hub_folder(
         str(source),
@@ -166,7 +172,10 @@ def build_from_init(
     if is_new_connector:
         vlm.model.set_objective(stage.objective, fresh=True)
     vlm.weight_origins = {
-        "vision": make_weight_origin(source, vlm.vision.visual),
+        **{
+            part: make_weight_origin(source, encoder.visual)
+            for part, encoder in zip(ENCODER_PARTS, vlm.vision.encoders(), strict=False)
+        },
         "connector": make_weight_origin(
             vlm.connector.weights_source if is_new_connector else source, vlm.connector
         ),
@@ -196,7 +205,7 @@ def _explain_mismatch(
 
 def _inherit_parts(init_config: ModelConfig, config: ModelConfig) -> ModelConfig:
     """Return `config` with the parts of `init`: its checkpoint lacks those it never trained."""
-    origin = {"name", "weights"}
+    origin = {"name", "weights"}  # a second encoder is inherited by key
     vision = config.vision.model_copy(update=init_config.vision.model_dump(include=origin))
     language = config.language.model_copy(update=init_config.language.model_dump(include=origin))
     return replace(config, vision=vision, language=language)
@@ -280,10 +289,8 @@ def _read_part_tensors(
         }
         for name, tensor in read_tensors(file, mmap_names=mapped_names):
             part, _, key = name.partition(".")
-            if part not in MODEL_PARTS:
-                raise UserError(
-                    f"{file}: tensor {name} belongs to none of {', '.join(MODEL_PARTS)}"
-                )
+            if part not in PART_NAMES:
+                raise UserError(f"{file}: tensor {name} belongs to none of {', '.join(PART_NAMES)}")
             target_dtype = tensor.dtype
             if dtype and tensor.is_floating_point() and name not in mapped_names:
                 target_dtype = dtype

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import torch
 
+from vlbench.compat.vision_internals import encoder_width
 from vlbench.model.vlm import VLM
 from vlbench.train.auto_checkpointing import OPTIMIZER_BYTES_PER_PARAM, SPARE_MEMORY_SHARE
 
@@ -90,6 +91,7 @@ def bytes_per_token(vlm: VLM, checkpointing_mode: str, bf16: bool) -> float:
     channels = float(language.num_hidden_layers * language.hidden_size)
     if vlm.is_vision_trained():
         patches_per_position = vlm.shapes.patches / vlm.connector.tokens_per_image
-        vision_blocks = len(vlm.vision.blocks())
-        channels += patches_per_position * vision_blocks * vlm.vision.feature_width
+        for encoder in vlm.vision.encoders():
+            width = encoder_width(encoder.visual)
+            channels += patches_per_position * len(encoder.blocks()) * width
     return channels * ACTIVATION_BYTES[checkpointing_mode] * (1 if bf16 else 2)

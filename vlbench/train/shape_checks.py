@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig
 
+from vlbench import hub_download
 from vlbench.config import recipe as recipes
 from vlbench.config.schema import ModelConfig, StageConfig, VisionEncoderConfig
 from vlbench.connector import registry
@@ -20,10 +20,11 @@ from vlbench.model.build_vlm import (
     build_checkpoint_encoder,
     release_overrides,
 )
+from vlbench.model.decoder_families import DecoderConfig
 from vlbench.model.language_model import named_language_config, read_language_config
+from vlbench.model.paired_encoder import build_encoders
 from vlbench.model.vision_encoder import VisionEncoder, build_vision_encoder
 from vlbench.model.vlm import connector_shapes
-from vlbench.model.weights import hub_download
 from vlbench.model.weights.connector_reference import ReferenceWeights, load_reference_weights
 from vlbench.model.weights.load_release import build_meta_encoder, check_release, find_layout_module
 from vlbench.model.weights.tensor_files import weight_files
@@ -61,7 +62,8 @@ def check_init_weights(config: ModelConfig, stage: StageConfig) -> None:
             check_release(folder, release_overrides(config))
             return
         _check_reference_shapes(config, stage, weight_files(folder))
-    vision_encoder.check_vision_weights(config.vision.name, config.vision.weights)
+    for one in filter(None, (config.vision, config.vision.second)):
+        vision_encoder.check_vision_weights(one.name, one.weights)
     language_model.check_language_weights(config.language.weights)
 
 
@@ -118,9 +120,7 @@ def tokens_per_image_by_stage(config: ModelConfig, stage_runs: list[StageRun]) -
             if shapes not in tokens_by_shapes:
                 with torch.device("meta"):
                     connector = build_connector(connector_class, shapes, config.connector_options)
-                    encoder.class_token = connector.class_token
-                    if not tokens_by_shapes and encoder.class_token:  # not every encoder has one
-                        encoder(torch.empty(1, 3, encoder.image_size, encoder.image_size))
+                    encoder.read_blocks(connector.vision_layers, connector.class_token)
                 tokens_by_shapes[shapes] = connector.tokens_per_image
                 _check_image_fits(connector.tokens_per_image, config.language.max_length)
             tokens_by_stage.append(tokens_by_shapes[shapes])
@@ -141,7 +141,7 @@ def _check_image_fits(tokens_per_image: int, max_length: int) -> None:
         )
 
 
-def meta_encoder_and_config(config: ModelConfig) -> tuple[VisionEncoder, LlamaConfig]:
+def meta_encoder_and_config(config: ModelConfig) -> tuple[VisionEncoder, DecoderConfig]:
     """Return the encoder that training begins with, on the meta device, and the LM's config."""
     source = Path(str(config.init))
     if config.init and checkpoint_files.is_run_or_checkpoint(source):
@@ -180,6 +180,9 @@ def _released_vision_encoder(folder: Path) -> VisionEncoder:
 def _configured_encoder(vision: VisionEncoderConfig) -> VisionEncoder:
     """Return the vision encoder of a recipe on the meta device."""
     with torch.device("meta"):
-        return build_vision_encoder(
-            vision.name, vision.weights, vision.layer, vision.norm, load_weights=False
+        return build_encoders(
+            vision,
+            lambda _, one: build_vision_encoder(
+                one.name, one.weights, one.layer, one.norm, load_weights=False
+            ),
         )

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
-from vlbench.config.schema import PART_NAMES, DataConfig, Recipe, StageConfig
+from vlbench.config.key_types import PART_NAMES
+from vlbench.config.schema import DataConfig, Recipe, StageConfig
 from vlbench.data.batch_sampler import StepDataset
 from vlbench.data.data_sources import (
     SourceCache,
     open_held_out,
     open_stage_mixture,
     open_stage_sources,
-    stage_data,
 )
 from vlbench.data.packing import PackedBatch
 from vlbench.data.preflight import PreflightReport, has_images, inspect_source, probe_shards
@@ -74,13 +75,14 @@ def plan_stage_runs(recipe: Recipe, skip_without_data: bool = False) -> list[Sta
     """
     stage_runs = []
     open_sources: SourceCache = {}
-    last_name = list(recipe.stages)[-1]
+    last_data = recipe.last_stage_data
     for index, (name, stage) in enumerate(recipe.selected_stages.items()):
         check_trained_parts(name, stage)
-        data_config = stage_data(recipe.data, stage)
+        stage_data = recipe.stage_data(name)
+        data_config = stage_data.config
         if skip_without_data and data_config.train is None and not data_config.mix:
             continue
-        data = open_stage_mixture(recipe.data, stage, name, recipe.seed, open_sources)
+        data = open_stage_mixture(stage_data, open_sources)
         stage_runs.append(
             StageRun(
                 stage_index=index,
@@ -89,14 +91,13 @@ def plan_stage_runs(recipe: Recipe, skip_without_data: bool = False) -> list[Sta
                 data_config=data_config,
                 data=data,
                 total_steps=count_stage_steps(stage, len(data)),
-                held_out=open_held_out(recipe.data, stage, recipe.seed, open_sources),
-                is_recipe_end=name == last_name,
+                held_out=open_held_out(stage_data, open_sources),
+                is_recipe_end=name == last_data.stage_name,
             )
         )
     if not skip_without_data:  # what the questions at the end are about, also if it is not run
-        last_stage = recipe.stages[last_name]
-        if open_held_out(recipe.data, last_stage, recipe.seed, open_sources) is None:
-            open_stage_sources(recipe.data, last_stage, last_name, recipe.seed, open_sources)
+        if open_held_out(last_data, open_sources) is None:
+            open_stage_sources(last_data, open_sources)
     return stage_runs
 
 
@@ -233,6 +234,11 @@ def check_caption_images(stage_run: StageRun, bad_samples: list[BadSample]) -> N
     for source in stage_run.data.sources:
         if has_images(source, bad_samples_of_source(source, bad_samples)):
             return
+    refuse_missing_images(stage_run)
+
+
+def refuse_missing_images(stage_run: StageRun) -> NoReturn:
+    """Raise the UserError for a stage of captions whose data have no image."""
     raise UserError(
         f"stage {stage_run.name} learns captions of images (sample_format=caption), and the "
         f"data have no image: {stage_run.data.name}. Leave the stage out (only=...), or give "

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from vlbench.config.key_types import PART_NAMES
 from vlbench.config.schema import PartTrainConfig, StageConfig
 from vlbench.errors import UserError, suggest_name
 from vlbench.model import lora_adapters
-from vlbench.model.vlm import MODEL_PARTS, VLM
+from vlbench.model.vision_encoder import VisionEncoder
+from vlbench.model.vlm import VLM
 
 
 def freeze_untrained_parts(vlm: VLM, stage: StageConfig) -> None:
@@ -37,7 +39,8 @@ def trained_parameters(
     if train_config is None:
         return []
     part = getattr(vlm, part_name)
-    used = vlm.vision.used_parameters() if part_name == "vision" else list(part.parameters())
+    is_encoder = isinstance(part, VisionEncoder)
+    used = part.used_parameters() if is_encoder else list(part.parameters())
     if train_config.lora is None:
         return used
     adapters = {id(parameter) for parameter in lora_adapters.adapter_parameters(part).values()}
@@ -99,7 +102,7 @@ def parts_to_save(stages: Sequence[StageConfig], always_saved: Sequence[str]) ->
     These are the parts whose weights the stages changed, and `always_saved`: parts whose first
     weights are in no file that the recipe names.
     """
-    return [part for part in MODEL_PARTS if part in always_saved or _is_part_changed(part, stages)]
+    return [part for part in PART_NAMES if part in always_saved or _is_part_changed(part, stages)]
 
 
 def _is_part_changed(part: str, stages: Sequence[StageConfig]) -> bool:

@@ -14,7 +14,7 @@ from vlbench.compare.report.training_budgets import (
 )
 from vlbench.config import recipe as recipes
 from vlbench.config.schema import Recipe
-from vlbench.data.data_sources import SCENES_SOURCE, stage_data
+from vlbench.data.data_sources import SCENES_SOURCE
 
 UNTUNED_NOTE = (
     "No learning rate was tuned: a rate that suits one connector may cost another several points "
@@ -26,7 +26,7 @@ UNTUNED_NOTE = (
 def describe_seeds(grid: ComparisonGrid) -> str:
     """Return what differs from seed to seed of a row, and what does not."""
     recipe = grids.load_recipe(grid.rows[0], grid.seeds[0])
-    sources = [stage_data(recipe.data, stage) for stage in recipe.stages.values()]
+    sources = [stage.data or recipe.data for stage in recipe.stages.values()]
     is_rendered = any(data.train == SCENES_SOURCE and not data.mix for data in sources)
     data = "which scenes are rendered, " if is_rendered else "the order of the samples, "
     same = "" if is_rendered else "the samples themselves, "

@@ -10,12 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
-from vlbench.command_line.arguments import (
-    DEFAULT_MATCH_LIMIT,
-    BudgetName,
-    CompareArguments,
-    EvalArguments,
-)
+from vlbench.command_line.arguments import BudgetName, EvalArguments
+from vlbench.command_line.compare_arguments import DEFAULT_MATCH_LIMIT, CompareArguments
 from vlbench.command_line.parser import split_arguments
 from vlbench.command_line.task_words import build_tasks, split_task_words
 from vlbench.compare.experiment.curve_request import CurveRequest, parse_curve
@@ -29,9 +25,11 @@ from vlbench.compare.report.curve_plan import CurvePlan
 from vlbench.compare.report.row_identity import row_identity
 from vlbench.config import recipe as recipes
 from vlbench.config.key_table import declared_keys
+from vlbench.config.key_types import ENCODER_PARTS
 from vlbench.config.overrides import format_override, shorten_keys
 from vlbench.config.schema import Recipe
 from vlbench.errors import UserError
+from vlbench.new_folder import first_free_path
 from vlbench.strict_values import INTEGER_PATTERN, parse_flow_yaml
 from vlbench.text_files import read_yaml
 
@@ -158,7 +156,7 @@ def parse_grid(words: list[str]) -> ComparisonGrid:
     seeds = _parse_seeds(arguments.seeds)
     lr_factors = parse_factors(arguments.sweep, factor_texts)
     recipes_by_row = _load_recipes(rows, seeds[0])
-    folder = Path(arguments.run or _next_folder())
+    folder = Path(arguments.run) if arguments.run else first_free_path("runs/compare-{}")
     if arguments.freeze:
         rows = [_freeze_encoder(row, folder) for row in rows]
         recipes_by_row = _load_recipes(rows, seeds[0])
@@ -233,8 +231,12 @@ def _parse_seeds(text: str) -> tuple[int, ...]:
 def _freeze_encoder(row: GridRow, folder: Path) -> GridRow:
     """Return the row with a frozen vision encoder whose features are cached for all runs."""
     stages = load_recipe(row, 0).stages
-    trained = [name for name, stage in stages.items() if "vision" in stage.trained_parts]
-    frozen = {f"stages.{name}.train.vision": "null" for name in trained}
+    frozen = {
+        f"stages.{name}.train.{part}": "null"
+        for name, stage in stages.items()
+        for part in ENCODER_PARTS
+        if part in stage.trained_parts
+    }
     return row.with_overrides({**frozen, "trainer.feature_cache": folder / "features"})
 
 
@@ -323,10 +325,3 @@ def _cut_names(
             number += 1
         cut[row] = name
     return cut
-
-
-def _next_folder() -> str:
-    number = 1
-    while (folder := Path("runs") / f"compare-{number}").exists():
-        number += 1
-    return str(folder)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlbench.command_line.arguments import DEFAULT_MATCH_LIMIT
+from vlbench.command_line.compare_arguments import DEFAULT_MATCH_LIMIT
 from vlbench.compare.experiment.grid import ComparisonGrid, GridRow, load_recipe
 from vlbench.compare.report.finished_runs import MATCH_TOLERANCE
 from vlbench.config.overrides import format_override

@@ -8,18 +8,19 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 
 from vlbench.config import recipe as recipes
-from vlbench.config.schema import Recipe
 from vlbench.errors import EnvironmentFailure, UserError
 from vlbench.evaluate.batch_inference import QUESTIONS_PER_BATCH, answer_questions
 from vlbench.evaluate.budget_card import unused_objectives
-from vlbench.evaluate.heldout_questions import final_questions
+from vlbench.evaluate.heldout_questions import EvalQuestion, final_questions
 from vlbench.model.build_vlm import build_vlm
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.train.dry_run import measure_stages
 from vlbench.train.lightning_trainer import root_device
 from vlbench.train.stage_plan import plan_stage_runs
+from vlbench.train.stage_runner import StageRunner
 from vlbench.train.throughput import peak_memory
 
 
@@ -32,9 +33,13 @@ def run_probe(overrides: list[str]) -> int:
     """
     try:
         recipe = recipes.load_recipe(overrides)
-        stages = list(measure_stages(recipe, plan_stage_runs(recipe)))
-        vlm = build_vlm(recipe.model, list(recipe.stages.values())[-1].image_size)
-        each, count = time_questions(recipe, vlm)
+        stages = list(
+            measure_stages(StageRunner.from_recipe(recipe), recipe.model, plan_stage_runs(recipe))
+        )
+        vlm = build_vlm(recipe.model, recipe.last_stage_data.stage.image_size)
+        _, questions, unseen = final_questions(recipe.last_stage_data, recipe.log.questions)
+        each = time_question(vlm.to(root_device(recipe.trainer)), questions)
+        count = 3 * len(questions) + len(unseen)  # asked as they are, blank, and exchanged
         seconds = sum(one.total_steps * one.step_seconds for one in stages) + each * count
         ran = list(recipe.selected_stages.values())
         found = {
@@ -51,16 +56,14 @@ def run_probe(overrides: list[str]) -> int:
     return 0
 
 
-def time_questions(recipe: Recipe, vlm: LoadedVLM) -> tuple[float, int]:
-    """Return about how long a question at the end takes, by one batch, and how many are asked."""
-    _, questions, unseen = final_questions(recipe)
-    if not questions:
-        return 0.0, 0
-    vlm.to(root_device(recipe.trainer))
+def time_question(vlm: LoadedVLM, questions: Sequence[EvalQuestion]) -> float:
+    """Return about how many seconds one of the questions takes, by the first batch of them."""
+    batch = questions[:QUESTIONS_PER_BATCH]
+    if not batch:
+        return 0.0
     began = time.monotonic()
-    answer_questions(vlm, questions[:QUESTIONS_PER_BATCH], "")
-    each = (time.monotonic() - began) / len(questions[:QUESTIONS_PER_BATCH])
-    return each, 3 * len(questions) + len(unseen)  # asked as they are, blank, and exchanged
+    answer_questions(vlm, batch, "")
+    return (time.monotonic() - began) / len(batch)
 
 
 if __name__ == "__main__":

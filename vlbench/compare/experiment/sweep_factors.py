@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from vlbench.config.schema import PART_NAMES, Recipe, StageConfig
+from vlbench.config.key_types import PART_NAMES
+from vlbench.config.schema import Recipe, StageConfig, StageData
 from vlbench.data.data_sources import (
     HELD_OUT_SEED_OFFSET,
     SourceCache,
     open_held_out,
-    stage_data,
 )
 from vlbench.data.preflight import has_images
 from vlbench.errors import UserError, suggest_name
@@ -95,15 +95,22 @@ def check_sweep(
     open_sources: SourceCache = {}
     checked: list[object] = []
     for name, recipe in recipes_by_row.items():
-        _check_rates(lr_factors, name, recipe)
+        stages = recipe.selected_stages
+        _check_rates(lr_factors, name, list(stages.values()))
         data = (recipe.data, recipe.log.questions, recipe.stages)
         if data not in checked:
             checked.append(data)
-            _check_held_out(name, recipe, open_sources)
+            trained = [one for one, stage in stages.items() if _has_steps(stage)][-1]
+            _check_held_out(
+                name,
+                recipe.stage_data(trained),
+                recipe.last_stage_data,
+                recipe.log.questions,
+                open_sources,
+            )
 
 
-def _check_rates(lr_factors: LrFactors, row_name: str, recipe: Recipe) -> None:
-    stages = list(recipe.selected_stages.values())
+def _check_rates(lr_factors: LrFactors, row_name: str, stages: Sequence[StageConfig]) -> None:
     for part in lr_factors:
         if not any(part in stage.trained_parts and _has_steps(stage) for stage in stages):
             raise UserError(
@@ -116,20 +123,26 @@ def _has_steps(stage: StageConfig) -> bool:
     return bool(stage.steps or stage.epochs)
 
 
-def _check_held_out(row_name: str, recipe: Recipe, open_sources: SourceCache) -> None:
-    """Refuse a row without held-out samples, or whose held-out samples are asked at the end."""
-    name = [one for one, stage in recipe.selected_stages.items() if _has_steps(stage)][-1]
-    stage, last = recipe.stages[name], list(recipe.stages.values())[-1]
-    data = stage_data(recipe.data, stage)
-    source = open_held_out(recipe.data, stage, recipe.seed, open_sources)
-    if source is None or (stage.sample_format == "caption" and not has_images(source, [])):
+def _check_held_out(
+    row_name: str,
+    trained: StageData,
+    last: StageData,
+    question_limit: int | None,
+    open_sources: SourceCache,
+) -> None:
+    """Refuse a row without held-out samples, or whose held-out samples are asked at the end.
+
+    `trained` is its last stage that has steps; the questions at the end are about `last`.
+    """
+    data, source = trained.config, open_held_out(trained, open_sources)
+    if source is None or (trained.stage.sample_format == "caption" and not has_images(source, [])):
         raise UserError(
             f"row {row_name}: the sweep takes the rate with the lowest held-out loss, and stage "
-            f"{name} has no held-out samples; give data.val=FILE, or leave sweep= out"
+            f"{trained.stage_name} has no held-out samples; give data.val=FILE, or leave sweep= out"
         )
-    if not data.val or data.val != stage_data(recipe.data, last).val:
+    if not data.val or data.val != last.config.val:
         return  # rendered scenes, or the exam is about others
-    asked, _ = collect_questions(source, recipe.log.questions or MAX_OWN_QUESTIONS)
+    asked, _ = collect_questions(source, question_limit or MAX_OWN_QUESTIONS)
     last_asked = max((int(one.record_number) for one in asked), default=0)
     if last_asked > first_loss_sample(len(source)):
         raise UserError(

@@ -148,7 +148,7 @@ def _load_versions(folder: Path, results: dict[str, Any]) -> dict[str, str]:
     weights = versions.pop("weights", None)
     for key in ("data", "max_tokens_per_row"):
         versions.pop(key, None)
-    for part in ("vision", "language"):
+    for part in ("vision", "second_vision", "language"):
         if isinstance(weights, dict) and isinstance(weights.get(part), dict):
             versions[f"weights of {part}"] = weights[part].get("sha256")
     versions |= {"commit": results["commit"]} if results.get("commit") else {}

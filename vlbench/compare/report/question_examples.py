@@ -134,9 +134,8 @@ class QuestionThumbnails:
         """Why images or texts are missing on the page, "" if none is."""
         self._questions: dict[str, EvalQuestion] = {}
         try:
-            questions = final_questions(recipes.load_recipe_file(Path(run.folder / "recipe.yaml")))[
-                1
-            ]
+            recipe = recipes.load_recipe_file(Path(run.folder / "recipe.yaml"))
+            _, questions, _ = final_questions(recipe.last_stage_data, recipe.log.questions)
         except (UserError, OSError) as error:
             self.problem = str(error)
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlbench.command_line.arguments import ReportArguments
+from vlbench.command_line.compare_arguments import ReportArguments
 from vlbench.compare.report.analysis import ComparisonResult, analyze_runs
 from vlbench.compare.report.curve_plan import find_curve_plan
 from vlbench.compare.report.finished_runs import load_finished_run

@@ -11,6 +11,7 @@ from vlbench.compare.report.finished_runs import ComparisonArm
 from vlbench.compare.report.learning_trend import row_fall
 from vlbench.compare.report.row_identity import differing_how_keys, stages_that_ran
 from vlbench.config import recipe as recipes
+from vlbench.config.key_types import PART_NAMES
 from vlbench.text_files import read_json, read_text
 
 BUDGET_TOLERANCE = 0.01  # relative difference of two training budgets that is not told
@@ -96,10 +97,7 @@ def _trained_parts(recipe: Mapping[str, Any], stage: str) -> str:
     """Return "vision + connector + language (LoRA)" of a stage of a flattened recipe."""
     if stage not in stages_that_ran(recipe):
         return "not run"
-    parts = {
-        part: recipe.get(f"stages.{stage}.train.{part}.lr")
-        for part in ("vision", "connector", "language")
-    }
+    parts = {part: recipe.get(f"stages.{stage}.train.{part}.lr") for part in PART_NAMES}
     named = [
         f"{part} as LoRA" if recipe.get(f"stages.{stage}.train.{part}.lora.rank") else part
         for part, rate in parts.items()

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlbench.data.parquet_files import refuse_missing_files
 from vlbench.errors import UserError, one_line, suggest_name
 from vlbench.evaluate.tasks.benchmark_types import BenchmarkRecord
-from vlbench.model.weights.hub_download import fetch_hub_folder
+from vlbench.hub_download import fetch_hub_folder
 from vlbench.regular_files import MAX_RECORDS_BYTES, open_regular
 from vlbench.text_files import parse_json, read_text, refuse_lfs_pointer
 
@@ -20,7 +21,7 @@ SPLIT_ALIASES = {"val": "validation"}  # two names of one split
 FOLDER_DEPTHS = ("", "*/", "*/*/")  # where files are looked for below the folder
 ROWS_IN_MEMORY = 64  # rows in memory at once, besides the records: images are large
 # hub: [subject or data/]validation-00000-of-00002.parquet
-_PARQUET_NAME = re.compile(r"([A-Za-z_]+)(?:-(\d+)-of-(\d+).*)?\.parquet")
+_PARQUET_NAME = re.compile(r"([A-Za-z_]+)(?:-\d+-of-\d+.*)?\.parquet")
 # CMMMU on GitHub: cmmmu-data-val/art_and_design/art_and_design.jsonl
 _GITHUB_FOLDER = re.compile(r"cmmmu-data-([A-Za-z]+)")
 
@@ -69,7 +70,7 @@ def find_split(source: str, split: str) -> SplitFiles:
         raise UserError(
             f"no split '{split}' in {source}; it has {known}.{suggest_name(split, splits)}"
         )
-    _check_all_shards(split_files)
+    refuse_missing_files(split_files)
     return SplitFiles(source, split, tuple(split_files))
 
 
@@ -87,20 +88,6 @@ def _files_by_split(path: Path) -> dict[str, list[Path]]:
         if match:
             splits[match[1]].append(file)
     return dict(splits)
-
-
-def _check_all_shards(files: list[Path]) -> None:
-    """Raise a UserError when one of several files of a split is missing."""
-    present: dict[tuple[Path, int], set[int]] = defaultdict(set)
-    for file in files:
-        match = _PARQUET_NAME.fullmatch(file.name)
-        if match and match[3]:
-            present[file.parent, int(match[3])].add(int(match[2]))
-    for (folder, count), numbers in present.items():
-        missing = sorted(set(range(count)) - numbers)
-        if missing:
-            names = ", ".join(f"{number:05d}-of-{count:05d}" for number in missing[:5])
-            raise UserError(f"{folder}: of {count} files {len(missing)} are missing: {names}")
 
 
 def select_subjects(

@@ -13,7 +13,7 @@ from typing import Any
 from vlbench.command_line.arguments import EvalArguments
 from vlbench.command_line.task_words import FILE_TASK
 from vlbench.config import recipe as recipes
-from vlbench.data.conversation_files import LlavaJson
+from vlbench.data.conversation_files import ConversationFiles
 from vlbench.data.conversation_record import ROLE_ALIASES
 from vlbench.data.sample import Sample
 from vlbench.data.shuffle import pick_fixed_subset
@@ -77,7 +77,7 @@ def _load_questions(
     if task == FILE_TASK:
         if arguments.data is None:
             raise UserError(f"task={FILE_TASK} needs data=FILE.json")
-        source = LlavaJson(arguments.data, arguments.images, arguments.allow_outside)
+        source = QuestionFile(arguments.data, arguments.images, arguments.allow_outside)
         human_answers = _collect_human_answers(source)
         questions, left_out = collect_questions(source, 100 * len(source))
         sets = {source.name: make_ids_unique(questions)}
@@ -87,7 +87,7 @@ def _load_questions(
             find_released_model(arguments.model, "model")
             raise UserError(f"{run} is no run: eval needs data=FILE.json (images=FOLDER)")
         recipe = recipes.load_recipe_file(checkpoint_files.find_checkpoint(run) / "recipe.yaml")
-        name, questions, unseen = final_questions(recipe)
+        name, questions, unseen = final_questions(recipe.last_stage_data, recipe.log.questions)
         sets = {name: questions, "unseen pairs": unseen}
     first_set = next(iter(sets))
     if not sets[first_set]:
@@ -107,28 +107,48 @@ def _true_answers(question: EvalQuestion, human_answers: HumanAnswers) -> tuple[
     return human_answers.get((question.record_number, turn), (question.answer,))
 
 
-def _collect_human_answers(source: LlavaJson) -> HumanAnswers:
-    """Return what several people answered: the `answers` of those records that have them.
+class QuestionFile(ConversationFiles):
+    """Conversations, of which some end in a question that several people have answered.
 
-    VQAv2 gives ten, as texts or as `{"answer": text}`. They belong to a record's last question;
-    where no assistant turn answers it, the most frequent answer is added as that turn.
+    Their most frequent answer is added as the turn that the question lacks.
     """
-    human_answers = {}
-    for index, record in enumerate(source.records):
-        if not isinstance(record, dict) or "answers" not in record:
-            continue
-        entries = record["answers"] if isinstance(record["answers"], list) else []
-        values = [entry.get("answer") if isinstance(entry, dict) else entry for entry in entries]
-        texts = [value for value in values if isinstance(value, str) and value.strip()]
-        if not texts or len(texts) < len(values):
-            name = record.get("id", f"record {index + 1}")
-            raise UserError(f"{source.name}: {name}: 'answers' must be a list of texts")
-        turns: Any = record.get("conversations")
+
+    def read_record(self, index: int, with_images: bool = False) -> Any:
+        """Return record `index` (from 0) with the turn that is added to it, or raise BadSample."""
+        record = super().read_record(index, with_images)
+        texts = _read_answers(record)
+        turns: Any = record.get("conversations") if texts else None
         last = turns[-1] if isinstance(turns, list) and turns else None
-        if isinstance(last, dict) and ROLE_ALIASES.get(last.get("from", "")) == "human":
-            answer = {"from": "gpt", "value": Counter(texts).most_common(1)[0][0]}
-            source.records[index] = {**record, "conversations": [*turns, answer]}
+        if not isinstance(last, dict) or ROLE_ALIASES.get(str(last.get("from"))) != "human":
+            return record
+        answer = {"from": "gpt", "value": Counter(texts).most_common(1)[0][0]}
+        return {**record, "conversations": [*turns, answer]}
+
+
+def _read_answers(record: Any) -> list[str]:
+    """Return the `answers` of a record, [] where it has none or something else than texts.
+
+    VQAv2 gives ten, as texts or as `{"answer": text}`.
+    """
+    answers = record.get("answers") if isinstance(record, dict) else None
+    entries = answers if isinstance(answers, list) else []
+    values = [entry.get("answer") if isinstance(entry, dict) else entry for entry in entries]
+    texts = [value for value in values if isinstance(value, str) and value.strip()]
+    return texts if len(texts) == len(values) else []
+
+
+def _collect_human_answers(source: QuestionFile) -> HumanAnswers:
+    """Return what several people answered to the last questions of those records that have it."""
+    human_answers = {}
+    for index in range(len(source)):
         try:
+            record = source.read_record(index)
+            if not isinstance(record, dict) or "answers" not in record:
+                continue
+            texts = _read_answers(record)
+            if not texts:
+                name = record.get("id", f"record {index + 1}")
+                raise UserError(f"{source.name}: {name}: 'answers' must be a list of texts")
             sample = source[index]
         except BadSample:
             continue  # collect_questions counts and names it

@@ -17,6 +17,8 @@ from vlbench.compat.torch_internals import (
     is_compiler_error,
 )
 from vlbench.compat.transformers_internals import static_cache_position
+from vlbench.connector.base import ImagePlaces
+from vlbench.connector.levels import Levels
 from vlbench.errors import UserError, one_line
 from vlbench.model.generation.kv_cache import CACHE_ARGUMENT, to_static_cache
 from vlbench.model.generation.step_graph import (
@@ -38,10 +40,10 @@ class DecodingState:
     """Rows with a KV cache that grows with every token."""
 
     vlm: VLM
-    visual: Tensor
-    """`[images, tokens, width]`"""
-    image_index: Tensor
-    """Image indices `[rows, length]` of the positions that come next, -1 for none."""
+    visual: Levels
+    """`[images, tokens, width]`, or levels of it."""
+    where: ImagePlaces | None
+    """Places `[rows, length]` of the positions that come next; None if nothing is injected."""
     position_ids: Tensor
     """`[rows, length]`, of the positions that come next."""
     attention_mask: Tensor
@@ -49,13 +51,18 @@ class DecodingState:
     kv_cache: DynamicCache
     """Keys and values of the positions before."""
 
+    @functools.cached_property
+    def text_places(self) -> ImagePlaces | None:
+        """Places `[rows, 1]` of what is decoded, the same for every token: it follows the rows."""
+        return self.where and self.where.next_text()
+
     def decode_embeddings(self, embeds: Tensor) -> Tensor:
         """Run `embeds` `[rows, length, lm_width]`; return the last logits `[rows, vocabulary]`."""
         return _last_logits(
             self.vlm,
             embeds,
             self.visual,
-            self.image_index,
+            self.where,
             self.position_ids,
             self.attention_mask,
             self.kv_cache,
@@ -63,7 +70,7 @@ class DecodingState:
 
     def decode_next(self, token_ids: Tensor) -> Tensor:
         """Run one more token per row, `token_ids` `[rows]`; return logits `[rows, vocabulary]`."""
-        self.image_index = self.image_index[:, -1:]
+        self.where = self.text_places
         self.position_ids = self.position_ids[:, -1:] + 1
         self.attention_mask = torch.cat(
             [self.attention_mask, self.attention_mask.new_ones(len(token_ids), 1)], dim=1
@@ -85,7 +92,7 @@ class StaticDecodingState:
         length = -(-(prefilled + new_token_count) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
         self.vlm, self.visual = state.vlm, state.visual
         self.decode_step = decode_step or CompiledDecodeStep()
-        self.image_index = state.image_index[:, -1:].clone()
+        self.where = state.text_places
         self.position_ids = state.position_ids[:, -1:].clone()
         self.attention_mask = state.attention_mask.new_zeros(rows, 1, 1, length, dtype=torch.bool)
         """`[rows, 1, 1, length]`: what the next token attends to; transformers uses it as it is."""
@@ -114,7 +121,7 @@ class StaticDecodingState:
             self.vlm,
             self.token_ids,
             self.visual,
-            self.image_index,
+            self.where,
             self.position_ids,
             self.attention_mask,
             self.kv_cache,
@@ -170,8 +177,8 @@ def _has_layer_hooks(vlm: VLM) -> bool:
 def _last_logits(
     vlm: VLM,
     embeds: Tensor,
-    visual: Tensor,
-    image_index: Tensor,
+    visual: Levels,
+    where: ImagePlaces | None,
     position_ids: Tensor,
     attention_mask: Tensor,
     kv_cache: DynamicCache | StaticCache,
@@ -181,8 +188,8 @@ def _last_logits(
     Args:
         vlm: The model, in evaluation mode.
         embeds: `[rows, length, lm_width]`.
-        visual: Visual tokens `[images, tokens, width]`.
-        image_index: `[rows, length]`, the image that each position attends to, -1 for none.
+        visual: Visual tokens `[images, tokens, width]`, or levels of them.
+        where: Places `[rows, length]` of the positions; None if nothing is injected.
         position_ids: `[rows, length]`.
         attention_mask: What is attended to, in a form that transformers takes.
         kv_cache: Keys and values, to which those of `embeds` are written.
@@ -190,15 +197,14 @@ def _last_logits(
     hidden = vlm.run_decoder(
         embeds,
         visual,
-        image_index,
+        where,
         position_ids=position_ids,
         attention_mask=attention_mask,
         use_cache=True,
         **{CACHE_ARGUMENT: kv_cache},
     ).last_hidden_state
     assert hidden is not None
-    logits: Tensor = vlm.language.lm_head(hidden[:, -1])
-    return logits
+    return vlm.logits(hidden[:, -1])
 
 
 def _decode_step(vlm: VLM, token_ids: Tensor, *step_inputs: Any) -> Tensor:

@@ -122,11 +122,12 @@ def _prepare_decoding(
     """Return rows whose known or common prefix is in the cache, and the embeddings of the rest."""
     visual = past.encode_images(vlm, batch) if past else vlm.encode_images(batch)
     embeds = vlm.merge_embeddings(batch, visual)
+    where = vlm.image_places(batch)
     if past:
         cache, prefix_length = past.reuse_prefix(vlm, batch)
     else:
         prefix_length = common_prefix_length(batch)
-        cache = prefill_common_prefix(vlm, batch, visual, embeds, prefix_length)
+        cache = prefill_common_prefix(vlm, batch, visual, embeds, where, prefix_length)
     mask = (batch.sample_index >= 0).long()
     # the padding of a row now stands behind the common prefix
     mask = torch.cat(
@@ -135,7 +136,7 @@ def _prepare_decoding(
     state = DecodingState(
         vlm,
         visual,
-        batch.image_index[:, prefix_length:],
+        where and where.select(slice(None), slice(prefix_length, None)),
         batch.position_ids[:, prefix_length:],
         mask,
         cache,
@@ -187,11 +188,13 @@ class _GeneratedRows:
 
 
 def eos_token_ids(vlm: VLM, processor: Processor) -> set[int]:
-    """Return the ids that end an answer: the tokenizer's, and those of the language model."""
+    """Return the ids that end an answer: those of the tokenizer, language model and template."""
     eos_of_language = vlm.language.generation_config.eos_token_id
     if isinstance(eos_of_language, int):
         eos_of_language = [eos_of_language]
-    return {processor.tokenizer.eos_token_id, *(eos_of_language or [])}
+    stop_id = processor.tokenizer.named_tokens.get(processor.template.stop)
+    ends = {processor.tokenizer.eos_token_id, *(eos_of_language or [])}
+    return ends if stop_id is None else {*ends, stop_id}
 
 
 def sample_next_ids(

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, StaticCache
+from transformers import DynamicCache, StaticCache
 
 from vlbench.compat.transformers_internals import (
     cache_argument_name,
@@ -14,8 +14,11 @@ from vlbench.compat.transformers_internals import (
     kv_cache_layers,
     repeat_kv_cache,
 )
+from vlbench.connector.base import ImagePlaces
+from vlbench.connector.levels import Levels, concat_images, map_levels
 from vlbench.data.packing import PackedBatch
 from vlbench.data.sample_encoding import IMAGE_TOKEN_INDEX
+from vlbench.model.decoder_families import DecoderConfig
 from vlbench.model.vlm import VLM
 
 CACHE_ARGUMENT = cache_argument_name()
@@ -37,14 +40,14 @@ class PrefixCache:
         self.kv_cache: DynamicCache | None = None
         self._input_ids: list[int] = []
         self._pixels: Tensor | None = None
-        self._visual_tokens: Tensor | None = None
+        self._visual_tokens: Levels | None = None
 
     @property
     def position_count(self) -> int:
         """Positions that the conversation takes, its last token included; 0 at the start."""
         return len(self._input_ids) + 1 if self._input_ids else 0
 
-    def encode_images(self, vlm: VLM, batch: PackedBatch) -> Tensor:
+    def encode_images(self, vlm: VLM, batch: PackedBatch) -> Levels:
         """Return the visual tokens of a batch of one conversation `[images, tokens, width]`."""
         known = self._count_known_images(batch)
         if not known:
@@ -52,11 +55,11 @@ class PrefixCache:
             visual = vlm.encode_images(batch)
         elif known == len(batch.pixels):
             assert self._visual_tokens is not None
-            visual = self._visual_tokens[:known]
+            visual = map_levels(lambda level: level[:known], self._visual_tokens)
         else:
             assert self._visual_tokens is not None
             new = vlm.encode_images(replace(batch, pixels=batch.pixels[known:]))
-            visual = torch.cat([self._visual_tokens, new])
+            visual = concat_images(self._visual_tokens, new)
         self._pixels, self._visual_tokens = batch.pixels, visual
         return visual
 
@@ -112,11 +115,24 @@ def common_prefix_length(batch: PackedBatch) -> int:
 
 
 def prefill_common_prefix(
-    vlm: VLM, batch: PackedBatch, visual: Tensor, embeds: Tensor, prefix_length: int
+    vlm: VLM,
+    batch: PackedBatch,
+    visual: Levels,
+    embeds: Tensor,
+    where: ImagePlaces | None,
+    prefix_length: int,
 ) -> DynamicCache:
     """Return the cache after the tokens that all prompts begin with, run once for all rows.
 
     They stand at the left of every row, before its padding.
+
+    Args:
+        vlm: The model.
+        batch: Prompts, padded on the left.
+        visual: Their visual tokens, or levels of them.
+        embeds: Their embeddings `[rows, length, lm_width]`.
+        where: Their places `[rows, length]`; None if nothing is injected.
+        prefix_length: Positions of what the prompts have in common.
     """
     cache = DynamicCache(config=vlm.language.config)
     if prefix_length:
@@ -125,7 +141,7 @@ def prefill_common_prefix(
         vlm.run_decoder(
             embeds[prefix],
             visual,
-            batch.image_index[prefix],
+            where and where.select(*prefix),
             position_ids=batch.position_ids[prefix],
             use_cache=True,
             **{CACHE_ARGUMENT: cache},
@@ -134,7 +150,7 @@ def prefill_common_prefix(
     return cache
 
 
-def to_static_cache(cache: DynamicCache, config: LlamaConfig, max_length: int) -> StaticCache:
+def to_static_cache(cache: DynamicCache, config: DecoderConfig, max_length: int) -> StaticCache:
     """Copy a growing cache into a cache of `max_length` positions, allocated as a whole.
 
     The growing cache is emptied layer by layer, so that there are never two whole caches at once.

@@ -13,11 +13,10 @@ from huggingface_hub.utils import (
     disable_progress_bars,
     enable_progress_bars,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
     GenerationConfig,
-    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -26,44 +25,68 @@ from transformers import (
 from transformers.utils import logging
 
 from vlbench.compat.transformers_internals import pil_llava_image_processor
-from vlbench.data.chat_template import ChatTemplate
 from vlbench.data.sample import ChatTurn
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import UserError
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import clip_layouts
-from vlbench.model.weights.hf_llava_layout import LINEAR_ACTIVATION, VISION_PREFIXES
-from vlbench.model.weights.llava_projector import projector_depth_and_norm, require_projector
+from vlbench.model.weights.exported_template import IMAGE_TOKEN, to_jinja_template
+from vlbench.model.weights.hf_llava_layout import (
+    LINEAR_ACTIVATION,
+    VISION_PREFIXES,
+    YI_VL_KEY,
+    refuse_divided_logits,
+)
+from vlbench.model.weights.llava_projector import (
+    projector_depth_and_norm,
+    projector_tensor_name,
+    require_projector,
+)
 from vlbench.model.weights.release_files import collect_part_states
 from vlbench.model.weights.tensor_files import cast_floating
 from vlbench.text_files import format_json, read_config_bytes, read_json
 
 LAYOUT_NAME = "transformers' LLaVA"
-IMAGE_TOKEN = "<image>"
+YI_VL_LAYOUT_NAME = "LLaMA-Factory's Yi-VL"
 
 
-def write_hf_llava(vlm: LoadedVLM, folder: Path, dtype: torch.dtype | None) -> None:
-    """Write `vlm` into the empty `folder`; `dtype` None keeps the type of every tensor.
+class YiVLProjector(nn.Module):
+    """Yi-VL's projector by the names that LLaMA-Factory's module has; a holder of weights."""
+
+    def __init__(self, vision_width: int, width: int) -> None:
+        """Build the layers; two are LayerNorms, in spite of their names."""
+        super().__init__()
+        self.linear_1 = nn.Linear(vision_width, width)
+        self.linear_2, self.linear_4 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.linear_3 = nn.Linear(width, width)
+
+
+def write_hf_llava(
+    vlm: LoadedVLM, folder: Path, dtype: torch.dtype | None, has_norms: bool = False
+) -> None:
+    """Write `vlm` into the empty `folder`.
+
+    Args:
+        vlm: The model.
+        folder: Where to.
+        dtype: None keeps the type of every tensor.
+        has_norms: Whether the layout is LLaMA-Factory's for Yi-VL, whose projector has LayerNorms.
 
     Raises:
-        UserError: when transformers' LLaVA cannot express the connector, encoder or tokenizer.
+        UserError: when the layout cannot express the connector, encoder or tokenizer.
     """
-    depth, norm = projector_depth_and_norm(require_projector(vlm.model.connector, LAYOUT_NAME))
-    if norm or depth > 2:
-        raise UserError(
-            f"the connector is an MLP of depth {depth}{' with LayerNorms' if norm else ''}, and "
-            f"{LAYOUT_NAME} holds one or two Linear layers without; format=yi_vl holds this one, "
-            "format=vlbench every connector"
-        )
+    _check_projector(vlm, has_norms)
     if vlm.vision.norm:
         raise UserError("vision.norm is true, which this layout cannot say; use format=vlbench")
+    refuse_divided_logits(vlm.language.config, "the language model")
     processor = build_llava_processor(vlm)
     image_id = processor.image_token_id
     vocab_size = max(image_id + 1, vlm.language.config.vocab_size)
     processor.save_pretrained(folder)
     sentencepiece_file = vlm.tokenizer.folder / "tokenizer.model"
-    if sentencepiece_file.is_file():  # an import of this folder then has the same tokenizer
+    if sentencepiece_file.name in vlm.tokenizer.file_contents:
+        # an import of this folder then has the same tokenizer
         (folder / sentencepiece_file.name).write_bytes(read_config_bytes(sentencepiece_file))
         file = folder / "tokenizer_config.json"  # transformers 5 leaves add_bos_token out
         config = read_json(file) | {"add_bos_token": vlm.tokenizer.add_bos_token}
@@ -78,7 +101,7 @@ def write_hf_llava(vlm: LoadedVLM, folder: Path, dtype: torch.dtype | None) -> N
     llava_config = build_llava_config(vlm.model, image_id, vocab_size)
     llava_config.dtype = state["lm_head.weight"].dtype
     with torch.device("meta"):
-        model: Any = LlavaForConditionalGeneration(llava_config)
+        model = _build_holder(llava_config, has_norms)
     model.load_state_dict(state, assign=True)
     model.generation_config = GenerationConfig(
         bos_token_id=vlm.tokenizer.bos_token_id,
@@ -89,6 +112,35 @@ def write_hf_llava(vlm: LoadedVLM, folder: Path, dtype: torch.dtype | None) -> N
     )
     with _hide_progress_bars():
         model.save_pretrained(folder)
+
+
+def _check_projector(vlm: LoadedVLM, has_norms: bool) -> None:
+    """Refuse a connector that the layout cannot hold."""
+    name = YI_VL_LAYOUT_NAME if has_norms else LAYOUT_NAME
+    depth, norm = projector_depth_and_norm(require_projector(vlm.model.connector, name))
+    if has_norms and (depth, norm) != (2, True):
+        raise UserError(
+            f"the connector is an MLP of depth {depth}{' with LayerNorms' if norm else ''}, and "
+            f"{name} holds two Linear layers with LayerNorms; format=hf_llava or format=yi_vl "
+            "may hold this one, format=vlbench every connector"
+        )
+    if not has_norms and (norm or depth > 2):
+        other = "yi_vl or format=yi_vl_hf" if depth == 2 else "yi_vl"
+        raise UserError(
+            f"the connector is an MLP of depth {depth}{' with LayerNorms' if norm else ''}, and "
+            f"{LAYOUT_NAME} holds one or two Linear layers without; format={other} holds this "
+            "one, format=vlbench every connector"
+        )
+
+
+def _build_holder(config: LlavaConfig, has_norms: bool) -> Any:
+    """Return transformers' module, which names the tensors and writes them."""
+    model: Any = LlavaForConditionalGeneration(config)
+    if has_norms:
+        first = model.model.multi_modal_projector.linear_1
+        model.model.multi_modal_projector = YiVLProjector(first.in_features, first.out_features)
+        setattr(model.config, YI_VL_KEY, True)
+    return model
 
 
 @contextlib.contextmanager
@@ -113,10 +165,10 @@ def build_llava_config(vlm: VLM, image_id: int, vocab_size: int) -> LlavaConfig:
     language = {**vlm.language.config.to_dict(), "vocab_size": vocab_size}
     return LlavaConfig(
         vision_config=CLIPVisionConfig(**clip_layouts.to_hf_vision_config(vlm.vision.visual)),
-        text_config=LlamaConfig(**language),
+        text_config=type(vlm.language.config)(**language),
         image_token_index=image_id,
         image_seq_length=vlm.shapes.patches,
-        projector_hidden_act="gelu" if depth == 2 else LINEAR_ACTIVATION,
+        projector_hidden_act="gelu" if depth > 1 else LINEAR_ACTIVATION,
         vision_feature_layer=vlm.vision.block_index - len(vlm.vision.blocks()),
         vision_feature_select_strategy="default",
         tie_word_embeddings=vlm.language.config.tie_word_embeddings,
@@ -137,12 +189,13 @@ def _build_llava_state_dict(vlm: VLM, vocab_size: int) -> dict[str, Tensor]:
         new_rows = state[name].new_zeros(vocab_size - len(state[name]), state[name].shape[1])
         state[name] = torch.cat([state[name], new_rows]) if len(new_rows) else state[name]
     projector, prefix = parts["connector"], "model.multi_modal_projector."
-    weight = projector["0.weight"]
-    width = len(weight)
-    identity = {"weight": torch.eye(width).to(weight), "bias": torch.zeros(width).to(weight)}
-    for kind in ("weight", "bias"):
-        state[f"{prefix}linear_1.{kind}"] = projector[f"0.{kind}"]
-        state[f"{prefix}linear_2.{kind}"] = projector.get(f"2.{kind}", identity[kind])
+    layers = require_projector(vlm.connector, LAYOUT_NAME)
+    for key, tensor in projector.items():
+        state[prefix + projector_tensor_name(key, layers)] = tensor
+    if len(layers) == 1:
+        weight = projector["0.weight"]
+        state[f"{prefix}linear_2.weight"] = torch.eye(len(weight)).to(weight)
+        state[f"{prefix}linear_2.bias"] = torch.zeros(len(weight)).to(weight)
     return state
 
 
@@ -170,6 +223,7 @@ def build_llava_processor(vlm: LoadedVLM) -> LlavaProcessor:
             f"{tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)}), and "
             f"{LAYOUT_NAME} uses it for images; use format=vlbench"
         )
+    adds_bos = vlm.tokenizer.encode("a") != vlm.tokenizer.encode("a", add_bos=False)
     transform = vlm.processor.transform
     image_processor = pil_llava_image_processor()(
         do_pad=transform.pad,
@@ -187,7 +241,7 @@ def build_llava_processor(vlm: LoadedVLM) -> LlavaProcessor:
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,  # the class token, which LLaVA drops again
         image_token=IMAGE_TOKEN,
-        chat_template=to_jinja_template(vlm.processor.template),
+        chat_template=to_jinja_template(vlm.processor.template, adds_bos),
     )
 
 
@@ -209,35 +263,3 @@ def _set_left_padding(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> No
     pad = tokenizer.pad_token_id
     if pad is None or pad >= vocab_size:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-
-
-def to_jinja_template(template: ChatTemplate) -> str:
-    """Return a Jinja chat template that writes what `ChatTemplate` writes."""
-    text = (
-        "{%- macro text(content) -%}"
-        "{%- if content is string -%}{{ content }}{%- else -%}"
-        "{%- for part in content -%}"
-        "{%- if not loop.first and not (part['type'] == 'image' and "
-        "loop.previtem['type'] == 'image') -%}{{ '\\n' }}{%- endif -%}"
-        f"{{{{ {IMAGE_TOKEN!r} if part['type'] == 'image' else part['text'] }}}}"
-        "{%- endfor -%}{%- endif -%}"
-        "{%- endmacro -%}"
-        "{%- if messages[0]['role'] == 'system' -%}"
-        "{%- set system = text(messages[0]['content']) -%}{%- set turns = messages[1:] -%}"
-        "{%- else -%}"
-        f"{{%- set system = {template.system!r} -%}}{{%- set turns = messages -%}}"
-        "{%- endif -%}"
-    )
-    head = f"{{{{ {template.before_system!r} + system + {template.after_system!r} }}}}"
-    text += f"{{%- if system -%}}{head}{{%- endif -%}}" if template.before_system else head
-    return text + (
-        "{%- for turn in turns -%}"
-        "{%- if turn['role'] == 'user' -%}"
-        f"{{{{ {template.before_human!r} + text(turn['content']) + {template.before_answer!r} }}}}"
-        "{%- else -%}"
-        f"{{{{ {template.answer_start!r} + text(turn['content']) | trim + "
-        f"{template.answer_end!r} }}}}"
-        f"{{%- if not loop.last -%}}{{{{ {template.after_answer!r} }}}}{{%- endif -%}}"
-        "{%- endif -%}"
-        "{%- endfor -%}"
-    )

@@ -13,6 +13,7 @@ from torch import nn
 
 from vlbench.data.image_processing import ImageTransform
 from vlbench.errors import UserError
+from vlbench.model.decoder_families import family_label
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.weights import clip_layouts, template_detection, yi_vl_layout
 from vlbench.model.weights.llava_projector import projector_depth_and_norm, require_projector
@@ -82,6 +83,11 @@ def _check_exportable(vlm: LoadedVLM) -> None:
             "yi_vl alone; "
             "format=hf_llava carries the template, format=vlbench everything"
         )
+    if vlm.language.config.model_type != "llama":
+        raise UserError(
+            f"the language model is of the family {family_label(vlm.language.config)}, and the "
+            "authors' code knows Llama's alone; format=hf_llava or format=vlbench hold it"
+        )
     if vlm.vision.norm:
         raise UserError("vision.norm is true, which this layout cannot say; use format=vlbench")
     clip_layouts.to_hf_vision_config(vlm.vision.visual)
@@ -147,7 +153,7 @@ def _update_json_file(file: Path, changes: Mapping[str, Any]) -> None:
 
 def _create_release_files(vlm: LoadedVLM, folder: Path) -> None:
     """Write the small files of a model that was not loaded from a released Yi-VL."""
-    if not (vlm.tokenizer.folder / "tokenizer.model").is_file():
+    if "tokenizer.model" not in vlm.tokenizer.file_contents:
         raise UserError(
             "the tokenizer has no tokenizer.model, which the authors' code needs; use "
             "format=hf_llava or format=vlbench"

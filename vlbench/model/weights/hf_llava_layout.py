@@ -2,6 +2,9 @@
 
 Its projector is Linear, activation, Linear. A single Linear layer is stored with a linear
 activation and an identity as the second layer.
+
+LLaMA-Factory has a variant of it for Yi-VL (`BUAADreamer/Yi-VL-6B-hf`): a key of config.json says
+that a LayerNorm follows each Linear layer, and the four are `linear_1` to `linear_4`.
 """
 
 from __future__ import annotations
@@ -13,8 +16,11 @@ from typing import Any
 import torch
 
 from vlbench.errors import UserError
+from vlbench.model.decoder_families import DecoderConfig, logit_divisor
+from vlbench.model.language_model import parse_language_config
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import clip_layouts, template_detection
+from vlbench.model.weights.llava_projector import projector_tensor_name
 from vlbench.model.weights.release_files import (
     ReleaseSpec,
     check_crop_size,
@@ -35,6 +41,8 @@ VISION_PREFIXES = (
 )
 LANGUAGE_PREFIXES = ("language_model.model.", "model.language_model.")
 HEAD_PREFIXES = ("language_model.lm_head.", "lm_head.")
+YI_VL_KEY = "is_yi_vl_derived_model"
+"""LLaMA-Factory's key in config.json: the projector has Yi-VL's LayerNorms."""
 PROJECTOR_PREFIXES = ("multi_modal_projector.", "model.multi_modal_projector.")
 
 
@@ -62,18 +70,24 @@ def read_release_spec(folder: Path) -> ReleaseSpec:
             f"{file}: projector_hidden_act is {activation!r}; known are gelu and "
             f"{LINEAR_ACTIVATION}"
         )
-    template_name, template_reason = template_detection.detect_hf_llava_template(folder)
+    has_norms = bool(config.get(YI_VL_KEY))
+    if has_norms and activation != "gelu":
+        raise UserError(
+            f"{file}: {YI_VL_KEY} is true and projector_hidden_act is {activation!r}; Yi-VL's is "
+            "gelu"
+        )
+    template_name, template_reason = template_detection.detect_hf_llava_template(folder, has_norms)
     text = config["text_config"]
     tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
     preprocess = _read_image_processor(folder)
     check_crop_size(preprocess, vision, folder)
     return ReleaseSpec(
-        language_config=parse_llama_config({**text, "tie_word_embeddings": tied}, file),
+        language_config=_parse_text_config({**text, "tie_word_embeddings": tied}, file),
         vision_config=vision,
         vision_layer=layer,
         preprocess=preprocess,
         projector_depth=1 if activation == LINEAR_ACTIVATION else 2,
-        projector_norm=False,
+        projector_norm=has_norms,
         template_name=template_name,
         template_reason=template_reason,
         id_limit=_find_id_limit(folder, config["image_token_index"]),
@@ -81,7 +95,7 @@ def read_release_spec(folder: Path) -> ReleaseSpec:
 
 
 def _check_part_configs(config: dict[str, Any], file: Path) -> None:
-    """Refuse a configuration whose parts are no mappings, or whose language model is no Llama."""
+    """Refuse a configuration whose parts are no mappings, or whose projector has no biases."""
     for key in ("text_config", "vision_config"):
         if not isinstance(config[key], dict):
             raise UserError(f"{file}: {key} is {config[key]!r}; wanted is a mapping")
@@ -91,10 +105,24 @@ def _check_part_configs(config: dict[str, Any], file: Path) -> None:
         )
     if config.get("multimodal_projector_bias") is False:
         raise UserError(f"{file}: multimodal_projector_bias is False; only True can be done here")
-    kind = config["text_config"].get("model_type", "llama")  # transformers' default
-    if kind != "llama":
+
+
+def _parse_text_config(text: dict[str, Any], file: Path) -> DecoderConfig:
+    """Return the language model that `text_config` describes."""
+    kind = text.get("model_type", "llama")  # transformers' default
+    if kind == "llama":
+        return parse_llama_config(text, file)
+    config = parse_language_config(text, file)
+    refuse_divided_logits(config, f"{file}: text_config")
+    return config
+
+
+def refuse_divided_logits(config: DecoderConfig, name: str) -> None:
+    """Refuse a language model, called `name`, whose logits transformers' LLaVA would not divide."""
+    if logit_divisor(config) != 1:
         raise UserError(
-            f"{file}: the language model is no Llama (model_type of text_config is {kind!r})"
+            f"{name} has logits_scaling {logit_divisor(config):g}, by which transformers' LLaVA "
+            "does not divide; format=vlbench holds this model"
         )
 
 
@@ -150,13 +178,12 @@ def build_tensor_groups(folder: Path, vlm: VLM) -> list[TensorGroup]:
     if projector is None:
         ignored = rf"{ignored}|{prefix}.*"
     else:
-        layer_names = {0: f"{prefix}linear_1.", 2: f"{prefix}linear_2."}
         for key in projector.state_dict():
-            index, kind = key.split(".")
-            targets[layer_names[int(index)] + kind] = ("connector", key)
+            targets[prefix + projector_tensor_name(key, projector)] = ("connector", key)
         if len(projector) == 1:
-            _check_identity_layer(files, layer_names[2])
-            ignored = rf"{ignored}|{layer_names[2]}.*"
+            identity = f"{prefix}linear_2."
+            _check_identity_layer(files, identity)
+            ignored = rf"{ignored}|{identity}.*"
     return [TensorGroup(files, targets, ignored)]
 
 

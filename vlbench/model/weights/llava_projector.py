@@ -2,7 +2,8 @@
 
 The single Linear layer of LLaVA v1 is `model.mm_projector.weight` and `.bias`. Later MLPs number
 their layers: `model.mm_projector.0.weight`. TinyLLaVA writes `_connector.`, transformers
-`multi_modal_projector.linear_1.` and `linear_2.`.
+`multi_modal_projector.linear_1.` and `linear_2.`, and LLaMA-Factory for Yi-VL `linear_1.` to
+`linear_4.`, of which the second and the fourth are LayerNorms.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ PROJECTOR_NAME_PATTERN = re.compile(
 )
 HF_LAYER_NUMBERS = {"linear_1": "0", "linear_2": "2"}
 """transformers' names of layers -> their index in LLaVA's `nn.Sequential`."""
+YI_VL_LAYER_NUMBERS = {"linear_1": "0", "linear_2": "1", "linear_3": "3", "linear_4": "4"}
+"""LLaMA-Factory's names of the layers of Yi-VL's projector, likewise."""
 OTHER_PARTS_PATTERN = (
     r"(model\.)*(embed_tokens|layers|norm|vision_tower|image_newline|language_model|vision_model)\b.*"
     r"|lm_head\..*"
@@ -36,12 +39,14 @@ def read_mm_projector(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ValueError: when there is none, or a tensor is there twice.
     """
     state: dict[str, Tensor] = {}
+    has_norms = any(name.endswith("multi_modal_projector.linear_4.weight") for name in weights)
+    layer_numbers = YI_VL_LAYER_NUMBERS if has_norms else HF_LAYER_NUMBERS
     for name in weights:
         match = PROJECTOR_NAME_PATTERN.fullmatch(name)
         if match is None:
             continue
         layer, _, kind = (match["inside"] or match["bare"]).rpartition(".")
-        key = f"{HF_LAYER_NUMBERS.get(layer, layer) or 0}.{kind}"
+        key = f"{layer_numbers.get(layer, layer) or 0}.{kind}"
         if key in state:
             raise ValueError(f"{key} of the projector is there twice, the second time as {name}")
         state[key] = weights[name]
@@ -109,3 +114,15 @@ def projector_depth_and_norm(projector: nn.Sequential) -> tuple[int, bool]:
     """Return the number of Linear layers, and whether a LayerNorm follows each of them."""
     depth = sum(isinstance(layer, nn.Linear) for layer in projector)
     return depth, any(isinstance(layer, nn.LayerNorm) for layer in projector)
+
+
+def projector_tensor_name(key: str, projector: nn.Sequential) -> str:
+    """Return transformers' name of the tensor `key` of a projector, behind the prefix.
+
+    With LayerNorms it is LLaMA-Factory's.
+    """
+    number, kind = key.split(".")
+    _, has_norms = projector_depth_and_norm(projector)
+    layer_numbers = YI_VL_LAYER_NUMBERS if has_norms else HF_LAYER_NUMBERS
+    names = {number: name for name, number in layer_numbers.items()}
+    return f"{names[number]}.{kind}"

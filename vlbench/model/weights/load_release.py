@@ -14,6 +14,7 @@ import torch
 from vlbench.config.overrides import format_override
 from vlbench.connector import registry
 from vlbench.data.chat_template import CHAT_TEMPLATES
+from vlbench.data.own_template import bind_template
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import UserError
 from vlbench.model.language_model import build_empty_language, read_eos_token_ids
@@ -132,7 +133,7 @@ def build_released_vlm(folder: Path, overrides: ReleaseOverrides = ReleaseOverri
         options,
         language,
         tokenizer,
-        CHAT_TEMPLATES[overrides.template_name or resolve_template_name(folder, spec)],
+        bind_template(overrides.template_name or resolve_template_name(folder, spec), tokenizer),
         overrides.max_length or spec.language_config.max_position_embeddings,
     )
     vlm.tokenizer.limit_embeddings(spec.id_limit or tokenizer.vocab_size)

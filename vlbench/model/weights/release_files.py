@@ -18,6 +18,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from vlbench.data.image_processing import MAX_RESIZED_SIDE
 from vlbench.errors import UserError, one_line
+from vlbench.model.decoder_families import DecoderConfig
 from vlbench.model.language_model import check_language_config
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import clip_layouts
@@ -52,7 +53,7 @@ FIXED_PROCESSOR_VALUES: dict[str, float] = {
 class ReleaseSpec:
     """The model that a released folder describes, before any weight is read."""
 
-    language_config: LlamaConfig
+    language_config: DecoderConfig
     vision_config: dict[str, Any]
     """The keys `clip_layouts.CLIP_CONFIG_KEYS` of Hugging Face's CLIPVisionConfig."""
     vision_layer: int
@@ -98,10 +99,10 @@ def require_keys(config: Mapping[str, Any], keys: Sequence[str], file: Path) -> 
         raise UserError(f"{file} has no {', '.join(missing)}")
 
 
-def parse_llama_config(config: Mapping[str, Any], file: Path) -> LlamaConfig:
+def parse_llama_config(config: Mapping[str, Any], file: Path) -> DecoderConfig:
     """Return the Llama that `config`, read from `file`, describes."""
     try:
-        llama_config = LlamaConfig(
+        llama_config: Any = LlamaConfig(
             **{key: config[key] for key in LLAMA_CONFIG_KEYS if config.get(key) is not None}
         )
     except Exception as error:  # the library's own checks, of types and of widths that divide

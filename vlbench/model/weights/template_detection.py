@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vlbench.model.weights.exported_template import OWN_TEMPLATE_MARK
 from vlbench.text_files import read_json, read_text
 
 TEMPLATE_MARKERS = {"### Assistant:": "yi_vl", "<|im_start|>": "chatml", "ASSISTANT:": "llava_v1"}
@@ -30,11 +31,7 @@ def detect_yi_vl_template(folder: Path, config: Mapping[str, Any]) -> tuple[str,
     jinja_text = read_jinja_template(folder)
     jinja_name = _find_template_name(jinja_text)
     if str(config["mm_projector_type"]).endswith("_Norm"):
-        reason = (
-            "its projector has Yi-VL's LayerNorms, and its own chat template "
-            f"({jinja_name}) is that of the language model"
-        )
-        return "yi_vl", reason if jinja_name not in ("", "yi_vl") else ""
+        return _describe_yi_vl(jinja_name)
     if config.get("conv_mode") == YI_VL_CONV_MODE:
         return "yi_vl", ""
     if jinja_text:
@@ -49,6 +46,15 @@ def detect_yi_vl_template(folder: Path, config: Mapping[str, Any]) -> tuple[str,
         return "yi_vl", reason
     reason = f"it is LLaVA and not Yi-VL (its vision encoder is '{encoder}', no LayerNorms)"
     return "llava_v1", reason
+
+
+def _describe_yi_vl(jinja_name: str) -> tuple[str, str]:
+    """Return Yi-VL's template, and why, where the folder's own is another one."""
+    reason = (
+        "its projector has Yi-VL's LayerNorms, and its own chat template "
+        f"({jinja_name}) is that of the language model"
+    )
+    return "yi_vl", reason if jinja_name not in ("", "yi_vl") else ""
 
 
 def match_jinja_template(jinja_text: str) -> tuple[str, str]:
@@ -69,9 +75,16 @@ def read_jinja_template(folder: Path) -> str:
     return text
 
 
-def detect_hf_llava_template(folder: Path) -> tuple[str, str]:
-    """Return the chat template of a folder of transformers' LLaVA, and why it is that one."""
+def detect_hf_llava_template(folder: Path, has_layer_norms: bool = False) -> tuple[str, str]:
+    """Return the chat template of a folder of transformers' LLaVA, and why it is that one.
+
+    A projector with LayerNorms is Yi-VL's, whatever template its language model brought.
+    """
     jinja_text = read_jinja_template(folder)
+    if jinja_text.startswith(OWN_TEMPLATE_MARK):
+        return "auto", ""
+    if has_layer_norms:
+        return _describe_yi_vl(_find_template_name(jinja_text))
     if jinja_text:
         return match_jinja_template(jinja_text)
     return "llava_v1", "it is LLaVA and has no chat template of its own"

@@ -1,0 +1,87 @@
+"""`data.exif`: photographs are turned as their EXIF says, everywhere or nowhere, and it is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from vlbench.__main__ import main
+from vlbench.config.recipe import load_recipe
+from vlbench.data.image_processing import ImageFile, ImageTransform
+from vlbench.errors import UserError
+
+PLAIN = ImageTransform(16, 16, (0.5, 0.4, 0.3), (0.25, 0.25, 0.25))
+TURNED = dataclasses.replace(PLAIN, exif=True)
+ORIENTATION = 0x0112
+
+
+def photo(path: Path, orientation: int | None, mode: str = "RGB") -> ImageFile:
+    """Write an image that is red on its left and blue on its right."""
+    image = Image.new("RGB", (20, 10), "red")
+    image.paste("blue", (10, 0, 20, 10))
+    exif = Image.Exif()
+    if orientation:
+        exif[ORIENTATION] = orientation
+    image.convert(mode).save(path, exif=exif)
+    return ImageFile(path)
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_an_orientation_is_applied_where_it_is_asked_for(tmp_path, ending, orientation):
+    turned = photo(tmp_path / f"a.{ending}", orientation)
+    upright = photo(tmp_path / f"b.{ending}", None)
+    assert torch.equal(PLAIN.load_levels(turned), PLAIN.load_levels(upright))
+    levels = TURNED.load_levels(turned)
+    # 3 is half a turn; 6 and 8 are quarter turns, to the right and to the left
+    top, left = levels[:, 2, 8].tolist(), levels[:, 8, 2].tolist()
+    red, blue = top if orientation == 6 else left, top if orientation == 8 else left
+    if orientation == 6:
+        assert red[0] > 200 > 60 > red[2]
+    else:
+        assert blue[2] > 200 > 60 > blue[0]
+    assert torch.equal(TURNED.load_levels(upright), PLAIN.load_levels(upright))
+
+
+def test_a_palette_and_gray_keep_their_orientation(tmp_path):
+    for mode in ("P", "L"):
+        image = photo(tmp_path / f"{mode}.png", 6, mode)
+        assert TURNED.open_image(image).size == (10, 20)
+
+
+def test_a_png_that_is_called_jpg_is_read_by_what_it_is(tmp_path):
+    stream = io.BytesIO()
+    Image.new("RGB", (3, 3), "green").save(stream, "PNG")
+    (tmp_path / "a.jpg").write_bytes(stream.getvalue())
+    assert ImageFile(tmp_path / "a.jpg").open().getpixel((0, 0)) == (0, 128, 0)
+
+
+def test_it_belongs_to_the_hash_and_ignore_keeps_the_hash_it_had():
+    assert PLAIN.transform_hash() != TURNED.transform_hash()
+    assert ImageTransform(56, 56, (0.5,) * 3, (0.5,) * 3).transform_hash() == "7ee96838a1ed8915"
+
+
+def test_broken_exif_is_one_line_or_nothing(tmp_path):
+    photo(tmp_path / "a.jpg", 6)
+    whole = (tmp_path / "a.jpg").read_bytes()
+    start = whole.index(b"Exif\0\0") + 6
+    (tmp_path / "a.jpg").write_bytes(whole[:start] + b"\xff" * 8 + whole[start + 8 :])
+    image = ImageFile(tmp_path / "a.jpg")
+    assert PLAIN.load_levels(image).shape == (3, 16, 16)
+    try:
+        TURNED.load_levels(image)
+    except UserError as error:
+        assert "EXIF cannot be read" in str(error) and "\n" not in str(error)
+
+
+def test_the_recipe_tells_the_model_and_stages_may_not_differ(capsys):
+    recipe = load_recipe(["recipe=yivl_llava", "data.exif=apply"])
+    assert recipe.model.apply_exif and not load_recipe(["recipe=yivl_llava"]).model.apply_exif
+    words = ["stages.chat.data.exif=apply", "stages.chat.data.train=scenes"]
+    assert main(["show", "recipe=yivl_llava", *words]) == 2
+    assert "a run decodes images in one way" in capsys.readouterr().err

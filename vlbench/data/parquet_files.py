@@ -1,0 +1,187 @@
+"""The Parquet files of a data set: of a split, in a folder or on the Hugging Face hub.
+
+Layouts are those that the `datasets` library loads: `data/train-00000-of-00004.parquet`,
+`SUBSET/train-00000-of-00001.parquet`, `default/train/0000.parquet`, and files without a split.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+from typing import TypeVar
+
+from vlbench.errors import UserError, one_line, suggest_name
+from vlbench.hub_download import explain_hub_error
+from vlbench.text_files import read_text
+
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(/\w[\w./-]*)?(:[\w.-]+)?")
+"""OWNER/NAME, OWNER/NAME/SUBSET, and either with :SPLIT."""
+FILE_NAME = re.compile(r".*\.(jsonl?|ndjson|csv|tsv|txt|parquet|arrow|tar|gz|zip|ya?ml)", re.I)
+"""Names of files, which are no names on the hub."""
+NUMBERED_NAME = re.compile(r"(.+?)-(\d+)-of-(\d+).*\.parquet")
+SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+}
+"""Words in names of files and folders that tell a split, and its name."""
+DEFAULT_SPLIT = "train"
+
+PathT = TypeVar("PathT", Path, PurePath)
+
+
+def is_hub_name(location: str) -> bool:
+    """Tell whether a location that is no path here may be a data set on the hub."""
+    path = Path(location)
+    is_local = path.exists() or Path(path.parts[0]).exists() if path.parts else True
+    return not is_local and bool(HUB_NAME.fullmatch(location)) and not FILE_NAME.fullmatch(location)
+
+
+def find_parquet_files(location: str) -> list[Path]:
+    """Return the files of a split of `location`: FOLDER, OWNER/NAME, either with :SPLIT behind it.
+
+    Those of the hub are downloaded. Returns [] for a location without Parquet files. Raises a
+    UserError for an unknown split, missing files, and what the hub cannot give.
+    """
+    folder, split = _separate_split(location)
+    if not folder.is_dir():
+        return _download_split(location) if is_hub_name(location) else []
+    files = sorted(file for file in folder.rglob("*.parquet") if file.is_file())
+    files = [file for file in files if not any(map(_is_hidden, file.relative_to(folder).parts))]
+    if not files:
+        return []
+    chosen = choose_split(location, [file.relative_to(folder) for file in files], split)
+    paths = [folder / file for file in chosen]
+    refuse_missing_files(paths)
+    return paths
+
+
+def _separate_split(location: str) -> tuple[Path, str]:
+    """Return the path before :SPLIT, and the split, "" for none."""
+    path, _, split = location.rpartition(":")
+    is_whole = not path or Path(location).exists() or "/" in split
+    return (Path(location), "") if is_whole else (Path(path), split)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".")
+
+
+def choose_split(location: str, files: Sequence[PathT], split: str = "") -> list[PathT]:
+    """Return the files of a split ("": the one to train on); all of them where none is told."""
+    splits: dict[str, list[PathT]] = defaultdict(list)
+    for file in files:
+        splits[_split_of(file)].append(file)
+    if not split and splits.keys() == {""}:
+        return list(files)
+    wanted = split or DEFAULT_SPLIT
+    alike = [
+        name for name in splits if SPLIT_WORDS.get(name, name) == SPLIT_WORDS.get(wanted, wanted)
+    ]
+    if not alike and not split:  # train_sft
+        alike = [name for name in splits if wanted in re.split(r"\W|_", name)]
+    if len(alike) != 1:
+        known = ", ".join(filter(None, splits)) or "none"
+        base = location.removesuffix(f":{split}") if split else location
+        raise UserError(
+            f"has no split {wanted!r}; it has {known}, of which {base}:SPLIT is one."
+            f"{suggest_name(wanted, splits)}"
+        )
+    return splits[alike[0]]
+
+
+def _split_of(file: PurePath) -> str:
+    """Return the split that a file belongs to, "" where its path tells none."""
+    numbered = NUMBERED_NAME.fullmatch(file.name)
+    if numbered:
+        return numbered[1]
+    for part in (file.stem, *reversed(file.parts[:-1])):
+        for word in re.split(r"[\W_\d]+", part.lower()):
+            if word in SPLIT_WORDS:
+                return SPLIT_WORDS[word]
+    return ""
+
+
+def refuse_missing_files(files: Sequence[Path]) -> None:
+    """Raise a UserError when one of several files of a split, NAME-00000-of-00004, is missing."""
+    present: dict[tuple[Path, int], set[int]] = defaultdict(set)
+    for file in files:
+        match = NUMBERED_NAME.fullmatch(file.name)
+        if match:
+            present[file.parent, int(match[3])].add(int(match[2]))
+    for (folder, count), numbers in present.items():
+        missing = sorted(set(range(count)) - numbers)
+        if missing:
+            names = ", ".join(f"{number:05d}-of-{count:05d}" for number in missing[:5])
+            raise UserError(f"{folder}: of {count} files {len(missing)} are missing: {names}")
+
+
+def _download_split(location: str) -> list[Path]:
+    """Download the files of a split of a data set on the hub; return their paths.
+
+    Where the hub cannot be asked, it is what was downloaded before.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    name, _, split = location.partition(":")
+    owner, repository, *subset = name.split("/")
+    repo_id, folder = f"{owner}/{repository}", "/".join(subset)
+    try:
+        listed = HfApi().list_repo_files(repo_id, repo_type="dataset")
+    except Exception as error:  # of network, disk and permission
+        snapshot = _cached_snapshot(repo_id)
+        if snapshot is not None:
+            return find_parquet_files(f"{snapshot / folder}{f':{split}' if split else ''}")
+        raise UserError(
+            "there is no such file or folder, and no such data set on the hub "
+            f"({explain_hub_error(error, repo_id)})"
+        ) from error
+    files = sorted(file for file in listed if file.endswith(".parquet"))
+    chosen = _choose_hub_files(location, files, folder, split)
+    try:
+        # nosec B615 below: the user names a data set, whose newest commit it is
+        snapshot = Path(
+            snapshot_download(repo_id, repo_type="dataset", allow_patterns=chosen)  # nosec B615
+        )
+    except Exception as error:  # of network, disk and permission
+        raise UserError(f"the hub cannot give it ({explain_hub_error(error, repo_id)})") from error
+    return [snapshot / file for file in chosen]
+
+
+def _cached_snapshot(repo_id: str) -> Path | None:
+    """Return the folder of a data set that was downloaded before, None for none."""
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE) / f"datasets--{repo_id.replace('/', '--')}"
+    reference = cache / "refs/main"
+    if not reference.is_file():
+        return None
+    snapshot = cache / "snapshots" / read_text(reference).strip()
+    return snapshot if snapshot.is_dir() else None
+
+
+def _choose_hub_files(location: str, files: list[str], folder: str, split: str) -> list[str]:
+    """Return the files of a subset and a split."""
+    subsets = sorted({str(PurePath(file).parent) for file in files})
+    inside = [file for file in files if not folder or file.startswith(f"{folder}/")]
+    if not inside:
+        what = f"no Parquet files in {folder}" if folder else "no Parquet files"
+        known = f"; it has {', '.join(subsets)}.{suggest_name(folder, subsets)}" if subsets else ""
+        raise UserError(f"the data set on the hub has {what}{known}")
+    chosen = [str(file) for file in choose_split(location, list(map(PurePath, inside)), split)]
+    chosen_subsets = sorted({str(PurePath(file).parent) for file in chosen})
+    if len(chosen_subsets) > 1 and not folder:
+        named = ", ".join(chosen_subsets[:40])
+        name = one_line(location.partition(":")[0])
+        raise UserError(
+            f"the data set on the hub has {len(chosen_subsets)} subsets; name one, as "
+            f"{name}/{chosen_subsets[0]}: {named}"
+        )
+    return chosen

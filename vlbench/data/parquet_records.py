@@ -1,0 +1,234 @@
+"""Rows of Parquet files as records, read block by block: a block is a row group, or a part of one.
+
+A row is reached by its number, so that the order of training is a function of (seed, position); the
+order is one that stays in a few blocks for a while (`pass_order`), which are kept in memory. Where
+images are mappings of `bytes` and `path`, a plan of texts reads the paths alone.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vlbench.data.record_files import FileStamp, file_stamp
+from vlbench.data.record_images import OMITTED_BYTES
+from vlbench.data.shard_sampler import ShardShuffle
+from vlbench.errors import UserError, one_line
+from vlbench.text_files import refuse_lfs_pointer
+
+if TYPE_CHECKING:
+    from pyarrow import DataType, RecordBatch, Schema, Table
+    from pyarrow.parquet import ParquetFile
+
+BLOCK_BYTES = 1 << 25  # 34 MB, uncompressed: what of a row group is read at once
+MAX_BLOCK_ROWS = 4096
+MAX_LANES, WINDOW_BLOCKS = 4, 2  # an order reads 8 blocks alternately
+CACHED_BLOCKS = MAX_LANES * WINDOW_BLOCKS + 2
+LIST_NAMES = ("list", "element", "item", "bag", "array", "array_element")
+"""Names in a column's path that writers put between a list and what it holds."""
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """Consecutive rows of a row group."""
+
+    file: Path
+    stamp: FileStamp
+    row_group: int
+    first_row: int
+    """In the row group, from 0."""
+    row_count: int
+
+
+class ParquetRecords:
+    """The rows of several Parquet files, one file after another."""
+
+    def __init__(self, name: str, files: Sequence[Path]) -> None:
+        """Read the files' footers; raises OSError, and a UserError that names a damaged file."""
+        self.name, self.folder = name, files[0].parent
+        self.stamps = [file_stamp(file) for file in files]
+        self.blocks = [
+            block
+            for file, stamp in zip(files, self.stamps, strict=True)
+            for block in _find_blocks(file, stamp)
+        ]
+        if not self.blocks:
+            raise UserError("its Parquet files hold no rows")
+        self.block_rows = [block.row_count for block in self.blocks]
+        self._block_ends = np.cumsum(self.block_rows)
+        self._pass_order: tuple[str, ShardShuffle] | None = None
+        self._reset_cache()
+
+    def _reset_cache(self) -> None:
+        self._cache: OrderedDict[tuple[int, bool], _LoadedBlock] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key not in ("_cache", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._reset_cache()
+
+    def __len__(self) -> int:
+        return int(self._block_ends[-1])
+
+    def pass_order(self, shuffle_key: str) -> ShardShuffle:
+        """Return the order of a pass over the rows, which reads few blocks at a time."""
+        if self._pass_order is None or self._pass_order[0] != shuffle_key:
+            order = ShardShuffle(self.block_rows, shuffle_key, WINDOW_BLOCKS, MAX_LANES)
+            self._pass_order = (shuffle_key, order)
+        return self._pass_order[1]
+
+    def read_record(self, index: int, with_images: bool = True) -> Any:
+        """Return row `index` (from 0) as a mapping; images may have OMITTED_BYTES without them."""
+        number = int(self._block_ends.searchsorted(index, side="right"))
+        row = index - (int(self._block_ends[number - 1]) if number else 0)
+        return self._load_block(number, with_images).read_row(row)
+
+    def _load_block(self, number: int, with_images: bool) -> _LoadedBlock:
+        """Return a block, from memory where it was read lately."""
+        key = (number, with_images)
+        with self._lock:  # threads of `check` read alternately
+            if key not in self._cache:
+                self._cache[key] = _read_block(self.blocks[number], with_images)
+                if len(self._cache) > 2 * CACHED_BLOCKS:
+                    self._cache.popitem(last=False)
+            self._cache.move_to_end(key)
+            return self._cache[key]
+
+
+@dataclass(frozen=True)
+class _LoadedBlock:
+    """The rows of a block, and the images in them whose bytes were left out, by their columns."""
+
+    table: Table
+    omitted: list[list[str]]
+
+    def read_row(self, row: int) -> dict[str, Any]:
+        record: dict[str, Any] = self.table.slice(row, 1).to_pylist()[0]
+        for names in self.omitted:
+            _mark_omitted(record, names)
+        return record
+
+
+def _mark_omitted(value: Any, names: list[str]) -> None:
+    """Put OMITTED_BYTES into the mappings at `names`."""
+    if isinstance(value, list):
+        for entry in value:
+            _mark_omitted(entry, names)
+    elif isinstance(value, dict) and names:
+        _mark_omitted(value.get(names[0]), names[1:])
+    elif isinstance(value, dict):
+        value["bytes"] = OMITTED_BYTES
+
+
+def _find_blocks(file: Path, stamp: FileStamp) -> Iterator[RowBlock]:
+    """Yield the blocks of a file; raises OSError, and a UserError for what is no Parquet file."""
+    refuse_lfs_pointer(file)
+    with _open_parquet(file) as opened:
+        for number in range(opened.metadata.num_row_groups):
+            group = opened.metadata.row_group(number)
+            rows_per_block = max(1, group.num_rows * BLOCK_BYTES // max(1, group.total_byte_size))
+            rows_per_block = min(rows_per_block, MAX_BLOCK_ROWS)
+            for first in range(0, group.num_rows, rows_per_block):
+                count = min(rows_per_block, group.num_rows - first)
+                yield RowBlock(file, stamp, number, first, count)
+
+
+def _open_parquet(file: Path) -> ParquetFile:
+    """Open a Parquet file, or raise a UserError that says why it is none."""
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        # read in small pieces: a column of a row group may be larger than the memory
+        return ParquetFile(file, buffer_size=1 << 20)
+    except (ArrowException, OSError) as error:
+        raise _damaged_error(file, error) from error
+
+
+def _damaged_error(file: Path, error: BaseException) -> UserError:
+    reason = one_line(error, max_lines=1)
+    return UserError(f"{file}: is damaged or cut off, or no Parquet file ({reason})")
+
+
+def _read_block(block: RowBlock, with_images: bool) -> _LoadedBlock:
+    """Read the rows of a block; a UserError where the file is another one by now."""
+    from pyarrow import ArrowException, Table
+
+    try:
+        if file_stamp(block.file) != block.stamp:
+            raise UserError(f"{block.file}: is another file than it was when it was opened")
+        with _open_parquet(block.file) as opened:
+            columns, omitted = (None, []) if with_images else _text_columns(opened, block.row_group)
+            batches = list(_read_batches(opened, block, columns or None))
+        return _LoadedBlock(Table.from_batches(batches), omitted)
+    except (ArrowException, OSError) as error:
+        raise _damaged_error(block.file, error) from error
+
+
+def _read_batches(
+    opened: ParquetFile, block: RowBlock, columns: list[str] | None
+) -> Iterator[RecordBatch]:
+    """Yield the rows of a block; those before it in its row group are read and dropped."""
+    first, last = block.first_row, block.first_row + block.row_count
+    position = 0
+    for batch in opened.iter_batches(
+        min(block.row_count, MAX_BLOCK_ROWS), [block.row_group], columns, use_threads=False
+    ):
+        start, end = max(first - position, 0), min(last - position, batch.num_rows)
+        if start < end:
+            yield batch.slice(start, end - start)
+        position += batch.num_rows
+        if position >= last:
+            return
+
+
+def _text_columns(opened: ParquetFile, row_group: int) -> tuple[list[str], list[list[str]]]:
+    """Return the columns of a row group without bytes of images, and where those were.
+
+    Bytes are left out beside a `path` that tells how many images there are; not where some are
+    null, as such an image may be a file, or none.
+    """
+    group, schema = opened.metadata.row_group(row_group), opened.schema_arrow
+    paths = [group.column(number).path_in_schema for number in range(group.num_columns)]
+    kept, omitted = [], []
+    for number, path in enumerate(paths):
+        prefix, _, last_name = path.rpartition(".")
+        statistics = group.column(number).statistics
+        is_never_null = statistics is not None and statistics.null_count == 0
+        names = [name for name in prefix.split(".") if name not in LIST_NAMES]
+        if (
+            last_name == "bytes"
+            and f"{prefix}.path" in paths
+            and is_never_null
+            and _is_image_struct(schema, names)
+        ):
+            omitted.append(names)
+        else:
+            kept.append(path)
+    return kept, omitted
+
+
+def _is_image_struct(schema: Schema, names: list[str]) -> bool:
+    """Tell whether a path of names leads to a mapping of bytes and path, lists passed through."""
+    import pyarrow.types as kinds
+
+    kind: DataType | None = None
+    for name in names:
+        fields: Any = schema if kind is None else kind
+        if kind is not None and not kinds.is_struct(kind):
+            return False
+        if fields.get_field_index(name) < 0:
+            return False
+        kind = fields.field(name).type
+        while kinds.is_list(kind) or kinds.is_large_list(kind):
+            kind = kind.value_type
+    return kind is not None and kinds.is_struct(kind)

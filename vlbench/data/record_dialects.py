@@ -1,0 +1,137 @@
+"""Records of many programs as one: turns in `conversations`, images in `image`. Imports no torch.
+
+What each dialect looks like is in docs/reference/data_formats.md. A record tells its dialect by its
+keys, so that those of one file may differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vlbench.data.record_keys import EMPTY_VALUES
+
+TURN_KEYS = ("conversations", "messages")
+OTHER_TURN_KEYS = ("conversation", "texts")
+"""Keys of turns that are lists of mappings, and something else in other records."""
+IMAGE_KEYS = ("image", "images")
+FLAT_IMAGE_KEYS = (
+    *IMAGE_KEYS,
+    "image_path",
+    "image_file",
+    "file_name",
+    "filename",
+    "filepath",
+    "file_path",
+    "img",
+    "img_path",
+    "jpg",
+    "png",
+    "image_url",
+    "url",
+)
+"""Keys of the image in a record that is a row: an image with its caption, or with a question."""
+PAIR_KEYS = (
+    ("user", "assistant"),
+    ("question", "answer"),
+    ("query", "response"),
+    ("instruction", "output"),
+    ("prompt", "response"),
+    ("prompt", "completion"),
+    ("input", "output"),
+)
+"""What is asked and what is answered: of a row, or of each entry in a list of turns."""
+CAPTION_KEYS = ("caption", "text", "title")
+EXTRA_INPUT = "input"  # of Alpaca's rows: a text that the instruction is about
+
+
+@dataclass(frozen=True)
+class TurnsRecord:
+    """A record with its turns in one of TURN_KEYS and its images in IMAGE_KEYS."""
+
+    record: Mapping[str, Any]
+    are_images_first: bool = False
+    """Whether images without a tag are read before the first text, however many there are."""
+
+
+def is_record(value: Mapping[str, Any]) -> bool:
+    """Tell whether a mapping has the keys of a record, in any dialect."""
+    return any(key in value for key in (*TURN_KEYS, *OTHER_TURN_KEYS)) or _is_row(value)
+
+
+def unify_record(record: Mapping[str, Any]) -> TurnsRecord:
+    """Return a record with its turns in a key of TURN_KEYS; as it is where no dialect fits."""
+    for key in TURN_KEYS:
+        if record.get(key) not in EMPTY_VALUES:
+            return TurnsRecord({**record, key: _expand_pairs(record[key])})
+    for key in OTHER_TURN_KEYS:
+        turns = record.get(key)
+        if isinstance(turns, list) and turns and isinstance(turns[0], dict):
+            others = {name: value for name, value in record.items() if name != key}
+            unified = {**others, "conversations": _expand_pairs(turns)}
+            return TurnsRecord(unified, are_images_first=key == "texts")
+    return TurnsRecord(_unify_row(record) if _is_row(record) else record)
+
+
+def _expand_pairs(turns: Any) -> Any:
+    """Return turns in which an entry with a question and its answer is two turns."""
+    if not isinstance(turns, list):
+        return turns
+    return [turn for entry in turns for turn in _iterate_turns(entry)]
+
+
+def _iterate_turns(entry: Any) -> Iterator[Any]:
+    pair = _find_pair(entry) if isinstance(entry, dict) and "role" not in entry else None
+    if pair is None or "from" in entry:
+        yield entry
+        return
+    asked, answered = pair
+    others = {key: value for key, value in entry.items() if key not in pair}
+    yield {"from": "human", "value": entry[asked]}
+    yield {"from": "gpt", "value": entry[answered], **others}
+
+
+def _find_pair(record: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return the keys of a question and its answer that a record has, None for none."""
+    return next((pair for pair in PAIR_KEYS if all(key in record for key in pair)), None)
+
+
+def _find_image_key(record: Mapping[str, Any]) -> str | None:
+    return next((key for key in FLAT_IMAGE_KEYS if record.get(key) not in EMPTY_VALUES), None)
+
+
+def _is_row(record: Mapping[str, Any]) -> bool:
+    """Tell whether a record is a question and its answer, or an image and its caption."""
+    if any(key in record for key in TURN_KEYS):
+        return False
+    has_caption = any(key in record for key in CAPTION_KEYS)
+    return _find_pair(record) is not None or (has_caption and _find_image_key(record) is not None)
+
+
+def _unify_row(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the conversation of a row; its other keys stay."""
+    image_key, pair = _find_image_key(row), _find_pair(row)
+    used = {image_key, *(pair or ())}
+    if pair is None:
+        present = [key for key in CAPTION_KEYS if key in row]
+        caption_key = next((key for key in present if row[key] is not None), present[0])
+        used.add(caption_key)
+        question, answer = "<image>", row[caption_key]
+    else:
+        question, answer = row[pair[0]], row[pair[1]]
+        if pair[0] == "instruction" and EXTRA_INPUT in row:
+            used.add(EXTRA_INPUT)
+            question = _join_input(question, row[EXTRA_INPUT])
+    unified = {key: value for key, value in row.items() if key not in used}
+    if image_key:
+        unified["image"] = row[image_key]
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {**unified, "conversations": turns}
+
+
+def _join_input(instruction: Any, extra_input: Any) -> Any:
+    """Return an instruction with the text that it is about on a line of its own, as Alpaca has."""
+    if extra_input in EMPTY_VALUES or not isinstance(instruction, str):
+        return instruction
+    return f"{instruction}\n{extra_input}"

@@ -1,0 +1,64 @@
+"""Files with one record after another, any of which is read by its number. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from vlbench.errors import UserError, suggest_name
+from vlbench.regular_files import MAX_DATA_BYTES, open_regular
+
+FileStamp = tuple[int, int]
+"""Size and modification time of a file, ns: another file of the same name has others."""
+
+
+class RecordFile(Protocol):
+    """Records with random access: a file of JSON or a table, or the rows of Parquet files."""
+
+    name: str
+    """What the user named."""
+    folder: Path
+    """Where relative names of images are looked up if the user names no folder."""
+    stamps: list[FileStamp]
+    """Of its files."""
+
+    def __len__(self) -> int: ...
+
+    def pass_order(self, shuffle_key: str) -> Callable[[int], int] | None:
+        """Return the order of a pass over the records; None where any order is as fast."""
+        ...
+
+    def read_record(self, index: int, with_images: bool = True) -> Any:
+        """Return record `index` (from 0), or raise a UserError if it cannot be read any more.
+
+        Without images their bytes may be left out, where a record holds them.
+        """
+        ...
+
+
+def file_stamp(file: str | Path | int) -> FileStamp:
+    """Return what tells a file, or an open one by its number, from another one; raises OSError."""
+    status = os.stat(file)
+    return status.st_size, status.st_mtime_ns
+
+
+def read_range(file: str, stamp: FileStamp, start: int, end: int) -> bytes:
+    """Return bytes of a file that had `stamp` when it was opened first; UserError if not."""
+    try:
+        with open_regular(file, MAX_DATA_BYTES) as opened:
+            if file_stamp(opened.fileno()) != stamp:
+                raise UserError("is another file than it was when it was opened")
+            opened.seek(start)
+            return opened.read(end - start)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+
+
+def missing_file_error(file: Path) -> UserError:
+    """Return the error for a file that is not there, with the name most like it."""
+    suggestion = suggest_name(file.name, [path.name for path in file.parent.glob("*.json*")])
+    return UserError(f"data {file}: there is no such file.{suggestion}")

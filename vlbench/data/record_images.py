@@ -1,0 +1,102 @@
+"""Images of a record: names of files, or their bytes inside of the record. Imports no torch.
+
+A record holds the bytes as such (a column of a Parquet file), in a mapping of `bytes` and `path`
+(as the Hugging Face libraries write images), or as text in base64 (OpenAI's `image_url`).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from PIL import Image
+
+from vlbench.data.image_processing import open_image_bytes
+from vlbench.data.record_keys import DATA_URI
+from vlbench.errors import BadSample, UserError
+
+BASE64_TEXT = re.compile(r"[A-Za-z0-9+/=\s]{200,}")  # a path of that length has other characters
+"""The bytes of an image as base64 text."""
+STRUCT_KEYS = frozenset({"bytes", "path"})
+"""What a mapping that is an image has; either may be null."""
+OMITTED_BYTES = b"omitted"
+"""In place of an image's bytes, in a record that was read without them."""
+
+
+class HoldsImages(Protocol):
+    """A source whose records hold images."""
+
+    name: str
+
+    def read_image(self, index: int, number: int) -> bytes:
+        """Return the file of image `number` (from 0) of record `index`, or raise a UserError."""
+        ...
+
+
+@dataclass(frozen=True)
+class EmbeddedImage:
+    """An image inside of a record, which is read again when the image is opened."""
+
+    source: HoldsImages
+    record_index: int
+    image_index: int
+    """Among the images of the record, from 0."""
+
+    @property
+    def name(self) -> str:
+        """The source, and the image's place there."""
+        number = f", image {self.image_index + 1}" if self.image_index else ""
+        return f"{self.source.name}: record {self.record_index + 1}{number}"
+
+    def open(self) -> Image.Image:
+        """Return it in RGB, or raise a UserError with the name."""
+        return open_image_bytes(self.read_bytes(), f"image of {self.name}")
+
+    def open_draft(self, draft_side: int) -> Image.Image:
+        """Return it in RGB; a JPEG may be downscaled to a longest edge >= `draft_side`."""
+        return open_image_bytes(self.read_bytes(), f"image of {self.name}", draft_side)
+
+    def read_bytes(self) -> bytes:
+        """Return the bytes of the image's file; a UserError names what cannot be read."""
+        try:
+            return self.source.read_image(self.record_index, self.image_index)
+        except BadSample as bad:
+            raise UserError(f"image of {self.name}: {bad.reason}") from bad
+
+
+def plain_value(value: Any) -> Any:
+    """Return the path of an image that is a mapping without bytes, other values as they are."""
+    if isinstance(value, dict) and value and value.keys() <= STRUCT_KEYS:
+        return value if value.get("bytes") is not None else value.get("path")
+    return value
+
+
+def is_embedded(value: Any) -> bool:
+    """Tell whether an image of a record is there with its bytes, or as a mapping that has them."""
+    if isinstance(value, str):
+        return bool(DATA_URI.match(value[:20]) or BASE64_TEXT.fullmatch(value))
+    if isinstance(value, dict):
+        return value.keys() <= STRUCT_KEYS and value.get("bytes") is not None
+    return isinstance(value, bytes)
+
+
+def image_name(value: Any) -> str:
+    """Return the file name of an image of a record, "" where its bytes have none."""
+    name = value.get("path") if isinstance(value, dict) else value
+    return name if isinstance(name, str) else ""
+
+
+def image_bytes(value: Any) -> bytes:
+    """Return the bytes of an image that `is_embedded`; BadSample where the text is no base64."""
+    value = value["bytes"] if isinstance(value, dict) else value
+    if isinstance(value, bytes):
+        return value
+    text = str(value)
+    try:
+        encoded = text.partition("base64,")[2] if DATA_URI.match(text[:20]) else text
+        return base64.b64decode("".join(encoded.split()), validate=True)
+    except binascii.Error as error:
+        raise BadSample("", f"is no base64 text ({error})") from error

@@ -1,0 +1,132 @@
+"""Records in a table of text: CSV or TSV, whose first line names the columns. Imports no torch."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from array import array
+from collections.abc import Iterator
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlbench.data.record_dialects import is_record
+from vlbench.data.record_files import read_range
+from vlbench.data.record_offsets import find_offsets
+from vlbench.errors import UserError
+from vlbench.regular_files import MAX_DATA_BYTES, open_regular
+
+MAX_LINE_BYTES = 1 << 26  # 67 MB: an image in base64 may be a cell
+MAX_HEADER_BYTES = 1 << 16
+
+
+class TableRecords:
+    """The rows of a table as mappings of its columns; an empty cell is null."""
+
+    def __init__(self, file: Path) -> None:
+        """Find the rows; raises OSError, and a UserError with the line that is wrong."""
+        self.name, self.folder = str(file), file.parent
+        with open_regular(file, MAX_DATA_BYTES) as opened:
+            first_line = opened.readline(MAX_HEADER_BYTES).decode("utf-8-sig", "replace")
+        self.delimiter = _find_delimiter(first_line)
+        self.columns = [name.strip() for name in _parse_row(first_line, self.delimiter)]
+        if not is_record(dict.fromkeys(self.columns, "x")):
+            named = ", ".join(self.columns)
+            raise UserError(
+                f"is a table (CSV or TSV) with the columns {named}; expected image and caption, or "
+                "image, question and answer, named in its first line"
+            )
+        self.offsets = find_offsets(file, f"table {self.delimiter!r}", self._scan)
+        self.stamps = [self.offsets.stamp]
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def pass_order(self, shuffle_key: str) -> None:
+        """Return None: any order is as fast."""
+
+    def read_record(self, index: int, with_images: bool = True) -> Any:
+        """Return row `index` (from 0); a UserError if it has other columns than the first line."""
+        data = read_range(self.name, self.offsets.stamp, *self.offsets.record_range(index))
+        cells = _parse_row(data.decode("utf-8"), self.delimiter)
+        if len(cells) != len(self.columns):
+            raise UserError(f"has {len(cells)} cells; the table has {len(self.columns)} columns")
+        return {name: cell or None for name, cell in zip(self.columns, cells, strict=True)}
+
+    def _scan(self, file: Path) -> NDArray[np.int64]:
+        """Return where each row begins; a row may go over several lines in quotes."""
+        offsets = array("q")
+        with open_regular(file, MAX_DATA_BYTES) as opened:
+            opened.readline()
+            lines = _CountedLines(opened)
+            start = lines.position
+            for line in lines:
+                if line.strip():
+                    offsets.append(start)
+                if '"' in line:
+                    _skip_row(line, lines, self.delimiter)
+                start = lines.position
+            offsets.append(start)
+        if len(offsets) == 1:
+            raise UserError("the table holds no rows")
+        return np.frombuffer(offsets, np.int64)
+
+
+def _skip_row(first_line: str, lines: _CountedLines, delimiter: str) -> None:
+    """Take the lines of a row that has quotes, in which a row may go over several."""
+    start = lines.count
+    try:
+        next(csv.reader(itertools.chain([first_line], lines), delimiter=delimiter))
+    except csv.Error as error:
+        raise UserError(f"line {start}: is no row of a table ({error})") from None
+
+
+def is_table(beginning: bytes) -> bool:
+    """Tell whether a text begins as a table: with several names in its first line."""
+    first_line = beginning.split(b"\n", 1)[0].decode("utf-8-sig", "replace")
+    names = _parse_row(first_line, _find_delimiter(first_line)) if first_line.strip() else []
+    return len(names) > 1 and all(name.strip().isprintable() and name.strip() for name in names)
+
+
+def _find_delimiter(first_line: str) -> str:
+    return "\t" if "\t" in first_line else ","
+
+
+def _parse_row(text: str, delimiter: str) -> list[str]:
+    """Return the cells of a row; what may follow it are blank lines."""
+    if '"' not in text:  # csv has a limit for the length of a cell
+        return text.strip("\r\n").split(delimiter)
+    try:
+        lines = (f"{line}\n" for line in text.split("\n"))
+        return next(csv.reader(lines, delimiter=delimiter))
+    except csv.Error as error:
+        raise UserError(f"is no row of a table ({error})") from None
+
+
+class _CountedLines:
+    """The lines of a file in UTF-8, with the position behind the last one that was taken."""
+
+    def __init__(self, opened: BufferedReader) -> None:
+        self._opened = opened
+        self.position, self.count = opened.tell(), 1
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._opened.readline(MAX_LINE_BYTES)
+        if not line:
+            raise StopIteration
+        self.count += 1
+        self.position += len(line)
+        zero = line.find(b"\0")
+        if zero >= 0:
+            raise UserError(f"is no text: its byte {self.position - len(line) + zero + 1} is 0")
+        try:
+            return line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            where = f"line {self.count}, byte {error.start + 1}"
+            raise UserError(f"{where}: not UTF-8; save the file as UTF-8") from None

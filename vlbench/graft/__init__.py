@@ -1,0 +1,1 @@
+"""`graft`: do this vision encoder, this connector and this language model fit?"""

@@ -1,0 +1,100 @@
+"""`python -m vlbench graft`: say what three parts are together, write their recipe."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from vlbench.data.own_template import bind_template
+from vlbench.data.tokenizer import Tokenizer
+from vlbench.graft.graft_options import GraftOptions, page_path
+from vlbench.graft.graft_recipe import fit_command, write_recipe
+from vlbench.graft.missing_files import file_lines, find_local_language
+from vlbench.graft.part_table import (
+    choose_gpu,
+    count_parameters,
+    memory_lines,
+    parameter_lines,
+    shape_lines,
+)
+from vlbench.graft.text_checks import render_page, text_lines, trip_conversations
+from vlbench.model.language_model import tokenizer_folder
+from vlbench.model.loaded_vlm import LoadedVLM
+from vlbench.planner.meta_model import build_meta_vlm
+from vlbench.system_errors import explain_unwritable
+from vlbench.text_files import write_for_people
+from vlbench.train.shape_checks import check_stage_shapes
+from vlbench.train.stage_plan import check_data, plan_stage_runs
+
+
+def run_graft(options: GraftOptions) -> int:
+    """Check the parts, print what they are together, write recipe and page; return the exit code.
+
+    Raises:
+        UserError: the parts do not fit, files of them are not whole, or `out` cannot be written.
+    """
+    start, recipe = time.monotonic(), options.recipe
+    local = find_local_language(recipe.language)
+    known = recipe.model_copy(update={"language": local.config})
+    if not local.problem:
+        stage_runs = plan_stage_runs(known)
+        check_data(stage_runs)
+        check_stage_shapes(known.model, stage_runs)
+        tokenizer = Tokenizer.load(tokenizer_folder(known.language.weights))
+        bind_template(recipe.language.template, tokenizer)  # refuses what the tokenizer lacks
+    models = {
+        name: build_meta_vlm(known.model, name, stage, recipe.precision)
+        for name, stage in recipe.selected_stages.items()
+    }
+    last = list(models.values())[-1]
+    files = file_lines(recipe, local, count_parameters(last))
+    _print_block(shape_lines(recipe, models))
+    _print_block(parameter_lines(recipe, last))
+    gpu, gpu_note = choose_gpu(options.gpu)
+    plan_options = replace(options, recipe=known).plan_options(gpu)
+    _print_block(memory_lines(plan_options, gpu_note))
+    cautions = [local.problem] if local.problem else _check_texts(options, models)
+    _print_block(["files", *(f"  {line}" for line in files)])
+    _write_results(options, {} if local.problem else models)
+    _print_block([*(f"caution: {caution}" for caution in cautions), *_closing_lines(options)])
+    print(f"({time.monotonic() - start:.0f} s)", flush=True)
+    if not options.tries:
+        return 0
+    from vlbench.graft.sight_trial import run_trial
+
+    return run_trial(recipe.model_copy(update={"recipe": str(options.out)}))
+
+
+def _print_block(lines: list[str]) -> None:
+    print("\n".join(lines) + "\n", flush=True)
+
+
+def _check_texts(options: GraftOptions, models: dict[str, LoadedVLM]) -> list[str]:
+    """Print what becomes of texts; return what to think of."""
+    processor = list(models.values())[-1].processor
+    trips = trip_conversations(processor)
+    _print_block(text_lines(processor, trips))
+    return [caution for trip in trips for caution in trip.cautions]
+
+
+def _write_results(options: GraftOptions, models: dict[str, LoadedVLM]) -> None:
+    """Write the recipe and, where the tokenizer is here, the page."""
+    try:
+        write_recipe(options.recipe, options.out)
+        if models:
+            write_for_people(page_path(options.out), render_page(options.recipe, models))
+    except OSError as error:
+        raise explain_unwritable(error, f"out={options.out}") from error
+
+
+def _closing_lines(options: GraftOptions) -> list[str]:
+    page = page_path(options.out)
+    lines = [f"wrote {options.out}"]
+    if page.is_file():
+        lines[0] += f", and {page}: which tokens are learned"
+    if options.takes_scenes:
+        lines.append(
+            "no data were named: it trains on rendered scenes; data.train=FILE.json "
+            "data.images=FOLDER are your own"
+        )
+    return [*lines, fit_command(options.out)]

@@ -1,0 +1,147 @@
+"""Two vision encoders that look at the same image and compute as one.
+
+As in Prismatic VLMs (Karamcheti et al. 2024, arXiv:2402.07865: DINOv2 with SigLIP) and Cambrian-1
+(Tong et al. 2024, arXiv:2406.16860), their features are concatenated by channel on the grid of the
+first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from vlbench.config.schema import SecondEncoderConfig, VisionEncoderConfig
+from vlbench.connector.levels import Levels
+from vlbench.data.image_processing import ImageTransform
+from vlbench.errors import UserError
+from vlbench.model.vision_encoder import VisionEncoder, has_trained_parameters
+
+EncoderBuilder = Callable[[str, VisionEncoderConfig | SecondEncoderConfig], VisionEncoder]
+"""Takes the name of a part and what a recipe says of it, and returns its encoder."""
+
+
+def build_encoders(vision: VisionEncoderConfig, build_one: EncoderBuilder) -> VisionEncoder:
+    """Return the vision encoder of a recipe, or the pair of both; `build_one` builds one."""
+    first = build_one("vision", vision)
+    if vision.second is None:
+        return first
+    try:
+        second = build_one("second_vision", vision.second)
+    except UserError as error:
+        raise UserError(*(f"vision.second: {line}" for line in error.lines)) from error
+    return PairedEncoder(first, second, vision.second.image_size)
+
+
+class PairedEncoder(VisionEncoder):
+    """The first of two vision encoders, which computes with the second as one.
+
+    The second is a part of its own: `VLM.second_vision` trains, saves and loads it. It is therefore
+    no submodule of the first, whose state and parameters stay those of one encoder.
+    """
+
+    second: VisionEncoder
+
+    def __init__(
+        self, first: VisionEncoder, second: VisionEncoder, second_size: int | None = None
+    ) -> None:
+        """Join two encoders.
+
+        Args:
+            first: Its image size and grid are those of the pair.
+            second: Its features are brought to that grid.
+            second_size: Side in pixels of what the second sees at every image size of the first;
+                None: what gives it as many patches as the first.
+
+        The second gets its size with the next `set_image_size`, so that it is not resized twice.
+        """
+        torch.nn.Module.__init__(self)
+        self.__dict__.update(first.__dict__)  # its modules too: nothing is copied
+        self.__dict__["second"], self.second_size = second, second_size  # no submodule
+
+    def _match_second(self) -> None:
+        """Give the second encoder its image size."""
+        side = self.second_size
+        try:
+            if side is None:
+                side = self.grid[0] * (self.second.image_size // self.second.grid[0])
+            self.second.set_image_size(side)
+        except UserError as error:
+            raise UserError(f"vision.second: {error}") from error
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether both encoders have a class token."""
+        return super().has_class_token and self.second.has_class_token
+
+    @property
+    def feature_width(self) -> int:
+        """Width of one feature of the pair."""
+        return super().feature_width + self.second.feature_width
+
+    @property
+    def transform(self) -> ImageTransform:
+        """Both image transforms: the square is the first's, so that the grids lie on each other."""
+        own, size = super().transform, self.second.image_size
+        second = replace(
+            own,
+            size=round(size * self.resize_ratio),
+            crop=size,
+            mean=self.second.mean,
+            std=self.second.std,
+            interpolation=self.second.interpolation,
+        )
+        return replace(own, second=second)
+
+    @property
+    def pixel_shape(self) -> tuple[int, int, int]:
+        """Channels, rows and columns of the pixels of an image: three channels for each encoder."""
+        side = max(self.image_size, self.second.image_size)
+        return 6, side, side
+
+    def encoders(self) -> list[VisionEncoder]:
+        """Return this encoder and the second."""
+        return [self, self.second]
+
+    def set_image_size(self, image_size: int) -> None:
+        """Change the image size in pixels of the first; the second follows."""
+        super().set_image_size(image_size)
+        self._match_second()
+
+    def read_blocks(self, layers: Sequence[int], class_token: bool) -> None:
+        """Let `forward` return what a connector reads, of the second as far from its last block."""
+        super().read_blocks(layers, class_token)
+        count = len(self.blocks())
+        try:
+            self.second.read_blocks([layer % count - count for layer in layers], class_token)
+        except UserError as error:
+            raise UserError(f"vision.second: {error}") from error
+
+    def forward(self, pixels: Tensor) -> Levels:
+        """Turn pixels `[images, 6, side, side]` into features `[images, patches, both widths]`.
+
+        Only the encoders that are trained keep what a backward pass needs.
+        """
+        sides = (self.image_size, self.second.image_size)
+        halves = [pixels[:, 3 * i : 3 * i + 3, :side, :side] for i, side in enumerate(sides)]
+        wanted = torch.is_grad_enabled()
+        with torch.set_grad_enabled(wanted and has_trained_parameters(self)):
+            own = super().forward(halves[0].contiguous())
+        with torch.set_grad_enabled(wanted and has_trained_parameters(self.second)):
+            other = self.second(halves[1].to(self.second.dtype).contiguous())
+        if isinstance(own, Tensor):
+            return self._join_features(own, other)
+        return tuple(self._join_features(*pair) for pair in zip(own, other, strict=True))
+
+    def _join_features(self, own: Tensor, other: Tensor) -> Tensor:
+        """Concatenate by channel, the second's patches on the grid of the first."""
+        first = int(self.class_token)
+        if self.second.grid != self.grid:
+            token, patches = other[:, :first], other[:, first:]
+            maps = patches.transpose(1, 2).unflatten(2, self.second.grid)
+            maps = interpolate(maps.float(), self.grid, mode="bilinear").to(other.dtype)
+            other = torch.cat([token, maps.flatten(2).transpose(1, 2)], dim=1)
+        return torch.cat([own, other.to(own.dtype)], dim=-1)
