@@ -88,7 +88,8 @@ def _embed_patches(visual: open_clip.transformer.VisionTransformer, pixels: Tens
         size = hidden.shape[-2:]
         grid = interpolate(grid, size=size, mode="bicubic", antialias=True, align_corners=False)
         positions = grid.flatten(2).transpose(1, 2)
-    return hidden.flatten(2).transpose(1, 2) + positions
+    embedded: Tensor = hidden.flatten(2).transpose(1, 2) + positions
+    return embedded
 
 
 def _prepend_class_token(
