@@ -21,7 +21,12 @@ from vlbench.data.scene_families import (
 )
 from vlbench.data.scene_lattice_text import coordinate_name, list_neighbours
 from vlbench.data.scene_letters import LETTER_GRID
-from vlbench.data.scene_text import draw_question, object_name
+from vlbench.data.scene_text import (
+    TOTAL_QUESTIONS,
+    SceneQuestion,
+    draw_question,
+    object_name,
+)
 from vlbench.data.scene_world import RenderedScene
 from vlbench.miniatures.told_pictures import describe_in_rasters, describe_line
 
@@ -48,6 +53,7 @@ ANSWERS_PER_DOCUMENT = {
     "shape": 4,
     "relation": 4,
     "count": 4,
+    "several": 2,
     "fine": 1,
     "caption": 1,
     "glyphs": 1,
@@ -111,13 +117,25 @@ def _draw_answers(
             for about, told in rng.sample(facts, min(count, len(facts)))
             for piece in ((about, False), (told, True), (end, False))
         ]
-    left = [q for q in list_picture_questions(pictures, skill.language) if q.type == skill.name]
+    left = list_picture_questions(pictures, skill.language)
+    if skill.name == "several":
+        left = _count_questions_about_some(left)
+    else:
+        left = [q for q in left if q.type == skill.name]
     pieces = list[TextPiece]()
     for _ in range(min(count, len(left))):
         asked = draw_question(rng, left)
         left.remove(asked)
         pieces += [(asked.text, False), (f" {asked.answer}", True), ("\n", False)]
     return pieces
+
+
+def _count_questions_about_some(questions: Sequence[SceneQuestion]) -> list[SceneQuestion]:
+    """Return the questions of how many have a colour or shape; none where no two share any."""
+    about_some = [
+        q for q in questions if q.type == "count" and q.text != TOTAL_QUESTIONS[q.language]
+    ]
+    return about_some if any(len(q.relevant_pairs) > 1 for q in about_some) else []
 
 
 def list_facts(scene: RenderedScene, skill: Skill) -> list[tuple[str, str]]:
