@@ -70,11 +70,13 @@ def test_lattice_scenes_are_crowded_and_name_something() -> None:
 def test_the_colour_of_every_crowded_object_is_where_it_should_be() -> None:
     for [scene] in pictures("crowd", 40):
         image = np.asarray(scene.open()).astype(int)
-        side = IMAGE_SIDE // LATTICE
+        side = scene.extent / LATTICE
         by_cell = {t.cell: t for t in scene.objects}
         for cell in range(LATTICE**2):
-            top, left = cell // LATTICE * side, cell % LATTICE * side
-            tile = image[top : top + side, left : left + side]
+            left, top = (
+                round(scene.corner[k] + (cell % LATTICE, cell // LATTICE)[k] * side) for k in (0, 1)
+            )
+            tile = image[top : top + round(side), left : left + round(side)]
             near = {name: (abs(tile - c).max(-1) < 48).sum() for name, c in COLOURS.items()}
             if cell in by_cell:
                 assert max(near, key=near.__getitem__) == by_cell[cell].colour, scene.name
@@ -88,7 +90,7 @@ def test_what_is_beside_an_object_follows_from_positions() -> None:
     steps["below"] = (0, 1)
     met = Counter[str]()
     for [scene] in pictures("place"):
-        grid = {(int(t.x // 28), int(t.y // 28)): t.colour_shape for t in scene.objects}
+        grid = {divmod(scene.cell_at(t.x, t.y), 4)[::-1]: t.colour_shape for t in scene.objects}
         for q in list_picture_questions((scene,), "en"):
             if q.type != "place":
                 continue

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from vlbench.data.scene_world import (
     COLOURS,
+    IMAGE_SIDE,
     SHAPES,
     UNSEEN_PAIRS,
     RenderedScene,
@@ -19,6 +20,10 @@ from vlbench.data.scene_world import (
 )
 
 LATTICE = 4  # cells along a side
+# The lattice is somewhere in the image: objects lie across the borders of patches of 14 pixels, and
+# of any blocks of patches that a connector may join. Rows and columns can be told from pixels
+# nevertheless: wherever it is, no row covers the middle of another.
+EXTENT = 96.0  # pixels along a side of the lattice
 MIN_OBJECTS, MAX_OBJECTS = 6, LATTICE**2
 
 
@@ -34,7 +39,18 @@ def make_lattice_scene(stream: str, seed: int, index: int, has_dot: bool = False
         for number, (pair, cell) in enumerate(zip(pairs, cells, strict=True))
     )
     name = f"scene-lattice-{stream}-{seed}-{index}"
-    return RenderedScene(name, objects, make_background(rng), LATTICE)
+    return shrink_anywhere(rng, RenderedScene(name, objects, make_background(rng), LATTICE))
+
+
+def shrink_anywhere(rng: random.Random, scene: RenderedScene) -> RenderedScene:
+    """Return a lattice that fills the image at `EXTENT` of its size, somewhere in the image."""
+    left, top = (rng.uniform(0, IMAGE_SIDE - EXTENT) for _ in range(2))
+    scale = EXTENT / IMAGE_SIDE
+    objects = tuple(
+        replace(t, x=left + t.x * scale, y=top + t.y * scale, radius=t.radius * scale)
+        for t in scene.objects
+    )
+    return replace(scene, objects=objects, corner=(left, top), extent=EXTENT)
 
 
 def _draw_crowd(rng: random.Random, count: int) -> list[tuple[str, str]]:

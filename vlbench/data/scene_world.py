@@ -8,6 +8,7 @@ modules named `scene_*_text`. Nothing here imports torch.
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -73,6 +74,8 @@ class RenderedScene:
     objects: tuple[SceneObject, ...]  # in raster order
     corner_colours: tuple[tuple[int, int, int], ...]  # of the background, interpolated between
     grid: int = QUARTERS  # cells along a side
+    corner: tuple[float, float] = (0.0, 0.0)  # x and y where the grid begins, pixels
+    extent: float = IMAGE_SIDE  # pixels along a side that the grid covers
 
     @property
     def labels(self) -> dict[str, str]:
@@ -82,6 +85,14 @@ class RenderedScene:
         for one in self.objects:
             labels |= {colour_label(one.cell): one.colour, shape_label(one.cell): one.shape}
         return labels
+
+    def cell_at(self, x: float, y: float) -> int:
+        """Return the cell at a point in pixels; beside the grid, the nearest."""
+        row, column = (
+            min(max(math.floor((at - begin) * self.grid / self.extent), 0), self.grid - 1)
+            for at, begin in ((y, self.corner[1]), (x, self.corner[0]))
+        )
+        return row * self.grid + column
 
     def open(self) -> Image.Image:
         """Paint the scene, 112 x 112 pixels, RGB."""

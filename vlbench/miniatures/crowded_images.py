@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from vlbench.data.scene_lattice import LATTICE
+from vlbench.data.scene_lattice import LATTICE, shrink_anywhere
 from vlbench.data.scene_letters import LETTER_GRID
 from vlbench.data.scene_painting import LETTERS
 from vlbench.data.scene_world import (
@@ -33,10 +33,14 @@ _DOTTED_SCENES, _DOTTED_OBJECTS = 0.6, 0.4  # share of the scenes, and of the ob
 _HALF_HEIGHTS, _MAX_SHIFT = (5.2, 7.0), 2.0  # of letters, pixels: a little more than is asked
 
 
-def crowded_scenes(step: int, count: int) -> list[RenderedScene]:
-    """Make lattices of small objects, of which some have dots."""
+def crowded_scenes(step: int, count: int, are_anywhere: bool = False) -> list[RenderedScene]:
+    """Make lattices of small objects, of which some have dots.
+
+    They fill the image or, as in the exam, are smaller and anywhere.
+    """
     rng = random.Random(f"tower/crowd/{step}")
-    return [_crowded_scene(rng) for _ in range(count)]
+    scenes = [_crowded_scene(rng) for _ in range(count)]
+    return [shrink_anywhere(rng, one) for one in scenes] if are_anywhere else scenes
 
 
 def letter_scenes(step: int, count: int) -> list[RenderedScene]:

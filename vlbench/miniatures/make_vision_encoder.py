@@ -32,6 +32,7 @@ MIXED_SIZE_STEPS, MORE_MIXED_SIZE_STEPS, MOSTLY_LARGE_STEPS = 500, 1000, 900
 MIXED_SIZE_PEAK_LR = 8e-4  # peak learning rate of these steps
 # steps of which three in four name regions
 REGION_STEPS, REGION_PEAK_LR = 1200, 8e-4
+ANYWHERE_STEPS, ANYWHERE_PEAK_LR = 800, 8e-4  # the same, where crowded scenes are anywhere
 CLIP_CONFIG: dict[str, Any] = {
     "embed_dim": 128,
     "quick_gelu": False,
@@ -96,8 +97,9 @@ def pretraining_stages(
     No two stages see the same scenes.
     """
     captions = CaptionLosses(model, tokenizer)
-    words = RegionWords(CLIP_CONFIG["vision_cfg"]["width"])
+    words, more_words = (RegionWords(CLIP_CONFIG["vision_cfg"]["width"]) for _ in range(2))
     regions = RegionLosses(model, words, captions)
+    anywhere = RegionLosses(model, more_words, captions, are_anywhere=True)
     only_clip, with_words = nn.ModuleList([model]), nn.ModuleList([model, words])
 
     def first_stage(step: int) -> Tensor:
@@ -113,6 +115,12 @@ def pretraining_stages(
         (only_clip, MORE_MIXED_SIZE_STEPS, MIXED_SIZE_PEAK_LR, mixed_sizes(200_000, 2)),
         (only_clip, MOSTLY_LARGE_STEPS, MIXED_SIZE_PEAK_LR, mixed_sizes(300_000, 4)),
         (with_words, REGION_STEPS, REGION_PEAK_LR, lambda step: regions.mixed(400_000, step)),
+        (
+            nn.ModuleList([model, more_words]),
+            ANYWHERE_STEPS,
+            ANYWHERE_PEAK_LR,
+            lambda step: anywhere.mixed(500_000, step),
+        ),
     ]
 
 

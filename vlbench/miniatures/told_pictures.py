@@ -13,7 +13,8 @@ import random
 from collections.abc import Sequence
 
 from vlbench.data.scene_albums import album_heading
-from vlbench.data.scene_lattice_text import coordinates
+from vlbench.data.scene_lattice import LATTICE
+from vlbench.data.scene_lattice_text import coordinate_name, coordinates
 from vlbench.data.scene_letters import LETTER_GRID
 from vlbench.data.scene_painting import LETTERS
 from vlbench.data.scene_text import CELL_NAMES, LANGUAGES, object_name
@@ -76,12 +77,15 @@ def _join_cells(cells: Sequence[str]) -> str:
 def _told_cells(scene: RenderedScene, grid: int) -> list[str]:
     cells = [EMPTY_WORD] * grid**2
     for thing in scene.objects:
-        for cell, away in _covered_cells(thing, scene.grid, grid):
+        for cell, away in _covered_cells(thing, scene, grid):
             row, column = divmod(cell, grid)
             words = [f" {thing.colour}", _shape_word(thing)]
             if thing.has_dot and away <= _DOT_REACH:
                 words.append(DOT_WORD)
-            words += coordinates(column + 0.5, row + 0.5, grid)
+            if scene.grid == LATTICE:
+                words += coordinate_name(thing.cell)
+            else:
+                words += coordinates(column + 0.5, row + 0.5, grid)
             cells[cell] = OVERLAY_SEPARATOR.join(words)
     return cells
 
@@ -90,16 +94,16 @@ def _shape_word(thing: SceneObject) -> str:
     return thing.shape if thing.shape in LETTERS else f" {thing.shape}"
 
 
-def _covered_cells(thing: SceneObject, scene_grid: int, grid: int) -> list[tuple[int, float]]:
+def _covered_cells(thing: SceneObject, scene: RenderedScene, grid: int) -> list[tuple[int, float]]:
     """List the cells that show an object, and how far its middle is from each, in pixels.
 
-    They are those of its own cell of the scene that it touches, at least one.
+    Of the cells whose middle is in its cell of the scene: those that it touches, at least one.
     """
     pixels = IMAGE_SIDE / grid
     far = []
     for cell in range(grid**2):
         row, column = divmod(cell, grid)
-        if row * scene_grid // grid * scene_grid + column * scene_grid // grid != thing.cell:
+        if scene.cell_at((column + 0.5) * pixels, (row + 0.5) * pixels) != thing.cell:
             continue
         across = max(abs((column + 0.5) * pixels - thing.x) - pixels / 2, 0)
         down = max(abs((row + 0.5) * pixels - thing.y) - pixels / 2, 0)

@@ -41,10 +41,11 @@ class RegionBatch:
     whole: int  # each with its twins
     image_size: int  # pixels
 
-    def make_scenes(self, step: int) -> list[RenderedScene]:
-        """Make the scenes of step `step`."""
+    def make_scenes(self, step: int, are_anywhere: bool = False) -> list[RenderedScene]:
+        """Make the scenes of step `step`; crowded ones fill the image, or are anywhere."""
         whole = whole_scenes(step, self.whole)[0]
-        return crowded_scenes(step, self.crowded) + letter_scenes(step, self.letters) + whole
+        crowded = crowded_scenes(step, self.crowded, are_anywhere)
+        return crowded + letter_scenes(step, self.letters) + whole
 
 
 # The steps of a round. At 112 pixels a small object covers four patches and a letter one; at 56 a
@@ -106,6 +107,7 @@ class RegionLosses:
     model: open_clip.CLIP
     words: RegionWords
     captions: CaptionLosses
+    are_anywhere: bool = False  # crowded scenes; else they fill the image
 
     def mixed(self, first_step: int, step: int) -> Tensor:
         """Name the regions of a round of batches from `first_step` on, then compare captions."""
@@ -113,7 +115,7 @@ class RegionLosses:
         if turn == len(REGION_ROUND):
             return self.captions.mixed_sizes(first_step, step, small_every=3)
         batch = REGION_ROUND[turn]
-        scenes = batch.make_scenes(first_step + step)
+        scenes = batch.make_scenes(first_step + step, self.are_anywhere)
         with torch.autocast("cpu", torch.bfloat16):
             features = encode_patches(self.model, scenes, batch.image_size)
         targets = region_targets(scenes, batch.image_size // 14)
