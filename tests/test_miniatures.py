@@ -139,7 +139,7 @@ def test_patch_features_tell_every_attribute_in_every_family() -> None:
     assert figures.keys() == recorded.keys()
     for family, attributes in figures.items():
         for name, share in attributes.items():
-            slack = 0.1 if name.startswith("unseen") else 0.03
+            slack = 0.2 if name.startswith("unseen") else 0.03  # 2 in 5 of the scenes
             assert share >= recorded[family][name] - slack, (family, name)
 
 
