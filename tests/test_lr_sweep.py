@@ -138,4 +138,4 @@ def test_runs_of_another_recipe_are_not_taken_for_these(home, capsys):
     assert main([*LLAVA, "dry_run=true"]) == 2
     said = capsys.readouterr().err
     assert "c/yivl_llava/seed0 was trained with another recipe" in said
-    assert "stages.chat.steps (5 before, 450 now)" in said
+    assert "stages.chat.steps (5 before, 350 now)" in said
