@@ -56,7 +56,8 @@ def dry_run(recipe: Recipe) -> int:
     """Do a few optimizer steps per stage in this process, keep nothing; return the exit code."""
     with preserve_process_settings(), quiet_lightning(), join_process_group(recipe.trainer):
         runner = StageRunner.from_recipe(recipe)
-        return dry_run_stages(runner, recipe.model, plan_stage_runs(recipe))
+        stage_runs = collectives.call_on_rank_zero_first(lambda: plan_stage_runs(recipe))
+        return dry_run_stages(runner, recipe.model, stage_runs)
 
 
 def dry_run_stages(runner: StageRunner, model: ModelConfig, stage_runs: list[StageRun]) -> int:
@@ -87,7 +88,7 @@ def measure_stages(
     runner: StageRunner, model: ModelConfig, stage_runs: list[StageRun]
 ) -> Iterator[StageMeasurement]:
     """Try every stage: its longest step, then two as they come."""
-    check_data(stage_runs)
+    collectives.call_on_rank_zero(lambda: check_data(stage_runs))
     check_stage_shapes(model, stage_runs)
     user_callbacks = build_user_callbacks(runner.trainer_config.callbacks)
     vlm, _ = build_or_resume_model(model, stage_runs, None, runner.is_sharded)
