@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import MutableMapping
 from pathlib import Path
 
-from vlbench.config.schema import StageData
+from vlbench.config.stage_schema import StageData
 from vlbench.data.conversation_files import ConversationFiles
 from vlbench.data.remote_shards import is_url
 from vlbench.data.sample import SampleSource

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vlbench.compat.transformers_internals import passed_through_mask
-from vlbench.config.schema import LanguageModelConfig, ModelConfig, VisionEncoderConfig
+from vlbench.config.model_schema import LanguageModelConfig, ModelConfig, VisionEncoderConfig
 from vlbench.connector.base import Connector, blank_features
 from vlbench.connector.bounded_building import build_connector
 from vlbench.connector.levels import Levels, as_levels

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 
 from vlbench.compat.vision_internals import keep_encoder_blocks
-from vlbench.config.schema import ModelConfig, StageConfig
+from vlbench.config.model_schema import ModelConfig
+from vlbench.config.stage_schema import StageConfig
 from vlbench.connector import registry
 from vlbench.data.own_template import bind_template
 from vlbench.data.packing import PackedBatch, assign_image_index

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from vlbench.config.schema import ModelConfig, Recipe
+from vlbench.config.model_schema import ModelConfig
+from vlbench.config.schema import Recipe
 from vlbench.data.optimizer_step import OptimizerStep, StepPlan
 from vlbench.distributed import collectives
 from vlbench.distributed.process_group import join_process_group

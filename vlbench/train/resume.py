@@ -12,8 +12,9 @@ from torch import Tensor
 from vlbench import hub_download
 from vlbench.config import recipe as recipes
 from vlbench.config.key_types import ENCODER_PARTS, PART_NAMES
+from vlbench.config.model_schema import LanguageModelConfig, ModelConfig
 from vlbench.config.overrides import format_override
-from vlbench.config.schema import LanguageModelConfig, ModelConfig, StageConfig
+from vlbench.config.stage_schema import StageConfig
 from vlbench.connector import kept_source, registry
 from vlbench.errors import UserError
 from vlbench.hub_download import fetch_hub_folder

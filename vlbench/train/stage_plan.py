@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from vlbench.config.key_types import PART_NAMES
-from vlbench.config.schema import DataConfig, Recipe, StageConfig
+from vlbench.config.schema import Recipe
+from vlbench.config.stage_schema import DataConfig, StageConfig
 from vlbench.data.batch_sampler import StepDataset
 from vlbench.data.data_sources import (
     SourceCache,
