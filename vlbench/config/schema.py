@@ -1,8 +1,7 @@
 """The recipe: every key with its type, default, range and meaning, as pydantic models.
 
-One model for each mapping of the YAML file; those of the model's parts are in `model_schema`, those
-of the stages and their data in `stage_schema`. `config/recipe.py` fills them from files and the
-command line; a recipe is frozen, and `recipe.model_copy(update={...})` gives a changed one.
+`model_schema` has those of the model's parts, `stage_schema` those of stages and their data. A recipe
+is frozen; `recipe.model_copy(update={...})` gives a changed one.
 """
 
 from __future__ import annotations
