@@ -1,6 +1,6 @@
 """The recipe: every key with its type, default, range and meaning, as pydantic models.
 
-`model_schema` has those of the model's parts, `stage_schema` those of stages and their data. A recipe
+`model_schema` has those of the model's parts, `stage_schema` those of stages and data. A recipe
 is frozen; `recipe.model_copy(update={...})` gives a changed one.
 """
 
