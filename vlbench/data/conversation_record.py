@@ -57,6 +57,7 @@ MEDIA_TAG = re.compile(
 )
 """Tags of other programs for images, videos and sound; `<image>` is replaced before."""
 
+CHINESE_CHARACTER = re.compile("[\u4e00-\u9fff]")
 _EMBEDDED_REMEDY = ", an image as text; write it to a file and give its name"
 
 
@@ -344,5 +345,5 @@ def _insert_image_tags(turns: list[ChatTurn], count: int) -> list[ChatTurn]:
 
 def _detect_language(turns: list[ChatTurn]) -> str:
     """Return "zh" when a turn holds Chinese characters, otherwise "en"."""
-    chinese = any("\u4e00" <= character <= "\u9fff" for turn in turns for character in turn.text)
-    return "zh" if chinese else "en"
+    texts = (turn.text for turn in turns if not turn.text.isascii())
+    return "zh" if any(map(CHINESE_CHARACTER.search, texts)) else "en"

@@ -1,6 +1,6 @@
 """Checks of the data before training starts, in a time that does not grow with the data.
 
-Reading a record takes 0.15 ms, and some milliseconds over a network: all of 20,000 are seconds, all
+Reading a record takes 0.1 ms, and some milliseconds over a network: all of 20,000 are seconds, all
 of 10^8 would be hours in which every GPU waits. Of a larger source some are inspected; the others
 are judged when training meets them, and the verb `check` reads all.
 """
