@@ -223,7 +223,7 @@ def _build_with_reference(config: ModelConfig, stage: StageConfig, files: list[P
 
 
 def is_blip2_folder(folder: Path) -> bool:
-    """Tell whether a folder has a BLIP-2 or InstructBLIP of transformers, whose Q-Former is used."""
+    """Tell whether a folder has a BLIP-2 or InstructBLIP of transformers, for its Q-Former."""
     file = folder / "config.json"
     model_type = str(read_json(file).get("model_type")) if file.is_file() else ""
     return model_type.startswith(("blip", "instructblip"))
