@@ -44,7 +44,8 @@ def connector_cost_lines(size: str) -> list[str]:
     known = {
         name: recipe.load_recipe(["recipe=yivl_llava", *words]) for name, words in recipes.items()
     }
-    from vlbench.model.connector_cost import QUESTION_TOKENS, count_model_cost
+    from vlbench.connector.blank_inputs import QUESTION_TOKENS
+    from vlbench.model.connector_cost import count_model_cost
 
     rows = [("connector", "parameters", "tokens", "latents", "prefill TFLOPs")]
     unfit: list[str] = []
