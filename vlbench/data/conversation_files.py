@@ -1,4 +1,4 @@
-"""Conversations in files: JSON, tables and Parquet, told apart by what they hold."""
+"""Conversations in files: JSON, tables and Parquet, told apart by what they hold, or mapped."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vlbench.data.annotation_records import AnnotationRecords
 from vlbench.data.conversation_record import find_image_value, sample_from_record
 from vlbench.data.image_processing import ImageFile
 from vlbench.data.json_records import JsonRecords
+from vlbench.data.mapped_sources import find_mapped_source
 from vlbench.data.parquet_files import find_parquet_files
 from vlbench.data.parquet_records import ParquetRecords
 from vlbench.data.record_files import RecordFile, missing_file_error, read_beginning
@@ -35,11 +37,11 @@ class ConversationFiles:
         image_folder: str | Path | None = None,
         allow_outside: bool = False,
     ) -> None:
-        """Open a file, or a folder of Parquet files; image names are looked up in `image_folder`.
+        """Open a file, a folder of Parquet files, or MAPPING:FOLDER of annotation files.
 
-        That is by default the file's own folder. Images outside of it are bad, unless
-        `allow_outside`; see `image_folder.is_inside`. Raises a UserError when the file is missing,
-        malformed or without records.
+        Image names are looked up in `image_folder`, by default the file's own folder. Images
+        outside of it are bad, unless `allow_outside`; see `image_folder.is_inside`. Raises a
+        UserError when the file is missing, malformed or without records.
         """
         self.name = str(location)
         if image_folder is not None and not Path(image_folder).is_dir():
@@ -129,6 +131,9 @@ def open_record_file(location: str) -> RecordFile:
     """Open records by what their file or folder is; raises a UserError that names it."""
     file = Path(location)
     try:
+        mapped = find_mapped_source(location)
+        if mapped is not None:
+            return AnnotationRecords(location, mapped)
         parquet_files = find_parquet_files(location)
         if parquet_files:
             return ParquetRecords(location, parquet_files)

@@ -1,0 +1,279 @@
+"""Where the samples of annotation files stand: found once, and kept beside files that are large.
+
+A sample is a row of whole numbers: first and last byte of its record, which entry of the record's
+lists it is, and first and last byte of each record that is joined to it. A million questions with
+their answers joined take 40 MB, which the processes of a machine share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from array import array
+from codecs import BOM_UTF8
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlbench.data.json_nesting import EVERY_VALUE, FoundRecord, scan_nested
+from vlbench.data.kept_numbers import read_numbers, write_numbers
+from vlbench.data.mapping_texts import LinePattern, find_value, plain_text
+from vlbench.data.record_files import FileStamp, read_beginning, read_range
+from vlbench.data.record_offsets import MIN_INDEXED_BYTES
+from vlbench.data.table_records import CountedLines
+from vlbench.errors import BadSample, UserError, describe_json_type
+from vlbench.regular_files import MAX_DATA_BYTES, open_regular
+
+NOT_FOUND = -1
+_FIXED_COLUMNS = 3  # first byte, last byte, entry
+_MAX_NAMED = 8  # other values of a key that a message names
+
+
+@dataclass(frozen=True)
+class RecordPlace:
+    """Records in a file: JSON below a path, or lines of a pattern."""
+
+    file: Path
+    stamp: FileStamp
+    at: str = ""
+    pattern: LinePattern | None = None
+
+    def iterate_records(self) -> Iterator[FoundRecord]:
+        """Yield the records with their bytes; raises OSError, and a UserError that names the file.
+
+        A line that does not fit the pattern is there without a value.
+        """
+        try:
+            if self.pattern is None:
+                read_beginning(self.file)
+                yield from scan_nested(self.file, self.at)
+            else:
+                yield from _scan_lines(self.file, self.pattern)
+        except BadSample:
+            raise
+        except UserError as error:
+            raise UserError(f"{self.file}: {error}") from None
+
+    def read_record(self, start: int, end: int) -> dict[str, Any]:
+        """Return the record in some bytes; BadSample for no mapping, UserError for a changed file.
+
+        The key of a mapping's value is added as `key`.
+        """
+        text = read_range(str(self.file), self.stamp, start, end).decode("utf-8")
+        if self.pattern is not None:
+            return self.pattern.read_line(text.rstrip("\r\n"))
+        try:
+            decoder, key = json.JSONDecoder(), None
+            if self.at.endswith(EVERY_VALUE):
+                key, position = decoder.raw_decode(text)
+                text = text[text.index(":", position) + 1 :].lstrip()
+            value = decoder.raw_decode(text)[0]
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{self.file}: no record begins at byte {start}") from error
+        return with_key(value, key)
+
+
+def with_key(value: Any, key: str | None) -> dict[str, Any]:
+    """Return a record with its key in a mapping as `key`; BadSample for what is no mapping."""
+    if not isinstance(value, dict):
+        raise BadSample("", f"is {describe_json_type(value)}; expected a mapping")
+    return value if key is None else {**value, "key": key}
+
+
+def _scan_lines(file: Path, pattern: LinePattern) -> Iterator[FoundRecord]:
+    with open_regular(file, MAX_DATA_BYTES) as opened:
+        if opened.read(len(BOM_UTF8)) != BOM_UTF8:
+            opened.seek(0)
+        lines = CountedLines(opened)
+        start = lines.position
+        for line in lines:
+            if line.strip():
+                value = None
+                with contextlib.suppress(UserError):  # it is told when the line is read
+                    value = pattern.read_line(line.rstrip("\r\n"))
+                yield FoundRecord(start, lines.position, value)
+            start = lines.position
+
+
+@dataclass(frozen=True)
+class IndexRules:
+    """Which samples the records of a place are."""
+
+    records: RecordPlace
+    where: Mapping[str, tuple[str, ...]]
+    """By a path, the texts of which a record has one."""
+    each: str = ""
+    """The list whose entries are samples."""
+    turns: str = ""
+    """The list without whose entries a record is no sample."""
+    joins: tuple[tuple[RecordPlace, str, str], ...] = ()
+    """Records that belong to a record: where they are, their key, and the path to the same text."""
+
+    @property
+    def stamps(self) -> list[FileStamp]:
+        """Of the files."""
+        return [self.records.stamp, *(place.stamp for place, _, _ in self.joins)]
+
+    def digest(self) -> str:
+        """Return a short hash of the rules, the files' contents left out."""
+        places = [self.records, *(place for place, _, _ in self.joins)]
+        layouts = [
+            [place.file.name, place.at, place.pattern.text if place.pattern else ""]
+            for place in places
+        ]
+        keys = [[by, of] for _, by, of in self.joins]
+        rules = [layouts, keys, sorted(self.where.items()), self.each, self.turns]
+        return hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class SampleRows:
+    """The rows of all samples `[samples, 3 + 2 * joins]`."""
+
+    numbers: NDArray[np.int64]
+    index_file: str = ""
+    """Where they are kept; "" for nowhere."""
+    about: tuple[tuple[str, Any], ...] = ()
+    """What the index says of its files."""
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let another process map the index itself, instead of copying it."""
+        if self.index_file:
+            return _map_rows, (self.index_file, self.about)
+        return SampleRows, (self.numbers,)
+
+
+def find_rows(rules: IndexRules) -> SampleRows:
+    """Return the rows from the index beside the records, or by a search, which makes the index.
+
+    Raises OSError, and a UserError where the files are not as the rules say.
+    """
+    if sum(size for size, _ in set(rules.stamps)) < MIN_INDEXED_BYTES:
+        return SampleRows(_search_rows(rules))
+    digest = rules.digest()
+    index_file = f"{rules.records.file}.{digest[:8]}.index"
+    stamps = [list(stamp) for stamp in rules.stamps]
+    about = (("rules", digest), ("stamps", stamps))
+    with contextlib.suppress(OSError, ValueError):  # it is missing, or of other files
+        return _map_rows(index_file, about)
+    numbers = _search_rows(rules)
+    with contextlib.suppress(OSError, ValueError):  # the folder is not writable, the disk full
+        write_numbers(Path(index_file), numbers, dict(about))
+        return _map_rows(index_file, about)
+    return SampleRows(numbers)
+
+
+def _map_rows(index_file: str, about: tuple[tuple[str, Any], ...]) -> SampleRows:
+    numbers, _ = read_numbers(index_file, dict(about))
+    if numbers.ndim != 2 or numbers.shape[1] < _FIXED_COLUMNS:
+        raise ValueError("is of another kind")
+    return SampleRows(numbers, index_file, about)
+
+
+def _search_rows(rules: IndexRules) -> NDArray[np.int64]:
+    """Search the files, the records first and then what is joined to them."""
+    flat, hashes = array("q"), [array("Q") for _ in rules.joins]
+    others: dict[str, None] = {}
+    for number, found in enumerate(rules.records.iterate_records(), start=1):
+        with _naming_record(rules.records, number):
+            if not _is_wanted(found, rules.where, others):
+                continue
+        count = _count_samples(found.value, rules)
+        joined = [_hash_at(found, of) for _, _, of in rules.joins]
+        for entry in range(count):
+            flat.extend((found.start, found.end, entry))
+        for column, value in zip(hashes, joined, strict=True):
+            column.extend([value] * count)
+    if not flat:
+        raise _no_samples_error(rules, list(others))
+    rows = np.frombuffer(flat, np.int64).reshape(-1, _FIXED_COLUMNS)
+    columns = [
+        _find_joined(place, by, np.frombuffer(column, np.uint64))
+        for (place, by, _), column in zip(rules.joins, hashes, strict=True)
+    ]
+    return np.concatenate([rows, *columns], axis=1)
+
+
+def _is_wanted(
+    found: FoundRecord, where: Mapping[str, tuple[str, ...]], others: dict[str, None]
+) -> bool:
+    """Tell whether a record has the texts that are wanted; note some that it has instead."""
+    if not isinstance(found.value, dict):  # it is a bad sample, which names it
+        return True
+    for path, wanted in where.items():
+        value = find_value(with_key(found.value, found.key), path)
+        text = plain_text(value)
+        text = json.dumps(value) if text is None else text
+        if text not in wanted:
+            if len(others) <= _MAX_NAMED:
+                others[text] = None
+            return False
+    return True
+
+
+def _count_samples(record: Any, rules: IndexRules) -> int:
+    """Return how many samples a record is; one that is wrong is one, which will be told."""
+    listed = record.get(rules.each or rules.turns) if isinstance(record, dict) else None
+    if not isinstance(listed, list):
+        return 1
+    return len(listed) if rules.each else min(1, len(listed))
+
+
+def _hash_at(found: FoundRecord, path: str) -> int:
+    """Return the hash of the text at a path, 0 for none: that is told when the record is read."""
+    try:
+        return short_hash(plain_text(find_value(with_key(found.value, found.key), path)))
+    except BadSample:
+        return 0
+
+
+def short_hash(text: str | None) -> int:
+    """Return a hash of 64 bits, 0 for None."""
+    if text is None:
+        return 0
+    data = text.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def _find_joined(place: RecordPlace, by: str, wanted: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Return first and last byte of the record whose key has each hash `[samples, 2]`."""
+    flat, hashes = array("q"), array("Q")
+    for number, found in enumerate(place.iterate_records(), start=1):
+        with _naming_record(place, number):
+            hashes.append(short_hash(plain_text(find_value(with_key(found.value, found.key), by))))
+        flat.extend((found.start, found.end))
+    if not flat:
+        raise UserError(f"{place.file}: holds no records")
+    known, ranges = np.frombuffer(hashes, np.uint64), np.frombuffer(flat, np.int64).reshape(-1, 2)
+    order = np.argsort(known, kind="stable")  # of equal keys the first counts
+    places = np.searchsorted(known, wanted, sorter=order)
+    nearest = order[np.minimum(places, len(order) - 1)]
+    is_found = (known[nearest] == wanted) & (wanted != 0)
+    return np.where(is_found[:, None], ranges[nearest], NOT_FOUND)
+
+
+@contextlib.contextmanager
+def _naming_record(place: RecordPlace, number: int) -> Iterator[None]:
+    """Let a BadSample be a UserError with the file and the number of the record."""
+    try:
+        yield
+    except BadSample as bad:
+        raise UserError(f"{place.file}: record {number} {bad.reason}") from None
+
+
+def _no_samples_error(rules: IndexRules, others: list[str]) -> UserError:
+    if not others:
+        return UserError(f"{rules.records.file}: holds no records")
+    wanted = " and ".join(
+        f"{path!r} {' or '.join(map(repr, texts))}" for path, texts in rules.where.items()
+    )
+    named = ", ".join(map(repr, others[:_MAX_NAMED]))
+    return UserError(f"{rules.records.file}: no record has {wanted}; they have {named}")
