@@ -10,7 +10,6 @@ from typing import Any
 from vlbench.data.annotation_index import (
     NOT_FOUND,
     IndexRules,
-    RecordPlace,
     find_rows,
 )
 from vlbench.data.annotation_mapping import FileRecords
@@ -24,6 +23,7 @@ from vlbench.data.mapping_texts import (
     walk_together,
 )
 from vlbench.data.record_files import file_stamp
+from vlbench.data.record_places import RecordPlace
 from vlbench.errors import BadSample, UserError
 
 IMAGE_TAG = "<image>"
