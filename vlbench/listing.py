@@ -11,7 +11,7 @@ from vlbench.command_line.arguments import ListArguments, ListedKind
 from vlbench.config import encoder_names, recipe
 from vlbench.connector import registry
 from vlbench.connector.option_schema import ConnectorOption
-from vlbench.data.annotation_mapping import read_mapping
+from vlbench.data.annotation_mapping import AnnotationMapping, read_mapping
 from vlbench.data.mapped_sources import mapping_files
 from vlbench.errors import UserError, one_line
 from vlbench.strict_values import kind_label, yaml_text
@@ -142,17 +142,22 @@ def _data_lines() -> list[str]:
         except UserError as mistake:  # one broken file must not hide the others
             lines.append(f"{indent}cannot be used: {mistake.lines[0]}")
             continue
-        first_split = next(iter((mapping.splits or {}).values()), ("",))[0]
-        joined = [one.file for one in (mapping.join or {}).values()]
-        files = dict.fromkeys(filter(None, (mapping.records, *joined, mapping.image)))
-        needed = ", ".join(text.replace("{split}", first_split) for text in files)
-        splits = f"; splits {', '.join(mapping.splits)}" if mapping.splits else ""
-        lines.append(f"{indent}needs {needed}{splits}")
+        files, splits = mapping_needs(mapping)
+        told = f"; splits {', '.join(splits)}" if splits else ""
+        lines.append(f"{indent}needs {', '.join(files)}{told}")
         lines += [f"{indent}from {mapping.get}"] if mapping.get else []
     return [
         *lines,
         "data.train=NAME:FOLDER or NAME:FOLDER:SPLIT reads one; a file NAME.yaml is one",
     ]
+
+
+def mapping_needs(mapping: AnnotationMapping) -> tuple[list[str], list[str]]:
+    """Return the files that the first split of a mapping needs, pictures last, and its splits."""
+    first_split = next(iter((mapping.splits or {}).values()), ("",))[0]
+    joined = [one.file for one in (mapping.join or {}).values()]
+    files = dict.fromkeys(filter(None, (mapping.records, *joined, mapping.image)))
+    return [text.replace("{split}", first_split) for text in files], list(mapping.splits or {})
 
 
 LISTED_KINDS: dict[ListedKind, Callable[[], list[str]]] = {
