@@ -136,12 +136,12 @@ def _data_lines() -> list[str]:
     lines = []
     for name, file in mapping_files().items():
         indent = " " * 17
-        lines.append(f"{name:16} {file_summary(file)}")
         try:
-            mapping = read_mapping(file)
+            summary, mapping = file_summary(file), read_mapping(file)
         except UserError as mistake:  # one broken file must not hide the others
-            lines.append(f"{indent}cannot be used: {mistake.lines[0]}")
+            lines.append(f"{name:16} cannot be used: {mistake.lines[0]}")
             continue
+        lines.append(f"{name:16} {summary}")
         files, splits = mapping_needs(mapping)
         told = f"; splits {', '.join(splits)}" if splits else ""
         lines.append(f"{indent}needs {', '.join(files)}{told}")

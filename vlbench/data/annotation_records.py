@@ -68,10 +68,10 @@ class AnnotationRecords:
 
     def _wanted(self, texts: tuple[str, ...]) -> tuple[str, ...]:
         """Return texts of `where` with those of the split."""
-        return tuple(one for text in texts for one in self._expand(text))
-
-    def _expand(self, text: str) -> tuple[str, ...]:
-        return self._split_texts if text == "{split}" else (text,)
+        splits = self._split_texts or ("",)
+        return tuple(
+            dict.fromkeys(text.replace("{split}", one) for text in texts for one in splits)
+        )
 
     def _locate(self, pattern: str) -> Path:
         """Return the file of a text with `{split}`."""
