@@ -17,6 +17,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sets")
     for name in ("vqav2", "ocr_vqa", "flickr30k_token"):
         write_layout(name, path / name)
+    file = path / "vqav2/v2_mscoco_train2014_annotations.json"
+    file.write_text(file.read_text().replace('"question_type"', '"two": [], "question_type"'))
     (path / "refcoco").mkdir()
     (path / "refcoco/refs(unc).p").write_bytes(b"\x80\x04.")
     for place in ("a", "b"):
@@ -140,9 +142,13 @@ RECORDS = {
         "'question_id' is '458752000', and no 'image_id' of annotations in .* is",
     ),
     "no list of turns": (VQA + "turns: image_id\nanswer: x\n", "'image_id' is a number"),
-    "lists of two lengths": (
+    "no second list": (
         BOOKS + "turns: [questions, genre]\nanswer: x\n",
         "'genre' is a text .*; expected a list",
+    ),
+    "lists of two lengths": (
+        VQA + "each: [answers, two]\nanswer: x\n",
+        "has lists of different lengths: 'answers' 3, 'two' 0",
     ),
     "no such line": (LINES + 'lines: "{a}|{b}"\nanswer: "{b}"\n', "the line is a text .*'{a}|{b}'"),
     "no box": (

@@ -7,11 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlbench.data.annotation_index import (
-    NOT_FOUND,
-    IndexRules,
-    find_rows,
-)
+from vlbench.data.annotation_index import NOT_FOUND, IndexRules, find_rows
 from vlbench.data.annotation_mapping import FileRecords
 from vlbench.data.box_texts import box_text
 from vlbench.data.mapped_sources import MappedSource, locate_file
@@ -49,8 +45,8 @@ class AnnotationRecords:
         rules = IndexRules(
             self.records,
             {path: self._wanted(texts) for path, texts in (source.mapping.where or {}).items()},
-            (*source.mapping.each, "")[0],
-            (*source.mapping.turns, "")[0],
+            source.mapping.each,
+            source.mapping.turns,
             tuple(self.joins.values()),
         )
         self.rows = find_rows(rules)
@@ -127,11 +123,8 @@ class AnnotationRecords:
         for entry in self._turn_entries(values):
             asked, answered = self._fill_turn(values.new_child(entry))
             if not turns:
-                instruction = (
-                    self.texts["instruction"].fill(values) if self.mapping.instruction else ""
-                )
                 tag = IMAGE_TAG if "image" in record else ""
-                asked = "\n".join(filter(None, (tag, asked, instruction)))
+                asked = "\n".join(filter(None, (tag, asked, self._fill("instruction", values))))
             turns += [{"from": "human", "value": asked}, {"from": "gpt", "value": answered}]
         return {**record, "conversations": turns}
 

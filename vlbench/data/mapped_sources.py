@@ -72,8 +72,7 @@ def _find_mapping(name: str, rest: str) -> Path | None:
     """Return the file of a mapping; None for a name that is none, as that of a folder or a disk."""
     if name.endswith(YAML_SUFFIXES):
         return Path(name).expanduser()
-    is_split = Path(name).is_dir() and not Path(rest).expanduser().is_dir()  # FOLDER:SPLIT
-    if is_split or len(name) < 2 or "/" in name or "\\" in name:
+    if len(name) < 2 or "/" in name or "\\" in name or _is_split(name, rest):
         return None
     known = mapping_files()
     if name in known or Path(name).exists():
@@ -82,6 +81,12 @@ def _find_mapping(name: str, rest: str) -> Path | None:
         f"no mapping of annotation files '{name}'; known: {', '.join(known)}, or a file "
         f"NAME.yaml.{suggest_name(name, known)}"
     )
+
+
+def _is_split(name: str, rest: str) -> bool:
+    """Tell whether NAME:REST is a folder of Parquet files here, and a split of them."""
+    folder, is_named = Path(name), Path(rest).expanduser().is_dir()
+    return folder.is_dir() and not is_named and any(folder.rglob("*.parquet"))
 
 
 def _separate_split(name: str, mapping: AnnotationMapping, path: Path) -> tuple[Path, str]:
