@@ -61,7 +61,9 @@ Mixture = Annotated[tuple[MixtureSource, ...], Field(min_length=1)]
 class DataConfig(RecipeSection):
     """Training and held-out data."""
 
-    train: PathText | None = key("scenes; JSON, JSONL, CSV or Parquet; a hub id; shards", None)
+    train: PathText | None = key(
+        "scenes; JSON, JSONL, CSV, Parquet; NAME:FOLDER; a hub id; shards", None
+    )
     images: PathText | None = key("folder of images; null: beside the file", None)
     allow_outside: bool = key("read images that lie outside of the folder `images`", False)
     mix: Mixture | None = key("several weighted sources, instead of train", None)
