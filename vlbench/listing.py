@@ -1,4 +1,4 @@
-"""What recipes can name, as lines of text: recipes, sizes, connectors, vision encoders."""
+"""What recipes can name, as lines of text: recipes, sizes, connectors, vision encoders, data."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from vlbench.command_line.arguments import ListArguments, ListedKind
 from vlbench.config import encoder_names, recipe
 from vlbench.connector import registry
 from vlbench.connector.option_schema import ConnectorOption
+from vlbench.data.annotation_mapping import AnnotationMapping, read_mapping
+from vlbench.data.mapped_sources import mapping_files
 from vlbench.errors import UserError, one_line
 from vlbench.strict_values import kind_label, yaml_text
 from vlbench.text_files import read_text, split_lines
@@ -44,7 +46,8 @@ def connector_cost_lines(size: str) -> list[str]:
     known = {
         name: recipe.load_recipe(["recipe=yivl_llava", *words]) for name, words in recipes.items()
     }
-    from vlbench.model.connector_cost import QUESTION_TOKENS, count_model_cost
+    from vlbench.connector.blank_inputs import QUESTION_TOKENS
+    from vlbench.model.connector_cost import count_model_cost
 
     rows = [("connector", "parameters", "tokens", "latents", "prefill TFLOPs")]
     unfit: list[str] = []
@@ -129,9 +132,39 @@ def _encoder_lines() -> list[str]:
     ]
 
 
+def _data_lines() -> list[str]:
+    """Return what each mapping of annotation files is of, and what it needs in its folder."""
+    lines = []
+    for name, file in mapping_files().items():
+        indent = " " * 17
+        try:
+            summary, mapping = file_summary(file), read_mapping(file)
+        except UserError as mistake:  # one broken file must not hide the others
+            lines.append(f"{name:16} cannot be used: {mistake.lines[0]}")
+            continue
+        lines.append(f"{name:16} {summary}")
+        files, splits = mapping_needs(mapping)
+        told = f"; splits {', '.join(splits)}" if splits else ""
+        lines.append(f"{indent}needs {', '.join(files)}{told}")
+        lines += [f"{indent}from {mapping.get}"] if mapping.get else []
+    return [
+        *lines,
+        "data.train=NAME:FOLDER or NAME:FOLDER:SPLIT reads one; a file NAME.yaml is one",
+    ]
+
+
+def mapping_needs(mapping: AnnotationMapping) -> tuple[list[str], list[str]]:
+    """Return the files that the first split of a mapping needs, pictures last, and its splits."""
+    first_split = next(iter((mapping.splits or {}).values()), ("",))[0]
+    joined = [one.file for one in (mapping.join or {}).values()]
+    files = dict.fromkeys(filter(None, (mapping.records, *joined, mapping.image)))
+    return [text.replace("{split}", first_split) for text in files], list(mapping.splits or {})
+
+
 LISTED_KINDS: dict[ListedKind, Callable[[], list[str]]] = {
     "recipes": _recipe_lines,
     "sizes": _size_lines,
     "connectors": _connector_lines,
     "encoders": _encoder_lines,
+    "data": _data_lines,
 }

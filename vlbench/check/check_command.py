@@ -15,6 +15,7 @@ from vlbench.config.schema import Recipe
 from vlbench.data.chat_template import ChatTemplate
 from vlbench.data.conversation_files import ConversationFiles
 from vlbench.data.own_template import bind_template
+from vlbench.data.preflight import PreflightReport
 from vlbench.data.sample import SampleSource
 from vlbench.data.sample_encoding import CachedTokenizer, SampleEncoder
 from vlbench.data.shards import WebDatasetShards
@@ -216,7 +217,9 @@ def _refuse_bad_data(stage_runs: list[StageRun], checks: StageChecks, log: Findi
     for number, stage_run in enumerate(stage_runs):
         for source in stage_run.all_sources:
             first, count = log.refused_samples(source.name, stage_run.name)
-            check_source_bad_samples(stage_run, source, first, count)
+            size = len(source)
+            report = PreflightReport(first, size, size, further_bad_samples=count - len(first))
+            check_source_bad_samples(stage_run, source, report)
         images = sum(
             checks[number, _source_identity(source)].image_count
             for source in stage_run.data.sources

@@ -13,7 +13,7 @@ TemplateName = Literal["auto", "yi_vl", "chatml", "llava_v1"]
 DtypeName = Literal["float32", "bf16", "bfloat16", "fp16", "float16"]
 ExportFormat = Literal["yi_vl", "hf_llava", "yi_vl_hf", "vlbench"]
 BudgetName = Literal["params", "visual_tokens", "flops"]
-ListedKind = Literal["recipes", "sizes", "connectors", "encoders"]
+ListedKind = Literal["recipes", "sizes", "connectors", "encoders", "data"]
 MAX_SEED = 2**32 - 1
 BENCHMARK_SEED = 42  # of the benchmarks' own code
 MODEL_HELP = "a run, a checkpoint, or a released model (a folder or a hub id)"
@@ -285,7 +285,8 @@ class PackArguments:
     verb: ClassVar[str] = "pack"
 
     data: str = argument(
-        "JSON, JSONL, CSV, TSV or Parquet; a folder or data set of the hub with Parquet files",
+        "JSON, JSONL, CSV, TSV or Parquet; a folder or data set of the hub with Parquet files; "
+        "NAME:FOLDER (`list data`)",
         metavar="DATA",
         is_path=True,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import MutableMapping
 from pathlib import Path
 
-from vlbench.config.schema import StageData
+from vlbench.config.stage_schema import StageData
 from vlbench.data.conversation_files import ConversationFiles
 from vlbench.data.remote_shards import is_url
 from vlbench.data.sample import SampleSource
@@ -31,7 +31,7 @@ def open_stage_sources(
     data, seed = stage_data.config, stage_data.seed
     if data.mix:
         return [
-            (_open_source(part.train, part.images, stage_data, seed, source_cache), part.weight)
+            (open_source(part.train, part.images, stage_data, seed, source_cache), part.weight)
             for part in data.mix
         ]
     if data.train is None:
@@ -39,20 +39,21 @@ def open_stage_sources(
             f"stage {stage_data.stage_name} has no data: give data.train=FILE.json (LLaVA's "
             f"format) and data.images=FOLDER, or data.train={SCENES_SOURCE}"
         )
-    return [(_open_source(data.train, data.images, stage_data, seed, source_cache), 1.0)]
+    return [(open_source(data.train, data.images, stage_data, seed, source_cache), 1.0)]
 
 
-def _open_source(
+def open_source(
     path: str,
     image_folder: str | None,
     stage_data: StageData,
     seed: int,
     source_cache: SourceCache | None,
 ) -> SampleSource:
-    """Open one source.
+    """Open one source from its text; every key of a recipe that names data is opened here.
 
     Args:
-        path: The file, folder, pattern or URL of `data.train`, or SCENES_SOURCE.
+        path: SCENES_SOURCE, or what data.train takes: a file, folder, pattern of shards, URL, data
+            set of the hub, or NAME:FOLDER of a mapping of annotation files.
         image_folder: Where the image names of a JSON file are looked up.
         stage_data: Number of samples and questions of rendered scenes; whether images may be
             outside. A caption stage renders scenes with captions.
@@ -94,9 +95,10 @@ def open_held_out(
     data, seed = stage_data.config, stage_data.seed + HELD_OUT_SEED_OFFSET
     if data.val:
         try:
-            return _open_source(data.val, data.images, stage_data, seed, source_cache)
+            return open_source(data.val, data.images, stage_data, seed, source_cache)
         except UserError as error:
-            raise UserError(f"data.val: {str(error).removeprefix('data ')}") from error
+            lines = [line.removeprefix("data ") for line in error.lines]
+            raise UserError(*(f"data.val: {line}" for line in lines)) from error
     if data.train == SCENES_SOURCE and not data.mix:
-        return _open_source(SCENES_SOURCE, None, stage_data, seed, None)
+        return open_source(SCENES_SOURCE, None, stage_data, seed, None)
     return None

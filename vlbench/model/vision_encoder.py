@@ -30,8 +30,7 @@ from vlbench.model.named_encoder import (
     resolve_encoder_config,
 )
 from vlbench.model.timm_config import TimmConfig
-from vlbench.model.weights import clip_layouts, timm_files
-from vlbench.model.weights import open_clip_files as open_clip_files
+from vlbench.model.weights import clip_layouts, open_clip_files, timm_files
 from vlbench.model.weights.tensor_groups import check_tensor_groups
 from vlbench.state_dicts import check_names
 from vlbench.text_files import read_json

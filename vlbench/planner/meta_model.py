@@ -9,10 +9,13 @@ from typing import NamedTuple
 
 import torch
 
-from vlbench.config.schema import ModelConfig, StageConfig
+from vlbench.compat.vision_internals import keep_encoder_blocks
+from vlbench.config.model_schema import ModelConfig
+from vlbench.config.stage_schema import StageConfig
 from vlbench.connector import registry
+from vlbench.connector.base import Connector
 from vlbench.data.own_template import bind_template
-from vlbench.data.packing import PackedBatch, assign_image_index
+from vlbench.data.packing import PackedBatch, assign_image_index, stack_questions
 from vlbench.data.sample_encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import UserError
@@ -121,13 +124,17 @@ def full_row_shape(
 
 
 def build_row_batch(
-    row: SampleShape, tokens_per_image: int, pixel_shape: tuple[int, int, int]
+    row: SampleShape, connector: Connector, pixel_shape: tuple[int, int, int]
 ) -> PackedBatch:
     """Return a micro-batch of one row: the images, then the text, whose end is supervised.
+
+    Where `connector` reads questions, they are as long as any.
 
     Call it under a FakeTensorMode and a MemoryTracker: integer tensors are real, pixels are fake.
     """
     length, images, supervised = (int(count) for count in row)
+    tokens_per_image, question_length = connector.tokens_per_image, connector.question_length
+    questions = ((0,) * question_length,) * images if question_length else None
     ids = torch.zeros(length, dtype=torch.long)
     labels = torch.full_like(ids, IGNORE_INDEX)
     ids[: images * tokens_per_image] = IMAGE_TOKEN_INDEX
@@ -143,4 +150,5 @@ def build_row_batch(
         sample_lengths=[[length]],
         supervised_token_count=supervised,
         image_ids=[str(number) for number in range(images)],
+        question_ids=stack_questions([questions]),
     ).locate_positions()

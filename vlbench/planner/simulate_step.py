@@ -52,7 +52,7 @@ class StepSimulator:
         vlm, tracker = self._vlm, self._memory_tracker
         vlm.enable_activation_checkpointing(checkpointing_mode)
         with self._simulation_context():
-            batch = build_row_batch(row, vlm.connector.tokens_per_image, vlm.vision.pixel_shape)
+            batch = build_row_batch(row, vlm.connector, vlm.vision.pixel_shape)
             tracker.kind, tracker.phase = "activations", ""
             tracker.reset_counts(batch.pixels)
             with autocast_context("cpu", self._autocast_bf16):
