@@ -47,21 +47,24 @@ def connector_cost_lines(size: str) -> list[str]:
         name: recipe.load_recipe(["recipe=yivl_llava", *words]) for name, words in recipes.items()
     }
     from vlbench.connector.blank_inputs import QUESTION_TOKENS
-    from vlbench.model.connector_cost import count_model_cost
+    from vlbench.model.connector_cost import ConnectorCostCounter
 
+    first = next(iter(known.values()))  # all have the same encoder and language model
+    side = list(first.stages.values())[-1].image_size
+    counter = ConnectorCostCounter(first.vision, first.language, [side])
     rows = [("connector", "parameters", "tokens", "latents", "prefill TFLOPs")]
     unfit: list[str] = []
     for name, one in known.items():
-        side = list(one.stages.values())[-1].image_size
         try:
-            count = count_model_cost(one.model, side)
+            connector_class = registry.load_connector(name)
+            connector = counter.build_connector(connector_class, one.model.connector_options)
         except ValueError as error:  # of its options, for an encoder or language model of this size
             rows.append((name, "-", "-", "-", "-"))
             unfit.append(one_line(f"{name} does not fit: {error}"))
             continue
-        flops = f"{count.flops / 1e12:.3g}"
-        numbers = (f"{count.parameters:,}", str(count.tokens), str(count.latents), flops)
-        rows.append((name, *numbers))
+        parameters, latents = counter.count_parameters(connector), counter.count_latents(connector)
+        flops = f"{counter.count_flops(connector) / 1e12:.3g}"
+        rows.append((name, f"{parameters:,}", str(connector.tokens_per_image), str(latents), flops))
     return [
         *format_table(rows, "<>"),
         *unfit,

@@ -108,11 +108,11 @@ class ConnectorCostCounter:
         )
         self.max_length = language.max_length
         with torch.device("meta"):
-            encoder = build_vision_encoder(vision.name, "random", vision.layer, vision.norm)
+            self.encoder = build_vision_encoder(vision.name, "random", vision.layer, vision.norm)
         self.stage_shapes = []
         for image_size in image_sizes:
-            encoder.set_image_size(image_size)
-            self.stage_shapes.append(connector_shapes(encoder, self.lm_config))
+            self.encoder.set_image_size(image_size)
+            self.stage_shapes.append(connector_shapes(self.encoder, self.lm_config))
 
     def build_connector(
         self, connector_class: type[Connector], options: dict[str, Any]
@@ -120,10 +120,12 @@ class ConnectorCostCounter:
         """Return the connector on `meta` at the last stage's image size.
 
         Raises:
-            ValueError: when the options do not fit, or an image fills the whole text.
+            ValueError: when the options or blocks that are read do not fit, or an image fills the
+                whole text.
         """
         with torch.device("meta"):
             built = build_connector(connector_class, self.stage_shapes[-1], options)
+        self.encoder.read_blocks(built.vision_layers, built.class_token)
         if built.tokens_per_image >= self.max_length:
             raise ValueError(
                 f"an image takes {built.tokens_per_image} tokens of the text, and "
@@ -153,11 +155,15 @@ class ConnectorCostCounter:
         attended to, as in `mixed`, count twice.
         """
         positions = connector.tokens_per_image if connector.replaces_image_tokens else 0
+        return positions + self.count_latents(connector)
+
+    def count_latents(self, connector: Connector) -> int:
+        """Count the visual tokens of an image that decoder layers attend to."""
         if not connector.inject_layers:
-            return positions
+            return 0
         with torch.no_grad():
             visual: Levels = connector(*self._blank_inputs(connector))
-        return positions + connector.count_latents(visual)
+        return connector.count_latents(visual)
 
     def count_flops(self, connector: Connector) -> int:
         """Count the operations of connector and language model, as `count_connector_cost` does."""

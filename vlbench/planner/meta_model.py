@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 
-from vlbench.compat.vision_internals import keep_encoder_blocks
 from vlbench.config.model_schema import ModelConfig
 from vlbench.config.stage_schema import StageConfig
 from vlbench.connector import registry
