@@ -38,6 +38,8 @@ class SourceSummary:
     source: SampleSource
     good_indices: array[int] = field(default_factory=lambda: array("q"))
     """Records that are well formed and whose images can be read."""
+    read_samples: int = 0
+    """Samples that were looked at: all, or the first of a source of rendered scenes."""
     image_count: int = 0
     unread_key_counts: Counter[str] = field(default_factory=Counter)
     untagged_samples: int = 0
@@ -111,11 +113,13 @@ class SourcePass:
         self._add_all(self._unread_key_findings())
         self._add_all(self._repeated.iterate_findings())
         self.summary.image_count = len(self._seen_images)
+        self.summary.read_samples = len(self.source)
         return self._finish()
 
     def check_rendered(self, max_samples: int) -> SourceSummary:
         """Encode the first samples of a source that has no files and no faults."""
-        for index in range(min(len(self.source), max_samples)):
+        self.summary.read_samples = min(len(self.source), max_samples)
+        for index in range(self.summary.read_samples):
             self._encode(index, self.source[index])
         return self._finish()
 
@@ -139,7 +143,7 @@ class SourcePass:
             except BadSample as bad:
                 name = self.source.name
                 self.log.add(
-                    DataFinding(REFUSED, name, bad.sample_id, bad.reason, record=index + 1)
+                    DataFinding(REFUSED, name, bad.sample_id, bad.reason, record=bad.record_number)
                 )
             if len(chunk) == CHUNK_SAMPLES:
                 yield chunk

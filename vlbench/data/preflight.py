@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+from vlbench.data.chosen_samples import base_source
 from vlbench.data.record_keys import is_metadata_key
 from vlbench.data.remote_shards import is_url
-from vlbench.data.sample import LazyImage, Sample, SampleSource, sample_at
+from vlbench.data.sample import LazyImage, Sample, SampleSource, record_number, sample_at
 from vlbench.data.shards import WebDatasetShards
 from vlbench.errors import BadSample, UserError
 
@@ -65,11 +66,13 @@ def inspect_source(
     Images are opened too when there are at most `max_opened_images` of them. Of shards only the
     presence and completeness of the files is checked; rendered scenes need no check.
     """
-    if isinstance(source, WebDatasetShards):  # too many records to read
-        return _inspect_shards(source)
+    base = base_source(source)
+    if isinstance(base, WebDatasetShards):  # too many records to read
+        return _inspect_shards(base, getattr(source, "block_counts", base.sample_counts))
     report = PreflightReport([])
-    if not isinstance(source, CheckableSource):
+    if not isinstance(base, CheckableSource):
         return report
+    assert isinstance(source, CheckableSource)
     images: set[LazyImage] = set()
 
     def note_sample(sample: Sample) -> None:
@@ -92,7 +95,7 @@ def has_images(source: SampleSource, bad_samples: list[BadSample]) -> bool:
     left_out = {bad.record_number for bad in bad_samples}
     unreadable = 0
     for index in range(len(source)):
-        if index + 1 in left_out:
+        if record_number(source, index) in left_out:
             continue
         try:
             if source[index].images:
@@ -105,7 +108,7 @@ def has_images(source: SampleSource, bad_samples: list[BadSample]) -> bool:
 
 
 def probe_shards(
-    source: WebDatasetShards, bad_samples: list[BadSample]
+    source: SampleSource, bad_samples: list[BadSample]
 ) -> tuple[int, BadSample] | None:
     """Probe shards for a usable sample, and return None where there is one.
 
@@ -118,7 +121,7 @@ def probe_shards(
     count = min(MAX_PROBED_SAMPLES, len(source))
     faults: list[BadSample] = []
     for index in (number * len(source) // count for number in range(count)):
-        if index + 1 in left_out:
+        if record_number(source, index) in left_out:
             continue
         try:
             _open_all_images(sample_at(source, index), {})
@@ -128,17 +131,17 @@ def probe_shards(
     return (len(faults), faults[0]) if faults else None
 
 
-def _inspect_shards(source: WebDatasetShards) -> PreflightReport:
+def _inspect_shards(source: WebDatasetShards, used_counts: Sequence[int]) -> PreflightReport:
     """Report truncated shards, which were found when the source was opened, and missing ones.
 
-    Shards at a URL are not requested.
+    Shards at a URL are not requested. `used_counts` says how many samples of each shard are used.
     """
     report, first_record = PreflightReport(list(source.truncated_samples())), 1
-    for tar, count in zip(source.tars, source.sample_counts, strict=True):
-        if not is_url(tar) and not os.path.exists(tar):
+    for tar, count, used in zip(source.tars, source.sample_counts, used_counts, strict=True):
+        if used and not is_url(tar) and not os.path.exists(tar):
             bad = BadSample(f"{os.path.basename(tar)} 0", f"{tar}: does not exist")
             report.bad_samples.append(bad.with_origin(source.name, first_record))
-            report.other_missing_samples += count - 1
+            report.other_missing_samples += int(used) - 1
         first_record += count
     return report
 
