@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vlbench.data import json_scan, record_offsets
+from vlbench.data import json_scan, kept_numbers, record_offsets
 from vlbench.data.conversation_files import ConversationFiles
 from vlbench.data.json_records import JsonRecords
 from vlbench.data.json_scan import scan_json
@@ -160,7 +160,7 @@ def test_an_index_that_leads_elsewhere_is_a_bad_sample(indexed):
     offsets = np.array(source.records.offsets.offsets)
     offsets[7] += 2
     index = Path(f"{indexed}.index")
-    index.write_bytes(index.read_bytes()[: record_offsets.HEADER_BYTES] + offsets.tobytes())
+    index.write_bytes(index.read_bytes()[: kept_numbers.HEADER_BYTES] + offsets.tobytes())
     with pytest.raises(BadSample, match=r"record 8.*no record begins .* remove .*\.index"):
         ConversationFiles(indexed)[7]
 

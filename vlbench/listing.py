@@ -1,4 +1,4 @@
-"""What recipes can name, as lines of text: recipes, sizes, connectors, vision encoders."""
+"""What recipes can name, as lines of text: recipes, sizes, connectors, vision encoders, data."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from vlbench.command_line.arguments import ListArguments, ListedKind
 from vlbench.config import encoder_names, recipe
 from vlbench.connector import registry
 from vlbench.connector.option_schema import ConnectorOption
+from vlbench.data.annotation_mapping import read_mapping
+from vlbench.data.mapped_sources import mapping_files
 from vlbench.errors import UserError, one_line
 from vlbench.strict_values import kind_label, yaml_text
 from vlbench.text_files import read_text, split_lines
@@ -129,9 +131,34 @@ def _encoder_lines() -> list[str]:
     ]
 
 
+def _data_lines() -> list[str]:
+    """Return what each mapping of annotation files is of, and what it needs in its folder."""
+    lines = []
+    for name, file in mapping_files().items():
+        indent = " " * 17
+        lines.append(f"{name:16} {file_summary(file)}")
+        try:
+            mapping = read_mapping(file)
+        except UserError as mistake:  # one broken file must not hide the others
+            lines.append(f"{indent}cannot be used: {mistake.lines[0]}")
+            continue
+        first_split = next(iter((mapping.splits or {}).values()), ("",))[0]
+        joined = [one.file for one in (mapping.join or {}).values()]
+        files = dict.fromkeys(filter(None, (mapping.records, *joined, mapping.image)))
+        needed = ", ".join(text.replace("{split}", first_split) for text in files)
+        splits = f"; splits {', '.join(mapping.splits)}" if mapping.splits else ""
+        lines.append(f"{indent}needs {needed}{splits}")
+        lines += [f"{indent}from {mapping.get}"] if mapping.get else []
+    return [
+        *lines,
+        "data.train=NAME:FOLDER or NAME:FOLDER:SPLIT reads one; a file NAME.yaml is one",
+    ]
+
+
 LISTED_KINDS: dict[ListedKind, Callable[[], list[str]]] = {
     "recipes": _recipe_lines,
     "sizes": _size_lines,
     "connectors": _connector_lines,
     "encoders": _encoder_lines,
+    "data": _data_lines,
 }

@@ -1,44 +1,28 @@
-"""Conversations in files: JSON, tables and Parquet, told apart by what they hold."""
+"""Conversations in files: JSON, tables and Parquet, told apart by what they hold, or mapped."""
 
 from __future__ import annotations
 
 import os
-from codecs import BOM_UTF8
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlbench.data.annotation_records import AnnotationRecords
 from vlbench.data.conversation_record import find_image_value, sample_from_record
 from vlbench.data.image_processing import ImageFile
 from vlbench.data.json_records import JsonRecords
+from vlbench.data.mapped_sources import find_mapped_source
 from vlbench.data.parquet_files import find_parquet_files
 from vlbench.data.parquet_records import ParquetRecords
-from vlbench.data.record_files import RecordFile, missing_file_error
+from vlbench.data.record_files import RecordFile, missing_file_error, read_beginning
 from vlbench.data.record_images import EmbeddedImage, image_bytes
 from vlbench.data.sample import LazyImage, Sample, SampleSource, sample_at
 from vlbench.data.shard_sampler import MAX_LANES
 from vlbench.data.table_records import TableRecords, is_table
 from vlbench.errors import BadSample, UserError
-from vlbench.regular_files import open_regular
-from vlbench.text_files import LFS_POINTER
 
 MAX_FILE_CHECKS = 100_000  # image files whose existence is checked
-SIGNATURE_BYTES = 1 << 16  # of the beginning, in which a foreign format is looked for
 PARQUET_SIGNATURE = b"PAR1"
-FOREIGN_SIGNATURES = {
-    b"\x1f\x8b": "is compressed (gzip); decompress it first",
-    b"PK\x03\x04": "is a zip file; unpack it first",
-    b"ARROW1": "is an Arrow file; write its rows as JSON records first (pandas.read_feather)",
-    b"BZh": "is compressed (bzip2); decompress it first",
-    b"\xfd7zXZ\x00": "is compressed (xz); decompress it first",
-    b"\x28\xb5\x2f\xfd": "is compressed (zstd); decompress it first",
-    b"\x80": "is a pickle or another binary file; write its records as JSON",
-    b"\x89PNG": "is an image; expected records in JSON",
-    b"\xff\xd8\xff": "is an image; expected records in JSON",
-    b"<": "begins as a web page (HTML or XML), not as JSON; was it downloaded by its raw address?",
-    LFS_POINTER: "is a Git-LFS pointer and not the file; run git lfs pull",
-}
-"""How files that are not JSON begin."""
 
 
 class ConversationFiles:
@@ -54,11 +38,11 @@ class ConversationFiles:
         image_folder: str | Path | None = None,
         allow_outside: bool = False,
     ) -> None:
-        """Open a file, or a folder of Parquet files; image names are looked up in `image_folder`.
+        """Open a file, a folder of Parquet files, or MAPPING:FOLDER of annotation files.
 
-        That is by default the file's own folder. Images outside of it are bad, unless
-        `allow_outside`; see `image_folder.is_inside`. Raises a UserError when the file is missing,
-        malformed or without records.
+        Image names are looked up in `image_folder`, by default the file's own folder. Images
+        outside of it are bad, unless `allow_outside`; see `image_folder.is_inside`. Raises a
+        UserError when the file is missing, malformed or without records.
         """
         self.name = str(location)
         if image_folder is not None and not Path(image_folder).is_dir():
@@ -169,10 +153,13 @@ def open_record_file(location: str) -> RecordFile:
     """Open records by what their file or folder is; raises a UserError that names it."""
     file = Path(location)
     try:
+        mapped = find_mapped_source(location)
+        if mapped is not None:
+            return AnnotationRecords(location, mapped)
         parquet_files = find_parquet_files(location)
         if parquet_files:
             return ParquetRecords(location, parquet_files)
-        beginning = _read_beginning(file)
+        beginning = read_beginning(file)
         if beginning.startswith(PARQUET_SIGNATURE):
             return ParquetRecords(location, [file])
         if beginning[:1] not in (b"[", b"{") and is_table(beginning):
@@ -184,13 +171,3 @@ def open_record_file(location: str) -> RecordFile:
         raise UserError(f"data {location}: cannot be read ({error.strerror})") from None
     except UserError as error:
         raise UserError(f"data {location}: {str(error).removeprefix(f'{location}: ')}") from None
-
-
-def _read_beginning(file: Path) -> bytes:
-    """Return how a file begins; a UserError where it is of a format that is not read."""
-    with open_regular(file) as opened:
-        beginning = opened.read(SIGNATURE_BYTES).removeprefix(BOM_UTF8).lstrip()
-    for signature, problem in FOREIGN_SIGNATURES.items():
-        if beginning.startswith(signature):
-            raise UserError(problem)
-    return beginning

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from vlbench.data.annotation_records import AnnotationRecords
 from vlbench.data.chosen_samples import base_source
 from vlbench.data.conversation_files import ConversationFiles
 from vlbench.data.parquet_records import ParquetRecords
@@ -42,7 +43,14 @@ def _checksum_source(source: ConversationFiles | WebDatasetShards) -> str:
         return _checksum_list(
             [[block.file.name, block.stamp[0], block.row_count] for block in blocks]
         )
-    with open_regular(Path(source.records.name)) as file:
+    if isinstance(source.records, AnnotationRecords):
+        files = [_checksum_file(file) for file in source.records.files]
+        return _checksum_list([source.records.mapping.digest(), source.records.split, *files])
+    return _checksum_file(Path(source.records.name))
+
+
+def _checksum_file(path: Path) -> str:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

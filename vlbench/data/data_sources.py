@@ -57,7 +57,7 @@ def _open_part(
 ) -> tuple[SampleSource, float]:
     """Open one source of a mixture; return it with its weight."""
     images = part.images or stage_data.config.images
-    base = _open_source(part.train, images, stage_data, stage_data.seed, source_cache)
+    base = open_source(part.train, images, stage_data, stage_data.seed, source_cache)
     if part.prompts and stage_data.stage.sample_format == "caption":
         name = stage_data.stage_name
         raise UserError(
@@ -67,17 +67,18 @@ def _open_part(
     return take_part(base, part, stage_data.seed)
 
 
-def _open_source(
+def open_source(
     path: str,
     image_folder: str | None,
     stage_data: StageData,
     seed: int,
     source_cache: SourceCache | None,
 ) -> SampleSource:
-    """Open one source.
+    """Open one source from its text; every key of a recipe that names data is opened here.
 
     Args:
-        path: The file, folder, pattern or URL of `data.train`, or SCENES_SOURCE.
+        path: SCENES_SOURCE, or what data.train takes: a file, folder, pattern of shards, URL, data
+            set of the hub, or NAME:FOLDER of a mapping of annotation files.
         image_folder: Where the image names of a JSON file are looked up.
         stage_data: Number of samples and questions of rendered scenes; whether images may be
             outside. A caption stage renders scenes with captions.
@@ -119,9 +120,9 @@ def open_held_out(
     data, seed = stage_data.config, stage_data.seed + HELD_OUT_SEED_OFFSET
     if data.val:
         try:
-            return _open_source(data.val, data.images, stage_data, seed, source_cache)
+            return open_source(data.val, data.images, stage_data, seed, source_cache)
         except UserError as error:
             raise UserError(f"data.val: {str(error).removeprefix('data ')}") from error
     if data.train == SCENES_SOURCE and not data.mix:
-        return _open_source(SCENES_SOURCE, None, stage_data, seed, None)
+        return open_source(SCENES_SOURCE, None, stage_data, seed, None)
     return None

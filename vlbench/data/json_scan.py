@@ -10,6 +10,7 @@ import codecs
 import json
 from array import array
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def scan_json(file: Path) -> NDArray[np.int64]:
     Raises OSError, a UserError with line and column of what is no JSON, and one where there are no
     records.
     """
-    scan = _JsonScan(file)
+    scan = JsonScan(file)
     offsets = array("q", scan.iterate_starts())
     if not offsets:
         raise UserError("the list holds no records")
@@ -40,7 +41,7 @@ def scan_json(file: Path) -> NDArray[np.int64]:
     return np.frombuffer(offsets, np.int64)
 
 
-class _JsonScan:
+class JsonScan:
     """A window of a file's text that moves forward as records are found."""
 
     def __init__(self, file: Path) -> None:
@@ -56,49 +57,67 @@ class _JsonScan:
 
     def iterate_starts(self) -> Iterator[int]:
         """Yield the first byte of each record."""
+        with self.open_window() as first:
+            if first == "[":
+                yield from (start for start, _ in self.iterate_list())
+                if self.next_character():
+                    raise self.syntax_error("extra data")
+            else:
+                yield from self._iterate_values()
+
+    @contextmanager
+    def open_window(self) -> Iterator[str]:
+        """Open the file, and yield its first character that is not blank."""
         with open_regular(self.file, MAX_DATA_BYTES) as self._stream:
             while len(self.window) < len(_BOM) and self._read_more():
                 pass
             self.position = len(_BOM) if self.window.startswith(_BOM) else 0
-            first = self._next_character()
+            first = self.next_character()
             if not first:
                 raise UserError("the file is empty; expected a JSON list of records")
-            if first == "[":
-                yield from self._iterate_list()
-            else:
-                yield from self._iterate_values()
+            yield first
 
-    def _iterate_list(self) -> Iterator[int]:
+    def iterate_list(self) -> Iterator[tuple[int, Any]]:
+        """Yield first byte and value of each entry of the list at the position, and go behind it.
+
+        `last_end` is where the entry ends.
+        """
         self.position += 1
-        if self._next_character() == "]":
-            return
-        while True:
-            yield self._parse_value()[0]
-            separator = self._next_character()
-            if separator == "]":
-                break
-            if separator != ",":
-                raise self._syntax_error(self.position, "expecting ',' delimiter")
-            self.position += 1
-            self._next_character()
+        if self.next_character() != "]":
+            yield self.parse_value()
+            while self.take_separator("]"):
+                yield self.parse_value()
         self.position += 1
-        if self._next_character():
-            raise self._syntax_error(self.position, "extra data")
+
+    def take_separator(self, closing: str) -> bool:
+        """Go behind a comma to what follows; False at `closing`, where the position stays."""
+        separator = self.next_character()
+        if separator == closing:
+            return False
+        self.take_character(",")
+        return True
+
+    def take_character(self, character: str) -> None:
+        """Go behind a comma or colon to the next character that is not blank."""
+        if self.next_character() != character:
+            raise self.syntax_error(f"expecting '{character}' delimiter")
+        self.position += 1
+        self.next_character()
 
     def _iterate_values(self) -> Iterator[int]:
         """Yield the records of JSON lines, which may take several lines each."""
-        start, value = self._parse_value()
-        is_single = not self._next_character()
+        start, value = self.parse_value()
+        is_single = not self.next_character()
         if not isinstance(value, dict) or (is_single and not is_record(value)):
             raise UserError(
                 f"line {self._line_and_column(start)[0]} holds {describe_json_type(value)}; "
                 f"expected a list of records{suggest_record_list(value)}"
             )
         yield start
-        while self._next_character():
-            yield self._parse_value()[0]
+        while self.next_character():
+            yield self.parse_value()[0]
 
-    def _next_character(self) -> str:
+    def next_character(self) -> str:
         """Return the next character that is not blank, "" at the end of the file."""
         while True:
             rest = self.window[self.position : self.position + 1]
@@ -111,7 +130,7 @@ class _JsonScan:
                 blank_end += 1
             self.position = blank_end
 
-    def _parse_value(self) -> tuple[int, Any]:
+    def parse_value(self) -> tuple[int, Any]:
         """Parse the value at the position; return its first byte, and the value."""
         while True:
             try:
@@ -121,7 +140,8 @@ class _JsonScan:
             except json.JSONDecodeError as error:
                 if not self._may_be_cut(error) or not self._read_more():
                     reason = error.msg[:1].lower() + error.msg[1:]
-                    raise self._syntax_error(error.pos, reason) from None
+                    self.position = error.pos
+                    raise self.syntax_error(reason) from None
             except ValueError as error:  # a number of more digits than Python converts
                 raise UserError(f"cannot be read as JSON ({error})") from None
             except RecursionError:
@@ -170,8 +190,9 @@ class _JsonScan:
                 f"line {line}, byte {column}: not UTF-8; save the file as UTF-8"
             ) from None
 
-    def _syntax_error(self, position: int, reason: str) -> UserError:
-        line, column = self._line_and_column(position)
+    def syntax_error(self, reason: str) -> UserError:
+        """Return the error for what stands at the position."""
+        line, column = self._line_and_column(self.position)
         return UserError(f"line {line}, column {column}: {reason}")
 
     def _line_and_column(self, position: int) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from codecs import BOM_UTF8
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +11,23 @@ from typing import Any, Protocol
 from vlbench.data.shard_sampler import MAX_LANES
 from vlbench.errors import UserError, suggest_name
 from vlbench.regular_files import MAX_DATA_BYTES, open_regular
+from vlbench.text_files import LFS_POINTER
+
+SIGNATURE_BYTES = 1 << 16  # of the beginning, in which a foreign format is looked for
+FOREIGN_SIGNATURES = {
+    b"\x1f\x8b": "is compressed (gzip); decompress it first",
+    b"PK\x03\x04": "is a zip file; unpack it first",
+    b"ARROW1": "is an Arrow file; write its rows as JSON records first (pandas.read_feather)",
+    b"BZh": "is compressed (bzip2); decompress it first",
+    b"\xfd7zXZ\x00": "is compressed (xz); decompress it first",
+    b"\x28\xb5\x2f\xfd": "is compressed (zstd); decompress it first",
+    b"\x80": "is a pickle or another binary file; write its records as JSON",
+    b"\x89PNG": "is an image; expected records in JSON",
+    b"\xff\xd8\xff": "is an image; expected records in JSON",
+    b"<": "begins as a web page (HTML or XML), not as JSON; was it downloaded by its raw address?",
+    LFS_POINTER: "is a Git-LFS pointer and not the file; run git lfs pull",
+}
+"""How files that are not JSON begin."""
 
 FileStamp = tuple[int, int]
 """Size and modification time of a file, ns: another file of the same name has others."""
@@ -77,3 +95,13 @@ def missing_file_error(file: Path) -> UserError:
     """Return the error for a file that is not there, with the name most like it."""
     suggestion = suggest_name(file.name, [path.name for path in file.parent.glob("*.json*")])
     return UserError(f"data {file}: there is no such file.{suggestion}")
+
+
+def read_beginning(file: Path) -> bytes:
+    """Return how a file begins; a UserError where it is of a format that is not read."""
+    with open_regular(file) as opened:
+        beginning = opened.read(SIGNATURE_BYTES).removeprefix(BOM_UTF8).lstrip()
+    for signature, problem in FOREIGN_SIGNATURES.items():
+        if beginning.startswith(signature):
+            raise UserError(problem)
+    return beginning

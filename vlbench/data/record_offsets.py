@@ -10,8 +10,6 @@ records. Where the folder is not writable, every process that opens the file fin
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vlbench.data.kept_numbers import read_numbers, write_numbers
 from vlbench.data.record_files import FileStamp, file_stamp
-from vlbench.regular_files import open_regular
-from vlbench.text_files import parse_json, replace_when_written
 
-INDEX_VERSION = 1
 MIN_INDEXED_BYTES = 1 << 26  # 67 MB: a smaller file is searched in less than a second
-HEADER_BYTES = 512  # of the line about the file; the numbers begin at this byte
-OFFSET_TYPE = np.dtype("<i8")
 
 
 @dataclass(frozen=True)
@@ -76,23 +70,14 @@ def find_offsets(
 
 def _read_index(index_file: str, stamp: FileStamp, reader: str = "") -> RecordOffsets:
     """Map an index; ValueError where it is of another file, of another reader or damaged."""
-    with open_regular(index_file) as opened:
-        header = parse_json(opened.read(HEADER_BYTES))
-        size = os.fstat(opened.fileno()).st_size - HEADER_BYTES
-    if not isinstance(header, dict) or header.get("version") != INDEX_VERSION:
-        raise ValueError("is not of this version")
-    if header.get("stamp") != list(stamp) or reader not in ("", header.get("reader")):
-        raise ValueError("is of another file")
-    count = header.get("records")
-    if type(count) is not int or count < 1 or size != OFFSET_TYPE.itemsize * (count + 1):
-        raise ValueError("is cut off")
-    offsets = np.memmap(index_file, OFFSET_TYPE, "r", HEADER_BYTES, (count + 1,))
+    about = {"stamp": list(stamp), **({"reader": reader} if reader else {})}
+    offsets, header = read_numbers(index_file, about)
+    if offsets.ndim != 1 or header.get("records") != len(offsets) - 1 or len(offsets) < 2:
+        raise ValueError("is of another kind")
     if offsets[0] < 0 or offsets[-1] > stamp[0]:
         raise ValueError("has numbers that are not in the file")
     return RecordOffsets(offsets, stamp, index_file)
 
 
 def _write_index(index_file: Path, offsets: NDArray[np.int64], about: dict[str, Any]) -> None:
-    header = json.dumps({"version": INDEX_VERSION, "records": len(offsets) - 1, **about}).encode()
-    with replace_when_written(index_file) as temporary:
-        temporary.write_bytes(header.ljust(HEADER_BYTES) + offsets.astype(OFFSET_TYPE).tobytes())
+    write_numbers(index_file, offsets, {"records": len(offsets) - 1, **about})

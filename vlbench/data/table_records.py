@@ -71,7 +71,7 @@ class TableRecords:
         offsets = array("q")
         with open_regular(file, MAX_DATA_BYTES) as opened:
             opened.readline()
-            lines = _CountedLines(opened)
+            lines = CountedLines(opened)
             start = lines.position
             for line in lines:
                 if line.strip():
@@ -85,7 +85,7 @@ class TableRecords:
         return np.frombuffer(offsets, np.int64)
 
 
-def _skip_row(first_line: str, lines: _CountedLines, delimiter: str) -> None:
+def _skip_row(first_line: str, lines: CountedLines, delimiter: str) -> None:
     """Take the lines of a row that has quotes, in which a row may go over several."""
     start = lines.count
     try:
@@ -116,7 +116,7 @@ def _parse_row(text: str, delimiter: str) -> list[str]:
         raise UserError(f"is no row of a table ({error})") from None
 
 
-class _CountedLines:
+class CountedLines:
     """The lines of a file in UTF-8, with the position behind the last one that was taken."""
 
     def __init__(self, opened: BufferedReader) -> None:

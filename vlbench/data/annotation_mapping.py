@@ -1,0 +1,225 @@
+"""Mappings of annotation files: what a few lines of YAML say of the layout of a data set.
+
+They declare, and hold no code: see docs/reference/data_formats.md. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path, PurePath
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+
+from vlbench.config.key_types import RecipeSection, key
+from vlbench.data.mapping_texts import LinePattern, TextTemplate, parse_template
+from vlbench.errors import UserError, suggest_name
+from vlbench.strict_values import describe_error, join_path
+from vlbench.text_files import read_yaml
+
+OWN_NAMES = ("split", "key", "box")
+"""Names in texts that are no keys of the record, beside those of `join`."""
+
+
+def _as_texts(value: Any) -> Any:
+    """Return numbers, as YAML has them, as texts."""
+    listed = value if isinstance(value, list | tuple) else [value]
+    return tuple(str(one) if type(one) is int else one for one in listed)
+
+
+def _check_inside(value: str | None) -> str | None:
+    """Refuse a file that is not below the folder."""
+    if value is not None:
+        parse_template(value)
+        if PurePath(value).is_absolute() or ".." in PurePath(value).parts:
+            raise ValueError(f"must be a file below the folder, given '{value}'")
+    return value
+
+
+Texts = Annotated[tuple[str, ...], BeforeValidator(_as_texts)]
+FileText = Annotated[str, AfterValidator(_check_inside)]
+
+
+class FileRecords(RecipeSection):
+    """Where records stand: in JSON below `at`, or a line each."""
+
+    at: str | None = key(
+        "keys down to the list of records, with dots; with * at the end down to a mapping, whose "
+        "values are the records and whose keys are {key}; null: the file is a list, or JSON lines",
+        None,
+    )
+    lines: str | None = key("pattern of a line, where the file is no JSON", None)
+
+    @model_validator(mode="after")
+    def _check_pattern(self) -> Self:
+        if self.lines is not None and self.at is not None:
+            raise ValueError("takes at (JSON) or lines, not both")
+        return self
+
+    @field_validator("lines")
+    @classmethod
+    def _check_lines(cls, value: str | None) -> str | None:
+        if value is not None:
+            LinePattern(value)
+        return value
+
+
+class JoinedRecords(FileRecords):
+    """Records of another list, one of which belongs to each record."""
+
+    file: FileText | None = key("the file; null: that of the records", None)
+    by: str = key("key of them by which they are found")
+    of: str = key("path in the record to the same value")
+
+
+class BoxText(RecipeSection):
+    """A box as text, {box}: [x1, y1, x2, y2] as shares of the picture, in two decimals."""
+
+    xywh: tuple[str, ...] | None = key("paths to left, top, width, height, or to a list", None)
+    xyxy: tuple[str, ...] | None = key("paths to left, top, right, bottom, or to a list", None)
+    size: tuple[str, str] = key("paths to the width and height of the picture in pixels")
+    frame: Literal["square", "image"] = key(
+        "shares of the picture padded to a square, as LLaVA's, or of the picture", "square"
+    )
+
+    @model_validator(mode="after")
+    def _check_corners(self) -> Self:
+        if (self.xywh is None) == (self.xyxy is None):
+            raise ValueError("takes xywh or xyxy")
+        if len(self.corners) not in (1, 4):
+            raise ValueError(f"has {len(self.corners)} paths to a box; expected four, or one")
+        return self
+
+    @property
+    def corners(self) -> tuple[str, ...]:
+        """The paths to the numbers of the box, or to their list."""
+        return self.xywh or self.xyxy or ()
+
+
+class AnnotationMapping(FileRecords):
+    """How the samples of a data set are made of its annotation files."""
+
+    records: FileText = key("file with the records, below the folder; {split} is the split's text")
+    splits: dict[str, Texts] | None = key(
+        "splits by name, each with the text or texts that {split} is; the first is the default",
+        None,
+    )
+    where: dict[str, Texts] | None = key(
+        "records are read whose key has this text, or one of these", None
+    )
+    join: dict[str, JoinedRecords] | None = key(
+        "by a name for texts: another list, one of whose records belongs to each record", None
+    )
+    each: tuple[str, ...] = key("list, or lists side by side: an entry is a sample", ())
+    turns: tuple[str, ...] = key("list, or lists side by side: an entry is a question", ())
+    max_turns: int | None = key(
+        "of longer lists so many entries are read, evenly spread", None, ge=1
+    )
+    id: str | None = key("text: the sample's id", None)
+    image: str | None = key("text: the picture's file, below data.images or the folder", None)
+    question: str | None = key("text: what is asked; null: the picture alone is shown", None)
+    instruction: str | None = key("line behind the first question", None)
+    answer: str = key("text: what is answered")
+    box: BoxText | None = key("a box as text, {box}", None)
+    get: str | None = key("where the files are from, for messages", None)
+
+    @field_validator("id", "image", "question", "instruction", "answer")
+    @classmethod
+    def _check_text(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_template(value)
+        return value
+
+    @field_validator("splits", "where", "join")
+    @classmethod
+    def _check_not_empty(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None and not value:
+            raise ValueError("is an empty mapping; leave it out")
+        return value
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        used = {path for text in self.texts.values() for path in text.paths}
+        if "box" in used and self.box is None:
+            raise ValueError("has {box} in a text, but no box: that says where it is")
+        if self.each and self.turns:
+            raise ValueError("takes each or turns, not both")
+        for name in (*self.each, *self.turns, *(self.join or {})):
+            if "." in name or name in OWN_NAMES:
+                raise ValueError(f"has '{name}' in each, turns or join; expected a plain name")
+        if self._uses_split(*self._split_places, *self._wanted_texts) and not self.splits:
+            raise ValueError("has {split}, but no splits: that says what it is")
+        several = [name for name, texts in (self.splits or {}).items() if len(texts) != 1]
+        if several and self._uses_split(*self._split_places):
+            raise ValueError(
+                f"has {{split}} in a text, and split '{several[0]}' has "
+                f"{len((self.splits or {})[several[0]])} texts; expected one"
+            )
+        return self
+
+    @staticmethod
+    def _uses_split(*texts: str) -> bool:
+        return any("{split}" in text for text in texts)
+
+    @property
+    def _split_places(self) -> list[str]:
+        """The texts that may hold the split's only text."""
+        files = [joined.file or "" for joined in (self.join or {}).values()]
+        filled = (self.id, self.image, self.question, self.instruction, self.answer)
+        return [self.records, *files, *filter(None, filled)]
+
+    @property
+    def _wanted_texts(self) -> list[str]:
+        return [text for texts in (self.where or {}).values() for text in texts]
+
+    @property
+    def texts(self) -> dict[str, TextTemplate]:
+        """The texts that are filled from a record, parsed, by their keys."""
+        texts = {
+            "id": self.id,
+            "image": self.image,
+            "question": self.question,
+            "instruction": self.instruction,
+            "answer": self.answer,
+        }
+        return {name: parse_template(text) for name, text in texts.items() if text is not None}
+
+    def digest(self, *keys: str) -> str:
+        """Return a short hash of some keys, of all where none are named."""
+        chosen = self.model_dump(mode="json", include=set(keys) or None)
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_mapping(file: Path) -> AnnotationMapping:
+    """Return the mapping in a file; a UserError with a line for each mistake."""
+    tree = read_yaml(file)
+    try:
+        return AnnotationMapping.model_validate(tree)
+    except ValidationError as error:
+        lines = [f"{file}: {_error_line(details)}" for details in error.errors()]
+        raise UserError(*dict.fromkeys(lines)) from None
+
+
+def _error_line(details: ErrorDetails) -> str:
+    """Return what is wrong with a key of a mapping."""
+    path = details["loc"]
+    name, last = join_path(path), path[-1] if path else ""
+    sections: dict[str, type[RecipeSection]] = {"join": JoinedRecords, "box": BoxText}
+    section = sections.get(str(path[0]), AnnotationMapping) if path[1:] else AnnotationMapping
+    known = list(section.model_fields)
+    if details["type"] == "extra_forbidden":
+        close = suggest_name(str(last), known)
+        return f"unknown key '{name}'; keys are: {', '.join(known)}.{close}"
+    if details["type"] == "missing" and isinstance(last, int):
+        return f"{join_path(path[:-1])} has only {last} of its values"
+    if details["type"] == "missing":
+        return f"{name} is missing: {section.model_fields[str(last)].description}"
+    return f"{name or 'the mapping'} {describe_error(details)}"
