@@ -13,6 +13,7 @@ of the file.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,9 +25,11 @@ from vlbench.config.mixture_source import Mixture, MixtureSource, SamplingText
 from vlbench.connector.folder_modules import shipped_folder
 from vlbench.errors import UserError, suggest_name
 from vlbench.strict_values import describe_error, join_path
-from vlbench.text_files import read_yaml
+from vlbench.text_files import read_text, read_yaml
 
 MIXTURE_FOLDER = "data"  # of ./recipes and of the shipped recipes
+MIXTURE_LINE = re.compile(r"^(sources|datasets)\s*:", re.MULTILINE)
+"""What a mixture has, and no mapping of annotation files."""
 
 
 class MixtureFile(RecipeSection):
@@ -81,17 +84,29 @@ def read_mixture(name: str) -> list[dict[str, Any]]:
     return [source.model_dump(mode="json", exclude_defaults=True) for source in sources]
 
 
+def mixture_files() -> dict[str, Path]:
+    """Return the files of mixtures by name: those of `./recipes/data`, then the shipped ones."""
+    files: dict[str, Path] = {}
+    for root in (Path("recipes"), shipped_folder("recipes")):
+        for file in sorted((root / MIXTURE_FOLDER).glob("*.yaml")):
+            if MIXTURE_LINE.search(read_text(file)):
+                files.setdefault(file.stem, file)
+    return files
+
+
 def find_mixture(name: str) -> Path:
     """Return the file of a mixture; a UserError suggests another name where there is none."""
     path = Path(name).expanduser()
-    folders = [root / MIXTURE_FOLDER for root in (Path("recipes"), shipped_folder("recipes"))]
-    shipped_path = folders[-1].parents[1] / name  # recipes/data/NAME.yaml, outside of a checkout
-    for candidate in (path, *(folder / f"{name}.yaml" for folder in folders), shipped_path):
-        if candidate.is_file():
-            return candidate
-    known = [file.stem for folder in folders for file in sorted(folder.glob("*.yaml"))]
-    close = suggest_name(path.stem, [stem for stem in known if stem != name])
-    raise UserError(f"data.mix={name}: there is no such file.{close}")
+    if path.is_file():
+        return path
+    known = mixture_files()
+    shipped = shipped_folder("recipes").parent / name  # recipes/data/NAME.yaml, of another folder
+    if name in known or shipped.is_file():
+        return known.get(name, shipped)
+    raise UserError(
+        f"data.mix={name}: there is no such file; known mixtures: {', '.join(known)}, or a file "
+        f"NAME.yaml.{suggest_name(path.stem, known)}"
+    )
 
 
 def _error_lines(file: Path, form: type[RecipeSection], error: ValidationError) -> Iterator[str]:

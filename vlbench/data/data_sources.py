@@ -45,11 +45,16 @@ def open_stage_sources(
         try:
             sources.append(_open_part(part, stage_data, source_cache))
         except UserError as error:
-            needs = f" It needs: {part.needs}" if part.needs else ""
-            errors += [f"{line}{needs and '.'}{needs}" for line in error.lines]
+            errors += [_describe_failure(line, part) for line in error.lines]
     if errors:
         raise UserError(*errors)
     return sources
+
+
+def _describe_failure(problem: str, part: MixtureSource) -> str:
+    """Return why a source cannot be opened, with its name and what it needs."""
+    named = problem if part.train in problem else f"data {part.train}: {problem}"
+    return f"{named}. It needs: {part.needs}" if part.needs else named
 
 
 def _open_part(
