@@ -112,8 +112,12 @@ def find_mixture(name: str) -> Path:
 def _error_lines(file: Path, form: type[RecipeSection], error: ValidationError) -> Iterator[str]:
     """Yield a line for each of pydantic's errors in a file."""
     item: type[RecipeSection] = OneVisionSource if form is OneVisionFile else MixtureSource
-    for details in error.errors():
+    errors = error.errors()
+    above = {details["loc"][:length] for details in errors for length in range(len(details["loc"]))}
+    for details in errors:
         path = details["loc"]
+        if details["type"] == "too_short" and path in above:
+            continue  # it has items, and what is wrong with them is said
         keys = (form if len(path) < 2 else item).model_fields
         if details["type"] == "extra_forbidden":
             close = suggest_name(str(path[-1]), keys)

@@ -54,7 +54,8 @@ def open_stage_sources(
 def _describe_failure(problem: str, part: MixtureSource) -> str:
     """Return why a source cannot be opened, with its name and what it needs."""
     named = problem if part.train in problem else f"data {part.train}: {problem}"
-    return f"{named}. It needs: {part.needs}" if part.needs else named
+    end = "" if named.endswith(("?", ".")) else "."
+    return f"{named}{end} It needs: {part.needs}" if part.needs else named
 
 
 def _open_part(
