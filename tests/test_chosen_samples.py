@@ -56,6 +56,8 @@ def chosen_numbers(source: Captions, seed: int = 0, **settings: object) -> list[
     numbers = [int(chosen[index].turns[1].text) for index in range(len(chosen))]
     assert [record_number(chosen, index) - 1 for index in range(len(chosen))] == numbers
     assert len(set(numbers)) == len(numbers)
+    found = {number for number in range(len(source)) if chosen.has_record(number + 1)}
+    assert found == set(numbers)
     return numbers
 
 
@@ -84,10 +86,10 @@ def test_a_random_choice_is_fixed_by_the_seed(blocks: list[int] | None) -> None:
 
 
 def test_a_random_choice_takes_the_same_share_of_every_shard() -> None:
-    blocks = [1000] * 10 + [10]
-    numbers = chosen_numbers(Captions(10_010, blocks), sampling="random:10%")
-    shares = Counter(number // 1000 for number in numbers)
-    assert [shares[shard] for shard in range(11)] == [100] * 10 + [1]
+    blocks = [100] * 10 + [10]
+    numbers = chosen_numbers(Captions(1010, blocks), sampling="random:10%")
+    shares = Counter(number // 100 for number in numbers)
+    assert [shares[shard] for shard in range(11)] == [10] * 10 + [1]
 
 
 def test_a_choice_of_a_billion_records_is_made_of_numbers_alone() -> None:

@@ -39,8 +39,10 @@ FILE_SOURCES = (ConversationFiles, WebDatasetShards)  # they read files; scenes 
 MAX_SAMPLES_SHOWN = 6  # on the audit page, of each source in each stage
 MAX_RENDERED_SAMPLES = 1000  # of a source of rendered scenes
 
-StageChecks = dict[tuple[int, tuple[Any, ...]], StageCheck]
+SourceIdentity = tuple[Any, ...]
+StageChecks = dict[tuple[int, SourceIdentity], StageCheck]
 """By the number of the stage, and the source."""
+SourceSummaries = dict[SourceIdentity, SourceSummary]
 
 
 def run_check(recipe: Recipe, folder: Path) -> int:
@@ -98,7 +100,7 @@ def run_check(recipe: Recipe, folder: Path) -> int:
     write_for_people(folder / "report.txt", "\n".join(lines) + "\n")
     print("\n".join(lines))
     print(f"\nwrote {folder}: report.txt, findings.jsonl, audit.html (what the model reads)")
-    _refuse_bad_data(stage_runs, checks, log)
+    _refuse_bad_data(stage_runs, checks, summaries)
     return 0
 
 
@@ -126,7 +128,7 @@ def _stage_checks(stage_runs: list[StageRun], encoders: list[SampleEncoder]) -> 
     }
 
 
-def _stage_identities(stage_run: StageRun) -> Iterator[tuple[Any, ...]]:
+def _stage_identities(stage_run: StageRun) -> Iterator[SourceIdentity]:
     yield from dict.fromkeys(map(source_identity, stage_run.all_sources))
 
 
@@ -155,7 +157,7 @@ def _source_lines(summary: SourceSummary) -> Iterator[str]:
 def _stage_lines(
     stage_runs: list[StageRun],
     checks: StageChecks,
-    summaries: dict[tuple[Any, ...], SourceSummary],
+    summaries: SourceSummaries,
 ) -> Iterator[str]:
     for number, stage_run in enumerate(stage_runs):
         of_stage = [check for (of, _), check in checks.items() if of == number]
@@ -218,11 +220,16 @@ def _summary_lines(log: FindingLog) -> Iterator[str]:
             yield f"  and {log.counts[kind] - MAX_FINDINGS_PRINTED} more in findings.jsonl"
 
 
-def _refuse_bad_data(stage_runs: list[StageRun], checks: StageChecks, log: FindingLog) -> None:
+def _refuse_bad_data(
+    stage_runs: list[StageRun],
+    checks: StageChecks,
+    summaries: SourceSummaries,
+) -> None:
     """Raise the UserError with which training would refuse to start with these data, if any."""
     for number, stage_run in enumerate(stage_runs):
         for source in stage_run.all_sources:
-            first, count = log.refused_samples(source.name, stage_run.name)
+            refused = summaries[source_identity(source)].refused
+            first, count = refused.of_stage(stage_run.name)
             check_source_bad_samples(stage_run, source, first, count)
         images = sum(
             checks[number, source_identity(source)].image_count for source in stage_run.data.sources

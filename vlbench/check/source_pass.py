@@ -16,7 +16,14 @@ from typing import overload
 
 from tqdm import tqdm
 
-from vlbench.check.findings import ODD, REFUSED, DataFinding, FindingLog, make_finding
+from vlbench.check.findings import (
+    ODD,
+    REFUSED,
+    DataFinding,
+    FindingLog,
+    RefusedSamples,
+    make_finding,
+)
 from vlbench.check.repeated_samples import RepeatedSamples, short_hash
 from vlbench.check.sample_checks import ImageCheck, StageCheck, check_image, find_odd_text
 from vlbench.data.chat_template import ChatTemplate
@@ -43,6 +50,7 @@ class SourceSummary:
     image_count: int = 0
     unread_key_counts: Counter[str] = field(default_factory=Counter)
     untagged_samples: int = 0
+    refused: RefusedSamples = field(default_factory=RefusedSamples)
 
     def reading_notes(self) -> Iterator[str]:
         """Yield notes on records that are correct, but are read in another way than written."""
@@ -130,7 +138,11 @@ class SourcePass:
 
     def _add_all(self, findings: Iterable[DataFinding]) -> None:
         for finding in findings:
-            self.log.add(finding)
+            self._add(finding)
+
+    def _add(self, finding: DataFinding) -> None:
+        self.log.add(finding)
+        self.summary.refused.note(finding)
 
     def _read_chunks(self) -> Iterator[list[tuple[int, Sample]]]:
         """Yield well-formed samples with their numbers; say how long it will take."""
@@ -142,7 +154,7 @@ class SourcePass:
                 chunk.append((index, sample_at(self.source, index)))
             except BadSample as bad:
                 name = self.source.name
-                self.log.add(
+                self._add(
                     DataFinding(REFUSED, name, bad.sample_id, bad.reason, record=bad.record_number)
                 )
             if len(chunk) == CHUNK_SAMPLES:
@@ -175,7 +187,7 @@ class SourcePass:
         if max(check.size) > MAX_ASPECT_RATIO * min(check.size):
             width, height = check.size
             problem = f"image {image.name} is a strip of {width} x {height} pixels"
-            self.log.add(make_finding(sample, ODD, self.source.name, problem))
+            self._add(make_finding(sample, ODD, self.source.name, problem))
 
     def _check_sample(self, index: int, sample: Sample) -> None:
         """Check a sample whose images have been opened."""
@@ -190,7 +202,7 @@ class SourcePass:
         for image in sample.images:
             problem = self._image_problem(image)
             if problem:
-                self.log.add(make_finding(sample, REFUSED, name, problem))
+                self._add(make_finding(sample, REFUSED, name, problem))
                 return
         self._encode(index, sample)
 

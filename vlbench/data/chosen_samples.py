@@ -83,6 +83,14 @@ class ChosenSamples:
             index = choice(index)
         return index
 
+    def has_record(self, number: int) -> bool:
+        """Tell whether record `number` (from 1) of the source is one of the samples."""
+        index: int | None = number - 1
+        for choice in self._choices:
+            if index is not None:
+                index = choice.find(index)
+        return index is not None
+
     def pass_order(
         self, shuffle_key: str, max_lanes: int = MAX_LANES
     ) -> Callable[[int], int] | None:

@@ -52,3 +52,16 @@ class RecordChoice:
         in_block = index - int(self._chosen_ends[block]) + int(self.block_counts[block])
         shuffle = cached_shuffle(size, f"{self._choice_key}/block {block}")
         return int(self._block_ends[block]) - size + shuffle(in_block)
+
+    def find(self, record: int) -> int | None:
+        """Return which number a record (from 0) has among the chosen ones, None if it is none."""
+        if self.order != "random":
+            index = record - (
+                0 if self.order == "first" else int(self._block_ends[-1]) - self.count
+            )
+            return index if 0 <= index < self.count else None
+        block = int(self._block_ends.searchsorted(record, side="right"))
+        size, chosen = int(self._block_sizes[block]), int(self.block_counts[block])
+        shuffle = cached_shuffle(size, f"{self._choice_key}/block {block}")
+        in_block = shuffle.position_of(record - int(self._block_ends[block]) + size)
+        return int(self._chosen_ends[block]) - chosen + in_block if in_block < chosen else None

@@ -47,6 +47,21 @@ class FeistelShuffle:
             value = self._permute_once(value)
         return value
 
+    def position_of(self, index: int) -> int:
+        """Return the position at which `index` is, both in 0..count-1."""
+        if not 0 <= index < self.count:
+            raise IndexError(f"index {index} of a permutation of {self.count}")
+        value = self._reverse_once(index)
+        while value >= self.count:
+            value = self._reverse_once(value)
+        return value
+
+    def _reverse_once(self, value: int) -> int:
+        left, right = value >> self._half_bits, value & self._half_mask
+        for key in reversed(self._round_keys):
+            left, right = right ^ (_mix_bits(left ^ key) & self._half_mask), left
+        return left << self._half_bits | right
+
     def _permute_once(self, value: int) -> int:
         left, right = value >> self._half_bits, value & self._half_mask
         for key in self._round_keys:
