@@ -12,7 +12,7 @@ from vlbench.config import encoder_names, recipe
 from vlbench.config.mixture_file import mixture_files
 from vlbench.connector import registry
 from vlbench.connector.option_schema import ConnectorOption
-from vlbench.data.annotation_mapping import read_mapping
+from vlbench.data.annotation_mapping import AnnotationMapping, read_mapping
 from vlbench.data.mapped_sources import mapping_files
 from vlbench.errors import UserError, one_line
 from vlbench.strict_values import kind_label, yaml_text
@@ -143,12 +143,9 @@ def _data_lines() -> list[str]:
         except UserError as mistake:  # one broken file must not hide the others
             lines.append(f"{indent}cannot be used: {mistake.lines[0]}")
             continue
-        first_split = next(iter((mapping.splits or {}).values()), ("",))[0]
-        joined = [one.file for one in (mapping.join or {}).values()]
-        files = dict.fromkeys(filter(None, (mapping.records, *joined, mapping.image)))
-        needed = ", ".join(text.replace("{split}", first_split) for text in files)
-        splits = f"; splits {', '.join(mapping.splits)}" if mapping.splits else ""
-        lines.append(f"{indent}needs {needed}{splits}")
+        files, splits = mapping_needs(mapping)
+        told = f"; splits {', '.join(splits)}" if splits else ""
+        lines.append(f"{indent}needs {', '.join(files)}{told}")
         lines += [f"{indent}from {mapping.get}"] if mapping.get else []
     return [
         *lines,
@@ -157,6 +154,14 @@ def _data_lines() -> list[str]:
         *(f"{name:16} {file_summary(file)}" for name, file in mixture_files().items()),
         "data.mix=NAME reads one of these mixtures; a file NAME.yaml is one",
     ]
+
+
+def mapping_needs(mapping: AnnotationMapping) -> tuple[list[str], list[str]]:
+    """Return the files that the first split of a mapping needs, pictures last, and its splits."""
+    first_split = next(iter((mapping.splits or {}).values()), ("",))[0]
+    joined = [one.file for one in (mapping.join or {}).values()]
+    files = dict.fromkeys(filter(None, (mapping.records, *joined, mapping.image)))
+    return [text.replace("{split}", first_split) for text in files], list(mapping.splits or {})
 
 
 LISTED_KINDS: dict[ListedKind, Callable[[], list[str]]] = {

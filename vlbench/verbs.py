@@ -284,7 +284,7 @@ VERBS = {
         takes_recipe_keys=True,
     ),
     "list": VerbEntry(
-        "print recipes, sizes, connectors and vision encoders",
+        "print recipes, sizes, connectors, vision encoders and layouts of data",
         run_list,
         "connectors size=6b",
         ListArguments,

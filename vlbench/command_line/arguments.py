@@ -285,7 +285,8 @@ class PackArguments:
     verb: ClassVar[str] = "pack"
 
     data: str = argument(
-        "JSON, JSONL, CSV, TSV or Parquet; a folder or data set of the hub with Parquet files",
+        "JSON, JSONL, CSV, TSV or Parquet; a folder or data set of the hub with Parquet files; "
+        "NAME:FOLDER (`list data`)",
         metavar="DATA",
         is_path=True,
     )

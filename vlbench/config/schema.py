@@ -186,7 +186,9 @@ TrainedParts = Annotated[dict[PartName, PartTrainConfig], BeforeValidator(drop_f
 class DataConfig(RecipeSection):
     """Training and held-out data."""
 
-    train: PathText | None = key("scenes; JSON, JSONL, CSV or Parquet; a hub id; shards", None)
+    train: PathText | None = key(
+        "scenes; JSON, JSONL, CSV, Parquet; NAME:FOLDER; a hub id; shards", None
+    )
     images: PathText | None = key("folder of images; null: beside the file", None)
     allow_outside: bool = key("read images that lie outside of the folder `images`", False)
     mix: Mixture | None = key("sources, or a YAML file that lists them; instead of train", None)

@@ -186,8 +186,8 @@ def _find_joined(place: RecordPlace, by: str, wanted: NDArray[np.uint64]) -> NDA
         raise UserError(f"{place.file}: holds no records")
     known, ranges = np.frombuffer(hashes, np.uint64), np.frombuffer(flat, np.int64).reshape(-1, 2)
     order = np.argsort(known, kind="stable")  # of equal keys the first counts
-    places = np.searchsorted(known, wanted, sorter=order)
-    nearest = order[np.minimum(places, len(order) - 1)]
+    known, ranges = known[order], ranges[order]
+    nearest = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
     is_found = (known[nearest] == wanted) & (wanted != 0)
     return np.where(is_found[:, None], ranges[nearest], NOT_FOUND)
 

@@ -23,7 +23,7 @@ from vlbench.data.mapping_texts import (
     walk_together,
 )
 from vlbench.data.record_files import file_stamp
-from vlbench.data.record_places import RecordPlace
+from vlbench.data.record_places import REMEDY, RecordPlace
 from vlbench.data.shard_sampler import MAX_LANES
 from vlbench.errors import BadSample, UserError
 
@@ -122,7 +122,10 @@ class AnnotationRecords:
             first, last = joined[2 * number : 2 * number + 2]
             values[name] = _read_joined(record, place, by, of, first, last)
         if self.mapping.each:
-            return values.new_child(list(walk_together(record, self.mapping.each))[entry])
+            entries = list(walk_together(record, self.mapping.each))
+            if not 0 <= entry < len(entries):
+                raise UserError(f"{self.records.file}: has no entry {entry + 1}; {REMEDY}")
+            return values.new_child(entries[entry])
         return values
 
     def _make_record(self, values: ChainMap[str, Any]) -> dict[str, Any]:

@@ -170,4 +170,5 @@ def open_record_file(location: str) -> RecordFile:
     except OSError as error:
         raise UserError(f"data {location}: cannot be read ({error.strerror})") from None
     except UserError as error:
-        raise UserError(f"data {location}: {str(error).removeprefix(f'{location}: ')}") from None
+        lines = [line.removeprefix(f"{location}: ") for line in error.lines]
+        raise UserError(*(f"data {location}: {line}" for line in lines)) from None

@@ -128,7 +128,8 @@ def open_held_out(
         try:
             return open_source(data.val, data.images, stage_data, seed, source_cache)
         except UserError as error:
-            raise UserError(f"data.val: {str(error).removeprefix('data ')}") from error
+            lines = [line.removeprefix("data ") for line in error.lines]
+            raise UserError(*(f"data.val: {line}" for line in lines)) from error
     if data.train == SCENES_SOURCE and not data.mix:
         return open_source(SCENES_SOURCE, None, stage_data, seed, None)
     return None

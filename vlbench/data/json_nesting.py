@@ -24,7 +24,7 @@ class FoundRecord(NamedTuple):
     start: int
     end: int
     value: Any
-    key: str = ""
+    key: str | None = None
     """Of a value of a mapping; the record's bytes begin with it."""
 
 
@@ -39,6 +39,8 @@ def scan_nested(file: Path, path: str) -> Iterator[FoundRecord]:
     scan = _NestedScan(file)
     with scan.open_window() as first:
         if not keys and first != "[":
+            if first != "{":
+                raise UserError("is no JSON; `lines` in the mapping says how a line is read")
             yield from scan.iterate_lines()
             return
         for number, key in enumerate(keys[:-1] if is_mapping else keys):

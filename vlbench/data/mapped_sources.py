@@ -43,8 +43,12 @@ def find_mapped_source(location: str) -> MappedSource | None:
 
     Raises a UserError for an unknown mapping, one with mistakes, an unknown split, no folder.
     """
-    name, colon, rest = location.partition(":")
-    if not colon or not rest or rest.startswith("//") or Path(location).exists():
+    name, _, rest = location.partition(":")
+    if rest.startswith("//") or Path(location).exists():
+        return None
+    if not rest:
+        if name in mapping_files() or name.endswith(YAML_SUFFIXES):
+            raise UserError(f"names a mapping and no folder; write {name}:FOLDER")
         return None
     file = _find_mapping(name, rest)
     if file is None:

@@ -113,7 +113,7 @@ def format_value(value: Any, place: Placeholder) -> str:
         return _most_frequent(value, place.path)
     text = plain_text(value)
     if text is None:
-        hint = f"; write {{{place.path}:majority}} for the most frequent"
+        hint = f"; write {{{place.path}:majority}} for the most frequent, or name it in turns"
         hint = hint if isinstance(value, list) else ""
         kind = describe_json_type(value)
         raise BadSample("", f"{place.path!r} is {kind}; expected a text or a number{hint}")
@@ -176,7 +176,7 @@ class LinePattern:
         """Return the names of a line with their texts; a UserError where it does not fit."""
         match = self._pattern.fullmatch(line)
         if match is None:
-            raise UserError(f"is {describe_json_type(line)}; expected {self.text!r}")
+            raise UserError(f"the line is {describe_json_type(line)}; expected {self.text!r}")
         return dict(zip(self.names, match.groups(), strict=True))
 
 

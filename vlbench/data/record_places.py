@@ -17,6 +17,8 @@ from vlbench.data.table_records import CountedLines
 from vlbench.errors import BadSample, UserError, describe_json_type
 from vlbench.regular_files import MAX_DATA_BYTES, open_regular
 
+REMEDY = "remove the files *.index beside it, and they are made anew"
+
 
 @dataclass(frozen=True)
 class RecordPlace:
@@ -48,17 +50,22 @@ class RecordPlace:
 
         The key of a mapping's value is added as `key`.
         """
-        text = read_range(str(self.file), self.stamp, start, end).decode("utf-8")
-        if self.pattern is not None:
-            return self.pattern.read_line(text.rstrip("\r\n"))
+        if not 0 <= start < end <= self.stamp[0]:
+            raise UserError(f"{self.file}: has no bytes {start} to {end}; {REMEDY}")
+        data = read_range(str(self.file), self.stamp, start, end)
         try:
+            text = data.decode("utf-8")
+            if self.pattern is not None:
+                return self.pattern.read_line(text.rstrip("\r\n"))
             decoder, key = json.JSONDecoder(), None
             if self.at.endswith(EVERY_VALUE):
                 key, position = decoder.raw_decode(text)
                 text = text[text.index(":", position) + 1 :].lstrip()
             value = decoder.raw_decode(text)[0]
+        except UserError:
+            raise
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{self.file}: no record begins at byte {start}") from error
+            raise UserError(f"{self.file}: no record begins at byte {start}; {REMEDY}") from error
         return with_key(value, key)
 
 
