@@ -14,7 +14,8 @@ from gpu_rows import DEVICE, ON_GPU, RunLog, release_memory, synchronize_device
 from measure_training import StepTimer
 
 from vlbench.config import recipe as recipes
-from vlbench.config.schema import Recipe, StageConfig
+from vlbench.config.schema import Recipe
+from vlbench.config.stage_schema import StageConfig
 from vlbench.data.optimizer_step import OptimizerStep
 from vlbench.errors import EnvironmentFailure, UserError
 from vlbench.model.build_vlm import build_vlm

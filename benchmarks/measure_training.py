@@ -24,7 +24,8 @@ import torch
 from benchmark_model import PackedSteps, make_conversations, random_pixels
 
 from vlbench.config import recipe as recipes
-from vlbench.config.schema import PartTrainConfig, StageConfig, TrainerConfig
+from vlbench.config.schema import TrainerConfig
+from vlbench.config.stage_schema import PartTrainConfig, StageConfig
 from vlbench.data.optimizer_step import OptimizerStep
 from vlbench.data.sample_encoding import EncodedSample
 from vlbench.model.loaded_vlm import LoadedVLM

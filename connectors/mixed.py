@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vlbench.connector import registry
 from vlbench.connector.base import Connector, ImagePlaces, Shapes
 from vlbench.connector.levels import Levels
+from vlbench.connector.question import Question
 from vlbench.errors import suggest_name
 from vlbench.strict_values import RawText
 
@@ -66,6 +67,7 @@ class MixedConnector(Connector):
         self.tokens_per_image = self.inner.tokens_per_image
         self.class_token = self.inner.class_token
         self.vision_layers = self.inner.vision_layers
+        self.question_length = self.inner.question_length
         self.inject_layers = tuple(i for i in range(shapes.lm_layers) if (i + 1) % every == 0)
         block = registry.connector_module("flamingo").GatedBlock
         width = shapes.lm_width
@@ -73,9 +75,9 @@ class MixedConnector(Connector):
             {str(i): block(width, width, heads, head_width, ff_mult) for i in self.inject_layers}
         )
 
-    def forward(self, features: Levels) -> Tensor:
+    def forward(self, features: Levels, *question: Question) -> Tensor:
         """Return the tokens `[images, tokens, lm_width]` of the other connector."""
-        return self.inner(features)
+        return self.inner(features, *question)
 
     def inject(self, layer: int, hidden: Tensor, visual: Tensor, where: ImagePlaces) -> Tensor:
         """Add gated cross-attention to the nearest image before decoder layer `layer`."""
@@ -87,9 +89,9 @@ class MixedConnector(Connector):
             self.blocks
         )
 
-    def patch_attention(self, features: Levels) -> Tensor | None:
+    def patch_attention(self, features: Levels, *question: Question) -> Tensor | None:
         """Return the attention weights of the other connector."""
-        return self.inner.patch_attention(features)
+        return self.inner.patch_attention(features, *question)
 
     def losses(self, features: Levels, visual: Any, batch: Any) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the other connector's own losses."""

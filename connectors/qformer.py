@@ -12,7 +12,7 @@ captions by image-text contrast (ITC), matching (ITM) and captioning (ITG). It h
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -30,8 +30,8 @@ from vlbench.model.weights.tensor_files import weight_files
 from vlbench.state_dicts import check_names
 
 LAVIS_RENAMES = (
-    (r"^Qformer\.bert\.embeddings\.LayerNorm\.", "qformer.layernorm."),
-    (r"^(Qformer\.bert\.)?embeddings\.(\w+_embeddings)\.", r"text.embeddings.\2."),
+    (r"^(Qformer\.bert|qformer)\.embeddings\.(LayerNorm|layernorm)\.", "qformer.layernorm."),
+    (r"^((Qformer\.bert|qformer)\.)?embeddings\.(\w+_embeddings)\.", r"text.embeddings.\3."),
     (
         r"^Qformer\.bert\.encoder\.layer\.(\d+)\.(attention|crossattention)\.self\.",
         r"qformer.encoder.layer.\1.\2.attention.",
@@ -45,7 +45,8 @@ LAVIS_RENAMES = (
     (r"^(vision|text)_proj(ection)?\.", r"text.\1_proj."),
     (r"^(itm_head\.|temp$)", r"text.\1"),
 )
-"""Patterns from names in LAVIS and in transformers' Blip2 to names in this file."""
+"""Patterns from names in LAVIS and in transformers' Blip2 and InstructBlip to those in this
+file."""
 BERT_INIT_STD, BERT_WIDTH = 0.02, 768
 """Standard deviation of BERT's initial weights, and its width (Devlin et al. 2019,
 arXiv:1810.04805). Narrower layers get a larger one, so that their sums are of the same size: with
@@ -54,7 +55,8 @@ learn where to attend."""
 OWN_KEYS = re.compile(r"(query_tokens$|ln_vision\.|qformer\.|projection\.|text\.)")
 IGNORED_KEYS = (
     r"(visual_encoder|vision_model|(opt|t5|llm|language)_(model|proj|projection)|Qformer|embeddings"
-    r"|(vision|text)_proj(ection)?|itm_head)\..*|temp"
+    r"|(vision|text)_proj(ection)?|itm_head|qformer\.embeddings"
+    r"|qformer\.encoder\.layer\.\d+\.(intermediate|output))\..*|temp"
 )
 """Names of BLIP-2's other parts, and of the text side, which other stages do not need."""
 BERT_KEYS = re.compile(r"text\.embeddings\.|qformer\.(layernorm\.|encoder\.layer\.\d+\.(?!cross))")
@@ -154,13 +156,8 @@ class QFormer(Connector):
 
         Their attention to the class token is left out.
         """
-        blocks: Any = self.qformer.encoder.layer
-        attentions = [b.crossattention.attention for b in blocks if b.has_cross_attention]
-        layers = [(attention.query, attention.key) for attention in attentions]
-        heads = self.qformer.config.num_attention_heads
-        return attention_shares(
-            layers, heads, lambda: self(features), slice(int(self.class_token), None)
-        )
+        patches = slice(int(self.class_token), None)
+        return query_attention(self.qformer, lambda: self(features), patches)
 
     def objectives(self) -> tuple[str, ...]:
         """Name the objective of BLIP-2's first stage."""
@@ -248,21 +245,7 @@ class QFormer(Connector):
         These keep their values: a projection to a language model of another width, and what the
         weights lack of the text side (transformers' have no captioning head).
         """
-        own = self.state_dict()
-        state = {}
-        for given in weights:
-            name = rename_reference_key(given)
-            if OWN_KEYS.match(name) and (self.text is not None or not TEXT_KEYS.match(name)):
-                state[name] = self._fit_tensor(name, weights[given], own)
-        kept = {name: own[name] for name in own if TEXT_KEYS.match(name) and name not in state}
-        ends = {name for name in own if name.startswith("projection.")}
-        if not ends & set(state) or (
-            ends <= set(state) and len(state["projection.bias"]) != len(own["projection.bias"])
-        ):
-            kept |= {name: own[name] for name in ends}
-            state = {name: tensor for name, tensor in state.items() if name not in ends}
-        self.load_strict(kept | state)
-        return set(state)
+        return load_blip2_weights(self, weights, rename_reference_key, self._fit_tensor)
 
     def _fit_tensor(self, name: str, tensor: Tensor, own_state: Mapping[str, Tensor]) -> Tensor:
         """Cut position embeddings to `text_length`; add the token id that BERT itself lacks."""
@@ -299,6 +282,48 @@ class QFormer(Connector):
             raise UserError(f"{source} does not fit: {error}") from error
         self.weights_source = f"random, its BERT {self._text_source}"
         print(f"{source}: {summarize_loading(loaded, expected | head, bert_weights)}")
+
+
+def query_attention(
+    bert: Blip2QFormerModel, run_forward: Callable[[], object], patch_slice: slice
+) -> Tensor:
+    """Return the attention weights of the queries of `bert`, as `attention_shares` does."""
+    blocks: Any = bert.encoder.layer
+    attentions = [one.crossattention.attention for one in blocks if one.has_cross_attention]
+    layers = [(attention.query, attention.key) for attention in attentions]
+    return attention_shares(layers, bert.config.num_attention_heads, run_forward, patch_slice)
+
+
+def load_blip2_weights(
+    connector: Connector,
+    weights: Mapping[str, Tensor],
+    rename_key: Callable[[str], str],
+    fit_tensor: Callable[[str, Tensor, Mapping[str, Tensor]], Tensor],
+) -> set[str]:
+    """Load weights of a Q-Former into a connector of the names of this file; return what fits.
+
+    Args:
+        connector: Has the names of `OWN_KEYS`; those of `TEXT_KEYS` may be missing.
+        weights: In the layout of LAVIS or of transformers.
+        rename_key: Returns the name in `connector` of one in `weights`.
+        fit_tensor: Takes a name, its tensor and the connector's own state; returns the tensor that
+            is loaded.
+    """
+    own = connector.state_dict()
+    state = {}
+    for given in weights:
+        name = rename_key(given)
+        if OWN_KEYS.match(name) and (name in own or not TEXT_KEYS.match(name)):
+            state[name] = fit_tensor(name, weights[given], own)
+    kept = {name: own[name] for name in own if TEXT_KEYS.match(name) and name not in state}
+    ends = {name for name in own if name.startswith("projection.")}
+    if not ends & set(state) or (
+        ends <= set(state) and len(state["projection.bias"]) != len(own["projection.bias"])
+    ):
+        kept |= {name: own[name] for name in ends}
+        state = {name: tensor for name, tensor in state.items() if name not in ends}
+    connector.load_strict(kept | state)
+    return set(state)
 
 
 def rename_reference_key(name: str) -> str:

@@ -16,7 +16,7 @@ ROWS |= {top + 12: "gated cross-" for top in GATED} | {top + 29: "attention, sum
 PANELS = (
     "(a) one token per patch|llava_mlp, linear,|glu, eva, dense"
     "|The text holds a place|for every patch.",
-    "(b) fewer tokens|qformer, resampler, avgpool,|pixel_shuffle, c_abstractor,"
+    "(b) fewer tokens|qformer, instruct_qformer, resampler,|avgpool, pixel_shuffle, c_abstractor,"
     "|attention_pool, token_packer|The text stays shorter: every|decoder layer has less to do.",
     "(c) inside the decoder|flamingo, cross_attention|"
     "|One place per image; each stretch|of text looks at its own.",

@@ -173,6 +173,7 @@ def run_program(checkpoint: str, folder: str, import_mode: str) -> dict[str, lis
 
         assert main(["fit", *RECIPE, f"run={folder}/run"]) == 0
         record_changes("fit")
+        refuse_needless_imports()
         return changed
     talk = [{"role": "user", "content": "What is this?"}]
     vlm = vlbench.load(checkpoint)
@@ -183,7 +184,15 @@ def run_program(checkpoint: str, folder: str, import_mode: str) -> dict[str, lis
     record_changes("generate")
     if import_mode == "heavy":
         run_commands(vlbench, checkpoint, folder, record_changes)
+    else:
+        refuse_needless_imports()
     return changed
+
+
+def refuse_needless_imports() -> None:
+    """Fail where a library was imported that only other recipes and data need."""
+    needless = {"peft", "pyarrow", "sklearn", "pandas", "datasets"} & set(sys.modules)
+    assert not needless, needless
 
 
 def run_commands(

@@ -218,7 +218,8 @@ def test_other_locations_are_no_mappings(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     for folder in ("gqa", "parquets", "data"):
         Path(folder).mkdir()
-    Path("odd:name.json").touch()
+    for file in ("odd:name.json", "gqa/a.parquet", "parquets/b.parquet"):
+        Path(file).touch()
     for location in (
         "gqa:validation",  # a split of Parquet files in ./gqa
         "parquets:train",
@@ -232,6 +233,9 @@ def test_other_locations_are_no_mappings(tmp_path, monkeypatch) -> None:
         assert find_mapped_source(location) is None
     with pytest.raises(UserError, match="no file questions/train_balanced_questions.json in data"):
         ConversationFiles("gqa:data")
+    Path("gqa/a.parquet").unlink()
+    with pytest.raises(UserError, match="data gqa:nowhere: nowhere is no folder"):
+        ConversationFiles("gqa:nowhere")
 
 
 def test_a_run_records_what_its_annotations_and_their_mapping_were(tmp_path, monkeypatch) -> None:

@@ -84,7 +84,7 @@ def simulated(size: str, layers: int | None) -> Iterator[tuple[VLM, PackedBatch,
     memory = SimulatedMemory(vlm.language.config.vocab_size)
     with FakeTensorMode(allow_non_fake_inputs=True), memory:
         move_to_fake_cpu(vlm)
-        batch = build_row_batch(ROW, vlm.connector.tokens_per_image, vlm.vision.pixel_shape)
+        batch = build_row_batch(ROW, vlm.connector, vlm.vision.pixel_shape)
         yield vlm, batch, memory
 
 

@@ -474,6 +474,7 @@ def test_no_library_is_imported_before_it_is_needed():
     code = (
         f"import sys\nfrom vlbench.compat import {modules}, lightning_internals\n"
         "heavy = {'torch', 'transformers', 'peft', 'open_clip', 'timm', 'lightning'}\n"
+        "assert not peft_internals.is_adapted_layer(None)\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from two_process_commands import QUIET, TWO, FitCommand, run_fit_command, run_in_two_processes
 
 from vlbench.config import recipe as recipes
-from vlbench.config.schema import PartTrainConfig
+from vlbench.config.stage_schema import PartTrainConfig
 from vlbench.connector import registry
 from vlbench.data.optimizer_step import OptimizerStep
 from vlbench.distributed import collectives

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from vlbench.data.conversation_files import ConversationFiles
-from vlbench.data.preflight import inspect_source
+from vlbench.data.preflight import MAX_INSPECTED_SAMPLES, has_images, inspect_source
 from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
 from vlbench.errors import BadSample, UserError
 
@@ -127,6 +128,49 @@ def test_preflight_opens_images_only_while_they_are_few(folder):
     assert [fault.sample_id for fault in inspect_source(data).bad_samples] == ["r2", "r3"]
     assert "is empty (0 bytes)" in str(inspect_source(data).bad_samples[0])
     assert inspect_source(data, max_opened_images=1).bad_samples == []
+
+
+class ManyRecords:
+    """So many records without an image, one in 50 of them bad; it notes which are read."""
+
+    name = "many"
+    find_bad_samples = ConversationFiles.find_bad_samples
+
+    def __init__(self, count: int) -> None:
+        self.count, self.read = count, []
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Sample:
+        self.read.append(index)
+        if index % 50 == 7:
+            raise BadSample(f"record {index + 1}", "is bad")
+        return Sample(str(index), (ChatTurn("human", "What?"), ChatTurn("assistant", "This.")))
+
+
+def test_preflight_of_many_records_reads_some_of_them_once_and_all_over():
+    data = ManyRecords(10**8)
+    report = inspect_source(data)
+    assert (
+        len(data.read) == report.inspected_samples == MAX_INSPECTED_SAMPLES == len(set(data.read))
+    )
+    assert report.bad_sample_count == len(data.read) // 50 and not report.is_complete
+    assert report.inspected_words == "20000 inspected of 100000000 samples"
+    largest_gap = max(after - one for one, after in pairwise([*data.read, len(data)]))
+    assert data.read[0] == 0 and largest_gap <= len(data) // 200
+    again = ManyRecords(10**8)
+    inspect_source(again)
+    assert again.read == data.read  # so that what a run records is the same
+    assert not has_images(again, report.bad_samples) and len(again.read) < 2 * MAX_INSPECTED_SAMPLES
+
+
+@pytest.mark.parametrize("count", [199, 200, 201, 299, 301])
+def test_preflight_reads_no_record_twice_and_all_where_they_are_few(count):
+    data = ManyRecords(count)
+    report = inspect_source(data, max_inspected_samples=200)
+    assert len(set(data.read)) == len(data.read) == min(count, 200) and max(data.read) < count
+    assert report.is_complete == (count <= 200)
 
 
 def test_preflight_leaves_rendered_sources_alone():

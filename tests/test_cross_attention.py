@@ -52,6 +52,25 @@ def test_the_kernel_gives_what_attention_image_by_image_gives(sees, monkeypatch)
         torch.testing.assert_close(ours, theirs)
 
 
+def test_neighbours_with_as_many_positions_attend_at_once(monkeypatch):
+    """A row of a hundred images, as the planner simulates them, takes no hundred calls a layer."""
+    calls = []
+    attend = cross_attention.scaled_dot_product_attention
+
+    def counted(*given: Tensor) -> Tensor:
+        calls.append(len(given[0]))
+        return attend(*given)
+
+    monkeypatch.setattr(cross_attention, "scaled_dot_product_attention", counted)
+    sees = torch.tensor([[-1, 0, 0, 1, 1, 2, 2, 3]])
+    together = gradients(sees)
+    assert calls == [3, 1]
+    monkeypatch.setattr(cross_attention, "groupby", lambda sizes: ((one, [one]) for one in sizes))
+    apart = gradients(sees)
+    assert calls[2:] == [1, 1, 1, 1]
+    assert all(ours.equal(theirs) for ours, theirs in zip(together, apart, strict=True))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("width", [8, 64, 128])
 def test_the_kernel_of_a_gpu_gives_what_attention_image_by_image_gives(width):

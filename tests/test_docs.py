@@ -14,7 +14,8 @@ from test_vlm import assert_same
 
 from vlbench.config import recipe as recipes
 from vlbench.connector import registry
-from vlbench.connector.base import Shapes, blank_features
+from vlbench.connector.base import Shapes
+from vlbench.connector.blank_inputs import blank_inputs
 from vlbench.connector.levels import first_level
 from vlbench.contract_checks.gradient_comparison import objective_gradients
 from vlbench.verbs import VERBS
@@ -59,7 +60,7 @@ def test_the_costs_are_those_at_6b() -> None:
     for name in SHIPPED:
         with torch.device("meta"):
             one = registry.load_connector(name)(shapes)
-            latents = one.count_latents(one(blank_features(one, shapes)))
+            latents = one.count_latents(one(*blank_inputs(one, shapes)))
         count = sum(parameter.numel() for parameter in one.parameters())
         known[name] = [f"{count:,}", str(one.tokens_per_image), str(latents)]
     assert told == known

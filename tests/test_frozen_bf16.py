@@ -47,7 +47,7 @@ def frozen(encoder: str | None = None) -> LoadedVLM:
         vlm.model.vision = build_vision_encoder(encoder, "embedded")
         vlm.model.connector = vlm.model._build_connector()
         vlm.processor = vlm.processor.with_image_inputs(
-            vlm.vision.transform, vlm.connector.tokens_per_image
+            vlm.vision.transform, vlm.connector.tokens_per_image, question_length=0
         )
     for part in (vlm.vision, vlm.language):
         rounded(part)

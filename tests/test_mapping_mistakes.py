@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from annotation_layouts import write_layout
+from test_source_pass import check
 
-from vlbench.__main__ import main
 from vlbench.data.conversation_files import ConversationFiles
 from vlbench.errors import UserError
 
@@ -17,6 +17,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sets")
     for name in ("vqav2", "ocr_vqa", "flickr30k_token"):
         write_layout(name, path / name)
+    file = path / "vqav2/v2_mscoco_train2014_annotations.json"
+    file.write_text(file.read_text().replace('"question_type"', '"two": [], "question_type"'))
     (path / "refcoco").mkdir()
     (path / "refcoco/refs(unc).p").write_bytes(b"\x80\x04.")
     for place in ("a", "b"):
@@ -140,9 +142,13 @@ RECORDS = {
         "'question_id' is '458752000', and no 'image_id' of annotations in .* is",
     ),
     "no list of turns": (VQA + "turns: image_id\nanswer: x\n", "'image_id' is a number"),
-    "lists of two lengths": (
+    "no second list": (
         BOOKS + "turns: [questions, genre]\nanswer: x\n",
         "'genre' is a text .*; expected a list",
+    ),
+    "lists of two lengths": (
+        VQA + "each: [answers, two]\nanswer: x\n",
+        "has lists of different lengths: 'answers' 3, 'two' 0",
     ),
     "no such line": (LINES + 'lines: "{a}|{b}"\nanswer: "{b}"\n', "the line is a text .*'{a}|{b}'"),
     "no box": (
@@ -165,10 +171,10 @@ def test_a_record_that_does_not_fit_is_one_line(name: str, folder: Path, tmp_pat
     assert_matches(str(bad), words)
 
 
-def test_check_names_a_missing_picture_and_the_record(tmp_path: Path, capsys) -> None:
+def test_check_names_a_missing_picture_and_the_record(tmp_path: Path) -> None:
     write_layout("vqav2", tmp_path)
     (tmp_path / "train2014/COCO_train2014_000000000009.jpg").unlink()
-    words = [f"data.train=vqav2:{tmp_path}", "data.on_bad_sample=quarantine", "only=chat"]
-    assert main(["check", "recipe=yivl_llava", *words, f"out={tmp_path / 'out'}"]) == 0
-    said = capsys.readouterr().out
-    assert "9001 (record 2): image " in said and "000000000009.jpg: does not exist" in said
+    _, lengths, (found,) = check(f"vqav2:{tmp_path}")
+    assert (found["kind"], found["sample"], found["record"]) == ("refused", "9001", 2)
+    assert str(found["what"]).endswith("000000000009.jpg: does not exist")
+    assert len(lengths.token_counts) == 1

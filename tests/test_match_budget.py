@@ -126,7 +126,8 @@ def test_two_do_as_many_operations():
 
 @pytest.mark.parametrize(
     "name",
-    ["glu", "flamingo", "mixed", "c_abstractor", "token_packer", "deepstack", "cross_attention"],
+    ["glu", "flamingo", "mixed", "c_abstractor", "token_packer", "deepstack", "cross_attention"]
+    + ["instruct_qformer"],
 )
 def test_counts_are_those_of_the_whole_model(name):
     recipe = recipes.load_recipe(["recipe=yivl_llava", f"connector.name={name}"])

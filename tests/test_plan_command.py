@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import weakref
 from typing import Any
 
@@ -21,6 +22,7 @@ from vlbench.model.activation_checkpointing import CHECKPOINTING_MODES
 from vlbench.model.build_vlm import build_vlm
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.train_flops import count_step_flops
+from vlbench.model.vision_config import EMBEDDED_ENCODERS, OPEN_CLIP_CONFIG
 from vlbench.planner import plan_command
 from vlbench.planner.memory_estimate import (
     ROW_TOKENS_STEP,
@@ -39,6 +41,7 @@ from vlbench.planner.stage_workload import (
     stage_workload,
 )
 from vlbench.planner.training_plan import make_plan
+from vlbench.text_files import read_json
 from vlbench.train.auto_checkpointing import run_micro_batch
 from vlbench.train.stage_plan import build_stage_steps, plan_stage_runs
 from vlbench.train.trainable_parts import freeze_untrained_parts
@@ -196,19 +199,35 @@ def test_a_few_layers_tell_what_many_take():
     assert shallow == pytest.approx(deep, rel=1e-6)
 
 
-def test_a_few_decoder_layers_tell_what_many_take_where_encoder_blocks_are_named():
-    resolved = recipes.load_recipe(["recipe=yivl_deepstack", "connector.blocks=[-1,0,1]"])
-    many = ModelDepth(12, 5)
-    vlm = meta_vlm(resolved, "chat", many)
-    assert vlm.connector.vision_layers == (3, -1, 0, 1)
+@pytest.mark.parametrize(
+    ("words", "mode", "depth", "simulated"),
+    [
+        (["connector.blocks=[-1,0,1]"], "none", ModelDepth(12, 13), [(4, 4), (5, 4), (4, 5)]),
+        ([], "selective", ModelDepth(4, 12), [(4, 4), (4, 5)]),
+        (["second"], "full", ModelDepth(4, 12, 12), [(4, 4, 4), (4, 5, 4), (4, 4, 5)]),
+    ],
+    ids=["blocks by number", "a shallow language model", "two encoders"],
+)
+def test_a_few_blocks_tell_what_many_take_where_a_connector_names_them(
+    words, mode, depth, simulated, tmp_path
+):
+    known = read_json(EMBEDDED_ENCODERS["tiny"] / OPEN_CLIP_CONFIG)
+    known["model_cfg"]["vision_cfg"]["layers"] = 13
+    (tmp_path / OPEN_CLIP_CONFIG).write_text(json.dumps(known))
+    encoders = [f"vision.name={tmp_path}", "vision.weights=random"]
+    if words == ["second"]:
+        words = [f"vision.second.name={tmp_path}", "vision.second.weights=random"]
+    resolved = recipes.load_recipe(["recipe=yivl_deepstack", *encoders, *words])
+    vlm = meta_vlm(resolved, "chat", depth)
+    assert {len(set(one.output_blocks)) for one in vlm.model.vision.encoders()} == {4}
     rehearsals = DepthExtrapolator(
-        vlm.model, lambda few: meta_vlm(resolved, "chat", few or many), "bf16"
+        vlm.model, lambda few: meta_vlm(resolved, "chat", few or depth), "bf16"
     )
-    assert rehearsals.simulated_depths == [ModelDepth(4, 5), ModelDepth(5, 5)]
+    assert [tuple(filter(None, one)) for one in rehearsals.simulated_depths] == simulated
     row = SampleShape(300, 2, 100)
-    deep = StepSimulator(vlm.model, "bf16").simulate_step(row, "full").values()
+    deep = StepSimulator(vlm.model, "bf16").simulate_step(row, mode).values()
     deepest = max(deep, key=lambda one: sum(one.values()))
-    assert rehearsals.peak_memory(row, "full") == pytest.approx(deepest, rel=1e-6)
+    assert rehearsals.peak_memory(row, mode) == pytest.approx(deepest, rel=1e-6)
 
 
 def test_frozen_weights_of_files_take_two_bytes_unless_they_are_sharded():

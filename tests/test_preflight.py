@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import io
 import json
 import tarfile
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked_processes import run_in_processes
 from PIL import Image
 
 from vlbench.__main__ import main
@@ -22,11 +26,13 @@ from vlbench.data.chat_template import YI_VL
 from vlbench.data.chosen_samples import take_part
 from vlbench.data.conversation_files import ConversationFiles
 from vlbench.data.image_processing import ImageTransform
+from vlbench.data.preflight import inspect_source
 from vlbench.data.sample_encoding import SampleEncoder
 from vlbench.data.shuffle import SourceMixture
 from vlbench.data.tokenizer import Tokenizer
+from vlbench.distributed import collectives
 from vlbench.errors import BadSample, UserError
-from vlbench.train import run_report, stage_plan
+from vlbench.train import dry_run, run_report, stage_plan
 from vlbench.train.quarantine import QuarantineCallback, quarantine_samples
 from vlbench.train.run_folder import RunFolder
 from vlbench.train.trainable_parts import check_trainable_params
@@ -171,6 +177,64 @@ def test_every_stage_judges_bad_samples_as_it_says(folder, capsys):
         "stages.chat.data.on_bad_sample=stop",
     ]
     assert "no.png: does not exist" in refused(["fit", *data], capsys)
+
+
+@pytest.mark.parametrize(
+    ("bad", "policy", "words"),
+    [
+        (2, "auto", ""),
+        (4, "quarantine", ""),
+        (4, "auto", "(and 3 more of 200 inspected of 300 samples). Mend the data"),
+        (1, "stop", "does not exist. Mend the data"),
+    ],
+)
+def test_bad_samples_among_those_inspected_are_judged_by_their_share(
+    folder, monkeypatch, capsys, bad, policy, words
+):
+    """3 of 300 may be bad, and those among 200 inspected by as much less."""
+    some = functools.partial(inspect_source, max_inspected_samples=200)
+    monkeypatch.setattr(stage_plan, "inspect_source", some)
+    records = [record(None if n >= bad else "no.png", id=str(n)) for n in range(299)]
+    write(folder, "many.json", *records, record(id="299"))
+    data = [*ONLY, "data.train=many.json", f"data.on_bad_sample={policy}"]
+    stage_runs = stage_plan.plan_stage_runs(recipes.load_recipe(["recipe=yivl_llava", *data]))
+    with pytest.raises(UserError) if words else contextlib.nullcontext() as caught:
+        assert len(stage_plan.check_data(stage_runs)) == bad
+    said = capsys.readouterr().out
+    assert said.startswith("many.json: 200 of 300 samples were inspected") and "check" in said
+    if words:
+        assert words in str(caught.value)
+    else:
+        assert f"{bad} of 200 inspected of 300 samples are bad and left out" in said
+
+
+def test_one_process_inspects_the_data_of_a_dry_run(folder, monkeypatch):
+    recipe = recipes.load_recipe(["recipe=yivl_llava", *ONLY, "data.train=good.json"])
+    runner: Any = SimpleNamespace()
+    inspected = []
+    monkeypatch.setattr(dry_run, "check_data", lambda _: inspected.append(collectives.rank()))
+    monkeypatch.setattr(dry_run, "check_stage_shapes", lambda *_: pytest.skip("this far"))
+
+    def begin(_: int) -> list[int]:
+        with contextlib.suppress(pytest.skip.Exception):
+            next(dry_run.measure_stages(runner, recipe.model, []))
+        return inspected
+
+    assert run_in_processes(begin) == [[0], []]
+
+
+def test_the_others_begin_when_the_first_process_has_ended(folder):
+    def read_or_make(rank: int) -> str:
+        def read() -> str:
+            file = Path("index")
+            if not file.exists():
+                time.sleep(0.1 if rank == 0 else 0)
+                file.write_text(f"made by {rank}")
+            return file.read_text()
+
+        return collectives.call_on_rank_zero_first(read)
+
+    assert run_in_processes(read_or_make) == ["made by 0"] * 2
 
 
 @pytest.mark.parametrize("verb", LOOKS.values(), ids=LOOKS)

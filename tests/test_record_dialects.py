@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from vlbench.data import record_images
 from vlbench.data.chat_template import YI_VL
 from vlbench.data.conversation_files import ConversationFiles
 from vlbench.data.image_processing import ImageTransform
@@ -369,6 +370,26 @@ def test_an_image_in_a_record_that_is_none_is_named(folder):
     for number, words in ((0, "record 1: is no base64 text"), (1, "record 2: not an image")):
         with pytest.raises(UserError, match=words):
             source[number].images[0].open()
+
+
+def test_an_image_as_text_is_looked_at_once_and_only_where_it_begins(folder, monkeypatch):
+    looked_at: list[int] = []
+    pattern = record_images.BASE64_TEXT
+
+    class NotedPattern:
+        def fullmatch(self, text: str) -> Any:
+            looked_at.append(len(text))
+            return pattern.fullmatch(text)
+
+    monkeypatch.setattr(record_images, "BASE64_TEXT", NotedPattern())
+    texts = [base64.b64encode(bytes(90_000)).decode() + end for end in ("", "#")]
+    write = folder / "long.json"
+    write.write_text(json.dumps([{"images": texts, **_as_texts(), "image_id": "a"}]))
+    images = ConversationFiles(write)[0].images
+    assert looked_at == [record_images.MAX_PATH_LENGTH] * 2
+    for image, words in zip(images, ("not an image", "is no base64 text"), strict=True):
+        with pytest.raises(UserError, match=words):
+            image.open()
 
 
 TABLES = {

@@ -32,7 +32,7 @@ class Letters:
         """All are known."""
 
 
-def check(file: Path) -> tuple[SourcePass, StageCheck, list[dict[str, object]]]:
+def check(file: Path | str) -> tuple[SourcePass, StageCheck, list[dict[str, object]]]:
     stage_check = StageCheck("chat", str(file), SampleEncoder(Letters(), YI_VL, 4, 1 << 20))
     lines = io.StringIO()
     checked = SourcePass(ConversationFiles(file), [stage_check], YI_VL, FindingLog(lines), 1)

@@ -18,7 +18,7 @@ from test_batch_sampler import ENCODER, MixedSource, steps
 from test_vlm import assert_same
 
 from vlbench.config import recipe as recipes
-from vlbench.config.schema import PartTrainConfig
+from vlbench.config.stage_schema import PartTrainConfig
 from vlbench.connector import registry
 from vlbench.data.image_processing import ImageTransform
 from vlbench.data.optimizer_step import LoadedRow, RowPlan, StepPlan

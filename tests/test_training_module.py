@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from vlbench.__main__ import main
 from vlbench.config import recipe as recipes
-from vlbench.config.schema import PartTrainConfig
+from vlbench.config.stage_schema import PartTrainConfig
 from vlbench.connector import registry
 from vlbench.data.optimizer_step import OptimizerStep
 from vlbench.data.scene_world import make_scene

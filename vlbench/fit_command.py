@@ -50,7 +50,7 @@ def train_and_evaluate(recipe: Recipe) -> tuple[int, RunFolder | None]:
 
 
 def _fit_recipe(recipe: Recipe, held_locks: contextlib.ExitStack) -> tuple[int, RunFolder | None]:
-    stage_runs = collectives.call_on_all_ranks(lambda: plan_stage_runs(recipe))
+    stage_runs = collectives.call_on_rank_zero_first(lambda: plan_stage_runs(recipe))
     if recipe.dry_run:
         return dry_run_stages(StageRunner.from_recipe(recipe), recipe.model, stage_runs), None
     user_callbacks = collectives.call_on_all_ranks(

@@ -47,7 +47,8 @@ def connector_cost_lines(size: str) -> list[str]:
     known = {
         name: recipe.load_recipe(["recipe=yivl_llava", *words]) for name, words in recipes.items()
     }
-    from vlbench.model.connector_cost import QUESTION_TOKENS, count_model_cost
+    from vlbench.connector.blank_inputs import QUESTION_TOKENS
+    from vlbench.model.connector_cost import count_model_cost
 
     rows = [("connector", "parameters", "tokens", "latents", "prefill TFLOPs")]
     unfit: list[str] = []
@@ -137,12 +138,12 @@ def _data_lines() -> list[str]:
     lines = []
     for name, file in mapping_files().items():
         indent = " " * 17
-        lines.append(f"{name:16} {file_summary(file)}")
         try:
-            mapping = read_mapping(file)
+            summary, mapping = file_summary(file), read_mapping(file)
         except UserError as mistake:  # one broken file must not hide the others
-            lines.append(f"{indent}cannot be used: {mistake.lines[0]}")
+            lines.append(f"{name:16} cannot be used: {mistake.lines[0]}")
             continue
+        lines.append(f"{name:16} {summary}")
         files, splits = mapping_needs(mapping)
         told = f"; splits {', '.join(splits)}" if splits else ""
         lines.append(f"{indent}needs {', '.join(files)}{told}")

@@ -18,9 +18,19 @@ from vlbench.config.key_types import SampleFormat
 from vlbench.data.chat_template import ChatTemplate
 from vlbench.data.image_decoding import to_rgb_image
 from vlbench.data.image_processing import ImageFile, ImageTransform
-from vlbench.data.packing import PackedBatch, assign_image_index, stack_pixels
+from vlbench.data.packing import (
+    PackedBatch,
+    assign_image_index,
+    stack_pixels,
+    stack_questions,
+)
 from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, LazyImage, Sample, check_turns
-from vlbench.data.sample_encoding import SampleEncoder, tokenize_pieces
+from vlbench.data.sample_encoding import (
+    Questions,
+    SampleEncoder,
+    encode_questions,
+    tokenize_pieces,
+)
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import BadSample, UserError
 
@@ -65,11 +75,20 @@ class Processor:
     """Length in tokens at which samples of a training are cut."""
     max_positions: int
     """Positions of the language model: a prompt has fewer."""
+    question_length: int = 0
+    """Tokens of an image's question that the connector reads; 0: none."""
 
-    def with_image_inputs(self, transform: ImageTransform, tokens_per_image: int) -> Processor:
+    def with_image_inputs(
+        self, transform: ImageTransform, tokens_per_image: int, question_length: int
+    ) -> Processor:
         """Return the processor for another image size; how images are decoded stays."""
         transform = replace(transform, draft=self.transform.draft, exif=self.transform.exif)
-        return replace(self, transform=transform, tokens_per_image=tokens_per_image)
+        return replace(
+            self,
+            transform=transform,
+            tokens_per_image=tokens_per_image,
+            question_length=question_length,
+        )
 
     def with_decoding(self, draft: bool, exif: bool) -> Processor:
         """Return the processor that decodes large JPEGs at a reduced size if `draft`.
@@ -90,7 +109,12 @@ class Processor:
     def sample_encoder(self, sample_format: SampleFormat = "chat") -> SampleEncoder:
         """Return what encodes samples of a training."""
         return SampleEncoder(
-            self.tokenizer, self.template, self.tokens_per_image, self.max_length, sample_format
+            self.tokenizer,
+            self.template,
+            self.tokens_per_image,
+            self.max_length,
+            sample_format,
+            self.question_length,
         )
 
     def encode_prompt(self, sample: Sample) -> list[int]:
@@ -151,7 +175,14 @@ class Processor:
                 for token_ids in prompts
             ],
             supervised_token_count=0,
+            question_ids=stack_questions([self._encode_questions(sample) for sample in samples]),
         )
+
+    def _encode_questions(self, sample: Sample) -> Questions | None:
+        """Return the question of each image of a sample; None where the connector reads none."""
+        if not self.question_length:
+            return None
+        return encode_questions(sample.turns, self.tokenizer, self.question_length)
 
 
 def sample_from_messages(messages: list[ChatMessage]) -> Sample:

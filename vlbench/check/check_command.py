@@ -18,6 +18,7 @@ from vlbench.data.chat_template import ChatTemplate
 from vlbench.data.chosen_samples import base_source, source_identity
 from vlbench.data.conversation_files import ConversationFiles
 from vlbench.data.own_template import bind_template
+from vlbench.data.preflight import PreflightReport
 from vlbench.data.sample import SampleSource
 from vlbench.data.sample_encoding import CachedTokenizer, SampleEncoder
 from vlbench.data.shards import WebDatasetShards
@@ -230,7 +231,9 @@ def _refuse_bad_data(
         for source in stage_run.all_sources:
             refused = summaries[source_identity(source)].refused
             first, count = refused.of_stage(stage_run.name)
-            check_source_bad_samples(stage_run, source, first, count)
+            size = len(source)
+            report = PreflightReport(first, size, size, further_bad_samples=count - len(first))
+            check_source_bad_samples(stage_run, source, report)
         images = sum(
             checks[number, source_identity(source)].image_count for source in stage_run.data.sources
         )

@@ -1,256 +1,27 @@
 """The recipe: every key with its type, default, range and meaning, as pydantic models.
 
-One model for each mapping of the YAML file. `config/recipe.py` fills them from files and the
-command line; a recipe is frozen, and `recipe.model_copy(update={...})` gives a changed one.
+`model_schema` has those of the model's parts, `stage_schema` those of stages and data. A recipe
+is frozen; `recipe.model_copy(update={...})` gives a changed one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from vlbench.command_line.arguments import TemplateName
-from vlbench.config.encoder_names import EMBEDDED_ENCODERS, is_hub_name
 from vlbench.config.key_types import (
-    MAX_COUNT,
     MAX_DEVICES,
-    MAX_IMAGE_SIZE,
-    BatchSize,
-    BetaNumber,
     Count,
-    EncoderName,
-    OnBadSample,
-    PartName,
     PathText,
     RecipeSection,
-    RowTokens,
-    SampleFormat,
     StageName,
     StageNames,
-    drop_frozen_parts,
     key,
 )
-from vlbench.config.mixture_source import Mixture
+from vlbench.config.model_schema import LanguageModelConfig, ModelConfig, VisionEncoderConfig
+from vlbench.config.stage_schema import DataConfig, StageConfig, StageData
 from vlbench.strict_values import yaml_text
-
-
-class PretrainedPartConfig(RecipeSection):
-    """A part with weights, embedded in this package or from elsewhere."""
-
-    part: ClassVar[str]
-    embedded_names: ClassVar[Collection[str]]
-    """The names that have embedded weights."""
-    name: str
-    weights: str
-
-    @model_validator(mode="after")
-    def _check_embedded_weights(self) -> Self:
-        if self.weights == "embedded" and self.name not in self.embedded_names:
-            known = " and ".join(f"{self.part}.name={name}" for name in self.embedded_names)
-            raise ValueError(
-                f"has weights 'embedded', which only {known} can have; say which weights "
-                f"{self.part}.name={self.name} takes, or {self.part}.weights=random"
-            )
-        return self
-
-    def with_random_weights(self) -> Self:
-        """Return it with random weights."""
-        return self.model_copy(update={"weights": "random"})
-
-
-class NamedEncoderConfig(PretrainedPartConfig):
-    """A vision encoder, which may be OWNER/NAME on a hub and then has its own weights."""
-
-    embedded_names = EMBEDDED_ENCODERS
-
-    @model_validator(mode="before")
-    @classmethod
-    def _take_own_weights(cls, given: Any) -> Any:
-        """Let OWNER/NAME on a hub have the weights that are there, unless others are given."""
-        if isinstance(given, dict) and is_hub_name(str(given.get("name", ""))):
-            own = given.get("weights", "embedded") == "embedded"
-            return {**given, "weights": given["name"]} if own else given
-        return given
-
-
-class SecondEncoderConfig(NamedEncoderConfig):
-    """A second vision encoder, which sees the same image; features are joined by channel."""
-
-    part = "vision.second"
-
-    name: EncoderName = key("as vision.name; features of both are joined by channel")
-    weights: PathText = key("as vision.weights", "embedded")
-    layer: int = key("as vision.layer", -2, ge=-100, le=99)
-    norm: bool = key("as vision.norm", False)
-    image_size: int | None = key(
-        "side of its images in pixels; null: as many patches as the first",
-        None,
-        ge=8,
-        le=MAX_IMAGE_SIZE,
-    )
-
-
-class VisionEncoderConfig(NamedEncoderConfig):
-    """The vision encoder."""
-
-    part = "vision"
-
-    name: EncoderName = key(
-        "ViT of open_clip, OWNER/NAME of timm's, tiny (see list), folder", "tiny"
-    )
-    weights: PathText = key(
-        "embedded (tiny, tiny_eva), random, a tag, file or folder; OWNER/NAME: its own", "embedded"
-    )
-    layer: int = key("block whose output the connector gets; -1 is the last", -2, ge=-100, le=99)
-    norm: bool = key("apply the encoder's final LayerNorm to its features", False)
-    second: SecondEncoderConfig | None = key("a second vision encoder; null: none", None)
-
-    def with_random_weights(self) -> Self:
-        """Return it with random weights, those of the second too."""
-        second = self.second and self.second.with_random_weights()
-        return self.model_copy(update={"weights": "random", "second": second})
-
-
-class LanguageModelConfig(PretrainedPartConfig):
-    """The language model."""
-
-    part, embedded_names = "language", ("tiny",)
-
-    name: Literal["tiny", "yi-6b", "yi-34b"] = key("architecture, if not of `weights`", "tiny")
-    weights: PathText = key("embedded (tiny only), random, a folder or hub id", "embedded")
-    template: TemplateName = key("chat template; auto: the tokenizer's own", "yi_vl")
-    max_length: int = key(
-        "most tokens of a conversation, image positions included", 4096, ge=16, le=MAX_COUNT
-    )
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """What a recipe says of its model."""
-
-    vision: VisionEncoderConfig
-    language: LanguageModelConfig
-    connector: dict[str, Any]
-    """Its name, or a file, and its options."""
-    init: str | None
-    """What it begins with: a run, a checkpoint, a released model, a file of weights."""
-    seed: int
-    """Of weights that are random at first."""
-    draft_decoding: bool
-    """Whether large JPEGs are decoded faster and less exactly."""
-    apply_exif: bool
-    """Whether photographs are turned as their EXIF orientation says."""
-
-    @property
-    def connector_name(self) -> str:
-        """The connector's name, or a file."""
-        return str(self.connector["name"])
-
-    @property
-    def connector_options(self) -> dict[str, Any]:
-        """The connector's options."""
-        return {key: value for key, value in self.connector.items() if key != "name"}
-
-    def with_random_weights(self) -> ModelConfig:
-        """Return it with random weights of vision encoder and language model."""
-        vision, language = self.vision.with_random_weights(), self.language.with_random_weights()
-        return replace(self, vision=vision, language=language)
-
-
-class LoraAdapterConfig(RecipeSection):
-    """A low-rank adapter (Hu et al. 2021, arXiv:2106.09685), trained instead of the weights."""
-
-    rank: int = key("rank of the update of a weight matrix", 64, ge=1, le=65536)
-    alpha: float | None = key("the update times alpha / rank; null: twice the rank", None, gt=0)
-    dropout: float = key("dropout on adapter inputs; depends on packing", 0.0, ge=0, le=0.99)
-    targets: str = key("all-linear, or names of Linear layers as q_proj,v_proj", "all-linear")
-    rslora: bool = key("scale by alpha / sqrt(rank) instead", False)
-    dora: bool = key("train the magnitude of weight columns apart (DoRA)", False)
-    bits: Literal[4] | None = key("4: frozen weights in 4 bits (QLoRA; GPU, language)", None)
-
-
-class PartTrainConfig(RecipeSection):
-    """How one part is trained in one stage; a part that is not named, or null, is frozen."""
-
-    lr: float = key("peak learning rate", gt=0, le=10)
-    weight_decay: float | None = key("weight decay of this part; null: the stage's", None, ge=0)
-    lora: LoraAdapterConfig | None = key("train an adapter instead; null: the weights", None)
-
-
-TrainedParts = Annotated[dict[PartName, PartTrainConfig], BeforeValidator(drop_frozen_parts)]
-
-
-class DataConfig(RecipeSection):
-    """Training and held-out data."""
-
-    train: PathText | None = key(
-        "scenes; JSON, JSONL, CSV, Parquet; NAME:FOLDER; a hub id; shards", None
-    )
-    images: PathText | None = key("folder of images; null: beside the file", None)
-    allow_outside: bool = key("read images that lie outside of the folder `images`", False)
-    mix: Mixture | None = key("sources, or a YAML file that lists them; instead of train", None)
-    val: PathText | None = key("held-out samples, as data.train takes them", None)
-    on_bad_sample: OnBadSample = key("leave out and count, or stop; auto: stop above 1 %", "auto")
-    workers: int = key("processes that load images, beside one for texts; 0: none", 4, ge=0, le=256)
-    decode: Literal["exact", "draft"] = key(
-        "large JPEGs: decoded as the reference does, or faster and less exactly", "exact"
-    )
-    exif: Literal["ignore", "apply"] = key(
-        "EXIF orientation of photographs: ignored, as the reference does, or applied", "ignore"
-    )
-    samples: Count = key("scenes: images in an epoch", 10000)
-    questions: Count = key("scenes: questions per image, in one conversation", 3)
-
-
-class StageConfig(RecipeSection):
-    """One stage of training."""
-
-    image_size: int = key("side of the images in pixels", ge=8, le=MAX_IMAGE_SIZE)
-    sample_format: SampleFormat = key("plain captions of images, or conversations")
-    objective: str = key("language, or an objective that the connector offers", "language")
-    train: TrainedParts = key("which parts are trained, and how")
-    global_batch_size: BatchSize = key("samples in an optimizer step, over all devices")
-    max_tokens_per_row: RowTokens = key(
-        "most tokens in a packed row; auto: up to 16384 by GPU memory, else 4096", "auto"
-    )
-    epochs: float | None = key("passes over the data", None, ge=0, le=MAX_COUNT)
-    steps: int | None = key("optimizer steps, instead of epochs", None, ge=0, le=MAX_COUNT)
-    warmup_ratio: float = key("share of steps in which the rate rises", 0.03, ge=0, le=1)
-    schedule: Literal["cosine", "constant"] = key("learning rate after the warm-up", "cosine")
-    grad_clip: float | None = key("largest norm of the gradient; null: no clipping", 1.0, gt=0)
-    weight_decay: float = key("AdamW's weight decay", 0.0, ge=0)
-    adam_betas: tuple[BetaNumber, BetaNumber] = key("AdamW's betas", (0.9, 0.999))
-    data: DataConfig | None = key("keys of data that differ in this stage", None)
-
-    @property
-    def trained_parts(self) -> dict[str, PartTrainConfig]:
-        """The parts that are trained, and how."""
-        return {str(part): settings for part, settings in self.train.items()}
-
-    @model_validator(mode="after")
-    def _check_budget_and_adapters(self) -> Self:
-        if self.epochs is None and self.steps is None:
-            raise ValueError("needs epochs or steps")
-        adapters = {part: how.lora for part, how in self.train.items() if how.lora is not None}
-        if "connector" in adapters:
-            raise ValueError("has train.connector.lora; a connector is trained whole")
-        for part in adapters.keys() - {"language"}:
-            if adapters[part].bits:
-                raise ValueError(f"has train.{part}.lora.bits=4; only train.language takes it")
-        return self
-
-
-@dataclass(frozen=True)
-class StageData:
-    """What a recipe says of the data of a stage: its own or the common `config`, and `seed`."""
-
-    stage_name: str
-    stage: StageConfig
-    config: DataConfig
-    seed: int
 
 
 class TrainerConfig(RecipeSection):

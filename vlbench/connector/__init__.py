@@ -14,16 +14,17 @@ from vlbench.connector.folder_modules import FolderFinder
 
 if TYPE_CHECKING:
     from vlbench.connector.base import Connector, ImagePlaces, Shapes, zero_like_loss
+    from vlbench.connector.question import Question
 
-__all__ = ["Connector", "ImagePlaces", "Shapes", "zero_like_loss"]
+__all__ = ["Connector", "ImagePlaces", "Question", "Shapes", "zero_like_loss"]
 
 sys.meta_path.insert(0, FolderFinder())  # it answers for names below this package alone
 
 
 def __getattr__(name: str) -> object:
-    """Return `name` of `vlbench.connector.base`."""
+    """Return `name` of `vlbench.connector.base` or `vlbench.connector.question`."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from vlbench.connector import base
+    from vlbench.connector import base, question
 
-    return getattr(base, name)
+    return getattr(question if name == "Question" else base, name)

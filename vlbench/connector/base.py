@@ -92,6 +92,10 @@ class Connector(nn.Module):
     """Blocks of the vision encoder that `forward` reads, counted from 0, or from -1, the last one.
     Its features are then a tuple with an entry for each, in this order; (): they are one tensor, of
     the block that the recipe's `vision.layer` names. The encoder runs once, to the last of them."""
+    question_length: int = 0
+    """Tokens of text of the human turn that shows an image, of which `forward` reads at most so
+    many (its first); 0: none. Others are given `question` (`question.Question`) as the second
+    argument of `forward` and `patch_attention`."""
     class_token: bool = False
     """True: `features[:, 0]` is the vision encoder's class token, and the patches follow; in each
     entry, where features are a tuple."""
@@ -105,13 +109,15 @@ class Connector(nn.Module):
     """Regular expression for the names of other parts (vision encoder, language model) in reference
     weights. They are counted and skipped; any other name is refused."""
 
-    def forward(self, features: Any) -> Levels:
+    # *question, **_: to a type checker, whatever a subclass takes behind the features
+    def forward(self, features: Any, *question: Any, **_: Any) -> Levels:
         """Turn features `[images, patches, vision_width]` into visual tokens.
 
         The result is `[images, tokens_per_image, lm_width]` if `replaces_image_tokens`, otherwise
         `[images, tokens, own width]`, which only `inject` uses. It may be a tuple of levels for
         `inject`, each with an entry for each image; then the first one is written to the image
         positions. `features` are a tuple with an entry for each of `vision_layers`, if it has any.
+        With a `question_length` it takes a second argument, `question`.
         """
         raise NotImplementedError
 
@@ -220,12 +226,12 @@ class Connector(nn.Module):
         """
         return {}
 
-    def patch_attention(self, features: Any) -> Tensor | None:
+    def patch_attention(self, features: Any, *question: Any, **_: Any) -> Tensor | None:
         """Return how much each visual token attends to each patch; None without attention.
 
         The result is `[images, visual tokens, patches]`, the mean over heads and layers of
         cross-attention; each row sums to 1. `attention_shares` computes it from the layers that
-        give queries and keys. `features` are those of `forward`.
+        give queries and keys. `features` are those of `forward`, and `question`, if it takes one.
         """
         return None
 
@@ -259,21 +265,6 @@ def zero_like_loss(visual: Levels) -> Tensor:
         for level in as_levels(visual)
     )
     return sum(more, start=first)
-
-
-def blank_features(
-    connector: Connector,
-    shapes: Shapes,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "meta",
-) -> Levels:
-    """Return zeros as the features of one image that `connector` reads."""
-    length = shapes.patches + connector.class_token
-    levels = tuple(
-        torch.zeros(1, length, shapes.vision_width, dtype=dtype, device=device)
-        for _ in connector.vision_layers or (None,)
-    )
-    return levels if connector.vision_layers else levels[0]
 
 
 def attention_shares(

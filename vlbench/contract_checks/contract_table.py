@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from vlbench.contract_checks import model_checks, output_checks, training_checks
+from vlbench.contract_checks import (
+    model_checks,
+    output_checks,
+    question_checks,
+    training_checks,
+)
 from vlbench.model.loaded_vlm import LoadedVLM
 
 
@@ -64,6 +69,13 @@ CONTRACT = (
         "use `features` in forward, and the visual tokens in inject; name a gate that begins at "
         "zero `...gate`",
         output_checks.check_image_use,
+    ),
+    ContractCheck(
+        "question",
+        "a question, if it reads any, is of its own image, whatever stands beside or behind it",
+        "use question.embeddings in forward, of each image its own, and question.mask: behind "
+        "question.lengths is padding; a question may have no token",
+        question_checks.check_question,
     ),
     ContractCheck(
         "size_options",

@@ -123,8 +123,9 @@ def check_attention(vlm: LoadedVLM) -> None:
     """Attention, if there is any, has a share for each patch; computing it changes nothing."""
     batch = make_double_batch(vlm, [[make_sample(2, images=2)]])
     features = map_levels(torch.Tensor.detach, vlm.features(batch))
-    visual = vlm.connector(features)
-    shares = vlm.connector.patch_attention(features)
+    inputs = vlm.model.connector_inputs(batch, features)
+    visual = vlm.connector(*inputs)
+    shares = vlm.connector.patch_attention(*inputs)
     if shares is not None:
         expected = (*first_level(visual).shape[:2], vlm.model.shapes.patches)
         require(
@@ -134,7 +135,7 @@ def check_attention(vlm: LoadedVLM) -> None:
         sums = shares.sum(-1)
         is_share = bool(shares.min() >= 0) and torch.allclose(sums, torch.ones_like(sums))
         require(is_share, "a row of patch_attention is not shares with the sum 1")
-    again = vlm.connector(features)
+    again = vlm.connector(*inputs)
     require(_equal_levels(again, visual), "forward gives another result after it")
 
 

@@ -37,6 +37,7 @@ SMALL_OPTIONS: Mapping[str, dict[str, Any]] = {
         "ffn_width": 24,
         "text": "embedded",
     },
+    "instruct_qformer": {"queries": 3, "width": 16, "layers": 2, "heads": 2, "ffn_width": 24},
     "flamingo": {"every": 1, "latents": 3, "depth": 1, "heads": 2, "head_width": 8},
     "eva": {"layers": 1, "head_width": 8},
     "resampler": {"side": 2, "heads": 2},

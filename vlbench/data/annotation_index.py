@@ -39,10 +39,10 @@ class IndexRules:
     records: RecordPlace
     where: Mapping[str, tuple[str, ...]]
     """By a path, the texts of which a record has one."""
-    each: str = ""
-    """The list whose entries are samples."""
-    turns: str = ""
-    """The list without whose entries a record is no sample."""
+    each: tuple[str, ...] = ()
+    """The lists whose entries, side by side, are samples."""
+    turns: tuple[str, ...] = ()
+    """The lists without whose entries a record is no sample."""
     joins: tuple[tuple[RecordPlace, str, str], ...] = ()
     """Records that belong to a record: where they are, their key, and the path to the same text."""
 
@@ -153,10 +153,12 @@ def _is_wanted(
 
 def _count_samples(record: Any, rules: IndexRules) -> int:
     """Return how many samples a record is; one that is wrong is one, which will be told."""
-    listed = record.get(rules.each or rules.turns) if isinstance(record, dict) else None
-    if not isinstance(listed, list):
+    names = rules.each or rules.turns
+    lists = [record.get(name) for name in names] if isinstance(record, dict) else []
+    lengths = {len(one) if isinstance(one, list) else NOT_FOUND for one in lists}
+    if len(lengths) != 1 or NOT_FOUND in lengths:
         return 1
-    return len(listed) if rules.each else min(1, len(listed))
+    return lengths.pop() if rules.each else min(1, lengths.pop())
 
 
 def _hash_at(found: FoundRecord, path: str) -> int:

@@ -192,10 +192,10 @@ class AnnotationMapping(FileRecords):
         }
         return {name: parse_template(text) for name, text in texts.items() if text is not None}
 
-    def digest(self, *keys: str) -> str:
-        """Return a short hash of some keys, of all where none are named."""
-        chosen = self.model_dump(mode="json", include=set(keys) or None)
-        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+    def digest(self) -> str:
+        """Return a short hash of what it says."""
+        said = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 def read_mapping(file: Path) -> AnnotationMapping:

@@ -7,11 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlbench.data.annotation_index import (
-    NOT_FOUND,
-    IndexRules,
-    find_rows,
-)
+from vlbench.data.annotation_index import NOT_FOUND, IndexRules, find_rows
 from vlbench.data.annotation_mapping import FileRecords
 from vlbench.data.box_texts import box_text
 from vlbench.data.mapped_sources import MappedSource, locate_file
@@ -50,8 +46,8 @@ class AnnotationRecords:
         rules = IndexRules(
             self.records,
             {path: self._wanted(texts) for path, texts in (source.mapping.where or {}).items()},
-            (*source.mapping.each, "")[0],
-            (*source.mapping.turns, "")[0],
+            source.mapping.each,
+            source.mapping.turns,
             tuple(self.joins.values()),
         )
         self.rows = find_rows(rules)
@@ -69,10 +65,10 @@ class AnnotationRecords:
 
     def _wanted(self, texts: tuple[str, ...]) -> tuple[str, ...]:
         """Return texts of `where` with those of the split."""
-        return tuple(one for text in texts for one in self._expand(text))
-
-    def _expand(self, text: str) -> tuple[str, ...]:
-        return self._split_texts if text == "{split}" else (text,)
+        splits = self._split_texts or ("",)
+        return tuple(
+            dict.fromkeys(text.replace("{split}", one) for text in texts for one in splits)
+        )
 
     def _locate(self, pattern: str) -> Path:
         """Return the file of a text with `{split}`."""
@@ -137,11 +133,8 @@ class AnnotationRecords:
         for entry in self._turn_entries(values):
             asked, answered = self._fill_turn(values.new_child(entry))
             if not turns:
-                instruction = (
-                    self.texts["instruction"].fill(values) if self.mapping.instruction else ""
-                )
                 tag = IMAGE_TAG if "image" in record else ""
-                asked = "\n".join(filter(None, (tag, asked, instruction)))
+                asked = "\n".join(filter(None, (tag, asked, self._fill("instruction", values))))
             turns += [{"from": "human", "value": asked}, {"from": "gpt", "value": answered}]
         return {**record, "conversations": turns}
 

@@ -109,10 +109,12 @@ class ChosenSamples:
         return order
 
     def find_bad_samples(
-        self, on_sample: Callable[[Sample], None] | None = None
+        self,
+        indices: Sequence[int] | None = None,
+        on_sample: Callable[[Sample], None] | None = None,
     ) -> list[BadSample]:
         """Return the bad samples of files, as `ConversationFiles.find_bad_samples`."""
-        return find_bad_samples(self, on_sample)
+        return find_bad_samples(self, indices, on_sample)
 
 
 def take_part(base: SampleSource, part: MixtureSource, seed: int) -> tuple[SampleSource, float]:

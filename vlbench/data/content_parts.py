@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlbench.data.record_images import image_name
+from vlbench.data.record_images import WrittenImage, read_written_image
 from vlbench.data.record_keys import EMPTY_VALUES, find_unread_keys
 from vlbench.data.sample import IMAGE_PLACEHOLDER
 from vlbench.errors import BadSample, describe_json_type
@@ -31,7 +31,7 @@ class ContentParts:
     """What the parts of a content are."""
 
     texts: list[str] = field(default_factory=list)
-    image_values: list[Any] = field(default_factory=list)
+    images: list[WrittenImage] = field(default_factory=list)
     listed_images: int = 0
     """Images that are not in the parts but in the record's own key."""
     unread_keys: list[str] = field(default_factory=list)
@@ -103,7 +103,7 @@ def _add_image(
         value = value.get("url")
     content.texts.append(IMAGE_PLACEHOLDER)
     if key:
-        content.image_values.append(value)
+        content.images.append(read_written_image(value))
     else:
         index, number = part.get("index"), first_listed + content.listed_images
         if type(index) is int and index != number:
@@ -124,7 +124,7 @@ def _note_unread_keys(
 ) -> None:
     """Record the keys of a part that are not read; refuse those with content."""
     try:
-        keys = find_unread_keys(name, part, used, [image_name(one) for one in content.image_values])
+        keys = find_unread_keys(name, part, used, [one.file_name for one in content.images])
     except BadSample as bad:
         raise refuse_turn(f"in a part of 'content' {bad.reason}") from bad
     content.unread_keys += [f"turn {key}" for key in keys]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlbench.data.annotation_records import AnnotationRecords
-from vlbench.data.conversation_record import find_image_value, sample_from_record
+from vlbench.data.conversation_record import find_image, sample_from_record
 from vlbench.data.image_processing import ImageFile
 from vlbench.data.json_records import JsonRecords
 from vlbench.data.mapped_sources import find_mapped_source
@@ -95,33 +95,35 @@ class ConversationFiles:
 
     def read_image(self, index: int, number: int) -> bytes:
         """Return the file of image `number` (from 0), which is in record `index`; UserError."""
-        value = find_image_value(self.read_record(index, with_images=True), number)
-        return image_bytes(value)
+        return image_bytes(find_image(self.read_record(index, with_images=True), number))
 
     def _find_image(self, name: str) -> ImageFile:
         path = str(self.image_folder / name)
         return ImageFile(path, str(self.image_folder), self.allow_outside)
 
     def find_bad_samples(
-        self, on_sample: Callable[[Sample], None] | None = None
+        self,
+        indices: Sequence[int] | None = None,
+        on_sample: Callable[[Sample], None] | None = None,
     ) -> list[BadSample]:
         """Return every record that is malformed or names an image file that may not be read.
 
-        That is one that does not exist, or is outside of the folder.
-
-        At most MAX_FILE_CHECKS different files are looked up. `on_sample` is called with every
-        well-formed sample.
+        That is one that does not exist, or is outside of the folder. Of `indices` (from 0) alone
+        where they are given. At most MAX_FILE_CHECKS different files are looked up. `on_sample` is
+        called with every well-formed sample.
         """
-        return find_bad_samples(self, on_sample)
+        return find_bad_samples(self, indices, on_sample)
 
 
 def find_bad_samples(
-    source: SampleSource, on_sample: Callable[[Sample], None] | None = None
+    source: SampleSource,
+    indices: Sequence[int] | None = None,
+    on_sample: Callable[[Sample], None] | None = None,
 ) -> list[BadSample]:
     """Return the bad samples of files, as `ConversationFiles.find_bad_samples`."""
     faults: list[BadSample] = []
     problems: dict[LazyImage, str] = {}
-    for index in range(len(source)):
+    for index in range(len(source)) if indices is None else indices:
         try:
             sample = sample_at(source, index)
         except BadSample as fault:

@@ -15,7 +15,7 @@ from typing import Any
 
 from vlbench.data.content_parts import read_content_parts
 from vlbench.data.record_dialects import IMAGE_KEYS, TURN_KEYS, unify_record
-from vlbench.data.record_images import image_name, is_embedded, plain_value
+from vlbench.data.record_images import MAX_PATH_LENGTH, WrittenImage, read_written_image
 from vlbench.data.record_keys import EMPTY_VALUES, URL_PREFIX, find_unread_keys
 from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, LazyImage, Sample, check_sample
 from vlbench.errors import BadSample, describe_json_type, escape_surrogates, suggest_name
@@ -57,7 +57,7 @@ MEDIA_TAG = re.compile(
 )
 """Tags of other programs for images, videos and sound; `<image>` is replaced before."""
 
-MAX_PATH_LENGTH = 4096  # characters, as on Linux
+CHINESE_CHARACTER = re.compile("[\u4e00-\u9fff]")
 _EMBEDDED_REMEDY = ", an image as text; write it to a file and give its name"
 
 
@@ -69,8 +69,7 @@ class _PartialRecord:
     may_embed: bool
     """Whether images may be there with their bytes."""
     turns: list[ChatTurn] = field(default_factory=list)
-    image_values: list[Any] = field(default_factory=list)
-    """A name, or what `record_images.is_embedded` knows."""
+    images: list[WrittenImage] = field(default_factory=list)
     unread_keys: list[str] = field(default_factory=list)
     placeholder_parts: int = 0
     """Parts of a content that are the place of an image of the record's own key."""
@@ -79,13 +78,13 @@ class _PartialRecord:
     @property
     def image_names(self) -> list[str]:
         """The file names of the images, "" for one whose bytes have none."""
-        return [image_name(value) for value in self.image_values]
+        return [image.file_name for image in self.images]
 
 
 def sample_from_record(
     record: Any,
     fallback_name: str,
-    find_image: Callable[[str], LazyImage],
+    find_file: Callable[[str], LazyImage],
     find_embedded: Callable[[int], LazyImage] | None = None,
 ) -> Sample:
     """Return the sample of a record, or raise BadSample.
@@ -96,14 +95,14 @@ def sample_from_record(
     Args:
         record: The record, in any dialect.
         fallback_name: The sample's id where the record has none.
-        find_image: Returns the image of a name.
+        find_file: Returns the image of a name.
         find_embedded: Returns the image that is number N (from 0) of the record and is in the
             record itself; None where records cannot hold images.
     """
     partial = _parse_record(record, fallback_name, find_embedded is not None)
     images = tuple(
-        find_embedded(number) if find_embedded and is_embedded(value) else find_image(value)
-        for number, value in enumerate(partial.image_values)
+        find_embedded(number) if find_embedded and image.is_embedded else find_file(image.value)
+        for number, image in enumerate(partial.images)
     )
     has_tag = any(IMAGE_PLACEHOLDER in turn.text for turn in partial.turns)
     is_untagged = bool(images) and not has_tag
@@ -122,12 +121,12 @@ def sample_from_record(
     return sample
 
 
-def find_image_value(record: Any, number: int) -> Any:
-    """Return the value of image `number` (from 0) of a record; BadSample where it has none."""
-    values = _parse_record(record, "record", may_embed=True).image_values
-    if number >= len(values):
-        raise BadSample("record", f"has {len(values)} images")
-    return values[number]
+def find_image(record: Any, number: int) -> WrittenImage:
+    """Return image `number` (from 0) of a record; BadSample where it has none."""
+    images = _parse_record(record, "record", may_embed=True).images
+    if number >= len(images):
+        raise BadSample("record", f"has {len(images)} images")
+    return images[number]
 
 
 def _parse_record(record: Any, fallback_name: str, may_embed: bool) -> _PartialRecord:
@@ -146,11 +145,11 @@ def _read_record(record: Any, fallback_name: str, may_embed: bool) -> _PartialRe
     record = unified.record
     turns_key = _turns_key(name, record)
     partial = _PartialRecord(name, may_embed, are_images_first=unified.are_images_first)
-    partial.image_values = _image_values(partial, record)
-    listed_images = len(partial.image_values)
+    partial.images = _listed_images(partial, record)
+    listed_images = len(partial.images)
     for number, turn in enumerate(record[turns_key], start=1):
         _add_turn(partial, turn, number)
-    if 0 < listed_images < len(partial.image_values):
+    if 0 < listed_images < len(partial.images):
         raise BadSample(
             name, f"has images in 'image' and in parts of {turns_key!r}; expected one way"
         )
@@ -202,26 +201,28 @@ def _turns_key(name: str, record: Mapping[str, Any]) -> str:
     return key
 
 
-def _image_values(partial: _PartialRecord, record: Mapping[str, Any]) -> list[Any]:
+def _listed_images(partial: _PartialRecord, record: Mapping[str, Any]) -> list[WrittenImage]:
     """Return the images of a record: one, or a list; null, "" and lists of them are none."""
-    image_values: list[Any] = []
+    images: list[WrittenImage] = []
     for key in IMAGE_KEYS:
         value = record.get(key)
-        listed = [plain_value(one) for one in (value if isinstance(value, list) else [value])]
-        listed = [] if all(one in EMPTY_VALUES for one in listed) else listed
-        for image_value in listed:
-            _check_image_value(partial, image_value, repr(key), value)
-        if image_values and listed and listed != image_values:
+        values = value if isinstance(value, list) else [value]
+        listed = [read_written_image(one) for one in values]
+        listed = [] if all(one.value in EMPTY_VALUES for one in listed) else listed
+        for image in listed:
+            _check_image(partial, image, repr(key), value)
+        if images and listed and listed != images:
             raise BadSample(
                 partial.name, "has other images in 'image' than in 'images'; expected one"
             )
-        image_values = listed or image_values
-    return image_values
+        images = listed or images
+    return images
 
 
-def _check_image_value(partial: _PartialRecord, value: Any, place: str, given: Any) -> None:
+def _check_image(partial: _PartialRecord, image: WrittenImage, place: str, given: Any) -> None:
     """Raise BadSample for what is no file name and no image; at `place` stands `given`."""
-    if is_embedded(value):
+    value = image.value
+    if image.is_embedded:
         problem = "" if partial.may_embed else _EMBEDDED_REMEDY
     elif not isinstance(value, str) or not value.strip() or "\0" in value:
         problem = "; expected a file name or a list"
@@ -289,10 +290,9 @@ def _parse_turn_text(
 ) -> str:
     if key == "content" and isinstance(content, list):
         parts = read_content_parts(partial.name, content, partial.placeholder_parts, refuse_turn)
-        values = [plain_value(value) for value in parts.image_values]
-        for value in values:
-            _check_image_value(partial, value, "an image of 'content'", value)
-        partial.image_values += values
+        for image in parts.images:
+            _check_image(partial, image, "an image of 'content'", image.value)
+        partial.images += parts.images
         partial.placeholder_parts += parts.listed_images
         partial.unread_keys += parts.unread_keys
         return parts.join_texts()
@@ -345,5 +345,5 @@ def _insert_image_tags(turns: list[ChatTurn], count: int) -> list[ChatTurn]:
 
 def _detect_language(turns: list[ChatTurn]) -> str:
     """Return "zh" when a turn holds Chinese characters, otherwise "en"."""
-    chinese = any("\u4e00" <= character <= "\u9fff" for turn in turns for character in turn.text)
-    return "zh" if chinese else "en"
+    texts = (turn.text for turn in turns if not turn.text.isascii())
+    return "zh" if any(map(CHINESE_CHARACTER.search, texts)) else "en"

@@ -6,7 +6,7 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 from vlbench.config.mixture_source import MixtureSource
-from vlbench.config.schema import StageData
+from vlbench.config.stage_schema import StageData
 from vlbench.data.chosen_samples import take_part
 from vlbench.data.conversation_files import ConversationFiles
 from vlbench.data.remote_shards import is_url

@@ -51,7 +51,4 @@ def write_numbers(index_file: Path, numbers: NDArray[np.int64], about: dict[str,
     if len(header) > HEADER_BYTES:
         raise ValueError(f"has {len(header)} bytes about its file; at most {HEADER_BYTES} fit")
     with replace_when_written(index_file) as temporary:
-        data = np.ascontiguousarray(numbers, NUMBER_TYPE)
-        with open(temporary, "wb") as opened:
-            opened.write(header.ljust(HEADER_BYTES))
-            opened.write(data.data)
+        temporary.write_bytes(header.ljust(HEADER_BYTES) + numbers.astype(NUMBER_TYPE).tobytes())

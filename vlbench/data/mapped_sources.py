@@ -34,8 +34,15 @@ class MappedSource(NamedTuple):
 
 def mapping_files() -> dict[str, Path]:
     """Return the files of mappings by name: those of `./recipes/data`, then the shipped ones."""
-    files = recipe_files(MAPPINGS_FOLDER)
-    return {name: file for name, file in files.items() if MAPPING_LINE.search(read_text(file))}
+    return {name: file for name, file in recipe_files(MAPPINGS_FOLDER).items() if _is_mapping(file)}
+
+
+def _is_mapping(file: Path) -> bool:
+    """Tell whether a file of the folder is a mapping, or unreadable, which its user is told."""
+    try:
+        return bool(MAPPING_LINE.search(read_text(file)))
+    except UserError:
+        return True
 
 
 def find_mapped_source(location: str) -> MappedSource | None:
@@ -47,7 +54,7 @@ def find_mapped_source(location: str) -> MappedSource | None:
     if rest.startswith("//") or Path(location).exists():
         return None
     if not rest:
-        if name in mapping_files() or name.endswith(YAML_SUFFIXES):
+        if name.endswith(YAML_SUFFIXES) or ("." not in name and name in mapping_files()):
             raise UserError(f"names a mapping and no folder; write {name}:FOLDER")
         return None
     file = _find_mapping(name, rest)
@@ -65,16 +72,21 @@ def _find_mapping(name: str, rest: str) -> Path | None:
     """Return the file of a mapping; None for a name that is none, as that of a folder or a disk."""
     if name.endswith(YAML_SUFFIXES):
         return Path(name).expanduser()
-    known = mapping_files()
-    is_split = Path(name).is_dir() and not Path(rest).expanduser().is_dir()  # FOLDER:SPLIT
-    if name in known and not is_split:
-        return known[name]
-    if is_split or len(name) < 2 or "/" in name or "\\" in name or Path(name).exists():
+    if len(name) < 2 or "/" in name or "\\" in name or _is_split(name, rest):
         return None
+    known = mapping_files()
+    if name in known or Path(name).exists():
+        return known.get(name)
     raise UserError(
         f"no mapping of annotation files '{name}'; known: {', '.join(known)}, or a file "
         f"NAME.yaml.{suggest_name(name, known)}"
     )
+
+
+def _is_split(name: str, rest: str) -> bool:
+    """Tell whether NAME:REST is a folder of Parquet files here, and a split of them."""
+    folder, is_named = Path(name), Path(rest).expanduser().is_dir()
+    return folder.is_dir() and not is_named and any(folder.rglob("*.parquet"))
 
 
 def _separate_split(name: str, mapping: AnnotationMapping, path: Path) -> tuple[Path, str]:

@@ -6,6 +6,7 @@ Nothing of a record or of a mapping is executed. Imports no torch.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -132,11 +133,13 @@ def format_value(value: Any, place: Placeholder) -> str:
 
 
 def plain_text(value: Any) -> str | None:
-    """Return a text or a number as text, None for anything else; 3.0 is 3."""
+    """Return a text or a finite number as text, None for anything else; 3.0 is 3."""
     if isinstance(value, str):
         return value
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        value = int(value) if value.is_integer() else value
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from vlbench.data.sample import LazyImage
-from vlbench.data.sample_encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX, EncodedSample
+from vlbench.data.sample_encoding import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN_INDEX,
+    EncodedSample,
+    Questions,
+)
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,9 @@ class PackedBatch:
     """The position of each sample in the stream of its stage: unique even where ids repeat."""
     contrast_pool: ContrastPool | None = None
     """The pairs of the global batch, in a step with a contrastive objective."""
+    question_ids: Tensor | None = None
+    """`[images, length]` int64 token ids of the text of the human turn that shows each image, -1 at
+    padding, which is on the right; None where the connector reads none."""
 
     def sample_keys(self) -> list[str]:
         """Return a key for each sample that is unique in the step, however it is packed."""
@@ -129,6 +137,20 @@ class PackedBatch:
         if self.image_positions is not None:
             return self.image_positions
         return (self.input_ids.flatten() == IMAGE_TOKEN_INDEX).nonzero()[:, 0]
+
+    def from_image(self, first: int) -> PackedBatch:
+        """Return the batch with the pixels and questions of its images from `first` on alone."""
+        ids = self.question_ids
+        return replace(
+            self,
+            pixels=self.pixels[first:],
+            question_ids=None if ids is None else ids[first:],
+        )
+
+    def question_rows(self) -> list[list[int]]:
+        """Return the ids of each image's question without padding; [] where none is read."""
+        rows = [] if self.question_ids is None else self.question_ids.tolist()
+        return [[token_id for token_id in row if token_id >= 0] for row in rows]
 
     def pin_memory(self) -> PackedBatch:
         """Return the batch in page-locked memory, from which copies to a GPU are asynchronous."""
@@ -201,6 +223,7 @@ def collate(
         captions=captions,
         truncated_samples=sum(encoded.is_truncated for row in rows for encoded in row),
         lost_supervised_tokens=sum(e.lost_supervised_tokens for row in rows for e in row),
+        question_ids=stack_questions([encoded.questions for row in rows for encoded in row]),
     )
 
 
@@ -232,6 +255,20 @@ def number_image_tokens(batch: PackedBatch, tokens_per_image: int) -> Tensor:
     token_index = batch.input_ids.new_full((batch.input_ids.numel(),), -1)
     token_index[positions] = numbers
     return token_index.view(batch.input_ids.shape)
+
+
+def stack_questions(questions: Sequence[Questions | None]) -> Tensor | None:
+    """Return the `question_ids` of a batch from those of its samples; None where none is read.
+
+    At least one position is there, so that what reads questions runs in every micro-batch.
+    """
+    if any(of_sample is None for of_sample in questions):
+        return None
+    read = [ids for of_sample in questions for ids in of_sample or ()]
+    stacked = torch.full((len(read), max([1, *map(len, read)])), -1)
+    for row, ids in enumerate(read):
+        stacked[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
+    return stacked
 
 
 def normalize_levels(levels: Tensor, level_values: Tensor) -> Tensor:

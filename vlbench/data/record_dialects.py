@@ -82,8 +82,9 @@ def _expand_pairs(turns: Any) -> Any:
 
 
 def _iterate_turns(entry: Any) -> Iterator[Any]:
-    pair = _find_pair(entry) if isinstance(entry, dict) and "role" not in entry else None
-    if pair is None or "from" in entry:
+    may_be_pair = isinstance(entry, dict) and "role" not in entry and "from" not in entry
+    pair = _find_pair(entry) if may_be_pair else None
+    if pair is None:
         yield entry
         return
     asked, answered = pair

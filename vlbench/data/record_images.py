@@ -19,7 +19,8 @@ from vlbench.data.record_keys import DATA_URI
 from vlbench.errors import BadSample, UserError
 
 BASE64_TEXT = re.compile(r"[A-Za-z0-9+/=\s]{200,}")  # a path of that length has other characters
-"""The bytes of an image as base64 text."""
+"""The bytes of an image as base64 text, or how they begin."""
+MAX_PATH_LENGTH = 4096  # characters, as on Linux
 STRUCT_KEYS = frozenset({"bytes", "path"})
 """What a mapping that is an image has; either may be null."""
 OMITTED_BYTES = b"omitted"
@@ -67,31 +68,38 @@ class EmbeddedImage:
             raise UserError(f"image of {self.name}: {bad.reason}") from bad
 
 
-def plain_value(value: Any) -> Any:
-    """Return the path of an image that is a mapping without bytes, other values as they are."""
+@dataclass(frozen=True)
+class WrittenImage:
+    """An image as it is written in a record: the name of a file, or the bytes."""
+
+    value: Any
+    """A text, bytes, a mapping that has bytes, or what is no image."""
+    is_embedded: bool
+    """Whether its bytes are there."""
+
+    @property
+    def file_name(self) -> str:
+        """The name of its file, "" where there are bytes without one."""
+        if self.is_embedded and not isinstance(self.value, dict):
+            return ""
+        name = self.value.get("path") if isinstance(self.value, dict) else self.value
+        return name if isinstance(name, str) else ""
+
+
+def read_written_image(value: Any) -> WrittenImage:
+    """Tell what an image of a record is; a mapping of a path without bytes is that path."""
     if isinstance(value, dict) and value and value.keys() <= STRUCT_KEYS:
-        return value if value.get("bytes") is not None else value.get("path")
-    return value
+        has_bytes = value.get("bytes") is not None
+        return WrittenImage(value if has_bytes else value.get("path"), has_bytes)
+    if isinstance(value, str):  # of bytes as text the beginning tells enough
+        is_text = DATA_URI.match(value[:20]) or BASE64_TEXT.fullmatch(value[:MAX_PATH_LENGTH])
+        return WrittenImage(value, bool(is_text))
+    return WrittenImage(value, isinstance(value, bytes))
 
 
-def is_embedded(value: Any) -> bool:
-    """Tell whether an image of a record is there with its bytes, or as a mapping that has them."""
-    if isinstance(value, str):
-        return bool(DATA_URI.match(value[:20]) or BASE64_TEXT.fullmatch(value))
-    if isinstance(value, dict):
-        return value.keys() <= STRUCT_KEYS and value.get("bytes") is not None
-    return isinstance(value, bytes)
-
-
-def image_name(value: Any) -> str:
-    """Return the file name of an image of a record, "" where its bytes have none."""
-    name = value.get("path") if isinstance(value, dict) else value
-    return name if isinstance(name, str) else ""
-
-
-def image_bytes(value: Any) -> bytes:
-    """Return the bytes of an image that `is_embedded`; BadSample where the text is no base64."""
-    value = value["bytes"] if isinstance(value, dict) else value
+def image_bytes(image: WrittenImage) -> bytes:
+    """Return the bytes of an embedded image; BadSample where the text is no base64."""
+    value = image.value["bytes"] if isinstance(image.value, dict) else image.value
     if isinstance(value, bytes):
         return value
     text = str(value)

@@ -66,6 +66,20 @@ class Sample:
         return next((turn.text.strip() for turn in self.turns if turn.role == "assistant"), "")
 
 
+def read_questions(turns: Sequence[ChatTurn]) -> list[tuple[str, int]]:
+    """Return the text of each turn that shows images, and how many, in their order.
+
+    Placeholders are no text: what stands between them is joined by spaces. It is "" for a turn of
+    images alone. System prompts and answers are no questions.
+    """
+    shown = [turn.text.split(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "human"]
+    return [
+        (" ".join(part.strip() for part in parts if part.strip()), len(parts) - 1)
+        for parts in shown
+        if len(parts) > 1
+    ]
+
+
 class SampleSource(Protocol):
     """A collection of samples with random access by index."""
 

@@ -9,11 +9,22 @@ from typing import Any, Protocol
 
 from vlbench.config.key_types import SampleFormat
 from vlbench.data.chat_template import ChatTemplate, TextPiece
-from vlbench.data.sample import IMAGE_PLACEHOLDER, LazyImage, Sample, check_sample
+from vlbench.data.sample import (
+    IMAGE_PLACEHOLDER,
+    ChatTurn,
+    LazyImage,
+    Sample,
+    check_sample,
+    read_questions,
+)
 from vlbench.errors import BadSample, UserError
 
 IMAGE_TOKEN_INDEX = -200  # the id at image positions; no text is tokenized to it
 IGNORE_INDEX = -100  # the label of an unsupervised position
+
+
+Questions = tuple[tuple[int, ...], ...]
+"""For each image the ids of the text of the human turn that shows it."""
 
 
 class TokenEncoder(Protocol):
@@ -70,6 +81,8 @@ class EncodedSample:
     """Whether it was longer than `max_length`, and its end is cut off."""
     lost_supervised_tokens: int = 0
     """Supervised tokens of that end."""
+    questions: Questions | None = None
+    """For each image the ids of its question; None where the connector reads none."""
 
     @property
     def image_position_count(self) -> int:
@@ -98,6 +111,8 @@ class SampleEncoder:
     max_length: int
     """Tokens, image positions included; what is longer is cut at the end."""
     sample_format: SampleFormat = "chat"
+    question_length: int = 0
+    """Tokens of an image's question that the connector reads; 0: none."""
 
     def with_token_cache(self) -> SampleEncoder:
         """Return the encoder with a tokenizer that caches texts."""
@@ -142,7 +157,17 @@ class SampleEncoder:
             self.tokens_per_image,
             is_truncated=full_length > len(input_ids),
             lost_supervised_tokens=lost_tokens,
+            questions=self._encode_questions(sample, len(images)),
         )
+
+    def _encode_questions(self, sample: Sample, image_count: int) -> Questions | None:
+        """Return the questions of the first images; a caption has none: its turn is not read."""
+        if not self.question_length:
+            return None
+        if self.sample_format == "caption":
+            return ((),) * image_count
+        questions = encode_questions(sample.turns, self.tokenizer, self.question_length)
+        return questions[:image_count]
 
     def _render_pieces(self, sample: Sample) -> tuple[Sample, Iterator[tuple[list[int], bool]]]:
         """Return the sample as the stage learns it, and its (ids, supervised) pieces."""
@@ -193,6 +218,17 @@ def tokenize_pieces(
             yield (ids[1:] if has_bos and starts_with_bos else ids), supervised
             starts_with_bos = has_bos if is_first else starts_with_bos
             is_first = False
+
+
+def encode_questions(
+    turns: Sequence[ChatTurn], tokenizer: TokenEncoder, max_length: int
+) -> Questions:
+    """Return for each image of a conversation the first ids of its question, without BOS."""
+    questions: list[tuple[int, ...]] = []
+    for text, image_count in read_questions(turns):
+        ids = tuple(tokenizer.encode(text, False)[:max_length]) if text else ()
+        questions += [ids] * image_count
+    return tuple(questions)
 
 
 def _next_token_labels(input_ids: list[int], supervised: list[bool]) -> list[int]:

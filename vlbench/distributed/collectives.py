@@ -62,22 +62,32 @@ def call_on_all_ranks(function: Callable[[], T]) -> T:
     """Call a function in every rank; if it fails in any, all ranks end and one raises the error."""
     if not is_distributed():
         return function()
-    result, failure = None, None
+    results: list[T] = []
+    failure = None
     try:
-        result = function()
+        results.append(function())
     except Exception as error:
         failure = error
     has_failed = all_gather_objects(failure is not None)
     if any(has_failed):
         first_failed = has_failed.index(True)
         raise (failure if failure and rank() == first_failed else SystemExit(1))
-    return result  # type: ignore[return-value]
+    return results[0]
 
 
 def call_on_rank_zero(function: Callable[[], T]) -> T:
     """Call a function in the first rank, and return its result in all of them."""
-    value = call_on_all_ranks(lambda: function() if is_rank_zero() else None)
-    return all_gather_objects(value)[0]  # type: ignore[return-value]
+    results = call_on_all_ranks(lambda: [function()] if is_rank_zero() else [])
+    return all_gather_objects(results)[0][0]
+
+
+def call_on_rank_zero_first(function: Callable[[], T]) -> T:
+    """Call a function in every rank, in the others when the first has returned from it.
+
+    They find what it keeps in files: an index of records, a download.
+    """
+    results = call_on_all_ranks(lambda: [function()] if is_rank_zero() else [])
+    return call_on_all_ranks(lambda: results[0] if results else function())
 
 
 def error_for_rank(error: UserError) -> BaseException:

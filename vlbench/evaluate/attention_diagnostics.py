@@ -98,14 +98,14 @@ def measure_relevance(vlm: VLM, batch: PackedBatch) -> AnswerRelevance:
     assert batch.labels is not None
     with torch.no_grad():
         features = vlm.extract_features(batch)
-        attention = vlm.connector.patch_attention(map_levels(Tensor.clone, features))
+        inputs = vlm.connector_inputs(batch, map_levels(Tensor.clone, features))
+        attention = vlm.connector.patch_attention(*inputs)
     with torch.enable_grad():
         features = map_levels(lambda level: level.detach().requires_grad_(), features)
         # clone, as a connector may write into its features; zero loss, as it may not use them all
         zero = zero_like_loss(features)
-        visual = map_levels(
-            lambda level: level + zero, vlm.connector(map_levels(Tensor.clone, features))
-        )
+        inputs = vlm.connector_inputs(batch, map_levels(Tensor.clone, features))
+        visual = map_levels(lambda level: level + zero, vlm.connector(*inputs))
         hidden = vlm.hidden_states(batch, visual)
         loss = vlm.language_loss(hidden, batch.labels) + zero_like_loss(visual)
         feature_levels, visual_levels = as_levels(features), as_levels(visual)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vlbench.config.schema import StageConfig
+from vlbench.config.stage_schema import StageConfig
 from vlbench.connector.base import Connector
 from vlbench.model.connector_cost import count_connector_cost
 from vlbench.model.vlm import VLM

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from vlbench.config.schema import DataConfig, StageData
+from vlbench.config.stage_schema import DataConfig, StageData
 from vlbench.data.data_sources import SCENES_SOURCE, open_held_out, open_stage_sources
 from vlbench.data.image_processing import blank_image
 from vlbench.data.picture_labels import Evidence

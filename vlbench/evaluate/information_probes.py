@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from vlbench.config.schema import StageData
+from vlbench.config.stage_schema import StageData
 from vlbench.data.data_sources import open_stage_mixture
 from vlbench.data.picture_labels import LabelledPicture
 from vlbench.data.sample import Sample

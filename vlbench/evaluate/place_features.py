@@ -77,7 +77,7 @@ def compute_place_features(
 def _batch_features(model: VLM, batch: PackedBatch) -> PlaceFeatures:
     features = model.extract_features(batch)
     # a connector may write into its features
-    visual = model.connector(map_levels(Tensor.clone, features))
+    visual = model.connector(*model.connector_inputs(batch, map_levels(Tensor.clone, features)))
     middle, last = _hidden_states(model, batch, visual)
     encoder, connector = concat_channels(features), concat_channels(visual)
     if not model.connector.replaces_image_tokens:

@@ -12,9 +12,10 @@ from vlbench.command_line.parser import split_arguments
 from vlbench.config import recipe as recipes
 from vlbench.config.encoder_names import EMBEDDED_ENCODERS, check_encoder_name
 from vlbench.config.key_table import declared_keys
+from vlbench.config.model_schema import LanguageModelConfig
 from vlbench.config.overrides import parse_overrides
 from vlbench.config.resolve import mapping_in
-from vlbench.config.schema import LanguageModelConfig, Recipe
+from vlbench.config.schema import Recipe
 from vlbench.data.data_sources import SCENES_SOURCE
 from vlbench.errors import UserError, suggest_name
 from vlbench.graft.size_parts import size_parts, size_weights

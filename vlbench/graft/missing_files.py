@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from vlbench.config.schema import LanguageModelConfig, NamedEncoderConfig, Recipe
+from vlbench.config.model_schema import LanguageModelConfig, NamedEncoderConfig
+from vlbench.config.schema import Recipe
 from vlbench.errors import UserError
 from vlbench.graft.size_parts import size_parts
 from vlbench.model.language_model import check_language_weights, tokenizer_folder

@@ -9,7 +9,8 @@ import torch
 
 from vlbench.command_line.arguments import DEFAULT_GPU
 from vlbench.config.key_types import ENCODER_PARTS
-from vlbench.config.schema import Recipe, StageConfig
+from vlbench.config.schema import Recipe
+from vlbench.config.stage_schema import StageConfig
 from vlbench.connector import registry
 from vlbench.model.activation_checkpointing import CHECKPOINTING_MODES
 from vlbench.model.loaded_vlm import LoadedVLM

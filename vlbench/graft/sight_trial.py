@@ -8,7 +8,8 @@ import numpy as np
 
 from vlbench.compare.report.paired_statistics import PairedDifference, RowStatistics
 from vlbench.compare.report.question_clusters import number_clusters
-from vlbench.config.schema import Recipe, StageConfig
+from vlbench.config.schema import Recipe
+from vlbench.config.stage_schema import StageConfig
 from vlbench.data.data_sources import SCENES_SOURCE
 from vlbench.fit_command import train_and_evaluate
 from vlbench.text_files import read_json_lines

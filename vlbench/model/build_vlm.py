@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vlbench.config.schema import ModelConfig, SecondEncoderConfig, VisionEncoderConfig
+from vlbench.config.model_schema import ModelConfig, SecondEncoderConfig, VisionEncoderConfig
 from vlbench.connector import registry
 from vlbench.data.own_template import bind_template
 from vlbench.data.tokenizer import Tokenizer

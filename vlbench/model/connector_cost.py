@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 
 from vlbench.compat.transformers_internals import passed_through_mask
-from vlbench.config.schema import LanguageModelConfig, ModelConfig, VisionEncoderConfig
-from vlbench.connector.base import Connector, blank_features
+from vlbench.config.model_schema import LanguageModelConfig, ModelConfig, VisionEncoderConfig
+from vlbench.connector.base import Connector
+from vlbench.connector.blank_inputs import QUESTION_TOKENS, blank_inputs
 from vlbench.connector.bounded_building import build_connector
 from vlbench.connector.levels import Levels, as_levels
 from vlbench.model.build_vlm import build_vlm
@@ -27,8 +28,6 @@ from vlbench.model.language_model import (
 from vlbench.model.train_flops import counted_flops, head_width, temporarily_frozen, text_places
 from vlbench.model.vision_encoder import build_vision_encoder
 from vlbench.model.vlm import VLM, connector_shapes
-
-QUESTION_TOKENS = 64  # tokens of text beside the image: a question
 
 
 class ConnectorCost(NamedTuple):
@@ -56,13 +55,13 @@ def count_connector_cost(vlm: VLM) -> ConnectorCost:
     """Count the cost of a model's connector at its image size; on `meta` nothing is computed."""
     connector, config = vlm.connector, vlm.language.config
     length = connector.tokens_per_image + QUESTION_TOKENS
-    features = blank_features(connector, vlm.shapes, vlm.vision.dtype, vlm.device)
+    inputs = blank_inputs(connector, vlm.shapes, vlm.vision.dtype, vlm.device)
     with vlm.device:
         embeds = torch.zeros(1, length, config.hidden_size, dtype=vlm.token_embedding.weight.dtype)
         positions = torch.arange(length)[None]
     where = text_places(length, vlm.device) if connector.inject_layers else None
     with temporarily_frozen(vlm), torch.no_grad(), counted_flops() as counter:
-        visual: Levels = connector(features)
+        visual: Levels = connector(*inputs)
         hidden = vlm.run_decoder(
             embeds,
             visual,
@@ -157,7 +156,7 @@ class ConnectorCostCounter:
         if not connector.inject_layers:
             return positions
         with torch.no_grad():
-            visual: Levels = connector(self._empty_features(connector))
+            visual: Levels = connector(*self._blank_inputs(connector))
         return positions + connector.count_latents(visual)
 
     def count_flops(self, connector: Connector) -> int:
@@ -195,14 +194,14 @@ class ConnectorCostCounter:
         hidden = torch.zeros(1, length, self.lm_config.hidden_size, device="meta")
         where = text_places(length, hidden.device)
         with torch.no_grad(), counted_flops() as counter:
-            visual = connector(self._empty_features(connector))
+            visual = connector(*self._blank_inputs(connector))
             for layer in connector.inject_layers:
                 connector.inject(layer, hidden, visual, where)
         return counter.get_total_flops()
 
-    def _empty_features(self, connector: Connector) -> Levels:
-        """Return features of one image, on `meta`."""
-        return blank_features(connector, self.stage_shapes[-1])
+    def _blank_inputs(self, connector: Connector) -> tuple[Any, ...]:
+        """Return what `connector` reads of one image, on `meta`."""
+        return blank_inputs(connector, self.stage_shapes[-1])
 
 
 BUDGET_COUNTS: dict[str, Callable[[ConnectorCostCounter, Connector], int]] = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import MutableMapping
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -103,10 +104,15 @@ def _attend_images_varlen(
 
 
 def _attend_per_image(query: Tensor, key: Tensor, value: Tensor, segments: ImageSegments) -> Tensor:
-    """Attend image by image."""
-    without_image, *groups = torch.split(query, segments.segment_sizes)
-    outs = [torch.zeros_like(without_image)]
-    for group, k, v in zip(groups, key.transpose(1, 2), value.transpose(1, 2), strict=True):
-        out = scaled_dot_product_attention(group.transpose(0, 1)[None], k[None], v[None])
-        outs.append(out[0].transpose(0, 1))
+    """Attend image by image; neighbours with as many positions at once."""
+    without_image, *sizes = segments.segment_sizes
+    equal = [(size, len(list(group))) for size, group in groupby(sizes)]
+    counts = [count for _, count in equal]
+    first, *queries = query.split([without_image, *(size * count for size, count in equal)])
+    outs = [torch.zeros_like(first)]
+    parts = zip(equal, queries, key.split(counts), value.split(counts), strict=True)
+    for (size, count), group, k, v in parts:
+        by_image = group.unflatten(0, (count, size))
+        out = scaled_dot_product_attention(*(one.transpose(1, 2) for one in (by_image, k, v)))
+        outs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outs)

@@ -97,7 +97,9 @@ class LoadedVLM:
         """Change the image size in pixels of the model and of the processor."""
         self.model.set_image_size(image_size)
         self.processor = self.processor.with_image_inputs(
-            self.model.vision.transform, self.model.connector.tokens_per_image
+            self.model.vision.transform,
+            self.model.connector.tokens_per_image,
+            self.model.connector.question_length,
         )
 
     def prompt(self, messages: list[ChatMessage]) -> str:
@@ -240,5 +242,6 @@ def assemble_vlm(
         tokens_per_image=model.connector.tokens_per_image,
         max_length=max_length,
         max_positions=language.config.max_position_embeddings,
+        question_length=model.connector.question_length,
     )
     return LoadedVLM(model, processor)

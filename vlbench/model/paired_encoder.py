@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from vlbench.config.schema import SecondEncoderConfig, VisionEncoderConfig
+from vlbench.config.model_schema import SecondEncoderConfig, VisionEncoderConfig
 from vlbench.connector.levels import Levels
 from vlbench.data.image_processing import ImageTransform
 from vlbench.errors import UserError

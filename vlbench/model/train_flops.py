@@ -22,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vlbench.compat.torch_internals import make_flop_counter
 from vlbench.compat.vision_internals import encoder_width
-from vlbench.connector.base import ImagePlaces, blank_features
+from vlbench.connector.base import ImagePlaces
+from vlbench.connector.blank_inputs import blank_inputs
 from vlbench.connector.levels import Levels, first_level
 from vlbench.data.packing import PackedBatch
 from vlbench.model.decoder_families import DecoderConfig
@@ -124,8 +125,8 @@ def _encoder_flops(encoder: VisionEncoder) -> float:
 
 def _connector_flops(vlm: VLM, input_needs_grad: bool) -> float:
     """Return the operations of the connector for one image, counted by running it on zeros."""
-    features = _blank_features(vlm)
-    return _count_run_flops(vlm.connector, lambda: vlm.connector(features)) * _count_matmul_passes(
+    inputs = _blank_inputs(vlm)
+    return _count_run_flops(vlm.connector, lambda: vlm.connector(*inputs)) * _count_matmul_passes(
         vlm, input_needs_grad
     )
 
@@ -133,11 +134,11 @@ def _connector_flops(vlm: VLM, input_needs_grad: bool) -> float:
 def _injection_flops(vlm: VLM, layer: int, input_needs_grad: bool) -> float:
     """Return the operations for one position of what the connector does before a decoder layer."""
     shapes, device = vlm.shapes, vlm.device
-    features = _blank_features(vlm)
-    dtype = first_level(features).dtype
+    inputs = _blank_inputs(vlm)
+    dtype = first_level(inputs[0]).dtype
     hidden = torch.zeros(1, PROBE_POSITIONS, shapes.lm_width, dtype=dtype, device=device)
     with torch.no_grad():
-        visual: Levels = vlm.connector(features)
+        visual: Levels = vlm.connector(*inputs)
     where = text_places(PROBE_POSITIONS, device)
     inject = functools.partial(vlm.connector.inject, layer, hidden, visual, where)
     return (
@@ -171,10 +172,10 @@ def counted_flops() -> Iterator[FlopCounterMode]:
         yield counter
 
 
-def _blank_features(vlm: VLM) -> Levels:
+def _blank_inputs(vlm: VLM) -> tuple[Any, ...]:
     parameter = next(vlm.connector.parameters(), None)
     dtype = torch.float32 if parameter is None else parameter.dtype
-    return blank_features(vlm.connector, vlm.shapes, dtype, vlm.device)
+    return blank_inputs(vlm.connector, vlm.shapes, dtype, vlm.device)
 
 
 def text_places(length: int, device: torch.device) -> ImagePlaces:

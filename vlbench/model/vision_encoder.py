@@ -17,6 +17,7 @@ from vlbench.compat.vision_internals import (
     has_class_token,
     has_encoder_blocks,
     has_final_norm,
+    keep_encoder_blocks,
     set_encoder_image_size,
 )
 from vlbench.connector.levels import Levels
@@ -29,8 +30,7 @@ from vlbench.model.named_encoder import (
     resolve_encoder_config,
 )
 from vlbench.model.timm_config import TimmConfig
-from vlbench.model.weights import clip_layouts, timm_files
-from vlbench.model.weights import open_clip_files as open_clip_files
+from vlbench.model.weights import clip_layouts, open_clip_files, timm_files
 from vlbench.model.weights.tensor_groups import check_tensor_groups
 from vlbench.state_dicts import check_names
 from vlbench.text_files import read_json
@@ -123,6 +123,16 @@ class VisionEncoder(nn.Module):
             )
         self._read_blocks = tuple(layer % count for layer in layers)
         self.class_token = class_token
+
+    def shorten(self, block_count: int) -> None:
+        """Keep the first blocks alone, for counting on shapes: the last stand for those read."""
+        if block_count >= self.used_block_count:
+            return
+        read = sorted(set(self.output_blocks))
+        places = {block: block_count - len(read) + index for index, block in enumerate(read)}
+        self._read_blocks = tuple(places[block] for block in self._read_blocks)
+        self.block_index = places.get(self.block_index, block_count - 1)
+        keep_encoder_blocks(self.visual, block_count)
 
     @property
     def used_block_count(self) -> int:

@@ -21,7 +21,9 @@ from vlbench.config.key_types import PART_NAMES
 from vlbench.connector.base import Connector, ImagePlaces, Shapes, zero_like_loss
 from vlbench.connector.bounded_building import NewTensorLimit, build_connector
 from vlbench.connector.levels import Levels, first_level, unstack_levels
+from vlbench.connector.question import Question
 from vlbench.data.packing import PackedBatch, number_image_tokens
+from vlbench.errors import UserError
 from vlbench.model.activation_checkpointing import checkpoint_blocks
 from vlbench.model.contrastive_loss import add_own_contrast_pool, is_contrastive
 from vlbench.model.decoder_families import DecoderConfig, DecoderModel, logit_divisor
@@ -176,9 +178,39 @@ class VLM(nn.Module):
             features: Levels = self.vision(pixels.to(self.vision.dtype))
             return features
 
+    def connector_inputs(self, batch: PackedBatch, features: Levels) -> tuple[Any, ...]:
+        """Return the arguments of the connector's forward: features, and what it reads beside.
+
+        Raises:
+            UserError: when it reads questions, and the batch was made without.
+        """
+        if not self.connector.question_length:
+            return (features,)
+        return features, self._embed_questions(batch, first_level(features).dtype)
+
+    @torch.no_grad()
+    def _embed_questions(self, batch: PackedBatch, dtype: torch.dtype) -> Question:
+        """Return the question of each image in the language model's embeddings.
+
+        They carry no gradient: as in InstructBLIP, what the connector makes of a text is learned in
+        the connector, and the language model's embeddings learn from what it reads itself. So the
+        connector computes the same whether the language model is trained or frozen. A batch without
+        images gives the empty question of one blank image.
+        """
+        ids = batch.question_ids
+        if not len(batch.pixels):
+            ids = batch.input_ids.new_full((1, 1), -1)
+        if ids is None or len(ids) != max(1, len(batch.pixels)):
+            raise UserError(
+                f"connector {type(self.connector).__name__} reads the question of each image, and "
+                "this batch has none: prepare() or the model's processor makes it of a conversation"
+            )
+        return Question(self.token_embedding(ids.clamp(min=0)).to(dtype), (ids >= 0).sum(1))
+
     def encode_images(self, batch: PackedBatch) -> Levels:
         """Return the visual tokens `[images, tokens, width]` of a batch, or their levels."""
-        visual: Levels = self.connector(self.extract_features(batch))
+        features = self.extract_features(batch)
+        visual: Levels = self.connector(*self.connector_inputs(batch, features))
         return visual
 
     def image_places(self, batch: PackedBatch) -> ImagePlaces | None:
@@ -295,7 +327,8 @@ class VLM(nn.Module):
             if batch.contrast_pool is None and is_contrastive(self):
                 batch = add_own_contrast_pool(self, batch, features)
             return VLMOutput(extra=self.connector.objective(self.objective, features, batch))
-        visual = self._with_checkpointing(self.connector)(features)
+        inputs = self.connector_inputs(batch, features)
+        visual = self._with_checkpointing(self.connector)(*inputs)
         hidden = self.hidden_states(batch, visual)
         if batch.labels is None:
             return VLMOutput(logits=self.logits(hidden))

@@ -9,18 +9,18 @@ from typing import NamedTuple
 
 import torch
 
-from vlbench.compat.vision_internals import keep_encoder_blocks
-from vlbench.config.schema import ModelConfig, StageConfig
+from vlbench.config.model_schema import ModelConfig
+from vlbench.config.stage_schema import StageConfig
 from vlbench.connector import registry
+from vlbench.connector.base import Connector
 from vlbench.data.own_template import bind_template
-from vlbench.data.packing import PackedBatch, assign_image_index
+from vlbench.data.packing import PackedBatch, assign_image_index, stack_questions
 from vlbench.data.sample_encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import UserError
 from vlbench.model.frozen_bf16 import FrozenBF16
 from vlbench.model.language_model import TINY_LANGUAGE_FOLDER, build_random_language
 from vlbench.model.loaded_vlm import LoadedVLM, assemble_vlm
-from vlbench.model.vision_encoder import VisionEncoder
 from vlbench.model.vlm import VLM
 from vlbench.train.shape_checks import meta_encoder_and_config
 from vlbench.train.trainable_parts import check_objective, freeze_untrained_parts
@@ -43,6 +43,8 @@ class ModelDepth(NamedTuple):
     """Layers of the language model."""
     encoder_blocks: int
     """Blocks of the vision encoder that are computed."""
+    second_blocks: int = 0
+    """Those of a second vision encoder."""
 
 
 def build_meta_vlm(
@@ -54,7 +56,7 @@ def build_meta_vlm(
 ) -> LoadedVLM:
     """Return the model of a stage on `meta`, at its image size, with untrained parts frozen.
 
-    `depth` replaces the numbers of layers. Nothing is downloaded: weights of a hub id are taken to
+    `depth` replaces the numbers of layers; the connector is that of the whole encoder. Nothing is downloaded: weights of a hub id are taken to
     have the architecture of `language.name`.
     """
     folder = Path(config.language.weights).expanduser()
@@ -64,7 +66,6 @@ def build_meta_vlm(
     encoder.set_image_size(stage.image_size)
     if depth is not None:
         language_config.num_hidden_layers = depth.decoder_layers
-        _truncate_encoder(encoder, depth.encoder_blocks)
     tokenizer = Tokenizer.load(folder if local else TINY_LANGUAGE_FOLDER)
     template_name = config.language.template
     if template_name == "auto" and not tokenizer.chat_template:
@@ -81,6 +82,9 @@ def build_meta_vlm(
                 config.language.max_length,
             )
             check_objective(vlm.model, stage_name, stage)
+            if depth is not None:
+                for one, blocks in zip(encoder.encoders(), depth[1:], strict=False):
+                    one.shorten(blocks)
             freeze_untrained_parts(vlm.model, stage)
         from_file = config.language.weights not in ("random", "embedded")
         _hold_frozen_language(vlm.model, from_file and precision == "bf16")
@@ -97,17 +101,6 @@ def _hold_frozen_language(vlm: VLM, in_bf16: bool) -> None:
     """
     in_language = {id(parameter) for parameter in vlm.language.parameters()}
     FrozenBF16(vlm, in_bf16, lambda weight: id(weight) in in_language)
-
-
-def _truncate_encoder(vision_encoder: VisionEncoder, block_count: int) -> None:
-    """Cut a vision encoder to its first blocks; the features are those of the last one left.
-
-    With as many blocks as it has, it stays as it is.
-    """
-    if block_count >= len(vision_encoder.blocks()):
-        return
-    keep_encoder_blocks(vision_encoder.visual, block_count)
-    vision_encoder.block_index = block_count - 1
 
 
 def full_row_shape(
@@ -130,13 +123,17 @@ def full_row_shape(
 
 
 def build_row_batch(
-    row: SampleShape, tokens_per_image: int, pixel_shape: tuple[int, int, int]
+    row: SampleShape, connector: Connector, pixel_shape: tuple[int, int, int]
 ) -> PackedBatch:
     """Return a micro-batch of one row: the images, then the text, whose end is supervised.
+
+    Where `connector` reads questions, they are as long as any.
 
     Call it under a FakeTensorMode and a MemoryTracker: integer tensors are real, pixels are fake.
     """
     length, images, supervised = (int(count) for count in row)
+    tokens_per_image, question_length = connector.tokens_per_image, connector.question_length
+    questions = ((0,) * question_length,) * images if question_length else None
     ids = torch.zeros(length, dtype=torch.long)
     labels = torch.full_like(ids, IGNORE_INDEX)
     ids[: images * tokens_per_image] = IMAGE_TOKEN_INDEX
@@ -152,4 +149,5 @@ def build_row_batch(
         sample_lengths=[[length]],
         supervised_token_count=supervised,
         image_ids=[str(number) for number in range(images)],
+        question_ids=stack_questions([questions]),
     ).locate_positions()

@@ -1,6 +1,6 @@
 """The memory of a micro-batch beside weights, gradients and optimizer state, by simulation.
 
-The real forward and backward pass run on fake tensors. Of a deep model three shallow copies are
+The real forward and backward pass run on fake tensors. Of a deep model shallow copies are
 simulated, and the peaks are extrapolated to its depth.
 """
 
@@ -52,7 +52,7 @@ class StepSimulator:
         vlm, tracker = self._vlm, self._memory_tracker
         vlm.enable_activation_checkpointing(checkpointing_mode)
         with self._simulation_context():
-            batch = build_row_batch(row, vlm.connector.tokens_per_image, vlm.vision.pixel_shape)
+            batch = build_row_batch(row, vlm.connector, vlm.vision.pixel_shape)
             tracker.kind, tracker.phase = "activations", ""
             tracker.reset_counts(batch.pixels)
             with autocast_context("cpu", self._autocast_bf16):
@@ -106,11 +106,12 @@ def move_to_fake_cpu(model: nn.Module) -> None:
 
 
 class DepthExtrapolator:
-    """Peak memory of a model, extrapolated from three shallow copies where it is deep.
+    """Peak memory of a model, extrapolated from shallow copies where it is deep.
 
     Layers are alike, and each adds the same to a peak: what it saves for the backward pass. So the
-    peak of a phase is a linear function of the two depths, which three models determine. A model
-    whose connector does not grow linearly with depth is simulated in full.
+    peak of a phase is a linear function of the depth of each part, which the shallowest copy and
+    one more for each deep part determine. A model whose connector does not grow linearly with
+    depth is simulated in full.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class DepthExtrapolator:
         self._full_depth = model_depth(full_vlm)
         self.simulated_depths = simulation_depths(full_vlm)
         models = [build_at_depth(depth).model for depth in self.simulated_depths]
-        if not _is_linear_in_depth(full_vlm, models, self.simulated_depths):
+        if not self._is_linear_in_depth(full_vlm, models):
             self.simulated_depths = [self._full_depth]
             models = [build_at_depth(None).model]
         self._simulators = [StepSimulator(model, precision) for model in models]
@@ -140,52 +141,57 @@ class DepthExtrapolator:
 
     def _extrapolate_phase(self, peaks_per_depth: list[PhasePeaks], phase: str) -> dict[str, float]:
         """Return the peak of a phase at the full depth."""
-        base_peak, *deeper_peaks = (peaks.get(phase, {}) for peaks in peaks_per_depth)
-        extrapolated = {kind: float(size) for kind, size in base_peak.items()}
-        for depth, peak in zip(self.simulated_depths[1:], deeper_peaks, strict=True):
-            factor = max(
-                (full - base) / (deeper - base)
-                for full, base, deeper in zip(
-                    self._full_depth, self.simulated_depths[0], depth, strict=True
-                )
-                if deeper != base
+        peaks = [peaks.get(phase, {}) for peaks in peaks_per_depth]
+        kinds = {kind for peak in peaks for kind in peak}
+        return {
+            kind: max(0.0, self._extrapolate([peak.get(kind, 0) for peak in peaks]))
+            for kind in kinds
+        }
+
+    def _extrapolate(self, values: list[int]) -> float:
+        """Return at the full depth what has `values` at the simulated ones."""
+        base = self.simulated_depths[0]
+        extrapolated = float(values[0])
+        for depth, value in zip(self.simulated_depths[1:], values[1:], strict=True):
+            steps = sum(
+                (full - shallow) / (deeper - shallow)
+                for full, shallow, deeper in zip(self._full_depth, base, depth, strict=True)
+                if deeper != shallow
             )
-            for kind in extrapolated.keys() | peak.keys():
-                growth = peak.get(kind, 0) - base_peak.get(kind, 0)
-                extrapolated[kind] = extrapolated.get(kind, 0.0) + factor * growth
-        return {kind: max(0.0, size) for kind, size in extrapolated.items()}
+            extrapolated += steps * (value - values[0])
+        return extrapolated
+
+    def _is_linear_in_depth(self, full_vlm: VLM, models: list[VLM]) -> bool:
+        """Return whether the connector's size at full depth follows from the shallow copies."""
+        full_size = _connector_size(full_vlm)
+        expected = self._extrapolate([_connector_size(model) for model in models])
+        return abs(expected - full_size) <= 0.02 * full_size
 
 
 def model_depth(vlm: VLM) -> ModelDepth:
     """Return the depth of a model."""
-    return ModelDepth(len(vlm.language.model.layers), vlm.vision.used_block_count)
+    blocks = (encoder.used_block_count for encoder in vlm.vision.encoders())
+    return ModelDepth(len(vlm.language.model.layers), *blocks)
 
 
 def simulation_depths(vlm: VLM) -> list[ModelDepth]:
-    """Return the depths at which a model is simulated: its own alone, or three shallow ones.
+    """Return the depths at which a model is simulated: the shallowest, and one for each deep part.
 
-    The encoder is whole where the connector names blocks, which a shallow one would not have: then
-    there are two.
+    A part that is not deep is whole in all of them. Of an encoder there are as many blocks at
+    least as the connector reads.
     """
     full = model_depth(vlm)
     shallowest, interval = _injection_interval(vlm)
-    base = ModelDepth(max(MIN_DEPTH, shallowest), MIN_DEPTH)
-    if vlm.connector.vision_layers:
-        whole = len(vlm.vision.blocks())
-        deep = base.decoder_layers + interval
-        if full.decoder_layers <= 2 * deep:
-            return [ModelDepth(full.decoder_layers, whole)]
-        return [ModelDepth(base.decoder_layers, whole), ModelDepth(deep, whole)]
-    deeper = [
-        ModelDepth(base.decoder_layers + interval, base.encoder_blocks),
-        ModelDepth(base.decoder_layers, base.encoder_blocks + 1),
-    ]
-    if (
-        full.decoder_layers <= 2 * deeper[0].decoder_layers
-        or full.encoder_blocks <= 2 * deeper[1].encoder_blocks
-    ):
-        return [full]
-    return [base, *deeper]
+    read = (len(set(encoder.output_blocks)) for encoder in vlm.vision.encoders())
+    least = [max(MIN_DEPTH, count) for count in (shallowest, *read)]
+    steps = [interval, 1, 1]
+    deep = [part for part, shallow in enumerate(least) if full[part] > 2 * (shallow + steps[part])]
+    base = [least[part] if part in deep else blocks for part, blocks in enumerate(full)]
+    deeper = (
+        [blocks + steps[part] * (part == grown) for part, blocks in enumerate(base)]
+        for grown in deep
+    )
+    return [ModelDepth(*depth) for depth in (base, *deeper)]
 
 
 def _injection_interval(vlm: VLM) -> tuple[int, int]:
@@ -201,21 +207,6 @@ def _injection_interval(vlm: VLM) -> tuple[int, int]:
     if layers[-1] + interval >= count and set(layers) == set(range(layers[0], count, interval)):
         return interval, interval
     return layers[-1] + 1, 1
-
-
-def _is_linear_in_depth(
-    full_vlm: VLM, shallow_vlms: list[VLM], shallow_depths: list[ModelDepth]
-) -> bool:
-    """Return whether the connector's size at full depth follows from the shallow copies."""
-    if len(shallow_vlms) == 1:
-        return True
-    sizes = [_connector_size(model) for model in shallow_vlms]
-    steps = (model_depth(full_vlm).decoder_layers - shallow_depths[0].decoder_layers) / (
-        shallow_depths[1].decoder_layers - shallow_depths[0].decoder_layers
-    )
-    expected = sizes[0] + steps * (sizes[1] - sizes[0])
-    full_size = _connector_size(full_vlm)
-    return abs(expected - full_size) <= 0.02 * full_size and {*sizes[2:]} <= {sizes[0]}
 
 
 def _connector_size(vlm: VLM) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import NamedTuple
 
-from vlbench.config.schema import StageConfig, StageData
+from vlbench.config.stage_schema import StageConfig, StageData
 from vlbench.data.data_sources import open_stage_mixture
 from vlbench.data.shuffle import SourceMixture
 from vlbench.errors import BadSample, UserError

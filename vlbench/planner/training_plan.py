@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from vlbench.config.schema import StageConfig
+from vlbench.config.stage_schema import StageConfig
 from vlbench.errors import UserError
 from vlbench.model.activation_checkpointing import CHECKPOINTING_MODES
 from vlbench.model.vlm import VLM

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vlbench.connector.base import blank_features
+from vlbench.connector.blank_inputs import blank_features
 from vlbench.connector.levels import as_levels
 from vlbench.data.batch_sampler import StepDataset
 from vlbench.data.packing import PackedBatch, empty_batch, extend_row

@@ -269,10 +269,17 @@ def preprocessing_json(processor: Processor) -> str:
             "transform_hash": processor.transform.transform_hash(),
             "template": asdict(cast(Any, processor.template)),
             "tokens_per_image": processor.tokens_per_image,
+            **_question_fields(processor),
         },
         ensure_ascii=False,
         indent=1,
     )
+
+
+def _question_fields(processor: Processor) -> dict[str, int]:
+    """Return how much of a question the connector reads; {} where it reads none."""
+    length = processor.question_length
+    return {"question_length": length} if length else {}
 
 
 def read_position(folder: Path) -> RunPosition:

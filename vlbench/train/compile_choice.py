@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 
 from vlbench.compat.torch_internals import has_gpu_compiler
+from vlbench.config.model_schema import ModelConfig
 from vlbench.config.recipe import load_recipe_file
-from vlbench.config.schema import ModelConfig, TrainerConfig
+from vlbench.config.schema import TrainerConfig
 from vlbench.model.decoder_families import DecoderConfig
 from vlbench.model.train_flops import head_width
 from vlbench.train.gpu_names import peak_flops

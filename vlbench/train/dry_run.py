@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from vlbench.config.schema import ModelConfig, Recipe
+from vlbench.config.model_schema import ModelConfig
+from vlbench.config.schema import Recipe
 from vlbench.data.optimizer_step import OptimizerStep, StepPlan
 from vlbench.distributed import collectives
 from vlbench.distributed.process_group import join_process_group
@@ -56,7 +57,8 @@ def dry_run(recipe: Recipe) -> int:
     """Do a few optimizer steps per stage in this process, keep nothing; return the exit code."""
     with preserve_process_settings(), quiet_lightning(), join_process_group(recipe.trainer):
         runner = StageRunner.from_recipe(recipe)
-        return dry_run_stages(runner, recipe.model, plan_stage_runs(recipe))
+        stage_runs = collectives.call_on_rank_zero_first(lambda: plan_stage_runs(recipe))
+        return dry_run_stages(runner, recipe.model, stage_runs)
 
 
 def dry_run_stages(runner: StageRunner, model: ModelConfig, stage_runs: list[StageRun]) -> int:
@@ -87,7 +89,7 @@ def measure_stages(
     runner: StageRunner, model: ModelConfig, stage_runs: list[StageRun]
 ) -> Iterator[StageMeasurement]:
     """Try every stage: its longest step, then two as they come."""
-    check_data(stage_runs)
+    collectives.call_on_rank_zero(lambda: check_data(stage_runs))
     check_stage_shapes(model, stage_runs)
     user_callbacks = build_user_callbacks(runner.trainer_config.callbacks)
     vlm, _ = build_or_resume_model(model, stage_runs, None, runner.is_sharded)

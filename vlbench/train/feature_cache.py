@@ -100,7 +100,7 @@ def encoder_fingerprint(vlm: LoadedVLM, arithmetic: str) -> str:
         digest.update(name.encode())
         value = value.float() if value.dtype is FROZEN_DTYPE else value  # the same numbers
         numbers = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        digest.update(numbers)  # type: ignore[arg-type]
+        digest.update(numbers.data)
     return digest.hexdigest()
 
 

@@ -11,7 +11,8 @@ import lightning.pytorch as pl
 import torch
 
 from vlbench.config.key_types import ENCODER_PARTS
-from vlbench.config.schema import ModelConfig, Recipe
+from vlbench.config.model_schema import ModelConfig
+from vlbench.config.schema import Recipe
 from vlbench.distributed import collectives
 from vlbench.distributed.process_group import leave_process_group
 from vlbench.errors import BadSample, UserError

@@ -17,7 +17,8 @@ from lightning.pytorch.profilers import PyTorchProfiler
 
 from vlbench.compat.lightning_internals import set_autocast_context, trainer_device
 from vlbench.compat.torch_internals import is_compiler_error
-from vlbench.config.schema import LoggingConfig, StageConfig, TrainerConfig
+from vlbench.config.schema import LoggingConfig, TrainerConfig
+from vlbench.config.stage_schema import StageConfig
 from vlbench.connector import registry
 from vlbench.distributed.process_group import distributed_trainer_args, is_connection_error
 from vlbench.errors import UserError

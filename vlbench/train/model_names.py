@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vlbench.config import recipe as recipes
-from vlbench.config.schema import LanguageModelConfig, ModelConfig, NamedEncoderConfig, Recipe
+from vlbench.config.model_schema import LanguageModelConfig, ModelConfig, NamedEncoderConfig
+from vlbench.config.schema import Recipe
 from vlbench.data.data_sources import SCENES_SOURCE
 from vlbench.train import checkpoint_files
 

@@ -84,15 +84,21 @@ def _has_record(source: SampleSource, record: int | str) -> bool:
 
 
 def check_bad_samples(
-    bad_samples: list[BadSample], bad_count: int, sample_count: int, on_bad_sample: str
+    bad_samples: list[BadSample],
+    bad_count: int,
+    sample_count: int,
+    on_bad_sample: str,
+    counted_among: str = "",
 ) -> None:
     """Raise a UserError that names the first bad sample when there are too many.
 
-    `stop` allows none, `auto` 1 in 100, `quarantine` any number while some are good.
+    `stop` allows none, `auto` 1 in 100, `quarantine` any number while some are good. They are
+    `bad_count` of `sample_count`, which `counted_among` describes where it is not the whole source.
     """
+    counted_among = counted_among or f"{sample_count} samples"
     limit = {"stop": 0, "auto": sample_count // 100, "quarantine": sample_count - 1}[on_bad_sample]
     if bad_samples and bad_count > limit:
-        others = f" (and {bad_count - 1} more of {sample_count} samples)" if bad_count > 1 else ""
+        others = f" (and {bad_count - 1} more of {counted_among})" if bad_count > 1 else ""
         advice = "Mend the data, or leave bad samples out with data.on_bad_sample=quarantine"
         if bad_count >= sample_count:
             advice = "No good sample is left"

@@ -12,8 +12,9 @@ from torch import Tensor
 from vlbench import hub_download
 from vlbench.config import recipe as recipes
 from vlbench.config.key_types import ENCODER_PARTS, PART_NAMES
+from vlbench.config.model_schema import LanguageModelConfig, ModelConfig
 from vlbench.config.overrides import format_override
-from vlbench.config.schema import LanguageModelConfig, ModelConfig, StageConfig
+from vlbench.config.stage_schema import StageConfig
 from vlbench.connector import kept_source, registry
 from vlbench.errors import UserError
 from vlbench.hub_download import fetch_hub_folder
@@ -223,9 +224,10 @@ def _build_with_reference(config: ModelConfig, stage: StageConfig, files: list[P
 
 
 def is_blip2_folder(folder: Path) -> bool:
-    """Tell whether a folder has a BLIP-2 in Hugging Face's layout, whose Q-Former can be used."""
+    """Tell whether a folder has a BLIP-2 or InstructBLIP of transformers, for its Q-Former."""
     file = folder / "config.json"
-    return file.is_file() and str(read_json(file).get("model_type")).startswith("blip")
+    model_type = str(read_json(file).get("model_type")) if file.is_file() else ""
+    return model_type.startswith(("blip", "instructblip"))
 
 
 def find_released_model(

@@ -13,7 +13,8 @@ from pathlib import Path
 from torch import Tensor
 
 from vlbench.config.recipe import load_recipe_file
-from vlbench.config.schema import Recipe, StageConfig
+from vlbench.config.schema import Recipe
+from vlbench.config.stage_schema import StageConfig
 from vlbench.connector import registry
 from vlbench.distributed import collectives
 from vlbench.errors import EnvironmentFailure, UserError, one_line

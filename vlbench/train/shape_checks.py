@@ -8,7 +8,8 @@ import torch
 
 from vlbench import hub_download
 from vlbench.config import recipe as recipes
-from vlbench.config.schema import ModelConfig, StageConfig, VisionEncoderConfig
+from vlbench.config.model_schema import ModelConfig, VisionEncoderConfig
+from vlbench.config.stage_schema import StageConfig
 from vlbench.connector import registry
 from vlbench.connector.base import Shapes
 from vlbench.connector.bounded_building import NewTensorLimit, build_connector

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from vlbench.config.key_types import PART_NAMES
-from vlbench.config.schema import DataConfig, Recipe, StageConfig
+from vlbench.config.schema import Recipe
+from vlbench.config.stage_schema import DataConfig, StageConfig
 from vlbench.data.batch_sampler import StepDataset
 from vlbench.data.chosen_samples import base_source, source_identity
 from vlbench.data.data_sources import (
@@ -127,8 +128,9 @@ def count_stage_steps(stage: StageConfig, sample_count: int) -> int:
 
 
 def check_data(stage_runs: Sequence[StageRun]) -> list[BadSample]:
-    """Look at all records before a model is built; return the bad ones, or refuse them.
+    """Inspect records before a model is built; return the bad ones, or refuse them.
 
+    Where a source has more than can be inspected in seconds, that is told (`choose_inspected`).
     Keys that no reader uses are named. Raises a UserError, too, for a stage of captions without an
     image.
     """
@@ -141,8 +143,9 @@ def check_data(stage_runs: Sequence[StageRun]) -> list[BadSample]:
             is_new = identity not in reports
             if is_new:
                 reports[identity] = inspect_source(source)
+                _report_inspected(source, reports[identity])
             report = reports[identity]
-            check_source_bad_samples(stage_run, source, report.bad_samples, report.bad_sample_count)
+            check_source_bad_samples(stage_run, source, report)
             if is_new:
                 check_usable_shards(stage_run, source, report.bad_samples)
                 _report_left_out(source, report)
@@ -160,15 +163,31 @@ def _all_bad_samples(reports: Iterable[PreflightReport]) -> list[BadSample]:
     return [bad for report in reports for bad in report.bad_samples]
 
 
-def check_source_bad_samples(
-    stage_run: StageRun, source: SampleSource, bad_samples: list[BadSample], bad_count: int
-) -> None:
-    """Raise a UserError when `bad_count` samples are too many for a source of a stage.
+def _report_inspected(source: SampleSource, report: PreflightReport) -> None:
+    """Print it if some samples are not inspected."""
+    if not report.is_complete:
+        print(
+            f"{source.name}: {report.inspected_samples:,} of {report.sample_count:,} samples were "
+            "inspected, from all over; a bad one of the others is left out, or stops training, "
+            "when it is met (data.on_bad_sample). The verb check reads all"
+        )
 
-    `bad_samples` holds the first of them; `check_bad_samples` says how many are too many.
+
+def check_source_bad_samples(
+    stage_run: StageRun, source: SampleSource, report: PreflightReport
+) -> None:
+    """Raise a UserError when the bad samples of a source are too many for a stage.
+
+    `check_bad_samples` says how many are too many.
     """
     try:
-        check_bad_samples(bad_samples, bad_count, len(source), stage_run.data_config.on_bad_sample)
+        check_bad_samples(
+            report.bad_samples,
+            report.bad_sample_count,
+            report.inspected_samples,
+            stage_run.data_config.on_bad_sample,
+            report.inspected_words,
+        )
     except UserError as error:
         if source is not stage_run.val_source:
             raise
@@ -228,7 +247,7 @@ def _report_left_out(source: SampleSource, report: PreflightReport) -> None:
     for note in getattr(base_source(source), "notes", ()):
         print(f"{source.name}: {note}")
     if report.bad_samples:
-        count = f"{report.bad_sample_count} of {len(source)} samples are bad and left out"
+        count = f"{report.bad_sample_count} of {report.inspected_words} are bad and left out"
         print(f"{source.name}: {count}, the first: {report.bad_samples[0]}")
     if report.describe_unread_keys():
         print(f"{source.name}: keys that are not read: {report.describe_unread_keys()}")

@@ -14,7 +14,8 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from vlbench.compat.lightning_internals import trainer_device
-from vlbench.config.schema import Recipe, StageConfig, TrainerConfig
+from vlbench.config.schema import Recipe, TrainerConfig
+from vlbench.config.stage_schema import StageConfig
 from vlbench.core_sharing import share_cores
 from vlbench.data.batch_sampler import StepDataset
 from vlbench.data.optimizer_step import StepSource

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from vlbench.config.key_types import PART_NAMES
-from vlbench.config.schema import PartTrainConfig, StageConfig
+from vlbench.config.stage_schema import PartTrainConfig, StageConfig
 from vlbench.errors import UserError, suggest_name
 from vlbench.model import lora_adapters
 from vlbench.model.vision_encoder import VisionEncoder

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from vlbench.compat.lightning_internals import trainer_device
-from vlbench.config.schema import StageConfig, TrainerConfig
+from vlbench.config.schema import TrainerConfig
+from vlbench.config.stage_schema import StageConfig
 from vlbench.connector.base import Connector
 from vlbench.data.optimizer_step import OptimizerStep, StepCounts
 from vlbench.data.packing import PackedBatch

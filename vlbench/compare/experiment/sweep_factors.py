@@ -10,7 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from vlbench.config.key_types import PART_NAMES
-from vlbench.config.schema import Recipe, StageConfig, StageData
+from vlbench.config.schema import Recipe
+from vlbench.config.stage_schema import StageConfig, StageData
 from vlbench.data.data_sources import (
     HELD_OUT_SEED_OFFSET,
     SourceCache,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
@@ -40,6 +38,7 @@ class PrefixCache:
         self.kv_cache: DynamicCache | None = None
         self._input_ids: list[int] = []
         self._pixels: Tensor | None = None
+        self._questions: list[list[int]] = []
         self._visual_tokens: Levels | None = None
 
     @property
@@ -58,17 +57,22 @@ class PrefixCache:
             visual = map_levels(lambda level: level[:known], self._visual_tokens)
         else:
             assert self._visual_tokens is not None
-            new = vlm.encode_images(replace(batch, pixels=batch.pixels[known:]))
+            new = vlm.encode_images(batch.from_image(known))
             visual = concat_images(self._visual_tokens, new)
         self._pixels, self._visual_tokens = batch.pixels, visual
+        self._questions = batch.question_rows()
         return visual
 
     def _count_known_images(self, batch: PackedBatch) -> int:
-        """Return how many images are known; 0 unless all earlier images are there again."""
+        """Return how many images are known; 0 unless all earlier images are there again.
+
+        An image that is asked another question, of a connector that reads it, is another one.
+        """
         before = self._pixels
         if before is None or not len(before) or len(before) > len(batch.pixels):
             return 0
         same = before.shape[1:] == batch.pixels.shape[1:]
+        same = same and batch.question_rows()[: len(before)] == self._questions
         return len(before) if same and torch.equal(before, batch.pixels[: len(before)]) else 0
 
     def reuse_prefix(self, vlm: VLM, batch: PackedBatch) -> tuple[DynamicCache, int]:

@@ -186,7 +186,7 @@ def _copy_on_one_thread(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 def write_piece(path: Path, position: int, piece: Tensor, lock_range: bool = False) -> None:
     """Write the bytes of a tensor into a file at `position`."""
-    view = memoryview(piece.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    view = piece.view(torch.uint8).numpy().data
     handle = os.open(path, os.O_WRONLY)
     try:
         if lock_range:

@@ -55,7 +55,7 @@ def _hash_tensor(tensor: Tensor) -> str:
     digest = hashlib.sha256()
     for chunk in torch.split(tensor.detach().reshape(-1), HASH_CHUNK_NUMEL):
         numbers = chunk.float() if chunk.is_floating_point() else chunk
-        digest.update(numbers.cpu().contiguous().numpy())  # type: ignore[arg-type]
+        digest.update(numbers.cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
 

@@ -1,0 +1,143 @@
+"""The keys of a recipe that say what a model is built from: `vision`, `language`, `connector`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import model_validator
+
+from vlbench.command_line.arguments import TemplateName
+from vlbench.config.encoder_names import EMBEDDED_ENCODERS, is_hub_name
+from vlbench.config.key_types import (
+    MAX_COUNT,
+    MAX_IMAGE_SIZE,
+    EncoderName,
+    PathText,
+    RecipeSection,
+    key,
+)
+
+
+class PretrainedPartConfig(RecipeSection):
+    """A part with weights, embedded in this package or from elsewhere."""
+
+    part: ClassVar[str]
+    embedded_names: ClassVar[Collection[str]]
+    """The names that have embedded weights."""
+    name: str
+    weights: str
+
+    @model_validator(mode="after")
+    def _check_embedded_weights(self) -> Self:
+        if self.weights == "embedded" and self.name not in self.embedded_names:
+            known = " and ".join(f"{self.part}.name={name}" for name in self.embedded_names)
+            raise ValueError(
+                f"has weights 'embedded', which only {known} can have; say which weights "
+                f"{self.part}.name={self.name} takes, or {self.part}.weights=random"
+            )
+        return self
+
+    def with_random_weights(self) -> Self:
+        """Return it with random weights."""
+        return self.model_copy(update={"weights": "random"})
+
+
+class NamedEncoderConfig(PretrainedPartConfig):
+    """A vision encoder, which may be OWNER/NAME on a hub and then has its own weights."""
+
+    embedded_names = EMBEDDED_ENCODERS
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_own_weights(cls, given: Any) -> Any:
+        """Let OWNER/NAME on a hub have the weights that are there, unless others are given."""
+        if isinstance(given, dict) and is_hub_name(str(given.get("name", ""))):
+            own = given.get("weights", "embedded") == "embedded"
+            return {**given, "weights": given["name"]} if own else given
+        return given
+
+
+class SecondEncoderConfig(NamedEncoderConfig):
+    """A second vision encoder, which sees the same image; features are joined by channel."""
+
+    part = "vision.second"
+
+    name: EncoderName = key("as vision.name; features of both are joined by channel")
+    weights: PathText = key("as vision.weights", "embedded")
+    layer: int = key("as vision.layer", -2, ge=-100, le=99)
+    norm: bool = key("as vision.norm", False)
+    image_size: int | None = key(
+        "side of its images in pixels; null: as many patches as the first",
+        None,
+        ge=8,
+        le=MAX_IMAGE_SIZE,
+    )
+
+
+class VisionEncoderConfig(NamedEncoderConfig):
+    """The vision encoder."""
+
+    part = "vision"
+
+    name: EncoderName = key(
+        "ViT of open_clip, OWNER/NAME of timm's, tiny (see list), folder", "tiny"
+    )
+    weights: PathText = key(
+        "embedded (tiny, tiny_eva), random, a tag, file or folder; OWNER/NAME: its own", "embedded"
+    )
+    layer: int = key("block whose output the connector gets; -1 is the last", -2, ge=-100, le=99)
+    norm: bool = key("apply the encoder's final LayerNorm to its features", False)
+    second: SecondEncoderConfig | None = key("a second vision encoder; null: none", None)
+
+    def with_random_weights(self) -> Self:
+        """Return it with random weights, those of the second too."""
+        second = self.second and self.second.with_random_weights()
+        return self.model_copy(update={"weights": "random", "second": second})
+
+
+class LanguageModelConfig(PretrainedPartConfig):
+    """The language model."""
+
+    part, embedded_names = "language", ("tiny",)
+
+    name: Literal["tiny", "yi-6b", "yi-34b"] = key("architecture, if not of `weights`", "tiny")
+    weights: PathText = key("embedded (tiny only), random, a folder or hub id", "embedded")
+    template: TemplateName = key("chat template; auto: the tokenizer's own", "yi_vl")
+    max_length: int = key(
+        "most tokens of a conversation, image positions included", 4096, ge=16, le=MAX_COUNT
+    )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a recipe says of its model."""
+
+    vision: VisionEncoderConfig
+    language: LanguageModelConfig
+    connector: dict[str, Any]
+    """Its name, or a file, and its options."""
+    init: str | None
+    """What it begins with: a run, a checkpoint, a released model, a file of weights."""
+    seed: int
+    """Of weights that are random at first."""
+    draft_decoding: bool
+    """Whether large JPEGs are decoded faster and less exactly."""
+    apply_exif: bool
+    """Whether photographs are turned as their EXIF orientation says."""
+
+    @property
+    def connector_name(self) -> str:
+        """The connector's name, or a file."""
+        return str(self.connector["name"])
+
+    @property
+    def connector_options(self) -> dict[str, Any]:
+        """The connector's options."""
+        return {key: value for key, value in self.connector.items() if key != "name"}
+
+    def with_random_weights(self) -> ModelConfig:
+        """Return it with random weights of vision encoder and language model."""
+        vision, language = self.vision.with_random_weights(), self.language.with_random_weights()
+        return replace(self, vision=vision, language=language)
