@@ -56,8 +56,8 @@ def build_meta_vlm(
 ) -> LoadedVLM:
     """Return the model of a stage on `meta`, at its image size, with untrained parts frozen.
 
-    `depth` replaces the numbers of layers; the connector is that of the whole encoder. Nothing is downloaded: weights of a hub id are taken to
-    have the architecture of `language.name`.
+    `depth` replaces the numbers of layers; the connector is that of the whole encoder. Nothing is
+    downloaded: weights of a hub id are taken to have the architecture of `language.name`.
     """
     folder = Path(config.language.weights).expanduser()
     local = folder.is_dir()
