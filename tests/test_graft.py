@@ -12,17 +12,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 from forked_command import run_command
+from language_folders import write_language_folder
+from own_templates import write_tokenizer
 
 from vlbench.__main__ import main
 from vlbench.config.recipe import load_recipe, to_plain
 from vlbench.connector import registry
 from vlbench.contract_checks.small_model import build_small_vlm
+from vlbench.data.tokenizer import Tokenizer
 from vlbench.graft import missing_files
 from vlbench.graft.graft_options import parse_graft_options
 from vlbench.graft.graft_recipe import fit_command, write_recipe
 from vlbench.graft.part_table import parameter_lines
 from vlbench.graft.sight_trial import LAST_STEPS, sight_lines, trial_recipe
-from vlbench.graft.text_checks import trip_conversations
+from vlbench.graft.text_checks import choose_template, trip_conversations
 from vlbench.model.language_model import TINY_LANGUAGE_FOLDER
 from vlbench.planner.gpu_table import local_gpu
 from vlbench.planner.meta_model import build_meta_vlm
@@ -120,6 +123,50 @@ def test_a_name_brings_its_weights():
     assert weights("ViT-H-14", "yi-34b") == ("laion2b_s32b_b79k", "01-ai/Yi-34B-Chat")
     assert weights("ViT-L-14", "some/model") == ("openai", "some/model")
     assert weights("EVA02-L-14-336", "yi-6b")[0] == "merged2b_s6b_b61k"
+
+
+def qwen_folder(folder: Path, template: str | None = None) -> list[str]:
+    """Write a small Qwen3 with its own tokenizer; return the words that graft it."""
+    write_language_folder(
+        "qwen3", folder, vocab_size=320, eos_token_id=256, max_position_embeddings=2048
+    )
+    (folder / "tokenizer.model").unlink()
+    write_tokenizer(folder, "qwen 3", template)
+    return [*TINY[:2], f"language={folder}", "connector=avgpool", "language.max_length=2000"]
+
+
+@pytest.mark.parametrize("given", ["", "yi_vl"])
+def test_a_tokenizers_own_template_is_taken_unless_another_is_named(
+    given, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    words = qwen_folder(Path("qwen"))
+    words += ["size=tiny", "out=mine.yaml"] + ([f"language.template={given}"] if given else [])
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert f"text: template {given or 'auto'}, answers end at" in said
+    assert ("language.template=auto: the chat template that qwen brings" in said) != bool(given)
+    assert load_recipe(["recipe=mine.yaml"]).language.template == (given or "auto")
+
+
+def test_a_template_that_cannot_be_understood_is_told_and_left(tmp_path):
+    write_tokenizer(tmp_path, "qwen 3", "{{ messages[0].content }}")
+    name, note = choose_template("yi_vl", Tokenizer.load(tmp_path))
+    assert name == "yi_vl" and note.startswith("language.template=yi_vl, as the chat template of")
+    yi_vl = "{% for m in messages %}### Assistant: {{ m.content }}{% endfor %}"
+    write_tokenizer(tmp_path, "qwen 3", yi_vl)
+    assert choose_template("yi_vl", Tokenizer.load(tmp_path)) == ("yi_vl", "")
+    assert choose_template("yi_vl", Tokenizer.load(TINY_LANGUAGE_FOLDER)) == ("yi_vl", "")
+
+
+def test_a_language_model_by_yis_name_keeps_yi_vls_template():
+    named = {
+        language: parse_graft_options(
+            ["vision=tiny", f"language={language}", "connector=linear"]
+        ).names_template
+        for language in ("yi-6b", "tiny", "some/model")
+    }
+    assert named == {"yi-6b": True, "tiny": True, "some/model": False}
 
 
 def language_folder(folder: Path, **config: object) -> Path:

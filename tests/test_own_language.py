@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from golden_release import CHECKPOINT
 from language_folders import write_language_folder
 from own_templates import OWN_TEMPLATES, write_tokenizer
 from PIL import Image
@@ -14,7 +15,11 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import vlbench
 from vlbench.__main__ import main
+from vlbench.connector import registry
+from vlbench.contract_checks.small_model import build_small_vlm
 from vlbench.model.generation.generate import eos_token_ids
+from vlbench.model.language_model import load_language_model
+from vlbench.model.weights.export_hf_llava import write_hf_llava
 
 CONTENT = [{"type": "image", "image": Image.new("RGB", (60, 40), "red")}]
 ASKED: list[dict[str, Any]] = [
@@ -62,6 +67,31 @@ def test_a_run_is_asked_with_the_tokenizers_template_and_stops_at_its_end(run):
 
     vlm.model.logits = say
     assert vlm.chat(ASKED, max_new_tokens=9) == "yes"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_a_folder_for_transformers_has_our_logits_and_comes_back(family, tmp_path):
+    """Tied embeddings and biases of queries too; what goes out is what comes in."""
+    vlm = build_small_vlm(
+        registry.load_connector("llava_mlp"),
+        {"norm": False},
+        CHECKPOINT,
+        load_language_model(write_language_folder(family, tmp_path / family), torch.float32),
+    ).eval()
+    write_hf_llava(vlm, tmp_path / "to", None)
+    theirs = LlavaForConditionalGeneration.from_pretrained(tmp_path / "to").eval()
+    back = vlbench.load(tmp_path / "to", dtype="float32", device="cpu")
+    assert type(back.language.config) is type(vlm.language.config)
+    asked = [{"role": "user", "content": [*CONTENT, {"type": "text", "text": "What is it?"}]}]
+    batch = vlm.prepare(asked)
+    logits = vlm(batch).logits[0]
+    assert back(back.prepare(asked)).logits[0, :, : logits.shape[1]].equal(logits)
+    image_id = theirs.config.image_token_index
+    ids = batch.input_ids.masked_fill(batch.input_ids < 0, image_id)
+    found = theirs(input_ids=ids, pixel_values=batch.normalized_pixels()).logits[0]
+    scale = max(1.0, float(logits.abs().max()))
+    assert (found[:, : logits.shape[1]] - logits).abs().max() <= 1e-5 * scale
 
 
 @torch.no_grad()

@@ -123,7 +123,7 @@ def test_a_pass_takes_every_row_once_and_few_blocks_at_a_time(folder):
     order = source.pass_order("0")
     passed = [order(position) for position in range(ROWS)]
     assert sorted(passed) == list(range(ROWS)) and passed != list(range(ROWS))
-    ends = np.cumsum(source.records.block_rows)
+    ends = np.cumsum(source.records.block_counts)
     blocks = [int(ends.searchsorted(index, side="right")) for index in passed]
     assert len(ends) == 9 and len(set(blocks[:16])) <= 8
 

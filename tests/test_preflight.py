@@ -20,8 +20,10 @@ from PIL import Image
 
 from vlbench.__main__ import main
 from vlbench.config import recipe as recipes
+from vlbench.config.mixture_source import MixtureSource
 from vlbench.data.batch_sampler import StepDataset
 from vlbench.data.chat_template import YI_VL
+from vlbench.data.chosen_samples import take_part
 from vlbench.data.conversation_files import ConversationFiles
 from vlbench.data.image_processing import ImageTransform
 from vlbench.data.preflight import inspect_source
@@ -375,6 +377,20 @@ def training(position: int, steps: int, **report: Any) -> Any:
 def quarantine(folder: Path, count: int, on_bad_sample: str = "auto") -> QuarantineCallback:
     source: Any = World("here", count)
     return QuarantineCallback(RunFolder(folder), on_bad_sample, SourceMixture([(source, 1.0)], 0))
+
+
+def test_bad_samples_that_a_part_leaves_out_do_not_count_here(folder):
+    quarantine_samples(
+        RunFolder(folder), [BadSample("x", "y").with_origin("here", n) for n in range(1, 6)]
+    )
+    source: Any = World("here", 1000)
+    part = MixtureSource(train="here", sampling="end:250")
+    mixture = SourceMixture([take_part(source, part, 0)], 0)
+    watcher = QuarantineCallback(RunFolder(folder), "auto", mixture)
+    for record in (751, 1000):
+        watcher.record_bad_samples([BadSample("same", "y").with_origin("here", record)])
+    with pytest.raises(UserError, match="and 2 more of 250 samples"):
+        watcher.record_bad_samples([BadSample("same", "y").with_origin("here", 900)])
 
 
 def test_bad_samples_of_other_stages_do_not_count_here(folder):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from vlbench.check import source_pass
-from vlbench.check.findings import REFUSED, DataFinding, FindingLog
+from vlbench.check.findings import ODD, REFUSED, DataFinding, FindingLog, RefusedSamples
 from vlbench.check.sample_checks import StageCheck
 from vlbench.check.source_pass import GoodSamples, Pace, SourcePass
 from vlbench.data import json_scan
@@ -90,16 +90,21 @@ def test_the_time_that_is_left_is_told_once(monkeypatch, capsys):
 
 def test_findings_are_counted_and_only_the_first_are_kept():
     lines = io.StringIO()
-    log = FindingLog(lines)
-    for record in range(1, 1001):
-        log.add(DataFinding(REFUSED, "data.json", f"r{record}", "is bad", record=record))
-    log.add(DataFinding(REFUSED, "data.json", "r0", "is cut", "chat", record=2000))
-    assert len(lines.getvalue().splitlines()) == log.counts[REFUSED] == 1001
+    log, refused = FindingLog(lines), RefusedSamples()
+    found = [
+        DataFinding(REFUSED, "data.json", f"r{record}", "is bad", record=record)
+        for record in range(1, 1001)
+    ]
+    found.append(DataFinding(REFUSED, "data.json", "r0", "is cut", "chat", record=2000))
+    for finding in (*found, DataFinding(ODD, "data.json", "r0", "is odd")):
+        log.add(finding)
+        refused.note(finding)
+    assert len(lines.getvalue().splitlines()) == log.counts[REFUSED] + 1 == 1002
     assert len(log.first_ones[REFUSED]) == 5
-    (first,), count = log.refused_samples("data.json", "chat")
+    (first,), count = refused.of_stage("chat")
     assert (first.sample_id, count) == ("r1", 1001)
-    assert log.refused_samples("data.json", "align_224")[1] == 1000
-    assert log.refused_samples("other.json", "chat") == ([], 0)
+    assert refused.of_stage("align_224")[1] == 1000
+    assert RefusedSamples().of_stage("chat") == ([], 0)
 
 
 @pytest.mark.parametrize("text", ["", "a" * 70])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vlbench.command_line.arguments import ListArguments, ListedKind
 from vlbench.config import encoder_names, recipe
+from vlbench.config.mixture_file import mixture_files
 from vlbench.connector import registry
 from vlbench.connector.option_schema import ConnectorOption
 from vlbench.data.annotation_mapping import AnnotationMapping, read_mapping
@@ -153,6 +154,9 @@ def _data_lines() -> list[str]:
     return [
         *lines,
         "data.train=NAME:FOLDER or NAME:FOLDER:SPLIT reads one; a file NAME.yaml is one",
+        "",
+        *(f"{name:16} {file_summary(file)}" for name, file in mixture_files().items()),
+        "data.mix=NAME reads one of these mixtures; a file NAME.yaml is one",
     ]
 
 

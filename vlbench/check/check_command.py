@@ -6,13 +6,16 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from vlbench.check.findings import KIND_MEANINGS, MAX_FINDINGS_PRINTED, FindingLog
+from vlbench.check.mixture_shares import share_lines
 from vlbench.check.sample_checks import StageCheck
 from vlbench.check.source_pass import GoodSamples, SourcePass, SourceSummary
 from vlbench.check.supervision_audit import AuditSample, choose_samples, render_audit
 from vlbench.config.schema import Recipe
 from vlbench.data.chat_template import ChatTemplate
+from vlbench.data.chosen_samples import base_source, source_identity
 from vlbench.data.conversation_files import ConversationFiles
 from vlbench.data.own_template import bind_template
 from vlbench.data.preflight import PreflightReport
@@ -37,9 +40,10 @@ FILE_SOURCES = (ConversationFiles, WebDatasetShards)  # they read files; scenes 
 MAX_SAMPLES_SHOWN = 6  # on the audit page, of each source in each stage
 MAX_RENDERED_SAMPLES = 1000  # of a source of rendered scenes
 
-SourceIdentity = tuple[str, str, str, int]
+SourceIdentity = tuple[Any, ...]
 StageChecks = dict[tuple[int, SourceIdentity], StageCheck]
 """By the number of the stage, and the source."""
+SourceSummaries = dict[SourceIdentity, SourceSummary]
 
 
 def run_check(recipe: Recipe, folder: Path) -> int:
@@ -78,11 +82,11 @@ def run_check(recipe: Recipe, folder: Path) -> int:
     ):
         log = FindingLog(findings)
         summaries = {
-            _source_identity(source): _check_source(source, checks, template, log, workers)
+            source_identity(source): _check_source(source, checks, template, log, workers)
             for source in _unique_sources(stage_runs)
         }
     lines = [line for summary in summaries.values() for line in _source_lines(summary)]
-    lines += _stage_lines(stage_runs, checks)
+    lines += _stage_lines(stage_runs, checks, summaries)
     lines += ["", *_summary_lines(log)]
     settings = f"Recipe {recipe.recipe}, size {recipe.size}, template {recipe.language.template}"
     transforms = image_transforms_by_stage(recipe.model, stage_runs)
@@ -97,7 +101,7 @@ def run_check(recipe: Recipe, folder: Path) -> int:
     write_for_people(folder / "report.txt", "\n".join(lines) + "\n")
     print("\n".join(lines))
     print(f"\nwrote {folder}: report.txt, findings.jsonl, audit.html (what the model reads)")
-    _refuse_bad_data(stage_runs, checks, log)
+    _refuse_bad_data(stage_runs, checks, summaries)
     return 0
 
 
@@ -109,24 +113,24 @@ def _check_source(
     workers: int,
 ) -> SourceSummary:
     """Check a source as all stages read it; rendered scenes have no files and no findings."""
-    identity = _source_identity(source)
+    identity = source_identity(source)
     of_source = [check for (_, of), check in checks.items() if of == identity]
     source_pass = SourcePass(source, of_source, template, log, workers)
-    if isinstance(source, FILE_SOURCES):
+    if isinstance(base_source(source), FILE_SOURCES):
         return source_pass.check_files()
     return source_pass.check_rendered(MAX_RENDERED_SAMPLES)
 
 
 def _stage_checks(stage_runs: list[StageRun], encoders: list[SampleEncoder]) -> StageChecks:
     return {
-        (number, _source_identity(source)): StageCheck(stage_run.name, source.name, encoder)
+        (number, source_identity(source)): StageCheck(stage_run.name, source.name, encoder)
         for number, (stage_run, encoder) in enumerate(zip(stage_runs, encoders, strict=True))
         for source in stage_run.all_sources
     }
 
 
 def _stage_identities(stage_run: StageRun) -> Iterator[SourceIdentity]:
-    yield from dict.fromkeys(map(_source_identity, stage_run.all_sources))
+    yield from dict.fromkeys(map(source_identity, stage_run.all_sources))
 
 
 def _unique_sources(stage_runs: list[StageRun]) -> Iterator[SampleSource]:
@@ -134,29 +138,28 @@ def _unique_sources(stage_runs: list[StageRun]) -> Iterator[SampleSource]:
     seen = set()
     for stage_run in stage_runs:
         for source in stage_run.all_sources:
-            if _source_identity(source) not in seen:
-                seen.add(_source_identity(source))
+            if source_identity(source) not in seen:
+                seen.add(source_identity(source))
                 yield source
 
 
-def _source_identity(source: SampleSource) -> SourceIdentity:
-    """Return a key that is equal for the same source of two stages."""
-    images = str(getattr(source, "image_folder", ""))
-    return type(source).__name__, source.name, images, len(source)
-
-
 def _source_lines(summary: SourceSummary) -> Iterator[str]:
-    source = summary.source
-    if isinstance(source, FILE_SOURCES):
-        yield f"{source.name}: {len(source)} records, {summary.image_count} images"
-        yield from (f"  {note}" for note in getattr(source, "notes", ()))
+    source, base = summary.source, base_source(summary.source)
+    if isinstance(base, FILE_SOURCES):
+        of_all = f" of {len(base)}" if len(source) < len(base) else ""
+        yield f"{source.name}: {len(source)}{of_all} records, {summary.image_count} images"
+        yield from (f"  {note}" for note in getattr(base, "notes", ()))
         yield from (f"  {note}" for note in summary.reading_notes())
     else:
         count = len(summary.good_indices)
         yield f"{source.name}: rendered; {count} of {len(source)} samples checked"
 
 
-def _stage_lines(stage_runs: list[StageRun], checks: StageChecks) -> Iterator[str]:
+def _stage_lines(
+    stage_runs: list[StageRun],
+    checks: StageChecks,
+    summaries: SourceSummaries,
+) -> Iterator[str]:
     for number, stage_run in enumerate(stage_runs):
         of_stage = [check for (of, _), check in checks.items() if of == number]
         encoder = of_stage[0].encoder
@@ -167,6 +170,12 @@ def _stage_lines(stage_runs: list[StageRun], checks: StageChecks) -> Iterator[st
         )
         for check in of_stage:
             yield from _length_lines(check)
+        if len(stage_run.data.sources) > 1:
+            mixed = list(map(source_identity, stage_run.data.sources))
+            checks_of_mixed = [checks[number, identity] for identity in mixed]
+            yield from share_lines(
+                stage_run.data, checks_of_mixed, [summaries[identity] for identity in mixed]
+            )
 
 
 def _length_lines(lengths: StageCheck) -> Iterator[str]:
@@ -212,17 +221,21 @@ def _summary_lines(log: FindingLog) -> Iterator[str]:
             yield f"  and {log.counts[kind] - MAX_FINDINGS_PRINTED} more in findings.jsonl"
 
 
-def _refuse_bad_data(stage_runs: list[StageRun], checks: StageChecks, log: FindingLog) -> None:
+def _refuse_bad_data(
+    stage_runs: list[StageRun],
+    checks: StageChecks,
+    summaries: SourceSummaries,
+) -> None:
     """Raise the UserError with which training would refuse to start with these data, if any."""
     for number, stage_run in enumerate(stage_runs):
         for source in stage_run.all_sources:
-            first, count = log.refused_samples(source.name, stage_run.name)
+            refused = summaries[source_identity(source)].refused
+            first, count = refused.of_stage(stage_run.name)
             size = len(source)
             report = PreflightReport(first, size, size, further_bad_samples=count - len(first))
             check_source_bad_samples(stage_run, source, report)
         images = sum(
-            checks[number, _source_identity(source)].image_count
-            for source in stage_run.data.sources
+            checks[number, source_identity(source)].image_count for source in stage_run.data.sources
         )
         is_caption_stage = stage_run.stage.sample_format == "caption"
         if stage_run.total_steps and is_caption_stage and not images:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TextIO
 
 from vlbench.data.sample import Sample
@@ -64,8 +64,6 @@ class FindingLog:
         """Number of findings of each kind."""
         self.first_ones: defaultdict[str, list[DataFinding]] = defaultdict(list)
         """The first findings of each kind."""
-        self._first_refused: dict[tuple[str, str], BadSample] = {}
-        self._refused_counts: Counter[tuple[str, str]] = Counter()
 
     def add(self, finding: DataFinding) -> None:
         """Write a finding down."""
@@ -73,14 +71,23 @@ class FindingLog:
         self.counts[finding.kind] += 1
         if self.counts[finding.kind] <= MAX_FINDINGS_PRINTED:
             self.first_ones[finding.kind].append(finding)
-        if finding.kind == REFUSED:
-            key = (finding.source, finding.stage)
-            self._refused_counts[key] += 1
-            self._first_refused.setdefault(key, finding.as_bad_sample())
 
-    def refused_samples(self, source_name: str, stage: str) -> tuple[list[BadSample], int]:
-        """Return the first of the samples that a stage refuses of a source, and their number."""
-        keys = [(source_name, ""), (source_name, stage)]
-        first = [self._first_refused[key] for key in keys if key in self._first_refused]
+
+@dataclass
+class RefusedSamples:
+    """The samples of a source that stages refuse: their numbers, and the first ones."""
+
+    _first: dict[str, BadSample] = field(default_factory=dict)
+    _counts: Counter[str] = field(default_factory=Counter)
+
+    def note(self, finding: DataFinding) -> None:
+        """Count a finding, if it is of a refused sample."""
+        if finding.kind == REFUSED:
+            self._counts[finding.stage] += 1
+            self._first.setdefault(finding.stage, finding.as_bad_sample())
+
+    def of_stage(self, stage: str) -> tuple[list[BadSample], int]:
+        """Return the first of the samples that a stage refuses, and their number."""
+        first = [self._first[key] for key in ("", stage) if key in self._first]
         first.sort(key=lambda bad: bad.record_number or 0)
-        return first[:1], sum(self._refused_counts[key] for key in keys)
+        return first[:1], self._counts[""] + self._counts[stage]

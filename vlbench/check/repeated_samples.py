@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlbench.check.findings import TWICE, DataFinding, make_finding
-from vlbench.data.sample import Sample, SampleSource, sample_at
+from vlbench.data.sample import Sample, SampleSource, record_number, sample_at
 
 
 def short_hash(text: str | bytes) -> int:
@@ -49,10 +49,10 @@ class RepeatedSamples:
         """
         first_content = _first_places(self._contents)
         for place in np.flatnonzero(first_content != np.arange(len(first_content))).tolist():
-            sample, index = self._sample_at(self._indices, place)
-            first, first_index = self._sample_at(self._indices, int(first_content[place]))
-            original = f"record {first_index + 1} ({first.id})"
-            problem = f"record {index + 1} has the images and turns of {original}"
+            sample, number = self._sample_at(self._indices, place)
+            first, first_number = self._sample_at(self._indices, int(first_content[place]))
+            original = f"record {first_number} ({first.id})"
+            problem = f"record {number} has the images and turns of {original}"
             yield make_finding(sample, TWICE, self.source.name, problem)
         yield from self._repeated_ids(first_content)
         first_image = _first_places(self._image_contents)
@@ -69,17 +69,15 @@ class RepeatedSamples:
         is_repeated = (_first_places(self._ids) != places) & (first_content == places)
         repeated = np.flatnonzero(is_repeated).tolist()
         if repeated:
-            sample, index = self._sample_at(self._indices, repeated[0])
+            sample, number = self._sample_at(self._indices, repeated[0])
             others = f", as {len(repeated) - 1} others do" if len(repeated) > 1 else ""
-            problem = (
-                f"record {index + 1} has the id of an earlier one{others} (ids are only labels)"
-            )
+            problem = f"record {number} has the id of an earlier one{others} (ids are only labels)"
             yield make_finding(sample, TWICE, self.source.name, problem)
 
     def _sample_at(self, indices: array[int], place: int) -> tuple[Sample, int]:
-        """Return a sample, which is read again, and its index in the source."""
+        """Return a sample, which is read again, and the number of its record."""
         index = indices[place]
-        return sample_at(self.source, index), index
+        return sample_at(self.source, index), record_number(self.source, index)
 
 
 def _first_places(hashes: array[int]) -> NDArray[np.int64]:

@@ -16,7 +16,14 @@ from typing import overload
 
 from tqdm import tqdm
 
-from vlbench.check.findings import ODD, REFUSED, DataFinding, FindingLog, make_finding
+from vlbench.check.findings import (
+    ODD,
+    REFUSED,
+    DataFinding,
+    FindingLog,
+    RefusedSamples,
+    make_finding,
+)
 from vlbench.check.repeated_samples import RepeatedSamples, short_hash
 from vlbench.check.sample_checks import ImageCheck, StageCheck, check_image, find_odd_text
 from vlbench.data.chat_template import ChatTemplate
@@ -38,9 +45,12 @@ class SourceSummary:
     source: SampleSource
     good_indices: array[int] = field(default_factory=lambda: array("q"))
     """Records that are well formed and whose images can be read."""
+    read_samples: int = 0
+    """Samples that were looked at: all, or the first of a source of rendered scenes."""
     image_count: int = 0
     unread_key_counts: Counter[str] = field(default_factory=Counter)
     untagged_samples: int = 0
+    refused: RefusedSamples = field(default_factory=RefusedSamples)
 
     def reading_notes(self) -> Iterator[str]:
         """Yield notes on records that are correct, but are read in another way than written."""
@@ -111,11 +121,13 @@ class SourcePass:
         self._add_all(self._unread_key_findings())
         self._add_all(self._repeated.iterate_findings())
         self.summary.image_count = len(self._seen_images)
+        self.summary.read_samples = len(self.source)
         return self._finish()
 
     def check_rendered(self, max_samples: int) -> SourceSummary:
         """Encode the first samples of a source that has no files and no faults."""
-        for index in range(min(len(self.source), max_samples)):
+        self.summary.read_samples = min(len(self.source), max_samples)
+        for index in range(self.summary.read_samples):
             self._encode(index, self.source[index])
         return self._finish()
 
@@ -126,7 +138,11 @@ class SourcePass:
 
     def _add_all(self, findings: Iterable[DataFinding]) -> None:
         for finding in findings:
-            self.log.add(finding)
+            self._add(finding)
+
+    def _add(self, finding: DataFinding) -> None:
+        self.log.add(finding)
+        self.summary.refused.note(finding)
 
     def _read_chunks(self) -> Iterator[list[tuple[int, Sample]]]:
         """Yield well-formed samples with their numbers; say how long it will take."""
@@ -138,8 +154,8 @@ class SourcePass:
                 chunk.append((index, sample_at(self.source, index)))
             except BadSample as bad:
                 name = self.source.name
-                self.log.add(
-                    DataFinding(REFUSED, name, bad.sample_id, bad.reason, record=index + 1)
+                self._add(
+                    DataFinding(REFUSED, name, bad.sample_id, bad.reason, record=bad.record_number)
                 )
             if len(chunk) == CHUNK_SAMPLES:
                 yield chunk
@@ -171,7 +187,7 @@ class SourcePass:
         if max(check.size) > MAX_ASPECT_RATIO * min(check.size):
             width, height = check.size
             problem = f"image {image.name} is a strip of {width} x {height} pixels"
-            self.log.add(make_finding(sample, ODD, self.source.name, problem))
+            self._add(make_finding(sample, ODD, self.source.name, problem))
 
     def _check_sample(self, index: int, sample: Sample) -> None:
         """Check a sample whose images have been opened."""
@@ -186,7 +202,7 @@ class SourcePass:
         for image in sample.images:
             problem = self._image_problem(image)
             if problem:
-                self.log.add(make_finding(sample, REFUSED, name, problem))
+                self._add(make_finding(sample, REFUSED, name, problem))
                 return
         self._encode(index, sample)
 

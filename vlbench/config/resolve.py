@@ -10,6 +10,7 @@ from pydantic_core import ErrorDetails
 
 from vlbench.config.key_table import declared_keys, key_rows, section_at
 from vlbench.config.key_types import EXCLUSIVE_KEYS
+from vlbench.config.mixture_file import read_mixture
 from vlbench.config.schema import Recipe
 from vlbench.connector import registry
 from vlbench.errors import UserError, suggest_name
@@ -42,6 +43,11 @@ def resolve_layers(
         given = merged.get("connector", {})
         merged["connector"], option_errors = _resolve_connector(given, is_complete)
     names = list(stage_names) or list(mapping_in(merged, "stages"))
+    for place, tree in [
+        ("", merged),
+        *((f"stages.{n}.", s) for n, s in _stages_in(merged).items()),
+    ]:
+        errors += _read_mixture(place, mapping_in(tree, "data"))
     for stage in _stages_in(merged).values():
         if own := mapping_in(stage, "data"):  # what the stage leaves out is as for all
             stage["data"] = _merge_into(_merge_into({}, mapping_in(merged, "data")), own)
@@ -98,6 +104,19 @@ def mapping_in(tree: dict[str, Any], key: str) -> dict[str, Any]:
     """Return the mapping under `key` of a tree that is not checked yet; {} where there is none."""
     value = tree.get(key)
     return value if isinstance(value, dict) else {}
+
+
+def _read_mixture(place: str, data: dict[str, Any]) -> list[str]:
+    """Put the sources of a mixture's file where `data` names it; return what is wrong with it."""
+    name = data.get("mix")
+    if not isinstance(name, str) or is_null(name) or name.startswith(("[", "{")):
+        return []
+    data["mix"] = None
+    try:
+        data["mix"] = read_mixture(name)
+    except UserError as error:
+        return [f"{place}{line}" if line.startswith("data.mix=") else line for line in error.lines]
+    return []
 
 
 def _resolve_connector(given: Any, is_complete: bool) -> tuple[Any, list[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, model_validator
 
 from vlbench.config.key_types import (
     MAX_COUNT,
@@ -22,6 +22,7 @@ from vlbench.config.key_types import (
     drop_frozen_parts,
     key,
 )
+from vlbench.config.mixture_source import Mixture
 
 
 class LoraAdapterConfig(RecipeSection):
@@ -47,17 +48,6 @@ class PartTrainConfig(RecipeSection):
 TrainedParts = Annotated[dict[PartName, PartTrainConfig], BeforeValidator(drop_frozen_parts)]
 
 
-class MixtureSource(RecipeSection):
-    """One source of a mixture."""
-
-    train: PathText = key("scenes, or data as data.train takes them")
-    images: PathText | None = key("folder of its images; null: beside the file", None)
-    weight: float = key("how often an epoch takes each sample", 1.0, gt=0)
-
-
-Mixture = Annotated[tuple[MixtureSource, ...], Field(min_length=1)]
-
-
 class DataConfig(RecipeSection):
     """Training and held-out data."""
 
@@ -66,7 +56,7 @@ class DataConfig(RecipeSection):
     )
     images: PathText | None = key("folder of images; null: beside the file", None)
     allow_outside: bool = key("read images that lie outside of the folder `images`", False)
-    mix: Mixture | None = key("several weighted sources, instead of train", None)
+    mix: Mixture | None = key("sources, or a YAML file that lists them; instead of train", None)
     val: PathText | None = key("held-out samples, as data.train takes them", None)
     on_bad_sample: OnBadSample = key("leave out and count, or stop; auto: stop above 1 %", "auto")
     workers: int = key("processes that load images, beside one for texts; 0: none", 4, ge=0, le=256)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from vlbench.data.mapping_texts import (
 )
 from vlbench.data.record_files import file_stamp
 from vlbench.data.record_places import REMEDY, RecordPlace
+from vlbench.data.shard_sampler import MAX_LANES
 from vlbench.errors import BadSample, UserError
 
 IMAGE_TAG = "<image>"
@@ -84,7 +85,16 @@ class AnnotationRecords:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def pass_order(self, shuffle_key: str) -> None:
+    @property
+    def block_counts(self) -> None:
+        """None: any order is as fast."""
+
+    def pass_order(
+        self,
+        shuffle_key: str,
+        block_counts: Sequence[int] | None = None,
+        max_lanes: int = MAX_LANES,
+    ) -> None:
         """Return None: any order is as fast."""
 
     def read_record(self, index: int, with_images: bool = True) -> Any:

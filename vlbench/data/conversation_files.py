@@ -16,7 +16,8 @@ from vlbench.data.parquet_files import find_parquet_files
 from vlbench.data.parquet_records import ParquetRecords
 from vlbench.data.record_files import RecordFile, missing_file_error, read_beginning
 from vlbench.data.record_images import EmbeddedImage, image_bytes
-from vlbench.data.sample import LazyImage, Sample, sample_at
+from vlbench.data.sample import LazyImage, Sample, SampleSource, sample_at
+from vlbench.data.shard_sampler import MAX_LANES
 from vlbench.data.table_records import TableRecords, is_table
 from vlbench.errors import BadSample, UserError
 
@@ -62,9 +63,23 @@ class ConversationFiles:
             lambda number: EmbeddedImage(self, index, number),
         )
 
-    def pass_order(self, shuffle_key: str) -> Callable[[int], int] | None:
-        """Return the order of a pass over the samples; None where any order is as fast."""
-        return self.records.pass_order(shuffle_key)
+    @property
+    def block_counts(self) -> Sequence[int] | None:
+        """How many samples each part has that is read at once; None where any order is as fast."""
+        return self.records.block_counts
+
+    def pass_order(
+        self,
+        shuffle_key: str,
+        block_counts: Sequence[int] | None = None,
+        max_lanes: int = MAX_LANES,
+    ) -> Callable[[int], int] | None:
+        """Return the order of a pass over the samples; None where any order is as fast.
+
+        Of some of the samples, `block_counts` says how many each part has. At most `max_lanes`
+        lanes are read alternately.
+        """
+        return self.records.pass_order(shuffle_key, block_counts, max_lanes)
 
     def read_record(self, index: int, with_images: bool = False) -> Any:
         """Return record `index` (from 0) as it is written, or raise BadSample.
@@ -97,23 +112,32 @@ class ConversationFiles:
         where they are given. At most MAX_FILE_CHECKS different files are looked up. `on_sample` is
         called with every well-formed sample.
         """
-        faults: list[BadSample] = []
-        problems: dict[LazyImage, str] = {}
-        for index in range(len(self)) if indices is None else indices:
-            try:
-                sample = sample_at(self, index)
-            except BadSample as fault:
-                faults.append(fault)
-                continue
-            if on_sample:
-                on_sample(sample)
-            for image in sample.images:
-                if image not in problems and len(problems) < MAX_FILE_CHECKS:
-                    problems[image] = _find_problem(image)
-                if problems.get(image):
-                    faults.append(BadSample(sample.id, problems[image]).with_origin_of(sample))
-                    break
-        return faults
+        return find_bad_samples(self, indices, on_sample)
+
+
+def find_bad_samples(
+    source: SampleSource,
+    indices: Sequence[int] | None = None,
+    on_sample: Callable[[Sample], None] | None = None,
+) -> list[BadSample]:
+    """Return the bad samples of files, as `ConversationFiles.find_bad_samples`."""
+    faults: list[BadSample] = []
+    problems: dict[LazyImage, str] = {}
+    for index in range(len(source)) if indices is None else indices:
+        try:
+            sample = sample_at(source, index)
+        except BadSample as fault:
+            faults.append(fault)
+            continue
+        if on_sample:
+            on_sample(sample)
+        for image in sample.images:
+            if image not in problems and len(problems) < MAX_FILE_CHECKS:
+                problems[image] = _find_problem(image)
+            if problems.get(image):
+                faults.append(BadSample(sample.id, problems[image]).with_origin_of(sample))
+                break
+    return faults
 
 
 def _find_problem(image: LazyImage) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlbench.data.annotation_records import AnnotationRecords
+from vlbench.data.chosen_samples import base_source
 from vlbench.data.conversation_files import ConversationFiles
 from vlbench.data.parquet_records import ParquetRecords
 from vlbench.data.sample import SampleSource
@@ -28,7 +29,7 @@ def checksum_sources(sources: Iterable[SampleSource]) -> dict[str, str]:
     """
     return {
         source.name: _checksum_source(source)
-        for source in sources
+        for source in map(base_source, sources)
         if isinstance(source, ConversationFiles | WebDatasetShards)
     }
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import MutableMapping
 from pathlib import Path
 
+from vlbench.config.mixture_source import MixtureSource
 from vlbench.config.stage_schema import StageData
+from vlbench.data.chosen_samples import take_part
 from vlbench.data.conversation_files import ConversationFiles
 from vlbench.data.remote_shards import is_url
 from vlbench.data.sample import SampleSource
@@ -26,20 +28,49 @@ def open_stage_sources(
 ) -> list[tuple[SampleSource, float]]:
     """Return the (source, weight) pairs that a stage trains on.
 
-    A stage without data is a UserError. Opened files are kept in `source_cache`.
+    A stage without data is a UserError; so is every source that cannot be opened or is empty, a
+    line each. Opened files are kept in `source_cache`.
     """
-    data, seed = stage_data.config, stage_data.seed
-    if data.mix:
-        return [
-            (open_source(part.train, part.images, stage_data, seed, source_cache), part.weight)
-            for part in data.mix
-        ]
-    if data.train is None:
+    data = stage_data.config
+    parts = data.mix
+    if data.train is not None and not parts:
+        parts = (MixtureSource(train=data.train),)
+    if parts is None:
         raise UserError(
             f"stage {stage_data.stage_name} has no data: give data.train=FILE.json (LLaVA's "
             f"format) and data.images=FOLDER, or data.train={SCENES_SOURCE}"
         )
-    return [(open_source(data.train, data.images, stage_data, seed, source_cache), 1.0)]
+    sources, errors = [], []
+    for part in parts:
+        try:
+            sources.append(_open_part(part, stage_data, source_cache))
+        except UserError as error:
+            errors += [_describe_failure(line, part) for line in error.lines]
+    if errors:
+        raise UserError(*errors)
+    return sources
+
+
+def _describe_failure(problem: str, part: MixtureSource) -> str:
+    """Return why a source cannot be opened, with its name and what it needs."""
+    named = problem if part.train in problem else f"data {part.train}: {problem}"
+    end = "" if named.endswith(("?", ".")) else "."
+    return f"{named}{end} It needs: {part.needs}" if part.needs else named
+
+
+def _open_part(
+    part: MixtureSource, stage_data: StageData, source_cache: SourceCache | None
+) -> tuple[SampleSource, float]:
+    """Open one source of a mixture; return it with its weight."""
+    images = part.images or stage_data.config.images
+    base = open_source(part.train, images, stage_data, stage_data.seed, source_cache)
+    if part.prompts and stage_data.stage.sample_format == "caption":
+        name = stage_data.stage_name
+        raise UserError(
+            f"data {part.train}: has prompts, and stage {name} learns captions without a question; "
+            f"leave them out, or give stages.{name}.sample_format=chat"
+        )
+    return take_part(base, part, stage_data.seed)
 
 
 def open_source(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vlbench.data.json_scan import scan_json
 from vlbench.data.record_files import read_range
 from vlbench.data.record_offsets import find_offsets
+from vlbench.data.shard_sampler import MAX_LANES
 from vlbench.errors import UserError
 
 
@@ -27,7 +29,16 @@ class JsonRecords:
     def __len__(self) -> int:
         return len(self.offsets)
 
-    def pass_order(self, shuffle_key: str) -> None:
+    @property
+    def block_counts(self) -> None:
+        """None: any order is as fast."""
+
+    def pass_order(
+        self,
+        shuffle_key: str,
+        block_counts: Sequence[int] | None = None,
+        max_lanes: int = MAX_LANES,
+    ) -> None:
         """Return None: any order is as fast."""
 
     def read_record(self, index: int, with_images: bool = True) -> Any:

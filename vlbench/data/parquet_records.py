@@ -18,7 +18,7 @@ import numpy as np
 
 from vlbench.data.record_files import FileStamp, file_stamp
 from vlbench.data.record_images import OMITTED_BYTES
-from vlbench.data.shard_sampler import ShardShuffle
+from vlbench.data.shard_sampler import KEPT_ORDERS, MAX_LANES, ShardShuffle
 from vlbench.errors import UserError, one_line
 from vlbench.text_files import refuse_lfs_pointer
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 1 << 25  # 34 MB, uncompressed: what of a row group is read at once
 MAX_BLOCK_ROWS = 4096
-MAX_LANES, WINDOW_BLOCKS = 4, 2  # an order reads 8 blocks alternately
-CACHED_BLOCKS = MAX_LANES * WINDOW_BLOCKS + 2
+BLOCK_LANES, WINDOW_BLOCKS = 4, 2  # an order reads 8 blocks alternately
+CACHED_BLOCKS = BLOCK_LANES * WINDOW_BLOCKS + 2
 LIST_NAMES = ("list", "element", "item", "bag", "array", "array_element")
 """Names in a column's path that writers put between a list and what it holds."""
 
@@ -60,9 +60,9 @@ class ParquetRecords:
         ]
         if not self.blocks:
             raise UserError("its Parquet files hold no rows")
-        self.block_rows = [block.row_count for block in self.blocks]
-        self._block_ends = np.cumsum(self.block_rows)
-        self._pass_order: tuple[str, ShardShuffle] | None = None
+        self.block_counts: Sequence[int] = [block.row_count for block in self.blocks]
+        self._block_ends = np.cumsum(self.block_counts)
+        self._pass_orders: dict[tuple[str, int], ShardShuffle] = {}
         self._reset_cache()
 
     def _reset_cache(self) -> None:
@@ -79,12 +79,26 @@ class ParquetRecords:
     def __len__(self) -> int:
         return int(self._block_ends[-1])
 
-    def pass_order(self, shuffle_key: str) -> ShardShuffle:
-        """Return the order of a pass over the rows, which reads few blocks at a time."""
-        if self._pass_order is None or self._pass_order[0] != shuffle_key:
-            order = ShardShuffle(self.block_rows, shuffle_key, WINDOW_BLOCKS, MAX_LANES)
-            self._pass_order = (shuffle_key, order)
-        return self._pass_order[1]
+    def pass_order(
+        self,
+        shuffle_key: str,
+        block_counts: Sequence[int] | None = None,
+        max_lanes: int = MAX_LANES,
+    ) -> ShardShuffle:
+        """Return the order of a pass over the rows, which reads few blocks at a time.
+
+        Of some of the rows, `block_counts` says how many each block has. At most `max_lanes` lanes
+        are read alternately.
+        """
+        lanes = min(max_lanes, BLOCK_LANES)
+        if block_counts is not None:
+            return ShardShuffle(block_counts, shuffle_key, WINDOW_BLOCKS, lanes)
+        key, orders = (shuffle_key, lanes), self._pass_orders
+        if key not in orders:
+            while len(orders) >= KEPT_ORDERS:
+                del orders[next(iter(orders))]
+            orders[key] = ShardShuffle(self.block_counts, shuffle_key, WINDOW_BLOCKS, lanes)
+        return orders[key]
 
     def read_record(self, index: int, with_images: bool = True) -> Any:
         """Return row `index` (from 0) as a mapping; images may have OMITTED_BYTES without them."""

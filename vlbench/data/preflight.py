@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+from vlbench.data.chosen_samples import base_source
 from vlbench.data.record_keys import is_metadata_key
 from vlbench.data.remote_shards import is_url
-from vlbench.data.sample import LazyImage, Sample, SampleSource, sample_at
+from vlbench.data.sample import LazyImage, Sample, SampleSource, record_number, sample_at
 from vlbench.data.shards import WebDatasetShards
 from vlbench.errors import BadSample, UserError
 
@@ -104,10 +105,13 @@ def inspect_source(
     Images are opened too when there are at most `max_opened_images` of them. Of shards only the
     presence and completeness of the files is checked; rendered scenes need no check.
     """
-    if isinstance(source, WebDatasetShards):  # too many records to read
-        return _inspect_shards(source)
-    if not isinstance(source, CheckableSource):
+    base = base_source(source)
+    if isinstance(base, WebDatasetShards):  # too many records to read
+        used_counts = getattr(source, "block_counts", base.sample_counts)
+        return _inspect_shards(base, len(source), used_counts)
+    if not isinstance(base, CheckableSource):
         return PreflightReport([], len(source), len(source))
+    assert isinstance(source, CheckableSource)
     indices = choose_inspected(len(source), max_inspected_samples)
     report = PreflightReport([], len(source), len(indices))
     images: set[LazyImage] = set()
@@ -132,7 +136,7 @@ def has_images(source: SampleSource, bad_samples: list[BadSample]) -> bool:
     left_out = {bad.record_number for bad in bad_samples}
     unreadable = 0
     for index in choose_inspected(len(source)):
-        if index + 1 in left_out:
+        if record_number(source, index) in left_out:
             continue
         try:
             if source[index].images:
@@ -145,7 +149,7 @@ def has_images(source: SampleSource, bad_samples: list[BadSample]) -> bool:
 
 
 def probe_shards(
-    source: WebDatasetShards, bad_samples: list[BadSample]
+    source: SampleSource, bad_samples: list[BadSample]
 ) -> tuple[int, BadSample] | None:
     """Probe shards for a usable sample, and return None where there is one.
 
@@ -158,7 +162,7 @@ def probe_shards(
     count = min(MAX_PROBED_SAMPLES, len(source))
     faults: list[BadSample] = []
     for index in (number * len(source) // count for number in range(count)):
-        if index + 1 in left_out:
+        if record_number(source, index) in left_out:
             continue
         try:
             _open_all_images(sample_at(source, index), {})
@@ -168,18 +172,21 @@ def probe_shards(
     return (len(faults), faults[0]) if faults else None
 
 
-def _inspect_shards(source: WebDatasetShards) -> PreflightReport:
+def _inspect_shards(
+    source: WebDatasetShards, sample_count: int, used_counts: Sequence[int]
+) -> PreflightReport:
     """Report truncated shards, which were found when the source was opened, and missing ones.
 
-    Shards at a URL are not requested.
+    Shards at a URL are not requested. `sample_count` of its samples are used, of
+    each shard `used_counts`.
     """
-    report = PreflightReport(list(source.truncated_samples()), len(source), len(source))
+    report = PreflightReport(list(source.truncated_samples()), sample_count, sample_count)
     first_record = 1
-    for tar, count in zip(source.tars, source.sample_counts, strict=True):
-        if not is_url(tar) and not os.path.exists(tar):
+    for tar, count, used in zip(source.tars, source.sample_counts, used_counts, strict=True):
+        if used and not is_url(tar) and not os.path.exists(tar):
             bad = BadSample(f"{os.path.basename(tar)} 0", f"{tar}: does not exist")
             report.bad_samples.append(bad.with_origin(source.name, first_record))
-            report.further_bad_samples += count - 1
+            report.further_bad_samples += int(used) - 1
         first_record += count
     return report
 

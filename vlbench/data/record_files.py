@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from codecs import BOM_UTF8
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from vlbench.data.shard_sampler import MAX_LANES
 from vlbench.errors import UserError, suggest_name
 from vlbench.regular_files import MAX_DATA_BYTES, open_regular
 from vlbench.text_files import LFS_POINTER
@@ -44,8 +45,22 @@ class RecordFile(Protocol):
 
     def __len__(self) -> int: ...
 
-    def pass_order(self, shuffle_key: str) -> Callable[[int], int] | None:
-        """Return the order of a pass over the records; None where any order is as fast."""
+    @property
+    def block_counts(self) -> Sequence[int] | None:
+        """How many records each part has that is read at once; None where any order is as fast."""
+        ...
+
+    def pass_order(
+        self,
+        shuffle_key: str,
+        block_counts: Sequence[int] | None = None,
+        max_lanes: int = MAX_LANES,
+    ) -> Callable[[int], int] | None:
+        """Return the order of a pass over the records; None where any order is as fast.
+
+        Of some of the records, `block_counts` says how many each part has. At most `max_lanes`
+        lanes are read alternately.
+        """
         ...
 
     def read_record(self, index: int, with_images: bool = True) -> Any:

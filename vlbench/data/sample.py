@@ -92,16 +92,27 @@ class SampleSource(Protocol):
         ...
 
 
-def sample_at(source: SampleSource, index: int, source_index: int = 0) -> Sample:
+def sample_at(
+    source: SampleSource, index: int, source_index: int = 0, pass_number: int = 0
+) -> Sample:
     """Return sample `index` (from 0) of a source with its origin set, or raise BadSample with it.
 
-    `source_index` is the position of the source among those that a stage mixes.
+    `source_index` is the position of the source among those that a stage mixes, and `pass_number`
+    (from 0) tells which of several questions are asked, where a source has several.
     """
+    in_pass = getattr(source, "sample_in_pass", None)
+    number = record_number(source, index)
     try:
-        sample = source[index]
+        sample: Sample = in_pass(index, pass_number) if in_pass else source[index]
     except BadSample as bad:
-        raise bad.with_origin(source.name, index + 1) from bad.__cause__
-    return replace(sample, origin=SampleOrigin(source.name, source_index, index + 1))
+        raise bad.with_origin(source.name, number) from bad.__cause__
+    return replace(sample, origin=SampleOrigin(source.name, source_index, number))
+
+
+def record_number(source: SampleSource, index: int) -> int:
+    """Return the number (from 1) of the record of sample `index` (from 0), for reports."""
+    base_index = getattr(source, "base_index", None)
+    return int(base_index(index) if base_index else index) + 1
 
 
 def check_sample(sample: Sample) -> None:

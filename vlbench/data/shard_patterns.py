@@ -1,12 +1,13 @@
-"""Tar files that are named by a pattern, as in `dir/{000000..000123}.tar`."""
+"""Tar files that are named by a pattern: `dir/{000000..000123}.tar`, or all of `dir/*.tar`."""
 
 from __future__ import annotations
 
+import glob
 import re
 
 from braceexpand import braceexpand
 
-from vlbench.data.remote_shards import file_exists
+from vlbench.data.remote_shards import file_exists, is_url
 from vlbench.errors import UserError
 
 MAX_PATTERN_FILES = 1_000_000  # LAION-5B has some 600,000 tar files of 10,000 samples
@@ -16,7 +17,15 @@ COUNT_BOUND = 10**18  # where counting ends
 
 
 def expand_shard_pattern(pattern: str) -> list[str]:
-    """Return the tar files of a pattern; a missing one is a UserError."""
+    """Return the tar files of a pattern; a missing one is a UserError.
+
+    Those of a `*`, which is none in a URL, are in the order of their names.
+    """
+    if "*" in pattern and not is_url(pattern):
+        tars = sorted(glob.glob(pattern))
+        if not tars:
+            raise UserError(f"data {pattern}: there is no such file")
+        return tars
     if (count := count_pattern_files(pattern)) > MAX_PATTERN_FILES:
         raise UserError(
             f"data {pattern}: names {count:,} files; at most {MAX_PATTERN_FILES:,} are allowed"

@@ -16,6 +16,7 @@ import numpy as np
 from vlbench.data.shuffle import FeistelShuffle
 
 MAX_LANES = 128  # as many ranks as Yi-VL was trained on have shards of their own
+KEPT_ORDERS = 4  # of a source: stages and passes that overlap
 WINDOW_SHARDS = 4  # shards of a lane that are shuffled together and stay open
 
 

@@ -16,7 +16,7 @@ import functools
 import time
 import zlib
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from vlbench.data.shard_index import (
     load_shard_summary,
 )
 from vlbench.data.shard_patterns import expand_shard_pattern
-from vlbench.data.shard_sampler import ShardShuffle
+from vlbench.data.shard_sampler import KEPT_ORDERS, MAX_LANES, ShardShuffle
 from vlbench.errors import BadSample, UserError
 from vlbench.regular_files import MAX_IMAGE_BYTES, format_bytes, open_regular
 from vlbench.text_files import parse_json
@@ -100,7 +100,7 @@ class WebDatasetShards:
         listed = _read_shard_list(self.name)
         self.tars, self.sample_counts = listed or self._list_matching_tars()
         self._shard_ends = np.cumsum(self.sample_counts)
-        self._pass_orders: dict[str, ShardShuffle] = {}
+        self._pass_orders: dict[tuple[str, int], ShardShuffle] = {}
 
     def __len__(self) -> int:
         return int(self._shard_ends[-1])
@@ -109,11 +109,30 @@ class WebDatasetShards:
         """Return a bad sample for each tar file of a pattern that is truncated or damaged."""
         return self._truncated_samples
 
-    def pass_order(self, shuffle_key: str) -> ShardShuffle:
-        """Return the order of a pass over the samples, which reads few shards at a time."""
-        if shuffle_key not in self._pass_orders:
-            self._pass_orders = {shuffle_key: ShardShuffle(self.sample_counts, shuffle_key)}
-        return self._pass_orders[shuffle_key]
+    @property
+    def block_counts(self) -> Sequence[int]:
+        """How many samples each shard has."""
+        return self.sample_counts
+
+    def pass_order(
+        self,
+        shuffle_key: str,
+        block_counts: Sequence[int] | None = None,
+        max_lanes: int = MAX_LANES,
+    ) -> ShardShuffle:
+        """Return the order of a pass over the samples, which reads few shards at a time.
+
+        Of some of the samples, `block_counts` says how many each shard has. At most `max_lanes`
+        lanes are read alternately.
+        """
+        if block_counts is not None:
+            return ShardShuffle(block_counts, shuffle_key, max_lanes=max_lanes)
+        key, orders = (shuffle_key, max_lanes), self._pass_orders
+        if key not in orders:
+            while len(orders) >= KEPT_ORDERS:
+                del orders[next(iter(orders))]
+            orders[key] = ShardShuffle(self.sample_counts, shuffle_key, max_lanes=max_lanes)
+        return orders[key]
 
     def __getitem__(self, index: int) -> Sample:
         """Return sample `index` (from 0), or raise BadSample."""

@@ -11,10 +11,12 @@ from itertools import accumulate
 from typing import TypeVar
 
 from vlbench.data.sample import Sample, SampleSource, sample_at
+from vlbench.data.source_interleave import SourceInterleave
 from vlbench.errors import UserError
 
 ItemT = TypeVar("ItemT")
 
+MIXED_LANES = 8  # of shards in a mixture, where no rank has lanes of its own
 _FEISTEL_ROUNDS = 6
 _UINT64_MASK = (1 << 64) - 1
 
@@ -45,6 +47,21 @@ class FeistelShuffle:
             value = self._permute_once(value)
         return value
 
+    def position_of(self, index: int) -> int:
+        """Return the position at which `index` is, both in 0..count-1."""
+        if not 0 <= index < self.count:
+            raise IndexError(f"index {index} of a permutation of {self.count}")
+        value = self._reverse_once(index)
+        while value >= self.count:
+            value = self._reverse_once(value)
+        return value
+
+    def _reverse_once(self, value: int) -> int:
+        left, right = value >> self._half_bits, value & self._half_mask
+        for key in reversed(self._round_keys):
+            left, right = right ^ (_mix_bits(left ^ key) & self._half_mask), left
+        return left << self._half_bits | right
+
     def _permute_once(self, value: int) -> int:
         left, right = value >> self._half_bits, value & self._half_mask
         for key in self._round_keys:
@@ -60,7 +77,8 @@ def _mix_bits(value: int) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def _cached_shuffle(count: int, seed: str) -> FeistelShuffle:
+def cached_shuffle(count: int, seed: str) -> FeistelShuffle:
+    """Return a permutation, which is kept for its next use."""
     return FeistelShuffle(count, seed)
 
 
@@ -91,41 +109,55 @@ class SourceMixture:
         self.name = " + ".join(source.name for source, _ in sources)
         self.sources = [source for source, _ in sources]
         self.seed = seed
-        self._epoch_shares = [max(1, round(len(source) * weight)) for source, weight in sources]
-        self._share_ends = list(accumulate(self._epoch_shares))
+        self.epoch_shares = [max(1, round(len(source) * weight)) for source, weight in sources]
+        """How many samples an epoch takes of each source."""
+        self._share_ends = list(accumulate(self.epoch_shares))
         self.epoch_samples = self._share_ends[-1]
         """Samples per epoch."""
+        has_blocks = any(getattr(source, "block_counts", None) is not None for source, _ in sources)
+        self._interleave = SourceInterleave(self.epoch_shares, seed) if has_blocks else None
 
     def __len__(self) -> int:
         return self.epoch_samples
 
     def __getitem__(self, position: int) -> Sample:
         """Return the sample at `position` of the stream, or raise BadSample."""
-        source_index, index = self.locate_sample(position)
-        return sample_at(self.sources[source_index], index, source_index)
+        source_index, index, pass_number = self._locate_in_pass(position)
+        return sample_at(self.sources[source_index], index, source_index, pass_number)
 
     def locate_sample(self, position: int) -> tuple[int, int]:
         """Return the index of a source, and the index in it, at `position` of the stream.
 
         Every epoch has another order; each sample of a source occurs once before any occurs again.
         """
+        return self._locate_in_pass(position)[:2]
+
+    def _locate_in_pass(self, position: int) -> tuple[int, int, int]:
+        """Return what `locate_sample` does, and how often all of the source has occurred before."""
         epoch, epoch_position = divmod(position, self.epoch_samples)
-        slot = _cached_shuffle(self.epoch_samples, f"{self.seed}/epoch {epoch}")(epoch_position)
-        source_index = bisect_right(self._share_ends, slot)
-        share, source = self._epoch_shares[source_index], self.sources[source_index]
-        share_start = self._share_ends[source_index] - share
-        drawn = epoch * share + slot - share_start  # slots of this source before this one
+        source_index, drawn_in_epoch = self._locate_in_epoch(epoch, epoch_position)
+        source = self.sources[source_index]
+        drawn = epoch * self.epoch_shares[source_index] + drawn_in_epoch
         pass_number, pass_position = divmod(drawn, len(source))
         shuffle_key = f"{self.seed}/source {source_index}/pass {pass_number}"
-        return source_index, self._pass_order(source, shuffle_key)(pass_position)
+        return source_index, self._pass_order(source, shuffle_key)(pass_position), pass_number
 
-    @staticmethod
-    def _pass_order(source: SampleSource, shuffle_key: str) -> Callable[[int], int]:
+    def _locate_in_epoch(self, epoch: int, epoch_position: int) -> tuple[int, int]:
+        """Return the index of a source, and how many of its samples the epoch has drawn before."""
+        if self._interleave:
+            return self._interleave.locate(epoch, epoch_position)
+        slot = cached_shuffle(self.epoch_samples, f"{self.seed}/epoch {epoch}")(epoch_position)
+        source_index = bisect_right(self._share_ends, slot)
+        share_start = self._share_ends[source_index] - self.epoch_shares[source_index]
+        return source_index, slot - share_start
+
+    def _pass_order(self, source: SampleSource, shuffle_key: str) -> Callable[[int], int]:
         """Return the order of one pass over a source: its own where it has one, as shards do."""
-        own_order: Callable[[str], Callable[[int], int] | None] | None
+        own_order: Callable[..., Callable[[int], int] | None] | None
         own_order = getattr(source, "pass_order", None)
-        order = own_order(shuffle_key) if own_order else None
-        return order or _cached_shuffle(len(source), shuffle_key)
+        lanes = {} if len(self.sources) == 1 else {"max_lanes": MIXED_LANES}
+        order = own_order(shuffle_key, **lanes) if own_order else None
+        return order or cached_shuffle(len(source), shuffle_key)
 
 
 class SourceTail(SourceMixture):
@@ -137,8 +169,8 @@ class SourceTail(SourceMixture):
         self.start = start
         self.epoch_samples = len(source) - start
 
-    def locate_sample(self, position: int) -> tuple[int, int]:
-        """Return 0, the only source, and the index in it at `position` of the stream."""
+    def _locate_in_pass(self, position: int) -> tuple[int, int, int]:
+        """Return 0, the only source, the index in it at `position` of the stream, and the epoch."""
         epoch, epoch_position = divmod(position, self.epoch_samples)
-        order = _cached_shuffle(self.epoch_samples, f"{self.seed}/tail {self.start}/{epoch}")
-        return 0, self.start + order(epoch_position)
+        order = cached_shuffle(self.epoch_samples, f"{self.seed}/tail {self.start}/{epoch}")
+        return 0, self.start + order(epoch_position), epoch

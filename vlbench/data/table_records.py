@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from vlbench.data.record_dialects import is_record
 from vlbench.data.record_files import read_range
 from vlbench.data.record_offsets import find_offsets
+from vlbench.data.shard_sampler import MAX_LANES
 from vlbench.errors import UserError
 from vlbench.regular_files import MAX_DATA_BYTES, open_regular
 
@@ -45,7 +46,16 @@ class TableRecords:
     def __len__(self) -> int:
         return len(self.offsets)
 
-    def pass_order(self, shuffle_key: str) -> None:
+    @property
+    def block_counts(self) -> None:
+        """None: any order is as fast."""
+
+    def pass_order(
+        self,
+        shuffle_key: str,
+        block_counts: Sequence[int] | None = None,
+        max_lanes: int = MAX_LANES,
+    ) -> None:
         """Return None: any order is as fast."""
 
     def read_record(self, index: int, with_images: bool = True) -> Any:

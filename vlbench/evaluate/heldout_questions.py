@@ -13,7 +13,13 @@ from vlbench.config.stage_schema import DataConfig, StageData
 from vlbench.data.data_sources import SCENES_SOURCE, open_held_out, open_stage_sources
 from vlbench.data.image_processing import blank_image
 from vlbench.data.picture_labels import Evidence
-from vlbench.data.sample import IMAGE_PLACEHOLDER, LazyImage, Sample, SampleSource
+from vlbench.data.sample import (
+    IMAGE_PLACEHOLDER,
+    LazyImage,
+    Sample,
+    SampleSource,
+    record_number,
+)
 from vlbench.data.scene_exam import held_out_questions
 from vlbench.data.shuffle import pick_fixed_subset
 from vlbench.errors import BadSample, UserError
@@ -153,9 +159,9 @@ def collect_questions(
         else:
             reason = "" if sample.images else NO_IMAGE_REASON
         if reason:
-            left_out.append(LeftOutRecord(sample_id, index + 1, reason))
+            left_out.append(LeftOutRecord(sample_id, record_number(source, index), reason))
         else:
-            questions += _questions_by_turn(sample, str(index + 1))
+            questions += _questions_by_turn(sample, str(record_number(source, index)))
     return questions[:limit], left_out
 
 

@@ -9,7 +9,7 @@ from vlbench.data.own_template import bind_template
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.graft.graft_options import GraftOptions, page_path
 from vlbench.graft.graft_recipe import fit_command, write_recipe
-from vlbench.graft.missing_files import file_lines, find_local_language
+from vlbench.graft.missing_files import LocalLanguage, file_lines, find_local_language
 from vlbench.graft.part_table import (
     choose_gpu,
     count_parameters,
@@ -17,7 +17,12 @@ from vlbench.graft.part_table import (
     parameter_lines,
     shape_lines,
 )
-from vlbench.graft.text_checks import render_page, text_lines, trip_conversations
+from vlbench.graft.text_checks import (
+    choose_template,
+    render_page,
+    text_lines,
+    trip_conversations,
+)
 from vlbench.model.language_model import tokenizer_folder
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.planner.meta_model import build_meta_vlm
@@ -33,9 +38,12 @@ def run_graft(options: GraftOptions) -> int:
     Raises:
         UserError: the parts do not fit, files of them are not whole, or `out` cannot be written.
     """
-    start, recipe = time.monotonic(), options.recipe
-    local = find_local_language(recipe.language)
-    known = recipe.model_copy(update={"language": local.config})
+    start = time.monotonic()
+    local = find_local_language(options.recipe.language)
+    options, template_note = _settle_template(options, local)
+    recipe = options.recipe
+    template = {"template": recipe.language.template}
+    known = recipe.model_copy(update={"language": local.config.model_copy(update=template)})
     if not local.problem:
         stage_runs = plan_stage_runs(known)
         check_data(stage_runs)
@@ -56,6 +64,8 @@ def run_graft(options: GraftOptions) -> int:
     cautions = [local.problem] if local.problem else _check_texts(options, models)
     _print_block(["files", *(f"  {line}" for line in files)])
     _write_results(options, {} if local.problem else models)
+    if template_note:
+        _print_block([template_note])
     _print_block([*(f"caution: {caution}" for caution in cautions), *_closing_lines(options)])
     print(f"({time.monotonic() - start:.0f} s)", flush=True)
     if not options.tries:
@@ -63,6 +73,17 @@ def run_graft(options: GraftOptions) -> int:
     from vlbench.graft.sight_trial import run_trial
 
     return run_trial(recipe.model_copy(update={"recipe": str(options.out)}))
+
+
+def _settle_template(options: GraftOptions, local: LocalLanguage) -> tuple[GraftOptions, str]:
+    """Return the options with the chat template that fits the tokenizer, and what to say of it."""
+    if options.names_template or local.problem:
+        return options, ""
+    recipe = options.recipe
+    tokenizer = Tokenizer.load(tokenizer_folder(local.config.weights))
+    name, note = choose_template(recipe.language.template, tokenizer)
+    language = recipe.language.model_copy(update={"template": name})
+    return replace(options, recipe=recipe.model_copy(update={"language": language})), note
 
 
 def _print_block(lines: list[str]) -> None:

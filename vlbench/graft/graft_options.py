@@ -40,6 +40,8 @@ class GraftOptions:
     tries: bool
     takes_scenes: bool
     """Whether rendered scenes stand in for data that were not named."""
+    names_template: bool
+    """Whether `language.template` was given, or the language model by a name of Yi's."""
 
     def plan_options(self, gpu: GpuSpec) -> PlanOptions:
         """Return what the planner is asked: the memory on one `gpu`."""
@@ -61,7 +63,10 @@ def parse_graft_options(words: list[str]) -> GraftOptions:
     if takes_scenes:
         data = recipe.data.model_copy(update={"train": SCENES_SOURCE})
         recipe = recipe.model_copy(update={"data": data})
-    return GraftOptions(recipe, gpu, out, arguments.try_, takes_scenes)
+    names_template = (
+        "template" in mapping_in(typed, "language") or arguments.language in LANGUAGE_NAMES
+    )
+    return GraftOptions(recipe, gpu, out, arguments.try_, takes_scenes, names_template)
 
 
 def _part_words(arguments: GraftArguments, typed: dict[str, Any]) -> tuple[list[str], list[str]]:

@@ -41,7 +41,9 @@ def run_export(arguments: ExportArguments) -> int:
     vlm = load_model_folder(
         source, None, template=arguments.template, trust_connector=arguments.trust_connector
     )
-    _refuse_second_encoder(vlm, layout, source)
+    if layout != "vlbench":
+        _refuse_second_encoder(vlm, layout, source)
+        _refuse_other_resizing(vlm, layout, source)
     _merge_or_refuse_lora(vlm, layout, arguments.merge_lora, source)
     recipe = _load_source_recipe(source, vlm)
     try:
@@ -61,10 +63,20 @@ def run_export(arguments: ExportArguments) -> int:
 
 def _refuse_second_encoder(vlm: LoadedVLM, layout: ExportFormat, source: Path) -> None:
     """Refuse to write two vision encoders in a released layout, which has one."""
-    if len(vlm.vision.encoders()) > 1 and layout != "vlbench":
+    if len(vlm.vision.encoders()) > 1:
         raise UserError(
             f"{source} has two vision encoders, which format={layout} cannot hold: say "
             "format=vlbench"
+        )
+
+
+def _refuse_other_resizing(vlm: LoadedVLM, layout: ExportFormat, source: Path) -> None:
+    """Refuse to write images that are squashed, or not resized by bicubic interpolation."""
+    transform = vlm.processor.transform
+    if transform.squash or transform.interpolation != "bicubic":
+        raise UserError(
+            f"images of {source} are {transform.describe()}; format={layout} holds bicubic "
+            "resizing to a padded or cropped square alone: say format=vlbench"
         )
 
 

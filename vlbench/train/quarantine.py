@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable
+
+from vlbench.data.chosen_samples import ChosenSamples
 from vlbench.data.optimizer_step import OptimizerStep
+from vlbench.data.sample import SampleSource
 from vlbench.data.shuffle import SourceMixture
 from vlbench.distributed import collectives
 from vlbench.errors import BadSample, UserError
@@ -18,8 +23,11 @@ class QuarantineCallback(StageCallback):
     def __init__(self, run: RunFolder, on_bad_sample: str, data: SourceMixture) -> None:
         """Watch the data of a stage; `on_bad_sample` is auto, quarantine or stop."""
         self.run, self.on_bad_sample, self.sample_count = run, on_bad_sample, len(data)
-        self.source_names = {source.name for source in data.sources} | {""}
+        self.sources_by_name = defaultdict[str, list[SampleSource]](list)
+        for source in data.sources:
+            self.sources_by_name[source.name].append(source)
         self.known_identities = set(_read_quarantine(run))
+        self.bad_count = self._count_of_stage(self.known_identities)
         self.skipped_samples = self.learned_samples = self.start_step = 0
 
     def on_stage_start(self, training: VLMTrainingModule) -> None:
@@ -58,8 +66,21 @@ class QuarantineCallback(StageCallback):
         self.known_identities |= set(new_samples)
         if collectives.is_rank_zero():
             _append_quarantine(self.run, list(new_samples.values()))
-        bad_count = sum(source in self.source_names for source, _ in self.known_identities)
-        check_bad_samples(bad_samples, bad_count, self.sample_count, self.on_bad_sample)
+        self.bad_count += self._count_of_stage(new_samples)
+        check_bad_samples(bad_samples, self.bad_count, self.sample_count, self.on_bad_sample)
+
+    def _count_of_stage(self, identities: Iterable[tuple[str, int | str]]) -> int:
+        """Count bad samples of this stage; other stages may have met others of its sources."""
+        return sum(
+            not name or any(_has_record(source, record) for source in self.sources_by_name[name])
+            for name, record in identities
+        )
+
+
+def _has_record(source: SampleSource, record: int | str) -> bool:
+    if isinstance(source, ChosenSamples) and isinstance(record, int):
+        return source.has_record(record)
+    return True
 
 
 def check_bad_samples(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from vlbench.config.key_types import PART_NAMES
 from vlbench.config.schema import Recipe
 from vlbench.config.stage_schema import DataConfig, StageConfig
 from vlbench.data.batch_sampler import StepDataset
+from vlbench.data.chosen_samples import base_source, source_identity
 from vlbench.data.data_sources import (
     SourceCache,
     open_held_out,
@@ -74,7 +75,7 @@ def plan_stage_runs(recipe: Recipe, skip_without_data: bool = False) -> list[Sta
     All files of data are opened. `skip_without_data` leaves out stages that have no data, which
     are a UserError otherwise. Raises a UserError for a stage that trains nothing, too.
     """
-    stage_runs = []
+    stage_runs, errors = [], []
     open_sources: SourceCache = {}
     last_data = recipe.last_stage_data
     for index, (name, stage) in enumerate(recipe.selected_stages.items()):
@@ -83,7 +84,11 @@ def plan_stage_runs(recipe: Recipe, skip_without_data: bool = False) -> list[Sta
         data_config = stage_data.config
         if skip_without_data and data_config.train is None and not data_config.mix:
             continue
-        data = open_stage_mixture(stage_data, open_sources)
+        try:
+            data = open_stage_mixture(stage_data, open_sources)
+        except UserError as error:  # told with those of the other stages
+            errors += error.lines
+            continue
         stage_runs.append(
             StageRun(
                 stage_index=index,
@@ -96,6 +101,8 @@ def plan_stage_runs(recipe: Recipe, skip_without_data: bool = False) -> list[Sta
                 is_recipe_end=name == last_data.stage_name,
             )
         )
+    if errors:
+        raise UserError(*dict.fromkeys(errors))
     if not skip_without_data:  # what the questions at the end are about, also if it is not run
         if open_held_out(last_data, open_sources) is None:
             open_stage_sources(last_data, open_sources)
@@ -127,12 +134,12 @@ def check_data(stage_runs: Sequence[StageRun]) -> list[BadSample]:
     Keys that no reader uses are named. Raises a UserError, too, for a stage of captions without an
     image.
     """
-    reports: dict[tuple[str, str], PreflightReport] = {}
+    reports: dict[tuple[Any, ...], PreflightReport] = {}
     for stage_run in stage_runs:
         val_source = stage_run.val_source
         sources = stage_run.all_sources if stage_run.total_steps else [val_source]
         for source in filter(None, sources):
-            identity = (source.name, str(getattr(source, "image_folder", "")))
+            identity = source_identity(source)
             is_new = identity not in reports
             if is_new:
                 reports[identity] = inspect_source(source)
@@ -194,7 +201,7 @@ def check_usable_shards(
 
     Shards hold too many samples to read all of them before training.
     """
-    if not isinstance(source, WebDatasetShards):
+    if not isinstance(base_source(source), WebDatasetShards):
         return
     unusable = probe_shards(source, bad_samples)
     if unusable:
@@ -237,7 +244,7 @@ def bad_samples_of_source(source: SampleSource, bad_samples: list[BadSample]) ->
 
 def _report_left_out(source: SampleSource, report: PreflightReport) -> None:
     """Print what of a source is left out."""
-    for note in getattr(source, "notes", ()):
+    for note in getattr(base_source(source), "notes", ()):
         print(f"{source.name}: {note}")
     if report.bad_samples:
         count = f"{report.bad_sample_count} of {report.inspected_words} are bad and left out"
