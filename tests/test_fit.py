@@ -85,7 +85,7 @@ def test_truncation_is_counted_kept_when_a_run_goes_on_and_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = [*SHORT, "only=chat", "language.max_length=190", "run=r"]
+    words = [*SHORT, "only=chat", "language.max_length=130", "run=r"]
     assert main(words) == 0
     said = capsys.readouterr().err
     budget = json.loads((tmp_path / "r/results.json").read_text())["budget"]
@@ -108,7 +108,7 @@ def test_a_run_describes_itself(whole: Path) -> None:
     assert set(wanted.split()) <= results.keys()
     assert results["questions"] == 8 and results["connector"] == "llava_mlp"
     budget = results["budget"]
-    assert budget["samples"] == budget["images"] == 4 * sum(STEPS.values())
+    assert budget["samples"] == 4 * sum(STEPS.values()) <= budget["images"]  # some have several
     assert budget["tokens_seen"] > 64 * budget["images"]
     assert list(budget["step_seconds"]) == list(STEPS)
     assert budget["parts"]["connector"] == {"total": 33536, "trained": 33536}

@@ -43,7 +43,7 @@ def test_what_fits_gets_a_recipe_that_trains(tmp_path, monkeypatch, capsys):
     assert ["chat", "112", "px", "8", "x", "8", "=", "64", "128", "wide", "4"] in [
         row[:11] for row in cells
     ]
-    assert any(row[:2] == ["language", "tiny"] and "982,144" in row for row in cells)
+    assert any(row[:2] == ["language", "tiny"] and "1,163,648" in row for row in cells)
     assert sum(line.endswith(" fits") for line in said.splitlines()) == 2
     assert "align_224 needs no more than align_448" in said
     trips = [row for row in cells if row[:1] in (["en"], ["zh"])]

@@ -15,6 +15,7 @@ from .random_weights import random_tensors, state_shapes, write_json, write_shar
 BERT_LAYERS, BERT_WORDS = 2, 1000
 TINY_VISION, TINY_LANGUAGE = 128, 128
 """Widths of the miniatures."""
+TINY_DEPTH = 5  # decoder layers of the language miniature
 
 
 def write_bert(folder: Path) -> None:
@@ -96,7 +97,7 @@ def tiny_connector(name: str, **options: Any) -> Any:
         "qformer": {"queries": 16, "width": 128, "layers": 4, "heads": 4, "ffn_width": 512},
     }
     with torch.device("meta"):
-        shapes = Shapes(16, (4, 4), TINY_VISION, TINY_LANGUAGE, 4)
+        shapes = Shapes(16, (4, 4), TINY_VISION, TINY_LANGUAGE, TINY_DEPTH)
         return registry.load_connector(name)(shapes, **small.get(name, {}), **options)
 
 
