@@ -102,6 +102,8 @@ def test_a_device_is_not_replaced_by_a_file() -> None:
 def test_output_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     outcome = run_command(["list"], tmp_path, prepare=write_to_full_device(1))
     assert "standard output cannot be written (No space left" in outcome.assert_one_line(code=1)
+    outcome = run_command(["fit", "--help"], tmp_path, prepare=write_to_full_device(1))  # >8 KiB
+    assert "standard output cannot be written (No space left" in outcome.assert_one_line(code=1)
     outcome = run_command([*FIT, "run=run"], tmp_path, prepare=write_to_full_device(1))
     assert "standard output cannot be written" in outcome.assert_one_line(code=1)
     assert not (tmp_path / "run" / LOCK_FILE).exists()

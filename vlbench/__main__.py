@@ -8,11 +8,8 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-from vlbench.command_line.parser import (
-    declared_arguments,
-)
+from vlbench.command_line.parser import declared_arguments
 from vlbench.errors import EnvironmentFailure, UserError, suggest_name
 from vlbench.printable_streams import show_control_characters
 from vlbench.process_settings import (
@@ -23,11 +20,6 @@ from vlbench.process_settings import (
 from vlbench.system_errors import explain_system_error
 from vlbench.text_files import split_lines
 from vlbench.text_tables import format_table
-
-if TYPE_CHECKING:
-    pass
-
-
 from vlbench.verbs import VERBS
 
 HELP_FLAGS = ("--help", "-h", "help")
@@ -78,7 +70,7 @@ def _run_reporting_errors(argv: list[str] | None) -> int:
 
 def _exit_code_of(error: Exception) -> int:
     """Return the exit code for what the system refuses to a user; any other error goes on."""
-    if isinstance(error, OSError) and error.filename is None and _is_output_lost(error):
+    if isinstance(error, OSError) and _is_output_lost(error):
         return 1
     explained = explain_system_error(error)
     if explained is None:
@@ -89,13 +81,11 @@ def _exit_code_of(error: Exception) -> int:
 
 def _is_output_lost(error: OSError) -> bool:
     """Tell whether standard output cannot be written; say why, unless its reader has left."""
+    name = getattr(sys.stdout, "name", None)  # None where it is closed, or replaced by a program
+    if name is None or error.filename != name:
+        return False
     if not isinstance(error, BrokenPipeError):
-        try:
-            if sys.stdout is not None:
-                sys.stdout.flush()  # fails again: what failed is still to be written
-            return False
-        except OSError:
-            _report_line(f"standard output cannot be written ({error.strerror})")
+        _report_line(f"standard output cannot be written ({error.strerror})")
     _discard_output(1)
     return True
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from vlbench.errors import printable_text
@@ -32,9 +32,24 @@ class PrintableStream:
         self._stream, self._carries_bars = stream, carries_bars
 
     def write(self, text: str) -> int:
-        """Write a text; return its length."""
-        self._stream.write(self._escape(text))
+        """Write a text; return its length. An OSError names the stream as its file."""
+        with self._naming_the_stream():
+            self._stream.write(self._escape(text))
         return len(text)
+
+    def flush(self) -> None:
+        """Write what is buffered. An OSError names the stream as its file."""
+        with self._naming_the_stream():
+            self._stream.flush()
+
+    @contextmanager
+    def _naming_the_stream(self) -> Iterator[None]:
+        """Tell a stream that cannot be written from any other file."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = error.filename or getattr(self._stream, "name", None)
+            raise
 
     def writelines(self, lines: Iterable[str]) -> None:
         """Write texts, one after the other."""
