@@ -187,6 +187,19 @@ def test_no_answer_of_a_document_can_be_copied_from_an_earlier_one() -> None:
                 assert 1 <= len(asked) <= most and len({*asked}) == len(asked), skill
 
 
+def test_several_asks_how_many_where_some_objects_are_alike() -> None:
+    for language_name, one in (("en", " One."), ("zh", " 一个。")):
+        firsts = Counter[str]()
+        for index in range(60):
+            [_, (question, _), (answer, _), *_] = make_skill_document(
+                Skill("several", language_name), (4,), 0, index
+            )
+            assert question.startswith(("How many", "图中有几个"))
+            assert question not in ("How many objects are there?", "图中有几个物体？")
+            firsts[answer] += 1
+        assert firsts[one] < 20 and len(firsts) == 4, firsts
+
+
 def test_a_lesson_ends_when_its_skills_are_known(tokenizer: Tokenizer, monkeypatch) -> None:
     scores, told = language_curriculum.SkillScores(), []
     old, new = Skill("colour", "en"), Skill("shape", "en")

@@ -85,6 +85,18 @@ def test_the_colour_of_every_crowded_object_is_where_it_should_be() -> None:
                 assert max(near.values()) == 0, scene.name
 
 
+def test_a_lattice_is_anywhere_in_the_image_and_rows_can_be_told_from_pixels() -> None:
+    rows, corners = dict[int, list[float]](), []
+    for [scene] in pictures("crowd", 200):
+        corners.append(scene.corner)
+        for t in scene.objects:
+            assert scene.cell_at(t.x, t.y) == t.cell
+            assert all(t.radius <= at <= IMAGE_SIDE - t.radius for at in (t.x, t.y))
+            rows.setdefault(t.cell // LATTICE, []).append(t.y)
+    assert min(min(one) for one in corners) < 2 and max(max(one) for one in corners) > 14
+    assert all(max(rows[row]) < min(rows[row + 1]) for row in range(LATTICE - 1))
+
+
 def test_what_is_beside_an_object_follows_from_positions() -> None:
     steps = {"to the left of": (-1, 0), "to the right of": (1, 0), "above": (0, -1)}
     steps["below"] = (0, 1)
