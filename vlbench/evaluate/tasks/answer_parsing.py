@@ -71,7 +71,8 @@ def number_patterns(comma: str, boundary: str, not_followed_by: str) -> tuple[re
     """
     return (
         re.compile(rf"-?{boundary}\d{{1,3}}(?:{comma}\d{{3}})+{boundary}"),
-        re.compile(r"-?(?<!\d)\d++(?:\.\d++)?+[eE][+-]?\d+"),
+        # the group is not taken whole (`?+`), which Python before 3.11.5 matches wrongly
+        re.compile(r"-?(?<!\d)\d++(?:\.\d++)?[eE][+-]?\d+"),
         re.compile(
             rf"-?(?:(?:(?<!\d)\d++)?\.\d+|(?<!\d)\d+{boundary})"
             rf"(?![eE][+-]?\d)(?!{not_followed_by})"
