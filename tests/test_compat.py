@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -196,9 +197,14 @@ def test_the_note_of_the_data_loader_is_put_back():
 
 def test_a_device_mesh_forgets_its_process_group():
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    mesh = init_device_mesh("cpu", (1,))
-    assert mesh.get_group() and group_threads()
-    distributed.destroy_process_group()
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        deadline = time.monotonic() + 20  # a thread takes its name after it has begun
+        while not group_threads():
+            assert mesh.get_group() and time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        distributed.destroy_process_group()
     assert group_threads()
     torch_internals.forget_process_groups()
     assert not group_threads() and mesh.size() == 1
