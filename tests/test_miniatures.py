@@ -132,6 +132,7 @@ def test_retrieval_among_96_captions(tokenizer: Tokenizer) -> None:
     assert measure_vision_encoder.measure_retrieval(encoder, tokenizer) >= 0.9
 
 
+@pytest.mark.slow  # half a minute; the files' hashes are compared in any case
 def test_patch_features_tell_every_attribute_in_every_family() -> None:
     encoder = make_vision_encoder.build_clip(TINY / "vision_encoder").eval()
     recorded = MANIFEST["quality"]["vision_encoder"]["probes"]
@@ -262,6 +263,7 @@ def test_perplexity(tokenizer: Tokenizer, language: LlamaForCausalLM) -> None:
     assert measured <= 1.05 * MANIFEST["quality"]["language"]["perplexity"]
 
 
+@pytest.mark.slow  # half a minute; the files' hashes are compared in any case
 def test_answers_about_scenes_told_in_words(
     tokenizer: Tokenizer, language: LlamaForCausalLM
 ) -> None:
