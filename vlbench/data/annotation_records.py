@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,14 @@ from vlbench.data.mapping_texts import (
     plain_text,
     walk_together,
 )
-from vlbench.data.record_files import file_stamp
+from vlbench.data.record_files import AnyOrder, file_stamp
 from vlbench.data.record_places import REMEDY, RecordPlace
-from vlbench.data.shard_sampler import MAX_LANES
 from vlbench.errors import BadSample, UserError
 
 IMAGE_TAG = "<image>"
 
 
-class AnnotationRecords:
+class AnnotationRecords(AnyOrder):
     """The samples of a data set in its own layout, by a mapping."""
 
     def __init__(self, name: str, source: MappedSource) -> None:
@@ -84,18 +83,6 @@ class AnnotationRecords:
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    @property
-    def block_counts(self) -> None:
-        """None: any order is as fast."""
-
-    def pass_order(
-        self,
-        shuffle_key: str,
-        block_counts: Sequence[int] | None = None,
-        max_lanes: int = MAX_LANES,
-    ) -> None:
-        """Return None: any order is as fast."""
 
     def read_record(self, index: int, with_images: bool = True) -> Any:
         """Return sample `index` (from 0) as a record in LLaVA's format, or raise BadSample.

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vlbench.data.json_scan import scan_json
-from vlbench.data.record_files import read_range
+from vlbench.data.record_files import AnyOrder, read_range
 from vlbench.data.record_offsets import find_offsets
-from vlbench.data.shard_sampler import MAX_LANES
 from vlbench.errors import UserError
 
 
-class JsonRecords:
+class JsonRecords(AnyOrder):
     """The records of a JSON file, each parsed when it is asked for.
 
     The file is searched once, when it is opened, and not kept in memory (`record_offsets`).
@@ -28,18 +26,6 @@ class JsonRecords:
 
     def __len__(self) -> int:
         return len(self.offsets)
-
-    @property
-    def block_counts(self) -> None:
-        """None: any order is as fast."""
-
-    def pass_order(
-        self,
-        shuffle_key: str,
-        block_counts: Sequence[int] | None = None,
-        max_lanes: int = MAX_LANES,
-    ) -> None:
-        """Return None: any order is as fast."""
 
     def read_record(self, index: int, with_images: bool = True) -> Any:
         """Return record `index` (from 0); a UserError if the file is another one by now."""

@@ -71,6 +71,22 @@ class RecordFile(Protocol):
         ...
 
 
+class AnyOrder:
+    """What records say of which any order is as fast."""
+
+    @property
+    def block_counts(self) -> None:
+        """None: no part is read at once."""
+
+    def pass_order(
+        self,
+        shuffle_key: str,
+        block_counts: Sequence[int] | None = None,
+        max_lanes: int = MAX_LANES,
+    ) -> None:
+        """Return None: they have no order of their own."""
+
+
 def file_stamp(file: str | Path | int) -> FileStamp:
     """Return what tells a file, or an open one by its number, from another one; raises OSError."""
     status = os.stat(file)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlbench.data.record_dialects import is_record
-from vlbench.data.record_files import read_range
+from vlbench.data.record_files import AnyOrder, read_range
 from vlbench.data.record_offsets import find_offsets
-from vlbench.data.shard_sampler import MAX_LANES
 from vlbench.errors import UserError
 from vlbench.regular_files import MAX_DATA_BYTES, open_regular
 
@@ -24,7 +23,7 @@ MAX_LINE_BYTES = 1 << 26  # 67 MB: an image in base64 may be a cell
 MAX_HEADER_BYTES = 1 << 16
 
 
-class TableRecords:
+class TableRecords(AnyOrder):
     """The rows of a table as mappings of its columns; an empty cell is null."""
 
     def __init__(self, file: Path) -> None:
@@ -45,18 +44,6 @@ class TableRecords:
 
     def __len__(self) -> int:
         return len(self.offsets)
-
-    @property
-    def block_counts(self) -> None:
-        """None: any order is as fast."""
-
-    def pass_order(
-        self,
-        shuffle_key: str,
-        block_counts: Sequence[int] | None = None,
-        max_lanes: int = MAX_LANES,
-    ) -> None:
-        """Return None: any order is as fast."""
 
     def read_record(self, index: int, with_images: bool = True) -> Any:
         """Return row `index` (from 0); a UserError if it has other columns than the first line."""
