@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from vlbench.data.sample import ChatTurn, Sample
-from vlbench.evaluate.family_scores import score_families, wilson_interval
+from vlbench.evaluate.family_scores import score_families
 from vlbench.evaluate.heldout_questions import EvalQuestion, scene_questions
+from vlbench.evaluate.tasks.score_report import wilson_interval
 
 
 def question(family: str) -> EvalQuestion:

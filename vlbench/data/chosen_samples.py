@@ -13,7 +13,7 @@ from vlbench.config.mixture_source import MixtureSource, parse_sampling
 from vlbench.data.conversation_files import find_bad_samples
 from vlbench.data.record_choice import RecordChoice
 from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample, SampleSource
-from vlbench.data.shard_sampler import MAX_LANES
+from vlbench.data.shard_sampler import MAX_LANES, RecentOrders
 from vlbench.errors import BadSample, UserError
 
 
@@ -29,7 +29,7 @@ class ChosenSamples:
         self.base, self.name, self.seed = base, base.name, seed
         self.prompts = part.prompts or ()
         self._choices: list[RecordChoice] = []
-        self._pass_order: tuple[str, Callable[[int], int] | None] | None = None
+        self._pass_orders = RecentOrders[Callable[[int], int] | None]()
         sampling = parse_sampling(part.sampling)
         if sampling:
             self._choose(sampling.order, sampling.count_of(len(base)))
@@ -95,11 +95,11 @@ class ChosenSamples:
         self, shuffle_key: str, max_lanes: int = MAX_LANES
     ) -> Callable[[int], int] | None:
         """Return the order of a pass over the samples; None where any order is as fast."""
-        if self._pass_order is None or self._pass_order[0] != shuffle_key:
-            self._pass_order = (shuffle_key, self._find_order(shuffle_key, max_lanes))
-        return self._pass_order[1]
+        return self._pass_orders.find(
+            shuffle_key, max_lanes, lambda: self._make_order(shuffle_key, max_lanes)
+        )
 
-    def _find_order(self, shuffle_key: str, max_lanes: int) -> Callable[[int], int] | None:
+    def _make_order(self, shuffle_key: str, max_lanes: int) -> Callable[[int], int] | None:
         own_order: Any = getattr(self.base, "pass_order", None)
         if own_order is None:
             return None

@@ -18,7 +18,7 @@ import numpy as np
 
 from vlbench.data.record_files import FileStamp, file_stamp
 from vlbench.data.record_images import OMITTED_BYTES
-from vlbench.data.shard_sampler import KEPT_ORDERS, MAX_LANES, ShardShuffle
+from vlbench.data.shard_sampler import MAX_LANES, RecentOrders, ShardShuffle
 from vlbench.errors import UserError, one_line
 from vlbench.text_files import refuse_lfs_pointer
 
@@ -62,7 +62,7 @@ class ParquetRecords:
             raise UserError("its Parquet files hold no rows")
         self.block_counts: Sequence[int] = [block.row_count for block in self.blocks]
         self._block_ends = np.cumsum(self.block_counts)
-        self._pass_orders: dict[tuple[str, int], ShardShuffle] = {}
+        self._pass_orders = RecentOrders[ShardShuffle]()
         self._reset_cache()
 
     def _reset_cache(self) -> None:
@@ -93,12 +93,11 @@ class ParquetRecords:
         lanes = min(max_lanes, BLOCK_LANES)
         if block_counts is not None:
             return ShardShuffle(block_counts, shuffle_key, WINDOW_BLOCKS, lanes)
-        key, orders = (shuffle_key, lanes), self._pass_orders
-        if key not in orders:
-            while len(orders) >= KEPT_ORDERS:
-                del orders[next(iter(orders))]
-            orders[key] = ShardShuffle(self.block_counts, shuffle_key, WINDOW_BLOCKS, lanes)
-        return orders[key]
+        return self._pass_orders.find(
+            shuffle_key,
+            lanes,
+            lambda: ShardShuffle(self.block_counts, shuffle_key, WINDOW_BLOCKS, lanes),
+        )
 
     def read_record(self, index: int, with_images: bool = True) -> Any:
         """Return row `index` (from 0) as a mapping; images may have OMITTED_BYTES without them."""

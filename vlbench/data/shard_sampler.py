@@ -9,7 +9,8 @@ number of lanes; the order does not depend on the number of ranks and workers.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -18,6 +19,24 @@ from vlbench.data.shuffle import FeistelShuffle
 MAX_LANES = 128  # as many ranks as Yi-VL was trained on have shards of their own
 KEPT_ORDERS = 4  # of a source: stages and passes that overlap
 WINDOW_SHARDS = 4  # shards of a lane that are shuffled together and stay open
+Order = TypeVar("Order", bound=Callable[[int], int] | None)
+
+
+class RecentOrders(Generic[Order]):
+    """The orders of the last passes over a source, each made once."""
+
+    def __init__(self) -> None:
+        """Begin without any."""
+        self._orders: dict[tuple[str, int], Order] = {}
+
+    def find(self, shuffle_key: str, max_lanes: int, make: Callable[[], Order]) -> Order:
+        """Return the order of a pass, made by `make` where it is not among the last ones."""
+        key = (shuffle_key, max_lanes)
+        if key not in self._orders:
+            while len(self._orders) >= KEPT_ORDERS:
+                del self._orders[next(iter(self._orders))]
+            self._orders[key] = make()
+        return self._orders[key]
 
 
 class ShardShuffle:

@@ -43,7 +43,7 @@ from vlbench.data.shard_index import (
     load_shard_summary,
 )
 from vlbench.data.shard_patterns import expand_shard_pattern
-from vlbench.data.shard_sampler import KEPT_ORDERS, MAX_LANES, ShardShuffle
+from vlbench.data.shard_sampler import MAX_LANES, RecentOrders, ShardShuffle
 from vlbench.errors import BadSample, UserError
 from vlbench.regular_files import MAX_IMAGE_BYTES, format_bytes, open_regular
 from vlbench.text_files import parse_json
@@ -100,7 +100,7 @@ class WebDatasetShards:
         listed = _read_shard_list(self.name)
         self.tars, self.sample_counts = listed or self._list_matching_tars()
         self._shard_ends = np.cumsum(self.sample_counts)
-        self._pass_orders: dict[tuple[str, int], ShardShuffle] = {}
+        self._pass_orders = RecentOrders[ShardShuffle]()
 
     def __len__(self) -> int:
         return int(self._shard_ends[-1])
@@ -127,12 +127,11 @@ class WebDatasetShards:
         """
         if block_counts is not None:
             return ShardShuffle(block_counts, shuffle_key, max_lanes=max_lanes)
-        key, orders = (shuffle_key, max_lanes), self._pass_orders
-        if key not in orders:
-            while len(orders) >= KEPT_ORDERS:
-                del orders[next(iter(orders))]
-            orders[key] = ShardShuffle(self.sample_counts, shuffle_key, max_lanes=max_lanes)
-        return orders[key]
+        return self._pass_orders.find(
+            shuffle_key,
+            max_lanes,
+            lambda: ShardShuffle(self.sample_counts, shuffle_key, max_lanes=max_lanes),
+        )
 
     def __getitem__(self, index: int) -> Sample:
         """Return sample `index` (from 0), or raise BadSample."""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TypedDict
 
 from vlbench.evaluate.heldout_questions import EvalQuestion
-
-_NORMAL_QUANTILE = 1.959964  # of an interval of 95 %
+from vlbench.evaluate.tasks.score_report import wilson_interval
 
 
 class FamilyScore(TypedDict):
@@ -38,12 +36,3 @@ def score_families(
         )
         for family, found in rows.items()
     }
-
-
-def wilson_interval(right: int, count: int) -> tuple[float, float]:
-    """Return Wilson's interval (1927, doi:10.1080/01621459.1927.10502953) of a share, 95 %."""
-    share, square = right / count, _NORMAL_QUANTILE**2
-    middle = (share + square / (2 * count)) / (1 + square / count)
-    spread = math.sqrt(share * (1 - share) / count + square / (4 * count**2))
-    half = _NORMAL_QUANTILE * spread / (1 + square / count)
-    return max(0.0, middle - half), min(1.0, middle + half)
