@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from whole_model_cost import count_model_cost
 
 from vlbench.__main__ import main
 from vlbench.compare.experiment import compare_command, cost_estimate
@@ -13,7 +14,7 @@ from vlbench.compare.experiment.grid import ComparisonGrid, load_recipe, parse_g
 from vlbench.compare.report.curve_plan import load_curve_plan
 from vlbench.config.schema import Recipe
 from vlbench.errors import UserError
-from vlbench.model.connector_cost import ConnectorCost, count_model_cost
+from vlbench.model.connector_cost import ConnectorCost
 
 LADDER = ["recipe=yivl_llava", "connector.name=avgpool", "curve=visual_tokens:4,16,64"]
 TWO = ["recipe=yivl_llava", "grid=connector.name=avgpool | connector.name=qformer"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from whole_model_cost import count_model_cost
 
 from vlbench.__main__ import main
 from vlbench.compare.experiment import compare_command, cost_estimate
@@ -17,7 +18,6 @@ from vlbench.model.connector_cost import (
     BUDGET_COUNTS,
     ConnectorCost,
     ConnectorCostCounter,
-    count_model_cost,
 )
 
 DOCS = Path(__file__).parent.parent / "docs/connectors.md"

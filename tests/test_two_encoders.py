@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.functional import interpolate
+from whole_model_cost import count_model_cost
 
 import vlbench
 from vlbench.__main__ import main
@@ -195,7 +196,6 @@ def test_a_part_that_is_not_there_cannot_be_trained():
 
 
 def test_the_planner_counts_both():
-    from vlbench.model.connector_cost import count_model_cost
     from vlbench.model.train_flops import count_step_flops
     from vlbench.planner.meta_model import build_meta_vlm
 

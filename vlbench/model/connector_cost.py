@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 import torch
 
 from vlbench.compat.transformers_internals import passed_through_mask
-from vlbench.config.model_schema import LanguageModelConfig, ModelConfig, VisionEncoderConfig
+from vlbench.config.model_schema import LanguageModelConfig, VisionEncoderConfig
 from vlbench.connector.base import Connector
 from vlbench.connector.blank_inputs import QUESTION_TOKENS, blank_inputs
 from vlbench.connector.bounded_building import build_connector
 from vlbench.connector.levels import Levels, as_levels
-from vlbench.model.build_vlm import build_vlm
 from vlbench.model.language_model import (
     build_random_language,
     named_language_config,
@@ -43,12 +42,6 @@ class ConnectorCost(NamedTuple):
     """Floating-point operations of connector and language model up to the first answer token."""
     cache: int
     """Bytes of the KV cache that the image takes in 16 bits, latents included."""
-
-
-def count_model_cost(config: ModelConfig, image_size: int) -> ConnectorCost:
-    """Count the cost of a connector in the model that it is for, at an image size in pixels."""
-    with torch.device("meta"):
-        return count_connector_cost(build_vlm(config.with_random_weights(), image_size).model)
 
 
 def count_connector_cost(vlm: VLM) -> ConnectorCost:
