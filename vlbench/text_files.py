@@ -149,11 +149,17 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def append_json_lines(path: Path, records: Iterable[object]) -> None:
-    """Append records to a file of `format_json_lines`; a last line that a kill cut is removed."""
+def append_json_lines(path: Path, records: Iterable[object], is_synced: bool = False) -> None:
+    """Append records to a file of `format_json_lines`; a last line that a kill cut is removed.
+
+    With `is_synced` they are on the disk when this returns.
+    """
     with name_written_file(path), _open_to_append(path) as file:
         file.truncate(_end_of_last_line(file))
         file.write(format_json_lines(records).encode("utf-8"))
+        if is_synced:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _end_of_last_line(file: BufferedRandom) -> int:

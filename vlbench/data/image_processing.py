@@ -236,6 +236,24 @@ class ImageTransform:
         left, top = ((edge - self.crop) // 2 for edge in edges)
         return np.asarray(image.crop((left, top, left + self.crop, top + self.crop)))
 
+    def seen_box(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """Return where the pixels lie over an image: left, top, right, bottom.
+
+        In shares of its width and height: (0, 0, 1, 1) is all of it, and what is padded lies
+        outside of 0..1.
+        """
+        if self.squash:
+            return 0.0, 0.0, 1.0, 1.0
+        side = max(width, height) if self.pad else min(width, height)
+        canvas = (side, side) if self.pad else (width, height)
+        starts, ends = [], []
+        for edge, canvas_edge in zip((width, height), canvas, strict=True):
+            resized = int(self.size * canvas_edge / side)
+            start = (resized - self.crop) // 2 * canvas_edge / resized - (canvas_edge - edge) // 2
+            starts.append(start / edge)
+            ends.append((start + self.crop * canvas_edge / resized) / edge)
+        return starts[0], starts[1], ends[0], ends[1]
+
     def describe(self) -> str:
         """Return in words what becomes of an image, as people read it in a run's report."""
         mean, std = (" ".join(f"{value:.4g}" for value in stats) for stats in (self.mean, self.std))

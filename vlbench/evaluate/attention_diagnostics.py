@@ -19,7 +19,7 @@ from torch import Tensor
 from vlbench.connector.base import zero_like_loss
 from vlbench.connector.levels import as_levels, concat_channels, first_level, map_levels
 from vlbench.data.packing import PackedBatch, collate
-from vlbench.data.sample import ChatTurn
+from vlbench.data.sample import ChatTurn, Sample
 from vlbench.data.sample_encoding import IGNORE_INDEX
 from vlbench.errors import BadSample, UserError
 from vlbench.evaluate.heldout_questions import EvalQuestion
@@ -33,7 +33,7 @@ SIGNIFICANT_DIGITS = 5  # of every number in diagnostics.json
 
 @dataclass(frozen=True)
 class AnswerRelevance:
-    """How one answer depends on the first image of its question; shares sum to 1."""
+    """How one answer depends on one image of its question; shares sum to 1."""
 
     patch_relevance: Tensor
     """`[patches]`, shares of relevance; NaN where the answer does not depend on the image."""
@@ -60,7 +60,7 @@ def diagnose_answers(
     grid = model.shapes.grid
     with torch.random.fork_rng([vlm.device] if vlm.device.type == "cuda" else []):
         for question, answer in answered_questions:
-            batch = _answered_batch(vlm.processor, question, answer)
+            batch = answered_batch(vlm.processor, question.sample, answer)
             if batch is not None:
                 relevance = measure_relevance(model, batch.to(vlm.device))
                 diagnosed.append((question, answer, relevance))
@@ -90,10 +90,10 @@ def diagnose_answers(
     }
 
 
-def measure_relevance(vlm: VLM, batch: PackedBatch) -> AnswerRelevance:
-    """Return how the labels of a batch of one sample with images depend on the first image.
+def measure_relevance(vlm: VLM, batch: PackedBatch, image: int = 0) -> AnswerRelevance:
+    """Return how the labels of a batch of one sample with images depend on one of the images.
 
-    No parameter gets a gradient.
+    `image` is its index. No parameter gets a gradient.
     """
     assert batch.labels is not None
     with torch.no_grad():
@@ -117,13 +117,13 @@ def measure_relevance(vlm: VLM, batch: PackedBatch) -> AnswerRelevance:
     first_patch = int(vlm.connector.class_token)  # after the class token
     return AnswerRelevance(
         patch_relevance=_relevance_shares(
-            concat_channels(feature_levels)[0, first_patch:],
-            concat_channels(feature_grads)[0, first_patch:],
+            concat_channels(feature_levels)[image, first_patch:],
+            concat_channels(feature_grads)[image, first_patch:],
         ),
         token_relevance=_relevance_shares(
-            concat_channels(visual_levels)[0], concat_channels(visual_grads)[0]
+            concat_channels(visual_levels)[image], concat_channels(visual_grads)[image]
         ),
-        connector_attention=None if attention is None else attention[0].cpu().double(),
+        connector_attention=None if attention is None else attention[image].cpu().double(),
     )
 
 
@@ -136,18 +136,18 @@ def _check_attention(vlm: VLM, attention: Tensor, expected_shape: tuple[int, ...
         )
 
 
-def _answered_batch(
-    processor: Processor, question: EvalQuestion, answer: str
-) -> PackedBatch | None:
-    """Return a question and its answer as a batch, None without an image."""
-    sample = question.sample
+def answered_batch(processor: Processor, sample: Sample, answer: str) -> PackedBatch | None:
+    """Return a conversation and its answer, the one label, as a batch; None without an image.
+
+    None too for an answer that is no valid text, such as an image placeholder.
+    """
     if not sample.images:
         return None
     encoder = replace(processor.sample_encoder(), max_length=processor.max_positions)
     answered = replace(sample, turns=(*sample.turns, ChatTurn("assistant", answer)))
     try:
         encoded = encoder.encode(answered)
-    except BadSample:  # an answer may be no valid text, such as an image placeholder
+    except BadSample:
         return None
     encoded = replace(encoded, labels=_keep_last_answer(encoded.labels))
     return collate([[encoded]], processor.transform.load_pixels)

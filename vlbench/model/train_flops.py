@@ -87,6 +87,12 @@ def count_step_flops(vlm: VLM) -> StepFlops:
     )
 
 
+def count_forward_flops(vlm: VLM) -> StepFlops:
+    """Count for a model of which nothing is trained: forward alone, as it answers."""
+    with temporarily_frozen(vlm):
+        return count_step_flops(vlm)
+
+
 def head_width(config: DecoderConfig) -> int:
     """Return the width of an attention head of a language model."""
     width: int = (

@@ -1,0 +1,49 @@
+"""Where an answer looks: the relevance of each patch of a picture, and where the patches lie."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from vlbench.core_sharing import share_cores
+from vlbench.errors import UserError
+from vlbench.evaluate.attention_diagnostics import answered_batch, measure_relevance
+from vlbench.model.eval_copy import in_eval_mode
+from vlbench.model.loaded_vlm import LoadedVLM
+from vlbench.processor import ChatMessage, sample_from_messages
+
+
+class HeatMap(NamedTuple):
+    """How an answer depends on the patches of a picture."""
+
+    rows: list[list[float]] | None
+    """Shares of relevance, the rows of the grid of patches; None where it does not depend on it."""
+    box: tuple[float, float, float, float]
+    """Where the grid lies over the picture, as `ImageTransform.seen_box` says."""
+
+
+def compute_heat_map(
+    vlm: LoadedVLM, messages: list[ChatMessage], answer: str, image: int
+) -> HeatMap:
+    """Return how `answer` to a conversation depends on its picture number `image`, from 0.
+
+    It takes a forward and a backward pass; the model is not changed, and other threads may use it.
+    Raises a UserError where there is no such picture, or the answer is no text for the model.
+    """
+    sample = sample_from_messages(messages)
+    if not 0 <= image < len(sample.images):
+        raise UserError(
+            f"image={image}: the conversation has {len(sample.images)} pictures, counted from 0"
+        )
+    processor = vlm.processor
+    batch = answered_batch(processor, sample, answer)
+    if batch is None:
+        raise UserError("this answer cannot be given to the model as its own")
+    opened = processor.transform.open_image(sample.images[image])
+    devices = [vlm.device] if vlm.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), share_cores(vlm.device):
+        relevance = measure_relevance(in_eval_mode(vlm.model), batch.to(vlm.device), image)
+    shares = relevance.patch_relevance
+    rows = shares.reshape(vlm.model.shapes.grid).tolist() if shares.isfinite().all() else None
+    return HeatMap(rows, processor.transform.seen_box(*opened.size))

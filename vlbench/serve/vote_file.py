@@ -1,0 +1,99 @@
+"""Votes on answers that were shown side by side without their models' names: a JSON line each.
+
+    {"time": "2026-05-04T10:11:12.131415+00:00", "models": ["llava", "qformer"], "blind": true,
+     "question": "What is it?", "image_sha256": ["9f86..."], "answers": ["A cat.", "A dog."],
+     "choice": 0}
+
+`models` and `answers` are in the order in which they were shown; `choice` is the index of the best
+answer, "tie", or "bad" (none is good). Pictures are not kept, their hashes are.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import threading
+from collections.abc import Collection
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from vlbench.errors import UserError, suggest_name
+from vlbench.text_files import append_json_lines
+
+MAX_TEXT = 200_000  # characters of a question or an answer
+MAX_MODELS, MAX_IMAGES = 16, 64
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
+
+
+class Vote(BaseModel):
+    """A vote as the page sends it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    models: list[Text] = Field(min_length=2, max_length=MAX_MODELS)
+    """Names in the order shown."""
+    question: Text = Field(min_length=1)
+    images: list[str] = Field(max_length=MAX_IMAGES)
+    """The pictures of the conversation, as data URLs."""
+    answers: list[Text] = Field(max_length=MAX_MODELS)
+    """In the order of `models`."""
+    choice: int | Literal["tie", "bad"]
+    """Index of the best answer, or that none is better, or that none is good."""
+
+
+class VoteFile:
+    """The file `votes=`, to which several requests may write at once."""
+
+    def __init__(self, path: Path, model_names: Collection[str]) -> None:
+        """Keep votes on these models in `path`; an OSError or UserError if it cannot be written."""
+        self.path, self.model_names = path, model_names
+        self._lock = threading.Lock()
+        append_json_lines(path, [])
+
+    def add_vote(self, vote: Vote) -> None:
+        """Write a vote as one line, which is on the disk when this returns.
+
+        Raises a UserError for a vote that contradicts itself or names a model that is not here.
+        """
+        record = self._make_record(vote)
+        with self._lock:
+            append_json_lines(self.path, [record], is_synced=True)
+
+    def _make_record(self, vote: Vote) -> dict[str, Any]:
+        for name in vote.models:
+            if name not in self.model_names:
+                near = suggest_name(name, self.model_names)
+                raise UserError(f"models: there is no model '{name:.100}' here.{near}")
+        if len(set(vote.models)) < len(vote.models):
+            raise UserError("models: one is named twice")
+        if len(vote.answers) != len(vote.models):
+            raise UserError(f"answers: {len(vote.answers)} for {len(vote.models)} models")
+        if isinstance(vote.choice, int) and not 0 <= vote.choice < len(vote.models):
+            raise UserError(
+                f"choice: {vote.choice}; allowed are 0 to {len(vote.models) - 1}, tie and bad"
+            )
+        return {
+            "time": datetime.now(UTC).isoformat(timespec="microseconds"),
+            "models": vote.models,
+            "blind": True,
+            "question": vote.question,
+            "image_sha256": [hash_data_url(url) for url in vote.images],
+            "answers": vote.answers,
+            "choice": vote.choice,
+        }
+
+
+def hash_data_url(url: str) -> str:
+    """Return the SHA-256 of the bytes in a data URL, in hexadecimal digits."""
+    head, comma, text = url.partition(",")
+    if not (comma and head.startswith("data:image/") and head.endswith(";base64")):
+        raise UserError("images: each must be a data URL, data:image/TYPE;base64,...")
+    try:
+        data = base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise UserError(f"images: a data URL is not base64 ({error})") from error
+    return hashlib.sha256(data).hexdigest()
