@@ -21,9 +21,8 @@ export class AnswerCard {
     this.note = create("p", "note");
     this.metrics = create("p", "metrics");
     this.tools = create("div", "tools");
-    this.extras = create("div", "extras");
     this.element = create("section", "answer");
-    this.element.append(this.title, this.words, this.note, this.metrics, this.tools, this.extras);
+    this.element.append(this.title, this.words, this.note, this.metrics, this.tools);
     explain(this.metrics, "metricsHelp");
     this.createTools();
   }
@@ -62,8 +61,9 @@ export class AnswerCard {
 
   /** Ask the model. */
   ask() {
-    this.extras.replaceChildren();
     this.blank.stop();
+    this.blankBox?.remove();
+    this.heatBox?.remove();
     return this.answer.run(this.question());
   }
 
@@ -132,7 +132,7 @@ export class AnswerCard {
     const heading = create("h4", "", swatch, say(create("span"), "withBlank"));
     this.blankBox?.remove();
     this.blankBox = create("div", "blank", heading, this.blankWords, this.blankNote);
-    this.extras.prepend(this.blankBox);
+    this.tools.after(this.blankBox);
     this.blankButton.disabled = true;
     await this.blank.run(this.question((picture) => blankPicture(picture, colour)));
     this.blankButton.disabled = false;
@@ -157,7 +157,7 @@ export class AnswerCard {
     this.heatBox?.remove();
     this.heatBox = create("div", "map", say(create("p", "faint"), "heatMapWaiting"));
     this.heatBox.setAttribute("aria-live", "polite");
-    this.extras.append(this.heatBox);
+    this.element.append(this.heatBox);
     const { messages } = this.question();
     const image = pictures.length - 1;
     const asked = { model: this.model.id, messages, answer: this.answer.text, image };
