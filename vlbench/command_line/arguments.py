@@ -207,6 +207,13 @@ class ServeArguments:
         low=1,
         high=100_000,
     )
+    votes: str | None = argument(
+        "file to which votes on answers side by side are added, for `report`; by default there are "
+        "none",
+        None,
+        metavar="FILE.jsonl",
+        is_path=True,
+    )
     max_images: int = argument("images of a request", 8, metavar="N", low=0, high=1000)
     allow_urls: str | None = argument(
         "hosts whose image URLs are downloaded; by default none, and images come as data: URLs",

@@ -1,151 +1,70 @@
-"""What the web page of `serve` asks for beside the API: its files, votes and heat maps."""
+"""What the web page asks for beside the API: what is known of models, votes and heat maps."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
-from fastapi import APIRouter, HTTPException, Response
-from pydantic import BaseModel, ConfigDict, Field
-from starlette.concurrency import run_in_threadpool
+from anyio import to_thread
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 
 from vlbench.data.image_processing import mean_colour
-from vlbench.errors import UserError
+from vlbench.errors import EnvironmentFailure, UserError
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.train_flops import count_forward_flops
-from vlbench.processor import ChatMessage
+from vlbench.serve.api.api_errors import ApiError
+from vlbench.serve.api.api_state import ApiState, api_state
+from vlbench.serve.api.chat_messages import build_messages
+from vlbench.serve.api.request_body import parse_json_object
+from vlbench.serve.api.served_model import ServedModel
 from vlbench.serve.heat_map import HeatMap, compute_heat_map
 from vlbench.serve.vote_file import MAX_TEXT, Vote, VoteFile
-from vlbench.system_errors import explain_unwritable
+from vlbench.strict_values import describe_error, join_path
 
-PAGE_FOLDER = Path(__file__).parent / "page"
-MEDIA_TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",
-}
+CLIENT_LEFT = 499  # nginx's number: nobody reads the response
 MAX_WAITING_MAPS = 8  # requests for heat maps that wait for the one that is computed
-ReadMessages = Callable[[list[Any]], list[ChatMessage]]
+FieldsT = TypeVar("FieldsT", bound=BaseModel)
+router = APIRouter(prefix="/page")
 
 
-@dataclass(frozen=True)
-class PageModel:
-    """A model as the page knows it."""
-
-    description: Mapping[str, Any]
-    """What `/page/config` says of it: see `describe_page_model`."""
-    heat_map: Callable[[list[ChatMessage], str, int], HeatMap]
-    """How an answer to a conversation depends on one of its pictures."""
-
-
-class HeatMapRequest(BaseModel):
-    """A question about an answer: which patches of picture number `image` it depends on."""
+class HeatMapFields(BaseModel):
+    """A question about an answer: which patches of picture number `image` does it depend on?"""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str
-    messages: list[Any]
+    messages: list[Any] = Field(min_length=1)
     """The conversation up to the question, as the API takes it."""
     answer: str = Field(min_length=1, max_length=MAX_TEXT)
     image: int = 0
 
 
-def describe_page_model(vlm: LoadedVLM) -> PageModel:
-    """Return what the page has to know of a model, and how its heat maps are computed.
+class PageState:
+    """What the routes of the page share: votes, the queue of heat maps, facts about models."""
 
-    - `blank_colour`: of the blank picture, the one that evaluations ask with
-    - `flops`: floating-point operations of a forward pass for each `position`, each
-      `attended_pair` of positions, each `answer_token` and each `image`
-    """
-    flops = count_forward_flops(vlm.model)
-    description = {
-        "blank_colour": mean_colour(vlm.processor.transform.mean),
-        "flops": {
-            "position": flops.per_position,
-            "attended_pair": flops.per_attended_pair,
-            "answer_token": flops.per_supervised_position,
-            "image": flops.per_image,
-        },
-    }
-    return PageModel(
-        description, lambda messages, answer, image: compute_heat_map(vlm, messages, answer, image)
-    )
+    def __init__(self, models: Mapping[str, ServedModel], votes: VoteFile | None) -> None:
+        """Take the served models, and where votes are kept; None: there is no vote."""
+        self.votes = votes
+        self.heat_maps = HeatMapQueue()
+        self._models = models
+        self._facts: dict[str, Any] = {}
+        self._lock = threading.Lock()
 
-
-def file_router() -> APIRouter:
-    """Return the routes of the page's files, which hold nothing that is secret."""
-    router = APIRouter(include_in_schema=False)
-    index = (PAGE_FOLDER / "index.html").read_bytes()
-    files = {
-        path.name: (path.read_bytes(), MEDIA_TYPES[path.suffix])
-        for path in PAGE_FOLDER.iterdir()
-        if path.suffix in MEDIA_TYPES
-    }
-
-    @router.get("/")
-    def get_page() -> Response:
-        return Response(index, media_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
-
-    @router.get("/page/files/{name}")
-    def get_file(name: str) -> Response:
-        if name not in files:
-            raise HTTPException(404, f"the page has no file {name:.100}")
-        content, media_type = files[name]
-        return Response(content, media_type=media_type, headers=PAGE_HEADERS)
-
-    return router
-
-
-def page_router(
-    models: Mapping[str, PageModel], read_messages: ReadMessages, votes: VoteFile | None
-) -> APIRouter:
-    """Return the routes that the page asks; where there is a key, they are behind it.
-
-    Args:
-        models: The served models by name.
-        read_messages: What turns the API's messages into chat messages; a UserError if they are
-            wrong.
-        votes: Where votes are kept; None: there is no vote.
-    """
-    router = APIRouter(prefix="/page", include_in_schema=False)
-    map_queue = HeatMapQueue()
-
-    @router.get("/config")
-    def get_config() -> dict[str, Any]:
-        described = {name: model.description for name, model in models.items()}
-        return {"models": described, "votes": votes is not None}
-
-    @router.post("/votes", status_code=204)
-    def post_vote(vote: Vote) -> None:
-        if votes is None:
-            raise HTTPException(404, "votes are not kept: the server was started without votes=FILE")
-        try:
-            votes.add_vote(vote)
-        except UserError as error:
-            raise HTTPException(400, str(error)) from error
-        except OSError as error:
-            reason = explain_unwritable(error, f"votes={votes.path}")
-            raise HTTPException(507, str(reason)) from error
-
-    @router.post("/heat_map")
-    async def post_heat_map(request: HeatMapRequest) -> dict[str, Any]:
-        if request.model not in models:
-            raise HTTPException(404, f"there is no model '{request.model:.100}' here")
-        compute = models[request.model].heat_map
-
-        def read_and_compute() -> HeatMap:
-            return compute(read_messages(request.messages), request.answer, request.image)
-
-        return (await map_queue.run(read_and_compute))._asdict()
-
-    return router
+    def model_facts(self) -> dict[str, Any]:
+        """Return by name what `describe_for_page` knows of each model; counted once."""
+        with self._lock:
+            for name, model in self._models.items():
+                if name not in self._facts:
+                    self._facts[name] = describe_for_page(model.vlm)
+            return self._facts
 
 
 class HeatMapQueue:
@@ -154,19 +73,112 @@ class HeatMapQueue:
     def __init__(self) -> None:
         """Begin with none."""
         self._one_at_a_time = asyncio.Lock()
-        self._waiting = 0
+        self._waiting_count = 0
 
     async def run(self, compute: Callable[[], HeatMap]) -> HeatMap:
-        """Return what `compute` returns; an HTTPException says what went wrong."""
-        if self._waiting >= MAX_WAITING_MAPS:
-            raise HTTPException(429, "other heat maps are being computed", {"Retry-After": "5"})
-        self._waiting += 1
+        """Return what `compute` returns; ApiError 429 where too many wait."""
+        if self._waiting_count > MAX_WAITING_MAPS:
+            raise ApiError(429, "as many heat maps are asked for as may be", code="queue_full")
+        self._waiting_count += 1
         try:
             async with self._one_at_a_time:
-                return await run_in_threadpool(compute)
-        except UserError as error:
-            raise HTTPException(400, str(error)) from error
-        except torch.OutOfMemoryError as error:
-            raise HTTPException(503, "there is not enough memory for a heat map") from error
+                return await to_thread.run_sync(compute)
         finally:
-            self._waiting -= 1
+            self._waiting_count -= 1
+
+
+def describe_for_page(vlm: LoadedVLM) -> dict[str, Any]:
+    """Return what the page has to know of a model beside what /v1/models says.
+
+    - `blank_colour`: of the blank picture, the one that evaluations ask with
+    - `flops`: floating-point operations of a forward pass for each `position`, each
+      `attended_pair` of positions, each `answer_token` and each `image`
+    """
+    flops = count_forward_flops(vlm.model)
+    return {
+        "blank_colour": mean_colour(vlm.processor.transform.mean),
+        "flops": {
+            "position": flops.per_position,
+            "attended_pair": flops.per_attended_pair,
+            "answer_token": flops.per_supervised_position,
+            "image": flops.per_image,
+        },
+    }
+
+
+@router.get("/config")
+async def show_config(request: Request) -> dict[str, Any]:
+    """Return what is known of each model, and whether votes are kept."""
+    page = _page_state(request)
+    facts = await to_thread.run_sync(page.model_facts)
+    return {"models": facts, "votes": page.votes is not None}
+
+
+@router.post("/votes")
+async def add_vote(request: Request) -> Response:
+    """Write a vote into the file `votes=`."""
+    votes = _page_state(request).votes
+    if votes is None:
+        raise ApiError(404, "no votes are kept: the server was started without votes=FILE")
+    async with _read_body(request) as body:
+        await to_thread.run_sync(_write_vote, votes, body)
+    return Response(status_code=204)
+
+
+@router.post("/heat_map")
+async def show_heat_map(request: Request) -> dict[str, Any]:
+    """Return the `rows` of patches that an answer depends on, and the `box` that they cover."""
+    queue = _page_state(request).heat_maps
+    async with _read_body(request) as body:
+        heat_map = await queue.run(partial(_compute_map, api_state(request), body))
+    return heat_map._asdict()
+
+
+def _page_state(request: Request) -> PageState:
+    state = request.app.state.page
+    assert isinstance(state, PageState)
+    return state
+
+
+@contextlib.asynccontextmanager
+async def _read_body(request: Request) -> AsyncIterator[bytes]:
+    """Give the body of a request, which counts among those that the server holds until the end."""
+    state = api_state(request)
+    with state.body_budget.hold_bytes() as body:
+        with state.admit_request():
+            try:
+                await body.read(request, state.settings)
+            except ClientDisconnect:
+                raise ApiError(CLIENT_LEFT, "the client has left") from None
+        yield bytes(body.data)
+
+
+def _write_vote(votes: VoteFile, body: bytes) -> None:
+    try:
+        votes.add_vote(_read_fields(Vote, body))
+    except EnvironmentFailure as error:
+        raise ApiError(507, str(error)) from error
+    except UserError as error:
+        raise ApiError(400, str(error)) from error
+
+
+def _compute_map(state: ApiState, body: bytes) -> HeatMap:
+    fields = _read_fields(HeatMapFields, body)
+    vlm = state.find_model(fields.model).vlm
+    messages = build_messages(fields.messages, state.images.for_request())
+    try:
+        return compute_heat_map(vlm, messages, fields.answer, fields.image)
+    except UserError as error:
+        raise ApiError(400, str(error)) from error
+    except torch.OutOfMemoryError as error:
+        raise ApiError(503, "there is not enough memory for a heat map") from error
+
+
+def _read_fields(kind: type[FieldsT], body: bytes) -> FieldsT:
+    """Return the fields of a body; ApiError 400 names the first that is wrong."""
+    try:
+        return kind.model_validate(parse_json_object(body))
+    except ValidationError as error:
+        details = error.errors(include_url=False)[0]
+        param = join_path(details["loc"])
+        raise ApiError(400, f"{param} {describe_error(details)}", param=param) from None

@@ -7,6 +7,7 @@ import os
 import shlex
 import time
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlbench.command_line.arguments import ServeArguments
@@ -29,19 +30,21 @@ def run_serve(arguments: ServeArguments) -> int:
     from vlbench.serve.api.app import create_app
     from vlbench.serve.api.http_server import ApiServer, bind_socket
     from vlbench.serve.api.served_model import choose_model_names
+    from vlbench.serve.vote_file import VoteFile
 
     settings = read_settings(arguments)
     paths = [os.path.expanduser(path) for path in split_list(arguments.model)]
     if not paths:
         raise UserError("model names no model; write model=PATH or model=PATH,PATH")
     names = choose_model_names(paths)
+    votes = VoteFile(Path(arguments.votes).expanduser(), names) if arguments.votes else None
     listener = bind_socket(settings.host, arguments.port)  # before models, which take minutes
     try:
         models = [
             load_served_model(name, path, arguments)
             for name, path in zip(names, paths, strict=True)
         ]
-        server = ApiServer(create_app(models, settings), settings)
+        server = ApiServer(create_app(models, settings, votes=votes), settings)
         port = listener.getsockname()[1]
         print("\n".join(start_lines(models, settings, port)), flush=True)
         try:
@@ -110,6 +113,7 @@ def start_lines(models: list[ServedModel], settings: ApiSettings, port: int) -> 
         command += f' -H "Authorization: Bearer ${KEY_VARIABLE}"'
     return [
         *(_describe_model(model) for model in models),
+        f"page: {address}/",
         f"API: {address}/v1 (as OpenAI's; Ctrl-C ends it when its answers are written)",
         f"try: {command}",
     ]

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from vlbench.errors import UserError, suggest_name
+from vlbench.system_errors import explain_unwritable
 from vlbench.text_files import append_json_lines
 
 MAX_TEXT = 200_000  # characters of a question or an answer
@@ -49,19 +50,26 @@ class VoteFile:
     """The file `votes=`, to which several requests may write at once."""
 
     def __init__(self, path: Path, model_names: Collection[str]) -> None:
-        """Keep votes on these models in `path`; an OSError or UserError if it cannot be written."""
+        """Keep votes on these models in `path`; the error for people if it cannot be written."""
         self.path, self.model_names = path, model_names
         self._lock = threading.Lock()
-        append_json_lines(path, [])
+        self._append([])
 
     def add_vote(self, vote: Vote) -> None:
         """Write a vote as one line, which is on the disk when this returns.
 
-        Raises a UserError for a vote that contradicts itself or names a model that is not here.
+        Raises a UserError for a vote that contradicts itself or names a model that is not here, an
+        EnvironmentFailure for a full disk.
         """
         record = self._make_record(vote)
         with self._lock:
-            append_json_lines(self.path, [record], is_synced=True)
+            self._append([record])
+
+    def _append(self, records: list[dict[str, Any]]) -> None:
+        try:
+            append_json_lines(self.path, records, is_synced=True)
+        except OSError as error:
+            raise explain_unwritable(error, f"votes={self.path}") from error
 
     def _make_record(self, vote: Vote) -> dict[str, Any]:
         for name in vote.models:
