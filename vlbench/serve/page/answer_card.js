@@ -9,7 +9,7 @@ import { getHeatMap, ServerError } from "./server.js";
 
 /** The answer of one model to the last question of `turns`. */
 export class AnswerCard {
-  /** `options`: settings of the answers; `onChange()` is called whenever the answer changes. */
+  /** `options()` returns the settings of answers; `onChange()` is called whenever the answer changes. */
   constructor(model, turns, options, onChange) {
     Object.assign(this, { model, turns, options, onChange });
     this.attempt = 0;
@@ -48,7 +48,7 @@ export class AnswerCard {
   }
 
   question(replacePicture) {
-    const { maxTokens, temperature, topP, seed } = this.options;
+    const { maxTokens, temperature, topP, seed } = this.settings;
     return {
       model: this.model.id,
       messages: composeMessages(this.model.id, this.turns, replacePicture),
@@ -64,6 +64,7 @@ export class AnswerCard {
     this.blank.stop();
     this.blankBox?.remove();
     this.heatBox?.remove();
+    this.settings = this.options(); // what is asked about the answer later has the same
     return this.answer.run(this.question());
   }
 

@@ -6,7 +6,7 @@ import { isSending } from "./turn_view.js";
 
 /** The form at the foot of the page. */
 export class Composer {
-  /** `onAsk(question, pictures)` is called with what is asked, `onStop()` to end answers. */
+  /** `onAsk(question, pictures)` returns whether it was asked; `onStop()` ends answers. */
   constructor(form, { onAsk, onStop }) {
     Object.assign(this, { form, onAsk, onStop, pictures: [] });
     this.field = form.querySelector("textarea");
@@ -107,9 +107,7 @@ export class Composer {
     if (this.isRunning) return this.onStop();
     const question = this.field.value.trim();
     if (!question) return this.tell("noQuestion");
-    const { pictures } = this;
-    this.clear();
-    this.onAsk(question, pictures);
+    if (this.onAsk(question, this.pictures)) this.clear();
   }
 
   /** Forget what was typed and added. */

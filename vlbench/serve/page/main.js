@@ -72,12 +72,15 @@ function beginConversation() {
   composer.field.focus();
 }
 
-/** Ask the chosen models; the question follows the present conversation. */
+/** Ask the chosen models; the question follows the present conversation. Return whether it was. */
 function ask(question, pictures) {
-  if (!modelList) return connect();
+  if (!modelList) {
+    connect(); // the server was away
+    return false;
+  }
   const models = modelList.chosen();
   const isBlind = blindBox.checked && !find("#blind").hidden;
-  const asked = { question, pictures, models, isBlind, options: settings.values() };
+  const asked = { question, pictures, models, isBlind, options: () => settings.values() };
   if (!turns.length) conversation.replaceChildren();
   turns.at(-1)?.setFollowed();
   const turn = new TurnView(turns, asked, { onChange: followAnswers, onEdit: editTurn });
@@ -85,6 +88,7 @@ function ask(question, pictures) {
   conversation.append(turn.element);
   turn.ask();
   turn.element.scrollIntoView({ block: "start" });
+  return true;
 }
 
 /** Cut the conversation at a turn, and ask it anew in other words. */

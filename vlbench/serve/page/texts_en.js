@@ -1,7 +1,6 @@
 // The words of the page in English. {name} is replaced; a key is the same in every language.
 
 export default {
-  languageName: "English",
   otherLanguage: "中文",
   skip: "Go to the question",
   models: "Models that answer",
@@ -34,7 +33,6 @@ export default {
   stop: "Stop",
   keysHelp: "Enter asks, Shift+Enter begins a line, Esc stops",
   conversation: "Conversation",
-  you: "Your question",
   edit: "Edit",
   editHelp: "Change this question; what follows it is removed",
   askAgain: "Ask again",

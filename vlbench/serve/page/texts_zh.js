@@ -1,7 +1,6 @@
 // The words of the page in Chinese; the keys are those of texts_en.js.
 
 export default {
-  languageName: "中文",
   otherLanguage: "English",
   skip: "跳到提问",
   models: "参与回答的模型",
@@ -33,7 +32,6 @@ export default {
   stop: "停止",
   keysHelp: "Enter 提问，Shift+Enter 换行，Esc 停止",
   conversation: "对话",
-  you: "你的问题",
   edit: "修改",
   editHelp: "修改这个问题；其后的内容会被移除",
   askAgain: "重新提问",

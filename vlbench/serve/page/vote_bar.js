@@ -73,6 +73,8 @@ export class VoteBar {
     told.setAttribute("role", "status");
     sayComposed(told, () => translate("voted", { choice: translate(key, values) }));
     this.element.replaceChildren(told);
+    told.tabIndex = -1;
+    told.focus(); // the button that had it is gone
     this.onVoted();
   }
 }
