@@ -246,6 +246,9 @@ def test_the_keyboard_alone_is_enough(open_page, arena):
     page.keyboard.type("one")
     page.keyboard.press("Shift+Enter")
     page.keyboard.type("two")
+    # Enter that ends a word of an input method is no question yet
+    page.dispatch_event("#question", "keydown", {"key": "Enter", "isComposing": True})
+    assert page.locator(".turn").count() == 0
     page.keyboard.press("Enter")
     wait_for_answers(page, 2)
     assert page.inner_text(".question") == "one\ntwo"
