@@ -11,7 +11,6 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -66,11 +65,17 @@ class EngineCounts:
 class AnswerHandle:
     """What the one who asked holds of an answer."""
 
-    def __init__(self, cancel: Callable[[], None]) -> None:
-        """Take the function that cancels it."""
-        self.cancel = cancel
-        """End the answer at the next step; `on_end` is called with "cancelled". Nothing happens if
-        it has ended."""
+    def __init__(self, answer: RunningAnswer, changed: threading.Condition) -> None:
+        """Take the answer, and the condition that guards it."""
+        self._answer, self._changed = answer, changed
+
+    def cancel(self) -> None:
+        """End the answer at the next step; `on_end` is called with "cancelled".
+
+        Nothing happens if it has ended.
+        """
+        with self._changed:
+            self._answer.is_cancelled = True
 
 
 class GenerationEngine:
@@ -144,13 +149,7 @@ class GenerationEngine:
             self._waiting.append(answer)
             self._unfinished_count += 1
             self._changed.notify_all()
-
-        def cancel() -> None:
-            with self._changed:
-                answer.is_cancelled = True
-                self._changed.notify_all()
-
-        return AnswerHandle(cancel)
+        return AnswerHandle(answer, self._changed)
 
     def drain(self, timeout: float | None = None) -> bool:
         """Accept nothing more, and wait until all accepted answers have ended.
