@@ -65,17 +65,16 @@ class EngineCounts:
 class AnswerHandle:
     """What the one who asked holds of an answer."""
 
-    def __init__(self, answer: RunningAnswer, changed: threading.Condition) -> None:
-        """Take the answer, and the condition that guards it."""
-        self._answer, self._changed = answer, changed
+    def __init__(self, cancel_request: threading.Event) -> None:
+        """Take what the engine looks at between two steps."""
+        self._cancel_request = cancel_request
 
     def cancel(self) -> None:
         """End the answer at the next step; `on_end` is called with "cancelled".
 
         Nothing happens if it has ended.
         """
-        with self._changed:
-            self._answer.is_cancelled = True
+        self._cancel_request.set()
 
 
 class GenerationEngine:
@@ -149,7 +148,7 @@ class GenerationEngine:
             self._waiting.append(answer)
             self._unfinished_count += 1
             self._changed.notify_all()
-        return AnswerHandle(answer, self._changed)
+        return AnswerHandle(answer.cancel_request)
 
     def drain(self, timeout: float | None = None) -> bool:
         """Accept nothing more, and wait until all accepted answers have ended.
@@ -237,7 +236,7 @@ class GenerationEngine:
 
     def _end_cancelled(self) -> None:
         for answer in self._unfinished_answers():
-            if answer.is_cancelled:
+            if answer.cancel_request.is_set():
                 self._end_answer(answer, "cancelled")
 
     def _end_all(self, error: Exception) -> None:
