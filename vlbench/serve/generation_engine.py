@@ -11,7 +11,6 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -66,11 +65,16 @@ class EngineCounts:
 class AnswerHandle:
     """What the one who asked holds of an answer."""
 
-    def __init__(self, cancel: Callable[[], None]) -> None:
-        """Take the function that cancels it."""
-        self.cancel = cancel
-        """End the answer at the next step; `on_end` is called with "cancelled". Nothing happens if
-        it has ended."""
+    def __init__(self, cancel_request: threading.Event) -> None:
+        """Take what the engine looks at between two steps."""
+        self._cancel_request = cancel_request
+
+    def cancel(self) -> None:
+        """End the answer at the next step; `on_end` is called with "cancelled".
+
+        Nothing happens if it has ended.
+        """
+        self._cancel_request.set()
 
 
 class GenerationEngine:
@@ -144,13 +148,7 @@ class GenerationEngine:
             self._waiting.append(answer)
             self._unfinished_count += 1
             self._changed.notify_all()
-
-        def cancel() -> None:
-            with self._changed:
-                answer.is_cancelled = True
-                self._changed.notify_all()
-
-        return AnswerHandle(cancel)
+        return AnswerHandle(answer.cancel_request)
 
     def drain(self, timeout: float | None = None) -> bool:
         """Accept nothing more, and wait until all accepted answers have ended.
@@ -238,7 +236,7 @@ class GenerationEngine:
 
     def _end_cancelled(self) -> None:
         for answer in self._unfinished_answers():
-            if answer.is_cancelled:
+            if answer.cancel_request.is_set():
                 self._end_answer(answer, "cancelled")
 
     def _end_all(self, error: Exception) -> None:

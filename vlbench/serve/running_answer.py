@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class Prompt:
 
 
 class RunningAnswer:
-    """One accepted request until its end; all but `is_cancelled` belongs to the model's thread."""
+    """One accepted request until its end; all but `cancel_request` is the model thread's."""
 
     def __init__(
         self,
@@ -55,7 +56,8 @@ class RunningAnswer:
             arrived_at: When the request arrived, in seconds of `time.monotonic`.
         """
         self.request, self.prompt, self.growing = request, prompt, growing
-        self.is_cancelled = False
+        self.cancel_request = threading.Event()
+        """Set by any thread when nobody wants the answer any more."""
         self.prefill: PromptPrefill | None = None
         """None before it, and after it."""
         self.row: BatchRow | None = None

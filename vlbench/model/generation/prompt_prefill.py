@@ -98,7 +98,8 @@ class PromptPrefill:
     def _merge_embeddings(self) -> Tensor:
         """Return the embeddings `[1, length, lm_width]` of the prompt."""
         if self.visual is None:
-            return self.vlm.token_embedding(self.batch.input_ids)
+            embeds: Tensor = self.vlm.token_embedding(self.batch.input_ids)
+            return embeds
         return self.vlm.merge_embeddings(self.batch, self.visual)
 
     def _run_positions(self, embeds: Tensor, budget: int) -> int:
