@@ -58,6 +58,7 @@ class AccessChecks:
 
     def _check_request(self, scope: Scope) -> None:
         headers, settings = Headers(scope=scope), self._state.settings
+        _check_length(scope, settings.max_header_bytes)
         host = headers.get("host", "")
         allowed = {*LOOPBACK_NAMES, *settings.allowed_hosts} if settings.is_loopback else None
         if len(headers.getlist("host")) != 1 or (allowed and _without_port(host) not in allowed):
@@ -83,6 +84,14 @@ class AccessChecks:
         if not is_same and name not in self._state.settings.allowed_hosts:
             message = f"a page of '{origin:.100}' may not use this server"
             raise ApiError(403, message, code="origin_not_allowed", headers=CLOSE_CONNECTION)
+
+
+def _check_length(scope: Scope, max_bytes: int) -> None:
+    """Raise an ApiError for long headers; uvicorn refuses only those that come in pieces."""
+    target = len(scope["raw_path"]) + len(scope["query_string"])
+    if target + sum(len(name) + len(value) for name, value in scope["headers"]) > max_bytes:
+        message = f"address and headers have more than {max_bytes:,} bytes"
+        raise ApiError(431, message, headers=CLOSE_CONNECTION)
 
 
 def _without_port(host: str) -> str:

@@ -54,13 +54,17 @@ class BodyBytes:
 
     async def read(self, request: Request, settings: ApiSettings) -> None:
         """Read the body of a request; ApiError where it is too large, too slow or cut off."""
-        _check_headers(request, settings.max_body_bytes)
+        _check_headers(request)
         chunks = request.stream()
         try:
             async with asyncio.timeout(settings.body_seconds):
+                if _announced_bytes(request) > settings.max_body_bytes:
+                    if "expect" not in request.headers:  # it sends what it has announced
+                        await _discard(chunks, settings.body_idle_seconds)
+                    raise _too_large_error(settings.max_body_bytes)
                 while (chunk := await _next_chunk(chunks, settings.body_idle_seconds)) is not None:
                     if len(self.data) + len(chunk) > settings.max_body_bytes:
-                        await _discard(chunks)
+                        await _discard(chunks, settings.body_idle_seconds)
                         raise _too_large_error(settings.max_body_bytes)
                     if not self._budget.take(len(chunk)):
                         message = "the server holds as many bytes of requests as it may"
@@ -85,7 +89,12 @@ def parse_json_object(data: bytes | bytearray) -> dict[str, Any]:
     return value
 
 
-def _check_headers(request: Request, max_bytes: int) -> None:
+def _announced_bytes(request: Request) -> int:
+    """Return the length that the headers tell, which uvicorn has checked; 0 where they do not."""
+    return int(request.headers.get("content-length", "0"))
+
+
+def _check_headers(request: Request) -> None:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != JSON_TYPE:
         message = f"Content-Type is '{kind:.60}'; wanted is {JSON_TYPE}"
@@ -106,9 +115,9 @@ async def _next_chunk(chunks: AsyncIterator[bytes], idle_seconds: float) -> byte
         return await anext(chunks, None)
 
 
-async def _discard(chunks: AsyncIterator[bytes]) -> None:
+async def _discard(chunks: AsyncIterator[bytes], idle_seconds: float) -> None:
     """Read on for a moment: a connection closed at once loses the response with it."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(DISCARD_SECONDS):
-            async for _ in chunks:
+            while await _next_chunk(chunks, idle_seconds) is not None:
                 pass
