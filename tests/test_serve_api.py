@@ -16,6 +16,7 @@ from fake_engine import FAIL, REFUSE, VISUAL_TOKENS, FakeEngine, fake_model
 from PIL import Image, ImageChops
 
 from vlbench.data.scene_world import make_scene
+from vlbench.serve.api import answer_stream
 from vlbench.serve.api.api_settings import ApiSettings
 
 ENGINE = FakeEngine()
@@ -77,6 +78,15 @@ def test_a_stream_has_role_text_reason_and_usage(client):
     assert raw.headers["content-type"].startswith("text/event-stream")
     assert raw.http_response.read().decode().endswith("data: [DONE]\n\n")
     assert '"usage"' not in raw.http_response.text
+
+
+def test_a_stream_without_text_for_a_while_is_kept_alive(client, monkeypatch):
+    monkeypatch.setattr(answer_stream, "KEEP_ALIVE_SECONDS", 0.002)
+    options = {"model": "runs/slow", "stream": True}
+    chunks = list(ask(client, says("one two"), **options))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "one two"
+    raw = client.chat.completions.with_raw_response.create(messages=[says("a b")], **options)
+    assert b": the answer goes on" in raw.http_response.read()
 
 
 def test_images_turns_and_options_reach_the_engine(client):

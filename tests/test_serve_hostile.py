@@ -184,6 +184,7 @@ RAW: dict[str, tuple[bytes, int]] = {
     "many headers": (head("GET", "/health", **{f"X{n}": "a" * 20 for n in range(2000)}), 431),
     "long path": (head("GET", "/" + "a" * 100_000), 431),
     "negative length": (head(Content_Length="-5"), 400),
+    "long length": (head(Content_Length="9" * 5000), 400),
     "two lengths": (head(Content_Length="5, 7"), 400),
     "split header": (head("GET", "/health", X="a\r\n b\x00c"), 400),
     "broken chunk": (

@@ -29,6 +29,8 @@ PORTS = {"http": 80, "https": 443}
 REDIRECT_CODES = (301, 302, 303, 307, 308)
 CHUNK_BYTES = 1 << 16  # read at once
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_FURTHER_NETWORKS = [ipaddress.ip_network(text) for text in ("64:ff9b:1::/48", "192.88.99.0/24")]
+"""Not public, which older releases of Python do not know."""
 
 ResolveHost = Callable[[str, int], Sequence[str]]
 
@@ -59,6 +61,8 @@ def is_public_address(text: str) -> bool:
             return is_public_address(str(inner))
         if address.is_site_local:
             return False
+    if any(address in network for network in _FURTHER_NETWORKS):
+        return False
     return address.is_global and not address.is_multicast and not address.is_reserved
 
 
