@@ -12,6 +12,7 @@ from vlbench.serve.api.app import create_app
 from vlbench.serve.api.http_server import ApiServer, bind_socket
 from vlbench.serve.api.remote_images import RemoteImages
 from vlbench.serve.api.served_model import ServedModel
+from vlbench.serve.vote_file import VoteFile
 
 
 @contextlib.contextmanager
@@ -19,11 +20,12 @@ def running_server(
     models: Sequence[ServedModel],
     settings: ApiSettings | None = None,
     remote_images: RemoteImages | None = None,
+    votes: VoteFile | None = None,
 ) -> Iterator[tuple[ApiServer, int]]:
     """Serve models while the context lasts; give the server and its port."""
     settings = settings or ApiSettings()
     listener = bind_socket("127.0.0.1", 0)
-    server = ApiServer(create_app(models, settings, remote_images), settings)
+    server = ApiServer(create_app(models, settings, remote_images, votes), settings)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     while not server.started:

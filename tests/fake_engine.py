@@ -43,7 +43,13 @@ class FakeEngine:
             self._unfinished += 1
         self.requests.append(request)
         handle = SimpleNamespace(is_cancelled=False)
-        handle.cancel = lambda: setattr(handle, "is_cancelled", True)
+
+        def cancel() -> None:
+            with self._changed:
+                handle.is_cancelled = True
+                self._changed.notify_all()
+
+        handle.cancel = cancel
         words = text.split(" ")
         pieces = itertools.cycle(words) if words[0] == "forever" else iter(words)
         told = (request, list(itertools.islice(pieces, request.max_new_tokens)), len(images))

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import uvicorn
+from api_server import running_server
 from random_vlm import small_vlm
 
 from vlbench.connector import registry
 from vlbench.serve.answer_request import AnswerEnd, AnswerRequest, FinishReason, QueueFull
 from vlbench.serve.api.api_settings import ApiSettings
-from vlbench.serve.api.app import create_app
 from vlbench.serve.api.served_model import EndCallback, ServedModel, TextCallback
 from vlbench.serve.vote_file import VoteFile
 
@@ -87,8 +86,8 @@ class ScriptedEngine:
     def close(self) -> None:
         pass
 
-    def load(self) -> tuple[int, int]:
-        return 0, 0
+    def counts(self) -> Any:
+        return SimpleNamespace(rows_running=0, requests_waiting=0)
 
 
 def last_text(request: AnswerRequest) -> str:
@@ -115,15 +114,5 @@ def serve_page(
 ) -> Iterator[str]:
     """Serve the page in a thread until the end of `with`; give its address."""
     vote_file = VoteFile(votes, [model.name for model in models]) if votes else None
-    app = create_app(models, ApiSettings(api_key=api_key), votes=vote_file)
-    config = uvicorn.Config(app, lifespan="off", log_level="critical", timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
-        finally:
-            server.should_exit = True
-            thread.join()
+    with running_server(models, ApiSettings(api_key=api_key), votes=vote_file) as (_, port):
+        yield f"http://127.0.0.1:{port}/"

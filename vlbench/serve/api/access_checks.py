@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vlbench.serve.api.api_errors import CLOSE_CONNECTION, ApiError
+from vlbench.serve.api.api_errors import ApiError
 from vlbench.serve.api.api_settings import LOOPBACK_NAMES
 from vlbench.serve.api.api_state import ApiState
 
@@ -58,14 +58,19 @@ class AccessChecks:
 
     def _check_request(self, scope: Scope) -> None:
         headers, settings = Headers(scope=scope), self._state.settings
+        _check_length(scope, settings.max_header_bytes)
         host = headers.get("host", "")
-        allowed = {*LOOPBACK_NAMES, *settings.allowed_hosts} if settings.is_loopback else None
+        allowed = (
+            {*LOOPBACK_NAMES, settings.host, *settings.allowed_hosts}
+            if settings.is_loopback
+            else None
+        )
         if len(headers.getlist("host")) != 1 or (allowed and _without_port(host) not in allowed):
             message = (
                 f"the Host header is '{host:.100}', by which this server is not reached; it "
                 "listens on this machine alone (allow_hosts= names others, as of a proxy)"
             )
-            raise ApiError(403, message, code="host_not_allowed", headers=CLOSE_CONNECTION)
+            raise ApiError(403, message, code="host_not_allowed")
         origin = headers.get("origin")
         if scope["method"] not in SAFE_METHODS and origin is not None:
             self._check_origin(origin, host)
@@ -82,7 +87,15 @@ class AccessChecks:
         is_same = origin.startswith(("http://", "https://")) and netloc.lower() == host.lower()
         if not is_same and name not in self._state.settings.allowed_hosts:
             message = f"a page of '{origin:.100}' may not use this server"
-            raise ApiError(403, message, code="origin_not_allowed", headers=CLOSE_CONNECTION)
+            raise ApiError(403, message, code="origin_not_allowed")
+
+
+def _check_length(scope: Scope, max_bytes: int) -> None:
+    """Raise an ApiError for long headers; uvicorn refuses only those that come in pieces."""
+    target = len(scope["raw_path"]) + len(scope["query_string"])
+    if target + sum(len(name) + len(value) for name, value in scope["headers"]) > max_bytes:
+        message = f"address and headers have more than {max_bytes:,} bytes"
+        raise ApiError(431, message)
 
 
 def _without_port(host: str) -> str:
@@ -97,5 +110,5 @@ def _check_key(given: list[str], api_key: str) -> None:
     if kind.lower() != "bearer" or not is_right:
         problem = "the key is wrong" if given else "a key is needed"
         message = f"{problem}; send the header 'Authorization: Bearer KEY'"
-        headers = {"WWW-Authenticate": "Bearer", **CLOSE_CONNECTION}
+        headers = {"WWW-Authenticate": "Bearer"}
         raise ApiError(401, message, code="invalid_api_key", headers=headers)

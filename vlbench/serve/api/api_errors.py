@@ -27,8 +27,6 @@ STATUS_MESSAGES = {
 }
 RETRY_SECONDS = {429: "2", 503: "5"}
 """Of the header Retry-After, by status; OpenAI's clients obey it."""
-CLOSE_CONNECTION = {"Connection": "close"}
-"""For a request whose body is not read to its end."""
 
 
 class ApiError(Exception):

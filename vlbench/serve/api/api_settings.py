@@ -32,10 +32,18 @@ class ApiSettings:
     """Requests whose images are decoded at once."""
     max_arriving: int = 256
     """Requests that are being read, or wait for their images to be decoded."""
+    max_connections: int = 512
+    """One beyond is ended at once."""
+    max_header_bytes: int = 16_384
+    """Of the address and the headers of a request."""
+    header_seconds: float = 10.0
+    """From a connection, or a request's first byte, to the end of its headers."""
     body_idle_seconds: float = 10.0
     """Without a byte of a body."""
     body_seconds: float = 120.0
     """For a whole body."""
+    stall_seconds: float = 60.0
+    """That a client may take to read what was sent, once buffers are full."""
     drain_seconds: float = 600.0
     """After a stop signal, for answers that were accepted."""
 

@@ -37,7 +37,9 @@ def create_app(
     """
     remote_images = remote_images or RemoteImages(settings.image_hosts)
     # FastAPI's own pages load scripts from another site
-    app = FastAPI(title="vlbench", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="vlbench", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+    )
     state = ApiState(served_models, settings, ImageInputs(settings, remote_images))
     app.state.api = state
     app.state.page = PageState(state.models, votes)

@@ -61,10 +61,10 @@ async def _read_and_submit(
     with state.admit_request(), state.body_budget.hold_bytes() as body:
         await body.read(request, state.settings)
         async with state.preparing:
-            return await to_thread.run_sync(submit_answer, state, bytes(body.data), channel)
+            return await to_thread.run_sync(submit_answer, state, body.data, channel)
 
 
-def submit_answer(state: ApiState, body: bytes, channel: AnswerChannel) -> SubmittedAnswer:
+def submit_answer(state: ApiState, body: bytearray, channel: AnswerChannel) -> SubmittedAnswer:
     """Hand a request to its model's engine; takes as long as its images do, so not on the loop.
 
     Raises ApiError for what is wrong with it, and where no place is free.

@@ -21,10 +21,6 @@ from vlbench.errors import UserError
 from vlbench.serve.api.api_settings import ApiSettings
 from vlbench.serve.api.api_state import ApiState
 
-MAX_HEADER_BYTES = 16_384  # of a request's first line and headers
-MAX_CONNECTIONS = 512
-HEADER_SECONDS = 10.0
-STALL_SECONDS = 60.0
 KEEP_ALIVE_SECONDS = 30
 FLUSH_SECONDS = 5  # for the last bytes of responses, at the end
 INTERRUPTED = 130  # exit code, as of every verb that is ended
@@ -38,7 +34,9 @@ class ApiServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=limited_protocol(MAX_CONNECTIONS, HEADER_SECONDS, STALL_SECONDS),
+                http=limited_protocol(
+                    settings.max_connections, settings.header_seconds, settings.stall_seconds
+                ),
                 ws="none",
                 loop="asyncio",
                 lifespan="off",
@@ -47,7 +45,7 @@ class ApiServer(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+                h11_max_incomplete_event_size=settings.max_header_bytes,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=FLUSH_SECONDS,
             )

@@ -19,7 +19,6 @@ from vlbench.serve.api.api_settings import ApiSettings
 from vlbench.serve.api.remote_images import RemoteImages
 
 DATA_URL = re.compile(r"data:image/[\w.+-]{1,40};base64,", re.IGNORECASE)
-MAX_DETAILS = 200  # characters of a reason
 IMAGE_CODE = "invalid_image_url"
 
 
@@ -54,9 +53,7 @@ class RequestImages:
             data = self._read_bytes(url)
             image = open_image_bytes(data, "image", max_pixels=self._pixels_left)
         except UserError as error:
-            raise ApiError(
-                400, f"{param}: {str(error)[:MAX_DETAILS]}", code=IMAGE_CODE, param=param
-            ) from None
+            raise ApiError(400, f"{param}: {error}", code=IMAGE_CODE, param=param) from None
         self._pixels_left -= image.width * image.height
         return image
 

@@ -8,6 +8,7 @@ names by themselves.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import ipaddress
 import socket
@@ -23,10 +24,13 @@ MAX_BYTES = 20_000_000  # of an image file
 MAX_REDIRECTS = 3
 CONNECT_SECONDS = 5.0
 DOWNLOAD_SECONDS = 20.0  # for one address, from the connection to the last byte
+LATE_MESSAGE = f"takes more than {DOWNLOAD_SECONDS:.0f} seconds to download"
 PORTS = {"http": 80, "https": 443}
 REDIRECT_CODES = (301, 302, 303, 307, 308)
 CHUNK_BYTES = 1 << 16  # read at once
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_FURTHER_NETWORKS = [ipaddress.ip_network(text) for text in ("64:ff9b:1::/48", "192.88.99.0/24")]
+"""Not public, which older releases of Python do not know."""
 
 ResolveHost = Callable[[str, int], Sequence[str]]
 
@@ -57,6 +61,8 @@ def is_public_address(text: str) -> bool:
             return is_public_address(str(inner))
         if address.is_site_local:
             return False
+    if any(address in network for network in _FURTHER_NETWORKS):
+        return False
     return address.is_global and not address.is_multicast and not address.is_reserved
 
 
@@ -77,18 +83,7 @@ class RemoteImages:
         """Return the bytes at `url`, or raise a UserError with the reason."""
         for _ in range(MAX_REDIRECTS + 1):
             parts = self._check_url(url)
-            connection = self._connect(parts)
-            deadline = threading.Timer(DOWNLOAD_SECONDS, _end_connection, [connection])
-            deadline.start()
-            try:
-                body, location = _request_file(connection, parts)
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                if isinstance(error, UserError):
-                    raise
-                raise UserError(f"cannot be downloaded ({one_line(error)})") from None
-            finally:
-                deadline.cancel()
-                connection.close()
+            body, location = self._connect(parts).request_in_time(parts)
             if location is None:
                 return body
             url = urljoin(url, location)
@@ -115,7 +110,7 @@ class RemoteImages:
             )
         return parts
 
-    def _connect(self, parts: SplitResult) -> http.client.HTTPConnection:
+    def _connect(self, parts: SplitResult) -> _PinnedConnection:
         """Return a connection to a checked address of a URL's host."""
         host, port = str(parts.hostname), parts.port or PORTS[parts.scheme]
         try:
@@ -135,10 +130,38 @@ class _PinnedConnection(http.client.HTTPConnection):
     def __init__(self, host: str, port: int, address: str) -> None:
         super().__init__(host, port, timeout=CONNECT_SECONDS)
         self._address = address
+        self._open_socket: socket.socket | None = None  # http.client forgets its own early
+        self._is_late = False
 
     def connect(self) -> None:
         """Connect to the address, without resolving a name."""
         self.sock = socket.create_connection((self._address, self.port), CONNECT_SECONDS)
+        self._open_socket = self.sock
+
+    def request_in_time(self, parts: SplitResult) -> tuple[bytes, str | None]:
+        """Return the bytes of a file, or where its server redirects to; a UserError if late."""
+        deadline = threading.Timer(DOWNLOAD_SECONDS, self._end_late)
+        deadline.start()
+        try:
+            answer = _request_file(self, parts)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            reason = LATE_MESSAGE if self._is_late else f"cannot be downloaded ({one_line(error)})"
+            raise UserError(reason) from None
+        finally:
+            deadline.cancel()
+            self.close()
+        if self._is_late:  # its bytes end where the connection was ended
+            raise UserError(LATE_MESSAGE)
+        return answer
+
+    def _end_late(self) -> None:
+        """End the connection: what waits for its bytes then meets their end."""
+        self._is_late = True
+        if self._open_socket is not None:
+            with contextlib.suppress(OSError):  # it has ended by itself
+                self._open_socket.shutdown(socket.SHUT_RDWR)
 
 
 class _PinnedTlsConnection(_PinnedConnection):
@@ -151,6 +174,7 @@ class _PinnedTlsConnection(_PinnedConnection):
         super().connect()
         context = ssl.create_default_context()
         self.sock = context.wrap_socket(self.sock, server_hostname=self.host)
+        self._open_socket = self.sock
 
 
 def _request_file(
@@ -174,13 +198,3 @@ def _request_file(
         if len(data) > MAX_BYTES:
             raise UserError(f"has more than {format_bytes(MAX_BYTES)}")
     return bytes(data), None
-
-
-def _end_connection(connection: http.client.HTTPConnection) -> None:
-    """End a download that takes too long: what waits for bytes then meets the end."""
-    sock = connection.sock
-    if sock is not None:
-        try:
-            sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            return  # it has ended by itself

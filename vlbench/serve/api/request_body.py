@@ -12,10 +12,9 @@ from pydantic_core import from_json
 
 from vlbench.errors import describe_json_type, one_line
 from vlbench.regular_files import format_bytes
-from vlbench.serve.api.api_errors import CLOSE_CONNECTION, ApiError
+from vlbench.serve.api.api_errors import ApiError
 from vlbench.serve.api.api_settings import ApiSettings
 
-DISCARD_SECONDS = 2.0  # for the rest of a body that is too large, so that its client reads why
 JSON_TYPE = "application/json"
 
 
@@ -53,31 +52,36 @@ class BodyBytes:
         self._budget = budget
 
     async def read(self, request: Request, settings: ApiSettings) -> None:
-        """Read the body of a request; ApiError where it is too large, too slow or cut off."""
-        _check_headers(request, settings.max_body_bytes)
+        """Read the body of a request; ApiError where it is too large or too slow.
+
+        What is left of it then is thrown away by uvicorn, for `header_seconds`: a connection that
+        is closed at once loses the response with it.
+        """
+        _check_headers(request)
         chunks = request.stream()
         try:
             async with asyncio.timeout(settings.body_seconds):
+                if _announced_bytes(request) > settings.max_body_bytes:
+                    raise _too_large_error(settings.max_body_bytes)
                 while (chunk := await _next_chunk(chunks, settings.body_idle_seconds)) is not None:
                     if len(self.data) + len(chunk) > settings.max_body_bytes:
-                        await _discard(chunks)
                         raise _too_large_error(settings.max_body_bytes)
                     if not self._budget.take(len(chunk)):
                         message = "the server holds as many bytes of requests as it may"
-                        raise ApiError(429, message, code="queue_full", headers=CLOSE_CONNECTION)
+                        raise ApiError(429, message, code="queue_full")
                     self.data += chunk
         except TimeoutError:
             message = (
                 f"the body has not arrived: at most {settings.body_idle_seconds:g} seconds without "
                 f"a byte and {settings.body_seconds:g} in all are allowed"
             )
-            raise ApiError(408, message, headers=CLOSE_CONNECTION) from None
+            raise ApiError(408, message) from None
 
 
 def parse_json_object(data: bytes | bytearray) -> dict[str, Any]:
     """Return the JSON object in a body; ApiError 400 for anything else, however deep it is."""
     try:
-        value = from_json(bytes(data), allow_inf_nan=False)
+        value = from_json(data, allow_inf_nan=False)
     except ValueError as error:
         raise ApiError(400, f"the body is no JSON ({one_line(error)})") from None
     if not isinstance(value, dict):
@@ -85,30 +89,27 @@ def parse_json_object(data: bytes | bytearray) -> dict[str, Any]:
     return value
 
 
-def _check_headers(request: Request, max_bytes: int) -> None:
+def _announced_bytes(request: Request) -> int:
+    """Return the length that the headers tell, which uvicorn has checked; 0 where they do not."""
+    return int(request.headers.get("content-length", "0"))
+
+
+def _check_headers(request: Request) -> None:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != JSON_TYPE:
         message = f"Content-Type is '{kind:.60}'; wanted is {JSON_TYPE}"
-        raise ApiError(400, message, headers=CLOSE_CONNECTION)
+        raise ApiError(400, message)
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         message = "Content-Encoding is not taken; send the JSON as it is"
-        raise ApiError(400, message, headers=CLOSE_CONNECTION)
+        raise ApiError(400, message)
 
 
 def _too_large_error(max_bytes: int) -> ApiError:
     message = f"the body has more than {format_bytes(max_bytes)}, which are allowed"
-    return ApiError(413, message, code="request_too_large", headers=CLOSE_CONNECTION)
+    return ApiError(413, message, code="request_too_large")
 
 
 async def _next_chunk(chunks: AsyncIterator[bytes], idle_seconds: float) -> bytes | None:
     """Return the next bytes of a body, None at its end."""
     async with asyncio.timeout(idle_seconds):
         return await anext(chunks, None)
-
-
-async def _discard(chunks: AsyncIterator[bytes]) -> None:
-    """Read on for a moment: a connection closed at once loses the response with it."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(DISCARD_SECONDS):
-            async for _ in chunks:
-                pass
