@@ -113,8 +113,8 @@ def start_lines(models: list[ServedModel], settings: ApiSettings, port: int) -> 
         command += f' -H "Authorization: Bearer ${KEY_VARIABLE}"'
     return [
         *(_describe_model(model) for model in models),
-        f"page: {address}/",
         f"API: {address}/v1 (as OpenAI's; Ctrl-C ends it when its answers are written)",
+        f"page: {address}/",
         f"try: {command}",
     ]
 
