@@ -101,8 +101,7 @@ def load_served_model(name: str, path: str, arguments: ServeArguments) -> Served
 
 def start_lines(models: list[ServedModel], settings: ApiSettings, port: int) -> list[str]:
     """Return what is printed when the server is ready: models, addresses, an example."""
-    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host.strip("[]")
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    address = f"http://{settings.url_host}:{port}"
     question = {
         "model": models[0].name,
         "messages": [{"role": "user", "content": "What can you see?"}],

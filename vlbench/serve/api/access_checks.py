@@ -61,7 +61,7 @@ class AccessChecks:
         _check_length(scope, settings.max_header_bytes)
         host = headers.get("host", "")
         allowed = (
-            {*LOOPBACK_NAMES, settings.host, *settings.allowed_hosts}
+            {*LOOPBACK_NAMES, settings.url_host, *settings.allowed_hosts}
             if settings.is_loopback
             else None
         )

@@ -52,6 +52,18 @@ class ApiSettings:
         """Whether only programs on this machine reach the server."""
         return is_loopback_host(self.host)
 
+    @property
+    def url_host(self) -> str:
+        """The host of a URL by which this machine reaches the server."""
+        host = self.host.strip("[]")
+        try:
+            address = ipaddress.ip_address(host)
+        except ValueError:
+            return host
+        if address.is_unspecified:  # listens on every address, loopback's too
+            return LOOPBACK_NAMES[1]
+        return f"[{host}]" if address.version == 6 else host
+
 
 def is_loopback_host(host: str) -> bool:
     """Return whether a host to listen on is this machine alone."""
