@@ -26,6 +26,7 @@ from PIL import Image
 
 from vlbench.data.conversation_record import sample_from_record
 from vlbench.data.image_processing import open_image_bytes
+from vlbench.data.location_errors import folder_remedy
 from vlbench.data.record_dialects import IMAGE_KEYS, TURN_KEYS
 from vlbench.data.remote_shards import file_exists, is_url, read_byte_range, read_json_file
 from vlbench.data.sample import Sample
@@ -200,10 +201,10 @@ def _read_shard_list(location: str) -> tuple[list[str], list[int]] | None:
         return None
     file = f"{location.rstrip('/')}/{SHARD_LIST_FILE}"
     if not file_exists(file):
-        raise UserError(
-            f"data {location}: holds no {SHARD_LIST_FILE}; give a folder that `pack` wrote, or tar "
-            "files as dir/{000000..000123}.tar"
-        )
+        remedy = "give a folder that `pack` wrote, or tar files as dir/{000000..000123}.tar"
+        if Path(location).is_dir() and any(Path(location).iterdir()):
+            remedy = folder_remedy(Path(location))
+        raise UserError(f"data {location}: holds no {SHARD_LIST_FILE}; {remedy}")
     content = read_json_file(file)
     shards = content.get("shards") if isinstance(content, dict) else None
     if not isinstance(shards, list) or not all(map(_is_shard, shards)) or not shards:
