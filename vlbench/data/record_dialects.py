@@ -65,6 +65,19 @@ def is_record(value: Mapping[str, Any]) -> bool:
     return any(key in value for key in (*TURN_KEYS, *OTHER_TURN_KEYS)) or _is_row(value)
 
 
+def has_turns(record: Mapping[str, Any]) -> bool:
+    """Tell whether a record is a conversation, or a question with its answer."""
+    return (
+        any(key in record for key in TURN_KEYS)
+        or any(_are_turns(record.get(key)) for key in OTHER_TURN_KEYS)
+        or _find_pair(record) is not None
+    )
+
+
+def _are_turns(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
 def unify_record(record: Mapping[str, Any]) -> TurnsRecord:
     """Return a record with its turns in a key of TURN_KEYS; as it is where no dialect fits."""
     for key in TURN_KEYS:
@@ -73,7 +86,7 @@ def unify_record(record: Mapping[str, Any]) -> TurnsRecord:
             return TurnsRecord(unified, own_keys=_pair_names(record[key]))
     for key in OTHER_TURN_KEYS:
         turns = record.get(key)
-        if isinstance(turns, list) and turns and isinstance(turns[0], dict):
+        if turns is not None and _are_turns(turns):
             others = {name: value for name, value in record.items() if name != key}
             unified = {**others, "conversations": _expand_pairs(turns)}
             return TurnsRecord(unified, key == "texts", _pair_names(turns))

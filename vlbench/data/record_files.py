@@ -115,10 +115,11 @@ def record_decoder() -> json.JSONDecoder:
 
     JSON takes the last one; the other would be lost without a word.
     """
-    return json.JSONDecoder(object_pairs_hook=_unique_keys)
+    return json.JSONDecoder(object_pairs_hook=unique_keys)
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a mapping of JSON; a UserError where a key has several values."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next((key for key, value in pairs if found[key] != value), None)
