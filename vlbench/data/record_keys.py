@@ -65,7 +65,7 @@ TEXT_WORDS = frozenset(
 IMAGE_NAME_WORDS = frozenset("image img picture pic photo".split())
 """A key with one of these words and `id` names an image (`image_id`)."""
 
-IMAGE_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
+IMAGE_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"RIFF", b"II*\0", b"MM\0*")
 """How files of images begin."""
 
 ADDRESS_WORDS = frozenset("href link source src uri url".split())
