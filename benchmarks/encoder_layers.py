@@ -53,10 +53,9 @@ def main() -> None:
         "|---|---:|---:|---:|",
     ]
     for name, times in seconds.items():
-        lines.append(
-            f"| {name} | {1e3 * medians[name]:.0f} | {1e3 * min(times):.0f} to {1e3 * max(times):.0f} "
-            f"| {medians[name] / medians['one block']:.2f} x |"
-        )
+        spread = f"{1e3 * min(times):.0f} to {1e3 * max(times):.0f}"
+        ratio = medians[name] / medians["one block"]
+        lines.append(f"| {name} | {1e3 * medians[name]:.0f} | {spread} | {ratio:.2f} x |")
     write_section("Encoder: three blocks read, or one", lines)
 
 
