@@ -23,13 +23,13 @@ from vlbench.processor import ChatMessage
 
 CONNECTORS = [
     "llava_mlp",
-    "deepstack",
     *(
         pytest.param(name, marks=pytest.mark.slow)
-        for name in ("flamingo", "cross_attention", "instruct_qformer", "mixed", "qformer", "dense")
+        for name in ("deepstack", "flamingo", "cross_attention", "instruct_qformer", "mixed")
     ),
 ]
-"""What only fills positions, what also injects, and the other kinds."""
+"""What fills positions, what does and injects as well, what injects alone, and what reads the
+question."""
 
 
 @pytest.fixture(autouse=True)

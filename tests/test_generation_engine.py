@@ -120,7 +120,8 @@ def mixed_requests(count: int) -> list[AnswerRequest]:
     ]
 
 
-def test_answers_are_those_of_chat(vlm, engines):
+def test_answers_are_those_of_chat(engines):
+    vlm = build_asked_vlm("deepstack")
     check_answers(vlm, engines(vlm, max_rows=4, prefill_tokens=40), mixed_requests(8))
 
 
@@ -297,7 +298,8 @@ def test_an_error_of_the_model_ends_the_answers_it_concerns(engines, monkeypatch
         (simple(temperature=-1.0), UserError, "temperature is -1.0"),
         (simple(tokens=0), UserError, "max_new_tokens is 0"),
         (simple(stop=("",)), UserError, "texts that are not empty"),
-        (AnswerRequest([]), UserError, "a prompt ends with a turn of 'human'"),
+        (AnswerRequest([]), UserError, "the conversation is empty"),
+        (AnswerRequest([[ask("one")], [ask("two")]]), UserError, "messages are 2 conversations"),
     ],
 )
 def test_what_is_wrong_with_a_request_is_said_at_once(vlm, engines, request_, error, line):

@@ -203,14 +203,11 @@ class GenerationEngine:
         batch = self._processor.prepare(request.messages)
         return Prompt(batch, position_keys(batch))
 
+    @torch.inference_mode()
     def _run(self) -> None:
         device = self._model.device
         while self._wait_for_work():
-            with (
-                torch.inference_mode(),
-                share_cores(device),
-                avoid_cudnn_attention(device.type),
-            ):
+            with share_cores(device), avoid_cudnn_attention(device.type):
                 while self._unfinished_count and not self._is_closed:
                     self._take_turn()
         self._end_all(EngineClosing("the server was closed before the answer ended"))
