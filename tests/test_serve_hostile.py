@@ -90,14 +90,20 @@ def exchange(
     if not received:
         return 0, b""
     first, _, body = received.partition(b"\r\n\r\n")
-    kind = b"application/json" in first
-    return int(first.split()[1]), json.loads(body) if kind else first + body
+    is_json = b"application/json" in first
+    return int(first.split()[1]), json.loads(body[: body_length(first)]) if is_json else received
 
 
 def is_whole(received: bytes) -> bool:
-    first, end, body = received.lower().partition(b"\r\n\r\n")
-    length = first.partition(b"content-length:")[2].split(b"\r\n")[0]
-    return bool(end and length) and len(body) >= int(length)
+    first, end, body = received.partition(b"\r\n\r\n")
+    length = body_length(first)
+    return bool(end) and length is not None and len(body) >= length
+
+
+def body_length(headers: bytes) -> int | None:
+    """Return the length that a response's headers tell, None where they do not."""
+    length = headers.lower().partition(b"content-length:")[2].split(b"\r\n")[0]
+    return int(length) if length else None
 
 
 def png(width: int, height: int) -> bytes:
