@@ -58,6 +58,15 @@ def test_a_connector_that_reads_several_blocks_has_them_of_both():
                 assert half.equal(level.chunk(2, dim=-1)[number])
 
 
+def test_where_a_connector_reads_the_layer_of_the_first_it_reads_that_of_the_second():
+    first = build_vision_encoder("tiny", "embedded", -2)
+    pair = PairedEncoder(first, build_vision_encoder("tiny_eva", "embedded", -1))
+    count = len(pair.second.blocks())
+    for layers, second in (((), (-1,)), ((-2, 0, -1), (-1, -len(pair.blocks()), -1))):
+        pair.read_blocks(layers, False)
+        assert pair.second.output_blocks == tuple(block % count for block in second)
+
+
 @pytest.mark.parametrize("class_token", [False, True])
 def test_features_are_those_of_each_encoder_joined_by_channel(class_token):
     pair = tiny_pair()

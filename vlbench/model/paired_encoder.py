@@ -112,11 +112,18 @@ class PairedEncoder(VisionEncoder):
         self._match_second()
 
     def read_blocks(self, layers: Sequence[int], class_token: bool) -> None:
-        """Let `forward` return what a connector reads, of the second as far from its last block."""
+        """Let `forward` return what a connector reads, of the second as far from its last block.
+
+        Where it reads the block `layer` of the first, it is the block `layer` of the second.
+        """
         super().read_blocks(layers, class_token)
         count = len(self.blocks())
+        places = [
+            self.second.block_index if layer % count == self.block_index else layer % count - count
+            for layer in layers
+        ]
         try:
-            self.second.read_blocks([layer % count - count for layer in layers], class_token)
+            self.second.read_blocks(places, class_token)
         except UserError as error:
             raise UserError(f"vision.second: {error}") from error
 
