@@ -284,7 +284,8 @@ def test_values_that_do_not_go_together_are_said_in_one_line(
     name, changes, reason, folders, tmp_path
 ):
     shutil.copytree(folders[name], tmp_path / "copy")
-    edit_json(tmp_path / "copy/config.json", **changes)
+    file = tmp_path / "copy/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(UserError, match=reason) as caught:
         check_language_weights(str(tmp_path / "copy"))
     assert len(caught.value.lines) == 1

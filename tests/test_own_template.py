@@ -255,7 +255,7 @@ BROUGHT = "; the tokenizer brings another one, which language.template=auto take
         (OWN_TEMPLATES["qwen 3"], "auto", "auto, the one that the tokenizer brings", "<|im_end|>"),
         (OWN_TEMPLATES["qwen 3"], "chatml", "chatml", "<|im_end|>"),
         ("", "yi_vl", "yi_vl", "###"),
-        ("{{ messages }}", "llava_v1", "llava_v1, as the chat template of the tokenizer of", "<|end"),
+        ("{{ messages }}", "llava_v1", "llava_v1, as the chat template of the", "<|endoftext|>"),
     ],
 )
 def test_a_run_says_with_which_template_it_is_asked(jinja, given, told, stop, tmp_path, capsys):

@@ -204,6 +204,21 @@ def test_a_part_that_is_not_there_cannot_be_trained():
         load_recipe(["recipe=yivl_llava", *BOTH])
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["layer=9"], "vision.second.layer is 9; this vision encoder has 5 blocks"),
+        (["weights=openai"], "vision.second.weights is 'openai'; vision.second.name=tiny_eva "),
+        (["image_size=85"], "vision.second: image_size is 85"),
+    ],
+)
+def test_errors_name_the_keys_of_the_second(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*SHORT, SECOND, *(f"vision.second.{word}" for word in words)]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
 def test_the_planner_counts_both():
     from vlbench.model.train_flops import count_step_flops
     from vlbench.planner.meta_model import build_meta_vlm
