@@ -37,7 +37,7 @@ class ShapeMode(FakeTensorMode):
     """
 
     @functools.cached_property
-    def avoid_device_init(self) -> bool:  # type: ignore[override]
+    def avoid_device_init(self) -> bool:
         """Tell whether there is none."""
         has_none: bool = super().avoid_device_init
         return has_none
