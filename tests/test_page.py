@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 import json
 import re
 import shutil
@@ -13,6 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from page_driver import (
+    WAIT,
+    add_picture,
+    ask,
+    picture_bytes,
+    scrolls_sideways,
+    tab,
+    transfer_with,
+    wait_for_answers,
+)
 from page_server import ScriptedEngine, images_of, scripted_models, serve_page
 from PIL import Image
 
@@ -23,17 +31,6 @@ pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
 ]
-PNG = {"name": "<i>cat</i>.png", "mimeType": "image/png"}
-WAIT = 10_000  # milliseconds
-
-
-def picture_bytes(width: int = 80, height: int = 40, kind: str = "PNG", **options: Any) -> bytes:
-    """Return a picture of two colours."""
-    image = Image.new("RGB", (width, height), (200, 60, 20))
-    image.paste((20, 60, 200), (0, 0, width // 2, height // 2))
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -99,54 +96,6 @@ def open_page(browser):
 
 def engine_of(models, index: int = 0) -> ScriptedEngine:
     return models[index].engine
-
-
-def add_picture(page, content: bytes = b"") -> None:
-    page.set_input_files(
-        "#composer input[type=file]", {**PNG, "buffer": content or picture_bytes()}
-    )
-    page.wait_for_selector(".thumbnail")
-
-
-def ask(page, question: str, with_picture: bool = False) -> None:
-    if with_picture:
-        add_picture(page)
-    page.fill("#question", question)
-    page.press("#question", "Enter")
-
-
-def wait_for_answers(page, count: int = 1) -> list[str]:
-    """Return the words of the last turn's answers once all have ended."""
-    last = page.locator(".turn").last
-    playwright.expect(last.locator(".answer")).to_have_count(count)
-    playwright.expect(last.locator(".answer.coming")).to_have_count(0, timeout=WAIT)
-    return last.locator(".answer > .words").all_inner_texts()
-
-
-def transfer_with(page, name: str, content: bytes):
-    """Return a DataTransfer with a file, as dropping and pasting bring one."""
-    return page.evaluate_handle(
-        """([name, text]) => {
-            const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
-            const transfer = new DataTransfer();
-            transfer.items.add(new File([bytes], name, {type: "image/png"}));
-            return transfer;
-        }""",
-        [name, base64.b64encode(content).decode()],
-    )
-
-
-def tab(page) -> str:
-    """Press Tab, and return the name of what has the focus then."""
-    page.keyboard.press("Tab")
-    return page.evaluate(
-        """() => {const e = document.activeElement;
-        return e.ariaLabel || e.labels?.[0]?.innerText || e.innerText || "NAMELESS"}"""
-    )
-
-
-def scrolls_sideways(page) -> bool:
-    return page.evaluate("document.documentElement.scrollWidth > innerWidth")
 
 
 def test_a_dropped_picture_is_asked_about_and_the_answer_streams(open_page, chat, models):
@@ -298,7 +247,7 @@ def test_a_blind_vote_is_written_and_shows_the_names(open_page, arena, votes):
     assert page.locator(".answer h3").all_inner_texts() == ["Answer A", "Answer B"]
     assert not page.is_visible(".metrics") and not page.is_visible("text=Heat map")
     page.click("text=B is better")
-    playwright.expect(page.locator(".vote")).to_contain_text("B is better")
+    playwright.expect(page.locator(".vote")).to_contain_text("Your vote: B is better")
     assert page.locator(".answer h3").all_inner_texts() == names
     vote = json.loads(votes.read_text().splitlines()[-1])
     assert vote.pop("time").endswith("+00:00")
@@ -316,6 +265,7 @@ def test_no_vote_where_an_answer_is_missing(open_page, arena):
     page = open_page(arena)
     page.check("#blind input")
     ask(page, "full")
+    wait_for_answers(page, 2)
     playwright.expect(page.locator(".vote")).to_contain_text("there is no vote")
     notes = page.locator(".answer > .note").all_inner_texts()
     assert notes == ["The server has too much to do. Try again in 2 s."] * 2
