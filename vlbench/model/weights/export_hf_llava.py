@@ -111,7 +111,7 @@ def write_hf_llava(
         suppress_tokens=list(range(vlm.tokenizer.embedding_rows, vocab_size)),
     )
     with _hide_progress_bars():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=_with_released_vision_names(model.state_dict()))
 
 
 def _check_projector(vlm: LoadedVLM, has_norms: bool) -> None:
@@ -143,6 +143,22 @@ def _build_holder(config: LlavaConfig, has_norms: bool) -> Any:
     return model
 
 
+def _with_released_vision_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict in which the encoder's tensors have the names of released folders.
+
+    transformers 5 has taken `vision_model.` out of its module's names. It reads both; vLLM, SGLang
+    and transformers 4 know the released names alone.
+    """
+    prefix = "model.vision_tower."
+    released = f"{prefix}vision_model."
+    return {
+        name.replace(prefix, released, 1)
+        if name.startswith(prefix) and not name.startswith(released)
+        else name: tensor
+        for name, tensor in state.items()
+    }
+
+
 @contextlib.contextmanager
 def _hide_progress_bars() -> Iterator[None]:
     """Hide progress bars of transformers, and restore its settings afterwards."""
@@ -163,6 +179,8 @@ def build_llava_config(vlm: VLM, image_id: int, vocab_size: int) -> LlavaConfig:
     """Return transformers' configuration of a model of LLaVA's layout."""
     depth, _ = projector_depth_and_norm(require_projector(vlm.connector, LAYOUT_NAME))
     language = {**vlm.language.config.to_dict(), "vocab_size": vocab_size}
+    # vLLM finds the language model's class by this name
+    language["architectures"] = [type(vlm.language).__name__]
     return LlavaConfig(
         vision_config=CLIPVisionConfig(**clip_layouts.to_hf_vision_config(vlm.vision.visual)),
         text_config=type(vlm.language.config)(**language),
