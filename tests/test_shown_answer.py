@@ -7,8 +7,8 @@ import io
 import re
 
 import pytest
+from golden_release import CHECKPOINT
 from PIL import Image
-from random_vlm import CHECKPOINT
 
 import vlbench
 from vlbench.errors import UserError
