@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from PIL import Image
@@ -221,16 +221,14 @@ class LoadedVLM:
             question: The text that follows the images.
             chat_options: Those of `chat`.
         """
-        several = [] if images is None else [images] if _is_one_image(images) else list(images)
+        if images is None:
+            images = []
+        several = [images] if isinstance(images, str | Path | Image.Image) else list(images)
         content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in several]
         content.append({"type": "text", "text": question})
         messages = [{"role": "user", "content": content}]
         opened = tuple(image.open() for image in sample_from_messages(messages).images)
         return ShownAnswer(question, self.chat(messages, **chat_options), opened)
-
-
-def _is_one_image(images: object) -> TypeGuard[ImageInput]:
-    return isinstance(images, str | Path | Image.Image)
 
 
 def assemble_vlm(

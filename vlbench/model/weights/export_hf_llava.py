@@ -78,8 +78,10 @@ def write_hf_llava(
         UserError: when the layout cannot express the connector, encoder or tokenizer.
     """
     _check_projector(vlm, has_norms)
-    layout = clip_layouts if has_norms else vision_layouts
-    layout.to_hf_vision_config(vlm.vision.visual)  # refuses other encoders
+    if has_norms:
+        clip_layouts.to_hf_vision_config(vlm.vision.visual)  # refuses other encoders
+    else:
+        vision_layouts.to_hf_vision_config(vlm.vision.visual)
     if vlm.vision.norm:
         raise UserError("vision.norm is true, which this layout cannot say; use format=vlbench")
     refuse_divided_logits(vlm.language.config, "the language model")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -32,10 +32,11 @@ def build_vit(config: Mapping[str, Any]) -> nn.Module:
     """Build open_clip's module for what `parse_vision_config` has returned."""
     if config.get("model_type") == siglip_layouts.MODEL_TYPE:
         return siglip_layouts.build_siglip_vit(config)
-    return clip_layouts.build_clip_vit(config)
+    visual: nn.Module = clip_layouts.build_clip_vit(config)
+    return visual
 
 
-def feature_selection(visual: nn.Module) -> str:
+def feature_selection(visual: nn.Module) -> Literal["default", "full"]:
     """Return LLaVA's `vision_feature_select_strategy`: whether a class token is dropped."""
     return "default" if has_class_token(visual) else "full"
 
@@ -56,5 +57,7 @@ def to_hf_state_dict(visual: nn.Module) -> dict[str, Tensor]:
 
 def to_open_clip_state_dict(state: dict[str, Tensor], visual: nn.Module) -> dict[str, Tensor]:
     """Return transformers' state dict by the names of `visual`; `state` is emptied."""
-    layout = siglip_layouts if has_timm_trunk(visual) else clip_layouts
-    return layout.to_open_clip_state_dict(state, len(encoder_blocks(visual)))
+    num_layers = len(encoder_blocks(visual))
+    if has_timm_trunk(visual):
+        return siglip_layouts.to_open_clip_state_dict(state, num_layers)
+    return clip_layouts.to_open_clip_state_dict(state, num_layers)
