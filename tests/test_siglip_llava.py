@@ -16,6 +16,7 @@ from test_other_engines import RELEASED_NAMES
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import vlbench
+from vlbench.__main__ import main
 from vlbench.compat.vision_internals import build_timm_encoder
 from vlbench.connector import registry
 from vlbench.errors import UserError
@@ -128,3 +129,21 @@ def test_another_kind_of_encoder_in_a_folder_is_named(source, tmp_path):
     edit_json(folder / "config.json", vision_config={"model_type": "pixtral"})
     with pytest.raises(UserError, match="model_type 'pixtral'; known are clip_vision_model and"):
         vlbench.load(folder)
+
+
+@pytest.mark.slow
+def test_a_run_may_begin_with_one_and_ends_as_one(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "begun").mkdir()
+    write_hf_llava(siglip_vlm(source), tmp_path / "begun", None)
+    words = ["recipe=yivl_llava", "init=begun", "only=chat", "connector.norm=false", "run=run"]
+    words += ["stages.chat.steps=1", "stages.chat.image_size=96", "stages.chat.global_batch_size=2"]
+    words += ["log.questions=2", "log.tensorboard=false", "log.examples=0"]
+    assert main(["fit", *words, "language.template=yi_vl"]) == 0
+    run = vlbench.load("run", dtype="float32", device="cpu")
+    back = vlbench.load(export(Path("run"), Path("to")), dtype="float32", device="cpu")
+    assert run.processor.transform.squash and back.processor.transform == run.processor.transform
+    messages = [{"role": "user", "content": [{"type": "text", "text": "x"}]}]
+    messages[0]["content"].insert(0, {"type": "image", "image": Image.new("RGB", (50, 90), "red")})
+    ours = run(run.prepare(messages)).logits[0]
+    assert torch.equal(back(back.prepare(messages)).logits[0, :, : ours.shape[-1]], ours)
