@@ -289,8 +289,11 @@ def test_rows_of_text_alone_between_rows_with_images(folder, encoder):
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "an answer that is null": ({"texts": [{"user": "Q", "assistant": None}]}, "'value' is null"),
-    "an answer that is a list": ({"question": "Q", "answer": ["A"]}, "'value' is a list"),
+    "an answer that is null": (
+        {"texts": [{"user": "Q", "assistant": None}]},
+        "turn 2: 'assistant' is null",
+    ),
+    "an answer that is a list": ({"question": "Q", "answer": ["A"]}, "'answer' is a list"),
     "a role of tools": (
         {"messages": turns("role", "content", "user", "tool")},
         "turn 2: unknown role 'tool'",
@@ -317,14 +320,17 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a caption by address": (
         {"url": "https://x/a.jpg", "caption": "A block."},
-        "'image' is a text .*, a URL; download it",
+        "'url' is a text .*, a URL; download it",
     ),
     "a caption without an image": ({"text": "A block."}, "has no 'conversations'; its keys"),
     "a second image": (
         {"image": "a.jpg", "img": "b.png", "caption": "A block."},
         "'img' is not read",
     ),
-    "an image among nulls": ({"images": ["a.jpg", None], **_as_texts()}, "'images' is a list"),
+    "an image among nulls": (
+        {"images": ["a.jpg", None], **_as_texts()},
+        "entry 2 of 'images' is null; expected a file name",
+    ),
     "an image that is a number": ({"image": 7, **_as_texts()}, "'image' is a number"),
 }
 
@@ -394,7 +400,7 @@ def test_an_image_as_text_is_looked_at_once_and_only_where_it_begins(folder, mon
 
 TABLES = {
     "one column too many": ("image,caption\na.jpg,a,b\n", "record 1: has 3 cells.* has 2 columns"),
-    "a cell that is empty": ("image,caption\na.jpg,\n", "record 1: turn 2: 'value' is null"),
+    "a cell that is empty": ("image,caption\na.jpg,\n", "record 1: turn 2: 'caption' is null"),
     "no image": ("image,caption\n,A block\n", "record 1: has no 'conversations'"),
 }
 

@@ -10,10 +10,11 @@ Keys that are null are left out, as rows of Parquet files have all keys in every
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from vlbench.data.record_dialects import IMAGE_KEYS, TURN_KEYS
 from vlbench.data.record_images import WrittenImage, read_written_image
 from vlbench.data.record_keys import EMPTY_VALUES, find_unread_keys
 from vlbench.data.sample import IMAGE_PLACEHOLDER
@@ -24,6 +25,19 @@ IMAGE_TYPES = ("image", "image_url", "input_image")
 IMAGE_VALUE_KEYS = ("image", "image_url", "path", "url", "base64")
 """Keys of a part that may hold its image."""
 EXPECTED_PART = '{"type": "text", "text": TEXT} or {"type": "image", "image": FILE}'
+
+
+def names_images(record: Mapping[str, Any]) -> bool:
+    """Tell whether a record says what its images are, in a key or in parts of a turn."""
+    turns = [turn for key in TURN_KEYS for turn in _mappings_in(record.get(key))]
+    parts = [part for turn in turns for part in _mappings_in(turn.get("content"))]
+    return any(record.get(key) not in EMPTY_VALUES for key in IMAGE_KEYS) or any(
+        part.get(key) not in EMPTY_VALUES for part in parts for key in IMAGE_VALUE_KEYS
+    )
+
+
+def _mappings_in(value: Any) -> list[dict[str, Any]]:
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
 @dataclass

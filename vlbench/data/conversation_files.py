@@ -11,10 +11,11 @@ from vlbench.data.annotation_records import AnnotationRecords
 from vlbench.data.conversation_record import find_image, sample_from_record
 from vlbench.data.image_processing import ImageFile
 from vlbench.data.json_records import JsonRecords
+from vlbench.data.location_errors import folder_remedy, missing_file_error
 from vlbench.data.mapped_sources import find_mapped_source
 from vlbench.data.parquet_files import find_parquet_files
 from vlbench.data.parquet_records import ParquetRecords
-from vlbench.data.record_files import RecordFile, missing_file_error, read_beginning
+from vlbench.data.record_files import RecordFile, read_beginning
 from vlbench.data.record_images import EmbeddedImage, image_bytes
 from vlbench.data.sample import LazyImage, Sample, SampleSource, sample_at
 from vlbench.data.shard_sampler import MAX_LANES
@@ -153,7 +154,6 @@ def _find_problem(image: LazyImage) -> str:
 
 def open_record_file(location: str) -> RecordFile:
     """Open records by what their file or folder is; raises a UserError that names it."""
-    file = Path(location)
     try:
         mapped = find_mapped_source(location)
         if mapped is not None:
@@ -161,16 +161,38 @@ def open_record_file(location: str) -> RecordFile:
         parquet_files = find_parquet_files(location)
         if parquet_files:
             return ParquetRecords(location, parquet_files)
-        beginning = read_beginning(file)
-        if beginning.startswith(PARQUET_SIGNATURE):
-            return ParquetRecords(location, [file])
-        if beginning[:1] not in (b"[", b"{") and is_table(beginning):
-            return TableRecords(file)
-        return JsonRecords(file)
+        return _open_by_content(location)
     except FileNotFoundError:
-        raise missing_file_error(file) from None
+        raise missing_file_error(Path(location)) from None
     except OSError as error:
         raise UserError(f"data {location}: cannot be read ({error.strerror})") from None
     except UserError as error:
         lines = [line.removeprefix(f"{location}: ") for line in error.lines]
         raise UserError(*(f"data {location}: {line}" for line in lines)) from None
+
+
+def _open_by_content(location: str) -> RecordFile:
+    """Open a file by how it begins; raises OSError, and a UserError for what is not read."""
+    file = Path(location)
+    if file.is_dir():
+        raise UserError(f"is a folder, not a file; {folder_remedy(file)}")
+    beginning = read_beginning(file)
+    if beginning.startswith(PARQUET_SIGNATURE):
+        return ParquetRecords(location, [file])
+    if beginning[:1] in (b"", b"[", b"{"):
+        return JsonRecords(file)
+    if is_table(beginning):
+        return TableRecords(file)
+    raise _no_records_error(beginning)
+
+
+def _no_records_error(beginning: bytes) -> UserError:
+    """Return the error for a file that is neither JSON nor a table."""
+    zero = beginning.find(b"\0")
+    if zero >= 0:
+        return UserError(f"is no text: its byte {zero + 1} is 0")
+    first_line = beginning.split(b"\n", 1)[0].decode("utf-8", "replace")
+    return UserError(
+        f"line 1 begins with {first_line[:40]!r}; expected a JSON list, JSON records one after "
+        "another, or a table (CSV or TSV) whose first line names columns"
+    )

@@ -16,7 +16,13 @@ from typing import Any
 from vlbench.data.content_parts import read_content_parts
 from vlbench.data.record_dialects import IMAGE_KEYS, TURN_KEYS, unify_record
 from vlbench.data.record_images import MAX_PATH_LENGTH, WrittenImage, read_written_image
-from vlbench.data.record_keys import EMPTY_VALUES, URL_PREFIX, find_unread_keys
+from vlbench.data.record_keys import (
+    EMPTY_VALUES,
+    URL_PREFIX,
+    find_unread_keys,
+    image_id_key,
+)
+from vlbench.data.record_tags import IMAGE_TAG, refuse_box_tags, refuse_media_tags
 from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, LazyImage, Sample, check_sample
 from vlbench.errors import BadSample, describe_json_type, escape_surrogates, suggest_name
 
@@ -39,7 +45,6 @@ ROLE_ALIASES = {
 TEXT_KEYS = {"from": ("value", "content", "text"), "role": ("content", "value", "text")}
 """Where the text of a turn is, by the key of its role."""
 USED_KEYS = ("id", "system", *TURN_KEYS, *IMAGE_KEYS)
-IMAGE_TAG = "<image>"  # LLaVA's spelling of IMAGE_PLACEHOLDER
 EXPECTED_RECORD = (
     '"conversations": [{"from": "human", "value": "<image>\\nQuestion"}, '
     '{"from": "gpt", "value": "Answer"}]'
@@ -47,15 +52,6 @@ EXPECTED_RECORD = (
 
 LOSS_SWITCH_KEYS = ("loss", "loss_mask", "loss_scale", "train", "trainable", "weight")
 """Keys of a turn that exclude an answer from the loss in other programs, when false or 0."""
-
-IMAGE_PATH_TAG = re.compile(r"<img>.*?</img>", re.IGNORECASE | re.DOTALL)
-MEDIA_TAG = re.compile(
-    IMAGE_PATH_TAG.pattern + r"|</image>|!\[[^\]]*\]\(data:[^)\s]*"
-    r"|<\|?\s*((start|end)_of_)?(image|img|video|audio|vision(?=_))"
-    r"([ _-]?(pad|start|end|here|context|placeholder|token|soft_token|bos|eos|\d+))*\s*/?\|?>",
-    re.IGNORECASE | re.DOTALL,
-)
-"""Tags of other programs for images, videos and sound; `<image>` is replaced before."""
 
 CHINESE_CHARACTER = re.compile("[\u4e00-\u9fff]")
 _EMBEDDED_REMEDY = ", an image as text; write it to a file and give its name"
@@ -74,6 +70,8 @@ class _PartialRecord:
     placeholder_parts: int = 0
     """Parts of a content that are the place of an image of the record's own key."""
     are_images_first: bool = False
+    own_keys: Mapping[str, str] = field(default_factory=dict)
+    """What the record calls `image`, `human` and `gpt`, where it has other keys."""
 
     @property
     def image_names(self) -> list[str]:
@@ -144,7 +142,9 @@ def _read_record(record: Any, fallback_name: str, may_embed: bool) -> _PartialRe
     unified = unify_record(record)
     record = unified.record
     turns_key = _turns_key(name, record)
-    partial = _PartialRecord(name, may_embed, are_images_first=unified.are_images_first)
+    partial = _PartialRecord(
+        name, may_embed, are_images_first=unified.are_images_first, own_keys=unified.own_keys
+    )
     partial.images = _listed_images(partial, record)
     listed_images = len(partial.images)
     for number, turn in enumerate(record[turns_key], start=1):
@@ -154,8 +154,10 @@ def _read_record(record: Any, fallback_name: str, may_embed: bool) -> _PartialRe
             name, f"has images in 'image' and in parts of {turns_key!r}; expected one way"
         )
     partial.unread_keys[:0] = find_unread_keys(name, record, USED_KEYS, partial.image_names)
+    _refuse_missing_image(partial, record)
     _add_system_turn(partial, record.get("system"))
-    _refuse_media_tags(partial)
+    refuse_media_tags(name, partial.turns)
+    refuse_box_tags(name, partial.turns, record)
     return partial
 
 
@@ -209,8 +211,10 @@ def _listed_images(partial: _PartialRecord, record: Mapping[str, Any]) -> list[W
         values = value if isinstance(value, list) else [value]
         listed = [read_written_image(one) for one in values]
         listed = [] if all(one.value in EMPTY_VALUES for one in listed) else listed
-        for image in listed:
-            _check_image(partial, image, repr(key), value)
+        own_key = repr(partial.own_keys.get(key, key))
+        for number, image in enumerate(listed, start=1):
+            place = f"entry {number} of {own_key}" if isinstance(value, list) else own_key
+            _check_image(partial, image, place)
         if images and listed and listed != images:
             raise BadSample(
                 partial.name, "has other images in 'image' than in 'images'; expected one"
@@ -219,20 +223,20 @@ def _listed_images(partial: _PartialRecord, record: Mapping[str, Any]) -> list[W
     return images
 
 
-def _check_image(partial: _PartialRecord, image: WrittenImage, place: str, given: Any) -> None:
-    """Raise BadSample for what is no file name and no image; at `place` stands `given`."""
+def _check_image(partial: _PartialRecord, image: WrittenImage, place: str) -> None:
+    """Raise BadSample for what is no file name and no image; it stands at `place`."""
     value = image.value
     if image.is_embedded:
         problem = "" if partial.may_embed else _EMBEDDED_REMEDY
     elif not isinstance(value, str) or not value.strip() or "\0" in value:
-        problem = "; expected a file name or a list"
+        problem = "; expected a file name, an image, or a list of these"
     elif len(value) > MAX_PATH_LENGTH:
         problem = _EMBEDDED_REMEDY
     else:
         is_url = URL_PREFIX.match(value)
         problem = ", a URL; download it into data.images and give its name" if is_url else ""
     if problem:
-        raise BadSample(partial.name, f"{place} is {describe_json_type(given)}{problem}")
+        raise BadSample(partial.name, f"{place} is {describe_json_type(value)}{problem}")
 
 
 def _add_turn(partial: _PartialRecord, turn: Any, number: int) -> None:
@@ -254,10 +258,11 @@ def _add_turn(partial: _PartialRecord, turn: Any, number: int) -> None:
                 f"has no {key!r}; its keys are {', '.join(map(repr, turn)) or 'none'}"
             )
     role = _parse_role(turn[role_key], role_key, refuse_turn)
-    text = _parse_turn_text(partial, turn[text_key], text_key, refuse_turn)
+    own_key = partial.own_keys.get(turn[role_key], "")
+    text = _parse_turn_text(partial, turn[text_key], own_key or text_key, refuse_turn)
     if not text.strip():
         raise refuse_turn(
-            f"the text of {turn[role_key]!r} is empty; leave out the turn or the record"
+            f"the text of {own_key or turn[role_key]!r} is empty; leave out the turn or the record"
         )
     loss_switch = next((key for key in LOSS_SWITCH_KEYS if turn.get(key) in (False, 0)), "")
     if loss_switch and role == "assistant":
@@ -291,7 +296,7 @@ def _parse_turn_text(
     if key == "content" and isinstance(content, list):
         parts = read_content_parts(partial.name, content, partial.placeholder_parts, refuse_turn)
         for image in parts.images:
-            _check_image(partial, image, "an image of 'content'", image.value)
+            _check_image(partial, image, "an image of 'content'")
         partial.images += parts.images
         partial.placeholder_parts += parts.listed_images
         partial.unread_keys += parts.unread_keys
@@ -316,22 +321,15 @@ def _add_system_turn(partial: _PartialRecord, system_prompt: Any) -> None:
         partial.turns.insert(0, ChatTurn("system", system_prompt))
 
 
-def _refuse_media_tags(partial: _PartialRecord) -> None:
-    """Raise BadSample for a tag that means an image or a video and would be read as text."""
-    for number, turn in enumerate(partial.turns, start=1):
-        where = f"a turn of {turn.role!r}"
-        if turn.role == "system" and (IMAGE_TAG in turn.text or IMAGE_PLACEHOLDER in turn.text):
-            raise BadSample(partial.name, f"{IMAGE_TAG} in {where}; only 'human' may show images")
-        pattern = IMAGE_PATH_TAG if turn.role == "assistant" else MEDIA_TAG
-        match = pattern.search(turn.text.replace(IMAGE_PLACEHOLDER, ""))
-        if not match:
-            continue
-        tag = match[0]
-        if re.search("video|audio", tag, re.IGNORECASE):
-            remedy = "videos and sound are not read: leave the record out, or show frames"
-        else:
-            remedy = f"name the file in 'image' and write {IMAGE_TAG} where the image belongs"
-        raise BadSample(partial.name, f"turn {number}: {tag!r} shows nothing here; {remedy}")
+def _refuse_missing_image(partial: _PartialRecord, record: Mapping[str, Any]) -> None:
+    """Raise BadSample for a record of text that names an image by its id alone."""
+    key = "" if partial.images else image_id_key(record)
+    if key:
+        raise BadSample(
+            partial.name,
+            f"{key!r} is {describe_json_type(record[key])}, and the record has no image; name its "
+            "file in 'image'",
+        )
 
 
 def _insert_image_tags(turns: list[ChatTurn], count: int) -> list[ChatTurn]:

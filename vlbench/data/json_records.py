@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from vlbench.data.json_scan import scan_json
-from vlbench.data.record_files import AnyOrder, read_range
+from vlbench.data.record_files import AnyOrder, read_range, record_decoder
 from vlbench.data.record_offsets import find_offsets
 from vlbench.errors import UserError
 
@@ -32,7 +31,9 @@ class JsonRecords(AnyOrder):
         start, end = self.offsets.record_range(index)
         data = read_range(self.name, self.offsets.stamp, start, end)
         try:
-            return json.JSONDecoder().raw_decode(data.decode("utf-8"))[0]
+            return record_decoder().raw_decode(data.decode("utf-8"))[0]
+        except UserError:
+            raise
         except (ValueError, RecursionError) as error:
             index_file = self.offsets.index_file
             remedy = f"; remove {index_file}, and it is made anew" if index_file else ""

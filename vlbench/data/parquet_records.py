@@ -125,10 +125,37 @@ class _LoadedBlock:
     omitted: list[list[str]]
 
     def read_row(self, row: int) -> dict[str, Any]:
-        record: dict[str, Any] = self.table.slice(row, 1).to_pylist()[0]
+        record = _read_values(self.table.slice(row, 1))
         for names in self.omitted:
             _mark_omitted(record, names)
         return record
+
+
+def _read_values(row: Table) -> dict[str, Any]:
+    """Return the values of a table of one row; a UserError names a column that has none."""
+    record: dict[str, Any] = {}
+    for name, column in zip(row.column_names, row.columns, strict=True):
+        try:
+            record[name] = column[0].as_py()
+        # a text that is not UTF-8, a day or a time zone that Python has not: Arrow checks neither
+        except (ValueError, ArithmeticError, LookupError, NotImplementedError) as error:
+            reason = one_line(error, max_lines=1)
+            raise UserError(f"column {name!r} cannot be read ({reason})") from error
+    return record
+
+
+def _in_microseconds(table: Table) -> Table:
+    """Return a table whose times have no nanoseconds, which Python has not: they are metadata."""
+    import pyarrow as arrow
+
+    for number, field in enumerate(table.schema):
+        if getattr(field.type, "unit", "") == "ns":
+            kinds = {"duration": arrow.duration("us"), "time64": arrow.time64("us")}
+            name = str(field.type).partition("[")[0]
+            kind = kinds.get(name) or arrow.timestamp("us", field.type.tz)
+            column = table.column(number).cast(kind, safe=False)
+            table = table.set_column(number, field.name, column)
+    return table
 
 
 def _mark_omitted(value: Any, names: list[str]) -> None:
@@ -146,6 +173,10 @@ def _find_blocks(file: Path, stamp: FileStamp) -> Iterator[RowBlock]:
     """Yield the blocks of a file; raises OSError, and a UserError for what is no Parquet file."""
     refuse_lfs_pointer(file)
     with _open_parquet(file) as opened:
+        names = opened.schema_arrow.names
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise UserError(f"{file}: has the column {twice!r} more than once")
         for number in range(opened.metadata.num_row_groups):
             group = opened.metadata.row_group(number)
             rows_per_block = max(1, group.num_rows * BLOCK_BYTES // max(1, group.total_byte_size))
@@ -182,7 +213,7 @@ def _read_block(block: RowBlock, with_images: bool) -> _LoadedBlock:
         with _open_parquet(block.file) as opened:
             columns, omitted = (None, []) if with_images else _text_columns(opened, block.row_group)
             batches = list(_read_batches(opened, block, columns or None))
-        return _LoadedBlock(Table.from_batches(batches), omitted)
+        return _LoadedBlock(_in_microseconds(Table.from_batches(batches)), omitted)
     except (ArrowException, OSError) as error:
         raise _damaged_error(block.file, error) from error
 

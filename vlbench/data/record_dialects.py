@@ -7,10 +7,10 @@ keys, so that those of one file may differ.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from vlbench.data.record_keys import EMPTY_VALUES
+from vlbench.data.record_keys import EMPTY_VALUES, media_kind
 
 TURN_KEYS = ("conversations", "messages")
 OTHER_TURN_KEYS = ("conversation", "texts")
@@ -28,12 +28,15 @@ FLAT_IMAGE_KEYS = (
     "img_path",
     "jpg",
     "png",
+    "jpeg",
+    "webp",
     "image_url",
     "url",
 )
 """Keys of the image in a record that is a row: an image with its caption, or with a question."""
 PAIR_KEYS = (
     ("user", "assistant"),
+    ("human", "assistant"),
     ("question", "answer"),
     ("query", "response"),
     ("instruction", "output"),
@@ -42,7 +45,7 @@ PAIR_KEYS = (
     ("input", "output"),
 )
 """What is asked and what is answered: of a row, or of each entry in a list of turns."""
-CAPTION_KEYS = ("caption", "text", "title")
+CAPTION_KEYS = ("caption", "text", "title", "txt")
 EXTRA_INPUT = "input"  # of Alpaca's rows: a text that the instruction is about
 
 
@@ -53,6 +56,8 @@ class TurnsRecord:
     record: Mapping[str, Any]
     are_images_first: bool = False
     """Whether images without a tag are read before the first text, however many there are."""
+    own_keys: Mapping[str, str] = field(default_factory=dict)
+    """What the record itself calls `image`, `human` and `gpt`, where it has other keys."""
 
 
 def is_record(value: Mapping[str, Any]) -> bool:
@@ -60,18 +65,32 @@ def is_record(value: Mapping[str, Any]) -> bool:
     return any(key in value for key in (*TURN_KEYS, *OTHER_TURN_KEYS)) or _is_row(value)
 
 
+def has_turns(record: Mapping[str, Any]) -> bool:
+    """Tell whether a record is a conversation, or a question with its answer."""
+    return (
+        any(key in record for key in TURN_KEYS)
+        or any(_are_turns(record.get(key)) for key in OTHER_TURN_KEYS)
+        or _find_pair(record) is not None
+    )
+
+
+def _are_turns(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
 def unify_record(record: Mapping[str, Any]) -> TurnsRecord:
     """Return a record with its turns in a key of TURN_KEYS; as it is where no dialect fits."""
     for key in TURN_KEYS:
         if record.get(key) not in EMPTY_VALUES:
-            return TurnsRecord({**record, key: _expand_pairs(record[key])})
+            unified = {**record, key: _expand_pairs(record[key])}
+            return TurnsRecord(unified, own_keys=_pair_names(record[key]))
     for key in OTHER_TURN_KEYS:
         turns = record.get(key)
-        if isinstance(turns, list) and turns and isinstance(turns[0], dict):
+        if turns is not None and _are_turns(turns):
             others = {name: value for name, value in record.items() if name != key}
             unified = {**others, "conversations": _expand_pairs(turns)}
-            return TurnsRecord(unified, are_images_first=key == "texts")
-    return TurnsRecord(_unify_row(record) if _is_row(record) else record)
+            return TurnsRecord(unified, key == "texts", _pair_names(turns))
+    return _unify_row(record) if _is_row(record) else TurnsRecord(record)
 
 
 def _expand_pairs(turns: Any) -> Any:
@@ -81,9 +100,19 @@ def _expand_pairs(turns: Any) -> Any:
     return [turn for entry in turns for turn in _iterate_turns(entry)]
 
 
+def _pair_names(turns: Any) -> dict[str, str]:
+    """Return what the first turn calls the question and the answer, if it is a pair."""
+    first = turns[0] if isinstance(turns, list) and turns else None
+    pair = _find_pair(first) if isinstance(first, dict) and _may_be_pair(first) else None
+    return dict(zip(("human", "gpt"), pair or (), strict=False))
+
+
+def _may_be_pair(entry: Mapping[str, Any]) -> bool:
+    return "role" not in entry and "from" not in entry
+
+
 def _iterate_turns(entry: Any) -> Iterator[Any]:
-    may_be_pair = isinstance(entry, dict) and "role" not in entry and "from" not in entry
-    pair = _find_pair(entry) if may_be_pair else None
+    pair = _find_pair(entry) if isinstance(entry, dict) and _may_be_pair(entry) else None
     if pair is None:
         yield entry
         return
@@ -99,7 +128,13 @@ def _find_pair(record: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def _find_image_key(record: Mapping[str, Any]) -> str | None:
-    return next((key for key in FLAT_IMAGE_KEYS if record.get(key) not in EMPTY_VALUES), None)
+    """Return the key of a row's image; the `url` of a question may be that of a page."""
+    for key in FLAT_IMAGE_KEYS:
+        value = record.get(key)
+        is_page = key == "url" and _find_pair(record) and media_kind(str(value)) != "image"
+        if value not in EMPTY_VALUES and not is_page:
+            return key
+    return None
 
 
 def _is_row(record: Mapping[str, Any]) -> bool:
@@ -110,7 +145,7 @@ def _is_row(record: Mapping[str, Any]) -> bool:
     return _find_pair(record) is not None or (has_caption and _find_image_key(record) is not None)
 
 
-def _unify_row(row: Mapping[str, Any]) -> Mapping[str, Any]:
+def _unify_row(row: Mapping[str, Any]) -> TurnsRecord:
     """Return the conversation of a row; its other keys stay."""
     image_key, pair = _find_image_key(row), _find_pair(row)
     used = {image_key, *(pair or ())}
@@ -119,7 +154,9 @@ def _unify_row(row: Mapping[str, Any]) -> Mapping[str, Any]:
         caption_key = next((key for key in present if row[key] is not None), present[0])
         used.add(caption_key)
         question, answer = "<image>", row[caption_key]
+        own_keys = {"gpt": caption_key}
     else:
+        own_keys = {"human": pair[0], "gpt": pair[1]}
         question, answer = row[pair[0]], row[pair[1]]
         if pair[0] == "instruction" and EXTRA_INPUT in row:
             used.add(EXTRA_INPUT)
@@ -127,8 +164,9 @@ def _unify_row(row: Mapping[str, Any]) -> Mapping[str, Any]:
     unified = {key: value for key, value in row.items() if key not in used}
     if image_key:
         unified["image"] = row[image_key]
+        own_keys["image"] = image_key
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    return {**unified, "conversations": turns}
+    return TurnsRecord({**unified, "conversations": turns}, own_keys=own_keys)
 
 
 def _join_input(instruction: Any, extra_input: Any) -> Any:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
-from codecs import BOM_UTF8
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from vlbench.data.shard_sampler import MAX_LANES
-from vlbench.errors import UserError, suggest_name
+from vlbench.errors import UserError
 from vlbench.regular_files import MAX_DATA_BYTES, open_regular
 from vlbench.text_files import LFS_POINTER
 
@@ -24,6 +25,8 @@ FOREIGN_SIGNATURES = {
     b"\x80": "is a pickle or another binary file; write its records as JSON",
     b"\x89PNG": "is an image; expected records in JSON",
     b"\xff\xd8\xff": "is an image; expected records in JSON",
+    BOM_UTF16_LE: "is text in UTF-16; save it as UTF-8",
+    BOM_UTF16_BE: "is text in UTF-16; save it as UTF-8",
     b"<": "begins as a web page (HTML or XML), not as JSON; was it downloaded by its raw address?",
     LFS_POINTER: "is a Git-LFS pointer and not the file; run git lfs pull",
 }
@@ -107,10 +110,22 @@ def read_range(file: str, stamp: FileStamp, start: int, end: int) -> bytes:
         raise UserError(f"{file}: {error}") from error
 
 
-def missing_file_error(file: Path) -> UserError:
-    """Return the error for a file that is not there, with the name most like it."""
-    suggestion = suggest_name(file.name, [path.name for path in file.parent.glob("*.json*")])
-    return UserError(f"data {file}: there is no such file.{suggestion}")
+def record_decoder() -> json.JSONDecoder:
+    """Return a decoder of records, which raises a UserError where a key is there twice.
+
+    JSON takes the last one; the other would be lost without a word.
+    """
+    return json.JSONDecoder(object_pairs_hook=unique_keys)
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a mapping of JSON; a UserError where a key has several values."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next((key for key, value in pairs if found[key] != value), None)
+        if twice is not None:
+            raise UserError(f"has the key {twice!r} more than once, with different values")
+    return found
 
 
 def read_beginning(file: Path) -> bytes:

@@ -9,20 +9,23 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+import urllib.parse
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from PIL import Image
 
 from vlbench.data.image_processing import open_image_bytes
-from vlbench.data.record_keys import DATA_URI
+from vlbench.data.record_keys import is_metadata_key
 from vlbench.errors import BadSample, UserError
 
 BASE64_TEXT = re.compile(r"[A-Za-z0-9+/=\s]{200,}")  # a path of that length has other characters
 """The bytes of an image as base64 text, or how they begin."""
 MAX_PATH_LENGTH = 4096  # characters, as on Linux
 STRUCT_KEYS = frozenset({"bytes", "path"})
-"""What a mapping that is an image has; either may be null."""
+"""What a mapping that is an image has; either may be null. Its other keys are metadata."""
+FILE_URL = re.compile(r"file://(localhost)?(?=/)")
+DATA_PREFIX = "data:"
 OMITTED_BYTES = b"omitted"
 """In place of an image's bytes, in a record that was read without them."""
 
@@ -88,13 +91,22 @@ class WrittenImage:
 
 def read_written_image(value: Any) -> WrittenImage:
     """Tell what an image of a record is; a mapping of a path without bytes is that path."""
-    if isinstance(value, dict) and value and value.keys() <= STRUCT_KEYS:
-        has_bytes = value.get("bytes") is not None
-        return WrittenImage(value if has_bytes else value.get("path"), has_bytes)
+    if isinstance(value, dict) and STRUCT_KEYS & value.keys():
+        others = value.keys() - STRUCT_KEYS
+        if all(value[key] is None or is_metadata_key(str(key)) for key in others):
+            has_bytes = value.get("bytes") is not None
+            return WrittenImage(value if has_bytes else _local_name(value.get("path")), has_bytes)
     if isinstance(value, str):  # of bytes as text the beginning tells enough
-        is_text = DATA_URI.match(value[:20]) or BASE64_TEXT.fullmatch(value[:MAX_PATH_LENGTH])
-        return WrittenImage(value, bool(is_text))
+        is_data_url = value.startswith(DATA_PREFIX)
+        is_text = is_data_url or BASE64_TEXT.fullmatch(value[:MAX_PATH_LENGTH])
+        return WrittenImage(value if is_text else _local_name(value), bool(is_text))
     return WrittenImage(value, isinstance(value, bytes))
+
+
+def _local_name(name: Any) -> Any:
+    """Return the path that a `file://` address names, as Qwen-VL's data have; else the name."""
+    match = FILE_URL.match(name) if isinstance(name, str) else None
+    return urllib.parse.unquote(name[match.end() :]) if match else name
 
 
 def image_bytes(image: WrittenImage) -> bytes:
@@ -103,8 +115,11 @@ def image_bytes(image: WrittenImage) -> bytes:
     if isinstance(value, bytes):
         return value
     text = str(value)
+    if text.startswith(DATA_PREFIX):
+        header, comma, text = text.partition(",")
+        if not comma or not header.endswith(";base64"):
+            raise BadSample("", f"is a data URL without base64 ({header[:40]})")
     try:
-        encoded = text.partition("base64,")[2] if DATA_URI.match(text[:20]) else text
-        return base64.b64decode("".join(encoded.split()), validate=True)
+        return base64.b64decode("".join(text.split()), validate=True)
     except binascii.Error as error:
         raise BadSample("", f"is no base64 text ({error})") from error

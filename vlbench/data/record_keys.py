@@ -27,7 +27,8 @@ METADATA_KEYS = frozenset(
 
 CONTENT_KINDS = {
     "image": (
-        "image img picture pic photo pixel screenshot thumbnail jpg jpeg png visual frame media",
+        "image img picture pic photo pixel screenshot thumbnail jpg jpeg png webp visual frame "
+        "media",
         "name the file in 'image' of the record (one or a list), and write <image> in a human turn "
         "where it stands",
     ),
@@ -49,9 +50,9 @@ CONTENT_KINDS = {
 """By kind of content: the words that its keys contain, and what to do with the record."""
 
 METADATA_WORDS = frozenset(
-    "aspect category count dataset duration end format fps hash height id idx index length license "
-    "md5 num number quality ratio res resolution score sha sha1 sha256 similarity size source "
-    "split start tag type version width".split()
+    "aspect category confidence count dataset duration end format fps hash height id idx index "
+    "length license max md5 mean min num number quality rating ratio res resolution score sha sha1 "
+    "sha256 similarity size source split start std tag type version width".split()
 )
 """A key with one of these words is metadata, also of an image (`image_id`, `num_images`)."""
 
@@ -60,6 +61,12 @@ TEXT_WORDS = frozenset(
     "title".split()
 )
 """A key with one of these words is text, also if it names an image (`image_text`)."""
+
+IMAGE_NAME_WORDS = frozenset("image img picture pic photo".split())
+"""A key with one of these words and `id` names an image (`image_id`)."""
+
+IMAGE_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"RIFF", b"II*\0", b"MM\0*")
+"""How files of images begin."""
 
 ADDRESS_WORDS = frozenset("href link source src uri url".split())
 """Words of a key that says where an image came from."""
@@ -123,7 +130,9 @@ def is_metadata_key(key: str) -> bool:
 
 def _content_kind(key: str, value: Any) -> str:
     """Return the kind of content that a key holds, "" for none."""
-    by_value = next((kind for text in _iterate_texts(value) if (kind := _media_kind(text))), "")
+    texts = (text for _, text in _iterate_texts(key, value))
+    by_value = next((kind for text in texts if (kind := media_kind(text))), "")
+    by_value = by_value or ("image" if _holds_image_bytes(value) else "")
     words = _key_words(key)
     if by_value or METADATA_WORDS & words or key.lower() in METADATA_KEYS:
         return by_value
@@ -145,16 +154,43 @@ def _key_words(key: str) -> frozenset[str]:
     return frozenset(words | without_digits | singular)
 
 
-def _iterate_texts(value: Any) -> Iterator[str]:
-    """Yield the texts in a value: itself, or those of nested lists and mappings."""
+def _iterate_texts(key: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Yield the texts in a value, itself or in nested lists and mappings, with their own keys."""
     if isinstance(value, str):
-        yield value
-    elif isinstance(value, list | dict):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _iterate_texts(item)
+        yield key, value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _iterate_texts(str(name), item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _iterate_texts(key, item)
 
 
-def _media_kind(text: str) -> str:
+def _holds_image_bytes(value: Any) -> bool:
+    """Tell whether a value is the bytes of an image, or a mapping or a list that has some."""
+    if isinstance(value, bytes):
+        return value.startswith(IMAGE_SIGNATURES)
+    if isinstance(value, dict):
+        return isinstance(value.get("bytes"), bytes) and "path" in value
+    return isinstance(value, list) and any(map(_holds_image_bytes, value))
+
+
+def image_id_key(record: Mapping[str, Any]) -> str:
+    """Return the key of a record that names an image by a number or a name, "" for none."""
+    return next(
+        (
+            key
+            for key, value in record.items()
+            if isinstance(value, str | int)
+            and value not in ("", -1)
+            and "id" in (words := _key_words(str(key)))
+            and IMAGE_NAME_WORDS & words
+        ),
+        "",
+    )
+
+
+def media_kind(text: str) -> str:
     """Return the kind of content of a data URI or a media file's name, "" for other texts."""
     data_uri = DATA_URI.match(text[:20])
     if data_uri:
@@ -168,9 +204,10 @@ def _media_kind(text: str) -> str:
 def _is_known_image(key: str, value: Any, image_names: Collection[str]) -> bool:
     """Tell whether a value is the URL of images that are read, or another path of them."""
     base_names = {PurePosixPath(image_name).name for image_name in image_names}
-    may_be_url = bool(ADDRESS_WORDS & _key_words(key) and base_names)
-    texts = list(_iterate_texts(value))
+    texts = list(_iterate_texts(key, value))
+    texts = [(name, text) for name, text in texts if media_kind(text)] or texts
     return bool(texts) and all(
-        (may_be_url and URL_PREFIX.match(text)) or PurePosixPath(text).name in base_names
-        for text in texts
+        (base_names and ADDRESS_WORDS & _key_words(name) and URL_PREFIX.match(text))
+        or PurePosixPath(text).name in base_names
+        for name, text in texts
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 from vlbench.data.json_nesting import EVERY_VALUE, FoundRecord, scan_nested
 from vlbench.data.mapping_texts import LinePattern
-from vlbench.data.record_files import FileStamp, read_beginning, read_range
+from vlbench.data.record_files import FileStamp, read_beginning, read_range, record_decoder
 from vlbench.data.table_records import CountedLines
 from vlbench.errors import BadSample, UserError, describe_json_type
 from vlbench.regular_files import MAX_DATA_BYTES, open_regular
@@ -57,7 +56,7 @@ class RecordPlace:
             text = data.decode("utf-8")
             if self.pattern is not None:
                 return self.pattern.read_line(text.rstrip("\r\n"))
-            decoder, key = json.JSONDecoder(), None
+            decoder, key = record_decoder(), None
             if self.at.endswith(EVERY_VALUE):
                 key, position = decoder.raw_decode(text)
                 text = text[text.index(":", position) + 1 :].lstrip()

@@ -13,6 +13,7 @@ byte ranges alone.
 from __future__ import annotations
 
 import functools
+import json
 import time
 import zlib
 from collections import Counter
@@ -24,9 +25,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vlbench.data.content_parts import names_images
 from vlbench.data.conversation_record import sample_from_record
 from vlbench.data.image_processing import open_image_bytes
-from vlbench.data.record_dialects import IMAGE_KEYS, TURN_KEYS
+from vlbench.data.location_errors import folder_remedy
+from vlbench.data.record_dialects import IMAGE_KEYS, has_turns
+from vlbench.data.record_files import unique_keys
 from vlbench.data.remote_shards import file_exists, is_url, read_byte_range, read_json_file
 from vlbench.data.sample import Sample
 from vlbench.data.shard_index import (
@@ -46,7 +50,6 @@ from vlbench.data.shard_patterns import expand_shard_pattern
 from vlbench.data.shard_sampler import MAX_LANES, RecentOrders, ShardShuffle
 from vlbench.errors import BadSample, UserError
 from vlbench.regular_files import MAX_IMAGE_BYTES, format_bytes, open_regular
-from vlbench.text_files import parse_json
 
 SHARD_LIST_FILE = "shards.json"
 CACHED_INDEXES = 64  # indexes in memory: of about as many shards as are read alternately
@@ -200,10 +203,10 @@ def _read_shard_list(location: str) -> tuple[list[str], list[int]] | None:
         return None
     file = f"{location.rstrip('/')}/{SHARD_LIST_FILE}"
     if not file_exists(file):
-        raise UserError(
-            f"data {location}: holds no {SHARD_LIST_FILE}; give a folder that `pack` wrote, or tar "
-            "files as dir/{000000..000123}.tar"
-        )
+        remedy = "give a folder that `pack` wrote, or tar files as dir/{000000..000123}.tar"
+        if Path(location).is_dir() and any(Path(location).iterdir()):
+            remedy = folder_remedy(Path(location))
+        raise UserError(f"data {location}: holds no {SHARD_LIST_FILE}; {remedy}")
     content = read_json_file(file)
     shards = content.get("shards") if isinstance(content, dict) else None
     if not isinstance(shards, list) or not all(map(_is_shard, shards)) or not shards:
@@ -227,7 +230,7 @@ def _make_sample(tar: str, entry: ShardEntry) -> Sample:
     members = entry.members
     name = f"{Path(tar).name}/{entry.key}"
     try:
-        record = parse_json(read_member(tar, *members["json"])) if "json" in members else {}
+        record = _parse_record(read_member(tar, *members["json"])) if "json" in members else {}
     except UserError as error:
         raise BadSample(name, str(error)) from error
     except ValueError as error:
@@ -236,15 +239,17 @@ def _make_sample(tar: str, entry: ShardEntry) -> Sample:
         raise BadSample(name, "its json is not a mapping")
     image_suffixes = sorted(filter(_is_image_member, members), key=_natural_sort_key)
     unread_texts = [suffix for suffix in CAPTION_NAMES if suffix in members]
-    if not any(key in record for key in TURN_KEYS):
+    if not has_turns(record):
         metadata = {
             key: value for key, value in record.items() if key not in (*CAPTION_NAMES, *IMAGE_KEYS)
         }
         turns, unread_texts = _caption_turns(name, tar, entry, record, image_suffixes)
         record = {**metadata, "id": entry.key, "conversations": turns}
-    if not _has_image_names(record):  # then it has all images of its key
+    if not names_images(record):  # then it has all images of its key
         record = {key: value for key, value in record.items() if key not in IMAGE_KEYS}
-        record |= {"image": image_suffixes} if image_suffixes else {}
+        stem = entry.key.rpartition("/")[2]
+        names = [f"{stem}.{suffix}" for suffix in image_suffixes]
+        record |= {"image": names} if names else {}
     images = {
         suffix: TarImage(tar, f"{entry.key}.{suffix}", *location)
         for suffix, location in members.items()
@@ -255,13 +260,12 @@ def _make_sample(tar: str, entry: ShardEntry) -> Sample:
     return replace(sample, unread_keys=(*sample.unread_keys, *unread, *unread_texts))
 
 
-def _has_image_names(record: dict[str, Any]) -> bool:
-    """Tell whether a record names its images, in a key or in parts of a turn."""
-    turns = record.get("messages")
-    parts = turns if isinstance(turns, list) else []
-    return any(record.get(key) for key in IMAGE_KEYS) or any(
-        isinstance(turn, dict) and isinstance(turn.get("content"), list) for turn in parts
-    )
+def _parse_record(data: bytes) -> Any:
+    """Return the value of a JSON text; a ValueError for what is none, or has a key twice."""
+    try:
+        return json.loads(data, object_pairs_hook=unique_keys)
+    except RecursionError:
+        raise ValueError("its brackets are nested too deeply") from None
 
 
 def _is_image_member(suffix: str) -> bool:
