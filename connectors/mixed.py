@@ -52,9 +52,10 @@ class MixedConnector(Connector):
         super().__init__()
         self.inner = _load_token_connector(tokens)(shapes, **_parse_options(tokens, options))
         if self.inner.inject_layers or not self.inner.replaces_image_tokens:
+            what = "feeds decoder layers" if self.inner.inject_layers else "fills no image position"
             raise ValueError(
-                f"connector mixed: tokens is '{tokens}', which does not replace image tokens; "
-                "for example llava_mlp, qformer or avgpool"
+                f"connector mixed: tokens is '{tokens}', which {what} itself; wanted is one whose "
+                "tokens stand in the text alone, as llava_mlp, qformer or avgpool"
             )
         for name, value, most in (
             ("every", every, shapes.lm_layers),

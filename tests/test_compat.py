@@ -235,6 +235,17 @@ def test_fake_tensors_have_shapes_and_addresses():
     assert fake_tensors.is_device_query(torch.ops.prim.device.default)
 
 
+def test_a_simulated_step_asks_for_an_accelerator_once(monkeypatch):
+    asked, is_there = [], torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: asked.append(1) or is_there)
+    mode = fake_tensors.ShapeMode(allow_non_fake_inputs=True)
+    assert mode.avoid_device_init != is_there
+    with mode:
+        for rows in range(71, 75):  # of shapes that torch has no record of
+            assert torch.empty(rows, 7).cumsum(1).shape == (rows, 7)
+    assert len(asked) == 1, "torch asks elsewhere"
+
+
 # transformers
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -95,8 +96,8 @@ def test_the_encoder_runs_once_and_stops_at_the_last_block_that_is_read():
         assert len(vlm.vision.state_dict()) == len(small_vlm(Stacked).vision.state_dict())
 
 
-@pytest.mark.parametrize("layer", [3, -4])
-def test_a_block_that_is_not_there_is_refused(layer: int):
+@pytest.mark.parametrize("layer", [3, -4, 0.5, "a"])
+def test_a_block_that_is_not_there_is_refused(layer: Any):
     class Deep(Stacked):
         vision_layers = (0, layer, 1)
 

@@ -8,7 +8,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 from asked_conversations import answered, ask, build_asked_vlm, make_conversations
+from golden_release import CHECKPOINT
+from language_folders import FAMILY_OPTIONS, write_language_folder
 
+from vlbench.connector import registry
+from vlbench.contract_checks.small_model import build_small_vlm
 from vlbench.model.generation.continuous_batch import BatchRow, ContinuousBatch
 from vlbench.model.generation.prefix_pool import PrefixPool, position_keys
 from vlbench.model.generation.prompt_prefill import PromptPrefill
@@ -18,6 +22,7 @@ from vlbench.model.generation.token_sampling import (
     sample_next_ids,
     sample_rows,
 )
+from vlbench.model.language_model import load_language_model
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.processor import ChatMessage
 
@@ -98,6 +103,24 @@ def test_rows_that_join_and_leave_in_any_order_answer_as_alone(name):
             batch.remove_row(running.pop(number))
     assert [found[number] for number in range(len(asked))] == expected
     assert not batch.rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILY_OPTIONS)
+def test_every_family_of_language_models_is_decoded_in_rows(name, tmp_path):
+    language = load_language_model(write_language_folder(name, tmp_path), None)
+    vlm = build_small_vlm(registry.load_connector("linear"), {}, CHECKPOINT, language).eval()
+    chats = [[ask("how are you? " * 9, 1)], [ask("what?")]]
+    batch = new_batch(vlm)
+    rows = [batch.add_row(prefill(vlm, chat)[0], greedy()) for chat in chats]
+    found = [[row.token_id] for row in rows]
+    for _ in range(3):
+        batch.step()
+        for ids, row in zip(found, rows, strict=True):
+            ids.append(row.token_id)
+    for ids, chat in zip(found, chats, strict=True):
+        expected = alone(vlm, chat, 4)
+        assert ids[: len(expected)] == expected
 
 
 @pytest.mark.parametrize("name", CONNECTORS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,11 @@ from vlbench.errors import UserError
 from vlbench.model import language_loss, lora_adapters
 from vlbench.model.decoder_families import DECODER_FAMILIES
 from vlbench.model.fsdp_wrapping import apply_fsdp
-from vlbench.model.language_model import load_language_model, read_language_config
+from vlbench.model.language_model import (
+    check_language_weights,
+    load_language_model,
+    read_language_config,
+)
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.weights.hf_llava_layout import refuse_divided_logits
 from vlbench.model.weights.tensor_groups import EMBEDDING_KEY
@@ -265,6 +270,24 @@ def test_what_is_missing_is_said_in_one_line(name, folders, tmp_path):
     edit_json(tmp_path / "config.json", **changes)
     with pytest.raises(UserError, match=reason) as caught:
         read_language_config(tmp_path)
+    assert len(caught.value.lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("llama", {"num_key_value_heads": 3}, "num_key_value_heads is 3, which must divide"),
+        ("smollm3", {"no_rope_layers": [0, 1]}, "built from its config.json.*IndexError"),
+    ],
+)
+def test_values_that_do_not_go_together_are_said_in_one_line(
+    name, changes, reason, folders, tmp_path
+):
+    shutil.copytree(folders[name], tmp_path / "copy")
+    file = tmp_path / "copy/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(UserError, match=reason) as caught:
+        check_language_weights(str(tmp_path / "copy"))
     assert len(caught.value.lines) == 1
 
 

@@ -6,6 +6,7 @@ The repositories are of `hub.small_encoders`: the real layouts and architectures
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 import vlbench
 from vlbench.__main__ import main
+from vlbench.config.encoder_names import check_encoder_name
 from vlbench.connector import registry
 from vlbench.errors import UserError
 from vlbench.model.vision_encoder import build_vision_encoder, check_vision_weights
@@ -195,6 +197,27 @@ def test_a_tensor_that_is_missing_surplus_or_of_another_shape_is_named(hub, tmp_
                 load(str(folder), "embedded")
     save_file(whole, folder / "model.safetensors")
     build_vision_encoder(str(folder), "embedded")
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("vit_base_patch16_dinov3.lvd1689m", "timm/vit_base_patch16_dinov3.lvd1689m"),
+        ("hf-hub:timm/eva02_base_patch14_448.mim", "timm/eva02_base_patch14_448.mim"),
+        ("ViT-L-141", "ViT-L-14"),
+    ],
+)
+def test_a_name_as_timm_takes_it_has_its_repository(given, meant):
+    with pytest.raises(ValueError, match=f"Did you mean '{re.escape(meant)}'"):
+        check_encoder_name(given)
+
+
+def test_an_encoder_of_other_channels_is_refused(hub, tmp_path):
+    said = json.loads((hub[QUICK[0]].folder / "config.json").read_text())
+    said["model_args"]["in_chans"] = 4
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    with pytest.raises(UserError, match="in_chans is 4; images here have 3 channels"):
+        build_vision_encoder(str(tmp_path), "random")
 
 
 def test_a_mistyped_repository_of_timm_has_its_nearest(hub):

@@ -34,7 +34,7 @@ def test_the_other_connector_takes_its_options_and_keeps_its_losses():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"tokens": "flamingo", "options": ("every=1",)}, "does not replace image tokens"),
+        ({"tokens": "flamingo", "options": ("every=1",)}, "feeds decoder layers itself"),
         ({"tokens": "lava_mlp"}, "Did you mean 'llava_mlp'"),
         ({"tokens": "mixed"}, "tokens is 'mixed'; known"),
         ({"options": ("dept=1",)}, "has no option 'dept'.*Did you mean 'depth'"),

@@ -11,6 +11,7 @@ from own_templates import CONVERSATION, EXPECTED, OWN_TEMPLATES, TOKENS, write_t
 from transformers import AutoTokenizer
 
 from vlbench.data.chat_template import ChatTemplate
+from vlbench.data.image_processing import ImageTransform
 from vlbench.data.own_template import bind_template
 from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
 from vlbench.data.sample_encoding import (
@@ -22,6 +23,8 @@ from vlbench.data.sample_encoding import (
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import BadSample, UserError
 from vlbench.model.weights.exported_template import to_jinja_template
+from vlbench.processor import Processor
+from vlbench.train.run_report import show_inputs
 
 ENDS = {"chatml": "<|im_end|>", "llama 3": "<|eot_id|>", "mistral v0.3": "</s>"}
 ENDS |= {"olmo 2": "<|endoftext|>", "granite": "<|end_of_text|>"}
@@ -240,6 +243,30 @@ def test_a_template_in_which_answers_cannot_be_found_is_refused(name, tmp_path):
 def test_a_tokenizer_without_a_template_is_said(tmp_path):
     with pytest.raises(UserError, match="no chat template of its own; say language.template=NAME"):
         load_template(tmp_path, "")
+
+
+BROUGHT = "; the tokenizer brings another one, which language.template=auto takes"
+
+
+@pytest.mark.parametrize(
+    ("jinja", "given", "told", "stop"),
+    [
+        (OWN_TEMPLATES["qwen 3"], "yi_vl", f"yi_vl{BROUGHT}", "###"),
+        (OWN_TEMPLATES["qwen 3"], "auto", "auto, the one that the tokenizer brings", "<|im_end|>"),
+        (OWN_TEMPLATES["qwen 3"], "chatml", "chatml", "<|im_end|>"),
+        ("", "yi_vl", "yi_vl", "###"),
+        ("{{ messages }}", "llava_v1", "llava_v1, as the chat template of the", "<|endoftext|>"),
+    ],
+)
+def test_a_run_says_with_which_template_it_is_asked(jinja, given, told, stop, tmp_path, capsys):
+    tokenizer = Tokenizer.load(write_tokenizer(tmp_path, "qwen 3", jinja))
+    template = bind_template(given, tokenizer)
+    transform = ImageTransform(56, 56, (0.5,) * 3, (0.5,) * 3)
+    show_inputs(Processor(tokenizer, template, transform, 1, 64, 64))
+    image, conversation = capsys.readouterr().out.splitlines()
+    assert image.startswith("an image is padded to 56 x 56")
+    assert conversation.startswith(f"a conversation is written with language.template={told}")
+    assert f"; answers end at '{stop}" in conversation
 
 
 @pytest.mark.parametrize("kind", ["file", "list"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,7 +41,7 @@ from vlbench.planner.stage_workload import (
     stage_samples,
     stage_workload,
 )
-from vlbench.planner.training_plan import make_plan
+from vlbench.planner.training_plan import StrategyEstimate, cheapest_strategy, make_plan
 from vlbench.text_files import read_json
 from vlbench.train.auto_checkpointing import run_micro_batch
 from vlbench.train.stage_plan import build_stage_steps, plan_stage_runs
@@ -304,6 +305,26 @@ def test_the_largest_row_just_fits():
         and total_bytes(stage.estimate_memory("ddp", "none", most)) <= room
     )
     assert stage.max_row_tokens("ddp", "none", 1000, 1e6) == 0
+
+
+def test_rows_are_searched_only_where_every_stage_may_fit():
+    searched: list[int] = []
+
+    def stage(holds_model: bool, rows: int) -> Any:
+        return SimpleNamespace(
+            holds_model=lambda *_: holds_model,
+            max_row_tokens=lambda *_: searched.append(rows) or rows,
+        )
+
+    estimate = StrategyEstimate("ddp", "full", {}, "b", 1.0, fits_memory=False)
+    short, tokens = stage(True, 1000), {"a": 2000, "b": 2000}
+
+    def cheapest(largest: Any) -> Any:
+        return cheapest_strategy([estimate], {"a": short, "b": largest}, tokens, 1.0)
+
+    assert cheapest(stage(False, 9)) is None and searched == []
+    assert cheapest(stage(True, 0)) is None and searched == [0]
+    assert cheapest(stage(True, 4000)) == (estimate, {"a": 1000})
 
 
 def test_lengths_and_numbers_can_be_given(no_rehearsals):

@@ -41,6 +41,12 @@ def test_what_the_connector_refuses_is_known_as_early(tmp_path, monkeypatch, cap
     assert not Path("run").exists()
 
 
+def test_a_block_that_is_not_there_is_no_fault_of_the_image_size(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*FIT, "connector.name=deepstack", "connector.blocks=[0,1,7]"]) == 2
+    assert capsys.readouterr().err.startswith("vlbench: the connector reads block 7 of the vision")
+
+
 def test_texts_longer_than_the_language_model_reads_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main([*FIT, "language.max_length=5000"]) == 2

@@ -58,6 +58,15 @@ def test_a_connector_that_reads_several_blocks_has_them_of_both():
                 assert half.equal(level.chunk(2, dim=-1)[number])
 
 
+def test_where_a_connector_reads_the_layer_of_the_first_it_reads_that_of_the_second():
+    first = build_vision_encoder("tiny", "embedded", -2)
+    pair = PairedEncoder(first, build_vision_encoder("tiny_eva", "embedded", -1))
+    count = len(pair.second.blocks())
+    for layers, second in (((), (-1,)), ((-2, 0, -1), (-1, -len(pair.blocks()), -1))):
+        pair.read_blocks(layers, False)
+        assert pair.second.output_blocks == tuple(block % count for block in second)
+
+
 @pytest.mark.parametrize("class_token", [False, True])
 def test_features_are_those_of_each_encoder_joined_by_channel(class_token):
     pair = tiny_pair()
@@ -193,6 +202,21 @@ def test_a_run_that_begins_with_one_has_both(trained, tmp_path, capsys):
 def test_a_part_that_is_not_there_cannot_be_trained():
     with pytest.raises(UserError, match=r"train\.second_vision and no second vision encoder"):
         load_recipe(["recipe=yivl_llava", *BOTH])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["layer=9"], "vision.second.layer is 9; this vision encoder has 5 blocks"),
+        (["weights=openai"], "vision.second.weights is 'openai'; vision.second.name=tiny_eva "),
+        (["image_size=85"], "vision.second: image_size is 85"),
+    ],
+)
+def test_errors_name_the_keys_of_the_second(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*SHORT, SECOND, *(f"vision.second.{word}" for word in words)]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
 
 
 def test_the_planner_counts_both():

@@ -1,12 +1,13 @@
 """Private parts of torch for tensors with shapes and no values, as the planner simulates a step.
 
-Checked with torch 2.14; 2.11 is the oldest that vlbench allows. `torch._subclasses.fake_tensor`,
-`torch.utils._python_dispatch`, `torch.utils._pytree`, `UntypedStorage._cdata` are used. If one of
-them changes, `plan` breaks, nothing else.
+Checked with torch 2.14; 2.11 is the oldest that vlbench allows. `torch._subclasses.fake_tensor`
+(and of its mode `avoid_device_init`), `torch.utils._python_dispatch`, `torch.utils._pytree`,
+`UntypedStorage._cdata` are used. If one of them changes, `plan` breaks, nothing else.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
+    "ShapeMode",
     "TorchDispatchMode",
     "is_device_query",
     "is_type_cast",
@@ -25,6 +27,20 @@ __all__ = [
     "tree_leaves",
     "unset_fake_temporarily",
 ]
+
+
+class ShapeMode(FakeTensorMode):
+    """A FakeTensorMode that asks once whether there is an accelerator.
+
+    torch's asks with every operation that it meets for the first time, and without a GPU each
+    question opens the library of the driver anew: a twelfth of the time of a simulated step.
+    """
+
+    @functools.cached_property
+    def avoid_device_init(self) -> bool:
+        """Tell whether there is none."""
+        has_none: bool = super().avoid_device_init
+        return has_none
 
 
 def storage_address(tensor: Tensor) -> int:

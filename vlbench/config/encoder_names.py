@@ -53,6 +53,9 @@ HYBRID_FAMILIES = {
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """OWNER/NAME, a repository of a hub."""
 
+TIMM_NAME = re.compile(r"(?:hf[-_]hub:)?(?:timm/)?((?:vit|eva|beit|deit|aimv2)\w*_[\w.]+)")
+"""A name as timm itself takes it: without an owner, or with a prefix."""
+
 
 def is_hub_name(name: str) -> bool:
     """Tell whether a vision encoder's name is a repository of a hub, and no folder that is here."""
@@ -99,8 +102,11 @@ def check_encoder_name(name: str) -> str:
             f"for example {CURATED_ENCODERS[0]}"
         )
     some = ", ".join((*EMBEDDED_ENCODERS, *CURATED_ENCODERS))
+    bare = TIMM_NAME.fullmatch(name)
+    close = f" Did you mean 'timm/{bare[1]}'?" if bare else ""
+    close = close or suggest_name(name, vision_encoder_names())
     raise ValueError(
         f"must be a ViT or EVA of open_clip, or OWNER/NAME of timm's on a hub, given '{name}'; "
         f"some are: {some}; "
-        f"`python -m vlbench list encoders` has all.{suggest_name(name, vision_encoder_names())}"
+        f"`python -m vlbench list encoders` has all.{close}"
     )

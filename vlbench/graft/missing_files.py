@@ -10,6 +10,7 @@ from vlbench.config.schema import Recipe
 from vlbench.errors import UserError
 from vlbench.graft.size_parts import size_parts
 from vlbench.model.language_model import check_language_weights, tokenizer_folder
+from vlbench.model.paired_encoder import named_as_second
 from vlbench.model.vision_encoder import check_vision_weights
 from vlbench.model.weights.tensor_files import WEIGHT_SUFFIXES, weight_files
 
@@ -56,7 +57,8 @@ def file_lines(recipe: Recipe, local: LocalLanguage, parameters: dict[str, int])
     language = _language_line(recipe.language, local, parameters["language"])
     lines = [f"vision: {_vision_place(recipe.vision, parameters['vision'])}"]
     if recipe.vision.second:
-        place = _vision_place(recipe.vision.second, parameters["second_vision"])
+        with named_as_second():
+            place = _vision_place(recipe.vision.second, parameters["second_vision"])
         lines.append(f"vision.second: {place}")
     return [*lines, language]
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from vlbench.check.supervision_audit import AuditSample, render_audit
 from vlbench.command_line.arguments import TemplateName
 from vlbench.config.schema import Recipe
-from vlbench.data.own_template import read_own_template
 from vlbench.data.sample import ChatTurn, Sample
 from vlbench.data.sample_encoding import IGNORE_INDEX
 from vlbench.data.scene_dataset import SceneConversations
@@ -16,7 +15,7 @@ from vlbench.data.scene_text import LANGUAGES
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import UserError, escape_to_one_line
 from vlbench.model.loaded_vlm import LoadedVLM
-from vlbench.model.weights.template_detection import match_jinja_template
+from vlbench.model.weights.template_detection import brings_other_template
 from vlbench.processor import Processor
 from vlbench.text_tables import format_table
 
@@ -43,11 +42,9 @@ def choose_template(given: TemplateName, tokenizer: Tokenizer) -> tuple[Template
     It is the tokenizer's own, in which its language model learned to answer, unless there is none,
     or it is the `given` one, or its answers cannot be found.
     """
-    text = tokenizer.chat_template
-    if not text or match_jinja_template(text)[0] == given:
-        return given, ""
     try:
-        read_own_template(tokenizer)
+        if not brings_other_template(given, tokenizer):
+            return given, ""
     except UserError as error:
         return given, f"language.template={given}, as {error}"
     note = f"language.template=auto: the chat template that {tokenizer.folder} brings"

@@ -21,7 +21,8 @@ def check_weights_choice(name: str, weights: str, folder: Path | None) -> None:
         allowed = f"{name} and random" if is_hub_name(name) else "'embedded' and 'random'"
         raise UserError(
             f"vision.weights is '{weights}'; vision.name={name} has its own weights, so only "
-            f"{allowed} are allowed"
+            f"{allowed} are allowed; for other weights name a folder that has a copy of its small "
+            "file and them"
         )
 
 

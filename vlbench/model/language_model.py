@@ -74,6 +74,8 @@ POSITIVE_KEYS = (
     *("num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings"),
 )
 """Keys of a configuration whose values must be at least 1."""
+UNFIT_VALUES = (LookupError, TypeError, ValueError, AttributeError, AssertionError)
+"""What the library raises for a configuration whose values do not go together."""
 
 
 def build_language_model(
@@ -154,6 +156,11 @@ def check_language_config(config: DecoderConfig, file: Path) -> DecoderConfig:
     for key in POSITIVE_KEYS:
         if key != "head_dim" or getattr(config, key, None) is not None:  # not all families have it
             check_config_number(key, getattr(config, key), file)
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise UserError(
+            f"{file}: num_key_value_heads is {config.num_key_value_heads}, which must divide "
+            f"num_attention_heads={config.num_attention_heads}"
+        )
     if config.hidden_act not in ACT2FN:
         close = suggest_name(config.hidden_act, ACT2FN)
         raise UserError(
@@ -192,7 +199,13 @@ def build_random_language(config: DecoderConfig) -> DecoderModel:
 
 
 def _new_model(config: DecoderConfig) -> DecoderModel:
-    model: DecoderModel = decoder_classes(config.model_type)[1](config)
+    try:
+        model: DecoderModel = decoder_classes(config.model_type)[1](config)
+    except UNFIT_VALUES as error:
+        raise UserError(
+            f"no language model can be built from its config.json (model_type {config.model_type}; "
+            f"{type(error).__name__}: {one_line(error)})"
+        ) from error
     return model
 
 

@@ -7,7 +7,9 @@ first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,8 +20,14 @@ from vlbench.config.model_schema import SecondEncoderConfig, VisionEncoderConfig
 from vlbench.connector.levels import Levels
 from vlbench.data.image_processing import ImageTransform
 from vlbench.errors import UserError
-from vlbench.model.vision_encoder import VisionEncoder, has_trained_parameters
+from vlbench.model.vision_encoder import (
+    VisionEncoder,
+    check_vision_weights,
+    has_trained_parameters,
+)
 
+FIRST_KEY = re.compile(r"\bvision\.(?=(?:layer|name|norm|weights)\b)")
+"""The beginning of a key of the first encoder in a message."""
 EncoderBuilder = Callable[[str, VisionEncoderConfig | SecondEncoderConfig], VisionEncoder]
 """Takes the name of a part and what a recipe says of it, and returns its encoder."""
 
@@ -29,11 +37,28 @@ def build_encoders(vision: VisionEncoderConfig, build_one: EncoderBuilder) -> Vi
     first = build_one("vision", vision)
     if vision.second is None:
         return first
-    try:
+    with named_as_second():
         second = build_one("second_vision", vision.second)
-    except UserError as error:
-        raise UserError(*(f"vision.second: {line}" for line in error.lines)) from error
     return PairedEncoder(first, second, vision.second.image_size)
+
+
+def check_encoder_weights(vision: VisionEncoderConfig) -> None:
+    """Compare tensors of the files of one encoder or of both, see `check_vision_weights`."""
+    check_vision_weights(vision.name, vision.weights)
+    if vision.second is not None:
+        with named_as_second():
+            check_vision_weights(vision.second.name, vision.second.weights)
+
+
+@contextlib.contextmanager
+def named_as_second() -> Iterator[None]:
+    """Let errors of an encoder name the keys of `vision.second`."""
+    try:
+        yield
+    except UserError as error:
+        renamed = ((line, FIRST_KEY.sub("vision.second.", line)) for line in error.lines)
+        lines = (new if new != line else f"vision.second: {line}" for line, new in renamed)
+        raise UserError(*lines) from error
 
 
 class PairedEncoder(VisionEncoder):
@@ -112,11 +137,18 @@ class PairedEncoder(VisionEncoder):
         self._match_second()
 
     def read_blocks(self, layers: Sequence[int], class_token: bool) -> None:
-        """Let `forward` return what a connector reads, of the second as far from its last block."""
+        """Let `forward` return what a connector reads, of the second as far from its last block.
+
+        Where it reads the block `layer` of the first, it is the block `layer` of the second.
+        """
         super().read_blocks(layers, class_token)
         count = len(self.blocks())
+        places = [
+            self.second.block_index if layer % count == self.block_index else layer % count - count
+            for layer in layers
+        ]
         try:
-            self.second.read_blocks([layer % count - count for layer in layers], class_token)
+            self.second.read_blocks(places, class_token)
         except UserError as error:
             raise UserError(f"vision.second: {error}") from error
 

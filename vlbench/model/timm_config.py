@@ -107,6 +107,9 @@ def read_timm_config(folder: Path) -> TimmConfig:
     check_plain_vit(architecture, file)
     pixels = _mapping(said.get("pretrained_cfg", said), "pretrained_cfg", file)
     model_args = _mapping(said.get("model_args") or {}, "model_args", file)
+    channels = model_args.get("in_chans", 3)
+    if channels != 3:
+        raise UserError(f"{file}: in_chans is {channels!r}; images here have 3 channels")
     image_size = _read_image_size(model_args.get("img_size") or pixels.get("input_size"), file)
     check_image_grid(image_size, model_args.get("patch_size", 14), file)
     crop_mode = pixels.get("crop_mode") or "center"

@@ -115,7 +115,11 @@ class VisionEncoder(nn.Module):
             UserError: for a block that this encoder does not have.
         """
         count = len(self.blocks())
-        wrong = [layer for layer in layers if not -count <= layer < count]
+        wrong = [
+            layer
+            for layer in layers  # of a class of one's own they may be anything
+            if not hasattr(layer, "__index__") or not -count <= layer < count
+        ]
         if wrong:
             raise UserError(
                 f"the connector reads block {wrong[0]} of the vision encoder (vision_layers), and "

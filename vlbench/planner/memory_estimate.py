@@ -90,6 +90,10 @@ class StageMemory:
     def _persistent_memory(self, strategy: str) -> MemoryByComponent:
         return persistent_memory(self.vlm, strategy, self.sharding, self.compute_dtype_bytes)
 
+    def holds_model(self, strategy: str, memory_budget: float) -> bool:
+        """Tell whether weights, gradients and optimizer alone leave any room."""
+        return total_bytes(self._persistent_memory(strategy)) <= memory_budget
+
     def max_row_tokens(
         self, strategy: str, checkpointing_mode: str, first_row_tokens: int, memory_budget: float
     ) -> int:
@@ -109,7 +113,7 @@ class StageMemory:
         def bytes_at(row_tokens: int) -> float:
             return total_bytes(self.estimate_memory(strategy, checkpointing_mode, row_tokens))
 
-        if total_bytes(self._persistent_memory(strategy)) > memory_budget:
+        if not self.holds_model(strategy, memory_budget):
             return 0
         shortest = math.ceil(self.mean_sample.token_count)
         low = max(shortest, first_row_tokens)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from vlbench.compat.fake_tensors import FakeTensorMode
+from vlbench.compat.fake_tensors import ShapeMode
 from vlbench.compat.torch_internals import buffer_slots, parameter_slots
 from vlbench.connector.levels import Levels, as_levels
 from vlbench.model.loaded_vlm import LoadedVLM
@@ -37,7 +37,7 @@ class StepSimulator:
 
     def __init__(self, vlm: VLM, precision: str) -> None:
         """Move a `meta` model that is prepared for its stage to fake tensors."""
-        self._fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._fake_mode = ShapeMode(allow_non_fake_inputs=True)
         self._memory_tracker = MemoryTracker(vlm.language.config.vocab_size)
         self._vlm, self._autocast_bf16 = vlm, precision == "bf16"
         with self._simulation_context():

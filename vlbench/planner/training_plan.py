@@ -199,14 +199,31 @@ def cheapest_strategy(
         if estimate.fits_memory:
             return estimate, {}
     for estimate in by_flops:
-        strategy, mode = estimate.strategy, estimate.checkpointing_mode
-        fitting: dict[str, int] = {}
-        for name, stage in stage_memory.items():
-            wanted = max_tokens_per_row[name]
-            fitting[name] = min(wanted, stage.max_row_tokens(strategy, mode, wanted, memory_budget))
-        if all(fitting.values()):
-            changed = {
-                n: tokens for n, tokens in fitting.items() if tokens != max_tokens_per_row[n]
-            }
-            return estimate, changed
+        fitting = _fitting_rows(estimate, stage_memory, max_tokens_per_row, memory_budget)
+        if fitting is not None:
+            return estimate, {n: fitting[n] for n in stage_memory if n in fitting}
     return None
+
+
+def _fitting_rows(
+    estimate: StrategyEstimate,
+    stage_memory: Mapping[str, StageMemory],
+    max_tokens_per_row: Mapping[str, int],
+    memory_budget: float,
+) -> dict[str, int] | None:
+    """Return the row lengths to be changed so that an estimate fits; None: a stage never does.
+
+    What is most likely not to fit is tried first: a search takes seconds of simulation.
+    """
+    strategy, mode = estimate.strategy, estimate.checkpointing_mode
+    changed: dict[str, int] = {}
+    if not all(stage.holds_model(strategy, memory_budget) for stage in stage_memory.values()):
+        return None
+    for name in sorted(stage_memory, key=lambda name: name != estimate.largest_stage):
+        wanted = max_tokens_per_row[name]
+        fitting = stage_memory[name].max_row_tokens(strategy, mode, wanted, memory_budget)
+        if not fitting:
+            return None
+        if fitting < wanted:
+            changed[name] = fitting
+    return changed

@@ -318,7 +318,7 @@ class GenerationEngine:
     def _end_answer(self, answer: RunningAnswer, outcome: FinishReason | Exception) -> None:
         """Free what an answer holds, and tell how it ended."""
         if answer.row is not None:
-            if outcome in ("stop", "length"):
+            if outcome in ("stop", "length") and self._pool.max_positions:
                 self._keep_prefix(answer, answer.row)
             self._batch.remove_row(answer.row)
         with self._changed:

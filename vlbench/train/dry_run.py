@@ -94,6 +94,7 @@ def measure_stages(
     user_callbacks = build_user_callbacks(runner.trainer_config.callbacks)
     vlm, _ = build_or_resume_model(model, stage_runs, None, runner.is_sharded)
     run_report.show_weight_origins(vlm.weight_origins, runner.seed)
+    run_report.show_inputs(vlm.processor)
     for stage_run in stage_runs:
         if not stage_run.total_steps:
             continue

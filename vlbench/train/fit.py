@@ -106,7 +106,7 @@ class RunTraining:
             self.run.discard_if_empty()  # so that the command can be repeated when it is mended
             raise
         run_report.show_weight_origins(vlm.weight_origins, self.recipe.seed)
-        print(f"an image is {vlm.processor.transform.describe()}")
+        run_report.show_inputs(vlm.processor)
         self.seen, self.earlier_seconds = position.seen or {}, position.seconds or 0.0
         for stage_run in self.stage_runs[position.stage :]:
             steps_done = position.step if stage_run.stage_index == position.stage else 0

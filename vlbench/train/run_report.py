@@ -17,9 +17,11 @@ from vlbench.config.schema import Recipe
 from vlbench.config.stage_schema import StageConfig
 from vlbench.connector import registry
 from vlbench.distributed import collectives
-from vlbench.errors import EnvironmentFailure, UserError, one_line
+from vlbench.errors import EnvironmentFailure, UserError, escape_to_one_line, one_line
 from vlbench.model.vlm import VLM
+from vlbench.model.weights.template_detection import brings_other_template
 from vlbench.model.weights.weight_origin import WeightOrigin
+from vlbench.processor import Processor
 from vlbench.text_files import read_json_lines
 from vlbench.text_tables import format_table
 from vlbench.train.model_names import MINIATURE_HINT, find_model_names, has_foreign_data
@@ -80,6 +82,25 @@ def show_weight_origins(origins: Mapping[str, WeightOrigin], seed: int) -> None:
     for part, origin in origins.items():
         source = re.sub(r"^random(?=,|$)", f"random (seed {seed})", origin.source)
         print(f"{part} {replace(origin, source=source)}")
+
+
+def show_inputs(processor: Processor) -> None:
+    """Print what becomes of an image, and with which chat template a conversation is written.
+
+    A template by name goes before the one that a tokenizer brings, and then that is said.
+    """
+    print(f"an image is {processor.transform.describe()}")
+    name, tokenizer = processor.template.name, processor.tokenizer
+    told = f"language.template={name}"
+    if name == "auto":
+        told += ", the one that the tokenizer brings"
+    try:
+        if brings_other_template(name, tokenizer):
+            told += "; the tokenizer brings another one, which language.template=auto takes"
+    except UserError as error:
+        told += f", as {error}"
+    stop = escape_to_one_line(processor.template.stop)
+    print(f"a conversation is written with {told}; answers end at '{stop}'")
 
 
 def show_stage(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,7 +17,7 @@ from vlbench.connector.base import Shapes
 from vlbench.connector.bounded_building import NewTensorLimit, build_connector
 from vlbench.data.image_processing import ImageTransform
 from vlbench.errors import UserError
-from vlbench.model import language_model, vision_encoder
+from vlbench.model import language_model
 from vlbench.model.build_vlm import (
     LANGUAGE_FOLDER,
     build_checkpoint_encoder,
@@ -23,7 +25,7 @@ from vlbench.model.build_vlm import (
 )
 from vlbench.model.decoder_families import DecoderConfig
 from vlbench.model.language_model import named_language_config, read_language_config
-from vlbench.model.paired_encoder import build_encoders
+from vlbench.model.paired_encoder import build_encoders, check_encoder_weights
 from vlbench.model.vision_encoder import VisionEncoder, build_vision_encoder
 from vlbench.model.vlm import connector_shapes
 from vlbench.model.weights.connector_reference import ReferenceWeights, load_reference_weights
@@ -63,8 +65,7 @@ def check_init_weights(config: ModelConfig, stage: StageConfig) -> None:
             check_release(folder, release_overrides(config))
             return
         _check_reference_shapes(config, stage, weight_files(folder))
-    for one in filter(None, (config.vision, config.vision.second)):
-        vision_encoder.check_vision_weights(one.name, one.weights)
+    check_encoder_weights(config.vision)
     language_model.check_language_weights(config.language.weights)
 
 
@@ -116,21 +117,33 @@ def tokens_per_image_by_stage(config: ModelConfig, stage_runs: list[StageRun]) -
     tokens_by_stage: list[int] = []
     for stage_run in stage_runs:
         try:
-            encoder.set_image_size(stage_run.stage.image_size)
-            shapes = connector_shapes(encoder, language_config)
-            if shapes not in tokens_by_shapes:
-                with torch.device("meta"):
-                    connector = build_connector(connector_class, shapes, config.connector_options)
-                    encoder.read_blocks(connector.vision_layers, connector.class_token)
-                tokens_by_shapes[shapes] = connector.tokens_per_image
-                _check_image_fits(connector.tokens_per_image, config.language.max_length)
+            with _blame_image_size(stage_run):
+                encoder.set_image_size(stage_run.stage.image_size)
+                shapes = connector_shapes(encoder, language_config)
+                if shapes not in tokens_by_shapes:
+                    with torch.device("meta"):
+                        connector = build_connector(
+                            connector_class, shapes, config.connector_options
+                        )
+                    tokens_by_shapes[shapes] = connector.tokens_per_image
+                    _check_image_fits(connector.tokens_per_image, config.language.max_length)
+            encoder.read_blocks(connector.vision_layers, connector.class_token)
             tokens_by_stage.append(tokens_by_shapes[shapes])
-        except ValueError as error:
-            raise UserError(f"stages.{stage_run.name}.image_size: {error}") from error
+        except UserError:
+            raise
         except Exception as error:
             registry.blame_connector_file(error)
             raise
     return tokens_by_stage
+
+
+@contextlib.contextmanager
+def _blame_image_size(stage_run: StageRun) -> Iterator[None]:
+    """Say of an error at which image size it is: most are of a grid that does not divide."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"stages.{stage_run.name}.image_size: {error}") from error
 
 
 def _check_image_fits(tokens_per_image: int, max_length: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.processor import Processor
 
-SETTLED_AFTER = 32
+SETTLED_AFTER = 16
 """Tokens of an answer that are decoded again at each step, at most."""
 
 

@@ -6,6 +6,7 @@ differ: an earlier turn of the conversation, or a system prompt that all have.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass
 
@@ -29,7 +30,7 @@ class KnownPrefix:
     visual: Levels | None
     """Visual tokens of its images `[images, tokens, width]`; None where none were encoded."""
 
-    @property
+    @functools.cached_property
     def position_count(self) -> int:
         """Positions whose keys and values take as much memory as all of it."""
         sizes = [keys.numel() + values.numel() for keys, values in self.keys_values]
@@ -112,5 +113,6 @@ def _image_key(pixels: Tensor, question: list[int]) -> int:
 def _common_length(keys: Tensor, others: Tensor) -> int:
     """Return how many keys two prompts have in common at their beginning."""
     length = min(len(keys), len(others))
-    differs = (keys[:length] != others[:length]).nonzero()
-    return int(differs[0]) if len(differs) else length
+    # numpy: each call of torch takes as long as the comparison
+    differs = keys.numpy()[:length] != others.numpy()[:length]
+    return int(differs.argmax()) if differs.any() else length

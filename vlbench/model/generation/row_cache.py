@@ -20,9 +20,9 @@ COLUMN_MULTIPLE = 256
 class RowCache:
     """Keys and values of the rows that are decoded together, one new position a step.
 
-    Decoder layers of transformers call `update` alone. What is behind the end of a row is zero or
-    old, and masked; it is never nan, which a mask would not hide. The tensors have room for the
-    longest row that there was since they were empty.
+    Decoder layers of transformers (5.17 to 5.24) call `update` alone. What is behind the end of a
+    row is zero or old, and masked; it is never nan, which a mask would not hide. The tensors have
+    room for the longest row that there was since they were empty.
     """
 
     def __init__(self, max_rows: int) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vlbench.data.own_template import read_own_template
+from vlbench.data.tokenizer import Tokenizer
 from vlbench.model.weights.exported_template import OWN_TEMPLATE_MARK
 from vlbench.text_files import read_json, read_text
 
@@ -88,6 +90,19 @@ def detect_hf_llava_template(folder: Path, has_layer_norms: bool = False) -> tup
     if jinja_text:
         return match_jinja_template(jinja_text)
     return "llava_v1", "it is LLaVA and has no chat template of its own"
+
+
+def brings_other_template(name: str, tokenizer: Tokenizer) -> bool:
+    """Tell whether a tokenizer brings a chat template that is not like the one called `name`.
+
+    Raises:
+        UserError: it brings one in whose texts answers cannot be found.
+    """
+    text = tokenizer.chat_template
+    if name == "auto" or not text or match_jinja_template(text)[0] == name:
+        return False
+    read_own_template(tokenizer)
+    return True
 
 
 def _find_template_name(jinja_text: str) -> str:
