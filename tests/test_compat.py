@@ -5,6 +5,7 @@ A test that fails names the function of `vlbench.compat` that has to learn the n
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from vlbench.compat import (
     peft_internals,
     torch_internals,
     transformers_internals,
+    uvicorn_internals,
     vision_internals,
 )
 
@@ -495,3 +497,34 @@ def test_no_library_is_imported_before_it_is_needed():
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_uvicorn_tells_whether_a_request_is_in_progress() -> None:
+    uvicorn = pytest.importorskip("uvicorn")
+    from uvicorn.server import ServerState
+
+    async def answer(scope, receive, send):
+        await asyncio.sleep(0.3)
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def talk() -> tuple[bytes, bytes]:
+        protocol = uvicorn_internals.limited_protocol(2, header_seconds=0.1, stall_seconds=1)
+        config = uvicorn.Config(answer, http=protocol, lifespan="off", log_config=None)
+        config.load()
+        options = {"config": config, "server_state": ServerState(), "app_state": {}}
+        server = await asyncio.get_running_loop().create_server(
+            lambda: protocol(**options), "127.0.0.1", 0
+        )
+        async with server:
+            port = server.sockets[0].getsockname()[1]
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            asking, asked = await asyncio.open_connection("127.0.0.1", port)
+            asked.write(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+            nothing, something = await reader.read(), await asking.read()
+            writer.close()
+            asked.close()
+        return nothing, something
+
+    nothing, something = asyncio.run(talk())
+    assert nothing == b"" and something.startswith(b"HTTP/1.1 204")

@@ -15,8 +15,8 @@ from vlbench.__main__ import main
 from vlbench.connector import registry
 from vlbench.errors import EnvironmentFailure
 from vlbench.model.generation.decoding_state import CompiledDecodeStep
-from vlbench.model.generation.generate import NONFINITE_ID, sample_next_ids
 from vlbench.model.generation.kv_cache import PrefixCache
+from vlbench.model.generation.token_sampling import NONFINITE_ID, sample_next_ids
 from vlbench.model.loaded_vlm import LoadedVLM
 
 SAID = "^the model's logits are not finite: "

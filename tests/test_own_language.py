@@ -17,7 +17,7 @@ import vlbench
 from vlbench.__main__ import main
 from vlbench.connector import registry
 from vlbench.contract_checks.small_model import build_small_vlm
-from vlbench.model.generation.generate import eos_token_ids
+from vlbench.model.generation.growing_answer import eos_token_ids
 from vlbench.model.language_model import load_language_model
 from vlbench.model.weights.export_hf_llava import write_hf_llava
 

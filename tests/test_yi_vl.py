@@ -17,7 +17,7 @@ from vlbench.data.image_processing import ImageFile
 from vlbench.data.packing import collate
 from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
 from vlbench.model.generation.answer_text import decode_answer, has_ended
-from vlbench.model.generation.generate import eos_token_ids
+from vlbench.model.generation.growing_answer import eos_token_ids
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.weights.clip_layouts import hf_tensor_names
 

@@ -19,6 +19,7 @@ from vlbench.command_line.arguments import (
     PackArguments,
     PlanArguments,
     ScoreArguments,
+    ServeArguments,
 )
 from vlbench.command_line.compare_arguments import CompareArguments, ReportArguments
 from vlbench.command_line.parser import (
@@ -92,6 +93,14 @@ def run_chat(words: list[str]) -> int:
     from vlbench.serve.chat_command import run_chat as talk
 
     return talk(arguments)
+
+
+def run_serve(words: list[str]) -> int:
+    """Serve models over HTTP."""
+    arguments = parse_arguments(ServeArguments, words)
+    from vlbench.serve.serve_command import run_serve as serve_models
+
+    return serve_models(arguments)
 
 
 def run_export(words: list[str]) -> int:
@@ -230,6 +239,12 @@ VERBS = {
         run_chat,
         "model=RUN image=FILE question='What is it?'",
         ChatArguments,
+    ),
+    "serve": VerbEntry(
+        "answer over HTTP as OpenAI's API does, with one model or several",
+        run_serve,
+        "model=RUN port=8000",
+        ServeArguments,
     ),
     "export": VerbEntry(
         "write a run, a checkpoint or a released model in a layout that others load",

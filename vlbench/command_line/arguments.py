@@ -176,6 +176,56 @@ class ChatArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServeArguments:
+    """`serve`: models answer over HTTP, as OpenAI's API does."""
+
+    verb: ClassVar[str] = "serve"
+
+    model: str = argument(
+        f"{MODEL_HELP}; or several",
+        metavar="PATH[,PATH]",
+        is_path=True,
+        other_names=("run", "path", "checkpoint", "models"),
+    )
+    host: str = argument(
+        "address to listen on; any but loopback's needs a key", "127.0.0.1", metavar="ADDRESS"
+    )
+    port: int = argument("0: any that is free", 8000, metavar="N", low=0, high=65535)
+    api_key: str | None = argument(
+        "what clients must send; better in the environment variable VLBENCH_API_KEY, as others see "
+        "command lines",
+        None,
+        metavar="KEY",
+    )
+    max_rows: int = argument(
+        "requests of a model that are answered at once", 32, metavar="N", low=1, high=4096
+    )
+    max_waiting: int = argument(
+        "requests of a model that wait; further ones are told to come back (429)",
+        64,
+        metavar="N",
+        low=1,
+        high=100_000,
+    )
+    max_images: int = argument("images of a request", 8, metavar="N", low=0, high=1000)
+    allow_urls: str | None = argument(
+        "hosts whose image URLs are downloaded; by default none, and images come as data: URLs",
+        None,
+        metavar="HOST[,HOST]",
+        other_names=("urls",),
+    )
+    allow_hosts: str | None = argument(
+        "names of this server beside localhost, as of a proxy before it",
+        None,
+        metavar="HOST[,HOST]",
+    )
+    template: TemplateName | None = argument(TEMPLATE_HELP, None, metavar="NAME")
+    trust_connector: bool = argument(TRUST_HELP, False, metavar="true")
+    dtype: DtypeName | None = argument(DTYPE_HELP, None, metavar="NAME")
+    device: str | None = argument(DEVICE_HELP, None, metavar="NAME")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportArguments:
     """`export`: write a model in a layout that others load."""
 

@@ -31,21 +31,24 @@ _STRIP_PIXELS = 1 << 20  # of 16-bit gray that are scaled at once
 _TILE_WIDTH, _TILE_HEIGHT = 322, 323  # tags of a TIFF
 
 
-def decode_rgb(source: BinaryIO | BytesIO, name: str, draft_side: int = 0) -> Image.Image:
+def decode_rgb(
+    source: BinaryIO | BytesIO, name: str, draft_side: int = 0, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
     """Decode an image in RGB: of several frames the first, 16 bits scaled to 8, alpha dropped.
 
     With `draft_side` the decoder may downscale a JPEG, to a longest edge of at least that many
-    pixels. Raises a UserError that calls the image `name`.
+    pixels. An image of more than `max_pixels` is not decoded. Raises a UserError that calls the
+    image `name`.
     """
     with ignore_thread_warnings():
         try:
             with Image.open(source, formats=readable_formats()) as image:
-                _check_size(image)
+                _check_size(image, max_pixels)
                 if draft_side:
                     image.draft(None, _reduced_size(image.size, draft_side))
                 return _convert_rgb(image)
         except Image.DecompressionBombError:
-            reason = _too_large_message("it")
+            reason = _too_large_message("it", MAX_PIXELS)
         except UnidentifiedImageError:
             reason = f"not an image; readable are {', '.join(readable_formats())}"
         except UserError as error:
@@ -58,7 +61,7 @@ def decode_rgb(source: BinaryIO | BytesIO, name: str, draft_side: int = 0) -> Im
 def to_rgb_image(image: Image.Image, name: str) -> Image.Image:
     """Convert an image in memory to what `decode_rgb` returns for its file."""
     try:
-        _check_size(image)
+        _check_size(image, MAX_PIXELS)
         return _convert_rgb(image)
     except (UserError, ValueError, OSError, AttributeError) as error:  # the last: it is closed
         raise UserError(f"{name}: {one_line(error, max_lines=1)}") from error
@@ -76,11 +79,11 @@ def _reduced_size(size: tuple[int, int], draft_side: int) -> tuple[int, int]:
     return max(1, size[0] * draft_side // max(size)), max(1, size[1] * draft_side // max(size))
 
 
-def _check_size(image: Image.Image) -> None:
+def _check_size(image: Image.Image, max_pixels: int) -> None:
     """Raise a UserError for more pixels, or more memory of the decoder, than are allowed."""
     described = f"{image.width} x {image.height}"
-    if image.width * image.height > MAX_PIXELS:
-        raise UserError(_too_large_message(described))
+    if image.width * image.height > max_pixels:
+        raise UserError(_too_large_message(described, max_pixels))
     needed = _decoding_bytes(image)
     if needed > MAX_DECODING_BYTES:
         what = f"{described} pixels in {image.format or 'memory'} ({image.mode})"
@@ -101,8 +104,8 @@ def _decoding_bytes(image: Image.Image) -> int:
     return max(image.width * image.height, tile) * per_pixel
 
 
-def _too_large_message(described: str) -> str:
-    return f"too large: {described} has more than {MAX_PIXELS // 10**6} million pixels"
+def _too_large_message(described: str, max_pixels: int) -> str:
+    return f"too large: {described} has more than {max_pixels // 10**6} million pixels"
 
 
 def _convert_rgb(image: Image.Image) -> Image.Image:

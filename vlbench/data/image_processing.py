@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from vlbench.config.key_types import MAX_IMAGE_SIZE
-from vlbench.data.image_decoding import decode_rgb
+from vlbench.data.image_decoding import MAX_PIXELS, decode_rgb
 from vlbench.data.image_folder import is_inside, outside_message
 from vlbench.data.sample import LazyImage
 from vlbench.errors import UserError, one_line
@@ -104,12 +104,17 @@ def open_image(path: str | Path, draft_side: int = 0) -> Image.Image:
         return decode_rgb(file, f"image {path}", draft_side)
 
 
-def open_image_bytes(data: bytes, name: str, draft_side: int = 0) -> Image.Image:
-    """Open an image from the bytes of a file, as `open_image` does; errors call it `name`."""
+def open_image_bytes(
+    data: bytes, name: str, draft_side: int = 0, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
+    """Open an image from the bytes of a file, as `open_image` does; errors call it `name`.
+
+    An image of more than `max_pixels` is refused before it is decoded.
+    """
     refusal = _refusal_reason(data)
     if refusal:
         raise UserError(f"{name}: {refusal}")
-    return decode_rgb(BytesIO(data), name, draft_side)
+    return decode_rgb(BytesIO(data), name, draft_side, max_pixels)
 
 
 def _refusal_reason(beginning: bytes) -> str:

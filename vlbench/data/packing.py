@@ -138,13 +138,13 @@ class PackedBatch:
             return self.image_positions
         return (self.input_ids.flatten() == IMAGE_TOKEN_INDEX).nonzero()[:, 0]
 
-    def from_image(self, first: int) -> PackedBatch:
-        """Return the batch with the pixels and questions of its images from `first` on alone."""
+    def from_image(self, first: int, end: int | None = None) -> PackedBatch:
+        """Return the batch with the pixels and questions of its images `first` to `end` alone."""
         ids = self.question_ids
         return replace(
             self,
-            pixels=self.pixels[first:],
-            question_ids=None if ids is None else ids[first:],
+            pixels=self.pixels[first:end],
+            question_ids=None if ids is None else ids[first:end],
         )
 
     def question_rows(self) -> list[list[int]]:

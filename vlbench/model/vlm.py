@@ -246,11 +246,11 @@ class VLM(nn.Module):
         return embeds.index_put(places, values.to(embeds.dtype))
 
     def run_decoder(
-        self, embeds: Tensor, visual: Levels, where: ImagePlaces | None, **kwargs: Any
+        self, embeds: Tensor, visual: Levels | None, where: ImagePlaces | None, **kwargs: Any
     ) -> BaseModelOutputWithPast:
         """Run the decoder layers over `embeds`; `kwargs` go to the language model's forward.
 
-        `where` are the `image_places` of the positions.
+        `where` are the `image_places` of the positions; without them `visual` is not read.
         """
         if where is not None:
             kwargs |= {

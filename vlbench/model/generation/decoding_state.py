@@ -21,6 +21,7 @@ from vlbench.connector.base import ImagePlaces
 from vlbench.connector.levels import Levels
 from vlbench.errors import UserError, one_line
 from vlbench.model.generation.kv_cache import CACHE_ARGUMENT, to_static_cache
+from vlbench.model.generation.row_cache import RowCache
 from vlbench.model.generation.step_graph import (
     STEPS_BEFORE_CAPTURE,
     DecodeStep,
@@ -58,7 +59,7 @@ class DecodingState:
 
     def decode_embeddings(self, embeds: Tensor) -> Tensor:
         """Run `embeds` `[rows, length, lm_width]`; return the last logits `[rows, vocabulary]`."""
-        return _last_logits(
+        return last_logits(
             self.vlm,
             embeds,
             self.visual,
@@ -174,21 +175,22 @@ def _has_layer_hooks(vlm: VLM) -> bool:
     return any(has_forward_hooks(module) for module in modules)
 
 
-def _last_logits(
+def last_logits(
     vlm: VLM,
     embeds: Tensor,
-    visual: Levels,
+    visual: Levels | None,
     where: ImagePlaces | None,
     position_ids: Tensor,
     attention_mask: Tensor,
-    kv_cache: DynamicCache | StaticCache,
+    kv_cache: DynamicCache | StaticCache | RowCache,
 ) -> Tensor:
     """Run embeddings that come next; return the last logits `[rows, vocabulary]`.
 
     Args:
         vlm: The model, in evaluation mode.
         embeds: `[rows, length, lm_width]`.
-        visual: Visual tokens `[images, tokens, width]`, or levels of them.
+        visual: Visual tokens `[images, tokens, width]`, or levels of them; read where they are
+            injected.
         where: Places `[rows, length]` of the positions; None if nothing is injected.
         position_ids: `[rows, length]`.
         attention_mask: What is attended to, in a form that transformers takes.
@@ -208,5 +210,5 @@ def _last_logits(
 
 
 def _decode_step(vlm: VLM, token_ids: Tensor, *step_inputs: Any) -> Tensor:
-    """Run one more token per row, `token_ids` `[rows]`; the rest is that of `_last_logits`."""
-    return _last_logits(vlm, vlm.token_embedding(token_ids[:, None]), *step_inputs)
+    """Run one more token per row, `token_ids` `[rows]`; the rest is that of `last_logits`."""
+    return last_logits(vlm, vlm.token_embedding(token_ids[:, None]), *step_inputs)

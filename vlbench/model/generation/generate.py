@@ -10,13 +10,18 @@ import torch
 from torch import Tensor
 
 from vlbench.data.packing import PackedBatch
-from vlbench.errors import EnvironmentFailure, UserError
+from vlbench.errors import UserError
 from vlbench.model.eval_copy import in_eval_mode
-from vlbench.model.generation.answer_text import has_ended
 from vlbench.model.generation.decoding_state import (
     CompiledDecodeStep,
     DecodingState,
     StaticDecodingState,
+)
+from vlbench.model.generation.growing_answer import (
+    GrowingAnswer,
+    answer_limit,
+    eos_token_ids,
+    nonfinite_error,
 )
 from vlbench.model.generation.kv_cache import (
     PrefixCache,
@@ -24,12 +29,11 @@ from vlbench.model.generation.kv_cache import (
     prefill_common_prefix,
 )
 from vlbench.model.generation.sampling_options import check_sampling_options
+from vlbench.model.generation.token_sampling import NONFINITE_ID, sample_next_ids
 from vlbench.model.vlm import VLM
 from vlbench.process_settings import avoid_cudnn_attention
 from vlbench.processor import Processor
 
-NONFINITE_ID = -1
-"""What `sample_next_ids` gives instead of an id where no logit is finite."""
 TokenCallback = Callable[[list[list[int]]], None]
 """Called after each step with the new ids of all rows so far."""
 
@@ -85,12 +89,16 @@ def generate(
         with avoid_cudnn_attention(vlm.device.type):
             prefill, embeds = _prepare_decoding(vlm, batch, past)
             prompt_lengths = prefill.attention_mask.sum(1)
-            room = (vlm.language.config.max_position_embeddings - prompt_lengths).tolist()
-            rows = _GeneratedRows(vlm, processor, [min(max_new_tokens, left) for left in room])
+            eos_ids = eos_token_ids(vlm, processor)
+            rows = [
+                GrowingAnswer(processor, eos_ids, answer_limit(vlm, length, max_new_tokens))
+                for length in prompt_lengths.tolist()
+            ]
             logits = prefill.decode_embeddings(embeds)
             state: DecodingState | StaticDecodingState = prefill
             if compiled:
-                new_token_count = max(rows.limits) - 1  # the last one is not run through the model
+                # the last token is not run through the model
+                new_token_count = max(row.max_tokens for row in rows) - 1
                 state = StaticDecodingState(prefill, new_token_count, decode_step)
             _decode_rows(rows, state, logits, choose_ids, on_token)
     except BaseException:
@@ -98,8 +106,8 @@ def generate(
             past.clear_cache()  # it may have been stopped between two layers
         raise
     if past:
-        past.append_generated(rows.new_ids[0])
-    return rows.new_ids
+        past.append_generated(rows[0].new_ids)
+    return [row.new_ids for row in rows]
 
 
 def _check_cache_options(batch: PackedBatch, past: Any, compiled: Any) -> None:
@@ -145,87 +153,23 @@ def _prepare_decoding(
 
 
 def _decode_rows(
-    rows: _GeneratedRows,
+    rows: list[GrowingAnswer],
     state: DecodingState | StaticDecodingState,
     logits: Tensor,
     choose_ids: Callable[[Tensor], Tensor],
     on_token: TokenCallback | None,
 ) -> None:
-    """Append one token after the other, from `logits` `[rows, vocabulary]`, until all rows end."""
+    """Append one token after the other, from logits `[rows, vocabulary]`, until all rows end."""
     while True:
-        token_ids = choose_ids(logits[:, : rows.processor.tokenizer.embedding_rows])
-        rows.append_tokens(token_ids.tolist())
-        if on_token:
-            on_token(rows.new_ids)
-        if all(rows.ended):
-            return
-        logits = state.decode_next(token_ids)
-
-
-class _GeneratedRows:
-    """The new ids of every row, and which rows have ended."""
-
-    def __init__(self, vlm: VLM, processor: Processor, limits: list[int]) -> None:
-        """`limits` are the new tokens of each row at most."""
-        self.vlm, self.processor, self.limits = vlm, processor, limits
-        self.new_ids: list[list[int]] = [[] for _ in limits]
-        self.ended = [False] * len(limits)
-        self.eos_token_ids = eos_token_ids(vlm, processor)
-
-    def append_tokens(self, token_ids: list[int]) -> None:
-        """Append one id to every row that has not ended."""
-        for row, token_id in enumerate(token_ids):
-            if self.ended[row]:
+        token_ids = choose_ids(logits[:, : rows[0].processor.tokenizer.embedding_rows])
+        for row, token_id in zip(rows, token_ids.tolist(), strict=True):
+            if row.end_reason:
                 continue
             if token_id == NONFINITE_ID:
-                raise _nonfinite_error(self.vlm)
-            new_ids = self.new_ids[row]
-            new_ids.append(token_id)
-            self.ended[row] = (
-                has_ended(self.processor, self.eos_token_ids, new_ids)
-                or len(new_ids) >= self.limits[row]
-            )
-
-
-def eos_token_ids(vlm: VLM, processor: Processor) -> set[int]:
-    """Return the ids that end an answer: those of the tokenizer, language model and template."""
-    eos_of_language = vlm.language.generation_config.eos_token_id
-    if isinstance(eos_of_language, int):
-        eos_of_language = [eos_of_language]
-    stop_id = processor.tokenizer.named_tokens.get(processor.template.stop)
-    ends = {processor.tokenizer.eos_token_id, *(eos_of_language or [])}
-    return ends if stop_id is None else {*ends, stop_id}
-
-
-def sample_next_ids(
-    logits: Tensor, temperature: float, top_p: float, generator: torch.Generator
-) -> Tensor:
-    """Choose the next ids `[rows]` from logits `[rows, vocabulary]`: greedy at temperature 0.
-
-    A row whose greatest logit is not finite gives NONFINITE_ID: the ids travel to the host anyway,
-    so the device need not be waited for once more to know it.
-    """
-    if temperature == 0:
-        ids = logits.argmax(-1)
-        return ids.where(logits.gather(-1, ids[:, None])[:, 0].isfinite(), NONFINITE_ID)
-    probabilities = (logits.float() / temperature).softmax(-1)
-    ordered, index = probabilities.sort(-1, descending=True)
-    finite = ordered[:, :1].isfinite()
-    ordered = ordered.where(finite, 1.0)  # multinomial of nan on a GPU breaks the CUDA context
-    beyond = ordered.cumsum(-1) - ordered >= top_p  # the token that crosses top_p stays
-    beyond[:, 0] = False
-    ordered[beyond] = 0
-    choice = torch.multinomial(ordered, 1, generator=generator)
-    return index.gather(-1, choice).where(finite, NONFINITE_ID).squeeze(-1)
-
-
-def _nonfinite_error(vlm: VLM) -> EnvironmentFailure:
-    """Return the error for logits that are not finite; it names a weight that is not."""
-    reason = "all its weights are finite, so numbers became too large on the way"
-    if vlm.language.dtype == torch.float16:
-        reason += ", as in float16 beyond 65504: dtype=bf16 or dtype=float32 may do"
-    for name, weight in vlm.named_parameters():
-        if not weight.isfinite().all():
-            reason = f"its weight {name} holds nan or inf"
-            break
-    return EnvironmentFailure(f"the model's logits are not finite: {reason}")
+                raise nonfinite_error(state.vlm)
+            row.append_token(token_id)
+        if on_token:
+            on_token([row.new_ids for row in rows])
+        if all(row.end_reason for row in rows):
+            return
+        logits = state.decode_next(token_ids)

@@ -1,0 +1,122 @@
+"""`python -m vlbench serve`: models behind OpenAI's API on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import time
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from vlbench.command_line.arguments import ServeArguments
+from vlbench.errors import UserError
+
+if TYPE_CHECKING:
+    from vlbench.serve.api.api_settings import ApiSettings
+    from vlbench.serve.api.served_model import ServedModel
+
+KEY_VARIABLE = "VLBENCH_API_KEY"
+EXTRA_PACKAGES = ("fastapi", "uvicorn")
+
+
+def run_serve(arguments: ServeArguments) -> int:
+    """Serve the models until a signal ends it; return the exit code."""
+    missing = [name for name in EXTRA_PACKAGES if find_spec(name) is None]
+    if missing:
+        packages = " and ".join(missing)
+        raise UserError(f"serve needs {packages}, which are not here: pip install 'vlbench[serve]'")
+    from vlbench.serve.api.app import create_app
+    from vlbench.serve.api.http_server import ApiServer, bind_socket
+    from vlbench.serve.api.served_model import choose_model_names
+
+    settings = read_settings(arguments)
+    paths = [os.path.expanduser(path) for path in split_list(arguments.model)]
+    if not paths:
+        raise UserError("model names no model; write model=PATH or model=PATH,PATH")
+    names = choose_model_names(paths)
+    listener = bind_socket(settings.host, arguments.port)  # before models, which take minutes
+    try:
+        models = [
+            load_served_model(name, path, arguments)
+            for name, path in zip(names, paths, strict=True)
+        ]
+        server = ApiServer(create_app(models, settings), settings)
+        port = listener.getsockname()[1]
+        print("\n".join(start_lines(models, settings, port)), flush=True)
+        try:
+            server.run([listener])
+        finally:
+            server.close_engines()
+        return server.exit_code
+    finally:
+        listener.close()
+
+
+def read_settings(arguments: ServeArguments) -> ApiSettings:
+    """Return the settings of the words; a UserError where others could reach it without a key."""
+    from vlbench.serve.api.api_settings import ApiSettings, is_loopback_host
+
+    key = arguments.api_key or os.environ.get(KEY_VARIABLE) or None
+    if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
+        raise UserError("the API key has characters that no header holds; take letters and digits")
+    if key is None and not is_loopback_host(arguments.host):
+        raise UserError(
+            f"host={arguments.host} can be reached by others: set a key in the environment "
+            f"variable {KEY_VARIABLE} (or api_key=KEY, which other users of this machine can see)"
+        )
+    return ApiSettings(
+        host=arguments.host,
+        api_key=key,
+        allowed_hosts=tuple(host.lower() for host in split_list(arguments.allow_hosts)),
+        image_hosts=split_list(arguments.allow_urls),
+        max_images=arguments.max_images,
+    )
+
+
+def split_list(text: str | None) -> tuple[str, ...]:
+    """Return the items of `a,b`."""
+    return tuple(item.strip() for item in (text or "").split(",") if item.strip())
+
+
+def load_served_model(name: str, path: str, arguments: ServeArguments) -> ServedModel:
+    """Load a model and start its engine."""
+    from vlbench.load_model import load_model
+    from vlbench.serve.api.served_model import ServedModel
+    from vlbench.serve.generation_engine import GenerationEngine
+
+    vlm = load_model(
+        path,
+        arguments.dtype,
+        arguments.device,
+        arguments.template,
+        arguments.trust_connector,
+    )
+    engine = GenerationEngine(vlm, arguments.max_rows, arguments.max_waiting)
+    return ServedModel(name, vlm, engine, created=int(time.time()))
+
+
+def start_lines(models: list[ServedModel], settings: ApiSettings, port: int) -> list[str]:
+    """Return what is printed when the server is ready: models, addresses, an example."""
+    address = f"http://{settings.url_host}:{port}"
+    question = {
+        "model": models[0].name,
+        "messages": [{"role": "user", "content": "What can you see?"}],
+    }
+    words = ["curl", f"{address}/v1/chat/completions", "-H", "Content-Type: application/json"]
+    command = shlex.join([*words, "-d", json.dumps(question, ensure_ascii=False)])
+    if settings.api_key:  # in quotes in which the shell puts the variable's value
+        command += f' -H "Authorization: Bearer ${KEY_VARIABLE}"'
+    return [
+        *(_describe_model(model) for model in models),
+        f"API: {address}/v1 (as OpenAI's; Ctrl-C ends it when its answers are written)",
+        f"try: {command}",
+    ]
+
+
+def _describe_model(model: ServedModel) -> str:
+    facts = model.describe()
+    return (
+        f"{model.name}: {facts['connector']}, {facts['visual_tokens_per_image']} visual tokens per "
+        f"image of {facts['image_size']} pixels, on {model.vlm.device}"
+    )
