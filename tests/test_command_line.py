@@ -33,7 +33,7 @@ OLD_WORDS = {
     "export run=RUN out=DIR format=yi_vl": "export has no key 'run'; its keys are model, ",
     "export model=RUN to=DIR format=yi_vl": "export has no key 'to'; its keys are model, out, ",
     "pack data=FILE.json to=DIR": "pack has no key 'to'; its keys are data, images, out, ",
-    "report RUN to=FILE.md": "report has no key 'to'; its keys are RUN..., out.",
+    "report RUN to=FILE.md": "report has no key 'to'; its keys are RUN..., votes, out.",
     "check recipe=yivl_llava to=DIR": "'to=DIR' is no key of check or of a recipe.",
     "compare recipe=yivl_llava out=DIR": "'out=DIR' is no key of compare or of a recipe.",
 }

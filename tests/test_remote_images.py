@@ -9,7 +9,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import openai
 import pytest
+from api_server import running_server
+from fake_engine import FakeEngine, fake_model
+from PIL import Image
 
 from vlbench.errors import UserError
 from vlbench.serve.api import remote_images
@@ -76,6 +80,8 @@ class Images(http.server.BaseHTTPRequestHandler):
         self.send_response(200 if kind != "missing" else 404)
         self.end_headers()
         with contextlib.suppress(OSError):
+            if kind == "picture":
+                Image.new("RGB", (3, 5), "red").save(self.wfile, "PNG")
             for _ in range(400 if kind == "slow" else 1):
                 self.wfile.write(b"image " * (10 if kind == "large" else 1))
                 time.sleep(0.01 if kind == "slow" else 0)
@@ -188,3 +194,25 @@ def test_without_a_list_no_name_is_resolved():
     with pytest.raises(UserError, match="send the image as a data: URL"):
         RemoteImages((), is_public_address, names.resolve).download("http://a.example/")
     assert names.asked == []
+
+
+def test_an_image_by_url_reaches_the_model(port):
+    engine = FakeEngine()
+    host = f"a.example:{port}"
+    images = RemoteImages([host], lambda address: address == "127.0.0.1", Names().resolve)
+    with running_server([fake_model("fake", engine)], None, images) as (_, server_port):
+        base_url = f"http://127.0.0.1:{server_port}/v1"
+        client = openai.OpenAI(base_url=base_url, api_key="none", max_retries=0)
+
+        def ask(url: str) -> Any:
+            content: Any = [{"type": "image_url", "image_url": {"url": url}}]
+            messages: Any = [{"role": "user", "content": content}]
+            return client.chat.completions.create(model="fake", messages=messages)
+
+        ask(f"http://{host}/picture")
+        image = engine.requests[-1].messages[0]["content"][0]["image"]
+        assert (image.size, image.getpixel((0, 0))) == ((3, 5), (255, 0, 0))
+        with pytest.raises(openai.BadRequestError, match="not an image") as caught:
+            ask(f"http://{host}/text")
+        assert caught.value.param == "messages[0].content[0].image_url"
+        assert caught.value.code == "invalid_image_url"

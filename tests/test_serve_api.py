@@ -234,6 +234,37 @@ def test_beyond_the_queue_a_client_is_told_to_come_back(client):
     assert SLOW.wait_until_idle()
 
 
+def test_what_was_answered_is_counted():
+    with running_server([fake_model("a b")]) as (_, port):
+        client = client_of(port)
+        for stream in (False, True):
+            list(ask(client, says("x y z", Image.new("RGB", (4, 4))), model="a b", stream=stream))
+        with pytest.raises(openai.NotFoundError):
+            ask(client)
+        text = client.get("/../metrics", cast_to=str)
+    for line in (
+        'responses_total{status="200"} 2',
+        'responses_total{status="404"} 1',
+        'answers_total{model="a b",reason="stop"} 2',
+        'tokens_total{model="a b",kind="completion"} 6',
+        f'tokens_total{{model="a b",kind="visual"}} {2 * VISUAL_TOKENS}',
+        'time_to_first_token_seconds_bucket{model="a b",le="+Inf"} 2',
+        'answer_seconds_count{model="a b"} 2',
+    ):
+        assert f"\nvlbench_{line}\n" in f"\n{text}"
+
+
+@pytest.mark.parametrize("limit", [{"max_held_bytes": 50}, {"max_arriving": 0}])
+def test_a_server_that_holds_enough_tells_clients_to_come_back(limit):
+    engine = FakeEngine()
+    with running_server([fake_model("fake", engine)], ApiSettings(**limit)) as (_, port):
+        for _ in range(2):
+            with pytest.raises(openai.RateLimitError) as caught:
+                ask(client_of(port))
+            assert caught.value.code == "queue_full"
+    assert not engine.requests
+
+
 def test_thirty_two_clients_at_once_have_their_own_answers(client):
     async def ask_all() -> list[str]:
         async with client_of(client.base_url.port, kind=openai.AsyncOpenAI) as many:

@@ -31,7 +31,8 @@ def load(
 
     The model that is returned has `prompt(messages)`, `prepare(messages)`, `features(batch)`,
     `visual(batch)`, `model(batch).logits`, `generate(batch)` and `chat(messages)`; messages are in
-    the Hugging Face chat format. `dtype`, `device`, `template` and `trust_connector`: see
+    the Hugging Face chat format. `ask(image, question)` gives an answer that a notebook shows with
+    its picture. `dtype`, `device`, `template` and `trust_connector`: see
     `vlbench.load_model.load_model`.
     Several threads may use one model at once, and settings of the process stay as they are.
     """

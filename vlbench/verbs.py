@@ -287,7 +287,7 @@ VERBS = {
         takes_recipe_keys=True,
     ),
     "report": VerbEntry(
-        "compare finished runs: intervals, differences, costs",
+        "compare finished runs: intervals, differences, costs; count votes",
         run_report,
         "RUN RUN out=FILE.html",
         ReportArguments,

@@ -77,15 +77,21 @@ class CompareArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportArguments:
-    """`report`: compare finished runs."""
+    """`report`: compare finished runs, or count votes."""
 
     verb: ClassVar[str] = "report"
 
     runs: tuple[str, ...] = argument(
         "folders of runs, or folders that hold them",
+        (),
         metavar="RUN...",
         is_path=True,
         is_positional=True,
+    )
+    votes: str | None = argument(
+        "files of votes on answers side by side, as serve writes them; with or without runs",
+        None,
+        metavar="FILE[,FILE ...]",
     )
     out: tuple[str, ...] = out_argument(
         "file that the report is written to, .md, .html or .json; once each", (), metavar="FILE"

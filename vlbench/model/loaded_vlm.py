@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
 from vlbench.connector import registry
@@ -27,10 +29,13 @@ from vlbench.model.generation.sampling_options import (
     GENERATE_OPTIONS,
     refuse_unknown_options,
 )
+from vlbench.model.shown_answer import ShownAnswer
 from vlbench.model.vision_encoder import VisionEncoder
 from vlbench.model.vlm import VLM, VLMOutput
 from vlbench.model.weights.weight_origin import WeightOrigin
-from vlbench.processor import ChatMessage, Processor, holds_conversations
+from vlbench.processor import ChatMessage, Processor, holds_conversations, sample_from_messages
+
+ImageInput = str | Path | Image.Image
 
 
 class LoadedVLM:
@@ -202,6 +207,28 @@ class LoadedVLM:
             compiled=compiled,
         )
         return answer_stream.finish_answer(new_ids[0])
+
+    def ask(
+        self,
+        images: ImageInput | Sequence[ImageInput] | None,
+        question: str,
+        **chat_options: Any,
+    ) -> ShownAnswer:
+        """Answer one question; `str()` of the result is the text, and a notebook shows it whole.
+
+        Args:
+            images: A path or a PIL image, several, or None.
+            question: The text that follows the images.
+            chat_options: Those of `chat`.
+        """
+        if images is None:
+            images = []
+        several = [images] if isinstance(images, str | Path | Image.Image) else list(images)
+        content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in several]
+        content.append({"type": "text", "text": question})
+        messages = [{"role": "user", "content": content}]
+        opened = tuple(image.open() for image in sample_from_messages(messages).images)
+        return ShownAnswer(question, self.chat(messages, **chat_options), opened)
 
 
 def assemble_vlm(

@@ -71,9 +71,10 @@ def _refuse_second_encoder(vlm: LoadedVLM, layout: ExportFormat, source: Path) -
 
 
 def _refuse_other_resizing(vlm: LoadedVLM, layout: ExportFormat, source: Path) -> None:
-    """Refuse to write images that are squashed, or not resized by bicubic interpolation."""
+    """Refuse to write images that the layout does not resize so; it squashes those of SigLIP."""
     transform = vlm.processor.transform
-    if transform.squash or transform.interpolation != "bicubic":
+    may_squash = layout == "hf_llava" and not vlm.vision.has_class_token  # a SigLIP
+    if transform.interpolation != "bicubic" or (transform.squash and not may_squash):
         raise UserError(
             f"images of {source} are {transform.describe()}; format={layout} holds bicubic "
             "resizing to a padded or cropped square alone: say format=vlbench"

@@ -216,9 +216,13 @@ def show_results(run: RunFolder) -> int:
         print(f"  {len(lines)} bad samples left out ({named}), all in {run.quarantine_file}")
     print("next:")
     picture, folder = shlex.quote(str(run.folder / "examples.png")), shlex.quote(str(run.folder))
-    chat_command = shlex.join(["python", "-m", "vlbench", "chat", f"model={run.folder}"])
+    chat_command, serve_command = (
+        shlex.join(["python", "-m", "vlbench", verb, f"model={run.folder}"])
+        for verb in ("chat", "serve")
+    )
     print(f"  open {picture}")
     print(f"  {chat_command}  # /image FILE shows it an image")
+    print(f"  {serve_command}  # the same in a browser, and for OpenAI's clients")
     print(f"  tensorboard --logdir {folder}")
     print("  python -m vlbench show recipe=yivl_llava size=6b")
     return 0

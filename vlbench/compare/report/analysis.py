@@ -38,6 +38,7 @@ from vlbench.compare.report.row_pairs import (
 )
 from vlbench.compare.report.score_limits import RowScore, floor_and_ceiling_warnings
 from vlbench.compare.report.task_comparison import TaskComparison, compare_tasks
+from vlbench.compare.report.vote_statistics import VoteFindings
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,8 @@ class ComparisonResult:
     """Folder of a failed run -> reason."""
     curves: CurveFindings | None = None
     """Of a comparison whose rows are points of curves over a budget."""
+    votes: VoteFindings | None = None
+    """On answers of the models side by side, where `votes=` names files of them."""
 
     @property
     def recipe_differences(self) -> list[tuple[str, list[str]]]:

@@ -38,6 +38,7 @@ from vlbench.compare.report.pair_families import (
 )
 from vlbench.compare.report.row_pairs import MAX_NAMED_ROWS, format_count, join_names
 from vlbench.compare.report.svg_figure import legend_marker
+from vlbench.compare.report.vote_report import votes_section
 from vlbench.html_pages import jinja_environment
 from vlbench.version import __version__
 
@@ -57,6 +58,7 @@ SECTION_TITLES = {
     "training": "Learning curves",
     "kinds": "Accuracy by kind of question",
     "tasks": "Further tasks",
+    "votes": "Votes",
     "costs": "Cost against quality",
     "information": "What the connector loses",
     "cases": "Wins and losses",
@@ -100,6 +102,7 @@ def render_html(findings: ComparisonResult) -> str:
             "tables": information_tables(information),
             "notes": list(information_notes(information)),
         },
+        "votes": votes_section(findings.votes) if findings.votes else None,
     }
     left_out = _left_out(findings, sections)
     if not findings.tasks and not findings.task_remarks:
@@ -114,7 +117,7 @@ def render_html(findings: ComparisonResult) -> str:
         titles={
             key: title
             for key, title in SECTION_TITLES.items()
-            if key not in left_out and (findings.curves or key != "curves")
+            if key not in left_out and (key not in ("curves", "votes") or sections[key])
         },
         left_out=left_out,
         mean_columns={

@@ -20,6 +20,7 @@ from vlbench.compare.report.question_kinds import QuestionGroup
 from vlbench.compare.report.row_pairs import RowPair
 from vlbench.compare.report.run_probes import PLACE_LABELS
 from vlbench.compare.report.task_comparison import TaskComparison
+from vlbench.compare.report.vote_report import votes_record
 from vlbench.version import __version__
 
 
@@ -46,6 +47,7 @@ def render_json(findings: ComparisonResult) -> str:
         "curves": curves_record(findings.curves) if findings.curves else None,
         "tasks": [_task_entry(task) for task in findings.tasks],
         "task_remarks": findings.task_remarks,
+        "votes": votes_record(findings.votes) if findings.votes else None,
         "information": _information_entry(find_information_loss(findings)),
         "warnings": findings.warnings,
         "notes": findings.notes,

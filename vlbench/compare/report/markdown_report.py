@@ -10,11 +10,12 @@ from vlbench.compare.report.markdown_information import render_information
 from vlbench.compare.report.markdown_tasks import kinds_table, render_tasks
 from vlbench.compare.report.pair_families import FAMILY_SENTENCE
 from vlbench.compare.report.row_costs import available_budgets
+from vlbench.compare.report.vote_report import votes_markdown
 from vlbench.text_tables import markdown_text
 
 
 def render_markdown(findings: ComparisonResult) -> str:
-    """Return the report: differing keys, accuracies, budgets, pairs, groups of questions."""
+    """Return the report: differing keys, accuracies, budgets, pairs, groups of questions, votes."""
     names = [row.name for row in findings.rows]
     lines = ["# Comparison", "", markdown_text(findings.scope_sentence), ""]
     for warning in findings.warnings:
@@ -42,6 +43,7 @@ def render_markdown(findings: ComparisonResult) -> str:
         ]
     lines += ["## By kind of question", "", *kinds_table(findings.question_groups, names)]
     lines += ["", *render_tasks(findings)] if findings.tasks or findings.task_remarks else []
+    lines += ["", votes_markdown(findings.votes)] if findings.votes else []
     lines += render_information(findings)
     if findings.failed:
         failed = (

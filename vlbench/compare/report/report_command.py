@@ -1,8 +1,12 @@
-"""`python -m vlbench report RUN...`: compare finished runs, as Markdown, HTML and JSON."""
+"""`python -m vlbench report RUN...`: compare finished runs, as Markdown, HTML and JSON.
+
+Votes on answers side by side (`votes=FILE`) are a section of it, or without runs all of it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from vlbench.command_line.compare_arguments import ReportArguments
@@ -12,6 +16,9 @@ from vlbench.compare.report.finished_runs import load_finished_run
 from vlbench.compare.report.json_report import render_json
 from vlbench.compare.report.markdown_report import render_markdown
 from vlbench.compare.report.sweep_summary import SWEEP_FOLDER, describe_sweep
+from vlbench.compare.report.vote_records import read_votes
+from vlbench.compare.report.vote_report import votes_html, votes_json, votes_markdown
+from vlbench.compare.report.vote_statistics import VoteFindings, analyze_votes
 from vlbench.errors import UserError
 from vlbench.system_errors import explain_unwritable
 from vlbench.text_files import write_for_people
@@ -20,9 +27,26 @@ REPORT_SUFFIXES = (".md", ".html", ".json")
 
 
 def run_report(arguments: ReportArguments) -> int:
-    """Compare runs, print the report, and write it to the files of `out=`."""
-    folders = [Path(folder) for folder in arguments.runs]
-    files = [Path(file) for file in arguments.out]
+    """Compare runs or votes, print the report, and write it to the files of `out=`."""
+    files = _check_report_files([Path(file) for file in arguments.out])
+    votes = _analyze_vote_files(arguments.votes)
+    findings: ComparisonResult | VoteFindings
+    if arguments.runs:
+        findings = replace(_compare_folders([Path(run) for run in arguments.runs]), votes=votes)
+    elif votes:
+        findings = votes
+    else:
+        raise UserError("report needs RUN... or votes=FILE: folders of runs, or files of votes")
+    for file in files:
+        write_report(findings, file)
+    print(_render_report(findings, ".md"))
+    if files:
+        print("", *(f"wrote {file}" for file in files), sep="\n")
+    return 0
+
+
+def _check_report_files(files: list[Path]) -> list[Path]:
+    """Return the files that the report is written to; a UserError for another suffix, or two."""
     suffixes = [file.suffix for file in files]
     wrong = [file for file in files if file.suffix not in REPORT_SUFFIXES]
     if wrong:
@@ -31,35 +55,47 @@ def run_report(arguments: ReportArguments) -> int:
         )
     if len(set(suffixes)) < len(suffixes):
         raise UserError("report takes out=FILE.md, out=FILE.html and out=FILE.json once each")
+    return files
+
+
+def _analyze_vote_files(names: str | None) -> VoteFindings | None:
+    """Return what the votes in files say, whose names have commas between them."""
+    if not names:
+        return None
+    return analyze_votes(read_votes([Path(name).expanduser() for name in names.split(",")]))
+
+
+def _compare_folders(folders: Sequence[Path]) -> ComparisonResult:
+    """Return the comparison of the runs in folders."""
     notes = [note for folder in folders for note in describe_sweep(folder)]
     run_folders = _find_run_folders(folders)
-    findings = analyze_runs(
+    return analyze_runs(
         [load_finished_run(folder) for folder in run_folders],
         notes=notes,
         plan=find_curve_plan(run_folders),
     )
-    for file in files:
-        write_report(findings, file)
-    print(render_markdown(findings))
-    if files:
-        print("", *(f"wrote {file}" for file in files), sep="\n")
-    return 0
 
 
-def write_report(findings: ComparisonResult, path: Path) -> None:
+def write_report(findings: ComparisonResult | VoteFindings, path: Path) -> None:
     """Write the report as HTML, JSON or Markdown, by the suffix of the file."""
-    if path.suffix == ".html":
-        from vlbench.compare.report.html_report import render_html  # imports matplotlib
-
-        text = render_html(findings)
-    elif path.suffix == ".json":
-        text = render_json(findings) + "\n"
-    else:
-        text = render_markdown(findings) + "\n"
+    end = "" if path.suffix == ".html" else "\n"
     try:
-        write_for_people(path, text)
+        write_for_people(path, _render_report(findings, path.suffix) + end)
     except OSError as error:
         raise explain_unwritable(error, f"out={path}") from error
+
+
+def _render_report(findings: ComparisonResult | VoteFindings, suffix: str) -> str:
+    """Return the report as HTML, JSON or Markdown."""
+    if isinstance(findings, VoteFindings):
+        if suffix == ".html":
+            return votes_html(findings)
+        return votes_json(findings) if suffix == ".json" else votes_markdown(findings, "#")
+    if suffix == ".html":
+        from vlbench.compare.report.html_report import render_html  # imports matplotlib
+
+        return render_html(findings)
+    return render_json(findings) if suffix == ".json" else render_markdown(findings)
 
 
 def _find_run_folders(folders: Sequence[Path]) -> list[Path]:

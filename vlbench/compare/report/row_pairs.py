@@ -39,7 +39,7 @@ class RowPair:
     @property
     def corrected_p_text(self) -> str:
         """The corrected p with a relation sign: "= 0.012" or "< 0.001"."""
-        return f"= {self.corrected_p:.3f}" if self.corrected_p >= 0.001 else "< 0.001"
+        return format_p(self.corrected_p)
 
     def short_sentence(self) -> str:
         """Return the difference as a sentence."""
@@ -89,6 +89,11 @@ def compare_pairs(
             pairs, differences, corrected_ps, strict=True
         )
     ]
+
+
+def format_p(p_value: float) -> str:
+    """Return p with a relation sign: "= 0.012" or "< 0.001"."""
+    return f"= {p_value:.3f}" if p_value >= 0.001 else "< 0.001"
 
 
 def format_count(count: int, noun: str) -> str:

@@ -21,6 +21,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    SiglipVisionConfig,
 )
 from transformers.utils import logging
 
@@ -30,7 +31,7 @@ from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import UserError
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vlm import VLM
-from vlbench.model.weights import clip_layouts
+from vlbench.model.weights import clip_layouts, siglip_layouts, vision_layouts
 from vlbench.model.weights.exported_template import IMAGE_TOKEN, to_jinja_template
 from vlbench.model.weights.hf_llava_layout import (
     LINEAR_ACTIVATION,
@@ -77,6 +78,10 @@ def write_hf_llava(
         UserError: when the layout cannot express the connector, encoder or tokenizer.
     """
     _check_projector(vlm, has_norms)
+    if has_norms:
+        clip_layouts.to_hf_vision_config(vlm.vision.visual)  # refuses other encoders
+    else:
+        vision_layouts.to_hf_vision_config(vlm.vision.visual)
     if vlm.vision.norm:
         raise UserError("vision.norm is true, which this layout cannot say; use format=vlbench")
     refuse_divided_logits(vlm.language.config, "the language model")
@@ -111,7 +116,7 @@ def write_hf_llava(
         suppress_tokens=list(range(vlm.tokenizer.embedding_rows, vocab_size)),
     )
     with _hide_progress_bars():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=_with_released_vision_names(model.state_dict()))
 
 
 def _check_projector(vlm: LoadedVLM, has_norms: bool) -> None:
@@ -143,6 +148,22 @@ def _build_holder(config: LlavaConfig, has_norms: bool) -> Any:
     return model
 
 
+def _with_released_vision_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict in which the encoder's tensors have the names of released folders.
+
+    transformers 5 has taken `vision_model.` out of its module's names. It reads both; vLLM, SGLang
+    and transformers 4 know the released names alone.
+    """
+    prefix = "model.vision_tower."
+    released = f"{prefix}vision_model."
+    return {
+        name.replace(prefix, released, 1)
+        if name.startswith(prefix) and not name.startswith(released)
+        else name: tensor
+        for name, tensor in state.items()
+    }
+
+
 @contextlib.contextmanager
 def _hide_progress_bars() -> Iterator[None]:
     """Hide progress bars of transformers, and restore its settings afterwards."""
@@ -163,14 +184,18 @@ def build_llava_config(vlm: VLM, image_id: int, vocab_size: int) -> LlavaConfig:
     """Return transformers' configuration of a model of LLaVA's layout."""
     depth, _ = projector_depth_and_norm(require_projector(vlm.connector, LAYOUT_NAME))
     language = {**vlm.language.config.to_dict(), "vocab_size": vocab_size}
+    # vLLM finds the language model's class by this name
+    language["architectures"] = [type(vlm.language).__name__]
+    vision = vision_layouts.to_hf_vision_config(vlm.vision.visual)
+    is_siglip = vision["model_type"] == siglip_layouts.MODEL_TYPE
     return LlavaConfig(
-        vision_config=CLIPVisionConfig(**clip_layouts.to_hf_vision_config(vlm.vision.visual)),
+        vision_config=(SiglipVisionConfig if is_siglip else CLIPVisionConfig)(**vision),
         text_config=type(vlm.language.config)(**language),
         image_token_index=image_id,
         image_seq_length=vlm.shapes.patches,
         projector_hidden_act="gelu" if depth > 1 else LINEAR_ACTIVATION,
         vision_feature_layer=vlm.vision.block_index - len(vlm.vision.blocks()),
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy=vision_layouts.feature_selection(vlm.vision.visual),
         tie_word_embeddings=vlm.language.config.tie_word_embeddings,
     )
 
@@ -225,10 +250,11 @@ def build_llava_processor(vlm: LoadedVLM) -> LlavaProcessor:
         )
     adds_bos = vlm.tokenizer.encode("a") != vlm.tokenizer.encode("a", add_bos=False)
     transform = vlm.processor.transform
+    square = {"height": transform.size, "width": transform.size}
     image_processor = pil_llava_image_processor()(
         do_pad=transform.pad,
         do_convert_rgb=True,
-        size={"shortest_edge": transform.size},
+        size=square if transform.squash else {"shortest_edge": transform.size},
         crop_size={"height": transform.crop, "width": transform.crop},
         image_mean=list(transform.mean),
         image_std=list(transform.std),
@@ -238,8 +264,9 @@ def build_llava_processor(vlm: LoadedVLM) -> LlavaProcessor:
         image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=transform.crop // vlm.vision.grid[0],
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # the class token, which LLaVA drops again
+        vision_feature_select_strategy=vision_layouts.feature_selection(vlm.vision.visual),
+        # the class token, which LLaVA drops again
+        num_additional_image_tokens=int(vlm.vision.has_class_token),
         image_token=IMAGE_TOKEN,
         chat_template=to_jinja_template(vlm.processor.template, adds_bos),
     )

@@ -19,7 +19,7 @@ from vlbench.errors import UserError
 from vlbench.model.decoder_families import DecoderConfig, logit_divisor
 from vlbench.model.language_model import parse_language_config
 from vlbench.model.vlm import VLM
-from vlbench.model.weights import clip_layouts, template_detection
+from vlbench.model.weights import siglip_layouts, template_detection, vision_layouts
 from vlbench.model.weights.llava_projector import projector_tensor_name
 from vlbench.model.weights.release_files import (
     ReleaseSpec,
@@ -58,9 +58,13 @@ def read_release_spec(folder: Path) -> ReleaseSpec:
     config.setdefault("image_token_index", config.get("image_token_id"))  # newer name
     require_keys(config, ("text_config", "vision_config", "image_token_index"), file)
     _check_part_configs(config, file)
-    vision = clip_layouts.parse_vision_config(config["vision_config"], file)
-    if config.get("vision_feature_select_strategy", "default") != "default":
-        raise UserError(f"{file}: vision_feature_select_strategy must be 'default' (patches alone)")
+    vision = vision_layouts.parse_vision_config(config["vision_config"], file)
+    is_siglip = vision.get("model_type") == siglip_layouts.MODEL_TYPE
+    wanted = "full" if is_siglip else "default"
+    if config.get("vision_feature_select_strategy", "default") != wanted:
+        raise UserError(
+            f"{file}: vision_feature_select_strategy must be '{wanted}' (patches alone)"
+        )
     layer = config.get("vision_feature_layer", -2)
     if not isinstance(layer, int) or not -vision["num_hidden_layers"] <= layer < 0:
         raise UserError(f"{file}: vision_feature_layer is {layer!r}; wanted is one negative number")
@@ -79,7 +83,7 @@ def read_release_spec(folder: Path) -> ReleaseSpec:
     template_name, template_reason = template_detection.detect_hf_llava_template(folder, has_norms)
     text = config["text_config"]
     tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
-    preprocess = _read_image_processor(folder)
+    preprocess = _read_image_processor(folder, is_siglip)
     check_crop_size(preprocess, vision, folder)
     return ReleaseSpec(
         language_config=_parse_text_config({**text, "tie_word_embeddings": tied}, file),
@@ -144,8 +148,11 @@ def read_release_files(folder: Path) -> dict[str, bytes]:
     return read_small_files(folder)
 
 
-def _read_image_processor(folder: Path) -> dict[str, Any]:
-    """Read the image processor, which transformers 5 writes into processor_config.json."""
+def _read_image_processor(folder: Path, may_squash: bool) -> dict[str, Any]:
+    """Read the image processor, which transformers 5 writes into processor_config.json.
+
+    With `may_squash` a size of height and width is what an image is resized to, whatever its sides.
+    """
     file = folder / "processor_config.json"
     inner = read_json(file).get("image_processor") if file.is_file() else None
     if inner is None:
@@ -153,7 +160,10 @@ def _read_image_processor(folder: Path) -> dict[str, Any]:
         inner = read_json(file)
     if not isinstance(inner, dict):
         raise UserError(f"{file}: image_processor is {inner!r}; wanted is a mapping")
-    return parse_preprocess_config(inner, file, pad=bool(inner.get("do_pad", False)))
+    preprocess = parse_preprocess_config(inner, file, pad=bool(inner.get("do_pad", False)))
+    if may_squash and not preprocess["pad"] and set(inner["size"]) == {"height", "width"}:
+        return preprocess | {"fit": "squash"}
+    return preprocess
 
 
 def build_tensor_groups(folder: Path, vlm: VLM) -> list[TensorGroup]:
@@ -165,7 +175,7 @@ def build_tensor_groups(folder: Path, vlm: VLM) -> list[TensorGroup]:
     file_names = {name for file in files for name in read_tensor_shapes(file)}
     targets = {
         _find_used_prefix(VISION_PREFIXES, file_names) + key: ("vision", key)
-        for key in clip_layouts.to_hf_state_dict(vlm.vision.visual)
+        for key in vision_layouts.to_hf_state_dict(vlm.vision.visual)
     }
     language = {_language_tensor_name(key, file_names): key for key in vlm.language.state_dict()}
     tied = missing_tied_keys(

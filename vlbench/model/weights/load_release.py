@@ -20,7 +20,7 @@ from vlbench.errors import UserError
 from vlbench.model.language_model import build_empty_language, read_eos_token_ids
 from vlbench.model.loaded_vlm import LoadedVLM, assemble_vlm
 from vlbench.model.vision_encoder import VisionEncoder
-from vlbench.model.weights import clip_layouts, hf_llava_layout, yi_vl_layout
+from vlbench.model.weights import hf_llava_layout, vision_layouts, yi_vl_layout
 from vlbench.model.weights.release_files import ReleaseSpec, collect_part_states, load_vlm_weights
 from vlbench.model.weights.tensor_groups import check_tensor_groups
 from vlbench.text_files import read_json
@@ -163,7 +163,7 @@ def resolve_template_name(folder: Path, spec: ReleaseSpec, key: str = "template"
 def build_meta_encoder(spec: ReleaseSpec, layer: int, norm: bool) -> VisionEncoder:
     """Build the vision encoder that small files describe, on `meta`."""
     with torch.device("meta"):
-        visual = clip_layouts.build_clip_vit(spec.vision_config)
+        visual = vision_layouts.build_vit(spec.vision_config)
     return VisionEncoder(visual, layer, norm, spec.preprocess)
 
 

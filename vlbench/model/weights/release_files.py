@@ -21,7 +21,7 @@ from vlbench.errors import UserError, one_line
 from vlbench.model.decoder_families import DecoderConfig
 from vlbench.model.language_model import check_language_config
 from vlbench.model.vlm import VLM
-from vlbench.model.weights import clip_layouts
+from vlbench.model.weights import vision_layouts
 from vlbench.model.weights.tensor_groups import (
     TensorGroup,
     load_language_state,
@@ -55,11 +55,12 @@ class ReleaseSpec:
 
     language_config: DecoderConfig
     vision_config: dict[str, Any]
-    """The keys `clip_layouts.CLIP_CONFIG_KEYS` of Hugging Face's CLIPVisionConfig."""
+    """What `vision_layouts.parse_vision_config` or that of `clip_layouts` returns."""
     vision_layer: int
     """Block of the vision encoder whose output is used, as `vision.layer` of a recipe."""
     preprocess: dict[str, Any]
-    """mean, std, resize (shortest edge, pixels), crop (side, pixels), pad (to a square)."""
+    """mean, std, resize (shortest edge, pixels), crop (side, pixels), pad (to a square); may have
+    `fit`, as `VisionEncoder` takes it."""
     projector_depth: int
     """Linear layers of the projector."""
     projector_norm: bool
@@ -169,7 +170,7 @@ def _parse_rgb_values(value: Any, key: str, file: Path) -> tuple[float, ...]:
 def collect_part_states(vlm: VLM) -> dict[str, dict[str, Tensor]]:
     """Return the state dicts of a model's parts, by their keys in released layouts."""
     states = {
-        "vision": clip_layouts.to_hf_state_dict(vlm.vision.visual),
+        "vision": vision_layouts.to_hf_state_dict(vlm.vision.visual),
         "language": vlm.language.state_dict(),
     }
     projector = vlm.connector.released_projector()
@@ -195,7 +196,7 @@ def load_vlm_weights(
     projector = vlm.connector.released_projector()
     mmap_parts = ("language",) if mmap_language else ()
     loaded = load_tensor_groups(groups, collect_part_states(vlm), dtype, device, mmap_parts)
-    vision_state = clip_layouts.to_open_clip_state_dict(loaded["vision"], len(vlm.vision.blocks()))
+    vision_state = vision_layouts.to_open_clip_state_dict(loaded["vision"], vlm.vision.visual)
     vlm.vision.visual.load_state_dict(vision_state, assign=True)
     load_language_state(vlm.language, loaded["language"])
     vlm.language.model.rotary_emb.to(device)

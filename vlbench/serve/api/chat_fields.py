@@ -23,7 +23,7 @@ DEFAULT_ANSWER_TOKENS = 512  # as of `chat`
 MAX_STOP_TEXTS = 4
 MAX_STOP_LENGTH = 1_000  # characters
 MAX_MESSAGES = 2_000
-MAX_OPENAI_SEED = 2**64 - 1
+MAX_REQUEST_SEED = 2**64 - 1
 UNUSED_FIELDS = (
     "user",
     "metadata",
@@ -57,7 +57,6 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 """Fields that are not done here, and those of their values that change nothing, beside null."""
-KNOWN_NAMES = ("max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop")
 
 
 class StreamOptions(BaseModel):
@@ -82,7 +81,7 @@ class ChatFields(BaseModel):
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_ANSWER_TOKENS)] | None = None
     temperature: Annotated[float, Field(ge=0, le=10)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), le=MAX_OPENAI_SEED)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=MAX_REQUEST_SEED)] | None = None
     stop: Any = None
 
     @property
@@ -149,7 +148,7 @@ def _check_other_field(name: str, value: object) -> None:
         message = f"{name} is {describe_json_type(value)}, which this server does not do{told}"
         raise _field_error(name, message, code="unsupported_parameter")
     hint = f" {TRANSFORMERS_HINTS[name]}." if name in TRANSFORMERS_HINTS else ""
-    hint = hint or suggest_name(name[:100], (*KNOWN_NAMES, *ChatFields.model_fields))
+    hint = hint or suggest_name(name[:100], ChatFields.model_fields)
     message = f"there is no field '{name:.100}' here.{hint}"
     raise _field_error(name[:100], message, code="unknown_parameter")
 

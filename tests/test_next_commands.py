@@ -1,0 +1,29 @@
+"""What `fit` prints to try next are commands that are understood."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+from vlbench.command_line.parser import parse_arguments
+from vlbench.train.run_folder import RunFolder
+from vlbench.train.run_report import show_results
+from vlbench.verbs import VERBS
+
+
+def test_next_commands_are_understood(tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "a run"
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps({"accuracy": 0.5, "questions": 2}))
+    assert show_results(RunFolder(folder)) == 0
+    _, _, told = capsys.readouterr().out.partition("next:\n")
+    commands = [shlex.split(line, comments=True) for line in told.splitlines()]
+    verbs = {}
+    for words in commands:
+        if words[:3] == ["python", "-m", "vlbench"]:
+            verbs[words[3]] = words[4:]
+            declaration = VERBS[words[3]].declaration
+            if declaration is not None:
+                parse_arguments(declaration, words[4:])
+    assert verbs["chat"] == verbs["serve"] == [f"model={folder}"]
