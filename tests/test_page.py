@@ -247,7 +247,7 @@ def test_a_blind_vote_is_written_and_shows_the_names(open_page, arena, votes):
     assert page.locator(".answer h3").all_inner_texts() == ["Answer A", "Answer B"]
     assert not page.is_visible(".metrics") and not page.is_visible("text=Heat map")
     page.click("text=B is better")
-    playwright.expect(page.locator(".vote")).to_contain_text("Your vote: B is better")
+    playwright.expect(page.locator(".vote")).to_contain_text(f"Your vote: B is better ({names[1]})")
     assert page.locator(".answer h3").all_inner_texts() == names
     vote = json.loads(votes.read_text().splitlines()[-1])
     assert vote.pop("time").endswith("+00:00")

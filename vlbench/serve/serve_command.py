@@ -120,7 +120,8 @@ def start_lines(models: list[ServedModel], settings: ApiSettings, port: int) -> 
 
 def _describe_model(model: ServedModel) -> str:
     facts = model.describe()
+    tokens = facts["visual_tokens_per_image"]
     return (
-        f"{model.name}: {facts['connector']}, {facts['visual_tokens_per_image']} visual tokens per "
-        f"image of {facts['image_size']} pixels, on {model.vlm.device}"
+        f"{model.name}: {facts['connector']}, {tokens} visual token{'' if tokens == 1 else 's'} "
+        f"per image of {facts['image_size']} pixels, on {model.vlm.device}"
     )

@@ -18,6 +18,7 @@ export class AnswerCard {
     this.title = create("h3");
     this.words = create("p", "words");
     this.words.setAttribute("aria-live", "polite");
+    this.words.dir = "auto";
     this.note = create("p", "note");
     this.metrics = create("p", "metrics");
     this.tools = create("div", "tools");
@@ -114,9 +115,9 @@ export class AnswerCard {
       const parts = [translate("seconds", { seconds: formatSeconds(answer.seconds) })];
       if (answer.usage) {
         const flops = countFlops(model.flops, answer.usage, allPictures(turns).length);
-        parts.push(translate("visualTokens", { count: visualTokens(answer.usage) }));
+        parts.push(translateCount("visualToken", "visualTokens", visualTokens(answer.usage)));
         parts.push(formatFlops(flops));
-        parts.push(translate("answerTokens", { count: answer.usage.completion_tokens }));
+        parts.push(translateCount("answerToken", "answerTokens", answer.usage.completion_tokens));
       }
       return parts.map((part) => part.replaceAll(" ", "\u00a0")).join(" · ");
     });
@@ -127,6 +128,7 @@ export class AnswerCard {
     const colour = this.model.blank_colour;
     this.blankWords = create("p", "words");
     this.blankWords.setAttribute("aria-live", "polite");
+    this.blankWords.dir = "auto";
     this.blankNote = create("p", "note");
     const swatch = create("span", "swatch");
     swatch.style.backgroundColor = `rgb(${colour.join(" ")})`;
@@ -172,6 +174,10 @@ export class AnswerCard {
       this.heatButton.disabled = false;
     }
   }
+}
+
+function translateCount(one, several, count) {
+  return translate(count === 1 ? one : several, { count });
 }
 
 function visualTokens(usage) {

@@ -1,14 +1,16 @@
 // Where a question is typed and pictures are added: chosen, pasted or dropped.
 
-import { create, explain, name, say } from "./elements.js";
+import { say } from "./elements.js";
 import { readPicture } from "./pictures.js";
+import { showThumbnails } from "./thumbnails.js";
 import { isSending } from "./turn_view.js";
 
 /** The form at the foot of the page. */
 export class Composer {
   /** `onAsk(question, pictures)` returns whether it was asked; `onStop()` ends answers. */
   constructor(form, { onAsk, onStop }) {
-    Object.assign(this, { form, onAsk, onStop, pictures: [] });
+    Object.assign(this, { form, onAsk, onStop, pictures: [], isSending: false });
+    this.reading = true; // or a promise of whether the files that are being read are pictures
     this.field = form.querySelector("textarea");
     this.list = form.querySelector(".thumbnails");
     this.file = form.querySelector("input[type=file]");
@@ -65,36 +67,31 @@ export class Composer {
     this.file.click();
   }
 
-  /** Add pictures to the next question; say so of a file that is none. */
-  async addFiles(files) {
+  /** Add pictures to the next question, which waits until they have been read. */
+  addFiles(files) {
+    const reading = Promise.all([this.reading, this.readFiles(files)]);
+    const outcome = reading.then((results) => results.every(Boolean));
+    this.reading = outcome;
+    outcome.then(() => {
+      if (this.reading === outcome) this.reading = true;
+    });
+  }
+
+  /** Return whether all files are pictures; say which are none. */
+  async readFiles(files) {
     this.tell(null);
-    for (const file of files) {
-      const picture = await readPicture(file);
-      if (picture) this.pictures.push(picture);
-      else this.tell("notPicture", { name: file.name });
-    }
+    const pictures = await Promise.all(files.map(readPicture));
+    this.pictures.push(...pictures.filter(Boolean));
+    const others = files.filter((_, index) => !pictures[index]).map((file) => file.name);
+    const values = { name: others.join(", ") };
+    if (others.length) this.tell(others.length > 1 ? "notPictures" : "notPicture", values);
     this.showPictures();
     this.field.focus();
+    return others.length === 0;
   }
 
   showPictures() {
-    const items = this.pictures.map((picture, index) => {
-      const image = create("img");
-      image.src = picture.url;
-      image.alt = "";
-      const button = create("button", "thumbnail", image);
-      button.type = "button";
-      name(button, "removePicture", { name: picture.name });
-      explain(button, "removePicture", { name: picture.name });
-      button.addEventListener("click", () => {
-        this.pictures.splice(index, 1);
-        this.showPictures();
-        this.field.focus();
-      });
-      return create("li", "", button);
-    });
-    this.list.replaceChildren(...items);
-    this.list.hidden = items.length === 0;
+    showThumbnails(this.list, this.pictures, () => this.field.focus());
   }
 
   /** Say a failure below the field; null removes it. */
@@ -103,8 +100,13 @@ export class Composer {
     if (key) say(this.note, key, values);
   }
 
-  send() {
+  async send() {
     if (this.isRunning) return this.onStop();
+    if (this.isSending) return; // Enter once more while pictures are read
+    this.isSending = true;
+    const isComplete = await this.reading;
+    this.isSending = false;
+    if (!isComplete) return; // a file that was to go with the question is no picture
     const question = this.field.value.trim();
     if (!question) return this.tell("noQuestion");
     if (this.onAsk(question, this.pictures)) this.clear();

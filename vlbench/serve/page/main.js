@@ -6,7 +6,7 @@ import { applyLanguage, create, createButton, explain, name, say, switchLanguage
 import { createModelTable, ModelList } from "./model_list.js";
 import { recall, remember } from "./preferences.js";
 import { getConfig, onKeyNeeded, ServerError } from "./server.js";
-import { TurnView } from "./turn_view.js";
+import { isComposing, TurnView } from "./turn_view.js";
 
 const THEMES = ["auto", "light", "dark"];
 const find = (selector) => document.querySelector(selector);
@@ -25,7 +25,10 @@ async function start() {
   find("#open-settings").addEventListener("click", () => settings.open());
   find("#new").addEventListener("click", beginConversation);
   document.addEventListener("keydown", (event) => {
-    if (event.key === "Escape" && !find("dialog[open]")) stop();
+    if (event.key === "Escape" && !isComposing(event) && !find("dialog[open]")) stop();
+  });
+  window.addEventListener("beforeunload", (event) => {
+    if (turns.length) event.preventDefault(); // the conversation is nowhere else: ask first
   });
   composer.setRunning(false);
   onKeyNeeded(createKeyDialog(find("#key")));
@@ -91,15 +94,15 @@ function ask(question, pictures) {
   return true;
 }
 
-/** Cut the conversation at a turn, and ask it anew in other words. */
-function editTurn(turn, question) {
+/** Cut the conversation at a turn, and ask it anew in other words or with fewer pictures. */
+function editTurn(turn, question, pictures) {
   const kept = turns.slice(0, turns.indexOf(turn));
   for (const removed of turns.slice(kept.length)) {
     removed.stop();
     removed.element.remove();
   }
   turns = kept;
-  ask(question, turn.pictures);
+  ask(question, pictures);
   composer.field.focus();
 }
 

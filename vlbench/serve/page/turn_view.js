@@ -3,13 +3,15 @@
 import { AnswerCard } from "./answer_card.js";
 import { create, createButton, name, write } from "./elements.js";
 import { shuffle } from "./messages.js";
+import { showThumbnails } from "./thumbnails.js";
 import { letterOf, VoteBar } from "./vote_bar.js";
 
 /** One turn of the conversation `turns`, of which it is the last when it is made. */
 export class TurnView {
   /**
    * `asked`: {question, pictures, models, isBlind, options}. `events`: `onChange()` after any
-   * change, `onEdit(turn, question)` when the question is to be asked anew in other words.
+   * change, `onEdit(turn, question, pictures)` when it is to be asked anew in other words or
+   * with fewer pictures.
    */
   constructor(turns, asked, events) {
     const { question, pictures, models, isBlind, options } = asked;
@@ -36,6 +38,7 @@ export class TurnView {
 
   showQuestion() {
     const words = write(create("p", "question"), this.question);
+    words.dir = "auto";
     this.editButton = createButton("edit", () => this.edit(), { help: "editHelp" });
     this.head.replaceChildren(...this.createPictures(), create("div", "", words, this.editButton));
   }
@@ -56,16 +59,20 @@ export class TurnView {
   edit() {
     const field = name(create("textarea"), "question");
     field.value = this.question;
+    field.dir = "auto";
+    const pictures = [...this.pictures]; // one that the server refused can be taken away
+    const thumbnails = create("ul", "thumbnails");
+    showThumbnails(thumbnails, pictures, () => field.focus());
     const send = () => {
       const question = field.value.trim();
-      if (question) this.events.onEdit(this, question);
+      if (question) this.events.onEdit(this, question, pictures);
     };
     const leave = () => {
       this.showQuestion();
       this.editButton.focus();
     };
     field.addEventListener("keydown", (event) => {
-      if (event.key === "Escape") {
+      if (event.key === "Escape" && !isComposing(event)) {
         event.stopPropagation(); // it would end answers
         leave();
       } else if (isSending(event)) {
@@ -79,7 +86,7 @@ export class TurnView {
       createButton("askAgain", send, { className: "primary" }),
       createButton("cancel", leave),
     );
-    this.head.replaceChildren(...this.createPictures(), create("div", "editing", field, buttons));
+    this.head.replaceChildren(create("div", "editing", thumbnails, field, buttons));
     field.focus();
   }
 
@@ -112,11 +119,17 @@ export class TurnView {
 
   showNames() {
     this.isBlind = false;
+    this.voteBar.close();
     for (const card of this.cards) card.setName(null);
   }
 }
 
+/** Whether a key goes to an input method, where Enter and Escape end or drop a word. */
+export function isComposing(event) {
+  return event.isComposing || event.keyCode === 229;
+}
+
 /** Whether a key asks the question: Enter alone, and not the one that ends a composed word. */
 export function isSending(event) {
-  return event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229;
+  return event.key === "Enter" && !event.shiftKey && !isComposing(event);
 }

@@ -41,12 +41,19 @@ export class VoteBar {
     return this.cards.some(({ answer }) => answer.state === "failed" || answer.state === "stopped");
   }
 
+  /** End the vote: the names have been seen, so that a later one would not be blind. */
+  close() {
+    this.isClosed = true;
+    this.update();
+  }
+
   /** Follow the answers: a vote needs all of them. */
   update() {
     const isReady = this.cards.every(({ answer }) => answer.isDone);
     for (const button of this.choices.children) button.disabled = !isReady || this.isSending;
-    this.choices.hidden = this.hasFailed;
-    say(this.prompt, this.hasFailed ? "voteFailed" : isReady ? "vote" : "voteWaiting");
+    const isOver = this.isClosed || this.hasFailed;
+    this.choices.hidden = isOver;
+    say(this.prompt, isOver ? "voteFailed" : isReady ? "vote" : "voteWaiting");
   }
 
   async vote(choice, key, values) {
@@ -71,7 +78,9 @@ export class VoteBar {
     }
     const told = create("p", "faint");
     told.setAttribute("role", "status");
-    sayComposed(told, () => translate("voted", { choice: translate(key, values) }));
+    const best = this.cards[choice]?.model.id; // the letters are gone, names stand in their place
+    const outcome = best === undefined ? "voted" : "votedFor";
+    sayComposed(told, () => translate(outcome, { choice: translate(key, values), name: best }));
     this.element.replaceChildren(told);
     told.tabIndex = -1;
     told.focus(); // the button that had it is gone
