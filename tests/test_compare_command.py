@@ -216,6 +216,7 @@ def test_rows_share_stages_and_a_second_call_repeats_nothing(
     assert one.read_bytes() == other.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_named_and_does_not_sink_the_rest(tmp_path, monkeypatch, capfd, no_probe):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c/linear/seed0").mkdir(parents=True)

@@ -184,7 +184,9 @@ def test_a_kill_while_a_checkpoint_is_written_loses_nothing(
     assert log_of(whole) == log_of(run)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_says_how_to_go_on_and_exits_130(
     whole: Path, tmp_path: Path, number: int
 ) -> None:
@@ -211,6 +213,7 @@ def test_a_signal_saves_says_how_to_go_on_and_exits_130(
     assert before and json.loads((run / "results.json").read_text())["seconds"] > before
 
 
+@pytest.mark.slow
 def test_a_killed_data_worker_is_one_line_and_the_run_goes_on(whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "short of memory"
     words = [*SHORT, f"run={run}", "data.workers=1"]

@@ -53,7 +53,7 @@ CONNECTORS = {
 }
 RECIPES = {
     "digits": (f"seed: {LONG}\n", "digits"),
-    "brackets": ("seed: " + "[" * DEEP + "]" * DEEP + "\n", "nesting"),
+    "brackets": ("seed: " + "[" * DEEP + "]" * DEEP + "\n", "nest"),
     "bomb": (BOMB, ""),
     "zero byte": ("seed: \0\n", "no text"),
     "a number": ("5.5\n", "mine.yaml"),

@@ -133,7 +133,8 @@ def test_it_is_one_file_and_the_same_every_time(findings, written):
     ids = re.findall(r'\bid="([^"]+)"', written)
     assert len(ids) == len(set(ids))
     assert {one[1:] for one in targets if one.startswith("#")} <= set(ids)
-    assert "NaN" not in written and " nan" not in text_of(written)
+    in_words = re.sub(r"base64,[^\"']*", "", written)  # which may hold any letters
+    assert "NaN" not in in_words and " nan" not in text_of(written)
     assert 20_000 < len(written) < 5_000_000
 
 

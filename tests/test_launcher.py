@@ -57,7 +57,8 @@ def imported(number: int) -> str:
     return Path(f"/proc/{number}/maps").read_text()
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_process_ends_the_run_with_one_line_and_it_goes_on(rank, tmp_path):
     run = tmp_path / "run"
     process = start("stages.chat.steps=40", f"run={run}")

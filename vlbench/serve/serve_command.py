@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import time
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from vlbench.command_line.arguments import ServeArguments
 from vlbench.errors import UserError
+from vlbench.text_files import format_json
 
 if TYPE_CHECKING:
     from vlbench.serve.api.api_settings import ApiSettings
@@ -107,7 +107,7 @@ def start_lines(models: list[ServedModel], settings: ApiSettings, port: int) -> 
         "messages": [{"role": "user", "content": "What can you see?"}],
     }
     words = ["curl", f"{address}/v1/chat/completions", "-H", "Content-Type: application/json"]
-    command = shlex.join([*words, "-d", json.dumps(question, ensure_ascii=False)])
+    command = shlex.join([*words, "-d", format_json(question)])
     if settings.api_key:  # in quotes in which the shell puts the variable's value
         command += f' -H "Authorization: Bearer ${KEY_VARIABLE}"'
     return [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlbench.serve.answer_request import AnswerEnd
+from vlbench.text_files import format_json
 from vlbench.version import __version__
 
 
@@ -69,4 +69,4 @@ def usage_of(end: AnswerEnd) -> dict[str, Any]:
 
 def event_bytes(value: Mapping[str, Any]) -> bytes:
     """Return an object as an event of a stream (server-sent events)."""
-    return b"data: " + json.dumps(value, ensure_ascii=False).encode("utf-8") + b"\n\n"
+    return b"data: " + format_json(value).encode("utf-8") + b"\n\n"
