@@ -103,6 +103,8 @@ def test_names_of_models_are_unique():
     assert choose_model_names(["x/a", "y/a", "b"]) == ["x/a", "y/a", "b"]
     with pytest.raises(UserError, match="a is served once|names a twice"):
         choose_model_names(["a", "a"])
+    with pytest.raises(UserError, match="a/ twice|a twice"):
+        choose_model_names(["runs/a", "runs/a/"])
 
 
 def test_a_port_is_free_again_when_its_server_has_ended():
