@@ -147,11 +147,14 @@ def test_votes_are_lines(served, votes):
         ({"answers": ["one"]}, "answers: 1 for 2 models"),
         ({"choice": 2}, "choice: 2; allowed are 0 to 1, tie and bad"),
         ({"choice": "best"}, "choice"),
-        ({"choice": True}, "choice"),
+        ({"choice": True}, "choice is a truth value (true); allowed are an index, tie and bad"),
+        ({"choice": None}, "choice is null; allowed"),
         ({"question": ""}, "question"),
-        ({"images": ["https://127.0.0.1/cat.png"]}, "data URL"),
-        ({"images": ["data:image/png;base64,$"]}, "not base64"),
-        ({"time": "now"}, "time"),
+        ({"images": ["https://127.0.0.1/cat.png"]}, "a data: URL is written as"),
+        ({"images": ["data:image/png;base64,$"]}, "no base64"),
+        ({"images": ["data:image/png;base64,\u00e9"]}, "no base64"),
+        ({"time": "now"}, "time is no key here"),
+        ({"question": "a" * 200_001}, "must be a text of at most 200000 characters"),
     ],
 )
 def test_wrong_votes_are_refused(served, votes, change, told):

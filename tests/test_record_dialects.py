@@ -369,11 +369,13 @@ def test_the_address_of_an_image_whose_bytes_are_there_is_metadata(folder):
 
 def test_an_image_in_a_record_that_is_none_is_named(folder):
     records = [
-        {"image": f"data:image/png;base64,{text}", **_as_texts()} for text in ("####", "aGk=")
+        {"image": f"data:image/png;base64,{text}", **_as_texts()}
+        for text in ("####", "aGk=", "\u00e9")
     ]
     (folder / "none.json").write_text(json.dumps(records))
     source = ConversationFiles(folder / "none.json")
-    for number, words in ((0, "record 1: is no base64 text"), (1, "record 2: not an image")):
+    told = ("record 1: is no base64 text", "record 2: not an image", "record 3: is no base64 text")
+    for number, words in enumerate(told):
         with pytest.raises(UserError, match=words):
             source[number].images[0].open()
 

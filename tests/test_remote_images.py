@@ -49,6 +49,7 @@ NOT_PUBLIC = (
     "2001:db8::1",
     "64:ff9b:1::a00:1",
     "192.88.99.1",
+    "3fff::1",
     "localhost",
     "",
 )
@@ -78,6 +79,8 @@ class Images(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             return
         self.send_response(200 if kind != "missing" else 404)
+        if kind == "part":
+            self.send_header("Content-Length", "1000")
         self.end_headers()
         with contextlib.suppress(OSError):
             if kind == "picture":
@@ -137,6 +140,7 @@ def test_a_redirect_is_checked_like_the_first_address(port):
         "ftp://b.example/": "allowed are http and https",
         "//c.example/": "not downloaded from this host",
         "http://x@b.example:PORT/": "cannot have",
+        "http://[": "redirected to what is no URL",
         "": "redirected to nowhere",
     }
     for target, message in refused.items():
@@ -171,6 +175,7 @@ def test_one_address_that_is_not_allowed_refuses_the_name(port, addresses):
         ("http://\uff41.example:PORT/", "cannot have"),
         ("gopher://a.example:PORT/", "allowed are http and https"),
         ("http://a.example:PORT/missing", "status 404"),
+        ("http://a.example:PORT/part", "sent a part of it"),
         ("https://a.example:PORT/", "cannot be downloaded"),
     ],
 )

@@ -127,7 +127,8 @@ def test_fields_that_change_nothing_are_accepted(client):
     neutral = {"n": 1, "frequency_penalty": 0, "presence_penalty": 0.0, "logprobs": False}
     more = {"response_format": {"type": "text"}, "user": "me", "metadata": {"a": "b"}}
     extra = {"logit_bias": {}, "tools": [], "tool_choice": "none", "modalities": ["text"]}
-    options = {**neutral, **more, "store": False, "extra_body": {**extra, "audio": None}}
+    extra |= {"audio": None, "top_k": None, "stop": None, "max_tokens": None, "seed": None}
+    options = {**neutral, **more, "store": False, "extra_body": extra}
     assert ask(client, **options).choices[0].message.content == "a b c"
 
 

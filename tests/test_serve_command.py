@@ -29,7 +29,7 @@ from vlbench.data.scene_world import make_scene
 from vlbench.errors import UserError
 from vlbench.serve import serve_command
 from vlbench.serve.api.api_settings import ApiSettings
-from vlbench.serve.api.http_server import bind_socket
+from vlbench.serve.api.http_server import ApiServer, bind_socket
 from vlbench.serve.api.served_model import ServedModel, choose_model_names
 from vlbench.serve.generation_engine import GenerationEngine
 
@@ -61,6 +61,10 @@ def test_a_mistake_is_one_line(capsys, monkeypatch, tmp_path):
     assert "Did you mean 'model'?" in one_line(capsys, "models=a")
     assert "served once" in one_line(capsys, f"model={CHECKPOINT},{CHECKPOINT}", free)
     assert "API key has characters" in one_line(capsys, MODEL, free, "api_key=a b")
+    for word in ("http://a.example/", "a.example/b", "*", "\u00e4.example", "a.example:x"):
+        assert f"names '{word}'; write HOST or" in one_line(capsys, MODEL, f"allow_urls={word}")
+    for word in ("https://a.example", "a.example:443"):
+        assert f"names '{word}'; write HOST," in one_line(capsys, MODEL, f"allow_hosts={word}")
     monkeypatch.setattr(serve_command, "find_spec", lambda name: None)
     line = one_line(capsys, MODEL, free)
     assert line.endswith("pip install 'vlbench[serve]'") and "fastapi and uvicorn" in line
@@ -72,6 +76,8 @@ def test_the_key_of_the_environment_opens_other_hosts(monkeypatch):
     settings = serve_command.read_settings(arguments)
     assert (settings.api_key, settings.is_loopback) == ("secret", False)
     assert settings.image_hosts == ("A.example", "b.example:81")
+    hosts = ServeArguments(model="a", allow_hosts="B-1.example, [::1]", allow_urls="[fd00::1]:81")
+    assert serve_command.read_settings(hosts).allowed_hosts == ("b-1.example", "[::1]")
     monkeypatch.setenv(serve_command.KEY_VARIABLE, "")
     for host in ("0.0.0.0", "::", "10.0.0.1", "example.org", "127.0.0.1.example.org", ""):
         with pytest.raises(UserError, match="set a key"):
@@ -98,11 +104,23 @@ def test_the_first_lines_name_models_addresses_and_a_command_that_works(tmp_path
     )
 
 
+def test_the_port_is_open_when_the_first_lines_are_printed(monkeypatch, capsys):
+    def connect(server: ApiServer, sockets: list[socket.socket]) -> None:
+        assert "try: curl" in capsys.readouterr().out
+        socket.create_connection(sockets[0].getsockname(), 10).close()
+
+    monkeypatch.setattr(serve_command, "load_served_model", lambda name, *_: fake_model(name))
+    monkeypatch.setattr(ApiServer, "run", connect)
+    assert main(["serve", "model=a", "port=0"]) == 0
+
+
 def test_names_of_models_are_unique():
     assert choose_model_names(["runs/a", "b/"]) == ["a", "b"]
     assert choose_model_names(["x/a", "y/a", "b"]) == ["x/a", "y/a", "b"]
     with pytest.raises(UserError, match="a is served once|names a twice"):
         choose_model_names(["a", "a"])
+    with pytest.raises(UserError, match="a/ twice|a twice"):
+        choose_model_names(["runs/a", "runs/a/"])
 
 
 def test_a_port_is_free_again_when_its_server_has_ended():

@@ -148,6 +148,7 @@ CASES: dict[str, tuple[bytes, int, str]] = {
     "user": (post(shows("http://a@127.0.0.1/")), 400, "cannot have"),
     "no URL": (post(shows("http://[")), 400, "is no URL"),
     "no base64": (post(shows("data:image/png;base64,???")), 400, "no base64"),
+    "no ASCII": (post(shows("data:image/png;base64,\u00e9")), 400, "no base64"),
     "no base64 mark": (post(shows("data:image/png,abc")), 400, "data:image/png;base64"),
     "HTML": (post(shows(data_url(b"<script>", "text/html"))), 400, "data:image/png"),
     "no image": (post(shows(data_url(b"<svg/>", "image/svg+xml"))), 400, "not an image"),
@@ -159,6 +160,25 @@ CASES: dict[str, tuple[bytes, int, str]] = {
     "large": (post(b" " * 3_000_000), 413, "1.0 MB"),
     "large in chunks": (chunked(*[b" " * 100_000] * 30), 413, "1.0 MB"),
     "said to be large": (head(Content_Type="application/json", Content_Length="9" * 18), 413, ""),
+    "length and chunks": (
+        head(Content_Type="application/json", Content_Length="4", Transfer_Encoding="chunked")
+        + b"0\r\n\r\n"
+        + head("GET", "/metrics"),
+        400,
+        "told twice",
+    ),
+    "chunks of HTTP/1.0": (chunked(chat()).replace(b"HTTP/1.1", b"HTTP/1.0"), 400, "told twice"),
+    "two encodings": (
+        post(chat(), Content_Encoding="identity\r\nContent-Encoding: gzip"),
+        400,
+        "content-encoding is there twice",
+    ),
+    "two types": (post(chat(), content_type="text/plain"), 400, "content-type is there twice"),
+    "two origins": (
+        post(chat(), Origin="http://127.0.0.1\r\nOrigin: http://evil.example"),
+        400,
+        "origin is there twice",
+    ),
     "form": (post(chat(), Content_Type="application/x-www-form-urlencoded"), 400, "Content-Type"),
     "text across sites": (post(chat(), Content_Type="text/plain"), 400, "Content-Type"),
     "compressed": (post(b"\x1f\x8b", Content_Encoding="gzip"), 400, "Content-Encoding"),
@@ -213,6 +233,13 @@ def test_a_hostile_request_has_its_status(port, name):
 def test_what_is_no_request_is_ended(port, name):
     request, status = RAW[name]
     assert exchange(port, request)[0] == status
+
+
+def test_what_is_behind_a_body_of_two_lengths_is_not_answered(port):
+    with socket.create_connection(("127.0.0.1", port), 10) as connection:
+        connection.sendall(CASES["length and chunks"][0])
+        received = b"".join(iter(lambda: connection.recv(1 << 16), b""))  # until it is closed
+    assert received.count(b"HTTP/1.1 ") == 1
 
 
 def test_no_response_may_be_read_by_other_sites(port):

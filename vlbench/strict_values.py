@@ -40,6 +40,8 @@ ALLOWED_WORDS = {
     "list_type": "a list, as [a,b]",
     "too_short": "a list of at least {min_length}",
     "too_long": "a list of at most {max_length}",
+    "string_too_short": "a text of at least {min_length} characters",
+    "string_too_long": "a text of at most {max_length} characters",
     "literal_error": "{choices}",
     "greater_than_equal": "at least {ge}",
     "greater_than": "above {gt}",
@@ -224,6 +226,8 @@ def describe_error(details: ErrorDetails) -> str:
         return str(context["error"])
     if kind == "missing":
         return "is missing"
+    if kind == "extra_forbidden":
+        return "is no key here"
     expected = re.split(", | or ", str(context.get("expected", "")))
     choices = [PYTHON_WORDS.get(word, word.strip("'")) for word in expected]
     limits = {name: f"{x:g}" if isinstance(x, float) else x for name, x in context.items()}

@@ -7,7 +7,6 @@ A record holds the bytes as such (a column of a Parquet file), in a mapping of `
 from __future__ import annotations
 
 import base64
-import binascii
 import re
 import urllib.parse
 from dataclasses import dataclass
@@ -121,5 +120,5 @@ def image_bytes(image: WrittenImage) -> bytes:
             raise BadSample("", f"is a data URL without base64 ({header[:40]})")
     try:
         return base64.b64decode("".join(text.split()), validate=True)
-    except binascii.Error as error:
+    except ValueError as error:  # binascii.Error is one; characters beyond ASCII raise a plain one
         raise BadSample("", f"is no base64 text ({error})") from error

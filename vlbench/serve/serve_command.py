@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import time
 from importlib.util import find_spec
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 KEY_VARIABLE = "VLBENCH_API_KEY"
 EXTRA_PACKAGES = ("fastapi", "uvicorn")
+HOST_NAME = re.compile(r"[a-z0-9._-]+|\[[0-9a-f:.]+\]", re.IGNORECASE)
+HOST_AND_PORT = re.compile(rf"({HOST_NAME.pattern})(:[0-9]{{1,5}})?", re.IGNORECASE)
 
 
 def run_serve(arguments: ServeArguments) -> int:
@@ -46,6 +49,7 @@ def run_serve(arguments: ServeArguments) -> int:
         ]
         server = ApiServer(create_app(models, settings, votes=votes), settings)
         port = listener.getsockname()[1]
+        listener.listen()  # who connects as soon as the lines are read waits for uvicorn
         print("\n".join(start_lines(models, settings, port)), flush=True)
         try:
             server.run([listener])
@@ -71,10 +75,22 @@ def read_settings(arguments: ServeArguments) -> ApiSettings:
     return ApiSettings(
         host=arguments.host,
         api_key=key,
-        allowed_hosts=tuple(host.lower() for host in split_list(arguments.allow_hosts)),
-        image_hosts=split_list(arguments.allow_urls),
+        allowed_hosts=tuple(
+            host.lower() for host in _read_hosts("allow_hosts", arguments.allow_hosts, HOST_NAME)
+        ),
+        image_hosts=_read_hosts("allow_urls", arguments.allow_urls, HOST_AND_PORT),
         max_images=arguments.max_images,
     )
+
+
+def _read_hosts(key: str, text: str | None, pattern: re.Pattern[str]) -> tuple[str, ...]:
+    """Return the hosts of a key; a UserError names one that no request could be of."""
+    hosts = split_list(text)
+    for host in hosts:
+        if not pattern.fullmatch(host):
+            port = " or HOST:PORT" if pattern is HOST_AND_PORT else ""
+            raise UserError(f"{key} names '{host}'; write HOST{port}, without http:// and paths")
+    return hosts
 
 
 def split_list(text: str | None) -> tuple[str, ...]:

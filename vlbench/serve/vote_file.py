@@ -10,8 +10,6 @@ answer, "tie", or "bad" (none is good). Pictures are not kept, their hashes are.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import threading
 from collections.abc import Collection
@@ -19,15 +17,23 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from vlbench.errors import UserError, suggest_name
+from vlbench.errors import UserError, describe_json_type, suggest_name
+from vlbench.serve.data_urls import read_data_url
 from vlbench.system_errors import explain_unwritable
 from vlbench.text_files import append_json_lines
 
 MAX_TEXT = 200_000  # characters of a question or an answer
 MAX_MODELS, MAX_IMAGES = 16, 64
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
+
+
+def _check_choice(value: object) -> object:
+    """Refuse what is no choice in one sentence; pydantic would tell of each kind that it may be."""
+    if type(value) is int or value in ("tie", "bad"):
+        return value
+    raise ValueError(f"is {describe_json_type(value)}; allowed are an index, tie and bad")
 
 
 class Vote(BaseModel):
@@ -42,7 +48,7 @@ class Vote(BaseModel):
     """The pictures of the conversation, as data URLs."""
     answers: list[Text] = Field(max_length=MAX_MODELS)
     """In the order of `models`."""
-    choice: int | Literal["tie", "bad"]
+    choice: Annotated[int | Literal["tie", "bad"], BeforeValidator(_check_choice)]
     """Index of the best answer, or that none is better, or that none is good."""
 
 
@@ -89,19 +95,15 @@ class VoteFile:
             "models": vote.models,
             "blind": True,
             "question": vote.question,
-            "image_sha256": [hash_data_url(url) for url in vote.images],
+            "image_sha256": [_hash_picture(url) for url in vote.images],
             "answers": vote.answers,
             "choice": vote.choice,
         }
 
 
-def hash_data_url(url: str) -> str:
+def _hash_picture(url: str) -> str:
     """Return the SHA-256 of the bytes in a data URL, in hexadecimal digits."""
-    head, comma, text = url.partition(",")
-    if not (comma and head.startswith("data:image/") and head.endswith(";base64")):
-        raise UserError("images: each must be a data URL, data:image/TYPE;base64,...")
     try:
-        data = base64.b64decode(text, validate=True)
-    except binascii.Error as error:
-        raise UserError(f"images: a data URL is not base64 ({error})") from error
-    return hashlib.sha256(data).hexdigest()
+        return hashlib.sha256(read_data_url(url)).hexdigest()
+    except UserError as error:
+        raise UserError(f"images: {error}") from None

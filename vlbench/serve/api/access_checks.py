@@ -28,6 +28,8 @@ SECURITY_HEADERS = {
 }
 """Of every response, unless its route has set another value."""
 SAFE_METHODS = ("GET", "HEAD")
+SINGLE_HEADERS = ("content-encoding", "content-type", "expect", "origin")
+"""Headers of which two could say different things to a proxy and to this server."""
 
 
 class AccessChecks:
@@ -59,6 +61,7 @@ class AccessChecks:
     def _check_request(self, scope: Scope) -> None:
         headers, settings = Headers(scope=scope), self._state.settings
         _check_length(scope, settings.max_header_bytes)
+        _check_framing(scope, headers)
         host = headers.get("host", "")
         allowed = (
             {*LOOPBACK_NAMES, settings.url_host, *settings.allowed_hosts}
@@ -96,6 +99,25 @@ def _check_length(scope: Scope, max_bytes: int) -> None:
     if target + sum(len(name) + len(value) for name, value in scope["headers"]) > max_bytes:
         message = f"address and headers have more than {max_bytes:,} bytes"
         raise ApiError(431, message)
+
+
+def _check_framing(scope: Scope, headers: Headers) -> None:
+    """Raise an ApiError, and end the connection, where a proxy may see another request than this.
+
+    A body with two lengths, or in chunks for HTTP/1.0, ends elsewhere for a proxy that reads the
+    other length: what is behind it would be a request of its own (request smuggling).
+    """
+    is_chunked = "transfer-encoding" in headers
+    if is_chunked and ("content-length" in headers or scope["http_version"] == "1.0"):
+        message = "the body's length is told twice: by Content-Length or the end of the connection "
+        raise _framing_error(f"{message}and by Transfer-Encoding")
+    for name in SINGLE_HEADERS:
+        if len(headers.getlist(name)) > 1:
+            raise _framing_error(f"the header {name} is there twice")
+
+
+def _framing_error(message: str) -> ApiError:
+    return ApiError(400, message, headers={"Connection": "close"})
 
 
 def _without_port(host: str) -> str:

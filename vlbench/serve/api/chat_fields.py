@@ -7,6 +7,7 @@ lacks what was asked for would end in somebody's table.
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -137,14 +138,17 @@ def _check_stop(stop: Any) -> None:
 
 
 def _check_other_field(name: str, value: object) -> None:
-    """Raise an ApiError for a field that would change the answer, and for unknown names."""
-    if name in UNUSED_FIELDS:
+    """Raise an ApiError for a field that would change the answer, and for unknown names.
+
+    Clients send null for what they leave to the server, whatever its name.
+    """
+    if value is None or name in UNUSED_FIELDS:
         return
     if name in NEUTRAL_VALUES:
         neutral = NEUTRAL_VALUES[name]
-        if value is None or any(_is_same(value, one) for one in neutral):
+        if any(_is_same(value, one) for one in neutral):
             return
-        told = f"; only {' or '.join(map(repr, neutral))} is allowed" if neutral else ""
+        told = f"; only {' or '.join(map(json.dumps, neutral))} is allowed" if neutral else ""
         message = f"{name} is {describe_json_type(value)}, which this server does not do{told}"
         raise _field_error(name, message, code="unsupported_parameter")
     hint = f" {TRANSFORMERS_HINTS[name]}." if name in TRANSFORMERS_HINTS else ""

@@ -6,10 +6,6 @@ before a pixel is decoded.
 
 from __future__ import annotations
 
-import base64
-import binascii
-import re
-
 from PIL import Image
 
 from vlbench.data.image_processing import open_image_bytes
@@ -17,8 +13,8 @@ from vlbench.errors import UserError
 from vlbench.serve.api.api_errors import ApiError
 from vlbench.serve.api.api_settings import ApiSettings
 from vlbench.serve.api.remote_images import RemoteImages
+from vlbench.serve.data_urls import read_data_url
 
-DATA_URL = re.compile(r"data:image/[\w.+-]{1,40};base64,", re.IGNORECASE)
 IMAGE_CODE = "invalid_image_url"
 
 
@@ -59,15 +55,9 @@ class RequestImages:
 
     def _read_bytes(self, url: str) -> bytes:
         """Return the bytes of the image file in, or at, a URL; a UserError says why not."""
-        begin = DATA_URL.match(url)
-        if begin:
-            try:
-                return base64.b64decode("".join(url[begin.end() :].split()), validate=True)
-            except (binascii.Error, ValueError):
-                raise UserError("the data: URL is no base64") from None
         scheme = url.partition(":")[0].lower()
         if scheme in ("http", "https"):
             return self._remote_images.download(url)
         if scheme == "data":
-            raise UserError("a data: URL is written as data:image/png;base64,...")
+            return read_data_url(url)
         raise UserError("an image is a URL: data:image/png;base64,..., or https: of a listed host")

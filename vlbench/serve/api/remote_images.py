@@ -29,7 +29,9 @@ PORTS = {"http": 80, "https": 443}
 REDIRECT_CODES = (301, 302, 303, 307, 308)
 CHUNK_BYTES = 1 << 16  # read at once
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-_FURTHER_NETWORKS = [ipaddress.ip_network(text) for text in ("64:ff9b:1::/48", "192.88.99.0/24")]
+_FURTHER_NETWORKS = [
+    ipaddress.ip_network(text) for text in ("64:ff9b:1::/48", "192.88.99.0/24", "3fff::/20")
+]
 """Not public, which older releases of Python do not know."""
 
 ResolveHost = Callable[[str, int], Sequence[str]]
@@ -86,7 +88,7 @@ class RemoteImages:
             body, location = self._connect(parts).request_in_time(parts)
             if location is None:
                 return body
-            url = urljoin(url, location)
+            url = _redirect_target(url, location)
         raise UserError(f"is redirected more than {MAX_REDIRECTS} times")
 
     def _check_url(self, url: str) -> SplitResult:
@@ -177,6 +179,14 @@ class _PinnedTlsConnection(_PinnedConnection):
         self._open_socket = self.sock
 
 
+def _redirect_target(url: str, location: str) -> str:
+    """Return the URL that a server redirects to; a UserError for a location that is none."""
+    try:
+        return urljoin(url, location)
+    except ValueError as error:
+        raise UserError(f"is redirected to what is no URL ({one_line(error)})") from None
+
+
 def _request_file(
     connection: http.client.HTTPConnection, parts: SplitResult
 ) -> tuple[bytes, str | None]:
@@ -197,4 +207,6 @@ def _request_file(
         data += chunk
         if len(data) > MAX_BYTES:
             raise UserError(f"has more than {format_bytes(MAX_BYTES)}")
+    if response.length:  # what is left of the length that its headers told
+        raise UserError("cannot be downloaded (its server sent a part of it)")
     return bytes(data), None

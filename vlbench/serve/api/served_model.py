@@ -86,12 +86,12 @@ class ServedModel:
 def choose_model_names(paths: Sequence[str]) -> list[str]:
     """Return a name for each model: the last part of its path, and more where that is not unique.
 
-    Raises a UserError for a path that is given twice.
+    Raises a UserError for a path that is given twice, however its slashes are written.
     """
     parts = [PurePath(path).parts for path in paths]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part.strip("/") for part in one[-count:]) for one in parts]
         if len(set(names)) == len(names):
             return names
-    repeated = next(path for path in paths if paths.count(path) > 1)
+    repeated = next(path for path, one in zip(paths, parts, strict=True) if parts.count(one) > 1)
     raise UserError(f"model names {repeated} twice; a model is served once")
