@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from vlbench.model.mixed_precision import autocast_context
 from vlbench.model.replicated_parameters import GradientAverager
-from vlbench.model.vlm import VLM
+from vlbench.model.vlm import VLM, VLMOutput
 
 
 def build_shard_mesh(device_type: str, shard_count: int) -> DeviceMesh:
@@ -62,7 +62,7 @@ def apply_fsdp(vlm: VLM, mesh: DeviceMesh, bf16: bool = False) -> VLM:
     for block in blocks:
         policy = MixedPrecisionPolicy() if block in float32_blocks else block_policy
         fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=set(replicated))
-    fully_shard(vlm, mesh=mesh, ignored_params=set(replicated))
+    _shard_rest(vlm, mesh, set(replicated))
     if any(parameter.dtype.itemsize < 4 for parameter in vlm.parameters()):
         vlm.to(torch.float32)  # weights left in their files have the dtype of the files
     vlm.gradient_averager = GradientAverager(replicated)
@@ -102,6 +102,18 @@ def defer_gradient_reduction(vlm: VLM, keep_whole: bool) -> Iterator[None]:
         yield
     finally:
         set_deferred(False)
+
+
+def _shard_rest(vlm: VLM, mesh: DeviceMesh, replicated: set[nn.Parameter]) -> None:
+    """Shard what belongs to no unit.
+
+    FSDP2 reduces gradients once it has found a tensor in the output of a module, and torch 2.11
+    looks into dicts but not into dataclasses. Where no unit is trained, as in BLIP-2's first stage,
+    it reduced none, so its own hook sees the fields of the output as a dict.
+    """
+    vlm.register_forward_hook(lambda _module, _args, output: vars(output))
+    fully_shard(vlm, mesh=mesh, ignored_params=replicated)
+    vlm.register_forward_hook(lambda _module, _args, fields: VLMOutput(**fields))
 
 
 def _has_dora(block: nn.Module) -> bool:
