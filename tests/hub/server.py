@@ -70,7 +70,9 @@ class FakeHub:
         self.connections: set[socket.socket] = set()
         handler = type("Handler", (_HubRequestHandler,), {"hub": self})
         self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in range(2)]
-        self.endpoint, self.cdn = (f"http://127.0.0.1:{s.server_port}" for s in self._servers)
+        own, cdn = (server.server_port for server in self._servers)
+        # the CDN has another host name: clients take a redirect within one for a renamed repository
+        self.endpoint, self.cdn = f"http://127.0.0.1:{own}", f"http://localhost:{cdn}"
 
     def start(self) -> FakeHub:
         """Answer requests until `stop`."""
