@@ -1,6 +1,6 @@
 """Private parts of open_clip and timm: how their vision transformers are built and laid out.
 
-Checked with open_clip 3.3 and timm 1.0.31; 3.0 and 1.0.31 are the oldest that vlbench allows. A
+Checked with open_clip 3.3 and timm 1.0.31; 3.1 and 1.0.31 are the oldest that vlbench allows. A
 vision encoder is open_clip's `VisionTransformer`, or its `TimmModel`, which holds a model of timm
 as `trunk`.
 """
