@@ -31,6 +31,7 @@ from vlbench.model.named_encoder import (
 )
 from vlbench.model.timm_config import TimmConfig
 from vlbench.model.weights import clip_layouts, open_clip_files, timm_files
+from vlbench.model.weights.hf_vit_layout import CONFIG_KEYS
 from vlbench.model.weights.tensor_groups import check_tensor_groups
 from vlbench.state_dicts import check_names
 from vlbench.text_files import read_json
@@ -333,7 +334,7 @@ def load_clip_folder(encoder: VisionEncoder, folder: Path, load_values: bool = T
     file = folder / "config.json"
     config = clip_layouts.parse_vision_config(read_json(file), file)
     needed = clip_layouts.to_hf_vision_config(encoder.visual)
-    for key in clip_layouts.CLIP_CONFIG_KEYS:
+    for key in CONFIG_KEYS:
         if config[key] != needed[key] and key != "image_size":
             raise UserError(
                 f"{file}: {key} is {config[key]}, and of the vision encoder vision.name it is "

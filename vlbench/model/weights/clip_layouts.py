@@ -1,8 +1,4 @@
-"""CLIP's vision encoder in two layouts: Hugging Face's files and open_clip's module.
-
-open_clip keeps query, key and value in one matrix, Hugging Face in three. The conversion is exact,
-there and back.
-"""
+"""CLIP's vision encoder in two layouts: Hugging Face's files and open_clip's module."""
 
 from __future__ import annotations
 
@@ -17,9 +13,14 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig
 
 from vlbench.compat.vision_internals import encoder_blocks, encoder_image_size
-from vlbench.errors import UserError, one_line
-from vlbench.model.config_limits import check_config_number
-from vlbench.model.vision_config import check_image_grid
+from vlbench.errors import UserError
+from vlbench.model.weights.hf_vit_layout import (
+    TensorNames,
+    join_vit_tensors,
+    parse_vit_config,
+    split_vit_tensors,
+    vit_tensor_names,
+)
 from vlbench.model.weights.quantized_weights import refuse_quantized_config
 from vlbench.model.weights.tensor_files import read_tensor_shapes, weight_files
 from vlbench.model.weights.tensor_groups import BUFFER_PATTERN, TensorGroup, load_tensor_groups
@@ -45,29 +46,17 @@ BLOCK_KEYS = {
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }
-
-CLIP_CONFIG_KEYS = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("image_size", "patch_size", "hidden_act", "layer_norm_eps"),
-)
-"""Keys of a configuration that define the architecture of CLIP's vision encoder."""
 IGNORED_TENSORS = (
     rf"(visual_projection|text_projection|text_model)\..*|logit_scale|{BUFFER_PATTERN}"
 )
 """Tensors of a whole CLIP model that are not of its vision encoder."""
 
 
-def hf_tensor_names(num_layers: int) -> dict[str, tuple[str, ...]]:
-    """Return Hugging Face's name of every open_clip tensor; three for query, key and value."""
-    names: dict[str, tuple[str, ...]] = {key: (name,) for key, name in NON_BLOCK_KEYS.items()}
-    for layer in range(num_layers):
-        block, hf_block = f"transformer.resblocks.{layer}", f"encoder.layers.{layer}"
-        for kind in ("weight", "bias"):
-            qkv_names = tuple(f"{hf_block}.self_attn.{letter}_proj.{kind}" for letter in "qkv")
-            names[f"{block}.attn.in_proj_{kind}"] = qkv_names
-            for key, name in BLOCK_KEYS.items():
-                names[f"{block}.{key}.{kind}"] = (f"{hf_block}.{name}.{kind}",)
-    return names
+def hf_tensor_names(num_layers: int) -> TensorNames:
+    """Return Hugging Face's name of every open_clip tensor."""
+    return vit_tensor_names(
+        NON_BLOCK_KEYS, BLOCK_KEYS, "transformer.resblocks", "attn.in_proj_", num_layers
+    )
 
 
 def to_hf_state_dict(visual: nn.Module) -> dict[str, Tensor]:
@@ -75,21 +64,12 @@ def to_hf_state_dict(visual: nn.Module) -> dict[str, Tensor]:
 
     The projection of contrastive training is left out: a CLIPVisionModel has none.
     """
-    state = visual.state_dict()
-    return {
-        name: part
-        for key, names in hf_tensor_names(_num_layers(visual)).items()
-        for name, part in zip(names, state[key].chunk(len(names)), strict=True)
-    }
+    return split_vit_tensors(visual.state_dict(), hf_tensor_names(_num_layers(visual)))
 
 
 def to_open_clip_state_dict(state: dict[str, Tensor], num_layers: int) -> dict[str, Tensor]:
     """Return Hugging Face's state dict by open_clip's names; `state` is emptied to save memory."""
-    converted = {}
-    for key, names in hf_tensor_names(num_layers).items():
-        parts = [state.pop(name) for name in names]
-        converted[key] = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return converted
+    return join_vit_tensors(state, hf_tensor_names(num_layers))
 
 
 def build_clip_group(folder: Path, visual: nn.Module) -> TensorGroup:
@@ -119,17 +99,9 @@ def load_clip_weights(folder: Path, visual: Any) -> set[str]:
 
 
 def parse_vision_config(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """Return the keys `CLIP_CONFIG_KEYS` of a CLIPVisionConfig, or of the one in a CLIPConfig."""
+    """Return the keys `CONFIG_KEYS` of a CLIPVisionConfig, or of the one in a CLIPConfig."""
     refuse_quantized_config(config, file)
-    inner = config.get("vision_config") or config
-    try:
-        parsed = CLIPVisionConfig(**{key: inner[key] for key in CLIP_CONFIG_KEYS if key in inner})
-    except Exception as error:
-        raise UserError(f"{file}: {one_line(error)}") from error
-    for key in CLIP_CONFIG_KEYS[:6]:
-        check_config_number(key, getattr(parsed, key), file)
-    check_image_grid(parsed.image_size, parsed.patch_size, file)
-    return {key: getattr(parsed, key) for key in CLIP_CONFIG_KEYS}
+    return parse_vit_config(CLIPVisionConfig, config.get("vision_config") or config, file)
 
 
 def build_clip_vit(config: Mapping[str, Any]) -> VisionTransformer:

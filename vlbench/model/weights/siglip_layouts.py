@@ -21,9 +21,14 @@ from vlbench.compat.vision_internals import (
     encoder_image_size,
     has_timm_trunk,
 )
-from vlbench.errors import UserError, one_line
-from vlbench.model.config_limits import check_config_number
-from vlbench.model.vision_config import check_image_grid
+from vlbench.errors import UserError
+from vlbench.model.weights.hf_vit_layout import (
+    TensorNames,
+    join_vit_tensors,
+    parse_vit_config,
+    split_vit_tensors,
+    vit_tensor_names,
+)
 
 MODEL_TYPE = "siglip_vision_model"
 ARCHITECTURE = "vit_base_patch16_siglip_224"  # timm's; widths and depth are given as arguments
@@ -45,67 +50,41 @@ BLOCK_KEYS = {
     "mlp.fc2": "mlp.fc2",
 }
 POOLING_PREFIX = "attn_pool."
-CONFIG_KEYS = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("image_size", "patch_size", "hidden_act", "layer_norm_eps"),
-)
-"""Keys of a configuration that define the architecture."""
 
 
-def hf_tensor_names(num_layers: int) -> dict[str, tuple[str, ...]]:
-    """Return Hugging Face's name of every timm tensor; three for query, key and value."""
-    names: dict[str, tuple[str, ...]] = {key: (name,) for key, name in NON_BLOCK_KEYS.items()}
-    for layer in range(num_layers):
-        block, hf_block = f"blocks.{layer}", f"encoder.layers.{layer}"
-        for kind in ("weight", "bias"):
-            qkv_names = tuple(f"{hf_block}.self_attn.{letter}_proj.{kind}" for letter in "qkv")
-            names[f"{block}.attn.qkv.{kind}"] = qkv_names
-            for key, name in BLOCK_KEYS.items():
-                names[f"{block}.{key}.{kind}"] = (f"{hf_block}.{name}.{kind}",)
-    return names
+def hf_tensor_names(num_layers: int) -> TensorNames:
+    """Return Hugging Face's name of every timm tensor."""
+    return vit_tensor_names(NON_BLOCK_KEYS, BLOCK_KEYS, "blocks", "attn.qkv.", num_layers)
 
 
 def to_hf_state_dict(visual: Any) -> dict[str, Tensor]:
     """Return the state dict of a SigLIP by Hugging Face's names, without `vision_model.`."""
     state = visual.trunk.state_dict()
     state["pos_embed"] = state["pos_embed"][0]
-    return {
-        name: part
-        for key, names in hf_tensor_names(len(encoder_blocks(visual))).items()
-        for name, part in zip(names, state[key].chunk(len(names)), strict=True)
-    }
+    return split_vit_tensors(state, hf_tensor_names(len(encoder_blocks(visual))))
 
 
 def to_open_clip_state_dict(state: dict[str, Tensor], num_layers: int) -> dict[str, Tensor]:
     """Return Hugging Face's state dict by open_clip's names; `state` is emptied to save memory."""
-    converted = {}
-    for key, names in hf_tensor_names(num_layers).items():
-        parts = [state.pop(name) for name in names]
-        converted[f"trunk.{key}"] = parts[0] if len(parts) == 1 else torch.cat(parts)
-    converted["trunk.pos_embed"] = converted["trunk.pos_embed"][None]
-    return converted
+    converted = join_vit_tensors(state, hf_tensor_names(num_layers))
+    converted["pos_embed"] = converted["pos_embed"][None]
+    return {f"trunk.{key}": tensor for key, tensor in converted.items()}
 
 
 def parse_vision_config(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     """Return the model type and the keys `CONFIG_KEYS` of a SiglipVisionConfig."""
-    try:
-        parsed = SiglipVisionConfig(**{key: config[key] for key in CONFIG_KEYS if key in config})
-    except Exception as error:
-        raise UserError(f"{file}: {one_line(error)}") from error
-    for key in CONFIG_KEYS[:6]:
-        check_config_number(key, getattr(parsed, key), file)
-    check_image_grid(parsed.image_size, parsed.patch_size, file)
-    if parsed.hidden_act not in ACTIVATIONS:
+    parsed = parse_vit_config(SiglipVisionConfig, config, file)
+    if parsed["hidden_act"] not in ACTIVATIONS:
         raise UserError(
-            f"{file}: hidden_act is '{parsed.hidden_act}'; known of SigLIP are "
+            f"{file}: hidden_act is '{parsed['hidden_act']}'; known of SigLIP are "
             f"{', '.join(ACTIVATIONS)}"
         )
-    if parsed.layer_norm_eps != LAYER_NORM_EPS:
+    if parsed["layer_norm_eps"] != LAYER_NORM_EPS:
         raise UserError(
-            f"{file}: layer_norm_eps is {parsed.layer_norm_eps}; of SigLIP only {LAYER_NORM_EPS} "
-            "can be done here"
+            f"{file}: layer_norm_eps is {parsed['layer_norm_eps']}; of SigLIP only "
+            f"{LAYER_NORM_EPS} can be done here"
         )
-    return {"model_type": MODEL_TYPE, **{key: getattr(parsed, key) for key in CONFIG_KEYS}}
+    return {"model_type": MODEL_TYPE, **parsed}
 
 
 def build_siglip_vit(config: Mapping[str, Any]) -> nn.Module:
