@@ -10,8 +10,15 @@ from typing import Any
 
 from vlbench.errors import UserError
 from vlbench.processor import sample_from_messages
-from vlbench.serve.answer_request import AnswerEnd, AnswerRequest, EngineClosing, QueueFull
-from vlbench.serve.api.served_model import EndCallback, ServedModel, TextCallback
+from vlbench.serve.answer_request import (
+    AnswerEnd,
+    AnswerRequest,
+    EndCallback,
+    EngineClosing,
+    QueueFull,
+    TextCallback,
+)
+from vlbench.serve.api.served_model import ServedModel
 
 VISUAL_TOKENS = 9
 FAIL = "fail"  # a question that ends with an error of the engine

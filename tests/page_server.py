@@ -14,9 +14,16 @@ from api_server import running_server
 from random_vlm import small_vlm
 
 from vlbench.connector import registry
-from vlbench.serve.answer_request import AnswerEnd, AnswerRequest, FinishReason, QueueFull
+from vlbench.serve.answer_request import (
+    AnswerEnd,
+    AnswerRequest,
+    EndCallback,
+    FinishReason,
+    QueueFull,
+    TextCallback,
+)
 from vlbench.serve.api.api_settings import ApiSettings
-from vlbench.serve.api.served_model import EndCallback, ServedModel, TextCallback
+from vlbench.serve.api.served_model import ServedModel
 from vlbench.serve.vote_file import VoteFile
 
 PIECE_SECONDS = 0.01

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,6 +45,12 @@ class AnswerEnd:
     """From the request's arrival; None where no token was generated."""
     seconds: float
     """From the request's arrival to its end."""
+
+
+TextCallback = Callable[[str], None]
+"""Called with each new piece of an answer."""
+EndCallback = Callable[[AnswerEnd | Exception], None]
+"""Called once, with how an answer ended or with the error that ended it."""
 
 
 class QueueFull(Exception):

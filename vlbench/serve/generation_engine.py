@@ -32,8 +32,15 @@ from vlbench.model.generation.token_sampling import NONFINITE_ID, RowSampler
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.process_settings import avoid_cudnn_attention
 from vlbench.processor import holds_conversations
-from vlbench.serve.answer_request import AnswerRequest, EngineClosing, FinishReason, QueueFull
-from vlbench.serve.running_answer import EndCallback, Prompt, RunningAnswer, TextCallback
+from vlbench.serve.answer_request import (
+    AnswerRequest,
+    EndCallback,
+    EngineClosing,
+    FinishReason,
+    QueueFull,
+    TextCallback,
+)
+from vlbench.serve.running_answer import Prompt, RunningAnswer
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from vlbench.data.image_processing import mean_colour
 from vlbench.errors import EnvironmentFailure, UserError
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.train_flops import count_forward_flops
-from vlbench.serve.api.api_errors import ApiError
+from vlbench.serve.api.api_errors import CLIENT_LEFT, ApiError
 from vlbench.serve.api.api_state import ApiState, api_state
 from vlbench.serve.api.chat_messages import build_messages
 from vlbench.serve.api.request_body import parse_json_object
@@ -29,7 +29,6 @@ from vlbench.serve.heat_map import HeatMap, compute_heat_map
 from vlbench.serve.vote_file import MAX_TEXT, Vote, VoteFile
 from vlbench.strict_values import describe_error, join_path
 
-CLIENT_LEFT = 499  # nginx's number: nobody reads the response
 MAX_WAITING_MAPS = 8  # requests for heat maps that wait for the one that is computed
 FieldsT = TypeVar("FieldsT", bound=BaseModel)
 router = APIRouter(prefix="/page")
@@ -165,7 +164,7 @@ def _write_vote(votes: VoteFile, body: bytes) -> None:
 def _compute_map(state: ApiState, body: bytes) -> HeatMap:
     fields = _read_fields(HeatMapFields, body)
     vlm = state.find_model(fields.model).vlm
-    messages = build_messages(fields.messages, state.images.for_request())
+    messages = build_messages(fields.messages, state.request_images())
     try:
         return compute_heat_map(vlm, messages, fields.answer, fields.image)
     except UserError as error:

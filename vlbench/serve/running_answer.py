@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -17,10 +16,13 @@ from vlbench.model.generation.answer_text import AnswerStream
 from vlbench.model.generation.continuous_batch import BatchRow
 from vlbench.model.generation.growing_answer import GrowingAnswer
 from vlbench.model.generation.prompt_prefill import PromptPrefill
-from vlbench.serve.answer_request import AnswerEnd, AnswerRequest, FinishReason
-
-TextCallback = Callable[[str], None]
-EndCallback = Callable[[AnswerEnd | Exception], None]
+from vlbench.serve.answer_request import (
+    AnswerEnd,
+    AnswerRequest,
+    EndCallback,
+    FinishReason,
+    TextCallback,
+)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ STATUS_MESSAGES = {
     404: "there is nothing at this address; the API is at /v1/chat/completions and /v1/models",
     405: "this address does not take this method",
 }
+CLIENT_LEFT = 499  # nginx's number, for the counts alone: nobody reads the response
 RETRY_SECONDS = {429: "2", 503: "5"}
 """Of the header Retry-After, by status; OpenAI's clients obey it."""
 

@@ -13,7 +13,8 @@ from vlbench.errors import EnvironmentFailure, UserError, suggest_name
 from vlbench.serve.answer_request import AnswerEnd, EngineClosing
 from vlbench.serve.api.api_errors import ApiError
 from vlbench.serve.api.api_settings import ApiSettings
-from vlbench.serve.api.image_inputs import ImageInputs
+from vlbench.serve.api.image_inputs import RequestImages
+from vlbench.serve.api.remote_images import RemoteImages
 from vlbench.serve.api.request_body import BodyBudget
 from vlbench.serve.api.served_model import ServedModel
 from vlbench.serve.api.server_metrics import ServerMetrics
@@ -23,17 +24,21 @@ class ApiState:
     """The models of a server with its settings, and what is going on. For one event loop."""
 
     def __init__(
-        self, models: Sequence[ServedModel], settings: ApiSettings, images: ImageInputs
+        self, models: Sequence[ServedModel], settings: ApiSettings, remote_images: RemoteImages
     ) -> None:
-        """Take the models, of different names, the settings, and what reads images of requests."""
+        """Take the models, of different names, the settings, and what downloads images."""
         self.models = {model.name: model for model in models}
         self.settings = settings
-        self.images = images
         self.metrics = ServerMetrics()
         self.body_budget = BodyBudget(settings.max_held_bytes)
         self.preparing = asyncio.Semaphore(settings.max_preparing)
         self.is_draining = False
+        self._remote_images = remote_images
         self._arriving_count = 0
+
+    def request_images(self) -> RequestImages:
+        """Return what opens the images of one request."""
+        return RequestImages(self.settings, self._remote_images)
 
     def find_model(self, name: str) -> ServedModel:
         """Return the model that clients call `name`; ApiError 404 where there is none."""

@@ -12,7 +12,6 @@ from vlbench.serve.api.access_checks import AccessChecks
 from vlbench.serve.api.api_errors import install_error_handlers
 from vlbench.serve.api.api_settings import ApiSettings
 from vlbench.serve.api.api_state import ApiState
-from vlbench.serve.api.image_inputs import ImageInputs
 from vlbench.serve.api.remote_images import RemoteImages
 from vlbench.serve.api.served_model import ServedModel
 from vlbench.serve.page_files import file_router, page_files
@@ -40,7 +39,7 @@ def create_app(
     app = FastAPI(
         title="vlbench", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
     )
-    state = ApiState(served_models, settings, ImageInputs(settings, remote_images))
+    state = ApiState(served_models, settings, remote_images)
     app.state.api = state
     app.state.page = PageState(state.models, votes)
     install_error_handlers(app)

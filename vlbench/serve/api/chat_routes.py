@@ -14,7 +14,7 @@ from vlbench.processor import ConversationTooLong
 from vlbench.serve.answer_request import AnswerEnd, AnswerRequest, EngineClosing, QueueFull
 from vlbench.serve.api.answer_channel import AnswerChannel, cancel_when_gone
 from vlbench.serve.api.answer_stream import AnswerStream
-from vlbench.serve.api.api_errors import ApiError
+from vlbench.serve.api.api_errors import CLIENT_LEFT, ApiError
 from vlbench.serve.api.api_state import (
     ApiState,
     api_state,
@@ -27,7 +27,6 @@ from vlbench.serve.api.chat_responses import CompletionHead
 from vlbench.serve.api.request_body import parse_json_object
 from vlbench.serve.api.served_model import AnswerHandle, ServedModel
 
-CLIENT_LEFT = 499  # nginx's number, for the counts alone: nobody reads the response
 router = APIRouter()
 
 
@@ -73,7 +72,7 @@ def submit_answer(state: ApiState, body: bytearray, channel: AnswerChannel) -> S
     model = state.find_model(fields.model)
     seed = fields.chosen_seed()
     request = AnswerRequest(
-        messages=build_messages(fields.messages, state.images.for_request()),
+        messages=build_messages(fields.messages, state.request_images()),
         max_new_tokens=fields.answer_tokens,
         temperature=fields.temperature or 0.0,
         top_p=1.0 if fields.top_p is None else fields.top_p,

@@ -18,18 +18,6 @@ from vlbench.serve.data_urls import read_data_url
 IMAGE_CODE = "invalid_image_url"
 
 
-class ImageInputs:
-    """What opens the images of requests, within the limits of the settings."""
-
-    def __init__(self, settings: ApiSettings, remote_images: RemoteImages) -> None:
-        """Take the limits, and what downloads the URLs that are allowed."""
-        self._settings, self._remote_images = settings, remote_images
-
-    def for_request(self) -> RequestImages:
-        """Return what opens the images of one request."""
-        return RequestImages(self._settings, self._remote_images)
-
-
 class RequestImages:
     """The images of one request, opened one after the other."""
 

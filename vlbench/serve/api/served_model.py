@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vlbench.errors import UserError
-from vlbench.serve.answer_request import AnswerEnd, AnswerRequest
+from vlbench.serve.answer_request import AnswerRequest, EndCallback, TextCallback
 
 if TYPE_CHECKING:
     from vlbench.model.loaded_vlm import LoadedVLM
-
-TextCallback = Callable[[str], None]
-EndCallback = Callable[[AnswerEnd | Exception], None]
 
 
 class EngineCounts(Protocol):
