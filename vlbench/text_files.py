@@ -9,7 +9,7 @@ import io
 import json
 import os
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from io import BufferedRandom
 from pathlib import Path
 from typing import Any, TextIO
@@ -45,10 +45,15 @@ def read_text(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def parse_json(text: str | bytes) -> Any:
-    """Return the value of a JSON text; a ValueError also where it is nested too deeply."""
+def parse_json(
+    text: str | bytes, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None
+) -> Any:
+    """Return the value of a JSON text; a ValueError also where it is nested too deeply.
+
+    `object_pairs_hook` makes the objects, as of `json.loads`.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=object_pairs_hook)
     except RecursionError:
         raise ValueError("its brackets are nested too deeply") from None
 

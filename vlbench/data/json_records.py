@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vlbench.data.json_scan import scan_json
-from vlbench.data.record_files import AnyOrder, read_range, record_decoder
+from vlbench.data.record_files import RECORD_DECODER, AnyOrder, read_range
 from vlbench.data.record_offsets import find_offsets
 from vlbench.errors import UserError
 
@@ -31,7 +31,7 @@ class JsonRecords(AnyOrder):
         start, end = self.offsets.record_range(index)
         data = read_range(self.name, self.offsets.stamp, start, end)
         try:
-            return record_decoder().raw_decode(data.decode("utf-8"))[0]
+            return RECORD_DECODER.raw_decode(data.decode("utf-8"))[0]
         except UserError:
             raise
         except (ValueError, RecursionError) as error:

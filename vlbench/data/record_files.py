@@ -110,14 +110,6 @@ def read_range(file: str, stamp: FileStamp, start: int, end: int) -> bytes:
         raise UserError(f"{file}: {error}") from error
 
 
-def record_decoder() -> json.JSONDecoder:
-    """Return a decoder of records, which raises a UserError where a key is there twice.
-
-    JSON takes the last one; the other would be lost without a word.
-    """
-    return json.JSONDecoder(object_pairs_hook=unique_keys)
-
-
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a mapping of JSON; a UserError where a key has several values."""
     found = dict(pairs)
@@ -126,6 +118,10 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if twice is not None:
             raise UserError(f"has the key {twice!r} more than once, with different values")
     return found
+
+
+RECORD_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
+"""The decoder of records: JSON takes the last of equal keys, which would lose the others."""
 
 
 def read_beginning(file: Path) -> bytes:

@@ -11,7 +11,7 @@ from typing import Any
 
 from vlbench.data.json_nesting import EVERY_VALUE, FoundRecord, scan_nested
 from vlbench.data.mapping_texts import LinePattern
-from vlbench.data.record_files import FileStamp, read_beginning, read_range, record_decoder
+from vlbench.data.record_files import RECORD_DECODER, FileStamp, read_beginning, read_range
 from vlbench.data.table_records import CountedLines
 from vlbench.errors import BadSample, UserError, describe_json_type
 from vlbench.regular_files import MAX_DATA_BYTES, open_regular
@@ -56,11 +56,11 @@ class RecordPlace:
             text = data.decode("utf-8")
             if self.pattern is not None:
                 return self.pattern.read_line(text.rstrip("\r\n"))
-            decoder, key = record_decoder(), None
+            key = None
             if self.at.endswith(EVERY_VALUE):
-                key, position = decoder.raw_decode(text)
+                key, position = RECORD_DECODER.raw_decode(text)
                 text = text[text.index(":", position) + 1 :].lstrip()
-            value = decoder.raw_decode(text)[0]
+            value = RECORD_DECODER.raw_decode(text)[0]
         except UserError:
             raise
         except (ValueError, RecursionError) as error:

@@ -13,7 +13,6 @@ byte ranges alone.
 from __future__ import annotations
 
 import functools
-import json
 import time
 import zlib
 from collections import Counter
@@ -50,6 +49,7 @@ from vlbench.data.shard_patterns import expand_shard_pattern
 from vlbench.data.shard_sampler import MAX_LANES, RecentOrders, ShardShuffle
 from vlbench.errors import BadSample, UserError
 from vlbench.regular_files import MAX_IMAGE_BYTES, format_bytes, open_regular
+from vlbench.text_files import parse_json
 
 SHARD_LIST_FILE = "shards.json"
 CACHED_INDEXES = 64  # indexes in memory: of about as many shards as are read alternately
@@ -230,7 +230,9 @@ def _make_sample(tar: str, entry: ShardEntry) -> Sample:
     members = entry.members
     name = f"{Path(tar).name}/{entry.key}"
     try:
-        record = _parse_record(read_member(tar, *members["json"])) if "json" in members else {}
+        record = {}
+        if "json" in members:
+            record = parse_json(read_member(tar, *members["json"]), unique_keys)
     except UserError as error:
         raise BadSample(name, str(error)) from error
     except ValueError as error:
@@ -258,14 +260,6 @@ def _make_sample(tar: str, entry: ShardEntry) -> Sample:
     used_names = {image.name for image in sample.images}
     unread = [suffix for suffix in image_suffixes if images[suffix].name not in used_names]
     return replace(sample, unread_keys=(*sample.unread_keys, *unread, *unread_texts))
-
-
-def _parse_record(data: bytes) -> Any:
-    """Return the value of a JSON text; a ValueError for what is none, or has a key twice."""
-    try:
-        return json.loads(data, object_pairs_hook=unique_keys)
-    except RecursionError:
-        raise ValueError("its brackets are nested too deeply") from None
 
 
 def _is_image_member(suffix: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Iterator
 from io import BufferedReader
@@ -77,6 +78,10 @@ class TableRecords(AnyOrder):
         return np.frombuffer(offsets, np.int64)
 
 
+_CLOSING_QUOTE = re.compile(r'(?<!")(?:"")*"(?!")')
+"""A run of an odd number of quotes: no other ends a cell."""
+
+
 def _skip_row(first_line: str, lines: CountedLines, delimiter: str) -> None:
     """Take the further lines of a row that has quotes, in which a row may go over several.
 
@@ -98,11 +103,11 @@ def _skip_row(first_line: str, lines: CountedLines, delimiter: str) -> None:
 
 
 def _lines_to_quote(lines: CountedLines, most: int) -> str:
-    """Return the next lines to one with a quote, "" where none of the next `most` has one."""
+    """Return the next lines to one that may close a cell, "" where none of the next `most` may."""
     taken = []
     for _, line in zip(range(most), lines, strict=False):
         taken.append(line)
-        if '"' in line:
+        if _CLOSING_QUOTE.search(line):
             return "".join(taken)
     return ""
 

@@ -29,6 +29,8 @@ def split_row(text: str, delimiter: str) -> list[str]:
         UserError: A text stands behind quotes, or a quoted cell of a TSV holds line ends and tabs:
             rows of a table without quoting, one of which begins with a quote.
     """
+    if '"' not in text:
+        return text.partition("\n")[0].removesuffix("\r").split(delimiter)
     cells: list[str] = []
     position = 0
     while True:

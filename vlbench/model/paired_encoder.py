@@ -147,10 +147,8 @@ class PairedEncoder(VisionEncoder):
             self.second.block_index if layer % count == self.block_index else layer % count - count
             for layer in layers
         ]
-        try:
+        with named_as_second():
             self.second.read_blocks(places, class_token)
-        except UserError as error:
-            raise UserError(f"vision.second: {error}") from error
 
     def forward(self, pixels: Tensor) -> Levels:
         """Turn pixels `[images, 6, side, side]` into features `[images, patches, both widths]`.

@@ -13,7 +13,7 @@ from vlbench.config import recipe as recipes
 from vlbench.config.model_schema import ModelConfig, VisionEncoderConfig
 from vlbench.config.stage_schema import StageConfig
 from vlbench.connector import registry
-from vlbench.connector.base import Shapes
+from vlbench.connector.base import Connector, Shapes
 from vlbench.connector.bounded_building import NewTensorLimit, build_connector
 from vlbench.data.image_processing import ImageTransform
 from vlbench.errors import UserError
@@ -113,22 +113,22 @@ def tokens_per_image_by_stage(config: ModelConfig, stage_runs: list[StageRun]) -
             f"language.max_length={language_config.max_position_embeddings}"
         )
     connector_class = registry.load_connector(config.connector_name)
-    tokens_by_shapes: dict[Shapes, int] = {}
+    connectors: dict[Shapes, Connector] = {}
     tokens_by_stage: list[int] = []
     for stage_run in stage_runs:
         try:
             with _blame_image_size(stage_run):
                 encoder.set_image_size(stage_run.stage.image_size)
                 shapes = connector_shapes(encoder, language_config)
-                if shapes not in tokens_by_shapes:
+                if shapes not in connectors:
                     with torch.device("meta"):
-                        connector = build_connector(
+                        connectors[shapes] = build_connector(
                             connector_class, shapes, config.connector_options
                         )
-                    tokens_by_shapes[shapes] = connector.tokens_per_image
-                    _check_image_fits(connector.tokens_per_image, config.language.max_length)
+                connector = connectors[shapes]
+                _check_image_fits(connector.tokens_per_image, config.language.max_length)
             encoder.read_blocks(connector.vision_layers, connector.class_token)
-            tokens_by_stage.append(tokens_by_shapes[shapes])
+            tokens_by_stage.append(connector.tokens_per_image)
         except UserError:
             raise
         except Exception as error:
