@@ -15,13 +15,11 @@ from huggingface_hub.utils import (
 )
 from torch import Tensor, nn
 from transformers import (
-    CLIPVisionConfig,
     GenerationConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
-    SiglipVisionConfig,
 )
 from transformers.utils import logging
 
@@ -31,7 +29,7 @@ from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import UserError
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vlm import VLM
-from vlbench.model.weights import clip_layouts, siglip_layouts, vision_layouts
+from vlbench.model.weights import clip_layouts, vision_layouts
 from vlbench.model.weights.exported_template import IMAGE_TOKEN, to_jinja_template
 from vlbench.model.weights.hf_llava_layout import (
     LINEAR_ACTIVATION,
@@ -187,15 +185,14 @@ def build_llava_config(vlm: VLM, image_id: int, vocab_size: int) -> LlavaConfig:
     # vLLM finds the language model's class by this name
     language["architectures"] = [type(vlm.language).__name__]
     vision = vision_layouts.to_hf_vision_config(vlm.vision.visual)
-    is_siglip = vision["model_type"] == siglip_layouts.MODEL_TYPE
     return LlavaConfig(
-        vision_config=(SiglipVisionConfig if is_siglip else CLIPVisionConfig)(**vision),
+        vision_config=vision_layouts.build_hf_config(vision),
         text_config=type(vlm.language.config)(**language),
         image_token_index=image_id,
         image_seq_length=vlm.shapes.patches,
         projector_hidden_act="gelu" if depth > 1 else LINEAR_ACTIVATION,
         vision_feature_layer=vlm.vision.block_index - len(vlm.vision.blocks()),
-        vision_feature_select_strategy=vision_layouts.feature_selection(vlm.vision.visual),
+        vision_feature_select_strategy=vision_layouts.feature_selection(vision),
         tie_word_embeddings=vlm.language.config.tie_word_embeddings,
     )
 
@@ -264,7 +261,9 @@ def build_llava_processor(vlm: LoadedVLM) -> LlavaProcessor:
         image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=transform.crop // vlm.vision.grid[0],
-        vision_feature_select_strategy=vision_layouts.feature_selection(vlm.vision.visual),
+        vision_feature_select_strategy=vision_layouts.feature_selection(
+            vision_layouts.to_hf_vision_config(vlm.vision.visual)
+        ),
         # the class token, which LLaVA drops again
         num_additional_image_tokens=int(vlm.vision.has_class_token),
         image_token=IMAGE_TOKEN,

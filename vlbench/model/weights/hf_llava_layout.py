@@ -19,7 +19,7 @@ from vlbench.errors import UserError
 from vlbench.model.decoder_families import DecoderConfig, logit_divisor
 from vlbench.model.language_model import parse_language_config
 from vlbench.model.vlm import VLM
-from vlbench.model.weights import siglip_layouts, template_detection, vision_layouts
+from vlbench.model.weights import template_detection, vision_layouts
 from vlbench.model.weights.llava_projector import projector_tensor_name
 from vlbench.model.weights.release_files import (
     ReleaseSpec,
@@ -59,8 +59,7 @@ def read_release_spec(folder: Path) -> ReleaseSpec:
     require_keys(config, ("text_config", "vision_config", "image_token_index"), file)
     _check_part_configs(config, file)
     vision = vision_layouts.parse_vision_config(config["vision_config"], file)
-    is_siglip = vision.get("model_type") == siglip_layouts.MODEL_TYPE
-    wanted = "full" if is_siglip else "default"
+    wanted = vision_layouts.feature_selection(vision)
     if config.get("vision_feature_select_strategy", "default") != wanted:
         raise UserError(
             f"{file}: vision_feature_select_strategy must be '{wanted}' (patches alone)"
@@ -83,7 +82,7 @@ def read_release_spec(folder: Path) -> ReleaseSpec:
     template_name, template_reason = template_detection.detect_hf_llava_template(folder, has_norms)
     text = config["text_config"]
     tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
-    preprocess = _read_image_processor(folder, is_siglip)
+    preprocess = _read_image_processor(folder, vision_layouts.is_siglip(vision))
     check_crop_size(preprocess, vision, folder)
     return ReleaseSpec(
         language_config=_parse_text_config({**text, "tie_word_embeddings": tied}, file),

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from transformers import CLIPVisionConfig, SiglipVisionConfig
 
-from vlbench.compat.vision_internals import encoder_blocks, has_class_token, has_timm_trunk
+from vlbench.compat.vision_internals import encoder_blocks, has_timm_trunk
 from vlbench.errors import UserError
 from vlbench.model.weights import clip_layouts, siglip_layouts
 
@@ -28,17 +29,29 @@ def parse_vision_config(config: Mapping[str, Any], file: Path) -> dict[str, Any]
     )
 
 
+def is_siglip(config: Mapping[str, Any]) -> bool:
+    """Tell whether a configuration of this module is SigLIP's; it is CLIP's otherwise."""
+    return config.get("model_type") == siglip_layouts.MODEL_TYPE
+
+
 def build_vit(config: Mapping[str, Any]) -> nn.Module:
     """Build open_clip's module for what `parse_vision_config` has returned."""
-    if config.get("model_type") == siglip_layouts.MODEL_TYPE:
+    if is_siglip(config):
         return siglip_layouts.build_siglip_vit(config)
     visual: nn.Module = clip_layouts.build_clip_vit(config)
     return visual
 
 
-def feature_selection(visual: nn.Module) -> Literal["default", "full"]:
-    """Return LLaVA's `vision_feature_select_strategy`: whether a class token is dropped."""
-    return "default" if has_class_token(visual) else "full"
+def feature_selection(config: Mapping[str, Any]) -> Literal["default", "full"]:
+    """Return LLaVA's `vision_feature_select_strategy`: "default" drops CLIP's class token."""
+    return "full" if is_siglip(config) else "default"
+
+
+def build_hf_config(config: Mapping[str, Any]) -> CLIPVisionConfig | SiglipVisionConfig:
+    """Return transformers' object for what `to_hf_vision_config` has returned."""
+    config_class: Any = SiglipVisionConfig if is_siglip(config) else CLIPVisionConfig
+    built: CLIPVisionConfig | SiglipVisionConfig = config_class(**config)
+    return built
 
 
 def to_hf_vision_config(visual: nn.Module) -> dict[str, Any]:
