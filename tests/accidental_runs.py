@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -27,10 +28,12 @@ QUICK = [
 FIT = ["fit", "recipe=yivl_llava", *QUICK]
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    """Return the content of every file below a folder."""
+def files_of(folder: Path) -> dict[str, str]:
+    """Return a hash of every file below a folder; "" of those that a thread may still fill."""
     return {
-        str(file.relative_to(folder)): file.read_bytes()
+        str(file.relative_to(folder)): ""
+        if ".writing-" in str(file)
+        else sha256(file.read_bytes()).hexdigest()
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     }

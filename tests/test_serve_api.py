@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import openai
 import pytest
 from api_server import running_server
@@ -312,7 +311,8 @@ def test_a_second_signal_ends_at_once():
         server.handle_exit(15, None)
         assert not server.should_exit
         server.handle_exit(15, None)
-        # older clients pass on what httpx raises for a stream that breaks
-        with pytest.raises((openai.APIError, httpx.HTTPError)):
+        # some clients pass on what their HTTP library raises for a stream that breaks
+        with pytest.raises(Exception) as caught:  # noqa: B017
             list(running)
+        assert type(caught.value).__module__.split(".")[0] in {"openai", "httpx", "httpx2"}
     assert server.exit_code == 130
