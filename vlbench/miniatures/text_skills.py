@@ -79,7 +79,7 @@ def make_skill_document(
         pictures = make_pictures(family, TEXT_SCENE_STREAM, seed, index, has_dot)
         answers = _draw_answers(rng, pictures, skill)
         if answers:
-            return [(_describe(rng, pictures, skill, grid), False), *answers]
+            return [(_describe_rasters(rng, pictures, skill, grid), False), *answers]
         index += _SEARCH_STRIDE
 
 
@@ -91,7 +91,7 @@ def _picture_family(rng: random.Random, skill_name: str) -> str:
     return skill_name if skill_name in ("glyphs", "many") else "gist"
 
 
-def _describe(
+def _describe_rasters(
     rng: random.Random, pictures: Sequence[RenderedScene], skill: Skill, grid: int
 ) -> str:
     """Tell pictures as rasters; of letters, which have a cell each, often only their line."""
@@ -149,7 +149,7 @@ def list_facts(scene: RenderedScene, skill: Skill) -> list[tuple[str, str]]:
         return [
             (
                 f"{coordinate_name(t.cell)}是" if zh else f" the {coordinate_name(t.cell)} is",
-                _told(object_name(t, skill.language), zh),
+                _spaced_text(object_name(t, skill.language), zh),
             )
             for t in scene.objects
         ]
@@ -158,19 +158,19 @@ def list_facts(scene: RenderedScene, skill: Skill) -> list[tuple[str, str]]:
         return [
             (
                 f"{object_name(t, 'zh')}在" if zh else f" the {object_name(t, 'en')} at",
-                _told(coordinate_name(t.cell), zh),
+                _spaced_text(coordinate_name(t.cell), zh),
             )
             for t in unique
         ]
     return [
         (
             f"{object_name(t, 'zh')}的{side}在" if zh else f" {side} the {object_name(t, 'en')} at",
-            _told(coordinate_name(other.cell), zh),
+            _spaced_text(coordinate_name(other.cell), zh),
         )
         for t in unique
         for side, other in list_neighbours(scene, t, skill.language)
     ]
 
 
-def _told(text: str, is_chinese: bool) -> str:
+def _spaced_text(text: str, is_chinese: bool) -> str:
     return text if is_chinese else f" {text}"

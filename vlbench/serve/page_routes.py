@@ -146,7 +146,7 @@ async def _read_body(request: Request) -> AsyncIterator[bytes]:
     with state.body_budget.hold_bytes() as body:
         with state.admit_request():
             try:
-                await body.read(request, state.settings)
+                await body.read_body(request, state.settings)
             except ClientDisconnect:
                 raise ApiError(CLIENT_LEFT, "the client has left") from None
         yield bytes(body.data)

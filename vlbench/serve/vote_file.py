@@ -59,7 +59,7 @@ class VoteFile:
         """Keep votes on these models in `path`; the error for people if it cannot be written."""
         self.path, self.model_names = path, model_names
         self._lock = threading.Lock()
-        self._append([])
+        self._append_records([])
 
     def add_vote(self, vote: Vote) -> None:
         """Write a vote as one line, which is on the disk when this returns.
@@ -69,9 +69,9 @@ class VoteFile:
         """
         record = self._make_record(vote)
         with self._lock:
-            self._append([record])
+            self._append_records([record])
 
-    def _append(self, records: list[dict[str, Any]]) -> None:
+    def _append_records(self, records: list[dict[str, Any]]) -> None:
         try:
             append_json_lines(self.path, records, is_synced=True)
         except OSError as error:

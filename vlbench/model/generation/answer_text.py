@@ -51,10 +51,10 @@ class GrowingText:
         """Return the text of `new_ids`, which begin with those of the last call."""
         text = self._settled_text + self._tokenizer.decode(new_ids[self._settled_count :])
         if len(new_ids) - self._settled_count >= SETTLED_AFTER:
-            self._settle(new_ids, text)
+            self._settle_tokens(new_ids, text)
         return text
 
-    def _settle(self, new_ids: list[int], text: str) -> None:
+    def _settle_tokens(self, new_ids: list[int], text: str) -> None:
         """Keep the text of all but the last tokens, where these decode alone as behind it.
 
         They do not where a character is cut in two; then the next step tries again.

@@ -25,11 +25,11 @@ class AnswerChannel:
 
     def on_text(self, text: str) -> None:
         """Take a piece of the text."""
-        self._put(text)
+        self._put_event(text)
 
     def on_end(self, end: AnswerEnd | Exception) -> None:
         """Take the end."""
-        self._put(end)
+        self._put_event(end)
 
     async def next_event(self, timeout: float | None = None) -> AnswerEvent | None:
         """Return the next event, None after `timeout` seconds without one."""
@@ -39,7 +39,7 @@ class AnswerChannel:
         except TimeoutError:
             return None
 
-    def _put(self, event: AnswerEvent) -> None:
+    def _put_event(self, event: AnswerEvent) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 

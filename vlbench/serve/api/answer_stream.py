@@ -59,9 +59,9 @@ class AnswerStream(Response):
     async def _send_pieces(self, send: Send) -> None:
         has_usage = self._includes_usage
         role = {"role": "assistant", "content": "", "refusal": None}
-        await _send_body(send, event_bytes(self._head.chunk(role, has_usage=has_usage)))
+        await _send_body(send, event_bytes(self._head.text_chunk(role, has_usage=has_usage)))
         while not isinstance(event := await self._next_event(), AnswerEnd | Exception):
-            chunk = self._head.chunk({"content": event}, has_usage=has_usage)
+            chunk = self._head.text_chunk({"content": event}, has_usage=has_usage)
             await _send_body(send, event_bytes(chunk) if event else KEEP_ALIVE)
         try:
             body = self._end_bytes(self._state.count_end(self._model, event))
@@ -75,7 +75,7 @@ class AnswerStream(Response):
 
     def _end_bytes(self, end: AnswerEnd) -> bytes:
         """Return why the answer ended, and its numbers of tokens where they were asked for."""
-        chunk = self._head.chunk({}, end.finish_reason, self._includes_usage)
+        chunk = self._head.text_chunk({}, end.finish_reason, self._includes_usage)
         usage = event_bytes(self._head.usage_chunk(end)) if self._includes_usage else b""
         return event_bytes(chunk) + usage
 

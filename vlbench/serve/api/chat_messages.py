@@ -30,18 +30,20 @@ def build_messages(given: Sequence[Any], images: RequestImages) -> list[ChatMess
 
 def _build_message(message: Any, place: str, images: RequestImages) -> ChatMessage:
     if not isinstance(message, dict):
-        raise _error(place, f"is {describe_json_type(message)}; wanted is an object")
+        raise _message_error(place, f"is {describe_json_type(message)}; wanted is an object")
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
         allowed = ", ".join(ROLES)
-        raise _error(f"{place}.role", f"is {describe_json_type(role)}; allowed are {allowed}")
+        raise _message_error(
+            f"{place}.role", f"is {describe_json_type(role)}; allowed are {allowed}"
+        )
     _refuse_other_fields(message, place, ("role", "content"))
     content = message.get("content")
     if isinstance(content, str):
         return {"role": ROLES[role], "content": content}
     if not isinstance(content, list) or not 0 < len(content) <= MAX_PARTS:
         wanted = f"wanted is a text, or a list of 1 to {MAX_PARTS} parts"
-        raise _error(f"{place}.content", f"is {describe_json_type(content)}; {wanted}")
+        raise _message_error(f"{place}.content", f"is {describe_json_type(content)}; {wanted}")
     parts = [
         _build_part(part, f"{place}.content[{number}]", images)
         for number, part in enumerate(content)
@@ -56,26 +58,28 @@ def _build_part(part: Any, place: str, images: RequestImages) -> dict[str, Any]:
         _refuse_other_fields(part, place, ("type", "text"))
         text = part.get("text")
         if not isinstance(text, str):
-            raise _error(f"{place}.text", f"is {describe_json_type(text)}; wanted is a text")
+            raise _message_error(
+                f"{place}.text", f"is {describe_json_type(text)}; wanted is a text"
+            )
         return {"type": "text", "text": text}
     if kind == "image_url":
         _refuse_other_fields(part, place, ("type", "image_url"))
         url = _image_url(part.get("image_url"), f"{place}.image_url")
         return {"type": "image", "image": images.open(url, f"{place}.image_url")}
     given = describe_json_type(kind if isinstance(part, dict) else part)
-    raise _error(f"{place}.type", f"is {given}; allowed are text and image_url")
+    raise _message_error(f"{place}.type", f"is {given}; allowed are text and image_url")
 
 
 def _image_url(value: Any, place: str) -> str:
     url = value.get("url") if isinstance(value, dict) else None
     if not isinstance(url, str):
         given = describe_json_type(value)
-        raise _error(place, f"is {given}; wanted is an object with a url")
+        raise _message_error(place, f"is {given}; wanted is an object with a url")
     _refuse_other_fields(value, place, ("url", "detail"))
     detail = value.get("detail")
     if detail not in IMAGE_DETAILS:
         given = describe_json_type(detail)
-        raise _error(f"{place}.detail", f"is {given}; allowed are auto, low and high")
+        raise _message_error(f"{place}.detail", f"is {given}; allowed are auto, low and high")
     return url
 
 
@@ -87,8 +91,10 @@ def _refuse_other_fields(fields: Mapping[str, Any], place: str, known_names: Seq
     for name, value in fields.items():
         if name not in known_names and value not in (None, [], {}):
             given = describe_json_type(value)
-            raise _error(f"{place}.{name:.100}", f"is {given}; this server does not read it")
+            raise _message_error(
+                f"{place}.{name:.100}", f"is {given}; this server does not read it"
+            )
 
 
-def _error(place: str, problem: str) -> ApiError:
+def _message_error(place: str, problem: str) -> ApiError:
     return ApiError(400, f"{place} {problem}", code="invalid_value", param=place)

@@ -23,25 +23,25 @@ class CompletionHead:
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def completion(self, text: str, end: AnswerEnd) -> dict[str, Any]:
+    def completion_body(self, text: str, end: AnswerEnd) -> dict[str, Any]:
         """Return the whole answer as one object."""
         message = {"role": "assistant", "content": text, "refusal": None}
         choice = {"message": message, "finish_reason": end.finish_reason}
-        return {**self._object("chat.completion", choice), "usage": usage_of(end)}
+        return {**self._response_body("chat.completion", choice), "usage": usage_of(end)}
 
-    def chunk(
+    def text_chunk(
         self, delta: Mapping[str, Any], finish_reason: str | None = None, has_usage: bool = False
     ) -> dict[str, Any]:
         """Return a chunk of a stream; where the last one tells tokens, the others say null."""
         choice = {"delta": delta, "finish_reason": finish_reason}
-        chunk = self._object("chat.completion.chunk", choice)
+        chunk = self._response_body("chat.completion.chunk", choice)
         return {**chunk, "usage": None} if has_usage else chunk
 
     def usage_chunk(self, end: AnswerEnd) -> dict[str, Any]:
         """Return the chunk that tells the numbers of tokens, without a choice."""
-        return {**self._object("chat.completion.chunk"), "usage": usage_of(end)}
+        return {**self._response_body("chat.completion.chunk"), "usage": usage_of(end)}
 
-    def _object(self, kind: str, *choices: Mapping[str, Any]) -> dict[str, Any]:
+    def _response_body(self, kind: str, *choices: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "id": self.id,
             "object": kind,

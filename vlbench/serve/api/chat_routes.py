@@ -58,7 +58,7 @@ async def _read_and_submit(
 ) -> SubmittedAnswer:
     """Read a request within the limits, and hand it to its model's engine."""
     with state.admit_request(), state.body_budget.hold_bytes() as body:
-        await body.read(request, state.settings)
+        await body.read_body(request, state.settings)
         async with state.preparing:
             return await to_thread.run_sync(submit_answer, state, body.data, channel)
 
@@ -100,4 +100,4 @@ async def _whole_answer(
         while not isinstance(event := await channel.next_event(), AnswerEnd | Exception):
             pieces.append(event or "")
     end = state.count_end(submitted.model, event)
-    return JSONResponse(submitted.head.completion("".join(pieces), end))
+    return JSONResponse(submitted.head.completion_body("".join(pieces), end))

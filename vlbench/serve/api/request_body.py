@@ -35,7 +35,7 @@ class BodyBudget:
             self._free_bytes += len(body.data)
             body.data = bytearray()
 
-    def take(self, count: int) -> bool:
+    def take_bytes(self, count: int) -> bool:
         """Return whether `count` more bytes fit, and hold them if so."""
         if count > self._free_bytes:
             return False
@@ -51,7 +51,7 @@ class BodyBytes:
         self.data = bytearray()
         self._budget = budget
 
-    async def read(self, request: Request, settings: ApiSettings) -> None:
+    async def read_body(self, request: Request, settings: ApiSettings) -> None:
         """Read the body of a request; ApiError where it is too large or too slow.
 
         What is left of it then is thrown away by uvicorn, for `header_seconds`: a connection that
@@ -66,7 +66,7 @@ class BodyBytes:
                 while (chunk := await _next_chunk(chunks, settings.body_idle_seconds)) is not None:
                     if len(self.data) + len(chunk) > settings.max_body_bytes:
                         raise _too_large_error(settings.max_body_bytes)
-                    if not self._budget.take(len(chunk)):
+                    if not self._budget.take_bytes(len(chunk)):
                         message = "the server holds as many bytes of requests as it may"
                         raise ApiError(429, message, code="queue_full")
                     self.data += chunk

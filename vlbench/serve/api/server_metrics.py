@@ -22,12 +22,12 @@ class Histogram:
         self.bucket_counts = [0] * (len(BUCKET_BOUNDS) + 1)
         self.total_seconds = 0.0
 
-    def count(self, seconds: float) -> None:
+    def count_seconds(self, seconds: float) -> None:
         """Count a time."""
         self.bucket_counts[bisect_left(BUCKET_BOUNDS, seconds)] += 1
         self.total_seconds += seconds
 
-    def lines(self, name: str, labels: str) -> Iterable[str]:
+    def sample_lines(self, name: str, labels: str) -> Iterable[str]:
         """Give the lines of the histogram; counts of buckets include those of smaller ones."""
         bounds = [*(f"{bound:g}" for bound in BUCKET_BOUNDS), "+Inf"]
         total = 0
@@ -59,8 +59,8 @@ class ServerMetrics:
         for kind in ("prompt", "visual", "cached", "completion"):
             self._tokens[model_name, kind] += getattr(end, f"{kind}_tokens")
         if end.seconds_to_first_token is not None:
-            self._first_token[model_name].count(end.seconds_to_first_token)
-        self._whole_answer[model_name].count(end.seconds)
+            self._first_token[model_name].count_seconds(end.seconds_to_first_token)
+        self._whole_answer[model_name].count_seconds(end.seconds)
 
     def count_failure(self, model_name: str) -> None:
         """Count an answer that ended with an error."""
@@ -68,52 +68,55 @@ class ServerMetrics:
 
     def render_text(self, models: Iterable[ServedModel]) -> str:
         """Return all counts, with the requests that are answered and those that wait."""
-        engines = {_label("model", model.name): model.engine.counts() for model in models}
-        statuses = {_label("status", status): n for status, n in self._responses.items()}
+        engines = {_label_text("model", model.name): model.engine.counts() for model in models}
+        statuses = {_label_text("status", status): n for status, n in self._responses.items()}
         answers = {
-            _label("model", model, reason=reason): n for (model, reason), n in self._answers.items()
+            _label_text("model", model, reason=reason): n
+            for (model, reason), n in self._answers.items()
         }
-        tokens = {_label("model", model, kind=kind): n for (model, kind), n in self._tokens.items()}
+        tokens = {
+            _label_text("model", model, kind=kind): n for (model, kind), n in self._tokens.items()
+        }
         lines = [
-            *_samples("responses_total", "counter", "Responses by HTTP status", statuses),
-            *_samples("answers_total", "counter", "Answers by how they ended", answers),
-            *_samples("tokens_total", "counter", "Tokens by kind", tokens),
-            *_samples(
+            *_sample_lines("responses_total", "counter", "Responses by HTTP status", statuses),
+            *_sample_lines("answers_total", "counter", "Answers by how they ended", answers),
+            *_sample_lines("tokens_total", "counter", "Tokens by kind", tokens),
+            *_sample_lines(
                 "requests_running",
                 "gauge",
                 "Requests that are being answered",
                 {model: counts.rows_running for model, counts in engines.items()},
             ),
-            *_samples(
+            *_sample_lines(
                 "requests_waiting",
                 "gauge",
                 "Requests that wait for a row",
                 {model: counts.requests_waiting for model, counts in engines.items()},
             ),
-            *_histograms("time_to_first_token_seconds", self._first_token),
-            *_histograms("answer_seconds", self._whole_answer),
+            *_histogram_lines("time_to_first_token_seconds", self._first_token),
+            *_histogram_lines("answer_seconds", self._whole_answer),
         ]
         return "\n".join(lines) + "\n"
 
 
-def _label(name: str, value: object, **others: object) -> str:
+def _label_text(name: str, value: object, **others: object) -> str:
     pairs = {name: value, **others}
-    return ",".join(f'{key}="{_escape(str(one))}"' for key, one in pairs.items())
+    return ",".join(f'{key}="{_escape_value(str(one))}"' for key, one in pairs.items())
 
 
-def _escape(text: str) -> str:
+def _escape_value(text: str) -> str:
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
-def _samples(name: str, kind: str, help: str, values: Mapping[str, int]) -> list[str]:
+def _sample_lines(name: str, kind: str, help: str, values: Mapping[str, int]) -> list[str]:
     name = f"vlbench_{name}"
     head = [f"# HELP {name} {help}.", f"# TYPE {name} {kind}"]
     return [*head, *(f"{name}{{{labels}}} {value}" for labels, value in values.items())]
 
 
-def _histograms(name: str, histograms: Mapping[str, Histogram]) -> list[str]:
+def _histogram_lines(name: str, histograms: Mapping[str, Histogram]) -> list[str]:
     name = f"vlbench_{name}"
     lines = [f"# HELP {name} Seconds from a request's arrival.", f"# TYPE {name} histogram"]
     for model_name, histogram in histograms.items():
-        lines += histogram.lines(name, _label("model", model_name))
+        lines += histogram.sample_lines(name, _label_text("model", model_name))
     return lines
