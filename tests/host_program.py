@@ -207,11 +207,15 @@ def run_commands(
     record_changes("main")
     assert main(["export", f"model={checkpoint}", f"out={folder}/out", "format=vlbench"]) == 0
     record_changes("export")
-    assert fit_command.fit(recipes.load_recipe([*RECIPE, f"run={folder}/run"])) == 0
+    assert (
+        fit_command.train_and_evaluate(recipes.load_recipe([*RECIPE, f"run={folder}/run"]))[0] == 0
+    )
     record_changes("fit")
     codes: list[int] = []
     recipe = recipes.load_recipe([*RECIPE, "only=chat", f"run={folder}/thread"])
-    thread = threading.Thread(target=lambda: codes.append(fit_command.fit(recipe)))
+    thread = threading.Thread(
+        target=lambda: codes.append(fit_command.train_and_evaluate(recipe)[0])
+    )
     thread.start()
     thread.join()
     assert codes == [0]

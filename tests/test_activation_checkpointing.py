@@ -26,7 +26,7 @@ CONNECTORS = ("yivl_llava", "yivl_qformer", "yivl_flamingo", "yivl_eva")
 def ready(recipe: str, *words: str) -> tuple[LoadedVLM, StepDataset]:
     """Return the miniature before its last stage, and the steps of the stage."""
     resolved = recipes.load_recipe([f"recipe={recipe}", "stages.chat.global_batch_size=3", *words])
-    leg = plan_stage_runs(resolved)[-1]
+    leg = plan_stage_runs(resolved.selected_data, resolved.last_stage_data)[-1]
     vlm = build_vlm(resolved.model, leg.stage.image_size)
     freeze_untrained_parts(vlm.model, leg.stage)
     return vlm, build_stage_steps(vlm.processor, leg)

@@ -17,7 +17,8 @@ TINY = ("recipe=yivl_llava", "only=chat")
 
 def choice(*words: str, steps: int | None = None) -> tuple[bool, str]:
     """Return the choice for a recipe, its stages with the number of steps of a large run."""
-    stage_runs = plan_stage_runs(recipes.load_recipe([*TINY]))
+    recipe = recipes.load_recipe([*TINY])
+    stage_runs = plan_stage_runs(recipe.selected_data, recipe.last_stage_data)
     if steps is not None:
         stage_runs = [dataclasses.replace(one, total_steps=steps) for one in stage_runs]
     recipe = recipes.load_recipe([*TINY, *words])

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 import vlbench
 from vlbench.__main__ import main
-from vlbench.config.encoder_names import check_encoder_name
 from vlbench.connector import registry
+from vlbench.encoder_names import check_encoder_name
 from vlbench.errors import UserError
 from vlbench.model.vision_encoder import build_vision_encoder, check_vision_weights
 from vlbench.train import checkpoint_files

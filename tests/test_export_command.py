@@ -33,7 +33,7 @@ from vlbench.data.chat_template import CHAT_TEMPLATES
 from vlbench.data.sample import IMAGE_PLACEHOLDER
 from vlbench.model.weights.exported_template import IMAGE_TOKEN, to_jinja_template
 from vlbench.processor import sample_from_messages
-from vlbench.serve.model_card import _describe_training, _plain_markdown
+from vlbench.serve.model_card import _plain_markdown, describe_training
 
 CASE = CASES["cases"][0]
 SHORT = ["stages.align_224.steps=2", "stages.align_448.steps=2", "stages.chat.steps=3"]
@@ -327,5 +327,5 @@ def test_nothing_in_a_model_card_acts_as_markup() -> None:
     recipe = load_recipe(["recipe=yivl_llava"]).model_copy(
         update={"recipe": "x`<b>.yaml", "init": "y <img src=z>\n# title"}
     )
-    text = _describe_training(recipe)
+    text = describe_training(recipe.recipe, recipe.model, recipe.stages)
     assert "Recipe `x'\\<b>`," in text and "y \\<img src=z>\\n# title" in text

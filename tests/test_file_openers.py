@@ -32,7 +32,7 @@ ALLOWED = {
     "distributed/machine_limits.py: open": "the system's own files in /proc",
     "distributed/machine_limits.py: read_text": "the system's own files in /sys",
     "distributed/process_group.py: open": "the null device, written",
-    "config/encoder_names.py: read_text": "files of the package open_clip",
+    "encoder_names.py: read_text": "files of the package open_clip",
     "miniatures/__main__.py: read_text": "vlbench's own files",
     "miniatures/__main__.py: read_bytes": "vlbench's own files",
     "serve/page_files.py: read_bytes": "vlbench's own files",

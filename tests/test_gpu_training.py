@@ -40,7 +40,7 @@ class LossNotes(StageCallback):
 def train(*words: str, precision: str = "bf16") -> LossNotes:
     """Train some steps of the last stage on the miniatures."""
     recipe = recipes.load_recipe([*WORDS, f"precision={precision}", *words])
-    stage_run = plan_stage_runs(recipe)[-1]
+    stage_run = plan_stage_runs(recipe.selected_data, recipe.last_stage_data)[-1]
     vlm = build_vlm(recipe.model, stage_run.stage.image_size)
     steps, notes = build_stage_steps(vlm.processor, stage_run), LossNotes()
     runner = StageRunner.from_recipe(recipe)

@@ -64,17 +64,19 @@ def test_two_encoders_and_several_blocks_are_told_apart():
         ["recipe=yivl_llava", "connector.name=dense", "vision.second.name=tiny_eva"]
     )
     vlm = build_meta_vlm(recipe.model, "chat", recipe.stages["chat"], recipe.precision)
-    _, first, second, *_ = parameter_lines(recipe, vlm)
+    _, first, second, *_ = parameter_lines(recipe.model, recipe.selected_stages, vlm)
     assert first.startswith("vision ") and second.startswith("second_vision ")
     assert "tiny (an embedded" in first and "tiny_eva (an embedded" in second
     blocks = [str(block + 1) for block in vlm.vision.output_blocks]
     assert len(blocks) > 1 and f"features of blocks {', '.join(blocks)} of 5" in first
     odd = recipe.vision.model_copy(update={"name": "a + b"})  # as a folder may be called
-    _, first, second, *_ = parameter_lines(recipe.model_copy(update={"vision": odd}), vlm)
+    _, first, second, *_ = parameter_lines(
+        replace(recipe.model, vision=odd), recipe.selected_stages, vlm
+    )
     assert "a + b (an embedded" in first and "tiny_eva (an embedded" in second
     counts = {part: 1 for part, _ in vlm.model.named_parts()}
     local = missing_files.LocalLanguage(recipe.language, "")
-    found = missing_files.file_lines(recipe, local, counts)
+    found = missing_files.file_lines(recipe.model, local, counts)
     assert [line.partition(":")[0] for line in found] == ["vision", "vision.second", "language"]
 
 
@@ -342,7 +344,7 @@ def test_weights_on_a_hub_are_what_is_missing(monkeypatch):
     monkeypatch.setattr(missing_files, "_has_cached_weights", lambda *_: False)
     local = missing_files.LocalLanguage(recipe.language, "no network")
     vision, language = missing_files.file_lines(
-        recipe, local, {"vision": 633_059_840, "language": 6_061_035_520}
+        recipe.model, local, {"vision": 633_059_840, "language": 6_061_035_520}
     )
     assert "2.5 GB from laion/CLIP-ViT-H-14-laion2B-s32B-b79K" in vision
     assert "12.1 GB from 01-ai/Yi-6B-Chat" in language

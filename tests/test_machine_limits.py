@@ -22,7 +22,7 @@ def two_cores(monkeypatch, tmp_path):
     def refuse(*given, **options):
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr("vlbench.fit_command.fit", refuse)
+    monkeypatch.setattr("vlbench.fit_command.train_and_evaluate", refuse)
     monkeypatch.setattr("vlbench.compare.experiment.compare_command.match_budgets", refuse)
     monkeypatch.setattr(subprocess, "Popen", refuse)
 
@@ -77,7 +77,7 @@ def test_gpus_count_where_there_are_some(two_cores, monkeypatch, capsys):
 
 
 def test_what_another_launcher_has_started_has_its_own_cores(two_cores, monkeypatch):
-    monkeypatch.setattr("vlbench.fit_command.fit", lambda recipe: 0)
+    monkeypatch.setattr("vlbench.fit_command.train_and_evaluate", lambda recipe: (0, None))
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert main([*FIT, "trainer.devices=8"]) == 0
 

@@ -46,6 +46,11 @@ def resolve(*words: str) -> recipes.Recipe:
     return recipes.load_recipe(["recipe=yivl_llava", *words])
 
 
+def plan(*words: str) -> None:
+    recipe = resolve(*words)
+    plan_stage_runs(recipe.selected_data, recipe.last_stage_data)
+
+
 def write_records(name: str, count: int = 3) -> None:
     turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
     Path(name).write_text(json.dumps([{"conversations": turns}] * count))
@@ -102,6 +107,14 @@ def test_the_shipped_mixtures_are_found_by_name_and_by_path_from_any_folder() ->
         assert read_mixture(name) == read_mixture(f"recipes/data/{name}.yaml")
     assert not set(names) & set(mapping_files())
     assert {source["cap"] for source in read_mixture("yi_vl_stage3")} == {50_000}
+
+
+def test_a_file_that_cannot_be_read_hides_no_mixture(folder: Path) -> None:
+    (folder / "recipes/data").mkdir(parents=True)
+    (folder / "recipes/data/mine.yaml").write_text("sources: [{train: a.json}]")
+    (folder / "recipes/data/broken.yaml").write_bytes(b"sources: \xff")
+    assert {"mine", "yi_vl_stage1"} <= mixture_files().keys()
+    assert "broken" in mapping_files()  # which says why
 
 
 def test_the_shipped_mixtures_say_what_every_source_needs() -> None:
@@ -178,7 +191,7 @@ def test_everything_that_is_missing_is_named_at_once_with_what_it_needs(
     (folder / "two.yaml").write_text("sources: [{train: 'vqav2:lost', needs: lost of there}]")
     words = ["stages.align_224.data.mix=one.yaml", "stages.align_448.data.mix=one.yaml"]
     with pytest.raises(UserError) as raised:
-        plan_stage_runs(resolve(*words, "stages.chat.data.mix=two.yaml"))
+        plan(*words, "stages.chat.data.mix=two.yaml")
     assert list(raised.value.lines) == [
         "data lost_file.json: there is no such file. It needs: gone of there",
         "data here.json: images: there is no folder nowhere. It needs: pictures",
@@ -193,7 +206,7 @@ def test_an_empty_source_and_prompts_without_a_question_are_one_line_each(
     write_records("here.json")
     mix = "data.mix=[{train: empty.json}, {train: here.json, prompts: [Say it.]}]"
     with pytest.raises(UserError) as raised:
-        plan_stage_runs(resolve("only=align_224", mix))
+        plan("only=align_224", mix)
     empty, prompts = raised.value.lines
     assert "empty.json" in empty and "no record" in empty
     assert "data here.json: has prompts, and stage align_224 learns captions" in prompts

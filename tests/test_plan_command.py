@@ -85,7 +85,11 @@ def ready(recipe: str, stage: str) -> tuple[LoadedVLM, VLMTrainingModule, list[P
     """Return the real model before a stage, and the fullest two micro-batches of its first step."""
     small = [f"stages.{stage}.global_batch_size=40", f"stages.{stage}.max_tokens_per_row=1000"]
     resolved = recipes.load_recipe([f"recipe={recipe}", *small])
-    stage_run = next(run for run in plan_stage_runs(resolved) if run.name == stage)
+    stage_run = next(
+        run
+        for run in plan_stage_runs(resolved.selected_data, resolved.last_stage_data)
+        if run.name == stage
+    )
     vlm = build_vlm(resolved.model, stage_run.stage.image_size)
     freeze_untrained_parts(vlm.model, stage_run.stage)
     batches = sorted(

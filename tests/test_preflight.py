@@ -58,6 +58,10 @@ def write(folder: Path, name: str, *records: Any) -> Path:
     return folder / name
 
 
+def plan(recipe: recipes.Recipe) -> list[stage_plan.StageRun]:
+    return stage_plan.plan_stage_runs(recipe.selected_data, recipe.last_stage_data)
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working folder, with an image and data that are good."""
@@ -104,7 +108,7 @@ def test_what_is_asked_at_the_end_is_opened_though_its_stage_is_not_run(folder, 
 def test_held_out_samples_may_be_shards(folder):
     assert main(["pack", "data=good.json", "out=shards"]) == 0
     words = ["recipe=yivl_llava", *ONLY, "data.train=good.json", "data.val=shards"]
-    (leg,) = stage_plan.plan_stage_runs(recipes.load_recipe(words))
+    (leg,) = plan(recipes.load_recipe(words))
     assert leg.val_source is not None and len(leg.val_source) == 4 and leg.val_source[0].images
 
 
@@ -115,7 +119,7 @@ def test_shards_that_are_not_there_are_told_before_the_first_step(folder, capsys
     assert "000001.tar: does not exist (and 1 more of 4" in refused(["fit", *data], capsys)
     recipe = recipes.load_recipe(["recipe=yivl_llava", *ONLY, "data.train=shards"])
     with pytest.raises(UserError, match="and 1 more of 4 samples"):
-        stage_plan.check_data(stage_plan.plan_stage_runs(recipe))
+        stage_plan.check_data(plan(recipe))
 
 
 @pytest.mark.parametrize("members", [{"0.png": b"?"}, {"0.png": b"", "0.txt": b"red"}])
@@ -139,16 +143,14 @@ def test_an_image_that_git_lfs_has_not_fetched_is_called_so(folder, capsys):
 
 
 def test_stages_share_a_file_that_is_open(folder):
-    planned = stage_plan.plan_stage_runs(
-        recipes.load_recipe(["recipe=yivl_llava", "data.train=good.json"])
-    )
+    planned = plan(recipes.load_recipe(["recipe=yivl_llava", "data.train=good.json"]))
     assert len({id(source) for leg in planned for source in leg.all_sources}) == 1
 
 
 def test_held_out_samples_without_an_image_are_told(folder, capsys):
     words = ["recipe=yivl_llava", *ONLY, "data.train=good.json", "data.val=text.json"]
     recipe = recipes.load_recipe(words)
-    assert stage_plan.check_data(stage_plan.plan_stage_runs(recipe)) == []
+    assert stage_plan.check_data(plan(recipe)) == []
     assert "text.json: no sample has an image, so no question" in capsys.readouterr().out
 
 
@@ -157,7 +159,7 @@ def test_held_out_samples_of_a_stage_of_captions_without_an_image_are_told(folde
     words = ["recipe=yivl_llava", "only=align_224", *steps, "data.train=good.json"]
     for val, told in (("text.json", True), ("good.json", False)):
         recipe = recipes.load_recipe([*words, f"data.val={val}"])
-        stage_plan.check_data(stage_plan.plan_stage_runs(recipe))
+        stage_plan.check_data(plan(recipe))
         line = "stage align_224: data.val text.json has no image"
         assert (line in capsys.readouterr().out) == told
 
@@ -165,7 +167,7 @@ def test_held_out_samples_of_a_stage_of_captions_without_an_image_are_told(folde
 @pytest.mark.parametrize(("more", "told"), [([], True), (["trainer.devices=2"], False)])
 def test_a_strategy_of_several_processes_is_told_of_where_there_is_one(capsys, more, told):
     recipe = recipes.load_recipe(["recipe=yivl_llava", "trainer.strategy=fsdp2", *more])
-    run_report.show_run_start(recipe, RunFolder(Path("run")), [])
+    run_report.show_run_start("", recipe.trainer, recipe.model, [], {})
     assert ("strategy=fsdp2 changes nothing in one process" in capsys.readouterr().out) == told
 
 
@@ -197,7 +199,7 @@ def test_bad_samples_among_those_inspected_are_judged_by_their_share(
     records = [record(None if n >= bad else "no.png", id=str(n)) for n in range(299)]
     write(folder, "many.json", *records, record(id="299"))
     data = [*ONLY, "data.train=many.json", f"data.on_bad_sample={policy}"]
-    stage_runs = stage_plan.plan_stage_runs(recipes.load_recipe(["recipe=yivl_llava", *data]))
+    stage_runs = plan(recipes.load_recipe(["recipe=yivl_llava", *data]))
     with pytest.raises(UserError) if words else contextlib.nullcontext() as caught:
         assert len(stage_plan.check_data(stage_runs)) == bad
     said = capsys.readouterr().out
@@ -261,7 +263,7 @@ def test_a_stage_that_trains_nothing_is_refused(folder, capsys, verb):
     parts = [f"stages.chat.train.{part}=null" for part in ("vision", "connector", "language")]
     assert "stages.chat.train names no part" in refused([*verb, *ONLY, *parts], capsys)
     none = recipes.load_recipe(["recipe=yivl_llava", "stages.chat.steps=0", "only=chat", *parts])
-    assert stage_plan.plan_stage_runs(none)[0].total_steps == 0  # nothing is to be trained
+    assert plan(none)[0].total_steps == 0  # nothing is to be trained
 
 
 def test_a_part_without_parameters_is_no_part_to_train():
@@ -281,7 +283,7 @@ def test_bad_records_with_equal_ids_are_counted_and_noted_one_by_one(folder):
     write(folder, "equal.json", *(record("no.png", id="000000") for _ in range(3)), record())
     words = ["recipe=yivl_llava", *ONLY, "data.train=equal.json", "data.on_bad_sample=quarantine"]
     recipe = recipes.load_recipe(words)
-    bad = stage_plan.check_data(stage_plan.plan_stage_runs(recipe))
+    bad = stage_plan.check_data(plan(recipe))
     assert [one.record_identity for one in bad] == [("equal.json", n) for n in (1, 2, 3)]
     run = RunFolder(folder)
     for _ in range(2):  # as when it is resumed

@@ -15,6 +15,7 @@ from vlbench.config.recipe import (
     save_recipe,
     to_plain,
 )
+from vlbench.config.recipe_files import recipe_files, size_files
 from vlbench.config.schema import Recipe
 from vlbench.errors import UserError
 from vlbench.listing import file_summary
@@ -54,8 +55,8 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str = OWN) 
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("size", recipes.size_files())
-@pytest.mark.parametrize("name", recipes.recipe_files())
+@pytest.mark.parametrize("size", size_files())
+@pytest.mark.parametrize("name", recipe_files())
 def test_every_recipe_loads_at_every_size_and_survives_its_copy(name, size, tmp_path):
     recipe = load_recipe([f"recipe={name}", f"size={size}"])
     save_recipe(recipe, tmp_path / "recipe.yaml")
@@ -64,15 +65,13 @@ def test_every_recipe_loads_at_every_size_and_survives_its_copy(name, size, tmp_
 
 
 def test_every_stage_of_a_size_belongs_to_some_recipe():
-    known = {
-        stage for path in recipes.recipe_files().values() for stage in read_yaml(path)["stages"]
-    }
-    for path in recipes.size_files().values():
+    known = {stage for path in recipe_files().values() for stage in read_yaml(path)["stages"]}
+    for path in size_files().values():
         assert set(read_yaml(path).get("stages", {})) <= known, path
 
 
 def test_first_line_of_every_recipe_is_its_command_and_the_next_says_what_it_is():
-    for name, path in recipes.recipe_files().items():
+    for name, path in recipe_files().items():
         first = path.read_text(encoding="utf-8").splitlines()[0]
         assert first == f"# python -m vlbench fit recipe={name}"
         assert file_summary(path)
@@ -278,7 +277,7 @@ def test_recipes_of_the_working_folder(tmp_path, monkeypatch):
     assert recipe.connector == {**LLAVA, "depth": 3}
     assert list(recipe.stages) == ["only_one"] and recipe.language.name == "tiny"
     assert load_recipe(["recipe=recipes/own.yaml"]).stages == recipe.stages
-    assert "yivl_llava" in recipes.recipe_files()
+    assert "yivl_llava" in recipe_files()
 
 
 @pytest.mark.parametrize(
@@ -370,12 +369,17 @@ def test_a_run_can_be_named_without_its_recipe(tmp_path):
     assert load_recipe([f"run={tmp_path}", "seed=6"]).seed == 6
 
 
+def require_data(*words):
+    recipe = llava(*words)
+    recipes.require_data(recipe.size, recipe.selected_data)
+
+
 def test_full_sizes_ask_for_data():
     with pytest.raises(UserError, match="size=6b needs data.train=FILE"):
-        recipes.require_data(llava("size=6b"))
-    recipes.require_data(llava("size=6b", "data.train=a.json"))
+        require_data("size=6b")
+    require_data("size=6b", "data.train=a.json")
     for chosen in ("only=chat", "from=chat"):
-        recipes.require_data(llava("size=6b", chosen, "stages.chat.data.train=a.json"))
+        require_data("size=6b", chosen, "stages.chat.data.train=a.json")
 
 
 def test_every_key_has_a_meaning_and_the_copy_has_every_key():

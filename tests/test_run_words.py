@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 from tqdm import tqdm
@@ -24,8 +23,9 @@ def load(*words: str):
 
 
 def start_of(recipe, capsys) -> str:
-    stages = [(name, stage, 1) for name, stage in recipe.stages.items()]
-    run_report.show_run_start(recipe, RunFolder(Path("run")), stages)
+    stages = [recipe.stage_data(name) for name in recipe.stages]
+    steps = dict.fromkeys(recipe.stages, 1)
+    run_report.show_run_start("", recipe.trainer, recipe.model, stages, steps)
     return capsys.readouterr().out
 
 

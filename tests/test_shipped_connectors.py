@@ -8,6 +8,7 @@ from reference_records import assert_gradient, assert_gradients, assert_outputs,
 
 from vlbench.config import recipe
 from vlbench.config.recipe import to_plain as plain_recipe
+from vlbench.config.recipe_files import size_files
 from vlbench.connector import registry
 from vlbench.connector.base import Shapes
 
@@ -189,7 +190,7 @@ def test_impossible_options_are_named(name, options, words):
         registry.load_connector(name)(SHAPES, **options)
 
 
-@pytest.mark.parametrize("size", recipe.size_files())
+@pytest.mark.parametrize("size", size_files())
 def test_the_four_recipes_differ_in_their_connector_alone(size):
     plain = []
     for name in FOUR:

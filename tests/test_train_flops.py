@@ -25,7 +25,11 @@ def ready(recipe: str, stage: str, *words: str) -> tuple[LoadedVLM, list[PackedB
     resolved = recipes.load_recipe(
         [f"recipe={recipe}", f"stages.{stage}.global_batch_size=4", *words]
     )
-    leg = next(leg for leg in plan_stage_runs(resolved) if leg.name == stage)
+    leg = next(
+        leg
+        for leg in plan_stage_runs(resolved.selected_data, resolved.last_stage_data)
+        if leg.name == stage
+    )
     vlm = build_vlm(resolved.model, leg.stage.image_size)
     freeze_untrained_parts(vlm.model, leg.stage)
     return vlm, build_stage_steps(vlm.processor, leg)[0].micro_batches

@@ -45,7 +45,9 @@ def test_every_published_source_is_in_its_stage_with_its_share(
 ) -> None:
     monkeypatch.chdir(data)
     recipe = recipes.load_recipe([*FIT[1:], "stages.chat.data.workers=1"])
-    mixtures = {one.name: one.data for one in plan_stage_runs(recipe)}
+    mixtures = {
+        one.name: one.data for one in plan_stage_runs(recipe.selected_data, recipe.last_stage_data)
+    }
     assert list(mixtures["align_224"].epoch_shares) == [18]
     for name, count in (("align_448", 8), ("chat", 7)):
         mixture = mixtures[name]

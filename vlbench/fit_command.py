@@ -23,14 +23,8 @@ from vlbench.train.stage_runner import StageRunner
 from vlbench.train.user_callbacks import build_user_callbacks
 
 
-def fit(recipe: Recipe) -> int:
-    """Train a recipe, evaluate, and say what to try next; return the exit code."""
-    exit_code, _ = train_and_evaluate(recipe)
-    return exit_code
-
-
 def train_and_evaluate(recipe: Recipe) -> tuple[int, RunFolder | None]:
-    """Train a recipe and evaluate; return the exit code and the run.
+    """Train a recipe, evaluate, and say what to try next; return the exit code and the run.
 
     The run is None after a dry run, and in all processes but the first.
     A run that is finished shows its results; one that was stopped goes on, and a stopped one is
@@ -50,7 +44,9 @@ def train_and_evaluate(recipe: Recipe) -> tuple[int, RunFolder | None]:
 
 
 def _fit_recipe(recipe: Recipe, held_locks: contextlib.ExitStack) -> tuple[int, RunFolder | None]:
-    stage_runs = collectives.call_on_rank_zero_first(lambda: plan_stage_runs(recipe))
+    stage_runs = collectives.call_on_rank_zero_first(
+        lambda: plan_stage_runs(recipe.selected_data, recipe.last_stage_data)
+    )
     if recipe.dry_run:
         return dry_run_stages(StageRunner.from_recipe(recipe), recipe.model, stage_runs), None
     user_callbacks = collectives.call_on_all_ranks(
@@ -66,12 +62,24 @@ def _fit_recipe(recipe: Recipe, held_locks: contextlib.ExitStack) -> tuple[int, 
         print(f"{run.folder} is finished; these are its results.")
         return run_report.show_results(run), run
     run_report.show_run_start(
-        recipe, run, [(each.name, each.stage, each.total_steps) for each in stage_runs]
+        f"recipe {recipe.recipe}, size {recipe.size}, seed {recipe.seed}, run {run.folder}",
+        recipe.trainer,
+        recipe.model,
+        recipe.selected_data,
+        {each.name: each.total_steps for each in stage_runs},
     )
     if choice.reason:
         print(f"trainer.compile=auto: {yaml_text(choice.compiles)} ({choice.reason})")
     with GracefulStop() as graceful_stop:
-        training = RunTraining(recipe, run, stage_runs, graceful_stop, user_callbacks)
+        training = RunTraining(
+            StageRunner.from_recipe(recipe, run.folder),
+            recipe.model,
+            recipe.log,
+            run,
+            stage_runs,
+            graceful_stop,
+            user_callbacks,
+        )
         vlm = training.train_stages()
         if vlm is None:
             return run_report.show_interrupted(run, graceful_stop.stop_reason), run

@@ -7,9 +7,11 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from vlbench import encoder_names
 from vlbench.command_line.arguments import ListArguments, ListedKind
-from vlbench.config import encoder_names, recipe
+from vlbench.config import recipe
 from vlbench.config.mixture_file import mixture_files
+from vlbench.config.recipe_files import recipe_files, size_files
 from vlbench.connector import registry
 from vlbench.connector.option_schema import ConnectorOption
 from vlbench.data.annotation_mapping import AnnotationMapping, read_mapping
@@ -87,11 +89,11 @@ def file_summary(path: Path) -> str:
 
 
 def _recipe_lines() -> list[str]:
-    return [f"{name:14} {file_summary(path)}" for name, path in recipe.recipe_files().items()]
+    return [f"{name:14} {file_summary(path)}" for name, path in recipe_files().items()]
 
 
 def _size_lines() -> list[str]:
-    return [f"{name:14} {file_summary(path)}" for name, path in recipe.size_files().items()]
+    return [f"{name:14} {file_summary(path)}" for name, path in size_files().items()]
 
 
 def _connector_lines() -> list[str]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlbench.command_line.overrides import format_override
 from vlbench.config import recipe as recipes
-from vlbench.config.overrides import format_override
 from vlbench.distributed.launcher import is_launched
 from vlbench.distributed.machine_limits import check_machine_limits
 from vlbench.errors import UserError
@@ -37,8 +37,8 @@ def fit_keys(keys: Mapping[str, Any]) -> TrainedRun | None:
     """
     words = list(_override_words(keys))
     recipe = recipes.load_recipe(words)
-    recipes.require_data(recipe)
-    check_machine_limits(recipe, is_launched())
+    recipes.require_data(recipe.size, recipe.selected_data)
+    check_machine_limits(recipe.trainer, recipe.data_by_key, is_launched())
     from vlbench.fit_command import train_and_evaluate  # here: it imports torch
 
     _, run = train_and_evaluate(resolve_recipe(words))

@@ -91,6 +91,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return _with_text_keys(tree)
 
 
+def format_yaml(tree: dict[str, Any]) -> str:
+    """Return a mapping as YAML; texts that YAML would read as numbers are quoted."""
+    from omegaconf import OmegaConf
+
+    return str(OmegaConf.to_yaml(OmegaConf.create(tree)))
+
+
 def _with_text_keys(tree: dict[Any, Any]) -> dict[str, Any]:
     """Return a tree of YAML in which a key such as 1 or true is text."""
     return {

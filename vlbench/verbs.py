@@ -62,13 +62,14 @@ def run_fit(words: list[str]) -> int:
     end_with_launcher()
     with report_error_once():
         recipe = recipes.load_recipe(words)
-        recipes.require_data(recipe)
-        check_machine_limits(recipe, is_launched())
+        recipes.require_data(recipe.size, recipe.selected_data)
+        check_machine_limits(recipe.trainer, recipe.data_by_key, is_launched())
     if recipe.trainer.world_size > 1 and not is_launched():
         return launch_processes(["fit", *words], recipe.trainer)
     from vlbench import fit_command  # after the checks, as it imports torch
 
-    return fit_command.fit(resolve_recipe(words))
+    exit_code, _ = fit_command.train_and_evaluate(resolve_recipe(words))
+    return exit_code
 
 
 def run_eval(words: list[str]) -> int:
@@ -118,7 +119,8 @@ def run_check(words: list[str]) -> int:
     from vlbench.config import recipe as recipes
 
     arguments, recipe_words = split_arguments(CheckArguments, words, recipe_key_names())
-    recipes.require_data(recipes.load_recipe(recipe_words))
+    recipe = recipes.load_recipe(recipe_words)
+    recipes.require_data(recipe.size, recipe.selected_data)
     from vlbench.check.check_command import run_check as check_data  # after the checks, as above
 
     recipe = resolve_recipe(recipe_words)
@@ -210,9 +212,10 @@ def resolve_recipe(words: list[str]) -> Recipe:
 
 def recipe_key_names() -> Collection[str]:
     """Return the top-level keys of recipes."""
-    from vlbench.config.key_table import declared_keys
+    from vlbench.config.schema import Recipe
+    from vlbench.key_errors import declared_keys
 
-    return declared_keys()
+    return declared_keys(Recipe)
 
 
 VERBS = {

@@ -55,7 +55,7 @@ def run_check(recipe: Recipe, folder: Path) -> int:
     Raises:
         UserError: training would not start with these data, or `folder` cannot be written.
     """
-    stage_runs = plan_stage_runs(recipe)
+    stage_runs = plan_stage_runs(recipe.selected_data, recipe.last_stage_data)
     tokens_per_image = tokens_per_image_by_stage(recipe.model, stage_runs)
     try:
         folder.mkdir(parents=True, exist_ok=True)

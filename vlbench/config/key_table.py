@@ -1,15 +1,14 @@
-"""The keys of recipes as a table for help, and the mapping of keys at a path for messages."""
+"""The keys of recipes as a table, for help and for messages."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, get_args, get_origin
+from typing import NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 from vlbench.config.key_types import PartName
 from vlbench.config.schema import Recipe
+from vlbench.key_errors import declared_keys
 from vlbench.strict_values import is_section, kind_label, split_union, yaml_text
 
 
@@ -20,24 +19,6 @@ class KeyRow(NamedTuple):
     type: str
     default: str
     help: str
-
-
-def declared_keys(section: type[BaseModel] = Recipe) -> dict[str, FieldInfo]:
-    """Return the keys of a mapping as they are spelled in YAML."""
-    return {field.alias or name: field for name, field in section.model_fields.items()}
-
-
-def section_at(path: Sequence[int | str]) -> type[BaseModel]:
-    """Return the model of the mapping at a path of keys and list indices."""
-    kind: Any = Recipe
-    for part in path:
-        if is_section(kind):
-            kind = declared_keys(kind)[str(part)].annotation
-        else:  # the type of the items of a list or of a mapping with names of its own
-            kind = get_args(kind)[get_origin(kind) is dict]
-        kind = split_union(kind)[0]
-    assert is_section(kind)
-    return kind
 
 
 def key_rows(section: type[BaseModel] = Recipe, prefix: str = "") -> list[KeyRow]:

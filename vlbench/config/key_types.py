@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from vlbench.config.encoder_names import check_encoder_name
+from vlbench.encoder_names import check_encoder_name
 from vlbench.errors import suggest_name
 from vlbench.strict_values import STRICT, convert_value, is_null, read_value
 

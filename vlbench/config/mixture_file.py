@@ -18,16 +18,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from vlbench.config.key_types import Count, PathText, RecipeSection, key
 from vlbench.config.mixture_source import Mixture, MixtureSource, SamplingText
+from vlbench.config.recipe_files import data_files
 from vlbench.connector.folder_modules import shipped_folder
 from vlbench.errors import UserError, suggest_name
-from vlbench.strict_values import describe_error, join_path
-from vlbench.text_files import read_text, read_yaml
+from vlbench.key_errors import check_file_keys
+from vlbench.text_files import read_yaml
 
-MIXTURE_FOLDER = "data"  # of ./recipes and of the shipped recipes
 MIXTURE_LINE = re.compile(r"^(sources|datasets)\s*:", re.MULTILINE)
 """What a mixture has, and no mapping of annotation files."""
 
@@ -77,21 +77,13 @@ def read_mixture(name: str) -> list[dict[str, Any]]:
             f"{file}: is no mixture, its keys are {', '.join(tree) or 'none'}; expected "
             "sources: [{train: FILE}], or LLaVA-OneVision's datasets: [{json_path: FILE}]"
         )
-    try:
-        sources = form.model_validate(tree).list_sources()
-    except ValidationError as error:
-        raise UserError(*_error_lines(file, form, error)) from error
+    sources = check_file_keys(form, tree, file, "a mixture").list_sources()
     return [source.model_dump(mode="json", exclude_defaults=True) for source in sources]
 
 
 def mixture_files() -> dict[str, Path]:
     """Return the files of mixtures by name: those of `./recipes/data`, then the shipped ones."""
-    files: dict[str, Path] = {}
-    for root in (Path("recipes"), shipped_folder("recipes")):
-        for file in sorted((root / MIXTURE_FOLDER).glob("*.yaml")):
-            if MIXTURE_LINE.search(read_text(file)):
-                files.setdefault(file.stem, file)
-    return files
+    return data_files(MIXTURE_LINE, takes_unreadable=False)
 
 
 def find_mixture(name: str) -> Path:
@@ -107,23 +99,3 @@ def find_mixture(name: str) -> Path:
         f"data.mix={name}: there is no such file; known mixtures: {', '.join(known)}, or a file "
         f"NAME.yaml.{suggest_name(path.stem, known)}"
     )
-
-
-def _error_lines(file: Path, form: type[RecipeSection], error: ValidationError) -> Iterator[str]:
-    """Yield a line for each of pydantic's errors in a file."""
-    item: type[RecipeSection] = OneVisionSource if form is OneVisionFile else MixtureSource
-    errors = error.errors()
-    above = {details["loc"][:length] for details in errors for length in range(len(details["loc"]))}
-    for details in errors:
-        path = details["loc"]
-        if details["type"] == "too_short" and path in above:
-            continue  # it has items, and what is wrong with them is said
-        keys = (form if len(path) < 2 else item).model_fields
-        if details["type"] == "extra_forbidden":
-            close = suggest_name(str(path[-1]), keys)
-            takes = f"{join_path(path[:-1]) or 'a mixture'} takes: {', '.join(keys)}"
-            yield f"{file}: unknown key '{join_path(path)}'; {takes}.{close}"
-        elif details["type"] == "missing":
-            yield f"{file}: {join_path(path)} is missing: {keys[str(path[-1])].description}"
-        else:
-            yield f"{file}: {join_path(path)} {describe_error(details)}"

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import model_validator
 
 from vlbench.command_line.arguments import TemplateName
-from vlbench.config.encoder_names import EMBEDDED_ENCODERS, is_hub_name
 from vlbench.config.key_types import (
     MAX_COUNT,
     MAX_IMAGE_SIZE,
@@ -18,6 +17,7 @@ from vlbench.config.key_types import (
     RecipeSection,
     key,
 )
+from vlbench.encoder_names import EMBEDDED_ENCODERS, is_hub_name
 
 
 class PretrainedPartConfig(RecipeSection):

@@ -7,23 +7,22 @@ size's file, the command line. All errors are raised together.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from vlbench.config.encoder_names import is_hub_name
-from vlbench.config.key_table import declared_keys
+from vlbench.command_line.overrides import parse_overrides
 from vlbench.config.key_types import RecipeSection
-from vlbench.config.overrides import parse_overrides
+from vlbench.config.recipe_files import recipe_files, size_files
 from vlbench.config.resolve import mapping_in, merge_layers, resolve_layers
 from vlbench.config.schema import Recipe
+from vlbench.config.stage_schema import StageData
 from vlbench.connector import kept_source, registry
-from vlbench.connector.folder_modules import shipped_folder
+from vlbench.encoder_names import is_hub_name
 from vlbench.errors import UserError, suggest_name
-from vlbench.text_files import read_json, read_yaml, write_atomically
+from vlbench.key_errors import declared_keys
+from vlbench.text_files import format_yaml, read_json, read_yaml, write_atomically
 from vlbench.version import __version__
 
 
@@ -113,7 +112,7 @@ def save_recipe(recipe: Recipe, path: str | Path) -> None:
 
 def recipe_to_yaml(recipe: Recipe) -> str:
     """Return the resolved recipe as YAML; every key is there."""
-    return str(OmegaConf.to_yaml(OmegaConf.create(to_plain(recipe))))
+    return format_yaml(to_plain(recipe))
 
 
 def to_plain(section: RecipeSection) -> dict[str, Any]:
@@ -124,38 +123,14 @@ def to_plain(section: RecipeSection) -> dict[str, Any]:
     return tree
 
 
-def flatten_keys(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a plain recipe with one key for every value: `stages.chat.steps` -> 450."""
-    result: dict[str, Any] = {}
-    for key, value in tree.items():
-        is_leaf = not value or not isinstance(value, dict)
-        result |= {prefix + key: value} if is_leaf else flatten_keys(value, f"{prefix}{key}.")
-    return result
-
-
-def require_data(recipe: Recipe) -> None:
-    """Raise a UserError when a stage that will run has no training data."""
-    for name, stage in recipe.selected_stages.items():
-        data = stage.data or recipe.data
-        if data.train is None and data.mix is None:
+def require_data(size: str, stages: Iterable[StageData]) -> None:
+    """Raise a UserError when a stage that will run, at a `size`, has no training data."""
+    for stage in stages:
+        if not stage.config.is_given:
             raise UserError(
-                f"size={recipe.size} needs data.train=FILE.json (LLaVA's format) and "
-                f"data.images=FOLDER: stage {name} has no training data"
+                f"size={size} needs data.train=FILE.json (LLaVA's format) and data.images=FOLDER: "
+                f"stage {stage.stage_name} has no training data"
             )
-
-
-def recipe_files(folder: str = ".") -> dict[str, Path]:
-    """Return the recipes by name: those of `./recipes`, then the shipped ones."""
-    files: dict[str, Path] = {}
-    for root in (Path("recipes"), shipped_folder("recipes")):
-        for path in sorted((root / folder).glob("*.yaml")):
-            files.setdefault(path.stem, path)
-    return files
-
-
-def size_files() -> dict[str, Path]:
-    """Return the sizes by name, as `recipe_files` does."""
-    return recipe_files("size")
 
 
 def _read_layer(key: str, given: object, known: Mapping[str, Path]) -> tuple[dict[str, Any], str]:
@@ -202,25 +177,17 @@ def _read_saved(path: Path) -> dict[str, Any]:
     return saved
 
 
-def _names_kept_connector(written: dict[str, Any]) -> bool:
-    """Tell whether a recipe's connector, or one that its options name, is known to `init` alone."""
-    kept = Path(str(written["init"]), kept_source.KEPT_FOLDER).expanduser()
-    named = [text for text in mapping_in(written, "connector").values() if isinstance(text, str)]
-    known = registry.find_connectors()
-    return any(text not in known and (kept / f"{text}.py").is_file() for text in named)
-
-
 def _use_kept_connector(
     base: dict[str, Any], typed: dict[str, Any], run_folder: Path | None
 ) -> None:
     """Let the layers name the file of their connector that the run, or else `init`, keeps."""
-    written = merge_layers(base, typed)
-    name, folder = _part_name(written, "connector"), run_folder
-    if folder is None and written.get("init") and _names_kept_connector(written):
-        folder = Path(str(written["init"])).expanduser()
-    if folder is None or not (folder / kept_source.KEPT_FOLDER / f"{name}.py").is_file():
+    written, folder = merge_layers(base, typed), run_folder
+    name, connector = _part_name(written, "connector"), mapping_in(written, "connector")
+    if folder is None and written.get("init"):
+        init = Path(str(written["init"])).expanduser()
+        folder = init if kept_source.has_only_source(connector, init) else None
+    if folder is None or not kept_source.kept_file(folder, name).is_file():
         return
-    connector = mapping_in(written, "connector")
     location = kept_source.locate_source(connector, folder, _is_trusted(typed))
     for layer in (base, typed):
         if _part_name(layer, "connector") == name:
@@ -255,4 +222,4 @@ def _conflicts_with_init(*layers: dict[str, Any]) -> list[str]:
 
 def _is_resolved(layer: dict[str, Any]) -> bool:
     """Tell whether a layer is the copy that a run keeps: it has every key, defaults included."""
-    return declared_keys().keys() <= layer.keys()
+    return declared_keys(Recipe).keys() <= layer.keys()

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
-from vlbench.config.key_table import declared_keys, key_rows, section_at
+from vlbench.config.key_table import key_rows
 from vlbench.config.key_types import EXCLUSIVE_KEYS
 from vlbench.config.mixture_file import read_mixture
 from vlbench.config.schema import Recipe
 from vlbench.connector import registry
-from vlbench.errors import UserError, suggest_name
-from vlbench.strict_values import describe_error, is_null, join_path
+from vlbench.errors import UserError
+from vlbench.key_errors import key_error_line, primary_errors
+from vlbench.strict_values import is_null
 
 RecipeLayer = tuple[str, dict[str, Any]]
 """A layer's name in messages ("" for the command line), and its tree of keys."""
@@ -43,18 +43,15 @@ def resolve_layers(
         given = merged.get("connector", {})
         merged["connector"], option_errors = _resolve_connector(given, is_complete)
     names = list(stage_names) or list(mapping_in(merged, "stages"))
-    for place, tree in [
-        ("", merged),
-        *((f"stages.{n}.", s) for n, s in _stages_in(merged).items()),
-    ]:
-        errors += _read_mixture(place, mapping_in(tree, "data"))
-    for stage in _stages_in(merged).values():
+    errors += _read_mixture("", mapping_in(merged, "data"))
+    for name, stage in _stages_in(merged).items():
+        errors += _read_mixture(f"stages.{name}.", mapping_in(stage, "data"))
         if own := mapping_in(stage, "data"):  # what the stage leaves out is as for all
             stage["data"] = _merge_into(_merge_into({}, mapping_in(merged, "data")), own)
     try:
         recipe = Recipe.model_validate(merged, context={"stage_names": names})
     except ValidationError as error:
-        errors += _error_lines(error.errors(), layers, is_complete)
+        errors += _error_lines(error, layers, is_complete)
     errors += option_errors
     if errors:
         raise UserError(*dict.fromkeys(errors))
@@ -133,43 +130,22 @@ def _resolve_connector(given: Any, is_complete: bool) -> tuple[Any, list[str]]:
 
 
 def _error_lines(
-    errors: Sequence[ErrorDetails], layers: Sequence[RecipeLayer], is_complete: bool
-) -> list[str]:
-    """Return a line for each of pydantic's errors, with the name of the layer that it is in."""
-    paths = [error["loc"] for error in errors]
-    above = {path[:length] for path in paths for length in range(len(path))}
-    wrong_names = {path[:-1] for path in paths if path[-1:] == ("[key]",)}
-    lines = []
-    for error, path in zip(errors, paths, strict=True):
-        if error["type"] == "too_short" and path in above:
-            continue  # it has items, and what is wrong with them is said
-        if error["type"] == "missing":
+    error: ValidationError, layers: Sequence[RecipeLayer], is_complete: bool
+) -> Iterator[str]:
+    """Yield a line for each of pydantic's errors, with the name of the layer that it is in."""
+    errors, all_keys = list(primary_errors(error)), [row.name for row in key_rows()]
+    wrong_names = {one["loc"][:-1] for one in errors if one["loc"][-1:] == ("[key]",)}
+    for details in errors:
+        path = details["loc"]
+        line = key_error_line(Recipe, details, "the recipe", all_keys=all_keys)
+        if details["type"] == "missing":
             if is_complete and not any(path[: len(name)] == name for name in wrong_names):
-                lines.append(_error_line(error))
+                yield line
             continue
         path = path[:-1] if path[-1:] == ("[key]",) else path
         source = next((name for name, tree in reversed(layers) if _has_path(tree, path)), None)
         if source is not None:  # else a stage has it from the common `data`, where it is told
-            lines.append((f"{source}: " if source else "") + _error_line(error))
-    return lines
-
-
-def _error_line(error: ErrorDetails) -> str:
-    *parents, key = error["loc"] or ("",)
-    name, parent = join_path(error["loc"]), join_path(parents)
-    if error["type"] == "missing" and isinstance(key, int):
-        return f"{parent} has only {key} of its values"
-    if error["type"] == "missing":
-        return f"{name} is missing: {declared_keys(section_at(parents))[str(key)].description}"
-    if error["type"] == "extra_forbidden":
-        declared = declared_keys(section_at(parents))
-        others = [row.name for row in key_rows() if row.name.endswith(f".{key}")]
-        close = f" Did you mean '{others[0]}'?" if others else suggest_name(str(key), declared)
-        takes = f"{parent} takes" if parents else "keys are"
-        return f"unknown key '{name}'; {takes}: {', '.join(declared)}.{close}"
-    if key == "[key]":
-        name = f"a key of {join_path(parents[:-1])}"
-    return f"{name or 'the recipe'} {describe_error(error)}"
+            yield f"{source}: {line}" if source else line
 
 
 def _has_path(tree: object, path: Sequence[int | str]) -> bool:

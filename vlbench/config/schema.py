@@ -133,6 +133,17 @@ class Recipe(RecipeSection):
         """The data of the last stage, which the questions at the end are about."""
         return self.stage_data(list(self.stages)[-1])
 
+    @property
+    def selected_data(self) -> tuple[StageData, ...]:
+        """The data of the stages that `from` and `only` select, in order."""
+        return tuple(self.stage_data(name) for name in self.selected_stages)
+
+    @property
+    def data_by_key(self) -> dict[str, DataConfig]:
+        """The common data, and those that stages have of their own, by their keys."""
+        own = {f"stages.{name}.data": stage.data for name, stage in self.stages.items()}
+        return {"data": self.data, **{key: data for key, data in own.items() if data}}
+
     def stage_data(self, name: str) -> StageData:
         """Return what is said of the data of a stage."""
         stage = self.stages[name]
@@ -150,13 +161,13 @@ class Recipe(RecipeSection):
 
     @model_validator(mode="after")
     def _check_decoding(self) -> Self:
-        for name, stage in self.stages.items():
+        for place, data in self.data_by_key.items():
             for option in ("decode", "exif"):
-                of_run, of_stage = getattr(self.data, option), getattr(stage.data, option, None)
-                if of_stage not in (None, of_run):
+                of_run, of_stage = getattr(self.data, option), getattr(data, option)
+                if of_stage != of_run:
                     raise ValueError(
-                        f"has stages.{name}.data.{option}={of_stage} and data.{option}={of_run}: "
-                        "a run decodes images in one way, in training and after it; give "
+                        f"has {place}.{option}={of_stage} and data.{option}={of_run}: a run "
+                        "decodes images in one way, in training and after it; give "
                         f"data.{option}"
                     )
         return self

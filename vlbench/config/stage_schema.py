@@ -69,6 +69,11 @@ class DataConfig(RecipeSection):
     samples: Count = key("scenes: images in an epoch", 10000)
     questions: Count = key("scenes: questions per image, in one conversation", 3)
 
+    @property
+    def is_given(self) -> bool:
+        """Whether there is something to train on."""
+        return self.train is not None or self.mix is not None
+
 
 class StageConfig(RecipeSection):
     """One stage of training."""

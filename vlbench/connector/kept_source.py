@@ -140,6 +140,21 @@ def has_kept_source(folder: Path) -> bool:
     return (folder / KEPT_FOLDER / RECORD_FILE).is_file()
 
 
+def kept_file(folder: Path, name: str) -> Path:
+    """Return where a run or checkpoint would keep the file of a connector."""
+    return folder / KEPT_FOLDER / f"{name}.py"
+
+
+def has_only_source(connector: Mapping[str, Any], folder: Path) -> bool:
+    """Tell whether a recipe's connector, or one that its options name, is known to `folder` alone.
+
+    `folder` is a run or a checkpoint, or anything else that a model begins with.
+    """
+    named = [text for text in connector.values() if isinstance(text, str)]
+    known = registry.find_connectors()
+    return any(text not in known and kept_file(folder, text).is_file() for text in named)
+
+
 def describe_other_source(connector: Mapping[str, Any], folder: Path) -> str:
     """Return how the source of a recipe's connector differs from that kept in `folder`, if so.
 
@@ -147,7 +162,7 @@ def describe_other_source(connector: Mapping[str, Any], folder: Path) -> str:
     """
     name = connector["name"]
     file = registry.find_connector(name).file
-    kept = folder / KEPT_FOLDER / f"{registry.connector_label(name)}.py"
+    kept = kept_file(folder, registry.connector_label(name))
     if file is None or not kept.is_file():
         return ""
     before, now = _compared_hashes(connector, kept.parent)
@@ -192,7 +207,7 @@ def locate_source(connector: Mapping[str, Any], folder: Path, trust: bool) -> st
                 f"{record.get('version')}, which is not installed"
             )
         return name
-    kept = folder / KEPT_FOLDER / f"{registry.connector_label(name)}.py"
+    kept = kept_file(folder, registry.connector_label(name))
     if not kept.is_file():
         raise UserError(f"{kept.parent} lacks {kept.name}, the source of connector '{name}'")
     local_file = local[0].file if len(local) == 1 else None

@@ -13,16 +13,13 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     AfterValidator,
     BeforeValidator,
-    ValidationError,
     field_validator,
     model_validator,
 )
-from pydantic_core import ErrorDetails
 
 from vlbench.config.key_types import RecipeSection, key
 from vlbench.data.mapping_texts import LinePattern, TextTemplate, parse_template
-from vlbench.errors import UserError, suggest_name
-from vlbench.strict_values import describe_error, join_path
+from vlbench.key_errors import check_file_keys
 from vlbench.text_files import read_yaml
 
 OWN_NAMES = ("split", "key", "box")
@@ -200,26 +197,4 @@ class AnnotationMapping(FileRecords):
 
 def read_mapping(file: Path) -> AnnotationMapping:
     """Return the mapping in a file; a UserError with a line for each mistake."""
-    tree = read_yaml(file)
-    try:
-        return AnnotationMapping.model_validate(tree)
-    except ValidationError as error:
-        lines = [f"{file}: {_error_line(details)}" for details in error.errors()]
-        raise UserError(*dict.fromkeys(lines)) from None
-
-
-def _error_line(details: ErrorDetails) -> str:
-    """Return what is wrong with a key of a mapping."""
-    path = details["loc"]
-    name, last = join_path(path), path[-1] if path else ""
-    sections: dict[str, type[RecipeSection]] = {"join": JoinedRecords, "box": BoxText}
-    section = sections.get(str(path[0]), AnnotationMapping) if path[1:] else AnnotationMapping
-    known = list(section.model_fields)
-    if details["type"] == "extra_forbidden":
-        close = suggest_name(str(last), known)
-        return f"unknown key '{name}'; keys are: {', '.join(known)}.{close}"
-    if details["type"] == "missing" and isinstance(last, int):
-        return f"{join_path(path[:-1])} has only {last} of its values"
-    if details["type"] == "missing":
-        return f"{name} is missing: {section.model_fields[str(last)].description}"
-    return f"{name or 'the mapping'} {describe_error(details)}"
+    return check_file_keys(AnnotationMapping, read_yaml(file), file, "the mapping", "keys are")

@@ -10,12 +10,10 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from vlbench.config.recipe import recipe_files
+from vlbench.config.recipe_files import data_files
 from vlbench.data.annotation_mapping import AnnotationMapping, read_mapping
 from vlbench.errors import UserError, suggest_name
-from vlbench.text_files import read_text
 
-MAPPINGS_FOLDER = "data"  # inside of `recipes`
 MAPPING_LINE = re.compile(r"^records\s*:", re.MULTILINE)
 """What a mapping has, and no other file of the folder: mixtures have sources."""
 YAML_SUFFIXES = (".yaml", ".yml")
@@ -34,15 +32,7 @@ class MappedSource(NamedTuple):
 
 def mapping_files() -> dict[str, Path]:
     """Return the files of mappings by name: those of `./recipes/data`, then the shipped ones."""
-    return {name: file for name, file in recipe_files(MAPPINGS_FOLDER).items() if _is_mapping(file)}
-
-
-def _is_mapping(file: Path) -> bool:
-    """Tell whether a file of the folder is a mapping, or unreadable, which its user is told."""
-    try:
-        return bool(MAPPING_LINE.search(read_text(file)))
-    except UserError:
-        return True
+    return data_files(MAPPING_LINE, takes_unreadable=True)  # their user is told why
 
 
 def find_mapped_source(location: str) -> MappedSource | None:

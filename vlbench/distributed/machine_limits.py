@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vlbench.config.schema import Recipe, TrainerConfig
+from vlbench.config.stage_schema import DataConfig
 from vlbench.errors import UserError
 
 MEMORY_FILE, CGROUP_FOLDER = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
@@ -53,21 +54,19 @@ def free_host_memory() -> int:
     return free if most.strip() == "max" else max(0, min(free, int(most) - int(used)))
 
 
-def check_machine_limits(recipe: Recipe, already_launched: bool) -> None:
+def check_machine_limits(
+    settings: TrainerConfig, data_by_key: Mapping[str, DataConfig], already_launched: bool
+) -> None:
     """Refuse more processes than this machine has GPUs, or without GPUs cores, to run them.
 
     With `already_launched` another program has started the processes, and may have given each its
     own cores.
     """
-    settings = recipe.trainer
     process_count = 1 if already_launched or settings.num_nodes > 1 else settings.devices
     if process_count > 1:
         _check_processes(settings)
-    for key, data in (
-        ("data", recipe.data),
-        *((f"stages.{name}.data", stage.data) for name, stage in recipe.stages.items()),
-    ):
-        if data and data.workers * process_count > WORKERS_PER_CORE * count_cpu_cores():
+    for key, data in data_by_key.items():
+        if data.workers * process_count > WORKERS_PER_CORE * count_cpu_cores():
             raise UserError(
                 f"{key}.workers is {data.workers}"
                 + (f" for each of {process_count} processes" if process_count > 1 else "")
@@ -79,7 +78,7 @@ def check_machine_limits(recipe: Recipe, already_launched: bool) -> None:
 def check_parallel_runs(recipes: Sequence[Recipe], parallel_runs: int) -> None:
     """Refuse a comparison whose `parallel_runs` runs at once need more than this machine has."""
     for recipe in recipes:
-        check_machine_limits(recipe, already_launched=False)
+        check_machine_limits(recipe.trainer, recipe.data_by_key, already_launched=False)
     processes_per_run = max(recipe.trainer.devices for recipe in recipes)
     most = max(1, max(count_cpu_cores(), count_gpus()) // processes_per_run)
     if parallel_runs > most:

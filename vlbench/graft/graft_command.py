@@ -45,7 +45,7 @@ def run_graft(options: GraftOptions) -> int:
     template = {"template": recipe.language.template}
     known = recipe.model_copy(update={"language": local.config.model_copy(update=template)})
     if not local.problem:
-        stage_runs = plan_stage_runs(known)
+        stage_runs = plan_stage_runs(known.selected_data, known.last_stage_data)
         check_data(stage_runs)
         check_stage_shapes(known.model, stage_runs)
         tokenizer = Tokenizer.load(tokenizer_folder(known.language.weights))
@@ -55,9 +55,9 @@ def run_graft(options: GraftOptions) -> int:
         for name, stage in recipe.selected_stages.items()
     }
     last = list(models.values())[-1]
-    files = file_lines(recipe, local, count_parameters(last))
-    _print_block(shape_lines(recipe, models))
-    _print_block(parameter_lines(recipe, last))
+    files = file_lines(recipe.model, local, count_parameters(last))
+    _print_block(shape_lines(recipe.model, models))
+    _print_block(parameter_lines(recipe.model, recipe.selected_stages, last))
     gpu, gpu_note = choose_gpu(options.gpu)
     plan_options = replace(options, recipe=known).plan_options(gpu)
     _print_block(memory_lines(plan_options, gpu_note))
@@ -68,11 +68,20 @@ def run_graft(options: GraftOptions) -> int:
         _print_block([template_note])
     _print_block([*(f"caution: {caution}" for caution in cautions), *_closing_lines(options)])
     print(f"({time.monotonic() - start:.0f} s)", flush=True)
-    if not options.tries:
-        return 0
-    from vlbench.graft.sight_trial import run_trial
+    return _run_trial(options) if options.tries else 0
 
-    return run_trial(recipe.model_copy(update={"recipe": str(options.out)}))
+
+def _run_trial(options: GraftOptions) -> int:
+    """Train for a few minutes on rendered scenes, say whether the model sees; the exit code."""
+    from vlbench.fit_command import train_and_evaluate
+    from vlbench.graft.sight_trial import sight_lines, trial_recipe
+
+    recipe = options.recipe.model_copy(update={"recipe": str(options.out)})
+    exit_code, run = train_and_evaluate(trial_recipe(recipe))
+    if exit_code or run is None:
+        return exit_code
+    print("\n" + "\n".join(sight_lines(run.folder)), flush=True)
+    return 0
 
 
 def _settle_template(options: GraftOptions, local: LocalLanguage) -> tuple[GraftOptions, str]:
@@ -100,10 +109,12 @@ def _check_texts(options: GraftOptions, models: dict[str, LoadedVLM]) -> list[st
 
 def _write_results(options: GraftOptions, models: dict[str, LoadedVLM]) -> None:
     """Write the recipe and, where the tokenizer is here, the page."""
+    recipe = options.recipe
     try:
-        write_recipe(options.recipe, options.out)
+        write_recipe(recipe, options.out)
         if models:
-            write_for_people(page_path(options.out), render_page(options.recipe, models))
+            page = render_page(recipe.model, recipe.stages, models)
+            write_for_people(page_path(options.out), page)
     except OSError as error:
         raise explain_unwritable(error, f"out={options.out}") from error
 

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any, get_args
 
 from vlbench.command_line.arguments import DEFAULT_MFU, GraftArguments
+from vlbench.command_line.overrides import parse_overrides
 from vlbench.command_line.parser import split_arguments
 from vlbench.config import recipe as recipes
-from vlbench.config.encoder_names import EMBEDDED_ENCODERS, check_encoder_name
-from vlbench.config.key_table import declared_keys
 from vlbench.config.model_schema import LanguageModelConfig
-from vlbench.config.overrides import parse_overrides
 from vlbench.config.resolve import mapping_in
 from vlbench.config.schema import Recipe
 from vlbench.data.data_sources import SCENES_SOURCE
+from vlbench.encoder_names import EMBEDDED_ENCODERS, check_encoder_name
 from vlbench.errors import UserError, suggest_name
 from vlbench.graft.size_parts import size_parts, size_weights
+from vlbench.key_errors import declared_keys
 from vlbench.new_folder import first_free_path
 from vlbench.planner.gpu_table import GpuSpec, find_gpu
 from vlbench.planner.options import PlanOptions
@@ -50,7 +50,7 @@ class GraftOptions:
 
 def parse_graft_options(words: list[str]) -> GraftOptions:
     """Return the options of a command line; a UserError for anything wrong in it."""
-    arguments, recipe_words = split_arguments(GraftArguments, words, declared_keys())
+    arguments, recipe_words = split_arguments(GraftArguments, words, declared_keys(Recipe))
     typed, _ = parse_overrides(recipe_words)  # what is wrong in it, load_recipe tells
     part_words, mistakes = _part_words(arguments, typed)
     out = Path(arguments.out) if arguments.out else first_free_path("recipes/graft-{}.yaml")
@@ -59,7 +59,7 @@ def parse_graft_options(words: list[str]) -> GraftOptions:
     if mistakes:
         raise UserError(*mistakes)
     recipe = recipes.load_recipe([*part_words, *recipe_words])
-    takes_scenes = recipe.data.train is None and recipe.data.mix is None
+    takes_scenes = not recipe.data.is_given
     if takes_scenes:
         data = recipe.data.model_copy(update={"train": SCENES_SOURCE})
         recipe = recipe.model_copy(update={"data": data})

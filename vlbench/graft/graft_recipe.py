@@ -6,13 +6,11 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from vlbench.config import recipe as recipes
 from vlbench.config.schema import Recipe
 from vlbench.connector import registry
 from vlbench.errors import escape_to_one_line
-from vlbench.text_files import write_atomically
+from vlbench.text_files import format_yaml, write_atomically
 
 OWN_SIZE = "own"
 """The size that names no parts: those of the recipe's file hold."""
@@ -27,13 +25,10 @@ def fit_command(path: Path) -> str:
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
-    """Write what of a recipe differs from the defaults, its parts in full."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, recipe_text(recipe, path))
+    """Write what of a recipe differs from the defaults, its parts in full.
 
-
-def recipe_text(recipe: Recipe, path: Path) -> str:
-    """Return the file: a comment with its command and what it grafts, then the keys."""
+    Above the keys stands a comment with the file's command and what it grafts.
+    """
     plain = recipes.to_plain(recipe)
     changed = recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     tree: dict[str, Any] = {"size": OWN_SIZE}
@@ -42,4 +37,5 @@ def recipe_text(recipe: Recipe, path: Path) -> str:
     connector = registry.connector_label(recipe.connector["name"])
     grafted = f"{recipe.vision.name} -> {connector} -> {recipe.language.weights}"
     lines = (f"# {fit_command(path)}", f"# {escape_to_one_line(grafted)}, written by graft.")
-    return "\n".join([*lines, str(OmegaConf.to_yaml(OmegaConf.create(tree)))])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "\n".join([*lines, format_yaml(tree)]))

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from vlbench.config.model_schema import LanguageModelConfig, NamedEncoderConfig
-from vlbench.config.schema import Recipe
+from vlbench.config.model_schema import LanguageModelConfig, ModelConfig, NamedEncoderConfig
 from vlbench.errors import UserError
 from vlbench.graft.size_parts import size_parts
 from vlbench.model.language_model import check_language_weights, tokenizer_folder
@@ -46,7 +45,7 @@ def find_local_language(config: LanguageModelConfig) -> LocalLanguage:
     return LocalLanguage(config.model_copy(update={"weights": str(folder)}), "")
 
 
-def file_lines(recipe: Recipe, local: LocalLanguage, parameters: dict[str, int]) -> list[str]:
+def file_lines(config: ModelConfig, local: LocalLanguage, parameters: dict[str, int]) -> list[str]:
     """Return where the weights of both parts are; `parameters` are the numbers of each part.
 
     Files here are compared with the architecture, tensor by tensor.
@@ -54,11 +53,11 @@ def file_lines(recipe: Recipe, local: LocalLanguage, parameters: dict[str, int])
     Raises:
         UserError: files that are here are not whole, or are those of another model.
     """
-    language = _language_line(recipe.language, local, parameters["language"])
-    lines = [f"vision: {_vision_place(recipe.vision, parameters['vision'])}"]
-    if recipe.vision.second:
+    language = _language_line(config.language, local, parameters["language"])
+    lines = [f"vision: {_vision_place(config.vision, parameters['vision'])}"]
+    if config.vision.second:
         with named_as_second():
-            place = _vision_place(recipe.vision.second, parameters["second_vision"])
+            place = _vision_place(config.vision.second, parameters["second_vision"])
         lines.append(f"vision.second: {place}")
     return [*lines, language]
 

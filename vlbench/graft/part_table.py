@@ -9,7 +9,7 @@ import torch
 
 from vlbench.command_line.arguments import DEFAULT_GPU
 from vlbench.config.key_types import ENCODER_PARTS
-from vlbench.config.schema import Recipe
+from vlbench.config.model_schema import ModelConfig
 from vlbench.config.stage_schema import StageConfig
 from vlbench.connector import registry
 from vlbench.model.activation_checkpointing import CHECKPOINTING_MODES
@@ -26,14 +26,14 @@ StageModels = Mapping[str, LoadedVLM]
 """The model of each stage on `meta`, by the stage's name."""
 
 
-def shape_lines(recipe: Recipe, models: StageModels) -> list[str]:
+def shape_lines(config: ModelConfig, models: StageModels) -> list[str]:
     """Return a table of the stages: image, patches, and what an image takes of the text."""
     rows: list[tuple[str, ...]] = [
         ("stage", "image", "patches", "features", "tokens per image", "left for text")
     ]
     for name, vlm in models.items():
         encoder, shapes = vlm.vision, vlm.model.shapes
-        tokens, length = vlm.connector.tokens_per_image, recipe.language.max_length
+        tokens, length = vlm.connector.tokens_per_image, config.language.max_length
         rows.append(
             (
                 name,
@@ -47,21 +47,23 @@ def shape_lines(recipe: Recipe, models: StageModels) -> list[str]:
     return format_table(rows)
 
 
-def parameter_lines(recipe: Recipe, vlm: LoadedVLM) -> list[str]:
+def parameter_lines(
+    model: ModelConfig, stages: Mapping[str, StageConfig], vlm: LoadedVLM
+) -> list[str]:
     """Return a table of the parts with their parameters and the stages that train them."""
     config = vlm.language.config
-    language = find_model_names(recipe.model).language
-    connector = registry.connector_label(recipe.connector["name"])
+    language = find_model_names(model).language
+    connector = registry.connector_label(model.connector_name)
     inside = vlm.connector.inject_layers
     told = {
-        **_encoder_texts(name_encoders(recipe.model), vlm),
+        **_encoder_texts(name_encoders(model), vlm),
         "connector": connector + (f", in {len(inside)} decoder layers" if inside else ""),
         "language": f"{language}, {config.num_hidden_layers} layers, {config.hidden_size} wide",
     }
     rows = [("part", "what", "parameters", "trained in")]
     for part, count in count_parameters(vlm).items():
-        stages = [name for name, one in recipe.selected_stages.items() if part in one.trained_parts]
-        rows.append((part, told[part], f"{count:,}", ", ".join(stages) or "none (frozen)"))
+        trained_in = [name for name, stage in stages.items() if part in stage.trained_parts]
+        rows.append((part, told[part], f"{count:,}", ", ".join(trained_in) or "none (frozen)"))
     return format_table(rows, "<<><")
 
 

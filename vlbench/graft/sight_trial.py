@@ -11,7 +11,6 @@ from vlbench.compare.report.question_clusters import number_clusters
 from vlbench.config.schema import Recipe
 from vlbench.config.stage_schema import StageConfig
 from vlbench.data.data_sources import SCENES_SOURCE
-from vlbench.fit_command import train_and_evaluate
 from vlbench.text_files import read_json_lines
 
 ALIGN_STEPS = 150
@@ -23,15 +22,6 @@ MAX_BATCH_SIZE = 32
 QUESTIONS = 240
 """Questions about new pictures, as many with blank and with exchanged pictures."""
 MARGINS = {"blank": "without a picture", "shuffled": "with another question's picture"}
-
-
-def run_trial(recipe: Recipe) -> int:
-    """Train a recipe for a few minutes on rendered scenes, say whether it sees; the exit code."""
-    exit_code, run = train_and_evaluate(trial_recipe(recipe))
-    if exit_code or run is None:
-        return exit_code
-    print("\n" + "\n".join(sight_lines(run.folder)), flush=True)
-    return 0
 
 
 def trial_recipe(recipe: Recipe) -> Recipe:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from vlbench.config import recipe as recipes
+from vlbench.config.recipe_files import size_files
 from vlbench.config.resolve import mapping_in
 from vlbench.text_files import read_yaml
 
 
 def size_parts(key: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the sections of a part in all sizes; of `encoders` each kind with its section."""
-    for path in recipes.size_files().values():
+    for path in size_files().values():
         section = mapping_in(read_yaml(path), key)
         if key == "encoders":
             yield from section.items()

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from vlbench.check.supervision_audit import AuditSample, render_audit
 from vlbench.command_line.arguments import TemplateName
-from vlbench.config.schema import Recipe
+from vlbench.config.model_schema import ModelConfig
+from vlbench.config.stage_schema import StageConfig
 from vlbench.data.sample import ChatTurn, Sample
 from vlbench.data.sample_encoding import IGNORE_INDEX
 from vlbench.data.scene_dataset import SceneConversations
@@ -135,22 +136,24 @@ def text_lines(processor: Processor, trips: list[RoundTrip]) -> list[str]:
     return [title, *format_table(rows, "<>><")]
 
 
-def render_page(recipe: Recipe, models: Mapping[str, LoadedVLM]) -> str:
+def render_page(
+    config: ModelConfig, stages: Mapping[str, StageConfig], models: Mapping[str, LoadedVLM]
+) -> str:
     """Return the page with the tokens that each stage supervises, in both languages."""
     samples = [_first_scene(language) for language in LANGUAGES]
     audited = [
         AuditSample(
             name,
             sample,
-            vlm.processor.sample_encoder(recipe.stages[name].sample_format),
+            vlm.processor.sample_encoder(stages[name].sample_format),
             vlm.processor.transform,
         )
         for name, vlm in models.items()
         for sample in samples
     ]
-    settings = f"Rendered scenes, template {recipe.language.template}"
+    settings = f"Rendered scenes, template {config.language.template}"
     tokenizer = next(iter(models.values())).tokenizer
-    title = f"{recipe.vision.name}, {recipe.connector['name']}, {recipe.language.weights}"
+    title = f"{config.vision.name}, {config.connector_name}, {config.language.weights}"
     return render_audit(audited, title, settings, tokenizer.decode)
 
 

@@ -8,7 +8,7 @@ from typing import NoReturn
 import open_clip
 
 from vlbench import hub_download
-from vlbench.config.encoder_names import is_hub_name
+from vlbench.encoder_names import is_hub_name
 from vlbench.errors import UserError, suggest_name
 from vlbench.model.named_encoder import encoder_weight_names
 from vlbench.model.vision_config import EMBEDDED_ENCODERS, OPEN_CLIP_FILES, find_open_clip_file

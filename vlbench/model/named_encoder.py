@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlbench.compat.vision_internals import timm_pretrained_names
-from vlbench.config.encoder_names import is_hub_name
+from vlbench.encoder_names import is_hub_name
 from vlbench.errors import UserError, suggest_name
 from vlbench.hub_download import fetch_hub_file
 from vlbench.model.timm_config import (

@@ -20,7 +20,7 @@ from vlbench.compat.vision_internals import (
     timm_architecture_names,
     timm_module_name,
 )
-from vlbench.config.encoder_names import hybrid_reason
+from vlbench.encoder_names import hybrid_reason
 from vlbench.errors import UserError, suggest_name
 from vlbench.model.vision_config import check_image_grid, parse_interpolation, parse_rgb_stats
 from vlbench.text_files import read_json, write_atomically

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from vlbench.command_line.arguments import PlanArguments
 from vlbench.command_line.parser import split_arguments
 from vlbench.config import recipe as recipes
-from vlbench.config.key_table import declared_keys
 from vlbench.config.schema import Recipe
 from vlbench.errors import UserError
+from vlbench.key_errors import declared_keys
 from vlbench.planner.gpu_table import GpuSpec, find_gpu
 
 
@@ -40,7 +40,7 @@ class PlanOptions:
 
 def parse_plan_options(words: list[str]) -> PlanOptions:
     """Return the options of a command line; a UserError for anything wrong in it."""
-    arguments, recipe_words = split_arguments(PlanArguments, words, declared_keys())
+    arguments, recipe_words = split_arguments(PlanArguments, words, declared_keys(Recipe))
     recipe = recipes.load_recipe(recipe_words)
     gpu = find_gpu(arguments.gpu, arguments.gpus)
     if arguments.price is not None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from vlbench.command_line.overrides import format_override
 from vlbench.config import recipe as recipes
-from vlbench.config.overrides import format_override
 from vlbench.planner.memory_estimate import MEMORY_COMPONENTS, MemoryByComponent, total_bytes
 from vlbench.planner.options import PlanOptions
 from vlbench.planner.stage_workload import ASSUMED_SUPERVISED_SHARE
@@ -19,15 +19,18 @@ YI_VL_GPUS = 128
 
 def run_plan(options: PlanOptions) -> int:
     """Print the plan of a training, with `probe=true` dry-run it too; return the exit code."""
+    recipe = options.recipe
     if options.probe:
-        recipes.require_data(options.recipe)
+        recipes.require_data(recipe.size, recipe.selected_data)
     print("\n".join(format_plan(make_plan(options))), flush=True)
     if not options.probe:
         return 0
     from vlbench.train.dry_run import dry_run
+    from vlbench.train.stage_runner import StageRunner
 
     print("\nprobe: one step of every stage, longest batch first", flush=True)
-    return dry_run(options.recipe)
+    runner = StageRunner.from_recipe(recipe)
+    return dry_run(runner, recipe.model, recipe.selected_data, recipe.last_stage_data)
 
 
 def format_plan(plan: TrainingPlan) -> list[str]:

@@ -75,7 +75,11 @@ def usable_memory(gpu: GpuSpec) -> float:
 def make_plan(options: PlanOptions) -> TrainingPlan:
     """Return the plan of a training; nothing is trained, and weights take no memory."""
     recipe = options.recipe
-    stage_plan.check_data(stage_plan.plan_stage_runs(recipe, skip_without_data=True))
+    stage_plan.check_data(
+        stage_plan.plan_stage_runs(
+            recipe.selected_data, recipe.last_stage_data, skip_without_data=True
+        )
+    )
     stages: dict[str, StageMemory] = {}
     workloads: dict[str, StageWorkload] = {}
     skipped, has_assumed_lengths = [], False

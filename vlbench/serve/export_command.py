@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError
 
 from vlbench.command_line.arguments import ExportArguments, ExportFormat
+from vlbench.command_line.overrides import format_override
 from vlbench.config import recipe as recipes
-from vlbench.config.overrides import format_override
 from vlbench.config.schema import Recipe
 from vlbench.connector.kept_source import copy_kept_source
 from vlbench.errors import UserError
@@ -23,7 +23,7 @@ from vlbench.model.weights.export_yi_vl import write_yi_vl
 from vlbench.model.weights.tensor_files import cast_floating
 from vlbench.model.weights.tensor_writer import write_tensors
 from vlbench.new_folder import write_new_folder
-from vlbench.serve.model_card import render_model_card
+from vlbench.serve.model_card import describe_training, render_model_card, training_command
 from vlbench.system_errors import explain_unwritable
 from vlbench.text_files import read_json
 from vlbench.train import checkpoint_files
@@ -46,13 +46,21 @@ def run_export(arguments: ExportArguments) -> int:
         _refuse_other_resizing(vlm, layout, source)
     _merge_or_refuse_lora(vlm, layout, arguments.merge_lora, source)
     recipe = _load_source_recipe(source, vlm)
+    names = (recipe.recipe, recipe.size)
+    again = training_command(*names, to, recipe.connector, recipe.last_stage_data)
+    training = "Nothing was trained: these are the released weights."
+    if checkpoint_files.is_run_or_checkpoint(source):
+        training = describe_training(recipe.recipe, recipe.model, recipe.selected_stages)
     try:
         with write_new_folder(to) as writing:
-            _write_export(layout, vlm, writing, dtype, source, recipe)
-            trained = checkpoint_files.is_run_or_checkpoint(source)
-            text = render_model_card(
-                vlm, recipe, trained, layout, to, source, _load_run_results(source)
-            )
+            if layout == "vlbench":
+                position = _training_position(source, list(recipe.stages))
+                recipe_text = recipes.recipe_to_yaml(recipe)
+                _write_checkpoint(vlm, writing, dtype, source, recipe_text, position)
+            else:
+                _write_release(layout, vlm, writing, dtype, source)
+            results = _load_run_results(source)
+            text = render_model_card(vlm, training, again, layout, to, source, results)
             (writing / "README.md").write_text(text, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise explain_unwritable(error, f"out={to}") from error
@@ -100,32 +108,33 @@ def _merge_or_refuse_lora(
         )
 
 
-def _write_export(
-    layout: ExportFormat,
+def _write_release(
+    layout: ExportFormat, vlm: LoadedVLM, folder: Path, dtype: torch.dtype | None, source: Path
+) -> None:
+    """Write a released layout."""
+    if layout == "yi_vl":
+        write_yi_vl(vlm, folder, dtype, source if _is_yi_vl_release(source) else None)
+    else:
+        write_hf_llava(vlm, folder, dtype, has_norms=layout == "yi_vl_hf")
+
+
+def _write_checkpoint(
     vlm: LoadedVLM,
     folder: Path,
     dtype: torch.dtype | None,
     source: Path,
-    recipe: Recipe,
+    recipe_text: str,
+    position: RunPosition,
 ) -> None:
-    if layout == "yi_vl":
-        write_yi_vl(vlm, folder, dtype, source if _is_yi_vl_release(source) else None)
-    elif layout in ("hf_llava", "yi_vl_hf"):
-        write_hf_llava(vlm, folder, dtype, has_norms=layout == "yi_vl_hf")
-    else:
-        tensors = (
-            (f"{part}.{key}", cast_floating(value, dtype))
-            for part, module in vlm.model.named_parts()
-            for key, value in lora_adapters.base_state_dict(module).items()
-        )
-        write_tensors(tensors, folder)
-        checkpoint_files.write_metadata(
-            vlm,
-            folder,
-            recipes.recipe_to_yaml(recipe),
-            _training_position(source, list(recipe.stages)),
-        )
-        copy_kept_source(source, folder)
+    """Write a checkpoint that stands alone, with every weight."""
+    tensors = (
+        (f"{part}.{key}", cast_floating(value, dtype))
+        for part, module in vlm.model.named_parts()
+        for key, value in lora_adapters.base_state_dict(module).items()
+    )
+    write_tensors(tensors, folder)
+    checkpoint_files.write_metadata(vlm, folder, recipe_text, position)
+    copy_kept_source(source, folder)
 
 
 def _is_yi_vl_release(source: Path) -> bool:

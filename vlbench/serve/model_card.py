@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vlbench.command_line.overrides import format_override
 from vlbench.compat.vision_internals import encoder_width
-from vlbench.config.overrides import format_override
-from vlbench.config.schema import Recipe
+from vlbench.config.model_schema import ModelConfig
+from vlbench.config.stage_schema import StageConfig, StageData
 from vlbench.data.data_sources import SCENES_SOURCE
 from vlbench.model.decoder_families import family_label
 from vlbench.model.loaded_vlm import LoadedVLM
@@ -65,17 +66,23 @@ This is a checkpoint of vlbench, with every weight, and stands alone:
 
 def render_model_card(
     vlm: LoadedVLM,
-    recipe: Recipe,
-    is_trained: bool,
+    training: str,
+    next_command: str,
     layout: str,
     export_folder: Path,
     source: Path,
     results: Mapping[str, Any],
 ) -> str:
-    """Return the text of README.md for an export of `vlm` from `source` to the folder `to`.
+    """Return the text of README.md for an export of `vlm` from `source` to a folder.
 
-    `trained` is False for a released model that nothing was trained on since: `recipe` is then what
-    goes on with it. `results` may be empty.
+    Args:
+        vlm: The model.
+        training: How it was trained, as `describe_training` tells it.
+        next_command: The command that trains on, as `training_command` has it.
+        layout: The format of the export.
+        export_folder: Where the files are.
+        source: What was exported.
+        results: Those of the run; may be empty.
     """
     rows = [
         f"| {name} | {_plain_markdown(what)} | {sum(p.numel() for p in module.parameters()):,} |"
@@ -95,9 +102,7 @@ def render_model_card(
         f"An image is {transform.describe()}, and takes {vlm.connector.tokens_per_image} "
         f"tokens. Conversations are written with the chat template {vlm.processor.template.name}.",
         "## Training",
-        _describe_training(recipe)
-        if is_trained
-        else "Nothing was trained: these are the released weights.",
+        training,
         *_render_results_table(results),
         "## Use",
         USAGE_TEXTS[layout]
@@ -106,7 +111,7 @@ def render_model_card(
             to_word=shlex.quote(str(export_folder)),
             model_word=shlex.quote(f"model={export_folder}"),
             stop=vlm.processor.template.stop,
-            again=_training_command(recipe, export_folder),
+            again=next_command,
         )
         .strip(),
         "## Licence and limits",
@@ -116,16 +121,18 @@ def render_model_card(
     return "\n\n".join(paragraphs) + "\n"
 
 
-def _training_command(recipe: Recipe, export_folder: Path) -> str:
-    """Return the command that trains on from `to`, with the options that its connector needs."""
+def training_command(
+    recipe_name: str, size: str, export_folder: Path, connector: Mapping[str, Any], last: StageData
+) -> str:
+    """Return the command that goes on with the `last` stage, and the options of the connector."""
     words = [
-        format_override("recipe", recipe.recipe),
-        format_override("size", recipe.size),
+        format_override("recipe", recipe_name),
+        format_override("size", size),
         format_override("init", export_folder),
+        format_override("only", last.stage_name),
     ]
-    words.append(format_override("only", list(recipe.stages)[-1]))
-    words += [format_override(f"connector.{key}", value) for key, value in recipe.connector.items()]
-    if recipe.data.train != SCENES_SOURCE:
+    words += [format_override(f"connector.{key}", value) for key, value in connector.items()]
+    if last.config.train != SCENES_SOURCE:
         words += ["data.train=FILE.json", "data.images=FOLDER"]
     return shlex.join(["python", "-m", "vlbench", "fit", *words])
 
@@ -145,14 +152,17 @@ def _describe_parts(vlm: LoadedVLM) -> list[str]:
     ]
 
 
-def _describe_training(recipe: Recipe) -> str:
+def describe_training(
+    recipe_name: str, model: ModelConfig, stages: Mapping[str, StageConfig]
+) -> str:
+    """Return what a model began with, and what each stage trained, in Markdown."""
     began = (
-        recipe.init
-        or f"{recipe.vision.weights} (vision encoder), {recipe.language.weights} (language)"
+        model.init
+        or f"{model.vision.weights} (vision encoder), {model.language.weights} (language)"
     )
-    name = markdown_text(Path(recipe.recipe).stem)
-    lines = [f"Recipe `{name}`, seed {recipe.seed}; it began with {_plain_markdown(str(began))}."]
-    for name, stage in recipe.selected_stages.items():
+    name = markdown_text(Path(recipe_name).stem)
+    lines = [f"Recipe `{name}`, seed {model.seed}; it began with {_plain_markdown(str(began))}."]
+    for name, stage in stages.items():
         budget = f"{stage.steps} steps" if stage.steps is not None else f"{stage.epochs} epochs"
         lines.append(
             f"- {name}: {budget} of batch {stage.global_batch_size} at {stage.image_size} pixels, "

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from vlbench.config.model_schema import ModelConfig
-from vlbench.config.schema import Recipe
+from vlbench.config.stage_schema import StageData
 from vlbench.data.optimizer_step import OptimizerStep, StepPlan
 from vlbench.distributed import collectives
 from vlbench.distributed.process_group import join_process_group
@@ -53,12 +53,13 @@ class StageMeasurement(NamedTuple):
     """Samples, and what of them is cut off at `language.max_length`, of its first steps."""
 
 
-def dry_run(recipe: Recipe) -> int:
+def dry_run(
+    runner: StageRunner, model: ModelConfig, stages: Sequence[StageData], last: StageData
+) -> int:
     """Do a few optimizer steps per stage in this process, keep nothing; return the exit code."""
-    with preserve_process_settings(), quiet_lightning(), join_process_group(recipe.trainer):
-        runner = StageRunner.from_recipe(recipe)
-        stage_runs = collectives.call_on_rank_zero_first(lambda: plan_stage_runs(recipe))
-        return dry_run_stages(runner, recipe.model, stage_runs)
+    with preserve_process_settings(), quiet_lightning(), join_process_group(runner.trainer_config):
+        stage_runs = collectives.call_on_rank_zero_first(lambda: plan_stage_runs(stages, last))
+        return dry_run_stages(runner, model, stage_runs)
 
 
 def dry_run_stages(runner: StageRunner, model: ModelConfig, stage_runs: list[StageRun]) -> int:

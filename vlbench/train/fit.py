@@ -12,7 +12,7 @@ import torch
 
 from vlbench.config.key_types import ENCODER_PARTS
 from vlbench.config.model_schema import ModelConfig
-from vlbench.config.schema import Recipe
+from vlbench.config.schema import LoggingConfig, Recipe
 from vlbench.distributed import collectives
 from vlbench.distributed.process_group import leave_process_group
 from vlbench.errors import BadSample, UserError
@@ -70,16 +70,28 @@ class RunTraining:
 
     def __init__(
         self,
-        recipe: Recipe,
+        stage_runner: StageRunner,
+        model_config: ModelConfig,
+        log_config: LoggingConfig,
         run: RunFolder,
         stage_runs: list[StageRun],
         graceful_stop: GracefulStop,
         user_callbacks: Sequence[pl.Callback] = (),
     ) -> None:
-        """Prepare to train; `user_callbacks` are those that the recipe names."""
-        self.recipe, self.run, self.stage_runs = recipe, run, stage_runs
+        """Prepare to train.
+
+        Args:
+            stage_runner: What trains each stage.
+            model_config: What the model is built from.
+            log_config: Logs, and evaluations during training.
+            run: The folder that checkpoints and metrics are written to.
+            stage_runs: The stages, in order.
+            graceful_stop: What tells that training is to be stopped.
+            user_callbacks: Those that the recipe names.
+        """
+        self.stage_runner, self.run, self.stage_runs = stage_runner, run, stage_runs
+        self.model_config, self.log_config = model_config, log_config
         self.graceful_stop, self.user_callbacks = graceful_stop, user_callbacks
-        self.stage_runner = StageRunner.from_recipe(recipe, run.folder)
         self.core_sharing_notice = CoreSharingNotice(run_report.print_status)
         self.seen: dict[str, int] = {}
         """The `SEEN_COUNTS` of what the run has trained on."""
@@ -96,7 +108,7 @@ class RunTraining:
         try:
             vlm, position = collectives.call_on_all_ranks(
                 lambda: build_or_resume_model(
-                    self.recipe.model, self.stage_runs, self.run, self.stage_runner.is_sharded
+                    self.model_config, self.stage_runs, self.run, self.stage_runner.is_sharded
                 )
             )
             collectives.call_on_rank_zero(
@@ -105,7 +117,7 @@ class RunTraining:
         except UserError:
             self.run.discard_if_empty()  # so that the command can be repeated when it is mended
             raise
-        run_report.show_weight_origins(vlm.weight_origins, self.recipe.seed)
+        run_report.show_weight_origins(vlm.weight_origins, self.model_config.seed)
         run_report.show_inputs(vlm.processor)
         self.seen, self.earlier_seconds = position.seen or {}, position.seconds or 0.0
         for stage_run in self.stage_runs[position.stage :]:
@@ -125,7 +137,7 @@ class RunTraining:
         assert self.run.latest_position is not None
         return load_checkpoint(
             self.run.checkpoint_path(self.run.latest_position),
-            self.recipe.model,
+            self.model_config,
             mmap_language=self.stage_runner.is_sharded,
         )
 
@@ -154,7 +166,7 @@ class RunTraining:
             loggers = []
             if collectives.is_rank_zero():
                 last_kept_step = self.earlier_steps(stage_run) + steps_done
-                loggers = build_loggers(self.recipe.log, self.run.folder, last_kept_step)
+                loggers = build_loggers(self.log_config, self.run.folder, last_kept_step)
             if not stage.trained_parts.keys() & set(ENCODER_PARTS):
                 should_stop = self.graceful_stop.is_stop_requested
                 runner.cache_features(vlm, steps, workers, should_stop)
@@ -194,7 +206,7 @@ class RunTraining:
         Those of the user come first: a checkpoint holds what they change. The guard and the
         quarantine raise before a checkpoint is written.
         """
-        trainer_config, log_config = self.recipe.trainer, self.recipe.log
+        trainer_config, log_config = self.stage_runner.trainer_config, self.log_config
         parts = self.checkpoint_parts(stage_run)
         checkpoint_callback = CheckpointCallback(
             vlm,
@@ -211,7 +223,7 @@ class RunTraining:
             vlm.model, parts, trainer_config.keep_last_checkpoints, self.run.checkpoints_folder
         )
         validation = ValidationCallback(
-            held_out_batches(vlm.processor, stage_run, self.recipe.seed),
+            held_out_batches(vlm.processor, stage_run, self.stage_runner.seed),
             log_config.evaluate_every,
             checkpoint_callback,
         )
@@ -247,12 +259,12 @@ class RunTraining:
         """
         always_saved = ["connector"]
         sources = {
-            "vision": self.recipe.vision,
-            "second_vision": self.recipe.vision.second,
-            "language": self.recipe.language,
+            "vision": self.model_config.vision,
+            "second_vision": self.model_config.vision.second,
+            "language": self.model_config.language,
         }
         for part, source in sources.items():
-            if source and (self.recipe.init or source.weights == "random"):
+            if source and (self.model_config.init or source.weights == "random"):
                 always_saved.append(part)
         stages = [other.stage for other in self.stage_runs[: stage_run.stage_index + 1]]
         return parts_to_save(stages, always_saved)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from vlbench.config import recipe as recipes
 from vlbench.config.model_schema import LanguageModelConfig, ModelConfig, NamedEncoderConfig
-from vlbench.config.schema import Recipe
+from vlbench.config.stage_schema import StageData
 from vlbench.data.data_sources import SCENES_SOURCE
 from vlbench.train import checkpoint_files
 
@@ -59,14 +60,13 @@ def folder_model_names(model: str) -> ModelNames:
     return find_model_names(recipes.load_recipe_file(folder / "recipe.yaml").model)
 
 
-def has_foreign_data(recipe: Recipe) -> bool:
+def has_foreign_data(model: ModelConfig, stages: Iterable[StageData]) -> bool:
     """Tell whether the embedded language model trains on anything but rendered scenes."""
-    if not find_model_names(recipe.model).has_miniature_language:
+    if not find_model_names(model).has_miniature_language:
         return False
-    configs = [stage.data or recipe.data for stage in recipe.selected_stages.values()]
     trained_on = [
         source
-        for config in configs
+        for config in (stage.config for stage in stages)
         for source in ([part.train for part in config.mix] if config.mix else [config.train])
     ]
     return any(source not in (None, SCENES_SOURCE) for source in trained_on)

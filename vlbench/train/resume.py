@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from vlbench import hub_download
+from vlbench.command_line.overrides import format_override
 from vlbench.config import recipe as recipes
 from vlbench.config.key_types import ENCODER_PARTS, PART_NAMES
 from vlbench.config.model_schema import LanguageModelConfig, ModelConfig
-from vlbench.config.overrides import format_override
 from vlbench.config.stage_schema import StageConfig
 from vlbench.connector import kept_source, registry
 from vlbench.errors import UserError

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from vlbench.command_line.overrides import flatten_keys
 from vlbench.config import recipe as recipes
 from vlbench.config.schema import Recipe
 from vlbench.connector import kept_source
@@ -210,7 +211,7 @@ def _check_belongs(recipe: Recipe, run: RunFolder) -> None:
 
 def recipe_differences(before: Recipe, now: Recipe) -> list[str]:
     """Return keys that differ, as "seed (0 before, 1 now)"; not those a resume may change."""
-    old, new = (recipes.flatten_keys(recipes.to_plain(recipe)) for recipe in (before, now))
+    old, new = (flatten_keys(recipes.to_plain(recipe)) for recipe in (before, now))
     return [
         f"{key} ({format_value(old.get(key))} before, {format_value(new.get(key))} now)"
         for key in dict.fromkeys([*old, *new])

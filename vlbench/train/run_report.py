@@ -6,15 +6,16 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
+from vlbench.config.model_schema import ModelConfig
 from vlbench.config.recipe import load_recipe_file
-from vlbench.config.schema import Recipe
-from vlbench.config.stage_schema import StageConfig
+from vlbench.config.schema import TrainerConfig
+from vlbench.config.stage_schema import StageConfig, StageData
 from vlbench.connector import registry
 from vlbench.distributed import collectives
 from vlbench.errors import EnvironmentFailure, UserError, escape_to_one_line, one_line
@@ -46,32 +47,37 @@ def stage_label(name: str, image_size: int) -> str:
 
 
 def show_run_start(
-    recipe: Recipe, run: RunFolder, stage_runs: list[tuple[str, StageConfig, int]]
+    title: str,
+    trainer: TrainerConfig,
+    model: ModelConfig,
+    stages: Sequence[StageData],
+    steps_by_stage: Mapping[str, int],
 ) -> None:
-    """Print recipe, size, model and stages; `stage_runs` are names, stages and their steps."""
-    print(f"recipe {recipe.recipe}, size {recipe.size}, seed {recipe.seed}, run {run.folder}")
-    strategy = recipe.trainer.strategy
-    if strategy != "auto" and recipe.trainer.world_size == 1:
+    """Print a title, the model, and the stages with their optimizer steps."""
+    print(title)
+    strategy = trainer.strategy
+    if strategy != "auto" and trainer.world_size == 1:
         print(f"trainer.strategy={strategy} changes nothing in one process: trainer.devices is 1")
-    names = find_model_names(recipe.model)
-    if recipe.init:
-        print(f"begins with init={recipe.init}")
+    names = find_model_names(model)
+    if model.init:
+        print(f"begins with init={model.init}")
     elif names.has_miniature_language:
         print("size tiny: embedded miniatures, no network, no GPU. Real ones: size=6b, size=34b")
-    connector = registry.connector_label(recipe.connector["name"])
+    connector = registry.connector_label(model.connector_name)
     print(f"vision {names.vision} -> connector {connector} -> language {names.language}")
-    if has_foreign_data(recipe):
+    if has_foreign_data(model, stages):
         print(
             "these data are not the rendered scenes, and this language model has read of coloured "
             "shapes alone: it can learn some images by heart, and tell nothing of new ones. "
             + MINIATURE_HINT
         )
-    for name, stage, steps in stage_runs:
+    for one in stages:
+        name, stage = one.stage_name, one.stage
         parts = ", ".join(
             f"{part} lr {config.lr:g}" for part, config in stage.trained_parts.items()
         )
         print(
-            f"  {stage_label(name, stage.image_size)}: {steps} steps of "
+            f"  {stage_label(name, stage.image_size)}: {steps_by_stage[name]} steps of "
             f"{stage.global_batch_size} samples at {stage.image_size} pixels "
             f"({stage.sample_format}); trains {parts}"
         )
@@ -232,7 +238,8 @@ def _describe_loss(run: RunFolder, loss: float) -> str:
     """Return a line on the loss of the last step, and what it means."""
     line = f"loss {loss:.3f} at the last step"
     is_learned = loss < HARDLY_LEARNED_LOSS
-    if run.recipe_file.is_file() and has_foreign_data(load_recipe_file(run.recipe_file)):
+    recipe = load_recipe_file(run.recipe_file) if run.recipe_file.is_file() else None
+    if recipe and has_foreign_data(recipe.model, recipe.selected_data):
         learned = "; of new images it can tell nothing" if is_learned else ": hardly learned"
         return f"{line}{learned}; this miniature speaks of coloured shapes. {MINIATURE_HINT}"
     return line if is_learned else f"{line}: hardly learned; more steps are needed"

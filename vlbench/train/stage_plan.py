@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from vlbench.config.key_types import PART_NAMES
-from vlbench.config.schema import Recipe
-from vlbench.config.stage_schema import DataConfig, StageConfig
+from vlbench.config.stage_schema import DataConfig, StageConfig, StageData
 from vlbench.data.batch_sampler import StepDataset
 from vlbench.data.chosen_samples import base_source, source_identity
 from vlbench.data.data_sources import (
@@ -69,20 +68,22 @@ class StageRun:
         return [*self.data.sources, *([self.val_source] if self.val_source else [])]
 
 
-def plan_stage_runs(recipe: Recipe, skip_without_data: bool = False) -> list[StageRun]:
+def plan_stage_runs(
+    stages: Iterable[StageData], last_data: StageData, skip_without_data: bool = False
+) -> list[StageRun]:
     """Return the stages to run, in order, with their data and number of steps.
 
-    All files of data are opened. `skip_without_data` leaves out stages that have no data, which
-    are a UserError otherwise. Raises a UserError for a stage that trains nothing, too.
+    All files of data are opened, those of the recipe's last stage too: the questions at the end are
+    about `last_data`, also if that stage is not run. `skip_without_data` leaves out stages that
+    have no data, which are a UserError otherwise. Raises a UserError for a stage that trains
+    nothing, too.
     """
     stage_runs, errors = [], []
     open_sources: SourceCache = {}
-    last_data = recipe.last_stage_data
-    for index, (name, stage) in enumerate(recipe.selected_stages.items()):
+    for index, stage_data in enumerate(stages):
+        name, stage = stage_data.stage_name, stage_data.stage
         check_trained_parts(name, stage)
-        stage_data = recipe.stage_data(name)
-        data_config = stage_data.config
-        if skip_without_data and data_config.train is None and not data_config.mix:
+        if skip_without_data and not stage_data.config.is_given:
             continue
         try:
             data = open_stage_mixture(stage_data, open_sources)
@@ -94,7 +95,7 @@ def plan_stage_runs(recipe: Recipe, skip_without_data: bool = False) -> list[Sta
                 stage_index=index,
                 name=name,
                 stage=stage,
-                data_config=data_config,
+                data_config=stage_data.config,
                 data=data,
                 total_steps=count_stage_steps(stage, len(data)),
                 held_out=open_held_out(stage_data, open_sources),
@@ -103,9 +104,8 @@ def plan_stage_runs(recipe: Recipe, skip_without_data: bool = False) -> list[Sta
         )
     if errors:
         raise UserError(*dict.fromkeys(errors))
-    if not skip_without_data:  # what the questions at the end are about, also if it is not run
-        if open_held_out(last_data, open_sources) is None:
-            open_stage_sources(last_data, open_sources)
+    if not skip_without_data and open_held_out(last_data, open_sources) is None:
+        open_stage_sources(last_data, open_sources)
     return stage_runs
 
 

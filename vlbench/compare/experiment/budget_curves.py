@@ -19,12 +19,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from vlbench.command_line.overrides import format_override
 from vlbench.compare.experiment.curve_request import CurveRequest
 from vlbench.compare.experiment.grid import ComparisonGrid, GridRow, load_recipe
 from vlbench.compare.experiment.match_budget import RowCandidates, SizeCandidate, cost_counters
 from vlbench.compare.report.curve_plan import CurvePlan, CurvePoint, UnreachedBudget
 from vlbench.compare.report.finished_runs import MATCH_TOLERANCE
-from vlbench.config.overrides import format_override
 from vlbench.errors import UserError
 from vlbench.text_tables import format_table
 

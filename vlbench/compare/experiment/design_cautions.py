@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vlbench.command_line.overrides import flatten_keys
 from vlbench.compare.experiment import grid as grids
 from vlbench.compare.experiment.grid import ComparisonGrid
 from vlbench.compare.report.training_budgets import (
@@ -64,9 +65,7 @@ def _unequal_training(recipe_by_row: Mapping[str, Recipe]) -> list[str]:
         counts["samples"][name] = sum(
             (stage.steps or 0) * stage.global_batch_size for stage in stages
         )
-    plain = {
-        name: recipes.flatten_keys(recipes.to_plain(one)) for name, one in recipe_by_row.items()
-    }
+    plain = {name: flatten_keys(recipes.to_plain(one)) for name, one in recipe_by_row.items()}
     return [warning for warning in (budgets_warning(counts), parts_warning(plain)) if warning]
 
 

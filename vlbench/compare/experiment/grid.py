@@ -12,6 +12,7 @@ from typing import get_args
 
 from vlbench.command_line.arguments import BudgetName, EvalArguments
 from vlbench.command_line.compare_arguments import DEFAULT_MATCH_LIMIT, CompareArguments
+from vlbench.command_line.overrides import flatten_keys, format_override, shorten_keys
 from vlbench.command_line.parser import split_arguments
 from vlbench.command_line.task_words import build_tasks, split_task_words
 from vlbench.compare.experiment.curve_request import CurveRequest, parse_curve
@@ -24,11 +25,10 @@ from vlbench.compare.experiment.sweep_factors import (
 from vlbench.compare.report.curve_plan import CurvePlan
 from vlbench.compare.report.row_identity import row_identity
 from vlbench.config import recipe as recipes
-from vlbench.config.key_table import declared_keys
 from vlbench.config.key_types import ENCODER_PARTS
-from vlbench.config.overrides import format_override, shorten_keys
 from vlbench.config.schema import Recipe
 from vlbench.errors import UserError
+from vlbench.key_errors import declared_keys
 from vlbench.new_folder import first_free_path
 from vlbench.strict_values import INTEGER_PATTERN, parse_flow_yaml
 from vlbench.text_files import read_yaml
@@ -119,7 +119,7 @@ def parse_grid(words: list[str]) -> ComparisonGrid:
     """Return the grid of a command line; all errors of all recipes are raised together."""
     factor_texts, others = take_part_words(words)
     task_words, others = split_task_words("tasks", others)
-    arguments, common = split_arguments(CompareArguments, others, declared_keys())
+    arguments, common = split_arguments(CompareArguments, others, declared_keys(Recipe))
     if task_words and arguments.tasks is None:
         raise UserError(f"'{task_words[0]}' is for one of tasks=, which are not given")
     if arguments.tasks is not None:
@@ -255,7 +255,7 @@ def _load_recipes(rows: Sequence[GridRow], seed: int) -> dict[str, Recipe]:
     for row in rows:
         try:
             loaded[row.name] = load_recipe(row, seed)
-            recipes.require_data(loaded[row.name])
+            recipes.require_data(loaded[row.name].size, loaded[row.name].selected_data)
         except UserError as error:
             prefix = f"row {row.name}: " if len(rows) > 1 else ""
             lines += [f"{prefix}{line}" for line in error.lines]
@@ -268,12 +268,12 @@ def _refuse_equal_rows(recipes_by_row: Mapping[str, Recipe]) -> None:
     """Refuse rows that train the same: a report could only count them as one."""
     rows_by_identity: dict[str, str] = {}
     for name, recipe in recipes_by_row.items():
-        flat = recipes.flatten_keys(recipes.to_plain(recipe))
+        flat = flatten_keys(recipes.to_plain(recipe))
         identity = json.dumps(row_identity(flat, {}), sort_keys=True)
         other = rows_by_identity.setdefault(identity, name)
         if other == name:
             continue
-        before = recipes.flatten_keys(recipes.to_plain(recipes_by_row[other]))
+        before = flatten_keys(recipes.to_plain(recipes_by_row[other]))
         changed = [key for key in flat if flat[key] != before.get(key) and key != "recipe"]
         difference = (
             f"what differs ({', '.join(changed)}) is how a run is made, not what it trains"

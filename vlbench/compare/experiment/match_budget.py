@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlbench.command_line.compare_arguments import DEFAULT_MATCH_LIMIT
+from vlbench.command_line.overrides import format_override
 from vlbench.compare.experiment.grid import ComparisonGrid, GridRow, load_recipe
 from vlbench.compare.report.finished_runs import MATCH_TOLERANCE
-from vlbench.config.overrides import format_override
 from vlbench.connector import registry
 from vlbench.errors import UserError, suggest_name
 from vlbench.model.connector_cost import BUDGET_COUNTS, ConnectorCostCounter

@@ -33,9 +33,8 @@ def run_probe(overrides: list[str]) -> int:
     """
     try:
         recipe = recipes.load_recipe(overrides)
-        stages = list(
-            measure_stages(StageRunner.from_recipe(recipe), recipe.model, plan_stage_runs(recipe))
-        )
+        stage_runs = plan_stage_runs(recipe.selected_data, recipe.last_stage_data)
+        stages = list(measure_stages(StageRunner.from_recipe(recipe), recipe.model, stage_runs))
         vlm = build_vlm(recipe.model, recipe.last_stage_data.stage.image_size)
         _, questions, unseen = final_questions(recipe.last_stage_data, recipe.log.questions)
         each = time_question(vlm.to(root_device(recipe.trainer)), questions)

@@ -6,6 +6,7 @@ import contextlib
 import shutil
 from typing import Any
 
+from vlbench.command_line.overrides import flatten_keys
 from vlbench.compare.experiment import grid as grids
 from vlbench.compare.experiment.grid import ComparisonGrid, GridRow
 from vlbench.compare.report.row_identity import STAGES_KEY, row_identity, stages_that_ran
@@ -32,7 +33,7 @@ def common_stages(first: Recipe, second: Recipe) -> list[str]:
 
     They are alike to the last bit, so that what else changes rounding is the same, too.
     """
-    own, other = (recipes.flatten_keys(recipes.to_plain(recipe)) for recipe in (first, second))
+    own, other = (flatten_keys(recipes.to_plain(recipe)) for recipe in (first, second))
     if _keys_outside_stages(own) != _keys_outside_stages(other):
         return []
     common: list[str] = []

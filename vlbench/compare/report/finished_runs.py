@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vlbench.command_line.overrides import flatten_keys, shorten_keys
 from vlbench.compare.report.question_clusters import CorrectMatrix, number_clusters
 from vlbench.compare.report.row_identity import STAGES_KEY, row_identity
 from vlbench.config import recipe as recipes
-from vlbench.config.overrides import shorten_keys
 from vlbench.connector.kept_source import KEPT_FOLDER
 from vlbench.connector.source_files import RECORD_FILE
 from vlbench.data.data_checksums import data_checksums
@@ -184,7 +184,7 @@ def _checksum_trained(folder: Path, followed_inits: int) -> str:
 
 def load_flat_recipe(folder: Path) -> dict[str, Any]:
     """Return the resolved recipe of a run or checkpoint with one key for every value."""
-    return recipes.flatten_keys(recipes.to_plain(recipes.load_recipe_file(folder / "recipe.yaml")))
+    return flatten_keys(recipes.to_plain(recipes.load_recipe_file(folder / "recipe.yaml")))
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any
 from vlbench.compare.report.finished_runs import ComparisonArm
 from vlbench.compare.report.learning_trend import row_fall
 from vlbench.compare.report.row_identity import differing_how_keys, stages_that_ran
-from vlbench.config import recipe as recipes
 from vlbench.config.key_types import PART_NAMES
+from vlbench.config.recipe_files import recipe_files
 from vlbench.text_files import read_json, read_text
 
 BUDGET_TOLERANCE = 0.01  # relative difference of two training budgets that is not told
@@ -153,7 +153,7 @@ def unprepared_warning(row_name: str, objectives: Sequence[str]) -> str:
     """Return a sentence on a connector without the stage that it offers to prepare it."""
     recipe_names = ", ".join(
         f"recipe={name}"
-        for name, file in recipes.recipe_files().items()
+        for name, file in recipe_files().items()
         if f"objective: {objectives[0]}" in read_text(file)
     )
     example = f", as in {recipe_names}" if recipe_names else ""

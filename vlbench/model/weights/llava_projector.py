@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from vlbench.config.overrides import format_override
+from vlbench.command_line.overrides import format_override
 from vlbench.connector.base import Connector
 from vlbench.errors import UserError
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vlbench.config.overrides import format_override
+from vlbench.command_line.overrides import format_override
 from vlbench.connector import registry
 from vlbench.data.chat_template import CHAT_TEMPLATES
 from vlbench.data.own_template import bind_template

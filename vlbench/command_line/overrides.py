@@ -1,4 +1,4 @@
-"""`key=value` words of the command line as nested mappings; values stay text."""
+"""Keys with dots: `a.b=value` words of a command line, nested mappings, and back."""
 
 from __future__ import annotations
 
@@ -41,6 +41,15 @@ def _set_leaf(node: dict[str, Any], path: list[str], text: str) -> None:
     if text.startswith("{"):
         with contextlib.suppress(ValueError):
             node[path[-1]] = parse_flow_yaml(text)
+
+
+def flatten_keys(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings with one key for every value: `stages.chat.steps` -> 450."""
+    result: dict[str, Any] = {}
+    for key, value in tree.items():
+        is_leaf = not value or not isinstance(value, dict)
+        result |= {prefix + key: value} if is_leaf else flatten_keys(value, f"{prefix}{key}.")
+    return result
 
 
 def format_override(key: str, value: object) -> str:
