@@ -35,7 +35,7 @@ MIXED_SIZE_PEAK_LR = 8e-4  # peak learning rate of these steps
 # steps of which three in four name regions
 REGION_STEPS, REGION_PEAK_LR = 1200, 8e-4
 ANYWHERE_STEPS, ANYWHERE_PEAK_LR = 800, 8e-4  # the same, where crowded scenes are anywhere
-# the same, where two in three crowded scenes are as dense as those of the family crowd
+# the same, where two in three crowded scenes are as dense as those of the family crowd; twice
 DENSE_STEPS, DENSE_PEAK_LR = 1200, 8e-4
 CLIP_CONFIG: dict[str, Any] = {
     "embed_dim": 128,
@@ -125,7 +125,10 @@ def pretraining_stages(
         (only_clip, MOSTLY_LARGE_STEPS, MIXED_SIZE_PEAK_LR, mixed_sizes(300_000, 4)),
         region_stage((IMAGE_SIDE,), REGION_STEPS, REGION_PEAK_LR, 400_000),
         region_stage((EXTENT,), ANYWHERE_STEPS, ANYWHERE_PEAK_LR, 500_000),
-        region_stage((EXTENT, CROWD_EXTENT, CROWD_EXTENT), DENSE_STEPS, DENSE_PEAK_LR, 600_000),
+        *(
+            region_stage((EXTENT, CROWD_EXTENT, CROWD_EXTENT), DENSE_STEPS, DENSE_PEAK_LR, first)
+            for first in (600_000, 700_000)
+        ),
     ]
 
 
