@@ -197,7 +197,7 @@ def test_training_shows_every_family_where_it_can_be_seen() -> None:
     firsts = [(len(source[i].images) > 1, source[i].images[0]) for i in range(1000)]
     grids = Counter((is_album, one.grid, one.extent) for is_album, one in firsts)
     assert len(grids) == len(FAMILY_WEIGHTS)
-    assert min(grids.values()) >= 80
+    assert min(grids.values()) >= 70
     assert {SceneCaptions(0, 100)[i].images[0].grid for i in range(100)} == {2, 4, 8}
     for small in (SceneCaptions(0, 100, 56), SceneConversations(0, 100, 4, 56)):
         assert {small[i].images[0].grid for i in range(100)} == {2}

@@ -31,7 +31,7 @@ FAMILIES = ("gist", "crowd", "place", "glyphs", "fine", "many")
 LATTICE_FAMILIES = ("place", "fine")  # asked about the same pictures
 DOT_SHARE = 0.5  # share of the training pictures of place in which an object has a dot
 # Training pictures by what is asked; "place" stands for fine as well.
-FAMILY_WEIGHTS = {"gist": 36, "crowd": 14, "place": 28, "glyphs": 11, "many": 11}
+FAMILY_WEIGHTS = {"gist": 44, "crowd": 14, "place": 24, "glyphs": 9, "many": 9}
 CAPTION_WEIGHTS = {"gist": 28, "crowd": 20, "place": 34, "glyphs": 18}  # the same, of captions
 
 
