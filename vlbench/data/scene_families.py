@@ -31,8 +31,8 @@ FAMILIES = ("gist", "crowd", "place", "glyphs", "fine", "many")
 LATTICE_FAMILIES = ("place", "fine")  # asked about the same pictures
 DOT_SHARE = 0.5  # share of the training pictures of place in which an object has a dot
 # Training pictures by what is asked; "place" stands for fine as well.
-FAMILY_WEIGHTS = {"gist": 44, "crowd": 14, "place": 24, "glyphs": 9, "many": 9}
-CAPTION_WEIGHTS = {"gist": 28, "crowd": 20, "place": 34, "glyphs": 18}  # the same, of captions
+FAMILY_WEIGHTS = {"gist": 44, "crowd": 10, "place": 22, "glyphs": 15, "many": 9}
+CAPTION_WEIGHTS = {"gist": 26, "crowd": 16, "place": 34, "glyphs": 24}  # the same, of captions
 
 
 def family_of(question_type: str) -> str:
