@@ -67,8 +67,11 @@ def test_lattice_scenes_are_crowded_and_name_something() -> None:
     assert min(counts) == MIN_OBJECTS and max(counts) == MAX_OBJECTS
 
 
-def test_the_colour_of_every_crowded_object_is_where_it_should_be() -> None:
-    for [scene] in pictures("crowd", 40):
+@pytest.mark.parametrize(("family", "fewest_pixels"), [("place", 40), ("crowd", 20)])
+def test_the_colour_of_every_object_of_a_lattice_is_where_it_should_be(
+    family: str, fewest_pixels: int
+) -> None:
+    for [scene] in pictures(family, 40):
         image = np.asarray(scene.open()).astype(int)
         side = scene.extent / LATTICE
         by_cell = {t.cell: t for t in scene.objects}
@@ -80,20 +83,26 @@ def test_the_colour_of_every_crowded_object_is_where_it_should_be() -> None:
             near = {name: (abs(tile - c).max(-1) < 48).sum() for name, c in COLOURS.items()}
             if cell in by_cell:
                 assert max(near, key=near.__getitem__) == by_cell[cell].colour, scene.name
-                assert near[by_cell[cell].colour] >= 40  # pixels
+                assert near[by_cell[cell].colour] >= fewest_pixels
             else:
                 assert max(near.values()) == 0, scene.name
 
 
-def test_a_lattice_is_anywhere_in_the_image_and_rows_can_be_told_from_pixels() -> None:
+@pytest.mark.parametrize(
+    ("family", "first", "last"), [("place", 0, 16), ("crowd", 16.3, 27.7)]
+)  # pixels
+def test_a_lattice_is_anywhere_in_the_image_and_rows_can_be_told_from_pixels(
+    family: str, first: float, last: float
+) -> None:
     rows, corners = dict[int, list[float]](), []
-    for [scene] in pictures("crowd", 200):
+    for [scene] in pictures(family, 200):
         corners.append(scene.corner)
         for t in scene.objects:
             assert scene.cell_at(t.x, t.y) == t.cell
             assert all(t.radius <= at <= IMAGE_SIDE - t.radius for at in (t.x, t.y))
             rows.setdefault(t.cell // LATTICE, []).append(t.y)
-    assert min(min(one) for one in corners) < 2 and max(max(one) for one in corners) > 14
+    least, most = min(min(one) for one in corners), max(max(one) for one in corners)
+    assert first <= least < first + 2 and last - 2 < most <= last
     assert all(max(rows[row]) < min(rows[row + 1]) for row in range(LATTICE - 1))
 
 
@@ -185,9 +194,10 @@ def test_samples_show_each_image_of_an_album_after_its_name() -> None:
 
 def test_training_shows_every_family_where_it_can_be_seen() -> None:
     source = SceneConversations(0, 1000, 10)
-    grids = Counter((len(source[i].images) > 1, source[i].images[0].grid) for i in range(1000))
+    firsts = [(len(source[i].images) > 1, source[i].images[0]) for i in range(1000)]
+    grids = Counter((is_album, one.grid, one.extent) for is_album, one in firsts)
     assert len(grids) == len(FAMILY_WEIGHTS)
-    assert min(grids.values()) >= 80
+    assert min(grids.values()) >= 70
     assert {SceneCaptions(0, 100)[i].images[0].grid for i in range(100)} == {2, 4, 8}
     for small in (SceneCaptions(0, 100, 56), SceneConversations(0, 100, 4, 56)):
         assert {small[i].images[0].grid for i in range(100)} == {2}

@@ -3,9 +3,9 @@
 | family | pictures | question |
 |---|---|---|
 | gist | one, with 1 to 4 large objects | colour, shape, count, position, relation |
-| crowd | one, with 6 to 16 objects | the colour of the star, the shape of what is red |
-| place | the same | what is right of the red star, with its row and column |
-| fine | the same, one object has a dot | which object |
+| crowd | one, with 6 to 16 small objects | the colour of the star, the shape of what is red |
+| place | one, with 6 to 16 objects | what is right of the red star, with its row and column |
+| fine | the same as place, one object has a dot | which object |
 | glyphs | one, with 2 to 6 letters | which letters |
 | many | 2 to 4 of gist | colour, shape, position in one of them |
 """
@@ -16,7 +16,7 @@ import random
 from collections.abc import Sequence
 
 from vlbench.data.scene_albums import list_album_questions, make_album
-from vlbench.data.scene_lattice import LATTICE, make_lattice_scene
+from vlbench.data.scene_lattice import CROWD_EXTENT, LATTICE, make_lattice_scene
 from vlbench.data.scene_lattice_text import lattice_caption, list_lattice_questions
 from vlbench.data.scene_letters import (
     LETTER_GRID,
@@ -28,11 +28,11 @@ from vlbench.data.scene_text import QUESTION_TYPES, SceneQuestion, list_question
 from vlbench.data.scene_world import RenderedScene, make_scene
 
 FAMILIES = ("gist", "crowd", "place", "glyphs", "fine", "many")
-LATTICE_FAMILIES = ("crowd", "place", "fine")  # asked about the same pictures
-DOT_SHARE = 0.5  # share of the crowded training pictures in which an object has a dot
-# Training pictures by what is asked; "crowd" stands for the three families of the lattice.
-FAMILY_WEIGHTS = {"gist": 36, "crowd": 40, "glyphs": 12, "many": 12}
-CAPTION_WEIGHTS = {"gist": 30, "crowd": 50, "glyphs": 20}  # the same, of captions
+LATTICE_FAMILIES = ("place", "fine")  # asked about the same pictures
+DOT_SHARE = 0.5  # share of the training pictures of place in which an object has a dot
+# Training pictures by what is asked; "place" stands for fine as well.
+FAMILY_WEIGHTS = {"gist": 44, "crowd": 10, "place": 22, "glyphs": 15, "many": 9}
+CAPTION_WEIGHTS = {"gist": 26, "crowd": 16, "place": 34, "glyphs": 24}  # the same, of captions
 
 
 def family_of(question_type: str) -> str:
@@ -49,6 +49,8 @@ def make_pictures(
     family: str, stream: str, seed: int, index: int, has_dot: bool = False
 ) -> tuple[RenderedScene, ...]:
     """Make the pictures of sample `index`; `has_dot` is for families of the lattice."""
+    if family == "crowd":
+        return (make_lattice_scene(stream, seed, index, extent=CROWD_EXTENT),)
     if family in LATTICE_FAMILIES:
         return (make_lattice_scene(stream, seed, index, has_dot),)
     if family == "glyphs":

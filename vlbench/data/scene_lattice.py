@@ -1,5 +1,8 @@
 """Scenes of the families crowd, place and fine: 6 to 16 objects on a lattice of 4 x 4 cells.
 
+Those of crowd are denser: a square of 28 pixels, which a connector may make one token of, holds
+three objects of such a scene on the average, and one and a half of the others.
+
 Most colours and shapes occur several times; one or two of each occur exactly once, so that "the
 star" and "the red object" name something. In a scene with a dot, one object has it.
 """
@@ -23,12 +26,15 @@ LATTICE = 4  # cells along a side
 # The lattice is somewhere in the image: objects lie across the borders of patches of 14 pixels, and
 # of any blocks of patches that a connector may join. Rows and columns can be told from pixels
 # nevertheless: wherever it is, no row covers the middle of another.
-EXTENT = 96.0  # pixels along a side of the lattice
+EXTENT = 96.0  # pixels along a side of the lattice, cells of 24
+CROWD_EXTENT = 68.0  # the same of the family crowd, cells of 17
 MIN_OBJECTS, MAX_OBJECTS = 6, LATTICE**2
 
 
-def make_lattice_scene(stream: str, seed: int, index: int, has_dot: bool = False) -> RenderedScene:
-    """Make crowded scene `index` of a stream, without unseen pairs."""
+def make_lattice_scene(
+    stream: str, seed: int, index: int, has_dot: bool = False, extent: float = EXTENT
+) -> RenderedScene:
+    """Make scene `index` of a stream, without unseen pairs; `extent` in pixels."""
     rng = random.Random(f"lattice/{stream}/{seed}/{index}")
     count = rng.randint(MIN_OBJECTS, MAX_OBJECTS)
     pairs = _draw_crowd(rng, count)
@@ -39,18 +45,21 @@ def make_lattice_scene(stream: str, seed: int, index: int, has_dot: bool = False
         for number, (pair, cell) in enumerate(zip(pairs, cells, strict=True))
     )
     name = f"scene-lattice-{stream}-{seed}-{index}"
-    return shrink_anywhere(rng, RenderedScene(name, objects, make_background(rng), LATTICE))
+    return shrink_anywhere(rng, RenderedScene(name, objects, make_background(rng), LATTICE), extent)
 
 
-def shrink_anywhere(rng: random.Random, scene: RenderedScene) -> RenderedScene:
-    """Return a lattice that fills the image at `EXTENT` of its size, somewhere in the image."""
-    left, top = (rng.uniform(0, IMAGE_SIDE - EXTENT) for _ in range(2))
-    scale = EXTENT / IMAGE_SIDE
+def shrink_anywhere(
+    rng: random.Random, scene: RenderedScene, extent: float = EXTENT
+) -> RenderedScene:
+    """Return a lattice that fills the image at `extent` pixels a side, a third of a cell around."""
+    middle, shift = (IMAGE_SIDE - extent) / 2, extent / LATTICE / 3
+    left, top = (rng.uniform(middle - shift, middle + shift) for _ in range(2))
+    scale = extent / IMAGE_SIDE
     objects = tuple(
         replace(t, x=left + t.x * scale, y=top + t.y * scale, radius=t.radius * scale)
         for t in scene.objects
     )
-    return replace(scene, objects=objects, corner=(left, top), extent=EXTENT)
+    return replace(scene, objects=objects, corner=(left, top), extent=extent)
 
 
 def _draw_crowd(rng: random.Random, count: int) -> list[tuple[str, str]]:

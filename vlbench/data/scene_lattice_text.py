@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from vlbench.data.scene_lattice import LATTICE
+from vlbench.data.scene_lattice import CROWD_EXTENT, LATTICE
 from vlbench.data.scene_text import SceneQuestion, list_attribute_questions, object_name
 from vlbench.data.scene_world import RenderedScene, SceneObject
 
@@ -46,12 +46,10 @@ def lattice_caption(scene: RenderedScene, language: str) -> str:
 
 
 def list_lattice_questions(scene: RenderedScene, language: str) -> list[SceneQuestion]:
-    """List all questions about a crowded scene: crowd, place, and fine where it has a dot."""
-    return [
-        *list_crowd_questions(scene, language),
-        *list_place_questions(scene, language),
-        *list_fine_questions(scene, language),
-    ]
+    """List all questions about a scene: crowd if it is dense, else place, and fine with a dot."""
+    if scene.extent == CROWD_EXTENT:
+        return list_crowd_questions(scene, language)
+    return [*list_place_questions(scene, language), *list_fine_questions(scene, language)]
 
 
 def list_crowd_questions(scene: RenderedScene, language: str) -> list[SceneQuestion]:

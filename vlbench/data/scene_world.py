@@ -18,7 +18,7 @@ from vlbench.data.scene_painting import paint_background, paint_dot, paint_shape
 if TYPE_CHECKING:
     from PIL import Image
 
-SCENE_VERSION = 2  # of images and texts; raise it when either changes
+SCENE_VERSION = 3  # of images and texts; raise it when either changes
 IMAGE_SIDE = 112  # pixels, width and height
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 38, 40),

@@ -8,6 +8,7 @@ for the reason that `training_images` gives. No unseen pair occurs.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 
 from vlbench.data.scene_lattice import LATTICE, shrink_anywhere
@@ -33,14 +34,19 @@ _DOTTED_SCENES, _DOTTED_OBJECTS = 0.6, 0.4  # share of the scenes, and of the ob
 _HALF_HEIGHTS, _MAX_SHIFT = (5.2, 7.0), 2.0  # of letters, pixels: a little more than is asked
 
 
-def crowded_scenes(step: int, count: int, are_anywhere: bool = False) -> list[RenderedScene]:
+def crowded_scenes(
+    step: int, count: int, extents: Sequence[float] = (IMAGE_SIDE,)
+) -> list[RenderedScene]:
     """Make lattices of small objects, of which some have dots.
 
-    They fill the image or, as in the exam, are smaller and anywhere.
+    They fill the image or, as in the exam, are of one of these extents (pixels) and anywhere.
     """
     rng = random.Random(f"tower/crowd/{step}")
     scenes = [_crowded_scene(rng) for _ in range(count)]
-    return [shrink_anywhere(rng, one) for one in scenes] if are_anywhere else scenes
+    if extents == (IMAGE_SIDE,):
+        return scenes
+    sides = [extents[number % len(extents)] for number in range(count)]
+    return [shrink_anywhere(rng, one, side) for one, side in zip(scenes, sides, strict=True)]
 
 
 def letter_scenes(step: int, count: int) -> list[RenderedScene]:

@@ -15,7 +15,12 @@ from vlbench.data.chat_template import YI_VL
 from vlbench.data.sample import ChatTurn
 from vlbench.data.scene_albums import PICTURE_NAMES, album_heading
 from vlbench.data.scene_dataset import CAPTION_PROMPTS
-from vlbench.data.scene_families import list_picture_questions, make_pictures, picture_caption
+from vlbench.data.scene_families import (
+    FAMILY_WEIGHTS,
+    list_picture_questions,
+    make_pictures,
+    picture_caption,
+)
 from vlbench.data.scene_text import CELL_NAMES, CHINESE_WORDS, LANGUAGES, NUMBER_WORDS
 from vlbench.data.tokenizer import Tokenizer
 
@@ -158,7 +163,7 @@ def _scene_lines(scene_count: int = 1500) -> Iterator[str]:
     Every fourth number has pictures of all families, as they have more questions than gist alone.
     """
     for index in range(scene_count):
-        for family in ("gist", "crowd", "glyphs", "many") if index % 4 == 0 else ("gist",):
+        for family in FAMILY_WEIGHTS if index % 4 == 0 else ("gist",):
             pictures = make_pictures(family, "tokenizer", 0, index, has_dot=index % 8 == 0)
             for language in LANGUAGES:
                 asked = [

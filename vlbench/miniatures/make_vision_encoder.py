@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from vlbench.data.scene_lattice import CROWD_EXTENT, EXTENT
+from vlbench.data.scene_world import IMAGE_SIDE
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.miniatures.batch_encoding import CONTEXT_LENGTH
 from vlbench.miniatures.make_tokenizer import VOCAB_SIZE
@@ -33,6 +35,8 @@ MIXED_SIZE_PEAK_LR = 8e-4  # peak learning rate of these steps
 # steps of which three in four name regions
 REGION_STEPS, REGION_PEAK_LR = 1200, 8e-4
 ANYWHERE_STEPS, ANYWHERE_PEAK_LR = 800, 8e-4  # the same, where crowded scenes are anywhere
+# the same, where two in three crowded scenes are as dense as those of the family crowd; twice
+DENSE_STEPS, DENSE_PEAK_LR = 1200, 8e-4
 CLIP_CONFIG: dict[str, Any] = {
     "embed_dim": 128,
     "quick_gelu": False,
@@ -97,10 +101,7 @@ def pretraining_stages(
     No two stages see the same scenes.
     """
     captions = CaptionLosses(model, tokenizer)
-    words, more_words = (RegionWords(CLIP_CONFIG["vision_cfg"]["width"]) for _ in range(2))
-    regions = RegionLosses(model, words, captions)
-    anywhere = RegionLosses(model, more_words, captions, are_anywhere=True)
-    only_clip, with_words = nn.ModuleList([model]), nn.ModuleList([model, words])
+    only_clip = nn.ModuleList([model])
 
     def first_stage(step: int) -> Tensor:
         single = step < SINGLE_OBJECT_STEPS
@@ -109,17 +110,24 @@ def pretraining_stages(
     def mixed_sizes(first_step: int, small_every: int) -> StepLoss:
         return lambda step: captions.mixed_sizes(first_step, step, small_every)
 
+    def region_stage(
+        extents: Sequence[float], steps: int, peak_lr: float, first_step: int
+    ) -> tuple[nn.ModuleList, int, float, StepLoss]:
+        words = RegionWords(CLIP_CONFIG["vision_cfg"]["width"])
+        losses = RegionLosses(model, words, captions, extents)
+        modules = nn.ModuleList([model, words])
+        return modules, steps, peak_lr, lambda step: losses.mixed(first_step, step)
+
     return [
         (only_clip, SINGLE_OBJECT_STEPS + WHOLE_SCENE_STEPS, FIRST_PEAK_LR, first_stage),
         (only_clip, MIXED_SIZE_STEPS, MIXED_SIZE_PEAK_LR, mixed_sizes(100_000, 2)),
         (only_clip, MORE_MIXED_SIZE_STEPS, MIXED_SIZE_PEAK_LR, mixed_sizes(200_000, 2)),
         (only_clip, MOSTLY_LARGE_STEPS, MIXED_SIZE_PEAK_LR, mixed_sizes(300_000, 4)),
-        (with_words, REGION_STEPS, REGION_PEAK_LR, lambda step: regions.mixed(400_000, step)),
-        (
-            nn.ModuleList([model, more_words]),
-            ANYWHERE_STEPS,
-            ANYWHERE_PEAK_LR,
-            lambda step: anywhere.mixed(500_000, step),
+        region_stage((IMAGE_SIDE,), REGION_STEPS, REGION_PEAK_LR, 400_000),
+        region_stage((EXTENT,), ANYWHERE_STEPS, ANYWHERE_PEAK_LR, 500_000),
+        *(
+            region_stage((EXTENT, CROWD_EXTENT, CROWD_EXTENT), DENSE_STEPS, DENSE_PEAK_LR, first)
+            for first in (600_000, 700_000)
         ),
     ]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, layer_norm
 
-from vlbench.data.scene_lattice import make_lattice_scene
+from vlbench.data.scene_lattice import CROWD_EXTENT, make_lattice_scene
 from vlbench.data.scene_letters import make_letter_scene
 from vlbench.data.scene_text import LANGUAGES, scene_caption
 from vlbench.data.scene_world import (
@@ -87,7 +87,7 @@ def probe_families(encode: PatchEncoder, share: float = 1.0) -> dict[str, dict[s
 
 _SCENES_TO_PROBE: dict[str, Callable[[int], RenderedScene]] = {
     "gist": lambda index: make_scene("probe", 0, index),
-    "crowd": lambda index: make_lattice_scene("probe", 0, index),
+    "crowd": lambda index: make_lattice_scene("probe", 0, index, extent=CROWD_EXTENT),
     "fine": lambda index: make_lattice_scene("probe", 1, index, has_dot=True),
     "glyphs": lambda index: make_letter_scene("probe", 0, index),
 }

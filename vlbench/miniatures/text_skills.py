@@ -63,7 +63,7 @@ ANSWERS_PER_DOCUMENT = {
 language model learns to repeat the answer, and reads no picture."""
 
 FACT_SKILLS = ("what", "where", "beside")
-_LATTICE_SKILLS = (*FACT_SKILLS, "crowd", "place", "fine")
+_PLACE_SKILLS = (*FACT_SKILLS, "place", "fine")  # about pictures of the family place
 _SEARCH_STRIDE = 10_000_019  # to the next picture where one cannot be asked about
 
 
@@ -86,9 +86,9 @@ def make_skill_document(
 def _picture_family(rng: random.Random, skill_name: str) -> str:
     if skill_name == "caption":
         return draw_family(rng, CAPTION_WEIGHTS)
-    if skill_name in _LATTICE_SKILLS:
-        return "crowd"
-    return skill_name if skill_name in ("glyphs", "many") else "gist"
+    if skill_name in _PLACE_SKILLS:
+        return "place"
+    return skill_name if skill_name in ("crowd", "glyphs", "many") else "gist"
 
 
 def _describe_rasters(

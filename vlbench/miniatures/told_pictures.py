@@ -97,13 +97,15 @@ def _shape_word(thing: SceneObject) -> str:
 def _covered_cells(thing: SceneObject, scene: RenderedScene, grid: int) -> list[tuple[int, float]]:
     """List the cells that show an object, and how far its middle is from each, in pixels.
 
-    Of the cells whose middle is in its cell of the scene: those that it touches, at least one.
+    Of the cells whose middle is in its cell of the scene: those that it touches, at least one. A
+    raster with as many cells as the scene has shows each in its own.
     """
     pixels = IMAGE_SIDE / grid
     far = []
     for cell in range(grid**2):
         row, column = divmod(cell, grid)
-        if scene.cell_at((column + 0.5) * pixels, (row + 0.5) * pixels) != thing.cell:
+        middle = (column + 0.5) * pixels, (row + 0.5) * pixels
+        if (cell if grid == scene.grid else scene.cell_at(*middle)) != thing.cell:
             continue
         across = max(abs((column + 0.5) * pixels - thing.x) - pixels / 2, 0)
         down = max(abs((row + 0.5) * pixels - thing.y) - pixels / 2, 0)

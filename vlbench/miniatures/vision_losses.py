@@ -10,7 +10,7 @@ import torch
 from open_clip.loss import ClipLoss
 from torch import Tensor
 
-from vlbench.data.scene_world import RenderedScene
+from vlbench.data.scene_world import IMAGE_SIDE, RenderedScene
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.miniatures.batch_encoding import (
     encode_large_images,
@@ -41,10 +41,16 @@ class RegionBatch:
     whole: int  # each with its twins
     image_size: int  # pixels
 
-    def make_scenes(self, step: int, are_anywhere: bool = False) -> list[RenderedScene]:
-        """Make the scenes of step `step`; crowded ones fill the image, or are anywhere."""
+    def make_scenes(
+        self, step: int, extents: Sequence[float] = (IMAGE_SIDE,)
+    ) -> list[RenderedScene]:
+        """Make the scenes of step `step`; `extents` are of the crowded ones, in turns.
+
+        Of several, an image of fewer pixels than scenes are painted with has the largest alone.
+        """
         whole = whole_scenes(step, self.whole)[0]
-        crowded = crowded_scenes(step, self.crowded, are_anywhere)
+        seen = extents if self.image_size >= IMAGE_SIDE else (max(extents),)
+        crowded = crowded_scenes(step, self.crowded, seen)
         return crowded + letter_scenes(step, self.letters) + whole
 
 
@@ -107,7 +113,7 @@ class RegionLosses:
     model: open_clip.CLIP
     words: RegionWords
     captions: CaptionLosses
-    are_anywhere: bool = False  # crowded scenes; else they fill the image
+    extents: Sequence[float] = (IMAGE_SIDE,)  # of crowded scenes, see `RegionBatch.make_scenes`
 
     def mixed(self, first_step: int, step: int) -> Tensor:
         """Name the regions of a round of batches from `first_step` on, then compare captions."""
@@ -115,7 +121,7 @@ class RegionLosses:
         if turn == len(REGION_ROUND):
             return self.captions.mixed_sizes(first_step, step, small_every=3)
         batch = REGION_ROUND[turn]
-        scenes = batch.make_scenes(first_step + step, self.are_anywhere)
+        scenes = batch.make_scenes(first_step + step, self.extents)
         with torch.autocast("cpu", torch.bfloat16):
             features = encode_patches(self.model, scenes, batch.image_size)
         targets = region_targets(scenes, batch.image_size // 14)
