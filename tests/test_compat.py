@@ -6,10 +6,13 @@ A test that fails names the function of `vlbench.compat` that has to learn the n
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
+import operator
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -132,6 +135,53 @@ def test_compiler_settings_are_put_back():
     with torch_internals.compiler_settings(recompile_limit=77, optimize_ddp=False):
         assert _dynamo.config.recompile_limit == 77, "torch._dynamo.config.patch changed"
     assert (_dynamo.config.recompile_limit, _dynamo.config.optimize_ddp) == before
+    with pytest.raises(AttributeError), torch_internals.compiler_settings(recompile_limits=1):
+        pass
+
+
+class ProcessConfig:
+    """A configuration that all threads share, and that forgets overlaps, as that of torch 2.11."""
+
+    def __init__(self) -> None:
+        self._config = {"recompile_limit": SimpleNamespace(user_override=8)}
+        self.recompile_limit, self.optimize_ddp = 8, True
+
+    @contextlib.contextmanager
+    def patch(self, **settings):
+        before = {name: getattr(self, name) for name in settings}
+        vars(self).update(settings)
+        yield
+        vars(self).update(before)
+
+
+@pytest.mark.parametrize("own_torch", [True, False])
+def test_compiler_settings_of_threads_that_overlap_are_put_back(monkeypatch, own_torch):
+    """The first thread leaves while the second is inside, and the second leaves last."""
+    from torch import _dynamo
+
+    if not own_torch:
+        monkeypatch.setattr(_dynamo, "config", ProcessConfig())
+    read = operator.attrgetter("recompile_limit", "optimize_ddp")
+    before = read(_dynamo.config)
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+        one = torch_internals.compiler_settings(recompile_limit=32, optimize_ddp=False)
+        other = torch_internals.compiler_settings(recompile_limit=64)
+        first.submit(one.__enter__).result()
+        second.submit(other.__enter__).result()
+        first.submit(one.__exit__, None, None, None).result()
+        assert second.submit(read, _dynamo.config).result() == (64, before[1])
+        second.submit(other.__exit__, None, None, None).result()
+        found = [thread.submit(read, _dynamo.config).result() for thread in (first, second)]
+    assert [*found, read(_dynamo.config)] == [before] * 3
+
+
+def test_it_is_known_whether_threads_share_the_compilers_settings():
+    from torch import _dynamo
+
+    by_thread = torch_internals.has_settings_by_thread(_dynamo.config)
+    with _dynamo.config.patch(recompile_limit=77), ThreadPoolExecutor(1) as other:
+        seen = other.submit(lambda: _dynamo.config.recompile_limit).result()
+    assert (seen != 77) == by_thread, "user_override of torch._dynamo.config's settings changed"
 
 
 @pytest.mark.parametrize("causal", [True, False])

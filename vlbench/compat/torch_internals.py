@@ -9,8 +9,10 @@ import functools
 import gc
 import inspect
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -104,11 +106,61 @@ def has_gpu_compiler() -> bool:
 def compiler_settings(**settings: Any) -> AbstractContextManager[object]:
     """Return a context in which `torch._dynamo.config` has other values.
 
-    `recompile_limit` and `optimize_ddp` are used. An unknown name raises an AttributeError.
+    Contexts of several threads may overlap. `recompile_limit` and `optimize_ddp` are used. An
+    unknown name raises an AttributeError.
     """
     from torch import _dynamo  # its import takes a second
 
-    return _dynamo.config.patch(**settings)  # type: ignore[no-any-return]
+    if has_settings_by_thread(_dynamo.config):
+        return _dynamo.config.patch(**settings)  # type: ignore[no-any-return]
+    return _PROCESS_SETTINGS.change(_dynamo.config, settings)
+
+
+def has_settings_by_thread(config: Any) -> bool:
+    """Tell whether what one thread changes in `torch._dynamo.config` is changed for it alone.
+
+    In torch 2.11 it is not, in 2.14 it is: `user_override` of a setting is a `ContextVar` there.
+    If the attributes go, the settings may stay changed after threads that compiled at once.
+    """
+    return isinstance(config._config["recompile_limit"].user_override, ContextVar)
+
+
+class ProcessSettings:
+    """Attributes of one object that overlapping threads change for a while.
+
+    An attribute has the value that was asked for last by those who have not left. The first of
+    them notes what was there, which is put back when the last of them leaves.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._before: dict[str, Any] = {}
+        self._asked: dict[str, list[tuple[object, Any]]] = {}
+
+    @contextmanager
+    def change(self, target: Any, settings: dict[str, Any]) -> Iterator[None]:
+        """Give attributes of `target` other values, unless one is missing: AttributeError."""
+        request = object()
+        with self._lock:
+            found = {name: getattr(target, name) for name in settings}
+            for name, value in settings.items():
+                self._before.setdefault(name, found[name])
+                self._asked.setdefault(name, []).append((request, value))
+                setattr(target, name, value)
+        try:
+            yield
+        finally:
+            with self._lock:
+                for name in settings:
+                    self._withdraw(target, name, request)
+
+    def _withdraw(self, target: Any, name: str, request: object) -> None:
+        others = [one for one in self._asked[name] if one[0] is not request]
+        self._asked[name] = others
+        setattr(target, name, others[-1][1] if others else self._before.pop(name))
+
+
+_PROCESS_SETTINGS = ProcessSettings()  # of torch._dynamo.config, where threads share it
 
 
 @functools.cache
