@@ -1,5 +1,7 @@
 """The web page of `serve` in a real browser: a chat with one model, and several side by side."""
 
+# ruff: noqa: F811  (fixtures are imported, and named again where they are used)
+
 from __future__ import annotations
 
 import hashlib
@@ -7,7 +9,6 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,26 +22,17 @@ from page_driver import (
     transfer_with,
     wait_for_answers,
 )
-from page_server import ScriptedEngine, images_of, scripted_models, serve_page
+from page_server import ScriptedEngine, images_of, models, serve_page, votes
 from PIL import Image
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+__all__ = ["models", "votes"]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
 ]
-
-
-@pytest.fixture(scope="module")
-def models():
-    return scripted_models({"alpha": "llava_mlp", "beta": "qformer"})
-
-
-@pytest.fixture(scope="module")
-def votes(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("votes") / "votes.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -299,6 +291,68 @@ def test_a_heat_map_lies_over_what_the_model_saw(open_page, arena):
     assert patches["height"] == pytest.approx(2 * picture["height"], abs=2)
     assert patches["y"] == pytest.approx(picture["y"] - picture["height"] / 2, abs=2)
     assert "<i>cat</i>.png" in page.get_attribute(".heat", "aria-label")
+
+
+def test_a_heat_map_of_the_picture_that_is_chosen(open_page, chat):
+    page = open_page(chat)
+    ask(page, "first", with_picture=True)
+    wait_for_answers(page)
+    add_picture(page, picture_bytes(40, 80))
+    ask(page, "second")
+    wait_for_answers(page)
+    page.click(".answer >> nth=1 >> text=Heat map")
+    page.wait_for_selector(".heat canvas")
+    shape = "([e]) => e.naturalWidth < e.naturalHeight"
+    assert page.locator(".heat img").evaluate_all(shape)  # of the latest
+    pressed = page.locator(".map .thumbnail")
+    assert [one.get_attribute("aria-pressed") for one in pressed.all()] == ["false", "true"]
+    pressed.first.click()
+    playwright.expect(pressed.first).to_have_attribute("aria-pressed", "true")
+    page.wait_for_selector(".heat canvas")
+    assert not page.locator(".heat img").evaluate_all(shape)
+    assert page.evaluate("document.activeElement.ariaLabel").startswith("Picture 1")
+
+
+def test_a_conversation_outlives_a_reload_until_a_new_one(open_page, arena, models):
+    page = open_page(arena)
+    ask(page, "first", with_picture=True)
+    told = wait_for_answers(page, 2)
+    ask(page, "full")
+    wait_for_answers(page, 2)
+    metrics = page.locator(".metrics").all_inner_texts()
+    page.reload()
+    page.wait_for_selector(".turn")
+    assert page.locator(".question").all_inner_texts() == ["first", "full"]
+    assert page.locator(".answer > .words").all_inner_texts() == [*told, "", ""]
+    assert page.locator(".metrics").all_inner_texts() == metrics
+    playwright.expect(page.locator(".answer > .note").last).to_contain_text("too much to do")
+    ask(page, "third")
+    assert wait_for_answers(page, 2)[0] == "I am alpha, turn 2: third seen "
+    assert [image.size for image in images_of(engine_of(models).requests[-1])] == [(80, 40)]
+    page.click(".answer >> nth=0 >> text=Heat map")
+    page.wait_for_selector(".heat canvas")
+    page.click("#new")
+    page.wait_for_selector(".intro table")
+    page.reload()
+    page.wait_for_selector(".intro table")
+    assert page.locator(".turn").count() == 0
+
+
+def test_a_blind_answer_stays_blind_after_a_reload(open_page, arena, votes):
+    page = open_page(arena)
+    page.check("#blind input")
+    ask(page, "which?")
+    told = wait_for_answers(page, 2)
+    page.reload()
+    page.wait_for_selector(".turn")
+    assert page.locator(".answer > .words").all_inner_texts() == told
+    assert page.locator(".answer h3").all_inner_texts() == ["Answer A", "Answer B"]
+    page.click("text=A is better")
+    playwright.expect(page.locator(".vote")).to_contain_text("Your vote: A is better")
+    assert json.loads(votes.read_text().splitlines()[-1])["answers"] == told
+    page.reload()
+    page.wait_for_selector(".turn")
+    assert "alpha" in page.locator(".answer h3").all_inner_texts()
 
 
 def test_html_stays_text(open_page, chat):

@@ -11,8 +11,8 @@ from page_driver import (
     transfer_with,
     wait_for_answers,
 )
-from page_server import images_of
-from test_page import arena, browser, chat, models, open_page, playwright, pytestmark, votes
+from page_server import images_of, models, votes
+from test_page import arena, browser, chat, open_page, playwright, pytestmark
 
 __all__ = ["arena", "browser", "chat", "models", "open_page", "pytestmark", "votes"]
 
@@ -87,18 +87,28 @@ def test_no_vote_once_the_names_were_seen(open_page, arena):
     assert not page.is_visible(".vote .choices")
 
 
-def test_leaving_asks_first_where_there_is_a_conversation(open_page, arena):
+def test_leaving_asks_first_where_a_conversation_would_be_lost(open_page, arena):
     page, asked = open_page(arena, width=400), []
     page.on("dialog", lambda dialog: (asked.append(dialog.type), dialog.accept()))
     box = page.locator(".intro .box")
     assert box.evaluate("(e) => e.scrollWidth <= e.clientWidth")  # all columns, on a telephone
     page.reload()
     page.wait_for_selector(".intro table")
-    assert asked == []
     ask(page, "\u05e9\u05dc\u05d5\u05dd?")
     wait_for_answers(page, 2)
     question = page.locator(".question")
     assert question.evaluate("(e) => getComputedStyle(e).direction") == "rtl"  # as Hebrew is
     page.reload()
+    page.wait_for_selector(".turn")
+    assert asked == []
+    add_picture(page, picture_bytes() + bytes(6_000_000))  # more than a browser keeps
+    ask(page, "and?")
+    wait_for_answers(page, 2)
+    page.reload()
     page.wait_for_selector(".intro table")
     assert asked == ["beforeunload"]
+    ask(page, "slow")
+    page.wait_for_selector(".words:has-text('one two')")
+    page.reload()  # an answer that is coming would be cut
+    page.wait_for_selector(".turn")
+    assert asked == ["beforeunload"] * 2
