@@ -132,6 +132,15 @@ def test_compiled_answers_are_those_of_chat(vlm, engines):
     check_answers(vlm, engine, mixed_requests(6))
 
 
+@pytest.mark.gpu
+def test_graphs_of_a_gpu_answer_as_chat_does(engines):
+    vlm = build_asked_vlm("llava_mlp").to("cuda")
+    engine = engines(vlm, max_rows=4, decode_step=CompiledDecodeStep(any_shape=True))
+    requests = [AnswerRequest(messages, 24) for messages in make_conversations(12)]
+    for _ in range(2):  # the tensors and their graphs go with the last row
+        check_answers(vlm, engine, requests)
+
+
 def test_answers_wait_until_there_is_memory_for_their_rows(vlm, engines, monkeypatch):
     engine, counts = engines(vlm), []
     monkeypatch.setattr(engine._batch, "has_room", lambda rows, longest: rows <= 2)

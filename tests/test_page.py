@@ -390,7 +390,7 @@ def test_chinese_on_a_narrow_screen(open_page, arena):
     page.click("#language")
     assert page.inner_text("#composer button[type=submit]") == "Ask"
     page.reload()
-    page.wait_for_selector(".intro table")
+    page.wait_for_selector(".turn")
     assert page.inner_text("#new") == "New"
 
 
