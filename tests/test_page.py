@@ -313,48 +313,6 @@ def test_a_heat_map_of_the_picture_that_is_chosen(open_page, chat):
     assert page.evaluate("document.activeElement.ariaLabel").startswith("Picture 1")
 
 
-def test_a_conversation_outlives_a_reload_until_a_new_one(open_page, arena, models):
-    page = open_page(arena)
-    ask(page, "first", with_picture=True)
-    told = wait_for_answers(page, 2)
-    ask(page, "full")
-    wait_for_answers(page, 2)
-    metrics = page.locator(".metrics").all_inner_texts()
-    page.reload()
-    page.wait_for_selector(".turn")
-    assert page.locator(".question").all_inner_texts() == ["first", "full"]
-    assert page.locator(".answer > .words").all_inner_texts() == [*told, "", ""]
-    assert page.locator(".metrics").all_inner_texts() == metrics
-    playwright.expect(page.locator(".answer > .note").last).to_contain_text("too much to do")
-    ask(page, "third")
-    assert wait_for_answers(page, 2)[0] == "I am alpha, turn 2: third seen "
-    assert [image.size for image in images_of(engine_of(models).requests[-1])] == [(80, 40)]
-    page.click(".answer >> nth=0 >> text=Heat map")
-    page.wait_for_selector(".heat canvas")
-    page.click("#new")
-    page.wait_for_selector(".intro table")
-    page.reload()
-    page.wait_for_selector(".intro table")
-    assert page.locator(".turn").count() == 0
-
-
-def test_a_blind_answer_stays_blind_after_a_reload(open_page, arena, votes):
-    page = open_page(arena)
-    page.check("#blind input")
-    ask(page, "which?")
-    told = wait_for_answers(page, 2)
-    page.reload()
-    page.wait_for_selector(".turn")
-    assert page.locator(".answer > .words").all_inner_texts() == told
-    assert page.locator(".answer h3").all_inner_texts() == ["Answer A", "Answer B"]
-    page.click("text=A is better")
-    playwright.expect(page.locator(".vote")).to_contain_text("Your vote: A is better")
-    assert json.loads(votes.read_text().splitlines()[-1])["answers"] == told
-    page.reload()
-    page.wait_for_selector(".turn")
-    assert "alpha" in page.locator(".answer h3").all_inner_texts()
-
-
 def test_html_stays_text(open_page, chat):
     page = open_page(chat)
     ask(page, "html", with_picture=True)
