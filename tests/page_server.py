@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from api_server import running_server
 from random_vlm import small_vlm
 
@@ -123,3 +124,13 @@ def serve_page(
     vote_file = VoteFile(votes, [model.name for model in models]) if votes else None
     with running_server(models, ApiSettings(api_key=api_key), votes=vote_file) as (_, port):
         yield f"http://127.0.0.1:{port}/"
+
+
+@pytest.fixture(scope="module")
+def models():
+    return scripted_models({"alpha": "llava_mlp", "beta": "qformer"})
+
+
+@pytest.fixture(scope="module")
+def votes(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("votes") / "votes.jsonl"

@@ -155,6 +155,8 @@ WRONG_ORDERS = {
     "image of the system": [("system", WIDE), ("user", "b")],
     "image of the assistant": [("user", "a"), ("assistant", WIDE), ("user", "b")],
     "half a character": [("user", "a\ud800")],
+    "an answer last": [("user", "a"), ("assistant", "b")],
+    "an image that is not there": [("user", "a <image_placeholder>")],
 }
 
 
@@ -168,6 +170,7 @@ def test_a_conversation_that_training_would_refuse_is_not_answered(turns):
     with pytest.raises(UserError) as caught:
         vlm.prepare(asked)
     assert len(str(caught.value).splitlines()) == 1
+    assert "human" not in str(caught.value)  # the word of training records
 
 
 def chat(stdin: bytes | None, *words: str, **environment: str) -> subprocess.CompletedProcess:

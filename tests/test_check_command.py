@@ -172,7 +172,9 @@ def test_good_data_are_told_so(images, tmp_path, capsys):
     file.write_text(json.dumps([record(number) for number in range(20)]))
     words = [f"data.train={file}", f"data.images={images}", f"out={tmp_path / 'out'}"]
     assert main(["check", "recipe=yivl_llava", *words]) == 0
-    assert "nothing is wrong" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "nothing is wrong" in said
+    assert "a conversation is written with language.template=yi_vl; answers end at '###'" in said
     page = (tmp_path / "out/audit.html").read_text()
     assert page.count("<h2>Stage") == 3 and "data:image/jpeg;base64," in page
     assert '<span class="learned">A thing, number' in page and "http" not in page

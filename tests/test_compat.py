@@ -558,8 +558,8 @@ def test_uvicorn_tells_whether_a_request_is_in_progress() -> None:
         await send({"type": "http.response.start", "status": 204, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
-    async def talk() -> tuple[bytes, bytes]:
-        protocol = uvicorn_internals.limited_protocol(2, header_seconds=0.1, stall_seconds=1)
+    async def talk() -> tuple[bytes, bytes, bytes]:
+        protocol = uvicorn_internals.limited_protocol(2, 0.1, 1, bad_request_body=b"{}")
         config = uvicorn.Config(answer, http=protocol, lifespan="off", log_config=None)
         config.load()
         options = {"config": config, "server_state": ServerState(), "app_state": {}}
@@ -572,9 +572,14 @@ def test_uvicorn_tells_whether_a_request_is_in_progress() -> None:
             asking, asked = await asyncio.open_connection("127.0.0.1", port)
             asked.write(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
             nothing, something = await reader.read(), await asking.read()
-            writer.close()
-            asked.close()
-        return nothing, something
+            reader, garbled = await asyncio.open_connection("127.0.0.1", port)
+            garbled.write(b"\x00\r\n\r\n")
+            refusal = await reader.read()
+            for one in (writer, asked, garbled):
+                one.close()
+        return nothing, something, refusal
 
-    nothing, something = asyncio.run(talk())
+    nothing, something, refusal = asyncio.run(talk())
     assert nothing == b"" and something.startswith(b"HTTP/1.1 204")
+    assert refusal.startswith(b"HTTP/1.1 400 ") and b"application/json" in refusal
+    assert refusal.endswith(b"\r\n\r\n{}")

@@ -82,12 +82,12 @@ def answer(
     return new_ids
 
 
-@pytest.mark.parametrize("name", CONNECTORS)
-def test_rows_that_join_and_leave_in_any_order_answer_as_alone(name):
-    vlm, rng = build_asked_vlm(name), random.Random(0)
+def check_in_any_order(vlm: LoadedVLM, batch: ContinuousBatch, seed: int = 0) -> None:
+    """Let rows join and leave a batch of at most 4 in any order; each answers as alone."""
+    rng = random.Random(seed)
     asked = [(chat, rng.randrange(1, 7)) for chat in make_conversations(8)]
     expected = [alone(vlm, chat, tokens) for chat, tokens in asked]
-    batch, waiting = new_batch(vlm, 4), rng.sample(range(len(asked)), len(asked))
+    waiting = rng.sample(range(len(asked)), len(asked))
     found: dict[int, list[int]] = {}
     running: dict[int, BatchRow] = {}
     while waiting or running:
@@ -103,6 +103,12 @@ def test_rows_that_join_and_leave_in_any_order_answer_as_alone(name):
             batch.remove_row(running.pop(number))
     assert [found[number] for number in range(len(asked))] == expected
     assert not batch.rows
+
+
+@pytest.mark.parametrize("name", CONNECTORS)
+def test_rows_that_join_and_leave_in_any_order_answer_as_alone(name):
+    vlm = build_asked_vlm(name)
+    check_in_any_order(vlm, new_batch(vlm, 4))
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from asked_conversations import answered, ask, build_asked_vlm, make_conversatio
 
 from vlbench.errors import EnvironmentFailure, UserError
 from vlbench.model.generation.answer_text import AnswerStream, GrowingText
+from vlbench.model.generation.decoding_state import CompiledDecodeStep
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.processor import ConversationTooLong
 from vlbench.serve.answer_request import AnswerEnd, AnswerRequest, EngineClosing, QueueFull
@@ -65,7 +66,7 @@ def engines() -> Iterator[Callable[..., GenerationEngine]]:
     """Make engines that are closed at the end."""
     made: list[GenerationEngine] = []
 
-    def make(vlm: LoadedVLM, **options: int) -> GenerationEngine:
+    def make(vlm: LoadedVLM, **options: Any) -> GenerationEngine:
         made.append(GenerationEngine(vlm, **options))
         return made[-1]
 
@@ -123,6 +124,34 @@ def mixed_requests(count: int) -> list[AnswerRequest]:
 def test_answers_are_those_of_chat(engines):
     vlm = build_asked_vlm("deepstack")
     check_answers(vlm, engines(vlm, max_rows=4, prefill_tokens=40), mixed_requests(8))
+
+
+def test_compiled_answers_are_those_of_chat(vlm, engines):
+    engine = engines(vlm, max_rows=4, decode_step=CompiledDecodeStep("eager", any_shape=True))
+    assert engine._batch.is_compiled and engine.counts().decode_steps == 0
+    check_answers(vlm, engine, mixed_requests(6))
+
+
+@pytest.mark.gpu
+def test_graphs_of_a_gpu_answer_as_chat_does(engines):
+    vlm = build_asked_vlm("llava_mlp").to("cuda")
+    engine = engines(vlm, max_rows=4, decode_step=CompiledDecodeStep(any_shape=True))
+    requests = [AnswerRequest(messages, 24) for messages in make_conversations(12)]
+    for _ in range(2):  # the tensors and their graphs go with the last row
+        check_answers(vlm, engine, requests)
+
+
+def test_answers_wait_until_there_is_memory_for_their_rows(vlm, engines, monkeypatch):
+    engine, counts = engines(vlm), []
+    monkeypatch.setattr(engine._batch, "has_room", lambda rows, longest: rows <= 2)
+    add_row = engine._batch.add_row
+    monkeypatch.setattr(
+        engine._batch,
+        "add_row",
+        lambda *given: counts.append(len(engine._batch.rows)) or add_row(*given),
+    )
+    check_answers(vlm, engine, mixed_requests(6))
+    assert set(counts) == {0, 1}
 
 
 @pytest.mark.slow

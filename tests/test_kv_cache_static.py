@@ -22,7 +22,7 @@ from vlbench.errors import UserError
 from vlbench.model import lora_adapters
 from vlbench.model.build_vlm import build_vlm
 from vlbench.model.frozen_bf16 import FrozenBF16
-from vlbench.model.generation import decoding_state
+from vlbench.model.generation import decoding_state, step_graph
 from vlbench.model.generation.decoding_state import (
     LENGTH_MULTIPLE,
     CompiledDecodeStep,
@@ -174,8 +174,8 @@ def test_a_recorded_step_finds_all_that_changes_where_it_was(monkeypatch):
 
         return replay
 
-    monkeypatch.setattr(decoding_state, "_can_be_captured", lambda vlm: True)
-    monkeypatch.setattr(decoding_state, "capture_cuda_graph", record)
+    monkeypatch.setattr(decoding_state, "capture_device", lambda vlm: vlm.device)
+    monkeypatch.setattr(step_graph, "capture_cuda_graph", record)
     for new_tokens, graph_count in ((STEPS_BEFORE_CAPTURE + 1, 0), (24, 1)):
         assert_same(vlm, talks(vlm), max_new_tokens=new_tokens)
         assert len(recorded) == graph_count

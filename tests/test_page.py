@@ -1,5 +1,7 @@
 """The web page of `serve` in a real browser: a chat with one model, and several side by side."""
 
+# ruff: noqa: F811  (fixtures are imported, and named again where they are used)
+
 from __future__ import annotations
 
 import hashlib
@@ -7,7 +9,6 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,26 +22,17 @@ from page_driver import (
     transfer_with,
     wait_for_answers,
 )
-from page_server import ScriptedEngine, images_of, scripted_models, serve_page
+from page_server import ScriptedEngine, images_of, models, serve_page, votes
 from PIL import Image
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+__all__ = ["models", "votes"]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
 ]
-
-
-@pytest.fixture(scope="module")
-def models():
-    return scripted_models({"alpha": "llava_mlp", "beta": "qformer"})
-
-
-@pytest.fixture(scope="module")
-def votes(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("votes") / "votes.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -301,6 +293,26 @@ def test_a_heat_map_lies_over_what_the_model_saw(open_page, arena):
     assert "<i>cat</i>.png" in page.get_attribute(".heat", "aria-label")
 
 
+def test_a_heat_map_of_the_picture_that_is_chosen(open_page, chat):
+    page = open_page(chat)
+    ask(page, "first", with_picture=True)
+    wait_for_answers(page)
+    add_picture(page, picture_bytes(40, 80))
+    ask(page, "second")
+    wait_for_answers(page)
+    page.click(".answer >> nth=1 >> text=Heat map")
+    page.wait_for_selector(".heat canvas")
+    shape = "([e]) => e.naturalWidth < e.naturalHeight"
+    assert page.locator(".heat img").evaluate_all(shape)  # of the latest
+    pressed = page.locator(".map .thumbnail")
+    assert [one.get_attribute("aria-pressed") for one in pressed.all()] == ["false", "true"]
+    pressed.first.click()
+    playwright.expect(pressed.first).to_have_attribute("aria-pressed", "true")
+    page.wait_for_selector(".heat canvas")
+    assert not page.locator(".heat img").evaluate_all(shape)
+    assert page.evaluate("document.activeElement.ariaLabel").startswith("Picture 1")
+
+
 def test_html_stays_text(open_page, chat):
     page = open_page(chat)
     ask(page, "html", with_picture=True)
@@ -336,7 +348,7 @@ def test_chinese_on_a_narrow_screen(open_page, arena):
     page.click("#language")
     assert page.inner_text("#composer button[type=submit]") == "Ask"
     page.reload()
-    page.wait_for_selector(".intro table")
+    page.wait_for_selector(".turn")
     assert page.inner_text("#new") == "New"
 
 

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import json
+
 from page_driver import (
     add_picture,
     ask,
@@ -11,8 +13,8 @@ from page_driver import (
     transfer_with,
     wait_for_answers,
 )
-from page_server import images_of
-from test_page import arena, browser, chat, models, open_page, playwright, pytestmark, votes
+from page_server import images_of, models, votes
+from test_page import arena, browser, chat, open_page, playwright, pytestmark
 
 __all__ = ["arena", "browser", "chat", "models", "open_page", "pytestmark", "votes"]
 
@@ -87,18 +89,70 @@ def test_no_vote_once_the_names_were_seen(open_page, arena):
     assert not page.is_visible(".vote .choices")
 
 
-def test_leaving_asks_first_where_there_is_a_conversation(open_page, arena):
+def test_leaving_asks_first_where_a_conversation_would_be_lost(open_page, arena):
     page, asked = open_page(arena, width=400), []
     page.on("dialog", lambda dialog: (asked.append(dialog.type), dialog.accept()))
     box = page.locator(".intro .box")
     assert box.evaluate("(e) => e.scrollWidth <= e.clientWidth")  # all columns, on a telephone
     page.reload()
     page.wait_for_selector(".intro table")
-    assert asked == []
     ask(page, "\u05e9\u05dc\u05d5\u05dd?")
     wait_for_answers(page, 2)
     question = page.locator(".question")
     assert question.evaluate("(e) => getComputedStyle(e).direction") == "rtl"  # as Hebrew is
     page.reload()
+    page.wait_for_selector(".turn")
+    assert asked == []
+    add_picture(page, picture_bytes() + bytes(6_000_000))  # more than a browser keeps
+    ask(page, "and?")
+    wait_for_answers(page, 2)
+    page.reload()
     page.wait_for_selector(".intro table")
     assert asked == ["beforeunload"]
+    ask(page, "slow")
+    page.wait_for_selector(".words:has-text('one two')")
+    page.reload()  # an answer that is coming would be cut
+    page.wait_for_selector(".turn")
+    assert asked == ["beforeunload"] * 2
+
+
+def test_a_conversation_outlives_a_reload_until_a_new_one(open_page, arena, models):
+    page = open_page(arena)
+    ask(page, "first", with_picture=True)
+    told = wait_for_answers(page, 2)
+    ask(page, "full")
+    wait_for_answers(page, 2)
+    metrics = page.locator(".metrics").all_inner_texts()
+    page.reload()
+    page.wait_for_selector(".turn")
+    assert page.locator(".question").all_inner_texts() == ["first", "full"]
+    assert page.locator(".answer > .words").all_inner_texts() == [*told, "", ""]
+    assert page.locator(".metrics").all_inner_texts() == metrics
+    playwright.expect(page.locator(".answer > .note").last).to_contain_text("too much to do")
+    ask(page, "third")
+    assert wait_for_answers(page, 2)[0] == "I am alpha, turn 2: third seen "
+    assert [image.size for image in images_of(models[0].engine.requests[-1])] == [(80, 40)]
+    page.click(".answer >> nth=0 >> text=Heat map")
+    page.wait_for_selector(".heat canvas")
+    page.click("#new")
+    page.wait_for_selector(".intro table")
+    page.reload()
+    page.wait_for_selector(".intro table")
+    assert page.locator(".turn").count() == 0
+
+
+def test_a_blind_answer_stays_blind_after_a_reload(open_page, arena, votes):
+    page = open_page(arena)
+    page.check("#blind input")
+    ask(page, "which?")
+    told = wait_for_answers(page, 2)
+    page.reload()
+    page.wait_for_selector(".turn")
+    assert page.locator(".answer > .words").all_inner_texts() == told
+    assert page.locator(".answer h3").all_inner_texts() == ["Answer A", "Answer B"]
+    page.click("text=A is better")
+    playwright.expect(page.locator(".vote")).to_contain_text("Your vote: A is better")
+    assert json.loads(votes.read_text().splitlines()[-1])["answers"] == told
+    page.reload()
+    page.wait_for_selector(".turn")
+    assert "alpha" in page.locator(".answer h3").all_inner_texts()

@@ -1,5 +1,7 @@
 """What the page of `serve` asks its server: files, votes, heat maps; and its words."""
 
+# ruff: noqa: F811  (fixtures are imported, and named again where they are used)
+
 from __future__ import annotations
 
 import base64
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from page_server import scripted_models, serve_page
+from page_server import models, serve_page, votes
 from PIL import Image
 
 from vlbench.errors import UserError
@@ -26,17 +28,9 @@ from vlbench.serve.heat_map import HeatMap
 from vlbench.serve.page_files import PAGE_FOLDER, page_files
 from vlbench.serve.vote_file import VoteFile
 
+__all__ = ["models", "votes"]
+
 VOTE = {"models": ["beta", "alpha"], "question": "q?", "answers": ["b", "a"], "choice": 1}
-
-
-@pytest.fixture(scope="module")
-def models():
-    return scripted_models({"alpha": "llava_mlp", "beta": "qformer"})
-
-
-@pytest.fixture(scope="module")
-def votes(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("votes") / "votes.jsonl"
 
 
 @pytest.fixture(scope="module")

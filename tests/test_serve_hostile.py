@@ -120,8 +120,17 @@ SMALL = data_url(png(8, 8))
 BOMB = data_url(png(30_000, 30_000))  # 110 kB that would be 900 million pixels
 DEEP = b'{"messages":' + b"[" * 100_000
 MIXED = [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": ""}}]}]
+TWO_USERS = [{"role": "user", "content": "a"}] * 2
+OF_ASSISTANT = [{"role": "assistant", "content": "a"}]
 SLASHES = "..%2f..%2f..%2fetc%2fpasswd"
 CASES: dict[str, tuple[bytes, int, str]] = {
+    "two users": (post(chat(messages=TWO_USERS)), 400, "message 1 is of 'user' where 'assistant'"),
+    "assistant last": (
+        post(chat(messages=TWO_USERS[:1] + OF_ASSISTANT)),
+        400,
+        "the last one, is of 'assistant'; 'user' asks",
+    ),
+    "placeholder": (post(chat("<image_placeholder>")), 400, "an image is a part of its own"),
     "no JSON": (post(b"{model: fake"), 400, "no JSON"),
     "nothing": (post(b""), 400, "no JSON"),
     "a list": (post(b"[1, 2]"), 400, "a list"),
@@ -232,7 +241,8 @@ def test_a_hostile_request_has_its_status(port, name):
 @pytest.mark.parametrize("name", RAW)
 def test_what_is_no_request_is_ended(port, name):
     request, status = RAW[name]
-    assert exchange(port, request)[0] == status
+    given, body = exchange(port, request)
+    assert given == status and body["error"]["message"] and "type" in body["error"]
 
 
 def test_what_is_behind_a_body_of_two_lengths_is_not_answered(port):

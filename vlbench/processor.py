@@ -207,12 +207,13 @@ def sample_from_messages(messages: list[ChatMessage]) -> Sample:
         texts: list[str] = []
         content = message["content"]
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            text, image = _parse_content_part(part, number)
+            text, image = _parse_content_part(part, number, message["role"])
             if texts and not (image and texts[-1].endswith(IMAGE_PLACEHOLDER)):
                 texts.append("\n")
             texts.append(text)
             images += [image] if image else []
         turns.append(ChatTurn(TURN_ROLES[message["role"]], "".join(texts)))
+    _check_order([message["role"] for message in messages])
     sample = Sample("chat", tuple(turns), tuple(images))
     try:
         check_turns(sample)
@@ -221,12 +222,35 @@ def sample_from_messages(messages: list[ChatMessage]) -> Sample:
     return sample
 
 
-def _parse_content_part(part: Any, message_number: int) -> tuple[str, LazyImage | None]:
+def _check_order(roles: Sequence[str]) -> None:
+    """Raise a UserError unless user and assistant alternate, behind one system message at most."""
+    first = int(roles[:1] == ["system"])
+    for number, role in enumerate(roles[first:], first):
+        expected = ("user", "assistant")[(number - first) % 2]
+        if role != expected:
+            raise UserError(
+                f"message {number} is of '{role}' where '{expected}' is expected: after at most "
+                "one of 'system' the messages of 'user' and 'assistant' alternate"
+            )
+    if roles[first:] and roles[-1] != "user":
+        raise UserError(
+            f"message {len(roles) - 1}, the last one, is of '{roles[-1]}'; 'user' asks for answers"
+        )
+
+
+def _parse_content_part(part: Any, message_number: int, role: str) -> tuple[str, LazyImage | None]:
     """Return the text that a part of a message becomes, and its image if it is one."""
     kind = part.get("type") if isinstance(part, dict) else None
     value = part.get(kind) if kind else None
     if kind == "text" and isinstance(value, str):
+        if IMAGE_PLACEHOLDER in value:
+            raise UserError(
+                f"message {message_number}: the text has '{IMAGE_PLACEHOLDER}', for which no image "
+                "would stand; an image is a part of its own"
+            )
         return value, None
+    if kind == "image" and role != "user":
+        raise UserError(f"message {message_number}: an image of '{role}'; only 'user' shows images")
     if kind == "image" and isinstance(value, str) and _is_url(value):
         raise UserError(
             f"message {message_number}: image {value:.100} is a URL, and images come from files: "

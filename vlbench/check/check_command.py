@@ -27,7 +27,7 @@ from vlbench.errors import escape_to_one_line
 from vlbench.model.language_model import tokenizer_folder
 from vlbench.system_errors import explain_unwritable
 from vlbench.text_files import replace_when_written, write_for_people
-from vlbench.train.run_report import stage_label
+from vlbench.train.run_report import describe_template, stage_label
 from vlbench.train.shape_checks import image_transforms_by_stage, tokens_per_image_by_stage
 from vlbench.train.stage_plan import (
     StageRun,
@@ -86,6 +86,7 @@ def run_check(recipe: Recipe, folder: Path) -> int:
             for source in _unique_sources(stage_runs)
         }
     lines = [line for summary in summaries.values() for line in _source_lines(summary)]
+    lines.append(describe_template(template, tokenizer))
     lines += _stage_lines(stage_runs, checks, summaries)
     lines += ["", *_summary_lines(log)]
     settings = f"Recipe {recipe.recipe}, size {recipe.size}, template {recipe.language.template}"

@@ -230,6 +230,9 @@ class ServeArguments:
     trust_connector: bool = argument(TRUST_HELP, False, metavar="true")
     dtype: DtypeName | None = argument(DTYPE_HELP, None, metavar="NAME")
     device: str | None = argument(DEVICE_HELP, None, metavar="NAME")
+    compiled: bool = argument(
+        f"{COMPILED_HELP}; the server starts when it is compiled", False, metavar="true"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

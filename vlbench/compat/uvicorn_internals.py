@@ -10,14 +10,16 @@ from typing import Any
 class LimitedConnection(asyncio.Protocol):
     """Limits of a connection that uvicorn has not, to stand before its H11Protocol.
 
-    Rests on `H11Protocol.cycle` (None, or the latest request, with `response_complete`), on
-    `.connections`, `.transport` and `.loop`; checked with uvicorn 0.54. Where they change,
-    connections that send nothing, or send their headers byte by byte, are held for ever.
+    Rests on `H11Protocol.cycle` (None, or the latest request, with `response_started` and
+    `response_complete`), on `.connections`, `.transport`, `.loop` and `.send_400_response`; checked
+    with uvicorn 0.54. Where they change, connections that send nothing, or send their headers byte
+    by byte, are held for ever, and what is no HTTP is answered with text.
     """
 
     max_connections: int
     header_seconds: float
     stall_seconds: float
+    bad_request_body: bytes
     connections: Collection[Any]
     cycle: Any
     loop: asyncio.AbstractEventLoop
@@ -54,6 +56,19 @@ class LimitedConnection(asyncio.Protocol):
         super().resume_writing()
         self._stop_stall_deadline()
 
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP with the body of an error; uvicorn would send its `msg` as text.
+
+        Behind the beginning of another response nothing is sent: it would be a part of that one.
+        """
+        if not self._is_busy() or not self.cycle.response_started:
+            self.transport.write(
+                b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\n"
+                b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(self.bad_request_body)
+            )
+            self.transport.write(self.bad_request_body)
+        self.transport.close()
+
     def _watch_headers(self) -> None:
         if self._is_busy():
             self._stop_header_deadline()
@@ -81,7 +96,7 @@ class LimitedConnection(asyncio.Protocol):
 
 
 def limited_protocol(
-    max_connections: int, header_seconds: float, stall_seconds: float
+    max_connections: int, header_seconds: float, stall_seconds: float, bad_request_body: bytes
 ) -> type[asyncio.Protocol]:
     """Return uvicorn's protocol of HTTP with the limits of LimitedConnection.
 
@@ -89,6 +104,7 @@ def limited_protocol(
         max_connections: One beyond is ended at once: the files that a process may open are few.
         header_seconds: From the connection, or a request's first byte, to the end of its headers.
         stall_seconds: That a client may take to read what was sent, once buffers are full.
+        bad_request_body: JSON, sent with status 400 to a client that does not speak HTTP.
     """
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -96,5 +112,6 @@ def limited_protocol(
         "max_connections": max_connections,
         "header_seconds": header_seconds,
         "stall_seconds": stall_seconds,
+        "bad_request_body": bad_request_body,
     }
     return type("LimitedProtocol", (LimitedConnection, H11Protocol), limits)

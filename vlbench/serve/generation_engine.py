@@ -19,6 +19,7 @@ from vlbench.core_sharing import share_cores
 from vlbench.errors import UserError
 from vlbench.model.eval_copy import in_eval_mode
 from vlbench.model.generation.continuous_batch import BatchRow, ContinuousBatch
+from vlbench.model.generation.decoding_state import CompiledDecodeStep
 from vlbench.model.generation.growing_answer import (
     GrowingAnswer,
     answer_limit,
@@ -94,6 +95,7 @@ class GenerationEngine:
         max_waiting: int = 64,
         prefill_tokens: int = 512,
         prefix_positions: int = 16384,
+        decode_step: CompiledDecodeStep | None = None,
     ) -> None:
         """Start the thread.
 
@@ -105,6 +107,10 @@ class GenerationEngine:
                 last prompt among them may bring as many again.
             prefix_positions: Positions of earlier conversations whose keys and values are kept, for
                 prompts that begin alike.
+            decode_step: Compiles the decoding step, before the first request; None compiles none.
+
+        Raises:
+            UserError: when the step cannot be compiled.
         """
         self._processor, self._model = vlm.processor, in_eval_mode(vlm.model)
         self._max_rows, self._max_waiting = max_rows, max_waiting
@@ -112,8 +118,10 @@ class GenerationEngine:
         self._eos_ids = eos_token_ids(self._model, self._processor)
         self._pool = PrefixPool(prefix_positions)
         self._batch = ContinuousBatch(
-            self._model, self._processor.tokenizer.embedding_rows, max_rows
+            self._model, self._processor.tokenizer.embedding_rows, max_rows, decode_step
         )
+        if self._batch.is_compiled:
+            self._compile_step()
         self._changed = threading.Condition()
         """Guards the four below, which other threads read."""
         self._waiting: deque[RunningAnswer] = deque()
@@ -211,6 +219,21 @@ class GenerationEngine:
         return Prompt(batch, position_keys(batch))
 
     @torch.inference_mode()
+    def _compile_step(self) -> None:
+        """Decode a row that nobody has asked for: requests need not wait for the compiler."""
+        device = self._model.device
+        with share_cores(device), avoid_cudnn_attention(device.type):
+            batch = self._processor.prepare([{"role": "user", "content": "Hello"}])
+            keys = position_keys(batch)
+            prefill = PromptPrefill(self._model, batch.to(device), keys, PrefixPool(0))
+            while prefill.logits is None:
+                prefill.advance(self._prefill_tokens)
+            sampler = RowSampler(0.0, 1.0, torch.Generator(device))
+            row = self._batch.add_row(prefill, sampler)
+            self._batch.step()
+            self._batch.remove_row(row)
+
+    @torch.inference_mode()
     def _run(self) -> None:
         device = self._model.device
         while self._wait_for_work():
@@ -260,10 +283,13 @@ class GenerationEngine:
                 self._end_failed(answer, error)
 
     def _begin_next(self) -> RunningAnswer | None:
-        """Return the request that waits for longest, if there is a row for it."""
+        """Return the request that waits for longest, if there are a row and memory for it."""
         with self._changed:
             if self._waiting and len(self._decoding) < self._max_rows:
-                self._prefilling = self._waiting.popleft()
+                rows = [*self._decoding, self._waiting[0]]
+                longest = max(answer.most_positions for answer in rows)
+                if not self._decoding or self._batch.has_room(len(rows), longest):
+                    self._prefilling = self._waiting.popleft()
             return self._prefilling
 
     def _advance_prompt(self, answer: RunningAnswer) -> int:

@@ -7,12 +7,12 @@ import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from anyio import to_thread
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
@@ -23,14 +23,12 @@ from vlbench.model.train_flops import count_forward_flops
 from vlbench.serve.api.api_errors import CLIENT_LEFT, ApiError
 from vlbench.serve.api.api_state import ApiState, api_state
 from vlbench.serve.api.chat_messages import build_messages
-from vlbench.serve.api.request_body import parse_json_object
+from vlbench.serve.api.request_body import parse_json_object, read_fields
 from vlbench.serve.api.served_model import ServedModel
 from vlbench.serve.heat_map import HeatMap, compute_heat_map
 from vlbench.serve.vote_file import MAX_TEXT, Vote, VoteFile
-from vlbench.strict_values import describe_error, join_path
 
 MAX_WAITING_MAPS = 8  # requests for heat maps that wait for the one that is computed
-FieldsT = TypeVar("FieldsT", bound=BaseModel)
 router = APIRouter(prefix="/page")
 
 
@@ -154,7 +152,7 @@ async def _read_body(request: Request) -> AsyncIterator[bytes]:
 
 def _write_vote(votes: VoteFile, body: bytes) -> None:
     try:
-        votes.add_vote(_read_fields(Vote, body))
+        votes.add_vote(read_fields(Vote, parse_json_object(body)))
     except EnvironmentFailure as error:
         raise ApiError(507, str(error)) from error
     except UserError as error:
@@ -162,7 +160,7 @@ def _write_vote(votes: VoteFile, body: bytes) -> None:
 
 
 def _compute_map(state: ApiState, body: bytes) -> HeatMap:
-    fields = _read_fields(HeatMapFields, body)
+    fields = read_fields(HeatMapFields, parse_json_object(body))
     vlm = state.find_model(fields.model).vlm
     messages = build_messages(fields.messages, state.request_images())
     try:
@@ -171,13 +169,3 @@ def _compute_map(state: ApiState, body: bytes) -> HeatMap:
         raise ApiError(400, str(error)) from error
     except torch.OutOfMemoryError as error:
         raise ApiError(503, "there is not enough memory for a heat map") from error
-
-
-def _read_fields(kind: type[FieldsT], body: bytes) -> FieldsT:
-    """Return the fields of a body; ApiError 400 names the first that is wrong."""
-    try:
-        return kind.model_validate(parse_json_object(body))
-    except ValidationError as error:
-        details = error.errors(include_url=False)[0]
-        param = join_path(details["loc"])
-        raise ApiError(400, f"{param} {describe_error(details)}", param=param) from None

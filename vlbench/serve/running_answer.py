@@ -74,6 +74,11 @@ class RunningAnswer:
         """Why it has ended; None while it goes on."""
         return "stop" if self._stream.met_stop_text else self.growing.end_reason
 
+    @property
+    def most_positions(self) -> int:
+        """Positions that its row may take."""
+        return len(self.prompt.position_keys) + self.growing.max_tokens
+
     def take_token(self, token_id: int) -> None:
         """Append a token, and pass on the text that is certain; raises what `on_text` raises."""
         if self._seconds_to_first_token is None:

@@ -101,6 +101,7 @@ def split_list(text: str | None) -> tuple[str, ...]:
 def load_served_model(name: str, path: str, arguments: ServeArguments) -> ServedModel:
     """Load a model and start its engine."""
     from vlbench.load_model import load_model
+    from vlbench.model.generation.decoding_state import CompiledDecodeStep
     from vlbench.serve.api.served_model import ServedModel
     from vlbench.serve.generation_engine import GenerationEngine
 
@@ -111,7 +112,10 @@ def load_served_model(name: str, path: str, arguments: ServeArguments) -> Served
         arguments.template,
         arguments.trust_connector,
     )
-    engine = GenerationEngine(vlm, arguments.max_rows, arguments.max_waiting)
+    decode_step = CompiledDecodeStep(any_shape=True) if arguments.compiled else None
+    engine = GenerationEngine(
+        vlm, arguments.max_rows, arguments.max_waiting, decode_step=decode_step
+    )
     return ServedModel(name, vlm, engine, created=int(time.time()))
 
 

@@ -17,6 +17,8 @@ from vlbench.config.recipe import load_recipe_file
 from vlbench.config.schema import TrainerConfig
 from vlbench.config.stage_schema import StageConfig, StageData
 from vlbench.connector import registry
+from vlbench.data.chat_template import ChatTemplate
+from vlbench.data.tokenizer import Tokenizer
 from vlbench.distributed import collectives
 from vlbench.errors import EnvironmentFailure, UserError, escape_to_one_line, one_line
 from vlbench.model.vlm import VLM
@@ -91,12 +93,17 @@ def show_weight_origins(origins: Mapping[str, WeightOrigin], seed: int) -> None:
 
 
 def show_inputs(processor: Processor) -> None:
-    """Print what becomes of an image, and with which chat template a conversation is written.
+    """Print what becomes of an image, and with which chat template a conversation is written."""
+    print(f"an image is {processor.transform.describe()}")
+    print(describe_template(processor.template, processor.tokenizer))
+
+
+def describe_template(template: ChatTemplate, tokenizer: Tokenizer) -> str:
+    """Return the line that says with which chat template a conversation is written.
 
     A template by name goes before the one that a tokenizer brings, and then that is said.
     """
-    print(f"an image is {processor.transform.describe()}")
-    name, tokenizer = processor.template.name, processor.tokenizer
+    name = template.name
     told = f"language.template={name}"
     if name == "auto":
         told += ", the one that the tokenizer brings"
@@ -105,8 +112,8 @@ def show_inputs(processor: Processor) -> None:
             told += "; the tokenizer brings another one, which language.template=auto takes"
     except UserError as error:
         told += f", as {error}"
-    stop = escape_to_one_line(processor.template.stop)
-    print(f"a conversation is written with {told}; answers end at '{stop}'")
+    stop = escape_to_one_line(template.stop)
+    return f"a conversation is written with {told}; answers end at '{stop}'"
 
 
 def show_stage(

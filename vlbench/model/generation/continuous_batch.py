@@ -1,6 +1,7 @@
 """Answers of different conversations that are decoded together, one token of each in a step.
 
 A row joins when its prompt is computed, and leaves when its answer is done, between any two steps.
+Steps are eager, or have fixed shapes and are compiled (`fixed_steps.py`).
 """
 
 from __future__ import annotations
@@ -12,10 +13,15 @@ from torch import Tensor
 
 from vlbench.connector.base import ImagePlaces
 from vlbench.connector.levels import Levels, concat_images
-from vlbench.model.generation.decoding_state import last_logits
+from vlbench.model.generation.decoding_state import (
+    CompiledDecodeStep,
+    has_layer_hooks,
+    last_logits,
+)
+from vlbench.model.generation.fixed_steps import FixedSteps
 from vlbench.model.generation.prefix_pool import KnownPrefix
 from vlbench.model.generation.prompt_prefill import PromptPrefill
-from vlbench.model.generation.row_cache import RowCache
+from vlbench.model.generation.row_cache import CacheView, RowCache
 from vlbench.model.generation.token_sampling import RowSampler, sample_rows
 from vlbench.model.vlm import VLM
 
@@ -46,12 +52,42 @@ class InjectedImages(NamedTuple):
 class ContinuousBatch:
     """The rows that are decoded together, and their KV cache."""
 
-    def __init__(self, vlm: VLM, vocabulary: int, max_rows: int) -> None:
-        """Decode with `vlm`, in evaluation mode; ids from `vocabulary` on are never chosen."""
+    def __init__(
+        self,
+        vlm: VLM,
+        vocabulary: int,
+        max_rows: int,
+        decode_step: CompiledDecodeStep | None = None,
+    ) -> None:
+        """Decode with `vlm`, in evaluation mode; ids from `vocabulary` on are never chosen.
+
+        Steps are compiled with `decode_step`, one of any shape; None compiles nothing, and neither
+        is a step where layers have hooks, as what is injected differs from row to row.
+        """
         self.vlm, self.vocabulary = vlm, vocabulary
         self.rows: list[BatchRow] = []
-        self._cache = RowCache(max_rows)
+        self._cache = RowCache(max_rows, vlm.device)
+        self._fixed_steps: FixedSteps | None = None
+        if decode_step is not None and not has_layer_hooks(vlm):
+            self._fixed_steps = FixedSteps(vlm, decode_step, max_rows)
         self._images: InjectedImages | None = None
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether steps are compiled."""
+        return self._fixed_steps is not None
+
+    def has_room(self, row_count: int, longest_row: int) -> bool:
+        """Tell whether memory is left for so many rows, of which the last one is to join.
+
+        `longest_row` is the greatest length that any of them may get. On a CPU, and of the first
+        row, whose size is not known, nothing is checked.
+        """
+        free_bytes = _free_bytes(self.vlm.device)
+        # the prompt has a cache of its own until it joins, and its prefix may be kept
+        needed_bytes = self._cache.bytes_to_grow(row_count, longest_row)
+        needed_bytes += 2 * longest_row * self._cache.bytes_per_position()
+        return free_bytes is None or needed_bytes <= free_bytes
 
     def add_row(self, prefill: PromptPrefill, sampler: RowSampler) -> BatchRow:
         """Choose the first token behind a prompt that is computed, and let its answer join."""
@@ -82,17 +118,25 @@ class ContinuousBatch:
 
         Where it raises nothing has changed but the samplers' generators.
         """
-        if self._images is None and self.vlm.connector.inject_layers:
-            self._images = self._join_images()
-        visual, where = self._images or (None, None)
-        position_ids, mask = self._cache.begin_step()
-        token_ids = torch.tensor([row.token_id for row in self.rows], device=self.vlm.device)
-        embeds = self.vlm.token_embedding(token_ids[:, None])
-        logits = last_logits(self.vlm, embeds, visual, where, position_ids, mask, self._cache)
+        token_ids = [row.token_id for row in self.rows]
+        if self._fixed_steps is not None:
+            logits = self._fixed_steps.run(self._cache.begin_fixed_step(), token_ids)
+        else:
+            logits = self._run_eager(self._cache.begin_step(), token_ids)
         next_ids = self._choose_ids(logits, [row.sampler for row in self.rows])
         self._cache.end_step()
         for row, token_id in zip(self.rows, next_ids, strict=True):
             row.token_id = token_id
+
+    def _run_eager(self, view: CacheView, token_ids: list[int]) -> Tensor:
+        """Return logits `[rows, vocabulary]` behind the last tokens of all rows."""
+        if self._images is None and self.vlm.connector.inject_layers:
+            self._images = self._join_images()
+        visual, where = self._images or (None, None)
+        position_ids, mask = view.next_positions()
+        ids = torch.tensor(token_ids, device=self.vlm.device)
+        embeds = self.vlm.token_embedding(ids[:, None])
+        return last_logits(self.vlm, embeds, visual, where, position_ids, mask, view)
 
     def _choose_ids(self, logits: Tensor, samplers: list[RowSampler]) -> list[int]:
         ids: list[int] = sample_rows(logits[:, : self.vocabulary], samplers).tolist()
@@ -107,3 +151,11 @@ class ContinuousBatch:
         seen = [number if row.sees_image else -1 for number, row in enumerate(self.rows)]
         image_index = torch.tensor(seen, device=self.vlm.device)[:, None]
         return InjectedImages(visual, ImagePlaces(image_index, torch.full_like(image_index, -1)))
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """Return the memory of a GPU that is left to this process; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reserved

@@ -21,12 +21,8 @@ from vlbench.connector.base import ImagePlaces
 from vlbench.connector.levels import Levels
 from vlbench.errors import UserError, one_line
 from vlbench.model.generation.kv_cache import CACHE_ARGUMENT, to_static_cache
-from vlbench.model.generation.row_cache import RowCache
-from vlbench.model.generation.step_graph import (
-    STEPS_BEFORE_CAPTURE,
-    DecodeStep,
-    capture_cuda_graph,
-)
+from vlbench.model.generation.row_cache import CacheView
+from vlbench.model.generation.step_graph import StepGraph
 from vlbench.model.vlm import VLM
 
 LENGTH_MULTIPLE = 256
@@ -100,8 +96,7 @@ class StaticDecodingState:
         self.attention_mask[:, 0, 0, :prefilled] = state.attention_mask.bool()
         self.kv_cache = to_static_cache(state.kv_cache, state.vlm.language.config, length)
         self.token_ids = self.position_ids.new_zeros(rows)
-        self._steps_done = 0
-        self._replay_graph: DecodeStep | None = None
+        self._graph = StepGraph(capture_device(state.vlm))
 
     def decode_next(self, token_ids: Tensor) -> Tensor:
         """Run one more token per row, `token_ids` `[rows]`; return logits `[rows, vocabulary]`.
@@ -109,10 +104,7 @@ class StaticDecodingState:
         On a GPU the next call overwrites them.
         """
         self.token_ids.copy_(token_ids)
-        if self._steps_done == STEPS_BEFORE_CAPTURE and _can_be_captured(self.vlm):
-            self._replay_graph = capture_cuda_graph(self._run_step, self.vlm.device)
-        self._steps_done += 1
-        return self._replay_graph() if self._replay_graph else self._run_step()
+        return self._graph.run(self._run_step)
 
     def _run_step(self) -> Tensor:
         """Run `token_ids`; all tensors are changed in place, so that a graph finds them again."""
@@ -136,13 +128,19 @@ class CompiledDecodeStep:
     adapted or rebuilt is compiled anew, and nothing keeps the old weights.
     """
 
-    def __init__(self, backend: str = "inductor") -> None:
-        """Compile with a backend of torch.compile, at the first call."""
-        self._backend = backend
+    def __init__(self, backend: str = "inductor", any_shape: bool = False) -> None:
+        """Compile with a backend of torch.compile, at the first call.
+
+        With `any_shape` numbers of rows and positions are no part of a graph, which is a little
+        slower: for rows that come and go, whose answers would wait for each compilation.
+        """
+        self._backend, self._any_shape = backend, any_shape
 
     @functools.cached_property
     def _compiled_step(self) -> Callable[..., Tensor]:
-        return torch.compile(_decode_step, dynamic=False, fullgraph=True, backend=self._backend)
+        return torch.compile(
+            _decode_step, dynamic=self._any_shape, fullgraph=True, backend=self._backend
+        )
 
     def __call__(self, vlm: VLM, *step_inputs: Any) -> Tensor:
         """Call `_decode_step`, compiled; return its logits `[rows, vocabulary]`.
@@ -150,7 +148,7 @@ class CompiledDecodeStep:
         Where decoder layers have hooks (connectors that inject, FSDP, frozen bf16 weights) nothing
         is compiled: these look at values, or exchange weights, which no graph can hold.
         """
-        if _has_layer_hooks(vlm):
+        if has_layer_hooks(vlm):
             return _decode_step(vlm, *step_inputs)
         try:
             with compiler_settings(recompile_limit=MAX_GRAPHS):
@@ -165,12 +163,13 @@ class CompiledDecodeStep:
             ) from error
 
 
-def _can_be_captured(vlm: VLM) -> bool:
-    """Tell whether a step is a sequence of kernels of a GPU: where it is compiled."""
-    return vlm.device.type == "cuda" and not _has_layer_hooks(vlm)
+def capture_device(vlm: VLM) -> torch.device | None:
+    """Return the GPU on which compiled steps are recorded, None where there are none."""
+    return vlm.device if vlm.device.type == "cuda" and not has_layer_hooks(vlm) else None
 
 
-def _has_layer_hooks(vlm: VLM) -> bool:
+def has_layer_hooks(vlm: VLM) -> bool:
+    """Tell whether decoder layers have hooks, so that nothing is compiled."""
     modules = (*vlm.language.model.layers, vlm.language.lm_head)
     return any(has_forward_hooks(module) for module in modules)
 
@@ -182,7 +181,7 @@ def last_logits(
     where: ImagePlaces | None,
     position_ids: Tensor,
     attention_mask: Tensor,
-    kv_cache: DynamicCache | StaticCache | RowCache,
+    kv_cache: DynamicCache | StaticCache | CacheView,
 ) -> Tensor:
     """Run embeddings that come next; return the last logits `[rows, vocabulary]`.
 

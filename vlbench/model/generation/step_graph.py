@@ -32,3 +32,22 @@ def capture_cuda_graph(step: DecodeStep, device: torch.device) -> DecodeStep:
         return logits
 
     return replay_graph
+
+
+class StepGraph:
+    """One step that is run again and again: launched the first times, then as a CUDA graph."""
+
+    def __init__(self, device: torch.device | None) -> None:
+        """Record on `device`; None: on none, as where a step is no sequence of kernels of a GPU."""
+        self._device = device
+        self._launched_count = 0
+        self._replay: DecodeStep | None = None
+
+    def run(self, step: DecodeStep) -> Tensor:
+        """Run a step, the same at every call; it is not kept, as what it reads may be large."""
+        if self._device is not None and self._launched_count == STEPS_BEFORE_CAPTURE:
+            self._replay = self._replay or capture_cuda_graph(step, self._device)
+        if self._replay is not None:
+            return self._replay()
+        self._launched_count += 1
+        return step()

@@ -12,12 +12,12 @@ import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from vlbench.errors import describe_json_type, suggest_name
 from vlbench.model.generation.sampling_options import MIN_TEMPERATURE, TRANSFORMERS_HINTS
 from vlbench.serve.api.api_errors import ApiError
-from vlbench.strict_values import describe_error, join_path
+from vlbench.serve.api.request_body import read_fields
 
 MAX_ANSWER_TOKENS = 100_000
 DEFAULT_ANSWER_TOKENS = 512  # as of `chat`
@@ -110,12 +110,7 @@ class ChatFields(BaseModel):
 
 def read_chat_fields(body: Mapping[str, Any]) -> ChatFields:
     """Return the fields of a body; ApiError 400 names the first that is wrong or not done here."""
-    try:
-        fields = ChatFields.model_validate(body)
-    except ValidationError as error:
-        details = error.errors(include_url=False)[0]
-        param = join_path(details["loc"])
-        raise _field_error(param, f"{param} {describe_error(details)}") from None
+    fields = read_fields(ChatFields, body)
     _check_stop(fields.stop)
     if fields.temperature and fields.temperature < MIN_TEMPERATURE:
         message = f"temperature is {fields.temperature}; allowed are 0 (greedy) and numbers from "

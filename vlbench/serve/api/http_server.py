@@ -18,6 +18,7 @@ from fastapi import FastAPI
 
 from vlbench.compat.uvicorn_internals import limited_protocol
 from vlbench.errors import UserError
+from vlbench.serve.api.api_errors import ApiError
 from vlbench.serve.api.api_settings import ApiSettings
 from vlbench.serve.api.api_state import ApiState
 
@@ -35,7 +36,10 @@ class ApiServer(uvicorn.Server):
             uvicorn.Config(
                 app,
                 http=limited_protocol(
-                    settings.max_connections, settings.header_seconds, settings.stall_seconds
+                    settings.max_connections,
+                    settings.header_seconds,
+                    settings.stall_seconds,
+                    bytes(ApiError(400, "the request is no HTTP").to_response().body),
                 ),
                 ws="none",
                 loop="asyncio",

@@ -1,20 +1,23 @@
-"""Bodies of requests: read with limits of size and time, and of all of them together; then JSON."""
+"""Bodies of requests: read within limits of size and time, singly and together; JSON, fields."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from collections.abc import AsyncIterator, Iterator, Mapping
+from typing import Any, TypeVar
 
 from fastapi import Request
+from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
 from vlbench.errors import describe_json_type, one_line
 from vlbench.regular_files import format_bytes
 from vlbench.serve.api.api_errors import ApiError
 from vlbench.serve.api.api_settings import ApiSettings
+from vlbench.strict_values import describe_error, join_path
 
+FieldsT = TypeVar("FieldsT", bound=BaseModel)
 JSON_TYPE = "application/json"
 
 
@@ -76,6 +79,17 @@ class BodyBytes:
                 f"a byte and {settings.body_seconds:g} in all are allowed"
             )
             raise ApiError(408, message) from None
+
+
+def read_fields(kind: type[FieldsT], body: Mapping[str, Any]) -> FieldsT:
+    """Return the fields of a body; ApiError 400 names the first that is wrong."""
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        details = error.errors(include_url=False)[0]
+        param = join_path(details["loc"])
+        message = f"{param} {describe_error(details)}"
+        raise ApiError(400, message, code="invalid_value", param=param) from None
 
 
 def parse_json_object(data: bytes | bytearray) -> dict[str, Any]:

@@ -2,10 +2,10 @@
 
 import { AnswerRun } from "./answer_run.js";
 import { create, createButton, explain, name, say, sayComposed, translate, write } from "./elements.js";
-import { createHeatMap } from "./heat_map.js";
+import { HeatView } from "./heat_view.js";
 import { allPictures, composeMessages, countFlops, formatFlops, formatSeconds } from "./messages.js";
 import { blankPicture } from "./pictures.js";
-import { getHeatMap, ServerError } from "./server.js";
+import { getHeatMap } from "./server.js";
 
 /** The answer of one model to the last question of `turns`. */
 export class AnswerCard {
@@ -154,25 +154,33 @@ export class AnswerCard {
     this.onChange();
   }
 
-  /** Show which patches of the latest picture the answer depends on. */
+  /** Show which patches of the pictures the answer depends on. */
   async showHeatMap() {
     const pictures = allPictures(this.turns);
-    this.heatBox?.remove();
-    this.heatBox = create("div", "map", say(create("p", "faint"), "heatMapWaiting"));
-    this.heatBox.setAttribute("aria-live", "polite");
-    this.element.append(this.heatBox);
     const { messages } = this.question();
-    const image = pictures.length - 1;
-    const asked = { model: this.model.id, messages, answer: this.answer.text, image };
+    const asked = { model: this.model.id, messages, answer: this.answer.text };
+    const view = new HeatView(pictures, (image) => getHeatMap({ ...asked, image }));
+    this.heatBox?.remove();
+    this.heatBox = view.element;
+    this.element.append(this.heatBox);
     this.heatButton.disabled = true;
     try {
-      this.heatBox.replaceChildren(createHeatMap(pictures[image], await getHeatMap(asked)));
-    } catch (error) {
-      if (!(error instanceof ServerError)) throw error;
-      this.heatBox.replaceChildren(say(create("p", "note wrong"), error.key, error.values));
+      await view.show(pictures.length - 1);
     } finally {
       this.heatButton.disabled = false;
     }
+  }
+
+  /** Return what JSON can hold of it. */
+  toRecord() {
+    const { attempt, settings } = this;
+    return { id: this.model.id, answer: this.answer.toRecord(), attempt, settings };
+  }
+
+  /** Show an answer again that `toRecord` gave. */
+  restore({ answer, attempt, settings }) {
+    Object.assign(this, { attempt, settings });
+    this.answer.restore(answer);
   }
 }
 

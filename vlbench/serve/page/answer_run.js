@@ -52,6 +52,19 @@ export class AnswerRun {
     this.onChange(this);
   }
 
+  /** Return what JSON can hold of it; what was coming has stopped. */
+  toRecord() {
+    const { text, finish, usage, seconds, error } = this;
+    const told = error && { key: error.key, values: error.values };
+    return { text, state: this.isRunning ? "stopped" : this.state, finish, usage, seconds, error: told };
+  }
+
+  /** Be as `toRecord` told. */
+  restore(record) {
+    Object.assign(this, record);
+    this.onChange(this);
+  }
+
   fail(error, signal) {
     if (signal.aborted) {
       this.state = "stopped";

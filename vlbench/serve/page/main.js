@@ -3,6 +3,7 @@
 import { Composer } from "./composer.js";
 import { createKeyDialog, SettingsDialog } from "./dialogs.js";
 import { applyLanguage, create, createButton, explain, name, say, switchLanguage } from "./elements.js";
+import { keepConversation, recallConversation } from "./kept_conversation.js";
 import { createModelTable, ModelList } from "./model_list.js";
 import { recall, remember } from "./preferences.js";
 import { getConfig, onKeyNeeded, ServerError } from "./server.js";
@@ -28,8 +29,9 @@ async function start() {
     if (event.key === "Escape" && !isComposing(event) && !find("dialog[open]")) stop();
   });
   window.addEventListener("beforeunload", (event) => {
-    if (turns.length) event.preventDefault(); // the conversation is nowhere else: ask first
+    if (!keepTurns()) event.preventDefault(); // the conversation is nowhere else: ask first
   });
+  window.addEventListener("pagehide", keepTurns); // telephones tell no more than this
   composer.setRunning(false);
   onKeyNeeded(createKeyDialog(find("#key")));
   await connect();
@@ -43,7 +45,9 @@ async function connect() {
     blindBox.addEventListener("change", () => remember("blind", blindBox.checked));
     find("#blind").dataset.votes = String(votes);
     showBlindSwitch();
+    const kept = recallConversation(modelList.models);
     beginConversation();
+    restoreConversation(kept);
   } catch (error) {
     if (!(error instanceof ServerError)) throw error;
     const again = createButton("retry", connect, { className: "primary" });
@@ -75,6 +79,20 @@ function beginConversation() {
   composer.field.focus();
 }
 
+/** Keep the conversation for a reload; return whether nothing is lost by one. */
+function keepTurns() {
+  return keepConversation(turns) && !turns.some((turn) => turn.isRunning);
+}
+
+/** Show the turns again that were kept before a reload. */
+function restoreConversation(records) {
+  for (const record of records) {
+    const models = record.cards.map(({ id }) => modelList.models.find((model) => model.id === id));
+    addTurn({ ...record, models });
+  }
+  turns.at(-1)?.element.scrollIntoView({ block: "start", behavior: "instant" });
+}
+
 /** Ask the chosen models; the question follows the present conversation. Return whether it was. */
 function ask(question, pictures) {
   if (!modelList) {
@@ -83,15 +101,22 @@ function ask(question, pictures) {
   }
   const models = modelList.chosen();
   const isBlind = blindBox.checked && !find("#blind").hidden;
-  const asked = { question, pictures, models, isBlind, options: () => settings.values() };
-  if (!turns.length) conversation.replaceChildren();
-  turns.at(-1)?.setFollowed();
-  const turn = new TurnView(turns, asked, { onChange: followAnswers, onEdit: editTurn });
-  turns = [...turns, turn];
-  conversation.append(turn.element);
+  const turn = addTurn({ question, pictures, models, isBlind });
   turn.ask();
   turn.element.scrollIntoView({ block: "start" });
   return true;
+}
+
+/** Append a turn to the conversation, and return it. */
+function addTurn(asked) {
+  if (!turns.length) conversation.replaceChildren();
+  turns.at(-1)?.setFollowed();
+  const options = () => settings.values();
+  const events = { onChange: followAnswers, onEdit: editTurn };
+  const turn = new TurnView(turns, { ...asked, options }, events);
+  turns = [...turns, turn];
+  conversation.append(turn.element);
+  return turn;
 }
 
 /** Cut the conversation at a turn, and ask it anew in other words or with fewer pictures. */

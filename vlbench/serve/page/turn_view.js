@@ -11,10 +11,10 @@ export class TurnView {
   /**
    * `asked`: {question, pictures, models, isBlind, options}. `events`: `onChange()` after any
    * change, `onEdit(turn, question, pictures)` when it is to be asked anew in other words or
-   * with fewer pictures.
+   * with fewer pictures. With `cards`, records of `toRecord`, it is shown as it was, in their order.
    */
   constructor(turns, asked, events) {
-    const { question, pictures, models, isBlind, options } = asked;
+    const { question, pictures, models, isBlind, options, cards } = asked;
     Object.assign(this, { question, pictures, models, isBlind, events });
     this.isLast = true;
     this.element = create("article", "turn");
@@ -22,7 +22,7 @@ export class TurnView {
     this.head = create("div", "asked");
     const all = [...turns, this];
     const onChange = () => this.update();
-    const shown = isBlind ? shuffle(models) : models;
+    const shown = isBlind && !cards ? shuffle(models) : models;
     this.cards = shown.map((model) => new AnswerCard(model, all, options, onChange));
     this.answers = new Map(this.cards.map((card) => [card.model.id, card.answer]));
     this.answerList.append(...this.cards.map((card) => card.element));
@@ -34,6 +34,13 @@ export class TurnView {
     }
     this.cards.forEach((card, index) => card.setName(isBlind ? letterOf(index) : null));
     this.showQuestion();
+    cards?.forEach((record, index) => this.cards[index].restore(record));
+  }
+
+  /** Return what JSON can hold of it. */
+  toRecord() {
+    const { question, pictures, isBlind } = this;
+    return { question, pictures, isBlind, cards: this.cards.map((card) => card.toRecord()) };
   }
 
   showQuestion() {
