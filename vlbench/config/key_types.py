@@ -23,12 +23,15 @@ from vlbench.strict_values import STRICT, convert_value, is_null, read_value
 PartName = Literal["vision", "second_vision", "connector", "language"]
 SampleFormat = Literal["caption", "chat"]
 OnBadSample = Literal["auto", "quarantine", "stop"]
+TilingRule = Literal["llava_next", "internvl"]
+ViewTags = Literal["none", "newline", "numbered"]
 PART_NAMES: tuple[str, ...] = get_args(PartName)
 """In the order of their tensors in files; a model of one vision encoder has no `second_vision`."""
 ENCODER_PARTS = PART_NAMES[:2]
 EXCLUSIVE_KEYS = (("epochs", "steps"), ("train", "mix"), ("only", "from"))
 """Pairs of keys of one mapping of which one at most has a value."""
 MAX_IMAGE_SIZE = 4096  # pixels of a vision encoder's side; those in use have 224 to 1024
+MAX_TILES = 64  # of an image; 6 to 12 are usual
 MAX_COUNT = 1_000_000_000  # steps, samples, tokens: three orders above what anybody trains with
 MAX_BATCH_SIZE = 1_000_000  # CLIP models are trained with up to 164,000
 MAX_ROW_TOKENS = 1 << 20  # eight times the usual longest contexts; `plan` takes half a minute

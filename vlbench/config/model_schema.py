@@ -13,9 +13,13 @@ from vlbench.config.encoder_names import EMBEDDED_ENCODERS, is_hub_name
 from vlbench.config.key_types import (
     MAX_COUNT,
     MAX_IMAGE_SIZE,
+    MAX_TILES,
+    Count,
     EncoderName,
     PathText,
     RecipeSection,
+    TilingRule,
+    ViewTags,
     key,
 )
 
@@ -76,6 +80,20 @@ class SecondEncoderConfig(NamedEncoderConfig):
     )
 
 
+class TilingConfig(RecipeSection):
+    """How an image becomes several views of the encoder's size; the defaults are LLaVA-NeXT's."""
+
+    tiles: int = key("most tiles of an image, beside its thumbnail", 4, ge=1, le=MAX_TILES)
+    grid: TilingRule = key(
+        "llava_next: most pixels, padded; internvl: closest shape, squashed", "llava_next"
+    )
+    thumbnail: bool = key("tiled images have a view of the whole as well", True)
+    tags: ViewTags = key(
+        "newline: learned, after each row of tokens; numbered: text before views", "newline"
+    )
+    max_views: Count | None = key("a sample with more views is bad; null: any number", None)
+
+
 class VisionEncoderConfig(NamedEncoderConfig):
     """The vision encoder."""
 
@@ -90,6 +108,24 @@ class VisionEncoderConfig(NamedEncoderConfig):
     layer: int = key("block whose output the connector gets; -1 is the last", -2, ge=-100, le=99)
     norm: bool = key("apply the encoder's final LayerNorm to its features", False)
     second: SecondEncoderConfig | None = key("a second vision encoder; null: none", None)
+    tiling: TilingConfig | None = key("several views of an image; null: one square", None)
+    max_visual_tokens: Count | None = key(
+        "image positions of a sample, to which tiles are reduced; null: any number", None
+    )
+
+    @model_validator(mode="after")
+    def _check_tiling(self) -> Self:
+        if self.max_visual_tokens is not None and self.tiling is None:
+            raise ValueError(
+                f"has max_visual_tokens={self.max_visual_tokens} and no tiles to reduce: give "
+                "vision.tiling.tiles"
+            )
+        if self.tiling is not None and self.second is not None:
+            raise ValueError(
+                f"has tiling and second.name={self.second.name}: the views of an image are those "
+                "of one encoder; leave one of the two out"
+            )
+        return self
 
     def with_random_weights(self) -> Self:
         """Return it with random weights, those of the second too."""

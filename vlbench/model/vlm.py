@@ -22,7 +22,7 @@ from vlbench.connector.base import Connector, ImagePlaces, Shapes, zero_like_los
 from vlbench.connector.bounded_building import NewTensorLimit, build_connector
 from vlbench.connector.levels import Levels, first_level, unstack_levels
 from vlbench.connector.question import Question
-from vlbench.data.packing import PackedBatch, number_image_tokens
+from vlbench.data.packing import PackedBatch, number_image_tokens, number_image_views
 from vlbench.errors import UserError
 from vlbench.model.activation_checkpointing import checkpoint_blocks
 from vlbench.model.contrastive_loss import add_own_contrast_pool, is_contrastive
@@ -32,6 +32,10 @@ from vlbench.model.packed_attention import OpaqueLengths, sample_bounds
 from vlbench.model.replicated_parameters import GradientAverager
 from vlbench.model.vision_encoder import VisionEncoder, has_trained_parameters
 from vlbench.model.weights.tensor_groups import move_and_cast
+
+NEWLINE_NAME = "image_newline"
+"""A parameter that the model adds to its connector, so that it is trained, saved and sharded as a
+part of it; the name is LLaVA-NeXT's."""
 
 
 @dataclass
@@ -71,8 +75,12 @@ class VLM(nn.Module):
         connector_class: type[Connector],
         connector_options: dict[str, Any],
         language: DecoderModel,
+        has_newline: bool = False,
     ) -> None:
-        """Build a connector of `connector_class` between `vision` and `language`."""
+        """Build a connector of `connector_class` between `vision` and `language`.
+
+        With `has_newline` it has the parameter NEWLINE_NAME, for rows of tiled images.
+        """
         super().__init__()
         self.vision, self.language = vision, language
         # once: transformers looks an attribute of a configuration up slowly, for each token
@@ -80,6 +88,7 @@ class VLM(nn.Module):
         if len(vision.encoders()) > 1:
             self.second_vision = vision.encoders()[1]
         self._connector_class, self.connector_options = connector_class, connector_options
+        self.has_newline = has_newline
         self.objective, self._uses_checkpointing = "language", False
         self.connector = self._build_connector()
         layers = self.language.model.layers
@@ -108,6 +117,10 @@ class VLM(nn.Module):
 
     def _build_connector(self) -> Connector:
         connector = build_connector(self._connector_class, self.shapes, self.connector_options)
+        if self.has_newline:
+            width = self.shapes.lm_width
+            newline = nn.Parameter(torch.randn(width) / width**0.5)  # as in LLaVA-NeXT
+            connector.register_parameter(NEWLINE_NAME, newline)
         self.vision.read_blocks(connector.vision_layers, connector.class_token)
         return connector
 
@@ -128,8 +141,10 @@ class VLM(nn.Module):
             connector = self._build_connector()
             with NewTensorLimit(type(connector)):
                 connector.prepare_objective(self.objective)
-            connector.load_state_dict(dict(connector.adapt(old_state, old_shapes)), strict=True)
-            old_tensor = next(iter(old_state.values()))
+            newline = {k: old_state.pop(k) for k in (NEWLINE_NAME,) if k in old_state}
+            adapted = {**connector.adapt(old_state, old_shapes), **newline}
+            connector.load_state_dict(adapted, strict=True)
+            old_tensor = next(iter(adapted.values()))
             move_and_cast(connector, old_tensor.dtype, old_tensor.device)
             self.connector = connector
         if device.type not in ("cpu", "meta"):
@@ -217,8 +232,10 @@ class VLM(nn.Module):
         """Return image and visual token of each position; None if the connector never injects."""
         if not self.connector.inject_layers:
             return None
-        token_index = number_image_tokens(batch, self.connector.tokens_per_image)
-        return ImagePlaces(batch.image_index, token_index)
+        tokens = self.connector.tokens_per_image
+        token_index = number_image_tokens(batch, tokens)
+        view_index = number_image_views(batch, tokens)
+        return ImagePlaces(batch.image_index, token_index, view_index, batch.view_bounds)
 
     def merge_embeddings(self, batch: PackedBatch, visual: Levels) -> Tensor:
         """Return embeddings `[rows, length, lm_width]`, visual tokens at the image positions."""
@@ -229,6 +246,7 @@ class VLM(nn.Module):
                 if self.connector.replaces_image_tokens
                 else [visual, self.connector.image_embedding]
             )
+            unused += [self.newline] if self.has_newline else []
             for tensor in unused:
                 embeds = embeds + zero_like_loss(tensor).to(embeds.dtype)
             return embeds
@@ -238,12 +256,34 @@ class VLM(nn.Module):
             values = first_level(visual).flatten(0, 1)
         else:
             values = self.connector.image_embedding.expand(len(positions), -1)
+        if batch.visual_index is not None:
+            values = self._arrange_views(values, batch.visual_index)
         if len(values) != len(positions):
             raise AssertionError(f"{len(positions)} image positions for {len(values)} tokens")
         length = embeds.shape[1]
         places = (positions.div(length, rounding_mode="floor"), positions.remainder(length))
         # no view of another tensor: compiled decoder layers would need a graph of its own for it
         return embeds.index_put(places, values.to(embeds.dtype))
+
+    @property
+    def newline(self) -> Tensor:
+        """The learned embedding `[lm_width]` behind each row of visual tokens of a tiled image."""
+        newline: Tensor = getattr(self.connector, NEWLINE_NAME)
+        return newline
+
+    def _arrange_views(self, values: Tensor, visual_index: Tensor) -> Tensor:
+        """Return what stands at the image positions `[image positions, lm_width]`.
+
+        `values` are the visual tokens `[views x tokens, lm_width]` of all views, or one embedding
+        of each position.
+        """
+        if not self.connector.replaces_image_tokens:
+            if not self.has_newline:
+                return values
+            return torch.where(visual_index[:, None] < 0, self.newline.to(values.dtype), values)
+        if self.has_newline:  # NEWLINE_INDEX is that of the last row
+            values = torch.cat([values, self.newline[None].to(values.dtype)])
+        return values[visual_index]
 
     def run_decoder(
         self, embeds: Tensor, visual: Levels | None, where: ImagePlaces | None, **kwargs: Any
@@ -258,6 +298,8 @@ class VLM(nn.Module):
                 "image_index": where.image_index,
                 "token_index": where.token_index,
             }
+            if where.view_bounds is not None:
+                kwargs |= {"view_index": where.view_index, "view_bounds": where.view_bounds}
         output: BaseModelOutputWithPast = self.language.model(inputs_embeds=embeds, **kwargs)
         return output
 
@@ -356,7 +398,12 @@ def _inject_before_layer(
     """
     hidden = decoder_layer_input(args, kwargs)
     inject = vlm._with_checkpointing(vlm.connector.inject)
-    where = ImagePlaces(kwargs["image_index"], kwargs["token_index"])
+    where = ImagePlaces(
+        kwargs["image_index"],
+        kwargs["token_index"],
+        kwargs.get("view_index"),
+        kwargs.get("view_bounds"),
+    )
     hidden = inject(layer_index, hidden, kwargs["visual"], where)
     return replace_decoder_layer_input(args, kwargs, hidden)
 

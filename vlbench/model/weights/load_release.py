@@ -16,6 +16,7 @@ from vlbench.connector import registry
 from vlbench.data.chat_template import CHAT_TEMPLATES
 from vlbench.data.own_template import bind_template
 from vlbench.data.tokenizer import Tokenizer
+from vlbench.data.view_layout import ViewSettings
 from vlbench.errors import UserError
 from vlbench.model.language_model import build_empty_language, read_eos_token_ids
 from vlbench.model.loaded_vlm import LoadedVLM, assemble_vlm
@@ -40,6 +41,7 @@ class ReleaseOverrides:
     vision_norm: bool = False
     template_name: str | None = None
     max_length: int | None = None
+    view_settings: ViewSettings | None = None
 
 
 def is_release(folder: Path) -> bool:
@@ -135,6 +137,7 @@ def build_released_vlm(folder: Path, overrides: ReleaseOverrides = ReleaseOverri
         tokenizer,
         bind_template(overrides.template_name or resolve_template_name(folder, spec), tokenizer),
         overrides.max_length or spec.language_config.max_position_embeddings,
+        overrides.view_settings,
     )
     vlm.tokenizer.limit_embeddings(spec.id_limit or tokenizer.vocab_size)
     vlm.release_files = layout.read_release_files(folder)
