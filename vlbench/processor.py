@@ -15,17 +15,17 @@ import torch
 from PIL import Image
 
 from vlbench.config.key_types import SampleFormat
-from vlbench.data.chat_template import ChatTemplate
-from vlbench.data.image_decoding import to_rgb_image
-from vlbench.data.image_processing import ImageFile, ImageTransform
-from vlbench.data.packing import (
-    PackedBatch,
+from vlbench.data.batch_images import (
     assign_image_index,
     join_views,
     repeat_by_view,
     stack_pixels,
     stack_questions,
 )
+from vlbench.data.chat_template import ChatTemplate
+from vlbench.data.image_decoding import to_rgb_image
+from vlbench.data.image_processing import ImageFile, ImageTransform
+from vlbench.data.packing import PackedBatch
 from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, LazyImage, Sample, check_turns
 from vlbench.data.sample_encoding import (
     Questions,

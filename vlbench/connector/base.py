@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -60,6 +60,15 @@ class ImagePlaces:
     view_bounds: Tensor | None = None
     """`[images + 1]` int64: the views of image i are `view_bounds[i]` to `view_bounds[i + 1] - 1`.
     None: each image has one."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that there are by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Any]) -> ImagePlaces:
+        """Return the places of which `tensors` has the tensors, among others."""
+        return cls(**{field.name: tensors.get(field.name) for field in fields(cls)})
 
     def select(self, rows: slice, columns: slice) -> ImagePlaces:
         """Return the places of some rows and columns."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from vlbench.config.key_types import MAX_IMAGE_SIZE
 from vlbench.data.image_decoding import MAX_PIXELS, decode_rgb, refusal_reason
@@ -26,15 +26,15 @@ from vlbench.data.image_folder import is_inside, outside_message
 from vlbench.data.image_size import file_image_size, read_image_size
 from vlbench.data.image_tiling import ImageTiling, TiledImage
 from vlbench.data.sample import LazyImage
+from vlbench.data.square_images import crop_strip, pad_square, turn_upright
 from vlbench.data.view_pixels import cut_views
-from vlbench.errors import UserError, one_line
+from vlbench.errors import UserError
 from vlbench.regular_files import MAX_IMAGE_BYTES, describe_failure, open_regular, read_regular
 from vlbench.text_files import LFS_POINTER
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAX_SIDE = 8000  # pixels, longest side of a square canvas (64 megapixels) and of its content
 MAX_RESIZED_SIDE = 2 * MAX_IMAGE_SIZE  # pixels, shortest edge; a release resizes to 1.15 crops
 INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "nearest")
 _ZERO_MARK = "vlbench: zero"  # a key in the `info` of the image of a ZeroImage
@@ -187,7 +187,7 @@ class ImageTransform:
             image = image.image
         open_draft = getattr(image, "open_draft", None) if can_draft else None
         opened: Image.Image = open_draft(side) if open_draft else image.open()
-        return _turn_upright(opened, image.name) if self.exif else opened
+        return turn_upright(opened, image.name) if self.exif else opened
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Return float32 pixels `[channels, crop, crop]`; those of a ZeroImage are all 0."""
@@ -262,9 +262,9 @@ class ImageTransform:
         if self.squash:
             return np.asarray(image.resize((self.crop, self.crop), resample))
         if self.pad and image.width != image.height:
-            image = _pad_square(image, mean_colour(self.mean))
+            image = pad_square(image, mean_colour(self.mean))
         elif not self.pad:
-            image = _crop_strip(image, self.size)
+            image = crop_strip(image, self.size)
         width, height = image.size
         short, long = min(width, height), int(self.size * max(width, height) / min(width, height))
         edges = (self.size, long) if width == short else (long, self.size)
@@ -330,42 +330,10 @@ def _stack_channels(first: Tensor, second: Tensor) -> Tensor:
     return both
 
 
-def _turn_upright(image: Image.Image, name: str) -> Image.Image:
-    """Return an image turned as its EXIF orientation says; a UserError if that cannot be read."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception as error:  # a parser of EXIF may raise anything on broken bytes
-        reason = one_line(error, max_lines=1)
-        raise UserError(
-            f"image {name}: its EXIF cannot be read ({reason}); data.exif=ignore leaves it alone"
-        ) from error
-
-
 def mean_colour(mean: tuple[float, float, float]) -> tuple[int, int, int]:
     """Return the mean colour in 8 bits, truncated as in the reference."""
     red, green, blue = (int(channel * 255) for channel in mean)
     return red, green, blue
-
-
-def _pad_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """Centre an image in a square; an odd pixel of padding goes to the bottom or right."""
-    longest = max(image.size)
-    if longest > MAX_SIDE:  # a strip of 30000 x 2 would need a canvas of 2.7 GB
-        width, height = (max(1, round(edge * MAX_SIDE / longest)) for edge in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    side = max(image.size)
-    canvas = Image.new("RGB", (side, side), colour)
-    canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return canvas
-
-
-def _crop_strip(image: Image.Image, shortest_edge: int) -> Image.Image:
-    """Shorten a strip that would exceed MAX_SIDE; the centre crop drops its ends anyway."""
-    short = min(image.size)
-    longest = max(short, short * max(MAX_SIDE, 2 * shortest_edge) // shortest_edge)
-    width, height = (min(edge, longest) for edge in image.size)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from vlbench.data.sample import LazyImage
 from vlbench.errors import UserError
 from vlbench.regular_files import MAX_IMAGE_BYTES, describe_failure, open_regular
 from vlbench.text_files import LFS_POINTER
+
+HEADER_BYTES = 65536  # of a file, in which the size is found unless a thumbnail comes before it
 
 
 def read_image_size(image: LazyImage, exif: bool = False) -> tuple[int, int]:
@@ -48,3 +52,16 @@ def bytes_image_size(data: bytes, name: str, exif: bool) -> tuple[int, int]:
     if refusal:
         raise UserError(f"{name}: {refusal}")
     return read_header_size(BytesIO(data), name, exif)
+
+
+def partial_image_size(
+    read_bytes: Callable[[int], bytes], file_bytes: int, name: str, exif: bool
+) -> tuple[int, int]:
+    """Return the size of an image whose file is read from its beginning, as far as is asked for.
+
+    What is behind its first bytes may be megabytes, or far away, so they are tried alone.
+    """
+    if file_bytes > HEADER_BYTES:
+        with contextlib.suppress(UserError):  # a longer header; what is wrong is told below
+            return bytes_image_size(read_bytes(HEADER_BYTES), name, exif)
+    return bytes_image_size(read_bytes(file_bytes), name, exif)

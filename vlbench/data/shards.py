@@ -12,7 +12,6 @@ byte ranges alone.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import time
 import zlib
@@ -28,7 +27,7 @@ from PIL import Image
 from vlbench.data.content_parts import names_images
 from vlbench.data.conversation_record import sample_from_record
 from vlbench.data.image_processing import open_image_bytes
-from vlbench.data.image_size import bytes_image_size
+from vlbench.data.image_size import partial_image_size
 from vlbench.data.location_errors import folder_remedy
 from vlbench.data.record_dialects import IMAGE_KEYS, has_turns
 from vlbench.data.record_files import unique_keys
@@ -55,7 +54,6 @@ from vlbench.text_files import parse_json
 
 SHARD_LIST_FILE = "shards.json"
 CACHED_INDEXES = 64  # indexes in memory: of about as many shards as are read alternately
-HEADER_BYTES = 65536  # of an image, in which its size is found unless a thumbnail comes first
 READ_TRIES = 3  # attempts to read a shard
 RETRY_SECONDS = 1.0  # between two attempts
 
@@ -88,14 +86,8 @@ class TarImage:
         return open_image_bytes(self._read_bytes(), self.name, draft_side)
 
     def read_size(self, exif: bool) -> tuple[int, int]:
-        """Return width and height in pixels from the header of the image's file.
-
-        The beginning of the file is tried first: what is behind it may be megabytes, or far away.
-        """
-        if self.size > HEADER_BYTES:
-            with contextlib.suppress(UserError):  # a longer header; what is wrong is told below
-                return bytes_image_size(self._read_bytes(HEADER_BYTES), self.name, exif)
-        return bytes_image_size(self._read_bytes(), self.name, exif)
+        """Return width and height in pixels from the header of the image's file."""
+        return partial_image_size(self._read_bytes, self.size, self.name, exif)
 
     def _read_bytes(self, most: int | None = None) -> bytes:
         size = self.size if most is None else min(self.size, most)

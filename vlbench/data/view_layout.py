@@ -166,14 +166,16 @@ def _tile_count(grid: Grid) -> int:
 def _padded_tokens(image: TiledImage, token_grid: tuple[int, int]) -> tuple[int, int]:
     """Return how many rows and columns of the merged tokens are padding, on each side.
 
-    The numbers are those of LLaVA-NeXT's `unpad_image`, but a row and a column are always left.
+    The numbers are those of LLaVA-NeXT's `unpad_image`. Of a strip it leaves no row or no column;
+    where there is no thumbnail either, one is left.
     """
+    least = 0 if None in image.views else 1
     width, height = image.size
     all_rows, all_columns = image.grid[0] * token_grid[0], image.grid[1] * token_grid[1]
     if width / height > all_columns / all_rows:
-        rows = max(1, int(round(height * (all_columns / width), 7)))
+        rows = max(least, int(round(height * (all_columns / width), 7)))
         return (all_rows - rows) // 2, 0
-    columns = max(1, int(round(width * (all_rows / height), 7)))
+    columns = max(least, int(round(width * (all_rows / height), 7)))
     return 0, (all_columns - columns) // 2
 
 

@@ -30,12 +30,15 @@ from vlbench.model.decoder_families import DecoderConfig, DecoderModel, logit_di
 from vlbench.model.language_loss import summed_loss
 from vlbench.model.packed_attention import OpaqueLengths, sample_bounds
 from vlbench.model.replicated_parameters import GradientAverager
+from vlbench.model.view_tokens import (
+    NEWLINE_NAME,
+    add_newline,
+    arrange_tokens,
+    mark_newlines,
+    newline_of,
+)
 from vlbench.model.vision_encoder import VisionEncoder, has_trained_parameters
 from vlbench.model.weights.tensor_groups import move_and_cast
-
-NEWLINE_NAME = "image_newline"
-"""A parameter that the model adds to its connector, so that it is trained, saved and sharded as a
-part of it; the name is LLaVA-NeXT's."""
 
 
 @dataclass
@@ -118,9 +121,7 @@ class VLM(nn.Module):
     def _build_connector(self) -> Connector:
         connector = build_connector(self._connector_class, self.shapes, self.connector_options)
         if self.has_newline:
-            width = self.shapes.lm_width
-            newline = nn.Parameter(torch.randn(width) / width**0.5)  # as in LLaVA-NeXT
-            connector.register_parameter(NEWLINE_NAME, newline)
+            add_newline(connector, self.shapes.lm_width)
         self.vision.read_blocks(connector.vision_layers, connector.class_token)
         return connector
 
@@ -246,7 +247,7 @@ class VLM(nn.Module):
                 if self.connector.replaces_image_tokens
                 else [visual, self.connector.image_embedding]
             )
-            unused += [self.newline] if self.has_newline else []
+            unused += [newline_of(self.connector)] if self.has_newline else []
             for tensor in unused:
                 embeds = embeds + zero_like_loss(tensor).to(embeds.dtype)
             return embeds
@@ -257,33 +258,15 @@ class VLM(nn.Module):
         else:
             values = self.connector.image_embedding.expand(len(positions), -1)
         if batch.visual_index is not None:
-            values = self._arrange_views(values, batch.visual_index)
+            newline = newline_of(self.connector) if self.has_newline else None
+            arrange = arrange_tokens if self.connector.replaces_image_tokens else mark_newlines
+            values = arrange(values, batch.visual_index, newline)
         if len(values) != len(positions):
             raise AssertionError(f"{len(positions)} image positions for {len(values)} tokens")
         length = embeds.shape[1]
         places = (positions.div(length, rounding_mode="floor"), positions.remainder(length))
         # no view of another tensor: compiled decoder layers would need a graph of its own for it
         return embeds.index_put(places, values.to(embeds.dtype))
-
-    @property
-    def newline(self) -> Tensor:
-        """The learned embedding `[lm_width]` behind each row of visual tokens of a tiled image."""
-        newline: Tensor = getattr(self.connector, NEWLINE_NAME)
-        return newline
-
-    def _arrange_views(self, values: Tensor, visual_index: Tensor) -> Tensor:
-        """Return what stands at the image positions `[image positions, lm_width]`.
-
-        `values` are the visual tokens `[views x tokens, lm_width]` of all views, or one embedding
-        of each position.
-        """
-        if not self.connector.replaces_image_tokens:
-            if not self.has_newline:
-                return values
-            return torch.where(visual_index[:, None] < 0, self.newline.to(values.dtype), values)
-        if self.has_newline:  # NEWLINE_INDEX is that of the last row
-            values = torch.cat([values, self.newline[None].to(values.dtype)])
-        return values[visual_index]
 
     def run_decoder(
         self, embeds: Tensor, visual: Levels | None, where: ImagePlaces | None, **kwargs: Any
@@ -293,13 +276,7 @@ class VLM(nn.Module):
         `where` are the `image_places` of the positions; without them `visual` is not read.
         """
         if where is not None:
-            kwargs |= {
-                "visual": visual,
-                "image_index": where.image_index,
-                "token_index": where.token_index,
-            }
-            if where.view_bounds is not None:
-                kwargs |= {"view_index": where.view_index, "view_bounds": where.view_bounds}
+            kwargs |= {"visual": visual, **where.tensors()}
         output: BaseModelOutputWithPast = self.language.model(inputs_embeds=embeds, **kwargs)
         return output
 
@@ -398,12 +375,7 @@ def _inject_before_layer(
     """
     hidden = decoder_layer_input(args, kwargs)
     inject = vlm._with_checkpointing(vlm.connector.inject)
-    where = ImagePlaces(
-        kwargs["image_index"],
-        kwargs["token_index"],
-        kwargs.get("view_index"),
-        kwargs.get("view_bounds"),
-    )
+    where = ImagePlaces.from_tensors(kwargs)
     hidden = inject(layer_index, hidden, kwargs["visual"], where)
     return replace_decoder_layer_input(args, kwargs, hidden)
 

@@ -13,8 +13,9 @@ from vlbench.config.model_schema import ModelConfig
 from vlbench.config.stage_schema import StageConfig
 from vlbench.connector import registry
 from vlbench.connector.base import Connector
+from vlbench.data.batch_images import assign_image_index, stack_questions
 from vlbench.data.own_template import bind_template
-from vlbench.data.packing import PackedBatch, assign_image_index, stack_questions
+from vlbench.data.packing import PackedBatch
 from vlbench.data.sample_encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import UserError
