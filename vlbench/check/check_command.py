@@ -23,12 +23,14 @@ from vlbench.data.sample import SampleSource
 from vlbench.data.sample_encoding import CachedTokenizer, SampleEncoder
 from vlbench.data.shards import WebDatasetShards
 from vlbench.data.tokenizer import Tokenizer
+from vlbench.data.view_layout import ViewLayout
 from vlbench.errors import escape_to_one_line
+from vlbench.model.build_vlm import read_view_settings
 from vlbench.model.language_model import tokenizer_folder
 from vlbench.system_errors import explain_unwritable
 from vlbench.text_files import replace_when_written, write_for_people
 from vlbench.train.run_report import stage_label
-from vlbench.train.shape_checks import image_transforms_by_stage, tokens_per_image_by_stage
+from vlbench.train.shape_checks import connectors_by_stage, image_transforms_by_stage
 from vlbench.train.stage_plan import (
     StageRun,
     check_source_bad_samples,
@@ -56,7 +58,8 @@ def run_check(recipe: Recipe, folder: Path) -> int:
         UserError: training would not start with these data, or `folder` cannot be written.
     """
     stage_runs = plan_stage_runs(recipe)
-    tokens_per_image = tokens_per_image_by_stage(recipe.model, stage_runs)
+    connectors = connectors_by_stage(recipe.model, stage_runs)
+    transforms = image_transforms_by_stage(recipe.model, stage_runs)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -64,15 +67,24 @@ def run_check(recipe: Recipe, folder: Path) -> int:
     tokenizer = Tokenizer.load(tokenizer_folder(recipe.language.weights))
     template = bind_template(recipe.language.template, tokenizer)
     cached_tokenizer = CachedTokenizer(tokenizer)
+    view_settings = read_view_settings(recipe.vision)
     encoders = [
         SampleEncoder(
             cached_tokenizer,
             template,
-            stage_tokens,
+            connector.tokens_per_image,
             recipe.language.max_length,
             stage_run.stage.sample_format,
+            view_layout=view_settings
+            and ViewLayout(
+                view_settings,
+                transform.crop,
+                connector.tokens_per_image,
+                connector.token_grid,
+                recipe.model.apply_exif,
+            ),
         )
-        for stage_run, stage_tokens in zip(stage_runs, tokens_per_image, strict=True)
+        for stage_run, connector, transform in zip(stage_runs, connectors, transforms, strict=True)
     ]
     checks = _stage_checks(stage_runs, encoders)
     workers = recipe.data.workers or os.cpu_count() or 1
@@ -89,7 +101,6 @@ def run_check(recipe: Recipe, folder: Path) -> int:
     lines += _stage_lines(stage_runs, checks, summaries)
     lines += ["", *_summary_lines(log)]
     settings = f"Recipe {recipe.recipe}, size {recipe.size}, template {recipe.language.template}"
-    transforms = image_transforms_by_stage(recipe.model, stage_runs)
     audit_samples = [
         AuditSample(stage_run.name, sample, encoder, transform)
         for stage_run, encoder, transform in zip(stage_runs, encoders, transforms, strict=True)
@@ -165,7 +176,7 @@ def _stage_lines(
         encoder = of_stage[0].encoder
         yield (
             f"\nstage {stage_label(stage_run.name, stage_run.stage.image_size)}: "
-            f"{encoder.tokens_per_image} tokens per image, "
+            f"{encoder.tokens_per_image} tokens per {'view' if encoder.view_layout else 'image'}, "
             f"{encoder.sample_format}"
         )
         for check in of_stage:
@@ -199,11 +210,27 @@ def _length_lines(lengths: StageCheck) -> Iterator[str]:
         f"    tokens of a sample: median {tokens[count // 2]}, 99 % up to "
         f"{tokens[min(count - 1, count * 99 // 100)]}, longest {tokens[-1]} (limit {max_length})"
     )
+    yield from _view_lines(lengths)
     bins = Counter((length - 1).bit_length() for length in tokens)
     largest = max(bins.values())
     for power in range(min(bins), max(bins) + 1):
         bar = "#" * -(-40 * bins[power] // largest)
         yield f"    {1 << max(0, power - 1):>6} to {1 << power:<6} {bins[power]:>8}  {bar}".rstrip()
+
+
+def _view_lines(check: StageCheck) -> Iterator[str]:
+    """Yield how many views images have, and how many samples have fewer than they could."""
+    if not check.view_counts:
+        return
+    counts = check.view_counts
+    shares = [f"{views} ({counts[views] / counts.total():.0%})" for views in sorted(counts)]
+    mean = sum(views * count for views, count in counts.items()) / counts.total()
+    yield f"    views of an image: {mean:.3g} on average; {', '.join(shares)}"
+    if check.reduced_samples:
+        yield (
+            f"    {check.reduced_samples} samples have fewer tiles than they could, for "
+            "vision.max_visual_tokens"
+        )
 
 
 def _summary_lines(log: FindingLog) -> Iterator[str]:

@@ -29,7 +29,9 @@ def build_budget_card(
     - `steps`, `epochs`: of each stage that was run; epochs are passes over its data
     - `samples`, `images`, `tokens_seen` (image positions included), `supervised_tokens`: what was
       trained on; `truncated_samples`, `lost_supervised_tokens`: what was cut off at
-      `language.max_length`. Absent in a run of a version that did not count them
+      `language.max_length`. Absent in a run of a version that did not count them. `images` are
+      views where images are tiled
+    - `reduced_samples`: samples with fewer tiles than they could have, if there were any
     - `unused_objectives`: those that the connector offers and no stage trained
 
     `spent_by_stage` are steps and epochs.
@@ -38,6 +40,8 @@ def build_budget_card(
     seen = dict((run.latest_position.seen if run.latest_position else None) or {})
     if seen:
         seen["tokens_seen"] = seen.pop("tokens")
+        if not seen.get("reduced_samples"):
+            seen.pop("reduced_samples", None)
     return {
         **count_connector_cost(vlm)._asdict(),
         "parts": {
