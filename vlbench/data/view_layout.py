@@ -77,8 +77,9 @@ class ViewLayout:
             if counts[largest] == 1:
                 raise BadSample(
                     sample.id,
-                    f"has {len(images)} images of {self.count_positions(tiled[0])} visual tokens "
-                    f"in one view each, and vision.max_visual_tokens is {limit}",
+                    f"has {len(images)} image{'s' if len(images) > 1 else ''} of "
+                    f"{self.count_positions(tiled[0])} visual tokens in one view, and "
+                    f"vision.max_visual_tokens is {limit}",
                 )
             size = tiled[largest].size
             grid = tiling.choose_grid(*size, self.side, most_tiles=counts[largest] - 1)
