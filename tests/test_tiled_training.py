@@ -95,7 +95,10 @@ def assert_same(found: tuple[float, dict], expected: tuple[float, dict], near: f
         assert away <= near * max(1e-3, float(value.abs().max())), name
 
 
-@pytest.mark.parametrize("tags", SETTINGS)
+@pytest.mark.parametrize(
+    "tags",
+    ["newline", *(pytest.param(tags, marks=pytest.mark.slow) for tags in ("numbered", "none"))],
+)
 def test_packed_alone_and_in_another_order_learn_the_same(tags):
     expected = learn(tiled_vlm(tags), [SAMPLES])
     assert ("connector.image_newline" in expected[1]) == (tags == "newline")
@@ -137,7 +140,8 @@ def test_a_batch_without_images_gives_the_newline_a_gradient():
         assert newline_of(vlm.connector).grad is not None
 
 
-@pytest.mark.parametrize("wrap", ["sharded", pytest.param("replicated", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("wrap", ["sharded", "replicated"])
 def test_two_processes_have_the_gradients_of_one(wrap):
     """Each has its own samples; one has text alone in its second micro-batch."""
     shares = [[SAMPLES[:2], [SAMPLES[2]]], [[SAMPLES[3]], [SAMPLES[4]]]]
@@ -192,6 +196,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_checkpoint_tiles_as_its_training_did(trained):
     checkpoint = checkpoint_files.find_checkpoint(trained)
     written = json.loads((checkpoint / "preprocess.json").read_text())
@@ -207,6 +212,7 @@ def test_a_checkpoint_tiles_as_its_training_did(trained):
     assert isinstance(vlm.chat([{"role": "user", "content": content}], max_new_tokens=3), str)
 
 
+@pytest.mark.slow
 def test_reduced_samples_are_counted_to_the_report(trained, capsys):
     seen = json.loads((checkpoint_files.find_checkpoint(trained) / "position.json").read_text())[
         "seen"
@@ -216,6 +222,7 @@ def test_reduced_samples_are_counted_to_the_report(trained, capsys):
     assert results["budget"]["reduced_samples"] == seen["reduced_samples"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_run_bit_for_bit(trained, tmp_path):
     folder = Path(shutil.copytree(trained, tmp_path / "cut"))
     (folder / "results.json").unlink()

@@ -87,7 +87,7 @@ class Processor:
     """How images become views; None: each is one."""
 
     def __post_init__(self) -> None:
-        tiling = self.view_settings and self.view_settings.tiling
+        tiling = self.view_settings.tiling if self.view_settings else None
         if self.transform.tiling != tiling:
             transform = replace(self.transform, tiling=tiling)
             object.__setattr__(self, "transform", transform)  # the class is frozen
@@ -168,7 +168,7 @@ class Processor:
         The text is cut at the image placeholders and each piece is tokenised on its own, as in the
         reference implementation of Yi-VL.
         """
-        text = self.template.render_prompt(sample.turns)
+        text, layout = self.template.render_prompt(sample.turns), self.view_layout
         if text.count(IMAGE_PLACEHOLDER) != len(sample.images):
             raise UserError(
                 f"{text.count(IMAGE_PLACEHOLDER)} image placeholders for {len(sample.images)} "
@@ -179,7 +179,7 @@ class Processor:
             self.tokenizer,
             self.tokens_per_image,
             self.template.has_all_tokens,
-            tiled and encode_image_spans(tiled, self.view_layout, self.tokenizer),
+            encode_image_spans(tiled, layout, self.tokenizer) if tiled and layout else None,
         )
         input_ids = [token_id for piece_ids, _ in pieces for token_id in piece_ids]
         if len(input_ids) >= self.max_positions:

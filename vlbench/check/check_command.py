@@ -14,9 +14,11 @@ from vlbench.check.sample_checks import StageCheck
 from vlbench.check.source_pass import GoodSamples, SourcePass, SourceSummary
 from vlbench.check.supervision_audit import AuditSample, choose_samples, render_audit
 from vlbench.config.schema import Recipe
+from vlbench.connector.base import Connector
 from vlbench.data.chat_template import ChatTemplate
 from vlbench.data.chosen_samples import base_source, source_identity
 from vlbench.data.conversation_files import ConversationFiles
+from vlbench.data.image_processing import ImageTransform
 from vlbench.data.own_template import bind_template
 from vlbench.data.preflight import PreflightReport
 from vlbench.data.sample import SampleSource
@@ -67,7 +69,6 @@ def run_check(recipe: Recipe, folder: Path) -> int:
     tokenizer = Tokenizer.load(tokenizer_folder(recipe.language.weights))
     template = bind_template(recipe.language.template, tokenizer)
     cached_tokenizer = CachedTokenizer(tokenizer)
-    view_settings = read_view_settings(recipe.vision)
     encoders = [
         SampleEncoder(
             cached_tokenizer,
@@ -75,14 +76,7 @@ def run_check(recipe: Recipe, folder: Path) -> int:
             connector.tokens_per_image,
             recipe.language.max_length,
             stage_run.stage.sample_format,
-            view_layout=view_settings
-            and ViewLayout(
-                view_settings,
-                transform.crop,
-                connector.tokens_per_image,
-                connector.token_grid,
-                recipe.model.apply_exif,
-            ),
+            view_layout=_view_layout(recipe, connector, transform),
         )
         for stage_run, connector, transform in zip(stage_runs, connectors, transforms, strict=True)
     ]
@@ -114,6 +108,22 @@ def run_check(recipe: Recipe, folder: Path) -> int:
     print(f"\nwrote {folder}: report.txt, findings.jsonl, audit.html (what the model reads)")
     _refuse_bad_data(stage_runs, checks, summaries)
     return 0
+
+
+def _view_layout(
+    recipe: Recipe, connector: Connector, transform: ImageTransform
+) -> ViewLayout | None:
+    """Return the views of images in a stage with that connector; None where images have one."""
+    settings = read_view_settings(recipe.vision)
+    if settings is None:
+        return None
+    return ViewLayout(
+        settings,
+        transform.crop,
+        connector.tokens_per_image,
+        connector.token_grid,
+        recipe.model.apply_exif,
+    )
 
 
 def _check_source(

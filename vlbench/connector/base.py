@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -68,7 +68,8 @@ class ImagePlaces:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Any]) -> ImagePlaces:
         """Return the places of which `tensors` has the tensors, among others."""
-        return cls(**{field.name: tensors.get(field.name) for field in fields(cls)})
+        optional = (tensors.get(name) for name in ("view_index", "view_bounds"))
+        return cls(tensors["image_index"], tensors["token_index"], *optional)
 
     def select(self, rows: slice, columns: slice) -> ImagePlaces:
         """Return the places of some rows and columns."""

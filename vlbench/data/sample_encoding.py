@@ -154,14 +154,13 @@ class SampleEncoder:
         supervised: list[bool] = []
         try:
             sample, pieces, has_all_tokens = self._render_pieces(sample)
-            tiled = self.view_layout.tile_sample(sample) if self.view_layout else None
-            sample = tiled.sample if tiled else sample
+            tiled, spans = None, None
+            if self.view_layout is not None:
+                tiled = self.view_layout.tile_sample(sample)
+                sample = tiled.sample
+                spans = encode_image_spans(tiled, self.view_layout, self.tokenizer)
             for piece_ids, is_answer in tokenize_pieces(
-                pieces,
-                self.tokenizer,
-                self.tokens_per_image,
-                has_all_tokens,
-                tiled and encode_image_spans(tiled, self.view_layout, self.tokenizer),
+                pieces, self.tokenizer, self.tokens_per_image, has_all_tokens, spans
             ):
                 input_ids += piece_ids
                 supervised += [is_answer] * len(piece_ids)
@@ -229,10 +228,9 @@ class SampleEncoder:
 
 
 def encode_image_spans(
-    tiled: TiledSample, layout: ViewLayout | None, tokenizer: TokenEncoder
+    tiled: TiledSample, layout: ViewLayout, tokenizer: TokenEncoder
 ) -> list[list[int]]:
     """Return the ids that stand for each image: its image positions, and the texts of its views."""
-    assert layout is not None
     spans = []
     for image, length in zip(tiled.images, tiled.image_lengths, strict=True):
         tags = layout.view_tags(image)

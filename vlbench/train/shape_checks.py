@@ -99,7 +99,8 @@ def image_transforms_by_stage(
     transforms = []
     for stage_run in stage_runs:
         encoder.set_image_size(stage_run.stage.image_size)
-        transforms.append(replace(encoder.transform, tiling=settings and settings.tiling))
+        tiling = settings.tiling if settings else None
+        transforms.append(replace(encoder.transform, tiling=tiling))
     return transforms
 
 
