@@ -223,12 +223,15 @@ def test_reduced_samples_are_counted_to_the_report(trained, capsys):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_is_the_run_bit_for_bit(trained, tmp_path):
+def test_a_resumed_run_is_the_run_bit_for_bit(trained, tmp_path, capsys):
     folder = Path(shutil.copytree(trained, tmp_path / "cut"))
     (folder / "results.json").unlink()
     for later in sorted((folder / "checkpoints").iterdir())[1:]:
         shutil.rmtree(later)
     again, whole = fit(folder), weights(trained)
+    told = capsys.readouterr()
+    assert "views of an image: " in told.out and "image positions a sample" in told.out
+    assert "had fewer tiles than they could, for vision.max_visual_tokens" in told.err
     assert again.keys() == whole.keys()
     assert all(again[key].equal(whole[key]) for key in whole)
 

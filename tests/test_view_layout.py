@@ -19,7 +19,7 @@ from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
 from vlbench.data.sample_encoding import IMAGE_TOKEN_INDEX, SampleEncoder
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.data.view_layout import NEWLINE_INDEX, ViewLayout, ViewSettings
-from vlbench.errors import BadSample
+from vlbench.errors import BadSample, UserError
 
 REFERENCE = json.loads((Path(__file__).parent / "reference_tilings.json").read_text())
 TOKENIZER = Tokenizer.load(CHECKPOINT)
@@ -95,6 +95,11 @@ def test_tokens_are_ordered_as_in_llava_next(size):
         torch.tensor([float(NEWLINE_INDEX)]),
     )
     assert packed[:, 0].long().tolist() == list(given.order_tokens(tiled))
+
+
+def test_a_grid_of_another_number_of_tokens_is_refused():
+    with pytest.raises(UserError, match="token_grid is 2 x 3, and its tokens_per_image is 4"):
+        layout(token_grid=(2, 3))
 
 
 def test_one_view_ends_with_one_newline():

@@ -39,6 +39,7 @@ from vlbench.train.stage_plan import (
     plan_stage_runs,
     refuse_missing_images,
 )
+from vlbench.train.view_report import describe_view_counts
 
 FILE_SOURCES = (ConversationFiles, WebDatasetShards)  # they read files; scenes are rendered
 MAX_SAMPLES_SHOWN = 6  # on the audit page, of each source in each stage
@@ -232,10 +233,7 @@ def _view_lines(check: StageCheck) -> Iterator[str]:
     """Yield how many views images have, and how many samples have fewer than they could."""
     if not check.view_counts:
         return
-    counts = check.view_counts
-    shares = [f"{views} ({counts[views] / counts.total():.0%})" for views in sorted(counts)]
-    mean = sum(views * count for views, count in counts.items()) / counts.total()
-    yield f"    views of an image: {mean:.3g} on average; {', '.join(shares)}"
+    yield f"    views of an image: {describe_view_counts(check.view_counts)}"
     if check.reduced_samples:
         yield (
             f"    {check.reduced_samples} samples have fewer tiles than they could, for "

@@ -16,7 +16,7 @@ from vlbench.config.key_types import ViewTags
 from vlbench.data.image_size import read_image_size
 from vlbench.data.image_tiling import SINGLE_VIEW, Grid, ImageTiling, TiledImage
 from vlbench.data.sample import LazyImage, Sample
-from vlbench.errors import BadSample
+from vlbench.errors import BadSample, UserError
 
 NEWLINE_INDEX = -1  # in place of a visual token's number: the learned newline
 THUMBNAIL_TAG = "<tile_global_thumbnail>"  # the texts of NVLM (Dai et al. 2024, arXiv:2409.11402)
@@ -53,6 +53,14 @@ class ViewLayout:
     """Rows and columns of a view's tokens; None where they have no places: one row, all kept."""
     exif: bool = False
     """Whether an image is turned as its EXIF orientation says."""
+
+    def __post_init__(self) -> None:
+        rows, columns = self.token_grid or (1, self.tokens_per_view)
+        if rows * columns != self.tokens_per_view:
+            raise UserError(
+                f"the connector's token_grid is {rows} x {columns}, and its tokens_per_image is "
+                f"{self.tokens_per_view}"
+            )
 
     def tile_sample(self, sample: Sample) -> TiledSample:
         """Return a sample with the views of its images.
