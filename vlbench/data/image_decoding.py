@@ -58,13 +58,22 @@ def read_header_size(source: BinaryIO | BytesIO, name: str, exif: bool) -> tuple
     that calls the image `name`.
     """
     with open_header(source, name) as image:
-        is_turned = (exif or image.format == "TIFF") and (
-            image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
-        )
+        is_turned = (exif or image.format == "TIFF") and _read_orientation(image) in SIDEWAYS
         if is_turned and image.format == "TIFF":  # PIL turns it itself, in some versions
             return ImageOps.exif_transpose(image).size if exif else _convert_rgb(image).size
         width, height = image.size
         return (height, width) if is_turned else (width, height)
+
+
+def _read_orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of an image, 1 for none; a UserError if it cannot be read."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception as error:  # a parser of EXIF may raise anything on broken bytes
+        reason = one_line(error, max_lines=1)
+        raise UserError(
+            f"its EXIF cannot be read ({reason}); data.exif=ignore leaves it alone"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from vlbench.data.image_decoding import read_header_size, refusal_reason
 from vlbench.data.sample import LazyImage
+from vlbench.data.square_images import turn_upright
 from vlbench.errors import UserError
 from vlbench.regular_files import MAX_IMAGE_BYTES, describe_failure, open_regular
 from vlbench.text_files import LFS_POINTER
@@ -29,7 +30,7 @@ def read_image_size(image: LazyImage, exif: bool = False) -> tuple[int, int]:
         size: tuple[int, int] = read_size(exif)
         return size
     opened: Image.Image = image.open()
-    return ImageOps.exif_transpose(opened).size if exif else opened.size
+    return turn_upright(opened, image.name).size if exif else opened.size
 
 
 def file_image_size(path: str | Path, exif: bool) -> tuple[int, int]:

@@ -188,7 +188,7 @@ def _padded_tokens(image: TiledImage, token_grid: tuple[int, int]) -> tuple[int,
     return 0, (all_columns - columns) // 2
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=256)  # of at most 300 kB
 def _order_by_row(
     views: tuple[tuple[int, int] | None, ...],
     grid: Grid,
