@@ -32,9 +32,8 @@ def arrange_tokens(tokens: Tensor, visual_index: Tensor, newline: Tensor | None)
         visual_index: Which of them each position has, `[image positions]`.
         newline: What a position with NEWLINE_INDEX has; None: there is none.
     """
-    if newline is not None:  # NEWLINE_INDEX, -1, is then the last row
-        tokens = torch.cat([tokens, newline[None].to(tokens.dtype)])
-    return tokens[visual_index]
+    # each token is taken once, and else with a gradient of 0: sums have one order on any device
+    return mark_newlines(tokens[visual_index.clamp(min=0)], visual_index, newline)
 
 
 def mark_newlines(values: Tensor, visual_index: Tensor, newline: Tensor | None) -> Tensor:
