@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from vlbench.command_line.arguments import TemplateName
 from vlbench.config.encoder_names import EMBEDDED_ENCODERS, is_hub_name
@@ -16,6 +16,7 @@ from vlbench.config.key_types import (
     MAX_TILES,
     Count,
     EncoderName,
+    GridText,
     PathText,
     RecipeSection,
     TilingRule,
@@ -92,6 +93,28 @@ class TilingConfig(RecipeSection):
         "newline: learned, after each row of tokens; numbered: text before views", "newline"
     )
     max_views: Count | None = key("a sample with more views is bad; null: any number", None)
+    grids: Annotated[tuple[GridText, ...], Field(min_length=1)] | None = key(
+        "the only grids, ROWSxCOLUMNS, as a release may have; null: all of up to `tiles`", None
+    )
+
+    @property
+    def grid_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of each of `grids`; () for null."""
+        texts = self.grids or ()
+        return tuple((int(rows), int(columns)) for rows, columns in (t.split("x") for t in texts))
+
+    @model_validator(mode="after")
+    def _check_grids(self) -> Self:
+        least = 2 if self.grid == "llava_next" else 1
+        for rows, columns in self.grid_sizes:
+            if not least <= rows * columns <= self.tiles:
+                raise ValueError(
+                    f"has {rows}x{columns} among its grids; with grid={self.grid} and "
+                    f"tiles={self.tiles} a grid has {least} to {self.tiles} tiles"
+                )
+        if len(set(self.grid_sizes)) < len(self.grid_sizes):
+            raise ValueError(f"has a grid twice: {', '.join(self.grids or ())}")
+        return self
 
 
 class VisionEncoderConfig(NamedEncoderConfig):

@@ -317,6 +317,8 @@ class ImageTransform:
         for name in ("draft", "exif", "squash", "interpolation", "second", "tiling"):
             if settings[name] == type(self).__dataclass_fields__[name].default:
                 del settings[name]  # keeps the hash of runs that are older than the option
+        if self.tiling is not None and not self.tiling.grids:
+            del settings["tiling"]["grids"]  # likewise
         text = json.dumps(settings, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

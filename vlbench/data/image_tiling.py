@@ -45,6 +45,9 @@ class ImageTiling:
     grid: TilingRule = "llava_next"
     thumbnail: bool = True
     """Whether an image of several tiles has a thumbnail as well."""
+    grids: tuple[Grid, ...] = ()
+    """The grids that an image may have, in an order that decides between those that are as good;
+    (): all of up to `tiles` tiles."""
 
     @property
     def keeps_aspect(self) -> bool:
@@ -56,10 +59,16 @@ class ImageTiling:
 
         `most_tiles` replaces `tiles` if it is given.
         """
+        grids = self.list_grids(most_tiles)
+        choose = _most_pixels if self.keeps_aspect else _closest_ratio
+        return choose(grids, width, height, side)
+
+    def list_grids(self, most_tiles: int = 0) -> tuple[Grid, ...]:
+        """Return the grids that are tried, in their order; those of `most_tiles` if it is given."""
         tiles = most_tiles or self.tiles
-        if self.keeps_aspect:
-            return _most_pixels(_list_grids(2, tiles), width, height, side)
-        return _closest_ratio(_list_grids(1, tiles), width, height, side)
+        if self.grids:
+            return tuple(grid for grid in self.grids if grid[0] * grid[1] <= tiles)
+        return _list_wide_grids(tiles) if self.keeps_aspect else _list_tall_grids(tiles)
 
     def describe(self) -> str:
         """Return the rule in words, as people read it in a run's report."""
@@ -99,6 +108,11 @@ class TiledImage:
         """The name of the image."""
         return self.image.name
 
+    @property
+    def is_outside(self) -> bool:
+        """Whether the image is outside of the data set's folder, so that no page shows it."""
+        return bool(getattr(self.image, "is_outside", False))
+
     def open(self) -> Image.Image:
         """Return the whole image in RGB, or raise a UserError that names it."""
         return self.image.open()
@@ -133,8 +147,8 @@ def _list_views(grid: Grid, has_thumbnail: bool, thumbnail_first: bool) -> tuple
 
 
 @functools.cache
-def _list_grids(least_tiles: int, most_tiles: int) -> tuple[Grid, ...]:
-    """Return the grids of some numbers of tiles, fewest tiles first, then fewest columns.
+def _list_tall_grids(most_tiles: int) -> tuple[Grid, ...]:
+    """Return the grids of up to so many tiles, fewest tiles first, then fewest columns.
 
     That is the order of InternVL's, which decides between grids that are as good.
     """
@@ -142,14 +156,23 @@ def _list_grids(least_tiles: int, most_tiles: int) -> tuple[Grid, ...]:
         (rows, columns)
         for columns in range(1, most_tiles + 1)
         for rows in range(1, most_tiles // columns + 1)
-        if least_tiles <= rows * columns
     ]
     return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
 
 
+@functools.cache
+def _list_wide_grids(most_tiles: int) -> tuple[Grid, ...]:
+    """Return the grids of 2 and up to so many tiles, fewest tiles first, then fewest rows.
+
+    The published list of LLaVA-NeXT begins so.
+    """
+    grids = [grid for grid in _list_tall_grids(most_tiles) if grid != SINGLE_VIEW]
+    return tuple(sorted(grids, key=lambda grid: (grid[0] * grid[1], grid[0])))
+
+
 def _most_pixels(grids: Sequence[Grid], width: int, height: int, side: int) -> Grid:
     best, most_kept, least_wasted = SINGLE_VIEW, 0, math.inf
-    for rows, columns in sorted(grids, key=lambda grid: (grid[0] * grid[1], grid[0])):
+    for rows, columns in grids:
         canvas_width, canvas_height = columns * side, rows * side
         scale = min(canvas_width / width, canvas_height / height)
         kept = min(int(width * scale) * int(height * scale), width * height)

@@ -111,8 +111,28 @@ def release_overrides(config: ModelConfig) -> ReleaseOverrides:
         vision_norm=config.vision.norm,
         template_name=config.language.template,
         max_length=config.language.max_length,
+        has_own_views=False,
         view_settings=read_view_settings(config.vision),
     )
+
+
+def view_keys(settings: ViewSettings | None) -> dict[str, Any]:
+    """Return what `read_view_settings` has read, as keys of a recipe's `vision`."""
+    if settings is None:
+        return {}
+    tiling = settings.tiling
+    grids = [f"{rows}x{columns}" for rows, columns in tiling.grids]
+    return {
+        "tiling": {
+            "tiles": tiling.tiles,
+            "grid": tiling.grid,
+            "thumbnail": tiling.thumbnail,
+            "tags": settings.tags,
+            "max_views": settings.max_views,
+            "grids": grids or None,
+        },
+        "max_visual_tokens": settings.max_visual_tokens,
+    }
 
 
 def read_view_settings(vision: VisionEncoderConfig) -> ViewSettings | None:
@@ -121,7 +141,7 @@ def read_view_settings(vision: VisionEncoderConfig) -> ViewSettings | None:
     if tiling is None:
         return None
     return ViewSettings(
-        ImageTiling(tiling.tiles, tiling.grid, tiling.thumbnail),
+        ImageTiling(tiling.tiles, tiling.grid, tiling.thumbnail, tiling.grid_sizes),
         tiling.tags,
         tiling.max_views,
         vision.max_visual_tokens,

@@ -279,7 +279,7 @@ def _build_llava_state_dict(vlm: VLM, vocab_size: int, variant: LlavaVariant) ->
         weight = projector["0.weight"]
         state[f"{prefix}linear_2.weight"] = torch.eye(len(weight)).to(weight)
         state[f"{prefix}linear_2.bias"] = torch.zeros(len(weight)).to(weight)
-    return state | variant.tensors
+    return {**state, **variant.tensors}
 
 
 def _build_image_processor(transform: ImageTransform) -> Any:
