@@ -10,6 +10,7 @@ from typing import Any
 from vlbench.config.stage_schema import StageConfig
 from vlbench.connector.base import Connector
 from vlbench.model.connector_cost import count_connector_cost
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vlm import VLM
 from vlbench.text_files import read_csv
 from vlbench.train.run_folder import RunFolder
@@ -19,10 +20,12 @@ from vlbench.train.trainable_parts import trained_parameters
 def build_budget_card(
     stages: Mapping[str, StageConfig],
     run: RunFolder,
-    vlm: VLM,
+    vlm: LoadedVLM,
     spent_by_stage: Mapping[str, Mapping[str, float]],
 ) -> dict[str, Any]:
     """Return the fields of `ConnectorCost`, and beside them what was spent.
+
+    The cost of tiled images is that of one of `data.reference_image.REFERENCE_SIZE`.
 
     - `parts`: of each part the `total` parameters, and those `trained` in any stage
     - `step_seconds`: of each stage the median time of an optimizer step
@@ -43,13 +46,13 @@ def build_budget_card(
         if not seen.get("reduced_samples"):
             seen.pop("reduced_samples", None)
     return {
-        **count_connector_cost(vlm)._asdict(),
+        **count_connector_cost(vlm.model, vlm.processor.view_layout)._asdict(),
         "parts": {
             name: {
                 "total": sum(parameter.numel() for parameter in part.parameters()),
-                "trained": _count_trained(ran, vlm, name),
+                "trained": _count_trained(ran, vlm.model, name),
             }
-            for name, part in vlm.named_parts()
+            for name, part in vlm.model.named_parts()
         },
         "step_seconds": median_step_seconds(run.folder / "metrics.csv"),
         **seen,
