@@ -14,6 +14,7 @@ from vlbench.connector.patch_windows import (
     check_window,
     split_windows,
     spread_shares,
+    window_grid,
 )
 
 
@@ -44,6 +45,7 @@ class AttentionPoolConnector(Connector):
         inner = max(1, round(shapes.lm_width * mlp_ratio))
         self.grid, self.window, self.heads = shapes.grid, window, width // head_width
         self.tokens_per_image = shapes.patches // window**2
+        self.token_grid = window_grid(shapes.grid, window)
         self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(width, width) for _ in range(4))
         self.gate_proj = nn.Linear(width, inner, bias=False)
         self.up_proj = nn.Linear(width, inner, bias=False)

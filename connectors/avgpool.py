@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
 from vlbench.connector.base import Connector, Shapes
-from vlbench.connector.patch_windows import check_window
+from vlbench.connector.patch_windows import check_window, window_grid
 
 
 class AvgPoolConnector(Connector):
@@ -23,6 +23,7 @@ class AvgPoolConnector(Connector):
         self.grid = shapes.grid
         self.pool = pool
         self.tokens_per_image = shapes.patches // pool**2
+        self.token_grid = window_grid(shapes.grid, pool)
         self.layers = nn.Sequential(
             nn.Linear(shapes.vision_width, shapes.lm_width),
             nn.GELU(),

@@ -38,6 +38,7 @@ class CAbstractor(Connector):
                 f"{shapes.grid[1]} patches, so at most {min(shapes.grid)} is allowed"
             )
         self.grid, self.tokens_per_image = shapes.grid, side**2
+        self.token_grid = (side, side)
         self.positions = nn.Parameter(torch.zeros(1, shapes.patches, shapes.vision_width))
         # LayerNorm: with BatchNorm an image's tokens would depend on the other images of the batch
         layers: dict[str, Any] = {"act_layer": nn.SiLU, "norm_layer": LayerNorm2d}

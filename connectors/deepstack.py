@@ -51,7 +51,7 @@ class DeepStackConnector(Connector):
         _check_options(shapes, levels, blocks, first)
         mlp = registry.load_connector("llava_mlp")(shapes, depth, norm, mlp_ratio)
         self.layers: Any = mlp.layers
-        self.tokens_per_image = shapes.patches
+        self.tokens_per_image, self.token_grid = shapes.patches, shapes.grid
         self.inject_layers = tuple(range(first, first + levels))
         used = shapes.vision_layer + 1
         spread = tuple(used * number // (levels + 1) - 1 for number in range(1, levels + 1))

@@ -45,7 +45,7 @@ class DenseConnector(Connector):
             )
         if mlp_ratio <= 0:
             raise ValueError(f"connector dense: mlp_ratio is {mlp_ratio}; it must be above 0")
-        self.tokens_per_image = shapes.patches
+        self.tokens_per_image, self.token_grid = shapes.patches, shapes.grid
         bounds = [used * number // groups for number in range(groups + 1)]
         spans = [range(*pair) for pair in itertools.pairwise(bounds)]
         self._groups = spans if average else [span[-1:] for span in spans]

@@ -110,6 +110,7 @@ class EvaConnector(Connector):
         if mask_weight < 0:
             raise ValueError(f"connector eva: mask_weight is {mask_weight}; it must not be below 0")
         self.tokens_per_image, self.grid = shapes.patches, shapes.grid
+        self.token_grid = shapes.grid
         self.hidden_count = max(1, round(mask_ratio * shapes.patches))
         self.mask_weight = mask_weight
         self.rope = RotaryEmbeddingCat(

@@ -23,7 +23,7 @@ class LinearConnector(Connector):
     def __init__(self, shapes: Shapes) -> None:
         """Build the layer from `shapes.vision_width` to `shapes.lm_width`."""
         super().__init__()
-        self.tokens_per_image = shapes.patches
+        self.tokens_per_image, self.token_grid = shapes.patches, shapes.grid
         self.layers = nn.Sequential(nn.Linear(shapes.vision_width, shapes.lm_width))
 
     def forward(self, features: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class LlavaMLP(Connector):
             )
         hidden = max(1, round(shapes.lm_width * mlp_ratio))
         self._has_released_width = hidden == shapes.lm_width
-        self.tokens_per_image = shapes.patches
+        self.tokens_per_image, self.token_grid = shapes.patches, shapes.grid
         widths = [shapes.vision_width] + [hidden] * (depth - 1) + [shapes.lm_width]
         layers: list[nn.Module] = []
         for index in range(depth):

@@ -66,6 +66,7 @@ class MixedConnector(Connector):
             if not 1 <= value <= most:
                 raise ValueError(f"connector mixed: {name} is {value}; allowed are 1 to {most}")
         self.tokens_per_image = self.inner.tokens_per_image
+        self.token_grid = self.inner.token_grid
         self.class_token = self.inner.class_token
         self.vision_layers = self.inner.vision_layers
         self.question_length = self.inner.question_length

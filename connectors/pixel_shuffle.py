@@ -8,7 +8,7 @@ model's width.
 from torch import Tensor, nn
 
 from vlbench.connector.base import Connector, Shapes
-from vlbench.connector.patch_windows import check_window, split_windows
+from vlbench.connector.patch_windows import check_window, split_windows, window_grid
 
 
 class PixelShuffleConnector(Connector):
@@ -23,6 +23,7 @@ class PixelShuffleConnector(Connector):
         self.grid = shapes.grid
         self.shuffle_factor = shuffle
         self.tokens_per_image = shapes.patches // shuffle**2
+        self.token_grid = window_grid(shapes.grid, shuffle)
         width = shapes.vision_width * shuffle**2
         self.layers = nn.Sequential(
             nn.LayerNorm(width),

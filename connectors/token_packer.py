@@ -13,6 +13,7 @@ from vlbench.connector.patch_windows import (
     check_window,
     split_windows,
     spread_shares,
+    window_grid,
 )
 
 
@@ -37,6 +38,7 @@ class TokenPackerConnector(Connector):
             )
         self.grid, self.scale, self.heads = shapes.grid, scale, width // head_width
         self.tokens_per_image = shapes.patches // scale**2
+        self.token_grid = window_grid(shapes.grid, scale)
         self.query_proj = nn.Linear(shapes.vision_width, width, bias=False)
         self.key_proj, self.value_proj = (_mlp(shapes.vision_width, width) for _ in range(2))
         self.ln_q, self.ln_k, self.ln_v = (nn.LayerNorm(width, eps=1e-6) for _ in range(3))

@@ -18,6 +18,7 @@ from vlbench.contract_checks.small_model import (
     open_gates,
 )
 from vlbench.data.packing import PackedBatch
+from vlbench.data.view_layout import ViewSettings
 from vlbench.model.generation.kv_cache import PrefixCache
 from vlbench.model.loaded_vlm import LoadedVLM
 
@@ -36,9 +37,13 @@ CHECKPOINT = Path(__file__).parent / "goldens" / "yi_vl" / "checkpoint"
 SMALL = SMALL_OPTIONS
 
 
-def small_vlm(connector: type[Connector], options: dict[str, Any] | None = None) -> LoadedVLM:
+def small_vlm(
+    connector: type[Connector],
+    options: dict[str, Any] | None = None,
+    view_settings: ViewSettings | None = None,
+) -> LoadedVLM:
     """Build the model with `connector`, always the same."""
-    return build_small_vlm(connector, options, CHECKPOINT)
+    return build_small_vlm(connector, options, CHECKPOINT, view_settings=view_settings)
 
 
 def assert_plain_logits(vlm: LoadedVLM, batch: PackedBatch) -> None:

@@ -32,7 +32,7 @@ STAGES = {
     "6b": ("size=6b",),
     "34b": ("size=34b", "stages.chat.train.vision=null", LORA),
 }
-ROW = SampleShape(2048, 1, 500)
+ROW = SampleShape(2048, 1, 1, 1024, 500)
 CASES = [
     ("6b", False, 2),
     pytest.param("6b", True, 2, marks=pytest.mark.slow),

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import lightning.pytorch as pl
 import pytest
 import torch
+from PIL import Image
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import (
@@ -408,6 +409,18 @@ def test_pil_image_processor_of_llava():
         do_pad=True, size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}, resample=3
     )
     assert processor.do_pad and processor.crop_size["height"] == 8
+
+
+def test_pil_image_processor_of_llava_next():
+    processor = transformers_internals.pil_llava_next_image_processor()(
+        size={"shortest_edge": 8},
+        crop_size={"height": 8, "width": 8},
+        resample=3,
+        image_grid_pinpoints=[[8, 16], [16, 8]],
+    )
+    inputs = processor(Image.new("RGB", (32, 16)), return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 3, 3, 8, 8)  # the thumbnail and two tiles
+    assert inputs["image_sizes"].tolist() == [[16, 32]]
 
 
 def test_text_embeddings_of_blip2():

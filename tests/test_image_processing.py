@@ -16,13 +16,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vlbench.data.image_processing import (
-    MAX_SIDE,
     ImageFile,
     ImageTransform,
     blank_image,
     open_image,
 )
 from vlbench.data.packing import normalize_levels
+from vlbench.data.square_images import MAX_SIDE
 from vlbench.errors import UserError
 
 GOLDEN = Path(__file__).parent / "goldens/yi_vl/tiny_a"

@@ -177,7 +177,9 @@ def test_operations_are_those_of_a_counted_step(recipe, stage):
         sum(len(b.pixels) for b in batches),
         sum(b.supervised_token_count for b in batches),
     )
-    sample = SampleShape(*(one / len(lengths) for one in (sum(lengths), images, learned)))
+    places = images * vlm.model.connector.tokens_per_image
+    totals = (sum(lengths), images, images, places, learned)
+    sample = SampleShape(*(one / len(lengths) for one in totals))
     flops = count_step_flops(meta_vlm(recipes.load_recipe([f"recipe={recipe}"]), stage).model)
     spared = flops.per_attended_pair * sum(
         n * (n - 1) / 2 for n in lengths
@@ -195,7 +197,7 @@ def test_a_few_layers_tell_what_many_take():
         vlm.model, lambda few: meta_vlm(resolved, "chat", few or many), "bf16"
     )
     assert len(rehearsals.simulated_depths) == 3
-    row = SampleShape(300, 2, 100)
+    row = SampleShape(300, 2, 2, 2 * vlm.connector.tokens_per_image, 100)
     shallow = rehearsals.peak_memory(row, "full")
     deep = max(
         StepSimulator(vlm.model, "bf16").simulate_step(row, "full").values(),
@@ -229,7 +231,7 @@ def test_a_few_blocks_tell_what_many_take_where_a_connector_names_them(
         vlm.model, lambda few: meta_vlm(resolved, "chat", few or depth), "bf16"
     )
     assert [tuple(filter(None, one)) for one in rehearsals.simulated_depths] == simulated
-    row = SampleShape(300, 2, 100)
+    row = SampleShape(300, 2, 2, 2 * vlm.connector.tokens_per_image, 100)
     deep = StepSimulator(vlm.model, "bf16").simulate_step(row, mode).values()
     deepest = max(deep, key=lambda one: sum(one.values()))
     assert rehearsals.peak_memory(row, mode) == pytest.approx(deepest, rel=1e-6)

@@ -180,7 +180,8 @@ def test_another_image_size_keeps_the_questions():
 
 
 def test_a_planned_row_has_questions_of_full_length(vlm):
-    row = build_row_batch(SampleShape(40, 3, 5), vlm.connector, (3, 28, 28))
+    shape = SampleShape(40, 3, 3, 3 * vlm.connector.tokens_per_image, 5)
+    row = build_row_batch(shape, vlm.connector, (3, 28, 28))
     assert [len(ids) for ids in row.question_rows()] == [128] * 3
 
 

@@ -15,23 +15,27 @@ import torch
 from PIL import Image
 
 from vlbench.config.key_types import SampleFormat
-from vlbench.data.chat_template import ChatTemplate
-from vlbench.data.image_decoding import to_rgb_image
-from vlbench.data.image_processing import ImageFile, ImageTransform
-from vlbench.data.packing import (
-    PackedBatch,
+from vlbench.data.batch_images import (
     assign_image_index,
+    join_views,
+    repeat_by_view,
     stack_pixels,
     stack_questions,
 )
+from vlbench.data.chat_template import ChatTemplate
+from vlbench.data.image_decoding import to_rgb_image
+from vlbench.data.image_processing import ImageFile, ImageTransform
+from vlbench.data.packing import PackedBatch
 from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, LazyImage, Sample, check_turns
 from vlbench.data.sample_encoding import (
     Questions,
     SampleEncoder,
+    encode_image_spans,
     encode_questions,
     tokenize_pieces,
 )
 from vlbench.data.tokenizer import Tokenizer
+from vlbench.data.view_layout import TiledSample, ViewLayout, ViewSettings
 from vlbench.errors import BadSample, UserError
 
 ChatMessage = dict[str, Any]
@@ -70,24 +74,52 @@ class Processor:
     transform: ImageTransform
     """The one image transform of training, evaluation and chat, at the model's image size."""
     tokens_per_image: int
-    """Image positions that one image takes."""
+    """Image positions that one image takes; of a tiled one, visual tokens of a view."""
     max_length: int
     """Length in tokens at which samples of a training are cut."""
     max_positions: int
     """Positions of the language model: a prompt has fewer."""
     question_length: int = 0
     """Tokens of an image's question that the connector reads; 0: none."""
+    token_grid: tuple[int, int] | None = None
+    """Rows and columns in which the visual tokens lie over a view; see `Connector.token_grid`."""
+    view_settings: ViewSettings | None = None
+    """How images become views; None: each is one."""
+
+    def __post_init__(self) -> None:
+        tiling = self.view_settings.tiling if self.view_settings else None
+        if self.transform.tiling != tiling:
+            transform = replace(self.transform, tiling=tiling)
+            object.__setattr__(self, "transform", transform)  # the class is frozen
+
+    @property
+    def view_layout(self) -> ViewLayout | None:
+        """The views of images at this image size, and the order of their tokens."""
+        if self.view_settings is None:
+            return None
+        return ViewLayout(
+            self.view_settings,
+            self.transform.crop,
+            self.tokens_per_image,
+            self.token_grid,
+            self.transform.exif,
+        )
 
     def with_image_inputs(
-        self, transform: ImageTransform, tokens_per_image: int, question_length: int
+        self,
+        transform: ImageTransform,
+        tokens_per_image: int,
+        question_length: int,
+        token_grid: tuple[int, int] | None = None,
     ) -> Processor:
-        """Return the processor for another image size; how images are decoded stays."""
+        """Return the processor for another image size; how images are decoded and tiled stays."""
         transform = replace(transform, draft=self.transform.draft, exif=self.transform.exif)
         return replace(
             self,
             transform=transform,
             tokens_per_image=tokens_per_image,
             question_length=question_length,
+            token_grid=token_grid,
         )
 
     def with_decoding(self, draft: bool, exif: bool) -> Processor:
@@ -115,15 +147,28 @@ class Processor:
             self.max_length,
             sample_format,
             self.question_length,
+            self.view_layout,
         )
 
     def encode_prompt(self, sample: Sample) -> list[int]:
-        """Return the token ids of a sample's prompt, `tokens_per_image` positions per image.
+        """Return the token ids of a sample's prompt, with the image positions of its images."""
+        return self._encode_prompt(sample, self._tile(sample))
+
+    def _tile(self, sample: Sample) -> TiledSample | None:
+        """Return the sample with the views of its images; None where images are not tiled."""
+        layout = self.view_layout
+        try:
+            return layout.tile_sample(sample) if layout else None
+        except BadSample as bad:
+            raise UserError(f"the conversation {bad.reason}") from bad
+
+    def _encode_prompt(self, sample: Sample, tiled: TiledSample | None) -> list[int]:
+        """Return the token ids of a sample's prompt, whose images may be tiled.
 
         The text is cut at the image placeholders and each piece is tokenised on its own, as in the
         reference implementation of Yi-VL.
         """
-        text = self.template.render_prompt(sample.turns)
+        text, layout = self.template.render_prompt(sample.turns), self.view_layout
         if text.count(IMAGE_PLACEHOLDER) != len(sample.images):
             raise UserError(
                 f"{text.count(IMAGE_PLACEHOLDER)} image placeholders for {len(sample.images)} "
@@ -134,6 +179,7 @@ class Processor:
             self.tokenizer,
             self.tokens_per_image,
             self.template.has_all_tokens,
+            encode_image_spans(tiled, layout, self.tokenizer) if tiled and layout else None,
         )
         input_ids = [token_id for piece_ids, _ in pieces for token_id in piece_ids]
         if len(input_ids) >= self.max_positions:
@@ -146,18 +192,27 @@ class Processor:
 
     def collate_prompts(self, samples: Sequence[Sample]) -> PackedBatch:
         """Return prompts as one batch on the CPU, padded on the left, one sample per row."""
-        prompts = [self.encode_prompt(sample) for sample in samples]
+        tiled_samples = [self._tile(sample) for sample in samples]
+        prompts = [
+            self._encode_prompt(sample, tiled)
+            for sample, tiled in zip(samples, tiled_samples, strict=True)
+        ]
+        samples = [
+            tiled.sample if tiled else sample
+            for sample, tiled in zip(samples, tiled_samples, strict=True)
+        ]
         length = max(map(len, prompts))
         input_ids = torch.zeros(len(prompts), length, dtype=torch.long)
         sample_index = torch.full_like(input_ids, -1)
         image_index = torch.full_like(input_ids, -1)
+        image_lengths = [tiled.image_lengths if tiled else None for tiled in tiled_samples]
         first_image = 0
         for row, token_ids in enumerate(prompts):
             start = length - len(token_ids)
             input_ids[row, start:] = torch.tensor(token_ids)
             sample_index[row, start:] = row
             image_index[row, start:] = assign_image_index(
-                input_ids[row, start:], self.tokens_per_image, first_image
+                input_ids[row, start:], image_lengths[row] or self.tokens_per_image, first_image
             )
             first_image += len(samples[row].images)
         images = [image for sample in samples for image in sample.images]
@@ -175,7 +230,16 @@ class Processor:
                 for token_ids in prompts
             ],
             supervised_token_count=0,
-            question_ids=stack_questions([self._encode_questions(sample) for sample in samples]),
+            question_ids=stack_questions(
+                [repeat_by_view(self._encode_questions(one), one.images) for one in samples]
+            ),
+            **join_views(
+                [
+                    (sample.images, tiled.visual_index if tiled else None)
+                    for sample, tiled in zip(samples, tiled_samples, strict=True)
+                ],
+                self.tokens_per_image,
+            ),
         )
 
     def _encode_questions(self, sample: Sample) -> Questions | None:

@@ -14,27 +14,32 @@ from vlbench.check.sample_checks import StageCheck
 from vlbench.check.source_pass import GoodSamples, SourcePass, SourceSummary
 from vlbench.check.supervision_audit import AuditSample, choose_samples, render_audit
 from vlbench.config.schema import Recipe
+from vlbench.connector.base import Connector
 from vlbench.data.chat_template import ChatTemplate
 from vlbench.data.chosen_samples import base_source, source_identity
 from vlbench.data.conversation_files import ConversationFiles
+from vlbench.data.image_processing import ImageTransform
 from vlbench.data.own_template import bind_template
 from vlbench.data.preflight import PreflightReport
 from vlbench.data.sample import SampleSource
 from vlbench.data.sample_encoding import CachedTokenizer, SampleEncoder
 from vlbench.data.shards import WebDatasetShards
 from vlbench.data.tokenizer import Tokenizer
+from vlbench.data.view_layout import ViewLayout
 from vlbench.errors import escape_to_one_line
+from vlbench.model.build_vlm import read_view_settings
 from vlbench.model.language_model import tokenizer_folder
 from vlbench.system_errors import explain_unwritable
 from vlbench.text_files import replace_when_written, write_for_people
 from vlbench.train.run_report import describe_template, stage_label
-from vlbench.train.shape_checks import image_transforms_by_stage, tokens_per_image_by_stage
+from vlbench.train.shape_checks import connectors_by_stage, image_transforms_by_stage
 from vlbench.train.stage_plan import (
     StageRun,
     check_source_bad_samples,
     plan_stage_runs,
     refuse_missing_images,
 )
+from vlbench.train.view_report import describe_view_counts
 
 FILE_SOURCES = (ConversationFiles, WebDatasetShards)  # they read files; scenes are rendered
 MAX_SAMPLES_SHOWN = 6  # on the audit page, of each source in each stage
@@ -56,7 +61,8 @@ def run_check(recipe: Recipe, folder: Path) -> int:
         UserError: training would not start with these data, or `folder` cannot be written.
     """
     stage_runs = plan_stage_runs(recipe.selected_data, recipe.last_stage_data)
-    tokens_per_image = tokens_per_image_by_stage(recipe.model, stage_runs)
+    connectors = connectors_by_stage(recipe.model, stage_runs)
+    transforms = image_transforms_by_stage(recipe.model, stage_runs)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -68,11 +74,12 @@ def run_check(recipe: Recipe, folder: Path) -> int:
         SampleEncoder(
             cached_tokenizer,
             template,
-            stage_tokens,
+            connector.tokens_per_image,
             recipe.language.max_length,
             stage_run.stage.sample_format,
+            view_layout=_view_layout(recipe, connector, transform),
         )
-        for stage_run, stage_tokens in zip(stage_runs, tokens_per_image, strict=True)
+        for stage_run, connector, transform in zip(stage_runs, connectors, transforms, strict=True)
     ]
     checks = _stage_checks(stage_runs, encoders)
     workers = recipe.data.workers or os.cpu_count() or 1
@@ -90,7 +97,6 @@ def run_check(recipe: Recipe, folder: Path) -> int:
     lines += _stage_lines(stage_runs, checks, summaries)
     lines += ["", *_summary_lines(log)]
     settings = f"Recipe {recipe.recipe}, size {recipe.size}, template {recipe.language.template}"
-    transforms = image_transforms_by_stage(recipe.model, stage_runs)
     audit_samples = [
         AuditSample(stage_run.name, sample, encoder, transform)
         for stage_run, encoder, transform in zip(stage_runs, encoders, transforms, strict=True)
@@ -104,6 +110,22 @@ def run_check(recipe: Recipe, folder: Path) -> int:
     print(f"\nwrote {folder}: report.txt, findings.jsonl, audit.html (what the model reads)")
     _refuse_bad_data(stage_runs, checks, summaries)
     return 0
+
+
+def _view_layout(
+    recipe: Recipe, connector: Connector, transform: ImageTransform
+) -> ViewLayout | None:
+    """Return the views of images in a stage with that connector; None where images have one."""
+    settings = read_view_settings(recipe.vision)
+    if settings is None:
+        return None
+    return ViewLayout(
+        settings,
+        transform.crop,
+        connector.tokens_per_image,
+        connector.token_grid,
+        recipe.model.apply_exif,
+    )
 
 
 def _check_source(
@@ -166,7 +188,7 @@ def _stage_lines(
         encoder = of_stage[0].encoder
         yield (
             f"\nstage {stage_label(stage_run.name, stage_run.stage.image_size)}: "
-            f"{encoder.tokens_per_image} tokens per image, "
+            f"{encoder.tokens_per_image} tokens per {'view' if encoder.view_layout else 'image'}, "
             f"{encoder.sample_format}"
         )
         for check in of_stage:
@@ -200,11 +222,24 @@ def _length_lines(lengths: StageCheck) -> Iterator[str]:
         f"    tokens of a sample: median {tokens[count // 2]}, 99 % up to "
         f"{tokens[min(count - 1, count * 99 // 100)]}, longest {tokens[-1]} (limit {max_length})"
     )
+    yield from _view_lines(lengths)
     bins = Counter((length - 1).bit_length() for length in tokens)
     largest = max(bins.values())
     for power in range(min(bins), max(bins) + 1):
         bar = "#" * -(-40 * bins[power] // largest)
         yield f"    {1 << max(0, power - 1):>6} to {1 << power:<6} {bins[power]:>8}  {bar}".rstrip()
+
+
+def _view_lines(check: StageCheck) -> Iterator[str]:
+    """Yield how many views images have, and how many samples have fewer than they could."""
+    if not check.view_counts:
+        return
+    yield f"    views of an image: {describe_view_counts(check.view_counts)}"
+    if check.reduced_samples:
+        yield (
+            f"    {check.reduced_samples} samples have fewer tiles than they could, for "
+            "vision.max_visual_tokens"
+        )
 
 
 def _summary_lines(log: FindingLog) -> Iterator[str]:

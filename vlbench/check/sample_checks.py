@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from vlbench.check.findings import CUT, ODD, REFUSED, DataFinding, make_finding
 from vlbench.data.chat_template import ChatTemplate
 from vlbench.data.feature_store import content_key
+from vlbench.data.image_tiling import count_views
 from vlbench.data.sample import IMAGE_PLACEHOLDER, LazyImage, Sample
 from vlbench.data.sample_encoding import IGNORE_INDEX, NoImage, SampleEncoder
 from vlbench.errors import BadSample, UserError
@@ -72,6 +74,10 @@ class StageCheck:
     """Positions of each sample, image positions included."""
     supervised_tokens: int = 0
     image_count: int = 0
+    view_counts: Counter[int] = field(default_factory=Counter)
+    """How many images have that many views, where images are tiled."""
+    reduced_samples: int = 0
+    """Samples with fewer tiles than they could have, for `vision.max_visual_tokens`."""
     skipped_samples: int = 0
     """Samples without an image, in a stage that trains on captions."""
 
@@ -101,6 +107,9 @@ class StageCheck:
             label != IGNORE_INDEX for label in encoded.labels[:max_length]
         )
         self.image_count += len(encoded.sample.images)
+        if self.encoder.view_layout:
+            self.view_counts.update(map(count_views, encoded.sample.images))
+            self.reduced_samples += encoded.is_reduced
 
     def finish(self) -> Iterator[DataFinding]:
         """Yield a finding if the stage cannot use any sample."""

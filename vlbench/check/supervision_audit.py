@@ -12,6 +12,7 @@ from PIL import Image
 
 from vlbench.data.image_folder import page_refusal
 from vlbench.data.image_processing import ImageTransform
+from vlbench.data.image_tiling import TiledImage
 from vlbench.data.sample import LazyImage, Sample
 from vlbench.data.sample_encoding import (
     IGNORE_INDEX,
@@ -103,7 +104,8 @@ def split_into_spans(
 ) -> Iterator[SampleSpan]:
     """Yield the spans of a sample: the positions of one image, text that is read or learned.
 
-    A token is learned where the label of the position before it is this token.
+    A token is learned where the label of the position before it is this token. Tags between the
+    views of an image are text that is read; the image is shown in the first of its spans.
     """
     kinds = []
     for position, token in enumerate(encoded.input_ids):
@@ -112,22 +114,32 @@ def split_into_spans(
             kinds.append("image")
         else:
             kinds.append("read" if label_before == IGNORE_INDEX else "learned")
-    position, images = 0, iter(encoded.sample.images)
+    images = encoded.sample.images
+    lengths = encoded.image_lengths or [encoded.tokens_per_image] * len(images)
+    unseen, left, position = iter(zip(images, lengths, strict=True)), 0, 0
     for kind, group in groupby(kinds):
-        length = len(list(group))
-        if kind == "image":
-            for _ in range(length // encoded.tokens_per_image):
-                image = next(images)
+        length = rest = len(list(group))
+        while kind == "image" and rest:
+            uri = ""
+            if not left:
+                image, left = next(unseen)
                 refusal = page_refusal(image)
                 uri = "" if refusal else _thumbnail_uri(image, transform)
-                yield SampleSpan(kind, refusal or image.name, encoded.tokens_per_image, uri)
-        else:
+            count = min(rest, left)
+            yield SampleSpan(kind, refusal or image.name, count, uri)
+            rest, left = rest - count, left - count
+        if kind != "image":
             text = decode(encoded.input_ids[position : position + length], keep_special=True)
             yield SampleSpan(kind, text, length)
         position += length
 
 
 def _thumbnail_uri(lazy_image: LazyImage, transform: ImageTransform) -> str:
-    image = Image.fromarray(transform.resize_and_crop(transform.open_image(lazy_image)))
+    """Return the square that the encoder sees, or the whole image of which it sees tiles."""
+    opened = transform.open_image(lazy_image)
+    if isinstance(lazy_image, TiledImage):
+        image = opened.copy()  # which is then shrunk in place
+    else:
+        image = Image.fromarray(transform.resize_and_crop(opened))
     image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.LANCZOS)
     return image_data_uri(image, "JPEG", quality=80)

@@ -11,7 +11,7 @@ BenchmarkName = Literal["mmmu", "cmmmu"]
 ProtocolName = Literal["yi", "official", "lmms", "strict", "raw"]
 TemplateName = Literal["auto", "yi_vl", "chatml", "llava_v1"]
 DtypeName = Literal["float32", "bf16", "bfloat16", "fp16", "float16"]
-ExportFormat = Literal["yi_vl", "hf_llava", "yi_vl_hf", "vlbench"]
+ExportFormat = Literal["yi_vl", "hf_llava", "hf_llava_next", "yi_vl_hf", "vlbench"]
 BudgetName = Literal["params", "visual_tokens", "flops"]
 ListedKind = Literal["recipes", "sizes", "connectors", "encoders", "data"]
 MAX_SEED = 2**32 - 1
@@ -244,7 +244,7 @@ class ExportArguments:
     model: str = model_argument()
     out: str = new_folder_argument()
     format: ExportFormat = argument(
-        "the released layout of Yi-VL, that of transformers' LLaVA, or a checkpoint",
+        "the released layout of Yi-VL, that of transformers' LLaVA or LLaVA-NeXT, or a checkpoint",
         metavar="NAME",
         other_names=("layout",),
     )

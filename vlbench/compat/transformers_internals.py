@@ -162,6 +162,19 @@ def pil_llava_image_processor() -> type[Any]:
     return LlavaImageProcessorPil
 
 
+def pil_llava_next_image_processor() -> type[Any]:
+    """Return LLaVA-NeXT's image processor that resizes with PIL.
+
+    `models.llava_next.image_processing_pil_llava_next.LlavaNextImageProcessorPil`; if it moves,
+    `export format=hf_llava_next` breaks.
+    """
+    from transformers.models.llava_next.image_processing_pil_llava_next import (
+        LlavaNextImageProcessorPil,
+    )
+
+    return LlavaNextImageProcessorPil
+
+
 def compile_chat_template(text: str) -> Any:
     """Compile a Jinja chat template in the sandbox in which transformers renders them.
 

@@ -23,12 +23,16 @@ from vlbench.strict_values import STRICT, convert_value, is_null, read_value
 PartName = Literal["vision", "second_vision", "connector", "language"]
 SampleFormat = Literal["caption", "chat"]
 OnBadSample = Literal["auto", "quarantine", "stop"]
+TilingRule = Literal["llava_next", "internvl"]
+ViewTags = Literal["none", "newline", "numbered"]
 PART_NAMES: tuple[str, ...] = get_args(PartName)
 """In the order of their tensors in files; a model of one vision encoder has no `second_vision`."""
 ENCODER_PARTS = PART_NAMES[:2]
 EXCLUSIVE_KEYS = (("epochs", "steps"), ("train", "mix"), ("only", "from"))
 """Pairs of keys of one mapping of which one at most has a value."""
 MAX_IMAGE_SIZE = 4096  # pixels of a vision encoder's side; those in use have 224 to 1024
+MAX_TILES = 64  # of an image; 6 to 12 are usual
+GRID_PATTERN = re.compile("([1-9][0-9]?)x([1-9][0-9]?)")
 MAX_COUNT = 1_000_000_000  # steps, samples, tokens: three orders above what anybody trains with
 MAX_BATCH_SIZE = 1_000_000  # CLIP models are trained with up to 164,000
 MAX_ROW_TOKENS = 1 << 20  # eight times the usual longest contexts; `plan` takes half a minute
@@ -45,6 +49,13 @@ def check_stage_name(name: str, info: ValidationInfo) -> str:
     if not STAGE_NAME_PATTERN.fullmatch(name):
         raise ValueError(f"must be letters, digits and _, given '{name}'")
     return name
+
+
+def check_grid_text(text: str) -> str:
+    """Return rows and columns of tiles, written as 2x3."""
+    if not GRID_PATTERN.fullmatch(text):
+        raise ValueError(f"must be ROWSxCOLUMNS, as in 2x3, given '{text}'")
+    return text
 
 
 def drop_frozen_parts(parts: Any) -> Any:
@@ -70,6 +81,7 @@ PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 StageName = Annotated[str, AfterValidator(check_stage_name)]
 StageNames = Annotated[tuple[StageName, ...], Field(min_length=1)]
 EncoderName = Annotated[PathText, AfterValidator(check_encoder_name)]
+GridText = Annotated[str, AfterValidator(check_grid_text)]
 BetaNumber = Annotated[float, Field(ge=0, le=0.999999)]
 
 

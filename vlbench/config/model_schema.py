@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from vlbench.command_line.arguments import TemplateName
 from vlbench.config.key_types import (
     MAX_COUNT,
     MAX_IMAGE_SIZE,
+    MAX_TILES,
+    Count,
     EncoderName,
+    GridText,
     PathText,
     RecipeSection,
+    TilingRule,
+    ViewTags,
     key,
 )
 from vlbench.encoder_names import EMBEDDED_ENCODERS, is_hub_name
@@ -76,6 +81,42 @@ class SecondEncoderConfig(NamedEncoderConfig):
     )
 
 
+class TilingConfig(RecipeSection):
+    """How an image becomes several views of the encoder's size; the defaults are LLaVA-NeXT's."""
+
+    tiles: int = key("most tiles of an image, beside its thumbnail", 4, ge=1, le=MAX_TILES)
+    grid: TilingRule = key(
+        "llava_next: most pixels, padded; internvl: closest shape, squashed", "llava_next"
+    )
+    thumbnail: bool = key("tiled images have a view of the whole as well", True)
+    tags: ViewTags = key(
+        "newline: learned, after each row of tokens; numbered: text before views", "newline"
+    )
+    max_views: Count | None = key("a sample with more views is bad; null: any number", None)
+    grids: Annotated[tuple[GridText, ...], Field(min_length=1)] | None = key(
+        "the only grids, ROWSxCOLUMNS, as a release may have; null: all of up to `tiles`", None
+    )
+
+    @property
+    def grid_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of each of `grids`; () for null."""
+        texts = self.grids or ()
+        return tuple((int(rows), int(columns)) for rows, columns in (t.split("x") for t in texts))
+
+    @model_validator(mode="after")
+    def _check_grids(self) -> Self:
+        least = 2 if self.grid == "llava_next" else 1
+        for rows, columns in self.grid_sizes:
+            if not least <= rows * columns <= self.tiles:
+                raise ValueError(
+                    f"has {rows}x{columns} among its grids; with grid={self.grid} and "
+                    f"tiles={self.tiles} a grid has {least} to {self.tiles} tiles"
+                )
+        if len(set(self.grid_sizes)) < len(self.grid_sizes):
+            raise ValueError(f"has a grid twice: {', '.join(self.grids or ())}")
+        return self
+
+
 class VisionEncoderConfig(NamedEncoderConfig):
     """The vision encoder."""
 
@@ -90,6 +131,24 @@ class VisionEncoderConfig(NamedEncoderConfig):
     layer: int = key("block whose output the connector gets; -1 is the last", -2, ge=-100, le=99)
     norm: bool = key("apply the encoder's final LayerNorm to its features", False)
     second: SecondEncoderConfig | None = key("a second vision encoder; null: none", None)
+    tiling: TilingConfig | None = key("several views of an image; null: one square", None)
+    max_visual_tokens: Count | None = key(
+        "image positions of a sample, to which tiles are reduced; null: any number", None
+    )
+
+    @model_validator(mode="after")
+    def _check_tiling(self) -> Self:
+        if self.max_visual_tokens is not None and self.tiling is None:
+            raise ValueError(
+                f"has max_visual_tokens={self.max_visual_tokens} and no tiles to reduce: give "
+                "vision.tiling.tiles"
+            )
+        if self.tiling is not None and self.second is not None:
+            raise ValueError(
+                f"has tiling and second.name={self.second.name}: the views of an image are those "
+                "of one encoder; leave one of the two out"
+            )
+        return self
 
     def with_random_weights(self) -> Self:
         """Return it with random weights, those of the second too."""

@@ -160,6 +160,23 @@ class Recipe(RecipeSection):
         return self
 
     @model_validator(mode="after")
+    def _check_tiling(self) -> Self:
+        if self.vision.tiling is None:
+            return self
+        for name, stage in self.stages.items():
+            if stage.objective != "language":
+                raise ValueError(
+                    f"has vision.tiling and stages.{name}.objective={stage.objective}, which "
+                    "compares captions with images of one view; give vision.tiling=null"
+                )
+        if self.trainer.feature_cache is not None:
+            raise ValueError(
+                "has vision.tiling and trainer.feature_cache, which has one view of an image; "
+                "leave one of the two out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_decoding(self) -> Self:
         for place, data in self.data_by_key.items():
             for option in ("decode", "exif"):

@@ -52,17 +52,41 @@ class ImagePlaces:
     """`[rows, length]` int64, the index among the images of the batch of the nearest image before a
     position in the same sample, or of its own image at an image position; -1 for none."""
     token_index: Tensor
-    """`[rows, length]` int64, at an image position its number among those of its image, from 0 to
-    `tokens_per_image` - 1; -1 at text and padding."""
+    """`[rows, length]` int64, at an image position its number among those of its view, from 0 to
+    `tokens_per_image` - 1; -1 at text, newlines and padding."""
+    view_index: Tensor | None = None
+    """`[rows, length]` int64, at an image position its view, a row of what `forward` returned; -1
+    as in `token_index`. None: images are not tiled, and it is `image_index`."""
+    view_bounds: Tensor | None = None
+    """`[images + 1]` int64: the views of image i are `view_bounds[i]` to `view_bounds[i + 1] - 1`.
+    None: each image has one."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that there are by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Any]) -> ImagePlaces:
+        """Return the places of which `tensors` has the tensors, among others."""
+        optional = (tensors.get(name) for name in ("view_index", "view_bounds"))
+        return cls(tensors["image_index"], tensors["token_index"], *optional)
 
     def select(self, rows: slice, columns: slice) -> ImagePlaces:
         """Return the places of some rows and columns."""
-        return ImagePlaces(self.image_index[rows, columns], self.token_index[rows, columns])
+        views = None if self.view_index is None else self.view_index[rows, columns]
+        return ImagePlaces(
+            self.image_index[rows, columns],
+            self.token_index[rows, columns],
+            views,
+            self.view_bounds,
+        )
 
     def next_text(self) -> ImagePlaces:
         """Return the places `[rows, 1]` of the text that follows the last column."""
         last = self.image_index[:, -1:].clone()
-        return ImagePlaces(last, torch.full_like(last, -1))
+        none = torch.full_like(last, -1)
+        views = None if self.view_index is None else none
+        return ImagePlaces(last, none, views, self.view_bounds)
 
 
 class Connector(nn.Module):
@@ -82,7 +106,10 @@ class Connector(nn.Module):
     for values that contradict each other or do not fit the shapes.
     """
     tokens_per_image: int = 1
-    """Image positions that one image takes in the token sequence."""
+    """Image positions that one image takes in the token sequence; of a tiled image, one view."""
+    token_grid: tuple[int, int] | None = None
+    """Rows and columns in which the visual tokens lie over the image, row by row, so that those of
+    tiles make rows of the whole image, without what is padded; None: they have no places in it."""
     replaces_image_tokens: bool = True
     """What replaces the embeddings at image positions: the visual tokens, or (False) the learned
     `image_embedding`."""

@@ -18,11 +18,12 @@ def blank_features(
     shapes: Shapes,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "meta",
+    views: int = 1,
 ) -> Levels:
-    """Return zeros as the features of one image that `connector` reads."""
+    """Return zeros as the features of the views of one image that `connector` reads."""
     length = shapes.patches + connector.class_token
     levels = tuple(
-        torch.zeros(1, length, shapes.vision_width, dtype=dtype, device=device)
+        torch.zeros(views, length, shapes.vision_width, dtype=dtype, device=device)
         for _ in connector.vision_layers or (None,)
     )
     return levels if connector.vision_layers else levels[0]
@@ -33,11 +34,20 @@ def blank_inputs(
     shapes: Shapes,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "meta",
+    views: int = 1,
 ) -> tuple[Any, ...]:
-    """Return the arguments of `connector`'s forward for one image, and what is asked about it."""
-    features = blank_features(connector, shapes, dtype, device)
+    """Return the arguments of `connector`'s forward for one image, and what is asked about it.
+
+    Args:
+        connector: The connector.
+        shapes: Those that it was built for.
+        dtype: Of the features.
+        device: Where they are.
+        views: Of the image, if it is tiled.
+    """
+    features = blank_features(connector, shapes, dtype, device, views)
     if not connector.question_length:
         return (features,)
     length = min(QUESTION_TOKENS, connector.question_length)
-    embeddings = torch.zeros(1, length, shapes.lm_width, dtype=dtype, device=device)
-    return features, Question(embeddings, torch.full((1,), length, device=device))
+    embeddings = torch.zeros(views, length, shapes.lm_width, dtype=dtype, device=device)
+    return features, Question(embeddings, torch.full((views,), length, device=device))

@@ -15,6 +15,11 @@ def check_window(connector: str, option: str, side: int, grid: tuple[int, int]) 
         )
 
 
+def window_grid(grid: tuple[int, int], side: int) -> tuple[int, int]:
+    """Return rows and columns of the windows of `side` x `side` patches of a grid."""
+    return grid[0] // side, grid[1] // side
+
+
 def split_windows(features: Tensor, grid: tuple[int, int], side: int) -> Tensor:
     """Cut `[images, patches, width]` into windows `[images x windows, side^2, width]`.
 

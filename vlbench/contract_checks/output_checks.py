@@ -24,6 +24,11 @@ def check_shapes(vlm: LoadedVLM) -> None:
         require(
             level.dim() == 3 and len(level) == 2, f"forward gave {list(level.shape)} for 2 images"
         )
+    grid, tokens = connector.token_grid, connector.tokens_per_image
+    require(
+        grid is None or grid[0] * grid[1] == tokens,
+        f"token_grid is {grid}, and tokens_per_image {tokens}",
+    )
     if connector.replaces_image_tokens:
         connector.check_output(visual, 2, width)
         return

@@ -5,6 +5,7 @@ An image of 28 pixels has 2 x 2 patches; the vision encoder and the language mod
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from vlbench.data.chat_template import CHAT_TEMPLATES
 from vlbench.data.packing import PackedBatch, collate
 from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
 from vlbench.data.tokenizer import Tokenizer
+from vlbench.data.view_layout import ViewSettings
 from vlbench.model.decoder_families import DecoderModel
 from vlbench.model.language_model import TINY_LANGUAGE_FOLDER
 from vlbench.model.loaded_vlm import LoadedVLM, assemble_vlm
@@ -57,6 +59,8 @@ class NoiseImage:
     """An image of noise that only its seed decides."""
 
     seed: int
+    size: tuple[int, int] = (IMAGE_SIDE, IMAGE_SIDE)
+    """Width and height in pixels."""
 
     @property
     def name(self) -> str:
@@ -66,7 +70,8 @@ class NoiseImage:
     def open(self) -> Image.Image:
         """Return the picture."""
         generator = torch.Generator().manual_seed(self.seed)
-        values = torch.randint(0, 255, (IMAGE_SIDE, IMAGE_SIDE, 3), generator=generator)
+        width, height = self.size
+        values = torch.randint(0, 255, (height, width, 3), generator=generator)
         return Image.fromarray(values.byte().numpy())
 
 
@@ -75,10 +80,16 @@ def build_small_vlm(
     options: Mapping[str, Any] | None = None,
     tokenizer_folder: Path = TINY_LANGUAGE_FOLDER,
     language: DecoderModel | None = None,
+    view_settings: ViewSettings | None = None,
 ) -> LoadedVLM:
     """Build the model with `connector`, always the same, in training mode.
 
-    `language` is another language model, 32 wide, than that of `build_small_language`.
+    Args:
+        connector: The connector's class.
+        options: Its options.
+        tokenizer_folder: A tokenizer, in Hugging Face's layout.
+        language: Another language model, 32 wide, than that of `build_small_language`.
+        view_settings: How images become views; None: each is one.
     """
     torch.manual_seed(0)
     blocks, heads = 3, 2
@@ -96,6 +107,7 @@ def build_small_vlm(
         tokenizer,
         CHAT_TEMPLATES["yi_vl"],
         512,
+        view_settings,
     )
     return vlm.train()
 
@@ -139,12 +151,28 @@ def make_batch(vlm: LoadedVLM, rows: Sequence[Sequence[Sample]]) -> PackedBatch:
     """Encode samples into the rows of one batch, pixels in float32."""
     encoder = vlm.processor.sample_encoder()
     encoded = [[encoder.encode(sample) for sample in row] for row in rows]
-    return collate(encoded, lambda image: vlm.processor.transform(image.open()))
+    return collate(encoded, vlm.processor.transform.load_pixels)
 
 
 def make_double_batch(vlm: LoadedVLM, rows: Sequence[Sequence[Sample]]) -> PackedBatch:
     """Encode samples into the rows of one batch, pixels in float64."""
     return make_batch(vlm, rows).to("cpu", torch.float64)
+
+
+def join_views(batch: PackedBatch, image_counts: Sequence[int], tokens: int) -> PackedBatch:
+    """Return a batch whose images are views of fewer: each of so many neighbours in a sample.
+
+    `tokens` are the visual tokens of a view; the texts between them stay.
+    """
+    bounds = torch.tensor([0, *itertools.accumulate(image_counts)])
+    image_of_view = torch.repeat_interleave(torch.tensor(image_counts))
+    image_of_view = torch.cat([image_of_view, torch.tensor([-1])])  # the last one is that of -1
+    return replace(
+        batch,
+        image_index=image_of_view[batch.image_index],
+        visual_index=torch.arange(len(batch.pixels) * tokens),
+        view_bounds=bounds,
+    )
 
 
 def extend_prompt(batch: PackedBatch, token: int) -> PackedBatch:

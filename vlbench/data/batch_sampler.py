@@ -19,7 +19,8 @@ from vlbench.data.shuffle import SourceMixture
 from vlbench.errors import BadSample, UserError
 
 PixelsByImage = dict[LazyImage, "Tensor | UserError"]
-"""The uint8 pixels `[3, height, width]` of images that were opened, or why they cannot be."""
+"""The uint8 pixels `[3, height, width]` of images that were opened, or why they cannot be; of a
+`TiledImage` they are `[views, 3, height, width]`."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -83,10 +84,11 @@ class StepDataset(Dataset[OptimizerStep]):
             RowPlan(
                 [positions[i] for i in row],
                 [len(samples[i].input_ids) for i in row],
-                sum(len(samples[i].sample.images) for i in row),
+                sum(samples[i].view_count for i in row),
                 sum(samples[i].supervised_token_count for i in row),
                 sum(samples[i].is_truncated for i in row),
                 sum(samples[i].lost_supervised_tokens for i in row),
+                sum(samples[i].is_reduced for i in row),
             )
             for row in pack_samples(samples, self.max_tokens_per_row)
         ]

@@ -6,19 +6,23 @@ that its decoder needs for it is computed, before anything is decoded.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from io import BytesIO
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from vlbench.errors import UserError, one_line
 from vlbench.process_settings import ignore_thread_warnings
 from vlbench.regular_files import format_bytes
+from vlbench.text_files import LFS_POINTER
 
 IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 """Formats that are decoded inside this process; others (EPS, PDF) would start programs."""
+LFS_MESSAGE = "is a Git-LFS pointer and not the image; run git lfs pull"
 MAX_PIXELS = 178_956_970  # PIL's own limit; larger images are refused
 MAX_DECODING_BYTES = 850_000_000  # of memory for one image: a JPEG or PNG of MAX_PIXELS needs 716
 DECODING_BYTES = {"WEBP": 17, "JPEG2000": 25, "AVIF": 13}
@@ -28,6 +32,7 @@ RGB_BYTES = 4  # per pixel of an image of PIL in RGB
 _MODE_BYTES = {"RGB": 0, "1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}
 """Bytes per pixel beside those of the result; 4 in the other modes."""
 _STRIP_PIXELS = 1 << 20  # of 16-bit gray that are scaled at once
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 _TILE_WIDTH, _TILE_HEIGHT = 322, 323  # tags of a TIFF
 
 
@@ -40,13 +45,48 @@ def decode_rgb(
     pixels. An image of more than `max_pixels` is not decoded. Raises a UserError that calls the
     image `name`.
     """
+    with open_header(source, name, max_pixels) as image:
+        if draft_side:
+            image.draft(None, _reduced_size(image.size, draft_side))
+        return _convert_rgb(image)
+
+
+def read_header_size(source: BinaryIO | BytesIO, name: str, exif: bool) -> tuple[int, int]:
+    """Return the width and height that `decode_rgb` gives, with the header alone where it tells.
+
+    With `exif` they are those of the image turned as its EXIF orientation says. Raises a UserError
+    that calls the image `name`.
+    """
+    with open_header(source, name) as image:
+        is_turned = (exif or image.format == "TIFF") and _read_orientation(image) in SIDEWAYS
+        if is_turned and image.format == "TIFF":  # PIL turns it itself, in some versions
+            return ImageOps.exif_transpose(image).size if exif else _convert_rgb(image).size
+        width, height = image.size
+        return (height, width) if is_turned else (width, height)
+
+
+def _read_orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of an image, 1 for none; a UserError if it cannot be read."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception as error:  # a parser of EXIF may raise anything on broken bytes
+        reason = one_line(error, max_lines=1)
+        raise UserError(
+            f"its EXIF cannot be read ({reason}); data.exif=ignore leaves it alone"
+        ) from error
+
+
+@contextlib.contextmanager
+def open_header(
+    source: BinaryIO | BytesIO, name: str, max_pixels: int = MAX_PIXELS
+) -> Iterator[Image.Image]:
+    """Open an image whose pixels are not decoded yet; errors in `with` become a UserError."""
     with ignore_thread_warnings():
         try:
             with Image.open(source, formats=readable_formats()) as image:
                 _check_size(image, max_pixels)
-                if draft_side:
-                    image.draft(None, _reduced_size(image.size, draft_side))
-                return _convert_rgb(image)
+                yield image
+                return
         except Image.DecompressionBombError:
             reason = _too_large_message("it", MAX_PIXELS)
         except UnidentifiedImageError:
@@ -56,6 +96,13 @@ def decode_rgb(
         except Exception as error:  # a decoder may raise anything on a broken file
             reason = f"cannot be read, it is broken or cut off ({one_line(error, max_lines=1)})"
     raise UserError(f"{name}: {reason}")
+
+
+def refusal_reason(beginning: bytes) -> str:
+    """Return why a file with this beginning is no image, or an empty text."""
+    if not beginning:
+        return "is empty (0 bytes)"
+    return LFS_MESSAGE if beginning.startswith(LFS_POINTER) else ""
 
 
 def to_rgb_image(image: Image.Image, name: str) -> Image.Image:

@@ -18,23 +18,25 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from vlbench.config.key_types import MAX_IMAGE_SIZE
-from vlbench.data.image_decoding import MAX_PIXELS, decode_rgb
+from vlbench.data.image_decoding import MAX_PIXELS, decode_rgb, refusal_reason
 from vlbench.data.image_folder import is_inside, outside_message
+from vlbench.data.image_size import file_image_size, read_image_size
+from vlbench.data.image_tiling import ImageTiling, TiledImage
 from vlbench.data.sample import LazyImage
-from vlbench.errors import UserError, one_line
+from vlbench.data.square_images import crop_strip, pad_square, turn_upright
+from vlbench.data.view_pixels import cut_views
+from vlbench.errors import UserError
 from vlbench.regular_files import MAX_IMAGE_BYTES, describe_failure, open_regular, read_regular
 from vlbench.text_files import LFS_POINTER
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAX_SIDE = 8000  # pixels, longest side of a square canvas (64 megapixels) and of its content
 MAX_RESIZED_SIDE = 2 * MAX_IMAGE_SIZE  # pixels, shortest edge; a release resizes to 1.15 crops
 INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "nearest")
-LFS_MESSAGE = "is a Git-LFS pointer and not the image; run git lfs pull"
 _ZERO_MARK = "vlbench: zero"  # a key in the `info` of the image of a ZeroImage
 _TRANSFORM_RULES = (
     "bicubic, pad at floor, centre crop, 1/255 in float64, normalise in float32, 8000"
@@ -71,6 +73,11 @@ class ImageFile:
         self.refuse_outside()
         return open_image(self.path, draft_side)
 
+    def read_size(self, exif: bool) -> tuple[int, int]:
+        """Return width and height in pixels from the header of the file."""
+        self.refuse_outside()
+        return file_image_size(self.path, exif)
+
     def read_bytes(self) -> bytes:
         """Return the bytes of the file; a UserError names one that cannot be read."""
         self.refuse_outside()
@@ -97,7 +104,7 @@ def open_image(path: str | Path, draft_side: int = 0) -> Image.Image:
     except (OSError, ValueError) as error:
         raise UserError(f"image {path}: {describe_failure(error)}") from None
     with file:
-        refusal = _refusal_reason(file.read(len(LFS_POINTER)))
+        refusal = refusal_reason(file.read(len(LFS_POINTER)))
         if refusal:
             raise UserError(f"image {path}: {refusal}")
         file.seek(0)
@@ -111,17 +118,10 @@ def open_image_bytes(
 
     An image of more than `max_pixels` is refused before it is decoded.
     """
-    refusal = _refusal_reason(data)
+    refusal = refusal_reason(data)
     if refusal:
         raise UserError(f"{name}: {refusal}")
     return decode_rgb(BytesIO(data), name, draft_side, max_pixels)
-
-
-def _refusal_reason(beginning: bytes) -> str:
-    """Return why a file with this beginning is no image, or an empty text."""
-    if not beginning:
-        return "is empty (0 bytes)"
-    return LFS_MESSAGE if beginning.startswith(LFS_POINTER) else ""
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,8 @@ class ImageTransform:
         interpolation: Of the resize, one of INTERPOLATIONS.
         second: What a second vision encoder sees of the same image: three further channels. Of two
             sizes the smaller is in the top left corner, with zeros beside it.
+        tiling: By which rule an image becomes several views, squares of `crop` pixels; None: it is
+            one. A `TiledImage` is what has its grid; `size`, `pad` and `squash` are then unused.
     """
 
     size: int
@@ -153,6 +155,7 @@ class ImageTransform:
     squash: bool = False
     interpolation: str = "bicubic"
     second: ImageTransform | None = None
+    tiling: ImageTiling | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.crop <= self.size:
@@ -168,27 +171,49 @@ class ImageTransform:
         return 3 if self.second is None else 6
 
     def load_pixels(self, image: LazyImage) -> Tensor:
-        """Open an image and return its float32 pixels `[channels, crop, crop]`."""
-        return self(self.open_image(image))
+        """Open an image and return its float32 pixels `[channels, crop, crop]`.
+
+        Of a `TiledImage` they are those of its views, `[views, channels, crop, crop]`.
+        """
+        opened = self.open_image(image)
+        return self._view_pixels(opened, image) if isinstance(image, TiledImage) else self(opened)
 
     def open_image(self, image: LazyImage) -> Image.Image:
         """Open an image in RGB, at the size and in the orientation in which it is transformed."""
-        open_draft = getattr(image, "open_draft", None) if self.draft and self.pad else None
         side = max(self.size, self.second.size if self.second else 0)
+        can_draft = self.draft and self.pad
+        if isinstance(image, TiledImage):
+            can_draft, side = self.draft, image.draft_side(self._require_tiling(), self.crop)
+            image = image.image
+        open_draft = getattr(image, "open_draft", None) if can_draft else None
         opened: Image.Image = open_draft(side) if open_draft else image.open()
-        return _turn_upright(opened, image.name) if self.exif else opened
+        return turn_upright(opened, image.name) if self.exif else opened
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Return float32 pixels `[channels, crop, crop]`; those of a ZeroImage are all 0."""
         own = self._pixels(image)
         return own if self.second is None else _stack_channels(own, self.second(image))
 
+    def _view_pixels(self, image: Image.Image, tiled: TiledImage) -> Tensor:
+        """Return float32 pixels `[views, 3, crop, crop]`; those of a ZeroImage are all 0."""
+        import torch
+
+        if _ZERO_MARK in image.info:
+            return torch.zeros(len(tiled.views), 3, self.crop, self.crop)
+        return torch.stack([self._normalize(view) for view in self.cut_views(image, tiled)])
+
     def _pixels(self, image: Image.Image) -> Tensor:
         import torch
 
         if _ZERO_MARK in image.info:
             return torch.zeros(3, self.crop, self.crop)
-        planes = self.resize_and_crop(image).transpose(2, 0, 1)
+        return self._normalize(self.resize_and_crop(image))
+
+    def _normalize(self, square: NDArray[np.uint8]) -> Tensor:
+        """Return `[crop, crop, 3]` normalised, `[3, crop, crop]`."""
+        import torch
+
+        planes = square.transpose(2, 0, 1)
         pixels = np.empty(planes.shape, np.float32)
         for plane, values, channel in zip(planes, self._level_values(), pixels, strict=True):
             np.take(values, plane, out=channel, mode="clip")  # clip: no bounds check per pixel
@@ -197,12 +222,18 @@ class ImageTransform:
     def load_levels(self, image: LazyImage) -> Tensor:
         """Open an image and return its uint8 pixels `[channels, crop, crop]`, not normalised.
 
+        Of a `TiledImage` they are those of its views, `[views, channels, crop, crop]`.
         `level_values` has what each of them becomes. Raises a UserError for a ZeroImage, which is
         no 8-bit image.
         """
+        import torch
+
         opened = self.open_image(image)
         if _ZERO_MARK in opened.info:
             raise UserError(f"image {image.name}: is absent, and can only be asked about")
+        if isinstance(image, TiledImage):
+            views = self.cut_views(opened, image).transpose(0, 3, 1, 2)
+            return torch.from_numpy(np.ascontiguousarray(views))
         own = self._levels(opened)
         return own if self.second is None else _stack_channels(own, self.second._levels(opened))
 
@@ -231,15 +262,25 @@ class ImageTransform:
         if self.squash:
             return np.asarray(image.resize((self.crop, self.crop), resample))
         if self.pad and image.width != image.height:
-            image = _pad_square(image, mean_colour(self.mean))
+            image = pad_square(image, mean_colour(self.mean))
         elif not self.pad:
-            image = _crop_strip(image, self.size)
+            image = crop_strip(image, self.size)
         width, height = image.size
         short, long = min(width, height), int(self.size * max(width, height) / min(width, height))
         edges = (self.size, long) if width == short else (long, self.size)
         image = image.resize(edges, resample)
         left, top = ((edge - self.crop) // 2 for edge in edges)
         return np.asarray(image.crop((left, top, left + self.crop, top + self.crop)))
+
+    def cut_views(self, image: Image.Image, tiled: TiledImage) -> NDArray[np.uint8]:
+        """Return the uint8 views `[views, crop, crop, 3]` of an opened image."""
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        resample = Image.Resampling[self.interpolation.upper()]
+        return cut_views(image, tiled, self._require_tiling(), self.crop, resample)
+
+    def _require_tiling(self) -> ImageTiling:
+        assert self.tiling is not None, "a TiledImage, and a transform without tiling"
+        return self.tiling
 
     def seen_box(self, width: int, height: int) -> tuple[float, float, float, float]:
         """Return where the pixels lie over an image: left, top, right, bottom.
@@ -265,15 +306,19 @@ class ImageTransform:
         square = "squashed to" if self.squash else "padded to" if self.pad else "cropped to"
         if not self.squash and self.size != self.crop:
             square = f"resized to {self.size} and {square}"
+        if self.tiling is not None:
+            square = f"{self.tiling.describe()}, each"
         text = f"{square} {self.crop} x {self.crop}, {self.interpolation}, mean {mean}, std {std}"
         return text if self.second is None else f"{text}; and {self.second.describe()}"
 
     def transform_hash(self) -> str:
         """Return a hash of 16 characters over everything that determines the result."""
         settings = {**asdict(self), "rules": _TRANSFORM_RULES}
-        for name in ("draft", "exif", "squash", "interpolation", "second"):
+        for name in ("draft", "exif", "squash", "interpolation", "second", "tiling"):
             if settings[name] == type(self).__dataclass_fields__[name].default:
                 del settings[name]  # keeps the hash of runs that are older than the option
+        if self.tiling is not None and not self.tiling.grids:
+            del settings["tiling"]["grids"]  # likewise
         text = json.dumps(settings, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -287,42 +332,10 @@ def _stack_channels(first: Tensor, second: Tensor) -> Tensor:
     return both
 
 
-def _turn_upright(image: Image.Image, name: str) -> Image.Image:
-    """Return an image turned as its EXIF orientation says; a UserError if that cannot be read."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception as error:  # a parser of EXIF may raise anything on broken bytes
-        reason = one_line(error, max_lines=1)
-        raise UserError(
-            f"image {name}: its EXIF cannot be read ({reason}); data.exif=ignore leaves it alone"
-        ) from error
-
-
 def mean_colour(mean: tuple[float, float, float]) -> tuple[int, int, int]:
     """Return the mean colour in 8 bits, truncated as in the reference."""
     red, green, blue = (int(channel * 255) for channel in mean)
     return red, green, blue
-
-
-def _pad_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """Centre an image in a square; an odd pixel of padding goes to the bottom or right."""
-    longest = max(image.size)
-    if longest > MAX_SIDE:  # a strip of 30000 x 2 would need a canvas of 2.7 GB
-        width, height = (max(1, round(edge * MAX_SIDE / longest)) for edge in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    side = max(image.size)
-    canvas = Image.new("RGB", (side, side), colour)
-    canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return canvas
-
-
-def _crop_strip(image: Image.Image, shortest_edge: int) -> Image.Image:
-    """Shorten a strip that would exceed MAX_SIDE; the centre crop drops its ends anyway."""
-    short = min(image.size)
-    longest = max(short, short * max(MAX_SIDE, 2 * shortest_edge) // shortest_edge)
-    width, height = (min(edge, longest) for edge in image.size)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
 
 
 @dataclass(frozen=True)
@@ -336,6 +349,10 @@ class BlankImage:
     def name(self) -> str:
         """The name of the replaced image."""
         return f"{self.image.name} (blank)"
+
+    def read_size(self, exif: bool) -> tuple[int, int]:
+        """Return width and height of what is opened: no picture, so never turned."""
+        return read_image_size(self.image)
 
     def open(self) -> Image.Image:
         """Return the plain image in RGB."""

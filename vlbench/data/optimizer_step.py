@@ -28,9 +28,11 @@ class RowPlan(NamedTuple):
     """The positions of its samples in the stream of the stage."""
     sample_lengths: list[int]
     image_count: int
+    """Of views, where images are tiled: what the vision encoder sees."""
     supervised_token_count: int
     truncated_samples: int = 0
     lost_supervised_tokens: int = 0
+    reduced_samples: int = 0
 
 
 @dataclass
@@ -87,11 +89,14 @@ class StepCounts(NamedTuple):
     tokens: int
     """Positions without padding."""
     images: int
+    """Views, where images are tiled."""
     samples: int
     truncated_samples: int = 0
     """Samples whose end was cut off at `language.max_length`."""
     lost_supervised_tokens: int = 0
     """Supervised tokens of these ends."""
+    reduced_samples: int = 0
+    """Samples with fewer tiles than they could have, for `vision.max_visual_tokens`."""
 
 
 @dataclass
@@ -125,7 +130,7 @@ class OptimizerStep:
             + sum(len(row.stream_index) for row in rows),
             *(
                 sum(getattr(each, name) for each in (*batches, *rows))
-                for name in ("truncated_samples", "lost_supervised_tokens")
+                for name in ("truncated_samples", "lost_supervised_tokens", "reduced_samples")
             ),
         )
 

@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlbench.data.sample import LazyImage
-from vlbench.data.sample_encoding import (
-    IGNORE_INDEX,
-    IMAGE_TOKEN_INDEX,
-    EncodedSample,
-    Questions,
+from vlbench.data.batch_images import (
+    assign_image_index,
+    join_views,
+    name_views,
+    repeat_by_view,
+    stack_pixels,
+    stack_questions,
 )
+from vlbench.data.sample import LazyImage
+from vlbench.data.sample_encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX, EncodedSample
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,13 @@ class PackedBatch:
     sample_index: Tensor
     """`[rows, length]` index into `sample_ids`, -1 at padding."""
     image_index: Tensor
-    """`[rows, length]` index into `pixels`: at an image position its image, at text the nearest
-    image before it in the same sample; -1 for none."""
+    """`[rows, length]` the images of the batch in their order: at an image position its image, at
+    text the nearest image before it in the same sample; -1 for none. Its views are at
+    `view_bounds`; where these are None, an image is a row of `pixels`."""
     pixels: Tensor
-    """`[images, 3, height, width]` in the order of the image positions: normalised, or the uint8
-    levels of the image, of which `level_values` has the normalised values."""
+    """`[views, 3, height, width]` in the order of images, one view of each unless it is tiled:
+    normalised, or the uint8 levels of the image, of which `level_values` has the normalised
+    values."""
     sample_ids: list[str]
     """The unique name of each sample (`Sample.unique_name`, not its id), in the order of rows."""
     sample_lengths: list[list[int]]
@@ -64,10 +69,11 @@ class PackedBatch:
     supervised_token_count: int
     """Number of supervised positions."""
     image_ids: list[str] = field(default_factory=list)
-    """The unique name of each image of `pixels`: its sample and its number there."""
+    """The unique name of each view in `pixels`: its sample, its image's number there, and, of a
+    tiled image, its own."""
     features: Tensor | None = None
-    """`[images, patches, vision_width]`, cached output of a frozen vision encoder, or None;
-    `pixels` are then of size 0. Of several levels it is `[images, levels, patches, vision_width]`
+    """`[views, patches, vision_width]`, cached output of a frozen vision encoder, or None;
+    `pixels` are then of size 0. Of several levels it is `[views, levels, patches, vision_width]`
     (`vlbench.connector.levels.stack_levels`)."""
     level_values: Tensor | None = None
     """`[3, 256]` float32, the normalised value of each level of each channel, for uint8 pixels."""
@@ -87,8 +93,17 @@ class PackedBatch:
     contrast_pool: ContrastPool | None = None
     """The pairs of the global batch, in a step with a contrastive objective."""
     question_ids: Tensor | None = None
-    """`[images, length]` int64 token ids of the text of the human turn that shows each image, -1 at
+    """`[views, length]` int64 token ids of the text of the human turn that shows each view, -1 at
     padding, which is on the right; None where the connector reads none."""
+    visual_index: Tensor | None = None
+    """`[image positions]` int64, the visual token of each, counted over the batch's
+    `[views x tokens_per_image]`; NEWLINE_INDEX for the learned newline. None: they are in order,
+    one view of each image."""
+    view_bounds: Tensor | None = None
+    """`[images + 1]` int64: the views of image i are `view_bounds[i]` to `view_bounds[i + 1] - 1`.
+    None: each image has one."""
+    reduced_samples: int = 0
+    """Samples with fewer tiles than they could have, for `vision.max_visual_tokens`."""
 
     def sample_keys(self) -> list[str]:
         """Return a key for each sample that is unique in the step, however it is packed."""
@@ -139,7 +154,7 @@ class PackedBatch:
         return (self.input_ids.flatten() == IMAGE_TOKEN_INDEX).nonzero()[:, 0]
 
     def from_image(self, first: int, end: int | None = None) -> PackedBatch:
-        """Return the batch with the pixels and questions of its images `first` to `end` alone."""
+        """Return the batch with the pixels and questions of its views `first` to `end` alone."""
         ids = self.question_ids
         return replace(
             self,
@@ -177,8 +192,9 @@ def collate(
 ) -> PackedBatch:
     """Make a batch of rows of samples; shorter rows are padded on the right.
 
-    `load_pixels` returns the pixels `[3, height, width]` of an image; it is called once per use, in
-    the order of the image positions. Raises ValueError when ids, labels and images do not match.
+    `load_pixels` returns the pixels `[3, height, width]` of an image, of a `TiledImage`
+    `[views, 3, height, width]`; it is called once per use, in the order of the image positions.
+    Raises ValueError when ids, labels and images do not match.
     """
     length = max(sum(len(encoded.input_ids) for encoded in row) for row in rows)
     input_ids = torch.zeros(len(rows), length, dtype=torch.long)
@@ -201,12 +217,12 @@ def collate(
             position_ids[span] = torch.arange(end - start)
             sample_index[span] = len(sample_ids)
             image_index[span] = assign_image_index(
-                input_ids[span], encoded.tokens_per_image, len(images)
+                input_ids[span], encoded.image_lengths or encoded.tokens_per_image, len(images)
             )
             name = encoded.sample.unique_name
             sample_ids.append(name)
             captions.append(encoded.sample.caption_text)
-            image_ids += [f"{name} {number}" for number in range(len(encoded.sample.images))]
+            image_ids += name_views(name, encoded.sample.images)
             images += encoded.sample.images
             start = end
     return PackedBatch(
@@ -223,7 +239,14 @@ def collate(
         captions=captions,
         truncated_samples=sum(encoded.is_truncated for row in rows for encoded in row),
         lost_supervised_tokens=sum(e.lost_supervised_tokens for row in rows for e in row),
-        question_ids=stack_questions([encoded.questions for row in rows for encoded in row]),
+        question_ids=stack_questions(
+            [repeat_by_view(e.questions, e.sample.images) for row in rows for e in row]
+        ),
+        reduced_samples=sum(encoded.is_reduced for row in rows for encoded in row),
+        **join_views(
+            [(e.sample.images, e.visual_index) for row in rows for e in row],
+            rows[0][0].tokens_per_image,
+        ),
     )
 
 
@@ -240,35 +263,37 @@ def _check_encoded(encoded: EncodedSample) -> None:
         raise ValueError(f"{name}: the id of an image position is a label")
 
 
-def assign_image_index(input_ids: Tensor, tokens_per_image: int, first_image: int) -> Tensor:
-    """Return the image of each position of a sample `[length]`, counted from `first_image`."""
-    # image positions up to and with this one
-    count = (input_ids == IMAGE_TOKEN_INDEX).long().cumsum(0)
-    image = (count + tokens_per_image - 1) // tokens_per_image - 1
-    return torch.where(image < 0, image, image + first_image)
-
-
 def number_image_tokens(batch: PackedBatch, tokens_per_image: int) -> Tensor:
-    """Return `[rows, length]`: at an image position its number within its image, elsewhere -1."""
-    positions = batch.find_image_positions()
-    numbers = torch.arange(len(positions), device=positions.device) % tokens_per_image
-    token_index = batch.input_ids.new_full((batch.input_ids.numel(),), -1)
-    token_index[positions] = numbers
-    return token_index.view(batch.input_ids.shape)
+    """Return `[rows, length]`: at an image position its number within its view, elsewhere -1.
 
-
-def stack_questions(questions: Sequence[Questions | None]) -> Tensor | None:
-    """Return the `question_ids` of a batch from those of its samples; None where none is read.
-
-    At least one position is there, so that what reads questions runs in every micro-batch.
+    It is -1 at a newline, too.
     """
-    if any(of_sample is None for of_sample in questions):
+    positions = batch.find_image_positions()
+    if batch.visual_index is None:
+        numbers = torch.arange(len(positions), device=positions.device) % tokens_per_image
+    else:
+        index = batch.visual_index
+        numbers = torch.where(index < 0, index, index % tokens_per_image)
+    return _at_positions(batch, positions, numbers)
+
+
+def number_image_views(batch: PackedBatch, tokens_per_image: int) -> Tensor | None:
+    """Return `[rows, length]`: the view in `pixels` at an image position, elsewhere -1.
+
+    It is -1 at a newline, too. None where images are not tiled: there it is the image.
+    """
+    if batch.visual_index is None:
         return None
-    read = [ids for of_sample in questions for ids in of_sample or ()]
-    stacked = torch.full((len(read), max([1, *map(len, read)])), -1)
-    for row, ids in enumerate(read):
-        stacked[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
-    return stacked
+    index = batch.visual_index
+    views = torch.where(index < 0, index, index.div(tokens_per_image, rounding_mode="floor"))
+    return _at_positions(batch, batch.find_image_positions(), views)
+
+
+def _at_positions(batch: PackedBatch, positions: Tensor, values: Tensor) -> Tensor:
+    """Return `[rows, length]` with `values` at `positions`, and -1 elsewhere."""
+    spread = batch.input_ids.new_full((batch.input_ids.numel(),), -1)
+    spread[positions] = values
+    return spread.view(batch.input_ids.shape)
 
 
 def normalize_levels(levels: Tensor, level_values: Tensor) -> Tensor:
@@ -279,11 +304,6 @@ def normalize_levels(levels: Tensor, level_values: Tensor) -> Tensor:
     """
     channel_starts = torch.arange(0, level_values.numel(), 256, device=levels.device)
     return level_values.flatten().take(levels.long() + channel_starts[:, None, None])
-
-
-def stack_pixels(pixels: list[Tensor]) -> Tensor:
-    """Stack the pixels of images, `[images, 3, height, width]`; `[0, 3, 0, 0]` for none."""
-    return torch.stack(pixels) if pixels else torch.zeros(0, 3, 0, 0)
 
 
 def empty_batch(like: PackedBatch | None = None) -> PackedBatch:

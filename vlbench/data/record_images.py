@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from vlbench.data.image_processing import open_image_bytes
+from vlbench.data.image_size import bytes_image_size
 from vlbench.data.record_keys import is_metadata_key
 from vlbench.errors import BadSample, UserError
 
@@ -61,6 +62,10 @@ class EmbeddedImage:
     def open_draft(self, draft_side: int) -> Image.Image:
         """Return it in RGB; a JPEG may be downscaled to a longest edge >= `draft_side`."""
         return open_image_bytes(self.read_bytes(), f"image of {self.name}", draft_side)
+
+    def read_size(self, exif: bool) -> tuple[int, int]:
+        """Return width and height in pixels from the header of the image's file."""
+        return bytes_image_size(self.read_bytes(), f"image of {self.name}", exif)
 
     def read_bytes(self) -> bytes:
         """Return the bytes of the image's file; a UserError names what cannot be read."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from vlbench.config.key_types import SampleFormat
 from vlbench.data.chat_template import ChatTemplate, TextPiece
+from vlbench.data.image_tiling import count_views
 from vlbench.data.sample import (
     IMAGE_PLACEHOLDER,
     ChatTurn,
@@ -17,6 +19,7 @@ from vlbench.data.sample import (
     check_sample,
     read_questions,
 )
+from vlbench.data.view_layout import TiledSample, ViewLayout
 from vlbench.errors import BadSample, UserError
 
 IMAGE_TOKEN_INDEX = -200  # the id at image positions; no text is tokenized to it
@@ -83,11 +86,26 @@ class EncodedSample:
     """Supervised tokens of that end."""
     questions: Questions | None = None
     """For each image the ids of its question; None where the connector reads none."""
+    visual_index: list[int] | None = None
+    """For each image position the number of its visual token, counted over the sample's views
+    `[views x tokens_per_image]`, or NEWLINE_INDEX. None: untiled, they are in order. The images of
+    a tiled sample are `TiledImage`s."""
+    image_lengths: list[int] | None = None
+    """The image positions of each image; None: untiled, each has `tokens_per_image`."""
+    is_reduced: bool = False
+    """Whether its images have fewer tiles than they could, for `vision.max_visual_tokens`."""
 
     @property
     def image_position_count(self) -> int:
         """Number of image positions in `input_ids`."""
+        if self.image_lengths is not None:
+            return sum(self.image_lengths)
         return len(self.sample.images) * self.tokens_per_image
+
+    @property
+    def view_count(self) -> int:
+        """Number of views of its images: squares that the vision encoder sees."""
+        return sum(map(count_views, self.sample.images))
 
     @property
     def supervised_token_count(self) -> int:
@@ -107,12 +125,14 @@ class SampleEncoder:
     tokenizer: TokenEncoder
     chat_template: ChatTemplate
     tokens_per_image: int
-    """Image positions that one image takes."""
+    """Image positions that one image takes; of a tiled one, visual tokens of a view."""
     max_length: int
     """Tokens, image positions included; what is longer is cut at the end."""
     sample_format: SampleFormat = "chat"
     question_length: int = 0
     """Tokens of an image's question that the connector reads; 0: none."""
+    view_layout: ViewLayout | None = None
+    """The views of images and the order of their tokens; None: an image has one view."""
 
     def with_token_cache(self) -> SampleEncoder:
         """Return the encoder with a tokenizer that caches texts."""
@@ -125,15 +145,23 @@ class SampleEncoder:
 
         Raises:
             BadSample: images and placeholders differ in number, no supervised token is left, or
-                the cut to `max_length` would fall inside an image.
+                the cut to `max_length` would fall inside an image, the size of an image cannot be
+                read, or its views are too many.
             NoImage: a caption without an image.
         """
         check_sample(sample)
         input_ids: list[int] = []
         supervised: list[bool] = []
         try:
-            sample, pieces = self._render_pieces(sample)
-            for piece_ids, is_answer in pieces:
+            sample, pieces, has_all_tokens = self._render_pieces(sample)
+            tiled, spans = None, None
+            if self.view_layout is not None:
+                tiled = self.view_layout.tile_sample(sample)
+                sample = tiled.sample
+                spans = encode_image_spans(tiled, self.view_layout, self.tokenizer)
+            for piece_ids, is_answer in tokenize_pieces(
+                pieces, self.tokenizer, self.tokens_per_image, has_all_tokens, spans
+            ):
                 input_ids += piece_ids
                 supervised += [is_answer] * len(piece_ids)
             self.tokenizer.check_token_ids(input_ids)
@@ -143,7 +171,7 @@ class SampleEncoder:
             raise BadSample(sample.id, str(error)) from error
         full_length, lost_tokens = len(input_ids), sum(supervised[self.max_length :])
         input_ids, supervised = input_ids[: self.max_length], supervised[: self.max_length]
-        images = self._uncut_images(sample, input_ids)
+        images = self._uncut_images(sample, input_ids, tiled)
         labels = _next_token_labels(input_ids, supervised)
         if all(label == IGNORE_INDEX for label in labels):
             is_cut = full_length > len(input_ids)
@@ -158,6 +186,7 @@ class SampleEncoder:
             is_truncated=full_length > len(input_ids),
             lost_supervised_tokens=lost_tokens,
             questions=self._encode_questions(sample, len(images)),
+            **(tiled.encoded_fields(len(images)) if tiled else {}),
         )
 
     def _encode_questions(self, sample: Sample, image_count: int) -> Questions | None:
@@ -169,28 +198,46 @@ class SampleEncoder:
         questions = encode_questions(sample.turns, self.tokenizer, self.question_length)
         return questions[:image_count]
 
-    def _render_pieces(self, sample: Sample) -> tuple[Sample, Iterator[tuple[list[int], bool]]]:
-        """Return the sample as the stage learns it, and its (ids, supervised) pieces."""
-        if self.sample_format == "caption":
-            sample, pieces = _reduce_to_caption(sample)
-            has_all_tokens = False
-        else:
-            pieces = self.chat_template.render_pieces(sample.turns)
-            has_all_tokens = self.chat_template.has_all_tokens
-        return sample, tokenize_pieces(
-            pieces, self.tokenizer, self.tokens_per_image, has_all_tokens
-        )
+    def _render_pieces(self, sample: Sample) -> tuple[Sample, list[TextPiece], bool]:
+        """Return the sample as the stage learns it, its pieces, and whether they have all tokens.
 
-    def _uncut_images(self, sample: Sample, input_ids: list[int]) -> tuple[LazyImage, ...]:
+        See `ChatTemplate` for the last.
+        """
+        if self.sample_format == "caption":
+            return *_reduce_to_caption(sample), False
+        pieces = self.chat_template.render_pieces(sample.turns)
+        return sample, pieces, self.chat_template.has_all_tokens
+
+    def _uncut_images(
+        self, sample: Sample, input_ids: list[int], tiled: TiledSample | None
+    ) -> tuple[LazyImage, ...]:
         """Return the images whose image positions are left after the cut to `max_length`."""
-        count, rest = divmod(input_ids.count(IMAGE_TOKEN_INDEX), self.tokens_per_image)
+        rest, count = input_ids.count(IMAGE_TOKEN_INDEX), 0
+        lengths = tiled.image_lengths if tiled else [self.tokens_per_image] * len(sample.images)
+        while count < len(lengths) and rest >= lengths[count]:
+            rest -= lengths[count]
+            count += 1
         if rest:
+            remedy = "lower vision.max_visual_tokens" if tiled else "shorten the text"
             raise BadSample(
                 sample.id,
                 f"max_length={self.max_length} cuts through image {count + 1}, which takes "
-                f"{self.tokens_per_image} tokens; raise language.max_length or shorten the text",
+                f"{lengths[count]} tokens; raise language.max_length or {remedy}",
             )
         return sample.images[:count]
+
+
+def encode_image_spans(
+    tiled: TiledSample, layout: ViewLayout, tokenizer: TokenEncoder
+) -> list[list[int]]:
+    """Return the ids that stand for each image: its image positions, and the texts of its views."""
+    spans = []
+    for image, length in zip(tiled.images, tiled.image_lengths, strict=True):
+        tags = layout.view_tags(image)
+        view = [IMAGE_TOKEN_INDEX] * layout.tokens_per_view
+        tagged = [token for tag in tags for token in (*tokenizer.encode(tag, False), *view)]
+        spans.append(tagged or [IMAGE_TOKEN_INDEX] * length)
+    return spans
 
 
 def tokenize_pieces(
@@ -198,18 +245,22 @@ def tokenize_pieces(
     tokenizer: TokenEncoder,
     tokens_per_image: int,
     has_all_tokens: bool = False,
+    image_spans: Sequence[list[int]] | None = None,
 ) -> Iterator[tuple[list[int], bool]]:
     """Tokenize (text, supervised) pieces one by one; a placeholder becomes its image positions.
+
+    Those of a tiled sample are in `image_spans`, for each image.
 
     A BOS that the tokenizer puts before every text is kept at the very beginning only, and not
     there either with `has_all_tokens`, see `ChatTemplate`.
     """
+    spans = iter(image_spans or itertools.repeat([IMAGE_TOKEN_INDEX] * tokens_per_image))
     is_first, starts_with_bos = True, False
     for text, supervised in pieces:
         chunks = [text] if supervised else text.split(IMAGE_PLACEHOLDER)
         for number, chunk in enumerate(chunks):
             if number:
-                yield [IMAGE_TOKEN_INDEX] * tokens_per_image, False
+                yield next(spans), False
             if has_all_tokens:
                 yield list(tokenizer.encode(chunk, False)), supervised
                 continue

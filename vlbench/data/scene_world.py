@@ -94,6 +94,10 @@ class RenderedScene:
         )
         return row * self.grid + column
 
+    def read_size(self, exif: bool) -> tuple[int, int]:
+        """Return width and height in pixels."""
+        return IMAGE_SIDE, IMAGE_SIDE
+
     def open(self) -> Image.Image:
         """Paint the scene, 112 x 112 pixels, RGB."""
         canvas = paint_background(self.corner_colours, IMAGE_SIDE)

@@ -27,6 +27,7 @@ from PIL import Image
 from vlbench.data.content_parts import names_images
 from vlbench.data.conversation_record import sample_from_record
 from vlbench.data.image_processing import open_image_bytes
+from vlbench.data.image_size import partial_image_size
 from vlbench.data.location_errors import folder_remedy
 from vlbench.data.record_dialects import IMAGE_KEYS, has_turns
 from vlbench.data.record_files import unique_keys
@@ -84,8 +85,13 @@ class TarImage:
         """Return it in RGB; a JPEG may be downscaled to a longest edge >= `draft_side`."""
         return open_image_bytes(self._read_bytes(), self.name, draft_side)
 
-    def _read_bytes(self) -> bytes:
-        return read_member(self.tar, self.offset, self.size, self.header_crc)
+    def read_size(self, exif: bool) -> tuple[int, int]:
+        """Return width and height in pixels from the header of the image's file."""
+        return partial_image_size(self._read_bytes, self.size, self.name, exif)
+
+    def _read_bytes(self, most: int | None = None) -> bytes:
+        size = self.size if most is None else min(self.size, most)
+        return read_member(self.tar, self.offset, size, self.header_crc)
 
 
 class WebDatasetShards:

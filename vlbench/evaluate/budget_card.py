@@ -10,6 +10,7 @@ from typing import Any
 from vlbench.config.stage_schema import StageConfig
 from vlbench.connector.base import Connector
 from vlbench.model.connector_cost import count_connector_cost
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vlm import VLM
 from vlbench.text_files import read_csv
 from vlbench.train.run_folder import RunFolder
@@ -19,17 +20,21 @@ from vlbench.train.trainable_parts import trained_parameters
 def build_budget_card(
     stages: Mapping[str, StageConfig],
     run: RunFolder,
-    vlm: VLM,
+    vlm: LoadedVLM,
     spent_by_stage: Mapping[str, Mapping[str, float]],
 ) -> dict[str, Any]:
     """Return the fields of `ConnectorCost`, and beside them what was spent.
+
+    The cost of tiled images is that of one of `data.reference_image.REFERENCE_SIZE`.
 
     - `parts`: of each part the `total` parameters, and those `trained` in any stage
     - `step_seconds`: of each stage the median time of an optimizer step
     - `steps`, `epochs`: of each stage that was run; epochs are passes over its data
     - `samples`, `images`, `tokens_seen` (image positions included), `supervised_tokens`: what was
       trained on; `truncated_samples`, `lost_supervised_tokens`: what was cut off at
-      `language.max_length`. Absent in a run of a version that did not count them
+      `language.max_length`. Absent in a run of a version that did not count them. `images` are
+      views where images are tiled
+    - `reduced_samples`: samples with fewer tiles than they could have, if there were any
     - `unused_objectives`: those that the connector offers and no stage trained
 
     `spent_by_stage` are steps and epochs.
@@ -38,14 +43,16 @@ def build_budget_card(
     seen = dict((run.latest_position.seen if run.latest_position else None) or {})
     if seen:
         seen["tokens_seen"] = seen.pop("tokens")
+        if not seen.get("reduced_samples"):
+            seen.pop("reduced_samples", None)
     return {
-        **count_connector_cost(vlm)._asdict(),
+        **count_connector_cost(vlm.model, vlm.processor.view_layout)._asdict(),
         "parts": {
             name: {
                 "total": sum(parameter.numel() for parameter in part.parameters()),
-                "trained": _count_trained(ran, vlm, name),
+                "trained": _count_trained(ran, vlm.model, name),
             }
-            for name, part in vlm.named_parts()
+            for name, part in vlm.model.named_parts()
         },
         "step_seconds": median_step_seconds(run.folder / "metrics.csv"),
         **seen,

@@ -77,7 +77,7 @@ def write_results(
         "connector": registry.connector_label(recipe.connector["name"]),
         "seed": recipe.seed,
         "commit": git_commit(),
-        "budget": build_budget_card(recipe.stages, run, vlm.model, spent_by_stage),
+        "budget": build_budget_card(recipe.stages, run, vlm, spent_by_stage),
     }
     # the results have time and memory of the run without its probes
     if recipe.log.information_probes:

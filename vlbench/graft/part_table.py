@@ -12,6 +12,7 @@ from vlbench.config.key_types import ENCODER_PARTS
 from vlbench.config.model_schema import ModelConfig
 from vlbench.config.stage_schema import StageConfig
 from vlbench.connector import registry
+from vlbench.data.reference_image import largest_image
 from vlbench.model.activation_checkpointing import CHECKPOINTING_MODES
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.planner.gpu_table import GpuSpec, find_gpu, local_gpu
@@ -27,21 +28,33 @@ StageModels = Mapping[str, LoadedVLM]
 
 
 def shape_lines(config: ModelConfig, models: StageModels) -> list[str]:
-    """Return a table of the stages: image, patches, and what an image takes of the text."""
+    """Return a table of the stages: image, patches, and what an image takes of the text.
+
+    With tiles it is the image that takes most; with `vision.max_visual_tokens` no more than that.
+    """
+    limit = config.vision.max_visual_tokens
+    taken = ["tokens per image"]
+    if config.vision.tiling is not None:
+        taken = ["most views", "most tokens per image"]
     rows: list[tuple[str, ...]] = [
-        ("stage", "image", "patches", "features", "tokens per image", "left for text")
+        ("stage", "image", "patches", "features", *taken, "left for text")
     ]
     for name, vlm in models.items():
         encoder, shapes = vlm.vision, vlm.model.shapes
         tokens, length = vlm.connector.tokens_per_image, config.language.max_length
+        views: tuple[str, ...] = ()
+        if vlm.processor.view_layout is not None:
+            count, tokens = largest_image(vlm.processor.view_layout)
+            tokens, views = min(tokens, limit or tokens), (str(count),)
         rows.append(
             (
                 name,
                 f"{encoder.image_size} px",
                 f"{encoder.grid[0]} x {encoder.grid[1]} = {shapes.patches}",
                 f"{shapes.vision_width} wide",
+                *views,
                 str(tokens),
-                f"{length - tokens} of {length}",
+                f"{max(0, length - tokens)} of {length}",
             )
         )
     return format_table(rows)

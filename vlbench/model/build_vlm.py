@@ -10,8 +10,10 @@ import torch
 
 from vlbench.config.model_schema import ModelConfig, SecondEncoderConfig, VisionEncoderConfig
 from vlbench.connector import registry
+from vlbench.data.image_tiling import ImageTiling
 from vlbench.data.own_template import bind_template
 from vlbench.data.tokenizer import Tokenizer
+from vlbench.data.view_layout import ViewSettings
 from vlbench.model.language_model import (
     build_empty_language,
     build_language_model,
@@ -109,6 +111,40 @@ def release_overrides(config: ModelConfig) -> ReleaseOverrides:
         vision_norm=config.vision.norm,
         template_name=config.language.template,
         max_length=config.language.max_length,
+        has_own_views=False,
+        view_settings=read_view_settings(config.vision),
+    )
+
+
+def view_keys(settings: ViewSettings | None) -> dict[str, Any]:
+    """Return what `read_view_settings` has read, as keys of a recipe's `vision`."""
+    if settings is None:
+        return {}
+    tiling = settings.tiling
+    grids = [f"{rows}x{columns}" for rows, columns in tiling.grids]
+    return {
+        "tiling": {
+            "tiles": tiling.tiles,
+            "grid": tiling.grid,
+            "thumbnail": tiling.thumbnail,
+            "tags": settings.tags,
+            "max_views": settings.max_views,
+            "grids": grids or None,
+        },
+        "max_visual_tokens": settings.max_visual_tokens,
+    }
+
+
+def read_view_settings(vision: VisionEncoderConfig) -> ViewSettings | None:
+    """Return what a recipe says of views; None where an image has one."""
+    tiling = vision.tiling
+    if tiling is None:
+        return None
+    return ViewSettings(
+        ImageTiling(tiling.tiles, tiling.grid, tiling.thumbnail, tiling.grid_sizes),
+        tiling.tags,
+        tiling.max_views,
+        vision.max_visual_tokens,
     )
 
 
@@ -167,4 +203,5 @@ def _assemble_vlm(
         tokenizer,
         bind_template(config.language.template, tokenizer),
         config.language.max_length,
+        read_view_settings(config.vision),
     )

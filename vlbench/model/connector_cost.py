@@ -1,7 +1,8 @@
 """What a connector costs at a size, counted on shapes alone: no weight takes memory.
 
 `count_connector_cost` counts a whole model; `ConnectorCostCounter` counts one figure of a connector
-without the rest of the model, which is fast enough for hundreds of connectors.
+without the rest of the model, which is fast enough for hundreds of connectors. If images are tiled,
+the image is that of `data.reference_image`, with all of its views.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from vlbench.connector.base import Connector
 from vlbench.connector.blank_inputs import QUESTION_TOKENS, blank_inputs
 from vlbench.connector.bounded_building import build_connector
 from vlbench.connector.levels import Levels, as_levels
+from vlbench.data.reference_image import REFERENCE_NAME, tile_reference
+from vlbench.data.view_layout import ViewLayout
+from vlbench.model.build_vlm import read_view_settings
 from vlbench.model.language_model import (
     build_random_language,
     named_language_config,
@@ -27,6 +31,15 @@ from vlbench.model.language_model import (
 from vlbench.model.train_flops import counted_flops, head_width, temporarily_frozen, text_places
 from vlbench.model.vision_encoder import build_vision_encoder
 from vlbench.model.vlm import VLM, connector_shapes
+
+
+class ImageCost(NamedTuple):
+    """What one image takes."""
+
+    views: int
+    """Squares that the vision encoder sees."""
+    positions: int
+    """Image positions in the text."""
 
 
 class ConnectorCost(NamedTuple):
@@ -44,15 +57,19 @@ class ConnectorCost(NamedTuple):
     """Bytes of the KV cache that the image takes in 16 bits, latents included."""
 
 
-def count_connector_cost(vlm: VLM) -> ConnectorCost:
-    """Count the cost of a model's connector at its image size; on `meta` nothing is computed."""
+def count_connector_cost(vlm: VLM, layout: ViewLayout | None = None) -> ConnectorCost:
+    """Count the cost of a model's connector at its image size; on `meta` nothing is computed.
+
+    `layout` is that of the model's processor: how images become views.
+    """
     connector, config = vlm.connector, vlm.language.config
-    length = connector.tokens_per_image + QUESTION_TOKENS
-    inputs = blank_inputs(connector, vlm.shapes, vlm.vision.dtype, vlm.device)
+    image = _image_cost(connector, layout)
+    length = image.positions + QUESTION_TOKENS
+    inputs = blank_inputs(connector, vlm.shapes, vlm.vision.dtype, vlm.device, image.views)
     with vlm.device:
         embeds = torch.zeros(1, length, config.hidden_size, dtype=vlm.token_embedding.weight.dtype)
         positions = torch.arange(length)[None]
-    where = text_places(length, vlm.device) if connector.inject_layers else None
+    where = text_places(length, vlm.device, image.views) if connector.inject_layers else None
     with temporarily_frozen(vlm), torch.no_grad(), counted_flops() as counter:
         visual: Levels = connector(*inputs)
         hidden = vlm.run_decoder(
@@ -68,15 +85,23 @@ def count_connector_cost(vlm: VLM) -> ConnectorCost:
         vlm.logits(hidden[:, -1])
     kv_heads = config.num_key_value_heads or config.num_attention_heads
     numbers_per_token = 2 * kv_heads * head_width(config) * config.num_hidden_layers
-    latents = connector.count_latents(visual)
+    latents = image.views * connector.count_latents(visual)
     latent_width = sum(level.shape[2] for level in as_levels(visual))
     return ConnectorCost(
         parameters=sum(parameter.numel() for parameter in connector.parameters()),
-        tokens=connector.tokens_per_image,
+        tokens=image.positions,
         latents=latents,
         flops=counter.get_total_flops(),
-        cache=2 * (numbers_per_token * connector.tokens_per_image + latents * latent_width),
+        cache=2 * (numbers_per_token * image.positions + latents * latent_width),
     )
+
+
+def _image_cost(connector: Connector, layout: ViewLayout | None) -> ImageCost:
+    """Return what an image takes; if it is tiled, the reference image."""
+    if layout is None:
+        return ImageCost(1, connector.tokens_per_image)
+    tiled = tile_reference(layout)
+    return ImageCost(len(tiled.images[0].views), len(tiled.visual_index))
 
 
 class ConnectorCostCounter:
@@ -100,6 +125,7 @@ class ConnectorCostCounter:
             else named_language_config(language.name)
         )
         self.max_length = language.max_length
+        self.view_settings, self.side = read_view_settings(vision), image_sizes[-1]
         with torch.device("meta"):
             self.encoder = build_vision_encoder(vision.name, "random", vision.layer, vision.norm)
         self.stage_shapes = []
@@ -119,9 +145,11 @@ class ConnectorCostCounter:
         with torch.device("meta"):
             built = build_connector(connector_class, self.stage_shapes[-1], options)
         self.encoder.read_blocks(built.vision_layers, built.class_token)
-        if built.tokens_per_image >= self.max_length:
+        positions = self._image_cost(built).positions
+        if positions >= self.max_length:
+            image = "an image" if self.view_settings is None else REFERENCE_NAME
             raise ValueError(
-                f"an image takes {built.tokens_per_image} tokens of the text, and "
+                f"{image} takes {positions} tokens of the text, and "
                 f"language.max_length={self.max_length} leaves no room for them"
             )
         return built.requires_grad_(False)  # FlopCounterMode fails on views of trained parameters
@@ -137,8 +165,10 @@ class ConnectorCostCounter:
         return True
 
     def count_parameters(self, connector: Connector) -> int:
-        """Count the connector's parameters."""
-        return sum(parameter.numel() for parameter in connector.parameters())
+        """Count the connector's parameters, and the newline of rows of tiles beside them."""
+        has_newline = self.view_settings is not None and self.view_settings.has_newline
+        own = sum(parameter.numel() for parameter in connector.parameters())
+        return own + has_newline * self.lm_config.hidden_size
 
     def count_visual_tokens(self, connector: Connector) -> int:
         """Count what the language model can attend to of an image.
@@ -147,8 +177,8 @@ class ConnectorCostCounter:
         layers attend to: 64 for Flamingo's 64 latents. Tokens that are both in the text and
         attended to, as in `mixed`, count twice.
         """
-        positions = connector.tokens_per_image if connector.replaces_image_tokens else 0
-        return positions + self.count_latents(connector)
+        positions = self._image_cost(connector).positions
+        return positions * connector.replaces_image_tokens + self.count_latents(connector)
 
     def count_latents(self, connector: Connector) -> int:
         """Count the visual tokens of an image that decoder layers attend to."""
@@ -156,13 +186,13 @@ class ConnectorCostCounter:
             return 0
         with torch.no_grad():
             visual: Levels = connector(*self._blank_inputs(connector))
-        return connector.count_latents(visual)
+        return self._image_cost(connector).views * connector.count_latents(visual)
 
     def count_flops(self, connector: Connector) -> int:
         """Count the operations of connector and language model, as `count_connector_cost` does."""
         first, second, third = self._language_flops
         # a polynomial of degree 2 in the length, from its values at 1, 2 and 3: exact, in integers
-        steps = connector.tokens_per_image + QUESTION_TOKENS - 1
+        steps = self._image_cost(connector).positions + QUESTION_TOKENS - 1
         growth = second - first
         curvature = third - second - growth
         language_flops = first + steps * growth + steps * (steps - 1) // 2 * curvature
@@ -189,18 +219,28 @@ class ConnectorCostCounter:
         return counts
 
     def _connector_flops(self, connector: Connector) -> int:
-        length = connector.tokens_per_image + QUESTION_TOKENS
+        image = self._image_cost(connector)
+        length = image.positions + QUESTION_TOKENS
         hidden = torch.zeros(1, length, self.lm_config.hidden_size, device="meta")
-        where = text_places(length, hidden.device)
+        where = text_places(length, hidden.device, image.views)
         with torch.no_grad(), counted_flops() as counter:
-            visual = connector(*self._blank_inputs(connector))
+            visual = connector(*self._blank_inputs(connector, image.views))
             for layer in connector.inject_layers:
                 connector.inject(layer, hidden, visual, where)
         return counter.get_total_flops()
 
-    def _blank_inputs(self, connector: Connector) -> tuple[Any, ...]:
-        """Return what `connector` reads of one image, on `meta`."""
-        return blank_inputs(connector, self.stage_shapes[-1])
+    def _image_cost(self, connector: Connector) -> ImageCost:
+        """Return what an image takes at the last stage's image size."""
+        if self.view_settings is None:
+            return _image_cost(connector, None)
+        layout = ViewLayout(
+            self.view_settings, self.side, connector.tokens_per_image, connector.token_grid
+        )
+        return _image_cost(connector, layout)
+
+    def _blank_inputs(self, connector: Connector, views: int = 1) -> tuple[Any, ...]:
+        """Return what `connector` reads of the views of one image, on `meta`."""
+        return blank_inputs(connector, self.stage_shapes[-1], views=views)
 
 
 BUDGET_COUNTS: dict[str, Callable[[ConnectorCostCounter, Connector], int]] = {

@@ -18,6 +18,7 @@ from vlbench.core_sharing import share_cores
 from vlbench.data.chat_template import ChatTemplate
 from vlbench.data.packing import PackedBatch
 from vlbench.data.tokenizer import Tokenizer
+from vlbench.data.view_layout import ViewSettings
 from vlbench.errors import UserError
 from vlbench.model.decoder_families import DecoderModel
 from vlbench.model.generation.answer_text import AnswerStream
@@ -105,6 +106,7 @@ class LoadedVLM:
             self.model.vision.transform,
             self.model.connector.tokens_per_image,
             self.model.connector.question_length,
+            self.model.connector.token_grid,
         )
 
     def prompt(self, messages: list[ChatMessage]) -> str:
@@ -239,6 +241,7 @@ def assemble_vlm(
     tokenizer: Tokenizer,
     template: ChatTemplate,
     max_length: int,
+    view_settings: ViewSettings | None = None,
 ) -> LoadedVLM:
     """Build the connector between two parts, and the processor: the one way to a whole model.
 
@@ -250,12 +253,14 @@ def assemble_vlm(
         tokenizer: Its tokenizer.
         template: The chat template, not yet bound to the tokenizer's end of text.
         max_length: Length in tokens at which samples of a training are cut.
+        view_settings: How images become views; None: each is one.
 
     Raises:
         UserError: when the connector's options do not fit the shapes.
     """
+    has_newline = view_settings is not None and view_settings.has_newline
     try:
-        model = VLM(vision, connector_class, connector_options, language)
+        model = VLM(vision, connector_class, connector_options, language, has_newline)
     except ValueError as error:
         raise UserError(str(error)) from error
     except Exception as error:
@@ -270,5 +275,7 @@ def assemble_vlm(
         max_length=max_length,
         max_positions=language.config.max_position_embeddings,
         question_length=model.connector.question_length,
+        token_grid=model.connector.token_grid,
+        view_settings=view_settings,
     )
     return LoadedVLM(model, processor)

@@ -44,7 +44,7 @@ class StepFlops:
     per_supervised_position: float
     """A supervised position: the projection to the vocabulary."""
     per_image: float
-    """An image: vision encoder and connector."""
+    """An image, or a view of a tiled one: vision encoder and connector."""
     per_image_encoding: float
     """The part of an image that is not run where its features are cached: the vision encoder."""
 
@@ -62,8 +62,12 @@ class StepFlops:
         return total
 
 
-def count_step_flops(vlm: VLM) -> StepFlops:
-    """Count for the parts that require gradients now."""
+def count_step_flops(vlm: VLM, views_per_image: int = 1) -> StepFlops:
+    """Count for the parts that require gradients now.
+
+    A position costs a connector that injects the more, the more views an image has. The MFU of a
+    training takes one, so that with tiles it is too low for these connectors.
+    """
     encoder_flops = _vision_encoder_flops(vlm)
     is_vision_trained = vlm.is_vision_trained()
     connector_flops = _connector_flops(vlm, is_vision_trained)
@@ -74,7 +78,7 @@ def count_step_flops(vlm: VLM) -> StepFlops:
     width = vlm.language.config.num_attention_heads * head_width(vlm.language.config)
     for number, layer in enumerate(language.layers):
         if number in vlm.connector.inject_layers:
-            position_flops += _injection_flops(vlm, number, needs_grad)
+            position_flops += _injection_flops(vlm, number, needs_grad, views_per_image)
         position_flops += _matmul_flops(layer, needs_grad)
         needs_grad = needs_grad or has_trained_parameters(layer)
         pair_flops += 4 * width * (3 if needs_grad else 1)
@@ -137,15 +141,15 @@ def _connector_flops(vlm: VLM, input_needs_grad: bool) -> float:
     )
 
 
-def _injection_flops(vlm: VLM, layer: int, input_needs_grad: bool) -> float:
+def _injection_flops(vlm: VLM, layer: int, input_needs_grad: bool, views: int) -> float:
     """Return the operations for one position of what the connector does before a decoder layer."""
     shapes, device = vlm.shapes, vlm.device
-    inputs = _blank_inputs(vlm)
+    inputs = _blank_inputs(vlm, views)
     dtype = first_level(inputs[0]).dtype
     hidden = torch.zeros(1, PROBE_POSITIONS, shapes.lm_width, dtype=dtype, device=device)
     with torch.no_grad():
         visual: Levels = vlm.connector(*inputs)
-    where = text_places(PROBE_POSITIONS, device)
+    where = text_places(PROBE_POSITIONS, device, views)
     inject = functools.partial(vlm.connector.inject, layer, hidden, visual, where)
     return (
         _count_run_flops(vlm.connector, inject)
@@ -178,21 +182,24 @@ def counted_flops() -> Iterator[FlopCounterMode]:
         yield counter
 
 
-def _blank_inputs(vlm: VLM) -> tuple[Any, ...]:
+def _blank_inputs(vlm: VLM, views: int = 1) -> tuple[Any, ...]:
     parameter = next(vlm.connector.parameters(), None)
     dtype = torch.float32 if parameter is None else parameter.dtype
-    return blank_inputs(vlm.connector, vlm.shapes, dtype, vlm.device)
+    return blank_inputs(vlm.connector, vlm.shapes, dtype, vlm.device, views)
 
 
-def text_places(length: int, device: torch.device) -> ImagePlaces:
-    """Return the places of text that follows one image, to count what injection costs there.
+def text_places(length: int, device: torch.device, views: int = 1) -> ImagePlaces:
+    """Return the places of text after one image of so many views, to count what injection costs.
 
     Their values are needed while other tensors are on `meta`: connectors sort the text by the image
     that it belongs to.
     """
     device = torch.device("cpu") if device.type == "meta" else device
     image_index = torch.zeros(1, length, dtype=torch.long, device=device)
-    return ImagePlaces(image_index, image_index - 1)
+    none = image_index - 1
+    if views == 1:
+        return ImagePlaces(image_index, none)
+    return ImagePlaces(image_index, none, none, torch.tensor([0, views], device=device))
 
 
 def _count_matmul_passes(vlm: VLM, input_needs_grad: bool) -> int:

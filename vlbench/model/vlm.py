@@ -22,7 +22,7 @@ from vlbench.connector.base import Connector, ImagePlaces, Shapes, zero_like_los
 from vlbench.connector.bounded_building import NewTensorLimit, build_connector
 from vlbench.connector.levels import Levels, first_level, unstack_levels
 from vlbench.connector.question import Question
-from vlbench.data.packing import PackedBatch, number_image_tokens
+from vlbench.data.packing import PackedBatch, number_image_tokens, number_image_views
 from vlbench.errors import UserError
 from vlbench.model.activation_checkpointing import checkpoint_blocks
 from vlbench.model.contrastive_loss import add_own_contrast_pool, is_contrastive
@@ -30,6 +30,13 @@ from vlbench.model.decoder_families import DecoderConfig, DecoderModel, logit_di
 from vlbench.model.language_loss import summed_loss
 from vlbench.model.packed_attention import OpaqueLengths, sample_bounds
 from vlbench.model.replicated_parameters import GradientAverager
+from vlbench.model.view_tokens import (
+    NEWLINE_NAME,
+    add_newline,
+    arrange_tokens,
+    mark_newlines,
+    newline_of,
+)
 from vlbench.model.vision_encoder import VisionEncoder, has_trained_parameters
 from vlbench.model.weights.tensor_groups import move_and_cast
 
@@ -71,8 +78,12 @@ class VLM(nn.Module):
         connector_class: type[Connector],
         connector_options: dict[str, Any],
         language: DecoderModel,
+        has_newline: bool = False,
     ) -> None:
-        """Build a connector of `connector_class` between `vision` and `language`."""
+        """Build a connector of `connector_class` between `vision` and `language`.
+
+        With `has_newline` it has the parameter NEWLINE_NAME, for rows of tiled images.
+        """
         super().__init__()
         self.vision, self.language = vision, language
         # once: transformers looks an attribute of a configuration up slowly, for each token
@@ -80,6 +91,7 @@ class VLM(nn.Module):
         if len(vision.encoders()) > 1:
             self.second_vision = vision.encoders()[1]
         self._connector_class, self.connector_options = connector_class, connector_options
+        self.has_newline = has_newline
         self.objective, self._uses_checkpointing = "language", False
         self.connector = self._build_connector()
         layers = self.language.model.layers
@@ -108,6 +120,8 @@ class VLM(nn.Module):
 
     def _build_connector(self) -> Connector:
         connector = build_connector(self._connector_class, self.shapes, self.connector_options)
+        if self.has_newline:
+            add_newline(connector, self.shapes.lm_width)
         self.vision.read_blocks(connector.vision_layers, connector.class_token)
         return connector
 
@@ -128,8 +142,10 @@ class VLM(nn.Module):
             connector = self._build_connector()
             with NewTensorLimit(type(connector)):
                 connector.prepare_objective(self.objective)
-            connector.load_state_dict(dict(connector.adapt(old_state, old_shapes)), strict=True)
-            old_tensor = next(iter(old_state.values()))
+            newline = {k: old_state.pop(k) for k in (NEWLINE_NAME,) if k in old_state}
+            adapted = {**connector.adapt(old_state, old_shapes), **newline}
+            connector.load_state_dict(adapted, strict=True)
+            old_tensor = next(iter(adapted.values()))
             move_and_cast(connector, old_tensor.dtype, old_tensor.device)
             self.connector = connector
         if device.type not in ("cpu", "meta"):
@@ -217,8 +233,10 @@ class VLM(nn.Module):
         """Return image and visual token of each position; None if the connector never injects."""
         if not self.connector.inject_layers:
             return None
-        token_index = number_image_tokens(batch, self.connector.tokens_per_image)
-        return ImagePlaces(batch.image_index, token_index)
+        tokens = self.connector.tokens_per_image
+        token_index = number_image_tokens(batch, tokens)
+        view_index = number_image_views(batch, tokens)
+        return ImagePlaces(batch.image_index, token_index, view_index, batch.view_bounds)
 
     def merge_embeddings(self, batch: PackedBatch, visual: Levels) -> Tensor:
         """Return embeddings `[rows, length, lm_width]`, visual tokens at the image positions."""
@@ -229,6 +247,7 @@ class VLM(nn.Module):
                 if self.connector.replaces_image_tokens
                 else [visual, self.connector.image_embedding]
             )
+            unused += [newline_of(self.connector)] if self.has_newline else []
             for tensor in unused:
                 embeds = embeds + zero_like_loss(tensor).to(embeds.dtype)
             return embeds
@@ -238,6 +257,10 @@ class VLM(nn.Module):
             values = first_level(visual).flatten(0, 1)
         else:
             values = self.connector.image_embedding.expand(len(positions), -1)
+        if batch.visual_index is not None:
+            newline = newline_of(self.connector) if self.has_newline else None
+            arrange = arrange_tokens if self.connector.replaces_image_tokens else mark_newlines
+            values = arrange(values, batch.visual_index, newline)
         if len(values) != len(positions):
             raise AssertionError(f"{len(positions)} image positions for {len(values)} tokens")
         length = embeds.shape[1]
@@ -253,11 +276,7 @@ class VLM(nn.Module):
         `where` are the `image_places` of the positions; without them `visual` is not read.
         """
         if where is not None:
-            kwargs |= {
-                "visual": visual,
-                "image_index": where.image_index,
-                "token_index": where.token_index,
-            }
+            kwargs |= {"visual": visual, **where.tensors()}
         output: BaseModelOutputWithPast = self.language.model(inputs_embeds=embeds, **kwargs)
         return output
 
@@ -356,7 +375,7 @@ def _inject_before_layer(
     """
     hidden = decoder_layer_input(args, kwargs)
     inject = vlm._with_checkpointing(vlm.connector.inject)
-    where = ImagePlaces(kwargs["image_index"], kwargs["token_index"])
+    where = ImagePlaces.from_tensors(kwargs)
     hidden = inject(layer_index, hidden, kwargs["visual"], where)
     return replace_decoder_layer_input(args, kwargs, hidden)
 

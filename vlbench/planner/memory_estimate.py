@@ -24,7 +24,7 @@ MEMORY_COMPONENTS = (
     *(WEIGHT_COPIES, "activations", LOGITS, BACKWARD),
 )
 MAX_SEARCH_STEPS = 4  # of the search for the largest row
-MAX_SIMULATED_IMAGES = 256  # rows with more images are extrapolated, not simulated
+MAX_SIMULATED_VIEWS = 256  # rows with more views of images are extrapolated, not simulated
 EXTRAPOLATION_MARGIN = 0.1  # relative error of extrapolating from short rows to long ones
 ROW_TOKENS_STEP = 256  # proposed values of max_tokens_per_row are multiples of it
 ROW_TOKENS_LIMIT = 1 << 17  # largest proposed max_tokens_per_row
@@ -65,9 +65,7 @@ class StageMemory:
         """Return the bytes of a rank at the peak of a step with full rows."""
         key = (max_tokens_per_row, checkpointing_mode)
         if key not in self.cached_peaks:
-            row = full_row_shape(
-                self.mean_sample, max_tokens_per_row, self.vlm.connector.tokens_per_image
-            )
+            row = full_row_shape(self.mean_sample, max_tokens_per_row)
             self.cached_peaks[key] = self.depth_extrapolator.peak_memory(row, checkpointing_mode)
         step_memory = self.cached_peaks[key]
         if strategy == "fsdp2" and self.sharding.world_size > 1:
@@ -100,7 +98,7 @@ class StageMemory:
         """Return the largest max_tokens_per_row whose step fits; 0 if none does.
 
         Memory is almost linear in the row length, so the line through two lengths gives the next
-        one to simulate. Rows with very many images take minutes to simulate: there the line is
+        one to simulate. Rows with very many views take minutes to simulate: there the line is
         trusted, less `EXTRAPOLATION_MARGIN`.
 
         Args:
@@ -121,13 +119,13 @@ class StageMemory:
         low_bytes, high_bytes = bytes_at(low), bytes_at(high)
         slope = max((high_bytes - low_bytes) / (high - low), 1.0)
         row, needed = (high, high_bytes) if high_bytes <= memory_budget else (low, low_bytes)
-        images_per_token = self.mean_sample.image_count / self.mean_sample.token_count
+        views_per_token = self.mean_sample.view_count / self.mean_sample.token_count
         for _ in range(MAX_SEARCH_STEPS):
             steps = int((row + (memory_budget - needed) / slope) // ROW_TOKENS_STEP)
             row = min(ROW_TOKENS_LIMIT, steps * ROW_TOKENS_STEP)
             if row < shortest:
                 break
-            if row > high and row * images_per_token > MAX_SIMULATED_IMAGES:
+            if row > high and row * views_per_token > MAX_SIMULATED_VIEWS:
                 return max(high, int(row * (1 - EXTRAPOLATION_MARGIN)))
             needed = bytes_at(row)
             if needed <= memory_budget:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,17 +13,21 @@ from vlbench.config.model_schema import ModelConfig
 from vlbench.config.stage_schema import StageConfig
 from vlbench.connector import registry
 from vlbench.connector.base import Connector
+from vlbench.data.batch_images import assign_image_index, stack_questions
 from vlbench.data.own_template import bind_template
-from vlbench.data.packing import PackedBatch, assign_image_index, stack_questions
+from vlbench.data.packing import PackedBatch
 from vlbench.data.sample_encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import UserError
+from vlbench.model.build_vlm import read_view_settings
 from vlbench.model.frozen_bf16 import FrozenBF16
 from vlbench.model.language_model import TINY_LANGUAGE_FOLDER, build_random_language
 from vlbench.model.loaded_vlm import LoadedVLM, assemble_vlm
 from vlbench.model.vlm import VLM
 from vlbench.train.shape_checks import meta_encoder_and_config
 from vlbench.train.trainable_parts import check_objective, freeze_untrained_parts
+
+ROUNDING_ERROR = 1e-9  # of the ratio of two means of whole numbers
 
 
 class SampleShape(NamedTuple):
@@ -32,8 +36,17 @@ class SampleShape(NamedTuple):
     token_count: float
     """Positions, image positions included."""
     image_count: float
+    view_count: float
+    """Squares that the vision encoder sees: one for an image that is not tiled."""
+    image_positions: float
+    """Positions of all images."""
     supervised_tokens: float
     """Positions with a label."""
+
+    @property
+    def views_per_image(self) -> int:
+        """Views of an image, to the next whole number; 1 where there is no image."""
+        return max(1, round(self.view_count / self.image_count)) if self.image_count else 1
 
 
 class ModelDepth(NamedTuple):
@@ -80,6 +93,7 @@ def build_meta_vlm(
                 tokenizer,
                 bind_template(template_name, tokenizer),
                 config.language.max_length,
+                read_view_settings(config.vision),
             )
             check_objective(vlm.model, stage_name, stage)
             if depth is not None:
@@ -103,9 +117,7 @@ def _hold_frozen_language(vlm: VLM, in_bf16: bool) -> None:
     FrozenBF16(vlm, in_bf16, lambda weight: id(weight) in in_language)
 
 
-def full_row_shape(
-    sample: SampleShape, max_tokens_per_row: int, tokens_per_image: int
-) -> SampleShape:
+def full_row_shape(sample: SampleShape, max_tokens_per_row: int) -> SampleShape:
     """Return a full row as one long sample; a mean sample longer than a row has its own row.
 
     Attention takes no more memory for one long sample than for several short ones. Where the last
@@ -113,12 +125,21 @@ def full_row_shape(
     """
     length = max(max_tokens_per_row, math.ceil(sample.token_count))
     count = max(1, int(length // sample.token_count))
-    images = min(round(count * sample.image_count), (length - 1) // tokens_per_image)
+    views = round(count * sample.view_count)
+    image_share = positions = 0.0
+    if views:
+        per_view = sample.image_positions / sample.view_count
+        views = min(views, math.floor((length - 1) / per_view + ROUNDING_ERROR))
+        image_share, positions = sample.image_count / sample.view_count, round(views * per_view)
     supervised_share = sample.supervised_tokens / max(
-        1.0, sample.token_count - sample.image_count * tokens_per_image
+        1.0, sample.token_count - sample.image_positions
     )
     return SampleShape(
-        length, images, min(length, round(supervised_share * (length - images * tokens_per_image)))
+        length,
+        min(views, max(1, round(views * image_share))),
+        views,
+        positions,
+        min(length, round(supervised_share * (length - positions))),
     )
 
 
@@ -131,23 +152,44 @@ def build_row_batch(
 
     Call it under a FakeTensorMode and a MemoryTracker: integer tensors are real, pixels are fake.
     """
-    length, images, supervised = (int(count) for count in row)
-    tokens_per_image, question_length = connector.tokens_per_image, connector.question_length
-    questions = ((0,) * question_length,) * images if question_length else None
+    length, images, views, positions, supervised = (int(count) for count in row)
+    question_length = connector.question_length
+    questions = ((0,) * question_length,) * views if question_length else None
     ids = torch.zeros(length, dtype=torch.long)
     labels = torch.full_like(ids, IGNORE_INDEX)
-    ids[: images * tokens_per_image] = IMAGE_TOKEN_INDEX
+    ids[:positions] = IMAGE_TOKEN_INDEX
     labels[length - supervised :] = 0
     return PackedBatch(
         input_ids=ids[None],
         labels=labels[None],
         position_ids=torch.arange(length)[None],
         sample_index=torch.zeros(1, length, dtype=torch.long),
-        image_index=assign_image_index(ids, tokens_per_image, 0)[None],
-        pixels=torch.zeros(images, *pixel_shape),
+        image_index=assign_image_index(ids, _share_out(positions, images), 0)[None],
+        pixels=torch.zeros(views, *pixel_shape),
         sample_ids=["row"],
         sample_lengths=[[length]],
         supervised_token_count=supervised,
-        image_ids=[str(number) for number in range(images)],
+        image_ids=[str(number) for number in range(views)],
         question_ids=stack_questions([questions]),
+        **_place_views(row, connector.tokens_per_image),
     ).locate_positions()
+
+
+def _place_views(row: SampleShape, tokens_per_view: int) -> dict[str, Any]:
+    """Return the views of each image of a row, and the visual token at each image position.
+
+    Which token it is matters to no shape. {} where each image is one view.
+    """
+    images, views, positions = int(row.image_count), int(row.view_count), int(row.image_positions)
+    if (images, positions) == (views, views * tokens_per_view):
+        return {}
+    bounds = torch.tensor([0, *_share_out(views, images)]).cumsum(0)
+    return {
+        "view_bounds": bounds,
+        "visual_index": torch.arange(positions) % max(1, views * tokens_per_view),
+    }
+
+
+def _share_out(total: int, count: int) -> list[int]:
+    """Return `count` whole numbers that sum to `total` and differ by 1 at most."""
+    return [total * (i + 1) // count - total * i // count for i in range(count)]

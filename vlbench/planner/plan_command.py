@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from vlbench.command_line.overrides import format_override
 from vlbench.config import recipe as recipes
+from vlbench.data.reference_image import REFERENCE_NAME
 from vlbench.planner.memory_estimate import MEMORY_COMPONENTS, MemoryByComponent, total_bytes
 from vlbench.planner.options import PlanOptions
-from vlbench.planner.stage_workload import ASSUMED_SUPERVISED_SHARE
+from vlbench.planner.stage_workload import ASSUMED_SUPERVISED_SHARE, StageWorkload
 from vlbench.planner.training_plan import TrainingPlan, make_plan
 from vlbench.text_tables import format_table
 from vlbench.train.compile_choice import ASSUMED_TEXT_TOKENS
@@ -62,8 +63,9 @@ def _setup_lines(plan: TrainingPlan) -> list[str]:
     ]
     if plan.has_assumed_lengths:
         texts = ", ".join(f"{form} {tokens}" for form, tokens in ASSUMED_TEXT_TOKENS.items())
+        image = "one image" if recipe.vision.tiling is None else REFERENCE_NAME
         lines.append(
-            f"assumed: one image per sample, and text tokens beside it ({texts}; "
+            f"assumed: {image} per sample, and text tokens beside it ({texts}; "
             f"{ASSUMED_SUPERVISED_SHARE['chat']:.0%} of a chat supervised), unless text_tokens= "
             "gives others"
         )
@@ -107,10 +109,24 @@ def _workload_lines(plan: TrainingPlan) -> list[str]:
         lines.append(
             f"checkpointing {mode} repeats {with_recompute / without - 1:.0%} of the FLOPs"
         )
+    if options.recipe.vision.tiling is not None:
+        lines += [_describe_views(work) for work in plan.workloads.values()]
     price = options.gpu.price_per_hour
     if price is not None:
         lines.append(f"cost: {gpu_hours * price:,.0f} US dollars at {price:g} for a GPU hour")
     return lines
+
+
+def _describe_views(work: StageWorkload) -> str:
+    """Return how many views the images of a stage have, and what they take of a sample."""
+    sample, images = work.mean_sample, work.images_by_views.total()
+    shares = ", ".join(
+        f"{views} ({count / images:.0%})" for views, count in sorted(work.images_by_views.items())
+    )
+    return (
+        f"views of an image in {work.stage_name}: {shares or 'no images'}; a sample has "
+        f"{sample.view_count:.3g} and {sample.image_positions:.0f} visual tokens on average"
+    )
 
 
 def _memory_lines(plan: TrainingPlan) -> list[str]:

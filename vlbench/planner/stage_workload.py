@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import mean
@@ -9,6 +10,9 @@ from typing import NamedTuple
 
 from vlbench.config.stage_schema import StageConfig, StageData
 from vlbench.data.data_sources import open_stage_mixture
+from vlbench.data.image_tiling import count_views
+from vlbench.data.reference_image import REFERENCE_NAME, tile_reference
+from vlbench.data.sample_encoding import EncodedSample
 from vlbench.data.shuffle import SourceMixture
 from vlbench.errors import BadSample, UserError
 from vlbench.model.train_flops import StepFlops, count_step_flops, temporarily_frozen
@@ -31,6 +35,8 @@ class StageWorkload:
 
     stage_name: str
     mean_sample: SampleShape
+    images_by_views: Counter[int]
+    """How many of the images that were looked at, or are assumed, have how many views."""
     sample_count: int
     """Samples seen in training; repeated ones count again."""
     steps: int
@@ -62,6 +68,8 @@ class StageSamples(NamedTuple):
     steps: int
     are_assumed: bool
     """Whether the lengths are assumed."""
+    images_by_views: Counter[int]
+    """How many of the images that were looked at have how many views."""
 
 
 def stage_samples(
@@ -87,10 +95,13 @@ def stage_samples(
         )
     steps = count_stage_steps(stage, sample_count or 0)
     if data is not None and text_tokens is None:
-        sample = _mean_sample(_measure_samples(processor, stage, data), stage_name)
+        measured = list(_measure_samples(processor, stage, data))
+        sample = _mean_sample(measured, stage_name)
+        counts = [count for one in measured for count in map(count_views, one.sample.images)]
     else:
         sample = assumed_sample(processor, stage, text_tokens)
-    return StageSamples(sample, steps, data is None or text_tokens is not None)
+        counts = [round(sample.view_count)]
+    return StageSamples(sample, steps, data is None or text_tokens is not None, Counter(counts))
 
 
 def stage_workload(
@@ -100,9 +111,12 @@ def stage_workload(
     return StageWorkload(
         stage_name=stage_name,
         mean_sample=samples.mean_sample,
+        images_by_views=samples.images_by_views,
         sample_count=samples.steps * stage.global_batch_size,
         steps=samples.steps,
-        flops_per_sample=sample_flops(count_step_flops(vlm), samples.mean_sample),
+        flops_per_sample=sample_flops(
+            count_step_flops(vlm, samples.mean_sample.views_per_image), samples.mean_sample
+        ),
         recompute_flops=_recompute_flops(vlm, samples.mean_sample),
     )
 
@@ -110,36 +124,54 @@ def stage_workload(
 def assumed_sample(
     processor: Processor, stage: StageConfig, text_tokens: float | None = None
 ) -> SampleShape:
-    """Return a sample of one image with the assumed number of text tokens, or `text_tokens`."""
+    """Return a sample of one image with the assumed number of text tokens, or `text_tokens`.
+
+    If images are tiled, it is the one of `data.reference_image`.
+    """
     tokens = ASSUMED_TEXT_TOKENS[stage.sample_format] if text_tokens is None else text_tokens
-    length = processor.tokens_per_image + tokens
+    views, positions = 1, processor.tokens_per_image
+    if processor.view_layout is not None:
+        tiled = tile_reference(processor.view_layout)
+        views, positions = len(tiled.images[0].views), len(tiled.visual_index)
+        if positions >= processor.max_length:
+            raise UserError(
+                f"{REFERENCE_NAME} takes {positions} tokens of the text in {views} views, and "
+                f"language.max_length={processor.max_length} leaves no room for them: lower "
+                "vision.tiling.tiles or vision.max_visual_tokens, or give data to plan for"
+            )
     return SampleShape(
-        min(length, processor.max_length), 1, tokens * ASSUMED_SUPERVISED_SHARE[stage.sample_format]
+        min(positions + tokens, processor.max_length),
+        1,
+        views,
+        positions,
+        tokens * ASSUMED_SUPERVISED_SHARE[stage.sample_format],
     )
 
 
 def _measure_samples(
     processor: Processor, stage: StageConfig, mixture_samples: SourceMixture
-) -> Iterator[SampleShape]:
-    """Yield the sizes of the first samples of a mixture; no image is opened."""
+) -> Iterator[EncodedSample]:
+    """Yield the first samples of a mixture; of an image no more than the header is read."""
     encoder = processor.sample_encoder(stage.sample_format)
     for position in range(min(MEASURED_SAMPLES, len(mixture_samples))):
         try:
-            encoded = encoder.encode(mixture_samples[position])
+            yield encoder.encode(mixture_samples[position])
         except BadSample:
             continue
-        yield SampleShape(
-            len(encoded.input_ids), len(encoded.sample.images), encoded.supervised_token_count
-        )
 
 
-def _mean_sample(samples: Iterator[SampleShape], stage_name: str) -> SampleShape:
-    shapes = list(samples)
-    if not shapes:
+def _mean_sample(samples: list[EncodedSample], stage_name: str) -> SampleShape:
+    if not samples:
         raise UserError(
             f"stage {stage_name}: none of the first {MEASURED_SAMPLES} samples can be learned from"
         )
-    return SampleShape(*(mean(column) for column in zip(*shapes, strict=True)))
+    return SampleShape(
+        mean(len(one.input_ids) for one in samples),
+        mean(len(one.sample.images) for one in samples),
+        mean(one.view_count for one in samples),
+        mean(one.image_position_count for one in samples),
+        mean(one.supervised_token_count for one in samples),
+    )
 
 
 def sample_flops(flops: StepFlops, sample: SampleShape) -> float:
@@ -149,7 +181,7 @@ def sample_flops(flops: StepFlops, sample: SampleShape) -> float:
         flops.per_position * sample.token_count
         + flops.per_attended_pair * pairs
         + flops.per_supervised_position * sample.supervised_tokens
-        + flops.per_image * sample.image_count
+        + flops.per_image * sample.view_count
     )
 
 
@@ -161,9 +193,9 @@ def _recompute_flops(vlm: VLM, sample: SampleShape) -> dict[str, float]:
     """
     trains_vision = vlm.is_vision_trained()
     with temporarily_frozen(vlm):
-        forward = count_step_flops(vlm)
+        forward = count_step_flops(vlm, sample.views_per_image)
     per_image = forward.per_image - (0 if trains_vision else forward.per_image_encoding)
-    vision = per_image * sample.image_count
+    vision = per_image * sample.view_count
     decoder = (
         forward.per_position * sample.token_count
         + forward.per_attended_pair * sample.token_count**2 / 2

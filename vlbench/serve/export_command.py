@@ -16,9 +16,11 @@ from vlbench.connector.kept_source import copy_kept_source
 from vlbench.errors import UserError
 from vlbench.load_model import find_model_folder, load_model_folder, parse_dtype
 from vlbench.model import lora_adapters
+from vlbench.model.build_vlm import view_keys
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.weights import yi_vl_layout
 from vlbench.model.weights.export_hf_llava import write_hf_llava
+from vlbench.model.weights.export_hf_llava_next import write_hf_llava_next
 from vlbench.model.weights.export_yi_vl import write_yi_vl
 from vlbench.model.weights.tensor_files import cast_floating
 from vlbench.model.weights.tensor_writer import write_tensors
@@ -43,6 +45,7 @@ def run_export(arguments: ExportArguments) -> int:
     )
     if layout != "vlbench":
         _refuse_second_encoder(vlm, layout, source)
+        _refuse_tiles(vlm, layout, source)
         _refuse_other_resizing(vlm, layout, source)
     _merge_or_refuse_lora(vlm, layout, arguments.merge_lora, source)
     recipe = _load_source_recipe(source, vlm)
@@ -78,10 +81,21 @@ def _refuse_second_encoder(vlm: LoadedVLM, layout: ExportFormat, source: Path) -
         )
 
 
+def _refuse_tiles(vlm: LoadedVLM, layout: ExportFormat, source: Path) -> None:
+    """Refuse to write a model of images in tiles in a layout whose images have one view."""
+    if vlm.processor.view_settings is not None and layout != "hf_llava_next":
+        raise UserError(
+            f"{source} cuts images into tiles (vision.tiling), which format={layout} cannot hold: "
+            "format=hf_llava_next holds those of LLaVA-NeXT, format=vlbench all"
+        )
+
+
 def _refuse_other_resizing(vlm: LoadedVLM, layout: ExportFormat, source: Path) -> None:
     """Refuse to write images that the layout does not resize so; it squashes those of SigLIP."""
     transform = vlm.processor.transform
-    may_squash = layout == "hf_llava" and not vlm.vision.has_class_token  # a SigLIP
+    may_squash = layout == "hf_llava_next" or (
+        layout == "hf_llava" and not vlm.vision.has_class_token  # a SigLIP
+    )
     if transform.interpolation != "bicubic" or (transform.squash and not may_squash):
         raise UserError(
             f"images of {source} are {transform.describe()}; format={layout} holds bicubic "
@@ -114,6 +128,8 @@ def _write_release(
     """Write a released layout."""
     if layout == "yi_vl":
         write_yi_vl(vlm, folder, dtype, source if _is_yi_vl_release(source) else None)
+    elif layout == "hf_llava_next":
+        write_hf_llava_next(vlm, folder, dtype)
     else:
         write_hf_llava(vlm, folder, dtype, has_norms=layout == "yi_vl_hf")
 
@@ -160,6 +176,12 @@ def _load_source_recipe(source: Path, vlm: LoadedVLM) -> Recipe:
         format_override(f"connector.{key}", value)
         for key, value in vlm.model.connector_options.items()
     ]
+    views = view_keys(vlm.processor.view_settings)
+    options += [
+        format_override(f"vision.tiling.{key}", value)
+        for key, value in views.pop("tiling", {}).items()
+    ]
+    options += [format_override(f"vision.{key}", value) for key, value in views.items()]
     layers = vlm.language.config.num_hidden_layers
     return recipes.load_recipe(
         [

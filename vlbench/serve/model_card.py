@@ -18,6 +18,7 @@ from vlbench.text_files import format_json
 from vlbench.text_tables import markdown_text
 from vlbench.version import __version__
 
+TRANSFORMERS_LAYOUTS = ("hf_llava", "hf_llava_next", "yi_vl_hf")
 USAGE_TEXTS = {
     "yi_vl": """\
 This is the layout of the released Yi-VL models: their authors' inference code loads it, and so does
@@ -45,6 +46,23 @@ This is transformers' LLaVA:
 `backend="pil"` resizes images as in training; the other backend is up to one grey level off,
 which moves logits in the first decimal. Several questions at once: give lists to `images` and
 `text`, and `padding=True`; prompts are filled on the left, where answers do not suffer.
+""",
+    "hf_llava_next": """\
+This is transformers' LLaVA-NeXT:
+
+    from PIL import Image
+    from transformers import AutoProcessor, LlavaNextForConditionalGeneration
+    model = LlavaNextForConditionalGeneration.from_pretrained({to_text})
+    processor = AutoProcessor.from_pretrained({to_text}, backend="pil")
+    content = [{{"type": "image"}}, {{"type": "text", "text": "What is it?"}}]
+    prompt = processor.apply_chat_template([{{"role": "user", "content": content}}])
+    inputs = processor(images=Image.open("image.png"), text=prompt, return_tensors="pt")
+    new = model.generate(
+        **inputs, max_new_tokens=256, stop_strings=["{stop}"], tokenizer=processor.tokenizer)
+    print(processor.decode(new[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+
+`backend="pil"` resizes images as in training; the other backend is up to one grey level off,
+which moves logits in the first decimal.
 """,
     "yi_vl_hf": """\
 This is Yi-VL as LLaMA-Factory takes it, transformers' LLaVA with LayerNorms in its projector:
@@ -88,10 +106,9 @@ def render_model_card(
         f"| {name} | {_plain_markdown(what)} | {sum(p.numel() for p in module.parameters()):,} |"
         for (name, module), what in zip(vlm.model.named_parts(), _describe_parts(vlm), strict=True)
     ]
-    transform = vlm.processor.transform
     paragraphs = [
         "---\n"
-        f"library_name: {'transformers' if layout in ('hf_llava', 'yi_vl_hf') else 'vlbench'}\n"
+        f"library_name: {'transformers' if layout in TRANSFORMERS_LAYOUTS else 'vlbench'}\n"
         "pipeline_tag: image-text-to-text\n"
         f"tags: [vision-language, vlbench, {layout}]\n"
         "---",
@@ -99,8 +116,8 @@ def render_model_card(
         f"A vision-language model, written by vlbench {__version__} from "
         f"`{markdown_text(source.name)}`.",
         "\n".join(["| part | what | parameters |", "|---|---|---|", *rows]),
-        f"An image is {transform.describe()}, and takes {vlm.connector.tokens_per_image} "
-        f"tokens. Conversations are written with the chat template {vlm.processor.template.name}.",
+        f"{_describe_images(vlm, layout)} Conversations are written with the chat template "
+        f"{vlm.processor.template.name}.",
         "## Training",
         training,
         *_render_results_table(results),
@@ -119,6 +136,25 @@ def render_model_card(
         "of the data they\nlearned from. The model may describe what is not in an image.",
     ]
     return "\n\n".join(paragraphs) + "\n"
+
+
+def _describe_images(vlm: LoadedVLM, layout: str) -> str:
+    """Return what becomes of an image, and how many tokens it takes."""
+    settings, tokens = vlm.processor.view_settings, vlm.connector.tokens_per_image
+    text = f"An image is {vlm.processor.transform.describe()}, and takes {tokens} tokens"
+    if settings is None:
+        return f"{text}."
+    text += " a view"
+    text += ", less what is padded, and one after each row of them" * settings.has_newline
+    limit = settings.max_visual_tokens
+    if limit is None:
+        return f"{text}."
+    if layout == "vlbench":
+        return f"{text}; of a conversation at most {limit}, to which tiles are reduced."
+    return (
+        f"{text}. In training a conversation had at most {limit}, to which tiles were reduced; "
+        "transformers reduces none."
+    )
 
 
 def training_command(

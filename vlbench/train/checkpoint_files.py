@@ -270,6 +270,7 @@ def preprocessing_json(processor: Processor) -> str:
             "template": asdict(cast(Any, processor.template)),
             "tokens_per_image": processor.tokens_per_image,
             **_question_fields(processor),
+            **_view_fields(processor),
         },
         ensure_ascii=False,
         indent=1,
@@ -280,6 +281,12 @@ def _question_fields(processor: Processor) -> dict[str, int]:
     """Return how much of a question the connector reads; {} where it reads none."""
     length = processor.question_length
     return {"question_length": length} if length else {}
+
+
+def _view_fields(processor: Processor) -> dict[str, Any]:
+    """Return how images become views; {} where each is one."""
+    settings = processor.view_settings
+    return {"views": asdict(settings), "token_grid": processor.token_grid} if settings else {}
 
 
 def read_position(folder: Path) -> RunPosition:

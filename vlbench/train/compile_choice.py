@@ -12,6 +12,8 @@ from vlbench.compat.torch_internals import has_gpu_compiler
 from vlbench.config.model_schema import ModelConfig
 from vlbench.config.recipe import load_recipe_file
 from vlbench.config.schema import TrainerConfig
+from vlbench.data.reference_image import REFERENCE_SIZE
+from vlbench.model.build_vlm import read_view_settings
 from vlbench.model.decoder_families import DecoderConfig
 from vlbench.model.train_flops import head_width
 from vlbench.train.gpu_names import peak_flops
@@ -61,19 +63,31 @@ def choose_compile(
 def estimate_flops(config: ModelConfig, stage_runs: Sequence[StageRun]) -> float:
     """Return roughly the operations of a training: 6 for a weight of a decoder layer and position.
 
-    That is the rule of Kaplan et al. 2020 (arXiv:2001.08361); samples have one image and
-    `ASSUMED_TEXT_TOKENS`.
+    That is the rule of Kaplan et al. 2020 (arXiv:2001.08361); samples have one image, with tiles
+    that of `data.reference_image`, and `ASSUMED_TEXT_TOKENS`.
     """
     _, language_config = meta_encoder_and_config(config)
     positions = sum(
         stage_run.total_steps
         * stage_run.stage.global_batch_size
-        * (image_tokens + ASSUMED_TEXT_TOKENS[stage_run.stage.sample_format])
+        * (
+            image_tokens * _assumed_views(config, stage_run.stage.image_size)
+            + ASSUMED_TEXT_TOKENS[stage_run.stage.sample_format]
+        )
         for stage_run, image_tokens in zip(
             stage_runs, tokens_per_image_by_stage(config, list(stage_runs)), strict=True
         )
     )
     return 6.0 * _decoder_weights(language_config) * positions
+
+
+def _assumed_views(config: ModelConfig, side: int) -> int:
+    """Return how many views of `side` pixels an image has."""
+    settings = read_view_settings(config.vision)
+    if settings is None:
+        return 1
+    tiling = settings.tiling
+    return len(tiling.list_views(tiling.choose_grid(*REFERENCE_SIZE, side)))
 
 
 def _decoder_weights(config: DecoderConfig) -> int:

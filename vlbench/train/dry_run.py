@@ -144,6 +144,7 @@ def _sum_plans(plans: Sequence[StepPlan]) -> dict[str, int]:
         "samples": sum(len(row.stream_index) for row in rows),
         "truncated_samples": sum(row.truncated_samples for row in rows),
         "lost_supervised_tokens": sum(row.lost_supervised_tokens for row in rows),
+        "reduced_samples": sum(row.reduced_samples for row in rows),
     }
 
 

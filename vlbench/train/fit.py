@@ -33,6 +33,7 @@ from vlbench.train.shape_checks import check_init_weights, check_stage_shapes
 from vlbench.train.stage_plan import StageRun, build_stage_steps, check_data, held_out_batches
 from vlbench.train.stage_runner import StageRunner
 from vlbench.train.trainable_parts import check_trainable_stage, parts_to_save
+from vlbench.train.view_report import show_views
 
 
 def check_and_open_run(
@@ -153,6 +154,7 @@ class RunTraining:
             run_report.show_stage(
                 stage_run.name, stage, stage_run.total_steps, steps_done, vlm.model
             )
+            show_views(steps)
             if stage.max_tokens_per_row == "auto":
                 print(f"  max_tokens_per_row=auto: {stage_run.row_tokens}")
             if runner.activation_checkpointing == "auto":

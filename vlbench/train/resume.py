@@ -19,7 +19,12 @@ from vlbench.connector import kept_source, registry
 from vlbench.errors import UserError
 from vlbench.hub_download import fetch_hub_folder
 from vlbench.model import lora_adapters
-from vlbench.model.build_vlm import build_checkpoint_vlm, build_vlm, release_overrides
+from vlbench.model.build_vlm import (
+    build_checkpoint_vlm,
+    build_vlm,
+    release_overrides,
+    view_keys,
+)
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vlm import VLM
 from vlbench.model.weights.connector_reference import ReferenceWeights, load_reference_weights
@@ -106,6 +111,9 @@ def inherited_keys(config: ModelConfig, run: str | None) -> dict[str, Any]:
         }
         if init_recipe.vision.second is not None:
             vision["second"] = recipes.to_plain(init_recipe.vision.second)
+        if init_recipe.vision.tiling is not None:
+            vision["tiling"] = recipes.to_plain(init_recipe.vision.tiling)
+            vision["max_visual_tokens"] = init_recipe.vision.max_visual_tokens
         return {"vision": vision, "language": {"template": init_recipe.language.template}}
     folder = fetch_hub_folder(
         str(source),
@@ -118,7 +126,7 @@ def inherited_keys(config: ModelConfig, run: str | None) -> dict[str, Any]:
         return {}
     folder = find_released_model(str(source), "init", hub_download.SMALL_FILE_PATTERNS)
     spec = find_layout_module(folder).read_release_spec(folder)
-    keys: dict[str, Any] = {"vision": {"layer": spec.vision_layer}}
+    keys: dict[str, Any] = {"vision": {"layer": spec.vision_layer, **view_keys(spec.view_settings)}}
     default = LanguageModelConfig.model_fields["template"].default
     if config.language.template == default:  # else the recipe chose another
         keys["language"] = {"template": resolve_template_name(folder, spec, "language.template")}

@@ -134,6 +134,8 @@ def show_stage(
 def show_truncation(stage_name: str, before: Mapping[str, int], after: Mapping[str, int]) -> None:
     """Print how many samples of a stage were cut at `language.max_length`, if any were.
 
+    So it does for those whose tiles were reduced to `vision.max_visual_tokens`.
+
     `before` and `after` are the counts of the run before and after the stage.
     """
     cut, lost, samples = (
@@ -144,6 +146,12 @@ def show_truncation(stage_name: str, before: Mapping[str, int], after: Mapping[s
         print_status(
             f"stage {stage_name}: {cut:,} of {samples:,} samples were cut at language.max_length, "
             f"which took {lost:,} supervised tokens"
+        )
+    reduced = after.get("reduced_samples", 0) - before.get("reduced_samples", 0)
+    if reduced:
+        print_status(
+            f"stage {stage_name}: {reduced:,} of {samples:,} samples had fewer tiles than they "
+            "could, for vision.max_visual_tokens"
         )
 
 

@@ -36,6 +36,7 @@ class RunBudget(FileRecord):
     supervised_tokens: Amount | None = None
     truncated_samples: Amount | None = None
     lost_supervised_tokens: Amount | None = None
+    reduced_samples: Amount | None = None
     steps: dict[str, Amount] | None = None
     epochs: dict[str, Amount] | None = None
     unused_objectives: list[str] | None = None

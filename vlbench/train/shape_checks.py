@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from vlbench.model import language_model
 from vlbench.model.build_vlm import (
     LANGUAGE_FOLDER,
     build_checkpoint_encoder,
+    read_view_settings,
     release_overrides,
 )
 from vlbench.model.decoder_families import DecoderConfig
@@ -93,15 +95,25 @@ def image_transforms_by_stage(
 ) -> list[ImageTransform]:
     """Return what is done to an image before the vision encoder sees it, stage by stage."""
     encoder, _ = meta_encoder_and_config(config)
+    settings = read_view_settings(config.vision)
     transforms = []
     for stage_run in stage_runs:
         encoder.set_image_size(stage_run.stage.image_size)
-        transforms.append(encoder.transform)
+        tiling = settings.tiling if settings else None
+        transforms.append(replace(encoder.transform, tiling=tiling))
     return transforms
 
 
 def tokens_per_image_by_stage(config: ModelConfig, stage_runs: list[StageRun]) -> list[int]:
-    """Return the positions that an image takes in the text, stage by stage.
+    """Return the positions that an image, or a view of it, takes in the text, stage by stage.
+
+    Raises a UserError for what `check_stage_shapes` refuses.
+    """
+    return [one.tokens_per_image for one in connectors_by_stage(config, stage_runs)]
+
+
+def connectors_by_stage(config: ModelConfig, stage_runs: list[StageRun]) -> list[Connector]:
+    """Return the connector of each stage on the meta device.
 
     Raises a UserError for what `check_stage_shapes` refuses.
     """
@@ -114,7 +126,7 @@ def tokens_per_image_by_stage(config: ModelConfig, stage_runs: list[StageRun]) -
         )
     connector_class = registry.load_connector(config.connector_name)
     connectors: dict[Shapes, Connector] = {}
-    tokens_by_stage: list[int] = []
+    by_stage: list[Connector] = []
     for stage_run in stage_runs:
         try:
             with _blame_image_size(stage_run):
@@ -128,13 +140,13 @@ def tokens_per_image_by_stage(config: ModelConfig, stage_runs: list[StageRun]) -
                 connector = connectors[shapes]
                 _check_image_fits(connector.tokens_per_image, config.language.max_length)
             encoder.read_blocks(connector.vision_layers, connector.class_token)
-            tokens_by_stage.append(connector.tokens_per_image)
+            by_stage.append(connector)
         except UserError:
             raise
         except Exception as error:
             registry.blame_connector_file(error)
             raise
-    return tokens_by_stage
+    return by_stage
 
 
 @contextlib.contextmanager

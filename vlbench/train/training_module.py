@@ -51,6 +51,7 @@ SEEN_COUNTS = (
     "supervised_tokens",
     "truncated_samples",
     "lost_supervised_tokens",
+    "reduced_samples",
 )
 """The counts of a `StepReport` that are summed over the whole run."""
 
@@ -77,6 +78,8 @@ class StepReport:
     """Samples whose end was cut off at `language.max_length`."""
     lost_supervised_tokens: int = 0
     """Supervised tokens of these ends."""
+    reduced_samples: int = 0
+    """Samples with fewer tiles than they could have, for `vision.max_visual_tokens`."""
     extra: dict[str, float] = field(default_factory=dict)
     """The connector's own losses by name, each a mean over the global batch."""
     skipped: bool = False

@@ -23,6 +23,7 @@ from vlbench.command_line.overrides import format_override
 from vlbench.compare.experiment.grid import ComparisonGrid, GridRow, load_recipe
 from vlbench.compare.report.finished_runs import MATCH_TOLERANCE
 from vlbench.connector import registry
+from vlbench.data.reference_image import REFERENCE_NAME
 from vlbench.errors import UserError, suggest_name
 from vlbench.model.connector_cost import BUDGET_COUNTS, ConnectorCostCounter
 from vlbench.text_tables import format_table
@@ -51,7 +52,12 @@ def match_budgets(grid: ComparisonGrid) -> ComparisonGrid:
     """Return the grid with equal budgets if `match=` asks for it, and print what changed."""
     if grid.budget_to_match is None:
         return grid
-    print(f"match={grid.budget_to_match}: trying sizes of {len(grid.rows)} connectors", flush=True)
+    is_tiled = any(load_recipe(row, 0).vision.tiling is not None for row in grid.rows)
+    image = f", for {REFERENCE_NAME}" if is_tiled and grid.budget_to_match != "params" else ""
+    print(
+        f"match={grid.budget_to_match}: trying sizes of {len(grid.rows)} connectors{image}",
+        flush=True,
+    )
     matches = match_rows(grid.rows, grid.budget_to_match, grid.match_limit)
     print("\n".join(f"  {line}" for line in format_match_table(matches, grid.budget_to_match)))
     return replace(grid, rows=tuple(match.row for match in matches))

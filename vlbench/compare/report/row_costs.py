@@ -14,6 +14,7 @@ TRAINING_LABELS = {
     "supervised_tokens": "supervised tokens in training",
     "truncated_samples": "samples cut at max_length",
     "lost_supervised_tokens": "supervised tokens lost by that",
+    "reduced_samples": "samples with fewer tiles for max_visual_tokens",
 }
 """Further keys of `budget` in results.json -> labels; not every run has them."""
 

@@ -46,6 +46,7 @@ def training_warnings(rows: Sequence[ComparisonArm]) -> Iterable[str]:
     yield _budget_warning(rows)
     yield parts_warning({row.name: row.runs[0].recipe for row in rows})
     yield _truncation_warning(rows)
+    yield _reduction_warning(rows)
     yield from _first_weights_warnings(rows)
     yield _still_improving_warning(rows)
     yield _settings_warning(rows)
@@ -127,6 +128,22 @@ def _truncation_warning(rows: Sequence[ComparisonArm]) -> str:
         return f"Cut off at language.max_length, in all rows alike: {values.pop()}."
     unequally = ", unequally" if len(told) > 1 else ""
     return f"Cut off at language.max_length{unequally}: {_group_names(told)}."
+
+
+def _reduction_warning(rows: Sequence[ComparisonArm]) -> str:
+    """Return in how many samples of each row images had fewer tiles than they could."""
+    told, has_reduced = {}, False
+    for row in rows:
+        reduced = mean_count(row, methodcaller("get", "reduced_samples", 0))
+        samples = mean_count(row, methodcaller("get", "samples"))
+        if samples:
+            told[row.name] = f"{(reduced or 0) / samples:.1%} of samples"
+            has_reduced = has_reduced or bool(reduced)
+    if not has_reduced:
+        return ""
+    return (
+        f"Fewer tiles than images could have, for vision.max_visual_tokens: {_group_names(told)}."
+    )
 
 
 def _first_weights_warnings(rows: Sequence[ComparisonArm]) -> Iterable[str]:

@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from vlbench.data.image_processing import open_image_bytes
+from vlbench.data.image_size import bytes_image_size
 from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, LazyImage
 from vlbench.errors import UserError
 
@@ -88,6 +89,10 @@ class RecordImage:
     def open(self) -> Image.Image:
         """Return the image in RGB, or raise a UserError that names record and file."""
         return open_image_bytes(self.image_bytes, self.name)
+
+    def read_size(self, exif: bool) -> tuple[int, int]:
+        """Return width and height in pixels from the header."""
+        return bytes_image_size(self.image_bytes, self.name, exif)
 
     def open_draft(self, side: int) -> Image.Image:
         """Return the image in RGB; a JPEG may be decoded smaller, its longest edge >= `side`."""

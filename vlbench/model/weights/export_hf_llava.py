@@ -1,9 +1,13 @@
-"""From a model to a folder that `LlavaForConditionalGeneration` and `AutoProcessor` load."""
+"""From a model to a folder that `LlavaForConditionalGeneration` and `AutoProcessor` load.
+
+`export_hf_llava_next` writes its variant for images in tiles through `write_llava_folder`.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +23,17 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    PreTrainedTokenizerFast,
 )
 from transformers.utils import logging
 
 from vlbench.compat.transformers_internals import pil_llava_image_processor
-from vlbench.data.sample import ChatTurn
-from vlbench.data.tokenizer import Tokenizer
+from vlbench.data.image_processing import ImageTransform
 from vlbench.errors import UserError
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import clip_layouts, vision_layouts
-from vlbench.model.weights.exported_template import IMAGE_TOKEN, to_jinja_template
+from vlbench.model.weights.export_hf_processor import build_llava_processor, learned_added_tokens
+from vlbench.model.weights.exported_template import IMAGE_TOKEN
 from vlbench.model.weights.hf_llava_layout import (
     LINEAR_ACTIVATION,
     VISION_PREFIXES,
@@ -48,6 +51,24 @@ from vlbench.text_files import format_json, read_config_bytes, read_json
 
 LAYOUT_NAME = "transformers' LLaVA"
 YI_VL_LAYOUT_NAME = "LLaMA-Factory's Yi-VL"
+
+
+@dataclass(frozen=True)
+class LlavaVariant:
+    """A layout of transformers' LLaVA: its classes, and what it has beside LLaVA's own."""
+
+    name: str = LAYOUT_NAME
+    """What errors call it."""
+    config_class: type[Any] = LlavaConfig
+    model_class: type[Any] = LlavaForConditionalGeneration
+    processor_class: type[Any] = LlavaProcessor
+    config_keys: Mapping[str, Any] = field(default_factory=dict)
+    """Further keys of config.json."""
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    """Further weights, by the names of `model_class`."""
+
+
+LLAVA = LlavaVariant()
 
 
 class YiVLProjector(nn.Module):
@@ -78,33 +99,48 @@ def write_hf_llava(
     _check_projector(vlm, has_norms)
     if has_norms:
         clip_layouts.to_hf_vision_config(vlm.vision.visual)  # refuses other encoders
-    else:
-        vision_layouts.to_hf_vision_config(vlm.vision.visual)
+    image_processor = _build_image_processor(vlm.processor.transform)
+    write_llava_folder(vlm, folder, dtype, LLAVA, image_processor, has_norms)
+
+
+def write_llava_folder(
+    vlm: LoadedVLM,
+    folder: Path,
+    dtype: torch.dtype | None,
+    variant: LlavaVariant,
+    image_processor: Any,
+    has_norms: bool = False,
+) -> None:
+    """Write `vlm`, whose projector suits the layout, into the empty `folder`.
+
+    Args:
+        vlm: The model.
+        folder: Where to.
+        dtype: None keeps the type of every tensor.
+        variant: The layout.
+        image_processor: What transformers does to images.
+        has_norms: Whether the projector has the LayerNorms of LLaMA-Factory's Yi-VL.
+
+    Raises:
+        UserError: when the layout cannot express the encoder, tokenizer or language model.
+    """
+    vision_layouts.to_hf_vision_config(vlm.vision.visual)  # refuses other encoders
     if vlm.vision.norm:
         raise UserError("vision.norm is true, which this layout cannot say; use format=vlbench")
     refuse_divided_logits(vlm.language.config, "the language model")
-    processor = build_llava_processor(vlm)
+    processor = build_llava_processor(vlm, variant.processor_class, image_processor, variant.name)
     image_id = processor.image_token_id
     vocab_size = max(image_id + 1, vlm.language.config.vocab_size)
     processor.save_pretrained(folder)
-    sentencepiece_file = vlm.tokenizer.folder / "tokenizer.model"
-    if sentencepiece_file.name in vlm.tokenizer.file_contents:
-        # an import of this folder then has the same tokenizer
-        (folder / sentencepiece_file.name).write_bytes(read_config_bytes(sentencepiece_file))
-        file = folder / "tokenizer_config.json"  # transformers 5 leaves add_bos_token out
-        config = read_json(file) | {"add_bos_token": vlm.tokenizer.add_bos_token}
-        file.write_text(format_json(config, indent=2) + "\n", encoding="utf-8")
-        added_tokens = learned_added_tokens(vlm.tokenizer) | {IMAGE_TOKEN: image_id}
-        text = format_json(added_tokens, indent=2)
-        (folder / "added_tokens.json").write_text(text + "\n", encoding="utf-8")
+    _write_tokenizer_files(vlm, folder, image_id)
     state = {
         name: cast_floating(tensor, dtype)
-        for name, tensor in _build_llava_state_dict(vlm.model, vocab_size).items()
+        for name, tensor in _build_llava_state_dict(vlm.model, vocab_size, variant).items()
     }
-    llava_config = build_llava_config(vlm.model, image_id, vocab_size)
+    llava_config = build_llava_config(vlm.model, image_id, vocab_size, variant)
     llava_config.dtype = state["lm_head.weight"].dtype
     with torch.device("meta"):
-        model = _build_holder(llava_config, has_norms)
+        model = _build_holder(llava_config, variant, has_norms)
     model.load_state_dict(state, assign=True)
     model.generation_config = GenerationConfig(
         bos_token_id=vlm.tokenizer.bos_token_id,
@@ -117,28 +153,50 @@ def write_hf_llava(
         model.save_pretrained(folder, state_dict=_with_released_vision_names(model.state_dict()))
 
 
+def _write_tokenizer_files(vlm: LoadedVLM, folder: Path, image_id: int) -> None:
+    """Write a sentencepiece model, so that an import of `folder` has the same tokenizer."""
+    sentencepiece_file = vlm.tokenizer.folder / "tokenizer.model"
+    if sentencepiece_file.name not in vlm.tokenizer.file_contents:
+        return
+    (folder / sentencepiece_file.name).write_bytes(read_config_bytes(sentencepiece_file))
+    file = folder / "tokenizer_config.json"  # transformers 5 leaves add_bos_token out
+    config = read_json(file) | {"add_bos_token": vlm.tokenizer.add_bos_token}
+    file.write_text(format_json(config, indent=2) + "\n", encoding="utf-8")
+    added_tokens = learned_added_tokens(vlm.tokenizer) | {IMAGE_TOKEN: image_id}
+    text = format_json(added_tokens, indent=2)
+    (folder / "added_tokens.json").write_text(text + "\n", encoding="utf-8")
+
+
 def _check_projector(vlm: LoadedVLM, has_norms: bool) -> None:
     """Refuse a connector that the layout cannot hold."""
-    name = YI_VL_LAYOUT_NAME if has_norms else LAYOUT_NAME
+    if not has_norms:
+        check_plain_projector(vlm, LAYOUT_NAME)
+        return
+    name = YI_VL_LAYOUT_NAME
     depth, norm = projector_depth_and_norm(require_projector(vlm.model.connector, name))
-    if has_norms and (depth, norm) != (2, True):
+    if (depth, norm) != (2, True):
         raise UserError(
             f"the connector is an MLP of depth {depth}{' with LayerNorms' if norm else ''}, and "
             f"{name} holds two Linear layers with LayerNorms; format=hf_llava or format=yi_vl "
             "may hold this one, format=vlbench every connector"
         )
-    if not has_norms and (norm or depth > 2):
+
+
+def check_plain_projector(vlm: LoadedVLM, layout_name: str) -> None:
+    """Refuse a connector that is not one or two Linear layers without LayerNorms."""
+    depth, norm = projector_depth_and_norm(require_projector(vlm.model.connector, layout_name))
+    if norm or depth > 2:
         other = "yi_vl or format=yi_vl_hf" if depth == 2 else "yi_vl"
         raise UserError(
             f"the connector is an MLP of depth {depth}{' with LayerNorms' if norm else ''}, and "
-            f"{LAYOUT_NAME} holds one or two Linear layers without; format={other} holds this "
+            f"{layout_name} holds one or two Linear layers without; format={other} holds this "
             "one, format=vlbench every connector"
         )
 
 
-def _build_holder(config: LlavaConfig, has_norms: bool) -> Any:
+def _build_holder(config: Any, variant: LlavaVariant, has_norms: bool) -> Any:
     """Return transformers' module, which names the tensors and writes them."""
-    model: Any = LlavaForConditionalGeneration(config)
+    model = variant.model_class(config)
     if has_norms:
         first = model.model.multi_modal_projector.linear_1
         model.model.multi_modal_projector = YiVLProjector(first.in_features, first.out_features)
@@ -178,14 +236,16 @@ def _hide_progress_bars() -> Iterator[None]:
         (enable_progress_bars if hub_was_enabled else disable_progress_bars)()
 
 
-def build_llava_config(vlm: VLM, image_id: int, vocab_size: int) -> LlavaConfig:
-    """Return transformers' configuration of a model of LLaVA's layout."""
+def build_llava_config(
+    vlm: VLM, image_id: int, vocab_size: int, variant: LlavaVariant = LLAVA
+) -> Any:
+    """Return transformers' configuration of a model of LLaVA's layout, or of a variant."""
     depth, _ = projector_depth_and_norm(require_projector(vlm.connector, LAYOUT_NAME))
     language = {**vlm.language.config.to_dict(), "vocab_size": vocab_size}
     # vLLM finds the language model's class by this name
     language["architectures"] = [type(vlm.language).__name__]
     vision = vision_layouts.to_hf_vision_config(vlm.vision.visual)
-    return LlavaConfig(
+    return variant.config_class(
         vision_config=vision_layouts.build_hf_config(vision),
         text_config=type(vlm.language.config)(**language),
         image_token_index=image_id,
@@ -194,14 +254,15 @@ def build_llava_config(vlm: VLM, image_id: int, vocab_size: int) -> LlavaConfig:
         vision_feature_layer=vlm.vision.block_index - len(vlm.vision.blocks()),
         vision_feature_select_strategy=vision_layouts.feature_selection(vision),
         tie_word_embeddings=vlm.language.config.tie_word_embeddings,
+        **variant.config_keys,
     )
 
 
-def _build_llava_state_dict(vlm: VLM, vocab_size: int) -> dict[str, Tensor]:
+def _build_llava_state_dict(vlm: VLM, vocab_size: int, variant: LlavaVariant) -> dict[str, Tensor]:
     """Return the weights by the names of transformers' module, with `vocab_size` embeddings."""
     parts = collect_part_states(vlm)
     with torch.device("meta"):
-        llava = LlavaForConditionalGeneration(build_llava_config(vlm, 0, vocab_size))
+        llava = variant.model_class(build_llava_config(vlm, 0, vocab_size, variant))
     hf_names = llava.state_dict()
     vision_prefix = next(p for p in VISION_PREFIXES if any(name.startswith(p) for name in hf_names))
     state = {vision_prefix + key: tensor for key, tensor in parts["vision"].items()}
@@ -218,37 +279,13 @@ def _build_llava_state_dict(vlm: VLM, vocab_size: int) -> dict[str, Tensor]:
         weight = projector["0.weight"]
         state[f"{prefix}linear_2.weight"] = torch.eye(len(weight)).to(weight)
         state[f"{prefix}linear_2.bias"] = torch.zeros(len(weight)).to(weight)
-    return state
+    return {**state, **variant.tensors}
 
 
-def build_llava_processor(vlm: LoadedVLM) -> LlavaProcessor:
-    """Return transformers' processor that makes the same inputs as `Processor.prepare`."""
-    folder = vlm.tokenizer.folder
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)  # nosec B615: a local folder
-    probe_texts = [
-        vlm.processor.template.render_prompt([ChatTurn("human", "What? 12.5 km\n\n  是什么？")]),
-        " a",
-        "\n",
-    ]
-    for text in (*probe_texts, *(f"a{name} b" for name in learned_added_tokens(vlm.tokenizer))):
-        if tokenizer.encode(text) != vlm.tokenizer.encode(text):
-            raise UserError(
-                f"transformers' tokenizer gives other ids than the model's for {text!r}, so the "
-                "export would answer otherwise; use format=vlbench"
-            )
-    _set_left_padding(tokenizer, vlm.language.config.vocab_size)
-    special_tokens = [name for name in vlm.tokenizer.added_special_tokens if name != IMAGE_TOKEN]
-    tokenizer.add_special_tokens({"additional_special_tokens": [*special_tokens, IMAGE_TOKEN]})
-    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) < vlm.tokenizer.embedding_rows:
-        raise UserError(
-            f"{IMAGE_TOKEN} is a token of the model (id "
-            f"{tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)}), and "
-            f"{LAYOUT_NAME} uses it for images; use format=vlbench"
-        )
-    adds_bos = vlm.tokenizer.encode("a") != vlm.tokenizer.encode("a", add_bos=False)
-    transform = vlm.processor.transform
+def _build_image_processor(transform: ImageTransform) -> Any:
+    """Return transformers' image processor that gives the pixels of `transform`."""
     square = {"height": transform.size, "width": transform.size}
-    image_processor = pil_llava_image_processor()(
+    return pil_llava_image_processor()(
         do_pad=transform.pad,
         do_convert_rgb=True,
         size=square if transform.squash else {"shortest_edge": transform.size},
@@ -257,35 +294,3 @@ def build_llava_processor(vlm: LoadedVLM) -> LlavaProcessor:
         image_std=list(transform.std),
         resample=3,
     )
-    return LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=transform.crop // vlm.vision.grid[0],
-        vision_feature_select_strategy=vision_layouts.feature_selection(
-            vision_layouts.to_hf_vision_config(vlm.vision.visual)
-        ),
-        # the class token, which LLaVA drops again
-        num_additional_image_tokens=int(vlm.vision.has_class_token),
-        image_token=IMAGE_TOKEN,
-        chat_template=to_jinja_template(vlm.processor.template, adds_bos),
-    )
-
-
-def learned_added_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    """Return the added tokens that have an embedding in the model, with their ids."""
-    return {
-        name: index
-        for name, index in tokenizer.added_tokens.items()
-        if index < tokenizer.embedding_rows
-    }
-
-
-def _set_left_padding(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:
-    """Pad prompts of a batch on the left, so that all answers begin at the same position.
-
-    Padding is masked but embedded, so its id must be below `vocab_size`.
-    """
-    tokenizer.padding_side = "left"
-    pad = tokenizer.pad_token_id
-    if pad is None or pad >= vocab_size:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token

@@ -16,16 +16,22 @@ from vlbench.connector import registry
 from vlbench.data.chat_template import CHAT_TEMPLATES
 from vlbench.data.own_template import bind_template
 from vlbench.data.tokenizer import Tokenizer
+from vlbench.data.view_layout import ViewSettings
 from vlbench.errors import UserError
 from vlbench.model.language_model import build_empty_language, read_eos_token_ids
 from vlbench.model.loaded_vlm import LoadedVLM, assemble_vlm
 from vlbench.model.vision_encoder import VisionEncoder
-from vlbench.model.weights import hf_llava_layout, vision_layouts, yi_vl_layout
+from vlbench.model.weights import (
+    hf_llava_layout,
+    hf_llava_next_layout,
+    vision_layouts,
+    yi_vl_layout,
+)
 from vlbench.model.weights.release_files import ReleaseSpec, collect_part_states, load_vlm_weights
 from vlbench.model.weights.tensor_groups import check_tensor_groups
 from vlbench.text_files import read_json
 
-RELEASE_LAYOUTS = (yi_vl_layout, hf_llava_layout)
+RELEASE_LAYOUTS = (yi_vl_layout, hf_llava_layout, hf_llava_next_layout)
 RELEASED_CONNECTOR = "llava_mlp"
 """The connector that Yi-VL's and LLaVA's projectors are loaded into."""
 
@@ -40,6 +46,10 @@ class ReleaseOverrides:
     vision_norm: bool = False
     template_name: str | None = None
     max_length: int | None = None
+    has_own_views: bool = True
+    """Whether images become views as released, and not as `view_settings` say."""
+    view_settings: ViewSettings | None = None
+    """None: each image is one view."""
 
 
 def is_release(folder: Path) -> bool:
@@ -135,6 +145,7 @@ def build_released_vlm(folder: Path, overrides: ReleaseOverrides = ReleaseOverri
         tokenizer,
         bind_template(overrides.template_name or resolve_template_name(folder, spec), tokenizer),
         overrides.max_length or spec.language_config.max_position_embeddings,
+        spec.view_settings if overrides.has_own_views else overrides.view_settings,
     )
     vlm.tokenizer.limit_embeddings(spec.id_limit or tokenizer.vocab_size)
     vlm.release_files = layout.read_release_files(folder)

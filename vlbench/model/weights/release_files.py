@@ -17,9 +17,11 @@ from transformers import LlamaConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from vlbench.data.image_processing import MAX_RESIZED_SIDE
+from vlbench.data.view_layout import ViewSettings
 from vlbench.errors import UserError, one_line
 from vlbench.model.decoder_families import DecoderConfig
 from vlbench.model.language_model import check_language_config
+from vlbench.model.view_tokens import NEWLINE_NAME, newline_of
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import vision_layouts
 from vlbench.model.weights.tensor_groups import (
@@ -71,6 +73,8 @@ class ReleaseSpec:
     """Why it is that one; "" where it is beyond doubt."""
     id_limit: int | None = None
     """Ids from here on are never generated; None: all that have an embedding may be."""
+    view_settings: ViewSettings | None = None
+    """How images become views; None: each is one."""
 
 
 def read_small_files(folder: Path, prefix: str = "") -> dict[str, bytes]:
@@ -168,11 +172,16 @@ def _parse_rgb_values(value: Any, key: str, file: Path) -> tuple[float, ...]:
 
 
 def collect_part_states(vlm: VLM) -> dict[str, dict[str, Tensor]]:
-    """Return the state dicts of a model's parts, by their keys in released layouts."""
+    """Return the state dicts of a model's parts, by their keys in released layouts.
+
+    The newline of images in tiles, which is a parameter of any connector, is a part of its own.
+    """
     states = {
         "vision": vision_layouts.to_hf_state_dict(vlm.vision.visual),
         "language": vlm.language.state_dict(),
     }
+    if vlm.has_newline:
+        states["newline"] = {NEWLINE_NAME: newline_of(vlm.connector)}
     projector = vlm.connector.released_projector()
     return states | ({"connector": projector.state_dict()} if projector is not None else {})
 
@@ -202,5 +211,7 @@ def load_vlm_weights(
     vlm.language.model.rotary_emb.to(device)
     if projector is not None:
         projector.load_state_dict(loaded["connector"], assign=True)
-    else:
+    if projector is None or vlm.has_newline:  # what has its initial weights
         move_and_cast(vlm.connector, dtype, device)
+    if loaded.get("newline"):
+        newline_of(vlm.connector).data = loaded["newline"][NEWLINE_NAME]

@@ -1,0 +1,68 @@
+"""The size of an image in pixels, from the header of its file. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image
+
+from vlbench.data.image_decoding import read_header_size, refusal_reason
+from vlbench.data.sample import LazyImage
+from vlbench.data.square_images import turn_upright
+from vlbench.errors import UserError
+from vlbench.regular_files import MAX_IMAGE_BYTES, describe_failure, open_regular
+from vlbench.text_files import LFS_POINTER
+
+HEADER_BYTES = 65536  # of a file, in which the size is found unless a thumbnail comes before it
+
+
+def read_image_size(image: LazyImage, exif: bool = False) -> tuple[int, int]:
+    """Return width and height in pixels that an image has once it is opened.
+
+    With `exif` they are those of the image turned as its EXIF orientation says. An image with a
+    method `read_size` is asked; any other is opened. Raises a UserError that names the image.
+    """
+    read_size = getattr(image, "read_size", None)
+    if read_size is not None:
+        size: tuple[int, int] = read_size(exif)
+        return size
+    opened: Image.Image = image.open()
+    return turn_upright(opened, image.name).size if exif else opened.size
+
+
+def file_image_size(path: str | Path, exif: bool) -> tuple[int, int]:
+    """Return the size of the image in a file; a UserError names one that cannot be read."""
+    try:
+        file = open_regular(path, MAX_IMAGE_BYTES)
+    except (OSError, ValueError) as error:
+        raise UserError(f"image {path}: {describe_failure(error)}") from None
+    with file:
+        refusal = refusal_reason(file.read(len(LFS_POINTER)))
+        if refusal:
+            raise UserError(f"image {path}: {refusal}")
+        file.seek(0)
+        return read_header_size(file, f"image {path}", exif)
+
+
+def bytes_image_size(data: bytes, name: str, exif: bool) -> tuple[int, int]:
+    """Return the size of the image whose file has these bytes; errors call it `name`."""
+    refusal = refusal_reason(data)
+    if refusal:
+        raise UserError(f"{name}: {refusal}")
+    return read_header_size(BytesIO(data), name, exif)
+
+
+def partial_image_size(
+    read_bytes: Callable[[int], bytes], file_bytes: int, name: str, exif: bool
+) -> tuple[int, int]:
+    """Return the size of an image whose file is read from its beginning, as far as is asked for.
+
+    What is behind its first bytes may be megabytes, or far away, so they are tried alone.
+    """
+    if file_bytes > HEADER_BYTES:
+        with contextlib.suppress(UserError):  # a longer header; what is wrong is told below
+            return bytes_image_size(read_bytes(HEADER_BYTES), name, exif)
+    return bytes_image_size(read_bytes(file_bytes), name, exif)

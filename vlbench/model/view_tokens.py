@@ -1,0 +1,43 @@
+"""Visual tokens of tiled images at their image positions, and the learned newline between rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vlbench.connector.base import Connector
+
+NEWLINE_NAME = "image_newline"
+"""A parameter that the model adds to its connector, so that it is trained, saved and sharded as a
+part of it; the name is LLaVA-NeXT's."""
+
+
+def add_newline(connector: Connector, width: int) -> None:
+    """Give a connector the embedding `[width]` that stands behind each row of visual tokens."""
+    newline = nn.Parameter(torch.randn(width) / width**0.5)  # as in LLaVA-NeXT
+    connector.register_parameter(NEWLINE_NAME, newline)
+
+
+def newline_of(connector: Connector) -> Tensor:
+    """Return the embedding `[lm_width]` that `add_newline` gave a connector."""
+    newline: Tensor = getattr(connector, NEWLINE_NAME)
+    return newline
+
+
+def arrange_tokens(tokens: Tensor, visual_index: Tensor, newline: Tensor | None) -> Tensor:
+    """Return what stands at the image positions, `[image positions, lm_width]`.
+
+    Args:
+        tokens: The visual tokens of all views, `[views x tokens, lm_width]`.
+        visual_index: Which of them each position has, `[image positions]`.
+        newline: What a position with NEWLINE_INDEX has; None: there is none.
+    """
+    # each token is taken once, and else with a gradient of 0: sums have one order on any device
+    return mark_newlines(tokens[visual_index.clamp(min=0)], visual_index, newline)
+
+
+def mark_newlines(values: Tensor, visual_index: Tensor, newline: Tensor | None) -> Tensor:
+    """Return `values` `[image positions, lm_width]` with the newline where it belongs."""
+    if newline is None:
+        return values
+    return torch.where(visual_index[:, None] < 0, newline.to(values.dtype), values)
