@@ -92,8 +92,9 @@ def render_model_card(
         f"A vision-language model, written by vlbench {__version__} from "
         f"`{markdown_text(source.name)}`.",
         "\n".join(["| part | what | parameters |", "|---|---|---|", *rows]),
-        f"An image is {transform.describe()}, and takes {vlm.connector.tokens_per_image} "
-        f"tokens. Conversations are written with the chat template {vlm.processor.template.name}.",
+        f"An image is {transform.describe()}, and {'each ' if transform.tiling else ''}takes "
+        f"{vlm.connector.tokens_per_image} tokens. Conversations are written with the chat "
+        f"template {vlm.processor.template.name}.",
         "## Training",
         _describe_training(recipe)
         if is_trained
