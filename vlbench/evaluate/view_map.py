@@ -26,7 +26,8 @@ def map_image(
     `views` are a value for each patch of its views, `[views, patches]`, whose rows and columns are
     `grid`.
     """
-    maps, layout = views.unflatten(1, grid), processor.view_layout
+    maps: Tensor = views.unflatten(1, grid)
+    layout = processor.view_layout
     if layout is None:
         return maps[0]
     tiled = layout.tile_sample(sample).images[image]
