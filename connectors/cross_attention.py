@@ -2,11 +2,11 @@
 
 Grattafiori et al. 2024 (arXiv:2407.21783, section 7.2), as in Llama 3.2 Vision. A Linear layer
 carries the patches to the language model's width. Before every `every`-th decoder layer the text
-attends to all patches of the nearest image before it (grouped queries, RMSNorm on queries and
-keys), and a SwiGLU layer follows; both go through tanh gates that are zero at first, so that
-training starts from the plain language model. An image takes one image position.
+attends to all patches of all views of the nearest image before it (grouped queries, RMSNorm on
+queries and keys), and a SwiGLU layer follows; both go through tanh gates that are zero at first, so
+that training starts from the plain language model. A view takes one image position.
 
-Keys and values are made in `forward`, a level for each of these layers: once for each image, in
+Keys and values are made in `forward`, a level for each of these layers: once for each view, in
 training as in an answer of any length.
 """
 
@@ -70,11 +70,14 @@ class GatedLayer(nn.Module):
         self.down = nn.Linear(hidden, width, bias=False)
         self.ff_gate = nn.Parameter(torch.zeros(1))
 
-    def forward(self, hidden: Tensor, keys_values: Tensor, image_index: Tensor) -> Tensor:
+    def forward(
+        self, hidden: Tensor, keys_values: Tensor, image_index: Tensor, view_bounds: Tensor | None
+    ) -> Tensor:
         """Return the new input `[rows, length, width]`; unchanged where `image_index` is -1."""
         query = self.q_norm(self.to_q(self.norm(hidden)).unflatten(-1, (self.heads, -1)))
         key, value = keys_values.unflatten(-1, (2, self.kv_heads, -1)).unbind(2)
-        seen = self.to_out(attend_to_images(query, key, value, image_index).flatten(2))
+        seen = attend_to_images(query, key, value, image_index, view_bounds)
+        seen = self.to_out(seen.flatten(2))
         hidden = hidden + self.attn_gate.tanh() * seen
         normed = self.ff_norm(hidden)
         fed = self.down(silu(self.act(normed)) * self.up(normed))
@@ -157,7 +160,7 @@ class CrossAttentionConnector(Connector):
     ) -> Tensor:
         """Let the text look at its image before decoder layer `layer`."""
         level = visual[self.inject_layers.index(layer)]
-        return self.gated[str(layer)](hidden, level, where.image_index)
+        return self.gated[str(layer)](hidden, level, where.image_index, where.view_bounds)
 
     def metrics(self) -> dict[str, float]:
         """Return `gate_attn_L` and `gate_ff_L`: tanh of the gates before decoder layer L."""

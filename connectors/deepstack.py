@@ -78,9 +78,7 @@ class DeepStackConnector(Connector):
     ) -> Tensor:
         """Add a level to the image positions, each its own token."""
         level = visual[1 + layer - self.inject_layers[0]]
-        added = level[where.image_index.clamp(min=0), where.token_index.clamp(min=0)]
-        is_image = (where.token_index >= 0)[..., None]
-        return hidden + added.to(hidden.dtype) * is_image
+        return hidden + where.own_tokens(level).to(hidden.dtype)
 
     def count_latents(self, visual: tuple[Tensor, ...]) -> int:
         """Return 0: what is added stands at image positions, which are counted already."""

@@ -1,9 +1,9 @@
 """Flamingo: a Perceiver resampler, and gated cross-attention before decoder layers.
 
 Alayrac et al. 2022 (arXiv:2204.14198), as in OpenFlamingo (Awadalla et al. 2023, arXiv:2308.01390):
-an image becomes a fixed number of latents; before every `every`-th decoder layer, text attends to
-the latents of the nearest image before it. The gates are zero at first, so that training starts
-from the plain language model. An image takes one image position.
+a view of an image becomes a fixed number of latents; before every `every`-th decoder layer, text
+attends to the latents of all views of the nearest image before it. The gates are zero at first, so
+that training starts from the plain language model. A view takes one image position.
 """
 
 import re
@@ -77,7 +77,7 @@ class PerceiverResampler(nn.Module):
 
 
 class MaskedCrossAttention(nn.Module):
-    """Cross-attention from every position to the latents of the nearest image before it."""
+    """Cross-attention from every position to all latents of the nearest image before it."""
 
     def __init__(self, width: int, visual_width: int, heads: int, head_width: int) -> None:
         super().__init__()
@@ -87,11 +87,13 @@ class MaskedCrossAttention(nn.Module):
         self.to_kv = nn.Linear(visual_width, 2 * heads * head_width, bias=False)
         self.to_out = nn.Linear(heads * head_width, width, bias=False)
 
-    def forward(self, hidden: Tensor, visual: Tensor, image_index: Tensor) -> Tensor:
+    def forward(
+        self, hidden: Tensor, visual: Tensor, image_index: Tensor, view_bounds: Tensor | None = None
+    ) -> Tensor:
         """Return `[rows, length, width]`; exactly zero where `image_index` is -1."""
         q = self.to_q(self.norm(hidden)).unflatten(-1, (self.heads, -1))
         k, v = self.to_kv(visual).unflatten(-1, (2, self.heads, -1)).unbind(2)
-        return self.to_out(attend_to_images(q, k, v, image_index).flatten(2))
+        return self.to_out(attend_to_images(q, k, v, image_index, view_bounds).flatten(2))
 
 
 class GatedBlock(nn.Module):
@@ -106,9 +108,12 @@ class GatedBlock(nn.Module):
         self.ff = feed_forward(width, mult)
         self.ff_gate = nn.Parameter(torch.zeros(1))
 
-    def forward(self, hidden: Tensor, visual: Tensor, image_index: Tensor) -> Tensor:
+    def forward(
+        self, hidden: Tensor, visual: Tensor, image_index: Tensor, view_bounds: Tensor | None = None
+    ) -> Tensor:
         """Return the new input `[rows, length, width]` of a decoder layer."""
-        hidden = hidden + self.attn_gate.tanh() * self.attn(hidden, visual, image_index)
+        seen = self.attn(hidden, visual, image_index, view_bounds)
+        hidden = hidden + self.attn_gate.tanh() * seen
         return hidden + self.ff_gate.tanh() * self.ff(hidden)
 
 
@@ -151,7 +156,7 @@ class FlamingoConnector(Connector):
         Args:
             shapes: Sizes of vision encoder and language model.
             every: A gated block is before every `every`-th decoder layer.
-            latents: Latents of an image.
+            latents: Latents of a view.
             depth: Layers of the resampler.
             heads: Attention heads of resampler and gated blocks.
             head_width: Width of a head; `heads` x `head_width` need not be the LM's width.
@@ -186,7 +191,7 @@ class FlamingoConnector(Connector):
 
     def inject(self, layer: int, hidden: Tensor, visual: Tensor, where: ImagePlaces) -> Tensor:
         """Add gated cross-attention to the nearest image before decoder layer `layer`."""
-        return self.blocks[str(layer)](hidden, visual, where.image_index)
+        return self.blocks[str(layer)](hidden, visual, where.image_index, where.view_bounds)
 
     def metrics(self) -> dict[str, float]:
         """Return `gate_attn_L` and `gate_ff_L`: tanh of the gates before decoder layer L.

@@ -83,7 +83,7 @@ class MixedConnector(Connector):
 
     def inject(self, layer: int, hidden: Tensor, visual: Tensor, where: ImagePlaces) -> Tensor:
         """Add gated cross-attention to the nearest image before decoder layer `layer`."""
-        return self.blocks[str(layer)](hidden, visual, where.image_index)
+        return self.blocks[str(layer)](hidden, visual, where.image_index, where.view_bounds)
 
     def metrics(self) -> dict[str, float]:
         """Return the other connector's metrics, and tanh of every gate."""

@@ -9,21 +9,46 @@ from typing import Any
 from random_vlm import SMALL, NoiseImage, open_gates, small_vlm
 
 from vlbench.connector import registry
+from vlbench.data.image_tiling import ImageTiling
+from vlbench.data.view_layout import ViewSettings
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.processor import ChatMessage
 
+TILED = {
+    "llava_mlp": ViewSettings(ImageTiling(4), "newline"),
+    "deepstack": ViewSettings(ImageTiling(6, "internvl"), "numbered"),
+    "flamingo": ViewSettings(ImageTiling(4, "internvl"), "none"),
+    "cross_attention": ViewSettings(ImageTiling(4), "newline"),
+    "instruct_qformer": ViewSettings(ImageTiling(3), "numbered"),
+    "mixed": ViewSettings(ImageTiling(6, "internvl"), "newline"),
+}
+"""How images become views with `tiled` before a connector's name."""
+IMAGE_SIZES = ((28, 28), (70, 30), (56, 60), (20, 90))
+"""Width and height of an image in pixels, by its seed: other grids with every rule."""
 
-def build_asked_vlm(connector: str) -> LoadedVLM:
-    """Return a small random model with open gates that never says the stop text."""
-    vlm = open_gates(small_vlm(registry.load_connector(connector), SMALL.get(connector))).eval()
+
+def build_asked_vlm(name: str) -> LoadedVLM:
+    """Return a small random model with open gates that never says the stop text.
+
+    `name` is a connector's, or `tiled` and a connector's, of a model with views.
+    """
+    connector = name.removeprefix("tiled ")
+    settings = None if connector == name else TILED[connector]
+    vlm = small_vlm(registry.load_connector(connector), SMALL.get(connector), settings)
+    vlm = open_gates(vlm).eval()
     template = replace(vlm.processor.template, stop="never said")
     vlm.processor = replace(vlm.processor, template=template)
     return vlm
 
 
+def noise(seed: int) -> NoiseImage:
+    """Return an image of noise whose size goes with its seed."""
+    return NoiseImage(seed, IMAGE_SIZES[seed % len(IMAGE_SIZES)])
+
+
 def ask(text: str, *images: int) -> dict[str, Any]:
     """Return a question about images of noise, by their seeds."""
-    shown = [{"type": "image", "image": NoiseImage(seed).open()} for seed in images]
+    shown = [{"type": "image", "image": noise(seed).open()} for seed in images]
     return {"role": "user", "content": [*shown, {"type": "text", "text": text}]}
 
 

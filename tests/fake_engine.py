@@ -89,7 +89,8 @@ class FakeEngine:
         reason = "stop" if reason == "length" and said < request.max_new_tokens else reason
         visual = image_count * VISUAL_TOKENS
         first = time.monotonic() - began if said else None
-        end = AnswerEnd(reason, 10 + visual, visual, 3, said, first, time.monotonic() - began)
+        seconds = time.monotonic() - began
+        end = AnswerEnd(reason, 10 + visual, visual, image_count, 3, said, first, seconds)
         failed = RuntimeError("a fault of the model") if words[0] == FAIL else None
         with self._changed:
             self._running -= 1
@@ -123,7 +124,10 @@ class FakeEngine:
 def fake_model(name: str = "fake", engine: FakeEngine | None = None) -> ServedModel:
     """Return a served model whose engine is fake, and whose facts are made up."""
     processor = SimpleNamespace(
-        transform=SimpleNamespace(crop=28), tokens_per_image=VISUAL_TOKENS, max_positions=512
+        transform=SimpleNamespace(crop=28),
+        tokens_per_image=VISUAL_TOKENS,
+        max_positions=512,
+        view_settings=None,
     )
     vlm: Any = SimpleNamespace(processor=processor, connector=object(), device="cpu")
     return ServedModel(name, vlm, engine or FakeEngine(), created=1)

@@ -86,7 +86,7 @@ class ScriptedEngine:
                 reason = "cancelled"
                 break
             on_text(word)
-        on_end(AnswerEnd(reason, 40, 16, 0, len(words), 0.01, 0.1))
+        on_end(AnswerEnd(reason, 40, 16, 1, 0, len(words), 0.01, 0.1))
 
     def drain(self, timeout: float) -> bool:
         return True

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from asked_conversations import answered, ask, build_asked_vlm, make_conversations
+from asked_conversations import TILED, answered, ask, build_asked_vlm, make_conversations
 from golden_release import CHECKPOINT
 from language_folders import FAMILY_OPTIONS, write_language_folder
 
@@ -32,9 +32,15 @@ CONNECTORS = [
         pytest.param(name, marks=pytest.mark.slow)
         for name in ("deepstack", "flamingo", "cross_attention", "instruct_qformer", "mixed")
     ),
+    "tiled flamingo",
+    *(
+        pytest.param(f"tiled {name}", marks=pytest.mark.slow)
+        for name in TILED
+        if name != "flamingo"
+    ),
 ]
 """What fills positions, what does and injects as well, what injects alone, and what reads the
-question."""
+question; and the same with images of several views."""
 
 
 @pytest.fixture(autouse=True)
@@ -143,7 +149,7 @@ def test_a_prompt_in_pieces_is_the_prompt_at_once(name):
 @pytest.mark.parametrize("name", CONNECTORS)
 def test_what_a_prompt_shares_with_earlier_ones_is_not_computed_again(name, monkeypatch):
     vlm, pool = build_asked_vlm(name), PrefixPool(4096)
-    batch, chat = new_batch(vlm), []
+    batch, chat, length_before = new_batch(vlm), [], 1
     encoded: list[int] = []
     encode = vlm.model.encode_images
     for turn, images in enumerate(((), (1, 1), (), (2,))):
@@ -155,9 +161,10 @@ def test_what_a_prompt_shares_with_earlier_ones_is_not_computed_again(name, monk
             )
             prompt, taken = prefill(vlm, chat, pool)
         assert answer(batch, prompt, 5, pool) == expected
-        assert (prompt.cached_count > prompt.length // 2) == (turn > 0)
+        assert (prompt.cached_count >= length_before) == (turn > 0)
+        length_before = prompt.length
         chat = [*chat, answered("it is")]
-    assert sum(encoded) == 3  # each once
+    assert sum(encoded) == len(vlm.prepare(chat[:-1]).pixels) >= 3  # each view once
 
 
 def test_the_prefix_ends_where_an_image_differs():

@@ -124,6 +124,37 @@ def test_a_wrong_connector_fails_on_the_right_line(name, tmp_path, capsys):
     assert "Traceback" not in text and "Not checked here: " in text
 
 
+TAKES_A_VIEW_FOR_AN_IMAGE = """
+from torch import nn
+from vlbench.connector.base import Connector, ImagePlaces, Shapes
+
+class Added(Connector):
+    inject_layers = (1,)
+
+    def __init__(self, shapes: Shapes) -> None:
+        super().__init__()
+        self.tokens_per_image = shapes.patches
+        self.fc = nn.Linear(shapes.vision_width, shapes.lm_width)
+
+    def forward(self, features):
+        return self.fc(features)
+
+    def inject(self, layer, hidden, visual, where: ImagePlaces):
+        own = visual[where.image_index.clamp(min=0), where.token_index.clamp(min=0)]
+        return hidden + own * (where.token_index >= 0)[..., None]
+"""
+
+
+def test_a_connector_that_takes_a_view_for_an_image_is_told(tmp_path, capsys):
+    file = tmp_path / "added.py"
+    file.write_text(TAKES_A_VIEW_FOR_AN_IMAGE)
+    assert main(["test-connector", str(file)]) == 1
+    assert failed_checks(capsys.readouterr().out) == ["views"]
+    right = TAKES_A_VIEW_FOR_AN_IMAGE.partition("        own =")[0]
+    file.write_text(f"{right}        return hidden + where.own_tokens(visual)\n")
+    assert main(["test-connector", str(file)]) == 0
+
+
 def test_what_its_code_raises_is_shown_by_its_own_frames(tmp_path, capsys):
     file = write_connector(tmp_path, "raises", RETURN, "return self.helper(features)")
     file.write_text(f"{file.read_text()}\n    def helper(self, x):\n        return {{}}['key']\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from vlbench.__main__ import main
 from vlbench.data import feature_store
+from vlbench.data.feature_store import FeatureShards, FeatureStore, content_key, view_keys
+from vlbench.data.image_tiling import ImageTiling, TiledImage
+from vlbench.data.sample import LazyImage
+from vlbench.data.scene_world import make_scene
 from vlbench.train import checkpoint_files, feature_cache
 from vlbench.train.callbacks import GracefulStop
 
@@ -121,7 +126,7 @@ def test_a_damaged_shard_is_computed_again(plain, cached, tmp_path):
 
 def test_a_run_that_is_asked_to_stop_does_not_compute_the_rest(plain, tmp_path, monkeypatch):
     real, cache = GracefulStop.is_stop_requested, tmp_path / "cache"
-    monkeypatch.setattr(feature_cache, "IMAGES_PER_CHUNK", 4)
+    monkeypatch.setattr(feature_cache, "VIEWS_PER_CHUNK", 4)
     monkeypatch.setattr(
         GracefulStop,
         "is_stop_requested",
@@ -186,7 +191,7 @@ def test_no_room_is_told_before_anything_is_written(tmp_path, monkeypatch, capsy
 def test_a_disk_that_fills_up_loses_nothing(plain, tmp_path, monkeypatch, capsys):
     words = [*SHORT, *FROZEN, f"run={tmp_path / 'run'}", f"trainer.feature_cache={tmp_path / 'c'}"]
     monkeypatch.setattr(feature_cache, "SHARD_BYTES", 1)
-    monkeypatch.setattr(feature_cache, "IMAGES_PER_CHUNK", 2)
+    monkeypatch.setattr(feature_cache, "VIEWS_PER_CHUNK", 2)
     written = []
 
     def fills_up(tensors, path):
@@ -241,3 +246,38 @@ def test_features_of_several_blocks_are_kept_and_a_run_with_them_is_resumed(tmp_
     monkeypatch.setattr(GracefulStop, "is_stop_requested", real)
     resumed = run(tmp_path / "run", *words, f"trainer.feature_cache={cache}")
     assert all(tensor.equal(resumed[name]) for name, tensor in straight.items())
+
+
+def test_each_view_of_a_grid_has_a_key_and_features_of_its_own(tmp_path):
+    image, tiling = make_scene("views", 0, 0), ImageTiling(4)
+    keys = {grid: view_keys(tiled(image, tiling, grid)) for grid in ((2, 2), (1, 2), (2, 1))}
+    assert [*map(len, keys.values())] == [5, 3, 3] and len(set(chain(*keys.values()))) == 11
+    assert view_keys(image) == [content_key(image)] and content_key(image) not in keys[2, 2]
+    feature_shards = FeatureShards(tmp_path)
+    features = torch.arange(24.0).view(6, 2, 2)
+    locations = feature_shards.write_shard([*keys[2, 2], content_key(image)], features)
+    images = {tiled(image, tiling, (2, 2)): keys[2, 2], image: view_keys(image)}
+    known = {one: [locations[key] for key in of_image] for one, of_image in images.items()}
+    store = FeatureStore(feature_shards, known)
+    found = store.load_features([image, *images])
+    assert found.equal(torch.cat([features[5:], features]))
+    assert store.load_features([image, tiled(image, tiling, (1, 2))]) is None
+
+
+def tiled(image: LazyImage, tiling: ImageTiling, grid: tuple[int, int]) -> TiledImage:
+    return TiledImage(image, image.open().size, grid, tiling.list_views(grid))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("connector", ["llava_mlp", "flamingo", "deepstack"])
+@pytest.mark.parametrize("rule", ["llava_next", "internvl"])
+def test_a_run_of_tiled_images_is_the_same_bit_for_bit(connector, rule, tmp_path, capsys):
+    words = ["only=chat", f"connector.name={connector}", "stages.chat.image_size=56"]
+    words += ["vision.tiling.tiles=4", f"vision.tiling.grid={rule}", "vision.max_visual_tokens=90"]
+    plain = run(tmp_path / "plain", *words)
+    capsys.readouterr()
+    cached = run(tmp_path / "run", *words, f"trainer.feature_cache={tmp_path / 'cache'}")
+    assert plain.keys() == cached.keys() and losses(tmp_path / "plain") == losses(tmp_path / "run")
+    assert all(plain[name].equal(cached[name]) for name in plain)
+    kept = load_file(shards(tmp_path / "cache")[0])["features"]
+    assert len(kept) > 9 and f"features of {len(kept)} views of images" in capsys.readouterr().err

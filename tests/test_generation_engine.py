@@ -155,7 +155,10 @@ def test_answers_wait_until_there_is_memory_for_their_rows(vlm, engines, monkeyp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llava_mlp", "flamingo", "deepstack", "instruct_qformer"])
+@pytest.mark.parametrize(
+    "name",
+    ["llava_mlp", "flamingo", "deepstack", "instruct_qformer", "tiled llava_mlp", "tiled flamingo"],
+)
 def test_many_answers_are_those_of_chat(engines, name):
     vlm = build_asked_vlm(name)
     engine = engines(vlm, max_rows=8, prefill_tokens=24)
@@ -174,11 +177,23 @@ def test_a_conversation_that_goes_on_is_told_what_was_known(vlm, engines):
     assert first.end().cached_tokens == 0
     assert told.cached_tokens >= first.end().prompt_tokens > 0
     assert told.prompt_tokens == vlm.prepare(messages).input_ids.shape[1]
-    assert told.visual_tokens == 2 * vlm.connector.tokens_per_image
+    assert (told.visual_tokens, told.views) == (2 * vlm.connector.tokens_per_image, 2)
     assert (told.completion_tokens, told.finish_reason) == (4, "length")
     assert 0 < told.seconds_to_first_token <= told.seconds
     counts = engine.counts()
     assert counts.cached_tokens == told.cached_tokens and counts.completion_tokens == 8
+
+
+def test_views_of_tiled_images_are_told_and_limited(engines):
+    vlm = build_asked_vlm("tiled flamingo")
+    chat, engine = [ask("what is it?", 0, 2)], engines(vlm)
+    asked = Asked(engine, AnswerRequest(chat, 4))
+    assert asked.text() == vlm.chat(chat, 4)
+    assert asked.end().views == asked.end().visual_tokens == 1 + 5
+    settings = replace(vlm.processor.view_settings, max_views=5)
+    vlm.processor = replace(vlm.processor, view_settings=settings)
+    with pytest.raises(UserError, match="has 6 views of its images, and vision.tiling.max_views"):
+        Asked(engines(vlm), AnswerRequest(chat, 4))
 
 
 @pytest.mark.parametrize("length", [3, 9])

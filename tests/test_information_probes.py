@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from random_vlm import SMALL, make_sample, open_gates, small_vlm
+from random_vlm import SMALL, NoiseImage, make_sample, open_gates, small_vlm
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -18,11 +18,13 @@ from vlbench.__main__ import main
 from vlbench.compat.transformers_internals import decoder_layer_input
 from vlbench.config import recipe as recipes
 from vlbench.connector import registry
+from vlbench.data.image_tiling import ImageTiling
 from vlbench.data.picture_labels import LabelledPicture
 from vlbench.data.sample_encoding import IMAGE_TOKEN_INDEX
 from vlbench.data.scene_labels import question_evidence
 from vlbench.data.scene_text import LANGUAGES, list_questions
 from vlbench.data.scene_world import RenderedScene, make_scene
+from vlbench.data.view_layout import ViewSettings
 from vlbench.evaluate import information_probes
 from vlbench.evaluate.heldout_questions import EvalQuestion, scene_questions
 from vlbench.evaluate.information_probes import (
@@ -30,7 +32,11 @@ from vlbench.evaluate.information_probes import (
     probe_information,
     training_questions,
 )
-from vlbench.evaluate.place_features import PlaceFeatures, compute_place_features
+from vlbench.evaluate.place_features import (
+    PlaceFeatures,
+    compute_place_features,
+    have_equal_views,
+)
 
 SCENES = [make_scene("test", 0, index) for index in range(150)]
 GIST_LABELS = [tuple(sorted(SCENES[0].labels))]
@@ -111,7 +117,10 @@ def fake_model(monkeypatch, **kept: tuple[str, ...]) -> SimpleNamespace:
 
     monkeypatch.setattr(information_probes, "compute_place_features", compute)
     monkeypatch.setattr(information_probes, "TRAINING_PICTURES", 300)
-    return SimpleNamespace(connector=SimpleNamespace(replaces_image_tokens=True))
+    return SimpleNamespace(
+        connector=SimpleNamespace(replaces_image_tokens=True),
+        processor=SimpleNamespace(view_layout=None),
+    )
 
 
 def read_by_type(told, questions) -> dict[str, list[float]]:
@@ -214,6 +223,25 @@ def test_what_is_read_in_the_language_model_is_at_its_places(name):
     assert features is not None
     assert torch.allclose(features.language[0], expected, atol=1e-6)
     assert all(not layer._forward_pre_hooks for layer in layers) or name == "flamingo"
+
+
+@pytest.mark.parametrize("name", ["llava_mlp", "flamingo"])
+def test_features_of_a_tiled_picture_are_those_of_its_views(name):
+    vlm = small_vlm(registry.load_connector(name), SMALL.get(name), ViewSettings(ImageTiling(4)))
+    asked = [replace(make_sample(n, 2), turns=make_sample(n, 2).turns[:1]) for n in (1, 2)]
+    assert have_equal_views(vlm, asked)
+    features = compute_place_features(vlm, asked)
+    batch = vlm.processor.collate_prompts(asked)
+    assert len(batch.pixels) == 4 * 3  # of each picture three views
+    with torch.no_grad():
+        encoded, visual = vlm.features(batch), vlm.visual(batch)
+    assert torch.allclose(features.encoder, encoded.reshape(4, 3 * 4, 32), atol=1e-5)
+    assert torch.allclose(features.connector, visual.reshape(4, -1, visual.shape[2]), atol=1e-5)
+    positions = len(batch.visual_index) // 4
+    expected = (2, 1, 32) if name == "flamingo" else (4, positions, 32)
+    assert features.language.shape == expected
+    larger = replace(asked[0], images=(NoiseImage(1), NoiseImage(2, (90, 20))))
+    assert not have_equal_views(vlm, [larger])
 
 
 def test_answers_are_read_where_the_image_has_no_position_of_its_own(monkeypatch):

@@ -197,7 +197,7 @@ def test_models_are_listed_with_what_they_are(client):
     assert [model.id for model in client.models.list()] == ["fake", "runs/slow"]
     model = client.models.retrieve("runs/slow")
     assert (model.owned_by, model.visual_tokens_per_image) == ("vlbench", VISUAL_TOKENS)
-    assert (model.connector, model.image_size) == ("object", 28)
+    assert (model.connector, model.image_size, model.most_views_per_image) == ("object", 28, 1)
 
 
 @pytest.mark.parametrize("is_first_token_there", [True, False])

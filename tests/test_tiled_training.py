@@ -11,7 +11,7 @@ import pytest
 import torch
 from forked_processes import run_in_processes
 from PIL import Image
-from random_vlm import NoiseImage, make_batch, make_sample, small_vlm
+from random_vlm import SMALL, NoiseImage, make_batch, make_sample, open_gates, small_vlm
 from safetensors.torch import load_file
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
@@ -47,7 +47,7 @@ TILES = ("vision.tiling.tiles=3", "vision.max_visual_tokens=40")
 
 
 def tiled_vlm(tags: str = "newline", connector: str = "llava_mlp") -> LoadedVLM:
-    return small_vlm(registry.load_connector(connector), None, SETTINGS[tags])
+    return small_vlm(registry.load_connector(connector), SMALL.get(connector), SETTINGS[tags])
 
 
 def tiled_sample(number: int, images: int = 1) -> Sample:
@@ -142,16 +142,17 @@ def test_a_batch_without_images_gives_the_newline_a_gradient():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wrap", ["sharded", "replicated"])
-def test_two_processes_have_the_gradients_of_one(wrap):
+@pytest.mark.parametrize("connector", ["llava_mlp", "flamingo", "cross_attention"])
+def test_two_processes_have_the_gradients_of_one(wrap, connector):
     """Each has its own samples; one has text alone in its second micro-batch."""
     shares = [[SAMPLES[:2], [SAMPLES[2]]], [[SAMPLES[3]], [SAMPLES[4]]]]
-    vlm = tiled_vlm().to(torch.float64)
+    vlm = open_gates(tiled_vlm(connector=connector).to(torch.float64))
     for row in (row for share in shares for row in share):
         (vlm(make_batch(vlm, [row]).to("cpu", torch.float64)).loss_sum / 2).backward()
     expected = gradients(vlm.model)
 
     def compare(rank: int) -> list[str]:
-        own = tiled_vlm().to(torch.float64)
+        own = open_gates(tiled_vlm(connector=connector).to(torch.float64))
         if wrap == "sharded":
             call = apply_fsdp(own.model, distributed.device_mesh.init_device_mesh("cpu", (2,)))
         else:

@@ -169,11 +169,6 @@ class Recipe(RecipeSection):
                     f"has vision.tiling and stages.{name}.objective={stage.objective}, which "
                     "compares captions with images of one view; give vision.tiling=null"
                 )
-        if self.trainer.feature_cache is not None:
-            raise ValueError(
-                "has vision.tiling and trainer.feature_cache, which has one view of an image; "
-                "leave one of the two out"
-            )
         return self
 
     @model_validator(mode="after")

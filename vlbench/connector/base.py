@@ -46,7 +46,10 @@ class Shapes:
 
 @dataclass(frozen=True)
 class ImagePlaces:
-    """Which image each of some positions belongs to, and which visual token it holds."""
+    """Which image each of some positions belongs to, and which visual token it holds.
+
+    With tiling an image has several views, and what `forward` gives has an entry for each view.
+    """
 
     image_index: Tensor
     """`[rows, length]` int64, the index among the images of the batch of the nearest image before a
@@ -59,7 +62,7 @@ class ImagePlaces:
     as in `token_index`. None: images are not tiled, and it is `image_index`."""
     view_bounds: Tensor | None = None
     """`[images + 1]` int64: the views of image i are `view_bounds[i]` to `view_bounds[i + 1] - 1`.
-    None: each image has one."""
+    None: each image has one. Text looks at all views of its image (`attend_to_images`)."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that there are by name."""
@@ -87,6 +90,15 @@ class ImagePlaces:
         none = torch.full_like(last, -1)
         views = None if self.view_index is None else none
         return ImagePlaces(last, none, views, self.view_bounds)
+
+    def own_tokens(self, level: Tensor) -> Tensor:
+        """Return the token `[rows, length, width]` that each image position holds; elsewhere zero.
+
+        `level` is what `forward` gave, or one level of it, `[views, tokens_per_image, width]`.
+        """
+        views = self.image_index if self.view_index is None else self.view_index
+        tokens = level[views.clamp(min=0), self.token_index.clamp(min=0)]
+        return tokens * (self.token_index >= 0)[..., None]
 
 
 class Connector(nn.Module):

@@ -98,6 +98,13 @@ CONTRACT = (
         training_checks.check_neighbours,
     ),
     ContractCheck(
+        "views",
+        "what it injects of a tiled image is of all of its views, and of no other's",
+        "in inject, give attend_to_images where.view_bounds, and take what image positions hold "
+        "from where.own_tokens: `visual` has an entry for each view, not for each image",
+        training_checks.check_views,
+    ),
+    ContractCheck(
         "objectives",
         "objectives of its own do not depend on the packing",
         "take negatives from batch.contrast_pool (docs/objectives.md)",

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
 from vlbench.contract_checks.gradient_comparison import (
     find_differences,
     language_gradients,
+    language_loss,
     objective_gradients,
     step_loss,
 )
-from vlbench.contract_checks.small_model import make_double_batch, make_sample
-from vlbench.contract_checks.violations import require_none
+from vlbench.contract_checks.small_model import join_views, make_double_batch, make_sample
+from vlbench.contract_checks.violations import require, require_none
+from vlbench.data.packing import PackedBatch
+from vlbench.data.sample import Sample
 from vlbench.model.loaded_vlm import LoadedVLM
 
 
@@ -35,6 +43,33 @@ def check_neighbours(vlm: LoadedVLM) -> None:
     for rows in ([samples], [samples[::-1]], [[one] for one in samples]):
         packed = language_gradients(vlm, [make_double_batch(vlm, rows)])
         require_none(find_differences(alone, packed), "packing changes")
+
+
+def check_views(vlm: LoadedVLM) -> None:
+    """What is injected depends on each view of an image, and is the same packed and alone."""
+    if not vlm.connector.inject_layers:
+        return  # to `forward` a view is an image
+    samples = [(make_sample(1, images=2), [2]), (make_sample(2, images=3, words=20), [1, 2])]
+    alone = [_tiled_batch(vlm, [one]) for one in samples]
+    expected = language_gradients(vlm, alone)
+    vlm.model.enable_activation_checkpointing("full")
+    for rows in (samples, samples[::-1]):
+        packed = language_gradients(vlm, [_tiled_batch(vlm, rows)])
+        require_none(find_differences(expected, packed), "packing tiled images changes")
+    with torch.no_grad():
+        before = language_loss(vlm, alone[1])
+        for view in range(3):
+            pixels = alone[1].pixels.clone()
+            pixels[view] = pixels[view].flip(-1)
+            changed = language_loss(vlm, replace(alone[1], pixels=pixels))
+            require(not changed.equal(before), f"nothing depends on view {view + 1} of 3")
+
+
+def _tiled_batch(vlm: LoadedVLM, samples: Sequence[tuple[Sample, Sequence[int]]]) -> PackedBatch:
+    """Return samples, each with the views of its images, in one row."""
+    batch = make_double_batch(vlm, [[sample for sample, _ in samples]])
+    counts = [count for _, view_counts in samples for count in view_counts]
+    return join_views(batch, counts, vlm.connector.tokens_per_image)
 
 
 def check_objectives(vlm: LoadedVLM) -> None:

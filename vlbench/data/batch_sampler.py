@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from vlbench.data.feature_store import FeatureStore
 from vlbench.data.image_processing import ImageTransform
+from vlbench.data.image_tiling import count_views
 from vlbench.data.optimizer_step import LoadedRow, OptimizerStep, RowPlan, StepPlan
 from vlbench.data.packing import PackedBatch, collate, pack_samples
 from vlbench.data.sample import LazyImage, Sample
@@ -164,5 +165,5 @@ class StepDataset(Dataset[OptimizerStep]):
         return replace(collate([row], _empty_pixels), features=features)
 
 
-def _empty_pixels(_: LazyImage) -> Tensor:
-    return torch.zeros(3, 0, 0)
+def _empty_pixels(image: LazyImage) -> Tensor:
+    return torch.zeros(count_views(image), 3, 0, 0)

@@ -7,6 +7,8 @@ A folder has shards, safetensors files with
     keys       [images, 16] uint8, a hash of each image's content
     sums       [images] int64, a checksum of each image's features
 
+Of tiled images a row is a view, and its key stands for the image, its grid and the view in it.
+
 A shard is written atomically, so a run that is stopped loses at most the one it was filling.
 """
 
@@ -27,12 +29,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlbench.data.image_processing import ImageFile
+from vlbench.data.image_tiling import TiledImage
 from vlbench.data.record_images import EmbeddedImage
 from vlbench.data.sample import LazyImage
 from vlbench.text_files import replace_when_written
 
-FeatureLocations = dict[bytes, tuple[str, int]]
-"""Shard and row of each image, by its key."""
+FeatureLocation = tuple[str, int]
+"""Shard and row of an image, or of a view."""
+FeatureLocations = dict[bytes, FeatureLocation]
+"""Those of images or views by their keys."""
 KEY_BYTES = 16  # bytes of an image's hash: two of 10^9 images collide with probability 10^-21
 
 
@@ -47,6 +52,21 @@ def content_key(lazy_image: LazyImage) -> bytes:
         image = lazy_image.open()
         content = f"{image.size}".encode() + image.tobytes()
     return hashlib.blake2b(content, digest_size=KEY_BYTES).digest()
+
+
+def view_keys(image: LazyImage) -> list[bytes]:
+    """Return a key for each view of an image: of its content, the grid of its tiles and the view.
+
+    An image that is not tiled is one view, whose key is that of the content. Raises a UserError
+    that names an image that cannot be read.
+    """
+    if not isinstance(image, TiledImage):
+        return [content_key(image)]
+    content = content_key(image.image)
+    return [
+        hashlib.blake2b(content + repr((image.grid, view)).encode(), digest_size=KEY_BYTES).digest()
+        for view in image.views
+    ]
 
 
 @dataclass
@@ -123,12 +143,17 @@ class FeatureStore:
     """The stored features of the images of a stage."""
 
     shards: FeatureShards
-    locations: dict[LazyImage, tuple[str, int]]
-    """Shard and row of each image."""
+    locations: dict[LazyImage, list[FeatureLocation]]
+    """Shard and row of each view of each image."""
 
     def load_features(self, images: Sequence[LazyImage]) -> Tensor | None:
-        """Return `[images, patches, width]`; None when any is missing or damaged."""
-        locations = [self.locations.get(image) for image in images]
-        read = [self.shards.read_features(*location) for location in locations if location]
+        """Return `[views, patches, width]`; None when any is missing or damaged."""
+        if not images or any(image not in self.locations for image in images):
+            return None
+        read = [
+            self.shards.read_features(*location)
+            for image in images
+            for location in self.locations[image]
+        ]
         valid = [features for features in read if features is not None]
-        return torch.stack(valid) if valid and len(valid) == len(images) else None
+        return torch.stack(valid) if len(valid) == len(read) else None

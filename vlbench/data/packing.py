@@ -162,6 +162,16 @@ class PackedBatch:
             question_ids=None if ids is None else ids[first:end],
         )
 
+    def list_view_bounds(self) -> list[int]:
+        """Return the first view of each image, and the number of all views, as Python numbers.
+
+        On a GPU it waits for the device.
+        """
+        if self.view_bounds is None:
+            return list(range(len(self.pixels) + 1))
+        bounds: list[int] = self.view_bounds.tolist()
+        return bounds
+
     def question_rows(self) -> list[list[int]]:
         """Return the ids of each image's question without padding; [] where none is read."""
         rows = [] if self.question_ids is None else self.question_ids.tolist()

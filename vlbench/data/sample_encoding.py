@@ -189,6 +189,18 @@ class SampleEncoder:
             **(tiled.encoded_fields(len(images)) if tiled else {}),
         )
 
+    def list_images(self, sample: Sample) -> tuple[LazyImage, ...]:
+        """Return the images of a sample that `encode` keeps, tiled as it tiles them, uncut.
+
+        Raises:
+            BadSample: their views are too many.
+            UserError: the size of an image cannot be read.
+        """
+        images = sample.images[:1] if self.sample_format == "caption" else sample.images
+        if self.view_layout is None:
+            return images
+        return self.view_layout.tile_sample(replace(sample, images=images)).images
+
     def _encode_questions(self, sample: Sample, image_count: int) -> Questions | None:
         """Return the questions of the first images; a caption has none: its turn is not read."""
         if not self.question_length:

@@ -36,6 +36,11 @@ class ViewSettings:
     """Most image positions of a sample; grids are reduced until they fit."""
 
     @property
+    def most_views(self) -> int:
+        """Most views of an image."""
+        return len(self.tiling.list_views((1, self.tiling.tiles)))
+
+    @property
     def has_newline(self) -> bool:
         """Whether the model has a learned newline."""
         return self.tags == "newline"

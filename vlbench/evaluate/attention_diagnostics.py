@@ -9,8 +9,9 @@ that all connectors are measured in the same way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from vlbench.data.sample import ChatTurn, Sample
 from vlbench.data.sample_encoding import IGNORE_INDEX
 from vlbench.errors import BadSample, UserError
 from vlbench.evaluate.heldout_questions import EvalQuestion
+from vlbench.evaluate.view_map import map_image
 from vlbench.model.eval_copy import in_eval_mode
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vlm import VLM
@@ -36,11 +38,11 @@ class AnswerRelevance:
     """How one answer depends on one image of its question; shares sum to 1."""
 
     patch_relevance: Tensor
-    """`[patches]`, shares of relevance; NaN where the answer does not depend on the image."""
+    """`[views, patches]`, shares of relevance; NaN where the answer does not depend on it."""
     token_relevance: Tensor
-    """`[visual tokens]`, the same for the connector's output."""
+    """`[visual tokens]`, the same for the connector's output; of several views their sum."""
     connector_attention: Tensor | None
-    """`[visual tokens, patches]`, as the connector's `patch_attention` returns it."""
+    """`[views, visual tokens, patches]`, as the connector's `patch_attention` returns it."""
 
 
 def diagnose_answers(
@@ -49,15 +51,15 @@ def diagnose_answers(
     """Return how the model's answers depend on the first image of each question.
 
     `maps` has for every question the relevance of each patch, as rows of `grid`, None where the
-    answer does not depend on the image. `tokens` are the mean shares of the visual tokens,
-    `effective` is how many are used: the exponential of the shares' entropy. `attention` has the
-    mean entropy of a visual token's attention in nats, that of uniform attention, and for every
-    question the mean over tokens; None for a connector without attention. Questions without an
-    image are left out; without any question the result is empty. The model is not changed.
+    answer does not depend on the image. `tokens` are the mean shares of the visual tokens, of a
+    tiled image those of all its views together, and `effective` is how many are used: the
+    exponential of the shares' entropy. `attention` has the mean entropy of a visual token's
+    attention in nats, that of uniform attention, and for every question the mean over tokens; None
+    for a connector without attention. Questions without an image are left out; without any question
+    the result is empty. The model is not changed.
     """
     diagnosed: list[tuple[EvalQuestion, str, AnswerRelevance]] = []
     model = in_eval_mode(vlm.model)
-    grid = model.shapes.grid
     with torch.random.fork_rng([vlm.device] if vlm.device.type == "cuda" else []):
         for question, answer in answered_questions:
             batch = answered_batch(vlm.processor, question.sample, answer)
@@ -69,6 +71,7 @@ def diagnose_answers(
     relevances = [relevance for _, _, relevance in diagnosed]
     finite = [one.token_relevance for one in relevances if one.token_relevance.isfinite().all()]
     token_shares = torch.stack(finite).mean(0) if finite else None
+    draw = partial(_draw_map, vlm)
     effective = None if token_shares is None else torch.special.entr(token_shares).sum().exp()
     return {
         "maps": [
@@ -77,15 +80,18 @@ def diagnose_answers(
                 "question": question.question_text,
                 "answer": answer,
                 "truth": question.answer,
-                "grid": list(grid),
-                "relevance": _patch_grid(relevance.patch_relevance, grid),
+                "grid": list(drawn.shape),
+                "relevance": _round_numbers(drawn) if drawn.isfinite().all() else None,
             }
             for question, answer, relevance in diagnosed
+            for drawn in [draw(question.sample, relevance.patch_relevance)]
         ],
         "tokens": None if token_shares is None else _round_numbers(token_shares),
         "effective": None if effective is None else _round_numbers(effective),
         "attention": _summarize_attention(
-            [relevance.connector_attention for relevance in relevances], grid
+            [relevance.connector_attention for relevance in relevances],
+            [question.sample for question, _, _ in diagnosed],
+            draw,
         ),
     }
 
@@ -115,15 +121,18 @@ def measure_relevance(vlm: VLM, batch: PackedBatch, image: int = 0) -> AnswerRel
         shape = (*first_level(visual).shape[:2], vlm.shapes.patches)
         _check_attention(vlm, attention, shape)
     first_patch = int(vlm.connector.class_token)  # after the class token
+    bounds = batch.list_view_bounds()
+    views = slice(bounds[image], bounds[image + 1])
+    token_relevance = _relevance_shares(
+        concat_channels(visual_levels)[views], concat_channels(visual_grads)[views]
+    )
     return AnswerRelevance(
         patch_relevance=_relevance_shares(
-            concat_channels(feature_levels)[image, first_patch:],
-            concat_channels(feature_grads)[image, first_patch:],
+            concat_channels(feature_levels)[views, first_patch:],
+            concat_channels(feature_grads)[views, first_patch:],
         ),
-        token_relevance=_relevance_shares(
-            concat_channels(visual_levels)[image], concat_channels(visual_grads)[image]
-        ),
-        connector_attention=None if attention is None else attention[image].cpu().double(),
+        token_relevance=token_relevance.sum(0),
+        connector_attention=None if attention is None else attention[views].cpu().double(),
     )
 
 
@@ -161,7 +170,7 @@ def _keep_last_answer(labels: list[int]) -> list[int]:
 
 
 def _relevance_shares(values: Tensor, gradients: Tensor) -> Tensor:
-    """Return the shares `[count]` of vectors `[count, width]`; NaN where all gradients are 0."""
+    """Return the shares `[...]` of vectors `[..., width]`; NaN where all gradients are 0."""
     values, gradients = values.detach().cpu(), gradients.cpu()  # mps has no float64
     norms = (values.double() * gradients.double()).norm(dim=-1)
     shares: Tensor = norms / norms.sum()
@@ -169,22 +178,31 @@ def _relevance_shares(values: Tensor, gradients: Tensor) -> Tensor:
 
 
 def _summarize_attention(
-    attention_maps: Sequence[Tensor | None], grid: tuple[int, int]
+    attention_maps: Sequence[Tensor | None],
+    samples: Sequence[Sample],
+    draw: Callable[[Sample, Tensor], Tensor],
 ) -> dict[str, Any] | None:
-    """Return the `attention` of `diagnose_answers`; None if any map is missing or not finite."""
+    """Return the `attention` of `diagnose_answers`; None if any map is missing or not finite.
+
+    `draw` makes a map over the first image of a sample.
+    """
     finite = [one for one in attention_maps if one is not None and one.isfinite().all()]
     if len(finite) < len(attention_maps):
         return None
+    tokens = torch.cat([attention.flatten(0, 1) for attention in finite])
     return {
-        "entropy": _round_numbers(torch.special.entr(torch.stack(finite)).sum(-1).mean()),
-        "uniform": _round_numbers(torch.tensor(grid[0] * grid[1]).double().log()),
-        "maps": [_patch_grid(attention.mean(0), grid) for attention in finite],
+        "entropy": _round_numbers(torch.special.entr(tokens).sum(-1).mean()),
+        "uniform": _round_numbers(torch.tensor(tokens.shape[-1]).double().log()),
+        "maps": [
+            _round_numbers(draw(sample, attention.mean(1) / len(attention)))
+            for sample, attention in zip(samples, finite, strict=True)
+        ],
     }
 
 
-def _patch_grid(shares: Tensor, grid: tuple[int, int]) -> Any:
-    """Return `[patches]` as rows of the grid; None if a share is not finite."""
-    return _round_numbers(shares.reshape(grid)) if shares.isfinite().all() else None
+def _draw_map(vlm: LoadedVLM, sample: Sample, views: Tensor) -> Tensor:
+    """Return `[views, patches]` as a map `[rows, columns]` over the first image of a sample."""
+    return map_image(vlm.processor, sample, 0, views, vlm.model.shapes.grid)
 
 
 def _round_numbers(values: Tensor) -> Any:

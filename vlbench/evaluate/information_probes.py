@@ -31,6 +31,7 @@ from vlbench.evaluate.place_features import (
     PLACES,
     PlaceFeatures,
     compute_place_features,
+    have_equal_views,
     reads_answers,
 )
 from vlbench.model.loaded_vlm import LoadedVLM
@@ -64,6 +65,8 @@ def probe_information(
         }
     held_out_pictures = {image.name for one in asked for image in one.sample.images}
     fitted_on = training_questions(stage_data, held_out_pictures, label_names(asked[0].sample))
+    if not have_equal_views(vlm, [one.sample for one in (*fitted_on, *asked)]):
+        return {"left_out": "pictures are cut into different tiles, and a probe reads the same"}
     picture_count = sum(len(one.sample.images) for one in (*fitted_on, *asked))
     if _picture_bytes(vlm, asked[0].sample) * picture_count > MAX_FEATURE_BYTES:
         limit = f"{MAX_FEATURE_BYTES / (1 << 30):g} GiB"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vlbench.compat.transformers_internals import decoder_layer_input
-from vlbench.connector.levels import Levels, concat_channels, first_level, map_levels
+from vlbench.connector.levels import Levels, concat_channels, map_levels
 from vlbench.core_sharing import share_cores
 from vlbench.data.packing import PackedBatch
 from vlbench.data.sample import Sample
@@ -36,12 +36,13 @@ class PlaceFeatures(NamedTuple):
     """Features of the pictures of some samples, one picture after the other, on the CPU."""
 
     encoder: Tensor
-    """`[pictures, patches, vision_width]`, all blocks that the connector reads side by side"""
+    """`[pictures, patches, vision_width]`, all blocks that the connector reads side by side; of a
+    tiled picture the patches of its views, one view after the other"""
     connector: Tensor
-    """`[pictures, visual tokens, width]`, all levels side by side"""
+    """`[pictures, visual tokens, width]`, all levels side by side; likewise"""
     language: Tensor
-    """`[pictures, visual tokens, lm_width]` at the image positions, else `[samples, 1, lm_width]`
-    of the last positions; see `reads_answers`."""
+    """`[pictures, image positions, lm_width]`, else `[samples, 1, lm_width]` of the last positions;
+    see `reads_answers`."""
 
 
 PLACES = PlaceFeatures._fields
@@ -52,6 +53,15 @@ def reads_answers(vlm: LoadedVLM) -> bool:
     return not vlm.connector.replaces_image_tokens
 
 
+def have_equal_views(vlm: LoadedVLM, samples: Sequence[Sample]) -> bool:
+    """Tell whether all pictures of samples have as many views and image positions."""
+    layout = vlm.processor.view_layout
+    if layout is None:
+        return True
+    images = [image for sample in samples for image in layout.tile_sample(sample).images]
+    return len({(len(image.views), layout.count_positions(image)) for image in images}) <= 1
+
+
 @torch.inference_mode()
 def compute_place_features(
     vlm: LoadedVLM,
@@ -60,7 +70,8 @@ def compute_place_features(
 ) -> PlaceFeatures | None:
     """Return the features of all pictures of samples, each of which ends with a question.
 
-    None if `should_stop` became true before the end. The model is not changed.
+    All pictures have as many views and image positions (`have_equal_views`). None if `should_stop`
+    became true before the end. The model is not changed.
     """
     model = in_eval_mode(vlm.model)
     parts: list[PlaceFeatures] = []
@@ -79,12 +90,15 @@ def _batch_features(model: VLM, batch: PackedBatch) -> PlaceFeatures:
     # a connector may write into its features
     visual = model.connector(*model.connector_inputs(batch, map_levels(Tensor.clone, features)))
     middle, last = _hidden_states(model, batch, visual)
-    encoder, connector = concat_channels(features), concat_channels(visual)
+    picture_count = len(batch.list_view_bounds()) - 1
+    encoder, connector = (
+        concat_channels(levels).unflatten(0, (picture_count, -1)).flatten(1, 2)
+        for levels in (features, visual)
+    )
     if not model.connector.replaces_image_tokens:
         return PlaceFeatures(encoder, connector, last[:, -1:])  # prompts are padded on the left
     at_images = middle[batch.input_ids == IMAGE_TOKEN_INDEX]
-    shape = first_level(visual).shape[:2]
-    return PlaceFeatures(encoder, connector, at_images.unflatten(0, shape))
+    return PlaceFeatures(encoder, connector, at_images.unflatten(0, (picture_count, -1)))
 
 
 def _hidden_states(model: VLM, batch: PackedBatch, visual: Levels) -> tuple[Tensor, Tensor]:

@@ -236,7 +236,9 @@ class VLM(nn.Module):
         tokens = self.connector.tokens_per_image
         token_index = number_image_tokens(batch, tokens)
         view_index = number_image_views(batch, tokens)
-        return ImagePlaces(batch.image_index, token_index, view_index, batch.view_bounds)
+        # the blank image of a batch without images is one view, which nothing looks at
+        bounds = batch.view_bounds if len(batch.pixels) else None
+        return ImagePlaces(batch.image_index, token_index, view_index, bounds)
 
     def merge_embeddings(self, batch: PackedBatch, visual: Levels) -> Tensor:
         """Return embeddings `[rows, length, lm_width]`, visual tokens at the image positions."""

@@ -38,6 +38,9 @@ class AnswerEnd:
     """Positions of the prompt, visual tokens included."""
     visual_tokens: int
     """Image positions of the prompt."""
+    views: int
+    """Views of the prompt's images, squares that the vision encoder sees: an image has one unless
+    it is tiled."""
     cached_tokens: int
     """Positions of the prompt whose keys and values were known from an earlier request."""
     completion_tokens: int

@@ -9,6 +9,7 @@ import torch
 from vlbench.core_sharing import share_cores
 from vlbench.errors import UserError
 from vlbench.evaluate.attention_diagnostics import answered_batch, measure_relevance
+from vlbench.evaluate.view_map import find_map_box, map_image
 from vlbench.model.eval_copy import in_eval_mode
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.processor import ChatMessage, sample_from_messages
@@ -20,7 +21,7 @@ class HeatMap(NamedTuple):
     rows: list[list[float]] | None
     """Shares of relevance, the rows of the grid of patches; None where it does not depend on it."""
     box: tuple[float, float, float, float]
-    """Where the grid lies over the picture, as `ImageTransform.seen_box` says."""
+    """Where the grid lies over the picture, see `find_map_box`; its tiles have one grid."""
 
 
 def compute_heat_map(
@@ -40,10 +41,10 @@ def compute_heat_map(
     batch = answered_batch(processor, sample, answer)
     if batch is None:
         raise UserError("this answer cannot be given to the model as its own")
-    opened = processor.transform.open_image(sample.images[image])
     devices = [vlm.device] if vlm.device.type == "cuda" else []
     with torch.random.fork_rng(devices), share_cores(vlm.device):
         relevance = measure_relevance(in_eval_mode(vlm.model), batch.to(vlm.device), image)
-    shares = relevance.patch_relevance
-    rows = shares.reshape(vlm.model.shapes.grid).tolist() if shares.isfinite().all() else None
-    return HeatMap(rows, processor.transform.seen_box(*opened.size))
+    grid = vlm.model.shapes.grid
+    drawn = map_image(processor, sample, image, relevance.patch_relevance, grid)
+    rows = drawn.tolist() if drawn.isfinite().all() else None
+    return HeatMap(rows, find_map_box(processor, sample, image))

@@ -99,6 +99,7 @@ class RunningAnswer:
                 finish_reason=outcome,
                 prompt_tokens=ids.shape[1],
                 visual_tokens=int((ids == IMAGE_TOKEN_INDEX).sum()),
+                views=len(self.prompt.batch.pixels),
                 cached_tokens=self.cached_count,
                 completion_tokens=len(self.growing.new_ids),
                 seconds_to_first_token=self._seconds_to_first_token,

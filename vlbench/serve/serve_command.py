@@ -140,8 +140,9 @@ def start_lines(models: list[ServedModel], settings: ApiSettings, port: int) -> 
 
 def _describe_model(model: ServedModel) -> str:
     facts = model.describe()
-    tokens = facts["visual_tokens_per_image"]
+    tokens, views = facts["visual_tokens_per_image"], facts["most_views_per_image"]
+    what = "image" if views == 1 else f"view (an image has up to {views})"
     return (
         f"{model.name}: {facts['connector']}, {tokens} visual token{'' if tokens == 1 else 's'} "
-        f"per image of {facts['image_size']} pixels, on {model.vlm.device}"
+        f"per {what} of {facts['image_size']} pixels, on {model.vlm.device}"
     )

@@ -7,6 +7,7 @@ any of these leads to another subfolder of the cache.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from vlbench.compat.lightning_internals import autocast_context, trainer_device
 from vlbench.connector.levels import stack_levels
 from vlbench.data.batch_sampler import StepDataset
-from vlbench.data.feature_store import FeatureLocations, FeatureShards, FeatureStore, content_key
+from vlbench.data.feature_store import FeatureLocations, FeatureShards, FeatureStore, view_keys
 from vlbench.data.image_processing import ImageTransform
 from vlbench.data.packing import normalize_levels
 from vlbench.data.sample import LazyImage
@@ -36,8 +37,10 @@ from vlbench.system_errors import FULL_DISK_REASONS
 from vlbench.train import run_report
 
 READER_THREADS = 16  # image files that are read at once, to hash their content
-IMAGES_PER_CHUNK = 32  # images in a forward pass of the encoder
+VIEWS_PER_CHUNK = 32  # views of images in a forward pass of the encoder
 SHARD_BYTES = 2**28  # of features in a shard, the most that an interruption loses
+_KeyedPixels = list[tuple[bytes, Tensor]]
+"""The views of an image: their keys, and their uint8 pixels `[3, height, width]`."""
 
 
 def cache_features(
@@ -124,92 +127,101 @@ def _fill_cache(
     """Compute what a cache lacks of the images of `steps`, and return all their features."""
     keys = dict(_keyed_images(steps))
     locations = shards.locate_features()
-    missing = {key: image for image, key in keys.items() if key not in locations}
+    missing = {
+        tuple(of_image): image
+        for image, of_image in keys.items()
+        if any(key not in locations for key in of_image)
+    }
     if missing:
-        loader: DataLoader[tuple[bytes, Tensor | None]] = DataLoader(
+        loader: DataLoader[_KeyedPixels] = DataLoader(
             _PixelDataset(vlm.processor.transform, list(missing.items())),
-            batch_size=IMAGES_PER_CHUNK,
-            collate_fn=list,
+            batch_size=None,
             num_workers=num_workers,
             worker_init_fn=isolate_data_worker,
         )
+        view_count = sum(map(len, missing))
         with torch.no_grad(), autocast_context(trainer):
-            locations |= _compute_features(vlm, loader, len(missing), shards, should_stop)
-    known = {image: locations[key] for image, key in keys.items() if key in locations}
+            locations |= _compute_features(vlm, loader, view_count, shards, should_stop)
+    known = {
+        image: [locations[key] for key in of_image]
+        for image, of_image in keys.items()
+        if all(key in locations for key in of_image)
+    }
     return FeatureStore(shards, known)
 
 
-def _keyed_images(steps: StepDataset) -> Iterator[tuple[LazyImage, bytes]]:
-    """Yield every image of a stage once, with the key of its content.
+def _keyed_images(steps: StepDataset) -> Iterator[tuple[LazyImage, list[bytes]]]:
+    """Yield every image of a stage once, with the keys of its views.
 
     Images that cannot be read are left out: training meets them again and reports them.
     """
     with ThreadPoolExecutor(READER_THREADS) as pool:  # they wait for files, not for processors
         images = list(_unique_images(steps))
-        for image, key in zip(images, pool.map(_content_key_or_empty, images), strict=True):
-            if key:
-                yield image, key
+        for image, keys in zip(images, pool.map(_view_keys_or_none, images), strict=True):
+            if keys:
+                yield image, keys
 
 
 def _unique_images(steps: StepDataset) -> Iterator[LazyImage]:
     """Yield every image of a stage once, in the order of training."""
     known: set[LazyImage] = set()
-    used = slice(1) if steps.encoder.sample_format == "caption" else slice(None)
     for position in range(steps.total_steps * steps.global_batch_size):
         try:
-            images = steps.mixture[position].images[used]
-        except BadSample:
+            images = steps.encoder.list_images(steps.mixture[position])
+        except (BadSample, UserError):
             continue
         yield from (image for image in images if image not in known)
         known.update(images)
 
 
-def _content_key_or_empty(image: LazyImage) -> bytes:
+def _view_keys_or_none(image: LazyImage) -> list[bytes]:
     try:
-        return content_key(image)
+        return view_keys(image)
     except UserError:
-        return b""
+        return []
 
 
 @dataclass
-class _PixelDataset(Dataset[tuple[bytes, "Tensor | None"]]):
-    """Keys and uint8 pixels `[3, height, width]` of images; None for one that cannot be read."""
+class _PixelDataset(Dataset[_KeyedPixels]):
+    """The views of images; none of one that cannot be read."""
 
     transform: ImageTransform
-    keyed_images: list[tuple[bytes, LazyImage]]
+    keyed_images: list[tuple[tuple[bytes, ...], LazyImage]]
 
     def __len__(self) -> int:
         return len(self.keyed_images)
 
-    def __getitem__(self, index: int) -> tuple[bytes, Tensor | None]:
-        key, image = self.keyed_images[index]
+    def __getitem__(self, index: int) -> _KeyedPixels:
+        keys, image = self.keyed_images[index]
         try:
-            return key, self.transform.load_levels(image)
+            pixels = self.transform.load_levels(image)
         except UserError:
-            return key, None
+            return []
+        return list(zip(keys, pixels if pixels.dim() == 4 else pixels[None], strict=True))
 
 
 def _compute_features(
     vlm: LoadedVLM,
-    loader: DataLoader[tuple[bytes, Tensor | None]],
-    image_count: int,
+    loader: DataLoader[_KeyedPixels],
+    view_count: int,
     shards: FeatureShards,
     should_stop: Callable[[], bool],
 ) -> FeatureLocations:
-    """Compute the features of images and write them, shard by shard; return where they are."""
+    """Compute the features of views and write them, shard by shard; return where they are."""
     level_values = vlm.processor.transform.level_values()
     blank = torch.zeros(1, *vlm.vision.pixel_shape, dtype=torch.uint8)
-    image_bytes = _encode_levels(vlm, blank, level_values).nbytes
-    _check_disk_space(image_count * image_bytes, image_count, shards.folder)
+    view_bytes = _encode_levels(vlm, blank, level_values).nbytes
+    what = f"{view_count:,} {'views of images' if vlm.processor.view_settings else 'images'}"
+    _check_disk_space(view_count * view_bytes, what, shards.folder)
     locations: FeatureLocations = {}
     keys: list[bytes] = []
     features: list[Tensor] = []
-    for chunk in tqdm(loader, desc="features", disable=None):
-        pixels = {key: image for key, image in chunk if image is not None}
-        if pixels:
-            keys += pixels
-            features.append(_encode_levels(vlm, torch.stack(list(pixels.values())), level_values))
-        if len(keys) * image_bytes >= SHARD_BYTES:
+    views = itertools.chain.from_iterable(loader)
+    counted = iter(tqdm(views, desc="features", total=view_count, unit="view", disable=None))
+    while chunk := list(itertools.islice(counted, VIEWS_PER_CHUNK)):
+        keys += [key for key, _ in chunk]
+        features.append(_encode_levels(vlm, torch.stack([one for _, one in chunk]), level_values))
+        if len(keys) * view_bytes >= SHARD_BYTES:
             locations |= shards.write_shard(keys, torch.cat(features))
             keys, features = [], []
         if should_stop():
@@ -224,17 +236,16 @@ def _encode_levels(vlm: LoadedVLM, levels: Tensor, level_values: Tensor) -> Tens
     return stack_levels(vlm.vision(pixels.to(weight.dtype))).cpu()
 
 
-def _check_disk_space(needed_bytes: int, image_count: int, folder: Path) -> None:
+def _check_disk_space(needed_bytes: int, what: str, folder: Path) -> None:
     """Print the bytes that the features will take; refuse before writing if it is too much."""
     free = shutil.disk_usage(folder).free
     run_report.print_status(
-        f"features of {image_count:,} images take {run_report.format_bytes(needed_bytes)} in "
-        f"{folder}, "
+        f"features of {what} take {run_report.format_bytes(needed_bytes)} in {folder}, "
         f"{run_report.format_bytes(free)} are free"
     )
     if needed_bytes > free:
         raise UserError(
-            f"trainer.feature_cache: the features of {image_count:,} images take "
+            f"trainer.feature_cache: the features of {what} take "
             f"{run_report.format_bytes(needed_bytes)}, and {folder} has "
             f"{run_report.format_bytes(free)} left. Make room, "
             "name another folder, or leave it out"

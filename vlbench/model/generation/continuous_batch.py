@@ -6,13 +6,14 @@ Steps are eager, or have fixed shapes and are compiled (`fixed_steps.py`).
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vlbench.connector.base import ImagePlaces
-from vlbench.connector.levels import Levels, concat_images
+from vlbench.connector.levels import Levels, concat_images, first_level
 from vlbench.model.generation.decoding_state import (
     CompiledDecodeStep,
     has_layer_hooks,
@@ -43,7 +44,7 @@ class InjectedImages(NamedTuple):
     """What a connector that injects is given in a step."""
 
     visual: Levels
-    """The last image of each row `[rows, tokens, width]`: text sees no earlier one, so that rows
+    """The last image of each row `[views, tokens, width]`: text sees no earlier one, so that rows
     bring one image each; of a row without images the blank one, which nothing sees."""
     where: ImagePlaces
     """Places `[rows, 1]`."""
@@ -144,13 +145,19 @@ class ContinuousBatch:
 
     def _join_images(self) -> InjectedImages:
         visual: Levels | None = None
+        view_counts = []
         for row in self.rows:
             assert row.last_visual is not None
+            view_counts.append(len(first_level(row.last_visual)))
             visual = row.last_visual if visual is None else concat_images(visual, row.last_visual)
         assert visual is not None
         seen = [number if row.sees_image else -1 for number, row in enumerate(self.rows)]
         image_index = torch.tensor(seen, device=self.vlm.device)[:, None]
-        return InjectedImages(visual, ImagePlaces(image_index, torch.full_like(image_index, -1)))
+        none = torch.full_like(image_index, -1)
+        if max(view_counts) == 1:
+            return InjectedImages(visual, ImagePlaces(image_index, none))
+        bounds = torch.tensor([0, *itertools.accumulate(view_counts)], device=self.vlm.device)
+        return InjectedImages(visual, ImagePlaces(image_index, none, none, bounds))
 
 
 def _free_bytes(device: torch.device) -> int | None:

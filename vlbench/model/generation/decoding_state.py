@@ -38,7 +38,7 @@ class DecodingState:
 
     vlm: VLM
     visual: Levels
-    """`[images, tokens, width]`, or levels of it."""
+    """`[views, tokens, width]`, or levels of it."""
     where: ImagePlaces | None
     """Places `[rows, length]` of the positions that come next; None if nothing is injected."""
     position_ids: Tensor
@@ -188,7 +188,7 @@ def last_logits(
     Args:
         vlm: The model, in evaluation mode.
         embeds: `[rows, length, lm_width]`.
-        visual: Visual tokens `[images, tokens, width]`, or levels of them; read where they are
+        visual: Visual tokens `[views, tokens, width]`, or levels of them; read where they are
             injected.
         where: Places `[rows, length]` of the positions; None if nothing is injected.
         position_ids: `[rows, length]`.

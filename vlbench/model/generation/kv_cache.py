@@ -38,6 +38,8 @@ class PrefixCache:
         self.kv_cache: DynamicCache | None = None
         self._input_ids: list[int] = []
         self._pixels: Tensor | None = None
+        self._view_bounds: Tensor | None = None
+        self._visual_index: Tensor | None = None
         self._questions: list[list[int]] = []
         self._visual_tokens: Levels | None = None
 
@@ -47,8 +49,8 @@ class PrefixCache:
         return len(self._input_ids) + 1 if self._input_ids else 0
 
     def encode_images(self, vlm: VLM, batch: PackedBatch) -> Levels:
-        """Return the visual tokens of a batch of one conversation `[images, tokens, width]`."""
-        known = self._count_known_images(batch)
+        """Return the visual tokens of a batch of one conversation `[views, tokens, width]`."""
+        known = self._count_known_views(batch)
         if not known:
             self._input_ids = []  # the image positions of other images have the same ids
             visual = vlm.encode_images(batch)
@@ -60,19 +62,23 @@ class PrefixCache:
             new = vlm.encode_images(batch.from_image(known))
             visual = concat_images(self._visual_tokens, new)
         self._pixels, self._visual_tokens = batch.pixels, visual
+        self._view_bounds, self._visual_index = batch.view_bounds, batch.visual_index
         self._questions = batch.question_rows()
         return visual
 
-    def _count_known_images(self, batch: PackedBatch) -> int:
-        """Return how many images are known; 0 unless all earlier images are there again.
+    def _count_known_views(self, batch: PackedBatch) -> int:
+        """Return how many views are known; 0 unless all earlier images are there again.
 
-        An image that is asked another question, of a connector that reads it, is another one.
+        An image that is asked another question, of a connector that reads it, is another one; so is
+        one whose tokens stand in another order.
         """
         before = self._pixels
         if before is None or not len(before) or len(before) > len(batch.pixels):
             return 0
         same = before.shape[1:] == batch.pixels.shape[1:]
         same = same and batch.question_rows()[: len(before)] == self._questions
+        same = same and _begins_with(batch.view_bounds, self._view_bounds)
+        same = same and _begins_with(batch.visual_index, self._visual_index)
         return len(before) if same and torch.equal(before, batch.pixels[: len(before)]) else 0
 
     def reuse_prefix(self, vlm: VLM, batch: PackedBatch) -> tuple[DynamicCache, int]:
@@ -96,6 +102,13 @@ class PrefixCache:
     def append_generated(self, new_ids: list[int]) -> None:
         """Add a generated answer: all of it but the last token is in the cache."""
         self._input_ids = [*self._input_ids, *new_ids[:-1]]
+
+
+def _begins_with(values: Tensor | None, beginning: Tensor | None) -> bool:
+    """Tell whether `values` begin with `beginning`; None with None alone."""
+    if values is None or beginning is None:
+        return values is beginning
+    return torch.equal(values[: len(beginning)], beginning)
 
 
 def common_prefix_length(batch: PackedBatch) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,7 @@ class KnownPrefix:
     keys_values: KeysValues
     """`[1, heads, length, head width]` of each layer."""
     visual: Levels | None
-    """Visual tokens of its images `[images, tokens, width]`; None where none were encoded."""
+    """Visual tokens of its images `[views, tokens, width]`; None where none were encoded."""
 
     @functools.cached_property
     def position_count(self) -> int:
@@ -90,23 +91,26 @@ class PrefixPool:
 def position_keys(batch: PackedBatch) -> Tensor:
     """Return keys `[length]` of the positions of one prompt, on the CPU: its token ids.
 
-    At image positions they are negative and stand for pixels and question of the image, so that
-    prompts with the same keys have the same keys and values.
+    At image positions they are negative and stand for the whole image: the pixels of its views, the
+    order of their tokens, and its question. So prompts with the same keys have the same keys and
+    values, also where text looks at views whose tokens come later.
     """
     keys, is_image = batch.input_ids[0].clone(), batch.input_ids[0] == IMAGE_TOKEN_INDEX
+    image_index = batch.image_index[0, is_image]
     questions = batch.question_rows() or [[]] * len(batch.pixels)
-    digests = [
-        _image_key(pixels, question)
-        for pixels, question in zip(batch.pixels, questions, strict=True)
-    ]
-    keys[is_image] = torch.tensor(digests, dtype=torch.long)[batch.image_index[0, is_image]]
+    bounds, digests = batch.list_view_bounds(), []
+    for image, (first, end) in enumerate(itertools.pairwise(bounds)):
+        order = batch.visual_index
+        told = questions[first], [] if order is None else order[image_index == image].tolist()
+        digests.append(_image_key(batch.pixels[first:end], told))
+    keys[is_image] = torch.tensor(digests, dtype=torch.long)[image_index]
     return keys
 
 
-def _image_key(pixels: Tensor, question: list[int]) -> int:
-    """Return a negative number of 63 bits that stands for an image, and the question about it."""
+def _image_key(pixels: Tensor, told: tuple[list[int], list[int]]) -> int:
+    """Return a negative number of 63 bits for the views of an image, and what is told of it."""
     digest = hashlib.blake2b(pixels.contiguous().numpy().tobytes(), digest_size=8)
-    digest.update(repr(question).encode())
+    digest.update(repr(told).encode())
     return -1 - (int.from_bytes(digest.digest(), "big") >> 1)
 
 

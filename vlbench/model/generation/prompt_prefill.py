@@ -17,7 +17,7 @@ from vlbench.model.vlm import VLM
 
 
 class PromptPrefill:
-    """One prompt that is computed: first the images that are not known, then its positions."""
+    """One prompt that is computed: first the views that are not known, then its positions."""
 
     def __init__(
         self, vlm: VLM, batch: PackedBatch, position_keys: Tensor, pool: PrefixPool
@@ -30,7 +30,7 @@ class PromptPrefill:
         self.vlm, self.batch, self.position_keys = vlm, batch, position_keys
         self.cache = DynamicCache(config=vlm.language.config)
         self.visual: Levels | None = None
-        """Visual tokens of the images so far `[images, tokens, width]`; of the blank image where a
+        """Visual tokens of the views so far `[views, tokens, width]`; of the blank image where a
         connector that injects has none. None where nothing is encoded."""
         self.logits: Tensor | None = None
         """The last logits `[1, vocabulary]` once all positions are computed."""
@@ -54,21 +54,24 @@ class PromptPrefill:
 
     @property
     def last_visual(self) -> Levels | None:
-        """What the text behind the prompt sees: the last image; None if nothing is injected."""
+        """What the text behind the prompt sees: all views of the last image; None if nothing is
+        injected."""
         if self.visual is None or self._where is None:
             return None
-        return map_levels(lambda level: level[-1:], self.visual)
+        bounds = self.batch.list_view_bounds()
+        first = bounds[-2] if len(bounds) > 1 else 0
+        return map_levels(lambda level: level[first:], self.visual)
 
     def advance(self, budget: int) -> int:
-        """Encode images, or run positions, as many as `budget` allows but at least one.
+        """Encode views of images, or run positions, as many as `budget` allows but at least one.
 
-        Return how many positions that took; an image counts as its patches.
+        Return how many positions that took; a view counts as its patches.
         """
-        missing = self._image_count() - self._encoded_count
+        missing = self._view_count() - self._encoded_count
         if missing:
             patches = self.vlm.shapes.patches
             count = min(missing, max(1, budget // patches))
-            self._encode_images(count)
+            self._encode_views(count)
             return count * patches
         if self._embeds is None:
             self._embeds = self._merge_embeddings()
@@ -79,17 +82,23 @@ class PromptPrefill:
         count = self.cached_count
         for index, (keys, values) in enumerate(prefix.keys_values):
             self.cache.update(keys[:, :, :count], values[:, :, :count], index)
-        image_positions = int((prefix.position_keys[:count] < 0).sum())
-        known = image_positions // self.vlm.connector.tokens_per_image
+        known = self._count_whole_views(count)
         if known and prefix.visual is not None:
             self.visual = map_levels(lambda level: level[:known], prefix.visual)
             self._encoded_count = known
 
-    def _image_count(self) -> int:
-        """Return how many images are encoded: a connector that injects needs a blank one."""
+    def _count_whole_views(self, count: int) -> int:
+        """Return the views of the images all of whose positions are among the first `count`."""
+        later = (self.position_keys[count:] < 0).nonzero()
+        if not len(later):
+            return len(self.batch.pixels)
+        return self.batch.list_view_bounds()[int(self.batch.image_index[0, count + later[0, 0]])]
+
+    def _view_count(self) -> int:
+        """Return how many views are encoded: a connector that injects needs a blank one."""
         return max(len(self.batch.pixels), bool(self.vlm.connector.inject_layers))
 
-    def _encode_images(self, count: int) -> None:
+    def _encode_views(self, count: int) -> None:
         first = self._encoded_count
         more = self.vlm.encode_images(self.batch.from_image(first, first + count))
         self.visual = more if self.visual is None else concat_images(self.visual, more)

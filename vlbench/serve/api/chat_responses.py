@@ -54,7 +54,7 @@ class CompletionHead:
 
 
 def usage_of(end: AnswerEnd) -> dict[str, Any]:
-    """Return OpenAI's numbers of tokens, with the visual tokens of the prompt."""
+    """Return OpenAI's numbers of tokens, with visual tokens and views of the prompt's images."""
     return {
         "prompt_tokens": end.prompt_tokens,
         "completion_tokens": end.completion_tokens,
@@ -63,6 +63,7 @@ def usage_of(end: AnswerEnd) -> dict[str, Any]:
             "cached_tokens": end.cached_tokens,
             "audio_tokens": 0,
             "visual_tokens": end.visual_tokens,
+            "views": end.views,
         },
     }
 

@@ -67,14 +67,16 @@ class ServedModel:
 
     def describe(self) -> dict[str, Any]:
         """Return the object of /v1/models: OpenAI's fields, and what vlbench knows."""
-        transform = self.vlm.processor.transform
+        transform, views = self.vlm.processor.transform, self.vlm.processor.view_settings
         return {
             "id": self.name,
             "object": "model",
             "created": self.created,
             "owned_by": "vlbench",
             "connector": type(self.vlm.connector).__name__,
+            # of each of its views, where it is tiled
             "visual_tokens_per_image": self.vlm.processor.tokens_per_image,
+            "most_views_per_image": 1 if views is None else views.most_views,
             "image_size": transform.crop,
             "max_model_len": self.vlm.processor.max_positions,
         }

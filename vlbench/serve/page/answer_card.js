@@ -108,13 +108,13 @@ export class AnswerCard {
   }
 
   updateMetrics() {
-    const { answer, model, turns, isAnonymous } = this;
+    const { answer, model, isAnonymous } = this;
     this.metrics.hidden = isAnonymous || answer.seconds === null || !answer.text;
     if (this.metrics.hidden) return;
     sayComposed(this.metrics, () => {
       const parts = [translate("seconds", { seconds: formatSeconds(answer.seconds) })];
       if (answer.usage) {
-        const flops = countFlops(model.flops, answer.usage, allPictures(turns).length);
+        const flops = countFlops(model.flops, answer.usage);
         parts.push(translateCount("visualToken", "visualTokens", visualTokens(answer.usage)));
         parts.push(formatFlops(flops));
         parts.push(translateCount("answerToken", "answerTokens", answer.usage.completion_tokens));

@@ -30,14 +30,14 @@ export function allPictures(turns) {
 }
 
 /** Return the operations of a forward pass over prompt, pictures and answer, without a cache. */
-export function countFlops(flops, usage, pictureCount) {
+export function countFlops(flops, usage) {
   const answerTokens = usage.completion_tokens;
   const positions = usage.prompt_tokens + Math.max(0, answerTokens - 1);
   return (
     flops.position * positions +
     (flops.attended_pair * positions * (positions + 1)) / 2 +
     flops.answer_token * answerTokens +
-    flops.image * pictureCount
+    flops.view * (usage.prompt_tokens_details?.views ?? 0)
   );
 }
 

@@ -49,7 +49,7 @@ export function createModelTable(models) {
       "",
       head,
       write(create("td"), model.connector),
-      write(create("td", "n"), String(model.visual_tokens_per_image)),
+      write(create("td", "n"), tokensOfPicture(model)),
       size,
       write(create("td", "n"), formatFlops(flopsOfPicture(model))),
     );
@@ -62,9 +62,18 @@ export function createModelTable(models) {
   return name(box, "models");
 }
 
-/** Return the operations that a picture takes: encoder, connector, and its image positions. */
-function flopsOfPicture({ flops, visual_tokens_per_image: tokens }) {
+/** Return how many tokens a picture has, such as "16" or, of a tiled one, "16 × 1–5". */
+function tokensOfPicture({ visual_tokens_per_image: tokens, most_views_per_image: views }) {
+  return views > 1 ? `${tokens} × 1–${views}` : String(tokens);
+}
+
+/** Return the operations that a picture takes at most: encoder, connector, image positions. */
+function flopsOfPicture(model) {
+  const { flops, most_views_per_image: views } = model;
+  const tokens = model.visual_tokens_per_image * views;
   return (
-    flops.image + flops.position * tokens + (flops.attended_pair * tokens * (tokens + 1)) / 2
+    flops.view * views +
+    flops.position * tokens +
+    (flops.attended_pair * tokens * (tokens + 1)) / 2
   );
 }
