@@ -10,7 +10,7 @@ from typing import Any
 from vlbench.compat.vision_internals import encoder_width
 from vlbench.config.overrides import format_override
 from vlbench.config.schema import Recipe
-from vlbench.data.data_sources import SCENES_SOURCE
+from vlbench.data.data_sources import RENDERED_SOURCES
 from vlbench.model.decoder_families import family_label
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.text_files import format_json
@@ -125,7 +125,7 @@ def _training_command(recipe: Recipe, export_folder: Path) -> str:
     ]
     words.append(format_override("only", list(recipe.stages)[-1]))
     words += [format_override(f"connector.{key}", value) for key, value in recipe.connector.items()]
-    if recipe.data.train != SCENES_SOURCE:
+    if recipe.data.train not in RENDERED_SOURCES:
         words += ["data.train=FILE.json", "data.images=FOLDER"]
     return shlex.join(["python", "-m", "vlbench", "fit", *words])
 
