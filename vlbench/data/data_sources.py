@@ -85,8 +85,8 @@ def open_source(
     """Open one source from its text; every key of a recipe that names data is opened here.
 
     Args:
-        path: One of RENDERED_SOURCES, or what data.train takes: a file, folder, pattern of shards, URL, data
-            set of the hub, or NAME:FOLDER of a mapping of annotation files.
+        path: One of RENDERED_SOURCES, or what data.train takes: a file, folder, pattern of shards,
+            URL, data set of the hub, or NAME:FOLDER of a mapping of annotation files.
         image_folder: Where the image names of a JSON file are looked up.
         stage_data: Number of samples and questions of rendered scenes; whether images may be
             outside. A caption stage renders scenes with captions.

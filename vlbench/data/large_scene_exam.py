@@ -21,7 +21,7 @@ QUESTIONS_PER_BAND = 100  # of a family
 
 @cache
 def large_held_out_questions(side: int = LARGE_SIDE) -> tuple[HeldOutSceneQuestion, ...]:
-    """Return 800 questions about scenes of `side` pixels, one about each.
+    """Return 1000 questions about scenes of `side` pixels, one about each.
 
     Families, heights and languages alternate, so any prefix of the list is balanced.
     """

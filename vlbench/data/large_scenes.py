@@ -1,9 +1,10 @@
 """Large scenes: pictures of more pixels than the encoder's square, with small letters or shapes.
 
 A picture of 224 pixels that is resized to a square of 112 shows everything at half its size; tiles
-show it as it is. Letters have a cell of 14 pixels each, whatever their height, so that a higher
-letter differs in nothing else. Words, questions and answers are those of the other scenes, which
-the language miniature has read.
+show it as it is. Letters of up to 14 pixels have a cell of 14 pixels each, whatever their height,
+so that a higher letter differs in nothing else; those of 20 and more, which the square shows well,
+have one of 28. Words, questions and answers are those of the other scenes, which the language
+miniature has read.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from vlbench.data.scene_world import (
 
 LARGE_SIDE = 224  # pixels, width and height: 2 x 2 squares of 112
 LARGE_FAMILIES = ("letters", "shapes")
-HEIGHT_BANDS = ((6, 8), (8, 10), (10, 12), (12, 14))  # heights of letters and shapes, pixels
-LETTER_CELL = 14  # pixels along a side
+HEIGHT_BANDS = ((6, 8), (8, 10), (10, 12), (12, 14), (20, 28))  # of letters and shapes, pixels
+LETTER_CELL = 14  # pixels along a side; higher letters have as many as they need
 _JITTER = 1.0  # pixels
 _MIN_SHAPES, _MAX_SHAPES = 2, 4
 _THIN_COLOURS = tuple(colour for colour in COLOURS if colour != "yellow")  # thin yellow is unseen
@@ -46,28 +47,33 @@ def make_large_scene(
     All letters or shapes of a scene are of one band. `side` is in pixels.
     """
     rng = random.Random(f"large/{family}/{side}/{stream}/{seed}/{index}")
-    band = index % len(HEIGHT_BANDS)
+    heights = HEIGHT_BANDS[index % len(HEIGHT_BANDS)]
     name = f"scene-large-{family}-{side}-{stream}-{seed}-{index}"
-    make_objects = _make_letters if family == "letters" else _make_shapes
-    objects = make_objects(rng, HEIGHT_BANDS[band], side)
-    grid = side // LETTER_CELL if family == "letters" else QUARTERS
-    return RenderedScene(name, objects, make_background(rng), grid, extent=side, side=side)
+    if family == "shapes":
+        objects, background = _make_shapes(rng, heights, side), make_background(rng)
+        return RenderedScene(name, objects, background, extent=side, side=side)
+    cell = LETTER_CELL * -(-heights[1] // LETTER_CELL)
+    objects, background = _make_letters(rng, heights, side // cell, cell), make_background(rng)
+    return RenderedScene(
+        name, objects, background, side // cell, extent=side // cell * cell, side=side
+    )
 
 
 def _make_letters(
-    rng: random.Random, heights: tuple[int, int], side: int
+    rng: random.Random, heights: tuple[int, int], grid: int, cell: int
 ) -> tuple[SceneObject, ...]:
-    """Draw a line of different letters of one colour, anywhere."""
-    grid, letters = side // LETTER_CELL, rng.sample(LETTERS, rng.randint(MIN_LETTERS, MAX_LETTERS))
+    """Draw a line of different letters of one colour, anywhere; a cell has `cell` pixels."""
+    most = min(MAX_LETTERS, grid)
+    letters = rng.sample(LETTERS, rng.randint(MIN_LETTERS, most))
     row, first = rng.randrange(grid), rng.randrange(grid - len(letters) + 1)
-    colour, y = rng.choice(_THIN_COLOURS), (row + 0.5) * LETTER_CELL + rng.uniform(-1, 1) * _JITTER
+    colour, y = rng.choice(_THIN_COLOURS), (row + 0.5) * cell + rng.uniform(-1, 1) * _JITTER
     shade = draw_shade(rng, colour)
     return tuple(
         SceneObject(
             colour,
             letter,
             row * grid + column,
-            (column + 0.5) * LETTER_CELL + rng.uniform(-1, 1) * _JITTER,
+            (column + 0.5) * cell + rng.uniform(-1, 1) * _JITTER,
             y,
             rng.uniform(*heights) / 2,
             rng.uniform(-0.1, 0.1),
